@@ -4,7 +4,7 @@
 fields are refused. No shape shows its values in ``repr``, so a body cannot reach a log by accident.
 """
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -28,8 +28,8 @@ class Shape(Struct, frozen=True, kw_only=True):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(…)"
 
-    def __rich_repr__(self) -> tuple[()]:  # msgspec would otherwise list every field to rich
-        return ()
+    def __rich_repr__(self) -> list[tuple[str, Any]]:  # msgspec would otherwise list every field to rich
+        return []
 
 
 class Body(Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
