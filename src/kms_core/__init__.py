@@ -1,0 +1,9 @@
+"""The product: one age envelope, key backends, jobs, audit and policy. Knows no FastAPI, no Celery, no environment.
+
+Start reading at ``service.py`` (``Kms``, the one interface to keys), then one backend
+(``backends/age.py``), then ``envelope/sealing.py`` (what a ciphertext is), then ``jobs/run.py``.
+"""
+
+from typing import Final
+
+__version__: Final = "0.1.0"

@@ -1,0 +1,112 @@
+"""Bytes to shapes and back: bounded bodies, strict decoding, and the OpenAPI text of both."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final, TypeVar
+
+import msgspec
+from fastapi import Request, Response
+
+from kms_core import wire
+from kms_core.errors import InvalidRequest, TooLarge
+
+T = TypeVar("T", bound=wire.Body)
+_UNKNOWN_FIELD: Final = re.compile(r"unknown field `(.{1,64})`")
+_decoders: Final[dict[type[wire.Body], msgspec.json.Decoder[Any]]] = {}
+
+
+async def read(request: Request, shape: type[T], limit_bytes: int) -> T:
+    """The body as ``shape``. The content type does not matter; a compressed body is refused.
+
+    Raises TooLarge above ``limit_bytes``, InvalidRequest saying where and why, never with a value.
+    """
+    return decode(await read_bytes(request, limit_bytes), shape)
+
+
+async def read_bytes(request: Request, limit_bytes: int) -> bytes:
+    """The raw body, refused as soon as it is seen to be above the limit."""
+    refuse_encoding(request)
+    if int(request.headers.get("content-length", 0)) > limit_bytes:
+        raise TooLarge(f"The body is above {limit_bytes} bytes: use the job API")
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit_bytes:
+            raise TooLarge(f"The body is above {limit_bytes} bytes: use the job API")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def refuse_encoding(request: Request) -> None:
+    """A compressed body would make size limits meaningless."""
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise InvalidRequest("Content-Encoding is not accepted: send the bytes as they are")
+
+
+def decode(body: bytes, shape: type[T]) -> T:
+    """Decode JSON strictly; an empty body means an object with no fields."""
+    decoder = _decoders.get(shape)
+    if decoder is None:
+        decoder = _decoders[shape] = msgspec.json.Decoder(shape)
+    try:
+        decoded: T = decoder.decode(body or b"{}")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise InvalidRequest(_why(exc, shape)) from None
+    return decoded
+
+
+def answer(shape: wire.Answer, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(wire.encode(shape), status, headers, media_type="application/json")
+
+
+def documented(
+    body: type[wire.Body] | None, answer: type[wire.Answer], example: object = None
+) -> dict[str, Any]:
+    """FastAPI's route arguments that put msgspec shapes on the OpenAPI page."""
+    extra: dict[str, Any] = {
+        "responses": {
+            "200": {"description": "Done", "content": {"application/json": {"schema": _ref(answer)}}},
+            "default": {
+                "description": "A problem",
+                "content": {"application/problem+json": {"schema": _ref(wire.Problem)}},
+            },
+        }
+    }
+    if body is not None:
+        content: dict[str, Any] = {"schema": _ref(body)}
+        if example is not None:
+            content["example"] = example
+        extra["requestBody"] = {"required": True, "content": {"application/json": content}}
+    return {"openapi_extra": extra, "response_model": None}
+
+
+def components() -> dict[str, Any]:
+    """The schemas that ``documented`` refers to."""
+    shapes = [
+        shape for shape in vars(wire).values() if isinstance(shape, type) and issubclass(shape, wire.Shape)
+    ]
+    _, found = msgspec.json.schema_components(shapes, ref_template="#/components/schemas/{name}")
+    return dict(found)
+
+
+def _ref(shape: type[wire.Shape]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{shape.__name__}"}
+
+
+def _why(exc: Exception, shape: type[wire.Body]) -> str:
+    """The decoder's text names places and types; an unknown field is answered with the known ones."""
+    text = str(exc)
+    if _UNKNOWN_FIELD.search(text):
+        known = ", ".join(shape.__struct_encode_fields__)
+        return f"Unknown field{_place(text)}: the fields of {shape.__name__} are {known}"
+    if "Invalid enum value" in text:
+        return f"Not one of the allowed values{_place(text)}"
+    if isinstance(exc, UnicodeDecodeError | RecursionError):
+        return "The body is not JSON"
+    return text
+
+
+def _place(text: str) -> str:
+    place = text.partition(" - at ")[2].replace("`", "")
+    return f" at {place}" if place else ""

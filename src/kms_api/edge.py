@@ -1,0 +1,88 @@
+"""The outermost ASGI layer: request ids, Host and Origin checks, HTTP metrics. Pure ASGI, no tasks."""
+
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Final
+from urllib.parse import urlsplit
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kms_api import problems
+from kms_core import audit, metrics
+
+LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_OWN_SITES: Final = frozenset({"same-origin", "none"})
+_log = structlog.get_logger("kms_api.access")
+
+
+class Edge:
+    """Wraps the application. ``hosts`` are the names it may be called by; ``*`` allows any."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self._app = app
+        self._hosts = frozenset(host.lower() for host in (*LOCAL_HOSTS, *hosts))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        asked = headers.get("x-request-id", "")
+        request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        audit.request_id.set(request_id)
+        started, status = time.perf_counter(), 500
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                sent = MutableHeaders(scope=message)
+                sent["X-Request-Id"] = request_id
+                sent.setdefault("Cache-Control", "no-store")
+                sent["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        metrics.INFLIGHT.inc()
+        try:
+            if self._refused(headers):
+                refusal = problems.problem(403, "forbidden", _WHY)
+                await refusal(scope, receive, answer)
+            else:
+                await self._app(scope, receive, answer)
+        finally:
+            metrics.INFLIGHT.dec()
+            self._count(scope, status, time.perf_counter() - started)
+
+    def _refused(self, headers: Headers) -> bool:
+        """A page in the operator's browser must not reach a service that trusts the loopback interface."""
+        if "*" in self._hosts:
+            return False
+        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        if host not in self._hosts or headers.get("sec-fetch-site", "none") not in _OWN_SITES:
+            return True
+        origin = headers.get("origin")
+        return origin is not None and urlsplit(origin).netloc != headers.get("host")
+
+    @staticmethod
+    def _count(scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unrouted")
+        metrics.HTTP_REQUESTS.labels(route, scope["method"], str(status)).inc()
+        metrics.HTTP_SECONDS.labels(route, scope["method"]).observe(seconds)
+        _log.debug(
+            "http.request",
+            method=scope["method"],
+            route=route,
+            status=status,
+            duration_us=round(seconds * 1e6),
+        )
+
+
+_WHY: Final = (
+    "This Host or Origin is not one that the service is configured for: "
+    "add the name to [kms.server] allowed_hosts, or call it as localhost"
+)

@@ -1,0 +1,107 @@
+"""Errors as RFC 9457 problems: the one place where an error meets an HTTP status."""
+
+import http
+from typing import Final
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from msgspec import UNSET
+from starlette.exceptions import HTTPException
+
+from kms_core import audit, errors, wire
+from kms_core.errors import KmsError
+
+MEDIA_TYPE: Final = "application/problem+json"
+STATUS: Final[dict[type[KmsError], int]] = {
+    errors.BadInput: 422,
+    errors.InvalidRequest: 422,
+    errors.InvalidContext: 422,
+    errors.ContextRequired: 422,
+    errors.NotACiphertext: 422,
+    errors.TooLarge: 413,
+    errors.DecryptFailed: 400,
+    errors.Unauthenticated: 401,
+    errors.Refused: 403,
+    errors.Forbidden: 403,
+    errors.PathRefused: 403,
+    errors.ForeignRefused: 403,
+    errors.Missing: 404,
+    errors.UnknownKey: 404,
+    errors.UnknownJob: 404,
+    errors.ResultExpired: 410,
+    errors.Conflict: 409,
+    errors.IdempotencyConflict: 409,
+    errors.JobNotFinished: 409,
+    errors.JobCommitting: 409,
+    errors.TargetExists: 409,
+    errors.DataKeysUnsupported: 501,
+    errors.Unavailable: 503,
+    errors.BackendUnavailable: 503,
+    errors.JobsUnavailable: 503,
+    errors.AuditUnavailable: 503,
+    errors.RateLimited: 429,
+    errors.SpoolFull: 507,
+    errors.JobCancelled: 409,
+    errors.JobExpired: 410,
+    errors.ConfigurationError: 500,
+}
+_ROUTING_CODES: Final = {404: "not_found", 405: "method_not_allowed"}
+_log = structlog.get_logger(__name__)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the application as a problem."""
+    app.add_exception_handler(KmsError, _known)
+    app.add_exception_handler(HTTPException, _routing)
+    app.add_exception_handler(Exception, _unknown)
+
+
+def status_of(error: KmsError) -> int:
+    """The status of an error; subclasses that a backend adds inherit their parent's."""
+    return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
+
+
+def problem(
+    status: int, code: str, detail: str, *, title: str = "", links: dict[str, str] | None = None
+) -> Response:
+    """A problem response. ``detail`` is ours, never a value that the caller sent."""
+    body = wire.Problem(
+        type=f"urn:kms-service:problem:{code}",
+        title=title or http.HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        code=code,
+        request_id=audit.request_id.get(),
+        links=links or UNSET,
+    )
+    return Response(wire.encode(body), status, media_type=MEDIA_TYPE)
+
+
+async def _known(request: Request, exc: Exception) -> Response:
+    error = exc if isinstance(exc, KmsError) else KmsError()
+    links = None
+    if isinstance(error, errors.TooLarge):
+        links = {"jobs": f"{wire.PREFIX}/jobs", "files": f"{wire.PREFIX}/files/encrypt"}
+    answer = problem(status_of(error), error.code, error.detail, title=error.summary, links=links)
+    if isinstance(error, errors.Unavailable):
+        answer.headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    if isinstance(error, errors.Unauthenticated):
+        answer.headers["WWW-Authenticate"] = "Bearer"
+    _log.debug("request.refused", code=error.code, path=request.scope.get("path"))
+    return answer
+
+
+async def _routing(request: Request, exc: Exception) -> Response:
+    del request
+    status = exc.status_code if isinstance(exc, HTTPException) else 500
+    detail = {404: "No such endpoint; see /docs", 405: "This endpoint has other methods; see /docs"}
+    answer = problem(status, _ROUTING_CODES.get(status, "invalid_request"), detail.get(status, "Refused"))
+    if isinstance(exc, HTTPException) and exc.headers:
+        answer.headers.update(exc.headers)
+    return answer
+
+
+async def _unknown(request: Request, exc: Exception) -> Response:
+    del request
+    _log.error("request.crashed", error=type(exc).__name__)
+    return problem(500, KmsError.code, KmsError.summary)

@@ -1,0 +1,135 @@
+"""Single calls on bytes: encrypt, decrypt, data keys, rewrap."""
+
+from typing import Final
+
+from fastapi import APIRouter, Request, Response
+from msgspec import UNSET
+
+from kms_api import bodies
+from kms_api.deps import Service, call, caller, service
+from kms_core import wire
+from kms_core.context import Context
+from kms_core.errors import InvalidRequest, TooLarge
+
+router: Final = APIRouter(tags=["secrets"])
+_EXAMPLE: Final = {"plaintext": "SGVsbG8sIFdvcmxkIQ==", "context": "env=prod,service=api"}
+
+
+@router.post("/encrypt", **bodies.documented(wire.EncryptIn, wire.EncryptOut, _EXAMPLE))
+async def encrypt(request: Request) -> Response:
+    """Seal up to 1 MiB. The answer is a complete age file, bound to the context."""
+    built = service(request)
+    body = await bodies.read(request, wire.EncryptIn, built.settings.kms.limits.json_body_bytes)
+    check_plaintext(built, body.plaintext)
+    context = Context.parse(body.context)
+    sealed = await call(
+        built, built.kms.encrypt, caller(request), body.plaintext, context, key_id=body.key_id
+    )
+    key = sealed.key
+    return bodies.answer(
+        wire.EncryptOut(
+            ciphertext=sealed.ciphertext, key_id=key.key_id, key_version=key.version, backend=key.backend
+        )
+    )
+
+
+@router.post(
+    "/decrypt",
+    **bodies.documented(
+        wire.DecryptIn,
+        wire.DecryptOut,
+        {"ciphertext": "YWdlLWVuY3J5cHRpb24…", "context": "env=prod,service=api"},
+    ),
+)
+async def decrypt(request: Request) -> Response:
+    """Open a ciphertext with the context it was sealed with; the file names its key."""
+    built = service(request)
+    body = await bodies.read(request, wire.DecryptIn, built.settings.kms.limits.json_body_bytes)
+    check_ciphertext(built, body.ciphertext)
+    context = Context.parse(body.context)
+    opened = await call(
+        built, built.kms.decrypt, caller(request), body.ciphertext, context, key_id=body.key_id
+    )
+    key = opened.key
+    return bodies.answer(
+        wire.DecryptOut(
+            plaintext=opened.plaintext,
+            key_id=key.key_id,
+            key_version=key.version,
+            backend=key.backend,
+            origin=opened.origin,
+        )
+    )
+
+
+@router.post(
+    "/generate-key", **bodies.documented(wire.GenerateKeyIn, wire.GenerateKeyOut, {"key_spec": "AES_256"})
+)
+async def generate_key(request: Request) -> Response:
+    """A data key: random bytes in clear and sealed, where the key's settings allow it."""
+    built = service(request)
+    body = await bodies.read(request, wire.GenerateKeyIn, built.settings.kms.limits.json_body_bytes)
+    spec, size = _data_key_size(body)
+    context = Context.parse(body.context)
+    made = await call(built, built.kms.generate_data_key, caller(request), size, context, key_id=body.key_id)
+    return bodies.answer(
+        wire.GenerateKeyOut(
+            plaintext=UNSET if body.without_plaintext else made.plaintext,
+            ciphertext=made.ciphertext,
+            key_spec=spec,
+            key_id=made.key.key_id,
+            key_version=made.key.version,
+            backend=made.key.backend,
+        )
+    )
+
+
+@router.post(
+    "/rewrap",
+    **bodies.documented(
+        wire.RewrapIn, wire.EncryptOut, {"ciphertext": "YWdlLWVuY3J5cHRpb24…", "key_id": "default"}
+    ),
+)
+async def rewrap(request: Request) -> Response:
+    """A new header around the same payload, for another key or context. It revokes nobody."""
+    built = service(request)
+    body = await bodies.read(request, wire.RewrapIn, built.settings.kms.limits.json_body_bytes)
+    check_ciphertext(built, body.ciphertext)
+    context = Context.parse(body.context)
+    new_context = None if body.new_context is None else Context.parse(body.new_context)
+    sealed = await call(
+        built,
+        built.kms.rewrap,
+        caller(request),
+        body.ciphertext,
+        context,
+        new_context=new_context,
+        key_id=body.key_id,
+    )
+    key = sealed.key
+    return bodies.answer(
+        wire.EncryptOut(
+            ciphertext=sealed.ciphertext, key_id=key.key_id, key_version=key.version, backend=key.backend
+        )
+    )
+
+
+def check_plaintext(built: Service, plaintext: bytes) -> None:
+    limit = built.settings.kms.limits.sync_plaintext_bytes
+    if len(plaintext) > limit:
+        raise TooLarge(f"The plaintext is above {limit} bytes: upload it to {wire.PREFIX}/files/encrypt")
+
+
+def check_ciphertext(built: Service, ciphertext: bytes) -> None:
+    limit = built.settings.kms.limits.sync_ciphertext_bytes
+    if len(ciphertext) > limit:
+        raise TooLarge(f"The ciphertext is above {limit} bytes: upload it to {wire.PREFIX}/files/decrypt")
+
+
+def _data_key_size(body: wire.GenerateKeyIn) -> tuple[str, int]:
+    if body.number_of_bytes is not None and body.key_spec is not None:
+        raise InvalidRequest("Give key_spec or number_of_bytes, not both")
+    if body.number_of_bytes is not None:
+        return f"BYTES_{body.number_of_bytes}", body.number_of_bytes
+    spec = body.key_spec or "AES_256"
+    return spec, wire.KEY_SPEC_BYTES[spec]

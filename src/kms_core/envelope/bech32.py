@@ -1,0 +1,75 @@
+"""Bech32 (BIP 173) without its 90-character limit, as age keys use it; knows nothing of keys."""
+
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+_CHARSET: Final = "qpzry9x8gf2tvdw0s3jn54khce6mua7l"
+_VALUES: Final = {char: value for value, char in enumerate(_CHARSET)}
+_GENERATOR: Final = (0x3B6A57B2, 0x26508E6D, 0x1EA119FA, 0x3D4233DD, 0x2A1462B3)
+_CHECKSUM_CHARS: Final = 6
+
+
+def encode(prefix: str, data: bytes) -> str:
+    """Encode ``data`` behind ``prefix``; an upper-case prefix gives an upper-case string."""
+    lower = prefix.lower()
+    values = list(_regroup(data, 8, 5, pad=True))
+    checksum = _polymod([*_expand(lower), *values, *[0] * _CHECKSUM_CHARS]) ^ 1
+    values += [(checksum >> 5 * (5 - place)) & 31 for place in range(_CHECKSUM_CHARS)]
+    text = lower + "1" + "".join(_CHARSET[value] for value in values)
+    return text.upper() if prefix.isupper() else text
+
+
+def decode(text: str) -> tuple[str, bytes]:
+    """Return the prefix (in the case given) and the data.
+
+    Raises ValueError on mixed case, a bad character, checksum or padding. The text of the error never
+    holds the input: it may be a private key.
+    """
+    if text not in (text.lower(), text.upper()):
+        raise ValueError("a key has mixed case")
+    lower = text.lower()
+    prefix, one, rest = lower.rpartition("1")
+    if (
+        not one
+        or not prefix
+        or len(rest) < _CHECKSUM_CHARS
+        or not prefix.isascii()
+        or not prefix.isprintable()
+    ):
+        raise ValueError("not a Bech32 key")
+    try:
+        values = [_VALUES[char] for char in rest]
+    except KeyError:
+        raise ValueError("a key holds a character that Bech32 does not use") from None
+    if _polymod([*_expand(prefix), *values]) != 1:
+        raise ValueError("a key's checksum is wrong: it was mistyped or cut")
+    data = bytes(_regroup(values[:-_CHECKSUM_CHARS], 5, 8, pad=False))
+    return text[: len(prefix)], data
+
+
+def _polymod(values: Iterable[int]) -> int:
+    checksum = 1
+    for value in values:
+        top = checksum >> 25
+        checksum = (checksum & 0x1FFFFFF) << 5 ^ value
+        for place, generator in enumerate(_GENERATOR):
+            checksum ^= generator if (top >> place) & 1 else 0
+    return checksum
+
+
+def _expand(prefix: str) -> list[int]:
+    return [ord(char) >> 5 for char in prefix] + [0] + [ord(char) & 31 for char in prefix]
+
+
+def _regroup(values: Iterable[int], width: int, new_width: int, *, pad: bool) -> Iterator[int]:
+    accumulator = bits = 0
+    for value in values:
+        accumulator = (accumulator << width | value) & 0xFFFF
+        bits += width
+        while bits >= new_width:
+            bits -= new_width
+            yield (accumulator >> bits) & ((1 << new_width) - 1)
+    if pad and bits:
+        yield (accumulator << (new_width - bits)) & ((1 << new_width) - 1)
+    elif not pad and (bits >= width or accumulator & ((1 << bits) - 1)):
+        raise ValueError("a key has bad padding")

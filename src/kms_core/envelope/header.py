@@ -1,0 +1,159 @@
+"""The textual header of an age v1 file: its strict grammar, in linear time, and its MAC; knows no recipient.
+
+Source: C2SP age specification, "Header". A header is the version line, one or more stanzas, and the MAC
+line. Everything up to and including ``---`` is authenticated as the bytes that were received.
+"""
+
+import binascii
+import hmac
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from kms_core.envelope.kdf import hkdf
+from kms_core.errors import DecryptFailed, NotACiphertext, TooLarge
+
+VERSION_LINE: Final = b"age-encryption.org/v1\n"
+FILE_KEY_BYTES: Final = 16
+MAC_BYTES: Final = 32
+NONCE_BYTES: Final = 16
+_FOOTER: Final = b"\n--- "
+_MAC_LINE_BYTES: Final = len("--- ") + 43 + 1
+_COLUMNS: Final = 64
+_ARGUMENTS: Final = re.compile(rb"-> [!-~]+(?: [!-~]+)*")
+_FIRST_READ_BYTES: Final = 4096 + NONCE_BYTES
+_FOOT_BYTES: Final = _MAC_LINE_BYTES + NONCE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a header may cost: its size in bytes, and its stanzas."""
+
+    header_bytes: int
+    stanzas: int
+
+
+SYNC_LIMITS: Final = Limits(header_bytes=32 * 1024, stanzas=64)
+FILE_LIMITS: Final = Limits(header_bytes=256 * 1024, stanzas=4096)
+
+
+@dataclass(frozen=True, slots=True)
+class Stanza:
+    """``-> type argument…`` and a body; ``args[0]`` is the type."""
+
+    args: tuple[str, ...]
+    body: bytes
+
+    @property
+    def type(self) -> str:
+        return self.args[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A parsed header and the 16-byte payload nonce behind it. ``signed`` is what the MAC covers."""
+
+    stanzas: tuple[Stanza, ...]
+    signed: bytes
+    mac: bytes
+    size: int
+    nonce: bytes
+
+    @property
+    def payload_offset(self) -> int:
+        """Where the first chunk begins."""
+        return self.size + NONCE_BYTES
+
+    def check_mac(self, file_key: bytes) -> None:
+        """Raise DecryptFailed unless the MAC over the received bytes fits the file key."""
+        if not hmac.compare_digest(self.mac, _mac(file_key, self.signed)):
+            raise DecryptFailed
+
+
+def parse(data: bytes | memoryview, limits: Limits) -> Header:
+    """Parse the header that ``data`` begins with and the nonce behind it; the payload is not looked at.
+
+    Raises NotACiphertext without the version line, TooLarge above ``limits``, and DecryptFailed on any
+    other departure from the grammar, a missing end or nonce included.
+    """
+    text = bytes(data[: limits.header_bytes + NONCE_BYTES])
+    if not text.startswith(VERSION_LINE):
+        raise NotACiphertext
+    end = text.find(_FOOTER)
+    size = end + 1 + _MAC_LINE_BYTES
+    if (end == -1 and len(text) > limits.header_bytes) or size > limits.header_bytes:
+        raise TooLarge(f"The header is above {limits.header_bytes} bytes")
+    nonce = text[size : size + NONCE_BYTES]
+    if end < len(VERSION_LINE) or len(nonce) != NONCE_BYTES or text[size - 1 : size] != b"\n":
+        raise DecryptFailed
+    if text.count(b"\n-> ", 0, end) > limits.stanzas:
+        raise TooLarge(f"The header has more than {limits.stanzas} stanzas")
+    mac = b64decode(text[end + len(_FOOTER) : size - 1])
+    if len(mac) != MAC_BYTES:
+        raise DecryptFailed
+    lines = text[len(VERSION_LINE) : end].split(b"\n")
+    return Header(_stanzas(lines), text[: end + len(_FOOTER) - 1], mac, size, nonce)
+
+
+def read(fd: int, limits: Limits, offset: int = 0) -> Header:
+    """Parse the header of an open file, reading no more than it may have (errors as ``parse``)."""
+    start = os.pread(fd, _FIRST_READ_BYTES, offset)
+    if len(start) == _FIRST_READ_BYTES and start.rfind(_FOOTER) not in range(len(start) - _FOOT_BYTES):
+        start = os.pread(fd, limits.header_bytes + NONCE_BYTES, offset)
+    return parse(start, limits)
+
+
+def render(stanzas: Iterable[Stanza], file_key: bytes) -> bytes:
+    """The bytes of a header with these stanzas, MAC line included."""
+    signed = VERSION_LINE + b"".join(map(render_stanza, stanzas)) + b"---"
+    return signed + b" " + b64encode(_mac(file_key, signed)) + b"\n"
+
+
+def render_stanza(stanza: Stanza) -> bytes:
+    body = b64encode(stanza.body)
+    if len(body) < _COLUMNS:
+        return f"-> {' '.join(stanza.args)}\n".encode("ascii") + body + b"\n"
+    rows = [body[start : start + _COLUMNS] for start in range(0, len(body) + 1, _COLUMNS)]
+    return f"-> {' '.join(stanza.args)}\n".encode("ascii") + b"\n".join(rows) + b"\n"
+
+
+def b64encode(data: bytes) -> bytes:
+    """Standard base64 without padding, as everywhere in an age header."""
+    return binascii.b2a_base64(data, newline=False).rstrip(b"=")
+
+
+def b64decode(text: bytes) -> bytes:
+    """Decode canonical unpadded base64; DecryptFailed on anything else, spare bits included."""
+    try:
+        data = binascii.a2b_base64(text + b"=" * (-len(text) % 4), strict_mode=True)
+    except binascii.Error as exc:
+        raise DecryptFailed from exc
+    if b64encode(data) != text:
+        raise DecryptFailed
+    return data
+
+
+def _mac(file_key: bytes, signed: bytes) -> bytes:
+    return hmac.digest(hkdf(file_key, salt=b"", info=b"header"), signed, "sha256")
+
+
+def _stanzas(lines: list[bytes]) -> tuple[Stanza, ...]:
+    stanzas: list[Stanza] = []
+    position = 0
+    while position < len(lines):
+        if not _ARGUMENTS.fullmatch(lines[position]):
+            raise DecryptFailed
+        start = position + 1
+        end = start
+        while end < len(lines) and len(lines[end]) == _COLUMNS:
+            end += 1
+        if end == len(lines) or len(lines[end]) > _COLUMNS:  # a body ends with a line below 64 columns
+            raise DecryptFailed
+        arguments = tuple(lines[position][3:].decode("ascii").split(" "))
+        stanzas.append(Stanza(arguments, b64decode(b"".join(lines[start : end + 1]))))
+        position = end + 1
+    if not stanzas:
+        raise DecryptFailed
+    return tuple(stanzas)

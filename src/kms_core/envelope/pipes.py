@@ -1,0 +1,204 @@
+"""Payloads that pass by once: pipes, sockets and pushed pieces; knows no header, and no offset to return to.
+
+Opening releases chunks in order and only genuine ones, exactly those that a reader of single chunks
+would have released before it met the fault.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Final, NoReturn, Protocol
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.utils import Buffer
+
+from kms_core.envelope.slabs import SLAB_CHUNKS, STEADY, Pace, Slab
+from kms_core.envelope.stream import CHUNK, SEALED_CHUNK, TAG, cut, nonce, nonces, open_into, plaintext_size
+from kms_core.errors import DecryptFailed
+
+_BUFFERS: Final = 2
+
+
+class Readable(Protocol):
+    """A blocking binary stream; 0 means its end."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        """Read some bytes into ``buffer``."""
+
+
+class Writable(Protocol):
+    """A blocking binary stream, which must not keep the view that it is given."""
+
+    def write(self, data: memoryview, /) -> int | None:
+        """Write some of ``data``."""
+
+
+class SlabSealer:
+    """Seals a payload pushed in pieces of any size; a slab waits until it is known not to be the last."""
+
+    def __init__(self, key: bytes, slab_chunks: int = SLAB_CHUNKS) -> None:
+        self._key = key
+        self._chunks = slab_chunks
+        self._full = slab_chunks * CHUNK
+        self._slab = Slab(key, slab_chunks)
+        self._places = self._slab.plain(self._full)
+        self._held = 0
+        self._first = 0
+        self._finished = False
+        self.size = 0
+
+    def feed(self, data: Buffer) -> list[memoryview]:
+        """Take plaintext; the sealed slabs that are now ready, in order. The views stay valid."""
+        self._refuse_if_finished()
+        ready = []
+        rest = memoryview(data)
+        self.size += len(rest)
+        while rest:
+            if self._held == self._full:
+                ready.append(self._slab.seal(self._first, self._full, last=False))
+                self._next_slab()
+            rest = rest[self._take(rest) :]
+        return ready
+
+    def finish(self) -> bytes:
+        """The last slab, which ends the payload; at least 16 bytes. Nothing can be fed after it."""
+        self._refuse_if_finished()
+        self._finished = True
+        return bytes(self._slab.seal(self._first, self._held, last=True))
+
+    def _take(self, data: memoryview) -> int:
+        chunk, start = divmod(self._held, CHUNK)
+        taken = min(CHUNK - start, len(data))
+        self._places[chunk][start : start + taken] = data[:taken]
+        self._held += taken
+        return taken
+
+    def _next_slab(self) -> None:
+        self._slab = Slab(self._key, self._chunks)
+        self._places = self._slab.plain(self._full)
+        self._held = 0
+        self._first += self._chunks
+
+    def _refuse_if_finished(self) -> None:
+        if self._finished:
+            raise ValueError("the payload is finished: sealing more under its key would reuse a nonce")
+
+
+def seal_pipe(key: bytes, reader: Readable, writer: Writable, pace: Pace = STEADY) -> int:
+    """Seal what ``reader`` gives until its end; the plaintext's size. ``pace.threads`` has no say here."""
+    pair = [Slab(key, pace.slab_chunks) for _ in range(_BUFFERS)]
+    full = pace.slab_chunks * CHUNK
+    turns = _in_turn(reader, [slab.plain(full) for slab in pair])
+    total = 0
+    for turn, (size, last) in enumerate(turns):
+        pace.before()
+        _write_all(writer, pair[turn % _BUFFERS].seal(turn * pace.slab_chunks, size, last=last))
+        total += size
+        pace.after(size)
+    return total
+
+
+def open_pipe(key: bytes, reader: Readable, writer: Writable, pace: Pace = STEADY) -> int:
+    """Open the chunks that ``reader`` gives until its end; the plaintext's size.
+
+    Raises DecryptFailed once the chunks before the fault are written: what was released is genuine but
+    not whole, and the consumer must be told.
+    """
+    aead = ChaCha20Poly1305(key)
+    pair = [memoryview(bytearray(pace.slab_chunks * SEALED_CHUNK)) for _ in range(_BUFFERS)]
+    plain = memoryview(bytearray(pace.slab_chunks * CHUNK))
+    done = 0
+    for turn, (size, last) in enumerate(_in_turn(reader, [[buffer] for buffer in pair])):
+        pace.before()
+        run = _Run(aead, turn * pace.slab_chunks, cut(pair[turn % _BUFFERS][:size], SEALED_CHUNK), last=last)
+        opened = run.open_into(plain, writer)
+        _write_all(writer, opened)
+        done += len(opened)
+        pace.after(len(opened))
+    return done
+
+
+class _Run:
+    """Consecutive chunks of a payload that passes by."""
+
+    def __init__(
+        self, aead: ChaCha20Poly1305, first: int, chunks: Sequence[memoryview], *, last: bool
+    ) -> None:
+        self._aead = aead
+        self._first = first
+        self._chunks = chunks
+        self._last = last
+
+    def open_into(self, plain: memoryview, writer: Writable) -> memoryview:
+        """The plaintext; or release the chunks before the fault and raise DecryptFailed."""
+        size = sum(map(len, self._chunks))
+        try:
+            if self._last:
+                plaintext_size(self._first * SEALED_CHUNK + size)
+            opened = plain[: size - TAG * len(self._chunks)]
+            run = nonces(self._first, len(self._chunks), last=self._last)
+            open_into(self._aead, run, self._chunks, cut(opened, CHUNK) or [opened])
+        except DecryptFailed:
+            self._release_genuine(writer)
+        return opened
+
+    def _release_genuine(self, writer: Writable) -> NoReturn:
+        """Release what stands before the fault.
+
+        A whole chunk whose mark is the wrong one is genuine, and the fault lies behind it: data follows
+        a last chunk, or the file ends after another.
+        """
+        end = self._first + len(self._chunks) - 1
+        for index, chunk in enumerate(self._chunks, self._first):
+            last = self._last and index == end
+            opened = self._try(index, chunk, last=last)
+            fault = not opened
+            if fault and len(chunk) == SEALED_CHUNK:
+                opened = self._try(index, chunk, last=not last)
+            _write_all(writer, memoryview(opened))
+            if fault:
+                break
+        raise DecryptFailed
+
+    def _try(self, index: int, chunk: memoryview, *, last: bool) -> bytes:
+        try:
+            return self._aead.decrypt(nonce(index, last=last), chunk, None)
+        except InvalidTag:
+            return b""
+
+
+def _in_turn(reader: Readable, buffers: Sequence[Sequence[memoryview]]) -> Iterator[tuple[int, bool]]:
+    """Fill the buffers in turn; each is yielded, once that is known, as its size and whether it is the last."""
+    full = sum(map(len, buffers[0]))
+    size = _fill(reader, buffers[0])
+    for turn in count(1):
+        more = _fill(reader, buffers[turn % _BUFFERS]) if size == full else 0
+        yield size, not more
+        if not more:
+            return
+        size = more
+
+
+def _fill(reader: Readable, views: Sequence[memoryview]) -> int:
+    filled = 0
+    for view in views:
+        at = 0
+        while at < len(view):
+            got = _blocking(reader.readinto(view[at:]))
+            if not got:
+                return filled + at
+            at += got
+        filled += at
+    return filled
+
+
+def _write_all(writer: Writable, data: memoryview) -> None:
+    while data:
+        data = data[_blocking(writer.write(data)) :]
+
+
+def _blocking(transferred: int | None) -> int:
+    """What was read or written; a stream that has nothing *yet* must not pass for one that has ended."""
+    if transferred is None:
+        raise BlockingIOError("the stream is not in blocking mode")
+    return transferred

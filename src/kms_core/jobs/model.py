@@ -1,0 +1,96 @@
+"""What a job is: the part that was accepted and never changes, and the part that moves. Knows no Redis."""
+
+import msgspec
+
+from kms_core.context import Context
+from kms_core.errors import KmsError
+from kms_core.policy import Principal
+from kms_core.wire import ENDED, JobKind, JobState
+
+
+class LeaseLost(KmsError):
+    """Another attempt holds this job now: stop, and leave no effect."""
+
+    code = "lease_lost"
+    summary = "Another worker holds this job"
+
+
+class Accepted(msgspec.Struct, frozen=True, kw_only=True):
+    """What the service promised to do. Rests in Redis sealed as one blob; workers act on this alone.
+
+    ``source`` is ``upload``, ``items`` (both in the spool) or a ``file://`` URL; ``target`` is empty or a
+    ``file://`` URL. Times are seconds since the epoch.
+    """
+
+    job_id: str
+    tenant: str
+    principal: str
+    credential: str
+    kind: JobKind
+    source: str
+    target: str = ""
+    overwrite: bool = False
+    key_id: str | None = None
+    context: tuple[tuple[str, str], ...] = ()
+    new_context: tuple[tuple[str, str], ...] | None = None
+    items: int = 0
+    size_bytes: int = 0
+    request_id: str = ""
+    digest: bytes = b""
+    created_at: float
+    expires_at: float
+
+    def __repr__(self) -> str:
+        return f"Accepted({self.job_id}, {self.kind})"
+
+    def __rich_repr__(self) -> list[tuple[str, object]]:
+        return [("job_id", self.job_id)]
+
+    @property
+    def who(self) -> Principal:
+        return Principal(self.principal, self.tenant, self.credential)
+
+    @property
+    def bound_context(self) -> Context:
+        return Context(self.context)
+
+    @property
+    def new_bound_context(self) -> Context | None:
+        return None if self.new_context is None else Context(self.new_context)
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What moves: one reading of the plain fields. Nothing in it says what to do, or for whom."""
+
+    job_id: str
+    tenant: str
+    kind: JobKind
+    state: JobState
+    attempt: int = 0
+    fence: int = 0
+    items: int = 0
+    items_done: int = 0
+    items_failed: int = 0
+    bytes: int = 0
+    bytes_done: int = 0
+    created_at: float = 0.0
+    expires_at: float = 0.0
+    not_before: float = 0.0
+    cancel: int = 0
+    error: str = ""
+    result: str = ""
+    purged: int = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+
+class Commit(msgspec.Struct, frozen=True, kw_only=True):
+    """A target about to appear: enough for any worker to finish it after a crash."""
+
+    url: str
+    temporary: str
+    inode: int
+    size_bytes: int
+    overwrite: bool

@@ -1,0 +1,60 @@
+"""Seals the accepted part of a job record: whoever can write to Redis cannot change what a job does."""
+
+import hmac
+import os
+from typing import Final
+
+import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from kms_core.envelope.kdf import KEY_BYTES, hkdf
+from kms_core.errors import UnknownJob
+from kms_core.jobs.model import Accepted
+
+_VERSION: Final = b"\x01"
+_SALT_BYTES: Final = 32
+_ZERO_NONCE: Final = bytes(12)
+_RECORD_INFO: Final = b"kms-service/job-record/1"
+_DIGEST_INFO: Final = b"kms-service/job-digest/1"
+
+
+class RecordKey:
+    """AEAD under keys that Redis never holds: one fresh key per record, derived by a random 32-byte salt."""
+
+    def __init__(self, secrets: tuple[bytes, ...]) -> None:
+        """``secrets`` are 32 bytes each, newest last: the newest seals, all open."""
+        self._secrets = secrets
+        self._digest_key = hkdf(secrets[0], salt=b"", info=_DIGEST_INFO)
+
+    def seal(self, accepted: Accepted) -> bytes:
+        salt = os.urandom(_SALT_BYTES)
+        cipher = ChaCha20Poly1305(hkdf(self._secrets[-1], salt=salt, info=_RECORD_INFO))
+        sealed = cipher.encrypt(_ZERO_NONCE, msgspec.msgpack.encode(accepted), accepted.job_id.encode())
+        return _VERSION + salt + sealed
+
+    def open(self, job_id: str, sealed: bytes) -> Accepted:
+        """The record. UnknownJob if it was not sealed here for this job id."""
+        salt, body = sealed[1 : 1 + _SALT_BYTES], sealed[1 + _SALT_BYTES :]
+        for secret in reversed(self._secrets):
+            cipher = ChaCha20Poly1305(hkdf(secret, salt=salt, info=_RECORD_INFO))
+            try:
+                plain = cipher.decrypt(_ZERO_NONCE, body, job_id.encode())
+            except (InvalidTag, ValueError):
+                continue
+            return msgspec.msgpack.decode(plain, type=Accepted)
+        raise UnknownJob("The record of this job was not written by this service")
+
+    def digest(self, *parts: bytes) -> bytes:
+        """A keyed digest of 32 bytes: a plain one of a short secret could be guessed."""
+        return self.hasher(*parts).digest()
+
+    def hasher(self, *parts: bytes) -> "hmac.HMAC":
+        """The same, for a body that arrives in pieces."""
+        hasher = hmac.new(self._digest_key, digestmod="sha256")
+        for part in parts:
+            hasher.update(len(part).to_bytes(8, "big") + part)
+        return hasher
+
+
+SECRET_BYTES: Final = KEY_BYTES

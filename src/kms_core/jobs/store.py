@@ -1,0 +1,323 @@
+"""The job store: records in Redis, moved by compare-and-set scripts; knows no queue, disk or key backend."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final, cast
+
+import msgspec
+import redis
+
+from kms_core import metrics
+from kms_core.errors import (
+    IdempotencyConflict,
+    JobCancelled,
+    JobCommitting,
+    JobsUnavailable,
+    UnknownJob,
+)
+from kms_core.jobs import scripts
+from kms_core.jobs.model import Accepted, Commit, Job, LeaseLost
+from kms_core.jobs.records import RecordKey
+
+QUEUE: Final = "kms.jobs"
+Nudge = Callable[[str, str], None]
+Fields = Mapping[str, str | int | float | bytes]
+_PREFIX: Final = "kms:"
+_WORKER_SEEN_S: Final = 15.0
+_TIMEOUT_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Seconds and counts of the job layer, from settings."""
+
+    lease_s: float = 30.0
+    attempts: int = 5
+    keep_record_s: float = 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One attempt at a job: the accepted part, unsealed, and the fence that makes its effects count."""
+
+    accepted: Accepted
+    fence: int
+    attempt: int
+    waited_s: float
+    commit: Commit | None = field(default=None)
+
+
+def connect(url: str) -> redis.Redis:
+    """A client that gives up in seconds, so that a lost Redis is noticed and told."""
+    return redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, health_check_interval=25)
+
+
+class JobStore:
+    """Submit, claim, renew, commit, finish: one script each, all safe to repeat."""
+
+    def __init__(self, client: redis.Redis, record_key: RecordKey, nudge: Nudge, rules: Rules) -> None:
+        self.redis = client
+        self.rules = rules
+        self._record_key = record_key
+        self._nudge = nudge
+        self._run: dict[str, Callable[..., list[bytes]]] = {
+            name: client.register_script(getattr(scripts, name))
+            for name in ("SUBMIT", "CLAIM", "RENEW", "COMMITTING", "FINISH", "DEFER", "CANCEL", "REAP")
+        }
+
+    # -- the submitter's side -------------------------------------------------------------------------
+
+    def submit(self, accepted: Accepted, *, idempotency: str = "") -> Job:
+        """Store the job, then nudge a worker. With a key that was used before: that job, or a conflict.
+
+        Raises IdempotencyConflict, JobsUnavailable. Once this returns, the job survives any process.
+        """
+        fields: Fields = {
+            "sealed": self._record_key.seal(accepted),
+            "tenant": accepted.tenant,
+            "kind": accepted.kind,
+            "items": accepted.items,
+            "bytes": accepted.size_bytes,
+            "created_at": accepted.created_at,
+            "expires_at": accepted.expires_at,
+        }
+        known = f"{_PREFIX}idem:{self._record_key.digest(idempotency.encode()).hex()}" if idempotency else ""
+        value = f"{accepted.job_id} {accepted.digest.hex()}"
+        flat = [part for pair in fields.items() for part in pair]
+        with _redis_errors():
+            word, *rest = self._run["SUBMIT"](
+                [_job(accepted.job_id), f"{_PREFIX}open", f"{_PREFIX}tenant:{accepted.tenant}", known],
+                [accepted.job_id, value, accepted.expires_at, accepted.created_at, *flat],
+            )
+        if word == b"exists":
+            before, _, digest = rest[0].decode().partition(" ")
+            if digest != accepted.digest.hex():
+                raise IdempotencyConflict
+            return self.get(before, accepted.tenant)
+        metrics.JOBS.labels(accepted.kind, "queued").inc()
+        self.nudge(accepted.job_id)
+        return self.get(accepted.job_id, accepted.tenant)
+
+    def nudge(self, job_id: str) -> None:
+        """Tell a worker. Losing this costs seconds: the reaper nudges again."""
+        try:
+            self._nudge(job_id, QUEUE)
+        except JobsUnavailable:
+            metrics.JOB_RESUMES.labels("nudge_failed").inc()
+
+    def get(self, job_id: str, tenant: str) -> Job:
+        """One job of this tenant; UnknownJob for another's too."""
+        with _redis_errors():
+            raw = cast("dict[bytes, bytes]", self.redis.hgetall(_job(job_id)))
+        if not raw or raw[b"tenant"].decode() != tenant:
+            raise UnknownJob
+        return _reading(job_id, raw)
+
+    def accepted(self, job_id: str) -> Accepted:
+        """The sealed part of a job, opened. UnknownJob if it is not there or was not sealed by us."""
+        with _redis_errors():
+            sealed = cast("bytes | None", self.redis.hget(_job(job_id), "sealed"))
+        if sealed is None:
+            raise UnknownJob
+        return self._record_key.open(job_id, sealed)
+
+    def page(
+        self, tenant: str, *, state: str | None, limit: int, before: str | None
+    ) -> tuple[list[Job], str | None]:
+        """Newest first. The cursor is the rank behind the last one seen."""
+        start = int(before) if before else 0
+        found: list[Job] = []
+        with _redis_errors():
+            while len(found) < limit:
+                ids = cast(
+                    "list[bytes]", self.redis.zrevrange(f"{_PREFIX}tenant:{tenant}", start, start + limit - 1)
+                )
+                for raw_id in ids:
+                    start += 1
+                    job = self._listed(raw_id.decode(), tenant)
+                    if job and state in {None, job.state}:
+                        found.append(job)
+                    if len(found) == limit:
+                        break
+                if len(ids) < limit and len(found) < limit:
+                    return found, None
+        return found, str(start)
+
+    def _listed(self, job_id: str, tenant: str) -> Job | None:
+        try:
+            return self.get(job_id, tenant)
+        except UnknownJob:  # its record has expired
+            self.redis.zrem(f"{_PREFIX}tenant:{tenant}", job_id)
+            return None
+
+    def cancel(self, job_id: str, tenant: str) -> Job:
+        """Ends a queued job now, a running one at its next item or slab. Raises JobCommitting, UnknownJob."""
+        self.get(job_id, tenant)
+        with _redis_errors():
+            word = self._run["CANCEL"](_keys(job_id), [job_id, self.rules.keep_record_s])[0]
+        if word == b"committing":
+            raise JobCommitting
+        job = self.get(job_id, tenant)
+        if word == b"cancelled":
+            metrics.JOBS.labels(job.kind, "cancelled").inc()
+        return job
+
+    # -- the worker's side ----------------------------------------------------------------------------
+
+    def claim(self, job_id: str, worker: str) -> Claim | None:
+        """Take the job, raising its fence; None if it ended, is leased to a live worker, or is not due."""
+        rules = self.rules
+        with _redis_errors():
+            word, *rest = self._run["CLAIM"](
+                _keys(job_id), [job_id, worker, rules.lease_s, rules.attempts, rules.keep_record_s]
+            )
+            self.redis.set(f"{_PREFIX}last_claim", time.time())
+        if word == b"closed":
+            metrics.JOBS.labels("any", rest[0].decode()).inc()
+        if word != b"claimed":
+            return None
+        fence, attempt, sealed, commit, waited = rest
+        return Claim(
+            accepted=self._record_key.open(job_id, sealed),
+            fence=int(fence),
+            attempt=int(attempt),
+            waited_s=float(waited),
+            commit=msgspec.json.decode(commit, type=Commit) if commit else None,
+        )
+
+    def renew(self, claim: Claim, progress: Fields) -> None:
+        """Extend the lease and tell progress. Raises LeaseLost when fenced off, JobCancelled if asked to."""
+        flat = [part for pair in progress.items() for part in pair] or ["worker_seen", 1]
+        with _redis_errors():
+            word = self._run["RENEW"](
+                _keys(claim.accepted.job_id)[:2],
+                [claim.accepted.job_id, claim.fence, self.rules.lease_s, *flat],
+            )[0]
+        _raise_for(word)
+
+    def committing(self, claim: Claim, commit: Commit) -> None:
+        """From here on any worker may finish the commit, and nobody may cancel."""
+        with _redis_errors():
+            word = self._run["COMMITTING"](
+                [_job(claim.accepted.job_id)], [claim.fence, msgspec.json.encode(commit)]
+            )[0]
+        _raise_for(word)
+
+    def finish(self, claim: Claim, state: str, code: str = "", fields: Fields | None = None) -> None:
+        """End the job. Only the holder of the newest fence can; raises LeaseLost otherwise."""
+        flat = [part for pair in (fields or {}).items() for part in pair]
+        job_id = claim.accepted.job_id
+        with _redis_errors():
+            word = self._run["FINISH"](
+                _keys(job_id), [job_id, claim.fence, state, code, self.rules.keep_record_s, *flat]
+            )[0]
+        _raise_for(word)
+        metrics.JOBS.labels(claim.accepted.kind, state).inc()
+
+    def defer(self, claim: Claim, delay_s: float, *, counts: bool) -> None:
+        """Back to the queue, not before ``delay_s`` seconds; ``counts`` says whether the attempt counts."""
+        job_id = claim.accepted.job_id
+        with _redis_errors():
+            word = self._run["DEFER"](_keys(job_id)[:2], [job_id, claim.fence, delay_s, int(not counts)])[0]
+        _raise_for(word)
+
+    # -- looking after ---------------------------------------------------------------------------------
+
+    def due(self, limit: int = 1000) -> list[str]:
+        """Open jobs that should be looked at: leases run out, delays over, messages perhaps lost."""
+        with _redis_errors():
+            seconds, micro = self.redis.time()
+            ids = cast(
+                "list[bytes]",
+                self.redis.zrangebyscore(f"{_PREFIX}open", 0, seconds + micro / 1e6, start=0, num=limit),
+            )
+        return [raw.decode() for raw in ids]
+
+    def reap(self, job_id: str, next_look_s: float) -> str:
+        """Requeue a job whose lease ran out; the answer is the state found, or ``requeued``."""
+        with _redis_errors():
+            word = self._run["REAP"](_keys(job_id)[:2], [job_id, next_look_s])[0]
+        return word.decode()
+
+    def expired(self, limit: int = 1000) -> list[str]:
+        """Ended jobs whose results are to be deleted."""
+        with _redis_errors():
+            ids = cast(
+                "list[bytes]", self.redis.zrangebyscore(f"{_PREFIX}ended", 0, time.time(), start=0, num=limit)
+            )
+        return [raw.decode() for raw in ids]
+
+    def purged(self, job_id: str) -> None:
+        """Note that the result is gone; the record itself expires later."""
+        with _redis_errors():
+            if self.redis.exists(_job(job_id)):
+                self.redis.hset(_job(job_id), "purged", 1)
+            self.redis.zrem(f"{_PREFIX}ended", job_id)
+
+    def exists(self, job_id: str) -> bool:
+        with _redis_errors():
+            return bool(self.redis.exists(_job(job_id)))
+
+    def lock(self, name: str, owner: str, seconds: float) -> bool:
+        """A short lock for one caretaker at a time; its holder renews it by calling again."""
+        with _redis_errors():
+            key = f"{_PREFIX}lock:{name}"
+            if self.redis.set(key, owner, nx=True, px=int(seconds * 1000)):
+                return True
+            if self.redis.get(key) == owner.encode():
+                self.redis.pexpire(key, int(seconds * 1000))
+                return True
+        return False
+
+    def worker_seen(self, worker: str) -> None:
+        with _redis_errors():
+            self.redis.zadd(f"{_PREFIX}workers", {worker: time.time()})
+            self.redis.zremrangebyscore(f"{_PREFIX}workers", 0, time.time() - 10 * _WORKER_SEEN_S)
+
+    def workers(self) -> int:
+        with _redis_errors():
+            return int(self.redis.zcount(f"{_PREFIX}workers", time.time() - _WORKER_SEEN_S, "+inf"))
+
+    def open_counts(self, limit: int = 10_000) -> dict[str, int]:
+        """Open jobs by state (over at most ``limit`` of them)."""
+        counts = {"queued": 0, "running": 0, "committing": 0}
+        with _redis_errors():
+            ids = cast("list[bytes]", self.redis.zrange(f"{_PREFIX}open", 0, limit - 1))
+            pipeline = self.redis.pipeline(transaction=False)
+            for raw in ids:
+                pipeline.hget(_job(raw.decode()), "state")
+            for state in pipeline.execute():
+                if state and state.decode() in counts:
+                    counts[state.decode()] += 1
+        return counts
+
+
+def _job(job_id: str) -> str:
+    return f"{_PREFIX}job:{job_id}"
+
+
+def _keys(job_id: str) -> list[str]:
+    return [_job(job_id), f"{_PREFIX}open", f"{_PREFIX}ended"]
+
+
+def _reading(job_id: str, raw: Mapping[bytes, bytes]) -> Job:
+    names = {name.encode(): name for name in Job.__struct_fields__}
+    known = {names[name]: value.decode() for name, value in raw.items() if name in names}
+    return msgspec.convert({**known, "job_id": job_id}, Job, strict=False)
+
+
+def _raise_for(word: bytes) -> None:
+    if word == b"lost":
+        raise LeaseLost
+    if word == b"cancel":
+        raise JobCancelled
+
+
+@contextmanager
+def _redis_errors() -> Iterator[None]:
+    try:
+        yield
+    except redis.RedisError as exc:
+        raise JobsUnavailable from exc

@@ -1,0 +1,327 @@
+"""Kms: the one interface to keys. Policy, audit, metrics and key choice happen here, once, for every front.
+
+Knows no HTTP, no queue and no file system; backends do the wrapping, the envelope does the format.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Final, Literal
+
+from kms_core import audit, metrics
+from kms_core.audit import Audit, Record
+from kms_core.backends import Health
+from kms_core.context import Context
+from kms_core.envelope import binding, header, sealing, stream
+from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.header import Header, Limits
+from kms_core.errors import (
+    ContextRequired,
+    DataKeysUnsupported,
+    DecryptFailed,
+    ForeignRefused,
+    InvalidContext,
+    InvalidRequest,
+    KmsError,
+)
+from kms_core.keyring import Key, Keyring
+from kms_core.policy import Policy, Principal
+
+NOT_AFTER: Final = "not_after"
+Origin = Literal["service", "foreign"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A ciphertext and the key that seals it."""
+
+    ciphertext: bytes = field(repr=False)
+    key: KeyRef
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A plaintext, the key that opened it, and whether this service made the file."""
+
+    plaintext: bytes = field(repr=False)
+    key: KeyRef
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class DataKey:
+    """Random bytes and the same bytes sealed."""
+
+    plaintext: bytes = field(repr=False)
+    ciphertext: bytes = field(repr=False)
+    key: KeyRef
+
+
+@dataclass(frozen=True, slots=True)
+class Unwrapped:
+    """The secrets of one file, for the job layer, which moves payloads that do not fit in memory."""
+
+    file_key: bytes = field(repr=False)
+    nonce: bytes = field(repr=False)
+    key: KeyRef
+    origin: Origin
+
+    @property
+    def payload_key(self) -> bytes:
+        return stream.payload_key(self.file_key, self.nonce)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What settings decide about single calls."""
+
+    require_context: bool = False
+    limits: Limits = header.SYNC_LIMITS
+
+
+class Kms:
+    """encrypt, decrypt, rewrap, data keys and health over whatever backends the keyring holds."""
+
+    def __init__(self, keyring: Keyring, policy: Policy, trail: Audit, rules: Rules) -> None:
+        self.keyring = keyring
+        self._policy = policy
+        self._audit = trail
+        self._rules = rules
+
+    def encrypt(
+        self, who: Principal, plaintext: bytes, context: Context, *, key_id: str | None = None
+    ) -> Sealed:
+        """Seal bytes in memory. Raises ContextRequired, UnknownKey, Forbidden, BackendUnavailable."""
+        with self._recorded("encrypt", who, context, key_id, bytes_in=len(plaintext)) as call:
+            key, ref = self._for_sealing(call)
+            ciphertext = sealing.seal(plaintext, key.backend, ref, context)
+            call.record.bytes_out = len(ciphertext)
+            return Sealed(ciphertext, ref)
+
+    def decrypt(
+        self, who: Principal, ciphertext: bytes, context: Context, *, key_id: str | None = None
+    ) -> Opened:
+        """Open bytes in memory. Raises NotACiphertext, UnknownKey, Refused, DecryptFailed."""
+        with self._recorded("decrypt", who, context, key_id, bytes_in=len(ciphertext)) as call:
+            head = header.parse(ciphertext, self._rules.limits)
+            found = self._unwrap(call, head)
+            plaintext = sealing.open_(ciphertext, head, found.file_key)
+            call.record.bytes_out = len(plaintext)
+            return Opened(plaintext, found.key, found.origin)
+
+    def generate_data_key(
+        self, who: Principal, size_bytes: int, context: Context, *, key_id: str | None = None
+    ) -> DataKey:
+        """Random bytes, in clear and sealed. Raises DataKeysUnsupported where settings refuse them."""
+        with self._recorded("generate_data_key", who, context, key_id) as call:
+            key, ref = self._for_sealing(call)
+            if not key.backend.data_keys:
+                raise DataKeysUnsupported
+            plaintext = os.urandom(size_bytes)
+            ciphertext = sealing.seal(plaintext, key.backend, ref, context)
+            call.record.bytes_out = len(ciphertext)
+            return DataKey(plaintext, ciphertext, ref)
+
+    def rewrap(
+        self,
+        who: Principal,
+        ciphertext: bytes,
+        context: Context,
+        *,
+        new_context: Context | None = None,
+        key_id: str | None = None,
+    ) -> Sealed:
+        """A new header around the same payload; ``new_context=None`` keeps the old (see ``rewrap_file``)."""
+        head = header.parse(ciphertext, self._rules.limits)
+        rewrapped = self.rewrap_file(
+            who, head, context, new_context=new_context, key_id=key_id, size_bytes=len(ciphertext)
+        )
+        return Sealed(rewrapped.ciphertext + ciphertext[head.size :], rewrapped.key)
+
+    # -- files: the job layer moves the payload, the header is made and opened here -----------------
+
+    def begin_file(
+        self, who: Principal, context: Context, size_bytes: int, *, key_id: str | None = None
+    ) -> sealing.Sealing:
+        """The head of a new file of ``size_bytes`` plaintext, and the key of its payload."""
+        with self._recorded("encrypt", who, context, key_id, bytes_in=size_bytes) as call:
+            key, ref = self._for_sealing(call)
+            return sealing.begin(key.backend, ref, context, padded=size_bytes >= sealing.PAD_FROM_BYTES)
+
+    def adopt_file(
+        self,
+        who: Principal,
+        found: Unwrapped,
+        context: Context,
+        *,
+        size_bytes: int,
+        key_id: str | None = None,
+    ) -> bytes:
+        """A header for a payload that the spool already sealed: one AEAD pass for an upload, not three."""
+        with self._recorded("encrypt", who, context, key_id, bytes_in=size_bytes) as call:
+            key, ref = self._for_sealing(call)
+            padded = size_bytes >= sealing.PAD_FROM_BYTES
+            return sealing.write_header(
+                found.file_key, found.nonce, key.backend, key=ref, context=context, padded=padded
+            )
+
+    def open_file(
+        self, who: Principal, head: Header, context: Context, size_bytes: int, *, key_id: str | None = None
+    ) -> Unwrapped:
+        """The secrets of a file whose payload the caller opens, chunk by chunk, before releasing anything."""
+        with self._recorded("decrypt", who, context, key_id, bytes_in=size_bytes) as call:
+            return self._unwrap(call, head)
+
+    def rewrap_file(  # noqa: PLR0913 -- two keys, two contexts
+        self,
+        who: Principal,
+        head: Header,
+        context: Context,
+        *,
+        new_context: Context | None,
+        key_id: str | None,
+        size_bytes: int,
+    ) -> Sealed:
+        """The new header of a rewrap; ``Sealed.ciphertext`` is the header alone.
+
+        Needs decrypt under the old key and encrypt under the new. It revokes nobody: who had the file key
+        still has it. A foreign file is refused: its payload was never bound to an origin.
+        """
+        target = context if new_context is None else new_context
+        with self._recorded("rewrap", who, context, None, bytes_in=size_bytes) as call:
+            found = self._unwrap(call, head, "decrypt")
+            if found.origin == "foreign":
+                raise InvalidRequest("A foreign file cannot be rewrapped: decrypt it and encrypt it anew")
+            call.context, call.key_id = target, key_id or found.key.key_id
+            key, ref = self._for_sealing(call, "encrypt")
+            padded = any(stanza.type == binding.PAD for stanza in head.stanzas)
+            rendered = sealing.write_header(
+                found.file_key, found.nonce, key.backend, key=ref, context=target, padded=padded
+            )
+            call.record.bytes_out = size_bytes - head.size + len(rendered)
+            return Sealed(rendered, ref)
+
+    # -- health -------------------------------------------------------------------------------------
+
+    def health_check(self) -> Health:
+        """A real wrap and unwrap by the default key's backend."""
+        backend = self.keyring.default.backend
+        health = backend.health_check()
+        metrics.BACKEND_UP.labels(backend.name).set(health.healthy)
+        return health
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _for_sealing(self, call: "_Call", operation: str | None = None) -> tuple[Key, KeyRef]:
+        if self._rules.require_context and not call.context:
+            raise ContextRequired
+        _not_after(call.context)
+        key = self.keyring.named(call.key_id)
+        ref = key.ref(call.who.tenant)
+        call.names(ref)
+        self._policy.require(call.who, operation or call.record.operation, key.key_id, call.context)
+        return key, ref
+
+    def _unwrap(self, call: "_Call", head: Header, operation: str | None = None) -> Unwrapped:
+        """Key choice by the name in the file, then policy, and only then any unwrap."""
+        bound = binding.read(head)
+        key = self.keyring.named(bound.key_id if bound else call.key_id)
+        ref = key.ref(call.who.tenant)
+        call.names(
+            replace(ref, version=bound.key_version) if bound else ref, "service" if bound else "foreign"
+        )
+        self._policy.require(call.who, operation or call.record.operation, key.key_id, call.context)
+        if bound is None:
+            return self._unwrap_foreign(call, head, key)
+        if call.key_id not in {None, bound.key_id}:
+            raise DecryptFailed
+        ref = replace(ref, version=bound.key_version)
+        file_key = sealing.file_key_of(head, key.backend, ref, context=call.context)
+        limit = _not_after(call.context)
+        if limit is not None and datetime.now(UTC) > limit:
+            raise DecryptFailed
+        return Unwrapped(file_key, head.nonce, ref, "service")
+
+    @staticmethod
+    def _unwrap_foreign(call: "_Call", head: Header, key: Key) -> Unwrapped:
+        if not key.accept_foreign:
+            raise ForeignRefused
+        if call.context:  # given, and the file binds none
+            raise DecryptFailed
+        file_key, ref = sealing.foreign_file_key(head, key.backend, key.refs(call.who.tenant))
+        call.names(ref, "foreign")
+        return Unwrapped(file_key, head.nonce, ref, "foreign")
+
+    @contextmanager
+    def _recorded(
+        self, operation: str, who: Principal, context: Context, key_id: str | None, *, bytes_in: int = 0
+    ) -> Iterator["_Call"]:
+        """One audit record and one count per operation, whatever its end; appended before the result."""
+        call = _Call(operation, who, context, key_id, bytes_in=bytes_in)
+        try:
+            yield call
+        except KmsError as exc:
+            self._append(call, exc.code)
+            raise
+        except BaseException:
+            self._append(call, KmsError.code)
+            raise
+        self._append(call, "ok")
+
+    def _append(self, call: "_Call", result: str) -> None:
+        record = call.record
+        seconds = time.perf_counter() - call.started
+        record.result, record.duration_us = result, round(seconds * 1e6)
+        try:
+            self._audit.append(record)
+        except KmsError:
+            metrics.AUDIT_EVENTS.labels("failed").inc()
+            metrics.count_operation(record, "audit_unavailable", seconds)
+            raise
+        metrics.AUDIT_EVENTS.labels("ok").inc()
+        metrics.count_operation(record, result, seconds)
+
+
+class _Call:
+    """The operation under way: who asked for what, its record, and when it began."""
+
+    __slots__ = ("context", "key_id", "record", "started", "who")
+
+    def __init__(
+        self, operation: str, who: Principal, context: Context, key_id: str | None, *, bytes_in: int
+    ) -> None:
+        self.started = time.perf_counter()
+        self.who, self.context, self.key_id = who, context, key_id
+        self.record = Record(
+            time=audit.now(),
+            operation=operation,
+            principal=who.name,
+            tenant=who.tenant,
+            credential=who.credential,
+            request_id=audit.request_id.get(),
+            job_id=audit.job_id.get(),
+            context_keys=context.keys,
+            bytes_in=bytes_in,
+        )
+
+    def names(self, key: KeyRef, origin: str = "") -> None:
+        """Note the key, as soon as it is known, so that refusals name it too."""
+        self.record.key_id, self.record.key_version = key.key_id, key.version
+        self.record.backend, self.record.origin = key.backend, origin
+
+
+def _not_after(context: Context) -> datetime | None:
+    """The reserved pair ``not_after`` (RFC 3339, with an offset): decrypt refuses after it."""
+    text = context.get(NOT_AFTER)
+    if text is None:
+        return None
+    try:
+        limit = datetime.fromisoformat(text)
+    except ValueError as exc:
+        raise InvalidContext("not_after must be an RFC 3339 time, as 2027-01-31T12:00:00Z") from exc
+    if limit.tzinfo is None:
+        raise InvalidContext("not_after needs an offset, as 2027-01-31T12:00:00Z")
+    return limit

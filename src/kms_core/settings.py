@@ -1,0 +1,174 @@
+"""Settings: found, read once, checked and frozen. Knows no process; the environment is handed in.
+
+A flag wins over the environment, the environment over the file, the file over the default.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from kms_core.errors import ConfigurationError
+from kms_core.settings_checks import (
+    check_backends,
+    check_environment,
+    check_exposure,
+    check_roots,
+    check_variables,
+)
+from kms_core.settings_read import (
+    FromEnvironment,
+    Reader,
+    Tree,
+    expand,
+    nearest,
+    read_toml,
+    table,
+    take_unset,
+)
+from kms_core.settings_sections import Kms, Settings
+
+__all__ = ["Settings", "check_exposure", "check_names", "default_state_dir", "find", "load"]
+
+SEARCHED: Final = (Path("provisioning/config/kms.toml"), Path("/etc/kms-service/kms.toml"))
+DEFAULT_REDIS_URL: Final = "redis://127.0.0.1:6379/0"
+SEED_AGE_DIR: Final = "~/.config/provisioning/age"
+ALIASES: Final = {"development": "dev", "production": "prod"}
+VARIABLES: Final = {  # where two name one key, the later one wins
+    "PROVISIONING_ENV": "environment",
+    "COSMIAN_KMS_URL": "cosmian.server_url",
+    "COSMIAN_API_KEY": "cosmian.api_key",
+    "RUST_LOG": "log.level",
+    "KMS_LOG": "log.level",
+    "KMS_BIND": "bind",
+    "KMS_PORT": "port",
+    "KMS_STATE_DIR": "state_dir",
+    "KMS_REDIS_URL": "redis.url",
+    "KMS_BROKER_URL": "redis.broker_url",
+}
+ELSEWHERE: Final = frozenset({"KMS_CONFIG", "KMS_SERVICE_URL", "KMS_TOKEN_FILE"})  # read by find, the client
+
+# Kubernetes announces every Service of a namespace in variables: one named "kms" makes KMS_PORT=tcp://….
+_URL: Final = r"(?:tcp|udp|sctp)://.+"
+_LINK: Final = re.compile(
+    rf"KMS_(?:\w+_)?(?:SERVICE_HOST=[0-9A-Fa-f.:]+"
+    rf"|SERVICE_PORT(?:_\w+)?=(?:\d+|{_URL})"
+    rf"|PORT={_URL}"
+    rf"|PORT_\d+_\w+=(?:\d+|tcp|udp|sctp|[0-9A-Fa-f.:]+|{_URL}))"
+)
+
+
+def load(
+    path: Path | None, environ: Mapping[str, str], *, overrides: Mapping[str, object] = MappingProxyType({})
+) -> Settings:
+    """Read the settings.
+
+    ``path`` is the ``--config`` flag. ``overrides`` are the other flags, by their key below ``[kms]``
+    (``port``, ``redis.url``); None means not given. No file is needed.
+
+    Raises ConfigurationError, which names the key and what to do, never the value.
+    """
+    check_names(environ)
+    file = find(path, environ)
+    try:
+        return _settings(read_toml(file) if file else {}, environ, overrides)
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{exc.detail} [read from {file}]" if file else exc.detail) from exc
+
+
+def find(path: Path | None, environ: Mapping[str, str]) -> Path | None:
+    """The file to read: ``path``, else ``KMS_CONFIG``, else the first of ``SEARCHED`` that is there."""
+    if path is not None:
+        return path
+    if named := environ.get("KMS_CONFIG"):
+        return Path(named)
+    return next((known for known in SEARCHED if known.is_file()), None)
+
+
+def check_names(environ: Mapping[str, str]) -> None:
+    """Refuse a ``KMS_*`` variable that nothing reads, unless Kubernetes made it (a service link)."""
+    known = {name for name in (*VARIABLES, *ELSEWHERE) if name.startswith("KMS_")}
+    for name, value in environ.items():
+        if name.startswith("KMS_") and name not in known and not _is_link(name, value):
+            raise ConfigurationError(
+                f"The environment variable {name} is not known{nearest(name, known) or '; unset it'}"
+            )
+
+
+def default_state_dir(environ: Mapping[str, str]) -> Path:
+    """``$XDG_STATE_HOME/kms-service``, else ``~/.local/state/kms-service``."""
+    xdg = environ.get("XDG_STATE_HOME", "")
+    if xdg.startswith("/"):  # relative ones are ignored (XDG Base Directory Specification)
+        return Path(xdg, "kms-service")
+    if not environ.get("HOME"):
+        raise ConfigurationError("Neither HOME nor XDG_STATE_HOME is set: name a directory in KMS_STATE_DIR")
+    return Path(environ["HOME"], ".local/state/kms-service")
+
+
+def _is_link(name: str, value: str) -> bool:
+    return _LINK.fullmatch(f"{name}={value}") is not None
+
+
+def _settings(document: Tree, environ: Mapping[str, str], overrides: Mapping[str, object]) -> Settings:
+    for name in document.keys() - {"kms"}:
+        raise ConfigurationError(f"[{name}] is not a setting: everything is below [kms]")
+    reader = Reader(environ.get("HOME"))
+    kms = table({"kms": expand(document.get("kms", {}), environ, "kms")}, "kms", "")
+    _lay_over(kms, _from_variables(environ))
+    _lay_over(kms, {key: value for key, value in overrides.items() if value is not None})
+    unset = {name: take_unset(table(kms, name, "kms.")) for name in ("age", "cosmian")}
+    _fill_in(kms, reader, environ)
+    settings = Settings(kms=reader.section(Kms, kms, "kms"))
+    check_environment(settings)
+    check_variables(settings, unset)
+    check_backends(settings)
+    check_roots(settings)
+    return settings
+
+
+def _from_variables(environ: Mapping[str, str]) -> dict[str, object]:
+    return {
+        key: FromEnvironment(value, name)
+        for name, key in VARIABLES.items()
+        if (value := environ.get(name)) and not _is_link(name, value)
+    }
+
+
+def _lay_over(kms: Tree, values: Mapping[str, object]) -> None:
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        target = table(kms, section, "kms.") if section else kms
+        target[name] = value
+
+
+def _fill_in(kms: Tree, reader: Reader, environ: Mapping[str, str]) -> None:
+    """Put in the defaults that depend on the environment's name, the state directory or another key."""
+    named: str = reader.value(str, kms.get("environment", "dev"), "kms.environment")
+    kms["environment"] = environment = ALIASES.get(named.strip().lower(), named.strip().lower())
+    kms.setdefault("require_context", environment == "prod")
+    explicit = "state_dir" in kms
+    state: Path = (
+        reader.value(Path, kms["state_dir"], "kms.state_dir") if explicit else default_state_dir(environ)
+    )
+    kms["state_dir"] = state
+    _fill_age(table(kms, "age", "kms."), f"{state}/age" if explicit else SEED_AGE_DIR, environment)
+    _fill_redis(table(kms, "redis", "kms."), reader)
+    jobs = table(kms, "jobs", "kms.")
+    jobs.setdefault("spool_dir", state / "spool")
+    jobs.setdefault("spool_identity_path", state / "spool.key")
+    table(kms, "audit", "kms.").setdefault("path", state / "audit")
+
+
+def _fill_age(age: Tree, directory: str, environment: str) -> None:
+    age.setdefault("public_key_path", f"{directory}/public_key.txt")
+    age.setdefault("private_key_path", f"{directory}/private_key.txt")
+    age.setdefault("accept_foreign", environment == "dev")
+
+
+def _fill_redis(redis: Tree, reader: Reader) -> None:
+    """Celery's name for a unix socket is another than redis-py's: the default broker is translated."""
+    url: str = reader.value(str, redis.setdefault("url", DEFAULT_REDIS_URL), "kms.redis.url")
+    if url.startswith("unix://"):
+        url = url.replace("unix://", "redis+socket://", 1).replace("?db=", "?virtual_host=", 1)
+    redis.setdefault("broker_url", url)

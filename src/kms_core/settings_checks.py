@@ -1,0 +1,112 @@
+"""What settings may not say together, and where the service may not listen. Reads no file but symlinks."""
+
+import ipaddress
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from kms_core.errors import ConfigurationError
+from kms_core.settings_read import nearest, unset_text
+from kms_core.settings_sections import Settings
+
+BUILT_IN_ENVIRONMENTS: Final = ("dev", "prod")
+
+
+def check_exposure(settings: Settings) -> None:
+    """Refuse to serve prod, or any address off loopback, while nobody has decided about authentication.
+
+    Raises ConfigurationError. ``localhost`` and loopback addresses count as loopback, other names do not.
+    """
+    if settings.kms.auth.mode is not None:
+        return
+    if settings.is_prod:
+        reason = "The environment is prod"
+    elif not _is_loopback(settings.kms.bind):
+        reason = "kms.bind is not a loopback address"
+    else:
+        return
+    raise ConfigurationError(
+        f"{reason}, and callers are not authenticated: if something in front of the service authenticates "
+        'them, write mode = "none" under [kms.auth]; if not, bind to 127.0.0.1 and leave prod'
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_environment(settings: Settings) -> None:
+    """A misspelt environment must not run with the guards of dev: other names need a section."""
+    known = (*BUILT_IN_ENVIRONMENTS, *settings.kms.environments)
+    for name in BUILT_IN_ENVIRONMENTS:
+        if name in settings.kms.environments:
+            raise ConfigurationError(f"kms.environments.{name}: set kms.{name}_backend instead")
+    if settings.environment not in known:
+        raise ConfigurationError(
+            f"kms.environment: expected one of {', '.join(known)}{nearest(settings.environment, known)}"
+            "; another environment needs a section [kms.environments.<name>] with its backend"
+        )
+
+
+def check_variables(settings: Settings, unset: Mapping[str, Mapping[str, str]]) -> None:
+    """``unset``: backend to key to the variable that is not set. Only backends in use matter."""
+    for backend in unset.keys() & settings.used_backends:
+        for key, variable in unset[backend].items():
+            raise ConfigurationError(unset_text(f"kms.{backend}.{key}", variable))
+
+
+def check_backends(settings: Settings) -> None:
+    """Age in prod and a Cosmian server without TLS are refused; so is Cosmian without an address."""
+    if settings.is_prod and "age" in settings.used_backends and not settings.kms.allow_age_in_prod:
+        raise ConfigurationError(
+            "The age backend is in use and the environment is prod: set kms.prod_backend to another one, "
+            "or allow_age_in_prod = true under [kms] if key files on this host are what you want"
+        )
+    if "cosmian" in settings.used_backends:
+        _check_cosmian(settings)
+
+
+def _check_cosmian(settings: Settings) -> None:
+    cosmian = settings.kms.cosmian
+    if not cosmian.server_url:
+        raise ConfigurationError("kms.cosmian.server_url is missing: set it, or export COSMIAN_KMS_URL")
+    url = urlsplit(cosmian.server_url)
+    if url.scheme not in {"http", "https"} or not url.hostname:
+        raise ConfigurationError("kms.cosmian.server_url: expected https://host[:port][/prefix]")
+    if url.username or url.password or url.query or url.fragment:
+        raise ConfigurationError("kms.cosmian.server_url: no user, password, query or fragment belongs there")
+    if settings.is_prod and url.scheme != "https":
+        raise ConfigurationError("kms.cosmian.server_url: http:// is refused in prod; use https://")
+    if settings.is_prod and not cosmian.tls_verify:
+        raise ConfigurationError("kms.cosmian.tls_verify = false is refused in prod; name a CA in ca_file")
+
+
+def check_roots(settings: Settings) -> None:
+    """No root of file jobs may hold, or lie in, what the service keeps to itself (symlinks followed)."""
+    for index, root in enumerate(settings.kms.jobs.roots):
+        where = f"kms.jobs.roots[{index}]"
+        if not root.is_absolute():
+            raise ConfigurationError(f"{where}: expected an absolute path")
+        for name, private, is_tree in _private(settings):
+            inside = private.resolve().is_relative_to(root.resolve())
+            around = is_tree and root.resolve().is_relative_to(private.resolve())
+            if inside or around:
+                raise ConfigurationError(
+                    f"{where} overlaps {name}: jobs could reach keys or records; move one"
+                )
+
+
+def _private(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
+    """Name, path, and whether everything below the path is private too."""
+    kms = settings.kms
+    yield "kms.state_dir", kms.state_dir, False  # a root of its own within is what `kms up` makes
+    yield "kms.state_dir's run/", kms.state_dir / "run", True
+    yield "kms.jobs.spool_dir", kms.jobs.spool_dir, True
+    yield "kms.jobs.spool_identity_path", kms.jobs.spool_identity_path, True
+    yield "kms.audit.path", kms.audit.path, True
+    yield "kms.age.private_key_path", kms.age.private_key_path, True
+    yield "kms.age.public_key_path", kms.age.public_key_path, True
