@@ -1,0 +1,15 @@
+"""Python client of the service, sync and async; knows the wire only, never a server's inside.
+
+>>> from kms_client import Client
+>>> with Client("http://localhost:8082") as kms:                      # doctest: +SKIP
+...     sealed = kms.encrypt(b"secret-data", context="env=prod,service=api")
+...     kms.decrypt(sealed.ciphertext, context="env=prod,service=api").plaintext
+b'secret-data'
+"""
+
+from kms_client.aio import AsyncClient
+from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
+from kms_client.settings import DEFAULT_URL, Options
+from kms_client.sync import Client
+
+__all__ = ["DEFAULT_URL", "AsyncClient", "Client", "Options", "ServiceUnreachable", "UnexpectedAnswer"]

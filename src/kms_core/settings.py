@@ -14,6 +14,7 @@ from kms_core.settings_checks import (
     check_backends,
     check_environment,
     check_exposure,
+    check_keys,
     check_roots,
     check_variables,
 )
@@ -122,6 +123,7 @@ def _settings(document: Tree, environ: Mapping[str, str], overrides: Mapping[str
     settings = Settings(kms=reader.section(Kms, kms, "kms"))
     check_environment(settings)
     check_variables(settings, unset)
+    check_keys(settings)
     check_backends(settings)
     check_roots(settings)
     return settings

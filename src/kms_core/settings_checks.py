@@ -4,7 +4,7 @@ import ipaddress
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from kms_core.errors import ConfigurationError
 from kms_core.settings_read import nearest, unset_text
@@ -85,6 +85,19 @@ def _check_cosmian(settings: Settings) -> None:
         raise ConfigurationError("kms.cosmian.tls_verify = false is refused in prod; name a CA in ca_file")
 
 
+def check_keys(settings: Settings) -> None:
+    """Every key is a URI with a scheme; which schemes there are, the keyring knows."""
+    for key_id, uri in settings.kms.keys.items():
+        try:
+            scheme = urlsplit(uri).scheme
+        except ValueError:  # its text quotes the URI
+            scheme = ""
+        if not scheme:
+            raise ConfigurationError(
+                f"kms.keys.{key_id}: expected a URI such as age:///path/to/private_key.txt"
+            )
+
+
 def check_roots(settings: Settings) -> None:
     """No root of file jobs may hold, or lie in, what the service keeps to itself (symlinks followed)."""
     for index, root in enumerate(settings.kms.jobs.roots):
@@ -110,3 +123,10 @@ def _private(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
     yield "kms.audit.path", kms.audit.path, True
     yield "kms.age.private_key_path", kms.age.private_key_path, True
     yield "kms.age.public_key_path", kms.age.public_key_path, True
+    if kms.cosmian.api_key_file:
+        yield "kms.cosmian.api_key_file", kms.cosmian.api_key_file, True
+    for key_id, uri in kms.keys.items():
+        parts = urlsplit(uri)
+        if parts.scheme == "age":
+            for path in (unquote(parts.path), *parse_qs(parts.query).get("public", ())):
+                yield f"the files of kms.keys.{key_id}", Path(path), True

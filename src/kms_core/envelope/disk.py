@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -41,7 +42,7 @@ def reserve(fd: int, size: int) -> None:
     SpoolFull without room, where the file system can tell beforehand.
     """
     status = os.fstat(fd)
-    if size - status.st_size < _WORTH_RESERVING_BYTES:
+    if size - status.st_size < _WORTH_RESERVING_BYTES or not stat.S_ISREG(status.st_mode):
         return
     with _room():
         if _file_system(status.st_dev) in _RESERVED_ON:

@@ -168,7 +168,7 @@ class _Run:
 
 
 def _in_turn(reader: Readable, buffers: Sequence[Sequence[memoryview]]) -> Iterator[tuple[int, bool]]:
-    """Fill the buffers in turn; each is yielded, once that is known, as its size and whether it is the last."""
+    """Fill the buffers in turn; yield of each its size and whether it is the last, once that is known."""
     full = sum(map(len, buffers[0]))
     size = _fill(reader, buffers[0])
     for turn in count(1):

@@ -43,7 +43,7 @@ CLAIM: Final = (
     + """
 -- KEYS: job, open, ended   ARGV: id, worker, lease_s, max attempts, keep_s
 local job = redis.call('HMGET', KEYS[1], 'state', 'lease_until', 'not_before', 'cancel', 'expires_at',
-  'attempt', 'fence', 'sealed', 'commit', 'created_at')
+  'attempt', 'fence', 'sealed', 'commit', 'created_at', 'deferrals')
 local state = job[1]
 if not state then return {'gone'} end
 if state ~= 'queued' and state ~= 'running' and state ~= 'committing' then return {'ended'} end
@@ -68,7 +68,8 @@ local lease_until = now + tonumber(ARGV[3])
 redis.call('HSET', KEYS[1], 'fence', fence, 'attempt', attempt, 'lease_until', lease_until,
   'worker', ARGV[2])
 redis.call('ZADD', KEYS[2], lease_until, ARGV[1])
-return {'claimed', fence, attempt, job[8], state == 'committing' and job[9] or '', tostring(now - tonumber(job[10]))}
+return {'claimed', fence, attempt, job[8], state == 'committing' and job[9] or '',
+  tostring(now - tonumber(job[10])), job[11] or 0}
 """
 )
 

@@ -46,6 +46,7 @@ class Claim:
     fence: int
     attempt: int
     waited_s: float
+    deferrals: int
     commit: Commit | None = field(default=None)
 
 
@@ -178,12 +179,13 @@ class JobStore:
             metrics.JOBS.labels("any", rest[0].decode()).inc()
         if word != b"claimed":
             return None
-        fence, attempt, sealed, commit, waited = rest
+        fence, attempt, sealed, commit, waited, deferrals = rest
         return Claim(
             accepted=self._record_key.open(job_id, sealed),
             fence=int(fence),
             attempt=int(attempt),
             waited_s=float(waited),
+            deferrals=int(deferrals),
             commit=msgspec.json.decode(commit, type=Commit) if commit else None,
         )
 

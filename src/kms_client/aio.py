@@ -1,0 +1,252 @@
+"""The async client: every method of the service, and the transport that awaits."""
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from types import TracebackType
+from typing import BinaryIO, Self, TypeVar, Unpack
+
+import anyio
+import anyio.to_thread
+import httpx
+import msgspec
+
+from kms_client import calls
+from kms_client.engine import Engine
+from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
+from kms_client.settings import DEFAULT_URL, ClientSettings, Options
+from kms_client.transfer import Download, Progress, Upload
+from kms_client.transport import Transport, transport_errors
+from kms_client.watch import Watch
+from kms_core import wire
+from kms_core.errors import JobNotFinished
+from kms_core.wire import ContextIn
+
+T = TypeVar("T")
+P = TypeVar("P")
+JobProgress = Callable[[wire.JobOut], None]
+
+
+class AsyncTransport:
+    """Runs on asyncio or trio, whichever the caller does."""
+
+    def __init__(self, settings: ClientSettings, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self._url = settings.url
+        self._http = httpx.AsyncClient(
+            verify=settings.tls(), trust_env=settings.trust_environment(), transport=transport
+        )
+
+    async def open(self, request: httpx.Request) -> httpx.Response:
+        with transport_errors(self._url):
+            return await self._http.send(request, stream=True)
+
+    async def read(self, response: httpx.Response) -> bytes:
+        with transport_errors(self._url):
+            return await response.aread()
+
+    async def close(self, response: httpx.Response) -> None:
+        await response.aclose()
+
+    async def sleep(self, seconds: float) -> None:
+        await anyio.sleep(seconds)
+
+    async def chunks(self, response: httpx.Response) -> AsyncGenerator[bytes]:
+        with transport_errors(self._url):
+            async for chunk in response.aiter_raw():
+                yield chunk
+
+    async def call(self, work: Callable[[P], T], given: P) -> T:
+        return await anyio.to_thread.run_sync(work, given)
+
+    async def body(self, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+        while piece := await self.call(_next_piece, pieces):
+            yield piece
+
+    async def shut(self) -> None:
+        await self._http.aclose()
+
+
+def _next_piece(pieces: Iterator[bytes]) -> bytes:
+    return next(pieces, b"")
+
+
+class AsyncClient:
+    """The service from an event loop. Each method raises the KmsError that the answer's ``code`` names.
+
+    >>> async with AsyncClient("https://kms.example.com", token_file="/run/secrets/kms") as kms:
+    ...     sealed = await kms.encrypt(b"secret-data", context={"env": "prod"})      # doctest: +SKIP
+    """
+
+    def __init__(self, url: str = DEFAULT_URL, **options: Unpack[Options]) -> None:
+        settings = ClientSettings.of(url, options)
+        self._engine = Engine(settings, AsyncTransport(settings))
+
+    @classmethod
+    def over(cls, settings: ClientSettings, transport: Transport) -> Self:
+        """A client over a transport of one's own, such as an ASGI app in the same process."""
+        client = cls.__new__(cls)
+        client._engine = Engine(settings, transport)  # noqa: SLF001 - its own class
+        return client
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._engine.transport.shut()
+
+    # -- single calls --------------------------------------------------------------------------------
+
+    async def encrypt(
+        self, plaintext: bytes, *, context: ContextIn = None, key_id: str | None = None
+    ) -> wire.EncryptOut:
+        """Seal up to 1 MiB (the server's setting; TooLarge above it: use ``upload_encrypt``)."""
+        return await self._engine.send(calls.encrypt(plaintext, context, key_id))
+
+    async def decrypt(
+        self, ciphertext: bytes, *, context: ContextIn = None, key_id: str | None = None
+    ) -> wire.DecryptOut:
+        """Open a ciphertext. Raises DecryptFailed for a wrong key, wrong context and damage alike."""
+        return await self._engine.send(calls.decrypt(ciphertext, context, key_id))
+
+    async def generate_data_key(
+        self,
+        spec: wire.KeySpec = "AES_256",
+        *,
+        context: ContextIn = None,
+        key_id: str | None = None,
+        without_plaintext: bool = False,
+    ) -> wire.GenerateKeyOut:
+        """A random key, plain and sealed. Raises DataKeysUnsupported where the backend hands out none."""
+        return await self._engine.send(
+            calls.generate_data_key(spec, context, key_id, without_plaintext=without_plaintext)
+        )
+
+    async def rewrap(
+        self,
+        ciphertext: bytes,
+        *,
+        context: ContextIn = None,
+        new_context: ContextIn = None,
+        key_id: str | None = None,
+    ) -> wire.EncryptOut:
+        """The same payload under the current key, or another; without ``new_context`` the old one stays."""
+        return await self._engine.send(calls.rewrap(ciphertext, context, new_context, key_id))
+
+    async def batch(self, operation: wire.JobKind, items: Iterable[wire.BatchItem]) -> wire.BatchOut:
+        """Up to 1,000 calls in one; a refused item is an ``error`` in its place, not an exception."""
+        return await self._engine.send(calls.batch(operation, items))
+
+    async def health(self) -> wire.HealthOut:
+        """Whether the active backend works. An unhealthy one is an answer, not an exception."""
+        return await self._engine.send(calls.health())
+
+    async def status(self) -> wire.StatusOut:
+        """Backend, version, uptime, and counts of operations and jobs."""
+        return await self._engine.send(calls.status())
+
+    async def keys(self) -> calls.KeyList:
+        """The keys this caller may see, with their versions."""
+        return await self._engine.send(calls.keys())
+
+    # -- jobs ----------------------------------------------------------------------------------------
+
+    async def submit(self, job: wire.JobIn, *, idempotency_key: str | None = None) -> wire.JobAccepted:
+        """Hand in a job; once this returns, the job survives the death of any process."""
+        return await self._engine.send(calls.submit(job, idempotency_key))
+
+    async def job(self, job_id: str) -> wire.JobOut:
+        """The job as it stands. Raises UnknownJob."""
+        return await self._engine.send(calls.job(job_id))
+
+    async def jobs(
+        self, *, state: wire.JobState | None = None, limit: int | None = None, cursor: str | None = None
+    ) -> wire.JobList:
+        """One page; its ``next`` is the cursor of the page after it."""
+        return await self._engine.send(calls.jobs(state, limit, cursor))
+
+    async def cancel(self, job_id: str) -> wire.JobOut:
+        """Ask for the end of a job. Raises JobCommitting when it is too late."""
+        return await self._engine.send(calls.cancel(job_id))
+
+    async def wait(
+        self, job_id: str, *, progress: JobProgress | None = None, timeout_s: float | None = None
+    ) -> wire.JobOut:
+        """The job when it has ended, in whichever state; ``progress`` sees every change.
+
+        Raises JobNotFinished after ``timeout_s``, Unavailable when the service is away for a minute.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        async with contextlib.aclosing(Watch(self._engine, job_id, deadline).states()) as states:
+            async for job in states:
+                if progress is not None:
+                    progress(job)
+                if job.state in wire.ENDED:
+                    return job
+        raise JobNotFinished("The job has not finished in the time given")
+
+    # -- streams -------------------------------------------------------------------------------------
+
+    async def upload_encrypt(
+        self,
+        source: BinaryIO,
+        *,
+        context: ContextIn = None,
+        key_id: str | None = None,
+        progress: Progress | None = None,
+    ) -> wire.JobAccepted:
+        """Send a file of any size in pieces of 1 MiB; ``progress`` gets bytes sent, and in all if known."""
+        return await self._engine.send(calls.upload("encrypt", context, key_id), Upload(source, progress))
+
+    async def upload_decrypt(
+        self,
+        source: BinaryIO,
+        *,
+        context: ContextIn = None,
+        key_id: str | None = None,
+        progress: Progress | None = None,
+    ) -> wire.JobAccepted:
+        """As ``upload_encrypt``, for a ciphertext."""
+        return await self._engine.send(calls.upload("decrypt", context, key_id), Upload(source, progress))
+
+    def result(self, job_id: str) -> AsyncGenerator[bytes]:
+        """The result as it comes (JobNotFinished, ResultExpired); ``download`` survives a broken line."""
+        return self._engine.stream(calls.result(job_id, {}))
+
+    async def items(self, job_id: str) -> AsyncGenerator[wire.ItemResult]:
+        """The results of a bulk job in item order; a refused item carries ``error``."""
+        rest = b""
+        async with contextlib.aclosing(self.result(job_id)) as chunks:
+            async for chunk in chunks:
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    yield _item(line)
+        if rest:
+            yield _item(rest)
+
+    async def download(self, job_id: str, target: BinaryIO, *, progress: Progress | None = None) -> int:
+        """Write the result to ``target`` and return its size in bytes.
+
+        A broken connection is resumed by Range where it stopped. Raises ServiceUnreachable when attempts
+        make no headway, or fewer bytes came than the service had named.
+        """
+        part, idle = Download(target, progress), 0
+        while not part.complete:
+            before = part.offset
+            try:
+                await self._engine.fetch(calls.result(job_id, part.headers()), part)
+            except ServiceUnreachable as exc:
+                idle = 0 if part.offset > before else idle + 1
+                await self._engine.pause(exc, exc.retry_after_s * 2**idle, idle)
+        return part.offset
+
+
+def _item(line: bytes) -> wire.ItemResult:
+    try:
+        return msgspec.json.decode(line, type=wire.ItemResult)
+    except msgspec.DecodeError as exc:
+        raise UnexpectedAnswer("A line of the result does not have the shape of this API") from exc

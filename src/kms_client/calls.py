@@ -1,0 +1,186 @@
+"""Every request of the API as a value, and the type of its answer; does no I/O.
+
+Contexts are checked here (InvalidContext), so a mistake costs no round trip.
+"""
+
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Final, Generic, TypeVar
+from urllib.parse import quote
+
+import msgspec
+
+from kms_client.problems import Reply, UnexpectedAnswer, error_of
+from kms_core import wire
+from kms_core.context import Context
+from kms_core.errors import InvalidContext, InvalidRequest
+from kms_core.wire import PREFIX, ContextIn
+
+T = TypeVar("T")
+
+JSON: Final = "application/json"
+
+
+class KeyVersion(wire.Answer, frozen=True, kw_only=True):
+    """One version of a key and what was done under it since it was made."""
+
+    version: str
+    created_at: str | None = None
+    operations: int = 0
+    bytes: int = 0
+
+
+class Key(wire.Answer, frozen=True, kw_only=True):
+    """A key id, its backend, and its versions; ``default`` marks the one used when none is named."""
+
+    id: str
+    backend: str
+    current_version: str
+    versions: list[KeyVersion]
+    default: bool = False
+
+
+class KeyList(wire.Answer, frozen=True, kw_only=True):
+    """The keys this caller may see."""
+
+    keys: list[Key]
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One request. ``also`` lists statuses outside 2xx that carry an answer, not a problem."""
+
+    method: str
+    path: str
+    answer: type[T]
+    body: bytes | None = field(default=None, repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    also: frozenset[int] = frozenset()
+
+    def is_answer(self, status: int) -> bool:
+        return HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES or status in self.also
+
+    def read(self, reply: Reply) -> T:
+        """The answer. Raises the KmsError of a problem, UnexpectedAnswer if the shape is another."""
+        if not self.is_answer(reply.status):
+            raise error_of(reply)
+        try:
+            return msgspec.json.decode(reply.body, type=self.answer)
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise UnexpectedAnswer(f"The answer to {self.path} does not have the shape of this API") from exc
+
+
+def _post(path: str, body: wire.Body, answer: type[T], headers: Mapping[str, str] | None = None) -> Call[T]:
+    sent = {"Content-Type": JSON, **(headers or {})}
+    return Call("POST", PREFIX + path, answer, body=wire.encode(body), headers=sent)
+
+
+def encrypt(plaintext: bytes, context: ContextIn, key_id: str | None) -> Call[wire.EncryptOut]:
+    Context.parse(context)
+    body = wire.EncryptIn(plaintext=plaintext, context=context, key_id=key_id)
+    return _post("/encrypt", body, wire.EncryptOut)
+
+
+def decrypt(ciphertext: bytes, context: ContextIn, key_id: str | None) -> Call[wire.DecryptOut]:
+    Context.parse(context)
+    body = wire.DecryptIn(ciphertext=ciphertext, context=context, key_id=key_id)
+    return _post("/decrypt", body, wire.DecryptOut)
+
+
+def generate_data_key(
+    spec: wire.KeySpec, context: ContextIn, key_id: str | None, *, without_plaintext: bool
+) -> Call[wire.GenerateKeyOut]:
+    Context.parse(context)
+    body = wire.GenerateKeyIn(
+        key_spec=spec, context=context, key_id=key_id, without_plaintext=without_plaintext or None
+    )
+    return _post("/generate-key", body, wire.GenerateKeyOut)
+
+
+def rewrap(
+    ciphertext: bytes, context: ContextIn, new_context: ContextIn, key_id: str | None
+) -> Call[wire.EncryptOut]:
+    Context.parse(context)
+    Context.parse(new_context)
+    body = wire.RewrapIn(ciphertext=ciphertext, context=context, new_context=new_context, key_id=key_id)
+    return _post("/rewrap", body, wire.EncryptOut)
+
+
+def batch(operation: wire.JobKind, items: Iterable[wire.BatchItem]) -> Call[wire.BatchOut]:
+    return _post("/batch", wire.BatchIn(operation=operation, items=list(items)), wire.BatchOut)
+
+
+def health() -> Call[wire.HealthOut]:
+    """503 is an answer here: it says which backend is unhealthy."""
+    unhealthy = frozenset({HTTPStatus.SERVICE_UNAVAILABLE.value})
+    return Call("GET", f"{PREFIX}/health", wire.HealthOut, also=unhealthy)
+
+
+def status() -> Call[wire.StatusOut]:
+    return Call("GET", f"{PREFIX}/status", wire.StatusOut)
+
+
+def keys() -> Call[KeyList]:
+    return Call("GET", f"{PREFIX}/keys", KeyList)
+
+
+def submit(job: wire.JobIn, idempotency_key: str | None) -> Call[wire.JobAccepted]:
+    """The same Idempotency-Key on every attempt makes a retry harmless."""
+    Context.parse(job.context)
+    Context.parse(job.new_context)
+    return _post("/jobs", job, wire.JobAccepted, {"Idempotency-Key": idempotency_key or str(uuid.uuid4())})
+
+
+def job_path(job_id: str, below: str = "") -> str:
+    if not job_id:
+        raise InvalidRequest("A job id is needed")
+    return f"{PREFIX}/jobs/{quote(job_id, safe='')}{below}"
+
+
+def job(job_id: str) -> Call[wire.JobOut]:
+    return Call("GET", job_path(job_id), wire.JobOut)
+
+
+def cancel(job_id: str) -> Call[wire.JobOut]:
+    return Call("DELETE", job_path(job_id), wire.JobOut)
+
+
+def jobs(state: wire.JobState | None, limit: int | None, cursor: str | None) -> Call[wire.JobList]:
+    given = {"state": state, "limit": limit, "cursor": cursor}
+    query = "&".join(
+        f"{name}={quote(str(value), safe='')}" for name, value in given.items() if value is not None
+    )
+    return Call("GET", f"{PREFIX}/jobs" + (f"?{query}" if query else ""), wire.JobList)
+
+
+def events(job_id: str) -> Call[bytes]:
+    return Call("GET", job_path(job_id, "/events"), bytes, headers={"Accept": "text/event-stream"})
+
+
+def result(job_id: str, headers: Mapping[str, str]) -> Call[bytes]:
+    return Call("GET", job_path(job_id, "/result"), bytes, headers=headers)
+
+
+def upload(kind: wire.JobKind, context: ContextIn, key_id: str | None) -> Call[wire.JobAccepted]:
+    """The head of a streamed body; context and key id travel in headers, never in the query string."""
+    headers = {"Content-Type": "application/octet-stream", "Idempotency-Key": str(uuid.uuid4())}
+    if text := header_text(context):
+        headers["X-KMS-Context"] = text
+    if key_id:
+        headers["X-KMS-Key-Id"] = key_id
+    return Call("POST", f"{PREFIX}/files/{kind}", wire.JobAccepted, headers=headers)
+
+
+def header_text(context: ContextIn) -> str:
+    """Percent-encoded UTF-8 of ``key=value,…``, or of a JSON object where that form could not say it."""
+    if not context:
+        return ""
+    pairs = Context.parse(context).pairs
+    plain = ",".join(f"{key}={value}" for key, value in pairs)
+    try:
+        says_it = not plain.startswith("{") and Context.parse(plain).pairs == pairs
+    except InvalidContext:
+        says_it = False
+    return quote(plain if says_it else wire.encode(dict(pairs)).decode(), safe="")

@@ -1,0 +1,87 @@
+"""Bulk jobs: many small items, each with its own context, file key and outcome; one bad item sinks no other."""
+
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+import msgspec
+
+from kms_core import wire
+from kms_core.context import Context
+from kms_core.envelope import stream
+from kms_core.envelope.ranges import RangeReader
+from kms_core.errors import InvalidRequest, KmsError, TooLarge, Unavailable
+from kms_core.jobs.blobs import ITEMS, Label, Spool
+from kms_core.jobs.lease import Lease
+from kms_core.service import Kms
+
+RESULT: Final = "result"
+_MAX_LINE_BYTES: Final = 4 * 1024 * 1024
+_decode: Final = msgspec.json.Decoder(wire.JobItem).decode
+
+
+def run(lease: Lease, kms: Kms, spool: Spool) -> None:
+    """Work through the items and write one result line each, in order. Raises Unavailable as it comes."""
+    job = lease.claim.accepted
+    label = Label(job.tenant, job.job_id, ITEMS)
+    result = Label(job.tenant, job.job_id, RESULT, lease.claim.fence)
+    with spool.blob(label) as blob, spool.writing(result) as out:
+        key = stream.payload_key(spool.unseal(label, blob.head), blob.head.nonce)
+        reader = RangeReader(key, blob.payload.read_at, blob.payload.size)
+        for index, line in enumerate(lines(reader.slabs())):
+            lease.check()
+            answer = _one(lease, kms, index, _decode(line))
+            out.write(wire.encode(answer) + b"\n")
+            lease.item(failed=not isinstance(answer.error, msgspec.UnsetType))
+            lease.advance(len(line))
+
+
+def _one(lease: Lease, kms: Kms, index: int, item: wire.JobItem) -> wire.ItemResult:
+    job = lease.claim.accepted
+    try:
+        context = job.bound_context if item.context is None else Context.parse(item.context)
+        if job.kind == "encrypt":
+            sealed = kms.encrypt(job.who, item.plaintext or b"", context, key_id=job.key_id)
+            return wire.ItemResult(index=index, ciphertext=sealed.ciphertext)
+        ciphertext = item.ciphertext or b""
+        if job.kind == "decrypt":
+            opened = kms.decrypt(job.who, ciphertext, context, key_id=job.key_id)
+            return wire.ItemResult(index=index, plaintext=opened.plaintext)
+        new = job.new_bound_context
+        moved = kms.rewrap(job.who, ciphertext, context, new_context=new, key_id=job.key_id)
+        return wire.ItemResult(index=index, ciphertext=moved.ciphertext)
+    except Unavailable:
+        raise
+    except KmsError as exc:
+        return wire.ItemResult(index=index, error=wire.ErrorCode(code=exc.code))
+
+
+def check_item(kind: wire.JobKind, index: int, item: wire.JobItem, limit_bytes: int) -> None:
+    """Refuse an item that lacks what its kind needs, or is above the limit of a single call."""
+    given, other = item.ciphertext, item.plaintext
+    wanted = "ciphertext"
+    if kind == "encrypt":
+        given, other, wanted = item.plaintext, item.ciphertext, "plaintext"
+    if given is None or other is not None:
+        raise InvalidRequest(f"Item {index} needs {wanted}, and nothing else, for {kind}")
+    if len(given) > limit_bytes:
+        raise TooLarge(f"Item {index} is above {limit_bytes} bytes: upload it as a file")
+
+
+def parse_line(index: int, line: bytes) -> wire.JobItem:
+    """One line of an NDJSON submission; InvalidRequest names the line, never its content."""
+    try:
+        return _decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise InvalidRequest(f"Line {index + 1} is not an item ({type(exc).__name__})") from None
+
+
+def lines(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
+    """The lines of a stream of pieces, without their newline; empty ones are passed over."""
+    rest = b""
+    for piece in pieces:
+        *whole, rest = (rest + bytes(piece)).split(b"\n")
+        if len(rest) > _MAX_LINE_BYTES:
+            raise TooLarge(f"A line is above {_MAX_LINE_BYTES} bytes")
+        yield from filter(None, whole)
+    if rest:
+        yield rest

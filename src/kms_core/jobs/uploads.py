@@ -1,0 +1,64 @@
+"""Jobs over an uploaded file: the payload stays where it is, only its header is made anew.
+
+Encrypt: the upload already rests sealed under the spool key, so its file key is wrapped for the target key.
+Decrypt: every chunk is authenticated, then the file key is wrapped for the spool, and the download opens it.
+Either way a result is ``head.<fence>`` followed by the payload of ``upload``.
+"""
+
+from typing import Final
+
+from kms_core.envelope.slabs import Extent, Pace, verify_file
+from kms_core.jobs.blobs import UPLOAD, Blob, Label, Spool
+from kms_core.jobs.lease import Lease
+from kms_core.service import Kms, Unwrapped
+
+HEAD: Final = "head"
+
+
+def run(lease: Lease, kms: Kms, spool: Spool) -> None:
+    """Make the head of the result. Raises what ``Kms`` raises, DecryptFailed for a damaged payload."""
+    job = lease.claim.accepted
+    source = Label(job.tenant, job.job_id, UPLOAD)
+    target = Label(job.tenant, job.job_id, HEAD, lease.claim.fence)
+    with spool.blob(source) as blob:
+        head = {"encrypt": _encrypt, "decrypt": _decrypt, "rewrap": _rewrap}[job.kind](lease, kms, spool, blob)
+        spool.put(target, head + blob.head.nonce)
+
+
+def pace(lease: Lease) -> Pace:
+    """Slab by slab: tell progress, stop on loss or cancellation."""
+    return Pace(progress=lease.advance, check=lease.check)
+
+
+def _encrypt(lease: Lease, kms: Kms, spool: Spool, blob: Blob) -> bytes:
+    job = lease.claim.accepted
+    label = Label(job.tenant, job.job_id, UPLOAD)
+    file_key = spool.unseal(label, blob.head)
+    size = blob.plaintext_bytes
+    lease.advance(size)
+    found = Unwrapped(file_key, blob.head.nonce, kms.keyring.default.ref(job.tenant), "service")
+    return kms.adopt_file(job.who, found, job.bound_context, size_bytes=size, key_id=job.key_id)
+
+
+def _decrypt(lease: Lease, kms: Kms, spool: Spool, blob: Blob) -> bytes:
+    job = lease.claim.accepted
+    whole = blob.payload.offset + blob.payload.size
+    found = kms.open_file(job.who, blob.head, job.bound_context, whole, key_id=job.key_id)
+    verify_file(found.payload_key, Extent(blob.fd, blob.payload.size, blob.payload.offset), pace(lease))
+    label = Label(job.tenant, job.job_id, HEAD, lease.claim.fence)
+    return spool.header_for(label, found.file_key, found.nonce)
+
+
+def _rewrap(lease: Lease, kms: Kms, spool: Spool, blob: Blob) -> bytes:
+    del spool
+    job = lease.claim.accepted
+    moved = kms.rewrap_file(
+        job.who,
+        blob.head,
+        job.bound_context,
+        new_context=job.new_bound_context,
+        key_id=job.key_id,
+        size_bytes=blob.payload.offset + blob.payload.size,
+    )
+    lease.advance(blob.payload.size)
+    return moved.ciphertext
