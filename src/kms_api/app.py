@@ -6,15 +6,12 @@ import anyio
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from kms_api import bodies, problems
+from kms_api import bodies, nudge, problems
 from kms_api.deps import Service
 from kms_api.edge import Edge
-from kms_api.routes import operations, secrets
-from kms_core import __version__, keyring, metrics, wire
-from kms_core.audit import JsonLines
-from kms_core.envelope.header import Limits
-from kms_core.policy import AllowAll
-from kms_core.service import Kms, Rules
+from kms_api.routes import files, jobs, operations, secrets
+from kms_core import __version__, metrics, wire
+from kms_core.jobs.build import build as build_core
 from kms_core.settings import Settings
 
 _BACKEND_THREADS = 32
@@ -22,18 +19,14 @@ _BACKEND_THREADS = 32
 
 def build(settings: Settings) -> ASGIApp:
     """The application for these settings. Raises ConfigurationError; touches key files, and no peer."""
-    limits = settings.kms.limits
-    kms = Kms(
-        keyring.build(settings),
-        AllowAll(),
-        JsonLines(settings.kms.audit.path / "api.jsonl", fsync=settings.kms.audit.durability == "fsync"),
-        Rules(settings.kms.require_context, Limits(limits.sync_header_bytes, limits.sync_stanzas)),
-    )
+    core = build_core(settings, "api", nudge.through(settings.kms.redis.broker_url))
     app = FastAPI(
         title="kms-service", version=__version__, summary="Encrypt, decrypt and run encryption jobs"
     )
-    app.state.service = Service(settings, kms, time.monotonic(), anyio.CapacityLimiter(_BACKEND_THREADS))
-    for router in (secrets.router, operations.router):
+    app.state.service = Service(
+        settings, core.kms, core.desk, time.monotonic(), anyio.CapacityLimiter(_BACKEND_THREADS)
+    )
+    for router in (secrets.router, jobs.router, files.router, operations.router):
         app.include_router(router, prefix=wire.PREFIX)
     app.include_router(operations.probes)
     problems.install(app)

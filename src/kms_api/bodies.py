@@ -12,6 +12,11 @@ from kms_core.errors import InvalidRequest, TooLarge
 
 T = TypeVar("T", bound=wire.Body)
 _UNKNOWN_FIELD: Final = re.compile(r"unknown field `(.{1,64})`")
+_UPLOAD_HEADERS: Final = {
+    "X-KMS-Context": "The encryption context, percent-encoded UTF-8",
+    "X-KMS-Key-Id": "The key id; absent means the default key",
+    "Idempotency-Key": "Makes a repeated submission answer with the first one's job",
+}
 _decoders: Final[dict[type[wire.Body], msgspec.json.Decoder[Any]]] = {}
 
 
@@ -61,24 +66,38 @@ def answer(shape: wire.Answer, status: int = 200, headers: Mapping[str, str] | N
 
 
 def documented(
-    body: type[wire.Body] | None, answer: type[wire.Answer], example: object = None
+    body: type[wire.Body] | None, answer: type[wire.Answer], example: object = None, status: int = 200
 ) -> dict[str, Any]:
     """FastAPI's route arguments that put msgspec shapes on the OpenAPI page."""
-    extra: dict[str, Any] = {
-        "responses": {
-            "200": {"description": "Done", "content": {"application/json": {"schema": _ref(answer)}}},
-            "default": {
-                "description": "A problem",
-                "content": {"application/problem+json": {"schema": _ref(wire.Problem)}},
-            },
-        }
-    }
+    extra = _answers(answer, status)
     if body is not None:
         content: dict[str, Any] = {"schema": _ref(body)}
         if example is not None:
             content["example"] = example
         extra["requestBody"] = {"required": True, "content": {"application/json": content}}
-    return {"openapi_extra": extra, "response_model": None}
+    return {"openapi_extra": extra, "response_model": None, "status_code": status}
+
+
+def uploaded(answer: type[wire.Answer]) -> dict[str, Any]:
+    """The same for a streamed body, whose context and key travel in headers."""
+    extra = _answers(answer, 202)
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    extra["requestBody"] = {"required": True, "content": {"application/octet-stream": binary}}
+    extra["parameters"] = [
+        {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": text}
+        for name, text in _UPLOAD_HEADERS.items()
+    ]
+    return {"openapi_extra": extra, "response_model": None, "status_code": 202}
+
+
+def _answers(answer: type[wire.Answer], status: int) -> dict[str, Any]:
+    refused = {"application/problem+json": {"schema": _ref(wire.Problem)}}
+    return {
+        "responses": {
+            str(status): {"description": "Done", "content": {"application/json": {"schema": _ref(answer)}}},
+            "default": {"description": "A problem", "content": refused},
+        }
+    }
 
 
 def components() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Final, ParamSpec, TypeVar
 import anyio.to_thread
 from fastapi import Request
 
+from kms_core.jobs.desk import Desk
 from kms_core.policy import Principal
 from kms_core.service import Kms
 from kms_core.settings import Settings
@@ -24,6 +25,7 @@ class Service:
 
     settings: Settings
     kms: Kms
+    desk: Desk
     started: float
     backend_limiter: anyio.CapacityLimiter
 

@@ -1,4 +1,4 @@
-"""The product: one age envelope, key backends, jobs, audit and policy. Knows no FastAPI, no Celery, no environment.
+"""The product: one age envelope, key backends, jobs, audit and policy. Knows no FastAPI and no Celery.
 
 Start reading at ``service.py`` (``Kms``, the one interface to keys), then one backend
 (``backends/age.py``), then ``envelope/sealing.py`` (what a ciphertext is), then ``jobs/run.py``.

@@ -18,6 +18,7 @@ KeySpec = Literal["AES_128", "AES_256"]
 JobKind = Literal["encrypt", "decrypt", "rewrap"]
 JobState = Literal["queued", "running", "committing", "succeeded", "failed", "cancelled"]
 Origin = Literal["service", "foreign"]
+STATES: Final[tuple[JobState, ...]] = ("queued", "running", "committing", "succeeded", "failed", "cancelled")
 ENDED: Final = frozenset({"succeeded", "failed", "cancelled"})
 KEY_SPEC_BYTES: Final[dict[str, int]] = {"AES_128": 16, "AES_256": 32}
 

@@ -19,7 +19,7 @@ from urllib.parse import SplitResult, parse_qs, unquote
 import structlog
 
 from kms_core.backends import Health, KeyVersion
-from kms_core.envelope import binding, x25519
+from kms_core.envelope import binding, hybrid, x25519
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.header import FILE_KEY_BYTES, Stanza
 from kms_core.envelope.x25519 import NoMatch
@@ -82,11 +82,15 @@ def version_of(recipient: Recipient) -> str:
 
 def parse_identity(text: str) -> Identity:
     """An identity of either native type; ValueError (without the text) if it is neither."""
+    if text.upper().startswith(hybrid.IDENTITY_PREFIX):
+        return hybrid.Identity.parse(text)
     return x25519.Identity.parse(text)
 
 
 def parse_recipient(text: str) -> Recipient:
     """A recipient of either native type; ValueError (without the text) if it is neither."""
+    if text.lower().startswith(hybrid.RECIPIENT_PREFIX + "1"):
+        return hybrid.Recipient.parse(text)
     return x25519.Recipient.parse(text)
 
 
@@ -137,6 +141,11 @@ class AgeBackend:
         except KmsError as exc:
             return Health(healthy=False, checked_at=now, detail=exc.detail)
         return Health(healthy=healthy and not self._trouble, checked_at=now, detail=self._trouble)
+
+    def secrets(self) -> tuple[bytes, ...]:
+        """A 32-byte MAC key of each version, the current one last: the spool derives its record keys here."""
+        keys = self._fresh()
+        return tuple(keys.origin_keys[version.version] for version in keys.versions)
 
     def _identity(self, key: KeyRef) -> Identity:
         identity = self._fresh().identities.get(key.version)

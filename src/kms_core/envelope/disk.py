@@ -22,18 +22,19 @@ def read_into(fd: int, views: Sequence[memoryview], offset: int) -> bool:
     """Fill the views one after another from ``offset`` on; False if the file ends before they are full."""
     if os.preadv(fd, views, offset) == sum(map(len, views)):
         return True
-    return all(_read_view(fd, view, at) for view, at in _places(views, offset))
+    for view in views:  # the slow way, for file systems that give less than was asked for
+        if not _read_view(fd, view, offset):
+            return False
+        offset += len(view)
+    return True
 
 
-def write_all(fd: int, views: Sequence[memoryview], offset: int) -> None:
-    """Write the views one after another at ``offset``; SpoolFull without room."""
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset``; SpoolFull without room."""
     with _room():
-        if os.pwritev(fd, views, offset) == sum(map(len, views)):
-            return
-        for view, at in _places(views, offset):
-            written = 0
-            while written < len(view):
-                written += os.pwritev(fd, [view[written:]], at + written)
+        while data:
+            written = os.pwrite(fd, data, offset)
+            data, offset = data[written:], offset + written
 
 
 def reserve(fd: int, size: int) -> None:
@@ -51,14 +52,7 @@ def reserve(fd: int, size: int) -> None:
             os.ftruncate(fd, size)
 
 
-def _places(views: Sequence[memoryview], offset: int) -> Iterator[tuple[memoryview, int]]:
-    for view in views:
-        yield view, offset
-        offset += len(view)
-
-
 def _read_view(fd: int, view: memoryview, offset: int) -> bool:
-    """The slow way, for file systems that give less than was asked for."""
     done = 0
     while done < len(view):
         got = os.preadv(fd, [view[done:]], offset + done)

@@ -6,14 +6,14 @@ would have released before it met the fault.
 
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Final, NoReturn, Protocol
+from typing import Final, Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.utils import Buffer
 
-from kms_core.envelope.slabs import SLAB_CHUNKS, STEADY, Pace, Slab
-from kms_core.envelope.stream import CHUNK, SEALED_CHUNK, TAG, cut, nonce, nonces, open_into, plaintext_size
+from kms_core.envelope.slabs import SLAB_CHUNKS, STEADY, Pace, Piece, SealedSlab, Slab
+from kms_core.envelope.stream import CHUNK, SEALED_CHUNK, cut, nonce, plaintext_size
 from kms_core.errors import DecryptFailed
 
 _BUFFERS: Final = 2
@@ -55,7 +55,7 @@ class SlabSealer:
         self.size += len(rest)
         while rest:
             if self._held == self._full:
-                ready.append(self._slab.seal(self._first, self._full, last=False))
+                ready.append(self._slab.seal(Piece(self._first, self._full, last=False)))
                 self._next_slab()
             rest = rest[self._take(rest) :]
         return ready
@@ -64,7 +64,7 @@ class SlabSealer:
         """The last slab, which ends the payload; at least 16 bytes. Nothing can be fed after it."""
         self._refuse_if_finished()
         self._finished = True
-        return bytes(self._slab.seal(self._first, self._held, last=True))
+        return bytes(self._slab.seal(Piece(self._first, self._held, last=True)))
 
     def _take(self, data: memoryview) -> int:
         chunk, start = divmod(self._held, CHUNK)
@@ -92,7 +92,7 @@ def seal_pipe(key: bytes, reader: Readable, writer: Writable, pace: Pace = STEAD
     total = 0
     for turn, (size, last) in enumerate(turns):
         pace.before()
-        _write_all(writer, pair[turn % _BUFFERS].seal(turn * pace.slab_chunks, size, last=last))
+        _write_all(writer, pair[turn % _BUFFERS].seal(Piece(turn * pace.slab_chunks, size, last=last)))
         total += size
         pace.after(size)
     return total
@@ -104,67 +104,52 @@ def open_pipe(key: bytes, reader: Readable, writer: Writable, pace: Pace = STEAD
     Raises DecryptFailed once the chunks before the fault are written: what was released is genuine but
     not whole, and the consumer must be told.
     """
-    aead = ChaCha20Poly1305(key)
-    pair = [memoryview(bytearray(pace.slab_chunks * SEALED_CHUNK)) for _ in range(_BUFFERS)]
-    plain = memoryview(bytearray(pace.slab_chunks * CHUNK))
-    done = 0
-    for turn, (size, last) in enumerate(_in_turn(reader, [[buffer] for buffer in pair])):
+    pair = [SealedSlab(key, pace.slab_chunks) for _ in range(_BUFFERS)]
+    total = 0
+    for turn, (size, last) in enumerate(_in_turn(reader, [[slab.memory] for slab in pair])):
         pace.before()
-        run = _Run(aead, turn * pace.slab_chunks, cut(pair[turn % _BUFFERS][:size], SEALED_CHUNK), last=last)
-        opened = run.open_into(plain, writer)
-        _write_all(writer, opened)
-        done += len(opened)
-        pace.after(len(opened))
-    return done
-
-
-class _Run:
-    """Consecutive chunks of a payload that passes by."""
-
-    def __init__(
-        self, aead: ChaCha20Poly1305, first: int, chunks: Sequence[memoryview], *, last: bool
-    ) -> None:
-        self._aead = aead
-        self._first = first
-        self._chunks = chunks
-        self._last = last
-
-    def open_into(self, plain: memoryview, writer: Writable) -> memoryview:
-        """The plaintext; or release the chunks before the fault and raise DecryptFailed."""
-        size = sum(map(len, self._chunks))
+        slab, first = pair[turn % _BUFFERS], turn * pace.slab_chunks
         try:
-            if self._last:
-                plaintext_size(self._first * SEALED_CHUNK + size)
-            opened = plain[: size - TAG * len(self._chunks)]
-            run = nonces(self._first, len(self._chunks), last=self._last)
-            open_into(self._aead, run, self._chunks, cut(opened, CHUNK) or [opened])
+            opened = slab.open(Piece(first, _run_size(first, size, last=last), last=last))
         except DecryptFailed:
-            self._release_genuine(writer)
-        return opened
+            for chunk in _genuine(ChaCha20Poly1305(key), first, slab.memory[:size], last=last):
+                _write_all(writer, memoryview(chunk))
+            raise
+        _write_all(writer, opened)
+        total += len(opened)
+        pace.after(len(opened))
+    return total
 
-    def _release_genuine(self, writer: Writable) -> NoReturn:
-        """Release what stands before the fault.
 
-        A whole chunk whose mark is the wrong one is genuine, and the fault lies behind it: data follows
-        a last chunk, or the file ends after another.
-        """
-        end = self._first + len(self._chunks) - 1
-        for index, chunk in enumerate(self._chunks, self._first):
-            last = self._last and index == end
-            opened = self._try(index, chunk, last=last)
-            fault = not opened
-            if fault and len(chunk) == SEALED_CHUNK:
-                opened = self._try(index, chunk, last=not last)
-            _write_all(writer, memoryview(opened))
-            if fault:
-                break
-        raise DecryptFailed
+def _run_size(first: int, sealed: int, *, last: bool) -> int:
+    """The plaintext in a run of chunks; DecryptFailed if no payload can end so."""
+    if last:
+        return plaintext_size(first * SEALED_CHUNK + sealed) - first * CHUNK
+    return plaintext_size(sealed)
 
-    def _try(self, index: int, chunk: memoryview, *, last: bool) -> bytes:
-        try:
-            return self._aead.decrypt(nonce(index, last=last), chunk, None)
-        except InvalidTag:
-            return b""
+
+def _genuine(aead: ChaCha20Poly1305, first: int, sealed: memoryview, *, last: bool) -> Iterator[bytes]:
+    """What stands before the fault, chunk by chunk.
+
+    A whole chunk with the wrong mark is genuine too, and the fault lies behind it: data follows a last
+    chunk, or the payload ends after another.
+    """
+    chunks = cut(sealed, SEALED_CHUNK)
+    for index, chunk in enumerate(chunks):
+        ends = last and index == len(chunks) - 1
+        opened = _try(aead, nonce(first + index, last=ends), chunk)
+        if not opened:  # or empty, which only a whole payload may be
+            if len(chunk) == SEALED_CHUNK:
+                yield _try(aead, nonce(first + index, last=not ends), chunk)
+            return
+        yield opened
+
+
+def _try(aead: ChaCha20Poly1305, number: bytes, chunk: memoryview) -> bytes:
+    try:
+        return aead.decrypt(number, chunk, None)
+    except InvalidTag:
+        return b""
 
 
 def _in_turn(reader: Readable, buffers: Sequence[Sequence[memoryview]]) -> Iterator[tuple[int, bool]]:

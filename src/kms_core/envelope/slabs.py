@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
-from typing import Final
+from typing import Final, TypeVar
 
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
@@ -33,6 +34,7 @@ from kms_core.envelope.stream import (
 from kms_core.errors import DecryptFailed, InvalidRequest
 
 SLAB_CHUNKS: Final = 16
+Memory = TypeVar("Memory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +91,20 @@ class Piece:
     def sealed_at(self) -> int:
         return self.first * SEALED_CHUNK
 
+    @property
+    def sealed_size(self) -> int:
+        return sealed_size(self.size)
+
 
 class Slab:
-    """The memory of one thread, where chunks are sealed and opened in place. Sizes are of plaintext."""
+    """The memory of one sealing thread, where chunks are sealed in place. Sizes are of plaintext."""
 
-    __slots__ = ("_aead", "_plain", "_sealed", "memory")
+    __slots__ = ("_aead", "_memory", "_plain", "_sealed")
 
     def __init__(self, key: bytes, chunks: int) -> None:
         self._aead = ChaCha20Poly1305(key)
-        self.memory = memoryview(bytearray(chunks * SEALED_CHUNK))
-        self._sealed = cut(self.memory, SEALED_CHUNK)
+        self._memory = memoryview(bytearray(chunks * SEALED_CHUNK))
+        self._sealed = cut(self._memory, SEALED_CHUNK)
         self._plain = [chunk[:CHUNK] for chunk in self._sealed]
 
     def plain(self, size: int) -> list[memoryview]:
@@ -106,22 +112,33 @@ class Slab:
         full, rest = divmod(size, CHUNK)
         return self._plain[:full] + ([self._plain[full][:rest]] if rest or not size else [])
 
-    def seal(self, first: int, size: int, *, last: bool) -> memoryview:
-        """Seal what ``plain(size)`` holds as chunks ``first`` and on."""
-        plain = self.plain(size)
+    def seal(self, piece: Piece) -> memoryview:
+        """Seal what ``plain(piece.size)`` holds."""
+        plain = self.plain(piece.size)
         sealed = self._sealed[: len(plain)]
         sealed[-1] = sealed[-1][: len(plain[-1]) + TAG]
-        deque(
-            map(self._aead.encrypt_into, nonces(first, len(plain), last=last), plain, repeat(None), sealed), 0
-        )
-        return self.memory[: sealed_size(size)]
+        run = nonces(piece.first, len(plain), last=piece.last)
+        deque(map(self._aead.encrypt_into, run, plain, repeat(None), sealed), 0)
+        return self._memory[: piece.sealed_size]
 
-    def open(self, piece: Piece) -> list[memoryview]:
-        """Open the chunks in ``memory``; if one is forged, clear them all and raise DecryptFailed."""
-        plain = self.plain(piece.size)
-        sealed = cut(self.memory[: sealed_size(piece.size)], SEALED_CHUNK)
-        open_into(self._aead, nonces(piece.first, len(plain), last=piece.last), sealed, plain)
-        return plain
+
+class SealedSlab:
+    """The memory of one opening thread: sealed chunks, and beside them the plaintext in one run."""
+
+    __slots__ = ("_aead", "_plain", "memory")
+
+    def __init__(self, key: bytes, chunks: int) -> None:
+        self._aead = ChaCha20Poly1305(key)
+        self.memory = memoryview(bytearray(chunks * SEALED_CHUNK))
+        self._plain = memoryview(bytearray(chunks * CHUNK))
+
+    def open(self, piece: Piece) -> memoryview:
+        """Open the chunks that ``memory`` begins with; if one is forged, clear all: DecryptFailed."""
+        sealed = cut(self.memory[: piece.sealed_size], SEALED_CHUNK)
+        opened = self._plain[: piece.size]
+        run = nonces(piece.first, len(sealed), last=piece.last)
+        open_into(self._aead, run, sealed, cut(opened, CHUNK) or [opened])
+        return opened
 
 
 def seal_file(
@@ -138,10 +155,9 @@ def seal_file(
     def step(slab: Slab, piece: Piece) -> None:
         if not disk.read_into(source.fd, slab.plain(piece.size), source.offset + piece.plain_at):
             raise _changed()
-        sealed = slab.seal(piece.first, piece.size, last=piece.last)
-        disk.write_all(target_fd, [sealed], target_offset + piece.sealed_at)
+        disk.write_all(target_fd, slab.seal(piece), target_offset + piece.sealed_at)
 
-    _work(key, source.size, step, pace)
+    _work(source.size, partial(Slab, key), step, pace)
     if _settled(source) != written_at:
         raise _changed()
 
@@ -158,30 +174,34 @@ def open_file(
     size = plaintext_size(source.size)
     disk.reserve(target_fd, target_offset + size)
 
-    def step(slab: Slab, piece: Piece) -> None:
+    def step(slab: SealedSlab, piece: Piece) -> None:
         disk.write_all(target_fd, _read_open(slab, source, piece), target_offset + piece.plain_at)
 
-    _work(key, size, step, pace)
+    _work(size, partial(SealedSlab, key), step, pace)
 
 
 def verify_file(key: bytes, source: Extent, pace: Pace = STEADY) -> None:
     """Authenticate every chunk in ``source`` and write nothing; errors as ``open_file``."""
 
-    def step(slab: Slab, piece: Piece) -> None:
+    def step(slab: SealedSlab, piece: Piece) -> None:
         _read_open(slab, source, piece)
 
-    _work(key, plaintext_size(source.size), step, pace)
+    _work(plaintext_size(source.size), partial(SealedSlab, key), step, pace)
 
 
-def _read_open(slab: Slab, source: Extent, piece: Piece) -> list[memoryview]:
-    sealed = slab.memory[: sealed_size(piece.size)]
-    if not disk.read_into(source.fd, [sealed], source.offset + piece.sealed_at):
+def _read_open(slab: SealedSlab, source: Extent, piece: Piece) -> memoryview:
+    if not disk.read_into(source.fd, [slab.memory[: piece.sealed_size]], source.offset + piece.sealed_at):
         raise DecryptFailed
     return slab.open(piece)
 
 
-def _work(key: bytes, size: int, step: Callable[[Slab, Piece], None], pace: Pace) -> None:
-    """Call ``step`` once for each piece, from several threads; the first error stops them and is raised."""
+def _work(
+    size: int, memory: Callable[[int], Memory], step: Callable[[Memory, Piece], None], pace: Pace
+) -> None:
+    """Call ``step`` once for each piece, from several threads; the first error stops them and is raised.
+
+    ``memory`` makes what a thread works in, from the number of chunks in a slab.
+    """
     chunks = min(pace.slab_chunks, chunk_count(size))
     width = chunks * CHUNK
     total = max(1, -(-size // width))
@@ -189,7 +209,7 @@ def _work(key: bytes, size: int, step: Callable[[Slab, Piece], None], pace: Pace
     stop = threading.Event()
 
     def run() -> None:
-        slab = Slab(key, chunks)
+        slab = memory(chunks)
         try:
             while not stop.is_set() and (turn := next(turns)) < total:
                 pace.before()

@@ -118,8 +118,9 @@ class BlobWriter:
             raise SpoolFull(
                 "The spool's limit is reached: wait for results to expire, or raise spool_max_bytes"
             )
-        disk.write_all(self._fd, views, self._offset)
-        self._offset += size
+        for view in views:
+            disk.write_all(self._fd, view, self._offset)
+            self._offset += len(view)
 
 
 class Spool:
@@ -159,7 +160,7 @@ class Spool:
         temporary.unlink(missing_ok=True)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            disk.write_all(fd, [memoryview(data)], 0)
+            disk.write_all(fd, memoryview(data), 0)
         finally:
             os.close(fd)
         temporary.rename(path)
@@ -202,6 +203,10 @@ class Spool:
         return sealing.write_header(
             file_key, nonce, self._key, key=self._ref(label), context=label.context, padded=False
         )
+
+    def discard(self, label: Label) -> None:
+        """One blob, when nothing needs it any more."""
+        self._path(label).unlink(missing_ok=True)
 
     def delete(self, job_id: str) -> None:
         """Everything of one job. Doing it twice is no error."""

@@ -1,4 +1,4 @@
-"""Bulk jobs: many small items, each with its own context, file key and outcome; one bad item sinks no other."""
+"""Bulk jobs: many small items, each with its own context, file key and outcome; a bad one sinks no other."""
 
 from collections.abc import Iterable, Iterator
 from typing import Final

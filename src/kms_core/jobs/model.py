@@ -87,10 +87,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True):
-    """A target about to appear: enough for any worker to finish it after a crash."""
+    """A target about to appear: with the accepted part, enough for any worker to finish it after a crash."""
 
-    url: str
-    temporary: str
+    fence: int
     inode: int
     size_bytes: int
-    overwrite: bool

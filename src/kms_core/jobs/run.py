@@ -9,7 +9,7 @@ import structlog
 from kms_core import audit, metrics
 from kms_core.errors import JobCancelled, JobsUnavailable, KmsError, Unavailable
 from kms_core.jobs import bulk, files, uploads
-from kms_core.jobs.blobs import ITEMS, UPLOAD, Spool
+from kms_core.jobs.blobs import ITEMS, UPLOAD, Label, Spool
 from kms_core.jobs.lease import Lease
 from kms_core.jobs.model import Accepted, LeaseLost
 from kms_core.jobs.paths import Roots
@@ -57,7 +57,7 @@ def _attempt(claim: Claim, shop: Shop) -> None:
         store.finish(claim, "failed" if code else "succeeded", code, lease.progress)
         _log.info("job.finished", job_id=job.job_id, state="failed" if code else "succeeded", code=code)
         if job.source == ITEMS:
-            shop.spool.discard(job.job_id, ITEMS)
+            shop.spool.discard(Label(job.tenant, job.job_id, ITEMS))
     except LeaseLost:
         _log.warning("job.lease_lost", job_id=job.job_id, fence=claim.fence)
     except JobsUnavailable:

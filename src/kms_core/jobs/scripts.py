@@ -23,9 +23,9 @@ end
 """
 
 SUBMIT: Final = """
--- KEYS: job, open, tenant list, idempotency (or '')
+-- KEYS: job, open, tenant list, idempotency (optional)
 -- ARGV: id, idempotency value, expires_at, created_at, field, value, ...
-if KEYS[4] ~= '' then
+if KEYS[4] then
   local before = redis.call('GET', KEYS[4])
   if before then return {'exists', before} end
   redis.call('SET', KEYS[4], ARGV[2], 'EXAT', math.floor(tonumber(ARGV[3])))

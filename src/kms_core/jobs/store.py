@@ -8,6 +8,7 @@ from typing import Final, cast
 
 import msgspec
 import redis
+import structlog
 
 from kms_core import metrics
 from kms_core.errors import (
@@ -27,6 +28,7 @@ Fields = Mapping[str, str | int | float | bytes]
 _PREFIX: Final = "kms:"
 _WORKER_SEEN_S: Final = 15.0
 _TIMEOUT_S: Final = 5.0
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,17 @@ class JobStore:
     def __init__(self, client: redis.Redis, record_key: RecordKey, nudge: Nudge, rules: Rules) -> None:
         self.redis = client
         self.rules = rules
-        self._record_key = record_key
+        self.record_key = record_key
         self._nudge = nudge
         self._run: dict[str, Callable[..., list[bytes]]] = {
             name: client.register_script(getattr(scripts, name))
             for name in ("SUBMIT", "CLAIM", "RENEW", "COMMITTING", "FINISH", "DEFER", "CANCEL", "REAP")
         }
+
+    def ping(self) -> None:
+        """Raise JobsUnavailable if Redis does not answer."""
+        with _redis_errors():
+            self.redis.ping()
 
     # -- the submitter's side -------------------------------------------------------------------------
 
@@ -76,7 +83,7 @@ class JobStore:
         Raises IdempotencyConflict, JobsUnavailable. Once this returns, the job survives any process.
         """
         fields: Fields = {
-            "sealed": self._record_key.seal(accepted),
+            "sealed": self.record_key.seal(accepted),
             "tenant": accepted.tenant,
             "kind": accepted.kind,
             "items": accepted.items,
@@ -84,12 +91,14 @@ class JobStore:
             "created_at": accepted.created_at,
             "expires_at": accepted.expires_at,
         }
-        known = f"{_PREFIX}idem:{self._record_key.digest(idempotency.encode()).hex()}" if idempotency else ""
+        keys = [_job(accepted.job_id), f"{_PREFIX}open", f"{_PREFIX}tenant:{accepted.tenant}"]
+        if idempotency:
+            keys.append(f"{_PREFIX}idem:{self.record_key.digest(idempotency.encode()).hex()}")
         value = f"{accepted.job_id} {accepted.digest.hex()}"
         flat = [part for pair in fields.items() for part in pair]
         with _redis_errors():
             word, *rest = self._run["SUBMIT"](
-                [_job(accepted.job_id), f"{_PREFIX}open", f"{_PREFIX}tenant:{accepted.tenant}", known],
+                keys,
                 [accepted.job_id, value, accepted.expires_at, accepted.created_at, *flat],
             )
         if word == b"exists":
@@ -122,7 +131,7 @@ class JobStore:
             sealed = cast("bytes | None", self.redis.hget(_job(job_id), "sealed"))
         if sealed is None:
             raise UnknownJob
-        return self._record_key.open(job_id, sealed)
+        return self.record_key.open(job_id, sealed)
 
     def page(
         self, tenant: str, *, state: str | None, limit: int, before: str | None
@@ -181,7 +190,7 @@ class JobStore:
             return None
         fence, attempt, sealed, commit, waited, deferrals = rest
         return Claim(
-            accepted=self._record_key.open(job_id, sealed),
+            accepted=self.record_key.open(job_id, sealed),
             fence=int(fence),
             attempt=int(attempt),
             waited_s=float(waited),
@@ -322,4 +331,5 @@ def _redis_errors() -> Iterator[None]:
     try:
         yield
     except redis.RedisError as exc:
+        _log.warning("redis.failed", error=type(exc).__name__)
         raise JobsUnavailable from exc

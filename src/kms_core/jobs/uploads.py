@@ -21,7 +21,9 @@ def run(lease: Lease, kms: Kms, spool: Spool) -> None:
     source = Label(job.tenant, job.job_id, UPLOAD)
     target = Label(job.tenant, job.job_id, HEAD, lease.claim.fence)
     with spool.blob(source) as blob:
-        head = {"encrypt": _encrypt, "decrypt": _decrypt, "rewrap": _rewrap}[job.kind](lease, kms, spool, blob)
+        head = {"encrypt": _encrypt, "decrypt": _decrypt, "rewrap": _rewrap}[job.kind](
+            lease, kms, spool, blob
+        )
         spool.put(target, head + blob.head.nonce)
 
 

@@ -1,0 +1,231 @@
+"""Jobs: submit items or file references, look, follow, cancel."""
+
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from typing import Final
+from urllib.parse import unquote
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+from fastapi import APIRouter, Request, Response
+from msgspec import UNSET
+from starlette.responses import StreamingResponse
+
+from kms_api import bodies
+from kms_api.deps import Service, caller, service
+from kms_core import wire
+from kms_core.context import Context
+from kms_core.errors import InvalidRequest
+from kms_core.jobs import bulk, desk
+from kms_core.jobs.desk import Terms
+from kms_core.jobs.model import Job
+
+router: Final = APIRouter(tags=["jobs"])
+KINDS: Final[dict[str, wire.JobKind]] = {"encrypt": "encrypt", "decrypt": "decrypt", "rewrap": "rewrap"}
+_NDJSON: Final = "application/x-ndjson"
+_LOOK_EVERY_S: Final = 0.25
+_KEEP_ALIVE_S: Final = 15.0
+_PAGE: Final = 100
+
+
+@router.post(
+    "/jobs",
+    **bodies.documented(
+        wire.JobIn, wire.JobAccepted, {"kind": "encrypt", "items": [{"plaintext": "SGVsbG8="}]}, status=202
+    ),
+)
+async def submit(request: Request) -> Response:
+    """Bulk items, a file reference, or (as ``application/x-ndjson`` with ``?kind=``) a stream of items."""
+    built = service(request)
+    if request.headers.get("content-type", "").startswith(_NDJSON):
+        job = await _stream_of_items(request, built)
+    else:
+        body = await bodies.read(request, wire.JobIn, built.settings.kms.limits.json_job_bytes * 2)
+        job = await anyio.to_thread.run_sync(_submit, built, request, body)
+    return accepted(job)
+
+
+@router.get("/jobs", **bodies.documented(None, wire.JobList))
+async def listing(
+    request: Request, state: str | None = None, limit: str | None = None, cursor: str | None = None
+) -> Response:
+    """Jobs of this tenant, newest first; ``next`` is the cursor of the following page."""
+    built = service(request)
+    size = _number("limit", limit, _PAGE, 1000)
+    _number("cursor", cursor, 0, 1 << 40)
+    if state is not None and state not in wire.STATES:
+        raise InvalidRequest(f"state is one of {', '.join(wire.STATES)}")
+    page = built.desk.store.page
+    jobs, following = await anyio.to_thread.run_sync(
+        lambda: page(caller(request).tenant, state=state, limit=size, before=cursor)
+    )
+    return bodies.answer(wire.JobList(jobs=[shape(job) for job in jobs], next=following))
+
+
+@router.get("/jobs/{job_id}", **bodies.documented(None, wire.JobOut))
+async def one(request: Request, job_id: str) -> Response:
+    """State and progress of one job."""
+    job = await found(request, job_id)
+    return bodies.answer(shape(job), headers=None if job.ended else {"Retry-After": "1"})
+
+
+@router.delete("/jobs/{job_id}", **bodies.documented(None, wire.JobOut))
+async def cancel(request: Request, job_id: str) -> Response:
+    """End a queued job now, a running one at its next item or slab."""
+    built = service(request)
+    job = await anyio.to_thread.run_sync(built.desk.store.cancel, job_id, caller(request).tenant)
+    if job.state == "cancelled":
+        await anyio.to_thread.run_sync(built.desk.spool.delete, job.job_id)
+    return bodies.answer(shape(job))
+
+
+@router.post("/jobs/{job_id}/cancel", **bodies.documented(None, wire.JobOut))
+async def cancel_by_post(request: Request, job_id: str) -> Response:
+    """The same for clients that cannot send DELETE."""
+    return await cancel(request, job_id)
+
+
+@router.get("/jobs/{job_id}/events", response_model=None)
+async def events(request: Request, job_id: str) -> Response:
+    """Server-sent events: one ``progress`` per change, the last with the final state."""
+    first = await found(request, job_id)
+    return StreamingResponse(
+        _events(request, first), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
+    )
+
+
+async def _events(request: Request, job: Job) -> AsyncIterator[bytes]:
+    quiet = 0.0
+    yield _event(job)
+    while not job.ended and not await request.is_disconnected():
+        await anyio.sleep(_LOOK_EVERY_S)
+        seen, job = job, await found(request, job.job_id)
+        quiet += _LOOK_EVERY_S
+        if job != seen:
+            yield _event(job)
+            quiet = 0.0
+        elif quiet >= _KEEP_ALIVE_S:
+            yield b": still here\n\n"
+            quiet = 0.0
+
+
+def _event(job: Job) -> bytes:
+    return b"event: progress\ndata: " + wire.encode(shape(job)) + b"\n\n"
+
+
+async def found(request: Request, job_id: str) -> Job:
+    """The caller's job of this id; UnknownJob for anybody else's."""
+    return await anyio.to_thread.run_sync(service(request).desk.store.get, job_id, caller(request).tenant)
+
+
+def accepted(job: Job) -> Response:
+    """202 with the job's address: from here on it survives any process."""
+    answer = wire.JobAccepted(job_id=job.job_id, state=job.state, links=_links(job))
+    return bodies.answer(answer, 202, {"Location": answer.links.self_, "Retry-After": "1"})
+
+
+def shape(job: Job) -> wire.JobOut:
+    return wire.JobOut(
+        job_id=job.job_id,
+        kind=job.kind,
+        state=job.state,
+        attempt=job.attempt,
+        progress=wire.JobProgress(
+            items=job.items,
+            items_done=job.items_done,
+            items_failed=job.items_failed,
+            bytes=job.bytes,
+            bytes_done=job.bytes_done,
+        ),
+        created_at=_time(job.created_at),
+        expires_at=_time(job.expires_at),
+        not_before=_time(job.not_before) if job.state == "queued" and job.not_before else UNSET,
+        error=wire.ErrorCode(code=job.error) if job.error else None,
+        links=_links(job),
+    )
+
+
+def terms_of_headers(request: Request, kind: wire.JobKind) -> Terms:
+    """Context and key of a streamed body: in headers, never in the query string, which proxies log."""
+    key_id = request.headers.get("x-kms-key-id") or None
+    try:
+        context = unquote(request.headers.get("x-kms-context", ""), errors="strict")
+    except UnicodeDecodeError:
+        raise InvalidRequest("X-KMS-Context is not percent-encoded UTF-8") from None
+    return Terms(caller(request), kind, Context.parse(context), key_id, idempotency=idempotency(request))
+
+
+def idempotency(request: Request) -> str:
+    key = request.headers.get("idempotency-key", "")
+    if len(key) > 256:  # noqa: PLR2004 -- a UUID fits seven times
+        raise InvalidRequest("Idempotency-Key is above 256 characters")
+    return key
+
+
+def _submit(built: Service, request: Request, body: wire.JobIn) -> Job:
+    new_context = None if body.new_context is None else Context.parse(body.new_context)
+    terms = Terms(
+        caller(request),
+        body.kind,
+        Context.parse(body.context),
+        body.key_id,
+        new_context,
+        body.ttl_s,
+        idempotency(request),
+    )
+    built.desk.check(terms)
+    if body.items is not None and body.source is None and body.target is None:
+        desk.check_count(len(body.items), built.settings.kms.limits.json_job_items)
+        return built.desk.items(terms, body.items)
+    if body.items is None and body.source is not None and body.target is not None:
+        return built.desk.reference(terms, body.source, body.target, overwrite=bool(body.overwrite))
+    raise InvalidRequest(
+        "Give items, or source and target; to upload a file use /files/encrypt or /files/decrypt"
+    )
+
+
+async def _stream_of_items(request: Request, built: Service) -> Job:
+    """NDJSON of any length: parsed and sealed in a thread, piece by piece, while it arrives."""
+    bodies.refuse_encoding(request)
+    kind = KINDS.get(request.query_params.get("kind", ""))
+    if kind is None:
+        raise InvalidRequest(f"POST /jobs?kind= needs one of {', '.join(KINDS)} for a stream of items")
+    terms = terms_of_headers(request, kind)
+    pieces = request.stream()
+
+    def arriving() -> Iterator[bytes]:
+        while piece := anyio.from_thread.run(next_piece, pieces):
+            yield piece
+
+    def work() -> Job:
+        built.desk.check(terms)
+        parsed = (bulk.parse_line(index, line) for index, line in enumerate(bulk.lines(arriving())))
+        return built.desk.items(terms, parsed)
+
+    return await anyio.to_thread.run_sync(work)
+
+
+async def next_piece(pieces: AsyncIterator[bytes]) -> bytes:
+    """The next bytes of a body; empty at its end."""
+    async for piece in pieces:
+        if piece:
+            return piece
+    return b""
+
+
+def _links(job: Job) -> wire.JobLinks:
+    base = f"{wire.PREFIX}/jobs/{job.job_id}"
+    return wire.JobLinks(self_=base, result=f"{base}/result", events=f"{base}/events")
+
+
+def _number(name: str, text: str | None, default: int, largest: int) -> int:
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdigit() or int(text) > largest:
+        raise InvalidRequest(f"{name} is a number up to {largest}")
+    return int(text)
+
+
+def _time(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,55 @@
+"""Builds what API and worker share: keys, service, store and spool, from settings; calls no peer."""
+
+from dataclasses import dataclass
+
+from kms_core import keyring
+from kms_core.audit import JsonLines
+from kms_core.backends.age import AgeBackend, KeyFiles
+from kms_core.envelope.header import Limits
+from kms_core.jobs import desk
+from kms_core.jobs.blobs import Spool
+from kms_core.jobs.desk import Desk
+from kms_core.jobs.paths import Roots
+from kms_core.jobs.records import RecordKey
+from kms_core.jobs.run import Shop
+from kms_core.jobs.store import JobStore, Nudge, Rules, connect
+from kms_core.policy import AllowAll
+from kms_core.service import Kms
+from kms_core.service import Rules as CallRules
+from kms_core.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """One process's core."""
+
+    kms: Kms
+    desk: Desk
+    shop: Shop
+
+
+def build(settings: Settings, process: str, nudge: Nudge) -> Core:
+    """The core of a process (``api``, ``worker``). Raises ConfigurationError; an absent Redis is no error."""
+    section, jobs, limits = settings.kms, settings.kms.jobs, settings.kms.limits
+    kms = Kms(
+        keyring.build(settings),
+        AllowAll(),
+        JsonLines(section.audit.path / f"{process}.jsonl", fsync=section.audit.durability == "fsync"),
+        CallRules(section.require_context, Limits(limits.sync_header_bytes, limits.sync_stanzas)),
+    )
+    spool_key = AgeBackend(KeyFiles(jobs.spool_identity_path, strict=settings.is_prod))
+    jobs.spool_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    spool = Spool(jobs.spool_dir, spool_key, jobs.spool_max_bytes)
+    store = JobStore(
+        connect(section.redis.url),
+        RecordKey(spool_key.secrets()),
+        nudge,
+        Rules(jobs.lease_s, jobs.attempts, keep_record_s=jobs.result_ttl_s),
+    )
+    forbidden = (jobs.spool_dir, jobs.spool_identity_path, section.audit.path, section.age.private_key_path)
+    for root in jobs.roots:
+        if root == settings.state_dir / "files":  # the default in dev; an operator's own root must be there
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    roots = Roots(jobs.roots, forbidden)
+    rules = desk.Rules(jobs.result_ttl_s, limits.sync_plaintext_bytes, section.require_context)
+    return Core(kms, Desk(kms, store, spool, roots, rules), Shop(kms, store, spool, roots))

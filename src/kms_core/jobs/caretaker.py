@@ -1,0 +1,78 @@
+"""Looks after jobs while workers come and go: leases that ran out, lost messages, expired results.
+
+Runs in the parent of each worker; a short lock in Redis lets one of them act at a time.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from kms_core import metrics
+from kms_core.errors import KmsError
+from kms_core.jobs.blobs import Spool
+from kms_core.jobs.store import JobStore
+
+EVERY_S: Final = 1.0
+_LOCK_S: Final = 10.0
+_LOOK_AGAIN_S: Final = 10.0
+_SWEEP_EVERY: Final = 600
+_ORPHAN_AGE_S: Final = 3600.0
+_log = structlog.get_logger(__name__)
+
+
+class Caretaker(threading.Thread):
+    """One round a second. ``queue_length`` asks the broker: queued jobs are nudged again only if it is 0."""
+
+    def __init__(self, store: JobStore, spool: Spool, name: str, queue_length: Callable[[], int]) -> None:
+        super().__init__(name="caretaker", daemon=True)
+        self._store = store
+        self._spool = spool
+        self._owner = name
+        self._queue_length = queue_length
+        self._stop_asked = threading.Event()
+        self._rounds = 0
+
+    def run(self) -> None:
+        while not self._stop_asked.wait(EVERY_S):
+            try:
+                self._store.worker_seen(self._owner)
+                if self._store.lock("caretaker", self._owner, _LOCK_S):
+                    self.round()
+            except (
+                KmsError,
+                OSError,
+            ) as exc:  # Redis or the spool's disk is away: the next round tries again
+                _log.warning("caretaker.round_failed", error=type(exc).__name__)
+
+    def stop(self) -> None:
+        self._stop_asked.set()
+
+    def round(self) -> None:
+        """Take up what is due, delete what has expired, and now and then sweep orphans."""
+        due = self._store.due()
+        if due:
+            empty = self._queue_length() == 0
+            for job_id in due:
+                self._take_up(job_id, empty=empty)
+        for job_id in self._store.expired():
+            self._spool.delete(job_id)
+            self._store.purged(job_id)
+        if self._rounds % _SWEEP_EVERY == 0:
+            self._sweep()
+        self._rounds += 1
+
+    def _take_up(self, job_id: str, *, empty: bool) -> None:
+        found = self._store.reap(job_id, _LOOK_AGAIN_S)
+        if found in {"requeued", "committing"} or (found == "queued" and empty):
+            self._store.nudge(job_id)
+            metrics.JOB_RESUMES.labels(found).inc()
+            _log.info("job.taken_up", job_id=job_id, reason=found)
+
+    def _sweep(self) -> None:
+        """Folders that no record names: an upload broken off by a kill, a record that expired."""
+        for job_id in self._spool.folders(_ORPHAN_AGE_S):
+            if not self._store.exists(job_id):
+                self._spool.delete(job_id)
+                _log.info("spool.swept", job_id=job_id)

@@ -1,0 +1,95 @@
+"""Builds the Celery application of the worker. A message carries a job id; all else is in the core."""
+
+import os
+import socket
+from typing import Final
+
+import structlog
+from celery import Celery, signals
+from kombu.exceptions import OperationalError
+
+from kms_core.errors import JobsUnavailable, KmsError
+from kms_core.jobs.build import Core
+from kms_core.jobs.build import build as build_core
+from kms_core.jobs.run import run_job
+from kms_core.jobs.store import QUEUE, Nudge
+from kms_core.settings import Settings
+from kms_worker import kombu_ack
+
+TASK: Final = "kms.run"
+_VISIBILITY_S: Final = 24 * 3600  # above the longest job: our lease, not the broker, takes up a lost one
+_log = structlog.get_logger(__name__)
+
+CONFIGURATION: Final[dict[str, object]] = {
+    "task_serializer": "json",
+    "accept_content": ["json"],
+    "task_ignore_result": True,
+    "task_acks_late": True,
+    "task_reject_on_worker_lost": True,
+    "task_default_queue": QUEUE,
+    "task_track_started": False,
+    "task_send_sent_event": False,
+    "worker_send_task_events": False,
+    "worker_prefetch_multiplier": 1,
+    "worker_enable_remote_control": False,
+    "worker_hijack_root_logger": False,
+    "worker_redirect_stdouts": False,
+    "worker_soft_shutdown_timeout": 20,
+    "broker_connection_retry_on_startup": True,
+    "broker_connection_max_retries": None,
+    "broker_channel_error_retry": True,
+    "broker_transport_options": {
+        "visibility_timeout": _VISIBILITY_S,
+        "unacked_restore_interval": 5,
+        "unacked_restore_throttle": 1,
+        "socket_timeout": 10,
+        "socket_connect_timeout": 2,
+        "socket_keepalive": True,
+        "health_check_interval": 25,
+        "global_keyprefix": "kms:",
+    },
+}
+
+
+def build(settings: Settings) -> Celery:
+    """The application; its one task runs one job. Raises ConfigurationError for keys that cannot be read."""
+    kombu_ack.install()
+    app = Celery("kms-worker", broker=settings.kms.redis.broker_url, set_as_current=False)
+    app.conf.update(CONFIGURATION)
+    signals.setup_logging.connect(_keep_our_logs)
+    cores: dict[int, Core] = {}
+
+    def core() -> Core:
+        """Each process of the pool has its own connections: nothing is shared across a fork."""
+        if os.getpid() not in cores:
+            cores[os.getpid()] = build_core(settings, "worker", nudge_through(app))
+        return cores[os.getpid()]
+
+    @app.task(name=TASK)  # type: ignore[untyped-decorator]  # Celery ships no types
+    def run(job_id: str) -> None:
+        try:
+            run_job(job_id, core().shop, f"{socket.gethostname()}:{os.getpid()}")
+        except JobsUnavailable:
+            _log.warning("job.left_to_lease", job_id=job_id)
+        except KmsError as exc:  # a record that is gone, or was not written by this service
+            _log.warning("job.refused", job_id=job_id, code=exc.code)
+        except Exception as exc:  # noqa: BLE001 -- the top of the worker: the lease runs out, and attempts are bounded
+            _log.exception("job.crashed", job_id=job_id, error=type(exc).__name__)
+
+    return app
+
+
+def nudge_through(app: Celery) -> Nudge:
+    """A ``nudge`` over the worker's own broker connection; raises JobsUnavailable."""
+
+    def nudge(job_id: str, queue: str) -> None:
+        try:
+            app.send_task(TASK, (job_id,), queue=queue, argsrepr="-", kwargsrepr="-")
+        except (OperationalError, OSError) as exc:
+            raise JobsUnavailable from exc
+
+    return nudge
+
+
+def _keep_our_logs(**_: object) -> None:
+    """Connected so that Celery leaves logging alone."""

@@ -1,0 +1,38 @@
+"""The worker's ``/metrics``: one small HTTP server in the parent that sums the files of all its children."""
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import structlog
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, multiprocess
+
+_log = structlog.get_logger(__name__)
+
+
+def serve(bind: str, port: int, folder: str) -> ThreadingHTTPServer | None:
+    """Serve until ``shutdown``. A taken port costs the metrics, not the jobs, and is logged."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path not in {"/metrics", "/livez"}:
+                self.send_error(404)
+                return
+            registry = CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]  # untyped there
+            text = generate_latest(registry) if self.path == "/metrics" else b"ok\n"
+            self.send_response(200)
+            self.send_header("Content-Type", CONTENT_TYPE_LATEST)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class names it so
+            del format, args
+
+    try:
+        server = ThreadingHTTPServer((bind, port), Handler)
+    except OSError as exc:
+        _log.warning("metrics.not_served", port=port, reason=exc.strerror)
+        return None
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    return server

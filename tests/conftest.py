@@ -1,0 +1,41 @@
+"""The real server that tests of jobs run against: one for the session, an empty database for each test."""
+
+from collections.abc import Iterator
+from itertools import count
+from typing import Final
+
+import pytest
+
+from kms_cli.valkey import EmbeddedValkey, Limits
+
+DATABASES: Final = 10_000  # tests of one session; an unused one costs nothing
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    """A server with the access list of production. Do not kill it: start one of your own for that."""
+    with EmbeddedValkey(tmp_path_factory.mktemp("valkey"), limits=Limits(databases=DATABASES)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def database_numbers() -> Iterator[int]:
+    return count(1)
+
+
+@pytest.fixture
+def redis_database(database_numbers: Iterator[int]) -> int:
+    """The number of a database that no test used before; nobody may empty one."""
+    return next(database_numbers)
+
+
+@pytest.fixture
+def redis_url(valkey: EmbeddedValkey, redis_database: int) -> str:
+    """For redis-py: an empty database. Keys must begin with ``kms:``."""
+    return valkey.place.url_of(redis_database)
+
+
+@pytest.fixture
+def broker_url(valkey: EmbeddedValkey, redis_database: int) -> str:
+    """For kombu and Celery: the same database as ``redis_url``."""
+    return valkey.place.broker_url_of(redis_database)

@@ -1,0 +1,81 @@
+"""Programs that test_up starts: ``kms up`` with small children in place of the API and the worker.
+
+``up PORT…`` runs the supervisor; ``api`` and ``worker`` are its children, which note what happens to
+them in the file that STAND_IN_NOTES names. What they do wrong is in STAND_IN_<NAME>.
+"""
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from kms_cli import up
+from kms_cli.supervisor import Child, Pace
+from kms_core.errors import KmsError
+from kms_core.settings import Settings
+
+QUICK = Pace(first_delay_s=0.05, longest_delay_s=0.4, steady_s=30, start_timeout_s=10, poll_s=0.01)
+
+
+def programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Child]:
+    this = [sys.executable, __file__]
+    return (
+        Child("api", [*this, "api"], lambda: up.is_alive("127.0.0.1", settings.kms.port), env, grace_s=2),
+        Child("worker", [*this, "worker"], lambda: True, env, grace_s=2),
+    )
+
+
+def run_up() -> int:
+    options = up.Options(state_dir=Path(sys.argv[2]), port=int(sys.argv[3]))
+    try:
+        return up.run(options, programs=programs, pace=QUICK)
+    except KmsError as exc:
+        sys.stderr.write(f"kms: error: {exc.detail}\n")
+        return exc.exit_code
+
+
+def note(name: str, **what: object) -> None:
+    line = json.dumps({"name": name, "pid": os.getpid(), "at": time.monotonic(), **what})
+    with Path(os.environ["STAND_IN_NOTES"]).open("a") as file:
+        file.write(f"{line}\n")
+
+
+def run_child(name: str) -> int:
+    fault = os.environ.get(f"STAND_IN_{name.upper()}", "")
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        note(name, event=signal.Signals(number).name)
+        if fault != "stubborn":
+            sys.exit(0)
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    helper = subprocess.Popen(["sleep", "60"]) if fault == "helped" else None  # like a pool process
+    kept = {key: value for key, value in os.environ.items() if key.startswith("KMS_")}
+    note(name, event="start", env=kept, helper=helper and helper.pid)
+    if fault.isdigit():
+        sys.stderr.write(f"{name}: leaving\n")
+        return int(fault)
+    if name == "api":
+        http.server.HTTPServer(("127.0.0.1", int(os.environ["KMS_PORT"])), Livez).serve_forever(0.05)
+    while True:
+        time.sleep(0.05)
+
+
+class Livez(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/livez" else 404)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the name in http.server
+        """Say nothing."""
+
+
+if __name__ == "__main__":
+    sys.exit(run_up() if sys.argv[1] == "up" else run_child(sys.argv[1]))
