@@ -6,10 +6,10 @@ import anyio
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from kms_api import bodies, nudge, problems
+from kms_api import bodies, broker, problems
 from kms_api.deps import Service
 from kms_api.edge import Edge
-from kms_api.routes import files, jobs, operations, secrets
+from kms_api.routes import batch, files, jobs, operations, secrets
 from kms_core import __version__, metrics, wire
 from kms_core.jobs.build import build as build_core
 from kms_core.settings import Settings
@@ -19,14 +19,15 @@ _BACKEND_THREADS = 32
 
 def build(settings: Settings) -> ASGIApp:
     """The application for these settings. Raises ConfigurationError; touches key files, and no peer."""
-    core = build_core(settings, "api", nudge.through(settings.kms.redis.broker_url))
+    queue = broker.connect(settings.kms.redis.broker_url)
+    core = build_core(settings, "api", queue.nudge)
     app = FastAPI(
         title="kms-service", version=__version__, summary="Encrypt, decrypt and run encryption jobs"
     )
     app.state.service = Service(
-        settings, core.kms, core.desk, time.monotonic(), anyio.CapacityLimiter(_BACKEND_THREADS)
+        settings, core.kms, core.desk, queue, time.monotonic(), anyio.CapacityLimiter(_BACKEND_THREADS)
     )
-    for router in (secrets.router, jobs.router, files.router, operations.router):
+    for router in (secrets.router, batch.router, jobs.router, files.router, operations.router):
         app.include_router(router, prefix=wire.PREFIX)
     app.include_router(operations.probes)
     problems.install(app)

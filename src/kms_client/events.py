@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from kms_client.problems import UnexpectedAnswer
+
 MAX_LINE_BYTES: Final = 1024 * 1024
 
 
@@ -20,7 +22,7 @@ class EventParser:
     """Feed pieces as they come; events leave when their blank line has arrived.
 
     Comments (keep-alives) and fields other than event, data and id are passed over. ``last_id`` is what a
-    new connection sends as Last-Event-ID. A line above 1 MiB ends the parse with ValueError.
+    new connection sends as Last-Event-ID. Raises UnexpectedAnswer at a line above 1 MiB.
     """
 
     last_id: str = ""
@@ -31,7 +33,7 @@ class EventParser:
     def feed(self, piece: bytes) -> Iterator[Event]:
         *lines, self._rest = (self._rest + piece).replace(b"\r\n", b"\n").split(b"\n")
         if len(self._rest) > MAX_LINE_BYTES:
-            raise ValueError("a line of the event stream has no end")
+            raise UnexpectedAnswer("A line of the event stream has no end")
         for line in lines:
             if line:
                 self._take(line.decode("utf-8", "replace"))

@@ -10,6 +10,7 @@ from http import HTTPStatus
 from typing import BinaryIO, Final
 
 from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
+from kms_core.errors import InvalidRequest
 
 Progress = Callable[[int, int | None], None]
 
@@ -32,12 +33,20 @@ class Upload:
             source.seek(self._start)
 
     def pieces(self) -> Iterator[bytes]:
-        """The body in pieces of at most 1 MiB. ``progress`` gets bytes sent and bytes in all, if known."""
-        while piece := self._source.read(PIECE_BYTES):
+        """The body in pieces of at most 1 MiB; of a file that grows meanwhile, what was there at first.
+
+        ``progress`` gets bytes sent, and in all if known. Raises InvalidRequest if the file shrinks.
+        """
+        while piece := self._source.read(self._next_bytes()):
             yield piece
             self._sent += len(piece)
             if self._progress is not None:
                 self._progress(self._sent, self.size_bytes)
+        if self.size_bytes is not None and self._sent != self.size_bytes:
+            raise InvalidRequest("The source became shorter while it was being sent")
+
+    def _next_bytes(self) -> int:
+        return PIECE_BYTES if self.size_bytes is None else min(PIECE_BYTES, self.size_bytes - self._sent)
 
     def rewind(self) -> bool:
         """Whether the body can be sent from its start again, and go there."""

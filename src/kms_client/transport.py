@@ -12,7 +12,6 @@ from typing import Final, Protocol, TypeVar
 import httpx
 
 from kms_client.problems import ServiceUnreachable
-from kms_core.errors import InvalidRequest
 
 T = TypeVar("T")
 P = TypeVar("P")
@@ -60,7 +59,5 @@ def transport_errors(url: str) -> Iterator[None]:
         raise ServiceUnreachable(f"Nothing answers at {url}") from exc
     except httpx.TimeoutException as exc:
         raise ServiceUnreachable(f"No answer from {url} in time", retry_after_s=SILENCE_S) from exc
-    except httpx.LocalProtocolError as exc:
-        raise InvalidRequest("The source changed its size while it was being sent") from exc
     except httpx.TransportError as exc:
         raise ServiceUnreachable(f"The connection to {url} broke") from exc

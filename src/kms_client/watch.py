@@ -47,7 +47,7 @@ class Watch:
                         yield job
             except Unavailable as exc:
                 self._bear(exc)
-            await self.engine.transport.sleep(min(self._pause_s, self._left_s()))
+            await self.engine.transport.sleep(max(0.0, min(self._pause_s, self._left_s())))
 
     async def _round(self) -> AsyncGenerator[wire.JobOut]:
         if not self._events_offered:

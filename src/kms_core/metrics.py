@@ -51,6 +51,9 @@ QUEUE_DEPTH: Final = Gauge(
     "kms_queue_depth", "Messages waiting for a worker", ["queue"], multiprocess_mode="livemostrecent"
 )
 WORKERS: Final = Gauge("kms_workers", "Worker processes seen lately", multiprocess_mode="livemostrecent")
+REDIS_UP: Final = Gauge(
+    "kms_redis_up", "1 if Redis answered the last scrape", multiprocess_mode="livemostrecent"
+)
 BUILD_INFO: Final = Gauge(
     "kms_build_info", "Always 1; the version is the label", ["version"], multiprocess_mode="livemax"
 )

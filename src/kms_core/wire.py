@@ -147,6 +147,32 @@ class HealthOut(Answer, frozen=True, kw_only=True):
     checked_at: str
 
 
+class ReadyOut(Answer, frozen=True, kw_only=True):
+    status: Literal["ready", "not ready"]
+    jobs: Literal["available", "unavailable"]
+
+
+class KeyVersionOut(Answer, frozen=True, kw_only=True):
+    """``operations`` and ``bytes`` count what this version has sealed, where that is known."""
+
+    version: str
+    created_at: str | None = None
+    operations: int | None = None
+    bytes: int | None = None
+
+
+class KeyOut(Answer, frozen=True, kw_only=True):
+    id: str
+    backend: str
+    current_version: str
+    versions: list[KeyVersionOut]
+    default: bool
+
+
+class KeysOut(Answer, frozen=True, kw_only=True):
+    keys: list[KeyOut]
+
+
 class OperationCount(Answer, frozen=True, kw_only=True):
     ok: int
     failed: int

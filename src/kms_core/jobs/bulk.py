@@ -15,6 +15,7 @@ from kms_core.jobs.lease import Lease
 from kms_core.service import Kms
 
 RESULT: Final = "result"
+ENVELOPE_BYTES: Final = 64 * 1024  # what a ciphertext may be longer than its plaintext
 _MAX_LINE_BYTES: Final = 4 * 1024 * 1024
 _decode: Final = msgspec.json.Decoder(wire.JobItem).decode
 
@@ -56,11 +57,12 @@ def _one(lease: Lease, kms: Kms, index: int, item: wire.JobItem) -> wire.ItemRes
 
 
 def check_item(kind: wire.JobKind, index: int, item: wire.JobItem, limit_bytes: int) -> None:
-    """Refuse an item that lacks what its kind needs, or is above the limit of a single call."""
-    given, other = item.ciphertext, item.plaintext
-    wanted = "ciphertext"
+    """Refuse an item that lacks what its kind needs, or whose plaintext is above the limit."""
+    given, other, wanted = item.ciphertext, item.plaintext, "ciphertext"
     if kind == "encrypt":
         given, other, wanted = item.plaintext, item.ciphertext, "plaintext"
+    else:
+        limit_bytes += ENVELOPE_BYTES
     if given is None or other is not None:
         raise InvalidRequest(f"Item {index} needs {wanted}, and nothing else, for {kind}")
     if len(given) > limit_bytes:

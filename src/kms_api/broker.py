@@ -1,0 +1,58 @@
+"""The API's side of the broker: tells workers of a job, and asks how many messages wait."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from kms_core.errors import JobsUnavailable
+from kms_core.jobs.store import QUEUE
+
+TASK: Final = "kms.run"
+_CONFIGURATION: Final[dict[str, object]] = {
+    "task_serializer": "json",
+    "task_ignore_result": True,
+    "broker_connection_timeout": 2,
+    "broker_transport_options": {
+        "global_keyprefix": "kms:",
+        "socket_timeout": 3,
+        "socket_connect_timeout": 2,
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """A producer only: it consumes nothing and keeps no results."""
+
+    producer: Celery
+
+    def nudge(self, job_id: str, queue: str) -> None:
+        """A message that carries the job id and nothing else. Raises JobsUnavailable within seconds."""
+        retry = {"max_retries": 1}
+        try:
+            self.producer.send_task(
+                TASK, (job_id,), queue=queue, argsrepr="-", kwargsrepr="-", retry_policy=retry
+            )
+        except (OperationalError, OSError) as exc:
+            raise JobsUnavailable from exc
+
+    def depth(self) -> int:
+        """Messages waiting in the queue. Raises JobsUnavailable."""
+        connection = self.producer.connection_for_read()
+        try:
+            with connection:
+                found = connection.default_channel.queue_declare(QUEUE, passive=True)
+                return int(found.message_count)
+        except connection.recoverable_channel_errors:  # AMQP: no worker has declared the queue yet
+            return 0
+        except (*connection.connection_errors, OperationalError, OSError) as exc:
+            raise JobsUnavailable from exc
+
+
+def connect(url: str) -> Broker:
+    """A broker at this URL; nothing is connected before the first message."""
+    producer = Celery("kms-api", broker=url, set_as_current=False)
+    producer.conf.update(_CONFIGURATION)
+    return Broker(producer)

@@ -1,0 +1,71 @@
+"""Many single calls in one request: answered at once, each with its own outcome."""
+
+from typing import Final
+
+import anyio.to_thread
+from fastapi import APIRouter, Request, Response
+from msgspec import UNSET
+
+from kms_api import bodies
+from kms_api.deps import Service, caller, service
+from kms_core import wire
+from kms_core.context import Context
+from kms_core.errors import KmsError
+from kms_core.jobs import bulk
+from kms_core.policy import Principal
+
+router: Final = APIRouter(tags=["secrets"])
+_EXAMPLE: Final = {
+    "operation": "encrypt",
+    "items": [{"plaintext": "SGVsbG8=", "context": "row=7", "reference": "salary"}],
+}
+
+
+@router.post("/batch", **bodies.documented(wire.BatchIn, wire.BatchOut, _EXAMPLE))
+async def batch(request: Request) -> Response:
+    """Up to 1,000 calls of one kind. A refused item has an ``error`` and sinks no other."""
+    built = service(request)
+    body = await bodies.read(request, wire.BatchIn, built.settings.kms.limits.json_body_bytes)
+    return bodies.answer(await anyio.to_thread.run_sync(_run, built, caller(request), body))
+
+
+def _run(built: Service, who: Principal, body: wire.BatchIn) -> wire.BatchOut:
+    results = [_one(built, who, body.operation, index, item) for index, item in enumerate(body.items)]
+    return wire.BatchOut(results=results, failed=sum(result.error is not UNSET for result in results))
+
+
+def _one(
+    built: Service, who: Principal, operation: wire.JobKind, index: int, item: wire.BatchItem
+) -> wire.BatchResult:
+    reference = item.reference if item.reference is not None else UNSET
+    limit = built.settings.kms.limits.sync_plaintext_bytes
+    try:
+        single = wire.JobItem(plaintext=item.plaintext, ciphertext=item.ciphertext, context=item.context)
+        bulk.check_item(operation, index, single, limit)
+        context = Context.parse(item.context)
+        if operation == "encrypt":
+            sealed = built.kms.encrypt(who, item.plaintext or b"", context, key_id=item.key_id)
+        elif operation == "rewrap":
+            sealed = built.kms.rewrap(who, item.ciphertext or b"", context, key_id=item.key_id)
+        else:
+            opened = built.kms.decrypt(who, item.ciphertext or b"", context, key_id=item.key_id)
+            return wire.BatchResult(
+                index=index,
+                reference=reference,
+                plaintext=opened.plaintext,
+                key_id=opened.key.key_id,
+                key_version=opened.key.version,
+                backend=opened.key.backend,
+                origin=opened.origin,
+            )
+    except KmsError as exc:
+        return wire.BatchResult(index=index, reference=reference, error=wire.ErrorCode(code=exc.code))
+    key = sealed.key
+    return wire.BatchResult(
+        index=index,
+        reference=reference,
+        ciphertext=sealed.ciphertext,
+        key_id=key.key_id,
+        key_version=key.version,
+        backend=key.backend,
+    )
