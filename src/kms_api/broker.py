@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from celery import Celery
+from kombu.connection import Connection
 from kombu.exceptions import OperationalError
+from kombu.transport import virtual
 
 from kms_core.errors import JobsUnavailable
 from kms_core.jobs.store import QUEUE
@@ -40,15 +42,8 @@ class Broker:
 
     def depth(self) -> int:
         """Messages waiting in the queue. Raises JobsUnavailable."""
-        connection = self.producer.connection_for_read()
-        try:
-            with connection:
-                found = connection.default_channel.queue_declare(QUEUE, passive=True)
-                return int(found.message_count)
-        except connection.recoverable_channel_errors:  # AMQP: no worker has declared the queue yet
-            return 0
-        except (*connection.connection_errors, OperationalError, OSError) as exc:
-            raise JobsUnavailable from exc
+        with self.producer.connection_for_read() as connection:
+            return _waiting(connection)
 
 
 def connect(url: str) -> Broker:
@@ -56,3 +51,16 @@ def connect(url: str) -> Broker:
     producer = Celery("kms-api", broker=url, set_as_current=False)
     producer.conf.update(_CONFIGURATION)
     return Broker(producer)
+
+
+def _waiting(connection: Connection) -> int:
+    """Messages in the queue, all priorities of it. Raises JobsUnavailable."""
+    try:
+        channel = connection.default_channel
+        if isinstance(channel, virtual.Channel):  # its queue_declare(passive) forgets the key prefix
+            return int(channel._size(QUEUE))  # type: ignore[no-untyped-call]  # noqa: SLF001
+        return int(channel.queue_declare(QUEUE, passive=True).message_count)
+    except connection.recoverable_channel_errors:  # AMQP: no worker has declared the queue yet
+        return 0
+    except (*connection.connection_errors, OperationalError, OSError) as exc:
+        raise JobsUnavailable from exc

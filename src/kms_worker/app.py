@@ -6,17 +6,15 @@ from typing import Final
 
 import structlog
 from celery import Celery, signals
-from kombu.exceptions import OperationalError
 
 from kms_core.errors import JobsUnavailable, KmsError
 from kms_core.jobs.build import Core
 from kms_core.jobs.build import build as build_core
 from kms_core.jobs.run import run_job
-from kms_core.jobs.store import QUEUE, Nudge
+from kms_core.jobs.store import QUEUE
 from kms_core.settings import Settings
-from kms_worker import kombu_ack
+from kms_worker import broker, kombu_ack
 
-TASK: Final = "kms.run"
 _VISIBILITY_S: Final = 24 * 3600  # above the longest job: our lease, not the broker, takes up a lost one
 _log = structlog.get_logger(__name__)
 
@@ -62,10 +60,10 @@ def build(settings: Settings) -> Celery:
     def core() -> Core:
         """Each process of the pool has its own connections: nothing is shared across a fork."""
         if os.getpid() not in cores:
-            cores[os.getpid()] = build_core(settings, "worker", nudge_through(app))
+            cores[os.getpid()] = build_core(settings, "worker", broker.nudge_through(app))
         return cores[os.getpid()]
 
-    @app.task(name=TASK)  # type: ignore[untyped-decorator]  # Celery ships no types
+    @app.task(name=broker.TASK)  # type: ignore[untyped-decorator]  # Celery ships no types
     def run(job_id: str) -> None:
         try:
             run_job(job_id, core().shop, f"{socket.gethostname()}:{os.getpid()}")
@@ -77,18 +75,6 @@ def build(settings: Settings) -> Celery:
             _log.exception("job.crashed", job_id=job_id, error=type(exc).__name__)
 
     return app
-
-
-def nudge_through(app: Celery) -> Nudge:
-    """A ``nudge`` over the worker's own broker connection; raises JobsUnavailable."""
-
-    def nudge(job_id: str, queue: str) -> None:
-        try:
-            app.send_task(TASK, (job_id,), queue=queue, argsrepr="-", kwargsrepr="-")
-        except (OperationalError, OSError) as exc:
-            raise JobsUnavailable from exc
-
-    return nudge
 
 
 def _keep_our_logs(**_: object) -> None:

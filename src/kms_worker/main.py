@@ -32,18 +32,16 @@ def main() -> int:
 def _work(loaded: Settings, metrics_folder: str) -> int:
     from kms_core.jobs.build import build as build_core  # noqa: PLC0415 -- after the metrics folder is named
     from kms_core.jobs.caretaker import Caretaker  # noqa: PLC0415 -- as above
-    from kms_core.jobs.store import QUEUE  # noqa: PLC0415 -- as above
     from kms_worker import app as worker_app  # noqa: PLC0415 -- as above
-    from kms_worker import exposition  # noqa: PLC0415 -- as above
+    from kms_worker import broker, exposition  # noqa: PLC0415 -- as above
 
     app = worker_app.build(loaded)
-    core = build_core(loaded, "worker", worker_app.nudge_through(app))
+    core = build_core(loaded, "worker", broker.nudge_through(app))
     name = f"{socket.gethostname()}:{uuid.uuid4().hex[:8]}"
 
     def queue_length() -> int:
         with app.connection_for_read() as connection:
-            found = connection.default_channel.queue_declare(QUEUE, passive=True)
-            return int(found.message_count)
+            return broker.waiting(connection)
 
     caretaker = Caretaker(core.shop.store, core.shop.spool, name, queue_length)
     server = exposition.serve(loaded.kms.bind, loaded.kms.port + 1, metrics_folder)

@@ -1,12 +1,10 @@
-"""Paths of jobs: what may be named, opened and put in place. No permission bits: root runs this too."""
+"""Paths of jobs: what may be named and opened. Permission bits play no part: root runs this too."""
 
 import errno
 import os
 import socket
-import stat
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -14,15 +12,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from filetree import (
+    a_directory,
+    a_fifo,
+    a_hard_link,
+    a_link_to_a_file,
+    a_link_to_a_file_beneath,
+    a_name_too_long,
+    beneath_a_file,
+    beneath_a_linked_directory,
+    beneath_a_missing_directory,
+    missing,
+    names,
+    outside_the_root,
+    the_root_itself,
+    written,
+)
 from kms_core.errors import (
     ConfigurationError,
     InvalidRequest,
     PathRefused,
     SpoolFull,
-    TargetExists,
     Unavailable,
 )
-from kms_core.jobs.paths import Placement, Roots, file_errors, parse, temporary_name
+from kms_core.jobs.paths import Roots, file_errors, parse
 
 NAMES = st.text(
     st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"], exclude_characters="/"),
@@ -41,23 +54,6 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def roots(root: Path) -> Roots:
     return Roots([root])
-
-
-def written(root: Path, name: str = "plain.txt", data: bytes = b"salary") -> str:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return path.as_uri()
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(entry.name for entry in directory.iterdir())
-
-
-def settled(roots: Roots, url: str, tag: str = "job-1", *, overwrite: bool = False) -> Placement:
-    with roots.prepare(url, tag, overwrite=overwrite) as pending:
-        os.write(pending.fd, b"sealed")
-        return pending.settle()
 
 
 # -- URLs --------------------------------------------------------------------------------------------
@@ -210,63 +206,7 @@ def test_a_source_in_a_subdirectory_is_read(root: Path, roots: Roots) -> None:
     assert source.size_bytes == 6
 
 
-def a_link_to_a_file(root: Path, outside: Path) -> Path:
-    (root / "link").symlink_to(outside / "secret")
-    return root / "link"
-
-
-def a_link_to_a_file_beneath(root: Path, _: Path) -> Path:
-    written(root, "inner")
-    (root / "link").symlink_to("inner")
-    return root / "link"
-
-
-def beneath_a_linked_directory(root: Path, outside: Path) -> Path:
-    (root / "dir").symlink_to(outside, target_is_directory=True)
-    return root / "dir/secret"
-
-
-def a_hard_link(root: Path, outside: Path) -> Path:
-    (root / "hard").hardlink_to(outside / "secret")
-    return root / "hard"
-
-
-def a_fifo(root: Path, _: Path) -> Path:
-    os.mkfifo(root / "fifo")
-    return root / "fifo"
-
-
-def a_directory(root: Path, _: Path) -> Path:
-    (root / "dir").mkdir()
-    return root / "dir"
-
-
-def beneath_a_file(root: Path, _: Path) -> Path:
-    written(root, "file")
-    return root / "file/below"
-
-
-def missing(root: Path, _: Path) -> Path:
-    return root / "missing"
-
-
-def beneath_a_missing_directory(root: Path, _: Path) -> Path:
-    return root / "missing/file"
-
-
-def the_root_itself(root: Path, _: Path) -> Path:
-    return root
-
-
-def a_name_too_long(root: Path, _: Path) -> Path:
-    return root / ("a" * 256)
-
-
-def outside_the_root(_: Path, outside: Path) -> Path:
-    return outside / "secret"
-
-
-type_of_refusal = pytest.mark.parametrize(
+kinds_of_refusal = pytest.mark.parametrize(
     "make",
     [
         a_link_to_a_file,
@@ -285,7 +225,7 @@ type_of_refusal = pytest.mark.parametrize(
 )
 
 
-@type_of_refusal
+@kinds_of_refusal
 def test_anything_but_a_plain_file_beneath_the_root_is_refused(
     make: Callable[[Path, Path], Path], tmp_path: Path, root: Path, roots: Roots
 ) -> None:
@@ -374,238 +314,6 @@ def test_a_directory_that_turns_into_a_link_leads_nowhere(tmp_path: Path, root: 
         swapper.join()
 
     assert seen <= {b"salary"}
-
-
-# -- targets -----------------------------------------------------------------------------------------
-
-
-def test_a_target_appears_at_once_complete_and_private(root: Path, roots: Roots) -> None:
-    (root / "a").mkdir()
-    url = (root / "a/out.age").as_uri()
-    placement = settled(roots, url)
-    before = names(root / "a")
-    roots.finish(placement, overwrite=False)
-
-    assert before == [".kms-job-1.tmp"]
-    assert names(root / "a") == ["out.age"]
-    assert (root / "a/out.age").read_bytes() == b"sealed"
-    assert stat.S_IMODE((root / "a/out.age").stat().st_mode) == 0o600
-    assert (root / "a/out.age").stat().st_nlink == 1
-
-
-@pytest.mark.parametrize("overwrite", [False, True], ids=["create", "overwrite"])
-def test_finishing_twice_changes_nothing(root: Path, roots: Roots, *, overwrite: bool) -> None:
-    placement = settled(roots, (root / "out").as_uri(), overwrite=overwrite)
-    roots.finish(placement, overwrite=overwrite)
-    before = (root / "out").stat()
-    roots.finish(placement, overwrite=overwrite)
-
-    assert (root / "out").stat() == before
-    assert names(root) == ["out"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True], ids=["create", "overwrite"])
-def test_a_crash_between_link_and_unlink_is_finished(root: Path, roots: Roots, *, overwrite: bool) -> None:
-    placement = settled(roots, (root / "out").as_uri())
-    (root / "out").hardlink_to(root / placement.temporary)
-    roots.finish(placement, overwrite=overwrite)
-
-    assert names(root) == ["out"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True], ids=["create", "overwrite"])
-def test_many_may_finish_at_once(root: Path, roots: Roots, *, overwrite: bool) -> None:
-    failures: list[Exception] = []
-
-    def finish(placement: Placement, barrier: threading.Barrier) -> None:
-        barrier.wait()
-        try:
-            roots.finish(placement, overwrite=overwrite)
-        except (PathRefused, TargetExists, Unavailable) as exc:
-            failures.append(exc)
-
-    for round_ in range(50):
-        placement = settled(roots, (root / f"out{round_}").as_uri())
-        barrier = threading.Barrier(4)
-        threads = [threading.Thread(target=finish, args=(placement, barrier)) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    assert failures == []
-    assert len(names(root)) == 50
-
-
-def test_an_existing_target_is_refused_before_any_work(root: Path, roots: Roots) -> None:
-    url = written(root)
-
-    with pytest.raises(TargetExists):
-        roots.prepare(url, "job-1", overwrite=False)
-
-    assert names(root) == ["plain.txt"]
-
-
-def test_the_source_is_no_target_unless_overwriting_was_asked_for(root: Path, roots: Roots) -> None:
-    url = written(root)
-    with roots.open_source(url) as source:
-        with pytest.raises(TargetExists):
-            roots.prepare(url, "job-1", overwrite=False)
-        placement = settled(roots, url, overwrite=True)
-        source.check_unchanged()
-        roots.finish(placement, overwrite=True)
-
-    assert (root / "plain.txt").read_bytes() == b"sealed"
-
-
-def test_a_target_that_appears_meanwhile_wins(root: Path, roots: Roots) -> None:
-    placement = settled(roots, (root / "plain.txt").as_uri())
-    written(root)
-
-    with pytest.raises(TargetExists):
-        roots.finish(placement, overwrite=False)
-
-    assert (root / "plain.txt").read_bytes() == b"salary"
-    assert (root / placement.temporary).exists()
-
-
-@pytest.mark.parametrize("make", [a_directory, a_fifo, a_link_to_a_file], ids=["directory", "fifo", "link"])
-def test_only_a_regular_file_is_overwritten(
-    make: Callable[[Path, Path], Path], tmp_path: Path, root: Path, roots: Roots
-) -> None:
-    written(tmp_path, "secret")
-    path = make(root, tmp_path)
-
-    with pytest.raises(PathRefused):
-        roots.prepare(path.as_uri(), "job-1", overwrite=True)
-
-
-def test_overwriting_one_of_two_links_leaves_the_other(tmp_path: Path, root: Path, roots: Roots) -> None:
-    written(tmp_path, "secret", b"other")
-    path = a_hard_link(root, tmp_path)
-    roots.finish(settled(roots, path.as_uri(), overwrite=True), overwrite=True)
-
-    assert path.read_bytes() == b"sealed"
-    assert (tmp_path / "secret").read_bytes() == b"other"
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        beneath_a_linked_directory,
-        beneath_a_missing_directory,
-        beneath_a_file,
-        the_root_itself,
-        outside_the_root,
-    ],
-)
-def test_a_target_lies_in_a_real_directory_beneath_the_root(
-    make: Callable[[Path, Path], Path], tmp_path: Path, root: Path, roots: Roots
-) -> None:
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    path = make(root, outside)
-
-    with pytest.raises(PathRefused):
-        roots.prepare(path.as_uri(), "job-1", overwrite=True)
-
-    assert names(outside) == []
-
-
-@pytest.mark.parametrize("put", [None, b"other!"], ids=["absent", "different"])
-def test_a_result_that_vanished_is_told(root: Path, roots: Roots, put: bytes | None) -> None:
-    placement = settled(roots, (root / "out").as_uri())
-    (root / placement.temporary).unlink()
-    if put is not None:
-        written(root, "out", put)  # it may well be given the same inode
-        os.utime(root / "out", ns=(1, 1))
-
-    with pytest.raises(PathRefused, match="run the job again"):
-        roots.finish(placement, overwrite=True)
-
-
-def test_a_description_without_a_time_is_finished_too(root: Path, roots: Roots) -> None:
-    placement = replace(settled(roots, (root / "out").as_uri()), mtime_ns=0)
-    roots.finish(placement, overwrite=False)
-
-    assert names(root) == ["out"]
-
-
-@pytest.mark.parametrize("change", ["cut", "replaced"])
-def test_another_temporary_file_is_not_put_in_place(root: Path, roots: Roots, change: str) -> None:
-    placement = settled(roots, (root / "out").as_uri())
-    if change == "cut":
-        os.truncate(root / placement.temporary, 3)
-    else:
-        written(root, "evil", b"forged")
-        (root / "evil").replace(root / placement.temporary)
-
-    with pytest.raises(PathRefused):
-        roots.finish(placement, overwrite=False)
-
-    assert not (root / "out").exists()
-
-
-def test_a_description_that_names_another_file_moves_nothing(root: Path, roots: Roots) -> None:
-    written(root)
-    found = (root / "plain.txt").stat()
-    forged = Placement((root / "out").as_uri(), "plain.txt", found.st_ino, found.st_size)
-
-    with pytest.raises(PathRefused):
-        roots.finish(forged, overwrite=True)
-    with pytest.raises(PathRefused):
-        roots.finish(replace(forged, temporary="../root/plain.txt"), overwrite=True)
-    with pytest.raises(PathRefused):
-        roots.discard(forged.url, forged.temporary)
-
-    assert names(root) == ["plain.txt"]
-
-
-def test_a_temporary_file_is_discarded_once_or_twice(root: Path, roots: Roots) -> None:
-    url = (root / "out").as_uri()
-    with roots.prepare(url, "job-1", overwrite=False) as pending:
-        pending.discard()
-        pending.discard()
-    settled(roots, url)
-    roots.discard(url, temporary_name("job-1"))
-    roots.discard(url, temporary_name("job-1"))
-
-    assert names(root) == []
-
-
-def test_two_attempts_do_not_share_a_temporary_file(root: Path, roots: Roots) -> None:
-    url = (root / "out").as_uri()
-    settled(roots, url, "job-1")
-
-    with pytest.raises(PathRefused):
-        roots.prepare(url, "job-1", overwrite=False)
-    settled(roots, url, "job-2")
-
-    assert len(names(root)) == 2
-
-
-def test_a_planted_link_is_not_written_through(tmp_path: Path, root: Path, roots: Roots) -> None:
-    (root / temporary_name("job-1")).symlink_to(tmp_path / "victim")
-
-    with pytest.raises(PathRefused):
-        roots.prepare((root / "out").as_uri(), "job-1", overwrite=False)
-
-    assert not (tmp_path / "victim").exists()
-
-
-@pytest.mark.parametrize("tag", ["", "a/b", "..", "a.b", "x" * 65, "ü"])
-def test_a_tag_is_a_plain_word(tag: str) -> None:
-    with pytest.raises(ValueError, match="tag"):
-        temporary_name(tag)
-
-
-def test_no_descriptor_outlives_its_block(root: Path, roots: Roots) -> None:
-    before = len(names(Path("/dev/fd")))
-    roots.finish(settled(roots, (root / "out").as_uri()), overwrite=False)
-    with pytest.raises(TargetExists):
-        roots.prepare((root / "out").as_uri(), "job-2", overwrite=False)
-
-    assert len(names(Path("/dev/fd"))) == before
 
 
 # -- errors ------------------------------------------------------------------------------------------

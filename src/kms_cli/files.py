@@ -1,0 +1,200 @@
+"""``kms encrypt-file`` and ``decrypt-file``: a file through the job API, and into place whole or not at all."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal, Protocol
+
+import click
+
+from kms_cli import words
+from kms_cli.progress import Meter
+from kms_cli.secrets import context_option, key_option
+from kms_cli.session import session
+from kms_core.errors import JobCancelled, KmsError, NotACiphertext, TargetExists
+
+if TYPE_CHECKING:
+    from kms_client import Client
+    from kms_core.wire import JobAccepted, JobOut
+
+SUFFIX: Final = ".enc"
+AGE_STARTS: Final = (b"age-encryption.org/", b"-----BEGIN AGE ENCRYPTED FILE-----")
+LOOK_BYTES: Final = 2048
+OVERWRITE: Final = "--force overwrites it, --output names another"
+
+source_argument = click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+output_option = click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path))
+force_option = click.option("--force", "-f", is_flag=True, help="Overwrite the output if it exists.")
+
+
+class Upload(Protocol):
+    """``Client.upload_encrypt`` and ``upload_decrypt``."""
+
+    def __call__(
+        self,
+        source: BinaryIO,
+        *,
+        context: str | None,
+        key_id: str | None,
+        progress: "Progress",
+    ) -> "JobAccepted": ...
+
+
+class Progress(Protocol):
+    def __call__(self, done: int, total: int | None, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One file on its way through the service."""
+
+    kind: Literal["encrypt", "decrypt"]
+    source: Path
+    target: Path
+    force: bool
+    context: str | None
+    key_id: str | None
+
+
+@click.command("encrypt-file", short_help="Encrypt a file.")
+@source_argument
+@output_option
+@context_option
+@key_option
+@force_option
+def encrypt_file_command(
+    source: Path, output: Path | None, context: str | None, key_id: str | None, *, force: bool
+) -> None:
+    """Encrypt SOURCE, of any size, into SOURCE.enc or --output. SOURCE stays as it is."""
+    target = output or source.with_name(source.name + SUFFIX)
+    _run(Transfer("encrypt", source, target, force, context, key_id))
+
+
+@click.command("decrypt-file", short_help="Decrypt a file.")
+@source_argument
+@output_option
+@context_option
+@key_option
+@force_option
+def decrypt_file_command(
+    source: Path, output: Path | None, context: str | None, key_id: str | None, *, force: bool
+) -> None:
+    """Decrypt SOURCE, of any size, into the name without .enc or --output, readable by you alone."""
+    if output is None:
+        if source.suffix != SUFFIX or source.name == SUFFIX:
+            raise click.UsageError(f'"{source.name}" does not end in {SUFFIX}: name the result with --output')
+        output = source.with_suffix("")
+    with source.open("rb") as file:
+        if not file.read(LOOK_BYTES).lstrip().startswith(AGE_STARTS):
+            raise NotACiphertext(f"{source} is not an age file")
+    _run(Transfer("decrypt", source, output, force, context, key_id))
+
+
+def _run(transfer: Transfer) -> None:
+    with (
+        transfer.source.open("rb") as source,
+        placed(transfer.target, overwrite=transfer.force) as target,
+        session().client() as kms,
+        Meter() as meter,
+    ):
+        upload: Upload = kms.upload_encrypt if transfer.kind == "encrypt" else kms.upload_decrypt
+        accepted = upload(
+            source,
+            context=transfer.context,
+            key_id=transfer.key_id,
+            progress=lambda done, total: meter.show("sending", done, total),
+        )
+        job = ended(kms, accepted.job_id, meter)
+        size = kms.download(
+            job.job_id, target, progress=lambda done, total: meter.show("receiving", done, total)
+        )
+    done = {
+        "source": str(transfer.source),
+        "output": str(transfer.target),
+        "bytes": size,
+        "job_id": job.job_id,
+    }
+    if session().as_json:
+        words.record(done, as_json=True)
+    else:
+        words.say(f"{transfer.kind}ed {transfer.source} to {transfer.target} ({words.size(size)})")
+
+
+def ended(kms: "Client", job_id: str, meter: Meter) -> "JobOut":
+    """The job when it has succeeded. Raises what made it fail; Ctrl-C cancels it."""
+
+    def show(job: "JobOut") -> None:
+        meter.show(job.state, job.progress.bytes_done, job.progress.bytes)
+
+    try:
+        job = kms.wait(job_id, progress=show)
+    except (KeyboardInterrupt, SystemExit):
+        with contextlib.suppress(KmsError):
+            kms.cancel(job_id)
+        raise
+    require_success(job)
+    return job
+
+
+def require_success(job: "JobOut") -> None:
+    """Raise what a failed or cancelled job means."""
+    if job.state == "cancelled":
+        raise JobCancelled
+    if job.state == "failed":
+        from kms_client.problems import failure
+
+        raise failure(job.error.code if job.error else "internal", _detail(job))
+
+
+def _detail(job: "JobOut") -> str:
+    """Words for the endings that only jobs have; other codes have theirs in the error tree."""
+    match job.error.code if job.error else "":
+        case "items_failed":
+            return f"{job.progress.items_failed} of {job.progress.items} items were refused"
+        case "attempts_exhausted":
+            return f"The job was given up after {job.attempt} attempts"
+        case _:
+            return ""
+
+
+@contextlib.contextmanager
+def placed(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
+    """A file (0600) that appears at ``target`` when the block ends well, complete and on disk, or not at all.
+
+    Without ``overwrite`` it is put in place by link(2), which takes nobody's place. Raises TargetExists.
+    """
+    if target.exists() and not overwrite:
+        raise _taken(target)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = Path(name)
+    try:
+        with open(handle, "wb") as file:  # noqa: PTH123  # a handle, not a path
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            temporary.replace(target)
+        else:
+            target.hardlink_to(temporary)
+        _sync_directory(target.parent)
+    except FileExistsError as exc:
+        raise _taken(target) from exc
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _taken(target: Path) -> TargetExists:
+    error = TargetExists(f"{target} exists")
+    error.hint = OVERWRITE
+    return error
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,120 @@
+"""``kms job``: list, show, wait, cancel, result."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, get_args
+
+import click
+
+from kms_cli import words
+from kms_cli.files import force_option, output_option, placed, require_success
+from kms_cli.main import JOB_COMMANDS, LazyGroup
+from kms_cli.progress import Meter
+from kms_cli.session import session
+from kms_core.wire import JobState
+
+if TYPE_CHECKING:
+    from kms_core.wire import JobOut
+
+STATES: Final = get_args(JobState)
+
+job_command = LazyGroup("job", JOB_COMMANDS, "List, show, follow and cancel jobs.")
+id_argument = click.argument("job_id", metavar="ID")
+
+
+@click.command("list", short_help="List jobs.")
+@click.option("--state", type=click.Choice(STATES), help="Only jobs in this state.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+def list_command(state: JobState | None, limit: int) -> None:
+    """List jobs, newest first."""
+    with session().client() as kms:
+        page = kms.jobs(state=state, limit=limit)
+    if session().as_json:
+        words.shape(page)
+        return
+    for job in page.jobs:
+        words.result(
+            f"{job.job_id}  {job.kind:<7}  {job.state:<10}  {job.created_at}  {_progress(job)}".rstrip()
+        )
+    if not page.jobs:
+        words.say("no jobs")
+    if page.next:
+        words.say(f"there are more: raise --limit, now {limit}")
+
+
+@click.command("show", short_help="Show a job.")
+@id_argument
+def show_command(job_id: str) -> None:
+    """Show one job as it stands."""
+    with session().client() as kms:
+        _show(kms.job(job_id))
+
+
+@click.command("wait", short_help="Wait for a job.")
+@id_argument
+@click.option("--timeout", type=click.FloatRange(min=0), help="Seconds to wait at most.")
+def wait_command(job_id: str, timeout: float | None) -> None:
+    """Wait until the job has ended, show it, and fail as it failed. Ctrl-C ends the waiting, not the job."""
+    with session().client() as kms, Meter() as meter:
+        job = kms.wait(
+            job_id,
+            timeout_s=timeout,
+            progress=lambda job: meter.show(job.state, job.progress.bytes_done, job.progress.bytes),
+        )
+    _show(job)
+    require_success(job)
+
+
+@click.command("cancel", short_help="Cancel a job.")
+@id_argument
+def cancel_command(job_id: str) -> None:
+    """Ask for the end of a job: at once if it waits, at its next item or slab if it runs."""
+    with session().client() as kms:
+        _show(kms.cancel(job_id))
+
+
+@click.command("result", short_help="Fetch a result.")
+@id_argument
+@output_option
+@force_option
+def result_command(job_id: str, output: Path | None, *, force: bool) -> None:
+    """Write the result to stdout or --output: the bytes of a file, or one line of JSON for each item."""
+    with session().client() as kms, Meter() as meter:
+        if output is None:
+            kms.download(job_id, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+            return
+        with placed(output, overwrite=force) as target:
+            kms.download(job_id, target, progress=lambda done, total: meter.show("receiving", done, total))
+
+
+def _show(job: "JobOut") -> None:
+    if session().as_json:
+        words.shape(job)
+        return
+    failed = {"error": job.error.code} if job.error else {}
+    words.record(
+        {
+            "job": job.job_id,
+            "kind": job.kind,
+            "state": job.state,
+            **failed,
+            "progress": _progress(job) or "nothing yet",
+            "attempt": job.attempt,
+            "created": job.created_at,
+            "expires": job.expires_at,
+        },
+        as_json=False,
+    )
+
+
+def _progress(job: "JobOut") -> str:
+    progress = job.progress
+    parts = []
+    if progress.items:
+        parts.append(f"{progress.items_done} of {progress.items} items")
+    if progress.items_failed:
+        parts.append(f"{progress.items_failed} refused")
+    if progress.bytes:
+        parts.append(f"{words.size(progress.bytes_done)} of {words.size(progress.bytes)}")
+    return ", ".join(parts)

@@ -1,0 +1,173 @@
+"""The ``kms`` command: finds the subcommand, runs it, and turns whatever ends it into words and an exit code.
+
+Modules of subcommands are imported when one is used: ``kms --help`` loads none of them.
+"""
+
+import difflib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Final, NoReturn
+
+import click
+
+from kms_cli import session, words
+from kms_core import __version__
+from kms_core.errors import EXIT_OTHER, EXIT_USAGE, KmsError
+
+INTERRUPTED: Final = 130
+BROKEN_PIPE: Final = 141  # as a shell shows death by SIGPIPE
+TERMINATED: Final = 143
+COMMANDS: Final = {  # name: module, what it does
+    "up": ("local", "Run the whole service on this machine."),
+    "encrypt": ("secrets", "Encrypt stdin; base64 to stdout."),
+    "decrypt": ("secrets", "Decrypt base64 from stdin; plaintext to stdout."),
+    "generate-key": ("secrets", "Make a data key, plain and encrypted."),
+    "rewrap": ("secrets", "Move a ciphertext to the current key, or another."),
+    "encrypt-file": ("files", "Encrypt a file of any size."),
+    "decrypt-file": ("files", "Decrypt a file of any size."),
+    "job": ("jobs", "List, show, follow and cancel jobs."),
+    "status": ("service", "Show what the service does and has done."),
+    "health": ("service", "Ask whether the key backend works."),
+    "keygen": ("local", "Make an age key pair."),
+    "inspect": ("local", "Show what an encrypted file says of itself."),
+    "doctor": ("doctor", "Check keys, settings and the service."),
+}
+JOB_COMMANDS: Final = {
+    "list": ("jobs", "List jobs, newest first."),
+    "show": ("jobs", "Show one job."),
+    "wait": ("jobs", "Wait until a job has ended."),
+    "cancel": ("jobs", "Ask for the end of a job."),
+    "result": ("jobs", "Fetch the result of a job."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when used; ``table`` says where they are."""
+
+    def __init__(self, name: str, table: dict[str, tuple[str, str]], help_: str) -> None:
+        super().__init__(
+            name,
+            help=help_,
+            invoke_without_command=True,
+            callback=self._without_command,
+            context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        )
+        self._table = table
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return list(self._table)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx
+        if cmd_name not in self._table:
+            return None
+        module = importlib.import_module(f"kms_cli.{self._table[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name.replace("-", "_") + "_command")
+        known = {parameter.name for parameter in command.params}
+        command.params += [new for new in session.options(after_command=True) if new.name not in known]
+        command.context_settings = {"help_option_names": ["-h", "--help"]}
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        command = self.get_command(ctx, name)
+        if command is None:
+            raise UnknownCommand(name, list(self._table), ctx)
+        return name, command, args[1:]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_) for name, (_, help_) in self._table.items()])
+
+    def _without_command(self) -> int:
+        ctx = click.get_current_context()
+        if ctx.invoked_subcommand is not None:
+            return 0
+        sys.stderr.write(ctx.get_help() + "\n")
+        return EXIT_USAGE
+
+
+class UnknownCommand(click.UsageError):
+    """A name that no command has; ``possibilities`` are the nearest."""
+
+    def __init__(self, name: str, known: Sequence[str], ctx: click.Context) -> None:
+        super().__init__(f'unknown command "{name}"', ctx)
+        self.possibilities = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+
+
+def group() -> click.Group:
+    """The whole command."""
+    top = LazyGroup(
+        "kms", COMMANDS, "Encrypt, decrypt and run encryption jobs with the key management service."
+    )
+    top.params += session.options(after_command=False)
+    top.params.append(_version_option())
+    return top
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run one command line; return its exit code."""
+    as_json = "--json" in (sys.argv[1:] if args is None else args)
+    try:
+        code = group().main(args, prog_name="kms", standalone_mode=False)
+        sys.stdout.flush()
+    except click.UsageError as exc:
+        return words.misused(exc)
+    except click.exceptions.Abort:
+        words.say("interrupted")
+        return INTERRUPTED
+    except KmsError as exc:
+        return words.failed(exc, as_json=as_json)
+    except BrokenPipeError:
+        _drop_stdout()
+        return BROKEN_PIPE
+    except OSError as exc:
+        place = f"{os.fsdecode(exc.filename)}: " if isinstance(exc.filename, str | bytes) else ""
+        words.say(f"error: {place}{words.plain(exc.strerror or type(exc).__name__)}")
+        return EXIT_OTHER
+    return code if isinstance(code, int) else 0
+
+
+def main() -> NoReturn:
+    """Entry point. SIGTERM ends a command as Ctrl-C does, so that no half-written file stays."""
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(run())
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    del number, frame
+    raise SystemExit(TERMINATED)
+
+
+def _drop_stdout() -> None:
+    """Nobody reads it any more; without this Python complains once again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _version_option() -> click.Option:
+    def show(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+        del parameter
+        if value and not ctx.resilient_parsing:
+            words.result(f"kms {__version__}")
+            ctx.exit()
+
+    return click.Option(
+        ["--version"],
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=show,
+        help="Show the version.",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The worker's side of the broker: nudges for jobs that are taken up again, and how many messages wait."""
+
+from typing import Final
+
+from celery import Celery
+from kombu.connection import Connection
+from kombu.exceptions import OperationalError
+from kombu.transport import virtual
+
+from kms_core.errors import JobsUnavailable
+from kms_core.jobs.store import QUEUE, Nudge
+
+TASK: Final = "kms.run"
+
+
+def nudge_through(app: Celery) -> Nudge:
+    """A ``nudge`` over the worker's own broker connection; raises JobsUnavailable."""
+
+    def nudge(job_id: str, queue: str) -> None:
+        try:
+            app.send_task(TASK, (job_id,), queue=queue, argsrepr="-", kwargsrepr="-")
+        except (OperationalError, OSError) as exc:
+            raise JobsUnavailable from exc
+
+    return nudge
+
+
+def waiting(connection: Connection) -> int:
+    """Messages in the queue, all priorities of it. Raises JobsUnavailable."""
+    try:
+        channel = connection.default_channel
+        if isinstance(channel, virtual.Channel):  # its queue_declare(passive) forgets the key prefix
+            return int(channel._size(QUEUE))  # type: ignore[no-untyped-call]  # noqa: SLF001
+        return int(channel.queue_declare(QUEUE, passive=True).message_count)
+    except connection.recoverable_channel_errors:  # AMQP: no worker has declared the queue yet
+        return 0
+    except (*connection.connection_errors, OperationalError, OSError) as exc:
+        raise JobsUnavailable from exc
