@@ -1,4 +1,4 @@
-"""Files of every kind beneath and outside a root, for tests of paths. ``make(root, outside)`` gives the path."""
+"""Files of every kind beneath and outside a root. ``make(root, outside)`` gives the path to try."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``kms encrypt-file`` and ``decrypt-file``: a file through the job API, and into place whole or not at all."""
+"""``kms encrypt-file``, ``decrypt-file``: through the job API, and into place whole or not at all."""
 
 import contextlib
 import os
@@ -6,45 +6,33 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final, Literal, Protocol
+from typing import BinaryIO, Final, Literal
 
 import click
 
 from kms_cli import words
 from kms_cli.progress import Meter
+from kms_cli.remote import connect
 from kms_cli.secrets import context_option, key_option
 from kms_cli.session import session
+from kms_client import Client
+from kms_client.problems import failure
 from kms_core.errors import JobCancelled, KmsError, NotACiphertext, TargetExists
-
-if TYPE_CHECKING:
-    from kms_client import Client
-    from kms_core.wire import JobAccepted, JobOut
+from kms_core.wire import JobOut
 
 SUFFIX: Final = ".enc"
 AGE_STARTS: Final = (b"age-encryption.org/", b"-----BEGIN AGE ENCRYPTED FILE-----")
 LOOK_BYTES: Final = 2048
-OVERWRITE: Final = "--force overwrites it, --output names another"
 
 source_argument = click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 output_option = click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path))
 force_option = click.option("--force", "-f", is_flag=True, help="Overwrite the output if it exists.")
 
 
-class Upload(Protocol):
-    """``Client.upload_encrypt`` and ``upload_decrypt``."""
+class OutputExists(TargetExists):
+    """Something is where the result should go."""
 
-    def __call__(
-        self,
-        source: BinaryIO,
-        *,
-        context: str | None,
-        key_id: str | None,
-        progress: "Progress",
-    ) -> "JobAccepted": ...
-
-
-class Progress(Protocol):
-    def __call__(self, done: int, total: int | None, /) -> None: ...
+    hint = "--force overwrites it, --output names another"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +85,10 @@ def _run(transfer: Transfer) -> None:
     with (
         transfer.source.open("rb") as source,
         placed(transfer.target, overwrite=transfer.force) as target,
-        session().client() as kms,
+        connect() as kms,
         Meter() as meter,
     ):
-        upload: Upload = kms.upload_encrypt if transfer.kind == "encrypt" else kms.upload_decrypt
+        upload = kms.upload_encrypt if transfer.kind == "encrypt" else kms.upload_decrypt
         accepted = upload(
             source,
             context=transfer.context,
@@ -123,10 +111,10 @@ def _run(transfer: Transfer) -> None:
         words.say(f"{transfer.kind}ed {transfer.source} to {transfer.target} ({words.size(size)})")
 
 
-def ended(kms: "Client", job_id: str, meter: Meter) -> "JobOut":
+def ended(kms: Client, job_id: str, meter: Meter) -> JobOut:
     """The job when it has succeeded. Raises what made it fail; Ctrl-C cancels it."""
 
-    def show(job: "JobOut") -> None:
+    def show(job: JobOut) -> None:
         meter.show(job.state, job.progress.bytes_done, job.progress.bytes)
 
     try:
@@ -139,17 +127,15 @@ def ended(kms: "Client", job_id: str, meter: Meter) -> "JobOut":
     return job
 
 
-def require_success(job: "JobOut") -> None:
+def require_success(job: JobOut) -> None:
     """Raise what a failed or cancelled job means."""
     if job.state == "cancelled":
         raise JobCancelled
     if job.state == "failed":
-        from kms_client.problems import failure
-
         raise failure(job.error.code if job.error else "internal", _detail(job))
 
 
-def _detail(job: "JobOut") -> str:
+def _detail(job: JobOut) -> str:
     """Words for the endings that only jobs have; other codes have theirs in the error tree."""
     match job.error.code if job.error else "":
         case "items_failed":
@@ -167,7 +153,7 @@ def placed(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     Without ``overwrite`` it is put in place by link(2), which takes nobody's place. Raises TargetExists.
     """
     if target.exists() and not overwrite:
-        raise _taken(target)
+        raise OutputExists(f"{target} exists")
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     temporary = Path(name)
     try:
@@ -181,15 +167,9 @@ def placed(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
             target.hardlink_to(temporary)
         _sync_directory(target.parent)
     except FileExistsError as exc:
-        raise _taken(target) from exc
+        raise OutputExists(f"{target} exists") from exc
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _taken(target: Path) -> TargetExists:
-    error = TargetExists(f"{target} exists")
-    error.hint = OVERWRITE
-    return error
 
 
 def _sync_directory(directory: Path) -> None:

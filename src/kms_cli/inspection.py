@@ -1,9 +1,13 @@
-"""What an encrypted file says of itself, read without a key: nothing here is verified."""
+"""``kms inspect``: what an encrypted file says of itself, read without a key; nothing of it is verified."""
 
 import io
 from pathlib import Path
 from typing import Final
 
+import click
+
+from kms_cli import words
+from kms_cli.session import session
 from kms_core.envelope import armor, binding, header, hybrid, stream, x25519
 from kms_core.envelope.header import FILE_LIMITS, Header, Stanza
 from kms_core.errors import DecryptFailed
@@ -11,6 +15,13 @@ from kms_core.errors import DecryptFailed
 NATIVE: Final = frozenset({x25519.STANZA_TYPE, hybrid.STANZA_TYPE})
 LOOK_BYTES: Final = 2048
 PIECE_BYTES: Final = 1024 * 1024
+
+
+@click.command("inspect", short_help="Show what an encrypted file says of itself.")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def inspect_command(file: Path) -> None:
+    """Show key, backend, stanzas and sizes of an encrypted FILE. No key is needed; nothing is verified."""
+    words.record(inspect(file), as_json=session().as_json)
 
 
 def inspect(path: Path) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, get_args
+from typing import Final, get_args
 
 import click
 
@@ -10,11 +10,9 @@ from kms_cli import words
 from kms_cli.files import force_option, output_option, placed, require_success
 from kms_cli.main import JOB_COMMANDS, LazyGroup
 from kms_cli.progress import Meter
+from kms_cli.remote import connect, show
 from kms_cli.session import session
-from kms_core.wire import JobState
-
-if TYPE_CHECKING:
-    from kms_core.wire import JobOut
+from kms_core.wire import JobOut, JobState
 
 STATES: Final = get_args(JobState)
 
@@ -27,10 +25,10 @@ id_argument = click.argument("job_id", metavar="ID")
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
 def list_command(state: JobState | None, limit: int) -> None:
     """List jobs, newest first."""
-    with session().client() as kms:
+    with connect() as kms:
         page = kms.jobs(state=state, limit=limit)
     if session().as_json:
-        words.shape(page)
+        show(page)
         return
     for job in page.jobs:
         words.result(
@@ -46,7 +44,7 @@ def list_command(state: JobState | None, limit: int) -> None:
 @id_argument
 def show_command(job_id: str) -> None:
     """Show one job as it stands."""
-    with session().client() as kms:
+    with connect() as kms:
         _show(kms.job(job_id))
 
 
@@ -55,7 +53,7 @@ def show_command(job_id: str) -> None:
 @click.option("--timeout", type=click.FloatRange(min=0), help="Seconds to wait at most.")
 def wait_command(job_id: str, timeout: float | None) -> None:
     """Wait until the job has ended, show it, and fail as it failed. Ctrl-C ends the waiting, not the job."""
-    with session().client() as kms, Meter() as meter:
+    with connect() as kms, Meter() as meter:
         job = kms.wait(
             job_id,
             timeout_s=timeout,
@@ -69,7 +67,7 @@ def wait_command(job_id: str, timeout: float | None) -> None:
 @id_argument
 def cancel_command(job_id: str) -> None:
     """Ask for the end of a job: at once if it waits, at its next item or slab if it runs."""
-    with session().client() as kms:
+    with connect() as kms:
         _show(kms.cancel(job_id))
 
 
@@ -79,7 +77,7 @@ def cancel_command(job_id: str) -> None:
 @force_option
 def result_command(job_id: str, output: Path | None, *, force: bool) -> None:
     """Write the result to stdout or --output: the bytes of a file, or one line of JSON for each item."""
-    with session().client() as kms, Meter() as meter:
+    with connect() as kms, Meter() as meter:
         if output is None:
             kms.download(job_id, sys.stdout.buffer)
             sys.stdout.buffer.flush()
@@ -88,9 +86,9 @@ def result_command(job_id: str, output: Path | None, *, force: bool) -> None:
             kms.download(job_id, target, progress=lambda done, total: meter.show("receiving", done, total))
 
 
-def _show(job: "JobOut") -> None:
+def _show(job: JobOut) -> None:
     if session().as_json:
-        words.shape(job)
+        show(job)
         return
     failed = {"error": job.error.code} if job.error else {}
     words.record(
@@ -108,7 +106,7 @@ def _show(job: "JobOut") -> None:
     )
 
 
-def _progress(job: "JobOut") -> str:
+def _progress(job: JobOut) -> str:
     progress = job.progress
     parts = []
     if progress.items:

@@ -22,7 +22,7 @@ INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141  # as a shell shows death by SIGPIPE
 TERMINATED: Final = 143
 COMMANDS: Final = {  # name: module, what it does
-    "up": ("local", "Run the whole service on this machine."),
+    "up": ("launch", "Run the whole service on this machine."),
     "encrypt": ("secrets", "Encrypt stdin; base64 to stdout."),
     "decrypt": ("secrets", "Decrypt base64 from stdin; plaintext to stdout."),
     "generate-key": ("secrets", "Make a data key, plain and encrypted."),
@@ -32,8 +32,8 @@ COMMANDS: Final = {  # name: module, what it does
     "job": ("jobs", "List, show, follow and cancel jobs."),
     "status": ("service", "Show what the service does and has done."),
     "health": ("service", "Ask whether the key backend works."),
-    "keygen": ("local", "Make an age key pair."),
-    "inspect": ("local", "Show what an encrypted file says of itself."),
+    "keygen": ("keygen", "Make an age key pair."),
+    "inspect": ("inspection", "Show what an encrypted file says of itself."),
     "doctor": ("doctor", "Check keys, settings and the service."),
 }
 JOB_COMMANDS: Final = {
@@ -100,7 +100,7 @@ class UnknownCommand(click.UsageError):
 
     def __init__(self, name: str, known: Sequence[str], ctx: click.Context) -> None:
         super().__init__(f'unknown command "{name}"', ctx)
-        self.possibilities = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        self.possibilities = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
 
 
 def group() -> click.Group:

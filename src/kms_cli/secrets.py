@@ -7,6 +7,7 @@ from typing import Final, Literal
 import click
 
 from kms_cli import words
+from kms_cli.remote import connect, show
 from kms_cli.session import session
 from kms_core.errors import InvalidRequest, TooLarge
 
@@ -17,20 +18,20 @@ context_option = click.option("--context", help="Encryption context, as env=prod
 key_option = click.option("--key-id", help="Key to use instead of the default one.")
 
 
-@click.command("encrypt", short_help="Encrypt stdin.")
+@click.command(
+    "encrypt",
+    short_help="Encrypt stdin.",
+    epilog="Example: printf secret-data | kms encrypt --context env=prod,service=api",
+)
 @context_option
 @key_option
 def encrypt_command(context: str | None, key_id: str | None) -> None:
-    """Encrypt stdin and write the ciphertext to stdout as one line of base64.
-
-    \b
-    printf secret-data | kms encrypt --context env=prod,service=api
-    """
+    """Encrypt stdin and write the ciphertext to stdout as one line of base64."""
     plaintext = _stdin()
-    with session().client() as kms:
+    with connect() as kms:
         sealed = kms.encrypt(plaintext, context=context, key_id=key_id)
     if session().as_json:
-        words.shape(sealed)
+        show(sealed)
     else:
         words.result(_base64(sealed.ciphertext))
 
@@ -44,10 +45,10 @@ def decrypt_command(context: str | None, key_id: str | None) -> None:
     --key-id is needed only for files that another age tool made.
     """
     ciphertext = _ciphertext(_stdin())
-    with session().client() as kms:
+    with connect() as kms:
         opened = kms.decrypt(ciphertext, context=context, key_id=key_id)
     if session().as_json:
-        words.shape(opened)
+        show(opened)
     else:
         sys.stdout.buffer.write(opened.plaintext)
         sys.stdout.buffer.flush()
@@ -66,12 +67,12 @@ def generate_key_command(
     without_plaintext: bool,
 ) -> None:
     """Make a random data key and show it in base64, plain and encrypted."""
-    with session().client() as kms:
+    with connect() as kms:
         made = kms.generate_data_key(
             key_spec, context=context, key_id=key_id, without_plaintext=without_plaintext
         )
     if session().as_json:
-        words.shape(made)
+        show(made)
         return
     plain = {"plaintext": _base64(made.plaintext)} if isinstance(made.plaintext, bytes) else {}
     words.record({**plain, "ciphertext": _base64(made.ciphertext), "key_spec": made.key_spec}, as_json=False)
@@ -87,10 +88,10 @@ def rewrap_command(context: str | None, new_context: str | None, key_id: str | N
     The payload stays as it is, and whoever could read the old ciphertext still can.
     """
     ciphertext = _ciphertext(_stdin())
-    with session().client() as kms:
+    with connect() as kms:
         sealed = kms.rewrap(ciphertext, context=context, new_context=new_context, key_id=key_id)
     if session().as_json:
-        words.shape(sealed)
+        show(sealed)
     else:
         words.result(_base64(sealed.ciphertext))
 

@@ -1,24 +1,21 @@
 """``kms status`` and ``kms health``: what the service says of itself."""
 
-from typing import TYPE_CHECKING
-
 import click
 
 from kms_cli import words
+from kms_cli.remote import connect, show
 from kms_cli.session import session
 from kms_core.errors import EXIT_UNAVAILABLE
-
-if TYPE_CHECKING:
-    from kms_core.wire import StatusOut
+from kms_core.wire import StatusOut
 
 
 @click.command("status", short_help="Show what the service does.")
 def status_command() -> None:
     """Show backend, version, uptime, counts of operations and jobs, and what is degraded."""
-    with session().client() as kms:
+    with connect() as kms:
         status = kms.status()
     if session().as_json:
-        words.shape(status)
+        show(status)
         return
     counts = {f"- {name}": f"{by.ok} ok, {by.failed} failed" for name, by in status.operations.by.items()}
     words.record(
@@ -39,16 +36,16 @@ def status_command() -> None:
 @click.command("health", short_help="Ask whether the key backend works.")
 def health_command() -> int:
     """Ask for a real wrap and unwrap by the key backend. Exit code 0 if that worked, else 69."""
-    with session().client() as kms:
+    with connect() as kms:
         health = kms.health()
     if session().as_json:
-        words.shape(health)
+        show(health)
     else:
         words.result(f"{health.status} ({health.backend}, {health.checked_at})")
     return 0 if health.status == "healthy" else EXIT_UNAVAILABLE
 
 
-def _jobs(status: "StatusOut") -> dict[str, object]:
+def _jobs(status: StatusOut) -> dict[str, object]:
     if status.jobs is None:
         return {"jobs": "unavailable"}
     counts = ", ".join(f"{count} {state}" for state, count in status.jobs.items() if count)

@@ -1,21 +1,16 @@
-"""What every command shares: the global options, and the client and settings they lead to.
+"""What every command shares: the global options. Knows no client and no settings.
 
 Global options are taken before and after the name of a command; the later one wins.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import click
 
-from kms_core.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from kms_client import Client
-
 META: Final = "kms_cli."
-DEFAULT_URL: Final = "http://localhost:8082"  # the client's; read here without loading it
+DEFAULT_URL: Final = "http://localhost:8082"  # the client's; known here without loading it
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,24 +23,16 @@ class Session:
     state_dir: Path | None = None
     as_json: bool = False
 
-    def client(self, *, retries: int = 2, timeout_s: float = 30.0) -> "Client":
-        """A client of the service. Raises ConfigurationError on a wrong address."""
-        from kms_client import Client
-
-        return Client(self.url, token_file=self.token_file, retries=retries, timeout_s=timeout_s)
-
 
 def session() -> Session:
     """The session of the command that runs."""
     meta = click.get_current_context().meta
     given = {key.removeprefix(META): value for key, value in meta.items() if key.startswith(META)}
-    if not given.get("url", DEFAULT_URL):
-        raise ConfigurationError("KMS_SERVICE_URL is empty")
     return Session(**given)
 
 
 def options(*, after_command: bool) -> list[click.Option]:
-    """Fresh copies of the global options; those after a command read no variables and stay out of its help."""
+    """Fresh copies of the global options; those after a command read no variables and are not in its help."""
 
     def option(name: str, help_: str, **more: Any) -> click.Option:  # noqa: ANN401  # click's own parameters
         if after_command:
@@ -65,9 +52,7 @@ def options(*, after_command: bool) -> list[click.Option]:
         option("url", f"Address of the service [default: {DEFAULT_URL}].", envvar="KMS_SERVICE_URL"),
         option("token-file", "File that holds the bearer token.", envvar="KMS_TOKEN_FILE", type=path),
         option("config", "Settings file, for what runs on this machine.", envvar="KMS_CONFIG", type=path),
-        option(
-            "state-dir", "Where this machine's service keeps its state.", envvar="KMS_STATE_DIR", type=path
-        ),
+        option("state-dir", "Where the service here keeps its state.", envvar="KMS_STATE_DIR", type=path),
         option("as-json", "Results as JSON.", is_flag=True, default=None),
     ]
 

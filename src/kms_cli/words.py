@@ -1,4 +1,4 @@
-"""How the command speaks: results to stdout, words to stderr, an exit code for each error; knows no command."""
+"""How the command speaks: results to stdout, words to stderr, an exit code for each error."""
 
 import json
 import sys
@@ -9,8 +9,6 @@ from kms_core.errors import EXIT_OTHER, EXIT_UNAVAILABLE, EXIT_USAGE, KmsError
 
 if TYPE_CHECKING:
     import click
-
-    from kms_core.wire import Answer
 
 HINTS: Final[Mapping[str, str]] = {
     "decrypt_failed": 'give the --context it was encrypted with; "kms inspect FILE" shows the key it names',
@@ -44,13 +42,6 @@ def say(text: str) -> None:
 def result(text: str) -> None:
     """A line of results on stdout."""
     sys.stdout.write(f"{text}\n")
-
-
-def shape(answer: "Answer") -> None:
-    """An answer of the service as one line of JSON."""
-    from kms_core import wire
-
-    result(wire.encode(answer).decode())
 
 
 def record(values: Mapping[str, object], *, as_json: bool) -> None:
@@ -89,10 +80,11 @@ def failed(error: KmsError, *, as_json: bool = False) -> int:
 
 def misused(error: "click.UsageError") -> int:
     """Say what is wrong with the command line and what was meant."""
-    say(f"error: {plain(error.message).replace(chr(39), chr(34))}")
     command = error.ctx.command_path if error.ctx else "kms"
     meant = getattr(error, "possibilities", None)
-    say(f'hint: did you mean "{meant[0]}"' if meant else f'hint: "{command} --help" shows how to use it')
+    text = error.message if meant else error.format_message()
+    say(f"error: {plain(text).replace(chr(39), chr(34))}")
+    say(f'hint: did you mean "{meant[0]}"?' if meant else f'hint: "{command} --help" shows how to use it')
     return EXIT_USAGE
 
 

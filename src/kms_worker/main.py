@@ -7,6 +7,7 @@ import socket
 import sys
 import tempfile
 import uuid
+import warnings
 from pathlib import Path
 
 from kms_core import logs, settings
@@ -30,11 +31,15 @@ def main() -> int:
 
 
 def _work(loaded: Settings, metrics_folder: str) -> int:
+    from celery.platforms import SecurityWarning  # noqa: PLC0415 -- as below
+
     from kms_core.jobs.build import build as build_core  # noqa: PLC0415 -- after the metrics folder is named
     from kms_core.jobs.caretaker import Caretaker  # noqa: PLC0415 -- as above
     from kms_worker import app as worker_app  # noqa: PLC0415 -- as above
     from kms_worker import broker, exposition  # noqa: PLC0415 -- as above
 
+    # It warns of pickle under root; this worker accepts JSON alone.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     app = worker_app.build(loaded)
     core = build_core(loaded, "worker", broker.nudge_through(app))
     name = f"{socket.gethostname()}:{uuid.uuid4().hex[:8]}"
@@ -54,6 +59,7 @@ def _work(loaded: Settings, metrics_folder: str) -> int:
             without_mingle=True,
             without_heartbeat=True,
             loglevel="WARNING",
+            quiet=True,
         )
         worker.start()
         return int(worker.exitcode or 0)

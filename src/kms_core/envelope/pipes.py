@@ -5,7 +5,6 @@ would have released before it met the fault.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import count
 from typing import Final, Protocol
 
 from cryptography.exceptions import InvalidTag
@@ -155,8 +154,9 @@ def _try(aead: ChaCha20Poly1305, number: bytes, chunk: memoryview) -> bytes:
 def _in_turn(reader: Readable, buffers: Sequence[Sequence[memoryview]]) -> Iterator[tuple[int, bool]]:
     """Fill the buffers in turn; yield of each its size and whether it is the last, once that is known."""
     full = sum(map(len, buffers[0]))
-    size = _fill(reader, buffers[0])
-    for turn in count(1):
+    turn, size = 0, _fill(reader, buffers[0])
+    while True:
+        turn += 1
         more = _fill(reader, buffers[turn % _BUFFERS]) if size == full else 0
         yield size, not more
         if not more:

@@ -1,0 +1,17 @@
+"""The service as commands see it: a client with the global options, and its answers as JSON."""
+
+from kms_cli import words
+from kms_cli.session import session
+from kms_client import Client
+from kms_core import wire
+
+
+def connect(*, retries: int = 2, timeout_s: float = 30.0) -> Client:
+    """A client of the service. Raises ConfigurationError on a wrong address."""
+    given = session()
+    return Client(given.url, token_file=given.token_file, retries=retries, timeout_s=timeout_s)
+
+
+def show(answer: wire.Answer) -> None:
+    """An answer of the service as one line of JSON."""
+    words.result(wire.encode(answer).decode())
