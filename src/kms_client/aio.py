@@ -149,7 +149,7 @@ class AsyncClient:
         """Backend, version, uptime, and counts of operations and jobs."""
         return await self._engine.send(calls.status())
 
-    async def keys(self) -> calls.KeyList:
+    async def keys(self) -> wire.KeysOut:
         """The keys this caller may see, with their versions."""
         return await self._engine.send(calls.keys())
 

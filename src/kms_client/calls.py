@@ -23,31 +23,6 @@ T = TypeVar("T")
 JSON: Final = "application/json"
 
 
-class KeyVersion(wire.Answer, frozen=True, kw_only=True):
-    """One version of a key and what was done under it since it was made."""
-
-    version: str
-    created_at: str | None = None
-    operations: int = 0
-    bytes: int = 0
-
-
-class Key(wire.Answer, frozen=True, kw_only=True):
-    """A key id, its backend, and its versions; ``default`` marks the one used when none is named."""
-
-    id: str
-    backend: str
-    current_version: str
-    versions: list[KeyVersion]
-    default: bool = False
-
-
-class KeyList(wire.Answer, frozen=True, kw_only=True):
-    """The keys this caller may see."""
-
-    keys: list[Key]
-
-
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
     """One request. ``also`` lists statuses outside 2xx that carry an answer, not a problem."""
@@ -122,8 +97,8 @@ def status() -> Call[wire.StatusOut]:
     return Call("GET", f"{PREFIX}/status", wire.StatusOut)
 
 
-def keys() -> Call[KeyList]:
-    return Call("GET", f"{PREFIX}/keys", KeyList)
+def keys() -> Call[wire.KeysOut]:
+    return Call("GET", f"{PREFIX}/keys", wire.KeysOut)
 
 
 def submit(job: wire.JobIn, idempotency_key: str | None) -> Call[wire.JobAccepted]:

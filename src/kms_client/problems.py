@@ -36,7 +36,7 @@ class ServiceUnreachable(Unavailable):
     code = "service_unreachable"
     summary = "The service does not answer"
 
-    def __init__(self, detail: str = "", *, hint: str = START_HINT, retry_after_s: float = 0.2) -> None:
+    def __init__(self, detail: str = "", *, hint: str = START_HINT, retry_after_s: float = 0.1) -> None:
         super().__init__(detail, retry_after_s=retry_after_s)
         self.hint = hint
 

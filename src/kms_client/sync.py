@@ -12,7 +12,6 @@ from typing import BinaryIO, Self, TypeVar, Unpack
 import httpx
 
 from kms_client.aio import AsyncClient, JobProgress
-from kms_client.calls import KeyList
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
 from kms_client.transfer import Progress
 from kms_client.transport import transport_errors
@@ -165,7 +164,7 @@ class Client:
         """Backend, version, uptime, and counts of operations and jobs."""
         return run(self._api.status())
 
-    def keys(self) -> KeyList:
+    def keys(self) -> wire.KeysOut:
         """The keys this caller may see, with their versions."""
         return run(self._api.keys())
 

@@ -158,7 +158,7 @@ def _fill_in(kms: Tree, reader: Reader, environ: Mapping[str, str]) -> None:
     _fill_redis(table(kms, "redis", "kms."), reader)
     jobs = table(kms, "jobs", "kms.")
     jobs.setdefault("spool_dir", state / "spool")
-    jobs.setdefault("roots", [state / "files"] if environment == "dev" else [])
+    jobs.setdefault("roots", [state.absolute() / "files"] if environment == "dev" else [])
     jobs.setdefault("spool_identity_path", state / "spool.key")
     table(kms, "audit", "kms.").setdefault("path", state / "audit")
 

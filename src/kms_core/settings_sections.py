@@ -95,9 +95,12 @@ class Limits(Section, frozen=True, kw_only=True):
 
 
 class Jobs(Section, frozen=True, kw_only=True):
-    """``[kms.jobs]``: ``roots`` are the directories that ``file://`` may name; none means no such jobs."""
+    """``[kms.jobs]``: ``roots`` are the directories that ``file://`` may name; none means no such jobs.
 
-    roots: tuple[Path, ...] = ()
+    Their default is ``files`` in the state directory in dev, and none elsewhere.
+    """
+
+    roots: tuple[Path, ...]
     spool_dir: Path
     spool_identity_path: Path
     spool_max_bytes: Positive = 10 * GiB

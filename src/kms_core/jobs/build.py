@@ -46,9 +46,16 @@ def build(settings: Settings, process: str, nudge: Nudge) -> Core:
         nudge,
         Rules(jobs.lease_s, jobs.attempts, keep_record_s=jobs.result_ttl_s),
     )
-    forbidden = (jobs.spool_dir, jobs.spool_identity_path, section.audit.path, section.age.private_key_path)
+    forbidden = (
+        jobs.spool_dir,
+        jobs.spool_identity_path,
+        section.audit.path,
+        section.age.private_key_path,
+        section.age.public_key_path,
+        settings.state_dir / "run",
+    )
     for root in jobs.roots:
-        if root == settings.state_dir / "files":  # the default in dev; an operator's own root must be there
+        if root == settings.state_dir.absolute() / "files":  # the default in dev; an operator's own root must be there
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
     roots = Roots(jobs.roots, forbidden)
     rules = desk.Rules(jobs.result_ttl_s, limits.sync_plaintext_bytes, section.require_context)

@@ -30,7 +30,7 @@ def run(lease: Lease, kms: Kms, store: JobStore, roots: Roots) -> None:
     if commit is None:
         commit = _attempt(lease, kms, store, roots)
     tag = _tag(job.job_id, commit.fence)
-    placement = Placement(job.target, temporary_name(tag), commit.inode, commit.size_bytes)
+    placement = Placement(job.target, temporary_name(tag), commit.inode, commit.size_bytes, commit.mtime_ns)
     roots.finish(placement, overwrite=job.overwrite)
 
 
@@ -48,7 +48,9 @@ def _attempt(lease: Lease, kms: Kms, store: JobStore, roots: Roots) -> Commit:
         work(lease, kms, source, pending)
         source.check_unchanged()
         placed = pending.settle()
-        commit = Commit(fence=fence, inode=placed.inode, size_bytes=placed.size_bytes)
+        commit = Commit(
+            fence=fence, inode=placed.inode, size_bytes=placed.size_bytes, mtime_ns=placed.mtime_ns
+        )
         store.committing(lease.claim, commit)
     return commit
 
@@ -60,7 +62,7 @@ def _discarded_on_failure(pending: Pending) -> Iterator[None]:
         yield
     except JobsUnavailable:
         raise
-    except BaseException:
+    except Exception:
         pending.discard()
         raise
 

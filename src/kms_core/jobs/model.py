@@ -92,3 +92,4 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     fence: int
     inode: int
     size_bytes: int
+    mtime_ns: int

@@ -1,0 +1,257 @@
+"""The service for tests: a Valkey server, the API and a worker as real processes over one state directory.
+
+``service`` is one for the whole session: do not stop, kill or fill it. A test that wants to hurt something,
+or wants other settings, makes its own ``Service``. ``core_of`` is the same core in this process, for tests
+that stand in the middle of a job. As a program it is ``kms up``: ``python service.py CONFIG STATE PORT``.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import httpx
+import pytest
+
+from kms_cli import tether, up
+from kms_cli.valkey import EmbeddedValkey
+from kms_core import settings as settings_file
+from kms_core.errors import KmsError
+from kms_core.jobs.build import Core
+from kms_core.jobs.build import build as build_core
+from kms_core.settings import Settings
+from kms_core.wire import ENDED, PREFIX
+
+WAIT_S: Final = 90.0  # an upper bound that no healthy machine meets; nothing asserts how long a thing takes
+STOP_S: Final = 60.0
+POLL_S: Final = 0.05
+CONTEXT: Final = "env=prod,service=api"
+Json = dict[str, Any]
+PROGRAMS: Final = {"api": "kms_api.main", "worker": "kms_worker.main"}
+
+
+def until(fact: Callable[[], object], what: str) -> None:
+    """Wait for a fact; fail, naming it, if it does not come about."""
+    deadline = time.monotonic() + WAIT_S
+    while not fact():
+        assert time.monotonic() < deadline, f"not in {WAIT_S} s: {what}"
+        time.sleep(POLL_S)
+
+
+def free_port() -> int:
+    """A port that is free, and so is the next one, for the worker's metrics."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            number: int = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", number + 1))
+            except OSError:
+                continue
+            return number
+
+
+def b64(data: bytes) -> str:
+    return b64encode(data).decode()
+
+
+def unb64(text: str) -> bytes:
+    return b64decode(text, validate=True)
+
+
+class Service:
+    """One install. ``settings`` is TOML below the ``[kms]`` table; the sections may be any of the file's."""
+
+    def __init__(self, folder: Path, settings: str = "", redis: EmbeddedValkey | str | None = None) -> None:
+        self.state = folder / "state"
+        self.files = self.state / "files"
+        self.spool = self.state / "spool"
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.logs = folder / "output"
+        self.config = folder / "kms.toml"
+        self.valkey = redis if isinstance(redis, EmbeddedValkey) else None
+        self._redis = redis
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        for made in (folder, self.state, self.files, self.logs):
+            made.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.config.write_text(f"[kms]\n{settings}")
+        up.make_dev_keys(self.settings)
+        self.http = httpx.Client(base_url=self.url, timeout=WAIT_S, trust_env=False)
+
+    @property
+    def environ(self) -> dict[str, str]:
+        named = {
+            "KMS_CONFIG": str(self.config),
+            "KMS_STATE_DIR": str(self.state),
+            "KMS_PORT": str(self.port),
+        }
+        if isinstance(self._redis, str):
+            named["KMS_REDIS_URL"] = self._redis
+        elif self._redis:
+            named |= {"KMS_REDIS_URL": self._redis.url, "KMS_BROKER_URL": self._redis.broker_url}
+        return {"HOME": "/nonexistent", "PATH": os.environ["PATH"], "TMPDIR": str(self.logs), **named}
+
+    @property
+    def settings(self) -> Settings:
+        return settings_file.load(None, self.environ)
+
+    # -- processes ---------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        if self.valkey:
+            self.valkey.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.http.close()
+        try:
+            for name in list(self._processes):
+                self.stop(name)
+        finally:
+            for name in list(self._processes):
+                self.kill(name)
+            if self.valkey:
+                self.valkey.stop()
+
+    def start(self, *names: str) -> Self:
+        """Start ``api``, ``worker`` (both, if none is named) and wait until they answer."""
+        for name in names or PROGRAMS:
+            argv = [sys.executable, "-P", "-m", PROGRAMS[name]]
+            with (self.logs / f"{name}.log").open("ab") as output:
+                self._processes[name] = tether.spawn(argv, env=self.environ, output=output)
+        for name in names or PROGRAMS:
+            port = self.port + (name == "worker")
+            until(lambda name=name, port=port: self._answers(name, port), f"{name} is up")  # type: ignore[misc]
+        return self
+
+    def _answers(self, name: str, port: int) -> bool:
+        assert self._processes[name].poll() is None, f"{name} ended:\n{self.output(name)}"
+        return up.is_alive("127.0.0.1", port)
+
+    def pid(self, name: str) -> int:
+        return self._processes[name].pid
+
+    def pool_pids(self) -> list[int]:
+        """The worker's pool processes."""
+        children = Path(f"/proc/{self.pid('worker')}/task/{self.pid('worker')}/children")
+        return [int(pid) for pid in children.read_text().split()]
+
+    def kill(self, name: str) -> None:
+        """End a process and all that it started, at once, as the supervisor would find it."""
+        process = self._processes.pop(name)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def stop(self, name: str) -> int:
+        """SIGTERM; the exit status."""
+        self._processes[name].terminate()
+        status = self._processes[name].wait(STOP_S)
+        del self._processes[name]
+        return status
+
+    def output(self, *names: str) -> str:
+        """What the processes printed."""
+        return "".join(
+            path.read_text()
+            for name in names or PROGRAMS
+            if (path := self.logs / f"{name}.log").exists()
+        )
+
+    # -- calls -------------------------------------------------------------------------------------
+
+    def get(self, path: str, **more: Any) -> httpx.Response:  # noqa: ANN401 -- httpx's own keywords
+        return self.http.get(f"{PREFIX}{path}", **more)
+
+    def post(self, path: str, body: object = None, **more: Any) -> httpx.Response:  # noqa: ANN401 -- as above
+        if body is not None:
+            more["json"] = body
+        return self.http.post(f"{PREFIX}{path}", **more)
+
+    def encrypt(self, plaintext: bytes, context: object = CONTEXT) -> bytes:
+        answer = self.post("/encrypt", {"plaintext": b64(plaintext), "context": context})
+        assert answer.status_code == 200, answer.text
+        return unb64(answer.json()["ciphertext"])
+
+    def decrypt(self, ciphertext: bytes, context: object = CONTEXT) -> bytes:
+        answer = self.post("/decrypt", {"ciphertext": b64(ciphertext), "context": context})
+        assert answer.status_code == 200, answer.text
+        return unb64(answer.json()["plaintext"])
+
+    def submit(self, job: Mapping[str, object], **headers: str) -> str:
+        answer = self.post("/jobs", job, headers=_dashed(headers))
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["job_id"])
+
+    def upload(self, kind: str, body: bytes | Iterable[bytes], context: str = "", **headers: str) -> str:
+        headers = _dashed(headers) | ({"X-KMS-Context": context} if context else {})
+        answer = self.post(f"/files/{kind}", content=body, headers=headers)
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["job_id"])
+
+    def job(self, job_id: str) -> Json:
+        answer = self.get(f"/jobs/{job_id}")
+        assert answer.status_code == 200, answer.text
+        found: Json = answer.json()
+        return found
+
+    def wait(self, job_id: str, state: str | None = None) -> Json:
+        """The job, once it has ended (as ``state``, if that is given)."""
+        until(lambda: self.job(job_id)["state"] in ENDED, f"the end of job {job_id}")
+        found = self.job(job_id)
+        assert state in {None, found["state"]}, f"{found}\n{self.output('worker')[-2000:]}"
+        return found
+
+    def result(self, job_id: str) -> bytes:
+        answer = self.get(f"/jobs/{job_id}/result")
+        assert answer.status_code == 200, answer.text
+        return answer.content
+
+    def spooled(self) -> list[str]:
+        """What rests in the spool, by path."""
+        return sorted(str(path.relative_to(self.spool)) for path in self.spool.rglob("*"))
+
+
+def _dashed(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+def core_of(service: Service, nudge: Callable[[str, str], None] = lambda _job, _queue: None) -> Core:
+    """The core of an install in this process, with its keys, spool and store; nobody is nudged by default."""
+    return build_core(service.settings, "test", nudge)
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey) -> Iterator[Service]:
+    """A running service with default settings, for the whole session."""
+    with Service(tmp_path_factory.mktemp("service"), redis=valkey.url) as running:
+        yield running.start()
+
+
+@pytest.fixture
+def core(tmp_path: Path, redis_url: str) -> Core:
+    """A core without processes, on an empty database: what a worker is made of, to be driven step by step."""
+    return core_of(Service(tmp_path, "[kms.jobs]\nlease_s = 2\n", redis_url))
+
+
+def main() -> int:
+    """``kms up`` with a settings file, as a program of its own."""
+    config, state, port = sys.argv[1:]
+    try:
+        return up.run(up.Options(config=Path(config), state_dir=Path(state), port=int(port)))
+    except KmsError as exc:
+        sys.stderr.write(f"{exc.detail}\n")
+        return exc.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
