@@ -67,9 +67,9 @@ def unb64(text: str) -> bytes:
 
 
 class Service:
-    """One install. ``settings`` is TOML below the ``[kms]`` table; the sections may be any of the file's."""
+    """One install. ``settings`` is TOML below the ``[kms]`` table; ``redis`` a URL, else it has its own server."""
 
-    def __init__(self, folder: Path, settings: str = "", redis: EmbeddedValkey | str | None = None) -> None:
+    def __init__(self, folder: Path, settings: str = "", redis: str | None = None) -> None:
         self.state = folder / "state"
         self.files = self.state / "files"
         self.spool = self.state / "spool"
@@ -77,7 +77,7 @@ class Service:
         self.url = f"http://127.0.0.1:{self.port}"
         self.logs = folder / "output"
         self.config = folder / "kms.toml"
-        self.valkey = redis if isinstance(redis, EmbeddedValkey) else None
+        self.valkey = EmbeddedValkey(self.state)
         self._redis = redis
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         for made in (folder, self.state, self.files, self.logs):
@@ -93,10 +93,8 @@ class Service:
             "KMS_STATE_DIR": str(self.state),
             "KMS_PORT": str(self.port),
         }
-        if isinstance(self._redis, str):
+        if self._redis:
             named["KMS_REDIS_URL"] = self._redis
-        elif self._redis:
-            named |= {"KMS_REDIS_URL": self._redis.url, "KMS_BROKER_URL": self._redis.broker_url}
         return {"HOME": "/nonexistent", "PATH": os.environ["PATH"], "TMPDIR": str(self.logs), **named}
 
     @property
@@ -106,8 +104,8 @@ class Service:
     # -- processes ---------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        if self.valkey:
-            self.valkey.start()
+        if not self._redis:
+            self._redis = self.valkey.start().url
         return self
 
     def __exit__(
@@ -120,8 +118,7 @@ class Service:
         finally:
             for name in list(self._processes):
                 self.kill(name)
-            if self.valkey:
-                self.valkey.stop()
+            self.valkey.stop()
 
     def start(self, *names: str) -> Self:
         """Start ``api``, ``worker`` (both, if none is named) and wait until they answer."""
@@ -162,9 +159,7 @@ class Service:
     def output(self, *names: str) -> str:
         """What the processes printed."""
         return "".join(
-            path.read_text()
-            for name in names or PROGRAMS
-            if (path := self.logs / f"{name}.log").exists()
+            path.read_text() for name in names or PROGRAMS if (path := self.logs / f"{name}.log").exists()
         )
 
     # -- calls -------------------------------------------------------------------------------------

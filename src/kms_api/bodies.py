@@ -11,12 +11,16 @@ from kms_core import wire
 from kms_core.errors import InvalidRequest, TooLarge
 
 T = TypeVar("T", bound=wire.Body)
-_UNKNOWN_FIELD: Final = re.compile(r"unknown field `(.{1,64})`")
+_UNKNOWN_FIELD: Final = "unknown field `"
 _UPLOAD_HEADERS: Final = {
     "X-KMS-Context": "The encryption context, percent-encoded UTF-8",
     "X-KMS-Key-Id": "The key id; absent means the default key",
     "Idempotency-Key": "Makes a repeated submission answer with the first one's job",
 }
+_FIELDS: Final = "|".join(
+    sorted({field for shape in wire.Body.__subclasses__() for field in shape.__struct_encode_fields__})
+)
+_PLACE: Final = re.compile(rf" - at `(\$(?:\.(?:{_FIELDS})|\[(?:\d{{1,9}}|\.\.\.)\])+)`\Z")
 _decoders: Final[dict[type[wire.Body], msgspec.json.Decoder[Any]]] = {}
 
 
@@ -114,11 +118,16 @@ def _ref(shape: type[wire.Shape]) -> dict[str, str]:
 
 
 def _why(exc: Exception, shape: type[wire.Body]) -> str:
-    """The decoder's text names places and types; an unknown field is answered with the known ones."""
+    """The decoder's text names places and types; an unknown field, a name of the caller's, is not repeated."""
     text = str(exc)
-    if _UNKNOWN_FIELD.search(text):
-        known = ", ".join(shape.__struct_encode_fields__)
-        return f"Unknown field{_place(text)}: the fields of {shape.__name__} are {known}"
+    if _UNKNOWN_FIELD in text:
+        place = _place(text)
+        known = (
+            ""
+            if place
+            else f": the fields of {shape.__name__} are {', '.join(shape.__struct_encode_fields__)}"
+        )
+        return f"Unknown field{place}{known}"
     if "Invalid enum value" in text:
         return f"Not one of the allowed values{_place(text)}"
     if isinstance(exc, UnicodeDecodeError | RecursionError):
@@ -127,5 +136,6 @@ def _why(exc: Exception, shape: type[wire.Body]) -> str:
 
 
 def _place(text: str) -> str:
-    place = text.partition(" - at ")[2].replace("`", "")
-    return f" at {place}" if place else ""
+    """Where in the body, if that is made of our own field names: a caller's could be shaped like a place."""
+    found = _PLACE.search(text)
+    return f" at {found[1]}" if found else ""

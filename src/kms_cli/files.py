@@ -1,6 +1,7 @@
 """``kms encrypt-file``, ``decrypt-file``: through the job API, and into place whole or not at all."""
 
 import contextlib
+import io
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,11 +18,12 @@ from kms_cli.secrets import context_option, key_option
 from kms_cli.session import session
 from kms_client import Client
 from kms_client.problems import failure
+from kms_core.envelope import armor
 from kms_core.errors import JobCancelled, KmsError, NotACiphertext, TargetExists
-from kms_core.wire import JobOut
+from kms_core.wire import ContextIn, JobOut
 
 SUFFIX: Final = ".enc"
-AGE_STARTS: Final = (b"age-encryption.org/", b"-----BEGIN AGE ENCRYPTED FILE-----")
+AGE_START: Final = b"age-encryption.org/"
 LOOK_BYTES: Final = 2048
 
 source_argument = click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -43,7 +45,7 @@ class Transfer:
     source: Path
     target: Path
     force: bool
-    context: str | None
+    context: ContextIn
     key_id: str | None
 
 
@@ -54,7 +56,7 @@ class Transfer:
 @key_option
 @force_option
 def encrypt_file_command(
-    source: Path, output: Path | None, context: str | None, key_id: str | None, *, force: bool
+    source: Path, output: Path | None, context: ContextIn, key_id: str | None, *, force: bool
 ) -> None:
     """Encrypt SOURCE, of any size, into SOURCE.enc or --output. SOURCE stays as it is."""
     target = output or source.with_name(source.name + SUFFIX)
@@ -68,29 +70,26 @@ def encrypt_file_command(
 @key_option
 @force_option
 def decrypt_file_command(
-    source: Path, output: Path | None, context: str | None, key_id: str | None, *, force: bool
+    source: Path, output: Path | None, context: ContextIn, key_id: str | None, *, force: bool
 ) -> None:
     """Decrypt SOURCE, of any size, into the name without .enc or --output, readable by you alone."""
     if output is None:
         if source.suffix != SUFFIX or source.name == SUFFIX:
             raise click.UsageError(f'"{source.name}" does not end in {SUFFIX}: name the result with --output')
         output = source.with_suffix("")
-    with source.open("rb") as file:
-        if not file.read(LOOK_BYTES).lstrip().startswith(AGE_STARTS):
-            raise NotACiphertext(f"{source} is not an age file")
     _run(Transfer("decrypt", source, output, force, context, key_id))
 
 
 def _run(transfer: Transfer) -> None:
     with (
-        transfer.source.open("rb") as source,
+        transfer.source.open("rb") as file,
         placed(transfer.target, overwrite=transfer.force) as target,
         connect() as kms,
         Meter() as meter,
     ):
         upload = kms.upload_encrypt if transfer.kind == "encrypt" else kms.upload_decrypt
         accepted = upload(
-            source,
+            file if transfer.kind == "encrypt" else _ciphertext(file, transfer.source),
             context=transfer.context,
             key_id=transfer.key_id,
             progress=lambda done, total: meter.show("sending", done, total),
@@ -109,6 +108,17 @@ def _run(transfer: Transfer) -> None:
         words.record(done, as_json=True)
     else:
         words.say(f"{transfer.kind}ed {transfer.source} to {transfer.target} ({words.size(size)})")
+
+
+def _ciphertext(file: BinaryIO, path: Path) -> BinaryIO:
+    """The age file; out of its armor, if it is in one."""
+    start = file.read(LOOK_BYTES)
+    file.seek(0)
+    if start.startswith(AGE_START):
+        return file
+    if start.lstrip().startswith(armor.BEGIN):
+        return io.BufferedReader(armor.ArmorReader(file))
+    raise NotACiphertext(f"{path} is not an age file")
 
 
 def ended(kms: Client, job_id: str, meter: Meter) -> JobOut:

@@ -5,16 +5,38 @@ import sys
 from typing import Final, Literal
 
 import click
+import msgspec
 
 from kms_cli import words
 from kms_cli.remote import connect, show
 from kms_cli.session import session
-from kms_core.errors import InvalidRequest, TooLarge
+from kms_core.envelope import armor
+from kms_core.errors import InvalidContext, InvalidRequest, TooLarge
+from kms_core.wire import ContextIn
 
 READ_LIMIT_BYTES: Final = 8 * 1024 * 1024  # above any setting of the single calls; a file goes another way
 AGE_LINE: Final = b"age-encryption.org/v1\n"
 
-context_option = click.option("--context", help="Encryption context, as env=prod,service=api.")
+
+class ContextType(click.ParamType):
+    """``key=value,…``, or a JSON object where a value holds a comma."""
+
+    name = "context"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> ContextIn:
+        del param, ctx
+        if not value.startswith("{"):
+            return value
+        try:
+            return msgspec.json.decode(value, type=dict[str, str])
+        except msgspec.DecodeError as exc:
+            raise InvalidContext("The context is not a JSON object of strings") from exc
+
+
+CONTEXT: Final = ContextType()
+context_option = click.option(
+    "--context", type=CONTEXT, help="Encryption context, as env=prod,service=api, or a JSON object."
+)
 key_option = click.option("--key-id", help="Key to use instead of the default one.")
 
 
@@ -25,7 +47,7 @@ key_option = click.option("--key-id", help="Key to use instead of the default on
 )
 @context_option
 @key_option
-def encrypt_command(context: str | None, key_id: str | None) -> None:
+def encrypt_command(context: ContextIn, key_id: str | None) -> None:
     """Encrypt stdin and write the ciphertext to stdout as one line of base64."""
     plaintext = _stdin()
     with connect() as kms:
@@ -39,8 +61,8 @@ def encrypt_command(context: str | None, key_id: str | None) -> None:
 @click.command("decrypt", short_help="Decrypt stdin.")
 @context_option
 @key_option
-def decrypt_command(context: str | None, key_id: str | None) -> None:
-    """Decrypt the base64 (or the binary age file) on stdin and write the plaintext to stdout, as it was.
+def decrypt_command(context: ContextIn, key_id: str | None) -> None:
+    """Decrypt the base64 (or the age file, armored or not) on stdin and write the plaintext to stdout, as it was.
 
     --key-id is needed only for files that another age tool made.
     """
@@ -61,7 +83,7 @@ def decrypt_command(context: str | None, key_id: str | None) -> None:
 @click.option("--without-plaintext", is_flag=True, help="Give out the encrypted key only.")
 def generate_key_command(
     key_spec: Literal["AES_128", "AES_256"],
-    context: str | None,
+    context: ContextIn,
     key_id: str | None,
     *,
     without_plaintext: bool,
@@ -80,9 +102,9 @@ def generate_key_command(
 
 @click.command("rewrap", short_help="Move a ciphertext to another key or context.")
 @context_option
-@click.option("--new-context", help="Bind this context instead; without it the old one stays.")
+@click.option("--new-context", type=CONTEXT, help="Bind this context instead; without it the old one stays.")
 @key_option
-def rewrap_command(context: str | None, new_context: str | None, key_id: str | None) -> None:
+def rewrap_command(context: ContextIn, new_context: ContextIn, key_id: str | None) -> None:
     """Wrap the base64 ciphertext on stdin anew, under the current version of its key or under --key-id.
 
     The payload stays as it is, and whoever could read the old ciphertext still can.
@@ -108,6 +130,8 @@ def _stdin() -> bytes:
 def _ciphertext(given: bytes) -> bytes:
     if given.startswith(AGE_LINE):
         return given
+    if given.lstrip().startswith(armor.BEGIN):
+        return armor.dearmor(given)
     try:
         return binascii.a2b_base64(b"".join(given.split()), strict_mode=True)
     except binascii.Error as exc:

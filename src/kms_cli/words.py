@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from kms_core.errors import EXIT_OTHER, EXIT_UNAVAILABLE, EXIT_USAGE, KmsError
+from kms_core.errors import EXIT_UNAVAILABLE, EXIT_USAGE, KmsError
 
 if TYPE_CHECKING:
     import click
@@ -31,6 +31,8 @@ HINTS: Final[Mapping[str, str]] = {
     "attempts_exhausted": "ask the operator what the worker's log says",
     "unexpected_answer": "check --url and KMS_SERVICE_URL: is it this service, of the same version",
 }
+
+PUZZLING: Final = frozenset({"internal", "unexpected_answer"})  # the operator will ask for the request id
 
 
 def say(text: str) -> None:
@@ -65,7 +67,8 @@ def plain(text: str) -> str:
 def failed(error: KmsError, *, as_json: bool = False) -> int:
     """Say what went wrong and what to do next; return the exit code."""
     hint = getattr(error, "hint", "") or HINTS.get(error.code, "")
-    notes = getattr(error, "__notes__", []) if error.exit_code in {EXIT_OTHER, EXIT_UNAVAILABLE} else []
+    puzzling = error.exit_code == EXIT_UNAVAILABLE or error.code in PUZZLING
+    notes = getattr(error, "__notes__", []) if puzzling else []
     if as_json:
         words = {"code": error.code, "detail": error.detail, "hint": hint, "notes": notes}
         sys.stderr.write(json.dumps({"error": words}, ensure_ascii=False) + "\n")

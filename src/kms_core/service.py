@@ -1,6 +1,7 @@
 """Kms: the one interface to keys. Policy, audit, metrics and key choice happen here, once, for every front.
 
-Knows no HTTP, no queue and no file system; backends do the wrapping, the envelope does the format.
+Knows no HTTP, no queue and no path: files come as open descriptors. Backends do the wrapping, the envelope
+does the format.
 """
 
 import os
@@ -15,9 +16,10 @@ from kms_core import audit, metrics
 from kms_core.audit import Audit, Record
 from kms_core.backends import Health
 from kms_core.context import Context
-from kms_core.envelope import binding, header, sealing, stream
+from kms_core.envelope import binding, disk, header, sealing, slabs, stream
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.header import Header, Limits
+from kms_core.envelope.slabs import STEADY, Extent, Pace
 from kms_core.errors import (
     ContextRequired,
     DataKeysUnsupported,
@@ -143,13 +145,54 @@ class Kms:
 
     # -- files: the job layer moves the payload, the header is made and opened here -----------------
 
-    def begin_file(
-        self, who: Principal, context: Context, size_bytes: int, *, key_id: str | None = None
-    ) -> sealing.Sealing:
-        """The head of a new file of ``size_bytes`` plaintext, and the key of its payload."""
-        with self._recorded("encrypt", who, context, key_id, bytes_in=size_bytes) as call:
+    def encrypt_file(  # noqa: PLR0913 -- two files, a key and a context
+        self,
+        who: Principal,
+        source: Extent,
+        target_fd: int,
+        context: Context,
+        *,
+        key_id: str | None = None,
+        pace: Pace = STEADY,
+    ) -> KeyRef:
+        """Seal a file into another, in parallel. On any error the target is waste: give it no name.
+
+        Raises what ``encrypt`` raises, and InvalidRequest if the source changes meanwhile, SpoolFull.
+        """
+        with self._recorded("encrypt", who, context, key_id, bytes_in=source.size) as call:
             key, ref = self._for_sealing(call)
-            return sealing.begin(key.backend, ref, context, padded=size_bytes >= sealing.PAD_FROM_BYTES)
+            started = sealing.begin(key.backend, ref, context, padded=source.size >= sealing.PAD_FROM_BYTES)
+            disk.write_all(target_fd, memoryview(started.head), 0)
+            slabs.seal_file(started.payload_key, source, target_fd, len(started.head), pace)
+            call.record.bytes_out = len(started.head) + stream.sealed_size(source.size)
+            return ref
+
+    def decrypt_file(  # noqa: PLR0913 -- as encrypt_file
+        self,
+        who: Principal,
+        source: Extent,
+        target_fd: int | None,
+        context: Context,
+        *,
+        key_id: str | None = None,
+        pace: Pace = STEADY,
+    ) -> Unwrapped:
+        """Open a file into another, in parallel; with no target, only authenticate all of it.
+
+        The target holds the truth only once this has returned: give it a name then. Raises what ``decrypt``
+        raises, SpoolFull, and what ``pace.check`` raises.
+        """
+        with self._recorded("decrypt", who, context, key_id, bytes_in=source.size) as call:
+            head = header.read(source.fd, header.FILE_LIMITS, source.offset)
+            found = self._unwrap(call, head)
+            at = head.payload_offset
+            payload = Extent(source.fd, source.size - at, source.offset + at)
+            if target_fd is None:
+                slabs.verify_file(found.payload_key, payload, pace)
+            else:
+                slabs.open_file(found.payload_key, payload, target_fd, pace=pace)
+            call.record.bytes_out = stream.plaintext_size(payload.size)
+            return found
 
     def adopt_file(
         self,
@@ -167,13 +210,6 @@ class Kms:
             return sealing.write_header(
                 found.file_key, found.nonce, key.backend, key=ref, context=context, padded=padded
             )
-
-    def open_file(
-        self, who: Principal, head: Header, context: Context, size_bytes: int, *, key_id: str | None = None
-    ) -> Unwrapped:
-        """The secrets of a file whose payload the caller opens, chunk by chunk, before releasing anything."""
-        with self._recorded("decrypt", who, context, key_id, bytes_in=size_bytes) as call:
-            return self._unwrap(call, head)
 
     def rewrap_file(  # noqa: PLR0913 -- two keys, two contexts
         self,
@@ -212,6 +248,10 @@ class Kms:
         health = backend.health_check()
         metrics.BACKEND_UP.labels(backend.name).set(health.healthy)
         return health
+
+    def bound(self, who: Principal) -> "BoundKms":
+        """The two-argument form, for a caller that acts as one principal."""
+        return BoundKms(self, who)
 
     # -- inside -------------------------------------------------------------------------------------
 
@@ -283,6 +323,26 @@ class Kms:
             raise
         metrics.AUDIT_EVENTS.labels("ok").inc()
         metrics.count_operation(record, result, seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundKms:
+    """``encrypt(plaintext, context)``, ``decrypt(ciphertext, context)`` and the rest, as one principal."""
+
+    kms: Kms
+    who: Principal
+
+    def encrypt(self, plaintext: bytes, context: Context) -> bytes:
+        return self.kms.encrypt(self.who, plaintext, context).ciphertext
+
+    def decrypt(self, ciphertext: bytes, context: Context) -> bytes:
+        return self.kms.decrypt(self.who, ciphertext, context).plaintext
+
+    def generate_data_key(self, size_bytes: int, context: Context) -> DataKey:
+        return self.kms.generate_data_key(self.who, size_bytes, context)
+
+    def health_check(self) -> bool:
+        return self.kms.health_check().healthy
 
 
 class _Call:

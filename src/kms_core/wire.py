@@ -215,7 +215,6 @@ class JobIn(Body, frozen=True, kw_only=True):
     key_id: KeyId | None = None
     context: ContextIn = None
     new_context: ContextIn = None
-    priority: Literal["low", "normal", "high"] | None = None
     ttl_s: Annotated[int, Meta(ge=60, le=30 * 24 * 3600)] | None = None
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -124,6 +125,19 @@ def test_a_raised_check_ends_a_pipe() -> None:
 
     with pytest.raises(JobCancelled):
         seal_pipe(KEY, io.BytesIO(b"x"), io.BytesIO(), Pace(check=cancelled))
+
+
+def test_real_pipes_carry_it_too() -> None:
+    plaintext = os.urandom(40 * CHUNK)
+    reading, writing = os.pipe()
+    sealed = io.BytesIO()
+    with open(reading, "rb", buffering=0) as source, open(writing, "wb", buffering=0) as target:  # noqa: PTH123 -- descriptors
+        with ThreadPoolExecutor(1) as other:
+            sent = other.submit(lambda: (seal_pipe(KEY, io.BytesIO(plaintext), target), target.close()))
+            open_pipe(KEY, source, sealed)
+
+    assert sent.result()[0] == len(plaintext)
+    assert sealed.getvalue() == plaintext
 
 
 def test_a_stream_without_data_yet_does_not_pass_for_an_ended_one() -> None:

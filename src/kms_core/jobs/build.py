@@ -55,7 +55,9 @@ def build(settings: Settings, process: str, nudge: Nudge) -> Core:
         settings.state_dir / "run",
     )
     for root in jobs.roots:
-        if root == settings.state_dir.absolute() / "files":  # the default in dev; an operator's own root must be there
+        if (
+            root == settings.state_dir.absolute() / "files"
+        ):  # the default in dev; an operator's own root must be there
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
     roots = Roots(jobs.roots, forbidden)
     rules = desk.Rules(jobs.result_ttl_s, limits.sync_plaintext_bytes, section.require_context)

@@ -11,7 +11,7 @@ from typing import Final
 
 from kms_core.envelope import disk, header
 from kms_core.envelope.header import FILE_LIMITS
-from kms_core.envelope.slabs import Extent, open_file, seal_file
+from kms_core.envelope.slabs import Extent
 from kms_core.errors import JobsUnavailable, KmsError
 from kms_core.jobs.lease import Lease
 from kms_core.jobs.model import Commit
@@ -82,18 +82,14 @@ def _tag(job_id: str, fence: int) -> str:
 
 def _encrypt(lease: Lease, kms: Kms, source: OpenSource, pending: Pending) -> None:
     job = lease.claim.accepted
-    size = source.size_bytes
-    started = kms.begin_file(job.who, job.bound_context, size, key_id=job.key_id)
-    disk.write_all(pending.fd, memoryview(started.head), 0)
-    seal_file(started.payload_key, Extent(source.fd, size), pending.fd, len(started.head), pace(lease))
+    extent = Extent(source.fd, source.size_bytes)
+    kms.encrypt_file(job.who, extent, pending.fd, job.bound_context, key_id=job.key_id, pace=pace(lease))
 
 
 def _decrypt(lease: Lease, kms: Kms, source: OpenSource, pending: Pending) -> None:
     job = lease.claim.accepted
-    head = header.read(source.fd, FILE_LIMITS)
-    found = kms.open_file(job.who, head, job.bound_context, source.size_bytes, key_id=job.key_id)
-    payload = Extent(source.fd, source.size_bytes - head.payload_offset, head.payload_offset)
-    open_file(found.payload_key, payload, pending.fd, 0, pace(lease))
+    extent = Extent(source.fd, source.size_bytes)
+    kms.decrypt_file(job.who, extent, pending.fd, job.bound_context, key_id=job.key_id, pace=pace(lease))
 
 
 def _rewrap(lease: Lease, kms: Kms, source: OpenSource, pending: Pending) -> None:

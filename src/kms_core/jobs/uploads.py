@@ -7,7 +7,7 @@ Either way a result is ``head.<fence>`` followed by the payload of ``upload``.
 
 from typing import Final
 
-from kms_core.envelope.slabs import Extent, Pace, verify_file
+from kms_core.envelope.slabs import Extent, Pace
 from kms_core.jobs.blobs import UPLOAD, Blob, Label, Spool
 from kms_core.jobs.lease import Lease
 from kms_core.service import Kms, Unwrapped
@@ -44,9 +44,8 @@ def _encrypt(lease: Lease, kms: Kms, spool: Spool, blob: Blob) -> bytes:
 
 def _decrypt(lease: Lease, kms: Kms, spool: Spool, blob: Blob) -> bytes:
     job = lease.claim.accepted
-    whole = blob.payload.offset + blob.payload.size
-    found = kms.open_file(job.who, blob.head, job.bound_context, whole, key_id=job.key_id)
-    verify_file(found.payload_key, Extent(blob.fd, blob.payload.size, blob.payload.offset), pace(lease))
+    whole = Extent(blob.fd, blob.payload.offset + blob.payload.size)
+    found = kms.decrypt_file(job.who, whole, None, job.bound_context, key_id=job.key_id, pace=pace(lease))
     label = Label(job.tenant, job.job_id, HEAD, lease.claim.fence)
     return spool.header_for(label, found.file_key, found.nonce)
 

@@ -1,0 +1,231 @@
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+import pytest
+from fastapi import Request
+from starlette.types import Message
+
+from kms_api import bodies
+from kms_core import wire
+from kms_core.errors import InvalidRequest, TooLarge
+
+CANARY = "Kanarienvogel"
+LIMIT = 100
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=["asyncio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def request_of(pieces: Sequence[bytes], headers: Mapping[str, str] | None = None) -> Request:
+    """A request whose body arrives in these pieces; reading beyond them fails the test."""
+    waiting = [
+        {"type": "http.request", "body": piece, "more_body": index < len(pieces) - 1}
+        for index, piece in enumerate(pieces)
+    ]
+
+    async def receive() -> Message:
+        return waiting.pop(0)
+
+    raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    return Request({"type": "http", "method": "POST", "path": "/", "headers": raw}, receive)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"plaintext": "SGVsbG8="}',
+        b'{"plaintext": "SGVsbG8=", "context": null, "key_id": null}',
+        b' {"key_id": null, "plaintext": "SGVsbG8="}\n',
+    ],
+    ids=["bare", "nulls", "spaces"],
+)
+async def test_null_is_the_same_as_absent(body: bytes) -> None:
+    assert bodies.decode(body, wire.EncryptIn) == wire.EncryptIn(plaintext=b"Hello")
+
+
+async def test_no_body_is_an_object_without_fields() -> None:
+    assert bodies.decode(b"", wire.GenerateKeyIn) == wire.GenerateKeyIn()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SGVsbG8",
+        "SGVsbG8= ",
+        " SGVsbG8=",
+        "SGVs\nbG8=",
+        "-_-_",
+        "SGVsbG8==",
+        "S",
+        "=",
+        "%%%%",
+        "SGVsbG8=SGVsbG8=",
+    ],
+    ids=[
+        "unpadded",
+        "space-after",
+        "space-before",
+        "newline",
+        "url-safe",
+        "padded-twice",
+        "one-letter",
+        "pad-only",
+        "no-alphabet",
+        "two-in-one",
+    ],
+)
+async def test_bytes_are_standard_base64_and_padded(text: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        bodies.decode(json.dumps({"plaintext": text}).encode(), wire.EncryptIn)
+
+    assert "$.plaintext" in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (f'{{"plaintext": "{CANARY}"}}', "at `$.plaintext`"),
+        (f'{{"plaintext": 5, "context": "{CANARY}"}}', "at `$.plaintext`"),
+        (f'{{"plaintext": "", "key_id": "{CANARY}!"}}', "at `$.key_id`"),
+        (f'{{"plaintext": "", "context": {{"{CANARY}": 1}}}}', "at `$.context"),
+        (f'{{"plaintext": "", "{CANARY}": 1}}', "the fields of EncryptIn are plaintext"),
+        (f'{{"plaintext": "", "{CANARY * 20}": 1}}', "the fields of EncryptIn are plaintext"),
+        (f'{{"plaintext": "", "a\\n{CANARY}": 1}}', "the fields of EncryptIn are plaintext"),
+        (f'{{"plaintext": "", "x - at `$.{CANARY}": 1}}', "the fields of EncryptIn are plaintext"),
+        (f'{{"plaintext": "", "x` - at `$.{CANARY}": 1}}', "the fields of EncryptIn are plaintext"),
+        (f'"{CANARY}"', "object"),
+        (f'{{"plaintext": {CANARY}', "malformed"),
+        (f"{CANARY}", "malformed"),
+        (f'{{"plaintext": "{CANARY}', "truncated"),
+        (f'{{"context": "{CANARY}"}}', "plaintext"),
+    ],
+    ids=[
+        "not-base64",
+        "wrong-type",
+        "key-id",
+        "context-value",
+        "unknown-field",
+        "long-unknown-field",
+        "unknown-field-with-newline",
+        "unknown-field-like-a-place",
+        "unknown-field-with-backtick",
+        "not-an-object",
+        "not-json",
+        "word",
+        "cut",
+        "missing-field",
+    ],
+)
+async def test_refusal_says_where_and_why_and_never_the_value(body: str, says: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        bodies.decode(body.encode(), wire.EncryptIn)
+
+    assert says in caught.value.detail
+    assert CANARY not in caught.value.detail
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+async def test_unknown_field_of_an_item_is_found_by_its_place() -> None:
+    body = {"kind": "encrypt", "items": [{"plaintext": ""}, {"plaintext": "", CANARY: 1}]}
+
+    with pytest.raises(InvalidRequest) as caught:
+        bodies.decode(json.dumps(body).encode(), wire.JobIn)
+
+    assert caught.value.detail == "Unknown field at $.items[1]"
+
+
+async def test_choice_that_is_none_is_not_echoed() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        bodies.decode(json.dumps({"key_spec": CANARY}).encode(), wire.GenerateKeyIn)
+
+    assert "$.key_spec" in caught.value.detail
+    assert CANARY not in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"plaintext": ' + b"[" * 100_000,
+        b'{"context": ' + b'{"a":' * 100_000,
+        b'{"unknown": ' + b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"plaintext": "\xff"}',
+        b'{"plaintext": "\\ud800"}',
+        b"\x00" * 50,
+    ],
+    ids=["arrays", "in-a-field", "in-context", "in-unknown", "not-utf8", "bad-string", "surrogate", "zeros"],
+)
+async def test_hostile_json_is_an_ordinary_refusal(body: bytes) -> None:
+    with pytest.raises(InvalidRequest):
+        bodies.decode(body, wire.EncryptIn)
+
+
+async def test_body_at_its_limit_is_read_whole() -> None:
+    request = request_of([b"a" * 60, b"", b"b" * 40])
+
+    assert await bodies.read_bytes(request, LIMIT) == b"a" * 60 + b"b" * 40
+
+
+async def test_declared_length_is_believed_before_a_byte_is_read() -> None:
+    request = request_of([], {"Content-Length": str(LIMIT + 1)})
+
+    with pytest.raises(TooLarge):
+        await bodies.read_bytes(request, LIMIT)
+
+
+async def test_undeclared_body_stops_at_the_limit() -> None:
+    request = request_of([b"a" * 60, b"b" * 60, b"never read"])
+
+    with pytest.raises(TooLarge):
+        await bodies.read_bytes(request, LIMIT)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip", "x"])
+async def test_compressed_body_is_refused(encoding: str) -> None:
+    request = request_of([b"{}"], {"Content-Encoding": encoding})
+
+    with pytest.raises(InvalidRequest):
+        await bodies.read_bytes(request, LIMIT)
+
+
+@pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "text/plain", ""])
+async def test_content_type_does_not_matter(content_type: str) -> None:
+    request = request_of([b'{"plaintext": ""}'], {"Content-Type": content_type})
+
+    assert await bodies.read(request, wire.EncryptIn, LIMIT) == wire.EncryptIn(plaintext=b"")
+
+
+async def test_answer_is_json_with_the_given_status() -> None:
+    answer = bodies.answer(wire.ErrorCode(code="x"), 202, {"Location": "/there"})
+
+    assert (answer.status_code, answer.body) == (202, b'{"code":"x"}')
+    assert answer.headers["location"] == "/there"
+    assert answer.headers["content-type"] == "application/json"
+
+
+async def test_every_shape_is_on_the_openapi_page() -> None:
+    shapes = {
+        name
+        for name, shape in vars(wire).items()
+        if isinstance(shape, type) and issubclass(shape, wire.Answer | wire.Body)
+    } - {"Answer", "Body"}
+
+    assert shapes <= bodies.components().keys()
+
+
+@pytest.mark.parametrize(
+    "documented",
+    [lambda: bodies.documented(wire.EncryptIn, wire.EncryptOut), lambda: bodies.uploaded(wire.JobAccepted)],
+)
+async def test_documented_route_refers_to_known_shapes(documented: Callable[[], dict[str, object]]) -> None:
+    text = msgspec.json.encode(documented()["openapi_extra"]).decode()
+    named = {part.partition('"')[0] for part in text.split("#/components/schemas/")[1:]}
+
+    assert named
+    assert named <= bodies.components().keys()
