@@ -2,7 +2,7 @@
 
 ``service`` is one for the whole session: do not stop, kill or fill it. A test that wants to hurt something,
 or wants other settings, makes its own ``Service``. ``core_of`` is the same core in this process, for tests
-that stand in the middle of a job. As a program it is ``kms up``: ``python service.py CONFIG STATE PORT``.
+that stand in the middle of a job.
 """
 
 import os
@@ -23,7 +23,6 @@ import pytest
 from kms_cli import tether, up
 from kms_cli.valkey import EmbeddedValkey
 from kms_core import settings as settings_file
-from kms_core.errors import KmsError
 from kms_core.jobs.build import Core
 from kms_core.jobs.build import build as build_core
 from kms_core.settings import Settings
@@ -67,7 +66,7 @@ def unb64(text: str) -> bytes:
 
 
 class Service:
-    """One install. ``settings`` is TOML below the ``[kms]`` table; ``redis`` a URL, else it has its own server."""
+    """One install. ``settings`` is TOML below the ``[kms]`` table; ``redis`` a URL, else its own server."""
 
     def __init__(self, folder: Path, settings: str = "", redis: str | None = None) -> None:
         self.state = folder / "state"
@@ -236,17 +235,3 @@ def service(tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey) ->
 def core(tmp_path: Path, redis_url: str) -> Core:
     """A core without processes, on an empty database: what a worker is made of, to be driven step by step."""
     return core_of(Service(tmp_path, "[kms.jobs]\nlease_s = 2\n", redis_url))
-
-
-def main() -> int:
-    """``kms up`` with a settings file, as a program of its own."""
-    config, state, port = sys.argv[1:]
-    try:
-        return up.run(up.Options(config=Path(config), state_dir=Path(state), port=int(port)))
-    except KmsError as exc:
-        sys.stderr.write(f"{exc.detail}\n")
-        return exc.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

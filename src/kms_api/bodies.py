@@ -118,7 +118,7 @@ def _ref(shape: type[wire.Shape]) -> dict[str, str]:
 
 
 def _why(exc: Exception, shape: type[wire.Body]) -> str:
-    """The decoder's text names places and types; an unknown field, a name of the caller's, is not repeated."""
+    """The decoder's text names places and types; an unknown field is the caller's and not repeated."""
     text = str(exc)
     if _UNKNOWN_FIELD in text:
         place = _place(text)

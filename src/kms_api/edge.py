@@ -62,11 +62,13 @@ class Edge:
         """A page in the operator's browser must not reach a service that trusts the loopback interface."""
         if "*" in self._hosts:
             return False
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-        if host not in self._hosts or headers.get("sec-fetch-site", "none") not in _OWN_SITES:
+        named, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            host = urlsplit(f"//{named}").hostname or ""
+            foreign = origin is not None and urlsplit(origin).netloc != named
+        except ValueError:  # brackets around what is no IPv6 address
             return True
-        origin = headers.get("origin")
-        return origin is not None and urlsplit(origin).netloc != headers.get("host")
+        return host not in self._hosts or foreign or headers.get("sec-fetch-site", "none") not in _OWN_SITES
 
     @staticmethod
     def _count(scope: Scope, status: int, seconds: float) -> None:

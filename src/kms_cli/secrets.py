@@ -18,24 +18,19 @@ READ_LIMIT_BYTES: Final = 8 * 1024 * 1024  # above any setting of the single cal
 AGE_LINE: Final = b"age-encryption.org/v1\n"
 
 
-class ContextType(click.ParamType):
-    """``key=value,…``, or a JSON object where a value holds a comma."""
-
-    name = "context"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> ContextIn:
-        del param, ctx
-        if not value.startswith("{"):
-            return value
-        try:
-            return msgspec.json.decode(value, type=dict[str, str])
-        except msgspec.DecodeError as exc:
-            raise InvalidContext("The context is not a JSON object of strings") from exc
+def _context(ctx: click.Context, parameter: click.Parameter, value: str | None) -> ContextIn:
+    """``key=value,…`` as it is; a JSON object, where a value holds a comma, as a mapping."""
+    del ctx, parameter
+    if value is None or not value.startswith("{"):
+        return value
+    try:
+        return msgspec.json.decode(value, type=dict[str, str])
+    except msgspec.DecodeError as exc:
+        raise InvalidContext("The context is not a JSON object of strings") from exc
 
 
-CONTEXT: Final = ContextType()
 context_option = click.option(
-    "--context", type=CONTEXT, help="Encryption context, as env=prod,service=api, or a JSON object."
+    "--context", callback=_context, help="Encryption context, as env=prod,service=api, or a JSON object."
 )
 key_option = click.option("--key-id", help="Key to use instead of the default one.")
 
@@ -62,7 +57,7 @@ def encrypt_command(context: ContextIn, key_id: str | None) -> None:
 @context_option
 @key_option
 def decrypt_command(context: ContextIn, key_id: str | None) -> None:
-    """Decrypt the base64 (or the age file, armored or not) on stdin and write the plaintext to stdout, as it was.
+    """Decrypt base64, or an age file, from stdin and write the plaintext to stdout, as it was.
 
     --key-id is needed only for files that another age tool made.
     """
@@ -102,7 +97,9 @@ def generate_key_command(
 
 @click.command("rewrap", short_help="Move a ciphertext to another key or context.")
 @context_option
-@click.option("--new-context", type=CONTEXT, help="Bind this context instead; without it the old one stays.")
+@click.option(
+    "--new-context", callback=_context, help="Bind this context instead; without it the old one stays."
+)
 @key_option
 def rewrap_command(context: ContextIn, new_context: ContextIn, key_id: str | None) -> None:
     """Wrap the base64 ciphertext on stdin anew, under the current version of its key or under --key-id.

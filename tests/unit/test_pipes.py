@@ -130,14 +130,18 @@ def test_a_raised_check_ends_a_pipe() -> None:
 def test_real_pipes_carry_it_too() -> None:
     plaintext = os.urandom(40 * CHUNK)
     reading, writing = os.pipe()
-    sealed = io.BytesIO()
-    with open(reading, "rb", buffering=0) as source, open(writing, "wb", buffering=0) as target:  # noqa: PTH123 -- descriptors
-        with ThreadPoolExecutor(1) as other:
-            sent = other.submit(lambda: (seal_pipe(KEY, io.BytesIO(plaintext), target), target.close()))
-            open_pipe(KEY, source, sealed)
+    opened = io.BytesIO()
 
-    assert sent.result()[0] == len(plaintext)
-    assert sealed.getvalue() == plaintext
+    def send() -> int:
+        with open(writing, "wb", buffering=0) as target:  # noqa: PTH123 -- a descriptor
+            return seal_pipe(KEY, io.BytesIO(plaintext), target)
+
+    with open(reading, "rb", buffering=0) as source, ThreadPoolExecutor(1) as other:  # noqa: PTH123 -- a descriptor
+        sent = other.submit(send)
+        received = open_pipe(KEY, source, opened)
+
+    assert sent.result() == received == len(plaintext)
+    assert opened.getvalue() == plaintext
 
 
 def test_a_stream_without_data_yet_does_not_pass_for_an_ended_one() -> None:

@@ -1,0 +1,53 @@
+"""Services for the command to talk to: a stand-in with faults on order, and the real one as ``kms up`` runs it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cli.contract_server import ContractServer, running
+
+BIN = Path(sys.executable).parent
+START_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a service is."""
+
+    url: str
+    state_dir: Path
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """What a command under test finds in its environment, and nothing else."""
+    return {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(home), "LANG": "C.UTF-8", **more}
+
+
+@pytest.fixture
+def stand_in() -> Iterator[ContractServer]:
+    with running() as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def real_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    home = tmp_path_factory.mktemp("real")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [BIN / "kms", "up", "--state-dir", home / "state", "--port", str(port)]
+    with (home / "log").open("wb") as log:
+        up = subprocess.Popen(command, env=environment(home), stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        ready = up.stdout.readline() if up.stdout else ""
+        assert ready.startswith("kms: ready"), (home / "log").read_text()
+        yield Place(f"http://127.0.0.1:{port}", home / "state")
+    finally:
+        up.send_signal(signal.SIGTERM)
+        up.communicate(timeout=START_S)
