@@ -7,9 +7,10 @@ from celery import Celery
 from kombu.connection import Connection
 from kombu.exceptions import OperationalError
 from kombu.transport import virtual
+from kombu.transport.base import StdChannel
 
 from kms_core.errors import JobsUnavailable
-from kms_core.jobs.store import QUEUE
+from kms_core.jobs.model import QUEUES
 
 TASK: Final = "kms.run"
 _CONFIGURATION: Final[dict[str, object]] = {
@@ -40,8 +41,8 @@ class Broker:
         except (OperationalError, OSError) as exc:
             raise JobsUnavailable from exc
 
-    def depth(self) -> int:
-        """Messages waiting in the queue. Raises JobsUnavailable."""
+    def depths(self) -> dict[str, int]:
+        """Messages waiting in each queue. Raises JobsUnavailable."""
         with self.producer.connection_for_read() as connection:
             return _waiting(connection)
 
@@ -53,14 +54,15 @@ def connect(url: str) -> Broker:
     return Broker(producer)
 
 
-def _waiting(connection: Connection) -> int:
-    """Messages in the queue, all priorities of it. Raises JobsUnavailable."""
+def _waiting(connection: Connection) -> dict[str, int]:
+    """Messages in each queue, all priorities of it. Raises JobsUnavailable."""
     try:
-        channel = connection.default_channel
-        if isinstance(channel, virtual.Channel):  # its queue_declare(passive) forgets the key prefix
-            return int(channel._size(QUEUE))  # type: ignore[no-untyped-call]  # noqa: SLF001
-        return int(channel.queue_declare(QUEUE, passive=True).message_count)
-    except connection.recoverable_channel_errors:  # AMQP: no worker has declared the queue yet
-        return 0
+        return {queue: _length(connection.default_channel, queue) for queue in QUEUES}
     except (*connection.connection_errors, OperationalError, OSError) as exc:
         raise JobsUnavailable from exc
+
+
+def _length(channel: StdChannel, queue: str) -> int:
+    if isinstance(channel, virtual.Channel):  # its queue_declare(passive) forgets the key prefix
+        return int(channel._size(queue))  # type: ignore[no-untyped-call]  # noqa: SLF001
+    return int(channel.queue_declare(queue).message_count)  # type: ignore[attr-defined]  # all have it

@@ -33,6 +33,7 @@ STATUS: Final[dict[type[KmsError], int]] = {
     errors.IdempotencyConflict: 409,
     errors.JobNotFinished: 409,
     errors.JobCommitting: 409,
+    errors.JobNotDead: 409,
     errors.TargetExists: 409,
     errors.DataKeysUnsupported: 501,
     errors.Unavailable: 503,

@@ -37,6 +37,14 @@ class OutputExists(TargetExists):
     hint = "--force overwrites it, --output names another"
 
 
+class JobFailed(KmsError):
+    """An ending that only jobs have."""
+
+    def __init__(self, detail: str, code: str) -> None:
+        super().__init__(detail)
+        self.hint = words.HINTS.get(code, "")
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """One file on its way through the service."""
@@ -141,19 +149,16 @@ def require_success(job: JobOut) -> None:
     """Raise what a failed or cancelled job means."""
     if job.state == "cancelled":
         raise JobCancelled
-    if job.state == "failed":
-        raise failure(job.error.code if job.error else "internal", _detail(job))
-
-
-def _detail(job: JobOut) -> str:
-    """Words for the endings that only jobs have; other codes have theirs in the error tree."""
-    match job.error.code if job.error else "":
-        case "items_failed":
-            return f"{job.progress.items_failed} of {job.progress.items} items were refused"
-        case "attempts_exhausted":
-            return f"The job was given up after {job.attempt} attempts"
-        case _:
-            return ""
+    if job.state != "failed":
+        return
+    match job.error.code if job.error else "internal":
+        case "items_failed" as code:
+            progress = job.progress
+            raise JobFailed(f"{progress.items_failed} of {progress.items} items were refused", code)
+        case "attempts_exhausted" as code:
+            raise JobFailed(f"The job was given up, attempts: {job.attempt}", code)
+        case code:
+            raise failure(code)
 
 
 @contextlib.contextmanager
@@ -164,6 +169,8 @@ def placed(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     """
     if target.exists() and not overwrite:
         raise OutputExists(f"{target} exists")
+    if not target.parent.is_dir():
+        raise click.UsageError(f'there is no directory "{target.parent}"', click.get_current_context())
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     temporary = Path(name)
     try:

@@ -4,7 +4,6 @@ A record holds who, what, which key, sizes, the outcome and how long it took; of
 If a line cannot be written, AuditUnavailable is raised and the result is withheld.
 """
 
-import fcntl
 import os
 import threading
 from contextvars import ContextVar
@@ -56,8 +55,9 @@ class Audit(Protocol):
 class JsonLines:
     """A file of one JSON object per line, one ``write`` each, shared by the processes of one machine.
 
-    A torn last line (a crash in the middle of a write) is closed before the next record, never fused with
-    it; a file that was moved or deleted is noticed and begun anew.
+    A torn last line (a crash or a full disk in the middle of a write) is closed before the next record,
+    whichever process writes that one, never fused with it; a file that was moved or deleted is noticed and
+    begun anew. Readers pass over empty lines: two processes may close the same torn line.
     """
 
     def __init__(self, path: Path, *, fsync: bool = False) -> None:
@@ -72,9 +72,9 @@ class JsonLines:
         try:
             with self._lock:
                 fd = self._open()
+                self._close_torn_line(fd)
                 if os.write(fd, line) != len(line):  # the disk filled up in the middle of the line
-                    self._close_torn_line(fd)
-                    raise AuditUnavailable
+                    raise AuditUnavailable("The audit file cannot be written (the disk is full)")
                 if self._fsync:
                     os.fdatasync(fd)
         except OSError as exc:
@@ -88,7 +88,6 @@ class JsonLines:
             self._fd = -1
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._close_torn_line(fd)
         found = os.fstat(fd)
         self._fd, self._identity = fd, (found.st_dev, found.st_ino)
         return fd
@@ -102,10 +101,6 @@ class JsonLines:
 
     @staticmethod
     def _close_torn_line(fd: int) -> None:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        try:
-            size = os.fstat(fd).st_size
-            if size and os.pread(fd, 1, size - 1) != b"\n":
-                os.write(fd, b"\n")
-        finally:
-            fcntl.flock(fd, fcntl.LOCK_UN)
+        size = os.fstat(fd).st_size
+        if size and os.pread(fd, 1, size - 1) != b"\n":
+            os.write(fd, b"\n")

@@ -74,7 +74,7 @@ def _split(text: str) -> Iterable[tuple[str, str]]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise InvalidContext(f"Pair {number} of the context has no '=': write key=value,key=value")
-        yield key.strip(), value.strip()
+        yield key.strip(" "), value.strip(" ")
 
 
 def _check_pair(key: str, value: str, index: int) -> None:

@@ -7,7 +7,7 @@ KmsError
 ├── Unauthenticated
 ├── Refused             Forbidden · PathRefused · ForeignRefused
 ├── Missing             UnknownKey · UnknownJob · ResultExpired
-├── Conflict            IdempotencyConflict · JobNotFinished · JobCommitting · TargetExists
+├── Conflict            IdempotencyConflict · JobNotFinished · JobCommitting · JobNotDead · TargetExists
 ├── DataKeysUnsupported
 ├── Unavailable         the only retryable kind: BackendUnavailable · JobsUnavailable · AuditUnavailable
 │                       · RateLimited
@@ -179,6 +179,13 @@ class JobCommitting(Conflict):
 
     code = "job_committing"
     summary = "The job is committing its result and can no longer be cancelled"
+
+
+class JobNotDead(Conflict):
+    """Only a dead letter (``attempts_exhausted``) can be retried."""
+
+    code = "job_not_dead"
+    summary = "Only a job that ended with attempts_exhausted can be retried"
 
 
 class TargetExists(Conflict):

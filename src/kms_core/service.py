@@ -137,11 +137,10 @@ class Kms:
         key_id: str | None = None,
     ) -> Sealed:
         """A new header around the same payload; ``new_context=None`` keeps the old (see ``rewrap_file``)."""
-        head = header.parse(ciphertext, self._rules.limits)
-        rewrapped = self.rewrap_file(
-            who, head, context, new_context=new_context, key_id=key_id, size_bytes=len(ciphertext)
-        )
-        return Sealed(rewrapped.ciphertext + ciphertext[head.size :], rewrapped.key)
+        with self._recorded("rewrap", who, context, None, bytes_in=len(ciphertext)) as call:
+            head = header.parse(ciphertext, self._rules.limits)
+            rewrapped = self._rewrapped(call, head, new_context, key_id)
+            return Sealed(rewrapped.ciphertext + ciphertext[head.size :], rewrapped.key)
 
     # -- files: the job layer moves the payload, the header is made and opened here -----------------
 
@@ -226,19 +225,8 @@ class Kms:
         Needs decrypt under the old key and encrypt under the new. It revokes nobody: who had the file key
         still has it. A foreign file is refused: its payload was never bound to an origin.
         """
-        target = context if new_context is None else new_context
         with self._recorded("rewrap", who, context, None, bytes_in=size_bytes) as call:
-            found = self._unwrap(call, head, "decrypt")
-            if found.origin == "foreign":
-                raise InvalidRequest("A foreign file cannot be rewrapped: decrypt it and encrypt it anew")
-            call.context, call.key_id = target, key_id or found.key.key_id
-            key, ref = self._for_sealing(call, "encrypt")
-            padded = any(stanza.type == binding.PAD for stanza in head.stanzas)
-            rendered = sealing.write_header(
-                found.file_key, found.nonce, key.backend, key=ref, context=target, padded=padded
-            )
-            call.record.bytes_out = size_bytes - head.size + len(rendered)
-            return Sealed(rendered, ref)
+            return self._rewrapped(call, head, new_context, key_id)
 
     # -- health -------------------------------------------------------------------------------------
 
@@ -254,6 +242,22 @@ class Kms:
         return BoundKms(self, who)
 
     # -- inside -------------------------------------------------------------------------------------
+
+    def _rewrapped(
+        self, call: "_Call", head: Header, new_context: Context | None, key_id: str | None
+    ) -> Sealed:
+        found = self._unwrap(call, head, "decrypt")
+        if found.origin == "foreign":
+            raise InvalidRequest("A foreign file cannot be rewrapped: decrypt it and encrypt it anew")
+        call.context = call.context if new_context is None else new_context
+        call.key_id = key_id or found.key.key_id
+        key, ref = self._for_sealing(call, "encrypt")
+        padded = any(stanza.type == binding.PAD for stanza in head.stanzas)
+        rendered = sealing.write_header(
+            found.file_key, found.nonce, key.backend, key=ref, context=call.context, padded=padded
+        )
+        call.record.bytes_out = call.record.bytes_in - head.size + len(rendered)
+        return Sealed(rendered, ref)
 
     def _for_sealing(self, call: "_Call", operation: str | None = None) -> tuple[Key, KeyRef]:
         if self._rules.require_context and not call.context:

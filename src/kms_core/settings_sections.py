@@ -15,6 +15,7 @@ GiB: Final = 1024 * MiB
 
 KeyId = Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]{1,80}$")]
 BackendName = Literal["age", "cosmian"]
+Queue = Literal["kms.bulk", "kms.files", "kms.maintenance"]
 Positive = Annotated[int, Meta(ge=1)]
 Port = Annotated[int, Meta(ge=1, le=65534)]  # the worker's metrics are on port + 1
 
@@ -108,6 +109,10 @@ class Jobs(Section, frozen=True, kw_only=True):
     attempts: Positive = 5
     lease_s: Annotated[int, Meta(ge=2)] = 30
     concurrency: Positive = 2
+    open_jobs: Positive = 100_000
+    tenant_leases: Positive = 1_000
+    queues: tuple[Queue, ...] = ("kms.bulk", "kms.files", "kms.maintenance")
+    watchdog_s: Positive = 120
 
 
 class Audit(Section, frozen=True, kw_only=True):

@@ -1,7 +1,6 @@
 """Builds the Celery application of the worker. A message carries a job id; all else is in the core."""
 
 import os
-import socket
 from typing import Final
 
 import structlog
@@ -10,8 +9,8 @@ from celery import Celery, signals
 from kms_core.errors import JobsUnavailable, KmsError
 from kms_core.jobs.build import Core
 from kms_core.jobs.build import build as build_core
+from kms_core.jobs.model import FILES
 from kms_core.jobs.run import run_job
-from kms_core.jobs.store import QUEUE
 from kms_core.settings import Settings
 from kms_worker import broker, kombu_ack
 
@@ -24,7 +23,7 @@ CONFIGURATION: Final[dict[str, object]] = {
     "task_ignore_result": True,
     "task_acks_late": True,
     "task_reject_on_worker_lost": True,
-    "task_default_queue": QUEUE,
+    "task_default_queue": FILES,
     "task_track_started": False,
     "task_send_sent_event": False,
     "worker_send_task_events": False,
@@ -49,8 +48,8 @@ CONFIGURATION: Final[dict[str, object]] = {
 }
 
 
-def build(settings: Settings) -> Celery:
-    """The application; its one task runs one job. Raises ConfigurationError for keys that cannot be read."""
+def build(settings: Settings, name: str) -> Celery:
+    """The application of the worker ``name``; its one task runs one job. Raises ConfigurationError."""
     kombu_ack.install()
     app = Celery("kms-worker", broker=settings.kms.redis.broker_url, set_as_current=False)
     app.conf.update(CONFIGURATION)
@@ -66,7 +65,7 @@ def build(settings: Settings) -> Celery:
     @app.task(name=broker.TASK)  # type: ignore[untyped-decorator]  # Celery ships no types
     def run(job_id: str) -> None:
         try:
-            run_job(job_id, core().shop, f"{socket.gethostname()}:{os.getpid()}")
+            run_job(job_id, core().shop, f"{name}/{os.getpid()}")
         except JobsUnavailable:
             _log.warning("job.left_to_lease", job_id=job_id)
         except KmsError as exc:  # a record that is gone, or was not written by this service

@@ -3,9 +3,9 @@
 import argparse
 import os
 import resource
+import shutil
 import socket
 import sys
-import tempfile
 import uuid
 import warnings
 from pathlib import Path
@@ -21,10 +21,9 @@ def main() -> int:
     try:
         loaded = settings.load(_arguments().config, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
-        with tempfile.TemporaryDirectory(prefix="kms-metrics-") as folder:
-            # prometheus_client chooses its storage when it is imported
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-            return _work(loaded, folder)
+        # prometheus_client chooses its storage when it is imported
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder = str(_metrics_folder(loaded))
+        return _work(loaded, folder)
     except ConfigurationError as exc:
         sys.stderr.write(f"kms-worker: error: {exc.detail}\n")
         return EXIT_CONFIGURATION
@@ -37,29 +36,34 @@ def _work(loaded: Settings, metrics_folder: str) -> int:
     from kms_core.jobs.caretaker import Caretaker  # noqa: PLC0415 -- as above
     from kms_worker import app as worker_app  # noqa: PLC0415 -- as above
     from kms_worker import broker, exposition  # noqa: PLC0415 -- as above
+    from kms_worker.watchdog import Watchdog  # noqa: PLC0415 -- as above
 
     # It warns of pickle under root; this worker accepts JSON alone.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    app = worker_app.build(loaded)
-    core = build_core(loaded, "worker", broker.nudge_through(app))
     name = f"{socket.gethostname()}:{uuid.uuid4().hex[:8]}"
+    app = worker_app.build(loaded, name)
+    core = build_core(loaded, "worker", broker.nudge_through(app))
+    jobs, store = loaded.kms.jobs, core.shop.store
 
-    def queue_length() -> int:
+    def waiting() -> dict[str, int]:
         with app.connection_for_read() as connection:
             return broker.waiting(connection)
 
-    caretaker = Caretaker(core.shop.store, core.shop.spool, name, queue_length)
+    caretaker = Caretaker(store, core.shop.spool, name, waiting)
+    watchdog = Watchdog(jobs.queues, jobs.watchdog_s, waiting, lambda: store.idle_s(name))
     server = exposition.serve(loaded.kms.bind, loaded.kms.port + 1, metrics_folder)
     caretaker.start()
+    watchdog.start()
     try:
         worker = app.Worker(
             hostname=f"kms@{name}",
-            concurrency=loaded.kms.jobs.concurrency,
+            concurrency=jobs.concurrency,
             without_gossip=True,
             without_mingle=True,
             without_heartbeat=True,
             loglevel="WARNING",
             quiet=True,
+            queues=",".join(jobs.queues),
         )
         worker.start()
         return int(worker.exitcode or 0)
@@ -67,6 +71,14 @@ def _work(loaded: Settings, metrics_folder: str) -> int:
         caretaker.stop()
         if server is not None:
             server.shutdown()
+
+
+def _metrics_folder(loaded: Settings) -> Path:
+    """Empty: what a killed predecessor left would be counted again."""
+    folder = loaded.state_dir / "run" / f"metrics-{socket.gethostname()}-{loaded.kms.port + 1}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700, parents=True)
+    return folder
 
 
 def _arguments() -> argparse.Namespace:

@@ -27,6 +27,7 @@ _NDJSON: Final = "application/x-ndjson"
 _LOOK_EVERY_S: Final = 0.25
 _KEEP_ALIVE_S: Final = 15.0
 _PAGE: Final = 100
+_DIGITS: Final = 16
 
 
 @router.post(
@@ -52,8 +53,8 @@ async def listing(
 ) -> Response:
     """Jobs of this tenant, newest first; ``next`` is the cursor of the following page."""
     built = service(request)
-    size = _number("limit", limit, _PAGE, 1000)
-    _number("cursor", cursor, 0, 1 << 40)
+    size = _number("limit", limit, _PAGE, range(1, 1001))
+    _number("cursor", cursor, 0, range(1 << 40))
     if state is not None and state not in wire.STATES:
         raise InvalidRequest(f"state is one of {', '.join(wire.STATES)}")
     page = built.desk.store.page
@@ -61,6 +62,23 @@ async def listing(
         lambda: page(caller(request).tenant, state=state, limit=size, before=cursor)
     )
     return bodies.answer(wire.JobList(jobs=[shape(job) for job in jobs], next=following))
+
+
+@router.get("/jobs/dead", **bodies.documented(None, wire.JobList))
+async def dead(request: Request, limit: str | None = None) -> Response:
+    """Dead letters: jobs that used up their attempts, newest first. ``POST /jobs/{id}/retry`` revives one."""
+    size = _number("limit", limit, _PAGE, range(1, 1001))
+    found = await anyio.to_thread.run_sync(service(request).desk.store.dead, caller(request).tenant, size)
+    return bodies.answer(wire.JobList(jobs=[shape(job) for job in found]))
+
+
+@router.post("/jobs/{job_id}/retry", **bodies.documented(None, wire.JobOut))
+async def retry(request: Request, job_id: str) -> Response:
+    """Give a dead letter all its attempts again."""
+    built = service(request)
+    ttl = built.settings.kms.jobs.result_ttl_s
+    job = await anyio.to_thread.run_sync(built.desk.store.retry, job_id, caller(request).tenant, ttl)
+    return bodies.answer(shape(job))
 
 
 @router.get("/jobs/{job_id}", **bodies.documented(None, wire.JobOut))
@@ -219,12 +237,13 @@ def _links(job: Job) -> wire.JobLinks:
     return wire.JobLinks(self_=base, result=f"{base}/result", events=f"{base}/events")
 
 
-def _number(name: str, text: str | None, default: int, largest: int) -> int:
+def _number(name: str, text: str | None, default: int, allowed: range) -> int:
     if text is None:
         return default
-    if not text.isascii() or not text.isdigit() or int(text) > largest:
-        raise InvalidRequest(f"{name} is a number up to {largest}")
-    return int(text)
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < _DIGITS else -1
+    if number not in allowed:
+        raise InvalidRequest(f"{name} is a number from {allowed[0]} to {allowed[-1]}")
+    return number
 
 
 def _time(at: float) -> str:

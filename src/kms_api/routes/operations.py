@@ -12,7 +12,6 @@ from kms_api import bodies
 from kms_api.deps import Service, call, service
 from kms_core import __version__, metrics, wire
 from kms_core.errors import JobsUnavailable
-from kms_core.jobs.store import QUEUE
 from kms_core.keyring import Key
 
 router: Final = APIRouter(tags=["operations"])
@@ -75,7 +74,7 @@ def _status(built: Service) -> wire.StatusOut:
     jobs, depth, workers, degraded = None, None, None, []
     try:
         jobs, workers = built.desk.store.open_counts(), built.desk.store.workers()
-        depth = built.broker.depth()
+        depth = sum(built.broker.depths().values())
     except JobsUnavailable:
         degraded.append("redis")
     if workers == 0:
@@ -108,7 +107,8 @@ def _exposition(built: Service) -> bytes:
         for state, count in built.desk.store.open_counts().items():
             metrics.JOBS_IN_STATE.labels(state).set(count)
         metrics.WORKERS.set(built.desk.store.workers())
-        metrics.QUEUE_DEPTH.labels(QUEUE).set(built.broker.depth())
+        for queue, depth in built.broker.depths().items():
+            metrics.QUEUE_DEPTH.labels(queue).set(depth)
         metrics.REDIS_UP.set(1)
     except JobsUnavailable:
         metrics.REDIS_UP.set(0)

@@ -26,7 +26,7 @@ from kms_core.envelope.x25519 import NoMatch
 from kms_core.errors import ConfigurationError, KmsError
 from kms_core.settings import Settings
 
-_RECHECK_S: Final = 0.5
+RECHECK_S: Final = 0.5
 _CREATED: Final = "# created: "
 _MAKE_KEYS: Final = "make a pair with `kms keygen -o {private}` and `kms keygen -y {private} > {public}`"
 _log = structlog.get_logger(__name__)
@@ -100,10 +100,14 @@ class AgeBackend:
     name = "age"
     blocks = False
 
-    def __init__(self, files: KeyFiles, *, data_keys: bool = False) -> None:
-        """Read both files; ConfigurationError, saying what to do, if that cannot be done."""
+    def __init__(self, files: KeyFiles, *, data_keys: bool = False, recheck_s: float = RECHECK_S) -> None:
+        """Read both files; ConfigurationError, saying what to do, if that cannot be done.
+
+        ``recheck_s``: how long the files are taken to be unchanged after a look at them.
+        """
         self.data_keys = data_keys
         self._files = files
+        self._recheck_s = recheck_s
         self._keys = _load(files)
         self._checked = time.monotonic()
         self._trouble = ""
@@ -156,7 +160,7 @@ class AgeBackend:
     def _fresh(self) -> _Keys:
         """The keys, read again if the files changed. Bad new files leave the old keys in use, in the open."""
         now = time.monotonic()
-        if now - self._checked < _RECHECK_S:
+        if now - self._checked < self._recheck_s:
             return self._keys
         self._checked = now
         try:
@@ -179,12 +183,12 @@ def _load(files: KeyFiles) -> _Keys:
     stamp, private, public = _read(files)
     _check_mode(files)
     identities: dict[str, Identity] = {}
-    versions: list[KeyVersion] = []
+    versions: dict[str, KeyVersion] = {}  # an identity that stands twice is one version
+    current = ""
     for identity, created in _identities(private, files.private):
-        version = version_of(identity.recipient)
-        identities[version] = identity
-        versions.append(KeyVersion(version, created))
-    current = versions[-1].version
+        current = version_of(identity.recipient)
+        identities[current] = identity
+        versions[current] = KeyVersion(current, created)
     if files.public:
         current = version_of(_recipient(public, files.public))
         if current not in identities:
@@ -192,9 +196,9 @@ def _load(files: KeyFiles) -> _Keys:
                 f"The recipient in {files.public} has no identity in {files.private}: "
                 f"write it anew with `kms keygen -y {files.private} > {files.public}`"
             )
-    versions.sort(key=lambda version: version.version == current)
+    in_order = sorted(versions.values(), key=lambda version: version.version == current)
     origin_keys = {version: binding.origin_key(identity.secret) for version, identity in identities.items()}
-    return _Keys(identities, origin_keys, tuple(versions), current, stamp)
+    return _Keys(identities, origin_keys, tuple(in_order), current, stamp)
 
 
 def _read(files: KeyFiles) -> tuple[tuple[tuple[int, ...], ...], str, str]:
@@ -264,9 +268,11 @@ def open_key(uri: SplitResult | None, settings: Settings) -> AgeBackend:
         files = KeyFiles(age.private_key_path, age.public_key_path, strict)
         return AgeBackend(files, data_keys=age.data_keys)
     options = parse_qs(uri.query, keep_blank_values=True)
-    if uri.netloc or not uri.path or options.keys() - {"public"}:
+    public_paths = options.pop("public", [])
+    stray = uri.netloc or uri.fragment or options or len(public_paths) > 1 or "" in public_paths
+    if stray or not uri.path.startswith("/"):
         raise ConfigurationError(
             "An age key is age:///path/to/private_key.txt?public=/path/to/public_key.txt"
         )
-    public = Path(options["public"][0]) if "public" in options else None
+    public = Path(public_paths[0]) if public_paths else None
     return AgeBackend(KeyFiles(Path(unquote(uri.path)), public, strict), data_keys=age.data_keys)

@@ -15,7 +15,10 @@ _WORTH_RESERVING_BYTES: Final = 1024 * 1024
 _RESERVED_ON: Final = frozenset(
     {"ext4"}
 )  # fallocate: a third of the write time saved; tmpfs would zero every page
-_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_WRITE_BYTES: Final = (
+    512 * 1024
+)  # more at once makes ext4 take huge folios: slow where a VM gives free ones back
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def read_into(fd: int, views: Sequence[memoryview], offset: int) -> bool:
@@ -31,9 +34,9 @@ def read_into(fd: int, views: Sequence[memoryview], offset: int) -> bool:
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset``; SpoolFull without room."""
-    with _room():
+    with room():
         while data:
-            written = os.pwrite(fd, data, offset)
+            written = os.pwrite(fd, data[:_WRITE_BYTES], offset)
             data, offset = data[written:], offset + written
 
 
@@ -45,7 +48,7 @@ def reserve(fd: int, size: int) -> None:
     status = os.fstat(fd)
     if size - status.st_size < _WORTH_RESERVING_BYTES or not stat.S_ISREG(status.st_mode):
         return
-    with _room():
+    with room():
         if _file_system(status.st_dev) in _RESERVED_ON:
             os.posix_fallocate(fd, status.st_size, size - status.st_size)
         else:
@@ -63,7 +66,8 @@ def _read_view(fd: int, view: memoryview, offset: int) -> bool:
 
 
 @contextmanager
-def _room() -> Iterator[None]:
+def room() -> Iterator[None]:
+    """Turns what the kernel says of a full disk, quota or file system into SpoolFull."""
     try:
         yield
     except OSError as exc:

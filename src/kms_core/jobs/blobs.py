@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -138,32 +138,18 @@ class Spool:
         room = self._max_bytes - self._used_bytes()
         if declared_bytes > min(room, self._free_bytes()):
             raise SpoolFull
-        path = self._path(label)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # left by a crash in the middle of this very attempt
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
+        with _new_file(self._path(label)) as fd:
             writer = BlobWriter(fd, room, self._begin(label) if sealed else None)
             yield writer
             writer.finish()
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(fd)
 
     def put(self, label: Label, data: bytes) -> None:
-        """A small blob that holds no plaintext, whole or absent: a result's header."""
+        """A small blob that holds no plaintext, whole or absent: a result's header. Raises SpoolFull."""
         path = self._path(label)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.unlink(missing_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
+        with _new_file(temporary) as fd:
             disk.write_all(fd, memoryview(data), 0)
-        finally:
-            os.close(fd)
-        temporary.rename(path)
+            temporary.rename(path)
 
     @contextmanager
     def blob(self, label: Label) -> Iterator[Blob]:
@@ -243,6 +229,24 @@ class Spool:
         if not self._used[0] or now - self._used[0] > _USAGE_CACHE_S:
             self._used = (now, sum(_size(path) for path in self._directory.glob("*/*")))
         return self._used[1]
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[int]:
+    """A new file (0600); removed again if the block fails, and then its folder too, unless that holds more."""
+    with disk.room():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # left by a crash in the middle of this very attempt
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        yield fd
+    except BaseException:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.parent.rmdir()
+        raise
+    finally:
+        os.close(fd)
 
 
 def _size(path: Path) -> int:

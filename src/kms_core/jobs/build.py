@@ -44,7 +44,13 @@ def build(settings: Settings, process: str, nudge: Nudge) -> Core:
         connect(section.redis.url),
         RecordKey(spool_key.secrets()),
         nudge,
-        Rules(jobs.lease_s, jobs.attempts, keep_record_s=jobs.result_ttl_s),
+        Rules(
+            jobs.lease_s,
+            jobs.attempts,
+            keep_record_s=jobs.result_ttl_s,
+            open_jobs=jobs.open_jobs,
+            tenant_leases=jobs.tenant_leases,
+        ),
     )
     forbidden = (
         jobs.spool_dir,

@@ -4,7 +4,7 @@ Runs in the parent of each worker; a short lock in Redis lets one of them act at
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import structlog
@@ -22,14 +22,16 @@ _log = structlog.get_logger(__name__)
 
 
 class Caretaker(threading.Thread):
-    """One round a second. ``queue_length`` asks the broker: queued jobs are nudged again only if it is 0."""
+    """One round a second. ``waiting`` asks the broker: jobs are nudged again only if their queue is empty."""
 
-    def __init__(self, store: JobStore, spool: Spool, name: str, queue_length: Callable[[], int]) -> None:
+    def __init__(
+        self, store: JobStore, spool: Spool, name: str, waiting: Callable[[], Mapping[str, int]]
+    ) -> None:
         super().__init__(name="caretaker", daemon=True)
         self._store = store
         self._spool = spool
         self._owner = name
-        self._queue_length = queue_length
+        self._waiting = waiting
         self._stop_asked = threading.Event()
         self._rounds = 0
 
@@ -49,9 +51,9 @@ class Caretaker(threading.Thread):
         """Take up what is due, delete what has expired, and now and then sweep orphans."""
         due = self._store.due()
         if due:
-            empty = self._queue_length() == 0
+            waiting = self._waiting()
             for job_id in due:
-                self._take_up(job_id, empty=empty)
+                self._take_up(job_id, waiting)
         for job_id in self._store.expired():
             self._spool.delete(job_id)
             self._store.purged(job_id)
@@ -59,10 +61,11 @@ class Caretaker(threading.Thread):
             self._sweep()
         self._rounds += 1
 
-    def _take_up(self, job_id: str, *, empty: bool) -> None:
+    def _take_up(self, job_id: str, waiting: Mapping[str, int]) -> None:
+        queue = self._store.queue_of(job_id)
         found = self._store.reap(job_id, _LOOK_AGAIN_S)
-        if found in {"requeued", "committing"} or (found == "queued" and empty):
-            self._store.nudge(job_id)
+        if found in {"requeued", "committing"} or (found == "queued" and not waiting.get(queue)):
+            self._store.nudge(job_id, queue)
             metrics.JOB_RESUMES.labels(found).inc()
             _log.info("job.taken_up", job_id=job_id, reason=found)
 

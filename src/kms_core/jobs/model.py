@@ -1,11 +1,19 @@
 """What a job is: the part that was accepted and never changes, and the part that moves. Knows no Redis."""
 
+from typing import Final
+
 import msgspec
 
 from kms_core.context import Context
 from kms_core.errors import KmsError
 from kms_core.policy import Principal
 from kms_core.wire import ENDED, JobKind, JobState
+
+BULK: Final = "kms.bulk"
+FILES: Final = "kms.files"
+MAINTENANCE: Final = "kms.maintenance"
+QUEUES: Final = (BULK, FILES, MAINTENANCE)
+"""Queues by what a job costs, so that a worker may serve some of them: items, payloads, headers."""
 
 
 class LeaseLost(KmsError):
@@ -47,6 +55,12 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
         return [("job_id", self.job_id)]
 
     @property
+    def queue(self) -> str:
+        if self.kind == "rewrap":
+            return MAINTENANCE
+        return BULK if self.items else FILES
+
+    @property
     def who(self) -> Principal:
         return Principal(self.principal, self.tenant, self.credential)
 
@@ -66,6 +80,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str
     kind: JobKind
     state: JobState
+    queue: str = FILES
     attempt: int = 0
     fence: int = 0
     items: int = 0

@@ -1,159 +1,219 @@
 """The Lua scripts that change a job's state: each compares and sets in one step, on the server's clock.
 
-Keys of a job: ``job`` is its hash, ``open`` the ZSET of jobs that have not ended (score: when to look at
-it next), ``ended`` the ZSET of results by expiry. Every script answers a list whose first element is a
-word.
+Every script gets the job's hash as its first key and its id as its first argument, and answers a list
+whose first element is a word. Shared sets: ``open`` (jobs that have not ended, by when to look next),
+``ended`` (results by expiry), ``dead`` (attempts exhausted), ``tenant:<t>`` (its jobs by age),
+``running:<t>`` (its leases), ``events`` (a stream with one record per transition).
 """
 
 from typing import Final
 
-_NOW: Final = """
+_LIBRARY: Final = """
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
-"""
+local job, id = KEYS[1], ARGV[1]
 
-_END: Final = """
-local function finish(job, open, ended, id, state, code, keep_s)
+local function event(state, code)
+  local f = redis.call('HMGET', job, 'tenant', 'kind', 'fence', 'attempt')
+  redis.call('XADD', 'kms:events', 'MAXLEN', '~', 100000, '*', 'specversion', '1.0',
+    'type', 'kms.job.' .. state, 'source', '/api/v1/kms/jobs', 'subject', id,
+    'id', id .. '.' .. (f[3] or '0') .. '.' .. state .. '.' .. clock[1] .. clock[2], 'time', tostring(now),
+    'tenant', f[1] or '', 'kind', f[2] or '', 'attempt', f[4] or '0', 'code', code)
+end
+
+local function running(change, score)
+  local tenant = redis.call('HGET', job, 'tenant') or ''
+  if change == 'ZADD' then redis.call('ZADD', 'kms:running:' .. tenant, score, id)
+  else redis.call('ZREM', 'kms:running:' .. tenant, id) end
+end
+
+local function finish(state, code, keep_s)
   redis.call('HSET', job, 'state', state, 'error', code, 'lease_until', 0, 'ended_at', now)
-  redis.call('ZREM', open, id)
+  redis.call('ZREM', 'kms:open', id)
+  running('ZREM')
   local expires = tonumber(redis.call('HGET', job, 'expires_at'))
-  redis.call('ZADD', ended, expires, id)
+  redis.call('ZADD', 'kms:ended', expires, id)
   redis.call('EXPIREAT', job, math.floor(expires + keep_s))
+  if code == 'attempts_exhausted' then redis.call('ZADD', 'kms:dead', now, id) end
+  event(state, code)
+end
+
+local function held(fence)
+  local found = redis.call('HMGET', job, 'state', 'fence', 'cancel')
+  local ours = (found[1] == 'running' or found[1] == 'committing') and found[2] == fence
+  return ours, found[1], found[3] == '1'
 end
 """
 
-SUBMIT: Final = """
--- KEYS: job, open, tenant list, idempotency (optional)
--- ARGV: id, idempotency value, expires_at, created_at, field, value, ...
-if KEYS[4] then
-  local before = redis.call('GET', KEYS[4])
+SUBMIT: Final = (
+    _LIBRARY
+    + """
+-- KEYS: job, tenant list, idempotency (optional)
+-- ARGV: id, most open jobs, idempotency value, expires_at, created_at, field, value, ...
+if KEYS[3] then
+  local before = redis.call('GET', KEYS[3])
   if before then return {'exists', before} end
-  redis.call('SET', KEYS[4], ARGV[2], 'EXAT', math.floor(tonumber(ARGV[3])))
 end
-if redis.call('EXISTS', KEYS[1]) == 1 then return {'taken'} end
-redis.call('HSET', KEYS[1], 'state', 'queued', unpack(ARGV, 5))
-redis.call('ZADD', KEYS[2], ARGV[4], ARGV[1])
-redis.call('ZADD', KEYS[3], ARGV[4], ARGV[1])
+if redis.call('EXISTS', job) == 1 then return {'taken'} end
+if redis.call('ZCARD', 'kms:open') >= tonumber(ARGV[2]) then return {'full'} end
+if KEYS[3] then redis.call('SET', KEYS[3], ARGV[3], 'EXAT', math.floor(tonumber(ARGV[4]))) end
+redis.call('HSET', job, 'state', 'queued', unpack(ARGV, 6))
+redis.call('ZADD', 'kms:open', ARGV[5], id)
+redis.call('ZADD', KEYS[2], ARGV[5], id)
+event('queued', '')
 return {'queued'}
 """
+)
 
 CLAIM: Final = (
-    _NOW
-    + _END
+    _LIBRARY
     + """
--- KEYS: job, open, ended   ARGV: id, worker, lease_s, max attempts, keep_s
-local job = redis.call('HMGET', KEYS[1], 'state', 'lease_until', 'not_before', 'cancel', 'expires_at',
-  'attempt', 'fence', 'sealed', 'commit', 'created_at', 'deferrals')
-local state = job[1]
+-- KEYS: job, busy sign of the worker
+-- ARGV: id, worker, lease_s, max attempts, keep_s, most leases of a tenant
+redis.call('SET', KEYS[2], now, 'EX', 3600)
+local f = redis.call('HMGET', job, 'state', 'lease_until', 'not_before', 'cancel', 'expires_at',
+  'attempt', 'fence', 'sealed', 'commit', 'created_at', 'deferrals', 'tenant')
+local state = f[1]
 if not state then return {'gone'} end
 if state ~= 'queued' and state ~= 'running' and state ~= 'committing' then return {'ended'} end
-if state ~= 'queued' and tonumber(job[2] or 0) > now then return {'leased'} end
-if state == 'queued' and tonumber(job[3] or 0) > now then return {'early'} end
-local fence = tonumber(job[7] or 0) + 1
-local attempt = tonumber(job[6] or 0)
+if state ~= 'queued' and tonumber(f[2] or 0) > now then return {'leased'} end
+if state == 'queued' and tonumber(f[3] or 0) > now then return {'early'} end
+local fence, attempt = tonumber(f[7] or 0) + 1, tonumber(f[6] or 0)
 if state ~= 'committing' then
   local code, final = '', 'failed'
-  if job[4] == '1' then code, final = 'cancelled', 'cancelled'
-  elseif tonumber(job[5]) <= now then code = 'expired'
+  if f[4] == '1' then code, final = 'cancelled', 'cancelled'
+  elseif tonumber(f[5]) <= now then code = 'expired'
   elseif attempt >= tonumber(ARGV[4]) then code = 'attempts_exhausted' end
   if code ~= '' then
-    redis.call('HSET', KEYS[1], 'fence', fence)
-    finish(KEYS[1], KEYS[2], KEYS[3], ARGV[1], final, code, tonumber(ARGV[5]))
+    redis.call('HSET', job, 'fence', fence)
+    finish(final, code, tonumber(ARGV[5]))
     return {'closed', final, code}
   end
+  local leases = 'kms:running:' .. f[12]
+  redis.call('ZREMRANGEBYSCORE', leases, 0, now)
+  if redis.call('ZCARD', leases) >= tonumber(ARGV[6]) then
+    redis.call('ZADD', 'kms:open', now + 1, id)
+    return {'capped'}
+  end
   attempt = attempt + 1
-  redis.call('HSET', KEYS[1], 'state', 'running', 'bytes_done', 0, 'items_done', 0, 'items_failed', 0)
+  redis.call('HSET', job, 'state', 'running', 'bytes_done', 0, 'items_done', 0, 'items_failed', 0)
 end
 local lease_until = now + tonumber(ARGV[3])
-redis.call('HSET', KEYS[1], 'fence', fence, 'attempt', attempt, 'lease_until', lease_until,
-  'worker', ARGV[2])
-redis.call('ZADD', KEYS[2], lease_until, ARGV[1])
-return {'claimed', fence, attempt, job[8], state == 'committing' and job[9] or '',
-  tostring(now - tonumber(job[10])), job[11] or 0}
+redis.call('HSET', job, 'fence', fence, 'attempt', attempt, 'lease_until', lease_until, 'worker', ARGV[2])
+redis.call('ZADD', 'kms:open', lease_until, id)
+running('ZADD', lease_until)
+if state ~= 'committing' then event('running', '') end
+return {'claimed', fence, attempt, f[8], state == 'committing' and f[9] or '',
+  tostring(now - tonumber(f[10])), f[11] or 0}
 """
 )
 
 RENEW: Final = (
-    _NOW
+    _LIBRARY
     + """
--- KEYS: job, open   ARGV: id, fence, lease_s, field, value, ...
-local job = redis.call('HMGET', KEYS[1], 'state', 'fence', 'cancel')
-if (job[1] ~= 'running' and job[1] ~= 'committing') or job[2] ~= ARGV[2] then return {'lost'} end
+-- KEYS: job, busy sign of the worker   ARGV: id, fence, lease_s, field, value, ...
+local ours, _, cancel = held(ARGV[2])
+if not ours then return {'lost'} end
 local lease_until = now + tonumber(ARGV[3])
-redis.call('HSET', KEYS[1], 'lease_until', lease_until, unpack(ARGV, 4))
-redis.call('ZADD', KEYS[2], lease_until, ARGV[1])
-return {job[3] == '1' and 'cancel' or 'held'}
+redis.call('SET', KEYS[2], now, 'EX', 3600)
+redis.call('HSET', job, 'lease_until', lease_until, unpack(ARGV, 4))
+redis.call('ZADD', 'kms:open', lease_until, id)
+running('ZADD', lease_until)
+return {cancel and 'cancel' or 'held'}
 """
 )
 
-COMMITTING: Final = """
--- KEYS: job   ARGV: fence, commit record
-local job = redis.call('HMGET', KEYS[1], 'state', 'fence', 'cancel')
-if job[1] ~= 'running' or job[2] ~= ARGV[1] then return {'lost'} end
-if job[3] == '1' then return {'cancel'} end
-redis.call('HSET', KEYS[1], 'state', 'committing', 'commit', ARGV[2])
+COMMITTING: Final = (
+    _LIBRARY
+    + """
+-- KEYS: job   ARGV: id, fence, commit record
+local ours, state, cancel = held(ARGV[2])
+if not ours or state ~= 'running' then return {'lost'} end
+if cancel then return {'cancel'} end
+redis.call('HSET', job, 'state', 'committing', 'commit', ARGV[3])
+event('committing', '')
 return {'committing'}
 """
+)
 
 FINISH: Final = (
-    _NOW
-    + _END
+    _LIBRARY
     + """
--- KEYS: job, open, ended   ARGV: id, fence, state, code, keep_s, field, value, ...
-local job = redis.call('HMGET', KEYS[1], 'state', 'fence')
-if (job[1] ~= 'running' and job[1] ~= 'committing') or job[2] ~= ARGV[2] then return {'lost'} end
-if #ARGV > 5 then redis.call('HSET', KEYS[1], unpack(ARGV, 6)) end
-finish(KEYS[1], KEYS[2], KEYS[3], ARGV[1], ARGV[3], ARGV[4], tonumber(ARGV[5]))
+-- KEYS: job   ARGV: id, fence, state, code, keep_s, field, value, ...
+if not held(ARGV[2]) then return {'lost'} end
+if #ARGV > 5 then redis.call('HSET', job, unpack(ARGV, 6)) end
+finish(ARGV[3], ARGV[4], tonumber(ARGV[5]))
 return {'finished'}
 """
 )
 
 DEFER: Final = (
-    _NOW
+    _LIBRARY
     + """
--- KEYS: job, open   ARGV: id, fence, delay_s, 1 if the attempt does not count
-local job = redis.call('HMGET', KEYS[1], 'state', 'fence', 'attempt', 'deferrals')
-if job[1] ~= 'running' or job[2] ~= ARGV[2] then return {'lost'} end
+-- KEYS: job   ARGV: id, fence, delay_s, 1 if the attempt does not count
+local ours, state = held(ARGV[2])
+if not ours or state ~= 'running' then return {'lost'} end
 local at = now + tonumber(ARGV[3])
-redis.call('HSET', KEYS[1], 'state', 'queued', 'lease_until', 0, 'not_before', at,
-  'attempt', tonumber(job[3]) - tonumber(ARGV[4]), 'deferrals', tonumber(job[4] or 0) + 1)
-redis.call('ZADD', KEYS[2], at, ARGV[1])
+redis.call('HINCRBY', job, 'attempt', -tonumber(ARGV[4]))
+redis.call('HINCRBY', job, 'deferrals', 1)
+redis.call('HSET', job, 'state', 'queued', 'lease_until', 0, 'not_before', at)
+redis.call('ZADD', 'kms:open', at, id)
+running('ZREM')
+event('queued', 'deferred')
 return {'deferred'}
 """
 )
 
 CANCEL: Final = (
-    _NOW
-    + _END
+    _LIBRARY
     + """
--- KEYS: job, open, ended   ARGV: id, keep_s
-local state = redis.call('HGET', KEYS[1], 'state')
+-- KEYS: job   ARGV: id, keep_s
+local state = redis.call('HGET', job, 'state')
 if not state then return {'gone'} end
 if state == 'queued' then
-  redis.call('HINCRBY', KEYS[1], 'fence', 1)
-  finish(KEYS[1], KEYS[2], KEYS[3], ARGV[1], 'cancelled', 'cancelled', tonumber(ARGV[2]))
+  redis.call('HINCRBY', job, 'fence', 1)
+  finish('cancelled', 'cancelled', tonumber(ARGV[2]))
   return {'cancelled'}
 end
-if state == 'running' then redis.call('HSET', KEYS[1], 'cancel', 1) end
+if state == 'running' then redis.call('HSET', job, 'cancel', 1) end
 return {state}
 """
 )
 
-REAP: Final = (
-    _NOW
+RETRY: Final = (
+    _LIBRARY
     + """
--- KEYS: job, open   ARGV: id, seconds until the next look
+-- KEYS: job   ARGV: id, expires_at
+local f = redis.call('HMGET', job, 'state', 'error')
+if f[1] ~= 'failed' or f[2] ~= 'attempts_exhausted' then return {'not dead'} end
+redis.call('HSET', job, 'state', 'queued', 'error', '', 'attempt', 0, 'not_before', 0, 'expires_at', ARGV[2])
+redis.call('HINCRBY', job, 'fence', 1)
+redis.call('PERSIST', job)
+redis.call('ZREM', 'kms:dead', id)
+redis.call('ZREM', 'kms:ended', id)
+redis.call('ZADD', 'kms:open', now, id)
+event('queued', 'retried')
+return {'queued'}
+"""
+)
+
+REAP: Final = (
+    _LIBRARY
+    + """
+-- KEYS: job   ARGV: id, seconds until the next look
 -- A job whose lease ran out goes back to the queue; a committing one stays, for any worker to finish.
-local job = redis.call('HMGET', KEYS[1], 'state', 'lease_until')
-if not job[1] then redis.call('ZREM', KEYS[2], ARGV[1]); return {'gone'} end
-if job[1] ~= 'queued' and tonumber(job[2] or 0) > now then
-  redis.call('ZADD', KEYS[2], job[2], ARGV[1]); return {'leased'}
+local f = redis.call('HMGET', job, 'state', 'lease_until')
+if not f[1] then redis.call('ZREM', 'kms:open', id); return {'gone'} end
+if f[1] ~= 'queued' and tonumber(f[2] or 0) > now then
+  redis.call('ZADD', 'kms:open', f[2], id); return {'leased'}
 end
-redis.call('ZADD', KEYS[2], now + tonumber(ARGV[2]), ARGV[1])
-if job[1] == 'running' then
-  redis.call('HSET', KEYS[1], 'state', 'queued', 'lease_until', 0, 'not_before', 0)
+redis.call('ZADD', 'kms:open', now + tonumber(ARGV[2]), id)
+if f[1] == 'running' then
+  redis.call('HSET', job, 'state', 'queued', 'lease_until', 0, 'not_before', 0)
+  running('ZREM')
+  event('queued', 'lease_lost')
   return {'requeued'}
 end
-return {job[1]}
+return {f[1]}
 """
 )

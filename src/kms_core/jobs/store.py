@@ -15,29 +15,39 @@ from kms_core.errors import (
     IdempotencyConflict,
     JobCancelled,
     JobCommitting,
+    JobNotDead,
     JobsUnavailable,
+    RateLimited,
     UnknownJob,
 )
 from kms_core.jobs import scripts
-from kms_core.jobs.model import Accepted, Commit, Job, LeaseLost
+from kms_core.jobs.model import QUEUES, Accepted, Commit, Job, LeaseLost
 from kms_core.jobs.records import RecordKey
 
-QUEUE: Final = "kms.jobs"
 Nudge = Callable[[str, str], None]
+"""``nudge(job_id, queue)``: tell some worker of the queue. Raises JobsUnavailable."""
 Fields = Mapping[str, str | int | float | bytes]
 _PREFIX: Final = "kms:"
 _WORKER_SEEN_S: Final = 15.0
 _TIMEOUT_S: Final = 5.0
+_SHED_S: Final = 10.0
+_DEAD_SCAN: Final = 10_000
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Seconds and counts of the job layer, from settings."""
+    """Seconds and counts of the job layer, from settings.
+
+    ``open_jobs`` may wait or run before submissions are turned away; ``tenant_leases`` of one tenant may
+    run at a time.
+    """
 
     lease_s: float = 30.0
     attempts: int = 5
     keep_record_s: float = 24 * 3600.0
+    open_jobs: int = 100_000
+    tenant_leases: int = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +55,7 @@ class Claim:
     """One attempt at a job: the accepted part, unsealed, and the fence that makes its effects count."""
 
     accepted: Accepted
+    worker: str
     fence: int
     attempt: int
     waited_s: float
@@ -67,7 +78,17 @@ class JobStore:
         self._nudge = nudge
         self._run: dict[str, Callable[..., list[bytes]]] = {
             name: client.register_script(getattr(scripts, name))
-            for name in ("SUBMIT", "CLAIM", "RENEW", "COMMITTING", "FINISH", "DEFER", "CANCEL", "REAP")
+            for name in (
+                "SUBMIT",
+                "CLAIM",
+                "RENEW",
+                "COMMITTING",
+                "FINISH",
+                "DEFER",
+                "CANCEL",
+                "RETRY",
+                "REAP",
+            )
         }
 
     def ping(self) -> None:
@@ -80,18 +101,20 @@ class JobStore:
     def submit(self, accepted: Accepted, *, idempotency: str = "") -> Job:
         """Store the job, then nudge a worker. With a key that was used before: that job, or a conflict.
 
-        Raises IdempotencyConflict, JobsUnavailable. Once this returns, the job survives any process.
+        Raises IdempotencyConflict, RateLimited when too many jobs wait, JobsUnavailable. Once this returns,
+        the job survives any process.
         """
         fields: Fields = {
             "sealed": self.record_key.seal(accepted),
             "tenant": accepted.tenant,
             "kind": accepted.kind,
+            "queue": accepted.queue,
             "items": accepted.items,
             "bytes": accepted.size_bytes,
             "created_at": accepted.created_at,
             "expires_at": accepted.expires_at,
         }
-        keys = [_job(accepted.job_id), f"{_PREFIX}open", f"{_PREFIX}tenant:{accepted.tenant}"]
+        keys = [_job(accepted.job_id), f"{_PREFIX}tenant:{accepted.tenant}"]
         if idempotency:
             keys.append(f"{_PREFIX}idem:{self.record_key.digest(idempotency.encode()).hex()}")
         value = f"{accepted.job_id} {accepted.digest.hex()}"
@@ -99,21 +122,30 @@ class JobStore:
         with _redis_errors():
             word, *rest = self._run["SUBMIT"](
                 keys,
-                [accepted.job_id, value, accepted.expires_at, accepted.created_at, *flat],
+                [
+                    accepted.job_id,
+                    self.rules.open_jobs,
+                    value,
+                    accepted.expires_at,
+                    accepted.created_at,
+                    *flat,
+                ],
             )
         if word == b"exists":
             before, _, digest = rest[0].decode().partition(" ")
             if digest != accepted.digest.hex():
                 raise IdempotencyConflict
             return self.get(before, accepted.tenant)
+        if word == b"full":
+            raise RateLimited("Too many jobs wait already; submit again later", retry_after_s=_SHED_S)
         metrics.JOBS.labels(accepted.kind, "queued").inc()
-        self.nudge(accepted.job_id)
+        self.nudge(accepted.job_id, accepted.queue)
         return self.get(accepted.job_id, accepted.tenant)
 
-    def nudge(self, job_id: str) -> None:
-        """Tell a worker. Losing this costs seconds: the reaper nudges again."""
+    def nudge(self, job_id: str, queue: str) -> None:
+        """Tell a worker. Losing this costs seconds: the caretaker nudges again."""
         try:
-            self._nudge(job_id, QUEUE)
+            self._nudge(job_id, queue)
         except JobsUnavailable:
             metrics.JOB_RESUMES.labels("nudge_failed").inc()
 
@@ -166,13 +198,31 @@ class JobStore:
         """Ends a queued job now, a running one at its next item or slab. Raises JobCommitting, UnknownJob."""
         self.get(job_id, tenant)
         with _redis_errors():
-            word = self._run["CANCEL"](_keys(job_id), [job_id, self.rules.keep_record_s])[0]
+            word = self._run["CANCEL"]([_job(job_id)], [job_id, self.rules.keep_record_s])[0]
         if word == b"committing":
             raise JobCommitting
         job = self.get(job_id, tenant)
         if word == b"cancelled":
             metrics.JOBS.labels(job.kind, "cancelled").inc()
         return job
+
+    def retry(self, job_id: str, tenant: str, ttl_s: float) -> Job:
+        """Give a dead letter all its attempts again. Raises JobNotDead for any other job, UnknownJob."""
+        self.get(job_id, tenant)
+        with _redis_errors():
+            word = self._run["RETRY"]([_job(job_id)], [job_id, time.time() + ttl_s])[0]
+        if word != b"queued":
+            raise JobNotDead
+        job = self.get(job_id, tenant)
+        self.nudge(job_id, job.queue)
+        return job
+
+    def dead(self, tenant: str, limit: int) -> list[Job]:
+        """Dead letters of this tenant, newest first."""
+        with _redis_errors():
+            ids = cast("list[bytes]", self.redis.zrevrange(f"{_PREFIX}dead", 0, _DEAD_SCAN - 1))
+            found = (self._listed(raw.decode(), tenant) for raw in ids)
+            return [job for job in found if job is not None][:limit]
 
     # -- the worker's side ----------------------------------------------------------------------------
 
@@ -181,9 +231,16 @@ class JobStore:
         rules = self.rules
         with _redis_errors():
             word, *rest = self._run["CLAIM"](
-                _keys(job_id), [job_id, worker, rules.lease_s, rules.attempts, rules.keep_record_s]
+                [_job(job_id), _busy(worker)],
+                [
+                    job_id,
+                    worker,
+                    rules.lease_s,
+                    rules.attempts,
+                    rules.keep_record_s,
+                    rules.tenant_leases,
+                ],
             )
-            self.redis.set(f"{_PREFIX}last_claim", time.time())
         if word == b"closed":
             metrics.JOBS.labels("any", rest[0].decode()).inc()
         if word != b"claimed":
@@ -191,6 +248,7 @@ class JobStore:
         fence, attempt, sealed, commit, waited, deferrals = rest
         return Claim(
             accepted=self.record_key.open(job_id, sealed),
+            worker=worker,
             fence=int(fence),
             attempt=int(attempt),
             waited_s=float(waited),
@@ -203,7 +261,7 @@ class JobStore:
         flat = [part for pair in progress.items() for part in pair] or ["worker_seen", 1]
         with _redis_errors():
             word = self._run["RENEW"](
-                _keys(claim.accepted.job_id)[:2],
+                [_job(claim.accepted.job_id), _busy(claim.worker)],
                 [claim.accepted.job_id, claim.fence, self.rules.lease_s, *flat],
             )[0]
         _raise_for(word)
@@ -212,7 +270,8 @@ class JobStore:
         """From here on any worker may finish the commit, and nobody may cancel."""
         with _redis_errors():
             word = self._run["COMMITTING"](
-                [_job(claim.accepted.job_id)], [claim.fence, msgspec.json.encode(commit)]
+                [_job(claim.accepted.job_id)],
+                [claim.accepted.job_id, claim.fence, msgspec.json.encode(commit)],
             )[0]
         _raise_for(word)
 
@@ -222,7 +281,7 @@ class JobStore:
         job_id = claim.accepted.job_id
         with _redis_errors():
             word = self._run["FINISH"](
-                _keys(job_id), [job_id, claim.fence, state, code, self.rules.keep_record_s, *flat]
+                [_job(job_id)], [job_id, claim.fence, state, code, self.rules.keep_record_s, *flat]
             )[0]
         _raise_for(word)
         metrics.JOBS.labels(claim.accepted.kind, state).inc()
@@ -231,7 +290,7 @@ class JobStore:
         """Back to the queue, not before ``delay_s`` seconds; ``counts`` says whether the attempt counts."""
         job_id = claim.accepted.job_id
         with _redis_errors():
-            word = self._run["DEFER"](_keys(job_id)[:2], [job_id, claim.fence, delay_s, int(not counts)])[0]
+            word = self._run["DEFER"]([_job(job_id)], [job_id, claim.fence, delay_s, int(not counts)])[0]
         _raise_for(word)
 
     # -- looking after ---------------------------------------------------------------------------------
@@ -249,7 +308,7 @@ class JobStore:
     def reap(self, job_id: str, next_look_s: float) -> str:
         """Requeue a job whose lease ran out; the answer is the state found, or ``requeued``."""
         with _redis_errors():
-            word = self._run["REAP"](_keys(job_id)[:2], [job_id, next_look_s])[0]
+            word = self._run["REAP"]([_job(job_id)], [job_id, next_look_s])[0]
         return word.decode()
 
     def expired(self, limit: int = 1000) -> list[str]:
@@ -266,6 +325,17 @@ class JobStore:
             if self.redis.exists(_job(job_id)):
                 self.redis.hset(_job(job_id), "purged", 1)
             self.redis.zrem(f"{_PREFIX}ended", job_id)
+
+    def queue_of(self, job_id: str) -> str:
+        with _redis_errors():
+            queue = cast("bytes | None", self.redis.hget(_job(job_id), "queue"))
+        return queue.decode() if queue and queue.decode() in QUEUES else QUEUES[0]
+
+    def idle_s(self, worker: str) -> float:
+        """Seconds since this worker claimed or renewed anything; infinite if it never did."""
+        with _redis_errors():
+            at = cast("bytes | None", self.redis.get(_busy(worker)))
+        return time.time() - float(at) if at else float("inf")
 
     def exists(self, job_id: str) -> bool:
         with _redis_errors():
@@ -309,8 +379,9 @@ def _job(job_id: str) -> str:
     return f"{_PREFIX}job:{job_id}"
 
 
-def _keys(job_id: str) -> list[str]:
-    return [_job(job_id), f"{_PREFIX}open", f"{_PREFIX}ended"]
+def _busy(worker: str) -> str:
+    """Where a worker's last sign of work stands; ``worker`` is ``<its name>/<pid of the child>``."""
+    return f"{_PREFIX}busy:{worker.partition('/')[0]}"
 
 
 def _reading(job_id: str, raw: Mapping[bytes, bytes]) -> Job:
