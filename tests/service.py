@@ -31,6 +31,8 @@ from kms_core.wire import ENDED, PREFIX
 WAIT_S: Final = 90.0  # an upper bound that no healthy machine meets; nothing asserts how long a thing takes
 STOP_S: Final = 60.0
 POLL_S: Final = 0.05
+CANARY: Final = "Kanarienvogel-4711"  # sent where a secret may be; it must not come back or be found
+B64_CANARY: Final = b64encode(CANARY.encode()).decode()
 CONTEXT: Final = "env=prod,service=api"
 Json = dict[str, Any]
 PROGRAMS: Final = {"api": "kms_api.main", "worker": "kms_worker.main"}
@@ -212,11 +214,25 @@ class Service:
 
     def spooled(self) -> list[str]:
         """What rests in the spool, by path."""
-        return sorted(str(path.relative_to(self.spool)) for path in self.spool.rglob("*"))
+        walk = os.walk(self.spool)
+        found = (Path(folder, name) for folder, folders, names in walk for name in (*folders, *names))
+        return sorted(str(path.relative_to(self.spool)) for path in found)
 
 
 def _dashed(headers: Mapping[str, str]) -> dict[str, str]:
     return {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+def check_problem(answer: httpx.Response, status: int, code: str) -> None:
+    """A refusal as CONTRACT describes it, which echoes nothing."""
+    problem = answer.json()
+    assert (answer.status_code, problem["code"]) == (status, code), problem
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert problem.keys() >= {"type", "title", "status", "detail", "code", "request_id"}
+    assert problem["status"] == status
+    assert problem["request_id"] == answer.headers["x-request-id"]
+    assert CANARY not in answer.text
+    assert B64_CANARY not in answer.text
 
 
 def core_of(service: Service, nudge: Callable[[str, str], None] = lambda _job, _queue: None) -> Core:
@@ -229,6 +245,25 @@ def service(tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey) ->
     """A running service with default settings, for the whole session."""
     with Service(tmp_path_factory.mktemp("service"), redis=valkey.url) as running:
         yield running.start()
+
+
+@pytest.fixture(scope="session")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """An API that allows less than the default, except data keys; there is no Redis."""
+    settings = "require_context = true\n[kms.age]\ndata_keys = true\naccept_foreign = false\n"
+    with Service(tmp_path_factory.mktemp("strict"), settings, "unix:///nonexistent/valkey.sock") as running:
+        yield running.start("api")
+
+
+@pytest.fixture(scope="session")
+def idle(
+    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> Iterator[Service]:
+    """An API whose jobs stay queued, since no worker runs, with a spool of 1 MiB."""
+    url = valkey.place.url_of(next(database_numbers))
+    settings = "[kms.jobs]\nspool_max_bytes = 1_048_576\n"
+    with Service(tmp_path_factory.mktemp("idle"), settings, url) as running:
+        yield running.start("api")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from kms_core.jobs.build import build as build_core
 from kms_core.settings import Settings
 
 _BACKEND_THREADS = 32
+_UPLOAD_THREADS = 64  # of their own: senders may be slow, and must not hold up the threads of other calls
 
 
 def build(settings: Settings) -> ASGIApp:
@@ -25,7 +26,13 @@ def build(settings: Settings) -> ASGIApp:
         title="kms-service", version=__version__, summary="Encrypt, decrypt and run encryption jobs"
     )
     app.state.service = Service(
-        settings, core.kms, core.desk, queue, time.monotonic(), anyio.CapacityLimiter(_BACKEND_THREADS)
+        settings,
+        core.kms,
+        core.desk,
+        queue,
+        time.monotonic(),
+        anyio.CapacityLimiter(_BACKEND_THREADS),
+        anyio.CapacityLimiter(_UPLOAD_THREADS),
     )
     for router in (secrets.router, batch.router, jobs.router, files.router, operations.router):
         app.include_router(router, prefix=wire.PREFIX)

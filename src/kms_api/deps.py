@@ -30,6 +30,7 @@ class Service:
     broker: Broker
     started: float
     backend_limiter: anyio.CapacityLimiter
+    upload_limiter: anyio.CapacityLimiter
 
     @property
     def blocks(self) -> bool:

@@ -7,6 +7,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from msgspec import UNSET
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from kms_core import audit, errors, wire
 from kms_core.errors import KmsError
@@ -54,6 +55,7 @@ def install(app: FastAPI) -> None:
     """Answer every error of the application as a problem."""
     app.add_exception_handler(KmsError, _known)
     app.add_exception_handler(HTTPException, _routing)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unknown)
 
 
@@ -100,6 +102,12 @@ async def _routing(request: Request, exc: Exception) -> Response:
     if isinstance(exc, HTTPException) and exc.headers:
         answer.headers.update(exc.headers)
     return answer
+
+
+async def _gone(request: Request, exc: Exception) -> Response:
+    """The caller hung up in the middle of a body: no fault of the service, and nobody reads this."""
+    del request, exc
+    return problem(400, errors.InvalidRequest.code, "The connection ended before the body did")
 
 
 async def _unknown(request: Request, exc: Exception) -> Response:

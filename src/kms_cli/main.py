@@ -32,6 +32,9 @@ COMMANDS: Final = {  # name: module, what it does
     "job": ("jobs", "List, show, follow and cancel jobs."),
     "status": ("service", "Show what the service does and has done."),
     "health": ("service", "Ask whether the key backend works."),
+    "rewrap-file": ("header_rewrap", "Move a file of any size to the current key, or another."),
+    "seal": ("offline", "Encrypt a file or stdin without a service."),
+    "open": ("offline", "Decrypt any age file without a service."),
     "keygen": ("keygen", "Make an age key pair."),
     "inspect": ("inspection", "Show what an encrypted file says of itself."),
     "doctor": ("doctor", "Check keys, settings and the service."),
@@ -115,17 +118,17 @@ def group() -> click.Group:
 
 def run(args: Sequence[str] | None = None) -> int:
     """Run one command line; return its exit code."""
-    as_json = "--json" in (sys.argv[1:] if args is None else args)
+    line = sys.argv[1:] if args is None else list(args)
     try:
-        code = group().main(args, prog_name="kms", standalone_mode=False)
+        code = _invoke(line)
         sys.stdout.flush()
     except click.UsageError as exc:
         return words.misused(exc)
-    except click.exceptions.Abort:
+    except (KeyboardInterrupt, click.exceptions.Abort):
         words.say("interrupted")
         return INTERRUPTED
     except KmsError as exc:
-        return words.failed(exc, as_json=as_json)
+        return words.failed(exc, as_json="--json" in line)
     except BrokenPipeError:
         _drop_stdout()
         return BROKEN_PIPE
@@ -134,6 +137,16 @@ def run(args: Sequence[str] | None = None) -> int:
         words.say(f"error: {place}{words.plain(exc.strerror or type(exc).__name__)}")
         return EXIT_OTHER
     return code if isinstance(code, int) else 0
+
+
+def _invoke(line: list[str]) -> object:
+    """What ``Group.main`` does, without its own way of ending on a broken pipe and on Ctrl-C."""
+    top = group()
+    try:
+        with top.make_context("kms", line) as ctx:
+            return top.invoke(ctx)
+    except click.exceptions.Exit as end:
+        return end.exit_code
 
 
 def main() -> NoReturn:

@@ -17,11 +17,18 @@ from kms_cli import words
 from kms_cli.placing import placed
 from kms_cli.progress import Meter
 from kms_core.envelope.slabs import Extent, Pace
+from kms_core.errors import SpoolFull
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 STDIO: Final = Path("-")
+
+
+class NoRoom(SpoolFull):
+    """The disk of the output is full, and no spool is about."""
+
+    hint = "name another place with --output"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +99,7 @@ def target(path: Path, *, force: bool) -> Iterator[Target]:
         with path.open("wb") as writer:
             yield Target(writer, None)
     else:
-        with placed(path, overwrite=force) as writer:
+        with _room(), placed(path, overwrite=force) as writer:
             yield Target(writer, writer.fileno())
 
 
@@ -130,6 +137,14 @@ def pace(meter: Meter, label: str, total_bytes: int | None) -> Pace:
             meter.show(label, done_bytes, total_bytes)
 
     return Pace(progress=advance)
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except SpoolFull as exc:
+        raise NoRoom(exc.detail) from exc
 
 
 @contextlib.contextmanager

@@ -151,7 +151,7 @@ def _check_ports(settings: Settings) -> None:
 
 
 def make_dev_keys(settings: Settings) -> None:
-    """Make an Age key pair and a spool identity where there are none; never touch one that is there."""
+    """Make an Age key pair, a spool and an intake identity where there are none; touch none that is there."""
     age = settings.kms.age
     if "age" in settings.used_backends and not age.public_key_path.exists():
         if make_identity(age.private_key_path):
@@ -159,6 +159,7 @@ def make_dev_keys(settings: Settings) -> None:
         identity = _first_identity(age.private_key_path)
         private.create_file(age.public_key_path, f"{identity.to_public()}\n")
     make_identity(settings.kms.jobs.spool_identity_path)
+    make_identity(settings.kms.jobs.intake_identity_path)
 
 
 def make_identity(path: Path) -> bool:

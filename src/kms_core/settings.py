@@ -160,6 +160,7 @@ def _fill_in(kms: Tree, reader: Reader, environ: Mapping[str, str]) -> None:
     jobs.setdefault("spool_dir", state / "spool")
     jobs.setdefault("roots", [state.absolute() / "files"] if environment == "dev" else [])
     jobs.setdefault("spool_identity_path", state / "spool.key")
+    jobs.setdefault("intake_identity_path", state / "intake.key")
     table(kms, "audit", "kms.").setdefault("path", state / "audit")
 
 

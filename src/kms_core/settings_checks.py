@@ -120,6 +120,7 @@ def _private(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
     yield "kms.state_dir's run/", kms.state_dir / "run", True
     yield "kms.jobs.spool_dir", kms.jobs.spool_dir, True
     yield "kms.jobs.spool_identity_path", kms.jobs.spool_identity_path, True
+    yield "kms.jobs.intake_identity_path", kms.jobs.intake_identity_path, True
     yield "kms.audit.path", kms.audit.path, True
     yield "kms.age.private_key_path", kms.age.private_key_path, True
     yield "kms.age.public_key_path", kms.age.public_key_path, True

@@ -104,6 +104,7 @@ class Jobs(Section, frozen=True, kw_only=True):
     roots: tuple[Path, ...]
     spool_dir: Path
     spool_identity_path: Path
+    intake_identity_path: Path
     spool_max_bytes: Positive = 10 * GiB
     result_ttl_s: Positive = 86_400
     attempts: Positive = 5

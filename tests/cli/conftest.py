@@ -1,4 +1,4 @@
-"""Services for the command to talk to: a stand-in with faults on order, and the real one as ``kms up`` runs it."""
+"""Services for the command to talk to: a stand-in with faults on order, and what ``kms up`` runs."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from cli.contract_server import ContractServer, running
 
 BIN = Path(sys.executable).parent
@@ -41,7 +42,7 @@ def real_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [BIN / "kms", "up", "--state-dir", home / "state", "--port", str(port)]
+    command = [str(BIN / "kms"), "up", "--state-dir", str(home / "state"), "--port", str(port)]
     with (home / "log").open("wb") as log:
         up = subprocess.Popen(command, env=environment(home), stdout=subprocess.PIPE, stderr=log, text=True)
     try:

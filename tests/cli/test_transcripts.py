@@ -1,7 +1,8 @@
 """Runs each transcript: ``$`` lines are commands, what follows is their output and, if not 0, ``[code]``.
 
-Output is stdout and stderr as they come. ``…`` stands for any text in a line, alone for any lines. A first
-line names the services to run against; ``! name=value`` sets a fault of the stand-in.
+Output is stdout and stderr as they come. ``…`` stands for any text in a line, alone for any lines. ``%``
+begins a comment, the first of which names the services to run against; ``! name=value`` sets a fault of the
+stand-in.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+
 from cli.conftest import Place, environment
 from cli.contract_server import ContractServer
 
@@ -30,7 +32,7 @@ class Step:
 
 
 def services_of(path: Path) -> list[str]:
-    return path.read_text().splitlines()[0].removeprefix("# services: ").split(", ")
+    return path.read_text().splitlines()[0].removeprefix("% services: ").split(", ")
 
 
 def steps(path: Path) -> Iterator[Step]:
@@ -39,7 +41,7 @@ def steps(path: Path) -> Iterator[Step]:
     starts = [number for number, line in enumerate(lines) if line.startswith("$ ")]
     for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
         block = lines[start + 1 : end]
-        expected = [line for line in block if not line.startswith(("#", "! "))]
+        expected = [line for line in block if not line.startswith(("% ", "! "))]
         yield Step(start + 1, lines[start][2:], "\n".join(expected).strip("\n"), faults)
         faults = {
             name: json.loads(value)
@@ -48,7 +50,8 @@ def steps(path: Path) -> Iterator[Step]:
 
 
 def pattern(expected: str) -> str:
-    return re.escape(expected).replace("\n…\n", "\n(?:.*\n)*").replace("…", ".*")
+    lines = [r"(?:.*\n)*" if line == "…" else f"{re.escape(line)}\n" for line in expected.split("\n")]
+    return "".join(lines).replace("…", ".*")
 
 
 CASES: Final = [
@@ -86,4 +89,4 @@ def test_transcript(path: Path, service: str, tmp_path: Path, request: pytest.Fi
         code = f"\n[{done.returncode}]" if done.returncode else ""
         shown = f"{done.stdout}".strip("\n") + code
 
-        assert re.fullmatch(pattern(step.expected), shown.strip("\n")), f"line {step.line}: {shown}"
+        assert re.fullmatch(pattern(step.expected), shown.strip("\n") + "\n"), f"line {step.line}: {shown}"

@@ -118,5 +118,9 @@ def test_what_is_no_armor_is_called_so(text: bytes) -> None:
 def test_a_stream_without_data_yet_does_not_pass_for_an_ended_one() -> None:
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
-    with open(reading, "rb", buffering=0) as source, open(writing, "wb"), pytest.raises(BlockingIOError):  # noqa: PTH123 -- descriptors
+    with (
+        os.fdopen(reading, "rb", buffering=0) as source,
+        os.fdopen(writing, "wb"),
+        pytest.raises(BlockingIOError),
+    ):
         ArmorReader(source).readall()

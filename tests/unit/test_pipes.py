@@ -133,10 +133,10 @@ def test_real_pipes_carry_it_too() -> None:
     opened = io.BytesIO()
 
     def send() -> int:
-        with open(writing, "wb", buffering=0) as target:  # noqa: PTH123 -- a descriptor
+        with os.fdopen(writing, "wb", buffering=0) as target:
             return seal_pipe(KEY, io.BytesIO(plaintext), target)
 
-    with open(reading, "rb", buffering=0) as source, ThreadPoolExecutor(1) as other:  # noqa: PTH123 -- a descriptor
+    with os.fdopen(reading, "rb", buffering=0) as source, ThreadPoolExecutor(1) as other:
         sent = other.submit(send)
         received = open_pipe(KEY, source, opened)
 
@@ -147,5 +147,9 @@ def test_real_pipes_carry_it_too() -> None:
 def test_a_stream_without_data_yet_does_not_pass_for_an_ended_one() -> None:
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
-    with open(reading, "rb", buffering=0) as source, open(writing, "wb"), pytest.raises(BlockingIOError):  # noqa: PTH123 -- descriptors
+    with (
+        os.fdopen(reading, "rb", buffering=0) as source,
+        os.fdopen(writing, "wb"),
+        pytest.raises(BlockingIOError),
+    ):
         seal_pipe(KEY, source, io.BytesIO())

@@ -2,8 +2,6 @@
 
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Final
 
 import anyio.from_thread
@@ -16,14 +14,12 @@ from kms_api.deps import Service, service
 from kms_api.problems import problem
 from kms_api.routes import jobs
 from kms_core import wire
-from kms_core.envelope import header
-from kms_core.envelope.header import FILE_LIMITS
-from kms_core.envelope.slabs import Extent
-from kms_core.errors import InvalidRequest, JobNotFinished, ResultExpired, UnknownJob
-from kms_core.jobs import bulk, desk, uploads
-from kms_core.jobs.blobs import UPLOAD, Label, Unsealed
+from kms_core.errors import InvalidRequest
+from kms_core.jobs import desk, results
+from kms_core.jobs.blobs import UPLOAD, Label
 from kms_core.jobs.desk import Terms
 from kms_core.jobs.model import Job
+from kms_core.jobs.results import Result
 
 router: Final = APIRouter(tags=["files"])
 _SLAB_BYTES: Final = 1024 * 1024
@@ -59,7 +55,9 @@ async def _upload(request: Request, kind: wire.JobKind) -> Response:
     def next_piece() -> bytes:
         return anyio.from_thread.run(jobs.next_piece, pieces)
 
-    job = await anyio.to_thread.run_sync(_receive, built, terms, declared, next_piece)
+    job = await anyio.to_thread.run_sync(
+        _receive, built, terms, declared, next_piece, limiter=built.upload_limiter
+    )
     return jobs.accepted(job)
 
 
@@ -83,92 +81,28 @@ def _receive(built: Service, terms: Terms, declared: int, next_piece: Callable[[
 # -- results ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Body:
-    """A result's bytes: how many, and any run of them."""
-
-    size: int
-    slabs: Callable[[int, int], Iterator[bytes | memoryview]]
-    media_type: str
-
-
 def _result(built: Service, request: Request, job: Job) -> Response:
-    if not job.ended:
-        raise JobNotFinished
-    if job.purged or job.state == "cancelled":
-        raise ResultExpired
-    accepted = built.desk.store.accepted(job.job_id)
-    if accepted.tenant != job.tenant:
-        raise UnknownJob
-    if accepted.target:
-        raise ResultExpired(f"The result of this job is its target: {accepted.target}")
-    stack = ExitStack()
-    try:
-        if job.items:
-            body = _lines(built, job, stack)
-        elif job.kind == "decrypt":
-            body = _plaintext(built, job, stack)
-        else:
-            body = _ciphertext(built, job, stack)
-        return _ranged(request, job, body, stack)
-    except BaseException:
-        stack.close()
-        raise
+    return _ranged(request, job, results.of(job, built.desk.store, built.desk.spool))
 
 
-def _lines(built: Service, job: Job, stack: ExitStack) -> _Body:
-    label = Label(job.tenant, job.job_id, bulk.RESULT, job.fence)
-    blob = stack.enter_context(built.desk.spool.blob(label))
-    reader = Unsealed(blob, built.desk.spool.unseal(label, blob.head)).reader()
-    return _Body(reader.size, reader.slabs, "application/x-ndjson")
-
-
-def _plaintext(built: Service, job: Job, stack: ExitStack) -> _Body:
-    label = Label(job.tenant, job.job_id, uploads.HEAD, job.fence)
-    head = header.parse(built.desk.spool.get(label), FILE_LIMITS)
-    blob = stack.enter_context(built.desk.spool.blob(Label(job.tenant, job.job_id, UPLOAD)))
-    reader = Unsealed(blob, built.desk.spool.unseal(label, head)).reader()
-    return _Body(reader.size, reader.slabs, "application/octet-stream")
-
-
-def _ciphertext(built: Service, job: Job, stack: ExitStack) -> _Body:
-    head = built.desk.spool.get(Label(job.tenant, job.job_id, uploads.HEAD, job.fence))
-    payload = stack.enter_context(built.desk.spool.blob(Label(job.tenant, job.job_id, UPLOAD))).payload
-
-    def slabs(start: int, stop: int) -> Iterator[bytes]:
-        if start < len(head):
-            yield head[start:stop]
-        yield from _read(payload, max(0, start - len(head)), stop - len(head))
-
-    return _Body(len(head) + payload.size, slabs, "application/octet-stream")
-
-
-def _read(extent: Extent, start: int, stop: int) -> Iterator[bytes]:
-    while start < stop:
-        piece = extent.read_at(start, min(_SLAB_BYTES, stop - start))
-        if not piece:
-            raise ResultExpired
-        yield piece
-        start += len(piece)
-
-
-def _ranged(request: Request, job: Job, body: _Body, stack: ExitStack) -> Response:
+def _ranged(request: Request, job: Job, body: Result) -> Response:
     """200, 206 or 416 (RFC 9110 §14). Several ranges at once are answered with the whole."""
     etag = f'"{job.job_id}.{job.fence}"'
     headers = {"ETag": etag, "Accept-Ranges": "bytes", "Content-Disposition": "attachment"}
-    start, stop, status = 0, body.size, 200
+    size = body.size
+    start, stop, status = 0, size, 200
     asked = _RANGE.fullmatch(request.headers.get("range", ""))
     if asked and any(asked.groups()) and request.headers.get("if-range", etag) == etag:
-        start, stop = _bounds(*asked.groups(), size=body.size)
+        start, stop = _bounds(*asked.groups(), size=size)
         if start >= stop:
-            stack.close()
-            refusal = problem(416, "invalid_request", f"The result has {body.size} bytes")
-            refusal.headers["Content-Range"] = f"bytes */{body.size}"
+            refusal = problem(416, "invalid_request", f"The result has {size} bytes")
+            refusal.headers["Content-Range"] = f"bytes */{size}"
             return refusal
-        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{body.size}"
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         status = 206
+    media_type = "application/x-ndjson" if body.lines else "application/octet-stream"
     headers["Content-Length"] = str(stop - start)
-    return StreamingResponse(_sending(body.slabs(start, stop), stack), status, headers, body.media_type)
+    return StreamingResponse(_sending(body.slabs(start, stop)), status, headers, media_type)
 
 
 def _bounds(first: str, last: str, *, size: int) -> tuple[int, int]:
@@ -177,10 +111,7 @@ def _bounds(first: str, last: str, *, size: int) -> tuple[int, int]:
     return int(first), min(size, int(last) + 1) if last else size
 
 
-async def _sending(
-    slabs: Iterator[bytes | memoryview], stack: ExitStack
-) -> AsyncIterator[bytes | memoryview]:
+async def _sending(slabs: Iterator[bytes | memoryview]) -> AsyncIterator[bytes | memoryview]:
     """One slab at a time from a thread. A forged slab breaks the connection: no clean end is sent."""
-    with stack:
-        while (slab := await anyio.to_thread.run_sync(next, slabs, None)) is not None:
-            yield slab
+    while (slab := await anyio.to_thread.run_sync(next, slabs, None)) is not None:
+        yield slab

@@ -221,7 +221,7 @@ async def _stream_of_items(request: Request, built: Service) -> Job:
         parsed = (bulk.parse_line(index, line) for index, line in enumerate(bulk.lines(arriving())))
         return built.desk.items(terms, parsed)
 
-    return await anyio.to_thread.run_sync(work)
+    return await anyio.to_thread.run_sync(work, limiter=built.upload_limiter)
 
 
 async def next_piece(pieces: AsyncIterator[bytes]) -> bytes:

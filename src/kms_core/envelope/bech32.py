@@ -1,5 +1,6 @@
 """Bech32 (BIP 173) without its 90-character limit, as age keys use it; knows nothing of keys."""
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -7,6 +8,7 @@ _CHARSET: Final = "qpzry9x8gf2tvdw0s3jn54khce6mua7l"
 _VALUES: Final = {char: value for value, char in enumerate(_CHARSET)}
 _GENERATOR: Final = (0x3B6A57B2, 0x26508E6D, 0x1EA119FA, 0x3D4233DD, 0x2A1462B3)
 _CHECKSUM_CHARS: Final = 6
+_PREFIX: Final = re.compile("[!-~]+")
 
 
 def encode(prefix: str, data: bytes) -> str:
@@ -29,13 +31,7 @@ def decode(text: str) -> tuple[str, bytes]:
         raise ValueError("a key has mixed case")
     lower = text.lower()
     prefix, one, rest = lower.rpartition("1")
-    if (
-        not one
-        or not prefix
-        or len(rest) < _CHECKSUM_CHARS
-        or not prefix.isascii()
-        or not prefix.isprintable()
-    ):
+    if not one or not _PREFIX.fullmatch(prefix) or len(rest) < _CHECKSUM_CHARS:
         raise ValueError("not a Bech32 key")
     try:
         values = [_VALUES[char] for char in rest]

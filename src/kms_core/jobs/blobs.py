@@ -227,13 +227,14 @@ class Spool:
         """The spool's size, counted anew every few seconds."""
         now = time.monotonic()
         if not self._used[0] or now - self._used[0] > _USAGE_CACHE_S:
-            self._used = (now, sum(_size(path) for path in self._directory.glob("*/*")))
+            walk = os.walk(self._directory)  # unlike glob it bears folders that are deleted meanwhile
+            self._used = (now, sum(_size(Path(folder, name)) for folder, _, names in walk for name in names))
         return self._used[1]
 
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[int]:
-    """A new file (0600); removed again if the block fails, and then its folder too, unless that holds more."""
+    """A new file (0600); removed again if the block fails, and so is its folder, unless that holds more."""
     with disk.room():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # left by a crash in the middle of this very attempt

@@ -55,6 +55,7 @@ def build(settings: Settings, process: str, nudge: Nudge) -> Core:
     forbidden = (
         jobs.spool_dir,
         jobs.spool_identity_path,
+        jobs.intake_identity_path,
         section.audit.path,
         section.age.private_key_path,
         section.age.public_key_path,

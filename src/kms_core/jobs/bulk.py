@@ -1,5 +1,6 @@
 """Bulk jobs: many small items, each with its own context, file key and outcome; a bad one sinks no other."""
 
+import uuid
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -12,28 +13,65 @@ from kms_core.envelope.ranges import RangeReader
 from kms_core.errors import InvalidRequest, KmsError, TooLarge, Unavailable
 from kms_core.jobs.blobs import ITEMS, Label, Spool
 from kms_core.jobs.lease import Lease
+from kms_core.jobs.model import Accepted
 from kms_core.service import Kms
 
 RESULT: Final = "result"
 ENVELOPE_BYTES: Final = 64 * 1024  # what a ciphertext may be longer than its plaintext
+PART_ITEMS: Final = 500
+_PARTS: Final = uuid.UUID("6f1f3c4e-0d0a-5c0b-9a57-6b6d732d7061")  # a namespace of our own (RFC 9562 §5.5)
 _MAX_LINE_BYTES: Final = 4 * 1024 * 1024
 _decode: Final = msgspec.json.Decoder(wire.JobItem).decode
 
 
 def run(lease: Lease, kms: Kms, spool: Spool) -> None:
-    """Work through the items and write one result line each, in order. Raises Unavailable as it comes."""
+    """Work through the items of a job, or of its part, and write one result line each, in order.
+
+    Raises Unavailable as it comes: the part is then done again, from its first item.
+    """
     job = lease.claim.accepted
-    label = Label(job.tenant, job.job_id, ITEMS)
-    result = Label(job.tenant, job.job_id, RESULT, lease.claim.fence)
-    with spool.blob(label) as blob, spool.writing(result) as out:
+    label = Label(job.tenant, job.owner, ITEMS)
+    begin = job.starts[0]
+    first = job.part * PART_ITEMS
+    with (
+        spool.blob(label) as blob,
+        spool.writing(result_label(job.tenant, job.owner, job.part, lease.claim.fence)) as out,
+    ):
         key = stream.payload_key(spool.unseal(label, blob.head), blob.head.nonce)
         reader = RangeReader(key, blob.payload.read_at, blob.payload.size)
-        for index, line in enumerate(lines(reader.slabs())):
+        for index, line in enumerate(lines(reader.slabs(begin, begin + job.size_bytes)), start=first):
             lease.check()
             answer = _one(lease, kms, index, _decode(line))
             out.write(wire.encode(answer) + b"\n")
             lease.item(failed=not isinstance(answer.error, msgspec.UnsetType))
             lease.advance(len(line))
+
+
+def result_label(tenant: str, job_id: str, part: int, fence: int) -> Label:
+    """Where the result lines of one part rest; a job that was not split is its own part 0."""
+    return Label(tenant, job_id, f"{RESULT}{part}", fence)
+
+
+def part_id(job_id: str, number: int) -> str:
+    return str(uuid.uuid5(_PARTS, f"{job_id}/{number}"))
+
+
+def parts(job: Accepted) -> list[Accepted]:
+    """The job cut into parts, which several workers can run at once. Doing it again gives the same ids."""
+    ends = (*job.starts[1:], job.size_bytes)
+    return [
+        msgspec.structs.replace(
+            job,
+            job_id=part_id(job.job_id, number),
+            parent=job.job_id,
+            part=number,
+            items=min(PART_ITEMS, job.items - number * PART_ITEMS),
+            starts=(start,),
+            size_bytes=end - start,
+            digest=b"",
+        )
+        for number, (start, end) in enumerate(zip(job.starts, ends, strict=True))
+    ]
 
 
 def _one(lease: Lease, kms: Kms, index: int, item: wire.JobItem) -> wire.ItemResult:

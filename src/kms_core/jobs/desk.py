@@ -83,10 +83,13 @@ class Desk:
         """A bulk job; its items go to the spool one by one. Raises InvalidRequest, TooLarge, SpoolFull."""
         job_id = new_id()
         hasher = self.hasher(terms)
+        starts: list[int] = []
         count = 0
         with self.spool.writing(Label(terms.who.tenant, job_id, ITEMS)) as out:
             for index, item in enumerate(items):
                 bulk.check_item(terms.kind, index, item, self._rules.item_bytes)
+                if index % bulk.PART_ITEMS == 0:
+                    starts.append(out.size)
                 line = wire.encode(item) + b"\n"
                 hasher.update(line)
                 out.write(line)
@@ -94,7 +97,15 @@ class Desk:
             if not count:
                 raise InvalidRequest("A bulk job needs at least one item")
             size = out.size
-        return self._submit(terms, job_id, source=ITEMS, items=count, size_bytes=size, digest=hasher.digest())
+        return self._submit(
+            terms,
+            job_id,
+            source=ITEMS,
+            items=count,
+            size_bytes=size,
+            starts=tuple(starts),
+            digest=hasher.digest(),
+        )
 
     def reference(self, terms: Terms, source: str, target: str, *, overwrite: bool) -> Job:
         """A job from file to file under the roots. Raises PathRefused, TargetExists, InvalidRequest."""

@@ -27,7 +27,8 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     """What the service promised to do. Rests in Redis sealed as one blob; workers act on this alone.
 
     ``source`` is ``upload``, ``items`` (both in the spool) or a ``file://`` URL; ``target`` is empty or a
-    ``file://`` URL. Times are seconds since the epoch.
+    ``file://`` URL. ``starts`` says where in the items each part of some hundred begins; a job that is such a
+    part names its ``parent`` and its number. Times are seconds since the epoch.
     """
 
     job_id: str
@@ -43,6 +44,9 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     new_context: tuple[tuple[str, str], ...] | None = None
     items: int = 0
     size_bytes: int = 0
+    starts: tuple[int, ...] = ()
+    parent: str = ""
+    part: int = 0
     request_id: str = ""
     digest: bytes = b""
     created_at: float
@@ -53,6 +57,11 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
 
     def __rich_repr__(self) -> list[tuple[str, object]]:
         return [("job_id", self.job_id)]
+
+    @property
+    def owner(self) -> str:
+        """The job that the submitter knows: itself, or the whole that it is a part of."""
+        return self.parent or self.job_id
 
     @property
     def queue(self) -> str:
@@ -95,6 +104,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     result: str = ""
     purged: int = 0
+    parts: int = 0
+    parent: str = ""
 
     @property
     def ended(self) -> bool:

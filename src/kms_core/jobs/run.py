@@ -40,7 +40,7 @@ def run_job(job_id: str, shop: Shop, worker: str) -> None:
     if claim is None:
         return
     job = claim.accepted
-    audit.job_id.set(job.job_id)
+    audit.job_id.set(job.owner)
     audit.request_id.set(job.request_id)
     if claim.attempt == 1 and not claim.deferrals:
         metrics.JOB_WAIT_SECONDS.labels(job.kind).observe(max(0.0, claim.waited_s))
@@ -52,12 +52,14 @@ def run_job(job_id: str, shop: Shop, worker: str) -> None:
 def _attempt(claim: Claim, shop: Shop) -> None:
     job, store = claim.accepted, shop.store
     try:
+        if len(job.starts) > 1:
+            store.split(claim, bulk.parts(job))
+            return
         with Lease(store, claim) as lease:
             code = _work(lease, shop)
         store.finish(claim, "failed" if code else "succeeded", code, lease.progress)
         _log.info("job.finished", job_id=job.job_id, state="failed" if code else "succeeded", code=code)
-        if job.source == ITEMS:
-            shop.spool.discard(Label(job.tenant, job.job_id, ITEMS))
+        _tidy(job, shop)
     except LeaseLost:
         _log.warning("job.lease_lost", job_id=job.job_id, fence=claim.fence)
     except JobsUnavailable:
@@ -66,6 +68,12 @@ def _attempt(claim: Claim, shop: Shop) -> None:
         _defer(claim, store, exc)
     except KmsError as exc:
         _end_badly(claim, shop, exc)
+
+
+def _tidy(job: Accepted, shop: Shop) -> None:
+    """The items are needed no more once the job, or the last of its parts, has ended."""
+    if job.source == ITEMS and (not job.parent or shop.store.get(job.parent, job.tenant).ended):
+        shop.spool.discard(Label(job.tenant, job.owner, ITEMS))
 
 
 def _work(lease: Lease, shop: Shop) -> str:
@@ -93,5 +101,8 @@ def _end_badly(claim: Claim, shop: Shop, exc: KmsError) -> None:
     state = "cancelled" if isinstance(exc, JobCancelled) else "failed"
     shop.store.finish(claim, state, exc.code)
     job: Accepted = claim.accepted
-    shop.spool.delete(job.job_id)
+    if job.parent:
+        _tidy(job, shop)
+    else:
+        shop.spool.delete(job.job_id)
     _log.info("job.finished", job_id=job.job_id, state=state, code=exc.code)

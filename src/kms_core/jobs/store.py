@@ -1,7 +1,7 @@
 """The job store: records in Redis, moved by compare-and-set scripts; knows no queue, disk or key backend."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, cast
@@ -88,6 +88,7 @@ class JobStore:
                 "CANCEL",
                 "RETRY",
                 "REAP",
+                "SPLIT",
             )
         }
 
@@ -266,6 +267,21 @@ class JobStore:
             )[0]
         _raise_for(word)
 
+    def split(self, claim: Claim, parts: Sequence[Accepted]) -> None:
+        """Turn the job into the whole of these parts, all at once, and nudge workers for each."""
+        flat = [
+            field
+            for part in parts
+            for field in (part.job_id, self.record_key.seal(part), part.items, part.size_bytes)
+        ]
+        with _redis_errors():
+            word = self._run["SPLIT"](
+                [_job(claim.accepted.job_id)], [claim.accepted.job_id, claim.fence, *flat]
+            )[0]
+        _raise_for(word)
+        for part in parts:
+            self.nudge(part.job_id, claim.accepted.queue)
+
     def committing(self, claim: Claim, commit: Commit) -> None:
         """From here on any worker may finish the commit, and nobody may cancel."""
         with _redis_errors():
@@ -284,7 +300,8 @@ class JobStore:
                 [_job(job_id)], [job_id, claim.fence, state, code, self.rules.keep_record_s, *flat]
             )[0]
         _raise_for(word)
-        metrics.JOBS.labels(claim.accepted.kind, state).inc()
+        if not claim.accepted.parent:
+            metrics.JOBS.labels(claim.accepted.kind, state).inc()
 
     def defer(self, claim: Claim, delay_s: float, *, counts: bool) -> None:
         """Back to the queue, not before ``delay_s`` seconds; ``counts`` says whether the attempt counts."""

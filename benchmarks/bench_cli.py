@@ -1,0 +1,109 @@
+"""How long a person waits: the ``kms`` command against a running service, ``age`` on the same bytes, a warm start.
+
+A run is several invocations after one another; the figure is of one.
+"""
+
+import functools
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from benchmarks import report, running
+from benchmarks.children import KMS, PYTHON, ROOT, environ, installed
+from benchmarks.measure import Contender, Reading, in_turn, say
+from benchmarks.report import Scale
+
+from kms_core.envelope.x25519 import Identity
+
+_SECRET: Final = b"secret-data\n" * 85  # about 1 KiB
+_MILLI: Final = Scale(unit="ms", factor=1e3, digits=0)
+_SECONDS: Final = Scale(unit="s to ready", digits=2)
+_INVOCATIONS: Final = 5
+
+
+def main() -> None:
+    options = report.options(
+        "cli", "The command and a warm start, ours and theirs in turn.", runs=9, budget_s=60.0
+    )
+    budget = options.budget(2)
+    with tempfile.TemporaryDirectory(prefix="kms-bench-") as name:
+        folder = Path(name)
+        with running.service(folder) as service:
+            found = in_turn(_commands(folder, service), options.plan, budget.share())
+        started = in_turn(_starts(folder), options.plan, budget.share())
+    options.write(
+        [
+            report.table("One invocation", found, _MILLI, more={"user+sys s": report.processor_s}),
+            report.table(
+                "Warm start to the line `kms: ready`", started, _SECONDS, more={"stop s": _STOP.median}
+            ),
+        ]
+    )
+
+
+# -- the command -------------------------------------------------------------------------------------
+
+
+def _commands(folder: Path, service: running.Service) -> list[Contender]:
+    identity = Identity.generate()
+    key = folder / "key"
+    key.touch(0o600)
+    key.write_text(f"{identity.export()}\n")
+    url = ["--url", service.url]
+    context = ["--context", "env=bench"]
+    ways: dict[str, Sequence[str]] = {
+        "`kms encrypt`": [*KMS, "encrypt", *context, *url],
+        "`kms status`": [*KMS, "status", *url],
+        "`kms --version`": [*KMS, "--version"],
+        "`kms --help`": [*KMS, "--help"],
+        "`kms seal`, no service": [*KMS, "seal", "-i", str(key), *context],
+        "`age -r`": ["age", "-r", identity.recipient.text],
+        "python -c pass": [PYTHON[0], "-c", "pass"],
+    }
+    return [
+        Contender(name, functools.partial(_invoked, argv)) for name, argv in ways.items() if installed(argv)
+    ]
+
+
+def _invoked(argv: Sequence[str]) -> Reading:
+    """Wall and processor time of one of several invocations, each with the secret on stdin."""
+    before, begun = os.times(), time.perf_counter()
+    for _ in range(_INVOCATIONS):
+        subprocess.run(argv, input=_SECRET, capture_output=True, check=True, cwd=ROOT, env=environ())
+    seconds, after = time.perf_counter() - begun, os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return {"seconds": seconds / _INVOCATIONS, "cpu_s": used / _INVOCATIONS}
+
+
+# -- the start ---------------------------------------------------------------------------------------
+
+_STOP: Final = Scale(key="stop_s")
+
+
+def _starts(folder: Path) -> list[Contender]:
+    """On a state directory that has been used. ``scripts/up`` also looks whether .venv is up to date."""
+    ways: dict[str, Sequence[str]] = {"`kms up`": [*KMS, "up"]}
+    if any((ROOT / ".venv").glob(".kms-*")):
+        ways["`scripts/up`"] = [str(ROOT / "scripts/up")]
+    else:
+        say("SKIPPED scripts/up: it has not made .venv, and would now; run it once, or scripts/bench")
+    return [Contender(name, functools.partial(_started, argv, folder)) for name, argv in ways.items()]
+
+
+def _started(argv: Sequence[str], folder: Path) -> Reading:
+    command = [*argv, *running.where(folder / "state", running.free_port())]
+    with (folder / "start.log").open("ab") as errors, ExitStack() as stack:
+        begun = time.perf_counter()
+        stack.enter_context(running.ready(command, errors))
+        ready = time.perf_counter()
+        stack.close()
+        return {"seconds": ready - begun, "stop_s": time.perf_counter() - ready}
+
+
+if __name__ == "__main__":
+    main()

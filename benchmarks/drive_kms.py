@@ -1,0 +1,85 @@
+"""Seals or opens one file with the envelope alone, as a program of its own; knows no settings or policy.
+
+    python -m benchmarks.drive_kms {seal|open} IDENTITY_FILE SOURCE TARGET
+
+``-`` is a standard stream; a ciphertext in a pipe must have the 4 KiB header of files of 1 MiB and more.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from kms_core.context import Context
+from kms_core.envelope import binding, header, pipes, sealing, slabs, stream
+from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.header import FILE_LIMITS, Header, Stanza
+from kms_core.envelope.slabs import Extent
+from kms_core.envelope.x25519 import Identity
+
+KEY: Final = KeyRef("default", "default", "bench", "age")
+CONTEXT: Final = Context.parse("env=bench")
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """Wraps file keys for one identity, as the Age backend does."""
+
+    identity: Identity
+    origin: bytes
+
+    def wrap(self, file_key: bytes, key: KeyRef, aad: bytes) -> Stanza:
+        del key, aad
+        return self.identity.recipient.wrap(file_key)
+
+    def unwrap(self, stanza: Stanza, key: KeyRef, aad: bytes) -> bytes:
+        del key, aad
+        return self.identity.unwrap(stanza)
+
+    def origin_key(self, key: KeyRef) -> bytes | None:
+        del key
+        return self.origin
+
+
+def wrapper(identity_file: Path) -> Local:
+    identity = Identity.parse(identity_file.read_text().split()[-1])
+    return Local(identity, binding.origin_key(identity.secret))
+
+
+def file_key_of(head: Header, by: Local) -> bytes:
+    """Of a file sealed here, or by stock age."""
+    if binding.read(head) is None:
+        return sealing.foreign_file_key(head, by, [KEY])[0]
+    return sealing.file_key_of(head, by, KEY, context=CONTEXT)
+
+
+def seal(by: Local, source: str, target: str) -> None:
+    if source == "-":
+        begun = sealing.begin(by, KEY, CONTEXT, padded=True)
+        with open(0, "rb", 0) as reader, open(1, "wb", 0) as writer:
+            writer.write(begun.head)
+            pipes.seal_pipe(begun.payload_key, reader, writer)
+        return
+    with Path(source).open("rb", 0) as reader, Path(target).open("wb", 0) as writer:
+        size = os.fstat(reader.fileno()).st_size
+        begun = sealing.begin(by, KEY, CONTEXT, padded=size >= sealing.PAD_FROM_BYTES)
+        writer.write(begun.head)
+        slabs.seal_file(begun.payload_key, Extent(reader.fileno(), size), writer.fileno(), len(begun.head))
+
+
+def open_(by: Local, source: str, target: str) -> None:
+    if source == "-":
+        with open(0, "rb", 0) as reader, open(1, "wb", 0) as writer:
+            head = header.parse(reader.read(sealing.PADDED_HEADER_BYTES + stream.NONCE), FILE_LIMITS)
+            pipes.open_pipe(stream.payload_key(file_key_of(head, by), head.nonce), reader, writer)
+        return
+    with Path(source).open("rb", 0) as reader, Path(target).open("wb", 0) as writer:
+        head = header.read(reader.fileno(), FILE_LIMITS)
+        size = os.fstat(reader.fileno()).st_size - head.payload_offset
+        key = stream.payload_key(file_key_of(head, by), head.nonce)
+        slabs.open_file(key, Extent(reader.fileno(), size, head.payload_offset), writer.fileno())
+
+
+if __name__ == "__main__":
+    {"seal": seal, "open": open_}[sys.argv[1]](wrapper(Path(sys.argv[2])), *sys.argv[3:])

@@ -1,0 +1,178 @@
+"""Runs contenders in turn on a machine that others use too, and keeps undisturbed runs; knows none of them.
+
+A contender is a function that does its work once and says what it measured. Right before each run memory of
+the output's size is touched and given back: on virtual machines that return free pages to their host, the
+first touch of a fresh page costs more than the cipher, and would be charged to whoever writes first. A run
+counts if nobody else used much of the processors meanwhile; others are dropped and repeated.
+"""
+
+import mmap
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+Reading = Mapping[str, float]
+"""What one run measured, by name: ``seconds``, ``cpu_s``, ``peak_bytes``, ``rate`` …"""
+
+FAILURES: Final = (OSError, subprocess.SubprocessError, RuntimeError, ValueError)
+FOREIGN: Final = 0.12
+_LEAST_TOUCH: Final = 1024 * 1024
+_TICKS_S: Final = 0.03  # /proc counts in ticks of 10 ms, on two processors and for each process
+_PAUSE_S: Final = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One way to do the job. ``output_bytes`` of memory are touched before each run."""
+
+    name: str
+    run: Callable[[], Reading]
+    output_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How many runs count, what foreign load (in processors) spoils one, and how often one is tried."""
+
+    runs: int = 5
+    foreign: float = FOREIGN
+    tries: int = 4
+
+
+@dataclass(slots=True)
+class Series:
+    """The clean runs of one contender, how many others were dropped, and why it failed if it did."""
+
+    name: str
+    readings: list[Reading] = field(default_factory=list)
+    dropped: int = 0
+    failure: str = ""
+
+    def values(self, key: str) -> list[float]:
+        return [reading[key] for reading in self.readings if key in reading]
+
+    def median(self, key: str) -> float | None:
+        """None without a clean run."""
+        values = self.values(key)
+        return statistics.median(values) if values else None
+
+
+class Budget:
+    """Seconds for several groups of contenders; what one group leaves is shared by those after it."""
+
+    def __init__(self, seconds: float, groups: int) -> None:
+        self._ends = time.monotonic() + seconds
+        self._groups = groups
+
+    def share(self) -> float:
+        """The seconds of the next group."""
+        share = (self._ends - time.monotonic()) / max(1, self._groups)
+        self._groups -= 1
+        return max(0.0, share)
+
+
+class Load:
+    """How many processors others have kept busy since this was made."""
+
+    def __init__(self) -> None:
+        self._at, self._busy, self._own = time.monotonic(), _busy_s(), _own_s()
+
+    def foreign(self) -> float:
+        wall = time.monotonic() - self._at
+        foreign_s = (_busy_s() - self._busy) - (_own_s() - self._own)
+        return max(0.0, foreign_s - _TICKS_S) / wall
+
+
+def in_turn(contenders: Sequence[Contender], plan: Plan, seconds: float) -> list[Series]:
+    """One uncounted run of each, then rounds in which each runs once, every round beginning with another.
+
+    No round begins after ``seconds``, but one is always made. A contender that fails is left out, loudly.
+    """
+    ends = time.monotonic() + seconds
+    pairs = [(contender, Series(contender.name)) for contender in contenders]
+    for contender, series in pairs:
+        _run(contender, series)
+    for number in range(plan.runs):
+        if number and time.monotonic() > ends:
+            say(f"out of time after {number} of {plan.runs} rounds")
+            break
+        start = number % len(pairs) if pairs else 0
+        for contender, series in pairs[start:] + pairs[:start]:
+            _clean_run(contender, series, plan)
+    return [series for _, series in pairs]
+
+
+def say(text: str) -> None:
+    """Progress and warnings, to stderr."""
+    sys.stderr.write(f"bench: {text}\n")
+
+
+def _clean_run(contender: Contender, series: Series, plan: Plan) -> None:
+    for _ in range(plan.tries):
+        if series.failure:
+            return
+        touch(contender.output_bytes)
+        load = Load()
+        reading = _run(contender, series)
+        if reading is None:
+            return
+        if load.foreign() <= plan.foreign:
+            series.readings.append(reading)
+            return
+        series.dropped += 1
+        time.sleep(_PAUSE_S)
+
+
+def _run(contender: Contender, series: Series) -> Reading | None:
+    try:
+        return contender.run()
+    except FAILURES as exc:
+        series.failure = f"{type(exc).__name__}: {exc}"
+        say(f"{contender.name} FAILED and is left out: {series.failure}")
+        return None
+
+
+def touch(size: int) -> None:
+    """Fault in ``size`` bytes and a tenth more, and give them back to the kernel."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    mmap.mmap(-1, max(_LEAST_TOUCH, size * 11 // 10), flags=flags).close()
+
+
+def _busy_s() -> float:
+    """Processor seconds used by anybody since boot: all but idle and iowait (proc(5))."""
+    with Path("/proc/stat").open("rb") as stat:
+        user, nice, system, _, _, irq, softirq, steal = map(int, stat.readline().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_s() -> float:
+    """Processor seconds of this process and of everything it started, ended or not."""
+    ended = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    total = sum(usage.ru_utime + usage.ru_stime for usage in ended)
+    return total + sum(map(_used_s, descendants(os.getpid())))
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that ``pid`` and its children started and that still run."""
+    found: list[int] = []
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *descendants(int(child))]
+    return found
+
+
+def _used_s(pid: int) -> float:
+    """User and system time of a process and of those of its children that have ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return 0.0

@@ -1,0 +1,152 @@
+"""The result of an ended job as bytes of a known size, any run of which can be read; knows no HTTP.
+
+A result is pieces laid end to end: a header and the payload of the upload, an opened spool blob, or the
+result lines of every part of a bulk job.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from kms_core import wire
+from kms_core.envelope import header, stream
+from kms_core.envelope.header import FILE_LIMITS, Header
+from kms_core.envelope.ranges import RangeReader
+from kms_core.errors import JobNotFinished, ResultExpired, UnknownJob
+from kms_core.jobs import bulk, uploads
+from kms_core.jobs.blobs import UPLOAD, Label, Spool
+from kms_core.jobs.model import Job
+from kms_core.jobs.store import JobStore
+
+_SLAB_BYTES: Final = 1024 * 1024
+
+
+class Piece(Protocol):
+    """Some bytes of a result. Nothing is held open between calls."""
+
+    @property
+    def size(self) -> int: ...
+    def slabs(self, start: int, stop: int) -> Iterator[bytes | memoryview]:
+        """The bytes from ``start`` to before ``stop``. Raises ResultExpired, DecryptFailed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Pieces end to end."""
+
+    pieces: Sequence[Piece]
+    lines: bool = False
+
+    @property
+    def size(self) -> int:
+        return sum(piece.size for piece in self.pieces)
+
+    def slabs(self, start: int, stop: int) -> Iterator[bytes | memoryview]:
+        """The bytes from ``start`` to before ``stop``, in order, at most some 1 MiB at a time."""
+        at = 0
+        for piece in self.pieces:
+            first, last = max(0, start - at), min(piece.size, stop - at)
+            if first < last:
+                yield from piece.slabs(first, last)
+            at += piece.size
+
+
+def of(job: Job, store: JobStore, spool: Spool) -> Result:
+    """The result of this job. Raises JobNotFinished, ResultExpired, and UnknownJob for a forged record."""
+    if not job.ended:
+        raise JobNotFinished
+    if job.purged or job.state == "cancelled":
+        raise ResultExpired
+    accepted = store.accepted(job.job_id)
+    if accepted.tenant != job.tenant:  # Redis was tampered with: the sealed part is right
+        raise UnknownJob
+    if accepted.target:
+        raise ResultExpired("The result of this job is the file that it was told to write")
+    if accepted.items:
+        return Result(list(_lines(job, store, spool)), lines=True)
+    head = Label(job.tenant, job.job_id, uploads.HEAD, job.fence)
+    upload = Label(job.tenant, job.job_id, UPLOAD)
+    if job.kind == "decrypt":
+        return Result([_Opened.of(spool, upload, head)])
+    return Result([_Literal(spool.get(head)), _Payload.of(spool, upload)])
+
+
+def _lines(job: Job, store: JobStore, spool: Spool) -> Iterator[Piece]:
+    if not job.parts:
+        label = bulk.result_label(job.tenant, job.job_id, 0, job.fence)
+        yield _Opened.of(spool, label, label)
+        return
+    for number in range(job.parts):
+        part = store.get(bulk.part_id(job.job_id, number), job.tenant)
+        if part.state == "succeeded" or part.error == "items_failed":
+            label = bulk.result_label(job.tenant, job.job_id, number, part.fence)
+            yield _Opened.of(spool, label, label)
+        else:
+            yield _Literal(_refused(number * bulk.PART_ITEMS, part))
+
+
+def _refused(first: int, part: Job) -> bytes:
+    """The lines of a part that never got to an end of its own."""
+    error = wire.ErrorCode(code=part.error)
+    refused = (wire.ItemResult(index=index, error=error) for index in range(first, first + part.items))
+    return b"".join(wire.encode(line) + b"\n" for line in refused)
+
+
+@dataclass(frozen=True, slots=True)
+class _Literal:
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def slabs(self, start: int, stop: int) -> Iterator[bytes]:
+        yield self.data[start:stop]
+
+
+@dataclass(frozen=True, slots=True)
+class _Payload:
+    """The sealed payload of an upload, as it lies."""
+
+    spool: Spool
+    label: Label
+    size: int
+
+    @classmethod
+    def of(cls, spool: Spool, label: Label) -> "_Payload":
+        with spool.blob(label) as blob:
+            return cls(spool, label, blob.payload.size)
+
+    def slabs(self, start: int, stop: int) -> Iterator[bytes]:
+        with self.spool.blob(self.label) as blob:
+            while start < stop:
+                slab = blob.payload.read_at(start, min(_SLAB_BYTES, stop - start))
+                if not slab:
+                    raise ResultExpired
+                yield slab
+                start += len(slab)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """The plaintext of a blob whose file key ``head`` wraps for the spool."""
+
+    spool: Spool
+    label: Label
+    head_label: Label
+    size: int
+
+    @classmethod
+    def of(cls, spool: Spool, label: Label, head_label: Label) -> "_Opened":
+        with spool.blob(label) as blob:
+            return cls(spool, label, head_label, blob.plaintext_bytes)
+
+    def slabs(self, start: int, stop: int) -> Iterator[memoryview]:
+        with self.spool.blob(self.label) as blob:
+            head = blob.head if self.head_label == self.label else self._head()
+            key = stream.payload_key(self.spool.unseal(self.head_label, head), head.nonce)
+            reader = RangeReader(key, blob.payload.read_at, blob.payload.size)
+            yield from reader.slabs(start, stop)
+
+    def _head(self) -> Header:
+        return header.parse(self.spool.get(self.head_label), FILE_LIMITS)

@@ -1,0 +1,130 @@
+"""A service over age keys in memory or on disk, and age files taken apart and put together, for tests."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+import msgspec
+
+from kms_core.audit import Audit, Record
+from kms_core.backends import Backend
+from kms_core.backends.age import AgeBackend, Identity, KeyFiles
+from kms_core.context import Context
+from kms_core.envelope import header, hybrid, x25519
+from kms_core.envelope.header import FILE_LIMITS, VERSION_LINE, Header, Stanza
+from kms_core.errors import AuditUnavailable
+from kms_core.keyring import Key, Keyring
+from kms_core.policy import AllowAll, Policy, Principal
+from kms_core.service import Kms, Rules
+
+ADA: Final = Principal("ada", "acme", "test")
+NO_CONTEXT: Final = Context()
+ROW: Final = Context.parse("row=7")
+NO_RULES: Final = Rules()
+_NO_KEYS: Final[Mapping[str, Backend]] = MappingProxyType({})
+NativeIdentity = x25519.Identity | hybrid.Identity
+
+
+@dataclass
+class Kept:
+    """An audit trail in memory: each record as the line that a file would hold."""
+
+    lines: list[dict[str, object]] = field(default_factory=list)
+
+    def append(self, record: Record) -> None:
+        self.lines.append(msgspec.json.decode(msgspec.json.encode(record), type=dict[str, object]))
+
+    @property
+    def results(self) -> list[tuple[object, object]]:
+        return [(line["operation"], line["result"]) for line in self.lines]
+
+
+class FullDisk:
+    """An audit trail that takes nothing."""
+
+    def append(self, record: Record) -> None:
+        del record
+        raise AuditUnavailable
+
+
+def write_pair(
+    directory: Path, *identities: NativeIdentity, current: NativeIdentity | None = None
+) -> KeyFiles:
+    """Both key files, as ``kms keygen`` lays them out; the last identity is in use unless one is named."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    files = KeyFiles(directory / "private_key.txt", directory / "public_key.txt")
+    write_identities(files.private, *identities)
+    write_recipient(directory / "public_key.txt", current or identities[-1])
+    return files
+
+
+def write_identities(path: Path, *identities: NativeIdentity) -> None:
+    path.touch(mode=0o600)
+    path.write_text("".join(f"{identity.export()}\n" for identity in identities))
+
+
+def write_recipient(path: Path, identity: Identity) -> None:
+    path.write_text(f"{identity.recipient}\n")
+
+
+def age_backend(directory: Path, *identities: NativeIdentity) -> AgeBackend:
+    """A backend that looks at its files on every call."""
+    return AgeBackend(write_pair(directory, *identities), data_keys=True, recheck_s=0)
+
+
+def kms_over(  # noqa: PLR0913 -- what settings would say
+    default: Backend,
+    others: Mapping[str, Backend] = _NO_KEYS,
+    *,
+    accept_foreign: bool = True,
+    trail: Audit | None = None,
+    policy: Policy | None = None,
+    rules: Rules = NO_RULES,
+) -> Kms:
+    """A service whose default key is ``default``; ``others`` by their key ids."""
+    keys = {
+        key_id: Key(key_id, backend, accept_foreign)
+        for key_id, backend in ({"default": default} | dict(others)).items()
+    }
+    return Kms(Keyring(keys, keys["default"]), policy or AllowAll(), trail or Kept(), rules)
+
+
+# -- files taken apart -------------------------------------------------------------------------------
+
+
+def head_of(file: bytes) -> Header:
+    return header.parse(file, FILE_LIMITS)
+
+
+def types_of(file: bytes) -> list[str]:
+    return [stanza.type for stanza in head_of(file).stanzas]
+
+
+def stanza_of(file: bytes, kind: str) -> Stanza:
+    return next(stanza for stanza in head_of(file).stanzas if stanza.type == kind)
+
+
+def file_key_of(file: bytes, identity: Identity) -> bytes:
+    """What every recipient of a file learns, whoever that is."""
+    return identity.unwrap(next(s for s in head_of(file).stanzas if s.type in {"X25519", "mlkem768x25519"}))
+
+
+def with_stanzas(file: bytes, stanzas: Iterable[Stanza]) -> bytes:
+    """Other stanzas under the old MAC: what somebody without the file key can do."""
+    head = head_of(file)
+    mac = header.b64encode(head.mac)
+    return (
+        VERSION_LINE
+        + b"".join(map(header.render_stanza, stanzas))
+        + b"--- "
+        + mac
+        + b"\n"
+        + file[head.size :]
+    )
+
+
+def resigned(file: bytes, stanzas: Iterable[Stanza], file_key: bytes) -> bytes:
+    """Other stanzas under a new MAC: what everybody with the file key can do."""
+    return header.render(stanzas, file_key) + file[head_of(file).size :]

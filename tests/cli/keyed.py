@@ -1,0 +1,73 @@
+"""The command with keys at hand, run as users run it: files, pipes and what became of them."""
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cli.conftest import BIN, environment
+from kms_core.envelope import hybrid, x25519
+
+TIMEOUT_S: Final = 120
+Done = subprocess.CompletedProcess[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """A folder to work in, with an age identity in ``key.txt``."""
+
+    folder: Path
+    identity: x25519.Identity
+
+    @property
+    def recipient(self) -> str:
+        return self.identity.recipient.text
+
+    @property
+    def key(self) -> Path:
+        return self.folder / "key.txt"
+
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def write(self, name: str, data: bytes) -> str:
+        (self.folder / name).write_bytes(data)
+        return self.path(name)
+
+    def read(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    def names(self) -> set[str]:
+        return {entry.name for entry in self.folder.iterdir()}
+
+    def kms(self, *args: str, given: bytes = b"", **variables: str) -> Done:
+        """Run ``kms``; its stdin and stdout are pipes."""
+        return subprocess.run(
+            [str(BIN / "kms"), *args],
+            input=given,
+            capture_output=True,
+            cwd=self.folder,
+            env=environment(self.folder, **variables),
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+
+    def made(self, *args: str, given: bytes = b"", **variables: str) -> bytes:
+        """What a command that succeeds writes to stdout."""
+        done = self.kms(*args, given=given, **variables)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout
+
+
+def desk(folder: Path) -> Desk:
+    made = Desk(folder, x25519.Identity.generate())
+    write_key(made.key, made.identity)
+    return made
+
+
+def write_key(path: Path, *identities: x25519.Identity | hybrid.Identity) -> None:
+    path.touch(mode=0o600)
+    path.write_text("".join(f"{identity.export()}\n" for identity in identities))

@@ -1,0 +1,101 @@
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import pytest
+
+from cli.conftest import BIN, environment
+from cli.contract_server import ContractServer
+from kms_cli import words
+from kms_cli.main import COMMANDS, JOB_COMMANDS, group
+from kms_client.problems import by_code
+
+KMS = str(BIN / "kms")
+WAIT_S = 20.0
+
+
+def until(true: Callable[[], bool]) -> None:
+    limit = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
+)
+def test_interrupted_transfer_leaves_no_file_and_no_job(
+    stand_in: ContractServer, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    stand_in.faults.steps_s = 100
+    (tmp_path / "file").write_bytes(b"x")
+    env = environment(tmp_path, KMS_SERVICE_URL=stand_in.url)
+    with subprocess.Popen(
+        [KMS, "encrypt-file", "file"], cwd=tmp_path, env=env, stderr=subprocess.PIPE
+    ) as running:
+        until(lambda: any(seen.path.endswith("/events") for seen in stand_in.seen))
+
+        running.send_signal(number)
+        _, said = running.communicate(timeout=WAIT_S)
+
+    assert running.returncode == code
+    assert b"Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert stand_in.jobs["job-1"].cancelled
+
+
+def test_broken_pipe_is_quiet(stand_in: ContractServer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 4_000_000)
+    env = environment(tmp_path, KMS_SERVICE_URL=stand_in.url)
+    subprocess.run([KMS, "encrypt-file", "file"], cwd=tmp_path, env=env, check=True, capture_output=True)
+
+    with subprocess.Popen(
+        [KMS, "job", "result", "job-1"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        pipe = cast("BinaryIO", running.stdout)
+        pipe.read(10)
+        pipe.close()
+        said = cast("BinaryIO", running.stderr).read()
+
+    assert running.returncode == 141
+    assert said == b""
+
+
+def test_help_loads_no_heavy_module() -> None:
+    code = "import sys; from kms_cli.main import run; run(['--help']); print(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    loaded = set(done.stdout.splitlines())
+    assert not loaded & {"httpx", "msgspec", "cryptography", "pyrage", "kms_client", "asyncio"}
+
+
+@pytest.mark.parametrize("line", [[name] for name in COMMANDS] + [["job", name] for name in JOB_COMMANDS])
+def test_every_command_has_help(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    group().main([*line, "--help"], prog_name="kms", standalone_mode=False)
+
+    assert capsys.readouterr().out.startswith(f"Usage: kms {' '.join(line)}")
+
+
+def test_every_hint_is_for_a_code_that_exists() -> None:
+    ends_of_jobs = {"items_failed", "attempts_exhausted", "unexpected_answer"}
+
+    assert words.HINTS.keys() <= by_code().keys() | ends_of_jobs
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("Not allowed.", "not allowed"), ("HTTP is off", "HTTP is off"), ("", ""), ("A", "A")],
+)
+def test_words_are_plain(text: str, expected: str) -> None:
+    assert words.plain(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "expected"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 40, "5.0 TiB")]
+)
+def test_sizes_are_for_people(size_bytes: int, expected: str) -> None:
+    assert words.size(size_bytes) == expected

@@ -1,0 +1,304 @@
+"""``kms seal`` and ``kms open`` with keys: sizes, files and pipes, and the tools of others both ways."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pyrage
+import pytest
+
+from cli.conftest import BIN
+from cli.keyed import Desk, desk, write_key
+from kms_core.envelope import armor, hybrid
+from kms_core.envelope.header import FILE_LIMITS, parse
+from peers import program
+
+MIB = 1024 * 1024
+SIZES = [0, 1, 65535, 65536, 65537, MIB - 1, MIB, MIB + 1, 20 * MIB]
+TYPAGE = "age-encryption@0.3.1"
+CACHE = Path(__file__).parents[2] / ".cache" / "typage"
+Way = Callable[[Desk, list[str], bytes], bytes]
+
+
+@pytest.fixture(name="desk")
+def a_desk(tmp_path: Path) -> Desk:
+    return desk(tmp_path)
+
+
+def file_to_file(desk: Desk, args: list[str], given: bytes) -> bytes:
+    desk.made(*args, "-o", "to", desk.write("from", given))
+    return desk.read("to")
+
+
+def file_to_pipe(desk: Desk, args: list[str], given: bytes) -> bytes:
+    return desk.made(*args, desk.write("from", given))
+
+
+def pipe_to_file(desk: Desk, args: list[str], given: bytes) -> bytes:
+    desk.made(*args, "-o", "to", given=given)
+    return desk.read("to")
+
+
+def pipe_to_pipe(desk: Desk, args: list[str], given: bytes) -> bytes:
+    return desk.made(*args, given=given)
+
+
+WAYS: list[Way] = [file_to_file, file_to_pipe, pipe_to_file, pipe_to_pipe]
+every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+every_size = pytest.mark.parametrize("size", SIZES)
+
+
+def age(desk: Desk, *args: str, given: bytes) -> bytes:
+    return subprocess.run(
+        [program("age"), *args], input=given, capture_output=True, check=True, cwd=desk.folder
+    ).stdout
+
+
+def to_pyrage(desk: Desk) -> pyrage.x25519.Identity:
+    return pyrage.x25519.Identity.from_str(desk.identity.export())
+
+
+# -- with stock age ----------------------------------------------------------------------------------
+
+
+@every_size
+@every_way
+def test_stock_age_opens_what_is_sealed(desk: Desk, way: Way, size: int) -> None:
+    plaintext = os.urandom(size)
+    sealed = way(desk, ["seal", "-r", desk.recipient], plaintext)
+
+    assert age(desk, "-d", "-i", "key.txt", given=sealed) == plaintext
+
+
+@every_size
+@every_way
+def test_what_stock_age_seals_is_opened(desk: Desk, way: Way, size: int) -> None:
+    plaintext = os.urandom(size)
+    sealed = age(desk, "-r", desk.recipient, given=plaintext)
+
+    assert way(desk, ["open", "-i", "key.txt"], sealed) == plaintext
+
+
+@pytest.mark.parametrize("size", [0, 1, 47, 48, 49, 65537, MIB + 1])
+def test_armor_goes_both_ways(desk: Desk, size: int) -> None:
+    plaintext = os.urandom(size)
+    text = desk.made("seal", "-a", "-r", desk.recipient, given=plaintext)
+
+    assert text.startswith(armor.BEGIN)
+    assert age(desk, "-d", "-i", "key.txt", given=text) == plaintext
+    theirs = age(desk, "-a", "-r", desk.recipient, given=plaintext)
+    assert file_to_file(desk, ["open", "-i", "key.txt"], theirs) == plaintext
+
+
+# -- with pyrage -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 65536, MIB + 1])
+def test_pyrage_goes_both_ways(desk: Desk, size: int) -> None:
+    plaintext = os.urandom(size)
+    sealed = desk.made("seal", "-r", desk.recipient, given=plaintext)
+
+    assert pyrage.decrypt(sealed, [to_pyrage(desk)]) == plaintext
+    theirs = pyrage.encrypt(plaintext, [to_pyrage(desk).to_public()])
+    assert desk.made("open", "-i", "key.txt", given=theirs) == plaintext
+
+
+# -- post-quantum ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pq(desk: Desk) -> hybrid.Identity:
+    identity = hybrid.Identity.generate()
+    write_key(desk.folder / "pq.txt", identity)
+    return identity
+
+
+@pytest.fixture(scope="session")
+def typage() -> Path:
+    """The age of the browsers, which knows post-quantum keys; fetched once."""
+    npm = shutil.which("npm")
+    if npm and not (CACHE / "node_modules" / "age-encryption").exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        install = [npm, "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(CACHE), TYPAGE]
+        subprocess.run(install, check=False, capture_output=True, timeout=120)
+    if not (CACHE / "node_modules" / "age-encryption").exists():
+        if os.environ.get("CI"):
+            pytest.fail(f"npm could not fetch {TYPAGE}, and CI must not skip what compares with it")
+        pytest.skip(f"npm could not fetch {TYPAGE}")
+    return CACHE
+
+
+def javascript(typage: Path, work: str, key: str, given: bytes) -> bytes:
+    """Run a line of JavaScript on ``given``, with ``key`` at hand."""
+    script = f"""
+        import {{ Encrypter, Decrypter }} from "age-encryption";
+        import {{ readFileSync, writeSync }} from "node:fs";
+        const [given, key] = [readFileSync(0), process.argv[1]];
+        {work}
+        writeSync(1, done);
+    """
+    command = [program("node"), "--input-type=module", "-e", script, key]
+    return subprocess.run(command, input=given, capture_output=True, check=True, cwd=typage).stdout
+
+
+def test_typage_opens_what_is_sealed_for_a_hybrid_key(desk: Desk, pq: hybrid.Identity, typage: Path) -> None:
+    sealed = desk.made("seal", "-r", pq.recipient.text, given=b"salary")
+    work = "const d = new Decrypter(); d.addIdentity(key); const done = await d.decrypt(given);"
+
+    assert javascript(typage, work, pq.export(), sealed) == b"salary"
+
+
+def test_what_typage_seals_for_a_hybrid_key_is_opened(desk: Desk, pq: hybrid.Identity, typage: Path) -> None:
+    work = "const e = new Encrypter(); e.addRecipient(key); const done = await e.encrypt(given);"
+    sealed = javascript(typage, work, pq.recipient.text, b"salary")
+
+    assert b"\n-> mlkem768x25519 " in sealed
+    assert desk.made("open", "-i", "pq.txt", given=sealed) == b"salary"
+
+
+@every_way
+def test_a_hybrid_key_opens_what_was_sealed_for_it(desk: Desk, pq: hybrid.Identity, way: Way) -> None:
+    sealed = desk.made("seal", "-r", pq.recipient.text, given=b"salary" * 50_000)
+
+    assert way(desk, ["open", "-i", "key.txt", "-i", "pq.txt"], sealed) == b"salary" * 50_000
+
+
+def test_classic_and_hybrid_recipients_do_not_mix(desk: Desk, pq: hybrid.Identity) -> None:
+    desk.write("recipients", f"{desk.recipient}\n".encode())
+    done = desk.kms("seal", "-r", pq.recipient.text, "-R", "recipients", given=b"salary")
+
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"do not mix" in done.stderr
+
+
+# -- recipients and identities -----------------------------------------------------------------------
+
+
+def test_every_recipient_of_a_file_opens_it_and_each_stands_once(desk: Desk) -> None:
+    other = desk_beside(desk)
+    desk.write("recipients", f"# us\n\n{desk.recipient}\n  {other.recipient}\n".encode())
+    sealed = desk.made("seal", "-R", "recipients", "-r", desk.recipient, given=b"salary")
+
+    assert len(parse(sealed, FILE_LIMITS).stanzas) == 2
+    assert desk.made("open", "-i", "key.txt", given=sealed) == b"salary"
+    assert other.made("open", "-i", "key.txt", given=sealed) == b"salary"
+
+
+def desk_beside(desk_: Desk) -> Desk:
+    (desk_.folder / "other").mkdir()
+    return desk(desk_.folder / "other")
+
+
+def test_the_key_of_somebody_else_opens_nothing(desk: Desk) -> None:
+    sealed = desk.made("seal", "-r", desk.recipient, given=b"salary")
+    other = desk_beside(desk)
+    done = other.kms("open", "-i", "key.txt", "-o", "out", given=sealed)
+
+    assert done.returncode == 65
+    assert other.names() == {"key.txt"}
+
+
+@pytest.mark.parametrize("bits", ["ed25519", "rsa"])
+@pytest.mark.parametrize("size", [0, 1, 65536, MIB + 1])
+def test_an_ssh_key_opens_what_was_sealed_for_it(desk: Desk, bits: str, size: int) -> None:
+    plaintext = os.urandom(size)
+    ssh_keygen(desk, bits)
+    sealed = age(desk, "-r", desk.read("ssh.pub").decode(), given=plaintext)
+
+    assert desk.made("open", "-i", "key.txt", "-i", "ssh", given=sealed) == plaintext
+    assert file_to_file(desk, ["open", "-i", "ssh"], sealed) == plaintext
+
+
+def test_pyrage_never_sees_a_large_header(desk: Desk) -> None:
+    ssh_keygen(desk, "ed25519")
+    others = [pyrage.x25519.Identity.generate().to_public() for _ in range(100)]
+    recipient = pyrage.ssh.Recipient.from_str(desk.read("ssh.pub").decode())
+    done = desk.kms("open", "-i", "ssh", given=pyrage.encrypt(b"salary", [*others, recipient]))
+
+    assert done.returncode == 65
+    assert b"above 8192 bytes" in done.stderr
+
+
+@pytest.mark.parametrize("cut", [1, 70_000])
+def test_a_cut_file_for_an_ssh_key_is_refused(desk: Desk, cut: int) -> None:
+    ssh_keygen(desk, "ed25519")
+    sealed = age(desk, "-r", desk.read("ssh.pub").decode(), given=bytes(200_000))
+    done = desk.kms("open", "-i", "ssh", "-o", "out", given=sealed[:-cut])
+
+    assert (done.returncode, desk.has("out")) == (65, False)
+    assert b"damaged" in done.stderr
+
+
+def ssh_keygen(desk: Desk, kind: str) -> None:
+    command = [program("ssh-keygen"), "-q", "-t", kind, "-b", "2048", "-N", "", "-f", desk.path("ssh")]
+    subprocess.run(command, check=True)
+
+
+def test_a_key_that_others_can_read_is_used_with_a_warning(desk: Desk) -> None:
+    sealed = desk.made("seal", "-r", desk.recipient, given=b"salary")
+    desk.key.chmod(0o644)
+    done = desk.kms("open", "-i", "key.txt", given=sealed)
+
+    assert done.stdout == b"salary"
+    assert b"warning: key.txt can be read by others" in done.stderr
+
+
+# -- files -------------------------------------------------------------------------------------------
+
+
+def test_the_result_is_readable_by_its_owner_alone_and_alone_in_its_folder(desk: Desk) -> None:
+    desk.made("seal", "-r", desk.recipient, "-o", "out", given=b"salary")
+
+    assert (desk.folder / "out").stat().st_mode & 0o777 == 0o600
+    assert desk.names() == {"key.txt", "out"}
+
+
+@pytest.mark.parametrize(
+    "verb", [["seal", "-r", "RECIPIENT"], ["open", "-i", "key.txt"]], ids=["seal", "open"]
+)
+def test_an_existing_file_is_replaced_by_force_only(desk: Desk, verb: list[str]) -> None:
+    args = [desk.recipient if word == "RECIPIENT" else word for word in verb]
+    given = desk.made("seal", "-r", desk.recipient, given=b"salary")
+    desk.write("out", b"old")
+
+    assert desk.kms(*args, "-o", "out", given=given).returncode == 73
+    assert desk.read("out") == b"old"
+    desk.made(*args, "-f", "-o", "out", given=given)
+    assert desk.read("out") != b"old"
+    assert desk.names() == {"key.txt", "out"}
+
+
+def test_a_device_is_written_to_and_stays_a_device(desk: Desk) -> None:
+    os.mkfifo(desk.path("fifo"))
+    reader = subprocess.Popen(["cat", desk.path("fifo")], stdout=subprocess.PIPE)
+    desk.made("seal", "-r", desk.recipient, "-o", "fifo", given=b"salary")
+    sealed, _ = reader.communicate(timeout=30)
+
+    assert (desk.folder / "fifo").is_fifo()
+    assert desk.made("open", "-i", "key.txt", given=sealed) == b"salary"
+
+
+def test_a_file_of_the_kernel_is_not_as_empty_as_it_looks(desk: Desk) -> None:
+    sealed = desk.made("seal", "-r", desk.recipient, "/proc/version")
+
+    assert desk.made("open", "-i", "key.txt", given=sealed) == Path("/proc/version").read_bytes()
+
+
+def test_a_redirected_file_is_read_from_where_it_stands(desk: Desk) -> None:
+    desk.write("from", b"skipped" + b"salary")
+    with (desk.folder / "from").open("rb") as given:
+        given.seek(7)
+        command = [str(BIN / "kms"), "seal", "-r", desk.recipient, "-o", "out"]
+        subprocess.run(command, stdin=given, check=True, cwd=desk.folder, capture_output=True)
+
+    assert desk.made("open", "-i", "key.txt", "out") == b"salary"
+
+
+def test_json_says_what_was_written(desk: Desk) -> None:
+    done = desk.kms("seal", "--json", "-r", desk.recipient, "-o", "out", given=b"salary")
+    size = (desk.folder / "out").stat().st_size
+
+    assert json.loads(done.stdout) == {"source": "stdin", "output": "out", "bytes": size}

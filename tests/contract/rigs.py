@@ -1,0 +1,67 @@
+"""One rig for each kind of backend: a key of it, and the means to rotate, break and mend it.
+
+A new backend adds a class and a line in ``MAKERS``; every law of the contract then holds it too.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+from agekms import age_backend, write_identities, write_recipient
+from kms_core.backends import Backend
+from kms_core.envelope import hybrid, x25519
+
+
+class Rig(Protocol):
+    """A backend under test."""
+
+    @property
+    def backend(self) -> Backend:
+        """One key."""
+
+    @property
+    def other(self) -> Backend:
+        """Another key of the same kind."""
+
+    def rotate(self) -> None:
+        """Make a new version of the key, by the means that an operator has."""
+
+    def break_it(self) -> None:
+        """Take away what the key depends on."""
+
+    def mend(self) -> None:
+        """Give it back."""
+
+
+class AgeRig:
+    """Key files in a directory of their own."""
+
+    def __init__(self, directory: Path, kind: type[x25519.Identity | hybrid.Identity]) -> None:
+        self._kind = kind
+        self._private = directory / "private_key.txt"
+        self._public = directory / "public_key.txt"
+        self._identities = [kind.generate()]
+        self.backend: Backend = age_backend(directory, *self._identities)
+        self.other: Backend = age_backend(directory / "other", kind.generate())
+
+    def rotate(self) -> None:
+        self._identities.append(self._kind.generate())
+        write_identities(self._private, *self._identities)
+        write_recipient(self._public, self._identities[-1])
+
+    def break_it(self) -> None:
+        self._private.unlink()
+
+    def mend(self) -> None:
+        write_identities(self._private, *self._identities)
+
+
+def make_age(directory: Path) -> Rig:
+    return AgeRig(directory, x25519.Identity)
+
+
+def make_age_hybrid(directory: Path) -> Rig:
+    return AgeRig(directory, hybrid.Identity)
+
+
+MAKERS: Final[dict[str, Callable[[Path], Rig]]] = {"age": make_age, "age-hybrid": make_age_hybrid}

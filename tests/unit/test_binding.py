@@ -1,0 +1,233 @@
+from dataclasses import replace
+from typing import Final
+
+import pytest
+
+from agekms import NO_CONTEXT, ROW, head_of
+from kms_core.context import Context
+from kms_core.envelope import binding, header
+from kms_core.envelope.binding import CONTEXT, ORIGIN, PAD, WRAP, KeyRef
+from kms_core.envelope.header import VERSION_LINE, Header, Stanza
+from kms_core.errors import DecryptFailed
+
+FILE_KEY: Final = bytes(range(16))
+NONCE: Final = bytes(range(16, 32))
+MAC_KEY: Final = b"m" * 32
+KEY: Final = KeyRef("acme", "payroll", "0a1b2c3d", "age")
+SALT: Final = "AAAAAAAAAAAAAAAAAAAAAA"
+NATIVE: Final = Stanza(("X25519", "share"), bytes(32))
+BOUND: Final = Stanza((CONTEXT, "1", "payroll", "0a1b2c3d", SALT), bytes(32))
+MADE: Final = Stanza((ORIGIN, "1"), bytes(32))
+FILLER: Final = Stanza((PAD, "000"), b"")
+
+
+def head(*stanzas: Stanza) -> Header:
+    return head_of(header.render(stanzas, FILE_KEY) + NONCE)
+
+
+# -- what our stanzas say ----------------------------------------------------------------------------
+
+
+def test_a_file_without_our_stanzas_is_foreign() -> None:
+    assert binding.read(head(NATIVE, Stanza(("kms-service",), b""), Stanza(("x-grease", "1"), b""))) is None
+
+
+def test_names_are_read() -> None:
+    bound = binding.read(head(NATIVE, BOUND, MADE, FILLER))
+
+    assert bound is not None
+    assert (bound.key_id, bound.key_version, bound.origin) == ("payroll", "0a1b2c3d", MADE.body)
+
+
+@pytest.mark.parametrize(
+    "stanzas",
+    [(BOUND,), (BOUND, MADE), (NATIVE, BOUND), (BOUND, Stanza((WRAP, "transit", "payroll", "1"), bytes(48)))],
+    ids=["alone", "with origin", "with native", "with wrap"],
+)
+def test_origin_and_pad_may_be_absent(stanzas: tuple[Stanza, ...]) -> None:
+    assert binding.read(head(*stanzas)) is not None
+
+
+@pytest.mark.parametrize(
+    "stanzas",
+    [
+        (BOUND, BOUND),
+        (BOUND, MADE, MADE),
+        (BOUND, FILLER, FILLER),
+        (MADE,),
+        (FILLER,),
+        (Stanza((WRAP, "transit", "payroll", "1"), bytes(48)),),
+        (BOUND, Stanza(("kms-service/", "1"), b"")),
+        (BOUND, Stanza(("kms-service/other", "1"), b"")),
+        (BOUND, Stanza(("kms-service/context2", "1"), b"")),
+        (BOUND, Stanza(("kms-service/Context", *BOUND.args[1:]), bytes(32))),
+        (Stanza(("kms-service/context/1", *BOUND.args[1:]), bytes(32)),),
+    ],
+    ids=[
+        "context twice", "origin twice", "pad twice", "origin alone", "pad alone", "wrap alone", "no name",
+        "unknown", "unknown, alike", "case", "unknown alone",
+    ],
+)  # fmt: skip
+def test_unknown_doubled_and_orphaned_stanzas_are_refused(stanzas: tuple[Stanza, ...]) -> None:
+    with pytest.raises(DecryptFailed):
+        binding.read(head(NATIVE, *stanzas))
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        replace(BOUND, args=BOUND.args[:4]),
+        replace(BOUND, args=(*BOUND.args, "x")),
+        replace(BOUND, args=(CONTEXT,)),
+        replace(BOUND, args=(CONTEXT, "2", *BOUND.args[2:])),
+        replace(BOUND, args=(CONTEXT, "01", *BOUND.args[2:])),
+        replace(BOUND, args=(CONTEXT, "1", "pay/roll", "0a1b2c3d", SALT)),
+        replace(BOUND, args=(CONTEXT, "1", "p" * 81, "0a1b2c3d", SALT)),
+        replace(BOUND, args=(CONTEXT, "1", "payroll", "transit://x", SALT)),
+        replace(BOUND, args=(CONTEXT, "1", "payroll", "v" * 81, SALT)),
+        replace(BOUND, args=(CONTEXT, "1", "payroll", "0a1b2c3d", SALT[:-1])),
+        replace(BOUND, args=(CONTEXT, "1", "payroll", "0a1b2c3d", SALT[:-2])),
+        replace(BOUND, args=(CONTEXT, "1", "payroll", "0a1b2c3d", SALT + "AA")),
+        replace(BOUND, args=(CONTEXT, "1", "payroll", "0a1b2c3d", SALT + "==")),
+        replace(BOUND, body=b""),
+        replace(BOUND, body=bytes(31)),
+        replace(BOUND, body=bytes(33)),
+    ],
+    ids=[
+        "no salt", "argument too many", "no arguments", "version 2", "version 01", "key id", "long key id",
+        "key version", "long key version", "cut salt", "short salt", "long salt", "padded salt", "no tag",
+        "short tag", "long tag",
+    ],
+)  # fmt: skip
+def test_a_context_stanza_of_another_shape_is_refused(context: Stanza) -> None:
+    with pytest.raises(DecryptFailed):
+        binding.read(head(NATIVE, context, MADE))
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        replace(MADE, args=(ORIGIN,)),
+        replace(MADE, args=(ORIGIN, "2")),
+        replace(MADE, args=(ORIGIN, "1", "x")),
+        replace(MADE, body=b""),
+        replace(MADE, body=bytes(31)),
+        replace(MADE, body=bytes(33)),
+    ],
+    ids=["no version", "version 2", "argument too many", "no tag", "short tag", "long tag"],
+)
+def test_an_origin_stanza_of_another_shape_is_refused(origin: Stanza) -> None:
+    with pytest.raises(DecryptFailed):
+        binding.read(head(NATIVE, BOUND, origin))
+
+
+@pytest.mark.parametrize(
+    "pad",
+    [
+        Stanza((PAD,), b""),
+        Stanza((PAD, "1"), b""),
+        Stanza((PAD, "0001"), b""),
+        Stanza((PAD, "0", "0"), b""),
+        Stanza((PAD, "0"), b"x"),
+    ],
+    ids=["no filler", "one", "not all zero", "two", "body"],
+)
+def test_a_pad_stanza_carries_nothing(pad: Stanza) -> None:
+    with pytest.raises(DecryptFailed):
+        binding.read(head(NATIVE, BOUND, MADE, pad))
+
+
+# -- tags --------------------------------------------------------------------------------------------
+
+OTHERS: Final = pytest.mark.parametrize(
+    ("names", "context"),
+    [
+        ({"tenant": "evil"}, ROW),
+        ({"key_id": "other"}, ROW),
+        ({"version": "0"}, ROW),
+        ({"tenant": "acmepayroll", "key_id": ""}, ROW),
+        ({}, NO_CONTEXT),
+        ({}, Context.parse("row=8")),
+        ({}, Context.parse("row=7,x=")),
+    ],
+    ids=["tenant", "key id", "version", "shifted", "no context", "other", "extra"],
+)
+
+
+def test_the_context_of_the_sealing_fits() -> None:
+    binding.check_context(binding.context_stanza(FILE_KEY, KEY, ROW), FILE_KEY, KEY, ROW)
+
+
+@OTHERS
+def test_no_other_context_or_name_fits(names: dict[str, str], context: Context) -> None:
+    stanza = binding.context_stanza(FILE_KEY, KEY, ROW)
+
+    with pytest.raises(DecryptFailed):
+        binding.check_context(stanza, FILE_KEY, replace(KEY, **names), context)
+
+
+def test_no_other_file_key_fits() -> None:
+    with pytest.raises(DecryptFailed):
+        binding.check_context(binding.context_stanza(FILE_KEY, KEY, ROW), bytes(16), KEY, ROW)
+
+
+def test_one_context_looks_different_in_every_file() -> None:
+    """Equal tags would tell which files share a context."""
+    stanzas = [binding.context_stanza(FILE_KEY, KEY, ROW) for _ in range(2)]
+
+    assert stanzas[0].args != stanzas[1].args
+    assert stanzas[0].body != stanzas[1].body
+
+
+@OTHERS
+def test_origin_binds_context_and_names(names: dict[str, str], context: Context) -> None:
+    tag = binding.origin_tag(MAC_KEY, FILE_KEY, NONCE, key=KEY, context=ROW)
+
+    assert tag != binding.origin_tag(MAC_KEY, FILE_KEY, NONCE, key=replace(KEY, **names), context=context)
+
+
+@pytest.mark.parametrize(
+    ("mac_key", "file_key", "nonce"),
+    [(b"x" * 32, FILE_KEY, NONCE), (MAC_KEY, bytes(16), NONCE), (MAC_KEY, FILE_KEY, bytes(16))],
+    ids=["identity", "file key", "payload nonce"],
+)
+def test_origin_binds_identity_file_key_and_nonce(mac_key: bytes, file_key: bytes, nonce: bytes) -> None:
+    tag = binding.origin_tag(MAC_KEY, FILE_KEY, NONCE, key=KEY, context=ROW)
+
+    assert tag == binding.origin_tag(MAC_KEY, FILE_KEY, NONCE, key=KEY, context=ROW)
+    assert tag != binding.origin_tag(mac_key, file_key, nonce, key=KEY, context=ROW)
+
+
+def test_every_identity_has_an_origin_key_of_its_own() -> None:
+    assert binding.origin_key(bytes(32)) != binding.origin_key(b"\x01" * 32)
+    assert binding.origin_key(bytes(32)) != bytes(32)
+
+
+@OTHERS
+def test_a_remote_wrap_authenticates_names_and_context(names: dict[str, str], context: Context) -> None:
+    bound = binding.context_stanza(FILE_KEY, KEY, ROW)
+    other = binding.context_stanza(FILE_KEY, replace(KEY, **names), context)
+
+    assert binding.wrap_aad(KEY, bound) == binding.wrap_aad(KEY, bound)
+    assert binding.wrap_aad(replace(KEY, **names), other) != binding.wrap_aad(KEY, bound)
+    assert binding.wrap_aad(replace(KEY, backend="transit"), bound) != binding.wrap_aad(KEY, bound)
+
+
+def test_no_context_value_leaves_with_a_wrap() -> None:
+    context = Context.parse("patient=hunter2")
+
+    assert b"hunter2" not in binding.wrap_aad(KEY, binding.context_stanza(FILE_KEY, KEY, context))
+
+
+# -- padding -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("taken", [*range(3970, 3990), 100, 4096, 8190, 20_000])
+def test_filler_rounds_a_header_up(taken: int) -> None:
+    spare = taken - len(header.render([Stanza(("x",), b"")], FILE_KEY))
+    stanza = Stanza(("x" * max(1, 1 + spare),), b"")
+    pad = binding.pad_stanza([stanza], len("--- ") + 43 + 1, len(VERSION_LINE), 4096)
+    rendered = header.render([stanza, pad], FILE_KEY)
+
+    assert len(rendered) % 4096 == 0
+    assert len(rendered) - len(header.render([stanza], FILE_KEY)) < 4096 + len("-> kms-service/pad 0\n\n")
