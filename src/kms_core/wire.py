@@ -4,6 +4,7 @@
 fields are refused. No shape shows its values in ``repr``, so a body cannot reach a log by accident.
 """
 
+from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -13,6 +14,10 @@ PREFIX: Final = "/api/v1/kms"
 KEY_ID_PATTERN: Final = "^[A-Za-z0-9_.-]{1,80}$"
 
 KeyId = Annotated[str, Meta(pattern=KEY_ID_PATTERN)]
+# A UUID (RFC 9562) in lower case, of any version but 5: those name the parts of a job.
+JobId = Annotated[
+    str, Meta(pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[1-46-8][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$")
+]
 ContextIn = str | dict[str, str] | None
 KeySpec = Literal["AES_128", "AES_256"]
 JobKind = Literal["encrypt", "decrypt", "rewrap"]
@@ -216,6 +221,27 @@ class JobIn(Body, frozen=True, kw_only=True):
     context: ContextIn = None
     new_context: ContextIn = None
     ttl_s: Annotated[int, Meta(ge=60, le=30 * 24 * 3600)] | None = None
+
+
+class Submission(Body, frozen=True, kw_only=True):
+    """What a ``kms.submit`` message seals (docs/celery.md): a job, its submitter's id for it, and a term.
+
+    The id makes replays harmless. No ``token`` but null is valid until callers are authenticated.
+    """
+
+    version: Literal[1]
+    token: Annotated[str, Meta(max_length=4096)] | None = None
+    job_id: JobId
+    expires_at: Annotated[datetime, Meta(tz=True)]
+    job: JobIn
+
+
+class IntakeOut(Answer, frozen=True, kw_only=True):
+    """Whom to seal a ``kms.submit`` message to, and the version of the message that is taken."""
+
+    recipient: str
+    key_version: str
+    version: int
 
 
 class JobLinks(Answer, frozen=True, kw_only=True, rename={"self_": "self"}):

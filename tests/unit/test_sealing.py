@@ -48,7 +48,7 @@ class OneIdentity:
         del key, aad
         return self._identity.unwrap(stanza)
 
-    def origin_key(self, key: KeyRef) -> bytes:
+    def origin_key(self, key: KeyRef) -> bytes | None:
         del key
         return binding.origin_key(self._identity.secret)
 
@@ -223,7 +223,7 @@ def test_only_the_stanzas_that_were_sealed_open(stanzas: list[Stanza]) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda stanza: [],
+        lambda _: [],
         lambda stanza: [stanza, stanza],
         lambda stanza: [Stanza(stanza.args, bytes(len(stanza.body)))],
         lambda stanza: [Stanza((stanza.args[0], "2", *stanza.args[2:]), stanza.body)],
@@ -294,7 +294,7 @@ def test_one_of_ours_needs_the_key_it_names() -> None:
 class Remote(OneIdentity):
     """A wrapper whose wrap authenticates the AAD by itself, so that its files carry no origin."""
 
-    def origin_key(self, key: KeyRef) -> None:  # type: ignore[override]
+    def origin_key(self, key: KeyRef) -> None:
         del key
 
 

@@ -1,7 +1,8 @@
 """Files of any size: a streamed upload becomes a job, a job's result is a streamed download with ranges."""
 
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import closing
 from typing import Final
 
 import anyio.from_thread
@@ -111,7 +112,8 @@ def _bounds(first: str, last: str, *, size: int) -> tuple[int, int]:
     return int(first), min(size, int(last) + 1) if last else size
 
 
-async def _sending(slabs: Iterator[bytes | memoryview]) -> AsyncIterator[bytes | memoryview]:
+async def _sending(slabs: Generator[bytes | memoryview]) -> AsyncIterator[bytes | memoryview]:
     """One slab at a time from a thread. A forged slab breaks the connection: no clean end is sent."""
-    while (slab := await anyio.to_thread.run_sync(next, slabs, None)) is not None:
-        yield slab
+    with closing(slabs):  # a download that breaks off leaves no file open
+        while (slab := await anyio.to_thread.run_sync(next, slabs, None)) is not None:
+            yield slab

@@ -26,6 +26,14 @@ from kms_core.service import Kms
 
 
 @dataclass(frozen=True, slots=True)
+class Named:
+    """A job that its submitter named; ``digest`` (32 bytes, keyed) tells a replay from another job."""
+
+    job_id: str
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Terms:
     """What every job is asked for with."""
 
@@ -36,6 +44,12 @@ class Terms:
     new_context: Context | None = None
     ttl_s: int | None = None
     idempotency: str = ""
+    named: Named | None = None
+
+    @property
+    def job_id(self) -> str:
+        """The submitter's, or a new one each time."""
+        return self.named.job_id if self.named else new_id()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +89,25 @@ class Desk:
         canonical = (terms.kind.encode(), terms.context.canonical(), (terms.key_id or "").encode())
         return self.store.record_key.hasher(*canonical)
 
+    def submit(self, terms: Terms, body: wire.JobIn, most_items: int) -> Job:
+        """A job as ``POST /jobs`` describes it: items, or a reference. Raises as ``check`` and these do."""
+        self.check(terms)
+        if body.items is not None and body.source is None and body.target is None:
+            check_count(len(body.items), most_items)
+            return self.items(terms, body.items)
+        if body.items is None and body.source is not None and body.target is not None:
+            return self.reference(terms, body.source, body.target, overwrite=bool(body.overwrite))
+        raise InvalidRequest(
+            "Give items, or source and target; to upload a file use /files/encrypt or /files/decrypt"
+        )
+
     def upload(self, terms: Terms, job_id: str, size_bytes: int, digest: bytes) -> Job:
         """A job over an upload that has arrived whole."""
         return self._submit(terms, job_id, source=UPLOAD, size_bytes=size_bytes, digest=digest)
 
     def items(self, terms: Terms, items: Iterable[wire.JobItem]) -> Job:
         """A bulk job; its items go to the spool one by one. Raises InvalidRequest, TooLarge, SpoolFull."""
-        job_id = new_id()
+        job_id = terms.job_id
         hasher = self.hasher(terms)
         starts: list[int] = []
         count = 0
@@ -116,7 +142,7 @@ class Desk:
         hasher.update(f"{source}\n{target}\n{overwrite}".encode())
         return self._submit(
             terms,
-            new_id(),
+            terms.job_id,
             source=source,
             target=target,
             overwrite=overwrite,
@@ -139,7 +165,7 @@ class Desk:
                 "context": terms.context.pairs,
                 "new_context": None if new_context is None else new_context.pairs,
                 "request_id": audit.request_id.get(),
-                "digest": digest,
+                "digest": terms.named.digest if terms.named else digest,
                 "created_at": now,
                 "expires_at": now + (terms.ttl_s or self._rules.result_ttl_s),
                 **fields,

@@ -4,7 +4,7 @@ A result is pieces laid end to end: a header and the payload of the upload, an o
 result lines of every part of a bulk job.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -26,7 +26,7 @@ class Piece(Protocol):
 
     @property
     def size(self) -> int: ...
-    def slabs(self, start: int, stop: int) -> Iterator[bytes | memoryview]:
+    def slabs(self, start: int, stop: int) -> Generator[bytes | memoryview]:
         """The bytes from ``start`` to before ``stop``. Raises ResultExpired, DecryptFailed."""
 
 
@@ -41,7 +41,7 @@ class Result:
     def size(self) -> int:
         return sum(piece.size for piece in self.pieces)
 
-    def slabs(self, start: int, stop: int) -> Iterator[bytes | memoryview]:
+    def slabs(self, start: int, stop: int) -> Generator[bytes | memoryview]:
         """The bytes from ``start`` to before ``stop``, in order, at most some 1 MiB at a time."""
         at = 0
         for piece in self.pieces:
@@ -100,7 +100,7 @@ class _Literal:
     def size(self) -> int:
         return len(self.data)
 
-    def slabs(self, start: int, stop: int) -> Iterator[bytes]:
+    def slabs(self, start: int, stop: int) -> Generator[bytes]:
         yield self.data[start:stop]
 
 
@@ -117,7 +117,7 @@ class _Payload:
         with spool.blob(label) as blob:
             return cls(spool, label, blob.payload.size)
 
-    def slabs(self, start: int, stop: int) -> Iterator[bytes]:
+    def slabs(self, start: int, stop: int) -> Generator[bytes]:
         with self.spool.blob(self.label) as blob:
             while start < stop:
                 slab = blob.payload.read_at(start, min(_SLAB_BYTES, stop - start))
@@ -141,7 +141,7 @@ class _Opened:
         with spool.blob(label) as blob:
             return cls(spool, label, head_label, blob.plaintext_bytes)
 
-    def slabs(self, start: int, stop: int) -> Iterator[memoryview]:
+    def slabs(self, start: int, stop: int) -> Generator[memoryview]:
         with self.spool.blob(self.label) as blob:
             head = blob.head if self.head_label == self.label else self._head()
             key = stream.payload_key(self.spool.unseal(self.head_label, head), head.nonce)
