@@ -1,4 +1,4 @@
-"""How long a person waits: the ``kms`` command against a running service, ``age`` on the same bytes, a warm start.
+"""How long a person waits: the ``kms`` command against a running service, ``age``, and a warm start.
 
 A run is several invocations after one another; the figure is of one.
 """

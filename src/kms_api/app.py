@@ -9,7 +9,7 @@ from starlette.types import ASGIApp
 from kms_api import bodies, broker, problems
 from kms_api.deps import Service
 from kms_api.edge import Edge
-from kms_api.routes import batch, files, jobs, operations, secrets
+from kms_api.routes import batch, files, intake, jobs, operations, secrets
 from kms_core import __version__, metrics, wire
 from kms_core.jobs.build import build as build_core
 from kms_core.settings import Settings
@@ -34,7 +34,7 @@ def build(settings: Settings) -> ASGIApp:
         anyio.CapacityLimiter(_BACKEND_THREADS),
         anyio.CapacityLimiter(_UPLOAD_THREADS),
     )
-    for router in (secrets.router, batch.router, jobs.router, files.router, operations.router):
+    for router in (secrets.router, batch.router, jobs.router, files.router, intake.router, operations.router):
         app.include_router(router, prefix=wire.PREFIX)
     app.include_router(operations.probes)
     problems.install(app)

@@ -143,7 +143,7 @@ def _invoke(line: list[str]) -> object:
     """What ``Group.main`` does, without its own way of ending on a broken pipe and on Ctrl-C."""
     top = group()
     try:
-        with top.make_context("kms", line) as ctx:
+        with top.make_context("kms", list(line)) as ctx:
             return top.invoke(ctx)
     except click.exceptions.Exit as end:
         return end.exit_code

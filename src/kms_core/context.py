@@ -18,7 +18,7 @@ RESERVED_PREFIX: Final = "kms:"
 
 def length_prefixed(*parts: bytes) -> bytes:
     """Join parts so that no two lists of parts give the same bytes: each behind its 4-byte length."""
-    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    return b"".join([len(part).to_bytes(4, "big") + part for part in parts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,11 @@ class Context:
     """Sorted pairs; equal contexts have equal canonical bytes. Values are secret-ish: not in ``repr``."""
 
     pairs: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    _canonical: bytes = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        parts = [part.encode() for pair in self.pairs for part in pair]
+        object.__setattr__(self, "_canonical", length_prefixed(*parts))
 
     @classmethod
     def parse(cls, given: str | Mapping[str, str] | None) -> Self:
@@ -55,7 +60,7 @@ class Context:
 
     def canonical(self) -> bytes:
         """The bytes that are authenticated: pairs sorted by key, every key and value length-prefixed."""
-        return length_prefixed(*(part.encode() for pair in self.pairs for part in pair))
+        return self._canonical
 
     def get(self, key: str) -> str | None:
         return dict(self.pairs).get(key)

@@ -1,5 +1,6 @@
 """Every Prometheus metric of the service, declared once. Label values come from closed sets only."""
 
+from functools import lru_cache
 from typing import Final, Protocol
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -72,10 +73,24 @@ class _Operation(Protocol):
 def count_operation(record: _Operation, result: str, seconds: float) -> None:
     """Count one operation of the core: outcome, time and bytes."""
     mode = "job" if record.job_id else "sync"
-    OPERATIONS.labels(record.operation, record.backend, mode, result).inc()
-    OPERATION_SECONDS.labels(record.operation, record.backend, mode).observe(seconds)
-    PAYLOAD_BYTES.labels(record.operation, "in").inc(record.bytes_in)
-    PAYLOAD_BYTES.labels(record.operation, "out").inc(record.bytes_out)
+    count, duration, taken, given = _children(record.operation, record.backend, mode, result)
+    count.inc()
+    duration.observe(seconds)
+    taken.inc(record.bytes_in)
+    given.inc(record.bytes_out)
+
+
+@lru_cache(maxsize=1024)
+def _children(
+    operation: str, backend: str, mode: str, result: str
+) -> tuple[Counter, Histogram, Counter, Counter]:
+    """The labelled metrics of one kind of operation: looking them up costs more than counting."""
+    return (
+        OPERATIONS.labels(operation, backend, mode, result),
+        OPERATION_SECONDS.labels(operation, backend, mode),
+        PAYLOAD_BYTES.labels(operation, "in"),
+        PAYLOAD_BYTES.labels(operation, "out"),
+    )
 
 
 def operation_counts() -> dict[tuple[str, str], int]:

@@ -16,7 +16,11 @@ KEY_ID_PATTERN: Final = "^[A-Za-z0-9_.-]{1,80}$"
 KeyId = Annotated[str, Meta(pattern=KEY_ID_PATTERN)]
 # A UUID (RFC 9562) in lower case, of any version but 5: those name the parts of a job.
 JobId = Annotated[
-    str, Meta(pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[1-46-8][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$")
+    str,
+    Meta(
+        pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[1-46-8][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$",
+        max_length=36,  # $ alone would let a line end pass
+    ),
 ]
 ContextIn = str | dict[str, str] | None
 KeySpec = Literal["AES_128", "AES_256"]

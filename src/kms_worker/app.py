@@ -1,4 +1,4 @@
-"""Builds the Celery application of the worker. A message carries a job id; all else is in the core."""
+"""Builds the Celery application of the worker. Our own messages carry a job id; all else is in the core."""
 
 import os
 from typing import Final
@@ -7,12 +7,13 @@ import structlog
 from celery import Celery, signals
 
 from kms_core.errors import JobsUnavailable, KmsError
-from kms_core.jobs.build import Core
+from kms_core.jobs.build import Core, build_intake
 from kms_core.jobs.build import build as build_core
 from kms_core.jobs.model import FILES
 from kms_core.jobs.run import run_job
 from kms_core.settings import Settings
-from kms_worker import broker, kombu_ack
+from kms_worker import broker, kombu_ack, submit
+from kms_worker.submit import Pulse
 
 _VISIBILITY_S: Final = 24 * 3600  # above the longest job: our lease, not the broker, takes up a lost one
 _log = structlog.get_logger(__name__)
@@ -48,8 +49,11 @@ CONFIGURATION: Final[dict[str, object]] = {
 }
 
 
-def build(settings: Settings, name: str) -> Celery:
-    """The application of the worker ``name``; its one task runs one job. Raises ConfigurationError."""
+def build(settings: Settings, name: str, pulse: Pulse) -> Celery:
+    """The application of the worker ``name``: a task that runs a job, and one that takes sealed messages.
+
+    Raises ConfigurationError.
+    """
     kombu_ack.install()
     app = Celery("kms-worker", broker=settings.kms.redis.broker_url, set_as_current=False)
     app.conf.update(CONFIGURATION)
@@ -73,6 +77,7 @@ def build(settings: Settings, name: str) -> Celery:
         except Exception as exc:  # noqa: BLE001 -- the top of the worker: the lease runs out, and attempts are bounded
             _log.exception("job.crashed", job_id=job_id, error=type(exc).__name__)
 
+    submit.register(app, lambda: build_intake(settings, core().desk), name, pulse)
     return app
 
 

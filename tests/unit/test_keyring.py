@@ -1,10 +1,12 @@
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import pytest
 
 from agekms import write_pair
 from kms_core import keyring
+from kms_core.backends import age
 from kms_core.backends.age import version_of
 from kms_core.envelope import x25519
 from kms_core.errors import ConfigurationError, UnknownKey
@@ -128,9 +130,8 @@ def test_a_key_names_its_versions_the_current_first(tmp_path: Path) -> None:
         ),
         ('[kms.keys]\npayroll = "age://host/private_key.txt"', "An age key is age:///"),
         ('[kms.keys]\npayroll = "age://{tmp}/gone"', "Cannot read the age key file {tmp}/gone"),
-        ('[kms.keys]\n"{{}}" = "age://{tmp}/payroll/private_key.txt"', ""),
     ],
-    ids=["scheme", "password", "host", "missing file", "key id"],
+    ids=["scheme", "password", "host", "missing file"],
 )
 def test_a_wrong_uri_is_refused(tmp_path: Path, text: str, said: str) -> None:
     refused = refusal(tmp_path, text)
@@ -156,3 +157,61 @@ def test_a_backend_that_is_not_there_is_refused(tmp_path: Path) -> None:
     refused = refusal(tmp_path, text + '[kms.cosmian]\nserver_url = "https://kms.test"')
 
     assert refused == "the active backend names the backend 'cosmian', which is not one of: age"
+
+
+# -- keys by URI -------------------------------------------------------------------------------------
+
+
+def test_no_uri_means_the_section_of_settings(tmp_path: Path) -> None:
+    backend = age.open_key(None, settings_of(tmp_path))
+
+    assert backend.current_version() == version_of(OWN.recipient)
+    assert not backend.data_keys
+
+
+def test_a_uri_names_both_files(tmp_path: Path) -> None:
+    write_pair(tmp_path / "a b", OWN, NEXT, current=OWN)
+    uri = f"age://{tmp_path}/a%20b/private_key.txt?public={tmp_path}/a%20b/public_key.txt"
+
+    assert age.open_key(urlsplit(uri), settings_of(tmp_path)).current_version() == version_of(OWN.recipient)
+
+
+def test_a_uri_may_name_the_identity_file_alone(tmp_path: Path) -> None:
+    write_pair(tmp_path / "other", OWN, NEXT, current=OWN)
+    uri = f"age://{tmp_path}/other/private_key.txt"
+
+    assert age.open_key(urlsplit(uri), settings_of(tmp_path)).current_version() == version_of(NEXT.recipient)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "age://host{own}/private_key.txt",
+        "age://user@{own}/private_key.txt",
+        "age:",
+        "age://",
+        "age:private_key.txt",
+        "age://{own}/private_key.txt?pubic={own}/public_key.txt",
+        "age://{own}/private_key.txt?public={own}/public_key.txt&mode=0600",
+        "age://{own}/private_key.txt?public={own}/public_key.txt&public=/x",
+        "age://{own}/private_key.txt?public=",
+        "age://{own}/private_key.txt#2",
+    ],
+    ids=[
+        "host", "user", "empty", "no path", "relative", "misspelt option", "unknown option", "option twice",
+        "empty option", "fragment",
+    ],
+)  # fmt: skip
+def test_a_wrong_uri_is_refused_with_a_right_one(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"An age key is age:///path/to/private_key\.txt"):
+        age.open_key(urlsplit(uri.format(own=tmp_path / "payroll")), settings_of(tmp_path))
+
+
+def test_in_prod_a_uri_is_held_to_private_files(tmp_path: Path) -> None:
+    write_pair(tmp_path, OWN)
+    (tmp_path / "private_key.txt").chmod(0o644)
+    text = '[kms]\nenvironment = "prod"\nprod_backend = "age"\nallow_age_in_prod = true\n'
+    prod = settings_of(tmp_path, text)
+
+    with pytest.raises(ConfigurationError, match="chmod 600"):
+        age.open_key(urlsplit(f"age://{tmp_path}/private_key.txt"), prod)

@@ -6,9 +6,10 @@ from kms_core import keyring
 from kms_core.audit import JsonLines
 from kms_core.backends.age import AgeBackend, KeyFiles
 from kms_core.envelope.header import Limits
-from kms_core.jobs import desk
+from kms_core.jobs import desk, intake
 from kms_core.jobs.blobs import Spool
 from kms_core.jobs.desk import Desk
+from kms_core.jobs.intake import Intake
 from kms_core.jobs.paths import Roots
 from kms_core.jobs.records import RecordKey
 from kms_core.jobs.run import Shop
@@ -69,3 +70,14 @@ def build(settings: Settings, process: str, nudge: Nudge) -> Core:
     roots = Roots(jobs.roots, forbidden)
     rules = desk.Rules(jobs.result_ttl_s, limits.sync_plaintext_bytes, section.require_context)
     return Core(kms, Desk(kms, store, spool, roots, rules), Shop(kms, store, spool, roots))
+
+
+def build_intake(settings: Settings, desk_: Desk) -> Intake | None:
+    """What opens ``kms.submit`` messages, or None without an intake key. Raises ConfigurationError."""
+    jobs, limits = settings.kms.jobs, settings.kms.limits
+    if not jobs.intake_identity_path.exists():
+        return None
+    key = AgeBackend(KeyFiles(jobs.intake_identity_path, strict=settings.is_prod))
+    head = Limits(limits.sync_header_bytes, limits.sync_stanzas)
+    rules = intake.Rules(limits.json_job_bytes, limits.json_job_items, head, jobs.result_ttl_s)
+    return Intake(key, desk_, rules)

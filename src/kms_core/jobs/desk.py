@@ -46,7 +46,6 @@ class Terms:
     idempotency: str = ""
     named: Named | None = None
 
-    @property
     def job_id(self) -> str:
         """The submitter's, or a new one each time."""
         return self.named.job_id if self.named else new_id()
@@ -107,7 +106,7 @@ class Desk:
 
     def items(self, terms: Terms, items: Iterable[wire.JobItem]) -> Job:
         """A bulk job; its items go to the spool one by one. Raises InvalidRequest, TooLarge, SpoolFull."""
-        job_id = terms.job_id
+        job_id = terms.job_id()
         hasher = self.hasher(terms)
         starts: list[int] = []
         count = 0
@@ -142,7 +141,7 @@ class Desk:
         hasher.update(f"{source}\n{target}\n{overwrite}".encode())
         return self._submit(
             terms,
-            terms.job_id,
+            terms.job_id(),
             source=source,
             target=target,
             overwrite=overwrite,

@@ -35,7 +35,11 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        metrics.JOB_BYTES.labels(self.claim.accepted.kind).inc(self._bytes)
+        done = self.claim.accepted.kind
+        metrics.JOB_BYTES.labels(done).inc(self._bytes)
+        if self._items:
+            metrics.JOB_ITEMS.labels(done, "ok").inc(self._items - self._failed)
+            metrics.JOB_ITEMS.labels(done, "failed").inc(self._failed)
 
     def check(self) -> None:
         """Raise if this attempt must stop: another worker took over, or the owner cancelled."""
@@ -52,7 +56,6 @@ class Lease:
         with self._lock:
             self._items += 1
             self._failed += failed
-        metrics.JOB_ITEMS.labels(self.claim.accepted.kind, "failed" if failed else "ok").inc()
 
     @property
     def failed_items(self) -> int:

@@ -72,7 +72,12 @@ def _attempt(claim: Claim, shop: Shop) -> None:
 
 def _tidy(job: Accepted, shop: Shop) -> None:
     """The items are needed no more once the job, or the last of its parts, has ended."""
-    if job.source == ITEMS and (not job.parent or shop.store.get(job.parent, job.tenant).ended):
+    if job.source != ITEMS:
+        return
+    whole = shop.store.get(job.owner, job.tenant)
+    if whole.state == "cancelled":
+        shop.spool.delete(job.owner)
+    elif whole.ended:
         shop.spool.discard(Label(job.tenant, job.owner, ITEMS))
 
 
