@@ -38,6 +38,7 @@ def run_job(job_id: str, shop: Shop, worker: str) -> None:
     """
     claim = shop.store.claim(job_id, worker)
     if claim is None:
+        _tidy(shop.store.accepted(job_id), shop)  # it may just have been closed
         return
     job = claim.accepted
     audit.job_id.set(job.owner)
@@ -71,13 +72,11 @@ def _attempt(claim: Claim, shop: Shop) -> None:
 
 
 def _tidy(job: Accepted, shop: Shop) -> None:
-    """The items are needed no more once the job, or the last of its parts, has ended."""
-    if job.source != ITEMS:
-        return
+    """Items are needed no more once the job, or the last of its parts, has ended; nothing is if cancelled."""
     whole = shop.store.get(job.owner, job.tenant)
     if whole.state == "cancelled":
         shop.spool.delete(job.owner)
-    elif whole.ended:
+    elif whole.ended and job.source == ITEMS:
         shop.spool.discard(Label(job.tenant, job.owner, ITEMS))
 
 
