@@ -51,6 +51,7 @@ def queues(intake: Intake | None) -> tuple[str, ...]:
 def register(app: Celery, build: Callable[[], Intake | None], worker: str, pulse: Pulse) -> None:
     """Add the task. ``build`` is called once in each process that runs it; ``worker`` names the worker."""
     logging.getLogger("celery.app.trace").addFilter(_is_news)
+    logging.getLogger("celery.pool").addFilter(_above_debug)
     intakes = functools.cache(lambda _process: build())
 
     @app.task(name=TASK, throws=(KmsError,), shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
@@ -87,3 +88,8 @@ def accept(intake: Intake | None, args: tuple[object, ...], named: dict[str, obj
 def _is_news(record: logging.LogRecord) -> bool:
     """Celery logs a traceback for each message that goes back to the queue; ``submit.postponed`` says it."""
     return not (record.exc_info and isinstance(record.exc_info[1], Reject))
+
+
+def _above_debug(record: logging.LogRecord) -> bool:
+    """At DEBUG Celery's pool prints the argument of each task."""
+    return record.levelno > logging.DEBUG

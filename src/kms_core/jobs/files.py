@@ -12,7 +12,7 @@ from typing import Final
 from kms_core.envelope import disk, header
 from kms_core.envelope.header import FILE_LIMITS
 from kms_core.envelope.slabs import Extent
-from kms_core.errors import JobsUnavailable, KmsError
+from kms_core.errors import JobsUnavailable, KmsError, PathRefused, TargetExists
 from kms_core.jobs.lease import Lease
 from kms_core.jobs.model import Commit
 from kms_core.jobs.paths import OpenSource, Pending, Placement, Roots, temporary_name
@@ -20,6 +20,7 @@ from kms_core.jobs.store import JobStore
 from kms_core.jobs.uploads import pace
 from kms_core.service import Kms
 
+_REFUSED: Final = (TargetExists, PathRefused)
 _COPY_BYTES: Final = 8 * 1024 * 1024
 
 
@@ -31,7 +32,11 @@ def run(lease: Lease, kms: Kms, store: JobStore, roots: Roots) -> None:
         commit = _attempt(lease, kms, store, roots)
     tag = _tag(job.job_id, commit.fence)
     placement = Placement(job.target, temporary_name(tag), commit.inode, commit.size_bytes, commit.mtime_ns)
-    roots.finish(placement, overwrite=job.overwrite)
+    try:
+        roots.finish(placement, overwrite=job.overwrite)
+    except _REFUSED:  # somebody took the target's name: the job has failed, and its file is in nobody's way
+        roots.discard(job.target, placement.temporary)
+        raise
 
 
 def _attempt(lease: Lease, kms: Kms, store: JobStore, roots: Roots) -> Commit:

@@ -10,9 +10,11 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from kms_core.envelope.kdf import KEY_BYTES, hkdf
 from kms_core.errors import UnknownJob
-from kms_core.jobs.model import Accepted
+from kms_core.jobs.model import Accepted, Commit
 
 _VERSION: Final = b"\x01"
+_COMMIT: Final = b"commit"
+_TAG_BYTES: Final = 32
 _SALT_BYTES: Final = 32
 _ZERO_NONCE: Final = bytes(12)
 _RECORD_INFO: Final = b"kms-service/job-record/1"
@@ -44,6 +46,18 @@ class RecordKey:
                 continue
             return msgspec.msgpack.decode(plain, type=Accepted)
         raise UnknownJob("The record of this job was not written by this service")
+
+    def sign_commit(self, job_id: str, commit: Commit) -> bytes:
+        """A commit record as it rests in Redis: behind a MAC, or others could have a file put in place."""
+        body = msgspec.json.encode(commit)
+        return self.digest(_COMMIT, job_id.encode(), body) + body
+
+    def open_commit(self, job_id: str, signed: bytes) -> Commit:
+        """The commit record. UnknownJob if it was not written here for this job id."""
+        tag, body = signed[:_TAG_BYTES], signed[_TAG_BYTES:]
+        if not hmac.compare_digest(tag, self.digest(_COMMIT, job_id.encode(), body)):
+            raise UnknownJob("The commit record of this job was not written by this service")
+        return msgspec.json.decode(body, type=Commit)
 
     def digest(self, *parts: bytes) -> bytes:
         """A keyed digest of 32 bytes: a plain one of a short secret could be guessed."""

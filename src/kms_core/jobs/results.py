@@ -66,7 +66,7 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
         return Result(list(_lines(job, store, spool)), lines=True)
     head = Label(job.tenant, job.job_id, uploads.HEAD, job.fence)
     upload = Label(job.tenant, job.job_id, UPLOAD)
-    if job.kind == "decrypt":
+    if accepted.kind == "decrypt":
         return Result([_Opened.of(spool, upload, head)])
     return Result([_Literal(spool.get(head)), _Payload.of(spool, upload)])
 
@@ -77,7 +77,7 @@ def _lines(job: Job, store: JobStore, spool: Spool) -> Iterator[Piece]:
         yield _Opened.of(spool, label, label)
         return
     for number in range(job.parts):
-        part = store.get(bulk.part_id(job.job_id, number), job.tenant)
+        part = store.part(bulk.part_id(job.job_id, number))
         if part.state == "succeeded" or part.error == "items_failed":
             label = bulk.result_label(job.tenant, job.job_id, number, part.fence)
             yield _Opened.of(spool, label, label)

@@ -183,7 +183,11 @@ COMMITTING: Final = (
     _LIBRARY
     + """
 -- KEYS: job   ARGV: id, fence, commit record
+-- Said twice (the answer was lost and the client asked again) it is as if said once.
 local ours, state, cancel = held(ARGV[2])
+if ours and state == 'committing' and redis.call('HGET', job, 'commit') == ARGV[3] then
+  return {'committing'}
+end
 if not ours or state ~= 'running' then return {'lost'} end
 if cancel then return {'cancel'} end
 redis.call('HSET', job, 'state', 'committing', 'commit', ARGV[3])

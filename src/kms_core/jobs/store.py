@@ -154,7 +154,15 @@ class JobStore:
         """One job of this tenant; UnknownJob for another's too."""
         with _redis_errors():
             raw = cast("dict[bytes, bytes]", self.redis.hgetall(_job(job_id)))
-        if not raw or raw[b"tenant"].decode() != tenant:
+        if not raw or raw.get(b"tenant") != tenant.encode() or b"parent" in raw:
+            raise UnknownJob
+        return _reading(job_id, raw)
+
+    def part(self, job_id: str) -> Job:
+        """A part of a job, for the service's own eyes: nobody may look at, cancel or retry it by itself."""
+        with _redis_errors():
+            raw = cast("dict[bytes, bytes]", self.redis.hgetall(_job(job_id)))
+        if not raw:
             raise UnknownJob
         return _reading(job_id, raw)
 
@@ -254,7 +262,7 @@ class JobStore:
             attempt=int(attempt),
             waited_s=float(waited),
             deferrals=int(deferrals),
-            commit=msgspec.json.decode(commit, type=Commit) if commit else None,
+            commit=self.record_key.open_commit(job_id, commit) if commit else None,
         )
 
     def renew(self, claim: Claim, progress: Fields) -> None:
@@ -287,7 +295,11 @@ class JobStore:
         with _redis_errors():
             word = self._run["COMMITTING"](
                 [_job(claim.accepted.job_id)],
-                [claim.accepted.job_id, claim.fence, msgspec.json.encode(commit)],
+                [
+                    claim.accepted.job_id,
+                    claim.fence,
+                    self.record_key.sign_commit(claim.accepted.job_id, commit),
+                ],
             )[0]
         _raise_for(word)
 
