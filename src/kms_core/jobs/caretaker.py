@@ -5,6 +5,7 @@ Runs in the parent of each worker; a short lock in Redis lets one of them act at
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 import structlog
@@ -18,6 +19,7 @@ _LOCK_S: Final = 10.0
 _LOOK_AGAIN_S: Final = 10.0
 _SWEEP_EVERY: Final = 600
 _ORPHAN_AGE_S: Final = 3600.0
+_NOTHING: Final = nullcontext()
 _log = structlog.get_logger(__name__)
 
 
@@ -25,22 +27,31 @@ class Caretaker(threading.Thread):
     """One round a second. ``waiting`` asks the broker: jobs are nudged again only if their queue is empty."""
 
     def __init__(
-        self, store: JobStore, spool: Spool, name: str, waiting: Callable[[], Mapping[str, int]]
+        self,
+        store: JobStore,
+        spool: Spool,
+        name: str,
+        waiting: Callable[[], Mapping[str, int]],
+        *,
+        working: AbstractContextManager[object] = _NOTHING,
     ) -> None:
+        """``working`` is entered for each round: what must not happen meanwhile (a fork) waits for it."""
         super().__init__(name="caretaker", daemon=True)
         self._store = store
         self._spool = spool
         self._owner = name
         self._waiting = waiting
+        self._working = working
         self._stop_asked = threading.Event()
         self._rounds = 0
 
     def run(self) -> None:
         while not self._stop_asked.wait(EVERY_S):
             try:
-                self._store.worker_seen(self._owner)
-                if self._store.lock("caretaker", self._owner, _LOCK_S):
-                    self.round()
+                with self._working:
+                    self._store.worker_seen(self._owner)
+                    if self._store.lock("caretaker", self._owner, _LOCK_S):
+                        self.round()
             except Exception as exc:  # noqa: BLE001 -- a round may fail, the caretaker may not
                 _log.warning("caretaker.round_failed", error=type(exc).__name__)
 

@@ -85,8 +85,9 @@ class Desk:
 
     def hasher(self, terms: Terms) -> hmac.HMAC:
         """A keyed digest of what is asked for; the body is fed to it as it arrives."""
-        canonical = (terms.kind.encode(), terms.context.canonical(), (terms.key_id or "").encode())
-        return self.store.record_key.hasher(*canonical)
+        new = b"-" if terms.new_context is None else b"+" + terms.new_context.canonical()
+        asked = (terms.kind.encode(), terms.context.canonical(), (terms.key_id or "").encode(), new)
+        return self.store.record_key.hasher(*asked, str(terms.ttl_s or "").encode())
 
     def submit(self, terms: Terms, body: wire.JobIn, most_items: int) -> Job:
         """A job as ``POST /jobs`` describes it: items, or a reference. Raises as ``check`` and these do."""

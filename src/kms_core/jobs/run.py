@@ -60,7 +60,6 @@ def _attempt(claim: Claim, shop: Shop) -> None:
             code = _work(lease, shop)
         store.finish(claim, "failed" if code else "succeeded", code, lease.progress)
         _log.info("job.finished", job_id=job.job_id, state="failed" if code else "succeeded", code=code)
-        _tidy(job, shop)
     except LeaseLost:
         _log.warning("job.lease_lost", job_id=job.job_id, fence=claim.fence)
     except JobsUnavailable:
@@ -69,6 +68,8 @@ def _attempt(claim: Claim, shop: Shop) -> None:
         _defer(claim, store, exc)
     except KmsError as exc:
         _end_badly(claim, shop, exc)
+    else:
+        _tidy(job, shop)
 
 
 def _tidy(job: Accepted, shop: Shop) -> None:

@@ -1,0 +1,614 @@
+"""The job store over a real Valkey: leases, fences, idempotency, and records that only this service writes."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from itertools import pairwise
+
+import msgspec
+import pytest
+import redis
+
+from kms_core.context import Context
+from kms_core.errors import (
+    IdempotencyConflict,
+    JobCancelled,
+    JobCommitting,
+    JobNotDead,
+    JobsUnavailable,
+    UnknownJob,
+)
+from kms_core.jobs.blobs import Label
+from kms_core.jobs.build import Core
+from kms_core.jobs.caretaker import Caretaker
+from kms_core.jobs.desk import Terms, new_id
+from kms_core.jobs.lease import Lease
+from kms_core.jobs.model import QUEUES, Accepted, Commit, LeaseLost
+from kms_core.jobs.records import RecordKey
+from kms_core.jobs.run import run_job
+from kms_core.jobs.store import Claim, JobStore, Rules, connect
+from kms_core.policy import Principal
+from kms_core.wire import JobItem
+from service import CANARY, until
+
+TENANT = "default"
+SHORT = Rules(lease_s=0.2, attempts=3)
+LONG = Rules(lease_s=600, attempts=3)
+COMMIT = Commit(fence=1, inode=2, size_bytes=3, mtime_ns=4)
+
+
+@pytest.fixture
+def nudged() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def make(core: Core, nudged: list[str]) -> Callable[[Rules], JobStore]:
+    def store(rules: Rules) -> JobStore:
+        found = core.shop.store
+        return JobStore(found.redis, found.record_key, lambda job_id, _queue: nudged.append(job_id), rules)
+
+    return store
+
+
+@pytest.fixture
+def store(make: Callable[[Rules], JobStore]) -> JobStore:
+    """Leases outlive any test."""
+    return make(LONG)
+
+
+@pytest.fixture
+def brief(make: Callable[[Rules], JobStore]) -> JobStore:
+    """Leases of a moment."""
+    return make(SHORT)
+
+
+def accepted(**changes: object) -> Accepted:
+    now = time.time()
+    job = Accepted(
+        job_id=new_id(),
+        tenant=TENANT,
+        principal="local",
+        credential="none",
+        kind="encrypt",
+        source="upload",
+        context=(("where", CANARY),),
+        created_at=now,
+        expires_at=now + 3600,
+    )
+    return msgspec.structs.replace(job, **changes)
+
+
+def claimed(store: JobStore, worker: str = "w1", **changes: object) -> Claim:
+    job = store.submit(accepted(**changes))
+    claim = store.claim(job.job_id, worker)
+    assert claim
+    return claim
+
+
+def state(store: JobStore, claim: Claim) -> str:
+    return store.get(claim.accepted.job_id, TENANT).state
+
+
+def record(store: JobStore, job_id: str) -> dict[bytes, bytes]:
+    found: dict[bytes, bytes] = store.redis.hgetall(f"kms:job:{job_id}")  # type: ignore[assignment]  # sync client
+    return found
+
+
+def forge(store: JobStore, job_id: str, **fields: str | bytes) -> None:
+    """What somebody with access to Redis can do."""
+    store.redis.hset(f"kms:job:{job_id}", mapping=fields)  # type: ignore[arg-type]  # its stubs want str keys in Any
+
+
+def lapse() -> None:
+    """Let a lease of ``SHORT`` run out."""
+    time.sleep(SHORT.lease_s + 0.1)
+
+
+# -- submitting ------------------------------------------------------------------------------------------
+
+
+def test_accepted_job_is_what_a_worker_gets(store: JobStore, nudged: list[str]) -> None:
+    job = accepted(key_id="k", overwrite=True, new_context=(("a", "b"),))
+
+    reading = store.submit(job)
+    claim = store.claim(job.job_id, "w1")
+
+    assert (reading.state, reading.attempt, reading.tenant) == ("queued", 0, TENANT)
+    assert claim
+    assert claim.accepted == store.accepted(job.job_id) == job
+    assert (claim.fence, claim.attempt, claim.commit) == (1, 1, None)
+    assert nudged == [job.job_id]
+
+
+def test_nothing_of_the_request_can_be_read_in_redis(store: JobStore) -> None:
+    job = store.submit(accepted(source=f"file:///{CANARY}"), idempotency=f"key {CANARY}")
+
+    assert CANARY.encode() not in b"".join([*record(store, job.job_id), *record(store, job.job_id).values()])
+    assert not store.redis.exists(f"kms:idem:key {CANARY}")
+
+
+def test_failed_nudge_loses_no_job(core: Core) -> None:
+    def broken(_job: str, _queue: str) -> None:
+        raise JobsUnavailable
+
+    found = core.shop.store
+    store = JobStore(found.redis, found.record_key, broken, LONG)
+
+    assert store.submit(accepted()).state == "queued"
+    assert len(store.due()) == 1
+
+
+def test_one_idempotency_key_is_one_job(store: JobStore, nudged: list[str]) -> None:
+    first = store.submit(accepted(digest=b"same"), idempotency="scope key")
+    again = store.submit(accepted(digest=b"same"), idempotency="scope key")
+    other = store.submit(accepted(digest=b"same"), idempotency="scope other")
+
+    assert again.job_id == first.job_id != other.job_id
+    assert nudged == [first.job_id, other.job_id]
+    with pytest.raises(IdempotencyConflict):
+        store.submit(accepted(digest=b"other"), idempotency="scope key")
+
+
+def test_idempotency_outlasts_the_end_of_the_job(store: JobStore) -> None:
+    job = store.submit(accepted(digest=b"same"), idempotency="scope key")
+    claim = store.claim(job.job_id, "w1")
+    assert claim
+    store.finish(claim, "succeeded")
+
+    assert store.submit(accepted(digest=b"same"), idempotency="scope key").state == "succeeded"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "decrypt"},
+        {"context": Context.parse("a=2")},
+        {"key_id": "other"},
+        {"new_context": Context.parse("b=1")},
+        {"new_context": Context()},
+        {"ttl_s": 60},
+    ],
+    ids="-".join,
+)
+def test_whatever_is_asked_for_tells_requests_apart(core: Core, change: dict[str, object]) -> None:
+    terms = Terms(Principal("local"), "encrypt", Context.parse("a=1"), idempotency="key")
+
+    same, other = core.desk.hasher(replace(terms)), core.desk.hasher(replace(terms, **change))  # type: ignore[arg-type]  # any field
+
+    assert core.desk.hasher(terms).digest() == same.digest() != other.digest()
+
+
+def test_job_of_another_tenant_is_unknown(store: JobStore) -> None:
+    job = store.submit(accepted(tenant="theirs"))
+
+    for look in (store.get, store.cancel):
+        with pytest.raises(UnknownJob):
+            look(job.job_id, TENANT)
+    with pytest.raises(UnknownJob):
+        store.retry(job.job_id, TENANT, 60)
+    assert store.page(TENANT, state=None, limit=10, before=None) == ([], None)
+    assert store.get(job.job_id, "theirs").state == "queued"
+
+
+def test_pages_are_newest_first_and_complete(store: JobStore) -> None:
+    now = time.time()
+    ids = [store.submit(accepted(created_at=now + number)).job_id for number in range(25)]
+    for job_id in ids[::5]:
+        store.cancel(job_id, TENANT)
+
+    seen: list[str] = []
+    cursor: str | None = None
+    while True:
+        jobs, cursor = store.page(TENANT, state=None, limit=7, before=cursor)
+        seen += [job.job_id for job in jobs]
+        if cursor is None:
+            break
+    cancelled, _ = store.page(TENANT, state="cancelled", limit=100, before=None)
+
+    assert seen == ids[::-1]
+    assert [job.job_id for job in cancelled] == ids[::5][::-1]
+
+
+# -- leases ----------------------------------------------------------------------------------------------
+
+
+def test_leased_job_is_nobody_else_s(store: JobStore) -> None:
+    claim = claimed(store)
+
+    assert store.claim(claim.accepted.job_id, "w2") is None
+    store.renew(claim, {"bytes_done": 7})
+    assert store.get(claim.accepted.job_id, TENANT).bytes_done == 7
+
+
+def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(brief: JobStore, store: JobStore) -> None:
+    old = claimed(brief)
+    lapse()
+    new = store.claim(old.accepted.job_id, "w2")
+    assert new
+    powerless: list[Callable[[], None]] = [
+        lambda: store.renew(old, {"bytes_done": 99}),
+        lambda: store.committing(old, COMMIT),
+        lambda: store.finish(old, "succeeded"),
+        lambda: store.defer(old, 1, counts=True),
+        lambda: store.split(old, []),
+    ]
+
+    assert (new.fence, new.attempt) == (2, 2)
+    for effect in powerless:
+        with pytest.raises(LeaseLost):
+            effect()
+    found = store.get(old.accepted.job_id, TENANT)
+    assert (found.state, found.fence, found.bytes_done) == ("running", 2, 0)
+    store.finish(new, "succeeded")
+    assert state(store, new) == "succeeded"
+
+
+def test_lapsed_lease_that_nobody_took_is_still_held(brief: JobStore) -> None:
+    claim = claimed(brief)
+    lapse()
+
+    brief.renew(claim, {})
+
+    assert brief.claim(claim.accepted.job_id, "w2") is None
+
+
+def test_heartbeat_keeps_a_lease(brief: JobStore) -> None:
+    claim = claimed(brief)
+    with Lease(brief, claim) as lease:
+        for _ in range(5):
+            lapse()
+            lease.check()
+            assert brief.claim(claim.accepted.job_id, "w2") is None
+
+
+def test_heartbeat_notices_that_the_job_was_taken(brief: JobStore, store: JobStore) -> None:
+    claim = claimed(brief)
+    forge(brief, claim.accepted.job_id, lease_until="0")
+    assert store.claim(claim.accepted.job_id, "w2")
+
+    with Lease(brief, claim) as lease, pytest.raises(LeaseLost):
+        until(lease.check, "the loss is noticed")
+
+
+def test_heartbeat_notices_cancellation(store: JobStore) -> None:
+    claim = claimed(store)
+    store.cancel(claim.accepted.job_id, TENANT)
+
+    with Lease(store, claim) as lease, pytest.raises(JobCancelled):
+        until(lease.check, "the cancellation is noticed")
+
+
+def test_worker_without_redis_stops_when_its_lease_is_over(core: Core, brief: JobStore) -> None:
+    claim = claimed(brief)
+    away = JobStore(connect("unix:///nonexistent.sock"), core.shop.store.record_key, lambda *_: None, SHORT)
+
+    with Lease(away, claim) as lease, pytest.raises(LeaseLost):
+        until(lease.check, "the lease is over")
+
+
+# -- ends --------------------------------------------------------------------------------------------------
+
+
+def test_job_ends_once(store: JobStore) -> None:
+    claim = claimed(store)
+    store.finish(claim, "failed", "decrypt_failed", {"bytes_done": 5})
+
+    with pytest.raises(LeaseLost):
+        store.finish(claim, "succeeded")
+    with pytest.raises(LeaseLost):
+        store.renew(claim, {})
+    found = store.get(claim.accepted.job_id, TENANT)
+    assert (found.state, found.error, found.bytes_done) == ("failed", "decrypt_failed", 5)
+    assert store.claim(claim.accepted.job_id, "w2") is None
+    assert store.due() == []
+
+
+def test_attempts_are_counted_and_end(brief: JobStore) -> None:
+    job_id = claimed(brief).accepted.job_id
+    fences = [1]
+    for _ in range(SHORT.attempts - 1):
+        lapse()
+        claim = brief.claim(job_id, "w")
+        assert claim
+        fences.append(claim.fence)
+    lapse()
+
+    assert brief.claim(job_id, "w") is None
+    found = brief.get(job_id, TENANT)
+    assert (found.state, found.error, found.attempt) == ("failed", "attempts_exhausted", SHORT.attempts)
+    assert all(later > earlier for earlier, later in pairwise([*fences, found.fence]))
+
+
+def test_deferral_costs_time_and_no_attempt(store: JobStore) -> None:
+    claim = claimed(store)
+    job_id = claim.accepted.job_id
+    for number in range(10):
+        store.defer(claim, 0.01, counts=False)
+        time.sleep(0.02)
+        again = store.claim(job_id, "w")
+        assert again
+        assert (again.attempt, again.deferrals) == (1, number + 1)
+        claim = again
+
+    store.defer(claim, 600, counts=False)
+    assert store.claim(job_id, "w") is None
+    assert job_id not in store.due()
+    found = store.get(job_id, TENANT)
+    assert found.state == "queued"
+    assert found.not_before > time.time() + 500
+
+
+def test_deferral_may_count(store: JobStore) -> None:
+    claim = claimed(store)
+
+    store.defer(claim, 0, counts=True)
+
+    again = store.claim(claim.accepted.job_id, "w")
+    assert again
+    assert again.attempt == 2
+
+
+def test_expired_job_is_not_begun(store: JobStore) -> None:
+    job = store.submit(accepted(expires_at=time.time() - 1))
+
+    assert store.claim(job.job_id, "w") is None
+    assert store.redis.hget(f"kms:job:{job.job_id}", "error") in {b"expired", None}
+
+
+def test_expired_result_is_listed_for_deletion_and_noted(store: JobStore) -> None:
+    claim = claimed(store, expires_at=time.time() + 1)
+    store.finish(claim, "succeeded")
+    until(lambda: store.expired() == [claim.accepted.job_id], "the result has expired")
+
+    store.purged(claim.accepted.job_id)
+
+    assert store.expired() == []
+    assert store.get(claim.accepted.job_id, TENANT).purged == 1
+
+
+# -- cancelling -------------------------------------------------------------------------------------------
+
+
+def test_queued_job_is_cancelled_at_once(store: JobStore) -> None:
+    job = store.submit(accepted())
+
+    assert store.cancel(job.job_id, TENANT).state == "cancelled"
+    assert store.claim(job.job_id, "w") is None
+    assert store.cancel(job.job_id, TENANT).state == "cancelled"
+
+
+def test_running_job_is_asked_to_stop(store: JobStore) -> None:
+    claim = claimed(store)
+
+    assert store.cancel(claim.accepted.job_id, TENANT).state == "running"
+    with pytest.raises(JobCancelled):
+        store.renew(claim, {})
+    with pytest.raises(JobCancelled):
+        store.committing(claim, COMMIT)
+    store.finish(claim, "cancelled", "cancelled")
+    assert state(store, claim) == "cancelled"
+
+
+def test_cancelled_job_whose_worker_died_is_not_begun_again(brief: JobStore) -> None:
+    claim = claimed(brief)
+    brief.cancel(claim.accepted.job_id, TENANT)
+    lapse()
+
+    assert brief.claim(claim.accepted.job_id, "w2") is None
+    assert state(brief, claim) == "cancelled"
+
+
+def test_committing_job_cannot_be_cancelled(store: JobStore) -> None:
+    claim = claimed(store)
+    store.committing(claim, COMMIT)
+
+    with pytest.raises(JobCommitting):
+        store.cancel(claim.accepted.job_id, TENANT)
+    store.renew(claim, {})
+    store.finish(claim, "succeeded")
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])
+def test_ended_job_stays_as_it_ended(store: JobStore, end: str) -> None:
+    claim = claimed(store)
+    store.finish(claim, end, "" if end == "succeeded" else "some_code")
+
+    assert store.cancel(claim.accepted.job_id, TENANT).state == end
+    with pytest.raises(JobNotDead):
+        store.retry(claim.accepted.job_id, TENANT, 60)
+
+
+# -- committing -------------------------------------------------------------------------------------------
+
+
+def test_commit_said_twice_is_said_once(store: JobStore) -> None:
+    claim = claimed(store)
+
+    store.committing(claim, COMMIT)
+    store.committing(claim, COMMIT)
+
+    with pytest.raises(LeaseLost):
+        store.committing(claim, msgspec.structs.replace(COMMIT, inode=3))
+    assert state(store, claim) == "committing"
+
+
+def test_commit_is_handed_to_whoever_comes_next(brief: JobStore) -> None:
+    claim = claimed(brief)
+    brief.committing(claim, COMMIT)
+    for number in range(2, 2 + 2 * SHORT.attempts):  # a commit has no limit of attempts
+        lapse()
+        assert brief.reap(claim.accepted.job_id, 0) == "committing"
+        again = brief.claim(claim.accepted.job_id, "w")
+        assert again
+        assert (again.commit, again.attempt, again.fence) == (COMMIT, 1, number)
+
+
+# -- the caretaker ----------------------------------------------------------------------------------------
+
+
+def caretaker(core: Core, store: JobStore, waiting: int) -> Caretaker:
+    return Caretaker(store, core.shop.spool, "c1", lambda: dict.fromkeys(QUEUES, waiting))
+
+
+def test_caretaker_requeues_what_a_dead_worker_held(core: Core, brief: JobStore, nudged: list[str]) -> None:
+    claim = claimed(brief)
+    lapse()
+    nudged.clear()
+
+    caretaker(core, brief, waiting=5).round()
+
+    assert nudged == [claim.accepted.job_id]
+    assert state(brief, claim) == "queued"
+    with pytest.raises(LeaseLost):
+        brief.finish(claim, "succeeded")
+
+
+def test_caretaker_leaves_live_leases_alone(core: Core, store: JobStore, nudged: list[str]) -> None:
+    claim = claimed(store)
+    nudged.clear()
+
+    caretaker(core, store, waiting=0).round()
+
+    assert (state(store, claim), nudged) == ("running", [])
+
+
+@pytest.mark.parametrize(("waiting", "again"), [(0, 1), (3, 0)], ids=["lost", "queue-is-slow"])
+def test_lost_message_is_sent_again_only_when_none_waits(
+    core: Core, store: JobStore, nudged: list[str], waiting: int, again: int
+) -> None:
+    store.submit(accepted())
+    nudged.clear()
+    care = caretaker(core, store, waiting)
+
+    care.round()
+    care.round()  # the next look is some seconds away
+
+    assert len(nudged) == again
+
+
+def test_caretaker_deletes_expired_results_and_orphans(core: Core, store: JobStore) -> None:
+    claim = claimed(store, expires_at=time.time() + 1)
+    store.finish(claim, "succeeded")
+    core.shop.spool.put(Label(TENANT, claim.accepted.job_id, "head", 1), b"x")
+    until(store.expired, "the result has expired")
+
+    caretaker(core, store, waiting=0).round()
+
+    assert store.get(claim.accepted.job_id, TENANT).purged == 1
+    assert list(core.shop.spool.folders(older_than_s=-10)) == []
+
+
+def test_one_caretaker_at_a_time(store: JobStore) -> None:
+    assert store.lock("caretaker", "c1", 10)
+    assert store.lock("caretaker", "c1", 10)
+    assert not store.lock("caretaker", "c2", 10)
+
+
+# -- somebody with access to Redis ------------------------------------------------------------------------
+
+
+def bulk(core: Core, context: str) -> str:
+    terms = Terms(Principal("local"), "encrypt", Context.parse(context))
+    return core.desk.items(terms, [JobItem(plaintext=b"x")]).job_id
+
+
+def test_sealed_part_of_another_job_is_refused(core: Core) -> None:
+    first, second = bulk(core, "a=1"), bulk(core, "a=2")
+    forge(core.shop.store, second, sealed=record(core.shop.store, first)[b"sealed"])
+
+    with pytest.raises(UnknownJob):
+        run_job(second, core.shop, "w")
+    with pytest.raises(UnknownJob):
+        core.shop.store.accepted(second)
+    assert core.shop.store.get(second, TENANT).state != "succeeded"
+    assert not list(core.shop.spool._directory.glob(f"{second}/result*"))  # noqa: SLF001
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x01", b"junk" * 30], ids=["empty", "version-only", "junk"])
+def test_sealed_part_that_is_no_record_is_refused(core: Core, damage: bytes) -> None:
+    job_id = bulk(core, "a=1")
+    forge(core.shop.store, job_id, sealed=damage)
+
+    with pytest.raises(UnknownJob):
+        run_job(job_id, core.shop, "w")
+
+
+def test_sealed_part_of_another_install_is_refused(core: Core, store: JobStore) -> None:
+    job = accepted()
+    store.submit(job)
+    forge(store, job.job_id, sealed=RecordKey((b"k" * 32,)).seal(job))
+
+    with pytest.raises(UnknownJob):
+        run_job(job.job_id, core.shop, "w")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tenant": "theirs"},
+        {"kind": "decrypt"},
+        {"items": "0"},
+        {"items": "7"},
+        {"queue": "kms.files"},
+        {"bytes": "1"},
+    ],
+    ids=str,
+)
+def test_plain_fields_do_not_say_what_to_do(core: Core, fields: dict[str, str]) -> None:
+    job_id = bulk(core, "a=1")
+    forge(core.shop.store, job_id, **fields)
+
+    with suppress(UnknownJob):  # looking at the job afterwards may fail, for a forged tenant
+        run_job(job_id, core.shop, "w")
+
+    forge(core.shop.store, job_id, tenant=TENANT)
+    assert core.shop.store.get(job_id, TENANT).state == "succeeded"
+    assert core.shop.store.accepted(job_id).context == (("a", "1"),)
+
+
+@pytest.mark.parametrize(
+    "commit",
+    [b"", msgspec.json.encode(COMMIT), bytes(32) + msgspec.json.encode(COMMIT)],
+    ids=["none", "plain", "zeros"],
+)
+def test_commit_that_was_not_written_here_is_refused(brief: JobStore, commit: bytes) -> None:
+    claim = claimed(brief)
+    forge(brief, claim.accepted.job_id, state="committing", commit=commit, lease_until="0")
+
+    try:
+        again = brief.claim(claim.accepted.job_id, "w2")
+    except UnknownJob:
+        return
+    assert again
+    assert again.commit is None
+
+
+def test_commit_of_another_job_is_refused(brief: JobStore) -> None:
+    first, second = claimed(brief), claimed(brief)
+    brief.committing(first, COMMIT)
+    stolen = record(brief, first.accepted.job_id)[b"commit"]
+    forge(brief, second.accepted.job_id, state="committing", commit=stolen, lease_until="0")
+
+    with pytest.raises(UnknownJob):
+        brief.claim(second.accepted.job_id, "w2")
+
+
+def test_record_without_its_fields_is_unknown(store: JobStore) -> None:
+    job = store.submit(accepted())
+    store.redis.hdel(f"kms:job:{job.job_id}", "tenant")
+
+    with pytest.raises(UnknownJob):
+        store.get(job.job_id, TENANT)
+
+
+def test_redis_that_is_away_is_told_as_such(core: Core) -> None:
+    away = JobStore(connect("unix:///nonexistent.sock"), core.shop.store.record_key, lambda *_: None, LONG)
+
+    for call in (away.ping, away.workers, away.due, away.open_counts, away.expired):
+        with pytest.raises(JobsUnavailable):
+            call()
+    with pytest.raises(JobsUnavailable):
+        away.submit(accepted())
+    assert isinstance(away.redis, redis.Redis)

@@ -1,0 +1,123 @@
+import io
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any, cast
+
+import anyio.from_thread
+import httpx
+import pytest
+
+from cli.contract_server import ContractServer
+from kms_client import Client, UnexpectedAnswer, calls
+from kms_client.events import Event, EventParser
+from kms_client.problems import Reply, by_code, error_of, failure, tree
+from kms_client.settings import ClientSettings
+from kms_client.transport import transport_errors
+from kms_core import errors, wire
+from kms_core.context import Context
+from kms_core.errors import KmsError
+
+MIB = 1024 * 1024
+
+
+@pytest.mark.parametrize("code", sorted({kind.code for kind in tree(KmsError)}))
+def test_every_code_becomes_its_class(code: str) -> None:
+    core = [kind for kind in tree(KmsError) if kind.__module__ == "kms_core.errors" and kind.code == code]
+    body = wire.encode(
+        wire.Problem(type="urn:x", title="t", status=418, detail="why", code=code, request_id="r-9")
+    )
+
+    error = error_of(Reply(418, {}, body))
+
+    assert type(error) is (core[-1] if core else UnexpectedAnswer)
+    assert error.detail == "why"
+    assert error.__notes__ == ["request id r-9"]
+
+
+def test_classes_that_share_a_code_give_the_deeper_one() -> None:
+    assert by_code()["invalid_request"] is errors.InvalidRequest
+    assert by_code()["forbidden"] is errors.Forbidden
+
+
+def test_unknown_code_keeps_its_text() -> None:
+    error = failure("items_failed")
+
+    assert isinstance(error, UnexpectedAnswer)
+    assert "items_failed" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(502, errors.Unavailable), (404, UnexpectedAnswer), (500, UnexpectedAnswer)]
+)
+def test_answers_of_others_are_told_from_ours(status: int, kind: type[KmsError]) -> None:
+    assert type(error_of(Reply(status, {}, b"<html>"))) is kind
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("7", 7.0), ("", None), ("soon", None), ("Tue, 24 Nov 2020 00:00:00 GMT", 0.0)],
+    ids=["seconds", "absent", "nonsense", "date in the past"],
+)
+def test_retry_after_is_read(value: str, expected: float | None) -> None:
+    assert Reply(503, {"retry-after": value}, b"").retry_after_s() == expected
+
+
+def finished(kms: Client, accepted: wire.JobAccepted) -> str:
+    kms.wait(accepted.job_id)
+    return accepted.job_id
+
+
+def test_events_in_any_pieces() -> None:
+    text = b": hi\r\nid: 4\r\nevent: running\r\ndata: {\r\ndata: }\r\n\r\ndata: x\n\n\nevent: unfinished\n"
+    expected = [Event("running", "{\n}"), Event("message", "x")]
+
+    for size in range(1, len(text)):
+        parser = EventParser()
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+
+        assert [event for piece in pieces for event in parser.feed(piece)] == expected
+        assert parser.last_id == "4"
+
+
+def test_endless_line_is_not_kept() -> None:
+    parser = EventParser()
+
+    with pytest.raises(UnexpectedAnswer):
+        list(parser.feed(b"x" * (MIB + 1)))
+
+
+def test_sync_client_works_inside_an_event_loop(server: ContractServer) -> None:
+    async def inside() -> str:
+        with Client(server.url) as kms:
+            return kms.status().version
+
+    assert anyio.run(inside) == "0.1.0"
+
+
+def test_abandoned_result_gives_its_connection_back(server: ContractServer) -> None:
+    with Client(server.url) as kms:
+        job_id = finished(kms, kms.upload_encrypt(io.BytesIO(b"x" * MIB)))
+        with closing(cast("Any", kms.result(job_id))) as chunks:
+            next(chunks)
+
+        assert kms.status().version == "0.1.0"
+
+
+def test_secrets_are_not_shown(server: ContractServer) -> None:
+    call = calls.encrypt(b"plain", "env=prod", None)
+    settings = ClientSettings.of(server.url, {"token": "tok-123"})
+
+    assert "cGxhaW4" not in repr(call)
+    assert "tok-123" not in repr(settings)
+    assert Context.parse("env=prod").keys == ("env",)
+
+
+def test_whatever_httpx_raises_becomes_ours() -> None:
+    def leaves(top: type[Exception]) -> Iterator[type[Exception]]:
+        yield top
+        for child in top.__subclasses__():
+            yield from leaves(child)
+
+    for kind in leaves(httpx.TransportError):
+        with pytest.raises(KmsError), transport_errors("http://h"):
+            raise kind("x")
