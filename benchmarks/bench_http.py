@@ -77,7 +77,7 @@ def main() -> None:
 def _calls(servers: Sequence[Server], options: report.Options, share: Callable[[], float]) -> str:
     """One row for each operation, size and number of connections."""
     columns = [column for server in servers for column in (server.name, "spread", "p50 ms", "p99 ms")]
-    rows = []
+    rows, failed = [], []
     for operation, size in servers[0].shots:
         for connections in CONNECTIONS:
             found = in_turn(
@@ -88,9 +88,11 @@ def _calls(servers: Sequence[Server], options: report.Options, share: Callable[[
             cells = [cell(series) for series in found for cell in _CELLS]
             ratios = [_RATE.ratio(found[0], series) for series in found[1:]]
             dropped = sum(series.dropped for series in found)
+            failed += [f"{series.name} failed: {series.failure}" for series in found if series.failure]
             rows.append([f"{operation} {size:,} B", str(connections), *cells, *ratios, str(dropped)])
     ratios = [f"{servers[0].name} is, of {server.name}" for server in servers[1:]]
-    return report.grid("Requests a second", ["call", "connections", *columns, *ratios, "dropped"], rows)
+    titles = ["call", "connections", *columns, *ratios, "dropped"]
+    return "\n\n".join([report.grid("Requests a second", titles, rows), *failed])
 
 
 def _loaded(server: Server, what: tuple[str, int], connections: int, options: report.Options) -> Contender:

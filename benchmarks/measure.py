@@ -94,7 +94,8 @@ class Load:
 def in_turn(contenders: Sequence[Contender], plan: Plan, seconds: float) -> list[Series]:
     """One uncounted run of each, then rounds in which each runs once, every round beginning with another.
 
-    No round begins after ``seconds``, but one is always made. A contender that fails is left out, loudly.
+    No round begins and no run is repeated after ``seconds``, but one round is always made. A contender that
+    fails is left out, loudly.
     """
     ends = time.monotonic() + seconds
     pairs = [(contender, Series(contender.name)) for contender in contenders]
@@ -106,7 +107,7 @@ def in_turn(contenders: Sequence[Contender], plan: Plan, seconds: float) -> list
             break
         start = number % len(pairs) if pairs else 0
         for contender, series in pairs[start:] + pairs[:start]:
-            _clean_run(contender, series, plan)
+            _clean_run(contender, series, plan, ends)
     return [series for _, series in pairs]
 
 
@@ -115,9 +116,9 @@ def say(text: str) -> None:
     sys.stderr.write(f"bench: {text}\n")
 
 
-def _clean_run(contender: Contender, series: Series, plan: Plan) -> None:
-    for _ in range(plan.tries):
-        if series.failure:
+def _clean_run(contender: Contender, series: Series, plan: Plan, ends: float) -> None:
+    for number in range(plan.tries):
+        if series.failure or (number and time.monotonic() > ends):
             return
         touch(contender.output_bytes)
         load = Load()

@@ -5,13 +5,16 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 import pyrage
+from celery import Celery
 
-from service import CANARY, b64
+from service import CANARY, Service, b64, unb64
 
+OPTIONS: Final = {"global_keyprefix": "kms:"}  # of the broker: the service's prefix
 JOB: Final = {"kind": "encrypt", "context": "env=prod", "items": [{"plaintext": b64(CANARY.encode())}]}
+PLAIN: Final = [f"{CANARY} {number}" for number in range(1200)]
 
 
 def in_s(seconds: float) -> str:
@@ -30,3 +33,35 @@ def seal(recipient: str, content: Mapping[str, object] | bytes, more: Sequence[s
     text = content if isinstance(content, bytes) else json.dumps(content).encode()
     recipients = [pyrage.x25519.Recipient.from_str(one) for one in (recipient, *more)]
     return base64.b64encode(pyrage.encrypt(text, recipients)).decode()
+
+
+# -- through the broker -----------------------------------------------------------------------------
+
+
+def broker_of(service: Service) -> str:
+    return service.settings.kms.redis.broker_url
+
+
+def whom(service: Service) -> str:
+    return str(service.get("/intake").json()["recipient"])
+
+
+def send(service: Service, message: object, **options: Any) -> str:  # noqa: ANN401 -- Celery's own keywords
+    """A bare Celery client, which hides nothing by itself."""
+    app = Celery("workflow", broker=broker_of(service), set_as_current=False)
+    app.conf.broker_transport_options = OPTIONS
+    with app.connection_for_write() as connection:
+        return str(
+            app.send_task("kms.submit", (message,), queue="kms.submit", connection=connection, **options).id
+        )
+
+
+def results(service: Service, job_id: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in service.result(job_id).splitlines()]
+
+
+def decrypted(service: Service, ciphertexts: list[str], context: str) -> list[str]:
+    items = [{"ciphertext": ciphertext} for ciphertext in ciphertexts]
+    job_id = service.submit({"kind": "decrypt", "context": context, "items": items})
+    service.wait(job_id, "succeeded")
+    return [unb64(line["plaintext"]).decode() for line in results(service, job_id)]

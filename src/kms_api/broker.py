@@ -7,7 +7,6 @@ from celery import Celery
 from kombu.connection import Connection
 from kombu.exceptions import OperationalError
 from kombu.transport import virtual
-from kombu.transport.base import StdChannel
 
 from kms_core.errors import JobsUnavailable
 from kms_core.jobs.model import QUEUES
@@ -57,12 +56,16 @@ def connect(url: str) -> Broker:
 def _waiting(connection: Connection) -> dict[str, int]:
     """Messages in each queue, all priorities of it. Raises JobsUnavailable."""
     try:
-        return {queue: _length(connection.default_channel, queue) for queue in QUEUES}
+        return {queue: _length(connection, queue) for queue in QUEUES}
     except (*connection.connection_errors, OperationalError, OSError) as exc:
         raise JobsUnavailable from exc
 
 
-def _length(channel: StdChannel, queue: str) -> int:
-    if isinstance(channel, virtual.Channel):  # its queue_declare(passive) forgets the key prefix
-        return int(channel._size(queue))  # type: ignore[no-untyped-call]  # noqa: SLF001
-    return int(channel.queue_declare(queue).message_count)  # type: ignore[attr-defined]  # all have it
+def _length(connection: Connection, queue: str) -> int:
+    if isinstance(connection.default_channel, virtual.Channel):  # queue_declare forgets its key prefix
+        return int(connection.default_channel._size(queue))  # type: ignore[no-untyped-call]  # noqa: SLF001
+    try:
+        with connection.channel() as channel:  # a refusal closes it
+            return int(channel.queue_declare(queue, passive=True).message_count)
+    except connection.channel_errors:  # no worker has declared the queue yet
+        return 0

@@ -70,7 +70,6 @@ def identities(paths: Iterable[Path]) -> Identities:
     native: dict[str, Identity] = {}
     ssh: list[pyrage.ssh.Identity] = []
     for path in paths:
-        _warn_if_open_to_others(path)
         text = _text(path)
         if text.startswith(_AGE_FILE):
             raise InvalidRequest(
@@ -83,6 +82,7 @@ def identities(paths: Iterable[Path]) -> Identities:
                 version = version_of(identity.recipient)
                 native.pop(version, None)  # the last one counts
                 native[version] = identity
+        _warn_if_open_to_others(path)
     return Identities(native, ssh)
 
 

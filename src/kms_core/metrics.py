@@ -42,6 +42,14 @@ JOB_BYTES: Final = Counter("kms_job_bytes_total", "Payload bytes that jobs have 
 JOB_RESUMES: Final = Counter(
     "kms_job_resumes_total", "Jobs taken up again after a lost lease or message", ["reason"]
 )
+WEBHOOK_DELIVERIES: Final = Counter(
+    "kms_webhook_deliveries_total",
+    "Requests to webhook endpoints; result is delivered, retried, gone or dead",
+    ["endpoint", "result"],
+)
+WEBHOOK_OUTBOX: Final = Gauge(
+    "kms_webhook_outbox", "Webhook deliveries that wait", multiprocess_mode="livemostrecent"
+)
 BACKEND_UP: Final = Gauge(
     "kms_backend_up", "1 if the last health check passed", ["backend"], multiprocess_mode="livemin"
 )

@@ -12,6 +12,7 @@ from typing import Final
 from kms_core.errors import ConfigurationError
 from kms_core.settings_checks import (
     check_backends,
+    check_endpoints,
     check_environment,
     check_exposure,
     check_keys,
@@ -125,6 +126,7 @@ def _settings(document: Tree, environ: Mapping[str, str], overrides: Mapping[str
     check_variables(settings, unset)
     check_keys(settings)
     check_backends(settings)
+    check_endpoints(settings)
     check_roots(settings)
     return settings
 

@@ -4,7 +4,7 @@ import ipaddress
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from kms_core.errors import ConfigurationError
 from kms_core.settings_read import nearest, unset_text
@@ -22,7 +22,7 @@ def check_exposure(settings: Settings) -> None:
         return
     if settings.is_prod:
         reason = "The environment is prod"
-    elif not _is_loopback(settings.kms.bind):
+    elif not is_loopback(settings.kms.bind):
         reason = "kms.bind is not a loopback address"
     else:
         return
@@ -32,7 +32,8 @@ def check_exposure(settings: Settings) -> None:
     )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` is a loopback address, or ``localhost``; other names may resolve to anything."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -98,6 +99,30 @@ def check_keys(settings: Settings) -> None:
             )
 
 
+def check_endpoints(settings: Settings) -> None:
+    """Webhooks go over TLS; http:// only to this machine, and only in dev."""
+    for name, endpoint in settings.kms.jobs.endpoints.items():
+        where = f"kms.jobs.endpoints.{name}.url"
+        url = _http_url(endpoint.url)
+        if url is None:
+            raise ConfigurationError(f"{where}: expected https://host[:port][/path] in ASCII")
+        if url.username is not None or url.password is not None or url.fragment:
+            raise ConfigurationError(f"{where}: no user, password or fragment belongs there")
+        if url.scheme == "http" and not (settings.environment == "dev" and is_loopback(url.hostname or "")):
+            raise ConfigurationError(f"{where}: expected https://; http:// is for loopback in dev alone")
+
+
+def _http_url(text: str) -> SplitResult | None:
+    """The parts of an absolute URL whose name and port can be looked up and called."""
+    try:
+        url = urlsplit(text)
+        names_host = bool(url.hostname and url.hostname.encode("idna")) and url.port != 0
+    except ValueError:  # UnicodeError is one; their texts quote the URL
+        return None
+    visible = text.isascii() and text.isprintable() and " " not in text
+    return url if names_host and visible and url.scheme in {"http", "https"} else None
+
+
 def check_roots(settings: Settings) -> None:
     """No root of file jobs may hold, or lie in, what the service keeps to itself (symlinks followed)."""
     for index, root in enumerate(settings.kms.jobs.roots):
@@ -124,6 +149,8 @@ def _private(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
     yield "kms.audit.path", kms.audit.path, True
     yield "kms.age.private_key_path", kms.age.private_key_path, True
     yield "kms.age.public_key_path", kms.age.public_key_path, True
+    for name, endpoint in kms.jobs.endpoints.items():
+        yield f"kms.jobs.endpoints.{name}.secret_file", endpoint.secret_file, True
     if kms.cosmian.api_key_file:
         yield "kms.cosmian.api_key_file", kms.cosmian.api_key_file, True
     for key_id, uri in kms.keys.items():

@@ -16,6 +16,7 @@ GiB: Final = 1024 * MiB
 KeyId = Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]{1,80}$")]
 BackendName = Literal["age", "cosmian"]
 Queue = Literal["kms.bulk", "kms.files", "kms.maintenance"]
+JobState = Literal["queued", "running", "committing", "succeeded", "failed", "cancelled"]
 Positive = Annotated[int, Meta(ge=1)]
 Port = Annotated[int, Meta(ge=1, le=65534)]  # the worker's metrics are on port + 1
 
@@ -95,6 +96,16 @@ class Limits(Section, frozen=True, kw_only=True):
     json_job_bytes: Positive = 16 * MiB
 
 
+class Endpoint(Section, frozen=True, kw_only=True):
+    """``[kms.jobs.endpoints.<name>]``: a receiver of webhooks, which a job names in its ``callback``."""
+
+    url: str
+    secret_file: Path
+    allow_private: bool = False
+    events: tuple[JobState, ...] = ("succeeded", "failed", "cancelled")
+    ca_file: Path | None = None
+
+
 class Jobs(Section, frozen=True, kw_only=True):
     """``[kms.jobs]``: ``roots`` are the directories that ``file://`` may name; none means no such jobs.
 
@@ -114,6 +125,7 @@ class Jobs(Section, frozen=True, kw_only=True):
     tenant_leases: Positive = 1_000
     queues: tuple[Queue, ...] = ("kms.bulk", "kms.files", "kms.maintenance")
     watchdog_s: Positive = 120
+    endpoints: dict[KeyId, Endpoint] = field(default_factory=dict)
 
 
 class Audit(Section, frozen=True, kw_only=True):

@@ -22,6 +22,7 @@ JobId = Annotated[
         max_length=36,  # $ alone would let a line end pass
     ),
 ]
+EndpointName = Annotated[str, Meta(pattern=KEY_ID_PATTERN)]
 ContextIn = str | dict[str, str] | None
 KeySpec = Literal["AES_128", "AES_256"]
 JobKind = Literal["encrypt", "decrypt", "rewrap"]
@@ -214,7 +215,10 @@ class JobItem(Body, frozen=True, kw_only=True):
 
 
 class JobIn(Body, frozen=True, kw_only=True):
-    """Bulk ``items``, or a ``source`` and a ``target`` (``file:///…`` under an allowed root)."""
+    """Bulk ``items``, or a ``source`` and a ``target`` (``file:///…`` under an allowed root).
+
+    ``callback`` names an endpoint of the service's settings, which is told how the job ends.
+    """
 
     kind: JobKind
     items: list[JobItem] | None = None
@@ -225,6 +229,7 @@ class JobIn(Body, frozen=True, kw_only=True):
     context: ContextIn = None
     new_context: ContextIn = None
     ttl_s: Annotated[int, Meta(ge=60, le=30 * 24 * 3600)] | None = None
+    callback: EndpointName | None = None
 
 
 class Submission(Body, frozen=True, kw_only=True):

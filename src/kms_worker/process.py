@@ -8,13 +8,16 @@ from collections.abc import Mapping, Sequence
 from celery import Celery
 from celery.platforms import SecurityWarning
 
+from kms_core.jobs import webhooks
 from kms_core.jobs.build import build as build_core
 from kms_core.jobs.build import build_intake
 from kms_core.jobs.caretaker import Caretaker
 from kms_core.jobs.model import QUEUES
+from kms_core.jobs.outbox import Outbox
 from kms_core.settings import Settings
 from kms_worker import app as worker_app
 from kms_worker import broker, exposition, forking, submit
+from kms_worker.courier import Courier
 from kms_worker.watchdog import Watchdog
 
 
@@ -35,14 +38,19 @@ def run(loaded: Settings, metrics_folder: str) -> int:
 
     caretaker = Caretaker(store, core.shop.spool, name, waiting, working=forking.between_forks)
     watchdog = Watchdog(served, jobs.watchdog_s, waiting, lambda: min(pulse.idle_s(), store.idle_s(name)))
+    endpoints = webhooks.endpoints(loaded)
+    courier = Courier(Outbox(store, endpoints), endpoints, name, working=forking.between_forks)
     server = exposition.serve(loaded.kms.bind, loaded.kms.port + 1, metrics_folder)
     forking.install()
     caretaker.start()
     watchdog.start()
+    if endpoints:
+        courier.start()
     try:
         return _consume(app, name, jobs.concurrency, served)
     finally:
         caretaker.stop()
+        courier.stop()
         if server is not None:
             server.shutdown()
 

@@ -251,11 +251,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def get_health(self, seen: Seen) -> None:
         del seen
-        status = "unhealthy" if self.service.faults.unhealthy else "healthy"
-        self.json(
-            {"status": status, "backend": "age", "checked_at": "2026-11-24T15:40:00Z"},
-            503 if self.service.faults.unhealthy else 200,
-        )
+        status, code = ("unhealthy", 503) if self.service.faults.unhealthy else ("healthy", 200)
+        self.json({"status": status, "backend": "age", "checked_at": "2026-11-24T15:40:00Z"}, code)
 
     def get_status(self, seen: Seen) -> None:
         del seen
@@ -327,7 +324,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(206 if start else 200, body[start : start + (len(body) - start) // 2], head)
             self.close_connection = True
             if faults.changes:
-                self.service.jobs[job_id].body = self.service.jobs[job_id].body[::-1]
+                self.service.jobs[job_id].body = body[::-1]
             return
         self.answer(206 if start else 200, body[start:], head)
 
@@ -394,10 +391,8 @@ def running() -> Iterator[ContractServer]:
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
         service.url = f"http://127.0.0.1:{server.server_port}"
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
         try:
             yield service
         finally:
             server.shutdown()
-            thread.join()

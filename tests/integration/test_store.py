@@ -1,14 +1,12 @@
-"""The job store over a real Valkey: leases, fences, idempotency, and records that only this service writes."""
+"""The job store over a real Valkey: submission, leases, fences, ends, cancellation, commits."""
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 
 import msgspec
 import pytest
-import redis
 
 from kms_core.context import Context
 from kms_core.errors import (
@@ -19,23 +17,14 @@ from kms_core.errors import (
     JobsUnavailable,
     UnknownJob,
 )
-from kms_core.jobs.blobs import Label
 from kms_core.jobs.build import Core
-from kms_core.jobs.caretaker import Caretaker
-from kms_core.jobs.desk import Terms, new_id
+from kms_core.jobs.desk import Terms
 from kms_core.jobs.lease import Lease
-from kms_core.jobs.model import QUEUES, Accepted, Commit, LeaseLost
-from kms_core.jobs.records import RecordKey
-from kms_core.jobs.run import run_job
-from kms_core.jobs.store import Claim, JobStore, Rules, connect
+from kms_core.jobs.model import LeaseLost
+from kms_core.jobs.store import JobStore, connect
 from kms_core.policy import Principal
-from kms_core.wire import JobItem
 from service import CANARY, until
-
-TENANT = "default"
-SHORT = Rules(lease_s=0.2, attempts=3)
-LONG = Rules(lease_s=600, attempts=3)
-COMMIT = Commit(fence=1, inode=2, size_bytes=3, mtime_ns=4)
+from stores import COMMIT, LONG, SHORT, TENANT, accepted, claimed, forge, lapse, record, state, store_of
 
 
 @pytest.fixture
@@ -44,66 +33,13 @@ def nudged() -> list[str]:
 
 
 @pytest.fixture
-def make(core: Core, nudged: list[str]) -> Callable[[Rules], JobStore]:
-    def store(rules: Rules) -> JobStore:
-        found = core.shop.store
-        return JobStore(found.redis, found.record_key, lambda job_id, _queue: nudged.append(job_id), rules)
-
-    return store
+def store(core: Core, nudged: list[str]) -> JobStore:
+    return store_of(core, LONG, nudged)
 
 
 @pytest.fixture
-def store(make: Callable[[Rules], JobStore]) -> JobStore:
-    """Leases outlive any test."""
-    return make(LONG)
-
-
-@pytest.fixture
-def brief(make: Callable[[Rules], JobStore]) -> JobStore:
-    """Leases of a moment."""
-    return make(SHORT)
-
-
-def accepted(**changes: object) -> Accepted:
-    now = time.time()
-    job = Accepted(
-        job_id=new_id(),
-        tenant=TENANT,
-        principal="local",
-        credential="none",
-        kind="encrypt",
-        source="upload",
-        context=(("where", CANARY),),
-        created_at=now,
-        expires_at=now + 3600,
-    )
-    return msgspec.structs.replace(job, **changes)
-
-
-def claimed(store: JobStore, worker: str = "w1", **changes: object) -> Claim:
-    job = store.submit(accepted(**changes))
-    claim = store.claim(job.job_id, worker)
-    assert claim
-    return claim
-
-
-def state(store: JobStore, claim: Claim) -> str:
-    return store.get(claim.accepted.job_id, TENANT).state
-
-
-def record(store: JobStore, job_id: str) -> dict[bytes, bytes]:
-    found: dict[bytes, bytes] = store.redis.hgetall(f"kms:job:{job_id}")  # type: ignore[assignment]  # sync client
-    return found
-
-
-def forge(store: JobStore, job_id: str, **fields: str | bytes) -> None:
-    """What somebody with access to Redis can do."""
-    store.redis.hset(f"kms:job:{job_id}", mapping=fields)  # type: ignore[arg-type]  # its stubs want str keys in Any
-
-
-def lapse() -> None:
-    """Let a lease of ``SHORT`` run out."""
-    time.sleep(SHORT.lease_s + 0.1)
+def brief(core: Core, nudged: list[str]) -> JobStore:
+    return store_of(core, SHORT, nudged)
 
 
 # -- submitting ------------------------------------------------------------------------------------------
@@ -443,172 +379,3 @@ def test_commit_is_handed_to_whoever_comes_next(brief: JobStore) -> None:
         again = brief.claim(claim.accepted.job_id, "w")
         assert again
         assert (again.commit, again.attempt, again.fence) == (COMMIT, 1, number)
-
-
-# -- the caretaker ----------------------------------------------------------------------------------------
-
-
-def caretaker(core: Core, store: JobStore, waiting: int) -> Caretaker:
-    return Caretaker(store, core.shop.spool, "c1", lambda: dict.fromkeys(QUEUES, waiting))
-
-
-def test_caretaker_requeues_what_a_dead_worker_held(core: Core, brief: JobStore, nudged: list[str]) -> None:
-    claim = claimed(brief)
-    lapse()
-    nudged.clear()
-
-    caretaker(core, brief, waiting=5).round()
-
-    assert nudged == [claim.accepted.job_id]
-    assert state(brief, claim) == "queued"
-    with pytest.raises(LeaseLost):
-        brief.finish(claim, "succeeded")
-
-
-def test_caretaker_leaves_live_leases_alone(core: Core, store: JobStore, nudged: list[str]) -> None:
-    claim = claimed(store)
-    nudged.clear()
-
-    caretaker(core, store, waiting=0).round()
-
-    assert (state(store, claim), nudged) == ("running", [])
-
-
-@pytest.mark.parametrize(("waiting", "again"), [(0, 1), (3, 0)], ids=["lost", "queue-is-slow"])
-def test_lost_message_is_sent_again_only_when_none_waits(
-    core: Core, store: JobStore, nudged: list[str], waiting: int, again: int
-) -> None:
-    store.submit(accepted())
-    nudged.clear()
-    care = caretaker(core, store, waiting)
-
-    care.round()
-    care.round()  # the next look is some seconds away
-
-    assert len(nudged) == again
-
-
-def test_caretaker_deletes_expired_results_and_orphans(core: Core, store: JobStore) -> None:
-    claim = claimed(store, expires_at=time.time() + 1)
-    store.finish(claim, "succeeded")
-    core.shop.spool.put(Label(TENANT, claim.accepted.job_id, "head", 1), b"x")
-    until(store.expired, "the result has expired")
-
-    caretaker(core, store, waiting=0).round()
-
-    assert store.get(claim.accepted.job_id, TENANT).purged == 1
-    assert list(core.shop.spool.folders(older_than_s=-10)) == []
-
-
-def test_one_caretaker_at_a_time(store: JobStore) -> None:
-    assert store.lock("caretaker", "c1", 10)
-    assert store.lock("caretaker", "c1", 10)
-    assert not store.lock("caretaker", "c2", 10)
-
-
-# -- somebody with access to Redis ------------------------------------------------------------------------
-
-
-def bulk(core: Core, context: str) -> str:
-    terms = Terms(Principal("local"), "encrypt", Context.parse(context))
-    return core.desk.items(terms, [JobItem(plaintext=b"x")]).job_id
-
-
-def test_sealed_part_of_another_job_is_refused(core: Core) -> None:
-    first, second = bulk(core, "a=1"), bulk(core, "a=2")
-    forge(core.shop.store, second, sealed=record(core.shop.store, first)[b"sealed"])
-
-    with pytest.raises(UnknownJob):
-        run_job(second, core.shop, "w")
-    with pytest.raises(UnknownJob):
-        core.shop.store.accepted(second)
-    assert core.shop.store.get(second, TENANT).state != "succeeded"
-    assert not list(core.shop.spool._directory.glob(f"{second}/result*"))  # noqa: SLF001
-
-
-@pytest.mark.parametrize("damage", [b"", b"\x01", b"junk" * 30], ids=["empty", "version-only", "junk"])
-def test_sealed_part_that_is_no_record_is_refused(core: Core, damage: bytes) -> None:
-    job_id = bulk(core, "a=1")
-    forge(core.shop.store, job_id, sealed=damage)
-
-    with pytest.raises(UnknownJob):
-        run_job(job_id, core.shop, "w")
-
-
-def test_sealed_part_of_another_install_is_refused(core: Core, store: JobStore) -> None:
-    job = accepted()
-    store.submit(job)
-    forge(store, job.job_id, sealed=RecordKey((b"k" * 32,)).seal(job))
-
-    with pytest.raises(UnknownJob):
-        run_job(job.job_id, core.shop, "w")
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"tenant": "theirs"},
-        {"kind": "decrypt"},
-        {"items": "0"},
-        {"items": "7"},
-        {"queue": "kms.files"},
-        {"bytes": "1"},
-    ],
-    ids=str,
-)
-def test_plain_fields_do_not_say_what_to_do(core: Core, fields: dict[str, str]) -> None:
-    job_id = bulk(core, "a=1")
-    forge(core.shop.store, job_id, **fields)
-
-    with suppress(UnknownJob):  # looking at the job afterwards may fail, for a forged tenant
-        run_job(job_id, core.shop, "w")
-
-    forge(core.shop.store, job_id, tenant=TENANT)
-    assert core.shop.store.get(job_id, TENANT).state == "succeeded"
-    assert core.shop.store.accepted(job_id).context == (("a", "1"),)
-
-
-@pytest.mark.parametrize(
-    "commit",
-    [b"", msgspec.json.encode(COMMIT), bytes(32) + msgspec.json.encode(COMMIT)],
-    ids=["none", "plain", "zeros"],
-)
-def test_commit_that_was_not_written_here_is_refused(brief: JobStore, commit: bytes) -> None:
-    claim = claimed(brief)
-    forge(brief, claim.accepted.job_id, state="committing", commit=commit, lease_until="0")
-
-    try:
-        again = brief.claim(claim.accepted.job_id, "w2")
-    except UnknownJob:
-        return
-    assert again
-    assert again.commit is None
-
-
-def test_commit_of_another_job_is_refused(brief: JobStore) -> None:
-    first, second = claimed(brief), claimed(brief)
-    brief.committing(first, COMMIT)
-    stolen = record(brief, first.accepted.job_id)[b"commit"]
-    forge(brief, second.accepted.job_id, state="committing", commit=stolen, lease_until="0")
-
-    with pytest.raises(UnknownJob):
-        brief.claim(second.accepted.job_id, "w2")
-
-
-def test_record_without_its_fields_is_unknown(store: JobStore) -> None:
-    job = store.submit(accepted())
-    store.redis.hdel(f"kms:job:{job.job_id}", "tenant")
-
-    with pytest.raises(UnknownJob):
-        store.get(job.job_id, TENANT)
-
-
-def test_redis_that_is_away_is_told_as_such(core: Core) -> None:
-    away = JobStore(connect("unix:///nonexistent.sock"), core.shop.store.record_key, lambda *_: None, LONG)
-
-    for call in (away.ping, away.workers, away.due, away.open_counts, away.expired):
-        with pytest.raises(JobsUnavailable):
-            call()
-    with pytest.raises(JobsUnavailable):
-        away.submit(accepted())
-    assert isinstance(away.redis, redis.Redis)

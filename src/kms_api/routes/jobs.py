@@ -171,7 +171,14 @@ def terms_of_headers(request: Request, kind: wire.JobKind) -> Terms:
         context = unquote(request.headers.get("x-kms-context", ""), errors="strict")
     except UnicodeDecodeError:
         raise InvalidRequest("X-KMS-Context is not percent-encoded UTF-8") from None
-    return Terms(caller(request), kind, Context.parse(context), key_id, idempotency=idempotency(request))
+    return Terms(
+        caller(request),
+        kind,
+        Context.parse(context),
+        key_id,
+        idempotency=idempotency(request),
+        callback=request.headers.get("x-kms-callback", ""),
+    )
 
 
 def idempotency(request: Request) -> str:
@@ -191,6 +198,7 @@ def _submit(built: Service, request: Request, body: wire.JobIn) -> Job:
         new_context,
         body.ttl_s,
         idempotency(request),
+        callback=body.callback or "",
     )
     built.desk.check(terms)
     if body.items is not None and body.source is None and body.target is None:

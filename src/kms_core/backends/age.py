@@ -23,7 +23,7 @@ from kms_core.envelope import binding, hybrid, x25519
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.header import FILE_KEY_BYTES, Stanza
 from kms_core.envelope.x25519 import NoMatch
-from kms_core.errors import ConfigurationError, KmsError
+from kms_core.errors import ConfigurationError
 from kms_core.settings import Settings
 
 RECHECK_S: Final = 0.5
@@ -137,13 +137,9 @@ class AgeBackend:
 
     def health_check(self) -> Health:
         """Wrap and unwrap with the current version; unhealthy while changed key files cannot be read."""
-        now = datetime.now(UTC)
-        try:
-            key = KeyRef("", "", self.current_version(), self.name)
-            probe = os.urandom(FILE_KEY_BYTES)
-            healthy = self.unwrap(self.wrap(probe, key, b""), key, b"") == probe
-        except KmsError as exc:
-            return Health(healthy=False, checked_at=now, detail=exc.detail)
+        now, keys = datetime.now(UTC), self._fresh()
+        identity, probe = keys.identities[keys.current], os.urandom(FILE_KEY_BYTES)
+        healthy = identity.unwrap(identity.recipient.wrap(probe)) == probe
         return Health(healthy=healthy and not self._trouble, checked_at=now, detail=self._trouble)
 
     def secrets(self) -> tuple[bytes, ...]:

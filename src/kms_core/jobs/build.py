@@ -68,7 +68,9 @@ def build(settings: Settings, process: str, nudge: Nudge) -> Core:
         ):  # the default in dev; an operator's own root must be there
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
     roots = Roots(jobs.roots, forbidden)
-    rules = desk.Rules(jobs.result_ttl_s, limits.sync_plaintext_bytes, section.require_context)
+    rules = desk.Rules(
+        jobs.result_ttl_s, limits.sync_plaintext_bytes, section.require_context, frozenset(jobs.endpoints)
+    )
     return Core(kms, Desk(kms, store, spool, roots, rules), Shop(kms, store, spool, roots))
 
 

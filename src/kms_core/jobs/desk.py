@@ -45,6 +45,7 @@ class Terms:
     ttl_s: int | None = None
     idempotency: str = ""
     named: Named | None = None
+    callback: str = ""
 
     def job_id(self) -> str:
         """The submitter's, or a new one each time."""
@@ -58,6 +59,7 @@ class Rules:
     result_ttl_s: int
     item_bytes: int
     require_context: bool
+    callbacks: frozenset[str] = frozenset()
 
 
 def new_id() -> str:
@@ -75,19 +77,22 @@ class Desk:
         self._rules = rules
 
     def check(self, terms: Terms) -> None:
-        """Raise what would fail for certain: UnknownKey, ContextRequired, JobsUnavailable."""
+        """Raise what would fail for certain: UnknownKey, ContextRequired, InvalidRequest, JobsUnavailable."""
         self._kms.keyring.named(terms.key_id)
         sealing = terms.kind == "encrypt" or terms.new_context is not None
         context = terms.context if terms.new_context is None else terms.new_context
         if self._rules.require_context and sealing and not context:
             raise ContextRequired
+        if terms.callback and terms.callback not in self._rules.callbacks:
+            raise InvalidRequest("callback names no endpoint of this service: see [kms.jobs.endpoints]")
         self.store.ping()
 
     def hasher(self, terms: Terms) -> hmac.HMAC:
         """A keyed digest of what is asked for; the body is fed to it as it arrives."""
         new = b"-" if terms.new_context is None else b"+" + terms.new_context.canonical()
         asked = (terms.kind.encode(), terms.context.canonical(), (terms.key_id or "").encode(), new)
-        return self.store.record_key.hasher(*asked, str(terms.ttl_s or "").encode())
+        rest = (str(terms.ttl_s or ""), terms.callback)
+        return self.store.record_key.hasher(*asked, *(part.encode() for part in rest))
 
     def submit(self, terms: Terms, body: wire.JobIn, most_items: int) -> Job:
         """A job as ``POST /jobs`` describes it: items, or a reference. Raises as ``check`` and these do."""
@@ -164,6 +169,7 @@ class Desk:
                 "key_id": terms.key_id,
                 "context": terms.context.pairs,
                 "new_context": None if new_context is None else new_context.pairs,
+                "callback": terms.callback,
                 "request_id": audit.request_id.get(),
                 "digest": terms.named.digest if terms.named else digest,
                 "created_at": now,

@@ -139,6 +139,7 @@ class Intake:
             new_context,
             max(wanted_s, needed_s),
             named=named,
+            callback=job.callback or "",
         )
 
 

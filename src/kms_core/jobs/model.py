@@ -28,7 +28,8 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
 
     ``source`` is ``upload``, ``items`` (both in the spool) or a ``file://`` URL; ``target`` is empty or a
     ``file://`` URL. ``starts`` says where in the items each part of some hundred begins; a job that is such a
-    part names its ``parent`` and its number. Times are seconds since the epoch.
+    part names its ``parent`` and its number. ``callback`` names a webhook endpoint of the settings. Times are
+    seconds since the epoch.
     """
 
     job_id: str
@@ -47,6 +48,7 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     starts: tuple[int, ...] = ()
     parent: str = ""
     part: int = 0
+    callback: str = ""
     request_id: str = ""
     digest: bytes = b""
     created_at: float

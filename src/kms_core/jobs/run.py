@@ -16,6 +16,7 @@ from kms_core.jobs.paths import Roots
 from kms_core.jobs.store import Claim, JobStore
 from kms_core.service import Kms
 
+DEAD: Final = "attempts_exhausted"
 _FIRST_DELAY_S: Final = 1.0
 _LONGEST_DELAY_S: Final = 60.0
 _log = structlog.get_logger(__name__)
@@ -77,7 +78,7 @@ def _tidy(job: Accepted, shop: Shop) -> None:
     whole = shop.store.get(job.owner, job.tenant)
     if whole.state == "cancelled":
         shop.spool.delete(job.owner)
-    elif whole.ended and job.source == ITEMS:
+    elif whole.ended and whole.error != DEAD and job.source == ITEMS:  # a dead letter may be retried
         shop.spool.discard(Label(job.tenant, job.owner, ITEMS))
 
 

@@ -1,0 +1,165 @@
+"""``kms seal -p`` and ``kms open -p``: passphrases from files and the terminal, never from stdin."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pyrage
+import pytest
+
+from cli.conftest import BIN, environment
+from cli.keyed import Desk, desk
+from kms_core.envelope import header, stream
+from kms_core.envelope.header import Stanza
+
+WORD = "correct horse «battery»"
+WAIT_S = 60
+
+
+@pytest.fixture(name="desk")
+def a_desk(tmp_path: Path) -> Desk:
+    made = desk(tmp_path)
+    made.write("word", f"{WORD}\n".encode())
+    (tmp_path / "word").chmod(0o600)
+    return made
+
+
+def test_pyrage_opens_what_a_passphrase_sealed(desk: Desk) -> None:
+    sealed = desk.made("seal", "--passphrase-file", "word", given=b"salary")
+
+    assert pyrage.passphrase.decrypt(sealed, WORD) == b"salary"
+
+
+def test_what_pyrage_sealed_is_opened_up_to_the_cost_that_is_allowed(desk: Desk) -> None:
+    sealed = pyrage.passphrase.encrypt(b"salary", WORD)  # it chooses a work factor for this machine
+    way = ["open", "--passphrase-file", "word", "--max-work-factor", "22"]
+
+    assert desk.made(*way, given=sealed) == b"salary"
+
+
+def test_a_wrong_passphrase_opens_nothing(desk: Desk) -> None:
+    sealed = desk.made("seal", "--passphrase-file", "word", given=b"salary")
+    desk.write("word", b"another")
+    done = desk.kms("open", "--passphrase-file", "word", "-o", "out", given=sealed)
+
+    assert (done.returncode, desk.has("out")) == (65, False)
+    assert b"kms: error: the passphrase is wrong" in done.stderr
+
+
+@pytest.mark.parametrize("factor", ["19", "23", "64", "999"])
+def test_a_costly_passphrase_file_is_refused_before_the_cost(desk: Desk, factor: str) -> None:
+    file_key, nonce = os.urandom(16), os.urandom(16)
+    stanza = Stanza(("scrypt", "A" * 22, factor), bytes(32))
+    sealed = (
+        header.render([stanza], file_key) + nonce + stream.seal(stream.payload_key(file_key, nonce), b"x")
+    )
+    done = desk.kms("open", "--passphrase-file", "word", given=sealed)
+
+    assert done.returncode == 65
+    assert f"work factor {factor}, above the 18 allowed".encode() in done.stderr
+
+
+def test_a_passphrase_file_and_a_key_file_are_told_apart(desk: Desk) -> None:
+    by_word = desk.made("seal", "--passphrase-file", "word", given=b"salary")
+    by_key = desk.made("seal", "-r", desk.recipient, given=b"salary")
+    wrong_key = desk.kms("open", "-i", "key.txt", given=by_word)
+    wrong_word = desk.kms("open", "--passphrase-file", "word", given=by_key)
+
+    assert (wrong_key.returncode, wrong_word.returncode) == (2, 2)
+    assert b"open it with -p" in wrong_key.stderr
+    assert b"name your key file with -i" in wrong_word.stderr
+
+
+def test_an_empty_passphrase_is_none(desk: Desk) -> None:
+    desk.write("word", b"\n")
+
+    assert desk.kms("seal", "--passphrase-file", "word", given=b"salary").returncode == 65
+
+
+# -- the terminal ------------------------------------------------------------------------------------
+
+
+def at_a_terminal(desk: Desk, command: str, typed: list[str]) -> tuple[int, str]:
+    """Run a command line of a shell whose terminal is ours; type a line at each prompt."""
+    ours, theirs = os.openpty()
+    shell = f'exec 9<>"$0"; exec {command}'
+    running = subprocess.Popen(
+        ["bash", "-c", shell, os.ttyname(theirs)],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=desk.folder,
+        env=environment(desk.folder),
+        start_new_session=True,  # so that the terminal it opens becomes its own
+    )
+    os.close(theirs)
+    shown = b""
+    for line in typed:
+        shown += _until_prompt(ours)
+        os.write(ours, f"{line}\n".encode())
+    code = running.wait(WAIT_S)
+    shown += _rest(ours)
+    os.close(ours)
+    return code, shown.decode()
+
+
+def _until_prompt(terminal: int) -> bytes:
+    shown = b""
+    while not shown.rstrip().endswith(b":"):
+        shown += os.read(terminal, 1000)
+    return shown
+
+
+def _rest(terminal: int) -> bytes:
+    os.set_blocking(terminal, False)
+    try:
+        return os.read(terminal, 10_000)
+    except OSError:  # nothing more: empty, or hung up
+        return b""
+
+
+def test_seal_asks_twice_at_the_terminal_and_leaves_stdin_to_the_data(desk: Desk) -> None:
+    desk.write("in", b"salary")
+    kms = BIN / "kms"
+    code, shown = at_a_terminal(desk, f"{kms} seal -p -o out < in", [WORD, WORD])
+
+    assert code == 0, shown
+    assert WORD not in shown
+    assert pyrage.passphrase.decrypt(desk.read("out"), WORD) == b"salary"
+    code, shown = at_a_terminal(desk, f"{kms} open -o opened < out", [WORD])
+    assert code == 0, shown
+    assert desk.read("opened") == b"salary"
+
+
+def test_two_different_passphrases_are_asked_for_again(desk: Desk) -> None:
+    desk.write("in", b"salary")
+    code, shown = at_a_terminal(
+        desk, f"{BIN / 'kms'} seal -p -o out < in", [WORD, "another", "salad days", "salad days"]
+    )
+
+    assert code == 0, shown
+    assert pyrage.passphrase.decrypt(desk.read("out"), "salad days") == b"salary"
+
+
+def test_a_file_that_asks_for_a_passphrase_gets_no_binary_on_the_terminal(desk: Desk) -> None:
+    desk.write("in", b"salary")
+    code, shown = at_a_terminal(desk, f"{BIN / 'kms'} seal -r {desk.recipient} in", [])
+
+    assert code == 2
+    assert "the result is binary" in shown
+
+
+@pytest.mark.parametrize("verb", ["seal", "open"])
+def test_without_a_terminal_stdin_is_no_passphrase(desk: Desk, verb: str) -> None:
+    sealed = pyrage.passphrase.encrypt(b"salary", WORD) if verb == "open" else f"{WORD}\n{WORD}\n".encode()
+    done = subprocess.run(
+        [str(BIN / "kms"), verb, "-p"],
+        input=sealed,
+        capture_output=True,
+        check=False,
+        env=environment(desk.folder),
+        start_new_session=True,
+    )
+
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"--passphrase-file" in done.stderr

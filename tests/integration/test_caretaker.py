@@ -1,0 +1,86 @@
+"""The caretaker over a real Valkey and spool: what it takes up, what it leaves alone, what it deletes."""
+
+import time
+
+import pytest
+
+from kms_core.jobs.blobs import Label
+from kms_core.jobs.build import Core
+from kms_core.jobs.caretaker import Caretaker
+from kms_core.jobs.model import QUEUES, LeaseLost
+from kms_core.jobs.store import JobStore
+from service import until
+from stores import LONG, SHORT, TENANT, accepted, claimed, lapse, state, store_of
+
+
+@pytest.fixture
+def nudged() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def store(core: Core, nudged: list[str]) -> JobStore:
+    return store_of(core, LONG, nudged)
+
+
+@pytest.fixture
+def brief(core: Core, nudged: list[str]) -> JobStore:
+    return store_of(core, SHORT, nudged)
+
+
+def caretaker(core: Core, store: JobStore, waiting: int) -> Caretaker:
+    return Caretaker(store, core.shop.spool, "c1", lambda: dict.fromkeys(QUEUES, waiting))
+
+
+def test_caretaker_requeues_what_a_dead_worker_held(core: Core, brief: JobStore, nudged: list[str]) -> None:
+    claim = claimed(brief)
+    lapse()
+    nudged.clear()
+
+    caretaker(core, brief, waiting=5).round()
+
+    assert nudged == [claim.accepted.job_id]
+    assert state(brief, claim) == "queued"
+    with pytest.raises(LeaseLost):
+        brief.finish(claim, "succeeded")
+
+
+def test_caretaker_leaves_live_leases_alone(core: Core, store: JobStore, nudged: list[str]) -> None:
+    claim = claimed(store)
+    nudged.clear()
+
+    caretaker(core, store, waiting=0).round()
+
+    assert (state(store, claim), nudged) == ("running", [])
+
+
+@pytest.mark.parametrize(("waiting", "again"), [(0, 1), (3, 0)], ids=["lost", "queue-is-slow"])
+def test_lost_message_is_sent_again_only_when_none_waits(
+    core: Core, store: JobStore, nudged: list[str], waiting: int, again: int
+) -> None:
+    store.submit(accepted())
+    nudged.clear()
+    care = caretaker(core, store, waiting)
+
+    care.round()
+    care.round()  # the next look is some seconds away
+
+    assert len(nudged) == again
+
+
+def test_caretaker_deletes_expired_results_and_orphans(core: Core, store: JobStore) -> None:
+    claim = claimed(store, expires_at=time.time() + 1)
+    store.finish(claim, "succeeded")
+    core.shop.spool.put(Label(TENANT, claim.accepted.job_id, "head", 1), b"x")
+    until(store.expired, "the result has expired")
+
+    caretaker(core, store, waiting=0).round()
+
+    assert store.get(claim.accepted.job_id, TENANT).purged == 1
+    assert list(core.shop.spool.folders(older_than_s=-10)) == []
+
+
+def test_one_caretaker_at_a_time(store: JobStore) -> None:
+    assert store.lock("caretaker", "c1", 10)
+    assert store.lock("caretaker", "c1", 10)
+    assert not store.lock("caretaker", "c2", 10)

@@ -1,0 +1,141 @@
+"""Somebody with access to Redis can lose, delay or replay work, and not change whose it is or what it does."""
+
+from contextlib import suppress
+
+import msgspec
+import pytest
+import redis
+
+from kms_core.context import Context
+from kms_core.errors import (
+    JobsUnavailable,
+    UnknownJob,
+)
+from kms_core.jobs.build import Core
+from kms_core.jobs.desk import Terms
+from kms_core.jobs.records import RecordKey
+from kms_core.jobs.run import run_job
+from kms_core.jobs.store import JobStore, connect
+from kms_core.policy import Principal
+from kms_core.wire import JobItem
+from stores import COMMIT, LONG, SHORT, TENANT, accepted, claimed, forge, record, store_of
+
+
+@pytest.fixture
+def nudged() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def store(core: Core, nudged: list[str]) -> JobStore:
+    return store_of(core, LONG, nudged)
+
+
+@pytest.fixture
+def brief(core: Core, nudged: list[str]) -> JobStore:
+    return store_of(core, SHORT, nudged)
+
+
+def bulk(core: Core, context: str) -> str:
+    terms = Terms(Principal("local"), "encrypt", Context.parse(context))
+    return core.desk.items(terms, [JobItem(plaintext=b"x")]).job_id
+
+
+def test_sealed_part_of_another_job_is_refused(core: Core) -> None:
+    first, second = bulk(core, "a=1"), bulk(core, "a=2")
+    forge(core.shop.store, second, sealed=record(core.shop.store, first)[b"sealed"])
+
+    with pytest.raises(UnknownJob):
+        run_job(second, core.shop, "w")
+    with pytest.raises(UnknownJob):
+        core.shop.store.accepted(second)
+    assert core.shop.store.get(second, TENANT).state != "succeeded"
+    assert not list(core.shop.spool._directory.glob(f"{second}/result*"))  # noqa: SLF001
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x01", b"junk" * 30], ids=["empty", "version-only", "junk"])
+def test_sealed_part_that_is_no_record_is_refused(core: Core, damage: bytes) -> None:
+    job_id = bulk(core, "a=1")
+    forge(core.shop.store, job_id, sealed=damage)
+
+    with pytest.raises(UnknownJob):
+        run_job(job_id, core.shop, "w")
+
+
+def test_sealed_part_of_another_install_is_refused(core: Core, store: JobStore) -> None:
+    job = accepted()
+    store.submit(job)
+    forge(store, job.job_id, sealed=RecordKey((b"k" * 32,)).seal(job))
+
+    with pytest.raises(UnknownJob):
+        run_job(job.job_id, core.shop, "w")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tenant": "theirs"},
+        {"kind": "decrypt"},
+        {"items": "0"},
+        {"items": "7"},
+        {"queue": "kms.files"},
+        {"bytes": "1"},
+    ],
+    ids=str,
+)
+def test_plain_fields_do_not_say_what_to_do(core: Core, fields: dict[str, str]) -> None:
+    job_id = bulk(core, "a=1")
+    forge(core.shop.store, job_id, **fields)
+
+    with suppress(UnknownJob):  # looking at the job afterwards may fail, for a forged tenant
+        run_job(job_id, core.shop, "w")
+
+    forge(core.shop.store, job_id, tenant=TENANT)
+    assert core.shop.store.get(job_id, TENANT).state == "succeeded"
+    assert core.shop.store.accepted(job_id).context == (("a", "1"),)
+
+
+@pytest.mark.parametrize(
+    "commit",
+    [b"", msgspec.json.encode(COMMIT), bytes(32) + msgspec.json.encode(COMMIT)],
+    ids=["none", "plain", "zeros"],
+)
+def test_commit_that_was_not_written_here_is_refused(brief: JobStore, commit: bytes) -> None:
+    claim = claimed(brief)
+    forge(brief, claim.accepted.job_id, state="committing", commit=commit, lease_until="0")
+
+    try:
+        again = brief.claim(claim.accepted.job_id, "w2")
+    except UnknownJob:
+        return
+    assert again
+    assert again.commit is None
+
+
+def test_commit_of_another_job_is_refused(brief: JobStore) -> None:
+    first, second = claimed(brief), claimed(brief)
+    brief.committing(first, COMMIT)
+    stolen = record(brief, first.accepted.job_id)[b"commit"]
+    forge(brief, second.accepted.job_id, state="committing", commit=stolen, lease_until="0")
+
+    with pytest.raises(UnknownJob):
+        brief.claim(second.accepted.job_id, "w2")
+
+
+def test_record_without_its_fields_is_unknown(store: JobStore) -> None:
+    job = store.submit(accepted())
+    store.redis.hdel(f"kms:job:{job.job_id}", "tenant")
+
+    with pytest.raises(UnknownJob):
+        store.get(job.job_id, TENANT)
+
+
+def test_redis_that_is_away_is_told_as_such(core: Core) -> None:
+    away = JobStore(connect("unix:///nonexistent.sock"), core.shop.store.record_key, lambda *_: None, LONG)
+
+    for call in (away.ping, away.workers, away.due, away.open_counts, away.expired):
+        with pytest.raises(JobsUnavailable):
+            call()
+    with pytest.raises(JobsUnavailable):
+        away.submit(accepted())
+    assert isinstance(away.redis, redis.Redis)

@@ -1,0 +1,373 @@
+"""What a worker does with a job from file to file: each way to die in the middle, and what is left behind."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kms_core.context import Context
+from kms_core.errors import JobsUnavailable, PathRefused
+from kms_core.jobs.build import Core
+from kms_core.jobs.desk import Terms
+from kms_core.jobs.model import Commit, Job
+from kms_core.jobs.paths import OpenSource, Roots
+from kms_core.jobs.run import Shop, run_job
+from kms_core.jobs.store import Claim, Fields, JobStore
+from kms_core.policy import Principal
+from kms_core.wire import JobItem, JobKind
+from stores import SHORT, TENANT, forge, lapse, store_of
+
+WHO = Principal("local")
+CONTEXT = Context.parse("env=test")
+MOMENTS = [(moment, step) for step in ("committing", "finish") for moment in ("before", "after")]
+DATA = bytes(range(256)) * 10_000  # 2.5 MB: three slabs
+
+
+class Killed(BaseException):
+    """As near to SIGKILL as an exception comes: nothing of ours handles it."""
+
+
+class StumblingStore(JobStore):
+    """A store at which something happens before or after one of the two last steps of a job."""
+
+    before: Callable[[str], None] = staticmethod(lambda _step: None)
+    after: Callable[[str], None] = staticmethod(lambda _step: None)
+
+    def committing(self, claim: Claim, commit: Commit) -> None:
+        self.before("committing")
+        super().committing(claim, commit)
+        self.after("committing")
+
+    def finish(self, claim: Claim, state: str, code: str = "", fields: Fields | None = None) -> None:
+        self.before("finish")
+        super().finish(claim, state, code, fields)
+        self.after("finish")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """The root of file jobs of ``core``."""
+    folder = tmp_path / "state" / "files"
+    (folder / "in").write_bytes(DATA)
+    return folder
+
+
+@pytest.fixture
+def shop(core: Core) -> Shop:
+    """A worker with short leases."""
+    return Shop(core.kms, store_of(core, SHORT, []), core.shop.spool, core.shop.roots)
+
+
+def stumbling(core: Core, step: str, *, after: bool, error: BaseException | None = None) -> Shop:
+    """A worker that is killed, or meets the error, once it has come to this step."""
+
+    def meet(met: str) -> None:
+        if met == step:
+            raise error or Killed
+
+    found = core.shop.store
+    store = StumblingStore(found.redis, found.record_key, lambda *_: None, SHORT)
+    setattr(store, "after" if after else "before", meet)
+    return Shop(core.kms, store, core.shop.spool, core.shop.roots)
+
+
+def submit(core: Core, kind: JobKind, source: Path, target: Path, *, overwrite: bool = False) -> str:
+    new = Context.parse("env=new") if kind == "rewrap" else None
+    terms = Terms(WHO, kind, CONTEXT, new_context=new)
+    return core.desk.reference(terms, f"file://{source}", f"file://{target}", overwrite=overwrite).job_id
+
+
+def now(core: Core, job_id: str) -> Job:
+    return core.shop.store.get(job_id, TENANT)
+
+
+def done(core: Core, kind: JobKind, source: Path, target: Path, *, overwrite: bool = False) -> Job:
+    job_id = submit(core, kind, source, target, overwrite=overwrite)
+    run_job(job_id, core.shop, "w")
+    return now(core, job_id)
+
+
+def taken_up(shop: Shop, job_id: str) -> Job:
+    """The job after its worker died and another has had its turn."""
+    lapse()
+    shop.store.reap(job_id, 0)
+    run_job(job_id, shop, "w2")
+    return shop.store.get(job_id, TENANT)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def opened(core: Core, path: Path, context: Context = CONTEXT) -> bytes:
+    return core.kms.decrypt(WHO, path.read_bytes(), context).plaintext
+
+
+# -- there and back ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, 1_048_576, 3_000_001], ids=str)
+def test_file_goes_there_and_back(core: Core, files: Path, size: int) -> None:
+    data = os.urandom(size)
+    (files / "in").write_bytes(data)
+
+    sealed = done(core, "encrypt", files / "in", files / "sealed")
+    back = done(core, "decrypt", files / "sealed", files / "back")
+
+    assert (sealed.state, sealed.bytes_done, back.state) == ("succeeded", size, "succeeded")
+    assert (files / "back").read_bytes() == data
+    assert names(files) == {"in", "sealed", "back"}
+    assert {path.stat().st_mode & 0o777 for path in (files / "sealed", files / "back")} == {0o600}
+
+
+def test_rewrap_is_a_new_header_around_the_same_payload(core: Core, files: Path) -> None:
+    done(core, "encrypt", files / "in", files / "sealed")
+
+    assert done(core, "rewrap", files / "sealed", files / "moved").state == "succeeded"
+
+    before, after = (files / "sealed").read_bytes(), (files / "moved").read_bytes()
+    assert opened(core, files / "moved", Context.parse("env=new")) == DATA
+    assert before[-len(DATA) :] == after[-len(DATA) :]
+    assert before[:2000] != after[:2000]
+
+
+def test_target_that_exists_is_left_alone(core: Core, files: Path) -> None:
+    (files / "out").write_bytes(b"precious")
+
+    job = done(core, "encrypt", files / "in", files / "out")
+
+    assert (job.state, job.error) == ("failed", "target_exists")
+    assert (files / "out").read_bytes() == b"precious"
+    assert names(files) == {"in", "out"}
+
+
+def test_overwriting_replaces_and_may_replace_the_source(core: Core, files: Path) -> None:
+    (files / "out").write_bytes(b"old")
+
+    assert done(core, "encrypt", files / "in", files / "out", overwrite=True).state == "succeeded"
+    assert done(core, "encrypt", files / "in", files / "in", overwrite=True).state == "succeeded"
+
+    assert opened(core, files / "out") == opened(core, files / "in") == DATA
+    assert names(files) == {"in", "out"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.symlink_to("/etc/hostname"),
+        lambda path: path.hardlink_to(path.with_name("in")),
+        lambda path: path.mkdir(),
+        os.mkfifo,
+        lambda _path: None,
+    ],
+    ids=["symlink", "hardlink", "folder", "fifo", "nothing"],
+)
+def test_source_that_is_no_plain_file_is_refused(
+    core: Core, files: Path, make: Callable[[Path], None]
+) -> None:
+    make(files / "odd")
+
+    with pytest.raises(PathRefused):
+        submit(core, "encrypt", files / "odd", files / "out")
+
+
+def test_source_that_becomes_a_link_after_submission_is_refused(core: Core, files: Path) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+    (files / "in").unlink()
+    (files / "in").symlink_to("/etc/hostname")
+
+    run_job(job_id, core.shop, "w")
+
+    assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "path_refused")
+    assert names(files) == {"in"}
+
+
+@pytest.mark.parametrize(
+    "place", ["keys", "spool.key", "spool/x", "audit/x", "../outside", "files/../spool.key"]
+)
+def test_path_outside_the_roots_is_refused(core: Core, files: Path, place: str) -> None:
+    for source, target in ((files / "in", files.parent / place), (files.parent / place, files / "out")):
+        with pytest.raises(PathRefused):
+            submit(core, "encrypt", source, target)
+
+
+class Meddling(Roots):
+    """Whoever opens a source here finds that somebody else writes to it."""
+
+    def open_source(self, url: str) -> OpenSource:
+        found = super().open_source(url)
+        with Path(url.removeprefix("file://")).open("ab") as file:
+            file.write(b"more")
+        return found
+
+
+def test_source_that_changes_meanwhile_fails_the_job(core: Core, files: Path) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+
+    run_job(job_id, Shop(core.kms, core.shop.store, core.shop.spool, Meddling([files])), "w")
+
+    assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "invalid_request")
+    assert names(files) == {"in"}
+
+
+@pytest.mark.parametrize("at", [-1, 1_500_000, 100], ids=["last", "middle", "header"])
+def test_damaged_file_leaves_no_target(core: Core, files: Path, at: int) -> None:
+    done(core, "encrypt", files / "in", files / "sealed")
+    damaged = bytearray((files / "sealed").read_bytes())
+    damaged[at] ^= 1
+    (files / "sealed").write_bytes(damaged)
+
+    job = done(core, "decrypt", files / "sealed", files / "out")
+
+    assert (job.state, job.error) == ("failed", "decrypt_failed")
+    assert names(files) == {"in", "sealed"}
+
+
+# -- killed in the middle ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("death", MOMENTS, ids=["-".join(moment) for moment in MOMENTS])
+@pytest.mark.parametrize("how", ["encrypt", "encrypt over", "decrypt", "decrypt over"])
+def test_job_of_a_killed_worker_is_finished_once(
+    core: Core, shop: Shop, files: Path, death: tuple[str, str], how: str
+) -> None:
+    kind: JobKind = "encrypt" if how.startswith("encrypt") else "decrypt"
+    overwrite, (moment, step) = how.endswith("over"), death
+    done(core, "encrypt", files / "in", files / "sealed")
+    source = files / ("in" if kind == "encrypt" else "sealed")
+    if overwrite:
+        (files / "out").write_bytes(b"old")
+    job_id = submit(core, kind, source, files / "out", overwrite=overwrite)
+
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(core, step, after=moment == "after"), "w1")
+    placed = (files / "out").stat() if step == "finish" else None
+    job = taken_up(shop, job_id)
+
+    assert (job.state, job.error) == ("succeeded", "")
+    assert (opened(core, files / "out") if kind == "encrypt" else (files / "out").read_bytes()) == DATA
+    assert names(files) == {"in", "sealed", "out"}
+    if placed:
+        assert (files / "out").stat().st_ino == placed.st_ino
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["unheard", "heard"])
+def test_redis_lost_at_the_commit_costs_nothing(core: Core, shop: Shop, files: Path, *, after: bool) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+
+    with pytest.raises(JobsUnavailable):
+        run_job(job_id, stumbling(core, "committing", after=after, error=JobsUnavailable()), "w1")
+    job = taken_up(shop, job_id)
+
+    assert job.state == "succeeded"
+    assert opened(core, files / "out") == DATA
+    assert names(files) == {"in", "out"}
+
+
+def test_finishing_twice_changes_nothing(core: Core, files: Path) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+    run_job(job_id, core.shop, "w1")
+    first = (files / "out").stat()
+    (files / "in").write_bytes(b"other")
+
+    run_job(job_id, core.shop, "w2")
+
+    assert (files / "out").stat() == first
+    assert names(files) == {"in", "out"}
+
+
+def test_target_taken_before_the_finish_is_left_alone(core: Core, shop: Shop, files: Path) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(core, "committing", after=True), "w1")
+    (files / "out").write_bytes(b"somebody else's")
+
+    job = taken_up(shop, job_id)
+
+    assert (job.state, job.error) == ("failed", "target_exists")
+    assert (files / "out").read_bytes() == b"somebody else's"
+    assert names(files) == {"in", "out"}
+
+
+def test_result_that_was_exchanged_before_the_finish_is_not_put_in_place(
+    core: Core, shop: Shop, files: Path
+) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(core, "committing", after=True), "w1")
+    (temporary,) = files.glob(".kms-*")
+    data = temporary.read_bytes()
+    temporary.rename(files / "kept")
+    temporary.write_bytes(data)
+
+    job = taken_up(shop, job_id)
+
+    assert (job.state, job.error) == ("failed", "path_refused")
+    assert "out" not in names(files)
+
+
+def test_worker_that_was_overtaken_has_no_effect(core: Core, shop: Shop, files: Path) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+
+    def overtake(step: str) -> None:
+        if step == "committing":
+            forge(shop.store, job_id, lease_until="0")
+            run_job(job_id, shop, "w2")
+
+    slow = stumbling(core, "nothing", after=False)
+    setattr(slow.store, "before", overtake)  # noqa: B010 -- a hook of the double
+    run_job(job_id, slow, "w1")
+
+    assert (now(core, job_id).state, now(core, job_id).fence) == ("succeeded", 2)
+    assert opened(core, files / "out") == DATA
+    assert names(files) == {"in", "out"}
+
+
+def test_half_written_result_is_never_put_in_place_by_a_forged_commit(
+    core: Core, shop: Shop, files: Path
+) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(core, "committing", after=False), "w1")
+    (temporary,) = files.glob(".kms-*")
+    found = temporary.stat()
+    forged = f'{{"fence":1,"inode":{found.st_ino},"size_bytes":{found.st_size},"mtime_ns":0}}'
+    forge(shop.store, job_id, state="committing", commit=forged, lease_until="0")
+
+    with pytest.raises(Exception, match="was not written by this service"):
+        run_job(job_id, shop, "w2")
+
+    assert "out" not in names(files)
+
+
+# -- other kinds ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_bulk_job_of_a_killed_worker_has_one_result(core: Core, shop: Shop, *, after: bool) -> None:
+    items = [JobItem(plaintext=b"%d" % number) for number in range(20)]
+    job_id = core.desk.items(Terms(WHO, "encrypt", CONTEXT), items).job_id
+
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(core, "finish", after=after), "w1")
+    job = taken_up(shop, job_id)
+
+    assert (job.state, job.items_done, job.items_failed) == ("succeeded", 20, 0)
+
+
+def test_outage_costs_time_and_no_attempt(core: Core, files: Path) -> None:
+    audit = files.parent / "audit"
+    audit.write_text("a file where the folder of the trail should be")
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+
+    for _ in range(10):
+        run_job(job_id, core.shop, "w")
+        assert (now(core, job_id).state, now(core, job_id).attempt) == ("queued", 0)
+        assert now(core, job_id).not_before > 0
+        assert names(files) == {"in"}
+        forge(core.shop.store, job_id, not_before="0")
+    audit.unlink()
+    run_job(job_id, core.shop, "w")
+
+    assert (now(core, job_id).state, now(core, job_id).attempt) == ("succeeded", 1)

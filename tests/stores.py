@@ -1,0 +1,64 @@
+"""Job stores and jobs for tests: short leases, long ones, and what an intruder in Redis can do."""
+
+import time
+
+import msgspec
+
+from kms_core.jobs.build import Core
+from kms_core.jobs.desk import new_id
+from kms_core.jobs.model import Accepted, Commit
+from kms_core.jobs.store import Claim, JobStore, Rules
+from service import CANARY
+
+TENANT = "default"
+SHORT = Rules(lease_s=0.2, attempts=3)
+LONG = Rules(lease_s=600, attempts=3)
+COMMIT = Commit(fence=1, inode=2, size_bytes=3, mtime_ns=4)
+
+
+def store_of(core: Core, rules: Rules, nudged: list[str]) -> JobStore:
+    """The core's store with other rules; whom it nudges is noted."""
+    found = core.shop.store
+    return JobStore(found.redis, found.record_key, lambda job_id, _queue: nudged.append(job_id), rules)
+
+
+def accepted(**changes: object) -> Accepted:
+    now = time.time()
+    job = Accepted(
+        job_id=new_id(),
+        tenant=TENANT,
+        principal="local",
+        credential="none",
+        kind="encrypt",
+        source="upload",
+        context=(("where", CANARY),),
+        created_at=now,
+        expires_at=now + 3600,
+    )
+    return msgspec.structs.replace(job, **changes)
+
+
+def claimed(store: JobStore, worker: str = "w1", **changes: object) -> Claim:
+    job = store.submit(accepted(**changes))
+    claim = store.claim(job.job_id, worker)
+    assert claim
+    return claim
+
+
+def state(store: JobStore, claim: Claim) -> str:
+    return store.get(claim.accepted.job_id, TENANT).state
+
+
+def record(store: JobStore, job_id: str) -> dict[bytes, bytes]:
+    found: dict[bytes, bytes] = store.redis.hgetall(f"kms:job:{job_id}")  # type: ignore[assignment]  # sync client
+    return found
+
+
+def forge(store: JobStore, job_id: str, **fields: str | bytes) -> None:
+    """What somebody with access to Redis can do."""
+    store.redis.hset(f"kms:job:{job_id}", mapping=fields)  # type: ignore[arg-type]  # its stubs want str keys in Any
+
+
+def lapse() -> None:
+    """Let a lease of ``SHORT`` run out."""
+    time.sleep(SHORT.lease_s + 0.1)

@@ -1,0 +1,254 @@
+"""What the service writes into the audit trail: one line per operation, before the result, and no secrets."""
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Final
+
+import pytest
+from prometheus_client import REGISTRY
+
+from agekms import ADA, NO_CONTEXT, ROW, FullDisk, Kept, age_backend, head_of, kms_over
+from kms_core import audit, metrics
+from kms_core.audit import JsonLines
+from kms_core.backends.age import AgeBackend, version_of
+from kms_core.context import Context
+from kms_core.envelope import stream, x25519
+from kms_core.envelope.header import Stanza, render
+from kms_core.envelope.slabs import Extent
+from kms_core.errors import AuditUnavailable, KmsError
+from kms_core.policy import Principal
+from kms_core.service import Kms, Rules, Unwrapped
+
+IDENTITY: Final = x25519.Identity.generate()
+SECRET: Final = Context.parse("patient=hunter2,row=7")
+Call = Callable[[Kms, bytes], object]
+
+
+def with_files(kms: Kms, sealed: bytes, *, context: Context) -> None:
+    with TemporaryFile(buffering=0) as source, TemporaryFile() as target:
+        source.write(sealed)
+        kms.decrypt_file(ADA, Extent(source.fileno(), len(sealed)), target.fileno(), context)
+
+
+def into_a_file(kms: Kms) -> None:
+    with TemporaryFile(buffering=0) as source, TemporaryFile() as target:
+        source.write(b"hunter2 plain")
+        kms.encrypt_file(ADA, Extent(source.fileno(), 13), target.fileno(), SECRET)
+
+
+def adopted(kms: Kms, sealed: bytes) -> None:
+    key = kms.keyring.default.ref("acme")
+    found = Unwrapped(os.urandom(16), head_of(sealed).nonce, key, "service")
+    kms.adopt_file(ADA, found, SECRET, size_bytes=13)
+
+
+def header_of_a_file(kms: Kms, sealed: bytes) -> None:
+    head = head_of(sealed)
+    kms.rewrap_file(ADA, head, SECRET, new_context=None, key_id=None, size_bytes=len(sealed))
+
+
+GOOD: Final[dict[str, tuple[str, Call]]] = {
+    "encrypt": ("encrypt", lambda kms, _: kms.encrypt(ADA, b"hunter2 plain", SECRET)),
+    "decrypt": ("decrypt", lambda kms, sealed: kms.decrypt(ADA, sealed, SECRET)),
+    "data key": ("generate_data_key", lambda kms, _: kms.generate_data_key(ADA, 32, SECRET)),
+    "rewrap": ("rewrap", lambda kms, sealed: kms.rewrap(ADA, sealed, SECRET)),
+    "encrypt a file": ("encrypt", lambda kms, _: into_a_file(kms)),
+    "decrypt a file": ("decrypt", lambda kms, sealed: with_files(kms, sealed, context=SECRET)),
+    "adopt a file": ("encrypt", adopted),
+    "rewrap a file": ("rewrap", header_of_a_file),
+}
+BAD: Final[dict[str, tuple[str, str, Call]]] = {
+    "unknown key": ("encrypt", "unknown_key", lambda kms, _: kms.encrypt(ADA, b"x", SECRET, key_id="gone")),
+    "wrong time": (
+        "encrypt",
+        "invalid_context",
+        lambda kms, _: kms.encrypt(ADA, b"x", Context.parse("not_after=hunter2")),
+    ),
+    "no context": ("encrypt", "context_required", lambda kms, _: kms.encrypt(ADA, b"x", NO_CONTEXT)),
+    "wrong context": ("decrypt", "decrypt_failed", lambda kms, sealed: kms.decrypt(ADA, sealed, ROW)),
+    "cut": ("decrypt", "decrypt_failed", lambda kms, sealed: kms.decrypt(ADA, sealed[:-1], SECRET)),
+    "no age file": ("decrypt", "not_a_ciphertext", lambda kms, _: kms.decrypt(ADA, b"hunter2", SECRET)),
+    "large header": (
+        "decrypt",
+        "too_large",
+        lambda kms, _: kms.decrypt(ADA, render([Stanza(("x",), b"")] * 65, bytes(16)) + bytes(16), SECRET),
+    ),
+    "nobody": ("encrypt", "forbidden", lambda kms, _: kms.encrypt(Principal(""), b"x", SECRET)),
+    "rewrap, no age file": ("rewrap", "not_a_ciphertext", lambda kms, _: kms.rewrap(ADA, b"", SECRET)),
+    "rewrap, context": ("rewrap", "decrypt_failed", lambda kms, sealed: kms.rewrap(ADA, sealed, ROW)),
+    "file, cut": (
+        "decrypt",
+        "decrypt_failed",
+        lambda kms, sealed: with_files(kms, sealed[:-1], context=SECRET),
+    ),
+    "file, no age file": (
+        "decrypt",
+        "not_a_ciphertext",
+        lambda kms, _: with_files(kms, b"hunter2", context=SECRET),
+    ),
+    "no size": ("generate_data_key", "internal", lambda kms, _: kms.generate_data_key(ADA, -1, SECRET)),
+}
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> AgeBackend:
+    return age_backend(tmp_path / "age", IDENTITY)
+
+
+@pytest.fixture
+def sealed(backend: AgeBackend) -> bytes:
+    return kms_over(backend).encrypt(ADA, b"hunter2 plain", SECRET).ciphertext
+
+
+# -- one line per operation --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_success_is_one_line(backend: AgeBackend, sealed: bytes, name: str) -> None:
+    operation, call = GOOD[name]
+    trail = Kept()
+    call(kms_over(backend, trail=trail), sealed)
+
+    assert trail.results == [(operation, "ok")]
+    assert (trail.lines[0]["key_id"], trail.lines[0]["backend"]) == ("default", "age")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_failure_is_one_line(backend: AgeBackend, sealed: bytes, name: str) -> None:
+    operation, code, call = BAD[name]
+    trail = Kept()
+    with pytest.raises((KmsError, ValueError)):
+        call(kms_over(backend, trail=trail, rules=Rules(require_context=True)), sealed)
+
+    assert trail.results == [(operation, code)]
+
+
+def test_a_refusal_names_the_key_that_the_file_names(backend: AgeBackend, sealed: bytes) -> None:
+    trail = Kept()
+    with pytest.raises(KmsError):
+        kms_over(backend, trail=trail).decrypt(ADA, sealed, NO_CONTEXT)
+    line = trail.lines[0]
+
+    assert (line["key_id"], line["key_version"]) == ("default", version_of(IDENTITY.recipient))
+    assert line["origin"] == "service"
+
+
+# -- what is in a line -------------------------------------------------------------------------------
+
+
+def test_a_line_says_who_what_which_and_how_much(backend: AgeBackend) -> None:
+    trail = Kept()
+    request, job = audit.request_id.set("req-1"), audit.job_id.set("job-1")
+    try:
+        made = kms_over(backend, trail=trail).encrypt(ADA, b"hunter2 plain", SECRET)
+    finally:
+        audit.request_id.reset(request)
+        audit.job_id.reset(job)
+    line = trail.lines[0]
+
+    assert line.pop("time")
+    assert line.pop("duration_us")
+    assert line == {
+        "operation": "encrypt",
+        "principal": "ada",
+        "tenant": "acme",
+        "credential": "test",
+        "request_id": "req-1",
+        "job_id": "job-1",
+        "key_id": "default",
+        "key_version": version_of(IDENTITY.recipient),
+        "backend": "age",
+        "context_keys": ["patient", "row"],
+        "bytes_in": 13,
+        "bytes_out": len(made.ciphertext),
+        "result": "ok",
+    }
+
+
+def test_a_foreign_file_is_recorded_as_such(backend: AgeBackend) -> None:
+    trail, file_key = Kept(), os.urandom(16)
+    foreign = render([IDENTITY.recipient.wrap(file_key)], file_key) + bytes(16)
+    foreign += stream.seal(stream.payload_key(file_key, bytes(16)), b"theirs")
+    kms_over(backend, trail=trail).decrypt(ADA, foreign, NO_CONTEXT)
+    with pytest.raises(KmsError):
+        kms_over(backend, trail=trail, accept_foreign=False).decrypt(ADA, foreign, NO_CONTEXT)
+
+    assert [(line["origin"], line["result"]) for line in trail.lines] == [
+        ("foreign", "ok"),
+        ("foreign", "foreign_refused"),
+    ]
+
+
+def test_a_rewrap_records_what_went_in_and_what_came_out(backend: AgeBackend, sealed: bytes) -> None:
+    trail = Kept()
+    moved = kms_over(backend, trail=trail).rewrap(ADA, sealed, SECRET).ciphertext
+
+    assert (trail.lines[0]["bytes_in"], trail.lines[0]["bytes_out"]) == (len(sealed), len(moved))
+
+
+@pytest.mark.parametrize("name", [*GOOD, *BAD])
+def test_no_line_holds_plaintext_keys_or_context_values(
+    backend: AgeBackend, sealed: bytes, tmp_path: Path, name: str
+) -> None:
+    call = (GOOD | BAD)[name][-1]
+    path = tmp_path / "audit.jsonl"
+    with suppress(KmsError, ValueError):
+        call(kms_over(backend, trail=JsonLines(path)), sealed)
+    text = path.read_text()
+
+    assert "hunter2" not in text
+    assert IDENTITY.export() not in text
+    assert len(text.splitlines()) == 1
+
+
+def test_a_data_key_is_not_in_its_line(backend: AgeBackend, tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    made = kms_over(backend, trail=JsonLines(path)).generate_data_key(ADA, 32, SECRET)
+
+    assert made.plaintext.hex() not in path.read_text()
+    assert "plaintext" not in json.loads(path.read_text())
+
+
+# -- before the result -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_without_its_line_no_result_leaves(backend: AgeBackend, sealed: bytes, name: str) -> None:
+    with pytest.raises(AuditUnavailable):
+        GOOD[name][1](kms_over(backend, trail=FullDisk()), sealed)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_without_its_line_not_even_a_refusal_leaves(backend: AgeBackend, sealed: bytes, name: str) -> None:
+    kms = kms_over(backend, trail=FullDisk(), rules=Rules(require_context=True))
+
+    with pytest.raises(AuditUnavailable):
+        BAD[name][2](kms, sealed)
+
+
+def test_a_full_disk_withholds_the_plaintext(backend: AgeBackend, sealed: bytes) -> None:
+    kms = kms_over(backend, trail=JsonLines(Path("/dev/full")))
+
+    with pytest.raises(AuditUnavailable, match="No space left on device"):
+        kms.decrypt(ADA, sealed, SECRET)
+
+
+def audit_lines(result: str) -> float:
+    return REGISTRY.get_sample_value("kms_audit_events_total", {"result": result}) or 0
+
+
+def test_lost_lines_are_counted(backend: AgeBackend) -> None:
+    before = [audit_lines(result) for result in ("ok", "failed")]
+    outcomes = metrics.operation_counts()
+    kms_over(backend).encrypt(ADA, b"", NO_CONTEXT)
+    with pytest.raises(AuditUnavailable):
+        kms_over(backend, trail=FullDisk()).encrypt(ADA, b"", NO_CONTEXT)
+    after = [audit_lines(result) for result in ("ok", "failed")]
+    at = ("encrypt", "audit_unavailable")
+
+    assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1]
+    assert metrics.operation_counts()[at] == outcomes.get(at, 0) + 1

@@ -1,0 +1,106 @@
+"""Who may do what is asked in the service, once for every front, before any key is touched."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from agekms import ADA, NO_CONTEXT, ROW, age_backend, kms_over
+from kms_core import metrics
+from kms_core.backends.age import AgeBackend
+from kms_core.context import Context
+from kms_core.envelope import x25519
+from kms_core.errors import Forbidden
+from kms_core.policy import AllowAll, Principal
+from kms_core.service import Kms
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> AgeBackend:
+    return age_backend(tmp_path / "default", x25519.Identity.generate())
+
+
+@pytest.fixture
+def payroll(tmp_path: Path) -> AgeBackend:
+    return age_backend(tmp_path / "payroll", x25519.Identity.generate())
+
+
+class Allowing:
+    """A policy of (operation, key id) pairs that keeps what it was asked."""
+
+    def __init__(self, *allowed: tuple[str, str]) -> None:
+        self._allowed = allowed
+        self.asked: list[tuple[str, str, Context]] = []
+
+    def require(self, who: Principal, operation: str, key_id: str, context: Context) -> None:
+        self.asked.append((operation, key_id, context))
+        if not who.name or (operation, key_id) not in self._allowed:
+            raise Forbidden
+
+
+def test_policy_is_asked_with_the_key_that_the_file_names(backend: AgeBackend, payroll: AgeBackend) -> None:
+    sealed = kms_over(backend, {"payroll": payroll}).encrypt(ADA, b"x", ROW, key_id="payroll").ciphertext
+    policy = Allowing(("decrypt", "default"))
+
+    with pytest.raises(Forbidden):
+        kms_over(backend, {"payroll": payroll}, policy=policy).decrypt(ADA, sealed, ROW)
+    assert policy.asked == [("decrypt", "payroll", ROW)]
+
+
+def test_policy_comes_before_any_unwrap(backend: AgeBackend) -> None:
+    sealed = kms_over(backend).encrypt(ADA, b"x", ROW).ciphertext
+
+    with pytest.raises(Forbidden):
+        kms_over(backend, policy=Allowing()).decrypt(ADA, sealed, NO_CONTEXT)
+
+
+OTHER: Final = Context.parse("row=8")
+CALLS: Final[dict[str, Callable[[Kms, bytes], object]]] = {
+    "encrypt": lambda kms, _: kms.encrypt(ADA, b"x", ROW),
+    "decrypt": lambda kms, sealed: kms.decrypt(ADA, sealed, ROW),
+    "generate_data_key": lambda kms, _: kms.generate_data_key(ADA, 32, ROW),
+    "rewrap": lambda kms, sealed: kms.rewrap(ADA, sealed, ROW, new_context=OTHER, key_id="payroll"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_not_allowed_is_forbidden(backend: AgeBackend, payroll: AgeBackend, name: str) -> None:
+    sealed = kms_over(backend).encrypt(ADA, b"x", ROW).ciphertext
+
+    with pytest.raises(Forbidden):
+        CALLS[name](kms_over(backend, {"payroll": payroll}, policy=Allowing()), sealed)
+
+
+def test_a_rewrap_needs_decrypt_under_the_old_and_encrypt_under_the_new(
+    backend: AgeBackend, payroll: AgeBackend
+) -> None:
+    sealed = kms_over(backend).encrypt(ADA, b"x", ROW).ciphertext
+    policy = Allowing(("decrypt", "default"), ("encrypt", "payroll"))
+    CALLS["rewrap"](kms_over(backend, {"payroll": payroll}, policy=policy), sealed)
+    half = Allowing(("decrypt", "default"), ("encrypt", "default"))
+
+    assert policy.asked == [("decrypt", "default", ROW), ("encrypt", "payroll", OTHER)]
+    with pytest.raises(Forbidden):
+        CALLS["rewrap"](kms_over(backend, {"payroll": payroll}, policy=half), sealed)
+
+
+def test_without_authentication_a_caller_still_has_a_name() -> None:
+    AllowAll().require(ADA, "encrypt", "default", ROW)
+
+    with pytest.raises(Forbidden):
+        AllowAll().require(Principal(""), "encrypt", "default", ROW)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_operations_are_counted_by_outcome(backend: AgeBackend, payroll: AgeBackend, name: str) -> None:
+    kms = kms_over(backend, {"payroll": payroll})
+    sealed = kms.encrypt(ADA, b"x", ROW).ciphertext
+    before = metrics.operation_counts()
+    CALLS[name](kms, sealed)
+    with pytest.raises(Forbidden):
+        CALLS[name](kms_over(backend, {"payroll": payroll}, policy=Allowing()), sealed)
+    after = metrics.operation_counts()
+    counted = {at: after[at] - before.get(at, 0) for at in after if after[at] != before.get(at, 0)}
+
+    assert counted == {(name, "ok"): 1, (name, "forbidden"): 1}
