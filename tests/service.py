@@ -219,6 +219,41 @@ class Service:
         return sorted(str(path.relative_to(self.spool)) for path in found)
 
 
+class Supervised(Service):
+    """The same install run by ``kms up``, which starts again what dies."""
+
+    _up: subprocess.Popen[bytes]
+
+    def __enter__(self) -> Self:
+        argv = [sys.executable, "-P", "-m", "kms_cli.main", "up"]
+        with (self.logs / "up.log").open("ab") as output:
+            self._up = tether.spawn(argv, env=self.environ, output=output)
+        until(lambda: "kms: ready" in self.output("up"), "kms up is ready")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.http.close()
+        self._up.terminate()
+        try:
+            self._up.wait(STOP_S)
+        finally:
+            self._up.kill()
+
+    def pid(self, name: str) -> int:
+        """Of ``api``, ``worker`` or ``valkey``, once it has one."""
+        path = self.state / "run" / f"{name}.pid"
+        until(path.exists, f"a pid file of {name}")
+        return int(path.read_text())
+
+    def kill(self, name: str) -> None:
+        """Kill one process, and wait until another runs in its place."""
+        before = self.pid(name)
+        os.kill(before, signal.SIGKILL)
+        until(lambda: self.pid(name) != before, f"another {name}")
+
+
 def _dashed(headers: Mapping[str, str]) -> dict[str, str]:
     return {name.replace("_", "-"): value for name, value in headers.items()}
 

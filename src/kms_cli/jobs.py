@@ -1,4 +1,4 @@
-"""``kms job``: list, show, wait, cancel, result."""
+"""``kms job``: list, show, wait, cancel, result, dead, retry."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from kms_cli.main import JOB_COMMANDS, LazyGroup
 from kms_cli.progress import Meter
 from kms_cli.remote import connect, show
 from kms_cli.session import session
-from kms_core.wire import JobOut, JobState
+from kms_core.wire import JobList, JobOut, JobState
 
 STATES: Final = get_args(JobState)
 
@@ -27,6 +27,28 @@ def list_command(state: JobState | None, limit: int) -> None:
     """List jobs, newest first."""
     with connect() as kms:
         page = kms.jobs(state=state, limit=limit)
+    _rows(page, "no jobs")
+    if page.next and not session().as_json:
+        words.say(f"there are more: raise --limit, now {limit}")
+
+
+@click.command("dead", short_help="List dead letters.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+def dead_command(limit: int) -> None:
+    """List jobs that used up their attempts, newest first."""
+    with connect() as kms:
+        _rows(kms.dead(limit=limit), "no dead letters")
+
+
+@click.command("retry", short_help="Revive a dead letter.")
+@id_argument
+def retry_command(job_id: str) -> None:
+    """Give a job that ended with attempts_exhausted all its attempts again."""
+    with connect() as kms:
+        _show(kms.retry(job_id))
+
+
+def _rows(page: JobList, none: str) -> None:
     if session().as_json:
         show(page)
         return
@@ -35,9 +57,7 @@ def list_command(state: JobState | None, limit: int) -> None:
             f"{job.job_id}  {job.kind:<7}  {job.state:<10}  {job.created_at}  {_progress(job)}".rstrip()
         )
     if not page.jobs:
-        words.say("no jobs")
-    if page.next:
-        words.say(f"there are more: raise --limit, now {limit}")
+        words.say(none)
 
 
 @click.command("show", short_help="Show a job.")

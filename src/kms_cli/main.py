@@ -45,6 +45,8 @@ JOB_COMMANDS: Final = {
     "wait": ("jobs", "Wait until a job has ended."),
     "cancel": ("jobs", "Ask for the end of a job."),
     "result": ("jobs", "Fetch the result of a job."),
+    "dead": ("jobs", "List jobs that used up their attempts."),
+    "retry": ("jobs", "Give a dead letter all its attempts again."),
 }
 
 

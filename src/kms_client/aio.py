@@ -173,6 +173,14 @@ class AsyncClient:
         """Ask for the end of a job. Raises JobCommitting when it is too late."""
         return await self._engine.send(calls.cancel(job_id))
 
+    async def dead(self, *, limit: int = 100) -> wire.JobList:
+        """Dead letters: jobs that used up their attempts, newest first."""
+        return await self._engine.send(calls.dead(limit))
+
+    async def retry(self, job_id: str) -> wire.JobOut:
+        """Give a dead letter all its attempts again. Raises JobNotDead for any other job."""
+        return await self._engine.send(calls.retry(job_id))
+
     async def wait(
         self, job_id: str, *, progress: JobProgress | None = None, timeout_s: float | None = None
     ) -> wire.JobOut:

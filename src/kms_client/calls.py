@@ -122,6 +122,14 @@ def cancel(job_id: str) -> Call[wire.JobOut]:
     return Call("DELETE", job_path(job_id), wire.JobOut)
 
 
+def retry(job_id: str) -> Call[wire.JobOut]:
+    return Call("POST", f"{job_path(job_id)}/retry", wire.JobOut)
+
+
+def dead(limit: int) -> Call[wire.JobList]:
+    return Call("GET", f"{PREFIX}/jobs/dead?limit={limit}", wire.JobList)
+
+
 def jobs(state: wire.JobState | None, limit: int | None, cursor: str | None) -> Call[wire.JobList]:
     given = {"state": state, "limit": limit, "cursor": cursor}
     query = "&".join(

@@ -188,6 +188,14 @@ class Client:
         """Ask for the end of a job. Raises JobCommitting when it is too late."""
         return run(self._api.cancel(job_id))
 
+    def dead(self, *, limit: int = 100) -> wire.JobList:
+        """Dead letters: jobs that used up their attempts, newest first."""
+        return run(self._api.dead(limit=limit))
+
+    def retry(self, job_id: str) -> wire.JobOut:
+        """Give a dead letter all its attempts again. Raises JobNotDead for any other job."""
+        return run(self._api.retry(job_id))
+
     def wait(
         self, job_id: str, *, progress: JobProgress | None = None, timeout_s: float | None = None
     ) -> wire.JobOut:

@@ -1,14 +1,23 @@
 """The command with keys at hand, run as users run it: files, pipes and what became of them."""
 
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from cli.conftest import BIN, environment
 from kms_core.envelope import hybrid, x25519
 
 TIMEOUT_S: Final = 120
+SSH_KEYS: Final[dict[str, Callable[[], Ed25519PrivateKey | RSAPrivateKey]]] = {
+    "ed25519": Ed25519PrivateKey.generate,
+    "rsa": lambda: generate_private_key(65537, 2048),
+}
 Done = subprocess.CompletedProcess[bytes]
 
 
@@ -71,3 +80,12 @@ def desk(folder: Path) -> Desk:
 def write_key(path: Path, *identities: x25519.Identity | hybrid.Identity) -> None:
     path.touch(mode=0o600)
     path.write_text("".join(f"{identity.export()}\n" for identity in identities))
+
+
+def write_ssh_key(desk: Desk, kind: str = "ed25519") -> str:
+    """Write an ssh private key to ``ssh``; its public line."""
+    key = SSH_KEYS[kind]()
+    path = desk.folder / "ssh"
+    path.touch(mode=0o600)
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()

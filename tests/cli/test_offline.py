@@ -11,7 +11,7 @@ import pyrage
 import pytest
 
 from cli.conftest import BIN
-from cli.keyed import Desk, desk, write_key
+from cli.keyed import SSH_KEYS, Desk, desk, write_key, write_ssh_key
 from kms_core.envelope import armor, hybrid
 from kms_core.envelope.header import FILE_LIMITS, parse
 from peers import program
@@ -201,21 +201,19 @@ def test_the_key_of_somebody_else_opens_nothing(desk: Desk) -> None:
     assert other.names() == {"key.txt"}
 
 
-@pytest.mark.parametrize("bits", ["ed25519", "rsa"])
+@pytest.mark.parametrize("kind", SSH_KEYS)
 @pytest.mark.parametrize("size", [0, 1, 65536, MIB + 1])
-def test_an_ssh_key_opens_what_was_sealed_for_it(desk: Desk, bits: str, size: int) -> None:
+def test_an_ssh_key_opens_what_was_sealed_for_it(desk: Desk, kind: str, size: int) -> None:
     plaintext = os.urandom(size)
-    ssh_keygen(desk, bits)
-    sealed = age(desk, "-r", desk.read("ssh.pub").decode(), given=plaintext)
+    sealed = age(desk, "-r", write_ssh_key(desk, kind), given=plaintext)
 
     assert desk.made("open", "-i", "key.txt", "-i", "ssh", given=sealed) == plaintext
     assert file_to_file(desk, ["open", "-i", "ssh"], sealed) == plaintext
 
 
 def test_pyrage_never_sees_a_large_header(desk: Desk) -> None:
-    ssh_keygen(desk, "ed25519")
     others = [pyrage.x25519.Identity.generate().to_public() for _ in range(100)]
-    recipient = pyrage.ssh.Recipient.from_str(desk.read("ssh.pub").decode())
+    recipient = pyrage.ssh.Recipient.from_str(write_ssh_key(desk))
     done = desk.kms("open", "-i", "ssh", given=pyrage.encrypt(b"salary", [*others, recipient]))
 
     assert done.returncode == 65
@@ -224,17 +222,11 @@ def test_pyrage_never_sees_a_large_header(desk: Desk) -> None:
 
 @pytest.mark.parametrize("cut", [1, 70_000])
 def test_a_cut_file_for_an_ssh_key_is_refused(desk: Desk, cut: int) -> None:
-    ssh_keygen(desk, "ed25519")
-    sealed = age(desk, "-r", desk.read("ssh.pub").decode(), given=bytes(200_000))
+    sealed = age(desk, "-r", write_ssh_key(desk), given=bytes(200_000))
     done = desk.kms("open", "-i", "ssh", "-o", "out", given=sealed[:-cut])
 
     assert (done.returncode, desk.has("out")) == (65, False)
     assert b"damaged" in done.stderr
-
-
-def ssh_keygen(desk: Desk, kind: str) -> None:
-    command = [program("ssh-keygen"), "-q", "-t", kind, "-b", "2048", "-N", "", "-f", desk.path("ssh")]
-    subprocess.run(command, check=True)
 
 
 def test_a_key_that_others_can_read_is_used_with_a_warning(desk: Desk) -> None:

@@ -12,9 +12,10 @@ from typing import BinaryIO, cast
 import pytest
 
 from cli.conftest import BIN, environment
-from cli.keyed import Desk, desk
+from cli.keyed import Desk, desk, write_ssh_key
 from kms_core.envelope import stream
 from kms_core.envelope.header import FILE_LIMITS, parse
+from peers import program
 
 CHUNK = 65536
 SIZE = 5 * CHUNK + 1000
@@ -183,16 +184,14 @@ def test_an_interruption_leaves_no_file(desk: Desk, verb: str, number: signal.Si
         "open": ["open", "-i", "key.txt"],
         "ssh": ["open", "-i", "ssh"],
     }
-    recipient = ["-R", "ssh.pub"] if verb == "ssh" else ["-r", desk.recipient]
-    if verb == "ssh":
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", desk.path("ssh")], check=True)
-    given = subprocess.run(
-        ["age", *recipient], input=bytes(2**21), capture_output=True, check=True, cwd=desk.folder
+    recipient = write_ssh_key(desk) if verb == "ssh" else desk.recipient
+    age = subprocess.run(
+        [program("age"), "-r", recipient], input=bytes(2**21), capture_output=True, check=True
     )
     before = desk.names()
     with started(desk, *ways[verb], "-o", "out") as running:
         pipe = cast("BinaryIO", running.stdin)
-        pipe.write(given.stdout[: 2**20])
+        pipe.write(age.stdout[: 2**20])
         pipe.flush()
         until(lambda: any(name.startswith(".out") for name in desk.names()))
         running.send_signal(number)

@@ -2,13 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from service import Json, Service, b64, unb64
 
@@ -41,7 +37,7 @@ def found(folder: Path) -> list[str]:
 
 
 def data_key(service: Service, headers: dict[str, str]) -> bytes:
-    made = service.post("/generate-key", {"context": WORDS["context"] + "=1"}, headers=headers).json()
+    made = service.post("/generate-key", {"context": {"who": WORDS["context"]}}, headers=headers).json()
     return unb64(made["plaintext"])
 
 
@@ -68,7 +64,7 @@ def refusals(service: Service, headers: dict[str, str]) -> None:
         assert service.post("/encrypt", body, headers=headers).status_code in {404, 422}
     service.post("/encrypt", content=WORDS["plaintext"].encode(), headers=headers)
     service.http.get(f"/{WORDS['token']}?token={WORDS['token']}", headers={"Host": WORDS["token"]} | headers)
-    service.http.get(f"/api/v1/kms/jobs/{WORDS['token']}?state={WORDS['context']}", headers=headers)
+    service.http.get(f"/api/v1/kms/jobs?state={WORDS['context']}&cursor={WORDS['token']}", headers=headers)
 
 
 def bulk(service: Service) -> None:
@@ -144,16 +140,3 @@ def test_the_search_finds_what_it_looks_for(tmp_path: Path) -> None:
         (tmp_path / f"{number}").write_bytes(b"before " + text + b" after")
 
     assert len(found(tmp_path)) == len(texts)
-
-
-@pytest.mark.parametrize("module", ["kms_core.jobs.model", "kms_core.wire", "kms_core.service"])
-def test_shapes_do_not_show_their_values(module: str) -> None:
-    script = f"""
-import msgspec, {module} as module
-word = "Kanarienvogel"
-for name, kind in vars(module).items():
-    if isinstance(kind, type) and kind.__module__ == module.__name__ and issubclass(kind, msgspec.Struct):
-        fields = {{field.name: word for field in msgspec.structs.fields(kind)}}
-        assert word not in repr(kind(**fields)) or name in {{"Job", "Commit"}}, name
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)

@@ -8,6 +8,7 @@ from urllib.parse import unquote
 import anyio
 import anyio.from_thread
 import anyio.to_thread
+import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 from starlette.responses import StreamingResponse
@@ -168,9 +169,10 @@ def terms_of_headers(request: Request, kind: wire.JobKind) -> Terms:
     """Context and key of a streamed body: in headers, never in the query string, which proxies log."""
     key_id = request.headers.get("x-kms-key-id") or None
     try:
-        context = unquote(request.headers.get("x-kms-context", ""), errors="strict")
-    except UnicodeDecodeError:
-        raise InvalidRequest("X-KMS-Context is not percent-encoded UTF-8") from None
+        text = unquote(request.headers.get("x-kms-context", ""), errors="strict")
+        context = msgspec.json.decode(text, type=dict[str, str]) if text.startswith("{") else text
+    except (UnicodeDecodeError, msgspec.DecodeError):
+        raise InvalidRequest("X-KMS-Context is percent-encoded UTF-8: k=v pairs, or a JSON object") from None
     return Terms(
         caller(request),
         kind,

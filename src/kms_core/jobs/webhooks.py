@@ -220,13 +220,14 @@ def _headers(secret: bytes, message: Message) -> dict[bytes | str, bytes | str]:
 # -- the request -------------------------------------------------------------------------------------
 
 
-def post(endpoint: Endpoint, message: Message) -> Outcome:
-    """Send once, in at most 10 s besides the name's lookup. What is not answered 2xx or 410 has failed."""
+def post(endpoint: Endpoint, message: Message, total_s: float = TOTAL_S) -> Outcome:
+    """Send once, in ``total_s`` besides the name's lookup. What is not answered 2xx or 410 has failed."""
     try:
-        return _judged(_status(endpoint, message, time.monotonic() + TOTAL_S))
+        return _judged(_status(endpoint, message, time.monotonic() + total_s))
     except _KINDS as exc:
         word = next(word for kind, word in _FAILURES.items() if isinstance(exc, kind))
-        return Outcome("failed", "tls_failed" if isinstance(exc.__cause__, ssl.SSLError) else word)
+        tls = isinstance(exc.__context__, ssl.SSLError)  # the pool drops the cause
+        return Outcome("failed", "tls_failed" if tls else word)
 
 
 def resolve(endpoint: Endpoint) -> list[Address]:

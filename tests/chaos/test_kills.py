@@ -1,0 +1,190 @@
+"""Workers that are killed in the middle: every job ends once, as it would have without."""
+
+import json
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from pathlib import Path
+from typing import cast
+
+from kms_core.jobs.store import JobStore
+from kms_core.wire import ENDED, PREFIX
+from service import Json, Service, b64, core_of, unb64, until
+
+SETTINGS = "[kms.jobs]\nlease_s = 2\n"
+LARGE = 128 * 1024 * 1024
+
+
+def store_of(service: Service) -> JobStore:
+    return core_of(service).shop.store
+
+
+def temporary(service: Service) -> list[Path]:
+    return list(service.files.glob(".kms-*"))
+
+
+def url(service: Service, name: str) -> str:
+    return f"file://{service.files}/{name}"
+
+
+def kill_the_pool(service: Service) -> None:
+    for pid in service.pool_pids():
+        os.kill(pid, signal.SIGKILL)
+
+
+def until_writing(service: Service) -> None:
+    """Until a worker writes a target; quicker than ``until``, or it would be done."""
+    deadline = time.monotonic() + 60
+    while not temporary(service):
+        assert time.monotonic() < deadline, service.output("worker")[-3000:]
+        time.sleep(0.001)
+
+
+def successes(store: JobStore) -> Counter[str]:
+    """How often each job was told to have succeeded."""
+    stream = cast("list[tuple[bytes, dict[bytes, bytes]]]", store.redis.xrange("kms:events"))
+    return Counter(
+        fields[b"subject"].decode() for _, fields in stream if fields[b"type"] == b"kms.job.succeeded"
+    )
+
+
+def large_ciphertext(service: Service) -> None:
+    with (service.files / "large").open("wb") as file:
+        for number in range(LARGE // (1024 * 1024)):
+            file.write(number.to_bytes(8, "big") * (128 * 1024))
+    job = {"kind": "encrypt", "source": url(service, "large"), "target": url(service, "large.age")}
+    service.wait(service.submit(job), "succeeded")
+
+
+def same(first: Path, second: Path) -> bool:
+    with first.open("rb") as one, second.open("rb") as other:
+        while block := one.read(1024 * 1024):
+            if other.read(1024 * 1024) != block:
+                return False
+        return not other.read(1)
+
+
+def test_decryption_outlives_its_process_and_its_worker(tmp_path: Path) -> None:
+    with Service(tmp_path, SETTINGS) as service:
+        service.start()
+        large_ciphertext(service)
+        job = {"kind": "decrypt", "source": url(service, "large.age"), "target": url(service, "back")}
+        job_id = service.submit(job)
+
+        until_writing(service)
+        kill_the_pool(service)
+        until(lambda: store_of(service).get(job_id, "default").fence == 2, "another attempt")
+        service.kill("worker")
+        service.start("worker")
+
+        service.wait(job_id, "succeeded")
+        assert store_of(service).get(job_id, "default").fence >= 2
+        assert same(service.files / "large", service.files / "back")
+        assert {path.name for path in service.files.iterdir()} == {"large", "large.age", "back"}
+        assert successes(store_of(service))[job_id] == 1
+
+
+def test_job_that_kills_every_worker_becomes_a_dead_letter(tmp_path: Path) -> None:
+    with Service(tmp_path, SETTINGS + "attempts = 2\n") as service:
+        service.start()
+        large_ciphertext(service)
+        job = {"kind": "decrypt", "source": url(service, "large.age"), "target": url(service, "back")}
+        job_id = service.submit(job)
+        for _ in range(2):
+            until_writing(service)
+            kill_the_pool(service)
+            for path in temporary(service):
+                path.unlink()
+
+        ended = service.wait(job_id, "failed")
+        assert (ended["error"], ended["attempt"]) == ({"code": "attempts_exhausted"}, 2)
+        assert [letter["job_id"] for letter in service.get("/jobs/dead").json()["jobs"]] == [job_id]
+        assert not (service.files / "back").exists()
+
+        service.post(f"/jobs/{job_id}/retry")
+        service.wait(job_id, "succeeded")
+        assert same(service.files / "large", service.files / "back")
+
+
+def mixed_jobs(service: Service, number: int) -> list[str]:
+    """An upload, a bulk job and a file job."""
+    (service.files / f"in{number}").write_bytes(b"%d" % number * 200_000)
+    items = [{"plaintext": b64(b"%d/%d" % (number, index))} for index in range(600)]
+    job = {"kind": "encrypt", "source": url(service, f"in{number}"), "target": url(service, f"out{number}")}
+    return [
+        service.upload("encrypt", b"%d" % number * 100_000, f"n={number}"),
+        service.submit({"kind": "encrypt", "items": items, "context": f"n={number}"}),
+        service.submit(job | {"context": f"n={number}"}),
+    ]
+
+
+def check_results(service: Service, jobs: list[list[str]]) -> None:
+    for number, (upload, bulk, _file) in enumerate(jobs):
+        back = service.upload("decrypt", service.result(upload), f"n={number}")
+        lines: list[Json] = [json.loads(line) for line in service.result(bulk).splitlines()]
+        service.wait(back, "succeeded")
+        out = (service.files / f"out{number}").read_bytes()
+        assert service.result(back) == b"%d" % number * 100_000
+        assert [line["index"] for line in lines] == list(range(600))
+        assert service.decrypt(unb64(lines[599]["ciphertext"]), f"n={number}") == b"%d/599" % number
+        assert service.decrypt(out, f"n={number}") == b"%d" % number * 200_000
+
+
+def test_many_jobs_outlive_many_kills_and_each_ends_once(tmp_path: Path) -> None:
+    with Service(tmp_path, SETTINGS) as service:
+        service.start()
+        jobs: list[list[str]] = []
+        for number in range(12):
+            jobs.append(mixed_jobs(service, number))
+            if number % 3 == 1:
+                service.kill("worker")
+                service.start("worker")
+            if number % 3 == 2:
+                kill_the_pool(service)
+
+        ids = [job_id for group in jobs for job_id in group]
+        for job_id in ids:
+            service.wait(job_id, "succeeded")
+        told = successes(store_of(service))
+        assert {job_id: told[job_id] for job_id in ids} == dict.fromkeys(ids, 1)
+        assert temporary(service) == []
+        check_results(service, jobs)
+
+
+def test_worker_that_is_asked_to_stop_hands_over(tmp_path: Path) -> None:
+    with Service(tmp_path, SETTINGS) as service:
+        service.start()
+        items = b'{"plaintext": "%s"}\n' % b64(bytes(20_000)).encode() * 5_000
+        answer = service.post(
+            "/jobs?kind=encrypt", content=items, headers={"Content-Type": "application/x-ndjson"}
+        )
+        job_id = answer.json()["job_id"]
+        until(lambda: service.job(job_id)["progress"]["items_done"] > 0, "the job is on its way")
+
+        status = service.stop("worker")
+        service.start("worker")
+
+        ended = service.wait(job_id, "succeeded")
+        assert status == 0
+        assert ended["progress"] == ended["progress"] | {"items_done": 5_000, "items_failed": 0}
+        assert len(service.result(job_id).splitlines()) == 5_000
+
+
+def test_upload_of_a_killed_api_is_swept(tmp_path: Path) -> None:
+    with Service(tmp_path, SETTINGS) as service:
+        service.start("api")
+        head = f"POST {PREFIX}/files/encrypt HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500000\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", service.port)) as peer:
+            peer.sendall(head.encode() + bytes(100_000))
+            until(service.spooled, "the upload has begun")
+            service.kill("api")
+        past = time.time() - 2 * 3600
+        for path in service.spool.iterdir():
+            os.utime(path, (past, past))
+
+        service.start()
+
+        until(lambda: service.spooled() == [], "the orphan is swept")
+        assert service.wait(service.upload("encrypt", b"x"))["state"] in ENDED

@@ -1,0 +1,165 @@
+"""The outbox: what couriers that die or overlap, a cut stream and an intruder in Redis leave in it."""
+
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from hooks import ENTRIES, end, endpoint, every, taken_in
+from kms_core.jobs.build import Core
+from kms_core.jobs.outbox import GIVE_UP_S, MOST_ATTEMPTS, Outbox
+from kms_core.jobs.store import JobStore
+from kms_core.jobs.webhooks import Endpoint
+from stores import LONG, accepted, claimed, forge, store_of
+
+
+@pytest.fixture
+def store(core: Core) -> JobStore:
+    return store_of(core, LONG, [])
+
+
+@pytest.fixture
+def ci(tmp_path: Path) -> Endpoint:
+    """Nothing is sent here."""
+    return endpoint(tmp_path, "https://hooks.invalid/", None)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"callback": ""}, {"callback": "ci", "parent": "whole"}], ids=["no-callback", "part"]
+)
+def test_other_jobs_are_not_told(store: JobStore, ci: Endpoint, changes: dict[str, str]) -> None:
+    store.finish(claimed(store, **changes), "succeeded")
+    outbox = Outbox(store, {"ci": ci})
+    outbox.take_in()
+
+    assert outbox.size() == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"attempts": MOST_ATTEMPTS - 1}, {"created_at": time.time() - GIVE_UP_S - 1}],
+    ids=["attempts", "age"],
+)
+def test_a_delivery_that_always_fails_ends_as_dead(
+    store: JobStore, ci: Endpoint, changes: dict[str, float]
+) -> None:
+    end(store)
+    outbox, delivery = taken_in(store, {"ci": ci})
+
+    assert outbox.put_off(msgspec.structs.replace(delivery, **changes)) is None
+    assert outbox.size() == 0
+    assert [found.delivery_id for found in outbox.dead()] == [delivery.delivery_id]
+
+
+def test_events_that_are_read_twice_make_one_delivery(store: JobStore, ci: Endpoint) -> None:
+    end(store)
+    outbox, delivery = taken_in(store, {"ci": ci})
+    store.redis.delete("kms:webhooks:cursor")
+    outbox.take_in()
+
+    assert [found.delivery_id for found in every(outbox)] == [delivery.delivery_id]
+
+
+def test_a_stream_that_was_cut_is_made_up_for(store: JobStore, ci: Endpoint) -> None:
+    outbox = Outbox(store, {"ci": ci})
+    before = end(store)
+    outbox.take_in()
+    for delivery in every(outbox):
+        outbox.remove(delivery)
+    time.sleep(0.002)  # what ended in the same millisecond is told again
+    missed = [end(store), end(store, "failed", "decrypt_failed")]
+    store.redis.xtrim("kms:events", maxlen=0)
+    last = end(store)
+    outbox.take_in()
+
+    found = {delivery.job_id: delivery.state for delivery in every(outbox)}
+    assert found == {missed[0]: "succeeded", missed[1]: "failed", last: "succeeded"}
+    assert before not in found
+
+
+def test_whoever_settles_late_leaves_nothing_behind(store: JobStore, ci: Endpoint) -> None:
+    end(store)
+    outbox, delivery = taken_in(store, {"ci": ci})
+    outbox.remove(delivery)
+    outbox.put_off(delivery)
+
+    assert outbox.size() == 0
+
+
+# -- what an intruder in Redis can do --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forged", ["other endpoint", "own entry", "other id"])
+def test_an_entry_that_the_service_did_not_write_is_not_sent(
+    store: JobStore, ci: Endpoint, forged: str
+) -> None:
+    end(store)
+    outbox, delivery = taken_in(store, {"ci": ci, "other": ci})
+    entry = store.redis.hget(ENTRIES, delivery.delivery_id)
+    name, delivery_id = "ci", delivery.delivery_id
+    if forged == "own entry":
+        changed = msgspec.structs.replace(delivery, body=b"{}")
+        store.redis.hset(ENTRIES, delivery_id, bytes(32) + msgspec.msgpack.encode(changed))  # type: ignore[arg-type]
+    elif forged == "other id":
+        delivery_id = "7b0e1c9a-0000-5000-8000-000000000001"
+        store.redis.hset(ENTRIES, delivery_id, entry)  # type: ignore[arg-type]
+        store.redis.delete("kms:webhooks:due:ci")
+    else:
+        name = "other"
+    store.redis.zadd(f"kms:webhooks:due:{name}", {delivery_id: 0})
+
+    assert outbox.due(name, 10) == []
+    assert not store.redis.zscore(f"kms:webhooks:due:{name}", delivery_id)
+
+
+def test_a_record_cannot_be_given_a_callback(store: JobStore, ci: Endpoint) -> None:
+    job_id = end(store, callback="")
+    forge(store, job_id, callback="ci", sealed=store.record_key.seal(accepted(callback="ci")))
+    outbox = Outbox(store, {"ci": ci})
+    outbox.take_in()
+
+    assert outbox.size() == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"type": "kms.job.done"},
+        {"time": "nan"},
+        {"time": "1e300"},
+        {"attempt": "x"},
+        {"id": b"\xff"},
+        {"subject": "gone"},
+    ],
+    ids=["empty", "state", "nan", "late", "attempt", "bytes", "gone"],
+)
+def test_an_event_that_no_script_wrote_is_passed_over(
+    store: JobStore, ci: Endpoint, fields: dict[str, str | bytes]
+) -> None:
+    first = end(store)
+    event = {
+        "type": "kms.job.succeeded",
+        "subject": first,
+        "id": f"{first}.7.x",
+        "time": "1",
+        "attempt": "1",
+        "code": "",
+    }
+    store.redis.xadd("kms:events", event | fields if fields else {"a": "b"})  # type: ignore[arg-type]
+    last = end(store)
+    outbox = Outbox(store, {"ci": ci})
+    outbox.take_in()
+
+    assert {delivery.job_id for delivery in every(outbox)} == {first, last}
+    assert outbox.size() == 2
+
+
+def test_a_record_that_does_not_decode_stops_nobody(store: JobStore, ci: Endpoint) -> None:
+    broken, good = end(store), end(store)
+    forge(store, broken, items="many")
+    outbox = Outbox(store, {"ci": ci})
+    outbox.take_in()
+
+    assert [delivery.job_id for delivery in every(outbox)] == [good]

@@ -1,0 +1,447 @@
+"""Webhooks without Redis: settings, addresses, signature, and the request to a real server."""
+
+import hmac
+import ipaddress
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hooks import (
+    PATH,
+    SECRET,
+    Authority,
+    Receiver,
+    dripping,
+    endpoint,
+    make_authority,
+    receiving,
+    secret_file,
+)
+from kms_core import settings as settings_file
+from kms_core import wire
+from kms_core.errors import ConfigurationError
+from kms_core.jobs import webhooks
+from kms_core.jobs.model import Job
+from kms_core.jobs.outbox import FIRST_DELAY_S, LONGEST_DELAY_S, delay_s
+from kms_core.jobs.webhooks import Message, Outcome, event_body, is_public, post, sign
+from kms_core.settings_sections import JobState
+from service import free_port, until
+
+MESSAGE = Message("7b0e1c9a-0000-5000-8000-000000000001", "11111111-2222-4333-8444-555555555555", b'{"a": 1}')
+DOC = Path(__file__).parents[2] / "docs/webhooks.md"
+lookups: list[str] | None = None
+
+
+def note_lookups(event: str, details: tuple[Any, ...]) -> None:
+    if event == "socket.getaddrinfo" and lookups is not None:
+        lookups.append(str(details[0]))
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return make_authority(tmp_path_factory.mktemp("ca"))
+
+
+@pytest.fixture
+def receiver(authority: Authority) -> Iterator[Receiver]:
+    with receiving(authority) as found:
+        yield found
+
+
+def load(folder: Path, body: str, environment: str = "dev") -> settings_file.Settings:
+    text = f"[kms]\nenvironment = '{environment}'\n[kms.environments.staging]\nbackend = 'age'\n"
+    file = folder / "kms.toml"
+    file.write_text(text + f"[kms.jobs.endpoints.ci]\n{body}")
+    return settings_file.load(file, {"HOME": str(folder), "COSMIAN_KMS_URL": "https://kms.test"})
+
+
+# -- settings ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "environment"),
+    [
+        ("ftp://h/", "dev"),
+        ("https://", "dev"),
+        ("hooks.example.com", "dev"),
+        ("https://u:hunter2@h/", "dev"),
+        ("https://h/#hunter2", "dev"),
+        ("https://h:99999/", "dev"),
+        ("https://h:0/", "dev"),
+        ("https://h/a b", "dev"),
+        (f"https://{'a' * 64}.example/", "dev"),
+        ("https://bücher.example/", "dev"),
+        ("http://h.example/", "dev"),
+        ("http://localhost.example/", "dev"),
+        ("http://127.0.0.1/", "prod"),
+        ("http://localhost/", "staging"),
+    ],
+)
+def test_other_urls_than_https_are_refused_and_not_echoed(tmp_path: Path, url: str, environment: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"kms\.jobs\.endpoints\.ci\.url") as caught:
+        load(tmp_path, f"url = '{url}'\nsecret_file = '/s'", environment)
+
+    assert "hunter2" not in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9/", "http://[::1]:9/", "http://localhost/h", "https://h.example/?a=b"]
+)
+def test_https_and_loopback_in_dev_are_fine(tmp_path: Path, url: str) -> None:
+    found = load(tmp_path, f"url = '{url}'\nsecret_file = '/s'").kms.jobs.endpoints["ci"]
+
+    assert (found.events, found.allow_private) == (("succeeded", "failed", "cancelled"), False)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("url = 'https://h/'", "secret_file is missing"),
+        ("url = 'https://h/'\nsecret_file = '/s'\nsecret = 'x'", "secret is not a setting"),
+        ("url = 'https://h/'\nsecret_file = '/s'\nevents = ['done']", "expected one of"),
+        ("url = 'https://h/'\nsecret_file = '/s'\n[kms.jobs.endpoints.'a/b']\nurl = 'https://h/'", "name"),
+    ],
+    ids=["no-secret", "unknown", "event", "name"],
+)
+def test_sections_are_read_strictly(tmp_path: Path, body: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load(tmp_path, body)
+
+
+def test_states_are_those_of_the_wire() -> None:
+    assert JobState == wire.JobState
+
+
+def test_a_secret_under_a_root_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="overlaps"):
+        load(tmp_path, "url = 'https://h/'\nsecret_file = '/srv/in/s'\n[kms.jobs]\nroots = ['/srv/in']")
+
+
+@pytest.mark.parametrize(
+    ("secret", "mode", "message"),
+    [
+        (b"short\n", 0o600, "below 32 bytes"),
+        (SECRET[1:] + b"\n", 0o600, "below 32 bytes"),
+        (SECRET, 0o640, "chmod 600"),
+    ],
+    ids=["short", "31-and-newline", "open"],
+)
+def test_a_weak_or_open_secret_stops_the_start_in_prod(
+    tmp_path: Path, secret: bytes, mode: int, message: str
+) -> None:
+    path = secret_file(tmp_path, secret, mode)
+    found = load(tmp_path, f"url = 'https://h/'\nsecret_file = '{path}'", "prod")
+
+    with pytest.raises(ConfigurationError, match=message):
+        webhooks.endpoints(found)
+
+
+def test_an_open_secret_is_a_warning_in_dev(tmp_path: Path) -> None:
+    path = secret_file(tmp_path, mode=0o644)
+    found = load(tmp_path, f"url = 'https://h/'\nsecret_file = '{path}'")
+
+    assert webhooks.endpoints(found)["ci"].secret_file == path
+
+
+def test_a_missing_secret_stops_the_start_and_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="openssl rand"):
+        webhooks.endpoints(load(tmp_path, "url = 'https://h/'\nsecret_file = '/nonexistent/s'"))
+
+
+@pytest.mark.parametrize("content", [None, "not a certificate"], ids=["absent", "no-pem"])
+def test_a_ca_file_without_certificates_stops_the_start(tmp_path: Path, content: str | None) -> None:
+    ca = tmp_path / "ca.pem"
+    if content:
+        ca.write_text(content)
+    body = f"url = 'https://h/'\nsecret_file = '{secret_file(tmp_path)}'\nca_file = '{ca}'"
+
+    with pytest.raises(ConfigurationError, match="ca_file"):
+        webhooks.endpoints(load(tmp_path, body))
+
+
+# -- addresses ---------------------------------------------------------------------------------------
+
+FORBIDDEN = [
+    "0.0.0.1",
+    "10.0.0.1",
+    "100.64.0.1",
+    "127.0.0.1",
+    "169.254.169.254",
+    "172.16.0.1",
+    "192.0.2.1",
+    "192.168.1.1",
+    "224.0.0.1",
+    "240.0.0.1",
+    "255.255.255.255",
+    "::",
+    "::1",
+    "::127.0.0.1",
+    "::ffff:127.0.0.1",
+    "::ffff:10.0.0.1",
+    "64:ff9b::7f00:1",
+    "2001:0:1::1",
+    "2002:7f00:1::",
+    "2001:db8::1",
+    "fc00::1",
+    "fe80::1",
+    "fec0::1",
+    "ff0e::1",
+]
+
+
+@pytest.mark.parametrize("address", FORBIDDEN)
+def test_addresses_off_the_open_internet_are_told(address: str) -> None:
+    assert not is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("address", ["1.1.1.1", "::ffff:1.1.1.1", "2606:4700:4700::1111"])
+def test_public_addresses_are_public(address: str) -> None:
+    assert is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_a_name_that_stands_for_loopback_is_refused(
+    tmp_path: Path, authority: Authority, receiver: Receiver, host: str
+) -> None:
+    found = endpoint(tmp_path, receiver.url(host), authority, allow_private=False)
+
+    assert post(found, MESSAGE) == Outcome("failed", "address_refused")
+    assert receiver.requests == []
+
+
+@pytest.mark.parametrize(("environment", "result"), [("dev", "delivered"), ("staging", "failed")])
+def test_loopback_needs_allow_private_except_in_dev(
+    tmp_path: Path, authority: Authority, receiver: Receiver, environment: str, result: str
+) -> None:
+    body = (
+        f"url = '{receiver.url()}'\nsecret_file = '{secret_file(tmp_path)}'\nca_file = '{authority.ca_file}'"
+    )
+    found = webhooks.endpoints(load(tmp_path, body, environment))["ci"]
+
+    assert post(found, MESSAGE).result == result
+
+
+def test_what_dev_allows_is_loopback_alone(tmp_path: Path) -> None:
+    found = load(
+        tmp_path, f"url = 'http://localhost/'\nsecret_file = '{secret_file(tmp_path)}'\nallow_private = true"
+    )
+    allowed = webhooks.endpoints(found)["ci"].allows
+
+    assert allowed(ipaddress.ip_address("127.0.0.1"))
+    assert not allowed(ipaddress.ip_address("10.0.0.1"))
+
+
+def test_the_name_is_looked_up_once_and_kept_for_tls_and_host(
+    tmp_path: Path, authority: Authority, receiver: Receiver
+) -> None:
+    global lookups  # noqa: PLW0603 -- an audit hook cannot be taken out, only silenced
+    lookups = []
+    sys.addaudithook(note_lookups)
+    outcome = post(endpoint(tmp_path, receiver.url(), authority), MESSAGE)
+    seen, lookups = [host for host in lookups if host == "localhost"], None
+
+    assert outcome == Outcome("delivered")
+    assert seen == ["localhost"]
+    assert receiver.names == ["localhost"]
+    assert receiver.requests[0].headers["Host"] == f"localhost:{receiver.port}"
+
+
+# -- the request -------------------------------------------------------------------------------------
+
+
+def test_the_request_is_signed_and_whole(tmp_path: Path, authority: Authority, receiver: Receiver) -> None:
+    assert post(endpoint(tmp_path, receiver.url(), authority), MESSAGE) == Outcome("delivered")
+
+    [request] = receiver.requests
+    assert (request.path, request.body) == (PATH, MESSAGE.body)
+    assert request.headers["Content-Type"] == "application/cloudevents+json"
+    assert request.headers["X-KMS-Delivery"] == MESSAGE.delivery_id
+    assert request.headers["X-KMS-Job"] == MESSAGE.job_id
+    stamp = int(request.headers["X-KMS-Timestamp"])
+    assert request.headers["X-KMS-Signature"] == sign(SECRET, stamp, MESSAGE)
+
+
+def test_the_signature_is_hmac_sha256_over_the_documented_bytes() -> None:
+    signed = b'1767225600.7b0e1c9a-0000-5000-8000-000000000001.11111111-2222-4333-8444-555555555555.{"a": 1}'
+
+    assert sign(SECRET, 1767225600, MESSAGE) == "v1=" + hmac.new(SECRET, signed, "sha256").hexdigest()
+
+
+def test_a_new_secret_needs_no_restart(tmp_path: Path, authority: Authority, receiver: Receiver) -> None:
+    found = endpoint(tmp_path, receiver.url(), authority)
+    new = b"n" * 32
+    found.secret_file.write_bytes(new)
+    post(found, MESSAGE)
+
+    headers = receiver.requests[0].headers
+    assert headers["X-KMS-Signature"] == sign(new, int(headers["X-KMS-Timestamp"]), MESSAGE)
+
+
+@pytest.mark.parametrize("status", [200, 202, 204, 299])
+def test_2xx_is_delivered(tmp_path: Path, authority: Authority, receiver: Receiver, status: int) -> None:
+    receiver.answers = [status]
+
+    assert post(endpoint(tmp_path, receiver.url(), authority), MESSAGE) == Outcome("delivered")
+
+
+@pytest.mark.parametrize("status", [304, 400, 401, 404, 429, 500, 503])
+def test_other_answers_are_failures(
+    tmp_path: Path, authority: Authority, receiver: Receiver, status: int
+) -> None:
+    receiver.answers = [status]
+
+    assert post(endpoint(tmp_path, receiver.url(), authority), MESSAGE) == Outcome("failed", f"http_{status}")
+
+
+def test_410_means_gone(tmp_path: Path, authority: Authority, receiver: Receiver) -> None:
+    receiver.answers = [410]
+
+    assert post(endpoint(tmp_path, receiver.url(), authority), MESSAGE).result == "gone"
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed(
+    tmp_path: Path, authority: Authority, receiver: Receiver, status: int
+) -> None:
+    receiver.answers = [(status, "/elsewhere")]
+    outcome = post(endpoint(tmp_path, receiver.url(), authority), MESSAGE)
+
+    assert outcome == Outcome("failed", f"http_{status}")
+    assert [request.path for request in receiver.requests] == [PATH]
+
+
+def test_a_certificate_of_another_authority_is_refused(tmp_path: Path, receiver: Receiver) -> None:
+    (tmp_path / "other").mkdir()
+    other = make_authority(tmp_path / "other")
+
+    assert post(endpoint(tmp_path, receiver.url(), other), MESSAGE) == Outcome("failed", "tls_failed")
+    assert receiver.requests == []
+
+
+def test_a_certificate_for_another_name_is_refused(
+    tmp_path: Path, authority: Authority, receiver: Receiver
+) -> None:
+    found = endpoint(tmp_path, receiver.url("127.0.0.1"), authority)
+
+    assert post(found, MESSAGE) == Outcome("failed", "tls_failed")
+    assert receiver.requests == []
+
+
+def test_nobody_listens(tmp_path: Path, authority: Authority) -> None:
+    found = endpoint(tmp_path, f"https://localhost:{free_port()}/", authority)
+
+    assert post(found, MESSAGE) == Outcome("failed", "connect_failed")
+
+
+def test_an_unknown_name(tmp_path: Path, authority: Authority) -> None:
+    found = endpoint(tmp_path, "https://nobody.invalid/", authority)
+
+    assert post(found, MESSAGE) == Outcome("failed", "name_not_found")
+
+
+def test_a_secret_that_went_away(tmp_path: Path, authority: Authority, receiver: Receiver) -> None:
+    found = endpoint(tmp_path, receiver.url(), authority)
+    found.secret_file.unlink()
+
+    assert post(found, MESSAGE) == Outcome("failed", "secret_unreadable")
+
+
+def test_a_server_that_drips_is_left_at_the_deadline(tmp_path: Path) -> None:
+    with dripping() as port:
+        found = endpoint(tmp_path, f"http://127.0.0.1:{port}/", None)
+
+        assert post(found, MESSAGE, total_s=0.5) == Outcome("failed", "timeout")
+
+
+# -- the event ---------------------------------------------------------------------------------------
+
+
+def test_the_event_is_a_cloud_event_without_anything_secret() -> None:
+    job = Job(
+        job_id=MESSAGE.job_id,
+        tenant="acme",
+        kind="encrypt",
+        state="failed",
+        attempt=2,
+        items=3,
+        items_done=3,
+        items_failed=1,
+        error="items_failed",
+    )
+
+    assert json.loads(event_body(MESSAGE.delivery_id, job, 1767225600.25)) == {
+        "specversion": "1.0",
+        "id": MESSAGE.delivery_id,
+        "type": "kms.job.failed",
+        "source": "/api/v1/kms/jobs",
+        "subject": MESSAGE.job_id,
+        "time": "2026-01-01T00:00:00.250Z",
+        "datacontenttype": "application/json",
+        "data": {
+            "job_id": MESSAGE.job_id,
+            "kind": "encrypt",
+            "state": "failed",
+            "attempt": 2,
+            "error": {"code": "items_failed"},
+            "progress": {"items": 3, "items_done": 3, "items_failed": 1, "bytes": 0, "bytes_done": 0},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("attempts", "longest"),
+    [(1, FIRST_DELAY_S), (2, 2.0), (10, 512.0), (11, LONGEST_DELAY_S), (19, LONGEST_DELAY_S)],
+)
+def test_delays_double_up_to_a_quarter_of_an_hour(attempts: int, longest: float) -> None:
+    assert all(longest / 2 <= delay_s(attempts) <= longest for _ in range(50))
+
+
+# -- the receiver of the document --------------------------------------------------------------------
+
+
+@pytest.fixture
+def documented(tmp_path: Path) -> Iterator[str]:
+    """The URL of the receiver in docs/webhooks.md, running."""
+    [code] = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
+    port = free_port()
+    (tmp_path / "hook.secret").write_bytes(SECRET + b"\n")
+    source = code.replace("9000", str(port))
+    assert source != code
+    with (tmp_path / "output").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", source],
+            cwd=tmp_path,
+            stdout=output,
+            stderr=output,
+            env={"PATH": os.environ["PATH"]},
+        )
+    url = f"http://127.0.0.1:{port}/"
+    probe = endpoint(tmp_path, url, None)
+    until(lambda: post(probe, MESSAGE).reason != "connect_failed", "the receiver listens")
+    try:
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_documented_receiver_accepts_what_is_genuine(tmp_path: Path, documented: str) -> None:
+    message = Message(MESSAGE.delivery_id, MESSAGE.job_id, b'{"type": "kms.job.succeeded"}')
+
+    assert post(endpoint(tmp_path, documented, None), message) == Outcome("delivered")
+    until(lambda: "kms.job.succeeded" in (tmp_path / "output").read_text(), "the receiver tells of it")
+
+
+def test_the_documented_receiver_refuses_another_secret(tmp_path: Path, documented: str) -> None:
+    (tmp_path / "other").mkdir()
+    found = endpoint(tmp_path / "other", documented, None)
+    found.secret_file.write_bytes(b"x" * 32)
+
+    assert post(found, MESSAGE) == Outcome("failed", "http_401")
