@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+from kms_core import settings as settings_file
 from kms_core.jobs.outbox import Delivery, Outbox
 from kms_core.jobs.store import JobStore
 from kms_core.jobs.webhooks import Endpoint
@@ -56,7 +57,24 @@ def make_authority(folder: Path) -> Authority:
             )
         )
 
-    root = builder(issuer, ca_key.public_key(), ca=True).sign(ca_key, hashes.SHA256())
+    may = dict.fromkeys(
+        (
+            "digital_signature",
+            "content_commitment",
+            "key_encipherment",
+            "data_encipherment",
+            "key_agreement",
+            "crl_sign",
+            "encipher_only",
+            "decipher_only",
+        ),
+        False,
+    )
+    root = (
+        builder(issuer, ca_key.public_key(), ca=True)
+        .add_extension(x509.KeyUsage(key_cert_sign=True, **may), critical=True)  # strict readers want it
+        .sign(ca_key, hashes.SHA256())
+    )
     leaf = (
         builder(x509.Name([]), key.public_key(), ca=False)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=True)
@@ -171,6 +189,14 @@ def toml(name: str, receiver: Receiver, authority: Authority, secret: Path, more
         f"[kms.jobs.endpoints.{name}]\nurl = '{receiver.url()}'\nsecret_file = '{secret}'\n"
         f"ca_file = '{authority.ca_file}'\n{more}\n"
     )
+
+
+def load_endpoint(folder: Path, body: str, environment: str = "dev") -> settings_file.Settings:
+    """Settings with one endpoint, ``ci``, of this body."""
+    text = f"[kms]\nenvironment = '{environment}'\n[kms.environments.staging]\nbackend = 'age'\n"
+    file = folder / "kms.toml"
+    file.write_text(text + f"[kms.jobs.endpoints.ci]\n{body}")
+    return settings_file.load(file, {"HOME": str(folder), "COSMIAN_KMS_URL": "https://kms.test"})
 
 
 @contextmanager

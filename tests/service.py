@@ -21,7 +21,7 @@ import httpx
 import pytest
 
 from kms_cli import tether, up
-from kms_cli.valkey import EmbeddedValkey
+from kms_cli.valkey import EmbeddedValkey, runtime_dir
 from kms_core import settings as settings_file
 from kms_core.jobs.build import Core
 from kms_core.jobs.build import build as build_core
@@ -113,24 +113,24 @@ class Service:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.http.close()
-        try:
-            for name in list(self._processes):
-                self.stop(name)
-        finally:
-            for name in list(self._processes):
-                self.kill(name)
-            self.valkey.stop()
+        for name in list(self._processes):  # a warm shutdown takes seconds, and is a test of its own
+            self.kill(name)
+        self.valkey.stop()
 
     def start(self, *names: str) -> Self:
         """Start ``api``, ``worker`` (both, if none is named) and wait until they answer."""
         for name in names or PROGRAMS:
-            argv = [sys.executable, "-P", "-m", PROGRAMS[name]]
-            with (self.logs / f"{name}.log").open("ab") as output:
-                self._processes[name] = tether.spawn(argv, env=self.environ, output=output)
+            self.spawn(name)
         for name in names or PROGRAMS:
             port = self.port + (name == "worker")
             until(lambda name=name, port=port: self._answers(name, port), f"{name} is up")  # type: ignore[misc]
         return self
+
+    def spawn(self, name: str) -> None:
+        """Start ``api`` or ``worker``, and wait for nothing."""
+        argv = [sys.executable, "-P", "-m", PROGRAMS[name]]
+        with (self.logs / f"{name}.log").open("ab") as output:
+            self._processes[name] = tether.spawn(argv, env=self.environ, output=output)
 
     def _answers(self, name: str, port: int) -> bool:
         assert self._processes[name].poll() is None, f"{name} ended:\n{self.output(name)}"
@@ -229,6 +229,7 @@ class Supervised(Service):
         with (self.logs / "up.log").open("ab") as output:
             self._up = tether.spawn(argv, env=self.environ, output=output)
         until(lambda: "kms: ready" in self.output("up"), "kms up is ready")
+        self._redis = f"unix://{runtime_dir(self.state, self.environ)}/valkey.sock?db=0"
         return self
 
     def __exit__(

@@ -2,9 +2,6 @@
 
 import contextlib
 import io
-import os
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
@@ -12,14 +9,15 @@ from typing import BinaryIO, Final, Literal
 import click
 
 from kms_cli import words
+from kms_cli.options import context_option, force_option, key_option
+from kms_cli.placing import placed
 from kms_cli.progress import Meter
 from kms_cli.remote import connect
-from kms_cli.secrets import context_option, key_option
 from kms_cli.session import session
 from kms_client import Client
 from kms_client.problems import failure
 from kms_core.envelope import armor
-from kms_core.errors import JobCancelled, KmsError, NotACiphertext, TargetExists
+from kms_core.errors import JobCancelled, KmsError, NotACiphertext
 from kms_core.wire import ContextIn, JobOut
 
 SUFFIX: Final = ".enc"
@@ -28,13 +26,6 @@ LOOK_BYTES: Final = 2048
 
 source_argument = click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 output_option = click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path))
-force_option = click.option("--force", "-f", is_flag=True, help="Overwrite the output if it exists.")
-
-
-class OutputExists(TargetExists):
-    """Something is where the result should go."""
-
-    hint = "--force overwrites it, --output names another"
 
 
 class JobFailed(KmsError):
@@ -159,39 +150,3 @@ def require_success(job: JobOut) -> None:
             raise JobFailed(f"The job was given up, attempts: {job.attempt}", code)
         case code:
             raise failure(code)
-
-
-@contextlib.contextmanager
-def placed(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
-    """A file (0600) that appears at ``target`` when the block ends well, complete and on disk, or not at all.
-
-    Without ``overwrite`` it is put in place by link(2), which takes nobody's place. Raises TargetExists.
-    """
-    if target.exists() and not overwrite:
-        raise OutputExists(f"{target} exists")
-    if not target.parent.is_dir():
-        raise click.UsageError(f'there is no directory "{target.parent}"', click.get_current_context())
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    temporary = Path(name)
-    try:
-        with open(handle, "wb") as file:  # noqa: PTH123  # a handle, not a path
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            temporary.replace(target)
-        else:
-            target.hardlink_to(temporary)
-        _sync_directory(target.parent)
-    except FileExistsError as exc:
-        raise OutputExists(f"{target} exists") from exc
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

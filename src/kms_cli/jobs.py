@@ -7,8 +7,10 @@ from typing import Final, get_args
 import click
 
 from kms_cli import words
-from kms_cli.files import force_option, output_option, placed, require_success
+from kms_cli.files import output_option, require_success
 from kms_cli.main import JOB_COMMANDS, LazyGroup
+from kms_cli.options import force_option
+from kms_cli.placing import placed
 from kms_cli.progress import Meter
 from kms_cli.remote import connect, show
 from kms_cli.session import session

@@ -5,34 +5,17 @@ import sys
 from typing import Final, Literal
 
 import click
-import msgspec
 
 from kms_cli import words
+from kms_cli.options import context_of, context_option, key_option
 from kms_cli.remote import connect, show
 from kms_cli.session import session
 from kms_core.envelope import armor
-from kms_core.errors import InvalidContext, InvalidRequest, TooLarge
+from kms_core.errors import InvalidRequest, TooLarge
 from kms_core.wire import ContextIn
 
 READ_LIMIT_BYTES: Final = 8 * 1024 * 1024  # above any setting of the single calls; a file goes another way
 AGE_LINE: Final = b"age-encryption.org/v1\n"
-
-
-def _context(ctx: click.Context, parameter: click.Parameter, value: str | None) -> ContextIn:
-    """``key=value,…`` as it is; a JSON object, where a value holds a comma, as a mapping."""
-    del ctx, parameter
-    if value is None or not value.startswith("{"):
-        return value
-    try:
-        return msgspec.json.decode(value, type=dict[str, str])
-    except msgspec.DecodeError as exc:
-        raise InvalidContext("The context is not a JSON object of strings") from exc
-
-
-context_option = click.option(
-    "--context", callback=_context, help="Encryption context, as env=prod,service=api, or a JSON object."
-)
-key_option = click.option("--key-id", help="Key to use instead of the default one.")
 
 
 @click.command(
@@ -98,7 +81,7 @@ def generate_key_command(
 @click.command("rewrap", short_help="Move a ciphertext to another key or context.")
 @context_option
 @click.option(
-    "--new-context", callback=_context, help="Bind this context instead; without it the old one stays."
+    "--new-context", callback=context_of, help="Bind this context instead; without it the old one stays."
 )
 @key_option
 def rewrap_command(context: ContextIn, new_context: ContextIn, key_id: str | None) -> None:

@@ -13,7 +13,7 @@ KiB: Final = 1024
 MiB: Final = 1024 * KiB
 GiB: Final = 1024 * MiB
 
-KeyId = Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]{1,80}$")]
+KeyId = Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]{1,80}(?!\\s)$")]
 BackendName = Literal["age", "cosmian"]
 Queue = Literal["kms.bulk", "kms.files", "kms.maintenance"]
 JobState = Literal["queued", "running", "committing", "succeeded", "failed", "cancelled"]

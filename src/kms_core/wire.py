@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 PREFIX: Final = "/api/v1/kms"
-KEY_ID_PATTERN: Final = "^[A-Za-z0-9_.-]{1,80}$"
+KEY_ID_PATTERN: Final = "^[A-Za-z0-9_.-]{1,80}(?!\\s)$"
 
 KeyId = Annotated[str, Meta(pattern=KEY_ID_PATTERN)]
 # A UUID (RFC 9562) in lower case, of any version but 5: those name the parts of a job.

@@ -11,10 +11,10 @@ from typing import cast
 
 from kms_core.jobs.store import JobStore
 from kms_core.wire import ENDED, PREFIX
-from service import Json, Service, b64, core_of, unb64, until
+from service import Json, Service, Supervised, b64, core_of, unb64, until
 
 SETTINGS = "[kms.jobs]\nlease_s = 2\n"
-LARGE = 128 * 1024 * 1024
+LARGE = 96 * 1024 * 1024
 
 
 def store_of(service: Service) -> JobStore:
@@ -133,14 +133,12 @@ def check_results(service: Service, jobs: list[list[str]]) -> None:
 
 
 def test_many_jobs_outlive_many_kills_and_each_ends_once(tmp_path: Path) -> None:
-    with Service(tmp_path, SETTINGS) as service:
-        service.start()
+    with Supervised(tmp_path, SETTINGS) as service:
         jobs: list[list[str]] = []
         for number in range(12):
             jobs.append(mixed_jobs(service, number))
             if number % 3 == 1:
                 service.kill("worker")
-                service.start("worker")
             if number % 3 == 2:
                 kill_the_pool(service)
 
@@ -156,7 +154,7 @@ def test_many_jobs_outlive_many_kills_and_each_ends_once(tmp_path: Path) -> None
 def test_worker_that_is_asked_to_stop_hands_over(tmp_path: Path) -> None:
     with Service(tmp_path, SETTINGS) as service:
         service.start()
-        items = b'{"plaintext": "%s"}\n' % b64(bytes(20_000)).encode() * 5_000
+        items = b'{"plaintext": "%s"}\n' % b64(bytes(10_000)).encode() * 4_000
         answer = service.post(
             "/jobs?kind=encrypt", content=items, headers={"Content-Type": "application/x-ndjson"}
         )
@@ -168,8 +166,8 @@ def test_worker_that_is_asked_to_stop_hands_over(tmp_path: Path) -> None:
 
         ended = service.wait(job_id, "succeeded")
         assert status == 0
-        assert ended["progress"] == ended["progress"] | {"items_done": 5_000, "items_failed": 0}
-        assert len(service.result(job_id).splitlines()) == 5_000
+        assert ended["progress"] == ended["progress"] | {"items_done": 4_000, "items_failed": 0}
+        assert len(service.result(job_id).splitlines()) == 4_000
 
 
 def test_upload_of_a_killed_api_is_swept(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_a_delivery_that_always_fails_ends_as_dead(
 def test_events_that_are_read_twice_make_one_delivery(store: JobStore, ci: Endpoint) -> None:
     end(store)
     outbox, delivery = taken_in(store, {"ci": ci})
+    outbox.take_in()
     store.redis.delete("kms:webhooks:cursor")
     outbox.take_in()
 
@@ -63,19 +64,20 @@ def test_events_that_are_read_twice_make_one_delivery(store: JobStore, ci: Endpo
 
 def test_a_stream_that_was_cut_is_made_up_for(store: JobStore, ci: Endpoint) -> None:
     outbox = Outbox(store, {"ci": ci})
-    before = end(store)
+    old = end(store)
+    time.sleep(0.002)
+    end(store)  # of the same millisecond as the cursor: told again
     outbox.take_in()
     for delivery in every(outbox):
         outbox.remove(delivery)
-    time.sleep(0.002)  # what ended in the same millisecond is told again
     missed = [end(store), end(store, "failed", "decrypt_failed")]
     store.redis.xtrim("kms:events", maxlen=0)
     last = end(store)
     outbox.take_in()
 
     found = {delivery.job_id: delivery.state for delivery in every(outbox)}
-    assert found == {missed[0]: "succeeded", missed[1]: "failed", last: "succeeded"}
-    assert before not in found
+    assert found.items() >= {missed[0]: "succeeded", missed[1]: "failed", last: "succeeded"}.items()
+    assert old not in found
 
 
 def test_whoever_settles_late_leaves_nothing_behind(store: JobStore, ci: Endpoint) -> None:
@@ -100,10 +102,10 @@ def test_an_entry_that_the_service_did_not_write_is_not_sent(
     name, delivery_id = "ci", delivery.delivery_id
     if forged == "own entry":
         changed = msgspec.structs.replace(delivery, body=b"{}")
-        store.redis.hset(ENTRIES, delivery_id, bytes(32) + msgspec.msgpack.encode(changed))  # type: ignore[arg-type]
+        store.redis.hset(ENTRIES, delivery_id, bytes(32) + msgspec.msgpack.encode(changed))
     elif forged == "other id":
         delivery_id = "7b0e1c9a-0000-5000-8000-000000000001"
-        store.redis.hset(ENTRIES, delivery_id, entry)  # type: ignore[arg-type]
+        store.redis.hset(ENTRIES, delivery_id, entry)
         store.redis.delete("kms:webhooks:due:ci")
     else:
         name = "other"
@@ -163,3 +165,9 @@ def test_a_record_that_does_not_decode_stops_nobody(store: JobStore, ci: Endpoin
     outbox.take_in()
 
     assert [delivery.job_id for delivery in every(outbox)] == [good]
+
+
+def test_without_events_there_is_nothing_to_do(store: JobStore, ci: Endpoint) -> None:
+    outbox = Outbox(store, {"ci": ci})
+
+    assert (outbox.take_in(), outbox.endpoints(), outbox.size()) == (False, [], 0)

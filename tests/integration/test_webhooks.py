@@ -11,7 +11,19 @@ from threading import Event
 import msgspec
 import pytest
 
-from hooks import SECRET, Authority, Receiver, endpoint, make_authority, receiving, secret_file, toml
+from hooks import (
+    SECRET,
+    Authority,
+    Receiver,
+    end,
+    endpoint,
+    every,
+    make_authority,
+    receiving,
+    secret_file,
+    taken_in,
+    toml,
+)
 from kms_cli.valkey import EmbeddedValkey
 from kms_core import metrics, wire
 from kms_core.jobs.build import Core
@@ -24,7 +36,6 @@ from service import CANARY, CONTEXT, Service, b64, check_problem, until
 from stores import LONG, claimed, store_of
 
 ITEMS = {"kind": "encrypt", "context": CONTEXT, "items": [{"plaintext": b64(CANARY.encode())}]}
-ENTRIES = "kms:webhooks:entries"
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,15 @@ def test_trouble_is_over_when_the_files_are_right_again(tmp_path: Path) -> None:
     assert backend.health_check().detail == ""
 
 
+def test_trouble_is_over_when_the_same_file_is_back(tmp_path: Path) -> None:
+    backend = age_backend(tmp_path, FIRST)
+    away = (tmp_path / "private_key.txt").rename(tmp_path / "away")
+    assert not backend.health_check().healthy
+    away.rename(tmp_path / "private_key.txt")
+
+    assert backend.health_check().healthy
+
+
 def test_files_that_become_open_in_prod_are_trouble(tmp_path: Path) -> None:
     backend = AgeBackend(replace(write_pair(tmp_path, FIRST), strict=True), recheck_s=0)
     write_pair(tmp_path, FIRST, SECOND)

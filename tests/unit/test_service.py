@@ -273,6 +273,13 @@ def test_a_rewrap_keeps_the_size_of_a_rounded_header(kms: Kms, size: int) -> Non
     assert (head_of(after).size == 4096) == (size >= MiB)
 
 
+def test_a_rewrap_stays_with_the_key_of_the_file(kms: Kms) -> None:
+    sealed = kms.encrypt(ADA, b"salary", ROW, key_id="payroll").ciphertext
+
+    assert kms.rewrap(ADA, sealed, ROW).key.key_id == "payroll"
+    assert kms.rewrap(ADA, sealed, ROW, key_id="default").key.key_id == "default"
+
+
 def test_a_rewrap_needs_the_context(kms: Kms) -> None:
     sealed = kms.encrypt(ADA, b"salary", ROW).ciphertext
 

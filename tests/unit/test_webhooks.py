@@ -20,18 +20,15 @@ from hooks import (
     Receiver,
     dripping,
     endpoint,
+    load_endpoint,
     make_authority,
     receiving,
     secret_file,
 )
-from kms_core import settings as settings_file
-from kms_core import wire
-from kms_core.errors import ConfigurationError
 from kms_core.jobs import webhooks
 from kms_core.jobs.model import Job
 from kms_core.jobs.outbox import FIRST_DELAY_S, LONGEST_DELAY_S, delay_s
 from kms_core.jobs.webhooks import Message, Outcome, event_body, is_public, post, sign
-from kms_core.settings_sections import JobState
 from service import free_port, until
 
 MESSAGE = Message("7b0e1c9a-0000-5000-8000-000000000001", "11111111-2222-4333-8444-555555555555", b'{"a": 1}')
@@ -53,117 +50,6 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def receiver(authority: Authority) -> Iterator[Receiver]:
     with receiving(authority) as found:
         yield found
-
-
-def load(folder: Path, body: str, environment: str = "dev") -> settings_file.Settings:
-    text = f"[kms]\nenvironment = '{environment}'\n[kms.environments.staging]\nbackend = 'age'\n"
-    file = folder / "kms.toml"
-    file.write_text(text + f"[kms.jobs.endpoints.ci]\n{body}")
-    return settings_file.load(file, {"HOME": str(folder), "COSMIAN_KMS_URL": "https://kms.test"})
-
-
-# -- settings ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("url", "environment"),
-    [
-        ("ftp://h/", "dev"),
-        ("https://", "dev"),
-        ("hooks.example.com", "dev"),
-        ("https://u:hunter2@h/", "dev"),
-        ("https://h/#hunter2", "dev"),
-        ("https://h:99999/", "dev"),
-        ("https://h:0/", "dev"),
-        ("https://h/a b", "dev"),
-        (f"https://{'a' * 64}.example/", "dev"),
-        ("https://bücher.example/", "dev"),
-        ("http://h.example/", "dev"),
-        ("http://localhost.example/", "dev"),
-        ("http://127.0.0.1/", "prod"),
-        ("http://localhost/", "staging"),
-    ],
-)
-def test_other_urls_than_https_are_refused_and_not_echoed(tmp_path: Path, url: str, environment: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"kms\.jobs\.endpoints\.ci\.url") as caught:
-        load(tmp_path, f"url = '{url}'\nsecret_file = '/s'", environment)
-
-    assert "hunter2" not in caught.value.detail
-
-
-@pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:9/", "http://[::1]:9/", "http://localhost/h", "https://h.example/?a=b"]
-)
-def test_https_and_loopback_in_dev_are_fine(tmp_path: Path, url: str) -> None:
-    found = load(tmp_path, f"url = '{url}'\nsecret_file = '/s'").kms.jobs.endpoints["ci"]
-
-    assert (found.events, found.allow_private) == (("succeeded", "failed", "cancelled"), False)
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ("url = 'https://h/'", "secret_file is missing"),
-        ("url = 'https://h/'\nsecret_file = '/s'\nsecret = 'x'", "secret is not a setting"),
-        ("url = 'https://h/'\nsecret_file = '/s'\nevents = ['done']", "expected one of"),
-        ("url = 'https://h/'\nsecret_file = '/s'\n[kms.jobs.endpoints.'a/b']\nurl = 'https://h/'", "name"),
-    ],
-    ids=["no-secret", "unknown", "event", "name"],
-)
-def test_sections_are_read_strictly(tmp_path: Path, body: str, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        load(tmp_path, body)
-
-
-def test_states_are_those_of_the_wire() -> None:
-    assert JobState == wire.JobState
-
-
-def test_a_secret_under_a_root_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="overlaps"):
-        load(tmp_path, "url = 'https://h/'\nsecret_file = '/srv/in/s'\n[kms.jobs]\nroots = ['/srv/in']")
-
-
-@pytest.mark.parametrize(
-    ("secret", "mode", "message"),
-    [
-        (b"short\n", 0o600, "below 32 bytes"),
-        (SECRET[1:] + b"\n", 0o600, "below 32 bytes"),
-        (SECRET, 0o640, "chmod 600"),
-    ],
-    ids=["short", "31-and-newline", "open"],
-)
-def test_a_weak_or_open_secret_stops_the_start_in_prod(
-    tmp_path: Path, secret: bytes, mode: int, message: str
-) -> None:
-    path = secret_file(tmp_path, secret, mode)
-    found = load(tmp_path, f"url = 'https://h/'\nsecret_file = '{path}'", "prod")
-
-    with pytest.raises(ConfigurationError, match=message):
-        webhooks.endpoints(found)
-
-
-def test_an_open_secret_is_a_warning_in_dev(tmp_path: Path) -> None:
-    path = secret_file(tmp_path, mode=0o644)
-    found = load(tmp_path, f"url = 'https://h/'\nsecret_file = '{path}'")
-
-    assert webhooks.endpoints(found)["ci"].secret_file == path
-
-
-def test_a_missing_secret_stops_the_start_and_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="openssl rand"):
-        webhooks.endpoints(load(tmp_path, "url = 'https://h/'\nsecret_file = '/nonexistent/s'"))
-
-
-@pytest.mark.parametrize("content", [None, "not a certificate"], ids=["absent", "no-pem"])
-def test_a_ca_file_without_certificates_stops_the_start(tmp_path: Path, content: str | None) -> None:
-    ca = tmp_path / "ca.pem"
-    if content:
-        ca.write_text(content)
-    body = f"url = 'https://h/'\nsecret_file = '{secret_file(tmp_path)}'\nca_file = '{ca}'"
-
-    with pytest.raises(ConfigurationError, match="ca_file"):
-        webhooks.endpoints(load(tmp_path, body))
 
 
 # -- addresses ---------------------------------------------------------------------------------------
@@ -223,13 +109,13 @@ def test_loopback_needs_allow_private_except_in_dev(
     body = (
         f"url = '{receiver.url()}'\nsecret_file = '{secret_file(tmp_path)}'\nca_file = '{authority.ca_file}'"
     )
-    found = webhooks.endpoints(load(tmp_path, body, environment))["ci"]
+    found = webhooks.endpoints(load_endpoint(tmp_path, body, environment))["ci"]
 
     assert post(found, MESSAGE).result == result
 
 
 def test_what_dev_allows_is_loopback_alone(tmp_path: Path) -> None:
-    found = load(
+    found = load_endpoint(
         tmp_path, f"url = 'http://localhost/'\nsecret_file = '{secret_file(tmp_path)}'\nallow_private = true"
     )
     allowed = webhooks.endpoints(found)["ci"].allows
@@ -351,6 +237,13 @@ def test_a_secret_that_went_away(tmp_path: Path, authority: Authority, receiver:
     found.secret_file.unlink()
 
     assert post(found, MESSAGE) == Outcome("failed", "secret_unreadable")
+
+
+def test_no_time_is_left_to_connect(tmp_path: Path, receiver: Receiver) -> None:
+    found = endpoint(tmp_path, receiver.url("127.0.0.1"), None)
+
+    assert post(found, MESSAGE, total_s=0) == Outcome("failed", "timeout")
+    assert receiver.requests == []
 
 
 def test_a_server_that_drips_is_left_at_the_deadline(tmp_path: Path) -> None:

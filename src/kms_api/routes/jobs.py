@@ -18,7 +18,7 @@ from kms_api.deps import Service, caller, service
 from kms_core import wire
 from kms_core.context import Context
 from kms_core.errors import InvalidRequest
-from kms_core.jobs import bulk, desk
+from kms_core.jobs import bulk
 from kms_core.jobs.desk import Terms
 from kms_core.jobs.model import Job
 
@@ -202,15 +202,7 @@ def _submit(built: Service, request: Request, body: wire.JobIn) -> Job:
         idempotency(request),
         callback=body.callback or "",
     )
-    built.desk.check(terms)
-    if body.items is not None and body.source is None and body.target is None:
-        desk.check_count(len(body.items), built.settings.kms.limits.json_job_items)
-        return built.desk.items(terms, body.items)
-    if body.items is None and body.source is not None and body.target is not None:
-        return built.desk.reference(terms, body.source, body.target, overwrite=bool(body.overwrite))
-    raise InvalidRequest(
-        "Give items, or source and target; to upload a file use /files/encrypt or /files/decrypt"
-    )
+    return built.desk.submit(terms, body, built.settings.kms.limits.json_job_items)
 
 
 async def _stream_of_items(request: Request, built: Service) -> Job:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from kms_core.context import Context
-from kms_core.envelope import binding, header, stream
+from kms_core.envelope import binding, header, scrypt, stream
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.header import FILE_KEY_BYTES, VERSION_LINE, Header, Stanza
 from kms_core.envelope.x25519 import NoMatch
@@ -95,6 +95,8 @@ def file_key_of(head: Header, wrapper: Wrapper, key: KeyRef, *, context: Context
 
 def foreign_file_key(head: Header, wrapper: Wrapper, keys: Sequence[KeyRef]) -> tuple[bytes, KeyRef]:
     """Unwrap a file without our stanzas, by trying each key version. Only the header MAC vouches for it."""
+    if scrypt.stanza_of(head.stanzas):  # a passphrase file: only the command, where a person is, opens it
+        raise DecryptFailed
     for key in keys:
         try:
             file_key = _unwrap(head, wrapper, key, b"")

@@ -12,6 +12,7 @@ import structlog
 
 from kms_core import metrics
 from kms_core.errors import (
+    ConfigurationError,
     IdempotencyConflict,
     JobCancelled,
     JobCommitting,
@@ -64,8 +65,13 @@ class Claim:
 
 
 def connect(url: str) -> redis.Redis:
-    """A client that gives up in seconds, so that a lost Redis is noticed and told."""
-    return redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, health_check_interval=25)
+    """A client that gives up in seconds, so that a lost Redis is noticed. Raises ConfigurationError."""
+    try:
+        return redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, health_check_interval=25)
+    except ValueError as exc:  # its text may quote the URL
+        raise ConfigurationError(
+            "kms.redis.url (or KMS_REDIS_URL) is not a Redis URL: expected redis://, rediss:// or unix://"
+        ) from exc
 
 
 class JobStore:
@@ -137,6 +143,8 @@ class JobStore:
             if digest != accepted.digest.hex():
                 raise IdempotencyConflict
             return self.get(before, accepted.tenant)
+        if word == b"taken":  # said twice: by a client that did not hear the answer, or by a submitter
+            return self.get(accepted.job_id, accepted.tenant)
         if word == b"full":
             raise RateLimited("Too many jobs wait already; submit again later", retry_after_s=_SHED_S)
         metrics.JOBS.labels(accepted.kind, "queued").inc()

@@ -1,0 +1,105 @@
+"""A port that is taken and a disk that is full: told as such, and nothing is left behind."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kms_cli import up
+from service import PROGRAMS, Service, b64, check_problem, until
+
+MIB = 1024 * 1024
+
+
+@pytest.mark.parametrize("port", ["api", "metrics"])
+def test_taken_port(tmp_path: Path, port: str) -> None:
+    with (
+        Service(tmp_path) as service,
+        socket.create_server(("127.0.0.1", service.port + (port == "metrics"))),
+    ):
+        if port == "api":
+            argv = [sys.executable, "-m", PROGRAMS["api"]]
+            done = subprocess.run(argv, env=service.environ, capture_output=True, text=True, check=False)
+
+            assert done.returncode == 69
+            assert f"port {service.port} is taken" in done.stderr
+            return
+        service.start("api")
+        service.spawn("worker")
+
+        job_id = service.submit({"kind": "encrypt", "items": [{"plaintext": ""}]})
+        service.wait(job_id, "succeeded")
+        assert "metrics.not_served" in service.output("worker")
+
+
+@pytest.mark.parametrize("program", ["api", "worker"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "nonsense = 1\n",
+        '[kms.age]\nprivate_key_path = "/nonexistent/key"\n',
+        '[kms.redis]\nurl = "nonsense"\n',
+    ],
+    ids=["unknown", "key", "redis"],
+)
+def test_wrong_configuration_does_not_start(tmp_path: Path, program: str, settings: str) -> None:
+    service = Service(tmp_path)
+    service.config.write_text(f"[kms]\n{settings}")
+    argv = [sys.executable, "-m", PROGRAMS[program]]
+
+    done = subprocess.run(argv, env=service.environ, capture_output=True, text=True, check=False, timeout=60)
+
+    assert done.returncode == 78
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert not up.is_alive("127.0.0.1", service.port)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Service]:
+    """A service whose spool is a disk of 8 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("only root can mount a small disk")
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "tmpfs", disk], check=False
+    ).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        with Service(tmp_path, f'[kms.jobs]\nspool_dir = "{disk}"\n') as service:
+            service.spool = disk
+            yield service.start()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_full_disk_is_told_and_nothing_is_left(small: Service) -> None:
+    def pieces() -> Iterator[bytes]:
+        for _ in range(20):
+            yield bytes(MIB)
+
+    for body in (bytes(20 * MIB), pieces()):
+        check_problem(small.post("/files/encrypt", content=body), 507, "spool_full")
+        assert small.spooled() == []
+
+    job_id = small.upload("encrypt", bytes(6 * MIB))
+    small.wait(job_id, "succeeded")
+    assert len(small.result(job_id)) > 6 * MIB
+
+
+def test_result_that_finds_no_room_fails_the_job(small: Service) -> None:
+    items = [{"plaintext": b64(bytes(600_000))}] * 8
+
+    job_id = small.submit({"kind": "encrypt", "items": items})
+    job = small.wait(job_id, "failed")
+
+    assert job["error"] == {"code": "spool_full"}
+    until(lambda: small.spooled() == [], "nothing is left")
+    again = small.submit({"kind": "encrypt", "items": items[:2]})
+    small.wait(again, "succeeded")

@@ -1,0 +1,115 @@
+"""Redis is killed, late or never there: what was accepted is done, and what needs no Redis goes on."""
+
+import uuid
+from collections import Counter
+from pathlib import Path
+
+import httpx
+
+from kms_cli.valkey import runtime_dir
+from kms_core.wire import ENDED
+from service import Json, Service, Supervised, b64, check_problem, core_of, until
+
+
+def submitted(service: Service, job: Json) -> str:
+    """Submit as a careful client does: again, under the same key, until it is accepted."""
+    headers = {"Idempotency-Key": str(uuid.uuid4())}
+    answers: list[httpx.Response] = []
+
+    def accepted() -> bool:
+        answers.append(service.post("/jobs", job, headers=headers))
+        assert answers[-1].status_code in {202, 503}, answers[-1].text
+        return answers[-1].status_code == 202
+
+    until(accepted, "the job is accepted")
+    return str(answers[-1].json()["job_id"])
+
+
+def ended(service: Service, job_id: str) -> bool:
+    answer = service.get(f"/jobs/{job_id}")
+    assert answer.status_code in {200, 503}, answer.text
+    return answer.status_code == 200 and answer.json()["state"] in ENDED
+
+
+def test_accepted_jobs_outlive_a_killed_redis_and_end_once(tmp_path: Path) -> None:
+    with Supervised(tmp_path, "[kms.jobs]\nlease_s = 2\n") as service:
+        ids = []
+        for number in range(60):
+            (service.files / f"in{number}").write_bytes(b"%d" % number * 1000)
+            here = f"file://{service.files}/"
+            job = {"kind": "encrypt", "source": f"{here}in{number}", "target": f"{here}out{number}"}
+            bulk = {"kind": "encrypt", "items": [{"plaintext": b64(b"%d" % number)}] * 50}
+            ids.append(submitted(service, job if number % 2 else bulk))
+            if number % 20 == 10:
+                service.kill("valkey")
+        for job_id in ids:
+            until(lambda job_id=job_id: ended(service, job_id), f"the end of {job_id}")  # type: ignore[misc]
+
+        states = Counter(service.job(job_id)["state"] for job_id in ids)
+        assert states == {"succeeded": 60}
+        for number in range(1, 60, 2):
+            sealed = (service.files / f"out{number}").read_bytes()
+            assert service.decrypt(sealed, None) == b"%d" % number * 1000
+        assert [path.name for path in service.files.iterdir() if path.name.startswith(".")] == []
+        assert len(set(ids)) == 60
+        assert service.get("/status").json()["jobs"] == {"queued": 0, "running": 0, "committing": 0}
+
+
+def test_api_and_worker_start_without_redis_and_find_it_later(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    url = f"unix://{runtime_dir(state, {})}/valkey.sock?db=0"
+    with Service(tmp_path, "[kms.jobs]\nlease_s = 2\n", url) as service:
+        service.start()
+
+        assert service.decrypt(service.encrypt(b"no need for Redis")) == b"no need for Redis"
+        assert service.http.get("/readyz").json() == {"status": "ready", "jobs": "unavailable"}
+        status = service.get("/status").json()
+        assert (status["jobs"], status["queue_depth"], status["workers"]) == (None, None, None)
+        assert "redis" in status["degraded"]
+        for answer in (
+            service.post("/jobs", {"kind": "encrypt", "items": [{"plaintext": ""}]}),
+            service.post("/files/encrypt", content=b"x"),
+            service.get("/jobs"),
+            service.get("/jobs/dead"),
+            service.get(f"/jobs/{uuid.uuid4()}"),
+            service.get(f"/jobs/{uuid.uuid4()}/result"),
+            service.post(f"/jobs/{uuid.uuid4()}/cancel"),
+        ):
+            check_problem(answer, 503, "jobs_unavailable")
+            assert int(answer.headers["retry-after"]) > 0
+        assert service.spooled() == []
+
+        service.valkey.start()
+
+        until(lambda: service.http.get("/readyz").json()["jobs"] == "available", "Redis is found")
+        service.wait(submitted(service, {"kind": "encrypt", "items": [{"plaintext": ""}]}), "succeeded")
+        until(lambda: service.get("/status").json()["workers"] == 1, "the worker is seen")
+
+
+def test_redis_that_goes_and_comes_back_costs_no_single_call(tmp_path: Path) -> None:
+    with Service(tmp_path, "[kms.jobs]\nlease_s = 2\n") as service:
+        service.start("api")
+        before = service.submit({"kind": "encrypt", "items": [{"plaintext": b64(b"kept")}]})
+
+        service.valkey.stop()
+        sealed = service.encrypt(b"while it is away")
+        away = service.get("/jobs")
+        service.valkey.start()
+        service.start("worker")
+
+        check_problem(away, 503, "jobs_unavailable")
+        assert service.decrypt(sealed) == b"while it is away"
+        assert service.wait(before, "succeeded")["progress"]["items_done"] == 1
+
+
+def test_message_that_was_lost_is_sent_again(tmp_path: Path) -> None:
+    with Service(tmp_path, "[kms.jobs]\nlease_s = 2\n") as service:
+        service.start("api")
+        job_id = service.submit({"kind": "encrypt", "items": [{"plaintext": ""}]})
+        redis = core_of(service).shop.store.redis
+        assert redis.llen("kms:kms.bulk") == 1
+        redis.delete("kms:kms.bulk")
+
+        service.start("worker")
+
+        service.wait(job_id, "succeeded")
