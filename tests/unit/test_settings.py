@@ -367,7 +367,7 @@ def test_no_value_appears_in_repr() -> None:
 def test_key_ids_have_one_grammar() -> None:
     (kind,) = (item.type for item in msgspec.structs.fields(Kms) if item.name == "default_key_id")
 
-    assert wire.KEY_ID_PATTERN in str(kind)
+    assert repr(wire.KEY_ID_PATTERN) in str(kind)
 
 
 def sections(shape: type[Section], path: str = "kms") -> Iterator[tuple[str, str]]:
