@@ -1,8 +1,6 @@
 """What callers get wrong, by accident or on purpose, one table after another; never is the value echoed."""
 
 import json
-import socket
-import struct
 from collections.abc import Iterator
 from http.client import HTTPConnection
 
@@ -397,17 +395,3 @@ def test_unknown_job_is_nobody_s(service: Service, job_id: str, path: str) -> No
 
     assert answer.status_code == 404
     assert answer.json()["code"] in {"unknown_job", "not_found"}
-
-
-def test_service_survives_broken_connections(service: Service) -> None:
-    for sent in (
-        b"",
-        b"GET",
-        b"\x16\x03\x01\x00\x00",
-        b"POST /api/v1/kms/encrypt HTTP/1.1\r\nContent-Length: 5\r\n\r\n1",
-    ):
-        with socket.create_connection(("127.0.0.1", service.port)) as peer:
-            peer.sendall(sent)
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-    assert service.http.get("/livez").status_code == 200

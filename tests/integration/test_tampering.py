@@ -1,4 +1,4 @@
-"""Somebody with access to Redis can lose, delay or replay work, and not change whose it is or what it does."""
+"""Who has Redis can lose, delay or replay work, and cannot change whose it is or what it does."""
 
 from contextlib import suppress
 
