@@ -6,8 +6,8 @@ import msgspec
 
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import new_id
-from kms_core.jobs.model import Accepted, Commit
-from kms_core.jobs.store import Claim, JobStore, Rules
+from kms_core.jobs.model import Accepted, Claim, Commit, Rules
+from kms_core.jobs.store import JobStore
 from service import CANARY
 
 TENANT = "default"

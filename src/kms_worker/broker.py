@@ -9,8 +9,7 @@ from kombu.exceptions import OperationalError
 from kombu.transport import virtual
 
 from kms_core.errors import JobsUnavailable
-from kms_core.jobs.model import QUEUES
-from kms_core.jobs.store import Nudge
+from kms_core.jobs.model import QUEUES, Nudge
 
 TASK: Final = "kms.run"
 

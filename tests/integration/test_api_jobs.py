@@ -10,8 +10,8 @@ import pytest
 
 from kms_core.jobs.build import Core
 from kms_core.jobs.bulk import part_id
+from kms_core.jobs.model import Claim
 from kms_core.jobs.run import run_job
-from kms_core.jobs.store import Claim
 from kms_core.wire import ENDED, PREFIX
 from service import CANARY, Json, Service, b64, check_problem, core_of, unb64, until
 

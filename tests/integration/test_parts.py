@@ -13,9 +13,8 @@ from kms_core.jobs import bulk, results
 from kms_core.jobs.blobs import ITEMS
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import Terms
-from kms_core.jobs.model import BULK, Job
+from kms_core.jobs.model import BULK, Job, Rules
 from kms_core.jobs.run import run_job
-from kms_core.jobs.store import Rules
 from kms_core.policy import Principal
 
 WHO = Principal("local")

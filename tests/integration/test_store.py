@@ -20,8 +20,9 @@ from kms_core.errors import (
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import Terms
 from kms_core.jobs.lease import Lease
+from kms_core.jobs.link import connect
 from kms_core.jobs.model import LeaseLost
-from kms_core.jobs.store import JobStore, connect
+from kms_core.jobs.store import JobStore
 from kms_core.policy import Principal
 from service import CANARY, until
 from stores import COMMIT, LONG, SHORT, TENANT, accepted, claimed, forge, lapse, record, state, store_of

@@ -13,9 +13,10 @@ from kms_core.errors import (
 )
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import Terms
+from kms_core.jobs.link import connect
 from kms_core.jobs.records import RecordKey
 from kms_core.jobs.run import run_job
-from kms_core.jobs.store import JobStore, connect
+from kms_core.jobs.store import JobStore
 from kms_core.policy import Principal
 from kms_core.wire import JobItem
 from stores import COMMIT, LONG, SHORT, TENANT, accepted, claimed, forge, record, store_of

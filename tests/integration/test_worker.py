@@ -10,10 +10,10 @@ from kms_core.context import Context
 from kms_core.errors import JobsUnavailable, PathRefused
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import Terms
-from kms_core.jobs.model import Commit, Job
+from kms_core.jobs.model import Claim, Commit, Fields, Job
 from kms_core.jobs.paths import OpenSource, Roots
 from kms_core.jobs.run import Shop, run_job
-from kms_core.jobs.store import Claim, Fields, JobStore
+from kms_core.jobs.store import JobStore
 from kms_core.policy import Principal
 from kms_core.wire import JobItem, JobKind
 from stores import SHORT, TENANT, forge, lapse, store_of

@@ -92,9 +92,9 @@ def _ranged(request: Request, job: Job, body: Result) -> Response:
     headers = {"ETag": etag, "Accept-Ranges": "bytes", "Content-Disposition": "attachment"}
     size = body.size
     start, stop, status = 0, size, 200
-    asked = _RANGE.fullmatch(request.headers.get("range", ""))
-    if asked and any(asked.groups()) and request.headers.get("if-range", etag) == etag:
-        start, stop = _bounds(*asked.groups(), size=size)
+    asked = _asked(request.headers.get("range", ""))
+    if asked and request.headers.get("if-range", etag) == etag:
+        start, stop = _bounds(*asked, size=size)
         if start >= stop:
             refusal = problem(416, "invalid_request", f"The result has {size} bytes")
             refusal.headers["Content-Range"] = f"bytes */{size}"
@@ -104,6 +104,16 @@ def _ranged(request: Request, job: Job, body: Result) -> Response:
     media_type = "application/x-ndjson" if body.lines else "application/octet-stream"
     headers["Content-Length"] = str(stop - start)
     return StreamingResponse(_sending(body.slabs(start, stop)), status, headers, media_type)
+
+
+def _asked(header: str) -> tuple[str, str] | None:
+    """One range that makes sense, or None: anything else is as if it had not been asked for."""
+    match = _RANGE.fullmatch(header)
+    if not match:
+        return None
+    first, last = match.groups()
+    backwards = first and last and int(last) < int(first)
+    return None if backwards or not (first or last) else (first, last)
 
 
 def _bounds(first: str, last: str, *, size: int) -> tuple[int, int]:

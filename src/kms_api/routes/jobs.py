@@ -26,6 +26,7 @@ router: Final = APIRouter(tags=["jobs"])
 KINDS: Final[dict[str, wire.JobKind]] = {"encrypt": "encrypt", "decrypt": "decrypt", "rewrap": "rewrap"}
 _NDJSON: Final = "application/x-ndjson"
 _LOOK_EVERY_S: Final = 0.25
+_STALLED_S: Final = 60.0
 _KEEP_ALIVE_S: Final = 15.0
 _PAGE: Final = 100
 _DIGITS: Final = 16
@@ -219,7 +220,7 @@ async def _stream_of_items(request: Request, built: Service) -> Job:
             yield piece
 
     def work() -> Job:
-        built.desk.check(terms)
+        built.desk.check(terms, bulk=True)
         parsed = (bulk.parse_line(index, line) for index, line in enumerate(bulk.lines(arriving())))
         return built.desk.items(terms, parsed)
 
@@ -227,10 +228,14 @@ async def _stream_of_items(request: Request, built: Service) -> Job:
 
 
 async def next_piece(pieces: AsyncIterator[bytes]) -> bytes:
-    """The next bytes of a body; empty at its end."""
-    async for piece in pieces:
-        if piece:
-            return piece
+    """The next bytes of a body; empty at its end. A sender that stalls must not hold a thread for ever."""
+    try:
+        with anyio.fail_after(_STALLED_S):
+            async for piece in pieces:
+                if piece:
+                    return piece
+    except TimeoutError:
+        raise InvalidRequest(f"The body stopped arriving for {_STALLED_S:.0f} s") from None
     return b""
 
 

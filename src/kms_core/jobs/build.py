@@ -10,10 +10,12 @@ from kms_core.jobs import desk, intake
 from kms_core.jobs.blobs import Spool
 from kms_core.jobs.desk import Desk
 from kms_core.jobs.intake import Intake
+from kms_core.jobs.link import connect
+from kms_core.jobs.model import Nudge, Rules
 from kms_core.jobs.paths import Roots
 from kms_core.jobs.records import RecordKey
 from kms_core.jobs.run import Shop
-from kms_core.jobs.store import JobStore, Nudge, Rules, connect
+from kms_core.jobs.store import JobStore
 from kms_core.policy import AllowAll
 from kms_core.service import Kms
 from kms_core.service import Rules as CallRules

@@ -44,7 +44,7 @@ def run(lease: Lease, kms: Kms, spool: Spool) -> None:
             answer = _one(lease, kms, index, _decode(line))
             out.write(wire.encode(answer) + b"\n")
             lease.item(failed=not isinstance(answer.error, msgspec.UnsetType))
-            lease.advance(len(line))
+            lease.advance(len(line) + 1)
 
 
 def result_label(tenant: str, job_id: str, part: int, fence: int) -> Label:

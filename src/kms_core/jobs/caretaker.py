@@ -50,7 +50,7 @@ class Caretaker(threading.Thread):
             try:
                 with self._working:
                     self._store.worker_seen(self._owner)
-                    if self._store.lock("caretaker", self._owner, _LOCK_S):
+                    if self._store.lock("caretaker", self._owner, min(_LOCK_S, self._store.rules.lease_s)):
                         self.round()
             except Exception as exc:  # noqa: BLE001 -- a round may fail, the caretaker may not
                 _log.warning("caretaker.round_failed", error=type(exc).__name__)

@@ -76,12 +76,15 @@ class Desk:
         self._roots = roots
         self._rules = rules
 
-    def check(self, terms: Terms) -> None:
-        """Raise what would fail for certain: UnknownKey, ContextRequired, InvalidRequest, JobsUnavailable."""
+    def check(self, terms: Terms, *, bulk: bool = False) -> None:
+        """Raise what would fail for certain: UnknownKey, ContextRequired, InvalidRequest, JobsUnavailable.
+
+        Items of a bulk job may bring contexts of their own, so there each is asked for its own, later.
+        """
         self._kms.keyring.named(terms.key_id)
         sealing = terms.kind == "encrypt" or terms.new_context is not None
         context = terms.context if terms.new_context is None else terms.new_context
-        if self._rules.require_context and sealing and not context:
+        if self._rules.require_context and sealing and not context and not bulk:
             raise ContextRequired
         if terms.callback and terms.callback not in self._rules.callbacks:
             raise InvalidRequest("callback names no endpoint of this service: see [kms.jobs.endpoints]")
@@ -96,7 +99,7 @@ class Desk:
 
     def submit(self, terms: Terms, body: wire.JobIn, most_items: int) -> Job:
         """A job as ``POST /jobs`` describes it: items, or a reference. Raises as ``check`` and these do."""
-        self.check(terms)
+        self.check(terms, bulk=body.items is not None)
         if body.items is not None and body.source is None and body.target is None:
             check_count(len(body.items), most_items)
             return self.items(terms, body.items)

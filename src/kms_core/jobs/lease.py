@@ -7,8 +7,8 @@ from typing import Final, Self
 
 from kms_core import metrics
 from kms_core.errors import JobsUnavailable, KmsError
-from kms_core.jobs.model import LeaseLost
-from kms_core.jobs.store import Claim, JobStore
+from kms_core.jobs.model import Claim, LeaseLost
+from kms_core.jobs.store import JobStore
 
 _TELL_EVERY_S: Final = 0.5
 

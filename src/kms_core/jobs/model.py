@@ -1,5 +1,7 @@
 """What a job is: the part that was accepted and never changes, and the part that moves. Knows no Redis."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
@@ -14,6 +16,11 @@ FILES: Final = "kms.files"
 MAINTENANCE: Final = "kms.maintenance"
 QUEUES: Final = (BULK, FILES, MAINTENANCE)
 """Queues by what a job costs, so that a worker may serve some of them: items, payloads, headers."""
+
+
+Nudge = Callable[[str, str], None]
+"""``nudge(job_id, queue)``: tell some worker of the queue. Raises JobsUnavailable."""
+Fields = Mapping[str, str | int | float | bytes]
 
 
 class LeaseLost(KmsError):
@@ -121,3 +128,31 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     inode: int
     size_bytes: int
     mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Seconds and counts of the job layer, from settings.
+
+    ``open_jobs`` may wait or run before submissions are turned away; ``tenant_leases`` of one tenant may
+    run at a time.
+    """
+
+    lease_s: float = 30.0
+    attempts: int = 5
+    keep_record_s: float = 24 * 3600.0
+    open_jobs: int = 100_000
+    tenant_leases: int = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One attempt at a job: the accepted part, unsealed, and the fence that makes its effects count."""
+
+    accepted: Accepted
+    worker: str
+    fence: int
+    attempt: int
+    waited_s: float
+    deferrals: int
+    commit: Commit | None = field(default=None)

@@ -11,9 +11,9 @@ from kms_core.errors import JobCancelled, JobsUnavailable, KmsError, Unavailable
 from kms_core.jobs import bulk, files, uploads
 from kms_core.jobs.blobs import ITEMS, UPLOAD, Label, Spool
 from kms_core.jobs.lease import Lease
-from kms_core.jobs.model import Accepted, LeaseLost
+from kms_core.jobs.model import Accepted, Claim, LeaseLost
 from kms_core.jobs.paths import Roots
-from kms_core.jobs.store import Claim, JobStore
+from kms_core.jobs.store import JobStore
 from kms_core.service import Kms
 
 DEAD: Final = "attempts_exhausted"

@@ -1,20 +1,14 @@
 """The job store: records in Redis, moved by compare-and-set scripts; knows no queue, disk or key backend."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Final, cast
 
-import msgspec
 import redis
-import structlog
 
 from kms_core import metrics
 from kms_core.errors import (
-    ConfigurationError,
     IdempotencyConflict,
-    JobCancelled,
     JobCommitting,
     JobNotDead,
     JobsUnavailable,
@@ -22,56 +16,13 @@ from kms_core.errors import (
     UnknownJob,
 )
 from kms_core.jobs import scripts
-from kms_core.jobs.model import QUEUES, Accepted, Commit, Job, LeaseLost
+from kms_core.jobs.link import PREFIX, busy_key, job_key, raise_for, reading, redis_errors
+from kms_core.jobs.model import QUEUES, Accepted, Claim, Commit, Fields, Job, Nudge, Rules
 from kms_core.jobs.records import RecordKey
 
-Nudge = Callable[[str, str], None]
-"""``nudge(job_id, queue)``: tell some worker of the queue. Raises JobsUnavailable."""
-Fields = Mapping[str, str | int | float | bytes]
-_PREFIX: Final = "kms:"
 _WORKER_SEEN_S: Final = 15.0
-_TIMEOUT_S: Final = 5.0
 _SHED_S: Final = 10.0
 _DEAD_SCAN: Final = 10_000
-_log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """Seconds and counts of the job layer, from settings.
-
-    ``open_jobs`` may wait or run before submissions are turned away; ``tenant_leases`` of one tenant may
-    run at a time.
-    """
-
-    lease_s: float = 30.0
-    attempts: int = 5
-    keep_record_s: float = 24 * 3600.0
-    open_jobs: int = 100_000
-    tenant_leases: int = 1_000
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """One attempt at a job: the accepted part, unsealed, and the fence that makes its effects count."""
-
-    accepted: Accepted
-    worker: str
-    fence: int
-    attempt: int
-    waited_s: float
-    deferrals: int
-    commit: Commit | None = field(default=None)
-
-
-def connect(url: str) -> redis.Redis:
-    """A client that gives up in seconds, so that a lost Redis is noticed. Raises ConfigurationError."""
-    try:
-        return redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, health_check_interval=25)
-    except ValueError as exc:  # its text may quote the URL
-        raise ConfigurationError(
-            "kms.redis.url (or KMS_REDIS_URL) is not a Redis URL: expected redis://, rediss:// or unix://"
-        ) from exc
 
 
 class JobStore:
@@ -100,7 +51,7 @@ class JobStore:
 
     def ping(self) -> None:
         """Raise JobsUnavailable if Redis does not answer."""
-        with _redis_errors():
+        with redis_errors():
             self.redis.ping()
 
     # -- the submitter's side -------------------------------------------------------------------------
@@ -121,12 +72,12 @@ class JobStore:
             "created_at": accepted.created_at,
             "expires_at": accepted.expires_at,
         }
-        keys = [_job(accepted.job_id), f"{_PREFIX}tenant:{accepted.tenant}"]
+        keys = [job_key(accepted.job_id), f"{PREFIX}tenant:{accepted.tenant}"]
         if idempotency:
-            keys.append(f"{_PREFIX}idem:{self.record_key.digest(idempotency.encode()).hex()}")
+            keys.append(f"{PREFIX}idem:{self.record_key.digest(idempotency.encode()).hex()}")
         value = f"{accepted.job_id} {accepted.digest.hex()}"
         flat = [part for pair in fields.items() for part in pair]
-        with _redis_errors():
+        with redis_errors():
             word, *rest = self._run["SUBMIT"](
                 keys,
                 [
@@ -160,24 +111,24 @@ class JobStore:
 
     def get(self, job_id: str, tenant: str) -> Job:
         """One job of this tenant; UnknownJob for another's too."""
-        with _redis_errors():
-            raw = cast("dict[bytes, bytes]", self.redis.hgetall(_job(job_id)))
+        with redis_errors():
+            raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
         if not raw or raw.get(b"tenant") != tenant.encode() or b"parent" in raw:
             raise UnknownJob
-        return _reading(job_id, raw)
+        return reading(job_id, raw)
 
     def part(self, job_id: str) -> Job:
         """A part of a job, for the service's own eyes: nobody may look at, cancel or retry it by itself."""
-        with _redis_errors():
-            raw = cast("dict[bytes, bytes]", self.redis.hgetall(_job(job_id)))
+        with redis_errors():
+            raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
         if not raw:
             raise UnknownJob
-        return _reading(job_id, raw)
+        return reading(job_id, raw)
 
     def accepted(self, job_id: str) -> Accepted:
         """The sealed part of a job, opened. UnknownJob if it is not there or was not sealed by us."""
-        with _redis_errors():
-            sealed = cast("bytes | None", self.redis.hget(_job(job_id), "sealed"))
+        with redis_errors():
+            sealed = cast("bytes | None", self.redis.hget(job_key(job_id), "sealed"))
         if sealed is None:
             raise UnknownJob
         return self.record_key.open(job_id, sealed)
@@ -188,10 +139,10 @@ class JobStore:
         """Newest first. The cursor is the rank behind the last one seen."""
         start = int(before) if before else 0
         found: list[Job] = []
-        with _redis_errors():
+        with redis_errors():
             while len(found) < limit:
                 ids = cast(
-                    "list[bytes]", self.redis.zrevrange(f"{_PREFIX}tenant:{tenant}", start, start + limit - 1)
+                    "list[bytes]", self.redis.zrevrange(f"{PREFIX}tenant:{tenant}", start, start + limit - 1)
                 )
                 for raw_id in ids:
                     start += 1
@@ -208,14 +159,14 @@ class JobStore:
         try:
             return self.get(job_id, tenant)
         except UnknownJob:  # its record has expired
-            self.redis.zrem(f"{_PREFIX}tenant:{tenant}", job_id)
+            self.redis.zrem(f"{PREFIX}tenant:{tenant}", job_id)
             return None
 
     def cancel(self, job_id: str, tenant: str) -> Job:
         """Ends a queued job now, a running one at its next item or slab. Raises JobCommitting, UnknownJob."""
         self.get(job_id, tenant)
-        with _redis_errors():
-            word = self._run["CANCEL"]([_job(job_id)], [job_id, self.rules.keep_record_s])[0]
+        with redis_errors():
+            word = self._run["CANCEL"]([job_key(job_id)], [job_id, self.rules.keep_record_s])[0]
         if word == b"committing":
             raise JobCommitting
         job = self.get(job_id, tenant)
@@ -226,8 +177,8 @@ class JobStore:
     def retry(self, job_id: str, tenant: str, ttl_s: float) -> Job:
         """Give a dead letter all its attempts again. Raises JobNotDead for any other job, UnknownJob."""
         self.get(job_id, tenant)
-        with _redis_errors():
-            word = self._run["RETRY"]([_job(job_id)], [job_id, time.time() + ttl_s])[0]
+        with redis_errors():
+            word = self._run["RETRY"]([job_key(job_id)], [job_id, time.time() + ttl_s])[0]
         if word != b"queued":
             raise JobNotDead
         job = self.get(job_id, tenant)
@@ -236,8 +187,8 @@ class JobStore:
 
     def dead(self, tenant: str, limit: int) -> list[Job]:
         """Dead letters of this tenant, newest first."""
-        with _redis_errors():
-            ids = cast("list[bytes]", self.redis.zrevrange(f"{_PREFIX}dead", 0, _DEAD_SCAN - 1))
+        with redis_errors():
+            ids = cast("list[bytes]", self.redis.zrevrange(f"{PREFIX}dead", 0, _DEAD_SCAN - 1))
             found = (self._listed(raw.decode(), tenant) for raw in ids)
             return [job for job in found if job is not None][:limit]
 
@@ -246,9 +197,9 @@ class JobStore:
     def claim(self, job_id: str, worker: str) -> Claim | None:
         """Take the job, raising its fence; None if it ended, is leased to a live worker, or is not due."""
         rules = self.rules
-        with _redis_errors():
+        with redis_errors():
             word, *rest = self._run["CLAIM"](
-                [_job(job_id), _busy(worker)],
+                [job_key(job_id), busy_key(worker)],
                 [
                     job_id,
                     worker,
@@ -276,12 +227,12 @@ class JobStore:
     def renew(self, claim: Claim, progress: Fields) -> None:
         """Extend the lease and tell progress. Raises LeaseLost when fenced off, JobCancelled if asked to."""
         flat = [part for pair in progress.items() for part in pair] or ["worker_seen", 1]
-        with _redis_errors():
+        with redis_errors():
             word = self._run["RENEW"](
-                [_job(claim.accepted.job_id), _busy(claim.worker)],
+                [job_key(claim.accepted.job_id), busy_key(claim.worker)],
                 [claim.accepted.job_id, claim.fence, self.rules.lease_s, *flat],
             )[0]
-        _raise_for(word)
+        raise_for(word)
 
     def split(self, claim: Claim, parts: Sequence[Accepted]) -> None:
         """Turn the job into the whole of these parts, all at once, and nudge workers for each."""
@@ -290,98 +241,98 @@ class JobStore:
             for part in parts
             for field in (part.job_id, self.record_key.seal(part), part.items, part.size_bytes)
         ]
-        with _redis_errors():
+        with redis_errors():
             word = self._run["SPLIT"](
-                [_job(claim.accepted.job_id)], [claim.accepted.job_id, claim.fence, *flat]
+                [job_key(claim.accepted.job_id)], [claim.accepted.job_id, claim.fence, *flat]
             )[0]
-        _raise_for(word)
+        raise_for(word)
         for part in parts:
             self.nudge(part.job_id, claim.accepted.queue)
 
     def committing(self, claim: Claim, commit: Commit) -> None:
         """From here on any worker may finish the commit, and nobody may cancel."""
-        with _redis_errors():
+        with redis_errors():
             word = self._run["COMMITTING"](
-                [_job(claim.accepted.job_id)],
+                [job_key(claim.accepted.job_id)],
                 [
                     claim.accepted.job_id,
                     claim.fence,
                     self.record_key.sign_commit(claim.accepted.job_id, commit),
                 ],
             )[0]
-        _raise_for(word)
+        raise_for(word)
 
     def finish(self, claim: Claim, state: str, code: str = "", fields: Fields | None = None) -> None:
         """End the job. Only the holder of the newest fence can; raises LeaseLost otherwise."""
         flat = [part for pair in (fields or {}).items() for part in pair]
         job_id = claim.accepted.job_id
-        with _redis_errors():
+        with redis_errors():
             word = self._run["FINISH"](
-                [_job(job_id)], [job_id, claim.fence, state, code, self.rules.keep_record_s, *flat]
+                [job_key(job_id)], [job_id, claim.fence, state, code, self.rules.keep_record_s, *flat]
             )[0]
-        _raise_for(word)
+        raise_for(word)
         if not claim.accepted.parent:
             metrics.JOBS.labels(claim.accepted.kind, state).inc()
 
     def defer(self, claim: Claim, delay_s: float, *, counts: bool) -> None:
         """Back to the queue, not before ``delay_s`` seconds; ``counts`` says whether the attempt counts."""
         job_id = claim.accepted.job_id
-        with _redis_errors():
-            word = self._run["DEFER"]([_job(job_id)], [job_id, claim.fence, delay_s, int(not counts)])[0]
-        _raise_for(word)
+        with redis_errors():
+            word = self._run["DEFER"]([job_key(job_id)], [job_id, claim.fence, delay_s, int(not counts)])[0]
+        raise_for(word)
 
     # -- looking after ---------------------------------------------------------------------------------
 
     def due(self, limit: int = 1000) -> list[str]:
         """Open jobs that should be looked at: leases run out, delays over, messages perhaps lost."""
-        with _redis_errors():
+        with redis_errors():
             seconds, micro = self.redis.time()
             ids = cast(
                 "list[bytes]",
-                self.redis.zrangebyscore(f"{_PREFIX}open", 0, seconds + micro / 1e6, start=0, num=limit),
+                self.redis.zrangebyscore(f"{PREFIX}open", 0, seconds + micro / 1e6, start=0, num=limit),
             )
         return [raw.decode() for raw in ids]
 
     def reap(self, job_id: str, next_look_s: float) -> str:
         """Requeue a job whose lease ran out; the answer is the state found, or ``requeued``."""
-        with _redis_errors():
-            word = self._run["REAP"]([_job(job_id)], [job_id, next_look_s])[0]
+        with redis_errors():
+            word = self._run["REAP"]([job_key(job_id)], [job_id, next_look_s])[0]
         return word.decode()
 
     def expired(self, limit: int = 1000) -> list[str]:
         """Ended jobs whose results are to be deleted."""
-        with _redis_errors():
+        with redis_errors():
             ids = cast(
-                "list[bytes]", self.redis.zrangebyscore(f"{_PREFIX}ended", 0, time.time(), start=0, num=limit)
+                "list[bytes]", self.redis.zrangebyscore(f"{PREFIX}ended", 0, time.time(), start=0, num=limit)
             )
         return [raw.decode() for raw in ids]
 
     def purged(self, job_id: str) -> None:
         """Note that the result is gone; the record itself expires later."""
-        with _redis_errors():
-            if self.redis.exists(_job(job_id)):
-                self.redis.hset(_job(job_id), "purged", 1)
-            self.redis.zrem(f"{_PREFIX}ended", job_id)
+        with redis_errors():
+            if self.redis.exists(job_key(job_id)):
+                self.redis.hset(job_key(job_id), "purged", 1)
+            self.redis.zrem(f"{PREFIX}ended", job_id)
 
     def queue_of(self, job_id: str) -> str:
-        with _redis_errors():
-            queue = cast("bytes | None", self.redis.hget(_job(job_id), "queue"))
+        with redis_errors():
+            queue = cast("bytes | None", self.redis.hget(job_key(job_id), "queue"))
         return queue.decode() if queue and queue.decode() in QUEUES else QUEUES[0]
 
     def idle_s(self, worker: str) -> float:
         """Seconds since this worker claimed or renewed anything; infinite if it never did."""
-        with _redis_errors():
-            at = cast("bytes | None", self.redis.get(_busy(worker)))
+        with redis_errors():
+            at = cast("bytes | None", self.redis.get(busy_key(worker)))
         return time.time() - float(at) if at else float("inf")
 
     def exists(self, job_id: str) -> bool:
-        with _redis_errors():
-            return bool(self.redis.exists(_job(job_id)))
+        with redis_errors():
+            return bool(self.redis.exists(job_key(job_id)))
 
     def lock(self, name: str, owner: str, seconds: float) -> bool:
         """A short lock for one caretaker at a time; its holder renews it by calling again."""
-        with _redis_errors():
-            key = f"{_PREFIX}lock:{name}"
+        with redis_errors():
+            key = f"{PREFIX}lock:{name}"
             if self.redis.set(key, owner, nx=True, px=int(seconds * 1000)):
                 return True
             if self.redis.get(key) == owner.encode():
@@ -390,54 +341,23 @@ class JobStore:
         return False
 
     def worker_seen(self, worker: str) -> None:
-        with _redis_errors():
-            self.redis.zadd(f"{_PREFIX}workers", {worker: time.time()})
-            self.redis.zremrangebyscore(f"{_PREFIX}workers", 0, time.time() - 10 * _WORKER_SEEN_S)
+        with redis_errors():
+            self.redis.zadd(f"{PREFIX}workers", {worker: time.time()})
+            self.redis.zremrangebyscore(f"{PREFIX}workers", 0, time.time() - 10 * _WORKER_SEEN_S)
 
     def workers(self) -> int:
-        with _redis_errors():
-            return int(self.redis.zcount(f"{_PREFIX}workers", time.time() - _WORKER_SEEN_S, "+inf"))
+        with redis_errors():
+            return int(self.redis.zcount(f"{PREFIX}workers", time.time() - _WORKER_SEEN_S, "+inf"))
 
     def open_counts(self, limit: int = 10_000) -> dict[str, int]:
         """Open jobs by state (over at most ``limit`` of them)."""
         counts = {"queued": 0, "running": 0, "committing": 0}
-        with _redis_errors():
-            ids = cast("list[bytes]", self.redis.zrange(f"{_PREFIX}open", 0, limit - 1))
+        with redis_errors():
+            ids = cast("list[bytes]", self.redis.zrange(f"{PREFIX}open", 0, limit - 1))
             pipeline = self.redis.pipeline(transaction=False)
             for raw in ids:
-                pipeline.hget(_job(raw.decode()), "state")
+                pipeline.hget(job_key(raw.decode()), "state")
             for state in pipeline.execute():
                 if state and state.decode() in counts:
                     counts[state.decode()] += 1
         return counts
-
-
-def _job(job_id: str) -> str:
-    return f"{_PREFIX}job:{job_id}"
-
-
-def _busy(worker: str) -> str:
-    """Where a worker's last sign of work stands; ``worker`` is ``<its name>/<pid of the child>``."""
-    return f"{_PREFIX}busy:{worker.partition('/')[0]}"
-
-
-def _reading(job_id: str, raw: Mapping[bytes, bytes]) -> Job:
-    names = {name.encode(): name for name in Job.__struct_fields__}
-    known = {names[name]: value.decode() for name, value in raw.items() if name in names}
-    return msgspec.convert({**known, "job_id": job_id}, Job, strict=False)
-
-
-def _raise_for(word: bytes) -> None:
-    if word == b"lost":
-        raise LeaseLost
-    if word == b"cancel":
-        raise JobCancelled
-
-
-@contextmanager
-def _redis_errors() -> Iterator[None]:
-    try:
-        yield
-    except redis.RedisError as exc:
-        _log.warning("redis.failed", error=type(exc).__name__)
-        raise JobsUnavailable from exc
