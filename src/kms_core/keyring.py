@@ -1,7 +1,6 @@
 """The keyring: key ids to backends, as settings map them. Callers and ciphertexts name an id, never a URI."""
 
 import importlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, cast
@@ -11,10 +10,8 @@ from kms_core.backends import SCHEMES, Backend
 from kms_core.envelope.binding import KeyRef
 from kms_core.errors import ConfigurationError, UnknownKey
 from kms_core.settings import Settings
-from kms_core.wire import KEY_ID_PATTERN
 
 DEFAULT_KEY_ID: Final = "default"
-_KEY_ID: Final = re.compile(KEY_ID_PATTERN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +63,12 @@ def build(settings: Settings) -> Keyring:
     default_id = settings.kms.default_key_id or _own_key_id(settings) or DEFAULT_KEY_ID
     accept_foreign = settings.accept_foreign
     keys = {
-        key_id: Key(_checked(key_id), _from_uri(key_id, uri, settings), accept_foreign)
+        key_id: Key(key_id, _from_uri(key_id, uri, settings), accept_foreign)
         for key_id, uri in settings.kms.keys.items()
     }
     if default_id not in keys:
         own = _module(settings.active_backend, "the active backend").open_key(None, settings)
-        keys[default_id] = Key(_checked(default_id), own, accept_foreign)
+        keys[default_id] = Key(default_id, own, accept_foreign)
     return Keyring(keys, keys[default_id])
 
 
@@ -91,9 +88,3 @@ def _module(scheme: str, where: str) -> BackendModule:
         known = ", ".join(sorted(SCHEMES))
         raise ConfigurationError(f"{where} names the backend {scheme!r}, which is not one of: {known}")
     return cast("BackendModule", importlib.import_module(SCHEMES[scheme]))
-
-
-def _checked(key_id: str) -> str:
-    if not _KEY_ID.fullmatch(key_id):
-        raise ConfigurationError(f"The key id {key_id!r} must be 1 to 80 of A-Z a-z 0-9 _ . -")
-    return key_id
