@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 
 from kms_cli.keyfiles import Identities
-from kms_cli.opening import time_limit
 from kms_cli.streams import Joined, Source, Target, exactly
 from kms_core.backends.age import Recipient
 from kms_core.context import Context
@@ -36,7 +35,7 @@ def for_service(identities: Identities, key_id: str, context: Context, *, padded
 
     Raises InvalidContext if its ``not_after`` is no time.
     """
-    time_limit(context)
+    context.not_after()  # refused now rather than when it is opened
     key = identities.ref(list(identities.native)[-1], key_id)
     return sealing.begin(identities, key, context, padded=padded)
 

@@ -21,11 +21,10 @@ from kms_core.envelope.header import FILE_LIMITS, Header
 from kms_core.envelope.ranges import RangeReader
 from kms_core.envelope.slabs import Extent, Pace
 from kms_core.envelope.x25519 import NoMatch
-from kms_core.errors import DecryptFailed, InvalidContext, TooLarge
+from kms_core.errors import DecryptFailed, TooLarge
 from kms_core.settings_sections import Limits
 
 LIMITS: Final = Limits()
-NOT_AFTER: Final = "not_after"
 _AGE: Final = b"age-encryption.org/"
 _SSH: Final = "ssh-"
 _START_BYTES: Final = FILE_LIMITS.header_bytes + header.NONCE_BYTES
@@ -149,24 +148,10 @@ def _bound_file_key(head: Header, identities: Identities, key: binding.KeyRef, d
         raise NotForThese("None of the identities opens the file") from exc
     except DecryptFailed as exc:
         raise NotAsBound from exc
-    limit = time_limit(demand.context)
+    limit = demand.context.not_after()
     if limit is not None and datetime.now(UTC) > limit:
         raise NotAsBound("The time that its context sets in not_after is over")
     return file_key
-
-
-def time_limit(context: Context) -> datetime | None:
-    """The reserved pair ``not_after`` (RFC 3339, with an offset); InvalidContext if it is none."""
-    text = context.get(NOT_AFTER)
-    if text is None:
-        return None
-    try:
-        limit = datetime.fromisoformat(text)
-    except ValueError as exc:
-        raise InvalidContext("not_after must be an RFC 3339 time, as 2027-01-31T12:00:00Z") from exc
-    if limit.tzinfo is None:
-        raise InvalidContext("not_after needs an offset, as 2027-01-31T12:00:00Z")
-    return limit
 
 
 # -- the payload -------------------------------------------------------------------------------------

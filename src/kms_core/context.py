@@ -7,6 +7,7 @@ The order of pairs does not matter. ``None``, ``""`` and ``{}`` all mean no cont
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Final, Self
 
 from kms_core.errors import InvalidContext
@@ -14,6 +15,7 @@ from kms_core.errors import InvalidContext
 MAX_PAIRS: Final = 64
 MAX_BYTES: Final = 8 * 1024
 RESERVED_PREFIX: Final = "kms:"
+NOT_AFTER: Final = "not_after"
 
 
 def length_prefixed(*parts: bytes) -> bytes:
@@ -64,6 +66,22 @@ class Context:
 
     def get(self, key: str) -> str | None:
         return dict(self.pairs).get(key)
+
+    def not_after(self) -> datetime | None:
+        """The reserved pair ``not_after``: decrypt refuses after it. InvalidContext if it is no such time.
+
+        RFC 3339, with an offset.
+        """
+        text = self.get(NOT_AFTER)
+        if text is None:
+            return None
+        try:
+            limit = datetime.fromisoformat(text)
+        except ValueError as exc:
+            raise InvalidContext("not_after must be an RFC 3339 time, as 2027-01-31T12:00:00Z") from exc
+        if limit.tzinfo is None:
+            raise InvalidContext("not_after needs an offset, as 2027-01-31T12:00:00Z")
+        return limit
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Final, Literal
+from typing import Literal
 
 from kms_core import audit, metrics
 from kms_core.audit import Audit, Record
@@ -25,14 +25,12 @@ from kms_core.errors import (
     DataKeysUnsupported,
     DecryptFailed,
     ForeignRefused,
-    InvalidContext,
     InvalidRequest,
     KmsError,
 )
 from kms_core.keyring import Key, Keyring
 from kms_core.policy import Policy, Principal
 
-NOT_AFTER: Final = "not_after"
 Origin = Literal["service", "foreign"]
 
 
@@ -262,7 +260,7 @@ class Kms:
     def _for_sealing(self, call: "_Call", operation: str | None = None) -> tuple[Key, KeyRef]:
         if self._rules.require_context and not call.context:
             raise ContextRequired
-        _not_after(call.context)
+        call.context.not_after()
         key = self.keyring.named(call.key_id)
         ref = key.ref(call.who.tenant)
         call.names(ref)
@@ -284,7 +282,7 @@ class Kms:
             raise DecryptFailed
         ref = replace(ref, version=bound.key_version)
         file_key = sealing.file_key_of(head, key.backend, ref, context=call.context)
-        limit = _not_after(call.context)
+        limit = call.context.not_after()
         if limit is not None and datetime.now(UTC) > limit:
             raise DecryptFailed
         return Unwrapped(file_key, head.nonce, ref, "service")
@@ -375,17 +373,3 @@ class _Call:
         """Note the key, as soon as it is known, so that refusals name it too."""
         self.record.key_id, self.record.key_version = key.key_id, key.version
         self.record.backend, self.record.origin = key.backend, origin
-
-
-def _not_after(context: Context) -> datetime | None:
-    """The reserved pair ``not_after`` (RFC 3339, with an offset): decrypt refuses after it."""
-    text = context.get(NOT_AFTER)
-    if text is None:
-        return None
-    try:
-        limit = datetime.fromisoformat(text)
-    except ValueError as exc:
-        raise InvalidContext("not_after must be an RFC 3339 time, as 2027-01-31T12:00:00Z") from exc
-    if limit.tzinfo is None:
-        raise InvalidContext("not_after needs an offset, as 2027-01-31T12:00:00Z")
-    return limit
