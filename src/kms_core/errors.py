@@ -221,14 +221,6 @@ class BackendUnavailable(Unavailable):
     summary = "The key backend is not available"
 
 
-class BackendUnreachable(BackendUnavailable):
-    """The backend did not answer: no connection, a time out, 502 to 504. It may answer the next call."""
-
-
-class BackendBusy(BackendUnavailable):
-    """The backend answered that it cannot now (429, 412, 5xx): worth another try a little later."""
-
-
 class JobsUnavailable(Unavailable):
     """Redis or the broker does not answer."""
 

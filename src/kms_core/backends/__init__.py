@@ -10,9 +10,18 @@ from datetime import datetime
 from typing import Final, Protocol
 
 from kms_core.envelope.sealing import Wrapper
+from kms_core.errors import BackendUnavailable
 
 SCHEMES: Final = {"age": "kms_core.backends.age"}
 """Scheme of a key URI → module with ``open_key(uri, settings) -> Backend``, imported when a key uses it."""
+
+
+class Unreachable(BackendUnavailable):
+    """No connection, a time out, or 502 to 504: the next call, or another backend, may do."""
+
+
+class Busy(BackendUnavailable):
+    """An answer that says not now (429, 412, other 5xx): worth another try a little later."""
 
 
 @dataclass(frozen=True, slots=True)

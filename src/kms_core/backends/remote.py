@@ -14,11 +14,12 @@ class Cipher(Protocol):
     """One key of one peer, over its network protocol; safe to call from several threads at once.
 
     Secrets are 16 bytes (a file key) or 32 (a job key). A version is what ``KeyRef.version`` allows: 1 to 80
-    of ``A-Za-z0-9_.-``. Every method waits at most the settings' timeout and raises, of our errors alone:
+    of ``A-Za-z0-9_.-``. Every method waits at most the settings' timeout and raises, of our errors alone
+    (the first two are in ``kms_core.backends``):
 
-    - ``BackendUnreachable``: no connection, time out, or 502 to 504: tried again, counted by the breaker,
+    - ``Unreachable``: no connection, time out, or 502 to 504: tried again, counted by the breaker,
       and another declared backend may unwrap instead;
-    - ``BackendBusy``: 429, 412, other 5xx, which request data may have caused: tried again, not counted;
+    - ``Busy``: 429, 412, other 5xx, which request data may have caused: tried again, not counted;
     - ``BackendUnavailable``: credentials refused, key or mount missing, an answer that makes no sense
       (the wrong server): for the operator, who finds the reason in its text; not tried again;
     - ``DecryptFailed`` (``decrypt`` alone): the peer says that ciphertext, AAD or version are not right.
