@@ -14,7 +14,6 @@ from kms_core import __version__, metrics, wire
 from kms_core.jobs.build import build as build_core
 from kms_core.settings import Settings
 
-_BACKEND_THREADS = 32
 _UPLOAD_THREADS = 64  # of their own: senders may be slow, and must not hold up the threads of other calls
 
 
@@ -31,7 +30,7 @@ def build(settings: Settings) -> ASGIApp:
         core.desk,
         queue,
         time.monotonic(),
-        anyio.CapacityLimiter(_BACKEND_THREADS),
+        {},
         anyio.CapacityLimiter(_UPLOAD_THREADS),
     )
     for router in (secrets.router, batch.router, jobs.router, files.router, intake.router, operations.router):

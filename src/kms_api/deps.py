@@ -18,6 +18,8 @@ R = TypeVar("R")
 
 INLINE_STANZAS: Final = 32
 INLINE_BYTES: Final = 256 * 1024
+BACKEND_THREADS: Final = 16
+LOCAL: Final = "local"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +31,17 @@ class Service:
     desk: Desk
     broker: Broker
     started: float
-    backend_limiter: anyio.CapacityLimiter
+    limiters: dict[str, anyio.CapacityLimiter]
     upload_limiter: anyio.CapacityLimiter
 
     @property
     def blocks(self) -> bool:
-        return any(key.backend.blocks for key in self.kms.keyring.keys.values())
+        """Whether any call may wait on a network."""
+        return any(key.blocks for key in self.kms.keyring.keys.values())
+
+    def limiter(self, name: str) -> anyio.CapacityLimiter:
+        """The threads of one backend: while it hangs, calls on others have theirs."""
+        return self.limiters.setdefault(name, anyio.CapacityLimiter(BACKEND_THREADS))
 
 
 def service(request: Request) -> Service:
@@ -52,10 +59,13 @@ async def call(built: Service, function: Callable[P, R], *args: P.args, **kwargs
     """Call into the core: inline where that costs microseconds, in a bounded thread where it may wait.
 
     A call that waits on a network, carries a large body or a header with many stanzas must not hold up the
-    event loop.
+    event loop. ``key_id`` among the keywords, and ciphertexts among the arguments, tell which threads.
     """
     sizes = [arg for arg in args if isinstance(arg, bytes)]
     heavy = any(len(arg) > INLINE_BYTES or arg.count(b"\n-> ", 0, 1 << 15) > INLINE_STANZAS for arg in sizes)
     if not built.blocks and not heavy:
         return function(*args, **kwargs)
-    return await anyio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=built.backend_limiter)
+    key_id = kwargs.get("key_id")
+    waits_on = built.kms.keyring.waits_on(key_id if isinstance(key_id, str) else None, *sizes)
+    limiter = built.limiter(waits_on or LOCAL)
+    return await anyio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=limiter)

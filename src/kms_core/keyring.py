@@ -1,37 +1,101 @@
 """The keyring: key ids to backends, as settings map them. Callers and ciphertexts name an id, never a URI."""
 
 import importlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, Protocol, cast
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
-from kms_core.backends import SCHEMES, Backend
-from kms_core.envelope.binding import KeyRef
+from kms_core.backends import NATIVE, SCHEMES, Backend
+from kms_core.envelope.binding import CONTEXT, MAX_WRAPS, Bound, KeyRef
+from kms_core.envelope.sealing import Wrap
 from kms_core.errors import ConfigurationError, UnknownKey
 from kms_core.settings import Settings
 
 DEFAULT_KEY_ID: Final = "default"
+_NAMED: Final = re.compile(rf"\n-> {CONTEXT} 1 ([A-Za-z0-9_.-]{{1,80}}) ".encode("ascii"))
+_LOOK_BYTES: Final = 32 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key id and the backend that holds its versions."""
+    """A key id and the backends behind it: ``backend`` names the file, ``others`` wrap it too.
+
+    ``retired`` ones only unwrap: what they sealed opens until it has been rewrapped.
+    """
 
     key_id: str
     backend: Backend
     accept_foreign: bool = False
+    others: tuple[Backend, ...] = ()
+    retired: tuple[Backend, ...] = ()
 
     def ref(self, tenant: str) -> KeyRef:
         """The version that seals now, for this tenant."""
-        return KeyRef(tenant, self.key_id, self.backend.current_version(), self.backend.name)
+        return self._ref(tenant, self.backend)
 
     def refs(self, tenant: str) -> Sequence[KeyRef]:
-        """Every version, the current one first."""
+        """Every version of the native backend, or else of ``backend``, the current one first."""
+        backend = self.native or self.backend
         return [
-            KeyRef(tenant, self.key_id, version.version, self.backend.name)
-            for version in reversed(self.backend.versions())
+            KeyRef(tenant, self.key_id, version.version, backend.name)
+            for version in reversed(backend.versions())
         ]
+
+    def wraps(self, tenant: str) -> Sequence[Wrap]:
+        """Who else wraps a new file, under which versions."""
+        return [(backend, self._ref(tenant, backend)) for backend in self.others]
+
+    def openers(self, tenant: str, bound: Bound) -> Iterator[Wrap]:
+        """Who may unwrap a file of ours, in the order of the settings, each under the version it names.
+
+        Native stanzas name no version. Where another backend wrapped first, the context stanza holds that
+        one's, and every identity is tried.
+        """
+        for backend in self._all:
+            versions = [
+                wrap.version
+                for wrap in bound.wraps
+                if (wrap.backend, wrap.key_id) == (backend.name, self.key_id)
+            ]
+            if backend.name == NATIVE:
+                versions = _native_versions(backend, bound)
+            for version in versions:
+                yield backend, KeyRef(tenant, self.key_id, version, backend.name)
+
+    def for_job(self) -> "Key":
+        """The same key for one run of a bulk job (see ``Backend.for_job``)."""
+        return replace(
+            self,
+            backend=self.backend.for_job(),
+            others=tuple(backend.for_job() for backend in self.others),
+            retired=tuple(backend.for_job() for backend in self.retired),
+        )
+
+    @property
+    def native(self) -> Backend | None:
+        """Who may unwrap a file that stock ``age`` made."""
+        return next((backend for backend in self._all if backend.name == NATIVE), None)
+
+    @property
+    def blocks(self) -> str | None:
+        """The first backend that waits on a network, if any does."""
+        return next((backend.name for backend in self._all if backend.blocks), None)
+
+    @property
+    def _all(self) -> tuple[Backend, ...]:
+        return (self.backend, *self.others, *self.retired)
+
+    def _ref(self, tenant: str, backend: Backend) -> KeyRef:
+        return KeyRef(tenant, self.key_id, backend.current_version(), backend.name)
+
+
+def _native_versions(backend: Backend, bound: Bound) -> list[str]:
+    known = [version.version for version in reversed(backend.versions())]
+    if bound.key_version in known or not bound.wraps:
+        return [bound.key_version]
+    return known
 
 
 class BackendModule(Protocol):
@@ -57,15 +121,26 @@ class Keyring:
         except KeyError:
             raise UnknownKey from None
 
+    def for_job(self) -> "Keyring":
+        """The same keys for one run of a bulk job."""
+        keys = {key_id: key.for_job() for key_id, key in self.keys.items()}
+        return Keyring(keys, keys[self.default.key_id])
+
+    def waits_on(self, key_id: str | None, *texts: bytes) -> str | None:
+        """The backend over a network that a call may ask, or None: for choosing a thread, nothing else.
+
+        A ciphertext among ``texts`` names its key, as it will when it is opened; rewrap uses both.
+        """
+        found = [match[1].decode("ascii") for text in texts if (match := _NAMED.search(text, 0, _LOOK_BYTES))]
+        named = [self.keys.get(name, self.default) for name in (key_id, *found) if name is not None]
+        return next((key.blocks for key in named or [self.default] if key.blocks), None)
+
 
 def build(settings: Settings) -> Keyring:
     """Open every key that settings name. Raises ConfigurationError for a wrong URI, scheme or key file."""
     default_id = settings.kms.default_key_id or _own_key_id(settings) or DEFAULT_KEY_ID
     accept_foreign = settings.accept_foreign
-    keys = {
-        key_id: Key(key_id, _from_uri(key_id, uri, settings), accept_foreign)
-        for key_id, uri in settings.kms.keys.items()
-    }
+    keys = {key_id: _key(key_id, uris, settings) for key_id, uris in settings.kms.keys.items()}
     if default_id not in keys:
         own = _module(settings.active_backend, "the active backend").open_key(None, settings)
         keys[default_id] = Key(default_id, own, accept_foreign)
@@ -74,6 +149,34 @@ def build(settings: Settings) -> Keyring:
 
 def _own_key_id(settings: Settings) -> str | None:
     return settings.kms.cosmian.default_key_id if settings.active_backend == "cosmian" else None
+
+
+def _key(key_id: str, uris: str | tuple[str, ...], settings: Settings) -> Key:
+    """One URI, or several: the first names new files, each wraps them, unless it says ``seal=false``."""
+    sealing: list[Backend] = []
+    retired: list[Backend] = []
+    for uri in (uris,) if isinstance(uris, str) else uris:
+        rest, seals = _take_seal(key_id, uri)
+        (sealing if seals else retired).append(_from_uri(key_id, rest, settings))
+    names = [backend.name for backend in (*sealing, *retired)]
+    if not sealing:
+        raise ConfigurationError(f"kms.keys.{key_id}: name a URI that encrypts, without seal=false")
+    if len(set(names)) != len(names) or len(sealing) > MAX_WRAPS:
+        raise ConfigurationError(
+            f"kms.keys.{key_id}: name each backend once, and at most {MAX_WRAPS} that encrypt"
+        )
+    return Key(key_id, sealing[0], settings.accept_foreign, tuple(sealing[1:]), tuple(retired))
+
+
+def _take_seal(key_id: str, uri: str) -> tuple[str, bool]:
+    """The URI without its ``seal``, which is ours and no backend's, and what it says."""
+    parts = urlsplit(uri)
+    options = parts.query.split("&") if parts.query else []
+    given = [option for option in options if option.startswith("seal=")]
+    if any(option not in {"seal=true", "seal=false"} for option in given) or len(given) > 1:
+        raise ConfigurationError(f"kms.keys.{key_id}: seal is true or false")
+    rest = "&".join(option for option in options if option not in given)
+    return urlunsplit(parts._replace(query=rest)), given != ["seal=false"]
 
 
 def _from_uri(key_id: str, uri: str, settings: Settings) -> Backend:

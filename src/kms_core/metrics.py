@@ -53,6 +53,22 @@ WEBHOOK_OUTBOX: Final = Gauge(
 BACKEND_UP: Final = Gauge(
     "kms_backend_up", "1 if the last health check passed", ["backend"], multiprocess_mode="livemin"
 )
+BACKEND_SECONDS: Final = Histogram(
+    "kms_backend_duration_seconds",
+    "Time of one call to a peer; result is ok, refused, unavailable, unreachable or error",
+    ["backend", "call", "result"],
+    buckets=_FAST,
+)
+BACKEND_RETRIES: Final = Counter("kms_backend_retries_total", "Calls to a peer made again", ["backend"])
+BACKEND_FAILOVERS: Final = Counter(
+    "kms_backend_failovers_total", "Files that another backend had to open, or none could", ["backend"]
+)
+BREAKER_OPEN: Final = Gauge(
+    "kms_backend_breaker_open",
+    "1 while a backend is not asked because it did not answer",
+    ["backend"],
+    multiprocess_mode="livemax",
+)
 JOBS_IN_STATE: Final = Gauge(
     "kms_jobs_in_state", "Open jobs by state", ["state"], multiprocess_mode="livemostrecent"
 )

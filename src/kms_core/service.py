@@ -6,7 +6,7 @@ does the format.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -14,12 +14,13 @@ from typing import Literal
 
 from kms_core import audit, metrics
 from kms_core.audit import Audit, Record
-from kms_core.backends import Health
+from kms_core.backends import Health, Unreachable
 from kms_core.context import Context
 from kms_core.envelope import binding, disk, header, sealing, slabs, stream
-from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.binding import Bound, KeyRef
 from kms_core.envelope.header import Header, Limits
 from kms_core.envelope.slabs import STEADY, Extent, Pace
+from kms_core.envelope.x25519 import NoMatch
 from kms_core.errors import (
     ContextRequired,
     DataKeysUnsupported,
@@ -97,7 +98,7 @@ class Kms:
         """Seal bytes in memory. Raises ContextRequired, UnknownKey, Forbidden, BackendUnavailable."""
         with self._recorded("encrypt", who, context, key_id, bytes_in=len(plaintext)) as call:
             key, ref = self._for_sealing(call)
-            ciphertext = sealing.seal(plaintext, key.backend, ref, context)
+            ciphertext = sealing.seal(plaintext, key.backend, ref, context, key.wraps(who.tenant))
             call.record.bytes_out = len(ciphertext)
             return Sealed(ciphertext, ref)
 
@@ -121,7 +122,7 @@ class Kms:
             if not key.backend.data_keys:
                 raise DataKeysUnsupported
             plaintext = os.urandom(size_bytes)
-            ciphertext = sealing.seal(plaintext, key.backend, ref, context)
+            ciphertext = sealing.seal(plaintext, key.backend, ref, context, key.wraps(who.tenant))
             call.record.bytes_out = len(ciphertext)
             return DataKey(plaintext, ciphertext, ref)
 
@@ -158,7 +159,9 @@ class Kms:
         """
         with self._recorded("encrypt", who, context, key_id, bytes_in=source.size) as call:
             key, ref = self._for_sealing(call)
-            started = sealing.begin(key.backend, ref, context, padded=source.size >= sealing.PAD_FROM_BYTES)
+            padded = source.size >= sealing.PAD_FROM_BYTES
+            others = key.wraps(who.tenant)
+            started = sealing.begin(key.backend, ref, context, padded=padded, others=others)
             disk.write_all(target_fd, memoryview(started.head), 0)
             slabs.seal_file(started.payload_key, source, target_fd, len(started.head), pace)
             call.record.bytes_out = len(started.head) + stream.sealed_size(source.size)
@@ -205,7 +208,13 @@ class Kms:
             key, ref = self._for_sealing(call)
             padded = size_bytes >= sealing.PAD_FROM_BYTES
             return sealing.write_header(
-                found.file_key, found.nonce, key.backend, key=ref, context=context, padded=padded
+                found.file_key,
+                found.nonce,
+                key.backend,
+                key=ref,
+                context=context,
+                padded=padded,
+                others=key.wraps(who.tenant),
             )
 
     def rewrap_file(  # noqa: PLR0913 -- two keys, two contexts
@@ -235,6 +244,10 @@ class Kms:
         metrics.BACKEND_UP.labels(backend.name).set(health.healthy)
         return health
 
+    def for_job(self) -> "Kms":
+        """The same service for one run of a bulk job: a peer is asked a few times, not once an item."""
+        return Kms(self.keyring.for_job(), self._policy, self._audit, self._rules)
+
     def bound(self, who: Principal) -> "BoundKms":
         """The two-argument form, for a caller that acts as one principal."""
         return BoundKms(self, who)
@@ -252,7 +265,13 @@ class Kms:
         key, ref = self._for_sealing(call, "encrypt")
         padded = any(stanza.type == binding.PAD for stanza in head.stanzas)
         rendered = sealing.write_header(
-            found.file_key, found.nonce, key.backend, key=ref, context=call.context, padded=padded
+            found.file_key,
+            found.nonce,
+            key.backend,
+            key=ref,
+            context=call.context,
+            padded=padded,
+            others=key.wraps(call.who.tenant),
         )
         call.record.bytes_out = call.record.bytes_in - head.size + len(rendered)
         return Sealed(rendered, ref)
@@ -280,8 +299,8 @@ class Kms:
             return self._unwrap_foreign(call, head, key)
         if call.key_id not in {None, bound.key_id}:
             raise DecryptFailed
-        ref = replace(ref, version=bound.key_version)
-        file_key = sealing.file_key_of(head, key.backend, ref, context=call.context)
+        file_key, ref = _file_key_of(head, key.openers(call.who.tenant, bound), bound, call.context)
+        call.names(ref)
         limit = call.context.not_after()
         if limit is not None and datetime.now(UTC) > limit:
             raise DecryptFailed
@@ -293,7 +312,10 @@ class Kms:
             raise ForeignRefused
         if call.context:  # given, and the file binds none
             raise DecryptFailed
-        file_key, ref = sealing.foreign_file_key(head, key.backend, key.refs(call.who.tenant))
+        native = key.native
+        if native is None:
+            raise ForeignRefused("The key has no age identities, and a foreign file is for one of those")
+        file_key, ref = sealing.foreign_file_key(head, native, key.refs(call.who.tenant))
         call.names(ref, "foreign")
         return Unwrapped(file_key, head.nonce, ref, "foreign")
 
@@ -325,6 +347,22 @@ class Kms:
             raise
         metrics.AUDIT_EVENTS.labels("ok").inc()
         metrics.count_operation(record, result, seconds)
+
+
+def _file_key_of(
+    head: Header, openers: Iterable[sealing.Wrap], bound: Bound, context: Context
+) -> tuple[bytes, KeyRef]:
+    """By the first backend that answers. Only silence passes on to the next one, never a refusal."""
+    silent: Unreachable | None = None
+    for backend, ref in openers:
+        try:
+            return sealing.file_key_of(head, backend, ref, context=context, named=bound.key_version), ref
+        except NoMatch:
+            continue
+        except Unreachable as exc:
+            metrics.BACKEND_FAILOVERS.labels(ref.backend).inc()
+            silent = exc
+    raise silent or DecryptFailed
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ def _check_cosmian(settings: Settings) -> None:
 
 def check_keys(settings: Settings) -> None:
     """Every key is a URI with a scheme; which schemes there are, the keyring knows."""
-    for key_id, uri in settings.kms.keys.items():
+    for key_id, uri in settings.kms.key_uris:
         try:
             scheme = urlsplit(uri).scheme
         except ValueError:  # its text quotes the URI
@@ -153,7 +153,7 @@ def _private(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
         yield f"kms.jobs.endpoints.{name}.secret_file", endpoint.secret_file, True
     if kms.cosmian.api_key_file:
         yield "kms.cosmian.api_key_file", kms.cosmian.api_key_file, True
-    for key_id, uri in kms.keys.items():
+    for key_id, uri in kms.key_uris:
         parts = urlsplit(uri)
         if parts.scheme == "age":
             for path in (unquote(parts.path), *parse_qs(parts.query).get("public", ())):

@@ -159,7 +159,7 @@ class Kms(Section, frozen=True, kw_only=True):
     state_dir: Path
     allow_age_in_prod: bool = False
     environments: dict[str, Environment] = field(default_factory=dict)
-    keys: dict[KeyId, str] = field(default_factory=dict)
+    keys: dict[KeyId, str | tuple[str, ...]] = field(default_factory=dict)
     age: Age
     cosmian: Cosmian = field(default_factory=Cosmian)
     redis: Redis
@@ -169,6 +169,15 @@ class Kms(Section, frozen=True, kw_only=True):
     jobs: Jobs
     audit: Audit
     log: Log = field(default_factory=Log)
+
+    @property
+    def key_uris(self) -> tuple[tuple[str, str], ...]:
+        """Key id and URI, once for each URI: a key may name several backends."""
+        return tuple(
+            (key_id, uri)
+            for key_id, uris in self.keys.items()
+            for uri in ((uris,) if isinstance(uris, str) else uris)
+        )
 
 
 class Settings(Section, frozen=True, kw_only=True):
@@ -199,7 +208,7 @@ class Settings(Section, frozen=True, kw_only=True):
     @property
     def used_backends(self) -> frozenset[str]:
         """The active backend and the schemes that the URIs of ``[kms.keys]`` name."""
-        return frozenset({self.active_backend, *(uri.partition(":")[0] for uri in self.kms.keys.values())})
+        return frozenset({self.active_backend, *(uri.partition(":")[0] for _, uri in self.kms.key_uris)})
 
     @property
     def state_dir(self) -> Path:

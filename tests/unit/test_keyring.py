@@ -114,7 +114,31 @@ def test_a_key_names_its_versions_the_current_first(tmp_path: Path) -> None:
     )
 
 
+def test_a_retired_backend_is_asked_to_open_only(tmp_path: Path) -> None:
+    text = '[kms.keys]\npayroll = ["age://{tmp}/payroll/private_key.txt?seal=true"]'
+    key = built(tmp_path, text).named("payroll")
+
+    assert sealed_by(key, PAYROLL)
+    assert (key.others, key.retired) == ((), ())
+
+
 # -- what is refused at start ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uris", "said"),
+    [
+        ('["age://{tmp}/payroll/private_key.txt?seal=false"]', "name a URI that encrypts"),
+        ('"age://{tmp}/payroll/private_key.txt?seal=no"', "seal is true or false"),
+        (
+            '["age://{tmp}/payroll/private_key.txt", "age://{tmp}/state/age/private_key.txt"]',
+            "each backend once",
+        ),
+        ("[]", "name a URI that encrypts"),
+    ],
+)
+def test_several_backends_of_a_key_are_checked(tmp_path: Path, uris: str, said: str) -> None:
+    assert said in refusal(tmp_path, f"[kms.keys]\npayroll = {uris}")
 
 
 @pytest.mark.parametrize(

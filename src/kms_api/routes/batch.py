@@ -1,5 +1,6 @@
 """Many single calls in one request: answered at once, each with its own outcome."""
 
+from dataclasses import replace
 from typing import Final
 
 import anyio.to_thread
@@ -15,6 +16,7 @@ from kms_core.jobs import bulk
 from kms_core.policy import Principal
 
 router: Final = APIRouter(tags=["secrets"])
+BATCHES: Final = "batch"
 _EXAMPLE: Final = {
     "operation": "encrypt",
     "items": [{"plaintext": "SGVsbG8=", "context": "row=7", "reference": "salary"}],
@@ -26,10 +28,12 @@ async def batch(request: Request) -> Response:
     """Up to 1,000 calls of one kind. A refused item has an ``error`` and sinks no other."""
     built = service(request)
     body = await bodies.read(request, wire.BatchIn, built.settings.kms.limits.json_body_bytes)
-    return bodies.answer(await anyio.to_thread.run_sync(_run, built, caller(request), body))
+    limiter = built.limiter(BATCHES)
+    return bodies.answer(await anyio.to_thread.run_sync(_run, built, caller(request), body, limiter=limiter))
 
 
 def _run(built: Service, who: Principal, body: wire.BatchIn) -> wire.BatchOut:
+    built = replace(built, kms=built.kms.for_job())
     results = [_one(built, who, body.operation, index, item) for index, item in enumerate(body.items)]
     return wire.BatchOut(results=results, failed=sum(result.error is not UNSET for result in results))
 

@@ -16,12 +16,19 @@ SCHEMES: Final = {"age": "kms_core.backends.age"}
 """Scheme of a key URI → module with ``open_key(uri, settings) -> Backend``, imported when a key uses it."""
 
 
+NATIVE: Final = "age"
+"""The backend whose wraps are native stanzas of the age format, which carry no name."""
+
+
 class Unreachable(BackendUnavailable):
     """No connection, a time out, or 502 to 504: the next call, or another backend, may do."""
 
 
 class Busy(BackendUnavailable):
-    """An answer that says not now (429, 412, other 5xx): worth another try a little later."""
+    """An answer that says not now (429, 412, other 5xx): worth another try, when the peer says if it does."""
+
+    def __init__(self, detail: str = "", *, retry_after_s: float = 0.0) -> None:
+        super().__init__(detail, retry_after_s=retry_after_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,12 @@ class Backend(Wrapper, Protocol):
 
     def versions(self) -> Sequence[KeyVersion]:
         """All versions that unwrap, the current one last."""
+
+    def rotate(self) -> KeyVersion:
+        """Make a new version and wrap with it from now on; old ones unwrap."""
+
+    def for_job(self) -> "Backend":
+        """The same key for one run of a bulk job: a peer is then asked a few times, not once an item."""
 
     def health_check(self) -> Health:
         """Wrap and unwrap once; never raises."""

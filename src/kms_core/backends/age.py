@@ -6,6 +6,7 @@ identity and replaces the recipient; running processes pick that up within a sec
 """
 
 import hashlib
+import math
 import os
 import stat
 import time
@@ -19,11 +20,12 @@ from urllib.parse import SplitResult, parse_qs, unquote
 import structlog
 
 from kms_core.backends import Health, KeyVersion
+from kms_core.backends.age_rotation import append_identity
 from kms_core.envelope import binding, hybrid, x25519
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.header import FILE_KEY_BYTES, Stanza
 from kms_core.envelope.x25519 import NoMatch
-from kms_core.errors import ConfigurationError
+from kms_core.errors import BackendUnavailable, ConfigurationError
 from kms_core.settings import Settings
 
 RECHECK_S: Final = 0.5
@@ -141,6 +143,21 @@ class AgeBackend:
         identity, probe = keys.identities[keys.current], os.urandom(FILE_KEY_BYTES)
         healthy = identity.unwrap(identity.recipient.wrap(probe)) == probe
         return Health(healthy=healthy and not self._trouble, checked_at=now, detail=self._trouble)
+
+    def rotate(self) -> KeyVersion:
+        """A new identity of the same type, in use at once here and within a second in other processes."""
+        keys = self._fresh()
+        post_quantum = isinstance(keys.identities[keys.current], hybrid.Identity)
+        append_identity(self._files.private, self._files.public, post_quantum=post_quantum)
+        self._checked = -math.inf
+        made = self._fresh().versions[-1]
+        if self._trouble:
+            raise BackendUnavailable(f"The age key was rotated, but cannot be read: {self._trouble}")
+        return made
+
+    def for_job(self) -> "AgeBackend":
+        """Itself: a wrap costs no call."""
+        return self
 
     def secrets(self) -> tuple[bytes, ...]:
         """A 32-byte MAC key of each version, the current one last: the spool derives its record keys here."""

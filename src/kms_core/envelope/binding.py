@@ -24,6 +24,8 @@ PAD: Final = "kms-service/pad"
 FORMAT_VERSION: Final = "1"
 SALT_BYTES: Final = 16
 TAG_BYTES: Final = 32
+MAX_WRAPS: Final = 4  # each may cost a call to a backend
+MAX_WRAP_BYTES: Final = 4096
 _CONTEXT_INFO: Final = b"kms-service/context/1"
 _ORIGIN_INFO: Final = b"kms-service/origin/1"
 _COMMITMENT_INFO: Final = b"kms-service/commitment/1"
@@ -42,6 +44,20 @@ class KeyRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Wrap:
+    """A ``kms-service/wrap`` stanza: who wrapped the file key, under which version, and what came out.
+
+    ``job`` is empty, or a wrapped job key, under which the body then is the file key.
+    """
+
+    backend: str
+    key_id: str
+    version: str
+    body: bytes
+    job: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Bound:
     """What our stanzas of a header say, read but not yet verified."""
 
@@ -49,6 +65,7 @@ class Bound:
     key_version: str
     context: Stanza
     origin: bytes | None
+    wraps: tuple[Wrap, ...] = ()
 
 
 def read(header: Header) -> Bound | None:
@@ -64,11 +81,32 @@ def read(header: Header) -> Bound | None:
     origin = _one(own, ORIGIN)
     pad = _one(own, PAD)
     known = len([stanza for stanza in (context, origin, pad) if stanza])
-    wraps = len([stanza for stanza in own if stanza.type == WRAP])
-    if context is None or len(own) != known + wraps:
+    wraps = tuple(read_wrap(stanza) for stanza in own if stanza.type == WRAP)
+    if context is None or len(own) != known + len(wraps):
+        raise DecryptFailed
+    if len({(wrap.backend, wrap.key_id) for wrap in wraps}) != len(wraps) or len(wraps) > MAX_WRAPS:
         raise DecryptFailed
     _check_shapes(context, origin, pad)
-    return Bound(context.args[2], context.args[3], context, origin.body if origin else None)
+    return Bound(context.args[2], context.args[3], context, origin.body if origin else None, wraps)
+
+
+def wrap_stanza(key: KeyRef, body: bytes, job: bytes = b"") -> Stanza:
+    """``-> kms-service/wrap <backend> <key-id> <key-version> [job]`` and what the backend made."""
+    more = (b64encode(job).decode("ascii"),) if job else ()
+    return Stanza((WRAP, key.backend, key.key_id, key.version, *more), body)
+
+
+def read_wrap(stanza: Stanza) -> Wrap:
+    """Raises DecryptFailed for a stanza of any other shape."""
+    try:
+        kind, backend, key_id, version, *job = stanza.args
+    except ValueError as exc:
+        raise DecryptFailed from exc
+    named = all(map(_NAME.fullmatch, (backend, key_id, version)))
+    if kind != WRAP or not named or len(job) > 1 or not 0 < len(stanza.body) <= MAX_WRAP_BYTES:
+        raise DecryptFailed
+    wrapped_job = b64decode(job[0].encode("ascii")) if job else b""
+    return Wrap(backend, key_id, version, stanza.body, wrapped_job)
 
 
 def context_stanza(file_key: bytes, key: KeyRef, context: Context) -> Stanza:

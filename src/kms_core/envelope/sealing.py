@@ -8,7 +8,7 @@ two payloads.
 import hmac
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 from kms_core.context import Context
@@ -36,6 +36,10 @@ class Wrapper(Protocol):
         """The MAC key of the origin stanza, or None where the wrap itself authenticates the AAD."""
 
 
+Wrap = tuple[Wrapper, KeyRef]
+"""A further wrapper of the same file key, with the name of its own version."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sealing:
     """A file about to be written: its header, its payload nonce, and the key of its payload."""
@@ -50,46 +54,70 @@ class Sealing:
         return self.header + self.nonce
 
 
-def begin(wrapper: Wrapper, key: KeyRef, context: Context, *, padded: bool = False) -> Sealing:
+def begin(
+    wrapper: Wrapper, key: KeyRef, context: Context, *, padded: bool = False, others: Sequence[Wrap] = ()
+) -> Sealing:
     """Start a new file under a fresh file key. ``padded`` rounds the header to 4 KiB, from 1 MiB on."""
     file_key, nonce = os.urandom(FILE_KEY_BYTES), os.urandom(stream.NONCE)
-    rendered = write_header(file_key, nonce, wrapper, key=key, context=context, padded=padded)
+    rendered = write_header(file_key, nonce, wrapper, key=key, context=context, padded=padded, others=others)
     return Sealing(rendered, nonce, stream.payload_key(file_key, nonce))
 
 
 def write_header(  # noqa: PLR0913 -- a header binds all of these
-    file_key: bytes, nonce: bytes, wrapper: Wrapper, *, key: KeyRef, context: Context, padded: bool
+    file_key: bytes,
+    nonce: bytes,
+    wrapper: Wrapper,
+    *,
+    key: KeyRef,
+    context: Context,
+    padded: bool,
+    others: Sequence[Wrap] = (),
 ) -> bytes:
-    """The header that wraps ``file_key`` for ``key`` and binds context and origin; rewrap writes it too."""
+    """The header that wraps ``file_key`` for ``key`` and binds context and origin; rewrap writes it too.
+
+    ``others`` wrap the same file key, so that any of them opens the file; the context stanza names ``key``.
+    """
     bound = binding.context_stanza(file_key, key, context)
-    stanzas = [wrapper.wrap(file_key, key, binding.wrap_aad(key, bound)), bound]
-    mac_key = wrapper.origin_key(key)
-    if mac_key is not None:
-        tag = binding.origin_tag(mac_key, file_key, nonce, key=key, context=context)
-        stanzas.append(Stanza((binding.ORIGIN, binding.FORMAT_VERSION), tag))
+    wraps = [(wrapper, key), *others]
+    stanzas = [each.wrap(file_key, ref, binding.wrap_aad(ref, bound)) for each, ref in wraps]
+    stanzas.append(bound)
+    for each, ref in wraps:
+        mac_key = each.origin_key(ref)
+        if mac_key is not None:
+            tag = binding.origin_tag(mac_key, file_key, nonce, key=ref, context=context)
+            stanzas.append(Stanza((binding.ORIGIN, binding.FORMAT_VERSION), tag))
     if padded:
         stanzas.append(binding.pad_stanza(stanzas, _FOOT_BYTES, len(VERSION_LINE), PADDED_HEADER_BYTES))
     return header.render(stanzas, file_key)
 
 
-def seal(plaintext: bytes, wrapper: Wrapper, key: KeyRef, context: Context) -> bytes:
+def seal(
+    plaintext: bytes, wrapper: Wrapper, key: KeyRef, context: Context, others: Sequence[Wrap] = ()
+) -> bytes:
     """Seal in memory; the answer is a complete age v1 file."""
-    sealing = begin(wrapper, key, context, padded=len(plaintext) >= PAD_FROM_BYTES)
+    sealing = begin(wrapper, key, context, padded=len(plaintext) >= PAD_FROM_BYTES, others=others)
     return sealing.head + stream.seal(sealing.payload_key, plaintext)
 
 
-def file_key_of(head: Header, wrapper: Wrapper, key: KeyRef, *, context: Context) -> bytes:
-    """Unwrap and verify: header MAC, then context, then origin. DecryptFailed for every failure alike."""
+def file_key_of(
+    head: Header, wrapper: Wrapper, key: KeyRef, *, context: Context, named: str | None = None
+) -> bytes:
+    """Unwrap and verify: header MAC, then context, then origin. DecryptFailed for every failure alike.
+
+    ``key`` is the wrapper's own version; ``named`` is the one in the context stanza where that is another
+    (a file that several backends wrap). A wrap that authenticates its AAD needs no origin.
+    """
     bound = binding.read(head)
-    if bound is None or (bound.key_id, bound.key_version) != (key.key_id, key.version):
+    if bound is None or (bound.key_id, bound.key_version) != (key.key_id, named or key.version):
         raise DecryptFailed
     file_key = _unwrap(head, wrapper, key, binding.wrap_aad(key, bound.context))
     head.check_mac(file_key)
-    binding.check_context(bound.context, file_key, key, context)
+    binding.check_context(bound.context, file_key, replace(key, version=bound.key_version), context)
     mac_key = wrapper.origin_key(key)
-    expected = mac_key and binding.origin_tag(mac_key, file_key, head.nonce, key=key, context=context)
-    if not hmac.compare_digest(bound.origin or b"", expected or b""):
-        raise DecryptFailed
+    if mac_key is not None:
+        expected = binding.origin_tag(mac_key, file_key, head.nonce, key=key, context=context)
+        if not hmac.compare_digest(bound.origin or b"", expected):
+            raise DecryptFailed
     return file_key
 
 

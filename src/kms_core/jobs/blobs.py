@@ -181,13 +181,13 @@ class Spool:
         bound = binding.read(head)
         if bound is None:
             raise DecryptFailed
-        ref = replace(self._ref(label), version=bound.key_version)
+        ref = replace(self.ref(label), version=bound.key_version)
         return sealing.file_key_of(head, self._key, ref, context=label.context)
 
     def header_for(self, label: Label, file_key: bytes, nonce: bytes) -> bytes:
         """A spool header around a payload that was sealed elsewhere: how a decrypted result rests sealed."""
         return sealing.write_header(
-            file_key, nonce, self._key, key=self._ref(label), context=label.context, padded=False
+            file_key, nonce, self._key, key=self.ref(label), context=label.context, padded=False
         )
 
     def discard(self, label: Label) -> None:
@@ -206,11 +206,12 @@ class Spool:
                 if _JOB_ID.fullmatch(entry.name) and entry.stat(follow_symlinks=False).st_mtime < limit:
                     yield entry.name
 
-    def _begin(self, label: Label) -> sealing.Sealing:
-        return sealing.begin(self._key, self._ref(label), label.context)
-
-    def _ref(self, label: Label) -> KeyRef:
+    def ref(self, label: Label) -> KeyRef:
+        """The spool key's version in use."""
         return KeyRef(label.tenant, _SPOOL_KEY_ID, self._key.current_version(), self._key.name)
+
+    def _begin(self, label: Label) -> sealing.Sealing:
+        return sealing.begin(self._key, self.ref(label), label.context)
 
     def _path(self, label: Label) -> Path:
         return self._folder(label.job_id) / label.name

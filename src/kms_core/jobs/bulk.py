@@ -29,7 +29,7 @@ def run(lease: Lease, kms: Kms, spool: Spool) -> None:
 
     Raises Unavailable as it comes: the part is then done again, from its first item.
     """
-    job = lease.claim.accepted
+    job, kms = lease.claim.accepted, kms.for_job()
     label = Label(job.tenant, job.owner, ITEMS)
     begin = job.starts[0]
     first = job.part * PART_ITEMS

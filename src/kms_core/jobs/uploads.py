@@ -38,7 +38,7 @@ def _encrypt(lease: Lease, kms: Kms, spool: Spool, blob: Blob) -> bytes:
     file_key = spool.unseal(label, blob.head)
     size = blob.plaintext_bytes
     lease.advance(size)
-    found = Unwrapped(file_key, blob.head.nonce, kms.keyring.default.ref(job.tenant), "service")
+    found = Unwrapped(file_key, blob.head.nonce, spool.ref(label), "service")
     return kms.adopt_file(job.who, found, job.bound_context, size_bytes=size, key_id=job.key_id)
 
 
