@@ -1,6 +1,5 @@
 """What the service writes into the audit trail: one line per operation, before the result, and no secrets."""
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,15 +12,15 @@ from prometheus_client import REGISTRY
 
 from agekms import ADA, NO_CONTEXT, ROW, FullDisk, Kept, age_backend, head_of, kms_over
 from kms_core import audit, metrics
-from kms_core.audit import JsonLines
 from kms_core.backends.age import AgeBackend, version_of
 from kms_core.context import Context
 from kms_core.envelope import stream, x25519
+from kms_core.envelope.extents import Extent, Onto
 from kms_core.envelope.header import Stanza, render
-from kms_core.envelope.slabs import Extent
-from kms_core.errors import AuditUnavailable, KmsError
+from kms_core.errors import AuditUnavailable, KmsError, TargetExists
 from kms_core.policy import Principal
 from kms_core.service import Kms, Rules, Unwrapped
+from trails import Place, room_for
 
 IDENTITY: Final = x25519.Identity.generate()
 SECRET: Final = Context.parse("patient=hunter2,row=7")
@@ -31,13 +30,13 @@ Call = Callable[[Kms, bytes], object]
 def with_files(kms: Kms, sealed: bytes, *, context: Context) -> None:
     with TemporaryFile(buffering=0) as source, TemporaryFile() as target:
         source.write(sealed)
-        kms.decrypt_file(ADA, Extent(source.fileno(), len(sealed)), target.fileno(), context)
+        kms.decrypt_file(ADA, Extent(source.fileno(), len(sealed)), Onto(target.fileno()), context)
 
 
 def into_a_file(kms: Kms) -> None:
     with TemporaryFile(buffering=0) as source, TemporaryFile() as target:
         source.write(b"hunter2 plain")
-        kms.encrypt_file(ADA, Extent(source.fileno(), 13), target.fileno(), SECRET)
+        kms.encrypt_file(ADA, Extent(source.fileno(), 13), Onto(target.fileno()), SECRET)
 
 
 def adopted(kms: Kms, sealed: bytes) -> None:
@@ -150,7 +149,6 @@ def test_a_line_says_who_what_which_and_how_much(backend: AgeBackend) -> None:
         audit.job_id.reset(job)
     line = trail.lines[0]
 
-    assert line.pop("time")
     assert line.pop("duration_us")
     assert line == {
         "operation": "encrypt",
@@ -162,7 +160,7 @@ def test_a_line_says_who_what_which_and_how_much(backend: AgeBackend) -> None:
         "key_id": "default",
         "key_version": version_of(IDENTITY.recipient),
         "backend": "age",
-        "context_keys": ["patient", "row"],
+        "context": {"patient": "hidden", "row": "hidden"},
         "bytes_in": 13,
         "bytes_out": len(made.ciphertext),
         "result": "ok",
@@ -183,6 +181,70 @@ def test_a_foreign_file_is_recorded_as_such(backend: AgeBackend) -> None:
     ]
 
 
+def test_a_rewrap_records_both_contexts(backend: AgeBackend, sealed: bytes, tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    trail = place.trail()
+    kms_over(backend, trail=trail).rewrap(ADA, sealed, SECRET, new_context=ROW)
+    line = place.operations()[0]
+
+    assert line["context"] == trail.conceal("acme", SECRET)
+    assert line["new_context"] == trail.conceal("acme", ROW)
+
+
+# -- effects and denials -----------------------------------------------------------------------------
+
+
+def stages(trail: Kept) -> list[tuple[object, object]]:
+    return [(line.get("stage"), line.get("result")) for line in trail.lines]
+
+
+def test_an_effect_has_its_intent_before_and_its_outcome_after_it() -> None:
+    trail, seen = Kept(), []
+    with audit.effect(trail, ADA, "commit", "job-1"):
+        seen = stages(trail)
+
+    assert seen == [("intent", None)]
+    assert stages(trail) == [("intent", None), ("outcome", "ok")]
+    assert {line["effect"] for line in trail.lines} == {"job-1"}
+
+
+def test_a_refused_effect_says_why() -> None:
+    trail = Kept()
+    with pytest.raises(TargetExists), audit.effect(trail, ADA, "commit", "job-1"):
+        raise TargetExists
+
+    assert stages(trail) == [("intent", None), ("outcome", "target_exists")]
+
+
+@pytest.mark.parametrize("cut", [KeyboardInterrupt, SystemExit, OSError])
+def test_after_anything_else_nobody_knows_the_outcome(cut: type[BaseException]) -> None:
+    trail = Kept()
+    with pytest.raises(cut), audit.effect(trail, ADA, "commit", "job-1"):
+        raise cut
+
+    assert stages(trail) == [("intent", None)]
+
+
+def test_without_its_intent_on_record_an_effect_does_not_begin() -> None:
+    begun = False
+    with pytest.raises(AuditUnavailable), audit.effect(FullDisk(), ADA, "commit", "job-1"):
+        begun = True
+
+    assert not begun
+
+
+def test_a_denial_is_a_line() -> None:
+    trail = Kept()
+    audit.denied(trail, None, "POST /encrypt", "unauthenticated")
+    audit.denied(trail, ADA, "GET /audit", "forbidden")
+
+    assert [(line["principal"], line["tenant"], line["route"], line["result"]) for line in trail.lines] == [
+        ("", "", "POST /encrypt", "unauthenticated"),
+        ("ada", "acme", "GET /audit", "forbidden"),
+    ]
+    assert {line["operation"] for line in trail.lines} == {"denied"}
+
+
 def test_a_rewrap_records_what_went_in_and_what_came_out(backend: AgeBackend, sealed: bytes) -> None:
     trail = Kept()
     moved = kms_over(backend, trail=trail).rewrap(ADA, sealed, SECRET).ciphertext
@@ -195,22 +257,24 @@ def test_no_line_holds_plaintext_keys_or_context_values(
     backend: AgeBackend, sealed: bytes, tmp_path: Path, name: str
 ) -> None:
     call = (GOOD | BAD)[name][-1]
-    path = tmp_path / "audit.jsonl"
+    place = Place(tmp_path)
     with suppress(KmsError, ValueError):
-        call(kms_over(backend, trail=JsonLines(path)), sealed)
+        call(kms_over(backend, trail=place.trail()), sealed)
+    (path,) = place.files()
     text = path.read_text()
 
     assert "hunter2" not in text
     assert IDENTITY.export() not in text
-    assert len(text.splitlines()) == 1
+    assert len(place.operations()) == 1
 
 
 def test_a_data_key_is_not_in_its_line(backend: AgeBackend, tmp_path: Path) -> None:
-    path = tmp_path / "audit.jsonl"
-    made = kms_over(backend, trail=JsonLines(path)).generate_data_key(ADA, 32, SECRET)
+    place = Place(tmp_path)
+    made = kms_over(backend, trail=place.trail()).generate_data_key(ADA, 32, SECRET)
+    (path,) = place.files()
 
     assert made.plaintext.hex() not in path.read_text()
-    assert "plaintext" not in json.loads(path.read_text())
+    assert "plaintext" not in place.operations()[0]
 
 
 # -- before the result -------------------------------------------------------------------------------
@@ -230,10 +294,10 @@ def test_without_its_line_not_even_a_refusal_leaves(backend: AgeBackend, sealed:
         BAD[name][2](kms, sealed)
 
 
-def test_a_full_disk_withholds_the_plaintext(backend: AgeBackend, sealed: bytes) -> None:
-    kms = kms_over(backend, trail=JsonLines(Path("/dev/full")))
+def test_a_full_disk_withholds_the_plaintext(backend: AgeBackend, sealed: bytes, tmp_path: Path) -> None:
+    kms = kms_over(backend, trail=Place(tmp_path / "full").trail())
 
-    with pytest.raises(AuditUnavailable, match="No space left on device"):
+    with room_for(10), pytest.raises(AuditUnavailable, match="cannot be written"):
         kms.decrypt(ADA, sealed, SECRET)
 
 

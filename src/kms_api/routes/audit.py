@@ -1,0 +1,114 @@
+"""The audit trail of the caller's tenant, page by page, as this install has recorded it."""
+
+from datetime import UTC, datetime
+from typing import Final
+
+import anyio.to_thread
+from fastapi import APIRouter, Request, Response
+from msgspec import UNSET
+
+from kms_api import bodies
+from kms_api.deps import caller, service
+from kms_api.rules import Ruled
+from kms_core import wire
+from kms_core.audit import reading
+from kms_core.audit.reading import Event, Wanted
+from kms_core.audit.retention import text_of
+from kms_core.errors import InvalidRequest
+
+router: Final = APIRouter(tags=["audit"], route_class=Ruled)
+FIELDS: Final = (
+    "operation",
+    "principal",
+    "credential",
+    "source",
+    "key_id",
+    "backend",
+    "request_id",
+    "job_id",
+    "effect",
+)
+_PARAMETERS: Final = frozenset({*FIELDS, "after", "limit", "result", "since", "until"})
+_PAGE: Final = 100
+_MOST: Final = 1000
+_LIMITER: Final = "audit"
+
+
+_documented: Final = bodies.documented(None, wire.AuditOut)
+_documented["openapi_extra"]["parameters"] = [
+    {"name": name, "in": "query", "required": False, "schema": {"type": "string"}}
+    for name in sorted(_PARAMETERS)
+]
+
+
+@router.get("/audit", **_documented)
+async def audit(request: Request) -> Response:
+    """Operations of this tenant, oldest first.
+
+    ``after`` is the ``next`` of the page before. Filters: operation, principal, credential, source, key_id,
+    backend, request_id, job_id, effect, result (``ok``, ``failed`` for all others, or an error code), since
+    and until (RFC 3339 with an offset).
+    """
+    built, who, given = service(request), caller(request), request.query_params
+    if given.keys() - _PARAMETERS:
+        raise InvalidRequest(f"The parameters of this call are {', '.join(sorted(_PARAMETERS))}")
+    wanted = Wanted(
+        equal=(("tenant", who.tenant), *((name, given[name]) for name in FIELDS if name in given)),
+        result=given.get("result", ""),
+        since=time_of("since", given.get("since")),
+        until=time_of("until", given.get("until")),
+    )
+    folder, limit = built.settings.kms.audit.path, _limit(given.get("limit"))
+    page = await anyio.to_thread.run_sync(
+        reading.page, folder, wanted, given.get("after"), limit, limiter=built.limiter(_LIMITER)
+    )
+    events = [shape(event) for event in page.events]
+    return bodies.answer(wire.AuditOut(events=events, next=page.following, more=page.more))
+
+
+def shape(event: Event) -> wire.AuditEvent:
+    return wire.AuditEvent(
+        id=event.id,
+        time=event.time,
+        operation=event.operation,
+        stage=event.stage or UNSET,
+        effect=event.effect or UNSET,
+        route=event.route or UNSET,
+        source=event.source or UNSET,
+        principal=event.principal,
+        credential=event.credential,
+        request_id=event.request_id or UNSET,
+        job_id=event.job_id or UNSET,
+        key_id=event.key_id or UNSET,
+        key_version=event.key_version or UNSET,
+        backend=event.backend or UNSET,
+        origin=event.origin or UNSET,
+        context=event.context,
+        new_context=event.new_context or UNSET,
+        bytes_in=event.bytes_in,
+        bytes_out=event.bytes_out,
+        result=event.result or UNSET,
+        duration_us=event.duration_us,
+    )
+
+
+def _limit(text: str | None) -> int:
+    if text is None:
+        return _PAGE
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(_MOST)) else 0
+    if not 1 <= number <= _MOST:
+        raise InvalidRequest(f"limit is a number from 1 to {_MOST}")
+    return number
+
+
+def time_of(name: str, text: str | None) -> str:
+    """As records hold it; empty for none. Raises InvalidRequest."""
+    if text is None:
+        return ""
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidRequest(f"{name} is an RFC 3339 time, as 2027-01-31T12:00:00Z") from None
+    if at.tzinfo is None:
+        raise InvalidRequest(f"{name} needs an offset, as 2027-01-31T12:00:00Z")
+    return text_of(at.astimezone(UTC))

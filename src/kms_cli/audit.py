@@ -1,0 +1,258 @@
+"""``kms audit``: verify, tail, receipt, check-receipt, key. Reads files of this machine; asks no service."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Final
+
+import click
+import msgspec
+
+from kms_cli import words
+from kms_cli.main import AUDIT_COMMANDS, LazyGroup
+from kms_cli.progress import Meter
+from kms_cli.session import session
+from kms_core import settings as settings_file
+from kms_core.audit import places, reading, receipt
+from kms_core.audit.keys import Concealer, PublicKeys, pem, public_path
+from kms_core.audit.reading import Event, Wanted
+from kms_core.audit.receipt import BadReceipt, Receipt
+from kms_core.audit.report import ChainReport, Report
+from kms_core.audit.verify import verify
+from kms_core.context import Context
+from kms_core.errors import EXIT_BAD_DATA, EXIT_OTHER, ConfigurationError
+from kms_core.servers import connect
+from kms_core.settings import Settings
+
+FOLLOW_EVERY_S: Final = 0.5
+_PAGE: Final = 1000
+_EXITS: Final = {"intact": 0, "open end": EXIT_OTHER, "damaged": EXIT_BAD_DATA}
+_FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER: Final = click.Path(exists=True, file_okay=False, path_type=Path)
+_MOST_RECEIPT_BYTES: Final = 256 * 1024 * 1024
+
+audit_command = LazyGroup("audit", AUDIT_COMMANDS, "Verify and read the audit trail of this machine.")
+folder_argument = click.argument("folder", metavar="[DIR]", type=_FOLDER, required=False)
+keys_option = click.option(
+    "--public-key", type=_FILE, help="Keys to trust [default: the .pub file beside the settings' key]."
+)
+
+
+@click.command("verify", short_help="Verify the trail.")
+@folder_argument
+@keys_option
+@click.option("--anchors", multiple=True, metavar="PLACE", help='File or directory of anchors, or "redis".')
+@click.option("--processes", type=click.IntRange(1, 64), help="At most so many [default: one a processor].")
+def verify_command(
+    folder: Path | None, public_key: Path | None, anchors: Sequence[str], processes: int | None
+) -> int:
+    """Check every line in DIR: order, gaps, edits, cut ends, missing files, signatures.
+
+    DIR is by default where the settings put the trail. Exit code 0 if all holds, 1 if nothing contradicts but
+    a chain has no end ("cut or crashed") and nobody has seen it, 65 if something is damaged or missing.
+    """
+    where = _folder(folder)
+    keys = _keys(public_key)
+    lines = [line for place in anchors or _own_anchors() for line in _anchors(place)]
+    with Meter() as meter:
+        report = verify(
+            where,
+            keys,
+            lines,
+            processes=processes or os.cpu_count() or 1,
+            progress=lambda done, total: meter.show("verifying", done, total),
+        )
+    if not report.chains:
+        words.say(f"there is no audit trail in {where}")
+        return EXIT_BAD_DATA
+    _show(report)
+    return _EXITS[report.verdict]
+
+
+@click.command("tail", short_help="Show what was recorded.")
+@folder_argument
+@click.option("-n", "--lines", type=click.IntRange(0, 100_000), default=20, show_default=True)
+@click.option("-f", "--follow", is_flag=True, help="Go on, until Ctrl-C.")
+@click.option("--operation", help="encrypt, decrypt, rotate, denied and so on.")
+@click.option("--result", help='"ok", "failed" for all others, or an error code.')
+@click.option("--principal")
+@click.option("--tenant")
+@click.option("--key-id")
+@click.option("--request-id")
+@click.option("--job-id")
+@click.option("--context", help="Pairs that the context holds, as key=value,key=value.")
+def tail_command(
+    folder: Path | None,
+    lines: int,
+    result: str | None,
+    context: str | None,
+    *,
+    follow: bool,
+    **equal: str | None,
+) -> None:
+    """Show the last operations in DIR, newest last; with --json as records."""
+    where = _folder(folder)
+    tenant = equal.get("tenant") or "default"
+    pairs = Context.parse(context)
+    hidden = Concealer.at(_settings().kms.audit.key_path).conceal(tenant, pairs) if pairs else {}
+    wanted = Wanted(
+        equal=tuple((name, value) for name, value in equal.items() if value is not None),
+        result=result or "",
+        context=tuple(hidden.items()),
+    )
+    beginning = reading.now()
+    shown = reading.newest(where, wanted, lines)
+    for event in shown:
+        _line(event)
+    if follow:
+        _follow(where, replace(wanted, since=beginning), {event.id for event in shown})
+
+
+@click.command("receipt", short_help="Prove one record.")
+@click.argument("audit_id", metavar="ID")
+@folder_argument
+def receipt_command(audit_id: str, folder: Path | None) -> None:
+    """Write a receipt for the record ID (X-KMS-Audit-Id): its line, and the proof up to a signed checkpoint.
+
+    It shows no other record, and "kms audit check-receipt" checks it anywhere.
+    """
+    words.result(msgspec.json.encode(receipt.make(_folder(folder), audit_id)).decode())
+
+
+@click.command("check-receipt", short_help="Check a receipt.")
+@click.argument("file", type=_FILE)
+@keys_option
+def check_receipt_command(file: Path, public_key: Path | None) -> None:
+    """Check the receipt in FILE against the public key, and show its record. Needs nothing else."""
+    keys = _keys(public_key)
+    if keys is None:
+        raise ConfigurationError(
+            "There is no public key here: name one with --public-key (see: kms audit key)"
+        )
+    try:
+        if file.stat().st_size > _MOST_RECEIPT_BYTES:
+            raise BadReceipt("The file is too large for a receipt")
+        found = msgspec.json.decode(file.read_bytes(), type=Receipt)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise BadReceipt("The file is no receipt") from None
+    receipt.check(found, keys)
+    words.result(found.line)
+    words.say(f"the receipt holds: {found.id} stands before a checkpoint signed by a key that you trust")
+
+
+@click.command("key", short_help="Print the public key.")
+def key_command() -> None:
+    """Print the public keys that checkpoints here are signed with, in PEM. Keep them in another place."""
+    keys = _keys(None)
+    if keys is None:
+        raise ConfigurationError("There is no key yet: it is made when the service first starts")
+    if session().as_json:
+        words.record({"keys": {name: pem(raw) for name, raw in keys.keys.items()}}, as_json=True)
+        return
+    for name, raw in keys.keys.items():
+        words.say(f"key {name}")
+        words.result(pem(raw).rstrip())
+
+
+# -- where things are --------------------------------------------------------------------------------
+
+
+def _settings() -> Settings:
+    given = session()
+    named = {"state_dir": given.state_dir and str(given.state_dir)}
+    return settings_file.load(given.config, os.environ, overrides=named)
+
+
+def _folder(given: Path | None) -> Path:
+    return given or _settings().kms.audit.path
+
+
+def _keys(given: Path | None) -> PublicKeys | None:
+    """The keys to trust; None if there are none here, and then the trail's own are taken."""
+    if given is not None:
+        return PublicKeys.read(given)
+    own = public_path(_settings().kms.audit.signing_key_path)
+    return PublicKeys.read(own) if own.exists() else None
+
+
+def _own_anchors() -> list[str]:
+    own = _settings().kms.audit.anchor_dir
+    return [str(own)] if own is not None and own.is_dir() else []
+
+
+def _anchors(place: str) -> list[bytes]:
+    if place == "redis":
+        return places.RedisStream(connect(_settings().kms.redis), places.ANCHORS).lines()
+    return places.read_lines(Path(place))
+
+
+# -- words -------------------------------------------------------------------------------------------
+
+
+def _show(report: Report) -> None:
+    if session().as_json:
+        words.record({"verdict": report.verdict, **asdict(report)}, as_json=True)
+        return
+    words.table(
+        ("CHAIN", "LINES", "FILES", "FROM", "TO", "END", "SIGNED"), [_row(each) for each in report.chains]
+    )
+    for problem in report.problems:
+        place = " ".join(part for part in (problem.file or problem.chain, _number(problem.seq)) if part)
+        words.result(f"{problem.code}: {place}: {problem.text}")
+    for note in report.notes:
+        words.say(f"note: {note.chain} {_number(note.seq)}: {note.text}")
+    if not report.trusted:
+        words.say("note: signed by keys that only the trail itself names: trust comes with --public-key")
+    speed = f"{report.lines:,} lines, {words.size(report.size_bytes)} in {report.seconds:.1f} s"
+    count = len(report.chains)
+    words.result(f"{report.verdict}: {count} chain{'s' * (count != 1)}, {speed}")
+
+
+def _row(each: ChainReport) -> tuple[str, ...]:
+    signed = (
+        "all"
+        if each.signed_seq == each.last_seq
+        else f"to {each.signed_seq}"
+        if each.signed_seq >= 0
+        else "none"
+    )
+    return (
+        each.chain,
+        f"{each.lines:,}",
+        str(each.files),
+        each.first_time[:19],
+        each.last_time[:19],
+        each.state,
+        signed,
+    )
+
+
+def _number(seq: int) -> str:
+    return f"line {seq}" if seq >= 0 else ""
+
+
+def _line(event: Event) -> None:
+    if session().as_json:
+        words.result(msgspec.json.encode({"id": event.id, **reading.fields(event)}).decode())
+        return
+    result = event.result or event.stage
+    who = event.principal or "-"
+    words.result(
+        f"{event.time}  {event.operation:<17}  {result:<16}  {event.key_id or '-'}  {who}  {event.id}"
+    )
+
+
+def _follow(folder: Path, wanted: Wanted, shown: set[str]) -> None:
+    after = None
+    while True:
+        page = reading.page(folder, wanted, after, _PAGE)
+        for event in page.events:
+            if event.id not in shown:
+                _line(event)
+        after = page.following
+        if not page.more:
+            sys.stdout.flush()
+            time.sleep(FOLLOW_EVERY_S)

@@ -1,0 +1,40 @@
+"""The audit trail: one JSON line per operation, chained, signed, and appended before the result leaves.
+
+A record holds who, what, which key, sizes, the outcome and how long it took; of a context the keys, and the
+values as keyed hashes. If a line cannot be written, AuditUnavailable is raised and the result is withheld.
+
+``record`` is what is written, ``chain`` what binds one line to all before it, ``trail`` the writer,
+``keeper`` what happens beside it (checkpoints in time, anchors, copies, retention). ``verify``, ``receipt``
+and ``reading`` need the files alone. Format and promises: docs/audit.md.
+"""
+
+from kms_core.audit.record import (
+    Audit,
+    Noted,
+    Record,
+    denied,
+    effect,
+    job_id,
+    noted,
+    recorded,
+    request_id,
+    source,
+    turned_away,
+)
+from kms_core.audit.trail import Rules, Trail
+
+__all__ = [
+    "Audit",
+    "Noted",
+    "Record",
+    "Rules",
+    "Trail",
+    "denied",
+    "effect",
+    "job_id",
+    "noted",
+    "recorded",
+    "request_id",
+    "source",
+    "turned_away",
+]

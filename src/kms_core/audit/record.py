@@ -1,0 +1,173 @@
+"""What a process says of itself and its operations: the record, and who is asking. Knows no file."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Final, Literal, Protocol
+
+import msgspec
+
+from kms_core import metrics
+from kms_core.context import Context
+from kms_core.errors import AuditUnavailable, KmsError
+
+request_id: Final[ContextVar[str]] = ContextVar("request_id", default="")
+job_id: Final[ContextVar[str]] = ContextVar("job_id", default="")
+source: Final[ContextVar[str]] = ContextVar("source", default="")
+
+DENIED: Final = "denied"
+OK: Final = "ok"
+DENIALS: Final = frozenset({"unauthenticated", "forbidden", "path_refused", "foreign_refused", "unknown_key"})
+
+
+class Noted:
+    """What was recorded for one request; threads that work for it share the object.
+
+    ``denied`` records an attempt that is turned away with a code before any operation began.
+    """
+
+    __slots__ = ("audit_id", "denied")
+
+    def __init__(self, denied: Callable[[str], None] = lambda _code: None) -> None:
+        self.audit_id = ""
+        self.denied = denied
+
+
+noted: Final[ContextVar[Noted | None]] = ContextVar("noted", default=None)
+
+
+class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One operation. ``result`` is ``ok`` or an error code; time, number and chain are the trail's to add.
+
+    ``source`` is the address that the request came from, ``route`` the template of a denied one's path.
+    ``context`` and ``new_context`` hold keyed hashes of the values. An operation with an effect outside the
+    service has two records with one ``effect``: the ``intent`` before it and the ``outcome`` after it.
+    """
+
+    operation: str
+    stage: Literal["", "intent", "outcome"] = ""
+    effect: str = ""
+    route: str = ""
+    source: str = ""
+    principal: str
+    tenant: str
+    credential: str
+    request_id: str = ""
+    job_id: str = ""
+    key_id: str = ""
+    key_version: str = ""
+    backend: str = ""
+    origin: str = ""
+    context: dict[str, str] = {}
+    new_context: dict[str, str] = {}
+    bytes_in: int = 0
+    bytes_out: int = 0
+    result: str = ""
+    duration_us: int = 0
+
+
+class Audit(Protocol):
+    """Where records go."""
+
+    def conceal(self, tenant: str, context: Context) -> dict[str, str]:
+        """The keys of a context, each with a keyed hash of its value, equal for equal ones of a tenant."""
+
+    def append(self, record: Record) -> str:
+        """Store the record; its id. Raises AuditUnavailable if it may not be there afterwards."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """Records that this thread appends meanwhile may be on their way to the disk until the end.
+
+        No result may leave before that. Raises AuditUnavailable at the end if they are not there.
+        """
+
+    def check(self) -> None:
+        """Raise AuditUnavailable if a record could not be written now."""
+
+
+class Who(Protocol):
+    """A principal, as far as a record names it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def credential(self) -> str: ...
+
+
+@contextmanager
+def effect(trail: Audit, who: Who, operation: str, name: str) -> Iterator[None]:
+    """An intent before an effect that others see, and its outcome after it.
+
+    ``name`` says which effect, so that whoever finishes what a killed process began writes the outcome under
+    the same name. Nothing but a KmsError is an outcome: after anything else nobody knows, and an intent
+    without outcome says so. Raises AuditUnavailable, before the effect if the intent cannot be written.
+    """
+    _append(trail, _of(who, operation, stage="intent", effect=name))
+    try:
+        yield
+    except KmsError as exc:
+        _append(trail, _of(who, operation, stage="outcome", effect=name, result=exc.code))
+        raise
+    _append(trail, _of(who, operation, stage="outcome", effect=name, result=OK))
+
+
+@contextmanager
+def recorded(trail: Audit, who: Who, operation: str, job: str) -> Iterator[None]:
+    """One record of what is done with a job, by how it ends. Raises AuditUnavailable: answer nothing then."""
+    try:
+        yield
+    except KmsError as exc:
+        _append(trail, _of(who, operation, job=job, result=exc.code))
+        raise
+    _append(trail, _of(who, operation, job=job, result=OK))
+
+
+def denied(trail: Audit, who: Who | None, route: str, code: str) -> None:
+    """An attempt that was turned away before any operation began. ``route`` is the template, never a path."""
+    _append(trail, _of(who, DENIED, route=route, result=code))
+
+
+def turned_away(code: str) -> None:
+    """Before a request is answered with an error: record a denial that no operation has recorded.
+
+    Raises AuditUnavailable.
+    """
+    note = noted.get()
+    if note is not None and code in DENIALS and not note.audit_id:
+        note.denied(code)
+
+
+def _of(  # noqa: PLR0913 -- the fields of a record
+    who: Who | None,
+    operation: str,
+    *,
+    stage: Literal["", "intent", "outcome"] = "",
+    effect: str = "",
+    route: str = "",
+    job: str = "",
+    result: str = "",
+) -> Record:
+    return Record(
+        operation=operation,
+        stage=stage,
+        effect=effect,
+        route=route,
+        source=source.get(),
+        principal=who.name if who else "",
+        tenant=who.tenant if who else "",
+        credential=who.credential if who else "",
+        request_id=request_id.get(),
+        job_id=job or job_id.get(),
+        result=result,
+    )
+
+
+def _append(trail: Audit, record: Record) -> None:
+    try:
+        trail.append(record)
+    except AuditUnavailable:
+        metrics.AUDIT_EVENTS.labels("failed").inc()
+        raise
+    metrics.AUDIT_EVENTS.labels("ok").inc()
