@@ -1,0 +1,171 @@
+"""Who calls: the ASGI layer before every route. Nobody passes without a credential, except to what is open.
+
+``Authorization: Bearer``, ``X-API-Key`` and ``X-Vault-Token`` are one door, for tokens and JWTs alike; a
+client certificate is the other. The page has sessions besides, which begin with a token and open nothing but
+the page. Quotas of requests are counted here too.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Final
+
+import anyio
+import anyio.to_thread
+import structlog
+from starlette.datastructures import Headers
+from starlette.requests import cookie_parser
+from starlette.responses import RedirectResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kms_api import problems
+from kms_api.deps import LET_IN, LOCAL_CALLER, WHO
+from kms_api.rules import METRICS, OPEN_PATHS, UI, UI_OPEN, is_ui
+from kms_api.sessions import COOKIE, SESSION, Sessions
+from kms_api.tls import CERTIFICATE
+from kms_core import audit, metrics
+from kms_core.audit import Audit
+from kms_core.auth.doors import Doors
+from kms_core.auth.scraping import Scraping
+from kms_core.auth.throttle import Failures, Requests
+from kms_core.errors import Forbidden, KmsError, RateLimited, Unauthenticated
+from kms_core.policy import Principal
+
+THREADS: Final = 8  # for JWTs whose issuer's keys may have to be fetched
+_KEYS: Final = frozenset({b"x-api-key", b"x-vault-token"})
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How often sources may fail and tenants may ask, and who reads the metrics without a credential."""
+
+    failures: Failures
+    requests: Requests
+    scraping: Scraping
+
+
+class Entry:
+    """The doors, a bound on how often a source may fail at them, and a record of each failure."""
+
+    def __init__(self, doors: Doors, trail: Audit, failures: Failures) -> None:
+        self._doors = doors
+        self._trail = trail
+        self._failures = failures
+        self._limiter: anyio.CapacityLimiter | None = None
+
+    async def let_in(self, scope: Scope, token: str | None = None) -> Principal:
+        """Who shows this token, by default that of the request's headers; else its client certificate.
+
+        A source that failed too often is refused, unless its credential is known to be good. Raises
+        Unauthenticated, RateLimited; Unavailable if a door cannot tell now.
+        """
+        doors = self._doors
+        source = scope["client"][0] if scope["client"] else "local"
+        try:
+            token = shown(scope["headers"]) if token is None else token
+            if doors.is_quick(token):
+                return doors.principal(token, scope.get("state", {}).get(CERTIFICATE))
+            self._check(source)
+            self._limiter = self._limiter or anyio.CapacityLimiter(THREADS)
+            return await anyio.to_thread.run_sync(doors.principal, token, limiter=self._limiter)
+        except Unauthenticated as exc:
+            metrics.AUTH_FAILURES.labels(exc.reason).inc()
+            if exc.reason != "missing":  # a browser, a probe: nothing was guessed
+                self._check(source)
+                self._failures.failed(source)
+                _log.warning("auth.refused", reason=exc.reason, source=source)
+                audit.denied(self._trail, None, "", exc.code)
+            raise
+
+    def is_worth(self, who: Principal) -> bool:
+        """Whether the credential was neither revoked nor has expired. Raises Unavailable."""
+        try:
+            self._doors.scopes_of(who)
+        except Forbidden:
+            return False
+        return True
+
+    def _check(self, source: str) -> None:
+        wait_s = self._failures.wait_s(source)
+        if wait_s:
+            metrics.AUTH_FAILURES.labels("limited").inc()
+            raise RateLimited("Too many failed attempts to authenticate from here", retry_after_s=wait_s)
+
+
+class Gate:
+    """Wraps the application. ``entry`` None: callers are not authenticated."""
+
+    def __init__(self, app: ASGIApp, entry: Entry | None, sessions: Sessions, limits: Limits) -> None:
+        self._app = app
+        self._entry = entry
+        self._sessions = sessions
+        self._requests = limits.requests
+        self._scraping = limits.scraping
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                scope[WHO] = await self._who(scope)
+            except KmsError as exc:
+                await _refusal(scope, exc)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    async def _who(self, scope: Scope) -> Principal:
+        path = scope["path"]
+        if path in OPEN_PATHS or path in UI_OPEN or (path == METRICS and self._may_scrape(scope)):
+            return LET_IN
+        who = LOCAL_CALLER
+        if self._entry is not None:
+            who = self._of_session(scope, self._entry) or await self._entry.let_in(scope)
+        elif scope["path"] == METRICS:
+            raise Forbidden("Metrics are for callers on this machine: see [kms.server] metrics")
+        try:
+            self._requests.take(who.tenant)
+        except RateLimited:
+            metrics.RATE_LIMITED.labels(who.tenant).inc()
+            raise
+        return who
+
+    def _of_session(self, scope: Scope, entry: Entry) -> Principal | None:
+        """Who has logged in, if this is the page: a session opens nothing else."""
+        if not is_ui(scope["path"]):
+            return None
+        session = cookie_parser(Headers(scope=scope).get("cookie", "")).get(COOKIE, "")
+        who = self._sessions.find(session)
+        if who is None:
+            return None
+        if not entry.is_worth(who):
+            self._sessions.end(session)
+            return None
+        scope[SESSION] = session
+        return who
+
+    def _may_scrape(self, scope: Scope) -> bool:
+        address = scope["client"][0] if scope["client"] else None
+        return self._scraping.is_open_to(address, (name.decode("latin-1") for name, _ in scope["headers"]))
+
+
+def _refusal(scope: Scope, error: KmsError) -> Response:
+    """A browser that has no session is led to where it gets one; everybody else gets a problem."""
+    if isinstance(error, Unauthenticated) and error.reason == "missing" and is_ui(scope["path"]):
+        return RedirectResponse(f"{UI}/login", HTTPStatus.SEE_OTHER)
+    return problems.answer(error)
+
+
+def shown(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The token of a request, empty if there is none. Raises Unauthenticated if there are several."""
+    found = set()
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, text = value.partition(b" ")
+            if scheme.lower() != b"bearer":
+                raise Unauthenticated("Send the token as Authorization: Bearer", reason="malformed")
+            found.add(text.strip())
+        elif name in _KEYS:
+            found.add(value.strip())
+    found.discard(b"")
+    if len(found) > 1:
+        raise Unauthenticated("Several credentials were sent: send one", reason="malformed")
+    return found.pop().decode("latin-1") if found else ""

@@ -1,0 +1,126 @@
+"""The route table: what each route asks of a caller. A route without a rule cannot be built.
+
+What depends on a key, a context or a path is asked in the core, where these are known: such routes are for
+any ``CALLER``. ``gate.py`` has found out who calls.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute, APIRouter
+from starlette.types import Receive, Scope, Send
+
+from kms_api.deps import LET_IN, WHO, Service
+from kms_core import audit
+from kms_core.errors import Forbidden
+from kms_core.wire import PREFIX
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """``operation`` must be in a scope of the caller; a route that is ``open`` asks for no credential."""
+
+    operation: str | None = None
+    open: bool = False
+
+
+OPEN: Final = Rule(open=True)
+CALLER: Final = Rule()
+READ: Final = Rule("jobs:read")
+WRITE: Final = Rule("jobs:write")
+
+RULES: Final[Mapping[tuple[str, str], Rule]] = {
+    ("POST", "/encrypt"): CALLER,
+    ("POST", "/decrypt"): CALLER,
+    ("POST", "/generate-key"): CALLER,
+    ("POST", "/rewrap"): CALLER,
+    ("POST", "/batch"): CALLER,
+    ("GET", "/keys"): CALLER,
+    ("GET", "/keys/{key_id}"): CALLER,
+    ("POST", "/keys/{key_id}/rotate"): CALLER,
+    ("POST", "/jobs"): WRITE,
+    ("GET", "/jobs"): READ,
+    ("GET", "/jobs/dead"): READ,
+    ("GET", "/jobs/{job_id}"): READ,
+    ("GET", "/jobs/{job_id}/events"): READ,
+    ("GET", "/jobs/{job_id}/result"): READ,
+    ("DELETE", "/jobs/{job_id}"): WRITE,
+    ("POST", "/jobs/{job_id}/cancel"): WRITE,
+    ("POST", "/jobs/{job_id}/retry"): WRITE,
+    ("POST", "/files/encrypt"): WRITE,
+    ("POST", "/files/decrypt"): WRITE,
+    ("GET", "/webhooks/dead"): READ,
+    ("POST", "/webhooks/dead/{delivery_id}/resend"): WRITE,
+    ("GET", "/intake"): WRITE,
+    ("GET", "/audit"): Rule("audit:read"),
+    ("GET", "/status"): Rule("status"),
+    ("GET", "/health"): OPEN,
+    ("GET", "/livez"): OPEN,
+    ("GET", "/readyz"): OPEN,
+    ("GET", "/metrics"): Rule("metrics"),
+}
+UI: Final = "/ui"
+UI_RULES: Final[Mapping[tuple[str, str], Rule]] = {
+    ("GET", "/ui"): CALLER,
+    ("GET", "/ui/jobs"): READ,
+    ("GET", "/ui/jobs/{job_id}"): READ,
+    ("GET", "/ui/jobs/{job_id}/events"): READ,
+    ("POST", "/ui/jobs/{job_id}/cancel"): WRITE,
+    ("POST", "/ui/jobs/{job_id}/retry"): WRITE,
+    ("GET", "/ui/audit"): Rule("audit:read"),
+    ("GET", "/ui/audit/{audit_id}/receipt"): Rule("audit:read"),
+    ("GET", "/ui/keys"): CALLER,
+    ("GET", "/ui/keys/{key_id}/rotate"): CALLER,
+    ("POST", "/ui/keys/{key_id}/rotate"): CALLER,
+    ("GET", "/ui/login"): OPEN,
+    ("POST", "/ui/login"): OPEN,
+    ("POST", "/ui/logout"): CALLER,
+    ("GET", "/ui/static/{name}"): OPEN,
+}
+"""The page for operators, which is no part of the API: the whole paths, since it has no prefix."""
+UI_OPEN: Final = frozenset(
+    f"{UI}/{name}" for name in ("login", "static/page.css", "static/page.js", "static/icon.svg")
+)
+METRICS: Final = "/metrics"
+PAGES: Final = frozenset({"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+"""Of FastAPI: the shapes of this API, which are public. ``[kms.server] docs`` says whether there are any."""
+OPEN_PATHS: Final = PAGES | {f"{PREFIX}/health", "/livez", "/readyz"}
+
+
+class Ruled(APIRoute):
+    """A route that is held to the table, before any of its body is read."""
+
+    table: ClassVar = RULES
+
+    def __init__(self, path: str, *args: Any, **more: Any) -> None:  # noqa: ANN401 -- FastAPI's own
+        super().__init__(path, *args, **more)
+        self.rules = {method: self.table[method, path] for method in self.methods or ()}
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        rule = self.rules.get(scope["method"], OPEN)  # another method is refused by the route itself
+        if rule.operation is not None and scope[WHO] is not LET_IN:
+            self._require(scope, rule.operation)
+        await super().handle(scope, receive, send)
+
+    def _require(self, scope: Scope, operation: str) -> None:
+        built: Service = scope["app"].state.service
+        try:
+            built.kms.policy.require(scope[WHO], operation)
+        except Forbidden as exc:
+            audit.denied(built.kms.trail, scope[WHO], self.path, exc.code)
+            raise
+
+
+def is_ui(path: str) -> bool:
+    """Whether a path belongs to the page."""
+    return path == UI or path.startswith(f"{UI}/")
+
+
+def include(app: FastAPI, router: APIRouter, prefix: str = "") -> None:
+    """Add the routes of a router. Raises TypeError for one that the table does not hold."""
+    for route in router.routes:
+        if not isinstance(route, Ruled):
+            raise TypeError(f"{route}: make its router with route_class=Ruled")
+    app.include_router(router, prefix=prefix)

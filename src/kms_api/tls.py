@@ -1,0 +1,106 @@
+"""The server's TLS: certificate, key and client authority from settings, and who is at the other end.
+
+uvicorn hands no client certificate to the application, so its protocol class is extended by two methods that
+put what the certificate says into ``scope["state"]``.
+"""
+
+import asyncio
+import ssl
+from typing import Final
+
+import structlog
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from kms_core.auth import certificates
+from kms_core.auth.certificates import Shown
+from kms_core.errors import ConfigurationError
+from kms_core.settings_sections import Server
+
+CERTIFICATE: Final = "kms.certificate"
+_OPEN_TO_ALL: Final = 0o007
+_VERIFY: Final = {"optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
+_log = structlog.get_logger(__name__)
+
+
+class PeerProtocol(HttpToolsProtocol):
+    """HTTP as uvicorn speaks it; each request knows the certificate of its connection."""
+
+    _shown: Shown | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+        super().connection_made(transport)
+        tls = transport.get_extra_info("ssl_object")
+        der = tls.getpeercert(binary_form=True) if tls else None
+        self._shown = certificates.read(der) if der else None
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._shown is not None:
+            self.scope["state"][CERTIFICATE] = self._shown
+
+
+class Renewal:
+    """The context in use: its files are looked at with each handshake, and read again when they changed.
+
+    So certificates are renewed under a running service. A pair that cannot be read leaves the old one in use.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._stamp = _stamp(server)
+        self._current = self.first = _context(server)
+        self.first.sni_callback = self._renew
+
+    def _renew(self, connection: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
+        del name, first
+        try:
+            stamp = _stamp(self._server)
+            if stamp != self._stamp:
+                self._stamp = stamp
+                self._current = _context(self._server)
+                _log.info("tls.renewed")
+        except (OSError, ValueError) as exc:
+            _log.error("tls.not_renewed", error=type(exc).__name__)
+        connection.context = self._current
+
+
+def context(server: Server, *, strict: bool = False) -> ssl.SSLContext | None:
+    """What to serve with; None means plain HTTP. Raises ConfigurationError.
+
+    ``strict``: a key that every user may read is refused, not only told of.
+    """
+    if server.tls_cert is None or server.tls_key is None:
+        return None
+    try:
+        if server.tls_key.stat().st_mode & _OPEN_TO_ALL:
+            advice = f"every user may read {server.tls_key}: run `chmod 600 {server.tls_key}`"
+            if strict:
+                raise ConfigurationError(f"kms.server.tls_key: {advice}")
+            _log.warning("tls.key_open_to_others", advice=advice)
+        return Renewal(server).first
+    except (OSError, ValueError) as exc:  # an SSLError is an OSError
+        why = getattr(exc, "reason", None) or exc.strerror if isinstance(exc, OSError) else "not PEM"
+        raise ConfigurationError(
+            f"kms.server: tls_cert, tls_key or client_ca cannot be used ({why}): expected PEM files, and the "
+            "key of the certificate"
+        ) from exc
+
+
+def _context(server: Server) -> ssl.SSLContext:
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.minimum_version = ssl.TLSVersion.TLSv1_2
+    made.set_alpn_protocols(["http/1.1"])
+    nothing = lambda: ""  # noqa: E731 -- a key behind a passphrase is refused, a terminal never asked
+    made.load_cert_chain(str(server.tls_cert), str(server.tls_key), nothing)
+    if server.client_ca is not None:
+        made.load_verify_locations(server.client_ca)
+        made.verify_mode = _VERIFY[server.client_cert]
+        made.options |= ssl.OP_NO_TICKET  # each connection shows its certificate, none resumes an old one
+        made.num_tickets = 0
+    return made
+
+
+def _stamp(server: Server) -> list[tuple[int, ...]]:
+    paths = filter(None, (server.tls_cert, server.tls_key, server.client_ca))
+    found = (path.stat() for path in paths)
+    return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found]

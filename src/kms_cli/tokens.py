@@ -1,0 +1,173 @@
+"""``kms token``: create, list, rotate and revoke API tokens on the machine where the service keeps them."""
+
+import os
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+import click
+
+from kms_cli import words
+from kms_cli.main import TOKEN_COMMANDS, LazyGroup
+from kms_cli.private import create_file
+from kms_cli.session import session
+from kms_core import scopes
+from kms_core import settings as settings_file
+from kms_core.auth import tokens
+from kms_core.auth.tokens import Token, Wish
+from kms_core.errors import InvalidRequest, TargetExists
+
+_SPAN: Final = re.compile(r"([1-9][0-9]{0,5})([smhd])")
+_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+token_command = LazyGroup("token", TOKEN_COMMANDS, "Create, list, rotate and revoke API tokens.")
+file_option = click.option(
+    "--file", "file", type=click.Path(path_type=Path), help="Token file, instead of the one of the settings."
+)
+which_argument = click.argument("which", metavar="TOKEN")
+output_option = click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Write the token here (0600), not to stdout."
+)
+
+
+@click.command(
+    "create",
+    short_help="Make a token.",
+    epilog="Example: kms token create --name ci --scope 'encrypt,decrypt key=ci-*' --ttl 30d",
+)
+@click.option("--name", required=True, help="Who it is for: the principal in the audit trail.")
+@click.option("--tenant", default="default", show_default=True)
+@click.option(
+    "--scope", "lines", multiple=True, required=True, help="What it may do; repeatable (docs/auth.md)."
+)
+@click.option("--ttl", default="90d", show_default=True, help='How long it is valid: 12h, 30d, or "never".')
+@output_option
+@file_option
+def create_command(  # noqa: PLR0913, PLR0917 -- one for each option
+    name: str, tenant: str, lines: tuple[str, ...], ttl: str, output: Path | None, file: Path | None
+) -> None:
+    """Make a token and print it. This is the only time that it is shown: the service keeps its hash."""
+    for label, text in (("--name", name), ("--tenant", tenant)):
+        if not tokens.NAME.fullmatch(text):
+            raise InvalidRequest(f"{label} takes letters, digits, _ . and -, at most 80")
+    for line in lines:
+        _check_scope(line)
+    wish, path = Wish(name, tenant, lines, _ttl(ttl)), _path(file)
+    _check_free(output)
+    _hand_out("made", *tokens.create(path, wish), output)
+
+
+@click.command("list", short_help="List tokens.")
+@file_option
+def list_command(file: Path | None) -> None:
+    """List tokens: id, tenant, name, when they expire, and what they may do."""
+    path = _path(file)
+    found = tokens.read(path) if path.exists() else ()
+    if session().as_json:
+        for token in found:
+            words.record(_described(token), as_json=True)
+        return
+    if not found:
+        words.say(f"no tokens in {path}")
+        return
+    words.table(("ID", "TENANT", "NAME", "EXPIRES", "SCOPES"), [_row(token) for token in found])
+
+
+@click.command("rotate", short_help="Give a token a new secret.")
+@which_argument
+@click.option(
+    "--overlap", default="1h", show_default=True, help="How long the old secret stays valid: 0 or 1h."
+)
+@click.option("--ttl", help="A new term; else it keeps its own.")
+@output_option
+@file_option
+def rotate_command(which: str, overlap: str, ttl: str | None, output: Path | None, file: Path | None) -> None:
+    """Make a new secret for a token. Its id, name and scopes stay, and so do its jobs."""
+    kept = timedelta() if overlap == "0" else _span("--overlap", overlap)
+    renewed = None if ttl is None else _ttl(ttl)
+    _check_free(output)
+    _hand_out("rotated", *tokens.rotate(_path(file), which, kept, renewed), output)
+
+
+@click.command("revoke", short_help="Take a token out.")
+@which_argument
+@file_option
+def revoke_command(which: str, file: Path | None) -> None:
+    """Take a token out, at once and for good: its queued jobs end as failed, with the code forbidden."""
+    _tell("revoked", tokens.revoke(_path(file), which))
+
+
+def _path(file: Path | None) -> Path:
+    """The token file of the service on this machine, as its settings say."""
+    if file is not None:
+        return file
+    given = session()
+    overrides = {"state_dir": given.state_dir and str(given.state_dir)}
+    auth = settings_file.load(given.config, os.environ, overrides=overrides).kms.auth
+    if auth.mode != "required":
+        words.say('note: the service here asks for no tokens: write mode = "required" under [kms.auth]')
+    return auth.tokens_path
+
+
+def _check_free(output: Path | None) -> None:
+    """Before a token is made: its text cannot be shown a second time."""
+    if output is not None and output.exists():
+        raise TargetExists(f"{output} exists")
+
+
+def _hand_out(done: str, token: Token, text: str, output: Path | None) -> None:
+    _tell(done, token)
+    if output is not None:
+        if not create_file(output, f"{text}\n"):
+            raise TargetExists(f"{output} exists, so the token is lost: rotate it")
+    elif session().as_json:
+        words.record({**_described(token), "token": text}, as_json=True)
+    else:
+        words.result(text)
+
+
+def _tell(done: str, token: Token) -> None:
+    expires = f", expires {_time(token.expires_at)}" if token.expires_at else ", does not expire"
+    ending = expires if done != "revoked" else ""
+    words.say(f"{done} token {token.id}: {token.name} of tenant {token.tenant}{ending}")
+
+
+def _described(token: Token) -> dict[str, object]:
+    return {
+        "id": token.id,
+        "name": token.name,
+        "tenant": token.tenant,
+        "scopes": list(token.scopes),
+        "created_at": _time(token.created_at),
+        "expires_at": _time(token.expires_at) if token.expires_at else None,
+    }
+
+
+def _row(token: Token) -> tuple[str, ...]:
+    expires = "never" if token.expires_at is None else _time(token.expires_at)
+    if token.has_expired(datetime.now(UTC)):
+        expires = "expired"
+    return token.id, token.tenant, token.name, expires, " | ".join(token.scopes)
+
+
+def _time(at: datetime) -> str:
+    return at.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _check_scope(line: str) -> None:
+    try:
+        scopes.parse(line)
+    except ValueError as exc:
+        raise InvalidRequest(f"--scope: {exc}") from exc
+
+
+def _ttl(text: str) -> timedelta | None:
+    return None if text == "never" else _span("--ttl", text)
+
+
+def _span(label: str, text: str) -> timedelta:
+    found = _SPAN.fullmatch(text)
+    if not found:
+        raise InvalidRequest(f"{label} takes a number and s, m, h or d, as 12h or 30d")
+    return timedelta(**{_UNITS[found[2]]: int(found[1])})

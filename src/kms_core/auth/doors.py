@@ -1,0 +1,114 @@
+"""The doors: a token, a JWT or a client certificate becomes a Principal, whose worth can be asked for later.
+
+A credential is named ``token:<id>``, ``jwt:<issuer>:<digest>`` or ``cert:<name>``. Jobs keep that name:
+when one runs, the token must be there still, the JWT not expired, the certificate's entry in the settings.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+from kms_core import scopes
+from kms_core.auth import tokens
+from kms_core.auth.certificates import Shown
+from kms_core.auth.jwks import FileKeys, Keys, RemoteKeys, fetching
+from kms_core.auth.jwts import Jwts, Trusted
+from kms_core.auth.tokens import TokenFile
+from kms_core.errors import ConfigurationError, Forbidden, Unauthenticated
+from kms_core.policy import Principal
+from kms_core.scopes import Scope
+from kms_core.settings import Settings
+from kms_core.settings_sections import Certificate, Issuer
+
+NONE_SHOWN: Final = (
+    "No credential was sent: send a token as Authorization: Bearer (kms: --token-file or KMS_TOKEN_FILE)"
+)
+
+
+class Doors:
+    """All ways in. Safe to call from several threads."""
+
+    def __init__(self, token_file: TokenFile, jwts: Jwts, certificates: Mapping[str, Certificate]) -> None:
+        self._tokens = token_file
+        self._jwts = jwts
+        self._certificates = certificates
+        self._names = {section.subject: name for name, section in certificates.items()}
+
+    def is_quick(self, token: str) -> bool:
+        """Whether ``principal`` will answer without waiting for a network."""
+        return "." not in token or self._jwts.is_quick(token)
+
+    def principal(self, token: str, certificate: Shown | None = None) -> Principal:
+        """Who shows this token, or where there is none, this certificate.
+
+        Raises Unauthenticated; Unavailable if a door cannot tell now.
+        """
+        if token.startswith(tokens.PREFIX):
+            found = self._tokens.holder(token)
+            return Principal(found.name, found.tenant, f"token:{found.id}")
+        if token:
+            return self._jwts.holder(token)
+        if certificate is None:
+            raise Unauthenticated(NONE_SHOWN, reason="missing")
+        return self._bearer(certificate)
+
+    def scopes_of(self, who: Principal) -> Iterator[Scope]:
+        """What a credential is worth now. Raises Forbidden if nothing, Unavailable if that cannot be told."""
+        lines = self._lines(who)
+        if lines is None:
+            raise Forbidden("The credential was revoked or has expired since this was asked for")
+        return _parsed(lines)
+
+    def _bearer(self, certificate: Shown) -> Principal:
+        """TLS has verified the certificate when the connection began."""
+        if time.time() > certificate.until:
+            raise Unauthenticated(
+                "The client certificate has expired: connect with a new one", reason="expired"
+            )
+        for subject in certificate.subjects:
+            if name := self._names.get(subject):
+                return Principal(f"cert:{name}", self._certificates[name].tenant, f"cert:{name}")
+        raise Unauthenticated(
+            "The client certificate has no entry in the service's settings, and no token was sent",
+            reason="certificate",
+        )
+
+    def _lines(self, who: Principal) -> Sequence[str] | None:
+        """The lines of its scopes, or None if it is worth nothing any more."""
+        kind, _, rest = who.credential.partition(":")
+        if kind == "token":
+            token = self._tokens.by_id(rest)
+            return token.scopes if token and token.tenant == who.tenant else None
+        if kind == "cert":
+            section = self._certificates.get(rest)
+            return section.scopes if section and section.tenant == who.tenant else None
+        issuer = rest.partition(":")[0]
+        if kind == "jwt" and who.grant and self._jwts.trusts(issuer) and time.time() < who.grant.until:
+            return who.grant.scopes
+        return None
+
+
+def _parsed(lines: Sequence[str]) -> Iterator[Scope]:
+    """A line that a later version wrote and this one does not know allows nothing."""
+    for line in lines:
+        try:
+            yield scopes.parse(line)
+        except ValueError:
+            continue
+
+
+def build(settings: Settings) -> Doors | None:
+    """The doors of the settings; None where callers are not authenticated. Raises ConfigurationError."""
+    auth = settings.kms.auth
+    if auth.mode != "required":
+        return None
+    issuers = [Trusted(name, section, _keys(name, section)) for name, section in auth.issuers.items()]
+    return Doors(TokenFile(auth.tokens_path, strict=settings.is_prod), Jwts(issuers), auth.certificates)
+
+
+def _keys(name: str, section: Issuer) -> Keys:
+    if section.jwks_file is not None:
+        return FileKeys(section.jwks_file)
+    if section.jwks_url is None:
+        raise ConfigurationError(f"kms.auth.issuers.{name}: name its keys by jwks_url or jwks_file")
+    return RemoteKeys(fetching(section.jwks_url, section.ca_file))

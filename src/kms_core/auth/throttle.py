@@ -1,0 +1,104 @@
+"""How often something may happen: token buckets, for failures by source and for requests by tenant.
+
+Each process counts for itself, in bounded memory.
+"""
+
+import ipaddress
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from kms_core.errors import RateLimited
+
+MOST_SOURCES: Final = 4096
+_IPV6_BITS: Final = 64  # what one caller is given: addresses within cost him nothing
+
+
+@dataclass(slots=True)
+class _Bucket:
+    level: float
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """``burst`` at once, and ``per_s`` in the long run."""
+
+    per_s: float
+    burst: float
+
+
+class Failures:
+    """Failed attempts by source. The sources that failed last are remembered, at most 4,096 of them."""
+
+    def __init__(
+        self, per_minute: int, *, clock: Callable[[], float] = time.monotonic, most: int = MOST_SOURCES
+    ) -> None:
+        self._pace = Pace(per_minute / 60, per_minute)
+        self._clock = clock
+        self._most = most
+        self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
+
+    def wait_s(self, address: str) -> float:
+        """Seconds until this source may fail again; 0 if it may now."""
+        bucket = self._buckets.get(source_of(address))
+        return 0.0 if bucket is None else _wait_s(bucket, self._pace, self._clock())
+
+    def failed(self, address: str) -> None:
+        """Note a failure."""
+        source, now = source_of(address), self._clock()
+        bucket = self._buckets.pop(source, None) or _Bucket(self._pace.burst, now)
+        _take(bucket, self._pace, now)
+        self._buckets[source] = bucket
+        if len(self._buckets) > self._most:
+            self._buckets.popitem(last=False)
+
+
+class Requests:
+    """Requests by tenant, where settings bound them. Safe to call from several threads."""
+
+    def __init__(self, paces: Mapping[str, Pace], *, clock: Callable[[], float] = time.monotonic) -> None:
+        now = clock()
+        self._paces = paces
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._buckets = {tenant: _Bucket(pace.burst, now) for tenant, pace in paces.items()}
+
+    def take(self, tenant: str) -> None:
+        """Count a request. Raises RateLimited, with the time until the next one is allowed."""
+        pace = self._paces.get(tenant)
+        if pace is None:
+            return
+        with self._lock:
+            bucket, now = self._buckets[tenant], self._clock()
+            wait_s = _wait_s(bucket, pace, now)
+            if not wait_s:
+                _take(bucket, pace, now)
+        if wait_s:
+            raise RateLimited("Your tenant's requests a second are used up", retry_after_s=wait_s)
+
+
+def source_of(address: str) -> str:
+    """What counts as one source: an IPv4 address, an IPv6 network of 64 bits; other texts as they are."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.ipv4_mapped:
+            return str(found.ipv4_mapped)
+        return str(ipaddress.ip_network((int(found) >> _IPV6_BITS << _IPV6_BITS, _IPV6_BITS)))
+    return str(found)
+
+
+def _wait_s(bucket: _Bucket, pace: Pace, now: float) -> float:
+    level = min(pace.burst, bucket.level + (now - bucket.at) * pace.per_s)
+    return 0.0 if level >= 1 else (1 - level) / pace.per_s
+
+
+def _take(bucket: _Bucket, pace: Pace, now: float) -> None:
+    bucket.level = max(0.0, min(pace.burst, bucket.level + (now - bucket.at) * pace.per_s) - 1)
+    bucket.at = now

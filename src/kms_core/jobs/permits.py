@@ -1,0 +1,57 @@
+"""What a job takes to be allowed: asked of its submitter when it is accepted, and again when it runs.
+
+The core asks once more for each file and item, then with the key and context that these really have.
+"""
+
+from dataclasses import dataclass
+
+from kms_core.context import Context
+from kms_core.jobs.model import Accepted
+from kms_core.policy import Principal, allows
+from kms_core.service import Kms
+from kms_core.wire import JobKind
+
+_ANY_CONTEXT = Context()  # fits no scope that has a rule on contexts
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A job as policy sees it. ``context`` None: each item may bring its own, so it is not asked for yet."""
+
+    kind: JobKind
+    key_id: str | None
+    context: Context | None
+    new_context: Context | None = None
+
+
+def of(job: Accepted) -> Asked:
+    context = None if job.items and not job.is_tree else job.bound_context
+    return Asked(job.kind, job.key_id, context, job.new_bound_context)
+
+
+def check(kms: Kms, who: Principal, asked: Asked) -> None:
+    """Raise Forbidden or UnknownKey if the job would be refused; Unavailable if that cannot be told now.
+
+    Files name the key that opens them, so that of a decrypt job may not be known yet.
+    """
+    if asked.kind == "encrypt":
+        kms.allow(who, "encrypt", asked.key_id or kms.keyring.default.key_id, asked.context)
+    elif asked.kind == "decrypt":
+        kms.allow(who, "decrypt", asked.key_id, asked.context)
+    elif asked.new_context is not None or not allows(
+        kms.policy, who, asked.kind, asked.key_id, asked.context
+    ):  # away from its key or context, or without the right to move what it cannot open
+        kms.allow(who, "decrypt", None, asked.context)
+        kms.allow(who, "encrypt", asked.key_id, asked.new_context or asked.context)
+
+
+def check_reader(kms: Kms, who: Principal, job: Accepted) -> None:
+    """Results are for their submitter, and for those of the tenant who could have run the job themselves.
+
+    What is not known of the job, since its items or files alone say it, must be allowed whatever it is.
+    """
+    if who.name == job.principal:
+        return
+    context = _ANY_CONTEXT if job.items else job.bound_context
+    key_id = job.key_id or (kms.keyring.default.key_id if job.kind == "encrypt" else "")
+    kms.allow(who, job.kind, key_id, context)

@@ -1,0 +1,123 @@
+"""What settings may not say of callers: scopes that cannot be read, half a door, a door that nobody minds."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from kms_core import scopes
+from kms_core.errors import ConfigurationError
+from kms_core.settings_sections import Certificate, Issuer, Server, Settings, Tenant
+
+SUBJECTS: Final = ("DNS:", "URI:", "email:", "subject:")
+
+
+def check_auth(settings: Settings) -> None:
+    """Refuse settings of callers and tenants that would not do what they say."""
+    auth, server = settings.kms.auth, settings.kms.server
+    if auth.mode != "required":
+        for name in ("issuers", "certificates"):
+            if getattr(auth, name):
+                raise ConfigurationError(
+                    f'kms.auth.{name}: nobody is asked; write mode = "required" under [kms.auth]'
+                )
+    for name, issuer in auth.issuers.items():
+        _check_issuer(f"kms.auth.issuers.{name}", issuer, in_dev=settings.environment == "dev")
+    if len({issuer.issuer for issuer in auth.issuers.values()}) != len(auth.issuers):
+        raise ConfigurationError("kms.auth.issuers: two sections have the same issuer; name each once")
+    for name, certificate in auth.certificates.items():
+        _check_certificate(f"kms.auth.certificates.{name}", certificate, server)
+    _check_server(server)
+    for name, tenant in settings.kms.tenants.items():
+        _check_tenant(f"kms.tenants.{name}", tenant)
+
+
+def auth_files(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
+    """What jobs must not reach: name of the setting, path, and whether all below it is private too."""
+    yield "kms.auth.tokens_path", settings.kms.auth.tokens_path, True
+    for name, issuer in settings.kms.auth.issuers.items():
+        if issuer.jwks_file:  # whoever writes it can let himself in
+            yield f"kms.auth.issuers.{name}.jwks_file", issuer.jwks_file, True
+    for key in ("tls_cert", "tls_key", "client_ca"):
+        path = getattr(settings.kms.server, key)
+        if path:
+            yield f"kms.server.{key}", path, True
+
+
+def _check_issuer(where: str, issuer: Issuer, *, in_dev: bool) -> None:
+    if (issuer.jwks_url is None) == (issuer.jwks_file is None):
+        raise ConfigurationError(f"{where}: name its keys by jwks_url, or by jwks_file, and not by both")
+    if issuer.jwks_url is not None:
+        _check_url(f"{where}.jwks_url", issuer.jwks_url, in_dev=in_dev)
+    if (issuer.tenant_claim is None) != (not issuer.tenants):
+        raise ConfigurationError(f"{where}: tenants lists what tenant_claim may say; set both or neither")
+    _check_scopes(f"{where}.scopes", issuer.scopes)
+    for name, grant in issuer.grants.items():
+        if not grant.when:
+            raise ConfigurationError(
+                f"{where}.grants.{name}.when: name a claim; scopes for all stand in {where}.scopes"
+            )
+        _check_scopes(f"{where}.grants.{name}.scopes", grant.scopes)
+        for pattern in grant.when.values():
+            _check_pattern(f"{where}.grants.{name}.when", pattern)
+
+
+def _check_url(where: str, text: str, *, in_dev: bool) -> None:
+    try:
+        url = urlsplit(text)
+        host = url.hostname
+    except ValueError:  # its text quotes the URL
+        url, host = urlsplit(""), None
+    loopback = in_dev and host in {"127.0.0.1", "::1", "localhost"}
+    if (
+        not host
+        or url.username
+        or url.fragment
+        or not (url.scheme == "https" or (url.scheme == "http" and loopback))
+    ):
+        raise ConfigurationError(
+            f"{where}: expected https://host[:port]/path; http:// is for loopback in dev alone"
+        )
+
+
+def _check_certificate(where: str, certificate: Certificate, server: Server) -> None:
+    if server.client_ca is None:
+        raise ConfigurationError(f"{where}: client certificates need client_ca under [kms.server]")
+    if not certificate.subject.startswith(SUBJECTS):
+        raise ConfigurationError(
+            f"{where}.subject: expected DNS:name, URI:spiffe://…, email:address or subject:CN=name,O=…"
+        )
+    _check_scopes(f"{where}.scopes", certificate.scopes)
+
+
+def _check_server(server: Server) -> None:
+    if (server.tls_cert is None) != (server.tls_key is None):
+        raise ConfigurationError("kms.server.tls_cert and kms.server.tls_key belong together: set both")
+    if server.client_ca is not None and server.tls_cert is None:
+        raise ConfigurationError(
+            "kms.server.client_ca: client certificates need TLS; set tls_cert and tls_key"
+        )
+    if server.client_cert == "required" and server.client_ca is None:
+        raise ConfigurationError("kms.server.client_cert: name the authority that signs them in client_ca")
+
+
+def _check_tenant(where: str, tenant: Tenant) -> None:
+    for pattern in tenant.keys:
+        _check_pattern(f"{where}.keys", pattern)
+    if tenant.burst is not None and tenant.requests_per_s is None:
+        raise ConfigurationError(f"{where}.burst: it needs requests_per_s")
+
+
+def _check_scopes(where: str, lines: Sequence[str]) -> None:
+    for index, line in enumerate(lines):
+        try:
+            scopes.parse(line)
+        except ValueError as exc:
+            raise ConfigurationError(f"{where}[{index}]: {exc}") from exc
+
+
+def _check_pattern(where: str, pattern: str) -> None:
+    try:
+        scopes.glob(pattern)
+    except ValueError as exc:
+        raise ConfigurationError(f"{where}: {exc}") from exc
