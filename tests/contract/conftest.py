@@ -1,14 +1,22 @@
 """The backend of each kind, for the laws."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from contract.cosmian_ciphers import ALICE, MALLORY
+from contract.cosmian_double import CosmianDouble
 from contract.rigs import MAKERS, Rig
 from kms_core.backends import Backend
 
 
-@pytest.fixture(params=MAKERS.values(), ids=list(MAKERS))
+def _marked(name: str) -> object:
+    marks = [pytest.mark.cosmian] if name.startswith("cosmian") else []
+    return pytest.param(MAKERS[name], id=name, marks=marks)
+
+
+@pytest.fixture(params=map(_marked, MAKERS))
 def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Rig:
     made: Rig = request.param(tmp_path)
     return made
@@ -17,3 +25,16 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Rig:
 @pytest.fixture
 def backend(rig: Rig) -> Backend:
     return rig.backend
+
+
+@pytest.fixture
+def double() -> Iterator[CosmianDouble]:
+    with CosmianDouble() as made:
+        yield made
+
+
+@pytest.fixture
+def shared() -> Iterator[CosmianDouble]:
+    """A server of several users."""
+    with CosmianDouble(users={ALICE: "alice", MALLORY: "mallory"}) as made:
+        yield made

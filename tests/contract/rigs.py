@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from agekms import age_backend, write_identities, write_recipient
+from contract.rig_aws import make_aws
+from contract.rig_cosmian import make_cosmian, make_cosmian_4, make_cosmian_jose
+from contract.rig_vault import make_transit, make_vault_kv
 from kms_core.backends import Backend
 from kms_core.envelope import hybrid, x25519
 
@@ -64,4 +67,13 @@ def make_age_hybrid(directory: Path) -> Rig:
     return AgeRig(directory, hybrid.Identity)
 
 
-MAKERS: Final[dict[str, Callable[[Path], Rig]]] = {"age": make_age, "age-hybrid": make_age_hybrid}
+MAKERS: Final[dict[str, Callable[[Path], Rig]]] = {
+    "age": make_age,
+    "age-hybrid": make_age_hybrid,
+    "awskms": make_aws,
+    "cosmian": make_cosmian,
+    "cosmian-jose": make_cosmian_jose,
+    "cosmian-4": make_cosmian_4,
+    "transit": make_transit,
+    "vault-kv": make_vault_kv,
+}

@@ -12,7 +12,13 @@ from typing import Final, Protocol
 from kms_core.envelope.sealing import Wrapper
 from kms_core.errors import BackendUnavailable
 
-SCHEMES: Final = {"age": "kms_core.backends.age"}
+SCHEMES: Final = {
+    "age": "kms_core.backends.age",
+    "awskms": "kms_core.backends.awskms",
+    "cosmian": "kms_core.backends.cosmian",
+    "transit": "kms_core.backends.transit",
+    "vault-kv": "kms_core.backends.vaultkv",
+}
 """Scheme of a key URI → module with ``open_key(uri, settings) -> Backend``, imported when a key uses it."""
 
 
@@ -22,6 +28,10 @@ NATIVE: Final = "age"
 
 class Unreachable(BackendUnavailable):
     """No connection, a time out, or 502 to 504: the next call, or another backend, may do."""
+
+
+class KeyMissing(BackendUnavailable):
+    """The peer answers, and has no such key: whoever runs the service has to make it, before it starts."""
 
 
 class Busy(BackendUnavailable):

@@ -144,7 +144,11 @@ class RemoteBackend:
 
     def encrypt(self, secret: bytes, key: KeyRef, aad: bytes) -> bytes:
         """What the peer makes of a file key or a job key."""
-        return self._guard.call("wrap", lambda: self._cipher.encrypt(secret, key.version, aad))
+        try:
+            return self._guard.call("wrap", lambda: self._cipher.encrypt(secret, key.version, aad))
+        except BackendUnavailable:  # perhaps it no longer seals with this version: ask before the next wrap
+            self._known_at = -VERSIONS_FRESH_S
+            raise
 
     def decrypt(self, wrapped: bytes, key: KeyRef, aad: bytes) -> bytes:
         """The file key or job key again."""

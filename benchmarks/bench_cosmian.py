@@ -1,0 +1,202 @@
+"""How many file keys a second a Cosmian KMS server wraps for us, and what we add to the server's own time.
+
+``--server`` is the program (``cosmian_kms``), which is then started here with an empty database, or the URL
+of one that runs already, whose load counts as foreign. Without it a double in Python answers: its figures
+say nothing of the real one. The server's own time is that of our very request, one wrap in one message,
+sent by wrk over as many connections as there are callers.
+"""
+
+import functools
+import json
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.request import urlopen
+from uuid import uuid4
+
+from benchmarks import http_load, report
+from benchmarks.children import PYTHON, ROOT, environ
+from benchmarks.http_load import Shot
+from benchmarks.measure import Contender, Reading, Series, in_turn
+from benchmarks.report import Scale
+from benchmarks.running import free_port, stopped
+
+from kms_core.backends.cosmian import CosmianCipher
+from kms_core.backends.cosmian_keys import CosmianKey
+from kms_core.backends.cosmian_server import LANES, Cosmian, Protocol
+from kms_core.backends.http import Answer, Server
+
+CALLERS: Final = (1, 16, 64)
+SECRET: Final = bytes(16)
+AAD: Final = bytes(200)
+ALONE: Final = 1_000
+"""Lanes of a server whose calls never have to wait for company: a message for each."""
+
+_START_S: Final = 30.0
+_TIMEOUT_S: Final = 30.0
+_RATE: Final = Scale(key="rate", digits=0, more_is_better=True)
+_P50: Final = Scale(key="p50_s", factor=1e3)
+_P99: Final = Scale(key="p99_s", factor=1e3, digits=1)
+
+
+class Listening(Cosmian):
+    """Remembers the last request."""
+
+    last = Shot("", "")
+
+    def post(self, path: str, body: bytes, judged: Sequence[int] = ()) -> Answer:
+        self.last = Shot(path, body.decode())
+        return super().post(path, body, judged)
+
+
+def main() -> None:
+    options = report.options(
+        "cosmian", "Wraps by a Cosmian KMS server.", runs=5, budget_s=120.0, seconds=1.0, server=""
+    )
+    http_load.warn_without_wrk()
+    with (
+        tempfile.TemporaryDirectory(prefix="kms-bench-") as folder,
+        _server(options.given.server, Path(folder)) as url,
+    ):
+        parts = [_what(options.given.server, url), _table(url, options)]
+    options.write(parts)
+
+
+def _what(given: str, url: str) -> str:
+    with urlopen(f"{url}/version") as answer:  # noqa: S310 -- our own server, or the one that was named
+        version = json.loads(answer.read())
+    kind = "Cosmian KMS" if given else "A DOUBLE in Python, no real server, of Cosmian KMS"
+    return (
+        f"{kind} {version}, over loopback, on the same processors as the callers, which are threads of one "
+        f"process. Together: calls that wait go in one message, {LANES} of which may be under way."
+    )
+
+
+def _table(url: str, options: report.Options) -> str:
+    name = f"bench-{uuid4().hex}"
+    budget = options.budget(len(CALLERS))
+    rows = []
+    for callers in CALLERS:
+        work = Work(url, name, callers, options.given.seconds)
+        own = Contender("server alone", functools.partial(http_load.load, work.shot(), callers, work.seconds))
+        contenders = [
+            Contender("together", work.by(work.server("kmip", LANES))),
+            Contender("a message each", work.by(work.server("kmip", ALONE))),
+            Contender("JOSE", work.by(work.server("jose", LANES))),
+            own,
+        ]
+        found = in_turn(contenders, options.plan, budget.share())
+        rows += [[str(callers), *_cells(series, found[-1])] for series in found]
+    names = ["callers", "", "wraps/s", "spread", "p50 ms", "over the server's", "p99 ms", "our µs"]
+    return report.grid("Wrap a file key: 16 bytes under 200 bytes of AAD", [*names, "runs (dropped)"], rows)
+
+
+def _cells(series: Series, own: Series) -> list[str]:
+    p50, least, used = series.median("p50_s"), own.median("p50_s"), series.median("cpu_s")
+    added = f"{(p50 - least) * 1e3:+.2f}" if p50 and least and series is not own else ""
+    ours = f"{used * 1e6:.0f}" if used else ""
+    rate, latencies = [_RATE.median(series), _RATE.spread(series)], [_P50.median(series), added]
+    runs = series.failure or f"{len(series.readings)} ({series.dropped})"
+    return [series.name, *rate, *latencies, _P99.median(series), ours, runs]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Callers who wrap again and again under one key, for some seconds."""
+
+    url: str
+    name: str
+    callers: int
+    seconds: float
+
+    def server(self, protocol: Protocol, lanes: int) -> Listening:
+        server = Server(self.url, "Cosmian KMS", "kms.cosmian.server_url", _TIMEOUT_S)
+        return Listening(server, None, protocol, lanes=lanes)
+
+    def by(self, server: Cosmian) -> Callable[[], Reading]:
+        """A rate, latencies, and the processor time of one wrap on our side."""
+        cipher = CosmianCipher(_made(CosmianKey(server, self.name)))
+
+        def caller(ends: float, times: list[float]) -> None:
+            while (before := time.perf_counter()) < ends:
+                cipher.encrypt(SECRET, "1", AAD)
+                times.append(time.perf_counter() - before)
+
+        def batch() -> Reading:
+            times: list[float] = []
+            used, begun = time.process_time(), time.perf_counter()
+            ends = begun + self.seconds
+            threads = [threading.Thread(target=caller, args=(ends, times)) for _ in range(self.callers)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            spent, used = time.perf_counter() - begun, time.process_time() - used
+            cut, count = statistics.quantiles(times, n=100), len(times)
+            return {"rate": count / spent, "p50_s": cut[49], "p99_s": cut[98], "cpu_s": used / count}
+
+        return batch
+
+    def shot(self) -> Shot:
+        """The request of one wrap."""
+        server = self.server("kmip", LANES)
+        CosmianCipher(_made(CosmianKey(server, self.name))).encrypt(SECRET, "1", AAD)
+        return Shot(self.url + server.last.url, server.last.body)
+
+
+def _made(key: CosmianKey) -> CosmianKey:
+    with key.call():
+        key.init()
+    return key
+
+
+# -- servers -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _server(given: str, folder: Path) -> Iterator[str]:
+    """The address of what was asked for."""
+    if given.startswith("http"):
+        yield given.rstrip("/")
+    elif given:
+        url = f"http://127.0.0.1:{(port := free_port())}"
+        argv = [given, "--database-type", "sqlite", "--sqlite-path", str(folder / "db")]
+        argv += ["--hostname", "127.0.0.1", "--port", str(port)]
+        with _started(argv, RUST_LOG="error", KMS_UI_ENABLE="false"):
+            _until_answering(url)
+            yield url
+    else:
+        with _started([*PYTHON, "contract.cosmian_double"], PYTHONPATH=str(ROOT / "tests")) as double:
+            yield double.stdout.readline().decode().strip() if double.stdout else ""
+
+
+@contextmanager
+def _started(argv: Sequence[str], **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    env = environ(**variables)
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=env)
+    with stopped(process):
+        yield process
+
+
+def _until_answering(url: str) -> None:
+    ends = time.monotonic() + _START_S
+    while True:
+        try:
+            urlopen(f"{url}/version").close()  # noqa: S310 -- as above
+        except OSError:
+            if time.monotonic() > ends:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Servers that speak the protocol of AWS KMS, one of each kind for the session, and stand-ins for faults.
+
+moto encrypts and authenticates in earnest, and lets disabled keys work; ministack minds the states of keys,
+and authenticates nothing but the context. Neither checks signatures: ``Script`` does.
+"""
+
+import atexit
+import functools
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from uuid import uuid4
+
+import boto3
+from botocore.session import Session
+
+from kms_cli.tether import spawn
+from kms_core.backends.awskms import AwsCipher
+from kms_core.backends.awskms_calls import Calls, Place
+
+if TYPE_CHECKING:
+    from mypy_boto3_kms import KMSClient  # of boto3-stubs, which has no run-time part
+
+REGION: Final = "us-east-1"
+ACCESS_KEY: Final = "AKIDEXAMPLE"
+SECRET_KEY: Final = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
+START_S: Final = 30.0
+
+
+@dataclass(frozen=True)
+class AwsServer:
+    """One server, and the two ways to it: ours, and boto3 as an operator uses it."""
+
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @functools.cached_property
+    def admin(self) -> "KMSClient":
+        return boto3.client(
+            "kms",
+            endpoint_url=self.url,
+            region_name=REGION,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+        )
+
+    def new_key(self) -> str:
+        """A key id."""
+        return self.admin.create_key()["KeyMetadata"]["KeyId"]
+
+    def new_alias(self) -> str:
+        """``alias/…`` of a new key."""
+        alias = f"alias/{uuid4()}"
+        self.admin.create_alias(AliasName=alias, TargetKeyId=self.new_key())
+        return alias
+
+    def cipher(self, key: str) -> AwsCipher:
+        return AwsCipher(calls_to(self.url), key)
+
+
+@functools.cache
+def _session() -> Session:
+    """One for all, since it reads AWS's service descriptions."""
+    session = Session()
+    session.set_credentials(ACCESS_KEY, SECRET_KEY)
+    return session
+
+
+def calls_to(url: str, *, timeout_s: float = 10.0) -> Calls:
+    return Calls(Place(REGION, url, None, None, timeout_s), _session())
+
+
+@functools.cache
+def moto() -> AwsServer:
+    port = free_port()
+    return _started([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port)
+
+
+@functools.cache
+def ministack() -> AwsServer:
+    port = free_port()
+    hypercorn = str(Path(sys.executable).with_name("hypercorn"))
+    return _started([hypercorn, "ministack.app:app", "-b", f"127.0.0.1:{port}"], port)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _started(argv: list[str], port: int) -> AwsServer:
+    server = spawn(argv, env=dict(os.environ), output=subprocess.DEVNULL)
+    atexit.register(_stop, server)
+    end = time.monotonic() + START_S
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.05)  # between two looks at the port
+        else:
+            return AwsServer(port)
+    raise RuntimeError(f"{argv[:3]} did not start")
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    server.kill()
+    server.wait()

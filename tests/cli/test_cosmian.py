@@ -1,0 +1,165 @@
+"""``kms cosmian init-key``, and how API and worker start with keys on a Cosmian KMS server."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import httpx
+import pytest
+
+from agekms import write_identities
+from contract.cosmian_double import CosmianDouble
+from contract.faults import unused_url
+from kms_core.envelope.x25519 import Identity
+
+BIN: Final = Path(sys.executable).parent
+WAIT_S: Final = 60.0
+SETTINGS: Final = """
+[kms]
+dev_backend = "cosmian"
+port = {port}
+[kms.cosmian]
+default_key_id = "master"
+[kms.keys]
+{keys}
+"""
+
+
+@pytest.fixture
+def double() -> Iterator[CosmianDouble]:
+    with CosmianDouble() as made:
+        yield made
+
+
+class Install:
+    """Settings and a state directory, and the programs in them."""
+
+    def __init__(self, folder: Path, cosmian_url: str, keys: str = 'payroll = "cosmian:pay"') -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port: int = free.getsockname()[1]
+        config, state = folder / "kms.toml", folder / "state"
+        config.write_text(SETTINGS.format(port=self.port, keys=keys))
+        state.mkdir(mode=0o700)
+        write_identities(state / "spool.key", Identity.generate())
+        self._environ = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+            "KMS_CONFIG": str(config),
+            "KMS_STATE_DIR": str(state),
+            "KMS_REDIS_URL": unused_url().replace("http:", "redis:"),
+            "COSMIAN_KMS_URL": cosmian_url,
+        }
+
+    def run(self, *words: str) -> tuple[int, str, str]:
+        """Exit code, results, words."""
+        done = subprocess.run(
+            [BIN / words[0], *words[1:]],
+            env=self._environ,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=WAIT_S,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    @contextmanager
+    def service(self) -> Iterator[str]:
+        """The API, once it answers."""
+        process = subprocess.Popen([BIN / "kms-service"], env=self._environ, stderr=subprocess.DEVNULL)
+        url = f"http://127.0.0.1:{self.port}"
+        try:
+            deadline = time.monotonic() + WAIT_S
+            while not _answers(url):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(WAIT_S)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/livez", trust_env=False).is_success
+    except httpx.TransportError:
+        return False
+
+
+def test_keys_are_made_once(double: CosmianDouble, tmp_path: Path) -> None:
+    install, where = Install(tmp_path, double.url), f"Cosmian KMS at {double.url.removeprefix('http://')}"
+
+    assert install.run("kms", "cosmian", "init-key") == (
+        0,
+        f"made master, version 1, on {where}\nmade pay, version 1, on {where}\n",
+        "",
+    )
+    assert install.run("kms", "cosmian", "init-key") == (
+        0,
+        f"master is there already, version 1, on {where}\npay is there already, version 1, on {where}\n",
+        "",
+    )
+    code, said, _ = install.run("kms", "--json", "cosmian", "init-key")
+    assert (code, json.loads(said.splitlines()[0])) == (0, {"name": "master", "version": "1", "made": False})
+
+
+def test_a_key_that_only_opens_old_files_is_not_made(double: CosmianDouble, tmp_path: Path) -> None:
+    write_identities(tmp_path / "age.txt", Identity.generate())
+    keys = f'moved = ["age://{tmp_path}/age.txt", "cosmian:before?seal=false"]'
+
+    code, said, _ = Install(tmp_path, double.url, keys).run("kms", "cosmian", "init-key")
+    assert (code, len(said.splitlines())) == (0, 1)
+    assert "master" in said
+
+
+def test_a_server_that_is_not_there_is_told(tmp_path: Path) -> None:
+    code, _, words = Install(tmp_path, unused_url()).run("kms", "cosmian", "init-key")
+
+    assert code == 69
+    assert "no connection to Cosmian KMS" in words
+
+
+@pytest.mark.parametrize("program", ["kms-service", "kms-worker"])
+def test_nothing_starts_without_its_key_and_the_error_says_how_to_make_it(
+    double: CosmianDouble, tmp_path: Path, program: str
+) -> None:
+    code, _, words = Install(tmp_path, double.url).run(program)
+
+    assert code == 78
+    assert words.splitlines()[-1].startswith(f"{program}: error: The key pay on Cosmian KMS at ")
+    assert words.endswith("is not there: make it with `kms cosmian init-key`\n")
+
+
+def test_a_server_that_is_away_degrades_and_does_not_stop_a_start(
+    double: CosmianDouble, tmp_path: Path
+) -> None:
+    install = Install(tmp_path, double.url)
+    install.run("kms", "cosmian", "init-key")
+    double.stop()
+    with install.service() as url:
+        health = httpx.get(f"{url}/api/v1/kms/health", trust_env=False)
+
+    assert (health.status_code, health.json()["status"]) == (503, "unhealthy")
+
+
+def test_what_the_service_seals_with_a_key_on_cosmian_it_opens(double: CosmianDouble, tmp_path: Path) -> None:
+    install = Install(tmp_path, double.url)
+    install.run("kms", "cosmian", "init-key")
+    with install.service() as url, httpx.Client(base_url=f"{url}/api/v1/kms", trust_env=False) as kms:
+        sealed = kms.post("/encrypt", json={"plaintext": "c2VjcmV0", "context": "row=7"}).json()
+        right = {"ciphertext": sealed["ciphertext"], "context": "row=7"}
+        opened, refused = (
+            kms.post("/decrypt", json=right),
+            kms.post("/decrypt", json=right | {"context": "row=8"}),
+        )
+
+    assert (sealed["backend"], sealed["key_id"], sealed["key_version"]) == ("cosmian", "master", "1")
+    assert opened.json()["plaintext"] == "c2VjcmV0"
+    assert (refused.status_code, refused.json()["code"]) == (400, "decrypt_failed")

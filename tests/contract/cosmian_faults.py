@@ -1,0 +1,59 @@
+"""Cosmian ciphers for the tests of faults: one that asks for the version first, and one for each dialect.
+
+The latter know version and identifiers already, so that the fault meets the operation itself.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from kms_core.backends.cosmian import FORM, LENGTHS, CosmianCipher
+from kms_core.backends.cosmian_keys import CosmianKey
+from kms_core.backends.cosmian_server import Cosmian, Protocol
+from kms_core.backends.http import Server
+from kms_core.backends.remote import Cipher
+from kms_core.backends.vault_token import Token
+
+
+class KnownServer(Cosmian):
+    """A server whose version is known."""
+
+    known = (5, 26)
+
+    def version(self) -> tuple[int, int]:
+        return self.known
+
+
+class KnownOldServer(KnownServer):
+    known = (4, 24)
+
+
+class KnownKey(CosmianKey):
+    """A key whose versions are known."""
+
+    def uid(self, version: str) -> str:
+        del version
+        return "2f1d7a52-6d0f-5f0e-9a7e-0d9d5b8f4c11"
+
+
+class AskingCipher(CosmianCipher):
+    """Asks the server about every wrap: those of another shape would be refused before that."""
+
+    def decrypt(self, wrapped: bytes, version: str, aad: bytes) -> bytes:
+        return super().decrypt(FORM + wrapped[: LENGTHS[0] - len(FORM)], version, aad)
+
+
+def cosmian_makers(token: str) -> Mapping[str, Callable[[str, float], Cipher]]:
+    """Ciphers by name, each of a URL and a timeout in seconds."""
+
+    def make(
+        kind: type[Cosmian], key: type[CosmianKey], protocol: Protocol, url: str, timeout_s: float
+    ) -> Cipher:
+        server = Server(url, "Cosmian KMS", "kms.cosmian.server_url", timeout_s)
+        return AskingCipher(key(kind(server, Token(token, None, strict=False), protocol), "pay"))
+
+    return {
+        "cosmian": partial(make, Cosmian, CosmianKey, "kmip"),
+        "cosmian-kmip": partial(make, KnownServer, KnownKey, "kmip"),
+        "cosmian-jose": partial(make, KnownServer, KnownKey, "jose"),
+        "cosmian-4": partial(make, KnownOldServer, KnownKey, "kmip"),
+    }

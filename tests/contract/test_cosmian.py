@@ -1,0 +1,214 @@
+"""What is Cosmian's own: dialects that open each other's wraps, what is sent, messages of several calls.
+
+Tests marked ``cosmian`` run against the server at ``COSMIAN_KMS_URL`` where there is one; the others need
+the double: they look at what was sent, or make it misbehave.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from contract.cosmian_ciphers import (
+    AAD,
+    SECRET,
+    WAIT_S,
+    answering,
+    cipher_of,
+    held,
+    made,
+    operations,
+    settings_of,
+    until,
+)
+from contract.cosmian_double import NEW, OLD, CosmianDouble
+from contract.rig_cosmian import cosmian, new_key, server_url
+from kms_core.backends import Busy, Unreachable
+from kms_core.backends.cosmian import BULK, CosmianCipher
+from kms_core.backends.cosmian import key_of as key_of_settings
+from kms_core.backends.cosmian_keys import CosmianKey
+from kms_core.backends.cosmian_server import LANES, Protocol
+from kms_core.errors import BackendUnavailable, DecryptFailed
+
+# -- dialects ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.cosmian
+@pytest.mark.parametrize("seals", ["kmip", "jose"])
+@pytest.mark.parametrize("opens", ["kmip", "jose"])
+def test_a_wrap_opens_in_every_dialect(seals: Protocol, opens: Protocol) -> None:
+    url = server_url(NEW)
+    key = new_key(cosmian(url))
+    sealing = CosmianCipher(CosmianKey(cosmian(url, seals), key.name))
+    opening = CosmianCipher(CosmianKey(cosmian(url, opens), key.name))
+    wrapped = sealing.encrypt(SECRET, "1", AAD)
+
+    assert opening.decrypt(wrapped, "1", AAD) == SECRET
+    with pytest.raises(DecryptFailed):
+        opening.decrypt(wrapped, "1", AAD + b"!")
+
+
+@pytest.mark.parametrize("protocol", ["kmip", "jose"])
+def test_a_wrap_outlives_the_upgrade_of_its_server(protocol: Protocol) -> None:
+    with CosmianDouble(OLD) as double:
+        wrapped = made(cipher_of(double)).encrypt(SECRET, "1", AAD)
+        double.upgrade()
+
+        assert cipher_of(double, protocol).decrypt(wrapped, "1", AAD) == SECRET
+
+
+def test_the_dialect_is_looked_at_again_after_a_failure_to_reach_the_server() -> None:
+    with CosmianDouble(OLD) as double:
+        cipher = made(cipher_of(double))
+        wrapped = cipher.encrypt(SECRET, "1", AAD)
+        double.stop()
+        with pytest.raises(Unreachable):
+            cipher.decrypt(wrapped, "1", AAD)
+        double.upgrade()
+        double.start()
+
+        assert cipher.decrypt(wrapped, "1", AAD) == SECRET
+        assert double.messages
+
+
+def test_the_version_is_asked_for_once(double: CosmianDouble) -> None:
+    cipher = made(cipher_of(double))
+    for _ in range(3):
+        cipher.encrypt(SECRET, "1", AAD)
+
+    assert [path for path, _ in double.requests].count("/version") == 1
+
+
+def test_jose_on_a_server_without_it_says_what_to_set() -> None:
+    with CosmianDouble(OLD) as double:
+        made(cipher_of(double))
+
+        with pytest.raises(BackendUnavailable, match=r'5\.23: set kms\.cosmian\.protocol = "kmip"'):
+            cipher_of(double, "jose").encrypt(SECRET, "1", AAD)
+
+
+# -- what is sent ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [NEW, OLD], ids=["5", "4"])
+def test_aad_always_goes_and_a_nonce_never(version: str) -> None:
+    with CosmianDouble(version) as double:
+        made(cipher_of(double)).encrypt(SECRET, "1", AAD)
+        (encrypt,) = (each for each in operations(double) if each["tag"] == "Encrypt")
+
+    tags = [field["tag"] for field in encrypt["value"]]
+    assert "AuthenticatedEncryptionAdditionalData" in tags
+    assert not {"IVCounterNonce", "IvCounterNonce"} & set(tags)
+
+
+def test_a_key_is_made_that_nobody_can_export_and_everybody_recognises(double: CosmianDouble) -> None:
+    made(cipher_of(double))
+    (create,) = (each for each in operations(double) if each["tag"] == "Create")
+
+    sent = json.dumps(create)
+    assert '{"tag": "Sensitive", "type": "Boolean", "value": true}' in sent
+    assert '{"tag": "NameValue", "type": "TextString", "value": "payroll/1"}' in sent
+
+
+@pytest.mark.parametrize("protocol", ["kmip", "jose"])
+def test_a_ciphertext_that_looks_like_bulk_data_is_made_anew(
+    double: CosmianDouble, protocol: Protocol
+) -> None:
+    cipher = made(cipher_of(double, protocol))
+    nonces = iter([_bulky_nonce(double), bytes(12)])
+    double.store.next_nonce = lambda: next(nonces)
+    wrapped = cipher.encrypt(SECRET, "1", AAD)
+
+    assert wrapped[1:13] == bytes(12)
+    assert cipher.decrypt(wrapped, "1", AAD) == SECRET
+
+
+def test_a_server_whose_every_ciphertext_looks_like_bulk_data_is_given_up(double: CosmianDouble) -> None:
+    cipher = made(cipher_of(double))
+    nonce = _bulky_nonce(double)
+    double.store.next_nonce = lambda: nonce
+
+    with pytest.raises(BackendUnavailable, match="AES-GCM cannot have made"):
+        cipher.encrypt(SECRET, "1", AAD)
+
+
+def _bulky_nonce(double: CosmianDouble) -> bytes:
+    """One under which our plaintext becomes something that begins as BulkData does."""
+    (key,) = double.store.keys.values()
+    nonces = (number.to_bytes(12, "big") for number in range(1, 2_000_000))
+    return next(nonce for nonce in nonces if double.store.seal(key, b"\x01\x00", b"", nonce)[1] == BULK)
+
+
+def test_a_wrap_that_looks_like_bulk_data_is_not_sent(double: CosmianDouble) -> None:
+    cipher = made(cipher_of(double))
+    wrapped = cipher.encrypt(SECRET, "1", AAD)
+    asked = len(double.requests)
+
+    with pytest.raises(DecryptFailed):
+        cipher.decrypt(wrapped[:13] + BULK + wrapped[15:], "1", AAD)
+    assert len(double.requests) == asked
+
+
+def test_a_wrap_of_something_else_under_our_key_does_not_open(double: CosmianDouble) -> None:
+    """Whoever may encrypt with the key has not thereby made a wrap."""
+    cipher = made(cipher_of(double))
+    server, uid = cipher.key.server, cipher.key.uid("1")
+    assert uid
+    with cipher.key.call():
+        sealed = server.seal(uid, b"\x02" + SECRET, AAD)
+    assert sealed
+
+    with pytest.raises(DecryptFailed):
+        cipher.decrypt(b"\x01" + sealed.nonce + sealed.ciphertext + sealed.tag, "1", AAD)
+
+
+# -- messages of several calls -----------------------------------------------------------------------
+
+
+def test_calls_that_wait_go_in_one_message_and_fail_each_alone(double: CosmianDouble) -> None:
+    cipher = made(cipher_of(double))
+    good = cipher.encrypt(SECRET, "1", AAD)
+    bad = good[:-1] + bytes([good[-1] ^ 1])
+    double.requests.clear()
+    with ThreadPoolExecutor(16) as threads:
+        first = []
+        for _ in range(LANES):
+            came, go_on = held(double)
+            first.append((threads.submit(cipher.decrypt, good, "1", AAD), go_on))
+            assert came.wait(WAIT_S)
+        rest = [threads.submit(cipher.decrypt, each, "1", AAD) for each in (good, bad, good, bad, good)]
+        until(lambda: cipher.key.server.waiting == len(rest))
+        for _, go_on in first:
+            go_on.set()
+
+        assert [call.result(WAIT_S) for call, _ in first] == [SECRET] * LANES
+        assert [call.result(WAIT_S) for call in rest[::2]] == [SECRET] * 3
+        assert {type(call.exception(WAIT_S)) for call in rest[1::2]} == {DecryptFailed}
+    assert double.messages == [*[1] * LANES, len(rest)]
+
+
+def test_a_message_that_fails_fails_all_its_calls(double: CosmianDouble) -> None:
+    cipher = made(cipher_of(double))
+    with ThreadPoolExecutor(16) as threads:
+        gates = []
+        for _ in range(LANES):
+            came, go_on = held(double)
+            threads.submit(cipher.encrypt, SECRET, "1", AAD)
+            gates.append(go_on)
+            assert came.wait(WAIT_S)
+        double.faults.append(answering(500, b"Internal server error"))
+        rest = [threads.submit(cipher.encrypt, SECRET, "1", AAD) for _ in range(3)]
+        until(lambda: cipher.key.server.waiting == len(rest))
+        for go_on in gates:
+            go_on.set()
+
+        assert {type(call.exception(WAIT_S)) for call in rest} == {Busy}
+    assert double.messages[-1] == len(rest)
+
+
+def test_keys_of_one_server_share_its_messages(double: CosmianDouble) -> None:
+    """As ``open_key`` makes them: every key of the settings' section calls through one connection."""
+    settings = settings_of(double, {"payroll": "cosmian:payroll", "mail": "cosmian:mail"})
+
+    first, second = (key_of_settings(name, settings) for name in ("payroll", "mail"))
+    assert first.server is second.server

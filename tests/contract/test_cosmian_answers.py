@@ -1,0 +1,290 @@
+"""Answers of a Cosmian KMS server that make no sense, and how we show who we are."""
+
+import json
+import ssl
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from contract.cosmian_ciphers import (
+    AAD,
+    ALICE,
+    MALLORY,
+    SECRET,
+    WAIT_S,
+    answering,
+    cipher_of,
+    held,
+    key_of,
+    made,
+    settings_of,
+    versions,
+)
+from contract.cosmian_double import OLD, CosmianDouble, Handler, Json
+from hooks import make_authority
+from kms_core.backends import Busy, KeyMissing, Unreachable
+from kms_core.backends.cosmian import CosmianCipher
+from kms_core.backends.cosmian import key_of as key_of_settings
+from kms_core.backends.cosmian_keys import CosmianKey
+from kms_core.backends.cosmian_server import LANES, Cosmian
+from kms_core.backends.http import Server
+from kms_core.errors import BackendUnavailable, DecryptFailed, KmsError
+
+
+@pytest.mark.parametrize(
+    "field", ["IVCounterNonce", "AuthenticatedEncryptionTag", "Data", "UniqueIdentifier"]
+)
+def test_an_answer_without_one_of_its_parts_is_refused(double: CosmianDouble, field: str) -> None:
+    cipher = made(cipher_of(double))
+    cipher.encrypt(SECRET, "1", AAD)
+    double.faults.append(changed(lambda _: None, field))
+
+    with pytest.raises(BackendUnavailable):
+        cipher.encrypt(SECRET, "1", AAD)
+
+
+def changed(change: Callable[[Json], Json | None], tag: str) -> Callable[[Handler], bool]:
+    """A fault: the right answer, but for the fields of one tag, which are changed, or left out for None."""
+
+    def answer(handler: Handler) -> bool:
+        def keep(node: Json) -> Json:
+            if isinstance(node.get("value"), list):
+                fields = [change(each) if each["tag"] == tag else keep(each) for each in node["value"]]
+                return node | {"value": [each for each in fields if each]}
+            return node
+
+        body = json.dumps(keep(handler.answer(handler.double.requests[-1][1]))).encode()
+        handler.reply(200, "application/json", body)
+        return True
+
+    return answer
+
+
+def refusing(operation: str, reason: str, message: str) -> Callable[[Handler], bool]:
+    """A fault: the next message with this operation gets this answer."""
+
+    def answer(handler: Handler) -> bool:
+        if f'"{operation}"' not in json.dumps(handler.double.requests[-1][1]):
+            handler.double.faults.append(answer)
+            return False
+        told = {"ResultStatus": "OperationFailed", "ResultReason": reason, "ResultMessage": message}
+        fields: list[Json] = [{"tag": "UniqueBatchItemID", "type": "ByteString", "value": "00"}]
+        fields += [{"tag": tag, "type": "TextString", "value": value} for tag, value in told.items()]
+        body = {"tag": "ResponseMessage", "value": [{"tag": "BatchItem", "value": fields}]}
+        handler.reply(200, "application/json", json.dumps(body).encode())
+        return True
+
+    return answer
+
+
+def through(handler: Handler) -> bool:
+    """No fault."""
+    del handler
+    return False
+
+
+@pytest.mark.parametrize("call", ["encrypt", "decrypt"])
+def test_an_answer_by_another_key_is_refused(double: CosmianDouble, call: str) -> None:
+    """A key set answers under the name of its newest key."""
+    cipher = made(cipher_of(double))
+    wrapped = cipher.encrypt(SECRET, "1", AAD)
+    double.faults.append(changed(lambda field: field | {"value": "other"}, "UniqueIdentifier"))
+
+    with pytest.raises(BackendUnavailable, match="is a key set"):
+        cipher.encrypt(SECRET, "1", AAD) if call == "encrypt" else cipher.decrypt(wrapped, "1", AAD)
+
+
+JOSE_SEALED: Final = {"protected": "e30", "iv": "AAAA", "ciphertext": "AAAA", "tag": "AAAA"}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (200, JOSE_SEALED, BackendUnavailable),
+        (422, {"error": "crypto_failure", "description": "Redis Error: gone"}, Busy),
+        (422, {"error": "unsupported_algorithm", "description": "no"}, BackendUnavailable),
+        (403, {"error": "forbidden", "description": "Access denied"}, BackendUnavailable),
+    ],
+    ids=["another header", "trouble inside", "unsupported", "forbidden"],
+)
+def test_answers_of_jose_are_told_apart(
+    double: CosmianDouble, status: int, body: object, kind: type[BackendUnavailable]
+) -> None:
+    cipher = made(cipher_of(double, "jose"))
+    cipher.encrypt(SECRET, "1", AAD)
+    double.faults.append(answering(status, json.dumps(body).encode(), "application/json"))
+
+    with pytest.raises(BackendUnavailable) as caught:
+        cipher.encrypt(SECRET, "1", AAD)
+    assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (422, {"error": "decryption_failed", "description": "Decryption failed"}, DecryptFailed),
+        (200, {"kid": "x", "data": "A"}, BackendUnavailable),
+    ],
+    ids=["decryption failed", "no base64"],
+)
+def test_answers_of_jose_to_decrypt_are_told_apart(
+    double: CosmianDouble, status: int, body: object, kind: type[KmsError]
+) -> None:
+    cipher = made(cipher_of(double, "jose"))
+    wrapped = cipher.encrypt(SECRET, "1", AAD)
+    double.faults.append(answering(status, json.dumps(body).encode(), "application/json"))
+
+    with pytest.raises(kind):
+        cipher.decrypt(wrapped, "1", AAD)
+
+
+@pytest.mark.parametrize("operation", ["Locate", "GetAttributes", "Create"])
+def test_an_operation_that_is_refused_leaves_as_an_error_of_ours(
+    double: CosmianDouble, operation: str
+) -> None:
+    cipher = made(cipher_of(double))
+    double.faults.append(refusing(operation, "Operation_Not_Supported", "Database Error: no more room"))
+
+    with pytest.raises(Busy, match="has trouble inside"):
+        cipher.rotate()
+
+
+def test_who_cannot_be_told_to_own_a_key_is_no_owner(double: CosmianDouble) -> None:
+    made(cipher_of(double))
+    double.faults += [through, through, answering(404, b"")]
+
+    with pytest.raises(BackendUnavailable, match="does not answer as Cosmian KMS does"):
+        cipher_of(double).versions()
+
+
+def test_a_version_that_is_not_there_does_not_seal(double: CosmianDouble) -> None:
+    with pytest.raises(BackendUnavailable, match="has no version 7"):
+        made(cipher_of(double)).encrypt(SECRET, "7", AAD)
+
+
+def test_a_call_that_waits_for_the_next_message_waits_no_longer_than_its_timeout(
+    double: CosmianDouble,
+) -> None:
+    """Its time began before the messages that it waits for were sent, so it is the first to give up."""
+    server = Cosmian(Server(double.url, "Cosmian KMS", "kms.cosmian.server_url", 0.5), None)
+    cipher = made(CosmianCipher(CosmianKey(server, "payroll")))
+    cipher.encrypt(SECRET, "1", AAD)
+    gates = [held(double) for _ in range(LANES)]
+    with server.one_timeout(), ThreadPoolExecutor(LANES) as threads:
+        calls = [threads.submit(cipher.encrypt, SECRET, "1", AAD) for _ in gates]
+        for came, _ in gates:
+            assert came.wait(WAIT_S)
+
+        with pytest.raises(Unreachable, match=r"within 0\.5 s"):
+            cipher.encrypt(SECRET, "1", AAD)
+        assert all(isinstance(call.exception(WAIT_S), Unreachable) for call in calls)
+        for _, go_on in gates:
+            go_on.set()
+    server.close()
+
+
+def test_a_message_whose_answers_are_not_as_many_is_refused(double: CosmianDouble) -> None:
+    cipher = made(cipher_of(double))
+    double.faults.append(answering(200, b'{"tag": "ResponseMessage", "value": []}', "application/json"))
+
+    with pytest.raises(BackendUnavailable, match="does not answer as Cosmian KMS does"):
+        cipher.encrypt(SECRET, "1", AAD)
+
+
+def test_answers_in_another_order_are_refused(double: CosmianDouble) -> None:
+    cipher = made(cipher_of(double))
+    double.faults.append(changed(lambda field: field | {"value": "01"}, "UniqueBatchItemID"))
+
+    with pytest.raises(BackendUnavailable, match="does not answer as Cosmian KMS does"):
+        cipher.encrypt(SECRET, "1", AAD)
+
+
+def test_an_old_server_that_answers_another_operation_is_refused() -> None:
+    with CosmianDouble(OLD) as double:
+        cipher = made(cipher_of(double))
+        double.faults.append(answering(200, b'{"tag": "CreateResponse", "value": []}', "application/json"))
+
+        with pytest.raises(BackendUnavailable, match="does not answer as Cosmian KMS does"):
+            cipher.encrypt(SECRET, "1", AAD)
+
+
+def test_plaintext_of_another_length_is_refused(double: CosmianDouble) -> None:
+    """What the server gives for a ciphertext that it took for BulkData."""
+    cipher = made(cipher_of(double, "jose"))
+    wrapped = cipher.encrypt(SECRET, "1", AAD)
+    double.faults.append(answering(200, b'{"kid": "x", "data": "AQAA"}', "application/json"))
+
+    with pytest.raises(BackendUnavailable, match="AES-GCM cannot have made"):
+        cipher.decrypt(wrapped, "1", AAD)
+
+
+def test_a_server_that_gave_up_on_our_request_is_asked_again(double: CosmianDouble) -> None:
+    cipher = made(cipher_of(double))
+    double.faults.append(answering(408, b""))
+
+    with pytest.raises(Busy):
+        cipher.versions()
+    assert versions(cipher) == ["1"]
+
+
+def test_credentials_that_are_refused_name_the_settings(shared: CosmianDouble) -> None:
+    cipher = CosmianCipher(key_of(shared, "bm9ib2R5"))
+
+    with pytest.raises(BackendUnavailable, match=r"check kms\.cosmian\.api_key_file .* or client_cert_file"):
+        cipher.versions()
+
+
+def test_an_api_key_is_read_again_when_its_file_changes(shared: CosmianDouble, tmp_path: Path) -> None:
+    file = tmp_path / "api-key"
+    file.write_text(MALLORY)
+    file.chmod(0o600)
+    with key_of(shared, ALICE).call():
+        key_of(shared, ALICE).init()
+    settings = settings_of(shared, {}, api_key_file=file)
+    cipher = CosmianCipher(key_of_settings("payroll", settings))
+    with pytest.raises(KeyMissing):
+        cipher.versions()
+    file.write_text(ALICE)
+
+    assert versions(cipher) == ["1"]
+
+
+def test_a_client_certificate_says_who_we_are(double: CosmianDouble, tmp_path: Path) -> None:
+    authority, alice = make_authority(tmp_path), self_signed(tmp_path, "alice")
+    double.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(alice))
+    double.tls.load_cert_chain(authority.chain)
+    double.tls.verify_mode = ssl.CERT_OPTIONAL
+    ca: dict[str, object] = {"ca_file": authority.ca_file}
+    named = settings_of(double, {}, **ca, client_cert_file=alice, client_key_file=alice)
+    made(CosmianCipher(key_of_settings("payroll", named)))
+
+    assert {key.owner for key in double.store.keys.values()} == {"alice"}
+    with pytest.raises(BackendUnavailable, match="does not accept our credentials"):
+        CosmianCipher(key_of_settings("payroll", settings_of(double, {}, **ca))).versions()
+
+
+def self_signed(folder: Path, name: str) -> Path:
+    """A certificate and its key in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    file = folder / f"{name}.pem"
+    file.write_bytes(private + certificate.public_bytes(Encoding.PEM))
+    return file

@@ -1,0 +1,67 @@
+"""A TCP relay on loopback to one server, that a test can cut and mend."""
+
+import socket
+import threading
+from contextlib import suppress
+
+
+class Relay:
+    """Forwards each connection to ``port``. While it is cut, connections are refused and open ones end."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def cut(self) -> None:
+        self._is_cut = True
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self._listener.close()
+        self._accepting.join()
+        with self._lock:
+            for each in self._open:
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        """Nothing happens if it is whole."""
+        if self._is_cut:
+            self._listener = socket.create_server(("127.0.0.1", self.port))
+            self._start()
+
+    def _start(self) -> None:
+        self._is_cut = False
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._to))
+                for each in (near, far):  # pieces go on as they come: Nagle would wait for acknowledgements
+                    each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with self._lock:
+                    self._open |= {near, far}
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=pair, daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while piece := source.recv(65536):
+                target.sendall(piece)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            if source not in self._open:  # the other direction was faster
+                return
+            self._open -= {source, target}
+        source.close()
+        target.close()
