@@ -1,0 +1,172 @@
+"""``kms migrate sops`` with the real sops program, and what others can do with the files afterwards."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from bao import ROOT_TOKEN, bao
+from cli.conftest import BIN, Place, environment
+from cli.migrating import Desk, Ran, report
+from kms_core.envelope import x25519
+from peers import program
+
+SECRET: Final = "hunter2"
+FORMATS: Final = {
+    "a.yaml": f"db:\n  password: {SECRET}\n  hosts: [a, b]\n",
+    "a.json": json.dumps({"password": SECRET, "nested": {"n": 1}}),
+    "a.env": f"PASSWORD={SECRET}\nOTHER=x\n",
+    "a.ini": f"[db]\npassword = {SECRET}\n",
+    "a.bin": f"{SECRET}\0bytes",
+}
+
+
+@pytest.fixture
+def desk(tmp_path: Path, real_service: Place) -> Desk:
+    old = x25519.Identity.generate()
+    (tmp_path / "old.txt").write_text(old.export() + "\n")
+    (tmp_path / "old.txt").chmod(0o600)
+    (tmp_path / "old.pub").write_text(str(old.recipient))
+    return Desk(tmp_path, real_service)
+
+
+def binary() -> str:
+    """The program of the package that the development group names, or on the PATH."""
+    packaged = BIN / "sops"
+    return str(packaged) if packaged.is_file() else program("sops")
+
+
+def sops(desk: Desk, *words: str, **env: str) -> bytes:
+    done = subprocess.run(
+        [binary(), *words],
+        cwd=desk.folder,
+        env=environment(desk.folder, **env),
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.decode())
+    return done.stdout
+
+
+def sealed(desk: Desk, name: str, *recipients: str, **env: str) -> bytes:
+    """A SOPS file of the old owner's; its plaintext as sops shows it."""
+    (desk.folder / name).write_text(FORMATS[name])
+    to = recipients or ("--age", (desk.folder / "old.pub").read_text())
+    (desk.folder / name).write_bytes(sops(desk, "encrypt", *to, name, **env))
+    return sops(desk, "decrypt", name, **old(desk), **env)
+
+
+def old(desk: Desk) -> dict[str, str]:
+    """The environment in which files open now."""
+    return {"SOPS_AGE_KEY_FILE": str(desk.folder / "old.txt")}
+
+
+def service(desk: Desk) -> dict[str, str]:
+    """The environment of whoever has the service's identity and nothing else."""
+    return {"SOPS_AGE_KEY_FILE": str(desk.place.state_dir / "age/private_key.txt")}
+
+
+def public_key(desk: Desk) -> str:
+    return str(desk.place.state_dir / "age/public_key.txt")
+
+
+def migrated(desk: Desk, *words: str, **env: str) -> Ran:
+    return desk.kms("migrate", "sops", "--json", "-R", public_key(desk), *words, env={**old(desk), **env})
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_key_of_the_service_alone_opens_a_migrated_file(desk: Desk, name: str) -> None:
+    before = sealed(desk, name)
+    (desk.folder / name).chmod(0o640)
+
+    done = migrated(desk, name)
+
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert report(done) == {"lines": 1, "moved": 1, "already_there": 0, "failed": 0}
+    assert sops(desk, "decrypt", name, **service(desk)) == before
+    assert sops(desk, "decrypt", name, **old(desk)) == before
+    assert (desk.folder / name).stat().st_mode & 0o777 == 0o640
+    assert {path.name for path in desk.folder.iterdir()} == {name, "old.txt", "old.pub"}
+
+
+def test_a_file_of_vault_transit_comes_over_too(desk: Desk) -> None:
+    key = f"{bao().url}/v1/transit/keys/{bao().new_key()}"
+    before = sealed(desk, "a.yaml", "--hc-vault-transit", key, VAULT_TOKEN=ROOT_TOKEN)
+
+    done = migrated(desk, "a.yaml", VAULT_TOKEN=ROOT_TOKEN)
+
+    assert done.returncode == 0, done.stderr
+    assert sops(desk, "decrypt", "a.yaml", **service(desk)) == before
+
+
+def test_a_second_run_leaves_migrated_files_alone(desk: Desk) -> None:
+    for name in ("a.yaml", "a.json"):
+        sealed(desk, name)
+    first = migrated(desk, "a.yaml")
+    after = (desk.folder / "a.yaml").read_bytes()
+    second = migrated(desk, "a.yaml", "a.json")
+
+    assert report(first)["moved"] == 1
+    assert report(second) == {"lines": 2, "moved": 1, "already_there": 1, "failed": 0}
+    assert (desk.folder / "a.yaml").read_bytes() == after
+
+
+def test_a_file_that_does_not_open_is_told_and_stops_nothing(desk: Desk) -> None:
+    stranger = str(x25519.Identity.generate().recipient)
+    (desk.folder / "plain.yaml").write_text("a: b\n")
+    for name, recipient in (("a.yaml", stranger), ("a.json", (desk.folder / "old.pub").read_text())):
+        (desk.folder / name).write_text(FORMATS[name])
+        (desk.folder / name).write_bytes(sops(desk, "encrypt", "--age", recipient, name))
+    untouched = (desk.folder / "a.yaml").read_bytes()
+
+    done = migrated(desk, "a.yaml", "plain.yaml", "a.json")
+
+    assert done.returncode == 65
+    assert report(done) == {"lines": 3, "moved": 1, "already_there": 0, "failed": 2}
+    assert b"a.yaml: sops_failed" in done.stderr
+    assert b"plain.yaml: sops_failed" in done.stderr
+    assert (desk.folder / "a.yaml").read_bytes() == untouched
+
+
+def test_a_recipient_that_the_service_does_not_hold_changes_nothing(desk: Desk) -> None:
+    sealed(desk, "a.yaml")
+    before = (desk.folder / "a.yaml").read_bytes()
+    stranger = str(x25519.Identity.generate().recipient)
+
+    done = desk.kms("migrate", "sops", "--json", "-r", stranger, "a.yaml", env=old(desk))
+
+    assert done.returncode == 65
+    assert b"is this the recipient of its key" in done.stderr
+    assert (desk.folder / "a.yaml").read_bytes() == before
+
+
+def test_a_rehearsal_changes_nothing(desk: Desk) -> None:
+    sealed(desk, "a.yaml")
+    before = (desk.folder / "a.yaml").read_bytes()
+
+    done = migrated(desk, "--dry-run", "a.yaml")
+
+    assert report(done) == {"lines": 1, "would_move": 1, "already_there": 0, "failed": 0}
+    assert (desk.folder / "a.yaml").read_bytes() == before
+
+
+def test_a_service_that_is_away_changes_nothing(desk: Desk) -> None:
+    sealed(desk, "a.yaml")
+    before = (desk.folder / "a.yaml").read_bytes()
+
+    done = migrated(desk, "a.yaml", "--url", "http://127.0.0.1:9")
+
+    assert done.returncode == 69
+    assert (desk.folder / "a.yaml").read_bytes() == before
+
+
+def test_without_sops_the_command_says_what_to_install(desk: Desk) -> None:
+    sealed(desk, "a.yaml")
+
+    done = migrated(desk, "a.yaml", PATH="/nowhere")
+
+    assert done.returncode == 78
+    assert b"install it" in done.stderr
