@@ -8,7 +8,7 @@ import binascii
 import hmac
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -96,9 +96,14 @@ def parse(data: bytes | memoryview, limits: Limits) -> Header:
 
 def read(fd: int, limits: Limits, offset: int = 0) -> Header:
     """Parse the header of an open file, reading no more than it may have (errors as ``parse``)."""
-    start = os.pread(fd, _FIRST_READ_BYTES, offset)
+    return read_by(lambda position, length: os.pread(fd, length, offset + position), limits)
+
+
+def read_by(read_at: Callable[[int, int], bytes], limits: Limits) -> Header:
+    """The same of whatever gives up to ``length`` bytes from ``position`` on, for (position, length)."""
+    start = read_at(0, _FIRST_READ_BYTES)
     if len(start) == _FIRST_READ_BYTES and start.rfind(_FOOTER) not in range(len(start) - _FOOT_BYTES):
-        start = os.pread(fd, limits.header_bytes + NONCE_BYTES, offset)
+        start = read_at(0, limits.header_bytes + NONCE_BYTES)
     return parse(start, limits)
 
 

@@ -1,4 +1,4 @@
-"""Payloads in files, sealed and opened by several threads at once; knows no header, path or job.
+"""Large payloads, sealed, opened and sealed anew by several threads; knows no header, path, object or job.
 
 A slab is some consecutive chunks (16 of them: 1 MiB). Chunks are independent and every offset is known
 beforehand, so each thread takes the next slab, reads it, works where it lies, and writes it. A slab is
@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from kms_core.envelope import disk
+from kms_core.envelope.extents import Reader, Writer, changed
 from kms_core.envelope.stream import (
     CHUNK,
     SEALED_CHUNK,
@@ -31,23 +31,10 @@ from kms_core.envelope.stream import (
     plaintext_size,
     sealed_size,
 )
-from kms_core.errors import DecryptFailed, InvalidRequest
+from kms_core.errors import DecryptFailed
 
 SLAB_CHUNKS: Final = 16
 Memory = TypeVar("Memory")
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A run of bytes in an open file."""
-
-    fd: int
-    size: int
-    offset: int = 0
-
-    def read_at(self, position: int, length: int) -> bytes:
-        """Up to ``length`` bytes from ``position`` of the extent on."""
-        return os.pread(self.fd, min(length, self.size - position), self.offset + position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +43,10 @@ class Pace:
 
     ``progress`` is told the plaintext bytes of each slab done; ``check`` is called before each slab and
     stops everything by raising. Threads of ours call both. At most 1,024 chunks make a slab (IOV_MAX).
+    More threads than processors are for sources and targets that keep a thread waiting.
     """
 
-    threads: int = 2
+    threads: int = min(2, os.cpu_count() or 1)
     slab_chunks: int = SLAB_CHUNKS
     progress: Callable[[int], object] | None = None
     check: Callable[[], object] | None = None
@@ -141,46 +129,75 @@ class SealedSlab:
         return opened
 
 
-def seal_file(
-    key: bytes, source: Extent, target_fd: int, target_offset: int = 0, pace: Pace = STEADY
-) -> None:
-    """Seal the rest of a file, from ``source.offset`` to its end, into chunks at ``target_offset``.
+def seal_file(key: bytes, source: Reader, target: Writer, target_at: int = 0, pace: Pace = STEADY) -> None:
+    """Seal all of ``source`` into chunks at ``target_at``.
 
-    Raises InvalidRequest if the source is shorter or longer than ``source.size`` or changes meanwhile,
-    SpoolFull without room, and what ``pace.check`` raises. The target is then waste, and the key is spent.
+    Raises InvalidRequest if the source is shorter or longer than its size or changes meanwhile, SpoolFull
+    without room, and what ``pace.check`` raises. The target is then waste, and the key is spent.
     """
-    written_at = _settled(source)
-    disk.reserve(target_fd, target_offset + sealed_size(source.size))
+    before = source.stamp()
+    target.reserve(target_at + sealed_size(source.size))
 
     def step(slab: Slab, piece: Piece) -> None:
-        if not disk.read_into(source.fd, slab.plain(piece.size), source.offset + piece.plain_at):
-            raise _changed()
-        disk.write_all(target_fd, slab.seal(piece), target_offset + piece.sealed_at)
+        if not source.read_into(slab.plain(piece.size), piece.plain_at):
+            raise changed()
+        target.write_at(slab.seal(piece), target_at + piece.sealed_at)
 
     _work(source.size, partial(Slab, key), step, pace)
-    if _settled(source) != written_at:
-        raise _changed()
+    if source.stamp() != before:
+        raise changed()
 
 
-def open_file(
-    key: bytes, source: Extent, target_fd: int, target_offset: int = 0, pace: Pace = STEADY
-) -> None:
-    """Open the chunks in ``source`` into a file, which holds the truth only once this has returned.
+def open_file(key: bytes, source: Reader, target: Writer, target_at: int = 0, pace: Pace = STEADY) -> None:
+    """Open the chunks in ``source`` into a target, which holds the truth only once this has returned.
 
-    A forged slab is never written, but slabs behind it may be: write to a temporary file. Raises
+    A forged slab is never written, but slabs behind it may be: write to what nobody sees. Raises
     DecryptFailed if any chunk is forged, missing or one too many, SpoolFull without room, and what
     ``pace.check`` raises.
     """
     size = plaintext_size(source.size)
-    disk.reserve(target_fd, target_offset + size)
+    target.reserve(target_at + size)
 
     def step(slab: SealedSlab, piece: Piece) -> None:
-        disk.write_all(target_fd, _read_open(slab, source, piece), target_offset + piece.plain_at)
+        target.write_at(_read_open(slab, source, piece), target_at + piece.plain_at)
 
     _work(size, partial(SealedSlab, key), step, pace)
 
 
-def verify_file(key: bytes, source: Extent, pace: Pace = STEADY) -> None:
+def reseal_file(
+    keys: tuple[bytes, bytes], source: Reader, target: Writer, target_at: int = 0, pace: Pace = STEADY
+) -> None:
+    """Open the chunks in ``source`` under the first key and seal them under the second, at ``target_at``.
+
+    The plaintext is in memory alone. Errors, and what a target is worth then, as ``open_file``.
+    """
+    old, new = keys
+    size = plaintext_size(source.size)
+    target.reserve(target_at + source.size)
+
+    def step(slabs: tuple[SealedSlab, Slab], piece: Piece) -> None:
+        opened, sealed = slabs
+        plain = _read_open(opened, source, piece)
+        for chunk, data in zip(sealed.plain(piece.size), cut(plain, CHUNK), strict=False):  # empty: no cut
+            chunk[:] = data
+        target.write_at(sealed.seal(piece), target_at + piece.sealed_at)
+
+    _work(size, lambda chunks: (SealedSlab(old, chunks), Slab(new, chunks)), step, pace)
+
+
+def copy_run(source: Reader, target: Writer, target_at: int = 0, pace: Pace = STEADY) -> None:
+    """Bytes as they are, to ``target_at``. InvalidRequest if the source ends before its size."""
+
+    def step(memory: memoryview, piece: Piece) -> None:
+        data = memory[: piece.size]
+        if not source.read_into([data], piece.plain_at):
+            raise changed()
+        target.write_at(data, target_at + piece.plain_at)
+
+    _work(source.size, lambda chunks: memoryview(bytearray(chunks * CHUNK)), step, pace)
+
+
+def verify_file(key: bytes, source: Reader, pace: Pace = STEADY) -> None:
     """Authenticate every chunk in ``source`` and write nothing; errors as ``open_file``."""
 
     def step(slab: SealedSlab, piece: Piece) -> None:
@@ -189,8 +206,8 @@ def verify_file(key: bytes, source: Extent, pace: Pace = STEADY) -> None:
     _work(plaintext_size(source.size), partial(SealedSlab, key), step, pace)
 
 
-def _read_open(slab: SealedSlab, source: Extent, piece: Piece) -> memoryview:
-    if not disk.read_into(source.fd, [slab.memory[: piece.sealed_size]], source.offset + piece.sealed_at):
+def _read_open(slab: SealedSlab, source: Reader, piece: Piece) -> memoryview:
+    if not source.read_into([slab.memory[: piece.sealed_size]], piece.sealed_at):
         raise DecryptFailed
     return slab.open(piece)
 
@@ -219,7 +236,7 @@ def _work(
         finally:
             stop.set()  # at the end it stops nobody: every turn has been taken by then
 
-    helpers = min(pace.threads, os.cpu_count() or 1, total) - 1
+    helpers = min(pace.threads, total) - 1
     if helpers < 1:
         run()
         return
@@ -228,15 +245,3 @@ def _work(
         run()
     for other in others:
         other.result()
-
-
-def _settled(source: Extent) -> int:
-    """When the source was last written (ns), if it still has its size."""
-    status = os.fstat(source.fd)
-    if status.st_size != source.offset + source.size:
-        raise _changed()
-    return status.st_mtime_ns
-
-
-def _changed() -> InvalidRequest:
-    return InvalidRequest("The source changed while it was read; try again when nothing writes to it")

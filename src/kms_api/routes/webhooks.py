@@ -1,0 +1,73 @@
+"""Webhooks that were given up: look at them, and have one sent again."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Final
+
+import anyio.to_thread
+from fastapi import APIRouter, Request, Response
+
+from kms_api import bodies
+from kms_api.deps import Service, caller, service
+from kms_api.rules import Ruled
+from kms_core import wire
+from kms_core.errors import Missing, UnknownJob
+from kms_core.jobs.link import redis_errors
+from kms_core.jobs.outbox import Delivery, Outbox
+
+router: Final = APIRouter(prefix="/webhooks", tags=["jobs"], route_class=Ruled)
+
+
+@router.get("/dead", **bodies.documented(None, wire.DeliveryList))
+async def dead(request: Request) -> Response:
+    """Deliveries that were given up after 20 attempts or a day, newest first; the last 1,000 are kept."""
+    found = await anyio.to_thread.run_sync(_dead, service(request), caller(request).tenant)
+    return bodies.answer(wire.DeliveryList(deliveries=[_shape(delivery) for delivery in found]))
+
+
+@router.post("/dead/{delivery_id}/resend", **bodies.documented(None, wire.DeliveryOut, status=202))
+async def resend(request: Request, delivery_id: str) -> Response:
+    """Send one of them again, with all its attempts and the same ``X-KMS-Delivery``."""
+    found = await anyio.to_thread.run_sync(_resend, service(request), caller(request).tenant, delivery_id)
+    return bodies.answer(_shape(found), 202)
+
+
+def _dead(built: Service, tenant: str) -> list[Delivery]:
+    return list(_of_tenant(built, _outbox(built), tenant))
+
+
+def _resend(built: Service, tenant: str, delivery_id: str) -> Delivery:
+    outbox = _outbox(built)
+    for delivery in _of_tenant(built, outbox, tenant):
+        if delivery.delivery_id == delivery_id:
+            with redis_errors():
+                if outbox.resend(delivery):
+                    return delivery
+    raise Missing("No delivery of this id was given up; GET /webhooks/dead lists those that were")
+
+
+def _outbox(built: Service) -> Outbox:
+    return Outbox(built.desk.store, {})
+
+
+def _of_tenant(built: Service, outbox: Outbox, tenant: str) -> Iterator[Delivery]:
+    with redis_errors():
+        given_up = outbox.dead()
+    for delivery in given_up:
+        try:
+            built.desk.store.get(delivery.job_id, tenant)
+        except UnknownJob:  # another tenant's, or its record has expired
+            continue
+        yield delivery
+
+
+def _shape(delivery: Delivery) -> wire.DeliveryOut:
+    at = datetime.fromtimestamp(delivery.created_at, UTC).isoformat(timespec="milliseconds")
+    return wire.DeliveryOut(
+        delivery_id=delivery.delivery_id,
+        job_id=delivery.job_id,
+        endpoint=delivery.endpoint,
+        state=delivery.state,
+        attempts=delivery.attempts,
+        created_at=at.replace("+00:00", "Z"),
+    )

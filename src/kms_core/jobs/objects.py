@@ -1,0 +1,198 @@
+"""Jobs to and from objects: a source pinned to one version, a target that appears once, whoever finishes it.
+
+A large target is a multipart upload, which any worker can complete: the commit names it and what its parts
+are. A small one is a single write, of bytes that die with the worker: then the work is done again, and the
+condition on the write lets only the first of several attempts through. An object says in its metadata which
+job made it, so that a worker which finds the place taken knows its own job's work.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+from kms_core.envelope.extents import Reader
+from kms_core.envelope.slabs import Pace, copy_run
+from kms_core.errors import KmsError, PathRefused, TargetExists, Unavailable
+from kms_core.jobs.buckets import Buckets
+from kms_core.jobs.leftovers import Notes
+from kms_core.jobs.model import Commit
+from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, Part
+from kms_core.s3.extents import Assembly, ObjectReader, digest
+
+_LOST: Final = "The result was removed or replaced before it was in place: run the job again"
+_ANY: Final = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectSource:
+    """An object, as it was when it was asked for. Nothing is held open."""
+
+    reader: ObjectReader
+
+    @classmethod
+    def at(cls, url: str, buckets: Buckets) -> "ObjectSource":
+        """Raises PathRefused if it is not there or not allowed, Unavailable."""
+        bucket, key = buckets.reading(url)
+        found = bucket.head(key)
+        if found is None:
+            raise PathRefused("There is nothing at this place: write the object first")
+        return cls(ObjectReader(bucket, key, found.etag, found.size))
+
+    @property
+    def size_bytes(self) -> int:
+        return self.reader.size
+
+    def check_unchanged(self) -> None:
+        self.reader.check()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectPending:
+    """An object in the making. ``there`` is the ETag of what was at its place, if anything was."""
+
+    writer: Assembly
+    target: "ObjectTarget"
+    fence: int
+    there: str
+
+    def copy(self, reader: Reader, at: int, pace: Pace) -> None:
+        """Put the rest of a target, from ``at`` on, out of ``reader``; by the store itself where it can."""
+        if isinstance(reader, ObjectReader) and self.writer.can_copy(reader):
+            lead = self.writer.part_bytes - at
+            copy_run(reader.head(lead), self.writer, at, pace)
+            reader, at = reader.tail(lead), self.writer.part_bytes
+            if self.writer.copy(reader, pace.before, pace.after):
+                return
+        copy_run(reader, self.writer, at, pace)
+
+    def settle(self, source: object, *, in_place: bool) -> Commit:
+        """Describe what will be put in place; nothing may be written afterwards."""
+        self.writer.settle()
+        over = self.there
+        if in_place and isinstance(source, ObjectSource):
+            over = source.reader.etag
+        elif self.target.overwrite and self.writer.upload:  # it is put in place once, whatever is there
+            over = _ANY
+        parts = digest(self.writer.parts) if self.writer.upload else ""
+        return Commit(
+            fence=self.fence, size_bytes=self.writer.size, upload=self.writer.upload, parts=parts, over=over
+        )
+
+    def finish(self, commit: Commit) -> None:
+        """As the target's ``finish``, with what is at hand."""
+        if commit.upload:
+            self.target.complete(commit, self.writer.parts)
+        else:
+            self.target.put(commit, self.writer.whole)
+
+    def discard(self) -> None:
+        """Throw away what was sent. What cannot be now, the next attempt does."""
+        self.target.abort(self.fence, self.writer.upload)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectTarget:
+    """Where the result of a job goes, and how it gets there."""
+
+    url: str
+    job_id: str
+    overwrite: bool
+    buckets: Buckets
+    notes: Notes
+
+    def prepare(self, fence: int) -> ObjectPending:
+        """Begin an attempt. Raises TargetExists if something is there already, PathRefused, Unavailable."""
+        bucket, key = self.buckets.writing(self.url)
+        found = bucket.head(key)
+        if found and not self.overwrite:
+            raise TargetExists
+
+        def begun(upload: str) -> None:
+            self.notes.add(self.job_id, fence, self.url, upload)
+
+        writer = Assembly(bucket, key, self.job_id, begun)
+        return ObjectPending(writer, self, fence, found.etag if found else "")
+
+    def finish(self, commit: Commit) -> bool:
+        """Put it in place; once it is there, doing it again changes nothing.
+
+        False if it is not there and cannot be without the bytes, which died with their worker. Raises
+        TargetExists if somebody else took the place, PathRefused if what was to be put there is gone,
+        Unavailable.
+        """
+        bucket, key = self.buckets.writing(self.url)
+        if not commit.upload:
+            return self._is_ours(bucket, key)
+        self.complete(commit, bucket.parts(key, commit.upload))
+        return True
+
+    def complete(self, commit: Commit, parts: Sequence[Part] | None) -> None:
+        """Make the object out of the parts of its upload; None if there is no such upload any more."""
+        bucket, key = self.buckets.writing(self.url)
+        end = Completion.GONE
+        if parts is not None:
+            if digest(parts) != commit.parts:
+                raise PathRefused(_LOST)
+            end = bucket.complete(key, commit.upload, parts, _condition(commit))
+        if end is not Completion.DONE:
+            self._must_be_ours(bucket, key, end)
+        self.notes.forget(self.job_id, commit.fence, self.url)
+
+    def put(self, commit: Commit, whole: memoryview) -> None:
+        """Write a small object."""
+        bucket, key = self.buckets.writing(self.url)
+        if not bucket.put(key, whole, _condition(commit), self.job_id):
+            self._must_be_ours(bucket, key, Completion.TAKEN)
+
+    def give_up(self, commit: Commit) -> None:
+        """The commit was refused: its upload is in nobody's way."""
+        self.abort(commit.fence, commit.upload)
+
+    def sweep(self, fence: int) -> None:
+        """Throw away the uploads of attempts before this fence."""
+        for earlier in range(1, fence):
+            self.abort(earlier, self.notes.find(self.job_id, earlier, self.url) or "")
+
+    def _must_be_ours(self, bucket: Bucket, key: str, end: Completion) -> None:
+        found = bucket.head(key)
+        if found and found.mark == self.job_id:
+            return
+        if end is Completion.GONE:
+            raise PathRefused(_LOST)
+        if found is None and not self.overwrite:
+            raise Unavailable("The object store is busy with another write to the target")
+        raise TargetExists("Something else was written to the target while the job ran")
+
+    def _is_ours(self, bucket: Bucket, key: str) -> bool:
+        found = bucket.head(key)
+        return found is not None and found.mark == self.job_id
+
+    def abort(self, fence: int, upload: str) -> None:
+        """Throw away an upload and its note. What cannot be now is left to a later call."""
+        with suppress(KmsError):
+            if upload:
+                bucket, key = self.buckets.writing(self.url)
+                bucket.abort(key, upload)
+                self.notes.forget(self.job_id, fence, self.url)
+
+
+def _condition(commit: Commit) -> If:
+    if commit.over == _ANY:
+        return ALWAYS
+    return If(etag=commit.over) if commit.over else If(absent=True)

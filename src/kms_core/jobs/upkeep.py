@@ -1,0 +1,158 @@
+"""The looking-after side of the job store: what is due, what has expired, who is alive; unseals nothing."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, cast
+
+import redis
+
+from kms_core.jobs import part_scripts, scripts
+from kms_core.jobs.link import PREFIX, busy_key, job_key, redis_errors
+from kms_core.jobs.model import QUEUES, Lane
+from kms_core.wire import PRIORITIES, Priority
+
+_WORKER_SEEN_S: Final = 15.0
+_CLOCK_KEPT_S: Final = 10.0
+_REAPED_AT_ONCE: Final = 200  # some milliseconds, in which Redis does nothing else
+_TENANTS: Final = f"{PREFIX}tenants"
+_DEAD: Final = f"{PREFIX}dead"
+Script = Callable[..., list[bytes]]
+
+
+class Upkeep:
+    """What the caretaker asks and tells; JobStore inherits it. Raises JobsUnavailable when Redis is gone."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self.redis = client
+        self._clock = (0.0, -math.inf)  # what Redis's said, and when by ours
+        self._run: dict[str, Script] = {
+            name: client.register_script(getattr(module, name))
+            for module in (scripts, part_scripts)
+            for name in module.NAMES
+        }
+
+    def ping(self) -> None:
+        """Raise JobsUnavailable if Redis does not answer."""
+        self._ask_clock()
+
+    def now(self) -> float:
+        """Redis's clock, in seconds since the epoch: which all jobs go by; those of machines may be off."""
+        at, read = self._clock
+        elapsed = time.monotonic() - read
+        return at + elapsed if elapsed < _CLOCK_KEPT_S else self._ask_clock()
+
+    def _ask_clock(self) -> float:
+        with redis_errors():
+            seconds, micro = self.redis.time()
+        self._clock = (seconds + micro / 1e6, time.monotonic())
+        return self._clock[0]
+
+    def due(self, limit: int = 1000) -> list[str]:
+        """Open jobs that should be looked at: leases run out, delays over, messages perhaps lost."""
+        with redis_errors():
+            ids = cast(
+                "list[bytes]", self.redis.zrangebyscore(f"{PREFIX}open", 0, self.now(), start=0, num=limit)
+            )
+        return [raw.decode() for raw in ids]
+
+    def reap(self, job_id: str, next_look_s: float) -> str:
+        """Requeue a job whose lease ran out.
+
+        The answer is the state found, ``requeued``, or ``due`` for a deferred job, which has no message.
+        """
+        return self.reap_all([job_id], next_look_s)[0][0]
+
+    def reap_all(self, job_ids: Sequence[str], next_look_s: float) -> list[tuple[str, Lane]]:
+        """The same for many, in few writes to Redis's disk; and where each waits."""
+        found: list[list[bytes]] = []
+        with redis_errors():
+            for start in range(0, len(job_ids), _REAPED_AT_ONCE):
+                pipeline = self.redis.pipeline(transaction=False)
+                for job_id in job_ids[start : start + _REAPED_AT_ONCE]:
+                    self._run["REAP"]([job_key(job_id)], [job_id, next_look_s], client=pipeline)
+                found += pipeline.execute()
+        return [(word.decode(), _lane(rest)) for word, *rest in found]
+
+    def expired(self, limit: int = 1000) -> list[str]:
+        """Ended jobs whose results are to be deleted."""
+        with redis_errors():
+            ids = cast(
+                "list[bytes]", self.redis.zrangebyscore(f"{PREFIX}ended", 0, self.now(), start=0, num=limit)
+            )
+        return [raw.decode() for raw in ids]
+
+    def purged(self, job_id: str) -> bool:
+        """Note that the result is gone; the record itself expires later. Whether attempts may have died."""
+        with redis_errors():
+            fence = self._run["PURGED"]([job_key(job_id)], [job_id])[0]
+        return int(fence) > 1
+
+    def lists(self) -> list[str]:
+        """The keys of the lists of jobs, one for each tenant and one of dead letters: they never expire."""
+        with redis_errors():
+            tenants = cast("set[bytes]", self.redis.smembers(_TENANTS))
+        return [_DEAD, *sorted(f"{PREFIX}tenant:{raw.decode()}" for raw in tenants)]
+
+    def trim(self, key: str, begin: int, count: int = 1000) -> int:
+        """Drop the ids of expired records among ``count`` of a list; where to go on, 0 once at its end."""
+        owner = key.removeprefix(f"{PREFIX}tenant:")
+        with redis_errors():
+            return int(self._run["TRIM"]([key, _TENANTS], [begin, count, owner])[0])
+
+    def lane_of(self, job_id: str) -> Lane:
+        """Where a job waits; what is not one of ours counts as the first queue, and normal."""
+        with redis_errors():
+            found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "queue", "priority"))
+        return _lane(found)
+
+    def idle_s(self, worker: str) -> float:
+        """Seconds since this worker claimed or renewed anything; infinite if it never did."""
+        with redis_errors():
+            at = cast("bytes | None", self.redis.get(busy_key(worker)))
+        return self.now() - float(at) if at else float("inf")
+
+    def exists(self, job_id: str) -> bool:
+        with redis_errors():
+            return bool(self.redis.exists(job_key(job_id)))
+
+    def lock(self, name: str, owner: str, seconds: float) -> bool:
+        """A short lock for one caretaker at a time; its holder renews it by calling again."""
+        with redis_errors():
+            key = f"{PREFIX}lock:{name}"
+            if self.redis.set(key, owner, nx=True, px=int(seconds * 1000)):
+                return True
+            if self.redis.get(key) == owner.encode():
+                self.redis.pexpire(key, int(seconds * 1000))
+                return True
+        return False
+
+    def worker_seen(self, worker: str) -> None:
+        with redis_errors():
+            now = self.now()
+            self.redis.zadd(f"{PREFIX}workers", {worker: now})
+            self.redis.zremrangebyscore(f"{PREFIX}workers", 0, now - 10 * _WORKER_SEEN_S)
+
+    def workers(self) -> int:
+        with redis_errors():
+            return int(self.redis.zcount(f"{PREFIX}workers", self.now() - _WORKER_SEEN_S, "+inf"))
+
+    def open_counts(self, limit: int = 10_000) -> dict[str, int]:
+        """Open jobs by state (over at most ``limit`` of them)."""
+        counts = {"queued": 0, "running": 0, "committing": 0}
+        with redis_errors():
+            ids = cast("list[bytes]", self.redis.zrange(f"{PREFIX}open", 0, limit - 1))
+            pipeline = self.redis.pipeline(transaction=False)
+            for raw in ids:
+                pipeline.hget(job_key(raw.decode()), "state")
+            for state in pipeline.execute():
+                if state and state.decode() in counts:
+                    counts[state.decode()] += 1
+        return counts
+
+
+def _lane(found: Sequence[bytes | None]) -> Lane:
+    """Queue and priority as a record has them; what is not one of ours counts as the first, and normal."""
+    queue, priority = ([(raw or b"").decode(errors="replace") for raw in found] + ["", ""])[:2]
+    known: Priority = next((name for name in PRIORITIES if name == priority), "normal")
+    return (queue if queue in QUEUES else QUEUES[0]), known

@@ -1,0 +1,347 @@
+"""Campaigns: many files moved to the newest version of their key; what is left alone, what is reported."""
+
+import json
+import os
+import time
+from itertools import count
+from pathlib import Path
+
+import pyrage
+import pytest
+
+from kms_api.routes.jobs import shape
+from kms_core import wire
+from kms_core.context import Context
+from kms_core.errors import Unavailable
+from kms_core.jobs import results
+from kms_core.jobs.build import Core
+from kms_core.jobs.desk import Terms
+from kms_core.jobs.fanout import PATIENCE
+from kms_core.jobs.model import Claim, Commit, Fields, Job, Log, part_id
+from kms_core.jobs.places import Places, Source
+from kms_core.jobs.run import Shop, run_job
+from kms_core.jobs.store import JobStore
+from kms_core.policy import Principal
+from stores import TENANT, forge
+
+WHO = Principal("local")
+CONTEXT = Context.parse("env=test")
+FILES = ("a", "b/c", "b/d")
+
+
+@pytest.fixture
+def root(core: Core, tmp_path: Path) -> Path:
+    """Three files on the first version of the key; the key has a newer one by now."""
+    folder = tmp_path / "state" / "files" / "tree"
+    for name in FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(sealed(core, name.encode()))
+    rotate(core)
+    return folder
+
+
+def sealed(core: Core, plaintext: bytes) -> bytes:
+    return core.kms.encrypt(WHO, plaintext, CONTEXT).ciphertext
+
+
+def rotate(core: Core) -> str:
+    return core.kms.rotate(WHO, "default").version
+
+
+def newest(core: Core) -> str:
+    return core.kms.keyring.default.ref(TENANT).version
+
+
+def start(
+    core: Core, root: Path, kind: wire.JobKind = "rewrap", new: str | None = None, **more: object
+) -> str:
+    fields: dict[str, object] = {"source": f"file://{root}/**", "overwrite": True} | more
+    body = wire.JobIn(kind=kind, **fields)  # type: ignore[arg-type]  # fields by name
+    terms = Terms(WHO, kind, CONTEXT, new_context=None if new is None else Context.parse(new))
+    job_id = core.desk.submit(terms, body, 10).job_id
+    run_job(job_id, core.shop, "w")
+    return job_id
+
+
+def run(core: Core, root: Path, kind: wire.JobKind = "rewrap", **more: object) -> str:
+    job_id = start(core, root, kind, **more)  # type: ignore[arg-type]  # a new context is text
+    for number in range(now(core, job_id).parts):
+        run_job(part_id(job_id, number), core.shop, "w")
+    return job_id
+
+
+def now(core: Core, job_id: str) -> Job:
+    return core.shop.store.get(job_id, TENANT)
+
+
+def report(core: Core, job_id: str) -> dict[str, object]:
+    told: dict[str, object] = json.loads(wire.encode(shape(now(core, job_id))))["report"]
+    return told
+
+
+def outcomes(core: Core, job_id: str, root: Path) -> dict[str, str]:
+    found = results.of(now(core, job_id), core.shop.store, core.shop.spool)
+    told = [json.loads(line) for line in b"".join(found.slabs(0, found.size)).splitlines()]
+    return {
+        line["source"].removeprefix(f"file://{root}/"): line.get("outcome") or line["error"]["code"]
+        for line in told
+    }
+
+
+def version(core: Core, path: Path) -> str:
+    return core.kms.decrypt(WHO, path.read_bytes(), CONTEXT).key.version
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def payload(data: bytes) -> bytes:
+    return data[data.index(b"\n--- ") + 49 :]
+
+
+# -- in place ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rewrap", "reseal"])
+def test_tree_is_moved_in_place_and_again_is_left_alone(core: Core, root: Path, kind: wire.JobKind) -> None:
+    first, before = version(core, root / "a"), tree(root)
+
+    job_id = run(core, root, kind)
+    moved = tree(root)
+    again = run(core, root, kind)
+
+    assert outcomes(core, job_id, root) == dict.fromkeys(FILES, "changed")
+    assert report(core, job_id) == {
+        "dry_run": False, "changed": 3, "newest": 0, "foreign": 0, "failed": 0,
+        "older": [{"key_id": "default", "key_version": first, "found": 3, "left": 0}],
+    }  # fmt: skip
+    assert now(core, job_id).state == "succeeded"
+    assert {name: core.kms.decrypt(WHO, data, CONTEXT).plaintext for name, data in moved.items()} == {
+        name: name.encode() for name in FILES
+    }
+    assert {version(core, root / name) for name in FILES} == {newest(core)} != {first}
+    same = [payload(before[name]) == payload(moved[name]) for name in FILES]
+    assert same == [kind == "rewrap"] * 3
+    assert outcomes(core, again, root) == dict.fromkeys(FILES, "newest")
+    assert report(core, again) == report(core, again) | {"changed": 0, "newest": 3, "older": []}
+    assert tree(root) == moved
+
+
+def test_dry_run_counts_by_version_and_touches_nothing(core: Core, root: Path) -> None:
+    first = version(core, root / "a")
+    second = newest(core)
+    (root / "b" / "d").write_bytes(sealed(core, b"second"))
+    rotate(core)
+    (root / "new").write_bytes(sealed(core, b"third"))
+    (root / "text").write_bytes(b"no age file")
+    before = {path: (path.stat(), path.read_bytes()) for path in root.rglob("*") if path.is_file()}
+
+    job_id = run(core, root, dry_run=True, overwrite=None)
+
+    assert report(core, job_id) == {
+        "dry_run": True, "changed": 3, "newest": 1, "foreign": 0, "failed": 1,
+        "older": sorted(
+            [
+                {"key_id": "default", "key_version": first, "found": 2, "left": 2},
+                {"key_id": "default", "key_version": second, "found": 1, "left": 1},
+            ],
+            key=lambda one: str(one["key_version"]),
+        ),
+    }  # fmt: skip
+    assert outcomes(core, job_id, root) == {
+        "a": "would_change", "b/c": "would_change", "b/d": "would_change",
+        "new": "newest", "text": "not_a_ciphertext",
+    }  # fmt: skip
+    assert {path: (path.stat(), path.read_bytes()) for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_what_fails_and_what_is_foreign_is_told_and_left(core: Core, root: Path, tmp_path: Path) -> None:
+    first = version(core, root / "a")
+    recipient = (tmp_path / "state" / "age" / "public_key.txt").read_text().split()[-1]
+    foreign = pyrage.encrypt(b"x", [pyrage.x25519.Recipient.from_str(recipient)])
+    (root / "foreign").write_bytes(foreign)
+    (root / "b" / "c").write_bytes(core.kms.encrypt(WHO, b"x", Context.parse("other=1")).ciphertext)
+    damaged = bytearray((root / "a").read_bytes())
+    damaged[damaged.index(b"\n--- ") + 8] ^= 1
+    (root / "a").write_bytes(damaged)
+    (root / "junk").write_bytes(b"age-encryption.org/v1\njunk")
+
+    job_id = run(core, root)
+
+    assert outcomes(core, job_id, root) == {
+        "a": "decrypt_failed", "b/c": "newest", "b/d": "changed",
+        "foreign": "foreign", "junk": "decrypt_failed",
+    }  # fmt: skip
+    assert report(core, job_id) == {
+        "dry_run": False, "changed": 1, "newest": 1, "foreign": 1, "failed": 2,
+        "older": [{"key_id": "default", "key_version": first, "found": 2, "left": 1}],
+    }  # fmt: skip
+    assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "items_failed")
+    assert (root / "foreign").read_bytes() == foreign
+    assert (root / "a").read_bytes() == damaged
+
+
+def test_new_context_moves_every_file(core: Core, root: Path) -> None:
+    run(core, root)
+
+    job_id = run(core, root, new="env=prod")
+
+    assert outcomes(core, job_id, root) == dict.fromkeys(FILES, "changed")
+    assert report(core, job_id)["older"] == []
+    assert core.kms.decrypt(WHO, (root / "a").read_bytes(), Context.parse("env=prod")).plaintext == b"a"
+
+
+def test_campaign_may_leave_its_source_and_write_elsewhere(core: Core, root: Path) -> None:
+    before = tree(root)
+    out = root.parent / "out"
+
+    job_id = run(core, root, target=f"file://{out}/", overwrite=None)
+
+    assert now(core, job_id).state == "succeeded"
+    assert tree(root) == before
+    assert {version(core, out / name) for name in FILES} == {newest(core)}
+
+
+def test_file_keeps_its_owner_and_mode_in_place(core: Core, root: Path) -> None:
+    (root / "a").chmod(0o640)
+    if os.getuid() == 0:
+        os.chown(root / "a", 12345, 54321)
+    before = (root / "a").stat()
+
+    run(core, root)
+
+    after = (root / "a").stat()
+    assert after.st_ino != before.st_ino
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+
+
+class Interloper(JobStore):
+    """Somebody else writes to the source once its commit is recorded."""
+
+    path: Path
+    replaced: bool
+
+    def step(self, claim: Claim, log: Log, counts: Fields) -> None:
+        super().step(claim, log, counts)
+        if log.pending:
+            self._write()
+
+    def committing(self, claim: Claim, commit: Commit) -> None:
+        super().committing(claim, commit)
+        self._write()
+
+    def _write(self) -> None:
+        if self.replaced:
+            self.path.write_bytes(b"written meanwhile")
+        else:
+            self.path.unlink()
+
+
+@pytest.mark.parametrize("replaced", [True, False], ids=["changed", "removed"])
+@pytest.mark.parametrize("many", [True, False], ids=["of-many", "one"])
+def test_file_that_somebody_changes_meanwhile_is_theirs(
+    core: Core, root: Path, *, replaced: bool, many: bool
+) -> None:
+    found = core.shop.store
+    store = Interloper(found.redis, found.record_key, lambda *_: None, found.rules)
+    store.path, store.replaced = root / "a", replaced
+    shop = Shop(core.kms, store, core.shop.spool, core.shop.places)
+
+    if many:
+        job_id = start(core, root, source=f"file://{root}/a*")
+        run_job(part_id(job_id, 0), shop, "w")
+        assert outcomes(core, job_id, root) == {"a": "target_exists"}
+    else:
+        body = wire.JobIn(kind="rewrap", source=f"file://{root}/a", overwrite=True)
+        job_id = core.desk.submit(Terms(WHO, "rewrap", CONTEXT), body, 10).job_id
+        run_job(job_id, shop, "w")
+        assert now(core, job_id).error == "target_exists"
+
+    assert (root / "a").exists() == replaced
+    assert not replaced or (root / "a").read_bytes() == b"written meanwhile"
+    assert not [path for path in root.iterdir() if path.name.startswith(".")]
+
+
+# -- pace ----------------------------------------------------------------------------------------------------
+
+
+def test_paced_job_gives_its_place_away_between_bursts(core: Core, root: Path) -> None:
+    for number in range(9):
+        (root / f"f{number}").write_bytes(sealed(core, b"x"))
+    job_id = start(core, root, rate_per_s=1.0, dry_run=True)
+    part = part_id(job_id, 0)
+    done = []
+    for _ in count():
+        run_job(part, core.shop, "w")
+        found = core.shop.store.part(part)
+        done.append(found.items_done)
+        if found.state != "queued":
+            break
+        assert found.not_before > time.time()
+        assert core.shop.store.claim(part, "w") is None
+        forge(core.shop.store, part, not_before="0")
+
+    assert now(core, job_id).state == "succeeded"
+    assert report(core, job_id)["changed"] == 3
+    assert len(done) == 3  # twelve files, five at a time
+    assert core.shop.store.part(part).attempt == 1
+
+
+def test_paced_job_that_is_cancelled_ends_at_once(core: Core, root: Path) -> None:
+    job_id = start(core, root, rate_per_s=0.001)
+    part = part_id(job_id, 0)
+    run_job(part, core.shop, "w")
+    assert core.shop.store.part(part).not_before > time.time() + 60
+
+    core.shop.store.cancel(job_id, TENANT)
+
+    assert part in core.shop.store.due()
+    assert core.shop.store.reap(part, 10) == "due"  # the caretaker has it sent for
+    run_job(part, core.shop, "w")
+    assert now(core, job_id).state == "cancelled"
+
+
+def test_parts_share_one_pace(core: Core, root: Path) -> None:
+    job_id = start(core, root, rate_per_s=0.5)
+    job = core.shop.store.accepted(part_id(job_id, 0))
+
+    first = core.shop.store.pace(job, 3)
+    second = core.shop.store.pace(job, 3)
+    third = core.shop.store.pace(job, 3)
+
+    assert first == (3, 0.0)
+    assert second[0] == 0
+    assert second[1] > 5
+    assert third == (3, 0.0)  # what was waited for
+
+
+# -- what is away --------------------------------------------------------------------------------------------
+
+
+class Unreadable(Places):
+    """One file lies on a bad block."""
+
+    def open_source(self, url: str) -> Source:
+        if url.endswith("/b/c"):
+            raise Unavailable("The file system answered EIO")
+        return super().open_source(url)
+
+
+def test_file_that_the_disk_cannot_give_is_given_up_in_the_end_and_holds_up_no_other(
+    core: Core, root: Path
+) -> None:
+    found = core.shop.places
+    shop = Shop(
+        core.kms, core.shop.store, core.shop.spool, Unreadable(found.roots, found.buckets, found.notes)
+    )
+    job_id = start(core, root)
+    part = part_id(job_id, 0)
+    for _ in range(PATIENCE):
+        run_job(part, shop, "w")
+        assert core.shop.store.part(part).state == "queued"
+        forge(core.shop.store, part, not_before="0")
+
+    run_job(part, shop, "w")
+
+    assert outcomes(core, job_id, root) == {"a": "changed", "b/c": "unavailable", "b/d": "changed"}

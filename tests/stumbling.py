@@ -1,0 +1,55 @@
+"""Workers that die, or meet something else, at one of the two last steps of a job."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from kms_core.jobs.build import Core
+from kms_core.jobs.model import Claim, Commit, Fields
+from kms_core.jobs.run import Shop
+from kms_core.jobs.store import JobStore
+from stores import SHORT
+
+MOMENTS = [(moment, step) for step in ("committing", "finish") for moment in ("before", "after")]
+
+
+class Killed(BaseException):
+    """As near to SIGKILL as an exception comes: nothing of ours handles it."""
+
+
+class StumblingStore(JobStore):
+    """A store at which something happens before or after one of the two last steps of a job."""
+
+    before: Callable[[str], None] = staticmethod(lambda _step: None)
+    after: Callable[[str], None] = staticmethod(lambda _step: None)
+
+    def committing(self, claim: Claim, commit: Commit) -> None:
+        self.before("committing")
+        super().committing(claim, commit)
+        self.after("committing")
+
+    def finish(self, claim: Claim, state: str, code: str = "", fields: Fields | None = None) -> None:
+        self.before("finish")
+        super().finish(claim, state, code, fields)
+        self.after("finish")
+
+
+def stumbling(core: Core, step: str, *, after: bool, error: BaseException | None = None) -> Shop:
+    """A worker that is killed, or meets the error, once it has come to this step."""
+
+    def meet() -> None:
+        raise error or Killed
+
+    return interrupted(core, step, meet, after=after)
+
+
+def interrupted(core: Core, step: str, what: Callable[[], object], *, after: bool) -> Shop:
+    """A worker before or after whose step something happens."""
+
+    def meet(met: str) -> None:
+        if met == step:
+            what()
+
+    found = core.shop.store
+    store = StumblingStore(found.redis, found.record_key, lambda *_: None, SHORT)
+    setattr(store, "after" if after else "before", meet)
+    return replace(core.shop, store=store)
