@@ -86,6 +86,20 @@ def test_decryption_outlives_its_process_and_its_worker(tmp_path: Path) -> None:
         assert successes(store_of(service))[job_id] == 1
 
 
+def test_worker_whose_pool_is_killed_at_its_start_makes_another(tmp_path: Path) -> None:
+    with Service(tmp_path, SETTINGS) as service:
+        service.start("api")
+        job_id = service.submit({"kind": "encrypt", "items": [{"plaintext": ""}]})
+        service.spawn("worker")
+        first = service.pid("worker")
+        until(service.pool_pids, "the pool is there")
+        kill_the_pool(service)
+
+        service.wait(job_id, "succeeded")
+        assert service.pid("worker") == first
+        assert service.pool_pids()
+
+
 def test_job_that_kills_every_worker_becomes_a_dead_letter(tmp_path: Path) -> None:
     with Service(tmp_path, SETTINGS + "attempts = 2\n") as service:
         service.start()
@@ -106,6 +120,32 @@ def test_job_that_kills_every_worker_becomes_a_dead_letter(tmp_path: Path) -> No
         service.post(f"/jobs/{job_id}/retry")
         service.wait(job_id, "succeeded")
         assert same(service.files / "large", service.files / "back")
+
+
+def test_tree_outlives_many_kills_and_each_file_is_done_once(tmp_path: Path) -> None:
+    names = [f"f{number:03}" for number in range(900)]
+    with Supervised(tmp_path, SETTINGS) as service:
+        (service.files / "in").mkdir()
+        for name in names:
+            (service.files / "in" / name).write_bytes(name.encode())
+        tree = {"kind": "encrypt", "source": url(service, "in/*"), "target": url(service, "out/")}
+        job_id = service.submit(tree)
+        out = service.files / "out"
+        for at in (100, 300, 500):
+            until(lambda at=at: out.exists() and len(list(out.iterdir())) > at, f"{at} files are done")  # type: ignore[misc]
+            if at == 300:
+                service.kill("worker")
+            else:
+                kill_the_pool(service)
+
+        job = service.wait(job_id, "succeeded")
+        assert job["progress"] == job["progress"] | {"items_done": 900, "items_failed": 0}
+        assert {path.name for path in out.iterdir()} == {f"{name}.age" for name in names}
+        lines = [json.loads(line) for line in service.result(job_id).splitlines()]
+        assert [line for line in lines if "error" in line] == []
+        assert successes(store_of(service))[job_id] == 1
+        for name in names[::90]:
+            assert service.decrypt((out / f"{name}.age").read_bytes(), None) == name.encode()
 
 
 def mixed_jobs(service: Service, number: int) -> list[str]:

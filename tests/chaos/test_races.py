@@ -1,0 +1,88 @@
+"""Moments that a storm found: what happens between two steps of one process, done here by hand."""
+
+import pytest
+
+from kms_core.jobs.build import Core
+from kms_core.jobs.lease import Lease
+from kms_core.jobs.model import Claim, Fields
+from kms_core.jobs.store import JobStore
+from service import until
+from stores import LONG, SHORT, TENANT, accepted, claimed, lapse, store_of
+
+
+@pytest.fixture
+def nudged() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def store(core: Core, nudged: list[str]) -> JobStore:
+    return store_of(core, LONG, nudged)
+
+
+def is_open(store: JobStore, job_id: str) -> bool:
+    return store.redis.zscore("kms:open", job_id) is not None
+
+
+def test_job_that_ends_while_the_caretaker_looks_at_it_stays_ended(store: JobStore) -> None:
+    claim = claimed(store)
+    job_id = claim.accepted.job_id
+
+    store.finish(claim, "succeeded")  # after it was seen as due
+
+    assert store.reap(job_id, 10) == "succeeded"
+    assert not is_open(store, job_id)
+
+
+def test_cancelled_job_that_had_an_attempt_is_tidied_by_a_worker(core: Core, nudged: list[str]) -> None:
+    store = store_of(core, SHORT, nudged)
+    job_id = claimed(store).accepted.job_id
+    lapse()
+    store.reap(job_id, 0)
+    nudged.clear()
+
+    store.cancel(job_id, TENANT)
+
+    assert nudged == [job_id]
+
+
+def test_expired_job_that_had_attempts_is_tidied_by_a_worker(core: Core) -> None:
+    store = store_of(core, SHORT, [])
+    once, twice = (claimed(store).accepted.job_id for _ in range(2))
+    lapse()
+    claim = store.claim(twice, "w2")
+    assert claim
+    store.finish(claim, "succeeded")
+
+    assert store.purged(twice)
+    assert not store.purged(once)
+
+
+def test_jobs_are_due_by_the_clock_of_redis_alone(store: JobStore) -> None:
+    ahead = accepted(created_at=store.now() + 24 * 3600)
+    store.submit(ahead)
+
+    assert ahead.job_id in store.due()
+
+
+class Breaking(JobStore):
+    """A store whose first renewal meets a fault that nobody thought of."""
+
+    renewals = 0
+
+    def renew(self, claim: Claim, progress: Fields) -> None:
+        self.renewals += 1
+        if self.renewals == 1:
+            raise ValueError
+        super().renew(claim, progress)
+
+
+def test_renewal_that_breaks_does_not_end_the_thread_that_renews(core: Core) -> None:
+    found = store_of(core, SHORT, [])
+    store = Breaking(found.redis, found.record_key, lambda *_: None, SHORT)
+
+    with Lease(store, claimed(store)):
+        until(lambda: store.renewals > 2, "it goes on")
+    with Lease(store, claimed(store)):
+        before = store.renewals
+        until(lambda: store.renewals > before, "another is renewed by the same thread")

@@ -1,0 +1,86 @@
+"""``[kms.redis]``: which addresses are taken, what a Sentinel URL says, what libraries are told of TLS."""
+
+from pathlib import Path
+
+import pytest
+
+from kms_core import servers, settings
+from kms_core.errors import ConfigurationError
+from kms_core.settings_redis import Sentinels, sentinels
+from kms_core.settings_sections import Redis
+
+HOME = {"HOME": "/home/ada"}
+SECRET = "hunter2"
+
+
+def load(body: str, folder: Path) -> Redis:
+    path = folder / "kms.toml"
+    path.write_text(f"[kms.redis]\n{body}")
+    return settings.load(path, HOME).kms.redis
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('url = "http://h"', "kms.redis.url: expected one of redis://, rediss://, unix://"),
+        ('url = "redis.example.com:6379"', "kms.redis.url: expected one of"),
+        ('url = "redis://[h"', "kms.redis.url is not a URL"),
+        ('broker_url = "memory://"', "kms.redis.broker_url: expected one of redis://"),
+        ('url = "sentinel://u:hunter2@h:1"', "a Sentinel URL names its master"),
+        ('url = "sentinel://h/x?master=m"', "the path of a Sentinel URL is the number of a database"),
+        ('url = "sentinel://h:99999?master=m"', "a port is a number up to 65535"),
+        ('url = "sentinel://,h?master=m"', "expected sentinel://host:26379,host:26379/0?master=mymaster"),
+        ('url = "sentinel://h?master=m&hunter2=1"', "a Sentinel URL has the options master"),
+        ('url = "sentinel://h?master=m&master=n"', "a Sentinel URL has the options master"),
+        ('url = "rediss://:hunter2@h?ssl_cert_reqs=none"', "no ssl_* options belong there"),
+        ('ca_file = "/ca.pem"', "kms.redis.ca_file is for TLS, and neither URL asks for it"),
+        (
+            'url = "rediss://h"\nclient_key_file = "/k"',
+            "client_cert_file and kms.redis.client_key_file belong",
+        ),
+    ],
+)
+def test_address_that_cannot_be_meant_is_refused(tmp_path: Path, body: str, said: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        load(body, tmp_path)
+
+    assert said in refused.value.detail
+    assert SECRET not in refused.value.detail
+
+
+def test_sentinel_url_says_who_knows_the_master() -> None:
+    url = "sentinels://kms:p%40%2Fw@a.example:26379,b.example,[::1]:7/3?master=m&sentinel_password=s%26w"
+
+    assert sentinels("here", url) == Sentinels(
+        hosts=(("a.example", 26379), ("b.example", 26379), ("::1", 7)),
+        master="m",
+        database=3,
+        username="kms",
+        password="p@/w",
+        own_password="s&w",
+    )
+
+
+def test_the_broker_follows_sentinel_in_words_of_kombu() -> None:
+    url = "sentinel://kms:p%40w@a:1,[::1]:2/3?master=m"
+
+    told = servers.celery_options(Redis(url=url, broker_url=url), {"global_keyprefix": "kms:"})
+
+    assert told["broker_url"] == "sentinel://kms:p%40w@a:1/3;sentinel://[::1]:2/3"
+    options = told["broker_transport_options"]
+    assert isinstance(options, dict)
+    assert (options["master_name"], options["global_keyprefix"]) == ("m", "kms:")
+    assert "broker_use_ssl" not in told
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "sentinels", "amqps"])
+def test_tls_is_always_checked(scheme: str) -> None:
+    query = "?master=m" if scheme == "sentinels" else ""
+    section = Redis(url="redis://h", broker_url=f"{scheme}://h{query}", ca_file=Path("/ca.pem"))
+
+    told = servers.celery_options(section, {})["broker_use_ssl"]
+
+    assert isinstance(told, dict)
+    assert {"required", 2} & {told.get("ssl_cert_reqs"), told.get("cert_reqs")}
+    assert told.get("ssl_check_hostname") or told.get("server_hostname") == "h"
+    assert "/ca.pem" in told.values()
