@@ -1,0 +1,64 @@
+"""The teller: a thread that hands the counts of its process to Redis every few seconds."""
+
+import threading
+from collections.abc import Mapping
+from typing import Final, cast
+
+import redis
+import structlog
+
+from kms_core.errors import JobsUnavailable
+from kms_core.jobs.link import PREFIX, redis_errors
+from kms_core.tally import Tally
+
+EVERY_S: Final = 2.0
+_KEY: Final = f"{PREFIX}tally"
+_log = structlog.get_logger(__name__)
+
+
+def add(client: redis.Redis, counts: Mapping[str, int]) -> None:
+    """Add to the counts that all processes share; they live as long as Redis's data do. JobsUnavailable."""
+    if not counts:
+        return
+    with redis_errors(), client.pipeline(transaction=True) as pipe:
+        for name, number in counts.items():
+            pipe.hincrby(_KEY, name, number)
+        pipe.execute()
+
+
+def shared(client: redis.Redis) -> dict[str, int]:
+    """What all processes have counted and handed over. Raises JobsUnavailable."""
+    with redis_errors():
+        found = cast("dict[bytes, bytes]", client.hgetall(_KEY))
+    return {name.decode(): int(number) for name, number in found.items()}
+
+
+class Teller(threading.Thread):
+    """While Redis is away the counts are kept, and handed over when it is back."""
+
+    def __init__(self, tally: Tally, client: redis.Redis) -> None:
+        super().__init__(name="teller", daemon=True)
+        self._tally = tally
+        self._client = client
+        self._stop_asked = threading.Event()
+
+    def run(self) -> None:
+        while not self._stop_asked.wait(EVERY_S):
+            self.hand_over()
+        self.hand_over()
+
+    def stop(self) -> None:
+        """Hand over a last time, waiting a little at most."""
+        self._stop_asked.set()
+        if self.is_alive():
+            self.join(EVERY_S)
+
+    def hand_over(self) -> None:
+        """Once; never raises."""
+        counts = self._tally.take()
+        try:
+            add(self._client, counts)
+        except JobsUnavailable:
+            self._tally.put_back(counts)
+        except Exception as exc:  # noqa: BLE001 -- the counts may be wrong, the thread may not end
+            _log.warning("tally.lost", error=type(exc).__name__)

@@ -1,0 +1,97 @@
+"""Scheduled rotation: a thread of the parent looks at the clock, a child of the pool talks to backends.
+
+The message is lost or late without harm: the next one comes within a minute, and a short lock in Redis
+lets one attempt an hour happen for a key.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Final
+
+import structlog
+from celery import Celery
+
+from kms_core import rotation
+from kms_core.errors import JobsUnavailable
+from kms_core.jobs import teller
+from kms_core.jobs.build import Core
+from kms_core.jobs.link import PREFIX, redis_errors
+from kms_core.jobs.model import MAINTENANCE
+from kms_core.jobs.store import JobStore
+from kms_core.settings import Settings
+from kms_core.tally import together
+
+TASK: Final = "kms.keys"
+EVERY_S: Final = 60.0
+_ATTEMPT_EVERY_S: Final = 3600.0
+_NOTHING: Final = nullcontext()
+_log = structlog.get_logger(__name__)
+
+
+def register(app: Celery, core: Callable[[], Core], settings: Settings, name: str) -> None:
+    """The task that looks after keys."""
+
+    @app.task(name=TASK)  # type: ignore[untyped-decorator]  # Celery ships no types
+    def look_after_keys() -> None:
+        try:
+            look_after(core(), rotation.rules_of(settings), name)
+        except JobsUnavailable:
+            _log.warning("rotation.left_to_the_next_time")
+        except Exception as exc:  # noqa: BLE001 -- the top of the worker: the next message tries again
+            _log.exception("rotation.crashed", error=type(exc).__name__)
+
+
+def look_after(core: Core, rules: rotation.Rules, owner: str) -> None:
+    """Tell the metrics how keys are, and rotate those that are due. Raises JobsUnavailable."""
+    store = core.shop.store
+    counts = together(teller.shared(store.redis), core.kms.tally.peek())
+    due = rotation.watch(core.kms.keyring, counts, rules)
+    mine = [state for state in due if _first(store, f"rotate:{state.key_id}", owner, _ATTEMPT_EVERY_S)]
+    rotation.rotate_due(core.kms, mine)
+
+
+def _first(store: JobStore, name: str, owner: str, seconds: float) -> bool:
+    """Whether nobody has done this within so many seconds. Raises JobsUnavailable."""
+    with redis_errors():
+        return bool(store.redis.set(f"{PREFIX}once:{name}", owner, nx=True, px=int(seconds * 1000)))
+
+
+class Clock(threading.Thread):
+    """Sends the message once a minute, from one worker of all."""
+
+    def __init__(
+        self,
+        app: Celery,
+        store: JobStore,
+        name: str,
+        *,
+        working: AbstractContextManager[object] = _NOTHING,
+        every_s: float = EVERY_S,
+    ) -> None:
+        """``working`` is entered for each round: what must not happen meanwhile (a fork) waits for it."""
+        super().__init__(name="rotation-clock", daemon=True)
+        self._app = app
+        self._store = store
+        self._owner = name
+        self._working = working
+        self._every_s = every_s
+        self._stop_asked = threading.Event()
+
+    def run(self) -> None:
+        self._round()
+        while not self._stop_asked.wait(self._every_s / 4):
+            self._round()
+
+    def _round(self) -> None:
+        try:
+            with self._working:
+                if _first(self._store, "keys", self._owner, self._every_s):
+                    self._app.send_task(
+                        TASK, queue=MAINTENANCE, expires=self._every_s, argsrepr="-", kwargsrepr="-"
+                    )
+        except Exception as exc:  # noqa: BLE001 -- a round may fail, the clock may not
+            _log.warning("rotation.round_failed", error=type(exc).__name__)
+
+    def stop(self) -> None:
+        self._stop_asked.set()

@@ -1,0 +1,188 @@
+"""Keys as operators see them: versions and what they sealed, rotation by hand, by age and by budget."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from agekms import NO_CONTEXT, age_backend
+from kms_core import rotation
+from kms_core.backends.age import AgeBackend
+from kms_core.envelope import x25519
+from kms_core.errors import BackendUnavailable, JobsUnavailable
+from kms_core.jobs import teller
+from kms_core.jobs.build import Core
+from kms_core.jobs.teller import Teller
+from kms_core.keyring import Key, Keyring
+from kms_core.policy import Principal
+from kms_core.service import Kms
+from kms_core.tally import Tally
+from kms_core.wire import PREFIX
+from kms_worker.rotation import look_after
+from memory_kms import memory_backend
+from service import Service, until
+from stores import connect
+
+WHO = Principal("local")
+
+
+def made_days_ago(private: Path, days: float) -> None:
+    """As if the only identity of the file had been made then."""
+    made = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="seconds")
+    lines = [line for line in private.read_text().splitlines() if not line.startswith("# created")]
+    private.write_text("\n".join([f"# created: {made}", *lines]) + "\n")
+
+
+def seal(kms: Kms, times: int = 1) -> None:
+    for _ in range(times):
+        kms.encrypt(WHO, b"salary", NO_CONTEXT)
+
+
+# -- by hand, from outside ---------------------------------------------------------------------------
+
+
+def test_a_rotated_key_seals_with_the_new_version_and_opens_the_old(tmp_path: Path, redis_url: str) -> None:
+    with Service(tmp_path, redis=redis_url) as service:
+        service.start("api")
+        old = service.http.post(f"{PREFIX}/encrypt", json={"plaintext": "aGVsbG8="}).json()
+        made = service.http.post(f"{PREFIX}/keys/default/rotate").json()
+        new = service.http.post(f"{PREFIX}/encrypt", json={"plaintext": "aGVsbG8="}).json()
+        opened = service.http.post(f"{PREFIX}/decrypt", json={"ciphertext": old["ciphertext"]}).json()
+        key = service.http.get(f"{PREFIX}/keys/default").json()
+
+    assert made["key_version"] == new["key_version"] == key["current_version"] != old["key_version"]
+    assert (opened["plaintext"], opened["key_version"]) == ("aGVsbG8=", old["key_version"])
+    assert [version["operations"] for version in key["versions"]] == [1, 1]
+
+
+def test_an_unknown_key_is_not_rotated(service: Service) -> None:
+    assert service.http.post(f"{PREFIX}/keys/nix/rotate").json()["code"] == "unknown_key"
+    assert service.http.get(f"{PREFIX}/keys/nix").json()["code"] == "unknown_key"
+
+
+def test_counts_outlive_the_process(tmp_path: Path, redis_url: str) -> None:
+    with Service(tmp_path, redis=redis_url) as first:
+        first.start("api")
+        first.http.post(f"{PREFIX}/encrypt", json={"plaintext": "aGVsbG8="})
+        first.stop("api")
+        first.start("api")
+        status = first.http.get(f"{PREFIX}/status").json()
+        key = first.http.get(f"{PREFIX}/keys/default").json()
+
+    assert status["operations"]["by"]["encrypt"]["ok"] == 1
+    assert (key["versions"][0]["operations"], key["versions"][0]["bytes"]) == (1, 5)
+
+
+def test_a_worker_rotates_a_key_that_is_due(tmp_path: Path, redis_url: str) -> None:
+    with Service(tmp_path, "[kms.rotation]\nevery_days = 30\n", redis_url) as service:
+        made_days_ago(tmp_path / "state/age/private_key.txt", 31)
+        service.start()
+        until(
+            lambda: len(service.http.get(f"{PREFIX}/keys/default").json()["versions"]) == 2,
+            "the key has a new version",
+        )
+        assert "key.rotated" in service.output("worker")
+
+
+# -- when it is due ----------------------------------------------------------------------------------
+
+
+def over(core: Core, key: Key) -> Core:
+    """The core with another keyring."""
+    ring = Keyring({key.key_id: key}, key)
+    kms = core.kms.with_keyring(ring)
+    return replace(core, kms=kms)
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> AgeBackend:
+    return age_backend(tmp_path / "keys", x25519.Identity.generate())
+
+
+@pytest.mark.parametrize(("days", "every", "versions"), [(89, 90, 1), (91, 90, 2), (5000, 0, 1)])
+def test_age_decides(core: Core, tmp_path: Path, days: int, every: int, versions: int) -> None:
+    backend = age_backend(tmp_path / "keys", x25519.Identity.generate())
+    made_days_ago(tmp_path / "keys/private_key.txt", days)
+    look_after(over(core, Key("payroll", backend)), rotation.Rules(every_days=every), "w1")
+
+    assert len(backend.versions()) == versions
+
+
+def test_a_key_of_unknown_age_is_left_alone(core: Core, backend: AgeBackend) -> None:
+    look_after(over(core, Key("payroll", backend)), rotation.Rules(every_days=1), "w1")
+
+    assert len(backend.versions()) == 1
+
+
+@pytest.mark.parametrize(("rotates", "versions"), [(True, 2), (False, 1)])
+def test_a_spent_budget_rotates_if_told_so(
+    core: Core, backend: AgeBackend, *, rotates: bool, versions: int
+) -> None:
+    mine = over(core, Key("payroll", backend))
+    seal(mine.kms, 10)
+    look_after(mine, rotation.Rules(budget_messages=10, budget_rotates=rotates), "w1")
+
+    assert len(backend.versions()) == versions
+
+
+def test_two_workers_rotate_once(core: Core, backend: AgeBackend, tmp_path: Path) -> None:
+    made_days_ago(tmp_path / "keys/private_key.txt", 91)
+    mine = over(core, Key("payroll", backend))
+    for worker in ("w1", "w2"):
+        look_after(mine, rotation.Rules(), worker)
+
+    assert len(backend.versions()) == 2
+
+
+def test_a_backend_that_is_away_spoils_no_other_key(core: Core, backend: AgeBackend, tmp_path: Path) -> None:
+    made_days_ago(tmp_path / "keys/private_key.txt", 91)
+    remote, peer = memory_backend()
+    peer.cut()
+    ring = Keyring({"gone": Key("gone", remote), "payroll": Key("payroll", backend)}, Key("gone", remote))
+    look_after(replace(core, kms=core.kms.with_keyring(ring)), rotation.Rules(), "w1")
+
+    assert len(backend.versions()) == 2
+
+
+def test_every_backend_that_seals_gets_a_version(core: Core, backend: AgeBackend) -> None:
+    remote, peer = memory_backend()
+    retired, untouched = memory_backend("old")
+    kms = over(core, Key("payroll", remote, others=(backend,), retired=(retired,))).kms
+    made = kms.rotate(WHO, "payroll")
+
+    assert (made.version, len(peer.keys), len(backend.versions()), len(untouched.keys)) == ("2", 2, 2, 1)
+
+
+def test_a_rotation_that_fails_is_told_and_audited(core: Core) -> None:
+    remote, peer = memory_backend()
+    peer.trouble = BackendUnavailable("token refused")
+
+    with pytest.raises(BackendUnavailable):
+        over(core, Key("payroll", remote)).kms.rotate(WHO, "payroll")
+    assert len(peer.keys) == 1
+
+
+# -- counts ------------------------------------------------------------------------------------------
+
+
+def test_counts_of_several_processes_add_up(redis_url: str) -> None:
+    client = connect(redis_url)
+    for tally in (Tally(), Tally()):
+        tally.put_back({"operations encrypt ok": 2, "messages default 1 age": 2})
+        Teller(tally, client).hand_over()
+
+    assert teller.shared(client) == {"operations encrypt ok": 4, "messages default 1 age": 4}
+
+
+def test_counts_wait_while_redis_is_away(redis_url: str) -> None:
+    tally = Tally()
+    tally.put_back({"operations encrypt ok": 2})
+    Teller(tally, connect("unix:///nonexistent/valkey.sock")).hand_over()
+    assert tally.peek() == {"operations encrypt ok": 2}
+    with pytest.raises(JobsUnavailable):
+        teller.shared(connect("unix:///nonexistent/valkey.sock"))
+    Teller(tally, connect(redis_url)).hand_over()
+
+    assert teller.shared(connect(redis_url)) == {"operations encrypt ok": 2}
+    assert not tally.peek()
