@@ -1,0 +1,191 @@
+"""Every expression of every panel and rule, asked of a real Prometheus that scrapes a service at work."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import pytest
+import yaml
+from prometheus_client.metrics import MetricWrapperBase
+
+import dashboards
+from bao import bao
+from hooks import make_authority, receiving, secret_file, toml
+from kms_cli import tether
+from kms_core import metrics
+from peers import program
+from service import CONTEXT, Service, b64, free_port, until
+
+MONITORING: Final = Path(__file__).parents[2] / "monitoring"
+RULES: Final = [
+    rule
+    for name in ("slo.yml", "alerts.yml")
+    for group in yaml.safe_load((MONITORING / "rules" / name).read_text())["groups"]
+    for rule in group["rules"]
+]
+PANELS: Final = [
+    (f"{board.uid}: {panel.title}", expr)
+    for board in dashboards.BOARDS
+    for panel in (*board.figures, *board.graphs)
+    for expr, _ in panel.queries
+]
+"""Panel and query."""
+
+
+class Prometheus:
+    """The real server, over the repository's own rules, with scrapes a second apart."""
+
+    def __init__(self, folder: Path, service: Service) -> None:
+        self._port = free_port()
+        config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        config["rule_files"] = [str(MONITORING / "rules/*.yml")]
+        for job, port in zip(config["scrape_configs"], (service.port, service.port + 1), strict=True):
+            job["static_configs"] = [{"targets": [f"127.0.0.1:{port}"]}]
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        argv = [
+            program("prometheus"),
+            f"--config.file={folder}/prometheus.yml",
+            f"--storage.tsdb.path={folder}/data",
+            f"--web.listen-address=127.0.0.1:{self._port}",
+        ]
+        with (folder / "prometheus.log").open("wb") as log:
+            self._process = tether.spawn(argv, env={"HOME": str(folder)}, output=log)
+        self._http = httpx.Client(base_url=f"http://127.0.0.1:{self._port}/api/v1", trust_env=False)
+        until(self._is_ready, "Prometheus is ready")
+
+    def _is_ready(self) -> bool:
+        try:
+            return self._http.get(f"http://127.0.0.1:{self._port}/-/ready").is_success
+        except httpx.TransportError:
+            return False
+
+    def ask(self, expr: str) -> list[dict[str, Any]]:
+        answer = self._http.get("/query", params={"query": expr})
+        assert answer.is_success, answer.text
+        found: list[dict[str, Any]] = answer.json()["data"]["result"]
+        return found
+
+    def await_scrape(self) -> None:
+        """Rates need work between two scrapes."""
+        before = self._scrapes()
+        until(lambda: self._scrapes() >= before + 2, "two more scrapes")
+
+    def _scrapes(self) -> int:
+        return min(int(found["value"][1]) for found in self.ask('count_over_time(up{job=~"kms-.*"}[10m])'))
+
+    def alerts(self) -> set[str]:
+        """Those that fire."""
+        found = self._http.get("/alerts").json()["data"]["alerts"]
+        return {alert["labels"]["alertname"] for alert in found if alert["state"] == "firing"}
+
+    def stop(self) -> None:
+        self._http.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def at_work(service: Service) -> None:
+    """A little of everything that has a figure."""
+    for _ in range(3):
+        sealed = service.encrypt(b"salary")
+        service.decrypt(sealed)
+        service.post("/decrypt", {"ciphertext": b64(sealed), "context": "env=other"})
+        service.post("/encrypt", {"plaintext": "not base64!"})
+        service.post("/encrypt", {"plaintext": b64(b"x"), "key_id": "payroll", "context": CONTEXT})
+        service.http.get("/api/v1/kms/status", headers={"Origin": "https://elsewhere.example"})
+    items = [{"plaintext": b64(b"x")}, {"plaintext": b64(b"y"), "context": "a=b"}]
+    service.wait(service.submit({"kind": "encrypt", "items": items, "callback": "ci"}), "succeeded")
+    service.wait(service.upload("encrypt", b"x" * 100_000), "succeeded")
+    service.post("/jobs", {"kind": "encrypt", "source": "s3://gone/a", "target": "s3://gone/b"})
+    service.submit({"kind": "decrypt", "items": [{"ciphertext": b64(b"not a file")}]})
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """Prometheus after a time of work, some of it with trouble."""
+    folder = tmp_path_factory.mktemp("monitored")
+    server, token = bao(), folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(server.token())
+    authority = make_authority(folder)
+    secret = folder / "s3-secret"
+    secret.touch(mode=0o600)
+    secret.write_text("unused")
+    with receiving(authority) as receiver:
+        settings = (
+            f'[kms.audit]\nsinks = ["file", "redis"]\n[kms.jobs.buckets.gone]\nread = [""]\nwrite = [""]\n'
+            f'endpoint = "http://127.0.0.1:1"\nallow_http = true\naccess_key_id = "x"\n'
+            f'secret_key_file = "{secret}"\n'
+            f'[kms.keys]\npayroll = "transit:{server.new_key()}"\n'
+            f'[kms.transit]\naddress = "{server.url}"\ntoken_file = "{token}"\n'
+        ) + toml("ci", receiver, authority, secret_file(folder), "allow_private = true\n")
+        with Service(folder, settings) as service:
+            service.start()
+            running = Prometheus(folder, service)
+            try:
+                until(lambda: running.ask('up{job=~"kms-.*"} == 1'), "both are scraped")
+                for _ in range(4):
+                    at_work(service)
+                    running.await_scrape()
+                until(lambda: running.ask("rate(kms_job_items_total[5m]) > 0"), "the work is seen")
+                until(lambda: running.ask("kms_key_age_seconds"), "the keys are seen")
+                until(lambda: running.ask("kms:jobs_failed:ratio_rate15m"), "the rules are evaluated")
+                yield running
+            finally:
+                running.stop()
+
+
+def now(expr: str) -> str:
+    """The expression without what only time can bring: yesterday, and a choice in a menu."""
+    expr = re.sub(r" offset \d+[dh]", "", expr)
+    return re.sub(r"\$(backend|kind)", ".*", expr.replace("$__rate_interval", "1m"))
+
+
+def without_threshold(expr: str) -> str:
+    """The left side of an alert's comparison: what is watched, whatever it is now."""
+    return re.sub(r"\s*(?:==|>|<)\s*[\d.*\s]+(?=\)|$|\n|\s+and\b)", "", now(expr))
+
+
+@pytest.mark.parametrize(("panel", "expr"), PANELS, ids=[panel for panel, _ in PANELS])
+def test_a_panel_shows_something(prometheus: Prometheus, panel: str, expr: str) -> None:
+    assert prometheus.ask(now(expr)), f"{panel}: {now(expr)}"
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("record") or rule["alert"])
+def test_a_rule_watches_something_that_is_there(prometheus: Prometheus, rule: dict[str, Any]) -> None:
+    prometheus.ask(rule["expr"])
+    for name in re.findall(r"\bkms[_:][a-z0-9_:]+", rule["expr"]):
+        assert prometheus.ask(name) or name.removesuffix("_bucket").removesuffix("_count") in DECLARED, name
+
+
+DECLARED: Final = {
+    sample.name
+    for metric in vars(metrics).values()
+    if isinstance(metric, MetricWrapperBase)
+    for sample in metric.describe()
+}
+
+
+SEEN_ELSEWHERE: Final = {
+    "kms_auth_failures": "integration/test_auth.py",
+    "kms_rate_limited": "integration/test_auth_jobs.py",
+}
+"""Metrics of callers that are refused: this service has no authentication to refuse them by."""
+
+
+def test_a_service_at_work_is_no_reason_for_an_alert(prometheus: Prometheus) -> None:
+    assert prometheus.alerts() == set()
+
+
+def test_every_metric_that_is_declared_has_been_seen(prometheus: Prometheus) -> None:
+    seen = {
+        name for series in prometheus.ask('{__name__=~"kms_.*"}') for name in [series["metric"]["__name__"]]
+    }
+    known = {name for name in seen for name in (name, re.sub(r"_(total|bucket|count|sum)$", "", name))}
+
+    assert DECLARED - known == set(SEEN_ELSEWHERE)
+    for metric, path in SEEN_ELSEWHERE.items():
+        assert metric in (Path(__file__).parents[1] / path).read_text()

@@ -1,0 +1,33 @@
+"""``kms up --monitoring``: live figures of API and worker from one command."""
+
+import sys
+from pathlib import Path
+
+import httpx
+
+from kms_cli import tether
+from peers import program
+from service import Service, until
+
+
+def test_one_command_brings_a_prometheus_that_scrapes_both(tmp_path: Path) -> None:
+    install = Service(tmp_path)
+    argv = [sys.executable, "-P", "-m", "kms_cli.main", "up", "--monitoring"]
+    assert program("prometheus")
+    with (tmp_path / "up.log").open("wb") as log:
+        up = tether.spawn(argv, env=install.environ, output=log)
+    try:
+        url = f"http://127.0.0.1:{install.port + 2}/api/v1/query"
+
+        def up_now() -> dict[str, str]:
+            try:
+                found = httpx.get(url, params={"query": "up"}, trust_env=False).json()["data"]["result"]
+            except httpx.TransportError:
+                return {}
+            return {series["metric"]["job"]: series["value"][1] for series in found}
+
+        until(lambda: up_now() == {"kms-api": "1", "kms-worker": "1"}, "both are scraped")
+    finally:
+        up.terminate()
+        up.wait(60)
+        install.http.close()
