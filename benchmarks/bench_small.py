@@ -23,7 +23,8 @@ from benchmarks.drive_kms import CONTEXT, KEY, Local
 from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.report import Scale
 
-from kms_core.audit import JsonLines
+from kms_core.audit import Trail
+from kms_core.audit.keys import Concealer, Signer
 from kms_core.backends.age import AgeBackend, KeyFiles
 from kms_core.envelope import header, sealing, stream
 from kms_core.envelope.header import FILE_LIMITS, SYNC_LIMITS, Limits
@@ -59,7 +60,8 @@ class Scene:
         file.touch(0o600)
         file.write_text(f"{identity.export()}\n")
         key = Key("default", AgeBackend(KeyFiles(file)), accept_foreign=True)
-        kms = Kms(Keyring({"default": key}, key), AllowAll(), JsonLines(folder / "audit"), Rules())
+        trail = Trail(folder / "audit", "bench", Concealer.at(folder / "a.key"), Signer.at(folder / "s.key"))
+        kms = Kms(Keyring({"default": key}, key), AllowAll(), trail, Rules())
         return cls(
             drive_kms.wrapper(file), kms, pyrage.x25519.Identity.from_str(identity.export()), file, limit_s
         )

@@ -14,8 +14,8 @@ from typing import Final
 from kms_core.context import Context
 from kms_core.envelope import binding, header, pipes, sealing, slabs, stream
 from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.extents import Extent, Onto
 from kms_core.envelope.header import FILE_LIMITS, Header, Stanza
-from kms_core.envelope.slabs import Extent
 from kms_core.envelope.x25519 import Identity
 
 KEY: Final = KeyRef("default", "default", "bench", "age")
@@ -65,7 +65,9 @@ def seal(by: Local, source: str, target: str) -> None:
         size = os.fstat(reader.fileno()).st_size
         begun = sealing.begin(by, KEY, CONTEXT, padded=size >= sealing.PAD_FROM_BYTES)
         writer.write(begun.head)
-        slabs.seal_file(begun.payload_key, Extent(reader.fileno(), size), writer.fileno(), len(begun.head))
+        slabs.seal_file(
+            begun.payload_key, Extent(reader.fileno(), size), Onto(writer.fileno()), len(begun.head)
+        )
 
 
 def open_(by: Local, source: str, target: str) -> None:
@@ -78,7 +80,7 @@ def open_(by: Local, source: str, target: str) -> None:
         head = header.read(reader.fileno(), FILE_LIMITS)
         size = os.fstat(reader.fileno()).st_size - head.payload_offset
         key = stream.payload_key(file_key_of(head, by), head.nonce)
-        slabs.open_file(key, Extent(reader.fileno(), size, head.payload_offset), writer.fileno())
+        slabs.open_file(key, Extent(reader.fileno(), size, head.payload_offset), Onto(writer.fileno()))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import statistics
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -37,6 +38,7 @@ class Shot:
 
     url: str
     body: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def load(shot: Shot, connections: int, seconds: float) -> Reading:
@@ -54,6 +56,7 @@ def warn_without_wrk() -> None:
 def _wrk(shot: Shot, connections: int, seconds: float) -> Reading:
     with tempfile.NamedTemporaryFile("w", suffix=".lua", prefix="kms-bench-") as script:
         script.write(_SCRIPT.replace("{body}", shot.body))
+        script.writelines(f'wrk.headers["{name}"] = "{value}"\n' for name, value in shot.headers.items())
         script.flush()
         options = ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "-s", script.name]
         said = subprocess.run(["wrk", *options, shot.url], capture_output=True, text=True, check=True)
@@ -79,7 +82,7 @@ async def _connection(shot: Shot, ends: float) -> list[float]:
     """One kept-alive connection; answers need a Content-Length."""
     parts, body = urlsplit(shot.url), shot.body.encode()
     head = [f"POST {parts.path} HTTP/1.1", f"Host: {parts.netloc}", f"Content-Length: {len(body)}"]
-    head += [f"{name}: {value}" for name, value in _HEADERS.items()]
+    head += [f"{name}: {value}" for name, value in {**_HEADERS, **shot.headers}.items()]
     request = "\r\n".join([*head, "", ""]).encode() + body
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     times = []

@@ -1,6 +1,7 @@
 """A service over age keys in memory or on disk, and age files taken apart and put together, for tests."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -27,24 +28,39 @@ _NO_KEYS: Final[Mapping[str, Backend]] = MappingProxyType({})
 NativeIdentity = x25519.Identity | hybrid.Identity
 
 
+class Unhidden:
+    """What trails for tests share: context values are only blanked."""
+
+    def conceal(self, tenant: str, context: Context) -> dict[str, str]:
+        del tenant
+        return dict.fromkeys(context.keys, "hidden")
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def check(self) -> None:
+        """It is always ready."""
+
+
 @dataclass
-class Kept:
+class Kept(Unhidden):
     """An audit trail in memory: each record as the line that a file would hold."""
 
     lines: list[dict[str, object]] = field(default_factory=list)
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record) -> str:
         self.lines.append(msgspec.json.decode(msgspec.json.encode(record), type=dict[str, object]))
+        return f"kept:{len(self.lines)}"
 
     @property
     def results(self) -> list[tuple[object, object]]:
         return [(line["operation"], line["result"]) for line in self.lines]
 
 
-class FullDisk:
+class FullDisk(Unhidden):
     """An audit trail that takes nothing."""
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record) -> str:
         del record
         raise AuditUnavailable
 

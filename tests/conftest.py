@@ -8,7 +8,7 @@ import pytest
 
 from kms_cli.valkey import EmbeddedValkey, Limits
 
-pytest_plugins = ["service"]  # the whole service as processes: fixtures ``service`` and ``core``
+pytest_plugins = ["service", "objectbench"]  # the whole service as processes; cores with object stores
 DATABASES: Final = 10_000  # tests of one session; an unused one costs nothing
 
 

@@ -24,7 +24,7 @@ from kms_core import settings as settings_file
 from kms_core.jobs.outbox import Delivery, Outbox
 from kms_core.jobs.store import JobStore
 from kms_core.jobs.webhooks import Endpoint
-from stores import claimed
+from stores import TENANT, claimed
 
 SECRET: Final = b"0123456789abcdef0123456789abcdef"
 PATH: Final = "/hooks/kms?from=kms"
@@ -225,9 +225,11 @@ def dripping() -> Iterator[int]:
 # -- jobs that tell of their end -----------------------------------------------------------------------
 
 
-def end(store: JobStore, state: str = "succeeded", code: str = "", callback: str = "ci") -> str:
+def end(
+    store: JobStore, state: str = "succeeded", code: str = "", callback: str = "ci", tenant: str = TENANT
+) -> str:
     """A job that has run to its end; its id."""
-    claim = claimed(store, callback=callback)
+    claim = claimed(store, callback=callback, tenant=tenant)
     store.finish(claim, state, code, {"bytes_done": 5})
     return claim.accepted.job_id
 

@@ -25,6 +25,7 @@ from kms_cli.valkey import EmbeddedValkey, runtime_dir
 from kms_core import settings as settings_file
 from kms_core.jobs.build import Core
 from kms_core.jobs.build import build as build_core
+from kms_core.jobs.model import Nudge
 from kms_core.settings import Settings
 from kms_core.wire import ENDED, PREFIX
 
@@ -271,7 +272,7 @@ def check_problem(answer: httpx.Response, status: int, code: str) -> None:
     assert B64_CANARY not in answer.text
 
 
-def core_of(service: Service, nudge: Callable[[str, str], None] = lambda _job, _queue: None) -> Core:
+def core_of(service: Service, nudge: Nudge = lambda *_: None) -> Core:
     """The core of an install in this process, with its keys, spool and store; nobody is nudged by default."""
     return build_core(service.settings, "test", nudge)
 

@@ -3,11 +3,14 @@
 import time
 
 import msgspec
+import redis
 
+from kms_core import servers
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import new_id
 from kms_core.jobs.model import Accepted, Claim, Commit, Rules
 from kms_core.jobs.store import JobStore
+from kms_core.settings_sections import Redis
 from service import CANARY
 
 TENANT = "default"
@@ -16,10 +19,15 @@ LONG = Rules(lease_s=600, attempts=3)
 COMMIT = Commit(fence=1, inode=2, size_bytes=3, mtime_ns=4)
 
 
+def connect(url: str) -> redis.Redis:
+    """A client as the service makes it."""
+    return servers.connect(Redis(url=url, broker_url=url))
+
+
 def store_of(core: Core, rules: Rules, nudged: list[str]) -> JobStore:
     """The core's store with other rules; whom it nudges is noted."""
     found = core.shop.store
-    return JobStore(found.redis, found.record_key, lambda job_id, _queue: nudged.append(job_id), rules)
+    return JobStore(found.redis, found.record_key, lambda job_id, *_: nudged.append(job_id), rules)
 
 
 def accepted(**changes: object) -> Accepted:

@@ -15,6 +15,8 @@ _UNKNOWN_FIELD: Final = "unknown field `"
 _UPLOAD_HEADERS: Final = {
     "X-KMS-Context": "The encryption context, percent-encoded UTF-8",
     "X-KMS-Key-Id": "The key id; absent means the default key",
+    "X-KMS-Priority": "high, normal (if absent) or low",
+    "X-KMS-Callback": "An endpoint of the service's settings, which is told how the job ends",
     "Idempotency-Key": "Makes a repeated submission answer with the first one's job",
 }
 _FIELDS: Final = "|".join(

@@ -9,18 +9,22 @@ from kombu.exceptions import OperationalError
 from kombu.transport import virtual
 
 from kms_core.errors import JobsUnavailable
-from kms_core.jobs.model import QUEUES
+from kms_core.jobs.model import AMQP_RANKS, QUEUES, REDIS_STEPS
+from kms_core.servers import celery_options
+from kms_core.settings_sections import Redis
+from kms_core.wire import Priority
 
 TASK: Final = "kms.run"
 _CONFIGURATION: Final[dict[str, object]] = {
     "task_serializer": "json",
     "task_ignore_result": True,
     "broker_connection_timeout": 2,
-    "broker_transport_options": {
-        "global_keyprefix": "kms:",
-        "socket_timeout": 3,
-        "socket_connect_timeout": 2,
-    },
+}
+_TRANSPORT: Final[dict[str, object]] = {
+    "global_keyprefix": "kms:",
+    "socket_timeout": 3,
+    "socket_connect_timeout": 2,
+    "confirm_publish": True,
 }
 
 
@@ -30,14 +34,17 @@ class Broker:
 
     producer: Celery
 
-    def nudge(self, job_id: str, queue: str) -> None:
+    def nudge(self, job_id: str, queue: str, priority: Priority = "normal") -> None:
         """A message that carries the job id and nothing else. Raises JobsUnavailable within seconds."""
-        retry = {"max_retries": 1}
+        amqp = "amqp" in str(self.producer.conf.broker_url).partition("://")[0]
+        options = {
+            "priority": AMQP_RANKS[priority] if amqp else REDIS_STEPS[priority][0],
+            "retry_policy": {"max_retries": 1},
+        }
         try:
-            self.producer.send_task(
-                TASK, (job_id,), queue=queue, argsrepr="-", kwargsrepr="-", retry_policy=retry
-            )
-        except (OperationalError, OSError) as exc:
+            self.producer.send_task(TASK, (job_id,), queue=queue, argsrepr="-", kwargsrepr="-", **options)
+        except (OperationalError, OSError, AttributeError) as exc:
+            # AttributeError: kombu 5.7, where the connection is lost while its channel is made
             raise JobsUnavailable from exc
 
     def depths(self) -> dict[str, int]:
@@ -46,10 +53,10 @@ class Broker:
             return _waiting(connection)
 
 
-def connect(url: str) -> Broker:
-    """A broker at this URL; nothing is connected before the first message."""
-    producer = Celery("kms-api", broker=url, set_as_current=False)
-    producer.conf.update(_CONFIGURATION)
+def connect(section: Redis) -> Broker:
+    """The broker of ``[kms.redis]``; nothing is connected before the first message."""
+    producer = Celery("kms-api", set_as_current=False)
+    producer.conf.update(_CONFIGURATION | celery_options(section, _TRANSPORT))
     return Broker(producer)
 
 

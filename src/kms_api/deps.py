@@ -20,6 +20,11 @@ INLINE_STANZAS: Final = 32
 INLINE_BYTES: Final = 256 * 1024
 BACKEND_THREADS: Final = 16
 LOCAL: Final = "local"
+WHO: Final = "kms.who"  # where the gate leaves the principal in a request's scope
+LOCAL_CALLER: Final = Principal("local")
+"""Everybody, where callers are not authenticated: the start guard keeps others than this machine out."""
+LET_IN: Final = Principal("")
+"""Nobody: the route asks for no credential. The core allows him nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +41,9 @@ class Service:
 
     @property
     def blocks(self) -> bool:
-        """Whether any call may wait on a network."""
-        return any(key.blocks for key in self.kms.keyring.keys.values())
+        """Whether any call may wait: on a network, or for its record to be on disk, which many share."""
+        waits_for_disk = self.settings.kms.audit.durability == "fsync"
+        return waits_for_disk or any(key.blocks for key in self.kms.keyring.keys.values())
 
     def limiter(self, name: str) -> anyio.CapacityLimiter:
         """The threads of one backend: while it hangs, calls on others have theirs."""
@@ -50,9 +56,9 @@ def service(request: Request) -> Service:
 
 
 def caller(request: Request) -> Principal:
-    """Who calls. Authentication is by the start guard alone: nobody off this machine reaches this service."""
-    del request
-    return Principal("local")
+    """Who calls, as the gate has found out."""
+    who: Principal = request.scope[WHO]
+    return who
 
 
 async def call(built: Service, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

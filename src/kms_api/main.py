@@ -10,8 +10,8 @@ from typing import Final
 
 import uvicorn
 
-from kms_api import app
-from kms_core import logs, settings
+from kms_api import app, tls
+from kms_core import keyring, logs, settings
 from kms_core.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE, ConfigurationError
 
 _GRACE_S: Final = 20
@@ -25,7 +25,9 @@ def main() -> int:
         loaded = settings.load(_arguments().config, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
         settings.check_exposure(loaded)
+        keyring.check(loaded)
         built = app.build(loaded)
+        context = tls.context(loaded.kms.server, strict=loaded.is_prod)
     except ConfigurationError as exc:
         sys.stderr.write(f"kms-service: error: {exc.detail}\n")
         return EXIT_CONFIGURATION
@@ -39,7 +41,8 @@ def main() -> int:
     config = uvicorn.Config(
         built,
         loop="uvloop",
-        http="httptools",
+        http=tls.PeerProtocol,  # httptools, and who is at the other end
+        ssl_context_factory=None if context is None else lambda *_: context,
         access_log=False,
         log_config=None,
         server_header=False,

@@ -47,6 +47,7 @@ STATUS: Final[dict[type[KmsError], int]] = {
     errors.JobExpired: 410,
     errors.ConfigurationError: 500,
 }
+AWAY: Final = "The key backend is not available; the log of the service says why, by this request id"
 _ROUTING_CODES: Final = {404: "not_found", 405: "method_not_allowed"}
 _log = structlog.get_logger(__name__)
 
@@ -67,7 +68,14 @@ def status_of(error: KmsError) -> int:
 def problem(
     status: int, code: str, detail: str, *, title: str = "", links: dict[str, str] | None = None
 ) -> Response:
-    """A problem response. ``detail`` is ours, never a value that the caller sent."""
+    """A problem response. ``detail`` is ours, never a value that the caller sent.
+
+    A denial is on record before it is answered; where that fails, that is the answer.
+    """
+    try:
+        audit.turned_away(code)
+    except errors.AuditUnavailable as exc:
+        return answer(exc)
     body = wire.Problem(
         type=f"urn:kms-service:problem:{code}",
         title=title or http.HTTPStatus(status).phrase,
@@ -80,18 +88,27 @@ def problem(
     return Response(wire.encode(body), status, media_type=MEDIA_TYPE)
 
 
-async def _known(request: Request, exc: Exception) -> Response:
-    error = exc if isinstance(exc, KmsError) else KmsError()
+def answer(error: KmsError) -> Response:
+    """An error as the problem that it is, with the headers that go with it."""
     links = None
     if isinstance(error, errors.TooLarge):
         links = {"jobs": f"{wire.PREFIX}/jobs", "files": f"{wire.PREFIX}/files/encrypt"}
-    answer = problem(status_of(error), error.code, error.detail, title=error.summary, links=links)
+    detail = error.detail
+    if isinstance(error, errors.BackendUnavailable):  # its text names servers and settings of ours
+        _log.warning("backend.unavailable", reason=detail)
+        detail = AWAY
+    made = problem(status_of(error), error.code, detail, title=error.summary, links=links)
     if isinstance(error, errors.Unavailable):
-        answer.headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+        made.headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
     if isinstance(error, errors.Unauthenticated):
-        answer.headers["WWW-Authenticate"] = "Bearer"
+        made.headers["WWW-Authenticate"] = "Bearer"
+    return made
+
+
+async def _known(request: Request, exc: Exception) -> Response:
+    error = exc if isinstance(exc, KmsError) else KmsError()
     _log.debug("request.refused", code=error.code, path=request.scope.get("path"))
-    return answer
+    return answer(error)
 
 
 async def _routing(request: Request, exc: Exception) -> Response:

@@ -7,8 +7,9 @@ from kms_cli.keyfiles import Identities
 from kms_cli.streams import Joined, Source, Target, exactly
 from kms_core.backends.age import Recipient
 from kms_core.context import Context
-from kms_core.envelope import disk, header, pipes, scrypt, sealing, slabs, stream
+from kms_core.envelope import header, pipes, scrypt, sealing, slabs, stream
 from kms_core.envelope.armor import ArmorWriter
+from kms_core.envelope.extents import Onto
 from kms_core.envelope.header import FILE_KEY_BYTES, FILE_LIMITS, Stanza
 from kms_core.envelope.sealing import PAD_FROM_BYTES, Sealing
 from kms_core.envelope.slabs import Pace
@@ -51,8 +52,9 @@ def seal_armored(begun: Sealing, given: Source, target: Target, pace: Pace) -> N
 def seal(begun: Sealing, given: Source, target: Target, pace: Pace) -> None:
     """Write head and payload; by threads from file to file. Raises InvalidRequest if the source changes."""
     if given.extent and target.fd is not None:
-        disk.write_all(target.fd, memoryview(begun.head), 0)
-        slabs.seal_file(begun.payload_key, given.extent, target.fd, len(begun.head), pace)
+        onto = Onto(target.fd)
+        onto.write_at(memoryview(begun.head), 0)
+        slabs.seal_file(begun.payload_key, given.extent, onto, len(begun.head), pace)
         return
     target.writer.write(begun.head)
     pipes.seal_pipe(begun.payload_key, given.stream, target.writer, pace)

@@ -4,17 +4,18 @@ import contextlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final, Literal
+from typing import BinaryIO, Final, Literal, Unpack
 
 import click
 
 from kms_cli import words
-from kms_cli.options import context_option, force_option, key_option
+from kms_cli.options import callback_option, context_option, force_option, key_option, priority_option
 from kms_cli.placing import placed
 from kms_cli.progress import Meter
 from kms_cli.remote import connect
 from kms_cli.session import session
 from kms_client import Client
+from kms_client.calls import JobOptions
 from kms_client.problems import failure
 from kms_core.envelope import armor
 from kms_core.errors import JobCancelled, KmsError, NotACiphertext
@@ -46,6 +47,7 @@ class Transfer:
     force: bool
     context: ContextIn
     key_id: str | None
+    options: JobOptions
 
 
 @click.command("encrypt-file", short_help="Encrypt a file.")
@@ -53,13 +55,21 @@ class Transfer:
 @output_option
 @context_option
 @key_option
+@priority_option
+@callback_option
 @force_option
 def encrypt_file_command(
-    source: Path, output: Path | None, context: ContextIn, key_id: str | None, *, force: bool
+    source: Path,
+    output: Path | None,
+    context: ContextIn,
+    key_id: str | None,
+    *,
+    force: bool,
+    **options: Unpack[JobOptions],
 ) -> None:
     """Encrypt SOURCE, of any size, into SOURCE.enc or --output. SOURCE stays as it is."""
     target = output or source.with_name(source.name + SUFFIX)
-    _run(Transfer("encrypt", source, target, force, context, key_id))
+    _run(Transfer("encrypt", source, target, force, context, key_id, options))
 
 
 @click.command("decrypt-file", short_help="Decrypt a file.")
@@ -67,16 +77,24 @@ def encrypt_file_command(
 @output_option
 @context_option
 @key_option
+@priority_option
+@callback_option
 @force_option
 def decrypt_file_command(
-    source: Path, output: Path | None, context: ContextIn, key_id: str | None, *, force: bool
+    source: Path,
+    output: Path | None,
+    context: ContextIn,
+    key_id: str | None,
+    *,
+    force: bool,
+    **options: Unpack[JobOptions],
 ) -> None:
     """Decrypt SOURCE, of any size, into the name without .enc or --output, readable by you alone."""
     if output is None:
         if source.suffix != SUFFIX or source.name == SUFFIX:
             raise click.UsageError(f'"{source.name}" does not end in {SUFFIX}: name the result with --output')
         output = source.with_suffix("")
-    _run(Transfer("decrypt", source, output, force, context, key_id))
+    _run(Transfer("decrypt", source, output, force, context, key_id, options))
 
 
 def _run(transfer: Transfer) -> None:
@@ -92,6 +110,7 @@ def _run(transfer: Transfer) -> None:
             context=transfer.context,
             key_id=transfer.key_id,
             progress=lambda done, total: meter.show("sending", done, total),
+            **transfer.options,
         )
         job = ended(kms, accepted.job_id, meter)
         size = kms.download(
@@ -122,18 +141,23 @@ def _ciphertext(file: BinaryIO, path: Path) -> BinaryIO:
 
 def ended(kms: Client, job_id: str, meter: Meter) -> JobOut:
     """The job when it has succeeded. Raises what made it fail; Ctrl-C cancels it."""
+    job = followed(kms, job_id, meter)
+    require_success(job)
+    return job
+
+
+def followed(kms: Client, job_id: str, meter: Meter) -> JobOut:
+    """The job when it has ended, however that was; Ctrl-C cancels it."""
 
     def show(job: JobOut) -> None:
         meter.show(job.state, job.progress.bytes_done, job.progress.bytes)
 
     try:
-        job = kms.wait(job_id, progress=show)
+        return kms.wait(job_id, progress=show)
     except (KeyboardInterrupt, SystemExit):
         with contextlib.suppress(KmsError):
             kms.cancel(job_id)
         raise
-    require_success(job)
-    return job
 
 
 def require_success(job: JobOut) -> None:
@@ -148,5 +172,7 @@ def require_success(job: JobOut) -> None:
             raise JobFailed(f"{progress.items_failed} of {progress.items} items were refused", code)
         case "attempts_exhausted" as code:
             raise JobFailed(f"The job was given up, attempts: {job.attempt}", code)
+        case "record_refused" as code:
+            raise JobFailed("The job's record is not as the service wrote it", code)
         case code:
             raise failure(code)

@@ -1,4 +1,4 @@
-"""``kms job``: list, show, wait, cancel, result, dead, retry."""
+"""``kms job``: list, show, wait, cancel, result, dead, retry. ``submit`` is a module of its own."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from kms_cli.placing import placed
 from kms_cli.progress import Meter
 from kms_cli.remote import connect, show
 from kms_cli.session import session
-from kms_core.wire import JobList, JobOut, JobState
+from kms_core.wire import JobList, JobOut, JobState, Report
 
 STATES: Final = get_args(JobState)
 
@@ -45,9 +45,9 @@ def dead_command(limit: int) -> None:
 @click.command("retry", short_help="Revive a dead letter.")
 @id_argument
 def retry_command(job_id: str) -> None:
-    """Give a job that ended with attempts_exhausted all its attempts again."""
+    """Give a job that ended with attempts_exhausted or record_refused all its attempts again."""
     with connect() as kms:
-        _show(kms.retry(job_id))
+        show_job(kms.retry(job_id))
 
 
 def _rows(page: JobList, none: str) -> None:
@@ -67,7 +67,7 @@ def _rows(page: JobList, none: str) -> None:
 def show_command(job_id: str) -> None:
     """Show one job as it stands."""
     with connect() as kms:
-        _show(kms.job(job_id))
+        show_job(kms.job(job_id))
 
 
 @click.command("wait", short_help="Wait for a job.")
@@ -81,7 +81,7 @@ def wait_command(job_id: str, timeout: float | None) -> None:
             timeout_s=timeout,
             progress=lambda job: meter.show(job.state, job.progress.bytes_done, job.progress.bytes),
         )
-    _show(job)
+    show_job(job)
     require_success(job)
 
 
@@ -90,7 +90,7 @@ def wait_command(job_id: str, timeout: float | None) -> None:
 def cancel_command(job_id: str) -> None:
     """Ask for the end of a job: at once if it waits, at its next item or slab if it runs."""
     with connect() as kms:
-        _show(kms.cancel(job_id))
+        show_job(kms.cancel(job_id))
 
 
 @click.command("result", short_help="Fetch a result.")
@@ -108,7 +108,8 @@ def result_command(job_id: str, output: Path | None, *, force: bool) -> None:
             kms.download(job_id, target, progress=lambda done, total: meter.show("receiving", done, total))
 
 
-def _show(job: JobOut) -> None:
+def show_job(job: JobOut) -> None:
+    """A job, for people or for programs."""
     if session().as_json:
         show(job)
         return
@@ -120,12 +121,29 @@ def _show(job: JobOut) -> None:
             "state": job.state,
             **failed,
             "progress": _progress(job) or "nothing yet",
+            **_report(job),
             "attempt": job.attempt,
             "created": job.created_at,
             "expires": job.expires_at,
         },
         as_json=False,
     )
+
+
+def _report(job: JobOut) -> dict[str, str]:
+    """What a campaign has come to."""
+    found = job.report
+    if not isinstance(found, Report):
+        return {}
+    verb = "would change" if found.dry_run else "changed"
+    left = (f"{one.left} of {one.found} on {one.key_id}/{one.key_version}" for one in found.older)
+    return {
+        verb.replace(" ", "_"): str(found.changed),
+        "newest": str(found.newest),
+        "foreign": str(found.foreign),
+        "failed": str(found.failed),
+        "left": ", ".join(left) or "none on older versions",
+    }
 
 
 def _progress(job: JobOut) -> str:

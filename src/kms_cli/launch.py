@@ -9,6 +9,8 @@ from kms_cli.up import Options, run
 @click.command("up", short_help="Run the service here.")
 @click.option("--bind", help="Address to listen on.", envvar="KMS_BIND")
 @click.option("--port", type=click.IntRange(1, 65534), help="Port to listen on.", envvar="KMS_PORT")
-def up_command(bind: str | None, port: int | None) -> int:
+@click.option("--monitoring", is_flag=True, help="Run Prometheus too, two ports above (from the PATH).")
+def up_command(bind: str | None, port: int | None, *, monitoring: bool) -> int:
     """Run API, worker and an embedded Valkey until Ctrl-C; makes keys for development if there are none."""
-    return run(Options(config=session().config, state_dir=session().state_dir, bind=bind, port=port))
+    given = session()
+    return run(Options(given.config, given.state_dir, bind, port, monitoring))

@@ -30,6 +30,7 @@ COMMANDS: Final = {  # name: module, what it does
     "encrypt-file": ("files", "Encrypt a file of any size."),
     "decrypt-file": ("files", "Decrypt a file of any size."),
     "job": ("jobs", "List, show, follow and cancel jobs."),
+    "keys": ("keys", "List, show and rotate keys."),
     "status": ("service", "Show what the service does and has done."),
     "health": ("service", "Ask whether the key backend works."),
     "rewrap-file": ("header_rewrap", "Move a file of any size to the current key, or another."),
@@ -37,9 +38,15 @@ COMMANDS: Final = {  # name: module, what it does
     "open": ("offline", "Decrypt any age file without a service."),
     "keygen": ("keygen", "Make an age key pair."),
     "inspect": ("inspection", "Show what an encrypted file says of itself."),
+    "token": ("tokens", "Create, list, rotate and revoke API tokens."),
+    "migrate": ("migrate", "Move ciphertexts from Vault, AWS KMS or SOPS into the service."),
+    "audit": ("audit", "Verify and read the audit trail of this machine."),
+    "cosmian": ("cosmian", "Make the keys of the service on a Cosmian KMS server."),
+    "config": ("config", "Check settings."),
     "doctor": ("doctor", "Check keys, settings and the service."),
 }
 JOB_COMMANDS: Final = {
+    "submit": ("submit", "Hand in a job over files where the service runs."),
     "list": ("jobs", "List jobs, newest first."),
     "show": ("jobs", "Show one job."),
     "wait": ("jobs", "Wait until a job has ended."),
@@ -48,6 +55,38 @@ JOB_COMMANDS: Final = {
     "dead": ("jobs", "List jobs that used up their attempts."),
     "retry": ("jobs", "Give a dead letter all its attempts again."),
 }
+
+CONFIG_COMMANDS: Final = {
+    "lint": ("config", "Tell what the settings allow that is weaker than need be."),
+}
+KEYS_COMMANDS: Final = {
+    "list": ("keys", "List keys, with age and use of the version that seals."),
+    "usage": ("keys", "Show what each version of a key has sealed."),
+    "rotate": ("keys", "Make a new version of a key."),
+}
+
+MIGRATE_COMMANDS: Final = {
+    "transit": ("migrate_transit", "From the transit engine of Vault or OpenBao."),
+    "aws": ("migrate_aws", "From AWS KMS."),
+    "sops": ("migrate_sops", "Give SOPS files a key of the service."),
+}
+
+AUDIT_COMMANDS: Final = {
+    "verify": ("audit", "Check that the trail is whole and unchanged."),
+    "tail": ("audit", "Show the last operations, and follow them."),
+    "receipt": ("audit", "Write a proof that one operation was recorded."),
+    "check-receipt": ("audit", "Check such a proof, anywhere."),
+    "key": ("audit", "Print the public key that checks signatures."),
+}
+
+TOKEN_COMMANDS: Final = {
+    "create": ("tokens", "Make a token; it is shown once."),
+    "list": ("tokens", "List tokens and what they may do."),
+    "rotate": ("tokens", "Give a token a new secret."),
+    "revoke": ("tokens", "Take a token out, at once."),
+}
+
+COSMIAN_COMMANDS: Final = {"init-key": ("cosmian", "Make the keys that settings name.")}
 
 
 class LazyGroup(click.Group):

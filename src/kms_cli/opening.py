@@ -17,9 +17,10 @@ from kms_cli.keyfiles import Identities
 from kms_cli.streams import Joined, Source, Target, exactly
 from kms_core.context import Context
 from kms_core.envelope import armor, binding, header, pipes, scrypt, sealing, slabs, stream
+from kms_core.envelope.extents import Extent, Onto
 from kms_core.envelope.header import FILE_LIMITS, Header
 from kms_core.envelope.ranges import RangeReader
-from kms_core.envelope.slabs import Extent, Pace
+from kms_core.envelope.slabs import Pace
 from kms_core.envelope.x25519 import NoMatch
 from kms_core.errors import DecryptFailed, TooLarge
 from kms_core.settings_sections import Limits
@@ -102,7 +103,7 @@ def read(given: Source) -> Sealed:
     except TooLarge as exc:
         raise HeaderTooLarge(exc.detail) from exc
     at = head.payload_offset
-    payload = extent and Extent(extent.fd, extent.size - at, extent.offset + at)
+    payload = extent and extent.tail(at)
     return Sealed(head, payload, start, rest)
 
 
@@ -161,7 +162,7 @@ def release(sealed: Sealed, key: bytes, target: Target, pace: Pace) -> None:
     """Write the plaintext; only genuine chunks and in order to a pipe. Raises Damaged."""
     with _damaged():
         if sealed.extent and target.fd is not None:
-            slabs.open_file(key, sealed.extent, target.fd, pace=pace)
+            slabs.open_file(key, sealed.extent, Onto(target.fd), pace=pace)
         else:
             pipes.open_pipe(key, sealed.payload, target.writer, pace)
 

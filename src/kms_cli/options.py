@@ -4,7 +4,7 @@ import click
 import msgspec
 
 from kms_core.errors import InvalidContext
-from kms_core.wire import ContextIn
+from kms_core.wire import PRIORITIES, ContextIn
 
 
 def context_of(ctx: click.Context, parameter: click.Parameter, value: str | None) -> ContextIn:
@@ -22,4 +22,8 @@ context_option = click.option(
     "--context", callback=context_of, help="Encryption context, as env=prod,service=api, or a JSON object."
 )
 key_option = click.option("--key-id", help="Key to use instead of the default one.")
+priority_option = click.option(
+    "--priority", type=click.Choice(PRIORITIES), help="Before (high) or after (low) other jobs that wait."
+)
+callback_option = click.option("--callback", help="Endpoint of the service's settings to tell how it ends.")
 force_option = click.option("--force", "-f", is_flag=True, help="Overwrite the output if it exists.")

@@ -16,7 +16,8 @@ import click
 from kms_cli import words
 from kms_cli.placing import placed
 from kms_cli.progress import Meter
-from kms_core.envelope.slabs import Extent, Pace
+from kms_core.envelope.extents import Extent
+from kms_core.envelope.slabs import Pace
 from kms_core.errors import SpoolFull
 
 if TYPE_CHECKING:

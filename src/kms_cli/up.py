@@ -7,6 +7,7 @@ the API and a worker. What they do is theirs: it tells them where things are by 
 import http.client
 import os
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from typing import Final
 
 from pyrage import x25519
 
-from kms_cli import private, valkey
+from kms_cli import private, prometheus, valkey
 from kms_cli.supervisor import Child, Pace, say, supervise
 from kms_core import settings as settings_file
 from kms_core.errors import ConfigurationError, Unavailable
@@ -41,6 +42,7 @@ class Options:
     state_dir: Path | None = None
     bind: str | None = None
     port: int | None = None
+    monitoring: bool = False
 
 
 Programs = Callable[[Settings, Mapping[str, str]], Sequence[Child]]
@@ -49,9 +51,10 @@ Programs = Callable[[Settings, Mapping[str, str]], Sequence[Child]]
 def service_programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Child]:
     """The API, and a worker, which answers probes on the next port."""
     host, port = reachable(settings.kms.bind), settings.kms.port
+    tls = settings.kms.server.tls_cert is not None
     api, worker = ([sys.executable, "-P", "-m", f"{name}.main"] for name in ("kms_api", "kms_worker"))
     return (
-        Child("api", api, ready=lambda: is_alive(host, port), env=env, grace_s=API_GRACE_S),
+        Child("api", api, ready=lambda: is_alive(host, port, tls=tls), env=env, grace_s=API_GRACE_S),
         Child("worker", worker, ready=lambda: is_alive(host, port + 1), env=env, grace_s=WORKER_GRACE_S),
     )
 
@@ -79,7 +82,17 @@ def run(
             make_dev_keys(settings)
         servers = _embedded_redis(options, settings, env, stack)
         children = [*servers, *programs(settings, env)]
-        return supervise(children, pid_dir=run_dir, on_ready=lambda: _announce(settings), pace=pace)
+        if options.monitoring:
+            children.append(prometheus.child(settings, reachable(settings.kms.bind), env))
+
+        def announce() -> None:
+            _announce(settings)
+            if options.monitoring:
+                say(
+                    f"Prometheus: http://{reachable(settings.kms.bind)}:{prometheus.port_of(settings)}/alerts"
+                )
+
+        return supervise(children, pid_dir=run_dir, on_ready=announce, pace=pace)
 
 
 def _embedded_redis(
@@ -194,12 +207,19 @@ def reachable(bind: str) -> str:
     return ANY_ADDRESS.get(bind, bind)
 
 
-def is_alive(host: str, port: int) -> bool:
-    """Whether GET /livez answers 200."""
+def is_alive(host: str, port: int, *, tls: bool = False) -> bool:
+    """Whether GET /livez answers 200, whoever that is; one that asks for a certificate is alive."""
     connection = http.client.HTTPConnection(host, port, timeout=PROBE_TIMEOUT_S)
+    if tls:
+        anybody = ssl._create_unverified_context()  # noqa: S323, SLF001 -- nothing is told to whoever answers
+        connection = http.client.HTTPSConnection(host, port, timeout=PROBE_TIMEOUT_S, context=anybody)
     try:
         connection.request("GET", "/livez")
         return connection.getresponse().status == HTTPStatus.OK
+    except http.client.RemoteDisconnected:  # behind a handshake: without a certificate it says no more
+        return tls
+    except ssl.SSLError as exc:
+        return "CERTIFICATE_REQUIRED" in str(exc)
     except (OSError, http.client.HTTPException):
         return False
     finally:
@@ -208,8 +228,14 @@ def is_alive(host: str, port: int) -> bool:
 
 def _announce(settings: Settings) -> None:
     host = reachable(settings.kms.bind)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.kms.port}"
+    scheme = "http" if settings.kms.server.tls_cert is None else "https"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.kms.port}"
     sys.stdout.write(f"kms: ready {url} (state {settings.state_dir.absolute()})\n")
     sys.stdout.flush()
-    say(f"try: curl -s {url}{PREFIX}/encrypt -H 'Content-Type: application/json' -d '{EXAMPLE}'")
+    credential = ""
+    if settings.kms.auth.mode == "required":
+        file = settings.kms.auth.tokens_path
+        say(f"make a token: kms token create --file {file} --name me --scope '*' -o me")
+        credential = ' -H "Authorization: Bearer $(cat me)"'
+    say(f"try: curl -s {url}{PREFIX}/encrypt{credential} -H 'Content-Type: application/json' -d '{EXAMPLE}'")
     say("stop with Ctrl-C")

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from kms_core.errors import EXIT_UNAVAILABLE, EXIT_USAGE, KmsError
@@ -16,8 +16,9 @@ HINTS: Final[Mapping[str, str]] = {
     "invalid_context": 'write it as --context "env=prod,service=api"',
     "context_required": 'add one, as --context "env=prod,service=api"',
     "too_large": 'use "kms encrypt-file" or "kms decrypt-file", which take files of any size',
-    "unauthenticated": "name the file that holds your token with --token-file or KMS_TOKEN_FILE",
-    "forbidden": "ask the operator for a token whose scope allows this key and context",
+    "unauthenticated": "name the file that holds your token with --token-file or KMS_TOKEN_FILE; if you did, "
+    "ask the operator for a new one",
+    "forbidden": "ask the operator for a token whose scope allows this operation, key, context and path",
     "unknown_key": "check --key-id, or leave it out to use the default key",
     "unknown_job": '"kms job list" shows your jobs',
     "result_expired": "hand the job in again, and fetch its result sooner",
@@ -29,6 +30,7 @@ HINTS: Final[Mapping[str, str]] = {
     "spool_full": "let finished jobs expire, or ask the operator for a larger spool",
     "items_failed": '"kms job result" shows which items and why',
     "attempts_exhausted": "ask the operator what the worker's log says",
+    "record_refused": "ask the operator: somebody changed the record, or a worker has another spool key",
     "unexpected_answer": "check --url and KMS_SERVICE_URL: is it this service, of the same version",
 }
 
@@ -54,6 +56,13 @@ def record(values: Mapping[str, object], *, as_json: bool) -> None:
     width = max(map(len, values))
     for name, value in values.items():
         result(f"{name.replace('_', ' '):<{width}}  {value}")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows in columns for people; programs ask for JSON."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        result("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def plain(text: str) -> str:

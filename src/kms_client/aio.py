@@ -12,6 +12,7 @@ import httpx
 import msgspec
 
 from kms_client import calls
+from kms_client.calls import JobOptions
 from kms_client.engine import Engine
 from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
@@ -149,9 +150,26 @@ class AsyncClient:
         """Backend, version, uptime, and counts of operations and jobs."""
         return await self._engine.send(calls.status())
 
+    async def audit(
+        self, *, after: str | None = None, limit: int | None = None, **filters: str
+    ) -> wire.AuditOut:
+        """Recorded operations of the caller's tenant, oldest first; ``after`` is the ``next`` of a page.
+
+        ``filters`` are those of the API: operation, key_id, principal, result, job_id, since and so on.
+        """
+        return await self._engine.send(calls.audit(after, limit, filters))
+
     async def keys(self) -> wire.KeysOut:
         """The keys this caller may see, with their versions."""
         return await self._engine.send(calls.keys())
+
+    async def key(self, key_id: str) -> wire.KeyOut:
+        """One key, with what its versions have sealed."""
+        return await self._engine.send(calls.key(key_id))
+
+    async def rotate(self, key_id: str) -> wire.RotateOut:
+        """Make a new version of a key. Never repeated: without an answer, look with ``key`` what happened."""
+        return await self._engine.send(calls.rotate(key_id))
 
     # -- jobs ----------------------------------------------------------------------------------------
 
@@ -206,9 +224,12 @@ class AsyncClient:
         context: ContextIn = None,
         key_id: str | None = None,
         progress: Progress | None = None,
+        **options: Unpack[JobOptions],
     ) -> wire.JobAccepted:
         """Send a file of any size in pieces of 1 MiB; ``progress`` gets bytes sent, and in all if known."""
-        return await self._engine.send(calls.upload("encrypt", context, key_id), Upload(source, progress))
+        return await self._engine.send(
+            calls.upload("encrypt", context, key_id, options), Upload(source, progress)
+        )
 
     async def upload_decrypt(
         self,
@@ -217,9 +238,12 @@ class AsyncClient:
         context: ContextIn = None,
         key_id: str | None = None,
         progress: Progress | None = None,
+        **options: Unpack[JobOptions],
     ) -> wire.JobAccepted:
         """As ``upload_encrypt``, for a ciphertext."""
-        return await self._engine.send(calls.upload("decrypt", context, key_id), Upload(source, progress))
+        return await self._engine.send(
+            calls.upload("decrypt", context, key_id, options), Upload(source, progress)
+        )
 
     def result(self, job_id: str) -> AsyncGenerator[bytes]:
         """The result as it comes (JobNotFinished, ResultExpired); ``download`` survives a broken line."""

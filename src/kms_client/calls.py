@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypedDict, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -23,9 +23,19 @@ T = TypeVar("T")
 JSON: Final = "application/json"
 
 
+class JobOptions(TypedDict, total=False):
+    """How the job of an upload is treated: as ``priority`` and ``callback`` of ``JobIn``."""
+
+    priority: wire.Priority | None
+    callback: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """One request. ``also`` lists statuses outside 2xx that carry an answer, not a problem."""
+    """One request. ``also`` lists statuses outside 2xx that carry an answer, not a problem.
+
+    A call that is not ``repeatable`` may have had its effect although no answer came.
+    """
 
     method: str
     path: str
@@ -33,6 +43,7 @@ class Call(Generic[T]):
     body: bytes | None = field(default=None, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     also: frozenset[int] = frozenset()
+    repeatable: bool = True
 
     def is_answer(self, status: int) -> bool:
         return HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES or status in self.also
@@ -101,6 +112,32 @@ def keys() -> Call[wire.KeysOut]:
     return Call("GET", f"{PREFIX}/keys", wire.KeysOut)
 
 
+def key(key_id: str) -> Call[wire.KeyOut]:
+    return Call("GET", _key_path(key_id), wire.KeyOut)
+
+
+def rotate(key_id: str) -> Call[wire.RotateOut]:
+    """Every call makes a version."""
+    return Call("POST", f"{_key_path(key_id)}/rotate", wire.RotateOut, repeatable=False)
+
+
+def _key_path(key_id: str) -> str:
+    if not key_id:
+        raise InvalidRequest("A key id is needed")
+    return f"{PREFIX}/keys/{quote(key_id, safe='')}"
+
+
+def audit(after: str | None, limit: int | None, filters: Mapping[str, str]) -> Call[wire.AuditOut]:
+    given = {"after": after, "limit": limit, **filters}
+    return Call("GET", f"{PREFIX}/audit{_query(given)}", wire.AuditOut)
+
+
+def _query(given: Mapping[str, object]) -> str:
+    """What is not None, percent-encoded, behind a question mark; empty if nothing is."""
+    pairs = [f"{name}={quote(str(value), safe='')}" for name, value in given.items() if value is not None]
+    return "?" + "&".join(pairs) if pairs else ""
+
+
 def submit(job: wire.JobIn, idempotency_key: str | None) -> Call[wire.JobAccepted]:
     """The same Idempotency-Key on every attempt makes a retry harmless."""
     Context.parse(job.context)
@@ -132,10 +169,7 @@ def dead(limit: int) -> Call[wire.JobList]:
 
 def jobs(state: wire.JobState | None, limit: int | None, cursor: str | None) -> Call[wire.JobList]:
     given = {"state": state, "limit": limit, "cursor": cursor}
-    query = "&".join(
-        f"{name}={quote(str(value), safe='')}" for name, value in given.items() if value is not None
-    )
-    return Call("GET", f"{PREFIX}/jobs" + (f"?{query}" if query else ""), wire.JobList)
+    return Call("GET", f"{PREFIX}/jobs{_query(given)}", wire.JobList)
 
 
 def events(job_id: str) -> Call[bytes]:
@@ -146,13 +180,16 @@ def result(job_id: str, headers: Mapping[str, str]) -> Call[bytes]:
     return Call("GET", job_path(job_id, "/result"), bytes, headers=headers)
 
 
-def upload(kind: wire.JobKind, context: ContextIn, key_id: str | None) -> Call[wire.JobAccepted]:
+def upload(
+    kind: wire.JobKind, context: ContextIn, key_id: str | None, options: JobOptions
+) -> Call[wire.JobAccepted]:
     """The head of a streamed body; context and key id travel in headers, never in the query string."""
     headers = {"Content-Type": "application/octet-stream", "Idempotency-Key": str(uuid.uuid4())}
     if text := header_text(context):
         headers["X-KMS-Context"] = text
     if key_id:
         headers["X-KMS-Key-Id"] = key_id
+    headers |= {f"X-KMS-{name.title()}": str(value) for name, value in options.items() if value is not None}
     return Call("POST", f"{PREFIX}/files/{kind}", wire.JobAccepted, headers=headers)
 
 

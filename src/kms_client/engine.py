@@ -41,7 +41,7 @@ class Engine:
                 error: KmsError = error_of(reply)
             except ServiceUnreachable as exc:
                 error, delay_s = exc, exc.retry_after_s * 2**failed
-            if upload is not None and not upload.rewind():
+            if not call.repeatable or (upload is not None and not upload.rewind()):
                 raise error
             await self.pause(error, delay_s, failed)
             failed += 1

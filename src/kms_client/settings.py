@@ -19,7 +19,8 @@ class Options(TypedDict, total=False):
     ``token`` is the bearer token itself, ``token_file`` a file that holds it and is read again for each
     request, so a renewed token is picked up. ``timeout_s`` bounds connecting and each silence of the
     service, not a whole transfer. ``retries`` counts further attempts after the first. ``ca_file``
-    replaces the system's certificate authorities.
+    replaces the system's certificate authorities. ``cert_file`` and ``key_file`` (PEM) are a client
+    certificate, for a service that knows its callers by those.
     """
 
     token: str | None
@@ -27,6 +28,8 @@ class Options(TypedDict, total=False):
     timeout_s: float
     retries: int
     ca_file: str | Path | None
+    cert_file: str | Path | None
+    key_file: str | Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +42,14 @@ class ClientSettings:
     timeout_s: float = 30.0
     retries: int = 2
     ca_file: Path | None = None
+    certificate: tuple[Path, Path] | None = None
 
     @classmethod
     def of(cls, url: str, options: Options) -> Self:
         token_file, ca_file = options.get("token_file"), options.get("ca_file")
+        cert_file, key_file = options.get("cert_file"), options.get("key_file")
+        if bool(cert_file) != bool(key_file):
+            raise ConfigurationError("cert_file and key_file belong together: name both")
         return cls(
             url=_checked(url),
             token=options.get("token"),
@@ -50,6 +57,7 @@ class ClientSettings:
             timeout_s=options.get("timeout_s", 30.0),
             retries=options.get("retries", 2),
             ca_file=Path(ca_file) if ca_file else None,
+            certificate=(Path(cert_file), Path(key_file)) if cert_file and key_file else None,
         )
 
     def authorization(self) -> dict[str, str]:
@@ -79,9 +87,15 @@ class ClientSettings:
         if self.url.startswith("http://"):
             return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
-            return ssl.create_default_context(cafile=self.ca_file)
+            context = ssl.create_default_context(cafile=self.ca_file)
         except (OSError, ssl.SSLError) as exc:
             raise ConfigurationError(f"Cannot read the certificate authorities in {self.ca_file}") from exc
+        if self.certificate is not None:
+            try:
+                context.load_cert_chain(*self.certificate, password=lambda: "")  # no terminal is asked
+            except (OSError, ssl.SSLError) as exc:
+                raise ConfigurationError(f"Cannot use the certificate {self.certificate[0]}") from exc
+        return context
 
 
 def _checked(url: str) -> str:

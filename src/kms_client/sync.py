@@ -12,6 +12,7 @@ from typing import BinaryIO, Self, TypeVar, Unpack
 import httpx
 
 from kms_client.aio import AsyncClient, JobProgress
+from kms_client.calls import JobOptions
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
 from kms_client.transfer import Progress
 from kms_client.transport import transport_errors
@@ -164,9 +165,24 @@ class Client:
         """Backend, version, uptime, and counts of operations and jobs."""
         return run(self._api.status())
 
+    def audit(self, *, after: str | None = None, limit: int | None = None, **filters: str) -> wire.AuditOut:
+        """Recorded operations of the caller's tenant, oldest first; ``after`` is the ``next`` of a page.
+
+        ``filters`` are those of the API: operation, key_id, principal, result, job_id, since and so on.
+        """
+        return run(self._api.audit(after=after, limit=limit, **filters))
+
     def keys(self) -> wire.KeysOut:
         """The keys this caller may see, with their versions."""
         return run(self._api.keys())
+
+    def key(self, key_id: str) -> wire.KeyOut:
+        """One key, with what its versions have sealed."""
+        return run(self._api.key(key_id))
+
+    def rotate(self, key_id: str) -> wire.RotateOut:
+        """Make a new version of a key. Never repeated: without an answer, look with ``key`` what happened."""
+        return run(self._api.rotate(key_id))
 
     # -- jobs ----------------------------------------------------------------------------------------
 
@@ -211,9 +227,12 @@ class Client:
         context: ContextIn = None,
         key_id: str | None = None,
         progress: Progress | None = None,
+        **options: Unpack[JobOptions],
     ) -> wire.JobAccepted:
         """Send a file of any size in pieces of 1 MiB; ``progress`` gets bytes sent, and in all if known."""
-        return run(self._api.upload_encrypt(source, context=context, key_id=key_id, progress=progress))
+        return run(
+            self._api.upload_encrypt(source, context=context, key_id=key_id, progress=progress, **options)
+        )
 
     def upload_decrypt(
         self,
@@ -222,9 +241,12 @@ class Client:
         context: ContextIn = None,
         key_id: str | None = None,
         progress: Progress | None = None,
+        **options: Unpack[JobOptions],
     ) -> wire.JobAccepted:
         """As ``upload_encrypt``, for a ciphertext."""
-        return run(self._api.upload_decrypt(source, context=context, key_id=key_id, progress=progress))
+        return run(
+            self._api.upload_decrypt(source, context=context, key_id=key_id, progress=progress, **options)
+        )
 
     def result(self, job_id: str) -> Iterator[bytes]:
         """The result as it comes; ``download`` survives a broken line."""

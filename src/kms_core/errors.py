@@ -91,11 +91,15 @@ class DecryptFailed(KmsError):
 
 
 class Unauthenticated(KmsError):
-    """No credential, or one that is not known."""
+    """No credential, or one that is not known. ``reason`` is for metrics and logs, not for the caller."""
 
     code = "unauthenticated"
     summary = "A valid credential is required"
     exit_code = EXIT_REFUSED
+
+    def __init__(self, detail: str = "", *, reason: str = "unknown") -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 class Refused(KmsError):
@@ -182,10 +186,10 @@ class JobCommitting(Conflict):
 
 
 class JobNotDead(Conflict):
-    """Only a dead letter (``attempts_exhausted``) can be retried."""
+    """Only a dead letter (``attempts_exhausted``, ``record_refused``) can be retried."""
 
     code = "job_not_dead"
-    summary = "Only a job that ended with attempts_exhausted can be retried"
+    summary = "Only a dead letter can be retried: a job that ended with attempts_exhausted or record_refused"
 
 
 class TargetExists(Conflict):

@@ -2,20 +2,26 @@
 
 import importlib
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from threading import Thread
 from typing import Final, Protocol, cast
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
-from kms_core.backends import NATIVE, SCHEMES, Backend
+import structlog
+
+from kms_core.backends import NATIVE, SCHEMES, Backend, KeyMissing
 from kms_core.envelope.binding import CONTEXT, MAX_WRAPS, Bound, KeyRef
 from kms_core.envelope.sealing import Wrap
-from kms_core.errors import ConfigurationError, UnknownKey
+from kms_core.errors import BackendUnavailable, ConfigurationError, UnknownKey
 from kms_core.settings import Settings
 
 DEFAULT_KEY_ID: Final = "default"
 _NAMED: Final = re.compile(rf"\n-> {CONTEXT} 1 ([A-Za-z0-9_.-]{{1,80}}) ".encode("ascii"))
+_CHECK_S: Final = 5.0
 _LOOK_BYTES: Final = 32 * 1024
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,17 @@ class Key:
         """Who else wraps a new file, under which versions."""
         return [(backend, self._ref(tenant, backend)) for backend in self.others]
 
+    def seals_as(self, tenant: str, bound: Bound, *, native: bool) -> bool:
+        """Whether a new file would name the same version, and have the same wraps, as this header says.
+
+        ``native``: whether it has a native stanza, which names no version.
+        """
+        refs = [self._ref(tenant, backend) for backend in self.sealing]
+        wanted = {(ref.backend, ref.key_id, ref.version) for ref in refs if ref.backend != NATIVE}
+        found = {(wrap.backend, wrap.key_id, wrap.version) for wrap in bound.wraps}
+        natives = any(ref.backend == NATIVE for ref in refs)
+        return bound.key_version == refs[0].version and found == wanted and native == natives
+
     def openers(self, tenant: str, bound: Bound) -> Iterator[Wrap]:
         """Who may unwrap a file of ours, in the order of the settings, each under the version it names.
 
@@ -74,6 +91,16 @@ class Key:
         )
 
     @property
+    def sealing(self) -> tuple[Backend, ...]:
+        """Who wraps new files, the one that names them first."""
+        return (self.backend, *self.others)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its backends."""
+        return tuple(backend.name for backend in self._all)
+
+    @property
     def native(self) -> Backend | None:
         """Who may unwrap a file that stock ``age`` made."""
         return next((backend for backend in self._all if backend.name == NATIVE), None)
@@ -84,8 +111,13 @@ class Key:
         return next((backend.name for backend in self._all if backend.blocks), None)
 
     @property
+    def remote(self) -> tuple[Backend, ...]:
+        """Who waits on a network."""
+        return tuple(backend for backend in self._all if backend.blocks)
+
+    @property
     def _all(self) -> tuple[Backend, ...]:
-        return (self.backend, *self.others, *self.retired)
+        return (*self.sealing, *self.retired)
 
     def _ref(self, tenant: str, backend: Backend) -> KeyRef:
         return KeyRef(tenant, self.key_id, backend.current_version(), backend.name)
@@ -145,6 +177,41 @@ def build(settings: Settings) -> Keyring:
         own = _module(settings.active_backend, "the active backend").open_key(None, settings)
         keys[default_id] = Key(default_id, own, accept_foreign)
     return Keyring(keys, keys[default_id])
+
+
+def check(settings: Settings) -> None:
+    """Ask each peer for the keys that settings name, before a start. Raises ConfigurationError without one.
+
+    A peer that does not answer within seconds, or not to us, degrades the service and does not stop it.
+    """
+    if settings.used_backends <= {NATIVE}:
+        return
+    asked: dict[str, list[Backend]] = {}
+    for key in build(settings).keys.values():
+        for backend in key.remote:
+            asked.setdefault(backend.name, []).append(backend)
+    missing: list[KeyMissing] = []
+    # daemons: a peer that never answers must not hold up the end of a process either
+    threads = [Thread(target=_ask, args=(each, missing), daemon=True) for each in asked.values()]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + _CHECK_S
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    if missing:
+        raise ConfigurationError(missing[0].detail)
+
+
+def _ask(backends: Sequence[Backend], missing: list[KeyMissing]) -> None:
+    """Keys of one peer, one after the other; silence ends it."""
+    for backend in backends:
+        try:
+            backend.versions()
+        except KeyMissing as exc:
+            missing.append(exc)
+        except BackendUnavailable as exc:
+            _log.warning("backend.unavailable", backend=backend.name, reason=exc.detail)
+            return
 
 
 def _own_key_id(settings: Settings) -> str | None:

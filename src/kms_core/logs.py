@@ -2,7 +2,7 @@
 
 Events, not sentences: ``log.info("key.opened", key_id=…, scheme=…)``. Fields with the names of secrets are
 blanked, bytes appear as their length, and a last pass over the finished line takes out what looks like an
-age identity, a bearer token or a password in a URL, wherever it came from.
+age identity, a token or a password in a URL, wherever it came from.
 """
 
 import logging
@@ -51,10 +51,16 @@ TARGETS: Final = {  # the seed's names, which are Rust crates
     "tower_http": (ACCESS,),
 }
 UNLESS_NAMED: Final = {ACCESS: logging.WARNING, "httpx": logging.WARNING, "httpcore": logging.WARNING}
-AT_LEAST: Final = {"celery.app.trace": logging.WARNING}  # at INFO it prints what a task returns
+AT_LEAST: Final = {
+    "celery.app.trace": logging.WARNING,  # at INFO it prints what a task returns
+    "botocore": logging.INFO,  # at DEBUG it prints AWS session tokens
+    "botocore.auth": logging.INFO,
+}
 
 _IN_TEXT: Final = re.compile(
-    r"AGE-SECRET-KEY-[0-9A-Z-]+|(?<=bearer )[^\s\"',]+|(?<=://)[^/@\s\"']*:[^@\s\"']+(?=@)", re.IGNORECASE
+    r"AGE-SECRET-KEY-[0-9A-Z-]+|(?<=bearer )[^\s\"',]+|(?<=://)[^/@\s\"']*:[^@\s\"']+(?=@)"
+    r"|kms_[a-z2-7]{10}_[\w-]{43}|eyJ[\w-]+\.eyJ[\w-]+\.[\w-]*",  # tokens of ours, JWTs
+    re.IGNORECASE,
 )
 
 
@@ -107,7 +113,7 @@ def parse_levels(spec: str) -> dict[str, int]:
         target = target.strip().replace("::", ".")
         named |= dict.fromkeys(TARGETS.get(target, (target,)), LEVELS[word.strip().lower()])
     levels = {"": logging.INFO, **UNLESS_NAMED, **named}
-    return levels | {name: max(level, levels.get(name, 0)) for name, level in AT_LEAST.items()}
+    return levels | {name: max(level, levels.get(name, levels[""])) for name, level in AT_LEAST.items()}
 
 
 def access_log_wanted() -> bool:

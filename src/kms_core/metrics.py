@@ -1,9 +1,13 @@
 """Every Prometheus metric of the service, declared once. Label values come from closed sets only."""
 
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Final, Protocol
+from itertools import product
+from typing import Final, Protocol, get_args
 
 from prometheus_client import Counter, Gauge, Histogram
+
+from kms_core import wire
 
 _FAST: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW: Final = (5e-3, 2e-2, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0)
@@ -24,14 +28,28 @@ PAYLOAD_BYTES: Final = Counter(
 )
 HTTP_REQUESTS: Final = Counter(
     "kms_http_requests_total",
-    "HTTP requests; route is the template, never the path",
+    "HTTP requests; route is the template below /api/v1/kms, never the path",
     ["route", "method", "status"],
 )
 HTTP_SECONDS: Final = Histogram(
     "kms_http_request_duration_seconds", "Time until the answer was sent", ["route", "method"], buckets=_FAST
 )
 INFLIGHT: Final = Gauge("kms_inflight", "HTTP requests being answered", multiprocess_mode="livesum")
+AUTH_FAILURES: Final = Counter(
+    "kms_auth_failures_total",
+    "Callers that were not let in; reason is missing, malformed, unknown, expired, untrusted, signature, "
+    "claims, certificate or limited",
+    ["reason"],
+)
+RATE_LIMITED: Final = Counter(
+    "kms_rate_limited_total", "Requests above a tenant's quota; tenant is one of the settings", ["tenant"]
+)
 AUDIT_EVENTS: Final = Counter("kms_audit_events_total", "Audit records by outcome of the write", ["result"])
+AUDIT_COPIES: Final = Counter(
+    "kms_audit_copies_total",
+    "Audit lines (what is anchors or lines) handed to second places (redis, directory, stdout)",
+    ["place", "what", "result"],
+)
 JOBS: Final = Counter("kms_jobs_total", "Jobs that reached a state", ["kind", "state"])
 JOB_SECONDS: Final = Histogram("kms_job_duration_seconds", "Run time of one attempt", ["kind"], buckets=_SLOW)
 JOB_WAIT_SECONDS: Final = Histogram(
@@ -41,6 +59,9 @@ JOB_ITEMS: Final = Counter("kms_job_items_total", "Items of bulk jobs by outcome
 JOB_BYTES: Final = Counter("kms_job_bytes_total", "Payload bytes that jobs have processed", ["kind"])
 JOB_RESUMES: Final = Counter(
     "kms_job_resumes_total", "Jobs taken up again after a lost lease or message", ["reason"]
+)
+S3_REQUESTS: Final = Counter(
+    "kms_s3_requests_total", "Requests to object stores; result is a status, or broken", ["method", "result"]
 )
 WEBHOOK_DELIVERIES: Final = Counter(
     "kms_webhook_deliveries_total",
@@ -69,8 +90,44 @@ BREAKER_OPEN: Final = Gauge(
     ["backend"],
     multiprocess_mode="livemax",
 )
+KEY_AGE_SECONDS: Final = Gauge(
+    "kms_key_age_seconds",
+    "Age of the version that seals",
+    ["key_id", "backend"],
+    multiprocess_mode="livemostrecent",
+)
+KEY_BUDGET: Final = Gauge(
+    "kms_key_budget_ratio",
+    "Messages that the version in use has sealed, of those it may",
+    ["key_id", "backend"],
+    multiprocess_mode="livemostrecent",
+)
+KEY_ROTATION_DUE: Final = Gauge(
+    "kms_key_rotation_due",
+    "1 if the version in use should be replaced",
+    ["key_id", "backend"],
+    multiprocess_mode="livemostrecent",
+)
+KEY_ROTATIONS: Final = Counter("kms_key_rotations_total", "Scheduled rotations by outcome", ["result"])
 JOBS_IN_STATE: Final = Gauge(
     "kms_jobs_in_state", "Open jobs by state", ["state"], multiprocess_mode="livemostrecent"
+)
+OLDEST_QUEUED: Final = Gauge(
+    "kms_jobs_oldest_queued_seconds",
+    "Since when the oldest job waits that could run",
+    multiprocess_mode="livemostrecent",
+)
+DEAD_LETTERS: Final = Gauge(
+    "kms_dead_letters", "Jobs that used up their attempts", multiprocess_mode="livemostrecent"
+)
+REDIS_MEMORY: Final = Gauge(
+    "kms_redis_memory_ratio", "Memory that Redis uses, of what it may", multiprocess_mode="livemostrecent"
+)
+WEAK_SETTING: Final = Gauge(
+    "kms_setting_weak",
+    "1 for a setting that makes prod weaker than it could be",
+    ["setting"],
+    multiprocess_mode="livemax",
 )
 QUEUE_DEPTH: Final = Gauge(
     "kms_queue_depth", "Messages waiting for a worker", ["queue"], multiprocess_mode="livemostrecent"
@@ -82,6 +139,26 @@ REDIS_UP: Final = Gauge(
 BUILD_INFO: Final = Gauge(
     "kms_build_info", "Always 1; the version is the label", ["version"], multiprocess_mode="livemax"
 )
+
+
+def announce(backends: Iterable[str], endpoints: Iterable[str]) -> None:
+    """Begin at zero what may stay silent for days: its first event is then a rise, which an alert sees."""
+    for backend in backends:
+        BACKEND_RETRIES.labels(backend)
+        BACKEND_FAILOVERS.labels(backend)
+        BREAKER_OPEN.labels(backend)
+    for endpoint, result in product(endpoints, ("delivered", "retried", "gone", "dead")):
+        WEBHOOK_DELIVERIES.labels(endpoint, result)
+    for result in ("ok", "failed"):
+        AUDIT_EVENTS.labels(result)
+        KEY_ROTATIONS.labels(result)
+    for kind in get_args(wire.JobKind):
+        for state in ("queued", "succeeded", "failed", "cancelled"):
+            JOBS.labels(kind, state)
+        for result in ("ok", "failed"):
+            JOB_ITEMS.labels(kind, result)
+    for reason in ("nudge_failed", "queued", "requeued", "committing"):
+        JOB_RESUMES.labels(reason)
 
 
 class _Operation(Protocol):

@@ -8,29 +8,33 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, NoReturn
 
 from kms_core import audit, metrics
 from kms_core.audit import Audit, Record
 from kms_core.backends import Health, Unreachable
 from kms_core.context import Context
-from kms_core.envelope import binding, disk, header, sealing, slabs, stream
+from kms_core.envelope import binding, header, sealing, slabs, stream
 from kms_core.envelope.binding import Bound, KeyRef
+from kms_core.envelope.extents import Reader, Writer
 from kms_core.envelope.header import Header, Limits
-from kms_core.envelope.slabs import STEADY, Extent, Pace
+from kms_core.envelope.slabs import STEADY, Pace
 from kms_core.envelope.x25519 import NoMatch
 from kms_core.errors import (
     ContextRequired,
     DataKeysUnsupported,
     DecryptFailed,
+    Forbidden,
     ForeignRefused,
     InvalidRequest,
     KmsError,
+    UnknownKey,
 )
 from kms_core.keyring import Key, Keyring
-from kms_core.policy import Policy, Principal
+from kms_core.policy import Policy, Principal, allows
+from kms_core.tally import Tally
 
 Origin = Literal["service", "foreign"]
 
@@ -76,6 +80,15 @@ class Unwrapped:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """What a header says of its key; ``key_version`` is empty where the backend knows no such version."""
+
+    key_id: str
+    key_version: str
+    newest: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Rules:
     """What settings decide about single calls."""
 
@@ -86,10 +99,13 @@ class Rules:
 class Kms:
     """encrypt, decrypt, rewrap, data keys and health over whatever backends the keyring holds."""
 
-    def __init__(self, keyring: Keyring, policy: Policy, trail: Audit, rules: Rules) -> None:
+    def __init__(
+        self, keyring: Keyring, policy: Policy, trail: Audit, rules: Rules, tally: Tally | None = None
+    ) -> None:
         self.keyring = keyring
-        self._policy = policy
-        self._audit = trail
+        self.tally = tally or Tally()
+        self.policy = policy
+        self.trail = trail
         self._rules = rules
 
     def encrypt(
@@ -141,13 +157,34 @@ class Kms:
             rewrapped = self._rewrapped(call, head, new_context, key_id)
             return Sealed(rewrapped.ciphertext + ciphertext[head.size :], rewrapped.key)
 
+    def reseal(
+        self,
+        who: Principal,
+        ciphertext: bytes,
+        context: Context,
+        *,
+        new_context: Context | None = None,
+        key_id: str | None = None,
+    ) -> Sealed:
+        """The plaintext under a new file key, in memory (see ``reseal_file``)."""
+        with self._recorded("reseal", who, context, None, bytes_in=len(ciphertext)) as call:
+            head = header.parse(ciphertext, self._rules.limits)
+            call.key_id = None if binding.read(head) else key_id
+            opening, closing = self._rewrapping(call, head, new_context, key_id)
+            found = self._unwrap(call, head, opening)
+            key, ref = self._moving(call, found, new_context, key_id, closing)
+            plaintext = sealing.open_(ciphertext, head, found.file_key)
+            resealed = sealing.seal(plaintext, key.backend, ref, call.context, key.wraps(who.tenant))
+            call.record.bytes_out = len(resealed)
+            return Sealed(resealed, ref)
+
     # -- files: the job layer moves the payload, the header is made and opened here -----------------
 
     def encrypt_file(  # noqa: PLR0913 -- two files, a key and a context
         self,
         who: Principal,
-        source: Extent,
-        target_fd: int,
+        source: Reader,
+        target: Writer,
         context: Context,
         *,
         key_id: str | None = None,
@@ -162,16 +199,18 @@ class Kms:
             padded = source.size >= sealing.PAD_FROM_BYTES
             others = key.wraps(who.tenant)
             started = sealing.begin(key.backend, ref, context, padded=padded, others=others)
-            disk.write_all(target_fd, memoryview(started.head), 0)
-            slabs.seal_file(started.payload_key, source, target_fd, len(started.head), pace)
-            call.record.bytes_out = len(started.head) + stream.sealed_size(source.size)
+            size = len(started.head) + stream.sealed_size(source.size)
+            target.reserve(size)
+            target.write_at(memoryview(started.head), 0)
+            slabs.seal_file(started.payload_key, source, target, len(started.head), pace)
+            call.record.bytes_out = size
             return ref
 
     def decrypt_file(  # noqa: PLR0913 -- as encrypt_file
         self,
         who: Principal,
-        source: Extent,
-        target_fd: int | None,
+        source: Reader,
+        target: Writer | None,
         context: Context,
         *,
         key_id: str | None = None,
@@ -183,16 +222,49 @@ class Kms:
         raises, SpoolFull, and what ``pace.check`` raises.
         """
         with self._recorded("decrypt", who, context, key_id, bytes_in=source.size) as call:
-            head = header.read(source.fd, header.FILE_LIMITS, source.offset)
+            head = header.read_by(source.read_at, header.FILE_LIMITS)
             found = self._unwrap(call, head)
-            at = head.payload_offset
-            payload = Extent(source.fd, source.size - at, source.offset + at)
-            if target_fd is None:
+            payload = source.tail(head.payload_offset)
+            if target is None:
                 slabs.verify_file(found.payload_key, payload, pace)
             else:
-                slabs.open_file(found.payload_key, payload, target_fd, pace=pace)
+                slabs.open_file(found.payload_key, payload, target, pace=pace)
             call.record.bytes_out = stream.plaintext_size(payload.size)
             return found
+
+    def reseal_file(  # noqa: PLR0913 -- two files, two keys, two contexts
+        self,
+        who: Principal,
+        source: Reader,
+        target: Writer,
+        context: Context,
+        *,
+        new_context: Context | None,
+        key_id: str | None,
+        pace: Pace = STEADY,
+    ) -> KeyRef:
+        """A new file key and the payload sealed again: for a compromised key, or a reader who was removed.
+
+        Permissions as ``rewrap_file``. A foreign file is taken where its key accepts those; ``key_id`` names
+        the key that opens it, too. The target as in ``decrypt_file``; raises what ``decrypt`` and ``encrypt``
+        raise, SpoolFull, and what ``pace.check`` raises.
+        """
+        with self._recorded("reseal", who, context, None, bytes_in=source.size) as call:
+            head = header.read_by(source.read_at, header.FILE_LIMITS)
+            call.key_id = None if binding.read(head) else key_id
+            opening, closing = self._rewrapping(call, head, new_context, key_id)
+            found = self._unwrap(call, head, opening)
+            key, ref = self._moving(call, found, new_context, key_id, closing)
+            payload = source.tail(head.payload_offset)
+            padded = stream.plaintext_size(payload.size) >= sealing.PAD_FROM_BYTES
+            others = key.wraps(who.tenant)
+            started = sealing.begin(key.backend, ref, call.context, padded=padded, others=others)
+            target.reserve(len(started.head) + payload.size)
+            target.write_at(memoryview(started.head), 0)
+            keys = found.payload_key, started.payload_key
+            slabs.reseal_file(keys, payload, target, len(started.head), pace)
+            call.record.bytes_out = len(started.head) + payload.size
+            return ref
 
     def adopt_file(
         self,
@@ -235,7 +307,54 @@ class Kms:
         with self._recorded("rewrap", who, context, None, bytes_in=size_bytes) as call:
             return self._rewrapped(call, head, new_context, key_id)
 
-    # -- health -------------------------------------------------------------------------------------
+    def standing(self, who: Principal, head: Header, key_id: str | None) -> Standing | None:
+        """Which key version a file's header names, and whether a rewrap to ``key_id`` would name the same.
+
+        Nothing is opened, so nothing is proven. None for a foreign file. Raises DecryptFailed, UnknownKey.
+        """
+        bound = binding.read(head)
+        if bound is None:
+            return None
+        if not self.policy.sees(who, bound.key_id):
+            raise UnknownKey
+        named, target = self.keyring.named(bound.key_id), self.keyring.named(key_id or bound.key_id)
+        known = any(version.version == bound.key_version for version in named.backend.versions())
+        native = any(not stanza.type.startswith(binding.OWN_PREFIX) for stanza in head.stanzas)
+        newest = target.key_id == bound.key_id and target.seals_as(who.tenant, bound, native=native)
+        return Standing(bound.key_id, bound.key_version if known else "", newest)
+
+    def refused(self, who: Principal, operation: str, context: Context, error: KmsError) -> NoReturn:
+        """Record, and raise, what was refused before a key was known: a file whose header cannot be read."""
+        with self._recorded(operation, who, context, None):
+            raise error
+
+    # -- keys and health ----------------------------------------------------------------------------
+
+    def rotate(self, who: Principal, key_id: str) -> KeyRef:
+        """A new version of a key in every backend that seals with it; old versions decrypt.
+
+        Rotation protects what is sealed from now on: rewrap moves old files, and neither revokes a reader.
+        Raises UnknownKey, Forbidden, BackendUnavailable.
+        """
+        with self._recorded("rotate", who, Context(), key_id) as call:
+            key = self._key(call, key_id)
+            for backend in key.sealing:
+                backend.rotate()
+            ref = key.ref(who.tenant)
+            call.names(ref)
+            return ref
+
+    def allow(
+        self, who: Principal, operation: str, key_id: str | None = None, context: Context | None = None
+    ) -> None:
+        """Ask for what is done with no bytes yet: a job, a list. None is not known yet, and not asked for.
+
+        Raises Forbidden, UnknownKey, and Unavailable if it cannot be told now. Refusals are recorded.
+        """
+        try:
+            self.policy.require(who, operation, key_id, context)
+        except (Forbidden, UnknownKey) as exc:
+            self.refused(who, operation, context or Context(), exc)
 
     def health_check(self) -> Health:
         """A real wrap and unwrap by the default key's backend."""
@@ -246,7 +365,11 @@ class Kms:
 
     def for_job(self) -> "Kms":
         """The same service for one run of a bulk job: a peer is asked a few times, not once an item."""
-        return Kms(self.keyring.for_job(), self._policy, self._audit, self._rules)
+        return self.with_keyring(self.keyring.for_job())
+
+    def with_keyring(self, keyring: Keyring) -> "Kms":
+        """The same service over other keys."""
+        return Kms(keyring, self.policy, self.trail, self._rules, self.tally)
 
     def bound(self, who: Principal) -> "BoundKms":
         """The two-argument form, for a caller that acts as one principal."""
@@ -257,12 +380,11 @@ class Kms:
     def _rewrapped(
         self, call: "_Call", head: Header, new_context: Context | None, key_id: str | None
     ) -> Sealed:
-        found = self._unwrap(call, head, "decrypt")
+        opening, closing = self._rewrapping(call, head, new_context, key_id)
+        found = self._unwrap(call, head, opening)
         if found.origin == "foreign":
             raise InvalidRequest("A foreign file cannot be rewrapped: decrypt it and encrypt it anew")
-        call.context = call.context if new_context is None else new_context
-        call.key_id = key_id or found.key.key_id
-        key, ref = self._for_sealing(call, "encrypt")
+        key, ref = self._moving(call, found, new_context, key_id, closing)
         padded = any(stanza.type == binding.PAD for stanza in head.stanzas)
         rendered = sealing.write_header(
             found.file_key,
@@ -276,25 +398,41 @@ class Kms:
         call.record.bytes_out = call.record.bytes_in - head.size + len(rendered)
         return Sealed(rendered, ref)
 
+    def _moving(
+        self, call: "_Call", found: Unwrapped, new_context: Context | None, key_id: str | None, closing: str
+    ) -> tuple[Key, KeyRef]:
+        """Where an opened file goes: its new context and key, by default those it had."""
+        if new_context is not None:
+            call.context = new_context
+            call.record.new_context = self.trail.conceal(call.who.tenant, new_context)
+        call.key_id = key_id or found.key.key_id
+        return self._for_sealing(call, closing)
+
+    def _rewrapping(
+        self, call: "_Call", head: Header, new_context: Context | None, key_id: str | None
+    ) -> tuple[str, str]:
+        """What it takes: the operation alone where key id and context stay: nobody can open more then."""
+        bound = binding.read(head)
+        stays = bound and key_id in {None, bound.key_id} and new_context in {None, call.context}
+        itself = call.record.operation
+        if bound and stays and allows(self.policy, call.who, itself, bound.key_id, call.context):
+            return itself, itself
+        return "decrypt", "encrypt"
+
     def _for_sealing(self, call: "_Call", operation: str | None = None) -> tuple[Key, KeyRef]:
         if self._rules.require_context and not call.context:
             raise ContextRequired
         call.context.not_after()
-        key = self.keyring.named(call.key_id)
+        key = self._key(call, call.key_id, operation)
         ref = key.ref(call.who.tenant)
         call.names(ref)
-        self._policy.require(call.who, operation or call.record.operation, key.key_id, call.context)
         return key, ref
 
     def _unwrap(self, call: "_Call", head: Header, operation: str | None = None) -> Unwrapped:
         """Key choice by the name in the file, then policy, and only then any unwrap."""
         bound = binding.read(head)
-        key = self.keyring.named(bound.key_id if bound else call.key_id)
-        ref = key.ref(call.who.tenant)
-        call.names(
-            replace(ref, version=bound.key_version) if bound else ref, "service" if bound else "foreign"
-        )
-        self._policy.require(call.who, operation or call.record.operation, key.key_id, call.context)
+        version, origin = (bound.key_version, "service") if bound else ("", "foreign")
+        key = self._key(call, bound.key_id if bound else call.key_id, operation, (version, origin))
         if bound is None:
             return self._unwrap_foreign(call, head, key)
         if call.key_id not in {None, bound.key_id}:
@@ -319,12 +457,31 @@ class Kms:
         call.names(ref, "foreign")
         return Unwrapped(file_key, head.nonce, ref, "foreign")
 
+    def _key(
+        self,
+        call: "_Call",
+        key_id: str | None,
+        operation: str | None = None,
+        file: tuple[str, str] = ("", ""),
+    ) -> Key:
+        """Policy first: for a caller who may not use it, a key is as one that does not exist.
+
+        ``file`` is version and origin as a file names them. Refusals name these too; no backend is asked yet.
+        """
+        named = self.keyring.default.key_id if key_id is None else key_id
+        if key := self.keyring.keys.get(named):
+            version, origin = file
+            call.names(KeyRef(call.who.tenant, named, version, key.backend.name), origin)
+        self.policy.require(call.who, operation or call.record.operation, named, call.context)
+        return self.keyring.named(named)
+
     @contextmanager
     def _recorded(
         self, operation: str, who: Principal, context: Context, key_id: str | None, *, bytes_in: int = 0
     ) -> Iterator["_Call"]:
         """One audit record and one count per operation, whatever its end; appended before the result."""
         call = _Call(operation, who, context, key_id, bytes_in=bytes_in)
+        call.record.context = self.trail.conceal(who.tenant, context)
         try:
             yield call
         except KmsError as exc:
@@ -340,13 +497,15 @@ class Kms:
         seconds = time.perf_counter() - call.started
         record.result, record.duration_us = result, round(seconds * 1e6)
         try:
-            self._audit.append(record)
+            self.trail.append(record)
         except KmsError:
             metrics.AUDIT_EVENTS.labels("failed").inc()
             metrics.count_operation(record, "audit_unavailable", seconds)
+            self.tally.note(record, "audit_unavailable")
             raise
         metrics.AUDIT_EVENTS.labels("ok").inc()
         metrics.count_operation(record, result, seconds)
+        self.tally.note(record, result)
 
 
 def _file_key_of(
@@ -396,14 +555,13 @@ class _Call:
         self.started = time.perf_counter()
         self.who, self.context, self.key_id = who, context, key_id
         self.record = Record(
-            time=audit.now(),
             operation=operation,
             principal=who.name,
             tenant=who.tenant,
             credential=who.credential,
             request_id=audit.request_id.get(),
             job_id=audit.job_id.get(),
-            context_keys=context.keys,
+            source=audit.source.get(),
             bytes_in=bytes_in,
         )
 

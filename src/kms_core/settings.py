@@ -10,7 +10,11 @@ from types import MappingProxyType
 from typing import Final
 
 from kms_core.errors import ConfigurationError
+from kms_core.settings_auth import check_auth
+from kms_core.settings_buckets import check_buckets
 from kms_core.settings_checks import (
+    check_audit,
+    check_awskms,
     check_backends,
     check_endpoints,
     check_environment,
@@ -29,6 +33,8 @@ from kms_core.settings_read import (
     table,
     take_unset,
 )
+from kms_core.settings_redis import check_redis
+from kms_core.settings_remote import SECTIONS, check_vaults
 from kms_core.settings_sections import Kms, Settings
 
 __all__ = ["Settings", "check_exposure", "check_names", "default_state_dir", "find", "load"]
@@ -119,14 +125,22 @@ def _settings(document: Tree, environ: Mapping[str, str], overrides: Mapping[str
     kms = table({"kms": expand(document.get("kms", {}), environ, "kms")}, "kms", "")
     _lay_over(kms, _from_variables(environ))
     _lay_over(kms, {key: value for key, value in overrides.items() if value is not None})
-    unset = {name: take_unset(table(kms, name, "kms.")) for name in ("age", "cosmian")}
+    own_sections = {"age": "age", "cosmian": "cosmian", "awskms": "awskms", **SECTIONS}
+    unset = {backend: take_unset(table(kms, name, "kms.")) for backend, name in own_sections.items()}
+    literals = {name for name in SECTIONS.values() if isinstance(table(kms, name, "kms.").get("token"), str)}
     _fill_in(kms, reader, environ)
     settings = Settings(kms=reader.section(Kms, kms, "kms"))
     check_environment(settings)
     check_variables(settings, unset)
     check_keys(settings)
     check_backends(settings)
+    check_vaults(settings, literals)
+    check_awskms(settings)
+    check_redis(settings)
     check_endpoints(settings)
+    check_audit(settings)
+    check_auth(settings)
+    check_buckets(settings)
     check_roots(settings)
     return settings
 
@@ -163,7 +177,12 @@ def _fill_in(kms: Tree, reader: Reader, environ: Mapping[str, str]) -> None:
     jobs.setdefault("roots", [state.absolute() / "files"] if environment == "dev" else [])
     jobs.setdefault("spool_identity_path", state / "spool.key")
     jobs.setdefault("intake_identity_path", state / "intake.key")
-    table(kms, "audit", "kms.").setdefault("path", state / "audit")
+    audit = table(kms, "audit", "kms.")
+    audit.setdefault("path", state / "audit")
+    audit.setdefault("key_path", state / "audit.key")
+    audit.setdefault("signing_key_path", state / "audit-signing.key")
+    table(kms, "auth", "kms.").setdefault("tokens_path", state / "tokens.json")
+    table(kms, "server", "kms.").setdefault("docs", environment != "prod")
 
 
 def _fill_age(age: Tree, directory: str, environment: str) -> None:

@@ -1,13 +1,15 @@
 """What settings may not say together, and where the service may not listen. Reads no file but symlinks."""
 
-import ipaddress
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from kms_core.errors import ConfigurationError
+from kms_core.settings_auth import auth_files
+from kms_core.settings_buckets import bucket_files
 from kms_core.settings_read import nearest, unset_text
+from kms_core.settings_remote import check_aws_endpoint, is_loopback, secret_files
 from kms_core.settings_sections import Settings
 
 BUILT_IN_ENVIRONMENTS: Final = ("dev", "prod")
@@ -27,17 +29,10 @@ def check_exposure(settings: Settings) -> None:
     else:
         return
     raise ConfigurationError(
-        f"{reason}, and callers are not authenticated: if something in front of the service authenticates "
-        'them, write mode = "none" under [kms.auth]; if not, bind to 127.0.0.1 and leave prod'
+        f'{reason}, and callers are not authenticated: write mode = "required" under [kms.auth] and make '
+        "tokens with kms token create; if something in front of the service authenticates callers, write "
+        'mode = "none" under [kms.auth]; if neither, bind to 127.0.0.1 and leave prod'
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether ``host`` is a loopback address, or ``localhost``; other names may resolve to anything."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def check_environment(settings: Settings) -> None:
@@ -57,7 +52,8 @@ def check_variables(settings: Settings, unset: Mapping[str, Mapping[str, str]]) 
     """``unset``: backend to key to the variable that is not set. Only backends in use matter."""
     for backend in unset.keys() & settings.used_backends:
         for key, variable in unset[backend].items():
-            raise ConfigurationError(unset_text(f"kms.{backend}.{key}", variable))
+            section = backend.replace("-", "_")
+            raise ConfigurationError(unset_text(f"kms.{section}.{key}", variable))
 
 
 def check_backends(settings: Settings) -> None:
@@ -84,6 +80,19 @@ def _check_cosmian(settings: Settings) -> None:
         raise ConfigurationError("kms.cosmian.server_url: http:// is refused in prod; use https://")
     if settings.is_prod and not cosmian.tls_verify:
         raise ConfigurationError("kms.cosmian.tls_verify = false is refused in prod; name a CA in ca_file")
+    if cosmian.api_key and cosmian.api_key_file:
+        raise ConfigurationError("kms.cosmian.api_key_file: set it, or api_key, and not both")
+    if (cosmian.client_cert_file is None) != (cosmian.client_key_file is None):
+        raise ConfigurationError(
+            "kms.cosmian.client_cert_file and kms.cosmian.client_key_file belong together: set both"
+        )
+
+
+def check_awskms(settings: Settings) -> None:
+    """Another endpoint than AWS's needs TLS, except on loopback outside prod."""
+    awskms = settings.kms.awskms
+    if "awskms" in settings.used_backends and awskms.endpoint_url is not None:
+        check_aws_endpoint("kms.awskms.endpoint_url", awskms.endpoint_url, in_prod=settings.is_prod)
 
 
 def check_keys(settings: Settings) -> None:
@@ -123,6 +132,12 @@ def _http_url(text: str) -> SplitResult | None:
     return url if names_host and visible and url.scheme in {"http", "https"} else None
 
 
+def check_audit(settings: Settings) -> None:
+    """The file is the trail; everything else is a copy of it."""
+    if "file" not in settings.kms.audit.sinks:
+        raise ConfigurationError('kms.audit.sinks: "file" must be among them: the trail itself is there')
+
+
 def check_roots(settings: Settings) -> None:
     """No root of file jobs may hold, or lie in, what the service keeps to itself (symlinks followed)."""
     for index, root in enumerate(settings.kms.jobs.roots):
@@ -147,12 +162,21 @@ def _private(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
     yield "kms.jobs.spool_identity_path", kms.jobs.spool_identity_path, True
     yield "kms.jobs.intake_identity_path", kms.jobs.intake_identity_path, True
     yield "kms.audit.path", kms.audit.path, True
+    yield "kms.audit.key_path", kms.audit.key_path, True
+    yield "kms.audit.signing_key_path", kms.audit.signing_key_path, True
+    if kms.audit.anchor_dir:
+        yield "kms.audit.anchor_dir", kms.audit.anchor_dir, True
+    yield from auth_files(settings)
     yield "kms.age.private_key_path", kms.age.private_key_path, True
     yield "kms.age.public_key_path", kms.age.public_key_path, True
     for name, endpoint in kms.jobs.endpoints.items():
         yield f"kms.jobs.endpoints.{name}.secret_file", endpoint.secret_file, True
     if kms.cosmian.api_key_file:
         yield "kms.cosmian.api_key_file", kms.cosmian.api_key_file, True
+    if kms.cosmian.client_key_file:
+        yield "kms.cosmian.client_key_file", kms.cosmian.client_key_file, True
+    yield from bucket_files(settings)
+    yield from secret_files(settings)
     for key_id, uri in kms.key_uris:
         parts = urlsplit(uri)
         if parts.scheme == "age":

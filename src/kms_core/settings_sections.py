@@ -14,10 +14,15 @@ MiB: Final = 1024 * KiB
 GiB: Final = 1024 * MiB
 
 KeyId = Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]{1,80}(?!\\s)$")]
-BackendName = Literal["age", "cosmian"]
+BucketName = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{2,62}(?!\\s)$")]
+BackendName = Literal["age", "cosmian", "transit", "vault-kv", "awskms"]
 Queue = Literal["kms.bulk", "kms.files", "kms.maintenance"]
 JobState = Literal["queued", "running", "committing", "succeeded", "failed", "cancelled"]
+Algorithm = Literal[  # of JWTs: signatures by a private key, nothing else
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"
+]
 Positive = Annotated[int, Meta(ge=1)]
+Timeout = Annotated[float, Meta(gt=0, le=120)]
 Port = Annotated[int, Meta(ge=1, le=65534)]  # the worker's metrics are on port + 1
 
 
@@ -57,27 +62,144 @@ class Cosmian(Section, frozen=True, kw_only=True):
     api_key: str | None = None
     api_key_file: Path | None = None
     default_key_id: KeyId = "provisioning-master-key"
+    protocol: Literal["auto", "kmip", "jose"] = "auto"
     tls_verify: bool = True
     ca_file: Path | None = None
+    client_cert_file: Path | None = None
+    client_key_file: Path | None = None
+    timeout_s: Timeout = 5.0
+
+
+class Vault(Section, frozen=True, kw_only=True):
+    """What ``[kms.transit]`` and ``[kms.vault_kv]`` have in common: a server, and our token there."""
+
+    address: str | None = None
+    token: str | None = None
+    token_file: Path | None = None
+    namespace: str | None = None
+    tls_verify: bool = True
+    ca_file: Path | None = None
+    client_cert: Path | None = None
+    client_key: Path | None = None
+    timeout_s: Timeout = 5.0
+    data_keys: bool = True
+
+
+class Transit(Vault, frozen=True, kw_only=True):
+    """``[kms.transit]``: needed where transit is the active backend or a key's URI names it."""
+
+    mount: str = "transit"
+    key_name: str | None = None
+
+
+class VaultKv(Vault, frozen=True, kw_only=True):
+    """``[kms.vault_kv]``: as ``[kms.transit]``, for vault-kv; ``cache_s`` is how long keys stay in memory."""
+
+    mount: str = "secret"
+    path: str | None = None
+    kv_version: Literal[1, 2] = 2
+    cache_s: Annotated[float, Meta(ge=0, le=3600)] = 60.0
+
+
+class AwsKms(Section, frozen=True, kw_only=True):
+    """``[kms.awskms]``: needed where AWS KMS is the active backend; else what keys named by URI start from.
+
+    What is None is left to AWS's own configuration: ``AWS_*`` variables, ``~/.aws``, a role of the machine.
+    """
+
+    key_id: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    endpoint_url: str | None = None
+    ca_file: Path | None = None
+    timeout_s: Timeout = 5.0
+    data_keys: bool = True
 
 
 class Redis(Section, frozen=True, kw_only=True):
-    """``[kms.redis]``: job state; ``broker_url`` is Celery's and defaults to the same server."""
+    """``[kms.redis]``: job state; ``broker_url`` is Celery's and defaults to the same server.
+
+    ``ca_file`` is the authority to trust instead of the system's, where a URL asks for TLS.
+    ``broker_queue_type`` is for RabbitMQ: how queues are declared, by us and by senders of ``kms.submit``.
+    """
 
     url: str
     broker_url: str
+    broker_queue_type: Literal["quorum", "classic"] = "quorum"
+    ca_file: Path | None = None
+    client_cert_file: Path | None = None
+    client_key_file: Path | None = None
+
+
+class ClaimGrant(Section, frozen=True, kw_only=True):
+    """``[kms.auth.issuers.<name>.grants.<name>]``: scopes of those whose claims are as ``when`` says."""
+
+    when: dict[str, str]
+    scopes: tuple[str, ...]
+
+
+class Issuer(Section, frozen=True, kw_only=True):
+    """``[kms.auth.issuers.<name>]``: whose JWTs are let in, and what their claims mean.
+
+    ``tenants`` bound what ``tenant_claim`` may say. ``job_grace_s`` is how long after its expiry a token's
+    jobs may still run.
+    """
+
+    issuer: Annotated[str, Meta(min_length=1)]
+    audience: Annotated[str, Meta(min_length=1)]
+    jwks_url: str | None = None
+    jwks_file: Path | None = None
+    ca_file: Path | None = None
+    algorithms: Annotated[tuple[Algorithm, ...], Meta(min_length=1)] = ("RS256", "ES256", "EdDSA")
+    leeway_s: Annotated[int, Meta(ge=0, le=300)] = 30
+    principal_claim: str = "sub"
+    tenant: KeyId = "default"
+    tenant_claim: str | None = None
+    tenants: tuple[KeyId, ...] = ()
+    scopes: tuple[str, ...] = ()
+    scopes_claim: str | None = None
+    grants: dict[KeyId, ClaimGrant] = field(default_factory=dict)
+    job_grace_s: Annotated[int, Meta(ge=0, le=30 * 24 * 3600)] = 0
+
+
+class Certificate(Section, frozen=True, kw_only=True):
+    """``[kms.auth.certificates.<name>]``: a client certificate, by one of the names that it bears."""
+
+    subject: Annotated[str, Meta(min_length=1)]
+    tenant: KeyId = "default"
+    scopes: tuple[str, ...]
 
 
 class Auth(Section, frozen=True, kw_only=True):
     """``[kms.auth]``: None means that nobody has decided, which is enough on loopback in dev only."""
 
-    mode: Literal["none"] | None = None
+    mode: Literal["none", "required"] | None = None
+    tokens_path: Path
+    failures_per_minute: Positive = 30
+    issuers: dict[KeyId, Issuer] = field(default_factory=dict)
+    certificates: dict[KeyId, Certificate] = field(default_factory=dict)
+
+
+class Tenant(Section, frozen=True, kw_only=True):
+    """``[kms.tenants.<name>]``: the keys that a tenant may use, and its quotas; None means no bound."""
+
+    keys: tuple[str, ...] = ("*",)
+    requests_per_s: Annotated[float, Meta(gt=0)] | None = None
+    burst: Positive | None = None
+    open_jobs: Positive | None = None
+    spool_bytes: Positive | None = None
 
 
 class Server(Section, frozen=True, kw_only=True):
-    """``[kms.server]``: names, besides loopback ones, that a request's Host header may carry."""
+    """``[kms.server]``: its TLS, the names that a Host header may carry besides loopback ones, open pages."""
 
     allowed_hosts: tuple[str, ...] = ()
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    client_ca: Path | None = None
+    client_cert: Literal["optional", "required"] = "optional"
+    metrics: Literal["loopback", "open", "token"] = "loopback"
+    docs: bool
 
 
 class Limits(Section, frozen=True, kw_only=True):
@@ -106,6 +228,25 @@ class Endpoint(Section, frozen=True, kw_only=True):
     ca_file: Path | None = None
 
 
+class Bucket(Section, frozen=True, kw_only=True):
+    """``[kms.jobs.buckets.<bucket>]``: where a bucket is, as whom to use it, and what jobs may do there.
+
+    ``read`` and ``write`` are prefixes of keys that end in a slash; ``""`` is the whole bucket, and none is
+    nothing. Without an ``access_key_id`` the credentials are those that AWS tools would find.
+    """
+
+    endpoint: str | None = None
+    region: str = "us-east-1"
+    access_key_id: str | None = None
+    secret_key_file: Path | None = None
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+    path_style: bool = True
+    allow_http: bool = False
+    ca_file: Path | None = None
+    timeout_s: Timeout = 60.0
+
+
 class Jobs(Section, frozen=True, kw_only=True):
     """``[kms.jobs]``: ``roots`` are the directories that ``file://`` may name; none means no such jobs.
 
@@ -123,16 +264,39 @@ class Jobs(Section, frozen=True, kw_only=True):
     concurrency: Positive = 2
     open_jobs: Positive = 100_000
     tenant_leases: Positive = 1_000
+    fanout_files: Positive = 100_000
     queues: tuple[Queue, ...] = ("kms.bulk", "kms.files", "kms.maintenance")
     watchdog_s: Positive = 120
     endpoints: dict[KeyId, Endpoint] = field(default_factory=dict)
+    buckets: dict[BucketName, Bucket] = field(default_factory=dict)
 
 
 class Audit(Section, frozen=True, kw_only=True):
-    """``[kms.audit]``: ``write`` hands each record to the kernel, ``fsync`` waits for the disk."""
+    """``[kms.audit]``: ``write`` hands each record to the kernel, ``fsync`` waits for the disk.
+
+    ``sinks`` besides the file are copies; ``anchor_*`` are second places for signed checkpoints, one of which
+    is due after so many lines and so many seconds. ``keep_days`` 0 keeps all.
+    """
 
     path: Path
+    key_path: Path
+    signing_key_path: Path
     durability: Literal["write", "fsync"] = "write"
+    sinks: tuple[Literal["file", "stdout", "redis"], ...] = ("file",)
+    rotate_bytes: Annotated[int, Meta(ge=4 * KiB)] = 64 * MiB
+    keep_days: Annotated[int, Meta(ge=0)] = 365
+    checkpoint_lines: Positive = 1_000
+    checkpoint_s: Positive = 10
+    anchor_redis: bool = True
+    anchor_dir: Path | None = None
+
+
+class Rotation(Section, frozen=True, kw_only=True):
+    """``[kms.rotation]``: new versions of keys, made by the workers; ``every_days`` 0 means by hand alone."""
+
+    every_days: Annotated[int, Meta(ge=0)] = 90
+    budget_messages: Positive = 2**32
+    budget_rotates: bool = False
 
 
 class Log(Section, frozen=True, kw_only=True):
@@ -162,12 +326,17 @@ class Kms(Section, frozen=True, kw_only=True):
     keys: dict[KeyId, str | tuple[str, ...]] = field(default_factory=dict)
     age: Age
     cosmian: Cosmian = field(default_factory=Cosmian)
+    transit: Transit = field(default_factory=Transit)
+    vault_kv: VaultKv = field(default_factory=VaultKv)
+    awskms: AwsKms = field(default_factory=AwsKms)
     redis: Redis
-    auth: Auth = field(default_factory=Auth)
-    server: Server = field(default_factory=Server)
+    auth: Auth
+    tenants: dict[KeyId, Tenant] = field(default_factory=dict)
+    server: Server
     limits: Limits = field(default_factory=Limits)
     jobs: Jobs
     audit: Audit
+    rotation: Rotation = field(default_factory=Rotation)
     log: Log = field(default_factory=Log)
 
     @property
@@ -208,7 +377,8 @@ class Settings(Section, frozen=True, kw_only=True):
     @property
     def used_backends(self) -> frozenset[str]:
         """The active backend and the schemes that the URIs of ``[kms.keys]`` name."""
-        return frozenset({self.active_backend, *(uri.partition(":")[0] for _, uri in self.kms.key_uris)})
+        schemes = (uri.partition(":")[0].lower() for _, uri in self.kms.key_uris)  # as urlsplit reads them
+        return frozenset({self.active_backend, *schemes})
 
     @property
     def state_dir(self) -> Path:

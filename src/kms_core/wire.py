@@ -25,9 +25,12 @@ JobId = Annotated[
 EndpointName = Annotated[str, Meta(pattern=KEY_ID_PATTERN)]
 ContextIn = str | dict[str, str] | None
 KeySpec = Literal["AES_128", "AES_256"]
-JobKind = Literal["encrypt", "decrypt", "rewrap"]
+JobKind = Literal["encrypt", "decrypt", "rewrap", "reseal"]
 JobState = Literal["queued", "running", "committing", "succeeded", "failed", "cancelled"]
+Priority = Literal["high", "normal", "low"]
+Outcome = Literal["changed", "newest", "foreign", "would_change"]
 Origin = Literal["service", "foreign"]
+PRIORITIES: Final[tuple[Priority, ...]] = ("high", "normal", "low")
 STATES: Final[tuple[JobState, ...]] = ("queued", "running", "committing", "succeeded", "failed", "cancelled")
 ENDED: Final = frozenset({"succeeded", "failed", "cancelled"})
 KEY_SPEC_BYTES: Final[dict[str, int]] = {"AES_128": 16, "AES_256": 32}
@@ -113,7 +116,7 @@ class RewrapIn(Body, frozen=True, kw_only=True):
 
 
 class BatchItem(Body, frozen=True, kw_only=True):
-    """One call of a batch: ``plaintext`` for encrypt, ``ciphertext`` for decrypt and rewrap."""
+    """One call of a batch: ``plaintext`` for encrypt, ``ciphertext`` for every other."""
 
     plaintext: bytes | None = None
     ciphertext: bytes | None = None
@@ -160,6 +163,7 @@ class HealthOut(Answer, frozen=True, kw_only=True):
 class ReadyOut(Answer, frozen=True, kw_only=True):
     status: Literal["ready", "not ready"]
     jobs: Literal["available", "unavailable"]
+    audit: Literal["available", "unavailable"]
 
 
 class KeyVersionOut(Answer, frozen=True, kw_only=True):
@@ -172,11 +176,26 @@ class KeyVersionOut(Answer, frozen=True, kw_only=True):
 
 
 class KeyOut(Answer, frozen=True, kw_only=True):
+    """``current_version`` is null and ``versions`` are empty while the backend does not answer.
+
+    ``others`` are further backends that wrap every new file of this key. ``rotate_at`` is when a new version
+    is due; ``budget`` is what the version in use has sealed, of what it may: 1.0 is all of it.
+    """
+
     id: str
     backend: str
-    current_version: str
+    current_version: str | None
     versions: list[KeyVersionOut]
     default: bool
+    others: list[str] = []
+    rotate_at: str | None = None
+    budget: float | None = None
+
+
+class RotateOut(Answer, frozen=True, kw_only=True):
+    key_id: str
+    key_version: str
+    backend: str
 
 
 class KeysOut(Answer, frozen=True, kw_only=True):
@@ -215,9 +234,18 @@ class JobItem(Body, frozen=True, kw_only=True):
 
 
 class JobIn(Body, frozen=True, kw_only=True):
-    """Bulk ``items``, or a ``source`` and a ``target`` (``file:///…`` under an allowed root).
+    """Bulk ``items``, or a ``source`` and a ``target``.
 
-    ``callback`` names an endpoint of the service's settings, which is told how the job ends.
+    These are ``file:///…`` under an allowed root, or ``s3://bucket/key`` in a bucket of the settings.
+
+    A ``source`` with ``*`` names many files: ``*`` is any run of characters of a name, ``**`` any number of
+    directories. The ``target`` is then a directory, ending in ``/``; paths below it stay, encrypt appends
+    ``.age``, decrypt takes it away. To rewrap or reseal in place leave ``target`` out and say ``overwrite``.
+    Rewrap and reseal of many files leave those alone that are on the newest key version; ``dry_run`` only
+    counts, ``rate_per_s`` limits files a second, and the job's ``report`` tells what came of it.
+
+    ``priority`` is ``normal`` if absent: while a ``high`` job waits no other is begun, and a ``low`` one only
+    if no other waits. ``callback`` names an endpoint of the service's settings, to be told how the job ends.
     """
 
     kind: JobKind
@@ -229,13 +257,16 @@ class JobIn(Body, frozen=True, kw_only=True):
     context: ContextIn = None
     new_context: ContextIn = None
     ttl_s: Annotated[int, Meta(ge=60, le=30 * 24 * 3600)] | None = None
+    dry_run: bool | None = None
+    rate_per_s: Annotated[float, Meta(gt=0, le=10_000)] | None = None
+    priority: Priority | None = None
     callback: EndpointName | None = None
 
 
 class Submission(Body, frozen=True, kw_only=True):
     """What a ``kms.submit`` message seals (docs/celery.md): a job, its submitter's id for it, and a term.
 
-    The id makes replays harmless. No ``token`` but null is valid until callers are authenticated.
+    The id makes replays harmless. ``token`` is an API token or a JWT; null where nobody is asked.
     """
 
     version: Literal[1]
@@ -273,16 +304,42 @@ class JobProgress(Answer, frozen=True, kw_only=True):
     bytes_done: int
 
 
+class OlderVersion(Answer, frozen=True, kw_only=True):
+    """A key version that is not the newest: how many files were found on it, and how many still are."""
+
+    key_id: str
+    key_version: str
+    found: int
+    left: int
+
+
+class Report(Answer, frozen=True, kw_only=True):
+    """What a rewrap or reseal of many files has come to, so far or in the end, in files.
+
+    With ``dry_run`` nothing was touched, and ``changed`` says how many would be. ``newest`` and ``foreign``
+    ones are left as they are.
+    """
+
+    dry_run: bool
+    changed: int
+    newest: int
+    foreign: int
+    failed: int
+    older: list[OlderVersion]
+
+
 class JobOut(Answer, frozen=True, kw_only=True):
     job_id: str
     kind: JobKind
     state: JobState
+    priority: Priority = "normal"
     attempt: int
     progress: JobProgress
     created_at: str
     expires_at: str
     not_before: str | UnsetType = UNSET
     error: ErrorCode | None = None
+    report: Report | UnsetType = UNSET
     links: JobLinks
 
 
@@ -292,12 +349,73 @@ class JobList(Answer, frozen=True, kw_only=True):
 
 
 class ItemResult(Answer, frozen=True, kw_only=True):
-    """One line of a bulk job's result (NDJSON)."""
+    """One line of a result in NDJSON: an item of a bulk job, or a file of a job over many.
+
+    ``outcome`` is that of a rewrap or reseal; a file that was refused has an ``error`` instead.
+    """
 
     index: int
+    source: str | UnsetType = UNSET
+    target: str | UnsetType = UNSET
+    outcome: Outcome | UnsetType = UNSET
     ciphertext: bytes | UnsetType = UNSET
     plaintext: bytes | UnsetType = UNSET
     error: ErrorCode | UnsetType = UNSET
+
+
+class DeliveryOut(Answer, frozen=True, kw_only=True):
+    """A webhook that was given up."""
+
+    delivery_id: str
+    job_id: str
+    endpoint: str
+    state: JobState
+    attempts: int
+    created_at: str
+
+
+class DeliveryList(Answer, frozen=True, kw_only=True):
+    deliveries: list[DeliveryOut]
+
+
+# -- audit -------------------------------------------------------------------------------------------
+
+
+class AuditEvent(Answer, frozen=True, kw_only=True):
+    """One operation, on record (docs/audit.md). Values of contexts are keyed hashes; it has a receipt."""
+
+    id: str
+    time: str
+    operation: str
+    stage: str | UnsetType = UNSET
+    effect: str | UnsetType = UNSET
+    route: str | UnsetType = UNSET
+    source: str | UnsetType = UNSET
+    principal: str
+    credential: str
+    request_id: str | UnsetType = UNSET
+    job_id: str | UnsetType = UNSET
+    key_id: str | UnsetType = UNSET
+    key_version: str | UnsetType = UNSET
+    backend: str | UnsetType = UNSET
+    origin: str | UnsetType = UNSET
+    context: dict[str, str] = {}
+    new_context: dict[str, str] | UnsetType = UNSET
+    bytes_in: int
+    bytes_out: int
+    result: str | UnsetType = UNSET
+    duration_us: int
+
+
+class AuditOut(Answer, frozen=True, kw_only=True):
+    """Oldest first. ``next`` is always there: it also asks for what is recorded later.
+
+    ``more`` says whether it leads on at once; a page may be short, or empty, and lead on.
+    """
+
+    events: list[AuditEvent]
+    next: str
+    more: bool
 
 
 # -- problems ----------------------------------------------------------------------------------------

@@ -11,11 +11,15 @@ from kms_core.jobs.build import Core, build_intake
 from kms_core.jobs.build import build as build_core
 from kms_core.jobs.model import FILES
 from kms_core.jobs.run import run_job
+from kms_core.jobs.teller import Teller
+from kms_core.servers import celery_options
 from kms_core.settings import Settings
-from kms_worker import broker, kombu_ack, submit
+from kms_worker import broker, kombu_ack, rotation, submit
 from kms_worker.submit import Pulse
 
-_VISIBILITY_S: Final = 24 * 3600  # above the longest job: our lease, not the broker, takes up a lost one
+# After so long Redis gives out a message again. For a job that still runs this costs one script, which says
+# "leased"; for a kms.submit whose worker was killed nothing else brings it back.
+_VISIBILITY_S: Final = 600
 _log = structlog.get_logger(__name__)
 
 CONFIGURATION: Final[dict[str, object]] = {
@@ -36,16 +40,17 @@ CONFIGURATION: Final[dict[str, object]] = {
     "broker_connection_retry_on_startup": True,
     "broker_connection_max_retries": None,
     "broker_channel_error_retry": True,
-    "broker_transport_options": {
-        "visibility_timeout": _VISIBILITY_S,
-        "unacked_restore_interval": 5,
-        "unacked_restore_throttle": 1,
-        "socket_timeout": 10,
-        "socket_connect_timeout": 2,
-        "socket_keepalive": True,
-        "health_check_interval": 25,
-        "global_keyprefix": "kms:",
-    },
+}
+TRANSPORT: Final[dict[str, object]] = {
+    "visibility_timeout": _VISIBILITY_S,
+    "unacked_restore_interval": 5,
+    "unacked_restore_throttle": 1,
+    "socket_timeout": 10,
+    "socket_connect_timeout": 2,
+    "socket_keepalive": True,
+    "health_check_interval": 25,
+    "global_keyprefix": "kms:",
+    "confirm_publish": True,  # RabbitMQ: a nudge is sent once a majority has it
 }
 
 
@@ -55,15 +60,20 @@ def build(settings: Settings, name: str, pulse: Pulse) -> Celery:
     Raises ConfigurationError.
     """
     kombu_ack.install()
-    app = Celery("kms-worker", broker=settings.kms.redis.broker_url, set_as_current=False)
-    app.conf.update(CONFIGURATION)
+    app = Celery("kms-worker", set_as_current=False)
+    app.conf.update(CONFIGURATION | celery_options(settings.kms.redis, TRANSPORT))
     signals.setup_logging.connect(_keep_our_logs)
     cores: dict[int, Core] = {}
 
     def core() -> Core:
         """Each process of the pool has its own connections: nothing is shared across a fork."""
         if os.getpid() not in cores:
-            cores[os.getpid()] = build_core(settings, "worker", broker.nudge_through(app))
+            cores[os.getpid()] = made = build_core(settings, "worker", broker.nudge_through(app))
+            teller = Teller(made.kms.tally, made.shop.store.redis)
+            teller.start()
+            made.keeper.start()
+            signals.worker_process_shutdown.connect(lambda **_: teller.stop(), weak=False)
+            signals.worker_process_shutdown.connect(lambda **_: made.keeper.stop(), weak=False)
         return cores[os.getpid()]
 
     @app.task(name=broker.TASK)  # type: ignore[untyped-decorator]  # Celery ships no types
@@ -77,6 +87,7 @@ def build(settings: Settings, name: str, pulse: Pulse) -> Celery:
         except Exception as exc:  # noqa: BLE001 -- the top of the worker: the lease runs out, and attempts are bounded
             _log.exception("job.crashed", job_id=job_id, error=type(exc).__name__)
 
+    rotation.register(app, core, settings, name)
     submit.register(app, lambda: build_intake(settings, core().desk), name, pulse)
     return app
 

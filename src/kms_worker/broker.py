@@ -6,10 +6,11 @@ from typing import Final
 from celery import Celery
 from kombu.connection import Connection
 from kombu.exceptions import OperationalError
-from kombu.transport import virtual
+from kombu.transport import redis
 
 from kms_core.errors import JobsUnavailable
-from kms_core.jobs.model import QUEUES, Nudge
+from kms_core.jobs.model import AMQP_RANKS, QUEUES, REDIS_STEPS, Lane, Nudge
+from kms_core.wire import PRIORITIES, Priority
 
 TASK: Final = "kms.run"
 
@@ -17,28 +18,51 @@ TASK: Final = "kms.run"
 def nudge_through(app: Celery) -> Nudge:
     """A ``nudge`` over the worker's own broker connection; raises JobsUnavailable."""
 
-    def nudge(job_id: str, queue: str) -> None:
+    def nudge(job_id: str, queue: str, priority: Priority) -> None:
+        rank = AMQP_RANKS[priority] if is_amqp(app) else REDIS_STEPS[priority][0]
         try:
-            app.send_task(TASK, (job_id,), queue=queue, argsrepr="-", kwargsrepr="-")
-        except (OperationalError, OSError) as exc:
+            app.send_task(TASK, (job_id,), queue=queue, priority=rank, argsrepr="-", kwargsrepr="-")
+        except (OperationalError, OSError, AttributeError) as exc:
+            # AttributeError: kombu 5.7, where the connection is lost while its channel is made
             raise JobsUnavailable from exc
 
     return nudge
 
 
-def waiting(connection: Connection, queues: Sequence[str] = QUEUES) -> dict[str, int]:
-    """Messages in each queue, all priorities of it. Raises JobsUnavailable."""
+def is_amqp(app: Celery) -> bool:
+    """Whether the broker is RabbitMQ, not Redis."""
+    return "amqp" in str(app.conf.broker_url).partition("://")[0]
+
+
+def waiting(connection: Connection, queues: Sequence[str] = QUEUES) -> dict[Lane, int]:
+    """Messages in each lane. RabbitMQ tells of queues only: there each lane of a queue has all of its.
+
+    Raises JobsUnavailable.
+    """
     try:
-        return {queue: _length(connection, queue) for queue in queues}
+        return {lane: count for queue in queues for lane, count in _lanes(connection, queue).items()}
     except (*connection.connection_errors, OperationalError, OSError) as exc:
         raise JobsUnavailable from exc
 
 
+def _lanes(connection: Connection, queue: str) -> dict[Lane, int]:
+    channel = connection.default_channel
+    if isinstance(channel, redis.Channel):  # its queue_declare forgets the key prefix
+        with channel.conn_or_acquire() as client:
+            return {
+                (queue, priority): sum(client.llen(_list(channel, queue, step)) for step in steps)
+                for priority, steps in REDIS_STEPS.items()
+            }
+    return dict.fromkeys(((queue, priority) for priority in PRIORITIES), _length(connection, queue))
+
+
+def _list(channel: redis.Channel, queue: str, step: int) -> str:
+    return str(channel._q_for_pri(queue, step))  # type: ignore[no-untyped-call]  # noqa: SLF001 -- kombu offers the sum alone
+
+
 def _length(connection: Connection, queue: str) -> int:
-    if isinstance(connection.default_channel, virtual.Channel):  # queue_declare forgets its key prefix
-        return int(connection.default_channel._size(queue))  # type: ignore[no-untyped-call]  # noqa: SLF001
     try:
-        with connection.channel() as channel:  # a refusal closes it
+        with connection.channel() as channel:  # type: ignore[no-untyped-call]  # untyped there; a refusal closes it
             return int(channel.queue_declare(queue, passive=True).message_count)
     except connection.channel_errors:  # no worker has declared the queue yet
         return 0

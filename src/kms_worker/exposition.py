@@ -4,12 +4,20 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import structlog
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, multiprocess
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    ProcessCollector,
+    generate_latest,
+    multiprocess,
+)
+
+from kms_core.auth.scraping import Scraping
 
 _log = structlog.get_logger(__name__)
 
 
-def serve(bind: str, port: int, folder: str) -> ThreadingHTTPServer | None:
+def serve(bind: str, port: int, folder: str, scraping: Scraping) -> ThreadingHTTPServer | None:
     """Serve until ``shutdown``. A taken port costs the metrics, not the jobs, and is logged."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -17,14 +25,24 @@ def serve(bind: str, port: int, folder: str) -> ThreadingHTTPServer | None:
             if self.path not in {"/metrics", "/livez"}:
                 self.send_error(404)
                 return
+            if self.path == "/metrics" and not self._may_scrape():
+                self.send_error(401, "See [kms.server] metrics")
+                return
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]  # untyped there
+            ProcessCollector(registry=registry)  # of the parent
             text = generate_latest(registry) if self.path == "/metrics" else b"ok\n"
             self.send_response(200)
             self.send_header("Content-Type", CONTENT_TYPE_LATEST)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)
+
+        def _may_scrape(self) -> bool:
+            if scraping.is_open_to(self.client_address[0], self.headers.keys()):
+                return True
+            scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+            return scheme.lower() == "bearer" and scraping.knows(token.strip())
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class names it so
             del format, args

@@ -21,8 +21,10 @@ def main() -> int:
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
         # prometheus_client chooses its storage when it is imported
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder = str(_metrics_folder(loaded))
-        from kms_worker import process  # noqa: PLC0415 -- and that declares metrics
+        from kms_core import keyring  # noqa: PLC0415 -- and these declare metrics
+        from kms_worker import process  # noqa: PLC0415 -- as above
 
+        keyring.check(loaded)
         return process.run(loaded, folder)
     except ConfigurationError as exc:
         sys.stderr.write(f"kms-worker: error: {exc.detail}\n")

@@ -13,6 +13,7 @@ from typing import Final
 import structlog
 
 from kms_core.errors import JobsUnavailable
+from kms_core.jobs.model import Lane
 
 EXIT_DEAF: Final = 70  # EX_SOFTWARE
 _LOOK_EVERY_S: Final = 5.0
@@ -26,7 +27,7 @@ class Watchdog(threading.Thread):
         self,
         queues: Sequence[str],
         patience_s: float,
-        waiting: Callable[[], Mapping[str, int]],
+        waiting: Callable[[], Mapping[Lane, int]],
         idle_s: Callable[[], float],
     ) -> None:
         super().__init__(name="watchdog", daemon=True)
@@ -49,6 +50,7 @@ class Watchdog(threading.Thread):
         """Messages wait and nothing was claimed for long. Without Redis there is nothing to be deaf to."""
         try:
             waiting = self._waiting()
-            return any(waiting.get(queue) for queue in self._queues) and self._idle_s() > self._patience_s
+            mine = any(count for (queue, _), count in waiting.items() if queue in self._queues)
+            return mine and self._idle_s() > self._patience_s
         except JobsUnavailable:
             return False

@@ -24,8 +24,12 @@ def test_an_example_works_as_written(service: Service, example: str, tmp_path: P
     environ = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "KMS_SERVICE_URL": service.url,
+        "KMS_BROKER_URL": service.settings.kms.redis.broker_url,
+        "KMS_REDIS_URL": service.settings.kms.redis.url,
     }
-    script = example.replace("http://localhost:8082", service.url)
+    script = example.replace("http://localhost:8082", service.url).replace(
+        " examples/", f" {README.parent}/examples/"
+    )
 
     ran = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],

@@ -107,13 +107,13 @@ def test_accepted_upload_names_where_to_look(service: Service) -> None:
 # -- what cannot be opened -------------------------------------------------------------------------------
 
 
-def test_upload_of_a_plaintext_to_decrypt_is_refused_at_once(service: Service) -> None:
-    before = service.spooled()
+def test_upload_of_a_plaintext_to_decrypt_is_refused_at_once(tmp_path: Path, redis_url: str) -> None:
+    with Service(tmp_path, redis=redis_url) as alone:  # jobs of other tests would come and go in the spool
+        alone.start("api")
+        for body in (CANARY.encode(), b"", CANARY.encode() * 100_000, b"age-encryption.org/v1"):
+            check_problem(alone.post("/files/decrypt", content=body), 422, "not_a_ciphertext")
 
-    for body in (CANARY.encode(), b"", CANARY.encode() * 100_000, b"age-encryption.org/v1"):
-        check_problem(service.post("/files/decrypt", content=body), 422, "not_a_ciphertext")
-
-    assert service.spooled() == before
+        assert alone.spooled() == []
 
 
 @pytest.mark.parametrize("at", [-1, -100_000, 3000], ids=["tag", "first-chunk", "header"])

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from kms_core.jobs.build import Core
-from kms_core.jobs.bulk import part_id
-from kms_core.jobs.model import Claim
+from kms_core.jobs.model import Claim, part_id
 from kms_core.jobs.run import run_job
 from kms_core.wire import ENDED, PREFIX
 from service import CANARY, Json, Service, b64, check_problem, core_of, unb64, until
@@ -256,7 +255,8 @@ def test_job_is_described(service: Service) -> None:
     job = service.wait(job_id, "succeeded")
 
     assert job.keys() == {
-        "job_id", "kind", "state", "attempt", "progress", "created_at", "expires_at", "error", "links",
+        "job_id", "kind", "state", "priority", "attempt", "progress",
+        "created_at", "expires_at", "error", "links",
     }  # fmt: skip
     assert (job["kind"], job["attempt"], job["error"]) == ("encrypt", 1, None)
     assert job["progress"].keys() == {"items", "items_done", "items_failed", "bytes", "bytes_done"}
@@ -390,7 +390,7 @@ def test_message_to_the_worker_is_the_job_id_alone(idle: Service, tmp_path: Path
         {"kind": "encrypt", "items": [{"plaintext": b64(CANARY.encode())}], "context": f"a={CANARY}"}
     )
 
-    waiting: list[bytes] = core_of(idle).shop.store.redis.lrange("kms:kms.bulk", 0, -1)  # type: ignore[assignment]  # sync
+    waiting: list[bytes] = core_of(idle).shop.store.redis.lrange("kms:kms.bulk\x06\x163", 0, -1)  # type: ignore[assignment]  # sync
     (message,) = [json.loads(raw) for raw in waiting if job_id in unb64(json.loads(raw)["body"]).decode()]
     args, kwargs, options = json.loads(unb64(message["body"]))
 

@@ -2,25 +2,15 @@
 
 import json
 import os
-from base64 import b64encode, urlsafe_b64encode
-from collections.abc import Iterator
+from base64 import b64encode
 from pathlib import Path
 
+from canary import forms
 from service import Json, Service, b64, unb64
 
 WORDS = {
     name: f"Kanarienvogel-{name}-{os.urandom(6).hex()}" for name in ("plaintext", "context", "token", "file")
 }
-
-
-def forms(word: str) -> Iterator[bytes]:
-    """A word as it may rest: plain, in hex, and in base64 at each of the three alignments."""
-    raw = word.encode()
-    yield from (raw, raw.hex().encode(), raw.hex().upper().encode(), raw.decode().encode("utf-16-le"))
-    for shift in range(3):
-        for encode in (b64encode, urlsafe_b64encode):
-            text = encode(b"\0" * shift + raw).rstrip(b"=")
-            yield text[4:-2] if shift else text[:-2]
 
 
 def found(folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """The caretaker over a real Valkey and spool: what it takes up, what it leaves alone, what it deletes."""
 
 import time
+from itertools import product
 
 import pytest
 
@@ -9,6 +10,7 @@ from kms_core.jobs.build import Core
 from kms_core.jobs.caretaker import Caretaker
 from kms_core.jobs.model import QUEUES, LeaseLost
 from kms_core.jobs.store import JobStore
+from kms_core.wire import PRIORITIES
 from service import until
 from stores import LONG, SHORT, TENANT, accepted, claimed, lapse, state, store_of
 
@@ -29,7 +31,8 @@ def brief(core: Core, nudged: list[str]) -> JobStore:
 
 
 def caretaker(core: Core, store: JobStore, waiting: int) -> Caretaker:
-    return Caretaker(store, core.shop.spool, "c1", lambda: dict.fromkeys(QUEUES, waiting))
+    lanes = dict.fromkeys(product(QUEUES, PRIORITIES), waiting)
+    return Caretaker(store, core.shop.spool, "c1", lambda: lanes)
 
 
 def test_caretaker_requeues_what_a_dead_worker_held(core: Core, brief: JobStore, nudged: list[str]) -> None:
@@ -78,6 +81,27 @@ def test_caretaker_deletes_expired_results_and_orphans(core: Core, store: JobSto
 
     assert store.get(claim.accepted.job_id, TENANT).purged == 1
     assert list(core.shop.spool.folders(older_than_s=-10)) == []
+
+
+@pytest.mark.parametrize("count", [1, 1000, 2001], ids=str)
+def test_caretaker_forgets_the_ids_of_expired_records_that_nobody_lists(
+    core: Core, store: JobStore, count: int
+) -> None:
+    kept = store.submit(accepted()).job_id
+    gone = store.submit(accepted(tenant="gone")).job_id
+    for key in ("kms:tenant:default", "kms:tenant:gone", "kms:dead"):
+        store.redis.zadd(key, {f"expired-{number}": number for number in range(count)})
+    store.redis.zadd("kms:dead", {kept: 1e10})
+    store.redis.delete(f"kms:job:{gone}")
+    care = caretaker(core, store, waiting=1)
+
+    for _ in range(41):
+        care.round()
+
+    for key in ("kms:tenant:default", "kms:dead"):
+        assert store.redis.zrange(key, 0, -1) == [kept.encode()]
+    assert not store.redis.exists("kms:tenant:gone")
+    assert store.redis.smembers("kms:tenants") == {b"default"}
 
 
 def test_one_caretaker_at_a_time(store: JobStore) -> None:

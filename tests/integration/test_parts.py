@@ -13,7 +13,7 @@ from kms_core.jobs import bulk, results
 from kms_core.jobs.blobs import ITEMS
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import Terms
-from kms_core.jobs.model import BULK, Job, Rules
+from kms_core.jobs.model import BULK, Job, Rules, part_id
 from kms_core.jobs.run import run_job
 from kms_core.policy import Principal
 
@@ -32,7 +32,7 @@ def submit(core: Core, count: int, bad: frozenset[int] = frozenset()) -> Job:
 
 def parts_of(core: Core, job: Job) -> list[str]:
     whole = core.shop.store.get(job.job_id, WHO.tenant)
-    return [bulk.part_id(job.job_id, number) for number in range(whole.parts)]
+    return [part_id(job.job_id, number) for number in range(whole.parts)]
 
 
 def now(core: Core, job: Job) -> Job:

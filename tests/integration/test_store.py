@@ -11,6 +11,7 @@ import pytest
 from kms_core.context import Context
 from kms_core.errors import (
     IdempotencyConflict,
+    InvalidRequest,
     JobCancelled,
     JobCommitting,
     JobNotDead,
@@ -20,12 +21,24 @@ from kms_core.errors import (
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import Terms
 from kms_core.jobs.lease import Lease
-from kms_core.jobs.link import connect
-from kms_core.jobs.model import LeaseLost
+from kms_core.jobs.model import LeaseLost, part_id
 from kms_core.jobs.store import JobStore
 from kms_core.policy import Principal
 from service import CANARY, until
-from stores import COMMIT, LONG, SHORT, TENANT, accepted, claimed, forge, lapse, record, state, store_of
+from stores import (
+    COMMIT,
+    LONG,
+    SHORT,
+    TENANT,
+    accepted,
+    claimed,
+    connect,
+    forge,
+    lapse,
+    record,
+    state,
+    store_of,
+)
 
 
 @pytest.fixture
@@ -67,7 +80,7 @@ def test_nothing_of_the_request_can_be_read_in_redis(store: JobStore) -> None:
 
 
 def test_failed_nudge_loses_no_job(core: Core) -> None:
-    def broken(_job: str, _queue: str) -> None:
+    def broken(*_: str) -> None:
         raise JobsUnavailable
 
     found = core.shop.store
@@ -146,6 +159,29 @@ def test_pages_are_newest_first_and_complete(store: JobStore) -> None:
 
     assert seen == ids[::-1]
     assert [job.job_id for job in cancelled] == ids[::5][::-1]
+
+
+def test_pages_stay_complete_when_records_expire_and_others_come_in_between(store: JobStore) -> None:
+    now = time.time()
+    ids = [store.submit(accepted(created_at=now + number)).job_id for number in range(12)]
+    same = [store.submit(accepted(created_at=now - 1)).job_id for _ in range(5)]
+    seen: list[str] = []
+    cursor: str | None = None
+    for round_ in range(20):
+        jobs, cursor = store.page(TENANT, state=None, limit=3, before=cursor)
+        seen += [job.job_id for job in jobs]
+        if cursor is None:
+            break
+        store.redis.delete(f"kms:job:{seen[-1]}")  # expired
+        store.submit(accepted(created_at=now + 100 + round_))
+
+    assert seen == ids[::-1] + sorted(same, reverse=True)
+
+
+@pytest.mark.parametrize("cursor", ["3", "1-", "-1", "x", "1764010.5-", "nan-" + "0" * 36, "1-" + "G" * 36])
+def test_cursor_that_no_page_gave_is_refused(store: JobStore, cursor: str) -> None:
+    with pytest.raises(InvalidRequest):
+        store.page(TENANT, state=None, limit=3, before=cursor)
 
 
 # -- leases ----------------------------------------------------------------------------------------------
@@ -292,6 +328,33 @@ def test_expired_job_is_not_begun(store: JobStore) -> None:
 
     assert store.claim(job.job_id, "w") is None
     assert store.redis.hget(f"kms:job:{job.job_id}", "error") in {b"expired", None}
+
+
+def test_job_that_is_split_twice_is_split_once(store: JobStore) -> None:
+    claim = claimed(store, items=2)
+    parts = [
+        msgspec.structs.replace(claim.accepted, job_id=part_id(claim.accepted.job_id, number), parent="x")
+        for number in (0, 1)
+    ]
+    store.split(claim, parts)
+    held = store.claim(parts[0].job_id, "w")
+    assert held
+
+    store.split(claim, parts)  # the answer to the first was lost, and the client asked again
+
+    store.renew(held, {})
+    store.finish(held, "succeeded")
+
+
+def test_renewal_that_comes_late_does_not_put_a_lease_on_a_job_in_parts(store: JobStore) -> None:
+    claim = claimed(store, items=1)
+    part = msgspec.structs.replace(claim.accepted, job_id=part_id(claim.accepted.job_id, 0), parent="x")
+    store.split(claim, [part])
+    before = record(store, claim.accepted.job_id)
+
+    store.renew(claim, {"items_done": 7})
+
+    assert record(store, claim.accepted.job_id) == before
 
 
 def test_expired_result_is_listed_for_deletion_and_noted(store: JobStore) -> None:

@@ -13,13 +13,12 @@ from kms_core.errors import (
 )
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import Terms
-from kms_core.jobs.link import connect
 from kms_core.jobs.records import RecordKey
 from kms_core.jobs.run import run_job
 from kms_core.jobs.store import JobStore
 from kms_core.policy import Principal
 from kms_core.wire import JobItem
-from stores import COMMIT, LONG, SHORT, TENANT, accepted, claimed, forge, record, store_of
+from stores import COMMIT, LONG, SHORT, TENANT, accepted, claimed, connect, forge, record, store_of
 
 
 @pytest.fixture
@@ -42,6 +41,11 @@ def bulk(core: Core, context: str) -> str:
     return core.desk.items(terms, [JobItem(plaintext=b"x")]).job_id
 
 
+def ended(store: JobStore, job_id: str) -> tuple[str, str, int]:
+    found = store.get(job_id, TENANT)
+    return found.state, found.error, found.attempt
+
+
 def test_sealed_part_of_another_job_is_refused(core: Core) -> None:
     first, second = bulk(core, "a=1"), bulk(core, "a=2")
     forge(core.shop.store, second, sealed=record(core.shop.store, first)[b"sealed"])
@@ -50,7 +54,7 @@ def test_sealed_part_of_another_job_is_refused(core: Core) -> None:
         run_job(second, core.shop, "w")
     with pytest.raises(UnknownJob):
         core.shop.store.accepted(second)
-    assert core.shop.store.get(second, TENANT).state != "succeeded"
+    assert ended(core.shop.store, second) == ("failed", "record_refused", 1)
     assert not list(core.shop.spool._directory.glob(f"{second}/result*"))  # noqa: SLF001
 
 
@@ -61,6 +65,47 @@ def test_sealed_part_that_is_no_record_is_refused(core: Core, damage: bytes) -> 
 
     with pytest.raises(UnknownJob):
         run_job(job_id, core.shop, "w")
+    assert ended(core.shop.store, job_id) == ("failed", "record_refused", 1)
+
+
+def test_record_without_a_sealed_part_ends_at_once(core: Core) -> None:
+    job_id = bulk(core, "a=1")
+    core.shop.store.redis.hdel(f"kms:job:{job_id}", "sealed")
+
+    with pytest.raises(UnknownJob):
+        run_job(job_id, core.shop, "w")
+    assert ended(core.shop.store, job_id) == ("failed", "record_refused", 1)
+
+
+@pytest.mark.parametrize("field", ["created_at", "expires_at", "tenant", "kind", "queue", "priority"])
+@pytest.mark.parametrize("junk", [None, "junk", b"\xff"], ids=["missing", "text", "no-text"])
+def test_record_with_junk_in_it_ends(core: Core, field: str, junk: str | bytes | None) -> None:
+    store, job_id = core.shop.store, bulk(core, "a=1")
+    if junk is None:
+        store.redis.hdel(f"kms:job:{job_id}", field)
+    else:
+        forge(store, job_id, **{field: junk})
+
+    with suppress(UnknownJob):
+        run_job(job_id, core.shop, "w")
+
+    assert record(store, job_id)[b"state"] in {b"succeeded", b"failed"}
+    assert store.redis.zscore("kms:open", job_id) is None
+
+
+def test_job_whose_record_was_refused_is_a_dead_letter(core: Core) -> None:
+    store, job_id = core.shop.store, bulk(core, "a=1")
+    sealed = record(store, job_id)[b"sealed"]
+    forge(store, job_id, sealed=b"junk")
+    with pytest.raises(UnknownJob):
+        run_job(job_id, core.shop, "w")
+
+    assert [job.job_id for job in store.dead(TENANT, 10)] == [job_id]
+    forge(store, job_id, sealed=sealed)  # it was a worker with another key, say
+    store.retry(job_id, TENANT, 60)
+    run_job(job_id, core.shop, "w")
+
+    assert store.get(job_id, TENANT).state == "succeeded"
 
 
 def test_sealed_part_of_another_install_is_refused(core: Core, store: JobStore) -> None:
@@ -105,12 +150,14 @@ def test_commit_that_was_not_written_here_is_refused(brief: JobStore, commit: by
     claim = claimed(brief)
     forge(brief, claim.accepted.job_id, state="committing", commit=commit, lease_until="0")
 
-    try:
-        again = brief.claim(claim.accepted.job_id, "w2")
-    except UnknownJob:
-        return
-    assert again
-    assert again.commit is None
+    again = brief.claim(claim.accepted.job_id, "w2")
+
+    if commit:
+        assert again is None
+        assert ended(brief, claim.accepted.job_id) == ("failed", "record_refused", 1)
+    else:
+        assert again
+        assert again.commit is None
 
 
 def test_commit_of_another_job_is_refused(brief: JobStore) -> None:
@@ -119,8 +166,9 @@ def test_commit_of_another_job_is_refused(brief: JobStore) -> None:
     stolen = record(brief, first.accepted.job_id)[b"commit"]
     forge(brief, second.accepted.job_id, state="committing", commit=stolen, lease_until="0")
 
-    with pytest.raises(UnknownJob):
-        brief.claim(second.accepted.job_id, "w2")
+    assert brief.claim(second.accepted.job_id, "w2") is None
+    assert ended(brief, second.accepted.job_id) == ("failed", "record_refused", 1)
+    assert brief.due() == []
 
 
 def test_record_without_its_fields_is_unknown(store: JobStore) -> None:

@@ -28,11 +28,11 @@ from kms_cli.valkey import EmbeddedValkey
 from kms_core import metrics, wire
 from kms_core.jobs.build import Core
 from kms_core.jobs.model import Accepted
-from kms_core.jobs.outbox import Outbox
+from kms_core.jobs.outbox import Delivery, Outbox
 from kms_core.jobs.store import JobStore
 from kms_core.jobs.webhooks import Endpoint, Message, post, sign
 from kms_worker.courier import Courier
-from service import CANARY, CONTEXT, Service, b64, check_problem, until
+from service import CANARY, CONTEXT, Service, b64, check_problem, core_of, until
 from stores import LONG, claimed, store_of
 
 ITEMS = {"kind": "encrypt", "context": CONTEXT, "items": [{"plaintext": b64(CANARY.encode())}]}
@@ -280,6 +280,39 @@ def test_killed_between_the_answer_and_settling_sends_the_same_again(
     assert receiver.requests[0].body == receiver.requests[1].body
 
 
+def given_up(store: JobStore, endpoints: Mapping[str, Endpoint]) -> tuple[Outbox, Delivery]:
+    """A delivery that has failed for a day."""
+    outbox, delivery = taken_in(store, endpoints)
+    assert outbox.put_off(msgspec.structs.replace(delivery, attempts=19)) is None
+    [dead] = outbox.dead()
+    return outbox, dead
+
+
+def test_delivery_that_was_given_up_is_sent_again_when_asked_and_once(
+    store: JobStore, ci: Endpoint, receiver: Receiver
+) -> None:
+    end(store)
+    outbox, dead = given_up(store, {"ci": ci})
+
+    assert [outbox.resend(dead), outbox.resend(dead)] == [True, False]
+    with courier(store, {"ci": ci}):
+        until(lambda: settled(outbox), "the delivery")
+
+    assert ids(receiver) == [dead.delivery_id]
+    assert outbox.dead() == []
+
+
+def test_delivery_that_is_sent_again_has_all_its_attempts(store: JobStore, ci: Endpoint) -> None:
+    end(store)
+    outbox, dead = given_up(store, {"ci": ci})
+    outbox.resend(msgspec.structs.replace(dead))
+
+    [again] = outbox.due("ci", 10)
+
+    assert (again.attempts, again.delivery_id, again.body) == (0, dead.delivery_id, dead.body)
+    assert outbox.put_off(again) is not None
+
+
 # -- the whole service -----------------------------------------------------------------------------------
 
 
@@ -331,6 +364,42 @@ def test_a_killed_worker_loses_no_delivery(told: tuple[Service, Receiver]) -> No
     until(lambda: subjects(receiver).count(job_id) == 2, "the second request")
 
     assert len({ids(receiver)[at] for at, found in enumerate(subjects(receiver)) if found == job_id}) == 1
+
+
+def test_dead_deliveries_are_listed_and_sent_again_by_the_api(
+    told: tuple[Service, Receiver], authority: Authority, tmp_path: Path
+) -> None:
+    service, receiver = told
+    store = core_of(service).shop.store
+    job_id = service.submit(ITEMS | {"callback": "ci"})
+    service.wait(job_id, "succeeded")
+    outbox = Outbox(store, {"ci": endpoint(tmp_path, receiver.url(), authority)})
+    until(lambda: job_id in subjects(receiver) and settled(outbox), "the first delivery")
+    first = ids(receiver)[subjects(receiver).index(job_id)]
+    lost = Delivery(
+        delivery_id=first,
+        endpoint="ci",
+        job_id=job_id,
+        state="succeeded",
+        body=receiver.requests[subjects(receiver).index(job_id)].body,
+        created_at=0.0,
+        attempts=19,
+    )
+    stranger = end(store_of(core_of(service), LONG, []), callback="ci", tenant="theirs")
+    outbox.put_off(lost)
+    outbox.put_off(msgspec.structs.replace(lost, job_id=stranger, delivery_id="stranger"))
+
+    listed = service.get("/webhooks/dead").json()["deliveries"]
+    answer = service.post(f"/webhooks/dead/{first}/resend")
+    until(lambda: subjects(receiver).count(job_id) == 2, "the second delivery")
+
+    assert [(found["delivery_id"], found["job_id"], found["attempts"]) for found in listed] == [
+        (first, job_id, 20)
+    ]
+    assert (answer.status_code, answer.json()["endpoint"]) == (202, "ci")
+    assert CANARY not in answer.text
+    for name in (first, "stranger", "no"):
+        check_problem(service.post(f"/webhooks/dead/{name}/resend"), 404, "unknown")
 
 
 @pytest.mark.parametrize("name", ["other", "https://evil.example/", "a b", "x" * 81, ""])

@@ -1,17 +1,18 @@
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 from urllib.parse import urlsplit
 
 import pytest
 
 from agekms import write_pair
 from kms_core import keyring
-from kms_core.backends import age
+from kms_core.backends import SCHEMES, age
 from kms_core.backends.age import version_of
 from kms_core.envelope import x25519
 from kms_core.errors import ConfigurationError, UnknownKey
 from kms_core.keyring import Key, Keyring
 from kms_core.settings import Settings, load
+from kms_core.settings_sections import BackendName
 
 OWN: Final = x25519.Identity.generate()
 PAYROLL: Final = x25519.Identity.generate()
@@ -176,11 +177,8 @@ def test_a_key_id_with_a_line_break_is_refused(tmp_path: Path) -> None:
     assert "kms.keys: the name of an entry: expected str matching" in refusal(tmp_path, text)
 
 
-def test_a_backend_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    text = '[kms]\nenvironment = "lab"\n[kms.environments.lab]\nbackend = "cosmian"\n'
-    refused = refusal(tmp_path, text + '[kms.cosmian]\nserver_url = "https://kms.test"')
-
-    assert refused == "the active backend names the backend 'cosmian', which is not one of: age"
+def test_every_backend_that_settings_may_name_is_there() -> None:
+    assert SCHEMES.keys() == set(get_args(BackendName))
 
 
 # -- keys by URI -------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
 
 from kms_core import logs
 from kms_core.errors import ConfigurationError
@@ -52,6 +55,7 @@ def lines(stream: io.StringIO) -> list[dict[str, object]]:
         ("kms_core::envelope=error", {"kms_core.envelope": "ERROR"}),
         ("celery.app.trace=debug", {"celery.app.trace": "WARNING"}),
         ("celery.app.trace=error", {"celery.app.trace": "ERROR"}),
+        ("error", {"celery.app.trace": "ERROR", "botocore": "ERROR"}),
         ("kms_service=debug,kms_api=off", {"kms_core": "DEBUG", "kms_api": "Level 60"}),
     ],
     ids=[
@@ -64,6 +68,7 @@ def lines(stream: io.StringIO) -> list[dict[str, object]]:
         "path",
         "trace-never-at-info",
         "trace-higher",
+        "libraries-follow-all",
         "last-wins",
     ],
 )
@@ -233,4 +238,13 @@ def test_what_a_celery_task_returns_is_not_logged(stream: io.StringIO) -> None:
     logs.configure("debug,celery=debug,celery.app.trace=info", json=True, stream=stream)
     logging.getLogger("celery.app.trace").info("Task succeeded: %r", "hunter2")
 
+    assert not stream.getvalue()
+
+
+def test_what_botocore_signs_is_not_logged(stream: io.StringIO) -> None:
+    logs.configure("debug,botocore=debug,botocore.auth=debug", json=True, stream=stream)
+    request = AWSRequest("POST", "https://kms.eu-west-1.amazonaws.com/", data=b"")
+    SigV4Auth(Credentials("AKID", "secret", "hunter2"), "kms", "eu-west-1").add_auth(request)
+
+    assert request.headers["X-Amz-Security-Token"] == "hunter2"
     assert not stream.getvalue()

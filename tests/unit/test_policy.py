@@ -33,10 +33,17 @@ class Allowing:
         self._allowed = allowed
         self.asked: list[tuple[str, str, Context]] = []
 
-    def require(self, who: Principal, operation: str, key_id: str, context: Context) -> None:
+    def require(
+        self, who: Principal, operation: str, key_id: str | None = None, context: Context | None = None
+    ) -> None:
+        assert key_id is not None
+        assert context is not None
         self.asked.append((operation, key_id, context))
         if not who.name or (operation, key_id) not in self._allowed:
             raise Forbidden
+
+    def sees(self, who: Principal, key_id: str) -> bool:
+        return bool(who.name) and any(key_id == allowed for _, allowed in self._allowed)
 
 
 def test_policy_is_asked_with_the_key_that_the_file_names(backend: AgeBackend, payroll: AgeBackend) -> None:

@@ -99,8 +99,17 @@ async def test_error_is_answered_as_a_problem(kind: type[KmsError]) -> None:
     assert answer.headers["content-type"] == "application/problem+json"
     assert problem.code == kind.code
     assert problem.type == f"urn:kms-service:problem:{kind.code}"
-    assert problem.title == problem.detail == kind.summary
+    assert problem.title == kind.summary
+    assert problem.detail == (kind.summary if kind is not errors.BackendUnavailable else problems.AWAY)
     assert problem.request_id == "req-1"
+
+
+@pytest.mark.anyio
+async def test_where_a_backend_is_stands_in_the_log_alone() -> None:
+    answer = await failing(errors.BackendUnavailable("https://vault.internal:8200 is sealed"))
+
+    assert "vault.internal" not in answer.text
+    assert answer.json()["detail"] == problems.AWAY
 
 
 @pytest.mark.anyio

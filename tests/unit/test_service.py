@@ -12,8 +12,8 @@ from kms_core.backends import Health
 from kms_core.backends.age import AgeBackend
 from kms_core.context import Context
 from kms_core.envelope import sealing, stream, x25519
+from kms_core.envelope.extents import Extent, Onto
 from kms_core.envelope.header import SYNC_LIMITS, Limits, Stanza, render
-from kms_core.envelope.slabs import Extent
 from kms_core.errors import (
     ContextRequired,
     DataKeysUnsupported,
@@ -304,9 +304,9 @@ def test_files_go_through_descriptors(kms: Kms, size: int) -> None:
     plaintext = os.urandom(size)
     with TemporaryFile(buffering=0) as source, TemporaryFile() as sealed, TemporaryFile() as opened:
         source.write(plaintext)
-        key = kms.encrypt_file(ADA, Extent(source.fileno(), size), sealed.fileno(), ROW)
+        key = kms.encrypt_file(ADA, Extent(source.fileno(), size), Onto(sealed.fileno()), ROW)
         file = Extent(sealed.fileno(), os.fstat(sealed.fileno()).st_size)
-        found = kms.decrypt_file(ADA, file, opened.fileno(), ROW)
+        found = kms.decrypt_file(ADA, file, Onto(opened.fileno()), ROW)
         kms.decrypt_file(ADA, file, None, ROW)
 
         assert found.key == key
@@ -318,7 +318,7 @@ def test_a_damaged_file_is_a_failed_decrypt(kms: Kms) -> None:
     sealed = kms.encrypt(ADA, bytes(100_000), ROW).ciphertext[:-1]
     with TemporaryFile(buffering=0) as source, TemporaryFile() as opened:
         source.write(sealed)
-        for target in (opened.fileno(), None):
+        for target in (Onto(opened.fileno()), None):
             with pytest.raises(DecryptFailed):
                 kms.decrypt_file(ADA, Extent(source.fileno(), len(sealed)), target, ROW)
 

@@ -171,8 +171,9 @@ def test_flag_over_environment_over_file_over_default(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variable", VARIABLES)
 def test_every_variable_reaches_its_key(variable: str) -> None:
-    text = {"KMS_PORT": "999", "PROVISIONING_ENV": "development"}.get(variable, "https://v")
-    expected = {"KMS_PORT": 999, "PROVISIONING_ENV": "dev", "KMS_STATE_DIR": Path("https://v")}
+    redis = {"KMS_REDIS_URL": "redis://v", "KMS_BROKER_URL": "redis://v"}
+    text = ({"KMS_PORT": "999", "PROVISIONING_ENV": "development"} | redis).get(variable, "https://v")
+    expected = {"KMS_PORT": 999, "PROVISIONING_ENV": "dev", "KMS_STATE_DIR": Path("https://v")} | redis
     found: object = load(None, HOME | {variable: text}).kms
     for name in VARIABLES[variable].split("."):
         found = getattr(found, name)
@@ -215,9 +216,9 @@ def test_the_broker_follows_redis() -> None:
     ids=["set", "default", "empty", "empty-default", "two", "not-twice", "escape", "bare", "url"],
 )
 def test_variables_in_strings(tmp_path: Path, written: str, environ: dict[str, str], expected: str) -> None:
-    settings = read(tmp_path, f'[kms.redis]\nurl = "{written}"', HOME | environ)
+    settings = read(tmp_path, f'[kms.server]\nallowed_hosts = ["{written}"]', HOME | environ)
 
-    assert settings.kms.redis.url == expected
+    assert settings.kms.server.allowed_hosts == (expected,)
 
 
 def test_variables_stand_for_numbers_flags_and_array_items(tmp_path: Path) -> None:
@@ -278,7 +279,11 @@ def test_a_variable_of_an_idle_backend_may_be_unset(tmp_path: Path) -> None:
         ("[kms]\nage = 'secret'", "kms.age: expected a table"),
         ("[kms]\nredis = 'secret'", "kms.redis: expected a table"),
         ("[kms]\nlimits = 'secret'", "kms.limits: expected a table"),
-        ("[kms]\ndev_backend = 'aje'", 'kms.dev_backend: expected one of age, cosmian; did you mean "age"?'),
+        (
+            "[kms]\ndev_backend = 'aje'",
+            "kms.dev_backend: expected one of age, cosmian, transit, vault-kv, awskms; did",
+        ),
+        ("[kms]\ndev_backend = 'aje'", 'did you mean "age"?'),
         ("[kms.auth]\nmode = 'secret'", "kms.auth.mode: expected one of none"),
         ("[kms.environments.staging]", "kms.environments.staging.backend is missing"),
         ("[kms.environments.prod]\nbackend = 'age'", "kms.environments.prod: set kms.prod_backend instead"),
@@ -397,4 +402,4 @@ def test_the_example_holds_with_its_comments_opened(tmp_path: Path) -> None:
     settings = read(tmp_path, text, COSMIAN, environment="staging")
 
     assert settings.active_backend == "age"
-    assert settings.kms.auth.mode == "none"
+    assert settings.kms.auth.mode == "required"

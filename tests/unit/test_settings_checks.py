@@ -128,7 +128,7 @@ def test_a_root_of_its_own_in_the_state_directory_is_allowed(tmp_path: Path) -> 
     [
         "[kms.keys]\npay = 'age:///srv/in/private_key.txt?public=/k/public_key.txt'",
         "[kms.keys]\npay = 'age:///k/private%5Fkey.txt?public=/srv/in/public_key.txt'",
-        "[kms.keys]\nlog = 'transit://v/transit/keys/x'\na = 'age:///k/p'\npay = 'age:///srv/%69n/private_key.txt'",
+        "[kms.keys]\nlog = 'other://v/transit/keys/x'\na = 'age:///k/p'\npay = 'age:///srv/%69n/private_key.txt'",
         "[kms.cosmian]\napi_key_file = '/srv/in/token'",
         "[kms.age]\nprivate_key_path = '/srv/in/private_key.txt'",
         "[kms.audit]\npath = '/srv/in/audit'",

@@ -12,7 +12,7 @@ from kms_core.backends.jobkey import MOST_FILES
 from kms_core.context import Context
 from kms_core.envelope import binding, x25519
 from kms_core.envelope.header import Stanza
-from kms_core.errors import DecryptFailed, ForeignRefused, KmsError
+from kms_core.errors import BackendUnavailable, DecryptFailed, ForeignRefused, KmsError
 from kms_core.keyring import Key, Keyring
 from kms_core.policy import AllowAll
 from kms_core.service import Kms, Rules
@@ -182,6 +182,19 @@ def test_versions_are_asked_for_once_and_outlive_the_peer() -> None:
 
     assert remote.current_version() == "1"
     assert peer.calls["versions"] == 1
+
+
+def test_a_wrap_that_fails_has_the_versions_asked_for_anew() -> None:
+    remote, peer = memory_backend()
+    kms = service(remote)
+    sealed_by(kms)
+    peer.rotate()  # elsewhere, and the old version no longer seals
+    peer.trouble = BackendUnavailable("below min_encryption_version")
+    with pytest.raises(BackendUnavailable):
+        sealed_by(kms)
+    peer.trouble = None
+
+    assert kms.encrypt(ADA, SALARY, ROW).key.version == "2"
 
 
 def test_rotation_is_in_use_at_once_and_old_files_open() -> None:

@@ -10,7 +10,8 @@ from typing import BinaryIO
 import pytest
 
 from kms_core.envelope import stream
-from kms_core.envelope.slabs import Extent, Pace, open_file, seal_file, verify_file
+from kms_core.envelope.extents import Extent, Onto
+from kms_core.envelope.slabs import Pace, open_file, seal_file, verify_file
 from kms_core.envelope.stream import CHUNK, SEALED_CHUNK
 from kms_core.errors import DecryptFailed, InvalidRequest, JobCancelled, SpoolFull
 
@@ -43,7 +44,7 @@ def content(file: BinaryIO) -> bytes:
 def test_files_hold_what_memory_would(files: tuple[BinaryIO, BinaryIO], size: int, pace: Pace) -> None:
     source, target = files
     plaintext = os.urandom(size)
-    seal_file(KEY, extent_of(source, plaintext, 3), target.fileno(), 216, pace)
+    seal_file(KEY, extent_of(source, plaintext, 3), Onto(target.fileno()), 216, pace)
 
     assert content(target) == bytes(216) + stream.seal(KEY, plaintext)
 
@@ -55,7 +56,7 @@ def test_files_open_to_what_was_sealed(files: tuple[BinaryIO, BinaryIO], size: i
     plaintext = os.urandom(size)
     sealed = extent_of(source, stream.seal(KEY, plaintext), 216)
     verify_file(KEY, sealed, pace)
-    open_file(KEY, sealed, target.fileno(), pace=pace)
+    open_file(KEY, sealed, Onto(target.fileno()), pace=pace)
 
     assert content(target) == plaintext
 
@@ -71,7 +72,7 @@ def test_a_forged_slab_is_refused_and_never_written(files: tuple[BinaryIO, Binar
     with pytest.raises(DecryptFailed):
         verify_file(KEY, extent, Pace(slab_chunks=1))
     with pytest.raises(DecryptFailed):
-        open_file(KEY, extent, target.fileno(), pace=Pace(slab_chunks=1))
+        open_file(KEY, extent, Onto(target.fileno()), pace=Pace(slab_chunks=1))
     assert not any(content(target)[start : start + CHUNK])
 
 
@@ -81,7 +82,7 @@ def test_a_cut_file_is_refused(files: tuple[BinaryIO, BinaryIO], size: int) -> N
     extent = extent_of(source, stream.seal(KEY, bytes(3 * CHUNK + 1))[:size])
 
     with pytest.raises(DecryptFailed):
-        open_file(KEY, extent, target.fileno())
+        open_file(KEY, extent, Onto(target.fileno()))
     with pytest.raises(DecryptFailed):
         verify_file(KEY, extent)
 
@@ -92,7 +93,7 @@ def test_a_file_that_ends_before_its_extent_is_refused(files: tuple[BinaryIO, Bi
     os.ftruncate(source.fileno(), SEALED_CHUNK)
 
     with pytest.raises(DecryptFailed):
-        open_file(KEY, extent, target.fileno())
+        open_file(KEY, extent, Onto(target.fileno()))
 
 
 def grow(fd: int) -> None:
@@ -122,7 +123,7 @@ def test_a_source_that_changes_is_refused(
             act(extent.fd)
 
     with pytest.raises(InvalidRequest, match="changed while it was read"):
-        seal_file(KEY, extent, target.fileno(), pace=Pace(threads, slab_chunks=1, check=once))
+        seal_file(KEY, extent, Onto(target.fileno()), pace=Pace(threads, slab_chunks=1, check=once))
 
 
 @pytest.mark.parametrize("size", [4, 6])
@@ -133,7 +134,7 @@ def test_a_source_of_another_size_is_refused_before_anything_is_written(
     extent_of(source, b"12345")
 
     with pytest.raises(InvalidRequest):
-        seal_file(KEY, Extent(source.fileno(), size), target.fileno())
+        seal_file(KEY, Extent(source.fileno(), size), Onto(target.fileno()))
     assert content(target) == b""
 
 
@@ -151,7 +152,7 @@ def test_a_raised_check_stops_every_thread_and_comes_through(
             raise JobCancelled
 
     with pytest.raises(JobCancelled):
-        seal_file(KEY, extent, target.fileno(), pace=Pace(threads, slab_chunks=1, check=cancelled))
+        seal_file(KEY, extent, Onto(target.fileno()), pace=Pace(threads, slab_chunks=1, check=cancelled))
     assert len(calls) <= 10 + threads
 
 
@@ -160,7 +161,10 @@ def test_progress_adds_up_to_the_plaintext(files: tuple[BinaryIO, BinaryIO]) -> 
     done: list[int] = []
     size = 9 * CHUNK + 5
     seal_file(
-        KEY, extent_of(source, bytes(size)), target.fileno(), pace=Pace(slab_chunks=2, progress=done.append)
+        KEY,
+        extent_of(source, bytes(size)),
+        Onto(target.fileno()),
+        pace=Pace(slab_chunks=2, progress=done.append),
     )
     verify_file(
         KEY, Extent(target.fileno(), stream.sealed_size(size)), Pace(slab_chunks=4, progress=done.append)
@@ -181,4 +185,4 @@ def test_no_room_is_told_as_such(files: tuple[BinaryIO, BinaryIO]) -> None:
     extent = extent_of(source, bytes(3 * CHUNK))
 
     with Path("/dev/full").open("r+b", buffering=0) as full, pytest.raises(SpoolFull):
-        seal_file(KEY, extent, full.fileno())
+        seal_file(KEY, extent, Onto(full.fileno()))

@@ -10,9 +10,10 @@ from functools import partial
 import pytest
 
 from kms_core.envelope import armor, header, hybrid, pipes, scrypt, slabs, stream, x25519
+from kms_core.envelope.extents import Extent, Onto
 from kms_core.envelope.header import FILE_LIMITS, Header
 from kms_core.envelope.ranges import open_slabs
-from kms_core.envelope.slabs import Extent, Pace
+from kms_core.envelope.slabs import Pace
 from kms_core.envelope.x25519 import NoMatch
 from kms_core.errors import DecryptFailed, NotACiphertext
 from vectors import cctv
@@ -62,7 +63,7 @@ def test_threads_open_what_is_whole_and_nothing_else(opened: Vector, slab_chunks
         extent = Extent(source.fileno(), len(sealed))
         outcome = "success"
         try:
-            slabs.open_file(key, extent, target.fileno(), pace=Pace(slab_chunks=slab_chunks))
+            slabs.open_file(key, extent, Onto(target.fileno()), pace=Pace(slab_chunks=slab_chunks))
         except DecryptFailed:
             outcome = "payload failure"
         target.seek(0)

@@ -9,13 +9,14 @@ from msgspec import UNSET
 
 from kms_api import bodies
 from kms_api.deps import Service, caller, service
+from kms_api.rules import Ruled
 from kms_core import wire
 from kms_core.context import Context
 from kms_core.errors import KmsError
 from kms_core.jobs import bulk
 from kms_core.policy import Principal
 
-router: Final = APIRouter(tags=["secrets"])
+router: Final = APIRouter(tags=["secrets"], route_class=Ruled)
 BATCHES: Final = "batch"
 _EXAMPLE: Final = {
     "operation": "encrypt",
@@ -34,7 +35,8 @@ async def batch(request: Request) -> Response:
 
 def _run(built: Service, who: Principal, body: wire.BatchIn) -> wire.BatchOut:
     built = replace(built, kms=built.kms.for_job())
-    results = [_one(built, who, body.operation, index, item) for index, item in enumerate(body.items)]
+    with built.kms.trail.together():
+        results = [_one(built, who, body.operation, index, item) for index, item in enumerate(body.items)]
     return wire.BatchOut(results=results, failed=sum(result.error is not UNSET for result in results))
 
 
@@ -49,8 +51,9 @@ def _one(
         context = Context.parse(item.context)
         if operation == "encrypt":
             sealed = built.kms.encrypt(who, item.plaintext or b"", context, key_id=item.key_id)
-        elif operation == "rewrap":
-            sealed = built.kms.rewrap(who, item.ciphertext or b"", context, key_id=item.key_id)
+        elif operation != "decrypt":
+            move = built.kms.rewrap if operation == "rewrap" else built.kms.reseal
+            sealed = move(who, item.ciphertext or b"", context, key_id=item.key_id)
         else:
             opened = built.kms.decrypt(who, item.ciphertext or b"", context, key_id=item.key_id)
             return wire.BatchResult(

@@ -11,18 +11,19 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
 
 from kms_api import bodies
-from kms_api.deps import Service, service
+from kms_api.deps import Service, caller, service
 from kms_api.problems import problem
 from kms_api.routes import jobs
-from kms_core import wire
+from kms_api.rules import Ruled
+from kms_core import audit, wire
 from kms_core.errors import InvalidRequest
-from kms_core.jobs import desk, results
+from kms_core.jobs import desk, permits, results
 from kms_core.jobs.blobs import UPLOAD, Label
 from kms_core.jobs.desk import Terms
 from kms_core.jobs.model import Job
 from kms_core.jobs.results import Result
 
-router: Final = APIRouter(tags=["files"])
+router: Final = APIRouter(tags=["files"], route_class=Ruled)
 _SLAB_BYTES: Final = 1024 * 1024
 _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
@@ -65,12 +66,14 @@ async def _upload(request: Request, kind: wire.JobKind) -> Response:
 def _receive(built: Service, terms: Terms, declared: int, next_piece: Callable[[], bytes]) -> Job:
     """In a thread of its own: seal and write what arrives; a broken upload leaves nothing."""
     built.desk.check(terms)
+    check_room = built.desk.meter(terms, declared)
     job_id = desk.new_id()
     hasher = built.desk.hasher(terms) if terms.idempotency else None
     label = Label(terms.who.tenant, job_id, UPLOAD)
     with built.desk.spool.writing(label, sealed=terms.kind == "encrypt", declared_bytes=declared) as out:
         while piece := next_piece():
             out.write(piece)
+            check_room(out.size)
             if hasher:
                 hasher.update(piece)
         if declared and out.size != declared:
@@ -83,7 +86,11 @@ def _receive(built: Service, terms: Terms, declared: int, next_piece: Callable[[
 
 
 def _result(built: Service, request: Request, job: Job) -> Response:
-    return _ranged(request, job, results.of(job, built.desk.store, built.desk.spool))
+    who = caller(request)
+    permits.check_reader(built.kms, who, built.desk.store.accepted(job.job_id))
+    with audit.recorded(built.kms.trail, who, "job.result", job.job_id):
+        body = results.of(job, built.desk.store, built.desk.spool)
+    return _ranged(request, job, body)
 
 
 def _ranged(request: Request, job: Job, body: Result) -> Response:

@@ -7,11 +7,12 @@ from fastapi import APIRouter, Request, Response
 
 from kms_api import bodies
 from kms_api.deps import service
+from kms_api.rules import Ruled
 from kms_core import wire
 from kms_core.backends.age import version_of
 from kms_core.jobs import intake
 
-router: Final = APIRouter(tags=["jobs"])
+router: Final = APIRouter(tags=["jobs"], route_class=Ruled)
 
 
 @router.get("/intake", **bodies.documented(None, wire.IntakeOut))

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, get_args
 from urllib.parse import unquote
 
 import anyio
@@ -15,15 +15,17 @@ from starlette.responses import StreamingResponse
 
 from kms_api import bodies
 from kms_api.deps import Service, caller, service
-from kms_core import wire
+from kms_api.rules import Ruled
+from kms_core import audit, wire
 from kms_core.context import Context
 from kms_core.errors import InvalidRequest
-from kms_core.jobs import bulk
+from kms_core.jobs import bulk, campaign
 from kms_core.jobs.desk import Terms
 from kms_core.jobs.model import Job
+from kms_core.policy import Principal
 
-router: Final = APIRouter(tags=["jobs"])
-KINDS: Final[dict[str, wire.JobKind]] = {"encrypt": "encrypt", "decrypt": "decrypt", "rewrap": "rewrap"}
+router: Final = APIRouter(tags=["jobs"], route_class=Ruled)
+KINDS: Final[dict[str, wire.JobKind]] = {kind: kind for kind in get_args(wire.JobKind)}
 _NDJSON: Final = "application/x-ndjson"
 _LOOK_EVERY_S: Final = 0.25
 _STALLED_S: Final = 60.0
@@ -56,7 +58,6 @@ async def listing(
     """Jobs of this tenant, newest first; ``next`` is the cursor of the following page."""
     built = service(request)
     size = _number("limit", limit, _PAGE, range(1, 1001))
-    _number("cursor", cursor, 0, range(1 << 40))
     if state is not None and state not in wire.STATES:
         raise InvalidRequest(f"state is one of {', '.join(wire.STATES)}")
     page = built.desk.store.page
@@ -77,9 +78,7 @@ async def dead(request: Request, limit: str | None = None) -> Response:
 @router.post("/jobs/{job_id}/retry", **bodies.documented(None, wire.JobOut))
 async def retry(request: Request, job_id: str) -> Response:
     """Give a dead letter all its attempts again."""
-    built = service(request)
-    ttl = built.settings.kms.jobs.result_ttl_s
-    job = await anyio.to_thread.run_sync(built.desk.store.retry, job_id, caller(request).tenant, ttl)
+    job = await anyio.to_thread.run_sync(revive, service(request), caller(request), job_id)
     return bodies.answer(shape(job))
 
 
@@ -93,10 +92,7 @@ async def one(request: Request, job_id: str) -> Response:
 @router.delete("/jobs/{job_id}", **bodies.documented(None, wire.JobOut))
 async def cancel(request: Request, job_id: str) -> Response:
     """End a queued job now, a running one at its next item or slab."""
-    built = service(request)
-    job = await anyio.to_thread.run_sync(built.desk.store.cancel, job_id, caller(request).tenant)
-    if job.state == "cancelled":
-        await anyio.to_thread.run_sync(built.desk.spool.delete, job.job_id)
+    job = await anyio.to_thread.run_sync(withdraw, service(request), caller(request), job_id)
     return bodies.answer(shape(job))
 
 
@@ -150,6 +146,7 @@ def shape(job: Job) -> wire.JobOut:
         job_id=job.job_id,
         kind=job.kind,
         state=job.state,
+        priority=job.priority,
         attempt=job.attempt,
         progress=wire.JobProgress(
             items=job.items,
@@ -162,6 +159,7 @@ def shape(job: Job) -> wire.JobOut:
         expires_at=_time(job.expires_at),
         not_before=_time(job.not_before) if job.state == "queued" and job.not_before else UNSET,
         error=wire.ErrorCode(code=job.error) if job.error else None,
+        report=campaign.report(job),
         links=_links(job),
     )
 
@@ -181,6 +179,7 @@ def terms_of_headers(request: Request, kind: wire.JobKind) -> Terms:
         key_id,
         idempotency=idempotency(request),
         callback=request.headers.get("x-kms-callback", ""),
+        priority=_priority(request.headers.get("x-kms-priority", "normal")),
     )
 
 
@@ -189,6 +188,19 @@ def idempotency(request: Request) -> str:
     if len(key) > 256:  # noqa: PLR2004 -- a UUID fits seven times
         raise InvalidRequest("Idempotency-Key is above 256 characters")
     return key
+
+
+def revive(built: Service, who: Principal, job_id: str) -> Job:
+    with audit.recorded(built.kms.trail, who, "job.retry", job_id):
+        return built.desk.store.retry(job_id, who.tenant, built.settings.kms.jobs.result_ttl_s)
+
+
+def withdraw(built: Service, who: Principal, job_id: str) -> Job:
+    with audit.recorded(built.kms.trail, who, "job.cancel", job_id):
+        job = built.desk.store.cancel(job_id, who.tenant)
+    if job.state == "cancelled":
+        built.desk.spool.delete(job.job_id)
+    return job
 
 
 def _submit(built: Service, request: Request, body: wire.JobIn) -> Job:
@@ -202,6 +214,7 @@ def _submit(built: Service, request: Request, body: wire.JobIn) -> Job:
         body.ttl_s,
         idempotency(request),
         callback=body.callback or "",
+        priority=body.priority or "normal",
     )
     return built.desk.submit(terms, body, built.settings.kms.limits.json_job_items)
 
@@ -237,6 +250,13 @@ async def next_piece(pieces: AsyncIterator[bytes]) -> bytes:
     except TimeoutError:
         raise InvalidRequest(f"The body stopped arriving for {_STALLED_S:.0f} s") from None
     return b""
+
+
+def _priority(text: str) -> wire.Priority:
+    for known in wire.PRIORITIES:
+        if text == known:
+            return known
+    raise InvalidRequest(f"X-KMS-Priority is one of {', '.join(wire.PRIORITIES)}")
 
 
 def _links(job: Job) -> wire.JobLinks:

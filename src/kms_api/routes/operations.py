@@ -9,13 +9,15 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 
 from kms_api import bodies
-from kms_api.deps import Service, call, service
-from kms_core import __version__, metrics, wire
-from kms_core.errors import JobsUnavailable
-from kms_core.keyring import Key
+from kms_api.deps import Service, call, caller, service
+from kms_api.rules import Ruled
+from kms_core import __version__, metrics, tally, wire
+from kms_core.errors import AuditUnavailable, JobsUnavailable
+from kms_core.jobs import survey, teller
+from kms_core.policy import Principal, allows
 
-router: Final = APIRouter(tags=["operations"])
-probes: Final = APIRouter(tags=["probes"])
+router: Final = APIRouter(tags=["operations"], route_class=Ruled)
+probes: Final = APIRouter(tags=["probes"], route_class=Ruled)
 
 
 @router.get("/health", **bodies.documented(None, wire.HealthOut))
@@ -33,18 +35,11 @@ async def health(request: Request) -> Response:
 
 @router.get("/status", **bodies.documented(None, wire.StatusOut))
 async def status(request: Request) -> Response:
-    """Backend, environment, version, operation counts, jobs, and what is degraded."""
-    return bodies.answer(await anyio.to_thread.run_sync(_status, service(request)))
+    """Backend, environment, version, what is degraded, and counts of operations and jobs.
 
-
-@router.get("/keys", **bodies.documented(None, wire.KeysOut))
-async def keys(request: Request) -> Response:
-    """The key ids of this install and their versions, the one in use last."""
-    built = service(request)
-    ring = built.kms.keyring
-    return bodies.answer(
-        wire.KeysOut(keys=[_key(key, default=key is ring.default) for _, key in sorted(ring.keys.items())])
-    )
+    Counts are of the caller's tenant; of all for whoever may read the metrics.
+    """
+    return bodies.answer(await anyio.to_thread.run_sync(condition, service(request), caller(request)))
 
 
 @probes.get("/livez", response_model=None)
@@ -55,12 +50,14 @@ async def livez() -> Response:
 
 @probes.get("/readyz", response_model=None)
 async def readyz(request: Request) -> Response:
-    """Ready to answer single calls? Without Redis still 200, with jobs said to be unavailable."""
+    """Ready to answer single calls? Without Redis still 200; 503 while no audit record can be written."""
     built = service(request)
     found = await call(built, built.kms.health_check)
     jobs = await anyio.to_thread.run_sync(_jobs_word, built)
-    shape = wire.ReadyOut(status="ready" if found.healthy else "not ready", jobs=jobs)
-    return bodies.answer(shape, 200 if found.healthy else 503)
+    trail = await anyio.to_thread.run_sync(_audit_word, built)
+    ready = found.healthy and trail == "available"
+    shape = wire.ReadyOut(status="ready" if ready else "not ready", jobs=jobs, audit=trail)
+    return bodies.answer(shape, 200 if ready else 503)
 
 
 @probes.get("/metrics", response_model=None)
@@ -70,23 +67,29 @@ async def prometheus(request: Request) -> Response:
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-def _status(built: Service) -> wire.StatusOut:
+def condition(built: Service, who: Principal) -> wire.StatusOut:
+    tenant = None if allows(built.kms.policy, who, "metrics") else who.tenant
     jobs, depth, workers, degraded = None, None, None, []
+    counts = built.kms.tally.peek()
     try:
-        jobs, workers = built.desk.store.open_counts(), built.desk.store.workers()
-        depth = sum(built.broker.depths().values())
+        counts = tally.together(teller.shared(built.desk.store.redis), counts)
+        found = survey.survey(built.desk.store, tenant)
+        jobs, workers = found.jobs, found.workers
+        depth = found.jobs["queued"] if tenant else sum(built.broker.depths().values())
     except JobsUnavailable:
         degraded.append("redis")
     if workers == 0:
         degraded.append("workers")
     if not built.kms.health_check().healthy:
         degraded.append("backend")
+    if _audit_word(built) == "unavailable":
+        degraded.append("audit")
     return wire.StatusOut(
         backend=built.kms.keyring.default.backend.name,
         environment=built.settings.environment,
         version=__version__,
         uptime_s=round(time.monotonic() - built.started, 3),
-        operations=_operations(metrics.operation_counts()),
+        operations=_operations(tally.operations(counts, tenant)),
         jobs=jobs,
         queue_depth=depth,
         workers=workers,
@@ -102,32 +105,25 @@ def _jobs_word(built: Service) -> Literal["available", "unavailable"]:
     return "available"
 
 
+def _audit_word(built: Service) -> Literal["available", "unavailable"]:
+    try:
+        built.kms.trail.check()
+    except AuditUnavailable:
+        return "unavailable"
+    return "available"
+
+
 def _exposition(built: Service) -> bytes:
     try:
-        for state, count in built.desk.store.open_counts().items():
-            metrics.JOBS_IN_STATE.labels(state).set(count)
-        metrics.WORKERS.set(built.desk.store.workers())
+        survey.tell(survey.survey(built.desk.store))
         for queue, depth in built.broker.depths().items():
             metrics.QUEUE_DEPTH.labels(queue).set(depth)
         metrics.REDIS_UP.set(1)
     except JobsUnavailable:
         metrics.REDIS_UP.set(0)
+        survey.lost()
     built.kms.health_check()
     return generate_latest(REGISTRY)
-
-
-def _key(key: Key, *, default: bool) -> wire.KeyOut:
-    versions = [
-        wire.KeyVersionOut(version=version.version, created_at=_time(version.created_at))
-        for version in key.backend.versions()
-    ]
-    return wire.KeyOut(
-        id=key.key_id,
-        backend=key.backend.name,
-        current_version=key.backend.current_version(),
-        versions=versions,
-        default=default,
-    )
 
 
 def _time(at: datetime | None) -> str | None:

@@ -7,11 +7,12 @@ from msgspec import UNSET
 
 from kms_api import bodies
 from kms_api.deps import Service, call, caller, service
+from kms_api.rules import Ruled
 from kms_core import wire
 from kms_core.context import Context
 from kms_core.errors import InvalidRequest, TooLarge
 
-router: Final = APIRouter(tags=["secrets"])
+router: Final = APIRouter(tags=["secrets"], route_class=Ruled)
 _EXAMPLE: Final = {"plaintext": "SGVsbG8sIFdvcmxkIQ==", "context": "env=prod,service=api"}
 
 

@@ -2,24 +2,31 @@
 
 from dataclasses import dataclass
 
-from kms_core import keyring
-from kms_core.audit import JsonLines
+from kms_core import keyring, metrics
+from kms_core.audit.build import build as build_audit
+from kms_core.audit.keeper import Keeper
+from kms_core.auth.doors import Doors
+from kms_core.auth.doors import build as build_doors
 from kms_core.backends.age import AgeBackend, KeyFiles
 from kms_core.envelope.header import Limits
-from kms_core.jobs import desk, intake
+from kms_core.jobs import buckets, desk, intake
 from kms_core.jobs.blobs import Spool
 from kms_core.jobs.desk import Desk
 from kms_core.jobs.intake import Intake
-from kms_core.jobs.link import connect
+from kms_core.jobs.leftovers import Notes
 from kms_core.jobs.model import Nudge, Rules
 from kms_core.jobs.paths import Roots
+from kms_core.jobs.places import Places
 from kms_core.jobs.records import RecordKey
 from kms_core.jobs.run import Shop
 from kms_core.jobs.store import JobStore
-from kms_core.policy import AllowAll
+from kms_core.policy import AllowAll, ByScopes, Policy
+from kms_core.scopes import glob
+from kms_core.servers import connect
 from kms_core.service import Kms
 from kms_core.service import Rules as CallRules
 from kms_core.settings import Settings
+from kms_core.settings_auth import auth_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +36,29 @@ class Core:
     kms: Kms
     desk: Desk
     shop: Shop
+    keeper: Keeper
+    doors: Doors | None
 
 
 def build(settings: Settings, process: str, nudge: Nudge) -> Core:
     """The core of a process (``api``, ``worker``). Raises ConfigurationError; an absent Redis is no error."""
     section, jobs, limits = settings.kms, settings.kms.jobs, settings.kms.limits
+    client = connect(section.redis)
+    trail, keeper = build_audit(settings, process, client)
+    doors = build_doors(settings)
+    ring = keyring.build(settings)
+    metrics.announce({name for key in ring.keys.values() for name in key.names}, jobs.endpoints)
     kms = Kms(
-        keyring.build(settings),
-        AllowAll(),
-        JsonLines(section.audit.path / f"{process}.jsonl", fsync=section.audit.durability == "fsync"),
+        ring,
+        _policy(settings, doors),
+        trail,
         CallRules(section.require_context, Limits(limits.sync_header_bytes, limits.sync_stanzas)),
     )
     spool_key = AgeBackend(KeyFiles(jobs.spool_identity_path, strict=settings.is_prod))
     jobs.spool_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     spool = Spool(jobs.spool_dir, spool_key, jobs.spool_max_bytes)
     store = JobStore(
-        connect(section.redis.url),
+        client,
         RecordKey(spool_key.secrets()),
         nudge,
         Rules(
@@ -53,6 +67,12 @@ def build(settings: Settings, process: str, nudge: Nudge) -> Core:
             keep_record_s=jobs.result_ttl_s,
             open_jobs=jobs.open_jobs,
             tenant_leases=jobs.tenant_leases,
+            tenant_open={
+                name: tenant.open_jobs for name, tenant in section.tenants.items() if tenant.open_jobs
+            },
+            tenant_spool_bytes={
+                name: tenant.spool_bytes for name, tenant in section.tenants.items() if tenant.spool_bytes
+            },
         ),
     )
     forbidden = (
@@ -60,20 +80,32 @@ def build(settings: Settings, process: str, nudge: Nudge) -> Core:
         jobs.spool_identity_path,
         jobs.intake_identity_path,
         section.audit.path,
+        section.audit.key_path,
+        section.audit.signing_key_path,
         section.age.private_key_path,
         section.age.public_key_path,
         settings.state_dir / "run",
+        *(path for _, path, _ in auth_files(settings)),
     )
     for root in jobs.roots:
         if (
             root == settings.state_dir.absolute() / "files"
         ):  # the default in dev; an operator's own root must be there
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    roots = Roots(jobs.roots, forbidden)
+    notes = Notes(jobs.spool_dir / "multipart")
+    places = Places(Roots(jobs.roots, forbidden), buckets.build(settings), notes)
     rules = desk.Rules(
         jobs.result_ttl_s, limits.sync_plaintext_bytes, section.require_context, frozenset(jobs.endpoints)
     )
-    return Core(kms, Desk(kms, store, spool, roots, rules), Shop(kms, store, spool, roots))
+    shop = Shop(kms, store, spool, places, jobs.fanout_files)
+    return Core(kms, Desk(kms, store, spool, places, rules), shop, keeper, doors)
+
+
+def _policy(settings: Settings, doors: Doors | None) -> Policy:
+    if doors is None:
+        return AllowAll()
+    tenants = settings.kms.tenants.items()
+    return ByScopes(doors, {name: [glob(pattern) for pattern in section.keys] for name, section in tenants})
 
 
 def build_intake(settings: Settings, desk_: Desk) -> Intake | None:
@@ -84,4 +116,4 @@ def build_intake(settings: Settings, desk_: Desk) -> Intake | None:
     key = AgeBackend(KeyFiles(jobs.intake_identity_path, strict=settings.is_prod))
     head = Limits(limits.sync_header_bytes, limits.sync_stanzas)
     rules = intake.Rules(limits.json_job_bytes, limits.json_job_items, head, jobs.result_ttl_s)
-    return Intake(key, desk_, rules)
+    return Intake(key, desk_, rules, build_doors(settings))

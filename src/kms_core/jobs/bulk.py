@@ -1,6 +1,5 @@
 """Bulk jobs: many small items, each with its own context, file key and outcome; a bad one sinks no other."""
 
-import uuid
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -13,13 +12,12 @@ from kms_core.envelope.ranges import RangeReader
 from kms_core.errors import InvalidRequest, KmsError, TooLarge, Unavailable
 from kms_core.jobs.blobs import ITEMS, Label, Spool
 from kms_core.jobs.lease import Lease
-from kms_core.jobs.model import Accepted
+from kms_core.jobs.model import Accepted, part_id
 from kms_core.service import Kms
 
 RESULT: Final = "result"
 ENVELOPE_BYTES: Final = 64 * 1024  # what a ciphertext may be longer than its plaintext
 PART_ITEMS: Final = 500
-_PARTS: Final = uuid.UUID("6f1f3c4e-0d0a-5c0b-9a57-6b6d732d7061")  # a namespace of our own (RFC 9562 §5.5)
 _MAX_LINE_BYTES: Final = 4 * 1024 * 1024
 _decode: Final = msgspec.json.Decoder(wire.JobItem).decode
 
@@ -34,6 +32,7 @@ def run(lease: Lease, kms: Kms, spool: Spool) -> None:
     begin = job.starts[0]
     first = job.part * PART_ITEMS
     with (
+        kms.trail.together(),
         spool.blob(label) as blob,
         spool.writing(result_label(job.tenant, job.owner, job.part, lease.claim.fence)) as out,
     ):
@@ -50,10 +49,6 @@ def run(lease: Lease, kms: Kms, spool: Spool) -> None:
 def result_label(tenant: str, job_id: str, part: int, fence: int) -> Label:
     """Where the result lines of one part rest; a job that was not split is its own part 0."""
     return Label(tenant, job_id, f"{RESULT}{part}", fence)
-
-
-def part_id(job_id: str, number: int) -> str:
-    return str(uuid.uuid5(_PARTS, f"{job_id}/{number}"))
 
 
 def parts(job: Accepted) -> list[Accepted]:
@@ -85,8 +80,8 @@ def _one(lease: Lease, kms: Kms, index: int, item: wire.JobItem) -> wire.ItemRes
         if job.kind == "decrypt":
             opened = kms.decrypt(job.who, ciphertext, context, key_id=job.key_id)
             return wire.ItemResult(index=index, plaintext=opened.plaintext)
-        new = job.new_bound_context
-        moved = kms.rewrap(job.who, ciphertext, context, new_context=new, key_id=job.key_id)
+        move = kms.rewrap if job.kind == "rewrap" else kms.reseal
+        moved = move(job.who, ciphertext, context, new_context=job.new_bound_context, key_id=job.key_id)
         return wire.ItemResult(index=index, ciphertext=moved.ciphertext)
     except Unavailable:
         raise

@@ -12,26 +12,29 @@ import structlog
 
 from kms_core import metrics
 from kms_core.jobs.blobs import Spool
+from kms_core.jobs.model import Lane
 from kms_core.jobs.store import JobStore
 
 EVERY_S: Final = 1.0
 _LOCK_S: Final = 10.0
 _LOOK_AGAIN_S: Final = 10.0
 _SWEEP_EVERY: Final = 600
+_TRIM_EVERY: Final = 10
 _ORPHAN_AGE_S: Final = 3600.0
+_WANT_A_MESSAGE: Final = frozenset({"requeued", "committing", "due"})
 _NOTHING: Final = nullcontext()
 _log = structlog.get_logger(__name__)
 
 
 class Caretaker(threading.Thread):
-    """One round a second. ``waiting`` asks the broker: jobs are nudged again only if their queue is empty."""
+    """One round a second. ``waiting`` asks the broker: jobs are nudged again only if their lane is empty."""
 
     def __init__(
         self,
         store: JobStore,
         spool: Spool,
         name: str,
-        waiting: Callable[[], Mapping[str, int]],
+        waiting: Callable[[], Mapping[Lane, int]],
         *,
         working: AbstractContextManager[object] = _NOTHING,
     ) -> None:
@@ -44,6 +47,7 @@ class Caretaker(threading.Thread):
         self._working = working
         self._stop_asked = threading.Event()
         self._rounds = 0
+        self._trimmed: dict[str, int] = {}
 
     def run(self) -> None:
         while not self._stop_asked.wait(EVERY_S):
@@ -59,26 +63,33 @@ class Caretaker(threading.Thread):
         self._stop_asked.set()
 
     def round(self) -> None:
-        """Take up what is due, delete what has expired, and now and then sweep orphans."""
+        """Take up what is due, delete what has expired, and now and then trim lists and sweep orphans."""
         due = self._store.due()
         if due:
             waiting = self._waiting()
-            for job_id in due:
-                self._take_up(job_id, waiting)
+            reaped = self._store.reap_all(due, _LOOK_AGAIN_S)
+            for job_id, (found, lane) in zip(due, reaped, strict=True):
+                if found in _WANT_A_MESSAGE or (found == "queued" and not waiting.get(lane)):
+                    self._take_up(job_id, found, lane)
         for job_id in self._store.expired():
             self._spool.delete(job_id)
-            self._store.purged(job_id)
+            if self._store.purged(job_id):  # a worker tidies what they may have left beside the target
+                self._store.nudge(job_id, self._store.lane_of(job_id))
+        if self._rounds % _TRIM_EVERY == 0:
+            self._trim()
         if self._rounds % _SWEEP_EVERY == 0:
             self._sweep()
         self._rounds += 1
 
-    def _take_up(self, job_id: str, waiting: Mapping[str, int]) -> None:
-        queue = self._store.queue_of(job_id)
-        found = self._store.reap(job_id, _LOOK_AGAIN_S)
-        if found in {"requeued", "committing"} or (found == "queued" and not waiting.get(queue)):
-            self._store.nudge(job_id, queue)
-            metrics.JOB_RESUMES.labels(found).inc()
-            _log.info("job.taken_up", job_id=job_id, reason=found)
+    def _take_up(self, job_id: str, found: str, lane: Lane) -> None:
+        self._store.nudge(job_id, lane)
+        metrics.JOB_RESUMES.labels(found).inc()
+        _log.info("job.taken_up", job_id=job_id, reason=found)
+
+    def _trim(self) -> None:
+        """The next ids of each list of jobs: those whose record has expired go."""
+        for key in self._store.lists():
+            self._trimmed[key] = self._store.trim(key, self._trimmed.get(key, 0))
 
     def _sweep(self) -> None:
         """Folders that no record names: an upload broken off by a kill, a record that expired."""

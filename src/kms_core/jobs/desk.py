@@ -5,22 +5,24 @@ context, a path outside the roots.
 """
 
 import hmac
-import time
 import uuid
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Final
 
 import msgspec
 
 from kms_core import audit, wire
 from kms_core.context import Context
-from kms_core.errors import ContextRequired, IdempotencyConflict, InvalidRequest, TooLarge
-from kms_core.jobs import bulk
+from kms_core.errors import ContextRequired, IdempotencyConflict, InvalidRequest, RateLimited, TooLarge
+from kms_core.jobs import bulk, permits
 from kms_core.jobs.blobs import ITEMS, UPLOAD, Label, Spool
 from kms_core.jobs.model import Accepted, Job
-from kms_core.jobs.paths import Roots
-from kms_core.jobs.store import JobStore
+from kms_core.jobs.permits import Asked
+from kms_core.jobs.places import Places
+from kms_core.jobs.references import Reference
+from kms_core.jobs.store import SHED_S, JobStore
+from kms_core.jobs.trees import is_tree
 from kms_core.policy import Principal
 from kms_core.service import Kms
 
@@ -46,6 +48,7 @@ class Terms:
     idempotency: str = ""
     named: Named | None = None
     callback: str = ""
+    priority: wire.Priority = "normal"
 
     def job_id(self) -> str:
         """The submitter's, or a new one each time."""
@@ -69,18 +72,20 @@ def new_id() -> str:
 class Desk:
     """Accepts uploads, items and file references."""
 
-    def __init__(self, kms: Kms, store: JobStore, spool: Spool, roots: Roots, rules: Rules) -> None:
+    def __init__(self, kms: Kms, store: JobStore, spool: Spool, places: Places, rules: Rules) -> None:
         self.store = store
         self.spool = spool
         self._kms = kms
-        self._roots = roots
+        self._places = places
         self._rules = rules
 
     def check(self, terms: Terms, *, bulk: bool = False) -> None:
-        """Raise what would fail for certain: UnknownKey, ContextRequired, InvalidRequest, JobsUnavailable.
+        """Raise what would fail for certain: Forbidden, UnknownKey, ContextRequired, JobsUnavailable, ….
 
         Items of a bulk job may bring contexts of their own, so there each is asked for its own, later.
         """
+        asked = Asked(terms.kind, terms.key_id, None if bulk else terms.context, terms.new_context)
+        permits.check(self._kms, terms.who, asked)
         self._kms.keyring.named(terms.key_id)
         sealing = terms.kind == "encrypt" or terms.new_context is not None
         context = terms.context if terms.new_context is None else terms.new_context
@@ -90,11 +95,28 @@ class Desk:
             raise InvalidRequest("callback names no endpoint of this service: see [kms.jobs.endpoints]")
         self.store.ping()
 
+    def meter(self, terms: Terms, declared_bytes: int = 0) -> Callable[[int], None]:
+        """To be told the size so far of what arrives: raises RateLimited above the tenant's quota."""
+        room = self.store.spool_room(terms.who.tenant)
+
+        def check(size_bytes: int) -> None:
+            if room is not None and size_bytes > room:
+                raise RateLimited("Your tenant has as much in the spool as it may", retry_after_s=SHED_S)
+
+        check(declared_bytes)
+        return check
+
+    def allow(self, who: Principal, operation: str) -> None:
+        """Raise Forbidden unless the caller may do this at all."""
+        self._kms.allow(who, operation)
+
     def hasher(self, terms: Terms) -> hmac.HMAC:
         """A keyed digest of what is asked for; the body is fed to it as it arrives."""
         new = b"-" if terms.new_context is None else b"+" + terms.new_context.canonical()
         asked = (terms.kind.encode(), terms.context.canonical(), (terms.key_id or "").encode(), new)
-        rest = (str(terms.ttl_s or ""), terms.callback)
+        rest = [str(terms.ttl_s or ""), terms.callback]
+        if terms.priority != "normal":  # what was asked for before there were priorities keeps its digest
+            rest.append(terms.priority)
         return self.store.record_key.hasher(*asked, *(part.encode() for part in rest))
 
     def submit(self, terms: Terms, body: wire.JobIn, most_items: int) -> Job:
@@ -103,8 +125,9 @@ class Desk:
         if body.items is not None and body.source is None and body.target is None:
             check_count(len(body.items), most_items)
             return self.items(terms, body.items)
-        if body.items is None and body.source is not None and body.target is not None:
-            return self.reference(terms, body.source, body.target, overwrite=bool(body.overwrite))
+        if body.items is None and body.source is not None:
+            asked = Reference.of(body)
+            return self.many(terms, asked) if is_tree(asked.source) else self._one(terms, asked)
         raise InvalidRequest(
             "Give items, or source and target; to upload a file use /files/encrypt or /files/decrypt"
         )
@@ -119,6 +142,7 @@ class Desk:
         hasher = self.hasher(terms)
         starts: list[int] = []
         count = 0
+        check_room = self.meter(terms)
         with self.spool.writing(Label(terms.who.tenant, job_id, ITEMS)) as out:
             for index, item in enumerate(items):
                 bulk.check_item(terms.kind, index, item, self._rules.item_bytes)
@@ -127,6 +151,7 @@ class Desk:
                 line = wire.encode(item) + b"\n"
                 hasher.update(line)
                 out.write(line)
+                check_room(out.size)
                 count += 1
             if not count:
                 raise InvalidRequest("A bulk job needs at least one item")
@@ -142,24 +167,42 @@ class Desk:
         )
 
     def reference(self, terms: Terms, source: str, target: str, *, overwrite: bool) -> Job:
-        """A job from file to file under the roots. Raises PathRefused, TargetExists, InvalidRequest."""
-        self._roots.check(target)
-        with self._roots.open_source(source) as opened:
-            size = opened.size_bytes
+        """A job from file to file under the roots. Raises Forbidden, PathRefused, TargetExists, …."""
+        return self._one(terms, Reference(source, target, overwrite))
+
+    def _one(self, terms: Terms, asked: Reference) -> Job:
+        self._check_files(terms, asked)
+        self._places.check(asked.target)
+        with self._places.open_source(asked.source) as opened:
+            return self._submit_files(terms, asked, size_bytes=opened.size_bytes)
+
+    def many(self, terms: Terms, asked: Reference) -> Job:
+        """A job over all files that a pattern names; a worker lists them. Raises Forbidden, PathRefused."""
+        self._check_files(terms, asked)
+        self._places.check_base(asked.tree.base)
+        if not asked.in_place:
+            self._places.check_directory(asked.target)
+        return self._submit_files(terms, asked, dry_run=asked.dry_run, rate_per_s=asked.rate_per_s)
+
+    def _check_files(self, terms: Terms, asked: Reference) -> None:
+        who = replace(terms.who, source=asked.source, target=asked.target)
+        permits.check(self._kms, who, Asked(terms.kind, terms.key_id, terms.context, terms.new_context))
+
+    def _submit_files(self, terms: Terms, asked: Reference, **fields: object) -> Job:
         hasher = self.hasher(terms)
-        hasher.update(f"{source}\n{target}\n{overwrite}".encode())
+        hasher.update(asked.text.encode())
         return self._submit(
             terms,
             terms.job_id(),
-            source=source,
-            target=target,
-            overwrite=overwrite,
-            size_bytes=size,
+            source=asked.source,
+            target=asked.target,
+            overwrite=asked.overwrite,
             digest=hasher.digest(),
+            **fields,
         )
 
     def _submit(self, terms: Terms, job_id: str, *, source: str, digest: bytes, **fields: object) -> Job:
-        now = time.time()
+        now = self.store.now()
         new_context = terms.new_context
         accepted = msgspec.convert(
             {
@@ -167,12 +210,15 @@ class Desk:
                 "tenant": terms.who.tenant,
                 "principal": terms.who.name,
                 "credential": terms.who.credential,
+                "scopes": terms.who.grant.scopes if terms.who.grant else (),
+                "authorized_until": terms.who.grant.until if terms.who.grant else 0.0,
                 "kind": terms.kind,
                 "source": source,
                 "key_id": terms.key_id,
                 "context": terms.context.pairs,
                 "new_context": None if new_context is None else new_context.pairs,
                 "callback": terms.callback,
+                "priority": terms.priority,
                 "request_id": audit.request_id.get(),
                 "digest": terms.named.digest if terms.named else digest,
                 "created_at": now,
@@ -186,8 +232,12 @@ class Desk:
             f"{terms.who.tenant} {terms.who.name} {route} {terms.idempotency}" if terms.idempotency else ""
         )
         try:
-            job = self.store.submit(accepted, idempotency=scope)
-        except IdempotencyConflict:  # after JobsUnavailable the record may be there: the sweep decides
+            with audit.recorded(self._kms.trail, terms.who, "job.submit", job_id):
+                job = self.store.submit(accepted, idempotency=scope)
+        except (
+            IdempotencyConflict,
+            RateLimited,
+        ):  # after JobsUnavailable the record may be there: the sweep decides
             self.spool.delete(job_id)
             raise
         if job.job_id != job_id:  # an earlier submission with this key: keep that one

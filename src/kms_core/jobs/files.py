@@ -1,63 +1,75 @@
-"""Jobs from file to file under the roots: sealed or opened in parallel, committed once, by any worker.
+"""Jobs from place to place: sealed, opened or sealed anew in parallel, committed once, by any worker.
 
 A target is absent or complete. The commit is described in the job record before it happens, so that a
 worker that dies in the middle leaves it to the next one, and finishing twice changes nothing.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Final
 
-from kms_core.envelope import disk, header
+from kms_core import audit
+from kms_core.envelope import header
 from kms_core.envelope.header import FILE_LIMITS
-from kms_core.envelope.slabs import Extent
+from kms_core.envelope.slabs import Pace
 from kms_core.errors import JobsUnavailable, KmsError, PathRefused, TargetExists
-from kms_core.jobs.lease import Lease
+from kms_core.jobs import uploads
+from kms_core.jobs.lease import Commits, Held
 from kms_core.jobs.model import Commit
-from kms_core.jobs.paths import OpenSource, Pending, Placement, Roots, temporary_name
-from kms_core.jobs.store import JobStore
-from kms_core.jobs.uploads import pace
+from kms_core.jobs.places import Pending, Places, Source, Target, is_remote
 from kms_core.service import Kms
 
+REMOTE_THREADS: Final = 4
+REMOTE_SLAB_CHUNKS: Final = 32
+"""2 MiB: each costs a request, and each thread holds one or two of them."""
+
 _REFUSED: Final = (TargetExists, PathRefused)
-_COPY_BYTES: Final = 8 * 1024 * 1024
 
 
-def run(lease: Lease, kms: Kms, store: JobStore, roots: Roots) -> None:
-    """Do the work, or finish what an attempt that died began. Raises PathRefused, TargetExists, SpoolFull."""
-    job = lease.claim.accepted
-    commit = lease.claim.commit
+def run(lease: Held, kms: Kms, store: Commits, places: Places) -> None:
+    """Do the work, or finish what an attempt that died began.
+
+    Raises PathRefused, TargetExists, SpoolFull, Unavailable.
+    """
+    job, commit = lease.claim.accepted, lease.claim.commit
+    target = places.target(job.target, job.job_id, overwrite=job.overwrite)
+    pending = None
     if commit is None:
-        commit = _attempt(lease, kms, store, roots)
-    tag = _tag(job.job_id, commit.fence)
-    placement = Placement(job.target, temporary_name(tag), commit.inode, commit.size_bytes, commit.mtime_ns)
+        target.sweep(lease.claim.fence)
+        with _attempt(lease, kms, places, target) as (pending, commit):
+            store.committing(lease.claim, commit)
+        lease.check()  # whoever has been overtaken leaves the rest to the other
     try:
-        roots.finish(placement, overwrite=job.overwrite)
+        with audit.effect(kms.trail, job.who, "commit", f"{job.job_id}-{commit.fence}"):
+            if pending:
+                pending.finish(commit)
+            elif not target.finish(commit):
+                with _attempt(lease, kms, places, target) as (pending, _):
+                    pending.finish(commit)
     except _REFUSED:  # somebody took the target's name: the job has failed, and its file is in nobody's way
-        roots.discard(job.target, placement.temporary)
+        target.give_up(commit)
         raise
 
 
-def _attempt(lease: Lease, kms: Kms, store: JobStore, roots: Roots) -> Commit:
-    job, fence = lease.claim.accepted, lease.claim.fence
-    if fence > 1:
-        _sweep(job.job_id, job.target, fence, roots)
-    tag = _tag(job.job_id, fence)
-    work = {"encrypt": _encrypt, "decrypt": _decrypt, "rewrap": _rewrap}[job.kind]
+def sweep(job_id: str, target: str, fence: int, places: Places) -> None:
+    """Remove what attempts before this fence left when they were killed. Raises PathRefused."""
+    places.target(target, job_id, overwrite=False).sweep(fence)
+
+
+@contextmanager
+def _attempt(lease: Held, kms: Kms, places: Places, target: Target) -> Iterator[tuple[Pending, Commit]]:
+    """The work done, and its commit described. If the block fails, nothing is left behind."""
+    job = lease.claim.accepted
+    work = {"encrypt": _encrypt, "decrypt": _decrypt, "rewrap": _rewrap, "reseal": _reseal}[job.kind]
     with (
-        roots.open_source(job.source) as source,
-        roots.prepare(job.target, tag, overwrite=job.overwrite) as pending,
+        places.open_source(job.source) as source,
+        target.prepare(lease.claim.fence) as pending,
         _discarded_on_failure(pending),
     ):
         work(lease, kms, source, pending)
         source.check_unchanged()
-        placed = pending.settle()
-        commit = Commit(
-            fence=fence, inode=placed.inode, size_bytes=placed.size_bytes, mtime_ns=placed.mtime_ns
-        )
-        store.committing(lease.claim, commit)
-    return commit
+        yield pending, pending.settle(source, in_place=job.in_place)
 
 
 @contextmanager
@@ -72,35 +84,47 @@ def _discarded_on_failure(pending: Pending) -> Iterator[None]:
         raise
 
 
-def _sweep(job_id: str, target: str, fence: int, roots: Roots) -> None:
-    """Remove what attempts that were killed left beside the target."""
-    for earlier in range(1, fence):
-        try:
-            roots.discard(target, temporary_name(_tag(job_id, earlier)))
-        except KmsError:  # the attempt itself will say what is wrong with the directory
-            return
+def _pace(lease: Held) -> Pace:
+    job, pace = lease.claim.accepted, uploads.pace(lease)
+    if is_remote(job.source) or is_remote(job.target):
+        return replace(pace, threads=REMOTE_THREADS, slab_chunks=REMOTE_SLAB_CHUNKS)
+    return pace
 
 
-def _tag(job_id: str, fence: int) -> str:
-    return f"{job_id}-{fence}"
-
-
-def _encrypt(lease: Lease, kms: Kms, source: OpenSource, pending: Pending) -> None:
+def _encrypt(lease: Held, kms: Kms, source: Source, pending: Pending) -> None:
     job = lease.claim.accepted
-    extent = Extent(source.fd, source.size_bytes)
-    kms.encrypt_file(job.who, extent, pending.fd, job.bound_context, key_id=job.key_id, pace=pace(lease))
+    kms.encrypt_file(
+        job.who, source.reader, pending.writer, job.bound_context, key_id=job.key_id, pace=_pace(lease)
+    )
 
 
-def _decrypt(lease: Lease, kms: Kms, source: OpenSource, pending: Pending) -> None:
+def _decrypt(lease: Held, kms: Kms, source: Source, pending: Pending) -> None:
     job = lease.claim.accepted
-    extent = Extent(source.fd, source.size_bytes)
-    kms.decrypt_file(job.who, extent, pending.fd, job.bound_context, key_id=job.key_id, pace=pace(lease))
+    kms.decrypt_file(
+        job.who, source.reader, pending.writer, job.bound_context, key_id=job.key_id, pace=_pace(lease)
+    )
 
 
-def _rewrap(lease: Lease, kms: Kms, source: OpenSource, pending: Pending) -> None:
-    """A new header, and the payload as it is: by reflink or in the kernel, where the file system can."""
+def _reseal(lease: Held, kms: Kms, source: Source, pending: Pending) -> None:
     job = lease.claim.accepted
-    head = header.read(source.fd, FILE_LIMITS)
+    kms.reseal_file(
+        job.who,
+        source.reader,
+        pending.writer,
+        job.bound_context,
+        new_context=job.new_bound_context,
+        key_id=job.key_id,
+        pace=_pace(lease),
+    )
+
+
+def _rewrap(lease: Held, kms: Kms, source: Source, pending: Pending) -> None:
+    """A new header, and the payload as it is, which the file system or the store moves where it can."""
+    job = lease.claim.accepted
+    try:
+        head = header.read_by(source.reader.read_at, FILE_LIMITS)
+    except KmsError as exc:
+        kms.refused(job.who, job.kind, job.bound_context, exc)
     moved = kms.rewrap_file(
         job.who,
         head,
@@ -109,12 +133,8 @@ def _rewrap(lease: Lease, kms: Kms, source: OpenSource, pending: Pending) -> Non
         key_id=job.key_id,
         size_bytes=source.size_bytes,
     )
-    disk.write_all(pending.fd, memoryview(moved.ciphertext), 0)
-    done, at = head.size, len(moved.ciphertext)
-    while done < source.size_bytes:
-        lease.check()
-        copied = os.copy_file_range(source.fd, pending.fd, _COPY_BYTES, done, at)
-        if not copied:
-            break
-        done, at = done + copied, at + copied
-        lease.advance(copied)
+    new = memoryview(moved.ciphertext)
+    payload = source.reader.tail(head.size)
+    pending.writer.reserve(len(new) + payload.size)
+    pending.writer.write_at(new, 0)
+    pending.copy(payload, len(new), _pace(lease))

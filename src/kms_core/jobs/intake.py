@@ -1,7 +1,8 @@
 """The intake: sealed messages of workflows that have no HTTP become jobs; knows no Celery (docs/celery.md).
 
 A message is an age file to the intake recipient, made by any age tool. The recipient is public, so a message
-proves nothing about who sent it: whoever may write to the broker may submit, as principal ``celery``.
+proves nothing about who sent it: the token in it does. Where callers are not authenticated, whoever may write
+to the broker may submit, as principal ``celery``.
 """
 
 import math
@@ -12,7 +13,8 @@ from typing import Final
 
 import msgspec
 
-from kms_core import audit, wire
+from kms_core import audit, metrics, wire
+from kms_core.auth.doors import Doors
 from kms_core.backends.age import AgeBackend, Recipient, parse_identity
 from kms_core.context import Context
 from kms_core.envelope import binding, header, sealing, stream
@@ -62,10 +64,12 @@ class Rules:
 class Intake:
     """Opens messages with the intake identity and hands their jobs to the desk."""
 
-    def __init__(self, key: AgeBackend, desk: Desk, rules: Rules) -> None:
+    def __init__(self, key: AgeBackend, desk: Desk, rules: Rules, doors: Doors | None = None) -> None:
+        """``doors`` None: callers are not authenticated, and a token is not looked at."""
         self._key = key
         self._desk = desk
         self._rules = rules
+        self._doors = doors
 
     def accept(self, message: object, worker: str) -> str:
         """Take the job in a message; the answer is its id, which its submitter chose.
@@ -76,15 +80,27 @@ class Intake:
         """
         asked = self._read(message)
         audit.request_id.set(asked.job_id)
+        who = self._who(asked)
         store = self._desk.store
-        named = Named(asked.job_id, store.record_key.digest(_DIGEST_LABEL, _encode(asked.job)))
-        if self._is_taken(named):
+        named = Named(asked.job_id, store.record_key.digest(_DIGEST_LABEL, _encode(_given(asked.job))))
+        if self._is_taken(named, who):
             return asked.job_id
         if not store.lock(f"submit:{asked.job_id}", worker, _LOCK_S):
             raise JobsUnavailable("Another worker has this message in hand", retry_after_s=1.0)
-        if not self._is_taken(named):  # the spool is written under the lock, or two would write one blob
-            self._desk.submit(self._terms(asked, named), asked.job, self._rules.items)
+        if not self._is_taken(named, who):  # the spool is written under the lock, or two would write one blob
+            self._desk.submit(self._terms(asked, named, who), asked.job, self._rules.items)
         return asked.job_id
+
+    def _who(self, asked: wire.Submission) -> Principal:
+        if self._doors is None:
+            return _WHO
+        try:
+            who = self._doors.principal(asked.token or "")
+        except Unauthenticated as exc:
+            metrics.AUTH_FAILURES.labels(exc.reason).inc()
+            raise
+        self._desk.allow(who, "jobs:write")
+        return who
 
     def _read(self, message: object) -> wire.Submission:
         """Open, decode and judge a message by itself; its values are in no error's text."""
@@ -101,8 +117,6 @@ class Intake:
             raise JobExpired("The message expired before a worker took it")
         if left_s > LONGEST_S:
             raise InvalidRequest("expires_at is more than 24 hours ahead")
-        if asked.token is not None:
-            raise Unauthenticated("No token is valid here yet: send null")
         return asked
 
     def _open(self, sealed: bytes) -> bytes:
@@ -117,22 +131,22 @@ class Intake:
         file_key, _ = sealing.foreign_file_key(head, self._key, keys)
         return sealing.open_(sealed, head, file_key)
 
-    def _is_taken(self, named: Named) -> bool:
+    def _is_taken(self, named: Named, who: Principal) -> bool:
         store = self._desk.store
         if not store.exists(named.job_id):
             return False
         before = store.accepted(named.job_id)
-        if (before.tenant, before.digest) != (_WHO.tenant, named.digest):
+        if (before.tenant, before.digest) != (who.tenant, named.digest):
             raise IdempotencyConflict("A different job has this job_id: choose a new one for each job")
         return True
 
-    def _terms(self, asked: wire.Submission, named: Named) -> Terms:
+    def _terms(self, asked: wire.Submission, named: Named, who: Principal) -> Terms:
         """The record must outlive the message, else a late replay would run the job again."""
         job, wanted_s = asked.job, asked.job.ttl_s or self._rules.result_ttl_s
         needed_s = math.ceil(_left_s(asked)) + _SKEW_S - int(self._desk.store.rules.keep_record_s)
         new_context = None if job.new_context is None else Context.parse(job.new_context)
         return Terms(
-            _WHO,
+            who,
             job.kind,
             Context.parse(job.context),
             job.key_id,
@@ -140,6 +154,7 @@ class Intake:
             max(wanted_s, needed_s),
             named=named,
             callback=job.callback or "",
+            priority=job.priority or "normal",
         )
 
 
@@ -164,6 +179,12 @@ def schema() -> dict[str, object]:
         "$id": SCHEMA_ID,
         **msgspec.json.schema(wire.Submission),
     }
+
+
+def _given(job: wire.JobIn) -> dict[str, object]:
+    """What a job says. Fields that it leaves out, and those of later versions, do not count."""
+    fields = {name: getattr(job, name) for name in job.__struct_fields__}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _left_s(asked: wire.Submission) -> float:

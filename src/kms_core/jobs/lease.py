@@ -1,16 +1,44 @@
-"""The lease of one attempt: a thread that renews it, tells progress, and notices loss and cancellation."""
+"""The lease of one attempt: renewed while work goes on, it tells progress, notices loss and cancellation.
 
+One thread renews all leases of a process: starting one for each would cost more than a small job does.
+"""
+
+import functools
+import math
+import os
 import threading
 import time
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
+
+import structlog
 
 from kms_core import metrics
 from kms_core.errors import JobsUnavailable, KmsError
-from kms_core.jobs.model import Claim, LeaseLost
+from kms_core.jobs.model import Claim, Commit, LeaseLost
 from kms_core.jobs.store import JobStore
 
 _TELL_EVERY_S: Final = 0.5
+_log = structlog.get_logger(__name__)
+
+
+class Held(Protocol):
+    """What work on one file asks of its lease."""
+
+    @property
+    def claim(self) -> Claim: ...
+    def check(self) -> None:
+        """Raise LeaseLost or JobCancelled if the work must stop."""
+
+    def advance(self, size_bytes: int) -> None:
+        """Tell of bytes done."""
+
+
+class Commits(Protocol):
+    """Where a commit is recorded before it happens."""
+
+    def committing(self, claim: Claim, commit: Commit) -> None:
+        """From here on any worker may finish it. Raises LeaseLost, JobCancelled, JobsUnavailable."""
 
 
 class Lease:
@@ -21,20 +49,19 @@ class Lease:
         self._store = store
         self._lock = threading.Lock()
         self._bytes = self._items = self._failed = 0
+        self._before = (0, 0, 0)
         self._trouble: KmsError | None = None
         self._held_until = time.monotonic() + store.rules.lease_s
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self.every_s = min(_TELL_EVERY_S, store.rules.lease_s / 3)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        _pacemaker(os.getpid()).add(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        self._thread.join()
+        _pacemaker(os.getpid()).remove(self)
         done = self.claim.accepted.kind
         metrics.JOB_BYTES.labels(done).inc(self._bytes)
         if self._items:
@@ -57,22 +84,76 @@ class Lease:
             self._items += 1
             self._failed += failed
 
+    def resume(self, *, items: int, failed: int, size_bytes: int) -> None:
+        """Count what earlier attempts did for good."""
+        self._before = (items, failed, size_bytes)
+
     @property
     def failed_items(self) -> int:
-        return self._failed
+        return self._before[1] + self._failed
 
     @property
     def progress(self) -> dict[str, int]:
-        return {"bytes_done": self._bytes, "items_done": self._items, "items_failed": self._failed}
+        items, failed, size_bytes = self._before
+        return {
+            "bytes_done": size_bytes + self._bytes,
+            "items_done": items + self._items,
+            "items_failed": failed + self._failed,
+        }
 
-    def _renew(self) -> None:
-        every = min(_TELL_EVERY_S, self._store.rules.lease_s / 3)
-        while not self._stop.wait(every):
-            try:
-                self._store.renew(self.claim, self.progress)
-                self._held_until = time.monotonic() + self._store.rules.lease_s
-            except JobsUnavailable:  # Redis may come back before the lease is over
-                continue
-            except KmsError as exc:
-                self._trouble = exc
-                return
+    def renew(self) -> None:
+        """Extend it, unless it is lost: that ``check`` tells. It may still be told when the work is over."""
+        asked = time.monotonic()
+        try:
+            self._store.renew(self.claim, self.progress)
+            self._held_until = asked + self._store.rules.lease_s
+        except JobsUnavailable:  # Redis may come back before the lease is over
+            return
+        except KmsError as exc:
+            self._trouble = exc
+
+
+class _Pacemaker:
+    """Renews leases when they are due, in a thread that sleeps in between. One for each process."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._due: dict[Lease, float] = {}
+        self._wakes_at = -math.inf
+        threading.Thread(target=self._run, name="leases", daemon=True).start()
+
+    def add(self, lease: Lease) -> None:
+        with self._changed:
+            self._due[lease] = due = time.monotonic() + lease.every_s
+            if due < self._wakes_at:
+                self._changed.notify()
+
+    def remove(self, lease: Lease) -> None:
+        with self._changed:
+            self._due.pop(lease, None)
+
+    def _run(self) -> None:
+        while True:
+            for lease in self._await_due():
+                try:
+                    lease.renew()
+                except Exception as exc:  # noqa: BLE001 -- a lease may run out, the thread may not end
+                    _log.exception("lease.renewal_failed", error=type(exc).__name__)
+
+    def _await_due(self) -> list[Lease]:
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                due = [lease for lease, at in self._due.items() if at <= now]
+                if due:
+                    self._due |= {lease: now + lease.every_s for lease in due}
+                    self._wakes_at = -math.inf  # what is added meanwhile is seen before the next sleep
+                    return due
+                self._wakes_at = min(self._due.values(), default=math.inf)
+                self._changed.wait(None if math.isinf(self._wakes_at) else self._wakes_at - now)
+
+
+@functools.cache
+def _pacemaker(_process: int) -> _Pacemaker:
+    """Of this process: a thread does not outlive a fork."""
+    return _Pacemaker()

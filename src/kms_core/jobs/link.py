@@ -1,29 +1,22 @@
-"""The line to Redis: connections that give up, names of keys, and what its answers mean. Knows no script."""
+"""What is said to Redis: names of keys, and what its answers mean. Knows no script and no connection."""
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, NamedTuple, Self
 
 import msgspec
 import redis
 import structlog
 
-from kms_core.errors import ConfigurationError, JobCancelled, JobsUnavailable
+from kms_core.errors import InvalidRequest, JobCancelled, JobsUnavailable, UnknownJob
 from kms_core.jobs.model import Job, LeaseLost
 
 PREFIX: Final = "kms:"
-_TIMEOUT_S: Final = 5.0
+TALLY: Final = "tally:"  # of a campaign: fields of its parts that are summed up in the whole
+_CURSOR: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)-([0-9a-f-]{36})")
 _log = structlog.get_logger(__name__)
-
-
-def connect(url: str) -> redis.Redis:
-    """A client that gives up in seconds, so that a lost Redis is noticed. Raises ConfigurationError."""
-    try:
-        return redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, health_check_interval=25)
-    except ValueError as exc:  # its text may quote the URL
-        raise ConfigurationError(
-            "kms.redis.url (or KMS_REDIS_URL) is not a Redis URL: expected redis://, rediss:// or unix://"
-        ) from exc
 
 
 def job_key(job_id: str) -> str:
@@ -35,10 +28,41 @@ def busy_key(worker: str) -> str:
     return f"{PREFIX}busy:{worker.partition('/')[0]}"
 
 
+class Cursor(NamedTuple):
+    """A place in a tenant's list of jobs: the age and id of one of them. Later ones are greater."""
+
+    created_at: float
+    job_id: str
+
+    @classmethod
+    def newest(cls) -> Self:
+        return cls(math.inf, "")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises InvalidRequest unless it is what ``str`` gave."""
+        found = _CURSOR.fullmatch(text)
+        if not found:
+            raise InvalidRequest("cursor is what the page before gave as next")
+        return cls(float(found[1]), found[2])
+
+    def __str__(self) -> str:
+        return f"{self.created_at!r}-{self.job_id}"
+
+
 def reading(job_id: str, raw: Mapping[bytes, bytes]) -> Job:
+    """The plain fields as a Job. UnknownJob where somebody wrote what no script of ours does."""
     names = {name.encode(): name for name in Job.__struct_fields__}
-    known = {names[name]: value.decode() for name, value in raw.items() if name in names}
-    return msgspec.convert({**known, "job_id": job_id}, Job, strict=False)
+    known = {names[name]: value.decode(errors="replace") for name, value in raw.items() if name in names}
+    tallies = {
+        name.decode(errors="replace").removeprefix(TALLY): value.decode(errors="replace")
+        for name, value in raw.items()
+        if name.startswith(TALLY.encode())
+    }
+    try:
+        return msgspec.convert({**known, "job_id": job_id, "tallies": tallies}, Job, strict=False)
+    except msgspec.ValidationError as exc:
+        raise UnknownJob from exc
 
 
 def raise_for(word: bytes) -> None:

@@ -1,26 +1,46 @@
 """What a job is: the part that was accepted and never changes, and the part that moves. Knows no Redis."""
 
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal, Protocol
 
 import msgspec
 
 from kms_core.context import Context
 from kms_core.errors import KmsError
-from kms_core.policy import Principal
-from kms_core.wire import ENDED, JobKind, JobState
+from kms_core.jobs.trees import is_tree
+from kms_core.policy import Grant, Principal
+from kms_core.wire import ENDED, JobKind, JobState, Priority
 
 BULK: Final = "kms.bulk"
 FILES: Final = "kms.files"
 MAINTENANCE: Final = "kms.maintenance"
 QUEUES: Final = (BULK, FILES, MAINTENANCE)
 """Queues by what a job costs, so that a worker may serve some of them: items, payloads, headers."""
+MOVING: Final[frozenset[JobKind]] = frozenset({"rewrap", "reseal"})
+"""Kinds that make one ciphertext of another."""
+EXHAUSTED: Final = "attempts_exhausted"
+REFUSED: Final = "record_refused"
+DEAD: Final = frozenset({EXHAUSTED, REFUSED})
+"""How dead letters failed: their workers died, or their record is not as it was written."""
 
+REDIS_STEPS: Final[Mapping[Priority, tuple[int, ...]]] = {"high": (0,), "normal": (3,), "low": (6, 9)}
+"""What kombu calls a priority on Redis: it keeps a list for each step, and takes from the lowest first."""
+AMQP_RANKS: Final[Mapping[Priority, int]] = {"high": 9, "normal": 4, "low": 1}
+"""The same for RabbitMQ: the highest comes first. Quorum queues know two kinds, up to 4 and from 5 on."""
 
-Nudge = Callable[[str, str], None]
-"""``nudge(job_id, queue)``: tell some worker of the queue. Raises JobsUnavailable."""
+_PARTS: Final = uuid.UUID("6f1f3c4e-0d0a-5c0b-9a57-6b6d732d7061")  # a namespace of our own (RFC 9562 §5.5)
+
+Lane = tuple[str, Priority]
+"""Where a job waits: a queue, and the priority within it."""
 Fields = Mapping[str, str | int | float | bytes]
+
+
+class Nudge(Protocol):
+    """Tells some worker of the queue that a job waits. Raises JobsUnavailable."""
+
+    def __call__(self, job_id: str, queue: str, priority: Priority, /) -> None: ...
 
 
 class LeaseLost(KmsError):
@@ -33,9 +53,11 @@ class LeaseLost(KmsError):
 class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     """What the service promised to do. Rests in Redis sealed as one blob; workers act on this alone.
 
-    ``source`` is ``upload``, ``items`` (both in the spool) or a ``file://`` URL; ``target`` is empty or a
-    ``file://`` URL. ``starts`` says where in the items each part of some hundred begins; a job that is such a
-    part names its ``parent`` and its number. ``callback`` names a webhook endpoint of the settings. Times are
+    ``source`` is ``upload``, ``items`` (both in the spool) or a URL, which may name many files (``trees``);
+    ``target`` is empty or a URL. ``starts`` says where in the items each part of some hundred begins; a job
+    that is such a part names its ``parent`` and its number. A part of a job over many files has those lines
+    of the listing ``manifest`` (the fence of the attempt that made it) that lie between its two ``starts``,
+    from the ``first`` on. ``callback`` names a webhook endpoint of the settings. Times are
     seconds since the epoch.
     """
 
@@ -55,7 +77,14 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     starts: tuple[int, ...] = ()
     parent: str = ""
     part: int = 0
+    first: int = 0
+    manifest: int = 0
+    dry_run: bool = False
+    rate_per_s: float = 0.0
+    priority: Priority = "normal"
     callback: str = ""
+    scopes: tuple[str, ...] = ()
+    authorized_until: float = 0.0
     request_id: str = ""
     digest: bytes = b""
     created_at: float
@@ -73,14 +102,41 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
         return self.parent or self.job_id
 
     @property
+    def is_tree(self) -> bool:
+        """Whether the source names many files; so it does in the parts of such a job."""
+        return is_tree(self.source)
+
+    @property
+    def is_campaign(self) -> bool:
+        """Whether it moves many files to the newest version of their key, and reports on that."""
+        return self.is_tree and self.kind in MOVING
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the result takes the place of its source."""
+        return self.target == self.source
+
+    @property
     def queue(self) -> str:
         if self.kind == "rewrap":
             return MAINTENANCE
-        return BULK if self.items else FILES
+        return BULK if self.items and not self.is_tree else FILES
+
+    @property
+    def lane(self) -> Lane:
+        return self.queue, self.priority
 
     @property
     def who(self) -> Principal:
-        return Principal(self.principal, self.tenant, self.credential)
+        """The submitter. Scopes rest here for a JWT alone, which nobody could look up when the job runs."""
+        grant = Grant(self.scopes, self.authorized_until) if self.authorized_until else None
+        files = (self.source, self.target) if "://" in self.source else ("", "")
+        return Principal(self.principal, self.tenant, self.credential, grant, *files)
+
+    @property
+    def spooled_bytes(self) -> int:
+        """What it was accepted with, unless that is elsewhere; results are about as large again."""
+        return 0 if "://" in self.source else self.size_bytes
 
     @property
     def bound_context(self) -> Context:
@@ -99,6 +155,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     kind: JobKind
     state: JobState
     queue: str = FILES
+    priority: Priority = "normal"
     attempt: int = 0
     fence: int = 0
     items: int = 0
@@ -115,19 +172,63 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     purged: int = 0
     parts: int = 0
     parent: str = ""
+    campaign: Literal["", "dry", "wet"] = ""
+    tallies: dict[str, int] = {}
 
     @property
     def ended(self) -> bool:
         return self.state in ENDED
 
+    @property
+    def lane(self) -> Lane:
+        return self.queue, self.priority
+
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True):
-    """A target about to appear: with the accepted part, enough for any worker to finish it after a crash."""
+    """A target about to appear: with the accepted part, enough for any worker to finish it after a crash.
+
+    ``replaces`` is inode, size in bytes and mtime in ns of the file whose place it takes, where that was the
+    job's source: if the name means another file by then, it is left alone.
+
+    Of an object, ``upload`` is the multipart upload, empty where a single write makes it, ``parts`` a digest
+    of what was sent, and ``over`` what may be replaced: nothing, ``*``, or the object with this ETag.
+    """
 
     fence: int
-    inode: int
     size_bytes: int
-    mtime_ns: int
+    inode: int = 0
+    mtime_ns: int = 0
+    replaces: tuple[int, int, int] | None = None
+    upload: str = ""
+    parts: str = ""
+    over: str = ""
+
+
+class Log(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a part of a job over many files has come: enough for any worker to go on after a crash.
+
+    ``outcomes`` are indices into ``words``, one for each file that is settled, in order. ``pending`` is the
+    commit of the file after those, which ends as ``effect`` once it is in place.
+    """
+
+    words: tuple[str, ...] = ()
+    outcomes: tuple[int, ...] = ()
+    pending: Commit | None = None
+    effect: str = ""
+
+    @property
+    def settled(self) -> list[str]:
+        return [self.words[at] for at in self.outcomes]
+
+    def adding(self, word: str) -> "Log":
+        """The log with one more file settled, and nothing pending."""
+        words = self.words if word in self.words else (*self.words, word)
+        return Log(words=words, outcomes=(*self.outcomes, words.index(word)))
+
+
+def part_id(job_id: str, number: int) -> str:
+    """The id of a part: whoever splits the job, and however often, it is the same."""
+    return str(uuid.uuid5(_PARTS, f"{job_id}/{number}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +236,7 @@ class Rules:
     """Seconds and counts of the job layer, from settings.
 
     ``open_jobs`` may wait or run before submissions are turned away; ``tenant_leases`` of one tenant may
-    run at a time.
+    run at a time. ``tenant_open`` (jobs) and ``tenant_spool_bytes`` are of those tenants that have a quota.
     """
 
     lease_s: float = 30.0
@@ -143,6 +244,8 @@ class Rules:
     keep_record_s: float = 24 * 3600.0
     open_jobs: int = 100_000
     tenant_leases: int = 1_000
+    tenant_open: Mapping[str, int] = field(default_factory=dict)
+    tenant_spool_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,3 +259,4 @@ class Claim:
     waited_s: float
     deferrals: int
     commit: Commit | None = field(default=None)
+    log: Log = field(default_factory=Log)

@@ -64,6 +64,14 @@ for i = 3, #ARGV, 5 do
 end
 redis.call('SET', KEYS[1], ARGV[2])
 """
+_RESEND: Final = """
+-- KEYS: dead, entries, due, endpoints   ARGV: the entry as it lies, delivery id, entry, endpoint, when
+if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 0 then return 0 end
+redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
+redis.call('ZADD', KEYS[3], ARGV[5], ARGV[2])
+redis.call('SADD', KEYS[4], ARGV[4])
+return 1
+"""
 _PUT_OFF: Final = """
 -- KEYS: entries, due   ARGV: delivery id, entry, when
 -- Only if nobody has settled it meanwhile: an entry that is not due would stay forever.
@@ -125,6 +133,7 @@ class Outbox:
         self._wanted = wire.ENDED.union(*(endpoint.events for endpoint in endpoints.values()))
         self._take_in = store.redis.register_script(_TAKE_IN)
         self._put_off = store.redis.register_script(_PUT_OFF)
+        self._resend = store.redis.register_script(_RESEND)
 
     # -- in ------------------------------------------------------------------------------------------
 
@@ -256,6 +265,19 @@ class Outbox:
         """Deliveries that were given up, newest first."""
         raw = cast("list[bytes]", self._redis.lrange(_DEAD, 0, -1))
         return [delivery for delivery in map(self._opened, raw) if delivery]
+
+    def resend(self, delivery: Delivery) -> bool:
+        """Send one that was given up again, under the same id and with all its attempts; False if it is gone.
+
+        ``delivery`` is one of ``dead``.
+        """
+        now = time.time()
+        again = msgspec.structs.replace(delivery, attempts=0, created_at=now)
+        found = self._resend(
+            [_DEAD, _ENTRIES, _due(delivery.endpoint), _ENDPOINTS],
+            [self._signed(delivery), delivery.delivery_id, self._signed(again), delivery.endpoint, now],
+        )
+        return bool(found)
 
     def _forget(self, endpoint: str, delivery_id: bytes, pipe: "redis.client.Pipeline | None" = None) -> None:
         with pipe or self._redis.pipeline() as changes:

@@ -36,7 +36,7 @@ TEMPORARY: Final = re.compile(rf"\.kms-{TAG.pattern}\.tmp", re.IGNORECASE)  # so
 
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _UNPRINTABLE: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _SOURCE: Final = (
     os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 )  # no wait for a FIFO
@@ -65,12 +65,17 @@ def parse(url: str) -> PurePosixPath:
     host, slash, rest = url.removeprefix(SCHEME).partition("/")
     if host not in LOCAL_HOSTS or not slash:
         raise PathRefused("A file URL names this host: write file:///path, with three slashes")
-    if {"?", "#"} & set(rest) or _BAD_ESCAPE.search(rest):
-        raise PathRefused("In a file URL write % as %25, ? as %3F and # as %23")
-    names = [_decoded(part) for part in rest.split("/")]
+    names = parts(rest)
     if TEMPORARY.fullmatch(names[-1]):
         raise PathRefused("This name is kept for the service's own temporary files")
     return PurePosixPath("/", *names)
+
+
+def parts(path: str) -> list[str]:
+    """The names of a URL's path, each percent-decoded once. PathRefused if one can be read in two ways."""
+    if {"?", "#"} & set(path) or _BAD_ESCAPE.search(path):
+        raise PathRefused("In a URL write % as %25, ? as %3F and # as %23")
+    return [_decoded(part) for part in path.split("/")]
 
 
 def _decoded(part: str) -> str:
@@ -117,6 +122,11 @@ class Identity(NamedTuple):
     def of(cls, found: os.stat_result) -> Self:
         return cls(found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
 
+    @property
+    def name(self) -> tuple[int, int, int]:
+        """Inode, size and mtime, as ``Placement.replaces`` has it."""
+        return self.inode, self.size_bytes, self.mtime_ns
+
 
 @dataclass(frozen=True, slots=True)
 class OpenSource:
@@ -150,6 +160,7 @@ class Placement:
     """A target about to appear, in plain data: all that ``Roots.finish`` needs, in whatever process.
 
     ``mtime_ns`` tells a file from a later one of the same size that was given its inode; 0: not recorded.
+    ``replaces`` (inode, size, mtime) is the file whose name it takes, and no other's.
     """
 
     url: str
@@ -157,6 +168,7 @@ class Placement:
     inode: int
     size_bytes: int
     mtime_ns: int = 0
+    replaces: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +203,15 @@ class Pending:
         os.close(self.dir_fd)
 
 
+def keep_access(source_fd: int, target_fd: int) -> None:
+    """Owner and mode of a file for the one that takes its place. PathRefused if that is not allowed."""
+    found, made = os.fstat(source_fd), os.fstat(target_fd)
+    with file_errors():
+        if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
+            os.fchown(target_fd, found.st_uid, found.st_gid)
+        os.fchmod(target_fd, found.st_mode & 0o777)
+
+
 def temporary_name(tag: str) -> str:
     """``tag`` (letters, digits, ``_``, ``-``; at most 64) differs in every attempt of every job."""
     if not TAG.fullmatch(tag):
@@ -214,6 +235,34 @@ class Roots:
     def check(self, url: str) -> None:
         """Raises PathRefused unless the URL is well-formed and beneath a root. Looks at no file."""
         self._locate(url)
+
+    def check_directory(self, url: str) -> None:
+        """The same for a directory, which ends in a slash and may be a root itself."""
+        self._locate(url.removesuffix("/"), itself=True)
+
+    @contextmanager
+    def directory(self, url: str) -> Iterator[int]:
+        """A descriptor of a directory, which may be a root itself. Raises PathRefused if it is none."""
+        root, names = self._locate(url.removesuffix("/"), itself=True)
+        with file_errors():
+            dir_fd = _walk(root, names)
+            try:
+                yield dir_fd
+            finally:
+                os.close(dir_fd)
+
+    def make_parents(self, url: str) -> None:
+        """Make the directories above a target that are missing (0700), each durable before the next."""
+        root, (*parents, _) = self._locate(url)
+        with file_errors():
+            for depth, name in enumerate(parents):
+                above = _walk(root, parents[:depth])
+                try:
+                    with suppress(FileExistsError):
+                        os.mkdir(name, 0o700, dir_fd=above)
+                        os.fsync(above)
+                finally:
+                    os.close(above)
 
     def open_source(self, url: str) -> OpenSource:
         """Open for reading. Raises PathRefused unless it is a regular file with one link, by no symlink."""
@@ -264,11 +313,11 @@ class Roots:
         with self._parent(url) as (dir_fd, _), suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=dir_fd)
 
-    def _locate(self, url: str) -> tuple[Path, tuple[str, ...]]:
+    def _locate(self, url: str, *, itself: bool = False) -> tuple[Path, tuple[str, ...]]:
         path = parse(url)
         for written, real in self._roots:
             for form in (written, real):
-                if path != form and path.is_relative_to(form):
+                if (itself or path != form) and path.is_relative_to(form):
                     return real, path.relative_to(form).parts
         raise PathRefused("The path is not beneath an allowed root; [kms.jobs] roots names them")
 
@@ -296,10 +345,10 @@ def _checked_root(root: Path, private: Sequence[Path]) -> Path:
 
 
 def _walk(root: Path, parents: Sequence[str]) -> int:
-    fd = os.open(root, _DIRECTORY)
+    fd = os.open(root, DIRECTORY)
     try:
         for name in parents:
-            inner = os.open(name, _DIRECTORY, dir_fd=fd)
+            inner = os.open(name, DIRECTORY, dir_fd=fd)
             os.close(fd)
             fd = inner
     except OSError:
@@ -350,9 +399,17 @@ def _place(placement: Placement, name: str, dir_fd: int, *, overwrite: bool) -> 
         os.unlink(placement.temporary, dir_fd=dir_fd)
 
 
+def _check_same(replaces: tuple[int, int, int] | None, name: str, dir_fd: int) -> None:
+    """What somebody else wrote or removed since the source was read is theirs to keep."""
+    found = _found(name, dir_fd)
+    if replaces and (not found or (found.st_ino, found.st_size, found.st_mtime_ns) != replaces):
+        raise TargetExists("The source is another file by now: run the job again when nothing writes to it")
+
+
 def _give_name(placement: Placement, name: str, dir_fd: int, *, overwrite: bool) -> None:
     if overwrite:
         _check_free(name, dir_fd, overwrite=True)
+        _check_same(placement.replaces, name, dir_fd)
         os.rename(placement.temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
         return
     try:

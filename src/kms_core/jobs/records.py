@@ -10,10 +10,11 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from kms_core.envelope.kdf import KEY_BYTES, hkdf
 from kms_core.errors import UnknownJob
-from kms_core.jobs.model import Accepted, Commit
+from kms_core.jobs.model import Accepted, Commit, Log
 
 _VERSION: Final = b"\x01"
 _COMMIT: Final = b"commit"
+_LOG: Final = b"log"
 _TAG_BYTES: Final = 32
 _SALT_BYTES: Final = 32
 _ZERO_NONCE: Final = bytes(12)
@@ -49,15 +50,28 @@ class RecordKey:
 
     def sign_commit(self, job_id: str, commit: Commit) -> bytes:
         """A commit record as it rests in Redis: behind a MAC, or others could have a file put in place."""
-        body = msgspec.json.encode(commit)
-        return self.digest(_COMMIT, job_id.encode(), body) + body
+        return self._signed(_COMMIT, job_id, msgspec.json.encode(commit))
 
     def open_commit(self, job_id: str, signed: bytes) -> Commit:
         """The commit record. UnknownJob if it was not written here for this job id."""
+        return msgspec.json.decode(self._verified(_COMMIT, job_id, signed), type=Commit)
+
+    def sign_log(self, job_id: str, log: Log) -> bytes:
+        """How far a part has come, as it rests in Redis: behind a MAC, like a commit record."""
+        return self._signed(_LOG, job_id, msgspec.msgpack.encode(log))
+
+    def open_log(self, job_id: str, signed: bytes) -> Log:
+        """The log of a part. UnknownJob if it was not written here for this job id."""
+        return msgspec.msgpack.decode(self._verified(_LOG, job_id, signed), type=Log)
+
+    def _signed(self, label: bytes, job_id: str, body: bytes) -> bytes:
+        return self.digest(label, job_id.encode(), body) + body
+
+    def _verified(self, label: bytes, job_id: str, signed: bytes) -> bytes:
         tag, body = signed[:_TAG_BYTES], signed[_TAG_BYTES:]
-        if not hmac.compare_digest(tag, self.digest(_COMMIT, job_id.encode(), body)):
-            raise UnknownJob("The commit record of this job was not written by this service")
-        return msgspec.json.decode(body, type=Commit)
+        if not hmac.compare_digest(tag, self.digest(label, job_id.encode(), body)):
+            raise UnknownJob("A record of this job was not written by this service")
+        return body
 
     def digest(self, *parts: bytes) -> bytes:
         """A keyed digest of 32 bytes: a plain one of a short secret could be guessed."""

@@ -13,9 +13,9 @@ from kms_core.envelope import header, stream
 from kms_core.envelope.header import FILE_LIMITS, Header
 from kms_core.envelope.ranges import RangeReader
 from kms_core.errors import JobNotFinished, ResultExpired, UnknownJob
-from kms_core.jobs import bulk, uploads
+from kms_core.jobs import bulk, fanout, uploads
 from kms_core.jobs.blobs import UPLOAD, Label, Spool
-from kms_core.jobs.model import Job
+from kms_core.jobs.model import Accepted, Job, Log, part_id
 from kms_core.jobs.store import JobStore
 
 _SLAB_BYTES: Final = 1024 * 1024
@@ -60,10 +60,10 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
     accepted = store.accepted(job.job_id)
     if accepted.tenant != job.tenant:  # Redis was tampered with: the sealed part is right
         raise UnknownJob
-    if accepted.target:
+    if accepted.target and not accepted.is_tree:
         raise ResultExpired("The result of this job is the file that it was told to write")
-    if accepted.items:
-        return Result(list(_lines(job, store, spool)), lines=True)
+    if accepted.items or accepted.is_tree:
+        return Result(list(_lines(job, accepted, store, spool)), lines=True)
     head = Label(job.tenant, job.job_id, uploads.HEAD, job.fence)
     upload = Label(job.tenant, job.job_id, UPLOAD)
     if accepted.kind == "decrypt":
@@ -71,16 +71,20 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
     return Result([_Literal(spool.get(head)), _Payload.of(spool, upload)])
 
 
-def _lines(job: Job, store: JobStore, spool: Spool) -> Iterator[Piece]:
+def _lines(job: Job, accepted: Accepted, store: JobStore, spool: Spool) -> Iterator[Piece]:
+    if not job.parts and accepted.is_tree:
+        return  # no file was named
     if not job.parts:
         label = bulk.result_label(job.tenant, job.job_id, 0, job.fence)
         yield _Opened.of(spool, label, label)
         return
     for number in range(job.parts):
-        part = store.part(bulk.part_id(job.job_id, number))
+        part = store.part(part_id(job.job_id, number))
         if part.state == "succeeded" or part.error == "items_failed":
             label = bulk.result_label(job.tenant, job.job_id, number, part.fence)
             yield _Opened.of(spool, label, label)
+        elif accepted.is_tree:
+            yield _Literal(_given_up(part, store, spool))
         else:
             yield _Literal(_refused(number * bulk.PART_ITEMS, part))
 
@@ -90,6 +94,17 @@ def _refused(first: int, part: Job) -> bytes:
     error = wire.ErrorCode(code=part.error)
     refused = (wire.ItemResult(index=index, error=error) for index in range(first, first + part.items))
     return b"".join(wire.encode(line) + b"\n" for line in refused)
+
+
+def _given_up(state: Job, store: JobStore, spool: Spool) -> bytes:
+    """The same for files: those that were done before are told as they are."""
+    part = store.accepted(state.job_id)
+    try:
+        log = store.log_of(state.job_id)
+    except UnknownJob:  # it was forged, which is why the part was given up
+        log = Log()
+    found = fanout.lines(part, fanout.entries(part, spool), log, state.error)
+    return b"".join(wire.encode(line) + b"\n" for line in found)
 
 
 @dataclass(frozen=True, slots=True)

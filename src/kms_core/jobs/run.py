@@ -1,22 +1,25 @@
 """Runs one job once: claim, work, finish. Running the same job twice changes nothing the second time."""
 
 import random
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
 from kms_core import audit, metrics
-from kms_core.errors import JobCancelled, JobsUnavailable, KmsError, Unavailable
-from kms_core.jobs import bulk, files, uploads
+from kms_core.errors import JobCancelled, JobsUnavailable, KmsError, PathRefused, Unavailable
+from kms_core.jobs import bulk, fanout, files, permits, uploads
 from kms_core.jobs.blobs import ITEMS, UPLOAD, Label, Spool
+from kms_core.jobs.fanout import Paced
 from kms_core.jobs.lease import Lease
-from kms_core.jobs.model import Accepted, Claim, LeaseLost
-from kms_core.jobs.paths import Roots
+from kms_core.jobs.model import DEAD, Accepted, Claim, Job, LeaseLost
+from kms_core.jobs.places import Places
 from kms_core.jobs.store import JobStore
+from kms_core.jobs.trees import Tree
 from kms_core.service import Kms
+from kms_core.wire import JobState
 
-DEAD: Final = "attempts_exhausted"
 _FIRST_DELAY_S: Final = 1.0
 _LONGEST_DELAY_S: Final = 60.0
 _log = structlog.get_logger(__name__)
@@ -29,7 +32,8 @@ class Shop:
     kms: Kms
     store: JobStore
     spool: Spool
-    roots: Roots
+    places: Places
+    fanout_files: int = 100_000
 
 
 def run_job(job_id: str, shop: Shop, worker: str) -> None:
@@ -54,13 +58,16 @@ def run_job(job_id: str, shop: Shop, worker: str) -> None:
 def _attempt(claim: Claim, shop: Shop) -> None:
     job, store = claim.accepted, shop.store
     try:
-        if len(job.starts) > 1:
-            store.split(claim, bulk.parts(job))
+        if claim.commit is None:  # what is committing has been done
+            permits.check(shop.kms, job.who, permits.of(job))
+        if parts := _parts(claim, shop):
+            store.split(claim, parts)
             return
         with Lease(store, claim) as lease:
             code = _work(lease, shop)
-        store.finish(claim, "failed" if code else "succeeded", code, lease.progress)
-        _log.info("job.finished", job_id=job.job_id, state="failed" if code else "succeeded", code=code)
+        state: JobState = "failed" if code else "succeeded"
+        store.finish(claim, state, code, lease.progress)
+        _log.info("job.finished", job_id=job.job_id, state=state, code=code)
     except LeaseLost:
         _log.warning("job.lease_lost", job_id=job.job_id, fence=claim.fence)
     except JobsUnavailable:
@@ -70,15 +77,40 @@ def _attempt(claim: Claim, shop: Shop) -> None:
     except KmsError as exc:
         _end_badly(claim, shop, exc)
     else:
-        _tidy(job, shop)
+        _tidy(job, shop, None if job.parent else _ended(claim, state, code))
 
 
-def _tidy(job: Accepted, shop: Shop) -> None:
-    """Items are needed no more once the job, or the last of its parts, has ended; nothing is if cancelled."""
-    whole = shop.store.get(job.owner, job.tenant)
+def _parts(claim: Claim, shop: Shop) -> list[Accepted]:
+    """What the job is to be cut into; nothing, if it is small, or a part itself, or names no file."""
+    job = claim.accepted
+    if job.parent or not (job.is_tree or len(job.starts) > 1):
+        return []
+    if not job.is_tree:
+        return bulk.parts(job)
+    with Lease(shop.store, claim) as lease:
+        return fanout.plan(lease, shop.spool, shop.places.files(Tree.parse(job.source)), shop.fanout_files)
+
+
+def _ended(claim: Claim, state: JobState, code: str) -> Job:
+    """What Redis would say now, without asking."""
+    job = claim.accepted
+    return Job(
+        job_id=job.job_id, tenant=job.tenant, kind=job.kind, state=state, error=code, fence=claim.fence
+    )
+
+
+def _tidy(job: Accepted, shop: Shop, whole: Job | None = None) -> None:
+    """Remove what an ended job needs no more: items, half-written targets; all of it if cancelled."""
+    whole = whole or shop.store.get(job.owner, job.tenant)
+    if job.is_tree:
+        if job.parent:
+            fanout.abandon(job, shop.store.part(job.job_id), shop.spool, shop.places, shop.store)
+    elif whole.ended and job.target:
+        with suppress(PathRefused):
+            files.sweep(job.job_id, job.target, whole.fence, shop.places)
     if whole.state == "cancelled":
         shop.spool.delete(job.owner)
-    elif whole.ended and whole.error != DEAD and job.source == ITEMS:  # a dead letter may be retried
+    elif whole.ended and whole.error not in DEAD and job.source == ITEMS:  # a dead letter may be retried
         shop.spool.discard(Label(job.tenant, job.owner, ITEMS))
 
 
@@ -88,19 +120,30 @@ def _work(lease: Lease, shop: Shop) -> str:
     if job.source == ITEMS:
         bulk.run(lease, shop.kms, shop.spool)
         return "items_failed" if lease.failed_items else ""
+    if job.is_tree:
+        if job.parent:
+            fanout.run(lease, shop.kms, shop.store, shop.spool, shop.places)
+        return "items_failed" if lease.failed_items else ""
     if job.source == UPLOAD:
         uploads.run(lease, shop.kms, shop.spool)
         return ""
-    files.run(lease, shop.kms, shop.store, shop.roots)
+    files.run(lease, shop.kms, shop.store, shop.places)
     return ""
 
 
 def _defer(claim: Claim, store: JobStore, exc: Unavailable) -> None:
-    """A peer that is away costs the job time, not an attempt."""
+    """A peer that is away costs the job time, not an attempt; so does its own pace."""
+    if isinstance(exc, Paced):
+        store.defer(claim, exc.retry_after_s, counts=False, away=False)
+        return
     delay = min(_LONGEST_DELAY_S, max(exc.retry_after_s, _FIRST_DELAY_S) * 2.0**claim.deferrals)
     delay *= random.uniform(0.5, 1.0)  # noqa: S311 -- jitter, no secret
-    store.defer(claim, delay, counts=False)
-    _log.warning("job.deferred", job_id=claim.accepted.job_id, code=exc.code, delay_s=round(delay, 1))
+    try:
+        store.defer(claim, delay, counts=False)
+    except LeaseLost:  # or it is committing: then its lease runs out, and whoever claims it next finishes it
+        _log.warning("job.left_to_lease", job_id=claim.accepted.job_id, code=exc.code)
+    else:
+        _log.warning("job.deferred", job_id=claim.accepted.job_id, code=exc.code, delay_s=round(delay, 1))
 
 
 def _end_badly(claim: Claim, shop: Shop, exc: KmsError) -> None:

@@ -2,16 +2,23 @@
 
 Every script gets the job's hash as its first key and its id as its first argument, and answers a list
 whose first element is a word. Shared sets: ``open`` (jobs that have not ended, by when to look next),
-``ended`` (results by expiry), ``dead`` (attempts exhausted), ``tenant:<t>`` (its jobs by age),
+``open:<t>`` and ``spooled:<t>`` (those of a tenant by expiry, and their sizes, for its quotas),
+``ended`` (results by expiry), ``dead`` (dead letters), ``tenant:<t>`` (its jobs by age), ``tenants``,
 ``running:<t>`` (its leases), ``events`` (a stream with one record per transition).
+
+Fields that a script of ours always writes may be missing or junk all the same: others may have Redis.
 """
 
 from typing import Final
 
-_LIBRARY: Final = """
+LIBRARY: Final = """
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
 local job, id = KEYS[1], ARGV[1]
+
+local function number(text)
+  return tonumber(text) or 0
+end
 
 local function event(key, name, state, code)
   local f = redis.call('HMGET', key, 'tenant', 'kind', 'fence', 'attempt', 'parent')
@@ -30,26 +37,47 @@ local function unlease(key, name)
   redis.call('ZREM', 'kms:running:' .. (redis.call('HGET', key, 'tenant') or ''), name)
 end
 
+local function quota(tenant)  -- the open jobs of a tenant by expiry, without their parts
+  return 'kms:open:' .. (tenant or '')
+end
+
+-- What a job was accepted with rests in the spool no more: it counts no longer for its tenant's quota.
+local function unspool(key, name)
+  local spooled = 'kms:spooled:' .. (redis.call('HGET', key, 'tenant') or '')
+  local size = redis.call('HGET', spooled, name)
+  if not size then return end
+  redis.call('HDEL', spooled, name)
+  redis.call('HINCRBY', spooled, 'sum', -number(size))
+end
+
 local function close(key, name, state, code, keep_s)
   redis.call('HSET', key, 'state', state, 'error', code, 'lease_until', 0, 'ended_at', now)
   redis.call('ZREM', 'kms:open', name)
+  redis.call('ZREM', quota(redis.call('HGET', key, 'tenant')), name)
+  local kept = { [''] = true, items_failed = true, attempts_exhausted = true, record_refused = true }
+  if not kept[code] then unspool(key, name) end
   unlease(key, name)
-  local expires = tonumber(redis.call('HGET', key, 'expires_at'))
+  local expires = tonumber(redis.call('HGET', key, 'expires_at')) or now
   redis.call('ZADD', 'kms:ended', expires, name)
   redis.call('EXPIREAT', key, math.floor(expires + keep_s))
   event(key, name, state, code)
 end
 
--- A part that ends counts for the whole; the last one ends it.
+-- A part that ends counts for the whole; the last one ends it. Of a part that was given up, what it had
+-- settled well still counts.
 local function count(parent, state, code, keep_s)
   local whole = 'kms:job:' .. parent
   if redis.call('HGET', whole, 'state') ~= 'running' then return end
-  local f = redis.call('HMGET', job, 'items', 'items_failed', 'bytes')
-  local failed = f[1]
+  local f = redis.call('HMGET', job, 'items', 'items_failed', 'bytes', 'settled')
+  local failed = number(f[1]) - number(f[4])
   if state == 'succeeded' or code == 'items_failed' then failed = f[2] or 0 end
   redis.call('HINCRBY', whole, 'items_done', f[1])
   redis.call('HINCRBY', whole, 'items_failed', failed)
   redis.call('HINCRBY', whole, 'bytes_done', f[3])
+  local all = redis.call('HGETALL', job)
+  for i = 1, #all, 2 do
+    if string.sub(all[i], 1, 6) == 'tally:' then redis.call('HINCRBY', whole, all[i], all[i + 1]) end
+  end
   if redis.call('HINCRBY', whole, 'parts_left', -1) > 0 then return end
   local w = redis.call('HMGET', whole, 'cancel', 'items_failed')
   if w[1] == '1' then close(whole, parent, 'cancelled', 'cancelled', keep_s)
@@ -61,7 +89,9 @@ local function finish(state, code, keep_s)
   close(job, id, state, code, keep_s)
   local parent = redis.call('HGET', job, 'parent')
   if parent then count(parent, state, code, keep_s)
-  elseif code == 'attempts_exhausted' then redis.call('ZADD', 'kms:dead', now, id) end
+  elseif code == 'attempts_exhausted' or code == 'record_refused' then
+    redis.call('ZADD', 'kms:dead', now, id)
+  end
 end
 
 local function stopped_whole(parent)
@@ -78,50 +108,62 @@ end
 """
 
 SUBMIT: Final = (
-    _LIBRARY
+    LIBRARY
     + """
 -- KEYS: job, tenant list, idempotency (optional)
--- ARGV: id, most open jobs, idempotency value, expires_at, created_at, field, value, ...
+-- ARGV: id, most open jobs, idempotency value, expires_at, created_at, tenant, most of the tenant (0: any),
+--   bytes in the spool, most of the tenant (0: any), field, value, ...
 if KEYS[3] then
   local before = redis.call('GET', KEYS[3])
   if before then return {'exists', before} end
 end
 if redis.call('EXISTS', job) == 1 then return {'taken'} end
 if redis.call('ZCARD', 'kms:open') >= tonumber(ARGV[2]) then return {'full'} end
+redis.call('ZREMRANGEBYSCORE', quota(ARGV[6]), 0, now)
+local most = tonumber(ARGV[7])
+if most > 0 and redis.call('ZCARD', quota(ARGV[6])) >= most then return {'quota'} end
+local size, most_bytes, spooled = tonumber(ARGV[8]), tonumber(ARGV[9]), 'kms:spooled:' .. ARGV[6]
+if most_bytes > 0 and size > 0 then
+  if number(redis.call('HGET', spooled, 'sum')) + size > most_bytes then return {'spool'} end
+  redis.call('HSET', spooled, id, size)
+  redis.call('HINCRBY', spooled, 'sum', size)
+end
 if KEYS[3] then redis.call('SET', KEYS[3], ARGV[3], 'EXAT', math.floor(tonumber(ARGV[4]))) end
-redis.call('HSET', job, 'state', 'queued', unpack(ARGV, 6))
-redis.call('ZADD', 'kms:open', ARGV[5], id)
+redis.call('HSET', job, 'state', 'queued', unpack(ARGV, 10))
+redis.call('ZADD', quota(ARGV[6]), ARGV[4], id)
+redis.call('ZADD', 'kms:open', now, id)
 redis.call('ZADD', KEYS[2], ARGV[5], id)
+redis.call('SADD', 'kms:tenants', ARGV[6])
 event(job, id, 'queued', '')
 return {'queued'}
 """
 )
 
 CLAIM: Final = (
-    _LIBRARY
+    LIBRARY
     + """
 -- KEYS: job, busy sign of the worker
 -- ARGV: id, worker, lease_s, max attempts, keep_s, most leases of a tenant
 redis.call('SET', KEYS[2], now, 'EX', 3600)
 local f = redis.call('HMGET', job, 'state', 'lease_until', 'not_before', 'cancel', 'expires_at',
-  'attempt', 'fence', 'sealed', 'commit', 'created_at', 'deferrals', 'tenant', 'parent')
+  'attempt', 'fence', 'sealed', 'commit', 'created_at', 'deferrals', 'tenant', 'parent', 'log')
 local state = f[1]
 if not state then return {'gone'} end
 if state ~= 'queued' and state ~= 'running' and state ~= 'committing' then return {'ended'} end
-if state ~= 'queued' and tonumber(f[2] or 0) > now then return {'leased'} end
-if state == 'queued' and tonumber(f[3] or 0) > now then return {'early'} end
-local fence, attempt = tonumber(f[7] or 0) + 1, tonumber(f[6] or 0)
+if state ~= 'queued' and number(f[2]) > now then return {'leased'} end
+if state == 'queued' and number(f[3]) > now then return {'early'} end
+local fence, attempt = number(f[7]) + 1, number(f[6])
 if state ~= 'committing' then
   local code, final = '', 'failed'
   if f[4] == '1' or stopped_whole(f[13]) then code, final = 'cancelled', 'cancelled'
-  elseif tonumber(f[5]) <= now then code = 'expired'
+  elseif number(f[5]) <= now then code = 'expired'
   elseif attempt >= tonumber(ARGV[4]) then code = 'attempts_exhausted' end
   if code ~= '' then
     redis.call('HSET', job, 'fence', fence)
     finish(final, code, tonumber(ARGV[5]))
     return {'closed', final, code}
   end
-  local leases = 'kms:running:' .. f[12]
+  local leases = 'kms:running:' .. (f[12] or '')
   redis.call('ZREMRANGEBYSCORE', leases, 0, now)
   if redis.call('ZCARD', leases) >= tonumber(ARGV[6]) then
     redis.call('ZADD', 'kms:open', now + 1, id)
@@ -136,16 +178,17 @@ redis.call('ZADD', 'kms:open', lease_until, id)
 lease(lease_until)
 if state ~= 'committing' then event(job, id, 'running', '') end
 return {'claimed', fence, attempt, f[8], state == 'committing' and f[9] or '',
-  tostring(now - tonumber(f[10])), f[11] or 0}
+  tostring(now - number(f[10])), f[11] or 0, f[14] or ''}
 """
 )
 
 RENEW: Final = (
-    _LIBRARY
+    LIBRARY
     + """
 -- KEYS: job, busy sign of the worker   ARGV: id, fence, lease_s, field, value, ...
 local ours, _, cancel = held(ARGV[2])
 if not ours then return {'lost'} end
+if redis.call('HEXISTS', job, 'parts') == 1 then return {'held'} end  -- late: it runs without a lease by now
 local lease_until = now + tonumber(ARGV[3])
 redis.call('SET', KEYS[2], now, 'EX', 3600)
 redis.call('HSET', job, 'lease_until', lease_until, unpack(ARGV, 4))
@@ -155,32 +198,8 @@ return {cancel and 'cancel' or 'held'}
 """
 )
 
-SPLIT: Final = (
-    _LIBRARY
-    + """
--- KEYS: job   ARGV: id, fence, then of each part: id, sealed record, items, bytes
--- The job becomes the whole of its parts: it runs without a lease until the last of them ends.
-local ours, state, cancel = held(ARGV[2])
-if not ours or state ~= 'running' then return {'lost'} end
-if cancel then return {'cancel'} end
-local f = redis.call('HMGET', job, 'tenant', 'kind', 'queue', 'created_at', 'expires_at')
-local parts = 0
-for i = 3, #ARGV, 4 do
-  redis.call('HSET', 'kms:job:' .. ARGV[i], 'state', 'queued', 'sealed', ARGV[i + 1], 'items', ARGV[i + 2],
-    'bytes', ARGV[i + 3], 'tenant', f[1], 'kind', f[2], 'queue', f[3], 'created_at', f[4],
-    'expires_at', f[5], 'parent', id)
-  redis.call('ZADD', 'kms:open', now + 10, ARGV[i])
-  parts = parts + 1
-end
-redis.call('HSET', job, 'parts', parts, 'parts_left', parts, 'lease_until', f[5])
-redis.call('ZADD', 'kms:open', f[5], id)
-unlease(job, id)
-return {'split'}
-"""
-)
-
 COMMITTING: Final = (
-    _LIBRARY
+    LIBRARY
     + """
 -- KEYS: job   ARGV: id, fence, commit record
 -- Said twice (the answer was lost and the client asked again) it is as if said once.
@@ -197,7 +216,7 @@ return {'committing'}
 )
 
 FINISH: Final = (
-    _LIBRARY
+    LIBRARY
     + """
 -- KEYS: job   ARGV: id, fence, state, code, keep_s, field, value, ...
 if not held(ARGV[2]) then return {'lost'} end
@@ -208,15 +227,15 @@ return {'finished'}
 )
 
 DEFER: Final = (
-    _LIBRARY
+    LIBRARY
     + """
--- KEYS: job   ARGV: id, fence, delay_s, 1 if the attempt does not count
+-- KEYS: job   ARGV: id, fence, delay_s, 1 if the attempt does not count, 1 if something was away
 local ours, state = held(ARGV[2])
 if not ours or state ~= 'running' then return {'lost'} end
 local at = now + tonumber(ARGV[3])
 redis.call('HINCRBY', job, 'attempt', -tonumber(ARGV[4]))
-redis.call('HINCRBY', job, 'deferrals', 1)
-redis.call('HSET', job, 'state', 'queued', 'lease_until', 0, 'not_before', at)
+redis.call('HINCRBY', job, 'deferrals', ARGV[5])
+redis.call('HSET', job, 'state', 'queued', 'lease_until', 0, 'not_before', at, 'owed', 1)
 redis.call('ZADD', 'kms:open', at, id)
 unlease(job, id)
 event(job, id, 'queued', 'deferred')
@@ -225,9 +244,10 @@ return {'deferred'}
 )
 
 CANCEL: Final = (
-    _LIBRARY
+    LIBRARY
     + """
--- KEYS: job   ARGV: id, keep_s
+-- KEYS: job   ARGV: id, keep_s, ids of its parts
+-- Parts that wait for their time need wait no longer: whoever looks at them next ends them.
 local state = redis.call('HGET', job, 'state')
 if not state then return {'gone'} end
 if state == 'queued' then
@@ -236,44 +256,84 @@ if state == 'queued' then
   return {'cancelled'}
 end
 if state == 'running' then redis.call('HSET', job, 'cancel', 1) end
+for i = 3, #ARGV do
+  local f = redis.call('HMGET', 'kms:job:' .. ARGV[i], 'state', 'not_before')
+  if f[1] == 'queued' and number(f[2]) > now then
+    redis.call('HSET', 'kms:job:' .. ARGV[i], 'not_before', 0, 'owed', 1)
+    redis.call('ZADD', 'kms:open', now, ARGV[i])
+  end
+end
 return {state}
 """
 )
 
 RETRY: Final = (
-    _LIBRARY
+    LIBRARY
     + """
 -- KEYS: job   ARGV: id, expires_at
 local f = redis.call('HMGET', job, 'state', 'error')
-if f[1] ~= 'failed' or f[2] ~= 'attempts_exhausted' then return {'not dead'} end
+local dead = f[2] == 'attempts_exhausted' or f[2] == 'record_refused'
+if f[1] ~= 'failed' or not dead then return {'not dead'} end
 redis.call('HSET', job, 'state', 'queued', 'error', '', 'attempt', 0, 'not_before', 0, 'expires_at', ARGV[2])
 redis.call('HINCRBY', job, 'fence', 1)
 redis.call('PERSIST', job)
 redis.call('ZREM', 'kms:dead', id)
 redis.call('ZREM', 'kms:ended', id)
 redis.call('ZADD', 'kms:open', now, id)
+redis.call('ZADD', quota(redis.call('HGET', job, 'tenant')), ARGV[2], id)
 event(job, id, 'queued', 'retried')
 return {'queued'}
 """
 )
 
 REAP: Final = (
-    _LIBRARY
+    LIBRARY
     + """
 -- KEYS: job   ARGV: id, seconds until the next look
 -- A job whose lease ran out goes back to the queue; a committing one stays, for any worker to finish.
-local f = redis.call('HMGET', job, 'state', 'lease_until')
+-- The answer is a word and, of a job that may want a message, its queue and priority.
+-- A deferred job has used up its message: it is owed one when its time has come.
+local f = redis.call('HMGET', job, 'state', 'lease_until', 'queue', 'priority')
 if not f[1] then redis.call('ZREM', 'kms:open', id); return {'gone'} end
-if f[1] ~= 'queued' and tonumber(f[2] or 0) > now then
+if f[1] ~= 'queued' and number(f[2]) > now then
   redis.call('ZADD', 'kms:open', f[2], id); return {'leased'}
+end
+if f[1] ~= 'queued' and f[1] ~= 'running' and f[1] ~= 'committing' then  -- ended since it was seen as due
+  redis.call('ZREM', 'kms:open', id); return {f[1]}
 end
 redis.call('ZADD', 'kms:open', now + tonumber(ARGV[2]), id)
 if f[1] == 'running' then
   redis.call('HSET', job, 'state', 'queued', 'lease_until', 0, 'not_before', 0)
   unlease(job, id)
   event(job, id, 'queued', 'lease_lost')
-  return {'requeued'}
+  return {'requeued', f[3], f[4]}
 end
-return {f[1]}
+if f[1] == 'queued' and redis.call('HDEL', job, 'owed') == 1 then return {'due', f[3], f[4]} end
+return {f[1], f[3], f[4]}
 """
+)
+
+PURGED: Final = (
+    LIBRARY
+    + """
+-- KEYS: job   ARGV: id
+local fence = redis.call('HGET', job, 'fence')
+if fence then redis.call('HSET', job, 'purged', 1) end
+unspool(job, id)
+redis.call('ZREM', 'kms:ended', id)
+return {fence or '0'}
+"""
+)
+
+NAMES: Final = (
+    "SUBMIT",
+    "CLAIM",
+    "RENEW",
+    "COMMITTING",
+    "FINISH",
+    "DEFER",
+    "CANCEL",
+    "RETRY",
+    "REAP",
+    "PURGED",
 )

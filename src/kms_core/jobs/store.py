@@ -1,10 +1,11 @@
 """The job store: records in Redis, moved by compare-and-set scripts; knows no queue, disk or key backend."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final, cast
 
+import msgspec
 import redis
+import structlog
 
 from kms_core import metrics
 from kms_core.errors import (
@@ -15,44 +16,37 @@ from kms_core.errors import (
     RateLimited,
     UnknownJob,
 )
-from kms_core.jobs import scripts
-from kms_core.jobs.link import PREFIX, busy_key, job_key, raise_for, reading, redis_errors
-from kms_core.jobs.model import QUEUES, Accepted, Claim, Commit, Fields, Job, Nudge, Rules
+from kms_core.jobs.link import PREFIX, Cursor, busy_key, job_key, raise_for, reading, redis_errors
+from kms_core.jobs.model import (
+    REFUSED,
+    Accepted,
+    Claim,
+    Commit,
+    Fields,
+    Job,
+    Lane,
+    Log,
+    Nudge,
+    Rules,
+    part_id,
+)
 from kms_core.jobs.records import RecordKey
+from kms_core.jobs.upkeep import Upkeep
 
-_WORKER_SEEN_S: Final = 15.0
-_SHED_S: Final = 10.0
+SHED_S: Final = 10.0
 _DEAD_SCAN: Final = 10_000
+_MOST_PARTS: Final = 100_000  # in Redis anything may stand
+_log = structlog.get_logger(__name__)
 
 
-class JobStore:
+class JobStore(Upkeep):
     """Submit, claim, renew, commit, finish: one script each, all safe to repeat."""
 
     def __init__(self, client: redis.Redis, record_key: RecordKey, nudge: Nudge, rules: Rules) -> None:
-        self.redis = client
+        super().__init__(client)
         self.rules = rules
         self.record_key = record_key
         self._nudge = nudge
-        self._run: dict[str, Callable[..., list[bytes]]] = {
-            name: client.register_script(getattr(scripts, name))
-            for name in (
-                "SUBMIT",
-                "CLAIM",
-                "RENEW",
-                "COMMITTING",
-                "FINISH",
-                "DEFER",
-                "CANCEL",
-                "RETRY",
-                "REAP",
-                "SPLIT",
-            )
-        }
-
-    def ping(self) -> None:
-        """Raise JobsUnavailable if Redis does not answer."""
-        with redis_errors():
-            self.redis.ping()
 
     # -- the submitter's side -------------------------------------------------------------------------
 
@@ -67,11 +61,14 @@ class JobStore:
             "tenant": accepted.tenant,
             "kind": accepted.kind,
             "queue": accepted.queue,
+            "priority": accepted.priority,
             "items": accepted.items,
             "bytes": accepted.size_bytes,
             "created_at": accepted.created_at,
             "expires_at": accepted.expires_at,
         }
+        if accepted.is_campaign:
+            fields = {**fields, "campaign": "dry" if accepted.dry_run else "wet"}
         keys = [job_key(accepted.job_id), f"{PREFIX}tenant:{accepted.tenant}"]
         if idempotency:
             keys.append(f"{PREFIX}idem:{self.record_key.digest(idempotency.encode()).hex()}")
@@ -86,6 +83,10 @@ class JobStore:
                     value,
                     accepted.expires_at,
                     accepted.created_at,
+                    accepted.tenant,
+                    self.rules.tenant_open.get(accepted.tenant, 0),
+                    accepted.spooled_bytes,
+                    self.rules.tenant_spool_bytes.get(accepted.tenant, 0),
                     *flat,
                 ],
             )
@@ -97,15 +98,29 @@ class JobStore:
         if word == b"taken":  # said twice: by a client that did not hear the answer, or by a submitter
             return self.get(accepted.job_id, accepted.tenant)
         if word == b"full":
-            raise RateLimited("Too many jobs wait already; submit again later", retry_after_s=_SHED_S)
+            raise RateLimited("Too many jobs wait already; submit again later", retry_after_s=SHED_S)
+        if word in {b"quota", b"spool"}:
+            metrics.RATE_LIMITED.labels(accepted.tenant).inc()
+            what = "as many open jobs" if word == b"quota" else "as much in the spool"
+            raise RateLimited(f"Your tenant has {what} as it may", retry_after_s=SHED_S)
         metrics.JOBS.labels(accepted.kind, "queued").inc()
-        self.nudge(accepted.job_id, accepted.queue)
-        return self.get(accepted.job_id, accepted.tenant)
+        self.nudge(accepted.job_id, accepted.lane)
+        plain = {name: value for name, value in fields.items() if name != "sealed"}
+        return msgspec.convert({**plain, "job_id": accepted.job_id, "state": "queued"}, Job)
 
-    def nudge(self, job_id: str, queue: str) -> None:
+    def spool_room(self, tenant: str) -> int | None:
+        """Bytes that a tenant may still upload, None without a quota. ``submit`` has the last word."""
+        most = self.rules.tenant_spool_bytes.get(tenant)
+        if most is None:
+            return None
+        with redis_errors():
+            used = cast("bytes | None", self.redis.hget(f"{PREFIX}spooled:{tenant}", "sum"))
+        return max(0, most - int(used or 0))
+
+    def nudge(self, job_id: str, lane: Lane) -> None:
         """Tell a worker. Losing this costs seconds: the caretaker nudges again."""
         try:
-            self._nudge(job_id, queue)
+            self._nudge(job_id, *lane)
         except JobsUnavailable:
             metrics.JOB_RESUMES.labels("nudge_failed").inc()
 
@@ -136,53 +151,70 @@ class JobStore:
     def page(
         self, tenant: str, *, state: str | None, limit: int, before: str | None
     ) -> tuple[list[Job], str | None]:
-        """Newest first. The cursor is the rank behind the last one seen."""
-        start = int(before) if before else 0
+        """Newest first. The cursor names the last one seen: what comes or goes meanwhile moves nothing.
+
+        Raises InvalidRequest for a cursor that is not one.
+        """
+        at = Cursor.parse(before) if before else Cursor.newest()
         found: list[Job] = []
-        with redis_errors():
-            while len(found) < limit:
-                ids = cast(
-                    "list[bytes]", self.redis.zrevrange(f"{PREFIX}tenant:{tenant}", start, start + limit - 1)
+        while True:
+            older = self._older(tenant, at, limit)
+            for at in older:
+                job = self._listed(at.job_id, tenant)
+                if job and state in {None, job.state}:
+                    found.append(job)
+                if len(found) == limit:
+                    return found, str(at)
+            if not older:
+                return found, None
+
+    def _older(self, tenant: str, at: Cursor, count: int) -> list[Cursor]:
+        """The next jobs behind a cursor; none only at the end of the list."""
+        start = 0
+        while True:
+            with redis_errors():
+                rows = cast(
+                    "list[tuple[bytes, float]]",
+                    self.redis.zrevrangebyscore(
+                        f"{PREFIX}tenant:{tenant}", at.created_at, "-inf", start, count, withscores=True
+                    ),
                 )
-                for raw_id in ids:
-                    start += 1
-                    job = self._listed(raw_id.decode(), tenant)
-                    if job and state in {None, job.state}:
-                        found.append(job)
-                    if len(found) == limit:
-                        break
-                if len(ids) < limit and len(found) < limit:
-                    return found, None
-        return found, str(start)
+            found = [Cursor(score, raw.decode()) for raw, score in rows]
+            older = [one for one in found if one < at]
+            if older or not rows:
+                return older
+            start += len(rows)
 
     def _listed(self, job_id: str, tenant: str) -> Job | None:
         try:
             return self.get(job_id, tenant)
-        except UnknownJob:  # its record has expired
-            self.redis.zrem(f"{PREFIX}tenant:{tenant}", job_id)
+        except UnknownJob:  # its record has expired: the caretaker takes it out of the list
             return None
 
     def cancel(self, job_id: str, tenant: str) -> Job:
         """Ends a queued job now, a running one at its next item or slab. Raises JobCommitting, UnknownJob."""
-        self.get(job_id, tenant)
+        count = min(self.get(job_id, tenant).parts, _MOST_PARTS)
+        parts = [part_id(job_id, number) for number in range(count)]
         with redis_errors():
-            word = self._run["CANCEL"]([job_key(job_id)], [job_id, self.rules.keep_record_s])[0]
+            word = self._run["CANCEL"]([job_key(job_id)], [job_id, self.rules.keep_record_s, *parts])[0]
         if word == b"committing":
             raise JobCommitting
         job = self.get(job_id, tenant)
         if word == b"cancelled":
             metrics.JOBS.labels(job.kind, "cancelled").inc()
+            if job.fence > 1:  # an attempt that died may have left half a target: a worker tidies
+                self.nudge(job_id, (job.queue, job.priority))
         return job
 
     def retry(self, job_id: str, tenant: str, ttl_s: float) -> Job:
         """Give a dead letter all its attempts again. Raises JobNotDead for any other job, UnknownJob."""
         self.get(job_id, tenant)
         with redis_errors():
-            word = self._run["RETRY"]([job_key(job_id)], [job_id, time.time() + ttl_s])[0]
+            word = self._run["RETRY"]([job_key(job_id)], [job_id, self.now() + ttl_s])[0]
         if word != b"queued":
             raise JobNotDead
         job = self.get(job_id, tenant)
-        self.nudge(job_id, job.queue)
+        self.nudge(job_id, job.lane)
         return job
 
     def dead(self, tenant: str, limit: int) -> list[Job]:
@@ -213,16 +245,30 @@ class JobStore:
             metrics.JOBS.labels("any", rest[0].decode()).inc()
         if word != b"claimed":
             return None
-        fence, attempt, sealed, commit, waited, deferrals = rest
-        return Claim(
-            accepted=self.record_key.open(job_id, sealed),
-            worker=worker,
-            fence=int(fence),
-            attempt=int(attempt),
-            waited_s=float(waited),
-            deferrals=int(deferrals),
-            commit=self.record_key.open_commit(job_id, commit) if commit else None,
-        )
+        fence, attempt, sealed, commit, waited, deferrals, log = rest
+        try:
+            return Claim(
+                accepted=self.record_key.open(job_id, sealed or b""),
+                worker=worker,
+                fence=int(fence),
+                attempt=int(attempt),
+                waited_s=float(waited),
+                deferrals=int(deferrals),
+                commit=self.record_key.open_commit(job_id, commit) if commit else None,
+                log=self.record_key.open_log(job_id, log) if log else Log(),
+            )
+        except UnknownJob:
+            self._refuse(job_id, int(fence))
+            return None
+
+    def _refuse(self, job_id: str, fence: int) -> None:
+        """End a job whose record is not as we wrote it: no attempt would fare better."""
+        _log.error("job.record_refused", job_id=job_id)
+        with redis_errors():
+            self._run["FINISH"](
+                [job_key(job_id)], [job_id, fence, "failed", REFUSED, self.rules.keep_record_s]
+            )
+        metrics.JOBS.labels("any", "failed").inc()
 
     def renew(self, claim: Claim, progress: Fields) -> None:
         """Extend the lease and tell progress. Raises LeaseLost when fenced off, JobCancelled if asked to."""
@@ -247,7 +293,31 @@ class JobStore:
             )[0]
         raise_for(word)
         for part in parts:
-            self.nudge(part.job_id, claim.accepted.queue)
+            self.nudge(part.job_id, claim.accepted.lane)
+
+    def step(self, claim: Claim, log: Log, counts: Fields) -> None:
+        """Note how far a part has come. Raises LeaseLost when fenced off, JobCancelled if asked to stop."""
+        job_id = claim.accepted.job_id
+        flat = [part for pair in counts.items() for part in pair]
+        with redis_errors():
+            word = self._run["STEP"](
+                [job_key(job_id)], [job_id, claim.fence, self.record_key.sign_log(job_id, log), *flat]
+            )[0]
+        raise_for(word)
+
+    def log_of(self, job_id: str) -> Log:
+        """How far a part came. UnknownJob if that was not written by us."""
+        with redis_errors():
+            signed = cast("bytes | None", self.redis.hget(job_key(job_id), "log"))
+        return self.record_key.open_log(job_id, signed) if signed else Log()
+
+    def pace(self, job: Accepted, wanted: int) -> tuple[int, float]:
+        """How many files may be begun now; if none, in how many seconds it may be ``wanted``."""
+        with redis_errors():
+            _, granted, wait_s = self._run["PACE"](
+                [job_key(job.job_id), f"{PREFIX}pace:{job.owner}"], [job.job_id, wanted, job.rate_per_s]
+            )
+        return int(granted), float(wait_s)
 
     def committing(self, claim: Claim, commit: Commit) -> None:
         """From here on any worker may finish the commit, and nobody may cancel."""
@@ -274,90 +344,15 @@ class JobStore:
         if not claim.accepted.parent:
             metrics.JOBS.labels(claim.accepted.kind, state).inc()
 
-    def defer(self, claim: Claim, delay_s: float, *, counts: bool) -> None:
-        """Back to the queue, not before ``delay_s`` seconds; ``counts`` says whether the attempt counts."""
+    def defer(self, claim: Claim, delay_s: float, *, counts: bool, away: bool = True) -> None:
+        """Back to the queue, not before ``delay_s`` seconds; ``counts`` says whether the attempt counts.
+
+        ``away``: something does not answer, and the next delay will be longer.
+        """
         job_id = claim.accepted.job_id
+        given = [job_id, claim.fence, delay_s, int(not counts), int(away)]
         with redis_errors():
-            word = self._run["DEFER"]([job_key(job_id)], [job_id, claim.fence, delay_s, int(not counts)])[0]
+            word = self._run["DEFER"]([job_key(job_id)], given)[0]
         raise_for(word)
 
     # -- looking after ---------------------------------------------------------------------------------
-
-    def due(self, limit: int = 1000) -> list[str]:
-        """Open jobs that should be looked at: leases run out, delays over, messages perhaps lost."""
-        with redis_errors():
-            seconds, micro = self.redis.time()
-            ids = cast(
-                "list[bytes]",
-                self.redis.zrangebyscore(f"{PREFIX}open", 0, seconds + micro / 1e6, start=0, num=limit),
-            )
-        return [raw.decode() for raw in ids]
-
-    def reap(self, job_id: str, next_look_s: float) -> str:
-        """Requeue a job whose lease ran out; the answer is the state found, or ``requeued``."""
-        with redis_errors():
-            word = self._run["REAP"]([job_key(job_id)], [job_id, next_look_s])[0]
-        return word.decode()
-
-    def expired(self, limit: int = 1000) -> list[str]:
-        """Ended jobs whose results are to be deleted."""
-        with redis_errors():
-            ids = cast(
-                "list[bytes]", self.redis.zrangebyscore(f"{PREFIX}ended", 0, time.time(), start=0, num=limit)
-            )
-        return [raw.decode() for raw in ids]
-
-    def purged(self, job_id: str) -> None:
-        """Note that the result is gone; the record itself expires later."""
-        with redis_errors():
-            if self.redis.exists(job_key(job_id)):
-                self.redis.hset(job_key(job_id), "purged", 1)
-            self.redis.zrem(f"{PREFIX}ended", job_id)
-
-    def queue_of(self, job_id: str) -> str:
-        with redis_errors():
-            queue = cast("bytes | None", self.redis.hget(job_key(job_id), "queue"))
-        return queue.decode() if queue and queue.decode() in QUEUES else QUEUES[0]
-
-    def idle_s(self, worker: str) -> float:
-        """Seconds since this worker claimed or renewed anything; infinite if it never did."""
-        with redis_errors():
-            at = cast("bytes | None", self.redis.get(busy_key(worker)))
-        return time.time() - float(at) if at else float("inf")
-
-    def exists(self, job_id: str) -> bool:
-        with redis_errors():
-            return bool(self.redis.exists(job_key(job_id)))
-
-    def lock(self, name: str, owner: str, seconds: float) -> bool:
-        """A short lock for one caretaker at a time; its holder renews it by calling again."""
-        with redis_errors():
-            key = f"{PREFIX}lock:{name}"
-            if self.redis.set(key, owner, nx=True, px=int(seconds * 1000)):
-                return True
-            if self.redis.get(key) == owner.encode():
-                self.redis.pexpire(key, int(seconds * 1000))
-                return True
-        return False
-
-    def worker_seen(self, worker: str) -> None:
-        with redis_errors():
-            self.redis.zadd(f"{PREFIX}workers", {worker: time.time()})
-            self.redis.zremrangebyscore(f"{PREFIX}workers", 0, time.time() - 10 * _WORKER_SEEN_S)
-
-    def workers(self) -> int:
-        with redis_errors():
-            return int(self.redis.zcount(f"{PREFIX}workers", time.time() - _WORKER_SEEN_S, "+inf"))
-
-    def open_counts(self, limit: int = 10_000) -> dict[str, int]:
-        """Open jobs by state (over at most ``limit`` of them)."""
-        counts = {"queued": 0, "running": 0, "committing": 0}
-        with redis_errors():
-            ids = cast("list[bytes]", self.redis.zrange(f"{PREFIX}open", 0, limit - 1))
-            pipeline = self.redis.pipeline(transaction=False)
-            for raw in ids:
-                pipeline.hget(job_key(raw.decode()), "state")
-            for state in pipeline.execute():
-                if state and state.decode() in counts:
-                    counts[state.decode()] += 1
-        return counts

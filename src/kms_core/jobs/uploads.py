@@ -5,11 +5,14 @@ Decrypt: every chunk is authenticated, then the file key is wrapped for the spoo
 Either way a result is ``head.<fence>`` followed by the payload of ``upload``.
 """
 
+from contextlib import ExitStack
 from typing import Final
 
-from kms_core.envelope.slabs import Extent, Pace
+from kms_core.envelope.extents import Extent
+from kms_core.envelope.slabs import Pace
+from kms_core.errors import DecryptFailed, InvalidRequest, NotACiphertext, TooLarge
 from kms_core.jobs.blobs import UPLOAD, Blob, Label, Spool
-from kms_core.jobs.lease import Lease
+from kms_core.jobs.lease import Held, Lease
 from kms_core.service import Kms, Unwrapped
 
 HEAD: Final = "head"
@@ -20,14 +23,19 @@ def run(lease: Lease, kms: Kms, spool: Spool) -> None:
     job = lease.claim.accepted
     source = Label(job.tenant, job.job_id, UPLOAD)
     target = Label(job.tenant, job.job_id, HEAD, lease.claim.fence)
-    with spool.blob(source) as blob:
-        head = {"encrypt": _encrypt, "decrypt": _decrypt, "rewrap": _rewrap}[job.kind](
-            lease, kms, spool, blob
-        )
+    work = {"encrypt": _encrypt, "decrypt": _decrypt, "rewrap": _rewrap}.get(job.kind)
+    if work is None:
+        raise InvalidRequest("An upload cannot be resealed: name a source and a target")
+    with ExitStack() as stack:
+        try:
+            blob = stack.enter_context(spool.blob(source))
+        except (NotACiphertext, DecryptFailed, TooLarge) as exc:
+            kms.refused(job.who, job.kind, job.bound_context, exc)
+        head = work(lease, kms, spool, blob)
         spool.put(target, head + blob.head.nonce)
 
 
-def pace(lease: Lease) -> Pace:
+def pace(lease: Held) -> Pace:
     """Slab by slab: tell progress, stop on loss or cancellation."""
     return Pace(progress=lease.advance, check=lease.check)
 

@@ -29,7 +29,7 @@ from kms_core import __version__, wire
 from kms_core.errors import ConfigurationError
 from kms_core.jobs.model import Job
 from kms_core.settings import Settings
-from kms_core.settings_checks import is_loopback
+from kms_core.settings_remote import is_loopback
 from kms_core.settings_sections import Endpoint as Section
 
 CONTENT_TYPE: Final = "application/cloudevents+json"

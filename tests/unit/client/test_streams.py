@@ -123,3 +123,14 @@ def test_download_gives_up_without_headway(kms: Client, server: ContractServer) 
         kms.download(job_id, io.BytesIO())
 
     assert server.faults.dropped > 90
+
+
+@pytest.mark.parametrize("kind", ["encrypt", "decrypt"])
+def test_upload_names_its_priority_and_callback(kms: Client, server: ContractServer, kind: str) -> None:
+    upload = kms.upload_encrypt if kind == "encrypt" else kms.upload_decrypt
+    upload(io.BytesIO(b"x"), priority="low", callback="ci")
+    upload(io.BytesIO(b"x"), priority=None)
+
+    named, plain = (seen.headers for seen in server.seen)
+    assert (named["x-kms-priority"], named["x-kms-callback"]) == ("low", "ci")
+    assert not {"x-kms-priority", "x-kms-callback"} & plain.keys()

@@ -1,0 +1,80 @@
+"""The Lua scripts of jobs in parts, and of lists that must not grow for ever; see ``scripts``."""
+
+from typing import Final
+
+from kms_core.jobs.scripts import LIBRARY
+
+SPLIT: Final = (
+    LIBRARY
+    + """
+-- KEYS: job   ARGV: id, fence, then of each part: id, sealed record, items, bytes
+-- The job becomes the whole of its parts: it runs without a lease until the last of them ends.
+local ours, state, cancel = held(ARGV[2])
+if not ours or state ~= 'running' then return {'lost'} end
+if redis.call('HEXISTS', job, 'parts') == 1 then return {'split'} end  -- said twice
+if cancel then return {'cancel'} end
+local f = redis.call('HMGET', job, 'tenant', 'kind', 'queue', 'created_at', 'expires_at', 'priority')
+local parts, items, bytes = 0, 0, 0
+for i = 3, #ARGV, 4 do
+  redis.call('HSET', 'kms:job:' .. ARGV[i], 'state', 'queued', 'sealed', ARGV[i + 1], 'items', ARGV[i + 2],
+    'bytes', ARGV[i + 3], 'tenant', f[1], 'kind', f[2], 'queue', f[3], 'created_at', f[4],
+    'expires_at', f[5], 'priority', f[6] or 'normal', 'parent', id)
+  redis.call('ZADD', 'kms:open', now + 10, ARGV[i])
+  parts, items, bytes = parts + 1, items + ARGV[i + 2], bytes + ARGV[i + 3]
+end
+redis.call('HSET', job, 'parts', parts, 'parts_left', parts, 'lease_until', f[5],
+  'items', string.format('%.0f', items), 'bytes', string.format('%.0f', bytes))
+redis.call('ZADD', 'kms:open', f[5], id)
+unlease(job, id)
+return {'split'}
+"""
+)
+
+STEP: Final = (
+    LIBRARY
+    + """
+-- KEYS: job   ARGV: id, fence, log, field, value, ...
+-- How far a part over many files has come. Attempts and deferrals are counted since it last came further.
+local ours, state, cancel = held(ARGV[2])
+if not ours or state ~= 'running' then return {'lost'} end
+if cancel then return {'cancel'} end
+if redis.call('HGET', job, 'log') == ARGV[3] then return {'stepped'} end
+redis.call('HSET', job, 'log', ARGV[3], 'attempt', 1, 'deferrals', 0, unpack(ARGV, 4))
+return {'stepped'}
+"""
+)
+
+PACE: Final = (
+    LIBRARY
+    + """
+-- KEYS: job, the pace of the whole   ARGV: id, files wanted, files a second
+-- Answers how many files may be begun, and else in how many seconds: then they are this job's.
+local granted = number(redis.call('HGET', job, 'granted'))
+if granted > 0 then
+  redis.call('HSET', job, 'granted', 0)
+  return {'go', granted, '0'}
+end
+local begin = math.max(now, number(redis.call('GET', KEYS[2])))
+local following = begin + ARGV[2] / ARGV[3]
+redis.call('SET', KEYS[2], string.format('%.6f', following), 'EX', math.ceil(following - now) + 1)
+if begin <= now then return {'go', ARGV[2], '0'} end
+redis.call('HSET', job, 'granted', ARGV[2])
+return {'wait', 0, tostring(begin - now)}
+"""
+)
+
+TRIM: Final = """
+-- KEYS: a list of jobs, the tenants   ARGV: the rank to begin at, how many to look at, whose list it is
+-- Answers where to go on; 0 means that the end was reached.
+local ids = redis.call('ZRANGE', KEYS[1], ARGV[1], ARGV[1] + ARGV[2] - 1)
+local following = tonumber(ARGV[1])
+for _, name in ipairs(ids) do
+  if redis.call('EXISTS', 'kms:job:' .. name) == 1 then following = following + 1
+  else redis.call('ZREM', KEYS[1], name) end
+end
+if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('SREM', KEYS[2], ARGV[3]) end
+if #ids < tonumber(ARGV[2]) then following = 0 end
+return {following}
+"""
+
+NAMES: Final = ("SPLIT", "STEP", "PACE", "TRIM")
