@@ -19,6 +19,7 @@ from kms_core.errors import (
 from kms_core.jobs import intake
 from kms_core.jobs.build import Core, build_intake
 from kms_core.jobs.intake import Intake
+from kms_core.jobs.survey import survey
 from service import CANARY, Service, b64, core_of
 from submissions import JOB, PLAIN, body, in_s, seal
 
@@ -76,7 +77,7 @@ def test_a_replay_changes_nothing(desk: Intake, core: Core, install: Service, re
         assert desk.accept(message, worker) == job_id
     assert content(install.spool) == before
     assert core.desk.store.get(job_id, "default") == job
-    assert core.desk.store.open_counts()["queued"] == 1
+    assert survey(core.desk.store).jobs["queued"] == 1
 
 
 def test_a_message_sealed_anew_is_a_replay_too(desk: Intake, core: Core, recipient: str) -> None:
@@ -84,7 +85,7 @@ def test_a_message_sealed_anew_is_a_replay_too(desk: Intake, core: Core, recipie
     again = asked | {"expires_at": in_s(900), "job": JOB | {"context": {"a": "1", "b": "2"}}}
 
     assert desk.accept(seal(recipient, asked), "worker/1") == desk.accept(seal(recipient, again), "worker/2")
-    assert core.desk.store.open_counts()["queued"] == 1
+    assert survey(core.desk.store).jobs["queued"] == 1
 
 
 OTHERS: Final = {
@@ -161,7 +162,7 @@ def test_many_workers_at_once_make_one_whole_job(install: Service, recipient: st
 
     assert job_id in outcomes
     assert set(outcomes) <= {job_id, "again"}
-    assert core_of(install).desk.store.open_counts()["queued"] == 1
+    assert survey(core_of(install).desk.store).jobs["queued"] == 1
     assert core_of(install).desk.store.accepted(job_id).items == len(PLAIN)
 
 

@@ -126,6 +126,17 @@ def test_a_store_that_cannot_copy_parts_is_sent_them(watched: Bench, way: Way, a
     assert watched.nothing_left()
 
 
+def test_a_listing_names_objects_and_no_folders(either: Bench) -> None:
+    bucket = either.bucket
+    for key, data in (("in/a", b"1"), ("in/deep/b", b"22"), ("in/deep/", b""), ("in-2/c", b"3")):
+        bucket.put(key, data)
+
+    assert list(either.core.shop.places.buckets.listing(bucket.url("in/"))) == [
+        (bucket.url("in/a"), 1),
+        (bucket.url("in/deep/b"), 2),
+    ]
+
+
 # -- refusals ------------------------------------------------------------------------------------------------
 
 

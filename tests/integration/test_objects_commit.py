@@ -244,6 +244,23 @@ def test_store_that_is_away_at_the_commit_holds_it_up_and_no_more(watched: Bench
     assert watched.nothing_left()
 
 
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_another_write_under_way_holds_the_commit_up_and_no_more(watched: Bench, way: Way, size: int) -> None:
+    """S3 answers 409 then, and nothing may be there in the end."""
+    data, bucket = os.urandom(size), watched.bucket
+    job_id = watched.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
+    way.meddle = lambda seen: 409 if "if-none-match" in seen.headers else None
+    watched.run(job_id)
+    assert watched.now(job_id).state == "committing"
+    way.meddle = lambda _: None
+
+    job = watched.taken_up(job_id)
+
+    assert job.state == "succeeded"
+    assert watched.by_age(bucket.get("out/x")) == data
+    assert watched.nothing_left()
+
+
 def test_cancelled_job_leaves_nothing(watched: Bench, way: Way) -> None:
     bucket = watched.bucket
     job_id = watched.submit("reseal", _sealed(watched), bucket.url("out/x"))

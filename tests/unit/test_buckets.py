@@ -145,6 +145,23 @@ def test_http_is_for_loopback_and_for_dev(tmp_path: Path, environment: str, host
         built(tmp_path, section, environment)
 
 
+def test_two_buckets_of_one_store_and_key_are_on_one_line(tmp_path: Path) -> None:
+    section = KEY + 'read = [""]\nendpoint = "{{}}"\n'
+    first = section.replace("{{}}", "https://a.example.com/s3")
+    jobs = built(tmp_path, f"{first}[kms.jobs.buckets.same]\n{first}")
+    lines = {id(jobs.reading(f"s3://{name}/k")[0].line) for name in ("bkt", "same")}
+    other = built(tmp_path, first + "[kms.jobs.buckets.other]\n" + first.replace("AKID", "AKID2"))
+
+    assert len(lines) == 1
+    assert len({id(other.reading(f"s3://{name}/k")[0].line) for name in ("bkt", "other")}) == 2
+
+
+def test_without_a_key_it_is_that_of_the_surroundings(tmp_path: Path) -> None:
+    jobs = built(tmp_path, 'read = [""]\n')
+
+    assert jobs.reading("s3://bkt/k")[0].line.place.endpoint == "https://s3.us-east-1.amazonaws.com"
+
+
 def test_nothing_is_allowed_unless_it_is_listed(tmp_path: Path) -> None:
     jobs = built(tmp_path, KEY)
 

@@ -2,13 +2,17 @@
 
 import http.client
 import os
+import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
+from hooks import Authority, make_authority
 from kms_core.errors import PathRefused, Unavailable
 from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, Part, Run
 from kms_core.s3.line import TRIES, Ask, Line, Place
@@ -21,7 +25,7 @@ ERROR = b'<?xml version="1.0"?>\n<Error><Code>%s</Code><Message>about secret-key
 class Script:
     """A server that gives these replies, the last of them for ever; None hangs up instead."""
 
-    def __init__(self, replies: list[Reply]) -> None:
+    def __init__(self, replies: list[Reply], authority: Authority | None = None) -> None:
         self.replies = replies
         self.asked: list[tuple[str, str, dict[str, str], bytes]] = []
         self.connections: set[int] = set()
@@ -53,6 +57,12 @@ class Script:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
+        if authority:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(authority.chain)
+            self.server.socket = context.wrap_socket(
+                self.server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
         self.line = Line(
@@ -251,3 +261,54 @@ def test_an_endless_answer_is_cut(script: Script) -> None:
 
     with pytest.raises(Unavailable):
         script.line.ask(Ask("GET", "/b/k"))
+
+
+def test_a_connection_that_ended_while_it_was_kept_is_not_used(script: Script) -> None:
+    script.replies = [(200, {"Connection": "keep-alive"}, b"")]
+    script.line.ask(Ask("POST", "/b/k"))
+    (kept,) = script.line._idle  # noqa: SLF001 -- what the store does to it cannot be timed
+    kept.sock.shutdown(socket.SHUT_RDWR)
+    script.line.ask(Ask("POST", "/b/k"))
+
+    assert len(script.asked) == 2
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_tls_is_for_a_name_under_an_authority_that_is_trusted(tmp_path: Path, *, trusted: bool) -> None:
+    authority = make_authority(tmp_path)
+    trust = ssl.create_default_context(cafile=authority.ca_file if trusted else None)
+    script = Script([(200, {}, b"fine")], authority)
+    try:
+        for host, known in (("localhost", trusted), ("127.0.0.1", False)):
+            url = f"https://{host}:{script.server.server_address[1]}"
+            with closing(Line(Place(url, "r", _credentials, trust, 5.0), first_wait_s=0.001)) as line:
+                if known:
+                    assert line.ask(Ask("GET", "/b/k")).body == b"fine"
+                else:
+                    with pytest.raises(Unavailable, match="SSLCertVerificationError"):
+                        line.ask(Ask("GET", "/b/k"))
+    finally:
+        script.close()
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"ETag": '"e"', "Content-Length": "many"}], ids=["no-etag", "no-size"]
+)
+def test_an_object_without_size_or_tag_is_none_to_work_on(script: Script, headers: dict[str, str]) -> None:
+    script.replies = [(200, headers, b"")]
+
+    with pytest.raises(PathRefused):
+        script.bucket.head("k")
+
+
+def test_an_upload_without_an_id_is_none(script: Script) -> None:
+    with pytest.raises(PathRefused):
+        script.bucket.begin("k", "job")
+
+
+@pytest.mark.parametrize("status", [204, 404])
+def test_an_upload_that_is_gone_is_aborted_already(script: Script, status: int) -> None:
+    script.replies = [(status, {}, b"")]
+
+    script.bucket.abort("k", "u")
+    assert script.asked[0][:2] == ("DELETE", "/b/k?uploadId=u")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
-from kms_core.envelope.extents import Extent, Onto, Reader
+from kms_core.envelope.extents import Extent, Onto, Reader, changed
 from kms_core.envelope.slabs import Pace, copy_run
 from kms_core.errors import KmsError
 from kms_core.jobs.model import Commit
@@ -63,7 +63,7 @@ class RootedPending:
             step = min(_COPY_BYTES, reader.size - done)
             copied = os.copy_file_range(reader.fd, self.file.fd, step, reader.offset + done, at + done)
             if not copied:
-                break
+                raise changed()
             done += copied
             pace.after(copied)
 

@@ -137,19 +137,6 @@ class Upkeep:
         with redis_errors():
             return int(self.redis.zcount(f"{PREFIX}workers", self.now() - _WORKER_SEEN_S, "+inf"))
 
-    def open_counts(self, limit: int = 10_000) -> dict[str, int]:
-        """Open jobs by state (over at most ``limit`` of them)."""
-        counts = {"queued": 0, "running": 0, "committing": 0}
-        with redis_errors():
-            ids = cast("list[bytes]", self.redis.zrange(f"{PREFIX}open", 0, limit - 1))
-            pipeline = self.redis.pipeline(transaction=False)
-            for raw in ids:
-                pipeline.hget(job_key(raw.decode()), "state")
-            for state in pipeline.execute():
-                if state and state.decode() in counts:
-                    counts[state.decode()] += 1
-        return counts
-
 
 def _lane(found: Sequence[bytes | None]) -> Lane:
     """Queue and priority as a record has them; what is not one of ours counts as the first, and normal."""
