@@ -81,7 +81,7 @@ def test_every_command_has_help(line: list[str], capsys: pytest.CaptureFixture[s
 
 
 def test_every_hint_is_for_a_code_that_exists() -> None:
-    ends_of_jobs = {"items_failed", "attempts_exhausted", "unexpected_answer"}
+    ends_of_jobs = {"items_failed", "unexpected_answer", *DEAD}
 
     assert words.HINTS.keys() <= by_code().keys() | ends_of_jobs
 
