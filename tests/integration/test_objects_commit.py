@@ -2,15 +2,16 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from kms_core.errors import JobsUnavailable, PathRefused
-from kms_core.jobs.run import run_job
+from kms_core.jobs.run import Shop, run_job
 from kms_core.wire import JobKind
 from objectbench import Bench
 from objectstores import Seen, Way
-from stores import forge, lapse
+from stores import SHORT, forge, lapse, store_of
 from stumbling import MOMENTS, Killed, interrupted, stumbling
 
 MiB = 1024 * 1024
@@ -183,6 +184,11 @@ def test_parts_that_were_exchanged_before_the_finish_are_not_put_in_place(bench:
     assert bench.nothing_left()
 
 
+def impatient(bench: Bench) -> Shop:
+    """A worker with short leases."""
+    return replace(bench.core.shop, store=store_of(bench.core, SHORT, []))
+
+
 def cancelled(bench: Bench, job_id: str) -> None:
     bench.core.shop.store.reap(job_id, 0)
     bench.core.shop.store.cancel(job_id, "default")
@@ -233,7 +239,7 @@ def test_store_that_is_away_at_the_commit_holds_it_up_and_no_more(watched: Bench
     data, bucket = os.urandom(LARGE), watched.bucket
     job_id = watched.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
     way.meddle = lambda seen: 503 if seen.name == "CompleteMultipartUpload" else None
-    run_job(job_id, interrupted(watched.core, "nothing", lambda: None, after=True), "w1")
+    run_job(job_id, impatient(watched), "w1")
     assert watched.now(job_id).state == "committing"
     way.meddle = lambda _: None
 
@@ -250,7 +256,7 @@ def test_another_write_under_way_holds_the_commit_up_and_no_more(watched: Bench,
     data, bucket = os.urandom(size), watched.bucket
     job_id = watched.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
     way.meddle = lambda seen: 409 if "if-none-match" in seen.headers else None
-    watched.run(job_id)
+    run_job(job_id, impatient(watched), "w1")
     assert watched.now(job_id).state == "committing"
     way.meddle = lambda _: None
 
