@@ -5,16 +5,15 @@ does the format.
 """
 
 import os
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal, NoReturn
 
-from kms_core import audit, metrics
-from kms_core.audit import Audit, Record
+from kms_core import metrics
+from kms_core.audit import Audit
 from kms_core.backends import Health, Unreachable
+from kms_core.calls import Call, Calls
 from kms_core.context import Context
 from kms_core.envelope import binding, header, sealing, slabs, stream
 from kms_core.envelope.binding import Bound, KeyRef
@@ -106,13 +105,14 @@ class Kms:
         self.tally = tally or Tally()
         self.policy = policy
         self.trail = trail
+        self._calls = Calls(trail, self.tally)
         self._rules = rules
 
     def encrypt(
         self, who: Principal, plaintext: bytes, context: Context, *, key_id: str | None = None
     ) -> Sealed:
         """Seal bytes in memory. Raises ContextRequired, UnknownKey, Forbidden, BackendUnavailable."""
-        with self._recorded("encrypt", who, context, key_id, bytes_in=len(plaintext)) as call:
+        with self._calls.recorded("encrypt", who, context, key_id, bytes_in=len(plaintext)) as call:
             key, ref = self._for_sealing(call)
             ciphertext = sealing.seal(plaintext, key.backend, ref, context, key.wraps(who.tenant))
             call.record.bytes_out = len(ciphertext)
@@ -122,7 +122,7 @@ class Kms:
         self, who: Principal, ciphertext: bytes, context: Context, *, key_id: str | None = None
     ) -> Opened:
         """Open bytes in memory. Raises NotACiphertext, UnknownKey, Refused, DecryptFailed."""
-        with self._recorded("decrypt", who, context, key_id, bytes_in=len(ciphertext)) as call:
+        with self._calls.recorded("decrypt", who, context, key_id, bytes_in=len(ciphertext)) as call:
             head = header.parse(ciphertext, self._rules.limits)
             found = self._unwrap(call, head)
             plaintext = sealing.open_(ciphertext, head, found.file_key)
@@ -133,7 +133,7 @@ class Kms:
         self, who: Principal, size_bytes: int, context: Context, *, key_id: str | None = None
     ) -> DataKey:
         """Random bytes, in clear and sealed. Raises DataKeysUnsupported where settings refuse them."""
-        with self._recorded("generate_data_key", who, context, key_id) as call:
+        with self._calls.recorded("generate_data_key", who, context, key_id) as call:
             key, ref = self._for_sealing(call)
             if not key.backend.data_keys:
                 raise DataKeysUnsupported
@@ -152,7 +152,7 @@ class Kms:
         key_id: str | None = None,
     ) -> Sealed:
         """A new header around the same payload; ``new_context=None`` keeps the old (see ``rewrap_file``)."""
-        with self._recorded("rewrap", who, context, None, bytes_in=len(ciphertext)) as call:
+        with self._calls.recorded("rewrap", who, context, None, bytes_in=len(ciphertext)) as call:
             head = header.parse(ciphertext, self._rules.limits)
             rewrapped = self._rewrapped(call, head, new_context, key_id)
             return Sealed(rewrapped.ciphertext + ciphertext[head.size :], rewrapped.key)
@@ -167,7 +167,7 @@ class Kms:
         key_id: str | None = None,
     ) -> Sealed:
         """The plaintext under a new file key, in memory (see ``reseal_file``)."""
-        with self._recorded("reseal", who, context, None, bytes_in=len(ciphertext)) as call:
+        with self._calls.recorded("reseal", who, context, None, bytes_in=len(ciphertext)) as call:
             head = header.parse(ciphertext, self._rules.limits)
             call.key_id = None if binding.read(head) else key_id
             opening, closing = self._rewrapping(call, head, new_context, key_id)
@@ -194,7 +194,7 @@ class Kms:
 
         Raises what ``encrypt`` raises, and InvalidRequest if the source changes meanwhile, SpoolFull.
         """
-        with self._recorded("encrypt", who, context, key_id, bytes_in=source.size) as call:
+        with self._calls.recorded("encrypt", who, context, key_id, bytes_in=source.size) as call:
             key, ref = self._for_sealing(call)
             padded = source.size >= sealing.PAD_FROM_BYTES
             others = key.wraps(who.tenant)
@@ -221,7 +221,7 @@ class Kms:
         The target holds the truth only once this has returned: give it a name then. Raises what ``decrypt``
         raises, SpoolFull, and what ``pace.check`` raises.
         """
-        with self._recorded("decrypt", who, context, key_id, bytes_in=source.size) as call:
+        with self._calls.recorded("decrypt", who, context, key_id, bytes_in=source.size) as call:
             head = header.read_by(source.read_at, header.FILE_LIMITS)
             found = self._unwrap(call, head)
             payload = source.tail(head.payload_offset)
@@ -249,7 +249,7 @@ class Kms:
         the key that opens it, too. The target as in ``decrypt_file``; raises what ``decrypt`` and ``encrypt``
         raise, SpoolFull, and what ``pace.check`` raises.
         """
-        with self._recorded("reseal", who, context, None, bytes_in=source.size) as call:
+        with self._calls.recorded("reseal", who, context, None, bytes_in=source.size) as call:
             head = header.read_by(source.read_at, header.FILE_LIMITS)
             call.key_id = None if binding.read(head) else key_id
             opening, closing = self._rewrapping(call, head, new_context, key_id)
@@ -276,7 +276,7 @@ class Kms:
         key_id: str | None = None,
     ) -> bytes:
         """A header for a payload that the spool already sealed: one AEAD pass for an upload, not three."""
-        with self._recorded("encrypt", who, context, key_id, bytes_in=size_bytes) as call:
+        with self._calls.recorded("encrypt", who, context, key_id, bytes_in=size_bytes) as call:
             key, ref = self._for_sealing(call)
             padded = size_bytes >= sealing.PAD_FROM_BYTES
             return sealing.write_header(
@@ -304,7 +304,7 @@ class Kms:
         Needs decrypt under the old key and encrypt under the new. It revokes nobody: who had the file key
         still has it. A foreign file is refused: its payload was never bound to an origin.
         """
-        with self._recorded("rewrap", who, context, None, bytes_in=size_bytes) as call:
+        with self._calls.recorded("rewrap", who, context, None, bytes_in=size_bytes) as call:
             return self._rewrapped(call, head, new_context, key_id)
 
     def standing(self, who: Principal, head: Header, key_id: str | None) -> Standing | None:
@@ -325,7 +325,7 @@ class Kms:
 
     def refused(self, who: Principal, operation: str, context: Context, error: KmsError) -> NoReturn:
         """Record, and raise, what was refused before a key was known: a file whose header cannot be read."""
-        with self._recorded(operation, who, context, None):
+        with self._calls.recorded(operation, who, context, None):
             raise error
 
     # -- keys and health ----------------------------------------------------------------------------
@@ -336,7 +336,7 @@ class Kms:
         Rotation protects what is sealed from now on: rewrap moves old files, and neither revokes a reader.
         Raises UnknownKey, Forbidden, BackendUnavailable.
         """
-        with self._recorded("rotate", who, Context(), key_id) as call:
+        with self._calls.recorded("rotate", who, Context(), key_id) as call:
             key = self._key(call, key_id)
             for backend in key.sealing:
                 backend.rotate()
@@ -377,9 +377,7 @@ class Kms:
 
     # -- inside -------------------------------------------------------------------------------------
 
-    def _rewrapped(
-        self, call: "_Call", head: Header, new_context: Context | None, key_id: str | None
-    ) -> Sealed:
+    def _rewrapped(self, call: Call, head: Header, new_context: Context | None, key_id: str | None) -> Sealed:
         opening, closing = self._rewrapping(call, head, new_context, key_id)
         found = self._unwrap(call, head, opening)
         if found.origin == "foreign":
@@ -399,7 +397,7 @@ class Kms:
         return Sealed(rendered, ref)
 
     def _moving(
-        self, call: "_Call", found: Unwrapped, new_context: Context | None, key_id: str | None, closing: str
+        self, call: Call, found: Unwrapped, new_context: Context | None, key_id: str | None, closing: str
     ) -> tuple[Key, KeyRef]:
         """Where an opened file goes: its new context and key, by default those it had."""
         if new_context is not None:
@@ -409,7 +407,7 @@ class Kms:
         return self._for_sealing(call, closing)
 
     def _rewrapping(
-        self, call: "_Call", head: Header, new_context: Context | None, key_id: str | None
+        self, call: Call, head: Header, new_context: Context | None, key_id: str | None
     ) -> tuple[str, str]:
         """What it takes: the operation alone where key id and context stay: nobody can open more then."""
         bound = binding.read(head)
@@ -419,7 +417,7 @@ class Kms:
             return itself, itself
         return "decrypt", "encrypt"
 
-    def _for_sealing(self, call: "_Call", operation: str | None = None) -> tuple[Key, KeyRef]:
+    def _for_sealing(self, call: Call, operation: str | None = None) -> tuple[Key, KeyRef]:
         if self._rules.require_context and not call.context:
             raise ContextRequired
         call.context.not_after()
@@ -428,7 +426,7 @@ class Kms:
         call.names(ref)
         return key, ref
 
-    def _unwrap(self, call: "_Call", head: Header, operation: str | None = None) -> Unwrapped:
+    def _unwrap(self, call: Call, head: Header, operation: str | None = None) -> Unwrapped:
         """Key choice by the name in the file, then policy, and only then any unwrap."""
         bound = binding.read(head)
         version, origin = (bound.key_version, "service") if bound else ("", "foreign")
@@ -445,7 +443,7 @@ class Kms:
         return Unwrapped(file_key, head.nonce, ref, "service")
 
     @staticmethod
-    def _unwrap_foreign(call: "_Call", head: Header, key: Key) -> Unwrapped:
+    def _unwrap_foreign(call: Call, head: Header, key: Key) -> Unwrapped:
         if not key.accept_foreign:
             raise ForeignRefused
         if call.context:  # given, and the file binds none
@@ -459,7 +457,7 @@ class Kms:
 
     def _key(
         self,
-        call: "_Call",
+        call: Call,
         key_id: str | None,
         operation: str | None = None,
         file: tuple[str, str] = ("", ""),
@@ -474,38 +472,6 @@ class Kms:
             call.names(KeyRef(call.who.tenant, named, version, key.backend.name), origin)
         self.policy.require(call.who, operation or call.record.operation, named, call.context)
         return self.keyring.named(named)
-
-    @contextmanager
-    def _recorded(
-        self, operation: str, who: Principal, context: Context, key_id: str | None, *, bytes_in: int = 0
-    ) -> Iterator["_Call"]:
-        """One audit record and one count per operation, whatever its end; appended before the result."""
-        call = _Call(operation, who, context, key_id, bytes_in=bytes_in)
-        call.record.context = self.trail.conceal(who.tenant, context)
-        try:
-            yield call
-        except KmsError as exc:
-            self._append(call, exc.code)
-            raise
-        except BaseException:
-            self._append(call, KmsError.code)
-            raise
-        self._append(call, "ok")
-
-    def _append(self, call: "_Call", result: str) -> None:
-        record = call.record
-        seconds = time.perf_counter() - call.started
-        record.result, record.duration_us = result, round(seconds * 1e6)
-        try:
-            self.trail.append(record)
-        except KmsError:
-            metrics.AUDIT_EVENTS.labels("failed").inc()
-            metrics.count_operation(record, "audit_unavailable", seconds)
-            self.tally.note(record, "audit_unavailable")
-            raise
-        metrics.AUDIT_EVENTS.labels("ok").inc()
-        metrics.count_operation(record, result, seconds)
-        self.tally.note(record, result)
 
 
 def _file_key_of(
@@ -542,30 +508,3 @@ class BoundKms:
 
     def health_check(self) -> bool:
         return self.kms.health_check().healthy
-
-
-class _Call:
-    """The operation under way: who asked for what, its record, and when it began."""
-
-    __slots__ = ("context", "key_id", "record", "started", "who")
-
-    def __init__(
-        self, operation: str, who: Principal, context: Context, key_id: str | None, *, bytes_in: int
-    ) -> None:
-        self.started = time.perf_counter()
-        self.who, self.context, self.key_id = who, context, key_id
-        self.record = Record(
-            operation=operation,
-            principal=who.name,
-            tenant=who.tenant,
-            credential=who.credential,
-            request_id=audit.request_id.get(),
-            job_id=audit.job_id.get(),
-            source=audit.source.get(),
-            bytes_in=bytes_in,
-        )
-
-    def names(self, key: KeyRef, origin: str = "") -> None:
-        """Note the key, as soon as it is known, so that refusals name it too."""
-        self.record.key_id, self.record.key_version = key.key_id, key.version
-        self.record.backend, self.record.origin = key.backend, origin

@@ -13,6 +13,7 @@ from cli.contract_server import ContractServer
 from kms_cli import words
 from kms_cli.main import COMMANDS, JOB_COMMANDS, group
 from kms_client.problems import by_code
+from kms_core.jobs.model import DEAD
 
 KMS = str(BIN / "kms")
 WAIT_S = 20.0
