@@ -38,9 +38,11 @@ def test_each_alert_fires_when_it_should_and_is_silent_when_it_should_not() -> N
 
 
 def test_no_alert_is_without_both_cases() -> None:
-    tests = yaml.safe_load((MONITORING / "rules/tests/alerts_test.yml").read_text())["tests"]
     cases = [
-        (case["alertname"], bool(case["exp_alerts"])) for test in tests for case in test["alert_rule_test"]
+        (case["alertname"], bool(case["exp_alerts"]))
+        for path in (MONITORING / "rules/tests").glob("*.yml")
+        for test in yaml.safe_load(path.read_text())["tests"]
+        for case in test["alert_rule_test"]
     ]
 
     assert sorted(cases) == sorted((rule["alert"], fires) for rule in ALERTS for fires in (True, False))
