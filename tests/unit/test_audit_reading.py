@@ -114,6 +114,9 @@ def test_filters(place: Place, wanted: Wanted, expected: list[str]) -> None:
     trail.append(record(2, operation="decrypt", result="decrypt_failed"))
     trail.append(record(3, tenant="umbrella", context={"row": "8"}))
     trail.append(record(4, operation="decrypt", result="forbidden"))
+    trail.append(
+        record(5, tenant="intent", result="")
+    )  # what is about to happen has neither come off nor failed
 
     assert names(place, wanted) == expected
     assert [event.principal for event in reading.newest(place.folder, wanted, 10)] == expected

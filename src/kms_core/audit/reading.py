@@ -84,7 +84,7 @@ class Wanted:
         if (
             self.result
             and event.result != self.result
-            and not (self.result == _NOT_OK and event.result != "ok")
+            and not (self.result == _NOT_OK and event.result not in {"", "ok"})
         ):
             return False
         if any(event.context.get(name) != value for name, value in self.context):
