@@ -8,10 +8,8 @@ sent by wrk over as many connections as there are callers.
 
 import functools
 import json
-import statistics
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +22,9 @@ from uuid import uuid4
 from benchmarks import http_load, report
 from benchmarks.children import PYTHON, ROOT, environ
 from benchmarks.http_load import Shot
-from benchmarks.measure import Contender, Reading, Series, in_turn
-from benchmarks.report import Scale
+from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.running import free_port, stopped
+from benchmarks.wrapping import AAD, COLUMNS, SECRET, TITLE, cells, wraps
 
 from kms_core.backends.cosmian import CosmianCipher
 from kms_core.backends.cosmian_keys import CosmianKey
@@ -34,16 +32,11 @@ from kms_core.backends.cosmian_server import LANES, Cosmian, Protocol
 from kms_core.backends.http import Answer, Server
 
 CALLERS: Final = (1, 16, 64)
-SECRET: Final = bytes(16)
-AAD: Final = bytes(200)
 ALONE: Final = 1_000
 """Lanes of a server whose calls never have to wait for company: a message for each."""
 
 _START_S: Final = 30.0
 _TIMEOUT_S: Final = 30.0
-_RATE: Final = Scale(key="rate", digits=0, more_is_better=True)
-_P50: Final = Scale(key="p50_s", factor=1e3)
-_P99: Final = Scale(key="p99_s", factor=1e3, digits=1)
 
 
 class Listening(Cosmian):
@@ -93,18 +86,8 @@ def _table(url: str, options: report.Options) -> str:
             own,
         ]
         found = in_turn(contenders, options.plan, budget.share())
-        rows += [[str(callers), *_cells(series, found[-1])] for series in found]
-    names = ["callers", "", "wraps/s", "spread", "p50 ms", "over the server's", "p99 ms", "our µs"]
-    return report.grid("Wrap a file key: 16 bytes under 200 bytes of AAD", [*names, "runs (dropped)"], rows)
-
-
-def _cells(series: Series, own: Series) -> list[str]:
-    p50, least, used = series.median("p50_s"), own.median("p50_s"), series.median("cpu_s")
-    added = f"{(p50 - least) * 1e3:+.2f}" if p50 and least and series is not own else ""
-    ours = f"{used * 1e6:.0f}" if used else ""
-    rate, latencies = [_RATE.median(series), _RATE.spread(series)], [_P50.median(series), added]
-    runs = series.failure or f"{len(series.readings)} ({series.dropped})"
-    return [series.name, *rate, *latencies, _P99.median(series), ours, runs]
+        rows += [[str(callers), *cells(series, found[-1])] for series in found]
+    return report.grid(TITLE, COLUMNS, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,28 +104,7 @@ class Work:
         return Listening(server, None, protocol, lanes=lanes)
 
     def by(self, server: Cosmian) -> Callable[[], Reading]:
-        """A rate, latencies, and the processor time of one wrap on our side."""
-        cipher = CosmianCipher(_made(CosmianKey(server, self.name)))
-
-        def caller(ends: float, times: list[float]) -> None:
-            while (before := time.perf_counter()) < ends:
-                cipher.encrypt(SECRET, "1", AAD)
-                times.append(time.perf_counter() - before)
-
-        def batch() -> Reading:
-            times: list[float] = []
-            used, begun = time.process_time(), time.perf_counter()
-            ends = begun + self.seconds
-            threads = [threading.Thread(target=caller, args=(ends, times)) for _ in range(self.callers)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            spent, used = time.perf_counter() - begun, time.process_time() - used
-            cut, count = statistics.quantiles(times, n=100), len(times)
-            return {"rate": count / spent, "p50_s": cut[49], "p99_s": cut[98], "cpu_s": used / count}
-
-        return batch
+        return wraps(CosmianCipher(_made(CosmianKey(server, self.name))), "1", self.callers, self.seconds)
 
     def shot(self) -> Shot:
         """The request of one wrap."""
