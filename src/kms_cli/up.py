@@ -77,7 +77,7 @@ def run(
     with ExitStack() as stack:
         run_dir = _make_directories(settings.state_dir)
         stack.enter_context(valkey.locked(run_dir / "lock", f"kms up already runs with {settings.state_dir}"))
-        _check_ports(settings)
+        _check_ports(settings, options.monitoring)
         if settings.environment == "dev":
             make_dev_keys(settings)
         servers = _embedded_redis(options, settings, env, stack)
@@ -145,9 +145,12 @@ def _make_directories(state_dir: Path) -> Path:
     return private.directory(state_dir / "run")
 
 
-def _check_ports(settings: Settings) -> None:
+def _check_ports(settings: Settings, monitoring: bool) -> None:
     bind, port = settings.kms.bind, settings.kms.port
-    for number, use in ((port, "the API"), (port + 1, "the worker's metrics")):
+    uses = [(port, "the API"), (port + 1, "the worker's metrics")]
+    if monitoring:
+        uses.append((prometheus.port_of(settings), "Prometheus"))
+    for number, use in uses:
         family = socket.AF_INET6 if ":" in bind else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

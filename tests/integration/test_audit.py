@@ -55,9 +55,15 @@ def verified(service: Service) -> dict[str, Any]:
 
 
 def events(service: Service, **filters: str) -> list[dict[str, Any]]:
-    answer = service.get("/audit", params={"limit": "1000", **filters})
-    assert answer.status_code == 200, answer.text
-    found: list[dict[str, Any]] = answer.json()["events"]
+    """All that there are: a page reads a bounded part of the trail, and may be empty before its end."""
+    found: list[dict[str, Any]] = []
+    page: dict[str, Any] = {"more": True}
+    while page["more"]:
+        after = {"after": page["next"]} if "next" in page else {}
+        answer = service.get("/audit", params={"limit": "1000", **filters, **after})
+        assert answer.status_code == 200, answer.text
+        page = answer.json()
+        found += page["events"]
     return found
 
 

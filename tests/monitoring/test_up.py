@@ -1,5 +1,6 @@
 """``kms up --monitoring``: live figures of API and worker from one command."""
 
+import socket
 import sys
 from pathlib import Path
 
@@ -10,8 +11,21 @@ from peers import program
 from service import Service, until
 
 
+def roomy(folder: Path) -> Service:
+    """An install whose third port is free too."""
+    for number in range(100):
+        install = Service(folder / str(number))
+        with socket.socket() as third:
+            try:
+                third.bind(("127.0.0.1", install.port + 2))
+            except OSError:
+                continue
+            return install
+    raise AssertionError("no three ports in a row are free")
+
+
 def test_one_command_brings_a_prometheus_that_scrapes_both(tmp_path: Path) -> None:
-    install = Service(tmp_path)
+    install = roomy(tmp_path)
     argv = [sys.executable, "-P", "-m", "kms_cli.main", "up", "--monitoring"]
     assert program("prometheus")
     with (tmp_path / "up.log").open("wb") as log:
@@ -26,7 +40,11 @@ def test_one_command_brings_a_prometheus_that_scrapes_both(tmp_path: Path) -> No
                 return {}
             return {series["metric"]["job"]: series["value"][1] for series in found}
 
-        until(lambda: up_now() == {"kms-api": "1", "kms-worker": "1"}, "both are scraped")
+        until(
+            lambda: up_now() == {"kms-api": "1", "kms-worker": "1"} or up.poll() is not None,
+            "both are scraped",
+        )
+        assert up.poll() is None, (tmp_path / "up.log").read_text()
     finally:
         up.terminate()
         up.wait(60)
