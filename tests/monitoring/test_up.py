@@ -35,9 +35,10 @@ def test_one_command_brings_a_prometheus_that_scrapes_both(tmp_path: Path) -> No
 
         def up_now() -> dict[str, str]:
             try:
-                found = httpx.get(url, params={"query": "up"}, trust_env=False).json()["data"]["result"]
+                answer = httpx.get(url, params={"query": "up"}, trust_env=False)
             except httpx.TransportError:
                 return {}
+            found = answer.json()["data"]["result"] if answer.is_success else []  # 503 while it starts
             return {series["metric"]["job"]: series["value"][1] for series in found}
 
         until(
