@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from html.parser import HTMLParser
@@ -506,6 +507,35 @@ def test_a_session_ends_with_its_token(guarded: Guarded) -> None:
     tokens.revoke(guarded.token_file, token.id)
     until(lambda: not revoked.is_in(), "the session of a revoked token ends")
     until(lambda: not expiring.is_in(), "the session of an expired token ends")
+
+
+def test_a_form_whose_session_ends_while_it_is_sent_leads_to_the_login(guarded: Guarded) -> None:
+    job_id = submitted(guarded)
+    token, text = guarded.make("*")
+    browser = Browser(guarded)
+    browser.log_in(text)
+    browser.get(f"/ui/jobs/{job_id}")
+    body = f"stamp={browser.stamp}".encode()
+    head = (
+        f"POST /ui/jobs/{job_id}/cancel HTTP/1.1\r\nHost: 127.0.0.1:{guarded.port}\r\n"
+        f"Cookie: kms_session={browser.http.cookies['kms_session']}\r\nContent-Length: {len(body)}\r\n"
+        "Content-Type: application/x-www-form-urlencoded\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
+    )
+
+    with (
+        socket.create_connection(("127.0.0.1", guarded.port), timeout=60) as peer,
+        peer.makefile("rb") as lines,
+    ):
+        peer.sendall(head.encode())
+        assert lines.readline().startswith(b"HTTP/1.1 100 ")  # the gate has let it in, and the body is read
+        tokens.revoke(guarded.token_file, token.id)
+        until(lambda: not browser.is_in(), "the session of a revoked token ends")
+        peer.sendall(body)
+        answer = lines.read().decode()
+    assert " 303 " in answer
+    assert "location: /ui/login" in answer
+    state = guarded.get(f"/jobs/{job_id}", headers=guarded.token("*")).json()["state"]
+    assert state == "queued"
 
 
 def test_a_session_ends_after_eight_hours_and_the_oldest_makes_room() -> None:

@@ -24,6 +24,7 @@ from kms_core.policy import Principal
 STAMP: Final = "stamp"
 _FORM_BYTES: Final = 16 * 1024
 _KEPT: Final = ("retry-after", "www-authenticate")
+_ENDED: Final = "The session has ended: log in again"
 _FORGED: Final = "The form is not one of this page, or has been open for too long: load the page again"
 
 
@@ -81,12 +82,20 @@ def render(request: Request, name: str, status: int = 200, /, **facts: object) -
 
 
 def refusal(request: Request, error: KmsError) -> Response:
-    """An error as the problem that it is at the API, on a page."""
+    """An error as the problem that it is at the API, on a page; after a session that ended meanwhile, the login."""
+    if _has_ended(request):
+        return to("/login")
     made = problems.answer(error)
     problem = msgspec.json.decode(made.body, type=wire.Problem)
     page = render(request, "refused.html", made.status_code, problem=problem)
     page.headers.update({name: made.headers[name] for name in _KEPT if name in made.headers})
     return page
+
+
+def _has_ended(request: Request) -> bool:
+    """Whether the credential of this session expired or was revoked after the gate let the request in."""
+    entry = screen(request).entry
+    return SESSION in request.scope and entry is not None and not entry.is_worth(request.scope[WHO])
 
 
 def to(path: str, **query: str) -> Response:
@@ -100,8 +109,10 @@ def stamp_of(request: Request, holder: str) -> str:
 
 
 async def form(request: Request) -> dict[str, str]:
-    """The fields of a form of ours. Raises Forbidden if it is not stamped for who sends it."""
+    """The fields of a form of ours. Raises Forbidden if it is not stamped for who sends it, or came too late."""
     body = await bodies.read_bytes(request, _FORM_BYTES)
+    if _has_ended(request):
+        raise Forbidden(_ENDED)
     try:
         fields = dict(parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=20))
     except ValueError:
