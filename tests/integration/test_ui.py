@@ -173,7 +173,7 @@ def test_all_is_read_without_a_script(service: Service) -> None:
 
     assert f"{job_id} encrypt succeeded 1 of 1 items" in words(service.http.get("/ui/jobs"))
     assert "State succeeded Progress 1 of 1 items" in words(service.http.get(f"/ui/jobs/{job_id}"))
-    assert "All well" in words(service.http.get("/ui"))
+    assert "All well" in words(service.http.get("/ui")), service.get("/status").text
     assert "encrypt ok local none default" in words(service.http.get("/ui/audit?operation=encrypt"))
     keys = service.get("/keys").json()["keys"][0]
     assert keys["current_version"] in words(service.http.get("/ui/keys"))

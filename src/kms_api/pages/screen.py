@@ -82,7 +82,7 @@ def render(request: Request, name: str, status: int = 200, /, **facts: object) -
 
 
 def refusal(request: Request, error: KmsError) -> Response:
-    """An error as the problem that it is at the API, on a page; after a session that ended meanwhile, the login."""
+    """An error as the problem that it is at the API, on a page; the login, once the session has ended."""
     if _has_ended(request):
         return to("/login")
     made = problems.answer(error)
@@ -109,7 +109,7 @@ def stamp_of(request: Request, holder: str) -> str:
 
 
 async def form(request: Request) -> dict[str, str]:
-    """The fields of a form of ours. Raises Forbidden if it is not stamped for who sends it, or came too late."""
+    """The fields of a form of ours. Raises Forbidden if not stamped for the sender, or too late."""
     body = await bodies.read_bytes(request, _FORM_BYTES)
     if _has_ended(request):
         raise Forbidden(_ENDED)
