@@ -8,11 +8,13 @@ from typing import Final
 import anyio
 import anyio.to_thread
 from fastapi import FastAPI
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp
 
 from kms_api import bodies, broker, pages, problems, rules
 from kms_api.deps import Service
 from kms_api.edge import Edge
+from kms_api.front import Front
 from kms_api.gate import Entry, Gate, Limits
 from kms_api.pages.screen import Screen
 from kms_api.routes import (
@@ -85,7 +87,8 @@ def build(settings: Settings) -> ASGIApp:
     entry = None if core.doors is None else Entry(core.doors, core.kms.trail, limits.failures)
     sessions = Sessions()
     app.state.screen = Screen(pages.environment(), pages.files(), sessions, entry)
-    gate = Gate(app, entry, sessions, limits)
+    front = ServerErrorMiddleware(Front(app, ROUTERS, wire.PREFIX), problems.unknown)
+    gate = Gate(front, entry, sessions, limits)
     return Edge(gate, settings.kms.server.allowed_hosts, core.kms.trail)
 
 

@@ -1,14 +1,15 @@
 """The outermost ASGI layer: request ids, Host and Origin checks, HTTP metrics. Pure ASGI, no tasks."""
 
+import os
 import re
 import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Final
 from urllib.parse import urlsplit
 
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
+from prometheus_client import Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kms_api import problems
@@ -20,18 +21,21 @@ from kms_core.audit import Audit
 LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _ANONYMOUS_A_MINUTE: Final = 60
-_OWN_SITES: Final = frozenset({"same-origin", "none"})
-_HEADERS: Final = {"X-Content-Type-Options": "nosniff"}
-_UI_HEADERS: Final = {
-    **_HEADERS,
-    "Content-Security-Policy": (
-        "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; "
-        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+_OWN_SITES: Final = frozenset({b"same-origin", b"none"})
+_HEADERS: Final = ((b"x-content-type-options", b"nosniff"),)
+_UI_HEADERS: Final = (
+    *_HEADERS,
+    (
+        b"content-security-policy",
+        (
+            b"default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; "
+            b"form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+        ),
     ),
-    "Referrer-Policy": "same-origin",  # with none at all a browser hides the Origin of a form from us, too
-    "X-Frame-Options": "DENY",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
+    (b"referrer-policy", b"same-origin"),  # with none at all a browser hides a form's Origin from us, too
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
 _log = structlog.get_logger("kms_api.access")
 
 
@@ -49,9 +53,9 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        asked = headers.get("x-request-id", "")
-        request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        headers = dict(reversed(scope["headers"]))  # the first of each name
+        asked = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = asked if _REQUEST_ID.fullmatch(asked) else os.urandom(16).hex()
         audit.request_id.set(request_id)
         noted = self._noting(scope)
         started, status = time.perf_counter(), 500
@@ -60,36 +64,36 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                sent = MutableHeaders(scope=message)
-                sent["X-Request-Id"] = request_id
-                if noted.audit_id:
-                    sent["X-KMS-Audit-Id"] = noted.audit_id
-                sent.setdefault("Cache-Control", "no-store")
-                sent.update(_UI_HEADERS if is_ui(scope["path"]) else _HEADERS)
+                message["headers"] = _marked(scope, message["headers"], request_id, noted.audit_id)
             await send(message)
 
         metrics.INFLIGHT.inc()
         try:
-            if self._refused(headers):
+            if self._refused(headers, scope.get("server")):
                 refusal = problems.problem(403, "forbidden", _WHY)
                 await refusal(scope, receive, answer)
             else:
                 await self._app(scope, receive, answer)
         finally:
             metrics.INFLIGHT.dec()
-            self._count(scope, status, time.perf_counter() - started)
+            _count(scope, status, time.perf_counter() - started)
 
-    def _refused(self, headers: Headers) -> bool:
-        """A page in the operator's browser must not reach a service that trusts the loopback interface."""
+    def _refused(self, headers: Mapping[bytes, bytes], server: tuple[str, int | None] | None) -> bool:
+        """A page in the operator's browser must not reach a service that trusts the loopback interface.
+
+        The address that the connection reached is no name that somebody else could have pointed here: probes
+        and scrapes in a cluster call by it.
+        """
         if "*" in self._hosts:
             return False
-        named, origin = headers.get("host", ""), headers.get("origin")
+        named, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin")
         try:
             host = urlsplit(f"//{named}").hostname or ""
-            foreign = origin is not None and urlsplit(origin).netloc != named
+            foreign = origin is not None and urlsplit(origin.decode("latin-1")).netloc != named
         except ValueError:  # brackets around what is no IPv6 address
             return True
-        return host not in self._hosts or foreign or headers.get("sec-fetch-site", "none") not in _OWN_SITES
+        known = host in self._hosts or (server is not None and host == server[0])
+        return not known or foreign or headers.get(b"sec-fetch-site", b"none") not in _OWN_SITES
 
     def _noting(self, scope: Scope) -> audit.Noted:
         """What is recorded for this request, which a denial shall be if nothing else was."""
@@ -105,18 +109,33 @@ class Edge:
         audit.noted.set(noted)
         return noted
 
-    @staticmethod
-    def _count(scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "unrouted")
-        metrics.HTTP_REQUESTS.labels(route, scope["method"], str(status)).inc()
-        metrics.HTTP_SECONDS.labels(route, scope["method"]).observe(seconds)
-        _log.debug(
-            "http.request",
-            method=scope["method"],
-            route=route,
-            status=status,
-            duration_us=round(seconds * 1e6),
-        )
+
+def _marked(
+    scope: Scope, headers: Iterable[tuple[bytes, bytes]], request_id: str, audit_id: str
+) -> list[tuple[bytes, bytes]]:
+    """The headers of an answer, and those that every answer has."""
+    marked = [*headers, (b"x-request-id", request_id.encode())]
+    if audit_id:
+        marked.append((b"x-kms-audit-id", audit_id.encode()))
+    if not any(name == b"cache-control" for name, _ in marked):
+        marked.append((b"cache-control", b"no-store"))
+    marked.extend(_UI_HEADERS if is_ui(scope["path"]) else _HEADERS)
+    return marked
+
+
+def _count(scope: Scope, status: int, seconds: float) -> None:
+    route, method = getattr(scope.get("route"), "path", "unrouted"), scope["method"]
+    count, duration = _children(route, method, status)
+    count.inc()
+    duration.observe(seconds)
+    _log.debug("http.request", method=method, route=route, status=status, duration_us=round(seconds * 1e6))
+
+
+@lru_cache(maxsize=1024)
+def _children(route: str, method: str, status: int) -> tuple[Counter, Histogram]:
+    """The metrics of one kind of answer: looking them up costs more than counting."""
+    count = metrics.HTTP_REQUESTS.labels(route, method, str(status))
+    return count, metrics.HTTP_SECONDS.labels(route, method)
 
 
 class _Few:

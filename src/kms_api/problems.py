@@ -54,10 +54,9 @@ _log = structlog.get_logger(__name__)
 
 def install(app: FastAPI) -> None:
     """Answer every error of the application as a problem."""
-    app.add_exception_handler(KmsError, _known)
-    app.add_exception_handler(HTTPException, _routing)
-    app.add_exception_handler(ClientDisconnect, _gone)
-    app.add_exception_handler(Exception, _unknown)
+    for kind in (KmsError, HTTPException, ClientDisconnect):
+        app.add_exception_handler(kind, _expected)
+    app.add_exception_handler(Exception, unknown)
 
 
 def status_of(error: KmsError) -> int:
@@ -105,29 +104,33 @@ def answer(error: KmsError) -> Response:
     return made
 
 
-async def _known(request: Request, exc: Exception) -> Response:
-    error = exc if isinstance(exc, KmsError) else KmsError()
-    _log.debug("request.refused", code=error.code, path=request.scope.get("path"))
-    return answer(error)
+def expected(error: Exception) -> Response:
+    """What is no fault of the service: a KmsError, a path that is not there, a caller who hung up."""
+    if isinstance(error, HTTPException):
+        return _routing(error)
+    if isinstance(error, ClientDisconnect):  # nobody reads this
+        return problem(400, errors.InvalidRequest.code, "The connection ended before the body did")
+    known = error if isinstance(error, KmsError) else KmsError()
+    _log.debug("request.refused", code=known.code)
+    return answer(known)
 
 
-async def _routing(request: Request, exc: Exception) -> Response:
-    del request
-    status = exc.status_code if isinstance(exc, HTTPException) else 500
-    detail = {404: "No such endpoint; see /docs", 405: "This endpoint has other methods; see /docs"}
-    answer = problem(status, _ROUTING_CODES.get(status, "invalid_request"), detail.get(status, "Refused"))
-    if isinstance(exc, HTTPException) and exc.headers:
-        answer.headers.update(exc.headers)
-    return answer
-
-
-async def _gone(request: Request, exc: Exception) -> Response:
-    """The caller hung up in the middle of a body: no fault of the service, and nobody reads this."""
-    del request, exc
-    return problem(400, errors.InvalidRequest.code, "The connection ended before the body did")
-
-
-async def _unknown(request: Request, exc: Exception) -> Response:
+async def unknown(request: Request, exc: Exception) -> Response:
+    """A fault of the service: told as that, and logged."""
     del request
     _log.error("request.crashed", error=type(exc).__name__)
     return problem(500, KmsError.code, KmsError.summary)
+
+
+async def _expected(request: Request, exc: Exception) -> Response:
+    del request
+    return expected(exc)
+
+
+def _routing(error: HTTPException) -> Response:
+    status = error.status_code
+    detail = {404: "No such endpoint; see /docs", 405: "This endpoint has other methods; see /docs"}
+    answer = problem(status, _ROUTING_CODES.get(status, "invalid_request"), detail.get(status, "Refused"))
+    if error.headers:
+        answer.headers.update(error.headers)
+    return answer

@@ -99,10 +99,14 @@ class Ruled(APIRoute):
         self.rules = {method: self.table[method, path] for method in self.methods or ()}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.admit(scope)
+        await super().handle(scope, receive, send)
+
+    def admit(self, scope: Scope) -> None:
+        """Raises Forbidden for a caller to whom the table does not give this route."""
         rule = self.rules.get(scope["method"], OPEN)  # another method is refused by the route itself
         if rule.operation is not None and scope[WHO] is not LET_IN:
             self._require(scope, rule.operation)
-        await super().handle(scope, receive, send)
 
     def _require(self, scope: Scope, operation: str) -> None:
         built: Service = scope["app"].state.service
