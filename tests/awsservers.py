@@ -19,9 +19,9 @@ from uuid import uuid4
 import boto3
 from botocore.session import Session
 
-from kms_cli.tether import spawn
 from kms_core.backends.awskms import AwsCipher
 from kms_core.backends.awskms_calls import Calls, Place
+from kms_core.programs.tether import spawn
 
 if TYPE_CHECKING:
     from mypy_boto3_kms import KMSClient  # of boto3-stubs, which has no run-time part

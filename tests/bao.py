@@ -17,10 +17,10 @@ from uuid import uuid4
 import httpx
 
 from contract.faults import Fault, Faulty, faulty, hangs_up
-from kms_cli.tether import spawn
 from kms_core.backends.transit import TransitCipher
 from kms_core.backends.vault import Vault, connect
 from kms_core.backends.vaultkv import KvCipher
+from kms_core.programs.tether import spawn
 from kms_core.settings_sections import VaultKv
 from peers import program
 

@@ -27,7 +27,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 import awsservers
-from kms_cli.tether import spawn
+from kms_core.programs.tether import spawn
 from peers import program
 from service import free_port
 

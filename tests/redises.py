@@ -13,8 +13,8 @@ from urllib.parse import quote
 import redis
 
 from hooks import Authority
-from kms_cli import tether
 from kms_cli.valkey import ACCESS
+from kms_core.programs import tether
 from peers import program
 from service import free_port
 

@@ -20,12 +20,13 @@ from typing import Any, Final, Self
 import httpx
 import pytest
 
-from kms_cli import tether, up
+from kms_cli import up
 from kms_cli.valkey import EmbeddedValkey, runtime_dir
 from kms_core import settings as settings_file
 from kms_core.jobs.build import Core
 from kms_core.jobs.build import build as build_core
 from kms_core.jobs.model import Nudge
+from kms_core.programs import tether
 from kms_core.settings import Settings
 from kms_core.wire import ENDED, PREFIX
 

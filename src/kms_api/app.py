@@ -80,12 +80,12 @@ def build(settings: Settings) -> ASGIApp:
     for setting in SETTINGS:
         metrics.WEAK_SETTING.labels(setting).set(setting in weak)
     limits = Limits(
-        Failures(settings.kms.auth.failures_per_minute),
+        Failures(settings.kms.auth.failures_per_minute / settings.kms.server.processes),
         Requests(_paces(settings)),
         Scraping(settings.kms.server.metrics, core.doors, core.kms.policy),
     )
     entry = None if core.doors is None else Entry(core.doors, core.kms.trail, limits.failures)
-    sessions = Sessions()
+    sessions = Sessions(settings.state_dir / "run" / "sessions")
     app.state.screen = Screen(pages.environment(), pages.files(), sessions, entry)
     front = ServerErrorMiddleware(Front(app, ROUTERS, wire.PREFIX), problems.unknown)
     gate = Gate(front, entry, sessions, limits)
@@ -93,9 +93,13 @@ def build(settings: Settings) -> ASGIApp:
 
 
 def _paces(settings: Settings) -> dict[str, Pace]:
-    """The requests a second of those tenants that have a bound."""
+    """The requests a second of those tenants that have a bound; each of our processes allows its share."""
+    share = 1 / settings.kms.server.processes
     return {
-        name: Pace(tenant.requests_per_s, tenant.burst or max(1.0, tenant.requests_per_s))
+        name: Pace(
+            tenant.requests_per_s * share,
+            max(1.0, (tenant.burst or max(1.0, tenant.requests_per_s)) * share),
+        )
         for name, tenant in settings.kms.tenants.items()
         if tenant.requests_per_s is not None
     }

@@ -1,15 +1,20 @@
-"""Sessions of the page: who has logged in with a browser, known by a random cookie. In one process's memory.
+"""Sessions of the page: who has logged in with a browser, known by a random cookie. A small file for each.
 
 A session keeps a principal, never a token: the cookie opens the page alone, and is worth nothing at the API.
 What the principal may do is asked of the policy with every request, so a revoked token ends its sessions.
+Files, since several processes may answer at one port.
 """
 
 import hashlib
 import hmac
+import os
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from kms_core.policy import Principal
 
@@ -19,34 +24,43 @@ LASTS_S: Final = 8 * 3600
 SESSION: Final = "kms.session"  # where the gate leaves the id of a session in a request's scope
 _MOST: Final = 1000
 _ID_BYTES: Final = 32
+_STAMPING: Final = "stamping"
+
+
+class _Held(msgspec.Struct, frozen=True):
+    who: Principal
+    until: float
 
 
 class Sessions:
-    """At most 1,000, of eight hours each; above that the oldest ends. Used by one event loop."""
+    """At most 1,000, of eight hours each; above that the oldest ends."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        """``clock`` gives seconds since the epoch."""
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+        """``folder`` is made; ``clock`` gives seconds since the epoch. Raises OSError."""
+        self._folder = folder
         self._clock = clock
-        self._stamping = secrets.token_bytes(32)
-        self._found: dict[bytes, tuple[Principal, float]] = {}  # in the order in which they end
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._stamping = _key(folder / _STAMPING)
 
     def begin(self, who: Principal) -> str:
         """A new session; its id, which is nowhere afterwards but in the browser."""
-        now = self._clock()
-        self._found = {name: held for name, held in self._found.items() if held[1] > now}
-        while len(self._found) >= _MOST:
-            del self._found[next(iter(self._found))]
-        session = new_id()
-        self._found[_digest(session)] = who, now + LASTS_S
+        self._make_room()
+        session, now = new_id(), self._clock()
+        path = self._path(session)
+        _write(path, msgspec.json.encode(_Held(who, now + LASTS_S)))
+        os.utime(path, (now, now))
         return session
 
     def find(self, session: str) -> Principal | None:
         """Whose session that is; None for one that nobody began, or that has ended."""
-        held = self._found.get(_digest(session))
-        return held[0] if held and self._clock() < held[1] else None
+        try:
+            held = msgspec.json.decode(self._path(session).read_bytes(), type=_Held)
+        except (OSError, msgspec.MsgspecError):
+            return None
+        return held.who if self._clock() < held.until else None
 
     def end(self, session: str) -> None:
-        self._found.pop(_digest(session), None)
+        self._path(session).unlink(missing_ok=True)
 
     def stamp(self, holder: str) -> str:
         """What a form of this holder (a session, or else a credential) carries against forged ones (CSRF)."""
@@ -55,11 +69,46 @@ class Sessions:
     def is_stamp(self, holder: str, given: str) -> bool:
         return hmac.compare_digest(self.stamp(holder).encode(), given.encode())
 
+    def _path(self, session: str) -> Path:
+        return self._folder / hashlib.sha256(session.encode()).hexdigest()
+
+    def _make_room(self) -> None:
+        """End what has run out, and the oldest of too many."""
+        begun = sorted((_begun(path), path) for path in self._folder.iterdir() if path.name != _STAMPING)
+        over = len(begun) - _MOST + 1
+        for number, (at, path) in enumerate(begun):
+            if number < over or at + LASTS_S <= self._clock():
+                path.unlink(missing_ok=True)
+
 
 def new_id() -> str:
     """256 random bits, as a cookie can hold them."""
     return secrets.token_urlsafe(_ID_BYTES)
 
 
-def _digest(session: str) -> bytes:
-    return hashlib.sha256(session.encode()).digest()
+def _key(path: Path) -> bytes:
+    """32 random bytes, made by whoever comes first."""
+    made = path.with_name(f".{_STAMPING}.{os.getpid()}")
+    _write(made, secrets.token_bytes(32))
+    try:
+        path.hardlink_to(made)
+    except FileExistsError:
+        pass
+    finally:
+        made.unlink()
+    return path.read_bytes()
+
+
+def _write(path: Path, content: bytes) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.write(handle, content)
+    finally:
+        os.close(handle)
+
+
+def _begun(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

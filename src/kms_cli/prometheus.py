@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from kms_cli import private
-from kms_cli.supervisor import Child
 from kms_core.errors import ConfigurationError
+from kms_core.programs.supervisor import Child
 from kms_core.settings import Settings
 
 RULES: Final = Path(__file__).parents[2] / "monitoring" / "rules"  # of a checkout, where `scripts/up` runs

@@ -20,9 +20,9 @@ from typing import Final
 from pyrage import x25519
 
 from kms_cli import private, prometheus, valkey
-from kms_cli.supervisor import Child, Pace, say, supervise
 from kms_core import settings as settings_file
 from kms_core.errors import ConfigurationError, Unavailable
+from kms_core.programs.supervisor import Child, Pace, say, supervise
 from kms_core.settings import Settings
 from kms_core.settings_read import read_toml
 from kms_core.wire import PREFIX

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Final, Self
 from urllib.parse import quote
 
-from kms_cli import private, tether
-from kms_cli.supervisor import Child, append_only
+from kms_cli import private
 from kms_core.errors import ConfigurationError, Conflict, Unavailable
+from kms_core.programs import tether
+from kms_core.programs.supervisor import Child, append_only
 
 MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path is 108 with its final zero, unix(7)
 DEFAULT_MAXMEMORY_BYTES: Final = 256 * 1024 * 1024

@@ -1,13 +1,33 @@
 """Every Prometheus metric of the service, declared once. Label values come from closed sets only."""
 
+import os
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import product
 from typing import Final, Protocol, get_args
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+    multiprocess,
+    values,
+)
 
 from kms_core import wire
+
+FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
+"""Of the library: the variable names where processes that are scraped together keep their counts."""
+SLOT: Final = "PROMETHEUS_MULTIPROC_SLOT"
+"""Of ours: whose counts this process goes on with. Without it a file for each that ever ran would stay."""
+_slot: Final = os.environ.get(SLOT)
+if _slot:
+    multiprocess.mark_process_dead(_slot)  # type: ignore[no-untyped-call]  # the predecessor's gauges, not counts
+    values.ValueClass = values.MultiProcessValue(lambda: _slot)  # type: ignore[no-untyped-call]  # as above
 
 _FAST: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW: Final = (5e-3, 2e-2, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0)
@@ -159,6 +179,17 @@ def announce(backends: Iterable[str], endpoints: Iterable[str]) -> None:
             JOB_ITEMS.labels(kind, result)
     for reason in ("nudge_failed", "queued", "requeued", "committing"):
         JOB_RESUMES.labels(reason)
+
+
+def exposition() -> bytes:
+    """Everything in Prometheus's text format: of this process, or of all that are scraped together."""
+    folder = os.environ.get(FOLDER)
+    if not folder:
+        return generate_latest(REGISTRY)
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]  # untyped there
+    ProcessCollector(registry=registry)  # of the one that answers
+    return generate_latest(registry)
 
 
 class _Operation(Protocol):

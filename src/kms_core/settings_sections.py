@@ -191,8 +191,9 @@ class Tenant(Section, frozen=True, kw_only=True):
 
 
 class Server(Section, frozen=True, kw_only=True):
-    """``[kms.server]``: its TLS, the names that a Host header may carry besides loopback ones, open pages."""
+    """``[kms.server]``: processes, TLS, names that a Host header may carry besides loopback ones, pages."""
 
+    processes: Annotated[int, Meta(ge=1, le=64)] = 1
     allowed_hosts: tuple[str, ...] = ()
     tls_cert: Path | None = None
     tls_key: Path | None = None

@@ -4,20 +4,15 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import structlog
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    ProcessCollector,
-    generate_latest,
-    multiprocess,
-)
+from prometheus_client import CONTENT_TYPE_LATEST
 
+from kms_core import metrics
 from kms_core.auth.scraping import Scraping
 
 _log = structlog.get_logger(__name__)
 
 
-def serve(bind: str, port: int, folder: str, scraping: Scraping) -> ThreadingHTTPServer | None:
+def serve(bind: str, port: int, scraping: Scraping) -> ThreadingHTTPServer | None:
     """Serve until ``shutdown``. A taken port costs the metrics, not the jobs, and is logged."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -28,10 +23,7 @@ def serve(bind: str, port: int, folder: str, scraping: Scraping) -> ThreadingHTT
             if self.path == "/metrics" and not self._may_scrape():
                 self.send_error(401, "See [kms.server] metrics")
                 return
-            registry = CollectorRegistry()
-            multiprocess.MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]  # untyped there
-            ProcessCollector(registry=registry)  # of the parent
-            text = generate_latest(registry) if self.path == "/metrics" else b"ok\n"
+            text = metrics.exposition() if self.path == "/metrics" else b"ok\n"
             self.send_response(200)
             self.send_header("Content-Type", CONTENT_TYPE_LATEST)
             self.send_header("Content-Length", str(len(text)))

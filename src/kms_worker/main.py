@@ -20,12 +20,12 @@ def main() -> int:
         loaded = settings.load(_arguments().config, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
         # prometheus_client chooses its storage when it is imported
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder = str(_metrics_folder(loaded))
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_metrics_folder(loaded))
         from kms_core import keyring  # noqa: PLC0415 -- and these declare metrics
         from kms_worker import process  # noqa: PLC0415 -- as above
 
         keyring.check(loaded)
-        return process.run(loaded, folder)
+        return process.run(loaded)
     except ConfigurationError as exc:
         sys.stderr.write(f"kms-worker: error: {exc.detail}\n")
         return EXIT_CONFIGURATION

@@ -23,7 +23,7 @@ from kms_worker.courier import Courier
 from kms_worker.watchdog import Watchdog
 
 
-def run(loaded: Settings, metrics_folder: str) -> int:
+def run(loaded: Settings) -> int:
     """Work until a signal; the exit code."""
     # Celery warns of pickle under root; this worker accepts JSON alone.
     warnings.filterwarnings("ignore", category=SecurityWarning)
@@ -46,7 +46,6 @@ def run(loaded: Settings, metrics_folder: str) -> int:
     server = exposition.serve(
         loaded.kms.bind,
         loaded.kms.port + 1,
-        metrics_folder,
         Scraping(loaded.kms.server.metrics, core.doors, core.kms.policy),
     )
     forking.install()

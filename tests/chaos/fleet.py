@@ -1,7 +1,7 @@
 """An install of several workers for storms: every process can be killed, frozen or asked to stop by name.
 
 Everything here is called from the main thread: the kernel kills a program when the thread that started it
-ends (``kms_cli.tether``).
+ends (``kms_core.programs.tether``).
 """
 
 import mmap
@@ -21,7 +21,8 @@ from typing import Final, Self
 
 from bao import Bao
 from chaos.orders import REMOTE
-from kms_cli import tether, up
+from kms_cli import up
+from kms_core.programs import tether
 from relay import Relay
 from service import PROGRAMS, STOP_S, Service, free_port, until
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from kms_cli import private, tether, valkey
+from kms_cli import private, valkey
 from kms_cli.valkey import EmbeddedValkey, Limits, Place
 from kms_core.errors import ConfigurationError, Conflict, Unavailable
+from kms_core.programs import tether
 
 WAIT_S = 20.0
 

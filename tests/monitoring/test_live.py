@@ -13,8 +13,8 @@ from prometheus_client.metrics import MetricWrapperBase
 import dashboards
 from bao import bao
 from hooks import make_authority, receiving, secret_file, toml
-from kms_cli import tether
 from kms_core import metrics
+from kms_core.programs import tether
 from peers import program
 from service import CONTEXT, Service, b64, free_port, until
 

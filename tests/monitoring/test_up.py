@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 
-from kms_cli import tether
+from kms_core.programs import tether
 from peers import program
 from service import Service, until
 

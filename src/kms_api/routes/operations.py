@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from kms_api import bodies
 from kms_api.deps import Service, call, caller, service
@@ -123,7 +123,7 @@ def _exposition(built: Service) -> bytes:
         metrics.REDIS_UP.set(0)
         survey.lost()
     built.kms.health_check()
-    return generate_latest(REGISTRY)
+    return metrics.exposition()
 
 
 def _time(at: datetime | None) -> str | None:

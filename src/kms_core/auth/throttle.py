@@ -1,6 +1,6 @@
 """How often something may happen: token buckets, for failures by source and for requests by tenant.
 
-Each process counts for itself, in bounded memory.
+Each process counts for itself, in bounded memory; of several that share an address, each allows its share.
 """
 
 import ipaddress
@@ -35,9 +35,9 @@ class Failures:
     """Failed attempts by source. The sources that failed last are remembered, at most 4,096 of them."""
 
     def __init__(
-        self, per_minute: int, *, clock: Callable[[], float] = time.monotonic, most: int = MOST_SOURCES
+        self, per_minute: float, *, clock: Callable[[], float] = time.monotonic, most: int = MOST_SOURCES
     ) -> None:
-        self._pace = Pace(per_minute / 60, per_minute)
+        self._pace = Pace(per_minute / 60, max(1.0, per_minute))
         self._clock = clock
         self._most = most
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Final, Self
 
-from kms_cli import private, tether
 from kms_core.errors import EXIT_CONFIGURATION, EXIT_OTHER, EXIT_UNAVAILABLE
+from kms_core.programs import tether
 
 STOP_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
@@ -142,7 +142,7 @@ class Minder:
             if output != tether.OUR_STDERR:
                 os.close(output)
         self._started_at = time.monotonic()
-        private.replace_file(self._pid_path, f"{self._process.pid}\n")
+        _write(self._pid_path, f"{self._process.pid}\n")
 
     @staticmethod
     def _ended(process: subprocess.Popen[bytes]) -> bool:
@@ -175,15 +175,27 @@ def append_only(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
+def _write(path: Path, text: str) -> None:
+    """Put ``text`` at ``path`` (0600), whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.unlink(missing_ok=True)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.write(handle, text.encode())
+    finally:
+        os.close(handle)
+    temporary.replace(path)
+
+
 def supervise(
     children: Sequence[Child], *, pid_dir: Path, on_ready: Callable[[], None], pace: Pace | None = None
 ) -> int:
     """Run ``children`` until SIGINT, SIGTERM or SIGHUP; return the exit code.
 
-    They start in the order given, and stop in the opposite one, each within its grace; a second
-    signal kills. One that ends is started again, unless it exits with 78: a wrong configuration does
-    not mend itself, so everything stops. Call it from the main thread. 0 after a clean stop, 1 after a
-    kill, 69 if not all were ready in time, 78 as said.
+    They start in the order given. They stop all at once, those that are ``first`` after the others, each
+    within its grace; a second signal kills. One that ends is started again, unless it exits with 78: a
+    wrong configuration does not mend itself, so everything stops. Call it from the main thread. 0 after a
+    clean stop, 1 after a kill, 69 if not all were ready in time, 78 as said.
     """
     pace = pace or Pace()
     minders = [Minder(child, pid_dir, pace) for child in children]
@@ -234,14 +246,22 @@ def _nap_s(minders: list[Minder], pace: Pace) -> float:
 def _stop(minders: list[Minder], signals: Signals, code: int, pace: Pace) -> int:
     asked_at = time.monotonic()
     say("stopping; press Ctrl-C again to kill")
-    for minder in reversed(minders):
-        minder.ask_to_stop()
-        deadline = time.monotonic() + minder.child.grace_s
-        while not minder.gone():
+    for together in _by_turns(minders):
+        for minder in together:
+            minder.ask_to_stop()
+        asked = time.monotonic()
+        while not all(minder.gone() for minder in together):
             again = signals.wait(pace.poll_s)
             if again and time.monotonic() - asked_at > Signals.REPEAT_S:
                 return EXIT_OTHER  # the caller kills what is left
-            if time.monotonic() > deadline:
-                say(f"{minder.child.name} did not stop in {minder.child.grace_s:g} s; killing it")
-                minder.kill()
+            for minder in together:
+                if minder.alive and time.monotonic() - asked > minder.child.grace_s:
+                    say(f"{minder.child.name} did not stop in {minder.child.grace_s:g} s; killing it")
+                    minder.kill()
     return code
+
+
+def _by_turns(minders: list[Minder]) -> list[list[Minder]]:
+    """What stops together: all that nobody needs, then each of the ``first`` ones, the last one first."""
+    others = [minder for minder in minders if not minder.child.first]
+    return [others, *([minder] for minder in reversed(minders) if minder.child.first)]

@@ -1,0 +1,51 @@
+"""Several processes behind one port: the leader holds the socket, and starts again who dies."""
+
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Final
+
+from kms_api.listening import listen
+from kms_core.errors import EXIT_UNAVAILABLE
+from kms_core.programs.supervisor import Child, supervise
+from kms_core.settings import Settings
+
+_FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
+_SLOT: Final = "PROMETHEUS_MULTIPROC_SLOT"  # see ``kms_core.metrics``, which the leader does not load
+_GRACE_S: Final = 25  # above what a process gives the calls that it is answering
+
+
+def lead(settings: Settings, config: Path | None) -> int:
+    """Run ``[kms.server] processes`` of them until a signal; the exit code (see ``supervise``)."""
+    listener = listen(settings.kms.bind, settings.kms.port)
+    if listener is None:
+        return EXIT_UNAVAILABLE
+    run_dir = settings.state_dir / "run"
+    metrics = _emptied(run_dir / f"metrics-{socket.gethostname()}-{settings.kms.port}")
+    with listener:
+        numbers = range(1, settings.kms.server.processes + 1)
+        children = [_child(number, listener, config, metrics) for number in numbers]
+        return supervise(children, pid_dir=run_dir, on_ready=lambda: None)
+
+
+def _child(number: int, listener: socket.socket, config: Path | None, metrics: Path) -> Child:
+    handle = listener.fileno()
+    named = () if config is None else ("--config", str(config))
+    places = {_FOLDER: str(metrics), _SLOT: f"api-{number}"}
+    return Child(
+        f"api-{number}",
+        (sys.executable, "-P", "-m", "kms_api.main", "--listener", str(handle), *named),
+        ready=lambda: True,  # the port is open already: callers wait rather than being refused
+        env={**os.environ, **places},
+        grace_s=_GRACE_S,
+        pass_fds=(handle,),
+    )
+
+
+def _emptied(folder: Path) -> Path:
+    """What killed predecessors left would be counted again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700, parents=True)
+    return folder
