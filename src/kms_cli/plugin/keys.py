@@ -1,0 +1,98 @@
+"""Who wraps and unwraps for the plugin: the service, or this process with the keys of its own settings."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Final, Protocol
+
+from kms_cli.plugin.names import Target
+from kms_client import DEFAULT_URL, Client
+from kms_core import keyring
+from kms_core import settings as settings_file
+from kms_core.audit import Record
+from kms_core.context import Context
+from kms_core.envelope.header import FILE_LIMITS
+from kms_core.errors import ConfigurationError
+from kms_core.policy import AllowAll, Principal
+from kms_core.service import Kms, Rules
+
+HERE: Final = Principal("local")
+
+
+class Keys(Protocol):
+    """Stanzas are text, as in a header. Methods raise KmsError."""
+
+    def wrap(self, file_key: bytes, target: Target) -> bytes:
+        """One stanza that wraps the 16 bytes."""
+
+    def unwrap(self, stanzas: bytes, target: Target) -> bytes:
+        """The 16 bytes again."""
+
+
+class OfService:
+    """The client's address and token, as the ``kms`` command takes them from the environment.
+
+    A recipient may name another address, but it never makes the token go there: who writes recipients must
+    not be able to fetch tokens.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._url = environ.get("KMS_SERVICE_URL")
+        self._token_file = environ.get("KMS_TOKEN_FILE")
+
+    def wrap(self, file_key: bytes, target: Target) -> bytes:
+        with self._client(target) as kms:
+            made = kms.wrap(file_key, context=dict(target.context.pairs), key_id=target.key_id)
+        return made.stanza
+
+    def unwrap(self, stanzas: bytes, target: Target) -> bytes:
+        with self._client(target) as kms:
+            found = kms.unwrap(stanzas, context=dict(target.context.pairs), key_id=target.key_id)
+        return found.file_key
+
+    def _client(self, target: Target) -> Client:
+        own = (self._url or DEFAULT_URL).rstrip("/")
+        url = target.url or own
+        if self._token_file and url != own:
+            raise ConfigurationError(
+                f"The token in KMS_TOKEN_FILE is for {own}, and this recipient or identity names {url}: "
+                f"if the token may go there, set KMS_SERVICE_URL={url}"
+            )
+        return Client(url, token_file=self._token_file)
+
+
+class InProcess:
+    """Keys of the settings file, in this process. Policy and audit are the service's; there is none here."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        """Raises ConfigurationError. The working directory counts for nothing (see ``main``)."""
+        named = environ.get("KMS_CONFIG")
+        if named and not Path(named).is_absolute():
+            raise ConfigurationError("An age plugin needs an absolute path in KMS_CONFIG")
+        settings = settings_file.load(None, environ)
+        rules = Rules(settings.kms.require_context, FILE_LIMITS)
+        self._kms = Kms(keyring.build(settings), AllowAll(), _NoTrail(), rules)
+
+    def wrap(self, file_key: bytes, target: Target) -> bytes:
+        return self._kms.wrap(HERE, file_key, target.context, key_id=target.key_id).stanza
+
+    def unwrap(self, stanzas: bytes, target: Target) -> bytes:
+        return self._kms.unwrap(HERE, stanzas, target.context, key_id=target.key_id).file_key
+
+
+class _NoTrail:
+    """Whoever holds the keys themselves needs no leave, and could leave no trace."""
+
+    def append(self, record: Record) -> str:
+        del record
+        return ""
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def conceal(self, tenant: str, context: Context) -> dict[str, str]:
+        del tenant, context
+        return {}
+
+    def check(self) -> None:
+        pass

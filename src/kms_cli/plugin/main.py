@@ -1,0 +1,74 @@
+"""The program ``age-plugin-kms``, which age tools start; people have ``kms recipient`` and ``identity``."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from types import FrameType
+from typing import Final, NoReturn
+
+from kms_cli.plugin.keys import InProcess, Keys, OfService
+from kms_cli.plugin.machines import KeysFor, identity_v1, recipient_v1
+from kms_cli.plugin.names import Target
+from kms_cli.plugin.protocol import Broken, Line
+from kms_core.errors import EXIT_OTHER, EXIT_USAGE
+
+MACHINES: Final[Mapping[str, Callable[[Line, KeysFor], None]]] = {
+    "recipient-v1": recipient_v1,
+    "identity-v1": identity_v1,
+}
+FLAG: Final = "--age-plugin="
+USAGE: Final = (
+    "age-plugin-kms is started by age, rage, sops and other age tools, which find it on the PATH.\n"
+    "Give them what these print:\n"
+    "  kms recipient --context env=prod    to encrypt:  age -r age1kms1…\n"
+    "  kms identity --context env=prod     to decrypt:  age -d -i FILE\n"
+)
+
+
+def run(args: Sequence[str], environ: Mapping[str, str]) -> int:
+    """One conversation over stdin and stdout; the exit code."""
+    named = [arg.removeprefix(FLAG) for arg in args if arg.startswith(FLAG)]
+    machine = MACHINES.get(named[0]) if len(named) == 1 == len(args) else None
+    if machine is None:
+        sys.stderr.write(USAGE if not named else f"age-plugin-kms: it does not speak {', '.join(named)}\n")
+        return EXIT_USAGE
+    os.chdir("/")  # "plugins must not make any assumptions about the working directory"
+    line = Line(sys.stdin.buffer, sys.stdout.buffer)
+    try:
+        machine(line, _keys(environ))
+    except Broken as exc:
+        sys.stderr.write(f"age-plugin-kms: {exc}\n")
+        return EXIT_OTHER
+    return 0
+
+
+def main() -> NoReturn:
+    """Entry point. Age ends a plugin by SIGINT when it needs no more of it."""
+    signal.signal(signal.SIGINT, _ended)
+    code = run(sys.argv[1:], os.environ)
+    sys.stderr.flush()
+    os._exit(code)  # stdout may be closed by now, and nothing is left to be written
+
+
+def _keys(environ: Mapping[str, str]) -> KeysFor:
+    @cache
+    def here() -> Keys:
+        return InProcess(environ)
+
+    service = OfService(environ)
+
+    def keys_for(target: Target) -> Keys:
+        return here() if target.in_process else service
+
+    return keys_for
+
+
+def _ended(number: int, frame: FrameType | None) -> NoReturn:
+    del number, frame
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What an environment file says, and what it must not."""
+
+import pytest
+
+from kms_cli import dotenv
+from kms_core.errors import InvalidRequest
+
+NOBODY: frozenset[str] = frozenset()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A=1", {"A": "1"}),
+        ("  export A = b c  # words", {"A": "b c"}),
+        ("A=b#c", {"A": "b#c"}),
+        ("A=", {"A": ""}),
+        ("A=''", {"A": ""}),
+        ("A='b # \\n' # words", {"A": "b # \\n"}),
+        ('A="b \\"c\\" \\\\ # \\n" # words', {"A": 'b "c" \\ # \n'}),
+        ("# words\n\nA=b=c\r\nB=2\n", {"A": "b=c", "B": "2"}),
+        (' {"A": "1", "B": "x\\ny"}', {"A": "1", "B": "x\ny"}),
+    ],
+)
+def test_what_a_file_says(text: str, expected: dict[str, str]) -> None:
+    assert dotenv.parse(text, "app.env") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("A=1\nA=2\n", "Line 2 of app.env sets A once more"),
+        ("A=1\n\nnot a pair\n", "Line 3 of app.env is not NAME=value"),
+        ("1A=1", "Line 1 of app.env is not NAME=value"),
+        ("A='open\n", "Line 1 of app.env opens a quote that it does not close"),
+        ('A="a" b', "Line 1 of app.env opens a quote"),
+        ('{"A": 1}', "app.env is not a JSON object of strings"),
+    ],
+)
+def test_what_says_nothing_is_refused(text: str, why: str) -> None:
+    with pytest.raises(InvalidRequest, match=why):
+        dotenv.parse(text, "app.env")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LD_PRELOAD", "LD_LIBRARY_PATH", "DYLD_INSERT_LIBRARIES", "PATH", "PYTHONPATH", "KMS_SERVICE_URL",
+        "BASH_ENV", "GIT_SSH_COMMAND", "NODE_OPTIONS", "RUBYOPT", "IFS", "GLIBC_TUNABLES",
+    ],
+)  # fmt: skip
+def test_a_name_that_steers_programs_needs_leave(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"allow it with --allow {name}"):
+        dotenv.check(name, "1", "app.env", NOBODY)
+
+    dotenv.check(name, "1", "app.env", frozenset({name}))
+
+
+@pytest.mark.parametrize(("name", "value"), [("A-B", "1"), ("", "1"), ("A=B", "1"), ("A", "1\0")])
+def test_what_no_environment_holds_is_refused(name: str, value: str) -> None:
+    with pytest.raises(InvalidRequest):
+        dotenv.check(name, value, "app.env", frozenset({name}))
+
+
+@pytest.mark.parametrize("name", ["DB_PASSWORD", "PATHS", "OLD_PATH", "ENVIRONMENT", "_x", "GIT_TOKEN"])
+def test_other_names_are_free(name: str) -> None:
+    dotenv.check(name, "1", "app.env", NOBODY)
