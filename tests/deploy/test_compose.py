@@ -1,0 +1,135 @@
+"""docker-compose.yml: read by Compose itself, hardened, and its secrets are made by deploy/make-secrets."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from artefacts import DEPLOY, ROOT, make_secrets, passes, tool
+from kms_cli.valkey import ACCESS
+from kms_core import settings
+from kms_core.errors import ConfigurationError
+from kms_worker.app import CONFIGURATION
+
+PROFILES: Final = ("openbao", "cosmian")
+SERVICES: Final = ("api", "worker", "valkey", "prometheus", "grafana", *PROFILES)
+
+
+@pytest.fixture(scope="module")
+def composed() -> dict[str, Any]:
+    """The file as Compose reads it, with every profile; it refuses unknown keys and broken references."""
+    profiles = [word for name in PROFILES for word in ("--profile", name)]
+    argv = (tool("docker-compose"), "--project-directory", ROOT, "-f", ROOT / "docker-compose.yml", *profiles)
+    found: dict[str, Any] = json.loads(passes(*argv, "config", "--format", "json"))
+    return found
+
+
+def test_there_are_these_services_and_the_key_servers_only_when_asked_for(composed: dict[str, Any]) -> None:
+    assert composed["services"].keys() == set(SERVICES)
+    asked = {name for name, service in composed["services"].items() if service.get("profiles")}
+    assert asked == set(PROFILES)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_may_do_no_more_than_it_must(composed: dict[str, Any], name: str) -> None:
+    service = composed["services"][name]
+
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert "cap_add" not in service
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not service.get("privileged")
+    assert {"mem_limit", "cpus", "pids_limit", "stop_grace_period", "restart"} <= service.keys()
+    assert re.fullmatch(r"\S+:v?\d[\w.-]*", service["image"]), "a version, not latest"
+    assert all("docker.sock" not in volume["source"] for volume in service.get("volumes", ()))
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(SERVICES) - {"cosmian"})
+)  # no program to ask with is in its image
+def test_a_service_is_asked_whether_it_lives(composed: dict[str, Any], name: str) -> None:
+    image_has_one = name == "api"
+
+    assert image_has_one or composed["services"][name]["healthcheck"]["test"][0] == "CMD"
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_what_is_published_is_for_this_host_alone(composed: dict[str, Any], name: str) -> None:
+    assert {port["host_ip"] for port in composed["services"][name].get("ports", ())} <= {"127.0.0.1"}
+
+
+def test_the_queue_is_reached_by_the_service_alone_and_grafana_does_not_reach_the_service(
+    composed: dict[str, Any],
+) -> None:
+    on = {
+        network: {name for name, service in composed["services"].items() if network in service["networks"]}
+        for network in composed["networks"]
+    }
+
+    assert on["queue"] == {"api", "worker", "valkey"}
+    assert composed["networks"]["queue"]["internal"] is True
+    assert not any({"grafana", "api"} <= members for members in on.values())
+
+
+def test_no_secret_stands_in_a_variable(composed: dict[str, Any]) -> None:
+    for service in composed["services"].values():
+        for name in service.get("environment") or {}:
+            assert not re.search(r"PASSWORD|TOKEN|SECRET|API_KEY", name) or name.endswith("_FILE")
+
+
+def test_every_secret_is_made(composed: dict[str, Any], tmp_path: Path) -> None:
+    made = {path.name for path in make_secrets(tmp_path).iterdir()}
+
+    assert {Path(secret["file"]).name for secret in composed["secrets"].values()} == made
+
+
+def test_secrets_are_private_and_made_once(tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in make_secrets(tmp_path / "s").iterdir()}
+    make_secrets(tmp_path / "s")
+
+    assert before == {path: path.read_bytes() for path in (tmp_path / "s").iterdir()}
+    assert {path.name for path in before if path.stat().st_mode & 0o077} == {
+        "age_public_key.txt",
+        "users.acl",
+    }
+    assert (tmp_path / "s").stat().st_mode & 0o077 == 0
+
+
+def test_the_service_may_do_at_the_server_what_it_may_at_the_embedded_one(tmp_path: Path) -> None:
+    users = (make_secrets(tmp_path) / "users.acl").read_text().splitlines()
+    rights = [" ".join(line.split()[4:]) for line in users]
+
+    assert users[0] == "user default on nopass resetkeys resetchannels -@all +ping"
+    assert re.match(r"user kms on #[0-9a-f]{64} resetkeys ", users[1])
+    assert rights[1] == " ".join(ACCESS.split()[4:])
+
+
+def seconds(text: str) -> float:
+    minutes, number = re.fullmatch(r"(?:(\d+)m)?(?:(\d+)s)?", text).groups(default="0")  # type: ignore[union-attr]  # it fits
+    return 60 * int(minutes) + int(number)
+
+
+def test_a_service_is_given_the_time_that_it_takes_to_stop(composed: dict[str, Any]) -> None:
+    services = composed["services"]
+
+    assert seconds(services["api"]["stop_grace_period"]) > 20  # what the API gives requests
+    assert seconds(services["worker"]["stop_grace_period"]) > 2 * int(
+        str(CONFIGURATION["worker_soft_shutdown_timeout"])
+    )
+
+
+def test_its_settings_are_ones_that_the_service_takes_but_for_the_files() -> None:
+    loaded = settings.load(DEPLOY / "compose/kms.toml", {"KMS_STATE_DIR": "/var/lib/kms-service"})
+
+    settings.check_exposure(loaded)
+    assert loaded.kms.redis.url == "redis://kms@valkey:6379/0"
+
+
+def test_without_its_written_word_nobody_would_be_served(tmp_path: Path) -> None:
+    written = (DEPLOY / "compose/kms.toml").read_text()
+    (tmp_path / "kms.toml").write_text(written.replace('mode = "none"', ""))
+
+    with pytest.raises(ConfigurationError):
+        settings.check_exposure(settings.load(tmp_path / "kms.toml", {"HOME": "/"}))

@@ -1,0 +1,232 @@
+"""The programs as they are deployed: under what the units forbid, before the Valkey of docker-compose.yml."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import httpx
+import pytest
+import redis
+import yaml
+
+from artefacts import ROOT, SYSTEMD, as_root, make_secrets
+from kms_cli.valkey import find_binary
+from kms_core.programs import tether
+from sandbox import USER, directives, system_calls
+from service import b64, free_port, unb64, until
+
+PYTHON: Final = Path(sys.executable)
+UNITS: Final = {"kms-service": "kms-api.service", "kms-worker": "kms-worker.service"}
+SETTINGS: Final = """
+[kms]
+environment = "prod"
+prod_backend = "age"
+allow_age_in_prod = true
+state_dir = "{state}"
+port = {port}
+[kms.age]
+private_key_path = "{secrets}/age_private_key.txt"
+public_key_path = "{secrets}/age_public_key.txt"
+[kms.redis]
+url = "redis://kms@127.0.0.1:{redis}/0"
+password_file = "{secrets}/redis_password"
+[kms.auth]
+mode = "none"
+[kms.jobs]
+roots = ["{state}/files"]
+spool_identity_path = "{secrets}/spool.key"
+intake_identity_path = "{secrets}/intake.key"
+"""
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """Everything runs; ``state`` is the one directory that can be written."""
+
+    http: httpx.Client
+    state: Path
+    redis_port: int
+    processes: dict[str, subprocess.Popen[bytes]]
+
+    def job(self, **job: object) -> dict[str, object]:
+        """Submitted, and its end awaited."""
+        sent = self.http.post("/api/v1/kms/jobs", json=job).raise_for_status().json()
+        path = f"/api/v1/kms/jobs/{sent['job_id']}"
+
+        def now() -> dict[str, object]:
+            found: dict[str, object] = self.http.get(path).json()
+            return found
+
+        until(lambda: now()["state"] in {"succeeded", "failed"}, "the job ends")
+        return now()
+
+
+def sandboxed(unit: str, state: Path, *words: object) -> list[str]:
+    return [str(word) for word in (PYTHON, ROOT / "tests/sandbox.py", SYSTEMD / unit, state, "--", *words)]
+
+
+def valkey_words(folder: Path, users: Path, port: int) -> list[str]:
+    """The command of docker-compose.yml, in other places."""
+    (program, *words) = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["valkey"][
+        "command"
+    ]
+    assert program == "valkey-server"
+    places = [str(users) if word == "/run/secrets/valkey_users" else word for word in words]
+    here = ["--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)]
+    return [str(find_binary(os.environ)), *places, *here]
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    as_root()
+    folder = tmp_path_factory.mktemp("deployed")
+    state, port, redis_port = folder / "state", free_port(), free_port()
+    secrets = make_secrets(state / "credentials")
+    (state / "files").mkdir()
+    places = {"state": state, "port": port, "redis": redis_port, "secrets": secrets}
+    (state / "kms.toml").write_text(SETTINGS.format_map(places))
+    for path in (state, *state.rglob("*")):
+        os.chown(path, USER, USER)
+    for path in secrets.iterdir():  # as Kubernetes and systemd hand them on
+        os.chown(path, 0, USER)
+        path.chmod(0o440)
+    (folder / "valkey").mkdir()
+    env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    commands = {"valkey": valkey_words(folder / "valkey", secrets / "users.acl", redis_port)}
+    for program, unit in UNITS.items():
+        commands[program] = sandboxed(unit, state, PYTHON.with_name(program), "--config", state / "kms.toml")
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, argv in commands.items():
+            with (folder / f"{name}.log").open("wb") as log:
+                processes[name] = tether.spawn(argv, env=env, output=log)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http:
+            for url in ("/livez", f"http://127.0.0.1:{port + 1}/livez"):
+                until(lambda url=url: answers(http, url, processes, folder), f"{url} answers")  # type: ignore[misc]  # mypy#12557: a lambda with a default
+            yield Deployed(http, state, redis_port, processes)
+    finally:
+        for process in reversed(processes.values()):
+            process.kill()
+            process.wait()
+
+
+def answers(http: httpx.Client, url: str, processes: dict[str, subprocess.Popen[bytes]], logs: Path) -> bool:
+    for name, process in processes.items():
+        assert process.poll() is None, f"{name} ended:\n{(logs / f'{name}.log').read_text()}"
+    try:
+        return http.get(url).is_success
+    except httpx.TransportError:
+        return False
+
+
+def test_calls_and_jobs_do_what_they_do_elsewhere(deployed: Deployed) -> None:
+    context = {"context": "env=prod"}
+    sealed = deployed.http.post("/api/v1/kms/encrypt", json={"plaintext": b64(b"secret"), **context}).json()
+    opened = deployed.http.post(
+        "/api/v1/kms/decrypt", json={"ciphertext": sealed["ciphertext"], **context}
+    ).json()
+    (deployed.state / "files/in").write_bytes(b"many" * 1_000_000)
+    os.chown(deployed.state / "files/in", USER, USER)
+    files = f"file://{deployed.state}/files"
+
+    bulk = deployed.job(kind="encrypt", items=[{"plaintext": b64(b"secret")}] * 3, **context)
+    file = deployed.job(kind="encrypt", source=f"{files}/in", target=f"{files}/out", **context)
+
+    assert unb64(opened["plaintext"]) == b"secret"
+    assert (bulk["state"], file["state"]) == ("succeeded", "succeeded")
+    assert (deployed.state / "files/out").read_bytes().startswith(b"age-encryption.org/v1\n")
+
+
+def test_metrics_of_the_process_are_there(deployed: Deployed) -> None:
+    worker = deployed.http.base_url.copy_with(port=(deployed.http.base_url.port or 0) + 1)
+
+    for url in ("/metrics", f"{worker}/metrics"):
+        assert "process_open_fds" in deployed.http.get(url).text
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_the_process_is_what_the_unit_makes_of_it(deployed: Deployed, name: str) -> None:
+    status = dict(
+        line.split(":\t", 1)
+        for line in Path(f"/proc/{deployed.processes[name].pid}/status").read_text().splitlines()
+        if ":\t" in line
+    )
+
+    assert status["Uid"].split() == [str(USER)] * 4
+    assert int(status["CapEff"], 16) == 0
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+
+
+def test_the_queue_lets_nobody_in_without_the_password(deployed: Deployed) -> None:
+    with redis.Redis(port=deployed.redis_port) as stranger:
+        assert stranger.ping()
+        for words in (["GET", "kms:x"], ["KEYS", "*"], ["INFO"], ["CONFIG", "GET", "*"]):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                stranger.execute_command(*words)
+
+
+def test_the_password_opens_what_the_service_needs_and_no_more(deployed: Deployed) -> None:
+    password = (deployed.state / "credentials/redis_password").read_text()
+    with redis.Redis(port=deployed.redis_port, username="kms", password=password) as service:
+        assert service.exists("kms:nothing") == 0
+        for words in (["GET", "others"], ["FLUSHALL"], ["CONFIG", "SET", "appendfsync", "no"], ["SHUTDOWN"]):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                service.execute_command(*words)
+
+
+# -- that the sandbox forbids at all ---------------------------------------------------------------------
+
+ATTEMPTS: Final = {
+    "write elsewhere": "open('/etc/kms-was-here', 'w')",
+    "write over the program": "open(sys.executable, 'ab')",
+    "memory to write and run": "mmap.mmap(-1, 4096, prot=mmap.PROT_WRITE | mmap.PROT_EXEC)",
+    "a packet socket": "socket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
+    "a netlink socket": "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
+    "a namespace": "os.unshare_of_our_own()",
+    "another user": "os.setuid(0)",
+    "another owner": "os.chown('own', 0, 0)",
+    "a set-user-id program": "os.chmod('own', 0o4755)",
+    "a greater priority": "os.setpriority(os.PRIO_PROCESS, 0, -5)",
+    "a root of its own": "os.chroot('.')",
+}
+JUDGE: Final = """
+import ctypes, json, mmap, os, socket, sys
+def unshare():
+    if ctypes.CDLL(None, use_errno=True).unshare(0x10000000):
+        raise OSError(ctypes.get_errno(), "unshare")
+os.unshare_of_our_own = unshare
+open('own', 'w').close()
+done = {}
+for name, attempt in json.loads(sys.argv[1]).items():
+    try:
+        exec(attempt)
+        done[name] = "done"
+    except OSError as exc:
+        done[name] = "refused"
+os.chmod('own', 0o600)
+print(json.dumps(done))
+"""
+
+
+@pytest.mark.parametrize("unit", UNITS.values())
+def test_what_the_unit_forbids_is_refused(unit: str, tmp_path: Path) -> None:
+    as_root()
+    os.chown(tmp_path, USER, USER)
+
+    argv = sandboxed(unit, tmp_path, PYTHON, "-c", JUDGE, json.dumps(ATTEMPTS))
+    judged = subprocess.run(argv, capture_output=True, text=True, check=False)
+
+    assert judged.returncode == 0, judged.stderr
+    assert json.loads(judged.stdout) == dict.fromkeys(ATTEMPTS, "refused")
+
+
+def test_an_allow_list_is_read_as_systemd_reads_it() -> None:
+    calls = system_calls(directives(SYSTEMD / "kms-api.service")["SystemCallFilter"])
+
+    assert {"read", "openat", "socket", "futex", "prlimit64"} <= calls
+    assert not calls & {"setuid", "chown", "mount", "ptrace", "bpf", "setpriority", "reboot", "init_module"}
