@@ -1,5 +1,7 @@
 """Writes the Grafana dashboards of ``grafana/dashboards/`` from what each panel asks; run it after a change.
 
+The address of the service, for links to its runbooks, may be given as an argument.
+
 One source: the JSON is never edited by hand, and a test holds it equal to what this program makes. Layout is
 by rule: figures of one screen height in rows of 4 units, graphs below in rows of 8, 24 units wide.
 """
@@ -12,6 +14,7 @@ from typing import Final, Literal
 
 from grafana_foundation_sdk.builders import common, stat, statetimeline, table, timeseries
 from grafana_foundation_sdk.builders.dashboard import (
+    ConstantVariable,
     Dashboard,
     DashboardLink,
     DatasourceVariable,
@@ -33,7 +36,10 @@ from grafana_foundation_sdk.models.dashboard import (
 
 FOLDER: Final = Path(__file__).parent / "grafana" / "dashboards"
 SOURCE: Final = DataSourceRef(type_val="prometheus", uid="${datasource}")
-RUNBOOKS: Final = "https://example.com/kms/docs/operations.md"
+DATASOURCE: Final = "kms-prometheus"
+"""The uid in ``grafana/provisioning``; a Grafana that has none of that name takes its default."""
+KMS_URL: Final = "http://localhost:8082"
+RUNBOOKS: Final = "${kms_url}/ui/runbooks"
 BACKEND: Final = 'backend=~"$backend"'
 KIND: Final = 'kind=~"$kind"'
 API: Final = 'route!~"/livez|/readyz|/metrics|/docs|/openapi.json|unrouted"'
@@ -97,7 +103,7 @@ OVERVIEW: Final = Board(
         figure("Requests", "kms:http_requests:rate5m", "reqps"),
         figure("p99 of encrypt", 'kms:operation_seconds:p99_rate5m{operation="encrypt"}', "s", bad=0.5),
         figure("Backends that work", "sum(kms_backend_up) / count(kms_backend_up)", "percentunit"),
-        figure("Workers", "max(kms_workers)", tells="Worker processes seen in the last 15 seconds."),
+        figure("Workers", "max(kms_workers)", tells="Worker processes seen in the last 5 seconds."),
         figure(
             "Dead letters",
             "max(kms_dead_letters)",
@@ -160,12 +166,15 @@ JOBS: Final = Board(
         ),
         figure("Queued", 'max(kms_jobs_in_state{state="queued"})'),
         figure("Running", 'max(kms_jobs_in_state{state="running"})'),
-        figure("Messages that wait", "sum(max by (queue) (kms_queue_depth))"),
+        figure("Messages that wait", "sum(max by (queue, priority) (kms_queue_depth))"),
         figure("Failed", "kms:jobs_failed:ratio_rate15m", "percentunit", bad=0.05),
         figure("Dead letters", "max(kms_dead_letters)", bad=1),
     ),
     (
-        Panel("Messages by queue", [("max by (queue) (kms_queue_depth)", "{{queue}}")]),
+        Panel(
+            "Messages by queue and priority",
+            [("max by (queue, priority) (kms_queue_depth)", "{{queue}} {{priority}}")],
+        ),
         Panel(
             "Jobs by state reached",
             [(per("state", "kms_jobs_total", KIND), "{{state}}")],
@@ -278,7 +287,12 @@ TRUST: Final = Board(
     "KMS: security and audit",
     "Who is refused, what does not open, and is every operation on record?",
     (
-        figure("Audit records", 'sum(rate(kms_audit_events_total{result="ok"}[5m]))', "ops"),
+        Panel(
+            "Audit trail holds",
+            [("min(kms_audit_chain_ok)", "")],
+            kind="stat",
+            tells="0: lines were changed, cut or removed by another hand (KmsAuditBroken).",
+        ),
         figure(
             "Audit failures",
             'sum(rate(kms_audit_events_total{result="failed"}[5m])) or vector(0)',
@@ -347,6 +361,17 @@ TRUST: Final = Board(
             "ops",
         ),
         Panel(
+            "Audit trail read back",
+            [("time() - kms_audit_read_timestamp_seconds", "{{job}} {{instance}}")],
+            "s",
+            tells="How long ago each process last checked what is new in the trail.",
+        ),
+        Panel(
+            "Audit lines to second places",
+            [(per("place, what, result", "kms_audit_copies_total"), "{{place}} {{what}} {{result}}")],
+            "ops",
+        ),
+        Panel(
             "What could be stronger",
             [("max by (setting) (kms_setting_weak)", "{{setting}}")],
             "short",
@@ -399,8 +424,8 @@ RUNTIME: Final = Board(
 BOARDS: Final = (OVERVIEW, JOBS, KEYS, TRUST, RUNTIME)
 
 
-def render(board: Board) -> str:
-    """The dashboard as the JSON that Grafana provisions."""
+def render(board: Board, kms_url: str = KMS_URL) -> str:
+    """The dashboard as the JSON that Grafana provisions. ``kms_url`` is where people reach the service."""
     made = (
         Dashboard(board.title)
         .uid(board.uid)
@@ -409,7 +434,13 @@ def render(board: Board) -> str:
         .refresh("30s")
         .time("now-6h", "now")
         .timezone("browser")
-        .with_variable(DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
+        .with_variable(
+            DatasourceVariable("datasource")
+            .label("Prometheus")
+            .type("prometheus")
+            .current(VariableOption(text="KMS Prometheus", value=DATASOURCE))
+        )
+        .with_variable(ConstantVariable("kms_url").label("KMS").value(kms_url))
         .link(
             DashboardLink("KMS dashboards")
             .type(DashboardLinkType.DASHBOARDS)
@@ -489,11 +520,12 @@ def _thresholds(panel: Panel) -> ThresholdsConfig:
     return ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
+    """The first argument, if there is one, is the address of the service as people reach it."""
     for board in BOARDS:
-        (FOLDER / f"{board.uid}.json").write_text(render(board))
+        (FOLDER / f"{board.uid}.json").write_text(render(board, *argv[1:2]))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv))

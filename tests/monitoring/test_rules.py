@@ -1,7 +1,6 @@
 """Rules, alerts, runbooks and dashboards, checked without a server: by promtool, and by each other."""
 
 import json
-import re
 import subprocess
 from pathlib import Path
 from typing import Any, Final
@@ -10,6 +9,7 @@ import pytest
 import yaml
 
 import dashboards
+from kms_api.pages import runbooks
 from peers import program
 
 ROOT: Final = Path(__file__).parents[2]
@@ -53,9 +53,99 @@ def test_an_alert_has_a_severity_a_summary_and_a_runbook(rule: dict[str, Any]) -
     assert rule["labels"]["severity"] in {"critical", "warning"}
     assert rule["annotations"]["summary"]
     page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
-    headings = re.findall(r"^### (.+)$", (ROOT / page).read_text(), re.MULTILINE)
-    assert anchor == rule["alert"].lower()
-    assert rule["alert"] in headings
+    assert page == "{{ $externalLabels.kms_url }}/ui/runbooks"
+    assert [each.alert for each in runbooks.load() if each.anchor == anchor] == [rule["alert"]]
+
+
+def test_every_runbook_is_of_an_alert_and_says_something() -> None:
+    books = runbooks.load()
+
+    assert sorted(each.alert for each in books) == sorted(rule["alert"] for rule in ALERTS)
+    assert all(each.paragraphs for each in books)
+
+
+def test_the_address_that_alerts_lead_to_is_set_and_is_the_one_of_the_dashboards() -> None:
+    config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+    named = {
+        variable["query"]
+        for uid in BOARDS
+        for variable in json.loads(dashboards.render(BOARDS[uid]))["templating"]["list"]
+        if variable["name"] == "kms_url"
+    }
+
+    assert named == {config["global"]["external_labels"]["kms_url"]}
+    other = json.loads(dashboards.render(dashboards.OVERVIEW, "https://kms.example.com"))
+    assert "https://kms.example.com" in {each.get("query") for each in other["templating"]["list"]}
+    assert [link["url"] for link in other["links"] if link["type"] == "link"] == ["${kms_url}/ui/runbooks"]
+
+
+# -- what Grafana is provisioned with --------------------------------------------------------------------
+
+
+def provisioned(kind: str) -> dict[str, Any]:
+    paths = list((MONITORING / "grafana/provisioning" / kind).iterdir())
+    assert [path.suffix for path in paths] == [".yml"]
+    found: dict[str, Any] = yaml.safe_load(paths[0].read_text())
+    assert found["apiVersion"] == 1
+    return found
+
+
+def test_the_dashboards_begin_with_the_datasource_that_is_provisioned() -> None:
+    (source,) = provisioned("datasources")["datasources"]
+    config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+
+    assert source.keys() == {
+        *("name", "uid", "type", "access", "url", "isDefault", "editable", "jsonData"),
+    }
+    assert (source["type"], source["access"], source["editable"]) == ("prometheus", "proxy", False)
+    assert source["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
+    for uid in BOARDS:
+        made = json.loads(dashboards.render(BOARDS[uid]))
+        menus = [each for each in made["templating"]["list"] if each["type"] == "datasource"]
+        assert [(menu["query"], menu["current"]["value"]) for menu in menus] == [
+            ("prometheus", source["uid"])
+        ]
+        assert {panel["datasource"]["uid"] for panel in made["panels"]} == {"${datasource}"}
+
+
+def test_grafana_looks_for_dashboards_where_compose_mounts_them_and_lets_nobody_edit_them() -> None:
+    (provider,) = provisioned("dashboards")["providers"]
+
+    assert provider["options"]["path"] == "/var/lib/grafana/dashboards"
+    assert (provider["type"], provider["folder"]) == ("file", "KMS")
+    assert (provider["allowUiUpdates"], provider["editable"], provider["disableDeletion"]) == (
+        False,
+        False,
+        True,
+    )
+    assert {path.stem for path in (MONITORING / "grafana/dashboards").iterdir()} == BOARDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("service", "mounts"),
+    [
+        (
+            "prometheus",
+            {"./monitoring/prometheus.yml": "/prometheus.yml", "./monitoring/rules": "/rules"},
+        ),
+        (
+            "grafana",
+            {
+                "./monitoring/grafana/provisioning": "/etc/grafana/provisioning",
+                "./monitoring/grafana/dashboards": "/var/lib/grafana/dashboards",
+            },
+        ),
+    ],
+)
+def test_compose_mounts_what_is_here(service: str, mounts: dict[str, str]) -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    volumes = [str(volume).split(":") for volume in services[service]["volumes"]]
+
+    for source, target in mounts.items():
+        places = [volume[1] for volume in volumes if volume[0].rstrip("/") == source]
+        assert len(places) == 1, source
+        assert places[0].rstrip("/").endswith(target), source
+        assert (ROOT / source).exists()
 
 
 @pytest.mark.parametrize("uid", BOARDS)

@@ -1,6 +1,6 @@
 """What the routes of the page share: rendering, refusals as pages, and forms that were not forged."""
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, ClassVar, Final
@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from kms_api import bodies, problems
 from kms_api.deps import WHO, service
 from kms_api.gate import Entry
+from kms_api.pages.runbooks import Runbook
 from kms_api.rules import UI, UI_RULES, Ruled
 from kms_api.sessions import SESSION, VISITOR, Sessions
 from kms_core import __version__, audit, wire
@@ -34,6 +35,7 @@ class Screen:
 
     templates: jinja2.Environment
     files: Mapping[str, bytes]
+    runbooks: Sequence[Runbook]
     sessions: Sessions
     entry: Entry | None
 
