@@ -6,18 +6,20 @@ when one runs, the token must be there still, the JWT not expired, the certifica
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 from kms_core import scopes
-from kms_core.auth import tokens
+from kms_core.auth import discovery, tokens
 from kms_core.auth.certificates import Shown
 from kms_core.auth.jwks import FileKeys, Keys, RemoteKeys, fetching
 from kms_core.auth.jwts import Jwts, Trusted
 from kms_core.auth.tokens import TokenFile
-from kms_core.errors import ConfigurationError, Forbidden, Unauthenticated
+from kms_core.errors import Forbidden, Unauthenticated
 from kms_core.policy import Principal
 from kms_core.scopes import Scope
 from kms_core.settings import Settings
+from kms_core.settings_auth import may_fetch
 from kms_core.settings_sections import Certificate, Issuer
 
 NONE_SHOWN: Final = (
@@ -58,6 +60,14 @@ class Doors:
         if lines is None:
             raise Forbidden("The credential was revoked or has expired since this was asked for")
         return _parsed(lines)
+
+    def until(self, who: Principal) -> float | None:
+        """When a credential ends (epoch seconds), if it is known to. Raises Unavailable."""
+        kind, _, rest = who.credential.partition(":")
+        if kind != "token":
+            return who.grant.until if who.grant else None
+        token = self._tokens.by_id(rest)
+        return token.expires_at.timestamp() if token and token.expires_at else None
 
     def _bearer(self, certificate: Shown) -> Principal:
         """TLS has verified the certificate when the connection began."""
@@ -102,13 +112,18 @@ def build(settings: Settings) -> Doors | None:
     auth = settings.kms.auth
     if auth.mode != "required":
         return None
-    issuers = [Trusted(name, section, _keys(name, section)) for name, section in auth.issuers.items()]
+    in_dev = settings.environment == "dev"
+    issuers = [
+        Trusted(name, section, _keys(section, in_dev=in_dev)) for name, section in auth.issuers.items()
+    ]
     return Doors(TokenFile(auth.tokens_path, strict=settings.is_prod), Jwts(issuers), auth.certificates)
 
 
-def _keys(name: str, section: Issuer) -> Keys:
+def _keys(section: Issuer, *, in_dev: bool) -> Keys:
+    """From a file, from a URL, or from where the issuer itself says that they are."""
     if section.jwks_file is not None:
         return FileKeys(section.jwks_file)
-    if section.jwks_url is None:
-        raise ConfigurationError(f"kms.auth.issuers.{name}: name its keys by jwks_url or jwks_file")
-    return RemoteKeys(fetching(section.jwks_url, section.ca_file))
+    fetch = fetching(section.ca_file)
+    if section.jwks_url is not None:
+        return RemoteKeys(partial(fetch, section.jwks_url))
+    return RemoteKeys(discovery.finding(section.issuer, fetch, partial(may_fetch, in_dev=in_dev)))

@@ -23,6 +23,7 @@ from jwt import PyJWK
 from jwt.exceptions import PyJWTError
 
 from kms_core.errors import ConfigurationError, Unavailable
+from kms_core.wire import NOT_JSON
 
 PublicKeyType = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
 KEEP_S: Final = 600.0
@@ -60,7 +61,7 @@ def parse(data: bytes) -> tuple[IssuerKey, ...]:
     """The usable keys of a set; others are passed over. ValueError if it is no set or none is usable."""
     try:
         found = msgspec.json.decode(data, type=_KeySet).keys
-    except msgspec.DecodeError as exc:
+    except NOT_JSON as exc:
         raise ValueError("this is not a JSON Web Key Set") from exc
     keys = tuple(_usable(found[:_MOST_KEYS]))
     if not keys:
@@ -160,18 +161,19 @@ class RemoteKeys:
             try:
                 self._keys = parse(self._fetch())
                 self._fetched = self._clock()
-            except (httpx.HTTPError, OSError, ValueError) as exc:
-                _log.warning("jwks.not_fetched", error=type(exc).__name__)
+            except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as exc:
+                reason = str(exc) if isinstance(exc, ValueError) else ""
+                _log.warning("jwks.not_fetched", error=type(exc).__name__, reason=reason)
 
 
-def fetching(url: str, ca_file: Path | None) -> Callable[[], bytes]:
+def fetching(ca_file: Path | None) -> Callable[[str], bytes]:
     """How to get what is at a URL: no redirects, 5 seconds, at most 256 KiB. Raises ConfigurationError."""
     try:
         context = ssl.create_default_context(cafile=ca_file)
     except OSError as exc:
         raise ConfigurationError(f"Cannot read the certificate authorities in {ca_file}") from exc
 
-    def fetch() -> bytes:
+    def fetch(url: str) -> bytes:
         with (
             httpx.Client(verify=context, timeout=_TIMEOUT_S) as client,
             client.stream("GET", url, headers={"Accept": "application/json"}) as answer,
@@ -182,7 +184,7 @@ def fetching(url: str, ca_file: Path | None) -> Callable[[], bytes]:
             for piece in answer.iter_bytes():
                 data += piece
                 if len(data) > _MOST_BYTES:
-                    raise ValueError("the key set is above 256 KiB")
+                    raise ValueError("the answer is above 256 KiB")
             return data
 
     return fetch

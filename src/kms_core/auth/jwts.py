@@ -96,7 +96,7 @@ class Jwts:
         if issuer is None:
             raise Unauthenticated(REFUSED, reason="untrusted")
         claims = _claims(text, header, issuer)
-        until = float(claims["exp"]) + issuer.section.leeway_s  # type: ignore[arg-type]  # PyJWT has read it as a number
+        until = _expiry(claims) + issuer.section.leeway_s
         grant = Grant(tuple(_scopes(claims, issuer.section)), until + issuer.section.job_grace_s)
         return (
             Principal(
@@ -142,6 +142,14 @@ def _claims(text: str, header: Claims, issuer: Trusted) -> Claims:
         except PyJWTError as exc:
             raise Unauthenticated(REFUSED, reason="claims") from exc
     raise Unauthenticated(REFUSED, reason="signature")
+
+
+def _expiry(claims: Claims) -> float:
+    """Seconds since the epoch."""
+    try:
+        return float(claims["exp"])  # type: ignore[arg-type]  # PyJWT has read it as a number
+    except OverflowError:  # JSON has whole numbers of any size
+        raise Unauthenticated(REFUSED, reason="claims") from None
 
 
 def _name(claims: Claims, section: Issuer) -> str:

@@ -12,8 +12,8 @@ import re
 import secrets
 import stat
 from base64 import b32encode
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,6 +23,8 @@ import msgspec
 import structlog
 
 from kms_core.errors import ConfigurationError, Conflict, Missing, Unauthenticated, Unavailable
+from kms_core.filemodes import is_open
+from kms_core.wire import NOT_JSON
 
 PREFIX: Final = "kms_"
 REFUSED: Final = "The credential is unknown, was revoked, or is not for this service"
@@ -33,7 +35,6 @@ _SECRET_BYTES: Final = 32
 _NOBODY: Final = bytes(32)
 _WRITABLE: Final = 0o022
 _OPEN_TO_ALL: Final = 0o007
-_OPEN: Final = 0o077
 _log = structlog.get_logger(__name__)
 
 
@@ -133,7 +134,7 @@ class TokenFile:
             raise ConfigurationError("others may write it: it must be the service's own, with mode 0600")
         if self._strict and mode & _OPEN_TO_ALL:
             raise ConfigurationError("every user may read it: run chmod 600 on it")
-        if mode & _OPEN:
+        if is_open(found, os.geteuid()):
             _log.warning("tokens.open_to_others", path=str(self._path), mode=f"{mode:04o}")
 
 
@@ -141,7 +142,7 @@ def read(path: Path) -> tuple[Token, ...]:
     """Every token of the file, valid or not. Raises OSError; ConfigurationError if it is none of ours."""
     try:
         file = msgspec.json.decode(path.read_bytes(), type=_File)
-    except msgspec.DecodeError as exc:
+    except NOT_JSON as exc:
         raise ConfigurationError(f"{path} is not a file that kms token wrote") from exc
     if file.version != 1:
         raise ConfigurationError(f"{path} is of a later version")
@@ -161,10 +162,20 @@ class Wish:
     ttl: timedelta | None
 
 
-def create(path: Path, wish: Wish) -> tuple[Token, str]:
+Witness = Callable[
+    [Token], AbstractContextManager[object]
+]  # entered around the moment at which a file changes
+
+
+def _unseen(token: Token) -> AbstractContextManager[object]:
+    del token
+    return nullcontext()
+
+
+def create(path: Path, wish: Wish, witness: Witness = _unseen) -> tuple[Token, str]:
     """A new token and its text, which is nowhere afterwards. Raises Conflict if the tenant has the name."""
-    with _changing(path) as tokens:
-        now = _now()
+    with _changing(path) as draft:
+        tokens, now = draft.tokens, _now()
         if any((token.name, token.tenant) == (wish.name, wish.tenant) for token in tokens):
             raise Conflict(
                 f"Tenant {wish.tenant} has a token {wish.name}: rotate or revoke it, or name another"
@@ -181,13 +192,17 @@ def create(path: Path, wish: Wish) -> tuple[Token, str]:
             digests=(digest,),
         )
         tokens.append(token)
+        draft.save(token, witness)
         return token, text
 
 
-def rotate(path: Path, which: str, overlap: timedelta, ttl: timedelta | None) -> tuple[Token, str]:
+def rotate(
+    path: Path, which: str, overlap: timedelta, ttl: timedelta | None, witness: Witness = _unseen
+) -> tuple[Token, str]:
     """A new text for the same token; the old one is valid for ``overlap``. ``ttl`` None keeps the term."""
-    with _changing(path) as tokens:
-        at, now = _index(tokens, which), _now()
+    with _changing(path) as draft:
+        tokens, now = draft.tokens, _now()
+        at = _index(tokens, which)
         old = tokens[at]
         text, digest = _new_text(old.id)
         kept = tuple(
@@ -197,13 +212,16 @@ def rotate(path: Path, which: str, overlap: timedelta, ttl: timedelta | None) ->
         )
         expires_at = old.expires_at if ttl is None else now + ttl
         tokens[at] = msgspec.structs.replace(old, digests=(digest, *kept), expires_at=expires_at)
+        draft.save(tokens[at], witness)
         return tokens[at], text
 
 
-def revoke(path: Path, which: str) -> Token:
+def revoke(path: Path, which: str, witness: Witness = _unseen) -> Token:
     """Take a token out: no call and no job of its begins afterwards. Raises Missing."""
-    with _changing(path) as tokens:
-        return tokens.pop(_index(tokens, which))
+    with _changing(path) as draft:
+        token = draft.tokens.pop(_index(draft.tokens, which))
+        draft.save(token, witness)
+        return token
 
 
 def _index(tokens: Sequence[Token], which: str) -> int:
@@ -237,16 +255,28 @@ def _reason(exc: Exception) -> str:
     return str(exc.strerror if isinstance(exc, OSError) else exc)
 
 
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """The tokens of a file, to be changed in place, and then saved: whole or not at all."""
+
+    path: Path
+    tokens: list[Token]
+
+    def save(self, token: Token, witness: Witness) -> None:
+        """``token`` is the one that has changed."""
+        data = msgspec.json.format(msgspec.json.encode(_File(tokens=tuple(self.tokens)))) + b"\n"
+        with witness(token):
+            _write(self.path, data)
+
+
 @contextmanager
-def _changing(path: Path) -> Iterator[list[Token]]:
-    """The tokens, to be changed in place; written whole or not at all. One command at a time."""
+def _changing(path: Path) -> Iterator[_Draft]:
+    """One command at a time."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        tokens = list(read(path)) if path.exists() else []
-        yield tokens
-        _write(path, msgspec.json.format(msgspec.json.encode(_File(tokens=tuple(tokens)))) + b"\n")
+        yield _Draft(path, list(read(path)) if path.exists() else [])
     finally:
         os.close(lock)
 
