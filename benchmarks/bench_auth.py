@@ -49,7 +49,7 @@ def main() -> None:
     logs.configure("error", json=True)
     with tempfile.TemporaryDirectory(prefix="kms-bench-") as name:
         folder = Path(name)
-        open_to_all, guarded = _built(folder / "open", ""), _built(folder / "guarded", _settings(folder))
+        open_to_all, guarded = built(folder / "open", ""), built(folder / "guarded", _settings(folder))
         _, token = tokens.create(
             folder / "guarded/tokens.json", Wish("ci", "default", SCOPES, timedelta(days=1))
         )
@@ -61,7 +61,7 @@ def main() -> None:
             "client certificate": (guarded, [], {CERTIFICATE: Shown(("DNS:ci",), 4e9)}),
         }
         found = in_turn(
-            [Contender(name, lambda way=way: _run(*way)) for name, way in ways.items()],  # type: ignore[misc]  # the default is the way
+            [Contender(name, lambda way=way: run(*way)) for name, way in ways.items()],  # type: ignore[misc]  # the default is the way
             options.plan,
             options.budget_s,
         )
@@ -69,7 +69,7 @@ def main() -> None:
     options.write([table, f"Three scopes of which the last one fits; {CALLS:,} calls a run."])
 
 
-def _run(application: ASGIApp, headers: Headers, state: dict[str, Any]) -> Reading:
+def run(application: ASGIApp, headers: Headers, state: dict[str, Any]) -> Reading:
     """The processor time of one call, over many; RuntimeError unless each is answered 200."""
     return {"seconds": asyncio.run(_calls(application, headers, state)) / CALLS}
 
@@ -111,7 +111,7 @@ async def _call(application: ASGIApp, headers: Headers, state: dict[str, Any]) -
         raise RuntimeError(f"answered {status}")
 
 
-def _built(state: Path, text: str) -> ASGIApp:
+def built(state: Path, text: str) -> ASGIApp:
     """The application over a state directory of its own; no Redis is asked by this call."""
     state.mkdir(parents=True)
     config = state / "kms.toml"

@@ -25,9 +25,9 @@ wrk.headers["Content-Type"] = "application/json"
 wrk.body = [==[{body}]==]
 function done(summary, latency, requests)
     local errors = summary.errors
-    io.write(string.format("RESULT %f %f %f %d\\n", summary.requests / summary.duration * 1e6,
+    io.write(string.format("RESULT %f %f %f %d %d\\n", summary.requests / summary.duration * 1e6,
         latency:percentile(50), latency:percentile(99),
-        errors.status + errors.connect + errors.read + errors.write + errors.timeout))
+        errors.status + errors.connect + errors.read + errors.write + errors.timeout, summary.requests))
 end
 """
 
@@ -42,7 +42,7 @@ class Shot:
 
 
 def load(shot: Shot, connections: int, seconds: float) -> Reading:
-    """``rate`` in requests a second, ``p50_s`` and ``p99_s``."""
+    """``rate`` in requests a second, ``p50_s`` and ``p99_s``, and how many ``requests`` were made."""
     if CLIENT == "wrk":
         return _wrk(shot, connections, seconds)
     return asyncio.run(_asyncio(shot, connections, seconds))
@@ -63,10 +63,10 @@ def _wrk(shot: Shot, connections: int, seconds: float) -> Reading:
     line = next((line for line in said.stdout.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
         raise RuntimeError(f"wrk said nothing that is known: {said.stdout[-200:]}")
-    rate, p50, p99, errors = map(float, line.split()[1:])
+    rate, p50, p99, errors, requests = map(float, line.split()[1:])
     if errors:
         raise RuntimeError(f"{errors:.0f} requests failed")
-    return {"rate": rate, "p50_s": p50 / 1e6, "p99_s": p99 / 1e6}
+    return {"rate": rate, "p50_s": p50 / 1e6, "p99_s": p99 / 1e6, "requests": requests}
 
 
 async def _asyncio(shot: Shot, connections: int, seconds: float) -> Reading:
@@ -75,7 +75,7 @@ async def _asyncio(shot: Shot, connections: int, seconds: float) -> Reading:
     took = sorted(each for some in times for each in some)
     spent = time.perf_counter() - started
     cut = statistics.quantiles(took, n=100)
-    return {"rate": len(took) / spent, "p50_s": cut[49], "p99_s": cut[98]}
+    return {"rate": len(took) / spent, "p50_s": cut[49], "p99_s": cut[98], "requests": float(len(took))}
 
 
 async def _connection(shot: Shot, ends: float) -> list[float]:

@@ -158,7 +158,7 @@ def _own_s() -> float:
     """Processor seconds of this process and of everything it started, ended or not."""
     ended = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     total = sum(usage.ru_utime + usage.ru_stime for usage in ended)
-    return total + sum(map(_used_s, descendants(os.getpid())))
+    return total + sum(map(used_s, descendants(os.getpid())))
 
 
 def descendants(pid: int) -> list[int]:
@@ -171,7 +171,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _used_s(pid: int) -> float:
+def used_s(pid: int) -> float:
     """User and system time of a process and of those of its children that have ended."""
     with suppress(FileNotFoundError, ProcessLookupError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -5,7 +5,7 @@ import json
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,11 +95,20 @@ def plain_app(folder: Path) -> Iterator[str]:
         yield url
 
 
-def _until_answering(url: str) -> None:
+@contextmanager
+def started(argv: Sequence[str], env: Mapping[str, str], url: str) -> Iterator[int]:
+    """A program that answers 200 to a GET of ``url`` before long; its process id. Raises OSError."""
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, cwd=ROOT, env=env)
+    with stopped(process):
+        _until_answering(url, None)
+        yield process.pid
+
+
+def _until_answering(url: str, body: str | None = "") -> None:
     ends = time.monotonic() + _START_S
     while True:
         try:
-            ask(url, "")
+            _got(url, body)
         except OSError:
             if time.monotonic() > ends:
                 raise
@@ -116,6 +125,10 @@ def connect(url: str) -> http.client.HTTPConnection:
 
 def ask(url: str, body: str | None = None) -> Any:  # noqa: ANN401 -- JSON
     """POST a body, or GET; the JSON of the answer. Raises RuntimeError unless it is 200."""
+    return json.loads(_got(url, body))
+
+
+def _got(url: str, body: str | None) -> bytes:
     connection = connect(url)
     try:
         headers = {"Content-Type": "application/json"}
@@ -126,4 +139,4 @@ def ask(url: str, body: str | None = None) -> Any:  # noqa: ANN401 -- JSON
         connection.close()
     if answer.status != http.HTTPStatus.OK:
         raise RuntimeError(f"{url} answered {answer.status}: {text[:300]!r}")
-    return json.loads(text)
+    return text

@@ -39,14 +39,18 @@ path "secret/data/*" { capabilities = ["create", "read", "update"] }
 class Bao:
     """A dev server: in memory, unsealed, with KV version 2 at ``secret/`` and transit at ``transit/``."""
 
-    def __init__(self, folder: Path, *, mounts: bool = True) -> None:
-        """``mounts``: whether to set up transit and the policy of a service."""
+    def __init__(self, folder: Path, *, mounts: bool = True, audit: Path | None = None) -> None:
+        """``mounts``: whether to set up transit and the policy of a service. ``audit``: its trail's file."""
         self.folder = folder
         self._log = folder / "server.log"
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         argv = [binary(), "server", "-dev", f"-dev-root-token-id={ROOT_TOKEN}", "-dev-no-store-token"]
         argv.append(f"-dev-listen-address=127.0.0.1:{self.port}")
+        if audit:
+            config = folder / "audit.hcl"
+            config.write_text(f'audit "file" "file" {{ options = {{ file_path = "{audit}" }} }}\n')
+            argv.append(f"-config={config}")
         with self._log.open("wb") as log:
             self._process = spawn(argv, env={"HOME": str(folder)}, output=log)
         self._admin = httpx.Client(base_url=self.url, trust_env=False)
@@ -59,6 +63,10 @@ class Bao:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def admin(self, method: str, path: str, body: object = None, *, token: str = ROOT_TOKEN) -> Any:  # noqa: ANN401 -- JSON
         """Call the server with all rights. Raises httpx.HTTPStatusError."""

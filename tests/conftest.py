@@ -8,7 +8,8 @@ import pytest
 
 from kms_cli.valkey import EmbeddedValkey, Limits
 
-pytest_plugins = ["service", "objectbench"]  # the whole service as processes; cores with object stores
+# the whole service as processes; cores with object stores; an install with a façade; one for age tools
+pytest_plugins = ["service", "objectbench", "facades", "plugins"]
 DATABASES: Final = 10_000  # tests of one session; an unused one costs nothing
 
 

@@ -5,6 +5,7 @@ or wants other settings, makes its own ``Service``. ``core_of`` is the same core
 that stand in the middle of a job.
 """
 
+import itertools
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ from typing import Any, Final, Self
 import httpx
 import pytest
 
+import documented
 from kms_cli import up
 from kms_cli.valkey import EmbeddedValkey, runtime_dir
 from kms_core import settings as settings_file
@@ -37,6 +39,7 @@ CANARY: Final = "Kanarienvogel-4711"  # sent where a secret may be; it must not 
 B64_CANARY: Final = b64encode(CANARY.encode()).decode()
 CONTEXT: Final = "env=prod,service=api"
 Json = dict[str, Any]
+_ports: Final = itertools.cycle(range(10_000 + os.getpid() * 20 % 20_000, 32_000, 2))
 PROGRAMS: Final = {"api": "kms_api.main", "worker": "kms_worker.main"}
 
 
@@ -49,16 +52,19 @@ def until(fact: Callable[[], object], what: str) -> None:
 
 
 def free_port() -> int:
-    """A port that is free, and so is the next one, for the worker's metrics."""
-    while True:
+    """A port that is free, and so is the next one, for the worker's metrics.
+
+    Each test process has ports of its own, and none that the system gives to connections going out.
+    """
+    for number in _ports:
         with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            number: int = first.getsockname()[1]
             try:
+                first.bind(("127.0.0.1", number))
                 second.bind(("127.0.0.1", number + 1))
             except OSError:
                 continue
             return number
+    raise AssertionError("no free port")
 
 
 def b64(data: bytes) -> str:
@@ -87,7 +93,12 @@ class Service:
             made.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.config.write_text(f"[kms]\n{settings}")
         up.make_dev_keys(self.settings)
-        self.http = httpx.Client(base_url=self.url, timeout=WAIT_S, trust_env=False)
+        hooks = {"response": [self._check]}
+        self.http = httpx.Client(base_url=self.url, timeout=WAIT_S, trust_env=False, event_hooks=hooks)
+
+    def _check(self, answer: httpx.Response) -> None:
+        if answer.request.url.port == self.port:  # the worker's metrics are another server's
+            documented.check(answer)
 
     @property
     def environ(self) -> dict[str, str]:

@@ -63,7 +63,7 @@ const NEXT = {
 # may show, not even in a line of source that nu would quote.
 export def reach [url?: string, token_file?: string, arguments: record = {}, --secret: binary]: nothing -> record {
     let at = {spans: (spots $arguments), secret: $secret}
-    let address = $url | default $env.KMS_SERVICE_URL? | default $env.KMS_URL? | default $DEFAULT_URL
+    let address = $url | default $env.KMS_SERVICE_URL? | default $DEFAULT_URL
     let parts = try { $address | url parse } catch { {scheme: ""} }
     if $parts.scheme not-in [http https] or ($parts.host | is-empty) {
         fail $at bad_address "The service address must look like http://host:port or https://host"
@@ -93,11 +93,7 @@ export def spots [arguments: record]: nothing -> record {
 }
 
 def bearer [at: record, token_file?: string]: nothing -> oneof<string, nothing> {
-    let token = if $token_file == null and ($env.KMS_TOKEN? | is-not-empty) {
-        $env.KMS_TOKEN
-    } else {
-        read-token $at ($token_file | default $env.KMS_TOKEN_FILE?)
-    }
+    let token = read-token $at ($token_file | default $env.KMS_TOKEN_FILE?)
     if $token != null and $token !~ '^[!-~]+$' {
         fail $at bad_token "The token holds characters that no header can carry, or none" --blame token-file
     }

@@ -3,7 +3,7 @@
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
 import anyio
 import anyio.to_thread
@@ -11,15 +11,19 @@ from fastapi import FastAPI
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp
 
-from kms_api import bodies, broker, pages, problems, rules
+from kms_api import broker, document, pages, problems, rules
 from kms_api.deps import Service
 from kms_api.edge import Edge
+from kms_api.facade import app as facade
 from kms_api.front import Front
 from kms_api.gate import Entry, Gate, Limits
+from kms_api.pages import runbooks
 from kms_api.pages.screen import Screen
 from kms_api.routes import (
     audit,
     batch,
+    codec,
+    filekeys,
     files,
     intake,
     jobs,
@@ -31,7 +35,9 @@ from kms_api.routes import (
     webhooks,
 )
 from kms_api.sessions import Sessions
-from kms_core import __version__, metrics, wire
+from kms_api.tracing import Traced
+from kms_core import __version__, metrics, traces, wire
+from kms_core.audit.watch import Watch
 from kms_core.auth.scraping import Scraping
 from kms_core.auth.throttle import Failures, Pace, Requests
 from kms_core.jobs.build import Core
@@ -43,27 +49,42 @@ from kms_core.settings_lint import SETTINGS, weaknesses
 _UPLOAD_THREADS = 64  # of their own: senders may be slow, and must not hold up the threads of other calls
 
 ROUTERS: Final = tuple(
-    part.router for part in (secrets, batch, jobs, files, intake, webhooks, keys, audit, operations)
+    part.router
+    for part in (secrets, filekeys, batch, codec, jobs, files, intake, webhooks, keys, audit, operations)
 )
 UI: Final = (ui.router, ui_forms.router)
+DOCUMENTED: Final = {wire.PREFIX: ROUTERS, "": (operations.probes,)}
+"""What the OpenAPI page is of, by prefix."""
+
+
+class _App(FastAPI):
+    """Serves our own OpenAPI page in place of the one that FastAPI would make."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = document.page(DOCUMENTED)
+        return self.openapi_schema
 
 
 def build(settings: Settings) -> ASGIApp:
     """The application for these settings. Raises ConfigurationError; touches key files, and no peer."""
+    traced = settings.kms.traces
+    traces.configure("kms-service", enabled=traced.enabled, endpoint=traced.endpoint)
     queue = broker.connect(settings.kms.redis)
     core = build_core(settings, "api", queue.nudge)
-    app = FastAPI(
-        title="kms-service",
-        version=__version__,
-        summary="Encrypt, decrypt and run encryption jobs",
-        lifespan=_with_teller(core),
+    watch = Watch.of(settings)
+    app = _App(
+        title=document.TITLE,
+        lifespan=_with_helpers(core, watch),
         openapi_url="/openapi.json" if settings.kms.server.docs else None,
+        redirect_slashes=False,  # a redirected POST would send its secret twice
     )
     app.state.service = Service(
         settings,
         core.kms,
         core.desk,
         queue,
+        watch,
         time.monotonic(),
         {},
         anyio.CapacityLimiter(_UPLOAD_THREADS),
@@ -74,7 +95,6 @@ def build(settings: Settings) -> ASGIApp:
     for router in UI:
         rules.include(app, router)
     problems.install(app)
-    _document(app)
     metrics.BUILD_INFO.labels(__version__).set(1)
     weak = {weakness.setting for weakness in weaknesses(settings)}
     for setting in SETTINGS:
@@ -86,10 +106,12 @@ def build(settings: Settings) -> ASGIApp:
     )
     entry = None if core.doors is None else Entry(core.doors, core.kms.trail, limits.failures)
     sessions = Sessions(settings.state_dir / "run" / "sessions")
-    app.state.screen = Screen(pages.environment(), pages.files(), sessions, entry)
-    front = ServerErrorMiddleware(Front(app, ROUTERS, wire.PREFIX), problems.unknown)
+    app.state.screen = Screen(pages.environment(), pages.files(), runbooks.load(), sessions, entry)
+    inner = facade.before(Front(app, ROUTERS, wire.PREFIX), app.state.service, core.doors)
+    front = ServerErrorMiddleware(inner, problems.unknown)
     gate = Gate(front, entry, sessions, limits)
-    return Edge(gate, settings.kms.server.allowed_hosts, core.kms.trail)
+    edge = Edge(gate, settings.kms.server.allowed_hosts, core.kms.trail)
+    return Traced(edge) if traced.enabled else edge
 
 
 def _paces(settings: Settings) -> dict[str, Pace]:
@@ -105,8 +127,8 @@ def _paces(settings: Settings) -> dict[str, Pace]:
     }
 
 
-def _with_teller(core: Core) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    """While the application runs, its counts go to Redis, and its audit trail is kept in order."""
+def _with_helpers(core: Core, watch: Watch) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """While the application runs, counts go to Redis, and the audit trail is kept in order and read back."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -114,14 +136,11 @@ def _with_teller(core: Core) -> Callable[[FastAPI], AbstractAsyncContextManager[
         teller = Teller(core.kms.tally, core.shop.store.redis)
         teller.start()
         core.keeper.start()
+        watch.start()
         yield
+        watch.stop()
         await anyio.to_thread.run_sync(teller.stop)
         await anyio.to_thread.run_sync(core.keeper.stop)
+        await anyio.to_thread.run_sync(traces.stop)
 
     return lifespan
-
-
-def _document(app: FastAPI) -> None:
-    """Put the msgspec shapes on the OpenAPI page."""
-    page = app.openapi()
-    page.setdefault("components", {}).setdefault("schemas", {}).update(bodies.components())

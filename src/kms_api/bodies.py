@@ -1,4 +1,4 @@
-"""Bytes to shapes and back: bounded bodies, strict decoding, and the OpenAPI text of both."""
+"""Bytes to shapes and back: bounded bodies, strict decoding."""
 
 import re
 from collections.abc import Mapping
@@ -12,13 +12,6 @@ from kms_core.errors import InvalidRequest, TooLarge
 
 T = TypeVar("T", bound=wire.Body)
 _UNKNOWN_FIELD: Final = "unknown field `"
-_UPLOAD_HEADERS: Final = {
-    "X-KMS-Context": "The encryption context, percent-encoded UTF-8",
-    "X-KMS-Key-Id": "The key id; absent means the default key",
-    "X-KMS-Priority": "high, normal (if absent) or low",
-    "X-KMS-Callback": "An endpoint of the service's settings, which is told how the job ends",
-    "Idempotency-Key": "Makes a repeated submission answer with the first one's job",
-}
 _FIELDS: Final = "|".join(
     sorted({field for shape in wire.Body.__subclasses__() for field in shape.__struct_encode_fields__})
 )
@@ -63,7 +56,7 @@ def decode(body: bytes, shape: type[T]) -> T:
     try:
         decoded: T = decoder.decode(body or b"{}")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise InvalidRequest(_why(exc, shape)) from None
+        raise InvalidRequest(why(exc, shape)) from None
     return decoded
 
 
@@ -71,55 +64,7 @@ def answer(shape: wire.Answer, status: int = 200, headers: Mapping[str, str] | N
     return Response(wire.encode(shape), status, headers, media_type="application/json")
 
 
-def documented(
-    body: type[wire.Body] | None, answer: type[wire.Answer], example: object = None, status: int = 200
-) -> dict[str, Any]:
-    """FastAPI's route arguments that put msgspec shapes on the OpenAPI page."""
-    extra = _answers(answer, status)
-    if body is not None:
-        content: dict[str, Any] = {"schema": _ref(body)}
-        if example is not None:
-            content["example"] = example
-        extra["requestBody"] = {"required": True, "content": {"application/json": content}}
-    return {"openapi_extra": extra, "response_model": None, "status_code": status}
-
-
-def uploaded(answer: type[wire.Answer]) -> dict[str, Any]:
-    """The same for a streamed body, whose context and key travel in headers."""
-    extra = _answers(answer, 202)
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    extra["requestBody"] = {"required": True, "content": {"application/octet-stream": binary}}
-    extra["parameters"] = [
-        {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": text}
-        for name, text in _UPLOAD_HEADERS.items()
-    ]
-    return {"openapi_extra": extra, "response_model": None, "status_code": 202}
-
-
-def _answers(answer: type[wire.Answer], status: int) -> dict[str, Any]:
-    refused = {"application/problem+json": {"schema": _ref(wire.Problem)}}
-    return {
-        "responses": {
-            str(status): {"description": "Done", "content": {"application/json": {"schema": _ref(answer)}}},
-            "default": {"description": "A problem", "content": refused},
-        }
-    }
-
-
-def components() -> dict[str, Any]:
-    """The schemas that ``documented`` refers to."""
-    shapes = [
-        shape for shape in vars(wire).values() if isinstance(shape, type) and issubclass(shape, wire.Shape)
-    ]
-    _, found = msgspec.json.schema_components(shapes, ref_template="#/components/schemas/{name}")
-    return dict(found)
-
-
-def _ref(shape: type[wire.Shape]) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{shape.__name__}"}
-
-
-def _why(exc: Exception, shape: type[wire.Body]) -> str:
+def why(exc: Exception, shape: type[wire.Body]) -> str:
     """The decoder's text names places and types; an unknown field is the caller's and not repeated."""
     text = str(exc)
     if _UNKNOWN_FIELD in text:

@@ -6,7 +6,7 @@ from typing import Final
 from celery import Celery
 from kombu.connection import Connection
 from kombu.exceptions import OperationalError
-from kombu.transport import virtual
+from kombu.transport import redis
 
 from kms_core.errors import JobsUnavailable
 from kms_core.jobs.model import AMQP_RANKS, QUEUES, REDIS_STEPS
@@ -47,8 +47,11 @@ class Broker:
             # AttributeError: kombu 5.7, where the connection is lost while its channel is made
             raise JobsUnavailable from exc
 
-    def depths(self) -> dict[str, int]:
-        """Messages waiting in each queue. Raises JobsUnavailable."""
+    def depths(self) -> dict[tuple[str, str], int]:
+        """Messages waiting, by queue and priority; RabbitMQ tells of queues only (``any``).
+
+        Raises JobsUnavailable.
+        """
         with self.producer.connection_for_read() as connection:
             return _waiting(connection)
 
@@ -60,19 +63,36 @@ def connect(section: Redis) -> Broker:
     return Broker(producer)
 
 
-def _waiting(connection: Connection) -> dict[str, int]:
-    """Messages in each queue, all priorities of it. Raises JobsUnavailable."""
+def _waiting(connection: Connection) -> dict[tuple[str, str], int]:
+    """Raises JobsUnavailable."""
     try:
-        return {queue: _length(connection, queue) for queue in QUEUES}
+        return {
+            (queue, priority): count
+            for queue in QUEUES
+            for priority, count in _by_priority(connection, queue).items()
+        }
     except (*connection.connection_errors, OperationalError, OSError) as exc:
         raise JobsUnavailable from exc
 
 
+def _by_priority(connection: Connection, queue: str) -> dict[str, int]:
+    channel = connection.default_channel
+    if not isinstance(channel, redis.Channel):
+        return {"any": _length(connection, queue)}
+    with channel.conn_or_acquire() as client:  # queue_declare forgets the key prefix
+        return {
+            priority: sum(client.llen(_list(channel, queue, step)) for step in steps)
+            for priority, steps in REDIS_STEPS.items()
+        }
+
+
+def _list(channel: redis.Channel, queue: str, step: int) -> str:
+    return str(channel._q_for_pri(queue, step))  # type: ignore[no-untyped-call]  # noqa: SLF001 -- kombu offers the sum alone
+
+
 def _length(connection: Connection, queue: str) -> int:
-    if isinstance(connection.default_channel, virtual.Channel):  # queue_declare forgets its key prefix
-        return int(connection.default_channel._size(queue))  # type: ignore[no-untyped-call]  # noqa: SLF001
     try:
-        with connection.channel() as channel:  # a refusal closes it
+        with connection.channel() as channel:  # type: ignore[no-untyped-call]  # untyped there; a refusal closes it
             return int(channel.queue_declare(queue, passive=True).message_count)
     except connection.channel_errors:  # no worker has declared the queue yet
         return 0

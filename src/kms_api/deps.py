@@ -8,6 +8,8 @@ import anyio.to_thread
 from fastapi import Request
 
 from kms_api.broker import Broker
+from kms_core.audit.watch import Watch
+from kms_core.envelope.header import BUNDLE
 from kms_core.jobs.desk import Desk
 from kms_core.policy import Principal
 from kms_core.service import Kms
@@ -19,6 +21,8 @@ R = TypeVar("R")
 INLINE_STANZAS: Final = 32
 INLINE_BYTES: Final = 256 * 1024
 BACKEND_THREADS: Final = 16
+_LOOK_BYTES: Final = 32 * 1024
+_BUNDLED: Final = f"-> {BUNDLE} ".encode()
 LOCAL: Final = "local"
 WHO: Final = "kms.who"  # where the gate leaves the principal in a request's scope
 LOCAL_CALLER: Final = Principal("local")
@@ -35,6 +39,7 @@ class Service:
     kms: Kms
     desk: Desk
     broker: Broker
+    watch: Watch
     started: float
     limiters: dict[str, anyio.CapacityLimiter]
     upload_limiter: anyio.CapacityLimiter
@@ -68,10 +73,16 @@ async def call(built: Service, function: Callable[P, R], *args: P.args, **kwargs
     event loop. ``key_id`` among the keywords, and ciphertexts among the arguments, tell which threads.
     """
     sizes = [arg for arg in args if isinstance(arg, bytes)]
-    heavy = any(len(arg) > INLINE_BYTES or arg.count(b"\n-> ", 0, 1 << 15) > INLINE_STANZAS for arg in sizes)
+    heavy = any(map(_is_heavy, sizes))
     if not built.blocks and not heavy:
         return function(*args, **kwargs)
     key_id = kwargs.get("key_id")
     waits_on = built.kms.keyring.waits_on(key_id if isinstance(key_id, str) else None, *sizes)
     limiter = built.limiter(waits_on or LOCAL)
     return await anyio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=limiter)
+
+
+def _is_heavy(data: bytes) -> bool:
+    """A large body, many stanzas, or a bundle, whose stanzas cannot be counted from outside."""
+    many = data.count(b"\n-> ", 0, _LOOK_BYTES) > INLINE_STANZAS
+    return len(data) > INLINE_BYTES or many or data.find(_BUNDLED, 0, _LOOK_BYTES) >= 0

@@ -4,17 +4,16 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import Final
 from urllib.parse import urlsplit
 
 import structlog
-from prometheus_client import Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kms_api import problems
 from kms_api.deps import WHO
-from kms_api.rules import is_ui
+from kms_api.facade import refusals
+from kms_api.rules import is_ui, is_vault
 from kms_core import audit, metrics
 from kms_core.audit import Audit
 
@@ -67,15 +66,16 @@ class Edge:
                 message["headers"] = _marked(scope, message["headers"], request_id, noted.audit_id)
             await send(message)
 
-        metrics.INFLIGHT.inc()
+        metrics.ANSWERING.level += 1
         try:
             if self._refused(headers, scope.get("server")):
-                refusal = problems.problem(403, "forbidden", _WHY)
+                speak = refusals.turned_away if is_vault(scope["path"]) else problems.problem
+                refusal = speak(403, "forbidden", _WHY)
                 await refusal(scope, receive, answer)
             else:
                 await self._app(scope, receive, answer)
         finally:
-            metrics.INFLIGHT.dec()
+            metrics.ANSWERING.level -= 1
             _count(scope, status, time.perf_counter() - started)
 
     def _refused(self, headers: Mapping[bytes, bytes], server: tuple[str, int | None] | None) -> bool:
@@ -125,17 +125,8 @@ def _marked(
 
 def _count(scope: Scope, status: int, seconds: float) -> None:
     route, method = getattr(scope.get("route"), "path", "unrouted"), scope["method"]
-    count, duration = _children(route, method, status)
-    count.inc()
-    duration.observe(seconds)
+    metrics.count_answer(route, method, status, seconds)
     _log.debug("http.request", method=method, route=route, status=status, duration_us=round(seconds * 1e6))
-
-
-@lru_cache(maxsize=1024)
-def _children(route: str, method: str, status: int) -> tuple[Counter, Histogram]:
-    """The metrics of one kind of answer: looking them up costs more than counting."""
-    count = metrics.HTTP_REQUESTS.labels(route, method, str(status))
-    return count, metrics.HTTP_SECONDS.labels(route, method)
 
 
 class _Few:

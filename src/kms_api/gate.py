@@ -20,7 +20,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kms_api import problems
 from kms_api.deps import LET_IN, LOCAL_CALLER, WHO
-from kms_api.rules import METRICS, OPEN_PATHS, UI, UI_OPEN, is_ui
+from kms_api.facade import refusals
+from kms_api.rules import METRICS, OPEN_PATHS, UI, UI_OPEN, VAULT_OPEN, is_ui, is_vault
 from kms_api.sessions import COOKIE, SESSION, Sessions
 from kms_api.tls import CERTIFICATE
 from kms_core import audit, metrics
@@ -33,6 +34,7 @@ from kms_core.policy import Principal
 
 THREADS: Final = 8  # for JWTs whose issuer's keys may have to be fetched
 _KEYS: Final = frozenset({b"x-api-key", b"x-vault-token"})
+_NO_CREDENTIAL: Final = OPEN_PATHS | UI_OPEN | VAULT_OPEN
 _log = structlog.get_logger(__name__)
 
 
@@ -114,7 +116,7 @@ class Gate:
 
     async def _who(self, scope: Scope) -> Principal:
         path = scope["path"]
-        if path in OPEN_PATHS or path in UI_OPEN or (path == METRICS and self._may_scrape(scope)):
+        if path in _NO_CREDENTIAL or (path == METRICS and self._may_scrape(scope)):
             return LET_IN
         who = LOCAL_CALLER
         if self._entry is not None:
@@ -151,7 +153,7 @@ def _refusal(scope: Scope, error: KmsError) -> Response:
     """A browser that has no session is led to where it gets one; everybody else gets a problem."""
     if isinstance(error, Unauthenticated) and error.reason == "missing" and is_ui(scope["path"]):
         return RedirectResponse(f"{UI}/login", HTTPStatus.SEE_OTHER)
-    return problems.answer(error)
+    return refusals.answer(error) if is_vault(scope["path"]) else problems.answer(error)
 
 
 def shown(headers: Iterable[tuple[bytes, bytes]]) -> str:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from kms_api.listening import listen
+from kms_api import listening
 from kms_core.errors import EXIT_UNAVAILABLE
 from kms_core.programs.supervisor import Child, supervise
 from kms_core.settings import Settings
@@ -19,28 +19,28 @@ _GRACE_S: Final = 25  # above what a process gives the calls that it is answerin
 
 def lead(settings: Settings, config: Path | None) -> int:
     """Run ``[kms.server] processes`` of them until a signal; the exit code (see ``supervise``)."""
-    listener = listen(settings.kms.bind, settings.kms.port)
-    if listener is None:
+    listeners = listening.ports(settings.kms)
+    if not listeners:
         return EXIT_UNAVAILABLE
     run_dir = settings.state_dir / "run"
     metrics = _emptied(run_dir / f"metrics-{socket.gethostname()}-{settings.kms.port}")
-    with listener:
-        numbers = range(1, settings.kms.server.processes + 1)
-        children = [_child(number, listener, config, metrics) for number in numbers]
-        return supervise(children, pid_dir=run_dir, on_ready=lambda: None)
+    handles = tuple(listener.fileno() for listener in listeners)
+    numbers = range(1, settings.kms.server.processes + 1)
+    children = [_child(number, handles, config, metrics) for number in numbers]
+    return supervise(children, pid_dir=run_dir, on_ready=lambda: None)
 
 
-def _child(number: int, listener: socket.socket, config: Path | None, metrics: Path) -> Child:
-    handle = listener.fileno()
+def _child(number: int, handles: tuple[int, ...], config: Path | None, metrics: Path) -> Child:
+    inherited = [word for handle in handles for word in ("--listener", str(handle))]
     named = () if config is None else ("--config", str(config))
     places = {_FOLDER: str(metrics), _SLOT: f"api-{number}"}
     return Child(
         f"api-{number}",
-        (sys.executable, "-P", "-m", "kms_api.main", "--listener", str(handle), *named),
+        (sys.executable, "-P", "-m", "kms_api.main", *inherited, *named),
         ready=lambda: True,  # the port is open already: callers wait rather than being refused
         env={**os.environ, **places},
         grace_s=_GRACE_S,
-        pass_fds=(handle,),
+        pass_fds=handles,
     )
 
 

@@ -1,14 +1,36 @@
-"""The port: taken once, by the process that serves or by the leader of several."""
+"""The ports: taken once, by the process that serves or by the leader of several."""
 
 import socket
 import sys
 from typing import Final
 
+from kms_core.settings_sections import Kms
+
 _BACKLOG: Final = 2048
 
 
-def listen(bind: str, port: int) -> socket.socket | None:
-    """A listening socket; None, and why on standard error, if the port is not free or not ours."""
+def ports(kms: Kms) -> list[socket.socket]:
+    """A listening socket, and a second one where the façade has its own port.
+
+    Empty, and why on standard error, if a port is not free or not ours.
+    """
+    wanted = {kms.port: "KMS_PORT"} | (
+        {} if kms.facade.port is None else {kms.facade.port: "[kms.facade] port"}
+    )
+    taken: list[socket.socket] = []
+    for port, setting in wanted.items():
+        listener = _listen(kms.bind, port)
+        if listener is None:
+            sys.stderr.write(
+                f"kms-service: error: {kms.bind} port {port} is taken or not ours: "
+                f"stop the other process, or set {setting}\n"
+            )
+            return []
+        taken.append(listener)
+    return taken
+
+
+def _listen(bind: str, port: int) -> socket.socket | None:
     family = socket.AF_INET6 if ":" in bind else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -17,9 +39,5 @@ def listen(bind: str, port: int) -> socket.socket | None:
         listener.listen(_BACKLOG)
     except OSError:
         listener.close()
-        sys.stderr.write(
-            f"kms-service: error: {bind} port {port} is taken or not ours: "
-            "stop the other process, or set KMS_PORT\n"
-        )
         return None
     return listener

@@ -18,7 +18,7 @@ def main() -> int:
         loaded = settings.load(arguments.config, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
         settings.check_exposure(loaded)
-        if loaded.kms.server.processes > 1 and arguments.listener is None:
+        if loaded.kms.server.processes > 1 and not arguments.listener:
             from kms_api import leader  # noqa: PLC0415 -- a leader serves nothing
 
             return leader.lead(loaded, arguments.config)
@@ -33,7 +33,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="kms-service", description="The HTTP front of the KMS.")
     parser.add_argument("--config", type=Path, help="settings file (else KMS_CONFIG, else the usual places)")
-    parser.add_argument("--listener", type=int, help=argparse.SUPPRESS)  # the leader's socket, in a child
+    parser.add_argument("--listener", type=int, action="append", default=[], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

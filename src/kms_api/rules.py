@@ -6,10 +6,12 @@ any ``CALLER``. ``gate.py`` has found out who calls.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, ClassVar, Final
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute, APIRouter
+from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from kms_api.deps import LET_IN, WHO, Service
@@ -36,7 +38,11 @@ RULES: Final[Mapping[tuple[str, str], Rule]] = {
     ("POST", "/decrypt"): CALLER,
     ("POST", "/generate-key"): CALLER,
     ("POST", "/rewrap"): CALLER,
+    ("POST", "/wrap"): CALLER,
+    ("POST", "/unwrap"): CALLER,
     ("POST", "/batch"): CALLER,
+    ("POST", "/codec/encode"): CALLER,
+    ("POST", "/codec/decode"): CALLER,
     ("GET", "/keys"): CALLER,
     ("GET", "/keys/{key_id}"): CALLER,
     ("POST", "/keys/{key_id}/rotate"): CALLER,
@@ -74,6 +80,7 @@ UI_RULES: Final[Mapping[tuple[str, str], Rule]] = {
     ("GET", "/ui/keys"): CALLER,
     ("GET", "/ui/keys/{key_id}/rotate"): CALLER,
     ("POST", "/ui/keys/{key_id}/rotate"): CALLER,
+    ("GET", "/ui/runbooks"): CALLER,
     ("GET", "/ui/login"): OPEN,
     ("POST", "/ui/login"): OPEN,
     ("POST", "/ui/logout"): CALLER,
@@ -83,6 +90,41 @@ UI_RULES: Final[Mapping[tuple[str, str], Rule]] = {
 UI_OPEN: Final = frozenset(
     f"{UI}/{name}" for name in ("login", "static/page.css", "static/page.js", "static/icon.svg")
 )
+VAULT: Final = "/v1/"
+_WRITES: Final = ("POST", "PUT")
+VAULT_RULES: Final[Mapping[tuple[str, str], Rule]] = {
+    **{
+        (method, f"{VAULT}{path}"): CALLER
+        for method in _WRITES
+        for path in (
+            "{mount}/encrypt/{name}",
+            "{mount}/decrypt/{name}",
+            "{mount}/rewrap/{name}",
+            "{mount}/datakey/plaintext/{name}",
+            "{mount}/datakey/wrapped/{name}",
+            "{mount}/keys/{name}",
+            "{mount}/keys/{name}/rotate",
+            "{mount}/keys/{name}/config",
+            "auth/token/renew-self",
+            "sys/capabilities-self",
+        )
+    },
+    ("GET", "/v1/{mount}/keys"): CALLER,
+    ("LIST", "/v1/{mount}/keys"): CALLER,
+    ("GET", "/v1/{mount}/keys/{name}"): CALLER,
+    ("DELETE", "/v1/{mount}/keys/{name}"): CALLER,
+    ("GET", "/v1/auth/token/lookup-self"): CALLER,
+    ("GET", "/v1/sys/mounts"): CALLER,
+    ("GET", "/v1/sys/internal/ui/mounts"): CALLER,
+    ("GET", "/v1/sys/internal/ui/mounts/{mount}"): CALLER,
+    ("GET", "/v1/sys/health"): OPEN,
+    ("HEAD", "/v1/sys/health"): OPEN,
+    ("GET", "/v1/sys/seal-status"): OPEN,
+    ("GET", "/v1/sys/init"): OPEN,
+    ("GET", "/v1/sys/leader"): OPEN,
+}
+"""The façade (docs/facade.md), where it is enabled: the whole paths; a mount may have several segments."""
+VAULT_OPEN: Final = frozenset(path for (_, path), rule in VAULT_RULES.items() if rule.open)
 METRICS: Final = "/metrics"
 PAGES: Final = frozenset({"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
 """Of FastAPI: the shapes of this API, which are public. ``[kms.server] docs`` says whether there are any."""
@@ -99,12 +141,15 @@ class Ruled(APIRoute):
         self.rules = {method: self.table[method, path] for method in self.methods or ()}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] not in self.rules:
+            allowed = sorted(method for method, path in self.table if path == self.path)
+            raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": ", ".join(allowed)})
         self.admit(scope)
         await super().handle(scope, receive, send)
 
     def admit(self, scope: Scope) -> None:
         """Raises Forbidden for a caller to whom the table does not give this route."""
-        rule = self.rules.get(scope["method"], OPEN)  # another method is refused by the route itself
+        rule = self.rules[scope["method"]]
         if rule.operation is not None and scope[WHO] is not LET_IN:
             self._require(scope, rule.operation)
 
@@ -120,6 +165,11 @@ class Ruled(APIRoute):
 def is_ui(path: str) -> bool:
     """Whether a path belongs to the page."""
     return path == UI or path.startswith(f"{UI}/")
+
+
+def is_vault(path: str) -> bool:
+    """Whether a path is one of the façade, whose callers read another shape of errors."""
+    return path.startswith(VAULT)
 
 
 def include(app: FastAPI, router: APIRouter, prefix: str = "") -> None:

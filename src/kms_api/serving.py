@@ -1,43 +1,59 @@
 """One process that serves: builds the application and hands it to uvicorn."""
 
-import socket
-from typing import Final
+import asyncio
+import ssl
+from collections.abc import Sequence
+from socket import socket
+from typing import Final, Literal
 
 import uvicorn
+from starlette.types import ASGIApp
 
-from kms_api import app, tls
-from kms_api.listening import listen
+from kms_api import app, listening, tls
+from kms_api.facade import listener as facade
 from kms_core import keyring
 from kms_core.errors import EXIT_UNAVAILABLE
 from kms_core.settings import Settings
 
-GRACE_S: Final = 20
+_GRACE_S: Final = 20
 
 
-def serve(settings: Settings, inherited: int | None) -> int:
-    """Serve until a signal, at the socket that the leader handed down or at one of our own.
+def serve(settings: Settings, inherited: Sequence[int]) -> int:
+    """Serve until a signal, at the sockets that the leader handed down or at our own.
 
-    Returns the exit code. Raises ConfigurationError, before the port is taken.
+    Returns the exit code. Raises ConfigurationError, before a port is taken.
     """
     keyring.check(settings)
     built = app.build(settings)
     context = tls.context(settings.kms.server, strict=settings.is_prod)
-    if inherited is None:
-        listener = listen(settings.kms.bind, settings.kms.port)
-    else:
-        listener = socket.socket(fileno=inherited)
-    if listener is None:
+    listeners = [socket(fileno=number) for number in inherited] or listening.ports(settings.kms)
+    if not listeners:
         return EXIT_UNAVAILABLE
-    config = uvicorn.Config(
+    config = _config(built, tls.PeerProtocol, context)
+    if len(listeners) == 1:
+        uvicorn.Server(config).run(sockets=listeners)
+        return 0
+    second = _config(facade.only(built), facade.PeerH11, context, lifespan="off")
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(facade.serve(config, listeners[0], second, listeners[1]))
+    return 0
+
+
+def _config(
+    built: ASGIApp,
+    http: type[asyncio.Protocol],
+    context: ssl.SSLContext | None,
+    lifespan: Literal["on", "off"] = "on",
+) -> uvicorn.Config:
+    return uvicorn.Config(
         built,
         loop="uvloop",
-        http=tls.PeerProtocol,  # httptools, and who is at the other end
+        http=http,  # knows who is at the other end
         ssl_context_factory=None if context is None else lambda *_: context,
         access_log=False,
         log_config=None,
         server_header=False,
         proxy_headers=False,  # nothing here trusts a forwarded address
-        timeout_graceful_shutdown=GRACE_S,
+        timeout_graceful_shutdown=_GRACE_S,
+        lifespan=lifespan,
     )
-    uvicorn.Server(config).run(sockets=[listener])
-    return 0

@@ -16,6 +16,7 @@ from kms_cli.main import AUDIT_COMMANDS, LazyGroup
 from kms_cli.progress import Meter
 from kms_cli.session import session
 from kms_core import settings as settings_file
+from kms_core import wire
 from kms_core.audit import places, reading, receipt
 from kms_core.audit.keys import Concealer, PublicKeys, pem, public_path
 from kms_core.audit.reading import Event, Wanted
@@ -136,7 +137,7 @@ def check_receipt_command(file: Path, public_key: Path | None) -> None:
         if file.stat().st_size > _MOST_RECEIPT_BYTES:
             raise BadReceipt("The file is too large for a receipt")
         found = msgspec.json.decode(file.read_bytes(), type=Receipt)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except wire.NOT_JSON:
         raise BadReceipt("The file is no receipt") from None
     receipt.check(found, keys)
     words.result(found.line)

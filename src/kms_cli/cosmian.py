@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from kms_cli import words
+from kms_cli import recording, words
 from kms_cli.main import COSMIAN_COMMANDS, LazyGroup
 from kms_cli.session import session
 from kms_core import settings as settings_file
@@ -38,7 +38,7 @@ def init_key_command() -> None:
 
 def _init(name: str, settings: Settings) -> None:
     key = key_of(name, settings)
-    with key.call():
+    with recording.effect(settings, "key.create", name), key.call():
         version, is_new = key.init()
     if session().as_json:
         words.record({"name": name, "version": version.version, "made": is_new}, as_json=True)

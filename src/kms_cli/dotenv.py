@@ -15,8 +15,13 @@ _DOUBLE: Final = re.compile(r'"((?:[^"\\]|\\.)*)"\s*(?:#.*)?')
 _ESCAPED: Final = re.compile(r"\\(.)")
 _MEANING: Final = {"n": "\n", "r": "\r", "t": "\t"}
 _STEERS: Final = re.compile(
-    r"LD_.*|DYLD_.*|PATH|IFS|ENV|BASH_ENV|BASH_FUNC.*|SHELLOPTS|PYTHON.*|PERL5.*|PERLLIB|RUBY(OPT|LIB)|NODE_OPTIONS"
-    r"|NODE_PATH|JAVA_TOOL_OPTIONS|JDK_JAVA_OPTIONS|GCONV_PATH|GLIBC_TUNABLES|MALLOC_.*|KMS_.*|GIT_(SSH.*|EXEC_PATH)"
+    r"LD_.*|DYLD_.*|PATH|HOME|IFS|GCONV_PATH|GLIBC_TUNABLES|MALLOC_.*|OPENSSL_(CONF|ENGINES|MODULES)|KMS_.*"
+    r"|ENV|SHELL|SHELLOPTS|BASH_ENV|BASH_FUNC.*|BASHOPTS|PS4|PROMPT_COMMAND|ZDOTDIR|MAKEFLAGS"
+    r"|EDITOR|VISUAL|PAGER|BROWSER|LESS(OPEN|CLOSE)|SSH_ASKPASS"
+    r"|GIT_(SSH.*|EXEC_PATH|CONFIG.*|ASKPASS|EDITOR|SEQUENCE_EDITOR|PAGER|EXTERNAL_DIFF|PROXY_COMMAND|DIR)"
+    r"|PYTHON.*|PERL5.*|PERLLIB|RUBY(OPT|LIB)|GEM_(HOME|PATH)|BUNDLE_GEMFILE|NODE_OPTIONS|NODE_PATH"
+    r"|_?JAVA_(TOOL_)?OPTIONS|JDK_JAVA_OPTIONS|CLASSPATH|DOTNET_STARTUP_HOOKS|COR(ECLR)?_.*PROFIL.*"
+    r"|LUA_(INIT|C?PATH).*|PHPRC|PHP_INI_SCAN_DIR"
 )
 """Names that say which code a program loads or runs, or where ``kms`` itself asks."""
 
@@ -56,7 +61,7 @@ def _json(text: str, where: str) -> dict[str, str]:
 
 
 def _lines(text: str, where: str) -> Iterator[tuple[int, str, str]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines ends them at much else, too
         stripped = line.strip()
         if not stripped or stripped.startswith("#"):
             continue

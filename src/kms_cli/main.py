@@ -36,7 +36,11 @@ COMMANDS: Final = {  # name: module, what it does
     "rewrap-file": ("header_rewrap", "Move a file of any size to the current key, or another."),
     "seal": ("offline", "Encrypt a file or stdin without a service."),
     "open": ("offline", "Decrypt any age file without a service."),
+    "ssh": ("ssh", "Make and use SSH keys whose private part is sealed."),
+    "run": ("running", "Run a program with sealed values in its environment."),
     "keygen": ("keygen", "Make an age key pair."),
+    "recipient": ("recipients", "Name a key for age -r, rage and sops."),
+    "identity": ("recipients", "Name a key for age -d -i, rage and sops."),
     "inspect": ("inspection", "Show what an encrypted file says of itself."),
     "token": ("tokens", "Create, list, rotate and revoke API tokens."),
     "migrate": ("migrate", "Move ciphertexts from Vault, AWS KMS or SOPS into the service."),
@@ -84,6 +88,13 @@ TOKEN_COMMANDS: Final = {
     "list": ("tokens", "List tokens and what they may do."),
     "rotate": ("tokens", "Give a token a new secret."),
     "revoke": ("tokens", "Take a token out, at once."),
+}
+
+SSH_COMMANDS: Final = {
+    "new": ("ssh", "Make a key pair; the private part is sealed at once."),
+    "add": ("ssh", "Hand the private part to the ssh agent, until its end."),
+    "open": ("ssh", "Write the private part to a file (0600)."),
+    "list": ("ssh", "Show the keys of a directory, and which have ended."),
 }
 
 COSMIAN_COMMANDS: Final = {"init-key": ("cosmian", "Make the keys that settings name.")}

@@ -54,7 +54,11 @@ def _configuration(settings: Settings, host: str) -> dict[str, object]:
     """JSON is YAML. The same jobs as ``monitoring/prometheus.yml``, where this service listens."""
     targets = {"kms-api": settings.kms.port, "kms-worker": settings.kms.port + 1}
     return {
-        "global": {"scrape_interval": "5s", "evaluation_interval": "5s"},
+        "global": {
+            "scrape_interval": "5s",
+            "evaluation_interval": "5s",
+            "external_labels": {"kms_url": f"http://{host}:{settings.kms.port}"},
+        },
         "rule_files": [str(RULES / "*.yml")],
         "scrape_configs": [
             {"job_name": name, "static_configs": [{"targets": [f"{host}:{port}"]}]}

@@ -185,11 +185,11 @@ def add_command(name: Path, context: ContextIn, *, confirm: bool) -> int:
         raise ConfigurationError("ssh-add is not on the PATH: install the OpenSSH client")
     if not os.environ.get("SSH_AUTH_SOCK"):
         raise ConfigurationError("No ssh agent is running here: start one with eval $(ssh-agent)")
-    private, public = _opened(Pair.of(name), context)
-    argv = [program, "-q", *(["-c"] if confirm else []), *_lifetime(public), "-"]
+    private, until = _opened(Pair.of(name), context)
+    argv = [program, "-q", *(["-c"] if confirm else []), *_lifetime(until), "-"]
     done = subprocess.run(argv, input=private, check=False)
     if done.returncode == 0:
-        words.say(f"the agent has {name}" + (f" until {public.until}" if public and public.until else ""))
+        words.say(f"the agent has {name}" + (f" until {until}" if until else ""))
     return EXIT_OTHER if done.returncode else 0
 
 
@@ -221,24 +221,25 @@ def _rows(directory: Path) -> Iterator[dict[str, str]]:
             }
 
 
-def _opened(pair: Pair, context: ContextIn) -> tuple[bytes, Public | None]:
+def _opened(pair: Pair, context: ContextIn) -> tuple[bytes, str | None]:
     """The private part in OpenSSH's format, checked against the public one where that is at hand.
 
-    Raises Expired, OfAnother, NotACiphertext, and what the service refuses.
+    And the end that it was opened with, which is bound to it. Raises Expired, OfAnother, NotACiphertext, and
+    what the service refuses.
     """
     public = _public(pair)
     if public is not None and public.is_over():
         raise Expired(f"{pair.name} ended at {public.until}")
-    until = public.until if public else None
+    pairs = _with_end(context, public.until if public else None)
     with connect() as kms:
-        opened = kms.decrypt(_sealed(pair.sealed), context=_with_end(context, until))
+        opened = kms.decrypt(_sealed(pair.sealed), context=pairs)
     try:
         derived = sshkeys.public_of(opened.plaintext)
     except ValueError as exc:
         raise InvalidRequest(f"{pair.sealed} opens, and holds no SSH key in OpenSSH's format") from exc
     if public is not None and derived != public.key:
         raise OfAnother(f"{pair.sealed} holds another key than {pair.public}")
-    return opened.plaintext, public
+    return opened.plaintext, pairs.get(NOT_AFTER)
 
 
 def _sealed(path: Path) -> bytes:
@@ -256,6 +257,5 @@ def _public(pair: Pair) -> Public | None:
         return None
 
 
-def _lifetime(public: Public | None) -> list[str]:
-    left = public.left() if public else None
-    return [] if left is None else ["-t", str(max(1, int(left / timedelta(seconds=1))))]
+def _lifetime(until: str | None) -> list[str]:
+    return [] if until is None else ["-t", str(max(1, int(sshkeys.left(until) / timedelta(seconds=1))))]

@@ -80,11 +80,16 @@ class Public:
 
     def left(self) -> timedelta | None:
         """Until its end, below zero after it; None if it has none."""
-        return None if self.until is None else _time(self.until) - datetime.now(UTC)
+        return None if self.until is None else left(self.until)
 
     def is_over(self) -> bool:
         left = self.left()
         return left is not None and left <= timedelta()
+
+
+def left(until: str) -> timedelta:
+    """From now until a time in RFC 3339, below zero after it. Raises ValueError for what is none."""
+    return _time(until) - datetime.now(UTC)
 
 
 def generate(kind: Kind) -> Made:

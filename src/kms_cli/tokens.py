@@ -1,25 +1,24 @@
 """``kms token``: create, list, rotate and revoke API tokens on the machine where the service keeps them."""
 
 import os
-import re
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
 
 import click
 
-from kms_cli import words
+from kms_cli import recording, words
 from kms_cli.main import TOKEN_COMMANDS, LazyGroup
 from kms_cli.private import create_file
 from kms_cli.session import session
+from kms_cli.spans import span
 from kms_core import scopes
 from kms_core import settings as settings_file
 from kms_core.auth import tokens
 from kms_core.auth.tokens import Token, Wish
 from kms_core.errors import InvalidRequest, TargetExists
-
-_SPAN: Final = re.compile(r"([1-9][0-9]{0,5})([smhd])")
-_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+from kms_core.settings import Settings
 
 token_command = LazyGroup("token", TOKEN_COMMANDS, "Create, list, rotate and revoke API tokens.")
 file_option = click.option(
@@ -53,16 +52,16 @@ def create_command(  # noqa: PLR0913, PLR0917 -- one for each option
             raise InvalidRequest(f"{label} takes letters, digits, _ . and -, at most 80")
     for line in lines:
         _check_scope(line)
-    wish, path = Wish(name, tenant, lines, _ttl(ttl)), _path(file)
+    wish, here = Wish(name, tenant, lines, _ttl(ttl)), _here(file)
     _check_free(output)
-    _hand_out("made", *tokens.create(path, wish), output)
+    _hand_out("made", *tokens.create(here.path, wish, here.recorded("create")), output)
 
 
 @click.command("list", short_help="List tokens.")
 @file_option
 def list_command(file: Path | None) -> None:
     """List tokens: id, tenant, name, when they expire, and what they may do."""
-    path = _path(file)
+    path = _here(file).path
     found = tokens.read(path) if path.exists() else ()
     if session().as_json:
         for token in found:
@@ -84,10 +83,11 @@ def list_command(file: Path | None) -> None:
 @file_option
 def rotate_command(which: str, overlap: str, ttl: str | None, output: Path | None, file: Path | None) -> None:
     """Make a new secret for a token. Its id, name and scopes stay, and so do its jobs."""
-    kept = timedelta() if overlap == "0" else _span("--overlap", overlap)
+    kept = timedelta() if overlap == "0" else span("--overlap", overlap)
     renewed = None if ttl is None else _ttl(ttl)
+    here = _here(file)
     _check_free(output)
-    _hand_out("rotated", *tokens.rotate(_path(file), which, kept, renewed), output)
+    _hand_out("rotated", *tokens.rotate(here.path, which, kept, renewed, here.recorded("rotate")), output)
 
 
 @click.command("revoke", short_help="Take a token out.")
@@ -95,19 +95,32 @@ def rotate_command(which: str, overlap: str, ttl: str | None, output: Path | Non
 @file_option
 def revoke_command(which: str, file: Path | None) -> None:
     """Take a token out, at once and for good: its queued jobs end as failed, with the code forbidden."""
-    _tell("revoked", tokens.revoke(_path(file), which))
+    here = _here(file)
+    _tell("revoked", tokens.revoke(here.path, which, here.recorded("revoke")))
 
 
-def _path(file: Path | None) -> Path:
-    """The token file of the service on this machine, as its settings say."""
-    if file is not None:
-        return file
+@dataclass(frozen=True, slots=True)
+class _Here:
+    """The token file, and the settings of the service on this machine, whose trail tells of changes."""
+
+    path: Path
+    settings: Settings
+
+    def recorded(self, change: str) -> tokens.Witness:
+        def witness(token: Token) -> AbstractContextManager[None]:
+            return recording.effect(self.settings, f"token.{change}", token.id, token.tenant)
+
+        return witness
+
+
+def _here(file: Path | None) -> _Here:
+    """``file``, or the one that the settings name."""
     given = session()
     overrides = {"state_dir": given.state_dir and str(given.state_dir)}
-    auth = settings_file.load(given.config, os.environ, overrides=overrides).kms.auth
-    if auth.mode != "required":
+    settings = settings_file.load(given.config, os.environ, overrides=overrides)
+    if file is None and settings.kms.auth.mode != "required":
         words.say('note: the service here asks for no tokens: write mode = "required" under [kms.auth]')
-    return auth.tokens_path
+    return _Here(file or settings.kms.auth.tokens_path, settings)
 
 
 def _check_free(output: Path | None) -> None:
@@ -163,11 +176,4 @@ def _check_scope(line: str) -> None:
 
 
 def _ttl(text: str) -> timedelta | None:
-    return None if text == "never" else _span("--ttl", text)
-
-
-def _span(label: str, text: str) -> timedelta:
-    found = _SPAN.fullmatch(text)
-    if not found:
-        raise InvalidRequest(f"{label} takes a number and s, m, h or d, as 12h or 30d")
-    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+    return None if text == "never" else span("--ttl", text)

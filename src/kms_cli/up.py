@@ -19,7 +19,7 @@ from typing import Final
 
 from pyrage import x25519
 
-from kms_cli import private, prometheus, valkey
+from kms_cli import private, prometheus, recording, valkey
 from kms_core import settings as settings_file
 from kms_core.errors import ConfigurationError, Unavailable
 from kms_core.programs.supervisor import Child, Pace, say, supervise
@@ -78,8 +78,9 @@ def run(
         run_dir = _make_directories(settings.state_dir)
         stack.enter_context(valkey.locked(run_dir / "lock", f"kms up already runs with {settings.state_dir}"))
         _check_ports(settings, options.monitoring)
-        if settings.environment == "dev":
-            make_dev_keys(settings)
+        if settings.environment == "dev" and _lacks_keys(settings):
+            with recording.effect(settings, "key.create", "development"):
+                make_dev_keys(settings)
         servers = _embedded_redis(options, settings, env, stack)
         children = [*servers, *programs(settings, env)]
         if options.monitoring:
@@ -148,6 +149,8 @@ def _make_directories(state_dir: Path) -> Path:
 def _check_ports(settings: Settings, monitoring: bool) -> None:
     bind, port = settings.kms.bind, settings.kms.port
     uses = [(port, "the API"), (port + 1, "the worker's metrics")]
+    if settings.kms.facade.port is not None:
+        uses.append((settings.kms.facade.port, "[kms.facade] port"))
     if monitoring:
         uses.append((prometheus.port_of(settings), "Prometheus"))
     for number, use in uses:
@@ -164,6 +167,14 @@ def _check_ports(settings: Settings, monitoring: bool) -> None:
 
 
 # -- keys for development ----------------------------------------------------------------------------
+
+
+def _lacks_keys(settings: Settings) -> bool:
+    kms = settings.kms
+    paths = [kms.jobs.spool_identity_path, kms.jobs.intake_identity_path]
+    if "age" in settings.used_backends:
+        paths.append(kms.age.public_key_path)
+    return not all(path.exists() for path in paths)
 
 
 def make_dev_keys(settings: Settings) -> None:

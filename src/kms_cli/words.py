@@ -25,6 +25,7 @@ HINTS: Final[Mapping[str, str]] = {
     "job_not_finished": 'wait for it with "kms job wait"',
     "backend_unavailable": '"kms status" and "kms doctor" say more; it may help to try again',
     "jobs_unavailable": 'start redis and a worker, or all of it with "kms up"',
+    "audit_unavailable": "make room on the disk of the audit trail, or run this as the user of the service",
     "unavailable": "it may help to try again in a while",
     "rate_limited": "try again in a while",
     "spool_full": "let finished jobs expire, or ask the operator for a larger spool",
@@ -59,7 +60,8 @@ def record(values: Mapping[str, object], *, as_json: bool) -> None:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Rows in columns for people; programs ask for JSON."""
+    """Rows in columns for people, whose terminal obeys control characters; programs ask for JSON."""
+    rows = [["".join(char if char.isprintable() else "?" for char in cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         result("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -11,5 +11,17 @@ from kms_client.aio import AsyncClient
 from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
 from kms_client.settings import DEFAULT_URL, Options
 from kms_client.sync import Client
+from kms_core import errors, wire
+from kms_core.errors import KmsError
 
-__all__ = ["DEFAULT_URL", "AsyncClient", "Client", "Options", "ServiceUnreachable", "UnexpectedAnswer"]
+__all__ = [
+    "DEFAULT_URL",
+    "AsyncClient",
+    "Client",
+    "KmsError",
+    "Options",
+    "ServiceUnreachable",
+    "UnexpectedAnswer",
+    "errors",
+    "wire",
+]

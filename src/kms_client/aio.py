@@ -8,16 +8,16 @@ from typing import BinaryIO, Self, TypeVar, Unpack
 
 import anyio
 import anyio.to_thread
-import httpx
+import httpcore
 import msgspec
 
 from kms_client import calls
-from kms_client.calls import JobOptions
+from kms_client.calls import UploadOptions
 from kms_client.engine import Engine
 from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
 from kms_client.transfer import Download, Progress, Upload
-from kms_client.transport import Transport, transport_errors
+from kms_client.transport import Answer, Transport, pool_options, transport_errors
 from kms_client.watch import Watch
 from kms_core import wire
 from kms_core.errors import JobNotFinished
@@ -31,29 +31,27 @@ JobProgress = Callable[[wire.JobOut], None]
 class AsyncTransport:
     """Runs on asyncio or trio, whichever the caller does."""
 
-    def __init__(self, settings: ClientSettings, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(self, settings: ClientSettings) -> None:
         self._url = settings.url
-        self._http = httpx.AsyncClient(
-            verify=settings.tls(), trust_env=settings.trust_environment(), transport=transport
-        )
+        self._pool = httpcore.AsyncConnectionPool(**pool_options(settings))
 
-    async def open(self, request: httpx.Request) -> httpx.Response:
+    async def open(self, request: httpcore.Request) -> Answer:
         with transport_errors(self._url):
-            return await self._http.send(request, stream=True)
+            return Answer.of(await self._pool.handle_async_request(request))
 
-    async def read(self, response: httpx.Response) -> bytes:
+    async def read(self, answer: Answer) -> bytes:
         with transport_errors(self._url):
-            return await response.aread()
+            return await answer.raw.aread()
 
-    async def close(self, response: httpx.Response) -> None:
-        await response.aclose()
+    async def close(self, answer: Answer) -> None:
+        await answer.raw.aclose()
 
     async def sleep(self, seconds: float) -> None:
         await anyio.sleep(seconds)
 
-    async def chunks(self, response: httpx.Response) -> AsyncGenerator[bytes]:
+    async def chunks(self, answer: Answer) -> AsyncGenerator[bytes]:
         with transport_errors(self._url):
-            async for chunk in response.aiter_raw():
+            async for chunk in answer.raw.aiter_stream():
                 yield chunk
 
     async def call(self, work: Callable[[P], T], given: P) -> T:
@@ -64,7 +62,7 @@ class AsyncTransport:
             yield piece
 
     async def shut(self) -> None:
-        await self._http.aclose()
+        await self._pool.aclose()
 
 
 def _next_piece(pieces: Iterator[bytes]) -> bytes:
@@ -137,6 +135,18 @@ class AsyncClient:
     ) -> wire.EncryptOut:
         """The same payload under the current key, or another; without ``new_context`` the old one stays."""
         return await self._engine.send(calls.rewrap(ciphertext, context, new_context, key_id))
+
+    async def wrap(
+        self, file_key: bytes, *, context: ContextIn = None, key_id: str | None = None
+    ) -> wire.WrapOut:
+        """Wrap the 16-byte file key of an age file of one's own; the answer's stanza goes into its header."""
+        return await self._engine.send(calls.wrap(file_key, context, key_id))
+
+    async def unwrap(
+        self, stanzas: bytes, *, context: ContextIn = None, key_id: str | None = None
+    ) -> wire.UnwrapOut:
+        """The file key of an age file. Check the header's MAC with it: the service has not seen that."""
+        return await self._engine.send(calls.unwrap(stanzas, context, key_id))
 
     async def batch(self, operation: wire.JobKind, items: Iterable[wire.BatchItem]) -> wire.BatchOut:
         """Up to 1,000 calls in one; a refused item is an ``error`` in its place, not an exception."""
@@ -224,7 +234,7 @@ class AsyncClient:
         context: ContextIn = None,
         key_id: str | None = None,
         progress: Progress | None = None,
-        **options: Unpack[JobOptions],
+        **options: Unpack[UploadOptions],
     ) -> wire.JobAccepted:
         """Send a file of any size in pieces of 1 MiB; ``progress`` gets bytes sent, and in all if known."""
         return await self._engine.send(
@@ -238,7 +248,7 @@ class AsyncClient:
         context: ContextIn = None,
         key_id: str | None = None,
         progress: Progress | None = None,
-        **options: Unpack[JobOptions],
+        **options: Unpack[UploadOptions],
     ) -> wire.JobAccepted:
         """As ``upload_encrypt``, for a ciphertext."""
         return await self._engine.send(
@@ -280,5 +290,5 @@ class AsyncClient:
 def _item(line: bytes) -> wire.ItemResult:
     try:
         return msgspec.json.decode(line, type=wire.ItemResult)
-    except msgspec.DecodeError as exc:
+    except wire.NOT_JSON as exc:
         raise UnexpectedAnswer("A line of the result does not have the shape of this API") from exc

@@ -30,6 +30,12 @@ class JobOptions(TypedDict, total=False):
     callback: str | None
 
 
+class UploadOptions(JobOptions, total=False):
+    """``idempotency_key`` is one of the caller's, which makes an upload harmless to repeat after a crash."""
+
+    idempotency_key: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
     """One request. ``also`` lists statuses outside 2xx that carry an answer, not a problem.
@@ -54,7 +60,7 @@ class Call(Generic[T]):
             raise error_of(reply)
         try:
             return msgspec.json.decode(reply.body, type=self.answer)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        except wire.NOT_JSON as exc:
             raise UnexpectedAnswer(f"The answer to {self.path} does not have the shape of this API") from exc
 
 
@@ -92,6 +98,16 @@ def rewrap(
     Context.parse(new_context)
     body = wire.RewrapIn(ciphertext=ciphertext, context=context, new_context=new_context, key_id=key_id)
     return _post("/rewrap", body, wire.EncryptOut)
+
+
+def wrap(file_key: bytes, context: ContextIn, key_id: str | None) -> Call[wire.WrapOut]:
+    Context.parse(context)
+    return _post("/wrap", wire.WrapIn(file_key=file_key, context=context, key_id=key_id), wire.WrapOut)
+
+
+def unwrap(stanzas: bytes, context: ContextIn, key_id: str | None) -> Call[wire.UnwrapOut]:
+    Context.parse(context)
+    return _post("/unwrap", wire.UnwrapIn(stanzas=stanzas, context=context, key_id=key_id), wire.UnwrapOut)
 
 
 def batch(operation: wire.JobKind, items: Iterable[wire.BatchItem]) -> Call[wire.BatchOut]:
@@ -181,15 +197,20 @@ def result(job_id: str, headers: Mapping[str, str]) -> Call[bytes]:
 
 
 def upload(
-    kind: wire.JobKind, context: ContextIn, key_id: str | None, options: JobOptions
+    kind: wire.JobKind, context: ContextIn, key_id: str | None, options: UploadOptions
 ) -> Call[wire.JobAccepted]:
     """The head of a streamed body; context and key id travel in headers, never in the query string."""
-    headers = {"Content-Type": "application/octet-stream", "Idempotency-Key": str(uuid.uuid4())}
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "Idempotency-Key": options.get("idempotency_key") or str(uuid.uuid4()),
+    }
     if text := header_text(context):
         headers["X-KMS-Context"] = text
     if key_id:
         headers["X-KMS-Key-Id"] = key_id
-    headers |= {f"X-KMS-{name.title()}": str(value) for name, value in options.items() if value is not None}
+    for name in ("priority", "callback"):
+        if value := options.get(name):
+            headers[f"X-KMS-{name.title()}"] = str(value)
     return Call("POST", f"{PREFIX}/files/{kind}", wire.JobAccepted, headers=headers)
 
 

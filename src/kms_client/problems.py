@@ -91,7 +91,7 @@ def error_of(reply: Reply) -> KmsError:
     """The error that an answer outside 2xx means; the request id is added as a note."""
     try:
         problem = msgspec.json.decode(reply.body, type=wire.Problem)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except wire.NOT_JSON:
         return _not_ours(reply)
     kind = by_code().get(problem.code)
     if kind is None:

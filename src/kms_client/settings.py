@@ -4,7 +4,7 @@ import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self, TypedDict
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from kms_core.errors import ConfigurationError
 
@@ -18,7 +18,8 @@ class Options(TypedDict, total=False):
 
     ``token`` is the bearer token itself, ``token_file`` a file that holds it and is read again for each
     request, so a renewed token is picked up. ``timeout_s`` bounds connecting and each silence of the
-    service, not a whole transfer. ``retries`` counts further attempts after the first. ``ca_file``
+    service, not a whole transfer. ``retries`` counts further attempts after the first, of which none begins
+    when it would end ``deadline_s`` after the call was made; without it ``retries`` alone bounds. ``ca_file``
     replaces the system's certificate authorities. ``cert_file`` and ``key_file`` (PEM) are a client
     certificate, for a service that knows its callers by those.
     """
@@ -26,6 +27,7 @@ class Options(TypedDict, total=False):
     token: str | None
     token_file: str | Path | None
     timeout_s: float
+    deadline_s: float | None
     retries: int
     ca_file: str | Path | None
     cert_file: str | Path | None
@@ -40,6 +42,7 @@ class ClientSettings:
     token: str | None = field(default=None, repr=False)
     token_file: Path | None = None
     timeout_s: float = 30.0
+    deadline_s: float | None = None
     retries: int = 2
     ca_file: Path | None = None
     certificate: tuple[Path, Path] | None = None
@@ -55,6 +58,7 @@ class ClientSettings:
             token=options.get("token"),
             token_file=Path(token_file) if token_file else None,
             timeout_s=options.get("timeout_s", 30.0),
+            deadline_s=options.get("deadline_s"),
             retries=options.get("retries", 2),
             ca_file=Path(ca_file) if ca_file else None,
             certificate=(Path(cert_file), Path(key_file)) if cert_file and key_file else None,
@@ -74,9 +78,21 @@ class ClientSettings:
             raise ConfigurationError("The token holds characters that no header can carry")
         return {"Authorization": f"Bearer {token}"}
 
-    def trust_environment(self) -> bool:
-        """Whether proxies of the environment apply: never for a service on this machine."""
-        return urlsplit(self.url).hostname not in LOOPBACK
+    def proxy(self) -> "Proxy | None":
+        """The proxy of the environment (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY), if one applies.
+
+        Never for a service on this machine. Raises ConfigurationError for one that does not speak HTTP.
+        """
+        parts = urlsplit(self.url)
+        if parts.hostname in LOOPBACK:
+            return None
+        from urllib.request import getproxies, proxy_bypass  # noqa: PLC0415 -- loads much, and rarely matters
+
+        found = getproxies()
+        url = found.get(parts.scheme) or found.get("all")
+        if not url or proxy_bypass(parts.hostname or ""):
+            return None
+        return Proxy.of(url)
 
     def tls(self) -> ssl.SSLContext:
         """Verification against the system's authorities, or ``ca_file``.
@@ -98,10 +114,32 @@ class ClientSettings:
         return context
 
 
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """An HTTP proxy of the environment."""
+
+    url: str
+    credentials: tuple[str, str] | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """Without a scheme it is http, as curl takes it. Raises ConfigurationError."""
+        try:
+            parts = urlsplit(text if "://" in text else f"http://{text}")
+            address = f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname
+        except ValueError:
+            parts, address = urlsplit(""), None
+        if parts.scheme not in {"http", "https"} or not address:
+            raise ConfigurationError("The proxy that the environment names is not http://host:port")
+        user = unquote(parts.username or "")
+        credentials = (user, unquote(parts.password or "")) if user else None
+        return cls(f"{parts.scheme}://{address}", credentials)
+
+
 def _checked(url: str) -> str:
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+        usable = url.isascii() and parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
     except ValueError as exc:
         raise ConfigurationError(_ADDRESS) from exc
     if not usable:

@@ -9,13 +9,13 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Itera
 from types import TracebackType
 from typing import BinaryIO, Self, TypeVar, Unpack
 
-import httpx
+import httpcore
 
 from kms_client.aio import AsyncClient, JobProgress
-from kms_client.calls import JobOptions
+from kms_client.calls import UploadOptions
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
 from kms_client.transfer import Progress
-from kms_client.transport import transport_errors
+from kms_client.transport import Answer, pool_options, transport_errors
 from kms_core import wire
 from kms_core.wire import ContextIn
 
@@ -56,27 +56,25 @@ async def _close(items: AsyncGenerator[T]) -> None:
 class SyncTransport:
     """Blocks the calling thread."""
 
-    def __init__(self, settings: ClientSettings, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, settings: ClientSettings) -> None:
         self._url = settings.url
-        self._http = httpx.Client(
-            verify=settings.tls(), trust_env=settings.trust_environment(), transport=transport
-        )
+        self._pool = httpcore.ConnectionPool(**pool_options(settings))
 
-    async def open(self, request: httpx.Request) -> httpx.Response:
+    async def open(self, request: httpcore.Request) -> Answer:
         with transport_errors(self._url):
-            return self._http.send(request, stream=True)
+            return Answer.of(self._pool.handle_request(request))
 
-    async def read(self, response: httpx.Response) -> bytes:
+    async def read(self, answer: Answer) -> bytes:
         with transport_errors(self._url):
-            return response.read()
+            return answer.raw.read()
 
-    async def chunks(self, response: httpx.Response) -> AsyncGenerator[bytes]:
+    async def chunks(self, answer: Answer) -> AsyncGenerator[bytes]:
         with transport_errors(self._url):
-            for chunk in response.iter_raw():
+            for chunk in answer.raw.iter_stream():
                 yield chunk
 
-    async def close(self, response: httpx.Response) -> None:
-        response.close()
+    async def close(self, answer: Answer) -> None:
+        answer.raw.close()
 
     async def sleep(self, seconds: float) -> None:
         time.sleep(seconds)  # noqa: ASYNC251  # never on an event loop: see run
@@ -88,7 +86,7 @@ class SyncTransport:
         return pieces
 
     async def shut(self) -> None:
-        self._http.close()
+        self._pool.close()
 
 
 class Client:
@@ -152,6 +150,16 @@ class Client:
     ) -> wire.EncryptOut:
         """The same payload under the current key, or another; without ``new_context`` the old one stays."""
         return run(self._api.rewrap(ciphertext, context=context, new_context=new_context, key_id=key_id))
+
+    def wrap(self, file_key: bytes, *, context: ContextIn = None, key_id: str | None = None) -> wire.WrapOut:
+        """Wrap the 16-byte file key of an age file of one's own; the answer's stanza goes into its header."""
+        return run(self._api.wrap(file_key, context=context, key_id=key_id))
+
+    def unwrap(
+        self, stanzas: bytes, *, context: ContextIn = None, key_id: str | None = None
+    ) -> wire.UnwrapOut:
+        """The file key of an age file. Check the header's MAC with it: the service has not seen that."""
+        return run(self._api.unwrap(stanzas, context=context, key_id=key_id))
 
     def batch(self, operation: wire.JobKind, items: Iterable[wire.BatchItem]) -> wire.BatchOut:
         """Up to 1,000 calls in one; a refused item is an ``error`` in its place, not an exception."""
@@ -227,7 +235,7 @@ class Client:
         context: ContextIn = None,
         key_id: str | None = None,
         progress: Progress | None = None,
-        **options: Unpack[JobOptions],
+        **options: Unpack[UploadOptions],
     ) -> wire.JobAccepted:
         """Send a file of any size in pieces of 1 MiB; ``progress`` gets bytes sent, and in all if known."""
         return run(
@@ -241,7 +249,7 @@ class Client:
         context: ContextIn = None,
         key_id: str | None = None,
         progress: Progress | None = None,
-        **options: Unpack[JobOptions],
+        **options: Unpack[UploadOptions],
     ) -> wire.JobAccepted:
         """As ``upload_encrypt``, for a ciphertext."""
         return run(

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
-import httpx
 import msgspec
 
 from kms_client import calls
 from kms_client.engine import Engine
 from kms_client.events import Event, EventParser
 from kms_client.problems import RETRYABLE
+from kms_client.transport import Answer
 from kms_core import wire
 from kms_core.errors import Unavailable
 
@@ -54,17 +54,17 @@ class Watch:
             yield await self._poll()
             return
         silence_s = min(SILENCE_S, self._left_s())
-        async with self.engine.responding(calls.events(self.job_id), silence_s=silence_s) as response:
-            self._events_offered = _is_event_stream(response) or response.status_code in RETRYABLE
+        async with self.engine.responding(calls.events(self.job_id), silence_s=silence_s) as answer:
+            self._events_offered = _is_event_stream(answer) or answer.status in RETRYABLE
             yield await self._poll()  # after subscribing, so that no change falls between the two
-            if _is_event_stream(response):
-                async with contextlib.aclosing(self._events(response)) as states:
+            if _is_event_stream(answer):
+                async with contextlib.aclosing(self._events(answer)) as states:
                     async for job in states:
                         yield job
 
-    async def _events(self, response: httpx.Response) -> AsyncGenerator[wire.JobOut]:
+    async def _events(self, answer: Answer) -> AsyncGenerator[wire.JobOut]:
         parser = EventParser()
-        async with contextlib.aclosing(self.engine.transport.chunks(response)) as chunks:
+        async with contextlib.aclosing(self.engine.transport.chunks(answer)) as chunks:
             async for chunk in chunks:
                 for event in parser.feed(chunk):
                     yield _state_in(event) or await self._poll()
@@ -89,14 +89,14 @@ class Watch:
         return float("inf") if self.deadline is None else self.deadline - time.monotonic()
 
 
-def _is_event_stream(response: httpx.Response) -> bool:
-    kind: str = response.headers.get("content-type", "")
-    return response.status_code == HTTPStatus.OK and kind.startswith("text/event-stream")
+def _is_event_stream(answer: Answer) -> bool:
+    kind = answer.headers.get("content-type", "")
+    return answer.status == HTTPStatus.OK and kind.startswith("text/event-stream")
 
 
 def _state_in(event: Event) -> wire.JobOut | None:
     """The job that an event carries, or None for one that only says that something moved."""
     try:
         return msgspec.json.decode(event.data, type=wire.JobOut)
-    except msgspec.DecodeError:
+    except wire.NOT_JSON:
         return None

@@ -1,10 +1,13 @@
 """One operation of ``Kms`` under way: its audit record, its count and its time, whatever its end."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kms_core import audit, metrics
+import msgspec
+
+from kms_core import audit, metrics, traces
 from kms_core.audit import Audit, Record
 from kms_core.context import Context
 from kms_core.envelope.binding import KeyRef
@@ -53,31 +56,59 @@ class Calls:
     ) -> Iterator[Call]:
         """One audit record and one count per operation, whatever its end; appended before the result.
 
-        Raises AuditUnavailable: no record, no result.
+        Of an effect (``sets_out``) success and a KmsError alone are outcomes: after anything else nobody
+        knows, and an intent without outcome says so. Raises AuditUnavailable: no record, no result.
         """
-        call = Call(operation, who, context, key_id, bytes_in=bytes_in)
-        call.record.context = self._trail.conceal(who.tenant, context)
-        try:
-            yield call
-        except KmsError as exc:
-            self._append(call, exc.code)
-            raise
-        except BaseException:
-            self._append(call, KmsError.code)
-            raise
-        self._append(call, "ok")
+        with traces.span(f"kms.{operation}"):
+            call = Call(operation, who, context, key_id, bytes_in=bytes_in)
+            call.record.context = self._trail.conceal(who.tenant, context)
+            try:
+                yield call
+            except KmsError as exc:
+                self._append(call, exc.code)
+                raise
+            except BaseException:
+                if not call.record.stage:
+                    self._append(call, KmsError.code)
+                raise
+            self._append(call, "ok")
+
+    def sets_out(self, call: Call) -> None:
+        """Put on record that something others see is about to happen; the call's own record is the outcome.
+
+        Raises AuditUnavailable, before the effect.
+        """
+        name = f"{call.record.key_id}-{os.urandom(8).hex()}"
+        self._write(msgspec.structs.replace(call.record, stage="intent", effect=name))
+        call.record.stage, call.record.effect = "outcome", name
 
     def _append(self, call: Call, result: str) -> None:
         record = call.record
         seconds = time.perf_counter() - call.started
         record.result, record.duration_us = result, round(seconds * 1e6)
         try:
+            self._write(record)
+        except KmsError:
+            metrics.count_operation(record, "audit_unavailable", seconds)
+            self._tally.note(record, "audit_unavailable")
+            traces.note(operation=record.operation, result="audit_unavailable")
+            raise
+        metrics.count_operation(record, result, seconds)
+        self._tally.note(record, result)
+        if traces.is_on():
+            traces.note(
+                operation=record.operation,
+                key_id=record.key_id,
+                backend=record.backend,
+                bytes_in=record.bytes_in,
+                bytes_out=record.bytes_out,
+                result=result,
+            )
+
+    def _write(self, record: Record) -> None:
+        try:
             self._trail.append(record)
         except KmsError:
             metrics.AUDIT_EVENTS.labels("failed").inc()
-            metrics.count_operation(record, "audit_unavailable", seconds)
-            self._tally.note(record, "audit_unavailable")
             raise
-        metrics.AUDIT_EVENTS.labels("ok").inc()
-        metrics.count_operation(record, result, seconds)
-        self._tally.note(record, result)
+        metrics.count_record()

@@ -17,6 +17,8 @@ MAX_PAIRS: Final = 64
 MAX_BYTES: Final = 8 * 1024
 RESERVED_PREFIX: Final = "kms:"
 NOT_AFTER: Final = "not_after"
+NUMBER: Final = "kms:transit"
+"""The pair of the Vault façade: the door that it came by, and the number of the key version, as ``v3``."""
 _REPEATED_LENGTH: Final = 256  # what is kept of them stays below a megabyte
 
 
@@ -54,6 +56,16 @@ class Context:
     def _repeated(cls, text: str) -> Self:
         """Callers say the same context again and again; reading it is a tenth of a seal."""
         return cls._checked(_split(text))
+
+    @classmethod
+    def reserved(cls, pairs: Mapping[str, str]) -> Self:
+        """Pairs of the service's own, which no caller can give by another door.
+
+        Raises InvalidContext above 8 KiB.
+        """
+        if sum(len(key) + len(value) for key, value in pairs.items()) > MAX_BYTES:
+            raise InvalidContext(f"context and associated_data have at most {MAX_BYTES} bytes in base64")
+        return cls(tuple(sorted(pairs.items())))
 
     @classmethod
     def _checked(cls, items: Iterable[tuple[str, str]]) -> Self:
@@ -96,6 +108,11 @@ class Context:
     def keys(self) -> tuple[str, ...]:
         """The keys alone, which may be logged; values may not."""
         return tuple(key for key, _ in self.pairs)
+
+    def is_kept_by(self, new: Self) -> bool:
+        """Whether ``new`` opens nowhere else: it has the same pairs, but for the number of a version."""
+        both = zip(self.pairs, new.pairs, strict=False)
+        return self.keys == new.keys and all(old == now or old[0] == NUMBER for old, now in both)
 
     def __bool__(self) -> bool:
         return bool(self.pairs)

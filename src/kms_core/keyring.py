@@ -3,22 +3,26 @@
 import importlib
 import re
 import time
+from binascii import a2b_base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from threading import Thread
 from typing import Final, Protocol, cast
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import structlog
 
-from kms_core.backends import NATIVE, SCHEMES, Backend, KeyMissing
+from kms_core.backends import NATIVE, SCHEMES, Backend, KeyMissing, KeyVersion
 from kms_core.envelope.binding import CONTEXT, MAX_WRAPS, Bound, KeyRef
+from kms_core.envelope.header import BUNDLE, BUNDLE_VERSION
 from kms_core.envelope.sealing import Wrap
 from kms_core.errors import BackendUnavailable, ConfigurationError, UnknownKey
 from kms_core.settings import Settings
 
 DEFAULT_KEY_ID: Final = "default"
-_NAMED: Final = re.compile(rf"\n-> {CONTEXT} 1 ([A-Za-z0-9_.-]{{1,80}}) ".encode("ascii"))
+_NAMED: Final = re.compile(rf"(?:\A|\n)-> {CONTEXT} 1 ([A-Za-z0-9_.-]{{1,80}}) ".encode("ascii"))
+_BUNDLED: Final = re.compile(rf"(?:\A|\n)-> {BUNDLE} {BUNDLE_VERSION}\n([A-Za-z0-9+/\n]*)".encode("ascii"))
 _CHECK_S: Final = 5.0
 _LOOK_BYTES: Final = 32 * 1024
 _log = structlog.get_logger(__name__)
@@ -90,6 +94,14 @@ class Key:
             retired=tuple(backend.for_job() for backend in self.retired),
         )
 
+    def numbers(self) -> Mapping[str, int]:
+        """Its versions, in the order in which they were made, and a number from 1 on for each.
+
+        Where the backend counts versions itself, its numbers are these. Raises BackendUnavailable.
+        """
+        # the names of native versions are hexadecimal digits, which may look like a number
+        return _numbers(tuple(self.backend.versions()), counts=self.backend.name != NATIVE)
+
     @property
     def sealing(self) -> tuple[Backend, ...]:
         """Who wraps new files, the one that names them first."""
@@ -121,6 +133,17 @@ class Key:
 
     def _ref(self, tenant: str, backend: Backend) -> KeyRef:
         return KeyRef(tenant, self.key_id, backend.current_version(), backend.name)
+
+
+@lru_cache(maxsize=1024)
+def _numbers(versions: tuple[KeyVersion, ...], *, counts: bool) -> Mapping[str, int]:
+    """``counts``: whether names that are numbers mean that the backend counts."""
+    if counts and all(version.version.isdecimal() for version in versions):
+        return {version.version: int(version.version) for version in versions}
+    dated = [(each.created_at.timestamp(), each) for each in versions if each.created_at]
+    if len(dated) == len(versions):  # else as the backend has them: the one in use is last
+        versions = tuple(each for _, each in sorted(dated, key=lambda pair: pair[0]))
+    return {version.version: number for number, version in enumerate(versions, start=1)}
 
 
 def _native_versions(backend: Backend, bound: Bound) -> list[str]:
@@ -163,9 +186,17 @@ class Keyring:
 
         A ciphertext among ``texts`` names its key, as it will when it is opened; rewrap uses both.
         """
-        found = [match[1].decode("ascii") for text in texts if (match := _NAMED.search(text, 0, _LOOK_BYTES))]
+        found = [name for text in texts for name in _named_in(text)]
         named = [self.keys.get(name, self.default) for name in (key_id, *found) if name is not None]
         return next((key.blocks for key in named or [self.default] if key.blocks), None)
+
+
+def _named_in(text: bytes) -> Iterator[str]:
+    """The key ids that a ciphertext names, also in a bundle; nothing of it is verified."""
+    inner = (match[1].replace(b"\n", b"") for match in _BUNDLED.finditer(text, 0, _LOOK_BYTES))
+    for part in (text, *(a2b_base64(base64[: len(base64) // 4 * 4]) for base64 in inner)):
+        if match := _NAMED.search(part, 0, _LOOK_BYTES):
+            yield match[1].decode("ascii")
 
 
 def build(settings: Settings) -> Keyring:

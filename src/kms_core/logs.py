@@ -9,6 +9,7 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Final, TextIO, cast
 
 import structlog
@@ -50,18 +51,29 @@ TARGETS: Final = {  # the seed's names, which are Rust crates
     "kms_service": ("kms_core", "kms_api", "kms_worker", "kms_client", "kms_cli"),
     "tower_http": (ACCESS,),
 }
-UNLESS_NAMED: Final = {ACCESS: logging.WARNING, "httpx": logging.WARNING, "httpcore": logging.WARNING}
+UNLESS_NAMED: Final = {
+    ACCESS: logging.WARNING,
+    "celery.worker.strategy": logging.WARNING,  # a line for each message; our events have the job's id
+    "httpx": logging.WARNING,
+    "httpcore": logging.WARNING,
+}
 AT_LEAST: Final = {
     "celery.app.trace": logging.WARNING,  # at INFO it prints what a task returns
     "botocore": logging.INFO,  # at DEBUG it prints AWS session tokens
     "botocore.auth": logging.INFO,
 }
 
+_IDS: Final[dict[str, ContextVar[str]]] = {}
 _IN_TEXT: Final = re.compile(
     r"AGE-SECRET-KEY-[0-9A-Z-]+|(?<=bearer )[^\s\"',]+|(?<=://)[^/@\s\"']*:[^@\s\"']+(?=@)"
     r"|kms_[a-z2-7]{10}_[\w-]{43}|eyJ[\w-]+\.eyJ[\w-]+\.[\w-]*",  # tokens of ours, JWTs
     re.IGNORECASE,
 )
+
+
+def identify(**ids: ContextVar[str]) -> None:
+    """Put what these variables hold into every line from now on, under these names, where a line has none."""
+    _IDS.update(ids)
 
 
 def get(name: str) -> BoundLogger:
@@ -148,8 +160,16 @@ def _names_a_secret(name: str) -> bool:
     return plain in SECRET_FIELDS or any(plain.endswith(f"_{secret}") for secret in SECRET_FIELDS)
 
 
+def _identified(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    for name, variable in _IDS.items():
+        if held := variable.get():
+            event.setdefault(name, held)
+    return event
+
+
 _ABOUT: Final[list[Processor]] = [
     structlog.contextvars.merge_contextvars,
+    _identified,
     structlog.stdlib.add_logger_name,
     structlog.stdlib.add_log_level,
     structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),

@@ -18,7 +18,8 @@ from prometheus_client import (
     values,
 )
 
-from kms_core import wire
+from kms_core import exposition as exposition_of
+from kms_core import piles, wire
 
 FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
 """Of the library: the variable names where processes that are scraped together keep their counts."""
@@ -69,6 +70,16 @@ AUDIT_COPIES: Final = Counter(
     "kms_audit_copies_total",
     "Audit lines (what is anchors or lines) handed to second places (redis, directory, stdout)",
     ["place", "what", "result"],
+)
+AUDIT_CHAIN_OK: Final = Gauge(
+    "kms_audit_chain_ok",
+    "0 once lines of the audit trail were found changed, cut or gone since this process began",
+    multiprocess_mode="livemostrecent",
+)
+AUDIT_READ_AT: Final = Gauge(
+    "kms_audit_read_timestamp_seconds",
+    "When this process last read back what is new in the audit trail",
+    multiprocess_mode="livemostrecent",
 )
 JOBS: Final = Counter("kms_jobs_total", "Jobs that reached a state", ["kind", "state"])
 JOB_SECONDS: Final = Histogram("kms_job_duration_seconds", "Run time of one attempt", ["kind"], buckets=_SLOW)
@@ -150,7 +161,10 @@ WEAK_SETTING: Final = Gauge(
     multiprocess_mode="livemax",
 )
 QUEUE_DEPTH: Final = Gauge(
-    "kms_queue_depth", "Messages waiting for a worker", ["queue"], multiprocess_mode="livemostrecent"
+    "kms_queue_depth",
+    "Messages waiting for a worker; priority is any where the broker does not tell",
+    ["queue", "priority"],
+    multiprocess_mode="livemostrecent",
 )
 WORKERS: Final = Gauge("kms_workers", "Worker processes seen lately", multiprocess_mode="livemostrecent")
 REDIS_UP: Final = Gauge(
@@ -159,6 +173,9 @@ REDIS_UP: Final = Gauge(
 BUILD_INFO: Final = Gauge(
     "kms_build_info", "Always 1; the version is the label", ["version"], multiprocess_mode="livemax"
 )
+
+ANSWERING: Final = piles.Tide(INFLIGHT)
+"""What ``INFLIGHT`` shows; moved by the event loop alone."""
 
 
 def announce(backends: Iterable[str], endpoints: Iterable[str]) -> None:
@@ -186,10 +203,10 @@ def exposition() -> bytes:
     folder = os.environ.get(FOLDER)
     if not folder:
         return generate_latest(REGISTRY)
-    registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]  # untyped there
-    ProcessCollector(registry=registry)  # of the one that answers
-    return generate_latest(registry)
+    piles.settle()
+    one = CollectorRegistry()
+    ProcessCollector(registry=one)  # of the one that answers
+    return exposition_of.text(folder) + generate_latest(one)
 
 
 class _Operation(Protocol):
@@ -205,19 +222,15 @@ class _Operation(Protocol):
 def count_operation(record: _Operation, result: str, seconds: float) -> None:
     """Count one operation of the core: outcome, time and bytes."""
     mode = "job" if record.job_id else "sync"
-    count, duration, taken, given = _children(record.operation, record.backend, mode, result)
-    count.inc()
-    duration.observe(seconds)
-    taken.inc(record.bytes_in)
-    given.inc(record.bytes_out)
+    calls = _calls(record.operation, record.backend, mode, result)
+    add = calls.add_now if record.job_id else calls.add  # a worker's child may be killed at any moment
+    add(seconds, record.bytes_in, record.bytes_out)
 
 
 @lru_cache(maxsize=1024)
-def _children(
-    operation: str, backend: str, mode: str, result: str
-) -> tuple[Counter, Histogram, Counter, Counter]:
-    """The labelled metrics of one kind of operation: looking them up costs more than counting."""
-    return (
+def _calls(operation: str, backend: str, mode: str, result: str) -> piles.Calls:
+    """Operations of one kind: looking up the metrics costs more than counting."""
+    return piles.Calls(
         OPERATIONS.labels(operation, backend, mode, result),
         OPERATION_SECONDS.labels(operation, backend, mode),
         PAYLOAD_BYTES.labels(operation, "in"),
@@ -225,9 +238,32 @@ def _children(
     )
 
 
+def count_answer(route: str, method: str, status: int, seconds: float) -> None:
+    """Count one answer over HTTP."""
+    _answers(route, method, status).add(seconds)
+    if _slot:
+        piles.settle_now_and_then()
+
+
+@lru_cache(maxsize=1024)
+def _answers(route: str, method: str, status: int) -> piles.Calls:
+    return piles.Calls(HTTP_REQUESTS.labels(route, method, str(status)), HTTP_SECONDS.labels(route, method))
+
+
+def count_record() -> None:
+    """Count one audit record that was written."""
+    _records().add()
+
+
+@lru_cache(maxsize=1)
+def _records() -> piles.Calls:
+    return piles.Calls(AUDIT_EVENTS.labels("ok"))
+
+
 def operation_counts() -> dict[tuple[str, str], int]:
     """Operations of this process by (operation, result): what the status endpoint sums."""
     counts: dict[tuple[str, str], int] = {}
+    piles.settle()
     for metric in OPERATIONS.collect():
         for sample in metric.samples:
             if sample.name == "kms_operations_total":

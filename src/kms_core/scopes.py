@@ -27,13 +27,14 @@ KEY_OPERATIONS: Final = (
     "rewrap",
     "reseal",
     "rotate",
+    "wrap",
     "unwrap",
 )
 """What is done with a key. ``rewrap`` and ``reseal`` alone keep the key and the context as they are."""
 OTHER_OPERATIONS: Final = ("jobs:read", "jobs:write", "audit:read", "status", "metrics")
 OPERATIONS: Final = (*KEY_OPERATIONS, *OTHER_OPERATIONS)
-NOT_IN_STAR: Final = frozenset({"unwrap", "metrics"})
-"""To be written out: who unwraps can forge under the keys he opened, metrics tell of every tenant."""
+NOT_IN_STAR: Final = frozenset({"wrap", "unwrap", "metrics"})
+"""To be written out: who holds a file key can forge under it ever after, metrics tell of every tenant."""
 
 Rule = Literal["operation", "key", "context", "read", "write"]
 Pattern = re.Pattern[str]

@@ -11,7 +11,7 @@ import redis
 import redis.sentinel
 
 from kms_core.errors import ConfigurationError
-from kms_core.settings_redis import AMQP, SENTINELS, Sentinels, is_tls, sentinels
+from kms_core.settings_redis import AMQP, PASSWORDS, SENTINELS, Sentinels, is_tls, sentinels
 from kms_core.settings_sections import Redis
 
 _TIMEOUT_S: Final = 5.0
@@ -23,12 +23,13 @@ Options = dict[str, object]
 
 def connect(section: Redis) -> redis.Redis:
     """A client that gives up in seconds, so that a lost Redis is noticed. Raises ConfigurationError."""
+    url = _with_password(section, section.url)
     options: Options = {"socket_timeout": _TIMEOUT_S, "health_check_interval": _CHECK_EVERY_S}
-    options |= _tls(section, section.url)
-    if section.url.partition("://")[0] in SENTINELS:
-        return _by_sentinels(sentinels(_STATE, section.url), options)
+    options |= _tls(section, url)
+    if url.partition("://")[0] in SENTINELS:
+        return _by_sentinels(sentinels(_STATE, url), options)
     try:
-        return redis.Redis.from_url(section.url, **options)
+        return redis.Redis.from_url(url, **options)
     except ValueError as exc:  # its text may quote the URL
         raise ConfigurationError(
             f"{_STATE} is not a Redis URL: expected redis://host:6379/0, rediss:// or unix:///path?db=0"
@@ -40,7 +41,7 @@ def celery_options(section: Redis, transport: Options) -> Options:
 
     Raises ConfigurationError.
     """
-    url = section.broker_url
+    url = _with_password(section, section.broker_url)
     scheme = url.partition("://")[0]
     if scheme in SENTINELS:
         found = sentinels(_BROKER, url)
@@ -53,6 +54,21 @@ def celery_options(section: Redis, transport: Options) -> Options:
         tls = _amqp_tls(section) if is_tls(url) else {}
         return _celery(url, tls, transport) | dict.fromkeys(names, section.broker_queue_type)
     return _celery(url, _tls(section, url), transport)
+
+
+def _with_password(section: Redis, url: str) -> str:
+    """``url`` with the password of ``password_file``, where its scheme has one. Raises ConfigurationError."""
+    file, parts = section.password_file, urlsplit(url)
+    if file is None or parts.scheme not in PASSWORDS:
+        return url
+    try:
+        password = file.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"kms.redis.password_file: cannot read {file}; check path and mode") from exc
+    if not password:
+        raise ConfigurationError(f"kms.redis.password_file: {file} is empty")
+    user, _, hosts = parts.netloc.rpartition("@")
+    return parts._replace(netloc=f"{user.rstrip(':')}:{quote(password, '')}@{hosts}").geturl()
 
 
 def _celery(url: str, tls: Options, transport: Options) -> Options:

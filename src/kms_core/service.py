@@ -5,10 +5,10 @@ does the format.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal, NoReturn
+from typing import Final, Literal, NoReturn, TypeVar
 
 from kms_core import metrics
 from kms_core.audit import Audit
@@ -16,7 +16,7 @@ from kms_core.backends import Health, Unreachable
 from kms_core.calls import Call, Calls
 from kms_core.context import Context
 from kms_core.envelope import binding, header, sealing, slabs, stream
-from kms_core.envelope.binding import Bound, KeyRef
+from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.extents import Reader, Writer
 from kms_core.envelope.header import Header, Limits
 from kms_core.envelope.slabs import STEADY, Pace
@@ -36,6 +36,11 @@ from kms_core.policy import Policy, Principal, allows
 from kms_core.tally import Tally
 
 Origin = Literal["service", "foreign"]
+R = TypeVar("R")
+_UNPROVEN: Final = (
+    "Who made the file cannot be proven without its payload, and this key accepts no such file: "
+    "open it with kms decrypt or kms decrypt-file, which see all of it"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,14 @@ class DataKey:
 
     plaintext: bytes = field(repr=False)
     ciphertext: bytes = field(repr=False)
+    key: KeyRef
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """A file key wrapped for a header that somebody else writes: one stanza, as text."""
+
+    stanza: bytes
     key: KeyRef
 
 
@@ -177,6 +190,52 @@ class Kms:
             resealed = sealing.seal(plaintext, key.backend, ref, call.context, key.wraps(who.tenant))
             call.record.bytes_out = len(resealed)
             return Sealed(resealed, ref)
+
+    # -- file keys: an age tool makes the header and the payload, its plugin asks here -----------------
+
+    def wrap(self, who: Principal, file_key: bytes, context: Context, *, key_id: str | None = None) -> Handed:
+        """Wrap a 16-byte file key of the caller's. Raises what ``encrypt`` raises, and InvalidRequest.
+
+        The caller can seal under it for ever: this is a permission of its own.
+        """
+        with self._calls.recorded("wrap", who, context, key_id, bytes_in=len(file_key)) as call:
+            if len(file_key) != header.FILE_KEY_BYTES:
+                raise InvalidRequest(f"A file key has {header.FILE_KEY_BYTES} bytes")
+            key, ref = self._for_sealing(call)
+            stanza = sealing.hand_over(file_key, key.backend, ref, context, key.wraps(who.tenant))
+            text = header.render_stanza(stanza)
+            call.record.bytes_out = len(text)
+            return Handed(text, ref)
+
+    def unwrap(
+        self, who: Principal, stanzas: bytes, context: Context, *, key_id: str | None = None
+    ) -> Unwrapped:
+        """The file key of stanzas of ours, as text; bare ones of other age tools are not for this.
+
+        Without its own stanzas beside it, nothing would hold a native one to its context. The answer's nonce
+        is empty, and its origin ``foreign`` where it cannot be proven, if the key accepts such files. Raises
+        what ``decrypt`` raises.
+        """
+        with self._calls.recorded("unwrap", who, context, key_id, bytes_in=len(stanzas)) as call:
+            limits = self._rules.limits
+            given = header.unbundled(header.parse_stanzas(stanzas, limits), limits)
+            bound = binding.read_stanzas(given)
+            if bound is None or call.key_id not in {None, bound.key_id}:
+                raise DecryptFailed
+            key = self._key(call, bound.key_id, file=(bound.key_version, "service"))
+            (file_key, proven), ref = _by_first(
+                key.openers(who.tenant, bound),
+                lambda backend, ref: sealing.take_over(
+                    given, backend, ref, context=context, named=bound.key_version
+                ),
+            )
+            origin: Origin = "service" if proven else "foreign"
+            call.names(ref, origin)
+            _check_not_over(context)
+            if not proven and not key.accept_foreign:
+                raise ForeignRefused(_UNPROVEN)
+            call.record.bytes_out = len(file_key)
+            return Unwrapped(file_key, b"", ref, origin)
 
     # -- files: the job layer moves the payload, the header is made and opened here -----------------
 
@@ -334,10 +393,12 @@ class Kms:
         """A new version of a key in every backend that seals with it; old versions decrypt.
 
         Rotation protects what is sealed from now on: rewrap moves old files, and neither revokes a reader.
-        Raises UnknownKey, Forbidden, BackendUnavailable.
+        The audit trail has an intent before it and an outcome after it; where one backend of several fails,
+        the others may have a new version. Raises UnknownKey, Forbidden, BackendUnavailable.
         """
         with self._calls.recorded("rotate", who, Context(), key_id) as call:
             key = self._key(call, key_id)
+            self._calls.sets_out(call)
             for backend in key.sealing:
                 backend.rotate()
             ref = key.ref(who.tenant)
@@ -411,7 +472,8 @@ class Kms:
     ) -> tuple[str, str]:
         """What it takes: the operation alone where key id and context stay: nobody can open more then."""
         bound = binding.read(head)
-        stays = bound and key_id in {None, bound.key_id} and new_context in {None, call.context}
+        kept = new_context is None or call.context.is_kept_by(new_context)
+        stays = bound and key_id in {None, bound.key_id} and kept
         itself = call.record.operation
         if bound and stays and allows(self.policy, call.who, itself, bound.key_id, call.context):
             return itself, itself
@@ -435,11 +497,14 @@ class Kms:
             return self._unwrap_foreign(call, head, key)
         if call.key_id not in {None, bound.key_id}:
             raise DecryptFailed
-        file_key, ref = _file_key_of(head, key.openers(call.who.tenant, bound), bound, call.context)
+        file_key, ref = _by_first(
+            key.openers(call.who.tenant, bound),
+            lambda backend, ref: sealing.file_key_of(
+                head, backend, ref, context=call.context, named=bound.key_version
+            ),
+        )
         call.names(ref)
-        limit = call.context.not_after()
-        if limit is not None and datetime.now(UTC) > limit:
-            raise DecryptFailed
+        _check_not_over(call.context)
         return Unwrapped(file_key, head.nonce, ref, "service")
 
     @staticmethod
@@ -474,14 +539,20 @@ class Kms:
         return self.keyring.named(named)
 
 
-def _file_key_of(
-    head: Header, openers: Iterable[sealing.Wrap], bound: Bound, context: Context
-) -> tuple[bytes, KeyRef]:
+def _check_not_over(context: Context) -> None:
+    limit = context.not_after()
+    if limit is not None and datetime.now(UTC) > limit:
+        raise DecryptFailed
+
+
+def _by_first(
+    openers: Iterable[sealing.Wrap], unwrap: Callable[[sealing.Wrapper, KeyRef], R]
+) -> tuple[R, KeyRef]:
     """By the first backend that answers. Only silence passes on to the next one, never a refusal."""
     silent: Unreachable | None = None
     for backend, ref in openers:
         try:
-            return sealing.file_key_of(head, backend, ref, context=context, named=bound.key_version), ref
+            return unwrap(backend, ref), ref
         except NoMatch:
             continue
         except Unreachable as exc:

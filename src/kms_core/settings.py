@@ -19,6 +19,7 @@ from kms_core.settings_checks import (
     check_endpoints,
     check_environment,
     check_exposure,
+    check_facade,
     check_keys,
     check_roots,
     check_variables,
@@ -128,16 +129,19 @@ def _settings(document: Tree, environ: Mapping[str, str], overrides: Mapping[str
     own_sections = {"age": "age", "cosmian": "cosmian", "awskms": "awskms", **SECTIONS}
     unset = {backend: take_unset(table(kms, name, "kms.")) for backend, name in own_sections.items()}
     literals = {name for name in SECTIONS.values() if isinstance(table(kms, name, "kms.").get("token"), str)}
+    if isinstance(table(kms, "cosmian", "kms.").get("api_key"), str):
+        literals.add("cosmian")
     _fill_in(kms, reader, environ)
     settings = Settings(kms=reader.section(Kms, kms, "kms"))
     check_environment(settings)
     check_variables(settings, unset)
     check_keys(settings)
-    check_backends(settings)
+    check_backends(settings, literals)
     check_vaults(settings, literals)
     check_awskms(settings)
     check_redis(settings)
     check_endpoints(settings)
+    check_facade(settings)
     check_audit(settings)
     check_auth(settings)
     check_buckets(settings)
@@ -183,6 +187,7 @@ def _fill_in(kms: Tree, reader: Reader, environ: Mapping[str, str]) -> None:
     audit.setdefault("signing_key_path", state / "audit-signing.key")
     table(kms, "auth", "kms.").setdefault("tokens_path", state / "tokens.json")
     table(kms, "server", "kms.").setdefault("docs", environment != "prod")
+    table(kms, "facade", "kms.").setdefault("enabled", environment == "dev")
 
 
 def _fill_age(age: Tree, directory: str, environment: str) -> None:

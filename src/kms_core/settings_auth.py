@@ -10,6 +10,7 @@ from kms_core.errors import ConfigurationError
 from kms_core.settings_sections import Certificate, Issuer, Server, Settings, Tenant
 
 SUBJECTS: Final = ("DNS:", "URI:", "email:", "subject:")
+_EXPECTED: Final = "https://host[:port]/path; http:// is for loopback in dev alone"
 
 
 def check_auth(settings: Settings) -> None:
@@ -45,10 +46,7 @@ def auth_files(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
 
 
 def _check_issuer(where: str, issuer: Issuer, *, in_dev: bool) -> None:
-    if (issuer.jwks_url is None) == (issuer.jwks_file is None):
-        raise ConfigurationError(f"{where}: name its keys by jwks_url, or by jwks_file, and not by both")
-    if issuer.jwks_url is not None:
-        _check_url(f"{where}.jwks_url", issuer.jwks_url, in_dev=in_dev)
+    _check_keys(where, issuer, in_dev=in_dev)
     if (issuer.tenant_claim is None) != (not issuer.tenants):
         raise ConfigurationError(f"{where}: tenants lists what tenant_claim may say; set both or neither")
     _check_scopes(f"{where}.scopes", issuer.scopes)
@@ -62,22 +60,30 @@ def _check_issuer(where: str, issuer: Issuer, *, in_dev: bool) -> None:
             _check_pattern(f"{where}.grants.{name}.when", pattern)
 
 
-def _check_url(where: str, text: str, *, in_dev: bool) -> None:
+def _check_keys(where: str, issuer: Issuer, *, in_dev: bool) -> None:
+    """A key set has one source: a file, a URL, or what the issuer says of itself."""
+    if issuer.jwks_url is not None and issuer.jwks_file is not None:
+        raise ConfigurationError(f"{where}: name its keys by jwks_url, or by jwks_file, and not by both")
+    if issuer.jwks_url is not None:
+        if not may_fetch(issuer.jwks_url, in_dev=in_dev):
+            raise ConfigurationError(f"{where}.jwks_url: expected {_EXPECTED}")
+    elif issuer.jwks_file is None and (not may_fetch(issuer.issuer, in_dev=in_dev) or "?" in issuer.issuer):
+        raise ConfigurationError(
+            f"{where}.issuer: without jwks_url and jwks_file its keys are found by discovery, so expected "
+            f"{_EXPECTED}"
+        )
+
+
+def may_fetch(text: str, *, in_dev: bool) -> bool:
+    """Whether keys may come from a URL: by TLS, or in dev from this machine; without a password in it."""
     try:
         url = urlsplit(text)
         host = url.hostname
     except ValueError:  # its text quotes the URL
-        url, host = urlsplit(""), None
+        return False
     loopback = in_dev and host in {"127.0.0.1", "::1", "localhost"}
-    if (
-        not host
-        or url.username
-        or url.fragment
-        or not (url.scheme == "https" or (url.scheme == "http" and loopback))
-    ):
-        raise ConfigurationError(
-            f"{where}: expected https://host[:port]/path; http:// is for loopback in dev alone"
-        )
+    secure = url.scheme == "https" or (url.scheme == "http" and loopback)
+    return bool(host) and secure and url.username is None and not url.fragment
 
 
 def _check_certificate(where: str, certificate: Certificate, server: Server) -> None:

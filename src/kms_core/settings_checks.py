@@ -1,6 +1,6 @@
 """What settings may not say together, and where the service may not listen. Reads no file but symlinks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
@@ -56,8 +56,11 @@ def check_variables(settings: Settings, unset: Mapping[str, Mapping[str, str]]) 
             raise ConfigurationError(unset_text(f"kms.{section}.{key}", variable))
 
 
-def check_backends(settings: Settings) -> None:
-    """Age in prod and a Cosmian server without TLS are refused; so is Cosmian without an address."""
+def check_backends(settings: Settings, literals: Collection[str]) -> None:
+    """Age in prod and a Cosmian server without TLS are refused; so is Cosmian without an address.
+
+    ``literals`` are the sections whose credential stands in the file itself, which prod refuses.
+    """
     if settings.is_prod and "age" in settings.used_backends and not settings.kms.allow_age_in_prod:
         raise ConfigurationError(
             "The age backend is in use and the environment is prod: set kms.prod_backend to another one, "
@@ -65,6 +68,11 @@ def check_backends(settings: Settings) -> None:
         )
     if "cosmian" in settings.used_backends:
         _check_cosmian(settings)
+        if settings.is_prod and "cosmian" in literals:
+            raise ConfigurationError(
+                "kms.cosmian.api_key: a key in the settings themselves is refused in prod; use api_key_file, "
+                'or api_key = "${COSMIAN_API_KEY}"'
+            )
 
 
 def _check_cosmian(settings: Settings) -> None:
@@ -132,6 +140,18 @@ def _http_url(text: str) -> SplitResult | None:
     return url if names_host and visible and url.scheme in {"http", "https"} else None
 
 
+def check_facade(settings: Settings) -> None:
+    """A port of its own must be one that nobody else of ours takes."""
+    facade, port = settings.kms.facade, settings.kms.port
+    if facade.port is not None and not facade.enabled:
+        raise ConfigurationError("kms.facade.port: nobody would answer there; write enabled = true")
+    if facade.port in {port, port + 1}:
+        raise ConfigurationError(
+            "kms.facade.port: kms.port and the next one, where the worker's metrics are, are taken; "
+            "name another"
+        )
+
+
 def check_audit(settings: Settings) -> None:
     """The file is the trail; everything else is a copy of it."""
     if "file" not in settings.kms.audit.sinks:
@@ -164,17 +184,18 @@ def _private(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
     yield "kms.audit.path", kms.audit.path, True
     yield "kms.audit.key_path", kms.audit.key_path, True
     yield "kms.audit.signing_key_path", kms.audit.signing_key_path, True
-    if kms.audit.anchor_dir:
-        yield "kms.audit.anchor_dir", kms.audit.anchor_dir, True
     yield from auth_files(settings)
     yield "kms.age.private_key_path", kms.age.private_key_path, True
     yield "kms.age.public_key_path", kms.age.public_key_path, True
     for name, endpoint in kms.jobs.endpoints.items():
         yield f"kms.jobs.endpoints.{name}.secret_file", endpoint.secret_file, True
-    if kms.cosmian.api_key_file:
-        yield "kms.cosmian.api_key_file", kms.cosmian.api_key_file, True
-    if kms.cosmian.client_key_file:
-        yield "kms.cosmian.client_key_file", kms.cosmian.client_key_file, True
+    optional = {
+        "kms.audit.anchor_dir": kms.audit.anchor_dir,
+        "kms.cosmian.api_key_file": kms.cosmian.api_key_file,
+        "kms.cosmian.client_key_file": kms.cosmian.client_key_file,
+        "kms.redis.password_file": kms.redis.password_file,
+    }
+    yield from ((name, path, True) for name, path in optional.items() if path)
     yield from bucket_files(settings)
     yield from secret_files(settings)
     for key_id, uri in kms.key_uris:

@@ -18,6 +18,7 @@ from kms_core.errors import ConfigurationError
 Tree = dict[str, object]
 Shape = TypeVar("Shape", bound=msgspec.Struct)
 
+_MOST_LEVELS: Final = 16
 _VARIABLE: Final = re.compile(
     r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|(?P<bad>\$\{)"
 )
@@ -50,13 +51,29 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def read_toml(path: Path) -> Tree:
     """The tables of a TOML file. Raises ConfigurationError naming the file, and the line where it can."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return _shallow(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as exc:
         raise ConfigurationError(f"Cannot read {path}: {exc.strerror}; check the path and its mode") from exc
     except UnicodeDecodeError as exc:
         raise ConfigurationError(f"{path} is not UTF-8 text") from exc
     except tomllib.TOMLDecodeError as exc:
         raise ConfigurationError(f"{path} is not valid TOML: {exc}") from exc
+    except (ValueError, RecursionError):  # of tomllib too: its own of int(), and where nesting has no end
+        raise ConfigurationError(f"{path}: a number is too long, or tables are nested too deep") from None
+
+
+def _shallow(tree: Tree) -> Tree:
+    """ValueError for a tree that is deeper than any setting; dotted keys can nest it without end."""
+    level: list[object] = [tree]
+    for _ in range(_MOST_LEVELS):
+        level = [
+            item
+            for each in level
+            for item in (each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())
+        ]
+    if level:
+        raise ValueError("too deep")
+    return tree
 
 
 def table(tree: Tree, name: str, where: str) -> Tree:
@@ -160,6 +177,8 @@ class Reader:
             return msgspec.convert(value, kind, strict=not from_environment, dec_hook=self._path)
         except msgspec.ValidationError as exc:
             raise ConfigurationError(f"{where}: {_expectation(kind, value, str(exc))}") from None
+        except UnicodeEncodeError:  # bytes of the environment that are no text
+            raise ConfigurationError(f"{where}: expected text in UTF-8") from None
 
     def _path(self, _kind: type, value: object) -> Path:
         """The decoding hook: msgspec gives a ValueError's text to the ValidationError that it raises."""

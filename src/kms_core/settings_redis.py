@@ -18,6 +18,8 @@ BROKER: Final = ("redis", "rediss", "redis+socket", "sentinel", "sentinels", "am
 TLS: Final = frozenset({"rediss", "sentinels", "amqps"})
 AMQP: Final = frozenset({"amqp", "amqps"})
 SENTINELS: Final = frozenset({"sentinel", "sentinels"})
+PASSWORDS: Final = frozenset({"redis", "rediss", *SENTINELS})
+"""Schemes whose user's password may be in ``password_file``."""
 _SENTINEL_PORT: Final = 26379
 _OPTIONS: Final = frozenset({"master", "sentinel_username", "sentinel_password"})
 
@@ -48,6 +50,10 @@ def check_redis(settings: Settings) -> None:
             raise ConfigurationError(f"{where}: expected one of {known}")
         if parts.scheme in SENTINELS:
             sentinels(where, url)
+        if section.password_file and parts.scheme in PASSWORDS and parts.password:
+            raise ConfigurationError(
+                f"{where}: the password is in kms.redis.password_file, or here, and not both"
+            )
         if any(name.startswith("ssl_") for name in parse_qs(parts.query, keep_blank_values=True)):
             raise ConfigurationError(
                 f"{where}: no ssl_* options belong there; name the authority in kms.redis.ca_file"

@@ -119,6 +119,7 @@ class AwsKms(Section, frozen=True, kw_only=True):
 class Redis(Section, frozen=True, kw_only=True):
     """``[kms.redis]``: job state; ``broker_url`` is Celery's and defaults to the same server.
 
+    ``password_file`` holds the password of the user that a URL of Redis or Sentinel names.
     ``ca_file`` is the authority to trust instead of the system's, where a URL asks for TLS.
     ``broker_queue_type`` is for RabbitMQ: how queues are declared, by us and by senders of ``kms.submit``.
     """
@@ -126,6 +127,7 @@ class Redis(Section, frozen=True, kw_only=True):
     url: str
     broker_url: str
     broker_queue_type: Literal["quorum", "classic"] = "quorum"
+    password_file: Path | None = None
     ca_file: Path | None = None
     client_cert_file: Path | None = None
     client_key_file: Path | None = None
@@ -141,8 +143,8 @@ class ClaimGrant(Section, frozen=True, kw_only=True):
 class Issuer(Section, frozen=True, kw_only=True):
     """``[kms.auth.issuers.<name>]``: whose JWTs are let in, and what their claims mean.
 
-    ``tenants`` bound what ``tenant_claim`` may say. ``job_grace_s`` is how long after its expiry a token's
-    jobs may still run.
+    Without ``jwks_url`` and ``jwks_file`` its keys are found by discovery. ``tenants`` bound what
+    ``tenant_claim`` may say. ``job_grace_s`` is how long after its expiry a token's jobs may still run.
     """
 
     issuer: Annotated[str, Meta(min_length=1)]
@@ -203,6 +205,16 @@ class Server(Section, frozen=True, kw_only=True):
     docs: bool
 
 
+class Facade(Section, frozen=True, kw_only=True):
+    """``[kms.facade]``: Vault's transit API below ``/v1/``, by default in dev alone.
+
+    ``port`` is a second listener that also answers the LIST method.
+    """
+
+    enabled: bool
+    port: Port | None = None
+
+
 class Limits(Section, frozen=True, kw_only=True):
     """``[kms.limits]``: what a request may cost. ``sync_*`` hold for calls answered at once."""
 
@@ -220,10 +232,14 @@ class Limits(Section, frozen=True, kw_only=True):
 
 
 class Endpoint(Section, frozen=True, kw_only=True):
-    """``[kms.jobs.endpoints.<name>]``: a receiver of webhooks, which a job names in its ``callback``."""
+    """``[kms.jobs.endpoints.<name>]``: a receiver of webhooks, which a job names in its ``callback``.
+
+    ``tenants`` are those whose jobs may name it; None is all.
+    """
 
     url: str
     secret_file: Path
+    tenants: Annotated[tuple[KeyId, ...], Meta(min_length=1)] | None = None
     allow_private: bool = False
     events: tuple[JobState, ...] = ("succeeded", "failed", "cancelled")
     ca_file: Path | None = None
@@ -311,6 +327,16 @@ class Log(Section, frozen=True, kw_only=True):
         return self.format == "json" or (self.format == "auto" and not terminal)
 
 
+class Traces(Section, frozen=True, kw_only=True):
+    """``[kms.traces]``: spans to an OTLP receiver; needs the extra ``otel``.
+
+    ``endpoint`` is the whole URL that takes traces by HTTP. All else is OpenTelemetry's own ``OTEL_*``.
+    """
+
+    enabled: bool = False
+    endpoint: str | None = None
+
+
 class Kms(Section, frozen=True, kw_only=True):
     """``[kms]``, the only table of the file."""
 
@@ -334,11 +360,13 @@ class Kms(Section, frozen=True, kw_only=True):
     auth: Auth
     tenants: dict[KeyId, Tenant] = field(default_factory=dict)
     server: Server
+    facade: Facade
     limits: Limits = field(default_factory=Limits)
     jobs: Jobs
     audit: Audit
     rotation: Rotation = field(default_factory=Rotation)
     log: Log = field(default_factory=Log)
+    traces: Traces = field(default_factory=Traces)
 
     @property
     def key_uris(self) -> tuple[tuple[str, str], ...]:

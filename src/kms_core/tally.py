@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Final, Protocol
 
-SEALING: Final = frozenset({"encrypt", "generate_data_key", "rewrap", "reseal"})
+SEALING: Final = frozenset({"encrypt", "generate_data_key", "rewrap", "reseal", "wrap"})
 OPERATIONS: Final = "operations"
 OF_TENANT: Final = "tenant"
 MESSAGES: Final = "messages"
 BYTES: Final = "bytes"
+_Kind = tuple[str, ...]
+"""Operation, tenant and result; of a seal the key version besides. Names are made of them once in a while."""
 
 
 class Counted(Protocol):
@@ -33,20 +35,34 @@ class Tally:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        self._noted: dict[_Kind, list[int]] = {}
 
     def note(self, record: Counted, result: str) -> None:
         """One operation of the core. A message is one seal under a key version; bytes are its plaintext."""
+        at: _Kind = (record.operation, record.tenant, result)
+        if result == "ok" and record.operation in SEALING:
+            at = (*at, f"{record.key_id} {record.key_version} {record.backend}")
         with self._lock:
-            self._counts[f"{OPERATIONS} {record.operation} {result}"] += 1
-            self._counts[f"{OF_TENANT} {record.tenant} {record.operation} {result}"] += 1
-            if result == "ok" and record.operation in SEALING:
-                version = f"{record.key_id} {record.key_version} {record.backend}"
-                self._counts[f"{MESSAGES} {version}"] += 1
-                self._counts[f"{BYTES} {version}"] += record.bytes_in
+            found = self._noted.get(at)
+            if found is None:
+                found = self._noted[at] = [0, 0]
+            found[0] += 1
+            found[1] += record.bytes_in
+
+    def _fold(self) -> None:
+        """Give what was noted the names that it is known by to others. Under the lock."""
+        for (operation, tenant, result, *version), (calls, sizes) in self._noted.items():
+            self._counts[f"{OPERATIONS} {operation} {result}"] += calls
+            self._counts[f"{OF_TENANT} {tenant} {operation} {result}"] += calls
+            for name in version:
+                self._counts[f"{MESSAGES} {name}"] += calls
+                self._counts[f"{BYTES} {name}"] += sizes
+        self._noted.clear()
 
     def take(self) -> dict[str, int]:
         """Everything counted since the last time; ``put_back`` if it could not be handed over."""
         with self._lock:
+            self._fold()
             taken, self._counts = dict(self._counts), Counter()
         return taken
 
@@ -57,6 +73,7 @@ class Tally:
     def peek(self) -> dict[str, int]:
         """What has not been handed over yet."""
         with self._lock:
+            self._fold()
             return dict(self._counts)
 
 

@@ -112,6 +112,44 @@ class RewrapIn(Body, frozen=True, kw_only=True):
     key_id: KeyId | None = None
 
 
+# -- file keys ---------------------------------------------------------------------------------------
+
+
+class WrapIn(Body, frozen=True, kw_only=True):
+    """``file_key``: the 16 random bytes that an age tool has made for one file."""
+
+    file_key: bytes
+    context: ContextIn = None
+    key_id: KeyId | None = None
+
+
+class WrapOut(Answer, frozen=True, kw_only=True):
+    """``stanza``: one, as the text that stands in a header, its last line ended."""
+
+    stanza: bytes
+    key_id: str
+    key_version: str
+    backend: str
+
+
+class UnwrapIn(Body, frozen=True, kw_only=True):
+    """``stanzas``: those of a file's header, as text. ``key_id``: refuse a file of another key."""
+
+    stanzas: bytes
+    context: ContextIn = None
+    key_id: KeyId | None = None
+
+
+class UnwrapOut(Answer, frozen=True, kw_only=True):
+    """``origin`` is ``foreign`` where stanzas alone do not prove that this service wrapped the key."""
+
+    file_key: bytes
+    key_id: str
+    key_version: str
+    backend: str
+    origin: Origin
+
+
 # -- batch -------------------------------------------------------------------------------------------
 
 
@@ -149,6 +187,24 @@ class BatchResult(Answer, frozen=True, kw_only=True):
 class BatchOut(Answer, frozen=True, kw_only=True):
     results: list[BatchResult]
     failed: int
+
+
+# -- Temporal ----------------------------------------------------------------------------------------
+
+
+class Payload(Body, frozen=True, kw_only=True):
+    """Temporal's own shape of a value (temporal.api.common.v1.Payload, as JSON)."""
+
+    metadata: dict[str, bytes] = {}
+    data: bytes = b""
+
+
+class CodecIn(Body, frozen=True, kw_only=True):
+    payloads: Annotated[list[Payload], Meta(max_length=1000)] = []
+
+
+class CodecOut(Answer, frozen=True, kw_only=True):
+    payloads: list[Payload]
 
 
 # -- health and status -------------------------------------------------------------------------------
@@ -434,3 +490,5 @@ class Problem(Answer, frozen=True, kw_only=True):
 
 
 encode: Final = msgspec.json.encode
+NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises for bytes that are no JSON of a shape; some are no text, or nested without end."""

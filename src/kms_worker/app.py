@@ -1,11 +1,13 @@
 """Builds the Celery application of the worker. Our own messages carry a job id; all else is in the core."""
 
 import os
+from collections.abc import Callable
 from typing import Final
 
 import structlog
 from celery import Celery, signals
 
+from kms_core import traces
 from kms_core.errors import JobsUnavailable, KmsError
 from kms_core.jobs.build import Core, build_intake
 from kms_core.jobs.build import build as build_core
@@ -59,6 +61,8 @@ def build(settings: Settings, name: str, pulse: Pulse) -> Celery:
 
     Raises ConfigurationError.
     """
+    traced = settings.kms.traces
+    traces.check(enabled=traced.enabled)
     kombu_ack.install()
     app = Celery("kms-worker", set_as_current=False)
     app.conf.update(CONFIGURATION | celery_options(settings.kms.redis, TRANSPORT))
@@ -68,28 +72,34 @@ def build(settings: Settings, name: str, pulse: Pulse) -> Celery:
     def core() -> Core:
         """Each process of the pool has its own connections: nothing is shared across a fork."""
         if os.getpid() not in cores:
+            traces.configure("kms-worker", enabled=traced.enabled, endpoint=traced.endpoint)
             cores[os.getpid()] = made = build_core(settings, "worker", broker.nudge_through(app))
             teller = Teller(made.kms.tally, made.shop.store.redis)
             teller.start()
             made.keeper.start()
             signals.worker_process_shutdown.connect(lambda **_: teller.stop(), weak=False)
             signals.worker_process_shutdown.connect(lambda **_: made.keeper.stop(), weak=False)
+            signals.worker_process_shutdown.connect(lambda **_: traces.stop(), weak=False)
         return cores[os.getpid()]
 
     @app.task(name=broker.TASK)  # type: ignore[untyped-decorator]  # Celery ships no types
     def run(job_id: str) -> None:
-        try:
-            run_job(job_id, core().shop, f"{name}/{os.getpid()}")
-        except JobsUnavailable:
-            _log.warning("job.left_to_lease", job_id=job_id)
-        except KmsError as exc:  # a record that is gone, or was not written by this service
-            _log.warning("job.refused", job_id=job_id, code=exc.code)
-        except Exception as exc:  # noqa: BLE001 -- the top of the worker: the lease runs out, and attempts are bounded
-            _log.exception("job.crashed", job_id=job_id, error=type(exc).__name__)
+        _run(job_id, core, name)
 
     rotation.register(app, core, settings, name)
     submit.register(app, lambda: build_intake(settings, core().desk), name, pulse)
     return app
+
+
+def _run(job_id: str, core: Callable[[], Core], worker: str) -> None:
+    try:
+        run_job(job_id, core().shop, f"{worker}/{os.getpid()}")
+    except JobsUnavailable:
+        _log.warning("job.left_to_lease", job_id=job_id)
+    except KmsError as exc:  # a record that is gone, or was not written by this service
+        _log.warning("job.refused", job_id=job_id, code=exc.code)
+    except Exception as exc:  # noqa: BLE001 -- the top of the worker: the lease runs out, and attempts are bounded
+        _log.exception("job.crashed", job_id=job_id, error=type(exc).__name__)
 
 
 def _keep_our_logs(**_: object) -> None:

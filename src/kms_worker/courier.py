@@ -98,9 +98,11 @@ class Courier(threading.Thread):
     def _send(self, delivery: Delivery) -> Outcome:
         """In a thread of the pool. An endpoint without a section may get one: until then it has failed."""
         endpoint = self._endpoints.get(delivery.endpoint)
-        return (
-            webhooks.post(endpoint, delivery.message) if endpoint else Outcome("failed", "unknown_endpoint")
-        )
+        if endpoint is None:
+            return Outcome("failed", "unknown_endpoint")
+        if not endpoint.is_for(delivery.tenant):
+            return Outcome("gone", "tenant_refused")
+        return webhooks.post(endpoint, delivery.message)
 
     def _settle(self, delivery: Delivery, outcome: Outcome) -> None:
         log = _log.bind(
@@ -119,7 +121,7 @@ class Courier(threading.Thread):
             )
         else:
             self._outbox.remove(delivery)
-            log.info("webhook.settled", result=result)
+            log.info("webhook.settled", result=result, reason=outcome.reason)
         label = delivery.endpoint if delivery.endpoint in self._endpoints else "unknown"
         metrics.WEBHOOK_DELIVERIES.labels(label, result).inc()
 

@@ -1,14 +1,16 @@
-"""One worker process: Celery's parent with its pool, and beside it caretaker, watchdog and metrics."""
+"""One worker process: Celery's parent with its pool, and beside it presence, caretaker, watchdog, metrics."""
 
 import socket
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
 
 from celery import Celery, signals
 from celery.platforms import SecurityWarning
 from celery.worker.consumer import Consumer
 
+from kms_core.audit.watch import Watch
 from kms_core.auth.scraping import Scraping
 from kms_core.jobs import webhooks
 from kms_core.jobs.build import build as build_core
@@ -16,11 +18,22 @@ from kms_core.jobs.build import build_intake
 from kms_core.jobs.caretaker import Caretaker
 from kms_core.jobs.model import QUEUES, Lane
 from kms_core.jobs.outbox import Outbox
+from kms_core.jobs.presence import Presence
+from kms_core.jobs.store import JobStore
 from kms_core.settings import Settings
 from kms_worker import app as worker_app
 from kms_worker import broker, exposition, forking, rotation, submit
 from kms_worker.courier import Courier
 from kms_worker.watchdog import Watchdog
+
+_LEAVE_S: Final = 2.0  # for the last word to Redis; a worker whose Redis is away need not wait for it
+
+
+class _Beside(Protocol):
+    """A thread of the parent, beside the pool."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
 
 
 def run(loaded: Settings) -> int:
@@ -38,30 +51,40 @@ def run(loaded: Settings) -> int:
         with app.connection_for_read() as connection:
             return broker.waiting(connection, (*QUEUES, submit.QUEUE))
 
-    caretaker = Caretaker(store, core.shop.spool, name, waiting, working=forking.between_forks)
-    clock = rotation.Clock(app, store, name, working=forking.between_forks)
+    presence = Presence(store, name, working=forking.between_forks)
+    beside: tuple[_Beside, ...] = (
+        presence,  # first, before it consumes: who looks while its first job runs must find a worker
+        Caretaker(store, core.shop.spool, name, waiting, working=forking.between_forks),
+        rotation.Clock(app, store, name, working=forking.between_forks),
+        Watch.of(loaded, working=forking.between_forks),
+        *_couriers(loaded, store, name),
+    )
     watchdog = Watchdog(served, jobs.watchdog_s, waiting, lambda: min(pulse.idle_s(), store.idle_s(name)))
-    endpoints = webhooks.endpoints(loaded)
-    courier = Courier(Outbox(store, endpoints), endpoints, name, working=forking.between_forks)
     server = exposition.serve(
         loaded.kms.bind,
         loaded.kms.port + 1,
         Scraping(loaded.kms.server.metrics, core.doors, core.kms.policy),
     )
     forking.install()
-    caretaker.start()
-    clock.start()
+    signals.worker_shutting_down.connect(lambda **_: presence.stop(), weak=False)
+    for thread in beside:
+        thread.start()
     watchdog.start()
-    if endpoints:
-        courier.start()
     try:
         return _consume(app, name, jobs.concurrency, served)
     finally:
-        caretaker.stop()
-        clock.stop()
-        courier.stop()
+        for thread in beside:
+            thread.stop()
         if server is not None:
             server.shutdown()
+        presence.join(_LEAVE_S)
+
+
+def _couriers(loaded: Settings, store: JobStore, name: str) -> list[Courier]:
+    """One, if there is an endpoint that it could deliver to."""
+    endpoints = webhooks.endpoints(loaded)
+    outbox = Outbox(store, endpoints)
+    return [Courier(outbox, endpoints, name, working=forking.between_forks)] if endpoints else []
 
 
 def _bear_early_deaths(sender: Consumer, **_: object) -> None:

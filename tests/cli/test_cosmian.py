@@ -18,6 +18,7 @@ from agekms import write_identities
 from contract.cosmian_double import CosmianDouble
 from contract.faults import unused_url
 from kms_core.envelope.x25519 import Identity
+from trails import Place
 
 BIN: Final = Path(sys.executable).parent
 WAIT_S: Final = 60.0
@@ -108,6 +109,12 @@ def test_keys_are_made_once(double: CosmianDouble, tmp_path: Path) -> None:
     )
     code, said, _ = install.run("kms", "--json", "cosmian", "init-key")
     assert (code, json.loads(said.splitlines()[0])) == (0, {"name": "master", "version": "1", "made": False})
+    recorded = [
+        (line["effect"].rpartition("-")[0], line["stage"]) for line in Place(tmp_path / "state").operations()
+    ]
+    assert sorted(recorded) == sorted(
+        [(name, stage) for name in ("master", "pay") for stage in ("intent", "outcome")] * 3
+    )
 
 
 def test_a_key_that_only_opens_old_files_is_not_made(double: CosmianDouble, tmp_path: Path) -> None:
@@ -124,6 +131,8 @@ def test_a_server_that_is_not_there_is_told(tmp_path: Path) -> None:
 
     assert code == 69
     assert "no connection to Cosmian KMS" in words
+    intent, outcome = Place(tmp_path / "state").operations()
+    assert (intent["operation"], outcome["result"]) == ("key.create", "backend_unavailable")
 
 
 @pytest.mark.parametrize("program", ["kms-service", "kms-worker"])

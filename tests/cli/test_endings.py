@@ -74,6 +74,16 @@ def test_help_loads_no_heavy_module() -> None:
     assert not loaded & {"httpx", "msgspec", "cryptography", "pyrage", "kms_client", "asyncio"}
 
 
+def test_a_small_call_loads_no_more_of_http_than_it_needs() -> None:
+    line = ["encrypt", "--url", "http://127.0.0.1:9"]
+    code = f"import sys; from kms_cli.main import run; run({line}); print(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, input="")
+
+    loaded = set(done.stdout.splitlines())
+    assert "kms_client" in loaded
+    assert not loaded & {"httpx", "rich", "cryptography", "pyrage", "asyncio", "urllib.request"}
+
+
 @pytest.mark.parametrize("line", [[name] for name in COMMANDS] + [["job", name] for name in JOB_COMMANDS])
 def test_every_command_has_help(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     group().main([*line, "--help"], prog_name="kms", standalone_mode=False)

@@ -1,45 +1,132 @@
-"""The README's examples, as they stand there, against a running service."""
+"""The README and the pages of docs/, read from top to bottom at one terminal, against a running service.
+
+A block of commands stands below ``<!-- run -->``, or below ``<!-- not run: why -->``.
+"""
 
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 
+import nushells
+from kms_cli.valkey import EmbeddedValkey
+from nushells import Nu
+from peers import program
+from plugins import plugin_dir, sops
 from service import Service
 
-README: Final = Path(__file__).parents[2] / "README.md"
-EXAMPLES: Final = re.findall(r"<!-- run -->\n```sh\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT: Final = Path(__file__).parents[2]
+PAGES: Final = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+RUN_BY: Final = {
+    "docs/KMS_SIMPLIFICATION.md": "cli/test_migration_document.py",
+    "docs/age-plugin.md": "cli/test_recipes.py",
+    "docs/backends.md": "integration/test_backend_pages.py",
+    "docs/facade.md": "integration/test_facade_clients.py",
+    "docs/nushell.md": "integration/test_nushell.py",
+    "docs/recipes.md": "cli/test_recipes.py",
+}
+BLOCK: Final = re.compile(r"^(?:<!-- ([^\n]*) -->\n)?```(sh|nu)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+TOOLS: Final = ("age", "curl")
+NEWEST_NU: Final = "0.115.1"
+TIMEOUT_S: Final = 120
 
 
-def test_the_readme_has_examples() -> None:
-    assert len(EXAMPLES) > 4
+def blocks(page: str, language: str) -> list[str]:
+    """The blocks of a page that are run."""
+    found = BLOCK.findall((ROOT / page).read_text("utf-8"))
+    return [text for mark, kind, text in found if mark == "run" and kind == language]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.split("\n")[0][:40])
-def test_an_example_works_as_written(service: Service, example: str, tmp_path: Path) -> None:
-    environ = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "KMS_SERVICE_URL": service.url,
-        "KMS_BROKER_URL": service.settings.kms.redis.broker_url,
-        "KMS_REDIS_URL": service.settings.kms.redis.url,
+HERE: Final = [page for page in PAGES if page not in RUN_BY and blocks(page, "sh")]
+
+
+@pytest.fixture(scope="module")
+def desk(
+    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> Iterator[Service]:
+    """A service as ``scripts/up`` starts it; files stand where pages name them."""
+    url = valkey.place.url_of(next(database_numbers))
+    with Service(tmp_path_factory.mktemp("desk"), redis=url) as service:
+        (service.files / "srv/in/deep").mkdir(parents=True)
+        (service.files / "srv/in/a.csv").write_text("1,2\n")
+        (service.files / "srv/in/deep/b.csv").write_text("3,4\n")
+        yield service.start()
+
+
+def localized(text: str, service: Service) -> str:
+    """A block as it would be written for this service."""
+    for written, here in (
+        ("http://localhost:8082", service.url),
+        ("~/.config/provisioning/age", str(service.state / "age")),
+        ("/srv/", f"{service.files}/srv/"),
+    ):
+        text = text.replace(written, here)
+    return text
+
+
+@pytest.mark.parametrize("page", HERE)
+def test_a_page_works_from_top_to_bottom(desk: Service, page: str, tmp_path: Path) -> None:
+    scripts = [localized(text, desk) for text in blocks(page, "sh")]
+    for name in TOOLS:
+        if re.search(rf"\b{name} -", "".join(scripts)):
+            program(name)
+    tools = plugin_dir(tmp_path / "bin")
+    (tools / "sops").symlink_to(sops())
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "examples").symlink_to(ROOT / "examples")
+    environ = desk.environ | {
+        "PATH": os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "HOME": str(tmp_path),
+        "LANG": "C.UTF-8",
+        "KMS_SERVICE_URL": desk.url,
+        "KMS_BROKER_URL": desk.settings.kms.redis.broker_url,
     }
-    script = example.replace("http://localhost:8082", service.url).replace(
-        " examples/", f" {README.parent}/examples/"
-    )
 
+    numbered = (f"echo '== block {number}' >&2\n{text}" for number, text in enumerate(scripts, start=1))
     ran = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=tmp_path,
+        ["bash", "-euo", "pipefail", "-c", "\n".join(numbered)],
+        cwd=here,
         env=environ,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=TIMEOUT_S,
         check=False,
     )
 
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     assert "urn:kms-service:problem" not in ran.stdout
+
+
+def test_the_readme_works_in_nushell(desk: Service, tmp_path: Path) -> None:
+    nu = Nu(nushells.fetched(NEWEST_NU), tmp_path, {"KMS_SERVICE_URL": desk.url})
+    found = blocks("README.md", "nu")
+    ran = nu.run("\n".join(found))
+
+    assert found
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_readme_goes_from_a_secret_to_the_audit_trail() -> None:
+    assert len(blocks("README.md", "sh")) > 10
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 220
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_commands_is_run_or_says_why_not(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    found = BLOCK.findall(text)
+
+    assert len(found) == len(re.findall(r"^ *```(?:sh|nu)$", text, re.MULTILINE))
+    unmarked = [block for mark, _, block in found if mark != "run" and not mark.startswith("not run: ")]
+    assert unmarked == []
+
+
+@pytest.mark.parametrize(("page", "runner"), RUN_BY.items())
+def test_the_runner_of_a_page_names_it(page: str, runner: str) -> None:
+    assert Path(page).name in (ROOT / "tests" / runner).read_text("utf-8")

@@ -15,6 +15,7 @@ import pytest
 
 from peers import program
 from plugins import Bench
+from service import b64
 
 CONTEXT: Final = ("--context", "infra=prod,purpose=deployment")
 BEGIN: Final = b"-----BEGIN OPENSSH PRIVATE KEY-----"
@@ -133,16 +134,22 @@ def test_the_agent_gets_it_without_a_file_and_until_its_end(toolbench: Bench, ag
     assert not (toolbench.folder / "temp_key").exists()
 
 
-def test_the_agent_forgets_it_at_its_end(toolbench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("public", [True, False], ids=["both parts", "without its public part"])
+def test_the_agent_forgets_it_at_its_end(toolbench: Bench, tmp_path: Path, public: bool) -> None:
     """What the agent is told is how long, as ``ssh-add -t`` takes it."""
     fake = tmp_path / "fake"
     fake.mkdir()
     (fake / "ssh-add").write_text('#!/bin/sh\necho "$@" >"$HOME/argv"\ncat >"$HOME/stdin"\n')
     (fake / "ssh-add").chmod(0o755)
     toolbench.kms("ssh", "new", "temp_key", "--ttl", "2h", *CONTEXT)
+    context = CONTEXT
+    if not public:
+        line = (toolbench.folder / "temp_key.pub").read_text()
+        (toolbench.folder / "temp_key.pub").unlink()
+        context = ("--context", f"{CONTEXT[1]},{line.split()[-1]}")
 
     path = f"{fake}:{toolbench.environ['PATH']}"
-    toolbench.kms("ssh", "add", "--confirm", "temp_key.enc", *CONTEXT, PATH=path, SSH_AUTH_SOCK="x")
+    toolbench.kms("ssh", "add", "--confirm", "temp_key.enc", *context, PATH=path, SSH_AUTH_SOCK="x")
 
     argv = (toolbench.folder / "argv").read_text().split()
     assert argv[:3] == ["-q", "-c", "-t"]
@@ -172,6 +179,14 @@ def test_a_list_shows_what_has_ended(toolbench: Bench) -> None:
     ]
     assert rows[0]["fingerprint"] == fingerprint
     assert [line.split()[0] for line in expired] == ["name", "old"]
+
+
+def test_a_list_of_files_from_elsewhere_sends_the_terminal_nothing_but_text(toolbench: Bench) -> None:
+    blob = b64(b"any")
+    (toolbench.folder / "a\x1b[2J.enc").write_bytes(b"x")
+    (toolbench.folder / "a\x1b[2J.pub").write_text(f"ssh-\x1b]0;owned\x07 {blob} c")
+
+    assert toolbench.kms("ssh", "list").decode().replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from agekms import NO_CONTEXT, ROW, head_of, resigned
 from contract.rigs import Rig
 from kms_core.backends import SCHEMES, Backend
 from kms_core.context import Context
-from kms_core.envelope import binding, sealing
+from kms_core.envelope import binding, header, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.header import FILE_KEY_BYTES, Stanza
 from kms_core.envelope.x25519 import NoMatch
@@ -133,6 +133,18 @@ def test_who_holds_the_file_key_cannot_bind_anew(
 
     with pytest.raises(DecryptFailed):
         unseal(backend, resigned(sealed, forged, file_key), context, target)
+
+
+def test_a_file_key_that_is_handed_over_is_bound_as_a_file_is(backend: Backend) -> None:
+    key = ref(backend)
+    bundle = sealing.hand_over(FILE_KEY, backend, key, ROW, ())
+    stanzas = header.unbundled([bundle], header.FILE_LIMITS)
+
+    assert sealing.take_over(stanzas, backend, key, context=ROW) == (FILE_KEY, True)
+    with pytest.raises(DecryptFailed):
+        sealing.take_over(stanzas, backend, key, context=NO_CONTEXT)
+    with pytest.raises(DecryptFailed):
+        sealing.take_over(stanzas, backend, replace(key, tenant="other"), context=ROW)
 
 
 def test_the_aad_is_authenticated_or_origin_is_proven(backend: Backend) -> None:

@@ -15,7 +15,7 @@ from fastapi.routing import APIRoute
 from callers import REQUIRED, Guarded, bearer
 from kms_api import app
 from kms_api.routes.operations import probes
-from kms_api.rules import OPEN_PATHS, RULES, Ruled
+from kms_api.rules import OPEN_PATHS, RULES, VAULT_RULES, Ruled
 from kms_cli.valkey import EmbeddedValkey
 from kms_core.auth import tokens
 from kms_core.scopes import OPERATIONS
@@ -56,11 +56,13 @@ BODIES: Final[dict[str, object]] = {
     "/generate-key": {"context": "a=b"},
     "/rewrap": {"ciphertext": ""},
     "/batch": {"operation": "encrypt", "items": [{"plaintext": "aGk="}]},
+    "/codec/encode": {"payloads": [{"data": "aGk="}]},
     "/jobs": {"kind": "encrypt", "items": [{"plaintext": "aGk="}]},
 }
 IN_THE_CORE: Final[dict[tuple[str, str], tuple[str, ...]]] = {  # asked for where the table says too little
     ("POST", "/encrypt"): ("encrypt",),
     ("POST", "/generate-key"): ("generate_data_key",),
+    ("POST", "/codec/encode"): ("encrypt",),
     ("POST", "/keys/{key_id}/rotate"): ("rotate",),
     ("POST", "/jobs"): ("jobs:write", "encrypt"),
     ("POST", "/files/encrypt"): ("jobs:write", "encrypt"),
@@ -143,6 +145,18 @@ def test_without_its_operation_a_route_is_forbidden_and_with_it_alone_it_is_not(
     check_problem(refused, 403, "forbidden")
     assert "operation" in refused.json()["detail"]
     assert call(guarded, route, guarded.token(",".join(wanted)) | away).status_code not in {401, 403}
+
+
+@pytest.mark.parametrize("route", [route for route in sorted(VAULT_RULES) if route[0] != "LIST"], ids=str)
+def test_nobody_passes_the_facade_without_a_credential(guarded: Guarded, route: tuple[str, str]) -> None:
+    method, path = route
+    whole = path.replace("{mount}", "transit").replace("{name}", "default")
+    for headers in ({}, bearer("x"), {"X-Vault-Token": "kms_aaaaaaaaaa_" + "A" * 43}):
+        answer = guarded.http.request(method, whole, headers={"X-Forwarded-For": "10.0.0.1", **headers})
+
+        assert (answer.status_code == 403) == (not VAULT_RULES[route].open), answer.text
+        if answer.status_code == 403:
+            assert answer.json()["errors"][0].startswith("permission denied")
 
 
 def test_what_items_and_files_name_is_asked_for_in_the_core(guarded: Guarded) -> None:

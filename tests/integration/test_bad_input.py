@@ -373,6 +373,8 @@ def test_huge_idempotency_key_is_refused(service: Service, path: str) -> None:
         ({"X-KMS-Context": "a=%00"}, 422, "invalid_context"),
         ({"X-KMS-Key-Id": CANARY}, 404, "unknown_key"),
         ({"X-KMS-Key-Id": f"../{CANARY}"}, 404, "unknown_key"),
+        ({"X-KMS-Key-Id": ""}, 404, "unknown_key"),
+        ({"X-KMS-Callback": ""}, 422, "invalid_request"),
     ],
     ids=repr,
 )
@@ -383,6 +385,40 @@ def test_headers_of_an_upload_are_checked(
 
     check_problem(service.post("/files/encrypt", content=CANARY.encode(), headers=headers), status, code)
     assert service.spooled() == before
+
+
+@pytest.mark.parametrize(
+    ("query", "headers"),
+    [
+        ("?kind=encrypt", {}),
+        ("", {"X-KMS-Context": f"a={CANARY}"}),
+        ("", {"X-KMS-Key-Id": "default"}),
+        ("", {"X-KMS-Priority": "high"}),
+        ("", {"X-KMS-Callback": CANARY}),
+    ],
+    ids=repr,
+)
+def test_what_a_json_job_says_is_said_nowhere_else(
+    service: Service, query: str, headers: dict[str, str]
+) -> None:
+    job = {"kind": "encrypt", "items": [{"plaintext": ""}]}
+
+    check_problem(service.post(f"/jobs{query}", job, headers=headers), 422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"), [("/jobs", "GET, POST"), ("/jobs/x", "DELETE, GET"), ("/keys", "GET")]
+)
+def test_allow_names_every_method_of_a_path(service: Service, path: str, allowed: str) -> None:
+    answer = service.http.request("PATCH", f"{PREFIX}{path}")
+
+    check_problem(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"] == allowed
+
+
+@pytest.mark.parametrize("path", ["/keys/", "/jobs/"])
+def test_path_with_a_slash_too_many_is_not_redirected(service: Service, path: str) -> None:
+    check_problem(service.get(path), 404, "not_found")
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,16 @@ def test_a_ciphertext_of_another_key_is_refused(
     assert unknown.status_code == 400
 
 
+@pytest.mark.parametrize("field", ["context", "associated_data"])
+@pytest.mark.parametrize("text", ["null", "Null", "NULL"])
+def test_base64_that_reads_like_nothing_is_bound_as_bytes(facade: Facade, field: str, text: str) -> None:
+    made = facade.data("PUT", "transit/encrypt/default", {"plaintext": text, field: text})
+    body = {"ciphertext": made["ciphertext"]}
+
+    refused(facade.call("PUT", "transit/decrypt/default", body), 400, "message authentication failed")
+    assert facade.data("PUT", "transit/decrypt/default", {**body, field: text}) == {"plaintext": text}
+
+
 # -- other doors ---------------------------------------------------------------------------------------
 
 
@@ -227,6 +237,20 @@ def test_a_batch_of_nothing_but_refusals_is_400_whatever_was_chosen(facade: Faca
     body = {"batch_input": [{"ciphertext": "vault:v1:AAAA"}], "partial_failure_response_code": 207}
 
     assert facade.call("PUT", "transit/decrypt/default", body).status_code == 400
+
+
+@pytest.mark.parametrize("field", ["context", "associated_data"])
+def test_what_stands_beside_a_batch_would_bind_no_item_and_is_refused(facade: Facade, field: str) -> None:
+    body = {"batch_input": [{"plaintext": HELLO}], field: CONTEXT}
+
+    refused(facade.call("PUT", "transit/encrypt/default", body), 400, "into each item")
+
+
+@pytest.mark.parametrize("code", [204, 205, 304, 199, 600])
+def test_a_status_that_has_no_body_cannot_be_chosen(facade: Facade, code: int) -> None:
+    body = {"batch_input": [{"plaintext": HELLO}, {}], "partial_failure_response_code": code}
+
+    refused(facade.call("PUT", "transit/encrypt/default", body), 400, "partial_failure_response_code")
 
 
 # -- refusals --------------------------------------------------------------------------------------------

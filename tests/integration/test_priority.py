@@ -75,7 +75,9 @@ def test_depth_counts_every_priority(idle: Service) -> None:
     lists = [redis.llen(f"kms:kms.bulk{end}") for end in ("", "\x06\x163", "\x06\x166")]
     assert all(lists)
     assert idle.get("/status").json()["queue_depth"] == before + 4
-    assert f'kms_queue_depth{{queue="kms.bulk"}} {sum(lists)}.0' in idle.http.get("/metrics").text
+    exposed = idle.http.get("/metrics").text
+    for priority, waiting in zip(PRIORITIES, lists, strict=True):
+        assert f'kms_queue_depth{{priority="{priority}",queue="kms.bulk"}} {waiting}.0' in exposed
     assert [idle.job(job_id)["priority"] for job_id in jobs] == ["high", "normal", "low", "normal"]
 
 

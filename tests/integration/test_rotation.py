@@ -1,28 +1,39 @@
 """Keys as operators see them: versions and what they sealed, rotation by hand, by age and by budget."""
 
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 
 from agekms import NO_CONTEXT, age_backend
 from kms_core import rotation
+from kms_core.audit import Audit, Record
+from kms_core.audit.keys import PublicKeys
+from kms_core.audit.verify import verify
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import x25519
-from kms_core.errors import BackendUnavailable, JobsUnavailable
+from kms_core.errors import AuditUnavailable, BackendUnavailable, JobsUnavailable, UnknownKey
 from kms_core.jobs import teller
 from kms_core.jobs.build import Core
 from kms_core.jobs.teller import Teller
 from kms_core.keyring import Key, Keyring
 from kms_core.policy import Principal
-from kms_core.service import Kms
+from kms_core.service import Kms, Rules
 from kms_core.tally import Tally
 from kms_core.wire import PREFIX
 from kms_worker.rotation import look_after
 from memory_kms import memory_backend
 from service import Service, until
 from stores import connect
+from stumbling import Killed
+from trails import Line, Place
 
 WHO = Principal("local")
 
@@ -161,6 +172,133 @@ def test_a_rotation_that_fails_is_told_and_audited(core: Core) -> None:
     with pytest.raises(BackendUnavailable):
         over(core, Key("payroll", remote)).kms.rotate(WHO, "payroll")
     assert len(peer.keys) == 1
+
+
+# -- on record ---------------------------------------------------------------------------------------
+
+
+class CutTrail:
+    """The trail of a process at whose ``stage`` of an effect something happens instead of a record."""
+
+    def __init__(self, trail: Audit, stage: str, error: BaseException) -> None:
+        self._trail, self._stage, self._error = trail, stage, error
+        self.conceal, self.together, self.check = trail.conceal, trail.together, trail.check
+
+    def append(self, record: Record) -> str:
+        if record.stage == self._stage:
+            raise self._error
+        return self._trail.append(record)
+
+
+def cut(core: Core, backend: AgeBackend, stage: str, error: BaseException) -> Core:
+    """The core with one key, over a trail that is cut at a stage."""
+    ring = Keyring({"payroll": (key := Key("payroll", backend))}, key)
+    trail = CutTrail(core.kms.trail, stage, error)
+    return replace(core, kms=Kms(ring, core.kms.policy, trail, Rules()))
+
+
+def rotations(state: Path) -> list[Line]:
+    return [line for line in Place(state).operations() if line["operation"] == "rotate"]
+
+
+def notes(state: Path) -> list[str]:
+    report = verify(state / "audit", PublicKeys.read(state / "audit-signing.pub"))
+    assert report.problems == []
+    return [note.text for note in report.notes if note.code == "no_outcome"]
+
+
+def test_a_rotation_is_on_record_before_and_after_it(core: Core, backend: AgeBackend, tmp_path: Path) -> None:
+    key = Key("payroll", backend)
+    kms = over(core, key).kms
+    made = [kms.rotate(WHO, "payroll").version]
+    rotation.rotate_due(kms, [rotation.state_of(key, backend, {}, rotation.Rules())])
+    made.append(backend.versions()[-1].version)
+    lines = rotations(tmp_path / "state")
+
+    assert [line["stage"] for line in lines] == ["intent", "outcome"] * 2
+    assert [line["principal"] for line in lines] == [WHO.name] * 2 + [rotation.SCHEDULE.name] * 2
+    assert {(line["key_id"], line["backend"]) for line in lines} == {("payroll", "age")}
+    assert len({line["effect"] for line in lines}) == 2
+    assert [line.get("result") for line in lines] == [None, "ok"] * 2
+    assert [line["key_version"] for line in lines[1::2]] == made
+    assert notes(tmp_path / "state") == []
+
+
+SPENT = rotation.Rules(every_days=0, budget_messages=10, budget_rotates=True)
+
+
+@pytest.mark.parametrize(
+    "rotate",
+    [
+        lambda core: core.kms.rotate(WHO, "payroll"),
+        lambda core: look_after(core, rotation.Rules(every_days=30), "w1"),
+        lambda core: look_after(core, SPENT, "w1"),
+    ],
+    ids=["by hand", "by age", "by budget"],
+)
+def test_a_process_that_dies_between_a_rotation_and_its_record_is_seen(
+    core: Core, tmp_path: Path, rotate: Callable[[Core], object]
+) -> None:
+    backend = age_backend(tmp_path / "keys", x25519.Identity.generate())
+    made_days_ago(tmp_path / "keys/private_key.txt", 31)
+    dying = cut(core, backend, "outcome", Killed())
+    seal(dying.kms, 10)
+
+    with pytest.raises(Killed):
+        rotate(dying)
+    assert len(backend.versions()) == 2
+    (intent,) = rotations(tmp_path / "state")
+    assert notes(tmp_path / "state") == [f"rotate {intent['effect']} has no outcome"]
+
+
+def test_no_key_is_rotated_without_its_intent_on_record(
+    core: Core, backend: AgeBackend, tmp_path: Path
+) -> None:
+    with pytest.raises(AuditUnavailable):
+        cut(core, backend, "intent", AuditUnavailable()).kms.rotate(WHO, "payroll")
+
+    assert len(backend.versions()) == 1
+    assert notes(tmp_path / "state") == []
+
+
+def test_a_refused_rotation_sets_out_for_nothing(core: Core, backend: AgeBackend, tmp_path: Path) -> None:
+    with pytest.raises(UnknownKey):
+        over(core, Key("payroll", backend)).kms.rotate(WHO, "nix")
+    remote, peer = memory_backend()
+    peer.trouble = BackendUnavailable("token refused")
+    with pytest.raises(BackendUnavailable):
+        over(core, Key("payroll", remote)).kms.rotate(WHO, "payroll")
+
+    found = [(line.get("stage"), line.get("result")) for line in rotations(tmp_path / "state")]
+    assert found == [(None, "unknown_key"), ("intent", None), ("outcome", "backend_unavailable")]
+    assert notes(tmp_path / "state") == []
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Nobody else may change the keys of a folder meanwhile."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def test_an_api_that_is_killed_while_it_rotates_leaves_its_intent(tmp_path: Path, redis_url: str) -> None:
+    with Service(tmp_path, redis=redis_url) as service, ThreadPoolExecutor(1) as caller:
+        service.start("api")
+        with held(tmp_path / "state/age"):
+            asked = caller.submit(service.http.post, f"{PREFIX}/keys/default/rotate")
+            until(lambda: Place(service.state).folder.exists() and rotations(service.state), "it has set out")
+            service.kill("api")
+        with suppress(httpx.HTTPError):
+            asked.result()
+        service.start("api")
+        answer = service.get("/audit", params={"operation": "rotate"}).json()
+
+        assert [event["stage"] for event in answer["events"]] == ["intent"]
+        assert notes(service.state) == [f"rotate {answer['events'][0]['effect']} has no outcome"]
 
 
 # -- counts ------------------------------------------------------------------------------------------

@@ -31,7 +31,15 @@ CSP: Final = (
     "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-PAGES: Final = ("/ui", "/ui/jobs", "/ui/jobs?state=dead", "/ui/audit", "/ui/keys", "/ui/keys/default/rotate")
+PAGES: Final = (
+    "/ui",
+    "/ui/jobs",
+    "/ui/jobs?state=dead",
+    "/ui/audit",
+    "/ui/keys",
+    "/ui/keys/default/rotate",
+    "/ui/runbooks",
+)
 FILES: Final = ("/ui/static/page.css", "/ui/static/page.js", "/ui/static/icon.svg")
 HOSTILE: Final = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
 ITEMS: Final = {"kind": "encrypt", "items": [{"plaintext": b64(b"x"), "context": CONTEXT}]}
@@ -177,7 +185,47 @@ def test_all_is_read_without_a_script(service: Service) -> None:
     assert "encrypt ok local none default" in words(service.http.get("/ui/audit?operation=encrypt"))
     keys = service.get("/keys").json()["keys"][0]
     assert keys["current_version"] in words(service.http.get("/ui/keys"))
+    assert "Health answers Version in use" in words(service.http.get("/ui/keys"))
     assert "Next version due" in words(service.http.get("/ui/keys"))
+
+
+def test_the_state_of_the_trail_is_shown_and_how_to_verify_all_of_it(service: Service) -> None:
+    service.encrypt(b"on record")
+
+    whole = "Whole: every line follows from those before it, up to the one of"
+    until(lambda: whole in words(service.http.get("/ui")), "the trail is read back")
+    page = service.http.get("/ui/audit")
+    assert whole in words(page)
+    assert "kms audit verify --public-key" in words(page)
+
+
+def test_a_trail_that_somebody_changed_is_told_on_the_page_in_status_and_in_metrics(
+    tmp_path: Path, redis_url: str
+) -> None:
+    with Service(tmp_path, redis=redis_url) as service:
+        service.start("api")
+        service.encrypt(b"on record")
+        until(lambda: "Whole" in words(service.http.get("/ui/audit")), "the trail is read back")
+        (file,) = (service.state / "audit").glob("*.jsonl")
+        file.write_bytes(file.read_bytes().replace(b'"encrypt"', b'"decrypt"', 1))
+
+        until(lambda: "audit_chain" in service.get("/status").json()["degraded"], "it is noticed")
+        page = service.http.get("/ui/audit")
+        assert "Broken: lines of the audit trail were changed" in words(page)
+        assert "a line was changed after it was written" in words(page)
+        assert 'href="/ui/runbooks#kmsauditbroken"' in page.text
+        assert "audit chain: the trail was changed" in words(service.http.get("/ui"))
+        assert "kms_audit_chain_ok 0.0" in service.http.get("/metrics").text
+
+
+def test_every_name_on_the_page_leads_to_a_runbook(service: Service, strict: Service) -> None:
+    runbooks = service.http.get("/ui/runbooks").text
+    ids = set(re.findall(r'id="(kms\w+)"', runbooks))
+    pages = [strict.http.get("/ui").text, runbooks]
+    named = {name for page in pages for name in re.findall(r'href="(?:/ui/runbooks)?#(kms\w+)"', page)}
+
+    assert "kmsredisdown" in named
+    assert named <= ids
 
 
 def test_without_redis_the_overview_says_so_and_a_list_of_jobs_is_a_503_page(strict: Service) -> None:

@@ -97,7 +97,12 @@ def test_every_page_looks_right_in_dark_and_light_and_keeps_its_policy(
     assert browser.evaluate("location.pathname") == "/ui"
     assert browser.evaluate("document.cookie") == ""
     pages = {"": "overview", "/jobs": "jobs", f"/jobs/{made[1]}": "job", "/audit?period=all": "audit"}
-    pages |= {"/keys": "keys", "/keys/default/rotate": "rotate", "/jobs/none": "refused"}
+    pages |= {
+        "/keys": "keys",
+        "/keys/default/rotate": "rotate",
+        "/jobs/none": "refused",
+        "/runbooks": "runbooks",
+    }
     for path, name in pages.items():
         browser.open(f"{guarded.url}/ui{path}")
         seen(browser, folder, name)
@@ -126,6 +131,23 @@ def test_progress_and_the_end_of_a_job_appear_without_loading_the_page_again(
     assert browser.evaluate(f"{row}.querySelector('progress').position") == 1
     assert browser.evaluate("window.loaded") == "once"
     assert browser.complaints == []
+
+
+def test_progress_of_many_large_jobs_arrives_while_others_call(
+    service: Service, browser: Chromium, tmp_path: Path
+) -> None:
+    items = [{"plaintext": b64(b"x" * 2_000), "context": CONTEXT}] * 2_000
+    ids = [service.submit({"kind": "encrypt", "items": items}) for _ in range(6)]
+    browser.open(f"{service.url}/ui/jobs")
+    browser.evaluate("window.loaded = 'once'")
+    states = "Array.from(document.querySelectorAll('[data-events] .state'), (place) => place.textContent)"
+    assert len(browser.evaluate(states)) >= 1
+
+    seen(browser, pictures(tmp_path), "jobs-under-load")
+    until(lambda: service.encrypt(b"x") and set(browser.evaluate(states)) == {"succeeded"}, "they all end")
+    assert browser.evaluate("window.loaded") == "once"
+    assert browser.complaints == []
+    assert all(service.job(job_id)["progress"]["items_done"] == 2_000 for job_id in ids)
 
 
 def test_the_end_of_a_job_is_told_aloud_and_the_keyboard_reaches_the_button_in_sight(

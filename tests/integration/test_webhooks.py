@@ -5,12 +5,15 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
+import httpx
 import msgspec
 import pytest
 
+from callers import REQUIRED, Guarded
 from hooks import (
     SECRET,
     Authority,
@@ -33,7 +36,7 @@ from kms_core.jobs.store import JobStore
 from kms_core.jobs.webhooks import Endpoint, Message, post, sign
 from kms_worker.courier import Courier
 from service import CANARY, CONTEXT, Service, b64, check_problem, core_of, until
-from stores import LONG, claimed, store_of
+from stores import LONG, TENANT, claimed, store_of
 
 ITEMS = {"kind": "encrypt", "context": CONTEXT, "items": [{"plaintext": b64(CANARY.encode())}]}
 
@@ -400,6 +403,64 @@ def test_dead_deliveries_are_listed_and_sent_again_by_the_api(
     assert CANARY not in answer.text
     for name in (first, "stranger", "no"):
         check_problem(service.post(f"/webhooks/dead/{name}/resend"), 404, "unknown")
+
+
+# -- endpoints of tenants --------------------------------------------------------------------------------
+
+
+def test_an_endpoint_of_one_tenant_is_for_another_as_if_it_were_not_there(
+    tmp_path: Path, redis_url: str, authority: Authority
+) -> None:
+    with receiving(authority) as receiver:
+        secret = secret_file(tmp_path)
+        settings = REQUIRED + "".join(
+            toml(name, receiver, authority, secret, more)
+            for name, more in {
+                "acme": "tenants = ['acme']",
+                "both": "tenants = ['acme', 'web']",
+                "all": "",
+            }.items()
+        )
+        with Guarded(tmp_path / "install", settings, redis_url) as service:
+            service.start("api")
+            scopes = "encrypt,jobs:write,jobs:read"
+            headers = {tenant: service.token(scopes, tenant=tenant) for tenant in ("acme", "web")}
+
+            def ask(tenant: str, name: str) -> httpx.Response:
+                return service.post("/jobs", ITEMS | {"callback": name}, headers=headers[tenant])
+
+            def upload(tenant: str, name: str) -> httpx.Response:
+                more = {**headers[tenant], "X-KMS-Callback": name, "X-KMS-Context": CONTEXT}
+                return service.post("/files/encrypt", content=b"x", headers=more)
+
+            for way in (ask, upload):
+                taken = {(tenant, name) for tenant in headers for name in ("acme", "both", "all")} - {
+                    ("web", "acme")
+                }
+                assert {way(*pair).status_code for pair in taken} == {202}
+                foreign, unknown = way("web", "acme"), way("web", "none")
+                check_problem(foreign, 422, "invalid_request")
+                assert foreign.json() | {"request_id": ""} == unknown.json() | {"request_id": ""}
+
+
+def test_what_was_accepted_for_a_tenant_that_may_no_longer_is_not_told(
+    store: JobStore, ci: Endpoint, receiver: Receiver
+) -> None:
+    """Before it was taken in, after it was, and when it is sent again."""
+    end(store)
+    outbox, dead = given_up(store, {"ci": ci})
+    assert outbox.resend(dead)
+    end(store)
+    outbox.take_in()
+    end(store)
+    assert (outbox.size(), settled(outbox)) == (2, False)
+    with courier(store, {"ci": replace(ci, tenants=frozenset({"others"}))}):
+        until(lambda: settled(outbox), "nothing is left")
+
+    assert receiver.requests == []
+    with courier(store, {"ci": replace(ci, tenants=frozenset({TENANT}))}):
+        job_id = end(store)
+        until(lambda: subjects(receiver) == [job_id], "a job of the tenant is told")
 
 
 @pytest.mark.parametrize("name", ["other", "https://evil.example/", "a b", "x" * 81, ""])

@@ -108,7 +108,7 @@ def test_a_context_stanza_of_another_shape_is_refused(context: Stanza) -> None:
     "origin",
     [
         replace(MADE, args=(ORIGIN,)),
-        replace(MADE, args=(ORIGIN, "2")),
+        replace(MADE, args=(ORIGIN, "3")),
         replace(MADE, args=(ORIGIN, "1", "x")),
         replace(MADE, body=b""),
         replace(MADE, body=bytes(31)),

@@ -18,6 +18,8 @@ NOBODY: frozenset[str] = frozenset()
         ("A=''", {"A": ""}),
         ("A='b # \\n' # words", {"A": "b # \\n"}),
         ('A="b \\"c\\" \\\\ # \\n" # words', {"A": 'b "c" \\ # \n'}),
+        ("A='b\u2028B=2\x0bC=3\x85D=4'", {"A": "b\u2028B=2\x0bC=3\x85D=4"}),
+        ("A=b\u2028B=2", {"A": "b\u2028B=2"}),
         ("# words\n\nA=b=c\r\nB=2\n", {"A": "b=c", "B": "2"}),
         (' {"A": "1", "B": "x\\ny"}', {"A": "1", "B": "x\ny"}),
     ],
@@ -47,6 +49,9 @@ def test_what_says_nothing_is_refused(text: str, why: str) -> None:
     [
         "LD_PRELOAD", "LD_LIBRARY_PATH", "DYLD_INSERT_LIBRARIES", "PATH", "PYTHONPATH", "KMS_SERVICE_URL",
         "BASH_ENV", "GIT_SSH_COMMAND", "NODE_OPTIONS", "RUBYOPT", "IFS", "GLIBC_TUNABLES",
+        "HOME", "PS4", "PROMPT_COMMAND", "GIT_CONFIG_COUNT", "GIT_ASKPASS", "EDITOR", "PAGER", "LESSOPEN",
+        "_JAVA_OPTIONS", "JAVA_TOOL_OPTIONS", "CLASSPATH", "OPENSSL_CONF", "CORECLR_PROFILER_PATH",
+        "DOTNET_STARTUP_HOOKS", "COR_ENABLE_PROFILING", "LUA_INIT_5_4",
     ],
 )  # fmt: skip
 def test_a_name_that_steers_programs_needs_leave(name: str) -> None:

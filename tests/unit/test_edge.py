@@ -105,6 +105,18 @@ async def test_own_page_and_local_names_are_let_in(headers: Mapping[str, str]) -
     assert (await get(headers=headers)).status_code == 200
 
 
+async def test_the_address_that_was_reached_is_let_in_and_no_other() -> None:
+    transport = httpx.ASGITransport(Edge(application(), []))
+    async with httpx.AsyncClient(transport=transport, base_url="http://10.0.0.7:8082") as client:
+        reached = await client.get("/things/1")
+        others = [
+            await client.get("/things/1", headers={"Host": host}) for host in ("10.0.0.8:8082", "pod.example")
+        ]
+
+    assert reached.status_code == 200
+    assert [answer.status_code for answer in others] == [403, 403]
+
+
 async def test_configured_name_is_let_in_and_no_other() -> None:
     assert (await get(headers={"Host": "KMS.internal:443"}, hosts=["kms.Internal"])).status_code == 200
     assert (await get(headers={"Host": "kms.other"}, hosts=["kms.internal"])).status_code == 403

@@ -8,6 +8,7 @@ from typing import Final
 import pytest
 
 from kms_api.facade.app import HANDLERS, find
+from kms_api.facade.keys import shape
 from kms_api.rules import VAULT, VAULT_OPEN, VAULT_RULES
 from kms_core.backends import KeyVersion
 from kms_core.backends.remote import RemoteBackend
@@ -99,6 +100,19 @@ def test_other_versions_are_counted_in_the_order_in_which_they_were_made() -> No
 
 def test_a_name_of_digits_is_no_number() -> None:
     assert numbers("age", ("12345678", 1), ("00000001", 2)) == {"12345678": 1, "00000001": 2}
+
+
+class Rotated(RemoteBackend):
+    """Another process rotates while we look."""
+
+    def current_version(self) -> str:
+        return "9"
+
+
+def test_a_key_that_is_rotated_meanwhile_has_a_record() -> None:
+    made = [KeyVersion(version, None) for version in ("3", "4")]
+
+    assert shape(Key("k", Rotated(Versioned("transit", made)))).latest_version == 4
 
 
 # -- contexts ------------------------------------------------------------------------------------------

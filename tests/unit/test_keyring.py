@@ -8,7 +8,9 @@ from agekms import write_pair
 from kms_core import keyring
 from kms_core.backends import SCHEMES, age
 from kms_core.backends.age import version_of
-from kms_core.envelope import x25519
+from kms_core.context import Context
+from kms_core.envelope import binding, header, x25519
+from kms_core.envelope.binding import KeyRef
 from kms_core.errors import ConfigurationError, UnknownKey
 from kms_core.keyring import Key, Keyring
 from kms_core.settings import Settings, load
@@ -237,3 +239,29 @@ def test_in_prod_a_uri_is_held_to_private_files(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigurationError, match="chmod 600"):
         age.open_key(urlsplit(f"age://{tmp_path}/private_key.txt"), prod)
+
+
+# -- for whom a call waits ---------------------------------------------------------------------------
+
+
+def test_a_bundle_names_the_backend_that_a_call_waits_for_as_its_stanzas_do(tmp_path: Path) -> None:
+    """Else calls on a silent backend would take the threads of all others."""
+    keys = built(
+        tmp_path,
+        '[kms.transit]\naddress = "http://127.0.0.1:9"\ntoken = "t"\n[kms.keys]\nremote = "transit:k"',
+    )
+    ref = KeyRef("default", "remote", "1", "transit")
+    stanzas = [
+        binding.context_stanza(bytes(16), ref, Context.parse("row=7")),
+        binding.wrap_stanza(ref, bytes(200)),
+    ]
+    texts = [
+        b"".join(map(header.render_stanza, stanzas)),
+        header.render_stanza(header.bundle(stanzas)),
+        header.render(
+            [header.Stanza(("X25519", "a"), bytes(32)), header.bundle(reversed(stanzas))], bytes(16)
+        ),
+    ]
+
+    assert [keys.waits_on(None, text) for text in texts] == ["transit"] * 3
+    assert keys.waits_on(None, b"-> kms-service/bundle 1\n" + b"A" * 63) is None

@@ -1,7 +1,9 @@
+import contextvars
 import io
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import structlog
@@ -9,7 +11,7 @@ from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from kms_core import logs
+from kms_core import audit, logs
 from kms_core.errors import ConfigurationError
 from kms_core.settings_sections import Log
 
@@ -125,6 +127,32 @@ def test_events_and_library_lines_have_one_shape(stream: io.StringIO) -> None:
     assert (theirs["event"], theirs["logger"], theirs["request_id"]) == ("3 tasks", "celery.worker", "r1")
 
 
+def test_every_line_says_for_which_request_and_job_it_was_written(stream: io.StringIO) -> None:
+    logs.configure("info", json=True, stream=stream)
+    in_request = contextvars.copy_context()
+    in_request.run(audit.request_id.set, "r1")
+    in_request.run(audit.job_id.set, "j1")
+    in_request.run(structlog.get_logger("kms_core").info, "ours")
+    in_request.run(logging.getLogger("celery.worker").info, "theirs")
+    in_request.run(partial(structlog.get_logger("kms_core").info, "named", job_id="j2"))
+    structlog.get_logger("kms_core").info("outside")
+
+    ours, theirs, named, outside = lines(stream)
+    assert (ours["request_id"], ours["job_id"]) == (theirs["request_id"], theirs["job_id"]) == ("r1", "j1")
+    assert named["job_id"] == "j2"
+    assert not {"request_id", "job_id"} & outside.keys()
+
+
+def test_a_message_that_came_is_no_line_unless_its_logger_is_asked_for(stream: io.StringIO) -> None:
+    logs.configure("debug", json=True, stream=stream)
+    logging.getLogger("celery.worker.strategy").info("Task kms.keys received")
+    assert lines(stream) == []
+
+    logs.configure("info,celery.worker.strategy=info", json=True, stream=stream)
+    logging.getLogger("celery.worker.strategy").info("Task kms.keys received")
+    assert [line["event"] for line in lines(stream)] == ["Task kms.keys received"]
+
+
 def test_each_line_is_written_once_whatever_handlers_a_library_brought(stream: io.StringIO) -> None:
     theirs = logging.getLogger("uvicorn.error")
     theirs.addHandler(logging.StreamHandler(stream))
@@ -182,7 +210,7 @@ def test_format_follows_the_terminal_unless_told(given: str, *, terminal: bool, 
         {"url": "https://user:hunter2@kms.test"},
         {"header": "Bearer hunter2"},
     ],
-    ids=str,
+    ids=lambda fields: str(fields).partition(" at 0x")[0],
 )
 def test_secrets_do_not_reach_a_line(
     stream: io.StringIO, fields: dict[str, object], *, json_lines: bool

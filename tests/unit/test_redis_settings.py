@@ -84,3 +84,39 @@ def test_tls_is_always_checked(scheme: str) -> None:
     assert {"required", 2} & {told.get("ssl_cert_reqs"), told.get("cert_reqs")}
     assert told.get("ssl_check_hostname") or told.get("server_hostname") == "h"
     assert "/ca.pem" in told.values()
+
+
+def test_a_password_in_a_file_is_that_of_both_urls(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("p@ss/word\n")
+    section = load(
+        f'url = "redis://kms@h:6379/0"\nbroker_url = "sentinel://kms@a,b:2?master=m"\n'
+        f'password_file = "{tmp_path}/password"\n',
+        tmp_path,
+    )
+
+    found = servers.connect(section).connection_pool.connection_kwargs
+    assert (found["username"], found["password"], found["host"]) == ("kms", "p@ss/word", "h")
+    broker = servers.celery_options(section, {})["broker_url"]
+    assert broker == "sentinel://kms:p%40ss%2Fword@a:26379/0;sentinel://b:2/0"
+
+
+@pytest.mark.parametrize(
+    ("content", "url", "said"),
+    [
+        (None, "redis://h", "kms.redis.password_file: cannot read"),
+        ("\n", "redis://h", "is empty"),
+        ("x", f"redis://:{SECRET}@h", "the password is in kms.redis.password_file, or here, and not both"),
+    ],
+    ids=["missing", "empty", "twice"],
+)
+def test_a_password_that_cannot_be_used_is_refused(
+    tmp_path: Path, content: str | None, url: str, said: str
+) -> None:
+    if content is not None:
+        (tmp_path / "password").write_text(content)
+
+    with pytest.raises(ConfigurationError) as refused:
+        servers.connect(load(f'url = "{url}"\npassword_file = "{tmp_path}/password"\n', tmp_path))
+
+    assert said in refused.value.detail
+    assert SECRET not in refused.value.detail

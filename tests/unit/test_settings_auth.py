@@ -27,7 +27,10 @@ def read(tmp_path: Path, text: str, **environ: str) -> Settings:
         ("[kms.auth]\nmode = 'none'\n" + ISSUER + KEYS, 'write mode = "required"'),
         (TLS + "[kms.auth.certificates.a]\nsubject = 'DNS:a'\nscopes = []\n", 'write mode = "required"'),
         ("[kms.auth]\nmode = 'optional'\n", "kms.auth.mode: expected one of none, required"),
-        (REQUIRED + ISSUER, "by jwks_url, or by jwks_file"),
+        (REQUIRED + ISSUER.replace("https://id", "corp"), "found by discovery"),
+        (REQUIRED + ISSUER.replace("https://id", "http://id"), "found by discovery"),
+        (REQUIRED + ISSUER.replace("https://id", "https://id?a=hunter2"), "found by discovery"),
+        (REQUIRED + ISSUER.replace("https://id", "https://u:hunter2@id"), "found by discovery"),
         (REQUIRED + ISSUER + KEYS + "jwks_file = '/k'\n", "not by both"),
         (REQUIRED + ISSUER + "jwks_url = 'http://id/keys'\n", "expected https://"),
         (REQUIRED + ISSUER + "jwks_url = 'https://u:hunter2@id/keys'\n", "expected https://"),
@@ -77,12 +80,25 @@ def test_settings_that_contradict_themselves_are_refused(tmp_path: Path, text: s
     assert "hunter2" not in caught.value.detail
 
 
-def test_loopback_in_dev_may_be_an_issuer_without_tls(tmp_path: Path) -> None:
-    text = REQUIRED + ISSUER + "jwks_url = 'http://127.0.0.1:9000/keys'\n"
+@pytest.mark.parametrize(
+    "text",
+    [
+        REQUIRED + ISSUER + "jwks_url = 'http://127.0.0.1:9000/keys'\n",
+        REQUIRED + ISSUER.replace("https://id", "http://127.0.0.1:9000"),
+    ],
+    ids=["by its URL", "by discovery"],
+)
+def test_loopback_in_dev_may_be_an_issuer_without_tls(tmp_path: Path, text: str) -> None:
     assert read(tmp_path, text).kms.auth.issuers["corp"].leeway_s == 30
 
-    with pytest.raises(ConfigurationError, match="expected https"):
-        read(tmp_path, text.replace("127.0.0.1", "10.0.0.1"))
+    prod = "[kms]\nenvironment = 'prod'\nprod_backend = 'age'\nallow_age_in_prod = true\n"
+    for refused in (text.replace("127.0.0.1", "10.0.0.1"), prod + text):
+        with pytest.raises(ConfigurationError, match="expected https"):
+            read(tmp_path, refused)
+
+
+def test_an_issuer_alone_is_enough_and_nobody_is_asked_at_the_start(tmp_path: Path) -> None:
+    assert build_doors(read(tmp_path, REQUIRED + ISSUER)) is not None
 
 
 @pytest.mark.parametrize("bind", ["0.0.0.0", "10.0.0.1"])  # noqa: S104 -- not bound

@@ -58,8 +58,9 @@ def test_age_in_prod_must_be_allowed(tmp_path: Path) -> None:
         ("server_url = 'kms.test:9998'", "expected https://"),
         ("server_url = 'https://u:secret@c'", "no user, password"),
         ("server_url = 'https://c'\ntls_verify = false", "tls_verify = false is refused in prod"),
+        ("server_url = 'https://c'\napi_key = 'secret'", "a key in the settings themselves is refused"),
     ],
-    ids=["absent", "http", "no-scheme", "password", "unverified"],
+    ids=["absent", "http", "no-scheme", "password", "unverified", "literal key"],
 )
 def test_cosmian_in_prod_is_reached_by_verified_tls(tmp_path: Path, cosmian: str, message: str) -> None:
     detail = refusal(tmp_path, f"[kms]\nenvironment = 'prod'\n[kms.cosmian]\n{cosmian}")

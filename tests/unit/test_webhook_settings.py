@@ -52,9 +52,11 @@ def test_https_and_loopback_in_dev_are_fine(tmp_path: Path, url: str) -> None:
         ("url = 'https://h/'", "secret_file is missing"),
         ("url = 'https://h/'\nsecret_file = '/s'\nsecret = 'x'", "secret is not a setting"),
         ("url = 'https://h/'\nsecret_file = '/s'\nevents = ['done']", "expected one of"),
+        ("url = 'https://h/'\nsecret_file = '/s'\ntenants = []", "kms.jobs.endpoints.ci.tenants"),
+        ("url = 'https://h/'\nsecret_file = '/s'\ntenants = ['a b']", "kms.jobs.endpoints.ci.tenants"),
         ("url = 'https://h/'\nsecret_file = '/s'\n[kms.jobs.endpoints.'a/b']\nurl = 'https://h/'", "name"),
     ],
-    ids=["no-secret", "unknown", "event", "name"],
+    ids=["no-secret", "unknown", "event", "nobody", "no-tenant", "name"],
 )
 def test_sections_are_read_strictly(tmp_path: Path, body: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):

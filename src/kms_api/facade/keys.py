@@ -90,16 +90,20 @@ def _seen(asked: Asked) -> Key:
 async def _record(asked: Asked) -> Response:
     key = _seen(asked)
     if not key.blocks:
-        return answer(_shape(key))
-    return answer(await anyio.to_thread.run_sync(_shape, key, limiter=asked.built.limiter(_THREADS)))
+        return answer(shape(key))
+    return answer(await anyio.to_thread.run_sync(shape, key, limiter=asked.built.limiter(_THREADS)))
 
 
-def _shape(key: Key) -> shapes.Key:
-    """Where nobody knows when a version was made, its number stands for that: it changes by a rotation."""
+def shape(key: Key) -> shapes.Key:
+    """Where nobody knows when a version was made, its number stands for that: it changes by a rotation.
+
+    One that others make meanwhile is the latest next time.
+    """
     numbers = key.numbers()
     made_at = {version.version: version.created_at for version in key.backend.versions()}
     times = {
         str(number): int(at.timestamp()) if (at := made_at.get(version)) else number
         for version, number in sorted(numbers.items(), key=lambda pair: pair[1])
     }
-    return shapes.Key(name=key.key_id, keys=times, latest_version=numbers[key.backend.current_version()])
+    latest = numbers.get(key.backend.current_version(), max(numbers.values()))
+    return shapes.Key(name=key.key_id, keys=times, latest_version=latest)

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kms_api.facade import refusals
+from kms_api.heads import Cycle, Impatient
 from kms_api.rules import is_vault
 from kms_api.tls import CERTIFICATE
 from kms_core.auth import certificates
@@ -22,7 +23,7 @@ from kms_core.auth import certificates
 _METHODS: Final = frozenset({"GET", "HEAD", "LIST", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 
 
-class PeerH11(H11Protocol):
+class PeerH11(Impatient, H11Protocol):
     """As ``tls.PeerProtocol``: each request knows the certificate of its connection."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
@@ -31,6 +32,9 @@ class PeerH11(H11Protocol):
         der = tls.getpeercert(binary_form=True) if tls else None
         if der:
             self.app_state = {**self.app_state, CERTIFICATE: certificates.read(der)}
+
+    def last(self) -> Cycle | None:
+        return self.cycle
 
 
 def only(app: ASGIApp) -> ASGIApp:

@@ -7,6 +7,7 @@ promise something.
 
 import re
 from base64 import b64decode, b64encode
+from binascii import a2b_base64
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -24,10 +25,14 @@ _decoders: Final[dict[type[Body], msgspec.json.Decoder[Any]]] = {}
 
 
 class Bound(Body, frozen=True, kw_only=True):
-    """What may bind any call: both are authenticated, and told apart from each other."""
+    """What may bind any call: both are authenticated, and told apart from each other.
 
-    context: bytes | None = None
-    associated_data: bytes | None = None
+    Bytes are base64 here, which ``octets`` decodes: a lax decoder would take the text ``null``, which is
+    base64 too, for nothing, and what was to be bound would not be.
+    """
+
+    context: str | None = None
+    associated_data: str | None = None
     nonce: str | None = None
     type: str | None = None
     convergent_encryption: bool | None = None
@@ -38,7 +43,7 @@ class Bound(Body, frozen=True, kw_only=True):
 class Call(Bound, frozen=True, kw_only=True):
     """One call, an item of several, or the several."""
 
-    plaintext: bytes | None = None
+    plaintext: str | None = None
     ciphertext: str | None = None
     batch_input: list[msgspec.Raw] | None = None
     partial_failure_response_code: int | None = None
@@ -170,6 +175,14 @@ def read(body: bytes | msgspec.Raw, shape: type[T]) -> T:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise InvalidRequest(bodies.why(exc, shape)) from None
     return shape() if decoded is None else decoded
+
+
+def octets(text: str | None, field: str) -> bytes:
+    """What a field holds in base64, nothing if it is not there. Raises InvalidRequest, naming the field."""
+    try:
+        return a2b_base64(text or "", strict_mode=True)
+    except ValueError:
+        raise InvalidRequest(f"Invalid base64 encoded string - at `$.{field}`") from None
 
 
 def parse(ciphertext: str) -> tuple[int, bytes]:

@@ -21,7 +21,7 @@ from kms_core.errors import InvalidRequest, KmsError, TooLarge, Unavailable
 TYPES: Final = frozenset({"chacha20-poly1305", "aes256-gcm96"})
 """What may be asked for: what the payload is, and the default of clients, which is as strong."""
 _BITS: Final = frozenset({128, 256, 512})
-_CODES: Final = range(200, 600)
+_CODES: Final = frozenset(range(200, 600)) - {204, 205, 304}  # these have no body to put outcomes into
 Work = Callable[[Asked, Call], Item]
 
 
@@ -101,12 +101,16 @@ async def _data_key(asked: Asked, *, in_clear: bool) -> Response:
 async def _many(asked: Asked, body: Call, work: Work) -> Response:
     """Every item's outcome, in order; 400 if any was refused, since clients look at the status alone."""
     items, code = body.batch_input or [], body.partial_failure_response_code
+    if _extra(body) is not _NOTHING:
+        raise InvalidRequest(
+            "context, associated_data, key_version: write them into each item of batch_input"
+        )
     if not items:
         raise InvalidRequest("missing batch input to process: batch_input is empty")
     if len(items) > shapes.MAX_ITEMS:
         raise TooLarge(f"batch_input has at most {shapes.MAX_ITEMS} items: send several requests")
     if code is not None and code not in _CODES:
-        raise InvalidRequest("partial_failure_response_code: expected 200 to 599")
+        raise InvalidRequest("partial_failure_response_code: expected 200 to 599, of an answer with a body")
     limiter = asked.built.limiter(BATCHES)
     results = await anyio.to_thread.run_sync(_run, asked, items, work, limiter=limiter)
     failed = sum(result.error is not msgspec.UNSET for result in results)
@@ -158,8 +162,9 @@ def _rewrap_item(asked: Asked, item: Call) -> Item:
 def _plaintext(built: Service, body: Call) -> bytes:
     if body.plaintext is None:
         raise InvalidRequest("missing plaintext to encrypt: send it in base64; an empty one as an empty text")
-    check_plaintext(built, body.plaintext)
-    return body.plaintext
+    plaintext = shapes.octets(body.plaintext, "plaintext")
+    check_plaintext(built, plaintext)
+    return plaintext
 
 
 def _file(built: Service, body: Call) -> tuple[bytes, Extra]:
@@ -183,7 +188,8 @@ def _extra(body: Bound) -> Extra:
         )
     if not body.context and not body.associated_data and not body.key_version:
         return _NOTHING
-    return Extra(body.context or b"", body.associated_data or b"", body.key_version or 0)
+    context, data = (shapes.octets(getattr(body, name), name) for name in ("context", "associated_data"))
+    return Extra(context, data, body.key_version or 0)
 
 
 _NOTHING: Final = Extra()

@@ -7,7 +7,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
-from kms_api import bodies
+from kms_api import bodies, described
 from kms_api.deps import caller, service
 from kms_api.rules import Ruled
 from kms_core import wire
@@ -34,14 +34,27 @@ _MOST: Final = 1000
 _LIMITER: Final = "audit"
 
 
-_documented: Final = bodies.documented(None, wire.AuditOut)
-_documented["openapi_extra"]["parameters"] = [
-    {"name": name, "in": "query", "required": False, "schema": {"type": "string"}}
-    for name in sorted(_PARAMETERS)
-]
+_TEXT: Final = {"type": "string"}
+_TIME: Final = {"type": "string", "format": "date-time"}
+_QUERY: Final = (
+    described.query("after", _TEXT, "`next` of the page before"),
+    described.query("limit", described.whole(1, _MOST, _PAGE), "Events of this page at most"),
+    described.query("result", _TEXT, "`ok`, `failed` for all others, or an error code"),
+    described.query("since", _TIME, "RFC 3339, with an offset"),
+    described.query("until", _TIME, "RFC 3339, with an offset"),
+    *(described.query(name, _TEXT, "Events whose field is exactly this") for name in FIELDS),
+)
 
 
-@router.get("/audit", **_documented)
+@router.get(
+    "/audit",
+    **described.described(
+        "audit",
+        parameters=_QUERY,
+        answers={200: described.gives(wire.AuditOut, "A page of events")},
+        refuses=(InvalidRequest,),
+    ),
+)
 async def audit(request: Request) -> Response:
     """Operations of this tenant, oldest first.
 

@@ -7,7 +7,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
-from kms_api import bodies
+from kms_api import bodies, described
 from kms_api.deps import Service, caller, service
 from kms_api.rules import Ruled
 from kms_core import wire
@@ -24,7 +24,15 @@ _EXAMPLE: Final = {
 }
 
 
-@router.post("/batch", **bodies.documented(wire.BatchIn, wire.BatchOut, _EXAMPLE))
+@router.post(
+    "/batch",
+    **described.described(
+        "batch",
+        body=described.takes(wire.BatchIn, _EXAMPLE),
+        answers={200: described.gives(wire.BatchOut, "Each item has its own outcome")},
+        refuses=described.BODY,
+    ),
+)
 async def batch(request: Request) -> Response:
     """Up to 1,000 calls of one kind. A refused item has an ``error`` and sinks no other."""
     built = service(request)

@@ -10,13 +10,20 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
 
-from kms_api import bodies
+from kms_api import bodies, described
 from kms_api.deps import Service, caller, service
 from kms_api.problems import problem
 from kms_api.routes import jobs
 from kms_api.rules import Ruled
 from kms_core import audit, wire
-from kms_core.errors import InvalidRequest
+from kms_core.errors import (
+    DecryptFailed,
+    InvalidRequest,
+    JobNotFinished,
+    NotACiphertext,
+    ResultExpired,
+    UnknownKey,
+)
 from kms_core.jobs import desk, permits, results
 from kms_core.jobs.blobs import UPLOAD, Label
 from kms_core.jobs.desk import Terms
@@ -25,22 +32,60 @@ from kms_core.jobs.results import Result
 
 router: Final = APIRouter(tags=["files"], route_class=Ruled)
 _SLAB_BYTES: Final = 1024 * 1024
+_RESULT: Final = {
+    described.BINARY: {"schema": described.BYTES},
+    described.NDJSON: {"schema": {"type": "string"}, "x-kms-line": described.ref(wire.ItemResult)},
+}
+_OF_RESULT: Final = ("ETag", "Accept-Ranges", "Content-Disposition")
 _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
-@router.post("/files/encrypt", **bodies.uploaded(wire.JobAccepted))
+@router.post(
+    "/files/encrypt",
+    **described.described(
+        "encrypt_file",
+        body=described.TAKES_BYTES,
+        parameters=described.STREAMED,
+        answers={202: described.accepted()},
+        refuses=described.SUBMITTING,
+    ),
+)
 async def encrypt(request: Request) -> Response:
     """Upload plaintext of any size; it is sealed while it arrives. Context in ``X-KMS-Context``."""
     return await _upload(request, "encrypt")
 
 
-@router.post("/files/decrypt", **bodies.uploaded(wire.JobAccepted))
+@router.post(
+    "/files/decrypt",
+    **described.described(
+        "decrypt_file",
+        body=described.TAKES_BYTES,
+        parameters=described.STREAMED,
+        answers={202: described.accepted()},
+        refuses=(*described.SUBMITTING, NotACiphertext),
+    ),
+)
 async def decrypt(request: Request) -> Response:
     """Upload an age file of any size. The result is there once every chunk has proven genuine."""
     return await _upload(request, "decrypt")
 
 
-@router.get("/jobs/{job_id}/result", response_model=None)
+@router.get(
+    "/jobs/{job_id}/result",
+    **described.described(
+        "job_result",
+        parameters=(
+            described.header("Range", {"type": "string"}, "One range of bytes, as `bytes=0-1023`"),
+            described.header("If-Range", {"type": "string"}, "The ETag that the range is of"),
+        ),
+        answers={
+            200: described.raw("The whole result", _RESULT, *_OF_RESULT),
+            206: described.raw("The bytes that were asked for", _RESULT, *_OF_RESULT, "Content-Range"),
+            416: described.refusal(416, {"invalid_request": "No byte in that range"}, "Content-Range"),
+        },
+        refuses=(*described.ONE_JOB, UnknownKey, DecryptFailed, JobNotFinished, ResultExpired),
+    ),
+)
 async def result(request: Request, job_id: str) -> Response:
     """The bytes of a file job (with ``Range``), or one JSON line for each item of a bulk job."""
     job = await jobs.found(request, job_id)

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 from starlette.responses import StreamingResponse
 
-from kms_api import bodies
+from kms_api import bodies, described_jobs
 from kms_api.deps import Service, caller, service
 from kms_api.rules import Ruled
 from kms_core import audit, wire
@@ -30,34 +30,30 @@ _NDJSON: Final = "application/x-ndjson"
 _LOOK_EVERY_S: Final = 0.25
 _STALLED_S: Final = 60.0
 _KEEP_ALIVE_S: Final = 15.0
-_PAGE: Final = 100
 _DIGITS: Final = 16
+_OF_STREAMS: Final = ("x-kms-context", "x-kms-key-id", "x-kms-priority", "x-kms-callback")
 
 
-@router.post(
-    "/jobs",
-    **bodies.documented(
-        wire.JobIn, wire.JobAccepted, {"kind": "encrypt", "items": [{"plaintext": "SGVsbG8="}]}, status=202
-    ),
-)
+@router.post("/jobs", **described_jobs.SUBMIT)
 async def submit(request: Request) -> Response:
     """Bulk items, a file reference, or (as ``application/x-ndjson`` with ``?kind=``) a stream of items."""
     built = service(request)
     if request.headers.get("content-type", "").startswith(_NDJSON):
         job = await _stream_of_items(request, built)
     else:
+        _refuse_streamed(request)
         body = await bodies.read(request, wire.JobIn, built.settings.kms.limits.json_job_bytes * 2)
         job = await anyio.to_thread.run_sync(_submit, built, request, body)
     return accepted(job)
 
 
-@router.get("/jobs", **bodies.documented(None, wire.JobList))
+@router.get("/jobs", **described_jobs.LIST)
 async def listing(
     request: Request, state: str | None = None, limit: str | None = None, cursor: str | None = None
 ) -> Response:
     """Jobs of this tenant, newest first; ``next`` is the cursor of the following page."""
     built = service(request)
-    size = _number("limit", limit, _PAGE, range(1, 1001))
+    size = _number("limit", limit, described_jobs.PAGE, range(1, described_jobs.MOST + 1))
     if state is not None and state not in wire.STATES:
         raise InvalidRequest(f"state is one of {', '.join(wire.STATES)}")
     page = built.desk.store.page
@@ -67,42 +63,42 @@ async def listing(
     return bodies.answer(wire.JobList(jobs=[shape(job) for job in jobs], next=following))
 
 
-@router.get("/jobs/dead", **bodies.documented(None, wire.JobList))
+@router.get("/jobs/dead", **described_jobs.DEAD)
 async def dead(request: Request, limit: str | None = None) -> Response:
     """Dead letters: jobs that used up their attempts, newest first. ``POST /jobs/{id}/retry`` revives one."""
-    size = _number("limit", limit, _PAGE, range(1, 1001))
+    size = _number("limit", limit, described_jobs.PAGE, range(1, described_jobs.MOST + 1))
     found = await anyio.to_thread.run_sync(service(request).desk.store.dead, caller(request).tenant, size)
     return bodies.answer(wire.JobList(jobs=[shape(job) for job in found]))
 
 
-@router.post("/jobs/{job_id}/retry", **bodies.documented(None, wire.JobOut))
+@router.post("/jobs/{job_id}/retry", **described_jobs.RETRY)
 async def retry(request: Request, job_id: str) -> Response:
     """Give a dead letter all its attempts again."""
     job = await anyio.to_thread.run_sync(revive, service(request), caller(request), job_id)
     return bodies.answer(shape(job))
 
 
-@router.get("/jobs/{job_id}", **bodies.documented(None, wire.JobOut))
+@router.get("/jobs/{job_id}", **described_jobs.ONE)
 async def one(request: Request, job_id: str) -> Response:
     """State and progress of one job."""
     job = await found(request, job_id)
     return bodies.answer(shape(job), headers=None if job.ended else {"Retry-After": "1"})
 
 
-@router.delete("/jobs/{job_id}", **bodies.documented(None, wire.JobOut))
+@router.delete("/jobs/{job_id}", **described_jobs.CANCEL)
 async def cancel(request: Request, job_id: str) -> Response:
     """End a queued job now, a running one at its next item or slab."""
     job = await anyio.to_thread.run_sync(withdraw, service(request), caller(request), job_id)
     return bodies.answer(shape(job))
 
 
-@router.post("/jobs/{job_id}/cancel", **bodies.documented(None, wire.JobOut))
+@router.post("/jobs/{job_id}/cancel", **described_jobs.CANCEL_BY_POST)
 async def cancel_by_post(request: Request, job_id: str) -> Response:
     """The same for clients that cannot send DELETE."""
     return await cancel(request, job_id)
 
 
-@router.get("/jobs/{job_id}/events", response_model=None)
+@router.get("/jobs/{job_id}/events", **described_jobs.EVENTS)
 async def events(request: Request, job_id: str) -> Response:
     """Server-sent events: one ``progress`` per change, the last with the final state."""
     first = await found(request, job_id)
@@ -166,7 +162,7 @@ def shape(job: Job) -> wire.JobOut:
 
 def terms_of_headers(request: Request, kind: wire.JobKind) -> Terms:
     """Context and key of a streamed body: in headers, never in the query string, which proxies log."""
-    key_id = request.headers.get("x-kms-key-id") or None
+    key_id = request.headers.get("x-kms-key-id")
     try:
         text = unquote(request.headers.get("x-kms-context", ""), errors="strict")
         context = msgspec.json.decode(text, type=dict[str, str]) if text.startswith("{") else text
@@ -178,7 +174,7 @@ def terms_of_headers(request: Request, kind: wire.JobKind) -> Terms:
         Context.parse(context),
         key_id,
         idempotency=idempotency(request),
-        callback=request.headers.get("x-kms-callback", ""),
+        callback=_callback(request.headers.get("x-kms-callback")),
         priority=_priority(request.headers.get("x-kms-priority", "normal")),
     )
 
@@ -240,6 +236,12 @@ async def _stream_of_items(request: Request, built: Service) -> Job:
     return await anyio.to_thread.run_sync(work, limiter=built.upload_limiter)
 
 
+def _refuse_streamed(request: Request) -> None:
+    """What a body says is never said elsewhere: a context in a header would not be bound to anything."""
+    if "kind" in request.query_params or any(name in request.headers for name in _OF_STREAMS):
+        raise InvalidRequest("kind= and X-KMS-… are for a stream of items: a JSON body says these itself")
+
+
 async def next_piece(pieces: AsyncIterator[bytes]) -> bytes:
     """The next bytes of a body; empty at its end. A sender that stalls must not hold a thread for ever."""
     try:
@@ -250,6 +252,12 @@ async def next_piece(pieces: AsyncIterator[bytes]) -> bytes:
     except TimeoutError:
         raise InvalidRequest(f"The body stopped arriving for {_STALLED_S:.0f} s") from None
     return b""
+
+
+def _callback(name: str | None) -> str:
+    if name == "":
+        raise InvalidRequest("X-KMS-Callback names an endpoint of the settings: leave it out for none")
+    return name or ""
 
 
 def _priority(text: str) -> wire.Priority:

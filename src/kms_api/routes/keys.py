@@ -7,7 +7,7 @@ import anyio.to_thread
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from kms_api import bodies
+from kms_api import bodies, described
 from kms_api.deps import Service, call, caller, service
 from kms_api.rules import Ruled
 from kms_core import rotation, tally, wire
@@ -20,7 +20,7 @@ router: Final = APIRouter(prefix="/keys", tags=["keys"], route_class=Ruled)
 _THREADS: Final = "keys"
 
 
-@router.get("", **bodies.documented(None, wire.KeysOut))
+@router.get("", **described.described("list_keys", answers={200: described.gives(wire.KeysOut, "Keys")}))
 async def keys(request: Request) -> Response:
     """The keys that the caller may use and their versions, the one in use last.
 
@@ -31,7 +31,12 @@ async def keys(request: Request) -> Response:
     return bodies.answer(wire.KeysOut(keys=found))
 
 
-@router.get("/{key_id}", **bodies.documented(None, wire.KeyOut))
+@router.get(
+    "/{key_id}",
+    **described.described(
+        "get_key", answers={200: described.gives(wire.KeyOut, "The key")}, refuses=(UnknownKey,)
+    ),
+)
 async def key(request: Request, key_id: str) -> Response:
     """One key. Counts are of all processes, some seconds old; null while Redis does not answer."""
     built, who = service(request), caller(request)
@@ -42,7 +47,14 @@ async def key(request: Request, key_id: str) -> Response:
     return bodies.answer(shape)
 
 
-@router.post("/{key_id}/rotate", **bodies.documented(None, wire.RotateOut))
+@router.post(
+    "/{key_id}/rotate",
+    **described.described(
+        "rotate_key",
+        answers={200: described.gives(wire.RotateOut, "The new version")},
+        refuses=(UnknownKey, BackendUnavailable),
+    ),
+)
 async def rotate(request: Request, key_id: str) -> Response:
     """A new version, which seals from now on; old ones decrypt. Files move to it by rewrap or reseal."""
     built = service(request)

@@ -8,7 +8,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from kms_api import bodies
+from kms_api import bodies, described
 from kms_api.deps import Service, call, caller, service
 from kms_api.rules import Ruled
 from kms_core import __version__, metrics, tally, wire
@@ -18,9 +18,19 @@ from kms_core.policy import Principal, allows
 
 router: Final = APIRouter(tags=["operations"], route_class=Ruled)
 probes: Final = APIRouter(tags=["probes"], route_class=Ruled)
+_TEXT: Final = {described.TEXT: {"schema": {"type": "string"}}}
 
 
-@router.get("/health", **bodies.documented(None, wire.HealthOut))
+@router.get(
+    "/health",
+    **described.described(
+        "health",
+        answers={
+            200: described.gives(wire.HealthOut, "It can"),
+            503: described.gives(wire.HealthOut, "It cannot"),
+        },
+    ),
+)
 async def health(request: Request) -> Response:
     """Can the default key wrap and unwrap now? 200 or 503; needs no credential and tells no detail."""
     built = service(request)
@@ -33,7 +43,10 @@ async def health(request: Request) -> Response:
     return bodies.answer(shape, 200 if found.healthy else 503)
 
 
-@router.get("/status", **bodies.documented(None, wire.StatusOut))
+@router.get(
+    "/status",
+    **described.described("status", answers={200: described.gives(wire.StatusOut, "How things are")}),
+)
 async def status(request: Request) -> Response:
     """Backend, environment, version, what is degraded, and counts of operations and jobs.
 
@@ -42,13 +55,25 @@ async def status(request: Request) -> Response:
     return bodies.answer(await anyio.to_thread.run_sync(condition, service(request), caller(request)))
 
 
-@probes.get("/livez", response_model=None)
+@probes.get(
+    "/livez",
+    **described.described("livez", answers={200: described.raw("`ok` and a line end", _TEXT)}),
+)
 async def livez() -> Response:
     """The process answers. Depends on nothing else."""
     return Response(b"ok\n", media_type="text/plain")
 
 
-@probes.get("/readyz", response_model=None)
+@probes.get(
+    "/readyz",
+    **described.described(
+        "readyz",
+        answers={
+            200: described.gives(wire.ReadyOut, "Ready"),
+            503: described.gives(wire.ReadyOut, "Not ready"),
+        },
+    ),
+)
 async def readyz(request: Request) -> Response:
     """Ready to answer single calls? Without Redis still 200; 503 while no audit record can be written."""
     built = service(request)
@@ -60,7 +85,10 @@ async def readyz(request: Request) -> Response:
     return bodies.answer(shape, 200 if ready else 503)
 
 
-@probes.get("/metrics", response_model=None)
+@probes.get(
+    "/metrics",
+    **described.described("metrics", answers={200: described.raw("Metrics", _TEXT)}),
+)
 async def prometheus(request: Request) -> Response:
     """Prometheus text format. The state of jobs is read from Redis now, once for all API processes."""
     text = await anyio.to_thread.run_sync(_exposition, service(request))
@@ -84,6 +112,8 @@ def condition(built: Service, who: Principal) -> wire.StatusOut:
         degraded.append("backend")
     if _audit_word(built) == "unavailable":
         degraded.append("audit")
+    if built.watch.condition.problems:
+        degraded.append("audit_chain")
     return wire.StatusOut(
         backend=built.kms.keyring.default.backend.name,
         environment=built.settings.environment,
@@ -116,8 +146,8 @@ def _audit_word(built: Service) -> Literal["available", "unavailable"]:
 def _exposition(built: Service) -> bytes:
     try:
         survey.tell(survey.survey(built.desk.store))
-        for queue, depth in built.broker.depths().items():
-            metrics.QUEUE_DEPTH.labels(queue).set(depth)
+        for (queue, priority), depth in built.broker.depths().items():
+            metrics.QUEUE_DEPTH.labels(queue, priority).set(depth)
         metrics.REDIS_UP.set(1)
     except JobsUnavailable:
         metrics.REDIS_UP.set(0)

@@ -5,18 +5,36 @@ from typing import Final
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
-from kms_api import bodies
+from kms_api import bodies, described
 from kms_api.deps import Service, call, caller, service
 from kms_api.rules import Ruled
 from kms_core import wire
 from kms_core.context import Context
-from kms_core.errors import InvalidRequest, TooLarge
+from kms_core.errors import DataKeysUnsupported, InvalidRequest, TooLarge
 
 router: Final = APIRouter(tags=["secrets"], route_class=Ruled)
 _EXAMPLE: Final = {"plaintext": "SGVsbG8sIFdvcmxkIQ==", "context": "env=prod,service=api"}
+_OPENING: Final = {
+    "decrypt": {
+        "operationId": "decrypt",
+        "requestBody": {
+            "ciphertext": "$response.body#/ciphertext",
+            "context": "$request.body#/context",
+        },
+    }
+}
+_A_PART: Final = "YWdlLWVuY3J5cHRpb24ub3JnL3YxCg=="  # of a ciphertext
 
 
-@router.post("/encrypt", **bodies.documented(wire.EncryptIn, wire.EncryptOut, _EXAMPLE))
+@router.post(
+    "/encrypt",
+    **described.described(
+        "encrypt",
+        body=described.takes(wire.EncryptIn, _EXAMPLE),
+        answers={200: {**described.gives(wire.EncryptOut, "Sealed"), "links": _OPENING}},
+        refuses=(*described.BODY, *described.SEALING),
+    ),
+)
 async def encrypt(request: Request) -> Response:
     """Seal up to 1 MiB. The answer is a complete age file, bound to the context."""
     built = service(request)
@@ -36,10 +54,11 @@ async def encrypt(request: Request) -> Response:
 
 @router.post(
     "/decrypt",
-    **bodies.documented(
-        wire.DecryptIn,
-        wire.DecryptOut,
-        {"ciphertext": "YWdlLWVuY3J5cHRpb24…", "context": "env=prod,service=api"},
+    **described.described(
+        "decrypt",
+        body=described.takes(wire.DecryptIn, {"ciphertext": _A_PART, "context": "env=prod,service=api"}),
+        answers={200: described.gives(wire.DecryptOut, "Opened, and nothing of it was changed")},
+        refuses=(*described.BODY, *described.OPENING),
     ),
 )
 async def decrypt(request: Request) -> Response:
@@ -64,7 +83,13 @@ async def decrypt(request: Request) -> Response:
 
 
 @router.post(
-    "/generate-key", **bodies.documented(wire.GenerateKeyIn, wire.GenerateKeyOut, {"key_spec": "AES_256"})
+    "/generate-key",
+    **described.described(
+        "generate_key",
+        body=described.takes(wire.GenerateKeyIn, {"key_spec": "AES_256"}, required=False),
+        answers={200: described.gives(wire.GenerateKeyOut, "A new data key")},
+        refuses=(*described.BODY, *described.SEALING, DataKeysUnsupported),
+    ),
 )
 async def generate_key(request: Request) -> Response:
     """A data key: random bytes in clear and sealed, where the key's settings allow it."""
@@ -87,8 +112,11 @@ async def generate_key(request: Request) -> Response:
 
 @router.post(
     "/rewrap",
-    **bodies.documented(
-        wire.RewrapIn, wire.EncryptOut, {"ciphertext": "YWdlLWVuY3J5cHRpb24…", "key_id": "default"}
+    **described.described(
+        "rewrap",
+        body=described.takes(wire.RewrapIn, {"ciphertext": _A_PART, "key_id": "default"}),
+        answers={200: described.gives(wire.EncryptOut, "The same payload under its new header")},
+        refuses=(*described.BODY, *described.OPENING, *described.SEALING),
     ),
 )
 async def rewrap(request: Request) -> Response:

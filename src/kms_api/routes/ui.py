@@ -4,7 +4,7 @@ Each page is one pass, in a thread, over what the routes of the API ask. What th
 out of the overview and of the forms; what a page is about is asked for by the table in ``rules.py``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final, ParamSpec, TypeVar
@@ -22,6 +22,7 @@ from kms_core import wire
 from kms_core.audit import reading, receipt
 from kms_core.audit.reading import Event, Wanted
 from kms_core.audit.receipt import Receipt, UnknownRecord
+from kms_core.audit.report import Problem
 from kms_core.audit.retention import text_of
 from kms_core.errors import AuditUnavailable, InvalidRequest, JobsUnavailable, Missing, UnknownKey
 from kms_core.jobs.model import DEAD
@@ -48,6 +49,16 @@ class Row:
     key: wire.KeyOut
     needs: str
     may_rotate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What this process found by reading the trail back. Times are RFC 3339, empty before the first look."""
+
+    problems: Sequence[Problem]
+    read_at: str
+    newest: str
+    lines: int
 
 
 async def in_thread(request: Request, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -86,6 +97,7 @@ def _overview(request: Request) -> Response:
         may_read_jobs=allows(policy, who, "jobs:read"),
         may_write_jobs=allows(policy, who, "jobs:write"),
         keys=_rows(built, who),
+        trail=_verified(built) if allows(policy, who, "audit:read") else None,
         events=recent,
         is_trail_away=is_trail_away,
     )
@@ -200,8 +212,15 @@ def _trail(request: Request, period: str, until: str) -> Response:
         older=found[-1].time if len(found) == _EVENTS else None,
         is_first=not until,
         is_writable=writable,
+        trail=_verified(built),
         most=reading.MOST_SCANNED,
     )
+
+
+def _verified(built: Service) -> Verified:
+    found = built.watch.condition
+    read_at = text_of(datetime.fromtimestamp(found.read_at, UTC)) if found.read_at else ""
+    return Verified(found.problems, read_at, found.newest, found.lines)
 
 
 def _newest(built: Service, wanted: Wanted, limit: int) -> list[Event]:
@@ -277,6 +296,15 @@ def _needs(key: wire.KeyOut, now: datetime) -> str:
     if key.budget is not None and key.budget >= _NEARLY_SPENT:
         return f"{words.percent(key.budget)} of what one version may seal is spent"
     return ""
+
+
+# -- runbooks ------------------------------------------------------------------------------------------
+
+
+@router.get("/runbooks", response_model=None)
+async def runbook_list(request: Request) -> Response:
+    """What each alert means, where to look and what to do: where alerts and dashboards lead."""
+    return render(request, "runbooks.html", runbooks=screen(request).runbooks)
 
 
 # -- files ---------------------------------------------------------------------------------------------

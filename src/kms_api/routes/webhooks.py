@@ -7,7 +7,7 @@ from typing import Final
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 
-from kms_api import bodies
+from kms_api import bodies, described
 from kms_api.deps import Service, caller, service
 from kms_api.rules import Ruled
 from kms_core import wire
@@ -18,14 +18,28 @@ from kms_core.jobs.outbox import Delivery, Outbox
 router: Final = APIRouter(prefix="/webhooks", tags=["jobs"], route_class=Ruled)
 
 
-@router.get("/dead", **bodies.documented(None, wire.DeliveryList))
+@router.get(
+    "/dead",
+    **described.described(
+        "dead_deliveries",
+        answers={200: described.gives(wire.DeliveryList, "Deliveries that were given up")},
+        refuses=described.JOBS,
+    ),
+)
 async def dead(request: Request) -> Response:
     """Deliveries that were given up after 20 attempts or a day, newest first; the last 1,000 are kept."""
     found = await anyio.to_thread.run_sync(_dead, service(request), caller(request).tenant)
     return bodies.answer(wire.DeliveryList(deliveries=[_shape(delivery) for delivery in found]))
 
 
-@router.post("/dead/{delivery_id}/resend", **bodies.documented(None, wire.DeliveryOut, status=202))
+@router.post(
+    "/dead/{delivery_id}/resend",
+    **described.described(
+        "resend_delivery",
+        answers={202: described.gives(wire.DeliveryOut, "It is sent again")},
+        refuses=(*described.JOBS, Missing),
+    ),
+)
 async def resend(request: Request, delivery_id: str) -> Response:
     """Send one of them again, with all its attempts and the same ``X-KMS-Delivery``."""
     found = await anyio.to_thread.run_sync(_resend, service(request), caller(request).tenant, delivery_id)

@@ -14,8 +14,13 @@ _STDOUT: Final = "stdout"
 _REDIS: Final = "redis"
 
 
-def build(settings: Settings, role: str, client: redis.Redis) -> tuple[Trail, Keeper]:
-    """Makes the two keys if there are none, and opens no file. Raises ConfigurationError."""
+def build(
+    settings: Settings, role: str, client: redis.Redis | None, *, stdout: bool = True
+) -> tuple[Trail, Keeper]:
+    """Makes the two keys if there are none, and opens no file. Raises ConfigurationError.
+
+    ``client`` None: no second place is in Redis. ``stdout`` False: it is for something else, and no sink.
+    """
     section, strict = settings.kms.audit, settings.is_prod
     rules = Rules(
         fsync=section.durability == "fsync",
@@ -26,10 +31,12 @@ def build(settings: Settings, role: str, client: redis.Redis) -> tuple[Trail, Ke
     concealer = Concealer.at(section.key_path, strict=strict)
     signer = Signer.at(section.signing_key_path, strict=strict)
     trail = Trail(section.path, role, concealer, signer, rules)
-    anchors: list[Place] = [RedisStream(client, ANCHORS)] if section.anchor_redis else []
+    anchors: list[Place] = [RedisStream(client, ANCHORS)] if client and section.anchor_redis else []
     if section.anchor_dir is not None:
         anchors.append(Folder(section.anchor_dir))
-    copies: list[Place] = [Stdout()] if _STDOUT in section.sinks else []
-    if _REDIS in section.sinks:
-        copies.append(RedisStream(client, COPIES))
-    return trail, Keeper(trail, anchors, copies, section.keep_days)
+    sinks: list[Place] = []
+    if stdout and _STDOUT in section.sinks:
+        sinks.append(Stdout())
+    if client and _REDIS in section.sinks:
+        sinks.append(RedisStream(client, COPIES))
+    return trail, Keeper(trail, anchors, sinks, section.keep_days)

@@ -11,6 +11,8 @@ from typing import Final
 
 import msgspec
 
+from kms_core.wire import NOT_JSON
+
 ZERO: Final = bytes(32)
 HEAD: Final = b',"head":"'
 END: Final = b'"}'
@@ -68,7 +70,7 @@ def read(line: bytes) -> Line | None:
     """A line without its newline, decoded; None if it is not one."""
     try:
         return _decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except NOT_JSON:
         return None
 
 
@@ -104,10 +106,16 @@ def claimed_head(line: bytes) -> bytes | None:
     tail = line[-TAIL_BYTES:]
     if not (tail.startswith(HEAD) and tail.endswith(END) and len(tail) == TAIL_BYTES):
         return None
+    return octets(tail[len(HEAD) : -len(END)].decode("latin-1"))
+
+
+def octets(text: str) -> bytes | None:
+    """The bytes that hex digits stand for, in lower case as a trail writes them; None for any other text."""
     try:
-        return bytes.fromhex(tail[len(HEAD) : -len(END)].decode("ascii"))
+        found = bytes.fromhex(text)
     except ValueError:
         return None
+    return found if found.hex() == text else None
 
 
 def is_sound(before: bytes, line: bytes) -> bool:

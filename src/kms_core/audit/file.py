@@ -33,8 +33,14 @@ class SegmentFile:
 
     @classmethod
     def create(cls, path: Path, *, sync: Callable[[int], None] = os.fdatasync) -> Self:
-        """Raises OSError, FileExistsError if the name is taken. The lock tells readers that we live."""
+        """Raises OSError, FileExistsError if the name is taken. The lock tells readers that we live.
+
+        What root makes is for whoever has the folder: the service reads the chains of all.
+        """
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        if os.geteuid() == 0:
+            owner = path.parent.stat()
+            os.fchown(fd, owner.st_uid, owner.st_gid)
         with suppress(OSError):  # a file system without locks: readers then take us for dead
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return cls(path, fd, sync)

@@ -143,16 +143,9 @@ def _held_against(
     for segment, found in files:
         if found.first_seq <= seen.tip.seq <= found.last_seq:
             line = segments.line_of(segment.path, seen.tip.seq)
-            if line is None or chain.claimed_head(line) != _bytes(seen.tip.head):
+            if line is None or chain.claimed_head(line) != chain.octets(seen.tip.head):
                 text = f"not the line that {seen.by} saw at {seen.time}: the chain was written anew"
                 yield Problem("rewritten", text, made.chain, segment.path.name, seen.tip.seq)
-
-
-def _bytes(head: str) -> bytes | None:
-    try:
-        return bytes.fromhex(head)
-    except ValueError:
-        return None
 
 
 # -- all of them -------------------------------------------------------------------------------------

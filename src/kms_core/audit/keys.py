@@ -4,7 +4,6 @@ import base64
 import hashlib
 import hmac
 import os
-import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from kms_core.audit import chain
 from kms_core.audit.chain import Line
 from kms_core.context import Context, length_prefixed
 from kms_core.errors import ConfigurationError
+from kms_core.filemodes import open_to_others
 
 KEY_BYTES: Final = 32
 _SHOWN: Final = 32  # hex digits of a hash: 128 bits
@@ -193,9 +193,9 @@ def _make(path: Path, content: Callable[[], bytes]) -> None:
 
 def _secret(path: Path, *, strict: bool) -> bytes:
     with _configuring(path):
-        mode = stat.S_IMODE(path.stat().st_mode)
+        mode = open_to_others(path)
         content = path.read_bytes()
-    if mode & 0o077:
+    if mode:
         advice = f"{path} can be read by others (mode {mode:04o}): run `chmod 600 {path}`"
         if strict:
             raise ConfigurationError(advice)

@@ -20,6 +20,7 @@ from kms_core.audit import segments
 from kms_core.audit.retention import text_of
 from kms_core.audit.segments import Segment
 from kms_core.errors import InvalidRequest
+from kms_core.wire import NOT_JSON
 
 SETTLED_S: Final = 5.0
 MOST_SCANNED: Final = 20_000
@@ -228,7 +229,7 @@ def _read(line: bytes) -> Event | None:
     """None for a line that is none, and for those that are no operations."""
     try:
         event = _event(line)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except NOT_JSON:
         return None
     return None if event.kind else event
 

@@ -62,11 +62,18 @@ def make(folder: Path, audit_id: str) -> Receipt:
     return Receipt(
         version=VERSION,
         id=audit_id,
-        line=line.decode(),
+        line=_text(line),
         before=before.hex(),
         path=path,
-        checkpoint=checkpoint.decode(),
+        checkpoint=_text(checkpoint),
     )
+
+
+def _text(line: bytes) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError:  # no line of ours; its fields that nobody reads were not looked at
+        raise UnknownRecord from None
 
 
 def _to_checkpoint(lines: Iterator[bytes]) -> tuple[list[str], bytes]:

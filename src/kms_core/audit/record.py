@@ -1,5 +1,6 @@
 """What a process says of itself and its operations: the record, and who is asking. Knows no file."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -7,13 +8,14 @@ from typing import Final, Literal, Protocol
 
 import msgspec
 
-from kms_core import metrics
+from kms_core import logs, metrics
 from kms_core.context import Context
 from kms_core.errors import AuditUnavailable, KmsError
 
 request_id: Final[ContextVar[str]] = ContextVar("request_id", default="")
 job_id: Final[ContextVar[str]] = ContextVar("job_id", default="")
 source: Final[ContextVar[str]] = ContextVar("source", default="")
+logs.identify(request_id=request_id, job_id=job_id)
 
 DENIED: Final = "denied"
 OK: Final = "ok"
@@ -33,6 +35,7 @@ class Noted:
         self.denied = denied
 
 
+_JOB_ID: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 noted: Final[ContextVar[Noted | None]] = ContextVar("noted", default=None)
 
 
@@ -115,7 +118,11 @@ def effect(trail: Audit, who: Who, operation: str, name: str) -> Iterator[None]:
 
 @contextmanager
 def recorded(trail: Audit, who: Who, operation: str, job: str) -> Iterator[None]:
-    """One record of what is done with a job, by how it ends. Raises AuditUnavailable: answer nothing then."""
+    """One record of what is done with a job, by how it ends. Raises AuditUnavailable: answer nothing then.
+
+    ``job`` is what the caller named. If no job can be called so, it is left out: it may be anything.
+    """
+    job = job if _JOB_ID.fullmatch(job) else ""
     try:
         yield
     except KmsError as exc:
@@ -170,4 +177,4 @@ def _append(trail: Audit, record: Record) -> None:
     except AuditUnavailable:
         metrics.AUDIT_EVENTS.labels("failed").inc()
         raise
-    metrics.AUDIT_EVENTS.labels("ok").inc()
+    metrics.count_record()

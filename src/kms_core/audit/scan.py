@@ -108,7 +108,7 @@ class _Scan:
             )
             self._expected = None
         elif found.previous:
-            self._before = bytes.fromhex(found.previous)
+            self._before = chain.octets(found.previous) or chain.ZERO
         self._found.before = self._before.hex()
 
     def _check(self, lines: list[bytes]) -> None:
@@ -179,3 +179,9 @@ def _head_before(file: BinaryIO, begin: int) -> bytes:
     """What the line that ends at ``begin`` says its head is; the stretch before this one checks that."""
     tail = os.pread(file.fileno(), TAIL_BYTES + 1, max(0, begin - TAIL_BYTES - 1))
     return chain.claimed_head(tail[:-1]) or chain.ZERO
+
+
+def head_before(path: Path, begin: int) -> bytes:
+    """The same of a file by its name. Raises OSError."""
+    with path.open("rb") as file:
+        return _head_before(file, begin)

@@ -79,7 +79,7 @@ class Trail:
         self._number, self._seq, self._head = 0, -1, chain.ZERO
         self._unsigned, self._unsigned_since = 0, 0.0
         self._refused, self._refused_since = 0, ""
-        self._opened_at = 0.0
+        self._opened_at, self._goes_on = 0.0, False
         self.signed: bytes = b""
 
     # -- records ------------------------------------------------------------------------------------
@@ -173,6 +173,8 @@ class Trail:
     def close(self) -> None:
         """The closing record, at a clean stop; never raises. A record after it begins a further file."""
         with suppress(OSError), self._lock:
+            if self._pid == os.getpid() and self._goes_on:  # its last file is full, and is not the end
+                self._ready()
             file, self._file = self._file, None
             if file is None or self._pid != os.getpid():
                 return
@@ -192,7 +194,7 @@ class Trail:
 
     def _rotate(self, file: SegmentFile) -> None:
         self._sign(file, chain.ROTATED, {})
-        self._file = None
+        self._file, self._goes_on = None, True
         file.finish(sync=self._rules.fsync)
 
     def _sync_all(self) -> None:
@@ -237,7 +239,7 @@ class Trail:
             file.abandon()
             raise
         self._file, self._opened, self._number, self._why = file, opened, self._number + 1, "continued"
-        self._opened_at = time.monotonic()
+        self._opened_at, self._goes_on = time.monotonic(), False
         if self._rules.fsync:
             self._sync_folder(file)
         return file

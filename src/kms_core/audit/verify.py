@@ -13,7 +13,7 @@ from typing import Final
 
 from kms_core.audit import chain, segments
 from kms_core.audit.judge import judge
-from kms_core.audit.keys import PublicKeys
+from kms_core.audit.keys import KEY_BYTES, PublicKeys
 from kms_core.audit.report import Problem, Report
 from kms_core.audit.scan import Found, Span, scan
 from kms_core.audit.segments import Segment
@@ -68,8 +68,9 @@ def _identified(folder: Path) -> Iterator[Segment]:
 def _own_keys(files: Iterable[Segment]) -> Iterator[bytes]:
     for segment in files:
         opening = segment.opening()
-        if opening is not None and len(opening.public_key) == 2 * 32:
-            yield bytes.fromhex(opening.public_key)
+        key = chain.octets(opening.public_key) if opening is not None else None
+        if key and len(key) == KEY_BYTES:
+            yield key
 
 
 # -- reading -----------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ identity and replaces the recipient; running processes pick that up within a sec
 import hashlib
 import math
 import os
-import stat
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.header import FILE_KEY_BYTES, Stanza
 from kms_core.envelope.x25519 import NoMatch
 from kms_core.errors import BackendUnavailable, ConfigurationError
+from kms_core.filemodes import open_to_others
 from kms_core.settings import Settings
 
 RECHECK_S: Final = 0.5
@@ -230,8 +230,8 @@ def _read(files: KeyFiles) -> tuple[tuple[tuple[int, ...], ...], str, str]:
 
 
 def _check_mode(files: KeyFiles) -> None:
-    mode = stat.S_IMODE(files.private.stat().st_mode)
-    if not mode & 0o077:
+    mode = open_to_others(files.private)
+    if not mode:
         return
     advice = f"{files.private} can be read by others (mode {mode:04o}): run `chmod 600 {files.private}`"
     if files.strict:

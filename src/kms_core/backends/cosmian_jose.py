@@ -119,7 +119,11 @@ def _b64(octets: bytes) -> str:
 
 
 def _octets(text: str, answer: Answer) -> bytes:
+    """Base64url without padding (RFC 7515 §2). Raises BackendUnavailable for any other text."""
     try:
-        return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+        octets = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
     except (binascii.Error, ValueError):
         raise answer.odd() from None
+    if _b64(octets) != text:  # the decoder passes over what is no base64
+        raise answer.odd()
+    return octets

@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 import structlog
 
-from kms_core import metrics
+from kms_core import metrics, traces
 from kms_core.backends import Busy, Unreachable
 from kms_core.errors import BackendUnavailable, KmsError
 
@@ -130,6 +130,10 @@ class Guard:
 
     def once(self, operation: str, function: Callable[[], T]) -> T:
         """A call that must not be repeated."""
+        with traces.span(f"{self._name} {operation}", "client"):
+            return self._once(operation, function)
+
+    def _once(self, operation: str, function: Callable[[], T]) -> T:
         self._breaker.enter()
         started = time.perf_counter()
         result = "error"
@@ -157,6 +161,7 @@ class Guard:
         finally:
             seconds = time.perf_counter() - started
             metrics.BACKEND_SECONDS.labels(self._name, operation, result).observe(seconds)
+            traces.note(backend=self._name, operation=operation, result=result)
 
     def _wait(self, attempt: int, exc: BackendUnavailable) -> float | None:
         """Seconds until the next try, or None: no budget, or the peer wants more time than a caller has."""

@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 import httpcore
 import msgspec
 
-from kms_core import __version__
+from kms_core import __version__, traces
 from kms_core.backends import Busy, Unreachable
 from kms_core.backends.deadline import Network
 from kms_core.errors import BackendUnavailable, ConfigurationError
@@ -133,8 +133,9 @@ class Peer:
         url = self.server.url.rstrip("/") + path
         with transport_errors(self.server), self.one_timeout():
             extensions = {"timeout": {"pool": self._network.left()}}
+            sent = _encoded({**headers, **traces.headers()})
             with self._own_pool().stream(
-                method, url, headers=_encoded(headers), content=body, extensions=extensions
+                method, url, headers=sent, content=body, extensions=extensions
             ) as response:
                 answer = Answer(self.server, response.status, _read(self.server, response))
         if answer.status not in judged:

@@ -1,13 +1,13 @@
 """Our token for a server: given, or in a file that an agent keeps fresh, read again when it changes."""
 
 import re
-import stat
 from pathlib import Path
 from typing import Final
 
 import structlog
 
 from kms_core.errors import ConfigurationError
+from kms_core.filemodes import open_to_others
 
 _VISIBLE: Final = re.compile(r"[!-~]{1,8192}")  # what a header may hold
 _NEW: Final = "put one there, such as `bao token create -orphan -policy=kms -field=token` prints"
@@ -52,12 +52,12 @@ def _read(file: Path, new: str, *, strict: bool) -> tuple[str, Stamp]:
     try:
         stamp = _stamp(file)
         token = file.read_text("utf-8").strip()
-        mode = stat.S_IMODE(file.stat().st_mode)
+        mode = open_to_others(file)
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigurationError(f"Cannot read the token in {file}: {new}") from exc
     if not _VISIBLE.fullmatch(token):
         raise ConfigurationError(f"{file} holds no token (one line of visible ASCII): {new}")
-    if mode & 0o077:
+    if mode:
         advice = f"{file} can be read by others (mode {mode:04o}): run `chmod 600 {file}`"
         if strict:
             raise ConfigurationError(advice)

@@ -22,12 +22,15 @@ CONTEXT: Final = "kms-service/context"
 ORIGIN: Final = "kms-service/origin"
 PAD: Final = "kms-service/pad"
 FORMAT_VERSION: Final = "1"
+ORIGIN_HANDED: Final = "2"
+"""The version of an origin stanza that binds no payload nonce: an age plugin is not told any."""
 SALT_BYTES: Final = 16
 TAG_BYTES: Final = 32
 MAX_WRAPS: Final = 4  # each may cost a call to a backend
 MAX_WRAP_BYTES: Final = 4096
 _CONTEXT_INFO: Final = b"kms-service/context/1"
 _ORIGIN_INFO: Final = b"kms-service/origin/1"
+_HANDED_INFO: Final = b"kms-service/origin/2"
 _COMMITMENT_INFO: Final = b"kms-service/commitment/1"
 _WRAP_LABEL: Final = b"kms-service/wrap/1"
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")
@@ -66,15 +69,21 @@ class Bound:
     context: Stanza
     origin: bytes | None
     wraps: tuple[Wrap, ...] = ()
+    names_nonce: bool = True
 
 
 def read(header: Header) -> Bound | None:
-    """Our stanzas of a header, or None for a foreign file (made by stock age).
+    """As ``read_stanzas``, of those in a header."""
+    return read_stanzas(header.stanzas)
+
+
+def read_stanzas(stanzas: Sequence[Stanza]) -> Bound | None:
+    """Our own among the stanzas of a file, or None for a foreign one (made by stock age).
 
     Raises DecryptFailed if one is of unknown type, version or shape, or stands twice, or if some but not
     the context stanza are there.
     """
-    own = [stanza for stanza in header.stanzas if stanza.type.startswith(OWN_PREFIX)]
+    own = [stanza for stanza in stanzas if stanza.type.startswith(OWN_PREFIX)]
     if not own:
         return None
     context = _one(own, CONTEXT)
@@ -87,7 +96,9 @@ def read(header: Header) -> Bound | None:
     if len({(wrap.backend, wrap.key_id) for wrap in wraps}) != len(wraps) or len(wraps) > MAX_WRAPS:
         raise DecryptFailed
     _check_shapes(context, origin, pad)
-    return Bound(context.args[2], context.args[3], context, origin.body if origin else None, wraps)
+    handed = origin is not None and origin.args[1] == ORIGIN_HANDED
+    tag = origin.body if origin else None
+    return Bound(context.args[2], context.args[3], context, tag, wraps, names_nonce=not handed)
 
 
 def wrap_stanza(key: KeyRef, body: bytes, job: bytes = b"") -> Stanza:
@@ -128,10 +139,24 @@ def origin_key(identity_secret: bytes) -> bytes:
     return hkdf(identity_secret, salt=b"", info=_ORIGIN_INFO)
 
 
-def origin_tag(mac_key: bytes, file_key: bytes, nonce: bytes, *, key: KeyRef, context: Context) -> bytes:
+def origin_stanza(
+    mac_key: bytes, file_key: bytes, nonce: bytes | None, *, key: KeyRef, context: Context
+) -> Stanza:
+    """``-> kms-service/origin 1`` and a 32-byte tag; version 2 where the nonce is not known."""
+    tag = origin_tag(mac_key, file_key, nonce, key=key, context=context)
+    return Stanza((ORIGIN, ORIGIN_HANDED if nonce is None else FORMAT_VERSION), tag)
+
+
+def origin_tag(
+    mac_key: bytes, file_key: bytes, nonce: bytes | None, *, key: KeyRef, context: Context
+) -> bytes:
     """The 32 bytes of the origin stanza: an age recipient is public, so the wrap alone proves nothing."""
     commitment = hkdf(file_key, salt=b"", info=_COMMITMENT_INFO)
-    message = length_prefixed(_ORIGIN_INFO, *_names(key), context.canonical(), nonce, commitment)
+    named = _names(key)
+    if nonce is None:
+        message = length_prefixed(_HANDED_INFO, *named, context.canonical(), commitment)
+    else:
+        message = length_prefixed(_ORIGIN_INFO, *named, context.canonical(), nonce, commitment)
     return hmac.digest(mac_key, message, "sha256")
 
 
@@ -180,7 +205,8 @@ def _check_shapes(context: Stanza, origin: Stanza | None, pad: Stanza | None) ->
         raise DecryptFailed
     if len(context.body) != TAG_BYTES:
         raise DecryptFailed
-    if origin and (origin.args != (ORIGIN, FORMAT_VERSION) or len(origin.body) != TAG_BYTES):
+    shapes = {(ORIGIN, FORMAT_VERSION), (ORIGIN, ORIGIN_HANDED)}
+    if origin and (origin.args not in shapes or len(origin.body) != TAG_BYTES):
         raise DecryptFailed
     if pad and (pad.body or len(pad.args) != 2 or set(pad.args[1]) != {"0"}):  # noqa: PLR2004 -- type and filler
         raise DecryptFailed

@@ -16,6 +16,8 @@ from kms_core.envelope.kdf import hkdf
 from kms_core.errors import DecryptFailed, NotACiphertext, TooLarge
 
 VERSION_LINE: Final = b"age-encryption.org/v1\n"
+BUNDLE: Final = "kms-service/bundle"
+BUNDLE_VERSION: Final = "1"
 FILE_KEY_BYTES: Final = 16
 NONCE_BYTES: Final = 16
 _FOOTER: Final = b"\n--- "
@@ -52,7 +54,10 @@ class Stanza:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A parsed header and the 16-byte payload nonce behind it. ``signed`` is what the MAC covers."""
+    """A parsed header and the 16-byte payload nonce behind it. ``signed`` is what the MAC covers.
+
+    The stanzas of a bundle stand among ``stanzas``, in its place.
+    """
 
     stanzas: tuple[Stanza, ...]
     signed: bytes
@@ -90,8 +95,43 @@ def parse(data: bytes | memoryview, limits: Limits) -> Header:
     if text.count(b"\n-> ", 0, end) > limits.stanzas:
         raise TooLarge(f"The header has more than {limits.stanzas} stanzas")
     mac = b64decode(text[end + len(_FOOTER) : size - 1])  # 43 characters: 32 bytes
-    lines = text[len(VERSION_LINE) : end].split(b"\n")
-    return Header(_stanzas(lines), text[: end + len(_FOOTER) - 1], mac, size, nonce)
+    stanzas = unbundled(_stanzas(text[len(VERSION_LINE) : end].split(b"\n")), limits)
+    return Header(stanzas, text[: end + len(_FOOTER) - 1], mac, size, nonce)
+
+
+def parse_stanzas(text: bytes, limits: Limits) -> tuple[Stanza, ...]:
+    """Stanzas alone, each line ended, as they stand in a header.
+
+    Raises TooLarge above ``limits``, DecryptFailed on any departure from the grammar, and for no stanza.
+    """
+    if len(text) > limits.header_bytes or text.count(b"\n-> ") >= limits.stanzas:
+        raise TooLarge(f"Stanzas are above {limits.header_bytes} bytes or {limits.stanzas} in number")
+    if not text.endswith(b"\n"):
+        raise DecryptFailed
+    return _stanzas(text[:-1].split(b"\n"))
+
+
+def bundle(stanzas: Iterable[Stanza]) -> Stanza:
+    """``-> kms-service/bundle 1`` and the stanzas as text: an age plugin returns one for each recipient."""
+    return Stanza((BUNDLE, BUNDLE_VERSION), b"".join(map(render_stanza, stanzas)))
+
+
+def unbundled(stanzas: Iterable[Stanza], limits: Limits) -> tuple[Stanza, ...]:
+    """The same with those of a bundle in its place; one within a bundle stays, and is known to nobody.
+
+    Raises DecryptFailed, TooLarge.
+    """
+    found: list[Stanza] = []
+    for stanza in stanzas:
+        if stanza.type != BUNDLE:
+            found.append(stanza)
+        elif stanza.args != (BUNDLE, BUNDLE_VERSION) or not stanza.body.endswith(b"\n"):
+            raise DecryptFailed
+        else:
+            found += _stanzas(stanza.body[:-1].split(b"\n"))
+        if len(found) > limits.stanzas:
+            raise TooLarge(f"The header has more than {limits.stanzas} stanzas")
+    return tuple(found)
 
 
 def read(fd: int, limits: Limits, offset: int = 0) -> Header:

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from kms_core.context import Context
 from kms_core.envelope import binding, header, scrypt, stream
-from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.binding import Bound, KeyRef
 from kms_core.envelope.header import FILE_KEY_BYTES, VERSION_LINE, Header, Stanza
 from kms_core.envelope.x25519 import NoMatch
 from kms_core.errors import DecryptFailed
@@ -77,18 +77,17 @@ def write_header(  # noqa: PLR0913 -- a header binds all of these
 
     ``others`` wrap the same file key, so that any of them opens the file; the context stanza names ``key``.
     """
-    bound = binding.context_stanza(file_key, key, context)
-    wraps = [(wrapper, key), *others]
-    stanzas = [each.wrap(file_key, ref, binding.wrap_aad(ref, bound)) for each, ref in wraps]
-    stanzas.append(bound)
-    for each, ref in wraps:
-        mac_key = each.origin_key(ref)
-        if mac_key is not None:
-            tag = binding.origin_tag(mac_key, file_key, nonce, key=ref, context=context)
-            stanzas.append(Stanza((binding.ORIGIN, binding.FORMAT_VERSION), tag))
+    stanzas = _stanzas(file_key, nonce, [(wrapper, key), *others], context)
     if padded:
         stanzas.append(binding.pad_stanza(stanzas, _FOOT_BYTES, len(VERSION_LINE), PADDED_HEADER_BYTES))
     return header.render(stanzas, file_key)
+
+
+def hand_over(
+    file_key: bytes, wrapper: Wrapper, key: KeyRef, context: Context, others: Sequence[Wrap]
+) -> Stanza:
+    """A bundle of the same stanzas, for a header and a payload that an age tool makes."""
+    return header.bundle(_stanzas(file_key, None, [(wrapper, key), *others], context))
 
 
 def seal(
@@ -107,18 +106,28 @@ def file_key_of(
     ``key`` is the wrapper's own version; ``named`` is the one in the context stanza where that is another
     (a file that several backends wrap). A wrap that authenticates its AAD needs no origin.
     """
-    bound = binding.read(head)
-    if bound is None or (bound.key_id, bound.key_version) != (key.key_id, named or key.version):
-        raise DecryptFailed
-    file_key = _unwrap(head, wrapper, key, binding.wrap_aad(key, bound.context))
+    bound = _named(head.stanzas, key, named)
+    file_key = _unwrap(head.stanzas, wrapper, key, binding.wrap_aad(key, bound.context))
     head.check_mac(file_key)
     binding.check_context(bound.context, file_key, replace(key, version=bound.key_version), context)
-    mac_key = wrapper.origin_key(key)
-    if mac_key is not None:
-        expected = binding.origin_tag(mac_key, file_key, head.nonce, key=key, context=context)
-        if not hmac.compare_digest(bound.origin or b"", expected):
-            raise DecryptFailed
+    _check_origin(bound, head.nonce, file_key, wrapper, (key, context))
     return file_key
+
+
+def take_over(
+    stanzas: Sequence[Stanza], wrapper: Wrapper, key: KeyRef, *, context: Context, named: str | None = None
+) -> tuple[bytes, bool]:
+    """As ``file_key_of``, for an age tool that checks the header MAC itself, and whether origin is proven.
+
+    It is not where the origin stanza binds a nonce: that is behind the header, and not handed over.
+    """
+    bound = _named(stanzas, key, named)
+    file_key = _unwrap(stanzas, wrapper, key, binding.wrap_aad(key, bound.context))
+    binding.check_context(bound.context, file_key, replace(key, version=bound.key_version), context)
+    if wrapper.origin_key(key) is not None and bound.names_nonce:
+        return file_key, False
+    _check_origin(bound, b"", file_key, wrapper, (key, context))
+    return file_key, True
 
 
 def foreign_file_key(head: Header, wrapper: Wrapper, keys: Sequence[KeyRef]) -> tuple[bytes, KeyRef]:
@@ -127,7 +136,7 @@ def foreign_file_key(head: Header, wrapper: Wrapper, keys: Sequence[KeyRef]) -> 
         raise DecryptFailed
     for key in keys:
         try:
-            file_key = _unwrap(head, wrapper, key, b"")
+            file_key = _unwrap(head.stanzas, wrapper, key, b"")
         except NoMatch:
             continue
         head.check_mac(file_key)
@@ -141,9 +150,42 @@ def open_(ciphertext: bytes, head: Header, file_key: bytes) -> bytes:
     return stream.open_(stream.payload_key(file_key, head.nonce), payload)
 
 
-def _unwrap(head: Header, wrapper: Wrapper, key: KeyRef, aad: bytes) -> bytes:
+def _stanzas(file_key: bytes, nonce: bytes | None, wraps: Sequence[Wrap], context: Context) -> list[Stanza]:
+    """Wraps, context and origin; the context stanza names the key of the first wrap."""
+    bound = binding.context_stanza(file_key, wraps[0][1], context)
+    stanzas = [each.wrap(file_key, ref, binding.wrap_aad(ref, bound)) for each, ref in wraps]
+    stanzas.append(bound)
+    for each, ref in wraps:
+        mac_key = each.origin_key(ref)
+        if mac_key is not None:
+            stanzas.append(binding.origin_stanza(mac_key, file_key, nonce, key=ref, context=context))
+    return stanzas
+
+
+def _named(stanzas: Sequence[Stanza], key: KeyRef, named: str | None) -> Bound:
+    bound = binding.read_stanzas(stanzas)
+    if bound is None or (bound.key_id, bound.key_version) != (key.key_id, named or key.version):
+        raise DecryptFailed
+    return bound
+
+
+def _check_origin(
+    bound: Bound, nonce: bytes, file_key: bytes, wrapper: Wrapper, names: tuple[KeyRef, Context]
+) -> None:
+    key, context = names
+    mac_key = wrapper.origin_key(key)
+    if mac_key is None:  # the wrap authenticates its AAD
+        return
+    expected = binding.origin_tag(
+        mac_key, file_key, nonce if bound.names_nonce else None, key=key, context=context
+    )
+    if not hmac.compare_digest(bound.origin or b"", expected):
+        raise DecryptFailed
+
+
+def _unwrap(stanzas: Sequence[Stanza], wrapper: Wrapper, key: KeyRef, aad: bytes) -> bytes:
     """The first stanza that opens. A malformed one fails the file, one for somebody else is passed over."""
-    for stanza in head.stanzas:
+    for stanza in stanzas:
         if stanza.type.startswith(binding.OWN_PREFIX) and stanza.type != binding.WRAP:
             continue
         try:

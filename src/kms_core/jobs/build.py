@@ -94,9 +94,8 @@ def build(settings: Settings, process: str, nudge: Nudge) -> Core:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
     notes = Notes(jobs.spool_dir / "multipart")
     places = Places(Roots(jobs.roots, forbidden), buckets.build(settings), notes)
-    rules = desk.Rules(
-        jobs.result_ttl_s, limits.sync_plaintext_bytes, section.require_context, frozenset(jobs.endpoints)
-    )
+    callbacks = {name: endpoint.tenants for name, endpoint in jobs.endpoints.items()}
+    rules = desk.Rules(jobs.result_ttl_s, limits.sync_plaintext_bytes, section.require_context, callbacks)
     shop = Shop(kms, store, spool, places, jobs.fanout_files)
     return Core(kms, Desk(kms, store, spool, places, rules), shop, keeper, doors)
 

@@ -53,7 +53,6 @@ class Caretaker(threading.Thread):
         while not self._stop_asked.wait(EVERY_S):
             try:
                 with self._working:
-                    self._store.worker_seen(self._owner)
                     if self._store.lock("caretaker", self._owner, min(_LOCK_S, self._store.rules.lease_s)):
                         self.round()
             except Exception as exc:  # noqa: BLE001 -- a round may fail, the caretaker may not

@@ -6,13 +6,13 @@ context, a path outside the roots.
 
 import hmac
 import uuid
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import msgspec
 
-from kms_core import audit, wire
+from kms_core import audit, traces, wire
 from kms_core.context import Context
 from kms_core.errors import ContextRequired, IdempotencyConflict, InvalidRequest, RateLimited, TooLarge
 from kms_core.jobs import bulk, permits
@@ -57,12 +57,17 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Limits of acceptance, from settings."""
+    """Limits of acceptance, from settings. ``callbacks``: whose each endpoint is; None is everybody's."""
 
     result_ttl_s: int
     item_bytes: int
     require_context: bool
-    callbacks: frozenset[str] = frozenset()
+    callbacks: Mapping[str, Collection[str] | None] = field(default_factory=dict)
+
+    def knows(self, callback: str, tenant: str) -> bool:
+        """Whether a tenant may name it. Another tenant's endpoint is as one that does not exist."""
+        tenants = self.callbacks.get(callback, ())
+        return tenants is None or tenant in tenants
 
 
 def new_id() -> str:
@@ -91,8 +96,8 @@ class Desk:
         context = terms.context if terms.new_context is None else terms.new_context
         if self._rules.require_context and sealing and not context and not bulk:
             raise ContextRequired
-        if terms.callback and terms.callback not in self._rules.callbacks:
-            raise InvalidRequest("callback names no endpoint of this service: see [kms.jobs.endpoints]")
+        if terms.callback and not self._rules.knows(terms.callback, terms.who.tenant):
+            raise InvalidRequest("callback names no endpoint for your tenant: see [kms.jobs.endpoints]")
         self.store.ping()
 
     def meter(self, terms: Terms, declared_bytes: int = 0) -> Callable[[int], None]:
@@ -220,6 +225,7 @@ class Desk:
                 "callback": terms.callback,
                 "priority": terms.priority,
                 "request_id": audit.request_id.get(),
+                "traceparent": traces.parent(),
                 "digest": terms.named.digest if terms.named else digest,
                 "created_at": now,
                 "expires_at": now + (terms.ttl_s or self._rules.result_ttl_s),

@@ -86,6 +86,7 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     scopes: tuple[str, ...] = ()
     authorized_until: float = 0.0
     request_id: str = ""
+    traceparent: str = ""
     digest: bytes = b""
     created_at: float
     expires_at: float

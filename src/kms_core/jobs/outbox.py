@@ -108,6 +108,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
     created_at: float
     attempts: int = 0
+    tenant: str = ""  # of an entry that an earlier version wrote
 
     @property
     def message(self) -> Message:
@@ -181,6 +182,8 @@ class Outbox:
             endpoint = self._endpoints.get(accepted.callback)
             if transition.state not in (endpoint.events if endpoint else wire.ENDED):
                 return None
+            if endpoint and not endpoint.is_for(accepted.tenant):  # no longer: it was when this was accepted
+                return None
             job = self.store.get(transition.job_id, accepted.tenant)
         except (UnknownJob, msgspec.ValidationError, UnicodeDecodeError) as exc:
             _log.info("webhook.event_without_record", job_id=transition.job_id, error=type(exc).__name__)
@@ -189,6 +192,7 @@ class Outbox:
             delivery_id=transition.delivery_id,
             endpoint=accepted.callback,
             job_id=transition.job_id,
+            tenant=accepted.tenant,
             state=transition.state,
             body=event_body(transition.delivery_id, _as_seen(job, transition), transition.at),
             created_at=time.time(),

@@ -7,7 +7,7 @@ from typing import Final
 
 import structlog
 
-from kms_core import audit, metrics
+from kms_core import audit, metrics, traces
 from kms_core.errors import JobCancelled, JobsUnavailable, KmsError, PathRefused, Unavailable
 from kms_core.jobs import bulk, fanout, files, permits, uploads
 from kms_core.jobs.blobs import ITEMS, UPLOAD, Label, Spool
@@ -51,8 +51,10 @@ def run_job(job_id: str, shop: Shop, worker: str) -> None:
     if claim.attempt == 1 and not claim.deferrals:
         metrics.JOB_WAIT_SECONDS.labels(job.kind).observe(max(0.0, claim.waited_s))
     _log.info("job.claimed", job_id=job.job_id, kind=job.kind, attempt=claim.attempt, fence=claim.fence)
-    with metrics.JOB_SECONDS.labels(job.kind).time():
-        _attempt(claim, shop)
+    with traces.span(f"job {job.kind}", "consumer", job.traceparent):
+        traces.note(kind=job.kind, attempt=claim.attempt)
+        with metrics.JOB_SECONDS.labels(job.kind).time():
+            _attempt(claim, shop)
 
 
 def _attempt(claim: Claim, shop: Shop) -> None:

@@ -1,4 +1,4 @@
-"""The teller: a thread that hands the counts of its process to Redis every few seconds."""
+"""The teller: a thread that hands the counts of its process to Redis and the metrics every few seconds."""
 
 import threading
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from typing import Final, cast
 import redis
 import structlog
 
+from kms_core import piles
 from kms_core.errors import JobsUnavailable
 from kms_core.jobs.link import PREFIX, redis_errors
 from kms_core.tally import Tally
@@ -55,6 +56,7 @@ class Teller(threading.Thread):
 
     def hand_over(self) -> None:
         """Once; never raises."""
+        piles.settle()
         counts = self._tally.take()
         try:
             add(self._client, counts)

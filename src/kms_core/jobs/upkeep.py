@@ -12,10 +12,12 @@ from kms_core.jobs.link import PREFIX, busy_key, job_key, redis_errors
 from kms_core.jobs.model import QUEUES, Lane
 from kms_core.wire import PRIORITIES, Priority
 
-_WORKER_SEEN_S: Final = 15.0
+WORKER_SEEN_S: Final = 5.0
+"""So long a worker that says nothing counts as alive: five words of it, which it says once a second."""
 _CLOCK_KEPT_S: Final = 10.0
 _REAPED_AT_ONCE: Final = 200  # some milliseconds, in which Redis does nothing else
 _TENANTS: Final = f"{PREFIX}tenants"
+_WORKERS: Final = f"{PREFIX}workers"
 _DEAD: Final = f"{PREFIX}dead"
 Script = Callable[..., list[bytes]]
 
@@ -128,14 +130,21 @@ class Upkeep:
         return False
 
     def worker_seen(self, worker: str) -> None:
+        """It lives, and so it will for some seconds."""
         with redis_errors():
             now = self.now()
-            self.redis.zadd(f"{PREFIX}workers", {worker: now})
-            self.redis.zremrangebyscore(f"{PREFIX}workers", 0, now - 10 * _WORKER_SEEN_S)
+            self.redis.zadd(_WORKERS, {worker: now})
+            self.redis.zremrangebyscore(_WORKERS, 0, now - 10 * WORKER_SEEN_S)
+
+    def worker_left(self, worker: str) -> None:
+        """It takes no more jobs."""
+        with redis_errors():
+            self.redis.zrem(_WORKERS, worker)
 
     def workers(self) -> int:
+        """How many live; one that was killed counts for ``WORKER_SEEN_S``."""
         with redis_errors():
-            return int(self.redis.zcount(f"{PREFIX}workers", self.now() - _WORKER_SEEN_S, "+inf"))
+            return int(self.redis.zcount(_WORKERS, self.now() - WORKER_SEEN_S, "+inf"))
 
 
 def _lane(found: Sequence[bytes | None]) -> Lane:

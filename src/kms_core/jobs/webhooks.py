@@ -11,7 +11,6 @@ import hmac
 import ipaddress
 import socket
 import ssl
-import stat
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ import structlog
 
 from kms_core import __version__, wire
 from kms_core.errors import ConfigurationError
+from kms_core.filemodes import open_to_others
 from kms_core.jobs.model import Job
 from kms_core.settings import Settings
 from kms_core.settings_remote import is_loopback
@@ -52,7 +52,12 @@ class Endpoint:
     events: frozenset[str]
     allow_private: bool = False
     loopback_only: bool = False
+    tenants: frozenset[str] | None = None
     tls: ssl.SSLContext | None = field(default=None, repr=False)
+
+    def is_for(self, tenant: str) -> bool:
+        """Whether jobs of a tenant may name it."""
+        return self.tenants is None or tenant in self.tenants
 
     def allows(self, address: Address) -> bool:
         if self.loopback_only:
@@ -142,6 +147,7 @@ def _endpoint(section: Section, settings: Settings, name: str) -> Endpoint:
         events=frozenset(section.events),
         allow_private=section.allow_private,
         loopback_only=settings.environment == "dev" and is_loopback(url.hostname or ""),
+        tenants=None if section.tenants is None else frozenset(section.tenants),
         tls=tls,
     )
 
@@ -163,8 +169,8 @@ def read_secret(path: Path) -> bytes:
 
 
 def _check_mode(path: Path, *, strict: bool) -> None:
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if not mode & 0o077:
+    mode = open_to_others(path)
+    if not mode:
         return
     advice = f"{path} can be read by others (mode {mode:04o}): run `chmod 600 {path}`"
     if strict:

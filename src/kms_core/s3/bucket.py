@@ -12,7 +12,7 @@ from enum import Enum
 from http import HTTPStatus
 from typing import Final, NamedTuple
 from urllib.parse import quote, unquote_plus
-from xml.sax.saxutils import escape, unescape
+from xml.sax.saxutils import escape, unescape  # nosec B406  # text to text: nothing is parsed
 
 import structlog
 

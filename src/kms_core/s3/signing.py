@@ -6,7 +6,6 @@ services: a path is encoded once, and every request carries the digest of its bo
 
 import hashlib
 import hmac
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from urllib.parse import quote
 import structlog
 
 from kms_core.errors import ConfigurationError, Unavailable
+from kms_core.filemodes import open_to_others
 
 _log = structlog.get_logger(__name__)
 ALGORITHM: Final = "AWS4-HMAC-SHA256"
@@ -96,12 +96,12 @@ def from_file(access_key_id: str, path: Path, setting: str, *, strict: bool) -> 
     """
     try:
         secret = path.read_text("utf-8").strip()
-        mode = stat.S_IMODE(path.stat().st_mode)
+        mode = open_to_others(path)
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigurationError(f"{setting}: cannot read {path}; check the path and its mode") from exc
     if not secret:
         raise ConfigurationError(f"{setting}: {path} is empty")
-    if mode & 0o077:
+    if mode:
         advice = f"{setting}: {path} can be read by others (mode {mode:04o}): run `chmod 600 {path}`"
         if strict:
             raise ConfigurationError(advice)

@@ -146,6 +146,23 @@ def test_retries_are_bounded(kms: Client, server: ContractServer) -> None:
     assert len(server.seen) == 3
 
 
+def test_no_attempt_begins_after_the_deadline(connect: Connect, server: ContractServer) -> None:
+    server.faults.busy, server.faults.retry_after = 1, "3"
+
+    with pytest.raises(errors.JobsUnavailable):
+        connect(deadline_s=1.0).status()
+
+    assert len(server.seen) == 1
+
+
+def test_deadline_leaves_room_for_attempts_within_it(connect: Connect, server: ContractServer) -> None:
+    server.faults.busy = 1
+
+    assert connect(deadline_s=60.0).status().backend
+
+    assert len(server.seen) == 2
+
+
 def test_nothing_listening_says_how_to_start_it(connect: Connect) -> None:
     with pytest.raises(ServiceUnreachable) as caught:
         connect("http://127.0.0.1:9", retries=0).status()

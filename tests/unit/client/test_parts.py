@@ -1,17 +1,16 @@
 import io
-from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, cast
 
 import anyio.from_thread
-import httpx
+import httpcore
 import pytest
 
 from cli.contract_server import ContractServer
 from kms_client import Client, UnexpectedAnswer, calls
 from kms_client.events import Event, EventParser
 from kms_client.problems import Reply, by_code, error_of, failure, tree
-from kms_client.settings import ClientSettings
+from kms_client.settings import ClientSettings, Proxy
 from kms_client.transport import transport_errors
 from kms_core import errors, wire
 from kms_core.context import Context
@@ -112,12 +111,49 @@ def test_secrets_are_not_shown(server: ContractServer) -> None:
     assert Context.parse("env=prod").keys == ("env",)
 
 
-def test_whatever_httpx_raises_becomes_ours() -> None:
-    def leaves(top: type[Exception]) -> Iterator[type[Exception]]:
-        yield top
-        for child in top.__subclasses__():
-            yield from leaves(child)
+def raised_by_httpcore() -> list[type[Exception]]:
+    known = [
+        kind for kind in vars(httpcore).values() if isinstance(kind, type) and issubclass(kind, Exception)
+    ]
+    return [kind for kind in known if kind is not httpcore.ConnectionNotAvailable]  # its pool keeps that one
 
-    for kind in leaves(httpx.TransportError):
-        with pytest.raises(KmsError), transport_errors("http://h"):
-            raise kind("x")
+
+@pytest.mark.parametrize("kind", raised_by_httpcore(), ids=lambda kind: kind.__name__)
+def test_whatever_httpcore_raises_becomes_ours(kind: type[Exception]) -> None:
+    with pytest.raises(KmsError), transport_errors("http://h"):
+        raise kind("x")
+
+
+@pytest.mark.parametrize(
+    ("environ", "url", "expected"),
+    [
+        ({}, "https://kms.example.com", None),
+        ({"HTTPS_PROXY": "http://p:3128"}, "https://kms.example.com", Proxy("http://p:3128")),
+        ({"HTTPS_PROXY": "p:3128"}, "https://kms.example.com", Proxy("http://p:3128")),
+        ({"HTTPS_PROXY": "http://u:%40@p"}, "https://kms.example.com", Proxy("http://p", ("u", "@"))),
+        ({"ALL_PROXY": "https://p"}, "http://kms.example.com", Proxy("https://p")),
+        ({"HTTP_PROXY": "http://p"}, "https://kms.example.com", None),
+        ({"HTTPS_PROXY": "http://p", "NO_PROXY": "example.com"}, "https://kms.example.com", None),
+        ({"ALL_PROXY": "http://p"}, "http://localhost:8082", None),
+    ],
+    ids=["none", "https", "no scheme", "credentials", "all", "other scheme", "not for it", "loopback"],
+)
+def test_proxy_is_that_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], url: str, expected: Proxy | None
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name.lower(), value)
+
+    assert ClientSettings.of(url, {}).proxy() == expected
+
+
+@pytest.mark.parametrize("proxy", ["socks5://p:1080", "http://", "http://p:port", "http://[p"])
+def test_proxy_of_another_kind_is_told_of(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("https_proxy", proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+
+    with pytest.raises(errors.ConfigurationError, match="proxy"):
+        ClientSettings.of("https://kms.example.com", {}).proxy()

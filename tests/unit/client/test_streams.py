@@ -56,6 +56,13 @@ def test_file_round_trip_with_progress(kms: Client, server: ContractServer) -> N
     assert requests(server, "/files/encrypt")[0]["content-length"] == str(len(plaintext))
 
 
+def test_idempotency_key_of_an_upload_may_be_the_callers(kms: Client, server: ContractServer) -> None:
+    kms.upload_encrypt(io.BytesIO(b"x"), idempotency_key="mine", priority="high")
+
+    sent = requests(server, "/files/encrypt")[0]
+    assert (sent["idempotency-key"], sent["x-kms-priority"]) == ("mine", "high")
+
+
 def test_pipe_is_sent_without_a_length(kms: Client, server: ContractServer) -> None:
     source = cast("BinaryIO", io.BufferedReader(Pipe(b"x" * 3 * MIB)))
     job_id = finished(kms, kms.upload_encrypt(source, key_id="default"))

@@ -1,0 +1,103 @@
+"""Bodies, paths and ciphertexts of the Vault façade: one of its shapes, or refused without a value."""
+
+from collections.abc import Iterable
+from typing import Final
+
+import msgspec
+
+from kms_api.facade import app, shapes
+from kms_api.facade.door import Extra
+from kms_core import wire
+from kms_core.context import Context
+from kms_core.errors import InvalidContext, InvalidRequest
+
+MOST_BYTES: Final = 2 * 1024
+CANARY: Final = b"cAnArY"
+SHAPES: Final = (shapes.Call, shapes.DataKeyIn, shapes.KeyIn, shapes.PathsIn, shapes.Nothing)
+WORDS: Final = (
+    *(f'"{field}":'.encode() for shape in SHAPES for field in shape.__struct_encode_fields__),
+    b"vault:v1:",
+    b'"batch_input":[{',
+    b"/v1/transit/",
+    b"/keys/",
+    b"/datakey/plaintext/",
+    b"/encrypt/",
+    b"null",
+    b'"true"',
+    b'"1e999"',
+    CANARY,
+)
+
+
+def seeds() -> Iterable[bytes]:
+    yield b""
+    yield b'{"plaintext":"c2FsYXJ5","context":"cm93","associated_data":"cAnA"}'
+    yield b'{"ciphertext":"vault:v1:c2FsYXJ5"}'
+    yield b'{"batch_input":[{"plaintext":"AAAA","reference":"cAnArY"},{"ciphertext":"vault:v2:AA=="},null]}'
+    yield b'{"key_version":"3","convergent_encryption":"true","partial_failure_response_code":207}'
+    yield b'{"bits":256}'
+    yield b'{"type":"aes256-gcm96","derived":false,"auto_rotate_period":"24h"}'
+    yield b'{"paths":["sys/mounts/cAnArY"],"token":"cAnArY"}'
+    yield b'{"increment":9e99}'
+    yield b'{"batch_input":[' + b"[" * 3000
+    yield b"vault:v999999999:" + b"A" * 20
+    yield b"/v1/transit/keys/payroll/rotate"
+    yield b"/v1/deep/er/transit/encrypt/payroll"
+
+
+def check(data: bytes) -> None:
+    _body(data)
+    text = data.decode("utf-8", "surrogateescape")
+    _path(text)
+    _ciphertext(text)
+
+
+def _body(data: bytes) -> None:
+    for shape in SHAPES:
+        try:
+            body = shapes.read(data, shape)
+        except InvalidRequest as exc:
+            assert CANARY.decode() not in exc.detail, "a refusal repeats what was sent"
+            continue
+        assert "(…)" in repr(body)
+        if isinstance(body, shapes.Call):
+            for item in body.batch_input or ():
+                _item(item)
+            _bound(body)
+        else:
+            assert shapes.read(wire.encode(body), shape) == body
+
+
+def _item(raw: msgspec.Raw) -> None:
+    try:
+        _bound(shapes.read(raw, shapes.Call))
+    except InvalidRequest as exc:
+        assert CANARY.decode() not in exc.detail, "a refusal repeats what was sent"
+
+
+def _bound(body: shapes.Bound) -> None:
+    """What binds a call: each of the two, and which of them it is, tells another context."""
+    try:
+        one, other = shapes.octets(body.context, "context"), shapes.octets(body.associated_data, "data")
+        context = Extra(one, other, 0).bound(1)
+        turned = Extra(other, one, 0).bound(1)
+    except (InvalidContext, InvalidRequest):
+        return
+    assert isinstance(context, Context)
+    assert (context.canonical() == turned.canonical()) == (one == other)
+    assert context.canonical() != Extra(one, other, 0).bound(2).canonical()
+
+
+def _path(text: str) -> None:
+    template, names = app.find(text)
+    assert all(value and value in text for value in names.values())
+    assert template or not names
+
+
+def _ciphertext(text: str) -> None:
+    try:
+        number, file = shapes.parse(text)
+    except InvalidRequest:
+        return
+    assert 1 <= number <= 10**9
+    assert shapes.parse(shapes.render(number, file)) == (number, file)
