@@ -104,8 +104,10 @@ class Bao:
 
     def unseal(self) -> None:
         """Open a sealed server again: a dev server prints its key."""
-        key = re.search(r"Unseal Key: (\S+)", self._log.read_text())
-        assert key
+        deadline = time.monotonic() + START_S
+        while not (key := re.search(r"Unseal Key: (\S+)", self._log.read_text())):
+            assert time.monotonic() < deadline, "the server has not printed its key"
+            time.sleep(0.05)
         self.admin("PUT", "sys/unseal", {"key": key[1]})
 
     @contextmanager

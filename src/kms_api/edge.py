@@ -53,6 +53,8 @@ class Edge:
             await self._app(scope, receive, send)
             return
         headers = dict(reversed(scope["headers"]))  # the first of each name
+        if len(headers) < len(scope["headers"]) and _has_two_hosts(scope["headers"]):
+            headers[b"host"] = b""
         asked = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = asked if _REQUEST_ID.fullmatch(asked) else os.urandom(16).hex()
         audit.request_id.set(request_id)
@@ -108,6 +110,11 @@ class Edge:
         noted = audit.Noted(denied)
         audit.noted.set(noted)
         return noted
+
+
+def _has_two_hosts(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """A proxy may have gone by the other one (RFC 9112 §3.2)."""
+    return sum(name == b"host" for name, _ in headers) > 1
 
 
 def _marked(

@@ -11,6 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,7 @@ LASTS_S: Final = 8 * 3600
 SESSION: Final = "kms.session"  # where the gate leaves the id of a session in a request's scope
 _MOST: Final = 1000
 _ID_BYTES: Final = 32
+_KEY_BYTES: Final = 32
 _STAMPING: Final = "stamping"
 
 
@@ -87,24 +89,30 @@ def new_id() -> str:
 
 
 def _key(path: Path) -> bytes:
-    """32 random bytes, made by whoever comes first."""
-    made = path.with_name(f".{_STAMPING}.{os.getpid()}")
-    _write(made, secrets.token_bytes(32))
+    """32 random bytes, made by whoever comes first; what is cut short would be known to everybody."""
+    made = path.with_name(f".{_STAMPING}.{new_id()}")
+    _write(made, secrets.token_bytes(_KEY_BYTES), durable=True)
     try:
-        path.hardlink_to(made)
-    except FileExistsError:
-        pass
+        while True:
+            with suppress(FileExistsError):
+                path.hardlink_to(made)
+            with suppress(FileNotFoundError):  # somebody else takes away what was cut
+                found = path.read_bytes()
+                if len(found) == _KEY_BYTES:
+                    return found
+                path.unlink()
     finally:
         made.unlink()
-    return path.read_bytes()
 
 
-def _write(path: Path, content: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    try:
-        os.write(handle, content)
-    finally:
-        os.close(handle)
+def _write(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Make a file that nobody else has made."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(handle, "wb") as file:  # noqa: PTH123 -- a handle, not a path
+        file.write(content)
+        file.flush()
+        if durable:
+            os.fsync(handle)
 
 
 def _begun(path: Path) -> float:

@@ -6,6 +6,7 @@ Modules of subcommands are imported when one is used: ``kms --help`` loads none 
 import difflib
 import importlib
 import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -204,6 +205,7 @@ def _invoke(line: list[str]) -> object:
 def main() -> NoReturn:
     """Entry point. SIGTERM ends a command as Ctrl-C does, so that no half-written file stays."""
     signal.signal(signal.SIGTERM, _terminated)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold what a command opens
     sys.exit(run())
 
 

@@ -17,7 +17,6 @@ import click
 from kms_cli import dotenv, words
 from kms_cli.options import context_option, key_option
 from kms_cli.remote import connect
-from kms_cli.sshkeys import no_core_file
 from kms_client import Client
 from kms_core.envelope import armor
 from kms_core.errors import InvalidRequest, TooLarge
@@ -66,7 +65,6 @@ def run_command(**given: Unpack[RunOptions]) -> None:
     any other is taken as it is. Later values win, and all win over those that are set already. Nothing is
     written to disk, and no value is in any argument. The program leaves no core file.
     """
-    no_core_file()
     with connect() as kms:
         opener = _Opener(kms, given["context"], given["key_id"])
         values = dict(_values(given, opener))

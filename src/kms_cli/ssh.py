@@ -107,7 +107,6 @@ def new_command(**given: Unpack[NewOptions]) -> None:
     Its end goes into the context as not_after, so the service itself opens it no later; NAME.pub says it too.
     A key that was opened before is not affected: let servers expire it, too.
     """
-    sshkeys.no_core_file()
     pair = Pair.of(given["name"])
     for path in (pair.sealed, pair.public):
         if path.exists() and not given["force"]:
@@ -158,7 +157,6 @@ def _with_end(context: ContextIn, until: str | None) -> dict[str, str]:
 @force_option
 def open_command(name: Path, output: Path | None, context: ContextIn, *, force: bool) -> None:
     """Write the private part (0600). From then on its end is no longer enforced: "kms ssh add" is better."""
-    sshkeys.no_core_file()
     pair = Pair.of(name)
     target = output or pair.name
     if target.exists() and not force:
@@ -179,7 +177,6 @@ def open_command(name: Path, output: Path | None, context: ContextIn, *, force: 
 @context_option
 def add_command(name: Path, context: ContextIn, *, confirm: bool) -> int:
     """Give the private part to the agent through a pipe; the agent forgets it at its end."""
-    sshkeys.no_core_file()
     program = shutil.which("ssh-add")
     if program is None:
         raise ConfigurationError("ssh-add is not on the PATH: install the OpenSSH client")

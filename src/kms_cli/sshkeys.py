@@ -7,7 +7,6 @@ import base64
 import binascii
 import hashlib
 import re
-import resource
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final, Literal, Self, get_args
@@ -120,11 +119,6 @@ def comment(text: str) -> str:
     if not _COMMENT.fullmatch(text) or f"{NOT_AFTER}=" in text:
         raise InvalidRequest(f"A comment is up to 200 printable ASCII characters, without {NOT_AFTER}=")
     return text.strip()
-
-
-def no_core_file() -> None:
-    """From here on this process holds keys, which a core file would hold, too."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 _Private = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey

@@ -1,5 +1,6 @@
 """What ``kms doctor`` says of an install in which something is really broken, and with which exit code."""
 
+import ast
 import json
 import os
 import re
@@ -23,11 +24,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from cli.conftest import BIN
 from kms_cli import valkey
+from kms_cli.checks.trail import MOST_BYTES
 from kms_core.programs import tether
 from service import Service, free_port, until
 
 NO_REDIS: Final = "unix:///nonexistent/valkey.sock"
 PROD: Final = 'allow_age_in_prod = true\nprod_backend = "age"\n[kms.auth]\nmode = "required"\n'
+ROOT: Final = Path(__file__).parents[2]
 TIMEOUT_S: Final = 60
 
 
@@ -146,9 +149,8 @@ def test_settings_that_are_wrong_end_it_with_the_way_to_mend_them(tmp_path: Path
     assert tmp_path / "kms.toml" == install.config
 
 
-@pytest.mark.parametrize("name", ["spool.key", "audit-signing.key"])
-def test_keys_of_the_service_that_others_may_read(tmp_path: Path, name: str) -> None:
-    install = configured(tmp_path, PROD)
+def test_keys_of_the_service_that_others_may_read(tmp_path: Path) -> None:
+    install, name = configured(tmp_path, PROD), "audit-signing.key"
     made = command(install, "token", "create", "--name", "a", "--scope", "*", "-o", "a.token")
     assert made.returncode == 0, made.stderr
     (install.state / name).chmod(0o644)
@@ -217,6 +219,16 @@ def test_a_trail_that_was_edited_or_cut(install: Service) -> None:
 
     file.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
     assert "a chain has no end" in doctor(install).at("audit chain", "warn")
+
+
+def test_of_a_large_trail_the_ends_are_read(install: Service) -> None:
+    file = recorded(install)
+    with (file.parent / "large.jsonl").open("wb") as large:
+        large.truncate(MOST_BYTES + 1)  # takes no room on the disk
+    assert "all of it: kms audit verify" in doctor(install).at("audit chain", "ok")
+
+    file.write_bytes(file.read_bytes().replace(b'"principal"', b'"princepal"'))
+    assert "edited" in doctor(install).at("audit chain", "FAIL")
 
 
 def test_a_trail_that_takes_no_record(tmp_path: Path) -> None:
@@ -397,3 +409,27 @@ def test_tools_that_are_missing_are_told_and_none_is_needed(install: Service, tm
     told = doctor(install, PATH=str(tmp_path))
 
     assert "prometheus (kms up --monitoring)" in told.at("tools", "ok")
+
+
+# -- the page ----------------------------------------------------------------------------------------
+
+
+def subjects(path: Path) -> Iterator[str]:
+    """What the lines of a module are about: an argument of the calls that make them."""
+    at = {"Finding": 1, "private_file": 0, "_room": 0}
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        match node:
+            case ast.Call(func=ast.Name(id=name), args=arguments) if name in at:
+                subject = arguments[at[name]]
+                if isinstance(subject, ast.Constant):
+                    yield str(subject.value)
+
+
+def test_the_page_explains_every_line() -> None:
+    sources = [ROOT / "src/kms_cli/doctor.py", *(ROOT / "src/kms_cli/checks").glob("*.py")]
+    told = {subject for path in sources for subject in subjects(path)}
+    page = (ROOT / "docs/troubleshooting.md").read_text("utf-8").partition("## By line")[2]
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+
+    assert len(told) > 20
+    assert {name for row in rows for name in re.findall("`(.*?)`", row)} == told

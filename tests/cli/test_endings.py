@@ -1,3 +1,4 @@
+import resource
 import signal
 import subprocess
 import sys
@@ -47,6 +48,26 @@ def test_interrupted_transfer_leaves_no_file_and_no_job(
     assert b"Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert stand_in.jobs["job-1"].cancelled
+
+
+@pytest.mark.skipif(
+    resource.getrlimit(resource.RLIMIT_CORE)[1] == 0, reason="no core file is made here at all"
+)
+@pytest.mark.parametrize(
+    "command",
+    [(KMS, "decrypt"), (sys.executable, "-P", "-m", "kms_cli.plugin.main", "--age-plugin=identity-v1")],
+    ids=["kms", "plugin"],
+)
+def test_what_crashes_leaves_no_core_file(tmp_path: Path, command: tuple[str, ...]) -> None:
+    raised = ("sh", "-c", 'ulimit -S -c "$(ulimit -H -c)"; exec "$@"', "sh", *command)
+    with subprocess.Popen(raised, env=environment(tmp_path), stdin=subprocess.PIPE) as running:
+
+        def limits() -> list[str]:
+            lines = Path(f"/proc/{running.pid}/limits").read_text().splitlines()
+            return next(line.split()[4:6] for line in lines if line.startswith("Max core"))
+
+        until(lambda: limits() == ["0", "0"])
+        running.kill()
 
 
 def test_broken_pipe_is_quiet(stand_in: ContractServer, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ SEED: Final = "7"
 CORPUS_BYTES: Final = 200 * 1024
 HAS_WHEEL: Final = sys.version_info < (3, 14) and sys.platform == "linux" and platform.machine() == "x86_64"
 PLANTED: Final = """
+import time
 MOST_BYTES = 64
 WORDS = (b"magic",)
 
@@ -42,6 +43,7 @@ def fuzzer() -> None:
 
 def run(target: str, work: Path, *more: Path) -> subprocess.CompletedProcess[str]:
     words = [
+        *("sh", "-c", '"$@"; exit $?', "sh"),  # else it begins at this process's peak of memory
         sys.executable,
         "-m",
         "fuzz.run",
@@ -90,7 +92,7 @@ def test_a_short_run_finds_nothing(name: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fuzzer")
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [("raise KeyError('planted')", "planted"), ("bytearray(2 << 30)", "out-of-memory")],
+    [("raise KeyError('planted')", "planted"), ("held = bytearray(2 << 30); time.sleep(5)", "out-of-memory")],
     ids=["an error of another kind", "memory"],
 )
 def test_a_planted_fault_is_found_and_its_input_kept(tmp_path: Path, fault: str, words: str) -> None:

@@ -1,6 +1,8 @@
 """Vault's transit API at this service: what is bound, what is refused and how, whoever wraps the keys."""
 
+import socket
 from typing import Final
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -253,6 +255,17 @@ def test_a_status_that_has_no_body_cannot_be_chosen(facade: Facade, code: int) -
     refused(facade.call("PUT", "transit/encrypt/default", body), 400, "partial_failure_response_code")
 
 
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("1", 1), ("0", 2), ("-1", 2), ("x", 2), ("2", 2), ("9" * 5000, 2), ("\u0663", 2)],
+    ids=["one", "none", "below", "no number", "all", "of many digits", "other digits"],
+)
+def test_a_list_has_as_many_names_as_were_asked_for(facade: Facade, limit: str, expected: int) -> None:
+    found = facade.data("GET", "transit/keys", params={"list": "true", "limit": limit})
+
+    assert found == {"keys": list(KEYS[:expected])}
+
+
 # -- refusals --------------------------------------------------------------------------------------------
 
 REFUSALS: Final[dict[str, tuple[str, object, int, str]]] = {
@@ -427,3 +440,20 @@ def test_the_second_port_serves_the_facade_alone_and_lists(facade: Facade) -> No
         refused(own.get("/livez"), 404, "/v1/ alone")
         refused(own.get(f"{PREFIX}/keys", headers=token), 404, "/v1/ alone")
         refused(own.request("LIST", "/v1/transit/keys"), 403, "permission denied")
+
+
+@pytest.mark.parametrize("at", ["main", "own"])
+def test_a_request_does_not_hide_in_the_body_of_another(facade: Facade, at: str) -> None:
+    """It would, behind a proxy that goes by the other of two lengths."""
+    hidden = b"GET /v1/sys/init HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = (
+        f"PUT /v1/transit/encrypt/default HTTP/1.1\r\nHost: localhost\r\nX-Vault-Token: {facade.root}\r\n"
+        f"Transfer-Encoding: chunked\r\nContent-Length: {5 + len(hidden)}\r\n\r\n"
+    )
+    port = urlsplit(facade.url if at == "main" else facade.own_url).port
+    with socket.create_connection(("127.0.0.1", port), 30) as peer, peer.makefile("rb") as answers:
+        peer.sendall(head.encode() + b"0\r\n\r\n" + hidden)
+        said = answers.read()
+
+    assert said.startswith(b"HTTP/1.1 400 ")
+    assert said.count(b"HTTP/1.1 ") == 1

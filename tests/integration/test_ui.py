@@ -1,5 +1,6 @@
 """The page for operators, as a browser without scripts meets it: real processes, forms as they are sent."""
 
+import hmac
 import html
 import json
 import re
@@ -605,6 +606,18 @@ def test_a_session_ends_after_eight_hours_and_the_oldest_makes_room(tmp_path: Pa
     assert sessions.find(kept[1]) == who
     sessions.end(kept[1])
     assert sessions.find(kept[1]) is None
+
+
+@pytest.mark.parametrize("cut", [b"", b"\0" * 31], ids=["empty", "short"])
+def test_a_key_of_stamps_that_a_crash_has_cut_is_made_anew(tmp_path: Path, cut: bytes) -> None:
+    (tmp_path / "stamping").write_bytes(cut)
+
+    one, other = Sessions(tmp_path), Sessions(tmp_path)
+
+    assert (
+        one.stamp("cert:ada") == other.stamp("cert:ada") != hmac.new(cut, b"cert:ada", "sha256").hexdigest()
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["stamping"]
 
 
 @pytest.mark.parametrize(

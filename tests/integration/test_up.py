@@ -337,9 +337,10 @@ def test_missing_public_key_is_written_from_the_private_one(start: Start) -> Non
 def test_prod_gets_no_keys(start: Start, tmp_path: Path) -> None:
     config = tmp_path / "kms.toml"
     config.write_text(
-        '[kms.auth]\nmode = "none"\n[kms.cosmian]\nserver_url = "https://127.0.0.1:1"\napi_key = "x"\n'
+        '[kms.auth]\nmode = "none"\n[kms.cosmian]\nserver_url = "https://127.0.0.1:1"\n'
+        'api_key = "${COSMIAN_API_KEY}"\n'
     )
-    service = start(PROVISIONING_ENV="prod", KMS_CONFIG=str(config))
+    service = start(PROVISIONING_ENV="prod", KMS_CONFIG=str(config), COSMIAN_API_KEY="x")
 
     service.ready_line()
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from agekms import head_of
 from kms_cli.keyfiles import Identities
 from kms_cli.plugin.keys import Keys
-from kms_cli.plugin.machines import identity_v1, recipient_v1
+from kms_cli.plugin.machines import MOST_TRIES, identity_v1, recipient_v1
 from kms_cli.plugin.names import Target
 from kms_cli.plugin.protocol import Broken, Line
 from kms_core.backends.age import Recipient
@@ -275,6 +275,26 @@ def test_without_a_service_a_file_is_in_error(sealer: Sealer) -> None:
     assert [each.args for each in answer(identity_v1, incoming, sealer)] == [
         ("error", "identity", "0"), ("done",)
     ]  # fmt: skip
+
+
+def test_a_header_of_many_wraps_costs_a_bounded_number_of_calls(sealer: Sealer) -> None:
+    (stanza,) = wrapped(sealer, Target("payroll").recipient())
+    sealer.asked.clear()
+    incoming = said(HERE_TOO, *[offered(0, stanza)] * (MOST_TRIES + 1), "done")
+
+    error, done = answer(identity_v1, incoming, sealer)
+
+    assert len(sealer.asked) == MOST_TRIES
+    assert (error.args, done.args) == (("error", "internal"), ("done",))
+
+
+def test_what_a_service_says_sends_the_terminal_nothing_but_text(sealer: Sealer) -> None:
+    sealer.trouble = BackendUnavailable("down\x1b]0;owned\x07\nage: warning: trust me")
+    incoming = said(HERE_TOO, wrap_key(), "done")
+
+    error, _ = answer(recipient_v1, incoming, sealer)
+
+    assert error.body.decode().isprintable()
 
 
 # -- what no tool should send ----------------------------------------------------------------------------

@@ -105,6 +105,15 @@ async def test_own_page_and_local_names_are_let_in(headers: Mapping[str, str]) -
     assert (await get(headers=headers)).status_code == 200
 
 
+@pytest.mark.parametrize("hosts", [("localhost", "evil.example"), ("evil.example", "localhost")], ids=str)
+async def test_two_hosts_are_none(hosts: tuple[str, str]) -> None:
+    transport = httpx.ASGITransport(Edge(application(), []))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8082") as client:
+        answer = await client.get("/things/1", headers=[("Host", host) for host in hosts])
+
+    assert answer.status_code == 403
+
+
 async def test_the_address_that_was_reached_is_let_in_and_no_other() -> None:
     transport = httpx.ASGITransport(Edge(application(), []))
     async with httpx.AsyncClient(transport=transport, base_url="http://10.0.0.7:8082") as client:

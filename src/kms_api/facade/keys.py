@@ -14,6 +14,7 @@ from kms_core.errors import InvalidRequest, UnknownKey
 from kms_core.keyring import Key
 
 _THREADS: Final = "keys"
+_DIGITS: Final = 9  # of a number of keys, which settings write one by one
 _NEVER: Final = (
     "derived",
     "convergent_encryption",
@@ -28,8 +29,9 @@ async def listed(asked: Asked) -> Response:
     after, limit = asked.query.get("after", ""), asked.query.get("limit", "")
     sees, keys = asked.built.kms.policy.sees, asked.built.kms.keyring.keys
     found = [name for name in sorted(keys) if name > after and sees(asked.who, name)]
-    if limit.isdecimal() and int(limit) > 0:
-        found = found[: int(limit)]
+    if limit.isdecimal():
+        most = int(limit[:_DIGITS])
+        found = found[:most] if most else found
     return answer({"keys": found}) if found else bare({"errors": []}, 404)
 
 

@@ -21,6 +21,7 @@ from kms_api.tls import CERTIFICATE
 from kms_core.auth import certificates
 
 _METHODS: Final = frozenset({"GET", "HEAD", "LIST", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
+_LENGTHS: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class PeerH11(Impatient, H11Protocol):
@@ -38,10 +39,18 @@ class PeerH11(Impatient, H11Protocol):
 
 
 def only(app: ASGIApp) -> ASGIApp:
-    """The façade of an application. Methods are a closed set, since requests are counted by them."""
+    """The façade of an application. Methods are a closed set, since requests are counted by them.
+
+    A body with two lengths is refused, as httptools does at the main port: h11 goes by the chunks, and a
+    proxy before it that goes by the number would let a request pass within the body of another.
+    """
 
     async def facade(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_vault(scope["path"]):
+        if scope["type"] == "http" and {name for name, _ in scope["headers"]} >= _LENGTHS:
+            refusal = refusals.plain(400, "Content-Length and Transfer-Encoding: send one of them")
+            refusal.headers["Connection"] = "close"
+            await refusal(scope, receive, send)
+        elif scope["type"] == "http" and not is_vault(scope["path"]):
             await refusals.plain(404, _ELSEWHERE)(scope, receive, send)
         elif scope["type"] == "http" and scope["method"] not in _METHODS:
             await refusals.plain(405, "unsupported operation")(scope, receive, send)

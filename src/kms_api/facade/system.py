@@ -15,6 +15,7 @@ from kms_core import __version__, audit
 from kms_core.errors import AuditUnavailable, InvalidRequest
 from kms_core.policy import allows
 
+_LAST: Final = 253402300799  # 9999-12-31T23:59:59Z: an issuer of JWTs may say any number
 _NEVER: Final = "0001-01-01T00:00:00Z"  # Go's word for no time
 _MOUNT: Final[Mapping[str, Any]] = {
     "type": "transit",
@@ -124,6 +125,7 @@ async def mount_of(asked: Asked) -> Response:
 async def lookup_self(asked: Asked) -> Response:
     """Who the caller is. The id is the credential's name in the audit trail, not its text."""
     until = asked.doors.until(asked.who) if asked.doors else None
+    until = None if until is None else min(until, _LAST)
     now = int(time.time())
     return answer(
         {

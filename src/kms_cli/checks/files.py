@@ -18,20 +18,25 @@ from kms_core.settings import Settings
 LOW_DISK_BYTES: Final = 1024**3
 NO_ROOM_BYTES: Final = 16 * 1024**2  # less than a few uploads of the size that goes without a job
 RENEW_WITHIN: Final = timedelta(days=21)
+_CHECK: Final = "check path and mode"
 
 
 def age_files(settings: Settings) -> Iterator[Finding]:
     age = settings.kms.age
-    yield private_file("private key", age.private_key_path, strict=settings.is_prod)
+    path = age.private_key_path
+    yield private_file("private key", path, f"kms keygen -o {path}, or kms up", strict=settings.is_prod)
     yield _public_key(age.public_key_path, age.private_key_path)
 
 
-def private_file(subject: str, path: Path, *, strict: bool) -> Finding:
-    """A file that its owner alone should read; ``strict``: else it is no warning but a failure."""
+def private_file(subject: str, path: Path, missing: str, *, strict: bool) -> Finding:
+    """A file that its owner alone should read; ``strict``: else it is no warning but a failure.
+
+    ``missing`` says what to do if it is not there.
+    """
     try:
         mode = open_to_others(path)
     except OSError as exc:
-        return Finding("FAIL", subject, f"{path}: {exc.strerror}", f"kms keygen -o {path}, or kms up")
+        return Finding("FAIL", subject, f"{path}: {exc.strerror}", missing)
     if not os.access(path, os.R_OK):
         return Finding("FAIL", subject, f"{path} belongs to another user", "run as its owner")
     if mode:
@@ -68,7 +73,9 @@ def own_keys(settings: Settings) -> Iterator[Finding]:
         kms.audit.signing_key_path,
         kms.auth.tokens_path,
     )
-    found = [private_file("own keys", path, strict=settings.is_prod) for path in paths if path.exists()]
+    found = [
+        private_file("own keys", path, _CHECK, strict=settings.is_prod) for path in paths if path.exists()
+    ]
     yield from (finding for finding in found if finding.level != "ok")
     if kms.auth.mode == "required" and not kms.auth.tokens_path.exists() and not kms.auth.issuers:
         yield Finding("warn", "tokens", "there are none, so nobody is let in by one", "kms token create")
@@ -122,7 +129,7 @@ def certificates(settings: Settings) -> Iterator[Finding]:
         if path is not None:
             yield _certificate(f"kms.{name}", path)
     if kms.server.tls_key is not None:
-        key = private_file("tls key", kms.server.tls_key, strict=settings.is_prod)
+        key = private_file("tls key", kms.server.tls_key, _CHECK, strict=settings.is_prod)
         if key.level != "ok":
             yield key
 
@@ -131,7 +138,7 @@ def _certificate(name: str, path: Path) -> Finding:
     try:
         ends = min(one.not_valid_after_utc for one in x509.load_pem_x509_certificates(path.read_bytes()))
     except OSError as exc:
-        return Finding("FAIL", "certificate", f"{name}: {path}: {exc.strerror}", "check path and mode")
+        return Finding("FAIL", "certificate", f"{name}: {path}: {exc.strerror}", _CHECK)
     except ValueError:
         return Finding("FAIL", "certificate", f"{name}: {path} holds no certificate", "expected PEM")
     now, day = datetime.now(UTC), f"{ends:%Y-%m-%d %H:%M} UTC"

@@ -26,6 +26,8 @@ from kms_core.errors import DecryptFailed, KmsError, TooLarge, UnknownKey
 
 KeysFor = Callable[[Target], Keys]
 POSTQUANTUM: Final = "postquantum"
+MOST_TRIES: Final = 100
+"""Of one file: each is a call with the caller's token, and whoever writes the header says how many."""
 _INDEX_DIGITS: Final = 9
 
 
@@ -40,7 +42,9 @@ class Trouble:
     def of(cls, error: KmsError, *about: str) -> "Trouble":
         hint = getattr(error, "hint", "") or words.HINTS.get(error.code, "")
         text = words.plain(error.detail)
-        return cls(about, f"{text} ({hint})" if hint else text)
+        said = f"{text} ({hint})" if hint else text
+        # a service that a recipient names is anybody's, and age tools show this in a terminal
+        return cls(about, "".join(char if char.isprintable() else " " for char in said))
 
 
 # -- recipient-v1 --------------------------------------------------------------------------------------
@@ -168,7 +172,7 @@ def _open_file(
     troubles: list[Trouble] = []
     refused: set[str] = set()
     tries = [(part, target) for part in parts for target in targets if target.key_id in {None, part.key_id}]
-    for part, target in tries:
+    for part, target in tries[:MOST_TRIES]:
         try:
             file_key = keys_for(target).unwrap(part.text, target)
         except (DecryptFailed, UnknownKey):
@@ -178,6 +182,9 @@ def _open_file(
         else:
             line.ask("file-key", str(part.file), body=file_key)
             return
+    if len(tries) > MOST_TRIES:
+        text = f"none of the first {MOST_TRIES} wraps opens: give fewer identities, or one with a key id"
+        troubles.append(Trouble(("internal",), text))
     if troubles:
         _complain(line, troubles, last=False)
     elif refused:  # of its context a file says nothing, so another identity may well open it

@@ -1,6 +1,7 @@
 """The program ``age-plugin-kms``, which age tools start; people have ``kms recipient`` and ``identity``."""
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,7 @@ def run(args: Sequence[str], environ: Mapping[str, str]) -> int:
 def main() -> NoReturn:
     """Entry point. Age ends a plugin by SIGINT when it needs no more of it."""
     signal.signal(signal.SIGINT, _ended)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold file keys, or the keys of all
     code = run(sys.argv[1:], os.environ)
     sys.stderr.flush()
     os._exit(code)  # stdout may be closed by now, and nothing is left to be written
