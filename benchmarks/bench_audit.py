@@ -21,12 +21,12 @@ from kms_core.audit import Record, Rules, Trail, reading, receipt
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
 from kms_core.audit.verify import verify
 from kms_core.backends.age import AgeBackend, KeyFiles
+from kms_core.choice import Rules as CallRules
 from kms_core.context import Context
 from kms_core.envelope.x25519 import Identity
 from kms_core.keyring import Key, Keyring
 from kms_core.policy import AllowAll, Principal
 from kms_core.service import Kms
-from kms_core.service import Rules as CallRules
 
 CONTEXT: Final = Context.parse("env=prod,service=api")
 THREADS: Final = 16  # as many as the API has for calls that wait

@@ -5,24 +5,21 @@ does the format.
 """
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Final, Literal, NoReturn, TypeVar
+from dataclasses import dataclass
+from typing import Final, NoReturn
 
 from kms_core import metrics
 from kms_core.audit import Audit
-from kms_core.backends import Health, Unreachable
+from kms_core.backends import Health
 from kms_core.calls import Call, Calls
+from kms_core.choice import Choice, Rules, by_first, check_not_over
 from kms_core.context import Context
 from kms_core.envelope import binding, header, sealing, slabs, stream
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.extents import Reader, Writer
-from kms_core.envelope.header import Header, Limits
+from kms_core.envelope.header import Header
 from kms_core.envelope.slabs import STEADY, Pace
-from kms_core.envelope.x25519 import NoMatch
 from kms_core.errors import (
-    ContextRequired,
     DataKeysUnsupported,
     DecryptFailed,
     Forbidden,
@@ -31,81 +28,15 @@ from kms_core.errors import (
     KmsError,
     UnknownKey,
 )
-from kms_core.keyring import Key, Keyring
-from kms_core.policy import Policy, Principal, allows
+from kms_core.keyring import Keyring
+from kms_core.policy import Policy, Principal
+from kms_core.results import DataKey, Handed, Opened, Origin, Sealed, Standing, Unwrapped
 from kms_core.tally import Tally
 
-Origin = Literal["service", "foreign"]
-R = TypeVar("R")
 _UNPROVEN: Final = (
     "Who made the file cannot be proven without its payload, and this key accepts no such file: "
     "open it with kms decrypt or kms decrypt-file, which see all of it"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Sealed:
-    """A ciphertext and the key that seals it."""
-
-    ciphertext: bytes = field(repr=False)
-    key: KeyRef
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A plaintext, the key that opened it, and whether this service made the file."""
-
-    plaintext: bytes = field(repr=False)
-    key: KeyRef
-    origin: Origin
-
-
-@dataclass(frozen=True, slots=True)
-class DataKey:
-    """Random bytes and the same bytes sealed."""
-
-    plaintext: bytes = field(repr=False)
-    ciphertext: bytes = field(repr=False)
-    key: KeyRef
-
-
-@dataclass(frozen=True, slots=True)
-class Handed:
-    """A file key wrapped for a header that somebody else writes: one stanza, as text."""
-
-    stanza: bytes
-    key: KeyRef
-
-
-@dataclass(frozen=True, slots=True)
-class Unwrapped:
-    """The secrets of one file, for the job layer, which moves payloads that do not fit in memory."""
-
-    file_key: bytes = field(repr=False)
-    nonce: bytes = field(repr=False)
-    key: KeyRef
-    origin: Origin
-
-    @property
-    def payload_key(self) -> bytes:
-        return stream.payload_key(self.file_key, self.nonce)
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """What a header says of its key; ``key_version`` is empty where the backend knows no such version."""
-
-    key_id: str
-    key_version: str
-    newest: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What settings decide about single calls."""
-
-    require_context: bool = False
-    limits: Limits = header.SYNC_LIMITS
 
 
 class Kms:
@@ -120,13 +51,14 @@ class Kms:
         self.trail = trail
         self._calls = Calls(trail, self.tally)
         self._rules = rules
+        self._choice = Choice(keyring, policy, trail, rules)
 
     def encrypt(
         self, who: Principal, plaintext: bytes, context: Context, *, key_id: str | None = None
     ) -> Sealed:
         """Seal bytes in memory. Raises ContextRequired, UnknownKey, Forbidden, BackendUnavailable."""
         with self._calls.recorded("encrypt", who, context, key_id, bytes_in=len(plaintext)) as call:
-            key, ref = self._for_sealing(call)
+            key, ref = self._choice.for_sealing(call)
             ciphertext = sealing.seal(plaintext, key.backend, ref, context, key.wraps(who.tenant))
             call.record.bytes_out = len(ciphertext)
             return Sealed(ciphertext, ref)
@@ -137,7 +69,7 @@ class Kms:
         """Open bytes in memory. Raises NotACiphertext, UnknownKey, Refused, DecryptFailed."""
         with self._calls.recorded("decrypt", who, context, key_id, bytes_in=len(ciphertext)) as call:
             head = header.parse(ciphertext, self._rules.limits)
-            found = self._unwrap(call, head)
+            found = self._choice.unwrap(call, head)
             plaintext = sealing.open_(ciphertext, head, found.file_key)
             call.record.bytes_out = len(plaintext)
             return Opened(plaintext, found.key, found.origin)
@@ -147,7 +79,7 @@ class Kms:
     ) -> DataKey:
         """Random bytes, in clear and sealed. Raises DataKeysUnsupported where settings refuse them."""
         with self._calls.recorded("generate_data_key", who, context, key_id) as call:
-            key, ref = self._for_sealing(call)
+            key, ref = self._choice.for_sealing(call)
             if not key.backend.data_keys:
                 raise DataKeysUnsupported
             plaintext = os.urandom(size_bytes)
@@ -183,9 +115,9 @@ class Kms:
         with self._calls.recorded("reseal", who, context, None, bytes_in=len(ciphertext)) as call:
             head = header.parse(ciphertext, self._rules.limits)
             call.key_id = None if binding.read(head) else key_id
-            opening, closing = self._rewrapping(call, head, new_context, key_id)
-            found = self._unwrap(call, head, opening)
-            key, ref = self._moving(call, found, new_context, key_id, closing)
+            opening, closing = self._choice.rewrapping(call, head, new_context, key_id)
+            found = self._choice.unwrap(call, head, opening)
+            key, ref = self._choice.moving(call, found, new_context, key_id, closing)
             plaintext = sealing.open_(ciphertext, head, found.file_key)
             resealed = sealing.seal(plaintext, key.backend, ref, call.context, key.wraps(who.tenant))
             call.record.bytes_out = len(resealed)
@@ -201,7 +133,7 @@ class Kms:
         with self._calls.recorded("wrap", who, context, key_id, bytes_in=len(file_key)) as call:
             if len(file_key) != header.FILE_KEY_BYTES:
                 raise InvalidRequest(f"A file key has {header.FILE_KEY_BYTES} bytes")
-            key, ref = self._for_sealing(call)
+            key, ref = self._choice.for_sealing(call)
             stanza = sealing.hand_over(file_key, key.backend, ref, context, key.wraps(who.tenant))
             text = header.render_stanza(stanza)
             call.record.bytes_out = len(text)
@@ -222,8 +154,8 @@ class Kms:
             bound = binding.read_stanzas(given)
             if bound is None or call.key_id not in {None, bound.key_id}:
                 raise DecryptFailed
-            key = self._key(call, bound.key_id, file=(bound.key_version, "service"))
-            (file_key, proven), ref = _by_first(
+            key = self._choice.key(call, bound.key_id, file=(bound.key_version, "service"))
+            (file_key, proven), ref = by_first(
                 key.openers(who.tenant, bound),
                 lambda backend, ref: sealing.take_over(
                     given, backend, ref, context=context, named=bound.key_version
@@ -231,7 +163,7 @@ class Kms:
             )
             origin: Origin = "service" if proven else "foreign"
             call.names(ref, origin)
-            _check_not_over(context)
+            check_not_over(context)
             if not proven and not key.accept_foreign:
                 raise ForeignRefused(_UNPROVEN)
             call.record.bytes_out = len(file_key)
@@ -254,7 +186,7 @@ class Kms:
         Raises what ``encrypt`` raises, and InvalidRequest if the source changes meanwhile, SpoolFull.
         """
         with self._calls.recorded("encrypt", who, context, key_id, bytes_in=source.size) as call:
-            key, ref = self._for_sealing(call)
+            key, ref = self._choice.for_sealing(call)
             padded = source.size >= sealing.PAD_FROM_BYTES
             others = key.wraps(who.tenant)
             started = sealing.begin(key.backend, ref, context, padded=padded, others=others)
@@ -282,7 +214,7 @@ class Kms:
         """
         with self._calls.recorded("decrypt", who, context, key_id, bytes_in=source.size) as call:
             head = header.read_by(source.read_at, header.FILE_LIMITS)
-            found = self._unwrap(call, head)
+            found = self._choice.unwrap(call, head)
             payload = source.tail(head.payload_offset)
             if target is None:
                 slabs.verify_file(found.payload_key, payload, pace)
@@ -311,9 +243,9 @@ class Kms:
         with self._calls.recorded("reseal", who, context, None, bytes_in=source.size) as call:
             head = header.read_by(source.read_at, header.FILE_LIMITS)
             call.key_id = None if binding.read(head) else key_id
-            opening, closing = self._rewrapping(call, head, new_context, key_id)
-            found = self._unwrap(call, head, opening)
-            key, ref = self._moving(call, found, new_context, key_id, closing)
+            opening, closing = self._choice.rewrapping(call, head, new_context, key_id)
+            found = self._choice.unwrap(call, head, opening)
+            key, ref = self._choice.moving(call, found, new_context, key_id, closing)
             payload = source.tail(head.payload_offset)
             padded = stream.plaintext_size(payload.size) >= sealing.PAD_FROM_BYTES
             others = key.wraps(who.tenant)
@@ -336,7 +268,7 @@ class Kms:
     ) -> bytes:
         """A header for a payload that the spool already sealed: one AEAD pass for an upload, not three."""
         with self._calls.recorded("encrypt", who, context, key_id, bytes_in=size_bytes) as call:
-            key, ref = self._for_sealing(call)
+            key, ref = self._choice.for_sealing(call)
             padded = size_bytes >= sealing.PAD_FROM_BYTES
             return sealing.write_header(
                 found.file_key,
@@ -397,7 +329,7 @@ class Kms:
         the others may have a new version. Raises UnknownKey, Forbidden, BackendUnavailable.
         """
         with self._calls.recorded("rotate", who, Context(), key_id) as call:
-            key = self._key(call, key_id)
+            key = self._choice.key(call, key_id)
             self._calls.sets_out(call)
             for backend in key.sealing:
                 backend.rotate()
@@ -436,14 +368,12 @@ class Kms:
         """The two-argument form, for a caller that acts as one principal."""
         return BoundKms(self, who)
 
-    # -- inside -------------------------------------------------------------------------------------
-
     def _rewrapped(self, call: Call, head: Header, new_context: Context | None, key_id: str | None) -> Sealed:
-        opening, closing = self._rewrapping(call, head, new_context, key_id)
-        found = self._unwrap(call, head, opening)
+        opening, closing = self._choice.rewrapping(call, head, new_context, key_id)
+        found = self._choice.unwrap(call, head, opening)
         if found.origin == "foreign":
             raise InvalidRequest("A foreign file cannot be rewrapped: decrypt it and encrypt it anew")
-        key, ref = self._moving(call, found, new_context, key_id, closing)
+        key, ref = self._choice.moving(call, found, new_context, key_id, closing)
         padded = any(stanza.type == binding.PAD for stanza in head.stanzas)
         rendered = sealing.write_header(
             found.file_key,
@@ -456,109 +386,6 @@ class Kms:
         )
         call.record.bytes_out = call.record.bytes_in - head.size + len(rendered)
         return Sealed(rendered, ref)
-
-    def _moving(
-        self, call: Call, found: Unwrapped, new_context: Context | None, key_id: str | None, closing: str
-    ) -> tuple[Key, KeyRef]:
-        """Where an opened file goes: its new context and key, by default those it had."""
-        if new_context is not None:
-            call.context = new_context
-            call.record.new_context = self.trail.conceal(call.who.tenant, new_context)
-        call.key_id = key_id or found.key.key_id
-        return self._for_sealing(call, closing)
-
-    def _rewrapping(
-        self, call: Call, head: Header, new_context: Context | None, key_id: str | None
-    ) -> tuple[str, str]:
-        """What it takes: the operation alone where key id and context stay: nobody can open more then."""
-        bound = binding.read(head)
-        kept = new_context is None or call.context.is_kept_by(new_context)
-        stays = bound and key_id in {None, bound.key_id} and kept
-        itself = call.record.operation
-        if bound and stays and allows(self.policy, call.who, itself, bound.key_id, call.context):
-            return itself, itself
-        return "decrypt", "encrypt"
-
-    def _for_sealing(self, call: Call, operation: str | None = None) -> tuple[Key, KeyRef]:
-        if self._rules.require_context and not call.context:
-            raise ContextRequired
-        call.context.not_after()
-        key = self._key(call, call.key_id, operation)
-        ref = key.ref(call.who.tenant)
-        call.names(ref)
-        return key, ref
-
-    def _unwrap(self, call: Call, head: Header, operation: str | None = None) -> Unwrapped:
-        """Key choice by the name in the file, then policy, and only then any unwrap."""
-        bound = binding.read(head)
-        version, origin = (bound.key_version, "service") if bound else ("", "foreign")
-        key = self._key(call, bound.key_id if bound else call.key_id, operation, (version, origin))
-        if bound is None:
-            return self._unwrap_foreign(call, head, key)
-        if call.key_id not in {None, bound.key_id}:
-            raise DecryptFailed
-        file_key, ref = _by_first(
-            key.openers(call.who.tenant, bound),
-            lambda backend, ref: sealing.file_key_of(
-                head, backend, ref, context=call.context, named=bound.key_version
-            ),
-        )
-        call.names(ref)
-        _check_not_over(call.context)
-        return Unwrapped(file_key, head.nonce, ref, "service")
-
-    @staticmethod
-    def _unwrap_foreign(call: Call, head: Header, key: Key) -> Unwrapped:
-        if not key.accept_foreign:
-            raise ForeignRefused
-        if call.context:  # given, and the file binds none
-            raise DecryptFailed
-        native = key.native
-        if native is None:
-            raise ForeignRefused("The key has no age identities, and a foreign file is for one of those")
-        file_key, ref = sealing.foreign_file_key(head, native, key.refs(call.who.tenant))
-        call.names(ref, "foreign")
-        return Unwrapped(file_key, head.nonce, ref, "foreign")
-
-    def _key(
-        self,
-        call: Call,
-        key_id: str | None,
-        operation: str | None = None,
-        file: tuple[str, str] = ("", ""),
-    ) -> Key:
-        """Policy first: for a caller who may not use it, a key is as one that does not exist.
-
-        ``file`` is version and origin as a file names them. Refusals name these too; no backend is asked yet.
-        """
-        named = self.keyring.default.key_id if key_id is None else key_id
-        if key := self.keyring.keys.get(named):
-            version, origin = file
-            call.names(KeyRef(call.who.tenant, named, version, key.backend.name), origin)
-        self.policy.require(call.who, operation or call.record.operation, named, call.context)
-        return self.keyring.named(named)
-
-
-def _check_not_over(context: Context) -> None:
-    limit = context.not_after()
-    if limit is not None and datetime.now(UTC) > limit:
-        raise DecryptFailed
-
-
-def _by_first(
-    openers: Iterable[sealing.Wrap], unwrap: Callable[[sealing.Wrapper, KeyRef], R]
-) -> tuple[R, KeyRef]:
-    """By the first backend that answers. Only silence passes on to the next one, never a refusal."""
-    silent: Unreachable | None = None
-    for backend, ref in openers:
-        try:
-            return unwrap(backend, ref), ref
-        except NoMatch:
-            continue
-        except Unreachable as exc:
-            metrics.BACKEND_FAILOVERS.labels(ref.backend).inc()
-            silent = exc
-    raise silent or DecryptFailed
 
 
 @dataclass(frozen=True, slots=True)

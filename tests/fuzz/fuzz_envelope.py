@@ -17,7 +17,7 @@ from kms_core.context import Context
 from kms_core.envelope import binding, header, x25519
 from kms_core.envelope.header import SYNC_LIMITS
 from kms_core.errors import DecryptFailed, ForeignRefused, KmsError, NotACiphertext, TooLarge, UnknownKey
-from kms_core.service import Opened
+from kms_core.results import Opened
 
 MOST_BYTES: Final = 4 * 1024
 WORDS: Final = (*WORDS_OF_HEADERS, b"default", b"other")

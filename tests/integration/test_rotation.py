@@ -18,6 +18,7 @@ from kms_core.audit import Audit, Record
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.verify import verify
 from kms_core.backends.age import AgeBackend
+from kms_core.choice import Rules
 from kms_core.envelope import x25519
 from kms_core.errors import AuditUnavailable, BackendUnavailable, JobsUnavailable, UnknownKey
 from kms_core.jobs import teller
@@ -25,7 +26,7 @@ from kms_core.jobs.build import Core
 from kms_core.jobs.teller import Teller
 from kms_core.keyring import Key, Keyring
 from kms_core.policy import Principal
-from kms_core.service import Kms, Rules
+from kms_core.service import Kms
 from kms_core.tally import Tally
 from kms_core.wire import PREFIX
 from kms_worker.rotation import look_after

@@ -7,6 +7,7 @@ from typing import Final
 import pytest
 
 from agekms import ADA, NO_CONTEXT, ROW, Kept, age_backend, head_of, kms_over
+from kms_core.choice import Rules
 from kms_core.context import Context
 from kms_core.envelope import header, stream, x25519
 from kms_core.envelope.header import FILE_LIMITS
@@ -20,7 +21,7 @@ from kms_core.errors import (
     UnknownKey,
 )
 from kms_core.policy import Principal
-from kms_core.service import Kms, Rules
+from kms_core.service import Kms
 
 FILE_KEY: Final = bytes(range(16))
 BOB: Final = Principal("bob", "other", "test")

@@ -10,6 +10,7 @@ from prometheus_client import REGISTRY
 from agekms import ADA, NO_CONTEXT, ROW, age_backend, file_key_of, head_of, kms_over, types_of
 from kms_core.backends import Health
 from kms_core.backends.age import AgeBackend
+from kms_core.choice import Rules
 from kms_core.context import Context
 from kms_core.envelope import sealing, stream, x25519
 from kms_core.envelope.extents import Extent, Onto
@@ -25,7 +26,8 @@ from kms_core.errors import (
     UnknownKey,
 )
 from kms_core.policy import Principal
-from kms_core.service import Kms, Rules, Unwrapped
+from kms_core.results import Unwrapped
+from kms_core.service import Kms
 
 MiB: Final = 1024 * 1024
 BOB: Final = Principal("bob", "other", "test")

@@ -9,13 +9,14 @@ import pytest
 from agekms import ADA, ROW, Kept, age_backend, head_of, resigned, types_of
 from kms_core.backends import Backend, Unreachable
 from kms_core.backends.jobkey import MOST_FILES
+from kms_core.choice import Rules
 from kms_core.context import Context
 from kms_core.envelope import binding, x25519
 from kms_core.envelope.header import Stanza
 from kms_core.errors import BackendUnavailable, DecryptFailed, ForeignRefused, KmsError
 from kms_core.keyring import Key, Keyring
 from kms_core.policy import AllowAll
-from kms_core.service import Kms, Rules
+from kms_core.service import Kms
 from memory_kms import MemoryCipher, memory_backend
 from peers import program
 

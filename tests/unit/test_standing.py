@@ -7,11 +7,12 @@ import pytest
 
 from agekms import ADA, ROW, Kept, age_backend, head_of
 from kms_core.backends import Backend
+from kms_core.choice import Rules
 from kms_core.envelope import x25519
 from kms_core.errors import UnknownKey
 from kms_core.keyring import Key, Keyring
 from kms_core.policy import AllowAll
-from kms_core.service import Kms, Rules
+from kms_core.service import Kms
 from memory_kms import memory_backend
 
 IDENTITY: Final = x25519.Identity.generate()

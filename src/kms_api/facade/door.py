@@ -15,7 +15,8 @@ from kms_core.context import NUMBER, Context
 from kms_core.envelope import binding, header
 from kms_core.errors import BackendUnavailable, DecryptFailed, InvalidRequest, KmsError, UnknownKey
 from kms_core.policy import Principal
-from kms_core.service import DataKey, Kms, Sealed
+from kms_core.results import DataKey, Sealed
+from kms_core.service import Kms
 
 CONTEXT: Final = "kms:transit.context"
 ASSOCIATED_DATA: Final = "kms:transit.associated_data"

@@ -10,11 +10,12 @@ from kms_client import DEFAULT_URL, Client
 from kms_core import keyring
 from kms_core import settings as settings_file
 from kms_core.audit import Record
+from kms_core.choice import Rules
 from kms_core.context import Context
 from kms_core.envelope.header import FILE_LIMITS
 from kms_core.errors import ConfigurationError
 from kms_core.policy import AllowAll, Principal
-from kms_core.service import Kms, Rules
+from kms_core.service import Kms
 
 HERE: Final = Principal("local")
 

@@ -8,6 +8,7 @@ from kms_core.audit.keeper import Keeper
 from kms_core.auth.doors import Doors
 from kms_core.auth.doors import build as build_doors
 from kms_core.backends.age import AgeBackend, KeyFiles
+from kms_core.choice import Rules as CallRules
 from kms_core.envelope.header import Limits
 from kms_core.jobs import buckets, desk, intake
 from kms_core.jobs.blobs import Spool
@@ -24,7 +25,6 @@ from kms_core.policy import AllowAll, ByScopes, Policy
 from kms_core.scopes import glob
 from kms_core.servers import connect
 from kms_core.service import Kms
-from kms_core.service import Rules as CallRules
 from kms_core.settings import Settings
 from kms_core.settings_auth import auth_files
 

@@ -13,7 +13,8 @@ from kms_core.envelope.slabs import Pace
 from kms_core.errors import DecryptFailed, InvalidRequest, NotACiphertext, TooLarge
 from kms_core.jobs.blobs import UPLOAD, Blob, Label, Spool
 from kms_core.jobs.lease import Held, Lease
-from kms_core.service import Kms, Unwrapped
+from kms_core.results import Unwrapped
+from kms_core.service import Kms
 
 HEAD: Final = "head"
 
