@@ -21,7 +21,7 @@ from kms_core.backends.transit import TransitCipher
 from kms_core.backends.vault import Vault, connect
 from kms_core.backends.vaultkv import KvCipher
 from kms_core.programs.tether import spawn
-from kms_core.settings_sections import VaultKv
+from kms_core.settings_backends import VaultKv
 from peers import program
 
 ROOT_TOKEN: Final = "root"

@@ -15,8 +15,8 @@ from kms_core.backends.guard import Guard, Patience
 from kms_core.backends.vault import Envelope, Vault, connect, path_of, said
 from kms_core.context import Context
 from kms_core.errors import BackendUnavailable, DecryptFailed, InvalidRequest
+from kms_core.settings_backends import Transit
 from kms_core.settings_remote import check_address
-from kms_core.settings_sections import Transit
 from kms_core.wire import ContextIn
 
 DAMAGED = ("message authentication failed", "invalid ciphertext", "disallowed by policy")

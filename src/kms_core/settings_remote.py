@@ -8,7 +8,8 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from kms_core.errors import ConfigurationError
-from kms_core.settings_sections import Settings, Vault
+from kms_core.settings_backends import Vault
+from kms_core.settings_sections import Settings
 
 SECTIONS: Final = {"transit": "transit", "vault-kv": "vault_kv"}
 """Backends that are reached through OpenBao or Vault, and their sections."""

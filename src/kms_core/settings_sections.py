@@ -5,115 +5,26 @@ directory; ``docs/kms.example.toml`` shows what with. No shape shows its values 
 """
 
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, field
 
-KiB: Final = 1024
-MiB: Final = 1024 * KiB
-GiB: Final = 1024 * MiB
+from kms_core.settings_backends import Age, AwsKms, Cosmian, Transit, VaultKv
+from kms_core.settings_base import BackendName, GiB, KeyId, KiB, MiB, Positive, Section, Timeout
 
-KeyId = Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]{1,80}(?!\\s)$")]
 BucketName = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{2,62}(?!\\s)$")]
-BackendName = Literal["age", "cosmian", "transit", "vault-kv", "awskms"]
 Queue = Literal["kms.bulk", "kms.files", "kms.maintenance"]
 JobState = Literal["queued", "running", "committing", "succeeded", "failed", "cancelled"]
 Algorithm = Literal[  # of JWTs: signatures by a private key, nothing else
     "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"
 ]
-Positive = Annotated[int, Meta(ge=1)]
-Timeout = Annotated[float, Meta(gt=0, le=120)]
 Port = Annotated[int, Meta(ge=1, le=65534)]  # the worker's metrics are on port + 1
-
-
-class Section(Struct, frozen=True, kw_only=True):
-    """A table of the file: immutable, and silent in ``repr``, since URLs and API keys are secrets."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(…)"
-
-    def __rich_repr__(self) -> list[tuple[str, object]]:  # msgspec would otherwise list every field to rich
-        return []
 
 
 class Environment(Section, frozen=True, kw_only=True):
     """``[kms.environments.<name>]``: an environment besides dev and prod. The guards of prod are prod's."""
 
     backend: BackendName
-
-
-class Age(Section, frozen=True, kw_only=True):
-    """``[kms.age]``: local X25519 files.
-
-    Default paths: ``age/`` in the state directory where one is named, else ``~/.config/provisioning/age/``.
-    Foreign files are accepted by default in dev only.
-    """
-
-    public_key_path: Path
-    private_key_path: Path
-    data_keys: bool = False
-    accept_foreign: bool
-
-
-class Cosmian(Section, frozen=True, kw_only=True):
-    """``[kms.cosmian]``: needed where Cosmian is the active backend or a key's URI names it."""
-
-    server_url: str | None = None
-    api_key: str | None = None
-    api_key_file: Path | None = None
-    default_key_id: KeyId = "provisioning-master-key"
-    protocol: Literal["auto", "kmip", "jose"] = "auto"
-    tls_verify: bool = True
-    ca_file: Path | None = None
-    client_cert_file: Path | None = None
-    client_key_file: Path | None = None
-    timeout_s: Timeout = 5.0
-
-
-class Vault(Section, frozen=True, kw_only=True):
-    """What ``[kms.transit]`` and ``[kms.vault_kv]`` have in common: a server, and our token there."""
-
-    address: str | None = None
-    token: str | None = None
-    token_file: Path | None = None
-    namespace: str | None = None
-    tls_verify: bool = True
-    ca_file: Path | None = None
-    client_cert: Path | None = None
-    client_key: Path | None = None
-    timeout_s: Timeout = 5.0
-    data_keys: bool = True
-
-
-class Transit(Vault, frozen=True, kw_only=True):
-    """``[kms.transit]``: needed where transit is the active backend or a key's URI names it."""
-
-    mount: str = "transit"
-    key_name: str | None = None
-
-
-class VaultKv(Vault, frozen=True, kw_only=True):
-    """``[kms.vault_kv]``: as ``[kms.transit]``, for vault-kv; ``cache_s`` is how long keys stay in memory."""
-
-    mount: str = "secret"
-    path: str | None = None
-    kv_version: Literal[1, 2] = 2
-    cache_s: Annotated[float, Meta(ge=0, le=3600)] = 60.0
-
-
-class AwsKms(Section, frozen=True, kw_only=True):
-    """``[kms.awskms]``: needed where AWS KMS is the active backend; else what keys named by URI start from.
-
-    What is None is left to AWS's own configuration: ``AWS_*`` variables, ``~/.aws``, a role of the machine.
-    """
-
-    key_id: str | None = None
-    region: str | None = None
-    profile: str | None = None
-    endpoint_url: str | None = None
-    ca_file: Path | None = None
-    timeout_s: Timeout = 5.0
-    data_keys: bool = True
 
 
 class Redis(Section, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from kms_core.envelope.binding import KeyRef
 from kms_core.errors import ConfigurationError, UnknownKey
 from kms_core.keyring import Key, Keyring
 from kms_core.settings import Settings, load
-from kms_core.settings_sections import BackendName
+from kms_core.settings_base import BackendName
 
 OWN: Final = x25519.Identity.generate()
 PAYROLL: Final = x25519.Identity.generate()

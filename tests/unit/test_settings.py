@@ -8,7 +8,8 @@ import pytest
 from kms_core import wire
 from kms_core.errors import ConfigurationError
 from kms_core.settings import VARIABLES, Settings, find, load
-from kms_core.settings_sections import Kms, Section
+from kms_core.settings_base import Section
+from kms_core.settings_sections import Kms
 
 HOME = {"HOME": "/home/ada"}
 EXAMPLE = Path(__file__).parents[2] / "docs/kms.example.toml"

@@ -23,7 +23,7 @@ from kms_core.backends.remote import RemoteBackend
 from kms_core.backends.vault_token import Token
 from kms_core.errors import BackendUnavailable, ConfigurationError, DecryptFailed
 from kms_core.settings import Settings
-from kms_core.settings_sections import Cosmian as Section
+from kms_core.settings_backends import Cosmian as Section
 
 FORM: Final = b"\x01"
 MARK: Final = b"\x01"

@@ -24,7 +24,7 @@ from kms_core.backends import Busy, Unreachable
 from kms_core.backends.http import Answer, Peer, Server, Tls
 from kms_core.backends.vault_token import Token
 from kms_core.errors import BackendUnavailable, ConfigurationError, KmsError
-from kms_core.settings_sections import Vault as Section
+from kms_core.settings_backends import Vault as Section
 
 PRODUCT: Final = "OpenBao or Vault"
 TRY_AGAIN_S: Final = 30.0
