@@ -39,7 +39,9 @@ CANARY: Final = "Kanarienvogel-4711"  # sent where a secret may be; it must not 
 B64_CANARY: Final = b64encode(CANARY.encode()).decode()
 CONTEXT: Final = "env=prod,service=api"
 Json = dict[str, Any]
-_ports: Final = itertools.cycle(range(10_000 + os.getpid() * 20 % 20_000, 32_000, 2))
+_WORKER: Final = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+_PORTS: Final = range(10_000 + 4 * _WORKER, 32_000, 4 * 8)  # four in a row for each of eight processes
+_ports: Final = itertools.cycle([*_PORTS[os.getppid() % 600 :], *_PORTS[: os.getppid() % 600]])
 PROGRAMS: Final = {"api": "kms_api.main", "worker": "kms_worker.main"}
 
 
@@ -54,7 +56,8 @@ def until(fact: Callable[[], object], what: str) -> None:
 def free_port() -> int:
     """A port that is free, and so is the next one, for the worker's metrics.
 
-    Each test process has ports of its own, and none that the system gives to connections going out.
+    Each test process has ports of its own: a neighbour's service would answer in place of one that is still
+    starting. None is one that the system gives to connections going out.
     """
     for number in _ports:
         with socket.socket() as first, socket.socket() as second:

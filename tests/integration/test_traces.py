@@ -195,7 +195,7 @@ def test_no_span_carries_what_a_caller_sent(traced: Traced, collector: Collector
     for body in collector.bodies:
         assert CANARY.encode() not in body
         assert B64_CANARY.encode() not in body
-        assert b"team" in body
+        assert b"team" in body or b"here" in body  # what our programs send, and what this process did
 
 
 def test_a_malformed_traceparent_begins_a_trace_of_its_own(traced: Traced, collector: Collector) -> None:

@@ -437,7 +437,8 @@ def test_an_endpoint_of_one_tenant_is_for_another_as_if_it_were_not_there(
                 taken = {(tenant, name) for tenant in headers for name in ("acme", "both", "all")} - {
                     ("web", "acme")
                 }
-                assert {way(*pair).status_code for pair in taken} == {202}
+                answers = [way(*pair) for pair in taken]
+                assert [answer.text for answer in answers if answer.status_code != 202] == []
                 foreign, unknown = way("web", "acme"), way("web", "none")
                 check_problem(foreign, 422, "invalid_request")
                 assert foreign.json() | {"request_id": ""} == unknown.json() | {"request_id": ""}
