@@ -41,6 +41,8 @@ SCOPES: Final = (
 )
 _PLAINTEXT: Final = b64encode(bytes(SIZE)).decode()
 _BODY: Final = json.dumps({"plaintext": _PLAINTEXT, "context": CONTEXT})
+_PLAIN: Final = json.dumps({"plaintext": _PLAINTEXT})
+ABOUT: Final = f"{PROCESSES} API processes; one connection reaches one of them. Client: `wrk`, one thread."
 _RATE: Final = Scale(key="rate", unit="requests/s", digits=0, more_is_better=True)
 _CPU: Final = Scale(key="cpu_request_s", unit="µs of processor a request", factor=1e6, digits=0)
 _P50, _P99 = (Scale(key=key, factor=1e3) for key in ("p50_s", "p99_s"))
@@ -64,12 +66,15 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Settings of ours: who is asked, and what becomes of the record."""
+    """Settings of ours: who is asked, and what becomes of the record; and what is sent."""
 
     name: str
     has_auth: bool
     durability: str = ""
     """``write``, ``fsync``, or empty for no trail at all."""
+    path: str = f"{PREFIX}/encrypt"
+    body: str = _BODY
+    scopes: tuple[str, ...] = SCOPES
 
 
 WAYS: Final = (
@@ -97,28 +102,35 @@ def main() -> None:
             prefix="kms-bench-", dir=report.place(options.given.dir), ignore_cleanup_errors=True
         )
         folder = Path(stack.enter_context(name))
-        servers = [stack.enter_context(_ours(way, folder / str(at))) for at, way in enumerate(WAYS)]
+        servers = [stack.enter_context(ours(way, folder / str(at))) for at, way in enumerate(WAYS)]
         servers += [
-            stack.enter_context(_bao(folder / "bao-audit", has_audit=True)),
-            stack.enter_context(_bao(folder / "bao", has_audit=False)),
+            stack.enter_context(theirs(folder / "bao-audit", has_audit=True)),
+            stack.enter_context(theirs(folder / "bao", has_audit=False)),
         ]
         budget = options.budget(len(CONNECTIONS))
-        parts = []
-        for connections in CONNECTIONS:
-            contenders = [
-                Contender(server.name, _run(server, connections, options.given.seconds)) for server in servers
-            ]
-            found = in_turn(contenders, options.plan, budget.share())
-            more: dict[str, Cell] = {
-                "p50 ms": _P50.median,
-                "p99 ms": _P99.median,
-                _CPU.unit: _CPU.median,
-                "spread of that": _CPU.spread,
-            }
-            title = f"POST /encrypt, {SIZE:,} B, {connections} connection{'s' * (connections > 1)}"
-            parts.append(report.table(title, found, _RATE, more=more))
-    options.write(
-        [*parts, f"{PROCESSES} API processes; one connection reaches one of them. Client: `wrk`, one thread."]
+        parts = [
+            compared(f"POST /encrypt, {SIZE:,} B", servers, connections, options, budget.share())
+            for connections in CONNECTIONS
+        ]
+    options.write([*parts, ABOUT])
+
+
+def compared(
+    title: str, servers: Sequence[Server], connections: int, options: report.Options, share_s: float
+) -> str:
+    """A table of these servers, loaded in turn."""
+    contenders = [
+        Contender(server.name, _run(server, connections, options.given.seconds)) for server in servers
+    ]
+    found = in_turn(contenders, options.plan, share_s)
+    more: dict[str, Cell] = {
+        "p50 ms": _P50.median,
+        "p99 ms": _P99.median,
+        _CPU.unit: _CPU.median,
+        "spread of that": _CPU.spread,
+    }
+    return report.table(
+        f"{title}, {connections} connection{'s' * (connections > 1)}", found, _RATE, more=more
     )
 
 
@@ -130,7 +142,7 @@ def _run(server: Server, connections: int, seconds: float) -> Callable[[], Readi
 
 
 @contextmanager
-def _ours(way: Way, state: Path) -> Iterator[Server]:
+def ours(way: Way, state: Path) -> Iterator[Server]:
     """The service, ready. Without Redis: single calls do not ask it."""
     token, port = _prepared(way, state), running.free_port()
     argv = [*PYTHON, "kms_api.main", "--config", str(state / "kms.toml")]
@@ -140,7 +152,7 @@ def _ours(way: Way, state: Path) -> Iterator[Server]:
     with running.started(argv, env, f"http://127.0.0.1:{port}/livez") as leader:
         pids = _answering(leader)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        yield Server(way.name, Shot(f"http://127.0.0.1:{port}{PREFIX}/encrypt", _BODY, headers), pids)
+        yield Server(way.name, Shot(f"http://127.0.0.1:{port}{way.path}", way.body, headers), pids)
 
 
 def _answering(leader: int) -> Sequence[int]:
@@ -163,7 +175,7 @@ def _prepared(way: Way, state: Path) -> str:
     up.make_dev_keys(settings_file.load(state / "kms.toml", _environ(state)))
     if not way.has_auth:
         return ""
-    return tokens.create(state / "tokens.json", Wish("ci", "default", SCOPES, timedelta(days=1)))[1]
+    return tokens.create(state / "tokens.json", Wish("ci", "default", way.scopes, timedelta(days=1)))[1]
 
 
 def _environ(state: Path) -> dict[str, str]:
@@ -175,14 +187,14 @@ def _environ(state: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _bao(folder: Path, *, has_audit: bool) -> Iterator[Server]:
+def theirs(folder: Path, *, has_audit: bool, body: str = _PLAIN) -> Iterator[Server]:
     """A dev server, in memory; its trail is a file on the same disk as ours."""
     folder.mkdir()
     server = Bao(folder, audit=folder / "audit.log" if has_audit else None)
     try:
         shot = Shot(
             f"{server.url}/v1/transit/encrypt/{server.new_key()}",
-            json.dumps({"plaintext": _PLAINTEXT}),
+            body,
             {"X-Vault-Token": server.token()},
         )
         yield Server(f"OpenBao transit, {'file audit' if has_audit else 'no audit'}", shot, [server.pid])

@@ -41,7 +41,8 @@ CONTEXT: Final = "env=prod,service=api"
 Json = dict[str, Any]
 _WORKER: Final = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
 _PORTS: Final = range(10_000 + 4 * _WORKER, 32_000, 4 * 8)  # four in a row for each of eight processes
-_ports: Final = itertools.cycle([*_PORTS[os.getppid() % 600 :], *_PORTS[: os.getppid() % 600]])
+_BEGIN: Final = os.getppid() % 600  # other runs on this machine begin elsewhere
+_ports: Final[Iterator[int]] = itertools.cycle([*_PORTS[_BEGIN:], *_PORTS[:_BEGIN]])
 PROGRAMS: Final = {"api": "kms_api.main", "worker": "kms_worker.main"}
 
 
