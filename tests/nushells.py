@@ -11,8 +11,9 @@ from typing import Any, Final
 
 import pytest
 
+from peers import kept
+
 ROOT: Final = Path(__file__).parents[1]
-CACHE: Final = ROOT / ".cache" / "nushell"
 MODULE: Final = ROOT / "nu" / "kms"
 TIMEOUT_S: Final = 60
 USE: Final = "use nu/kms"
@@ -71,15 +72,23 @@ def unframed(text: str) -> str:
 
 def fetched(version: str) -> Path:
     """A nu of this version; fetched once."""
-    folder, npm = CACHE / version, shutil.which("npm")
-    pattern = "node_modules/@nushell/*/bin/nu"
-    if npm and not list(folder.glob(pattern)):
-        folder.mkdir(parents=True, exist_ok=True)
-        package = f"nushell@{version}"
-        install = [npm, "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder), package]
-        subprocess.run(install, check=False, capture_output=True, timeout=120)
-    for found in folder.glob(pattern):
-        return found
+    pattern, npm = "node_modules/@nushell/*/bin/nu", shutil.which("npm")
+    with kept(f"nushell-{version}") as folder:
+        if npm and not list(folder.glob(pattern)):
+            package = f"nushell@{version}"
+            install = [
+                npm,
+                "install",
+                "--silent",
+                "--no-audit",
+                "--no-fund",
+                "--prefix",
+                str(folder),
+                package,
+            ]
+            subprocess.run(install, check=False, capture_output=True, timeout=120)
+        for found in folder.glob(pattern):
+            return found
     if os.environ.get("CI"):
         pytest.fail("npm could not fetch nushell, and CI must not skip what it runs")
     pytest.skip("npm could not fetch nushell")

@@ -1,9 +1,16 @@
-"""Programs of others that tests compare with: a missing one skips at home and fails in CI."""
+"""What others made and tests compare with: a missing program skips at home and fails in CI."""
 
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
 
 import pytest
+
+_CACHE: Final = Path(__file__).parents[1] / ".cache"
 
 
 def program(name: str) -> str:
@@ -14,3 +21,13 @@ def program(name: str) -> str:
     if os.environ.get("CI"):
         pytest.fail(f"{name} is not on the PATH, and CI must not skip what compares with it")
     pytest.skip(f"{name} is not on the PATH")
+
+
+@contextmanager
+def kept(name: str) -> Iterator[Path]:
+    """The folder ``.cache/<name>``, for one test process at a time: others wait while the first fetches."""
+    folder = _CACHE / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (_CACHE / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder

@@ -14,12 +14,11 @@ from cli.conftest import BIN
 from cli.keyed import SSH_KEYS, Desk, desk, write_key, write_ssh_key
 from kms_core.envelope import armor, hybrid
 from kms_core.envelope.header import FILE_LIMITS, parse
-from peers import program
+from peers import kept, program
 
 MIB = 1024 * 1024
 SIZES = [0, 1, 65535, 65536, 65537, MIB - 1, MIB, MIB + 1, 20 * MIB]
 TYPAGE = "age-encryption@0.3.1"
-CACHE = Path(__file__).parents[2] / ".cache" / "typage"
 Way = Callable[[Desk, list[str], bytes], bytes]
 
 
@@ -120,15 +119,16 @@ def pq(desk: Desk) -> hybrid.Identity:
 def typage() -> Path:
     """The age of the browsers, which knows post-quantum keys; fetched once."""
     npm = shutil.which("npm")
-    if npm and not (CACHE / "node_modules" / "age-encryption").exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        install = [npm, "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(CACHE), TYPAGE]
-        subprocess.run(install, check=False, capture_output=True, timeout=120)
-    if not (CACHE / "node_modules" / "age-encryption").exists():
-        if os.environ.get("CI"):
-            pytest.fail(f"npm could not fetch {TYPAGE}, and CI must not skip what compares with it")
-        pytest.skip(f"npm could not fetch {TYPAGE}")
-    return CACHE
+    with kept("typage") as folder:
+        library = folder / "node_modules" / "age-encryption"
+        if npm and not library.exists():
+            install = [npm, "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder), TYPAGE]
+            subprocess.run(install, check=False, capture_output=True, timeout=120)
+        if library.exists():
+            return folder
+    if os.environ.get("CI"):
+        pytest.fail(f"npm could not fetch {TYPAGE}, and CI must not skip what compares with it")
+    pytest.skip(f"npm could not fetch {TYPAGE}")
 
 
 def javascript(typage: Path, work: str, key: str, given: bytes) -> bytes:

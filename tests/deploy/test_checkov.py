@@ -9,10 +9,10 @@ from typing import Final
 import pytest
 import yaml
 
-from artefacts import DEPLOY, OVERLAYS, ROOT, kustomized, run, tool
+from artefacts import DEPLOY, OVERLAYS, kustomized, run, tool
+from peers import kept
 
 LOCK: Final = Path(__file__).with_name("checkov.lock")
-HOME: Final = ROOT / ".cache/checkov"
 SKIPPED: Final = {
     "CKV_K8S_43": "who deploys builds the image: its digest is not known here (deploy/README.md pins it)",
     "CKV_K8S_15": "as above: versions are not moved, so a node need not ask for one each time",
@@ -23,19 +23,19 @@ SKIPPED: Final = {
 @pytest.fixture(scope="module")
 def checkov() -> Path:
     """The program; installed once for each lock."""
-    stamp, program = HOME / "lock", HOME / "bin/checkov"
-    if not stamp.exists() or stamp.read_bytes() != LOCK.read_bytes():
-        shutil.rmtree(HOME, ignore_errors=True)
-        uv = tool("uv")
-        made = run(uv, "venv", "--quiet", HOME)
-        pip = (uv, "pip", "install", "--quiet", "--python", HOME / "bin/python", "--require-hashes")
-        done = run(*pip, "--only-binary", ":all:", "-r", LOCK) if made.returncode == 0 else made
-        if done.returncode != 0:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(
-                f"checkov cannot be installed: {done.stderr}"
-            )
-        stamp.write_bytes(LOCK.read_bytes())
-    return program
+    with kept("checkov") as home:
+        stamp = home / "lock"
+        if not stamp.exists() or stamp.read_bytes() != LOCK.read_bytes():
+            uv = tool("uv")
+            made = run(uv, "venv", "--quiet", "--clear", home)
+            pip = (uv, "pip", "install", "--quiet", "--python", home / "bin/python", "--require-hashes")
+            done = run(*pip, "--only-binary", ":all:", "-r", LOCK) if made.returncode == 0 else made
+            if done.returncode != 0:
+                (pytest.fail if os.environ.get("CI") else pytest.skip)(
+                    f"checkov cannot be installed: {done.stderr}"
+                )
+            stamp.write_bytes(LOCK.read_bytes())
+    return home / "bin/checkov"
 
 
 def test_nothing_is_found_but_what_has_a_reason(checkov: Path, tmp_path: Path) -> None:

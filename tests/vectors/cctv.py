@@ -5,6 +5,7 @@ See README.md beside this file for their origin and licence.
 
 import base64
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -16,11 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import Final, Self
 
+from peers import kept
+
 VERSION: Final = "0.2.0"
 SHA256: Final = "94a2a220a95b158a69997e84405bb5d4ef84adf05d15bf341b83ec3ba9dd846e"
 COUNT: Final = 143
-_CACHE: Final = Path(__file__).parents[2] / ".cache"
-_ARCHIVE: Final = _CACHE / f"cctv-age-{VERSION}.tgz"
 _ENTRY: Final = re.compile(
     r'^// \.\./testdata/(\w+)\nvar \w+ = __toBinary\("([A-Za-z0-9+/=]*)"\);$', re.MULTILINE
 )
@@ -65,14 +66,16 @@ class Vector:
 @cache
 def load() -> list[Vector]:
     """All vectors, fetched where the cache has none. None of them if that fails at home; an error in CI."""
-    if not _ARCHIVE.exists() and not _fetched():
-        if os.environ.get("CI") == "true":
-            raise FileNotFoundError("the CCTV vectors could not be fetched: npm is missing or failed")
-        return []
-    data = _ARCHIVE.read_bytes()
+    with kept("cctv") as folder:
+        archived = folder / f"cctv-age-{VERSION}.tgz"
+        if not archived.exists() and not _fetched(folder):
+            if os.environ.get("CI") == "true":
+                raise FileNotFoundError("the CCTV vectors could not be fetched: npm is missing or failed")
+            return []
+        data = archived.read_bytes()
     if hashlib.sha256(data).hexdigest() != SHA256:
-        raise ValueError(f"{_ARCHIVE} is not the archive that was pinned; delete it to fetch it again")
-    with tarfile.open(_ARCHIVE) as archive:
+        raise ValueError(f"{archived} is not the archive that was pinned; delete it to fetch it again")
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         index = archive.extractfile("package/index.js")
         if index is None:
             raise ValueError("the archive has no package/index.js")
@@ -80,12 +83,11 @@ def load() -> list[Vector]:
     return [Vector.parse(name, base64.b64decode(text)) for name, text in entries]
 
 
-def _fetched() -> bool:
+def _fetched(folder: Path) -> bool:
     npm = shutil.which("npm")
     if npm is None:
         return False
-    _CACHE.mkdir(exist_ok=True)
-    command = [npm, "pack", "--silent", f"cctv-age@{VERSION}", "--pack-destination", str(_CACHE)]
+    command = [npm, "pack", "--silent", f"cctv-age@{VERSION}", "--pack-destination", str(folder)]
     return subprocess.run(command, check=False, capture_output=True, timeout=60).returncode == 0
 
 
