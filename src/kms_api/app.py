@@ -29,6 +29,7 @@ from kms_api.routes import (
     jobs,
     keys,
     operations,
+    reference,
     secrets,
     ui,
     ui_forms,
@@ -53,6 +54,7 @@ ROUTERS: Final = tuple(
     for part in (secrets, filekeys, batch, codec, jobs, files, intake, webhooks, keys, audit, operations)
 )
 UI: Final = (ui.router, ui_forms.router)
+REFERENCE: Final = (reference.router,)
 DOCUMENTED: Final = {wire.PREFIX: ROUTERS, "": (operations.probes,)}
 """What the OpenAPI page is of, by prefix."""
 
@@ -77,6 +79,8 @@ def build(settings: Settings) -> ASGIApp:
         title=document.TITLE,
         lifespan=_with_helpers(core, watch),
         openapi_url="/openapi.json" if settings.kms.server.docs else None,
+        docs_url=None,
+        redoc_url=None,
         redirect_slashes=False,  # a redirected POST would send its secret twice
     )
     app.state.service = Service(
@@ -92,7 +96,7 @@ def build(settings: Settings) -> ASGIApp:
     for router in ROUTERS:
         rules.include(app, router, wire.PREFIX)
     rules.include(app, operations.probes)
-    for router in UI:
+    for router in (*UI, *(REFERENCE if settings.kms.server.docs else ())):
         rules.include(app, router)
     problems.install(app)
     metrics.BUILD_INFO.labels(__version__).set(1)

@@ -85,8 +85,9 @@ UI_RULES: Final[Mapping[tuple[str, str], Rule]] = {
     ("POST", "/ui/login"): OPEN,
     ("POST", "/ui/logout"): CALLER,
     ("GET", "/ui/static/{name}"): OPEN,
+    ("GET", "/docs"): OPEN,
 }
-"""The page for operators, which is no part of the API: the whole paths, since it has no prefix."""
+"""Pages for people, which are no part of the API: the whole paths, since they have no prefix."""
 UI_OPEN: Final = frozenset(
     f"{UI}/{name}" for name in ("login", "static/page.css", "static/page.js", "static/icon.svg")
 )
@@ -126,8 +127,9 @@ VAULT_RULES: Final[Mapping[tuple[str, str], Rule]] = {
 """The façade (docs/facade.md), where it is enabled: the whole paths; a mount may have several segments."""
 VAULT_OPEN: Final = frozenset(path for (_, path), rule in VAULT_RULES.items() if rule.open)
 METRICS: Final = "/metrics"
-PAGES: Final = frozenset({"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
-"""Of FastAPI: the shapes of this API, which are public. ``[kms.server] docs`` says whether there are any."""
+DOCS: Final = "/docs"
+PAGES: Final = frozenset({DOCS, "/openapi.json"})
+"""The shapes of this API, which are public. ``[kms.server] docs`` says whether there are any."""
 OPEN_PATHS: Final = PAGES | {f"{PREFIX}/health", "/livez", "/readyz"}
 
 
@@ -163,8 +165,8 @@ class Ruled(APIRoute):
 
 
 def is_ui(path: str) -> bool:
-    """Whether a path belongs to the page."""
-    return path == UI or path.startswith(f"{UI}/")
+    """Whether a path is a page for people."""
+    return path in {UI, DOCS} or path.startswith(f"{UI}/")
 
 
 def is_vault(path: str) -> bool:

@@ -135,7 +135,7 @@ def submitted(guarded: Guarded, tenant: str = "default") -> str:
 
 
 def test_every_route_of_the_page_stands_in_its_table_and_none_on_the_openapi_page(service: Service) -> None:
-    routes = [route for router in app.UI for route in router.routes]
+    routes = [route for router in (*app.UI, *app.REFERENCE) for route in router.routes]
     served = {
         (method, route.path)
         for route in routes
@@ -148,7 +148,7 @@ def test_every_route_of_the_page_stands_in_its_table_and_none_on_the_openapi_pag
     assert "/ui" not in service.http.get("/openapi.json").text
 
 
-@pytest.mark.parametrize("path", [*PAGES, *FILES])
+@pytest.mark.parametrize("path", [*PAGES, "/docs", *FILES])
 def test_pages_answer_on_loopback_with_strict_headers(service: Service, path: str) -> None:
     answer = service.http.get(path)
 

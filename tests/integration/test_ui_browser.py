@@ -106,6 +106,8 @@ def test_every_page_looks_right_in_dark_and_light_and_keeps_its_policy(
     for path, name in pages.items():
         browser.open(f"{guarded.url}/ui{path}")
         seen(browser, folder, name)
+    browser.open(f"{guarded.url}/docs")
+    seen(browser, folder, "reference")
 
     expected = f"{guarded.url}/ui/jobs/none"  # the status of the page that refuses, on purpose
     assert [said for said in browser.complaints if expected not in said] == []
