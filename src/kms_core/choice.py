@@ -82,7 +82,7 @@ class Choice:
         file_key, ref = by_first(
             key.openers(call.who.tenant, bound),
             lambda backend, ref: sealing.file_key_of(
-                head, backend, ref, context=call.context, named=bound.key_version
+                head, backend, ref, context=call.context, bound=bound
             ),
         )
         call.names(ref)

@@ -157,9 +157,7 @@ class Kms:
             key = self._choice.key(call, bound.key_id, file=(bound.key_version, "service"))
             (file_key, proven), ref = by_first(
                 key.openers(who.tenant, bound),
-                lambda backend, ref: sealing.take_over(
-                    given, backend, ref, context=context, named=bound.key_version
-                ),
+                lambda backend, ref: sealing.take_over(given, backend, ref, context=context, bound=bound),
             )
             origin: Origin = "service" if proven else "foreign"
             call.names(ref, origin)

@@ -6,7 +6,7 @@ import pytest
 from agekms import NO_CONTEXT, ROW, head_of
 from kms_core.context import Context
 from kms_core.envelope import binding, header
-from kms_core.envelope.binding import CONTEXT, ORIGIN, PAD, WRAP, KeyRef
+from kms_core.envelope.binding import CONTEXT, ORIGIN, PAD, WRAP, Bound, KeyRef
 from kms_core.envelope.header import VERSION_LINE, Header, Stanza
 from kms_core.errors import DecryptFailed
 
@@ -19,6 +19,12 @@ NATIVE: Final = Stanza(("X25519", "share"), bytes(32))
 BOUND: Final = Stanza((CONTEXT, "1", "payroll", "0a1b2c3d", SALT), bytes(32))
 MADE: Final = Stanza((ORIGIN, "1"), bytes(32))
 FILLER: Final = Stanza((PAD, "000"), b"")
+
+
+def bound_by(context: Stanza) -> Bound:
+    bound = binding.read(head(NATIVE, context))
+    assert bound
+    return bound
 
 
 def head(*stanzas: Stanza) -> Header:
@@ -155,20 +161,26 @@ OTHERS: Final = pytest.mark.parametrize(
 
 
 def test_the_context_of_the_sealing_fits() -> None:
-    binding.check_context(binding.context_stanza(FILE_KEY, KEY, ROW), FILE_KEY, KEY, ROW)
+    bound = bound_by(binding.context_stanza(FILE_KEY, KEY, ROW))
+
+    binding.check_context(bound, FILE_KEY, KEY.tenant, ROW)
 
 
 @OTHERS
 def test_no_other_context_or_name_fits(names: dict[str, str], context: Context) -> None:
-    stanza = binding.context_stanza(FILE_KEY, KEY, ROW)
+    key = replace(KEY, **names)
+    tag = binding.context_stanza(FILE_KEY, KEY, ROW)
+    bound = replace(bound_by(tag), key_id=key.key_id, key_version=key.version)
 
     with pytest.raises(DecryptFailed):
-        binding.check_context(stanza, FILE_KEY, replace(KEY, **names), context)
+        binding.check_context(bound, FILE_KEY, key.tenant, context)
 
 
 def test_no_other_file_key_fits() -> None:
+    bound = bound_by(binding.context_stanza(FILE_KEY, KEY, ROW))
+
     with pytest.raises(DecryptFailed):
-        binding.check_context(binding.context_stanza(FILE_KEY, KEY, ROW), bytes(16), KEY, ROW)
+        binding.check_context(bound, bytes(16), KEY.tenant, ROW)
 
 
 def test_one_context_looks_different_in_every_file() -> None:

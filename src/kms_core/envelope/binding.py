@@ -9,11 +9,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from kms_core.context import Context, length_prefixed
 from kms_core.envelope.header import Header, Stanza, b64decode, b64encode, render_stanza
-from kms_core.envelope.kdf import hkdf
+from kms_core.envelope.kdf import hkdf, mac
 from kms_core.errors import DecryptFailed
 
 OWN_PREFIX: Final = "kms-service/"
@@ -30,9 +31,13 @@ MAX_WRAPS: Final = 4  # each may cost a call to a backend
 MAX_WRAP_BYTES: Final = 4096
 _CONTEXT_INFO: Final = b"kms-service/context/1"
 _ORIGIN_INFO: Final = b"kms-service/origin/1"
-_HANDED_INFO: Final = b"kms-service/origin/2"
 _COMMITMENT_INFO: Final = b"kms-service/commitment/1"
-_WRAP_LABEL: Final = b"kms-service/wrap/1"
+_CONTEXT_BOUND: Final = length_prefixed(_CONTEXT_INFO)
+_MADE: Final = length_prefixed(_ORIGIN_INFO)
+_HANDED: Final = length_prefixed(b"kms-service/origin/2")
+_WRAPPED: Final = length_prefixed(b"kms-service/wrap/1")
+_ONCE: Final = frozenset({CONTEXT, ORIGIN, PAD})
+_ORIGINS: Final = frozenset({(ORIGIN, FORMAT_VERSION), (ORIGIN, ORIGIN_HANDED)})
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 
 
@@ -67,6 +72,7 @@ class Bound:
     key_id: str
     key_version: str
     context: Stanza
+    salt: bytes
     origin: bytes | None
     wraps: tuple[Wrap, ...] = ()
     names_nonce: bool = True
@@ -83,22 +89,23 @@ def read_stanzas(stanzas: Sequence[Stanza]) -> Bound | None:
     Raises DecryptFailed if one is of unknown type, version or shape, or stands twice, or if some but not
     the context stanza are there.
     """
-    own = [stanza for stanza in stanzas if stanza.type.startswith(OWN_PREFIX)]
-    if not own:
+    found: dict[str, Stanza] = {}
+    wraps: list[Wrap] = []
+    for stanza in stanzas:
+        kind = stanza.type
+        if not kind.startswith(OWN_PREFIX):
+            continue
+        if kind == WRAP:
+            wraps.append(read_wrap(stanza))
+        elif kind in found or kind not in _ONCE:
+            raise DecryptFailed
+        else:
+            found[kind] = stanza
+    if not found and not wraps:
         return None
-    context = _one(own, CONTEXT)
-    origin = _one(own, ORIGIN)
-    pad = _one(own, PAD)
-    known = len([stanza for stanza in (context, origin, pad) if stanza])
-    wraps = tuple(read_wrap(stanza) for stanza in own if stanza.type == WRAP)
-    if context is None or len(own) != known + len(wraps):
-        raise DecryptFailed
     if len({(wrap.backend, wrap.key_id) for wrap in wraps}) != len(wraps) or len(wraps) > MAX_WRAPS:
         raise DecryptFailed
-    _check_shapes(context, origin, pad)
-    handed = origin is not None and origin.args[1] == ORIGIN_HANDED
-    tag = origin.body if origin else None
-    return Bound(context.args[2], context.args[3], context, tag, wraps, names_nonce=not handed)
+    return _bound(found.get(CONTEXT), found.get(ORIGIN), found.get(PAD), tuple(wraps))
 
 
 def wrap_stanza(key: KeyRef, body: bytes, job: bytes = b"") -> Stanza:
@@ -123,14 +130,14 @@ def read_wrap(stanza: Stanza) -> Wrap:
 def context_stanza(file_key: bytes, key: KeyRef, context: Context) -> Stanza:
     """``-> kms-service/context 1 <key-id> <key-version> <salt>`` and a 32-byte tag, also for no context."""
     salt = os.urandom(SALT_BYTES)
-    tag = _context_tag(file_key, salt, key, context)
+    tag = _context_tag(file_key, salt, _names(key.tenant, key.key_id, key.version), context)
     return Stanza((CONTEXT, FORMAT_VERSION, key.key_id, key.version, b64encode(salt).decode("ascii")), tag)
 
 
-def check_context(stanza: Stanza, file_key: bytes, key: KeyRef, context: Context) -> None:
+def check_context(bound: Bound, file_key: bytes, tenant: str, context: Context) -> None:
     """Raise DecryptFailed unless tenant, key id, version and context are those of the sealing."""
-    salt = b64decode(stanza.args[4].encode("ascii"))
-    if not hmac.compare_digest(stanza.body, _context_tag(file_key, salt, key, context)):
+    names = _names(tenant, bound.key_id, bound.key_version)
+    if not hmac.compare_digest(bound.context.body, _context_tag(file_key, bound.salt, names, context)):
         raise DecryptFailed
 
 
@@ -152,24 +159,18 @@ def origin_tag(
 ) -> bytes:
     """The 32 bytes of the origin stanza: an age recipient is public, so the wrap alone proves nothing."""
     commitment = hkdf(file_key, salt=b"", info=_COMMITMENT_INFO)
-    named = _names(key)
+    named = _names(key.tenant, key.key_id, key.version)
     if nonce is None:
-        message = length_prefixed(_HANDED_INFO, *named, context.canonical(), commitment)
+        message = _HANDED + named + length_prefixed(context.canonical(), commitment)
     else:
-        message = length_prefixed(_ORIGIN_INFO, *named, context.canonical(), nonce, commitment)
+        message = _MADE + named + length_prefixed(context.canonical(), nonce, commitment)
     return hmac.digest(mac_key, message, "sha256")
 
 
 def wrap_aad(key: KeyRef, context: Stanza) -> bytes:
     """What a remote wrap authenticates: names and the context stanza's body, never a context value."""
-    return length_prefixed(
-        _WRAP_LABEL,
-        key.tenant.encode(),
-        key.key_id.encode(),
-        key.backend.encode(),
-        key.version.encode(),
-        context.body,
-    )
+    named = _names(key.tenant, key.key_id, key.backend, key.version)
+    return _WRAPPED + named + length_prefixed(context.body)
 
 
 def pad_stanza(rendered: Sequence[Stanza], mac_line_bytes: int, head_bytes: int, multiple: int) -> Stanza:
@@ -179,34 +180,36 @@ def pad_stanza(rendered: Sequence[Stanza], mac_line_bytes: int, head_bytes: int,
     return Stanza((PAD, "0" * (1 + -(taken + smallest) % multiple)), b"")
 
 
-def _context_tag(file_key: bytes, salt: bytes, key: KeyRef, context: Context) -> bytes:
+def _context_tag(file_key: bytes, salt: bytes, names: bytes, context: Context) -> bytes:
     mac_key = hkdf(file_key, salt=salt, info=_CONTEXT_INFO)
-    return hmac.digest(mac_key, length_prefixed(_CONTEXT_INFO, *_names(key), context.canonical()), "sha256")
+    return mac(mac_key, _CONTEXT_BOUND + names + length_prefixed(context.canonical()))
 
 
-def _names(key: KeyRef) -> tuple[bytes, bytes, bytes]:
-    return key.tenant.encode(), key.key_id.encode(), key.version.encode()
+@lru_cache(maxsize=256)
+def _names(*names: str) -> bytes:
+    """Length-prefixed: a handful of keys is named in file after file."""
+    return length_prefixed(*(name.encode() for name in names))
 
 
-def _one(stanzas: Sequence[Stanza], kind: str) -> Stanza | None:
-    found = [stanza for stanza in stanzas if stanza.type == kind]
-    if len(found) > 1:
+def _bound(context: Stanza | None, origin: Stanza | None, pad: Stanza | None, wraps: tuple[Wrap, ...]) -> Bound:
+    if context is None:
         raise DecryptFailed
-    return found[0] if found else None
-
-
-def _check_shapes(context: Stanza, origin: Stanza | None, pad: Stanza | None) -> None:
     try:
-        _, version, key_id, key_version, salt = context.args
+        _, version, key_id, key_version, salt_text = context.args
     except ValueError as exc:
         raise DecryptFailed from exc
     named = _NAME.fullmatch(key_id) and _NAME.fullmatch(key_version)
-    if version != FORMAT_VERSION or not named or len(b64decode(salt.encode("ascii"))) != SALT_BYTES:
+    salt = b64decode(salt_text.encode("ascii"))
+    if version != FORMAT_VERSION or not named or len(salt) != SALT_BYTES or len(context.body) != TAG_BYTES:
         raise DecryptFailed
-    if len(context.body) != TAG_BYTES:
-        raise DecryptFailed
-    shapes = {(ORIGIN, FORMAT_VERSION), (ORIGIN, ORIGIN_HANDED)}
-    if origin and (origin.args not in shapes or len(origin.body) != TAG_BYTES):
+    _check_others(origin, pad)
+    tag = origin.body if origin else None
+    handed = origin is not None and origin.args[1] == ORIGIN_HANDED
+    return Bound(key_id, key_version, context, salt, tag, wraps, names_nonce=not handed)
+
+
+def _check_others(origin: Stanza | None, pad: Stanza | None) -> None:
+    if origin and (origin.args not in _ORIGINS or len(origin.body) != TAG_BYTES):
         raise DecryptFailed
     if pad and (pad.body or len(pad.args) != 2 or set(pad.args[1]) != {"0"}):  # noqa: PLR2004 -- type and filler
         raise DecryptFailed

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from kms_core.envelope.kdf import hkdf
+from kms_core.envelope.kdf import hkdf, mac
 from kms_core.errors import DecryptFailed, NotACiphertext, TooLarge
 
 VERSION_LINE: Final = b"age-encryption.org/v1\n"
@@ -178,7 +178,7 @@ def b64decode(text: bytes) -> bytes:
 
 
 def _mac(file_key: bytes, signed: bytes) -> bytes:
-    return hmac.digest(hkdf(file_key, salt=b"", info=b"header"), signed, "sha256")
+    return mac(hkdf(file_key, salt=b"", info=b"header"), signed)
 
 
 def _stanzas(lines: list[bytes]) -> tuple[Stanza, ...]:

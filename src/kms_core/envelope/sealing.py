@@ -8,7 +8,7 @@ two payloads.
 import hmac
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from kms_core.context import Context
@@ -58,7 +58,8 @@ def begin(
     wrapper: Wrapper, key: KeyRef, context: Context, *, padded: bool = False, others: Sequence[Wrap] = ()
 ) -> Sealing:
     """Start a new file under a fresh file key. ``padded`` rounds the header to 4 KiB, from 1 MiB on."""
-    file_key, nonce = os.urandom(FILE_KEY_BYTES), os.urandom(stream.NONCE)
+    drawn = os.urandom(FILE_KEY_BYTES + stream.NONCE)
+    file_key, nonce = drawn[:FILE_KEY_BYTES], drawn[FILE_KEY_BYTES:]
     rendered = write_header(file_key, nonce, wrapper, key=key, context=context, padded=padded, others=others)
     return Sealing(rendered, nonce, stream.payload_key(file_key, nonce))
 
@@ -99,31 +100,32 @@ def seal(
 
 
 def file_key_of(
-    head: Header, wrapper: Wrapper, key: KeyRef, *, context: Context, named: str | None = None
+    head: Header, wrapper: Wrapper, key: KeyRef, *, context: Context, bound: Bound | None = None
 ) -> bytes:
     """Unwrap and verify: header MAC, then context, then origin. DecryptFailed for every failure alike.
 
-    ``key`` is the wrapper's own version; ``named`` is the one in the context stanza where that is another
-    (a file that several backends wrap). A wrap that authenticates its AAD needs no origin.
+    ``key`` is the wrapper's own version, and the one in the context stanza, unless the caller chose it by
+    ``bound``, which it read of this header: a file that several backends wrap names the first one's. A wrap
+    that authenticates its AAD needs no origin.
     """
-    bound = _named(head.stanzas, key, named)
+    bound = _of_key(head.stanzas, key, bound)
     file_key = _unwrap(head.stanzas, wrapper, key, binding.wrap_aad(key, bound.context))
     head.check_mac(file_key)
-    binding.check_context(bound.context, file_key, replace(key, version=bound.key_version), context)
+    binding.check_context(bound, file_key, key.tenant, context)
     _check_origin(bound, head.nonce, file_key, wrapper, (key, context))
     return file_key
 
 
 def take_over(
-    stanzas: Sequence[Stanza], wrapper: Wrapper, key: KeyRef, *, context: Context, named: str | None = None
+    stanzas: Sequence[Stanza], wrapper: Wrapper, key: KeyRef, *, context: Context, bound: Bound | None = None
 ) -> tuple[bytes, bool]:
     """As ``file_key_of``, for an age tool that checks the header MAC itself, and whether origin is proven.
 
     It is not where the origin stanza binds a nonce: that is behind the header, and not handed over.
     """
-    bound = _named(stanzas, key, named)
+    bound = _of_key(stanzas, key, bound)
     file_key = _unwrap(stanzas, wrapper, key, binding.wrap_aad(key, bound.context))
-    binding.check_context(bound.context, file_key, replace(key, version=bound.key_version), context)
+    binding.check_context(bound, file_key, key.tenant, context)
     if wrapper.origin_key(key) is not None and bound.names_nonce:
         return file_key, False
     _check_origin(bound, b"", file_key, wrapper, (key, context))
@@ -162,9 +164,9 @@ def _stanzas(file_key: bytes, nonce: bytes | None, wraps: Sequence[Wrap], contex
     return stanzas
 
 
-def _named(stanzas: Sequence[Stanza], key: KeyRef, named: str | None) -> Bound:
-    bound = binding.read_stanzas(stanzas)
-    if bound is None or (bound.key_id, bound.key_version) != (key.key_id, named or key.version):
+def _of_key(stanzas: Sequence[Stanza], key: KeyRef, known: Bound | None) -> Bound:
+    bound = known or binding.read_stanzas(stanzas)
+    if bound is None or bound.key_id != key.key_id or (known is None and bound.key_version != key.version):
         raise DecryptFailed
     return bound
 
