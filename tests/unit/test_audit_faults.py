@@ -315,8 +315,10 @@ def test_a_line_is_not_on_disk_if_the_sync_that_it_waits_for_fails(tmp_path: Pat
     assert not file.is_ours()
 
 
-def test_a_batch_whose_records_are_not_on_disk_is_an_error(place: Place) -> None:
-    trail = place.trail(Rules(fsync=True))
+@pytest.mark.parametrize("rules", [Rules(), Rules(fsync=True)], ids=["write", "fsync"])
+def test_a_batch_whose_records_are_not_written_is_an_error(place: Place, rules: Rules) -> None:
+    trail = place.trail(rules)
+    trail.append(record(0))
 
     def batch() -> None:
         with trail.together():
@@ -326,7 +328,56 @@ def test_a_batch_whose_records_are_not_on_disk_is_an_error(place: Place) -> None
     with pytest.raises(AuditUnavailable):
         batch()
     trail.append(record(2))
-    assert place.lines()[-2]["reason"] == "unsynced"
+    assert [line.get("reason", line.get("refused")) for line in place.lines()[-3:]] == ["torn", 1, None]
+
+
+@pytest.mark.parametrize("rules", [Rules(), Rules(fsync=True)], ids=["write", "fsync"])
+def test_a_batch_that_goes_on_after_a_record_that_failed_is_an_error_at_its_end(
+    place: Place, rules: Rules
+) -> None:
+    trail = place.trail(rules)
+    trail.append(record(0))
+    failed = []
+
+    def batch() -> None:
+        with trail.together():
+            os.close(descriptor_of(place.files()[0]))  # the disk is gone
+            for number in range(250):
+                try:
+                    trail.append(record(number))
+                except AuditUnavailable:
+                    failed.append(number)
+
+    with pytest.raises(AuditUnavailable):
+        batch()
+    assert failed == [99]  # what came later is in the next file
+    assert [line["refused"] for line in place.lines() if "refused" in line] == [100]
+    assert len(place.lines()) == len(["open", "0", "open", "resumed"]) + 150
+
+
+def test_records_of_a_batch_are_one_write_and_a_chain(place: Place) -> None:
+    trail = place.trail(Rules())
+    with trail.together():
+        ids = [trail.append(record(number)) for number in range(30)]
+        assert not place.folder.exists()
+    trail.append(record(30))
+    trail.close()
+
+    assert ids == [""] * 30
+    assert place.principals() == [f"ada-{number}" for number in range(31)]
+    assert len({line["time"] for line in place.operations()[:30]}) == 1
+    assert not codes(place.verified())
+
+
+def test_an_intent_does_not_wait_for_the_records_of_its_batch(place: Place) -> None:
+    trail = place.trail()
+    with trail.together():
+        trail.append(record(1))
+        trail.append(record(2, stage="intent", effect="x"))
+        written = place.principals()
+
+    assert written == ["ada-2"]
+    assert place.principals() == ["ada-2", "ada-1"]
 
 
 def descriptor_of(path: Path) -> int:

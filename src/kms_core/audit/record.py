@@ -76,12 +76,12 @@ class Audit(Protocol):
         """The keys of a context, each with a keyed hash of its value, equal for equal ones of a tenant."""
 
     def append(self, record: Record) -> str:
-        """Store the record; its id. Raises AuditUnavailable if it may not be there afterwards."""
+        """Store the record; its id, empty ``together``. Raises AuditUnavailable if it may not be there afterwards."""
 
     def together(self) -> AbstractContextManager[None]:
-        """Records that this thread appends meanwhile may be on their way to the disk until the end.
+        """Records that this thread appends meanwhile may wait for each other, and for the disk, until the end.
 
-        No result may leave before that. Raises AuditUnavailable at the end if they are not there.
+        No result may leave before that. Raises AuditUnavailable at the end if one of them is not there.
         """
 
     def check(self) -> None:

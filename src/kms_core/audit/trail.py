@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from kms_core import __version__
+from kms_core import __version__, metrics
 from kms_core.audit import chain, segments
 from kms_core.audit.chain import Tip
 from kms_core.audit.file import SegmentFile
@@ -32,6 +32,7 @@ MiB: Final = 1024 * 1024
 _MINUTE_S: Final = 60
 _DAY_S: Final = 24 * 3600
 _ENOUGH_BYTES: Final = 64 * 1024
+_GROUP_LINES: Final = 100  # what may wait for its group: a killed process loses so many, and their results
 _encode: Final = msgspec.json.encode
 _log = structlog.get_logger(__name__)
 
@@ -44,6 +45,16 @@ class Rules:
     rotate_bytes: int = 64 * MiB
     checkpoint_lines: int = 1000
     checkpoint_s: float = 10.0
+
+
+class _Group:
+    """What one thread appends together: encoded records that wait, and whether some could not be written."""
+
+    __slots__ = ("failed", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: list[bytes] = []
+        self.failed: AuditUnavailable | None = None
 
 
 class Trail:
@@ -88,20 +99,60 @@ class Trail:
         return self._concealer.conceal(tenant, context)
 
     def append(self, record: Record) -> str:
-        body = _encode(record)
+        fields = _encode(record)[1:-1]
+        group: _Group | None = getattr(self._thread, "group", None)
+        if group is None or record.stage:  # an effect must not come before its intent
+            return self._write([fields], sync=self._rules.fsync)
+        group.waiting.append(fields)
+        if len(group.waiting) >= _GROUP_LINES:
+            self._hand_over(group)
+        return ""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        group = self._thread.group = _Group()
+        try:
+            yield
+        finally:
+            self._thread.group = None
+            self._end(group)
+
+    def _hand_over(self, group: _Group) -> None:
+        waiting, group.waiting = group.waiting, []
+        try:
+            self._write(waiting, sync=False)
+        except AuditUnavailable as exc:
+            group.failed = exc
+            raise
+
+    def _end(self, group: _Group) -> None:
+        """Whoever asked for a record that failed may have gone on with the next: the group fails as a whole."""
+        try:
+            if group.waiting:
+                self._hand_over(group)
+            if group.failed:
+                raise AuditUnavailable(group.failed.detail) from group.failed
+            if self._rules.fsync:
+                self._sync_all()
+        except AuditUnavailable:
+            metrics.AUDIT_EVENTS.labels("failed").inc()
+            raise
+
+    def _write(self, records: list[bytes], *, sync: bool) -> str:
+        """Lines one after the other, by one call of the kernel: all or none. The id of the last."""
         try:
             with self._lock:
                 try:
                     file = self._ready()
-                    self._put(file, body[1:-1])
+                    self._put(file, *records)
                 except OSError:
-                    self._refused += 1
+                    self._refused += len(records)
                     self._refused_since = self._refused_since or self._stamp()[0].decode()
                     raise
                 name, size = f"{self._chain}:{self._seq}", file.size
                 if self._unsigned >= self._rules.checkpoint_lines or size >= self._rules.rotate_bytes:
                     self._tend(file)
-            if self._rules.fsync and not getattr(self._thread, "later", False):
+            if sync:
                 file.sync(size)
         except OSError as exc:
             raise AuditUnavailable(f"The audit trail cannot be written ({exc.strerror})") from exc
@@ -109,18 +160,6 @@ class Trail:
         if note is not None:
             note.audit_id = name
         return name
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        if not self._rules.fsync:
-            yield
-            return
-        self._thread.later = True
-        try:
-            yield
-        finally:
-            self._thread.later = False
-            self._sync_all()
 
     def check(self) -> None:
         """Also tries to write again, if records could not be: what makes readiness come back."""
@@ -275,22 +314,19 @@ class Trail:
         at, _ = self._stamp()
         return f"{self._role}-{at.decode().replace('-', '').replace(':', '')}-{self._pid}"
 
-    def _put(self, file: SegmentFile, fields: bytes) -> str:
-        """One line; its time."""
+    def _put(self, file: SegmentFile, *records: bytes) -> str:
+        """Lines, of one time; that time."""
         at, clock = self._stamp()
-        body = b'{"seq":%d,"chain":"%b","time":"%b",%b%b' % (
-            self._seq + 1,
-            self._chain.encode(),
-            at,
-            clock,
-            fields,
-        )
-        line, head = chain.seal(self._head, body)
-        file.append(line)
-        self._seq, self._head = self._seq + 1, head
+        begin = b',"chain":"%b","time":"%b",%b' % (self._chain.encode(), at, clock)
+        head, lines = self._head, []
+        for seq, fields in enumerate(records, start=self._seq + 1):
+            line, head = chain.seal(head, b'{"seq":%d%b%b' % (seq, begin, fields))
+            lines.append(line)
+        file.append(b"".join(lines))
+        self._seq, self._head = self._seq + len(lines), head
         if not self._unsigned:
             self._unsigned_since = time.monotonic()
-        self._unsigned += 1
+        self._unsigned += len(lines)
         return at.decode()
 
     def _sign(self, file: SegmentFile, kind: str, heads: dict[str, Tip]) -> None:
