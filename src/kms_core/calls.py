@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import TracebackType
 
 import msgspec
 
@@ -43,6 +43,33 @@ class Call:
         self.record.backend, self.record.origin = key.backend, origin
 
 
+class Recorded:
+    """Entered for the time of a call. A class, since a generator costs every call twice as much."""
+
+    __slots__ = ("_append", "_call", "_span")
+
+    def __init__(self, call: Call, append: Callable[[Call, str], None]) -> None:
+        self._call, self._append = call, append
+        self._span = traces.span(f"kms.{call.record.operation}")
+
+    def __enter__(self) -> Call:
+        self._span.__enter__()
+        return self._call
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if exc is None:
+                self._append(self._call, "ok")
+            elif isinstance(exc, KmsError):
+                self._append(self._call, exc.code)
+            elif not self._call.record.stage:
+                self._append(self._call, KmsError.code)
+        finally:
+            self._span.__exit__(kind, exc, trace)
+
+
 class Calls:
     """Where operations go on record: the audit trail first, then the metrics and the counts."""
 
@@ -50,28 +77,17 @@ class Calls:
         self._trail = trail
         self._tally = tally
 
-    @contextmanager
     def recorded(
         self, operation: str, who: Principal, context: Context, key_id: str | None, *, bytes_in: int = 0
-    ) -> Iterator[Call]:
+    ) -> Recorded:
         """One audit record and one count per operation, whatever its end; appended before the result.
 
         Of an effect (``sets_out``) success and a KmsError alone are outcomes: after anything else nobody
         knows, and an intent without outcome says so. Raises AuditUnavailable: no record, no result.
         """
-        with traces.span(f"kms.{operation}"):
-            call = Call(operation, who, context, key_id, bytes_in=bytes_in)
-            call.record.context = self._trail.conceal(who.tenant, context)
-            try:
-                yield call
-            except KmsError as exc:
-                self._append(call, exc.code)
-                raise
-            except BaseException:
-                if not call.record.stage:
-                    self._append(call, KmsError.code)
-                raise
-            self._append(call, "ok")
+        call = Call(operation, who, context, key_id, bytes_in=bytes_in)
+        call.record.context = self._trail.conceal(who.tenant, context)
+        return Recorded(call, self.append)
 
     def sets_out(self, call: Call) -> None:
         """Put on record that something others see is about to happen; the call's own record is the outcome.
@@ -82,7 +98,8 @@ class Calls:
         self._write(msgspec.structs.replace(call.record, stage="intent", effect=name))
         call.record.stage, call.record.effect = "outcome", name
 
-    def _append(self, call: Call, result: str) -> None:
+    def append(self, call: Call, result: str) -> None:
+        """The end of a call."""
         record = call.record
         seconds = time.perf_counter() - call.started
         record.result, record.duration_us = result, round(seconds * 1e6)

@@ -81,9 +81,7 @@ class Choice:
             raise DecryptFailed
         file_key, ref = by_first(
             key.openers(call.who.tenant, bound),
-            lambda backend, ref: sealing.file_key_of(
-                head, backend, ref, context=call.context, bound=bound
-            ),
+            lambda backend, ref: sealing.file_key_of(head, backend, ref, context=call.context, bound=bound),
         )
         call.names(ref)
         check_not_over(call.context)

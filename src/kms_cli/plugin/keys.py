@@ -91,7 +91,7 @@ class _NoTrail:
     def together(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def conceal(self, tenant: str, context: Context) -> dict[str, str]:
+    def conceal(self, tenant: str, context: Context) -> Mapping[str, str]:
         del tenant, context
         return {}
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, Self
 
@@ -22,6 +23,10 @@ from kms_core.errors import ConfigurationError
 from kms_core.filemodes import open_to_others
 
 KEY_BYTES: Final = 32
+_REPEATED: Final = (
+    1024  # contexts that callers say again and again: what is kept of them stays below a megabyte
+)
+_SHORT_BYTES: Final = 256
 _SHOWN: Final = 32  # hex digits of a hash: 128 bits
 _ENDS: Final = "-----END PUBLIC KEY-----\n"
 _log = structlog.get_logger(__name__)
@@ -33,6 +38,7 @@ class Concealer:
     def __init__(self, key: bytes) -> None:
         self._key = key
         self._tenants: dict[str, hmac.HMAC] = {}
+        self._repeated = lru_cache(maxsize=_REPEATED)(self._conceal)
 
     @classmethod
     def at(cls, path: Path, *, strict: bool = False) -> Self:
@@ -46,9 +52,13 @@ class Concealer:
             raise ConfigurationError(f"{path} is not an audit key: move it away, and a new one is made")
         return cls(key)
 
-    def conceal(self, tenant: str, context: Context) -> dict[str, str]:
+    def conceal(self, tenant: str, context: Context) -> Mapping[str, str]:
         if not context:
             return {}
+        short = len(context.canonical()) <= _SHORT_BYTES
+        return self._repeated(tenant, context) if short else self._conceal(tenant, context)
+
+    def _conceal(self, tenant: str, context: Context) -> Mapping[str, str]:
         keyed = self._tenants.get(tenant)
         if keyed is None:  # of callers known to the service: a handful
             keyed = self._tenants[tenant] = hmac.new(self._key, length_prefixed(tenant.encode()), "sha256")

@@ -1,7 +1,7 @@
 """What a process says of itself and its operations: the record, and who is asking. Knows no file."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Final, Literal, Protocol
@@ -61,8 +61,8 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     key_version: str = ""
     backend: str = ""
     origin: str = ""
-    context: dict[str, str] = {}
-    new_context: dict[str, str] = {}
+    context: Mapping[str, str] = {}
+    new_context: Mapping[str, str] = {}
     bytes_in: int = 0
     bytes_out: int = 0
     result: str = ""
@@ -72,14 +72,17 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
 class Audit(Protocol):
     """Where records go."""
 
-    def conceal(self, tenant: str, context: Context) -> dict[str, str]:
+    def conceal(self, tenant: str, context: Context) -> Mapping[str, str]:
         """The keys of a context, each with a keyed hash of its value, equal for equal ones of a tenant."""
 
     def append(self, record: Record) -> str:
-        """Store the record; its id, empty ``together``. Raises AuditUnavailable if it may not be there afterwards."""
+        """Store the record; its id, or nothing where it waits (``together``).
+
+        Raises AuditUnavailable if it may not be there afterwards.
+        """
 
     def together(self) -> AbstractContextManager[None]:
-        """Records that this thread appends meanwhile may wait for each other, and for the disk, until the end.
+        """Records that this thread appends meanwhile may wait for each other and the disk until the end.
 
         No result may leave before that. Raises AuditUnavailable at the end if one of them is not there.
         """

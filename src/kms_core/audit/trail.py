@@ -8,7 +8,7 @@ file, which says so.
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,7 @@ class Trail:
 
     # -- records ------------------------------------------------------------------------------------
 
-    def conceal(self, tenant: str, context: Context) -> dict[str, str]:
+    def conceal(self, tenant: str, context: Context) -> Mapping[str, str]:
         return self._concealer.conceal(tenant, context)
 
     def append(self, record: Record) -> str:
@@ -126,17 +126,14 @@ class Trail:
             raise
 
     def _end(self, group: _Group) -> None:
-        """Whoever asked for a record that failed may have gone on with the next: the group fails as a whole."""
-        try:
+        """Who asked for a record that failed may have gone on with the next: the group fails as a whole."""
+        with _counted():
             if group.waiting:
                 self._hand_over(group)
             if group.failed:
                 raise AuditUnavailable(group.failed.detail) from group.failed
             if self._rules.fsync:
                 self._sync_all()
-        except AuditUnavailable:
-            metrics.AUDIT_EVENTS.labels("failed").inc()
-            raise
 
     def _write(self, records: list[bytes], *, sync: bool) -> str:
         """Lines one after the other, by one call of the kernel: all or none. The id of the last."""
@@ -351,3 +348,13 @@ class Trail:
         file.append(line)
         self._seq, self._head, self._unsigned = self._seq + 1, head, 0
         self.signed = line
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    """What fails after its records were counted as written."""
+    try:
+        yield
+    except AuditUnavailable:
+        metrics.AUDIT_EVENTS.labels("failed").inc()
+        raise

@@ -191,7 +191,9 @@ def _names(*names: str) -> bytes:
     return length_prefixed(*(name.encode() for name in names))
 
 
-def _bound(context: Stanza | None, origin: Stanza | None, pad: Stanza | None, wraps: tuple[Wrap, ...]) -> Bound:
+def _bound(
+    context: Stanza | None, origin: Stanza | None, pad: Stanza | None, wraps: tuple[Wrap, ...]
+) -> Bound:
     if context is None:
         raise DecryptFailed
     try:

@@ -8,6 +8,7 @@ import binascii
 import hmac
 import os
 import re
+import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -23,6 +24,9 @@ NONCE_BYTES: Final = 16
 _FOOTER: Final = b"\n--- "
 _MAC_LINE_BYTES: Final = len("--- ") + 43 + 1
 _COLUMNS: Final = 64
+_BASE64: Final = string.ascii_uppercase.encode() + string.ascii_lowercase.encode() + b"0123456789+/"
+_ENDS: Final = ((b"", _BASE64), (b"", b""), (b"==", _BASE64[::16]), (b"=", _BASE64[::4]))
+"""By length modulo 4: the padding left out, and what the last character may be to leave no spare bits."""
 _ARGUMENTS: Final = re.compile(rb"-> [!-~]+(?: [!-~]+)*")
 _FIRST_READ_BYTES: Final = 4096 + NONCE_BYTES
 _FOOT_BYTES: Final = _MAC_LINE_BYTES + NONCE_BYTES
@@ -168,13 +172,13 @@ def b64encode(data: bytes) -> bytes:
 
 def b64decode(text: bytes) -> bytes:
     """Decode canonical unpadded base64; DecryptFailed on anything else, spare bits included."""
+    padding, last = _ENDS[len(text) % 4]
+    if text[-1:] not in last:
+        raise DecryptFailed
     try:
-        data = binascii.a2b_base64(text + b"=" * (-len(text) % 4), strict_mode=True)
+        return binascii.a2b_base64(text + padding, strict_mode=True)
     except binascii.Error as exc:
         raise DecryptFailed from exc
-    if b64encode(data) != text:
-        raise DecryptFailed
-    return data
 
 
 def _mac(file_key: bytes, signed: bytes) -> bytes:
