@@ -20,7 +20,6 @@ from benchmarks.measure import descendants
 from benchmarks.running import free_port, stopped
 from celery import Celery
 
-from kms_api import broker
 from kms_cli import up, valkey
 from kms_core import settings as settings_file
 from kms_core.jobs.build import Core
@@ -110,7 +109,7 @@ def installed(folder: Path, fsync: str) -> Iterator[Install]:
         port = free_port()
         settings = settings_file.load(None, named | {"KMS_PORT": str(port)})
         up.make_dev_keys(settings)
-        core = build_core(settings, "bench", broker.connect(settings.kms.redis).nudge)
+        core = build_core(settings, "bench", None)
         yield Install(state, place, named, port, core, stack)
 
 

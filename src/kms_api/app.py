@@ -11,8 +11,8 @@ from fastapi import FastAPI
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp
 
-from kms_api import broker, document, pages, problems, rules
-from kms_api.deps import Service
+from kms_api import document, pages, problems, rules
+from kms_api.deps import Queue, Service
 from kms_api.edge import Edge
 from kms_api.facade import app as facade
 from kms_api.front import Front
@@ -46,6 +46,7 @@ from kms_core.jobs.build import build as build_core
 from kms_core.jobs.teller import Teller
 from kms_core.settings import Settings
 from kms_core.settings_lint import SETTINGS, weaknesses
+from kms_core.settings_redis import is_shared
 
 _UPLOAD_THREADS = 64  # of their own: senders may be slow, and must not hold up the threads of other calls
 
@@ -68,12 +69,22 @@ class _App(FastAPI):
         return self.openapi_schema
 
 
+def _core(settings: Settings) -> tuple[Core, Queue]:
+    """The core, and whom to ask how many messages wait. Raises ConfigurationError."""
+    if is_shared(settings.kms.redis):
+        core = build_core(settings, "api", None)
+        return core, core.desk.store
+    from kms_api import broker  # noqa: PLC0415 -- Celery, of which few installs need the 8 MiB here
+
+    queue = broker.connect(settings.kms.redis)
+    return build_core(settings, "api", queue.nudge), queue
+
+
 def build(settings: Settings) -> ASGIApp:
     """The application for these settings. Raises ConfigurationError; touches key files, and no peer."""
     traced = settings.kms.traces
     traces.configure("kms-service", enabled=traced.enabled, endpoint=traced.endpoint)
-    queue = broker.connect(settings.kms.redis)
-    core = build_core(settings, "api", queue.nudge)
+    core, queue = _core(settings)
     watch = Watch.of(settings)
     app = _App(
         title=document.TITLE,

@@ -9,12 +9,12 @@ from kombu.exceptions import OperationalError
 from kombu.transport import redis
 
 from kms_core.errors import JobsUnavailable
+from kms_core.jobs.letters import TASK
 from kms_core.jobs.model import AMQP_RANKS, QUEUES, REDIS_STEPS
 from kms_core.servers import celery_options
 from kms_core.settings_sections import Redis
 from kms_core.wire import Priority
 
-TASK: Final = "kms.run"
 _CONFIGURATION: Final[dict[str, object]] = {
     "task_serializer": "json",
     "task_ignore_result": True,

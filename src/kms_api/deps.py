@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, ParamSpec, TypeVar
+from typing import Final, ParamSpec, Protocol, TypeVar
 
 import anyio.to_thread
 from fastapi import Request
 
-from kms_api.broker import Broker
 from kms_core.audit.watch import Watch
 from kms_core.envelope.header import BUNDLE
 from kms_core.jobs.desk import Desk
@@ -31,6 +30,13 @@ LET_IN: Final = Principal("")
 """Nobody: the route asks for no credential. The core allows him nothing."""
 
 
+class Queue(Protocol):
+    """Where messages wait for workers."""
+
+    def depths(self) -> dict[tuple[str, str], int]:
+        """How many, by queue and priority. Raises JobsUnavailable."""
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """Everything that routes need, built once by ``app.build``."""
@@ -38,7 +44,7 @@ class Service:
     settings: Settings
     kms: Kms
     desk: Desk
-    broker: Broker
+    broker: Queue
     watch: Watch
     started: float
     limiters: dict[str, anyio.CapacityLimiter]

@@ -168,6 +168,7 @@ def command(binary: Path, place: Place, limits: Limits) -> list[str]:
         "maxmemory": str(limits.maxmemory_bytes),
         "maxmemory-policy": "noeviction",
         "databases": str(limits.databases),
+        "hash-max-listpack-value": "1024",  # or the sealed part of a job's record makes it twice as large
         "daemonize": "no",
         "logfile": "",
     }

@@ -194,7 +194,7 @@ def announce(backends: Iterable[str], endpoints: Iterable[str]) -> None:
             JOBS.labels(kind, state)
         for result in ("ok", "failed"):
             JOB_ITEMS.labels(kind, result)
-    for reason in ("nudge_failed", "queued", "requeued", "committing"):
+    for reason in ("nudge_failed", "queued", "requeued", "committing", "due", "lost"):
         JOB_RESUMES.labels(reason)
 
 

@@ -34,7 +34,7 @@ from kms_core.settings_read import (
     table,
     take_unset,
 )
-from kms_core.settings_redis import check_redis
+from kms_core.settings_redis import check_redis, for_celery
 from kms_core.settings_remote import SECTIONS, check_vaults
 from kms_core.settings_sections import Kms, Settings
 
@@ -197,8 +197,6 @@ def _fill_age(age: Tree, directory: str, environment: str) -> None:
 
 
 def _fill_redis(redis: Tree, reader: Reader) -> None:
-    """Celery's name for a unix socket is another than redis-py's: the default broker is translated."""
+    """The default broker is the same server."""
     url: str = reader.value(str, redis.setdefault("url", DEFAULT_REDIS_URL), "kms.redis.url")
-    if url.startswith("unix://"):
-        url = url.replace("unix://", "redis+socket://", 1).replace("?db=", "?virtual_host=", 1)
-    redis.setdefault("broker_url", url)
+    redis.setdefault("broker_url", for_celery(url))

@@ -37,6 +37,18 @@ class Sentinels:
     own_password: str = field(default="", repr=False)
 
 
+def for_celery(url: str) -> str:
+    """A Redis URL as Celery wants it, whose name for a unix socket is another than redis-py's."""
+    if not url.startswith("unix://"):
+        return url
+    return url.replace("unix://", "redis+socket://", 1).replace("?db=", "?virtual_host=", 1)
+
+
+def is_shared(section: Redis) -> bool:
+    """Whether the broker is the Redis that holds the jobs, and is entered in the same way."""
+    return section.broker_url == for_celery(section.url)
+
+
 def check_redis(settings: Settings) -> None:
     """URLs of a known kind, TLS files only where there is TLS. Raises ConfigurationError, without the URL."""
     section = settings.kms.redis

@@ -11,6 +11,7 @@ from kms_core import traces
 from kms_core.errors import JobsUnavailable, KmsError
 from kms_core.jobs.build import Core, build_intake
 from kms_core.jobs.build import build as build_core
+from kms_core.jobs.letters import TASK
 from kms_core.jobs.model import FILES
 from kms_core.jobs.run import run_job
 from kms_core.jobs.teller import Teller
@@ -19,8 +20,7 @@ from kms_core.settings import Settings
 from kms_worker import broker, kombu_ack, rotation, submit
 from kms_worker.submit import Pulse
 
-# After so long Redis gives out a message again. For a job that still runs this costs one script, which says
-# "leased"; for a kms.submit whose worker was killed nothing else brings it back.
+# After so long Redis gives out a kms.submit again whose worker was killed: nothing else brings it back.
 _VISIBILITY_S: Final = 600
 _log = structlog.get_logger(__name__)
 
@@ -68,12 +68,13 @@ def build(settings: Settings, name: str, pulse: Pulse) -> Celery:
     app.conf.update(CONFIGURATION | celery_options(settings.kms.redis, TRANSPORT))
     signals.setup_logging.connect(_keep_our_logs)
     cores: dict[int, Core] = {}
+    nudge = broker.nudge_through(app, settings.kms.redis)
 
     def core() -> Core:
         """Each process of the pool has its own connections: nothing is shared across a fork."""
         if os.getpid() not in cores:
             traces.configure("kms-worker", enabled=traced.enabled, endpoint=traced.endpoint)
-            cores[os.getpid()] = made = build_core(settings, "worker", broker.nudge_through(app))
+            cores[os.getpid()] = made = build_core(settings, "worker", nudge)
             teller = Teller(made.kms.tally, made.shop.store.redis)
             teller.start()
             made.keeper.start()
@@ -82,7 +83,7 @@ def build(settings: Settings, name: str, pulse: Pulse) -> Celery:
             signals.worker_process_shutdown.connect(lambda **_: traces.stop(), weak=False)
         return cores[os.getpid()]
 
-    @app.task(name=broker.TASK)  # type: ignore[untyped-decorator]  # Celery ships no types
+    @app.task(name=TASK)  # type: ignore[untyped-decorator]  # Celery ships no types
     def run(job_id: str) -> None:
         _run(job_id, core, name)
 

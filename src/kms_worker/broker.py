@@ -1,7 +1,6 @@
 """The worker's side of the broker: nudges for jobs that are taken up again, and how many messages wait."""
 
 from collections.abc import Sequence
-from typing import Final
 
 from celery import Celery
 from kombu.connection import Connection
@@ -9,14 +8,20 @@ from kombu.exceptions import OperationalError
 from kombu.transport import redis
 
 from kms_core.errors import JobsUnavailable
+from kms_core.jobs.letters import TASK
 from kms_core.jobs.model import AMQP_RANKS, QUEUES, REDIS_STEPS, Lane, Nudge
+from kms_core.settings_redis import is_shared
+from kms_core.settings_sections import Redis
 from kms_core.wire import PRIORITIES, Priority
 
-TASK: Final = "kms.run"
 
+def nudge_through(app: Celery, section: Redis) -> Nudge | None:
+    """A ``nudge`` over the worker's own broker connection, which raises JobsUnavailable.
 
-def nudge_through(app: Celery) -> Nudge:
-    """A ``nudge`` over the worker's own broker connection; raises JobsUnavailable."""
+    None where the store does it by itself.
+    """
+    if is_shared(section):
+        return None
 
     def nudge(job_id: str, queue: str, priority: Priority) -> None:
         rank = AMQP_RANKS[priority] if is_amqp(app) else REDIS_STEPS[priority][0]

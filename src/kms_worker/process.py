@@ -1,5 +1,6 @@
 """One worker process: Celery's parent with its pool, and beside it presence, caretaker, watchdog, metrics."""
 
+import gc
 import socket
 import uuid
 import warnings
@@ -43,7 +44,7 @@ def run(loaded: Settings) -> int:
     name = f"{socket.gethostname()}:{uuid.uuid4().hex[:8]}"
     pulse = submit.Pulse()
     app = worker_app.build(loaded, name, pulse)
-    core = build_core(loaded, "worker", broker.nudge_through(app))
+    core = build_core(loaded, "worker", broker.nudge_through(app, loaded.kms.redis))
     jobs, store = loaded.kms.jobs, core.shop.store
     served = (*jobs.queues, *submit.queues(build_intake(loaded, core.desk)))
 
@@ -66,6 +67,8 @@ def run(loaded: Settings) -> int:
         Scraping(loaded.kms.server.metrics, core.doors, core.kms.policy),
     )
     forking.install()
+    gc.collect()
+    gc.freeze()  # or the first collection in a child copies the pages of everything that was imported
     signals.worker_shutting_down.connect(lambda **_: presence.stop(), weak=False)
     for thread in beside:
         thread.start()

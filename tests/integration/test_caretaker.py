@@ -5,10 +5,11 @@ from itertools import product
 
 import pytest
 
+from kms_core.jobs import letters
 from kms_core.jobs.blobs import Label
 from kms_core.jobs.build import Core
 from kms_core.jobs.caretaker import Caretaker
-from kms_core.jobs.model import QUEUES, LeaseLost
+from kms_core.jobs.model import BULK, QUEUES, LeaseLost
 from kms_core.jobs.store import JobStore
 from kms_core.wire import PRIORITIES
 from service import until
@@ -69,6 +70,36 @@ def test_lost_message_is_sent_again_only_when_none_waits(
     care.round()  # the next look is some seconds away
 
     assert len(nudged) == again
+
+
+@pytest.mark.parametrize(
+    ("others", "lost"), [(9, True), (1, False), (-9, False)], ids=["later", "soon", "before"]
+)
+def test_lost_message_is_missed_in_a_lane_that_is_never_empty(
+    core: Core, store: JobStore, others: int, *, lost: bool
+) -> None:
+    posting = JobStore(store.redis, store.record_key, None, LONG)
+    job = posting.submit(accepted(items=1, created_at=time.time() - 60))
+    lane = letters.where(job.lane)
+    message = store.redis.lpop(lane)
+    assert job.job_id in str(message)
+    store.redis.lpush(lane, letters.write("another", job.lane, job.created_at + others))
+
+    for _ in range(2):
+        store.redis.zadd("kms:open", {job.job_id: 0})
+        caretaker(core, posting, waiting=1).round()
+
+    assert store.redis.llen(lane) == (2 if lost else 1)  # and the second look finds it sent for
+
+
+def test_job_and_its_message_are_one_step(store: JobStore) -> None:
+    posting = JobStore(store.redis, store.record_key, None, LONG)
+    asked = accepted(items=1, priority="low")
+
+    for _ in range(2):
+        posting.submit(asked, idempotency="once")
+
+    assert posting.depths()[BULK, "low"] == sum(posting.depths().values()) == 1
 
 
 def test_caretaker_deletes_expired_results_and_orphans(core: Core, store: JobStore) -> None:

@@ -17,7 +17,7 @@ from celery import Celery
 from kombu.connection import Connection
 
 from kms_cli.valkey import EmbeddedValkey
-from kms_core.jobs import intake
+from kms_core.jobs import intake, letters
 from kms_worker import kombu_ack
 from peers import program
 from service import B64_CANARY, CANARY, Service, b64, core_of, until
@@ -181,6 +181,25 @@ def test_a_worker_without_a_key_leaves_the_messages_and_says_so_once(tmp_path: P
 
         assert redis.Redis.from_url(redis_url).llen("kms:kms.submit") == 1
         assert service.output("worker").count("submit.off") == 1
+
+
+def test_a_nudge_in_hand_is_written_nowhere_and_comes_back_if_refused(tmp_path: Path) -> None:
+    kombu_ack.install()
+    with EmbeddedValkey(tmp_path) as server:
+        line = redis.Redis.from_url(server.place.url_of(0))
+        with connect(server.broker_url, transport_options=OPTIONS) as connection:
+            simple = connection.SimpleQueue("kms.bulk", queue_opts={"durable": True})
+            line.lpush("kms:kms.bulk", letters.write("a-job", ("kms.bulk", "high"), 1))
+            message = simple.get(timeout=10)
+
+            assert message.payload == [["a-job"], {}, None]
+            assert line.exists("kms:unacked", "kms:unacked_index", "kms:kms.bulk") == 0
+            message.requeue()
+            again = simple.get(timeout=10)
+            assert again.payload == message.payload
+            again.ack()
+            assert line.exists("kms:unacked", "kms:unacked_index", "kms:kms.bulk") == 0
+            simple.close()
 
 
 def test_a_rejection_that_fails_gives_its_credit_back(tmp_path: Path) -> None:

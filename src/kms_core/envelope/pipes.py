@@ -41,11 +41,7 @@ class SlabSealer:
     def __init__(self, key: bytes, slab_chunks: int = SLAB_CHUNKS) -> None:
         self._key = key
         self._chunks = slab_chunks
-        self._full = slab_chunks * CHUNK
-        self._slab = Slab(key, slab_chunks)
-        self._places = self._slab.plain(self._full)
-        self._held = 0
-        self._first = 0
+        self._begin(0, 1)  # most payloads are small, and touching a whole slab would cost them more
         self._finished = False
         self.size = 0
 
@@ -58,7 +54,7 @@ class SlabSealer:
         while rest:
             if self._held == self._full:
                 ready.append(self._slab.seal(Piece(self._first, self._full, last=False)))
-                self._next_slab()
+                self._begin(self._first + self._full // CHUNK, self._chunks)
             rest = rest[self._take(rest) :]
         return ready
 
@@ -75,11 +71,12 @@ class SlabSealer:
         self._held += taken
         return taken
 
-    def _next_slab(self) -> None:
-        self._slab = Slab(self._key, self._chunks)
+    def _begin(self, first: int, chunks: int) -> None:
+        self._full = chunks * CHUNK
+        self._slab = Slab(self._key, chunks)
         self._places = self._slab.plain(self._full)
         self._held = 0
-        self._first += self._chunks
+        self._first = first
 
     def _refuse_if_finished(self) -> None:
         if self._finished:

@@ -40,8 +40,11 @@ class Core:
     doors: Doors | None
 
 
-def build(settings: Settings, process: str, nudge: Nudge) -> Core:
-    """The core of a process (``api``, ``worker``). Raises ConfigurationError; an absent Redis is no error."""
+def build(settings: Settings, process: str, nudge: Nudge | None) -> Core:
+    """The core of a process (``api``, ``worker``). Raises ConfigurationError; an absent Redis is no error.
+
+    ``nudge`` is None where the broker is the Redis that holds the jobs (``settings_redis.is_shared``).
+    """
     section, jobs, limits = settings.kms, settings.kms.jobs, settings.kms.limits
     client = connect(section.redis)
     trail, keeper = build_audit(settings, process, client)

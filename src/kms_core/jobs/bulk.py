@@ -27,7 +27,7 @@ def run(lease: Lease, kms: Kms, spool: Spool) -> None:
 
     Raises Unavailable as it comes: the part is then done again, from its first item.
     """
-    job, kms = lease.claim.accepted, kms.for_job()
+    job, one = lease.claim.accepted, _Items(lease.claim.accepted, kms.for_job()).one
     label = Label(job.tenant, job.owner, ITEMS)
     begin = job.starts[0]
     first = job.part * PART_ITEMS
@@ -40,10 +40,9 @@ def run(lease: Lease, kms: Kms, spool: Spool) -> None:
         reader = RangeReader(key, blob.payload.read_at, blob.payload.size)
         for index, line in enumerate(lines(reader.slabs(begin, begin + job.size_bytes)), start=first):
             lease.check()
-            answer = _one(lease, kms, index, _decode(line))
+            answer = one(index, _decode(line))
             out.write(wire.encode(answer) + b"\n")
-            lease.item(failed=not isinstance(answer.error, msgspec.UnsetType))
-            lease.advance(len(line) + 1)
+            lease.item(len(line) + 1, failed=not isinstance(answer.error, msgspec.UnsetType))
 
 
 def result_label(tenant: str, job_id: str, part: int, fence: int) -> Label:
@@ -69,24 +68,32 @@ def parts(job: Accepted) -> list[Accepted]:
     ]
 
 
-def _one(lease: Lease, kms: Kms, index: int, item: wire.JobItem) -> wire.ItemResult:
-    job = lease.claim.accepted
-    try:
-        context = job.bound_context if item.context is None else Context.parse(item.context)
-        if job.kind == "encrypt":
-            sealed = kms.encrypt(job.who, item.plaintext or b"", context, key_id=job.key_id)
-            return wire.ItemResult(index=index, ciphertext=sealed.ciphertext)
-        ciphertext = item.ciphertext or b""
-        if job.kind == "decrypt":
-            opened = kms.decrypt(job.who, ciphertext, context, key_id=job.key_id)
-            return wire.ItemResult(index=index, plaintext=opened.plaintext)
-        move = kms.rewrap if job.kind == "rewrap" else kms.reseal
-        moved = move(job.who, ciphertext, context, new_context=job.new_bound_context, key_id=job.key_id)
-        return wire.ItemResult(index=index, ciphertext=moved.ciphertext)
-    except Unavailable:
-        raise
-    except KmsError as exc:
-        return wire.ItemResult(index=index, error=wire.ErrorCode(code=exc.code))
+class _Items:
+    """What holds for every item of one run."""
+
+    def __init__(self, job: Accepted, kms: Kms) -> None:
+        self._job, self._kms = job, kms
+        self._who, self._context = job.who, job.bound_context
+
+    def one(self, index: int, item: wire.JobItem) -> wire.ItemResult:
+        kms, who, key_id = self._kms, self._who, self._job.key_id
+        try:
+            context = self._context if item.context is None else Context.parse(item.context)
+            if self._job.kind == "encrypt":
+                sealed = kms.encrypt(who, item.plaintext or b"", context, key_id=key_id)
+                return wire.ItemResult(index=index, ciphertext=sealed.ciphertext)
+            ciphertext = item.ciphertext or b""
+            if self._job.kind == "decrypt":
+                opened = kms.decrypt(who, ciphertext, context, key_id=key_id)
+                return wire.ItemResult(index=index, plaintext=opened.plaintext)
+            move = kms.rewrap if self._job.kind == "rewrap" else kms.reseal
+            new_context = self._job.new_bound_context
+            moved = move(who, ciphertext, context, new_context=new_context, key_id=key_id)
+            return wire.ItemResult(index=index, ciphertext=moved.ciphertext)
+        except Unavailable:
+            raise
+        except KmsError as exc:
+            return wire.ItemResult(index=index, error=wire.ErrorCode(code=exc.code))
 
 
 def check_item(kind: wire.JobKind, index: int, item: wire.JobItem, limit_bytes: int) -> None:

@@ -21,13 +21,16 @@ _LOOK_AGAIN_S: Final = 10.0
 _SWEEP_EVERY: Final = 600
 _TRIM_EVERY: Final = 10
 _ORPHAN_AGE_S: Final = 3600.0
-_WANT_A_MESSAGE: Final = frozenset({"requeued", "committing", "due"})
+_WANT_A_MESSAGE: Final = frozenset({"requeued", "committing", "due", "lost"})
 _NOTHING: Final = nullcontext()
 _log = structlog.get_logger(__name__)
 
 
 class Caretaker(threading.Thread):
-    """One round a second. ``waiting`` asks the broker: jobs are nudged again only if their lane is empty."""
+    """One round a second. ``waiting`` asks the broker: queued jobs are nudged again if their lane is empty.
+
+    Where the broker's lists are in the same Redis, also if their lane holds later messages alone.
+    """
 
     def __init__(
         self,
@@ -66,7 +69,7 @@ class Caretaker(threading.Thread):
         due = self._store.due()
         if due:
             waiting = self._waiting()
-            reaped = self._store.reap_all(due, _LOOK_AGAIN_S)
+            reaped = self._store.reap_all(due, _LOOK_AGAIN_S, self._store.oldest())
             for job_id, (found, lane) in zip(due, reaped, strict=True):
                 if found in _WANT_A_MESSAGE or (found == "queued" and not waiting.get(lane)):
                     self._take_up(job_id, found, lane)

@@ -79,8 +79,10 @@ class Lease:
         with self._lock:
             self._bytes += size_bytes
 
-    def item(self, *, failed: bool) -> None:
+    def item(self, size_bytes: int = 0, *, failed: bool) -> None:
+        """Tell of an item done, and of its bytes."""
         with self._lock:
+            self._bytes += size_bytes
             self._items += 1
             self._failed += failed
 

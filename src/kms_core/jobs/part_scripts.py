@@ -18,14 +18,14 @@ local parts, items, bytes = 0, 0, 0
 for i = 3, #ARGV, 4 do
   redis.call('HSET', 'kms:job:' .. ARGV[i], 'state', 'queued', 'sealed', ARGV[i + 1], 'items', ARGV[i + 2],
     'bytes', ARGV[i + 3], 'tenant', f[1], 'kind', f[2], 'queue', f[3], 'created_at', f[4],
-    'expires_at', f[5], 'priority', f[6] or 'normal', 'parent', id)
+    'expires_at', f[5], 'priority', f[6] or 'normal', 'asked', now, 'parent', id)
   redis.call('ZADD', 'kms:open', now + 10, ARGV[i])
   parts, items, bytes = parts + 1, items + ARGV[i + 2], bytes + ARGV[i + 3]
 end
 redis.call('HSET', job, 'parts', parts, 'parts_left', parts, 'lease_until', f[5],
   'items', string.format('%.0f', items), 'bytes', string.format('%.0f', bytes))
 redis.call('ZADD', 'kms:open', f[5], id)
-unlease(job, id)
+redis.call('ZREM', leases(f[1]), id)
 return {'split'}
 """
 )

@@ -20,8 +20,11 @@ local function number(text)
   return tonumber(text) or 0
 end
 
-local function event(key, name, state, code)
-  local f = redis.call('HMGET', key, 'tenant', 'kind', 'fence', 'attempt', 'parent')
+local function facts(key)
+  return redis.call('HMGET', key, 'tenant', 'kind', 'fence', 'attempt', 'parent', 'expires_at')
+end
+
+local function event(f, name, state, code)
   if f[5] then return end  -- of a job in parts, only the whole is told
   redis.call('XADD', 'kms:events', 'MAXLEN', '~', 100000, '*', 'specversion', '1.0',
     'type', 'kms.job.' .. state, 'source', '/api/v1/kms/jobs', 'subject', name,
@@ -29,12 +32,8 @@ local function event(key, name, state, code)
     'tenant', f[1] or '', 'kind', f[2] or '', 'attempt', f[4] or '0', 'code', code)
 end
 
-local function lease(score)
-  redis.call('ZADD', 'kms:running:' .. (redis.call('HGET', job, 'tenant') or ''), score, id)
-end
-
-local function unlease(key, name)
-  redis.call('ZREM', 'kms:running:' .. (redis.call('HGET', key, 'tenant') or ''), name)
+local function leases(tenant)
+  return 'kms:running:' .. (tenant or '')
 end
 
 local function quota(tenant)  -- the open jobs of a tenant by expiry, without their parts
@@ -42,8 +41,8 @@ local function quota(tenant)  -- the open jobs of a tenant by expiry, without th
 end
 
 -- What a job was accepted with rests in the spool no more: it counts no longer for its tenant's quota.
-local function unspool(key, name)
-  local spooled = 'kms:spooled:' .. (redis.call('HGET', key, 'tenant') or '')
+local function unspool(tenant, name)
+  local spooled = 'kms:spooled:' .. (tenant or '')
   local size = redis.call('HGET', spooled, name)
   if not size then return end
   redis.call('HDEL', spooled, name)
@@ -52,15 +51,17 @@ end
 
 local function close(key, name, state, code, keep_s)
   redis.call('HSET', key, 'state', state, 'error', code, 'lease_until', 0, 'ended_at', now)
+  local f = facts(key)
   redis.call('ZREM', 'kms:open', name)
-  redis.call('ZREM', quota(redis.call('HGET', key, 'tenant')), name)
+  redis.call('ZREM', quota(f[1]), name)
   local kept = { [''] = true, items_failed = true, attempts_exhausted = true, record_refused = true }
-  if not kept[code] then unspool(key, name) end
-  unlease(key, name)
-  local expires = tonumber(redis.call('HGET', key, 'expires_at')) or now
+  if not kept[code] then unspool(f[1], name) end
+  redis.call('ZREM', leases(f[1]), name)
+  local expires = tonumber(f[6]) or now
   redis.call('ZADD', 'kms:ended', expires, name)
   redis.call('EXPIREAT', key, math.floor(expires + keep_s))
-  event(key, name, state, code)
+  event(f, name, state, code)
+  return f[5]
 end
 
 -- A part that ends counts for the whole; the last one ends it. Of a part that was given up, what it had
@@ -86,8 +87,7 @@ local function count(parent, state, code, keep_s)
 end
 
 local function finish(state, code, keep_s)
-  close(job, id, state, code, keep_s)
-  local parent = redis.call('HGET', job, 'parent')
+  local parent = close(job, id, state, code, keep_s)
   if parent then count(parent, state, code, keep_s)
   elseif code == 'attempts_exhausted' or code == 'record_refused' then
     redis.call('ZADD', 'kms:dead', now, id)
@@ -112,7 +112,7 @@ SUBMIT: Final = (
     + """
 -- KEYS: job, tenant list, idempotency (optional)
 -- ARGV: id, most open jobs, idempotency value, expires_at, created_at, tenant, most of the tenant (0: any),
---   bytes in the spool, most of the tenant (0: any), field, value, ...
+--   bytes in the spool, most of the tenant (0: any), the broker's list or '', the message, field, value, ...
 if KEYS[3] then
   local before = redis.call('GET', KEYS[3])
   if before then return {'exists', before} end
@@ -129,12 +129,13 @@ if most_bytes > 0 and size > 0 then
   redis.call('HINCRBY', spooled, 'sum', size)
 end
 if KEYS[3] then redis.call('SET', KEYS[3], ARGV[3], 'EXAT', math.floor(tonumber(ARGV[4]))) end
-redis.call('HSET', job, 'state', 'queued', unpack(ARGV, 10))
+redis.call('HSET', job, 'state', 'queued', unpack(ARGV, 12))
 redis.call('ZADD', quota(ARGV[6]), ARGV[4], id)
 redis.call('ZADD', 'kms:open', now, id)
 redis.call('ZADD', KEYS[2], ARGV[5], id)
 redis.call('SADD', 'kms:tenants', ARGV[6])
-event(job, id, 'queued', '')
+event(facts(job), id, 'queued', '')
+if ARGV[10] ~= '' then redis.call('LPUSH', ARGV[10], ARGV[11]) end
 return {'queued'}
 """
 )
@@ -163,20 +164,21 @@ if state ~= 'committing' then
     finish(final, code, tonumber(ARGV[5]))
     return {'closed', final, code}
   end
-  local leases = 'kms:running:' .. (f[12] or '')
-  redis.call('ZREMRANGEBYSCORE', leases, 0, now)
-  if redis.call('ZCARD', leases) >= tonumber(ARGV[6]) then
+  redis.call('ZREMRANGEBYSCORE', leases(f[12]), 0, now)
+  if redis.call('ZCARD', leases(f[12])) >= tonumber(ARGV[6]) then
     redis.call('ZADD', 'kms:open', now + 1, id)
     return {'capped'}
   end
   attempt = attempt + 1
-  redis.call('HSET', job, 'state', 'running', 'bytes_done', 0, 'items_done', 0, 'items_failed', 0)
 end
 local lease_until = now + tonumber(ARGV[3])
-redis.call('HSET', job, 'fence', fence, 'attempt', attempt, 'lease_until', lease_until, 'worker', ARGV[2])
+local taken = { 'fence', fence, 'attempt', attempt, 'lease_until', lease_until, 'worker', ARGV[2] }
+if state == 'committing' then redis.call('HSET', job, unpack(taken))
+else redis.call('HSET', job, 'state', 'running', 'bytes_done', 0, 'items_done', 0, 'items_failed', 0,
+  unpack(taken)) end
 redis.call('ZADD', 'kms:open', lease_until, id)
-lease(lease_until)
-if state ~= 'committing' then event(job, id, 'running', '') end
+redis.call('ZADD', leases(f[12]), lease_until, id)
+if state ~= 'committing' then event(facts(job), id, 'running', '') end
 return {'claimed', fence, attempt, f[8], state == 'committing' and f[9] or '',
   tostring(now - number(f[10])), f[11] or 0, f[14] or ''}
 """
@@ -193,7 +195,7 @@ local lease_until = now + tonumber(ARGV[3])
 redis.call('SET', KEYS[2], now, 'EX', 3600)
 redis.call('HSET', job, 'lease_until', lease_until, unpack(ARGV, 4))
 redis.call('ZADD', 'kms:open', lease_until, id)
-lease(lease_until)
+redis.call('ZADD', leases(redis.call('HGET', job, 'tenant')), lease_until, id)
 return {cancel and 'cancel' or 'held'}
 """
 )
@@ -210,7 +212,7 @@ end
 if not ours or state ~= 'running' then return {'lost'} end
 if cancel then return {'cancel'} end
 redis.call('HSET', job, 'state', 'committing', 'commit', ARGV[3])
-event(job, id, 'committing', '')
+event(facts(job), id, 'committing', '')
 return {'committing'}
 """
 )
@@ -237,8 +239,8 @@ redis.call('HINCRBY', job, 'attempt', -tonumber(ARGV[4]))
 redis.call('HINCRBY', job, 'deferrals', ARGV[5])
 redis.call('HSET', job, 'state', 'queued', 'lease_until', 0, 'not_before', at, 'owed', 1)
 redis.call('ZADD', 'kms:open', at, id)
-unlease(job, id)
-event(job, id, 'queued', 'deferred')
+redis.call('ZREM', leases(redis.call('HGET', job, 'tenant')), id)
+event(facts(job), id, 'queued', 'deferred')
 return {'deferred'}
 """
 )
@@ -274,14 +276,15 @@ RETRY: Final = (
 local f = redis.call('HMGET', job, 'state', 'error')
 local dead = f[2] == 'attempts_exhausted' or f[2] == 'record_refused'
 if f[1] ~= 'failed' or not dead then return {'not dead'} end
-redis.call('HSET', job, 'state', 'queued', 'error', '', 'attempt', 0, 'not_before', 0, 'expires_at', ARGV[2])
+redis.call('HSET', job, 'state', 'queued', 'error', '', 'attempt', 0, 'not_before', 0, 'asked', now,
+  'expires_at', ARGV[2])
 redis.call('HINCRBY', job, 'fence', 1)
 redis.call('PERSIST', job)
 redis.call('ZREM', 'kms:dead', id)
 redis.call('ZREM', 'kms:ended', id)
 redis.call('ZADD', 'kms:open', now, id)
 redis.call('ZADD', quota(redis.call('HGET', job, 'tenant')), ARGV[2], id)
-event(job, id, 'queued', 'retried')
+event(facts(job), id, 'queued', 'retried')
 return {'queued'}
 """
 )
@@ -289,11 +292,13 @@ return {'queued'}
 REAP: Final = (
     LIBRARY
     + """
--- KEYS: job   ARGV: id, seconds until the next look
+-- KEYS: job   ARGV: id, seconds until the next look, then lanes ('<queue> <priority>') and since when the
+--   oldest message of each waits
 -- A job whose lease ran out goes back to the queue; a committing one stays, for any worker to finish.
 -- The answer is a word and, of a job that may want a message, its queue and priority.
--- A deferred job has used up its message: it is owed one when its time has come.
-local f = redis.call('HMGET', job, 'state', 'lease_until', 'queue', 'priority')
+-- A deferred job has used up its message: it is owed one when its time has come. The message of one that was
+-- asked for before the oldest in its lane was lost: lanes are queues.
+local f = redis.call('HMGET', job, 'state', 'lease_until', 'queue', 'priority', 'asked', 'created_at')
 if not f[1] then redis.call('ZREM', 'kms:open', id); return {'gone'} end
 if f[1] ~= 'queued' and number(f[2]) > now then
   redis.call('ZADD', 'kms:open', f[2], id); return {'leased'}
@@ -303,13 +308,20 @@ if f[1] ~= 'queued' and f[1] ~= 'running' and f[1] ~= 'committing' then  -- ende
 end
 redis.call('ZADD', 'kms:open', now + tonumber(ARGV[2]), id)
 if f[1] == 'running' then
-  redis.call('HSET', job, 'state', 'queued', 'lease_until', 0, 'not_before', 0)
-  unlease(job, id)
-  event(job, id, 'queued', 'lease_lost')
+  redis.call('HSET', job, 'state', 'queued', 'lease_until', 0, 'not_before', 0, 'asked', now)
+  redis.call('ZREM', leases(redis.call('HGET', job, 'tenant')), id)
+  event(facts(job), id, 'queued', 'lease_lost')
   return {'requeued', f[3], f[4]}
 end
-if f[1] == 'queued' and redis.call('HDEL', job, 'owed') == 1 then return {'due', f[3], f[4]} end
-return {f[1], f[3], f[4]}
+local word = f[1]
+if word == 'queued' and redis.call('HDEL', job, 'owed') == 1 then word = 'due' end
+local lane, asked = (f[3] or '') .. ' ' .. (f[4] or ''), math.max(number(f[5]), number(f[6]))
+for i = 3, #ARGV, 2 do
+  local oldest = tonumber(ARGV[i + 1])
+  if word == 'queued' and ARGV[i] == lane and asked + 5 < oldest and oldest <= now then word = 'lost' end
+end
+if word == 'due' or word == 'lost' then redis.call('HSET', job, 'asked', now) end
+return {word, f[3], f[4]}
 """
 )
 
@@ -319,7 +331,7 @@ PURGED: Final = (
 -- KEYS: job   ARGV: id
 local fence = redis.call('HGET', job, 'fence')
 if fence then redis.call('HSET', job, 'purged', 1) end
-unspool(job, id)
+unspool(redis.call('HGET', job, 'tenant'), id)
 redis.call('ZREM', 'kms:ended', id)
 return {fence or '0'}
 """

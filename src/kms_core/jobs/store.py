@@ -16,6 +16,7 @@ from kms_core.errors import (
     RateLimited,
     UnknownJob,
 )
+from kms_core.jobs import letters
 from kms_core.jobs.link import PREFIX, Cursor, busy_key, job_key, raise_for, reading, redis_errors
 from kms_core.jobs.model import (
     REFUSED,
@@ -42,7 +43,8 @@ _log = structlog.get_logger(__name__)
 class JobStore(Upkeep):
     """Submit, claim, renew, commit, finish: one script each, all safe to repeat."""
 
-    def __init__(self, client: redis.Redis, record_key: RecordKey, nudge: Nudge, rules: Rules) -> None:
+    def __init__(self, client: redis.Redis, record_key: RecordKey, nudge: Nudge | None, rules: Rules) -> None:
+        """Without a ``nudge`` the broker's lists lie in this Redis, and messages are put there right away."""
         super().__init__(client)
         self.rules = rules
         self.record_key = record_key
@@ -87,6 +89,7 @@ class JobStore(Upkeep):
                     self.rules.tenant_open.get(accepted.tenant, 0),
                     accepted.spooled_bytes,
                     self.rules.tenant_spool_bytes.get(accepted.tenant, 0),
+                    *self._letter(accepted),
                     *flat,
                 ],
             )
@@ -97,14 +100,11 @@ class JobStore(Upkeep):
             return self.get(before, accepted.tenant)
         if word == b"taken":  # said twice: by a client that did not hear the answer, or by a submitter
             return self.get(accepted.job_id, accepted.tenant)
-        if word == b"full":
-            raise RateLimited("Too many jobs wait already; submit again later", retry_after_s=SHED_S)
-        if word in {b"quota", b"spool"}:
-            metrics.RATE_LIMITED.labels(accepted.tenant).inc()
-            what = "as many open jobs" if word == b"quota" else "as much in the spool"
-            raise RateLimited(f"Your tenant has {what} as it may", retry_after_s=SHED_S)
+        if word != b"queued":
+            raise _turned_away(word, accepted.tenant)
         metrics.JOBS.labels(accepted.kind, "queued").inc()
-        self.nudge(accepted.job_id, accepted.lane)
+        if self._nudge is not None:
+            self.nudge(accepted.job_id, accepted.lane)
         plain = {name: value for name, value in fields.items() if name != "sealed"}
         return msgspec.convert({**plain, "job_id": accepted.job_id, "state": "queued"}, Job)
 
@@ -117,10 +117,23 @@ class JobStore(Upkeep):
             used = cast("bytes | None", self.redis.hget(f"{PREFIX}spooled:{tenant}", "sum"))
         return max(0, most - int(used or 0))
 
+    def _letter(self, accepted: Accepted) -> tuple[str, bytes]:
+        """Where the script that stores a job puts its message, and this; neither, if others send it."""
+        if self._nudge is not None:
+            return "", b""
+        return letters.where(accepted.lane), letters.write(accepted.job_id, accepted.lane, self.now())
+
     def nudge(self, job_id: str, lane: Lane) -> None:
         """Tell a worker. Losing this costs seconds: the caretaker nudges again."""
+        self._nudge_all([job_id], lane)
+
+    def _nudge_all(self, job_ids: Sequence[str], lane: Lane) -> None:
         try:
-            self._nudge(job_id, *lane)
+            if self._nudge is None:
+                self.post(job_ids, lane)
+                return
+            for job_id in job_ids:
+                self._nudge(job_id, *lane)
         except JobsUnavailable:
             metrics.JOB_RESUMES.labels("nudge_failed").inc()
 
@@ -292,8 +305,7 @@ class JobStore(Upkeep):
                 [job_key(claim.accepted.job_id)], [claim.accepted.job_id, claim.fence, *flat]
             )[0]
         raise_for(word)
-        for part in parts:
-            self.nudge(part.job_id, claim.accepted.lane)
+        self._nudge_all([part.job_id for part in parts], claim.accepted.lane)
 
     def step(self, claim: Claim, log: Log, counts: Fields) -> None:
         """Note how far a part has come. Raises LeaseLost when fenced off, JobCancelled if asked to stop."""
@@ -356,3 +368,11 @@ class JobStore(Upkeep):
         raise_for(word)
 
     # -- looking after ---------------------------------------------------------------------------------
+
+
+def _turned_away(word: bytes, tenant: str) -> RateLimited:
+    if word == b"full":
+        return RateLimited("Too many jobs wait already; submit again later", retry_after_s=SHED_S)
+    metrics.RATE_LIMITED.labels(tenant).inc()
+    what = "as many open jobs" if word == b"quota" else "as much in the spool"
+    return RateLimited(f"Your tenant has {what} as it may", retry_after_s=SHED_S)

@@ -2,14 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final, cast
 
 import redis
 
-from kms_core.jobs import part_scripts, scripts
+from kms_core.jobs import letters, part_scripts, scripts
 from kms_core.jobs.link import PREFIX, busy_key, job_key, redis_errors
-from kms_core.jobs.model import QUEUES, Lane
+from kms_core.jobs.model import QUEUES, REDIS_STEPS, Lane
 from kms_core.wire import PRIORITIES, Priority
 
 WORKER_SEEN_S: Final = 5.0
@@ -19,6 +20,7 @@ _REAPED_AT_ONCE: Final = 200  # some milliseconds, in which Redis does nothing e
 _TENANTS: Final = f"{PREFIX}tenants"
 _WORKERS: Final = f"{PREFIX}workers"
 _DEAD: Final = f"{PREFIX}dead"
+_NONE: Final[Mapping[Lane, float]] = MappingProxyType({})
 Script = Callable[..., list[bytes]]
 
 
@@ -61,20 +63,53 @@ class Upkeep:
     def reap(self, job_id: str, next_look_s: float) -> str:
         """Requeue a job whose lease ran out.
 
-        The answer is the state found, ``requeued``, or ``due`` for a deferred job, which has no message.
+        The answer is the state found, ``requeued``, ``due`` for a deferred job, which has no message, or
+        ``lost`` for one whose message must have been.
         """
         return self.reap_all([job_id], next_look_s)[0][0]
 
-    def reap_all(self, job_ids: Sequence[str], next_look_s: float) -> list[tuple[str, Lane]]:
-        """The same for many, in few writes to Redis's disk; and where each waits."""
+    def reap_all(
+        self, job_ids: Sequence[str], next_look_s: float, oldest: Mapping[Lane, float] = _NONE
+    ) -> list[tuple[str, Lane]]:
+        """The same for many, in few writes to Redis's disk; and where each waits.
+
+        ``oldest`` says since when the oldest message of a lane waits, where that is known.
+        """
         found: list[list[bytes]] = []
+        lanes = [word for lane, at in oldest.items() for word in (" ".join(lane), at)]
         with redis_errors():
             for start in range(0, len(job_ids), _REAPED_AT_ONCE):
                 pipeline = self.redis.pipeline(transaction=False)
                 for job_id in job_ids[start : start + _REAPED_AT_ONCE]:
-                    self._run["REAP"]([job_key(job_id)], [job_id, next_look_s], client=pipeline)
+                    self._run["REAP"]([job_key(job_id)], [job_id, next_look_s, *lanes], client=pipeline)
                 found += pipeline.execute()
         return [(word.decode(), _lane(rest)) for word, *rest in found]
+
+    def post(self, job_ids: Sequence[str], lane: Lane) -> None:
+        """Put messages into a list of the broker that is in this Redis."""
+        now = self.now()
+        messages = (letters.write(job_id, lane, now) for job_id in job_ids)
+        with redis_errors():
+            self.redis.lpush(letters.where(lane), *messages)
+
+    def depths(self) -> dict[tuple[str, str], int]:
+        """How many messages wait, by queue and priority, if the broker is in this Redis."""
+        pipeline = self.redis.pipeline(transaction=False)
+        for lane in letters.LANES:
+            for step in REDIS_STEPS[lane[1]]:
+                pipeline.llen(letters.where(lane, step))
+        with redis_errors():
+            found = iter(pipeline.execute())
+        return {lane: sum(next(found) for _ in REDIS_STEPS[lane[1]]) for lane in letters.LANES}
+
+    def oldest(self) -> dict[Lane, float]:
+        """Since when the oldest message of each lane in this Redis waits; 0 for one that does not say."""
+        with redis_errors():
+            pipeline = self.redis.pipeline(transaction=False)
+            for lane in letters.LANES:
+                pipeline.lrange(letters.where(lane), -1, -1)
+            found = zip(letters.LANES, pipeline.execute(), strict=True)
+        return {lane: letters.written_at(last[0]) for lane, last in found if last}
 
     def expired(self, limit: int = 1000) -> list[str]:
         """Ended jobs whose results are to be deleted."""
