@@ -50,7 +50,7 @@ class LeaseLost(KmsError):
     summary = "Another worker holds this job"
 
 
-class Accepted(msgspec.Struct, frozen=True, kw_only=True):
+class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the service promised to do. Rests in Redis sealed as one blob; workers act on this alone.
 
     ``source`` is ``upload``, ``items`` (both in the spool) or a URL, which may name many files (``trees``);
