@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import report
-from benchmarks.jobs_install import Callers, Ends, Install, Nothings, installed, resident_bytes, wait
+from benchmarks.jobs_install import (
+    Callers,
+    Ends,
+    Install,
+    Nothings,
+    installed,
+    largest_bytes,
+    resident_bytes,
+    wait,
+)
 from benchmarks.measure import Contender, Plan, Reading, Series, descendants, in_turn
 from benchmarks.report import Scale
 
@@ -58,6 +67,7 @@ def main() -> None:
         install.api()
         pids = install.worker("worker1"), install.bare()
         wait(lambda: not install.redis.zcard("kms:open"))  # what was queued for its size is done
+        idle = [largest_bytes(pid) for pid in (install.running["api"][0].pid, pids[0])]
         Nothings(install).send(0)
         Nothings(install).await_end(1)
         budget = options.budget(4)
@@ -67,7 +77,7 @@ def main() -> None:
             _pipelined(install, options, budget.share()),
             _bulk(install, options.plan, budget.share()),
             _sizes(install, options.plan, budget.share()),
-            _memory(waiting, *map(resident_bytes, pids)),
+            _memory(waiting, idle, *map(resident_bytes, pids)),
         ]
         install.worker("worker2")
         parts.append(_two_workers(install))
@@ -232,10 +242,12 @@ def _queued(install: Install) -> tuple[float, float]:
     return (after[0] - before[0]) / _QUEUED, (after[1] - before[1]) / _QUEUED
 
 
-def _memory(waiting: tuple[float, float], ours: int, bare: int) -> str:
+def _memory(waiting: tuple[float, float], idle: Sequence[int], ours: int, bare: int) -> str:
     rows = [
         ["Redis memory, a queued job and its message", f"{waiting[0]:,.0f} bytes"],
         ["append-only file, the same", f"{waiting[1]:,.0f} bytes"],
+        ["the API, asked for nothing yet (RSS)", f"{idle[0] / 2**20:,.0f} MiB"],
+        [f"the largest process of a worker, after {_QUEUED:,} jobs (RSS)", f"{idle[1] / 2**20:,.0f} MiB"],
         ["a worker and its two pool processes (PSS)", f"{ours / 1e6:,.0f} MB"],
         ["the bare Celery worker, the same", f"{bare / 1e6:,.0f} MB"],
     ]

@@ -191,8 +191,17 @@ class Callers:
 
 def resident_bytes(pid: int) -> int:
     """Memory of a process and its children, shared pages counted once (PSS, proc(5))."""
-    total = 0
-    for each in (pid, *descendants(pid)):
-        text = Path(f"/proc/{each}/smaps_rollup").read_text()
-        total += int(next(line.split()[1] for line in text.splitlines() if line.startswith("Pss:")))
-    return total * 1024
+    return sum(_memory(pid, "Pss"))
+
+
+def largest_bytes(pid: int) -> int:
+    """Memory of the largest of them, with what it shares (RSS)."""
+    return max(_memory(pid, "Rss"))
+
+
+def _memory(pid: int, kind: str) -> list[int]:
+    texts = [Path(f"/proc/{each}/smaps_rollup").read_text() for each in (pid, *descendants(pid))]
+    return [
+        1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{kind}:")))
+        for text in texts
+    ]
