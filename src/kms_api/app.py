@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final
 
@@ -48,7 +49,8 @@ from kms_core.settings import Settings
 from kms_core.settings_lint import SETTINGS, weaknesses
 from kms_core.settings_redis import is_shared
 
-_UPLOAD_THREADS = 64  # of their own: senders may be slow, and must not hold up the threads of other calls
+_UPLOADS = 64  # at once: senders may be slow, and each holds two slabs of memory or a thread
+_SLAB_THREADS = 8  # of their own: disks may be slow, and must not hold up the threads of other calls
 
 ROUTERS: Final = tuple(
     part.router
@@ -102,7 +104,8 @@ def build(settings: Settings) -> ASGIApp:
         watch,
         time.monotonic(),
         {},
-        anyio.CapacityLimiter(_UPLOAD_THREADS),
+        anyio.CapacityLimiter(_UPLOADS),
+        ThreadPoolExecutor(_SLAB_THREADS, "slab"),
     )
     for router in ROUTERS:
         rules.include(app, router, wire.PREFIX)

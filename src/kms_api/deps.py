@@ -1,6 +1,7 @@
 """What routes share: the built service, the caller's principal, and how a core call is made."""
 
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final, ParamSpec, Protocol, TypeVar
 
@@ -49,6 +50,8 @@ class Service:
     started: float
     limiters: dict[str, anyio.CapacityLimiter]
     upload_limiter: anyio.CapacityLimiter
+    threads: Executor
+    """Where the slabs of files are sealed and opened, written and read."""
 
     @property
     def blocks(self) -> bool:

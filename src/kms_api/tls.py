@@ -1,7 +1,7 @@
 """The server's TLS: certificate, key and client authority from settings, and who is at the other end.
 
-uvicorn hands no client certificate to the application, so its protocol class is extended by two methods that
-put what the certificate says into ``scope["state"]``.
+uvicorn hands no client certificate to the application, so its protocol class is extended by methods that put
+what the certificate says into ``scope["state"]``, and there the way to a body in large pieces, too.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import structlog
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kms_api.heads import Cycle, Impatient
+from kms_api.inlet import BODY, Inlet
 from kms_core.auth import certificates
 from kms_core.auth.certificates import Shown
 from kms_core.errors import ConfigurationError
@@ -30,6 +31,7 @@ class PeerProtocol(Impatient, HttpToolsProtocol):
     What has come of a head is held, and httptools sets no bound to it, as h11 does.
     """
 
+    inlet: Inlet | None = None
     _shown: Shown | None = None
     _in_head = False
     _head_bytes = 0
@@ -51,15 +53,23 @@ class PeerProtocol(Impatient, HttpToolsProtocol):
             if self._head_bytes > HEAD_BYTES:
                 self.send_400_response("The head of the request is too large")
 
+    def on_body(self, body: bytes) -> None:
+        if self.inlet is None:
+            super().on_body(body)
+        else:
+            self.inlet.put(body)
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head, self._head_bytes = True, 0
+        self.inlet = None
         if self._shown is not None:
             self.scope["state"][CERTIFICATE] = self._shown
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         super().on_headers_complete()
+        self.scope["state"][BODY] = self, self.cycle
 
 
 class Renewal:

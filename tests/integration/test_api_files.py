@@ -195,6 +195,7 @@ def test_many_slow_uploads_hold_up_nobody_else(idle: Service) -> None:
             peer.sendall(head)
         time.sleep(0.5)
 
+        assert len(list(Path(f"/proc/{idle.pid('api')}/task").iterdir())) < len(peers)
         assert idle.http.get(f"{PREFIX}/status", timeout=20).status_code == 200
         assert idle.http.get("/metrics", timeout=20).status_code == 200
         assert idle.http.get(f"{PREFIX}/jobs", timeout=20).status_code == 200

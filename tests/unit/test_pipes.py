@@ -86,15 +86,29 @@ def test_a_whole_chunk_at_the_wrong_place_is_released_and_the_rest_refused(
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 5 * CHUNK), max_size=6))
-def test_pieces_of_any_size_seal_to_the_same_bytes(sizes: list[int]) -> None:
+@given(st.lists(st.integers(0, 5 * CHUNK), max_size=6), st.booleans())
+def test_pieces_of_any_size_seal_to_the_same_bytes(sizes: list[int], told: bool) -> None:
     plaintext = os.urandom(sum(sizes))
-    source = io.BytesIO(plaintext)
+    source, given_, sealed = io.BytesIO(plaintext), 0, b""
     sealer = SlabSealer(KEY, 2)
-    ready = [slab for size in sizes for slab in sealer.feed(source.read(size))]
+    for size in sizes:
+        given_ += size
+        for slab in sealer.feed(source.read(size), more=told and given_ < len(plaintext)):
+            sealed += slab  # each is good until the next is asked for
 
-    assert b"".join([*ready, sealer.finish()]) == stream.seal(KEY, plaintext)
+    assert sealed + sealer.finish() == stream.seal(KEY, plaintext)
     assert sealer.size == len(plaintext)
+
+
+def test_whole_slabs_that_others_follow_are_sealed_where_they_lie() -> None:
+    plaintext = bytearray(os.urandom(4 * CHUNK))
+    sealer = SlabSealer(KEY, 2)
+    before = bytes(plaintext)
+
+    sealed = b"".join(map(bytes, sealer.feed(plaintext, more=True)))
+    assert len(sealed) == 4 * SEALED_CHUNK
+    assert sealed + b"".join(sealer.feed(b"x")) + sealer.finish() == stream.seal(KEY, before + b"x")
+    assert plaintext == before
 
 
 def test_a_finished_payload_takes_nothing_more() -> None:
@@ -102,7 +116,7 @@ def test_a_finished_payload_takes_nothing_more() -> None:
     sealer.finish()
 
     with pytest.raises(ValueError, match="finished"):
-        sealer.feed(b"more")
+        list(sealer.feed(b"more"))
     with pytest.raises(ValueError, match="finished"):
         sealer.finish()
 

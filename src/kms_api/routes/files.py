@@ -1,16 +1,14 @@
 """Files of any size: a streamed upload becomes a job, a job's result is a streamed download with ranges."""
 
 import re
-from collections.abc import AsyncIterator, Callable, Generator
-from contextlib import closing
+from collections.abc import Generator
 from typing import Final
 
-import anyio.from_thread
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
 
-from kms_api import bodies, described
+from kms_api import bodies, described, flows
 from kms_api.deps import Service, caller, service
 from kms_api.problems import problem
 from kms_api.routes import jobs
@@ -31,7 +29,6 @@ from kms_core.jobs.model import Job
 from kms_core.jobs.results import Result
 
 router: Final = APIRouter(tags=["files"], route_class=Ruled)
-_SLAB_BYTES: Final = 1024 * 1024
 _RESULT: Final = {
     described.BINARY: {"schema": described.BYTES},
     described.NDJSON: {"schema": {"type": "string"}, "x-kms-line": described.ref(wire.ItemResult)},
@@ -97,30 +94,26 @@ async def _upload(request: Request, kind: wire.JobKind) -> Response:
     built = service(request)
     terms = jobs.terms_of_headers(request, kind)
     declared = int(request.headers.get("content-length") or 0)
-    pieces = request.stream()
-
-    def next_piece() -> bytes:
-        return anyio.from_thread.run(jobs.next_piece, pieces)
-
-    job = await anyio.to_thread.run_sync(
-        _receive, built, terms, declared, next_piece, limiter=built.upload_limiter
-    )
+    async with built.upload_limiter:
+        job = await flows.receive(request, _received(built, terms, declared), built.threads)
     return jobs.accepted(job)
 
 
-def _receive(built: Service, terms: Terms, declared: int, next_piece: Callable[[], bytes]) -> Job:
-    """In a thread of its own: seal and write what arrives; a broken upload leaves nothing."""
+def _received(built: Service, terms: Terms, declared: int) -> Generator[None, flows.Slab, Job]:
+    """Seal and write what arrives, slab by slab; a broken upload leaves nothing."""
     built.desk.check(terms)
     check_room = built.desk.meter(terms, declared)
     job_id = desk.new_id()
     hasher = built.desk.hasher(terms) if terms.idempotency else None
     label = Label(terms.who.tenant, job_id, UPLOAD)
     with built.desk.spool.writing(label, sealed=terms.kind == "encrypt", declared_bytes=declared) as out:
-        while piece := next_piece():
-            out.write(piece)
+        more = True
+        while more:
+            slab, more = yield
+            out.write(slab, more=more)
             check_room(out.size)
             if hasher:
-                hasher.update(piece)
+                hasher.update(slab)
         if declared and out.size != declared:
             raise InvalidRequest("The upload ended before its Content-Length")
         size = out.size
@@ -155,7 +148,8 @@ def _ranged(request: Request, job: Job, body: Result) -> Response:
         status = 206
     media_type = "application/x-ndjson" if body.lines else "application/octet-stream"
     headers["Content-Length"] = str(stop - start)
-    return StreamingResponse(_sending(body.slabs(start, stop)), status, headers, media_type)
+    sending = flows.send(body.slabs(start, stop), service(request).threads)
+    return StreamingResponse(sending, status, headers, media_type)
 
 
 def _asked(header: str) -> tuple[str, str] | None:
@@ -172,10 +166,3 @@ def _bounds(first: str, last: str, *, size: int) -> tuple[int, int]:
     if not first:
         return max(0, size - int(last)), size
     return int(first), min(size, int(last) + 1) if last else size
-
-
-async def _sending(slabs: Generator[bytes | memoryview]) -> AsyncIterator[bytes | memoryview]:
-    """One slab at a time from a thread. A forged slab breaks the connection: no clean end is sent."""
-    with closing(slabs):  # a download that breaks off leaves no file open
-        while (slab := await anyio.to_thread.run_sync(next, slabs, None)) is not None:
-            yield slab

@@ -15,6 +15,7 @@ from starlette.responses import StreamingResponse
 
 from kms_api import bodies, described_jobs
 from kms_api.deps import Service, caller, service
+from kms_api.inlet import next_piece
 from kms_api.rules import Ruled
 from kms_core import audit, wire
 from kms_core.context import Context
@@ -28,7 +29,6 @@ router: Final = APIRouter(tags=["jobs"], route_class=Ruled)
 KINDS: Final[dict[str, wire.JobKind]] = {kind: kind for kind in get_args(wire.JobKind)}
 _NDJSON: Final = "application/x-ndjson"
 _LOOK_EVERY_S: Final = 0.25
-_STALLED_S: Final = 60.0
 _KEEP_ALIVE_S: Final = 15.0
 _DIGITS: Final = 16
 _OF_STREAMS: Final = ("x-kms-context", "x-kms-key-id", "x-kms-priority", "x-kms-callback")
@@ -240,18 +240,6 @@ def _refuse_streamed(request: Request) -> None:
     """What a body says is never said elsewhere: a context in a header would not be bound to anything."""
     if "kind" in request.query_params or any(name in request.headers for name in _OF_STREAMS):
         raise InvalidRequest("kind= and X-KMS-… are for a stream of items: a JSON body says these itself")
-
-
-async def next_piece(pieces: AsyncIterator[bytes]) -> bytes:
-    """The next bytes of a body; empty at its end. A sender that stalls must not hold a thread for ever."""
-    try:
-        with anyio.fail_after(_STALLED_S):
-            async for piece in pieces:
-                if piece:
-                    return piece
-    except TimeoutError:
-        raise InvalidRequest(f"The body stopped arriving for {_STALLED_S:.0f} s") from None
-    return b""
 
 
 def _callback(name: str | None) -> str:

@@ -41,22 +41,29 @@ class SlabSealer:
     def __init__(self, key: bytes, slab_chunks: int = SLAB_CHUNKS) -> None:
         self._key = key
         self._chunks = slab_chunks
-        self._begin(0, 1)  # most payloads are small, and touching a whole slab would cost them more
+        self._held = self._first = self._full = 0
+        self._widen(1)  # most payloads are small, and touching a whole slab would cost them more
         self._finished = False
         self.size = 0
 
-    def feed(self, data: Buffer) -> list[memoryview]:
-        """Take plaintext; the sealed slabs that are now ready, in order. The views stay valid."""
+    def feed(self, data: Buffer, *, more: bool = False) -> Iterator[memoryview]:
+        """Take plaintext; the sealed slabs that are then ready, in order, each until the next is asked for.
+
+        ``more`` tells for certain that other plaintext follows: whole slabs are then sealed where they lie.
+        """
         self._refuse_if_finished()
-        ready = []
         rest = memoryview(data)
         self.size += len(rest)
         while rest:
             if self._held == self._full:
-                ready.append(self._slab.seal(Piece(self._first, self._full, last=False)))
-                self._begin(self._first + self._full // CHUNK, self._chunks)
-            rest = rest[self._take(rest) :]
-        return ready
+                yield self._seal()
+                self._widen(self._chunks)
+            elif not self._held and len(rest) - (not more) >= self._chunks * CHUNK:
+                self._widen(self._chunks)
+                yield self._seal(rest[: self._full])
+                rest = rest[self._full :]
+            else:
+                rest = rest[self._take(rest) :]
 
     def finish(self) -> bytes:
         """The last slab, which ends the payload; at least 16 bytes. Nothing can be fed after it."""
@@ -71,12 +78,18 @@ class SlabSealer:
         self._held += taken
         return taken
 
-    def _begin(self, first: int, chunks: int) -> None:
-        self._full = chunks * CHUNK
-        self._slab = Slab(self._key, chunks)
-        self._places = self._slab.plain(self._full)
+    def _widen(self, chunks: int) -> None:
+        """A slab of this size, if the one in hand, which holds nothing, has another."""
+        full = chunks * CHUNK
+        if self._full != full:
+            self._full, self._slab = full, Slab(self._key, chunks)
+            self._places = self._slab.plain(full)
+
+    def _seal(self, source: memoryview | None = None) -> memoryview:
+        sealed = self._slab.seal(Piece(self._first, self._full, last=False), source)
         self._held = 0
-        self._first = first
+        self._first += self._full // CHUNK
+        return sealed
 
     def _refuse_if_finished(self) -> None:
         if self._finished:

@@ -100,9 +100,9 @@ class Slab:
         full, rest = divmod(size, CHUNK)
         return self._plain[:full] + ([self._plain[full][:rest]] if rest or not size else [])
 
-    def seal(self, piece: Piece) -> memoryview:
-        """Seal what ``plain(piece.size)`` holds."""
-        plain = self.plain(piece.size)
+    def seal(self, piece: Piece, source: memoryview | None = None) -> memoryview:
+        """Seal what ``plain(piece.size)`` holds, or ``source``, which is one run of that size."""
+        plain = cut(source, CHUNK) if source else self.plain(piece.size)
         sealed = self._sealed[: len(plain)]
         sealed[-1] = sealed[-1][: len(plain[-1]) + TAG]
         run = nonces(piece.first, len(plain), last=piece.last)

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -93,24 +93,28 @@ class BlobWriter:
         self._start = b""
         self.size = 0
         if sealing_:
-            self._put([memoryview(sealing_.head)])
+            self._put(memoryview(sealing_.head))
 
-    def write(self, data: Buffer) -> None:
-        """Take some bytes. Raises SpoolFull; NotACiphertext if an unsealed blob begins as something else."""
+    def write(self, data: Buffer, *, more: bool = False) -> None:
+        """Take some bytes; ``more`` tells for certain that others follow, which saves a copy of large ones.
+
+        Raises SpoolFull; NotACiphertext if an unsealed blob begins as something else.
+        """
         self.size += len(memoryview(data))
         if self._sealer:
-            self._put(self._sealer.feed(data))
+            for slab in self._sealer.feed(data, more=more):
+                self._put(slab)
             return
         if len(self._start) < len(VERSION_LINE):
             self._start += bytes(memoryview(data)[: len(VERSION_LINE)])
             if not self._start.startswith(VERSION_LINE[: len(self._start)]):
                 raise NotACiphertext
-        self._put([memoryview(data)])
+        self._put(memoryview(data))
 
     def finish(self) -> None:
         """Write what is held back. The blob is whole afterwards."""
         if self._sealer:
-            self._put([memoryview(self._sealer.finish())])
+            self._put(memoryview(self._sealer.finish()))
         elif len(self._start) < len(VERSION_LINE):
             raise NotACiphertext
 
@@ -119,15 +123,13 @@ class BlobWriter:
         """Bytes on the disk."""
         return self._offset
 
-    def _put(self, views: Sequence[memoryview]) -> None:
-        size = sum(map(len, views))
-        if self._offset + size > self._room:
+    def _put(self, data: memoryview) -> None:
+        if self._offset + len(data) > self._room:
             raise SpoolFull(
                 "The spool's limit is reached: wait for results to expire, or raise spool_max_bytes"
             )
-        for view in views:
-            disk.write_all(self._fd, view, self._offset)
-            self._offset += len(view)
+        disk.write_all(self._fd, data, self._offset)
+        self._offset += len(data)
 
 
 class Spool:
