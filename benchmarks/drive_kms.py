@@ -18,6 +18,7 @@ from kms_core.envelope.extents import Extent, Onto
 from kms_core.envelope.header import FILE_LIMITS, Header, Stanza
 from kms_core.envelope.x25519 import Identity
 
+ITEM_BYTES: Final = 1024
 KEY: Final = KeyRef("default", "default", "bench", "age")
 CONTEXT: Final = Context.parse("env=bench")
 
@@ -68,6 +69,14 @@ def seal(by: Local, source: str, target: str) -> None:
         slabs.seal_file(
             begun.payload_key, Extent(reader.fileno(), size), Onto(writer.fileno()), len(begun.head)
         )
+
+
+def seal_items(count: int) -> None:
+    """So many items of a bulk job, and nothing but their sealing."""
+    identity = Identity.generate()
+    by, plaintext = Local(identity, binding.origin_key(identity.secret)), os.urandom(ITEM_BYTES)
+    for _ in range(count):
+        sealing.seal(plaintext, by, KEY, CONTEXT)
 
 
 def open_(by: Local, source: str, target: str) -> None:

@@ -1,4 +1,4 @@
-"""Sends one POST request again and again over some connections: by wrk, or without it by asyncio here.
+"""Sends one request again and again over some connections: by wrk, or without it by asyncio here.
 
 Either gives requests a second, the median and the 99th percentile of latency. Raises RuntimeError unless
 every answer was 200.
@@ -20,7 +20,7 @@ from benchmarks.measure import Reading, say
 CLIENT: Final = "wrk" if shutil.which("wrk") else "asyncio"
 _HEADERS: Final = {"Content-Type": "application/json"}
 _SCRIPT: Final = """
-wrk.method = "POST"
+wrk.method = "{method}"
 wrk.headers["Content-Type"] = "application/json"
 wrk.body = [==[{body}]==]
 function done(summary, latency, requests)
@@ -39,6 +39,7 @@ class Shot:
     url: str
     body: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    method: str = "POST"
 
 
 def load(shot: Shot, connections: int, seconds: float) -> Reading:
@@ -55,7 +56,7 @@ def warn_without_wrk() -> None:
 
 def _wrk(shot: Shot, connections: int, seconds: float) -> Reading:
     with tempfile.NamedTemporaryFile("w", suffix=".lua", prefix="kms-bench-") as script:
-        script.write(_SCRIPT.replace("{body}", shot.body))
+        script.write(_SCRIPT.replace("{method}", shot.method).replace("{body}", shot.body))
         script.writelines(f'wrk.headers["{name}"] = "{value}"\n' for name, value in shot.headers.items())
         script.flush()
         options = ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "-s", script.name]
@@ -81,7 +82,7 @@ async def _asyncio(shot: Shot, connections: int, seconds: float) -> Reading:
 async def _connection(shot: Shot, ends: float) -> list[float]:
     """One kept-alive connection; answers need a Content-Length."""
     parts, body = urlsplit(shot.url), shot.body.encode()
-    head = [f"POST {parts.path} HTTP/1.1", f"Host: {parts.netloc}", f"Content-Length: {len(body)}"]
+    head = [f"{shot.method} {parts.path} HTTP/1.1", f"Host: {parts.netloc}", f"Content-Length: {len(body)}"]
     head += [f"{name}: {value}" for name, value in {**_HEADERS, **shot.headers}.items()]
     request = "\r\n".join([*head, "", ""]).encode() + body
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ START_S: Final = 60.0
 _KEPT_S: Final = 2.0
 _PATIENCE_S: Final = 300.0
 _MAXMEMORY: Final = 2 * 1024**3
+_OPEN_JOBS: Final = 200_000
 
 
 @dataclass
@@ -70,11 +71,14 @@ class Install:
         self.stack.callback(self.end, name)
         return process.pid
 
-    def api(self) -> None:
-        self.run("api", "kms_api.main", port=self.port)
+    def api(self) -> int:
+        """One API process, answering; its pid."""
+        pid = self.run("api", "kms_api.main", port=self.port)
         wait(lambda: up.is_alive("127.0.0.1", self.port))
+        return pid
 
     def worker(self, name: str) -> int:
+        """A worker that consumes; its pid."""
         port = free_port()
         pid = self.run(name, "kms_worker.main", port=port)
         wait(lambda: up.is_alive("127.0.0.1", port + 1))
@@ -89,10 +93,11 @@ class Install:
 
 
 @contextmanager
-def installed(folder: Path, fsync: str) -> Iterator[Install]:
+def installed(folder: Path, fsync: str, *, concurrency: int = 2) -> Iterator[Install]:
     """A state directory with keys and a Valkey server (``appendfsync`` as given); nothing else runs yet."""
-    state = folder / "state"
+    state, config = folder / "state", folder / "kms.toml"
     (state / "files").mkdir(parents=True)
+    config.write_text(f"[kms.jobs]\nconcurrency = {concurrency}\nopen_jobs = {_OPEN_JOBS}\n")
     with ExitStack() as stack:
         place = stack.enter_context(valkey.claim(state, os.environ))
         argv = valkey.command(valkey.find_binary(os.environ), place, valkey.Limits(_MAXMEMORY))
@@ -101,13 +106,14 @@ def installed(folder: Path, fsync: str) -> Iterator[Install]:
         stack.enter_context(stopped(subprocess.Popen(argv, stdout=log, pass_fds=(place.lock,))))
         wait(lambda: valkey.is_ready(place.socket_path))
         named = {
+            "KMS_CONFIG": str(config),
             "KMS_STATE_DIR": str(state),
             "KMS_REDIS_URL": place.url_of(0),
             "KMS_LOG": "warning",
             "HOME": str(folder),
         }
         port = free_port()
-        settings = settings_file.load(None, named | {"KMS_PORT": str(port)})
+        settings = settings_file.load(config, named | {"KMS_PORT": str(port)})
         up.make_dev_keys(settings)
         core = build_core(settings, "bench", None)
         yield Install(state, place, named, port, core, stack)
@@ -147,10 +153,14 @@ class Ends:
         newest = cast("list[tuple[bytes, object]]", self._redis.xrevrange("kms:events", count=1))
         self._position: bytes | str = newest[0][0] if newest else "0-0"
 
-    def await_end(self, count: int) -> None:
-        """Until so many jobs have succeeded. Raises RuntimeError if one ends otherwise, or none does."""
+    def await_end(self, count: int) -> Sequence[float]:
+        """Until so many jobs have succeeded; when each did, in seconds of the server's clock.
+
+        Raises RuntimeError if one ends otherwise, or none does.
+        """
         ends = time.monotonic() + _PATIENCE_S
-        while count > 0:
+        moments: list[float] = []
+        while len(moments) < count:
             if time.monotonic() > ends:
                 raise RuntimeError("jobs did not end")
             for position, fields in self._more():
@@ -158,7 +168,9 @@ class Ends:
                 state = fields[b"type"].removeprefix(b"kms.job.")
                 if state in {b"failed", b"cancelled"}:
                     raise RuntimeError(f"a job {state.decode()}: {fields[b'code'].decode()}")
-                count -= state == b"succeeded"
+                if state == b"succeeded":
+                    moments.append(int(position.partition(b"-")[0]) / 1e3)
+        return moments
 
     def _more(self) -> list[tuple[bytes, dict[bytes, bytes]]]:
         answer: Any = self._redis.xread({"kms:events": self._position}, count=5000, block=1000)
@@ -190,18 +202,13 @@ class Callers:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a process and its children, shared pages counted once (PSS, proc(5))."""
-    return sum(_memory(pid, "Pss"))
+    """Resident memory of a process, and what its children have of their own beside it (proc(5))."""
+    total = _memory_of(pid, "Rss:")
+    for child in descendants(pid):
+        total += _memory_of(child, "Private_Clean:") + _memory_of(child, "Private_Dirty:")
+    return total
 
 
-def largest_bytes(pid: int) -> int:
-    """Memory of the largest of them, with what it shares (RSS)."""
-    return max(_memory(pid, "Rss"))
-
-
-def _memory(pid: int, kind: str) -> list[int]:
-    texts = [Path(f"/proc/{each}/smaps_rollup").read_text() for each in (pid, *descendants(pid))]
-    return [
-        1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{kind}:")))
-        for text in texts
-    ]
+def _memory_of(pid: int, name: str) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

@@ -1,9 +1,10 @@
 """Runs contenders in turn on a machine that others use too, and keeps undisturbed runs; knows none of them.
 
-A contender is a function that does its work once and says what it measured. Right before each run memory of
-the output's size is touched and given back: on virtual machines that return free pages to their host, the
-first touch of a fresh page costs more than the cipher, and would be charged to whoever writes first. A run
-counts if nobody else used much of the processors meanwhile; others are dropped and repeated.
+A contender is a function that does its work once and says what it measured. Before a run that writes much the
+disk is left to finish what others gave it, and memory of the output's size is touched and given back: on
+virtual machines that return free pages to their host, the first touch of a fresh page costs more than the
+cipher, and would be charged to whoever writes first. A run counts if nobody else used much of the processors
+meanwhile; others are dropped and repeated.
 """
 
 import mmap
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -27,11 +29,13 @@ FOREIGN: Final = 0.12
 _LEAST_TOUCH: Final = 1024 * 1024
 _TICKS_S: Final = 0.03  # /proc counts in ticks of 10 ms, on two processors and for each process
 _PAUSE_S: Final = 0.4
+_SETTLE_S: Final = 20.0
+_SETTLED_BYTES: Final = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One way to do the job. ``output_bytes`` of memory are touched before each run."""
+    """One way to do the job. If it writes ``output_bytes``, disk and memory are made ready for each run."""
 
     name: str
     run: Callable[[], Reading]
@@ -40,11 +44,15 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How many runs count, what foreign load (in processors) spoils one, and how often one is tried."""
+    """How many runs count, what foreign load (in processors) spoils one, and how often one is tried.
+
+    ``warms``: whether a run that does not count goes before.
+    """
 
     runs: int = 5
     foreign: float = FOREIGN
     tries: int = 4
+    warms: bool = True
 
 
 @dataclass(slots=True)
@@ -63,6 +71,10 @@ class Series:
         """None without a clean run."""
         values = self.values(key)
         return statistics.median(values) if values else None
+
+    def medians(self) -> Reading:
+        """Of everything that a clean run measured."""
+        return {key: statistics.median(self.values(key)) for key in {*chain.from_iterable(self.readings)}}
 
 
 class Budget:
@@ -99,7 +111,7 @@ def in_turn(contenders: Sequence[Contender], plan: Plan, seconds: float) -> list
     """
     ends = time.monotonic() + seconds
     pairs = [(contender, Series(contender.name)) for contender in contenders]
-    for contender, series in pairs:
+    for contender, series in pairs if plan.warms else ():
         _run(contender, series)
     for number in range(plan.runs):
         if number and time.monotonic() > ends:
@@ -120,6 +132,8 @@ def _clean_run(contender: Contender, series: Series, plan: Plan, ends: float) ->
     for number in range(plan.tries):
         if series.failure or (number and time.monotonic() > ends):
             return
+        if contender.output_bytes:
+            settle()
         touch(contender.output_bytes)
         load = Load()
         reading = _run(contender, series)
@@ -139,6 +153,28 @@ def _run(contender: Contender, series: Series) -> Reading | None:
         series.failure = f"{type(exc).__name__}: {exc}"
         say(f"{contender.name} FAILED and is left out: {series.failure}")
         return None
+
+
+def settle() -> None:
+    """Wait until nothing waits for the disk, deleted files included: the kernel would write in the run."""
+    os.sync()
+    ends = time.monotonic() + _SETTLE_S
+    while (left := unwritten_bytes()) > _SETTLED_BYTES:
+        if time.monotonic() > ends:
+            say(f"{left // 1024**2} MiB still wait for the disk after {_SETTLE_S:g} s")
+            return
+        time.sleep(0.05)
+
+
+def unwritten_bytes() -> int:
+    """Of all files together: dirty, or on their way to a disk."""
+    return memory("Dirty") + memory("Writeback")
+
+
+def memory(name: str) -> int:
+    """Bytes of a line of /proc/meminfo, such as ``MemAvailable`` (proc(5))."""
+    with Path("/proc/meminfo").open() as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def touch(size: int) -> None:

@@ -1,6 +1,7 @@
 """What a benchmark says: tables, machine, versions, and its place in RESULTS.md; measures nothing."""
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -9,8 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -37,21 +38,52 @@ class Options:
     budget_s: float
     results: Path
     given: argparse.Namespace
+    kept: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def budget(self, groups: int) -> Budget:
         return Budget(self.budget_s, groups)
 
+    def keep(self, table: str, found: Sequence[Series]) -> Sequence[Series]:
+        """Leave the medians of a table to ``goals.py``, by contender and by what was measured."""
+        for series in found:
+            self.note(table, series.name, series.medians())
+        return found
+
+    def note(self, table: str, name: str, figures: Mapping[str, float]) -> None:
+        """Leave other figures to ``goals.py``."""
+        self.kept.setdefault(table, {})[name] = dict(figures)
+
     def write(self, parts: Sequence[str]) -> None:
         """Print the parts, and put them between this script's markers, with command, date and machine."""
         head = (
-            f"`{shlex.join(['scripts/bench', self.name, *sys.argv[1:]])}`, {datetime.now(UTC):%Y-%m-%d}"
-            f"{_commit()}. {_machine()}. {versions()}. Runs with more than "
-            f"{self.plan.foreign:g} processors of foreign load were dropped."
+            f"`{shlex.join(['scripts/bench', self.name, *sys.argv[1:]])}`, {run_at()}. {machine()}. "
+            f"{versions()}. Runs with more than {self.plan.foreign:g} processors of foreign load were "
+            "dropped."
         )
         text = "\n\n".join([head, *parts])
         sys.stdout.write(f"{text}\n")
-        old = self.results.read_text() if self.results.exists() else _HEAD
-        self.results.write_text(placed(old, self.name, text))
+        put(self.results, self.name, text)
+        folder = kept_in(self.results)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.name}.json").write_text(
+            json.dumps({"run": run_at(), "figures": self.kept}, indent=1)
+        )
+
+
+def kept_in(results: Path) -> Path:
+    """Where scripts leave the figures of their last run for ``goals.py``: a folder that git ignores."""
+    return results.parent / ".cache" / results.stem
+
+
+def put(results: Path, name: str, text: str) -> None:
+    """Put a text between the markers of a block of the results."""
+    old = results.read_text() if results.exists() else _HEAD
+    results.write_text(placed(old, name, text))
+
+
+def run_at() -> str:
+    """Date and commit."""
+    return f"{datetime.now(UTC):%Y-%m-%d}{_commit()}"
 
 
 def options(name: str, about: str, *, runs: int, budget_s: float, **more: float | str) -> Options:
@@ -71,11 +103,14 @@ def options(name: str, about: str, *, runs: int, budget_s: float, **more: float 
 
 
 def placed(document: str, name: str, text: str) -> str:
-    """The document with ``text`` between the markers ``name``, which are added if missing."""
+    """The document with ``text`` between the markers ``name``, added if missing: ``goals`` on top."""
     block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
     found = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
     if found.search(document):
         return found.sub(lambda _: block, document, count=1)
+    if name == "goals":
+        head, mark, rest = document.partition("\n## ")
+        return f"{head.rstrip()}\n\n## {name}\n\n{block}\n{mark}{rest}"
     return f"{document.rstrip()}\n\n## {name}\n\n{block}\n"
 
 
@@ -188,7 +223,7 @@ def _tool_version(name: str) -> str:
     return found[0] if found else "?"
 
 
-def _machine() -> str:
+def machine() -> str:
     found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
     kind = found[1] if found else platform.machine()

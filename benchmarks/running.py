@@ -123,16 +123,16 @@ def connect(url: str) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=120, blocksize=1024 * 1024)
 
 
-def ask(url: str, body: str | None = None) -> Any:  # noqa: ANN401 -- JSON
+def ask(url: str, body: str | None = None, headers: Mapping[str, str] | None = None) -> Any:  # noqa: ANN401 -- JSON
     """POST a body, or GET; the JSON of the answer. Raises RuntimeError unless it is 200."""
-    return json.loads(_got(url, body))
+    return json.loads(_got(url, body, headers))
 
 
-def _got(url: str, body: str | None) -> bytes:
+def _got(url: str, body: str | None, headers: Mapping[str, str] | None = None) -> bytes:
     connection = connect(url)
     try:
-        headers = {"Content-Type": "application/json"}
-        connection.request("GET" if body is None else "POST", urlsplit(url).path, body, headers)
+        sent = {"Content-Type": "application/json", **(headers or {})}
+        connection.request("GET" if body is None else "POST", urlsplit(url).path, body, sent)
         answer = connection.getresponse()
         text = answer.read()
     finally:

@@ -1,0 +1,236 @@
+"""Holds the figures of the last run against the goals, at the top of RESULTS.md; measures nothing.
+
+    python -m benchmarks.goals [--results FILE]
+
+Each script leaves its medians beside the results (``report.kept_in``); no figure is typed here. Beside a goal
+stands a note: what bounds it and what would lift it, by a profile. It is shown if the goal is missed.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Final
+
+from benchmarks import report
+from benchmarks.figures import Find, Goal, Row, at_most, ratio, table, value
+
+_MIB: Final = 1024 * 1024
+_OURS: Final = "envelope, driver"
+_AUDIT, _NO_AUDIT = "OpenBao transit, file audit", "OpenBao transit, no audit"
+_CALLS: Final = [f"POST /{call}, {size} B" for call in ("encrypt", "decrypt") for size in ("16", "1,024")]
+_BULK: Final = ("8 jobs of 1,000 items", "1 job of 100,000 items")
+_ITEM, _HTTP_ITEM = "job of one item, sent in process", "the same over HTTP"
+_CRYPTO: Final = "the crypto alone, two processes"
+_HOSTILE: Final = "refuse an endless header of 65,536 bytes"
+_MANY: Final = "open a file of 1,000 recipients by the last"
+_LIMITS: Final = ("call", "file")
+_NOTHING: Final = "bare Celery, a task that does nothing"
+
+
+def _file(table: str, peer: str, factor: float = 1.0) -> Find:
+    """How many times as fast as the peer."""
+    return ratio("file", table, (peer, _OURS), "seconds", factor)
+
+
+def _beside(peer: str, operation: str, place: str, *, must: float, aim: float) -> Goal:
+    return Goal(operation, must, aim, [_file(f"{operation}, {place}", peer)])
+
+
+def _everywhere(peer: str, factor: float = 1.0) -> list[Find]:
+    return [
+        _file(f"{what}, {place}", peer, factor) for what in ("seal", "open") for place in ("memory", "disk")
+    ]
+
+
+def _uploaded(key: str) -> list[Find]:
+    names = [("bare uvicorn, files", f"kms, {kind} job") for kind in ("encrypt", "decrypt")]
+    kinds = ("encrypt a file", "decrypt a file")
+    return [ratio("http", kind, pair, key, 100) for kind, pair in zip(kinds, names, strict=True)]
+
+
+def _calls(peer: str, key: str, *connections: int) -> list[Find]:
+    return [
+        ratio("transit", f"{call}, {many}", ("kms", peer), key) for call in _CALLS for many in connections
+    ]
+
+
+def _doors(table: str, ours: str) -> list[Find]:
+    return [ratio("doors", f"{table}, {many}", (ours, _AUDIT), "rate") for many in (1, 16)]
+
+
+def _cli(peer: str) -> list[Find]:
+    return [ratio("cli", "invocation", (ours, peer), "seconds") for ours in ("`kms encrypt`", "`kms status`")]
+
+
+def _small(table: str, name: str, factor: float = 1e3) -> Find:
+    return value("small", table, name, "seconds", factor)
+
+
+def _job(ours: str) -> Find:
+    return ratio("jobs", "one at a time", (ours, _NOTHING), "p50_s")
+
+
+def _core(operation: str) -> Find:
+    return value("growth", "core", operation, "peak_bytes", 1 / _MIB)
+
+
+def _off(*what: str) -> list[Find]:
+    return [value("growth", "deviation", name, "share", 100) for name in what]
+
+
+ROWS: Final = (
+    Row(
+        "seal / open 1 GiB, page cache → tmpfs, 2 cores",
+        "`age`",
+        [
+            _beside("age", "seal", "memory", must=2.0, aim=2.3),
+            _beside("age", "open", "memory", must=2.4, aim=2.9),
+        ],
+    ),
+    Row(
+        "the same → ext4",
+        "`age`",
+        [
+            _beside("age", "seal", "disk", must=2.3, aim=2.9),
+            _beside("age", "open", "disk", must=3.2, aim=3.8),
+        ],
+    ),
+    Row("the same, both", "`cp`", [Goal("", 0.9, 1.0, _everywhere("cp"))]),
+    Row(
+        "the same, both",
+        "the bare AEAD over the same slabs and I/O",
+        [Goal("", 85, 92, _everywhere("bare cipher, same slabs", 100), "%")],
+    ),
+    Row(
+        "the same, pipe to pipe",
+        "`age`",
+        [
+            _beside("age", "seal", "pipe", must=1.15, aim=1.3),
+            _beside("age", "open", "pipe", must=1.5, aim=1.7),
+        ],
+    ),
+    Row(
+        "the same, over HTTP through a job, up (the job included) / down",
+        "bare uvicorn app storing and serving the bytes",
+        [Goal("up", 55, 75, _uploaded("stored_s"), "%"), Goal("down", 70, 85, _uploaded("down_s"), "%")],
+    ),
+    Row("RSS of the core, any size", "-", [at_most("", 40, 32, [*map(_core, ("seal", "open"))], "MiB")]),
+    Row(
+        "seal / open 1 KiB in memory",
+        "pyrage",
+        [
+            at_most("seal", 95, 70, [_small("seal 1,024 bytes in memory", "sealing.seal", 1e6)], "µs"),
+            at_most(
+                "open", 60, 52, [_small("open 1,024 bytes in memory", "envelope, bound file", 1e6)], "µs"
+            ),
+        ],
+    ),
+    Row(
+        "hostile 64 KiB header refused; 1,000 recipients opened",
+        "pyrage",
+        [
+            at_most(
+                "refused", 5, 1.5, [_small(_HOSTILE, f"envelope, limits of a {of}") for of in _LIMITS], "ms"
+            ),
+            at_most("opened", 60, 45, [_small(_MANY, "envelope, in process")], "ms"),
+        ],
+    ),
+    Row(
+        "POST /encrypt, /decrypt, 16 B and 1 KiB, 16, 64 connections, 2 API processes, auth, audit, metrics",
+        "OpenBao transit with file audit",
+        [
+            Goal("requests a second", 1.2, 1.6, _calls(_AUDIT, "rate", 16, 64)),
+            at_most("p99", 0.5, 1 / 3, _calls(_AUDIT, "p99_s", 16, 64)),
+        ],
+    ),
+    Row(
+        "the same",
+        "OpenBao transit, no audit",
+        [Goal("requests a second", 0.8, 1.1, _calls(_NO_AUDIT, "rate", 16, 64))],
+    ),
+    Row(
+        "the same, 1 connection",
+        "OpenBao, no audit",
+        [at_most("p50", 2.0, 1.3, _calls(_NO_AUDIT, "p50_s", 1))],
+    ),
+    Row(
+        "POST /batch, 100 items, 1 and 16 connections",
+        "OpenBao batch_input with file audit",
+        [Goal("", 2.0, 5.0, _doors("Batches of 100 x 16 B, each a request", "kms: POST /batch"))],
+    ),
+    Row(
+        "façade PUT /v1/transit/encrypt, 1 and 16 connections",
+        "OpenBao with file audit",
+        [Goal("", 1.0, 1.5, _doors("PUT by the façade, 1,024 B", "kms: façade"))],
+    ),
+    Row(
+        "job: submit to done, idle worker, AOF always",
+        "bare Celery no-op with result",
+        [
+            at_most("p50 in process", 2.0, 1.3, [_job(_ITEM)]),
+            at_most("over HTTP", 2.0, 1.3, [_job(_HTTP_ITEM)]),
+        ],
+    ),
+    Row(
+        "bulk job, items of 1 KiB per second, 2-core worker",
+        "the crypto alone in 2 processes",
+        [Goal("", 50, 75, [ratio("jobs", "bulk", (name, _CRYPTO), "rate", 100) for name in _BULK], "%")],
+    ),
+    Row(
+        "`kms encrypt`, `kms status` wall time",
+        "`bao write`, `sops -e` (near: at most a quarter more)",
+        [
+            at_most("of `bao write`", 1.0, 1.0, _cli("`bao write transit/encrypt`")),
+            at_most("of `sops -e`", math.inf, 1.25, _cli("`sops -e`")),
+        ],
+    ),
+    Row(
+        "RSS: API idle, worker idle; Redis per queued job",
+        "-",
+        [
+            *(
+                at_most(of, 90, 70, [value("jobs", "room", "idle", of, 1 / _MIB)], "MiB")
+                for of in ("API", "worker")
+            ),
+            at_most("job", 2, 1, [value("jobs", "room", "queued job", "memory", 1 / 1024)], "KiB"),
+        ],
+    ),
+    Row(
+        "growth: file size 1 MiB to 16 GiB, items 10 to 100,000, workers 1 to 2, queue depth 10 to 100,000",
+        "a line",
+        [
+            at_most(name, 15, 5, _off(*what), "%")
+            for name, what in (
+                ("file size", ("seal a file", "open a file")),
+                ("items", ("items of a job",)),
+                ("workers", ("workers",)),
+                ("depth", ("submit at depth", "claim at depth")),
+            )
+        ],
+    ),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench goals", description="Figures against the goals.")
+    parser.add_argument(
+        "--results", type=Path, default=report.RESULTS, help="file to write into [%(default)s]"
+    )
+    parser.add_argument("--forget", action="store_true", help="drop the figures of former runs, and end")
+    given, _ = parser.parse_known_args()  # a whole run passes on what it was given
+    files = sorted(report.kept_in(given.results).glob("*.json"))
+    if given.forget:
+        for file in files:
+            file.unlink()
+        return
+    kept = {file.stem: json.loads(file.read_text()) for file in files}
+    figures = {name: each["figures"] for name, each in kept.items()}
+    text = table(ROWS, figures, {name: each["run"] for name, each in kept.items()})
+    sys.stdout.write(f"{text}\n")
+    report.put(given.results, "goals", text)
+
+
+if __name__ == "__main__":
+    main()
