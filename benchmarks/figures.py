@@ -16,7 +16,7 @@ Find = Callable[[Figures], float | None]
 MISSING: Final = "not measured"
 MISSED: Final = "**missed**"
 _ABOUT: Final = (
-    "Beside a peer: how many times better ours is, or, with ≤, which share or multiple of the peer's it takes. "
+    "Beside a peer: how many times better ours is, or, with ≤, how many times the peer's it takes. "
     "Of several figures the worst counts."
 )
 
