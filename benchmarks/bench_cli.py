@@ -34,7 +34,7 @@ _AT_LEAST_S: Final = 0.3  # shorter runs could not be told from disturbed ones
 
 def main() -> None:
     options = report.options(
-        "cli", "The command and a warm start, ours and theirs in turn.", runs=9, budget_s=60.0
+        "cli", "The command and a warm start, ours and theirs in turn.", runs=9, budget_s=50.0
     )
     budget = options.budget(2)
     with tempfile.TemporaryDirectory(prefix="kms-bench-") as name:

@@ -40,7 +40,7 @@ def main() -> None:
         "growth",
         "Files, items, workers and waiting jobs of growing number.",
         runs=3,
-        budget_s=240.0,
+        budget_s=180.0,
         largest_mib=FILES_MIB[-1],
         deepest=DEPTHS[-1],
         dir="/dev/shm",  # noqa: S108 -- files in memory, and jobs whose disk costs nothing

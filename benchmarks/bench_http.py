@@ -52,7 +52,7 @@ def main() -> None:
         "http",
         "Calls and files over HTTP, ours and theirs in turn.",
         runs=3,
-        budget_s=200.0,
+        budget_s=130.0,
         seconds=2.0,
         size_mib=1024,
         dir="/dev/shm",  # noqa: S108 -- a file system in memory is the point
