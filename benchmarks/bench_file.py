@@ -69,6 +69,7 @@ def main() -> None:
     )
     size = options.given.size_mib * _MIB
     budget = options.budget(6)
+    options.note("size", "file", {"mib": options.given.size_mib})
     parts = []
     for place in (options.given.memory_dir, options.given.disk_dir):
         if not _has_room(Path(place), size):
@@ -87,8 +88,7 @@ def _thresholds(size: int) -> str:
     """Below the first of them the kernel writes nothing while a program runs; above the second it waits."""
     limits = []
     for name in ("dirty_background", "dirty"):
-        set_to = int(Path(f"/proc/sys/vm/{name}_bytes").read_text())
-        percent = int(Path(f"/proc/sys/vm/{name}_ratio").read_text())
+        set_to, percent = (int(Path(f"/proc/sys/vm/{name}_{of}").read_text()) for of in ("bytes", "ratio"))
         limits.append(set_to or memory("MemAvailable") * percent // 100)
     if size > limits[0]:
         say(f"LARGER than what may wait: the disk takes part; see --size-mib {limits[0] // _MIB}")

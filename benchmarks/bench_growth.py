@@ -76,6 +76,8 @@ def _files(folder: Path, options: report.Options, seconds: float) -> list[str]:
         plan = replace(options.plan, runs=options.plan.runs if often else 1, warms=often)
         for series in in_turn(_file(folder, identity, mib * _MIB), plan, ends - time.monotonic()):
             found[series.name].append((mib, series))
+    for name in ("source", "sealed"):  # they take the memory of what follows
+        (folder / name).unlink(missing_ok=True)
     abouts, rows = zip(
         *(grown(f"{name} a file", "a MiB", of, options) for name, of in found.items()), strict=True
     )
@@ -86,8 +88,9 @@ def _files(folder: Path, options: report.Options, seconds: float) -> list[str]:
         if (peak := series.median("peak_bytes"))
     ]
     for name, of in found.items():
+        peak = max(max(series.values("peak_bytes"), default=0.0) for _, series in of)
         options.note(
-            "core", name, {"peak_bytes": max(max(series.values("peak_bytes"), default=0) for _, series in of)}
+            "core", name, {"peak_bytes": peak, "to": max(mib for mib, series in of if series.readings)}
         )
     return [
         report.grid("Files in memory, MiB", COLUMNS, [row for part in rows for row in part]),
@@ -98,6 +101,7 @@ def _files(folder: Path, options: report.Options, seconds: float) -> list[str]:
 
 def _file(folder: Path, identity: Path, size: int) -> Sequence[Contender]:
     source, sealed = folder / "source", folder / "sealed"
+    sealed.unlink(missing_ok=True)  # of the size before: all of it is memory
     with source.open("wb") as file:
         file.truncate(size)
     drive = [*PYTHON, "benchmarks.drive_kms"]
@@ -142,7 +146,7 @@ def _workers(folder: Path, options: report.Options, seconds: float) -> str:
             install.end("worker2")
     rates = [series.median("rate") or 0.0 for series in (one, two)]
     share = 1 - rates[1] / (2 * rates[0])
-    options.note("deviation", "workers", {"share": abs(share)})
+    options.note("deviation", "workers", {"share": abs(share), "to": 2})
     rate = report.Scale(key="rate", digits=0, more_is_better=True)
     rows = [[series.name, rate.median(series), rate.spread(series)] for series in (one, two)]
     title = f"Items a second in the midst of {_BUSY_JOBS} jobs of {_BUSY_ITEMS:,}"
@@ -170,21 +174,22 @@ def _depths(folder: Path, options: report.Options, seconds: float) -> str:
     found: dict[str, list[float]] = {"submit": [], "claim": []}
     with installed(folder, "always") as install:
         install.core.desk.items(TERMS, bulk_items(1))
-        empty, waiting = _used(install), 0
+        empty, waiting, kept = _used(install), 0, 0
         for depth in DEPTHS:
             if depth > options.given.deepest or not _filled(install, depth - waiting, ends):
                 say(f"SKIPPED a depth of {depth:,} and more: no time, or not asked for")
                 break
-            room = (_used(install) - empty) / depth
-            submit, claim, waiting = *_costs(install, depth), depth
+            kept += depth - waiting
+            room = (_used(install) - empty) / kept
+            submit, claim, asked = _costs(install, depth)
+            waiting, kept = depth, kept + asked
             found["submit"].append(submit)
             found["claim"].append(claim)
             rows.append([f"{depth:,}", f"{submit * 1e6:,.0f}", f"{claim * 1e6:,.0f}", f"{room:,.0f}"])
-    for name, costs in found.items():
+    for name, costs in found.items() if rows else ():
         middle = statistics.median(costs)
-        options.note(
-            "deviation", f"{name} at depth", {"share": max(abs(cost / middle - 1) for cost in costs)}
-        )
+        share = max(abs(cost / middle - 1) for cost in costs)
+        options.note("deviation", f"{name} at depth", {"share": share, "to": waiting})
     columns = ["jobs that wait", "µs to submit one more", "µs to claim one", "bytes of Redis memory each"]
     return report.grid("Depth of the queue, medians, nobody works", columns, rows)
 
@@ -201,8 +206,8 @@ def _filled(install: Install, missing: int, ends: float) -> bool:
     return not missing
 
 
-def _costs(install: Install, depth: int) -> tuple[float, float]:
-    """Median seconds of a submission and of a claim; what is claimed waits no longer."""
+def _costs(install: Install, depth: int) -> tuple[float, float, int]:
+    """Median seconds of a submission and of a claim, and how many; what is claimed waits no longer."""
     ids, times = [], [time.perf_counter()]
     for _ in range(min(max(depth // 5, _ASKED[0]), _ASKED[1])):
         ids.append(install.core.desk.items(TERMS, bulk_items(1)).job_id)
@@ -212,7 +217,7 @@ def _costs(install: Install, depth: int) -> tuple[float, float]:
             raise RuntimeError("a job that waits could not be claimed")
         times.append(time.perf_counter())
     took = [after - before for before, after in pairwise(times)]
-    return statistics.median(took[: len(ids)]), statistics.median(took[len(ids) :])
+    return statistics.median(took[: len(ids)]), statistics.median(took[len(ids) :]), len(ids)
 
 
 def _used(install: Install) -> int:

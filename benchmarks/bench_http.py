@@ -62,6 +62,7 @@ def main() -> None:
         folder = Path(name)
         with running.service(folder) as service, running.plain_app(folder) as plain:
             budget = options.budget(14)
+            options.note("size", "file", {"mib": options.given.size_mib})
             servers = [kms(service.url), nothing(plain, service.url)]
             parts = [
                 f"Client: `{http_load.CLIENT}` on the same processors, one API process.",

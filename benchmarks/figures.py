@@ -101,6 +101,15 @@ def ratio(script: str, table: str, names: tuple[str, str], key: str, factor: flo
     return find
 
 
+def reached(find: Find, size: Find, least: float) -> Find:
+    """The figure, if it was measured up to the size that the goal speaks of."""
+
+    def found(figures: Figures) -> float | None:
+        return find(figures) if (size(figures) or 0.0) >= least else None
+
+    return found
+
+
 def at_most(what: str, must: float, aim: float, finds: Sequence[Find], unit: str = "x") -> Goal:
     """A goal of which less is better."""
     return Goal(what, must, aim, finds, unit, at_most=True)

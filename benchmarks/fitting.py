@@ -45,7 +45,7 @@ def grown(
         return f"{title}: too few sizes.", []
     fitted = line(points)
     off = [fitted.off(*point) for point in points]
-    options.note("deviation", title, {"share": max(map(abs, off))})
+    options.note("deviation", title, {"share": max(map(abs, off)), "to": points[-1][0]})
     rows = [
         [title, f"{count:,.0f}", f"{seconds:,.3f}", f"{seconds / count * 1e6:,.2f}", f"{share:+.1%}"]
         for (count, seconds), share in zip(points, off, strict=True)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import report
-from benchmarks.figures import Find, Goal, Row, at_most, ratio, table, value
+from benchmarks.figures import Find, Goal, Row, at_most, ratio, reached, table, value
 
 _MIB: Final = 1024 * 1024
+_LARGEST_MIB: Final = 16 * 1024
 _OURS: Final = "envelope, driver"
 _AUDIT, _NO_AUDIT = "OpenBao transit, file audit", "OpenBao transit, no audit"
 _CALLS: Final = [f"POST /{call}, {size} B" for call in ("encrypt", "decrypt") for size in ("16", "1,024")]
@@ -31,7 +32,11 @@ _NOTHING: Final = "bare Celery, a task that does nothing"
 
 def _file(table: str, peer: str, factor: float = 1.0) -> Find:
     """How many times as fast as the peer."""
-    return ratio("file", table, (peer, _OURS), "seconds", factor)
+    return _whole("file", ratio("file", table, (peer, _OURS), "seconds", factor))
+
+
+def _whole(script: str, find: Find) -> Find:
+    return reached(find, value(script, "size", "file", "mib"), 1024)
 
 
 def _beside(peer: str, operation: str, place: str, *, must: float, aim: float) -> Goal:
@@ -47,7 +52,8 @@ def _everywhere(peer: str, factor: float = 1.0) -> list[Find]:
 def _uploaded(key: str) -> list[Find]:
     names = [("bare uvicorn, files", f"kms, {kind} job") for kind in ("encrypt", "decrypt")]
     kinds = ("encrypt a file", "decrypt a file")
-    return [ratio("http", kind, pair, key, 100) for kind, pair in zip(kinds, names, strict=True)]
+    found = [ratio("http", kind, pair, key, 100) for kind, pair in zip(kinds, names, strict=True)]
+    return [_whole("http", find) for find in found]
 
 
 def _calls(peer: str, key: str, *connections: int) -> list[Find]:
@@ -73,11 +79,15 @@ def _job(ours: str) -> Find:
 
 
 def _core(operation: str) -> Find:
-    return value("growth", "core", operation, "peak_bytes", 1 / _MIB)
+    size = value("growth", "core", operation, "to")
+    return reached(value("growth", "core", operation, "peak_bytes", 1 / _MIB), size, _LARGEST_MIB)
 
 
-def _off(*what: str) -> list[Find]:
-    return [value("growth", "deviation", name, "share", 100) for name in what]
+def _off(to: float, *what: str) -> list[Find]:
+    def figure(name: str, key: str, factor: float = 1.0) -> Find:
+        return value("growth", "deviation", name, key, factor)
+
+    return [reached(figure(name, "share", 100), figure(name, "to"), to) for name in what]
 
 
 ROWS: Final = (
@@ -201,12 +211,12 @@ ROWS: Final = (
         "growth: file size 1 MiB to 16 GiB, items 10 to 100,000, workers 1 to 2, queue depth 10 to 100,000",
         "a line",
         [
-            at_most(name, 15, 5, _off(*what), "%")
-            for name, what in (
-                ("file size", ("seal a file", "open a file")),
-                ("items", ("items of a job",)),
-                ("workers", ("workers",)),
-                ("depth", ("submit at depth", "claim at depth")),
+            at_most(name, 15, 5, _off(to, *what), "%")
+            for name, to, what in (
+                ("file size", _LARGEST_MIB, ("seal a file", "open a file")),
+                ("items", 100_000, ("items of a job",)),
+                ("workers", 2, ("workers",)),
+                ("depth", 100_000, ("submit at depth", "claim at depth")),
             )
         ],
     ),
