@@ -1,0 +1,125 @@
+"""An install with a token in this process, and its hot paths by name: what is counted."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import uvloop
+
+from callers import REQUIRED, Guarded
+from kms_api import app, broker
+from kms_core import logs
+from kms_core.context import Context
+from kms_core.envelope import header, sealing, slabs, stream
+from kms_core.envelope.extents import Extent, Onto
+from kms_core.envelope.slabs import Pace
+from kms_core.jobs.run import run_job
+from kms_core.wire import PREFIX
+from service import core_of
+from speed.counting import Function
+
+CONTEXT: Final = "env=prod,service=api"
+SECRET: Final = bytes(1024)
+FILE_BYTES: Final = 16 * 1024 * 1024
+ALONE: Final = Pace(threads=1)
+SCOPES: Final = "encrypt,decrypt,jobs:read,jobs:write key=def* context=env=prod,service=*"
+ON_DISK: Final = '[kms.audit]\ndurability = "fsync"\n'
+
+
+class House:
+    """Its calls, the innermost first. ``redis`` may be shared by several."""
+
+    def __init__(self, folder: Path, redis: str, more: str = "") -> None:
+        logs.configure("info", json=True, stream=folder.with_suffix(".log").open("a"))
+        install = Guarded(folder, REQUIRED + more, redis)
+        install.http.close()
+        self._token = install.token(SCOPES)["Authorization"]
+        self._app = app.build(install.settings)
+        self._loop = uvloop.new_event_loop()
+        self._core = core_of(install, broker.connect(install.settings.kms.redis).nudge)
+        self._kms, doors = self._core.kms, self._core.doors
+        assert doors
+        self._who = doors.principal(self._token.removeprefix("Bearer "), None)
+        self._context = Context.parse(CONTEXT)
+        self.backend = self._kms.keyring.default.backend
+        self.ref = self._kms.keyring.default.ref(self._who.tenant)
+        self.sealed = self.encrypt()
+
+    def seal(self) -> bytes:
+        return sealing.seal(SECRET, self.backend, self.ref, self._context)
+
+    def open(self) -> bytes:
+        head = header.parse(self.sealed, header.SYNC_LIMITS)
+        file_key = sealing.file_key_of(head, self.backend, self.ref, context=self._context)
+        return sealing.open_(self.sealed, head, file_key)
+
+    def encrypt(self) -> bytes:
+        return self._kms.encrypt(self._who, SECRET, self._context).ciphertext
+
+    def decrypt(self) -> bytes:
+        return self._kms.decrypt(self._who, self.sealed, self._context).plaintext
+
+    def batch(self, count: int) -> None:
+        items = [{"plaintext": SECRET, "context": CONTEXT}] * count
+        assert not self.post("/batch", operation="encrypt", items=items)["failed"]
+
+    def submit(self, count: int) -> str:
+        items = [{"plaintext": SECRET[:16]}] * count
+        return str(self.post("/jobs", kind="encrypt", context=CONTEXT, items=items)["job_id"])
+
+    def job(self, count: int) -> None:
+        """From submission to its end; the worker's side of the broker is Celery's, and not here."""
+        job_id = self.submit(count)
+        run_job(job_id, self._core.shop, "meter/1")
+        assert self._core.shop.store.get(job_id, self._who.tenant).state == "succeeded"
+
+    def post(self, path: str, **body: object) -> dict[str, Any]:
+        """The JSON that the application answers, called as uvicorn calls it; bytes become base64."""
+        return self._loop.run_until_complete(self._post(f"{PREFIX}{path}", msgspec.json.encode(body)))
+
+    async def _post(self, path: str, body: bytes) -> dict[str, Any]:
+        answer: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: object) -> None:
+            answer.append(message)
+
+        headers = [(b"host", b"localhost"), (b"authorization", self._token.encode())]
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+        await self._app({**scope, "client": ("127.0.0.1", 50_000)}, receive, send)
+        assert answer[0]["status"] in {200, 202}, answer
+        found: dict[str, Any] = msgspec.json.decode(answer[1]["body"])
+        return found
+
+
+def paths(house: House, on_disk: House) -> dict[str, Function]:
+    """Every hot path, ready to be called again and again. ``on_disk`` has each record on disk."""
+    seal_file, open_file = partial(slabs.seal_file, SECRET[:32]), partial(slabs.open_file, SECRET[:32])
+    return {
+        "sealing.seal of 1 KiB": house.seal,
+        "sealing.open of 1 KiB": house.open,
+        "Kms.encrypt of 1 KiB": house.encrypt,
+        "Kms.decrypt of 1 KiB": house.decrypt,
+        "Kms.encrypt of 1 KiB, its record on disk": on_disk.encrypt,
+        "POST /encrypt of 1 KiB": partial(house.post, "/encrypt", plaintext=SECRET, context=CONTEXT),
+        "POST /decrypt of 1 KiB": partial(house.post, "/decrypt", ciphertext=house.sealed, context=CONTEXT),
+        "POST /batch, 100 of 1 KiB": partial(house.batch, 100),
+        "POST /batch, 10 of 1 KiB, records on disk": partial(on_disk.batch, 10),
+        "a job of one item, submitted and run": partial(house.job, 1),
+        "slabs.seal_file of 16 MiB": partial(seal_file, *files(), pace=ALONE),
+        "slabs.open_file of 16 MiB": partial(open_file, *files(sealed=True), pace=ALONE),
+    }
+
+
+def files(*, sealed: bool = False) -> tuple[Extent, Onto]:
+    """A source and a target in memory, where every file system is the same."""
+    source, target = os.memfd_create("source"), os.memfd_create("target")
+    os.truncate(source, FILE_BYTES)
+    if not sealed:
+        return Extent(source, FILE_BYTES), Onto(target)
+    slabs.seal_file(SECRET[:32], Extent(source, FILE_BYTES), Onto(target), pace=ALONE)
+    return Extent(target, stream.sealed_size(FILE_BYTES)), Onto(source)

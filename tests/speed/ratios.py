@@ -1,0 +1,67 @@
+"""Where counts say nothing, since C does the work: processor time beside that of the bare primitives."""
+
+import binascii
+import hmac
+import math
+import time
+from functools import partial
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from kms_core.envelope import header, slabs
+from kms_core.envelope.header import FILE_LIMITS
+from kms_core.envelope.stream import CHUNK, SEALED_CHUNK, cut
+from speed.counting import Function
+from speed.growth import header_of
+from speed.house import ALONE, FILE_BYTES, SECRET, House, files
+
+_ROUNDS: Final = 15
+_ROUND_S: Final = 0.01
+_KEY: Final = SECRET[:32]
+_NONCE: Final = bytes(12)
+
+
+def measure(house: House) -> dict[str, float]:
+    """How many times the bare primitives the whole takes: in turn, in one thread, the least of the rounds."""
+    head = header_of(1000)
+    pairs: dict[str, tuple[Function, Function]] = {
+        "slabs.seal_file": (partial(slabs.seal_file, _KEY, *files(), pace=ALONE), _slabs),
+        "slabs.open_file": (partial(slabs.open_file, _KEY, *files(sealed=True), pace=ALONE), _slabs),
+        "sealing.seal of 1 KiB": (house.seal, _secret),
+        "sealing.open of 1 KiB": (house.open, _secret),
+        "header.parse": (lambda: header.parse(head, FILE_LIMITS), lambda: binascii.b2a_base64(head)),
+    }
+    return {f"{name}, times its primitives": _ratio(*pair) for name, pair in pairs.items()}
+
+
+def _ratio(*pair: Function) -> float:
+    runs = [math.ceil(_ROUND_S / max(1e-6, min(_seconds(each, 1) for _ in range(3)))) for each in pair]
+    rounds = [[_seconds(each, count) for each, count in zip(pair, runs, strict=True)] for _ in range(_ROUNDS)]
+    whole, bare = map(min, zip(*rounds, strict=True))
+    return float(round(whole / bare, 2))
+
+
+def _seconds(function: Function, runs: int) -> float:
+    begun = time.thread_time()
+    for _ in range(runs):
+        function()
+    return (time.thread_time() - begun) / runs
+
+
+def _slabs() -> None:
+    aead, memory = ChaCha20Poly1305(_KEY), memoryview(bytearray(16 * SEALED_CHUNK))
+    for _ in range(FILE_BYTES // CHUNK // 16):
+        for chunk in cut(memory, SEALED_CHUNK):
+            aead.encrypt_into(_NONCE, chunk[:CHUNK], None, chunk)
+
+
+def _secret() -> None:
+    """What a seal or an open must do: a key agreement, the HMACs of five keys and three tags, two ciphers."""
+    fresh = X25519PrivateKey.generate()
+    fresh.exchange(fresh.public_key())
+    for _ in range(13):
+        hmac.digest(_KEY, _KEY, "sha256")
+    for data in (_KEY[:16], SECRET):
+        ChaCha20Poly1305(_KEY).encrypt(_NONCE, data, None)
