@@ -74,7 +74,7 @@ def _ways(house: House) -> Iterator[tuple[str, int, Callable[[int], Function]]]:
 
 
 def _in_lines(text: bytes) -> int:
-    return sum(1 for _ in bulk.lines(text[start : start + 997] for start in range(0, len(text), 997)))
+    return sum(1 for _ in bulk.lines(text[start : start + 16] for start in range(0, len(text), 16)))
 
 
 def _bound(count: int, turns: Iterator[int]) -> bytes:
