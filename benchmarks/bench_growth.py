@@ -32,7 +32,7 @@ _OFTEN_UP_TO_MIB: Final = 1024
 _SPARE_BYTES: Final = 1024 * _MIB
 _ASKED: Final = (20, 200)  # timed submissions and claims at a depth: at least, at most
 _SENDERS, _AT_ONCE = 4, 2_000
-_BUSY_JOBS, _BUSY_ITEMS, _WARM_JOBS, _ROUNDS = 40, 1_000, 8, 3
+_BUSY_JOBS, _BUSY_ITEMS, _WARM_JOBS, _ROUNDS = 16, 500, 4, 3
 
 
 def main() -> None:
