@@ -137,6 +137,7 @@ UI_CALLS: Final[tuple[Route, ...]] = (
     ("GET", "/ui/keys/{key_id}/rotate"),
     ("POST", "/ui/keys/{key_id}/rotate"),
     ("GET", "/ui/runbooks"),
+    ("GET", "/docs"),
     ("GET", "/ui/static/{name}"),
     ("POST", "/ui/logout"),
 )

@@ -1,5 +1,6 @@
 """The real server that tests of jobs run against: one for the session, an empty database for each test."""
 
+import gc
 from collections.abc import Iterator
 from itertools import count
 from typing import Final
@@ -23,6 +24,14 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]
 @pytest.fixture(scope="session")
 def database_numbers() -> Iterator[int]:
     return count(1)
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """For inputs nested without end: in their depth there is no room for the garbage of other tests."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

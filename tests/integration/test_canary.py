@@ -42,7 +42,7 @@ def test_every_route_has_a_call_with_secrets() -> None:
 def address(path: str, values: Mapping[str, str]) -> str:
     whole = (
         path
-        if path.startswith(("/v1/", "/ui")) or path in {"/livez", "/readyz", "/metrics"}
+        if path.startswith(("/v1/", "/ui", "/docs")) or path in {"/livez", "/readyz", "/metrics"}
         else PREFIX + path
     )
     return PARAMETER.sub(lambda found: values.get(found[1]) or values["*"], whole)

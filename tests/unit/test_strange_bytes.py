@@ -18,6 +18,7 @@ from kms_core.auth.discovery import finding
 from kms_core.errors import ConfigurationError
 from trails import Place, codes, rewrite
 
+pytestmark = pytest.mark.usefixtures("uncollected")
 NESTED: Final = b'{"unknown":' + b"[" * 5000
 
 
