@@ -66,6 +66,7 @@ def _files(folder: Path, options: report.Options, seconds: float) -> list[str]:
     ends = time.monotonic() + seconds
     found: dict[str, list[tuple[int, Series]]] = {"seal": [], "open": []}
     for mib in FILES_MIB:
+        (folder / "sealed").unlink(missing_ok=True)  # of the size before: all of it is memory
         need = mib * _MIB * 12 // 10 + _SPARE_BYTES
         if mib > options.given.largest_mib or need > memory("MemAvailable") or time.monotonic() > ends:
             say(
@@ -101,7 +102,6 @@ def _files(folder: Path, options: report.Options, seconds: float) -> list[str]:
 
 def _file(folder: Path, identity: Path, size: int) -> Sequence[Contender]:
     source, sealed = folder / "source", folder / "sealed"
-    sealed.unlink(missing_ok=True)  # of the size before: all of it is memory
     with source.open("wb") as file:
         file.truncate(size)
     drive = [*PYTHON, "benchmarks.drive_kms"]
@@ -169,10 +169,10 @@ def _busy(install: Install) -> Reading:
 
 
 def _depths(folder: Path, options: report.Options, seconds: float) -> str:
-    """Nobody works: what one more submission costs, and one claim, while so many wait."""
+    """Nobody works, and nothing waits for the disk: what a submission and a claim cost while so many wait."""
     ends, rows = time.monotonic() + seconds, []
     found: dict[str, list[float]] = {"submit": [], "claim": []}
-    with installed(folder, "always") as install:
+    with installed(folder, "no") as install:
         install.core.desk.items(TERMS, bulk_items(1))
         empty, waiting, kept = _used(install), 0, 0
         for depth in DEPTHS:
@@ -195,14 +195,12 @@ def _depths(folder: Path, options: report.Options, seconds: float) -> str:
 
 
 def _filled(install: Install, missing: int, ends: float) -> bool:
-    """Submit so many, without waiting for the disk; whether there was time to."""
-    install.redis.config_set("appendfsync", "no")
+    """Submit so many; whether there was time to."""
     with ThreadPoolExecutor(_SENDERS) as pool:
         while missing > 0 and time.monotonic() < ends:
             some = min(missing, _AT_ONCE)
             list(pool.map(lambda _: install.core.desk.items(TERMS, bulk_items(1)), range(some)))
             missing -= some
-    install.redis.config_set("appendfsync", "always")
     return not missing
 
 

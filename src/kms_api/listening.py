@@ -7,6 +7,7 @@ from typing import Final
 from kms_core.settings_sections import Kms
 
 _BACKLOG: Final = 2048
+_COPIES: Final = 15
 
 
 def ports(kms: Kms) -> list[socket.socket]:
@@ -28,6 +29,16 @@ def ports(kms: Kms) -> list[socket.socket]:
             return []
         taken.append(listener)
     return taken
+
+
+def eager(listener: socket.socket) -> list[socket.socket]:
+    """The socket and copies of it, all to be served.
+
+    libuv takes one connection from each in a turn of the loop. With a single one, clients that come at once,
+    as after a restart, are let in one by one between the requests of those before: the last of 64 waited for
+    a second.
+    """
+    return [listener, *(listener.dup() for _ in range(_COPIES))]
 
 
 def _listen(bind: str, port: int) -> socket.socket | None:

@@ -61,15 +61,18 @@ def only(app: ASGIApp) -> ASGIApp:
 
 
 async def serve(
-    first: uvicorn.Config, listener: socket.socket, second: uvicorn.Config, port: socket.socket
+    first: uvicorn.Config,
+    listeners: list[socket.socket],
+    second: uvicorn.Config,
+    ports: list[socket.socket],
 ) -> None:
     """Run two servers until a signal, which stops both: each finishes the requests that it has."""
     beside = _Server(second)
     main = _Server(first, beside)
     with uvicorn.Server.capture_signals(main):
         async with asyncio.TaskGroup() as both:
-            both.create_task(beside.serve([port]))
-            await main.serve([listener])
+            both.create_task(beside.serve(ports))
+            await main.serve(listeners)
             beside.should_exit = True
 
 
