@@ -38,6 +38,7 @@ def eager(listener: socket.socket) -> list[socket.socket]:
     as after a restart, are let in one by one between the requests of those before: the last of 64 waited for
     a second.
     """
+    listener.settimeout(0)  # of all copies, other processes' too: one that waited would hold its loop
     return [listener, *(listener.dup() for _ in range(_COPIES))]
 
 

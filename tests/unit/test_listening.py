@@ -1,6 +1,7 @@
 """The ports: taken once, and clients that come at once are let in together."""
 
 import asyncio
+import os
 import socket
 
 import pytest
@@ -42,3 +43,15 @@ def test_clients_that_wait_are_let_in_within_a_few_turns(copied: bool) -> None:
             each.close()
 
     assert (found == CLIENTS) == copied
+
+
+def test_copies_make_nobody_wait_who_serves_the_same_socket_already() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0)
+        inherited = socket.socket(fileno=os.dup(listener.fileno()))  # as by a process that starts again
+        copies = listening.eager(inherited)
+        waits = os.get_blocking(listener.fileno())
+        for each in copies:
+            each.close()
+
+    assert not waits
