@@ -67,7 +67,7 @@ def _files(folder: Path, options: report.Options, seconds: float) -> list[str]:
     found: dict[str, list[tuple[int, Series]]] = {"seal": [], "open": []}
     for mib in FILES_MIB:
         (folder / "sealed").unlink(missing_ok=True)  # of the size before: all of it is memory
-        need = mib * _MIB * 12 // 10 + _SPARE_BYTES
+        need = mib * _MIB * 22 // 10 + _SPARE_BYTES  # holes of the source take memory when they are read
         if mib > options.given.largest_mib or need > memory("MemAvailable") or time.monotonic() > ends:
             say(
                 f"SKIPPED files of {mib:,} MiB and more: {need // _MIB:,} MiB of memory, or time, are missing"

@@ -31,15 +31,16 @@ def ports(kms: Kms) -> list[socket.socket]:
     return taken
 
 
-def eager(listener: socket.socket) -> list[socket.socket]:
-    """The socket and copies of it, all to be served.
+def eager(listener: socket.socket, processes: int) -> list[socket.socket]:
+    """The socket and copies of it, all to be served by one of so many processes.
 
     libuv takes one connection from each in a turn of the loop. With a single one, clients that come at once,
     as after a restart, are let in one by one between the requests of those before: the last of 64 waited for
-    a second.
+    a second. Several processes need it less, and share callers more evenly without.
     """
+    copies = _COPIES if processes == 1 else 0
     listener.settimeout(0)  # of all copies, other processes' too: one that waited would hold its loop
-    return [listener, *(listener.dup() for _ in range(_COPIES))]
+    return [listener, *(listener.dup() for _ in range(copies))]
 
 
 def _listen(bind: str, port: int) -> socket.socket | None:

@@ -32,12 +32,13 @@ def serve(settings: Settings, inherited: Sequence[int]) -> int:
     if not listeners:
         return EXIT_UNAVAILABLE
     config = _config(built, tls.PeerProtocol, context)
-    if len(listeners) == 1:
-        uvicorn.Server(config).run(sockets=listening.eager(listeners[0]))
+    sockets = [listening.eager(each, settings.kms.server.processes) for each in listeners]
+    if len(sockets) == 1:
+        uvicorn.Server(config).run(sockets=sockets[0])
         return 0
     second = _config(facade.only(built), facade.PeerH11, context, lifespan="off")
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(facade.serve(config, listening.eager(listeners[0]), second, listening.eager(listeners[1])))
+        runner.run(facade.serve(config, sockets[0], second, sockets[1]))
     return 0
 
 
