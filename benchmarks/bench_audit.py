@@ -58,7 +58,7 @@ class Untold:
 
 
 def main() -> None:
-    options = report.options("audit", "What the audit trail costs.", runs=9, budget_s=60.0, lines=1_000_000)
+    options = report.options("audit", "What the audit trail costs.", runs=9, budget_s=35.0, lines=1_000_000)
     budget = options.budget(4)
     with tempfile.TemporaryDirectory(prefix="kms-bench-") as name:
         folder = Path(name)

@@ -45,7 +45,7 @@ Headers = list[tuple[bytes, bytes]]
 
 
 def main() -> None:
-    options = report.options("auth", "Calls with and without a credential, in turn.", runs=15, budget_s=60.0)
+    options = report.options("auth", "Calls with and without a credential, in turn.", runs=15, budget_s=35.0)
     logs.configure("error", json=True)
     with tempfile.TemporaryDirectory(prefix="kms-bench-") as name:
         folder = Path(name)

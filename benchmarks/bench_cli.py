@@ -110,6 +110,7 @@ def packaged(package: str, name: str) -> str:
     found = importlib.util.find_spec(package)
     for folder in (found and found.submodule_search_locations) or ():
         if (program := Path(folder, "bin", name)).is_file():
+            program.chmod(0o755)  # pip leaves that to the package's own starter
             return str(program)
     return (shutil.which(name) or "") if installed([name]) else ""
 

@@ -1,17 +1,17 @@
 """Whether cost grows as work does: with the size of a file, items of a job, workers, and jobs that wait.
 
-Files lie in memory, with a source of holes and opened into
-/dev/null, so that what is largest still fits; jobs have a Valkey of their own with the AOF `always`.
+Ciphertexts lie in memory, are made of holes on a disk and opened into /dev/null: so the largest still fits.
+Jobs have a Valkey of their own with the AOF `always`; a deep queue is compared with an empty one.
 """
 
 import functools
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -40,15 +40,17 @@ def main() -> None:
         "growth",
         "Files, items, workers and waiting jobs of growing number.",
         runs=3,
-        budget_s=180.0,
+        budget_s=210.0,
         largest_mib=FILES_MIB[-1],
         deepest=DEPTHS[-1],
         dir="/dev/shm",  # noqa: S108 -- files in memory, and jobs whose disk costs nothing
+        holes_dir="/var/tmp",  # noqa: S108 -- holes are read through the page cache, which gives its memory up
     )
     budget = options.budget(5)
     with tempfile.TemporaryDirectory(prefix="kms-bench-", dir=report.place(options.given.dir)) as name:
         folder = Path(name)
-        parts = _files(folder, options, 2 * budget.share())
+        with tempfile.TemporaryDirectory(prefix="kms-bench-", dir=options.given.holes_dir) as holes:
+            parts = _files(folder, Path(holes, "source"), options, 2 * budget.share())
         budget.share()
         for number, part in enumerate((_items, _workers, _depths)):
             (below := folder / str(number)).mkdir()
@@ -59,7 +61,7 @@ def main() -> None:
 # -- files -------------------------------------------------------------------------------------------
 
 
-def _files(folder: Path, options: report.Options, seconds: float) -> list[str]:
+def _files(folder: Path, source: Path, options: report.Options, seconds: float) -> list[str]:
     identity = folder / "identity"
     identity.write_text(f"{Identity.generate().export()}\n")
     identity.chmod(0o600)
@@ -67,7 +69,7 @@ def _files(folder: Path, options: report.Options, seconds: float) -> list[str]:
     found: dict[str, list[tuple[int, Series]]] = {"seal": [], "open": []}
     for mib in FILES_MIB:
         (folder / "sealed").unlink(missing_ok=True)  # of the size before: all of it is memory
-        need = mib * _MIB * 22 // 10 + _SPARE_BYTES  # holes of the source take memory when they are read
+        need = mib * _MIB * 11 // 10 + _SPARE_BYTES
         if mib > options.given.largest_mib or need > memory("MemAvailable") or time.monotonic() > ends:
             say(
                 f"SKIPPED files of {mib:,} MiB and more: {need // _MIB:,} MiB of memory, or time, are missing"
@@ -75,10 +77,15 @@ def _files(folder: Path, options: report.Options, seconds: float) -> list[str]:
             break
         often = mib <= _OFTEN_UP_TO_MIB
         plan = replace(options.plan, runs=options.plan.runs if often else 1, warms=often)
-        for series in in_turn(_file(folder, identity, mib * _MIB), plan, ends - time.monotonic()):
+        if (
+            not often
+        ):  # the kernel gives memory of the page cache back meanwhile, which counts as others' load
+            plan = replace(plan, foreign=math.inf)
+        with source.open("wb") as file:
+            file.truncate(mib * _MIB)
+        for series in in_turn(_file(folder, identity, source), plan, ends - time.monotonic()):
             found[series.name].append((mib, series))
-    for name in ("source", "sealed"):  # they take the memory of what follows
-        (folder / name).unlink(missing_ok=True)
+    (folder / "sealed").unlink(missing_ok=True)  # it takes the memory of what follows
     abouts, rows = zip(
         *(grown(f"{name} a file", "a MiB", of, options) for name, of in found.items()), strict=True
     )
@@ -100,10 +107,8 @@ def _files(folder: Path, options: report.Options, seconds: float) -> list[str]:
     ]
 
 
-def _file(folder: Path, identity: Path, size: int) -> Sequence[Contender]:
-    source, sealed = folder / "source", folder / "sealed"
-    with source.open("wb") as file:
-        file.truncate(size)
+def _file(folder: Path, identity: Path, source: Path) -> Sequence[Contender]:
+    sealed = folder / "sealed"
     drive = [*PYTHON, "benchmarks.drive_kms"]
 
     def seal() -> Reading:
@@ -113,7 +118,7 @@ def _file(folder: Path, identity: Path, size: int) -> Sequence[Contender]:
     def open_() -> Reading:
         return run([*drive, "open", str(identity), str(sealed), "/dev/null"])
 
-    return [Contender("seal", seal, size), Contender("open", open_)]
+    return [Contender("seal", seal, source.stat().st_size), Contender("open", open_)]
 
 
 # -- items and workers -------------------------------------------------------------------------------
@@ -169,28 +174,37 @@ def _busy(install: Install) -> Reading:
 
 
 def _depths(folder: Path, options: report.Options, seconds: float) -> str:
-    """Nobody works, and nothing waits for the disk: what a submission and a claim cost while so many wait."""
+    """What a submission and a claim cost while so many wait, beside the same on an install where none does.
+
+    Nobody works, and nothing waits for the disk. Both are asked in turn: the machine's own pace changes by
+    more than depth costs.
+    """
     ends, rows = time.monotonic() + seconds, []
     found: dict[str, list[float]] = {"submit": [], "claim": []}
-    with installed(folder, "no") as install:
+    for name in ("deep", "empty"):
+        (folder / name).mkdir()
+    with installed(folder / "deep", "no") as install, installed(folder / "empty", "no") as beside:
         install.core.desk.items(TERMS, bulk_items(1))
-        empty, waiting, kept = _used(install), 0, 0
+        bare, waiting, kept = _used(install), 0, 0
         for depth in DEPTHS:
             if depth > options.given.deepest or not _filled(install, depth - waiting, ends):
                 say(f"SKIPPED a depth of {depth:,} and more: no time, or not asked for")
                 break
             kept += depth - waiting
-            room = (_used(install) - empty) / kept
-            submit, claim, asked = _costs(install, depth)
+            room = (_used(install) - bare) / kept
+            asked = min(max(depth // 5, _ASKED[0]), _ASKED[1])
+            costs = _costs((install, beside), asked)
             waiting, kept = depth, kept + asked
-            found["submit"].append(submit)
-            found["claim"].append(claim)
-            rows.append([f"{depth:,}", f"{submit * 1e6:,.0f}", f"{claim * 1e6:,.0f}", f"{room:,.0f}"])
-    for name, costs in found.items() if rows else ():
-        middle = statistics.median(costs)
-        share = max(abs(cost / middle - 1) for cost in costs)
-        options.note("deviation", f"{name} at depth", {"share": share, "to": waiting})
-    columns = ["jobs that wait", "µs to submit one more", "µs to claim one", "bytes of Redis memory each"]
+            cells = []
+            for name, (deep, empty) in costs.items():
+                found[name].append(deep / empty)
+                cells += [f"{deep * 1e6:,.0f}", f"{deep / empty - 1:+.1%}"]
+            rows.append([f"{depth:,}", *cells, f"{room:,.0f}"])
+    for name, shares in found.items() if rows else ():
+        worst = max(abs(share - 1) for share in shares)
+        options.note("deviation", f"{name} at depth", {"share": worst, "to": waiting})
+    columns = ["jobs that wait", "µs to submit one more", "off an empty queue", "µs to claim one"]
+    columns += ["off an empty queue", "bytes of Redis memory each"]
     return report.grid("Depth of the queue, medians, nobody works", columns, rows)
 
 
@@ -204,18 +218,22 @@ def _filled(install: Install, missing: int, ends: float) -> bool:
     return not missing
 
 
-def _costs(install: Install, depth: int) -> tuple[float, float, int]:
-    """Median seconds of a submission and of a claim, and how many; what is claimed waits no longer."""
-    ids, times = [], [time.perf_counter()]
-    for _ in range(min(max(depth // 5, _ASKED[0]), _ASKED[1])):
-        ids.append(install.core.desk.items(TERMS, bulk_items(1)).job_id)
-        times.append(time.perf_counter())
-    for job_id in ids:
-        if install.core.shop.store.claim(job_id, "bench") is None:
-            raise RuntimeError("a job that waits could not be claimed")
-        times.append(time.perf_counter())
-    took = [after - before for before, after in pairwise(times)]
-    return statistics.median(took[: len(ids)]), statistics.median(took[len(ids) :]), len(ids)
+def _costs(installs: Sequence[Install], asked: int) -> Mapping[str, Sequence[float]]:
+    """Median seconds of a submission and of a claim, of each install; what is claimed waits no longer."""
+    took: dict[str, list[list[float]]] = {"submit": [[] for _ in installs], "claim": [[] for _ in installs]}
+    ids: list[list[str]] = [[] for _ in installs]
+    for _ in range(asked):
+        for number, install in enumerate(installs):
+            begun = time.perf_counter()
+            ids[number].append(install.core.desk.items(TERMS, bulk_items(1)).job_id)
+            took["submit"][number].append(time.perf_counter() - begun)
+    for jobs in zip(*ids, strict=True):
+        for number, (install, job_id) in enumerate(zip(installs, jobs, strict=True)):
+            begun = time.perf_counter()
+            if install.core.shop.store.claim(job_id, "bench") is None:
+                raise RuntimeError("a job that waits could not be claimed")
+            took["claim"][number].append(time.perf_counter() - begun)
+    return {name: [statistics.median(of) for of in each] for name, each in took.items()}
 
 
 def _used(install: Install) -> int:

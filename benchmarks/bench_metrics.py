@@ -40,7 +40,7 @@ _SIZE: Final = Scale(key="bytes", factor=1e-3, digits=0)
 
 def main() -> None:
     options = report.options(
-        "metrics", "The cost of instrumentation, and of a scrape.", runs=15, budget_s=60.0
+        "metrics", "The cost of instrumentation, and of a scrape.", runs=15, budget_s=35.0
     )
     budget = options.budget(2)
     with tempfile.TemporaryDirectory(prefix="kms-bench-") as name:

@@ -21,14 +21,17 @@ from benchmarks.measure import Reading, say
 ROOT: Final = Path(__file__).parents[1]
 PYTHON: Final = (sys.executable, "-m")
 KMS: Final = (sys.executable, "-m", "kms_cli.main")
+_AS_INSTALLED: Final = str(Path(__file__).with_name("as_installed"))
 _OURS: Final = re.compile(r"KMS_|PROVISIONING_ENV$|COSMIAN_")
 _LOOK_EVERY_MS: Final = 20
 _PEAK: Final = re.compile(r"VmHWM:\s+(\d+) kB")
 
 
 def environ(**more: str) -> Mapping[str, str]:
-    """The environment without what would configure the service, and with ``more``."""
-    return {name: value for name, value in os.environ.items() if not _OURS.match(name)} | more
+    """The environment, less what would configure the service and what only tests installed, and ``more``."""
+    path = os.pathsep.join(filter(None, (_AS_INSTALLED, os.environ.get("PYTHONPATH"))))
+    kept = {name: value for name, value in os.environ.items() if not _OURS.match(name)}
+    return kept | {"PYTHONPATH": path} | more
 
 
 def installed(argv: Sequence[str]) -> bool:

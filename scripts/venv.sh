@@ -6,6 +6,7 @@
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
+unset PYTHONDONTWRITEBYTECODE # each process would compile all of the project at its start, which costs more than the rest
 
 say() { printf 'kms: %s\n' "$*" >&2; }
 

@@ -11,11 +11,12 @@ import msgspec
 
 from kms_core.audit import Audit, Record
 from kms_core.backends import Backend
-from kms_core.backends.age import AgeBackend, Identity, KeyFiles
+from kms_core.backends.age import AgeBackend, KeyFiles
 from kms_core.choice import Rules
 from kms_core.context import Context
 from kms_core.envelope import header, hybrid, x25519
 from kms_core.envelope.header import FILE_LIMITS, VERSION_LINE, Header, Stanza
+from kms_core.envelope.native import Identity
 from kms_core.errors import AuditUnavailable
 from kms_core.keyring import Key, Keyring
 from kms_core.policy import AllowAll, Policy, Principal

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 from kms_cli.keyfiles import Identities
 from kms_cli.streams import Joined, Source, Target, exactly
-from kms_core.backends.age import Recipient
 from kms_core.context import Context
 from kms_core.envelope import header, pipes, scrypt, sealing, slabs, stream
 from kms_core.envelope.armor import ArmorWriter
 from kms_core.envelope.extents import Onto
 from kms_core.envelope.header import FILE_KEY_BYTES, FILE_LIMITS, Stanza
+from kms_core.envelope.native import Recipient
 from kms_core.envelope.sealing import PAD_FROM_BYTES, Sealing
 from kms_core.envelope.slabs import Pace
 from kms_core.errors import InvalidRequest

@@ -11,14 +11,12 @@ import click
 import pyrage
 
 from kms_cli import words
-from kms_core.backends.age import Identity, Recipient, parse_identity, parse_recipient, version_of
 from kms_core.envelope import binding, hybrid
-from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT, KeyRef
 from kms_core.envelope.header import Stanza
+from kms_core.envelope.native import Identity, Recipient, parse_identity, parse_recipient, version_of
 from kms_core.envelope.x25519 import NoMatch
 from kms_core.errors import InvalidRequest
-from kms_core.keyring import DEFAULT_KEY_ID
-from kms_core.policy import DEFAULT_TENANT
 
 LIMIT_BYTES: Final = 1024 * 1024
 OTHERS: Final = 0o077

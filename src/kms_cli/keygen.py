@@ -12,8 +12,8 @@ import click
 
 from kms_cli import words
 from kms_cli.private import create_file
-from kms_core.backends.age import Recipient, parse_identity
 from kms_core.envelope import hybrid, x25519
+from kms_core.envelope.native import Recipient, parse_identity
 from kms_core.errors import InvalidRequest, TargetExists
 
 OTHERS: Final = 0o077

@@ -17,11 +17,11 @@ from kms_cli.progress import Meter
 from kms_cli.session import session
 from kms_cli.streams import STDIO, Source, Target
 from kms_core.context import Context
+from kms_core.envelope.binding import DEFAULT_KEY_ID
 from kms_core.envelope.header import Header
 from kms_core.envelope.sealing import Sealing
 from kms_core.envelope.slabs import STEADY, Pace
 from kms_core.errors import InvalidRequest
-from kms_core.keyring import DEFAULT_KEY_ID
 from kms_core.wire import KEY_ID_PATTERN, ContextIn
 
 KEY_FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)

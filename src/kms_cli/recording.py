@@ -15,8 +15,9 @@ from redis.retry import Retry
 
 from kms_core import audit, logs
 from kms_core.audit.build import build
+from kms_core.envelope.binding import DEFAULT_TENANT
 from kms_core.errors import ConfigurationError
-from kms_core.policy import DEFAULT_TENANT, Principal
+from kms_core.policy import Principal
 from kms_core.servers import connect
 from kms_core.settings import Settings
 

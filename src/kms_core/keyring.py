@@ -14,13 +14,12 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 import structlog
 
 from kms_core.backends import NATIVE, SCHEMES, Backend, KeyMissing, KeyVersion
-from kms_core.envelope.binding import CONTEXT, MAX_WRAPS, Bound, KeyRef
+from kms_core.envelope.binding import CONTEXT, DEFAULT_KEY_ID, MAX_WRAPS, Bound, KeyRef
 from kms_core.envelope.header import BUNDLE, BUNDLE_VERSION
 from kms_core.envelope.sealing import Wrap
 from kms_core.errors import BackendUnavailable, ConfigurationError, UnknownKey
 from kms_core.settings import Settings
 
-DEFAULT_KEY_ID: Final = "default"
 _NAMED: Final = re.compile(rf"(?:\A|\n)-> {CONTEXT} 1 ([A-Za-z0-9_.-]{{1,80}}) ".encode("ascii"))
 _BUNDLED: Final = re.compile(rf"(?:\A|\n)-> {BUNDLE} {BUNDLE_VERSION}\n([A-Za-z0-9+/\n]*)".encode("ascii"))
 _CHECK_S: Final = 5.0

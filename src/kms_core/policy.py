@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from kms_core.context import Context
+from kms_core.envelope.binding import DEFAULT_TENANT
 from kms_core.errors import Forbidden, UnknownKey
 from kms_core.scopes import Pattern, Rule, Scope, Wanted
 
-DEFAULT_TENANT = "default"
 INTERNAL: Final = "internal"
 """The credential of the service's own chores; no caller and no job record can have it."""
 _CHORES: Final = frozenset({"rotate"})

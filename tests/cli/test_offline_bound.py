@@ -11,11 +11,11 @@ import pytest
 from cli.conftest import Place
 from cli.keyed import Desk, desk, write_key
 from kms_cli.keyfiles import Identities
-from kms_core.backends.age import version_of
 from kms_core.context import Context
 from kms_core.envelope import hybrid, sealing, x25519
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.header import FILE_LIMITS, parse
+from kms_core.envelope.native import version_of
 from kms_core.wire import PREFIX
 
 MIB = 1024 * 1024

@@ -10,9 +10,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from agekms import NativeIdentity, age_backend, write_identities, write_pair
-from kms_core.backends.age import AgeBackend, KeyFiles, parse_identity, parse_recipient, version_of
+from kms_core.backends.age import AgeBackend, KeyFiles
 from kms_core.envelope import hybrid, x25519
 from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.native import parse_identity, parse_recipient, version_of
 from kms_core.envelope.x25519 import NoMatch
 from kms_core.errors import ConfigurationError
 

@@ -18,11 +18,11 @@ from kms_cli.plugin.keys import Keys
 from kms_cli.plugin.machines import MOST_TRIES, identity_v1, recipient_v1
 from kms_cli.plugin.names import Target
 from kms_cli.plugin.protocol import Broken, Line
-from kms_core.backends.age import Recipient
 from kms_core.context import Context
 from kms_core.envelope import bech32, binding, header, hybrid, sealing, x25519
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.header import Stanza, parse_stanzas, render_stanza
+from kms_core.envelope.native import Recipient
 from kms_core.errors import BackendUnavailable, DecryptFailed, KmsError
 
 FILE_KEY: Final = bytes(range(16))

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from agekms import NO_CONTEXT, age_backend, write_identities
-from kms_core.backends.age import AgeBackend, KeyFiles, version_of
+from kms_core.backends.age import AgeBackend, KeyFiles
 from kms_core.envelope import hybrid, sealing, x25519
 from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.native import version_of
 from kms_core.errors import BackendUnavailable
 from peers import program
 

@@ -12,12 +12,13 @@ from prometheus_client import REGISTRY
 
 from agekms import ADA, NO_CONTEXT, ROW, FullDisk, Kept, age_backend, head_of, kms_over
 from kms_core import audit, metrics
-from kms_core.backends.age import AgeBackend, version_of
+from kms_core.backends.age import AgeBackend
 from kms_core.choice import Rules
 from kms_core.context import Context
 from kms_core.envelope import stream, x25519
 from kms_core.envelope.extents import Extent, Onto
 from kms_core.envelope.header import Stanza, render
+from kms_core.envelope.native import version_of
 from kms_core.errors import AuditUnavailable, KmsError, TargetExists
 from kms_core.policy import Principal
 from kms_core.results import Unwrapped

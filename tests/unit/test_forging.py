@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agekms import ADA, NO_CONTEXT, ROW, age_backend, file_key_of, head_of, kms_over, resigned, stanza_of
-from kms_core.backends.age import AgeBackend, version_of
+from kms_core.backends.age import AgeBackend
 from kms_core.context import Context
 from kms_core.envelope import armor, binding, header, stream, x25519
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.header import Stanza
+from kms_core.envelope.native import version_of
 from kms_core.errors import DecryptFailed, ForeignRefused, KmsError, NotACiphertext, UnknownKey
 from kms_core.service import Kms
 

@@ -7,10 +7,10 @@ import pytest
 from agekms import write_pair
 from kms_core import keyring
 from kms_core.backends import SCHEMES, age
-from kms_core.backends.age import version_of
 from kms_core.context import Context
 from kms_core.envelope import binding, header, x25519
 from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.native import version_of
 from kms_core.errors import ConfigurationError, UnknownKey
 from kms_core.keyring import Key, Keyring
 from kms_core.settings import Settings, load

@@ -8,7 +8,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
 
-from kms_api import bodies, described, flows
+from kms_api import bodies, described, flows, outlet
 from kms_api.deps import Service, caller, service
 from kms_api.problems import problem
 from kms_api.routes import jobs
@@ -86,6 +86,7 @@ async def decrypt(request: Request) -> Response:
 async def result(request: Request, job_id: str) -> Response:
     """The bytes of a file job (with ``Range``), or one JSON line for each item of a bulk job."""
     job = await jobs.found(request, job_id)
+    outlet.unlock(request)
     return await anyio.to_thread.run_sync(_result, service(request), request, job)
 
 

@@ -9,7 +9,7 @@ from kms_api import bodies, described
 from kms_api.deps import service
 from kms_api.rules import Ruled
 from kms_core import wire
-from kms_core.backends.age import version_of
+from kms_core.envelope.native import version_of
 from kms_core.errors import BackendUnavailable, UnknownKey
 from kms_core.jobs import intake
 

@@ -11,7 +11,7 @@ from cryptography import x509
 
 from kms_cli import words
 from kms_cli.checks.findings import Finding, Level
-from kms_core.backends.age import parse_recipient
+from kms_core.envelope.native import parse_recipient
 from kms_core.filemodes import open_to_others
 from kms_core.settings import Settings
 

@@ -5,7 +5,6 @@ in use. A key version is the first 8 hex digits of the SHA-256 of the recipient 
 identity and replaces the recipient; running processes pick that up within a second.
 """
 
-import hashlib
 import math
 import os
 import time
@@ -13,16 +12,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 from urllib.parse import SplitResult, parse_qs, unquote
 
 import structlog
 
 from kms_core.backends import Health, KeyVersion
 from kms_core.backends.age_rotation import append_identity
-from kms_core.envelope import binding, hybrid, x25519
+from kms_core.envelope import binding, hybrid
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.header import FILE_KEY_BYTES, Stanza
+from kms_core.envelope.native import Identity, Recipient, parse_identity, parse_recipient, version_of
 from kms_core.envelope.x25519 import NoMatch
 from kms_core.errors import BackendUnavailable, ConfigurationError
 from kms_core.filemodes import open_to_others
@@ -32,22 +32,6 @@ RECHECK_S: Final = 0.5
 _CREATED: Final = "# created: "
 _MAKE_KEYS: Final = "make a pair with `kms keygen -o {private}` and `kms keygen -y {private} > {public}`"
 _log = structlog.get_logger(__name__)
-
-
-class Identity(Protocol):
-    """What X25519 and the post-quantum hybrid have in common."""
-
-    @property
-    def recipient(self) -> "Recipient": ...
-    @property
-    def secret(self) -> bytes: ...
-    def unwrap(self, stanza: Stanza) -> bytes: ...
-
-
-class Recipient(Protocol):
-    """A public key that wraps file keys."""
-
-    def wrap(self, file_key: bytes) -> Stanza: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,25 +59,6 @@ class _Keys:
     versions: tuple[KeyVersion, ...]
     current: str
     stamp: tuple[tuple[int, ...], ...]
-
-
-def version_of(recipient: Recipient) -> str:
-    """The key version: first 8 hex digits of SHA-256 over the recipient string."""
-    return hashlib.sha256(str(recipient).encode("ascii")).hexdigest()[:8]
-
-
-def parse_identity(text: str) -> Identity:
-    """An identity of either native type; ValueError (without the text) if it is neither."""
-    if text.upper().startswith(hybrid.IDENTITY_PREFIX):
-        return hybrid.Identity.parse(text)
-    return x25519.Identity.parse(text)
-
-
-def parse_recipient(text: str) -> Recipient:
-    """A recipient of either native type; ValueError (without the text) if it is neither."""
-    if text.lower().startswith(hybrid.RECIPIENT_PREFIX + "1"):
-        return hybrid.Recipient.parse(text)
-    return x25519.Recipient.parse(text)
 
 
 class AgeBackend:

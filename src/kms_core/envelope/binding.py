@@ -17,6 +17,8 @@ from kms_core.envelope.header import Header, Stanza, b64decode, b64encode, rende
 from kms_core.envelope.kdf import hkdf, mac
 from kms_core.errors import DecryptFailed
 
+DEFAULT_TENANT: Final = "default"
+DEFAULT_KEY_ID: Final = "default"
 OWN_PREFIX: Final = "kms-service/"
 WRAP: Final = "kms-service/wrap"
 CONTEXT: Final = "kms-service/context"

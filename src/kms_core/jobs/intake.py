@@ -15,11 +15,12 @@ import msgspec
 
 from kms_core import audit, metrics, wire
 from kms_core.auth.doors import Doors
-from kms_core.backends.age import AgeBackend, Recipient, parse_identity
+from kms_core.backends.age import AgeBackend
 from kms_core.context import Context
 from kms_core.envelope import binding, header, sealing, stream
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.header import Limits
+from kms_core.envelope.native import Recipient, parse_identity
 from kms_core.errors import (
     BackendUnavailable,
     DecryptFailed,
