@@ -1,6 +1,6 @@
 """Whether cost grows as work does: with the size of a file, items of a job, workers, and jobs that wait.
 
-Ciphertexts lie in memory, are made of holes on a disk and opened into /dev/null: so the largest still fits.
+Files are holes on a disk, ciphertexts lie in memory, results go to /dev/null: so the largest fits.
 Jobs have a Valkey of their own with the AOF `always`; a deep queue is compared with an empty one.
 """
 
@@ -30,7 +30,7 @@ DEPTHS: Final = (10, 100, 1_000, 10_000, 100_000)
 _MIB: Final = 1024 * 1024
 _OFTEN_UP_TO_MIB: Final = 1024
 _SPARE_BYTES: Final = 1024 * _MIB
-_ASKED: Final = (20, 200)  # timed submissions and claims at a depth: at least, at most
+_ASKED: Final = 200  # timed submissions at a depth; each is claimed, and waits no longer
 _SENDERS, _AT_ONCE = 4, 2_000
 _BUSY_JOBS, _BUSY_ITEMS, _WARM_JOBS, _ROUNDS = 16, 500, 4, 3
 
@@ -40,21 +40,21 @@ def main() -> None:
         "growth",
         "Files, items, workers and waiting jobs of growing number.",
         runs=3,
-        budget_s=210.0,
+        budget_s=280.0,
         largest_mib=FILES_MIB[-1],
         deepest=DEPTHS[-1],
         dir="/dev/shm",  # noqa: S108 -- files in memory, and jobs whose disk costs nothing
         holes_dir="/var/tmp",  # noqa: S108 -- holes are read through the page cache, which gives its memory up
     )
-    budget = options.budget(5)
+    budget = options.budget(7)
     with tempfile.TemporaryDirectory(prefix="kms-bench-", dir=report.place(options.given.dir)) as name:
         folder = Path(name)
+        parts = []
+        for part, shares in ((_depths, 2), (_items, 1), (_workers, 1)):
+            (below := folder / part.__name__).mkdir()
+            parts.append(part(below, options, budget.share(shares)))
         with tempfile.TemporaryDirectory(prefix="kms-bench-", dir=options.given.holes_dir) as holes:
-            parts = _files(folder, Path(holes, "source"), options, 2 * budget.share())
-        budget.share()
-        for number, part in enumerate((_items, _workers, _depths)):
-            (below := folder / str(number)).mkdir()
-            parts.append(part(below, options, budget.share()))
+            parts += _files(folder, Path(holes, "source"), options, budget.share(3))
     options.write(parts)
 
 
@@ -85,7 +85,6 @@ def _files(folder: Path, source: Path, options: report.Options, seconds: float) 
             file.truncate(mib * _MIB)
         for series in in_turn(_file(folder, identity, source), plan, ends - time.monotonic()):
             found[series.name].append((mib, series))
-    (folder / "sealed").unlink(missing_ok=True)  # it takes the memory of what follows
     abouts, rows = zip(
         *(grown(f"{name} a file", "a MiB", of, options) for name, of in found.items()), strict=True
     )
@@ -109,16 +108,16 @@ def _files(folder: Path, source: Path, options: report.Options, seconds: float) 
 
 def _file(folder: Path, identity: Path, source: Path) -> Sequence[Contender]:
     sealed = folder / "sealed"
+    drive_kms.seal(drive_kms.wrapper(identity), str(source), str(sealed))
     drive = [*PYTHON, "benchmarks.drive_kms"]
 
     def seal() -> Reading:
-        sealed.unlink(missing_ok=True)
-        return run([*drive, "seal", str(identity), str(source), str(sealed)])
+        return run([*drive, "seal", str(identity), str(source), "/dev/null"])
 
     def open_() -> Reading:
         return run([*drive, "open", str(identity), str(sealed), "/dev/null"])
 
-    return [Contender("seal", seal, source.stat().st_size), Contender("open", open_)]
+    return [Contender("seal", seal), Contender("open", open_)]
 
 
 # -- items and workers -------------------------------------------------------------------------------
@@ -192,9 +191,8 @@ def _depths(folder: Path, options: report.Options, seconds: float) -> str:
                 break
             kept += depth - waiting
             room = (_used(install) - bare) / kept
-            asked = min(max(depth // 5, _ASKED[0]), _ASKED[1])
-            costs = _costs((install, beside), asked)
-            waiting, kept = depth, kept + asked
+            costs = _costs((install, beside))
+            waiting, kept = depth, kept + _ASKED
             cells = []
             for name, (deep, empty) in costs.items():
                 found[name].append(deep / empty)
@@ -218,22 +216,23 @@ def _filled(install: Install, missing: int, ends: float) -> bool:
     return not missing
 
 
-def _costs(installs: Sequence[Install], asked: int) -> Mapping[str, Sequence[float]]:
-    """Median seconds of a submission and of a claim, of each install; what is claimed waits no longer."""
-    took: dict[str, list[list[float]]] = {"submit": [[] for _ in installs], "claim": [[] for _ in installs]}
-    ids: list[list[str]] = [[] for _ in installs]
-    for _ in range(asked):
+def _costs(installs: Sequence[Install]) -> Mapping[str, Sequence[float]]:
+    """Median seconds of a submission, and of its claim, on each install."""
+    submit: list[list[float]] = [[] for _ in installs]
+    claim: list[list[float]] = [[] for _ in installs]
+    for _ in range(_ASKED):
         for number, install in enumerate(installs):
             begun = time.perf_counter()
-            ids[number].append(install.core.desk.items(TERMS, bulk_items(1)).job_id)
-            took["submit"][number].append(time.perf_counter() - begun)
-    for jobs in zip(*ids, strict=True):
-        for number, (install, job_id) in enumerate(zip(installs, jobs, strict=True)):
-            begun = time.perf_counter()
-            if install.core.shop.store.claim(job_id, "bench") is None:
+            job = install.core.desk.items(TERMS, bulk_items(1))
+            submitted = time.perf_counter()
+            if install.core.shop.store.claim(job.job_id, "bench") is None:
                 raise RuntimeError("a job that waits could not be claimed")
-            took["claim"][number].append(time.perf_counter() - begun)
-    return {name: [statistics.median(of) for of in each] for name, each in took.items()}
+            claim[number].append(time.perf_counter() - submitted)
+            submit[number].append(submitted - begun)
+    return {
+        name: [statistics.median(each) for each in took]
+        for name, took in (("submit", submit), ("claim", claim))
+    }
 
 
 def _used(install: Install) -> int:

@@ -88,10 +88,10 @@ class Budget:
         self._ends = time.monotonic() + seconds
         self._groups = groups
 
-    def share(self) -> float:
-        """The seconds of the next group."""
-        share = (self._ends - time.monotonic()) / max(1, self._groups)
-        self._groups -= 1
+    def share(self, groups: int = 1) -> float:
+        """The seconds of the next group, or of several that are one."""
+        share = groups * (self._ends - time.monotonic()) / max(groups, self._groups)
+        self._groups -= groups
         return max(0.0, share)
 
 
