@@ -73,7 +73,7 @@ def main() -> None:
         "small",
         "Small secrets and slow headers, ours and theirs in turn.",
         runs=11,
-        budget_s=70.0,
+        budget_s=60.0,
         limit_s=15.0,
     )
     budget = options.budget(len(SIZES) * 2 + 2)
