@@ -63,7 +63,7 @@ def main() -> None:
         "file",
         "Seals and opens a large file, ours and theirs in turn.",
         runs=9,
-        budget_s=300.0,
+        budget_s=260.0,
         size_mib=1024,
         memory_dir="/dev/shm",  # noqa: S108 -- a file system in memory is the point
         disk_dir="/var/tmp",  # noqa: S108 -- page cache over a disk is the point

@@ -76,7 +76,7 @@ def _files(folder: Path, source: Path, options: report.Options, seconds: float) 
             )
             break
         often = mib <= _OFTEN_UP_TO_MIB
-        plan = replace(options.plan, runs=options.plan.runs if often else 1, warms=often)
+        plan = replace(options.plan, runs=options.plan.runs if often else 1)
         if (
             not often
         ):  # the kernel gives memory of the page cache back meanwhile, which counts as others' load
