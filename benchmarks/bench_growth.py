@@ -46,11 +46,11 @@ def main() -> None:
         dir="/dev/shm",  # noqa: S108 -- files in memory, and jobs whose disk costs nothing
         holes_dir="/var/tmp",  # noqa: S108 -- holes are read through the page cache, which gives its memory up
     )
-    budget = options.budget(7)
+    budget = options.budget(8)
     with tempfile.TemporaryDirectory(prefix="kms-bench-", dir=report.place(options.given.dir)) as name:
         folder = Path(name)
         parts = []
-        for part, shares in ((_depths, 2), (_items, 1), (_workers, 1)):
+        for part, shares in ((_depths, 3), (_items, 1), (_workers, 1)):
             (below := folder / part.__name__).mkdir()
             parts.append(part(below, options, budget.share(shares)))
         with tempfile.TemporaryDirectory(prefix="kms-bench-", dir=options.given.holes_dir) as holes:
