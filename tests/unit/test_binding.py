@@ -215,14 +215,26 @@ def test_every_identity_has_an_origin_key_of_its_own() -> None:
     assert binding.origin_key(bytes(32)) != bytes(32)
 
 
-@OTHERS
-def test_a_remote_wrap_authenticates_names_and_context(names: dict[str, str], context: Context) -> None:
+@pytest.mark.parametrize("field", ["tenant", "key_id", "version", "backend"])
+def test_a_remote_wrap_authenticates_each_name(field: str) -> None:
+    """Under one and the same stanza, whose salt is drawn: two stanzas always differ."""
     bound = binding.context_stanza(FILE_KEY, KEY, ROW)
-    other = binding.context_stanza(FILE_KEY, replace(KEY, **names), context)
 
-    assert binding.wrap_aad(KEY, bound) == binding.wrap_aad(KEY, bound)
-    assert binding.wrap_aad(replace(KEY, **names), other) != binding.wrap_aad(KEY, bound)
-    assert binding.wrap_aad(replace(KEY, backend="transit"), bound) != binding.wrap_aad(KEY, bound)
+    assert binding.wrap_aad(KEY, bound) == binding.wrap_aad(replace(KEY), bound)
+    assert binding.wrap_aad(replace(KEY, **{field: "other"}), bound) != binding.wrap_aad(KEY, bound)
+
+
+def test_a_remote_wrap_authenticates_the_context_tag() -> None:
+    """And no argument of the stanza: the tag binds salt, names and context."""
+    other = Stanza(BOUND.args, b"\1" + bytes(31))
+
+    assert binding.wrap_aad(KEY, BOUND) != binding.wrap_aad(KEY, other)
+
+
+def test_names_of_a_remote_wrap_do_not_run_together() -> None:
+    one, other = replace(KEY, tenant="ac", key_id="me"), replace(KEY, tenant="a", key_id="cme")
+
+    assert binding.wrap_aad(one, BOUND) != binding.wrap_aad(other, BOUND)
 
 
 def test_no_context_value_leaves_with_a_wrap() -> None:
