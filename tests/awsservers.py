@@ -81,14 +81,14 @@ def calls_to(url: str, *, timeout_s: float = 10.0) -> Calls:
 @functools.cache
 def moto() -> AwsServer:
     port = free_port()
-    return _started([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port)
+    return started([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port)
 
 
 @functools.cache
 def ministack() -> AwsServer:
     port = free_port()
     hypercorn = str(Path(sys.executable).with_name("hypercorn"))
-    return _started([hypercorn, "ministack.app:app", "-b", f"127.0.0.1:{port}"], port)
+    return started([hypercorn, "ministack.app:app", "-b", f"127.0.0.1:{port}"], port)
 
 
 def free_port() -> int:
@@ -97,7 +97,8 @@ def free_port() -> int:
     return port
 
 
-def _started(argv: list[str], port: int) -> AwsServer:
+def started(argv: list[str], port: int) -> AwsServer:
+    """A server of this command, once its port answers; it ends with the session."""
     server = spawn(argv, env=dict(os.environ), output=subprocess.DEVNULL)
     atexit.register(_stop, server)
     end = time.monotonic() + START_S

@@ -1,0 +1,244 @@
+"""An audit log of version 1: three segments of the API (one was retired), two of a worker, and their anchors.
+
+The tree's verification finds nothing wrong; heads, signatures and hidden values are also computed here.
+"""
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from golden import expected_service as expected
+from golden import install, make_service, manifest
+from golden.reference import hmac_sha256, names, sha256
+from kms_core.audit import Record, Trail, reading, receipt
+from kms_core.audit.keys import Concealer, PublicKeys, Signer
+from kms_core.audit.places import ANCHORS, COPIES, Folder, RedisStream, read_lines
+from kms_core.audit.receipt import Receipt
+from kms_core.audit.report import Report
+from kms_core.audit.verify import verify
+from kms_core.context import Context
+from stores import connect
+
+FOLDER: Final = manifest.V1 / "audit"
+LABEL: Final = b"kms-service/audit-checkpoint/1\n"
+KINDS: Final = {"open", "checkpoint", "rotated", "closed", "resumed", "retired", ""}
+HIDDEN_KEY: Final = base64.b64decode((manifest.V1 / "keys/audit.key").read_text())
+PLACED: Final = {"seq", "chain", "time", "head"}
+OPENING: Final = PLACED | {"kind", "version", "segment", "reason", "service", "public_key"}
+SIGNED: Final = PLACED | {"kind", "previous", "opened", "heads", "key", "signature"}
+
+
+def lines_of(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines()
+
+
+def files() -> list[Path]:
+    return sorted((FOLDER / "log").iterdir())
+
+
+def every_line(folder: Path = FOLDER) -> list[tuple[bytes, dict[str, Any]]]:
+    paths = sorted((folder / "log").iterdir())
+    return [(line, json.loads(line)) for path in paths for line in lines_of(path)]
+
+
+def public_key() -> Ed25519PublicKey:
+    found = load_pem_public_key((FOLDER / "signing.pub").read_bytes())
+    assert isinstance(found, Ed25519PublicKey)
+    return found
+
+
+def keys() -> PublicKeys:
+    return PublicKeys.read(FOLDER / "signing.pub")
+
+
+def checked(folder: Path) -> Report:
+    return verify(folder, keys(), read_lines(FOLDER / "anchors"))
+
+
+# -- the code of the tree reads it -------------------------------------------------------------------
+
+
+def test_log_is_intact() -> None:
+    report = checked(FOLDER / "log")
+
+    assert (report.problems, report.trusted, report.lines) == ([], True, 29)
+    assert {(one.files, one.lines, one.signed_seq == one.last_seq) for one in report.chains} == {
+        (3, 18, True),
+        (2, 11, True),
+    }
+    assert [note.code for note in report.notes] == ["resumed"]
+
+
+def test_every_signed_line_vouches() -> None:
+    """Checkpoints too, which the signed ends of files would stand in for."""
+    signed = [line for line, fields in every_line() if "signature" in fields]
+
+    assert all(map(keys().signed, signed))
+
+
+def test_anchors_are_compared(tmp_path: Path) -> None:
+    """A log that lost its last file is behind its anchors."""
+    log = manifest.copied("audit/log", tmp_path)
+    max(log.glob("worker-*")).unlink()
+
+    assert checked(log).problems
+
+
+def test_records_are_found() -> None:
+    found = reading.newest(FOLDER / "log", reading.Wanted(), 50)
+
+    principals = [f"ada-{number}" for number in (*range(4, 14), 0, 1, 3)]
+    assert sorted(one.principal for one in found) == sorted(principals)
+    assert {(one.operation, one.key_id, one.result) for one in found} == {("encrypt", "payroll", "ok")}
+
+
+def test_receipt_holds() -> None:
+    text = (FOLDER / "receipt.json").read_bytes()
+    found = msgspec.json.decode(text, type=Receipt)
+
+    assert receipt.check(found, keys()).operation == "encrypt"
+    assert receipt.make(FOLDER / "log", found.id) == found
+
+
+def test_context_values_are_hidden_as_before(tmp_path: Path) -> None:
+    hidden = Concealer.at(manifest.copied("keys/audit.key", tmp_path)).conceal(
+        "acme", Context.parse(expected.CONTEXT)
+    )
+
+    by_hand = {
+        name: hmac_sha256(HIDDEN_KEY, names("acme", name, value)).hex()[:32]
+        for name, value in expected.CONTEXT.items()
+    }
+    assert dict(hidden) == by_hand
+    assert [line["context"] for _, line in every_line() if "operation" in line] == [by_hand] * 13
+
+
+def test_key_of_an_install_signs_what_the_golden_public_key_trusts(tmp_path: Path) -> None:
+    install.put_keys(tmp_path)
+
+    assert Signer.at(tmp_path / "audit-signing.key").key_id in keys().keys
+
+
+# -- it is what version 1 says -----------------------------------------------------------------------
+
+
+def _body(line: bytes) -> bytes:
+    return line[: line.rindex(b',"head":"')]
+
+
+def _next_head(before: bytes, line: bytes) -> bytes:
+    return sha256(before + sha256(_body(line)))
+
+
+def check_chain(lines: list[bytes], before: bytes) -> None:
+    """Heads follow one another; raises AssertionError."""
+    for line in lines:
+        before = _next_head(before, line)
+        assert json.loads(line)["head"] == before.hex()
+
+
+def check_signature(line: bytes, key: Ed25519PublicKey) -> None:
+    """The signature stands over the label and the body before it; raises InvalidSignature."""
+    unsigned, _, rest = _body(line).partition(b',"signature":"')
+    key.verify(base64.b64decode(rest.rstrip(b'"')), LABEL + unsigned)
+
+
+def test_heads_and_signatures_are_those_of_version_1() -> None:
+    for path in files():
+        lines = lines_of(path)
+        check_chain(lines, bytes.fromhex(json.loads(lines[0]).get("previous", "00" * 32)))
+    signed = [line for line, fields in every_line() if "signature" in fields]
+    assert len(signed) == 9
+    for line in signed:
+        check_signature(line, public_key())
+    assert len(set(signed) & set(read_lines(FOLDER / "anchors"))) == 6
+
+
+def check_kinds(lines: list[tuple[bytes, dict[str, Any]]]) -> None:
+    """Every kind of line is there, with the fields of version 1; raises AssertionError."""
+    assert {fields.get("kind", "") for _, fields in lines} == KINDS
+    for _, fields in lines:
+        if fields.get("kind") == "open":
+            assert fields.keys() - {"previous", "previous_opened", "heads", "clock"} == OPENING
+            assert fields["version"] == 1
+        elif "signature" in fields:
+            assert fields.keys() - {"clock"} == SIGNED
+        elif "operation" in fields:
+            assert {name: fields[name] for name in expected.RECORD} == expected.RECORD
+
+
+def test_every_kind_of_line_has_the_fields_of_version_1() -> None:
+    check_kinds(every_line())
+
+
+def test_a_log_that_is_written_now_has_them_too(tmp_path: Path) -> None:
+    install.put_keys(tmp_path)
+    make_service.audit_log(tmp_path / "new", tmp_path)
+
+    check_kinds(every_line(tmp_path / "new"))
+
+
+def test_receipt_is_that_of_version_1() -> None:
+    found = json.loads((FOLDER / "receipt.json").read_text())
+    line, checkpoint = found["line"].encode(), found["checkpoint"].encode()
+    head = _next_head(bytes.fromhex(found["before"]), line)
+    for digest in found["path"]:
+        head = sha256(head + bytes.fromhex(digest))
+
+    assert found["version"] == 1
+    assert json.loads(checkpoint)["previous"] == head.hex()
+    check_signature(checkpoint, public_key())
+
+
+# -- what the tree writes, read as version 1 ---------------------------------------------------------
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> list[bytes]:
+    install.put_keys(tmp_path)
+    trail = Trail(
+        tmp_path / "log",
+        "api",
+        Concealer.at(tmp_path / "audit.key"),
+        Signer.at(tmp_path / "audit-signing.key"),
+    )
+    trail.append(Record(**expected.RECORD, principal="ada"))
+    trail.close()
+    (file,) = (tmp_path / "log").iterdir()
+    assert re.fullmatch(r"api-\d{8}T\d{6}\.\d{6}Z-\d+\.0001\.jsonl", file.name)
+    return lines_of(file)
+
+
+def test_new_lines_are_of_version_1(written: list[bytes]) -> None:
+    opening, record, closing = written
+
+    check_chain(written, bytes(32))
+    check_signature(closing, public_key())
+    assert json.loads(opening).keys() - {"clock", "heads"} == OPENING
+    assert json.loads(opening)["version"] == 1
+    assert json.loads(closing).keys() - {"clock"} == SIGNED
+    assert json.loads(record).keys() - {"clock"} == {*expected.RECORD, "principal"} | PLACED
+
+
+def test_new_anchors_lie_where_those_of_version_1_do(tmp_path: Path) -> None:
+    file = min((FOLDER / "anchors").iterdir())
+    Folder(tmp_path).put([line + b"\n" for line in lines_of(file)])
+
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_anchors_and_copies_in_redis_are_those_of_version_1(redis_url: str) -> None:
+    client = connect(redis_url)
+    line = lines_of(min((FOLDER / "anchors").iterdir()))[0]
+    for key, name in ((ANCHORS, "kms:audit:anchors"), (COPIES, "kms:audit:lines")):
+        client.xadd(name, {"line": line})
+        RedisStream(client, key).put([line + b"\n"])
+        assert RedisStream(client, key).lines() == [line, line]

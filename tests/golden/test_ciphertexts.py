@@ -1,0 +1,241 @@
+"""Every ciphertext of the golden set opens with the code of the tree, and is as version 1 describes it.
+
+The second half holds without the code under test: MACs, tags and AADs are computed by ``golden.reference``.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import pyrage
+import pytest
+
+from agekms import kms_over
+from bao import bao
+from golden import backends, manifest, reference
+from golden.manifest import Entry, unb64
+from golden.reference import Names, Stanza
+from kms_api.facade import door, shapes
+from kms_api.facade.door import Extra
+from kms_core.context import Context
+from kms_core.envelope import armor
+from kms_core.errors import DecryptFailed
+from kms_core.policy import Principal
+from kms_core.service import Kms
+
+ENTRIES: Final = manifest.entries()
+PADDED_BYTES: Final = 4096
+VAULT: Final = {
+    "vault-api/plain": Extra(number=2),
+    "vault-api/context": Extra(context=b"acme payroll", number=2),
+    "vault-api/both": Extra(context=b"acme payroll", associated_data=b"row 7", number=2),
+}
+
+
+def _id(entry: Entry) -> str:
+    return entry.name
+
+
+def _marks(entry: Entry) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.cosmian] if entry.backend.startswith("cosmian") else []
+
+
+def _every(entries: Sequence[Entry]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "entry", [pytest.param(one, id=one.name, marks=_marks(one)) for one in entries]
+    )
+
+
+def kms_of(backend: str) -> Kms:
+    """A service whose key ``payroll``, like its default key, is the golden key of this backend."""
+    made = backends.of(backend)
+    return kms_over(made, {"payroll": made})
+
+
+def who(entry: Entry, tenant: str = "") -> Principal:
+    return Principal("golden", tenant or entry.tenant, "test")
+
+
+def context_of(entry: Entry) -> Context:
+    if entry.name.startswith("vault-api/"):
+        return Context.reserved(entry.context)
+    return Context.parse(entry.context)
+
+
+# -- the code of the tree opens them -----------------------------------------------------------------
+
+
+@_every(ENTRIES)
+def test_ciphertext_opens(entry: Entry) -> None:
+    opened = kms_of(entry.backend).decrypt(who(entry), entry.file, context_of(entry))
+
+    assert opened.plaintext == entry.plaintext
+    assert opened.origin == entry.origin
+    key = opened.key
+    assert Names(key.tenant, key.key_id, key.version, key.backend) in {
+        entry.names,
+        Names(entry.tenant, "default", entry.version, entry.scheme) if entry.origin == "foreign" else None,
+    }
+
+
+@_every([one for one in ENTRIES if one.name.startswith("several")])
+def test_every_backend_of_several_opens_alone(entry: Entry) -> None:
+    for name in entry.wraps:
+        opened = kms_of(name).decrypt(who(entry), entry.file, context_of(entry))
+        assert opened.plaintext == entry.plaintext
+
+
+@_every([one for one in ENTRIES if "/small-bound" in one.name or "/job-bound" in one.name])
+def test_ciphertext_opens_for_no_other_tenant_or_context(entry: Entry) -> None:
+    kms = kms_of(entry.backend)
+
+    with pytest.raises(DecryptFailed):
+        kms.decrypt(who(entry, "rival"), entry.file, context_of(entry))
+    with pytest.raises(DecryptFailed):
+        kms.decrypt(who(entry), entry.file, Context.parse({"env": "prod"}))
+
+
+@_every([one for one in ENTRIES if one.name.endswith("/bundle")])
+def test_bundle_of_the_plugin_opens(entry: Entry) -> None:
+    """As ``age-plugin-kms`` asks: the stanzas alone, without header or payload."""
+    stanza = next(one for one in _outer(entry) if one.args[0] == "kms-service/bundle")
+
+    found = kms_of(entry.backend).unwrap(who(entry), reference.rendered(stanza), context_of(entry))
+
+    assert (found.file_key, found.origin) == (entry.file_key, "service")
+
+
+@pytest.mark.parametrize("name", VAULT)
+def test_ciphertext_of_the_vault_api_opens(name: str) -> None:
+    text = next(one["text"] for one in manifest.document("texts.json") if one["entry"] == name)
+    entry, kms = manifest.entry(name), kms_of("age-x25519")
+
+    number, file = shapes.parse(text)
+
+    assert (number, file) == (2, entry.file)
+    assert door.decrypt(kms, who(entry), file, VAULT[name], key_id="payroll") == entry.plaintext
+
+
+def test_armored_file_opens() -> None:
+    found = manifest.document("texts.json")[0]
+
+    assert armor.dearmor(found["text"].encode()) == manifest.entry(found["entry"]).file
+
+
+# -- they are what version 1 says --------------------------------------------------------------------
+
+
+def _outer(entry: Entry) -> list[Stanza]:
+    return reference.parsed(entry.head, entry.file_key)
+
+
+def stanzas(entry: Entry) -> list[Stanza]:
+    """Those of the header, those of a bundle in its place."""
+    found: list[Stanza] = []
+    for stanza in _outer(entry):
+        inside = stanza.args == ("kms-service/bundle", "1")
+        found += reference.stanzas_of(stanza.body) if inside else [stanza]
+    return found
+
+
+def of(entry: Entry, kind: str) -> list[Stanza]:
+    return [stanza for stanza in stanzas(entry) if stanza.args[0] == kind]
+
+
+def shapes_of(entry: Entry) -> list[tuple[str, int]]:
+    return [(stanza.args[0], len(stanza.args)) for stanza in stanzas(entry)]
+
+
+@_every([one for one in ENTRIES if one.origin == "service"])
+def test_context_stanza_binds_names_and_context(entry: Entry) -> None:
+    (stanza,) = of(entry, "kms-service/context")
+    _, version, key_id, key_version, salt = stanza.args
+
+    assert (version, key_id, key_version) == ("1", entry.key_id, entry.version)
+    tag = reference.context_tag(entry.file_key, reference.decoded(salt), entry.names, entry.context)
+    assert stanza.body == tag
+
+
+@_every([one for one in ENTRIES if one.origin == "service"])
+def test_stanzas_are_those_of_version_1(entry: Entry) -> None:
+    native = {"age-x25519": ("X25519", 2), "age-mlkem768x25519": ("mlkem768x25519", 2)}
+    wraps = entry.wraps or (entry.backend,)
+    wrap = ("kms-service/wrap", 5 if "/job-" in entry.name else 4)
+    expected = [native.get(name, wrap) for name in wraps] + [("kms-service/context", 5)]
+    expected += [("kms-service/origin", 2) for name in wraps if name in native]
+    if "/padded" in entry.name:
+        expected.append(("kms-service/pad", 2))
+    if entry.name.endswith("/bundle"):
+        expected.insert(0, ("golden-grease", 2))
+
+    assert shapes_of(entry) == expected
+    assert "/padded" not in entry.name or len(entry.head) == PADDED_BYTES + 16
+
+
+def versions_of(backend: str) -> list[str]:
+    """The first 8 hex digits of the SHA-256 of each recipient, which stands in a comment."""
+    lines = (manifest.V1 / f"keys/{backend}.txt").read_text().splitlines()
+    prefix = "# public key: "
+    return [
+        reference.sha256(line.removeprefix(prefix).encode()).hex()[:8]
+        for line in lines
+        if line.startswith(prefix)
+    ]
+
+
+@_every([one for one in ENTRIES if of(one, "kms-service/origin")])
+def test_origin_binds_identity_names_context_and_payload(entry: Entry) -> None:
+    (stanza,) = of(entry, "kms-service/origin")
+    handed = entry.name.endswith("/bundle")
+    native = next(name for name in entry.wraps or (entry.backend,) if name in backends.AGE)
+    version = entry.version if entry.scheme == "age" else versions_of(native)[1]
+    key = reference.Names(entry.tenant, entry.key_id, version, "age")
+    secret = manifest.identity_secret(native, versions_of(native).index(version))
+    mac_key = reference.origin_key(secret)
+    nonce = None if handed else entry.nonce
+
+    assert stanza.args == ("kms-service/origin", "2" if handed else "1")
+    assert stanza.body == reference.origin_tag(mac_key, entry.file_key, nonce, key, entry.context)
+
+
+@_every([one for one in ENTRIES if of(one, "kms-service/wrap")])
+def test_remote_wrap_authenticates_version_1s_aad(entry: Entry) -> None:
+    """Each peer opens its wrap with the AAD that the reference computes, and with no other."""
+    (context,) = of(entry, "kms-service/context")
+    for stanza in of(entry, "kms-service/wrap"):
+        _, scheme, key_id, version, *job = stanza.args
+        key = reference.Names(entry.tenant, key_id, version, scheme)
+        aad = reference.wrap_aad(key, context.body)
+        if not job:
+            assert _peer_opens(scheme, version, stanza.body, aad) == entry.file_key
+            continue
+        secret = _peer_opens(scheme, version, reference.decoded(job[0]), reference.job_aad(key))
+        assert reference.salted_open(secret, b"kms-service/job/1", stanza.body, aad) == entry.file_key
+
+
+def _peer_opens(scheme: str, version: str, wrapped: bytes, aad: bytes) -> bytes:
+    given = manifest.keys()
+    match scheme:
+        case "vault-kv":
+            held = given["vault-kv"][version]
+            return reference.kv_open(unb64(held if isinstance(held, str) else held["key"]), wrapped, aad)
+        case "awskms":
+            return reference.moto_open(unb64(given["awskms"]["keys"][version]), wrapped, aad)
+        case "cosmian":
+            held = given["cosmian"]["versions"][version]
+            return reference.cosmian_open(unb64(held["key"]), held["uid"], wrapped, aad)
+    backends.of("transit")
+    body = {"ciphertext": f"vault:v{version}:{manifest.b64(wrapped)}", "associated_data": manifest.b64(aad)}
+    answer = bao().admin("POST", f"transit/decrypt/{given['transit']['name']}", body)
+    return unb64(answer["data"]["plaintext"])
+
+
+@pytest.mark.parametrize("entry", [one for one in ENTRIES if one.backend == "age-x25519"], ids=_id)
+def test_another_age_tool_opens_native_files(entry: Entry) -> None:
+    lines = (manifest.V1 / "keys/age-x25519.txt").read_text().splitlines()
+    identities = [
+        pyrage.x25519.Identity.from_str(line) for line in lines if line.startswith("AGE-SECRET-KEY-1")
+    ]
+    if entry.name.endswith("/bundle"):
+        assert reference.opened_file(entry.file, entry.file_key) == entry.plaintext
+        return
+    assert pyrage.decrypt(entry.file, identities) == entry.plaintext

@@ -1,0 +1,172 @@
+"""Tokens, sessions, age plugin names, moved ciphertexts and payloads of Temporal, as version 1 left them."""
+
+import base64
+import hashlib
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from golden import expected_service as expected
+from golden import install, manifest, reference
+from golden.manifest import b64
+from kms_api.sessions import Sessions
+from kms_cli.migration_output import Lines, Record
+from kms_cli.plugin.names import Target
+from kms_core.auth import tokens
+from kms_core.auth.tokens import TokenFile, Wish
+from kms_core.context import Context
+from kms_core.errors import Unauthenticated
+from kms_core.policy import Grant, Principal
+
+TEXTS: Final[dict[str, str]] = manifest.document("keys/tokens.json")["texts"]
+SESSION: Final[dict[str, str]] = manifest.document("keys/session.json")
+NAMES: Final[list[dict[str, str]]] = manifest.document("plugin.json")
+SAID: Final[list[dict[str, Any]]] = [
+    {"key": "payroll", "ctx": {"env": "prod", "größe": "drei"}, "url": "https://kms.example:8443"},
+    {"local": True},
+]
+TARGETS: Final = [
+    Target("payroll", Context.parse({"env": "prod", "größe": "drei"}), "https://kms.example:8443"),
+    Target(None, Context(), None, in_process=True),
+]
+IN_TIME: Final = 4_100_000_100.0
+LATER: Final = 4_100_000_000.0 + 8 * 3600
+
+
+# -- tokens ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> TokenFile:
+    return TokenFile(manifest.copied("tokens.json", tmp_path), strict=True)
+
+
+@pytest.mark.parametrize("text", ["forever", "narrow", "rotated", "rotated-new"])
+def test_token_is_known(token_file: TokenFile, text: str) -> None:
+    name = text.removesuffix("-new")
+    tenant, scopes, _ = expected.TOKENS[name]
+    found = token_file.holder(TEXTS[text])
+
+    assert (found.name, found.tenant, found.scopes) == (name, tenant, scopes)
+    assert found.id == TEXTS[text].split("_")[1]
+
+
+def test_expired_token_is_refused_as_expired(token_file: TokenFile) -> None:
+    with pytest.raises(Unauthenticated) as caught:
+        token_file.holder(TEXTS["expired"])
+
+    assert caught.value.reason == "expired"
+
+
+def test_token_file_is_of_version_1() -> None:
+    found = manifest.document("tokens.json")
+    held = {token["name"]: token for token in found["tokens"]}
+
+    assert found["version"] == 1
+    for text, plain in TEXTS.items():
+        token = held[text.removesuffix("-new")]
+        assert hashlib.sha256(plain.encode()).digest() in map(_digest, token["digests"])
+
+
+def _digest(stored: dict[str, str]) -> bytes:
+    return base64.b64decode(stored["sha256"])
+
+
+def test_new_token_file_is_of_version_1(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.json"
+    made, text = tokens.create(path, Wish("ci", "acme", ("status",), timedelta(days=1)))
+    found = json.loads(path.read_text())
+
+    assert found.keys() == {"version", "tokens"}
+    assert (found["version"], len(found["tokens"])) == (1, 1)
+    (token,) = found["tokens"]
+    assert token.keys() == {"id", "name", "tenant", "scopes", "created_at", "expires_at", "digests"}
+    assert text.startswith(f"kms_{made.id}_")
+    assert token["digests"] == [{"sha256": b64(hashlib.sha256(text.encode()).digest()), "until": None}]
+    assert datetime.fromisoformat(token["expires_at"]) > datetime.now(UTC)
+
+
+# -- sessions ----------------------------------------------------------------------------------------
+
+
+def test_session_is_found_by_its_cookie(tmp_path: Path) -> None:
+    folder = manifest.copied("sessions", tmp_path)
+    who = Principal("cert:ops", "acme", "jwt:ci:0a1b", Grant(("status", "jobs:read"), 4_100_000_600.0))
+
+    assert Sessions(folder, clock=lambda: IN_TIME).find(SESSION["session"]) == who
+    assert Sessions(folder, clock=lambda: LATER).find(SESSION["session"]) is None
+
+
+def test_session_rests_under_the_digest_of_its_cookie(tmp_path: Path) -> None:
+    stamping = (manifest.V1 / "sessions/stamping").read_bytes()
+    name = hashlib.sha256(SESSION["session"].encode()).hexdigest()
+    who, until = json.loads((manifest.V1 / "sessions" / name).read_text()).values()
+
+    assert (who["name"], who["tenant"], until) == ("cert:ops", "acme", LATER)
+    assert SESSION["stamp"] == reference.hmac_sha256(stamping, SESSION["session"].encode()).hex()
+    sessions = Sessions(manifest.copied("sessions", tmp_path))
+    assert sessions.is_stamp(SESSION["session"], SESSION["stamp"])
+
+
+# -- names of age plugins ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_plugin_names_are_read_and_written_as_before(number: int) -> None:
+    given, target = NAMES[number], TARGETS[number]
+
+    assert Target.of_recipient(given["recipient"]) == Target.of_identity(given["identity"]) == target
+    assert (target.recipient(), target.identity()) == (given["recipient"], given["identity"])
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_plugin_names_are_of_version_1(number: int) -> None:
+    for text in NAMES[number].values():
+        data = reference.bech32_data(text)
+        assert data[:1] == b"\x01"
+        assert json.loads(data[1:]) == SAID[number]
+    assert NAMES[number]["recipient"].startswith("age1kms1")
+    assert NAMES[number]["identity"].startswith("AGE-PLUGIN-KMS-1")
+
+
+# -- moved ciphertexts, and payloads of Temporal -----------------------------------------------------
+
+
+def test_move_goes_on_where_an_earlier_version_ended(tmp_path: Path) -> None:
+    path = manifest.copied("migrated.jsonl", tmp_path)
+    before = path.read_bytes()
+    lines = Lines.continued(path)
+
+    assert [lines.has("", f"{number:064x}") for number in (1, 2, 3)] == [True, True, False]
+    lines.close()
+    assert path.read_bytes() == before
+
+
+def test_moved_lines_are_of_version_1(tmp_path: Path) -> None:
+    file = manifest.entry("age-x25519/small-bound").file
+    common = {"ciphertext": b64(file), **expected.MOVED_TO}
+    by_hand = [
+        {"line": 1, "reference": "invoice-7", "source": f"{1:064x}", **common},
+        {"line": 2, "source": f"{2:064x}", **common},
+    ]
+    lines = Lines.continued(tmp_path / "new.jsonl")
+    lines.put("", Record(line=2, source=f"{2:064x}", ciphertext=file, **expected.MOVED_TO))
+    lines.flush()
+    lines.close()
+
+    assert list(map(json.loads, (manifest.V1 / "migrated.jsonl").read_bytes().splitlines())) == by_hand
+    assert json.loads((tmp_path / "new.jsonl").read_bytes()) == by_hand[1]
+
+
+def test_payloads_of_temporal_are_decoded(tmp_path: Path) -> None:
+    given = manifest.document("codec.json")
+    (payload,) = given["payloads"]
+
+    assert payload["metadata"] == {"encoding": b64(b"binary/encrypted"), "encryption-key-id": b64(b"default")}
+    with install.service(tmp_path, "unix:///nonexistent/valkey.sock") as service:
+        service.start("api")
+        answer = service.post("/codec/decode", given, headers=expected.NAMESPACE)
+        assert answer.json() == {"payloads": [expected.PAYLOAD]}
