@@ -82,7 +82,11 @@ ready() { # runtime | dev
     [[ $set == runtime ]] || lock=$root/requirements-dev.lock
     say "installing into .venv; this is done once and takes up to a minute"
     rm -f -- "$venv"/.kms-* "$venv/install.log"
-    install --require-hashes -r "$lock" -r "$root/requirements-build.lock"
+    # The lock files are complete, so pip resolves nothing: pip 23 would look at newer versions of what is locked
+    # and refuse their unlocked extras. `pip check` then says whether anything is missing.
+    install --no-deps --require-hashes -r "$lock" -r "$root/requirements-build.lock"
     install --no-deps --no-build-isolation --editable "$root"
+    "$venv/bin/python" -m pip check --disable-pip-version-check >&2 ||
+        die "what is locked in $lock is incomplete" "run scripts/lock, and commit what it changes"
     printf '%s\n' "$now" >"$venv/.kms-$set"
 }
