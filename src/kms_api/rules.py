@@ -4,14 +4,15 @@ What depends on a key, a context or a path is asked in the core, where these are
 any ``CALLER``. ``gate.py`` has found out who calls.
 """
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, ClassVar, Final
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute, APIRouter
 from starlette.exceptions import HTTPException
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from kms_api.deps import LET_IN, WHO, Service
@@ -140,18 +141,32 @@ class Ruled(APIRoute):
 
     def __init__(self, path: str, *args: Any, **more: Any) -> None:  # noqa: ANN401 -- FastAPI's own
         super().__init__(path, *args, **more)
-        self.rules = {method: self.table[method, path] for method in self.methods or ()}
+        documented = (method for method in self.methods or () if method != "HEAD")
+        self.rules = {method: self.table[method, path] for method in documented}
+        self.methods = _with_head(self.rules)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler, of whose streams a HEAD gets the headers only."""
+        handler = super().get_route_handler()
+
+        async def answered(request: Request) -> Response:
+            response = await handler(request)
+            if request.method == "HEAD" and isinstance(response, StreamingResponse):
+                return await _headers_of(response)
+            return response
+
+        return answered
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] not in self.rules:
-            allowed = sorted(method for method, path in self.table if path == self.path)
+        if scope["method"] not in _with_head(self.rules):
+            allowed = sorted(_with_head(method for method, path in self.table if path == self.path))
             raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": ", ".join(allowed)})
         self.admit(scope)
         await super().handle(scope, receive, send)
 
     def admit(self, scope: Scope) -> None:
         """Raises Forbidden for a caller to whom the table does not give this route."""
-        rule = self.rules[scope["method"]]
+        rule = self.rules["GET" if scope["method"] == "HEAD" else scope["method"]]
         if rule.operation is not None and scope[WHO] is not LET_IN:
             self._require(scope, rule.operation)
 
@@ -162,6 +177,21 @@ class Ruled(APIRoute):
         except Forbidden as exc:
             audit.denied(built.kms.trail, scope[WHO], self.path, exc.code)
             raise
+
+
+def _with_head(methods: Iterable[str]) -> set[str]:
+    """The methods, and HEAD wherever there is GET (RFC 9110 §9.3.2)."""
+    found = set(methods)
+    return found | {"HEAD"} if "GET" in found else found
+
+
+async def _headers_of(streamed: StreamingResponse) -> Response:
+    """A response with the status and headers of a stream, which is closed unread."""
+    if isinstance(streamed.body_iterator, AsyncGenerator):
+        await streamed.body_iterator.aclose()
+    response = Response(status_code=streamed.status_code)
+    response.raw_headers = streamed.raw_headers
+    return response
 
 
 def is_ui(path: str) -> bool:

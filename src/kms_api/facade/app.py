@@ -91,11 +91,14 @@ class Facade:
         if path not in self._routes:
             return refusals.turned_away(404, "not_found", _NO_HANDLER)
         scope["route"] = self._routes[path]
-        handler = self._handlers.get((scope["method"], path))
+        asked = scope["method"], path
+        if asked[0] == "HEAD" and asked not in self._handlers:  # RFC 9110 §9.3.2
+            asked = "GET", path
+        handler = self._handlers.get(asked)
         if handler is None:
             return refusals.turned_away(405, "method_not_allowed", "unsupported operation")
         who: Principal = scope[WHO]
-        if not VAULT_RULES[scope["method"], path].open:
+        if not VAULT_RULES[asked].open:
             _check_headers(scope["headers"], who)
         return await handler(Asked(request, self._built, self._doors, who, names))
 
