@@ -21,13 +21,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from starlette.types import ASGIApp
 
 from kms_api import app
-from kms_api.tls import CERTIFICATE
 from kms_cli import up
 from kms_core import logs
 from kms_core import settings as settings_file
 from kms_core.auth import tokens
 from kms_core.auth.certificates import Shown
 from kms_core.auth.tokens import Wish
+from kms_core.http_server.protocol import CERTIFICATE
 from kms_core.wire import PREFIX
 
 CALLS: Final = 1500

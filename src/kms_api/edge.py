@@ -3,9 +3,8 @@
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
-from urllib.parse import urlsplit
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,11 +15,10 @@ from kms_api.facade import refusals
 from kms_api.rules import is_ui, is_vault
 from kms_core import audit, metrics
 from kms_core.audit import Audit
+from kms_core.http_server.host_check import REFUSED, HostCheck, by_name
 
-LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _ANONYMOUS_A_MINUTE: Final = 60
-_OWN_SITES: Final = frozenset({b"same-origin", b"none"})
 _HEADERS: Final = ((b"x-content-type-options", b"nosniff"),)
 _UI_HEADERS: Final = (
     *_HEADERS,
@@ -46,15 +44,13 @@ class Edge:
         self._app = app
         self._trail = trail
         self._anonymous = _Few()
-        self._hosts = frozenset(host.lower() for host in (*LOCAL_HOSTS, *hosts))
+        self._hosts = HostCheck(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(reversed(scope["headers"]))  # the first of each name
-        if len(headers) < len(scope["headers"]) and _has_two_hosts(scope["headers"]):
-            headers[b"host"] = b""
+        headers = by_name(scope["headers"])
         asked = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = asked if _REQUEST_ID.fullmatch(asked) else os.urandom(16).hex()
         audit.request_id.set(request_id)
@@ -70,32 +66,15 @@ class Edge:
 
         metrics.ANSWERING.level += 1
         try:
-            if self._refused(headers, scope.get("server")):
+            if self._hosts.refuses(headers, scope.get("server")):
                 speak = refusals.turned_away if is_vault(scope["path"]) else problems.problem
-                refusal = speak(403, "forbidden", _WHY)
+                refusal = speak(403, "forbidden", REFUSED)
                 await refusal(scope, receive, answer)
             else:
                 await self._app(scope, receive, answer)
         finally:
             metrics.ANSWERING.level -= 1
             _count(scope, status, time.perf_counter() - started)
-
-    def _refused(self, headers: Mapping[bytes, bytes], server: tuple[str, int | None] | None) -> bool:
-        """A page in the operator's browser must not reach a service that trusts the loopback interface.
-
-        The address that the connection reached is no name that somebody else could have pointed here: probes
-        and scrapes in a cluster call by it.
-        """
-        if "*" in self._hosts:
-            return False
-        named, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin")
-        try:
-            host = urlsplit(f"//{named}").hostname or ""
-            foreign = origin is not None and urlsplit(origin.decode("latin-1")).netloc != named
-        except ValueError:  # brackets around what is no IPv6 address
-            return True
-        known = host in self._hosts or (server is not None and host == server[0])
-        return not known or foreign or headers.get(b"sec-fetch-site", b"none") not in _OWN_SITES
 
     def _noting(self, scope: Scope) -> audit.Noted:
         """What is recorded for this request, which a denial shall be if nothing else was."""
@@ -110,11 +89,6 @@ class Edge:
         noted = audit.Noted(denied)
         audit.noted.set(noted)
         return noted
-
-
-def _has_two_hosts(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """A proxy may have gone by the other one (RFC 9112 §3.2)."""
-    return sum(name == b"host" for name, _ in headers) > 1
 
 
 def _marked(
@@ -149,9 +123,3 @@ class _Few:
             self._minute, self._taken = minute, 0
         self._taken += 1
         return self._taken <= self._most
-
-
-_WHY: Final = (
-    "This Host or Origin is not one that the service is configured for: "
-    "add the name to [kms.server] allowed_hosts, or call it as localhost"
-)

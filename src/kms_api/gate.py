@@ -23,13 +23,13 @@ from kms_api.deps import LET_IN, LOCAL_CALLER, WHO
 from kms_api.facade import refusals
 from kms_api.rules import METRICS, OPEN_PATHS, UI, UI_OPEN, VAULT_OPEN, is_ui, is_vault
 from kms_api.sessions import COOKIE, SESSION, Sessions
-from kms_api.tls import CERTIFICATE
 from kms_core import audit, metrics
 from kms_core.audit import Audit
 from kms_core.auth.doors import Doors
 from kms_core.auth.scraping import Scraping
 from kms_core.auth.throttle import Failures, Requests
 from kms_core.errors import Forbidden, KmsError, RateLimited, Unauthenticated
+from kms_core.http_server.protocol import CERTIFICATE
 from kms_core.policy import Principal
 
 THREADS: Final = 8  # for JWTs whose issuer's keys may have to be fetched

@@ -14,8 +14,8 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from kms_core.errors import InvalidRequest
+from kms_core.http_server.protocol import BODY
 
-BODY: Final = "kms.body"  # where in a request's state the protocol leaves itself and the cycle
 _STALLED_S: Final = 60.0
 
 

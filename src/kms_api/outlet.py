@@ -11,7 +11,7 @@ from typing import Final
 from cryptography.utils import Buffer
 from fastapi import Request
 
-from kms_api.inlet import BODY
+from kms_core.http_server.protocol import BODY
 
 _LARGE_BYTES: Final = 64 * 1024
 

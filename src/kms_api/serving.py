@@ -1,11 +1,14 @@
 """One process that serves: builds the application and hands it to uvicorn."""
 
 import asyncio
+import resource
 import ssl
 from collections.abc import Sequence
+from functools import partial
 from socket import socket
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
+import structlog
 import uvicorn
 from starlette.types import ASGIApp
 
@@ -13,10 +16,14 @@ from kms_api import app, listening, tls
 from kms_api.facade import listener as facade
 from kms_core import keyring
 from kms_core.errors import EXIT_UNAVAILABLE
+from kms_core.http_server.connections import Connections
+from kms_core.http_server.protocol import HttpProtocol
 from kms_core.settings import Settings
 
 _GRACE_S: Final = 20
 _FREED_BYTES: Final = 4 * 1024 * 1024
+_OTHER_FILES: Final = 256  # files of jobs, keys and logs, and connections to peers
+_log = structlog.get_logger(__name__)
 
 
 def serve(settings: Settings, inherited: Sequence[int]) -> int:
@@ -31,12 +38,13 @@ def serve(settings: Settings, inherited: Sequence[int]) -> int:
     listeners = [socket(fileno=number) for number in inherited] or listening.ports(settings.kms)
     if not listeners:
         return EXIT_UNAVAILABLE
-    config = _config(built, tls.PeerProtocol, context)
+    most = _connections(settings.kms.server.connections)
+    config = _config(built, context, most)
     sockets = [listening.eager(each, settings.kms.server.processes) for each in listeners]
     if len(sockets) == 1:
         uvicorn.Server(config).run(sockets=sockets[0])
         return 0
-    second = _config(facade.only(built), facade.PeerH11, context, lifespan="off")
+    second = _config(facade.only(built), context, most, lifespan="off")
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(facade.serve(config, sockets[0], second, sockets[1]))
     return 0
@@ -51,16 +59,28 @@ def _keep_freed_slabs() -> None:
     bytes(_FREED_BYTES)
 
 
+def _connections(wanted: int) -> int:
+    """The bound on connections: of the settings, or what the limit of open files allows, with a warning."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, max(1, hard - _OTHER_FILES))
+    if allowed < wanted:
+        _log.warning("server.few_open_files", connections=allowed, wanted=wanted, limit=hard)
+    return allowed
+
+
 def _config(
     built: ASGIApp,
-    http: type[asyncio.Protocol],
     context: ssl.SSLContext | None,
+    connections: int,
     lifespan: Literal["on", "off"] = "on",
 ) -> uvicorn.Config:
+    protocol = partial(HttpProtocol, connections=Connections(connections))
     return uvicorn.Config(
         built,
         loop="uvloop",
-        http=http,  # knows who is at the other end
+        http=cast("type[asyncio.Protocol]", protocol),  # uvicorn only calls it
+        ws="none",
         ssl_context_factory=None if context is None else lambda *_: context,
         access_log=False,
         log_config=None,

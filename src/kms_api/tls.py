@@ -1,75 +1,16 @@
-"""The server's TLS: certificate, key and client authority from settings, and who is at the other end.
+"""The server's TLS: certificate, key and client authority from settings."""
 
-uvicorn hands no client certificate to the application, so its protocol class is extended by methods that put
-what the certificate says into ``scope["state"]``, and there the way to a body in large pieces, too.
-"""
-
-import asyncio
 import ssl
 from typing import Final
 
 import structlog
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from kms_api.heads import Cycle, Impatient
-from kms_api.inlet import BODY, Inlet
-from kms_core.auth import certificates
-from kms_core.auth.certificates import Shown
 from kms_core.errors import ConfigurationError
 from kms_core.settings_sections import Server
 
-CERTIFICATE: Final = "kms.certificate"
-HEAD_BYTES: Final = 64 * 1024
 _OPEN_TO_ALL: Final = 0o007
 _VERIFY: Final = {"optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
 _log = structlog.get_logger(__name__)
-
-
-class PeerProtocol(Impatient, HttpToolsProtocol):
-    """HTTP as uvicorn speaks it; each request knows the certificate of its connection.
-
-    What has come of a head is held, and httptools sets no bound to it, as h11 does.
-    """
-
-    inlet: Inlet | None = None
-    _shown: Shown | None = None
-    _in_head = False
-    _head_bytes = 0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
-        super().connection_made(transport)
-        tls = transport.get_extra_info("ssl_object")
-        der = tls.getpeercert(binary_form=True) if tls else None
-        self._shown = certificates.read(der) if der else None
-
-    def last(self) -> Cycle | None:
-        return self.cycle
-
-    def data_received(self, data: bytes) -> None:
-        held = self._in_head
-        super().data_received(data)
-        if held and self._in_head:  # the piece in which it began may hold the end of a body, too
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES:
-                self.send_400_response("The head of the request is too large")
-
-    def on_body(self, body: bytes) -> None:
-        if self.inlet is None:
-            super().on_body(body)
-        else:
-            self.inlet.put(body)
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._in_head, self._head_bytes = True, 0
-        self.inlet = None
-        if self._shown is not None:
-            self.scope["state"][CERTIFICATE] = self._shown
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        super().on_headers_complete()
-        self.scope["state"][BODY] = self, self.cycle
 
 
 class Renewal:

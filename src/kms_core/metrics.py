@@ -56,6 +56,11 @@ HTTP_SECONDS: Final = Histogram(
     "kms_http_request_duration_seconds", "Time until the answer was sent", ["route", "method"], buckets=_FAST
 )
 INFLIGHT: Final = Gauge("kms_inflight", "HTTP requests being answered", multiprocess_mode="livesum")
+HTTP_CONNECTIONS_ENDED: Final = Counter(
+    "kms_http_connections_ended_total",
+    "Connections that the service ended: malformed request, no whole head in time, no room",
+    ["reason"],
+)
 AUTH_FAILURES: Final = Counter(
     "kms_auth_failures_total",
     "Callers that were not let in; reason is missing, malformed, unknown, expired, untrusted, signature, "

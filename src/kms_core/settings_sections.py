@@ -108,6 +108,7 @@ class Server(Section, frozen=True, kw_only=True):
 
     processes: Annotated[int, Meta(ge=1, le=64)] = 1
     allowed_hosts: tuple[str, ...] = ()
+    connections: Annotated[int, Meta(ge=16, le=100_000)] = 2048  # of each process and port
     tls_cert: Path | None = None
     tls_key: Path | None = None
     client_ca: Path | None = None
@@ -119,7 +120,7 @@ class Server(Section, frozen=True, kw_only=True):
 class Facade(Section, frozen=True, kw_only=True):
     """``[kms.facade]``: Vault's transit API below ``/v1/``, by default in dev alone.
 
-    ``port`` is a second listener that also answers the LIST method.
+    ``port`` is a second listener for these paths only.
     """
 
     enabled: bool

@@ -23,7 +23,7 @@ from kms_core.jobs.presence import Presence
 from kms_core.jobs.store import JobStore
 from kms_core.settings import Settings
 from kms_worker import app as worker_app
-from kms_worker import broker, exposition, forking, rotation, submit
+from kms_worker import broker, forking, metrics_server, rotation, submit
 from kms_worker.courier import Courier
 from kms_worker.watchdog import Watchdog
 
@@ -61,10 +61,11 @@ def run(loaded: Settings) -> int:
         *_couriers(loaded, store, name),
     )
     watchdog = Watchdog(served, jobs.watchdog_s, waiting, lambda: min(pulse.idle_s(), store.idle_s(name)))
-    server = exposition.serve(
+    server = metrics_server.serve(
         loaded.kms.bind,
         loaded.kms.port + 1,
         Scraping(loaded.kms.server.metrics, core.doors, core.kms.policy),
+        loaded.kms.server.allowed_hosts,
     )
     forking.install()
     gc.collect()

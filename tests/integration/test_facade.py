@@ -436,7 +436,8 @@ def test_the_second_port_serves_the_facade_alone_and_lists(facade: Facade) -> No
         assert own.request("LIST", "/v1/transit/keys/", headers=token).status_code == 200
         made = own.put("/v1/transit/encrypt/default", json={"plaintext": HELLO}, headers=token)
         assert made.status_code == 200
-        refused(own.request("BREW", "/v1/transit/keys", headers=token), 405, "unsupported")
+        refused(own.request("PATCH", "/v1/transit/keys", headers=token), 405, "unsupported")
+        assert own.request("BREW", "/v1/transit/keys", headers=token).status_code == 400
         refused(own.get("/livez"), 404, "/v1/ alone")
         refused(own.get(f"{PREFIX}/keys", headers=token), 404, "/v1/ alone")
         refused(own.request("LIST", "/v1/transit/keys"), 403, "permission denied")

@@ -95,10 +95,10 @@ def test_the_bao_command_says_what_is_wrong(facade: Facade) -> None:
 # -- hvac ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def client(facade: Facade) -> Iterator[hvac.Client]:
-    """At the façade's own port, since it sends LIST."""
-    made = hvac.Client(url=facade.own_url, token=facade.root)
+@pytest.fixture(params=["main", "own"])
+def client(request: pytest.FixtureRequest, facade: Facade) -> Iterator[hvac.Client]:
+    """At the main port and at the Vault API's own."""
+    made = hvac.Client(url=facade.url if request.param == "main" else facade.own_url, token=facade.root)
     yield made
     made.adapter.close()
 

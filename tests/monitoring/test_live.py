@@ -216,6 +216,7 @@ KINDS: Final = {
 DECLARED: Final = KINDS.keys()
 MOVED_ELSEWHERE: Final = {
     "kms_auth_failures": "integration/test_auth.py",
+    "kms_http_connections_ended": "unit/test_http_protocol.py",
     "kms_rate_limited": "integration/test_auth_jobs.py",
     "kms_setting_weak": "monitoring/test_weak_settings.py",
 }

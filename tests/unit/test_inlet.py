@@ -16,8 +16,8 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from kms_api.inlet import Inlet, next_piece
-from kms_api.tls import PeerProtocol
 from kms_core.errors import InvalidRequest
+from kms_core.http_server.protocol import HttpProtocol
 
 WAIT_S: Final = 60
 SLAB: Final = 1000
@@ -44,7 +44,7 @@ async def served(handler: Handler) -> AsyncIterator[tuple[asyncio.StreamReader, 
 
     config, state = uvicorn.Config(app, lifespan="off", log_config=None), ServerState()
     server = await asyncio.get_running_loop().create_server(
-        lambda: PeerProtocol(config=config, server_state=state, app_state={}), "127.0.0.1"
+        lambda: HttpProtocol(config=config, server_state=state, app_state={}), "127.0.0.1"
     )
     async with asyncio.timeout(WAIT_S), server:
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())

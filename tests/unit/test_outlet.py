@@ -16,9 +16,8 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from kms_api import outlet
-from kms_api.inlet import BODY
 from kms_api.outlet import Outlet
-from kms_api.tls import PeerProtocol
+from kms_core.http_server.protocol import BODY, HttpProtocol
 
 WAIT_S: Final = 60
 SLABS: Final = [os.urandom(1024 * 1024) for _ in range(24)]
@@ -60,7 +59,7 @@ async def served(
 
     config, state = uvicorn.Config(app, lifespan="off", log_config=None), ServerState()
     server = await asyncio.get_running_loop().create_server(
-        lambda: PeerProtocol(config=config, server_state=state, app_state={}), "127.0.0.1"
+        lambda: HttpProtocol(config=config, server_state=state, app_state={}), "127.0.0.1"
     )
     async with asyncio.timeout(WAIT_S), server:
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())

@@ -1,7 +1,4 @@
-"""The façade's own port: uvicorn's other protocol, since httptools refuses the LIST method that hvac sends.
-
-It is served by the same process and loop as the main port, and shows nothing but the façade.
-"""
+"""The Vault API's own port, for networks that open it apart from the rest; the same process serves both."""
 
 import asyncio
 import socket
@@ -12,48 +9,17 @@ from typing import Final
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kms_api.facade import refusals
-from kms_api.heads import Cycle, Impatient
 from kms_api.rules import is_vault
-from kms_api.tls import CERTIFICATE
-from kms_core.auth import certificates
-
-_METHODS: Final = frozenset({"GET", "HEAD", "LIST", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
-_LENGTHS: Final = frozenset({b"content-length", b"transfer-encoding"})
-
-
-class PeerH11(Impatient, H11Protocol):
-    """As ``tls.PeerProtocol``: each request knows the certificate of its connection."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
-        super().connection_made(transport)
-        tls = transport.get_extra_info("ssl_object")
-        der = tls.getpeercert(binary_form=True) if tls else None
-        if der:
-            self.app_state = {**self.app_state, CERTIFICATE: certificates.read(der)}
-
-    def last(self) -> Cycle | None:
-        return self.cycle
 
 
 def only(app: ASGIApp) -> ASGIApp:
-    """The façade of an application. Methods are a closed set, since requests are counted by them.
-
-    A body with two lengths is refused, as httptools does at the main port: h11 goes by the chunks, and a
-    proxy before it that goes by the number would let a request pass within the body of another.
-    """
+    """The Vault API of an application. Other paths are 404."""
 
     async def facade(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and {name for name, _ in scope["headers"]} >= _LENGTHS:
-            refusal = refusals.plain(400, "Content-Length and Transfer-Encoding: send one of them")
-            refusal.headers["Connection"] = "close"
-            await refusal(scope, receive, send)
-        elif scope["type"] == "http" and not is_vault(scope["path"]):
+        if scope["type"] == "http" and not is_vault(scope["path"]):
             await refusals.plain(404, _ELSEWHERE)(scope, receive, send)
-        elif scope["type"] == "http" and scope["method"] not in _METHODS:
-            await refusals.plain(405, "unsupported operation")(scope, receive, send)
         else:
             await app(scope, receive, send)
 

@@ -1,0 +1,144 @@
+"""The worker's ``/metrics`` and ``/livez``, served by the parent for all its children."""
+
+import asyncio
+import socket
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Final, cast
+
+import structlog
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.types import Receive, Scope, Send
+
+from kms_core import metrics
+from kms_core.auth.scraping import Scraping
+from kms_core.http_server.connections import Connections, Reason
+from kms_core.http_server.host_check import REFUSED, HostCheck, by_name
+from kms_core.http_server.protocol import HttpProtocol, ProblemResponse
+from kms_worker import forking
+
+_CONNECTIONS: Final = 64
+_STOP_S: Final = 2
+_FORK_S: Final = 0.5
+_BACKLOG: Final = 128
+_log = structlog.get_logger(__name__)
+
+
+class MetricsServer:
+    """An HTTP server in a thread of its own."""
+
+    def __init__(self, listener: socket.socket, app: "MetricsApp") -> None:
+        protocol = partial(HttpProtocol, connections=Connections(_CONNECTIONS, count=app.count_ended))
+        config = uvicorn.Config(
+            app,
+            http=cast("type[asyncio.Protocol]", protocol),  # uvicorn only calls it
+            loop="asyncio",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=_STOP_S,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([listener],), name="metrics", daemon=True
+        )
+        self._thread.start()
+
+    def shutdown(self) -> None:
+        """Stop, and wait for it at most 2 seconds."""
+        self._server.should_exit = True
+        self._thread.join(_STOP_S)
+
+
+class MetricsApp:
+    """The ASGI application: two paths, GET and HEAD."""
+
+    def __init__(self, scraping: Scraping, allowed_hosts: Sequence[str]) -> None:
+        self._scraping = scraping
+        self._hosts = HostCheck(allowed_hosts)
+        self._reading = asyncio.Semaphore()
+        self._ended: Counter[Reason] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = by_name(scope["headers"])
+        refusal = self._refusal(scope, headers)
+        if refusal is None and scope["path"] == "/metrics" and not await self._may_scrape(scope, headers):
+            refusal = ProblemResponse(401, "unauthenticated", "See [kms.server] metrics")
+        if refusal is not None:
+            await refusal(scope, receive, send)
+        elif scope["path"] == "/livez":
+            await _send(send, b"text/plain; charset=utf-8", b"ok\n")
+        else:
+            async with self._reading:  # scrapes that come at once take turns
+                text = await asyncio.to_thread(self._exposition)
+            await _send(send, CONTENT_TYPE_LATEST.encode(), text)
+
+    def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> "ProblemResponse | None":
+        """What a request gets that asks for something else than these two paths."""
+        if self._hosts.refuses(headers, scope.get("server")):
+            return ProblemResponse(403, "forbidden", REFUSED)
+        if scope["path"] not in {"/metrics", "/livez"}:
+            return ProblemResponse(404, "not_found", "This port has /metrics and /livez")
+        if scope["method"] not in {"GET", "HEAD"}:
+            return ProblemResponse(405, "method_not_allowed", "Send GET or HEAD", {b"allow": b"GET, HEAD"})
+        return None
+
+    def count_ended(self, reason: Reason) -> None:
+        """Note a connection that was ended. It is counted with the next scrape, when no child is forked.
+
+        A child would inherit the lock that all metrics share as taken.
+        """
+        self._ended[reason] += 1
+
+    def _exposition(self) -> bytes:
+        if forking.between_forks.acquire(timeout=_FORK_S):
+            try:
+                while self._ended:
+                    reason, number = self._ended.popitem()
+                    metrics.HTTP_CONNECTIONS_ENDED.labels(reason).inc(number)
+            finally:
+                forking.between_forks.release()
+        return metrics.exposition()
+
+    async def _may_scrape(self, scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
+        address = scope["client"][0] if scope["client"] else None
+        if self._scraping.is_open_to(address, (name.decode("latin-1") for name in headers)):
+            return True
+        scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        if scheme.lower() != "bearer":
+            return False
+        async with self._reading:  # a JWT may have to wait for its issuer's keys
+            return await asyncio.to_thread(self._scraping.knows, token.strip())
+
+
+def serve(
+    bind: str, port: int, scraping: Scraping, allowed_hosts: Sequence[str] = ()
+) -> MetricsServer | None:
+    """Serve until ``shutdown``. A taken port costs the metrics, not the jobs, and is logged."""
+    listener = socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((bind, port))
+        listener.listen(_BACKLOG)
+    except OSError as exc:
+        listener.close()
+        _log.warning("metrics.not_served", port=port, reason=exc.strerror)
+        return None
+    return MetricsServer(listener, MetricsApp(scraping, allowed_hosts))
+
+
+async def _send(send: Send, content_type: bytes, body: bytes) -> None:
+    headers = [
+        (b"content-type", content_type),
+        (b"content-length", b"%d" % len(body)),
+        (b"cache-control", b"no-store"),
+        (b"x-content-type-options", b"nosniff"),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,379 @@
+"""The HTTP/1.1 of every port: what is read as a request, in which order answers come, what is refused."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final
+
+import pytest
+import uvicorn
+from prometheus_client import REGISTRY
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
+
+from http_cases import MALFORMED
+from kms_core.http_server.connections import Connections
+from kms_core.http_server.protocol import HEAD_BYTES, HttpProtocol
+
+WAIT_S: Final = 60
+BEGUN: Final = b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
+INNER: Final = b"GET /inner HTTP/1.1\r\nHost: localhost\r\n\r\n"
+Answer = tuple[int, dict[str, str], Any]
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=["asyncio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """What the application was asked, as JSON."""
+    request = Request(scope, receive)
+    with suppress(ClientDisconnect):
+        body = await request.body()
+        headers = {name: value for name, value in request.headers.items() if name != "host"}
+        seen = {"method": request.method, "path": request.url.path, "body": body.decode(), "headers": headers}
+        await JSONResponse(seen)(scope, receive, send)
+
+
+class Server:
+    """A server, and the protocols of the connections that it accepts."""
+
+    def __init__(self, port: int, accepted: "asyncio.Queue[HttpProtocol]") -> None:
+        self.port = port
+        self._accepted = accepted
+        self.clients: list[Client] = []
+
+    async def connect(self) -> "Client":
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.clients.append(Client(reader, writer, await self._accepted.get()))
+        return self.clients[-1]
+
+    async def close(self) -> None:
+        for each in self.clients:
+            each.writer.close()
+            with suppress(ConnectionError):
+                await each.writer.wait_closed()
+        self.clients.clear()
+
+
+class Client:
+    """One connection, whose server side can be given bytes exactly as they are cut."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, protocol: HttpProtocol
+    ) -> None:
+        self.reader = reader
+        self.writer = writer
+        self._protocol = protocol
+
+    async def arrive(self, pieces: Iterable[bytes]) -> None:
+        for piece in pieces:
+            if piece and not self._protocol.transport.is_closing():
+                self._protocol.data_received(piece)
+            await asyncio.sleep(0)
+
+    async def answer(self) -> Answer:
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        if head[0].endswith("100 Continue"):
+            return await self.answer()
+        headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+        body = await self.reader.readexactly(int(headers["content-length"]))
+        return int(head[0].split()[1]), headers, json.loads(body)
+
+    async def answers(self) -> list[Answer]:
+        """All of them until the server closes."""
+        found = []
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                found.append(await self.answer())
+        return found
+
+
+@asynccontextmanager
+async def served(
+    app: Any = echo,  # noqa: ANN401 -- any ASGI application
+    connections: Connections | None = None,
+) -> AsyncIterator[Server]:
+    config, state = uvicorn.Config(app, lifespan="off", log_config=None, ws="none"), ServerState()
+    accepted: asyncio.Queue[HttpProtocol] = asyncio.Queue()
+    bound = connections or Connections()
+
+    class Accepted(HttpProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+            super().connection_made(transport)
+            accepted.put_nowait(self)
+
+    def protocol() -> HttpProtocol:
+        return Accepted(config=config, server_state=state, app_state={}, connections=bound)
+
+    server = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1")
+    async with asyncio.timeout(WAIT_S), server:
+        serving = Server(server.sockets[0].getsockname()[1], accepted)
+        try:
+            yield serving
+        finally:
+            await serving.close()
+
+
+def request(line: str, body: bytes = b"", *headers: str, chunked: bool = False) -> bytes:
+    length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(body)}"
+    framing = [length] if body else []
+    sent = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body
+    head = "\r\n".join([f"{line} HTTP/1.1", "Host: localhost", *headers, *framing])
+    return head.encode() + b"\r\n\r\n" + sent
+
+
+def seen(answers: Sequence[Answer]) -> list[tuple[str, str, str]]:
+    return [(body["method"], body["path"], body["body"]) for status, _, body in answers if status == 200]
+
+
+def cuts(whole: bytes) -> Iterator[list[bytes]]:
+    yield [whole]
+    for at in range(1, len(whole)):
+        yield [whole[:at], whole[at:]]
+    yield [whole[at : at + 1] for at in range(len(whole))]
+
+
+H2C: Final = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__")
+WEBSOCKET: Final = ("Connection: keep-alive, upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13")
+EXPECTING: Final = (*H2C, "Expect: 100-continue")
+LAST: Final = request("GET /last", b"", "Connection: close")
+CASES: Final = {
+    "h2c": (request("POST /a", INNER, *H2C), [("POST", "/a", INNER.decode())]),
+    "websocket": (request("POST /a", INNER, *WEBSOCKET), [("POST", "/a", INNER.decode())]),
+    "chunked": (request("POST /a", INNER, *H2C, chunked=True), [("POST", "/a", INNER.decode())]),
+    "expect": (request("POST /a", INNER, *EXPECTING), [("POST", "/a", INNER.decode())]),
+    "without-body": (request("GET /a", b"", *WEBSOCKET), [("GET", "/a", "")]),
+    "twice": (
+        request("POST /a", b"one", *H2C) + request("PUT /b", b"two", *WEBSOCKET),
+        [("POST", "/a", "one"), ("PUT", "/b", "two")],
+    ),
+    "behind-another": (
+        request("POST /a", b"one") + request("PUT /b", INNER, *H2C),
+        [("POST", "/a", "one"), ("PUT", "/b", INNER.decode())],
+    ),
+    "list": (request("LIST /keys"), [("LIST", "/keys", "")]),
+    "list-upgrade": (request("LIST /keys", b"", *H2C), [("LIST", "/keys", "")]),
+    "list-in-a-body": (
+        request("POST /a", b"\r\n\r\nLIST /x HTTP/1.1\r\n\r\n") + request("GET /b"),
+        [("POST", "/a", "\r\n\r\nLIST /x HTTP/1.1\r\n\r\n"), ("GET", "/b", "")],
+    ),
+    "list-behind-others": (
+        request("GET /a") + request("LIST /b") + request("POST /c", b"LIST ") + request("LIST /d"),
+        [("GET", "/a", ""), ("LIST", "/b", ""), ("POST", "/c", "LIST "), ("LIST", "/d", "")],
+    ),
+    "empty-lines-before": (b"\r\n\r\n" + request("LIST /a") + b"\r\n" + request("GET /b"), None),
+}
+CASES["empty-lines-before"] = (CASES["empty-lines-before"][0], [("LIST", "/a", ""), ("GET", "/b", "")])
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+async def test_each_request_has_its_own_body_wherever_the_network_cuts(
+    case: tuple[bytes, list[tuple[str, str, str]]],
+) -> None:
+    sent, expected = case
+    wrong = []
+    async with served() as server:
+        for pieces in cuts(sent + LAST):
+            client = await server.connect()
+            await client.arrive(pieces)
+            found = seen(await client.answers())
+            await server.close()
+            if found != [*expected, ("GET", "/last", "")]:
+                wrong.append((pieces, found))
+
+    assert wrong == []
+
+
+@pytest.mark.parametrize("size", [3000, 300_000])
+async def test_large_bodies_end_where_they_say(size: int) -> None:
+    body = b"LIST " * (size // 5)
+    async with served() as server:
+        client = await server.connect()
+        await client.arrive([request("POST /a", body) + request("LIST /b") + LAST])
+        found = seen(await client.answers())
+
+    assert found == [("POST", "/a", body.decode()), ("LIST", "/b", ""), ("GET", "/last", "")]
+
+
+async def test_list_on_a_connection_that_was_used() -> None:
+    async with served() as server:
+        client = await server.connect()
+        found = []
+        for line in ("GET /a", "LIST /b", "POST /c", "LIST /d"):
+            client.writer.write(request(line))
+            found += seen([await client.answer()])
+
+    assert found == [("GET", "/a", ""), ("LIST", "/b", ""), ("POST", "/c", ""), ("LIST", "/d", "")]
+
+
+async def test_list_behind_a_chunked_body_in_one_piece_is_refused_and_never_a_body() -> None:
+    async with served() as server:
+        client = await server.connect()
+        await client.arrive([request("POST /a", b"one", chunked=True) + request("LIST /b") + LAST])
+        found = await client.answers()
+
+    assert seen(found) == [("POST", "/a", "one")]
+    assert [status for status, _, _ in found] == [200, 400]
+
+
+async def test_an_upgrade_that_is_ignored_is_not_seen_and_other_options_are() -> None:
+    async with served() as server:
+        client = await server.connect()
+        await client.arrive(
+            [request("POST /a", b"x", "Connection: close, Upgrade", "Upgrade: h2c", "X-A: b")]
+        )
+        [(_, headers, body)] = await client.answers()
+
+    assert body["headers"] == {"x-a": "b", "connection": "close", "content-length": "1"}
+    assert headers["connection"] == "close"
+
+
+def ended(reason: str) -> float:
+    return REGISTRY.get_sample_value("kms_http_connections_ended_total", {"reason": reason}) or 0.0
+
+
+@pytest.mark.parametrize("sent", MALFORMED.values(), ids=list(MALFORMED))
+async def test_malformed_requests_are_refused_and_the_connection_is_closed(sent: bytes) -> None:
+    before = ended("malformed")
+    async with served() as server:
+        for pieces in ([sent], [sent[:9], sent[9:]]):
+            client = await server.connect()
+            await client.arrive([*pieces, INNER])
+            [(status, headers, problem)] = await client.answers()
+
+            assert (status, headers["connection"]) == (400, "close")
+            assert headers["content-type"] == "application/problem+json"
+            assert problem["code"] == "invalid_request"
+    assert ended("malformed") == before + 2
+
+
+async def test_what_is_malformed_is_refused_after_the_answers_before_it() -> None:
+    go = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await go.wait()
+        await echo(scope, receive, send)
+
+    async with served(slow) as server:
+        client = await server.connect()
+        await client.arrive(
+            [request("POST /a", b"one") + request("POST /b", b"two"), b"garbage\r\n\r\n", INNER]
+        )
+        go.set()
+        found = await client.answers()
+
+    assert seen(found) == [("POST", "/a", "one"), ("POST", "/b", "two")]
+    assert [status for status, _, _ in found] == [200, 200, 400]
+
+
+@pytest.mark.parametrize("before", [b"", request("GET /a")], ids=["first", "second"])
+async def test_a_body_that_becomes_malformed_is_refused_and_its_request_is_not_served(before: bytes) -> None:
+    broken = b"POST /b HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabcX"
+    async with served() as server:
+        client = await server.connect()
+        await client.arrive([before + broken])
+        found = await client.answers()
+
+    assert [status for status, _, _ in found] == [*[200] * bool(before), 400]
+
+
+# -- connections -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [b"", BEGUN, b"LIS"], ids=["silent", "dripping", "list"])
+async def test_a_connection_without_a_request_ends_and_one_with_a_slow_answer_does_not(first: bytes) -> None:
+    go, before = asyncio.Event(), ended("head_timeout")
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await go.wait()
+        await echo(scope, receive, send)
+
+    async with served(slow, Connections(head_timeout_s=0.05)) as server:
+        patient, dripping = await server.connect(), await server.connect()
+        patient.writer.write(INNER)
+        dripping.writer.write(first)
+        end = asyncio.create_task(dripping.reader.read())
+        while not end.done():
+            if first == BEGUN and not dripping.writer.is_closing():
+                dripping.writer.write(b"x")
+            await asyncio.wait({end}, timeout=0.01)
+        go.set()
+        status, _, _ = await patient.answer()
+
+    assert ended("head_timeout") == before + 1
+    assert end.exception() or end.result() == b""
+    assert status == 200
+
+
+async def test_a_head_is_held_up_to_a_bound() -> None:
+    async with served() as server:
+        client = await server.connect()
+        client.writer.write(BEGUN)
+        with suppress(ConnectionError):  # the other side closes while we write
+            for _ in range(32 * HEAD_BYTES // 4096):
+                client.writer.write(b"x" * 4096)
+                await client.writer.drain()
+                await asyncio.sleep(0)
+            client.writer.write(b"\r\n")
+        read = asyncio.ensure_future(client.reader.read())
+        await asyncio.wait({read})
+
+    assert read.exception() or read.result().startswith(b"HTTP/1.1 400 ")
+
+
+async def test_above_the_bound_the_oldest_silent_connection_ends_and_requests_go_on() -> None:
+    go = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/slow":
+            await go.wait()
+        await echo(scope, receive, send)
+
+    async with served(slow, Connections(most=4)) as server:
+        busy, used = await server.connect(), await server.connect()
+        busy.writer.write(request("GET /slow"))
+        used.writer.write(request("GET /a"))
+        await used.answer()
+        silent = [await server.connect() for _ in range(20)]
+        for each in silent:
+            each.writer.write(b"GET / HTTP/1.1\r\nHo")
+        await asyncio.gather(*(each.reader.read() for each in silent[:-2]))
+        used.writer.write(request("GET /b"))
+        again = await used.answer()
+        go.set()
+        busy_status, _, _ = await busy.answer()
+        silent[-1].writer.write(b"st: localhost\r\n\r\n")
+        last = await silent[-1].answer()
+
+    assert (busy_status, again[0], last[0]) == (200, 200, 200)
+
+
+async def test_when_every_connection_is_busy_the_next_one_is_refused_and_told_to_come_again() -> None:
+    go = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await go.wait()
+        await echo(scope, receive, send)
+
+    async with served(slow, Connections(most=2)) as server:
+        busy = [await server.connect() for _ in range(2)]
+        for each in busy:
+            await each.arrive([INNER])
+        refused = await (await server.connect()).answers()
+        go.set()
+        statuses = [(await each.answer())[0] for each in busy]
+        used = await server.connect()
+        used.writer.write(INNER)
+        later = await used.answer()
+
+    assert [(status, headers["retry-after"], body["code"]) for status, headers, body in refused] == [
+        (429, "1", "rate_limited")
+    ]
+    assert statuses == [200, 200]
+    assert later[0] == 200
