@@ -36,6 +36,7 @@ const NEXT = {
     invalid_context: 'write it as --context "env=prod,service=api" or --context {env: prod, service: api}'
     context_required: 'add one, as --context "env=prod,service=api"'
     too_large: "use `kms encrypt-file` or `kms decrypt-file`, which take files of any size"
+    body_timeout: "send the body without pauses, or over a faster line"
     unauthenticated: "name the file of your token with --token-file or $env.KMS_TOKEN_FILE, or ask for a new one"
     forbidden: "ask the operator for a token whose scope allows this operation, key, context and path"
     unknown_key: "`kms keys` lists the keys you may use; without --key-id it is the default key"

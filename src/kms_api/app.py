@@ -13,6 +13,7 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp
 
 from kms_api import document, pages, problems, rules
+from kms_api.admission import Admission, Admitted
 from kms_api.deps import Queue, Service
 from kms_api.edge import Edge
 from kms_api.facade import app as facade
@@ -49,7 +50,6 @@ from kms_core.settings import Settings
 from kms_core.settings_lint import SETTINGS, weaknesses
 from kms_core.settings_redis import is_shared
 
-_UPLOADS = 64  # at once: senders may be slow, and each holds two slabs of memory or a thread
 _SLAB_THREADS = 8  # of their own: disks may be slow, and must not hold up the threads of other calls
 
 ROUTERS: Final = tuple(
@@ -104,7 +104,7 @@ def build(settings: Settings) -> ASGIApp:
         watch,
         time.monotonic(),
         {},
-        anyio.CapacityLimiter(_UPLOADS),
+        anyio.CapacityLimiter(settings.kms.server.uploads),
         ThreadPoolExecutor(_SLAB_THREADS, "slab"),
     )
     for router in ROUTERS:
@@ -128,7 +128,8 @@ def build(settings: Settings) -> ASGIApp:
     inner = facade.before(Front(app, ROUTERS, wire.PREFIX), app.state.service, core.doors)
     front = ServerErrorMiddleware(inner, problems.unknown)
     gate = Gate(front, entry, sessions, limits)
-    edge = Edge(gate, settings.kms.server.allowed_hosts, core.kms.trail)
+    admitted = Admitted(gate, Admission.of(settings.kms.server))
+    edge = Edge(admitted, settings.kms.server.allowed_hosts, core.kms.trail)
     return Traced(edge) if traced.enabled else edge
 
 

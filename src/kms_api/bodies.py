@@ -4,11 +4,16 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
+import anyio
 import msgspec
 from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
 
+from kms_api.admission import Held, held_of
+from kms_api.deps import WHO
+from kms_api.unread import cycle_of
 from kms_core import wire
-from kms_core.errors import InvalidRequest, TooLarge
+from kms_core.errors import BodyTimeout, InvalidRequest, TooLarge
 
 T = TypeVar("T", bound=wire.Body)
 _UNKNOWN_FIELD: Final = "unknown field `"
@@ -28,18 +33,61 @@ async def read(request: Request, shape: type[T], limit_bytes: int) -> T:
 
 
 async def read_bytes(request: Request, limit_bytes: int) -> bytes:
-    """The raw body, refused as soon as it is seen to be above the limit."""
+    """The raw body, whose bytes count in the budget of JSON bodies until the request ends.
+
+    Raises TooLarge as soon as the body is seen to be above the limit, BodyTimeout if it is not there in
+    time, RateLimited or Unavailable while there is no room for it.
+    """
     refuse_encoding(request)
-    if int(request.headers.get("content-length", 0)) > limit_bytes:
-        raise TooLarge(f"The body is above {limit_bytes} bytes: use the job API")
+    held, cycle = held_of(request.scope), cycle_of(request.scope)
+    if cycle is not None and not cycle.more_body:
+        return await _whole(request, held, limit_bytes)
+    declared = int(request.headers.get("content-length", 0))
+    if declared > limit_bytes:
+        raise _too_large(limit_bytes)
+    is_login = not request.scope[WHO].name
+    budget = held.admission.logins if is_login else held.admission.json
+    if is_login:
+        held.take(budget)
+    elif declared:
+        await held.wait(budget, declared)
+    try:
+        with anyio.fail_after(held.admission.body_s):
+            return await _arriving(request, None if declared or is_login else held, limit_bytes)
+    except TimeoutError:
+        budget.too_slow()
+        raise BodyTimeout(f"The body was not there after {held.admission.body_s:.0f} s") from None
+
+
+async def _whole(request: Request, held: Held, limit_bytes: int) -> bytes:
+    """A body that has come with its head, as most do."""
+    message = await request.receive()
+    if message["type"] != "http.request":
+        raise ClientDisconnect
+    body: bytes = message["body"]
+    if len(body) > limit_bytes:
+        raise _too_large(limit_bytes)
+    if body:
+        held.take(held.admission.json, len(body))
+    return body
+
+
+async def _arriving(request: Request, counted: Held | None, limit_bytes: int) -> bytes:
+    """A body piece by piece. ``counted`` holds each piece, where the size of all was not told before."""
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
         size += len(part)
         if size > limit_bytes:
-            raise TooLarge(f"The body is above {limit_bytes} bytes: use the job API")
+            raise _too_large(limit_bytes)
+        if counted is not None and part:
+            counted.take(counted.admission.json, len(part))
         parts.append(part)
     return b"".join(parts)
+
+
+def _too_large(limit_bytes: int) -> TooLarge:
+    return TooLarge(f"The body is above {limit_bytes} bytes: use the job API")
 
 
 def refuse_encoding(request: Request) -> None:

@@ -50,6 +50,7 @@ class Service:
     started: float
     limiters: dict[str, anyio.CapacityLimiter]
     upload_limiter: anyio.CapacityLimiter
+    """The threads that work on streams of items while these arrive, one for each."""
     threads: Executor
     """Where the slabs of files are sealed and opened, written and read."""
 

@@ -20,7 +20,7 @@ TEXT: Final = "text/plain"
 
 # -- how calls are refused, as groups that routes share ------------------------------------------------
 
-BODY: Final = (errors.InvalidRequest, errors.TooLarge)
+BODY: Final = (errors.InvalidRequest, errors.TooLarge, errors.BodyTimeout)
 SEALING: Final = (
     errors.InvalidContext,
     errors.ContextRequired,

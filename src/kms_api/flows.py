@@ -15,6 +15,7 @@ import anyio
 from fastapi import Request
 
 from kms_api.inlet import Inlet
+from kms_api.transfer_rate import TransferLimits
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,16 +26,18 @@ Slab = tuple[memoryview, bool]
 _SLAB_BYTES: Final = 1024 * 1024
 
 
-async def receive(request: Request, sink: Generator[None, Slab, T], threads: Executor) -> T:
+async def receive(
+    request: Request, sink: Generator[None, Slab, T], threads: Executor, limits: TransferLimits
+) -> T:
     """Send a body to ``sink`` slab by slab, in threads; what it returns after the last slab.
 
     The sink is begun before the body is read, and closed if that breaks off. Raises what the sink raises,
-    ClientDisconnect, and InvalidRequest if the sender stalls.
+    ClientDisconnect, and BodyTimeout if the sender is slower than ``limits`` allow.
     """
     worker = _Worker(threads)
     try:
         await _outcome(await worker.begin(next, sink))
-        inlet = Inlet(request)
+        inlet = Inlet(request, limits)
         slab, other = (memoryview(mmap.mmap(-1, _SLAB_BYTES)) for _ in range(2))  # costs what is filled
         while (filled := await inlet.fill(slab)).more:
             await worker.begin(sink.send, (slab, True))

@@ -4,8 +4,7 @@
 is there. Knows uvicorn's protocol, and nothing of what is asked.
 """
 
-from collections.abc import AsyncIterator
-from typing import ClassVar, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import anyio
 from fastapi import Request
@@ -13,10 +12,11 @@ from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from kms_core.errors import InvalidRequest
+from kms_api.transfer_rate import TransferLimits, TransferRate
+from kms_core.errors import BodyTimeout
 from kms_core.http_server.protocol import BODY
 
-_STALLED_S: Final = 60.0
+SLOW: Final = "The body came too slowly, or stopped arriving"
 
 
 class Connection(Protocol):
@@ -36,24 +36,28 @@ class Filled(NamedTuple):
 class Inlet:
     """One body on its way into slabs. It reads ahead by no more than the socket gave at once."""
 
-    stalled_s: ClassVar[float] = _STALLED_S
-
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, limits: TransferLimits) -> None:
+        """``limits`` are the pace that the sender must keep."""
         self._receive = request.receive
+        self._look_s = limits.look_s
+        self._rate = TransferRate(limits)
         self._connection: Connection
         self._cycle: RequestResponseCycle
         self._connection, self._cycle = request.scope["state"][BODY]
         self._left = bytearray()  # what came and did not fit
         self._slab = memoryview(b"")
         self._held = 0
+        self._filled = 0  # in slabs before this one
         self._begun = False
 
     async def fill(self, slab: memoryview) -> Filled:
         """Fill a slab, unless the body ends before.
 
-        Raises ClientDisconnect if the body breaks off, InvalidRequest if nothing comes for too long.
+        Raises ClientDisconnect if the body breaks off, BodyTimeout if the sender is too slow.
         """
+        self._filled += self._held
         self._slab, self._held = slab, 0
+        self._rate.wait()
         left, self._left = self._left, bytearray()
         self._put(memoryview(left))
         if not self._begun:
@@ -84,11 +88,11 @@ class Inlet:
     async def _begin(self) -> None:
         """The first piece comes as uvicorn gives it, who also tells a sender that waits to go on."""
         self._begun = True
-        try:
-            with anyio.fail_after(self.stalled_s):
+        message = None
+        while message is None:
+            with anyio.move_on_after(self._look_s):
                 message = await self._receive()
-        except TimeoutError:
-            raise _stalled() from None
+            self._check()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         self._put(memoryview(message["body"]))
@@ -97,26 +101,42 @@ class Inlet:
 
     async def _woken(self) -> None:
         """Until the slab is full, or the body has ended or broken off."""
-        while True:
-            before = self._held
-            with anyio.move_on_after(self.stalled_s):
+        while not self._cycle.message_event.is_set():
+            with anyio.move_on_after(self._look_s):
                 await self._cycle.message_event.wait()
-                return
-            if self._held == before:
-                raise _stalled()
+            self._check()
+
+    def _check(self) -> None:
+        if self._rate.left_s(self._filled + self._held) <= 0:
+            raise BodyTimeout(SLOW)
 
 
-async def next_piece(pieces: AsyncIterator[bytes]) -> bytes:
-    """The next bytes of a body; empty at its end. A sender that stalls must not hold a thread for ever."""
-    try:
-        with anyio.fail_after(_STALLED_S):
-            async for piece in pieces:
-                if piece:
-                    return piece
-    except TimeoutError:
-        raise _stalled() from None
-    return b""
+class Pieces:
+    """A body in the pieces that the socket gives, for a thread that asks for one after the other."""
 
+    def __init__(self, request: Request, limits: TransferLimits) -> None:
+        """``limits`` are the pace that the sender must keep."""
+        self._receive = request.receive
+        self._look_s = limits.look_s
+        self._rate = TransferRate(limits)
+        self._moved = 0
+        self._has_ended = False
 
-def _stalled() -> InvalidRequest:
-    return InvalidRequest(f"The body stopped arriving for {_STALLED_S:.0f} s")
+    async def next(self) -> bytes:
+        """The next bytes; empty at the end. Raises ClientDisconnect, BodyTimeout for a slow sender."""
+        self._rate.wait()
+        while not self._has_ended:
+            message = None
+            with anyio.move_on_after(self._look_s):
+                message = await self._receive()
+            if message is not None:
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                self._has_ended = not message["more_body"]
+                self._moved += len(message["body"])
+            if self._rate.left_s(self._moved) <= 0:
+                raise BodyTimeout(SLOW)
+            if message is not None and message["body"]:
+                piece: bytes = message["body"]
+                return piece
+        return b""

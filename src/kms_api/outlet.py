@@ -10,8 +10,12 @@ from typing import Final
 
 from cryptography.utils import Buffer
 from fastapi import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
 
-from kms_core.http_server.protocol import BODY
+from kms_api.admission import Budget, held_of
+from kms_api.transfer_rate import ReaderWatch
+from kms_api.unread import cycle_of
 
 _LARGE_BYTES: Final = 64 * 1024
 
@@ -39,6 +43,12 @@ class Outlet(asyncio.Transport):
     def close(self) -> None:
         self._transport.close()
 
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def get_write_buffer_size(self) -> int:
+        return self._transport.get_write_buffer_size()
+
     def _taken(self, piece: memoryview) -> int:
         """Asks for the descriptor each time: that of a closed connection may be another's by then."""
         try:
@@ -49,6 +59,26 @@ class Outlet(asyncio.Transport):
 
 def unlock(request: Request) -> None:
     """Have the answer to a request written without the lock; one over TLS stays as it is."""
-    _, cycle = request.scope.get("state", {}).get(BODY, (None, None))
+    cycle = cycle_of(request.scope)
     if cycle is not None and cycle.transport.get_extra_info("sslcontext") is None:
         cycle.transport = Outlet(cycle.transport)
+
+
+class WatchedResponse(StreamingResponse):
+    """An answer of any length, for readers that keep the pace of transfers; its slot is in ``budget``."""
+
+    budget: Budget
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        cycle = cycle_of(scope)
+        if cycle is None:
+            await super().__call__(scope, receive, send)
+            return
+        limits = held_of(scope).admission.transfer
+        with ReaderWatch(cycle, limits, self.budget.too_slow) as watch:
+
+            async def written(message: Message) -> None:
+                watch.written += len(message.get("body", b""))
+                await send(message)
+
+            await super().__call__(scope, receive, written)

@@ -37,6 +37,7 @@ STATUS: Final[dict[type[KmsError], int]] = {
     errors.JobNotDead: 409,
     errors.TargetExists: 409,
     errors.DataKeysUnsupported: 501,
+    errors.BodyTimeout: 408,
     errors.Unavailable: 503,
     errors.BackendUnavailable: 503,
     errors.JobsUnavailable: 503,

@@ -15,6 +15,7 @@ HINTS: Final[Mapping[str, str]] = {
     "not_a_ciphertext": 'give what "kms encrypt" or "kms encrypt-file" made',
     "invalid_context": 'write it as --context "env=prod,service=api"',
     "context_required": 'add one, as --context "env=prod,service=api"',
+    "body_timeout": "send the body without pauses, or over a faster line",
     "too_large": 'use "kms encrypt-file" or "kms decrypt-file", which take files of any size',
     "unauthenticated": "name the file that holds your token with --token-file or KMS_TOKEN_FILE; if you did, "
     "ask the operator for a new one",

@@ -9,6 +9,7 @@ KmsError
 ├── Missing             UnknownKey · UnknownJob · ResultExpired
 ├── Conflict            IdempotencyConflict · JobNotFinished · JobCommitting · JobNotDead · TargetExists
 ├── DataKeysUnsupported
+├── BodyTimeout         the sender was too slow
 ├── Unavailable         the only retryable kind: BackendUnavailable · JobsUnavailable · AuditUnavailable
 │                       · RateLimited
 ├── SpoolFull
@@ -244,6 +245,14 @@ class RateLimited(Unavailable):
 
     code = "rate_limited"
     summary = "Too many requests"
+
+
+class BodyTimeout(KmsError):
+    """The body of a request did not arrive within its time, or stopped arriving."""
+
+    code = "body_timeout"
+    summary = "The body of the request did not arrive in time"
+    exit_code = EXIT_UNAVAILABLE
 
 
 class SpoolFull(KmsError):

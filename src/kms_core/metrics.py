@@ -61,6 +61,24 @@ HTTP_CONNECTIONS_ENDED: Final = Counter(
     "Connections that the service ended: malformed request, no whole head in time, no room",
     ["reason"],
 )
+HTTP_BYTES_IN_FLIGHT: Final = Gauge(
+    "kms_http_bytes_in_flight",
+    "Bytes of JSON bodies that are being read or worked on; kind is json",
+    ["kind"],
+    multiprocess_mode="livesum",
+)
+HTTP_SLOTS: Final = Gauge(
+    "kms_http_slots_in_use",
+    "Transfers under way; kind is upload, download, stream or login",
+    ["kind"],
+    multiprocess_mode="livesum",
+)
+HTTP_REFUSALS: Final = Counter(
+    "kms_http_admission_refusals_total",
+    "Requests refused for what they would hold, and bodies and readers given up as too slow; kind is json, "
+    "upload, download, stream or login, reason is credential, tenant, total or deadline",
+    ["kind", "reason"],
+)
 AUTH_FAILURES: Final = Counter(
     "kms_auth_failures_total",
     "Callers that were not let in; reason is missing, malformed, unknown, expired, untrusted, signature, "

@@ -22,6 +22,7 @@ from kms_core.settings_checks import (
     check_facade,
     check_keys,
     check_roots,
+    check_server,
     check_variables,
 )
 from kms_core.settings_read import (
@@ -142,6 +143,7 @@ def _settings(document: Tree, environ: Mapping[str, str], overrides: Mapping[str
     check_redis(settings)
     check_endpoints(settings)
     check_facade(settings)
+    check_server(settings)
     check_audit(settings)
     check_auth(settings)
     check_buckets(settings)

@@ -11,6 +11,7 @@ GiB: Final = 1024 * MiB
 KeyId = Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]{1,80}(?!\\s)$")]
 BackendName = Literal["age", "cosmian", "transit", "vault-kv", "awskms"]
 Positive = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0, le=3600)]
 Timeout = Annotated[float, Meta(gt=0, le=120)]
 
 

@@ -13,6 +13,8 @@ from kms_core.settings_remote import check_aws_endpoint, is_loopback, secret_fil
 from kms_core.settings_sections import Settings
 
 BUILT_IN_ENVIRONMENTS: Final = ("dev", "prod")
+JOB_BODY_FACTOR: Final = 2
+"""Bytes of a JSON job's body for each of ``json_job_bytes``: items are base64, with names around them."""
 
 
 def check_exposure(settings: Settings) -> None:
@@ -150,6 +152,18 @@ def check_facade(settings: Settings) -> None:
             "kms.facade.port: kms.port and the next one, where the worker's metrics are, are taken; "
             "name another"
         )
+
+
+def check_server(settings: Settings) -> None:
+    """The largest JSON body must fit into each bound on such bodies: it could never be accepted else."""
+    server, limits = settings.kms.server, settings.kms.limits
+    largest = max(limits.json_body_bytes, limits.json_job_bytes * JOB_BODY_FACTOR)
+    for name in ("json_bytes", "json_bytes_per_tenant", "json_bytes_per_credential"):
+        if getattr(server, name) < largest:
+            raise ConfigurationError(
+                f"kms.server.{name}: expected at least {largest}, the largest JSON body that [kms.limits] "
+                "allows (json_body_bytes, or twice json_job_bytes): raise the one, or lower the other"
+            )
 
 
 def check_audit(settings: Settings) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, field
 
 from kms_core.settings_backends import Age, AwsKms, Cosmian, Transit, VaultKv
-from kms_core.settings_base import BackendName, GiB, KeyId, KiB, MiB, Positive, Section, Timeout
+from kms_core.settings_base import BackendName, GiB, KeyId, KiB, MiB, Positive, Seconds, Section, Timeout
 
 BucketName = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{2,62}(?!\\s)$")]
 Queue = Literal["kms.bulk", "kms.files", "kms.maintenance"]
@@ -104,7 +104,11 @@ class Tenant(Section, frozen=True, kw_only=True):
 
 
 class Server(Section, frozen=True, kw_only=True):
-    """``[kms.server]``: processes, TLS, names that a Host header may carry besides loopback ones, pages."""
+    """``[kms.server]``: processes, TLS, names that a Host header may carry besides loopback ones, pages.
+
+    The rest bounds what requests hold, in each process: ``json_bytes`` of JSON bodies in work, ``uploads``,
+    ``downloads`` and event ``streams`` under way, and unfinished ``logins``; and how long bodies may take.
+    """
 
     processes: Annotated[int, Meta(ge=1, le=64)] = 1
     allowed_hosts: tuple[str, ...] = ()
@@ -115,6 +119,25 @@ class Server(Section, frozen=True, kw_only=True):
     client_cert: Literal["optional", "required"] = "optional"
     metrics: Literal["loopback", "open", "token"] = "loopback"
     docs: bool
+    json_bytes: Positive = 192 * MiB
+    json_bytes_per_tenant: Positive = 96 * MiB
+    json_bytes_per_credential: Positive = 64 * MiB
+    json_body_s: Seconds = 60.0
+    uploads: Positive = 64
+    uploads_per_tenant: Positive = 32
+    uploads_per_credential: Positive = 16
+    downloads: Positive = 64
+    downloads_per_tenant: Positive = 32
+    downloads_per_credential: Positive = 16
+    streams: Positive = 256
+    streams_per_tenant: Positive = 128
+    streams_per_credential: Positive = 64
+    logins: Positive = 64
+    logins_per_address: Positive = 8
+    admission_wait_s: Annotated[float, Meta(ge=0, le=120)] = 10.0
+    transfer_grace_s: Seconds = 30.0
+    transfer_bytes_per_s: Positive = 4 * KiB
+    transfer_stall_s: Seconds = 60.0
 
 
 class Facade(Section, frozen=True, kw_only=True):

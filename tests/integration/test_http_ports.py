@@ -83,7 +83,8 @@ def test_malformed_requests_are_refused_at_every_port(install: Install, port: st
 @pytest.mark.parametrize("port", PORTS)
 @pytest.mark.parametrize("upgrade", UPGRADES)
 def test_an_upgrade_is_ignored_and_its_body_is_no_request(install: Install, port: str, upgrade: str) -> None:
-    inner = get(PATHS[port])
+    """An answer that leaves a part of the body unread ends the connection."""
+    inner = get("/v1/inner")
     head = get(
         PATHS[port],
         "Connection: Upgrade",
@@ -97,7 +98,8 @@ def test_an_upgrade_is_ignored_and_its_body_is_no_request(install: Install, port
         ask(install.number(port), whole[:at], whole[at:]) for at in (len(whole), 10, len(head), len(head) + 9)
     ]
 
-    assert [statuses(each) for each in said] == [[405, 200]] * len(said)
+    assert statuses(said[0]) == [405, 200]
+    assert all(statuses(each) in ([405, 200], [405]) for each in said)
 
 
 @pytest.mark.parametrize("port", ["api", "vault"])

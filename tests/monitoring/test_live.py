@@ -216,11 +216,14 @@ KINDS: Final = {
 DECLARED: Final = KINDS.keys()
 MOVED_ELSEWHERE: Final = {
     "kms_auth_failures": "integration/test_auth.py",
+    "kms_http_admission_refusals": "integration/test_admission.py",
     "kms_http_connections_ended": "unit/test_http_protocol.py",
     "kms_rate_limited": "integration/test_auth_jobs.py",
     "kms_setting_weak": "monitoring/test_weak_settings.py",
 }
 """Metrics of what does not happen here, and the test that moves each."""
+BY_CHANCE: Final = frozenset({"kms_http_bytes_in_flight", "kms_http_slots_in_use"})
+"""Up for the time of a request, which a scrape may miss: integration/test_admission.py moves them."""
 
 
 def test_a_service_at_work_is_no_reason_for_an_alert(prometheus: Prometheus) -> None:
@@ -234,7 +237,7 @@ def moved(prometheus: Prometheus, name: str) -> bool:
 
 
 def test_every_metric_that_is_declared_moves(prometheus: Prometheus) -> None:
-    still = {name for name in DECLARED if not moved(prometheus, name)}
+    still = {name for name in DECLARED - BY_CHANCE if not moved(prometheus, name)}
 
     assert sorted(still) == sorted(MOVED_ELSEWHERE), sorted(still)
     for metric, path in MOVED_ELSEWHERE.items():

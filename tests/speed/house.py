@@ -3,6 +3,7 @@
 import os
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import msgspec
@@ -15,6 +16,7 @@ from kms_core.context import Context
 from kms_core.envelope import header, sealing, slabs, stream
 from kms_core.envelope.extents import Extent, Onto
 from kms_core.envelope.slabs import Pace
+from kms_core.http_server.protocol import BODY
 from kms_core.jobs.run import run_job
 from kms_core.wire import PREFIX
 from service import core_of
@@ -25,6 +27,8 @@ SECRET: Final = bytes(1024)
 FILE_BYTES: Final = 16 * 1024 * 1024
 ALONE: Final = Pace(threads=1)
 SCOPES: Final = "encrypt,decrypt,jobs:read,jobs:write key=def* context=env=prod,service=*"
+WHOLE: Final = SimpleNamespace(more_body=False, flow=SimpleNamespace(write_paused=False))
+"""What uvicorn leaves of a request whose body came with its head."""
 ON_DISK: Final = '[kms.audit]\ndurability = "fsync"\n'
 
 
@@ -90,7 +94,8 @@ class House:
 
         headers = [(b"host", b"localhost"), (b"authorization", self._token.encode())]
         scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
-        await self._app({**scope, "client": ("127.0.0.1", 50_000)}, receive, send)
+        state = {BODY: (None, WHOLE)}
+        await self._app({**scope, "client": ("127.0.0.1", 50_000), "state": state}, receive, send)
         assert answer[0]["status"] in {200, 202}, answer
         found: dict[str, Any] = msgspec.json.decode(answer[1]["body"])
         return found

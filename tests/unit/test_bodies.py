@@ -6,11 +6,16 @@ from fastapi import Request
 from starlette.types import Message
 
 from kms_api import bodies
+from kms_api.admission import HELD, Admission, Held
+from kms_api.deps import WHO
 from kms_core import wire
 from kms_core.errors import InvalidRequest, TooLarge
+from kms_core.policy import Principal
+from kms_core.settings_sections import Server
 
 CANARY = "Kanarienvogel"
 LIMIT = 100
+CALLER = Principal("ada", "default", "token:1")
 pytestmark = pytest.mark.anyio
 
 
@@ -30,7 +35,9 @@ def request_of(pieces: Sequence[bytes], headers: Mapping[str, str] | None = None
         return waiting.pop(0)
 
     raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
-    return Request({"type": "http", "method": "POST", "path": "/", "headers": raw}, receive)
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": raw, WHO: CALLER}
+    scope[HELD] = Held(Admission.of(Server(docs=False)), scope)
+    return Request(scope, receive)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -15,8 +15,9 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from kms_api.inlet import Inlet, next_piece
-from kms_core.errors import InvalidRequest
+from kms_api.inlet import Inlet, Pieces
+from kms_api.transfer_rate import TransferLimits
+from kms_core.errors import BodyTimeout
 from kms_core.http_server.protocol import HttpProtocol
 
 WAIT_S: Final = 60
@@ -25,8 +26,8 @@ pytestmark = pytest.mark.anyio
 Handler = Callable[[Request], Awaitable[str]]
 
 
-class Quick(Inlet):
-    stalled_s = 0.4
+ANY_PACE: Final = TransferLimits(grace_s=WAIT_S, bytes_per_s=1, stall_s=WAIT_S)
+STALL_S: Final = 0.4
 
 
 @pytest.fixture(params=["asyncio"])
@@ -56,7 +57,7 @@ async def served(handler: Handler) -> AsyncIterator[tuple[asyncio.StreamReader, 
 
 async def digest(request: Request) -> str:
     """How many slabs the body filled, the size of the last, and the digest of all."""
-    inlet, slab, count, hasher = Inlet(request), memoryview(bytearray(SLAB)), 0, hashlib.sha256()
+    inlet, slab, count, hasher = Inlet(request, ANY_PACE), memoryview(bytearray(SLAB)), 0, hashlib.sha256()
     while (filled := await inlet.fill(slab)).more:
         assert filled.size == SLAB
         hasher.update(slab)
@@ -122,7 +123,7 @@ async def test_a_sender_that_waits_to_go_on_is_told_to() -> None:
 async def test_what_is_left_of_a_refused_body_is_passed_over() -> None:
     async def first_slab(request: Request) -> str:
         if request.url.path == "/":
-            await Inlet(request).fill(memoryview(bytearray(SLAB)))
+            await Inlet(request, ANY_PACE).fill(memoryview(bytearray(SLAB)))
         return request.url.path
 
     async with served(first_slab) as (reader, writer):
@@ -155,24 +156,74 @@ async def test_a_body_that_breaks_off_raises(sent: int) -> None:
 async def test_a_sender_that_stalls_is_given_up_and_one_that_drips_is_not(sent: int) -> None:
     async def stalled(request: Request) -> str:
         slab = bytearray(SLAB)
-        with pytest.raises(InvalidRequest, match="stopped arriving"):
-            await Quick(request).fill(memoryview(slab))
+        limits = TransferLimits(grace_s=WAIT_S, bytes_per_s=1, stall_s=STALL_S)
+        with pytest.raises(BodyTimeout):
+            await Inlet(request, limits).fill(memoryview(slab))
         return str(slab.count(b"x"))
 
     async with served(stalled) as (reader, writer):
         writer.write(head("Content-Length: 500000"))
         for _ in range(20 if sent else 0):
             writer.write(b"x" * (sent // 20))
-            await asyncio.sleep(2.5 * Quick.stalled_s / 20)
+            await asyncio.sleep(2.5 * STALL_S / 20)
 
         assert await answered(reader) == str(sent)
 
 
-async def test_pieces_of_a_stream_end_with_an_empty_one() -> None:
-    async def stream(pieces: Sequence[bytes]) -> AsyncIterator[bytes]:
-        for piece in pieces:
-            yield piece
+SLOW: Final = TransferLimits(grace_s=0.4, bytes_per_s=2000, stall_s=WAIT_S)
 
-    pieces = stream([b"a", b"", b"b"])
 
-    assert [await next_piece(pieces) for _ in range(3)] == [b"a", b"b", b""]
+async def by_slabs(request: Request) -> int:
+    inlet, slab, size = Inlet(request, SLOW), memoryview(bytearray(SLAB)), 0
+    while (filled := await inlet.fill(slab)).more:
+        size += filled.size
+    return size + filled.size
+
+
+async def by_pieces(request: Request) -> int:
+    pieces, size = Pieces(request, SLOW), 0
+    while piece := await pieces.next():
+        size += len(piece)
+    return size
+
+
+@pytest.mark.parametrize("read", [by_slabs, by_pieces], ids=["slabs", "pieces"])
+@pytest.mark.parametrize(("a_second", "is_taken"), [(200, False), (8000, True)], ids=["below", "above"])
+async def test_a_sender_keeps_the_pace_or_is_given_up(
+    read: Callable[[Request], Awaitable[int]], a_second: int, *, is_taken: bool
+) -> None:
+    async def handler(request: Request) -> str:
+        try:
+            return str(await read(request))
+        except BodyTimeout:
+            return "too slow"
+
+    count, pause_s = 20, 0.1
+    size = int(a_second * pause_s)
+    async with served(handler) as (reader, writer):
+        writer.write(head(f"Content-Length: {count * size}"))
+        for _ in range(count):
+            writer.write(bytes(size))
+            await asyncio.sleep(pause_s)
+
+        assert await answered(reader) == (str(count * size) if is_taken else "too slow")
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["content-length", "chunked"])
+async def test_pieces_of_a_body_end_with_an_empty_one(*, chunked: bool) -> None:
+    async def whole(request: Request) -> str:
+        pieces, found = Pieces(request, ANY_PACE), b""
+        while piece := await pieces.next():
+            found += piece
+        assert await pieces.next() == b""
+        return found.decode()
+
+    async with served(whole) as (reader, writer):
+        framing = "Transfer-Encoding: chunked" if chunked else "Content-Length: 2"
+        writer.write(head(framing))
+        for piece in (b"a", b"b"):
+            writer.write(b"1\r\n%s\r\n" % piece if chunked else piece)
+            await asyncio.sleep(0.02)
+        writer.write(b"0\r\n\r\n" if chunked else b"")
+
+        assert await answered(reader) == "ab"

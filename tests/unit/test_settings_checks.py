@@ -146,3 +146,21 @@ def test_a_key_that_is_no_uri_is_refused_and_not_echoed(tmp_path: Path, uri: str
 
     assert "kms.keys.pay: expected a URI" in detail
     assert "secret" not in detail
+
+
+# -- what requests may hold ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["json_bytes", "json_bytes_per_tenant", "json_bytes_per_credential"])
+@pytest.mark.parametrize(
+    ("limits", "largest"),
+    [("", 33_554_432), ("json_job_bytes = 100\n", 3_145_728), ("json_body_bytes = 50_000_000\n", 50_000_000)],
+    ids=["default", "calls", "raised"],
+)
+def test_the_largest_json_body_fits_into_each_bound(
+    tmp_path: Path, name: str, limits: str, largest: int
+) -> None:
+    text = f"[kms.limits]\n{limits}[kms.server]\n{name} = "
+
+    assert f"kms.server.{name}: expected at least {largest}" in refusal(tmp_path, f"{text}{largest - 1}")
+    assert getattr(read(tmp_path, f"{text}{largest}").kms.server, name) == largest

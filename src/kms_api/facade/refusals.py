@@ -1,7 +1,7 @@
 """Errors as Vault's clients read them: ``{"errors": […]}``, under a status that keeps them from retrying.
 
-Those clients try 412, 429 and 5xx again, so what the caller did wrong is 400, 403, 404, 405 or 413, and 503
-stands for what may be otherwise in a moment.
+Those clients try 412, 429 and 5xx again, so what the caller did wrong is 400, 403, 404, 405, 408 or 413, and
+503 stands for what may be otherwise in a moment.
 """
 
 from typing import Any, Final

@@ -6,9 +6,9 @@ from typing import Final
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
-from starlette.responses import StreamingResponse
 
 from kms_api import bodies, described, flows, outlet
+from kms_api.admission import held_of
 from kms_api.deps import Service, caller, service
 from kms_api.problems import problem
 from kms_api.routes import jobs
@@ -86,6 +86,8 @@ async def decrypt(request: Request) -> Response:
 async def result(request: Request, job_id: str) -> Response:
     """The bytes of a file job (with ``Range``), or one JSON line for each item of a bulk job."""
     job = await jobs.found(request, job_id)
+    held = held_of(request.scope)
+    await held.wait(held.admission.downloads)
     outlet.unlock(request)
     return await anyio.to_thread.run_sync(_result, service(request), request, job)
 
@@ -95,8 +97,9 @@ async def _upload(request: Request, kind: wire.JobKind) -> Response:
     built = service(request)
     terms = jobs.terms_of_headers(request, kind)
     declared = int(request.headers.get("content-length") or 0)
-    async with built.upload_limiter:
-        job = await flows.receive(request, _received(built, terms, declared), built.threads)
+    sink = _received(built, terms, declared)
+    async with jobs.upload_slot(request) as limits:
+        job = await flows.receive(request, sink, built.threads, limits)
     return jobs.accepted(job)
 
 
@@ -150,7 +153,9 @@ def _ranged(request: Request, job: Job, body: Result) -> Response:
     media_type = "application/x-ndjson" if body.lines else "application/octet-stream"
     headers["Content-Length"] = str(stop - start)
     sending = flows.send(body.slabs(start, stop), service(request).threads)
-    return StreamingResponse(sending, status, headers, media_type)
+    made = outlet.WatchedResponse(sending, status, headers, media_type)
+    made.budget = held_of(request.scope).admission.downloads
+    return made
 
 
 def _asked(header: str) -> tuple[str, str] | None:

@@ -1,6 +1,7 @@
 """Jobs: submit items or file references, look, follow, cancel."""
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Final, get_args
 from urllib.parse import unquote
@@ -11,19 +12,21 @@ import anyio.to_thread
 import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
-from starlette.responses import StreamingResponse
 
-from kms_api import bodies, described_jobs
+from kms_api import bodies, described_jobs, outlet
+from kms_api.admission import held_of
 from kms_api.deps import Service, caller, service
-from kms_api.inlet import next_piece
+from kms_api.inlet import Pieces
 from kms_api.rules import Ruled
+from kms_api.transfer_rate import TransferLimits
 from kms_core import audit, wire
 from kms_core.context import Context
-from kms_core.errors import InvalidRequest
+from kms_core.errors import BodyTimeout, InvalidRequest
 from kms_core.jobs import bulk, campaign
 from kms_core.jobs.desk import Terms
 from kms_core.jobs.model import Job
 from kms_core.policy import Principal
+from kms_core.settings_checks import JOB_BODY_FACTOR
 
 router: Final = APIRouter(tags=["jobs"], route_class=Ruled)
 KINDS: Final[dict[str, wire.JobKind]] = {kind: kind for kind in get_args(wire.JobKind)}
@@ -42,7 +45,9 @@ async def submit(request: Request) -> Response:
         job = await _stream_of_items(request, built)
     else:
         _refuse_streamed(request)
-        body = await bodies.read(request, wire.JobIn, built.settings.kms.limits.json_job_bytes * 2)
+        body = await bodies.read(
+            request, wire.JobIn, built.settings.kms.limits.json_job_bytes * JOB_BODY_FACTOR
+        )
         job = await anyio.to_thread.run_sync(_submit, built, request, body)
     return accepted(job)
 
@@ -102,9 +107,13 @@ async def cancel_by_post(request: Request, job_id: str) -> Response:
 async def events(request: Request, job_id: str) -> Response:
     """Server-sent events: one ``progress`` per change, the last with the final state."""
     first = await found(request, job_id)
-    return StreamingResponse(
+    held = held_of(request.scope)
+    held.take(held.admission.streams)
+    made = outlet.WatchedResponse(
         _events(request, first), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
     )
+    made.budget = held.admission.streams
+    return made
 
 
 async def _events(request: Request, job: Job) -> AsyncIterator[bytes]:
@@ -222,18 +231,35 @@ async def _stream_of_items(request: Request, built: Service) -> Job:
     if kind is None:
         raise InvalidRequest(f"POST /jobs?kind= needs one of {', '.join(KINDS)} for a stream of items")
     terms = terms_of_headers(request, kind)
-    pieces = request.stream()
+    async with upload_slot(request) as limits:
+        pieces = Pieces(request, limits)
 
-    def arriving() -> Iterator[bytes]:
-        while piece := anyio.from_thread.run(next_piece, pieces):
-            yield piece
+        def arriving() -> Iterator[bytes]:
+            while piece := anyio.from_thread.run(pieces.next):
+                yield piece
 
-    def work() -> Job:
-        built.desk.check(terms, bulk=True)
-        parsed = (bulk.parse_line(index, line) for index, line in enumerate(bulk.lines(arriving())))
-        return built.desk.items(terms, parsed)
+        def work() -> Job:
+            built.desk.check(terms, bulk=True)
+            parsed = (bulk.parse_line(index, line) for index, line in enumerate(bulk.lines(arriving())))
+            return built.desk.items(terms, parsed)
 
-    return await anyio.to_thread.run_sync(work, limiter=built.upload_limiter)
+        return await anyio.to_thread.run_sync(work, limiter=built.upload_limiter)
+
+
+@asynccontextmanager
+async def upload_slot(request: Request) -> AsyncIterator[TransferLimits]:
+    """A slot for a streamed body, until the request ends, and the pace that its sender must keep.
+
+    Raises RateLimited, Unavailable if none is free in time.
+    """
+    held = held_of(request.scope)
+    uploads = held.admission.uploads
+    await held.wait(uploads)
+    try:
+        yield held.admission.transfer
+    except BodyTimeout:
+        uploads.too_slow()
+        raise
 
 
 def _refuse_streamed(request: Request) -> None:
