@@ -7,7 +7,7 @@ waits in a queue of its own or is refused. What a request holds is given back wh
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal, Self, TypeVar
 
@@ -210,31 +210,33 @@ class Admission:
         )
 
 
-@dataclass(slots=True, eq=False)
 class Held:
     """What one request holds of the budgets of ``admission``."""
 
-    admission: Admission
-    scope: Scope
-    _taken: list[tuple[Budget, Holder | None, int]] = field(default_factory=list)
+    __slots__ = ("_amounts", "_scope", "admission")
+
+    def __init__(self, admission: Admission, scope: Scope) -> None:
+        self.admission = admission
+        self._scope = scope
+        self._amounts: dict[Budget, int] = {}
 
     def take(self, budget: Budget, amount: int = 1) -> None:
         """Hold so much more until the request ends. Raises RateLimited, Unavailable."""
-        holder = holder_of(self.scope)
-        budget.take(holder, amount)
-        self._taken.append((budget, holder, amount))
+        budget.take(holder_of(self._scope), amount)
+        self._amounts[budget] = self._amounts.get(budget, 0) + amount
 
     async def wait(self, budget: Budget, amount: int = 1) -> None:
         """The same, once there is room. Raises RateLimited, Unavailable."""
-        holder = holder_of(self.scope)
-        await budget.wait(holder, amount)
-        self._taken.append((budget, holder, amount))
+        await budget.wait(holder_of(self._scope), amount)
+        self._amounts[budget] = self._amounts.get(budget, 0) + amount
 
     def release(self) -> None:
         """Give everything back."""
-        for budget, holder, amount in self._taken:
-            budget.give_back(holder, amount)
-        self._taken.clear()
+        if self._amounts:
+            holder = holder_of(self._scope)
+            for budget, amount in self._amounts.items():
+                budget.give_back(holder, amount)
+            self._amounts.clear()
 
 
 class Admitted:

@@ -74,16 +74,14 @@ async def _whole(request: Request, held: Held, limit_bytes: int) -> bytes:
 
 async def _arriving(request: Request, counted: Held | None, limit_bytes: int) -> bytes:
     """A body piece by piece. ``counted`` holds each piece, where the size of all was not told before."""
-    parts: list[bytes] = []
-    size = 0
+    body = bytearray()
     async for part in request.stream():
-        size += len(part)
-        if size > limit_bytes:
+        if len(body) + len(part) > limit_bytes:
             raise _too_large(limit_bytes)
         if counted is not None and part:
             counted.take(counted.admission.json, len(part))
-        parts.append(part)
-    return b"".join(parts)
+        body += part
+    return bytes(body)
 
 
 def _too_large(limit_bytes: int) -> TooLarge:

@@ -60,9 +60,9 @@ class Service:
         waits_for_disk = self.settings.kms.audit.durability == "fsync"
         return waits_for_disk or any(key.blocks for key in self.kms.keyring.keys.values())
 
-    def limiter(self, name: str) -> anyio.CapacityLimiter:
+    def limiter(self, name: str, threads: int = BACKEND_THREADS) -> anyio.CapacityLimiter:
         """The threads of one backend: while it hangs, calls on others have theirs."""
-        return self.limiters.setdefault(name, anyio.CapacityLimiter(BACKEND_THREADS))
+        return self.limiters.setdefault(name, anyio.CapacityLimiter(threads))
 
 
 def service(request: Request) -> Service:

@@ -32,6 +32,9 @@ router: Final = APIRouter(tags=["jobs"], route_class=Ruled)
 KINDS: Final[dict[str, wire.JobKind]] = {kind: kind for kind in get_args(wire.JobKind)}
 _NDJSON: Final = "application/x-ndjson"
 _LOOK_EVERY_S: Final = 0.25
+_LOOK_AT_LEAST_EVERY_S: Final = 1.0
+_SLOWING: Final = 8  # a job that did not change for 8 s is looked at each second
+_EVENT_THREADS: Final = 2  # of all streams together: more would take the interpreter's lock from other calls
 _KEEP_ALIVE_S: Final = 15.0
 _DIGITS: Final = 16
 _OF_STREAMS: Final = ("x-kms-context", "x-kms-key-id", "x-kms-priority", "x-kms-callback")
@@ -117,18 +120,22 @@ async def events(request: Request, job_id: str) -> Response:
 
 
 async def _events(request: Request, job: Job) -> AsyncIterator[bytes]:
-    quiet = 0.0
+    """The job each time it changed; it is looked at less often the longer it does not."""
+    store, limiter = service(request).desk.store, service(request).limiter("events", _EVENT_THREADS)
+    tenant, quiet_s, silent_s = caller(request).tenant, 0.0, 0.0
     yield _event(job)
     while not job.ended and not await request.is_disconnected():
-        await anyio.sleep(_LOOK_EVERY_S)
-        seen, job = job, await found(request, job.job_id)
-        quiet += _LOOK_EVERY_S
+        pause_s = min(max(_LOOK_EVERY_S, quiet_s / _SLOWING), _LOOK_AT_LEAST_EVERY_S)
+        await anyio.sleep(pause_s)
+        seen = job
+        job = await anyio.to_thread.run_sync(store.get, job.job_id, tenant, limiter=limiter)
+        quiet_s, silent_s = quiet_s + pause_s, silent_s + pause_s
         if job != seen:
             yield _event(job)
-            quiet = 0.0
-        elif quiet >= _KEEP_ALIVE_S:
+            quiet_s = silent_s = 0.0
+        elif silent_s >= _KEEP_ALIVE_S:
             yield b": still here\n\n"
-            quiet = 0.0
+            silent_s = 0.0
 
 
 def _event(job: Job) -> bytes:
