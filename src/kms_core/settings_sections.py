@@ -202,7 +202,8 @@ class Bucket(Section, frozen=True, kw_only=True):
 class Jobs(Section, frozen=True, kw_only=True):
     """``[kms.jobs]``: ``roots`` are the directories that ``file://`` may name; none means no such jobs.
 
-    Their default is ``files`` in the state directory in dev, and none elsewhere.
+    Their default is ``files`` in the state directory in dev, and none elsewhere. Jobs that read
+    ``large_job_bytes`` or more leave ``reserved_processes`` of a worker's ``concurrency`` to other jobs.
     """
 
     roots: tuple[Path, ...]
@@ -216,6 +217,10 @@ class Jobs(Section, frozen=True, kw_only=True):
     concurrency: Positive = 2
     open_jobs: Positive = 100_000
     tenant_leases: Positive = 1_000
+    large_job_bytes: Positive = 64 * MiB
+    reserved_processes: Annotated[int, Meta(ge=0)] = 1
+    source_max_bytes: Positive = 1024 * GiB
+    source_max_hole_bytes: Annotated[int, Meta(ge=0)] = 4 * GiB
     fanout_files: Positive = 100_000
     queues: tuple[Queue, ...] = ("kms.bulk", "kms.files", "kms.maintenance")
     watchdog_s: Positive = 120

@@ -71,6 +71,7 @@ class _Read:
 
     stamp: tuple[int, ...] | None
     tokens: Mapping[str, Token] = field(default_factory=dict, repr=False)
+    tenants: frozenset[str] = frozenset()
 
 
 class TokenFile:
@@ -106,6 +107,10 @@ class TokenFile:
         token = found.tokens.get(token_id)
         return None if token is None or token.has_expired(datetime.now(UTC)) else token
 
+    def tenants(self) -> frozenset[str]:
+        """Those that have a token, valid or not. Raises Unavailable if the file cannot be read."""
+        return self._fresh().tenants
+
     def _fresh(self) -> _Read:
         """The tokens now: looking at the file costs a microsecond."""
         try:
@@ -113,7 +118,9 @@ class TokenFile:
             stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
             if stamp != self._read.stamp:
                 self._check(found)
-                self._read = self._changed(_Read(stamp, {token.id: token for token in read(self._path)}))
+                all_tokens = read(self._path)
+                tenants = frozenset(token.tenant for token in all_tokens)
+                self._read = self._changed(_Read(stamp, {token.id: token for token in all_tokens}, tenants))
         except FileNotFoundError:
             self._read = _Read(None)
         except (OSError, ConfigurationError) as exc:

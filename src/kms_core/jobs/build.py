@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from kms_core import keyring, metrics
 from kms_core.audit.build import build as build_audit
 from kms_core.audit.keeper import Keeper
+from kms_core.auth import tenants
 from kms_core.auth.doors import Doors
 from kms_core.auth.doors import build as build_doors
 from kms_core.backends.age import AgeBackend, KeyFiles
@@ -17,7 +18,7 @@ from kms_core.jobs.intake import Intake
 from kms_core.jobs.leftovers import Notes
 from kms_core.jobs.model import Nudge, Rules
 from kms_core.jobs.paths import Roots
-from kms_core.jobs.places import Places
+from kms_core.jobs.places import Places, SourceLimits
 from kms_core.jobs.records import RecordKey
 from kms_core.jobs.run import Shop
 from kms_core.jobs.store import JobStore
@@ -70,6 +71,9 @@ def build(settings: Settings, process: str, nudge: Nudge | None) -> Core:
             keep_record_s=jobs.result_ttl_s,
             open_jobs=jobs.open_jobs,
             tenant_leases=jobs.tenant_leases,
+            large_job_bytes=jobs.large_job_bytes,
+            large_leases=max(1, jobs.concurrency - jobs.reserved_processes),
+            has_several_tenants=tenants.several(settings) if jobs.reserved_processes else lambda: False,
             tenant_open={
                 name: tenant.open_jobs for name, tenant in section.tenants.items() if tenant.open_jobs
             },
@@ -95,8 +99,9 @@ def build(settings: Settings, process: str, nudge: Nudge | None) -> Core:
             root == settings.state_dir.absolute() / "files"
         ):  # the default in dev; an operator's own root must be there
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    limits_ = SourceLimits(jobs.source_max_bytes, jobs.source_max_hole_bytes)
     notes = Notes(jobs.spool_dir / "multipart")
-    places = Places(Roots(jobs.roots, forbidden), buckets.build(settings), notes)
+    places = Places(Roots(jobs.roots, forbidden), buckets.build(settings), notes, limits_)
     callbacks = {name: endpoint.tenants for name, endpoint in jobs.endpoints.items()}
     rules = desk.Rules(jobs.result_ttl_s, limits.sync_plaintext_bytes, section.require_context, callbacks)
     shop = Shop(kms, store, spool, places, jobs.fanout_files)

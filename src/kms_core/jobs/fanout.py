@@ -233,6 +233,7 @@ class _Held:
 
     def __init__(self, lease: Lease, claim: Claim) -> None:
         self.claim = claim
+        self.admit = lease.admit
         self.check = lease.check
         self.advance = lease.advance
 

@@ -5,7 +5,7 @@ worker that dies in the middle leaves it to the next one, and finishing twice ch
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Final
 
@@ -62,11 +62,12 @@ def _attempt(lease: Held, kms: Kms, places: Places, target: Target) -> Iterator[
     """The work done, and its commit described. If the block fails, nothing is left behind."""
     job = lease.claim.accepted
     work = {"encrypt": _encrypt, "decrypt": _decrypt, "rewrap": _rewrap, "reseal": _reseal}[job.kind]
-    with (
-        places.open_source(job.source) as source,
-        target.prepare(lease.claim.fence) as pending,
-        _discarded_on_failure(pending),
-    ):
+    with ExitStack() as stack:
+        source = stack.enter_context(places.open_source(job.source))
+        lease.admit(source.size_bytes)
+        room_bytes = 0 if job.kind == "rewrap" else source.size_bytes  # a payload may be moved as it is
+        pending = stack.enter_context(target.prepare(lease.claim.fence, room_bytes))
+        stack.enter_context(_discarded_on_failure(pending))
         work(lease, kms, source, pending)
         source.check_unchanged()
         yield pending, pending.settle(source, in_place=job.in_place)

@@ -14,7 +14,7 @@ from typing import Final, Protocol, Self
 import structlog
 
 from kms_core import metrics
-from kms_core.errors import JobsUnavailable, KmsError
+from kms_core.errors import JobsUnavailable, KmsError, Unavailable
 from kms_core.jobs.model import Claim, Commit, LeaseLost
 from kms_core.jobs.store import JobStore
 
@@ -30,8 +30,22 @@ class Held(Protocol):
     def check(self) -> None:
         """Raise LeaseLost or JobCancelled if the work must stop."""
 
+    def admit(self, size_bytes: int) -> None:
+        """Raise FoundLarge if reading a source of this size makes a small job large."""
+
     def advance(self, size_bytes: int) -> None:
         """Tell of bytes done."""
+
+
+class FoundLarge(Unavailable):
+    """The sources have grown since the job was claimed as a small one: it is to be claimed as a large one."""
+
+    code = "found_large"
+    summary = "The source has grown since the job was accepted"
+
+    def __init__(self, work_bytes: int) -> None:
+        super().__init__()
+        self.work_bytes = work_bytes
 
 
 class Commits(Protocol):
@@ -74,6 +88,12 @@ class Lease:
             raise self._trouble
         if time.monotonic() > self._held_until:
             raise LeaseLost
+
+    def admit(self, size_bytes: int) -> None:
+        """Raise FoundLarge if a job that was claimed as a small one would read as much as a large one."""
+        claim, work_bytes = self.claim, self._bytes + size_bytes
+        if not claim.is_large and not claim.commit and work_bytes >= self._store.rules.large_job_bytes:
+            raise FoundLarge(work_bytes)
 
     def advance(self, size_bytes: int) -> None:
         with self._lock:

@@ -1,7 +1,7 @@
 """What a job is: the part that was accepted and never changes, and the part that moves. Knows no Redis."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
@@ -140,6 +140,13 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return 0 if "://" in self.source else self.size_bytes
 
     @property
+    def work_bytes(self) -> int:
+        """Bytes that a worker reads for it; 0 where it reads headers only, or cuts the job into parts."""
+        uploaded_header = self.source == "upload" and self.kind != "decrypt"
+        will_be_cut = not self.parent and (self.is_tree or len(self.starts) > 1)
+        return 0 if self.dry_run or uploaded_header or will_be_cut else self.size_bytes
+
+    @property
     def bound_context(self) -> Context:
         return Context(self.context)
 
@@ -232,12 +239,18 @@ def part_id(job_id: str, number: int) -> str:
     return str(uuid.uuid5(_PARTS, f"{job_id}/{number}"))
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """Seconds and counts of the job layer, from settings.
 
     ``open_jobs`` may wait or run before submissions are turned away; ``tenant_leases`` of one tenant may
-    run at a time. ``tenant_open`` (jobs) and ``tenant_spool_bytes`` are of those tenants that have a quota.
+    run at a time. Jobs that read ``large_job_bytes`` or more are large: of one worker they hold at most
+    ``large_leases`` processes at a time, while ``has_several_tenants``. ``tenant_open`` (jobs) and
+    ``tenant_spool_bytes`` are of those tenants that have a quota.
     """
 
     lease_s: float = 30.0
@@ -245,13 +258,19 @@ class Rules:
     keep_record_s: float = 24 * 3600.0
     open_jobs: int = 100_000
     tenant_leases: int = 1_000
+    large_job_bytes: int = 64 * 1024**2
+    large_leases: int = 1
+    has_several_tenants: Callable[[], bool] = _never
     tenant_open: Mapping[str, int] = field(default_factory=dict)
     tenant_spool_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One attempt at a job: the accepted part, unsealed, and the fence that makes its effects count."""
+    """One attempt at a job: the accepted part, unsealed, and the fence that makes its effects count.
+
+    ``is_large``: it was claimed as a large job, see ``Rules``.
+    """
 
     accepted: Accepted
     worker: str
@@ -259,5 +278,6 @@ class Claim:
     attempt: int
     waited_s: float
     deferrals: int
+    is_large: bool = False
     commit: Commit | None = field(default=None)
     log: Log = field(default_factory=Log)

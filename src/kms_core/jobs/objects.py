@@ -116,8 +116,9 @@ class ObjectTarget:
     buckets: Buckets
     notes: Notes
 
-    def prepare(self, fence: int) -> ObjectPending:
+    def prepare(self, fence: int, room_bytes: int = 0) -> ObjectPending:
         """Begin an attempt. Raises TargetExists if something is there already, PathRefused, Unavailable."""
+        del room_bytes  # a store does not tell how much it takes
         bucket, key = self.buckets.writing(self.url)
         found = bucket.head(key)
         if found and not self.overwrite:

@@ -7,7 +7,7 @@ from kms_core.jobs.scripts import LIBRARY
 SPLIT: Final = (
     LIBRARY
     + """
--- KEYS: job   ARGV: id, fence, then of each part: id, sealed record, items, bytes
+-- KEYS: job   ARGV: id, fence, then of each part: id, sealed record, items, bytes, bytes that it reads
 -- The job becomes the whole of its parts: it runs without a lease until the last of them ends.
 local ours, state, cancel = held(ARGV[2])
 if not ours or state ~= 'running' then return {'lost'} end
@@ -15,17 +15,17 @@ if redis.call('HEXISTS', job, 'parts') == 1 then return {'split'} end  -- said t
 if cancel then return {'cancel'} end
 local f = redis.call('HMGET', job, 'tenant', 'kind', 'queue', 'created_at', 'expires_at', 'priority')
 local parts, items, bytes = 0, 0, 0
-for i = 3, #ARGV, 4 do
+for i = 3, #ARGV, 5 do
   redis.call('HSET', 'kms:job:' .. ARGV[i], 'state', 'queued', 'sealed', ARGV[i + 1], 'items', ARGV[i + 2],
-    'bytes', ARGV[i + 3], 'tenant', f[1], 'kind', f[2], 'queue', f[3], 'created_at', f[4],
-    'expires_at', f[5], 'priority', f[6] or 'normal', 'asked', now, 'parent', id)
+    'bytes', ARGV[i + 3], 'work_bytes', ARGV[i + 4], 'tenant', f[1], 'kind', f[2], 'queue', f[3],
+    'created_at', f[4], 'expires_at', f[5], 'priority', f[6] or 'normal', 'asked', now, 'parent', id)
   redis.call('ZADD', 'kms:open', now + 10, ARGV[i])
   parts, items, bytes = parts + 1, items + ARGV[i + 2], bytes + ARGV[i + 3]
 end
 redis.call('HSET', job, 'parts', parts, 'parts_left', parts, 'lease_until', f[5],
   'items', string.format('%.0f', items), 'bytes', string.format('%.0f', bytes))
 redis.call('ZADD', 'kms:open', f[5], id)
-redis.call('ZREM', leases(f[1]), id)
+release(f[1], id)
 return {'split'}
 """
 )

@@ -251,6 +251,11 @@ class Roots:
             finally:
                 os.close(dir_fd)
 
+    def check_room(self, url: str, size_bytes: int) -> None:
+        """Raise SpoolFull if the file system of a target has no room for so much, PathRefused."""
+        with self._parent(url) as (dir_fd, _):
+            _check_room(dir_fd, size_bytes)
+
     def make_parents(self, url: str) -> None:
         """Make the directories above a target that are missing (0700), each durable before the next."""
         root, (*parents, _) = self._locate(url)
@@ -274,15 +279,16 @@ class Roots:
                 raise PathRefused(_NOT_PLAIN)
         return OpenSource(fd, Identity.of(found))
 
-    def prepare(self, url: str, tag: str, *, overwrite: bool) -> Pending:
+    def prepare(self, url: str, tag: str, *, overwrite: bool, room_bytes: int = 0) -> Pending:
         """Make the temporary file of a target. A target may be its job's source with ``overwrite`` only.
 
         Raises TargetExists, PathRefused (also where ``overwrite`` would replace anything but a regular
-        file), SpoolFull.
+        file), SpoolFull, also where there is no room for ``room_bytes``.
         """
         temporary = temporary_name(tag)
         with self._parent(url) as (dir_fd, name):
             _check_free(name, dir_fd, overwrite=overwrite)
+            _check_room(dir_fd, room_bytes)
             kept = os.dup(dir_fd)
             try:
                 fd = os.open(temporary, _TEMPORARY, 0o600, dir_fd=kept)
@@ -362,6 +368,15 @@ def _found(name: str, dir_fd: int) -> os.stat_result | None:
         return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
     except FileNotFoundError:
         return None
+
+
+def _check_room(dir_fd: int, size_bytes: int) -> None:
+    found = os.fstatvfs(dir_fd)
+    if found.f_blocks and size_bytes > found.f_bavail * found.f_frsize:
+        raise SpoolFull(
+            "The file system of the target has no room for the result: make room there, or name a target "
+            "elsewhere"
+        )
 
 
 def _check_free(name: str, dir_fd: int, *, overwrite: bool) -> None:

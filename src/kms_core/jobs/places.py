@@ -4,23 +4,29 @@ What differs between them is how a target that nobody sees yet is made, and how 
 in between (``jobs/files.py``) knows neither.
 """
 
+import errno
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 from kms_core.envelope.extents import Reader, Writer
 from kms_core.envelope.slabs import Pace
+from kms_core.errors import KmsError, PathRefused, TooLarge
 from kms_core.jobs.buckets import SCHEME, Buckets
 from kms_core.jobs.leftovers import Notes
 from kms_core.jobs.model import Commit
 from kms_core.jobs.objects import ObjectSource, ObjectTarget
-from kms_core.jobs.paths import Roots
+from kms_core.jobs.paths import Roots, file_errors
 from kms_core.jobs.rooted import RootedSource, RootedTarget
 from kms_core.jobs.trees import Tree
 from kms_core.jobs.walk import Found, walk
 
-_ANY = "any"  # a name below a directory
+_ANY: Final = "any"  # a name below a directory
+_BLOCK_BYTES: Final = 512  # of st_blocks, whatever the file system's own are
+_MOST_HOLES: Final = 10_000
 
 
 class Open(Protocol):
@@ -67,8 +73,11 @@ class Pending(Open, Protocol):
 class Target(Protocol):
     """The place of a job's result."""
 
-    def prepare(self, fence: int) -> Pending:
-        """Begin an attempt. Raises TargetExists, PathRefused, SpoolFull, Unavailable."""
+    def prepare(self, fence: int, room_bytes: int = 0) -> Pending:
+        """Begin an attempt whose result will have about ``room_bytes``.
+
+        Raises TargetExists, PathRefused, SpoolFull, Unavailable.
+        """
 
     def finish(self, commit: Commit) -> bool:
         """Put in place what a commit describes; once it is there, doing it again changes nothing.
@@ -84,12 +93,62 @@ class Target(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class SourceLimits:
+    """How many bytes a source may have, and how many of those may be holes, for which the disk holds nothing.
+
+    A hole costs its maker nothing and its reader as much as data: a result has no holes.
+    """
+
+    size_bytes: int = 1024**4
+    hole_bytes: int = 4 * 1024**3
+
+    def check(self, size_bytes: int) -> None:
+        """Raise TooLarge for a source of more bytes."""
+        if size_bytes > self.size_bytes:
+            raise TooLarge(
+                f"The source is above {self.size_bytes} bytes: split it, or raise [kms.jobs] source_max_bytes"
+            )
+
+    def check_holes(self, fd: int) -> None:
+        """Raise TooLarge for an open file with more bytes of holes."""
+        found = os.fstat(fd)
+        missing = found.st_size - found.st_blocks * _BLOCK_BYTES
+        if missing > self.hole_bytes and holes(fd, found.st_size, missing) > self.hole_bytes:
+            raise TooLarge(
+                f"The source is sparse, with more than {self.hole_bytes} bytes of holes: fill them "
+                "(cp --sparse=never), or raise [kms.jobs] source_max_hole_bytes"
+            )
+
+
+def holes(fd: int, size_bytes: int, missing_bytes: int) -> int:
+    """Bytes of an open file that are in holes, by SEEK_DATA and SEEK_HOLE (lseek(2)).
+
+    A file system that compresses also allocates less than a file's size: it shows no hole there. Of a file
+    with more than 10,000 holes all bytes that are not allocated count, ``missing_bytes``.
+    """
+    total = at = 0
+    for _ in range(_MOST_HOLES):
+        begin = os.lseek(fd, at, os.SEEK_HOLE) if at < size_bytes else size_bytes
+        if begin >= size_bytes:
+            return total
+        try:
+            at = os.lseek(fd, begin, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno != errno.ENXIO:
+                raise
+            return total + size_bytes - begin  # the last hole ends the file
+        total += at - begin
+    return missing_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Places:
     """All that jobs may name: ``file://`` beneath the roots, ``s3://`` in the buckets."""
 
     roots: Roots
     buckets: Buckets
     notes: Notes
+    limits: SourceLimits = SourceLimits()
 
     def check(self, url: str) -> None:
         """Raises PathRefused unless jobs may write there. Looks at nothing."""
@@ -99,10 +158,26 @@ class Places:
             self.roots.check(url)
 
     def open_source(self, url: str) -> Source:
-        """Raises PathRefused if it is not there or not allowed, Unavailable."""
+        """Raises PathRefused if it is not there or not allowed, TooLarge above ``limits``, Unavailable."""
         if url.startswith(SCHEME):
-            return ObjectSource.at(url, self.buckets)
-        return RootedSource(self.roots.open_source(url))
+            found = ObjectSource.at(url, self.buckets)
+            self.limits.check(found.size_bytes)
+            return found
+        file = self.roots.open_source(url)
+        try:
+            with file_errors():
+                self.limits.check(file.size_bytes)
+                self.limits.check_holes(file.fd)
+        except KmsError:
+            os.close(file.fd)
+            raise
+        return RootedSource(file)
+
+    def check_room(self, url: str, size_bytes: int) -> None:
+        """Raise SpoolFull if a target has no room for so much, as far as that can be told before the work."""
+        if not url.startswith(SCHEME):
+            with suppress(PathRefused):  # its directory may be made before the job runs
+                self.roots.check_room(url, size_bytes)
 
     def target(self, url: str, job_id: str, *, overwrite: bool) -> Target:
         """The place of a job's result; looks at nothing."""

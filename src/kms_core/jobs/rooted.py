@@ -107,9 +107,11 @@ class RootedTarget:
     overwrite: bool
     roots: Roots
 
-    def prepare(self, fence: int) -> RootedPending:
-        """Begin an attempt. Raises TargetExists, PathRefused, SpoolFull."""
-        file = self.roots.prepare(self.url, tag(self.job_id, fence), overwrite=self.overwrite)
+    def prepare(self, fence: int, room_bytes: int = 0) -> RootedPending:
+        """Begin an attempt. Raises TargetExists, PathRefused, SpoolFull if there is no room for so much."""
+        file = self.roots.prepare(
+            self.url, tag(self.job_id, fence), overwrite=self.overwrite, room_bytes=room_bytes
+        )
         return RootedPending(file, self, fence)
 
     def finish(self, commit: Commit) -> bool:

@@ -12,7 +12,7 @@ from kms_core.errors import JobCancelled, JobsUnavailable, KmsError, PathRefused
 from kms_core.jobs import bulk, fanout, files, permits, uploads
 from kms_core.jobs.blobs import ITEMS, UPLOAD, Label, Spool
 from kms_core.jobs.fanout import Paced
-from kms_core.jobs.lease import Lease
+from kms_core.jobs.lease import FoundLarge, Lease
 from kms_core.jobs.model import DEAD, Accepted, Claim, Job, LeaseLost
 from kms_core.jobs.places import Places
 from kms_core.jobs.store import JobStore
@@ -134,9 +134,12 @@ def _work(lease: Lease, shop: Shop) -> str:
 
 
 def _defer(claim: Claim, store: JobStore, exc: Unavailable) -> None:
-    """A peer that is away costs the job time, not an attempt; so does its own pace."""
+    """A peer that is away costs the job time, not an attempt; so does its pace, or a grown source."""
     if isinstance(exc, Paced):
         store.defer(claim, exc.retry_after_s, counts=False, away=False)
+        return
+    if isinstance(exc, FoundLarge):
+        store.defer(claim, 0, counts=False, away=False, work_bytes=exc.work_bytes)
         return
     delay = min(_LONGEST_DELAY_S, max(exc.retry_after_s, _FIRST_DELAY_S) * 2.0**claim.deferrals)
     delay *= random.uniform(0.5, 1.0)  # noqa: S311 -- jitter, no secret

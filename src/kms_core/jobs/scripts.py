@@ -4,7 +4,10 @@ Every script gets the job's hash as its first key and its id as its first argume
 whose first element is a word. Shared sets: ``open`` (jobs that have not ended, by when to look next),
 ``open:<t>`` and ``spooled:<t>`` (those of a tenant by expiry, and their sizes, for its quotas),
 ``ended`` (results by expiry), ``dead`` (dead letters), ``tenant:<t>`` (its jobs by age), ``tenants``,
-``running:<t>`` (its leases), ``events`` (a stream with one record per transition).
+``running:<t>`` (its leases), ``events`` (a stream with one record per transition). Of large jobs:
+``large:<w>`` (their leases on a worker), ``large-begun:<w>`` (tenants by when they last began one there),
+``large-refused:<w>`` (tenants by when one of theirs last had to wait there), ``large-waiting:<t>`` (those of
+a tenant that wait, by age).
 
 Fields that a script of ours always writes may be missing or junk all the same: others may have Redis.
 """
@@ -36,6 +39,19 @@ local function leases(tenant)
   return 'kms:running:' .. (tenant or '')
 end
 
+local function large_leases(worker)  -- of a worker, whose name ends before the pid of its child
+  return 'kms:large:' .. string.match(worker or '', '^[^/]*')
+end
+
+local function large_waiting(tenant)
+  return 'kms:large-waiting:' .. (tenant or '')
+end
+
+local function release(tenant, name)  -- the lease of a job is over
+  redis.call('ZREM', leases(tenant), name)
+  redis.call('ZREM', large_leases(redis.call('HGET', 'kms:job:' .. name, 'worker')), name)
+end
+
 local function quota(tenant)  -- the open jobs of a tenant by expiry, without their parts
   return 'kms:open:' .. (tenant or '')
 end
@@ -56,7 +72,8 @@ local function close(key, name, state, code, keep_s)
   redis.call('ZREM', quota(f[1]), name)
   local kept = { [''] = true, items_failed = true, attempts_exhausted = true, record_refused = true }
   if not kept[code] then unspool(f[1], name) end
-  redis.call('ZREM', leases(f[1]), name)
+  release(f[1], name)
+  redis.call('ZREM', large_waiting(f[1]), name)
   local expires = tonumber(f[6]) or now
   redis.call('ZADD', 'kms:ended', expires, name)
   redis.call('EXPIREAT', key, math.floor(expires + keep_s))
@@ -144,16 +161,60 @@ CLAIM: Final = (
     LIBRARY
     + """
 -- KEYS: job, busy sign of the worker
--- ARGV: id, worker, lease_s, max attempts, keep_s, most leases of a tenant
+-- ARGV: id, worker, lease_s, max attempts, keep_s, most leases of a tenant, bytes that make a job large,
+--   most large jobs on this worker (0: any)
+-- A large job that may not run now waits, and is looked at again the later the more of its tenant's wait
+-- before it, so that a thousand of them cost some messages a second.
+local name = string.match(ARGV[2], '^[^/]*')
+local begun, refused = 'kms:large-begun:' .. name, 'kms:large-refused:' .. name
+
+-- Whether large jobs hold all processes that they may, or it is the turn of another tenant: of those that
+-- were refused lately (they ask again every few seconds), the one that has begun none for the longest time.
+local function must_wait(tenant)
+  local held = large_leases(name)
+  redis.call('ZREMRANGEBYSCORE', held, 0, now)
+  if redis.call('ZCARD', held) >= tonumber(ARGV[8]) then return true end
+  local mine = number(redis.call('ZSCORE', begun, tenant))
+  for _, other in ipairs(redis.call('ZRANGEBYSCORE', refused, now - 10, '+inf')) do
+    if other ~= tenant and number(redis.call('ZSCORE', begun, other)) < mine then return true end
+  end
+  return false
+end
+
+local function wait(tenant)
+  local waiting = large_waiting(tenant)
+  local is_new = redis.call('ZADD', waiting, 'NX', now, id)
+  redis.call('EXPIRE', waiting, 86400)
+  redis.call('ZADD', refused, now, tenant)
+  redis.call('EXPIRE', refused, 3600)
+  local before = redis.call('ZCOUNT', waiting, '-inf', '(' .. redis.call('ZSCORE', waiting, id))
+  local at = now + 1 + before / 10
+  release(tenant, id)
+  redis.call('HSET', job, 'state', 'queued', 'lease_until', 0, 'not_before', at, 'owed', 1)
+  redis.call('ZADD', 'kms:open', at, id)
+  return {'waits', is_new}
+end
+
+local function begin(tenant, lease_until)
+  redis.call('ZREM', large_waiting(tenant), id)
+  redis.call('ZREM', refused, tenant)
+  redis.call('ZADD', begun, now, tenant)
+  redis.call('EXPIRE', begun, 3600)
+  redis.call('ZADD', large_leases(name), lease_until, id)
+  redis.call('EXPIRE', large_leases(name), 3600)
+end
+
 redis.call('SET', KEYS[2], now, 'EX', 3600)
 local f = redis.call('HMGET', job, 'state', 'lease_until', 'not_before', 'cancel', 'expires_at',
-  'attempt', 'fence', 'sealed', 'commit', 'created_at', 'deferrals', 'tenant', 'parent', 'log')
+  'attempt', 'fence', 'sealed', 'commit', 'created_at', 'deferrals', 'tenant', 'parent', 'log',
+  'work_bytes')
 local state = f[1]
 if not state then return {'gone'} end
 if state ~= 'queued' and state ~= 'running' and state ~= 'committing' then return {'ended'} end
 if state ~= 'queued' and number(f[2]) > now then return {'leased'} end
 if state == 'queued' and number(f[3]) > now then return {'early'} end
 local fence, attempt = number(f[7]) + 1, number(f[6])
+local is_large = number(f[15]) >= tonumber(ARGV[7])
 if state ~= 'committing' then
   local code, final = '', 'failed'
   if f[4] == '1' or stopped_whole(f[13]) then code, final = 'cancelled', 'cancelled'
@@ -169,6 +230,7 @@ if state ~= 'committing' then
     redis.call('ZADD', 'kms:open', now + 1, id)
     return {'capped'}
   end
+  if is_large and tonumber(ARGV[8]) > 0 and must_wait(f[12] or '') then return wait(f[12] or '') end
   attempt = attempt + 1
 end
 local lease_until = now + tonumber(ARGV[3])
@@ -178,9 +240,10 @@ else redis.call('HSET', job, 'state', 'running', 'bytes_done', 0, 'items_done', 
   unpack(taken)) end
 redis.call('ZADD', 'kms:open', lease_until, id)
 redis.call('ZADD', leases(f[12]), lease_until, id)
+if is_large then begin(f[12] or '', lease_until) end
 if state ~= 'committing' then event(facts(job), id, 'running', '') end
 return {'claimed', fence, attempt, f[8], state == 'committing' and f[9] or '',
-  tostring(now - number(f[10])), f[11] or 0, f[14] or ''}
+  tostring(now - number(f[10])), f[11] or 0, f[14] or '', is_large and 1 or 0}
 """
 )
 
@@ -195,7 +258,12 @@ local lease_until = now + tonumber(ARGV[3])
 redis.call('SET', KEYS[2], now, 'EX', 3600)
 redis.call('HSET', job, 'lease_until', lease_until, unpack(ARGV, 4))
 redis.call('ZADD', 'kms:open', lease_until, id)
-redis.call('ZADD', leases(redis.call('HGET', job, 'tenant')), lease_until, id)
+local f = redis.call('HMGET', job, 'tenant', 'worker')
+redis.call('ZADD', leases(f[1]), lease_until, id)
+if redis.call('ZSCORE', large_leases(f[2]), id) then
+  redis.call('ZADD', large_leases(f[2]), lease_until, id)
+  redis.call('EXPIRE', large_leases(f[2]), 3600)
+end
 return {cancel and 'cancel' or 'held'}
 """
 )
@@ -231,15 +299,17 @@ return {'finished'}
 DEFER: Final = (
     LIBRARY
     + """
--- KEYS: job   ARGV: id, fence, delay_s, 1 if the attempt does not count, 1 if something was away
+-- KEYS: job   ARGV: id, fence, delay_s, 1 if the attempt does not count, 1 if something was away,
+--   the bytes that it turned out to read, or ''
 local ours, state = held(ARGV[2])
 if not ours or state ~= 'running' then return {'lost'} end
 local at = now + tonumber(ARGV[3])
 redis.call('HINCRBY', job, 'attempt', -tonumber(ARGV[4]))
 redis.call('HINCRBY', job, 'deferrals', ARGV[5])
 redis.call('HSET', job, 'state', 'queued', 'lease_until', 0, 'not_before', at, 'owed', 1)
+if ARGV[6] ~= '' then redis.call('HSET', job, 'work_bytes', ARGV[6]) end
 redis.call('ZADD', 'kms:open', at, id)
-redis.call('ZREM', leases(redis.call('HGET', job, 'tenant')), id)
+release(redis.call('HGET', job, 'tenant'), id)
 event(facts(job), id, 'queued', 'deferred')
 return {'deferred'}
 """
@@ -309,7 +379,7 @@ end
 redis.call('ZADD', 'kms:open', now + tonumber(ARGV[2]), id)
 if f[1] == 'running' then
   redis.call('HSET', job, 'state', 'queued', 'lease_until', 0, 'not_before', 0, 'asked', now)
-  redis.call('ZREM', leases(redis.call('HGET', job, 'tenant')), id)
+  release(redis.call('HGET', job, 'tenant'), id)
   event(facts(job), id, 'queued', 'lease_lost')
   return {'requeued', f[3], f[4]}
 end

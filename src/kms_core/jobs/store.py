@@ -66,6 +66,7 @@ class JobStore(Upkeep):
             "priority": accepted.priority,
             "items": accepted.items,
             "bytes": accepted.size_bytes,
+            "work_bytes": accepted.work_bytes,
             "created_at": accepted.created_at,
             "expires_at": accepted.expires_at,
         }
@@ -240,7 +241,11 @@ class JobStore(Upkeep):
     # -- the worker's side ----------------------------------------------------------------------------
 
     def claim(self, job_id: str, worker: str) -> Claim | None:
-        """Take the job, raising its fence; None if it ended, is leased to a live worker, or is not due."""
+        """Take the job, raising its fence.
+
+        None if it ended, is leased to a live worker, or is not due, and if it is large and the processes of
+        this worker that it may have are taken: it then waits, which counts as no attempt.
+        """
         rules = self.rules
         with redis_errors():
             word, *rest = self._run["CLAIM"](
@@ -252,13 +257,17 @@ class JobStore(Upkeep):
                     rules.attempts,
                     rules.keep_record_s,
                     rules.tenant_leases,
+                    rules.large_job_bytes,
+                    rules.large_leases if rules.has_several_tenants() else 0,
                 ],
             )
         if word == b"closed":
             metrics.JOBS.labels("any", rest[0].decode()).inc()
+        if word == b"waits" and int(rest[0]):
+            _log.info("job.waits", job_id=job_id, reason="reserved_processes")
         if word != b"claimed":
             return None
-        fence, attempt, sealed, commit, waited, deferrals, log = rest
+        fence, attempt, sealed, commit, waited, deferrals, log, is_large = rest
         try:
             return Claim(
                 accepted=self.record_key.open(job_id, sealed or b""),
@@ -267,6 +276,7 @@ class JobStore(Upkeep):
                 attempt=int(attempt),
                 waited_s=float(waited),
                 deferrals=int(deferrals),
+                is_large=bool(int(is_large)),
                 commit=self.record_key.open_commit(job_id, commit) if commit else None,
                 log=self.record_key.open_log(job_id, log) if log else Log(),
             )
@@ -298,7 +308,13 @@ class JobStore(Upkeep):
         flat = [
             field
             for part in parts
-            for field in (part.job_id, self.record_key.seal(part), part.items, part.size_bytes)
+            for field in (
+                part.job_id,
+                self.record_key.seal(part),
+                part.items,
+                part.size_bytes,
+                part.work_bytes,
+            )
         ]
         with redis_errors():
             word = self._run["SPLIT"](
@@ -356,13 +372,29 @@ class JobStore(Upkeep):
         if not claim.accepted.parent:
             metrics.JOBS.labels(claim.accepted.kind, state).inc()
 
-    def defer(self, claim: Claim, delay_s: float, *, counts: bool, away: bool = True) -> None:
+    def defer(
+        self,
+        claim: Claim,
+        delay_s: float,
+        *,
+        counts: bool,
+        away: bool = True,
+        work_bytes: int | None = None,
+    ) -> None:
         """Back to the queue, not before ``delay_s`` seconds; ``counts`` says whether the attempt counts.
 
-        ``away``: something does not answer, and the next delay will be longer.
+        ``away``: something does not answer, and the next delay will be longer. ``work_bytes`` is what the
+        job turned out to read, for the next claim.
         """
         job_id = claim.accepted.job_id
-        given = [job_id, claim.fence, delay_s, int(not counts), int(away)]
+        given = [
+            job_id,
+            claim.fence,
+            delay_s,
+            int(not counts),
+            int(away),
+            "" if work_bytes is None else work_bytes,
+        ]
         with redis_errors():
             word = self._run["DEFER"]([job_key(job_id)], given)[0]
         raise_for(word)
