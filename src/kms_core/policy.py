@@ -7,7 +7,8 @@ from typing import Final, Protocol
 from kms_core.context import Context
 from kms_core.envelope.binding import DEFAULT_TENANT
 from kms_core.errors import Forbidden, UnknownKey
-from kms_core.scopes import Pattern, Rule, Scope, Wanted
+from kms_core.patterns import Pattern, any_matches
+from kms_core.scopes import Rule, Scope, Wanted
 
 INTERNAL: Final = "internal"
 """The credential of the service's own chores; no caller and no job record can have it."""
@@ -111,7 +112,7 @@ class ByScopes:
 
     def _has(self, tenant: str, key_id: str | None) -> bool:
         patterns = self._tenants.get(tenant)
-        return key_id is None or patterns is None or any(pattern.fullmatch(key_id) for pattern in patterns)
+        return key_id is None or patterns is None or any_matches(patterns, key_id)
 
 
 def allows(

@@ -7,18 +7,19 @@ A scope is operations, and rules that a call must keep all of:
     jobs:read,jobs:write
 
 A rule that is left out asks for nothing, except that file jobs need ``read`` and ``write``. ``*`` stands for
-any text; space, comma and ``%`` are percent-encoded. ``docs/auth.md`` has the grammar for people.
+any text (``patterns.py``); space, comma and ``%`` are percent-encoded. ``docs/auth.md`` has all of it.
 """
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal, Self
 from urllib.parse import unquote
 
 from kms_core.context import Context
+from kms_core.patterns import Pattern, any_matches
 
 KEY_OPERATIONS: Final = (
     "encrypt",
@@ -37,8 +38,6 @@ NOT_IN_STAR: Final = frozenset({"wrap", "unwrap", "metrics"})
 """To be written out: who holds a file key can forge under it ever after, metrics tell of every tenant."""
 
 Rule = Literal["operation", "key", "context", "read", "write"]
-Pattern = re.Pattern[str]
-_MOST_STARS: Final = 4  # a pattern with many of them takes long to say no
 _KEY: Final = re.compile(r"[A-Za-z0-9_.*-]{1,80}")
 _PREFIX: Final = re.compile(r"(file://|s3://[a-z0-9.-]+)(/.*)", re.DOTALL)
 
@@ -90,7 +89,7 @@ class Scope:
 
     def names_key(self, key_id: str) -> bool:
         """Whether it allows anything at all with this key."""
-        return bool(self.operations.intersection(KEY_OPERATIONS)) and _any_fits(self.keys, key_id)
+        return bool(self.operations.intersection(KEY_OPERATIONS)) and _is_among(self.keys, key_id)
 
     def missing(self, wanted: Wanted) -> Rule | None:
         """The first rule that stands against it, in the order of ``Rule``; None if it is allowed."""
@@ -104,13 +103,6 @@ class Scope:
 def parse(text: str) -> Scope:
     """As ``Scope.parse``, remembered: the same few lines are asked for with every call."""
     return Scope.parse(text)
-
-
-def glob(text: str) -> Pattern:
-    """A pattern in which ``*`` stands for any text, and nothing else is special."""
-    if text.count("*") > _MOST_STARS:
-        raise ValueError(f"a pattern has at most {_MOST_STARS} stars")
-    return re.compile(".*".join(map(re.escape, text.split("*"))), re.DOTALL)
 
 
 # -- reading -----------------------------------------------------------------------------------------
@@ -133,7 +125,7 @@ def _operations(text: str) -> frozenset[str]:
 def _key_pattern(text: str) -> Pattern:
     if not _KEY.fullmatch(text):
         raise ValueError("key= takes key ids, with * for any text, separated by commas")
-    return glob(text)
+    return Pattern.parse(text)
 
 
 def _pair(text: str) -> tuple[str, Pattern]:
@@ -143,7 +135,7 @@ def _pair(text: str) -> tuple[str, Pattern]:
     # A star that was percent-encoded would become one that matches: there is no need for it.
     if "%2a" in value.lower():
         raise ValueError("a star in a context value cannot be asked for by itself")
-    return unquote(key, errors="strict"), glob(unquote(value, errors="strict"))
+    return unquote(key, errors="strict"), Pattern.parse(unquote(value, errors="strict"))
 
 
 def _prefix(text: str) -> str:
@@ -157,16 +149,16 @@ def _prefix(text: str) -> str:
 # -- asking ------------------------------------------------------------------------------------------
 
 
-def _any_fits(patterns: Iterable[Pattern], text: str) -> bool:
-    patterns = tuple(patterns)
-    return not patterns or any(pattern.fullmatch(text) for pattern in patterns)
+def _is_among(keys: Sequence[Pattern], key_id: str) -> bool:
+    """Whether a rule ``key=`` allows a key; without the rule every key is allowed."""
+    return not keys or any_matches(keys, key_id)
 
 
 def _context_fits(scope: Scope, wanted: Wanted) -> bool:
     if wanted.context is None or not scope.context:
         return True
     given = dict(wanted.context.pairs)
-    return all(key in given and pattern.fullmatch(given[key]) for key, pattern in scope.context)
+    return all(key in given and pattern.matches(given[key]) for key, pattern in scope.context)
 
 
 def _beneath(prefixes: tuple[str, ...], url: str) -> bool:
@@ -183,7 +175,7 @@ def _has_dots(path: str) -> bool:
 _RULES: Final = ("key", "context", "read", "write")
 _CHECKS: Final[Mapping[Rule, Callable[[Scope, Wanted], bool]]] = {
     "operation": lambda scope, wanted: wanted.operation in scope.operations,
-    "key": lambda scope, wanted: wanted.key_id is None or _any_fits(scope.keys, wanted.key_id),
+    "key": lambda scope, wanted: wanted.key_id is None or _is_among(scope.keys, wanted.key_id),
     "context": _context_fits,
     "read": lambda scope, wanted: not wanted.source or _beneath(scope.read, wanted.source),
     "write": lambda scope, wanted: not wanted.target or _beneath(scope.write, wanted.target),

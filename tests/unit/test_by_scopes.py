@@ -11,8 +11,9 @@ from kms_core.backends.age import AgeBackend
 from kms_core.context import Context
 from kms_core.envelope import x25519
 from kms_core.errors import DecryptFailed, Forbidden, KmsError, Unavailable, UnknownKey
+from kms_core.patterns import Pattern
 from kms_core.policy import INTERNAL, ByScopes, Principal, allows
-from kms_core.scopes import Scope, glob
+from kms_core.scopes import Scope
 from kms_core.service import Kms
 
 WHO: Final = Principal("ada", "acme", "token:x")
@@ -169,13 +170,25 @@ def test_rewrap_to_elsewhere_needs_decrypt_there_and_encrypt_here(backends: dict
 
 def test_a_tenant_has_the_keys_that_settings_give_it(backends: dict[str, AgeBackend]) -> None:
     others = {name: backend for name, backend in backends.items() if name != "default"}
-    policy = ByScopes(Stands("*"), {"acme": [glob("pay-1")]})
+    policy = ByScopes(Stands("*"), {"acme": [Pattern.parse("pay-1")]})
     service = kms_over(backends["default"], others, policy=policy)
 
     assert service.encrypt(WHO, b"x", ROW, key_id="pay-1").key.key_id == "pay-1"
     refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW, key_id="pay-2"))
     refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW, key_id="no-such-key"))
     assert [key for key in backends if policy.sees(WHO, key)] == ["pay-1"]
+
+
+@pytest.mark.parametrize("pattern", ["pay", "ay-1", "pay-1x", "p*y", "*-2"])
+def test_a_pattern_of_a_tenant_stands_for_whole_key_ids(
+    backends: dict[str, AgeBackend], pattern: str
+) -> None:
+    policy = ByScopes(Stands("*"), {"acme": [Pattern.parse(pattern)]})
+    others = {name: backend for name, backend in backends.items() if name != "default"}
+    service = kms_over(backends["default"], others, policy=policy)
+
+    refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW, key_id="pay-1"))
+    assert not policy.sees(WHO, "pay-1")
 
 
 def test_the_service_itself_rotates_and_nothing_else(backends: dict[str, AgeBackend]) -> None:

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kms_core import scopes
 from kms_core.context import Context
 from kms_core.scopes import OPERATIONS, Scope, Wanted
 
@@ -30,6 +29,9 @@ def on(operation: str, key_id: str | None = None, context: str | None = None) ->
         ("encrypt key=a,b-*", on("encrypt", "b-7", ""), None),
         ("encrypt key=a,b-*", on("encrypt", "c", ""), "key"),
         ("encrypt key=a.b", on("encrypt", "axb", ""), "key"),
+        ("encrypt key=pay", on("encrypt", "pay-1", ""), "key"),
+        ("encrypt key=" + "a*" * 9, on("encrypt", "a" * 9, ""), None),
+        ("encrypt context=env=prod", on("encrypt", "k", "env=prod-not"), "context"),
         ("encrypt context=env=prod", on("encrypt", "k", "env=prod,service=api"), None),
         ("encrypt context=env=prod", on("encrypt", "k", "env=test"), "context"),
         ("encrypt context=env=prod", on("encrypt", "k", ""), "context"),
@@ -120,10 +122,10 @@ def test_objects_are_named_as_they_are(url: str, rule: str | None) -> None:
         ("encrypt  key=a", "key=…"),
         ("encrypt key=a key=b", "stands twice"),
         ("encrypt key=a/b", "key ids"),
-        ("encrypt key=" + "a*" * 5, "at most 4 stars"),
         ("encrypt context=prod", "pairs such as"),
         ("encrypt context==x", "pairs such as"),
         ("encrypt context=a=%2A", "a star"),
+        ("encrypt context=a=%2a", "a star"),
         ("encrypt read=/srv/in", "file:///directory/"),
         ("encrypt read=file://srv", "file:///directory/"),
         ("encrypt read=file:///srv/../etc/", "file:///directory/"),
@@ -144,12 +146,6 @@ def test_no_text_does_anything_but_parse_or_be_refused(text: str) -> None:
     except ValueError:
         return
     assert scope.operations <= set(OPERATIONS)
-
-
-@given(st.text(st.characters(exclude_characters="*"), max_size=20))
-def test_a_pattern_without_stars_fits_itself_alone(text: str) -> None:
-    assert scopes.glob(text).fullmatch(text)
-    assert not scopes.glob(text).fullmatch(text + "x")
 
 
 def test_a_scope_shows_the_keys_that_it_names() -> None:

@@ -24,6 +24,7 @@ from kms_core import scopes
 from kms_core.auth.jwks import Keys
 from kms_core.auth.tokens import NAME, REFUSED
 from kms_core.errors import Unauthenticated
+from kms_core.patterns import Pattern
 from kms_core.policy import Grant, Principal
 from kms_core.settings_sections import Issuer
 
@@ -183,9 +184,9 @@ def _scopes(claims: Claims, section: Issuer) -> Iterator[str]:
 
 def _says(claim: object, text: str) -> bool:
     """Whether a claim, or one of a list of them, is as a pattern says."""
-    pattern = scopes.glob(text)
+    pattern = Pattern.parse(text)
     values = claim if isinstance(claim, list) else [claim]
-    return any(isinstance(value, str) and pattern.fullmatch(value) for value in values)
+    return any(isinstance(value, str) and pattern.matches(value) for value in values)
 
 
 def _is_scope(text: str) -> bool:

@@ -22,8 +22,8 @@ from kms_core.jobs.places import Places, SourceLimits
 from kms_core.jobs.records import RecordKey
 from kms_core.jobs.run import Shop
 from kms_core.jobs.store import JobStore
+from kms_core.patterns import Pattern
 from kms_core.policy import AllowAll, ByScopes, Policy
-from kms_core.scopes import glob
 from kms_core.servers import connect
 from kms_core.service import Kms
 from kms_core.settings import Settings
@@ -112,7 +112,8 @@ def _policy(settings: Settings, doors: Doors | None) -> Policy:
     if doors is None:
         return AllowAll()
     tenants = settings.kms.tenants.items()
-    return ByScopes(doors, {name: [glob(pattern) for pattern in section.keys] for name, section in tenants})
+    patterns = {name: [Pattern.parse(text) for text in section.keys] for name, section in tenants}
+    return ByScopes(doors, patterns)
 
 
 def build_intake(settings: Settings, desk_: Desk) -> Intake | None:

@@ -11,11 +11,12 @@ is the source itself: then each file takes the place of the one it was made from
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Self
 from urllib.parse import quote, unquote_to_bytes
 
 from kms_core.errors import InvalidRequest
+from kms_core.patterns import STAR, Pattern
 from kms_core.wire import JobKind
 
 SUFFIX: Final = ".age"
@@ -35,6 +36,10 @@ class Tree:
 
     base: str
     pattern: tuple[str, ...]
+    _names: tuple[Pattern, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_names", tuple(map(_name_pattern, self.pattern)))
 
     @classmethod
     def parse(cls, source: str) -> Self:
@@ -58,10 +63,9 @@ class Tree:
         after: set[int] = set()
         for state in states:
             if state < len(self.pattern):
-                part = self.pattern[state]
-                if part == ANY_DEPTH:
+                if self.pattern[state] == ANY_DEPTH:
                     after.add(state)
-                elif _matches(part, name):
+                elif self._names[state].matches(name):
                     after.add(state + 1)
         return self._closed(after)
 
@@ -81,13 +85,11 @@ class Tree:
         return self.is_whole(states)
 
     def _closed(self, states: set[int]) -> States:
-        """With what follows a ``**`` that matches no directory."""
+        """With what follows a ``**`` that matches no directory; one step for each part of the pattern."""
         found = set(states)
-        for state in sorted(states):
-            at = state
-            while at < len(self.pattern) and self.pattern[at] == ANY_DEPTH:
-                at += 1
-                found.add(at)
+        for at, part in enumerate(self.pattern):
+            if at in found and part == ANY_DEPTH:
+                found.add(at + 1)
         return frozenset(found)
 
 
@@ -112,18 +114,6 @@ def target_of(kind: JobKind, source: str, target: str, tree: Tree, path: str) ->
     return target + path
 
 
-def _matches(part: str, name: str) -> bool:
-    """``part`` is still encoded, so that a star in it is a wildcard and ``%2A`` a star."""
-    first, *middle = (decoded(piece) for piece in part.split("*"))
-    if not middle:
-        return name == first
-    *middle, last = middle
-    if not name.startswith(first) or len(name) < len(first) + len(last) or not name.endswith(last):
-        return False
-    at, end = len(first), len(name) - len(last)
-    for piece in middle:
-        at = name.find(piece, at, end)
-        if at < 0:
-            return False
-        at += len(piece)
-    return True
+def _name_pattern(part: str) -> Pattern:
+    """The pattern of one name: cut before it is decoded, so ``*`` is a wildcard and ``%2A`` a star."""
+    return Pattern(tuple(decoded(piece) for piece in part.split(STAR)))
