@@ -13,8 +13,6 @@ from typing import Final
 import anyio
 import anyio.to_thread
 import structlog
-from starlette.datastructures import Headers
-from starlette.requests import cookie_parser
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -22,7 +20,7 @@ from kms_api import problems
 from kms_api.deps import LET_IN, LOCAL_CALLER, WHO
 from kms_api.facade import refusals
 from kms_api.rules import METRICS, OPEN_PATHS, UI, UI_OPEN, VAULT_OPEN, is_ui, is_vault
-from kms_api.sessions import COOKIE, SESSION, Sessions
+from kms_api.sessions import COOKIE, SESSION, Sessions, cookie
 from kms_core import audit, metrics
 from kms_core.audit import Audit
 from kms_core.auth.doors import Doors
@@ -134,7 +132,7 @@ class Gate:
         """Who has logged in, if this is the page: a session opens nothing else."""
         if not is_ui(scope["path"]):
             return None
-        session = cookie_parser(Headers(scope=scope).get("cookie", "")).get(COOKIE, "")
+        session = cookie(scope["headers"], COOKIE)
         who = self._sessions.find(session)
         if who is None:
             return None

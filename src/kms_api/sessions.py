@@ -2,15 +2,17 @@
 
 A session keeps a principal, never a token: the cookie opens the page alone, and is worth nothing at the API.
 What the principal may do is asked of the policy with every request, so a revoked token ends its sessions.
-Files, since several processes may answer at one port.
+Files, since several processes may answer at one port. A file is named by hashes: of the tenant and of the
+credential under a key of this install, and of the cookie.
 """
 
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -23,7 +25,10 @@ COOKIE: Final = "kms_session"
 VISITOR: Final = "kms_login"  # the cookie that tells our login form from a forged one
 LASTS_S: Final = 8 * 3600
 SESSION: Final = "kms.session"  # where the gate leaves the id of a session in a request's scope
-_MOST: Final = 1000
+MOST_OF_TENANT: Final = 1000
+MOST_OF_CREDENTIAL: Final = 50
+_LABEL_CHARS: Final = 16  # of a tenant or a credential: a clash of two would only let them share a bound
+_GROUP: Final = re.compile(rf"[0-9a-f]{{{2 * _LABEL_CHARS}}}")
 _ID_BYTES: Final = 32
 _KEY_BYTES: Final = 32
 _STAMPING: Final = "stamping"
@@ -35,7 +40,10 @@ class _Held(msgspec.Struct, frozen=True):
 
 
 class Sessions:
-    """At most 1,000, of eight hours each; above that the oldest ends."""
+    """At most 50 of a credential and 1,000 of a tenant, of eight hours each.
+
+    Above that the oldest of the same credential ends, or else of the same tenant, and never another tenant's.
+    """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         """``folder`` is made; ``clock`` gives seconds since the epoch. Raises OSError."""
@@ -45,9 +53,10 @@ class Sessions:
         self._stamping = _key(folder / _STAMPING)
 
     def begin(self, who: Principal) -> str:
-        """A new session; its id, which is nowhere afterwards but in the browser."""
-        self._make_room()
-        session, now = new_id(), self._clock()
+        """Begin a session and return its id, which only the browser keeps. Raises OSError."""
+        group = self._label(f"tenant {who.tenant}") + self._label(_credential(who))
+        self._make_room(group)
+        session, now = f"{group}{new_id()}", self._clock()
         path = self._path(session)
         _write(path, msgspec.json.encode(_Held(who, now + LASTS_S)))
         os.utime(path, (now, now))
@@ -72,15 +81,52 @@ class Sessions:
         return hmac.compare_digest(self.stamp(holder).encode(), given.encode())
 
     def _path(self, session: str) -> Path:
-        return self._folder / hashlib.sha256(session.encode()).hexdigest()
+        """The file of a session. What is no id of ours has none that could exist."""
+        group = session[: 2 * _LABEL_CHARS]
+        known = group if _GROUP.fullmatch(group) else ""
+        return self._folder / f"{known}{hashlib.sha256(session.encode()).hexdigest()}"
 
-    def _make_room(self) -> None:
-        """End what has run out, and the oldest of too many."""
-        begun = sorted((_begun(path), path) for path in self._folder.iterdir() if path.name != _STAMPING)
-        over = len(begun) - _MOST + 1
-        for number, (at, path) in enumerate(begun):
-            if number < over or at + LASTS_S <= self._clock():
+    def _label(self, text: str) -> str:
+        """A name that tells nothing without the key of this install."""
+        return self.stamp(f"label {text}")[:_LABEL_CHARS]
+
+    def _make_room(self, group: str) -> None:
+        """End what has run out, and the oldest session where there are too many for one more."""
+        now, tenants, credentials = self._clock(), [], []
+        for at, path in sorted((_begun(path), path) for path in self._files()):
+            if at + LASTS_S <= now:
                 path.unlink(missing_ok=True)
+            elif path.name.startswith(group):
+                credentials.append(path)
+            elif path.name.startswith(group[:_LABEL_CHARS]):
+                tenants.append(path)
+        over = len(credentials) - MOST_OF_CREDENTIAL + 1
+        crowded = len(credentials) + len(tenants) - MOST_OF_TENANT + 1
+        for path in (credentials + tenants)[: max(0, over, crowded)]:
+            path.unlink(missing_ok=True)
+
+    def _files(self) -> Iterable[Path]:
+        return (path for path in self._folder.iterdir() if path.name != _STAMPING)
+
+
+def _credential(who: Principal) -> str:
+    """What counts as one credential: the holder, since every JWT of one has an id of its own."""
+    return f"{who.credential.partition(':')[0]} {who.tenant} {who.name}"
+
+
+def cookie(headers: Iterable[tuple[bytes, bytes]], name: str) -> str:
+    """The value of a cookie of ours in the headers of a request; empty without one.
+
+    It is taken as it stands. ``http.cookies``, which Starlette asks, unquotes values in quadratic time before
+    Python 3.11.10 (CVE-2024-7592): seconds for the 16 KiB that anybody may send.
+    """
+    wanted = name.encode("ascii")
+    for header, text in headers:
+        for pair in text.split(b";") if header == b"cookie" else ():
+            given, _, value = pair.partition(b"=")
+            if given.strip() == wanted:
+                return value.strip().decode("latin-1")
+    return ""
 
 
 def new_id() -> str:

@@ -23,7 +23,6 @@ from kms_api.sessions import LASTS_S, Sessions
 from kms_cli.valkey import EmbeddedValkey
 from kms_core.auth import tokens
 from kms_core.jobs.run import run_job
-from kms_core.policy import Principal
 from kms_core.wire import PREFIX
 from service import CONTEXT, Json, Service, b64, core_of, until
 
@@ -579,27 +578,6 @@ def test_a_form_whose_session_ends_while_it_is_sent_leads_to_the_login(guarded: 
     assert "location: /ui/login" in answer
     state = guarded.get(f"/jobs/{job_id}", headers=guarded.token("*")).json()["state"]
     assert state == "queued"
-
-
-def test_a_session_ends_after_eight_hours_and_the_oldest_makes_room(tmp_path: Path) -> None:
-    now = 1000.0
-    sessions = Sessions(tmp_path / "sessions", lambda: now)
-    who = Principal("ada", credential="token:1")
-    first = sessions.begin(who)
-    assert sessions.find(first) == who
-    now += LASTS_S - 1
-    assert sessions.find(first) == who
-    now += 1
-    assert sessions.find(first) is None
-
-    kept = []
-    for _ in range(1001):
-        now += 1
-        kept.append(sessions.begin(who))
-    assert sessions.find(kept[0]) is None
-    assert sessions.find(kept[1]) == who
-    sessions.end(kept[1])
-    assert sessions.find(kept[1]) is None
 
 
 @pytest.mark.parametrize("cut", [b"", b"\0" * 31], ids=["empty", "short"])

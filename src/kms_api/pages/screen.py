@@ -17,7 +17,7 @@ from kms_api.deps import WHO, service
 from kms_api.gate import Entry
 from kms_api.pages.runbooks import Runbook
 from kms_api.rules import UI, UI_RULES, Ruled
-from kms_api.sessions import SESSION, VISITOR, Sessions
+from kms_api.sessions import SESSION, VISITOR, Sessions, cookie
 from kms_core import __version__, audit, wire
 from kms_core.errors import Forbidden, InvalidRequest, KmsError
 from kms_core.policy import Principal
@@ -131,4 +131,4 @@ def _holder(request: Request) -> str:
     who: Principal = request.scope[WHO]
     if who.name:
         return f"caller {who.tenant} {who.credential} {who.name}"
-    return f"visitor {request.cookies.get(VISITOR, '')}"
+    return f"visitor {cookie(request.scope['headers'], VISITOR)}"

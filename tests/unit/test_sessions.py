@@ -1,0 +1,161 @@
+"""Sessions of the page: how long they last, whose make room for whose, and what their files tell."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from kms_api.sessions import COOKIE, LASTS_S, MOST_OF_CREDENTIAL, MOST_OF_TENANT, Sessions, cookie
+from kms_core.policy import Principal
+
+ADA: Final = Principal("ada", "acme", "token:ada")
+EVE: Final = Principal("eve", "acme", "token:eve")
+OTHER: Final = Principal("ada", "beta", "token:other")
+
+
+class Clock:
+    """Seconds since the epoch; each look is a second later."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def sessions(tmp_path: Path, clock: Clock) -> Sessions:
+    return Sessions(tmp_path / "sessions", clock)
+
+
+def files(tmp_path: Path) -> Iterator[Path]:
+    return (path for path in (tmp_path / "sessions").iterdir() if path.name != "stamping")
+
+
+def test_a_session_ends_after_eight_hours(sessions: Sessions, clock: Clock, tmp_path: Path) -> None:
+    first = sessions.begin(ADA)
+    began = clock.now
+    assert sessions.find(first) == ADA
+    clock.now = began + LASTS_S - 10
+    assert sessions.find(first) == ADA
+    clock.now = began + LASTS_S
+    assert sessions.find(first) is None
+
+    sessions.begin(OTHER)
+    assert len(list(files(tmp_path))) == 1, "what has run out is removed, whosever it was"
+
+
+def test_a_session_that_was_ended_is_none(sessions: Sessions) -> None:
+    one, other = sessions.begin(ADA), sessions.begin(ADA)
+    sessions.end(one)
+
+    assert (sessions.find(one), sessions.find(other)) == (None, ADA)
+
+
+def test_logins_of_one_credential_end_no_session_of_another(sessions: Sessions, tmp_path: Path) -> None:
+    colleague, stranger = sessions.begin(ADA), sessions.begin(OTHER)
+    made = [sessions.begin(EVE) for _ in range(1005)]
+
+    assert sessions.find(colleague) == ADA
+    assert sessions.find(stranger) == OTHER
+    assert [sessions.find(one) for one in made[:-50]] == [None] * 955
+    assert [sessions.find(one) for one in made[-50:]] == [EVE] * 50
+    assert len(list(files(tmp_path))) == 52
+
+
+def test_jwts_of_one_holder_are_one_credential(sessions: Sessions) -> None:
+    colleague = sessions.begin(ADA)
+    for number in range(1005):
+        sessions.begin(Principal("corp:eve", "acme", f"jwt:corp:{number:016x}"))
+
+    assert sessions.find(colleague) == ADA
+
+
+def test_in_a_full_tenant_the_oldest_of_the_same_credential_ends_first(
+    sessions: Sessions, tmp_path: Path
+) -> None:
+    stranger, eldest, mine = sessions.begin(OTHER), sessions.begin(EVE), sessions.begin(ADA)
+    for number in range(MOST_OF_TENANT - 2):
+        sessions.begin(Principal(f"bot-{number // MOST_OF_CREDENTIAL}", "acme", f"token:{number}"))
+    assert len(list(files(tmp_path))) == MOST_OF_TENANT + 1
+
+    following = sessions.begin(ADA)
+    assert (sessions.find(mine), sessions.find(eldest), sessions.find(following)) == (None, EVE, ADA)
+
+    sessions.begin(Principal("new", "acme", "token:new"))
+    assert (sessions.find(eldest), sessions.find(following)) == (None, ADA)
+    assert sessions.find(stranger) == OTHER
+    assert len(list(files(tmp_path))) == MOST_OF_TENANT + 1
+
+
+def test_no_file_tells_a_session_or_whose_it_is(sessions: Sessions, tmp_path: Path) -> None:
+    """Who reads the folder can log in as no one: the id that a cookie holds is nowhere in it."""
+    session = sessions.begin(ADA)
+    (path,) = files(tmp_path)
+
+    secret = session[-43:]  # 256 bits in base64
+    assert secret not in path.name
+    assert secret.encode() not in path.read_bytes()
+    assert not [name for name in (ADA.name, ADA.tenant, ADA.credential) if name in path.name]
+    assert sessions.find(path.name) is None
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_names_of_files_differ_from_install_to_install(tmp_path: Path) -> None:
+    one, other = (Sessions(tmp_path / name).begin(ADA)[:32] for name in ("one", "other"))
+
+    assert one != other
+
+
+@pytest.mark.parametrize(
+    "session",
+    ["", "x", "../stamping", "a" * 32, f"{'a' * 32}/../stamping", "\0" * 43, "é" * 75, "x" * 8000],
+)
+def test_what_is_no_session_is_none(sessions: Sessions, session: str) -> None:
+    sessions.begin(ADA)
+
+    assert sessions.find(session) is None
+    sessions.end(session)
+
+
+# -- cookies -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        ("kms_session=abc", "abc"),
+        ("a=b; kms_session=abc; c=d", "abc"),
+        ("a=b;kms_session=abc", "abc"),
+        ("kms_session=one; kms_session=two", "one"),
+        ("my_kms_session=abc; kms_sessions=x", ""),
+        ("kms_session", ""),
+        ("kms_session=", ""),
+        ('kms_session="abc"', '"abc"'),
+        ("", ""),
+    ],
+)
+def test_a_cookie_is_what_its_name_says(header: str, value: str) -> None:
+    headers = [(b"host", b"kms_session=no"), (b"cookie", header.encode()), (b"cookie", b"d=e")]
+
+    assert cookie(headers, COOKIE) == value
+
+
+def test_no_cookie_takes_long_to_read() -> None:
+    """``http.cookies`` of Python 3.11.7 takes a minute for the last of these."""
+    seconds = []
+    for size in (600, 6_000, 60_000):
+        headers = [(b"cookie", b'a="' + b"\\\\" * (size // 2) + b'"; kms_session="' + b"\\1" * (size // 2))]
+        begun = time.process_time()
+        for _ in range(50):
+            cookie(headers, COOKIE)
+        seconds.append((time.process_time() - begun) / 50)
+        assert seconds[-1] <= max(seconds[0], 1e-5) * size / 600 * 3, seconds
