@@ -96,6 +96,7 @@ def build(settings: Settings) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,  # a redirected POST would send its secret twice
     )
+    requests = Requests(_paces(settings))
     app.state.service = Service(
         settings,
         core.kms,
@@ -105,6 +106,7 @@ def build(settings: Settings) -> ASGIApp:
         time.monotonic(),
         {},
         anyio.CapacityLimiter(settings.kms.server.uploads),
+        requests,
         ThreadPoolExecutor(_SLAB_THREADS, "slab"),
     )
     for router in ROUTERS:
@@ -119,7 +121,7 @@ def build(settings: Settings) -> ASGIApp:
         metrics.WEAK_SETTING.labels(setting).set(setting in weak)
     limits = Limits(
         Failures(settings.kms.auth.failures_per_minute / settings.kms.server.processes),
-        Requests(_paces(settings)),
+        requests,
         Scraping(settings.kms.server.metrics, core.doors, core.kms.policy),
     )
     entry = None if core.doors is None else Entry(core.doors, core.kms.trail, limits.failures)

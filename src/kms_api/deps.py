@@ -9,6 +9,7 @@ import anyio.to_thread
 from fastapi import Request
 
 from kms_core.audit.watch import Watch
+from kms_core.auth.throttle import Requests
 from kms_core.envelope.header import BUNDLE
 from kms_core.jobs.desk import Desk
 from kms_core.policy import Principal
@@ -51,6 +52,8 @@ class Service:
     limiters: dict[str, anyio.CapacityLimiter]
     upload_limiter: anyio.CapacityLimiter
     """The threads that work on streams of items while these arrive, one for each."""
+    requests: Requests
+    """What the items of batches and jobs, and logins, are counted by; requests are in ``gate.py``."""
     threads: Executor
     """Where the slabs of files are sealed and opened, written and read."""
 

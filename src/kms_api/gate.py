@@ -2,7 +2,7 @@
 
 ``Authorization: Bearer``, ``X-API-Key`` and ``X-Vault-Token`` are one door, for tokens and JWTs alike; a
 client certificate is the other. The page has sessions besides, which begin with a token and open nothing but
-the page. Quotas of requests are counted here too.
+the page. Requests are counted here too; their items, where they are known (``Service.requests``).
 """
 
 from collections.abc import Iterable
@@ -121,11 +121,7 @@ class Gate:
             who = self._of_session(scope, self._entry) or await self._entry.let_in(scope)
         elif scope["path"] == METRICS:
             raise Forbidden("Metrics are for callers on this machine: see [kms.server] metrics")
-        try:
-            self._requests.take(who.tenant)
-        except RateLimited:
-            metrics.RATE_LIMITED.labels(who.tenant).inc()
-            raise
+        self._requests.take(who.tenant)
         return who
 
     def _of_session(self, scope: Scope, entry: Entry) -> Principal | None:

@@ -1,6 +1,7 @@
 """Errors as RFC 9457 problems: the one place where an error meets an HTTP status."""
 
 import http
+import math
 from typing import Final
 
 import structlog
@@ -99,10 +100,15 @@ def answer(error: KmsError) -> Response:
         detail = AWAY
     made = problem(status_of(error), error.code, detail, title=error.summary, links=links)
     if isinstance(error, errors.Unavailable):
-        made.headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+        made.headers["Retry-After"] = retry_after(error)
     if isinstance(error, errors.Unauthenticated):
         made.headers["WWW-Authenticate"] = "Bearer"
     return made
+
+
+def retry_after(error: errors.Unavailable) -> str:
+    """Whole seconds, never fewer than there are: who comes back then must not come too early."""
+    return str(max(1, math.ceil(error.retry_after_s)))
 
 
 def expected(error: Exception) -> Response:

@@ -70,6 +70,82 @@ def test_what_one_caller_can_change_at_will_is_one_source(one: str, other: str, 
     assert (source_of(one) == source_of(other)) == same
 
 
+@pytest.mark.parametrize("per_s", [0.1, 1 / 3, 7, 1e-3, 333.3])
+def test_a_request_passes_at_the_very_time_that_was_told_and_not_before(clock: Clock, per_s: float) -> None:
+    requests = Requests({"acme": Pace(per_s, 2)}, clock=clock)
+    for _ in range(2):
+        requests.take("acme")
+    for _ in range(200):
+        with pytest.raises(RateLimited) as refused:
+            requests.take("acme")
+        clock.now += refused.value.retry_after_s * 0.99
+        with pytest.raises(RateLimited):
+            requests.take("acme")
+        clock.now += refused.value.retry_after_s * 0.01
+        requests.take("acme")
+
+
+def test_a_bucket_fills_up_to_its_burst_and_no_further(clock: Clock) -> None:
+    requests = Requests({"acme": Pace(10, 3)}, clock=clock)
+    clock.now += 3600
+    for _ in range(3):
+        requests.take("acme")
+
+    with pytest.raises(RateLimited):
+        requests.take("acme")
+
+
+def test_items_may_be_more_than_are_left_and_are_owed(clock: Clock) -> None:
+    requests = Requests({"acme": Pace(10, 5)}, clock=clock)
+    requests.take("acme")
+    requests.take_items("acme", 25)
+
+    with pytest.raises(RateLimited) as caught:
+        requests.take("acme")
+    assert caught.value.retry_after_s == pytest.approx(2.1)
+    clock.now += 2.1
+    requests.take("acme")
+
+
+def test_of_batches_that_were_let_in_together_one_goes_into_debt(clock: Clock) -> None:
+    requests = Requests({"acme": Pace(10, 5)}, clock=clock)
+    for _ in range(5):
+        requests.take("acme")
+    requests.take_items("acme", 1000)
+    for _ in range(4):
+        with pytest.raises(RateLimited) as caught:
+            requests.take_items("acme", 1000)
+        assert caught.value.retry_after_s == pytest.approx(100)
+
+    requests.take_items("other", 1000)
+
+
+def test_items_of_a_stream_are_counted_while_they_are_taken(clock: Clock) -> None:
+    requests = Requests({"acme": Pace(1, 1000)}, clock=clock)
+    requests.take("acme")
+    items = requests.counted("acme", range(700))
+    taken = [next(items) for _ in range(250)]
+    items.close()  # type: ignore[attr-defined]  # as when what takes them fails
+    requests.take_items("acme", 751)
+
+    assert taken == list(range(250))
+    with pytest.raises(RateLimited) as caught:
+        requests.take("acme")
+    assert caught.value.retry_after_s == pytest.approx(1), "250 and 750 of 1,000 are spent"
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 99, 100, 101, 102, 350])
+def test_all_items_of_a_stream_are_counted_once(clock: Clock, count: int) -> None:
+    requests = Requests({"acme": Pace(1, 1000)}, clock=clock)
+    requests.take("acme")
+    assert list(requests.counted("acme", range(count))) == list(range(count))
+    requests.take_items("acme", 1001 - max(1, count))
+    requests.take_items("acme", 2)
+
+    with pytest.raises(RateLimited):
+        requests.take_items("acme", 2)
+
+
 def test_a_tenant_may_ask_so_often_and_others_as_they_like(clock: Clock) -> None:
     requests = Requests({"acme": Pace(10, 5)}, clock=clock)
     for _ in range(5):

@@ -111,6 +111,7 @@ async def _many(asked: Asked, body: Call, work: Work) -> Response:
         raise TooLarge(f"batch_input has at most {shapes.MAX_ITEMS} items: send several requests")
     if code is not None and code not in _CODES:
         raise InvalidRequest("partial_failure_response_code: expected 200 to 599, of an answer with a body")
+    asked.built.requests.take_items(asked.who.tenant, len(items))
     limiter = asked.built.limiter(BATCHES)
     results = await anyio.to_thread.run_sync(_run, asked, items, work, limiter=limiter)
     failed = sum(result.error is not msgspec.UNSET for result in results)

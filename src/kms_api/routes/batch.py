@@ -37,8 +37,10 @@ async def batch(request: Request) -> Response:
     """Up to 1,000 calls of one kind. A refused item has an ``error`` and sinks no other."""
     built = service(request)
     body = await bodies.read(request, wire.BatchIn, built.settings.kms.limits.json_body_bytes)
+    who = caller(request)
+    built.requests.take_items(who.tenant, len(body.items))
     limiter = built.limiter(BATCHES)
-    return bodies.answer(await anyio.to_thread.run_sync(_run, built, caller(request), body, limiter=limiter))
+    return bodies.answer(await anyio.to_thread.run_sync(_run, built, who, body, limiter=limiter))
 
 
 def _run(built: Service, who: Principal, body: wire.BatchIn) -> wire.BatchOut:

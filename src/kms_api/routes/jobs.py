@@ -22,7 +22,7 @@ from kms_api.transfer_rate import TransferLimits
 from kms_core import audit, wire
 from kms_core.context import Context
 from kms_core.errors import BodyTimeout, InvalidRequest
-from kms_core.jobs import bulk, campaign
+from kms_core.jobs import bulk, campaign, desk
 from kms_core.jobs.desk import Terms
 from kms_core.jobs.model import Job
 from kms_core.policy import Principal
@@ -228,7 +228,11 @@ def _submit(built: Service, request: Request, body: wire.JobIn) -> Job:
         callback=body.callback or "",
         priority=body.priority or "normal",
     )
-    return built.desk.submit(terms, body, built.settings.kms.limits.json_job_items)
+    most = built.settings.kms.limits.json_job_items
+    if body.items is not None:
+        desk.check_count(len(body.items), most)
+        built.requests.take_items(terms.who.tenant, len(body.items))
+    return built.desk.submit(terms, body, most)
 
 
 async def _stream_of_items(request: Request, built: Service) -> Job:
@@ -248,7 +252,7 @@ async def _stream_of_items(request: Request, built: Service) -> Job:
         def work() -> Job:
             built.desk.check(terms, bulk=True)
             parsed = (bulk.parse_line(index, line) for index, line in enumerate(bulk.lines(arriving())))
-            return built.desk.items(terms, parsed)
+            return built.desk.items(terms, built.requests.counted(terms.who.tenant, parsed))
 
         return await anyio.to_thread.run_sync(work, limiter=built.upload_limiter)
 

@@ -14,6 +14,7 @@ from kms_api.rules import UI
 from kms_api.sessions import COOKIE, LASTS_S, SESSION, VISITOR, new_id
 from kms_core import audit
 from kms_core.errors import KmsError, RateLimited, Unauthenticated
+from kms_core.policy import Principal
 
 router: Final = APIRouter(prefix=UI, route_class=Page, include_in_schema=False)
 _FORM_S: Final = 3600
@@ -61,6 +62,11 @@ async def logout(request: Request) -> Response:
 
 async def _begin(request: Request, entry: Entry, token: str) -> str:
     who = await entry.let_in(request.scope, token)
+    service(request).requests.take(who.tenant)  # the gate knew no tenant yet
+    return await in_thread(request, _begun, request, who)
+
+
+def _begun(request: Request, who: Principal) -> str:
     with audit.recorded(service(request).kms.trail, who, "session.begin", ""):
         return screen(request).sessions.begin(who)
 
@@ -71,7 +77,7 @@ def _login_page(request: Request, error: KmsError | None = None) -> Response:
     stamp = stamp_of(request, f"visitor {visitor}")
     answer = render(request, "login.html", status, error=error, stamp=stamp)
     if isinstance(error, RateLimited):
-        answer.headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+        answer.headers["Retry-After"] = problems.retry_after(error)
     _set_cookie(request, answer, VISITOR, visitor, _FORM_S)
     return answer
 

@@ -4,17 +4,23 @@ Each process counts for itself, in bounded memory; of several that share an addr
 """
 
 import ipaddress
+import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
+from kms_core import metrics
 from kms_core.errors import RateLimited
+
+T = TypeVar("T")
 
 MOST_SOURCES: Final = 4096
 _IPV6_BITS: Final = 64  # what one caller is given: addresses within cost him nothing
+_STEP: Final = 100  # items of a stream that are counted at once
+_ENOUGH: Final = 1 - 1e-9  # of one request: who waits as long as told must not miss it by a rounding
 
 
 @dataclass(slots=True)
@@ -58,7 +64,11 @@ class Failures:
 
 
 class Requests:
-    """Requests by tenant, where settings bound them. Safe to call from several threads."""
+    """Requests and their items by tenant, where settings bound them. Safe to call from several threads.
+
+    A request is let in while its tenant has one left. Further items of it may be more than are left: the
+    tenant is then in debt, which later requests wait for. So any batch can pass, and costs what it is.
+    """
 
     def __init__(self, paces: Mapping[str, Pace], *, clock: Callable[[], float] = time.monotonic) -> None:
         now = clock()
@@ -68,16 +78,42 @@ class Requests:
         self._buckets = {tenant: _Bucket(pace.burst, now) for tenant, pace in paces.items()}
 
     def take(self, tenant: str) -> None:
-        """Count a request. Raises RateLimited, with the time until the next one is allowed."""
+        """Count a request. Raises RateLimited, with the seconds until the next one is allowed."""
+        self._spend(tenant, 1, left=_ENOUGH)
+
+    def take_items(self, tenant: str, count: int) -> None:
+        """Count the items of a request, of which ``take`` has counted one already.
+
+        Raises RateLimited, and counts nothing, while the tenant is in debt: of several batches that were let
+        in together, one may go into debt.
+        """
+        self._spend(tenant, count - 1, left=_ENOUGH - 1)
+
+    def counted(self, tenant: str, items: Iterable[T]) -> Iterator[T]:
+        """The items of a stream, as they are; each but the first is counted when it is taken, into debt."""
+        index, told = 0, 0
+        try:
+            for index, item in enumerate(items):
+                yield item
+                if index - told >= _STEP:
+                    self._spend(tenant, index - told)
+                    told = index
+        finally:
+            self._spend(tenant, index - told)
+
+    def _spend(self, tenant: str, count: int, *, left: float = -math.inf) -> None:
+        """Take so many out of a bucket that holds at least ``left``; the answer to others is RateLimited."""
         pace = self._paces.get(tenant)
-        if pace is None:
+        if pace is None or count < 1:
             return
         with self._lock:
             bucket, now = self._buckets[tenant], self._clock()
-            wait_s = _wait_s(bucket, pace, now)
-            if not wait_s:
-                _take(bucket, pace, now)
-        if wait_s:
+            level = _level(bucket, pace, now)
+            if level >= left:
+                bucket.level, bucket.at = level - count, now
+        if level < left:
+            metrics.RATE_LIMITED.labels(tenant).inc()
+            wait_s = (1 - level) / pace.per_s
             raise RateLimited("Your tenant's requests a second are used up", retry_after_s=wait_s)
 
 
@@ -95,10 +131,15 @@ def source_of(address: str) -> str:
 
 
 def _wait_s(bucket: _Bucket, pace: Pace, now: float) -> float:
-    level = min(pace.burst, bucket.level + (now - bucket.at) * pace.per_s)
-    return 0.0 if level >= 1 else (1 - level) / pace.per_s
+    level = _level(bucket, pace, now)
+    return 0.0 if level >= _ENOUGH else (1 - level) / pace.per_s
 
 
 def _take(bucket: _Bucket, pace: Pace, now: float) -> None:
-    bucket.level = max(0.0, min(pace.burst, bucket.level + (now - bucket.at) * pace.per_s) - 1)
+    bucket.level = max(0.0, _level(bucket, pace, now) - 1)
     bucket.at = now
+
+
+def _level(bucket: _Bucket, pace: Pace, now: float) -> float:
+    """What a bucket holds now; below zero it is in debt."""
+    return min(pace.burst, bucket.level + (now - bucket.at) * pace.per_s)

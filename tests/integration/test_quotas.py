@@ -1,0 +1,149 @@
+"""What a tenant's requests a second are spent on: items of batches and jobs, and logins, as much as requests.
+
+Buckets fill by one in 100 seconds here, so what is left can be counted; every tenant of a test has its own.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Final
+
+import httpx
+import pytest
+
+from callers import REQUIRED, Guarded
+from kms_cli.valkey import EmbeddedValkey
+from service import CONTEXT, b64, check_problem
+
+BURST: Final = 10
+PER_S: Final = 0.01
+TENANTS: Final = ("batch", "large", "moved", "vault", "json", "stream", "cut", "login", "boundary", "debt")
+ITEM: Final = {"plaintext": b64(b"x"), "context": CONTEXT}
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> Iterator[Guarded]:
+    """One API process; no worker runs."""
+    quotas = "".join(f"[kms.tenants.{name}]\nrequests_per_s = {PER_S}\nburst = {BURST}\n" for name in TENANTS)
+    settings = f"{REQUIRED}[kms.facade]\nenabled = true\n{quotas}"
+    redis = valkey.place.url_of(next(database_numbers))
+    with Guarded(tmp_path_factory.mktemp("quotas"), settings, redis) as running:
+        yield running.start("api")
+
+
+def left(guarded: Guarded, headers: dict[str, str]) -> int:
+    """How many requests are left to a tenant, found by spending them."""
+    for spent in range(BURST + 1):
+        answer = guarded.get("/keys", headers=headers)
+        if answer.status_code != 200:
+            check_problem(answer, 429, "rate_limited")
+            return spent
+    raise AssertionError("there is no end of them")
+
+
+def wait_s(answer: httpx.Response) -> int:
+    check_problem(answer, 429, "rate_limited")
+    return int(answer.headers["retry-after"])
+
+
+def batch(
+    guarded: Guarded, headers: dict[str, str], count: int, operation: str = "encrypt"
+) -> httpx.Response:
+    return guarded.post("/batch", {"operation": operation, "items": [ITEM] * count}, headers=headers)
+
+
+def test_a_request_is_let_in_while_one_is_left(guarded: Guarded) -> None:
+    acme = guarded.token("*", tenant="boundary")
+
+    assert left(guarded, acme) == BURST
+    assert 90 <= wait_s(guarded.get("/keys", headers=acme)) <= 100
+
+
+def test_a_batch_costs_its_items(guarded: Guarded) -> None:
+    acme = guarded.token("*", tenant="batch")
+
+    assert batch(guarded, acme, 7).json()["failed"] == 0
+    assert left(guarded, acme) == BURST - 7
+
+
+def test_a_batch_larger_than_the_burst_passes_and_those_after_it_wait(guarded: Guarded) -> None:
+    acme = guarded.token("*", tenant="large")
+    answer = batch(guarded, acme, 60)
+
+    assert answer.status_code == 200
+    assert len(answer.json()["results"]) == 60
+    waits = [wait_s(batch(guarded, acme, 1)), wait_s(guarded.get("/keys", headers=acme))]
+    for wait in waits:  # 50 are owed, and one is wanted
+        assert 51 / PER_S - 60 <= wait <= 51 / PER_S
+
+
+def test_items_that_fail_cost_as_much(guarded: Guarded) -> None:
+    """They are counted when they are known, whatever becomes of them."""
+    acme = guarded.token("*", tenant="moved")
+    for operation, count in (("rewrap", 3), ("reseal", 3), ("decrypt", 2)):
+        assert batch(guarded, acme, count, operation).json()["failed"] == count
+
+    assert left(guarded, acme) == BURST - 8
+
+
+def test_items_of_vaults_batches_are_counted_as_well(guarded: Guarded) -> None:
+    acme = guarded.token("*", tenant="vault")
+    path = guarded.url + "/v1/transit/encrypt/default"
+    body = {"batch_input": [{"plaintext": b64(b"x")}] * 30}
+    answer = httpx.put(path, json=body, headers=acme, trust_env=False)
+    refused = httpx.put(path, json=body, headers=acme, trust_env=False)
+
+    assert len(answer.json()["data"]["batch_results"]) == 30
+    assert (refused.status_code, list(refused.json())) == (429, ["errors"])
+    assert 21 / PER_S - 60 <= int(refused.headers["retry-after"]) <= 21 / PER_S
+
+
+def test_items_of_a_job_are_counted_when_they_come(guarded: Guarded) -> None:
+    acme = guarded.token("*", tenant="json")
+    answer = guarded.post("/jobs", {"kind": "encrypt", "items": [ITEM] * 6}, headers=acme)
+
+    assert answer.status_code == 202
+    assert left(guarded, acme) == BURST - 6
+
+
+@pytest.mark.parametrize(("tenant", "good", "status"), [("stream", 250, 202), ("cut", 150, 422)])
+def test_items_of_a_stream_are_counted_as_they_come(
+    guarded: Guarded, tenant: str, good: int, status: int
+) -> None:
+    """Also those before one that cannot be read, and a stream of any length passes."""
+    acme = guarded.token("*", tenant=tenant)
+    lines = b'{"plaintext":"eA=="}\n' * good + (b"" if status == 202 else b"{no\n")
+    answer = guarded.post(
+        "/jobs?kind=encrypt", content=lines, headers={**acme, "Content-Type": "application/x-ndjson"}
+    )
+
+    assert answer.status_code == status
+    owed = good - BURST + 1
+    assert owed / PER_S - 60 <= wait_s(guarded.get("/keys", headers=acme)) <= owed / PER_S
+
+
+def log_in(guarded: Guarded, token: str) -> httpx.Response:
+    with httpx.Client(base_url=guarded.url, trust_env=False) as browser:
+        found = re.search(r'name="stamp" value="(\w+)"', browser.get("/ui/login").text)
+        assert found
+        return browser.post("/ui/login", data={"stamp": found[1], "token": token})
+
+
+def test_a_login_counts_against_the_tenant_of_its_credential(guarded: Guarded) -> None:
+    _, text = guarded.make("*", tenant="login")
+    answers = [log_in(guarded, text) for _ in range(BURST + 1)]
+
+    assert [answer.status_code for answer in answers] == [303] * BURST + [429]
+    assert 90 <= int(answers[-1].headers["retry-after"]) <= 100
+    assert "kms_session" not in answers[-1].headers.get("set-cookie", "")
+    assert log_in(guarded, guarded.make("*", tenant="web")[1]).status_code == 303
+
+
+def test_refusals_are_told_by_tenant(guarded: Guarded) -> None:
+    acme = guarded.token("*", tenant="debt")
+    batch(guarded, acme, 20)
+    for _ in range(3):
+        wait_s(batch(guarded, acme, 1))
+
+    assert 'kms_rate_limited_total{tenant="debt"} 3.0' in guarded.http.get("/metrics").text
