@@ -44,7 +44,7 @@ class Facade(Guarded):
         settings = SETTINGS.format(port=port, address=server.url, token=server.token(), key=server.new_key())
         super().__init__(folder, settings, NO_REDIS)
         self.own_url = f"http://127.0.0.1:{port}"
-        self.root = self.make("*,metrics")[1]
+        self.root = self.make("*,metrics,rotate")[1]
         self.home = folder / "home"
         self.home.mkdir()
 

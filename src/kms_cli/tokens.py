@@ -1,6 +1,7 @@
 """``kms token``: create, list, rotate and revoke API tokens on the machine where the service keeps them."""
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -55,6 +56,7 @@ def create_command(  # noqa: PLR0913, PLR0917 -- one for each option
     wish, here = Wish(name, tenant, lines, _ttl(ttl)), _here(file)
     _check_free(output)
     _hand_out("made", *tokens.create(here.path, wish, here.recorded("create")), output)
+    _tell_left_out(lines)
 
 
 @click.command("list", short_help="List tokens.")
@@ -173,6 +175,15 @@ def _check_scope(line: str) -> None:
         scopes.parse(line)
     except ValueError as exc:
         raise InvalidRequest(f"--scope: {exc}") from exc
+
+
+def _tell_left_out(lines: Sequence[str]) -> None:
+    """A star sounds like everything, and is not."""
+    found = [scopes.parse(line) for line in lines]
+    held = frozenset().union(*(scope.operations for scope in found))
+    left_out = sorted(frozenset().union(*(scope.left_out for scope in found)) - held)
+    if left_out:
+        words.say(f"note: * does not hold {', '.join(left_out)}: name what is needed, as in *,{left_out[0]}")
 
 
 def _ttl(text: str) -> timedelta | None:

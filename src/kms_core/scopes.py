@@ -34,8 +34,9 @@ KEY_OPERATIONS: Final = (
 """What is done with a key. ``rewrap`` and ``reseal`` alone keep the key and the context as they are."""
 OTHER_OPERATIONS: Final = ("jobs:read", "jobs:write", "audit:read", "status", "metrics")
 OPERATIONS: Final = (*KEY_OPERATIONS, *OTHER_OPERATIONS)
-NOT_IN_STAR: Final = frozenset({"wrap", "unwrap", "metrics"})
-"""To be written out: who holds a file key can forge under it ever after, metrics tell of every tenant."""
+NOT_IN_STAR: Final = frozenset({"rotate", "wrap", "unwrap", "metrics"})
+"""To be written out: rotation administers keys, a file key in the clear can be forged under for good, and
+metrics tell of every tenant. Tokens are administered on the machine, by no operation of a scope."""
 
 Rule = Literal["operation", "key", "context", "read", "write"]
 _KEY: Final = re.compile(r"[A-Za-z0-9_.*-]{1,80}")
@@ -86,6 +87,12 @@ class Scope:
             tuple(map(_prefix, given.get("read", ()))),
             tuple(map(_prefix, given.get("write", ()))),
         )
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Operations that the scope does not hold although it says ``*``; none without a star."""
+        everything = set(OPERATIONS) - NOT_IN_STAR
+        return NOT_IN_STAR - self.operations if everything <= self.operations else frozenset()
 
     def names_key(self, key_id: str) -> bool:
         """Whether it allows anything at all with this key."""

@@ -381,7 +381,7 @@ def test_a_dead_letter_is_listed_and_retried(idle: Service) -> None:
 
 
 def test_a_key_is_rotated_after_it_was_confirmed(guarded: Guarded) -> None:
-    browser = browser_of(guarded)
+    browser = browser_of(guarded, "*,rotate")
     admin = guarded.token("*")
 
     def version() -> Json:

@@ -81,7 +81,7 @@ def seen(browser: Chromium, folder: Path, name: str) -> None:
 def test_every_page_looks_right_in_dark_and_light_and_keeps_its_policy(
     guarded: Guarded, browser: Chromium, tmp_path: Path
 ) -> None:
-    folder, token = pictures(tmp_path), guarded.make("*,metrics")[1]
+    folder, token = pictures(tmp_path), guarded.make("*,metrics,rotate")[1]
     admin = guarded.token("*")
     job = {"kind": "encrypt", "items": ITEMS}
     made = [guarded.post("/jobs", job, headers=admin).json()["job_id"] for _ in range(6)]
@@ -155,7 +155,7 @@ def test_progress_of_many_large_jobs_arrives_while_others_call(
 def test_the_end_of_a_job_is_told_aloud_and_the_keyboard_reaches_the_button_in_sight(
     guarded: Guarded, browser: Chromium
 ) -> None:
-    token = guarded.make("*")[1]
+    token = guarded.make("*,rotate")[1]
     job = {"kind": "encrypt", "items": ITEMS}
     job_id = guarded.post("/jobs", job, headers=guarded.token("*")).json()["job_id"]
     browser.open(f"{guarded.url}/ui/login")

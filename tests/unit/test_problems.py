@@ -114,7 +114,7 @@ async def test_where_a_backend_is_stands_in_the_log_alone() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    ("retry_after_s", "header"), [(0.0, "1"), (0.2, "1"), (5.0, "5"), (61.4, "61")], ids=str
+    ("retry_after_s", "header"), [(0.0, "1"), (0.2, "1"), (5.0, "5"), (61.4, "62")], ids=str
 )
 async def test_unavailable_says_when_to_try_again(retry_after_s: float, header: str) -> None:
     answer = await failing(errors.JobsUnavailable(retry_after_s=retry_after_s))
