@@ -25,7 +25,6 @@ from kms_core.service import Kms
 ADA: Final = Principal("ada", "acme", "test")
 NO_CONTEXT: Final = Context()
 ROW: Final = Context.parse("row=7")
-NO_RULES: Final = Rules()
 _NO_KEYS: Final[Mapping[str, Backend]] = MappingProxyType({})
 NativeIdentity = x25519.Identity | hybrid.Identity
 
@@ -99,14 +98,14 @@ def kms_over(  # noqa: PLR0913 -- what settings would say
     accept_foreign: bool = True,
     trail: Audit | None = None,
     policy: Policy | None = None,
-    rules: Rules = NO_RULES,
+    rules: Rules | None = None,
 ) -> Kms:
     """A service whose default key is ``default``; ``others`` by their key ids."""
     keys = {
         key_id: Key(key_id, backend, accept_foreign)
         for key_id, backend in ({"default": default} | dict(others)).items()
     }
-    return Kms(Keyring(keys, keys["default"]), policy or AllowAll(), trail or Kept(), rules)
+    return Kms(Keyring(keys, keys["default"]), policy or AllowAll(), trail or Kept(), rules or Rules())
 
 
 # -- files taken apart -------------------------------------------------------------------------------

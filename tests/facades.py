@@ -23,6 +23,8 @@ mode = "required"
 failures_per_minute = 1000
 [kms.facade]
 port = {port}
+[kms.rotation]
+max_per_hour = 1_000
 [kms.age]
 data_keys = true
 [kms.transit]

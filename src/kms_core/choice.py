@@ -1,7 +1,7 @@
 """Which key seals and which one opens: the name in the file, then policy, and only then a backend."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from kms_core.errors import ContextRequired, DecryptFailed, ForeignRefused
 from kms_core.keyring import Key, Keyring
 from kms_core.policy import Policy, allows
 from kms_core.results import Unwrapped
+from kms_core.rotation_limit import RotationLimit
 
 R = TypeVar("R")
 
@@ -28,6 +29,7 @@ class Rules:
 
     require_context: bool = False
     limits: Limits = header.SYNC_LIMITS
+    rotations: RotationLimit = field(default_factory=RotationLimit)
 
 
 @dataclass(frozen=True, slots=True)

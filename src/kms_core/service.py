@@ -324,13 +324,14 @@ class Kms:
 
         Rotation protects what is sealed from now on: rewrap moves old files, and neither revokes a reader.
         The audit trail has an intent before it and an outcome after it; where one backend of several fails,
-        the others may have a new version. Raises UnknownKey, Forbidden, BackendUnavailable.
+        the others may have a new version. Raises UnknownKey, Forbidden, BackendUnavailable, RateLimited.
         """
         with self._calls.recorded("rotate", who, Context(), key_id) as call:
             key = self._choice.key(call, key_id)
-            self._calls.sets_out(call)
-            for backend in key.sealing:
-                backend.rotate()
+            with self._rules.rotations.spent(key, who):
+                self._calls.sets_out(call)
+                for backend in key.sealing:
+                    backend.rotate()
             ref = key.ref(who.tenant)
             call.names(ref)
             return ref

@@ -249,11 +249,15 @@ class Audit(Section, frozen=True, kw_only=True):
 
 
 class Rotation(Section, frozen=True, kw_only=True):
-    """``[kms.rotation]``: new versions of keys, made by the workers; ``every_days`` 0 means by hand alone."""
+    """``[kms.rotation]``: new versions of keys, made by the workers; ``every_days`` 0 means by hand alone.
+
+    ``max_per_hour`` bounds the new versions of each key that callers make.
+    """
 
     every_days: Annotated[int, Meta(ge=0)] = 90
     budget_messages: Positive = 2**32
     budget_rotates: bool = False
+    max_per_hour: Positive = 10
 
 
 class Log(Section, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ from kms_core.jobs.run import Shop
 from kms_core.jobs.store import JobStore
 from kms_core.patterns import Pattern
 from kms_core.policy import AllowAll, ByScopes, Policy
+from kms_core.rotation_limit import RotationLimit
 from kms_core.servers import connect
 from kms_core.service import Kms
 from kms_core.settings import Settings
@@ -56,7 +57,11 @@ def build(settings: Settings, process: str, nudge: Nudge | None) -> Core:
         ring,
         _policy(settings, doors),
         trail,
-        CallRules(section.require_context, Limits(limits.sync_header_bytes, limits.sync_stanzas)),
+        CallRules(
+            section.require_context,
+            Limits(limits.sync_header_bytes, limits.sync_stanzas),
+            RotationLimit(section.rotation.max_per_hour, section.rotation.every_days),
+        ),
     )
     spool_key = AgeBackend(KeyFiles(jobs.spool_identity_path, strict=settings.is_prod))
     jobs.spool_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
