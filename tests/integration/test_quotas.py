@@ -4,7 +4,10 @@ Buckets fill by one in 100 seconds here, so what is left can be counted; every t
 """
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import httpx
@@ -26,7 +29,7 @@ def guarded(
 ) -> Iterator[Guarded]:
     """One API process; no worker runs."""
     quotas = "".join(f"[kms.tenants.{name}]\nrequests_per_s = {PER_S}\nburst = {BURST}\n" for name in TENANTS)
-    settings = f"{REQUIRED}[kms.facade]\nenabled = true\n{quotas}"
+    settings = f"{REQUIRED}[kms.facade]\nenabled = true\n[kms.rotation]\nmax_per_hour = 3\n{quotas}"
     redis = valkey.place.url_of(next(database_numbers))
     with Guarded(tmp_path_factory.mktemp("quotas"), settings, redis) as running:
         yield running.start("api")
@@ -123,11 +126,16 @@ def test_items_of_a_stream_are_counted_as_they_come(
     assert owed / PER_S - 60 <= wait_s(guarded.get("/keys", headers=acme)) <= owed / PER_S
 
 
+def sent(browser: httpx.Client, path: str, **fields: str) -> httpx.Response:
+    """A form, with the stamp of its page."""
+    found = re.search(r'name="stamp" value="(\w+)"', browser.get(path).text)
+    assert found
+    return browser.post(path, data={"stamp": found[1], **fields})
+
+
 def log_in(guarded: Guarded, token: str) -> httpx.Response:
     with httpx.Client(base_url=guarded.url, trust_env=False) as browser:
-        found = re.search(r'name="stamp" value="(\w+)"', browser.get("/ui/login").text)
-        assert found
-        return browser.post("/ui/login", data={"stamp": found[1], "token": token})
+        return sent(browser, "/ui/login", token=token)
 
 
 def test_a_login_counts_against_the_tenant_of_its_credential(guarded: Guarded) -> None:
@@ -147,3 +155,49 @@ def test_refusals_are_told_by_tenant(guarded: Guarded) -> None:
         wait_s(batch(guarded, acme, 1))
 
     assert 'kms_rate_limited_total{tenant="debt"} 3.0' in guarded.http.get("/metrics").text
+
+
+# -- rotation ----------------------------------------------------------------------------------------------
+
+
+def by_page(guarded: Guarded, token: str) -> httpx.Response:
+    with httpx.Client(base_url=guarded.url, trust_env=False) as browser:
+        sent(browser, "/ui/login", token=token)
+        return sent(browser, "/ui/keys/default/rotate")
+
+
+def by_command(guarded: Guarded, token: str, folder: Path) -> tuple[int, str]:
+    (folder / "token").write_text(token)
+    (folder / "token").chmod(0o600)
+    argv = [sys.executable, "-P", "-m", "kms_cli.main", "--url", guarded.url, "keys", "rotate", "default"]
+    environ = guarded.environ | {"KMS_TOKEN_FILE": str(folder / "token")}
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+def test_versions_of_a_key_are_limited_whichever_way_they_are_asked_for(
+    guarded: Guarded, tmp_path: Path
+) -> None:
+    token = guarded.make("rotate,status", tenant="web")[1]
+    headers = {"Authorization": f"Bearer {token}"}
+    vault = f"{guarded.url}/v1/transit/keys/default/rotate"
+    done = [
+        guarded.post("/keys/default/rotate", headers=headers).status_code,
+        httpx.put(vault, json={}, headers=headers, trust_env=False).status_code,
+        by_page(guarded, token).status_code,
+    ]
+    refused = guarded.post("/keys/default/rotate", headers=headers)
+    told = httpx.put(vault, json={}, headers=headers, trust_env=False)
+    shown = by_page(guarded, token)
+    code, words = by_command(guarded, token, tmp_path)
+
+    assert done == [200, 200, 303]
+    assert 3500 <= wait_s(refused) <= 3600
+    for answer in (told, shown):
+        assert answer.status_code == 429
+        assert 3500 <= int(answer.headers["retry-after"]) <= 3600
+    assert "max_per_hour" in shown.text
+    assert code != 0
+    assert "max_per_hour" in words
+    versions = guarded.get("/keys/default", headers=headers).json()["versions"]
+    assert len(versions) == 4
