@@ -8,13 +8,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
-import httpx
 import pytest
 
 from callers import REQUIRED, Guarded, bearer
 from kms_api import app
 from kms_api.routes.operations import probes
-from kms_api.rules import OPEN_PATHS, RULES, VAULT_RULES, Ruled
+from kms_api.rules import OPEN_PATHS, RULES, Ruled
 from kms_cli.valkey import EmbeddedValkey
 from kms_core.auth import tokens
 from kms_core.scopes import OPERATIONS
@@ -45,49 +44,10 @@ def guarded(
         yield running.start()
 
 
-# -- the matrix: every route, from the table -----------------------------------------------------------
+# -- credentials, and routes that there are --------------------------------------------------------------
+# Which call needs which permission: tests/authorization.
 
 PARTS: Final = (*app.ROUTERS, probes)
-ROUTES: Final = sorted(RULES)
-BODIES: Final[dict[str, object]] = {
-    "/encrypt": {"plaintext": "aGk=", "context": "a=b"},
-    "/decrypt": {"ciphertext": ""},
-    "/generate-key": {"context": "a=b"},
-    "/rewrap": {"ciphertext": ""},
-    "/batch": {"operation": "encrypt", "items": [{"plaintext": "aGk="}]},
-    "/codec/encode": {"payloads": [{"data": "aGk="}]},
-    "/jobs": {"kind": "encrypt", "items": [{"plaintext": "aGk="}]},
-}
-IN_THE_CORE: Final[dict[tuple[str, str], tuple[str, ...]]] = {  # asked for where the table says too little
-    ("POST", "/encrypt"): ("encrypt",),
-    ("POST", "/generate-key"): ("generate_data_key",),
-    ("POST", "/codec/encode"): ("encrypt",),
-    ("POST", "/keys/{key_id}/rotate"): ("rotate",),
-    ("POST", "/jobs"): ("jobs:write", "encrypt"),
-    ("POST", "/files/encrypt"): ("jobs:write", "encrypt"),
-    ("POST", "/files/decrypt"): ("jobs:write", "decrypt"),
-}
-
-
-def needed(route: tuple[str, str]) -> tuple[str, ...]:
-    """The operations without which it is forbidden, and with which it is not."""
-    operation = RULES[route].operation
-    return IN_THE_CORE.get(route, (operation,) if operation else ())
-
-
-def address(path: str) -> str:
-    filled = (
-        path.replace("{key_id}", "no-such-key").replace("{job_id}", "0" * 8).replace("{delivery_id}", "0")
-    )
-    for parameter in ("{id}", "{audit_id}", "{event_id}"):
-        filled = filled.replace(parameter, "0")
-    return filled if path in {"/livez", "/readyz", "/metrics"} else PREFIX + filled
-
-
-def call(service: Service, route: tuple[str, str], headers: dict[str, str]) -> httpx.Response:
-    method, path = route
-    body = BODIES.get(path) if method == "POST" else None
-    return service.http.request(method, address(path), json=body, headers=headers)
 
 
 def served() -> set[tuple[str, str]]:
@@ -101,7 +61,6 @@ def test_every_route_stands_in_the_table_and_is_held_to_it() -> None:
     assert all(isinstance(route, Ruled) for part in PARTS for route in part.routes)
 
 
-@pytest.mark.parametrize("route", ROUTES, ids=str)
 @pytest.mark.parametrize(
     "headers",
     [
@@ -114,43 +73,13 @@ def test_every_route_stands_in_the_table_and_is_held_to_it() -> None:
     ],
     ids=["none", "empty", "odd", "basic", "unknown", "jwt"],
 )
-def test_nobody_passes_without_a_credential(
-    guarded: Guarded, route: tuple[str, str], headers: dict[str, str]
-) -> None:
-    answer = call(guarded, route, {"X-Forwarded-For": "10.0.0.1", **headers})
+def test_a_refusal_says_how_to_authenticate(guarded: Guarded, headers: dict[str, str]) -> None:
+    for path in ("/status", "/jobs", "/keys/default"):
+        answer = guarded.get(path, headers=headers)
 
-    if RULES[route].open:
-        assert answer.status_code == 200
-    else:
         check_problem(answer, 401, "unauthenticated")
         assert answer.headers["www-authenticate"] == "Bearer"
-    assert answer.headers["cache-control"] == "no-store"
-
-
-@pytest.mark.parametrize("route", [route for route in ROUTES if needed(route)], ids=str)
-def test_without_its_operation_a_route_is_forbidden_and_with_it_alone_it_is_not(
-    guarded: Guarded, route: tuple[str, str]
-) -> None:
-    wanted = needed(route)
-    others = ",".join(operation for operation in OPERATIONS if operation not in wanted)
-    away = {"X-Forwarded-For": "10.0.0.1"}
-
-    refused = call(guarded, route, guarded.token(others) | away)
-    check_problem(refused, 403, "forbidden")
-    assert "operation" in refused.json()["detail"]
-    assert call(guarded, route, guarded.token(",".join(wanted)) | away).status_code not in {401, 403}
-
-
-@pytest.mark.parametrize("route", [route for route in sorted(VAULT_RULES) if route[0] != "LIST"], ids=str)
-def test_nobody_passes_the_facade_without_a_credential(guarded: Guarded, route: tuple[str, str]) -> None:
-    method, path = route
-    whole = path.replace("{mount}", "transit").replace("{name}", "default")
-    for headers in ({}, bearer("x"), {"X-Vault-Token": "kms_aaaaaaaaaa_" + "A" * 43}):
-        answer = guarded.http.request(method, whole, headers={"X-Forwarded-For": "10.0.0.1", **headers})
-
-        assert (answer.status_code == 403) == (not VAULT_RULES[route].open), answer.text
-        if answer.status_code == 403:
-            assert answer.json()["errors"][0].startswith("permission denied")
+        assert answer.headers["cache-control"] == "no-store"
 
 
 def test_what_items_and_files_name_is_asked_for_in_the_core(guarded: Guarded) -> None:
