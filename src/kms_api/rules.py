@@ -89,8 +89,9 @@ UI_RULES: Final[Mapping[tuple[str, str], Rule]] = {
     ("GET", "/docs"): OPEN,
 }
 """Pages for people, which are no part of the API: the whole paths, since they have no prefix."""
+_STATIC: Final = ("page.css", "page.js", "icon.svg")
 UI_OPEN: Final = frozenset(
-    f"{UI}/{name}" for name in ("login", "static/page.css", "static/page.js", "static/icon.svg")
+    path.replace("{name}", name) for (_, path), rule in UI_RULES.items() if rule.open for name in _STATIC
 )
 VAULT: Final = "/v1/"
 _WRITES: Final = ("POST", "PUT")
@@ -131,7 +132,10 @@ METRICS: Final = "/metrics"
 DOCS: Final = "/docs"
 PAGES: Final = frozenset({DOCS, "/openapi.json"})
 """The shapes of this API, which are public. ``[kms.server] docs`` says whether there are any."""
-OPEN_PATHS: Final = PAGES | {f"{PREFIX}/health", "/livez", "/readyz"}
+_UNPREFIXED: Final = frozenset({"/livez", "/readyz", METRICS})
+OPEN_PATHS: Final = PAGES | {
+    path if path in _UNPREFIXED else f"{PREFIX}{path}" for (_, path), rule in RULES.items() if rule.open
+}
 
 
 class Ruled(APIRoute):

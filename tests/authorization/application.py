@@ -63,6 +63,8 @@ checkpoint_lines = 1
 open_jobs = 100_000
 [kms.tenants.narrow]
 keys = ["other"]
+[kms.tenants.narrow-1]
+keys = ["pay-1"]
 [kms.keys]
 pay-1 = "age://{{age}}/private_key.txt?public={{age}}/public_key.txt"
 new-1 = "age://{{age}}/private_key.txt?public={{age}}/public_key.txt"

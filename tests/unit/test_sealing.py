@@ -21,7 +21,7 @@ from agekms import (
 )
 from kms_core.backends.age import AgeBackend
 from kms_core.context import Context
-from kms_core.envelope import binding, header, hybrid, sealing, stream, x25519
+from kms_core.envelope import binding, header, hybrid, scrypt, sealing, stream, x25519
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.header import FILE_LIMITS, Stanza
 from kms_core.errors import DecryptFailed, NotACiphertext
@@ -345,3 +345,16 @@ def test_a_foreign_file_with_a_wrong_mac_does_not_open() -> None:
 
 def two_versions(directory: Path) -> AgeBackend:
     return age_backend(directory, STRANGER, IDENTITY)
+
+
+def test_a_passphrase_stanza_closes_a_file_to_every_other_recipient() -> None:
+    """The specification: such a stanza stands alone. A sender that adds one may open what others sealed."""
+    file_key, nonce = os.urandom(16), os.urandom(16)
+    stanzas = [IDENTITY.recipient.wrap(file_key), scrypt.wrap(file_key, "guessed", 2)]
+    sealed = stream.seal(stream.payload_key(file_key, nonce), b"theirs")
+    alone = header.render(stanzas[:1], file_key) + nonce + sealed
+    both = header.render(stanzas, file_key) + nonce + sealed
+
+    assert sealing.foreign_file_key(head_of(alone), WRAPPER, [KEY])[0] == file_key
+    with pytest.raises(DecryptFailed):
+        sealing.foreign_file_key(head_of(both), WRAPPER, [KEY])
