@@ -20,7 +20,7 @@ KEY_OPERATIONS: Final = (
 OPERATIONS: Final = (*KEY_OPERATIONS, "jobs:read", "jobs:write", "audit:read", "status", "metrics")
 ANY_KEY_OPERATION: Final = "any key operation"
 Stranger = Literal["own", "absent", "sealed", ""]
-_ROW: Final = re.compile(r"\| ([A-Z, ]+) \| `(/[^`]*)` \| ([^|]*?) \| ([^|]+) \| (own|absent|sealed|) ?\|")
+_ROW: Final = re.compile(r"\| ([A-Z, ]+) \| `(/[^`]*)` \| ([^|]*?) ?\| ([^|]+) \| (own|absent|sealed|) ?\|")
 _TERM: Final = re.compile(r"([a-z_:]+|any key operation)(?:@(key|old|new))?( with read= and write=)?")
 
 

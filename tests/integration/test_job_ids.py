@@ -47,7 +47,7 @@ def spooled(install: Guarded) -> dict[Path, bytes]:
 def test_a_message_with_another_tenants_job_id_is_refused(
     install: Guarded, core: Core, takes: Intake
 ) -> None:
-    """It is no replay, even of the same job to the letter: its sender would wait for a job that is not its."""
+    """It is no replay, even of the same job: its sender would wait for a job of others."""
     asked = body()
     job_id = takes.accept(message(install, asked, "acme"), "worker/1")
     accepted, spool = core.desk.store.accepted(job_id), spooled(install)
