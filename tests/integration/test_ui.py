@@ -118,7 +118,7 @@ def guarded(
 
 def browser_of(guarded: Guarded, *scopes: str, tenant: str = "default") -> Browser:
     made = Browser(guarded)
-    answer = made.log_in(guarded.make(*scopes or ("*", "rotate"), tenant=tenant)[1])
+    answer = made.log_in(guarded.make(*scopes or ("*",), tenant=tenant)[1])
     assert (answer.status_code, answer.headers["location"]) == (303, "/ui"), answer.text
     return made
 
