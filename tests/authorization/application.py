@@ -72,6 +72,7 @@ other = "age://{{age}}/private_key.txt?public={{age}}/public_key.txt"
 turn-1 = "age://{{age}}/turned.txt?public={{age}}/turned.pub"
 """
 _STAMP: Final = re.compile(r'name="stamp" value="(\w+)"')
+_JOB: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _numbers: Final = count(1)
 
 
@@ -219,6 +220,17 @@ class Application:
         answer = self.ask(self.master, "POST", path, json=body)
         assert answer.status_code == 200, answer.text
         return answer.json()
+
+    def state(self, path: str) -> tuple[object, ...]:
+        """What a request to this path could change: its job, jobs, deliveries, a key, targets of files."""
+        redis, job = self._core.shop.store.redis, _JOB.search(path)
+        return (
+            redis.hgetall(job_key(job[0])) if job else {},
+            redis.zcard("kms:open"),
+            redis.llen("kms:webhooks:dead"),
+            (self.install.state / "age/turned.txt").read_bytes(),
+            sorted(path.name for path in (self.files / "out").iterdir()),
+        )
 
     # -- what requests are about -------------------------------------------------------------------------
 
