@@ -4,7 +4,7 @@ import json
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -64,6 +64,17 @@ class Issuer:
     keys: dict[str, tuple[PrivateKey, str]] = field(default_factory=dict)
     asked: int = 0
     broken: bool = False
+    answering: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.answering.set()
+
+    def hang(self) -> None:
+        """Take requests for keys, and answer none until ``resume``, for a minute at most."""
+        self.answering.clear()
+
+    def resume(self) -> None:
+        self.answering.set()
 
     def rollover(self, kid: str, algorithm: str = "ES256", *, keep: bool = True) -> None:
         """A new key signs from now on."""
@@ -119,6 +130,7 @@ def serving(issuer: Issuer) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             issuer.asked += 1
+            issuer.answering.wait(60)
             body = b"not today" if issuer.broken else issuer.jwks
             self.send_response(503 if issuer.broken else 200)
             self.send_header("Content-Length", str(len(body)))
@@ -158,19 +170,25 @@ class Pair:
 
 
 class Authority:
-    """A CA of its own."""
+    """A CA of its own, or one below ``parent``."""
 
-    def __init__(self, folder: Path, name: str = "a CA for tests") -> None:
+    def __init__(self, folder: Path, name: str = "a CA for tests", parent: "Authority | None" = None) -> None:
         folder.mkdir(exist_ok=True)
         self._folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         self.ca_file = folder / "ca.pem"
-        signed = self._signed(self._name, self._key, [x509.BasicConstraints(ca=True, path_length=None)])
+        extensions = [x509.BasicConstraints(ca=True, path_length=None)]
+        signed = (parent or self)._signed(self._name, self._key, extensions)  # noqa: SLF001 -- of the same class
         self.ca_file.write_bytes(signed.public_bytes(Encoding.PEM))
 
     def issue(
-        self, file: str, *names: x509.GeneralName, subject: str = "someone", server: bool = False
+        self,
+        file: str,
+        *names: x509.GeneralName,
+        subject: str = "someone",
+        server: bool = False,
+        lasts: timedelta = DAY,
     ) -> Pair:
         """A certificate for these names, for clients, or for a server."""
         key = ec.generate_private_key(ec.SECP256R1())
@@ -182,8 +200,21 @@ class Authority:
         pair = Pair(self._folder / f"{file}.crt", self._folder / f"{file}.key")
         pair.key.touch(0o600)
         pair.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        pair.cert.write_bytes(self._signed(name, key, extensions).public_bytes(Encoding.PEM))
+        pair.cert.write_bytes(self._signed(name, key, extensions, lasts).public_bytes(Encoding.PEM))
         return pair
+
+    def crl(self, *revoked: Path, lasts: timedelta = DAY, delta: bool = False) -> bytes:
+        """A list (PEM) that revokes the certificates in these files."""
+        now = datetime.now(UTC)
+        made = x509.CertificateRevocationListBuilder(self._name)
+        made = made.last_update(min(now, now + lasts) - timedelta(hours=1)).next_update(now + lasts)
+        for path in revoked:
+            serial = x509.load_pem_x509_certificate(path.read_bytes()).serial_number
+            entry = x509.RevokedCertificateBuilder(serial, now - timedelta(minutes=1))
+            made = made.add_revoked_certificate(entry.build())
+        if delta:
+            made = made.add_extension(x509.DeltaCRLIndicator(1), critical=True)
+        return made.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
     def context(self, client: Pair | None = None) -> ssl.SSLContext:
         """What a client of a server of this CA connects with."""
@@ -193,11 +224,15 @@ class Authority:
         return made
 
     def _signed(
-        self, name: x509.Name, key: ec.EllipticCurvePrivateKey, extensions: list[x509.ExtensionType]
+        self,
+        name: x509.Name,
+        key: ec.EllipticCurvePrivateKey,
+        extensions: Sequence[x509.ExtensionType],
+        lasts: timedelta = DAY,
     ) -> x509.Certificate:
         now = datetime.now(UTC)
         builder = x509.CertificateBuilder(self._name, name, key.public_key(), x509.random_serial_number())
-        builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=1))
+        builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + lasts)
         issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         subject = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
         for extension in (*extensions, issuer, subject):

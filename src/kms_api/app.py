@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from kms_api import document, pages, problems, rules
 from kms_api.admission import Admission, Admitted
+from kms_api.client_address import ClientAddress
 from kms_api.deps import Queue, Service
 from kms_api.edge import Edge
 from kms_api.facade import app as facade
@@ -46,6 +47,7 @@ from kms_core.auth.throttle import Failures, Pace, Requests
 from kms_core.jobs.build import Core
 from kms_core.jobs.build import build as build_core
 from kms_core.jobs.teller import Teller
+from kms_core.proxies import Proxies
 from kms_core.settings import Settings
 from kms_core.settings_lint import SETTINGS, weaknesses
 from kms_core.settings_redis import is_shared
@@ -108,6 +110,7 @@ def build(settings: Settings) -> ASGIApp:
         anyio.CapacityLimiter(settings.kms.server.uploads),
         requests,
         ThreadPoolExecutor(_SLAB_THREADS, "slab"),
+        core.doors.revocations if core.doors else None,
     )
     for router in ROUTERS:
         rules.include(app, router, wire.PREFIX)
@@ -122,7 +125,7 @@ def build(settings: Settings) -> ASGIApp:
     limits = Limits(
         Failures(settings.kms.auth.failures_per_minute / settings.kms.server.processes),
         requests,
-        Scraping(settings.kms.server.metrics, core.doors, core.kms.policy),
+        Scraping(settings.kms.server.metrics, core.doors, core.kms.policy, Proxies.of(settings.kms.server)),
     )
     entry = None if core.doors is None else Entry(core.doors, core.kms.trail, limits.failures)
     sessions = Sessions(settings.state_dir / "run" / "sessions")
@@ -132,7 +135,12 @@ def build(settings: Settings) -> ASGIApp:
     gate = Gate(front, entry, sessions, limits)
     admitted = Admitted(gate, Admission.of(settings.kms.server))
     edge = Edge(admitted, settings.kms.server.allowed_hosts, core.kms.trail)
-    return Traced(edge) if traced.enabled else edge
+    outer = Traced(edge) if traced.enabled else edge
+    return (
+        ClientAddress(outer, Proxies.of(settings.kms.server))
+        if settings.kms.server.trusted_proxies
+        else outer
+    )
 
 
 def _paces(settings: Settings) -> dict[str, Pace]:

@@ -9,6 +9,7 @@ import anyio.to_thread
 from fastapi import Request
 
 from kms_core.audit.watch import Watch
+from kms_core.auth.revocation import Revocations
 from kms_core.auth.throttle import Requests
 from kms_core.envelope.header import BUNDLE
 from kms_core.jobs.desk import Desk
@@ -56,6 +57,8 @@ class Service:
     """What the items of batches and jobs, and logins, are counted by; requests are in ``gate.py``."""
     threads: Executor
     """Where the slabs of files are sealed and opened, written and read."""
+    revocations: Revocations | None
+    """The revocation lists of client certificates, where settings name any."""
 
     @property
     def blocks(self) -> bool:

@@ -5,13 +5,12 @@ client certificate is the other. The page has sessions besides, which begin with
 the page. Requests are counted here too; their items, where they are known (``Service.requests``).
 """
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
-import anyio
-import anyio.to_thread
 import structlog
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -23,14 +22,15 @@ from kms_api.rules import METRICS, OPEN_PATHS, UI, UI_OPEN, VAULT_OPEN, is_ui, i
 from kms_api.sessions import COOKIE, SESSION, Sessions, cookie
 from kms_core import audit, metrics
 from kms_core.audit import Audit
+from kms_core.auth.certificates import Shown
 from kms_core.auth.doors import Doors
+from kms_core.auth.jwks import WAIT_S, KeysPending
 from kms_core.auth.scraping import Scraping
 from kms_core.auth.throttle import Failures, Requests
 from kms_core.errors import Forbidden, KmsError, RateLimited, Unauthenticated
 from kms_core.http_server.protocol import CERTIFICATE
 from kms_core.policy import Principal
 
-THREADS: Final = 8  # for JWTs whose issuer's keys may have to be fetched
 _KEYS: Final = frozenset({b"x-api-key", b"x-vault-token"})
 _NO_CREDENTIAL: Final = OPEN_PATHS | UI_OPEN | VAULT_OPEN
 _log = structlog.get_logger(__name__)
@@ -46,36 +46,27 @@ class Limits:
 
 
 class Entry:
-    """The doors, a bound on how often a source may fail at them, and a record of each failure."""
+    """Authenticates requests. Failed attempts are counted by source, logged and recorded, within bounds."""
 
     def __init__(self, doors: Doors, trail: Audit, failures: Failures) -> None:
         self._doors = doors
         self._trail = trail
         self._failures = failures
-        self._limiter: anyio.CapacityLimiter | None = None
 
     async def let_in(self, scope: Scope, token: str | None = None) -> Principal:
-        """Who shows this token, by default that of the request's headers; else its client certificate.
+        """The principal of this token, by default that of the request's headers; else of its certificate.
 
-        A source that failed too often is refused, unless its credential is known to be good. Raises
-        Unauthenticated, RateLimited; Unavailable if a door cannot tell now.
+        The credential is verified first, so that a good one is never refused for another's failures; only a
+        failed one of a source that failed too often is answered with RateLimited. Raises Unauthenticated,
+        RateLimited; Unavailable if the credential cannot be verified now.
         """
-        doors = self._doors
-        source = scope["client"][0] if scope["client"] else "local"
         try:
             token = shown(scope["headers"]) if token is None else token
-            if doors.is_quick(token):
-                return doors.principal(token, scope.get("state", {}).get(CERTIFICATE))
-            self._check(source)
-            self._limiter = self._limiter or anyio.CapacityLimiter(THREADS)
-            return await anyio.to_thread.run_sync(doors.principal, token, limiter=self._limiter)
+            return await self._authenticated(token, scope.get("state", {}).get(CERTIFICATE))
         except Unauthenticated as exc:
             metrics.AUTH_FAILURES.labels(exc.reason).inc()
             if exc.reason != "missing":  # a browser, a probe: nothing was guessed
-                self._check(source)
-                self._failures.failed(source)
-                _log.warning("auth.refused", reason=exc.reason, source=source)
-                audit.denied(self._trail, None, "", exc.code)
+                self._failed(exc, scope["client"][0] if scope["client"] else "local")
             raise
 
     def is_worth(self, who: Principal) -> bool:
@@ -86,11 +77,26 @@ class Entry:
             return False
         return True
 
-    def _check(self, source: str) -> None:
+    async def _authenticated(self, token: str, certificate: Shown | None) -> Principal:
+        """Wait for an issuer's keys as a coroutine, which holds no thread. Raises as ``let_in``."""
+        try:
+            return self._doors.authenticate(token, certificate)
+        except KeysPending as pending:
+            refresh = pending.refresh
+        metrics.AUTH_JWT_WORK.labels("key_wait").inc()
+        with refresh.joined() as done:
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(done)), WAIT_S)
+        return self._doors.authenticate(token, certificate)
+
+    def _failed(self, exc: Unauthenticated, source: str) -> None:
+        """Count a failed attempt. Raises RateLimited if its source has failed too often; AuditUnavailable."""
         wait_s = self._failures.wait_s(source)
         if wait_s:
             metrics.AUTH_FAILURES.labels("limited").inc()
             raise RateLimited("Too many failed attempts to authenticate from here", retry_after_s=wait_s)
+        if self._failures.failed(source):
+            _log.warning("auth.refused", reason=exc.reason, source=source)
+            audit.denied(self._trail, None, "", exc.code)
 
 
 class Gate:
@@ -147,7 +153,10 @@ def _refusal(scope: Scope, error: KmsError) -> Response:
     """A browser that has no session is led to where it gets one; everybody else gets a problem."""
     if isinstance(error, Unauthenticated) and error.reason == "missing" and is_ui(scope["path"]):
         return RedirectResponse(f"{UI}/login", HTTPStatus.SEE_OTHER)
-    return refusals.answer(error) if is_vault(scope["path"]) else problems.answer(error)
+    answer = refusals.answer(error) if is_vault(scope["path"]) else problems.answer(error)
+    if isinstance(error, Unauthenticated) and error.ends_connection:
+        answer.headers["Connection"] = "close"
+    return answer
 
 
 def shown(headers: Iterable[tuple[bytes, bytes]]) -> str:

@@ -1,14 +1,17 @@
 """The server's TLS: certificate, key and client authority from settings."""
 
 import ssl
+import time
 from typing import Final
 
 import structlog
 
+from kms_core.auth import revocation
 from kms_core.errors import ConfigurationError
 from kms_core.settings_sections import Server
 
 _OPEN_TO_ALL: Final = 0o007
+_TELL_S: Final = 60.0
 _VERIFY: Final = {"optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
 _log = structlog.get_logger(__name__)
 
@@ -16,12 +19,16 @@ _log = structlog.get_logger(__name__)
 class Renewal:
     """The context in use: its files are looked at with each handshake, and read again when they changed.
 
-    So certificates are renewed under a running service. A pair that cannot be read leaves the old one in use.
+    So certificates and revocation lists are renewed under a running service. Files that cannot be used leave
+    the old context in use. While a revocation list is expired, OpenSSL refuses every client certificate.
     """
 
     def __init__(self, server: Server) -> None:
+        """Raises OSError, ValueError, ConfigurationError."""
         self._server = server
+        self._lists = revocation.load(server)
         self._stamp = _stamp(server)
+        self._told = float("-inf")
         self._current = self.first = _context(server)
         self.first.sni_callback = self._renew
 
@@ -31,11 +38,19 @@ class Renewal:
             stamp = _stamp(self._server)
             if stamp != self._stamp:
                 self._stamp = stamp
-                self._current = _context(self._server)
+                self._lists, self._current = revocation.load(self._server), _context(self._server)
                 _log.info("tls.renewed")
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, ConfigurationError) as exc:
             _log.error("tls.not_renewed", error=type(exc).__name__)
+        self._tell_expired()
         connection.context = self._current
+
+    def _tell_expired(self) -> None:
+        """Log an expired revocation list, at most once a minute: the handshakes that fail leave no record."""
+        now = time.time()
+        if self._lists and not self._lists.begins <= now < self._lists.ends and now - self._told > _TELL_S:
+            self._told = now
+            _log.error("tls.client_crl_expired", advice="client certificates are refused; renew client_crl")
 
 
 def context(server: Server, *, strict: bool = False) -> ssl.SSLContext | None:
@@ -71,10 +86,13 @@ def _context(server: Server) -> ssl.SSLContext:
         made.verify_mode = _VERIFY[server.client_cert]
         made.options |= ssl.OP_NO_TICKET  # each connection shows its certificate, none resumes an old one
         made.num_tickets = 0
+    if server.client_crl is not None:
+        made.load_verify_locations(server.client_crl)
+        made.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN  # a current list of every authority, or no connection
     return made
 
 
 def _stamp(server: Server) -> list[tuple[int, ...]]:
-    paths = filter(None, (server.tls_cert, server.tls_key, server.client_ca))
+    paths = filter(None, (server.tls_cert, server.tls_key, server.client_ca, server.client_crl))
     found = (path.stat() for path in paths)
     return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found]

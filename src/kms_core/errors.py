@@ -92,15 +92,19 @@ class DecryptFailed(KmsError):
 
 
 class Unauthenticated(KmsError):
-    """No credential, or one that is not known. ``reason`` is for metrics and logs, not for the caller."""
+    """No credential, or one that is not known. ``reason`` is for metrics and logs, not for the caller.
+
+    ``ends_connection``: the credential is that of the connection, and no request on it can succeed.
+    """
 
     code = "unauthenticated"
     summary = "A valid credential is required"
     exit_code = EXIT_REFUSED
 
-    def __init__(self, detail: str = "", *, reason: str = "unknown") -> None:
+    def __init__(self, detail: str = "", *, reason: str = "unknown", ends_connection: bool = False) -> None:
         super().__init__(detail)
         self.reason = reason
+        self.ends_connection = ends_connection
 
 
 class Refused(KmsError):

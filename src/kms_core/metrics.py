@@ -82,8 +82,19 @@ HTTP_REFUSALS: Final = Counter(
 AUTH_FAILURES: Final = Counter(
     "kms_auth_failures_total",
     "Callers that were not let in; reason is missing, malformed, unknown, expired, untrusted, signature, "
-    "claims, certificate or limited",
+    "claims, certificate, revoked or limited",
     ["reason"],
+)
+AUTH_JWT_WORK: Final = Counter(
+    "kms_auth_jwt_work_total",
+    "Steps of verifying JWTs that cost more than parsing; kind is signature (a check by a public key), "
+    "key_wait (a request that waited for an issuer's keys) or key_fetch (a fetch of a key set)",
+    ["kind"],
+)
+CLIENT_CRL_EXPIRES: Final = Gauge(
+    "kms_client_crl_expires_timestamp_seconds",
+    "When the first revocation list of [kms.server] client_crl ends (nextUpdate); 0 without one",
+    multiprocess_mode="livemin",
 )
 RATE_LIMITED: Final = Counter(
     "kms_rate_limited_total", "Requests above a tenant's quota; tenant is one of the settings", ["tenant"]

@@ -17,7 +17,10 @@ _CHORES: Final = frozenset({"rotate"})
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a credential that cannot be looked up later (a JWT) allows, and until when (epoch seconds)."""
+    """What a credential that cannot be looked up later (a JWT) allows, and until when (epoch seconds).
+
+    That of a client certificate has the end alone: its scopes stand in the settings.
+    """
 
     scopes: tuple[str, ...]
     until: float

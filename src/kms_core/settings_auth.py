@@ -1,11 +1,12 @@
 """What settings may not say of callers: scopes that cannot be read, half a door, a door that nobody minds."""
 
+import ipaddress
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from kms_core import scopes
+from kms_core import proxies, scopes
 from kms_core.errors import ConfigurationError
 from kms_core.settings_sections import Certificate, Issuer, Server, Settings, Tenant
 
@@ -39,7 +40,7 @@ def auth_files(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
     for name, issuer in settings.kms.auth.issuers.items():
         if issuer.jwks_file:  # whoever writes it can let himself in
             yield f"kms.auth.issuers.{name}.jwks_file", issuer.jwks_file, True
-    for key in ("tls_cert", "tls_key", "client_ca"):
+    for key in ("tls_cert", "tls_key", "client_ca", "client_crl"):
         path = getattr(settings.kms.server, key)
         if path:
             yield f"kms.server.{key}", path, True
@@ -103,6 +104,25 @@ def _check_server(server: Server) -> None:
         )
     if server.client_cert == "required" and server.client_ca is None:
         raise ConfigurationError("kms.server.client_cert: name the authority that signs them in client_ca")
+    if server.client_crl is not None and server.client_ca is None:
+        raise ConfigurationError("kms.server.client_crl: name the authority that signs it in client_ca")
+    _check_proxies(server.trusted_proxies)
+
+
+def _check_proxies(lines: Sequence[str]) -> None:
+    """Refuse what is no network, and networks that together hold every address."""
+    where = "kms.server.trusted_proxies"
+    for index, line in enumerate(lines):
+        try:
+            ipaddress.ip_network(line)
+        except ValueError as exc:
+            raise ConfigurationError(
+                f'{where}[{index}]: expected an address or a network without host bits, such as "10.0.0.0/8"'
+            ) from exc
+    if any(network.prefixlen == 0 for network in proxies.collapsed(lines)):
+        raise ConfigurationError(
+            f"{where}: this trusts every address, so that callers could choose theirs: name the proxies only"
+        )
 
 
 def _check_tenant(where: str, tenant: Tenant) -> None:

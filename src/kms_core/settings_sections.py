@@ -108,14 +108,19 @@ class Server(Section, frozen=True, kw_only=True):
 
     The rest bounds what requests hold, in each process: ``json_bytes`` of JSON bodies in work, ``uploads``,
     ``downloads`` and event ``streams`` under way, and unfinished ``logins``; and how long bodies may take.
+    ``trusted_proxies`` are addresses and networks whose ``proxy_header`` names the client. ``client_crl``
+    holds a revocation list (PEM) of every authority in ``client_ca``.
     """
 
     processes: Annotated[int, Meta(ge=1, le=64)] = 1
     allowed_hosts: tuple[str, ...] = ()
     connections: Annotated[int, Meta(ge=16, le=100_000)] = 2048  # of each process and port
+    trusted_proxies: tuple[str, ...] = ()
+    proxy_header: Literal["x-forwarded-for", "forwarded"] = "x-forwarded-for"
     tls_cert: Path | None = None
     tls_key: Path | None = None
     client_ca: Path | None = None
+    client_crl: Path | None = None
     client_cert: Literal["optional", "required"] = "optional"
     metrics: Literal["loopback", "open", "token"] = "loopback"
     docs: bool

@@ -21,6 +21,7 @@ from kms_core.jobs.model import QUEUES, Lane
 from kms_core.jobs.outbox import Outbox
 from kms_core.jobs.presence import Presence
 from kms_core.jobs.store import JobStore
+from kms_core.proxies import Proxies
 from kms_core.settings import Settings
 from kms_worker import app as worker_app
 from kms_worker import broker, forking, metrics_server, rotation, submit
@@ -64,7 +65,7 @@ def run(loaded: Settings) -> int:
     server = metrics_server.serve(
         loaded.kms.bind,
         loaded.kms.port + 1,
-        Scraping(loaded.kms.server.metrics, core.doors, core.kms.policy),
+        Scraping(loaded.kms.server.metrics, core.doors, core.kms.policy, Proxies.of(loaded.kms.server)),
         loaded.kms.server.allowed_hosts,
     )
     forking.install()

@@ -114,6 +114,8 @@ def condition(built: Service, who: Principal) -> wire.StatusOut:
         degraded.append("audit")
     if built.watch.condition.problems:
         degraded.append("audit_chain")
+    if built.revocations and not built.revocations.is_current():
+        degraded.append("client_crl")
     return wire.StatusOut(
         backend=built.kms.keyring.default.backend.name,
         environment=built.settings.environment,

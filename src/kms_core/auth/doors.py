@@ -1,22 +1,25 @@
 """The doors: a token, a JWT or a client certificate becomes a Principal, whose worth can be asked for later.
 
-A credential is named ``token:<id>``, ``jwt:<issuer>:<digest>`` or ``cert:<name>``. Jobs keep that name:
-when one runs, the token must be there still, the JWT not expired, the certificate's entry in the settings.
+A credential is named ``token:<id>``, ``jwt:<issuer>:<digest>`` or ``cert:<name>:<serial>:<authority>``. Jobs
+keep that name: when one runs, the token must be there still, the JWT not expired, the certificate's entry in
+the settings, and the certificate neither expired nor revoked. Jobs of earlier versions are named
+``cert:<name>`` and are held to the entry only.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final
 
 from kms_core import scopes
-from kms_core.auth import discovery, tokens
+from kms_core.auth import discovery, revocation, tokens
 from kms_core.auth.certificates import Shown
 from kms_core.auth.jwks import FileKeys, Keys, RemoteKeys, fetching
 from kms_core.auth.jwts import Jwts, Trusted
+from kms_core.auth.revocation import Revocations
 from kms_core.auth.tokens import TokenFile
 from kms_core.errors import Forbidden, Unauthenticated
-from kms_core.policy import Principal
+from kms_core.policy import Grant, Principal
 from kms_core.scopes import Scope
 from kms_core.settings import Settings
 from kms_core.settings_auth import may_fetch
@@ -30,26 +33,40 @@ NONE_SHOWN: Final = (
 class Doors:
     """All ways in. Safe to call from several threads."""
 
-    def __init__(self, token_file: TokenFile, jwts: Jwts, certificates: Mapping[str, Certificate]) -> None:
+    def __init__(
+        self,
+        token_file: TokenFile,
+        jwts: Jwts,
+        certificates: Mapping[str, Certificate],
+        revocations: Revocations | None = None,
+    ) -> None:
+        """``revocations`` None: certificates are not checked for revocation."""
+        self.revocations = revocations
         self._tokens = token_file
         self._jwts = jwts
         self._certificates = certificates
         self._names = {section.subject: name for name, section in certificates.items()}
 
-    def is_quick(self, token: str) -> bool:
-        """Whether ``principal`` will answer without waiting for a network."""
-        return "." not in token or self._jwts.is_quick(token)
+    def authenticate(self, token: str, certificate: Shown | None = None) -> Principal:
+        """The principal of this token, or where there is none, of this certificate. Waits for no network.
+
+        Raises Unauthenticated; KeysPending if keys of the token's issuer are being fetched; Unavailable if
+        the credential cannot be verified now.
+        """
+        return self._principal(token, certificate, self._jwts.verify)
 
     def principal(self, token: str, certificate: Shown | None = None) -> Principal:
-        """Who shows this token, or where there is none, this certificate.
+        """As ``authenticate``, but blocks this thread for up to 5 seconds while keys are fetched."""
+        return self._principal(token, certificate, self._jwts.holder)
 
-        Raises Unauthenticated; Unavailable if a door cannot tell now.
-        """
+    def _principal(
+        self, token: str, certificate: Shown | None, of_jwt: Callable[[str], Principal]
+    ) -> Principal:
         if token.startswith(tokens.PREFIX):
             found = self._tokens.holder(token)
             return Principal(found.name, found.tenant, f"token:{found.id}")
         if token:
-            return self._jwts.holder(token)
+            return of_jwt(token)
         if certificate is None:
             raise Unauthenticated(NONE_SHOWN, reason="missing")
         return self._bearer(certificate)
@@ -70,18 +87,41 @@ class Doors:
         return token.expires_at.timestamp() if token and token.expires_at else None
 
     def _bearer(self, certificate: Shown) -> Principal:
-        """TLS has verified the certificate when the connection began."""
+        """TLS has verified the certificate when the connection began, which may be long ago."""
         if time.time() > certificate.until:
             raise Unauthenticated(
-                "The client certificate has expired: connect with a new one", reason="expired"
+                "The client certificate has expired: connect with a new one",
+                reason="expired",
+                ends_connection=True,
             )
-        for subject in certificate.subjects:
-            if name := self._names.get(subject):
-                return Principal(f"cert:{name}", self._certificates[name].tenant, f"cert:{name}")
-        raise Unauthenticated(
-            "The client certificate has no entry in the service's settings, and no token was sent",
-            reason="certificate",
+        name = next((self._names[one] for one in certificate.subjects if one in self._names), None)
+        if name is None:
+            raise Unauthenticated(
+                "The client certificate has no entry in the service's settings, and no token was sent",
+                reason="certificate",
+            )
+        if self.revocations is not None and self.revocations.is_revoked(certificate.identity):
+            raise Unauthenticated(
+                "The client certificate was revoked: connect with a new one",
+                reason="revoked",
+                ends_connection=True,
+            )
+        credential = f"cert:{name}:{certificate.identity}"
+        return Principal(
+            f"cert:{name}", self._certificates[name].tenant, credential, Grant((), certificate.until)
         )
+
+    def _of_certificate(self, who: Principal, rest: str) -> Sequence[str] | None:
+        """As ``_lines``. ``rest`` is a name, followed in all but old jobs by a certificate's identity."""
+        name, _, identity = rest.partition(":")
+        section = self._certificates.get(name)
+        if section is None or section.tenant != who.tenant:
+            return None
+        if who.grant is not None and time.time() > who.grant.until:
+            return None
+        if identity and self.revocations is not None and self.revocations.is_revoked(identity):
+            return None
+        return section.scopes
 
     def _lines(self, who: Principal) -> Sequence[str] | None:
         """The lines of its scopes, or None if it is worth nothing any more."""
@@ -90,8 +130,7 @@ class Doors:
             token = self._tokens.by_id(rest)
             return token.scopes if token and token.tenant == who.tenant else None
         if kind == "cert":
-            section = self._certificates.get(rest)
-            return section.scopes if section and section.tenant == who.tenant else None
+            return self._of_certificate(who, rest)
         issuer = rest.partition(":")[0]
         if kind == "jwt" and who.grant and self._jwts.trusts(issuer) and time.time() < who.grant.until:
             return who.grant.scopes
@@ -116,7 +155,12 @@ def build(settings: Settings) -> Doors | None:
     issuers = [
         Trusted(name, section, _keys(section, in_dev=in_dev)) for name, section in auth.issuers.items()
     ]
-    return Doors(TokenFile(auth.tokens_path, strict=settings.is_prod), Jwts(issuers), auth.certificates)
+    return Doors(
+        TokenFile(auth.tokens_path, strict=settings.is_prod),
+        Jwts(issuers),
+        auth.certificates,
+        revocation.build(settings.kms.server),
+    )
 
 
 def _keys(section: Issuer, *, in_dev: bool) -> Keys:

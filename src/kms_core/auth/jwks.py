@@ -8,7 +8,8 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt import PyJWK
 from jwt.exceptions import PyJWTError
 
+from kms_core import metrics
 from kms_core.errors import ConfigurationError, Unavailable
 from kms_core.wire import NOT_JSON
 
@@ -29,9 +31,15 @@ PublicKeyType = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
 KEEP_S: Final = 600.0
 AGAIN_S: Final = 5.0
 STALE_S: Final = 24 * 3600.0
+WAIT_S: Final = 5.0
+LOST_S: Final = 30.0
+MOST_WAITERS: Final = 512
+NO_KEYS: Final = "The keys of the token's issuer cannot be fetched"
 _TIMEOUT_S: Final = 5.0
+_FETCH_S: Final = 10.0  # all of one answer: a server may send a byte every few seconds
 _MOST_BYTES: Final = 256 * 1024
 _MOST_KEYS: Final = 64
+_MOST_TRIED: Final = 8
 _RSA: Final = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"})
 _CURVES: Final = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 _log = structlog.get_logger(__name__)
@@ -50,7 +58,10 @@ class Keys(Protocol):
     """The keys of one issuer."""
 
     def fitting(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
-        """Those that may have signed; they may be fetched first. Raises Unavailable while none are known."""
+        """Those that may have signed, without waiting for a network.
+
+        Raises KeysPending if they are being fetched, Unavailable while none are known.
+        """
 
 
 class _KeySet(msgspec.Struct):
@@ -97,8 +108,8 @@ def _algorithms(key: PublicKeyType) -> frozenset[str]:
 
 
 def _fitting(keys: Sequence[IssuerKey], kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
-    """A token without a key id is tried with every key that fits its algorithm."""
-    return [key for key in keys if algorithm in key.algorithms and kid in {None, key.kid}]
+    """The keys to try for a token, at most 8: without a key id, those that fit its algorithm."""
+    return [key for key in keys if algorithm in key.algorithms and kid in {None, key.kid}][:_MOST_TRIED]
 
 
 class FileKeys:
@@ -130,50 +141,132 @@ class FileKeys:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-class RemoteKeys:
-    """A key set by HTTPS, fetched when it is old or lacks a key, and at most every five seconds.
+class Refresh:
+    """One fetch of an issuer's key set, in a thread of its own. Up to 512 callers may wait for its end."""
 
-    While the issuer is away its keys are used for a day.
+    def __init__(self, began: float) -> None:
+        """``began`` is a reading of the issuer's clock in seconds."""
+        self.began = began
+        self._done: Future[None] = Future()
+        self._lock = threading.Lock()
+        self._waiters = 0
+
+    @contextmanager
+    def joined(self) -> Iterator[Future[None]]:
+        """Count the caller as waiting; the future is done when the fetch has ended, well or not.
+
+        Raises Unavailable if 512 callers wait already, and in place of a TimeoutError of the body.
+        """
+        with self._lock:
+            if self._waiters >= MOST_WAITERS:
+                raise Unavailable(NO_KEYS, retry_after_s=AGAIN_S)
+            self._waiters += 1
+        try:
+            yield self._done
+        except TimeoutError:
+            raise Unavailable(NO_KEYS, retry_after_s=AGAIN_S) from None
+        finally:
+            with self._lock:
+                self._waiters -= 1
+
+    def wait(self) -> None:
+        """Block this thread until the fetch has ended, at most 5 seconds. Raises Unavailable."""
+        with self.joined() as done:
+            done.result(WAIT_S)
+
+    def end(self) -> None:
+        """Release the callers that wait."""
+        self._done.set_result(None)
+
+
+class KeysPending(Unavailable):
+    """A token cannot be verified before ``refresh`` has ended: wait for it and verify once more."""
+
+    def __init__(self, refresh: Refresh) -> None:
+        super().__init__(NO_KEYS)
+        self.refresh = refresh
+
+
+class RemoteKeys:
+    """A key set by HTTPS. Answers from what is known and never waits for the issuer itself.
+
+    The set is fetched again in the background when it is 5 minutes old, and for an unknown key id, at most
+    once in 5 seconds. A caller has to wait (KeysPending) only for a key id that is not known, or if the set
+    is older than 10 minutes and no fetch has failed since. While the issuer is away, a set is used for a day.
     """
 
     def __init__(self, fetch: Callable[[], bytes], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._fetch = fetch
         self._clock = clock
         self._lock = threading.Lock()
+        self._refresh: Refresh | None = None
         self._keys: tuple[IssuerKey, ...] = ()
         self._fetched = self._tried = float("-inf")
+        self._is_failing = False
 
     def fitting(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
-        found = _fitting(self._keys, kid, algorithm)
-        if not found or self._clock() - self._fetched > KEEP_S:
-            self._refresh()
+        found, now = _fitting(self._keys, kid, algorithm), self._clock()
+        age_s = now - self._fetched
+        if found and age_s <= KEEP_S / 2:
+            return found
+        refresh = self._refreshing(now)
+        is_failing = self._is_failing
+        if refresh is not None:
+            is_late = now - refresh.began > WAIT_S
+            if not is_late and (not found or (age_s > KEEP_S and not is_failing)):
+                raise KeysPending(refresh)
+            is_failing = is_failing or is_late
+        else:  # a fetch may have ended since the first look
             found = _fitting(self._keys, kid, algorithm)
-        if self._clock() - self._fetched > STALE_S:
-            raise Unavailable("The keys of the token's issuer cannot be fetched", retry_after_s=AGAIN_S)
+        if self._clock() - self._fetched > STALE_S or (not found and is_failing):
+            raise Unavailable(NO_KEYS, retry_after_s=AGAIN_S)
         return found
 
-    def _refresh(self) -> None:
-        """Neither a flood of unknown key ids nor an issuer that is away is passed on."""
+    def _refreshing(self, now: float) -> Refresh | None:
+        """The fetch that is under way or begins now; None if the last one ended within 5 seconds.
+
+        A fetch that has not ended after 30 seconds, or whose thread a fork has left behind, is given up.
+        """
         with self._lock:
-            if self._clock() - self._tried < AGAIN_S:
-                return
-            self._tried = self._clock()
-            try:
-                self._keys = parse(self._fetch())
-                self._fetched = self._clock()
-            except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as exc:
-                reason = str(exc) if isinstance(exc, ValueError) else ""
-                _log.warning("jwks.not_fetched", error=type(exc).__name__, reason=reason)
+            if self._refresh is not None and now - self._refresh.began <= LOST_S:
+                return self._refresh
+            if now - self._tried < AGAIN_S:
+                return None
+            self._is_failing = self._is_failing or self._refresh is not None
+            self._refresh = refresh = Refresh(now)
+            threading.Thread(target=self._run, args=(refresh,), name="jwks", daemon=True).start()
+            return refresh
+
+    def _run(self, refresh: Refresh) -> None:
+        metrics.AUTH_JWT_WORK.labels("key_fetch").inc()
+        is_failing = True
+        try:
+            self._keys = parse(self._fetch())
+            self._fetched = self._clock()
+            is_failing = False
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as exc:
+            reason = str(exc) if isinstance(exc, ValueError) else ""
+            _log.warning("jwks.not_fetched", error=type(exc).__name__, reason=reason)
+        finally:
+            with self._lock:
+                self._is_failing, self._tried = is_failing, self._clock()
+                if self._refresh is refresh:
+                    self._refresh = None
+            refresh.end()
 
 
 def fetching(ca_file: Path | None) -> Callable[[str], bytes]:
-    """How to get what is at a URL: no redirects, 5 seconds, at most 256 KiB. Raises ConfigurationError."""
+    """How to get what is at a URL: no redirects, 5 s of silence, 10 s in all, at most 256 KiB.
+
+    Raises ConfigurationError.
+    """
     try:
         context = ssl.create_default_context(cafile=ca_file)
     except OSError as exc:
         raise ConfigurationError(f"Cannot read the certificate authorities in {ca_file}") from exc
 
     def fetch(url: str) -> bytes:
+        deadline = time.monotonic() + _FETCH_S
         with (
             httpx.Client(verify=context, timeout=_TIMEOUT_S) as client,
             client.stream("GET", url, headers={"Accept": "application/json"}) as answer,
@@ -185,6 +278,8 @@ def fetching(ca_file: Path | None) -> Callable[[str], bytes]:
                 data += piece
                 if len(data) > _MOST_BYTES:
                     raise ValueError("the answer is above 256 KiB")
+                if time.monotonic() > deadline:
+                    raise ValueError("the answer took longer than 10 seconds")
             return data
 
     return fetch

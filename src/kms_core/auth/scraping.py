@@ -9,23 +9,27 @@ from kms_core import metrics
 from kms_core.auth.doors import Doors
 from kms_core.errors import Unauthenticated, Unavailable
 from kms_core.policy import Policy, allows
+from kms_core.proxies import Proxies
 
 _FORWARDED: Final = frozenset({"forwarded", "x-forwarded-for", "x-real-ip", "via"})
 
 
 @dataclass(frozen=True, slots=True)
 class Scraping:
-    """``doors`` None: no token is known."""
+    """``doors`` None: no token is known. A trusted proxy is never on this machine, whatever its address."""
 
     mode: Literal["loopback", "open", "token"]
     doors: Doors | None
     policy: Policy
+    proxies: Proxies
 
     def is_open_to(self, address: str | None, header_names: Iterable[str]) -> bool:
         """Without a credential: from this machine, unless a proxy says that somebody else asks."""
         if self.mode != "loopback":
             return self.mode == "open"
-        return _is_loopback(address) and _FORWARDED.isdisjoint(map(str.lower, header_names))
+        if not _is_loopback(address) or (address and self.proxies.trust(address)):
+            return False
+        return _FORWARDED.isdisjoint(map(str.lower, header_names))
 
     def knows(self, token: str) -> bool:
         """Whether this token may read them."""

@@ -37,8 +37,14 @@ class Pace:
     burst: float
 
 
+_RECORDS: Final = Pace(10.0, 600.0)
+
+
 class Failures:
-    """Failed attempts by source. The sources that failed last are remembered, at most 4,096 of them."""
+    """Failed attempts by source. The sources that failed last are remembered, at most 4,096 of them.
+
+    Says, too, which failures to log and record: of all sources together 600 at once, and 10 a second.
+    """
 
     def __init__(
         self, per_minute: float, *, clock: Callable[[], float] = time.monotonic, most: int = MOST_SOURCES
@@ -47,20 +53,25 @@ class Failures:
         self._clock = clock
         self._most = most
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
+        self._records = _Bucket(_RECORDS.burst, clock())
 
     def wait_s(self, address: str) -> float:
         """Seconds until this source may fail again; 0 if it may now."""
         bucket = self._buckets.get(source_of(address))
         return 0.0 if bucket is None else _wait_s(bucket, self._pace, self._clock())
 
-    def failed(self, address: str) -> None:
-        """Note a failure."""
+    def failed(self, address: str) -> bool:
+        """Count a failure. Whether it is to be logged and recorded."""
         source, now = source_of(address), self._clock()
         bucket = self._buckets.pop(source, None) or _Bucket(self._pace.burst, now)
         _take(bucket, self._pace, now)
         self._buckets[source] = bucket
         if len(self._buckets) > self._most:
             self._buckets.popitem(last=False)
+        is_room = not _wait_s(self._records, _RECORDS, now)
+        if is_room:
+            _take(self._records, _RECORDS, now)
+        return is_room
 
 
 class Requests:

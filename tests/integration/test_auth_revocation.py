@@ -1,0 +1,352 @@
+"""Client certificates that are revoked or expire: new connections, open ones, and jobs."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Final
+
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from callers import Authority, Guarded, Pair, bearer
+from kms_api import tls
+from kms_cli import up
+from kms_core import settings as settings_file
+from kms_core import wire
+from kms_core.auth import certificates, revocation
+from kms_core.auth.doors import Doors
+from kms_core.auth.doors import build as build_doors
+from kms_core.context import Context
+from kms_core.errors import ConfigurationError, Forbidden, Unauthenticated, Unavailable
+from kms_core.jobs.build import Core
+from kms_core.jobs.desk import Terms
+from kms_core.jobs.run import run_job
+from kms_core.policy import Principal
+from kms_core.settings_sections import Server
+from kms_core.wire import PREFIX
+from service import check_problem, core_of, until
+
+NAME: Final = x509.DNSName("builder.example.com")
+EXPIRED: Final = timedelta(minutes=-5)
+
+
+class Revoking(Guarded):
+    """An install that serves HTTPS and reads a revocation list of its clients' authorities."""
+
+    def __init__(self, folder: Path, redis: str = "unix:///nonexistent.sock", more: str = "") -> None:
+        self.clients = Authority(folder / "clients")
+        self.servers = Authority(folder / "servers", "a CA of servers")
+        self.pair = self.servers.issue("server", x509.DNSName("localhost"), server=True)
+        self.crl = folder / "clients.crl"
+        self.crl.write_bytes(self.clients.crl())
+        super().__init__(
+            folder,
+            '[kms.auth]\nmode = "required"\n[kms.auth.certificates.builder]\n'
+            'subject = "DNS:builder.example.com"\nscopes = ["status", "jobs:write,encrypt"]\n'
+            f'[kms.server]\ntls_cert = "{self.pair.cert}"\ntls_key = "{self.pair.key}"\n'
+            f'client_ca = "{self.clients.ca_file}"\nclient_crl = "{self.crl}"\n{more}',
+            redis,
+        )
+        self.url = f"https://localhost:{self.port}"
+
+    def _answers(self, name: str, port: int) -> bool:
+        assert self._processes[name].poll() is None, f"{name} ended:\n{self.output(name)}"
+        return up.is_alive("127.0.0.1", port, tls=True)
+
+    def client(self, pair: Pair | None = None) -> httpx.Client:
+        return httpx.Client(base_url=self.url, verify=self.servers.context(pair), trust_env=False)
+
+    def status(self, pair: Pair | None = None, headers: dict[str, str] | None = None) -> httpx.Response:
+        with self.client(pair) as http:
+            return http.get(f"{PREFIX}/status", headers=headers)
+
+    def put(self, crl: bytes) -> None:
+        """As an operator does: a new file in place of the old one."""
+        made = self.crl.with_suffix(".new")
+        made.write_bytes(crl)
+        made.replace(self.crl)
+
+    def builder(self, file: str = "builder", lasts: timedelta = timedelta(days=1)) -> Pair:
+        return self.clients.issue(file, NAME, lasts=lasts)
+
+
+def test_a_revoked_certificate_ends_its_connection_and_gets_no_other(tmp_path: Path) -> None:
+    with Revoking(tmp_path).start("api") as own:
+        revoked, other = own.builder(), own.builder("other")
+        with own.client(revoked) as http, own.client(other) as beside:
+            assert http.get(f"{PREFIX}/status").status_code == 200
+            assert beside.get(f"{PREFIX}/status").status_code == 200
+            own.put(own.clients.crl(revoked.cert))
+            answer = http.get(f"{PREFIX}/status")
+
+            check_problem(answer, 401, "unauthenticated")
+            assert "revoked" in answer.json()["detail"]
+            assert answer.headers["connection"] == "close"
+            with pytest.raises(httpx.TransportError):  # the client connects again and is not let in
+                http.get(f"{PREFIX}/status")
+            assert beside.get(f"{PREFIX}/status").status_code == 200
+        assert own.status(other).status_code == 200
+        with pytest.raises(httpx.TransportError):
+            own.status(revoked)
+        own.put(own.clients.crl())  # a list that revokes it no more: it was on hold
+        assert own.status(revoked).status_code == 200
+
+
+def test_an_expired_certificate_ends_its_connection(tmp_path: Path) -> None:
+    """Asked all the time, since uvicorn closes a connection that is silent for five seconds."""
+    with (
+        Revoking(tmp_path).start("api") as own,
+        own.client(own.builder(lasts=timedelta(seconds=6))) as http,
+    ):
+        answers = [http.get(f"{PREFIX}/status")]
+        assert answers[0].status_code == 200
+
+        def is_refused() -> bool:
+            answers.append(http.get(f"{PREFIX}/status"))
+            return answers[-1].is_error
+
+        until(is_refused, "the refusal")
+
+        check_problem(answers[-1], 401, "unauthenticated")
+        assert "expired" in answers[-1].json()["detail"]
+        assert answers[-1].headers["connection"] == "close"
+        with pytest.raises(httpx.TransportError):
+            http.get(f"{PREFIX}/status")
+
+
+def test_a_bad_token_does_not_end_the_connection_of_a_good_certificate(tmp_path: Path) -> None:
+    with Revoking(tmp_path).start("api") as own, own.client(own.builder()) as http:
+        answer = http.get(f"{PREFIX}/status", headers=bearer("kms_bad"))
+
+        check_problem(answer, 401, "unauthenticated")
+        assert "connection" not in answer.headers
+        assert http.get(f"{PREFIX}/status").status_code == 200
+
+
+def test_an_expired_list_lets_no_certificate_in_and_tokens_work(tmp_path: Path) -> None:
+    with Revoking(tmp_path).start("api") as own:
+        builder, token = own.builder(), own.token("status", "metrics")
+        with own.client(builder) as http:
+            assert http.get(f"{PREFIX}/status").status_code == 200
+            own.put(own.clients.crl(lasts=EXPIRED))
+
+            check_problem(http.get(f"{PREFIX}/status"), 503, "unavailable")
+            with pytest.raises(httpx.TransportError):
+                own.status(builder)
+            assert "client_crl" in own.status(headers=token).json()["degraded"]
+            with own.client() as plain:
+                text = plain.get("/metrics", headers=token).text
+            line = text.partition("\nkms_client_crl_expires_timestamp_seconds ")[2]
+            assert 0 < float(line.partition("\n")[0]) < time.time()
+            assert "client_crl.expired" in own.output("api")
+            assert "tls.client_crl_expired" in own.output("api")
+            own.put(own.clients.crl())
+
+            assert http.get(f"{PREFIX}/status").status_code == 200
+        assert own.status(builder).status_code == 200
+        assert "client_crl" not in own.status(headers=token).json()["degraded"]
+
+
+@pytest.mark.parametrize("kind", ["another authority", "no PEM", "gone", "delta", "forged"])
+def test_a_new_list_that_cannot_be_used_leaves_the_old_one_in_use(tmp_path: Path, kind: str) -> None:
+    with Revoking(tmp_path).start("api") as own:
+        revoked, good = own.builder(), own.builder("good")
+        own.put(own.clients.crl(revoked.cert))
+        with own.client(good) as http:
+            assert http.get(f"{PREFIX}/status").status_code == 200
+            if kind == "gone":
+                own.crl.unlink()
+            else:
+                own.put(unusable(own, tmp_path)[kind])
+
+            assert http.get(f"{PREFIX}/status").status_code == 200
+        assert own.status(good).status_code == 200
+        with pytest.raises(httpx.TransportError):
+            own.status(revoked)
+        assert "tls.not_renewed" in own.output("api")
+        assert "client_crl.not_read" in own.output("api")
+
+
+def unusable(own: Revoking, folder: Path) -> dict[str, bytes]:
+    name = "a CA for tests"  # of the same name, with another key
+    return {
+        "another authority": Authority(folder / "other", "another CA").crl(),
+        "no PEM": b"no PEM",
+        "delta": own.clients.crl(delta=True),
+        "forged": Authority(folder / "forger", name).crl(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["another authority", "no PEM", "gone", "delta", "forged", "one is missing"])
+def test_a_list_that_cannot_be_used_stops_the_start_and_says_what_to_do(tmp_path: Path, kind: str) -> None:
+    own = Revoking(tmp_path)
+    server = own.settings.kms.server
+    if kind == "gone":
+        own.crl.unlink()
+    elif kind == "one is missing":
+        more = Authority(tmp_path / "more", "one more CA").ca_file.read_bytes()
+        own.clients.ca_file.write_bytes(own.clients.ca_file.read_bytes() + more)
+    else:
+        own.put(unusable(own, tmp_path)[kind])
+
+    for start in (lambda: tls.context(server), lambda: build_doors(own.settings)):
+        with pytest.raises(ConfigurationError, match=r"kms\.server\.client_crl.*leave client_crl out"):
+            start()
+
+
+def test_a_list_needs_the_authority_that_signs_it(tmp_path: Path) -> None:
+    config = tmp_path / "kms.toml"
+    config.write_text('[kms.server]\nclient_crl = "/etc/kms-service/clients.crl"\n')
+
+    with pytest.raises(ConfigurationError, match="client_ca"):
+        settings_file.load(config, {"HOME": "/nonexistent"})
+
+
+@pytest.mark.parametrize("revoked", ["leaf", "intermediate"])
+def test_every_certificate_of_the_chain_is_checked(tmp_path: Path, revoked: str) -> None:
+    """Root and intermediate in client_ca, a list of each."""
+    with Revoking(tmp_path) as own:
+        middle = Authority(tmp_path / "middle", "an intermediate CA", own.clients)
+        own.clients.ca_file.write_bytes(own.clients.ca_file.read_bytes() + middle.ca_file.read_bytes())
+        own.put(own.clients.crl() + middle.crl())
+        own.start("api")
+        pair = middle.issue("leaf", NAME)
+        with own.client(pair) as http:
+            assert http.get(f"{PREFIX}/status").status_code == 200
+            if revoked == "leaf":
+                own.put(own.clients.crl() + middle.crl(pair.cert))
+            else:
+                own.put(own.clients.crl(middle.ca_file) + middle.crl())
+
+            check_problem(http.get(f"{PREFIX}/status"), 401, "unauthenticated")
+            with pytest.raises(httpx.TransportError):
+                own.status(pair)
+
+
+def test_of_several_lists_of_an_authority_the_newest_counts(tmp_path: Path) -> None:
+    own = Revoking(tmp_path)
+    builder = own.builder()
+    old, new = own.clients.crl(builder.cert, lasts=EXPIRED), own.clients.crl()
+    for text in (old + new, new + old):
+        own.put(text)
+        lists = revocation.load(own.settings.kms.server)
+        assert lists
+        assert lists.revoked == frozenset()
+        assert lists.ends > time.time()
+
+
+def test_revocation_is_looked_up_by_authority_and_number(tmp_path: Path) -> None:
+    own = Revoking(tmp_path)
+    builder = own.builder()
+    shown = certificates.read(
+        x509.load_pem_x509_certificate(builder.cert.read_bytes()).public_bytes(Encoding.DER)
+    )
+    same_number = shown.identity.partition(":")[0] + ":" + "0" * 16
+    own.put(own.clients.crl(builder.cert))
+    found = revocation.build(own.settings.kms.server)
+
+    assert found
+    assert found.is_revoked(shown.identity)
+    assert not found.is_revoked(same_number)
+    assert revocation.build(Server(docs=True)) is None
+
+
+# -- jobs ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def install(tmp_path: Path, redis_url: str) -> Revoking:
+    return Revoking(tmp_path, redis_url)
+
+
+@pytest.fixture
+def core(install: Revoking) -> Core:
+    return core_of(install)
+
+
+def holder(install: Revoking, core: Core, lasts: timedelta = timedelta(days=1)) -> tuple[Principal, Pair]:
+    """The principal of a new certificate, as a request on its connection is."""
+    pair = install.builder(lasts=lasts)
+    shown = certificates.read(
+        x509.load_pem_x509_certificate(pair.cert.read_bytes()).public_bytes(Encoding.DER)
+    )
+    assert core.doors
+    return core.doors.authenticate("", shown), pair
+
+
+def submit(core: Core, who: Principal) -> Callable[[], tuple[str, str]]:
+    """Submit a job; the result runs it and tells state and error."""
+    job_id = core.desk.items(
+        Terms(who, "encrypt", Context.parse("row=1")), [wire.JobItem(plaintext=b"x")]
+    ).job_id
+
+    def end() -> tuple[str, str]:
+        run_job(job_id, core.shop, "w")
+        job = core.shop.store.get(job_id, who.tenant)
+        return job.state, job.error
+
+    return end
+
+
+def test_a_job_of_a_good_certificate_runs(install: Revoking, core: Core) -> None:
+    who, _ = holder(install, core)
+
+    assert who.credential.startswith("cert:builder:")
+    assert submit(core, who)() == ("succeeded", "")
+
+
+def test_a_queued_job_of_a_revoked_certificate_ends_as_forbidden(install: Revoking, core: Core) -> None:
+    who, pair = holder(install, core)
+    end = submit(core, who)
+    install.put(install.clients.crl(pair.cert))
+
+    assert end() == ("failed", "forbidden")
+
+
+def test_a_queued_job_of_an_expired_certificate_ends_as_forbidden(install: Revoking, core: Core) -> None:
+    who, _ = holder(install, core, timedelta(seconds=3))
+    end = submit(core, who)
+    time.sleep(3.5)
+
+    assert end() == ("failed", "forbidden")
+
+
+def test_while_the_list_is_expired_jobs_wait(install: Revoking, core: Core) -> None:
+    who, _ = holder(install, core)
+    end = submit(core, who)
+    install.put(install.clients.crl(lasts=EXPIRED))
+    assert end()[0] == "queued"
+    install.put(install.clients.crl())
+    until(lambda: end() == ("succeeded", ""), "the job runs after the list was renewed")
+
+
+def test_a_job_that_an_earlier_version_accepted_is_held_to_its_entry(core: Core) -> None:
+    """Its credential names no certificate and has no end."""
+    old = Principal("cert:builder", "default", "cert:builder")
+    gone = Principal("cert:gone", "default", "cert:gone")
+    doors = core.doors
+    assert isinstance(doors, Doors)
+
+    assert submit(core, old)() == ("succeeded", "")
+    with pytest.raises(Forbidden):
+        doors.scopes_of(gone)
+
+
+def test_a_certificate_is_refused_by_what_is_wrong_with_it(install: Revoking, core: Core) -> None:
+    who, pair = holder(install, core)
+    shown = certificates.read(
+        x509.load_pem_x509_certificate(pair.cert.read_bytes()).public_bytes(Encoding.DER)
+    )
+    assert core.doors
+    assert list(core.doors.scopes_of(who))
+    assert core.doors.until(who) == shown.until
+    install.put(install.clients.crl(pair.cert))
+    with pytest.raises(Unauthenticated) as caught:
+        core.doors.authenticate("", shown)
+    assert (caught.value.reason, caught.value.ends_connection) == ("revoked", True)
+    install.put(install.clients.crl(lasts=EXPIRED))
+    with pytest.raises(Unavailable):
+        core.doors.authenticate("", shown)
