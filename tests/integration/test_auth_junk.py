@@ -86,8 +86,12 @@ def test_no_good_credential_is_refused_for_anothers_bad_ones(world: World) -> No
             ):
                 refused.add(http.get(url, headers={"X-Vault-Token": bad}).status_code)
                 asked += 1
-            shown = (api, bearer(world.good())), (vault, {"X-Vault-Token": world.good()})
-            shown += (f"{service.url}/metrics", {"X-API-Key": world.good()}), (api, bearer(token))
+            shown = [
+                (api, bearer(world.good())),
+                (vault, {"X-Vault-Token": world.good()}),
+                (f"{service.url}/metrics", {"X-API-Key": world.good()}),
+                (api, bearer(token)),
+            ]
             answers += [http.get(url, headers=each).status_code for url, each in shown]
             answers.append(
                 http.post(f"{service.url}/ui/login", data=login(http, service, world.good())).status_code

@@ -14,7 +14,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from callers import Authority, Guarded, Pair, bearer
 from kms_api import tls
 from kms_cli import up
-from kms_core import settings as settings_file
 from kms_core import wire
 from kms_core.auth import certificates, revocation
 from kms_core.auth.doors import Doors
@@ -27,7 +26,7 @@ from kms_core.jobs.run import run_job
 from kms_core.policy import Principal
 from kms_core.settings_sections import Server
 from kms_core.wire import PREFIX
-from service import check_problem, core_of, until
+from service import check_problem, core_of, free_port, until
 
 NAME: Final = x509.DNSName("builder.example.com")
 EXPIRED: Final = timedelta(minutes=-5)
@@ -93,6 +92,23 @@ def test_a_revoked_certificate_ends_its_connection_and_gets_no_other(tmp_path: P
             own.status(revoked)
         own.put(own.clients.crl())  # a list that revokes it no more: it was on hold
         assert own.status(revoked).status_code == 200
+
+
+@pytest.mark.parametrize("at", ["main", "own"])
+def test_the_vault_api_ends_the_connection_of_a_revoked_certificate(tmp_path: Path, at: str) -> None:
+    port = free_port()
+    with Revoking(tmp_path, more=f"[kms.facade]\nenabled = true\nport = {port}\n").start("api") as own:
+        builder = own.builder()
+        url = f"https://localhost:{own.port if at == 'main' else port}/v1/auth/token/lookup-self"
+        with own.client(builder) as http:
+            assert http.get(url).status_code == 200
+            own.put(own.clients.crl(builder.cert))
+            answer = http.get(url)
+
+            assert answer.status_code == 403
+            assert answer.headers["connection"] == "close"
+            with pytest.raises(httpx.TransportError):
+                http.get(url)
 
 
 def test_an_expired_certificate_ends_its_connection(tmp_path: Path) -> None:
@@ -195,14 +211,6 @@ def test_a_list_that_cannot_be_used_stops_the_start_and_says_what_to_do(tmp_path
     for start in (lambda: tls.context(server), lambda: build_doors(own.settings)):
         with pytest.raises(ConfigurationError, match=r"kms\.server\.client_crl.*leave client_crl out"):
             start()
-
-
-def test_a_list_needs_the_authority_that_signs_it(tmp_path: Path) -> None:
-    config = tmp_path / "kms.toml"
-    config.write_text('[kms.server]\nclient_crl = "/etc/kms-service/clients.crl"\n')
-
-    with pytest.raises(ConfigurationError, match="client_ca"):
-        settings_file.load(config, {"HOME": "/nonexistent"})
 
 
 @pytest.mark.parametrize("revoked", ["leaf", "intermediate"])

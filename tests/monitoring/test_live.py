@@ -216,6 +216,8 @@ KINDS: Final = {
 DECLARED: Final = KINDS.keys()
 MOVED_ELSEWHERE: Final = {
     "kms_auth_failures": "integration/test_auth.py",
+    "kms_auth_jwt_work": "integration/test_auth_junk.py",
+    "kms_client_crl_expires_timestamp_seconds": "integration/test_auth_revocation.py",
     "kms_http_admission_refusals": "integration/test_admission.py",
     "kms_http_connections_ended": "unit/test_http_protocol.py",
     "kms_rate_limited": "integration/test_auth_jobs.py",

@@ -161,3 +161,12 @@ def test_a_tenant_may_ask_so_often_and_others_as_they_like(clock: Clock) -> None
 
     with pytest.raises(RateLimited):
         requests.take("acme")
+
+
+def test_failures_of_all_sources_are_logged_within_a_bound(clock: Clock) -> None:
+    failures = Failures(30, clock=clock)
+    logged = [failures.failed(f"10.{number >> 8}.{number & 255}.1") for number in range(2000)]
+    assert logged == [True] * 600 + [False] * 1400
+    clock.now += 1
+
+    assert [failures.failed(f"11.0.0.{number}") for number in range(20)] == [True] * 10 + [False] * 10
