@@ -21,12 +21,12 @@ from starlette.types import Receive, Scope, Send
 from authorization.permissions import OPERATIONS
 from callers import AUDIENCE, ISSUER, Authority, Guarded, Issuer, bearer
 from kms_api import app
-from kms_api.tls import CERTIFICATE, PeerProtocol
 from kms_cli.up import make_identity
 from kms_core import wire
 from kms_core.auth import tokens
 from kms_core.auth.certificates import Shown
 from kms_core.context import Context
+from kms_core.http_server.protocol import CERTIFICATE, HttpProtocol
 from kms_core.jobs.desk import Terms
 from kms_core.jobs.link import job_key
 from kms_core.jobs.outbox import MOST_ATTEMPTS, Delivery, Outbox
@@ -126,7 +126,7 @@ class Application:
         listener = socket.create_server(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         config = uvicorn.Config(
-            self._asked, http=PeerProtocol, interface="asgi3", lifespan="off", log_config=None
+            self._asked, http=HttpProtocol, interface="asgi3", lifespan="off", log_config=None
         )
         self._server = uvicorn.Server(config)
         self._served = self._portal.start_task_soon(self._server.serve, [listener])

@@ -57,7 +57,10 @@ def read(tmp_path: Path, text: str, **environ: str) -> Settings:
         (REQUIRED + TLS + "[kms.auth.certificates.a]\nsubject = 'a'\nscopes = []\n", "expected DNS:name"),
         (REQUIRED + TLS + "[kms.auth.certificates.a]\nsubject = 'DNS:a'\nscopes = ['x']\n", "scopes[0]"),
         ("[kms.server]\nclient_crl = '/t/crl'\n", "client_crl: name the authority"),
-        ("[kms.server]\ntrusted_proxies = ['proxy']\n", "trusted_proxies[0]: expected an address or a network"),
+        (
+            "[kms.server]\ntrusted_proxies = ['proxy']\n",
+            "trusted_proxies[0]: expected an address or a network",
+        ),
         ("[kms.server]\ntrusted_proxies = ['::1', '10.1.2.3/8']\n", "trusted_proxies[1]: expected"),
         ("[kms.server]\ntrusted_proxies = ['0.0.0.0/0']\n", "this trusts every address"),
         ("[kms.server]\ntrusted_proxies = ['10.0.0.0/8', '::/0']\n", "this trusts every address"),
