@@ -14,8 +14,8 @@ _CACHE: Final = Path(__file__).parents[1] / ".cache"
 
 
 def program(name: str) -> str:
-    """The path of a program on the PATH."""
-    found = shutil.which(name)
+    """The path of a program on the PATH, or of a server where Debian puts those."""
+    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
     if found:
         return found
     if os.environ.get("CI"):
