@@ -373,13 +373,7 @@ class JobStore(Upkeep):
             metrics.JOBS.labels(claim.accepted.kind, state).inc()
 
     def defer(
-        self,
-        claim: Claim,
-        delay_s: float,
-        *,
-        counts: bool,
-        away: bool = True,
-        work_bytes: int | None = None,
+        self, claim: Claim, delay_s: float, *, counts: bool, away: bool = True, work_bytes: int | None = None
     ) -> None:
         """Back to the queue, not before ``delay_s`` seconds; ``counts`` says whether the attempt counts.
 
@@ -387,19 +381,11 @@ class JobStore(Upkeep):
         job turned out to read, for the next claim.
         """
         job_id = claim.accepted.job_id
-        given = [
-            job_id,
-            claim.fence,
-            delay_s,
-            int(not counts),
-            int(away),
-            "" if work_bytes is None else work_bytes,
-        ]
+        found = "" if work_bytes is None else work_bytes
+        given = [job_id, claim.fence, delay_s, int(not counts), int(away), found]
         with redis_errors():
             word = self._run["DEFER"]([job_key(job_id)], given)[0]
         raise_for(word)
-
-    # -- looking after ---------------------------------------------------------------------------------
 
 
 def _turned_away(word: bytes, tenant: str) -> RateLimited:

@@ -8,7 +8,7 @@ from typing import Final, cast
 
 import redis
 
-from kms_core.jobs import letters, part_scripts, scripts
+from kms_core.jobs import claim_script, letters, part_scripts, scripts
 from kms_core.jobs.link import PREFIX, busy_key, job_key, redis_errors
 from kms_core.jobs.model import QUEUES, REDIS_STEPS, Lane
 from kms_core.wire import PRIORITIES, Priority
@@ -32,7 +32,7 @@ class Upkeep:
         self._clock = (0.0, -math.inf)  # what Redis's said, and when by ours
         self._run: dict[str, Script] = {
             name: client.register_script(getattr(module, name))
-            for module in (scripts, part_scripts)
+            for module in (scripts, claim_script, part_scripts)
             for name in module.NAMES
         }
 
