@@ -5,7 +5,6 @@ recipients and this one. A file is replaced once its plaintext is the same as be
 opened the data key with nothing but its own key.
 """
 
-import re
 import shutil
 import subprocess
 import tempfile
@@ -32,7 +31,7 @@ from kms_core.errors import (
 )
 
 DATA_KEY_BYTES: Final = frozenset({32, 33})  # 33: a share, where a file has several key groups
-_BLOCK: Final = re.compile(re.escape(armor.BEGIN) + rb".+?-----END AGE ENCRYPTED FILE-----", re.DOTALL)
+_END: Final = b"-----END AGE ENCRYPTED FILE-----"
 
 
 class SopsFailed(KmsError):
@@ -99,8 +98,9 @@ class Sops:
 
 def blocks_of(text: bytes) -> Iterator[bytes]:
     """Every age file in a SOPS file: indented in YAML, with escaped line ends in JSON and dotenv."""
-    for found in _BLOCK.findall(text):
-        lines = found.replace(b"\\n", b"\n").split(b"\n")
+    for begun in text.split(armor.BEGIN)[1:]:
+        found, end, _ = begun.partition(_END)
+        lines = (armor.BEGIN + found + end).replace(b"\\n", b"\n").split(b"\n")
         try:
             yield armor.dearmor(b"\n".join(map(bytes.strip, lines)) + b"\n")
         except (DecryptFailed, NotACiphertext):

@@ -64,9 +64,15 @@ AT_LEAST: Final = {
 }
 
 _IDS: Final[dict[str, ContextVar[str]]] = {}
+# A failed look for a password or a JWT would be made again from every place in the same run of characters, so
+# that run is taken as a whole, and looked through once for what else may be in it: time grows with the text.
+_OF_ONE_WORD: Final = r"AGE-SECRET-KEY-[0-9A-Z-]+|kms_[a-z2-7]{10}_[\w-]{43}"
+_JWT: Final = r"(?P<word>eyJ[\w-]++)(?P<rest>\.eyJ[\w-]++\.[\w-]*+)?"
+_LOGIN: Final = r"(?<=://)(?P<login>[^/:@\s\"']*+:[^@\s\"']++)(?P<at>(?=@))?"
+_WORDS: Final = re.compile(_OF_ONE_WORD, re.IGNORECASE)
+_TOKENS: Final = re.compile(f"{_OF_ONE_WORD}|{_JWT}", re.IGNORECASE)
 _IN_TEXT: Final = re.compile(
-    r"AGE-SECRET-KEY-[0-9A-Z-]+|(?<=bearer )[^\s\"',]+|(?<=://)[^/@\s\"']*:[^@\s\"']+(?=@)"
-    r"|kms_[a-z2-7]{10}_[\w-]{43}|eyJ[\w-]+\.eyJ[\w-]+\.[\w-]*",  # tokens of ours, JWTs
+    rf"(?<=bearer )[^\s\"',]+|{_LOGIN}|{_OF_ONE_WORD}|{_JWT}",
     re.IGNORECASE,
 )
 
@@ -140,7 +146,19 @@ def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
 
 def scrub(text: str) -> str:
     """Take out age identities, bearer tokens and passwords in URLs."""
-    return _IN_TEXT.sub(REDACTED, text)
+    return _IN_TEXT.sub(_scrubbed_login, text)
+
+
+def _scrubbed_login(found: re.Match[str]) -> str:
+    if found["login"] and found["at"] is None:
+        return _TOKENS.sub(_scrubbed_token, found["login"])
+    return _scrubbed_token(found)
+
+
+def _scrubbed_token(found: re.Match[str]) -> str:
+    if found["word"] and not found["rest"]:
+        return _WORDS.sub(REDACTED, found["word"])
+    return REDACTED
 
 
 def _redacted(name: str, value: object) -> object:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +11,8 @@ import pytest
 from bao import ROOT_TOKEN, bao
 from cli.conftest import BIN, Place, environment
 from cli.migrating import Desk, Ran, report
-from kms_core.envelope import x25519
+from kms_cli.migrate_sops import blocks_of
+from kms_core.envelope import armor, x25519
 from peers import program
 
 SECRET: Final = "hunter2"
@@ -170,3 +172,13 @@ def test_without_sops_the_command_says_what_to_install(desk: Desk) -> None:
 
     assert done.returncode == 78
     assert b"install it" in done.stderr
+
+
+def test_beginnings_without_an_end_take_no_long_look() -> None:
+    """A quadratic one would take a minute for the last of these."""
+    seconds: list[float] = []
+    for count in (300, 3_000, 30_000):
+        begun = time.process_time()
+        assert list(blocks_of(armor.BEGIN * count)) == []
+        seconds.append(time.process_time() - begun)
+        assert seconds[-1] <= max(seconds[0], 2e-3) * count / 300 * 3, seconds

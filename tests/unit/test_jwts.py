@@ -18,11 +18,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from callers import AUDIENCE, ISSUER, Issuer, claims, public_jwk
 from kms_core import metrics
 from kms_core.auth import jwks
+from kms_core.auth.doors import Doors
 from kms_core.auth.jwks import FileKeys, RemoteKeys
 from kms_core.auth.jwts import Jwts, Trusted
+from kms_core.auth.tokens import TokenFile
 from kms_core.errors import ConfigurationError, Unauthenticated, Unavailable
-from kms_core.policy import Principal
-from kms_core.settings_sections import ClaimGrant
+from kms_core.policy import ByScopes, Principal, allows
+from kms_core.scopes import NOT_IN_STAR
+from kms_core.settings_sections import Certificate, ClaimGrant
 from kms_core.settings_sections import Issuer as Section
 
 LEEWAY_S: Final = 5
@@ -111,6 +114,28 @@ def test_scopes_are_of_settings_and_of_the_token(
 
     assert who.grant is not None
     assert who.grant.scopes == expected
+
+
+STARS: Final[dict[str, dict[str, Any]]] = {
+    "all callers": {"scopes": ("*",), "scopes_claim": None},
+    "grants": {"grants": {"g": ClaimGrant(when={"sub": "*"}, scopes=("*",))}, "scopes_claim": None},
+    "a claim": {},
+}
+
+
+@pytest.mark.parametrize("source", [*STARS, "certificate"])
+def test_a_star_is_not_everything_wherever_it_stands(issuer: Issuer, tmp_path: Path, source: str) -> None:
+    jwts = door(issuer, **STARS.get(source, {}))
+    builder = Certificate(subject="DNS:builder", scopes=("*",))
+    policy = ByScopes(Doors(TokenFile(tmp_path / "none"), jwts, {"builder": builder}), {})
+    who = Principal("cert:builder", credential="cert:builder")
+    if source != "certificate":
+        who = jwts.holder(issuer.token(kms_scopes=["*"]))
+
+    assert allows(policy, who, "encrypt", "k")
+    assert allows(policy, who, "audit:read")
+    assert {"rotate", "wrap", "unwrap", "metrics"} == NOT_IN_STAR
+    assert [operation for operation in sorted(NOT_IN_STAR) if allows(policy, who, operation, "k")] == []
 
 
 @pytest.mark.parametrize(

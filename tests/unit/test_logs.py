@@ -2,6 +2,8 @@ import contextvars
 import io
 import json
 import logging
+import re
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -10,6 +12,8 @@ import structlog
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kms_core import audit, logs
 from kms_core.errors import ConfigurationError
@@ -276,3 +280,39 @@ def test_what_botocore_signs_is_not_logged(stream: io.StringIO) -> None:
 
     assert request.headers["X-Amz-Security-Token"] == "hunter2"
     assert not stream.getvalue()
+
+
+# -- secrets in text ---------------------------------------------------------------------------------------
+
+PLAINLY = re.compile(
+    r"AGE-SECRET-KEY-[0-9A-Z-]+|(?<=bearer )[^\s\"',]+|(?<=://)[^/@\s\"']*:[^@\s\"']+(?=@)"
+    r"|kms_[a-z2-7]{10}_[\w-]{43}|eyJ[\w-]+\.eyJ[\w-]+\.[\w-]*",
+    re.IGNORECASE,
+)
+"""What is taken out of text, said in one expression; it takes quadratic time where a look for it fails."""
+PIECES = (
+    *("://", ":", "/", "@", " ", '"', "x", "-", ".", "bearer ", "eyJ", "eyJh.eyJi.c", "age-secret-key-1Q"),
+    "AGE-SECRET-KEY-1" + "Q" * 8,
+    "kms_" + "a" * 10 + "_" + "b" * 43,
+    "b" * 43,
+)
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+def test_what_is_taken_out_of_text_is_what_one_expression_says(text: str) -> None:
+    assert logs.scrub(text) == PLAINLY.sub(logs.REDACTED, text)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["://a", "://a:", "://:", ":", "eyJ", "eyJa.", "eyJa.eyJ", "kms_", "AGE-SECRET-KEY-", "bearer ", "@"],
+)
+def test_no_text_takes_long_to_be_scrubbed(piece: str) -> None:
+    seconds: list[float] = []
+    for size in (1_000, 10_000, 100_000):
+        text = "://" + piece * (size // len(piece))
+        begun = time.process_time()
+        for _ in range(3):
+            logs.scrub(text)
+        seconds.append(time.process_time() - begun)
+        assert seconds[-1] <= max(seconds[0], 1e-3) * size / 1_000 * 3, seconds

@@ -113,6 +113,14 @@ def test_the_wait_ends_when_the_oldest_of_them_is_an_hour_old(clock: Clock, tmp_
     assert waits_s(kms) == pytest.approx(0.5 * 3600 - 366, abs=5)
 
 
+def test_where_there_are_more_than_may_be_the_wait_ends_with_enough_of_them(
+    clock: Clock, tmp_path: Path
+) -> None:
+    kms = service(clock, made_hours_ago(tmp_path / "old", 30, 0.9, 0.8, 0.5, 0.3, 0.1))
+
+    assert waits_s(kms) == pytest.approx(1800, abs=5)
+
+
 def test_a_clock_that_is_behind_makes_nobody_wait_longer_than_an_hour(clock: Clock, tmp_path: Path) -> None:
     assert waits_s(service(clock, made_hours_ago(tmp_path / "old", 5, -8, -9, -10))) == 3600
 

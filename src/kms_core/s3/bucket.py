@@ -5,7 +5,6 @@ PathRefused for what the store refuses or has not, Unavailable while it does not
 object that changed. Sizes are in bytes.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -120,7 +119,7 @@ class Bucket:
         while True:
             text = self._ask_ok("GET", "", query=query).body.decode("utf-8", "replace")
             quoted = _tag(text, "EncodingType") == "url"
-            for entry in re.findall(r"<Contents>(.*?)</Contents>", text, re.DOTALL):
+            for entry in _elements(text, "Contents"):
                 key = _tag(entry, "Key")
                 yield unquote_plus(key) if quoted else key, int(_tag(entry, "Size"))
             following = _tag(text, "NextContinuationToken")
@@ -194,7 +193,7 @@ class Bucket:
                 return None
             self._check(answer)
             text = answer.body.decode("utf-8", "replace")
-            for entry in re.findall(r"<Part>(.*?)</Part>", text, re.DOTALL):
+            for entry in _elements(text, "Part"):
                 number, size = int(_tag(entry, "PartNumber")), int(_tag(entry, "Size"))
                 found.append(Part(number, _tag(entry, "ETag").strip('"'), size))
             if _tag(text, "IsTruncated") != "true":
@@ -282,5 +281,13 @@ def _not_held(answer: Answer, condition: If) -> bool:
 
 def _tag(text: str, name: str) -> str:
     """The text of the first element of this name; empty without one."""
-    found = re.search(rf"<{name}>(.*?)</{name}>", text, re.DOTALL)
-    return unescape(found[1], {"&quot;": '"', "&#34;": '"', "&apos;": "'", "&#39;": "'"}) if found else ""
+    found = next(_elements(text, name), "")
+    return unescape(found, {"&quot;": '"', "&#34;": '"', "&apos;": "'", "&#39;": "'"})
+
+
+def _elements(text: str, name: str) -> Iterator[str]:
+    """What stands in the elements of this name, none of which holds another; in one pass over the text."""
+    for begun in text.split(f"<{name}>")[1:]:
+        inner, end, _ = begun.partition(f"</{name}>")
+        if end:
+            yield inner
