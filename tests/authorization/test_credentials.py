@@ -10,6 +10,7 @@ from anyio.from_thread import start_blocking_portal
 
 from authorization.application import Application, Caller
 from authorization.permissions import OPERATIONS
+from callers import bearer
 from kms_cli.valkey import EmbeddedValkey
 from kms_core.errors import Forbidden
 from kms_core.jobs.build import Core
@@ -75,6 +76,21 @@ def test_a_connection_outlives_its_certificate_and_its_requests_do_not(applicati
 
     assert [answer.status_code for answer in answers] == [200, 401, 200]
     assert answers[1].json()["detail"] == "The client certificate has expired: connect with a new one"
+
+
+def test_every_failed_attempt_is_recorded_once(application: Application) -> None:
+    """More of them than requests without any credential may leave in a minute."""
+    guesses = [Caller(bearer(f"kms_aaaaaaaaaa_{number:043d}")) for number in range(61)]
+    before = _denials(application)
+    for who in guesses:
+        assert application.ask(who, "GET", "/api/v1/kms/status").status_code == 401
+
+    assert _denials(application) - before == len(guesses)
+
+
+def _denials(application: Application) -> int:
+    files = application.install.settings.kms.audit.path.glob("*.jsonl")
+    return sum(path.read_text().count('"result":"unauthenticated"') for path in files)
 
 
 # -- keys that a caller may not see, through the Vault API -------------------------------------------------
