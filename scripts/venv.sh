@@ -1,7 +1,8 @@
 # Makes and fills .venv; sourced by up, test and lint. Knows nothing of what runs in it.
 #
 # `ready runtime` or `ready dev` returns at once while the lock files, pyproject.toml and the Python of
-# .venv are those of the last installation. PYTHON=/path/to/python3 chooses the interpreter of a new .venv.
+# .venv are those of the last installation. After other lock files, or an installation that was interrupted,
+# .venv is made again. PYTHON=/path/to/python3 chooses the interpreter of a .venv that is made.
 # shellcheck shell=bash
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,9 +20,10 @@ die() {
 
 suits() { "$@" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
-find_python() { # prints the newest tested Python, else any that is new enough
-    local name
-    for name in ${PYTHON:+"$PYTHON"} python3.13 python3.12 python3.11 python3 python; do
+find_python() { # prints the Python of .venv, the newest tested one, else any that is new enough
+    local name base
+    base=$("$venv/bin/python" -c 'import sys; print(sys._base_executable)' 2>/dev/null) || true
+    for name in ${PYTHON:+"$PYTHON"} ${base:+"$base"} python3.13 python3.12 python3.11 python3 python; do
         if suits "$name"; then
             command -v "$name"
             return
@@ -42,13 +44,15 @@ make_venv() {
     "$python" -m venv --clear "$venv"
 }
 
-fingerprint() {
+locked() { # prints what .venv should hold: a checksum of the lock files, of its Python and of where it is
     {
-        cat -- "$root"/requirements*.lock "$root/pyproject.toml"
+        cat -- "$root"/requirements*.lock
         "$venv/bin/python" -VV
         echo "$root"
     } | cksum
 }
+
+stamped() { [[ -f $venv/.kms-$1 && $(<"$venv/.kms-$1") == "$2" ]]; } # whether that was installed: a name, a checksum
 
 install() { # pip's words go to a log; the person sees what is being fetched
     local log=$venv/install.log
@@ -60,6 +64,10 @@ install() { # pip's words go to a log; the person sees what is being fetched
     fi
 }
 
+# The lock files are complete, so pip resolves nothing. pip 23.0 to 23.2 would look at newer releases of what is
+# locked and refuse what their extras need, since that has no hash.
+install_locked() { install --no-deps --require-hashes "$@"; }
+
 progress() {
     local word name count=0
     while read -r word name _; do
@@ -70,23 +78,45 @@ progress() {
     if [[ -t 2 ]]; then printf '\r\033[K' >&2; fi
 }
 
-ready() { # runtime | dev
-    local set=$1 now stamp
-    suits "$venv/bin/python" || make_venv
-    now=$(fingerprint)
-    for stamp in "$venv/.kms-dev" "$venv/.kms-$set"; do # dev contains runtime
-        if [[ -f $stamp && $(<"$stamp") == "$now" ]]; then return; fi
-    done
+check_complete() { # dies, naming what is missing, unless each installed package has what it needs
+    local said
+    said=$("$venv/bin/python" -m pip check --disable-pip-version-check 2>&1) && return
+    printf '%s\n' "$said" >&2
+    die "$1 lacks what the lines above name (on $("$venv/bin/python" -V))" \
+        "after a change of pyproject.toml run scripts/lock; else try another Python: rm -r .venv, PYTHON=python3.13"
+}
 
-    local lock=$root/requirements.lock
+ready() { # runtime | dev
+    is_ready "$1" || { # one at a time: a second one waits for the first, and finds its work done
+        if command -v flock >/dev/null; then flock 9; fi
+        is_ready "$1" || make_ready "$1"
+    } 9<"$root/scripts/venv.sh"
+}
+
+is_ready() {
+    local now
+    suits "$venv/bin/python" || return
+    now=$(locked)
+    { stamped dev "$now" || stamped "$1" "$now"; } && # dev contains runtime
+        stamped project "$(cksum <"$root/pyproject.toml")"
+}
+
+make_ready() {
+    local set=$1 lock=$root/requirements.lock now
     [[ $set == runtime ]] || lock=$root/requirements-dev.lock
-    say "installing into .venv; this is done once and takes up to a minute"
-    rm -f -- "$venv"/.kms-* "$venv/install.log"
-    # The lock files are complete, so pip resolves nothing: pip 23 would look at newer versions of what is locked
-    # and refuse their unlocked extras. `pip check` then says whether anything is missing.
-    install --no-deps --require-hashes -r "$lock" -r "$root/requirements-build.lock"
+    now=$(locked 2>/dev/null) || true
+    if ! stamped runtime "$now" && ! stamped dev "$now"; then # none, half made, or of other lock files
+        make_venv
+        now=$(locked)
+    fi
+    if ! stamped dev "$now" && ! stamped "$set" "$now"; then
+        say "installing into .venv; this is done once and takes up to a minute"
+        rm -f -- "$venv"/.kms-* "$venv/install.log"
+        install_locked -r "$lock" -r "$root/requirements-build.lock"
+        printf '%s\n' "$now" >"$venv/.kms-$set"
+    fi
+    rm -f -- "$venv/.kms-project"
     install --no-deps --no-build-isolation --editable "$root"
-    "$venv/bin/python" -m pip check --disable-pip-version-check >&2 ||
-        die "what is locked in $lock is incomplete" "run scripts/lock, and commit what it changes"
-    printf '%s\n' "$now" >"$venv/.kms-$set"
+    check_complete "$lock"
+    cksum <"$root/pyproject.toml" >"$venv/.kms-project"
 }

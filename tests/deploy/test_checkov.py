@@ -3,16 +3,25 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Final
 
 import pytest
 import yaml
 
-from artefacts import DEPLOY, OVERLAYS, kustomized, run, tool
+from artefacts import DEPLOY, OVERLAYS, ROOT, kustomized, run
 from peers import kept
 
 LOCK: Final = Path(__file__).with_name("checkov.lock")
+INSTALL: Final = """
+set -euo pipefail
+source scripts/venv.sh
+venv=$1
+"$2" -m venv --clear "$venv"
+install_locked --only-binary :all: -r "$3"
+check_complete "$3"
+"""
 SKIPPED: Final = {
     "CKV_K8S_43": "who deploys builds the image: its digest is not known here (deploy/README.md pins it)",
     "CKV_K8S_15": "as above: versions are not moved, so a node need not ask for one each time",
@@ -26,10 +35,7 @@ def checkov() -> Path:
     with kept("checkov") as home:
         stamp = home / "lock"
         if not stamp.exists() or stamp.read_bytes() != LOCK.read_bytes():
-            uv = tool("uv")
-            made = run(uv, "venv", "--quiet", "--clear", home)
-            pip = (uv, "pip", "install", "--quiet", "--python", home / "bin/python", "--require-hashes")
-            done = run(*pip, "--only-binary", ":all:", "-r", LOCK) if made.returncode == 0 else made
+            done = run("bash", "-c", INSTALL, "bash", home, sys.executable, LOCK, cwd=ROOT)
             if done.returncode != 0:
                 (pytest.fail if os.environ.get("CI") else pytest.skip)(
                     f"checkov cannot be installed: {done.stderr}"
