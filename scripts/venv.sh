@@ -110,7 +110,7 @@ make_ready() {
         now=$(locked)
     fi
     if ! stamped dev "$now" && ! stamped "$set" "$now"; then
-        say "installing into .venv; this is done once and takes up to a minute"
+        say "installing into .venv; this is done once and takes a minute or two"
         rm -f -- "$venv"/.kms-* "$venv/install.log"
         install_locked -r "$lock" -r "$root/requirements-build.lock"
         printf '%s\n' "$now" >"$venv/.kms-$set"
