@@ -1,5 +1,7 @@
 """Messages become jobs: once, under their submitter's name, and as the desk would accept them over HTTP."""
 
+import contextlib
+import contextvars
 import threading
 from pathlib import Path
 from typing import Final
@@ -7,6 +9,7 @@ from typing import Final
 import pytest
 import redis
 
+from kms_core import audit
 from kms_core.errors import (
     ConfigurationError,
     IdempotencyConflict,
@@ -66,6 +69,17 @@ def test_a_message_becomes_a_job_of_the_submitters_name(desk: Intake, core: Core
     assert (accepted.kind, accepted.items, accepted.context) == ("encrypt", 1, (("env", "prod"),))
     assert accepted.request_id == job_id
     assert core.desk.store.get(job_id, "default").state == "queued"
+
+
+def test_lines_after_a_message_do_not_carry_its_id(desk: Intake, recipient: str) -> None:
+    def run(asked: dict[str, object]) -> str:
+        with contextlib.suppress(PathRefused):
+            desk.accept(seal(recipient, asked), "worker/1")
+        return audit.request_id.get()
+
+    refused = body() | {"job": {"kind": "encrypt", "source": "file:///etc/passwd", "target": "file:///etc/x"}}
+    assert contextvars.Context().run(run, body()) == ""
+    assert contextvars.Context().run(run, refused) == ""
 
 
 def test_a_replay_changes_nothing(desk: Intake, core: Core, install: Service, recipient: str) -> None:

@@ -1,12 +1,15 @@
 """What a worker does with a job from file to file: each way to die in the middle, and what is left behind."""
 
+import contextvars
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from kms_core import audit
 from kms_core.context import Context
 from kms_core.errors import JobsUnavailable, PathRefused
 from kms_core.jobs.build import Core
@@ -68,6 +71,35 @@ def names(folder: Path) -> set[str]:
 
 def opened(core: Core, path: Path, context: Context = CONTEXT) -> bytes:
     return core.kms.decrypt(WHO, path.read_bytes(), context).plaintext
+
+
+# -- what is logged ----------------------------------------------------------------------------------------
+
+
+def identified() -> tuple[str, str]:
+    return audit.request_id.get(), audit.job_id.get()
+
+
+def test_lines_after_a_job_do_not_carry_its_ids(core: Core, files: Path) -> None:
+    def run(*, missing: bool) -> tuple[str, tuple[str, str]]:
+        job_id = submit(core, "encrypt", files / "in", files / "out")
+        if missing:
+            (files / "in").unlink()
+        run_job(job_id, core.shop, "w")
+        return now(core, job_id).state, identified()
+
+    assert contextvars.Context().run(partial(run, missing=False)) == ("succeeded", ("", ""))
+    assert contextvars.Context().run(partial(run, missing=True)) == ("failed", ("", ""))
+
+
+def test_lines_after_a_job_that_was_cut_off_do_not_carry_its_ids(core: Core, files: Path) -> None:
+    def run() -> tuple[str, str]:
+        job_id = submit(core, "encrypt", files / "in", files / "out")
+        with pytest.raises(Killed):
+            run_job(job_id, stumbling(core, "finish", after=False), "w")
+        return identified()
+
+    assert contextvars.Context().run(run) == ("", "")
 
 
 # -- there and back ----------------------------------------------------------------------------------------

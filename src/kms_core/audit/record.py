@@ -17,6 +17,18 @@ job_id: Final[ContextVar[str]] = ContextVar("job_id", default="")
 source: Final[ContextVar[str]] = ContextVar("source", default="")
 logs.identify(request_id=request_id, job_id=job_id)
 
+
+@contextmanager
+def identified(request: str, job: str = "") -> Iterator[None]:
+    """Name the request and the job in all that is logged and recorded until the block ends."""
+    tokens = request_id.set(request), job_id.set(job)
+    try:
+        yield
+    finally:
+        request_id.reset(tokens[0])
+        job_id.reset(tokens[1])
+
+
 DENIED: Final = "denied"
 OK: Final = "ok"
 DENIALS: Final = frozenset({"unauthenticated", "forbidden", "path_refused", "foreign_refused", "unknown_key"})

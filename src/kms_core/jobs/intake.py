@@ -5,6 +5,7 @@ proves nothing about who sent it: the token in it does. Where callers are not au
 to the broker may submit, as principal ``celery``.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -80,7 +81,10 @@ class Intake:
         Unauthenticated, IdempotencyConflict for another job of this id, and what the desk refuses.
         """
         asked = self._read(message)
-        audit.request_id.set(asked.job_id)
+        with audit.identified(asked.job_id):
+            return self._accept(asked, worker)
+
+    def _accept(self, asked: wire.Submission, worker: str) -> str:
         who = self._who(asked)
         store = self._desk.store
         named = Named(asked.job_id, store.record_key.digest(_DIGEST_LABEL, _encode(_given(asked.job))))
@@ -175,11 +179,11 @@ def recipient(path: Path) -> Recipient:
 
 def schema() -> dict[str, object]:
     """The JSON schema of a message, as published in docs/schemas."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": SCHEMA_ID,
-        **msgspec.json.schema(wire.Submission),
-    }
+    found = msgspec.json.schema(wire.Submission)
+    for shape in found["$defs"].values():  # docstrings, which Python takes the indentation from since 3.13
+        if "description" in shape:
+            shape["description"] = inspect.cleandoc(shape["description"])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA_ID, **found}
 
 
 def _given(job: wire.JobIn) -> dict[str, object]:

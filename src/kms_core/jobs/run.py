@@ -46,8 +46,12 @@ def run_job(job_id: str, shop: Shop, worker: str) -> None:
         _tidy(shop.store.accepted(job_id), shop)  # it may just have been closed
         return
     job = claim.accepted
-    audit.job_id.set(job.owner)
-    audit.request_id.set(job.request_id)
+    with audit.identified(job.request_id, job.owner):
+        _run_claimed(claim, shop)
+
+
+def _run_claimed(claim: Claim, shop: Shop) -> None:
+    job = claim.accepted
     if claim.attempt == 1 and not claim.deferrals:
         metrics.JOB_WAIT_SECONDS.labels(job.kind).observe(max(0.0, claim.waited_s))
     _log.info("job.claimed", job_id=job.job_id, kind=job.kind, attempt=claim.attempt, fence=claim.fence)
