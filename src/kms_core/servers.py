@@ -11,7 +11,7 @@ import redis
 import redis.sentinel
 
 from kms_core.errors import ConfigurationError
-from kms_core.settings_redis import AMQP, PASSWORDS, SENTINELS, Sentinels, is_tls, sentinels
+from kms_core.settings_redis import AMQP, PASSWORDS, SENTINELS, Sentinels, is_tls, sentinels, split_url
 from kms_core.settings_sections import Redis
 
 _TIMEOUT_S: Final = 5.0
@@ -58,7 +58,7 @@ def celery_options(section: Redis, transport: Options) -> Options:
 
 def _with_password(section: Redis, url: str) -> str:
     """``url`` with the password of ``password_file``, where its scheme has one. Raises ConfigurationError."""
-    file, parts = section.password_file, urlsplit(url)
+    file, parts = section.password_file, split_url("kms.redis.url", url)
     if file is None or parts.scheme not in PASSWORDS:
         return url
     try:

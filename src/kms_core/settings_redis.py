@@ -5,6 +5,7 @@
 servers; what the Sentinels want themselves stands in ``sentinel_username`` and ``sentinel_password``.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -56,7 +57,7 @@ def check_redis(settings: Settings) -> None:
         ("kms.redis.url", section.url, STATE),
         ("kms.redis.broker_url", section.broker_url, BROKER),
     ):
-        parts = _split(where, url)
+        parts = split_url(where, url)
         if parts.scheme not in schemes:
             known = ", ".join(f"{scheme}://" for scheme in schemes)
             raise ConfigurationError(f"{where}: expected one of {known}")
@@ -79,7 +80,7 @@ def is_tls(url: str) -> bool:
 
 def sentinels(where: str, url: str) -> Sentinels:
     """What a ``sentinel://`` URL says. Raises ConfigurationError, which names ``where`` and never the URL."""
-    parts = _split(where, url)
+    parts = split_url(where, url)
     login, _, hosts = parts.netloc.rpartition("@")
     username, _, password = login.partition(":")
     options = parse_qs(parts.query, keep_blank_values=True)
@@ -103,17 +104,26 @@ def sentinels(where: str, url: str) -> Sentinels:
 
 def _hosts(where: str, text: str) -> Iterator[tuple[str, int]]:
     for host in text.split(","):
-        parts = _split(where, f"//{host}")
+        parts = split_url(where, f"//{host}")
         if not parts.hostname:
             raise ConfigurationError(f"{where}: expected sentinel://host:26379,host:26379/0?master=mymaster")
         yield parts.hostname, _port(where, parts) or _SENTINEL_PORT
 
 
-def _split(where: str, url: str) -> SplitResult:
+def split_url(where: str, url: str) -> SplitResult:
+    """Split a URL of ``[kms.redis]``. Raises ConfigurationError, which names ``where`` and never the URL.
+
+    ``urlsplit`` of patched Pythons, as Debian 12's, refuses an IPv6 address after another host: the hosts of
+    Sentinels are kept from it.
+    """
+    scheme, separator, rest = url.partition("://")
+    several = scheme.lower() in SENTINELS
+    hosts = re.split(r"[/?#]", rest, maxsplit=1)[0] if several else ""
     try:
-        return urlsplit(url)
+        parts = urlsplit(f"{scheme}{separator}{rest.removeprefix(hosts)}")
     except ValueError:  # its text quotes the URL
         raise ConfigurationError(f"{where} is not a URL") from None
+    return parts._replace(netloc=hosts) if several else parts
 
 
 def _port(where: str, parts: SplitResult) -> int | None:

@@ -93,7 +93,7 @@ async def test_a_body_fills_slabs_in_order(size: int, step: int, *, chunked: boo
         for _ in range(2):  # the connection is good for the next request
             if chunked:
                 writer.write(head("Transfer-Encoding: chunked"))
-                writer.writelines(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+                writer.write(b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces))
                 writer.write(b"0\r\n\r\n")
             else:
                 writer.write(head(f"Content-Length: {len(data)}"))

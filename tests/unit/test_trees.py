@@ -56,7 +56,11 @@ def test_no_pattern_takes_long() -> None:
 
 
 @given(
-    st.lists(st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=8), min_size=1, max_size=6)
+    st.lists(
+        st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=8),
+        min_size=1,
+        max_size=6,
+    )
 )
 def test_every_name_can_be_written(names: list[str]) -> None:
     path = "/".join(encoded(name) for name in names)

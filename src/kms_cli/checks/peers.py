@@ -16,7 +16,7 @@ from kms_cli.up import is_alive, reachable
 from kms_core.errors import ConfigurationError
 from kms_core.servers import connect
 from kms_core.settings import DEFAULT_REDIS_URL, Settings
-from kms_core.settings_redis import AMQP, is_tls
+from kms_core.settings_redis import AMQP, is_tls, split_url
 from kms_core.settings_sections import Redis
 
 NEAR_S: Final = 1.0
@@ -37,7 +37,7 @@ def queue(settings: Settings) -> Iterator[Finding]:
     ):
         section = msgspec.structs.replace(section, url=f"unix://{quote(str(socket_path))}?db=0")
     yield from _redis(section, named=named)
-    if urlsplit(section.broker_url).scheme in AMQP:
+    if section.broker_url.partition("://")[0] in AMQP:
         yield _broker(section.broker_url)
 
 
@@ -69,7 +69,7 @@ def _redis(section: Redis, *, named: bool) -> Iterator[Finding]:
 
 
 def _where(url: str) -> str:
-    parts = urlsplit(url)
+    parts = split_url("kms.redis.url", url)
     if parts.scheme == "unix":
         return parts.path
     return parts.netloc.rpartition("@")[2]
