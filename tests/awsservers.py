@@ -22,6 +22,7 @@ from botocore.session import Session
 from kms_core.backends.awskms import AwsCipher
 from kms_core.backends.awskms_calls import Calls, Place
 from kms_core.programs.tether import spawn
+from ports import free_port
 
 if TYPE_CHECKING:
     from mypy_boto3_kms import KMSClient  # of boto3-stubs, which has no run-time part
@@ -89,12 +90,6 @@ def ministack() -> AwsServer:
     port = free_port()
     hypercorn = str(Path(sys.executable).with_name("hypercorn"))
     return started([hypercorn, "ministack.app:app", "-b", f"127.0.0.1:{port}"], port)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def started(argv: list[str], port: int) -> AwsServer:

@@ -23,6 +23,7 @@ from kms_core.backends.vaultkv import KvCipher
 from kms_core.programs.tether import spawn
 from kms_core.settings_backends import VaultKv
 from peers import program
+from ports import free_port
 
 ROOT_TOKEN: Final = "root"
 START_S: Final = 30.0
@@ -43,8 +44,7 @@ class Bao:
         """``mounts``: whether to set up transit and the policy of a service. ``audit``: its trail's file."""
         self.folder = folder
         self._log = folder / "server.log"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         argv = [binary(), "server", "-dev", f"-dev-root-token-id={ROOT_TOKEN}", "-dev-no-store-token"]
         argv.append(f"-dev-listen-address=127.0.0.1:{self.port}")
         if audit:

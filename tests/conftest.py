@@ -1,6 +1,7 @@
 """The real server that tests of jobs run against: one for the session, an empty database for each test."""
 
 import gc
+import signal
 from collections.abc import Iterator
 from itertools import count
 from typing import Final
@@ -12,6 +13,10 @@ from kms_cli.valkey import EmbeddedValkey, Limits
 # the whole service as processes; cores with object stores; an install with a façade; one for age tools
 pytest_plugins = ["service", "objectbench", "facades", "plugins"]
 DATABASES: Final = 10_000  # tests of one session; an unused one costs nothing
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a shell script starts in its background:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that tests start would inherit it
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 
 from bao import bao, binary
 from callers import Guarded
-from service import free_port
+from ports import free_port
 
 NO_REDIS: Final = "unix:///nonexistent/valkey.sock"
 KEYS: Final = ("default", "remote")

@@ -29,7 +29,7 @@ from botocore.exceptions import ClientError
 import awsservers
 from kms_core.programs.tether import spawn
 from peers import program
-from service import free_port
+from ports import free_port
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client  # of boto3-stubs, which has no run-time part

@@ -3,12 +3,15 @@
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import pytest
+
+from kms_core.programs import tether
 
 _CACHE: Final = Path(__file__).parents[1] / ".cache"
 
@@ -21,6 +24,11 @@ def program(name: str) -> str:
     if os.environ.get("CI"):
         pytest.fail(f"{name} is not on the PATH, and CI must not skip what compares with it")
     pytest.skip(f"{name} is not on the PATH")
+
+
+def tied(*argv: object) -> list[str]:
+    """The command of a program that dies with this process, even where that is killed (``tether``)."""
+    return [sys.executable, "-I", "-S", tether.__file__, str(os.getpid()), *map(str, argv)]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from hooks import Authority
 from kms_cli.valkey import ACCESS
 from kms_core.programs import tether
 from peers import program
-from service import free_port
+from ports import free_port
 
 PASSWORD: Final = "pa/ss:w@rd #?é"  # each of these has a meaning in a URL
 _ADMIN: Final = "admin"

@@ -5,10 +5,8 @@ or wants other settings, makes its own ``Service``. ``core_of`` is the same core
 that stand in the middle of a job.
 """
 
-import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +29,7 @@ from kms_core.jobs.model import Nudge
 from kms_core.programs import tether
 from kms_core.settings import Settings
 from kms_core.wire import ENDED, PREFIX
+from ports import free_port
 
 WAIT_S: Final = 90.0  # an upper bound that no healthy machine meets; nothing asserts how long a thing takes
 STOP_S: Final = 60.0
@@ -39,10 +38,6 @@ CANARY: Final = "Kanarienvogel-4711"  # sent where a secret may be; it must not 
 B64_CANARY: Final = b64encode(CANARY.encode()).decode()
 CONTEXT: Final = "env=prod,service=api"
 Json = dict[str, Any]
-_WORKER: Final = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
-_PORTS: Final = range(10_000 + 4 * _WORKER, 32_000, 4 * 8)  # four in a row for each of eight processes
-_BEGIN: Final = os.getppid() % 600  # other runs on this machine begin elsewhere
-_ports: Final[Iterator[int]] = itertools.cycle([*_PORTS[_BEGIN:], *_PORTS[:_BEGIN]])
 PROGRAMS: Final = {"api": "kms_api.main", "worker": "kms_worker.main"}
 
 
@@ -52,23 +47,6 @@ def until(fact: Callable[[], object], what: str) -> None:
     while not fact():
         assert time.monotonic() < deadline, f"not in {WAIT_S} s: {what}"
         time.sleep(POLL_S)
-
-
-def free_port() -> int:
-    """A port that is free, and so is the next one, for the worker's metrics.
-
-    Each test process has ports of its own: a neighbour's service would answer in place of one that is still
-    starting. None is one that the system gives to connections going out.
-    """
-    for number in _ports:
-        with socket.socket() as first, socket.socket() as second:
-            try:
-                first.bind(("127.0.0.1", number))
-                second.bind(("127.0.0.1", number + 1))
-            except OSError:
-                continue
-            return number
-    raise AssertionError("no free port")
 
 
 def b64(data: bytes) -> str:

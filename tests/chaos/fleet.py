@@ -23,8 +23,9 @@ from bao import Bao
 from chaos.orders import REMOTE
 from kms_cli import up
 from kms_core.programs import tether
+from ports import free_port
 from relay import Relay
-from service import PROGRAMS, STOP_S, Service, free_port, until
+from service import PROGRAMS, STOP_S, Service, until
 
 SPOOL_MIB: Final = 512
 _SHIM: Final = '''\

@@ -14,7 +14,8 @@ from typing import Final
 import pytest
 
 from kms_core.programs import tether
-from service import CONTEXT, PROGRAMS, Json, Service, b64, free_port, until
+from ports import free_port
+from service import CONTEXT, PROGRAMS, Json, Service, b64, until
 
 LARGE_MIB: Final = 96
 ITEMS: Final = {"kind": "encrypt", "items": [{"plaintext": b64(b"x"), "context": CONTEXT}]}

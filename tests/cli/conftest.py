@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from cli.contract_server import ContractServer, running
+from peers import tied
+from ports import free_port
 
 BIN = Path(sys.executable).parent
 START_S = 60
@@ -39,10 +40,8 @@ def stand_in() -> Iterator[ContractServer]:
 @pytest.fixture(scope="session")
 def real_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     home = tmp_path_factory.mktemp("real")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(BIN / "kms"), "up", "--state-dir", str(home / "state"), "--port", str(port)]
+    port = free_port()
+    command = tied(BIN / "kms", "up", "--state-dir", home / "state", "--port", port)
     with (home / "log").open("wb") as log:
         up = subprocess.Popen(command, env=environment(home), stdout=subprocess.PIPE, stderr=log, text=True)
     try:

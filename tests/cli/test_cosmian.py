@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from agekms import write_identities
 from contract.cosmian_double import CosmianDouble
 from contract.faults import unused_url
 from kms_core.envelope.x25519 import Identity
+from ports import free_port
 from trails import Place
 
 BIN: Final = Path(sys.executable).parent
@@ -43,8 +43,7 @@ class Install:
     """Settings and a state directory, and the programs in them."""
 
     def __init__(self, folder: Path, cosmian_url: str, keys: str = 'payroll = "cosmian:pay"') -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         config, state = folder / "kms.toml", folder / "state"
         config.write_text(SETTINGS.format(port=self.port, keys=keys))
         state.mkdir(mode=0o700)

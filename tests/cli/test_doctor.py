@@ -26,7 +26,8 @@ from cli.conftest import BIN
 from kms_cli import valkey
 from kms_cli.checks.trail import MOST_BYTES
 from kms_core.programs import tether
-from service import Service, free_port, until
+from ports import free_port
+from service import Service, until
 
 NO_REDIS: Final = "unix:///nonexistent/valkey.sock"
 PROD: Final = 'allow_age_in_prod = true\nprod_backend = "age"\n[kms.auth]\nmode = "required"\n'

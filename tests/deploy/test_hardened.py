@@ -17,8 +17,9 @@ import yaml
 from artefacts import ROOT, SYSTEMD, as_root, make_secrets
 from kms_cli.valkey import find_binary
 from kms_core.programs import tether
+from ports import free_port
 from sandbox import USER, directives, system_calls
-from service import b64, free_port, unb64, until
+from service import b64, unb64, until
 
 PYTHON: Final = Path(sys.executable)
 UNITS: Final = {"kms-service": "kms-api.service", "kms-worker": "kms-worker.service"}

@@ -25,6 +25,7 @@ from kms_core.jobs.desk import Terms
 from kms_core.jobs.run import run_job
 from kms_core.policy import Principal
 from kms_core.wire import JobItem
+from peers import tied
 from service import CANARY, CONTEXT, Service, b64, check_problem, core_of
 from stores import forge
 from trails import Place, record
@@ -493,7 +494,7 @@ def test_another_machine_verifies_with_the_public_key_alone(own: Service, tmp_pa
 def test_tail_follows(own: Service) -> None:
     own.start("api")
     own.encrypt(b"one")
-    argv = [sys.executable, "-P", "-u", "-m", "kms_cli.main", "audit", "tail", "-f", "--json"]
+    argv = tied(sys.executable, "-P", "-u", "-m", "kms_cli.main", "audit", "tail", "-f", "--json")
     with subprocess.Popen(argv, env=own.environ, stdout=subprocess.PIPE, text=True) as following:
         assert following.stdout
         first = json.loads(following.stdout.readline())

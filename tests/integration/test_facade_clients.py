@@ -19,7 +19,8 @@ from hvac.exceptions import Forbidden, InvalidPath, InvalidRequest
 from bao import START_S, binary
 from facades import KEYS, Facade, run
 from kms_core.programs.tether import spawn
-from service import b64, free_port
+from ports import free_port
+from service import b64
 
 HELLO: Final = b64(b"hello")
 Json = dict[str, Any]

@@ -15,7 +15,8 @@ from callers import Authority, Guarded
 from facades import NO_REDIS
 from kms_cli import up
 from kms_core.settings import load
-from service import Service, b64, free_port, until
+from ports import free_port
+from service import Service, b64, until
 
 BODY: Final = b'{"plaintext": "aGVsbG8="}'
 

@@ -18,7 +18,8 @@ from callers import REQUIRED, Authority, Guarded
 from kms_cli import up
 from kms_cli.valkey import EmbeddedValkey
 from nushells import MODULE, ROOT, TIMEOUT_S, Nu, fetched, unframed
-from service import CANARY, Service, b64, core_of, free_port, unb64
+from ports import free_port
+from service import CANARY, Service, b64, core_of, unb64
 from stores import forge
 
 DOCUMENT: Final = ROOT / "docs" / "nushell.md"

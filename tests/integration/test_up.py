@@ -14,6 +14,8 @@ import pytest
 import redis
 
 from kms_cli import up, valkey
+from peers import tied
+from ports import free_port
 from trails import Place
 
 STAND_INS = Path(__file__).with_name("up_stand_ins.py")
@@ -49,7 +51,7 @@ class Up:
         home = {"HOME": "/nonexistent", "PATH": os.environ["PATH"], "STAND_IN_NOTES": str(self.notes_path)}
         with (self.state.parent / "stderr").open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, STAND_INS, "up", self.state, str(self.port)],
+                tied(sys.executable, STAND_INS, "up", self.state, self.port),
                 env={**home, **self.faults},
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -95,15 +97,7 @@ Start = Callable[..., Up]
 
 @pytest.fixture
 def port() -> int:
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            number: int = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", number + 1))
-            except OSError:
-                continue
-            return number
+    return free_port()
 
 
 @pytest.fixture

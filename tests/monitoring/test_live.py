@@ -17,8 +17,9 @@ from kms_core import metrics
 from kms_core.jobs.run import run_job
 from kms_core.programs import tether
 from peers import program
+from ports import free_port
 from relay import Relay
-from service import CONTEXT, Service, b64, core_of, free_port, until
+from service import CONTEXT, Service, b64, core_of, until
 
 MONITORING: Final = Path(__file__).parents[2] / "monitoring"
 RULES: Final = [

@@ -1,6 +1,5 @@
 """``kms up --monitoring``: live figures of API and worker from one command."""
 
-import socket
 import sys
 from pathlib import Path
 
@@ -11,21 +10,8 @@ from peers import program
 from service import Service, until
 
 
-def roomy(folder: Path) -> Service:
-    """An install whose third port is free too."""
-    for number in range(100):
-        install = Service(folder / str(number))
-        with socket.socket() as third:
-            try:
-                third.bind(("127.0.0.1", install.port + 2))
-            except OSError:
-                continue
-            return install
-    raise AssertionError("no three ports in a row are free")
-
-
 def test_one_command_brings_a_prometheus_that_scrapes_both(tmp_path: Path) -> None:
-    install = roomy(tmp_path)
+    install = Service(tmp_path / "install")
     argv = [sys.executable, "-P", "-m", "kms_cli.main", "up", "--monitoring"]
     assert program("prometheus")
     with (tmp_path / "up.log").open("wb") as log:

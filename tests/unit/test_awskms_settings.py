@@ -1,7 +1,6 @@
 """How keys in AWS KMS are opened: settings, URIs, regions, credentials."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from kms_core.backends.awskms import AwsCipher, open_key
 from kms_core.backends.awskms_calls import Calls, Place
 from kms_core.errors import BackendUnavailable, ConfigurationError
 from kms_core.keyring import build
+from ports import free_port
 
 # -- credentials -------------------------------------------------------------------------------------
 
@@ -63,8 +63,7 @@ def test_a_source_of_credentials_that_does_not_answer_is_unreachable(
 ) -> None:
     token = tmp_path / "token"
     token.write_text("of a pod")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::111122223333:role/kms")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{port}")

@@ -29,7 +29,8 @@ from kms_core.jobs import webhooks
 from kms_core.jobs.model import Job
 from kms_core.jobs.outbox import FIRST_DELAY_S, LONGEST_DELAY_S, delay_s
 from kms_core.jobs.webhooks import Message, Outcome, event_body, is_public, post, sign
-from service import free_port, until
+from ports import free_port
+from service import until
 
 MESSAGE = Message("7b0e1c9a-0000-5000-8000-000000000001", "11111111-2222-4333-8444-555555555555", b'{"a": 1}')
 DOC = Path(__file__).parents[2] / "docs/webhooks.md"

@@ -1,0 +1,45 @@
+"""Ports of tests: processes side by side are never given the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import ports
+
+TESTS = Path(__file__).parents[1]
+CODE = """
+import sys, ports
+print(ports.block(), *(ports.free_port() for _ in range(90)), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_processes_side_by_side_get_ports_of_their_own() -> None:
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", CODE], cwd=TESTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(8)
+    ]
+    given = [[int(word) for word in each.stdout.readline().split()] for each in started if each.stdout]
+    for each in started:
+        each.communicate()
+
+    numbers = [number + offset for block in given for number in set(block[1:]) for offset in range(4)]
+    assert len(numbers) == len(set(numbers)) >= 8 * 4 * 50
+    assert ports.block() not in {block[0] for block in given}
+    assert min(numbers) >= 10_000
+    assert max(numbers) < 32_000
+
+
+def test_a_block_is_free_when_its_process_was_killed() -> None:
+    def held() -> int:
+        with subprocess.Popen(
+            [sys.executable, "-c", CODE], cwd=TESTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as started:
+            assert started.stdout
+            first = int(started.stdout.readline().split()[0])
+            started.kill()
+        return first
+
+    assert len({held() for _ in range(3)}) < 3  # the lowest that is free, so one comes again
