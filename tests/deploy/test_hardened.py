@@ -17,6 +17,7 @@ import yaml
 from artefacts import ROOT, SYSTEMD, as_root, make_secrets
 from kms_cli.valkey import find_binary
 from kms_core.programs import tether
+from peers import program
 from ports import free_port
 from sandbox import USER, directives, system_calls
 from service import b64, unb64, until
@@ -73,13 +74,18 @@ def sandboxed(unit: str, state: Path, *words: object) -> list[str]:
 
 def valkey_words(folder: Path, users: Path, port: int) -> list[str]:
     """The command of docker-compose.yml, in other places."""
-    (program, *words) = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["valkey"][
+    (server, *words) = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["valkey"][
         "command"
     ]
-    assert program == "valkey-server"
+    assert server == "valkey-server"
     places = [str(users) if word == "/run/secrets/valkey_users" else word for word in words]
     here = ["--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)]
     return [str(find_binary(os.environ)), *places, *here]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _systemd() -> None:
+    program("systemd-analyze")  # expands the sets of system calls for tests/sandbox.py
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +105,8 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     (folder / "valkey").mkdir()
     env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
     commands = {"valkey": valkey_words(folder / "valkey", secrets / "users.acl", redis_port)}
-    for program, unit in UNITS.items():
-        commands[program] = sandboxed(unit, state, PYTHON.with_name(program), "--config", state / "kms.toml")
+    for name, unit in UNITS.items():
+        commands[name] = sandboxed(unit, state, PYTHON.with_name(name), "--config", state / "kms.toml")
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, argv in commands.items():

@@ -1,7 +1,6 @@
 """Files of any size over HTTP: uploads that stream, downloads with ranges, and what failures leave behind."""
 
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -14,6 +13,7 @@ import pyrage
 import pytest
 
 from kms_core.wire import PREFIX
+from peers import program
 from service import CANARY, Service, check_problem, until
 
 MIB = 1024 * 1024
@@ -60,17 +60,20 @@ def test_upload_of_any_size_comes_back(service: Service, size: int, *, chunked: 
     assert service.job(back)["progress"]["bytes"] == len(ciphertext)
 
 
-def test_download_opens_with_stock_age(service: Service, tmp_path: Path) -> None:
+def test_download_opens_with_pyrage(service: Service) -> None:
     data = os.urandom(200_000)
     ciphertext = sealed(service, data, "env=prod")
-    path = tmp_path / "download.age"
-    path.write_bytes(ciphertext)
 
     assert pyrage.decrypt(ciphertext, [pyrage.x25519.Identity.from_str(identity(service))]) == data
-    if shutil.which("age"):
-        key = service.state / "age/private_key.txt"
-        done = subprocess.run(["age", "-d", "-i", key, path], capture_output=True, check=True)
-        assert done.stdout == data
+
+
+def test_download_opens_with_stock_age(service: Service, tmp_path: Path) -> None:
+    data = os.urandom(200_000)
+    path = tmp_path / "download.age"
+    path.write_bytes(sealed(service, data, "env=prod"))
+    argv = [program("age"), "-d", "-i", str(service.state / "age/private_key.txt"), str(path)]
+
+    assert subprocess.run(argv, capture_output=True, check=True).stdout == data
 
 
 def test_upload_made_by_stock_age_is_opened(service: Service) -> None:
