@@ -11,6 +11,7 @@ import jwt
 import pytest
 
 from callers import Guarded, Issuer, bearer, claims, issuer_settings, serving
+from ports import free_port
 from service import free_port
 
 RATIO: Final = 100

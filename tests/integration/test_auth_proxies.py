@@ -15,7 +15,8 @@ from callers import Guarded, bearer
 from kms_core.programs import tether
 from kms_core.wire import PREFIX
 from peers import program
-from service import free_port, until
+from ports import free_port
+from service import until
 
 DOCS: Final = (Path(__file__).parents[2] / "docs/auth.md").read_text()
 CLIENT: Final = "127.0.0.5"

@@ -26,7 +26,8 @@ from kms_core.jobs.run import run_job
 from kms_core.policy import Principal
 from kms_core.settings_sections import Server
 from kms_core.wire import PREFIX
-from service import check_problem, core_of, free_port, until
+from ports import free_port
+from service import check_problem, core_of, until
 
 NAME: Final = x509.DNSName("builder.example.com")
 EXPIRED: Final = timedelta(minutes=-5)

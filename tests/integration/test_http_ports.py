@@ -17,7 +17,8 @@ import pytest
 from http_cases import MALFORMED
 from kms_api.app import DOCUMENTED, UI
 from kms_api.rules import VAULT_RULES, Ruled
-from service import Service, b64, free_port
+from ports import free_port
+from service import Service, b64
 
 WAIT_S: Final = 30
 PORTS: Final = ("api", "vault", "worker")

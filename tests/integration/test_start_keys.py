@@ -10,7 +10,8 @@ import pytest
 from bao import bao
 from kms_core import keyring
 from kms_core.errors import EXIT_CONFIGURATION, ConfigurationError
-from service import PROGRAMS, Service, free_port
+from ports import free_port
+from service import PROGRAMS, Service
 
 SETTINGS: Final = """
 [kms.transit]

@@ -25,7 +25,8 @@ import pytest
 from kms_core.programs import tether
 from kms_core.wire import PREFIX
 from peers import program
-from service import Service, b64, free_port, unb64, until
+from ports import free_port
+from service import Service, b64, unb64, until
 
 CALLERS: Final = 4
 CALLS: Final = 150  # pairs of encrypt and decrypt by each caller
