@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from callers import Authority
 from cli.conftest import BIN
 from kms_cli import valkey
 from kms_cli.checks.trail import MOST_BYTES
@@ -295,6 +296,27 @@ def test_a_certificate_that_is_none_and_a_key_that_others_read(tmp_path: Path) -
 
     assert "holds no certificate" in told.at("certificate", "FAIL")
     assert f"chmod 600 {key}" in told.at("tls key", "warn")
+
+
+@pytest.mark.parametrize(
+    ("hours", "level", "said"),
+    [
+        (-1, "FAIL", "clients.crl ended at"),
+        (5, "warn", "clients.crl ends at"),
+        (300, "ok", "clients.crl: valid"),
+    ],
+    ids=["expired", "soon", "fine"],
+)
+def test_a_revocation_list_has_an_end(tmp_path: Path, hours: int, level: str, said: str) -> None:
+    clients, crl = Authority(tmp_path / "clients"), tmp_path / "clients.crl"
+    pair = clients.issue("server", server=True, lasts=timedelta(days=90))
+    crl.write_bytes(clients.crl(lasts=timedelta(hours=hours)))
+    settings = (
+        f'[kms.server]\ntls_cert = "{pair.cert}"\ntls_key = "{pair.key}"\nclient_ca = "{clients.ca_file}"\n'
+    )
+    told = doctor(configured(tmp_path, f'{settings}client_crl = "{crl}"\n'))
+
+    assert said in told.at("client crl", level)
 
 
 def certificate(cert: Path, key: Path, ends: datetime) -> None:

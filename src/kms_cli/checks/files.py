@@ -1,5 +1,6 @@
 """Key files, directories, room and certificates of this machine, as the settings name them."""
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,13 +12,17 @@ from cryptography import x509
 
 from kms_cli import words
 from kms_cli.checks.findings import Finding, Level
+from kms_core.auth import revocation
 from kms_core.envelope.native import parse_recipient
+from kms_core.errors import ConfigurationError
 from kms_core.filemodes import open_to_others
 from kms_core.settings import Settings
+from kms_core.settings_sections import Server
 
 LOW_DISK_BYTES: Final = 1024**3
 NO_ROOM_BYTES: Final = 16 * 1024**2  # less than a few uploads of the size that goes without a job
 RENEW_WITHIN: Final = timedelta(days=21)
+_CRL_WITHIN: Final = timedelta(days=1)  # as the alert KmsClientCrlExpires
 _CHECK: Final = "check path and mode"
 
 
@@ -128,10 +133,21 @@ def certificates(settings: Settings) -> Iterator[Finding]:
     for name, path in named.items():
         if path is not None:
             yield _certificate(f"kms.{name}", path)
+    yield from _client_crl(kms.server)
     if kms.server.tls_key is not None:
         key = private_file("tls key", kms.server.tls_key, _CHECK, strict=settings.is_prod)
         if key.level != "ok":
             yield key
+
+
+def _client_crl(server: Server) -> Iterator[Finding]:
+    try:
+        lists = revocation.load(server)
+    except ConfigurationError as exc:
+        yield Finding("FAIL", "client crl", exc.detail, _CHECK)
+        return
+    if lists is not None:
+        yield _term("client crl", f"kms.server.client_crl: {server.client_crl}", lists.ends, _CRL_WITHIN)
 
 
 def _certificate(name: str, path: Path) -> Finding:
@@ -141,10 +157,17 @@ def _certificate(name: str, path: Path) -> Finding:
         return Finding("FAIL", "certificate", f"{name}: {path}: {exc.strerror}", _CHECK)
     except ValueError:
         return Finding("FAIL", "certificate", f"{name}: {path} holds no certificate", "expected PEM")
-    now, day = datetime.now(UTC), f"{ends:%Y-%m-%d %H:%M} UTC"
-    renew = "renew it in place: it is read again without a restart"
-    if ends <= now:
-        return Finding("FAIL", "certificate", f"{name}: {path} ended at {day}", renew)
-    if ends - now < RENEW_WITHIN:
-        return Finding("warn", "certificate", f"{name}: {path} ends at {day}", renew)
-    return Finding("ok", "certificate", f"{name}: valid until {day}")
+    return _term("certificate", f"{name}: {path}", ends.timestamp(), RENEW_WITHIN)
+
+
+def _term(subject: str, what: str, ends: float, renew_within: timedelta) -> Finding:
+    """``ends`` is in epoch seconds, infinite for what has no end."""
+    if math.isinf(ends):
+        return Finding("ok", subject, f"{what}: valid without end")
+    at, now = datetime.fromtimestamp(ends, UTC), datetime.now(UTC)
+    day, renew = f"{at:%Y-%m-%d %H:%M} UTC", "renew it in place: it is read again without a restart"
+    if at <= now:
+        return Finding("FAIL", subject, f"{what} ended at {day}", renew)
+    if at - now < renew_within:
+        return Finding("warn", subject, f"{what} ends at {day}", renew)
+    return Finding("ok", subject, f"{what}: valid until {day}")
