@@ -12,7 +12,6 @@ import pytest
 
 from callers import Guarded, Issuer, bearer, claims, issuer_settings, serving
 from ports import free_port
-from service import free_port
 
 RATIO: Final = 100
 ROUNDS: Final = 12
