@@ -6,7 +6,7 @@ then has the most room. One pass is made over the value, so the time does not gr
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Self
 
 STAR: Final = "*"
@@ -17,6 +17,10 @@ class Pattern:
     """The pieces between the stars; a single piece is a text without a star, which matches itself only."""
 
     pieces: tuple[str, ...]
+    _ends: tuple[int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ends", (len(self.pieces[0]), len(self.pieces[-1])))
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -30,11 +34,13 @@ class Pattern:
         of m, CPython's search takes O(n + m) where m is 100 or more and n is 2,500 or more, and else at most
         n · m steps, which is then below 2,500² or 100 · n: below 2 ms for values of 8 KiB.
         """
-        if len(self.pieces) == 1:
-            return value == self.pieces[0]
-        first, *middle, last = self.pieces
-        at, end = len(first), len(value) - len(last)
-        if at > end or not value.startswith(first) or not value.endswith(last):
+        first, *others = self.pieces
+        if not others:
+            return value == first
+        *middle, last = others
+        at, behind = self._ends
+        end = len(value) - behind
+        if at > end or (at and not value.startswith(first)) or (behind and not value.endswith(last)):
             return False
         for piece in middle:
             at = value.find(piece, at, end)
@@ -46,4 +52,7 @@ class Pattern:
 
 def any_matches(patterns: Iterable[Pattern], value: str) -> bool:
     """Whether one of the patterns matches; False without any."""
-    return any(pattern.matches(value) for pattern in patterns)
+    for pattern in patterns:  # noqa: SIM110 -- asked for with every call, and any() calls twice as much
+        if pattern.matches(value):
+            return True
+    return False
