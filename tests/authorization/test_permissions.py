@@ -142,6 +142,7 @@ def without_a_credential(application: Application) -> dict[str, Caller]:
         "nothing": Caller(),
         "junk": Caller(bearer("x")),
         "another scheme": Caller({"Authorization": "Basic dTpw"}),
+        "a good token by another scheme": Caller({"Authorization": f"Basic {application.everything}"}),
         "an unknown token": Caller({"X-API-Key": "kms_aaaaaaaaaa_" + "A" * 43}),
         "a changed token": Caller(bearer(everything.headers["Authorization"][7:-1] + "_")),
         "two tokens": Caller({**everything.headers, "X-Vault-Token": "kms_aaaaaaaaaa_" + "A" * 43}),
