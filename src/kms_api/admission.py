@@ -284,7 +284,8 @@ def holder_of(scope: Scope) -> Holder | None:
     if who.name:
         return who.tenant, who.credential if who.grant is None else who.name
     address = source_of(scope["client"][0]) if scope.get("client") else "local"
-    return address, address
+    stranger = f"address {address}"  # no tenant's name has a space
+    return stranger, stranger
 
 
 def _change(held: dict[K, int], key: K, amount: int) -> None:

@@ -133,14 +133,11 @@ def build(settings: Settings) -> ASGIApp:
     inner = facade.before(Front(app, ROUTERS, wire.PREFIX), app.state.service, core.doors)
     front = ServerErrorMiddleware(inner, problems.unknown)
     gate = Gate(front, entry, sessions, limits)
-    admitted = Admitted(gate, Admission.of(settings.kms.server))
-    edge = Edge(admitted, settings.kms.server.allowed_hosts, core.kms.trail)
-    outer = Traced(edge) if traced.enabled else edge
-    return (
-        ClientAddress(outer, Proxies.of(settings.kms.server))
-        if settings.kms.server.trusted_proxies
-        else outer
-    )
+    edge = Edge(gate, settings.kms.server.allowed_hosts, core.kms.trail)
+    admitted = Admitted(edge, Admission.of(settings.kms.server))
+    outer = Traced(admitted) if traced.enabled else admitted
+    proxies = Proxies.of(settings.kms.server)
+    return ClientAddress(outer, proxies) if settings.kms.server.trusted_proxies else outer
 
 
 def _paces(settings: Settings) -> dict[str, Pace]:

@@ -262,7 +262,12 @@ def test_a_refusal_is_read_by_a_sender_that_reads_only_at_the_end(
     head = bad | {"Content-Length": str(SIZE)}
     with peers(crowded, 2, f"{PREFIX}/jobs", head, b" "):
         until(lambda: used(crowded, "json") == 2 * SIZE, "two bodies have their room")
-        answer = crowded.post("/jobs", content=b" " * SIZE, headers=bad)
+        body = b" " * (8 * MIB)
+        late = Peer(crowded, f"{PREFIX}/jobs", bad | {"Content-Length": str(len(body))}, body)
+        assert late.is_open, "the whole body could be sent"
+        assert late.status() == 429
+        late.close()
+        answer = crowded.post("/jobs", content=body, headers=bad)
 
         check_problem(answer, 429, "rate_limited")
         assert answer.headers["connection"] == "close"
@@ -408,4 +413,5 @@ def test_a_thousand_aborted_bodies_leave_nothing(
     idle: Callable[[], bool] = lambda: all(used(crowded, kind) == 0 for kind in BOUNDS)  # noqa: E731 -- a fact
     until(idle, "all counters are zero")
     calls_of_the_other(crowded, good)
+    until(idle, "they are again")
     assert crowded.output("api").count("crashed") == 0

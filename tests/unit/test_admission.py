@@ -9,8 +9,10 @@ from typing import Final
 
 import pytest
 
-from kms_api.admission import QUEUE, Bounds, Budget, Holder
+from kms_api.admission import QUEUE, Bounds, Budget, Holder, holder_of
+from kms_api.deps import LET_IN, LOCAL_CALLER, WHO
 from kms_core.errors import KmsError, RateLimited, Unavailable
+from kms_core.policy import Grant, Principal
 
 WAIT_S: Final = 60.0
 SHORT_S: Final = 0.2
@@ -31,13 +33,12 @@ def budget(total: int, tenant: int, credential: int, wait_s: float = SHORT_S) ->
 
 def taken(of: Budget, holder: Holder | None, amount: int = 1) -> int:
     """How often so much could be taken until it was refused."""
-    count = 0
-    while True:
+    for count in range(1000):
         try:
             of.take(holder, amount)
         except (RateLimited, Unavailable):
             return count
-        count += 1
+    raise AssertionError("nothing bounds it")
 
 
 # -- bounds --------------------------------------------------------------------------------------------
@@ -110,6 +111,41 @@ async def test_bytes_are_counted_as_they_are() -> None:
     assert of.is_idle
 
 
+# -- whom it counts for ---------------------------------------------------------------------------------
+
+GRANT: Final = Grant(("encrypt",), 0.0)
+
+
+def holder(who: Principal, address: str = "192.0.2.1") -> Holder | None:
+    return holder_of({WHO: who, "client": (address, 50_000)})
+
+
+def test_a_token_counts_for_its_tenant_and_itself() -> None:
+    assert holder(Principal("ci", "acme", "token:1")) != holder(Principal("ci", "acme", "token:2"))
+    assert holder(Principal("ci", "acme", "token:1")) == holder(
+        Principal("ci", "acme", "token:1"), "192.0.2.9"
+    )
+
+
+def test_a_subject_counts_together_whichever_jwt_it_sends() -> None:
+    first = holder(Principal("corp:ada", "acme", "jwt:corp:11", GRANT))
+
+    assert first == holder(Principal("corp:ada", "acme", "jwt:corp:22", GRANT))
+    assert first != holder(Principal("corp:bob", "acme", "jwt:corp:33", GRANT))
+
+
+def test_strangers_count_by_their_address_and_are_no_tenant() -> None:
+    assert holder(LET_IN) != holder(LET_IN, "192.0.2.2")
+    assert (
+        holder(LET_IN, "2001:db8::1") == holder(LET_IN, "2001:db8::ffff") != holder(LET_IN, "2001:db8:1::1")
+    )
+    assert holder(LET_IN) != holder(Principal("x", "192.0.2.1", "192.0.2.1"))
+
+
+def test_callers_that_nobody_asks_have_no_bound_of_their_own() -> None:
+    assert holder(LOCAL_CALLER) is None
+
+
 # -- waiting -------------------------------------------------------------------------------------------
 
 
@@ -139,6 +175,21 @@ async def test_a_queue_of_one_credential_holds_up_no_other() -> None:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
     assert of.held == 3
+
+
+async def test_one_that_waits_first_and_has_no_room_yet_holds_up_no_other() -> None:
+    of = budget(3, 3, 1, WAIT_S)
+    await of.wait(ANN)
+    assert taken(of, None) == 2
+    first, second = asyncio.create_task(of.wait(ANN)), asyncio.create_task(of.wait(BOB))
+    await asyncio.sleep(0)
+    of.give_back(None)
+
+    async with asyncio.timeout(WAIT_S):
+        await second
+    assert not first.done()
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
 
 
 async def test_waiting_ends_with_the_refusal_that_it_would_have_been() -> None:
