@@ -1,7 +1,7 @@
 """Bytes to shapes and back: bounded bodies, strict decoding."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any, Final, TypeVar
 
 import anyio
@@ -9,13 +9,14 @@ import msgspec
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
-from kms_api.admission import Held, held_of
+from kms_api.admission import Budget, Held, held_of
 from kms_api.deps import WHO
 from kms_api.unread import cycle_of
 from kms_core import wire
 from kms_core.errors import BodyTimeout, InvalidRequest, TooLarge
 
 T = TypeVar("T", bound=wire.Body)
+_MOMENT_S: Final = 1.0
 _UNKNOWN_FIELD: Final = "unknown field `"
 _FIELDS: Final = "|".join(
     sorted({field for shape in wire.Body.__subclasses__() for field in shape.__struct_encode_fields__})
@@ -45,18 +46,17 @@ async def read_bytes(request: Request, limit_bytes: int) -> bytes:
     declared = int(request.headers.get("content-length", 0))
     if declared > limit_bytes:
         raise _too_large(limit_bytes)
-    is_login = not request.scope[WHO].name
-    budget = held.admission.logins if is_login else held.admission.json
-    if is_login:
-        held.take(budget)
-    elif declared:
-        await held.wait(budget, declared)
-    try:
-        with anyio.fail_after(held.admission.body_s):
-            return await _arriving(request, None if declared or is_login else held, limit_bytes)
-    except TimeoutError:
-        budget.too_slow()
-        raise BodyTimeout(f"The body was not there after {held.admission.body_s:.0f} s") from None
+    body = bytearray()
+    if not request.scope[WHO].name:
+        await _read_login(request, held, body, limit_bytes)
+        return bytes(body)
+    if declared:
+        await held.wait(held.admission.json, declared)
+    counted = None if declared else held
+    await _in_time(
+        held.admission.json, held.admission.body_s, _read_into(body, request, limit_bytes, counted)
+    )
+    return bytes(body)
 
 
 async def _whole(request: Request, held: Held, limit_bytes: int) -> bytes:
@@ -72,16 +72,37 @@ async def _whole(request: Request, held: Held, limit_bytes: int) -> bytes:
     return body
 
 
-async def _arriving(request: Request, counted: Held | None, limit_bytes: int) -> bytes:
-    """A body piece by piece. ``counted`` holds each piece, where the size of all was not told before."""
-    body = bytearray()
+async def _read_login(request: Request, held: Held, body: bytearray, limit_bytes: int) -> None:
+    """A form of a caller without a credential: it takes a slot unless it is there in a moment.
+
+    Browsers send head and form apart, and others of their address may hold all its slots.
+    """
+    with anyio.move_on_after(_MOMENT_S) as moment:
+        await _read_into(body, request, limit_bytes, None)
+    if moment.cancelled_caught:
+        held.take(held.admission.logins)
+        rest = _read_into(body, request, limit_bytes, None)
+        await _in_time(held.admission.logins, held.admission.body_s, rest)
+
+
+async def _in_time(budget: Budget, seconds: float, reading: Coroutine[None, None, None]) -> None:
+    """Raises BodyTimeout if that takes longer."""
+    try:
+        with anyio.fail_after(seconds):
+            await reading
+    except TimeoutError:
+        budget.too_slow()
+        raise BodyTimeout(f"The body was not there after {seconds:.0f} s") from None
+
+
+async def _read_into(body: bytearray, request: Request, limit_bytes: int, counted: Held | None) -> None:
+    """Append what comes. ``counted`` holds each piece, where the size of all was not told before."""
     async for part in request.stream():
         if len(body) + len(part) > limit_bytes:
             raise _too_large(limit_bytes)
         if counted is not None and part:
             counted.take(counted.admission.json, len(part))
         body += part
-    return bytes(body)
 
 
 def _too_large(limit_bytes: int) -> TooLarge:
