@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from awsservers import free_port, started
+from awsservers import started
 from bao import bao, kv, transit
 from contract.cosmian_double import ADMIN, NEW, OLD, CosmianDouble
 from contract.cosmian_store import Key
@@ -19,6 +19,7 @@ from kms_core.backends.age import AgeBackend, KeyFiles
 from kms_core.backends.cosmian import CosmianCipher
 from kms_core.backends.cosmian_keys import CosmianKey
 from kms_core.backends.remote import RemoteBackend
+from ports import free_port
 
 AGE: Final = ("age-x25519", "age-mlkem768x25519")
 REMOTE: Final = ("transit", "vault-kv", "awskms", "cosmian-kmip", "cosmian-jose", "cosmian-kmip-4")
