@@ -25,7 +25,7 @@ from kms_core.settings_sections import Server
 
 K = TypeVar("K")
 
-HELD: Final = "kms.held"  # where the layer below leaves what a request holds, in its scope
+RESERVATION: Final = "kms.reservation"  # where the layer below leaves what a request holds, in its scope
 QUEUE: Final = 64
 """How many requests of one credential may wait for room in one budget."""
 _RETRY_S: Final = 5.0
@@ -60,9 +60,9 @@ class _Waiter:
 
 
 class Budget:
-    """What requests of one kind hold together. Used by the event loop alone.
+    """The amount that requests of one kind hold together. Used by the event loop only.
 
-    A holder of None is every caller of a service that authenticates nobody: only the total binds it.
+    A holder of None is every caller of a service without authentication: only the total binds it.
     """
 
     def __init__(self, kind: Kind, bounds: Bounds, wait_s: float = 0.0) -> None:
@@ -121,11 +121,11 @@ class Budget:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is held by anybody, and nobody waits."""
+        """Whether no request holds or waits for anything."""
         return not (self.held or self._tenants or self._credentials or self._queues)
 
     def _reason(self, holder: Holder | None, amount: int) -> Reason | None:
-        """Which bound stands against it, if one does."""
+        """The bound that it would exceed, if any."""
         bounds, free = self._bounds, self._bounds.total - self.held
         if holder is not None:
             if self._credentials.get(holder, 0) + amount > bounds.per_credential:
@@ -210,8 +210,8 @@ class Admission:
         )
 
 
-class Held:
-    """What one request holds of the budgets of ``admission``."""
+class Reservation:
+    """The amounts that one request holds of the budgets of ``admission``."""
 
     __slots__ = ("_amounts", "_scope", "admission")
 
@@ -253,7 +253,7 @@ class Admitted:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        held = scope[HELD] = Held(self._admission, scope)
+        held = scope[RESERVATION] = Reservation(self._admission, scope)
         cycle = cycle_of(scope)
         if cycle is not None and cycle.more_body:
             send = Unread(scope, receive, send, held.release).send
@@ -270,9 +270,9 @@ class Admitted:
             await cycle.flow.drain()
 
 
-def held_of(scope: Scope) -> Held:
-    """What the request of this scope holds."""
-    found: Held = scope[HELD]
+def reservation_of(scope: Scope) -> Reservation:
+    """The reservation of the request of this scope."""
+    found: Reservation = scope[RESERVATION]
     return found
 
 

@@ -9,7 +9,7 @@ import msgspec
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
-from kms_api.admission import Budget, Held, held_of
+from kms_api.admission import Budget, Reservation, reservation_of
 from kms_api.deps import WHO
 from kms_api.unread import cycle_of
 from kms_core import wire
@@ -40,7 +40,7 @@ async def read_bytes(request: Request, limit_bytes: int) -> bytes:
     time, RateLimited or Unavailable while there is no room for it.
     """
     refuse_encoding(request)
-    held, cycle = held_of(request.scope), cycle_of(request.scope)
+    held, cycle = reservation_of(request.scope), cycle_of(request.scope)
     if cycle is not None and not cycle.more_body:
         return await _whole(request, held, limit_bytes)
     declared = int(request.headers.get("content-length", 0))
@@ -59,7 +59,7 @@ async def read_bytes(request: Request, limit_bytes: int) -> bytes:
     return bytes(body)
 
 
-async def _whole(request: Request, held: Held, limit_bytes: int) -> bytes:
+async def _whole(request: Request, held: Reservation, limit_bytes: int) -> bytes:
     """A body that has come with its head, as most do."""
     message = await request.receive()
     if message["type"] != "http.request":
@@ -72,7 +72,7 @@ async def _whole(request: Request, held: Held, limit_bytes: int) -> bytes:
     return body
 
 
-async def _read_login(request: Request, held: Held, body: bytearray, limit_bytes: int) -> None:
+async def _read_login(request: Request, held: Reservation, body: bytearray, limit_bytes: int) -> None:
     """A form of a caller without a credential: it takes a slot unless it is there in a moment.
 
     Browsers send head and form apart, and others of their address may hold all its slots.
@@ -95,7 +95,9 @@ async def _in_time(budget: Budget, seconds: float, reading: Coroutine[None, None
         raise BodyTimeout(f"The body was not there after {seconds:.0f} s") from None
 
 
-async def _read_into(body: bytearray, request: Request, limit_bytes: int, counted: Held | None) -> None:
+async def _read_into(
+    body: bytearray, request: Request, limit_bytes: int, counted: Reservation | None
+) -> None:
     """Append what comes. ``counted`` holds each piece, where the size of all was not told before."""
     async for part in request.stream():
         if len(body) + len(part) > limit_bytes:

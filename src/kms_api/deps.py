@@ -54,7 +54,7 @@ class Service:
     upload_limiter: anyio.CapacityLimiter
     """The threads that work on streams of items while these arrive, one for each."""
     requests: Requests
-    """What the items of batches and jobs, and logins, are counted by; requests are in ``gate.py``."""
+    """Counts items of batches and jobs, and logins; ``gate.py`` counts the requests."""
     threads: Executor
     """Where the slabs of files are sealed and opened, written and read."""
     revocations: Revocations | None

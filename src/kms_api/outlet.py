@@ -13,7 +13,7 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from kms_api.admission import Budget, held_of
+from kms_api.admission import Budget, reservation_of
 from kms_api.transfer_rate import ReaderWatch
 from kms_api.unread import cycle_of
 
@@ -74,7 +74,7 @@ class WatchedResponse(StreamingResponse):
         if cycle is None:
             await super().__call__(scope, receive, send)
             return
-        limits = held_of(scope).admission.transfer
+        limits = reservation_of(scope).admission.transfer
         with ReaderWatch(cycle, limits, self.budget.too_slow) as watch:
 
             async def written(message: Message) -> None:

@@ -110,7 +110,7 @@ class Sessions:
 
 
 def _credential(who: Principal) -> str:
-    """What counts as one credential: the holder, since every JWT of one has an id of its own."""
+    """The key of sessions of one credential: its holder, since each JWT has an id of its own."""
     return f"{who.credential.partition(':')[0]} {who.tenant} {who.name}"
 
 

@@ -47,7 +47,7 @@ class TransferRate:
         self._waiting_since = self._clock()
 
     def left_s(self, moved: int) -> float:
-        """Seconds until the peer is too slow if nothing moves meanwhile; 0 or less once it is.
+        """Seconds until the peer is too slow if nothing moves; 0 or less once it is.
 
         ``moved`` is the number of bytes since the beginning. Time counts since ``wait``, or the last call.
         """

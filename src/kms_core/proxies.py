@@ -103,7 +103,7 @@ def _forwarded(text: str) -> Iterator[str | None]:
 
 
 def _elements(text: str) -> Iterator[str]:
-    """What stands between commas outside quotes, read from the right.
+    """The texts between commas outside quotes, read from the right.
 
     A quote that the client left open on the left cannot reach into the elements of proxies.
     """

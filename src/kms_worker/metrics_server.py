@@ -80,7 +80,7 @@ class MetricsApp:
             await _send(send, CONTENT_TYPE_LATEST.encode(), text)
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> "ProblemResponse | None":
-        """What a request gets that asks for something else than these two paths."""
+        """The refusal of a request for anything but these two paths."""
         if self._hosts.refuses(headers, scope.get("server")):
             return ProblemResponse(403, "forbidden", REFUSED)
         if scope["path"] not in {"/metrics", "/livez"}:

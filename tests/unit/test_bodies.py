@@ -6,7 +6,7 @@ from fastapi import Request
 from starlette.types import Message
 
 from kms_api import bodies
-from kms_api.admission import HELD, Admission, Held
+from kms_api.admission import RESERVATION, Admission, Reservation
 from kms_api.deps import WHO
 from kms_core import wire
 from kms_core.errors import InvalidRequest, TooLarge
@@ -36,7 +36,7 @@ def request_of(pieces: Sequence[bytes], headers: Mapping[str, str] | None = None
 
     raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": raw, WHO: CALLER}
-    scope[HELD] = Held(Admission.of(Server(docs=False)), scope)
+    scope[RESERVATION] = Reservation(Admission.of(Server(docs=False)), scope)
     return Request(scope, receive)
 
 

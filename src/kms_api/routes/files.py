@@ -8,7 +8,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 
 from kms_api import bodies, described, flows, outlet
-from kms_api.admission import held_of
+from kms_api.admission import reservation_of
 from kms_api.deps import Service, caller, service
 from kms_api.problems import problem
 from kms_api.routes import jobs
@@ -86,7 +86,7 @@ async def decrypt(request: Request) -> Response:
 async def result(request: Request, job_id: str) -> Response:
     """The bytes of a file job (with ``Range``), or one JSON line for each item of a bulk job."""
     job = await jobs.found(request, job_id)
-    held = held_of(request.scope)
+    held = reservation_of(request.scope)
     await held.wait(held.admission.downloads)
     outlet.unlock(request)
     return await anyio.to_thread.run_sync(_result, service(request), request, job)
@@ -154,7 +154,7 @@ def _ranged(request: Request, job: Job, body: Result) -> Response:
     headers["Content-Length"] = str(stop - start)
     sending = flows.send(body.slabs(start, stop), service(request).threads)
     made = outlet.WatchedResponse(sending, status, headers, media_type)
-    made.budget = held_of(request.scope).admission.downloads
+    made.budget = reservation_of(request.scope).admission.downloads
     return made
 
 

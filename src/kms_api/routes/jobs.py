@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from kms_api import bodies, described_jobs, outlet
-from kms_api.admission import held_of
+from kms_api.admission import reservation_of
 from kms_api.deps import Service, caller, service
 from kms_api.inlet import Pieces
 from kms_api.rules import Ruled
@@ -110,7 +110,7 @@ async def cancel_by_post(request: Request, job_id: str) -> Response:
 async def events(request: Request, job_id: str) -> Response:
     """Server-sent events: one ``progress`` per change, the last with the final state."""
     first = await found(request, job_id)
-    held = held_of(request.scope)
+    held = reservation_of(request.scope)
     held.take(held.admission.streams)
     made = outlet.WatchedResponse(
         _events(request, first), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
@@ -263,7 +263,7 @@ async def upload_slot(request: Request) -> AsyncIterator[TransferLimits]:
 
     Raises RateLimited, Unavailable if none is free in time.
     """
-    held = held_of(request.scope)
+    held = reservation_of(request.scope)
     uploads = held.admission.uploads
     await held.wait(uploads)
     try:

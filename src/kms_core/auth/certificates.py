@@ -48,7 +48,7 @@ def authority_of(name: x509.Name) -> str:
 
 
 def identity_of(authority: str, serial: int) -> str:
-    """What names one certificate of all: see ``Shown``."""
+    """The identity of a certificate: see ``Shown``."""
     return f"{serial:x}:{authority}"
 
 

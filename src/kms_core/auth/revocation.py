@@ -134,7 +134,7 @@ class Revocations:
         _log.info("client_crl.read", revoked=len(self._lists.revoked))
 
     def _stamped(self) -> object:
-        """What changes with the files; None while one is missing."""
+        """A stamp that changes with the files; None while one is missing."""
         try:
             found = [path.stat() for path in (self._crl, self._ca)]
         except OSError:

@@ -152,5 +152,5 @@ def _take(bucket: _Bucket, pace: Pace, now: float) -> None:
 
 
 def _level(bucket: _Bucket, pace: Pace, now: float) -> float:
-    """What a bucket holds now; below zero it is in debt."""
+    """The level of a bucket now; below zero it is in debt."""
     return min(pace.burst, bucket.level + (now - bucket.at) * pace.per_s)

@@ -19,7 +19,7 @@ def count(reason: Reason) -> None:
     metrics.HTTP_CONNECTIONS_ENDED.labels(reason).inc()
 
 
-class Connection(Protocol):
+class ClientConnection(Protocol):
     """An open connection."""
 
     def idle_since(self) -> int | None:
@@ -46,9 +46,9 @@ class Connections:
         self.head_timeout_s = head_timeout_s
         self.count = count
         self._most = most
-        self._open: dict[Connection, None] = {}
+        self._open: dict[ClientConnection, None] = {}
 
-    def opened(self, connection: Connection) -> bool:
+    def opened(self, connection: ClientConnection) -> bool:
         """Count a connection. False if there is no room for it."""
         if len(self._open) >= self._most and not self._make_room():
             self.count("full")
@@ -56,7 +56,7 @@ class Connections:
         self._open[connection] = None
         return True
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: ClientConnection) -> None:
         """Stop counting a connection."""
         self._open.pop(connection, None)
 
@@ -83,7 +83,7 @@ class HeadTimer:
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, connection: Connection, connections: Connections
+        self, loop: asyncio.AbstractEventLoop, connection: ClientConnection, connections: Connections
     ) -> None:
         self._loop = loop
         self._connection = connection

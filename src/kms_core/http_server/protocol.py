@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 protocol with what it leaves out of RFC 9110 and 9112, and what a KMS needs besides.
+"""uvicorn's HTTP/1.1 protocol with what it leaves out of RFC 9110 and 9112, and what a KMS needs.
 
 - An Upgrade is ignored and the body kept (RFC 9110 §7.8). httptools stops at the head of such a request, and
   uvicorn would drop the body or read it as the next request.
@@ -29,7 +29,7 @@ from kms_core.http_server.connections import Connections, HeadTimer
 
 CERTIFICATE: Final = "kms.certificate"
 BODY: Final = "kms.body"
-"""Where in ``scope["state"]`` the protocol leaves itself and the cycle of the request."""
+"""The key in ``scope["state"]`` of a pair: the protocol and the cycle of the request."""
 HEAD_BYTES: Final = 64 * 1024
 _SEARCHED_BYTES: Final = 2048
 _LIST: Final = b"LIST "

@@ -286,7 +286,7 @@ def _tag(text: str, name: str) -> str:
 
 
 def _elements(text: str, name: str) -> Iterator[str]:
-    """What stands in the elements of this name, none of which holds another; in one pass over the text."""
+    """The texts of the elements of this name, none of which holds another; in one pass over the text."""
     for begun in text.split(f"<{name}>")[1:]:
         inner, end, _ = begun.partition(f"</{name}>")
         if end:
