@@ -407,7 +407,8 @@ def test_what_a_json_job_says_is_said_nowhere_else(
 
 
 @pytest.mark.parametrize(
-    ("path", "allowed"), [("/jobs", "GET, POST"), ("/jobs/x", "DELETE, GET"), ("/keys", "GET")]
+    ("path", "allowed"),
+    [("/jobs", "GET, HEAD, POST"), ("/jobs/x", "DELETE, GET, HEAD"), ("/keys", "GET, HEAD")],
 )
 def test_allow_names_every_method_of_a_path(service: Service, path: str, allowed: str) -> None:
     answer = service.http.request("PATCH", f"{PREFIX}{path}")

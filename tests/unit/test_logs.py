@@ -285,7 +285,7 @@ def test_what_botocore_signs_is_not_logged(stream: io.StringIO) -> None:
 # -- secrets in text ---------------------------------------------------------------------------------------
 
 PLAINLY = re.compile(
-    r"AGE-SECRET-KEY-[0-9A-Z-]+|(?<=bearer )[^\s\"',]+|(?<=://)[^/@\s\"']*:[^@\s\"']+(?=@)"
+    r"(?<=bearer )[^\s\"',]+|(?<=://)[^/@\s\"']*:[^@\s\"']+(?=@)|AGE-SECRET-KEY-[0-9A-Z-]+"
     r"|kms_[a-z2-7]{10}_[\w-]{43}|eyJ[\w-]+\.eyJ[\w-]+\.[\w-]*",
     re.IGNORECASE,
 )

@@ -19,7 +19,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -46,6 +46,18 @@ class BodyReader(Protocol):
 
     def put(self, piece: bytes) -> None:
         """Take the next bytes of the body."""
+
+
+class OpenFlow(FlowControl):
+    """Flow control that leaves a transport alone once it is closing, where uvloop's raises RuntimeError."""
+
+    def pause_reading(self) -> None:
+        if not self._transport.is_closing():
+            super().pause_reading()
+
+    def resume_reading(self) -> None:
+        if not self._transport.is_closing():
+            super().resume_reading()
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -78,6 +90,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
+        self.flow = OpenFlow(transport)
         tls = transport.get_extra_info("ssl_object")
         der = tls.getpeercert(binary_form=True) if tls else None
         self._shown = certificates.read(der) if der else None
