@@ -19,7 +19,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -48,18 +48,6 @@ class BodyReader(Protocol):
         """Take the next bytes of the body."""
 
 
-class OpenFlow(FlowControl):
-    """Flow control that leaves a transport alone once it is closing, where uvloop's raises RuntimeError."""
-
-    def pause_reading(self) -> None:
-        if not self._transport.is_closing():
-            super().pause_reading()
-
-    def resume_reading(self) -> None:
-        if not self._transport.is_closing():
-            super().resume_reading()
-
-
 class HttpProtocol(HttpToolsProtocol):
     """One connection. uvicorn makes it; ``connections`` is shared by all of a port."""
 
@@ -78,6 +66,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._bound = Connections() if connections is None else connections
         self._shown: Shown | None = None
         self._timer: HeadTimer | None = None
+        self._answering: RequestResponseCycle | None = None
         self._requests = 0
         self._held = b""  # the beginning of a request line that may become LIST
         self._is_list = self._refused = False
@@ -90,7 +79,6 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
-        self.flow = OpenFlow(transport)
         tls = transport.get_extra_info("ssl_object")
         der = tls.getpeercert(binary_form=True) if tls else None
         self._shown = certificates.read(der) if der else None
@@ -102,6 +90,11 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        waiting = (cycle for cycle, _ in self.pipeline)
+        for cycle in filter(None, (self._answering, *waiting)):  # uvicorn tells the last request only
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self.pipeline.clear()
         self._bound.closed(self)
         if self._timer is not None:
             self._timer.cancel()
@@ -225,6 +218,10 @@ class HttpProtocol(HttpToolsProtocol):
             chunked = b"transfer-encoding" in headers
             self._declared = float("inf") if chunked else int(headers.get(b"content-length", 0))
         return self._declared - self._body_bytes
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     # -- callbacks of the parser -------------------------------------------------------------------
 
