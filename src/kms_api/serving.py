@@ -6,24 +6,40 @@ import ssl
 from collections.abc import Sequence
 from functools import partial
 from socket import socket
-from typing import Final, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import structlog
 import uvicorn
+import uvloop
 from starlette.types import ASGIApp
 
 from kms_api import app, listening, tls
 from kms_api.facade import listener as facade
 from kms_core import keyring
 from kms_core.errors import EXIT_UNAVAILABLE
-from kms_core.http_server.connections import Connections
+from kms_core.http_server.connections import ConnectionLimits, Connections
 from kms_core.http_server.protocol import HttpProtocol
+from kms_core.proxies import Proxies
 from kms_core.settings import Settings
+from kms_core.settings_sections import Server
 
 _GRACE_S: Final = 20
 _FREED_BYTES: Final = 4 * 1024 * 1024
+_HANDSHAKE_S: Final = 10.0
 _OTHER_FILES: Final = 256  # files of jobs, keys and logs, and connections to peers
 _log = structlog.get_logger(__name__)
+
+
+class HandshakeTimeoutLoop(uvloop.Loop):
+    """An event loop whose TLS servers end a connection without a handshake after 10 seconds (uvloop: 60).
+
+    Until then a connection is in no protocol of ours, and in no bound of a port.
+    """
+
+    async def create_server(self, *args: Any, **options: Any) -> asyncio.AbstractServer:  # noqa: ANN401 -- uvloop's own
+        if options.get("ssl"):
+            options.setdefault("ssl_handshake_timeout", _HANDSHAKE_S)
+        return await super().create_server(*args, **options)
 
 
 def serve(settings: Settings, inherited: Sequence[int]) -> int:
@@ -38,13 +54,13 @@ def serve(settings: Settings, inherited: Sequence[int]) -> int:
     listeners = [socket(fileno=number) for number in inherited] or listening.ports(settings.kms)
     if not listeners:
         return EXIT_UNAVAILABLE
-    most = _connections(settings.kms.server.connections)
-    config = _config(built, context, most)
+    limits = _connections(settings.kms.server)
+    config = _config(built, context, limits)
     sockets = [listening.eager(each, settings.kms.server.processes) for each in listeners]
     if len(sockets) == 1:
         uvicorn.Server(config).run(sockets=sockets[0])
         return 0
-    second = _config(facade.only(built), context, most, lifespan="off")
+    second = _config(facade.only(built), context, limits, lifespan="off")
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(facade.serve(config, sockets[0], second, sockets[1]))
     return 0
@@ -59,26 +75,27 @@ def _keep_freed_slabs() -> None:
     bytes(_FREED_BYTES)
 
 
-def _connections(wanted: int) -> int:
+def _connections(server: Server) -> ConnectionLimits:
     """The bound on connections: of the settings, or what the limit of open files allows, with a warning."""
+    wanted = server.connections
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, max(1, hard - _OTHER_FILES))
     if allowed < wanted:
         _log.warning("server.few_open_files", connections=allowed, wanted=wanted, limit=hard)
-    return allowed
+    return ConnectionLimits(allowed, is_proxy=Proxies.of(server).trust)
 
 
 def _config(
     built: ASGIApp,
     context: ssl.SSLContext | None,
-    connections: int,
+    limits: ConnectionLimits,
     lifespan: Literal["on", "off"] = "on",
 ) -> uvicorn.Config:
-    protocol = partial(HttpProtocol, connections=Connections(connections))
+    protocol = partial(HttpProtocol, connections=Connections(limits))
     return uvicorn.Config(
         built,
-        loop="uvloop",
+        loop="kms_api.serving:HandshakeTimeoutLoop",
         http=cast("type[asyncio.Protocol]", protocol),  # uvicorn only calls it
         ws="none",
         ssl_context_factory=None if context is None else lambda *_: context,

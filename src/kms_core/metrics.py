@@ -58,7 +58,7 @@ HTTP_SECONDS: Final = Histogram(
 INFLIGHT: Final = Gauge("kms_inflight", "HTTP requests being answered", multiprocess_mode="livesum")
 HTTP_CONNECTIONS_ENDED: Final = Counter(
     "kms_http_connections_ended_total",
-    "Connections that the service ended: malformed request, no whole head in time, no room",
+    "Connections that the service ended: reason is malformed, timeout (of a head or a reader) or full",
     ["reason"],
 )
 HTTP_BYTES_IN_FLIGHT: Final = Gauge(

@@ -15,12 +15,12 @@ from starlette.types import Receive, Scope, Send
 
 from kms_core import metrics
 from kms_core.auth.scraping import Scraping
-from kms_core.http_server.connections import Connections, Reason
+from kms_core.http_server.connections import ConnectionLimits, Connections, Reason
 from kms_core.http_server.host_check import REFUSED, HostCheck, by_name
 from kms_core.http_server.protocol import HttpProtocol, ProblemResponse
 from kms_worker import forking
 
-_CONNECTIONS: Final = 64
+_LIMITS: Final = ConnectionLimits(most=64, timeout_s=10, ends_unread=True)
 _STOP_S: Final = 2
 _FORK_S: Final = 0.5
 _BACKLOG: Final = 128
@@ -31,7 +31,7 @@ class MetricsServer:
     """An HTTP server in a thread of its own."""
 
     def __init__(self, listener: socket.socket, app: "MetricsApp") -> None:
-        protocol = partial(HttpProtocol, connections=Connections(_CONNECTIONS, count=app.count_ended))
+        protocol = partial(HttpProtocol, connections=Connections(_LIMITS, app.count_ended))
         config = uvicorn.Config(
             app,
             http=cast("type[asyncio.Protocol]", protocol),  # uvicorn only calls it

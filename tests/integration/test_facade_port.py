@@ -4,6 +4,7 @@ import http.client
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Final
 
@@ -127,3 +128,14 @@ def test_the_facade_is_there_by_default_in_dev_alone(tmp_path: Path, environment
     )
 
     assert load(tmp_path / "kms.toml", {"HOME": str(tmp_path)}).kms.facade.enabled is enabled
+
+
+def test_a_connection_without_a_handshake_ends(tmp_path: Path) -> None:
+    """uvloop would hold it for a minute, and no bound of the port counts it."""
+    with Secured(tmp_path, free_port()).start("api") as service:
+        begun = time.monotonic()
+        with socket.create_connection(("127.0.0.1", service.port), 50) as silent:
+            said = silent.recv(1)
+
+    assert said == b""
+    assert time.monotonic() - begun < 40

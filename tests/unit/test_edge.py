@@ -60,6 +60,8 @@ async def get(
         {"Host": "evil.example:8082"},
         {"Host": "127.0.0.1.evil.example"},
         {"Host": "localhost@evil.example"},
+        {"Host": "evil@localhost"},
+        {"Host": "localhost:99999999999"},
         {"Host": "localhost.evil.example"},
         {"Host": ""},
         {"Host": "["},

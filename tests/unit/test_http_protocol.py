@@ -15,8 +15,8 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from http_cases import MALFORMED
-from kms_core.http_server.connections import Connections
-from kms_core.http_server.protocol import HEAD_BYTES, HttpProtocol
+from kms_core.http_server.connections import ConnectionLimits, Connections, Standing
+from kms_core.http_server.protocol import HEAD_BYTES, HEADERS, PIPELINED, HttpProtocol
 
 WAIT_S: Final = 60
 BEGUN: Final = b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
@@ -69,12 +69,12 @@ class Client:
     ) -> None:
         self.reader = reader
         self.writer = writer
-        self._protocol = protocol
+        self.protocol = protocol
 
     async def arrive(self, pieces: Iterable[bytes]) -> None:
         for piece in pieces:
-            if piece and not self._protocol.transport.is_closing():
-                self._protocol.data_received(piece)
+            if piece and not self.protocol.transport.is_closing():
+                self.protocol.data_received(piece)
             await asyncio.sleep(0)
 
     async def answer(self) -> Answer:
@@ -309,13 +309,13 @@ async def test_every_request_of_a_lost_connection_is_told() -> None:
 
 @pytest.mark.parametrize("first", [b"", BEGUN, b"LIS"], ids=["silent", "dripping", "list"])
 async def test_a_connection_without_a_request_ends_and_one_with_a_slow_answer_does_not(first: bytes) -> None:
-    go, before = asyncio.Event(), ended("head_timeout")
+    go, before = asyncio.Event(), ended("timeout")
 
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
         await go.wait()
         await echo(scope, receive, send)
 
-    async with served(slow, Connections(head_timeout_s=0.05)) as server:
+    async with served(slow, Connections(ConnectionLimits(timeout_s=0.05))) as server:
         patient, dripping = await server.connect(), await server.connect()
         patient.writer.write(INNER)
         dripping.writer.write(first)
@@ -327,7 +327,7 @@ async def test_a_connection_without_a_request_ends_and_one_with_a_slow_answer_do
         go.set()
         status, _, _ = await patient.answer()
 
-    assert ended("head_timeout") == before + 1
+    assert ended("timeout") == before + 1
     assert end.exception() or end.result() == b""
     assert status == 200
 
@@ -345,7 +345,139 @@ async def test_a_head_is_held_up_to_a_bound() -> None:
         read = asyncio.ensure_future(client.reader.read())
         await asyncio.wait({read})
 
-    assert read.exception() or read.result().startswith(b"HTTP/1.1 400 ")
+    assert read.exception() or read.result().startswith(b"HTTP/1.1 431 ")
+
+
+LONG_HEADS: Final = {
+    "many-headers": b"GET / HTTP/1.1\r\n" + b"a:\r\n" * (HEADERS + 1) + b"\r\n",
+    "many-headers-without-end": b"GET / HTTP/1.1\r\n" + b"a:\r\n" * (HEADERS + 2),
+    "whole-and-long": b"GET / HTTP/1.1\r\nX: " + b"x" * HEAD_BYTES + b"\r\n\r\n",
+    "long-line-in-one-piece": b"GET / HTTP/1.1\r\nX: " + b"x" * (HEAD_BYTES + 1),
+    "long-target": b"GET /" + b"x" * (HEAD_BYTES + 1),
+    "long-headers": b"GET / HTTP/1.1\r\n" + (b"X: " + b"x" * (HEAD_BYTES // 40) + b"\r\n") * 41 + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("sent", LONG_HEADS.values(), ids=list(LONG_HEADS))
+@pytest.mark.parametrize("pieces", [1, 7])
+async def test_a_head_has_a_bound_however_it_comes(sent: bytes, pieces: int) -> None:
+    step = len(sent) // pieces + 1
+    async with served() as server:
+        client = await server.connect()
+        await client.arrive([sent[at : at + step] for at in range(0, len(sent), step)])
+        [(status, _, problem)] = await client.answers()
+
+    assert (status, problem["code"]) == (431, "invalid_request")
+
+
+async def test_a_head_of_the_greatest_number_of_headers_is_read() -> None:
+    async with served() as server:
+        client = await server.connect()
+        await client.arrive([request("GET /a", b"", *["A: b"] * (HEADERS - 2), "Connection: close")])
+
+        assert seen(await client.answers()) == [("GET", "/a", "")]
+
+
+# -- trailers --------------------------------------------------------------------------------------
+
+
+def with_trailer(trailer: bytes) -> bytes:
+    whole = request("POST /a", b"one", chunked=True)
+    return whole.removesuffix(b"\r\n") + trailer + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+async def test_a_trailer_is_no_header(apart: bool) -> None:
+    whole = with_trailer(b"Authorization: Bearer x\r\nX-Forwarded-For: 203.0.113.1\r\nHost: localhost")
+    at = whole.index(b"Authorization") if apart else len(whole)
+    async with served() as server:
+        client = await server.connect()
+        await client.arrive([whole[:at], whole[at:] + LAST])
+        [(_, _, body), last] = await client.answers()
+
+    assert body["headers"] == {"transfer-encoding": "chunked"}
+    assert body["body"] == "one"
+    assert seen([last]) == [("GET", "/last", "")]
+
+
+@pytest.mark.parametrize("cut", [0, 1], ids=["whole", "apart"])
+async def test_a_trailer_that_ends_the_connection_is_told_and_swallows_no_request(cut: int) -> None:
+    """The parser takes nothing after it: a connection left open would answer nobody."""
+    whole = with_trailer(b"Connection: close")
+    at = whole.index(b"Connection: close") if cut else len(whole)
+    async with served() as server:
+        client = await server.connect()
+        await client.arrive([whole[:at], whole[at:], LAST])
+        [(status, headers, _)] = await client.answers()
+
+    assert (status, headers["connection"]) == (200, "close")
+
+
+async def test_a_trailer_after_the_answer_ends_the_connection() -> None:
+    async def early(scope: Scope, receive: Receive, send: Send) -> None:
+        await JSONResponse({})(scope, receive, send)
+
+    whole = with_trailer(b"Connection: close")
+    at = whole.index(b"Connection: close")
+    async with served(early) as server:
+        client = await server.connect()
+        await client.arrive([whole[:at]])
+        first = await client.answer()
+        await client.arrive([whole[at:]])
+        rest = await client.reader.read()
+
+    assert first[0] == 200
+    assert rest == b""
+
+
+async def test_requests_that_wait_on_a_connection_have_a_bound() -> None:
+    go = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await go.wait()
+        await echo(scope, receive, send)
+
+    async with served(slow) as server:
+        client = await server.connect()
+        await client.arrive([request("GET /a") * (PIPELINED + 20)])
+        go.set()
+        found = await client.answers()
+
+    assert [status for status, _, _ in found] == [*[200] * (PIPELINED + 1), 429]
+
+
+async def test_a_source_has_at_most_half_of_the_connections_and_its_own_end_first() -> None:
+    async with served(echo, Connections(ConnectionLimits(most=8))) as server:
+        mine = [await server.connect() for _ in range(8)]
+        ended_ = [await each.reader.read() for each in mine[:4]]
+        mine[-1].writer.write(LAST)
+        last = await mine[-1].answer()
+
+    assert ended_ == [b""] * 4
+    assert last[0] == 200
+
+
+@pytest.mark.parametrize("ends_unread", [True, False])
+async def test_a_client_that_reads_nothing_makes_room_and_ends_where_limits_say(
+    ends_unread: bool,
+) -> None:
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:
+        del scope, receive
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(400):
+            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    limits = ConnectionLimits(timeout_s=0.05, ends_unread=ends_unread)
+    before = ended("timeout")
+    async with served(large, Connections(limits)) as server:
+        client = await server.connect()
+        client.writer.write(INNER)
+        await asyncio.sleep(0.3)
+        standing = client.protocol.standing()
+
+    assert ended("timeout") - before == (1 if ends_unread else 0)
+    assert ends_unread or standing is Standing.UNREAD
 
 
 async def test_above_the_bound_the_oldest_silent_connection_ends_and_requests_go_on() -> None:
@@ -356,7 +488,7 @@ async def test_above_the_bound_the_oldest_silent_connection_ends_and_requests_go
             await go.wait()
         await echo(scope, receive, send)
 
-    async with served(slow, Connections(most=4)) as server:
+    async with served(slow, Connections(ConnectionLimits(most=4, is_proxy=lambda _: True))) as server:
         busy, used = await server.connect(), await server.connect()
         busy.writer.write(request("GET /slow"))
         used.writer.write(request("GET /a"))
@@ -382,13 +514,14 @@ async def test_when_every_connection_is_busy_the_next_one_is_refused_and_told_to
         await go.wait()
         await echo(scope, receive, send)
 
-    async with served(slow, Connections(most=2)) as server:
+    async with served(slow, Connections(ConnectionLimits(most=2, is_proxy=lambda _: True))) as server:
         busy = [await server.connect() for _ in range(2)]
         for each in busy:
             await each.arrive([INNER])
         refused = await (await server.connect()).answers()
         go.set()
         statuses = [(await each.answer())[0] for each in busy]
+        await asyncio.sleep(0.05)  # the port looks for room again
         used = await server.connect()
         used.writer.write(INNER)
         later = await used.answer()

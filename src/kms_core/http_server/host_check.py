@@ -30,9 +30,10 @@ class HostCheck:
             return False
         named, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin")
         try:
-            host = urlsplit(f"//{named}").hostname or ""
+            address = urlsplit(f"//{named}")
+            host = (address.hostname or "") if address.port != 0 and "@" not in named else ""
             foreign = origin is not None and urlsplit(origin.decode("latin-1")).netloc != named
-        except ValueError:  # brackets around what is no IPv6 address
+        except ValueError:  # brackets around what is no IPv6 address, or what is no port
             return True
         known = host in self._hosts or (server is not None and host == server[0])
         return not known or foreign or headers.get(b"sec-fetch-site", b"none") not in _OWN_SITES

@@ -10,7 +10,8 @@
 """
 
 import asyncio
-from collections.abc import Mapping
+import re
+from collections.abc import Hashable, Mapping
 from http import HTTPStatus
 from typing import Any, Final, Protocol, cast
 
@@ -25,20 +26,31 @@ from uvicorn.server import ServerState
 
 from kms_core.auth import certificates
 from kms_core.auth.certificates import Shown
-from kms_core.http_server.connections import Connections, HeadTimer
+from kms_core.http_server.connections import Connections, StallTimer, Standing
 
 CERTIFICATE: Final = "kms.certificate"
 BODY: Final = "kms.body"
 """The key in ``scope["state"]`` of a pair: the protocol and the cycle of the request."""
 HEAD_BYTES: Final = 64 * 1024
+HEADERS: Final = 100
+PIPELINED: Final = 16
+"""The most bytes and headers of a head, and the most requests that wait for the answer of an earlier one."""
 _SEARCHED_BYTES: Final = 2048
+_VERSIONS: Final = frozenset({"1.1", "1.0"})
+_BLANK: Final = re.compile(rb"[\r\n]*")
 _LIST: Final = b"LIST "
 _AS_GET: Final = b"GET "
-_LINE_ENDS: Final = b"\r\n"
 _HOP_BY_HOP: Final = (b"upgrade", b"connection")
 NO_HEADERS: Final[Mapping[bytes, bytes]] = {}
-_CLOSE: Final = {b"connection": b"close"}
-_LAST: Final = {400: _CLOSE, 429: {**_CLOSE, b"retry-after": b"1"}}
+_MALFORMED: Final = (400, "invalid_request", "The request is malformed (RFC 9112)")
+_LONG_HEAD: Final = (
+    431,
+    "invalid_request",
+    "The head of the request is above 64 KiB or 100 headers",
+)
+_PIPELINED: Final = (429, "rate_limited", "Too many requests wait for their answers on this connection")
+_NO_ROOM: Final = (429, "rate_limited", "This port has no room for another connection: try again in a second")
+_MALFORMED_STATUS: Final = frozenset({400, 431})
 
 
 class BodyReader(Protocol):
@@ -65,13 +77,14 @@ class HttpProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._bound = Connections() if connections is None else connections
         self._shown: Shown | None = None
-        self._timer: HeadTimer | None = None
+        self._timer: StallTimer | None = None
         self._answering: RequestResponseCycle | None = None
         self._requests = 0
         self._held = b""  # the beginning of a request line that may become LIST
         self._is_list = self._refused = False
+        self._refusal = _MALFORMED
         self._between, self._in_head = True, False
-        self._head_bytes = self._body_bytes = 0
+        self._head_bytes = self._line_bytes = self._body_bytes = 0
         self._declared: float | None = None
         self._upgrading = False
 
@@ -82,11 +95,10 @@ class HttpProtocol(HttpToolsProtocol):
         tls = transport.get_extra_info("ssl_object")
         der = tls.getpeercert(binary_form=True) if tls else None
         self._shown = certificates.read(der) if der else None
+        self.source = self.client[0] if self.client else ""
         if not self._bound.opened(self):
-            self._refuse(
-                429, "rate_limited", "This port has no room for another connection: try again in a second"
-            )
-        self._timer = HeadTimer(self.loop, self, self._bound)
+            self._refuse(*_NO_ROOM)
+        self._timer = StallTimer(self.loop, self, self._bound)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -100,13 +112,29 @@ class HttpProtocol(HttpToolsProtocol):
             self._timer.cancel()
 
     def end(self) -> None:
-        """Close the connection."""
-        self.transport.close()
+        """Close the connection, with what its client does not read."""
+        if self.flow.write_paused:
+            self.transport.abort()
+        else:
+            self.transport.close()
 
-    def idle_since(self) -> int | None:
-        """The number of requests so far if none is under way, else None."""
+    def standing(self) -> Standing | None:
+        """The reason to close the connection first; None while a request is worked on."""
+        if self._is_idle():
+            return Standing.IDLE if self._requests else Standing.SILENT
+        return Standing.UNREAD if self.flow.write_paused else None
+
+    def progress(self) -> Hashable:
+        """A value that changes while requests come and answers are read; None while one is worked on."""
+        if self._is_idle():
+            return self._requests
+        if self.flow.write_paused and self._bound.limits.ends_unread:
+            return self._requests, self.transport.get_write_buffer_size()
+        return None
+
+    def _is_idle(self) -> bool:
         cycle = self._last()
-        return self._requests if cycle is None or cycle.response_complete else None
+        return cycle is None or cycle.response_complete
 
     def _last(self) -> RequestResponseCycle | None:
         """The last request whose head was complete."""
@@ -118,15 +146,19 @@ class HttpProtocol(HttpToolsProtocol):
         if self._refused:
             return
         self._unset_keepalive_if_required()
-        in_head = self._in_head
         if self._may_hold_list(data):
             self._feed_requests(self._held + data)
         else:
             self._feed(data)
-        if in_head and self._in_head:  # the piece in which it began may hold the end of a body, too
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES:
-                self.send_400_response("The head of the request is too large")
+        if self._in_head and not self._refused:
+            self._check_line(data)
+
+    def _check_line(self, data: bytes) -> None:
+        """Bound the line that has begun: the parser holds it, and tells of whole lines only."""
+        end = data.rfind(b"\n") + 1
+        self._line_bytes = len(data) - end + (0 if end else self._line_bytes)
+        if self._head_bytes + self._line_bytes > HEAD_BYTES:
+            self._refuse(*_LONG_HEAD)
 
     def _may_hold_list(self, data: bytes) -> bool:
         """Whether a LIST may begin, go on or end in this piece: such a piece is fed request by request.
@@ -162,8 +194,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _begin(self, data: bytes, at: int) -> int:
         """Feed the first bytes of the next request; where they end. LIST is fed as GET, and noted."""
-        while at < len(data) and data[at] in _LINE_ENDS:  # RFC 9112 §2.2
-            at += 1
+        blank = _BLANK.match(data, at)  # RFC 9112 §2.2
+        at = blank.end() if blank else at
         word = data[at : at + len(_LIST)]
         if word == _LIST:
             self._is_list = True
@@ -184,7 +216,7 @@ class HttpProtocol(HttpToolsProtocol):
                 data = data[stop.args[0] :]
                 self._ignore_upgrade()
             except httptools.HttpParserError:
-                self.send_400_response("The request is malformed (RFC 9112)")
+                self._refuse(*self._refusal)
             else:
                 return
 
@@ -193,7 +225,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._upgrading = False
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
         if method == b"CONNECT":
-            self.send_400_response("CONNECT is not served here")
+            self._refuse(400, "invalid_request", "CONNECT is not served here")
             return
         head = [method, b" ", self.url, b" HTTP/", version, b"\r\n"]
         for name, value in self.headers:
@@ -227,14 +259,32 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._between, self._in_head, self._head_bytes = False, True, 0
+        self._between, self._in_head, self._head_bytes, self._line_bytes = False, True, 0, 0
         self._body_bytes, self._declared = 0, None
         self.inlet = None
         if self._shown is not None:
             self.scope["state"][CERTIFICATE] = self._shown
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header. A trailer is dropped: it may not pass for a header (RFC 9110 §6.5.1)."""
+        if not self._in_head:
+            return
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes + len(self.url) > HEAD_BYTES or len(self.headers) >= HEADERS:
+            self._refusal = _LONG_HEAD
+            raise ValueError("the head is too large")  # ends the parsing
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
+
     def on_headers_complete(self) -> None:
         self._in_head = False
+        if self.parser.get_http_version() not in _VERSIONS:
+            raise ValueError("not HTTP/1.1")
+        if len(self.pipeline) >= PIPELINED:
+            self._refusal = _PIPELINED
+            raise ValueError("too many requests wait")
         if self.parser.should_upgrade():
             self._upgrading = True
             return
@@ -261,21 +311,26 @@ class HttpProtocol(HttpToolsProtocol):
         if self._upgrading:
             return
         self._between, cycle = True, self.cycle
+        if not self.parser.should_keep_alive():  # a trailer may say so: the parser takes nothing after it
+            cycle.keep_alive = False
+            if cycle.response_complete:
+                self.transport.close()
         if not cycle.response_complete:
             cycle.more_body = False
             cycle.message_event.set()
 
     # -- refusals ----------------------------------------------------------------------------------
 
-    def send_400_response(self, msg: str) -> None:
-        """Refuse what is malformed, after the answers of the requests before it, and close."""
-        self._bound.count("malformed")
-        self._refuse(400, "invalid_request", msg)
-
     def _refuse(self, status: int, code: str, detail: str) -> None:
+        """Refuse a request or connection, after the answers of the requests before it, and close."""
         self._refused = True
-        answer = cast("ASGI3Application", ProblemResponse(status, code, detail, _LAST[status]))
-        waits = self.idle_since() is None
+        if status in _MALFORMED_STATUS:
+            self._bound.count("malformed")
+        headers = {b"connection": b"close"}
+        if status == HTTPStatus.TOO_MANY_REQUESTS:
+            headers[b"retry-after"] = b"1"
+        answer = cast("ASGI3Application", ProblemResponse(status, code, detail, headers))
+        waits = not self._is_idle()
         if waits and self.cycle.more_body:  # the malformed one itself: its head was complete
             self.cycle.disconnected = True
             self.cycle.message_event.set()
