@@ -36,7 +36,11 @@ class HandshakeTimeoutLoop(uvloop.Loop):
     Until then a connection is in no protocol of ours, and in no bound of a port.
     """
 
-    async def create_server(self, *args: Any, **options: Any) -> asyncio.AbstractServer:  # noqa: ANN401 -- uvloop's own
+    async def create_server(  # type: ignore[override]  # all of its overloads in one
+        self,
+        *args: Any,
+        **options: Any,  # noqa: ANN401 -- as above
+    ) -> asyncio.AbstractServer:
         if options.get("ssl"):
             options.setdefault("ssl_handshake_timeout", _HANDSHAKE_S)
         return await super().create_server(*args, **options)
