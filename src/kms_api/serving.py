@@ -38,7 +38,7 @@ class HandshakeTimeoutLoop(uvloop.Loop):
 
     async def create_server(  # type: ignore[override]  # all of its overloads in one
         self,
-        *args: Any,
+        *args: Any,  # noqa: ANN401 -- as above
         **options: Any,  # noqa: ANN401 -- as above
     ) -> asyncio.AbstractServer:
         if options.get("ssl"):
