@@ -18,6 +18,7 @@ MALFORMED: Final = {
     "space-before-colon": b"GET / HTTP/1.1\r\nHost: localhost\r\nX-A : b\r\n\r\n",
     "null-in-value": b"GET / HTTP/1.1\r\nHost: localhost\r\nX-A: b\x00c\r\n\r\n",
     "version": b"GET / HTTP/1.2\r\nHost: localhost\r\n\r\n",
+    "version-2": b"GET / HTTP/2.0\r\nHost: localhost\r\n\r\n",
     "http-2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "connect": b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\n\r\n",
     "unknown-method": b"LISTEN / HTTP/1.1\r\nHost: localhost\r\n\r\n",

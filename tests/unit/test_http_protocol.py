@@ -353,6 +353,7 @@ LONG_HEADS: Final = {
     "many-headers-without-end": b"GET / HTTP/1.1\r\n" + b"a:\r\n" * (HEADERS + 2),
     "whole-and-long": b"GET / HTTP/1.1\r\nX: " + b"x" * HEAD_BYTES + b"\r\n\r\n",
     "long-line-in-one-piece": b"GET / HTTP/1.1\r\nX: " + b"x" * (HEAD_BYTES + 1),
+    "long-line-after-headers": b"GET / HTTP/1.1\r\nX: " + b"x" * 40_000 + b"\r\nY: " + b"y" * 30_000,
     "long-target": b"GET /" + b"x" * (HEAD_BYTES + 1),
     "long-headers": b"GET / HTTP/1.1\r\n" + (b"X: " + b"x" * (HEAD_BYTES // 40) + b"\r\n") * 41 + b"\r\n",
 }
