@@ -9,6 +9,7 @@ import msgspec
 
 from kms_core import audit, metrics, traces
 from kms_core.audit import Audit, Record
+from kms_core.audit.record import COUNTED
 from kms_core.context import Context
 from kms_core.envelope.binding import KeyRef
 from kms_core.errors import KmsError
@@ -124,8 +125,9 @@ class Calls:
 
     def _write(self, record: Record) -> None:
         try:
-            self._trail.append(record)
+            is_record = self._trail.append(record) != COUNTED
         except KmsError:
             metrics.AUDIT_EVENTS.labels("failed").inc()
             raise
-        metrics.count_record()
+        if is_record:
+            metrics.count_record()

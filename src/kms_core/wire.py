@@ -438,7 +438,10 @@ class DeliveryList(Answer, frozen=True, kw_only=True):
 
 
 class AuditEvent(Answer, frozen=True, kw_only=True):
-    """One operation, on record (docs/audit.md). Values of contexts are keyed hashes; it has a receipt."""
+    """One operation, on record (docs/audit.md). Values of contexts are keyed hashes; it has a receipt.
+
+    ``count`` is set where it stands for several denied items of a batch.
+    """
 
     id: str
     time: str
@@ -461,6 +464,7 @@ class AuditEvent(Answer, frozen=True, kw_only=True):
     bytes_out: int
     result: str | UnsetType = UNSET
     duration_us: int
+    count: int | UnsetType = UNSET
 
 
 class AuditOut(Answer, frozen=True, kw_only=True):

@@ -92,7 +92,9 @@ def test_what_items_and_files_name_is_asked_for_in_the_core(guarded: Guarded) ->
     check_problem(guarded.post("/decrypt", body, headers=some), 403, "forbidden")
     check_problem(guarded.post("/rewrap", body | {"key_id": "pay-1"}, headers=some), 403, "forbidden")
     assert guarded.post("/rewrap", body, headers=some).status_code == 200
-    results = guarded.post("/batch", batch, headers=some).json()["results"]
+    check_problem(guarded.post("/batch", batch, headers=some), 403, "forbidden")
+    elsewhere = guarded.token("decrypt context=env=prod")
+    results = guarded.post("/batch", batch, headers=elsewhere).json()["results"]
     assert [result["error"]["code"] for result in results] == ["forbidden"] * 2
     assert guarded.post("/decrypt", body, headers=guarded.token("decrypt")).status_code == 200
 

@@ -14,9 +14,10 @@ from kms_api.facade import door, refusals, shapes
 from kms_api.facade.asked import Asked, answer
 from kms_api.facade.door import Extra
 from kms_api.facade.shapes import Bound, Call, DataKeyIn, Item, Opened, Sealed
-from kms_api.routes.batch import BATCHES
+from kms_api.routes.batch import BATCHES, admit_items
 from kms_api.routes.secrets import check_ciphertext, check_plaintext
 from kms_core.errors import InvalidRequest, KmsError, TooLarge, Unavailable
+from kms_core.wire import JobKind
 
 TYPES: Final = frozenset({"chacha20-poly1305", "aes256-gcm96"})
 """What may be asked for: what the payload is, and the default of clients, which is as strong."""
@@ -29,7 +30,7 @@ async def encrypt(asked: Asked) -> Response:
     """``plaintext`` to ``ciphertext``. A key that is not there is not made."""
     body = await asked.body(Call)
     if body.batch_input is not None:
-        return await _many(asked, body, _encrypt_item)
+        return await _many(asked, body, "encrypt", _encrypt_item)
     plaintext = _plaintext(asked.built, body)
     sealed, number = await call(
         asked.built,
@@ -47,7 +48,7 @@ async def decrypt(asked: Asked) -> Response:
     """``ciphertext`` to ``plaintext``; the number in its prefix is authenticated."""
     body = await asked.body(Call)
     if body.batch_input is not None:
-        return await _many(asked, body, _decrypt_item)
+        return await _many(asked, body, "decrypt", _decrypt_item)
     file, extra = _file(asked.built, body)
     plaintext = await call(
         asked.built, door.decrypt, asked.built.kms, asked.who, file, extra, key_id=asked.key_id
@@ -59,7 +60,7 @@ async def rewrap(asked: Asked) -> Response:
     """The same payload under the version in use, bound as it was."""
     body = await asked.body(Call)
     if body.batch_input is not None:
-        return await _many(asked, body, _rewrap_item)
+        return await _many(asked, body, "rewrap", _rewrap_item)
     file, extra = _file(asked.built, body)
     sealed, number = await call(
         asked.built, door.rewrap, asked.built.kms, asked.who, file, extra, key_id=asked.key_id
@@ -98,7 +99,7 @@ async def _data_key(asked: Asked, *, in_clear: bool) -> Response:
 # -- many ----------------------------------------------------------------------------------------------
 
 
-async def _many(asked: Asked, body: Call, work: Work) -> Response:
+async def _many(asked: Asked, body: Call, operation: JobKind, work: Work) -> Response:
     """Every item's outcome, in order; 400 if any was refused, since clients look at the status alone."""
     items, code = body.batch_input or [], body.partial_failure_response_code
     if _extra(body) is not _NOTHING:
@@ -111,9 +112,8 @@ async def _many(asked: Asked, body: Call, work: Work) -> Response:
         raise TooLarge(f"batch_input has at most {shapes.MAX_ITEMS} items: send several requests")
     if code is not None and code not in _CODES:
         raise InvalidRequest("partial_failure_response_code: expected 200 to 599, of an answer with a body")
-    asked.built.requests.take_items(asked.who.tenant, len(items))
     limiter = asked.built.limiter(BATCHES)
-    results = await anyio.to_thread.run_sync(_run, asked, items, work, limiter=limiter)
+    results = await anyio.to_thread.run_sync(_run, asked, items, operation, work, limiter=limiter)
     failed = sum(result.error is not msgspec.UNSET for result in results)
     status: int = HTTPStatus.OK
     if failed:
@@ -121,8 +121,9 @@ async def _many(asked: Asked, body: Call, work: Work) -> Response:
     return answer(shapes.Results(results), status)
 
 
-def _run(asked: Asked, items: list[msgspec.Raw], work: Work) -> list[Item]:
+def _run(asked: Asked, items: list[msgspec.Raw], operation: JobKind, work: Work) -> list[Item]:
     """Raises Unavailable if one item could not be done now: to try all again is harmless."""
+    admit_items(asked.built, asked.who, operation, len(items))
     built = replace(asked.built, kms=asked.built.kms.for_job())
     with built.kms.trail.together():
         return [_one(replace(asked, built=built), item, work) for item in items]

@@ -102,6 +102,7 @@ def shape(event: Event) -> wire.AuditEvent:
         bytes_out=event.bytes_out,
         result=event.result or UNSET,
         duration_us=event.duration_us,
+        count=event.count or UNSET,
     )
 
 

@@ -13,7 +13,7 @@ from kms_api.rules import Ruled
 from kms_core import wire
 from kms_core.context import Context
 from kms_core.errors import KmsError
-from kms_core.jobs import bulk
+from kms_core.jobs import bulk, permits
 from kms_core.policy import Principal
 
 router: Final = APIRouter(tags=["secrets"], route_class=Ruled)
@@ -34,20 +34,32 @@ _EXAMPLE: Final = {
     ),
 )
 async def batch(request: Request) -> Response:
-    """Up to 1,000 calls of one kind. A refused item has an ``error`` and sinks no other."""
+    """Up to 1,000 calls of one kind. A refused item has an ``error`` and sinks no other.
+
+    A caller to whom no scope gives the operation is answered 403, as to a single call.
+    """
     built = service(request)
     body = await bodies.read(request, wire.BatchIn, built.settings.kms.limits.json_body_bytes)
     who = caller(request)
-    built.requests.take_items(who.tenant, len(body.items))
     limiter = built.limiter(BATCHES)
     return bodies.answer(await anyio.to_thread.run_sync(_run, built, who, body, limiter=limiter))
 
 
 def _run(built: Service, who: Principal, body: wire.BatchIn) -> wire.BatchOut:
+    admit_items(built, who, body.operation, len(body.items))
     built = replace(built, kms=built.kms.for_job())
     with built.kms.trail.together():
         results = [_one(built, who, body.operation, index, item) for index, item in enumerate(body.items)]
     return wire.BatchOut(results=results, failed=sum(result.error is not UNSET for result in results))
+
+
+def admit_items(built: Service, who: Principal, operation: wire.JobKind, count: int) -> None:
+    """Ask for a batch as a whole, then count its items; a batch that is denied costs its one request.
+
+    Raises Forbidden, RateLimited, Unavailable, AuditUnavailable. May wait for the disk.
+    """
+    permits.check_batch(built.kms, who, operation)
+    built.requests.take_items(who.tenant, count)
 
 
 def _one(

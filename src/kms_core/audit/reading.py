@@ -56,6 +56,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     bytes_out: int = 0
     result: str = ""
     duration_us: int = 0
+    count: int = 0
 
     @property
     def id(self) -> str:
@@ -124,7 +125,10 @@ def now() -> str:
 
 def fields(event: Event) -> dict[str, object]:
     """What is known of an event, by name."""
-    return {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", {})}
+    found = {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", {})}
+    if not event.count:
+        del found["count"]
+    return found
 
 
 def page(folder: Path, wanted: Wanted, after: str | None, limit: int) -> Page:

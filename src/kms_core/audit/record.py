@@ -31,6 +31,7 @@ def identified(request: str, job: str = "") -> Iterator[None]:
 
 DENIED: Final = "denied"
 OK: Final = "ok"
+COUNTED: Final = "counted"
 DENIALS: Final = frozenset({"unauthenticated", "forbidden", "path_refused", "foreign_refused", "unknown_key"})
 
 
@@ -55,6 +56,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One operation. ``result`` is ``ok`` or an error code; time, number and chain are the trail's to add.
 
     ``source`` is the address that the request came from, ``route`` the template of a denied one's path.
+    ``count`` is set where one record stands for several denied items of a batch, and says how many.
     ``context`` and ``new_context`` hold keyed hashes of the values. An operation with an effect outside the
     service has two records with one ``effect``: the ``intent`` before it and the ``outcome`` after it.
     """
@@ -79,6 +81,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     bytes_out: int = 0
     result: str = ""
     duration_us: int = 0
+    count: int = 0
 
 
 class Audit(Protocol):
@@ -90,6 +93,7 @@ class Audit(Protocol):
     def append(self, record: Record) -> str:
         """Store the record; its id, or nothing where it waits (``together``).
 
+        ``COUNTED`` for a denial that has no record of its own: those of a group above a bound share one.
         Raises AuditUnavailable if it may not be there afterwards.
         """
 

@@ -20,9 +20,10 @@ import structlog
 from kms_core import __version__, metrics
 from kms_core.audit import chain, segments
 from kms_core.audit.chain import Tip
+from kms_core.audit.denials import Denials
 from kms_core.audit.file import SegmentFile
 from kms_core.audit.keys import Concealer, Signer
-from kms_core.audit.record import Record, noted
+from kms_core.audit.record import COUNTED, Record, noted
 from kms_core.audit.stamp import Stamp
 from kms_core.context import Context
 from kms_core.errors import AuditUnavailable
@@ -50,11 +51,12 @@ class Rules:
 class _Group:
     """What one thread appends together: encoded records that wait, and whether some could not be written."""
 
-    __slots__ = ("failed", "waiting")
+    __slots__ = ("denials", "failed", "waiting")
 
     def __init__(self) -> None:
         self.waiting: list[bytes] = []
         self.failed: AuditUnavailable | None = None
+        self.denials = Denials()
 
 
 class Trail:
@@ -99,11 +101,12 @@ class Trail:
         return self._concealer.conceal(tenant, context)
 
     def append(self, record: Record) -> str:
-        fields = _encode(record)[1:-1]
         group: _Group | None = getattr(self._thread, "group", None)
         if group is None or record.stage:  # an effect must not come before its intent
-            return self._write([fields], sync=self._rules.fsync)
-        group.waiting.append(fields)
+            return self._write([_encode(record)[1:-1]], sync=self._rules.fsync)
+        if group.denials.counts(record):
+            return COUNTED
+        group.waiting.append(_encode(record)[1:-1])
         if len(group.waiting) >= _GROUP_LINES:
             self._hand_over(group)
         return ""
@@ -128,6 +131,9 @@ class Trail:
     def _end(self, group: _Group) -> None:
         """Who asked for a record that failed may have gone on with the next: the group fails as a whole."""
         with _counted():
+            for record in group.denials.summaries:
+                group.waiting.append(_encode(record)[1:-1])
+                metrics.count_record()
             if group.waiting:
                 self._hand_over(group)
             if group.failed:

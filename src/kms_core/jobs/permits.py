@@ -1,11 +1,13 @@
 """What a job takes to be allowed: asked of its submitter when it is accepted, and again when it runs.
 
-The core asks once more for each file and item, then with the key and context that these really have.
+A batch is asked for once as a whole. The core asks once more for each file and item, then with the key and
+context that these really have.
 """
 
 from dataclasses import dataclass
 
 from kms_core.context import Context
+from kms_core.errors import Forbidden
 from kms_core.jobs.model import Accepted
 from kms_core.policy import Principal, allows
 from kms_core.service import Kms
@@ -43,6 +45,20 @@ def check(kms: Kms, who: Principal, asked: Asked) -> None:
     ):  # away from its key or context, or without the right to move what it cannot open
         kms.allow(who, "decrypt", None, asked.context)
         kms.allow(who, "encrypt", asked.key_id, asked.new_context or asked.context)
+
+
+def check_batch(kms: Kms, who: Principal, kind: JobKind) -> None:
+    """Raise Forbidden, recorded once, if no scope of the caller allows the operation with any key.
+
+    Asked before the first item of a batch: the items would only be denied and recorded one by one.
+    Unavailable if it cannot be told now.
+    """
+    moves = kind in {"rewrap", "reseal"} and not allows(kms.policy, who, kind)
+    try:
+        for operation in ("decrypt", "encrypt") if moves else (kind,):
+            kms.policy.require(who, operation)
+    except Forbidden as exc:
+        kms.refused(who, kind, Context(), exc)
 
 
 def check_reader(kms: Kms, who: Principal, job: Accepted) -> None:
