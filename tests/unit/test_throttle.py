@@ -115,9 +115,28 @@ def test_of_batches_that_were_let_in_together_one_goes_into_debt(clock: Clock) -
     for _ in range(4):
         with pytest.raises(RateLimited) as caught:
             requests.take_items("acme", 1000)
-        assert caught.value.retry_after_s == pytest.approx(100)
+        assert caught.value.retry_after_s == pytest.approx(60.1), "600 are owed at most, and one is wanted"
 
     requests.take_items("other", 1000)
+
+
+@pytest.mark.parametrize("per_s", [0.01, 5, 300])
+@pytest.mark.parametrize("how", ["batch", "stream", "stream in pieces"])
+def test_a_debt_is_never_above_a_minute_of_the_pace(clock: Clock, per_s: float, how: str) -> None:
+    requests = Requests({"acme": Pace(per_s, 2)}, clock=clock)
+    requests.take("acme")
+    if how == "batch":
+        requests.take_items("acme", 100_000)
+    else:
+        for _ in requests.counted("acme", range(100_000)):
+            clock.now += 1e-4 if how == "stream in pieces" else 0
+    clock.now += 60
+
+    with pytest.raises(RateLimited) as caught:
+        requests.take("acme")
+    assert caught.value.retry_after_s == pytest.approx(1 / per_s), "the debt is paid, and one is wanted"
+    clock.now += caught.value.retry_after_s
+    requests.take("acme")
 
 
 def test_items_of_a_stream_are_counted_while_they_are_taken(clock: Clock) -> None:

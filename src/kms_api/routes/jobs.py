@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final, get_args
 from urllib.parse import unquote
 
@@ -22,7 +23,7 @@ from kms_api.transfer_rate import TransferLimits
 from kms_core import audit, wire
 from kms_core.context import Context
 from kms_core.errors import BodyTimeout, InvalidRequest
-from kms_core.jobs import bulk, campaign, desk
+from kms_core.jobs import bulk, campaign
 from kms_core.jobs.desk import Terms
 from kms_core.jobs.model import Job
 from kms_core.policy import Principal
@@ -229,10 +230,7 @@ def _submit(built: Service, request: Request, body: wire.JobIn) -> Job:
         priority=body.priority or "normal",
     )
     most = built.settings.kms.limits.json_job_items
-    if body.items is not None:
-        desk.check_count(len(body.items), most)
-        built.requests.take_items(terms.who.tenant, len(body.items))
-    return built.desk.submit(terms, body, most)
+    return built.desk.submit(terms, body, most, partial(built.requests.take_items, terms.who.tenant))
 
 
 async def _stream_of_items(request: Request, built: Service) -> Job:

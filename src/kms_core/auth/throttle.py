@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 MOST_SOURCES: Final = 4096
 _IPV6_BITS: Final = 64  # what one caller is given: addresses within cost him nothing
+DEBT_S: Final = 60.0
+"""How many seconds of its pace a tenant owes at most."""
 _STEP: Final = 100  # items of a stream that are counted at once
 _ENOUGH: Final = 1 - 1e-9  # of one request: who waits as long as told must not miss it by a rounding
 
@@ -78,7 +80,8 @@ class Requests:
     """Requests and their items by tenant, where settings bound them. Safe to call from several threads.
 
     A request is let in while its tenant has one left. Further items of it may be more than are left: the
-    tenant is then in debt, which later requests wait for. So any batch can pass, and costs what it is.
+    tenant is then in debt, which later requests wait for. So any batch can pass. A debt never exceeds
+    ``DEBT_S`` seconds of the tenant's pace, so that no request shuts a tenant out for longer.
     """
 
     def __init__(self, paces: Mapping[str, Pace], *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -113,7 +116,10 @@ class Requests:
             self._spend(tenant, index - told)
 
     def _spend(self, tenant: str, count: int, *, left: float = -math.inf) -> None:
-        """Take so many out of a bucket that holds at least ``left``; the answer to others is RateLimited."""
+        """Take so many, or as many as may be owed, out of a bucket that holds at least ``left``.
+
+        Raises RateLimited if it holds less.
+        """
         pace = self._paces.get(tenant)
         if pace is None or count < 1:
             return
@@ -121,7 +127,7 @@ class Requests:
             bucket, now = self._buckets[tenant], self._clock()
             level = _level(bucket, pace, now)
             if level >= left:
-                bucket.level, bucket.at = level - count, now
+                bucket.level, bucket.at = max(level - count, -DEBT_S * pace.per_s), now
         if level < left:
             metrics.RATE_LIMITED.labels(tenant).inc()
             wait_s = (1 - level) / pace.per_s

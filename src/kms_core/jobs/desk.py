@@ -124,11 +124,18 @@ class Desk:
             rest.append(terms.priority)
         return self.store.record_key.hasher(*asked, *(part.encode() for part in rest))
 
-    def submit(self, terms: Terms, body: wire.JobIn, most_items: int) -> Job:
-        """A job as ``POST /jobs`` describes it: items, or a reference. Raises as ``check`` and these do."""
+    def submit(
+        self, terms: Terms, body: wire.JobIn, most_items: int, charge: Callable[[int], None] | None = None
+    ) -> Job:
+        """A job as ``POST /jobs`` describes it: items, or a reference. Raises as ``check`` and these do.
+
+        ``charge`` is told the number of items once the caller may submit them, and may raise.
+        """
         self.check(terms, bulk=body.items is not None)
         if body.items is not None and body.source is None and body.target is None:
             check_count(len(body.items), most_items)
+            if charge is not None:
+                charge(len(body.items))
             return self.items(terms, body.items)
         if body.items is None and body.source is not None:
             asked = Reference.of(body)
