@@ -1,20 +1,28 @@
-"""A caller of the Vault API who may not see a key learns nothing from how long its backend takes."""
+"""A caller of the Vault API who may not see a key learns nothing from how long an answer takes."""
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-from agekms import kms_over
+from agekms import kms_over, write_pair
 from kms_api.facade import door
 from kms_api.facade.door import Extra
+from kms_core.backends import Backend, KeyVersion
+from kms_core.backends.age import AgeBackend
+from kms_core.context import Context
+from kms_core.envelope import x25519
 from kms_core.errors import KmsError, UnknownKey
 from kms_core.policy import ByScopes, Principal
 from kms_core.scopes import Scope
+from kms_core.service import Kms
 from memory_kms import memory_backend
 
 WHO: Final = Principal("ada", "default", "token:x")
-KEYS: Final = ("unseen", "no-such-key")
+UNSEEN: Final = "unseen"
+ABSENT: Final = "absent"
 
 
 class Stands:
@@ -25,25 +33,94 @@ class Stands:
         return [Scope.parse("* key=default")]
 
 
-CALLS: Final[dict[str, Callable[..., object]]] = {
+class Asked(ByScopes):
+    """The policy of the service, which keeps what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__(Stands(), {})
+        self.questions: list[tuple[str, str | None]] = []
+
+    def require(
+        self, who: Principal, operation: str, key_id: str | None = None, context: Context | None = None
+    ) -> None:
+        self.questions.append((operation, key_id))
+        super().require(who, operation, key_id, context)
+
+    def sees(self, who: Principal, key_id: str) -> bool:
+        self.questions.append(("sees", key_id))
+        return super().sees(who, key_id)
+
+
+class Local(AgeBackend):
+    """Age keys in files, which count what they are asked for."""
+
+    calls: Counter[str]
+
+    def current_version(self) -> str:
+        self.calls["current_version"] += 1
+        return super().current_version()
+
+    def versions(self) -> Sequence[KeyVersion]:
+        self.calls["versions"] += 1
+        return super().versions()
+
+
+def local(folder: Path) -> tuple[Backend, Counter[str]]:
+    made = Local(write_pair(folder, x25519.Identity.generate()))
+    made.calls = Counter()
+    return made, made.calls
+
+
+def peer(folder: Path) -> tuple[Backend, Counter[str]]:
+    del folder
+    backend, cipher = memory_backend()
+    return backend, cipher.calls
+
+
+CALLS: Final[dict[str, Callable[[Kms, str], object]]] = {
     "encrypt": lambda kms, key: door.encrypt(kms, WHO, b"x", Extra(), key_id=key),
     "data_key": lambda kms, key: door.data_key(kms, WHO, 32, Extra(), key_id=key),
+    "decrypt": lambda kms, key: door.decrypt(kms, WHO, sealed(kms), Extra(number=1), key_id=key),
+    "rewrap": lambda kms, key: door.rewrap(kms, WHO, sealed(kms), Extra(number=1), key_id=key),
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_the_backend_of_an_unseen_key_is_not_asked(name: str) -> None:
-    """The answer does not wait for a peer: it is the one for a key that does not exist."""
-    own, unseen = memory_backend(), memory_backend()
-    kms = kms_over(own[0], {"unseen": unseen[0]}, policy=ByScopes(Stands(), {}))
-    unseen[1].calls.clear()
+def sealed(kms: Kms) -> bytes:
+    """A file of the key that the caller may use."""
+    return kms.encrypt(WHO, b"x", Context()).ciphertext
+
+
+@pytest.mark.parametrize("make", [local, peer], ids=["local", "peer"])
+@pytest.mark.parametrize("name", ["encrypt", "data_key"])
+def test_the_backend_of_an_unseen_key_is_not_asked(
+    tmp_path: Path, name: str, make: Callable[[Path], tuple[Backend, Counter[str]]]
+) -> None:
+    """The answer is the one for a key that does not exist, and takes no longer."""
+    own, (unseen, calls) = memory_backend(), make(tmp_path)
+    kms = kms_over(own[0], {UNSEEN: unseen}, policy=ByScopes(Stands(), {}))
+    calls.clear()
     told: list[str] = []
-    for key in KEYS:
+    for key in (UNSEEN, ABSENT):
         with pytest.raises(KmsError) as caught:
             CALLS[name](kms, key)
         assert type(caught.value) is UnknownKey
         told.append(caught.value.detail)
 
     assert told[0] == told[1]
-    assert not unseen[1].calls
+    assert not calls
     CALLS[name](kms, "default")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_policy_is_asked_the_same_of_an_unseen_key_and_an_absent_one(tmp_path: Path, name: str) -> None:
+    policy = Asked()
+    kms = kms_over(memory_backend()[0], {UNSEEN: local(tmp_path)[0]}, policy=policy)
+    asked = []
+    for key in (UNSEEN, ABSENT):
+        policy.questions.clear()
+        with pytest.raises(KmsError):
+            CALLS[name](kms, key)
+        asked.append([(what, "it" if of == key else of) for what, of in policy.questions])
+
+    assert asked[0] == asked[1]
+    assert name == "rewrap" or ("sees", "it") in asked[0]

@@ -70,7 +70,7 @@ def decrypt(kms: Kms, who: Principal, file: bytes, extra: Extra, *, key_id: str)
     try:
         return kms.decrypt(who, file, extra.bound(extra.number), key_id=key_id).plaintext
     except DecryptFailed as exc:
-        if key_id not in kms.keyring.keys or not kms.policy.sees(who, key_id):
+        if not kms.policy.sees(who, key_id) or key_id not in kms.keyring.keys:
             raise UnknownKey from exc  # of the name in the path there is more to say
         raise
 
@@ -106,10 +106,11 @@ def _numbered(
 def _current(kms: Kms, who: Principal, key_id: str) -> tuple[str, int]:
     """The version in use and its number; 0 where ``Kms`` is to say why there is none.
 
-    A caller who may not know of a key learns nothing from how long a peer takes to tell of it.
+    A caller who may not know of a key learns nothing from how long the answer takes: policy is asked first,
+    of every name, and no backend of an unseen key is.
     """
-    key = kms.keyring.keys.get(key_id)
-    if key is None or (key.blocks and not kms.policy.sees(who, key_id)):
+    sees, key = kms.policy.sees(who, key_id), kms.keyring.keys.get(key_id)
+    if key is None or not sees:
         return "", 0
     try:
         version, numbers = key.backend.current_version(), key.numbers()

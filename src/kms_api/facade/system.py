@@ -173,15 +173,17 @@ def _capabilities(asked: Asked, parts: list[str]) -> list[str]:
         case [_, *_, "keys", name, "rotate"]:
             operation, can = "rotate", "update"
         case [_, *_, "keys", name]:
-            return ["read"] if name in kms.keyring.keys and kms.policy.sees(who, name) else ["deny"]
+            return ["read"] if kms.policy.sees(who, name) and name in kms.keyring.keys else ["deny"]
         case [_, *_, "datakey", kind, name] if kind in _DATA_KEYS:
             operation, can = "generate_data_key", "update"
         case [_, *_, ("encrypt" | "decrypt" | "rewrap") as operation, name]:
             can = "update"
         case _:
             return ["deny"]
-    known = name in kms.keyring.keys
-    return [can] if known and allows(kms.policy, who, operation, name) else ["deny"]
+    allowed = allows(
+        kms.policy, who, operation, name
+    )  # asked of every name: equal times for unseen and absent
+    return [can] if allowed and name in kms.keyring.keys else ["deny"]
 
 
 def _doubled(data: Mapping[str, object]) -> Response:
