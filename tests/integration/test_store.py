@@ -8,6 +8,7 @@ from itertools import pairwise
 import msgspec
 import pytest
 
+from kms_core import wire
 from kms_core.context import Context
 from kms_core.errors import (
     IdempotencyConflict,
@@ -128,6 +129,39 @@ def test_whatever_is_asked_for_tells_requests_apart(core: Core, change: dict[str
     same, other = core.desk.hasher(replace(terms)), core.desk.hasher(replace(terms, **change))  # type: ignore[arg-type]  # any field
 
     assert core.desk.hasher(terms).digest() == same.digest() != other.digest()
+
+
+ITEM = wire.JobItem(plaintext=b"x")
+
+
+def terms_of(name: str, key: str) -> Terms:
+    return Terms(Principal(name), "encrypt", Context.parse("a=1"), idempotency=key)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("ada", "jobs nightly"), ("ada jobs", "nightly")),
+        (("ada jobs", "jobs nightly"), ("ada jobs jobs", "nightly")),
+        (("ada b", "nightly"), ("ada", "b jobs nightly")),
+        (("a b\0c", "nightly"), ("c", "a b nightly")),
+    ],
+)
+def test_callers_have_idempotency_keys_of_their_own(
+    core: Core, one: tuple[str, str], other: tuple[str, str]
+) -> None:
+    """The subject of a JWT may hold spaces, and so may a key."""
+    first, second = (core.desk.items(terms_of(*caller), [ITEM]) for caller in (one, other))
+    again = [core.desk.items(terms_of(*caller), [ITEM]) for caller in (one, other)]
+
+    assert first.job_id != second.job_id
+    assert [job.job_id for job in again] == [first.job_id, second.job_id]
+
+
+def test_routes_have_idempotency_keys_of_their_own() -> None:
+    for name in ("ada", "ada jobs"):
+        terms = terms_of(name, "key")
+        assert len({terms.idempotency_scope(route) for route in ("jobs", "files/encrypt")}) == 2
 
 
 def test_job_of_another_tenant_is_unknown(store: JobStore) -> None:

@@ -54,6 +54,17 @@ class Terms:
         """The submitter's, or a new one each time."""
         return self.named.job_id if self.named else new_id()
 
+    def idempotency_scope(self, route: str) -> str:
+        """The text that the Redis key of an Idempotency-Key is a digest of; other callers have other texts.
+
+        Tenants and routes have no spaces. Spaces separate a name that has none, as they always did; a name
+        with spaces could end like a route, so it stands at the end, behind NULs, which no header can hold.
+        """
+        who = self.who
+        if " " in who.name:
+            return f"{who.tenant}\0{route}\0{self.idempotency}\0{who.name}"
+        return f"{who.tenant} {who.name} {route} {self.idempotency}"
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -243,9 +254,7 @@ class Desk:
             Accepted,
         )
         route = f"files/{terms.kind}" if source == UPLOAD else "jobs"
-        scope = (
-            f"{terms.who.tenant} {terms.who.name} {route} {terms.idempotency}" if terms.idempotency else ""
-        )
+        scope = terms.idempotency_scope(route) if terms.idempotency else ""
         try:
             with audit.recorded(self._kms.trail, terms.who, "job.submit", job_id):
                 job = self.store.submit(accepted, idempotency=scope)
