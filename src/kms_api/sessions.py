@@ -2,12 +2,14 @@
 
 A session keeps a principal, never a token: the cookie opens the page alone, and is worth nothing at the API.
 What the principal may do is asked of the policy with every request, so a revoked token ends its sessions.
-Files, since several processes may answer at one port. A file is named by hashes: of the tenant and of the
-credential under a key of this install, and of the cookie.
+Files, since several processes may answer at one port. A tenant has a folder, named by a hash under a key of
+this install, and a file in it is named by such a hash of the credential and a hash of the cookie. Sessions of
+earlier versions, whose files lie beside the folders, last until they expire.
 """
 
 import hashlib
 import hmac
+import math
 import os
 import re
 import secrets
@@ -25,10 +27,13 @@ COOKIE: Final = "kms_session"
 VISITOR: Final = "kms_login"  # the cookie that tells our login form from a forged one
 LASTS_S: Final = 8 * 3600
 SESSION: Final = "kms.session"  # where the gate leaves the id of a session in a request's scope
+_SWEEP_S: Final = 3600
 MOST_OF_TENANT: Final = 1000
 MOST_OF_CREDENTIAL: Final = 50
 _LABEL_CHARS: Final = 16  # of a tenant or a credential: a clash of two would only let them share a bound
 _GROUP: Final = re.compile(rf"[0-9a-f]{{{2 * _LABEL_CHARS}}}")
+_LABEL: Final = re.compile(rf"[0-9a-f]{{{_LABEL_CHARS}}}")
+_FILE: Final = re.compile(r"[0-9a-f]{64,96}")  # a digest, and before it what tells whose
 _ID_BYTES: Final = 32
 _KEY_BYTES: Final = 32
 _STAMPING: Final = "stamping"
@@ -43,6 +48,7 @@ class Sessions:
     """At most 50 of a credential and 1,000 of a tenant, of eight hours each.
 
     Above that the oldest of the same credential ends, or else of the same tenant, and never another tenant's.
+    A login looks at the sessions of its tenant only. Once an hour one removes what has expired of others.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
@@ -51,6 +57,7 @@ class Sessions:
         self._clock = clock
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._stamping = _key(folder / _STAMPING)
+        self._swept_at = -math.inf
 
     def begin(self, who: Principal) -> str:
         """Begin a session and return its id, which only the browser keeps. Raises OSError."""
@@ -58,6 +65,7 @@ class Sessions:
         self._make_room(group)
         session, now = f"{group}{new_id()}", self._clock()
         path = self._path(session)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         _write(path, msgspec.json.encode(_Held(who, now + LASTS_S)))
         os.utime(path, (now, now))
         return session
@@ -82,31 +90,54 @@ class Sessions:
 
     def _path(self, session: str) -> Path:
         """The file of a session. What is no id of ours has none that could exist."""
+        digest = hashlib.sha256(session.encode()).hexdigest()
         group = session[: 2 * _LABEL_CHARS]
-        known = group if _GROUP.fullmatch(group) else ""
-        return self._folder / f"{known}{hashlib.sha256(session.encode()).hexdigest()}"
+        if not _GROUP.fullmatch(group):
+            return self._folder / digest
+        return self._folder / group[:_LABEL_CHARS] / f"{group[_LABEL_CHARS:]}{digest}"
 
     def _label(self, text: str) -> str:
         """A name that tells nothing without the key of this install."""
         return self.stamp(f"label {text}")[:_LABEL_CHARS]
 
     def _make_room(self, group: str) -> None:
-        """End what has run out, and the oldest session where there are too many for one more."""
-        now, tenants, credentials = self._clock(), [], []
-        for at, path in sorted((_begun(path), path) for path in self._files()):
-            if at + LASTS_S <= now:
-                path.unlink(missing_ok=True)
-            elif path.name.startswith(group):
-                credentials.append(path)
-            elif path.name.startswith(group[:_LABEL_CHARS]):
-                tenants.append(path)
-        over = len(credentials) - MOST_OF_CREDENTIAL + 1
-        crowded = len(credentials) + len(tenants) - MOST_OF_TENANT + 1
-        for path in (credentials + tenants)[: max(0, over, crowded)]:
+        """Remove what has expired, and the oldest session of the tenant where one more would be too many."""
+        if self._clock() - self._swept_at >= _SWEEP_S:
+            self._sweep()
+        tenant, credential = group[:_LABEL_CHARS], group[_LABEL_CHARS:]
+        mine: list[Path] = []
+        others: list[Path] = []
+        for path in self._unexpired(self._folder / tenant):
+            (mine if path.name.startswith(credential) else others).append(path)
+        over = len(mine) - MOST_OF_CREDENTIAL + 1
+        crowded = len(mine) + len(others) - MOST_OF_TENANT + 1
+        for path in (mine + others)[: max(0, over, crowded)]:
             path.unlink(missing_ok=True)
 
-    def _files(self) -> Iterable[Path]:
-        return (path for path in self._folder.iterdir() if path.name != _STAMPING)
+    def _unexpired(self, folder: Path) -> list[Path]:
+        """The sessions of a folder, oldest first; those that have expired are removed."""
+        now, found = self._clock(), []
+        for at, path in sorted((_begun(path), path) for path in _sessions(folder)):
+            if at + LASTS_S <= now:
+                path.unlink(missing_ok=True)
+            else:
+                found.append(path)
+        return found
+
+    def _sweep(self) -> None:
+        """Remove what has expired of all tenants, and of sessions of earlier versions."""
+        self._swept_at = self._clock()
+        tenants = [path for path in self._folder.iterdir() if _LABEL.fullmatch(path.name)]
+        for folder in (self._folder, *tenants):
+            self._unexpired(folder)
+
+
+def _sessions(folder: Path) -> list[Path]:
+    """The files of sessions directly in a folder, which need not exist."""
+    try:
+        return [path for path in folder.iterdir() if _FILE.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
 
 
 def _credential(who: Principal) -> str:

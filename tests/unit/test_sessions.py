@@ -1,5 +1,8 @@
 """Sessions of the page: how long they last, whose make room for whose, and what their files tell."""
 
+import hashlib
+import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +40,8 @@ def sessions(tmp_path: Path, clock: Clock) -> Sessions:
 
 
 def files(tmp_path: Path) -> Iterator[Path]:
-    return (path for path in (tmp_path / "sessions").iterdir() if path.name != "stamping")
+    found = (tmp_path / "sessions").rglob("*")
+    return (path for path in found if path.is_file() and path.name != "stamping")
 
 
 def test_a_session_ends_after_eight_hours(sessions: Sessions, clock: Clock, tmp_path: Path) -> None:
@@ -71,6 +75,46 @@ def test_logins_of_one_credential_end_no_session_of_another(sessions: Sessions, 
     assert len(list(files(tmp_path))) == 52
 
 
+def test_a_login_looks_at_no_session_of_another_tenant(
+    sessions: Sessions, tmp_path: Path, clock: Clock
+) -> None:
+    """Or each would take the longer, the more have logged in anywhere; once an hour one looks at all."""
+    sessions.begin(OTHER)
+    (theirs,) = files(tmp_path)
+    os.utime(theirs, (0, 0))  # expired long ago: a login that came upon it would remove it
+    clock.now = LASTS_S + 1000
+    beside = Sessions(tmp_path / "sessions", clock)
+    beside.begin(ADA)
+    assert not theirs.exists()
+
+    beside.begin(OTHER)
+    (other,) = theirs.parent.iterdir()
+    os.utime(other, (0, 0))
+    beside.begin(ADA)
+    assert other.exists()
+    clock.now += 3600
+    beside.begin(ADA)
+    assert not other.exists()
+
+
+def test_sessions_of_an_earlier_version_last_until_they_expire(tmp_path: Path, clock: Clock) -> None:
+    """Their files lie beside the folders of tenants, named by the digest of the cookie."""
+    session, folder = "A" * 43, tmp_path / "sessions"
+    folder.mkdir()
+    old = folder / hashlib.sha256(session.encode()).hexdigest()
+    who = {"name": "ada", "tenant": "acme", "credential": "token:ada"}
+    old.write_text(json.dumps({"who": who, "until": LASTS_S + 1000}))
+    os.utime(old, (1000, 1000))
+    sessions = Sessions(folder, clock)
+    sessions.begin(ADA)
+
+    assert sessions.find(session) == ADA
+    clock.now = LASTS_S + 2000
+    assert sessions.find(session) is None
+    sessions.begin(OTHER)
+    assert not old.exists()
+
+
 def test_jwts_of_one_holder_are_one_credential(sessions: Sessions) -> None:
     colleague = sessions.begin(ADA)
     for number in range(1005):
@@ -98,15 +142,18 @@ def test_in_a_full_tenant_the_oldest_of_the_same_credential_ends_first(
 
 def test_no_file_tells_a_session_or_whose_it_is(sessions: Sessions, tmp_path: Path) -> None:
     """Who reads the folder can log in as no one: the id that a cookie holds is nowhere in it."""
-    session = sessions.begin(ADA)
+    who = Principal("otto", "acme", "token:otto")  # hexadecimal digits may spell "ada"
+    session = sessions.begin(who)
     (path,) = files(tmp_path)
 
     secret = session[-43:]  # 256 bits in base64
     assert secret not in path.name
     assert secret.encode() not in path.read_bytes()
-    assert not [name for name in (ADA.name, ADA.tenant, ADA.credential) if name in path.name]
+    names = (who.name, who.tenant, who.credential)
+    assert not [name for name in names if name in path.name or name in path.parent.name]
     assert sessions.find(path.name) is None
     assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_names_of_files_differ_from_install_to_install(tmp_path: Path) -> None:
