@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from itertools import pairwise
 
@@ -22,7 +23,7 @@ from kms_core.errors import (
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import Terms
 from kms_core.jobs.lease import Lease
-from kms_core.jobs.model import LeaseLost, part_id
+from kms_core.jobs.model import Job, LeaseLost, part_id
 from kms_core.jobs.store import JobStore
 from kms_core.policy import Principal
 from service import CANARY, until
@@ -174,6 +175,34 @@ def test_job_of_another_tenant_is_unknown(store: JobStore) -> None:
         store.retry(job.job_id, TENANT, 60)
     assert store.page(TENANT, state=None, limit=10, before=None) == ([], None)
     assert store.get(job.job_id, "theirs").state == "queued"
+
+
+class Late(JobStore):
+    """Of which every look is followed at once by another tenant's taking the id."""
+
+    def get(self, job_id: str, tenant: str) -> Job:
+        found = super().get(job_id, tenant)
+        forge(self, job_id, tenant="theirs")
+        return found
+
+
+@pytest.mark.parametrize("error", ["", "attempts_exhausted"])
+def test_job_that_changes_hands_after_the_look_stays_as_it_is(store: JobStore, error: str) -> None:
+    job = store.submit(accepted())
+    if error:
+        forge(store, job.job_id, state="failed", error=error)
+    late = copy(store)
+    late.__class__ = Late
+    acts: list[Callable[[], Job]] = [
+        lambda: late.cancel(job.job_id, TENANT),
+        lambda: late.retry(job.job_id, TENANT, 60),
+    ]
+    for act in acts:
+        forge(store, job.job_id, tenant=TENANT)
+        before = record(store, job.job_id)
+        with pytest.raises(UnknownJob):
+            act()
+        assert record(store, job.job_id) == before | {b"tenant": b"theirs"}
 
 
 def test_pages_are_newest_first_and_complete(store: JobStore) -> None:

@@ -228,17 +228,17 @@ return {'deferred'}
 CANCEL: Final = (
     LIBRARY
     + """
--- KEYS: job   ARGV: id, keep_s, ids of its parts
+-- KEYS: job   ARGV: id, tenant, keep_s, ids of its parts
 -- Parts that wait for their time need wait no longer: whoever looks at them next ends them.
 local state = redis.call('HGET', job, 'state')
-if not state then return {'gone'} end
+if not state or redis.call('HGET', job, 'tenant') ~= ARGV[2] then return {'gone'} end
 if state == 'queued' then
   redis.call('HINCRBY', job, 'fence', 1)
-  finish('cancelled', 'cancelled', tonumber(ARGV[2]))
+  finish('cancelled', 'cancelled', tonumber(ARGV[3]))
   return {'cancelled'}
 end
 if state == 'running' then redis.call('HSET', job, 'cancel', 1) end
-for i = 3, #ARGV do
+for i = 4, #ARGV do
   local f = redis.call('HMGET', 'kms:job:' .. ARGV[i], 'state', 'not_before')
   if f[1] == 'queued' and number(f[2]) > now then
     redis.call('HSET', 'kms:job:' .. ARGV[i], 'not_before', 0, 'owed', 1)
@@ -252,18 +252,19 @@ return {state}
 RETRY: Final = (
     LIBRARY
     + """
--- KEYS: job   ARGV: id, expires_at
-local f = redis.call('HMGET', job, 'state', 'error')
+-- KEYS: job   ARGV: id, tenant, expires_at
+local f = redis.call('HMGET', job, 'state', 'error', 'tenant')
+if f[3] ~= ARGV[2] then return {'gone'} end
 local dead = f[2] == 'attempts_exhausted' or f[2] == 'record_refused'
 if f[1] ~= 'failed' or not dead then return {'not dead'} end
 redis.call('HSET', job, 'state', 'queued', 'error', '', 'attempt', 0, 'not_before', 0, 'asked', now,
-  'expires_at', ARGV[2])
+  'expires_at', ARGV[3])
 redis.call('HINCRBY', job, 'fence', 1)
 redis.call('PERSIST', job)
 redis.call('ZREM', 'kms:dead', id)
 redis.call('ZREM', 'kms:ended', id)
 redis.call('ZADD', 'kms:open', now, id)
-redis.call('ZADD', quota(redis.call('HGET', job, 'tenant')), ARGV[2], id)
+redis.call('ZADD', quota(f[3]), ARGV[3], id)
 event(facts(job), id, 'queued', 'retried')
 return {'queued'}
 """

@@ -210,7 +210,8 @@ class JobStore(Upkeep):
         count = min(self.get(job_id, tenant).parts, _MOST_PARTS)
         parts = [part_id(job_id, number) for number in range(count)]
         with redis_errors():
-            word = self._run["CANCEL"]([job_key(job_id)], [job_id, self.rules.keep_record_s, *parts])[0]
+            given = [job_id, tenant, self.rules.keep_record_s, *parts]
+            word = self._run["CANCEL"]([job_key(job_id)], given)[0]
         if word == b"committing":
             raise JobCommitting
         job = self.get(job_id, tenant)
@@ -224,7 +225,9 @@ class JobStore(Upkeep):
         """Give a dead letter all its attempts again. Raises JobNotDead for any other job, UnknownJob."""
         self.get(job_id, tenant)
         with redis_errors():
-            word = self._run["RETRY"]([job_key(job_id)], [job_id, self.now() + ttl_s])[0]
+            word = self._run["RETRY"]([job_key(job_id)], [job_id, tenant, self.now() + ttl_s])[0]
+        if word == b"gone":
+            raise UnknownJob
         if word != b"queued":
             raise JobNotDead
         job = self.get(job_id, tenant)
