@@ -1,5 +1,6 @@
 """The OpenAPI page: made of the route table, of what routes say of themselves, and of the wire's shapes."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
@@ -168,6 +169,8 @@ def schemas() -> Json:
             continue
         fields = {key: _property(name, key, text) for key, text in schema["properties"].items()}
         made[name] = {**schema, "properties": fields}
+        if "description" in schema:  # a docstring, which Python before 3.13 leaves indented
+            made[name]["description"] = inspect.cleandoc(schema["description"])
         if name in examples.OF_SHAPES:
             made[name]["examples"] = examples.OF_SHAPES[name]
     return made

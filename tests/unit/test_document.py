@@ -84,6 +84,13 @@ def test_every_shape_of_the_wire_is_in_it() -> None:
     assert shapes <= PAGE["components"]["schemas"].keys()
 
 
+def test_descriptions_of_shapes_are_not_indented_on_any_python() -> None:
+    said = {name: shape.get("description", "") for name, shape in PAGE["components"]["schemas"].items()}
+
+    assert "\n\n" in said["JobIn"]
+    assert [name for name, text in said.items() if re.search(r"^ ", text, re.MULTILINE)] == []
+
+
 @pytest.mark.parametrize("name", examples.OF_SHAPES)
 def test_examples_of_an_answer_are_answers(name: str) -> None:
     for example in examples.OF_SHAPES[name]:
