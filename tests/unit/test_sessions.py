@@ -13,9 +13,9 @@ import pytest
 from kms_api.sessions import COOKIE, LASTS_S, MOST_OF_CREDENTIAL, MOST_OF_TENANT, Sessions, cookie
 from kms_core.policy import Principal
 
-ADA: Final = Principal("ada", "acme", "token:ada")
+ADA: Final = Principal("ada.lovelace", "acme", "token:ada")  # none of which text in hexadecimal contains
 EVE: Final = Principal("eve", "acme", "token:eve")
-OTHER: Final = Principal("ada", "beta", "token:other")
+OTHER: Final = Principal("ada.lovelace", "beta", "token:other")
 
 
 class Clock:
