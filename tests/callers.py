@@ -161,6 +161,12 @@ def issuer_settings(keys: str, more: str = "") -> str:
 # -- certificates ----------------------------------------------------------------------------------------
 
 
+_USAGES: Final = (
+    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
+    *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
+)
+
+
 @dataclass(frozen=True)
 class Pair:
     """A certificate and its key, as PEM files."""
@@ -170,15 +176,25 @@ class Pair:
 
 
 class Authority:
-    """A CA of its own, or one below ``parent``."""
+    """A CA of its own, or one below ``parent``; a ``plain`` one, as ``openssl req -x509`` makes it, has no
+    keyUsage."""
 
-    def __init__(self, folder: Path, name: str = "a CA for tests", parent: "Authority | None" = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str = "a CA for tests",
+        parent: "Authority | None" = None,
+        *,
+        plain: bool = False,
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self._folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         self.ca_file = folder / "ca.pem"
-        extensions = [x509.BasicConstraints(ca=True, path_length=None)]
+        extensions: list[x509.ExtensionType] = [x509.BasicConstraints(ca=True, path_length=None)]
+        if not plain:
+            extensions.append(_usage("key_cert_sign", "crl_sign"))
         signed = (parent or self)._signed(self._name, self._key, extensions)  # noqa: SLF001 -- of the same class
         self.ca_file.write_bytes(signed.public_bytes(Encoding.PEM))
 
@@ -193,7 +209,7 @@ class Authority:
         """A certificate for these names, for clients, or for a server."""
         key = ec.generate_private_key(ec.SECP256R1())
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
-        extensions: list[x509.ExtensionType] = [x509.ExtendedKeyUsage([purpose])]
+        extensions: list[x509.ExtensionType] = [_usage("digital_signature"), x509.ExtendedKeyUsage([purpose])]
         if names:
             extensions.append(x509.SubjectAlternativeName(names))
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)])
@@ -217,8 +233,9 @@ class Authority:
         return made.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
     def context(self, client: Pair | None = None) -> ssl.SSLContext:
-        """What a client of a server of this CA connects with."""
+        """What a client of a server of this CA connects with: as strict as Python 3.13, on any."""
         made = ssl.create_default_context(cafile=self.ca_file)
+        made.verify_flags |= ssl.VERIFY_X509_STRICT
         if client:
             made.load_cert_chain(client.cert, client.key)
         return made
@@ -236,8 +253,13 @@ class Authority:
         issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         subject = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
         for extension in (*extensions, issuer, subject):
-            builder = builder.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+            critical = isinstance(extension, x509.BasicConstraints | x509.KeyUsage)
+            builder = builder.add_extension(extension, critical=critical)
         return builder.sign(self._key, hashes.SHA256())
+
+
+def _usage(*names: str) -> x509.KeyUsage:
+    return x509.KeyUsage(**{name: name in names for name in _USAGES})
 
 
 def header_of(token: str) -> Mapping[str, Any]:

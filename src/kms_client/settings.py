@@ -7,6 +7,7 @@ from typing import Final, Self, TypedDict
 from urllib.parse import unquote, urlsplit
 
 from kms_core.errors import ConfigurationError
+from kms_core.tls_client import client_context
 
 DEFAULT_URL: Final = "http://localhost:8082"
 _ADDRESS: Final = "The service address must look like http://host:port or https://host"
@@ -102,10 +103,7 @@ class ClientSettings:
         """
         if self.url.startswith("http://"):
             return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        try:
-            context = ssl.create_default_context(cafile=self.ca_file)
-        except (OSError, ssl.SSLError) as exc:
-            raise ConfigurationError(f"Cannot read the certificate authorities in {self.ca_file}") from exc
+        context = client_context(self.ca_file, "ca_file")
         if self.certificate is not None:
             try:
                 context.load_cert_chain(*self.certificate, password=lambda: "")  # no terminal is asked

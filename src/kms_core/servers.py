@@ -13,6 +13,7 @@ import redis.sentinel
 from kms_core.errors import ConfigurationError
 from kms_core.settings_redis import AMQP, PASSWORDS, SENTINELS, Sentinels, is_tls, sentinels, split_url
 from kms_core.settings_sections import Redis
+from kms_core.tls_client import STRICT
 
 _TIMEOUT_S: Final = 5.0
 _CHECK_EVERY_S: Final = 25
@@ -114,7 +115,11 @@ def _tls(section: Redis, url: str) -> Options:
         "ssl_keyfile": section.client_key_file,
     }
     named = {name: str(path) for name, path in files.items() if path is not None}
-    return {"ssl_cert_reqs": "required", "ssl_check_hostname": True, **named}
+    flags: Options = {
+        "ssl_include_verify_flags": [ssl.VERIFY_X509_PARTIAL_CHAIN],
+        "ssl_exclude_verify_flags": [STRICT],
+    }
+    return {"ssl_cert_reqs": "required", "ssl_check_hostname": True, **flags, **named}
 
 
 def _amqp_tls(section: Redis) -> Options:

@@ -1,5 +1,6 @@
 """``[kms.redis]``: which addresses are taken, what a Sentinel URL says, what libraries are told of TLS."""
 
+import ssl
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,7 @@ def test_tls_is_always_checked(scheme: str) -> None:
     assert isinstance(told, dict)
     assert {"required", 2} & {told.get("ssl_cert_reqs"), told.get("cert_reqs")}
     assert told.get("ssl_check_hostname") or told.get("server_hostname") == "h"
+    assert scheme == "amqps" or told["ssl_exclude_verify_flags"] == [ssl.VERIFY_X509_STRICT]
     assert "/ca.pem" in told.values()
 
 

@@ -153,7 +153,7 @@ def build(settings: Settings) -> Doors | None:
         return None
     in_dev = settings.environment == "dev"
     issuers = [
-        Trusted(name, section, _keys(section, in_dev=in_dev)) for name, section in auth.issuers.items()
+        Trusted(name, section, _keys(name, section, in_dev=in_dev)) for name, section in auth.issuers.items()
     ]
     return Doors(
         TokenFile(auth.tokens_path, strict=settings.is_prod),
@@ -163,11 +163,11 @@ def build(settings: Settings) -> Doors | None:
     )
 
 
-def _keys(section: Issuer, *, in_dev: bool) -> Keys:
+def _keys(name: str, section: Issuer, *, in_dev: bool) -> Keys:
     """From a file, from a URL, or from where the issuer itself says that they are."""
     if section.jwks_file is not None:
         return FileKeys(section.jwks_file)
-    fetch = fetching(section.ca_file)
+    fetch = fetching(section.ca_file, f"kms.auth.issuers.{name}.ca_file")
     if section.jwks_url is not None:
         return RemoteKeys(partial(fetch, section.jwks_url))
     return RemoteKeys(discovery.finding(section.issuer, fetch, partial(may_fetch, in_dev=in_dev)))

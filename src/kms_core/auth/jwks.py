@@ -4,7 +4,6 @@ Only asymmetric signature keys are taken; each says which algorithms fit it (RFC
 can choose.
 """
 
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from jwt.exceptions import PyJWTError
 
 from kms_core import metrics
 from kms_core.errors import ConfigurationError, Unavailable
+from kms_core.tls_client import client_context
 from kms_core.wire import NOT_JSON
 
 PublicKeyType = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
@@ -255,15 +255,12 @@ class RemoteKeys:
             refresh.end()
 
 
-def fetching(ca_file: Path | None) -> Callable[[str], bytes]:
+def fetching(ca_file: Path | None, setting: str) -> Callable[[str], bytes]:
     """How to get what is at a URL: no redirects, 5 s of silence, 10 s in all, at most 256 KiB.
 
-    Raises ConfigurationError.
+    Raises ConfigurationError, which names ``setting``, for a ``ca_file`` that cannot be used.
     """
-    try:
-        context = ssl.create_default_context(cafile=ca_file)
-    except OSError as exc:
-        raise ConfigurationError(f"Cannot read the certificate authorities in {ca_file}") from exc
+    context = client_context(ca_file, setting)
 
     def fetch(url: str) -> bytes:
         deadline = time.monotonic() + _FETCH_S

@@ -28,6 +28,7 @@ from kms_core import __version__, traces
 from kms_core.backends import Busy, Unreachable
 from kms_core.backends.deadline import Network
 from kms_core.errors import BackendUnavailable, ConfigurationError
+from kms_core.tls_client import client_context
 
 ANSWER_BYTES: Final = 1024 * 1024
 CONNECTIONS: Final = 64
@@ -182,10 +183,7 @@ def _proxy(address: str | None) -> httpcore.Proxy | None:
 
 def _tls(server: Server) -> ssl.SSLContext:
     section, tls = server.setting.rpartition(".")[0], server.tls
-    try:
-        trust = ssl.create_default_context(cafile=tls.ca_file)
-    except OSError as exc:  # SSLError is one
-        raise ConfigurationError(f"{section}.ca_file: {tls.ca_file} holds no certificates in PEM") from exc
+    trust = client_context(tls.ca_file, f"{section}.ca_file")
     if not tls.verify:
         trust.check_hostname = False
         trust.verify_mode = ssl.CERT_NONE

@@ -4,19 +4,19 @@ A URL is read as a file's is: its parts are percent-decoded, so that a key with 
 jobs over many, ``*`` can be written. Knows no job.
 """
 
-import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
 
-from kms_core.errors import ConfigurationError, PathRefused
+from kms_core.errors import PathRefused
 from kms_core.jobs.paths import parts
 from kms_core.s3 import signing
 from kms_core.s3.bucket import Bucket
 from kms_core.s3.line import Line, Place
 from kms_core.settings import Settings
 from kms_core.settings_sections import Bucket as Section
+from kms_core.tls_client import client_context
 
 SCHEME: Final = "s3://"
 KEY_MAX_BYTES: Final = 1024
@@ -119,12 +119,5 @@ def _line(name: str, section: Section, *, strict: bool) -> Line:
         )
     else:
         credentials = signing.from_surroundings(where)
-    trust = _trust(section, where) if endpoint.startswith("https:") else None
+    trust = client_context(section.ca_file, f"{where}.ca_file") if endpoint.startswith("https:") else None
     return Line(Place(endpoint, section.region, credentials, trust, section.timeout_s))
-
-
-def _trust(section: Section, where: str) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=section.ca_file)
-    except OSError as exc:  # SSLError is one
-        raise ConfigurationError(f"{where}.ca_file: {section.ca_file} holds no certificates in PEM") from exc

@@ -31,6 +31,7 @@ from kms_core.jobs.model import Job
 from kms_core.settings import Settings
 from kms_core.settings_remote import is_loopback
 from kms_core.settings_sections import Endpoint as Section
+from kms_core.tls_client import client_context
 
 CONTENT_TYPE: Final = "application/cloudevents+json"
 SOURCE: Final = f"{wire.PREFIX}/jobs"
@@ -135,12 +136,8 @@ def _endpoint(section: Section, settings: Settings, name: str) -> Endpoint:
     url = urlsplit(section.url)
     read_secret(section.secret_file)
     _check_mode(section.secret_file, strict=settings.is_prod)
-    try:
-        tls = ssl.create_default_context(cafile=section.ca_file) if url.scheme == "https" else None
-    except OSError as exc:  # SSLError is one
-        raise ConfigurationError(
-            f"kms.jobs.endpoints.{name}.ca_file: {section.ca_file} holds no certificates in PEM"
-        ) from exc
+    ca_setting = f"kms.jobs.endpoints.{name}.ca_file"
+    tls = client_context(section.ca_file, ca_setting) if url.scheme == "https" else None
     return Endpoint(
         url=section.url,
         secret_file=section.secret_file,
