@@ -54,7 +54,7 @@ locked() { # prints what .venv should hold: a checksum of the lock files, of its
 
 stamped() { [[ -f $venv/.kms-$1 && $(<"$venv/.kms-$1") == "$2" ]]; } # whether that was installed: a name, a checksum
 
-install() { # pip's words go to a log; the person sees what is being fetched
+install() { # what pip says goes to a log; progress shows what it does
     local log=$venv/install.log
     if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@" 2>&1 |
         tee -a "$log" | progress; then
@@ -68,12 +68,25 @@ install() { # pip's words go to a log; the person sees what is being fetched
 # locked and refuse what their extras need, since that has no hash.
 install_locked() { install --no-deps --require-hashes "$@"; }
 
-progress() {
-    local word name count=0
-    while read -r word name _; do
-        [[ $word == Collecting && -t 2 ]] || continue
-        count=$((count + 1))
-        printf '\r\033[Kkms: %d %s' "$count" "${name%%[=<>;]*}" >&2
+every_s=10
+progress() { # of what pip says: a line that changes on a terminal, else a line every ten seconds
+    local word name doing='' count=0 shown=$SECONDS ended
+    while true; do
+        ended=0
+        read -r -t "$every_s" word name _ || ended=$?
+        ((ended == 0 || ended > 128)) || break # above 128: pip said nothing for that long
+        if ((ended == 0)); then
+            case $word in
+                Collecting) count=$((count + 1)) doing="$count ${name%%[=<>;]*}" ;;
+                Installing) doing="unpacking $count packages" ;;
+                *) continue ;;
+            esac
+            if [[ -t 2 ]]; then printf '\r\033[Kkms: %s' "$doing" >&2; fi
+        fi
+        if [[ ! -t 2 && -n $doing ]] && ((SECONDS - shown >= every_s)); then
+            say "$doing"
+            shown=$SECONDS
+        fi
     done
     if [[ -t 2 ]]; then printf '\r\033[K' >&2; fi
 }
@@ -102,7 +115,7 @@ is_ready() {
 }
 
 make_ready() {
-    local set=$1 lock=$root/requirements.lock now
+    local set=$1 lock=$root/requirements.lock size='' now
     [[ $set == runtime ]] || lock=$root/requirements-dev.lock
     now=$(locked 2>/dev/null) || true
     if ! stamped runtime "$now" && ! stamped dev "$now"; then # none, half made, or of other lock files
@@ -110,7 +123,8 @@ make_ready() {
         now=$(locked)
     fi
     if ! stamped dev "$now" && ! stamped "$set" "$now"; then
-        say "installing into .venv; this is done once and takes a minute or two"
+        [[ $set == runtime ]] || size=' (1.4 GB with the tools of the tests)'
+        say "installing into .venv$size; this is done once and takes a minute or two"
         rm -f -- "$venv"/.kms-* "$venv/install.log"
         install_locked -r "$lock" -r "$root/requirements-build.lock"
         printf '%s\n' "$now" >"$venv/.kms-$set"

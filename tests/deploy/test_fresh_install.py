@@ -139,6 +139,18 @@ def test_the_runtime_installs_with_the_oldest_pip(venv: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_where_no_terminal_is_a_line_now_and_then_says_how_far_it_is() -> None:
+    pip = (
+        "echo Collecting a==1; echo is cached; sleep 2.5; echo Collecting b; sleep 2.5; echo Installing a, b"
+    )
+    done = bash(f"{SOURCED} every_s=1; ({pip}; sleep 2.5) | progress", ROOT, env=dict(os.environ))
+
+    assert done.returncode == 0
+    lines = done.stderr.splitlines()
+    assert 5 <= len(lines) <= 8, "one a second"
+    assert list(dict.fromkeys(lines)) == ["kms: 1 a", "kms: 2 b", "kms: unpacking 2 packages"]
+
+
 # -- making .venv -----------------------------------------------------------------------------------------
 
 
