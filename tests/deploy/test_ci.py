@@ -1,0 +1,29 @@
+""".ci/run installs every program that tests ask for: a missing one fails there, and skips at home."""
+
+import re
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[2]
+TESTS: Final = ROOT / "tests"
+ASKED: Final = re.compile(r'\b(?:program|which)\(f?"([a-z-]+)')
+OF_PYTHON: Final = {"bao", "sops", "weed"}  # packages of requirements-dev.lock bring these
+BROUGHT: Final = {  # with a program that .ci/run names
+    "age-keygen": "age",
+    "java": "javac",
+    "promtool": "prometheus",
+    "ssh-agent": "ssh-add",
+    "ssh-keygen": "ssh-add",
+    "systemd-": "systemd-analyze",  # the rest of the name varies
+}
+OF_DEBIAN: Final = {"mount"}  # on every system
+NOT_PACKAGED: Final = {"rage"}  # compared with where somebody installed it
+
+
+def test_ci_installs_what_tests_ask_for() -> None:
+    asked = {name for path in TESTS.rglob("*.py") for name in ASKED.findall(path.read_text("utf-8"))}
+    installed = set(re.findall(r"^needs (\S+)", (ROOT / ".ci/run").read_text("utf-8"), re.MULTILINE))
+
+    assert len(asked) > 20
+    needed = {BROUGHT.get(name, name) for name in asked - OF_PYTHON - OF_DEBIAN - NOT_PACKAGED}
+    assert needed <= installed
