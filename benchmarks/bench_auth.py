@@ -9,7 +9,7 @@ import json
 import tempfile
 import time
 from base64 import b64encode
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +17,11 @@ import jwt
 from benchmarks import report
 from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.report import Scale
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 from starlette.types import ASGIApp
 
 from kms_api import app
@@ -25,7 +29,7 @@ from kms_cli import up
 from kms_core import logs
 from kms_core import settings as settings_file
 from kms_core.auth import tokens
-from kms_core.auth.certificates import Shown
+from kms_core.auth.certificates import Shown, authority_of, key_of
 from kms_core.auth.tokens import Wish
 from kms_core.http_server.protocol import CERTIFICATE
 from kms_core.wire import PREFIX
@@ -58,7 +62,7 @@ def main() -> None:
             "API token": (guarded, [(b"authorization", b"Bearer " + token.encode())], {}),
             "API token, X-API-Key": (guarded, [(b"x-api-key", token.encode())], {}),
             "JWT, seen before": (guarded, [(b"authorization", b"Bearer " + _jwt(folder).encode())], {}),
-            "client certificate": (guarded, [], {CERTIFICATE: Shown(("DNS:ci",), 4e9)}),
+            "client certificate": (guarded, [], {CERTIFICATE: _certificate(folder / "guarded")}),
         }
         found = in_turn(
             [Contender(name, lambda way=way: run(*way)) for name, way in ways.items()],  # type: ignore[misc]  # the default is the way
@@ -135,8 +139,23 @@ def _settings(folder: Path) -> str:
         f'[kms.auth]\nmode = "required"\n[kms.auth.issuers.corp]\nissuer = "{ISSUER}"\naudience = "kms"\n'
         f'jwks_file = "{folder}/jwks.json"\nscopes = {lines}\n'
         f'[kms.auth.certificates.ci]\nsubject = "DNS:ci"\nscopes = {lines}\n'
-        '[kms.server]\ntls_cert = "/c"\ntls_key = "/k"\nclient_ca = "/ca"\n'
+        f'[kms.server]\ntls_cert = "/c"\ntls_key = "/k"\nclient_ca = "{_authority(folder)}"\n'
     )
+
+
+def _authority(folder: Path) -> Path:
+    """A file with a certificate authority."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a CA")])
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+    (folder / "ca.pem").write_bytes(made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    return folder / "ca.pem"
+
+
+def _certificate(folder: Path) -> Shown:
+    """A client certificate of the authority."""
+    authority = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
+    return Shown(("DNS:ci",), 4e9, f"2:{authority_of(authority.subject)}:{key_of(authority)}")
 
 
 def _jwt(folder: Path) -> str:

@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from kms_core.auth import tokens
+from kms_core.auth import certificates, tokens
+from kms_core.auth.certificates import Shown
 from kms_core.auth.tokens import Token, Wish
 from service import Service
 
@@ -175,6 +176,15 @@ class Pair:
     key: Path
 
 
+def der_of(path: Path) -> bytes:
+    return x509.load_pem_x509_certificate(path.read_bytes()).public_bytes(Encoding.DER)
+
+
+def shown(pair: Pair, *authorities: "Authority") -> Shown:
+    """A client certificate as TLS gives it to a connection; ``authorities`` from its own to the root."""
+    return certificates.read(der_of(pair.cert), [der_of(one.ca_file) for one in authorities])
+
+
 class Authority:
     """A CA of its own, or one below ``parent``; a ``plain`` one, as ``openssl req -x509`` makes it, has no
     keyUsage."""
@@ -228,6 +238,8 @@ class Authority:
             serial = x509.load_pem_x509_certificate(path.read_bytes()).serial_number
             entry = x509.RevokedCertificateBuilder(serial, now - timedelta(minutes=1))
             made = made.add_revoked_certificate(entry.build())
+        key = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        made = made.add_extension(key, critical=False)  # tells OpenSSL the lists of a re-keyed CA apart
         if delta:
             made = made.add_extension(x509.DeltaCRLIndicator(1), critical=True)
         return made.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)

@@ -7,7 +7,9 @@ from typing import Final
 import structlog
 
 from kms_core.auth import revocation
+from kms_core.auth.revocation import Lists
 from kms_core.errors import ConfigurationError
+from kms_core.reload import Reloaded
 from kms_core.settings_sections import Server
 
 _OPEN_TO_ALL: Final = 0o007
@@ -25,30 +27,27 @@ class Renewal:
 
     def __init__(self, server: Server) -> None:
         """Raises OSError, ValueError, ConfigurationError."""
-        self._server = server
-        self._lists = revocation.load(server)
-        self._stamp = _stamp(server)
         self._told = float("-inf")
-        self._current = self.first = _context(server)
+        paths = filter(None, (server.tls_cert, server.tls_key, server.client_ca, server.client_crl))
+        self._loaded = Reloaded(
+            tuple(paths),
+            lambda: (revocation.load(server), _context(server)),
+            done=lambda _: _log.info("tls.renewed"),
+            failed=lambda exc: _log.error("tls.not_renewed", error=type(exc).__name__),
+        )
+        _, self.first = self._loaded.current()
         self.first.sni_callback = self._renew
 
     def _renew(self, connection: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
         del name, first
-        try:
-            stamp = _stamp(self._server)
-            if stamp != self._stamp:
-                self._stamp = stamp
-                self._lists, self._current = revocation.load(self._server), _context(self._server)
-                _log.info("tls.renewed")
-        except (OSError, ValueError, ConfigurationError) as exc:
-            _log.error("tls.not_renewed", error=type(exc).__name__)
-        self._tell_expired()
-        connection.context = self._current
+        lists, current = self._loaded.current()
+        self._tell_expired(lists)
+        connection.context = current
 
-    def _tell_expired(self) -> None:
+    def _tell_expired(self, lists: Lists | None) -> None:
         """Log an expired revocation list, at most once a minute: the handshakes that fail leave no record."""
         now = time.time()
-        if self._lists and not self._lists.begins <= now < self._lists.ends and now - self._told > _TELL_S:
+        if lists and not lists.begins <= now < lists.ends and now - self._told > _TELL_S:
             self._told = now
             _log.error("tls.client_crl_expired", advice="client certificates are refused; renew client_crl")
 
@@ -90,9 +89,3 @@ def _context(server: Server) -> ssl.SSLContext:
         made.load_verify_locations(server.client_crl)
         made.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN  # a current list of every authority, or no connection
     return made
-
-
-def _stamp(server: Server) -> list[tuple[int, ...]]:
-    paths = filter(None, (server.tls_cert, server.tls_key, server.client_ca, server.client_crl))
-    found = (path.stat() for path in paths)
-    return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found]

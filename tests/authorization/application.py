@@ -24,7 +24,7 @@ from kms_api import app
 from kms_cli.up import make_identity
 from kms_core import wire
 from kms_core.auth import tokens
-from kms_core.auth.certificates import Shown
+from kms_core.auth.certificates import Shown, authority_of, key_of
 from kms_core.context import Context
 from kms_core.http_server.protocol import CERTIFICATE, HttpProtocol
 from kms_core.jobs.desk import Terms
@@ -113,7 +113,8 @@ class Application:
     def _installed(self, folder: Path, redis: str) -> Guarded:
         """Settings, keys and certificates."""
         age, authority = folder / "state/age", folder / "ca"
-        Authority(authority).issue("server", x509.DNSName("localhost"), server=True)
+        self._authority = Authority(authority)
+        self._authority.issue("server", x509.DNSName("localhost"), server=True)
         (folder / "jwks.json").write_bytes(self.issuer.jwks)
         text = SETTINGS.replace("{folder}", str(folder)).replace("{age}", str(age))
         text = text.replace("{ca}", str(authority)).replace("{everything}", self.scope(OPERATIONS))
@@ -173,7 +174,9 @@ class Application:
         return Caller(bearer(self.issuer.token(**said)), "corp:ada")
 
     def by_certificate(self, subject: str = SUBJECT, lasts_s: float = 600) -> Caller:
-        return Caller({}, "cert:builder", certificate=Shown((subject,), time.time() + lasts_s))
+        authority = x509.load_pem_x509_certificate(self._authority.ca_file.read_bytes())
+        identity = f"{next(_numbers):x}:{authority_of(authority.subject)}:{key_of(authority)}"
+        return Caller({}, "cert:builder", certificate=Shown((subject,), time.time() + lasts_s, identity))
 
     def in_session(self, who: Caller) -> Caller:
         """The same caller, logged in to the page."""

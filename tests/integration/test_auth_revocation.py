@@ -4,18 +4,14 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Final
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
-from callers import Authority, Guarded, Pair, bearer
+from callers import Authority, Pair, bearer, shown
 from kms_api import tls
-from kms_cli import up
 from kms_core import wire
-from kms_core.auth import certificates, revocation
+from kms_core.auth import revocation
 from kms_core.auth.doors import Doors
 from kms_core.auth.doors import build as build_doors
 from kms_core.context import Context
@@ -27,50 +23,8 @@ from kms_core.policy import Principal
 from kms_core.settings_sections import Server
 from kms_core.wire import PREFIX
 from ports import free_port
+from revoking import EXPIRED, NAME, Revoking
 from service import check_problem, core_of, until
-
-NAME: Final = x509.DNSName("builder.example.com")
-EXPIRED: Final = timedelta(minutes=-5)
-
-
-class Revoking(Guarded):
-    """An install that serves HTTPS and reads a revocation list of its clients' authorities."""
-
-    def __init__(self, folder: Path, redis: str = "unix:///nonexistent.sock", more: str = "") -> None:
-        self.clients = Authority(folder / "clients")
-        self.servers = Authority(folder / "servers", "a CA of servers")
-        self.pair = self.servers.issue("server", x509.DNSName("localhost"), server=True)
-        self.crl = folder / "clients.crl"
-        self.crl.write_bytes(self.clients.crl())
-        super().__init__(
-            folder,
-            '[kms.auth]\nmode = "required"\n[kms.auth.certificates.builder]\n'
-            'subject = "DNS:builder.example.com"\nscopes = ["status", "jobs:write,encrypt"]\n'
-            f'[kms.server]\ntls_cert = "{self.pair.cert}"\ntls_key = "{self.pair.key}"\n'
-            f'client_ca = "{self.clients.ca_file}"\nclient_crl = "{self.crl}"\n{more}',
-            redis,
-        )
-        self.url = f"https://localhost:{self.port}"
-
-    def _answers(self, name: str, port: int) -> bool:
-        assert self._processes[name].poll() is None, f"{name} ended:\n{self.output(name)}"
-        return up.is_alive("127.0.0.1", port, tls=True)
-
-    def client(self, pair: Pair | None = None) -> httpx.Client:
-        return httpx.Client(base_url=self.url, verify=self.servers.context(pair), trust_env=False)
-
-    def status(self, pair: Pair | None = None, headers: dict[str, str] | None = None) -> httpx.Response:
-        with self.client(pair) as http:
-            return http.get(f"{PREFIX}/status", headers=headers)
-
-    def put(self, crl: bytes) -> None:
-        """As an operator does: a new file in place of the old one."""
-        made = self.crl.with_suffix(".new")
-        made.write_bytes(crl)
-        made.replace(self.crl)
-
-    def builder(self, file: str = "builder", lasts: timedelta = timedelta(days=1)) -> Pair:
-        return self.clients.issue(file, NAME, lasts=lasts)
 
 
 def test_a_revoked_certificate_ends_its_connection_and_gets_no_other(tmp_path: Path) -> None:
@@ -235,6 +189,39 @@ def test_every_certificate_of_the_chain_is_checked(tmp_path: Path, revoked: str)
                 own.status(pair)
 
 
+@pytest.mark.parametrize("has_lists", [True, False])
+def test_an_authority_removed_from_client_ca_takes_its_connections_with_it(
+    tmp_path: Path, has_lists: bool
+) -> None:
+    with Revoking(tmp_path, has_lists=has_lists) as own:
+        first = own.clients.ca_file.read_bytes()
+        other = Authority(tmp_path / "other")  # re-keyed: of the same name
+        second = other.ca_file.read_bytes()
+        own.trust(first, second)
+        own.put(own.clients.crl() + other.crl())
+        own.start("api")
+        with own.client(own.builder()) as http, own.client(other.issue("good", NAME)) as beside:
+            assert http.get(f"{PREFIX}/status").status_code == 200
+            assert beside.get(f"{PREFIX}/status").status_code == 200
+            own.trust(second)
+            own.put(other.crl())
+            answer = http.get(f"{PREFIX}/status")
+
+            check_problem(answer, 401, "unauthenticated")
+            assert "no longer in client_ca" in answer.json()["detail"]
+            assert answer.headers["connection"] == "close"
+            assert beside.get(f"{PREFIX}/status").status_code == 200
+
+
+def test_without_lists_a_client_may_send_the_intermediate_of_its_certificate(tmp_path: Path) -> None:
+    with Revoking(tmp_path, has_lists=False).start("api") as own:
+        middle = Authority(tmp_path / "middle", "an intermediate CA", own.clients)
+        pair = middle.issue("leaf", NAME)
+        pair.cert.write_bytes(pair.cert.read_bytes() + middle.ca_file.read_bytes())
+
+        assert own.status(pair).status_code == 200
+
+
 def test_of_several_lists_of_an_authority_the_newest_counts(tmp_path: Path) -> None:
     own = Revoking(tmp_path)
     builder = own.builder()
@@ -250,16 +237,15 @@ def test_of_several_lists_of_an_authority_the_newest_counts(tmp_path: Path) -> N
 def test_revocation_is_looked_up_by_authority_and_number(tmp_path: Path) -> None:
     own = Revoking(tmp_path)
     builder = own.builder()
-    shown = certificates.read(
-        x509.load_pem_x509_certificate(builder.cert.read_bytes()).public_bytes(Encoding.DER)
-    )
-    same_number = shown.identity.partition(":")[0] + ":" + "0" * 16
+    identity = shown(builder, own.clients).identity
+    number, authority, key = identity.split(":")
     own.put(own.clients.crl(builder.cert))
     found = revocation.build(own.settings.kms.server)
 
     assert found
-    assert found.is_revoked(shown.identity)
-    assert not found.is_revoked(same_number)
+    assert found.is_revoked(identity)
+    assert not found.is_revoked(f"{number}:{'0' * 16}:{key}")
+    assert not found.is_revoked(f"{number}0:{authority}:{key}")
     assert revocation.build(Server(docs=True)) is None
 
 
@@ -279,11 +265,8 @@ def core(install: Revoking) -> Core:
 def holder(install: Revoking, core: Core, lasts: timedelta = timedelta(days=1)) -> tuple[Principal, Pair]:
     """The principal of a new certificate, as a request on its connection is."""
     pair = install.builder(lasts=lasts)
-    shown = certificates.read(
-        x509.load_pem_x509_certificate(pair.cert.read_bytes()).public_bytes(Encoding.DER)
-    )
     assert core.doors
-    return core.doors.authenticate("", shown), pair
+    return core.doors.authenticate("", shown(pair, install.clients)), pair
 
 
 def submit(core: Core, who: Principal) -> Callable[[], tuple[str, str]]:
@@ -311,6 +294,17 @@ def test_a_queued_job_of_a_revoked_certificate_ends_as_forbidden(install: Revoki
     who, pair = holder(install, core)
     end = submit(core, who)
     install.put(install.clients.crl(pair.cert))
+
+    assert end() == ("failed", "forbidden")
+
+
+def test_a_queued_job_of_an_authority_removed_from_client_ca_ends_as_forbidden(
+    install: Revoking, core: Core
+) -> None:
+    end = submit(core, holder(install, core)[0])
+    other = Authority(install.crl.parent / "other")
+    install.trust(other.ca_file.read_bytes())
+    install.put(other.crl())
 
     assert end() == ("failed", "forbidden")
 
@@ -346,16 +340,14 @@ def test_a_job_that_an_earlier_version_accepted_is_held_to_its_entry(core: Core)
 
 def test_a_certificate_is_refused_by_what_is_wrong_with_it(install: Revoking, core: Core) -> None:
     who, pair = holder(install, core)
-    shown = certificates.read(
-        x509.load_pem_x509_certificate(pair.cert.read_bytes()).public_bytes(Encoding.DER)
-    )
+    certificate = shown(pair, install.clients)
     assert core.doors
     assert list(core.doors.scopes_of(who))
-    assert core.doors.until(who) == shown.until
+    assert core.doors.until(who) == certificate.until
     install.put(install.clients.crl(pair.cert))
     with pytest.raises(Unauthenticated) as caught:
-        core.doors.authenticate("", shown)
+        core.doors.authenticate("", certificate)
     assert (caught.value.reason, caught.value.ends_connection) == ("revoked", True)
     install.put(install.clients.crl(lasts=EXPIRED))
     with pytest.raises(Unavailable):
-        core.doors.authenticate("", shown)
+        core.doors.authenticate("", certificate)

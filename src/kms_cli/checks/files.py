@@ -141,6 +141,8 @@ def certificates(settings: Settings) -> Iterator[Finding]:
 
 
 def _client_crl(server: Server) -> Iterator[Finding]:
+    if server.client_crl is None:
+        return
     try:
         lists = revocation.load(server)
     except ConfigurationError as exc:

@@ -1,11 +1,15 @@
-"""What a verified client certificate says of its holder: its names, and until when. Knows no TLS."""
+"""What a verified client certificate says of its holder: its names, its authorities, and until when."""
 
 import hashlib
-from collections.abc import Iterator
+import ssl
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 _LABELS: Final[
     tuple[tuple[type[x509.DNSName | x509.UniformResourceIdentifier | x509.RFC822Name], str], ...]
@@ -21,7 +25,8 @@ class Shown:
     """``subjects`` as settings write them: ``DNS:…``, ``URI:…``, ``email:…`` and ``subject:`` (RFC 4514).
 
     ``until`` is in seconds since the epoch: a connection may outlive its certificate. ``identity`` is the
-    serial number in hexadecimal digits, a colon, and its authority (``authority_of``).
+    serial number in hexadecimal digits, the name of its authority (``authority_of``) and the keys of the
+    authorities that TLS verified it with (``key_of``), from its own to the root, joined by colons.
     """
 
     subjects: tuple[str, ...]
@@ -29,14 +34,28 @@ class Shown:
     identity: str = ""
 
 
-def read(der: bytes) -> Shown:
-    """The names of a certificate that TLS has verified; none of one that cannot be read."""
+def of_connection(tls: ssl.SSLObject) -> Shown | None:
+    """The client certificate of a connection after its handshake; None if the client has shown none."""
+    der = tls.getpeercert(binary_form=True)
+    if der is None:
+        return None
+    # From Python 3.13 on SSLObject has this method itself
+    chain = tls._sslobj.get_verified_chain() or ()  # type: ignore[attr-defined]  # noqa: SLF001 -- see above
+    return read(der, [ssl.PEM_cert_to_DER_cert(one.public_bytes()) for one in chain[1:]])
+
+
+def read(der: bytes, authorities: Sequence[bytes] = ()) -> Shown:
+    """The names of a certificate that TLS has verified; none of one that cannot be read.
+
+    ``authorities`` are the certificates (DER) above it in the verified chain, the root last.
+    """
     try:
         certificate = x509.load_der_x509_certificate(der)
+        keys = [key_of(x509.load_der_x509_certificate(one)) for one in authorities]
         return Shown(
             tuple(_subjects(certificate)),
             certificate.not_valid_after_utc.timestamp(),
-            identity_of(authority_of(certificate.issuer), certificate.serial_number),
+            ":".join((identity_of(authority_of(certificate.issuer), certificate.serial_number), *keys)),
         )
     except ValueError:
         return Shown((), 0.0)
@@ -47,8 +66,20 @@ def authority_of(name: x509.Name) -> str:
     return hashlib.sha256(name.rfc4514_string().encode()).hexdigest()[:16]
 
 
+def key_of(authority: x509.Certificate) -> str:
+    """16 hexadecimal digits of SHA-256 over an authority's public key (SubjectPublicKeyInfo in DER).
+
+    Over the certificate, if the key is of a kind that the library does not know.
+    """
+    try:
+        key = authority.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    except (UnsupportedAlgorithm, ValueError):
+        return authority.fingerprint(hashes.SHA256()).hex()[:16]
+    return hashlib.sha256(key).hexdigest()[:16]
+
+
 def identity_of(authority: str, serial: int) -> str:
-    """The identity of a certificate: see ``Shown``."""
+    """The beginning of a certificate's identity (see ``Shown``), as a revocation list names it."""
     return f"{serial:x}:{authority}"
 
 

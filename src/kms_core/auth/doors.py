@@ -1,8 +1,9 @@
 """The doors: a token, a JWT or a client certificate becomes a Principal, whose worth can be asked for later.
 
-A credential is named ``token:<id>``, ``jwt:<issuer>:<digest>`` or ``cert:<name>:<serial>:<authority>``. Jobs
-keep that name: when one runs, the token must be there still, the JWT not expired, the certificate's entry in
-the settings, and the certificate neither expired nor revoked. Jobs of earlier versions are named
+A credential is named ``token:<id>``, ``jwt:<issuer>:<digest>`` or ``cert:<name>:<identity>`` (see
+``Shown``). Jobs keep that name: when one runs, the token must be there still, the JWT not expired, the
+certificate's entry in the settings, the certificate neither expired nor revoked, and its authorities in the
+settings. Jobs of earlier versions are named
 ``cert:<name>`` and are held to the entry only.
 """
 
@@ -40,7 +41,7 @@ class Doors:
         certificates: Mapping[str, Certificate],
         revocations: Revocations | None = None,
     ) -> None:
-        """``revocations`` None: certificates are not checked for revocation."""
+        """``revocations`` None: there is no authority of client certificates."""
         self.revocations = revocations
         self._tokens = token_file
         self._jwts = jwts
@@ -102,7 +103,8 @@ class Doors:
             )
         if self.revocations is not None and self.revocations.is_revoked(certificate.identity):
             raise Unauthenticated(
-                "The client certificate was revoked: connect with a new one",
+                "The client certificate was revoked, or its authority is no longer in client_ca: "
+                "connect with a new one",
                 reason="revoked",
                 ends_connection=True,
             )

@@ -1,77 +1,111 @@
-"""Certificate revocation lists (CRLs, RFC 5280 §5) of ``[kms.server] client_crl``. Knows no TLS.
+"""Authorities of client certificates (``[kms.server] client_ca``), and their revocation lists.
 
-TLS checks the lists in each handshake (``kms_api/tls.py``). What is here checks certificates of connections
-that are open already, and of jobs, and tells when a list has expired.
+TLS checks both in each handshake (``kms_api/tls.py``). What is here checks certificates of connections that
+are open already, and of jobs, and tells when a list (``client_crl``; RFC 5280 §5) has expired. Authorities
+are told apart by their keys: one that was re-keyed has the name of its predecessor. Knows no TLS.
 """
 
+import functools
 import math
 import re
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import structlog
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
 from kms_core import metrics
-from kms_core.auth.certificates import authority_of, identity_of
+from kms_core.auth.certificates import authority_of, identity_of, key_of
 from kms_core.errors import ConfigurationError, Unavailable
+from kms_core.reload import Reloaded, Stamp, stamp_of
 from kms_core.settings_sections import Server
 
 _MOST_BYTES: Final = 32 * 1024 * 1024
 _PEM: Final = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
 _HOW: Final = "write the PEM lists of every authority in client_ca there, or leave client_crl out"
+_reading = threading.Lock()
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Lists:
-    """The lists of one file, each verified with its authority's key.
+    """The authorities of one file, and their revocation lists, each verified with its authority's key.
 
-    ``begins`` and ``ends`` are epoch seconds between which every list is current. ``revoked`` holds
-    identities of certificates (``Shown.identity``), ``authorities`` those whose own certificates are revoked.
+    ``begins`` and ``ends`` are epoch seconds between which every list is current. ``revoked`` holds serial
+    numbers with the name of their authority (``identity_of``), whichever key has signed the list;
+    ``trusted`` the keys (``key_of``) of authorities that certificates which are not revoked lead to from a
+    root. ``are_complete``: there is a list of every authority.
     """
 
     begins: float
     ends: float
     revoked: frozenset[str]
-    authorities: frozenset[str]
+    trusted: frozenset[str]
+    are_complete: bool
+
+    def is_revoked(self, identity: str) -> bool:
+        """Whether a new connection with this certificate (``Shown.identity``) would be refused."""
+        serial, *names = identity.split(":")
+        authority, keys = "".join(names[:1]), names[1:]
+        if f"{serial}:{authority}" in self.revoked or not keys:
+            return True
+        # Without lists a client may send intermediates that are not in the file; its root is
+        return not self.trusted.issuperset(keys if self.are_complete else keys[-1:])
 
 
-def read(crl: Path, ca: Path) -> Lists:
-    """The lists in ``crl``: one for every authority in ``ca``. Raises OSError, ValueError."""
+def read(crl: Path | None, ca: Path) -> Lists:
+    """The authorities in ``ca``, and the lists in ``crl``: one of each. Raises OSError, ValueError.
+
+    What was read last is remembered, since several parts of a process ask for the same files.
+    """
+    with _reading:
+        return _read(crl, ca, stamp_of([ca, crl] if crl else [ca]))
+
+
+@functools.lru_cache(maxsize=1)
+def _read(crl: Path | None, ca: Path, _stamp: Stamp) -> Lists:
+    authorities = x509.load_pem_x509_certificates(ca.read_bytes())
+    if crl is None:
+        trusted = _trusted(authorities, frozenset())
+        return Lists(-math.inf, math.inf, frozenset(), trusted, are_complete=False)
     data = crl.read_bytes()
     if len(data) > _MOST_BYTES:
         raise ValueError("the file is above 32 MiB")
-    authorities = x509.load_pem_x509_certificates(ca.read_bytes())
     newest = _newest(map(x509.load_pem_x509_crl, _PEM.findall(data)), authorities)
     for authority in authorities:
-        if authority_of(authority.subject) not in newest:
-            raise ValueError(f"there is no list of {authority.subject.rfc4514_string()}")
+        if _label(authority) not in newest:
+            serial = f"serial number {authority.serial_number:x}"
+            raise ValueError(f"there is no list of {authority.subject.rfc4514_string()}, {serial}")
     revoked = frozenset(
-        identity_of(name, entry.serial_number) for name, found in newest.items() for entry in found
+        identity_of(name, entry.serial_number) for (name, _), found in newest.items() for entry in found
     )
     ends = [found.next_update_utc for found in newest.values()]
     return Lists(
         max(found.last_update_utc.timestamp() for found in newest.values()),
         min((end.timestamp() if end else math.inf) for end in ends),
         revoked,
-        frozenset(_revoked_authorities(authorities, revoked)),
+        _trusted(authorities, revoked),
+        are_complete=True,
     )
 
 
 def load(server: Server) -> Lists | None:
-    """The lists of the settings, None if they name none. Raises ConfigurationError, which says what to do."""
-    if server.client_crl is None or server.client_ca is None:
+    """What the settings name, None without client_ca. Raises ConfigurationError, which says what to do."""
+    if server.client_ca is None:
         return None
     try:
         return read(server.client_crl, server.client_ca)
     except (OSError, ValueError) as exc:
         why = f"{exc.filename}: {exc.strerror}" if isinstance(exc, OSError) else exc
+        if server.client_crl is None:
+            raise ConfigurationError(
+                f"kms.server.client_ca: {server.client_ca} cannot be used ({why}): expected PEM certificates"
+            ) from exc
         raise ConfigurationError(
             f"kms.server.client_crl: {server.client_crl} cannot be used ({why}): {_HOW}"
         ) from exc
@@ -83,85 +117,78 @@ class Revocations:
     A changed file that cannot be used leaves the lists read before in use, and is logged.
     """
 
-    def __init__(self, crl: Path, ca: Path, lists: Lists) -> None:
-        self._crl = crl
-        self._ca = ca
-        self._lock = threading.Lock()
-        self._stamp = self._stamped()
-        self._lists = lists
+    def __init__(self, crl: Path | None, ca: Path) -> None:
+        """Raises OSError, ValueError."""
+        self._file = crl or ca
+        self._event = "client_crl" if crl else "client_ca"
         self._has_told = False
-        metrics.CLIENT_CRL_EXPIRES.set(lists.ends)
+        paths = [ca, crl] if crl else [ca]
+        self._lists = Reloaded(
+            paths, functools.partial(read, crl, ca), done=self._renewed, failed=self._not_read
+        )
+        if crl:
+            metrics.CLIENT_CRL_EXPIRES.set(self._lists.current().ends)
 
     def is_current(self) -> bool:
         """Whether every list is current. The first time that one is not is logged."""
-        lists, now = self._fresh(), time.time()
-        if lists.begins <= now < lists.ends:
-            return True
-        if not self._has_told:
-            self._has_told = True
-            _log.error("client_crl.expired", path=str(self._crl))
-        return False
+        return self._is_current(self._lists.current())
 
     def is_revoked(self, identity: str) -> bool:
-        """Whether a certificate or its authority is revoked. Raises Unavailable if a list has expired."""
-        if not self.is_current():
+        """Whether a certificate or an authority of it is revoked or no longer in ``client_ca``.
+
+        Raises Unavailable if a list has expired.
+        """
+        lists = self._lists.current()
+        if not self._is_current(lists):
             raise Unavailable(
                 "The revocation list of client certificates is not current: the operator must renew it",
                 retry_after_s=60.0,
             )
-        lists = self._lists
-        return identity in lists.revoked or identity.rpartition(":")[2] in lists.authorities
+        return lists.is_revoked(identity)
 
-    def _fresh(self) -> Lists:
-        stamp = self._stamped()
-        if stamp != self._stamp:
-            with self._lock:
-                self._reload(stamp)
-        return self._lists
+    def _is_current(self, lists: Lists) -> bool:
+        if lists.begins <= time.time() < lists.ends:
+            return True
+        if not self._has_told:
+            self._has_told = True
+            _log.error("client_crl.expired", path=str(self._file))
+        return False
 
-    def _reload(self, stamp: object) -> None:
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
-        try:
-            self._lists = read(self._crl, self._ca)
-        except (OSError, ValueError) as exc:
-            why = exc.strerror if isinstance(exc, OSError) else str(exc)
-            _log.error("client_crl.not_read", path=str(self._crl), reason=why)
-            return
+    def _renewed(self, lists: Lists) -> None:
         self._has_told = False
-        metrics.CLIENT_CRL_EXPIRES.set(self._lists.ends)
-        _log.info("client_crl.read", revoked=len(self._lists.revoked))
+        if lists.are_complete:
+            metrics.CLIENT_CRL_EXPIRES.set(lists.ends)
+        _log.info(f"{self._event}.read", revoked=len(lists.revoked))
 
-    def _stamped(self) -> object:
-        """A stamp that changes with the files; None while one is missing."""
-        try:
-            found = [path.stat() for path in (self._crl, self._ca)]
-        except OSError:
-            return None
-        return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
+    def _not_read(self, exc: Exception) -> None:
+        why = exc.strerror if isinstance(exc, OSError) else str(exc)
+        _log.error(f"{self._event}.not_read", path=str(self._file), reason=why)
 
 
 def build(server: Server) -> Revocations | None:
-    """The lists of the settings, kept up to date. Raises ConfigurationError."""
-    lists = load(server)
-    if lists is None or server.client_crl is None or server.client_ca is None:
+    """What the settings name, kept up to date; None without client_ca. Raises ConfigurationError."""
+    if load(server) is None or server.client_ca is None:
         return None
-    return Revocations(server.client_crl, server.client_ca, lists)
+    return Revocations(server.client_crl, server.client_ca)
+
+
+def _label(authority: x509.Certificate) -> tuple[str, str]:
+    """Name and key of an authority."""
+    return authority_of(authority.subject), key_of(authority)
 
 
 def _newest(
-    lists: Iterable[x509.CertificateRevocationList], authorities: Iterable[x509.Certificate]
-) -> Mapping[str, x509.CertificateRevocationList]:
-    """The newest list of each authority. Raises ValueError for a list of another one, or a partial one."""
-    newest: dict[str, x509.CertificateRevocationList] = {}
+    lists: Iterable[x509.CertificateRevocationList], authorities: Sequence[x509.Certificate]
+) -> Mapping[tuple[str, str], x509.CertificateRevocationList]:
+    """The newest list of each ``_label``. Raises ValueError for another authority's and a partial one."""
+    newest: dict[tuple[str, str], x509.CertificateRevocationList] = {}
     for found in lists:
-        if not any(_has_signed(authority, found) for authority in authorities):
+        key = next((_label(one) for one in authorities if _has_signed(one, found)), None)
+        if key is None:
             raise ValueError(f"the list of {found.issuer.rfc4514_string()} is not signed by one in client_ca")
         _check_is_whole(found)
-        name = authority_of(found.issuer)
-        if name not in newest or newest[name].last_update_utc < found.last_update_utc:
-            newest[name] = found
+        if key not in newest or newest[key].last_update_utc < found.last_update_utc:
+            newest[key] = found
     if not newest:
         raise ValueError("it holds no X509 CRL in PEM")
     return newest
@@ -172,7 +199,7 @@ def _has_signed(authority: x509.Certificate, found: x509.CertificateRevocationLi
         return False
     try:
         return found.is_signature_valid(authority.public_key())  # type: ignore[arg-type]  # others raise TypeError
-    except (TypeError, UnsupportedAlgorithm):
+    except (TypeError, ValueError, UnsupportedAlgorithm):
         return False
 
 
@@ -185,17 +212,38 @@ def _check_is_whole(found: x509.CertificateRevocationList) -> None:
             raise ValueError("delta and indirect lists are not supported: a complete list is needed")
 
 
-def _revoked_authorities(authorities: Iterable[x509.Certificate], revoked: frozenset[str]) -> set[str]:
-    """Authorities of which every certificate in client_ca is revoked, or is of such an authority."""
-    found: set[str] = set()
-    while True:
-        good = {
-            authority_of(one.subject)
-            for one in authorities
-            if identity_of(authority_of(one.issuer), one.serial_number) not in revoked
-            and (authority_of(one.issuer) not in found or one.issuer == one.subject)
-        }
-        bad = {authority_of(one.subject) for one in authorities} - good
-        if bad == found:
-            return bad
-        found = bad
+def _trusted(authorities: Sequence[x509.Certificate], revoked: frozenset[str]) -> frozenset[str]:
+    """Keys of authorities with a chain of certificates that are not revoked to a root in client_ca."""
+    good = [
+        one for one in authorities if identity_of(authority_of(one.issuer), one.serial_number) not in revoked
+    ]
+    found: list[x509.Certificate] = []
+    added = [one for one in good if _is_root(one)]
+    while added:
+        found += added
+        rest = [one for one in good if one not in found]
+        added = [one for one in rest if any(_has_issued(above, one) for above in found)]
+    return frozenset(map(key_of, found))
+
+
+def _is_root(authority: x509.Certificate) -> bool:
+    """Whether a certificate is its own authority's, which OpenSSL decides by names and key identifiers."""
+    if authority.subject != authority.issuer:
+        return False
+    extensions = authority.extensions
+    try:
+        above = extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+        own = extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
+    except x509.ExtensionNotFound:
+        return True
+    return above in {None, own}
+
+
+def _has_issued(above: x509.Certificate, authority: x509.Certificate) -> bool:
+    if above.subject != authority.issuer:
+        return False
+    try:
+        authority.verify_directly_issued_by(above)
+    except (InvalidSignature, TypeError, ValueError, UnsupportedAlgorithm):
+        return False
+    return True

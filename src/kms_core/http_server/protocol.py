@@ -93,8 +93,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
         tls = transport.get_extra_info("ssl_object")
-        der = tls.getpeercert(binary_form=True) if tls else None
-        self._shown = certificates.read(der) if der else None
+        self._shown = certificates.of_connection(tls) if tls else None
         self.source = self.client[0] if self.client else ""
         if not self._bound.opened(self):
             self._refuse(*_NO_ROOM)
