@@ -76,14 +76,15 @@ def context(server: Server, *, strict: bool = False) -> ssl.SSLContext | None:
 
 def _context(server: Server) -> ssl.SSLContext:
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    made.minimum_version = ssl.TLSVersion.TLSv1_2
+    made.minimum_version = ssl.TLSVersion.TLSv1_2 if server.client_ca is None else ssl.TLSVersion.TLSv1_3
     made.set_alpn_protocols(["http/1.1"])
     nothing = lambda: ""  # noqa: E731 -- a key behind a passphrase is refused, a terminal never asked
     made.load_cert_chain(str(server.tls_cert), str(server.tls_key), nothing)
     if server.client_ca is not None:
         made.load_verify_locations(server.client_ca)
         made.verify_mode = _VERIFY[server.client_cert]
-        made.options |= ssl.OP_NO_TICKET  # each connection shows its certificate, none resumes an old one
+        # A resumed session would not show its certificate again. TLS 1.3 resumes by tickets only; TLS 1.2
+        # also by session ids, which Python cannot turn off.
         made.num_tickets = 0
     if server.client_crl is not None:
         made.load_verify_locations(server.client_crl)

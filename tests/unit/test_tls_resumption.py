@@ -2,6 +2,7 @@
 
 import socket
 import ssl
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Final
@@ -46,19 +47,25 @@ class Site:
             thread.join()
 
     def _echo(self, theirs: socket.socket) -> None:
-        with self._server.wrap_socket(theirs, server_side=True) as connection:
+        with suppress(ssl.SSLError), self._server.wrap_socket(theirs, server_side=True) as connection:
             connection.sendall(connection.recv(1))
 
 
-@pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.name)
-def test_a_connection_with_a_certificate_is_not_resumed(tmp_path: Path, version: ssl.TLSVersion) -> None:
+def test_a_connection_with_a_certificate_is_not_resumed(tmp_path: Path) -> None:
     site = Site(tmp_path, with_clients=True)
-    with site.connect(version) as first:
+    with site.connect(ssl.TLSVersion.TLSv1_3) as first:
         session = first.session
 
     assert session is None or not session.has_ticket
-    with site.connect(version) as second:
+    with site.connect(ssl.TLSVersion.TLSv1_3, session) as second:
         assert not second.session_reused
+
+
+def test_tls_12_whose_session_ids_resume_is_refused_where_certificates_are_read(tmp_path: Path) -> None:
+    site = Site(tmp_path, with_clients=True)
+
+    with pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"):
+        site.connect(ssl.TLSVersion.TLSv1_2)
 
 
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.name)
