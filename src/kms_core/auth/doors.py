@@ -15,8 +15,9 @@ from typing import Final
 from kms_core import scopes
 from kms_core.auth import discovery, revocation, tokens
 from kms_core.auth.certificates import Shown
-from kms_core.auth.jwks import FileKeys, Keys, RemoteKeys, fetching
+from kms_core.auth.jwks import FileKeys, Keys, RemoteKeys
 from kms_core.auth.jwts import Jwts, Trusted
+from kms_core.auth.key_endpoint import fetching
 from kms_core.auth.revocation import Revocations
 from kms_core.auth.tokens import TokenFile
 from kms_core.errors import Forbidden, Unauthenticated

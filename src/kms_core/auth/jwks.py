@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
-import httpx
 import msgspec
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -23,8 +22,8 @@ from jwt import PyJWK
 from jwt.exceptions import PyJWTError
 
 from kms_core import metrics
+from kms_core.auth import key_endpoint
 from kms_core.errors import ConfigurationError, Unavailable
-from kms_core.tls_client import client_context
 from kms_core.wire import NOT_JSON
 
 PublicKeyType = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
@@ -32,12 +31,8 @@ KEEP_S: Final = 600.0
 AGAIN_S: Final = 5.0
 STALE_S: Final = 24 * 3600.0
 WAIT_S: Final = 5.0
-LOST_S: Final = 30.0
 MOST_WAITERS: Final = 512
 NO_KEYS: Final = "The keys of the token's issuer cannot be fetched"
-_TIMEOUT_S: Final = 5.0
-_FETCH_S: Final = 10.0  # all of one answer: a server may send a byte every few seconds
-_MOST_BYTES: Final = 256 * 1024
 _MOST_KEYS: Final = 64
 _MOST_TRIED: Final = 8
 _RSA: Final = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"})
@@ -200,6 +195,7 @@ class RemoteKeys:
         self._clock = clock
         self._lock = threading.Lock()
         self._refresh: Refresh | None = None
+        self._thread = threading.Thread()
         self._keys: tuple[IssuerKey, ...] = ()
         self._fetched = self._tried = float("-inf")
         self._is_failing = False
@@ -225,16 +221,17 @@ class RemoteKeys:
     def _refreshing(self, now: float) -> Refresh | None:
         """The fetch that is under way or begins now; None if the last one ended within 5 seconds.
 
-        A fetch that has not ended after 30 seconds, or whose thread a fork has left behind, is given up.
+        There is one thread at most. A fetch whose thread a fork has left behind is given up.
         """
         with self._lock:
-            if self._refresh is not None and now - self._refresh.began <= LOST_S:
+            if self._refresh is not None and self._thread.is_alive():
                 return self._refresh
             if now - self._tried < AGAIN_S:
                 return None
             self._is_failing = self._is_failing or self._refresh is not None
             self._refresh = refresh = Refresh(now)
-            threading.Thread(target=self._run, args=(refresh,), name="jwks", daemon=True).start()
+            self._thread = threading.Thread(target=self._run, args=(refresh,), name="jwks", daemon=True)
+            self._thread.start()
             return refresh
 
     def _run(self, refresh: Refresh) -> None:
@@ -244,7 +241,7 @@ class RemoteKeys:
             self._keys = parse(self._fetch())
             self._fetched = self._clock()
             is_failing = False
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as exc:
+        except key_endpoint.ERRORS as exc:
             reason = str(exc) if isinstance(exc, ValueError) else ""
             _log.warning("jwks.not_fetched", error=type(exc).__name__, reason=reason)
         finally:
@@ -253,30 +250,3 @@ class RemoteKeys:
                 if self._refresh is refresh:
                     self._refresh = None
             refresh.end()
-
-
-def fetching(ca_file: Path | None, setting: str) -> Callable[[str], bytes]:
-    """How to get what is at a URL: no redirects, 5 s of silence, 10 s in all, at most 256 KiB.
-
-    Raises ConfigurationError, which names ``setting``, for a ``ca_file`` that cannot be used.
-    """
-    context = client_context(ca_file, setting)
-
-    def fetch(url: str) -> bytes:
-        deadline = time.monotonic() + _FETCH_S
-        with (
-            httpx.Client(verify=context, timeout=_TIMEOUT_S) as client,
-            client.stream("GET", url, headers={"Accept": "application/json"}) as answer,
-        ):
-            if answer.status_code != httpx.codes.OK:
-                raise ValueError("the issuer did not answer 200")
-            data = b""
-            for piece in answer.iter_bytes():
-                data += piece
-                if len(data) > _MOST_BYTES:
-                    raise ValueError("the answer is above 256 KiB")
-                if time.monotonic() > deadline:
-                    raise ValueError("the answer took longer than 10 seconds")
-            return data
-
-    return fetch

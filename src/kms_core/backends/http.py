@@ -167,13 +167,14 @@ class Peer:
             max_connections=CONNECTIONS,
             keepalive_expiry=KEEP_ALIVE_S,
             network_backend=self._network,
-            proxy=_proxy(self.server.proxy),
+            proxy=proxy_of(self.server.proxy),
         )
         weakref.finalize(self, pool.close).atexit = False
         return pool
 
 
-def _proxy(address: str | None) -> httpcore.Proxy | None:
+def proxy_of(address: str | None) -> httpcore.Proxy | None:
+    """The proxy at ``[scheme://][user:password@]host:port``; None without an address."""
     if address is None:
         return None
     url = urlsplit(address if "://" in address else f"http://{address}")
