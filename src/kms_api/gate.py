@@ -19,7 +19,7 @@ from kms_api import problems
 from kms_api.deps import LET_IN, LOCAL_CALLER, WHO
 from kms_api.facade import refusals
 from kms_api.rules import METRICS, OPEN_PATHS, UI, UI_OPEN, VAULT_OPEN, is_ui, is_vault
-from kms_api.sessions import COOKIE, SESSION, Sessions, cookie
+from kms_api.sessions import COOKIE, SESSION, Sessions, cookies
 from kms_core import audit, metrics
 from kms_core.audit import Audit
 from kms_core.auth.certificates import Shown
@@ -134,15 +134,14 @@ class Gate:
         """Who has logged in, if this is the page: a session opens nothing else."""
         if not is_ui(scope["path"]):
             return None
-        session = cookie(scope["headers"], COOKIE)
-        who = self._sessions.find(session)
-        if who is None:
-            return None
-        if not entry.is_worth(who):
-            self._sessions.end(session)
-            return None
-        scope[SESSION] = session
-        return who
+        for session in cookies(scope["headers"], COOKIE):
+            who = self._sessions.find(session)
+            if who is not None and entry.is_worth(who):
+                scope[SESSION] = session
+                return who
+            if who is not None:
+                self._sessions.end(session)
+        return None
 
     def _may_scrape(self, scope: Scope) -> bool:
         address = scope["client"][0] if scope["client"] else None

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -34,6 +34,7 @@ _LABEL_CHARS: Final = 16  # of a tenant or a credential: a clash of two would on
 _GROUP: Final = re.compile(rf"[0-9a-f]{{{2 * _LABEL_CHARS}}}")
 _LABEL: Final = re.compile(rf"[0-9a-f]{{{_LABEL_CHARS}}}")
 _FILE: Final = re.compile(r"[0-9a-f]{64,96}")  # a digest, and before it what tells whose
+_ID: Final = re.compile(rf"(?:[0-9a-f]{{{2 * _LABEL_CHARS}}})?[\w-]{{43}}", re.ASCII)  # group, 32 bytes
 _ID_BYTES: Final = 32
 _KEY_BYTES: Final = 32
 _STAMPING: Final = "stamping"
@@ -72,6 +73,8 @@ class Sessions:
 
     def find(self, session: str) -> Principal | None:
         """Whose session that is; None for one that nobody began, or that has ended."""
+        if not _ID.fullmatch(session):  # a request may bring some thousand
+            return None
         try:
             held = msgspec.json.decode(self._path(session).read_bytes(), type=_Held)
         except (OSError, msgspec.MsgspecError):
@@ -146,18 +149,22 @@ def _credential(who: Principal) -> str:
 
 
 def cookie(headers: Iterable[tuple[bytes, bytes]], name: str) -> str:
-    """The value of a cookie of ours in the headers of a request; empty without one.
+    """The first value of a cookie of ours in the headers of a request; empty without one."""
+    return next(cookies(headers, name), "")
 
-    It is taken as it stands. ``http.cookies``, which Starlette asks, unquotes values in quadratic time before
-    Python 3.11.10 (CVE-2024-7592): seconds for the 16 KiB that anybody may send.
+
+def cookies(headers: Iterable[tuple[bytes, bytes]], name: str) -> Iterator[str]:
+    """All values of a cookie of ours: another port or subdomain may have set one beside it, and come first.
+
+    They are taken as they stand. ``http.cookies``, which Starlette asks, unquotes values in quadratic time
+    before Python 3.11.10 (CVE-2024-7592): seconds for the 16 KiB that anybody may send.
     """
     wanted = name.encode("ascii")
     for header, text in headers:
         for pair in text.split(b";") if header == b"cookie" else ():
             given, _, value = pair.partition(b"=")
             if given.strip() == wanted:
-                return value.strip().decode("latin-1")
-    return ""
+                yield value.strip().decode("latin-1")
 
 
 def new_id() -> str:

@@ -540,6 +540,18 @@ def test_logging_out_ends_the_session_also_for_who_kept_the_cookie(guarded: Guar
     assert done.count("session.end") == 1
 
 
+@pytest.mark.parametrize("tossed", ["", "junk", "0" * 32 + "A" * 43], ids=["empty", "junk", "shape of an id"])
+def test_a_cookie_that_another_site_set_beside_ours_does_not_log_out(guarded: Guarded, tossed: str) -> None:
+    """A sibling subdomain or another port of this machine can set one with a longer path; it comes first."""
+    session = browser_of(guarded).http.cookies["kms_session"]
+    for header in (
+        f"kms_session={tossed}; kms_session={session}",
+        f"kms_session={session}; kms_session={tossed}",
+    ):
+        with httpx.Client(base_url=guarded.url, trust_env=False) as http:
+            assert http.get("/ui", headers={"Cookie": header}).status_code == 200
+
+
 def test_a_session_ends_with_its_token(guarded: Guarded) -> None:
     revoked, expiring = Browser(guarded), Browser(guarded)
     expiring.log_in(guarded.make("*", ttl=timedelta(seconds=5))[1])

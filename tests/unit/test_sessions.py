@@ -10,7 +10,7 @@ from typing import Final
 
 import pytest
 
-from kms_api.sessions import COOKIE, LASTS_S, MOST_OF_CREDENTIAL, MOST_OF_TENANT, Sessions, cookie
+from kms_api.sessions import COOKIE, LASTS_S, MOST_OF_CREDENTIAL, MOST_OF_TENANT, Sessions, cookie, cookies
 from kms_core.policy import Principal
 
 ADA: Final = Principal("ada.lovelace", "acme", "token:ada")  # none of which text in hexadecimal contains
@@ -194,6 +194,12 @@ def test_a_cookie_is_what_its_name_says(header: str, value: str) -> None:
     headers = [(b"host", b"kms_session=no"), (b"cookie", header.encode()), (b"cookie", b"d=e")]
 
     assert cookie(headers, COOKIE) == value
+
+
+def test_all_values_of_a_cookie_are_found() -> None:
+    headers = [(b"cookie", b"kms_session=one; a=b;kms_session=two"), (b"cookie", b"kms_session=three")]
+
+    assert list(cookies(headers, COOKIE)) == ["one", "two", "three"]
 
 
 def test_no_cookie_takes_long_to_read() -> None:
