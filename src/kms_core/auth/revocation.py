@@ -7,10 +7,9 @@ are told apart by their keys: one that was re-keyed has the name of its predeces
 
 import functools
 import math
-import re
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -26,7 +25,8 @@ from kms_core.reload import Reloaded, Stamp, stamp_of
 from kms_core.settings_sections import Server
 
 _MOST_BYTES: Final = 32 * 1024 * 1024
-_PEM: Final = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
+_BEGIN: Final = b"-----BEGIN X509 CRL-----"
+_END: Final = b"-----END X509 CRL-----"
 _HOW: Final = "write the PEM lists of every authority in client_ca there, or leave client_crl out"
 _reading = threading.Lock()
 _log = structlog.get_logger(__name__)
@@ -76,7 +76,7 @@ def _read(crl: Path | None, ca: Path, _stamp: Stamp) -> Lists:
     data = crl.read_bytes()
     if len(data) > _MOST_BYTES:
         raise ValueError("the file is above 32 MiB")
-    newest = _newest(map(x509.load_pem_x509_crl, _PEM.findall(data)), authorities)
+    newest = _newest(map(x509.load_pem_x509_crl, _blocks(data)), authorities)
     for authority in authorities:
         if _label(authority) not in newest:
             serial = f"serial number {authority.serial_number:x}"
@@ -92,6 +92,14 @@ def _read(crl: Path | None, ca: Path, _stamp: Stamp) -> Lists:
         _trusted(authorities, revoked),
         are_complete=True,
     )
+
+
+def _blocks(data: bytes) -> Iterator[bytes]:
+    """The lists in PEM, each from its first line to its last."""
+    for text in data.split(_BEGIN)[1:]:
+        inner, end, _ = text.partition(_END)
+        if end:
+            yield _BEGIN + inner + _END
 
 
 def load(server: Server) -> Lists | None:
