@@ -62,7 +62,7 @@ def main() -> None:
             "API token": (guarded, [(b"authorization", b"Bearer " + token.encode())], {}),
             "API token, X-API-Key": (guarded, [(b"x-api-key", token.encode())], {}),
             "JWT, seen before": (guarded, [(b"authorization", b"Bearer " + _jwt(folder).encode())], {}),
-            "client certificate": (guarded, [], {CERTIFICATE: _certificate(folder / "guarded")}),
+            "client certificate": (guarded, [], {CERTIFICATE: _certificate(folder)}),
         }
         found = in_turn(
             [Contender(name, lambda way=way: run(*way)) for name, way in ways.items()],  # type: ignore[misc]  # the default is the way
