@@ -14,7 +14,7 @@ from kms_core.settings_sections import Redis
 from service import CANARY
 
 TENANT = "default"
-SHORT = Rules(lease_s=0.2, attempts=3)
+SHORT = Rules(lease_s=0.5, attempts=3)  # a busy machine may keep a process from its heartbeat for a while
 LONG = Rules(lease_s=600, attempts=3)
 COMMIT = Commit(fence=1, inode=2, size_bytes=3, mtime_ns=4)
 
