@@ -102,7 +102,7 @@ def test_sessions_of_an_earlier_version_last_until_they_expire(tmp_path: Path, c
     session, folder = "A" * 43, tmp_path / "sessions"
     folder.mkdir()
     old = folder / hashlib.sha256(session.encode()).hexdigest()
-    who = {"name": "ada", "tenant": "acme", "credential": "token:ada"}
+    who = {"name": ADA.name, "tenant": ADA.tenant, "credential": ADA.credential}
     old.write_text(json.dumps({"who": who, "until": LASTS_S + 1000}))
     os.utime(old, (1000, 1000))
     sessions = Sessions(folder, clock)
