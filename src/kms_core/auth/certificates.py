@@ -1,4 +1,4 @@
-"""What a verified client certificate says of its holder: its names, its authorities, and until when."""
+"""Names, authorities and expiry of the holder of a verified client certificate."""
 
 import hashlib
 import ssl

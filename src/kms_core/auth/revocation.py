@@ -103,7 +103,7 @@ def _blocks(data: bytes) -> Iterator[bytes]:
 
 
 def load(server: Server) -> Lists | None:
-    """What the settings name, None without client_ca. Raises ConfigurationError, which says what to do."""
+    """The lists that the settings name, None without client_ca. Raises ConfigurationError."""
     if server.client_ca is None:
         return None
     try:
