@@ -63,6 +63,7 @@ class MetricsApp:
         self._scraping = scraping
         self._hosts = HostCheck(allowed_hosts)
         self._reading = asyncio.Semaphore()
+        self._next: asyncio.Task[bytes] | None = None
         self._ended: Counter[Reason] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,9 +76,7 @@ class MetricsApp:
         elif scope["path"] == "/livez":
             await _send(send, b"text/plain; charset=utf-8", b"ok\n")
         else:
-            async with self._reading:  # scrapes that come at once take turns
-                text = await asyncio.to_thread(self._exposition)
-            await _send(send, CONTENT_TYPE_LATEST.encode(), text)
+            await _send(send, CONTENT_TYPE_LATEST.encode(), await self._read())
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> "ProblemResponse | None":
         """The refusal of a request for anything but these two paths."""
@@ -95,6 +94,17 @@ class MetricsApp:
         A child would inherit the lock that all metrics share as taken.
         """
         self._ended[reason] += 1
+
+    async def _read(self) -> bytes:
+        """The metrics as they are from now on: requests that wait at the same time share one reading."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._read_when_free())
+        return await asyncio.shield(self._next)
+
+    async def _read_when_free(self) -> bytes:
+        async with self._reading:
+            self._next = None  # what is asked from here on is for the next reading
+            return await asyncio.to_thread(self._exposition)
 
     def _exposition(self) -> bytes:
         if forking.between_forks.acquire(timeout=_FORK_S):

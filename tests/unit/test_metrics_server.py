@@ -1,0 +1,68 @@
+"""The worker's metrics port: how often the metrics are read."""
+
+import asyncio
+import threading
+from typing import Final
+
+import pytest
+
+from kms_core import metrics
+from kms_core.auth.scraping import Scraping
+from kms_core.policy import AllowAll
+from kms_core.proxies import Proxies
+from kms_core.settings_sections import Server
+from kms_worker.metrics_server import MetricsApp
+
+SCRAPES: Final = 50
+SCOPE: Final = {
+    "type": "http",
+    "method": "GET",
+    "path": "/metrics",
+    "headers": [(b"host", b"localhost")],
+    "server": ("127.0.0.1", 9091),
+    "client": ("127.0.0.1", 40000),
+}
+
+
+async def _scraped(app: MetricsApp) -> bytes:
+    """The body of one answer."""
+    sent: list[bytes] = []
+
+    async def send(message: dict[str, object]) -> None:
+        body = message.get("body", b"")
+        assert isinstance(body, bytes)
+        sent.append(body)
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request"}
+
+    await app(SCOPE, receive, send)  # type: ignore[arg-type]  # ASGI as plain dicts
+    return b"".join(sent)
+
+
+def test_scrapes_that_wait_share_one_reading_that_began_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that asks a thousand times and reads nothing would keep the port busy for half a minute."""
+    readings = 0
+    begun, free = threading.Event(), threading.Event()
+
+    def exposition() -> bytes:
+        nonlocal readings
+        readings += 1
+        number = readings
+        begun.set()
+        free.wait(30)
+        return b"%d" % number
+
+    async def scrapes() -> list[bytes]:
+        app = MetricsApp(Scraping("open", None, AllowAll(), Proxies.of(Server(docs=True))), ())
+        first = asyncio.create_task(_scraped(app))
+        await asyncio.to_thread(begun.wait, 30)
+        others = [asyncio.create_task(_scraped(app)) for _ in range(SCRAPES)]
+        await asyncio.sleep(0.01)
+        others[0].cancel()  # its client has gone: the others are answered
+        free.set()
+        return [await first, *await asyncio.gather(*others[1:])]
+
+    monkeypatch.setattr(metrics, "exposition", exposition)
+
+    assert asyncio.run(scrapes()) == [b"1", *[b"2"] * (SCRAPES - 1)]
