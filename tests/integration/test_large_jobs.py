@@ -98,9 +98,8 @@ def test_jobs_of_another_tenant_end_while_large_files_run(tmp_path: Path) -> Non
         events = told(install)
         first_large_end = min(events.index(("succeeded", job)) for job in large)
         assert max(events.index(("succeeded", job)) for job in small) < first_large_end
-        assert [event for event in events if event[0] == "running" and event[1] in large] == [
-            ("running", job) for job in large
-        ]
+        order = [word for word, job in events if job in large and word in {"running", "succeeded"}]
+        assert order == ["running", "succeeded", "running", "succeeded"]  # either may be the first
         assert {Path(f"{file}.age").stat().st_size > GIB for file in files} == {True}
 
 
