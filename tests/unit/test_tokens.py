@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 
 import msgspec
@@ -193,6 +194,30 @@ def test_an_old_secret_ends_with_its_overlap(path: Path) -> None:
     edit(path, lapse)
     assert reason(TokenFile(path), old) == "unknown"
     assert lets_in(TokenFile(path), new)
+
+
+def test_rotating_again_extends_no_old_secret(path: Path) -> None:
+    tokens.create(path, wish())
+    once, _ = tokens.rotate(path, "ci", HOUR, None)
+    twice, _ = tokens.rotate(path, "ci", 24 * HOUR, None)
+
+    assert [digest.until for digest in twice.digests[2:]] == [once.digests[1].until]
+
+
+def test_rotating_without_an_overlap_keeps_no_old_digest(path: Path) -> None:
+    tokens.create(path, wish())
+    tokens.rotate(path, "ci", HOUR, None)
+    token, text = tokens.rotate(path, "ci", NONE, None)
+
+    assert [digest.sha256 for digest in token.digests] == [sha256(text.encode()).digest()]
+
+
+def test_a_token_is_valid_until_the_second_in_which_it_expires(path: Path) -> None:
+    token, _ = tokens.create(path, wish())
+
+    assert token.expires_at is not None
+    assert token.has_expired(token.expires_at)
+    assert not token.has_expired(token.expires_at - timedelta(microseconds=1))
 
 
 def test_rotating_may_give_a_new_term(path: Path) -> None:
