@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from kms_api import listening
+from kms_core import secure_memory
 from kms_core.errors import EXIT_UNAVAILABLE
 from kms_core.programs.supervisor import Child, supervise
 from kms_core.settings import Settings
@@ -19,6 +20,7 @@ _GRACE_S: Final = 25  # above what a process gives the calls that it is answerin
 
 def lead(settings: Settings, config: Path | None) -> int:
     """Run ``[kms.server] processes`` of them until a signal; the exit code (see ``supervise``)."""
+    secure_memory.lock()  # its settings may hold a password; what serves tells whether it could be done
     listeners = listening.ports(settings.kms)
     if not listeners:
         return EXIT_UNAVAILABLE

@@ -2,19 +2,18 @@
 
 import argparse
 import os
-import resource
 import sys
 from pathlib import Path
 
-from kms_core import logs, settings
+from kms_core import logs, secure_memory, settings
 from kms_core.errors import EXIT_CONFIGURATION, ConfigurationError
 
 
 def main() -> int:
     """Run until a signal. Exit codes: 78 wrong configuration, 69 port not free."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold keys
     arguments = _arguments()
     try:
+        secure_memory.forbid_dumps()
         loaded = settings.load(arguments.config, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
         settings.check_exposure(loaded)

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from kms_api import app, listening, tls
 from kms_api.facade import listener as facade
-from kms_core import keyring
+from kms_core import keyring, server_memory
 from kms_core.errors import EXIT_UNAVAILABLE
 from kms_core.http_server.connections import ConnectionLimits, Connections
 from kms_core.http_server.protocol import HttpProtocol
@@ -51,6 +51,7 @@ def serve(settings: Settings, inherited: Sequence[int]) -> int:
 
     Returns the exit code. Raises ConfigurationError, before a port is taken.
     """
+    server_memory.protect(strict=settings.is_prod)
     _keep_freed_slabs()
     keyring.check(settings)
     built = app.build(settings)

@@ -7,7 +7,6 @@ import difflib
 import gc
 import importlib
 import os
-import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,8 +16,8 @@ from typing import Final, NoReturn
 import click
 
 from kms_cli import session, words
-from kms_core import __version__
-from kms_core.errors import EXIT_OTHER, EXIT_USAGE, KmsError
+from kms_core import __version__, secure_memory
+from kms_core.errors import EXIT_OTHER, EXIT_USAGE, ConfigurationError, KmsError
 
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141  # as a shell shows death by SIGPIPE
@@ -206,7 +205,10 @@ def _invoke(line: list[str]) -> object:
 def main() -> NoReturn:
     """Entry point. SIGTERM ends a command as Ctrl-C does, so that no half-written file stays."""
     signal.signal(signal.SIGTERM, _terminated)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold what a command opens
+    try:
+        secure_memory.forbid_dumps()
+    except ConfigurationError as exc:
+        sys.exit(words.failed(exc, as_json=False))
     code = run()
     gc.freeze()  # or the interpreter ends by looking for garbage in all it loaded, a fifth of a short command
     sys.exit(code)

@@ -194,6 +194,12 @@ WEAK_SETTING: Final = Gauge(
     ["setting"],
     multiprocess_mode="livemax",
 )
+MEMORY_PROTECTED: Final = Gauge(
+    "kms_memory_protected",
+    "1 if all processes have it; kind is no_dumps (no core file or debugger) or locked (never in swap)",
+    ["kind"],
+    multiprocess_mode="livemin",
+)
 QUEUE_DEPTH: Final = Gauge(
     "kms_queue_depth",
     "Messages waiting for a worker; priority is any where the broker does not tell",

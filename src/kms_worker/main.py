@@ -2,21 +2,20 @@
 
 import argparse
 import os
-import resource
 import shutil
 import socket
 import sys
 from pathlib import Path
 
-from kms_core import logs, settings
+from kms_core import logs, secure_memory, settings
 from kms_core.errors import EXIT_CONFIGURATION, ConfigurationError
 from kms_core.settings import Settings
 
 
 def main() -> int:
     """Run until a signal. Exit code 78 means wrong configuration."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold keys
     try:
+        secure_memory.forbid_dumps()
         loaded = settings.load(_arguments().config, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
         # prometheus_client chooses its storage when it is imported

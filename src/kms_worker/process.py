@@ -11,6 +11,7 @@ from celery import Celery, signals
 from celery.platforms import SecurityWarning
 from celery.worker.consumer import Consumer
 
+from kms_core import server_memory
 from kms_core.audit.watch import Watch
 from kms_core.auth.scraping import Scraping
 from kms_core.jobs import webhooks
@@ -40,6 +41,7 @@ class _Beside(Protocol):
 
 def run(loaded: Settings) -> int:
     """Work until a signal; the exit code."""
+    server_memory.protect(strict=loaded.is_prod)
     # Celery warns of pickle under root; this worker accepts JSON alone.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     name = f"{socket.gethostname()}:{uuid.uuid4().hex[:8]}"
@@ -69,6 +71,7 @@ def run(loaded: Settings) -> int:
         loaded.kms.server.allowed_hosts,
     )
     forking.install()
+    signals.worker_process_init.connect(_lock_child, weak=False)
     gc.collect()
     gc.freeze()  # or the first collection in a child copies the pages of everything that was imported
     signals.worker_shutting_down.connect(lambda **_: presence.stop(), weak=False)
@@ -90,6 +93,11 @@ def _couriers(loaded: Settings, store: JobStore, name: str) -> list[Courier]:
     endpoints = webhooks.endpoints(loaded)
     outbox = Outbox(store, endpoints)
     return [Courier(outbox, endpoints, name, working=forking.between_forks)] if endpoints else []
+
+
+def _lock_child(**_: object) -> None:
+    """A fork inherits that it cannot be dumped, and no lock of memory."""
+    server_memory.lock_again()
 
 
 def _bear_early_deaths(sender: Consumer, **_: object) -> None:

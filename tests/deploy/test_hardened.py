@@ -169,6 +169,69 @@ def test_the_process_is_what_the_unit_makes_of_it(deployed: Deployed, name: str)
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
 
 
+PRYING: Final = """
+import ctypes, json, os, sys
+pid, user = int(sys.argv[1]), int(sys.argv[2])
+libc = ctypes.CDLL(None, use_errno=True)
+os.setgroups([])
+os.setgid(user)
+os.setuid(user)
+def read(name):
+    with open(f"/proc/{pid}/{name}", "rb", 0) as file:
+        if name == "mem":
+            file.seek(at)
+        file.read(16)
+def checked(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+at = 0
+attempts = {
+    "maps": lambda: read("maps"),
+    "mem": lambda: read("mem"),
+    "environ": lambda: read("environ"),
+    "auxv": lambda: read("auxv"),
+    "files": lambda: os.listdir(f"/proc/{pid}/fd"),
+    "seize": lambda: checked(libc.ptrace(0x4206, pid, 0, 0)),
+    "attach": lambda: checked(libc.ptrace(16, pid, 0, 0)),
+}
+done = {}
+for name, attempt in attempts.items():
+    try:
+        attempt()
+        done[name] = "done"
+        if name == "maps":
+            at = int(open(f"/proc/{pid}/maps").read().split("-")[0], 16)
+    except OSError:
+        done[name] = "refused"
+print(json.dumps(done))
+"""
+
+
+def pried(pid: int) -> dict[str, str]:
+    """What another process of the service's user can read or steer of a process."""
+    argv = [str(PYTHON), "-c", PRYING, str(pid), str(USER)]
+    found: dict[str, str] = json.loads(
+        subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    )
+    return found
+
+
+def test_another_process_of_the_same_user_reads_no_memory(deployed: Deployed) -> None:
+    worker = deployed.processes["kms-worker"].pid
+    pool = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
+
+    for pid in (deployed.processes["kms-service"].pid, worker, *map(int, pool)):
+        assert set(pried(pid).values()) == {"refused"}
+
+
+def test_a_program_without_protection_can_be_read() -> None:
+    as_root()
+    with subprocess.Popen(["/bin/sleep", "60"], user=USER, group=USER, extra_groups=[]) as bare:
+        until(lambda: Path(f"/proc/{bare.pid}/comm").read_text() == "sleep\n", "it runs")
+        assert set(pried(bare.pid).values()) >= {"done"}
+        bare.kill()
+
+
 def test_the_queue_lets_nobody_in_without_the_password(deployed: Deployed) -> None:
     with redis.Redis(port=deployed.redis_port) as stranger:
         assert stranger.ping()
@@ -235,5 +298,5 @@ def test_what_the_unit_forbids_is_refused(unit: str, tmp_path: Path) -> None:
 def test_an_allow_list_is_read_as_systemd_reads_it() -> None:
     calls = system_calls(directives(SYSTEMD / "kms-api.service")["SystemCallFilter"])
 
-    assert {"read", "openat", "socket", "futex", "prlimit64"} <= calls
+    assert {"read", "openat", "socket", "futex", "prlimit64", "prctl", "mlockall"} <= calls
     assert not calls & {"setuid", "chown", "mount", "ptrace", "bpf", "setpriority", "reboot", "init_module"}

@@ -1,7 +1,6 @@
 """The program ``age-plugin-kms``, which age tools start; people have ``kms recipient`` and ``identity``."""
 
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,8 @@ from kms_cli.plugin.keys import InProcess, Keys, OfService
 from kms_cli.plugin.machines import KeysFor, identity_v1, recipient_v1
 from kms_cli.plugin.names import Target
 from kms_cli.plugin.protocol import Broken, Line
-from kms_core.errors import EXIT_OTHER, EXIT_USAGE
+from kms_core import secure_memory
+from kms_core.errors import EXIT_CONFIGURATION, EXIT_OTHER, EXIT_USAGE, ConfigurationError
 
 MACHINES: Final[Mapping[str, Callable[[Line, KeysFor], None]]] = {
     "recipient-v1": recipient_v1,
@@ -48,8 +48,12 @@ def run(args: Sequence[str], environ: Mapping[str, str]) -> int:
 def main() -> NoReturn:
     """Entry point. Age ends a plugin by SIGINT when it needs no more of it."""
     signal.signal(signal.SIGINT, _ended)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold file keys, or the keys of all
-    code = run(sys.argv[1:], os.environ)
+    try:
+        secure_memory.forbid_dumps()
+        code = run(sys.argv[1:], os.environ)
+    except ConfigurationError as exc:
+        sys.stderr.write(f"age-plugin-kms: {exc.detail}\n")
+        code = EXIT_CONFIGURATION
     sys.stderr.flush()
     os._exit(code)  # stdout may be closed by now, and nothing is left to be written
 
