@@ -16,6 +16,7 @@ import structlog
 from kms_cli import words
 from kms_cli.checks.files import age_files, certificates, directories, own_keys
 from kms_cli.checks.findings import Finding, exit_code
+from kms_cli.checks.memory import memory
 from kms_cli.checks.peers import ports, queue
 from kms_cli.checks.service import there
 from kms_cli.checks.trail import trail
@@ -87,6 +88,7 @@ def _here(given: Session) -> Iterator[Finding]:
     yield from certificates(settings)
     yield from queue(settings)
     yield from ports(settings, given.url)
+    yield memory()
     yield _tools()
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+import unlocked
 from callers import Authority
 from cli.conftest import BIN
 from kms_cli import valkey
@@ -426,6 +428,30 @@ def test_a_broker_that_is_away(tmp_path: Path) -> None:
     install = configured(tmp_path, f'[kms.redis]\nbroker_url = "amqp://127.0.0.1:{port}"\n')
 
     assert f"nothing answers at 127.0.0.1:{port}" in doctor(install).at("broker", "FAIL")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes capabilities away")
+@pytest.mark.parametrize(
+    ("swaps", "level"), [(None, "warn"), ("", "ok"), ("/dev/dm-1 partition 8388604 0 -2\n", "warn")]
+)
+def test_memory_that_is_not_locked_is_a_warning_where_there_is_swap(
+    tmp_path: Path, swaps: str | None, level: str
+) -> None:
+    if swaps is not None:
+        (tmp_path / "swaps").write_text(f"Filename Type Size Used Priority\n{swaps}")
+    asked = f"memory(pathlib.Path({str(tmp_path / 'swaps')!r}))"
+    script = f"import pathlib\nfrom kms_cli.checks.memory import memory\nfound = {asked}"
+    argv = [sys.executable, "-P", "-c", f"{script}\nprint(found.level, found.text, found.next)"]
+
+    ran = subprocess.run(unlocked.words(*argv), capture_output=True, text=True, check=True)
+
+    assert ran.stdout.startswith(f"{level} ")
+    assert "memory is not locked" in ran.stdout
+    assert ("LimitMEMLOCK=infinity" in ran.stdout) == (level == "warn")
+
+
+def test_of_memory_there_is_a_line(install: Service) -> None:
+    assert "core files and debuggers are kept away" in str(doctor(install).lines)
 
 
 def test_tools_that_are_missing_are_told_and_none_is_needed(install: Service, tmp_path: Path) -> None:

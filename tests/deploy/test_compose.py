@@ -73,6 +73,17 @@ def test_the_queue_is_reached_by_the_service_alone_and_grafana_does_not_reach_th
     assert not any({"grafana", "api"} <= members for members in on.values())
 
 
+@pytest.mark.parametrize("name", ["api", "worker"])
+def test_memory_stays_off_the_disk(composed: dict[str, Any], name: str) -> None:
+    service = composed["services"][name]
+
+    text = (ROOT / "docker-compose.yml").read_text()
+
+    assert service["ulimits"]["memlock"] == -1
+    assert "ulimits: {core: 0, memlock: -1}" in text  # Compose writes a zero as nothing
+    assert service["memswap_limit"] == service["mem_limit"]
+
+
 def test_no_secret_stands_in_a_variable(composed: dict[str, Any]) -> None:
     for service in composed["services"].values():
         for name in service.get("environment") or {}:

@@ -58,6 +58,13 @@ def test_a_unit_runs_a_program_of_ours_and_keeps_secrets_out_of_the_environment(
     assert str(EXIT_DEAF) not in found["RestartPreventExitStatus"]
 
 
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_unit_keeps_memory_off_the_disk(unit: str) -> None:
+    found = directives(SYSTEMD / unit)
+
+    assert (found["LimitCORE"], found["LimitMEMLOCK"], found["MemorySwapMax"]) == (["0"], ["infinity"], ["0"])
+
+
 def test_the_seeds_name_of_the_unit_is_kept() -> None:
     assert directives(SYSTEMD / UNITS[0])["Alias"] == ["kms-service.service"]
 
