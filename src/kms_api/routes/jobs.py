@@ -22,7 +22,7 @@ from kms_api.rules import Ruled
 from kms_api.transfer_rate import TransferLimits
 from kms_core import audit, wire
 from kms_core.context import Context
-from kms_core.errors import BodyTimeout, InvalidRequest
+from kms_core.errors import BodyTimeout, InvalidRequest, UnknownJob
 from kms_core.jobs import bulk, campaign
 from kms_core.jobs.desk import Terms
 from kms_core.jobs.model import Job
@@ -129,7 +129,10 @@ async def _events(request: Request, job: Job) -> AsyncIterator[bytes]:
         pause_s = min(max(_LOOK_EVERY_S, quiet_s / _SLOWING), _LOOK_AT_LEAST_EVERY_S)
         await anyio.sleep(pause_s)
         seen = job
-        job = await anyio.to_thread.run_sync(store.get, job.job_id, tenant, limiter=limiter)
+        try:
+            job = await anyio.to_thread.run_sync(store.get, job.job_id, tenant, limiter=limiter)
+        except UnknownJob:  # its record has expired, or was changed by others
+            return
         quiet_s, silent_s = quiet_s + pause_s, silent_s + pause_s
         if job != seen:
             yield _event(job)

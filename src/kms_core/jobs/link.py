@@ -11,7 +11,7 @@ import redis
 import structlog
 
 from kms_core.errors import InvalidRequest, JobCancelled, JobsUnavailable, UnknownJob
-from kms_core.jobs.model import Job, LeaseLost
+from kms_core.jobs.model import MOST, Job, LeaseLost
 
 PREFIX: Final = "kms:"
 TALLY: Final = "tally:"  # of a campaign: fields of its parts that are summed up in the whole
@@ -46,6 +46,12 @@ class Cursor(NamedTuple):
             raise InvalidRequest("cursor is what the page before gave as next")
         return cls(float(found[1]), found[2])
 
+    @classmethod
+    def of(cls, member: bytes, score: float) -> Self | None:
+        """The place of a member of that list; None for one that no script of ours put there."""
+        at = cls(score, member.decode(errors="replace"))
+        return at if _CURSOR.fullmatch(str(at)) else None
+
     def __str__(self) -> str:
         return f"{self.created_at!r}-{self.job_id}"
 
@@ -63,6 +69,15 @@ def reading(job_id: str, raw: Mapping[bytes, bytes]) -> Job:
         return msgspec.convert({**known, "job_id": job_id, "tallies": tallies}, Job, strict=False)
     except msgspec.ValidationError as exc:
         raise UnknownJob from exc
+
+
+def number(raw: bytes | None, default: float = 0.0) -> float:
+    """A number as Redis holds it; ``default`` where there is none, or one that no script of ours wrote."""
+    try:
+        found = float(raw or b"")
+    except ValueError:
+        return default
+    return found if abs(found) <= MOST else default  # which NaN is not either
 
 
 def raise_for(word: bytes) -> None:

@@ -3,9 +3,10 @@
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol
+from typing import Annotated, Final, Literal, Protocol
 
 import msgspec
+from msgspec import Meta
 
 from kms_core.context import Context
 from kms_core.errors import KmsError
@@ -32,6 +33,12 @@ AMQP_RANKS: Final[Mapping[Priority, int]] = {"high": 9, "normal": 4, "low": 1}
 
 _PARTS: Final = uuid.UUID("6f1f3c4e-0d0a-5c0b-9a57-6b6d732d7061")  # a namespace of our own (RFC 9562 §5.5)
 
+MOST: Final = 2**53
+"""Above it a number of Redis's scripts is not exact."""
+Count = Annotated[int, Meta(ge=0, le=MOST)]
+Seconds = Annotated[float, Meta(ge=0, lt=1e11)]
+"""Since the epoch; no NaN, and what a date can show."""
+Code = Annotated[str, Meta(pattern=r"^[a-z0-9_]{0,64}\Z")]
 Lane = tuple[str, Priority]
 """Where a job waits: a queue, and the priority within it."""
 Fields = Mapping[str, str | int | float | bytes]
@@ -156,7 +163,10 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What moves: one reading of the plain fields. Nothing in it says what to do, or for whom."""
+    """What moves: one reading of the plain fields. Nothing in it says what to do, or for whom.
+
+    Others may have written them, so each has bounds: whoever shows a job need not expect a NaN.
+    """
 
     job_id: str
     tenant: str
@@ -164,24 +174,24 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     state: JobState
     queue: str = FILES
     priority: Priority = "normal"
-    attempt: int = 0
-    fence: int = 0
-    items: int = 0
-    items_done: int = 0
-    items_failed: int = 0
-    bytes: int = 0
-    bytes_done: int = 0
-    created_at: float = 0.0
-    expires_at: float = 0.0
-    not_before: float = 0.0
-    cancel: int = 0
-    error: str = ""
+    attempt: Count = 0
+    fence: Count = 0
+    items: Count = 0
+    items_done: Count = 0
+    items_failed: Count = 0
+    bytes: Count = 0
+    bytes_done: Count = 0
+    created_at: Seconds = 0.0
+    expires_at: Seconds = 0.0
+    not_before: Seconds = 0.0
+    cancel: Count = 0
+    error: Code = ""
     result: str = ""
-    purged: int = 0
-    parts: int = 0
+    purged: Count = 0
+    parts: Count = 0
     parent: str = ""
     campaign: Literal["", "dry", "wet"] = ""
-    tallies: dict[str, int] = {}
+    tallies: dict[str, Count] = {}
 
     @property
     def ended(self) -> bool:

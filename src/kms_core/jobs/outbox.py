@@ -219,7 +219,9 @@ class Outbox:
 
     def endpoints(self) -> list[str]:
         """Names that deliveries have borne, with or without a section in the settings."""
-        return sorted(raw.decode() for raw in cast("set[bytes]", self._redis.smembers(_ENDPOINTS)))
+        return sorted(
+            raw.decode(errors="replace") for raw in cast("set[bytes]", self._redis.smembers(_ENDPOINTS))
+        )
 
     def due(self, endpoint: str, limit: int) -> list[Delivery]:
         """The first deliveries to this endpoint whose time has come. What is not ours is removed."""

@@ -20,7 +20,8 @@ local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
 local job, id = KEYS[1], ARGV[1]
 
 local function number(text)
-  return tonumber(text) or 0
+  local found = tonumber(text) or 0
+  return math.abs(found) <= 9007199254740992 and found or 0  -- which NaN is not
 end
 
 local function facts(key)
@@ -74,7 +75,8 @@ local function close(key, name, state, code, keep_s)
   if not kept[code] then unspool(f[1], name) end
   release(f[1], name)
   redis.call('ZREM', large_waiting(f[1]), name)
-  local expires = tonumber(f[6]) or now
+  local expires = number(f[6])
+  if expires <= 0 then expires = now end
   redis.call('ZADD', 'kms:ended', expires, name)
   redis.call('EXPIREAT', key, math.floor(expires + keep_s))
   event(f, name, state, code)
@@ -282,7 +284,7 @@ REAP: Final = (
 local f = redis.call('HMGET', job, 'state', 'lease_until', 'queue', 'priority', 'asked', 'created_at')
 if not f[1] then redis.call('ZREM', 'kms:open', id); return {'gone'} end
 if f[1] ~= 'queued' and number(f[2]) > now then
-  redis.call('ZADD', 'kms:open', f[2], id); return {'leased'}
+  redis.call('ZADD', 'kms:open', number(f[2]), id); return {'leased'}
 end
 if f[1] ~= 'queued' and f[1] ~= 'running' and f[1] ~= 'committing' then  -- ended since it was seen as due
   redis.call('ZREM', 'kms:open', id); return {f[1]}

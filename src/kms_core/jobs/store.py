@@ -17,7 +17,7 @@ from kms_core.errors import (
     UnknownJob,
 )
 from kms_core.jobs import letters
-from kms_core.jobs.link import PREFIX, Cursor, busy_key, job_key, raise_for, reading, redis_errors
+from kms_core.jobs.link import PREFIX, Cursor, busy_key, job_key, number, raise_for, reading, redis_errors
 from kms_core.jobs.model import (
     REFUSED,
     Accepted,
@@ -95,7 +95,7 @@ class JobStore(Upkeep):
                 ],
             )
         if word == b"exists":
-            before, _, digest = rest[0].decode().partition(" ")
+            before, _, digest = rest[0].decode(errors="replace").partition(" ")
             if digest != accepted.digest.hex():
                 raise IdempotencyConflict
             return self.get(before, accepted.tenant)
@@ -116,7 +116,7 @@ class JobStore(Upkeep):
             return None
         with redis_errors():
             used = cast("bytes | None", self.redis.hget(f"{PREFIX}spooled:{tenant}", "sum"))
-        return max(0, most - int(used or 0))
+        return max(0, most - int(number(used)))
 
     def _letter(self, accepted: Accepted) -> tuple[str, bytes]:
         """Where the script that stores a job puts its message, and this; neither, if others send it."""
@@ -193,8 +193,7 @@ class JobStore(Upkeep):
                         f"{PREFIX}tenant:{tenant}", at.created_at, "-inf", start, count, withscores=True
                     ),
                 )
-            found = [Cursor(score, raw.decode()) for raw, score in rows]
-            older = [one for one in found if one < at]
+            older = [one for row in rows if (one := Cursor.of(*row)) and one < at]
             if older or not rows:
                 return older
             start += len(rows)
@@ -202,7 +201,7 @@ class JobStore(Upkeep):
     def _listed(self, job_id: str, tenant: str) -> Job | None:
         try:
             return self.get(job_id, tenant)
-        except UnknownJob:  # its record has expired: the caretaker takes it out of the list
+        except UnknownJob:  # it has expired: the caretaker takes it out of the list; or it is none of ours
             return None
 
     def cancel(self, job_id: str, tenant: str) -> Job:
@@ -238,7 +237,7 @@ class JobStore(Upkeep):
         """Dead letters of this tenant, newest first."""
         with redis_errors():
             ids = cast("list[bytes]", self.redis.zrevrange(f"{PREFIX}dead", 0, _DEAD_SCAN - 1))
-            found = (self._listed(raw.decode(), tenant) for raw in ids)
+            found = (self._listed(raw.decode(errors="replace"), tenant) for raw in ids)
             return [job for job in found if job is not None][:limit]
 
     # -- the worker's side ----------------------------------------------------------------------------
@@ -278,7 +277,7 @@ class JobStore(Upkeep):
                 fence=int(fence),
                 attempt=int(attempt),
                 waited_s=float(waited),
-                deferrals=int(deferrals),
+                deferrals=int(number(deferrals)),
                 is_large=bool(int(is_large)),
                 commit=self.record_key.open_commit(job_id, commit) if commit else None,
                 log=self.record_key.open_log(job_id, log) if log else Log(),

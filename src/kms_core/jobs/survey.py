@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 from kms_core import metrics
-from kms_core.jobs.link import PREFIX, job_key, redis_errors
+from kms_core.jobs.link import PREFIX, job_key, number, redis_errors
 from kms_core.jobs.store import JobStore
 
 STATES: Final = ("queued", "running", "committing")
@@ -37,7 +37,7 @@ def survey(store: JobStore, tenant: str | None = None) -> Survey:
         ids = cast("list[bytes]", store.redis.zrange(f"{PREFIX}open", 0, MOST_JOBS - 1))
         pipeline = store.redis.pipeline(transaction=False)
         for raw in ids:
-            pipeline.hmget(job_key(raw.decode()), *_FIELDS)
+            pipeline.hmget(job_key(raw.decode(errors="replace")), *_FIELDS)
         pipeline.zcard(f"{PREFIX}dead")
         pipeline.info("memory")
         *rows, dead, memory = pipeline.execute()
@@ -49,8 +49,8 @@ def survey(store: JobStore, tenant: str | None = None) -> Survey:
         name = (state or b"").decode(errors="replace")
         if name in jobs and not parent:
             jobs[name] += 1
-        if name == "queued" and float(not_before or 0) <= now:
-            oldest = min(oldest, float(created_at or now))
+        if name == "queued" and number(not_before) <= now:
+            oldest = min(oldest, number(created_at, now))
     return Survey(jobs, now - oldest, int(dead), store.workers(), _share(memory))
 
 

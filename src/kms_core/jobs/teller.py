@@ -9,7 +9,7 @@ import structlog
 
 from kms_core import piles
 from kms_core.errors import JobsUnavailable
-from kms_core.jobs.link import PREFIX, redis_errors
+from kms_core.jobs.link import PREFIX, number, redis_errors
 from kms_core.tally import Tally
 
 EVERY_S: Final = 2.0
@@ -31,7 +31,7 @@ def shared(client: redis.Redis) -> dict[str, int]:
     """What all processes have counted and handed over. Raises JobsUnavailable."""
     with redis_errors():
         found = cast("dict[bytes, bytes]", client.hgetall(_KEY))
-    return {name.decode(): int(number) for name, number in found.items()}
+    return {name.decode(errors="replace"): int(number(count)) for name, count in found.items()}
 
 
 class Teller(threading.Thread):

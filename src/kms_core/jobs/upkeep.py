@@ -7,9 +7,10 @@ from types import MappingProxyType
 from typing import Final, cast
 
 import redis
+import structlog
 
 from kms_core.jobs import claim_script, letters, part_scripts, scripts
-from kms_core.jobs.link import PREFIX, busy_key, job_key, redis_errors
+from kms_core.jobs.link import PREFIX, busy_key, job_key, number, redis_errors
 from kms_core.jobs.model import QUEUES, REDIS_STEPS, Lane
 from kms_core.wire import PRIORITIES, Priority
 
@@ -20,6 +21,9 @@ _REAPED_AT_ONCE: Final = 200  # some milliseconds, in which Redis does nothing e
 _TENANTS: Final = f"{PREFIX}tenants"
 _WORKERS: Final = f"{PREFIX}workers"
 _DEAD: Final = f"{PREFIX}dead"
+_OF_THE_RECORD: Final = ("WRONGTYPE", "is not an integer", "is not a valid float")
+"""What Redis says of a record that others wrote; other errors are Redis's own."""
+_log = structlog.get_logger(__name__)
 _NONE: Final[Mapping[Lane, float]] = MappingProxyType({})
 Script = Callable[..., list[bytes]]
 
@@ -58,7 +62,7 @@ class Upkeep:
             ids = cast(
                 "list[bytes]", self.redis.zrangebyscore(f"{PREFIX}open", 0, self.now(), start=0, num=limit)
             )
-        return [raw.decode() for raw in ids]
+            return self._ids(f"{PREFIX}open", ids)
 
     def reap(self, job_id: str, next_look_s: float) -> str:
         """Requeue a job whose lease ran out.
@@ -73,17 +77,29 @@ class Upkeep:
     ) -> list[tuple[str, Lane]]:
         """The same for many, in few writes to Redis's disk; and where each waits.
 
-        ``oldest`` says since when the oldest message of a lane waits, where that is known.
+        ``oldest`` says since when the oldest message of a lane waits, where that is known. A record that no
+        script can read is answered as ``unreadable``, and looked at again as late as others.
         """
         found: list[list[bytes]] = []
         lanes = [word for lane, at in oldest.items() for word in (" ".join(lane), at)]
         with redis_errors():
             for start in range(0, len(job_ids), _REAPED_AT_ONCE):
                 pipeline = self.redis.pipeline(transaction=False)
-                for job_id in job_ids[start : start + _REAPED_AT_ONCE]:
+                some = job_ids[start : start + _REAPED_AT_ONCE]
+                for job_id in some:
                     self._run["REAP"]([job_key(job_id)], [job_id, next_look_s, *lanes], client=pipeline)
-                found += pipeline.execute()
-        return [(word.decode(), _lane(rest)) for word, *rest in found]
+                answers = zip(some, pipeline.execute(raise_on_error=False), strict=True)
+                found += [self._reaped(job_id, answer, next_look_s) for job_id, answer in answers]
+        return [(word.decode(errors="replace"), _lane(rest)) for word, *rest in found]
+
+    def _reaped(self, job_id: str, answer: list[bytes] | Exception, next_look_s: float) -> list[bytes]:
+        if not isinstance(answer, Exception):
+            return answer
+        if not any(word in str(answer) for word in _OF_THE_RECORD):
+            raise answer
+        self.redis.zadd(f"{PREFIX}open", {job_id: self.now() + next_look_s}, xx=True)
+        _log.warning("job.unreadable", job_id=job_id)
+        return [b"unreadable"]
 
     def post(self, job_ids: Sequence[str], lane: Lane) -> None:
         """Put messages into a list of the broker that is in this Redis."""
@@ -117,19 +133,26 @@ class Upkeep:
             ids = cast(
                 "list[bytes]", self.redis.zrangebyscore(f"{PREFIX}ended", 0, self.now(), start=0, num=limit)
             )
-        return [raw.decode() for raw in ids]
+            return self._ids(f"{PREFIX}ended", ids)
+
+    def _ids(self, key: str, members: Sequence[bytes]) -> list[str]:
+        """Members of a sorted set as text; what is none, nobody here put there, and is taken out."""
+        junk = [raw for raw in members if not raw.isascii()]
+        if junk:
+            self.redis.zrem(key, *junk)
+        return [raw.decode() for raw in members if raw.isascii()]
 
     def purged(self, job_id: str) -> bool:
         """Note that the result is gone; the record itself expires later. Whether attempts may have died."""
         with redis_errors():
             fence = self._run["PURGED"]([job_key(job_id)], [job_id])[0]
-        return int(fence) > 1
+        return number(fence) > 1
 
     def lists(self) -> list[str]:
         """The keys of the lists of jobs, one for each tenant and one of dead letters: they never expire."""
         with redis_errors():
             tenants = cast("set[bytes]", self.redis.smembers(_TENANTS))
-        return [_DEAD, *sorted(f"{PREFIX}tenant:{raw.decode()}" for raw in tenants)]
+        return [_DEAD, *sorted(f"{PREFIX}tenant:{raw.decode(errors='replace')}" for raw in tenants)]
 
     def trim(self, key: str, begin: int, count: int = 1000) -> int:
         """Drop the ids of expired records among ``count`` of a list; where to go on, 0 once at its end."""
@@ -147,7 +170,7 @@ class Upkeep:
         """Seconds since this worker claimed or renewed anything; infinite if it never did."""
         with redis_errors():
             at = cast("bytes | None", self.redis.get(busy_key(worker)))
-        return self.now() - float(at) if at else float("inf")
+        return self.now() - number(at) if at else math.inf
 
     def exists(self, job_id: str) -> bool:
         with redis_errors():

@@ -1,0 +1,222 @@
+"""Fields, members and scores in Redis that no script of ours wrote: a junk record costs itself alone."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import pytest
+import redis
+
+from kms_cli.valkey import EmbeddedValkey
+from kms_core.jobs.build import Core
+from kms_core.jobs.caretaker import Caretaker
+from kms_core.jobs.desk import new_id
+from kms_core.jobs.model import EXHAUSTED, Job
+from kms_core.jobs.store import JobStore
+from kms_core.jobs.survey import survey
+from service import Service, core_of
+from stores import SHORT, TENANT, accepted, lapse, record, store_of
+
+FIELDS: Final = (
+    *(name for name in Job.__struct_fields__ if name not in {"job_id", "tallies"}),
+    *("sealed", "lease_until", "asked", "owed", "parts_left", "work_bytes", "deferrals", "worker"),
+    *("settled", "granted", "commit", "log", "ended_at", "tally:changed", "tally:found k/1", "unheard-of"),
+)
+MISSING: Final = b"<missing>"
+JUNK: Final = (
+    *(b"nan", b"-nan", b"inf", b"-inf", b"-1", b"-5.5", b"1e308", b"1e400", b"9" * 400, b"253402300800"),
+    *(b"9007199254740993", b"0x10", b" 7", b"", b"junk", b"None", b"\xff\xfe", b"a\0b", b"a\nb"),
+    *(b"<script>alert(1)</script>", MISSING),
+)
+WORST: Final = (b"nan", b"1e308", b"9" * 400, b"\xff\xfe", MISSING)
+STATES: Final[Mapping[str, Mapping[str, str]]] = {
+    "queued": {},
+    "running": {"state": "running", "fence": "1", "attempt": "1"},
+    "dead": {"state": "failed", "error": EXHAUSTED, "campaign": "dry"},
+}
+
+
+@dataclass(frozen=True)
+class Install:
+    """An API, and records beside a good one: for each junk value one in each state."""
+
+    service: Service
+    store: JobStore
+    good: str
+    victims: Mapping[bytes, Mapping[str, str]]
+
+    def put(self, field: str) -> None:
+        for value, by_state in self.victims.items():
+            for job_id in by_state.values():
+                if value == MISSING:
+                    self.store.redis.hdel(f"kms:job:{job_id}", field)
+                else:
+                    self.store.redis.hset(f"kms:job:{job_id}", field, value)
+
+    def pages(self, limit: int, **asked: str) -> list[str]:
+        """The ids of the whole list, read page by page."""
+        found: list[str] = []
+        cursor: dict[str, str] = {}
+        while True:
+            answer = self.service.get("/jobs", params={"limit": str(limit), **asked, **cursor})
+            assert answer.status_code == 200, answer.text
+            found += [job["job_id"] for job in answer.json()["jobs"]]
+            if answer.json().get("next") is None:
+                return found
+            cursor = {"cursor": answer.json()["next"]}
+
+
+@pytest.fixture(scope="module")
+def install(
+    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> Iterator[Install]:
+    redis_url = valkey.place.url_of(next(database_numbers))
+    with Service(tmp_path_factory.mktemp("junk"), redis=redis_url) as service:
+        service.start("api")
+        store = core_of(service).shop.store
+        good = store.submit(accepted()).job_id
+        store.redis.zadd("kms:dead", {good: 1})
+        victims = {value: {state: store.submit(accepted()).job_id for state in STATES} for value in JUNK}
+        yield Install(service, store, good, victims)
+
+
+@pytest.fixture
+def records(install: Install) -> Iterator[Install]:
+    """The records as they should be, before and after."""
+    ids = [(job_id, state) for each in install.victims.values() for state, job_id in each.items()]
+    kept = {job_id: record(install.store, job_id) for job_id, _ in ids}
+    for job_id, state in ids:
+        for field, value in STATES[state].items():
+            install.store.redis.hset(f"kms:job:{job_id}", field, value)
+        install.store.redis.zadd("kms:dead", {job_id: 2})
+    yield install
+    for job_id, fields in kept.items():
+        install.store.redis.delete(f"kms:job:{job_id}")
+        for name, was in fields.items():
+            install.store.redis.hset(f"kms:job:{job_id}", name, was)
+
+
+def looked_at(service: Service, job_id: str) -> None:
+    """The job is shown or unknown by every way that leads to it; its events begin or are refused."""
+    assert service.get(f"/jobs/{job_id}").status_code in {200, 404}
+    assert service.http.get(f"/ui/jobs/{job_id}").status_code in {200, 404}
+    with service.http.stream("GET", f"/api/v1/kms/jobs/{job_id}/events") as stream:
+        assert stream.status_code in {200, 404}
+        if stream.status_code == 200:
+            assert next(stream.iter_bytes()).startswith(b"event: progress")
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_junk_field_costs_its_record_alone(records: Install, field: str) -> None:
+    records.put(field)
+    service = records.service
+
+    assert records.good in records.pages(100)
+    assert records.good in records.pages(7, state="queued")
+    answer = service.get("/jobs/dead", params={"limit": "1000"})
+    assert answer.status_code == 200
+    assert records.good in {job["job_id"] for job in answer.json()["jobs"]}
+    for page in ("/ui", "/ui/jobs", "/ui/jobs?state=dead", "/ui/jobs?state=running"):
+        assert service.http.get(page).status_code == 200
+    status = service.get("/status")
+    assert status.status_code == 200
+    assert "redis" not in status.json()["degraded"]
+    assert service.http.get("/metrics").status_code == 200
+    for value, by_state in records.victims.items():
+        assert service.get(f"/jobs/{by_state['running']}").status_code in {200, 404}
+        if value in WORST:
+            looked_at(service, by_state["dead"])
+            looked_at(service, by_state["queued"])
+    assert service.job(records.good)["state"] == "queued"
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_record_with_a_junk_field_can_be_cancelled_and_retried_or_not(records: Install, field: str) -> None:
+    """No answer is a 500; one that Redis cannot change says that jobs are unavailable."""
+    records.put(field)
+    for value in WORST:
+        by_state = records.victims[value]
+        for answer in (
+            records.service.post(f"/jobs/{by_state['dead']}/retry"),
+            records.service.post(f"/jobs/{by_state['queued']}/cancel"),
+            records.service.get(f"/jobs/{by_state['dead']}/result"),
+        ):
+            assert answer.status_code != 500, (value, answer.text)
+
+
+SCORES: Final = ("inf", "-inf", "-5", "1e308", "1e-7", "123456789012345")
+
+
+def test_junk_in_the_list_of_jobs_hides_no_job(install: Install) -> None:
+    key, clean = f"kms:tenant:{TENANT}", install.pages(100)
+    names: list[str | bytes] = [b"\xff\xfe", "junk", "", "a" * 36, "\N{SNOWMAN}" * 36, new_id()]
+    scored: dict[str | bytes, str] = {
+        **dict(zip(names, SCORES, strict=True)),
+        **{new_id(): score for score in SCORES},
+    }
+    for member, score in scored.items():
+        install.store.redis.execute_command("ZADD", key, score, member)  # type: ignore[no-untyped-call]  # untyped there
+    install.store.redis.hset("kms:job:junk", mapping={"tenant": TENANT, "kind": "encrypt", "state": "queued"})
+    for junk_key in ("kms:dead", "kms:open", "kms:ended"):
+        install.store.redis.execute_command("ZADD", junk_key, 1, b"\xff\xfe", 2, "junk")  # type: ignore[no-untyped-call]  # as above
+    install.store.redis.hset("kms:tally", mapping={b"\xff": b"\xfe", "operations encrypt ok": "nan"})
+
+    for limit in (1, 7, 100):
+        assert install.pages(limit) == clean
+    for path in ("/jobs/dead", "/status", "/keys"):
+        assert install.service.get(path).status_code == 200
+    for page in ("/ui", "/ui/jobs", "/ui/jobs?state=dead", "/metrics"):
+        assert install.service.http.get(page).status_code == 200
+    assert survey(install.store).jobs["queued"] >= 1
+
+
+# -- the caretaker -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_junk_record_keeps_the_caretaker_from_no_other(core: Core, field: str) -> None:
+    store = store_of(core, SHORT, [])
+    jobs = [store.submit(accepted()).job_id for _ in range(len(JUNK) + 1)]
+    for job_id in jobs:
+        assert store.claim(job_id, "w1")
+    lapse()
+    *victims, good = jobs
+    for value, job_id in zip(JUNK, victims, strict=True):
+        if value == MISSING:
+            store.redis.hdel(f"kms:job:{job_id}", field)
+        else:
+            store.redis.hset(f"kms:job:{job_id}", field, value)
+
+    Caretaker(store, core.shop.spool, "me", dict).round()
+
+    assert store.get(good, TENANT).state == "queued"
+
+
+def test_members_that_are_no_jobs_keep_the_caretaker_from_no_other(core: Core) -> None:
+    store = store_of(core, SHORT, [])
+    good, ended = store.submit(accepted()).job_id, store.submit(accepted()).job_id
+    assert store.claim(good, "w1")
+    assert store.claim(ended, "w1")
+    store.redis.hset(f"kms:job:{ended}", mapping={"state": "failed", "fence": "nan"})
+    store.redis.zadd("kms:ended", {ended: 3})
+    lapse()
+    store.redis.set("kms:job:text", "no hash")
+    for key in ("kms:open", "kms:ended"):
+        store.redis.zadd(key, {b"\xff": 1})
+    store.redis.zadd("kms:open", {"text": 2})
+
+    for _ in range(2):
+        Caretaker(store, core.shop.spool, "me", dict).round()
+
+    assert store.get(good, TENANT).state == "queued"
+    assert record(store, ended)[b"purged"] == b"1"
+    score = store.redis.zscore("kms:open", "text")
+    assert isinstance(score, float)
+    assert score > 2, "it is looked at later"
+    assert store.redis.zscore("kms:open", b"\xff") is None
+
+
+def test_a_redis_that_refuses_is_no_junk_record(core: Core) -> None:
+    store = store_of(core, SHORT, [])
+    with pytest.raises(redis.ResponseError):
+        store._reaped("id", redis.ResponseError("MISCONF Redis is configured to save"), 1)  # noqa: SLF001
