@@ -26,9 +26,10 @@ from hooks import (
     secret_file,
 )
 from kms_core.jobs import webhooks
+from kms_core.jobs.addresses import is_public
 from kms_core.jobs.model import Job
 from kms_core.jobs.outbox import FIRST_DELAY_S, LONGEST_DELAY_S, delay_s
-from kms_core.jobs.webhooks import Message, Outcome, event_body, is_public, post, sign
+from kms_core.jobs.webhooks import Message, Outcome, event_body, post, sign
 from ports import free_port
 from service import until
 
@@ -55,14 +56,38 @@ def receiver(authority: Authority) -> Iterator[Receiver]:
 
 # -- addresses ---------------------------------------------------------------------------------------
 
+OF_HOSTS = [
+    "100.100.100.200",
+    "168.63.129.16",
+    "169.254.0.1",
+    "169.254.169.254",
+    "169.254.170.2",
+    "192.0.0.192",
+    "::ffff:168.63.129.16",
+    "::ffff:169.254.169.254",
+    "fd00:42::42",
+    "fd00:c1::a9fe:a9fe",
+    "fd00:ec2::23",
+    "fd00:ec2::254",
+    "fd20:ce::254",
+    "fe80::1",
+    "fe80::a9fe:a9fe%eth0",
+]
+"""Where clouds and links answer for one machine."""
+
 FORBIDDEN = [
+    *OF_HOSTS,
     "0.0.0.1",
     "10.0.0.1",
     "100.64.0.1",
+    "100.127.255.255",
     "127.0.0.1",
-    "169.254.169.254",
     "172.16.0.1",
+    "192.0.0.8",
     "192.0.2.1",
+    "192.88.99.1",
+    "198.18.0.1",
+    "203.0.113.1",
     "192.168.1.1",
     "224.0.0.1",
     "240.0.0.1",
@@ -72,12 +97,19 @@ FORBIDDEN = [
     "::127.0.0.1",
     "::ffff:127.0.0.1",
     "::ffff:10.0.0.1",
+    "::ffff:0:7f00:1",
     "64:ff9b::7f00:1",
+    "64:ff9b::101:101",
+    "64:ff9b:1::a9fe:a9fe",
+    "100::1",
     "2001:0:1::1",
+    "2001:20::1",
     "2002:7f00:1::",
+    "2002:101:101::",
     "2001:db8::1",
+    "3fff::1",
+    "5f00::1",
     "fc00::1",
-    "fe80::1",
     "fec0::1",
     "ff0e::1",
 ]
@@ -88,9 +120,24 @@ def test_addresses_off_the_open_internet_are_told(address: str) -> None:
     assert not is_public(ipaddress.ip_address(address))
 
 
-@pytest.mark.parametrize("address", ["1.1.1.1", "::ffff:1.1.1.1", "2606:4700:4700::1111"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("1.1.1.1", "100.63.255.255", "100.128.0.1", "168.63.129.15", "168.63.129.17", "169.253.255.255"),
+        *("192.0.1.1", "::ffff:1.1.1.1", "2606:4700:4700::1111", "2001:4860:4860::8888"),
+    ],
+)
 def test_public_addresses_are_public(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("address", OF_HOSTS)
+def test_metadata_of_a_cloud_is_refused_whatever_is_allowed(tmp_path: Path, address: str) -> None:
+    found = webhooks.Endpoint("https://a.example/", tmp_path / "secret", frozenset(), allow_private=True)
+
+    assert not found.allows(ipaddress.ip_address(address))
+    assert found.allows(ipaddress.ip_address("10.0.0.1"))
+    assert found.allows(ipaddress.ip_address("fd00:ec3::254"))
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])

@@ -27,6 +27,7 @@ import structlog
 from kms_core import __version__, wire
 from kms_core.errors import ConfigurationError
 from kms_core.filemodes import open_to_others
+from kms_core.jobs.addresses import Address, is_of_host, is_public
 from kms_core.jobs.model import Job
 from kms_core.settings import Settings
 from kms_core.settings_remote import is_loopback
@@ -40,7 +41,6 @@ CONNECT_S: Final = 2.0
 TOTAL_S: Final = 10.0
 _READ_BYTES: Final = 4096
 _MAKE: Final = "make one with `(umask 077; openssl rand -hex 32 > {path})`"
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _log = structlog.get_logger(__name__)
 
 
@@ -63,7 +63,7 @@ class Endpoint:
     def allows(self, address: Address) -> bool:
         if self.loopback_only:
             return address.is_loopback
-        return self.allow_private or is_public(address)
+        return is_public(address) or (self.allow_private and not is_of_host(address))
 
 
 class EventData(msgspec.Struct, frozen=True, kw_only=True):
@@ -241,16 +241,6 @@ def resolve(endpoint: Endpoint) -> list[Address]:
     if not all(map(endpoint.allows, addresses)):
         raise AddressRefused
     return addresses
-
-
-def is_public(address: Address) -> bool:
-    """Whether an address is one of the open internet (IANA special-purpose registries), tunnels excluded."""
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped:
-            return is_public(address.ipv4_mapped)
-        if address.sixtofour or address.teredo or address.is_site_local:
-            return False
-    return address.is_global and not (address.is_multicast or address.is_reserved)
 
 
 def _status(endpoint: Endpoint, message: Message, deadline: float) -> int:

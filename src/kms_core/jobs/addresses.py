@@ -1,0 +1,60 @@
+"""Which addresses a request that the service sends may go to. Knows no name and no socket.
+
+Sources: the special-purpose address registries of IANA (RFC 6890), and what clouds publish of the addresses
+at which they serve metadata and credentials to a machine.
+"""
+
+import ipaddress
+from typing import Final
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_GLOBAL_UNICAST: Final = ipaddress.ip_network("2000::/3")  # all that IANA has given out (RFC 4291 §2.4)
+_NOT_PUBLIC: Final = tuple(
+    ipaddress.ip_network(text)
+    for text in (  # beyond `is_global`, whose list differs between Pythons
+        "100.64.0.0/10",  # RFC 6598; 100.100.100.200 is Alibaba's metadata
+        "192.0.0.0/24",  # RFC 6890
+        "192.88.99.0/24",  # the relays of 6to4, RFC 7526
+        "2001::/23",  # RFC 2928, with Teredo
+        "2002::/16",  # 6to4, RFC 3056: holds an IPv4 address
+        "3fff::/20",  # RFC 9637
+    )
+)
+_OF_HOSTS: Final = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        "169.254.0.0/16",  # metadata of most clouds; AWS: credentials of containers and pods
+        "fe80::/10",
+        "168.63.129.16/32",  # Azure: the host, which takes POSTs
+        "100.100.100.200/32",  # Alibaba
+        "192.0.0.192/32",  # Oracle
+        "fd00:ec2::/32",  # AWS: ::254 metadata, ::23 credentials of pods
+        "fd20:ce::254/128",  # Google
+        "fd00:42::42/128",  # Scaleway
+        "fd00:c1::a9fe:a9fe/128",  # Oracle
+    )
+)
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address is one of the open internet; those that hold another (tunnels, NAT64) are not."""
+    address = _unmapped(address)
+    if is_of_host(address) or any(address in network for network in _NOT_PUBLIC):
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address not in _GLOBAL_UNICAST:
+        return False
+    return address.is_global and not (address.is_multicast or address.is_reserved)
+
+
+def is_of_host(address: Address) -> bool:
+    """Whether a cloud or a link answers there for this machine alone: nobody's receiver, and never asked."""
+    address = _unmapped(address)
+    return any(address in network for network in _OF_HOSTS)
+
+
+def _unmapped(address: Address) -> Address:
+    """The IPv4 address that ``::ffff:a.b.c.d`` stands for (RFC 4291 §2.5.5.2), without a zone."""
+    if isinstance(address, ipaddress.IPv6Address):
+        return address.ipv4_mapped or ipaddress.IPv6Address(int(address))
+    return address
