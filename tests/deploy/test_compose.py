@@ -42,7 +42,7 @@ def test_a_service_may_do_no_more_than_it_must(composed: dict[str, Any], name: s
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert not service.get("privileged")
     assert {"mem_limit", "cpus", "pids_limit", "stop_grace_period", "restart"} <= service.keys()
-    assert re.fullmatch(r"\S+:v?\d[\w.-]*", service["image"]), "a version, not latest"
+    assert re.fullmatch(r"\S+:v?\d[\w.-]*(@sha256:[0-9a-f]{64})?", service["image"]), "a version, not latest"
     assert all("docker.sock" not in volume["source"] for volume in service.get("volumes", ()))
 
 
