@@ -21,9 +21,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from kms_core import settings as settings_file
+from kms_core.jobs.ends import Work
 from kms_core.jobs.outbox import Delivery, Outbox
 from kms_core.jobs.store import JobStore
 from kms_core.jobs.webhooks import Endpoint
+from kms_core.wire import JobState
 from stores import TENANT, claimed
 
 SECRET: Final = b"0123456789abcdef0123456789abcdef"
@@ -226,11 +228,11 @@ def dripping() -> Iterator[int]:
 
 
 def end(
-    store: JobStore, state: str = "succeeded", code: str = "", callback: str = "ci", tenant: str = TENANT
+    store: JobStore, state: JobState = "succeeded", code: str = "", callback: str = "ci", tenant: str = TENANT
 ) -> str:
     """A job that has run to its end; its id."""
     claim = claimed(store, callback=callback, tenant=tenant)
-    store.finish(claim, state, code, {"bytes_done": 5})
+    store.finish(claim, state, code, Work(bytes_done=5))
     return claim.accepted.job_id
 
 

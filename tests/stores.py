@@ -40,6 +40,7 @@ def accepted(**changes: object) -> Accepted:
         kind="encrypt",
         source="upload",
         context=(("where", CANARY),),
+        signed_end=True,
         created_at=now,
         expires_at=now + 3600,
     )

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kms_core.jobs.build import Core
-from kms_core.jobs.model import Claim, Commit, Fields
+from kms_core.jobs.ends import Work
+from kms_core.jobs.model import Claim, Commit
 from kms_core.jobs.run import Shop
 from kms_core.jobs.store import JobStore
+from kms_core.wire import JobState
 from stores import SHORT
 
 MOMENTS = [(moment, step) for step in ("committing", "finish") for moment in ("before", "after")]
@@ -27,9 +29,9 @@ class StumblingStore(JobStore):
         super().committing(claim, commit)
         self.after("committing")
 
-    def finish(self, claim: Claim, state: str, code: str = "", fields: Fields | None = None) -> None:
+    def finish(self, claim: Claim, state: JobState, code: str = "", work: Work | None = None) -> None:
         self.before("finish")
-        super().finish(claim, state, code, fields)
+        super().finish(claim, state, code, work)
         self.after("finish")
 
 

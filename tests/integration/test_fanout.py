@@ -13,12 +13,14 @@ from kms_core.errors import InvalidRequest, JobsUnavailable, PathRefused, Result
 from kms_core.jobs import results
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import Terms
+from kms_core.jobs.ends import Work
 from kms_core.jobs.fanout import PART_BYTES, PART_FILES
 from kms_core.jobs.model import Accepted, Claim, Fields, Job, Log, part_id
 from kms_core.jobs.references import Reference
 from kms_core.jobs.run import Shop, run_job
 from kms_core.jobs.store import JobStore
 from kms_core.policy import Principal
+from kms_core.wire import JobState
 from stores import SHORT, TENANT, forge, lapse, store_of
 
 WHO = Principal("local")
@@ -40,8 +42,8 @@ class StumblingStore(JobStore):
     def step(self, claim: Claim, log: Log, counts: Fields) -> None:
         self._meet(lambda: super(StumblingStore, self).step(claim, log, counts))
 
-    def finish(self, claim: Claim, state: str, code: str = "", fields: Fields | None = None) -> None:
-        self._meet(lambda: super(StumblingStore, self).finish(claim, state, code, fields))
+    def finish(self, claim: Claim, state: JobState, code: str = "", work: Work | None = None) -> None:
+        self._meet(lambda: super(StumblingStore, self).finish(claim, state, code, work))
 
     def split(self, claim: Claim, parts: list[Accepted]) -> None:  # type: ignore[override]  # as it is called
         self._meet(lambda: super(StumblingStore, self).split(claim, parts))

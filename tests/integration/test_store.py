@@ -22,6 +22,7 @@ from kms_core.errors import (
 )
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import Terms
+from kms_core.jobs.ends import Work
 from kms_core.jobs.lease import Lease
 from kms_core.jobs.model import Job, LeaseLost, part_id
 from kms_core.jobs.store import JobStore
@@ -329,7 +330,7 @@ def test_worker_without_redis_stops_when_its_lease_is_over(core: Core, brief: Jo
 
 def test_job_ends_once(store: JobStore) -> None:
     claim = claimed(store)
-    store.finish(claim, "failed", "decrypt_failed", {"bytes_done": 5})
+    store.finish(claim, "failed", "decrypt_failed", Work(bytes_done=5))
 
     with pytest.raises(LeaseLost):
         store.finish(claim, "succeeded")
@@ -474,7 +475,7 @@ def test_committing_job_cannot_be_cancelled(store: JobStore) -> None:
 
 
 @pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])
-def test_ended_job_stays_as_it_ended(store: JobStore, end: str) -> None:
+def test_ended_job_stays_as_it_ended(store: JobStore, end: wire.JobState) -> None:
     claim = claimed(store)
     store.finish(claim, end, "" if end == "succeeded" else "some_code")
 

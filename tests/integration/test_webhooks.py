@@ -34,6 +34,7 @@ from kms_core.jobs.model import Accepted
 from kms_core.jobs.outbox import Delivery, Outbox
 from kms_core.jobs.store import JobStore
 from kms_core.jobs.webhooks import Endpoint, Message, post, sign
+from kms_core.wire import JobState
 from kms_worker.courier import Courier
 from service import CANARY, CONTEXT, Service, b64, check_problem, core_of, until
 from stores import LONG, TENANT, claimed, store_of
@@ -95,7 +96,7 @@ def settled(outbox: Outbox) -> bool:
     ("state", "code"), [("succeeded", ""), ("failed", "items_failed"), ("cancelled", "cancelled")]
 )
 def test_each_end_is_told_once(
-    store: JobStore, ci: Endpoint, receiver: Receiver, state: str, code: str
+    store: JobStore, ci: Endpoint, receiver: Receiver, state: JobState, code: str
 ) -> None:
     job_id = end(store, state, code)
     with courier(store, {"ci": ci}), courier(store, {"ci": ci}, "w2"):

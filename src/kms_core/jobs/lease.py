@@ -8,6 +8,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Final, Protocol, Self
 
@@ -15,6 +16,7 @@ import structlog
 
 from kms_core import metrics
 from kms_core.errors import JobsUnavailable, KmsError, Unavailable
+from kms_core.jobs.ends import PlacedTarget, Work
 from kms_core.jobs.model import Claim, Commit, LeaseLost
 from kms_core.jobs.store import JobStore
 
@@ -56,7 +58,11 @@ class Commits(Protocol):
 
 
 class Lease:
-    """Held while a job runs. ``check`` raises LeaseLost or JobCancelled, from whichever thread asks."""
+    """Held while a job runs. ``check`` raises LeaseLost or JobCancelled, from whichever thread asks.
+
+    The work sets what the signed end tells beside its counts: ``target``, if it wrote one, ``tallies`` of a
+    campaign, and ``result_digest`` of the result that it left in the spool.
+    """
 
     def __init__(self, store: JobStore, claim: Claim) -> None:
         self.claim = claim
@@ -64,6 +70,9 @@ class Lease:
         self._lock = threading.Lock()
         self._bytes = self._items = self._failed = 0
         self._before = (0, 0, 0)
+        self.target: PlacedTarget | None = None
+        self.tallies: Mapping[str, int] = {}
+        self.result_digest = b""
         self._trouble: KmsError | None = None
         self._held_until = time.monotonic() + store.rules.lease_s
         self.every_s = min(_TELL_EVERY_S, store.rules.lease_s / 3)
@@ -115,19 +124,23 @@ class Lease:
         return self._before[1] + self._failed
 
     @property
-    def progress(self) -> dict[str, int]:
+    def work(self) -> Work:
+        """What has been done so far."""
         items, failed, size_bytes = self._before
-        return {
-            "bytes_done": size_bytes + self._bytes,
-            "items_done": items + self._items,
-            "items_failed": failed + self._failed,
-        }
+        return Work(
+            items_done=items + self._items,
+            items_failed=failed + self._failed,
+            bytes_done=size_bytes + self._bytes,
+            tallies=self.tallies,
+            target=self.target,
+            result_digest=self.result_digest,
+        )
 
     def renew(self) -> None:
         """Extend it, unless it is lost: that ``check`` tells. It may still be told when the work is over."""
         asked = time.monotonic()
         try:
-            self._store.renew(self.claim, self.progress)
+            self._store.renew(self.claim, self.work.progress)
             self._held_until = asked + self._store.rules.lease_s
         except JobsUnavailable:  # Redis may come back before the lease is over
             return

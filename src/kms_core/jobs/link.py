@@ -58,7 +58,7 @@ class Cursor(NamedTuple):
 
 def reading(job_id: str, raw: Mapping[bytes, bytes]) -> Job:
     """The plain fields as a Job. UnknownJob where somebody wrote what no script of ours does."""
-    names = {name.encode(): name for name in Job.__struct_fields__}
+    names = {name.encode(): name for name in Job.__struct_fields__ if name != "end"}
     known = {names[name]: value.decode(errors="replace") for name, value in raw.items() if name in names}
     tallies = {
         name.decode(errors="replace").removeprefix(TALLY): value.decode(errors="replace")

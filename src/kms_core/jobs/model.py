@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from kms_core.context import Context
 from kms_core.errors import KmsError
+from kms_core.jobs.ends import SignedEnd, Work
 from kms_core.jobs.trees import is_tree
 from kms_core.policy import Grant, Principal
 from kms_core.wire import ENDED, JobKind, JobState, Priority
@@ -64,8 +65,8 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``target`` is empty or a URL. ``starts`` says where in the items each part of some hundred begins; a job
     that is such a part names its ``parent`` and its number. A part of a job over many files has those lines
     of the listing ``manifest`` (the fence of the attempt that made it) that lie between its two ``starts``,
-    from the ``first`` on. ``callback`` names a webhook endpoint of the settings. Times are
-    seconds since the epoch.
+    from the ``first`` on. ``callback`` names a webhook endpoint of the settings. ``signed_end`` says that it
+    ends with a ``SignedEnd``; records of 0.1 lack it. Times are seconds since the epoch.
     """
 
     job_id: str
@@ -95,6 +96,7 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     request_id: str = ""
     traceparent: str = ""
     digest: bytes = b""
+    signed_end: bool = False
     created_at: float
     expires_at: float
 
@@ -166,6 +168,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What moves: one reading of the plain fields. Nothing in it says what to do, or for whom.
 
     Others may have written them, so each has bounds: whoever shows a job need not expect a NaN.
+
+    ``end`` is the verified end of a job that succeeded, or failed with ``items_failed``; its counts are those
+    told here. None before the end, for other ends, and for a record of 0.1, whose ends were not signed.
     """
 
     job_id: str
@@ -192,6 +197,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     parent: str = ""
     campaign: Literal["", "dry", "wet"] = ""
     tallies: dict[str, Count] = {}
+    end: SignedEnd | None = None
 
     @property
     def ended(self) -> bool:
@@ -279,7 +285,7 @@ class Rules:
 class Claim:
     """One attempt at a job: the accepted part, unsealed, and the fence that makes its effects count.
 
-    ``is_large``: it was claimed as a large job, see ``Rules``.
+    ``is_large``: it was claimed as a large job, see ``Rules``. ``spec`` is the digest of the sealed record.
     """
 
     accepted: Accepted
@@ -291,3 +297,24 @@ class Claim:
     is_large: bool = False
     commit: Commit | None = field(default=None)
     log: Log = field(default_factory=Log)
+    spec: bytes = b""
+
+    def end(self, state: JobState, error: str, work: Work, keep_record_s: float) -> SignedEnd:
+        """What this attempt came to, to be signed; ``keep_record_s`` is how long expired records are kept."""
+        job = self.accepted
+        return SignedEnd(
+            spec=self.spec,
+            fence=self.fence,
+            attempt=self.attempt,
+            state=state,
+            error=error,
+            items=job.items,
+            items_done=work.items_done,
+            items_failed=work.items_failed,
+            size_bytes=job.size_bytes,
+            bytes_done=work.bytes_done,
+            tallies=dict(work.tallies),
+            target=work.target,
+            result_digest=work.result_digest,
+            kept_until=job.expires_at + keep_record_s,
+        )

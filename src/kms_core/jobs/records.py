@@ -10,11 +10,13 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from kms_core.envelope.kdf import KEY_BYTES, hkdf
 from kms_core.errors import UnknownJob
+from kms_core.jobs.ends import SignedEnd
 from kms_core.jobs.model import Accepted, Commit, Log
 
 _VERSION: Final = b"\x01"
 _COMMIT: Final = b"commit"
 _LOG: Final = b"log"
+_END: Final = b"end"
 _TAG_BYTES: Final = 32
 _SALT_BYTES: Final = 32
 _ZERO_NONCE: Final = bytes(12)
@@ -63,6 +65,14 @@ class RecordKey:
     def open_log(self, job_id: str, signed: bytes) -> Log:
         """The log of a part. UnknownJob if it was not written here for this job id."""
         return msgspec.msgpack.decode(self._verified(_LOG, job_id, signed), type=Log)
+
+    def sign_end(self, job_id: str, end: SignedEnd) -> bytes:
+        """How a job ended, as it rests in Redis: behind a MAC, or others could have it told as done."""
+        return self._signed(_END, job_id, msgspec.msgpack.encode(end))
+
+    def open_end(self, job_id: str, signed: bytes) -> SignedEnd:
+        """The end of a job. UnknownJob if it was not written here for this job id."""
+        return msgspec.msgpack.decode(self._verified(_END, job_id, signed), type=SignedEnd)
 
     def _signed(self, label: bytes, job_id: str, body: bytes) -> bytes:
         return self.digest(label, job_id.encode(), body) + body

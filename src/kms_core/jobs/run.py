@@ -72,7 +72,7 @@ def _attempt(claim: Claim, shop: Shop) -> None:
         with Lease(store, claim) as lease:
             code = _work(lease, shop)
         state: JobState = "failed" if code else "succeeded"
-        store.finish(claim, state, code, lease.progress)
+        store.finish(claim, state, code, lease.work)
         _log.info("job.finished", job_id=job.job_id, state=state, code=code)
     except LeaseLost:
         _log.warning("job.lease_lost", job_id=job.job_id, fence=claim.fence)
@@ -156,7 +156,7 @@ def _defer(claim: Claim, store: JobStore, exc: Unavailable) -> None:
 
 
 def _end_badly(claim: Claim, shop: Shop, exc: KmsError) -> None:
-    state = "cancelled" if isinstance(exc, JobCancelled) else "failed"
+    state: JobState = "cancelled" if isinstance(exc, JobCancelled) else "failed"
     shop.store.finish(claim, state, exc.code)
     job: Accepted = claim.accepted
     if job.parent:

@@ -17,7 +17,8 @@ from kms_core.errors import (
     UnknownJob,
 )
 from kms_core.jobs import letters
-from kms_core.jobs.link import PREFIX, Cursor, busy_key, job_key, number, raise_for, reading, redis_errors
+from kms_core.jobs.ends import Work, needs_proof, spec_digest
+from kms_core.jobs.link import PREFIX, busy_key, job_key, number, raise_for, redis_errors
 from kms_core.jobs.model import (
     REFUSED,
     Accepted,
@@ -31,23 +32,21 @@ from kms_core.jobs.model import (
     Rules,
     part_id,
 )
+from kms_core.jobs.reading import JobReader
 from kms_core.jobs.records import RecordKey
-from kms_core.jobs.upkeep import Upkeep
+from kms_core.wire import JobState
 
 SHED_S: Final = 10.0
-_DEAD_SCAN: Final = 10_000
 _MOST_PARTS: Final = 100_000  # in Redis anything may stand
 _log = structlog.get_logger(__name__)
 
 
-class JobStore(Upkeep):
+class JobStore(JobReader):
     """Submit, claim, renew, commit, finish: one script each, all safe to repeat."""
 
     def __init__(self, client: redis.Redis, record_key: RecordKey, nudge: Nudge | None, rules: Rules) -> None:
         """Without a ``nudge`` the broker's lists lie in this Redis, and messages are put there right away."""
-        super().__init__(client)
-        self.rules = rules
-        self.record_key = record_key
+        super().__init__(client, record_key, rules)
         self._nudge = nudge
 
     # -- the submitter's side -------------------------------------------------------------------------
@@ -138,72 +137,6 @@ class JobStore(Upkeep):
         except JobsUnavailable:
             metrics.JOB_RESUMES.labels("nudge_failed").inc()
 
-    def get(self, job_id: str, tenant: str) -> Job:
-        """One job of this tenant; UnknownJob for another's too."""
-        with redis_errors():
-            raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
-        if not raw or raw.get(b"tenant") != tenant.encode() or b"parent" in raw:
-            raise UnknownJob
-        return reading(job_id, raw)
-
-    def part(self, job_id: str) -> Job:
-        """A part of a job, for the service's own eyes: nobody may look at, cancel or retry it by itself."""
-        with redis_errors():
-            raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
-        if not raw:
-            raise UnknownJob
-        return reading(job_id, raw)
-
-    def accepted(self, job_id: str) -> Accepted:
-        """The sealed part of a job, opened. UnknownJob if it is not there or was not sealed by us."""
-        with redis_errors():
-            sealed = cast("bytes | None", self.redis.hget(job_key(job_id), "sealed"))
-        if sealed is None:
-            raise UnknownJob
-        return self.record_key.open(job_id, sealed)
-
-    def page(
-        self, tenant: str, *, state: str | None, limit: int, before: str | None
-    ) -> tuple[list[Job], str | None]:
-        """Newest first. The cursor names the last one seen: what comes or goes meanwhile moves nothing.
-
-        Raises InvalidRequest for a cursor that is not one.
-        """
-        at = Cursor.parse(before) if before else Cursor.newest()
-        found: list[Job] = []
-        while True:
-            older = self._older(tenant, at, limit)
-            for at in older:
-                job = self._listed(at.job_id, tenant)
-                if job and state in {None, job.state}:
-                    found.append(job)
-                if len(found) == limit:
-                    return found, str(at)
-            if not older:
-                return found, None
-
-    def _older(self, tenant: str, at: Cursor, count: int) -> list[Cursor]:
-        """The next jobs behind a cursor; none only at the end of the list."""
-        start = 0
-        while True:
-            with redis_errors():
-                rows = cast(
-                    "list[tuple[bytes, float]]",
-                    self.redis.zrevrangebyscore(
-                        f"{PREFIX}tenant:{tenant}", at.created_at, "-inf", start, count, withscores=True
-                    ),
-                )
-            older = [one for row in rows if (one := Cursor.of(*row)) and one < at]
-            if older or not rows:
-                return older
-            start += len(rows)
-
-    def _listed(self, job_id: str, tenant: str) -> Job | None:
-        try:
-            return self.get(job_id, tenant)
-        except UnknownJob:  # it has expired: the caretaker takes it out of the list; or it is none of ours
-            return None
-
     def cancel(self, job_id: str, tenant: str) -> Job:
         """Ends a queued job now, a running one at its next item or slab. Raises JobCommitting, UnknownJob."""
         count = min(self.get(job_id, tenant).parts, _MOST_PARTS)
@@ -232,13 +165,6 @@ class JobStore(Upkeep):
         job = self.get(job_id, tenant)
         self.nudge(job_id, job.lane)
         return job
-
-    def dead(self, tenant: str, limit: int) -> list[Job]:
-        """Dead letters of this tenant, newest first."""
-        with redis_errors():
-            ids = cast("list[bytes]", self.redis.zrevrange(f"{PREFIX}dead", 0, _DEAD_SCAN - 1))
-            found = (self._listed(raw.decode(errors="replace"), tenant) for raw in ids)
-            return [job for job in found if job is not None][:limit]
 
     # -- the worker's side ----------------------------------------------------------------------------
 
@@ -281,6 +207,7 @@ class JobStore(Upkeep):
                 is_large=bool(int(is_large)),
                 commit=self.record_key.open_commit(job_id, commit) if commit else None,
                 log=self.record_key.open_log(job_id, log) if log else Log(),
+                spec=spec_digest(sealed or b""),
             )
         except UnknownJob:
             self._refuse(job_id, int(fence))
@@ -335,12 +262,6 @@ class JobStore(Upkeep):
             )[0]
         raise_for(word)
 
-    def log_of(self, job_id: str) -> Log:
-        """How far a part came. UnknownJob if that was not written by us."""
-        with redis_errors():
-            signed = cast("bytes | None", self.redis.hget(job_key(job_id), "log"))
-        return self.record_key.open_log(job_id, signed) if signed else Log()
-
     def pace(self, job: Accepted, wanted: int) -> tuple[int, float]:
         """How many files may be begun now; if none, in how many seconds it may be ``wanted``."""
         with redis_errors():
@@ -362,14 +283,20 @@ class JobStore(Upkeep):
             )[0]
         raise_for(word)
 
-    def finish(self, claim: Claim, state: str, code: str = "", fields: Fields | None = None) -> None:
-        """End the job. Only the holder of the newest fence can; raises LeaseLost otherwise."""
-        flat = [part for pair in (fields or {}).items() for part in pair]
-        job_id = claim.accepted.job_id
+    def finish(self, claim: Claim, state: JobState, code: str = "", work: Work | None = None) -> None:
+        """End the job, signed where the end needs a proof.
+
+        Only the holder of the newest fence can; raises LeaseLost otherwise.
+        """
+        job_id, keep_s = claim.accepted.job_id, self.rules.keep_record_s
+        fields: dict[str, int | bytes] = {**work.progress} if work else {}
+        if needs_proof(state, code):
+            end = claim.end(state, code, work or Work(), keep_s)
+            fields["end"] = self.record_key.sign_end(job_id, end)
+        flat = [part for pair in fields.items() for part in pair]
         with redis_errors():
-            word = self._run["FINISH"](
-                [job_key(job_id)], [job_id, claim.fence, state, code, self.rules.keep_record_s, *flat]
-            )[0]
+            given = [job_id, claim.fence, state, code, keep_s, *flat]
+            word = self._run["FINISH"]([job_key(job_id)], given)[0]
         raise_for(word)
         if not claim.accepted.parent:
             metrics.JOBS.labels(claim.accepted.kind, state).inc()

@@ -1,0 +1,87 @@
+"""How a job ended, as a worker signs it; knows no Redis and no key.
+
+Others can write any state into a record in Redis. The ends that somebody acts on, ``succeeded`` and
+``failed`` with ``items_failed``, therefore count only with the MAC of a worker (``RecordKey.sign_end``).
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from kms_core.wire import JobState
+
+ITEMS_FAILED: Final = "items_failed"
+CLOCK_LEEWAY_S: Final = 60.0
+"""So far the clocks of machines may be apart where a worker or the API goes by its own."""
+
+
+class PlacedTarget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The target that a job wrote: ``inode`` and ``mtime_ns`` of a file, ``parts`` of an object.
+
+    ``parts`` is a digest of what was sent of a multipart upload, empty for an object of a single write.
+    """
+
+    url: str
+    size_bytes: int
+    inode: int = 0
+    mtime_ns: int = 0
+    parts: str = ""
+
+
+class SignedEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one attempt at a job came to.
+
+    ``spec`` is SHA-256 of the sealed record as it lies in Redis, so an end counts for no other record of the
+    same id. ``result_digest`` is of the result in the spool, or of the ends of its parts. ``kept_until``
+    (seconds since the epoch) is when the record has left Redis by itself: from then on it proves nothing.
+    """
+
+    spec: bytes
+    fence: int
+    attempt: int
+    state: JobState
+    error: str = ""
+    items: int = 0
+    items_done: int = 0
+    items_failed: int = 0
+    size_bytes: int = 0
+    bytes_done: int = 0
+    parts: int = 0
+    tallies: dict[str, int] = {}
+    target: PlacedTarget | None = None
+    result_digest: bytes = b""
+    kept_until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an attempt has done, in items and bytes, and what it made."""
+
+    items_done: int = 0
+    items_failed: int = 0
+    bytes_done: int = 0
+    tallies: Mapping[str, int] = field(default_factory=dict)
+    target: PlacedTarget | None = None
+    result_digest: bytes = b""
+
+    @property
+    def progress(self) -> dict[str, int]:
+        """The fields of the job's record that say so."""
+        return {
+            "bytes_done": self.bytes_done,
+            "items_done": self.items_done,
+            "items_failed": self.items_failed,
+        }
+
+
+def needs_proof(state: str, error: str) -> bool:
+    """Whether an end counts only if it is signed: callers read the result, or delete the source, after it."""
+    return state == "succeeded" or (state == "failed" and error == ITEMS_FAILED)
+
+
+def spec_digest(sealed: bytes) -> bytes:
+    """What binds an end to the record that was carried out."""
+    return hashlib.sha256(sealed).digest()

@@ -1,0 +1,164 @@
+"""The reading side of the job store: jobs as their owners are told of them, with their ends verified.
+
+An end that needs a proof (``ends.needs_proof``) and has none is told as ``failed`` with ``record_refused``;
+all other states are told as Redis has them.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Final, cast
+
+import msgspec
+import redis
+import structlog
+
+from kms_core.errors import UnknownJob
+from kms_core.jobs.ends import CLOCK_LEEWAY_S, SignedEnd, needs_proof, spec_digest
+from kms_core.jobs.link import PREFIX, Cursor, job_key, reading, redis_errors
+from kms_core.jobs.model import REFUSED, Accepted, Job, Log, Rules
+from kms_core.jobs.records import RecordKey
+from kms_core.jobs.upkeep import Upkeep
+
+_DEAD_SCAN: Final = 10_000
+_log = structlog.get_logger(__name__)
+
+
+class JobReader(Upkeep):
+    """One job, a tenant's list, the sealed parts. JobStore inherits it; all raise JobsUnavailable."""
+
+    def __init__(self, client: redis.Redis, record_key: RecordKey, rules: Rules) -> None:
+        super().__init__(client)
+        self.record_key = record_key
+        self.rules = rules
+
+    def get(self, job_id: str, tenant: str) -> Job:
+        """One job of this tenant; UnknownJob for another's too."""
+        with redis_errors():
+            raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
+        if not raw or raw.get(b"tenant") != tenant.encode() or b"parent" in raw:
+            raise UnknownJob
+        return self.told(job_id, raw)
+
+    def part(self, job_id: str) -> Job:
+        """A part of a job, for the service's own eyes: nobody may look at, cancel or retry it by itself."""
+        with redis_errors():
+            raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
+        if not raw:
+            raise UnknownJob
+        return self.told(job_id, raw)
+
+    def accepted(self, job_id: str) -> Accepted:
+        """The sealed part of a job, opened. UnknownJob if it is not there or was not sealed by us."""
+        with redis_errors():
+            sealed = cast("bytes | None", self.redis.hget(job_key(job_id), "sealed"))
+        if sealed is None:
+            raise UnknownJob
+        return self.record_key.open(job_id, sealed)
+
+    def page(
+        self, tenant: str, *, state: str | None, limit: int, before: str | None
+    ) -> tuple[list[Job], str | None]:
+        """Newest first. The cursor names the last one seen: what comes or goes meanwhile moves nothing.
+
+        Raises InvalidRequest for a cursor that is not one.
+        """
+        at = Cursor.parse(before) if before else Cursor.newest()
+        found: list[Job] = []
+        while True:
+            older = self._older(tenant, at, limit)
+            for at in older:
+                job = self._listed(at.job_id, tenant)
+                if job and state in {None, job.state}:
+                    found.append(job)
+                if len(found) == limit:
+                    return found, str(at)
+            if not older:
+                return found, None
+
+    def _older(self, tenant: str, at: Cursor, count: int) -> list[Cursor]:
+        """The next jobs behind a cursor; none only at the end of the list."""
+        start = 0
+        while True:
+            with redis_errors():
+                rows = cast(
+                    "list[tuple[bytes, float]]",
+                    self.redis.zrevrangebyscore(
+                        f"{PREFIX}tenant:{tenant}", at.created_at, "-inf", start, count, withscores=True
+                    ),
+                )
+            older = [one for row in rows if (one := Cursor.of(*row)) and one < at]
+            if older or not rows:
+                return older
+            start += len(rows)
+
+    def _listed(self, job_id: str, tenant: str) -> Job | None:
+        try:
+            return self.get(job_id, tenant)
+        except UnknownJob:  # it has expired: the caretaker takes it out of the list; or it is none of ours
+            return None
+
+    def dead(self, tenant: str, limit: int) -> list[Job]:
+        """Dead letters of this tenant, newest first."""
+        with redis_errors():
+            ids = cast("list[bytes]", self.redis.zrevrange(f"{PREFIX}dead", 0, _DEAD_SCAN - 1))
+            found = (self._listed(raw.decode(errors="replace"), tenant) for raw in ids)
+            return [job for job in found if job is not None][:limit]
+
+    def log_of(self, job_id: str) -> Log:
+        """How far a part came. UnknownJob if that was not written by us."""
+        with redis_errors():
+            signed = cast("bytes | None", self.redis.hget(job_key(job_id), "log"))
+        return self.record_key.open_log(job_id, signed) if signed else Log()
+
+    def told(self, job_id: str, raw: Mapping[bytes, bytes]) -> Job:
+        """The fields of a record as a Job, its end verified. UnknownJob where they are not those of a job."""
+        job = reading(job_id, raw)
+        if not needs_proof(job.state, job.error):
+            return job
+        sealed = raw.get(b"sealed", b"")
+        end = self._end(job_id, raw.get(b"end", b""))
+        if end and _proves(end, job, sealed):
+            return _as_signed(job, end)
+        if self._had_unsigned_ends(job_id, sealed):
+            return job
+        _log.warning("job.end_refused", job_id=job_id)
+        return msgspec.structs.replace(job, state="failed", error=REFUSED)
+
+    def _end(self, job_id: str, signed: bytes) -> SignedEnd | None:
+        try:
+            return self.record_key.open_end(job_id, signed)
+        except (UnknownJob, msgspec.DecodeError):
+            return None
+
+    def _had_unsigned_ends(self, job_id: str, sealed: bytes) -> bool:
+        """Whether a record is of 0.1, and young enough to be still there by itself."""
+        try:
+            accepted = self.record_key.open(job_id, sealed)
+        except UnknownJob:
+            return False
+        kept_until = accepted.expires_at + self.rules.keep_record_s
+        return not accepted.signed_end and time.time() <= kept_until + CLOCK_LEEWAY_S
+
+
+def _proves(end: SignedEnd, job: Job, sealed: bytes) -> bool:
+    return (
+        (end.state, end.error) == (job.state, job.error)
+        and end.spec == spec_digest(sealed)
+        and time.time() <= end.kept_until + CLOCK_LEEWAY_S
+    )
+
+
+def _as_signed(job: Job, end: SignedEnd) -> Job:
+    return msgspec.structs.replace(
+        job,
+        attempt=end.attempt,
+        fence=end.fence,
+        items=end.items,
+        items_done=end.items_done,
+        items_failed=end.items_failed,
+        bytes=end.size_bytes,
+        bytes_done=end.bytes_done,
+        parts=end.parts,
+        tallies=end.tallies,
+        end=end,
+    )
