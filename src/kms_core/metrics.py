@@ -234,7 +234,7 @@ def announce(backends: Iterable[str], endpoints: Iterable[str]) -> None:
             JOBS.labels(kind, state)
         for result in ("ok", "failed"):
             JOB_ITEMS.labels(kind, result)
-    for reason in ("nudge_failed", "queued", "requeued", "committing", "due", "lost"):
+    for reason in ("nudge_failed", "queued", "requeued", "committing", "due", "lost", "parts_ended"):
         JOB_RESUMES.labels(reason)
 
 

@@ -21,7 +21,7 @@ _LOOK_AGAIN_S: Final = 10.0
 _SWEEP_EVERY: Final = 600
 _TRIM_EVERY: Final = 10
 _ORPHAN_AGE_S: Final = 3600.0
-_WANT_A_MESSAGE: Final = frozenset({"requeued", "committing", "due", "lost"})
+_WANT_A_MESSAGE: Final = frozenset({"requeued", "committing", "due", "lost", "parts_ended"})
 _NOTHING: Final = nullcontext()
 _log = structlog.get_logger(__name__)
 

@@ -58,6 +58,7 @@ local f = redis.call('HMGET', job, 'state', 'lease_until', 'not_before', 'cancel
 local state = f[1]
 if not state then return {'gone'} end
 if state ~= 'queued' and state ~= 'running' and state ~= 'committing' then return {'ended'} end
+if parts_ended(job) then return {'parts_ended'} end
 if state ~= 'queued' and number(f[2]) > now then return {'leased'} end
 if state == 'queued' and number(f[3]) > now then return {'early'} end
 local fence, attempt = number(f[7]) + 1, number(f[6])

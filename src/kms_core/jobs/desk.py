@@ -246,6 +246,7 @@ class Desk:
                 "priority": terms.priority,
                 "request_id": audit.request_id.get(),
                 "traceparent": traces.parent(),
+                "signed_end": True,
                 "digest": terms.named.digest if terms.named else digest,
                 "created_at": now,
                 "expires_at": now + (terms.ttl_s or self._rules.result_ttl_s),

@@ -31,31 +31,6 @@ class PlacedTarget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     parts: str = ""
 
 
-class SignedEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one attempt at a job came to.
-
-    ``spec`` is SHA-256 of the sealed record as it lies in Redis, so an end counts for no other record of the
-    same id. ``result_digest`` is of the result in the spool, or of the ends of its parts. ``kept_until``
-    (seconds since the epoch) is when the record has left Redis by itself: from then on it proves nothing.
-    """
-
-    spec: bytes
-    fence: int
-    attempt: int
-    state: JobState
-    error: str = ""
-    items: int = 0
-    items_done: int = 0
-    items_failed: int = 0
-    size_bytes: int = 0
-    bytes_done: int = 0
-    parts: int = 0
-    tallies: dict[str, int] = {}
-    target: PlacedTarget | None = None
-    result_digest: bytes = b""
-    kept_until: float
-
-
 @dataclass(frozen=True, slots=True)
 class Work:
     """What an attempt has done, in items and bytes, and what it made."""
@@ -77,11 +52,42 @@ class Work:
         }
 
 
+class SignedEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one attempt at a job came to.
+
+    Its MAC is also over the digest of the sealed record, so it counts for no other record of the same id.
+    ``result_digest`` is of the result in the spool, or of the ends of its parts. ``kept_until`` (seconds
+    since the epoch) is when the record has left Redis by itself: from then on it proves nothing.
+    """
+
+    fence: int
+    attempt: int
+    state: JobState
+    error: str = ""
+    items: int = 0
+    items_done: int = 0
+    items_failed: int = 0
+    size_bytes: int = 0
+    bytes_done: int = 0
+    parts: int = 0
+    tallies: dict[str, int] = {}
+    target: PlacedTarget | None = None
+    result_digest: bytes = b""
+    kept_until: float
+
+
+class SignedSplit(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job was cut into: ``digest`` is SHA-256 over the sealed records of its parts, in order."""
+
+    parts: int
+    digest: bytes
+
+
 def needs_proof(state: str, error: str) -> bool:
     """Whether an end counts only if it is signed: callers read the result, or delete the source, after it."""
     return state == "succeeded" or (state == "failed" and error == ITEMS_FAILED)
 
 
-def spec_digest(sealed: bytes) -> bytes:
-    """What binds an end to the record that was carried out."""
-    return hashlib.sha256(sealed).digest()
+def spec_digest(*sealed: bytes) -> bytes:
+    """SHA-256 of sealed records: what binds an end to what was carried out."""
+    return hashlib.sha256(b"".join(sealed)).digest()

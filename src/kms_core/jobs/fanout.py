@@ -18,7 +18,7 @@ import msgspec
 from kms_core import wire
 from kms_core.envelope import stream
 from kms_core.envelope.ranges import RangeReader
-from kms_core.errors import JobCancelled, KmsError, TooLarge, Unavailable
+from kms_core.errors import JobCancelled, JobExpired, KmsError, TooLarge, Unavailable
 from kms_core.jobs import bulk, campaign, files
 from kms_core.jobs.blobs import Label, Spool
 from kms_core.jobs.campaign import Outcome
@@ -116,6 +116,7 @@ def run(lease: Lease, kms: Kms, store: JobStore, spool: Spool, places: Places) -
     with spool.writing(label) as out:
         for line in lines(job, found, work.log):
             out.write(wire.encode(line) + b"\n")
+    lease.tallies = work.tallies
 
 
 class _Part:
@@ -137,6 +138,10 @@ class _Part:
             size_bytes=sum(one.size_bytes for one in found[: len(self.log.outcomes)]),
         )
 
+    @property
+    def tallies(self) -> dict[str, int]:
+        return self._tally.counts(self._job)
+
     def settle_all(self) -> None:
         if self.log.pending:
             self._settle(self._finish(self.log.pending, Outcome.parse(self.log.effect)))
@@ -153,7 +158,7 @@ class _Part:
         self._lease.item(failed=bool(outcome.code))
 
     def _step(self, log: Log) -> None:
-        counts = {f"{TALLY}{name}": number for name, number in self._tally.counts(self._job).items()}
+        counts = {f"{TALLY}{name}": number for name, number in self.tallies.items()}
         self._store.step(self._lease.claim, log, {"settled": self._tally.done, **counts})
 
     def _keep_pace(self, left: int) -> None:
@@ -183,7 +188,7 @@ class _Part:
             self._make_room(file.target)
             effect = Outcome(campaign.CHANGED if self._job.is_campaign else campaign.DONE, version)
             files.run(_Held(self._lease, self._claim(file)), self._kms, _Commits(self, effect), self._places)
-        except (LeaseLost, JobCancelled):
+        except (LeaseLost, JobCancelled, JobExpired):
             raise
         except Unavailable as exc:
             self._bear(exc)
@@ -197,7 +202,7 @@ class _Part:
         claim = self._claim(self._file(len(self.log.outcomes)), commit)
         try:
             files.run(_Held(self._lease, claim), self._kms, _Commits(self, effect), self._places)
-        except (LeaseLost, JobCancelled, Unavailable):
+        except (LeaseLost, JobCancelled, JobExpired, Unavailable):
             raise
         except KmsError as exc:
             return Outcome.refused(exc.code, effect.version)
@@ -246,7 +251,7 @@ class _Commits:
         self._effect = effect
 
     def committing(self, claim: Claim, commit: Commit) -> None:
-        del claim
+        claim.accepted.check_expiry()
         self._part.record(commit, self._effect)
 
 

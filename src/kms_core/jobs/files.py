@@ -27,10 +27,10 @@ REMOTE_SLAB_CHUNKS: Final = 32
 _REFUSED: Final = (TargetExists, PathRefused)
 
 
-def run(lease: Held, kms: Kms, store: Commits, places: Places) -> None:
+def run(lease: Held, kms: Kms, store: Commits, places: Places) -> Commit:
     """Do the work, or finish what an attempt that died began.
 
-    Raises PathRefused, TargetExists, SpoolFull, Unavailable.
+    Answers with what is in place. Raises PathRefused, TargetExists, SpoolFull, JobExpired, Unavailable.
     """
     job, commit = lease.claim.accepted, lease.claim.commit
     target = places.target(job.target, job.job_id, overwrite=job.overwrite)
@@ -45,11 +45,13 @@ def run(lease: Held, kms: Kms, store: Commits, places: Places) -> None:
             if pending:
                 pending.finish(commit)
             elif not target.finish(commit):
+                job.check_expiry()
                 with _attempt(lease, kms, places, target) as (pending, _):
                     pending.finish(commit)
     except _REFUSED:  # somebody took the target's name: the job has failed, and its file is in nobody's way
         target.give_up(commit)
         raise
+    return commit
 
 
 def sweep(job_id: str, target: str, fence: int, places: Places) -> None:

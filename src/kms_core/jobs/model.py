@@ -1,5 +1,6 @@
 """What a job is: the part that was accepted and never changes, and the part that moves. Knows no Redis."""
 
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,8 +10,8 @@ import msgspec
 from msgspec import Meta
 
 from kms_core.context import Context
-from kms_core.errors import KmsError
-from kms_core.jobs.ends import SignedEnd, Work
+from kms_core.errors import JobExpired, KmsError
+from kms_core.jobs.ends import CLOCK_LEEWAY_S, SignedEnd, Work
 from kms_core.jobs.trees import is_tree
 from kms_core.policy import Grant, Principal
 from kms_core.wire import ENDED, JobKind, JobState, Priority
@@ -99,6 +100,16 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     signed_end: bool = False
     created_at: float
     expires_at: float
+
+    @property
+    def is_expired(self) -> bool:
+        """Whether it has expired by the clock of this machine, with some leeway."""
+        return time.time() > self.expires_at + CLOCK_LEEWAY_S
+
+    def check_expiry(self) -> None:
+        """Raise JobExpired if nothing may be put in place for it any more."""
+        if self.is_expired:
+            raise JobExpired
 
     def __repr__(self) -> str:
         return f"Accepted({self.job_id}, {self.kind})"
@@ -194,6 +205,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     result: str = ""
     purged: Count = 0
     parts: Count = 0
+    parts_left: Count = 0
     parent: str = ""
     campaign: Literal["", "dry", "wet"] = ""
     tallies: dict[str, Count] = {}
@@ -202,6 +214,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def ended(self) -> bool:
         return self.state in ENDED
+
+    @property
+    def parts_ended(self) -> bool:
+        """Whether all its parts have ended, and it is to be ended by a worker."""
+        return not self.ended and self.parts > 0 and self.parts_left <= 0
 
     @property
     def lane(self) -> Lane:
@@ -299,11 +316,15 @@ class Claim:
     log: Log = field(default_factory=Log)
     spec: bytes = b""
 
+    @property
+    def bound(self) -> bytes:
+        """What its commit and log are bound to: the sealed record, unless that is of 0.1."""
+        return self.spec if self.accepted.signed_end else b""
+
     def end(self, state: JobState, error: str, work: Work, keep_record_s: float) -> SignedEnd:
         """What this attempt came to, to be signed; ``keep_record_s`` is how long expired records are kept."""
         job = self.accepted
         return SignedEnd(
-            spec=self.spec,
             fence=self.fence,
             attempt=self.attempt,
             state=state,

@@ -7,26 +7,49 @@ from kms_core.jobs.scripts import LIBRARY
 SPLIT: Final = (
     LIBRARY
     + """
--- KEYS: job   ARGV: id, fence, then of each part: id, sealed record, items, bytes, bytes that it reads
--- The job becomes the whole of its parts: it runs without a lease until the last of them ends.
+-- KEYS: job   ARGV: id, fence, signed split, then of each part: id, sealed record, items, bytes, bytes that
+--   it reads
+-- The job becomes the whole of its parts: it runs without a lease until the last of them ends. Parts of an
+-- earlier generation begin anew, under a fence that none of their attempts has.
 local ours, state, cancel = held(ARGV[2])
 if not ours or state ~= 'running' then return {'lost'} end
 if redis.call('HEXISTS', job, 'parts') == 1 then return {'split'} end  -- said twice
 if cancel then return {'cancel'} end
 local f = redis.call('HMGET', job, 'tenant', 'kind', 'queue', 'created_at', 'expires_at', 'priority')
 local parts, items, bytes = 0, 0, 0
-for i = 3, #ARGV, 5 do
+for i = 4, #ARGV, 5 do
+  local fence = redis.call('HGET', 'kms:job:' .. ARGV[i], 'fence')
+  if fence then
+    redis.call('DEL', 'kms:job:' .. ARGV[i])
+    redis.call('HSET', 'kms:job:' .. ARGV[i], 'fence', number(fence) + 1)
+    redis.call('ZREM', 'kms:ended', ARGV[i])
+  end
   redis.call('HSET', 'kms:job:' .. ARGV[i], 'state', 'queued', 'sealed', ARGV[i + 1], 'items', ARGV[i + 2],
     'bytes', ARGV[i + 3], 'work_bytes', ARGV[i + 4], 'tenant', f[1], 'kind', f[2], 'queue', f[3],
     'created_at', f[4], 'expires_at', f[5], 'priority', f[6] or 'normal', 'asked', now, 'parent', id)
   redis.call('ZADD', 'kms:open', now + 10, ARGV[i])
   parts, items, bytes = parts + 1, items + ARGV[i + 2], bytes + ARGV[i + 3]
 end
-redis.call('HSET', job, 'parts', parts, 'parts_left', parts, 'lease_until', f[5],
+redis.call('HSET', job, 'split', ARGV[3], 'parts', parts, 'parts_left', parts, 'lease_until', f[5],
   'items', string.format('%.0f', items), 'bytes', string.format('%.0f', bytes))
 redis.call('ZADD', 'kms:open', f[5], id)
 release(f[1], id)
 return {'split'}
+"""
+)
+
+END_PARENT: Final = (
+    LIBRARY
+    + """
+-- KEYS: job   ARGV: id, fence, state, code, keep_s, field, value, ...
+-- Ends a job whose parts have all ended; said twice, or by two workers, it is as if said once.
+local f = redis.call('HMGET', job, 'state', 'fence', 'cancel')
+if f[1] ~= 'running' and f[1] ~= 'queued' then return {'ended'} end
+if f[2] ~= ARGV[2] or not parts_ended(job) then return {'lost'} end
+if f[3] == '1' then finish('cancelled', 'cancelled', tonumber(ARGV[5])); return {'cancelled'} end
+redis.call('HSET', job, unpack(ARGV, 6))
+finish(ARGV[3], ARGV[4], tonumber(ARGV[5]))
+return {'finished'}
 """
 )
 
@@ -77,4 +100,4 @@ if #ids < tonumber(ARGV[2]) then following = 0 end
 return {following}
 """
 
-NAMES: Final = ("SPLIT", "STEP", "PACE", "TRIM")
+NAMES: Final = ("SPLIT", "END_PARENT", "STEP", "PACE", "TRIM")

@@ -5,8 +5,9 @@ all other states are told as Redis has them.
 """
 
 import time
-from collections.abc import Mapping
-from typing import Final, cast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, NamedTuple, cast
 
 import msgspec
 import redis
@@ -15,12 +16,36 @@ import structlog
 from kms_core.errors import UnknownJob
 from kms_core.jobs.ends import CLOCK_LEEWAY_S, SignedEnd, needs_proof, spec_digest
 from kms_core.jobs.link import PREFIX, Cursor, job_key, reading, redis_errors
-from kms_core.jobs.model import REFUSED, Accepted, Job, Log, Rules
+from kms_core.jobs.model import REFUSED, Accepted, Job, Log, Rules, part_id
 from kms_core.jobs.records import RecordKey
 from kms_core.jobs.upkeep import Upkeep
 
+MOST_PARTS: Final = 100_000  # in Redis anything may stand
+_PARTS_AT_ONCE: Final = 200
 _DEAD_SCAN: Final = 10_000
 _log = structlog.get_logger(__name__)
+
+
+class ParentRecord(NamedTuple):
+    """The sealed record of a job in parts, and the signed list of them, as they lie in Redis."""
+
+    sealed: bytes
+    split: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part as it is told, its sealed record and its log.
+
+    ``mark`` (32 bytes) stands for how it ended, in the end of its parent. ``is_unproven``: it says that it
+    succeeded, or that only items failed, and cannot prove it.
+    """
+
+    job: Job
+    sealed: bytes
+    log: Log
+    mark: bytes
+    is_unproven: bool
 
 
 class JobReader(Upkeep):
@@ -107,8 +132,45 @@ class JobReader(Upkeep):
     def log_of(self, job_id: str) -> Log:
         """How far a part came. UnknownJob if that was not written by us."""
         with redis_errors():
-            signed = cast("bytes | None", self.redis.hget(job_key(job_id), "log"))
-        return self.record_key.open_log(job_id, signed) if signed else Log()
+            found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "log", "sealed"))
+        log, sealed = [value or b"" for value in found]
+        return self._log(job_id, log, sealed) if log else Log()
+
+    def _log(self, job_id: str, log: bytes, sealed: bytes) -> Log:
+        try:
+            return self.record_key.open_log(job_id, log, spec_digest(sealed))
+        except UnknownJob:
+            if self.record_key.open(job_id, sealed).signed_end:
+                raise
+        return self.record_key.open_log(job_id, log)
+
+    def parent_record(self, job_id: str) -> ParentRecord:
+        """What the end of a job in parts is made from; fields that are not there are empty."""
+        with redis_errors():
+            found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "sealed", "split"))
+        return ParentRecord(*[value or b"" for value in found])
+
+    def parts_of(self, job_id: str, count: int) -> Iterator[Part]:
+        """The parts of a job in order, some hundred in one look. UnknownJob where one is not there."""
+        for start in range(0, min(count, MOST_PARTS), _PARTS_AT_ONCE):
+            ids = [part_id(job_id, number) for number in range(start, min(count, start + _PARTS_AT_ONCE))]
+            with redis_errors():
+                pipeline = self.redis.pipeline(transaction=False)
+                for name in ids:
+                    pipeline.hgetall(job_key(name))
+                records = cast("list[dict[bytes, bytes]]", pipeline.execute())
+            for name, raw in zip(ids, records, strict=True):
+                yield self._part(name, raw)
+
+    def _part(self, job_id: str, raw: Mapping[bytes, bytes]) -> Part:
+        job, sealed, log = self.told(job_id, raw), raw.get(b"sealed", b""), raw.get(b"log", b"")
+        try:
+            found = self._log(job_id, log, sealed) if log else Log()
+        except UnknownJob:  # it was forged, which is why the part was given up
+            found = Log()
+        mark = raw[b"end"] if job.end else f"{job.state} {job.error}".encode() + log
+        is_unproven = job.error == REFUSED and raw.get(b"error") != REFUSED.encode()
+        return Part(job, sealed, found, spec_digest(mark), is_unproven)
 
     def told(self, job_id: str, raw: Mapping[bytes, bytes]) -> Job:
         """The fields of a record as a Job, its end verified. UnknownJob where they are not those of a job."""
@@ -116,36 +178,32 @@ class JobReader(Upkeep):
         if not needs_proof(job.state, job.error):
             return job
         sealed = raw.get(b"sealed", b"")
-        end = self._end(job_id, raw.get(b"end", b""))
-        if end and _proves(end, job, sealed):
+        end = self._end(job_id, raw.get(b"end", b""), spec_digest(sealed))
+        if end and (end.state, end.error) == (job.state, job.error):
             return _as_signed(job, end)
         if self._had_unsigned_ends(job_id, sealed):
             return job
         _log.warning("job.end_refused", job_id=job_id)
         return msgspec.structs.replace(job, state="failed", error=REFUSED)
 
-    def _end(self, job_id: str, signed: bytes) -> SignedEnd | None:
+    def _end(self, job_id: str, signed: bytes, spec: bytes) -> SignedEnd | None:
         try:
-            return self.record_key.open_end(job_id, signed)
-        except (UnknownJob, msgspec.DecodeError):
+            end = self.record_key.open_end(job_id, signed, spec)
+        except UnknownJob:
             return None
+        return end if time.time() <= end.kept_until + CLOCK_LEEWAY_S else None
 
     def _had_unsigned_ends(self, job_id: str, sealed: bytes) -> bool:
-        """Whether a record is of 0.1, and young enough to be still there by itself."""
+        """Whether a record is of 0.1, whose ends were not signed."""
         try:
             accepted = self.record_key.open(job_id, sealed)
         except UnknownJob:
             return False
-        kept_until = accepted.expires_at + self.rules.keep_record_s
-        return not accepted.signed_end and time.time() <= kept_until + CLOCK_LEEWAY_S
+        return not accepted.signed_end and self.is_kept(accepted)
 
-
-def _proves(end: SignedEnd, job: Job, sealed: bytes) -> bool:
-    return (
-        (end.state, end.error) == (job.state, job.error)
-        and end.spec == spec_digest(sealed)
-        and time.time() <= end.kept_until + CLOCK_LEEWAY_S
-    )
+    def is_kept(self, accepted: Accepted) -> bool:
+        """Whether its record can still be in Redis by itself; an older one was put back."""
+        return time.time() <= accepted.expires_at + self.rules.keep_record_s + CLOCK_LEEWAY_S
 
 
 def _as_signed(job: Job, end: SignedEnd) -> Job:

@@ -10,13 +10,14 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from kms_core.envelope.kdf import KEY_BYTES, hkdf
 from kms_core.errors import UnknownJob
-from kms_core.jobs.ends import SignedEnd
+from kms_core.jobs.ends import SignedEnd, SignedSplit
 from kms_core.jobs.model import Accepted, Commit, Log
 
 _VERSION: Final = b"\x01"
 _COMMIT: Final = b"commit"
 _LOG: Final = b"log"
 _END: Final = b"end"
+_SPLIT: Final = b"split"
 _TAG_BYTES: Final = 32
 _SALT_BYTES: Final = 32
 _ZERO_NONCE: Final = bytes(12)
@@ -50,38 +51,54 @@ class RecordKey:
             return msgspec.msgpack.decode(plain, type=Accepted)
         raise UnknownJob("The record of this job was not written by this service")
 
-    def sign_commit(self, job_id: str, commit: Commit) -> bytes:
-        """A commit record as it rests in Redis: behind a MAC, or others could have a file put in place."""
-        return self._signed(_COMMIT, job_id, msgspec.json.encode(commit))
+    def sign_commit(self, job_id: str, commit: Commit, spec: bytes = b"") -> bytes:
+        """A commit record as it rests in Redis: behind a MAC, or others could have a file put in place.
 
-    def open_commit(self, job_id: str, signed: bytes) -> Commit:
-        """The commit record. UnknownJob if it was not written here for this job id."""
-        return msgspec.json.decode(self._verified(_COMMIT, job_id, signed), type=Commit)
+        ``spec`` is the digest of the sealed record, so that it counts for no other record of this id; empty
+        for a record of 0.1.
+        """
+        return self._signed(_COMMIT, job_id, spec, msgspec.json.encode(commit))
 
-    def sign_log(self, job_id: str, log: Log) -> bytes:
+    def open_commit(self, job_id: str, signed: bytes, spec: bytes = b"") -> Commit:
+        """The commit record. UnknownJob if it was not written here for this job id and sealed record."""
+        return msgspec.json.decode(self._verified(_COMMIT, job_id, spec, signed), type=Commit)
+
+    def sign_log(self, job_id: str, log: Log, spec: bytes = b"") -> bytes:
         """How far a part has come, as it rests in Redis: behind a MAC, like a commit record."""
-        return self._signed(_LOG, job_id, msgspec.msgpack.encode(log))
+        return self._signed(_LOG, job_id, spec, msgspec.msgpack.encode(log))
 
-    def open_log(self, job_id: str, signed: bytes) -> Log:
-        """The log of a part. UnknownJob if it was not written here for this job id."""
-        return msgspec.msgpack.decode(self._verified(_LOG, job_id, signed), type=Log)
+    def open_log(self, job_id: str, signed: bytes, spec: bytes = b"") -> Log:
+        """The log of a part. UnknownJob if it was not written here for this job id and sealed record."""
+        return msgspec.msgpack.decode(self._verified(_LOG, job_id, spec, signed), type=Log)
 
-    def sign_end(self, job_id: str, end: SignedEnd) -> bytes:
+    def sign_end(self, job_id: str, end: SignedEnd, spec: bytes) -> bytes:
         """How a job ended, as it rests in Redis: behind a MAC, or others could have it told as done."""
-        return self._signed(_END, job_id, msgspec.msgpack.encode(end))
+        return self._signed(_END, job_id, spec, msgspec.msgpack.encode(end))
 
-    def open_end(self, job_id: str, signed: bytes) -> SignedEnd:
-        """The end of a job. UnknownJob if it was not written here for this job id."""
-        return msgspec.msgpack.decode(self._verified(_END, job_id, signed), type=SignedEnd)
+    def open_end(self, job_id: str, signed: bytes, spec: bytes) -> SignedEnd:
+        """The end of a job. UnknownJob if it was not written here for this job id and sealed record."""
+        return msgspec.msgpack.decode(self._verified(_END, job_id, spec, signed), type=SignedEnd)
 
-    def _signed(self, label: bytes, job_id: str, body: bytes) -> bytes:
-        return self.digest(label, job_id.encode(), body) + body
+    def sign_split(self, job_id: str, split: SignedSplit, spec: bytes) -> bytes:
+        """What a job was cut into, as it rests in Redis: behind a MAC, or others could leave out parts."""
+        return self._signed(_SPLIT, job_id, spec, msgspec.msgpack.encode(split))
 
-    def _verified(self, label: bytes, job_id: str, signed: bytes) -> bytes:
+    def open_split(self, job_id: str, signed: bytes, spec: bytes) -> SignedSplit:
+        """What a job was cut into. UnknownJob if not written here for this job id and sealed record."""
+        return msgspec.msgpack.decode(self._verified(_SPLIT, job_id, spec, signed), type=SignedSplit)
+
+    def _signed(self, label: bytes, job_id: str, spec: bytes, body: bytes) -> bytes:
+        return self._tag(label, job_id, spec, body) + body
+
+    def _verified(self, label: bytes, job_id: str, spec: bytes, signed: bytes) -> bytes:
         tag, body = signed[:_TAG_BYTES], signed[_TAG_BYTES:]
-        if not hmac.compare_digest(tag, self.digest(label, job_id.encode(), body)):
+        if not hmac.compare_digest(tag, self._tag(label, job_id, spec, body)):
             raise UnknownJob("A record of this job was not written by this service")
         return body
+
+    def _tag(self, label: bytes, job_id: str, spec: bytes, body: bytes) -> bytes:
+        bound = (spec,) if spec else ()
+        return self.digest(label, job_id.encode(), *bound, body)
 
     def digest(self, *parts: bytes) -> bytes:
         """A keyed digest of 32 bytes: a plain one of a short secret could be guessed."""

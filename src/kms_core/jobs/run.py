@@ -9,8 +9,9 @@ import structlog
 
 from kms_core import audit, metrics, traces
 from kms_core.errors import JobCancelled, JobsUnavailable, KmsError, PathRefused, Unavailable
-from kms_core.jobs import bulk, fanout, files, permits, uploads
+from kms_core.jobs import bulk, fanout, files, parents, permits, uploads
 from kms_core.jobs.blobs import ITEMS, UPLOAD, Label, Spool
+from kms_core.jobs.ends import ITEMS_FAILED, PlacedTarget
 from kms_core.jobs.fanout import Paced
 from kms_core.jobs.lease import FoundLarge, Lease
 from kms_core.jobs.model import DEAD, Accepted, Claim, Job, LeaseLost
@@ -108,6 +109,8 @@ def _ended(claim: Claim, state: JobState, code: str) -> Job:
 def _tidy(job: Accepted, shop: Shop, whole: Job | None = None) -> None:
     """Remove what an ended job needs no more: items, half-written targets; all of it if cancelled."""
     whole = whole or shop.store.get(job.owner, job.tenant)
+    if whole.parts_ended:
+        whole = parents.end(whole, shop.store)
     if job.is_tree:
         if job.parent:
             fanout.abandon(job, shop.store.part(job.job_id), shop.spool, shop.places, shop.store)
@@ -125,15 +128,22 @@ def _work(lease: Lease, shop: Shop) -> str:
     job = lease.claim.accepted
     if job.source == ITEMS:
         bulk.run(lease, shop.kms, shop.spool)
-        return "items_failed" if lease.failed_items else ""
+        return ITEMS_FAILED if lease.failed_items else ""
     if job.is_tree:
         if job.parent:
             fanout.run(lease, shop.kms, shop.store, shop.spool, shop.places)
-        return "items_failed" if lease.failed_items else ""
+        return ITEMS_FAILED if lease.failed_items else ""
     if job.source == UPLOAD:
         uploads.run(lease, shop.kms, shop.spool)
         return ""
-    files.run(lease, shop.kms, shop.store, shop.places)
+    commit = files.run(lease, shop.kms, shop.store, shop.places)
+    lease.target = PlacedTarget(
+        url=job.target,
+        size_bytes=commit.size_bytes,
+        inode=commit.inode,
+        mtime_ns=commit.mtime_ns,
+        parts=commit.parts,
+    )
     return ""
 
 

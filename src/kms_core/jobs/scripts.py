@@ -83,9 +83,10 @@ local function close(key, name, state, code, keep_s)
   return f[5]
 end
 
--- A part that ends counts for the whole; the last one ends it. Of a part that was given up, what it had
--- settled well still counts.
-local function count(parent, state, code, keep_s)
+-- A part that ends counts for the whole, for its progress: of a part that was given up, what it had settled
+-- well still counts. After the last one a worker verifies the ends of all and ends the whole (END_PARENT);
+-- if it dies, REAP sends for another.
+local function count(parent, state, code)
   local whole = 'kms:job:' .. parent
   if redis.call('HGET', whole, 'state') ~= 'running' then return end
   local f = redis.call('HMGET', job, 'items', 'items_failed', 'bytes', 'settled')
@@ -99,18 +100,21 @@ local function count(parent, state, code, keep_s)
     if string.sub(all[i], 1, 6) == 'tally:' then redis.call('HINCRBY', whole, all[i], all[i + 1]) end
   end
   if redis.call('HINCRBY', whole, 'parts_left', -1) > 0 then return end
-  local w = redis.call('HMGET', whole, 'cancel', 'items_failed')
-  if w[1] == '1' then close(whole, parent, 'cancelled', 'cancelled', keep_s)
-  elseif tonumber(w[2]) > 0 then close(whole, parent, 'failed', 'items_failed', keep_s)
-  else close(whole, parent, 'succeeded', '', keep_s) end
+  redis.call('HSET', whole, 'lease_until', now + 5)
+  redis.call('ZADD', 'kms:open', now + 5, parent)
 end
 
 local function finish(state, code, keep_s)
   local parent = close(job, id, state, code, keep_s)
-  if parent then count(parent, state, code, keep_s)
+  if parent then count(parent, state, code)
   elseif code == 'attempts_exhausted' or code == 'record_refused' then
     redis.call('ZADD', 'kms:dead', now, id)
   end
+end
+
+local function parts_ended(key)
+  local f = redis.call('HMGET', key, 'parts', 'parts_left')
+  return f[1] and number(f[2]) <= 0
 end
 
 local function stopped_whole(parent)
@@ -254,13 +258,19 @@ return {state}
 RETRY: Final = (
     LIBRARY
     + """
--- KEYS: job   ARGV: id, tenant, expires_at
-local f = redis.call('HMGET', job, 'state', 'error', 'tenant')
+-- KEYS: job   ARGV: id, tenant, expires_at, sealed record, the fence of an end that was found unproven, or ''
+-- A job that was cut into parts is cut anew.
+local f = redis.call('HMGET', job, 'state', 'error', 'tenant', 'fence')
 if f[3] ~= ARGV[2] then return {'gone'} end
-local dead = f[2] == 'attempts_exhausted' or f[2] == 'record_refused'
-if f[1] ~= 'failed' or not dead then return {'not dead'} end
+local dead = f[1] == 'failed' and (f[2] == 'attempts_exhausted' or f[2] == 'record_refused')
+local signs = f[1] == 'succeeded' or (f[1] == 'failed' and f[2] == 'items_failed')
+if not dead and not (signs and ARGV[5] == (f[4] or '0')) then return {'not dead'} end
+for _, name in ipairs(redis.call('HKEYS', job)) do
+  if string.sub(name, 1, 6) == 'tally:' then redis.call('HDEL', job, name) end
+end
+redis.call('HDEL', job, 'parts', 'parts_left', 'split', 'end', 'cancel', 'purged')
 redis.call('HSET', job, 'state', 'queued', 'error', '', 'attempt', 0, 'not_before', 0, 'asked', now,
-  'expires_at', ARGV[3])
+  'expires_at', ARGV[3], 'sealed', ARGV[4])
 redis.call('HINCRBY', job, 'fence', 1)
 redis.call('PERSIST', job)
 redis.call('ZREM', 'kms:dead', id)
@@ -278,7 +288,8 @@ REAP: Final = (
 -- KEYS: job   ARGV: id, seconds until the next look, then lanes ('<queue> <priority>') and since when the
 --   oldest message of each waits
 -- A job whose lease ran out goes back to the queue; a committing one stays, for any worker to finish.
--- The answer is a word and, of a job that may want a message, its queue and priority.
+-- The answer is a word and, of a job that may want a message, its queue and priority: so does one whose
+-- parts have all ended, but which nobody has ended.
 -- A deferred job has used up its message: it is owed one when its time has come. The message of one that was
 -- asked for before the oldest in its lane was lost: lanes are queues.
 local f = redis.call('HMGET', job, 'state', 'lease_until', 'queue', 'priority', 'asked', 'created_at')
@@ -290,6 +301,7 @@ if f[1] ~= 'queued' and f[1] ~= 'running' and f[1] ~= 'committing' then  -- ende
   redis.call('ZREM', 'kms:open', id); return {f[1]}
 end
 redis.call('ZADD', 'kms:open', now + tonumber(ARGV[2]), id)
+if parts_ended(job) then return {'parts_ended', f[3], f[4]} end
 if f[1] == 'running' then
   redis.call('HSET', job, 'state', 'queued', 'lease_until', 0, 'not_before', 0, 'asked', now)
   release(redis.call('HGET', job, 'tenant'), id)

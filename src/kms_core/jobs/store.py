@@ -1,6 +1,7 @@
 """The job store: records in Redis, moved by compare-and-set scripts; knows no queue, disk or key backend."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, cast
 
 import msgspec
@@ -11,15 +12,17 @@ from kms_core import metrics
 from kms_core.errors import (
     IdempotencyConflict,
     JobCommitting,
+    JobExpired,
     JobNotDead,
     JobsUnavailable,
     RateLimited,
     UnknownJob,
 )
 from kms_core.jobs import letters
-from kms_core.jobs.ends import Work, needs_proof, spec_digest
-from kms_core.jobs.link import PREFIX, busy_key, job_key, number, raise_for, redis_errors
+from kms_core.jobs.ends import SignedEnd, SignedSplit, Work, needs_proof, spec_digest
+from kms_core.jobs.link import PREFIX, TALLY, busy_key, job_key, number, raise_for, redis_errors
 from kms_core.jobs.model import (
+    DEAD,
     REFUSED,
     Accepted,
     Claim,
@@ -32,12 +35,11 @@ from kms_core.jobs.model import (
     Rules,
     part_id,
 )
-from kms_core.jobs.reading import JobReader
+from kms_core.jobs.reading import MOST_PARTS, JobReader
 from kms_core.jobs.records import RecordKey
 from kms_core.wire import JobState
 
 SHED_S: Final = 10.0
-_MOST_PARTS: Final = 100_000  # in Redis anything may stand
 _log = structlog.get_logger(__name__)
 
 
@@ -139,7 +141,7 @@ class JobStore(JobReader):
 
     def cancel(self, job_id: str, tenant: str) -> Job:
         """Ends a queued job now, a running one at its next item or slab. Raises JobCommitting, UnknownJob."""
-        count = min(self.get(job_id, tenant).parts, _MOST_PARTS)
+        count = min(self.get(job_id, tenant).parts, MOST_PARTS)
         parts = [part_id(job_id, number) for number in range(count)]
         with redis_errors():
             given = [job_id, tenant, self.rules.keep_record_s, *parts]
@@ -154,10 +156,17 @@ class JobStore(JobReader):
         return job
 
     def retry(self, job_id: str, tenant: str, ttl_s: float) -> Job:
-        """Give a dead letter all its attempts again. Raises JobNotDead for any other job, UnknownJob."""
-        self.get(job_id, tenant)
+        """Give a dead letter all its attempts again, for ``ttl_s`` seconds: it is sealed anew.
+
+        Raises JobNotDead for any other job, and if its record is not one that this service wrote; UnknownJob.
+        """
+        job = self.get(job_id, tenant)
+        seen = job.fence if job.error in DEAD else ""
+        accepted = self._to_retry(job_id)
+        until = self.now() + ttl_s
+        sealed = self.record_key.seal(msgspec.structs.replace(accepted, expires_at=until, signed_end=True))
         with redis_errors():
-            word = self._run["RETRY"]([job_key(job_id)], [job_id, tenant, self.now() + ttl_s])[0]
+            word = self._run["RETRY"]([job_key(job_id)], [job_id, tenant, until, sealed, seen])[0]
         if word == b"gone":
             raise UnknownJob
         if word != b"queued":
@@ -165,6 +174,17 @@ class JobStore(JobReader):
         job = self.get(job_id, tenant)
         self.nudge(job_id, job.lane)
         return job
+
+    def _to_retry(self, job_id: str) -> Accepted:
+        try:
+            accepted = self.accepted(job_id)
+        except UnknownJob:
+            raise JobNotDead(
+                "The record of this job is not one that this service wrote: submit it again"
+            ) from None
+        if not self.is_kept(accepted):
+            raise JobNotDead("This job expired too long ago: submit it again")
+        return accepted
 
     # -- the worker's side ----------------------------------------------------------------------------
 
@@ -195,31 +215,40 @@ class JobStore(JobReader):
             _log.info("job.waits", job_id=job_id, reason="reserved_processes")
         if word != b"claimed":
             return None
-        fence, attempt, sealed, commit, waited, deferrals, log, is_large = rest
         try:
-            return Claim(
-                accepted=self.record_key.open(job_id, sealed or b""),
-                worker=worker,
-                fence=int(fence),
-                attempt=int(attempt),
-                waited_s=float(waited),
-                deferrals=int(number(deferrals)),
-                is_large=bool(int(is_large)),
-                commit=self.record_key.open_commit(job_id, commit) if commit else None,
-                log=self.record_key.open_log(job_id, log) if log else Log(),
-                spec=spec_digest(sealed or b""),
-            )
+            claim = self._claimed(job_id, worker, rest)
         except UnknownJob:
-            self._refuse(job_id, int(fence))
+            self._close(job_id, int(rest[0]), REFUSED)
             return None
+        if claim.commit is None and claim.accepted.is_expired:
+            self._close(job_id, claim.fence, JobExpired.code)
+            return None
+        return claim
 
-    def _refuse(self, job_id: str, fence: int) -> None:
-        """End a job whose record is not as we wrote it: no attempt would fare better."""
-        _log.error("job.record_refused", job_id=job_id)
+    def _claimed(self, job_id: str, worker: str, answer: Sequence[bytes]) -> Claim:
+        fence, attempt, sealed, commit, waited, deferrals, log, is_large = answer
+        key, spec = self.record_key, spec_digest(sealed or b"")
+        claim = Claim(
+            accepted=key.open(job_id, sealed or b""),
+            worker=worker,
+            fence=int(fence),
+            attempt=int(attempt),
+            waited_s=float(waited),
+            deferrals=int(number(deferrals)),
+            is_large=bool(int(is_large)),
+            spec=spec,
+        )
+        return replace(
+            claim,
+            commit=key.open_commit(job_id, commit, claim.bound) if commit else None,
+            log=key.open_log(job_id, log, claim.bound) if log else Log(),
+        )
+
+    def _close(self, job_id: str, fence: int, code: str) -> None:
+        """End a job that no attempt can do: its record is not as we wrote it, or has expired by our clock."""
+        _log.error("job.closed", job_id=job_id, code=code)
         with redis_errors():
-            self._run["FINISH"](
-                [job_key(job_id)], [job_id, fence, "failed", REFUSED, self.rules.keep_record_s]
-            )
+            self._run["FINISH"]([job_key(job_id)], [job_id, fence, "failed", code, self.rules.keep_record_s])
         metrics.JOBS.labels("any", "failed").inc()
 
     def renew(self, claim: Claim, progress: Fields) -> None:
@@ -234,23 +263,37 @@ class JobStore(JobReader):
 
     def split(self, claim: Claim, parts: Sequence[Accepted]) -> None:
         """Turn the job into the whole of these parts, all at once, and nudge workers for each."""
+        job_id, sealed = claim.accepted.job_id, [self.record_key.seal(part) for part in parts]
+        split = SignedSplit(parts=len(parts), digest=spec_digest(*sealed))
         flat = [
             field
-            for part in parts
-            for field in (
-                part.job_id,
-                self.record_key.seal(part),
-                part.items,
-                part.size_bytes,
-                part.work_bytes,
-            )
+            for part, record in zip(parts, sealed, strict=True)
+            for field in (part.job_id, record, part.items, part.size_bytes, part.work_bytes)
         ]
+        given = [job_id, claim.fence, self.record_key.sign_split(job_id, split, claim.spec), *flat]
         with redis_errors():
-            word = self._run["SPLIT"](
-                [job_key(claim.accepted.job_id)], [claim.accepted.job_id, claim.fence, *flat]
-            )[0]
+            word = self._run["SPLIT"]([job_key(job_id)], given)[0]
         raise_for(word)
         self._nudge_all([part.job_id for part in parts], claim.accepted.lane)
+
+    def end_parent(self, job: Job, end: SignedEnd, spec: bytes) -> None:
+        """End a job all of whose parts have ended, as cancelled if its owner has asked for that.
+
+        Doing it again, or in two workers, changes nothing.
+        """
+        fields: dict[str, int | bytes] = {"parts_left": 0}
+        if needs_proof(end.state, end.error):
+            fields |= {"items_done": end.items_done, "items_failed": end.items_failed}
+            fields["bytes_done"] = end.bytes_done
+            fields |= {f"{TALLY}{name}": number for name, number in end.tallies.items()}
+            fields["end"] = self.record_key.sign_end(job.job_id, end, spec)
+        flat = [part for pair in fields.items() for part in pair]
+        given = [job.job_id, end.fence, end.state, end.error, self.rules.keep_record_s, *flat]
+        with redis_errors():
+            word = self._run["END_PARENT"]([job_key(job.job_id)], given)[0]
+        if word in {b"finished", b"cancelled"}:
+            state = end.state if word == b"finished" else "cancelled"
+            metrics.JOBS.labels(job.kind, state).inc()
 
     def step(self, claim: Claim, log: Log, counts: Fields) -> None:
         """Note how far a part has come. Raises LeaseLost when fenced off, JobCancelled if asked to stop."""
@@ -258,7 +301,8 @@ class JobStore(JobReader):
         flat = [part for pair in counts.items() for part in pair]
         with redis_errors():
             word = self._run["STEP"](
-                [job_key(job_id)], [job_id, claim.fence, self.record_key.sign_log(job_id, log), *flat]
+                [job_key(job_id)],
+                [job_id, claim.fence, self.record_key.sign_log(job_id, log, claim.bound), *flat],
             )[0]
         raise_for(word)
 
@@ -271,14 +315,15 @@ class JobStore(JobReader):
         return int(granted), float(wait_s)
 
     def committing(self, claim: Claim, commit: Commit) -> None:
-        """From here on any worker may finish the commit, and nobody may cancel."""
+        """From here on any worker may finish the commit, and nobody may cancel. Raises JobExpired."""
+        claim.accepted.check_expiry()
         with redis_errors():
             word = self._run["COMMITTING"](
                 [job_key(claim.accepted.job_id)],
                 [
                     claim.accepted.job_id,
                     claim.fence,
-                    self.record_key.sign_commit(claim.accepted.job_id, commit),
+                    self.record_key.sign_commit(claim.accepted.job_id, commit, claim.bound),
                 ],
             )[0]
         raise_for(word)
@@ -292,7 +337,7 @@ class JobStore(JobReader):
         fields: dict[str, int | bytes] = {**work.progress} if work else {}
         if needs_proof(state, code):
             end = claim.end(state, code, work or Work(), keep_s)
-            fields["end"] = self.record_key.sign_end(job_id, end)
+            fields["end"] = self.record_key.sign_end(job_id, end, claim.spec)
         flat = [part for pair in fields.items() for part in pair]
         with redis_errors():
             given = [job_id, claim.fence, state, code, keep_s, *flat]
