@@ -10,7 +10,10 @@ stands where it was read. So whoever is killed, nothing is lost:
 
 Where the stream was cut behind the cursor (no courier ran while 100,000 events passed), the records of ended
 jobs are looked through for what was missed. Which endpoint, and that there is one, the sealed record says; an
-entry rests behind a MAC, so whoever can write to Redis can repeat a delivery, not make one up.
+entry rests behind a MAC. An event that needs a proof (``ends.needs_proof``) is told as the signed end of the
+job has it, as ``failed`` with ``record_refused`` where the record claims an end that is not proven, and not
+at all while the job has not ended. So whoever can write to Redis can repeat a delivery, and have other
+states told, but cannot make up a ``succeeded``.
 
 Keys below ``kms:webhooks:``: ``cursor``, ``entries`` (a hash by delivery id), ``due:<endpoint>`` (delivery
 ids by when to send), ``endpoints`` (those named in entries), ``dead`` (the newest that were given up).
@@ -30,7 +33,8 @@ from msgspec import Meta
 
 from kms_core import wire
 from kms_core.errors import UnknownJob
-from kms_core.jobs.model import Job
+from kms_core.jobs.ends import needs_proof
+from kms_core.jobs.model import REFUSED, Accepted, Job
 from kms_core.jobs.store import JobStore
 from kms_core.jobs.webhooks import Endpoint, Message, event_body
 
@@ -177,26 +181,34 @@ class Outbox:
             return None
         try:
             accepted = self.store.accepted(transition.job_id)
-            if not accepted.callback or accepted.parent:
-                return None
-            endpoint = self._endpoints.get(accepted.callback)
-            if transition.state not in (endpoint.events if endpoint else wire.ENDED):
-                return None
-            if endpoint and not endpoint.is_for(accepted.tenant):  # no longer: it was when this was accepted
+            events = self._events(accepted)
+            if transition.state not in events and not (events and _is_claim(transition)):
                 return None
             job = self.store.get(transition.job_id, accepted.tenant)
         except (UnknownJob, msgspec.ValidationError, UnicodeDecodeError) as exc:
             _log.info("webhook.event_without_record", job_id=transition.job_id, error=type(exc).__name__)
             return None
+        seen = _verified(transition, job)
+        if seen is None or seen.state not in events:
+            return None
         return Delivery(
-            delivery_id=transition.delivery_id,
+            delivery_id=seen.delivery_id,
             endpoint=accepted.callback,
-            job_id=transition.job_id,
+            job_id=seen.job_id,
             tenant=accepted.tenant,
-            state=transition.state,
-            body=event_body(transition.delivery_id, _as_seen(job, transition), transition.at),
+            state=seen.state,
+            body=event_body(seen.delivery_id, _as_seen(job, seen), seen.at),
             created_at=time.time(),
         )
+
+    def _events(self, accepted: Accepted) -> frozenset[str]:
+        """The states that the job's endpoint is told; none, if it has no endpoint that its tenant may use."""
+        if not accepted.callback or accepted.parent:
+            return frozenset()
+        endpoint = self._endpoints.get(accepted.callback)
+        if endpoint is None:
+            return wire.ENDED
+        return endpoint.events if endpoint.is_for(accepted.tenant) else frozenset()
 
     def _look_through(self, cursor: bytes) -> None:
         """Jobs that ended after the event at the cursor; from the newest on, since old ones go meanwhile."""
@@ -326,6 +338,23 @@ def _transition(**fields: str) -> Transition | None:
     except msgspec.ValidationError:
         _log.warning("webhook.event_unreadable", job_id=fields["job_id"])
         return None
+
+
+def _is_claim(transition: Transition) -> bool:
+    return needs_proof(transition.state, transition.code)
+
+
+def _verified(transition: Transition, job: Job) -> Transition | None:
+    """An event as it is told; None for an end that the record of the job does not have."""
+    if not _is_claim(transition):
+        return transition
+    refused = job.ended and job.error == REFUSED
+    if not refused and (job.state, job.error) != (transition.state, transition.code):
+        _log.warning("webhook.event_refused", job_id=transition.job_id, state=transition.state)
+        return None
+    return msgspec.structs.replace(
+        transition, state=job.state, code=job.error, fence=job.fence, attempt=job.attempt
+    )
 
 
 def _as_seen(job: Job, transition: Transition) -> Job:

@@ -1,0 +1,190 @@
+"""Workers go by the sealed expiry and their own clock: an old job that is put back changes no file."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kms_core import wire
+from kms_core.context import Context
+from kms_core.jobs.build import Core
+from kms_core.jobs.desk import Terms
+from kms_core.jobs.model import Claim, Fields, Job, Log, part_id
+from kms_core.jobs.run import Shop, run_job
+from kms_core.jobs.store import JobStore
+from kms_core.policy import Principal
+from stores import TENANT, forge, record
+from stumbling import Killed, interrupted, stumbling
+
+WHO = Principal("local")
+CONTEXT = Context.parse("env=test")
+NEWER = b"written later, by somebody else"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The root of file jobs of ``core``."""
+    return tmp_path / "state" / "files"
+
+
+def overwrite(core: Core, root: Path) -> str:
+    (root / "in").write_bytes(b"salary")
+    (root / "out").write_bytes(b"before")
+    source, target = (root / "in").as_uri(), (root / "out").as_uri()
+    return core.desk.reference(Terms(WHO, "encrypt", CONTEXT), source, target, overwrite=True).job_id
+
+
+def now(core: Core, job_id: str) -> Job:
+    return core.shop.store.get(job_id, TENANT)
+
+
+def age(core: Core, job_id: str, seconds: float) -> None:
+    """The sealed record as it looks so long after its expiry, with plain fields that say otherwise."""
+    store = core.shop.store
+    old = msgspec.structs.replace(store.accepted(job_id), expires_at=time.time() - seconds)
+    forge(store, job_id, sealed=store.record_key.seal(old), expires_at=str(time.time() + 3600))
+
+
+def put_back(core: Core, job_id: str, dump: dict[bytes, bytes]) -> None:
+    """What was taken down of a record earlier, as if it were due."""
+    store, far = core.shop.store, str(time.time() + 10 * 86_400)
+    store.redis.delete(f"kms:job:{job_id}")
+    forge(store, job_id, **{name.decode(): value for name, value in dump.items()})
+    forge(store, job_id, expires_at=far, lease_until="0", not_before="0")
+
+
+@contextmanager
+def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> Iterator[None]:
+    """This machine's clock, so many seconds ahead of Redis's."""
+    clock = time.time
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: clock() + seconds)
+        yield
+
+
+@pytest.mark.parametrize(("past_s", "end"), [(50, "succeeded"), (70, "failed")])
+def test_worker_has_the_last_word_on_expiry(core: Core, root: Path, past_s: float, end: str) -> None:
+    """With a minute's leeway, since clocks differ."""
+    job_id = overwrite(core, root)
+    age(core, job_id, past_s)
+    run_job(job_id, core.shop, "w/1")
+
+    found = record(core.shop.store, job_id)
+    assert (found[b"state"], found[b"error"]) == (end.encode(), b"" if end == "succeeded" else b"expired")
+    assert ((root / "out").read_bytes() == b"before") is (end == "failed")
+
+
+def test_overwrite_job_that_is_put_back_does_not_overwrite_again(
+    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = overwrite(core, root)
+    dump = record(core.shop.store, job_id)
+    run_job(job_id, core.shop, "w/1")
+    assert now(core, job_id).state == "succeeded"
+    (root / "out").write_bytes(NEWER)
+    put_back(core, job_id, dump)
+    with later(monkeypatch, 2 * 86_400):
+        run_job(job_id, core.shop, "w/1")
+
+        assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "expired")
+    assert (root / "out").read_bytes() == NEWER
+
+
+def test_commit_that_is_put_back_does_not_overwrite_again(
+    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = overwrite(core, root)
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(core, "committing", after=True), "w/1")
+    dump = record(core.shop.store, job_id)
+    forge(core.shop.store, job_id, lease_until="0")
+    run_job(job_id, core.shop, "w/2")
+    assert now(core, job_id).state == "succeeded"
+    (root / "out").unlink()
+    (root / "out").write_bytes(NEWER)
+    put_back(core, job_id, dump)
+    with later(monkeypatch, 2 * 86_400):
+        run_job(job_id, core.shop, "w/3")
+
+        assert now(core, job_id).state == "failed"
+    assert (root / "out").read_bytes() == NEWER
+
+
+def test_commit_of_an_earlier_life_of_the_id_is_refused(core: Core, root: Path) -> None:
+    """Or a job whose work was never done would end as succeeded, by what stands at its target already."""
+    job_id = overwrite(core, root)
+    store, accepted = core.shop.store, core.shop.store.accepted(job_id)
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(core, "finish", after=False), "w/1")
+    commit = record(store, job_id)[b"commit"]
+    store.redis.delete(f"kms:job:{job_id}")
+    store.submit(accepted)
+    forge(store, job_id, state="committing", commit=commit, fence="1", attempt="1")
+    run_job(job_id, core.shop, "w/2")
+
+    assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "record_refused")
+
+
+def test_job_that_expires_while_it_runs_changes_nothing(
+    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = overwrite(core, root)
+    clock = time.time
+
+    def pass_by() -> None:
+        monkeypatch.setattr(time, "time", lambda: clock() + 2 * 86_400)
+
+    run_job(job_id, interrupted(core, "committing", pass_by, after=False), "w/1")
+    monkeypatch.setattr(time, "time", clock)
+
+    assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "expired")
+    assert (root / "out").read_bytes() == b"before"
+    assert sorted(path.name for path in root.iterdir()) == ["in", "out"]
+
+
+# -- jobs over many files ------------------------------------------------------------------------------
+
+
+def many(core: Core, root: Path) -> str:
+    (root / "in").mkdir()
+    for name in ("a", "b"):
+        (root / "in" / name).write_bytes(name.encode())
+    body = wire.JobIn(kind="encrypt", source=f"file://{root}/in/*", target=f"file://{root}/out/")
+    job_id = core.desk.submit(Terms(WHO, "encrypt", CONTEXT), body, 10).job_id
+    run_job(job_id, core.shop, "w/1")
+    return job_id
+
+
+def test_part_that_has_expired_writes_no_file(
+    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = part_id(many(core, root), 0)
+    with later(monkeypatch, 2 * 86_400):
+        run_job(part, core.shop, "w/1")
+
+    assert core.shop.store.part(part).error == "expired"
+    assert not (root / "out").exists()
+
+
+def test_part_that_expires_while_it_runs_writes_no_further_file(
+    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.time
+
+    class Aging(JobStore):
+        """Time passes once the commit of the first file is noted."""
+
+        def step(self, claim: Claim, log: Log, counts: Fields) -> None:
+            super().step(claim, log, counts)
+            monkeypatch.setattr(time, "time", lambda: clock() + 2 * 86_400)
+
+    job_id, found = many(core, root), core.shop.store
+    store = Aging(found.redis, found.record_key, lambda *_: None, found.rules)
+    run_job(part_id(job_id, 0), Shop(core.kms, store, core.shop.spool, core.shop.places), "w/1")
+    monkeypatch.setattr(time, "time", clock)
+
+    assert core.shop.store.part(part_id(job_id, 0)).error == "expired"
+    assert [path.name for path in (root / "out").iterdir()] == ["a.age"]
