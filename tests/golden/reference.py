@@ -284,3 +284,10 @@ def opened_signed(secret: bytes, label: bytes, job_id: str, signed: bytes) -> by
     if signed[:32] != digest(secret, label, job_id.encode(), signed[32:]):
         raise Broken
     return signed[32:]
+
+
+def opened_bound(secret: bytes, label: bytes, job_id: str, sealed: bytes, signed: bytes) -> bytes:
+    """The same of a record that says ``signed_end``, and its end: the MAC is also over SHA-256(sealed)."""
+    if signed[:32] != digest(secret, label, job_id.encode(), sha256(sealed), signed[32:]):
+        raise Broken
+    return signed[32:]

@@ -20,6 +20,7 @@ from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.x25519 import Identity
 from kms_core.jobs import letters
+from kms_core.jobs.ends import SignedEnd, SignedSplit, spec_digest
 from kms_core.jobs.model import Accepted, Commit, Log
 from kms_core.jobs.records import RecordKey
 
@@ -181,6 +182,33 @@ def test_new_commit_and_log() -> None:
     assert msgspec.json.decode(reference.opened_signed(SECRET, b"commit", JOB_ID, commit))["size_bytes"] == 2
     assert msgspec.msgpack.decode(reference.opened_signed(SECRET, b"log", JOB_ID, log))["words"] == ["done"]
     assert key.digest(b"a", b"bc") == reference.digest(SECRET, b"a", b"bc")
+
+
+def test_new_bound_records() -> None:
+    """Of a record that says ``signed_end``: commit, log, list of parts and end are bound to it."""
+    key = RecordKey((SECRET, bytes(32)))
+    sealed = key.seal(msgspec.structs.replace(ACCEPTED, signed_end=True))
+    spec, end = spec_digest(sealed), SignedEnd(fence=1, attempt=2, state="succeeded", kept_until=3.0)
+    made = {
+        b"commit": key.sign_commit(JOB_ID, Commit(fence=1, size_bytes=2), spec),
+        b"log": key.sign_log(JOB_ID, Log(words=("done",), outcomes=(0,)), spec),
+        b"split": key.sign_split(JOB_ID, SignedSplit(parts=1, digest=spec_digest(b"ab", b"c")), spec),
+        b"end": key.sign_end(JOB_ID, end, spec),
+    }
+    bodies = {
+        label: reference.opened_bound(SECRET, label, JOB_ID, sealed, signed) for label, signed in made.items()
+    }
+
+    assert msgspec.msgpack.decode(reference.opened_record(bytes(32), JOB_ID, sealed))["signed_end"] is True
+    assert msgspec.json.decode(bodies[b"commit"])["size_bytes"] == 2
+    assert msgspec.msgpack.decode(bodies[b"log"])["words"] == ["done"]
+    assert msgspec.msgpack.decode(bodies[b"split"]) == {"parts": 1, "digest": reference.sha256(b"abc")}
+    assert msgspec.msgpack.decode(bodies[b"end"]) == {
+        "fence": 1,
+        "attempt": 2,
+        "state": "succeeded",
+        "kept_until": 3.0,
+    }
 
 
 def test_new_message() -> None:
