@@ -1,6 +1,7 @@
 """An object as a target appears once and whole: each way to die or be overtaken on the way there."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from kms_core.jobs.run import Shop, run_job
 from kms_core.wire import JobKind
 from objectbench import Bench
 from objectstores import Seen, Way
-from stores import SHORT, forge, lapse, store_of
+from stores import SHORT, TENANT, forge, lapse, record, store_of
 from stumbling import MOMENTS, Killed, interrupted, stumbling
 
 MiB = 1024 * 1024
@@ -326,3 +327,26 @@ def test_an_upload_is_completed_once_and_a_late_completion_replaces_nothing(benc
     with pytest.raises(PathRefused):
         attempt.finish(commit)
     assert bucket.get("out/x") == b"somebody else's"
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_commit_that_is_put_back_after_its_expiry_writes_no_object(
+    bench: Bench, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small object would be made anew, since its bytes died with their worker."""
+    bucket, store, clock = bench.bucket, bench.core.shop.store, time.time
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(bench.core, "committing", after=True), "w1")
+    dump = record(store, job_id)
+    assert bench.taken_up(job_id).state == "succeeded"
+    bucket.store.admin.delete_object(Bucket=bucket.name, Key="out/x")
+    store.redis.delete(f"kms:job:{job_id}")
+    forge(store, job_id, **{name.decode(): value for name, value in dump.items()})
+    forge(store, job_id, lease_until="0", expires_at=str(clock() + 10 * 86_400))
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: clock() + 2 * 86_400)
+        run_job(job_id, bench.core.shop, "w3")
+
+    assert store.get(job_id, TENANT).state == "failed"
+    assert bucket.keys() == {"in"}

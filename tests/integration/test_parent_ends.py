@@ -205,7 +205,7 @@ def test_end_of_another_part_does_not_prove_one(core: Core, taken: tuple[str, ..
     [
         {"parts_left": "0"},
         {"parts": "2", "parts_left": "0"},
-        {"parts_left": "0", "split": ""},
+        {"parts": "2", "parts_left": "0", "split": ""},
         {"parts_left": "0", "split": "other"},
     ],
     ids=str,
@@ -273,6 +273,24 @@ def test_refused_whole_is_cut_anew_by_a_retry(core: Core, unended: list[str]) ->
 
     job = now(core, job_id)
     assert (job.state, job.items_done, job.items_failed) == ("succeeded", ITEMS, 0)
+
+
+def test_part_of_an_earlier_life_does_not_count(core: Core) -> None:
+    """Its end fits its record. But the job was cut anew since then, and that part has not run."""
+    job_id, skipped, *others = submit(core)
+    store = core.shop.store
+    run(core, skipped)
+    accepted, earlier = store.accepted(job_id), record(store, skipped)
+    for name in (job_id, skipped, *others):
+        store.redis.delete(f"kms:job:{name}")
+    store.submit(accepted)
+    run(core, job_id)
+    forge(store, skipped, **{name.decode(): value for name, value in earlier.items()})
+    store.redis.hincrby(f"kms:job:{job_id}", "parts_left", -1)
+    run(core, *others)
+
+    assert store.part(skipped).state == "succeeded"
+    assert told(core, job_id) == REFUSED
 
 
 # -- jobs over many files ------------------------------------------------------------------------------

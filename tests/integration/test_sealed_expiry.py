@@ -77,6 +77,16 @@ def test_worker_has_the_last_word_on_expiry(core: Core, root: Path, past_s: floa
     assert ((root / "out").read_bytes() == b"before") is (end == "failed")
 
 
+def test_items_of_an_expired_job_are_not_worked_through(core: Core) -> None:
+    items = [wire.JobItem(plaintext=b"x")]
+    job_id = core.desk.items(Terms(WHO, "encrypt", CONTEXT), items).job_id
+    age(core, job_id, 70)
+    run_job(job_id, core.shop, "w/1")
+
+    assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "expired")
+    assert not list((core.shop.spool._directory / job_id).glob("result*"))  # noqa: SLF001 -- what rests there
+
+
 def test_overwrite_job_that_is_put_back_does_not_overwrite_again(
     core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
