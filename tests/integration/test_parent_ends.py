@@ -10,7 +10,8 @@ import pytest
 
 from kms_core import metrics, wire
 from kms_core.context import Context
-from kms_core.jobs import parents
+from kms_core.errors import UnknownJob
+from kms_core.jobs import parents, results
 from kms_core.jobs.build import Core
 from kms_core.jobs.caretaker import Caretaker
 from kms_core.jobs.desk import Terms
@@ -257,6 +258,17 @@ def test_end_of_the_whole_is_refused_once_it_was_changed(core: Core, field: str)
     core.shop.store.redis.hdel(f"kms:job:{job_id}", field)
 
     assert told(core, job_id) == (REFUSED if field == "end" else ("succeeded", ""))
+
+
+@pytest.mark.parametrize("forged", [{"state": "failed", "error": "denied"}, {"end": b"junk"}], ids=str)
+def test_result_is_refused_once_a_part_was_changed(core: Core, forged: dict[str, str | bytes]) -> None:
+    job_id, *parts = submit(core)
+    run(core, *parts)
+    assert results.of(now(core, job_id), core.shop.store, core.shop.spool).size
+    forge(core.shop.store, parts[1], **forged)
+
+    with pytest.raises(UnknownJob):
+        results.of(now(core, job_id), core.shop.store, core.shop.spool)
 
 
 def test_refused_whole_is_cut_anew_by_a_retry(core: Core, unended: list[str]) -> None:

@@ -11,7 +11,7 @@ from kms_core.errors import UnknownJob
 from kms_core.jobs.campaign import Outcome, Tally
 from kms_core.jobs.ends import ITEMS_FAILED, SignedEnd, SignedSplit, needs_proof, spec_digest
 from kms_core.jobs.model import REFUSED, Accepted, Job
-from kms_core.jobs.reading import ParentRecord, Part
+from kms_core.jobs.reading import ParentRecord, Part, parts_digest
 from kms_core.jobs.records import RecordKey
 from kms_core.jobs.store import JobStore
 
@@ -57,14 +57,14 @@ class _Sums:
         self._key = key
         self._items = self._failed = self._bytes = 0
         self._tallies: Counter[str] = Counter()
-        self._marks = hashlib.sha256()
+        self._marks: list[bytes] = []
 
     def add(self, part: Part) -> None:
         """Count one part. UnknownJob if it has not ended, or cannot prove how."""
         job = part.job
         if part.is_unproven or not job.ended:
             raise UnknownJob("A part of this job cannot prove how it ended")
-        self._marks.update(part.mark)
+        self._marks.append(part.mark)
         if needs_proof(job.state, job.error):
             self._count(job.items, job.items_failed, job.bytes, job.tallies)
             return
@@ -93,6 +93,6 @@ class _Sums:
             bytes_done=self._bytes,
             parts=parts,
             tallies=dict(self._tallies),
-            result_digest=self._marks.digest(),
+            result_digest=parts_digest(self._marks),
             kept_until=kept_until,
         )

@@ -4,8 +4,9 @@ An end that needs a proof (``ends.needs_proof``) and has none is told as ``faile
 all other states are told as Redis has them.
 """
 
+import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple, cast
 
@@ -162,6 +163,13 @@ class JobReader(Upkeep):
             for name, raw in zip(ids, records, strict=True):
                 yield self._part(name, raw)
 
+    def parts_as_ended(self, job: Job) -> list[Job]:
+        """The parts of an ended job, in order. UnknownJob if they are not as its end was signed over."""
+        found = list(self.parts_of(job.job_id, job.parts))
+        if job.end and parts_digest(part.mark for part in found) != job.end.result_digest:
+            raise UnknownJob("The parts of this job are not as they were when it ended")
+        return [part.job for part in found]
+
     def _part(self, job_id: str, raw: Mapping[bytes, bytes]) -> Part:
         job, sealed, log = self.told(job_id, raw), raw.get(b"sealed", b""), raw.get(b"log", b"")
         try:
@@ -204,6 +212,11 @@ class JobReader(Upkeep):
     def is_kept(self, accepted: Accepted) -> bool:
         """Whether its record can still be in Redis by itself; an older one was put back."""
         return time.time() <= accepted.expires_at + self.rules.keep_record_s + CLOCK_LEEWAY_S
+
+
+def parts_digest(marks: Iterable[bytes]) -> bytes:
+    """SHA-256 over the marks of all parts: what the end of their parent has as the digest of its result."""
+    return hashlib.sha256(b"".join(marks)).digest()
 
 
 def _as_signed(job: Job, end: SignedEnd) -> Job:

@@ -15,7 +15,7 @@ from kms_core.envelope.ranges import RangeReader
 from kms_core.errors import JobNotFinished, ResultExpired, UnknownJob
 from kms_core.jobs import bulk, fanout, uploads
 from kms_core.jobs.blobs import UPLOAD, Label, Spool
-from kms_core.jobs.model import Accepted, Job, Log, part_id
+from kms_core.jobs.model import Accepted, Job, Log
 from kms_core.jobs.store import JobStore
 
 _SLAB_BYTES: Final = 1024 * 1024
@@ -78,8 +78,7 @@ def _lines(job: Job, accepted: Accepted, store: JobStore, spool: Spool) -> Itera
         label = bulk.result_label(job.tenant, job.job_id, 0, job.fence)
         yield _Opened.of(spool, label, label)
         return
-    for number in range(job.parts):
-        part = store.part(part_id(job.job_id, number))
+    for number, part in enumerate(store.parts_as_ended(job)):
         if part.state == "succeeded" or part.error == "items_failed":
             label = bulk.result_label(job.tenant, job.job_id, number, part.fence)
             yield _Opened.of(spool, label, label)
