@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import click
 
+from kms_core.envelope.disk import sync_folder
 from kms_core.errors import TargetExists
 
 
@@ -39,16 +40,8 @@ def placed(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
             temporary.replace(target)
         else:
             target.hardlink_to(temporary)
-        _sync_directory(target.parent)
+        sync_folder(target.parent)
     except FileExistsError as exc:
         raise OutputExists(f"{target} exists") from exc
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

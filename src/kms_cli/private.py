@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
+from kms_core.envelope.disk import sync_folder
 from kms_core.errors import ConfigurationError
 
 DIR_MODE: Final = 0o700
@@ -37,13 +38,14 @@ def directory(path: Path) -> Path:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Put ``text`` at ``path`` (0600), whole or not at all; an older file is replaced."""
+    """Put ``text`` at ``path`` (0600) on the disk, whole or not at all; an older file is replaced."""
     temporary = _written(path, text)
     temporary.replace(path)
+    sync_folder(path.parent)
 
 
 def create_file(path: Path, text: str) -> bool:
-    """Put ``text`` at ``path`` (0600), whole or not at all; False if something is there already."""
+    """Put ``text`` at ``path`` (0600) on the disk, whole or not at all; False if something is there."""
     temporary = _written(path, text)
     try:
         path.hardlink_to(temporary)
@@ -51,6 +53,7 @@ def create_file(path: Path, text: str) -> bool:
         return False
     finally:
         temporary.unlink()
+    sync_folder(path.parent)
     return True
 
 

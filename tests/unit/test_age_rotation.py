@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from agekms import NO_CONTEXT, age_backend, write_identities
+from disksteps import recorded
 from kms_core.backends.age import AgeBackend, KeyFiles
 from kms_core.envelope import hybrid, sealing, x25519
 from kms_core.envelope.binding import KeyRef
@@ -104,3 +105,22 @@ def test_a_key_that_cannot_be_written_stays_in_use_and_says_why(tmp_path: Path) 
     with pytest.raises(BackendUnavailable, match="Cannot rotate the age key"):
         backend.rotate()
     assert backend.current_version() == before
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one folder", "two folders"])
+def test_a_recipient_is_replaced_once_its_identity_survives_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, apart: bool
+) -> None:
+    private, public = tmp_path / "private_key.txt", tmp_path / "public_key.txt"
+    backend = age_backend(tmp_path, x25519.Identity.generate())
+    if apart:
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        private = private.rename(elsewhere / private.name)
+        backend = AgeBackend(KeyFiles(private, public))
+    disk = recorded(monkeypatch)
+    backend.rotate()
+
+    disk.assert_survives(private)
+    disk.assert_survives(public)
+    assert ("sync", private.parent) in disk.steps[: disk.steps.index(("name", public))]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from disksteps import recorded
 from filetree import (
     a_directory,
     a_fifo,
@@ -271,3 +272,25 @@ def test_no_descriptor_outlives_its_block(root: Path, roots: Roots) -> None:
         roots.prepare((root / "out").as_uri(), "job-2", overwrite=False)
 
     assert len(names(Path("/dev/fd"))) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["create", "overwrite"])
+def test_a_finished_target_survives_a_power_cut(
+    root: Path, roots: Roots, monkeypatch: pytest.MonkeyPatch, *, overwrite: bool
+) -> None:
+    disk = recorded(monkeypatch)
+    placement = settled(roots, (root / "out").as_uri(), overwrite=overwrite)
+    before = len(disk.steps)
+    roots.finish(placement, overwrite=overwrite)
+
+    assert ("sync", root) in disk.steps[:before], "a commit was described whose temporary file may vanish"
+    disk.assert_survives(root / "out")
+
+
+def test_each_new_directory_survives_a_power_cut(
+    root: Path, roots: Roots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = recorded(monkeypatch)
+    roots.make_parents((root / "a/b/out").as_uri())
+
+    assert disk.steps == [("mkdir", root / "a"), ("sync", root), ("mkdir", root / "a/b"), ("sync", root / "a")]

@@ -10,6 +10,7 @@ from typing import Final
 
 import pytest
 
+from disksteps import recorded
 from kms_api.sessions import COOKIE, LASTS_S, MOST_OF_CREDENTIAL, MOST_OF_TENANT, Sessions, cookie, cookies
 from kms_core.policy import Principal
 
@@ -212,3 +213,14 @@ def test_no_cookie_takes_long_to_read() -> None:
             cookie(headers, COOKIE)
         seconds.append((time.process_time() - begun) / 50)
         assert seconds[-1] <= max(seconds[0], 1e-5) * size / 600 * 3, seconds
+
+
+def test_the_key_of_sessions_is_whole_before_others_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty or short key after a power cut would be one that everybody knows."""
+    disk = recorded(monkeypatch)
+    Sessions(tmp_path / "sessions")
+    stamping = tmp_path / "sessions" / "stamping"
+
+    assert disk.synced_bytes[stamping.stat().st_ino] == stamping.stat().st_size == 32

@@ -1,6 +1,6 @@
 """Rotation of an age key: an identity is appended to the private file, then the recipient is replaced.
 
-In this order, and each by a rename, so that a reader at any moment, or after a crash in between, finds a
+In this order, each by a rename and on the disk before the next step, so that a reader at any moment, or after a crash in between, finds a
 recipient whose identity is there. Owner and mode of the files stay.
 """
 
@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kms_core.envelope import hybrid, x25519
+from kms_core.envelope.disk import sync_folder
 from kms_core.errors import BackendUnavailable
 
 
@@ -46,7 +47,6 @@ def _alone(directory: Path) -> Iterator[None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-        os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -69,3 +69,4 @@ def _replace(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)

@@ -56,6 +56,15 @@ def reserve(fd: int, size: int) -> None:
             os.ftruncate(fd, size)
 
 
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a directory are on the disk. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def _read_view(fd: int, view: memoryview, offset: int) -> bool:
     done = 0
     while done < len(view):
