@@ -1,5 +1,7 @@
 """Figures that Redis has, while it does not answer: not known, and never those of before."""
 
+from pathlib import Path
+
 import pytest
 
 from service import Service
@@ -30,3 +32,13 @@ def test_a_figure_that_cannot_be_read_is_not_a_number(strict: Service, name: str
 
 def test_figures_are_known_while_redis_answers(service: Service) -> None:
     assert all(float(gauge(service, name)) >= 0 for name in GAUGES)
+
+
+def test_depths_of_queues_are_not_those_of_before(tmp_path: Path) -> None:
+    name = 'kms_queue_depth{priority="normal",queue="kms.files"}'
+    with Service(tmp_path) as service:
+        service.start("api")
+        assert gauge(service, name) == "0.0"
+        service.valkey.stop()
+
+        assert gauge(service, name) == "NaN"

@@ -69,6 +69,9 @@ def lost() -> None:
     gauges = (metrics.OLDEST_QUEUED, metrics.DEAD_LETTERS, metrics.WORKERS, metrics.REDIS_MEMORY)
     for gauge in (*gauges, *map(metrics.JOBS_IN_STATE.labels, STATES)):
         gauge.set(float("nan"))
+    for family in metrics.QUEUE_DEPTH.collect():  # the lanes that the broker told of
+        for sample in family.samples:
+            metrics.QUEUE_DEPTH.labels(**sample.labels).set(float("nan"))
 
 
 def _share(memory: dict[str, int]) -> float:
