@@ -1,7 +1,9 @@
 """The caretaker over a real Valkey and spool: what it takes up, what it leaves alone, what it deletes."""
 
+import os
 import time
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from kms_core.jobs import letters
 from kms_core.jobs.blobs import Label
 from kms_core.jobs.build import Core
 from kms_core.jobs.caretaker import Caretaker
+from kms_core.jobs.desk import new_id
 from kms_core.jobs.model import BULK, QUEUES, LeaseLost
 from kms_core.jobs.store import JobStore
 from kms_core.wire import PRIORITIES
@@ -112,6 +115,23 @@ def test_caretaker_deletes_expired_results_and_orphans(core: Core, store: JobSto
 
     assert store.get(claim.accepted.job_id, TENANT).purged == 1
     assert list(core.shop.spool.folders(older_than_s=-10)) == []
+
+
+@pytest.mark.parametrize(("age_s", "kept"), [(0, True), (3500, True), (3700, False)])
+def test_uploads_are_orphans_when_nothing_changed_them_for_an_hour(
+    core: Core, store: JobStore, tmp_path: Path, age_s: float, *, kept: bool
+) -> None:
+    """An upload has no record before it has arrived: what is young may be one under way."""
+    orphan, known = new_id(), store.submit(accepted()).job_id
+    for job_id in (orphan, known):
+        core.shop.spool.put(Label(TENANT, job_id, "head", 1), b"x")
+        past = time.time() - age_s
+        os.utime(tmp_path / "state/spool" / job_id, (past, past))
+
+    caretaker(core, store, waiting=1).round()
+
+    assert (orphan in core.shop.spool.folders(older_than_s=-10)) is kept
+    assert known in core.shop.spool.folders(older_than_s=-10)
 
 
 @pytest.mark.parametrize("count", [1, 1000, 2001], ids=str)

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
@@ -171,3 +172,29 @@ def test_without_events_there_is_nothing_to_do(store: JobStore, ci: Endpoint) ->
     outbox = Outbox(store, {"ci": ci})
 
     assert (outbox.take_in(), outbox.endpoints(), outbox.size()) == (False, [], 0)
+
+
+def test_the_newest_thousand_of_dead_deliveries_are_kept(store: JobStore, ci: Endpoint) -> None:
+    end(store)
+    outbox, delivery = taken_in(store, {"ci": ci})
+    outbox.put_off(msgspec.structs.replace(delivery, delivery_id="first", attempts=MOST_ATTEMPTS))
+    store.redis.lpush("kms:webhooks:dead", *(f"entry {number}" for number in range(999)))
+    assert [found.delivery_id for found in outbox.dead()] == ["first"]
+
+    outbox.put_off(msgspec.structs.replace(delivery, delivery_id="last", attempts=MOST_ATTEMPTS))
+
+    assert [found.delivery_id for found in outbox.dead()] == ["last"]
+    assert store.redis.llen("kms:webhooks:dead") == 1000
+
+
+def test_events_that_nobody_reads_are_bounded(store: JobStore) -> None:
+    """Redis cuts whole nodes of the stream, of 100 events by default: ``MAXLEN ~``."""
+    with store.redis.pipeline(transaction=False) as pipe:
+        for number in range(100_500):
+            pipe.xadd("kms:events", {"a": "b"}, id=f"{number + 1}-0")
+        pipe.execute()
+    end(store)
+
+    assert 100_000 <= store.redis.xlen("kms:events") < 100_200
+    newest = cast("list[tuple[bytes, dict[bytes, bytes]]]", store.redis.xrevrange("kms:events", count=1))
+    assert newest[0][1][b"type"] == b"kms.job.succeeded"

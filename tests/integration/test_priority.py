@@ -153,3 +153,13 @@ def test_forged_priority_moves_a_job_and_no_more(core: Core, store: JobStore) ->
 
     assert store.lane_of(job.job_id) == (QUEUES[0], "normal")
     assert core.shop.store.accepted(job.job_id).priority == "high"
+
+
+def test_a_worker_takes_jobs_of_the_queues_that_settings_name(tmp_path: Path, redis_url: str) -> None:
+    with Service(tmp_path, '[kms.jobs]\nqueues = ["kms.bulk"]\n', redis_url) as service:
+        service.start()
+        others = service.upload("encrypt", b"x")
+        for _ in range(5):
+            service.wait(service.submit({"kind": "encrypt", "items": [{"plaintext": ""}]}), "succeeded")
+
+        assert service.job(others)["state"] == "queued"

@@ -371,3 +371,21 @@ def test_outage_costs_time_and_no_attempt(core: Core, files: Path) -> None:
     run_job(job_id, core.shop, "w")
 
     assert (now(core, job_id).state, now(core, job_id).attempt) == ("succeeded", 1)
+
+
+def test_a_job_waits_longer_each_time_up_to_a_minute(core: Core, files: Path) -> None:
+    """From 5 s on twice as long each time, of which the upper half is random."""
+    audit = files.parent / "audit"
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+    audit.rename(files.parent / "kept")
+    audit.write_text("a file where the folder of the trail should be")
+    store = core.shop.store
+    waits: list[float] = []
+    for _ in range(10):
+        run_job(job_id, core.shop, "w")
+        waits.append(now(core, job_id).not_before - store.now())
+        forge(store, job_id, not_before="0")
+
+    for number, wait in enumerate(waits):
+        longest = min(60, 5 * 2**number)
+        assert longest / 2 - 2 < wait <= longest + 0.5
