@@ -1,9 +1,10 @@
 """Jobs run as their submitter and are checked again when they run: what was revoked meanwhile stops."""
 
+import itertools
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, cast
@@ -23,6 +24,7 @@ from kms_core.jobs.build import Core, build_intake
 from kms_core.jobs.desk import Terms
 from kms_core.jobs.run import run_job
 from kms_core.policy import Grant, Principal
+from kms_core.wire import JobKind
 from service import CANARY, b64, check_problem, core_of, until
 from stores import accepted
 from submissions import body as submission
@@ -302,6 +304,38 @@ def test_one_scope_must_cover_operation_key_context_and_both_files(
     assert str(files) not in caught.value.detail
 
 
+@pytest.mark.parametrize("kind", ["rewrap", "reseal"])
+@pytest.mark.parametrize(
+    ("scopes", "key_id", "moves"),
+    [
+        (("{kind}",), None, False),
+        (("decrypt",), None, False),
+        (("encrypt",), None, False),
+        (("{kind},decrypt",), None, False),
+        (("{kind},encrypt",), None, False),
+        (("decrypt,encrypt",), None, True),
+        (("decrypt context=row=1", "encrypt context=row=2"), None, True),
+        (("decrypt", "encrypt context=row=1"), None, False),
+        (("decrypt", "encrypt key=default"), "other", False),
+    ],
+    ids=str,
+)
+def test_a_file_is_moved_elsewhere_by_decrypt_here_and_encrypt_there(
+    request: pytest.FixtureRequest, kind: JobKind, scopes: Iterable[str], key_id: str | None, *, moves: bool
+) -> None:
+    install, core, files = map(request.getfixturevalue, ("install", "core", "files"))
+    paths = f"read=file://{files}/ write=file://{files}/"
+    who = caller(install, "jobs:write", *(f"{scope.format(kind=kind)} {paths}" for scope in scopes))
+    terms = Terms(who, kind, Context.parse("row=1"), key_id=key_id, new_context=Context.parse("row=2"))
+    source, target = (files / "in/plain").as_uri(), (files / "out/sealed").as_uri()
+    if moves:
+        assert core.desk.reference(terms, source, target, overwrite=False).state == "queued"
+        return
+
+    with pytest.raises((Forbidden, UnknownKey)):
+        core.desk.reference(terms, source, target, overwrite=False)
+
+
 def test_files_are_asked_for_again_when_the_job_runs(install: Guarded, core: Core, files: Path) -> None:
     who = caller(install, f"jobs:write,encrypt read=file://{files}/ write=file://{files}/")
     job_id = reference(core, who, files / "in/plain", files / "out/sealed")
@@ -468,6 +502,18 @@ def test_a_tenant_has_so_much_of_the_spool_until_results_expire(install: Guarded
     core.shop.store.purged(job_id)
 
     bulk(core, narrow, item)
+
+
+def test_items_above_the_quota_are_refused_while_they_arrive(install: Guarded, core: Core) -> None:
+    """Not once they are in the spool: a stream of items has no end that is known beforehand."""
+    taken = itertools.count()
+    items = (wire.JobItem(plaintext=bytes(30)) for _ in zip(range(1000), taken, strict=False))
+    terms = Terms(caller(install, "*", tenant="narrow"), "encrypt", Context.parse("row=1"))
+    with pytest.raises(RateLimited, match="spool"):
+        core.desk.items(terms, items)
+
+    assert next(taken) < 10
+    assert install.spooled() == []
 
 
 def test_submissions_at_once_are_counted_one_by_one(install: Guarded, core: Core) -> None:

@@ -215,6 +215,27 @@ def test_the_greatest_number_of_stanzas_is_read_and_none_above(limits: Limits) -
         parse(file_of(*most, Stanza(("y",), b"")), limits)
 
 
+@pytest.mark.parametrize("limits", [SYNC_LIMITS, FILE_LIMITS], ids=["sync", "file"])
+def test_as_many_stanzas_may_stand_alone_or_in_a_bundle(limits: Limits) -> None:
+    most, more = ([Stanza(("x",), b"")] * number for number in (limits.stanzas, limits.stanzas + 1))
+
+    assert len(header.parse_stanzas(b"".join(map(header.render_stanza, most)), limits)) == limits.stanzas
+    assert len(header.unbundled([header.bundle(most)], limits)) == limits.stanzas
+    with pytest.raises(TooLarge, match=f"{limits.stanzas} in number"):
+        header.parse_stanzas(b"".join(map(header.render_stanza, more)), limits)
+    with pytest.raises(TooLarge, match=f"more than {limits.stanzas} stanzas"):
+        header.unbundled([header.bundle(more)], limits)
+
+
+@pytest.mark.parametrize("limits", [SYNC_LIMITS, FILE_LIMITS], ids=["sync", "file"])
+def test_stanzas_alone_may_be_as_large_as_a_header(limits: Limits) -> None:
+    spare = limits.header_bytes - len(header.render_stanza(Stanza(("",), b"")))
+    header.parse_stanzas(header.render_stanza(Stanza(("x" * spare,), b"")), limits)
+
+    with pytest.raises(TooLarge, match=f"above {limits.header_bytes} bytes"):
+        header.parse_stanzas(header.render_stanza(Stanza(("x" * (spare + 1),), b"")), limits)
+
+
 def test_the_limits_are_those_of_the_contract() -> None:
     assert Limits(header_bytes=32 * 1024, stanzas=64) == SYNC_LIMITS
     assert Limits(header_bytes=256 * 1024, stanzas=4096) == FILE_LIMITS

@@ -287,6 +287,27 @@ WRONG: Final[dict[str, tuple[Change, str]]] = {
 }
 
 
+@pytest.mark.parametrize(("chars", "taken"), [(8192, True), (8193, False)])
+def test_a_token_is_8192_characters_long_at_most(issuer: Issuer, chars: int, *, taken: bool) -> None:
+    pad = next(size for size in range(8000) if len(issuer.token(pad="x" * size)) >= chars)
+    token = issuer.token(pad="x" * pad)
+    assert len(token) in {chars, chars + 1}
+
+    if taken:
+        assert door(issuer).holder(token).name == "corp:ada"
+    else:
+        assert reason(door(issuer), token) == "malformed"
+
+
+@pytest.mark.parametrize("grace_s", [0, 900])
+def test_jobs_of_a_token_may_run_for_its_grace(issuer: Issuer, grace_s: int) -> None:
+    expiry = int(time.time()) + 60
+    who = door(issuer, job_grace_s=grace_s).holder(issuer.token(exp=expiry))
+
+    assert who.grant
+    assert who.grant.until == expiry + LEEWAY_S + grace_s
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_token_lets_nobody_in(issuer: Issuer, name: str) -> None:
     make, why = WRONG[name]

@@ -35,6 +35,20 @@ def test_a_source_that_failed_often_has_to_wait(clock: Clock) -> None:
     assert failures.wait_s("10.0.0.1") == pytest.approx(20)
 
 
+@pytest.mark.parametrize("per_minute", [1, 3, 7, 9, 60])
+def test_a_source_may_fail_again_at_the_very_time_that_was_told(clock: Clock, per_minute: float) -> None:
+    failures = Failures(per_minute, clock=clock)
+    for _ in range(100):
+        failures.failed("10.0.0.1")
+    for _ in range(20):
+        wait_s = failures.wait_s("10.0.0.1")
+        clock.now += wait_s * 0.99
+        assert failures.wait_s("10.0.0.1") > 0
+        clock.now += wait_s * 0.01
+        assert failures.wait_s("10.0.0.1") == 0
+        failures.failed("10.0.0.1")
+
+
 def test_a_source_that_rested_is_as_good_as_new(clock: Clock) -> None:
     failures = Failures(2, clock=clock)
     for _ in range(50):
