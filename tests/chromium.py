@@ -136,10 +136,10 @@ def chromium(folder: Path, environ: Mapping[str, str] | None = None) -> Iterator
     program = peers.program("chromium")
     command_out, command_in = os.pipe()
     answer_out, answer_in = os.pipe()
-    shell = ["bash", "-c", f'exec "$0" "$@" 3<&{command_out} 4>&{answer_in}', program]
+    shell = [peers.program("bash"), "-c", f'exec "$0" "$@" 3<&{command_out} 4>&{answer_in}', program]
     with (folder / "chromium.log").open("wb") as log:
         process = subprocess.Popen(
-            [*shell, *FLAGS, f"--user-data-dir={folder / 'profile'}", "about:blank"],
+            [*peers.tied(*shell), *FLAGS, f"--user-data-dir={folder / 'profile'}", "about:blank"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -1,7 +1,5 @@
 """A port that is taken and a disk that is full: told as such, and nothing is left behind."""
 
-import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +10,7 @@ import pytest
 
 from kms_cli import up
 from service import PROGRAMS, Service, b64, check_problem, until
+from smalldisk import small_disk
 
 MIB = 1024 * 1024
 
@@ -63,20 +62,12 @@ def test_wrong_configuration_does_not_start(tmp_path: Path, program: str, settin
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Service]:
     """A service whose spool is a disk of 8 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() != 0 or not shutil.which("mount"):
-        pytest.skip("only root can mount a small disk")
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "tmpfs", disk], check=False
-    ).returncode:
-        pytest.skip("nothing can be mounted here")
-    try:
-        with Service(tmp_path, f'[kms.jobs]\nspool_dir = "{disk}"\n') as service:
-            service.spool = disk
-            yield service.start()
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    with (
+        small_disk(tmp_path / "disk", 8 * MIB) as disk,
+        Service(tmp_path, f'[kms.jobs]\nspool_dir = "{disk}"\n') as service,
+    ):
+        service.spool = disk
+        yield service.start()
 
 
 def test_full_disk_is_told_and_nothing_is_left(small: Service) -> None:

@@ -17,6 +17,7 @@ from agekms import write_identities
 from contract.cosmian_double import CosmianDouble
 from contract.faults import unused_url
 from kms_core.envelope.x25519 import Identity
+from peers import tied
 from ports import free_port
 from trails import Place
 
@@ -72,7 +73,7 @@ class Install:
     @contextmanager
     def service(self) -> Iterator[str]:
         """The API, once it answers."""
-        process = subprocess.Popen([BIN / "kms-service"], env=self._environ, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(tied(BIN / "kms-service"), env=self._environ, stderr=subprocess.DEVNULL)
         url = f"http://127.0.0.1:{self.port}"
         try:
             deadline = time.monotonic() + WAIT_S

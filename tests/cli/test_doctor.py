@@ -4,13 +4,12 @@ import ast
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,6 +30,7 @@ from kms_cli.checks.trail import MOST_BYTES
 from kms_core.programs import tether
 from ports import free_port
 from service import Service, until
+from smalldisk import small_disk
 
 NO_REDIS: Final = "unix:///nonexistent/valkey.sock"
 PROD: Final = 'allow_age_in_prod = true\nprod_backend = "age"\n[kms.auth]\nmode = "required"\n'
@@ -244,23 +244,8 @@ def test_a_trail_that_takes_no_record(tmp_path: Path) -> None:
 # -- room and certificates ---------------------------------------------------------------------------
 
 
-@contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A disk of 8 MiB."""
-    if os.geteuid() != 0 or not shutil.which("mount"):
-        pytest.skip("only root can mount a small disk")
-    folder.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=8m,mode=700"]
-    if subprocess.run(["mount", *options, "tmpfs", folder], check=False).returncode:
-        pytest.skip("nothing can be mounted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
 def test_a_spool_and_a_trail_without_room(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk") as disk:
+    with small_disk(tmp_path / "disk", 8 * 1024 * 1024) as disk:
         spool, audit = disk / "spool", disk / "audit"
         settings = f'[kms.jobs]\nspool_dir = "{spool}"\n[kms.audit]\npath = "{audit}"\n'
         install = configured(tmp_path, settings)

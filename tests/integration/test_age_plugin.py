@@ -1,7 +1,7 @@
 """``age-plugin-kms`` under the real ``age``, ``rage`` and ``sops``, over a service and without one."""
 
 import os
-import shutil
+import sys
 from base64 import b64decode
 from hashlib import sha256
 from pathlib import Path
@@ -73,15 +73,35 @@ def test_stock_age_opens_what_the_service_made(toolbench: Bench, age: str, key_i
     assert toolbench.ok(age, "-d", "-i", toolbench.identity(target(key_id)), stdin=made) == SECRET
 
 
+RAGE: Final = """
+import sys
+from pyrage import decrypt, encrypt
+from pyrage.plugin import Identity, IdentityPluginV1, Recipient, RecipientPluginV1
+
+class Silent:
+    def display_message(self, message): raise AssertionError(message)
+    confirm = request_public_string = request_passphrase = display_message
+
+direction, name = sys.argv[1:]
+given = sys.stdin.buffer.read()
+if direction == "-e":
+    plugin = RecipientPluginV1("kms", [Recipient.from_str(name)], [], Silent())
+    sys.stdout.buffer.write(encrypt(given, [plugin]))
+else:
+    plugin = IdentityPluginV1("kms", [Identity.from_str(name)], Silent())
+    sys.stdout.buffer.write(decrypt(given, [plugin]))
+"""
+
+
 def test_rage_and_age_open_each_others_files(toolbench: Bench, age: str) -> None:
-    rage = shutil.which("rage") or pytest.skip("rage is not on the PATH, and no package of Debian brings it")
+    """By pyrage, which is the library that rage is made of: no package of Debian brings rage."""
     path = encrypted(toolbench, age)
-    mine = toolbench.identity(target())
+    rage = (sys.executable, "-c", RAGE)
 
-    by_rage = toolbench.ok(rage, "-e", "-r", target("vault").recipient(), stdin=SECRET)
+    by_rage = toolbench.ok(*rage, "-e", target("vault").recipient(), stdin=SECRET)
 
-    assert toolbench.ok(rage, "-d", "-i", mine, str(path)) == SECRET
-    assert toolbench.ok(age, "-d", "-i", mine, stdin=by_rage) == SECRET
+    assert toolbench.ok(*rage, "-d", target().identity(), stdin=path.read_bytes()) == SECRET
+    assert toolbench.ok(age, "-d", "-i", toolbench.identity(target()), stdin=by_rage) == SECRET
 
 
 @pytest.mark.parametrize(("key_id", "context"), [("default", ""), ("vault", OTHER)])

@@ -79,8 +79,11 @@ def test_download_opens_with_stock_age(service: Service, tmp_path: Path) -> None
 def test_upload_made_by_stock_age_is_opened(service: Service) -> None:
     data = os.urandom(200_000)
     recipient = pyrage.x25519.Identity.from_str(identity(service)).to_public()
+    made = subprocess.run(
+        [program("age"), "-r", str(recipient)], input=data, capture_output=True, check=True
+    ).stdout
 
-    assert service.result(opened(service, pyrage.encrypt(data, [recipient]))) == data
+    assert service.result(opened(service, made)) == data
 
 
 def test_single_call_opens_what_a_job_sealed_and_the_reverse(service: Service) -> None:

@@ -3,7 +3,6 @@
 import os
 import shutil
 import stat
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from kms_core.backends.age import AgeBackend, KeyFiles
 from kms_core.envelope import header
 from kms_core.errors import DecryptFailed, NotACiphertext, ResultExpired, SpoolFull
 from kms_core.jobs.blobs import ITEMS, UPLOAD, Label, Spool, Unsealed
+from smalldisk import small_disk
 
 JOB = "11111111-1111-1111-1111-111111111111"
 OTHER = "22222222-2222-2222-2222-222222222222"
@@ -197,17 +197,8 @@ def test_announced_size_is_refused_before_a_byte(key: AgeBackend, folder: Path) 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A real disk of 1 MiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    if os.geteuid() != 0 or not shutil.which("mount"):
-        pytest.skip("only root can mount a small disk")
-    tried = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", mount], check=False)
-    if tried.returncode != 0:
-        pytest.skip("nothing can be mounted here")
-    try:
-        yield mount
-    finally:
-        subprocess.run(["umount", mount], check=True)
+    with small_disk(tmp_path / "disk", MIB) as disk:
+        yield disk
 
 
 def test_disk_that_fills_up_is_a_full_spool(key: AgeBackend, full_disk: Path) -> None:

@@ -15,6 +15,7 @@ from kms_cli import private, valkey
 from kms_cli.valkey import EmbeddedValkey, Limits, Place
 from kms_core.errors import ConfigurationError, Conflict, Unavailable
 from kms_core.programs import tether
+from peers import tied
 
 WAIT_S = 20.0
 
@@ -165,7 +166,9 @@ def test_celery_works_within_the_access_list(tmp_path: Path, broker_url: str) ->
     worker = ["-m", "celery", "-A", "sums", "worker", "-P", "solo", "--without-gossip", "--without-mingle"]
     ask = "import sums; print([sums.add.apply_async((n, 1), priority=n).get(timeout=20) for n in (0, 9)])"
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, *worker], env=env, cwd=tmp_path, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            tied(sys.executable, *worker), env=env, cwd=tmp_path, stdout=log, stderr=log
+        )
         answer = subprocess.run(
             [sys.executable, "-c", ask], env=env, cwd=tmp_path, check=False, capture_output=True, text=True
         )
