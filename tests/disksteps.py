@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -50,7 +49,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> DiskSteps:
 
 
 def _noting(disk: DiskSteps, real: Callable[..., None]) -> Callable[..., None]:
-    def note(source: Path | str, target: Path | str, **options: Any) -> None:
+    def note(source: Path | str, target: Path | str, **options: int) -> None:
         inode = os.stat(source, dir_fd=options.get("src_dir_fd"), follow_symlinks=False).st_ino
         assert inode in disk.synced_bytes, f"{source} gets another name before its content was synced"
         real(source, target, **options)

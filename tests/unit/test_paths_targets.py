@@ -293,4 +293,5 @@ def test_each_new_directory_survives_a_power_cut(
     disk = recorded(monkeypatch)
     roots.make_parents((root / "a/b/out").as_uri())
 
-    assert disk.steps == [("mkdir", root / "a"), ("sync", root), ("mkdir", root / "a/b"), ("sync", root / "a")]
+    a, b = root / "a", root / "a/b"
+    assert disk.steps == [("mkdir", a), ("sync", root), ("mkdir", b), ("sync", a)]

@@ -1,7 +1,7 @@
 """Rotation of an age key: an identity is appended to the private file, then the recipient is replaced.
 
-In this order, each by a rename and on the disk before the next step, so that a reader at any moment, or after a crash in between, finds a
-recipient whose identity is there. Owner and mode of the files stay.
+In this order, each by a rename and on the disk before the next step: a reader at any moment, or after a
+crash or power cut in between, finds a recipient whose identity is there. Owner and mode of the files stay.
 """
 
 import fcntl
