@@ -4,14 +4,16 @@ import socket
 import threading
 from contextlib import suppress
 
+from ports import free_port
+
 
 class Relay:
     """Forwards each connection to ``port``. While it is cut, connections are refused and open ones end."""
 
     def __init__(self, port: int) -> None:
         self._to = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
+        self.port = free_port()
+        self._listener = socket.create_server(("127.0.0.1", self.port))
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._start()

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
+from ports import free_port
+
 CANARY: Final = "canary-in-the-answer"
 """Stands in every body: no error may hold it."""
 
@@ -169,6 +171,4 @@ def _drip(connection: socket.socket) -> None:
 
 def unused_url() -> str:
     """An address where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return f"http://127.0.0.1:{port}"
+    return f"http://127.0.0.1:{free_port()}"

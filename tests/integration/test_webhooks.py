@@ -1,7 +1,6 @@
 """Webhooks of jobs, from the event in Redis to a real HTTPS receiver: told at the end, and never lost."""
 
 import json
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from kms_core.jobs.store import JobStore
 from kms_core.jobs.webhooks import Endpoint, Message, post, sign
 from kms_core.wire import JobState
 from kms_worker.courier import Courier
+from ports import free_port
 from service import CANARY, CONTEXT, Service, b64, check_problem, core_of, until
 from stores import LONG, TENANT, claimed, store_of
 
@@ -183,8 +183,7 @@ def test_a_refusal_is_tried_again_with_the_same_id_and_body(
 def test_a_receiver_that_comes_up_later_is_told(
     store: JobStore, authority: Authority, tmp_path: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     ci = {"ci": endpoint(tmp_path, f"https://localhost:{port}/", authority)}
     outbox = Outbox(store, ci)
     end(store)

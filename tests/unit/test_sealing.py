@@ -358,3 +358,20 @@ def test_a_passphrase_stanza_closes_a_file_to_every_other_recipient() -> None:
     assert sealing.foreign_file_key(head_of(alone), WRAPPER, [KEY])[0] == file_key
     with pytest.raises(DecryptFailed):
         sealing.foreign_file_key(head_of(both), WRAPPER, [KEY])
+
+
+class Guesses(OneIdentity):
+    """A wrapper that would open a passphrase file."""
+
+    def unwrap(self, stanza: Stanza, key: KeyRef, aad: bytes) -> bytes:
+        del key, aad
+        return scrypt.unwrap(stanza, "guessed")
+
+
+def test_a_passphrase_is_never_tried_for_a_caller() -> None:
+    """It takes memory and time that the sender of the file chooses."""
+    file_key = os.urandom(16)
+    file = header.render([scrypt.wrap(file_key, "guessed", 2)], file_key) + os.urandom(16)
+
+    with pytest.raises(DecryptFailed):
+        sealing.foreign_file_key(head_of(file), Guesses(IDENTITY), [KEY])
