@@ -451,6 +451,14 @@ def test_a_bundle_within_a_bundle_is_no_stanza_of_ours() -> None:
         binding.read(head)
 
 
+@pytest.mark.parametrize("args", [("2",), ("1", "x"), ()], ids=str)
+def test_a_bundle_of_another_version_or_shape_spoils_its_file(args: tuple[str, ...]) -> None:
+    body = header.bundle([Stanza(("a",), b"")]).body
+
+    with pytest.raises(DecryptFailed):
+        head_of(file_of([Stanza((header.BUNDLE, *args), body)]))
+
+
 def test_a_bundle_counts_towards_the_limit_of_stanzas() -> None:
     many = [header.bundle([Stanza(("a",), b"")] * 3000)] * 2
 

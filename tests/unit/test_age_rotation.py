@@ -64,6 +64,15 @@ def test_mode_and_other_lines_stay(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".new")]
 
 
+def test_a_rotation_is_in_use_at_once_however_seldom_files_are_looked_at(tmp_path: Path) -> None:
+    private = tmp_path / "private_key.txt"
+    write_identities(private, x25519.Identity.generate())
+    backend = AgeBackend(KeyFiles(private), recheck_s=3600)
+    before = backend.current_version()
+
+    assert backend.rotate().version == backend.current_version() != before
+
+
 def test_without_a_public_file_the_last_identity_is_in_use(tmp_path: Path) -> None:
     private = tmp_path / "private_key.txt"
     write_identities(private, x25519.Identity.generate())

@@ -243,6 +243,17 @@ def test_no_context_value_leaves_with_a_wrap() -> None:
     assert b"hunter2" not in binding.wrap_aad(KEY, binding.context_stanza(FILE_KEY, KEY, context))
 
 
+@pytest.mark.parametrize(("size", "taken"), [(0, False), (1, True), (4096, True), (4097, False)])
+def test_a_remote_wrap_is_4096_bytes_at_most(size: int, *, taken: bool) -> None:
+    stanza = Stanza((WRAP, "transit", "payroll", "1"), bytes(size))
+    if taken:
+        assert len(binding.read_wrap(stanza).body) == size
+        return
+
+    with pytest.raises(DecryptFailed):
+        binding.read_wrap(stanza)
+
+
 # -- padding -----------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The breaker, the retry budget, and what may open or spend them."""
 
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -150,3 +151,17 @@ def test_a_probe_that_dies_lets_the_next_one_through() -> None:
     breaker.enter()
     breaker.left()
     breaker.enter()
+
+
+def test_a_call_that_is_broken_off_while_it_probes_does_not_close_the_peer_for_ever() -> None:
+    def broken_off() -> str:
+        raise KeyboardInterrupt
+
+    guard = Guard("peer", Patience(attempts=1, failures=1, open_s=0.001, longest_open_s=0.001))
+    with pytest.raises(Unreachable):
+        guard.once("wrap", Peer(Unreachable("gone")))
+    time.sleep(0.01)
+    with pytest.raises(KeyboardInterrupt):
+        guard.once("wrap", broken_off)
+
+    assert guard.once("wrap", Peer()) == "ok"

@@ -81,13 +81,14 @@ def test_a_forged_chunk_spoils_the_ranges_that_touch_it() -> None:
         reader.read(0, 2 * CHUNK + 1)
 
 
-def test_a_source_that_gives_less_is_refused() -> None:
+@pytest.mark.parametrize("kept", [SEALED_CHUNK + 5, 2 * SEALED_CHUNK], ids=["a part", "whole chunks"])
+def test_a_source_that_gives_less_is_refused(kept: int) -> None:
     store = Store(stream.seal(KEY, bytes(5 * CHUNK)))
     reader = store.reader()
-    store.sealed = store.sealed[: SEALED_CHUNK + 5]
+    store.sealed = store.sealed[:kept]
 
     with pytest.raises(DecryptFailed):
-        reader.read(CHUNK, 1)
+        reader.read(0, 3 * CHUNK)
 
 
 def test_no_range_starts_before_the_file() -> None:
