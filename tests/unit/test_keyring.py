@@ -133,6 +133,7 @@ def test_a_retired_backend_is_asked_to_open_only(tmp_path: Path) -> None:
     [
         ('["age://{tmp}/payroll/private_key.txt?seal=false"]', "name a URI that encrypts"),
         ('"age://{tmp}/payroll/private_key.txt?seal=no"', "seal is true or false"),
+        ('"age://{tmp}/payroll/private_key.txt?seal=true&seal=false"', "seal is true or false"),
         (
             '["age://{tmp}/payroll/private_key.txt", "age://{tmp}/state/age/private_key.txt"]',
             "each backend once",

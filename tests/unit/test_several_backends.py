@@ -92,6 +92,13 @@ def test_encrypt_writes_for_all_or_fails(age: Backend) -> None:
         kms.encrypt(ADA, SALARY, ROW)
 
 
+def test_every_backend_that_seals_is_rotated_and_no_other() -> None:
+    (first, one), (second, two), (retired, old) = map(memory_backend, ("memory", "second", "retired"))
+    service(first, second, retired=(retired,)).rotate(ADA, "payroll")
+
+    assert [peer.calls["rotate"] for peer in (one, two, old)] == [1, 1, 0]
+
+
 def test_a_retired_backend_opens_and_no_longer_seals(age: Backend) -> None:
     remote, _ = memory_backend()
     old = sealed_by(service(age))

@@ -11,7 +11,7 @@ from kms_core.choice import Rules
 from kms_core.envelope import x25519
 from kms_core.errors import UnknownKey
 from kms_core.keyring import Key, Keyring
-from kms_core.policy import AllowAll
+from kms_core.policy import AllowAll, Principal
 from kms_core.service import Kms
 from memory_kms import memory_backend
 
@@ -79,3 +79,19 @@ def test_version_that_the_backend_does_not_know_is_not_named(age: Backend, tmp_p
 
     assert found
     assert (found.key_version, found.newest) == ("", False)
+
+
+class Blind(AllowAll):
+    """A policy that shows no key."""
+
+    def sees(self, who: Principal, key_id: str) -> bool:
+        del who, key_id
+        return False
+
+
+def test_a_header_says_nothing_of_a_key_that_the_caller_may_not_see(age: Backend) -> None:
+    kms = service(age)
+    blind = Kms(kms.keyring, Blind(), Kept(), Rules())
+
+    with pytest.raises(UnknownKey):
+        blind.standing(ADA, head_of(sealed(kms)), None)
