@@ -4,8 +4,6 @@ It answers what our backend asks as the servers did whose exchanges are in ``cos
 were never asked it does not know. ``faults`` says how the next requests fail instead.
 """
 
-import base64
-import binascii
 import json
 import signal
 import socket
@@ -20,7 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Final, Self
 
-from contract.cosmian_kmip_double import Kmip, Node, OldKmip, find, node, text
+from contract.cosmian_jose_double import Jose, jose
+from contract.cosmian_kmip_double import Kmip, Node, OldKmip, find, node, read_in_order, text
 from contract.cosmian_store import Refused, Store
 
 ADMIN: Final = "admin"
@@ -142,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, document: Json) -> Json:
         """What would be answered."""
-        old, path = self.double.version == OLD, self.path
+        old, path = self.double.store.old, self.path
         if path == "/version":
             return self.double.version
         user = self._user()
@@ -165,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
             return users[token]
         if isinstance(self.connection, ssl.SSLSocket) and (shown := self.connection.getpeercert()):
             return common_name(shown)
-        raise Unknown(401, "" if self.double.version == OLD else "No authentication provided.")
+        raise Unknown(401, "" if self.double.store.old else "No authentication provided.")
 
 
 def common_name(shown: Any) -> str:  # noqa: ANN401 -- ``getpeercert`` has no better type
@@ -189,6 +188,7 @@ def access(store: Store, path: str, document: Json, user: str) -> Json:
 
 def kmip(operations: Kmip, document: Node, user: str) -> Node:
     """One operation, or a message of several."""
+    read_in_order(document)
     name, fields = document["tag"], document["value"]
     if name != "RequestMessage" or isinstance(operations, OldKmip):
         return operations.structure(f"{name}Response", *operations.run(name, fields, user))
@@ -196,12 +196,11 @@ def kmip(operations: Kmip, document: Node, user: str) -> Node:
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     header = operations.structure(
         "ResponseHeader",
-        find(fields, "RequestHeader")[0],  # the version of the protocol
+        operations.structure("ProtocolVersion", *find(find(fields, "RequestHeader"), "ProtocolVersion")),
         node("TimeStamp", "DateTime", now),
         node("BatchCount", "Integer", len(items)),
     )
     done = (operations.structure("BatchItem", *_done(operations, item, user)) for item in items)
-    header["value"][0].pop("type", None)
     return operations.structure("ResponseMessage", header, *done)
 
 
@@ -220,69 +219,6 @@ def _done(operations: Kmip, item: list[Node], user: str) -> list[Node]:
         ]
     success = node("ResultStatus", "Enumeration", "Success")
     return [*outcome, success, operations.structure("ResponsePayload", *answer)]
-
-
-# -- JOSE --------------------------------------------------------------------------------------------
-
-
-class Jose(Exception):
-    """An error of ``/v1/crypto``."""
-
-    def __init__(self, status: int, error: str, description: str) -> None:
-        super().__init__(description)
-        self.status, self.body = status, {"error": error, "description": description}
-
-
-def jose(store: Store, path: str, document: Json, user: str) -> Json:
-    try:
-        if path == "/v1/crypto/encrypt":
-            return _jose_encrypt(store, document, user)
-        return _jose_decrypt(store, document, user)
-    except Refused as exc:
-        if exc.words.startswith("Item not found"):
-            raise Jose(404, "not_found", "Key not found") from None
-        if exc.words.startswith("Access denied"):
-            raise Jose(403, "forbidden", "Access denied") from None
-        raise Jose(422, "crypto_failure", exc.message) from None
-
-
-def _jose_encrypt(store: Store, document: Json, user: str) -> Json:
-    kid, aad = document["kid"], document.get("aad")
-    head = b64(f'{{"alg":"dir","enc":"{document["enc"]}","kid":"{kid}"}}'.encode())
-    key = store.encrypting(kid, user)
-    sealed = store.seal(key, unb64("data", document["data"]), _authenticated(head, aad))
-    named = dict(zip(("iv", "ciphertext", "tag"), map(b64, sealed), strict=True))
-    return {"protected": head, "encrypted_key": "", **named, **({} if aad is None else {"aad": aad})}
-
-
-def _jose_decrypt(store: Store, document: Json, user: str) -> Json:
-    head = document["protected"]
-    kid = json.loads(unb64("protected", head))["kid"]
-    nonce, ciphertext, tag = (unb64(name, document[name]) for name in ("iv", "ciphertext", "tag"))
-    if len(nonce) != 12:
-        words = f"GCM initialization vector must be exactly 96 bits (12 bytes), got {len(nonce)} bytes"
-        raise Jose(400, "bad_request", words)
-    if len(tag) != 16:
-        words = f"GCM authentication tag must be exactly 128 bits (16 bytes), got {len(tag)} bytes"
-        raise Jose(400, "bad_request", words)
-    key = store.decrypting(kid, user)
-    plaintext = store.open(key, nonce, ciphertext + tag, _authenticated(head, document.get("aad")))
-    return {"kid": kid, "data": b64(plaintext)}
-
-
-def _authenticated(head: str, aad: str | None) -> bytes:
-    return head.encode() if aad is None else f"{head}.{aad}".encode()
-
-
-def b64(octets: bytes) -> str:
-    return base64.urlsafe_b64encode(octets).rstrip(b"=").decode()
-
-
-def unb64(name: str, value: str) -> bytes:
-    try:
-        return base64.urlsafe_b64decode(value + "=" * (-len(value) % 4))
-    except binascii.Error:
-        raise Jose(400, "bad_request", f"Field '{name}' is not valid base64url") from None
 
 
 # -- connections -------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def load(scene: str) -> dict[str, Json]:
 
 
 def shape(body: Json) -> Json:
-    """A body with random bytes and times replaced by what they are like; all else as it is."""
+    """A body with random bytes, times and places in a request replaced by what they are like."""
     match body:
         case {"type": "ByteString" | "DateTime" as kind, "value": str(value), **rest}:
             return {**rest, "type": kind, "value": _like(kind, value)}
@@ -87,6 +87,8 @@ def shape(body: Json) -> Json:
             return {name: shape(value) for name, value in body.items()}
         case list():
             return [shape(value) for value in body]
+        case str():
+            return re.sub(r" at line \d+ column \d+$", " at line 9 column 9", body)
     return body
 
 

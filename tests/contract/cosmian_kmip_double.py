@@ -6,7 +6,16 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from contract.cosmian_store import Key, Refused, Store, bulk_of, items_of_bulk, plain
+from contract.cosmian_store import (
+    MANY_USES,
+    Key,
+    Refused,
+    Store,
+    bulk_of,
+    items_of_bulk,
+    plain,
+    seal_cbc,
+)
 
 Node = dict[str, Any]
 OPERATIONS: Final = frozenset(
@@ -31,6 +40,17 @@ def octets(tag: str, value: bytes) -> Node:
     return node(tag, "ByteString", value.hex().upper())
 
 
+def read_in_order(found: Node) -> None:
+    """Refuse a value that comes before its type: a reader of streams takes it for a structure."""
+    value, names = found.get("value"), list(found)
+    if isinstance(value, list):
+        for each in value:
+            read_in_order(each)
+    elif "type" in names[names.index("value") :]:
+        words = f'invalid type: string "{value}", expected a sequence at line 1 column 1'
+        raise plain(f"Invalid Request: {words}")
+
+
 class Kmip:
     """As 5.13 and later do it."""
 
@@ -52,8 +72,9 @@ class Kmip:
     def create(self, fields: list[Node], user: str) -> list[Node]:
         asked = find(fields, "Attributes")
         uid = find(asked, "UniqueIdentifier") or str(uuid.uuid4())
-        octets_ = os.urandom(find(asked, "CryptographicLength") // 8)
-        self.store.add(uid, Key(octets_, user, self.tags(asked), self.first_state(asked), keyset_of(asked)))
+        key = Key(os.urandom(find(asked, "CryptographicLength") // 8), user, self.tags(asked))
+        key.state, key.keyset, key.usage = self.first_state(asked), keyset_of(asked), self.usage(asked)
+        self.store.add(uid, key)
         return [node("ObjectType", "Enumeration", "SymmetricKey"), text("UniqueIdentifier", uid)]
 
     def locate(self, fields: list[Node], user: str) -> list[Node]:
@@ -72,14 +93,15 @@ class Kmip:
         key = self.store.encrypting(uid, user)
         aad = read(fields, "AuthenticatedEncryptionAdditionalData")
         given = read(fields, self.nonce)
+        if mode_of(fields) == "CBC":  # whatever the AAD
+            nonce, ciphertext = seal_cbc(key, plaintext, given)
+            return self.sealed(uid, ciphertext, b"" if given else nonce)
         items = items_of_bulk(plaintext)
         if items is not None:
             many = bulk_of([b"".join(self.store.seal(key, item, aad, given)) for item in items])
             return [text("UniqueIdentifier", uid), octets("Data", many)]
         nonce, ciphertext, tag = self.store.seal(key, plaintext, aad, given)
-        answer = [text("UniqueIdentifier", uid), octets("Data", ciphertext)]
-        if not given:
-            answer.append(octets(self.nonce, nonce))
+        answer = self.sealed(uid, ciphertext, b"" if given else nonce)
         return [*answer, octets("AuthenticatedEncryptionTag", tag)]
 
     def decrypt(self, fields: list[Node], user: str) -> list[Node]:
@@ -89,10 +111,13 @@ class Kmip:
         if items is not None:  # without any AAD
             opened = [self.store.open(key, item[:12], item[12:], b"") for item in items]
             return [text("UniqueIdentifier", uid), octets("Data", bulk_of(opened))]
-        nonce, tag = read(fields, self.nonce), read(fields, "AuthenticatedEncryptionTag")
-        if not nonce:
+        if find(fields, self.nonce) is None:
             raise Refused("Invalid_Message", "missing-iv")
-        aad = read(fields, "AuthenticatedEncryptionAdditionalData")
+        if mode_of(fields) == "CBC":
+            plaintext = self.store.open_cbc(key, read(fields, self.nonce), ciphertext)
+            return [text("UniqueIdentifier", uid), octets("Data", plaintext)]
+        nonce = read(fields, self.nonce) or bytes(12)
+        aad, tag = (read(fields, f"AuthenticatedEncryption{each}") for each in ("AdditionalData", "Tag"))
         plaintext = self.store.open(key, nonce, ciphertext + tag, aad)
         return [text("UniqueIdentifier", uid), octets("Data", plaintext)]
 
@@ -126,6 +151,11 @@ class Kmip:
         active = since is not None and datetime.fromisoformat(since) <= datetime.now(UTC)
         return "Active" if active else "PreActive"
 
+    def usage(self, attributes: list[Node]) -> int:
+        """What the key may be used for; for much, where nobody said."""
+        asked = find(attributes, "CryptographicUsageMask")
+        return MANY_USES if asked is None else asked
+
     def repeated(self, tag: str, found: list[Node]) -> list[Node]:
         del tag
         return found
@@ -148,7 +178,12 @@ class Kmip:
             raise plain("This KMIP server does not yet support place holder id")
         if data is None:
             raise plain(f"Invalid Request: {name}: data to {verb} must be provided")
-        return uid, bytes.fromhex(data)
+        return uid, read(fields, "Data")
+
+    def sealed(self, uid: str, ciphertext: bytes, nonce: bytes) -> list[Node]:
+        """The nonce, unless the request had one."""
+        answer = [text("UniqueIdentifier", uid), octets("Data", ciphertext)]
+        return [*answer, octets(self.nonce, nonce)] if nonce else answer
 
 
 class OldKmip(Kmip):
@@ -168,6 +203,11 @@ class OldKmip(Kmip):
         del attributes
         return "Active"
 
+    def usage(self, attributes: list[Node]) -> int:
+        """Whatever was asked for."""
+        del attributes
+        return MANY_USES
+
     def repeated(self, tag: str, found: list[Node]) -> list[Node]:
         return [self.structure(tag, *found)] if found else []
 
@@ -182,7 +222,7 @@ class OldKmip(Kmip):
         return [
             node("CryptographicAlgorithm", "Enumeration", "AES"),
             node("CryptographicLength", "Integer", len(key.octets) * 8),
-            node("CryptographicUsageMask", "Integer", 2108),
+            node("CryptographicUsageMask", "Integer", key.usage),
             node("KeyFormatType", "Enumeration", "TransparentSymmetricKey"),
             node("ObjectType", "Enumeration", "SymmetricKey"),
             node("Sensitive", "Boolean", False),  # noqa: FBT003 -- whatever was asked for
@@ -191,7 +231,20 @@ class OldKmip(Kmip):
 
 
 def read(fields: list[Node], tag: str) -> bytes:
-    return bytes.fromhex(find(fields, tag) or "")
+    value = find(fields, tag) or ""
+    try:
+        return bytes.fromhex(value)
+    except ValueError:
+        words = f"Invalid value for a ByteString: {value} at line 1 column 1"
+        raise plain(f"Invalid Request: {words}") from None
+
+
+def mode_of(fields: list[Node]) -> str:
+    """``GCM``, also where the request names none, or ``CBC``."""
+    mode = find(find(fields, "CryptographicParameters") or [], "BlockCipherMode") or "GCM"
+    if mode not in {"GCM", "AEAD", "CBC"}:
+        raise Refused("Operation_Not_Supported", f"AES is not supported with mode: {mode}")
+    return "CBC" if mode == "CBC" else "GCM"
 
 
 def keyset_of(attributes: list[Node]) -> str:
