@@ -113,8 +113,9 @@ JOSE_SEALED: Final = {"protected": "e30", "iv": "AAAA", "ciphertext": "AAAA", "t
         (422, {"error": "crypto_failure", "description": "Redis Error: gone"}, Busy),
         (422, {"error": "unsupported_algorithm", "description": "no"}, BackendUnavailable),
         (403, {"error": "forbidden", "description": "Access denied"}, BackendUnavailable),
+        (404, "no such page", BackendUnavailable),
     ],
-    ids=["another header", "trouble inside", "unsupported", "forbidden"],
+    ids=["another header", "trouble inside", "unsupported", "forbidden", "another server"],
 )
 def test_answers_of_jose_are_told_apart(
     double: CosmianDouble, status: int, body: object, kind: type[BackendUnavailable]

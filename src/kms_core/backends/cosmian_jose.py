@@ -7,7 +7,6 @@ dialect encrypts the other decrypts. Knows no settings and no versions of keys.
 import base64
 import binascii
 from functools import lru_cache
-from http import HTTPStatus
 from typing import Final
 
 import msgspec
@@ -86,15 +85,16 @@ class Jose:
 
     def _post(self, path: str, body: msgspec.Struct) -> Answer:
         answer = self._line.post(path, msgspec.json.encode(body))
-        if answer.ok:
-            return answer
-        if answer.status == HTTPStatus.NOT_FOUND and not answer.body.startswith(b"{"):
-            raise answer.odd()  # not "Key not found": the server has no such calls
-        raise _refusal(answer)
+        if not answer.ok:
+            raise _refusal(answer)
+        return answer
 
 
 def _refusal(answer: Answer) -> Refusal:
-    """What a code means; ``crypto_failure`` covers states of the key as well, which its text tells."""
+    """What a code means; ``crypto_failure`` covers states of the key as well, which its text tells.
+
+    Raises BackendUnavailable for a body of another shape, such as the 404 of a server without these calls.
+    """
     found = answer.read(_Error)
     match found.error:
         case "not_found":
