@@ -159,8 +159,8 @@ class Handler(BaseHTTPRequestHandler):
         users = self.double.users
         if users is None and self.double.tls is None:
             return ADMIN
-        token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
-        if users and token in users:
+        scheme, _, token = (self.headers["Authorization"] or "").partition(" ")
+        if users and scheme == "Bearer" and token in users:
             return users[token]
         if isinstance(self.connection, ssl.SSLSocket) and (shown := self.connection.getpeercert()):
             return common_name(shown)

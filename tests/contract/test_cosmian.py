@@ -79,12 +79,21 @@ def test_the_version_is_asked_for_once(double: CosmianDouble) -> None:
     assert [path for path, _ in double.requests].count("/version") == 1
 
 
-def test_jose_on_a_server_without_it_says_what_to_set() -> None:
-    with CosmianDouble(OLD) as double:
+@pytest.mark.parametrize("version", [OLD, "5.22.1 (OpenSSL 3.0.22)"], ids=["4.24", "5.22"])
+def test_jose_on_a_server_without_it_says_what_to_set(version: str) -> None:
+    with CosmianDouble(version) as double:
         made(cipher_of(double))
 
         with pytest.raises(BackendUnavailable, match=r'5\.23: set kms\.cosmian\.protocol = "kmip"'):
             cipher_of(double, "jose").encrypt(SECRET, "1", AAD)
+
+
+def test_jose_is_spoken_with_the_first_server_that_has_it() -> None:
+    with CosmianDouble("5.23.0 (OpenSSL 3.0.22)") as double:
+        cipher = made(cipher_of(double, "jose"))
+
+        assert cipher.decrypt(cipher.encrypt(SECRET, "1", AAD), "1", AAD) == SECRET
+        assert "/v1/crypto/encrypt" in dict(double.requests)
 
 
 # -- what is sent ------------------------------------------------------------------------------------

@@ -167,6 +167,12 @@ def test_what_aws_would_not_take_is_not_sent(size: int) -> None:
     assert "Decrypt" not in dict(script.asked)
 
 
+def test_the_longest_ciphertext_that_aws_takes_is_sent() -> None:
+    """6,144 bytes (AWS KMS API reference, Decrypt, CiphertextBlob)."""
+    with cipher_with({"Decrypt": (200, {"Plaintext": b64(SECRET), "KeyId": ARN})}) as (cipher, _):
+        assert cipher.decrypt(bytes(6144), KEY, AAD) == SECRET
+
+
 def test_an_answer_that_drips_for_ever_ends_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         stop = threading.Event()

@@ -1,6 +1,9 @@
 """Which keys an AWS KMS alias stands for, with scripted answers: history, refreshing, rotation that fails."""
 
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 import pytest
 
@@ -9,6 +12,9 @@ from awsservers import calls_to
 from kms_core.backends import Busy, Unreachable
 from kms_core.backends.awskms import AwsCipher
 from kms_core.errors import BackendUnavailable, DecryptFailed, KmsError
+
+THREADS: Final = 8
+WAIT_S: Final = 30.0
 
 
 def earlier(home: str) -> dict[str, object]:
@@ -92,6 +98,29 @@ def test_a_known_key_is_used_while_the_list_cannot_be_had(failure: str) -> None:
             cipher.decrypt(SECRET[::-1], "unknown", AAD)
 
     assert [operation for operation, _ in script.asked].count("ListAliases") == 3
+
+
+def test_those_who_ask_about_an_unknown_key_at_once_share_an_answer() -> None:
+    """Files choose the version, so many of a wrong one must not become as many calls."""
+    came = threading.Semaphore(0)
+    first = iter([True])
+
+    def clock() -> float:
+        came.release()
+        return 0.0
+
+    def answer(operation: str, asked: Mapping[str, object]) -> Reply:
+        if operation == "DescribeKey" and next(first, False):
+            for _ in range(THREADS + 1):  # each who came, and the one who asks once more
+                assert came.acquire(timeout=WAIT_S)
+        return working(operation, asked)
+
+    with scripted(answer) as (url, script), ThreadPoolExecutor(THREADS) as threads:
+        cipher = AwsCipher(calls_to(url, timeout_s=WAIT_S), "alias/payroll", clock=clock)
+        calls = [threads.submit(cipher.decrypt, SECRET, "unknown", AAD) for _ in range(THREADS)]
+
+        assert {type(call.exception(WAIT_S)) for call in calls} == {DecryptFailed}
+    assert [operation for operation, _ in script.asked] == ["DescribeKey", "ListAliases"]
 
 
 def test_a_key_that_left_the_history_is_let_go_within_a_minute() -> None:
