@@ -5,7 +5,9 @@ the double: they look at what was sent, or make it misbehave.
 """
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 import pytest
 
@@ -148,13 +150,24 @@ def _bulky_nonce(double: CosmianDouble) -> bytes:
     return next(nonce for nonce in nonces if double.store.seal(key, b"\x01\x00", b"", nonce)[1] == BULK)
 
 
-def test_a_wrap_that_looks_like_bulk_data_is_not_sent(double: CosmianDouble) -> None:
+NO_WRAPS: Final[dict[str, Callable[[bytes], bytes]]] = {
+    "of bulk data": lambda wrap: wrap[:13] + BULK + wrap[15:],
+    "of another form": lambda wrap: b"\x02" + wrap[1:],
+    "cut by a byte": lambda wrap: wrap[:-1],
+    "longer by a byte": lambda wrap: wrap + b"\0",
+    "empty": lambda _: b"",
+}
+
+
+@pytest.mark.parametrize("change", NO_WRAPS.values(), ids=NO_WRAPS)
+def test_what_is_no_wrap_of_ours_is_not_sent(double: CosmianDouble, change: Callable[[bytes], bytes]) -> None:
+    """A server takes bulk data without its AAD, and a tag that is cut."""
     cipher = made(cipher_of(double))
     wrapped = cipher.encrypt(SECRET, "1", AAD)
     asked = len(double.requests)
 
     with pytest.raises(DecryptFailed):
-        cipher.decrypt(wrapped[:13] + BULK + wrapped[15:], "1", AAD)
+        cipher.decrypt(change(wrapped), "1", AAD)
     assert len(double.requests) == asked
 
 
