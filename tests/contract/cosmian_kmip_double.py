@@ -93,16 +93,13 @@ class Kmip:
         key = self.store.encrypting(uid, user)
         aad = read(fields, "AuthenticatedEncryptionAdditionalData")
         given = read(fields, self.nonce)
-        if mode_of(fields) == "CBC":  # whatever the AAD
-            nonce, ciphertext = seal_cbc(key, plaintext, given)
-            return self.sealed(uid, ciphertext, b"" if given else nonce)
+        if self.mode(fields) == "CBC":  # whatever the AAD
+            return self.sealed(uid, *seal_cbc(key, plaintext, given), b"", given)
         items = items_of_bulk(plaintext)
         if items is not None:
             many = bulk_of([b"".join(self.store.seal(key, item, aad, given)) for item in items])
             return [text("UniqueIdentifier", uid), octets("Data", many)]
-        nonce, ciphertext, tag = self.store.seal(key, plaintext, aad, given)
-        answer = self.sealed(uid, ciphertext, b"" if given else nonce)
-        return [*answer, octets("AuthenticatedEncryptionTag", tag)]
+        return self.sealed(uid, *self.store.seal(key, plaintext, aad, given), given)
 
     def decrypt(self, fields: list[Node], user: str) -> list[Node]:
         uid, ciphertext = self.uid_and_data(fields, "Decrypt", "decrypt")
@@ -113,7 +110,7 @@ class Kmip:
             return [text("UniqueIdentifier", uid), octets("Data", bulk_of(opened))]
         if find(fields, self.nonce) is None:
             raise Refused("Invalid_Message", "missing-iv")
-        if mode_of(fields) == "CBC":
+        if self.mode(fields) == "CBC":
             plaintext = self.store.open_cbc(key, read(fields, self.nonce), ciphertext)
             return [text("UniqueIdentifier", uid), octets("Data", plaintext)]
         nonce = read(fields, self.nonce) or bytes(12)
@@ -170,6 +167,15 @@ class Kmip:
         state = node("State", "Enumeration", key.state)
         return [node("InitialDate", "DateTime", key.made), *(rotation if key.keyset else ()), state]
 
+    def sealed(self, uid: str, nonce: bytes, ciphertext: bytes, tag: bytes, given: bytes) -> list[Node]:
+        """The nonce, unless the request gave it, and a tag, where the mode has one."""
+        answer = [text("UniqueIdentifier", uid), octets("Data", ciphertext)]
+        parts = {self.nonce: b"" if given else nonce, "AuthenticatedEncryptionTag": tag}
+        return answer + [octets(name, part) for name, part in parts.items() if part]
+
+    def unsupported(self, mode: str) -> Refused:
+        return Refused("Operation_Not_Supported", f"AES is not supported with mode: {mode}")
+
     # -- inside --------------------------------------------------------------------------------------
 
     def uid_and_data(self, fields: list[Node], name: str, verb: str) -> tuple[str, bytes]:
@@ -180,10 +186,12 @@ class Kmip:
             raise plain(f"Invalid Request: {name}: data to {verb} must be provided")
         return uid, read(fields, "Data")
 
-    def sealed(self, uid: str, ciphertext: bytes, nonce: bytes) -> list[Node]:
-        """The nonce, unless the request had one."""
-        answer = [text("UniqueIdentifier", uid), octets("Data", ciphertext)]
-        return [*answer, octets(self.nonce, nonce)] if nonce else answer
+    def mode(self, fields: list[Node]) -> str:
+        """``GCM``, also where the request names none, or ``CBC``."""
+        mode: str = find(find(fields, "CryptographicParameters") or [], "BlockCipherMode") or "GCM"
+        if mode not in {"GCM", "AEAD", "CBC"}:
+            raise self.unsupported(mode)
+        return mode
 
 
 class OldKmip(Kmip):
@@ -207,6 +215,15 @@ class OldKmip(Kmip):
         """Whatever was asked for."""
         del attributes
         return MANY_USES
+
+    def sealed(self, uid: str, nonce: bytes, ciphertext: bytes, tag: bytes, given: bytes) -> list[Node]:
+        """All parts, even those that the request gave or the mode lacks."""
+        del given
+        parts = {"Data": ciphertext, self.nonce: nonce, "AuthenticatedEncryptionTag": tag}
+        return [text("UniqueIdentifier", uid), *(octets(name, part) for name, part in parts.items())]
+
+    def unsupported(self, mode: str) -> Refused:
+        return plain(f"Cryptographic error: Not Supported: AES is not supported with mode: {mode}", 500)
 
     def repeated(self, tag: str, found: list[Node]) -> list[Node]:
         return [self.structure(tag, *found)] if found else []
@@ -237,14 +254,6 @@ def read(fields: list[Node], tag: str) -> bytes:
     except ValueError:
         words = f"Invalid value for a ByteString: {value} at line 1 column 1"
         raise plain(f"Invalid Request: {words}") from None
-
-
-def mode_of(fields: list[Node]) -> str:
-    """``GCM``, also where the request names none, or ``CBC``."""
-    mode = find(find(fields, "CryptographicParameters") or [], "BlockCipherMode") or "GCM"
-    if mode not in {"GCM", "AEAD", "CBC"}:
-        raise Refused("Operation_Not_Supported", f"AES is not supported with mode: {mode}")
-    return "CBC" if mode == "CBC" else "GCM"
 
 
 def keyset_of(attributes: list[Node]) -> str:
