@@ -150,20 +150,34 @@ def test_an_alias_of_another_account_makes_no_history() -> None:
 
 @pytest.mark.parametrize("failing", ["CreateAlias", "UpdateAlias"])
 def test_a_rotation_that_breaks_off_names_the_key_that_it_made(failing: str) -> None:
-    new = ARN.replace("1234abcd", "4321abcd")
-    replies: dict[str, Reply] = {
-        "GetKeyPolicy": (200, {"Policy": "{}"}),
-        "ListResourceTags": (200, {"Tags": []}),
-        "CreateKey": (200, {"KeyMetadata": {"Arn": new, "KeyId": new.rpartition("/")[2]}}),
-        "CreateAlias": (200, b""),
-        "UpdateAlias": (200, b""),
-        failing: refused("LimitExceededException"),
-    }
+    replies = {**rotating(), failing: refused("LimitExceededException")}
     with (
         cipher_with(replies, "alias/payroll") as (cipher, _),
         pytest.raises(BackendUnavailable, match="The new key is 4321abcd-"),
     ):
         cipher.rotate()
+
+
+def rotating(*tags: Mapping[str, str]) -> dict[str, Reply]:
+    """What AWS answers to a rotation that works; the old key has these tags."""
+    new = ARN.replace("1234abcd", "4321abcd")
+    return {
+        "GetKeyPolicy": (200, {"Policy": "{}"}),
+        "ListResourceTags": (200, {"Tags": tags}),
+        "CreateKey": (200, {"KeyMetadata": {"Arn": new, "KeyId": new.rpartition("/")[2]}}),
+        "CreateAlias": (200, b""),
+        "UpdateAlias": (200, b""),
+    }
+
+
+def test_a_rotation_leaves_the_tags_of_aws_to_aws() -> None:
+    """AWS refuses those that begin with ``aws:`` (AWS KMS API reference, Tag)."""
+    ours = {"TagKey": "team", "TagValue": "payroll"}
+    theirs = {"TagKey": "aws:cloudformation:stack-name", "TagValue": "keys"}
+    with cipher_with(rotating(theirs, ours), "alias/payroll") as (cipher, script):
+        cipher.rotate()
+
+    assert dict(script.asked)["CreateKey"]["Tags"] == [ours]
 
 
 @pytest.mark.parametrize(
