@@ -1,0 +1,73 @@
+"""Answers of a transit engine that are well formed and wrong in one thing."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final
+
+import pytest
+from structlog.testing import capture_logs
+
+import bao
+from contract.faults import answer, faulty
+from kms_core.backends.transit import TransitCipher
+from kms_core.errors import BackendUnavailable
+
+SECRET: Final = bytes(range(16))
+AAD: Final = b"names and a context"
+KEY: Final[dict[str, object]] = {"type": "aes256-gcm96", "latest_version": 2, "keys": {"1": 1, "2": 2}}
+
+
+@contextmanager
+def answering(data: Mapping[str, object]) -> Iterator[TransitCipher]:
+    """A cipher whose server answers so, whatever it is asked."""
+    with faulty(answer(200, json.dumps({"data": data}).encode())) as front:
+        yield TransitCipher(bao.vault(front.url, token="s.token"), "transit", "pay")
+
+
+def test_a_wrap_is_what_follows_the_prefix_of_its_version() -> None:
+    with answering({"ciphertext": "vault:v2:QUJD"}) as cipher:
+        assert cipher.encrypt(SECRET, "2", AAD) == b"ABC"
+
+
+WRONG: Final = {
+    "another version": "vault:v1:QUJD",
+    "a longer version": "vault:v22:QUJD",
+    "text before it": "xvault:v2:QUJD",
+    "nothing after it": "vault:v2:",
+    "no prefix": "QUJD",
+    "no base64": "vault:v2:QU!JD",
+    "a line end": "vault:v2:QUJD\n",
+}
+
+
+@pytest.mark.parametrize("ciphertext", WRONG.values(), ids=WRONG)
+def test_a_ciphertext_of_another_form_is_refused(ciphertext: str) -> None:
+    """What was stored of it would open nothing."""
+    with (
+        answering({"ciphertext": ciphertext}) as cipher,
+        pytest.raises(BackendUnavailable, match="does not answer as OpenBao or Vault does"),
+    ):
+        cipher.encrypt(SECRET, "2", AAD)
+
+
+def test_a_version_above_the_latest_is_not_believed() -> None:
+    with answering(KEY | {"latest_version": 1}) as cipher:
+        assert [version.version for version in cipher.versions()] == ["1"]
+
+
+def test_a_key_without_its_latest_version_is_refused() -> None:
+    with (
+        answering(KEY | {"latest_version": 3}) as cipher,
+        pytest.raises(BackendUnavailable, match="does not answer as OpenBao or Vault does"),
+    ):
+        cipher.versions()
+
+
+@pytest.mark.parametrize("mark", ["exportable", "allow_plaintext_backup"])
+def test_a_key_that_can_leave_its_server_is_told_of_once(mark: str) -> None:
+    with answering(KEY | {mark: True}) as cipher, capture_logs() as logs:
+        cipher.versions()
+        cipher.versions()
+
+    assert [entry["event"] for entry in logs].count("key.exportable") == 1
