@@ -1,10 +1,11 @@
-"""What is Cosmian's own: dialects that open each other's wraps, what is sent, messages of several calls.
+"""What is Cosmian's own: dialects that open each other's wraps, BulkData, messages of several calls.
+
+What is asked of a server is in ``test_cosmian_requests``.
 
 Tests marked ``cosmian`` run against the server at ``COSMIAN_KMS_URL`` where there is one; the others need
 the double: they look at what was sent, or make it misbehave.
 """
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -19,7 +20,6 @@ from contract.cosmian_ciphers import (
     cipher_of,
     held,
     made,
-    operations,
     settings_of,
     until,
 )
@@ -98,27 +98,7 @@ def test_jose_is_spoken_with_the_first_server_that_has_it() -> None:
         assert "/v1/crypto/encrypt" in dict(double.requests)
 
 
-# -- what is sent ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("version", [NEW, OLD], ids=["5", "4"])
-def test_aad_always_goes_and_a_nonce_never(version: str) -> None:
-    with CosmianDouble(version) as double:
-        made(cipher_of(double)).encrypt(SECRET, "1", AAD)
-        (encrypt,) = (each for each in operations(double) if each["tag"] == "Encrypt")
-
-    tags = [field["tag"] for field in encrypt["value"]]
-    assert "AuthenticatedEncryptionAdditionalData" in tags
-    assert not {"IVCounterNonce", "IvCounterNonce"} & set(tags)
-
-
-def test_a_key_is_made_that_nobody_can_export_and_everybody_recognises(double: CosmianDouble) -> None:
-    made(cipher_of(double))
-    (create,) = (each for each in operations(double) if each["tag"] == "Create")
-
-    sent = json.dumps(create)
-    assert '{"tag": "Sensitive", "type": "Boolean", "value": true}' in sent
-    assert '{"tag": "NameValue", "type": "TextString", "value": "payroll/1"}' in sent
+# -- BulkData, and other wraps than ours ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("protocol", ["kmip", "jose"])

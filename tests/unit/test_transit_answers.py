@@ -64,6 +64,14 @@ def test_a_key_without_its_latest_version_is_refused() -> None:
         cipher.versions()
 
 
+def test_a_key_that_is_deleted_for_now_says_how_to_restore_it() -> None:
+    with (
+        answering(KEY | {"soft_deleted": True}) as cipher,
+        pytest.raises(BackendUnavailable, match=r"restore it with `bao write -f transit/keys/pay/soft-"),
+    ):
+        cipher.versions()
+
+
 @pytest.mark.parametrize("mark", ["exportable", "allow_plaintext_backup"])
 def test_a_key_that_can_leave_its_server_is_told_of_once(mark: str) -> None:
     with answering(KEY | {mark: True}) as cipher, capture_logs() as logs:
