@@ -30,6 +30,15 @@ def test_a_wrap_is_what_follows_the_prefix_of_its_version() -> None:
         assert cipher.encrypt(SECRET, "2", AAD) == b"ABC"
 
 
+def test_each_request_bears_the_header_that_an_agent_may_ask_for() -> None:
+    """``X-Vault-Request: true``, for listeners with ``require_request_header``."""
+    with faulty(answer(200, json.dumps({"data": KEY}).encode())) as front:
+        TransitCipher(bao.vault(front.url, token="s.token"), "transit", "pay").versions()
+
+    assert front.requests
+    assert all(b"\r\nX-Vault-Request: true\r\n" in each for each in front.requests)
+
+
 WRONG: Final = {
     "another version": "vault:v1:QUJD",
     "a longer version": "vault:v22:QUJD",
