@@ -1,8 +1,9 @@
-"""Answers of a transit engine that are well formed and wrong in one thing."""
+"""Answers of a transit engine that are wrong in one thing, and what goes with each request."""
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -10,6 +11,7 @@ from structlog.testing import capture_logs
 
 import bao
 from contract.faults import answer, faulty
+from kms_core.backends import KeyMissing
 from kms_core.backends.transit import TransitCipher
 from kms_core.errors import BackendUnavailable
 
@@ -37,6 +39,23 @@ def test_each_request_bears_the_header_that_an_agent_may_ask_for() -> None:
 
     assert front.requests
     assert all(b"\r\nX-Vault-Request: true\r\n" in each for each in front.requests)
+
+
+def test_the_life_of_a_new_token_is_looked_up_at_once(tmp_path: Path) -> None:
+    """The old one's life says nothing of it: it may end within the hour that the old one had left."""
+    file = tmp_path / "token"
+    document = {"data": KEY | {"ttl": 7200, "renewable": True}}
+    with faulty(answer(200, json.dumps(document).encode())) as front:
+        file.write_text("s.first")
+        file.chmod(0o600)
+        cipher = TransitCipher(bao.vault(front.url, token_file=file), "transit", "pay")
+        cipher.versions()
+        cipher.versions()
+        file.write_text("s.second")
+        cipher.versions()
+
+        looked_up = [each for each in front.requests if b"/auth/token/lookup-self" in each]
+    assert [b"s.second" in each for each in looked_up] == [False, True]
 
 
 WRONG: Final = {
@@ -79,6 +98,23 @@ def test_a_key_that_is_deleted_for_now_says_how_to_restore_it() -> None:
         pytest.raises(BackendUnavailable, match=r"restore it with `bao write -f transit/keys/pay/soft-"),
     ):
         cipher.versions()
+
+
+@pytest.mark.parametrize("kind", ["aes128-gcm96", "aes256-gcm96", "chacha20-poly1305", "xchacha20-poly1305"])
+def test_every_type_with_aead_is_taken(kind: str) -> None:
+    with answering(KEY | {"type": kind}) as cipher:
+        assert [version.version for version in cipher.versions()] == ["1", "2"]
+
+
+def test_a_404_of_another_server_is_told_from_a_missing_key() -> None:
+    with faulty(answer(404, b'{"hello": 1}')) as front:
+        cipher = TransitCipher(bao.vault(front.url, token="s.token"), "transit", "pay")
+        with pytest.raises(BackendUnavailable, match="does not answer as OpenBao or Vault does"):
+            cipher.versions()
+    with faulty(answer(404, b"")) as front:  # RustyVault, for an item that is not there
+        cipher = TransitCipher(bao.vault(front.url, token="s.token"), "transit", "pay")
+        with pytest.raises(KeyMissing):
+            cipher.versions()
 
 
 @pytest.mark.parametrize("mark", ["exportable", "allow_plaintext_backup"])
