@@ -4,7 +4,7 @@ A flag wins over the environment, the environment over the file, the file over t
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -29,6 +29,7 @@ from kms_core.settings_read import (
     FromEnvironment,
     Reader,
     Tree,
+    Variables,
     expand,
     nearest,
     read_toml,
@@ -38,6 +39,7 @@ from kms_core.settings_read import (
 from kms_core.settings_redis import check_redis, for_celery
 from kms_core.settings_remote import SECTIONS, check_vaults
 from kms_core.settings_sections import Kms, Settings
+from kms_core.settings_trust import check_destinations, check_file, how_to_trust, is_sent
 
 __all__ = ["Settings", "check_exposure", "check_names", "default_state_dir", "find", "load"]
 
@@ -75,14 +77,19 @@ def load(
     """Read the settings.
 
     ``path`` is the ``--config`` flag. ``overrides`` are the other flags, by their key below ``[kms]``
-    (``port``, ``redis.url``); None means not given. No file is needed.
+    (``port``, ``redis.url``); None means not given. No file is needed. One that nobody named and that is
+    found below the working directory is bound by the rules of ``settings_trust``.
 
     Raises ConfigurationError, which names the key and what to do, never the value.
     """
     check_names(environ)
     file = find(path, environ)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    found = file if _is_found(path, environ, file) else None
+    if found is not None:
+        check_file(found)
     try:
-        return _settings(read_toml(file) if file else {}, environ, overrides)
+        return _settings(read_toml(file) if file else {}, environ, given, found)
     except ConfigurationError as exc:
         raise ConfigurationError(f"{exc.detail} [read from {file}]" if file else exc.detail) from exc
 
@@ -94,6 +101,11 @@ def find(path: Path | None, environ: Mapping[str, str]) -> Path | None:
     if named := environ.get("KMS_CONFIG"):
         return Path(named)
     return next((known for known in SEARCHED if known.is_file()), None)
+
+
+def _is_found(path: Path | None, environ: Mapping[str, str], file: Path | None) -> bool:
+    """Whether ``file`` was found below the working directory, and nobody named it."""
+    return path is None and not environ.get("KMS_CONFIG") and file is not None and not file.is_absolute()
 
 
 def check_names(environ: Mapping[str, str]) -> None:
@@ -120,13 +132,16 @@ def _is_link(name: str, value: str) -> bool:
     return _LINK.fullmatch(f"{name}={value}") is not None
 
 
-def _settings(document: Tree, environ: Mapping[str, str], overrides: Mapping[str, object]) -> Settings:
+def _settings(
+    document: Tree, environ: Mapping[str, str], given: Mapping[str, object], found: Path | None
+) -> Settings:
     for name in document.keys() - {"kms"}:
         raise ConfigurationError(f"[{name}] is not a setting: everything is below [kms]")
     reader = Reader(environ.get("HOME"))
-    kms = table({"kms": expand(document.get("kms", {}), environ, "kms")}, "kms", "")
+    variables = Variables(environ) if found is None else Variables(environ, _refusal(found))
+    kms = table({"kms": expand(document.get("kms", {}), variables, "kms")}, "kms", "")
     _lay_over(kms, _from_variables(environ))
-    _lay_over(kms, {key: value for key, value in overrides.items() if value is not None})
+    _lay_over(kms, given)
     own_sections = {"age": "age", "cosmian": "cosmian", "awskms": "awskms", **SECTIONS}
     unset = {backend: take_unset(table(kms, name, "kms.")) for backend, name in own_sections.items()}
     literals = {name for name in SECTIONS.values() if isinstance(table(kms, name, "kms.").get("token"), str)}
@@ -148,7 +163,19 @@ def _settings(document: Tree, environ: Mapping[str, str], overrides: Mapping[str
     check_auth(settings)
     check_buckets(settings)
     check_roots(settings)
+    if found is not None:
+        replaced = given.keys() | _from_variables(environ).keys()
+        check_destinations(table(document, "kms", ""), settings, environ, replaced, found)
     return settings
+
+
+def _refusal(found: Path) -> Callable[[str], str]:
+    """Why a setting of a file that was merely found may not use the environment; empty where it may."""
+    reason = (
+        "and what is sent to an address takes nothing from the environment in a file that was only found in "
+        f"the working directory: {how_to_trust(found)}"
+    )
+    return lambda where: reason if is_sent(where) else ""
 
 
 def _from_variables(environ: Mapping[str, str]) -> dict[str, object]:

@@ -8,7 +8,7 @@ from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 from kms_core.errors import ConfigurationError
 from kms_core.settings_auth import auth_files
 from kms_core.settings_buckets import bucket_files
-from kms_core.settings_read import nearest, unset_text
+from kms_core.settings_read import Unset, nearest, unset_error
 from kms_core.settings_remote import check_aws_endpoint, is_loopback, secret_files
 from kms_core.settings_sections import Settings
 
@@ -50,12 +50,12 @@ def check_environment(settings: Settings) -> None:
         )
 
 
-def check_variables(settings: Settings, unset: Mapping[str, Mapping[str, str]]) -> None:
-    """``unset``: backend to key to the variable that is not set. Only backends in use matter."""
+def check_variables(settings: Settings, unset: Mapping[str, Mapping[str, Unset]]) -> None:
+    """``unset``: backend to key to the value that is missing. Only backends in use matter."""
     for backend in unset.keys() & settings.used_backends:
-        for key, variable in unset[backend].items():
+        for key, value in unset[backend].items():
             section = backend.replace("-", "_")
-            raise ConfigurationError(unset_text(f"kms.{section}.{key}", variable))
+            raise unset_error(f"kms.{section}.{key}", value)
 
 
 def check_backends(settings: Settings, literals: Collection[str]) -> None:

@@ -6,7 +6,7 @@ Errors say where, what was expected and the nearest known name; never the value 
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, get_args, get_origin
@@ -34,9 +34,10 @@ class FromEnvironment:
 
 @dataclass(frozen=True, slots=True)
 class Unset:
-    """A ``${VAR}`` without default whose variable is unset or empty: an error where it is used."""
+    """A string with ``${VAR}`` that has no value: an error where it is used. ``reason`` ends its text."""
 
     name: str
+    reason: str = ""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -87,23 +88,33 @@ def table(tree: Tree, name: str, where: str) -> Tree:
 # -- variables ---------------------------------------------------------------------------------------
 
 
-def expand(value: object, environ: Mapping[str, str], where: str) -> object:
+@dataclass(frozen=True, slots=True)
+class Variables:
+    """What ``${VAR}`` stands for. ``refusal`` says why a setting may use none, or is empty where it may."""
+
+    environ: Mapping[str, str]
+    refusal: Callable[[str], str] = lambda _: ""
+
+
+def expand(value: object, variables: Variables, where: str) -> object:
     """A copy with ``${VAR}`` and ``${VAR:-default}`` replaced in every string; ``$${`` stands for ``${``.
 
     An empty variable counts as unset (POSIX ``:-``). What a variable holds is not expanded again.
     """
     if isinstance(value, dict):
-        return {name: expand(item, environ, f"{where}.{name}") for name, item in value.items()}
+        return {name: expand(item, variables, f"{where}.{name}") for name, item in value.items()}
     if isinstance(value, list):
-        return [expand(item, environ, f"{where}[{index}]") for index, item in enumerate(value)]
-    return _expand_text(value, environ, where) if isinstance(value, str) else value
+        return [expand(item, variables, f"{where}[{index}]") for index, item in enumerate(value)]
+    return _expand_text(value, variables, where) if isinstance(value, str) else value
 
 
-def _expand_text(text: str, environ: Mapping[str, str], where: str) -> object:
-    found = list(_VARIABLE.finditer(text))
+def _expand_text(text: str, variables: Variables, where: str) -> object:
+    found, environ = list(_VARIABLE.finditer(text)), variables.environ
     if any(match["bad"] for match in found):
         raise ConfigurationError(f"{where}: write ${{NAME}} or ${{NAME:-default}}, and $${{ for a plain ${{")
     names = [match["name"] for match in found if match["name"]]
+    if names and (reason := variables.refusal(where)):
+        return Unset(names[0], reason)
     for match in found:
         if match["name"] and match["default"] is None and not environ.get(match["name"]):
             return Unset(match["name"])
@@ -115,16 +126,19 @@ def _expand_text(text: str, environ: Mapping[str, str], where: str) -> object:
     return FromEnvironment(expanded, ", ".join(names)) if names else expanded
 
 
-def take_unset(tree: Tree) -> dict[str, str]:
-    """Remove what is Unset directly in this table; answer the variables by their keys."""
-    unset = {key: value.name for key, value in tree.items() if isinstance(value, Unset)}
+def take_unset(tree: Tree) -> dict[str, Unset]:
+    """Remove what is Unset directly in this table, and return it by its keys."""
+    unset = {key: value for key, value in tree.items() if isinstance(value, Unset)}
     for key in unset:
         del tree[key]
     return unset
 
 
-def unset_text(where: str, name: str) -> str:
-    return f"{where} uses ${{{name}}}, which is not set: export {name}, or write ${{{name}:-default}}"
+def unset_error(where: str, unset: Unset) -> ConfigurationError:
+    """The error of a setting that needs this value. It never shows what a variable holds."""
+    name = unset.name
+    reason = unset.reason or f"which is not set: export {name}, or write ${{{name}:-default}}"
+    return ConfigurationError(f"{where} uses ${{{name}}}, {reason}")
 
 
 # -- types -------------------------------------------------------------------------------------------
@@ -169,7 +183,7 @@ class Reader:
 
     def _single(self, kind: Any, value: object, where: str) -> Any:  # noqa: ANN401 - as above
         if isinstance(value, Unset):
-            raise ConfigurationError(unset_text(where, value.name))
+            raise unset_error(where, value)
         from_environment = isinstance(value, FromEnvironment)
         if isinstance(value, FromEnvironment):
             where, value = f"{where} (from {value.names})", value.text

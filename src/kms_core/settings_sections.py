@@ -193,7 +193,7 @@ class Bucket(Section, frozen=True, kw_only=True):
     """
 
     endpoint: str | None = None
-    region: str = "us-east-1"
+    region: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}(?!\\s)$")] = "us-east-1"  # part of a host name
     access_key_id: str | None = None
     secret_key_file: Path | None = None
     read: tuple[str, ...] = ()
