@@ -49,7 +49,7 @@ from kms_core.jobs.build import build as build_core
 from kms_core.jobs.teller import Teller
 from kms_core.proxies import Proxies
 from kms_core.settings import Settings
-from kms_core.settings_lint import SETTINGS, weaknesses
+from kms_core.settings_lint import SETTINGS, unaccepted
 from kms_core.settings_redis import is_shared
 
 _SLAB_THREADS = 8  # of their own: disks may be slow, and must not hold up the threads of other calls
@@ -119,9 +119,7 @@ def build(settings: Settings) -> ASGIApp:
         rules.include(app, router)
     problems.install(app)
     metrics.BUILD_INFO.labels(__version__).set(1)
-    weak = {weakness.setting for weakness in weaknesses(settings)}
-    for setting in SETTINGS:
-        metrics.WEAK_SETTING.labels(setting).set(setting in weak)
+    metrics.show_weak(SETTINGS, unaccepted(settings))
     limits = Limits(
         Failures(settings.kms.auth.failures_per_minute / settings.kms.server.processes),
         requests,

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from kms_core import logs, secure_memory, settings
+from kms_core import logs, secure_memory, settings, settings_lint
 from kms_core.errors import EXIT_CONFIGURATION, ConfigurationError
 
 
@@ -17,6 +17,8 @@ def main() -> int:
         loaded = settings.load(arguments.config, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
         settings.check_exposure(loaded)
+        if not arguments.listener:  # else the leader has told
+            settings_lint.warn(loaded)
         if loaded.kms.server.processes > 1 and not arguments.listener:
             from kms_api import leader  # noqa: PLC0415 -- a leader serves nothing
 

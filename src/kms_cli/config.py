@@ -9,7 +9,7 @@ from kms_cli.main import CONFIG_COMMANDS, LazyGroup
 from kms_cli.session import session
 from kms_core import settings
 from kms_core.errors import EXIT_OTHER
-from kms_core.settings_lint import weaknesses
+from kms_core.settings_lint import Weakness, unaccepted, weaknesses
 
 config_command = LazyGroup("config", CONFIG_COMMANDS, "Check settings.")
 
@@ -18,18 +18,26 @@ config_command = LazyGroup("config", CONFIG_COMMANDS, "Check settings.")
 def lint_command() -> int:
     """Read the settings as the service would, and tell what is weaker than need be.
 
-    Exit code 0 if nothing is, 1 if something is, 78 if the service would not start.
+    What [kms] accept_weak names is shown as accepted, on stderr. Exit code 0 if nothing else is weak, 1 if
+    something is, 78 if the service would not start.
     """
     given = session()
     overrides = {"state_dir": str(given.state_dir)} if given.state_dir else {}
     loaded = settings.load(given.config, os.environ, overrides=overrides)
     settings.check_exposure(loaded)
-    found = list(weaknesses(loaded))
-    for weakness in found:
-        if given.as_json:
-            words.record({"setting": weakness.setting, "advice": weakness.advice}, as_json=True)
-        else:
-            words.result(f"{weakness.setting}: {weakness.advice}")
-    if not found:
+    told = unaccepted(loaded)
+    for weakness in weaknesses(loaded):
+        _show(weakness, is_accepted=weakness.setting not in told, as_json=given.as_json)
+    if not told:
         words.say(f"nothing is weaker than need be ({loaded.environment})")
-    return EXIT_OTHER if found else 0
+    return EXIT_OTHER if told else 0
+
+
+def _show(weakness: Weakness, *, is_accepted: bool, as_json: bool) -> None:
+    shown = {"setting": weakness.setting, "risk": weakness.risk, "advice": weakness.advice}
+    if as_json:
+        words.record({**shown, "accepted": is_accepted}, as_json=True)
+    elif is_accepted:
+        words.say(f"accepted: {weakness.setting}: {weakness.risk}")
+    else:
+        words.result(f"{weakness.setting}: {weakness.risk}: {weakness.advice}")

@@ -26,6 +26,7 @@ from kms_core import keyring
 from kms_core import settings as settings_file
 from kms_core.errors import ConfigurationError
 from kms_core.settings import Settings
+from kms_core.settings_lint import unaccepted, weaknesses
 
 TOOLS: Final = {
     "age": "stock age",
@@ -79,6 +80,7 @@ def _here(given: Session) -> Iterator[Finding]:
     except ConfigurationError as exc:
         yield Finding("FAIL", "settings", exc.detail)
         return
+    yield from _weak(settings)
     if "age" in settings.used_backends:
         yield from age_files(settings)
     yield from _keys(settings)
@@ -94,6 +96,14 @@ def _here(given: Session) -> Iterator[Finding]:
 
 def _place(file: Path | None) -> str:
     return f"read from {file}" if file else "defaults, no file"
+
+
+def _weak(settings: Settings) -> Iterator[Finding]:
+    """What ``kms config lint`` tells, but what files say of themselves below."""
+    told = unaccepted(settings)
+    for each in weaknesses(settings):
+        if each.setting in told and not each.of_file:
+            yield Finding("warn", "weak", f"{each.setting}: {each.risk}", each.advice)
 
 
 def _keys(settings: Settings) -> Iterator[Finding]:

@@ -1,7 +1,7 @@
 """Every Prometheus metric of the service, declared once. Label values come from closed sets only."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import lru_cache
 from itertools import product
 from typing import Final, Protocol, get_args
@@ -190,7 +190,7 @@ REDIS_MEMORY: Final = Gauge(
 )
 WEAK_SETTING: Final = Gauge(
     "kms_setting_weak",
-    "1 for a setting that makes prod weaker than it could be",
+    "1 for a setting that is weaker than need be, unless [kms] accept_weak names it",
     ["setting"],
     multiprocess_mode="livemax",
 )
@@ -236,6 +236,12 @@ def announce(backends: Iterable[str], endpoints: Iterable[str]) -> None:
             JOB_ITEMS.labels(kind, result)
     for reason in ("nudge_failed", "queued", "requeued", "committing", "due", "lost", "parts_ended"):
         JOB_RESUMES.labels(reason)
+
+
+def show_weak(settings: Iterable[str], weak: Container[str]) -> None:
+    """Set the gauge of each of ``settings``: 1 for those in ``weak``."""
+    for setting in settings:
+        WEAK_SETTING.labels(setting).set(setting in weak)
 
 
 def exposition() -> bytes:

@@ -25,6 +25,7 @@ from kms_core.settings_checks import (
     check_server,
     check_variables,
 )
+from kms_core.settings_lint import check_accepted
 from kms_core.settings_read import (
     FromEnvironment,
     Reader,
@@ -68,6 +69,20 @@ _LINK: Final = re.compile(
     rf"|SERVICE_PORT(?:_\w+)?=(?:\d+|{_URL})"
     rf"|PORT={_URL}"
     rf"|PORT_\d+_\w+=(?:\d+|tcp|udp|sctp|[0-9A-Fa-f.:]+|{_URL}))"
+)
+
+
+_CHECKS: Final = (
+    check_awskms,
+    check_redis,
+    check_endpoints,
+    check_facade,
+    check_server,
+    check_audit,
+    check_auth,
+    check_buckets,
+    check_roots,
+    check_accepted,
 )
 
 
@@ -154,15 +169,8 @@ def _settings(
     check_keys(settings)
     check_backends(settings, literals)
     check_vaults(settings, literals)
-    check_awskms(settings)
-    check_redis(settings)
-    check_endpoints(settings)
-    check_facade(settings)
-    check_server(settings)
-    check_audit(settings)
-    check_auth(settings)
-    check_buckets(settings)
-    check_roots(settings)
+    for check in _CHECKS:
+        check(settings)
     if found is not None:
         replaced = given.keys() | _from_variables(environ).keys()
         check_destinations(table(document, "kms", ""), settings, environ, replaced, found)

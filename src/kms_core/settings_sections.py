@@ -287,7 +287,10 @@ class Traces(Section, frozen=True, kw_only=True):
 
 
 class Kms(Section, frozen=True, kw_only=True):
-    """``[kms]``, the only table of the file."""
+    """``[kms]``, the only table of the file.
+
+    ``accept_weak`` names settings that ``kms config lint`` tells, and that shall stay as they are.
+    """
 
     environment: str
     dev_backend: BackendName = "age"
@@ -298,6 +301,7 @@ class Kms(Section, frozen=True, kw_only=True):
     port: Port = 8082
     state_dir: Path
     allow_age_in_prod: bool = False
+    accept_weak: tuple[str, ...] = ()
     environments: dict[str, Environment] = field(default_factory=dict)
     keys: dict[KeyId, str | tuple[str, ...]] = field(default_factory=dict)
     age: Age

@@ -7,7 +7,7 @@ import socket
 import sys
 from pathlib import Path
 
-from kms_core import logs, secure_memory, settings
+from kms_core import logs, secure_memory, settings, settings_lint
 from kms_core.errors import EXIT_CONFIGURATION, ConfigurationError
 from kms_core.settings import Settings
 
@@ -18,6 +18,7 @@ def main() -> int:
         secure_memory.forbid_dumps()
         loaded = settings.load(_arguments().config, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
+        settings_lint.warn(loaded)
         # prometheus_client chooses its storage when it is imported
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_metrics_folder(loaded))
         from kms_core import keyring  # noqa: PLC0415 -- and these declare metrics

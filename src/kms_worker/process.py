@@ -11,7 +11,7 @@ from celery import Celery, signals
 from celery.platforms import SecurityWarning
 from celery.worker.consumer import Consumer
 
-from kms_core import server_memory
+from kms_core import metrics, server_memory
 from kms_core.audit.watch import Watch
 from kms_core.auth.scraping import Scraping
 from kms_core.jobs import webhooks
@@ -24,6 +24,7 @@ from kms_core.jobs.presence import Presence
 from kms_core.jobs.store import JobStore
 from kms_core.proxies import Proxies
 from kms_core.settings import Settings
+from kms_core.settings_lint import SETTINGS, unaccepted
 from kms_worker import app as worker_app
 from kms_worker import broker, forking, metrics_server, rotation, submit
 from kms_worker.courier import Courier
@@ -48,6 +49,7 @@ def run(loaded: Settings) -> int:
     pulse = submit.Pulse()
     app = worker_app.build(loaded, name, pulse)
     core = build_core(loaded, "worker", broker.nudge_through(app, loaded.kms.redis))
+    metrics.show_weak(SETTINGS, unaccepted(loaded))
     jobs, store = loaded.kms.jobs, core.shop.store
     served = (*jobs.queues, *submit.queues(build_intake(loaded, core.desk)))
 

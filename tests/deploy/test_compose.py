@@ -9,7 +9,7 @@ import pytest
 
 from artefacts import DEPLOY, ROOT, make_secrets, passes, tool
 from kms_cli.valkey import ACCESS
-from kms_core import settings
+from kms_core import settings, settings_lint
 from kms_core.errors import ConfigurationError
 from kms_worker.app import CONFIGURATION
 
@@ -136,6 +136,12 @@ def test_its_settings_are_ones_that_the_service_takes_but_for_the_files() -> Non
 
     settings.check_exposure(loaded)
     assert loaded.kms.redis.url == "redis://kms@valkey:6379/0"
+
+
+def test_what_is_weak_is_accepted_and_nothing_else() -> None:
+    loaded = settings.load(DEPLOY / "compose/kms.toml", {"KMS_STATE_DIR": "/var/lib/kms-service"})
+
+    assert {each.setting for each in settings_lint.weaknesses(loaded)} == set(loaded.kms.accept_weak)
 
 
 def test_without_its_written_word_nobody_would_be_served(tmp_path: Path) -> None:
