@@ -2,7 +2,8 @@
 
 export const PREFIX = "/api/v1/kms"
 const DEFAULT_URL = "http://localhost:8082"
-const LOOPBACK = [localhost 127.0.0.1 "[::1]"]
+const LOOPBACK = [localhost "[::1]"]
+const LOOPBACK_ADDRESS = '^127(\.(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])){3}$'
 const ANSWER_WITHIN = 30sec # from the end of a request to the head of its answer; a transfer may take longer
 const KNOWS_NO_PROXY = 114 # the minor version of nu that heeds $env.NO_PROXY; one before it takes no exception
 const PROXIES = [http_proxy HTTP_PROXY https_proxy HTTPS_PROXY all_proxy ALL_PROXY]
@@ -54,6 +55,7 @@ const NEXT = {
     target_exists: "--force overwrites it, --output names another"
     unexpected_answer: "check $env.KMS_SERVICE_URL: is it this service, of the same version?"
     service_unreachable: "is the service up? $env.KMS_SERVICE_URL or --url names its address"
+    in_clear: "use an https:// address, or allow it with $env.KMS_ALLOW_HTTP = 1"
     proxied: "start nu without http_proxy and the like, or take nu 0.114 or later"
     untrusted_certificate: "start nu with SSL_CERT_FILE naming the authorities to trust: it is read once, at the start"
 }
@@ -72,12 +74,15 @@ export def reach [url?: string, token_file?: string, arguments: record = {}, --s
     if [$parts.username $parts.password $parts.query $parts.fragment] != ["" "" "" ""] {
         fail $at bad_address "The service address holds no user, password or query: use a token file"
     }
-    let is_local = $parts.host in $LOOPBACK
+    let is_local = $parts.host in $LOOPBACK or $parts.host =~ $LOOPBACK_ADDRESS
     let proxies = $PROXIES | where {|name| $env | get --optional $name | is-not-empty }
     if $is_local and ($proxies | is-not-empty) and (version).minor < $KNOWS_NO_PROXY {
         fail $at proxied "This nu would send the request to the proxy of its environment"
     }
     let token = bearer $at $token_file
+    if $token != null and $parts.scheme == http and not $is_local and not (allows-http) {
+        fail $at in_clear $"The token would travel in clear to ($address)"
+    }
     {
         ...$at
         url: ($address | str trim --right --char "/")
@@ -91,6 +96,10 @@ export def reach [url?: string, token_file?: string, arguments: record = {}, --s
 export def spots [arguments: record]: nothing -> record {
     let given = $arguments | transpose name given | where {|one| $one.name == service or $one.given.0 != null }
     $given | reduce --fold {} {|one, spans| $spans | insert $one.name $one.given.1 }
+}
+
+def allows-http []: nothing -> bool {
+    $env.KMS_ALLOW_HTTP? | default "" | into string | str downcase | $in in ["1" "true" "t" "yes" "y" "on"]
 }
 
 def bearer [at: record, token_file?: string]: nothing -> oneof<string, nothing> {
@@ -158,7 +167,7 @@ export def upload [at: record, path: string, headers: record, source: string]: n
 export def download [at: record, path: string, target: string]: nothing -> nothing {
     if $at.is_local { $env.NO_PROXY = "*" }
     try {
-        http get --raw --headers $at.headers $"($at.url)($PREFIX)($path)" | save --raw --force $target
+        http get --raw --redirect-mode error --headers $at.headers $"($at.url)($PREFIX)($path)" | save --raw --force $target
     } catch {|error|
         lost $at $error
     }
@@ -167,7 +176,7 @@ export def download [at: record, path: string, target: string]: nothing -> nothi
 # The same to the pipeline.
 export def streamed [at: record, path: string]: nothing -> any {
     if $at.is_local { $env.NO_PROXY = "*" }
-    http get --raw --headers $at.headers $"($at.url)($PREFIX)($path)"
+    http get --raw --redirect-mode error --headers $at.headers $"($at.url)($PREFIX)($path)"
 }
 
 # One request whose answer must be a success; its body. Raises the labelled error that a problem means.

@@ -21,7 +21,7 @@ from kms_cli.checks.peers import ports, queue
 from kms_cli.checks.service import there
 from kms_cli.checks.trail import trail
 from kms_cli.session import Session, session
-from kms_client.settings import LOOPBACK
+from kms_client.settings import is_loopback
 from kms_core import keyring
 from kms_core import settings as settings_file
 from kms_core.errors import ConfigurationError
@@ -51,7 +51,7 @@ def doctor_command() -> int:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     given = session()
-    elsewhere = urlsplit(given.url).hostname not in LOOPBACK
+    elsewhere = not is_loopback(urlsplit(given.url).hostname)
     found = []
     for finding in (*(() if elsewhere else _here(given)), *there(given, elsewhere=elsewhere)):
         _show(finding, as_json=given.as_json)

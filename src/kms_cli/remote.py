@@ -7,9 +7,15 @@ from kms_core import wire
 
 
 def connect(*, retries: int = 2, timeout_s: float = 30.0) -> Client:
-    """A client of the service. Raises ConfigurationError on a wrong address."""
+    """A client of the service. Raises ConfigurationError on a wrong address, or on a token in clear."""
     given = session()
-    return Client(given.url, token_file=given.token_file, retries=retries, timeout_s=timeout_s)
+    return Client(
+        given.url,
+        token_file=given.token_file,
+        allow_http=given.allow_http,
+        retries=retries,
+        timeout_s=timeout_s,
+    )
 
 
 def show(answer: wire.Answer) -> None:

@@ -22,6 +22,7 @@ class Session:
     config: Path | None = None
     state_dir: Path | None = None
     as_json: bool = False
+    allow_http: bool = False
 
 
 def session() -> Session:
@@ -51,6 +52,13 @@ def options(*, after_command: bool) -> list[click.Option]:
     return [
         option("url", f"Address of the service [default: {DEFAULT_URL}].", envvar="KMS_SERVICE_URL"),
         option("token-file", "File that holds the bearer token.", envvar="KMS_TOKEN_FILE", type=path),
+        option(
+            "allow-http",
+            "Let the token travel in clear to an http:// address.",
+            envvar="KMS_ALLOW_HTTP",
+            is_flag=True,
+            default=None,
+        ),
         option("config", "Settings file, for what runs on this machine.", envvar="KMS_CONFIG", type=path),
         option("state-dir", "Where the service here keeps its state.", envvar="KMS_STATE_DIR", type=path),
         option("as-json", "Results as JSON.", is_flag=True, default=None),

@@ -1,5 +1,6 @@
 """Where the service is and how to reach it; knows no request."""
 
+import re
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,16 @@ from kms_core.tls_client import client_context
 
 DEFAULT_URL: Final = "http://localhost:8082"
 _ADDRESS: Final = "The service address must look like http://host:port or https://host"
-LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+_IN_CLEAR: Final = (
+    "The token would travel in clear to {url}: use an https:// address, or allow it with allow_http=True "
+    "(kms --allow-http, KMS_ALLOW_HTTP=1)"
+)
+_LOOPBACK: Final = re.compile(r"localhost|::1|127(?:\.(?:25[0-5]|2[0-4]\d|1?\d?\d)){3}", re.ASCII)
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether a host is written 127.0.0.0/8, ::1 or ``localhost``; other names may resolve to anything."""
+    return host is not None and _LOOPBACK.fullmatch(host) is not None
 
 
 class Options(TypedDict, total=False):
@@ -22,7 +32,8 @@ class Options(TypedDict, total=False):
     service, not a whole transfer. ``retries`` counts further attempts after the first, of which none begins
     when it would end ``deadline_s`` after the call was made; without it ``retries`` alone bounds. ``ca_file``
     replaces the system's certificate authorities. ``cert_file`` and ``key_file`` (PEM) are a client
-    certificate, for a service that knows its callers by those.
+    certificate, for a service that knows its callers by those. ``allow_http`` lets a token travel over
+    ``http://`` to another machine, and through proxies on the way, where all can read it.
     """
 
     token: str | None
@@ -33,11 +44,15 @@ class Options(TypedDict, total=False):
     ca_file: str | Path | None
     cert_file: str | Path | None
     key_file: str | Path | None
+    allow_http: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
-    """Checked options. Raises ConfigurationError on an address that is not http(s)://host."""
+    """Checked options. Raises ConfigurationError on an address that is not http(s)://host.
+
+    So it does on a token for ``http://`` to a host that is not loopback, without ``allow_http``.
+    """
 
     url: str
     token: str | None = field(default=None, repr=False)
@@ -54,6 +69,8 @@ class ClientSettings:
         cert_file, key_file = options.get("cert_file"), options.get("key_file")
         if bool(cert_file) != bool(key_file):
             raise ConfigurationError("cert_file and key_file belong together: name both")
+        if (options.get("token") or token_file) and not options.get("allow_http", False):
+            _check_encrypted(url)
         return cls(
             url=_checked(url),
             token=options.get("token"),
@@ -85,7 +102,7 @@ class ClientSettings:
         Never for a service on this machine. Raises ConfigurationError for one that does not speak HTTP.
         """
         parts = urlsplit(self.url)
-        if parts.hostname in LOOPBACK:
+        if is_loopback(parts.hostname):
             return None
         from urllib.request import getproxies, proxy_bypass  # noqa: PLC0415 -- loads much, and rarely matters
 
@@ -132,6 +149,13 @@ class Proxy:
         user = unquote(parts.username or "")
         credentials = (user, unquote(parts.password or "")) if user else None
         return cls(f"{parts.scheme}://{address}", credentials)
+
+
+def _check_encrypted(url: str) -> None:
+    """Refuse ``http://`` to another machine. Loopback is asked without a proxy (see ``proxy``)."""
+    parts = urlsplit(_checked(url))
+    if parts.scheme == "http" and not is_loopback(parts.hostname):
+        raise ConfigurationError(_IN_CLEAR.format(url=url))
 
 
 def _checked(url: str) -> str:

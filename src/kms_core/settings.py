@@ -60,7 +60,9 @@ VARIABLES: Final = {  # where two name one key, the later one wins
     "KMS_REDIS_URL": "redis.url",
     "KMS_BROKER_URL": "redis.broker_url",
 }
-ELSEWHERE: Final = frozenset({"KMS_CONFIG", "KMS_SERVICE_URL", "KMS_TOKEN_FILE"})  # read by find, the client
+ELSEWHERE: Final = frozenset(  # read by find, the client
+    {"KMS_CONFIG", "KMS_SERVICE_URL", "KMS_TOKEN_FILE", "KMS_ALLOW_HTTP"}
+)
 
 # Kubernetes announces every Service of a namespace in variables: one named "kms" makes KMS_PORT=tcp://….
 _URL: Final = r"(?:tcp|udp|sctp)://.+"

@@ -281,14 +281,17 @@ def test_more_lines_than_a_batch_stay_in_order(desk: Desk, vault: Bao) -> None:
     ("words", "code"),
     [
         (["--vault-address", "ftp://vault", "--vault-token-file", "vault-token"], 78),
-        (["--vault-address", "http://vault", "--vault-token-file", "no-such-file"], 78),
-        (["--vault-address", "http://vault", "--vault-token-file", "vault-token", "--context", "x"], 65),
-        (["--vault-address", "http://vault", "--vault-token-file", "vault-token", "--vault-context", "%"], 2),
+        (["--vault-address", "https://vault", "--vault-token-file", "no-such-file"], 78),
+        (["--vault-address", "https://vault", "--vault-token-file", "vault-token", "--context", "x"], 65),
+        (
+            ["--vault-address", "https://vault", "--vault-token-file", "vault-token", "--vault-context", "%"],
+            2,
+        ),
         (["--vault-token-file", "vault-token"], 2),
         (
             [
                 "--vault-address",
-                "http://v",
+                "https://v",
                 "--vault-token-file",
                 "vault-token",
                 "-o",

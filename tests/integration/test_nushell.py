@@ -516,6 +516,9 @@ REFUSED: Final = [  # a script, the code of its error, what it points at, and a 
     ("kms status --url http://127.0.0.1:1", "service_unreachable", "here", "is the service up"),
     ("kms status --url localhost:8082", "bad_address", "here", ""),
     ("kms status --url http://me:secret@localhost", "bad_address", "here", ""),
+    ("kms status --url http://kms.invalid", "in_clear", "here", "KMS_ALLOW_HTTP"),
+    ("kms status --url http://127.0.0.1.x.invalid", "in_clear", "here", "KMS_ALLOW_HTTP"),
+    ("$env.KMS_ALLOW_HTTP = 1; kms status --url http://kms.invalid", "service_unreachable", "here", ""),
     ("kms status --token-file absent", "bad_token", "this token-file", ""),
 ]
 

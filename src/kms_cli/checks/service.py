@@ -24,7 +24,7 @@ _DEGRADED: Final = {
 def there(given: Session, *, elsewhere: bool) -> Iterator[Finding]:
     if given.token_file is not None:
         yield _token(given.token_file)
-        if elsewhere and given.url.startswith("http://"):
+        if elsewhere and given.allow_http and given.url.startswith("http://"):
             yield Finding("warn", "token", "it travels in clear", "use an https:// address")
     checks: tuple[Callable[[Session], Iterator[Finding]], ...] = (_health, _status)
     try:

@@ -17,6 +17,7 @@ from kms_core.errors import ConfigurationError
 from kms_core.policy import AllowAll, Principal
 from kms_core.service import Kms
 
+_YES: Final = frozenset({"1", "true", "t", "yes", "y", "on"})  # as the kms command takes it
 HERE: Final = Principal("local")
 
 
@@ -40,6 +41,7 @@ class OfService:
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._url = environ.get("KMS_SERVICE_URL")
         self._token_file = environ.get("KMS_TOKEN_FILE")
+        self._allow_http = environ.get("KMS_ALLOW_HTTP", "").lower() in _YES
 
     def wrap(self, file_key: bytes, target: Target) -> bytes:
         with self._client(target) as kms:
@@ -59,7 +61,7 @@ class OfService:
                 f"The token in KMS_TOKEN_FILE is for {own}, and this recipient or identity names {url}: "
                 f"if the token may go there, set KMS_SERVICE_URL={url}"
             )
-        return Client(url, token_file=self._token_file)
+        return Client(url, token_file=self._token_file, allow_http=self._allow_http)
 
 
 class InProcess:
