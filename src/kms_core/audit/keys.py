@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from kms_core.audit import chain
 from kms_core.audit.chain import Line
 from kms_core.context import Context, length_prefixed
+from kms_core.durable import sync_folder
 from kms_core.errors import ConfigurationError
 from kms_core.filemodes import open_to_others
 
@@ -199,6 +200,7 @@ def _make(path: Path, content: Callable[[], bytes]) -> None:
                 os.link(fresh, path)
         finally:
             fresh.unlink()
+        sync_folder(path.parent)
 
 
 def _secret(path: Path, *, strict: bool) -> bytes:

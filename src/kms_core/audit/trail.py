@@ -26,6 +26,7 @@ from kms_core.audit.keys import Concealer, Signer
 from kms_core.audit.record import COUNTED, Record, noted
 from kms_core.audit.stamp import Stamp
 from kms_core.context import Context
+from kms_core.durable import sync_folder
 from kms_core.errors import AuditUnavailable
 
 FORMAT: Final = 1
@@ -289,11 +290,7 @@ class Trail:
     def _sync_folder(self, file: SegmentFile) -> None:
         """Or the file's name could be gone after a power cut, and its lines with it."""
         try:
-            fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync_folder(self.folder)
         except OSError:
             file.trouble = "unsynced"
             raise

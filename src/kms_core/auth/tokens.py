@@ -22,6 +22,7 @@ from typing import Final
 import msgspec
 import structlog
 
+from kms_core.durable import sync_folder
 from kms_core.errors import ConfigurationError, Conflict, Missing, Unauthenticated, Unavailable
 from kms_core.filemodes import is_open
 from kms_core.wire import NOT_JSON
@@ -298,8 +299,4 @@ def _write(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(handle)
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
