@@ -440,7 +440,8 @@ class DeliveryList(Answer, frozen=True, kw_only=True):
 class AuditEvent(Answer, frozen=True, kw_only=True):
     """One operation, on record (docs/audit.md). Values of contexts are keyed hashes; it has a receipt.
 
-    ``count`` is set where it stands for several denied items of a batch.
+    ``count`` is set where it stands for several denied items of a batch, and for ``audit.read``: so many
+    records were read, by this ``filter``.
     """
 
     id: str
@@ -449,6 +450,7 @@ class AuditEvent(Answer, frozen=True, kw_only=True):
     stage: str | UnsetType = UNSET
     effect: str | UnsetType = UNSET
     route: str | UnsetType = UNSET
+    filter: str | UnsetType = UNSET
     source: str | UnsetType = UNSET
     principal: str
     credential: str

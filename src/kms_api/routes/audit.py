@@ -10,9 +10,10 @@ from msgspec import UNSET
 from kms_api import bodies, described
 from kms_api.deps import caller, service
 from kms_api.rules import Ruled
+from kms_core import audit as records
 from kms_core import wire
 from kms_core.audit import reading
-from kms_core.audit.reading import Event, Wanted
+from kms_core.audit.reading import Event, Page, Wanted
 from kms_core.audit.retention import text_of
 from kms_core.errors import InvalidRequest
 
@@ -28,7 +29,8 @@ FIELDS: Final = (
     "job_id",
     "effect",
 )
-_PARAMETERS: Final = frozenset({*FIELDS, "after", "limit", "result", "since", "until"})
+_FILTERS: Final = frozenset({*FIELDS, "result", "since", "until"})
+_PARAMETERS: Final = _FILTERS | {"after", "limit"}
 _PAGE: Final = 100
 _MOST: Final = 1000
 _LIMITER: Final = "audit"
@@ -60,7 +62,7 @@ async def audit(request: Request) -> Response:
 
     ``after`` is the ``next`` of the page before. Filters: operation, principal, credential, source, key_id,
     backend, request_id, job_id, effect, result (``ok``, ``failed`` for all others, or an error code), since
-    and until (RFC 3339 with an offset).
+    and until (RFC 3339 with an offset). Each page that is read is on record itself, as ``audit.read``.
     """
     built, who, given = service(request), caller(request), request.query_params
     if given.keys() - _PARAMETERS:
@@ -71,10 +73,15 @@ async def audit(request: Request) -> Response:
         since=time_of("since", given.get("since")),
         until=time_of("until", given.get("until")),
     )
-    folder, limit = built.settings.kms.audit.path, _limit(given.get("limit"))
-    page = await anyio.to_thread.run_sync(
-        reading.page, folder, wanted, given.get("after"), limit, limiter=built.limiter(_LIMITER)
-    )
+    limit = _limit(given.get("limit"))
+
+    def recorded() -> Page:
+        page = reading.page(built.settings.kms.audit.path, wanted, given.get("after"), limit)
+        asked = {name: value for name, value in given.items() if name in _FILTERS}
+        records.read(built.kms.trail, who, asked, len(page.events))
+        return page
+
+    page = await anyio.to_thread.run_sync(recorded, limiter=built.limiter(_LIMITER))
     events = [shape(event) for event in page.events]
     return bodies.answer(wire.AuditOut(events=events, next=page.following, more=page.more))
 
@@ -87,6 +94,7 @@ def shape(event: Event) -> wire.AuditEvent:
         stage=event.stage or UNSET,
         effect=event.effect or UNSET,
         route=event.route or UNSET,
+        filter=event.filter or UNSET,
         source=event.source or UNSET,
         principal=event.principal,
         credential=event.credential,

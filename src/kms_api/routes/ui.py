@@ -18,6 +18,7 @@ from kms_api.pages import TYPES, words
 from kms_api.pages.screen import Page, render, screen
 from kms_api.routes import audit, jobs, keys, operations
 from kms_api.rules import UI
+from kms_core import audit as records
 from kms_core import wire
 from kms_core.audit import reading, receipt
 from kms_core.audit.reading import Event, Wanted
@@ -116,7 +117,9 @@ def _newest_jobs(built: Service, who: Principal) -> tuple[list[wire.JobOut] | No
 def _refusals(built: Service, who: Principal) -> list[Event]:
     since = text_of(datetime.now(UTC) - _DAY)
     wanted = Wanted(equal=(("tenant", who.tenant),), result="failed", since=since)
-    return _newest(built, wanted, _FEW)
+    found = _newest(built, wanted, _FEW)
+    records.read(built.kms.trail, who, {"result": "failed", "period": "24h"}, len(found))
+    return found
 
 
 # -- jobs ----------------------------------------------------------------------------------------------
@@ -199,9 +202,9 @@ def _trail(request: Request, period: str, until: str) -> Response:
     )
     found, writable = _newest(built, wanted, _EVENTS), True
     try:
-        built.kms.trail.check()
+        records.read(built.kms.trail, who, {**given, "period": period, "until": until}, len(found))
     except AuditUnavailable:
-        writable = False
+        found, writable = [], False
     return render(
         request,
         "audit.html",
@@ -249,6 +252,7 @@ def _receipt(built: Service, who: Principal, audit_id: str) -> Receipt:
     event = msgspec.json.decode(made.line, type=Event)
     if event.kind or event.tenant != who.tenant:
         raise UnknownRecord
+    records.read(built.kms.trail, who, {"receipt": made.id}, 1)
     return made
 
 

@@ -40,6 +40,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     stage: str = ""
     effect: str = ""
     route: str = ""
+    filter: str = ""
     source: str = ""
     principal: str = ""
     tenant: str = ""

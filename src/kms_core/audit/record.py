@@ -30,6 +30,8 @@ def identified(request: str, job: str = "") -> Iterator[None]:
 
 
 DENIED: Final = "denied"
+READ: Final = "audit.read"
+_MOST_FILTER: Final = 500
 OK: Final = "ok"
 COUNTED: Final = "counted"
 DENIALS: Final = frozenset({"unauthenticated", "forbidden", "path_refused", "foreign_refused", "unknown_key"})
@@ -56,7 +58,8 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One operation. ``result`` is ``ok`` or an error code; time, number and chain are the trail's to add.
 
     ``source`` is the address that the request came from, ``route`` the template of a denied one's path.
-    ``count`` is set where one record stands for several denied items of a batch, and says how many.
+    ``count`` is set where one record stands for several denied items of a batch, and says how many; of a
+    read of the log (``audit.read``) it says how many records were given, and ``filter`` what was asked for.
     ``context`` and ``new_context`` hold keyed hashes of the values. An operation with an effect outside the
     service has two records with one ``effect``: the ``intent`` before it and the ``outcome`` after it.
     """
@@ -65,6 +68,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     stage: Literal["", "intent", "outcome"] = ""
     effect: str = ""
     route: str = ""
+    filter: str = ""
     source: str = ""
     principal: str
     tenant: str
@@ -150,6 +154,16 @@ def recorded(trail: Audit, who: Who, operation: str, job: str) -> Iterator[None]
     _append(trail, _of(who, operation, job=job, result=OK))
 
 
+def read(trail: Audit, who: Who, asked: Mapping[str, str], count: int) -> str:
+    """Record a read of the log, before the records leave: who, by which filter, and how many there are.
+
+    The id of the record. Raises AuditUnavailable: give no records then.
+    """
+    text = "&".join(f"{name}={value}" for name, value in asked.items() if value)[:_MOST_FILTER]
+    made = msgspec.structs.replace(_of(who, READ, result=OK), filter=text, count=count)
+    return _append(trail, made)
+
+
 def denied(trail: Audit, who: Who | None, route: str, code: str) -> None:
     """An attempt that was turned away before any operation began. ``route`` is the template, never a path."""
     _append(trail, _of(who, DENIED, route=route, result=code))
@@ -190,10 +204,11 @@ def _of(  # noqa: PLR0913 -- the fields of a record
     )
 
 
-def _append(trail: Audit, record: Record) -> None:
+def _append(trail: Audit, record: Record) -> str:
     try:
-        trail.append(record)
+        name = trail.append(record)
     except AuditUnavailable:
         metrics.AUDIT_EVENTS.labels("failed").inc()
         raise
     metrics.count_record()
+    return name
