@@ -289,9 +289,13 @@ TRUST: Final = Board(
     (
         Panel(
             "Audit trail holds",
-            [("min(kms_audit_chain_ok)", "")],
+            [
+                ("min(kms_audit_chain_ok)", "lines"),
+                ("min by (place) (kms_audit_anchors_ok)", "anchors: {{place}}"),
+            ],
             kind="stat",
-            tells="0: lines were changed, cut or removed by another hand (KmsAuditBroken).",
+            tells="0: lines were changed, cut or removed by another hand (KmsAuditBroken), or anchors name "
+            "lines that the trail lacks (KmsAuditOlderThanAnchors).",
         ),
         figure(
             "Audit failures",

@@ -59,6 +59,7 @@ def lines(given: Given) -> dict[str, Line]:
         "inspect": ([f"{at}/sealed"], b""),
         "audit tail": (context, b""),
         "audit receipt": ([given.unknown], b""),
+        "audit acknowledge-loss": ([given.unknown], b""),
         "audit check-receipt": ([f"{at}/plain"], b""),
         "migrate transit": (
             [

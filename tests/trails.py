@@ -78,7 +78,7 @@ class Place:
         return PublicKeys.read(public_path(self.signing_key))
 
     def verified(self, *anchors: bytes, processes: int = 1) -> Report:
-        return verify(self.folder, self.keys(), anchors, processes=processes)
+        return verify(self.folder, self.keys(), {"here": anchors} if anchors else {}, processes=processes)
 
 
 def codes(report: Report) -> list[str]:

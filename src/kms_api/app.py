@@ -41,6 +41,7 @@ from kms_api.routes import (
 from kms_api.sessions import Sessions
 from kms_api.tracing import Traced
 from kms_core import __version__, metrics, traces, wire
+from kms_core.audit.build import build_watch
 from kms_core.audit.watch import Watch
 from kms_core.auth.scraping import Scraping
 from kms_core.auth.throttle import Failures, Pace, Requests
@@ -89,7 +90,7 @@ def build(settings: Settings) -> ASGIApp:
     traced = settings.kms.traces
     traces.configure("kms-service", enabled=traced.enabled, endpoint=traced.endpoint)
     core, queue = _core(settings)
-    watch = Watch.of(settings)
+    watch = build_watch(settings, core.shop.store.redis)
     app = _App(
         title=document.TITLE,
         lifespan=_with_helpers(core, watch),

@@ -1,9 +1,9 @@
-"""``kms audit``: verify, tail, receipt, check-receipt, key. Reads files of this machine; asks no service."""
+"""``kms audit``: verify, tail, receipt and so on. Reads files of this machine; asks no service."""
 
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
@@ -11,26 +11,44 @@ from typing import Final
 import click
 import msgspec
 
-from kms_cli import words
+from kms_cli import anchors, recording, words
 from kms_cli.main import AUDIT_COMMANDS, LazyGroup
 from kms_cli.progress import Meter
 from kms_cli.session import session
+from kms_core import audit, wire
 from kms_core import settings as settings_file
-from kms_core import wire
-from kms_core.audit import places, reading, receipt
+from kms_core.audit import reading, receipt
+from kms_core.audit.anchors import ACKNOWLEDGED, CUT, MISSING_CHAIN, effect_of
 from kms_core.audit.keys import Concealer, PublicKeys, pem, public_path
 from kms_core.audit.reading import Event, Wanted
 from kms_core.audit.receipt import BadReceipt, Receipt
 from kms_core.audit.report import ChainReport, Report
 from kms_core.audit.verify import verify
 from kms_core.context import Context
-from kms_core.errors import EXIT_BAD_DATA, EXIT_OTHER, ConfigurationError
-from kms_core.servers import connect
+from kms_core.envelope.binding import DEFAULT_TENANT
+from kms_core.errors import (
+    EXIT_BAD_DATA,
+    EXIT_OTHER,
+    EXIT_UNAVAILABLE,
+    AuditUnavailable,
+    ConfigurationError,
+    InvalidRequest,
+    Unavailable,
+)
 from kms_core.settings import Settings
 
 FOLLOW_EVERY_S: Final = 0.5
 _PAGE: Final = 1000
-_EXITS: Final = {"intact": 0, "open end": EXIT_OTHER, "damaged": EXIT_BAD_DATA}
+_EXITS: Final = {
+    "intact": 0,
+    "open end": EXIT_OTHER,
+    "not compared": EXIT_UNAVAILABLE,
+    "damaged": EXIT_BAD_DATA,
+}
+_OLDER: Final = (
+    "the log lacks what its anchors name: keep it as it is, and put the newer copy back. If there is none, "
+    "put the loss on record: kms audit acknowledge-loss (docs/audit.md)"
+)
 _FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER: Final = click.Path(exists=True, file_okay=False, path_type=Path)
 _MOST_RECEIPT_BYTES: Final = 256 * 1024 * 1024
@@ -45,32 +63,69 @@ keys_option = click.option(
 @click.command("verify", short_help="Verify the trail.")
 @folder_argument
 @keys_option
-@click.option("--anchors", multiple=True, metavar="PLACE", help='File or directory of anchors, or "redis".')
+@click.option(
+    "--anchors",
+    "places",
+    multiple=True,
+    metavar="PLACE",
+    help='File or directory of anchors, or "redis" [default: all of the settings, for their own log].',
+)
+@click.option("--no-anchors", is_flag=True, help="Compare with no anchors: an older copy looks intact.")
 @click.option("--processes", type=click.IntRange(1, 64), help="At most so many [default: one a processor].")
 def verify_command(
-    folder: Path | None, public_key: Path | None, anchors: Sequence[str], processes: int | None
+    folder: Path | None,
+    public_key: Path | None,
+    places: Sequence[str],
+    processes: int | None,
+    *,
+    no_anchors: bool,
 ) -> int:
-    """Check every line in DIR: order, gaps, edits, cut ends, missing files, signatures.
+    """Check every line in DIR: order, gaps, edits, cut ends, missing files, signatures, anchors.
 
     DIR is by default where the settings put the trail. Exit code 0 if all holds, 1 if nothing contradicts but
-    a chain has no end ("cut or crashed") and nobody has seen it, 65 if something is damaged or missing.
+    a chain has no end ("cut or crashed") and nobody has seen it, 65 if something is damaged or missing, 69 if
+    anchors could not be read.
     """
-    where = _folder(folder)
-    keys = _keys(public_key)
-    lines = [line for place in anchors or _own_anchors() for line in _anchors(place)]
-    with Meter() as meter:
-        report = verify(
-            where,
-            keys,
-            lines,
-            processes=processes or os.cpu_count() or 1,
-            progress=lambda done, total: meter.show("verifying", done, total),
-        )
-    if not report.chains:
-        words.say(f"there is no audit trail in {where}")
+    found = anchors.Read() if no_anchors else _anchors(folder, places)
+    report = _verified(_folder(folder), _keys(public_key), found, processes)
+    if not report.chains and not report.problems:
+        words.say(f"there is no audit trail in {_folder(folder)}")
         return EXIT_BAD_DATA
     _show(report)
     return _EXITS[report.verdict]
+
+
+@click.command("acknowledge-loss", short_help="Put a loss on record.")
+@click.argument("chains", metavar="[CHAIN]...", nargs=-1)
+@click.option("--all", "every", is_flag=True, help="All chains that lack lines.")
+def acknowledge_loss_command(chains: Sequence[str], *, every: bool) -> int:
+    """Put on record that the lines of CHAIN which anchors name are lost for good, after a restored backup.
+
+    Without CHAIN, show what is missing. Stop the service before the backup is restored. The record names the
+    user, and "kms audit verify" shows the loss as a note from then on. Lines that were written anew are not
+    acknowledged.
+    """
+    report = _verified(_folder(None), _keys(None), anchors.configured(_settings()), None)
+    if report.not_compared:
+        raise Unavailable(f"Anchors cannot be read, so what is lost is not known: {_reasons(report)}")
+    lost = {each.chain: each for each in report.problems if each.code in {CUT, MISSING_CHAIN} and each.anchor}
+    unknown = set(chains) - lost.keys()
+    if unknown:
+        raise InvalidRequest(
+            f"No anchor says that lines of these chains are missing: {', '.join(sorted(unknown))}"
+        )
+    chosen = [each for name, each in lost.items() if every or name in chains]
+    if not chosen:
+        for each in lost.values():
+            words.result(f"{each.chain}: {each.text}")
+        words.say("name the chains, or --all" if lost else "the log has every line that its anchors name")
+        return EXIT_OTHER if lost else 0
+    with recording.log_of(_settings()) as log:
+        for each in chosen:
+            what = recording.unique(effect_of(each.chain, each.anchor_seq))
+            with audit.effect(log, recording.operator(DEFAULT_TENANT), ACKNOWLEDGED, what):
+                words.result(f"on record as lost: {each.chain}: {each.text}")
+    return 0
 
 
 @click.command("tail", short_help="Show what was recorded.")
@@ -106,10 +161,12 @@ def tail_command(
     )
     beginning = reading.now()
     shown = reading.newest(where, wanted, lines)
+    asked = {**equal, "result": result, "follow": "yes" if follow else ""}
+    own = _record_read(folder, {name: value or "" for name, value in asked.items()}, len(shown))
     for event in shown:
         _line(event)
     if follow:
-        _follow(where, replace(wanted, since=beginning), {event.id for event in shown})
+        _follow(where, replace(wanted, since=beginning), {own, *(event.id for event in shown)})
 
 
 @click.command("receipt", short_help="Prove one record.")
@@ -120,7 +177,9 @@ def receipt_command(audit_id: str, folder: Path | None) -> None:
 
     It shows no other record, and "kms audit check-receipt" checks it anywhere.
     """
-    words.result(msgspec.json.encode(receipt.make(_folder(folder), audit_id)).decode())
+    made = receipt.make(_folder(folder), audit_id)
+    _record_read(folder, {"receipt": made.id}, 1)
+    words.result(msgspec.json.encode(made).decode())
 
 
 @click.command("check-receipt", short_help="Check a receipt.")
@@ -179,15 +238,47 @@ def _keys(given: Path | None) -> PublicKeys | None:
     return PublicKeys.read(own) if own.exists() else None
 
 
-def _own_anchors() -> list[str]:
-    own = _settings().kms.audit.anchor_dir
-    return [str(own)] if own is not None and own.is_dir() else []
+def _is_own(folder: Path | None) -> bool:
+    """Whether this is the log of the settings, and no copy of some log."""
+    return folder is None or folder.resolve() == _settings().kms.audit.path.resolve()
 
 
-def _anchors(place: str) -> list[bytes]:
-    if place == "redis":
-        return places.RedisStream(connect(_settings().kms.redis), places.ANCHORS).lines()
-    return places.read_lines(Path(place))
+def _anchors(folder: Path | None, places: Sequence[str]) -> anchors.Read:
+    if places:
+        return anchors.named(_settings(), places)
+    if _is_own(folder):
+        return anchors.configured(_settings())
+    words.say("note: DIR is not the log of the settings: name its anchors with --anchors to compare them")
+    return anchors.Read()
+
+
+def _verified(where: Path, keys: PublicKeys | None, found: anchors.Read, processes: int | None) -> Report:
+    with Meter() as meter:
+        report = verify(
+            where,
+            keys,
+            found.lines,
+            processes=processes or os.cpu_count() or 1,
+            progress=lambda done, total: meter.show("verifying", done, total),
+        )
+    report.not_compared |= found.failed
+    return report
+
+
+def _record_read(folder: Path | None, asked: Mapping[str, str], count: int) -> str:
+    """Put a read of the log of this machine on record; the id, if it was. A copy has no log to write to.
+
+    Who may read the files and not write there reads them with any program: it is said, and goes on.
+    """
+    settings = _settings()
+    if not _is_own(folder) or not settings.kms.audit.signing_key_path.exists():
+        return ""
+    try:
+        with recording.log_of(settings) as log:
+            return audit.read(log, recording.operator(DEFAULT_TENANT), asked, count)
+    except (AuditUnavailable, ConfigurationError) as exc:
+        words.say(f"note: this read is not on record: {exc.detail}")
+        return ""
 
 
 # -- words -------------------------------------------------------------------------------------------
@@ -203,6 +294,10 @@ def _show(report: Report) -> None:
     for problem in report.problems:
         place = " ".join(part for part in (problem.file or problem.chain, _number(problem.seq)) if part)
         words.result(f"{problem.code}: {place}: {problem.text}")
+    for place, why in report.not_compared.items():
+        words.result(f"not compared with the anchors in {place}: {why}")
+    if any(problem.anchor for problem in report.problems):
+        words.say(_OLDER)
     for note in report.notes:
         words.say(f"note: {note.chain} {_number(note.seq)}: {note.text}")
     if not report.trusted:
@@ -210,6 +305,10 @@ def _show(report: Report) -> None:
     speed = f"{report.lines:,} lines, {words.size(report.size_bytes)} in {report.seconds:.1f} s"
     count = len(report.chains)
     words.result(f"{report.verdict}: {count} chain{'s' * (count != 1)}, {speed}")
+
+
+def _reasons(report: Report) -> str:
+    return "; ".join(f"{place}: {why}" for place, why in report.not_compared.items())
 
 
 def _row(each: ChainReport) -> tuple[str, ...]:

@@ -82,6 +82,7 @@ AUDIT_COMMANDS: Final = {
     "receipt": ("audit", "Write a proof that one operation was recorded."),
     "check-receipt": ("audit", "Check such a proof, anywhere."),
     "key": ("audit", "Print the public key that checks signatures."),
+    "acknowledge-loss": ("audit", "Put on record that lines are lost for good."),
 }
 
 TOKEN_COMMANDS: Final = {

@@ -13,7 +13,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from kms_cli import state_redis
 from kms_core import audit, logs
+from kms_core.audit import Trail
 from kms_core.audit.build import build
 from kms_core.envelope.binding import DEFAULT_TENANT
 from kms_core.errors import ConfigurationError
@@ -30,14 +32,25 @@ def effect(settings: Settings, operation: str, what: str, tenant: str = DEFAULT_
 
     Raises AuditUnavailable, before the change if its intent cannot be written; ConfigurationError.
     """
+    with log_of(settings) as log, audit.effect(log, operator(tenant), operation, unique(what)):
+        yield
+
+
+@contextmanager
+def log_of(settings: Settings) -> Iterator[Trail]:
+    """The chain of this command: begun by its first record, closed at the end. Raises ConfigurationError."""
     logs.configure("error", json=False)  # stdout is for results, and a second place may be away
     trail, keeper = build(settings, ROLE, _second_place(settings), stdout=False)
     keeper.start()
     try:
-        with audit.effect(trail, operator(tenant), operation, f"{what}-{os.urandom(4).hex()}"):
-            yield
+        yield trail
     finally:
         keeper.stop()
+
+
+def unique(what: str) -> str:
+    """The name of one effect on ``what``."""
+    return f"{what}-{os.urandom(4).hex()}"
 
 
 def _second_place(settings: Settings) -> redis.Redis | None:
@@ -46,7 +59,7 @@ def _second_place(settings: Settings) -> redis.Redis | None:
     The chains of the service then bear witness of this one.
     """
     try:
-        client = connect(settings.kms.redis)
+        client = connect(state_redis.section_of(settings, os.environ))
     except ConfigurationError:
         return None
     client.set_retry(Retry(NoBackoff(), 0))

@@ -107,7 +107,15 @@ AUDIT_COPIES: Final = Counter(
 )
 AUDIT_CHAIN_OK: Final = Gauge(
     "kms_audit_chain_ok",
-    "0 once lines of the audit trail were found changed, cut or gone since this process began",
+    "0 once lines of the audit trail were found changed, cut or gone since this process began; "
+    "NaN while it cannot be read",
+    multiprocess_mode="livemostrecent",
+)
+AUDIT_ANCHORS_OK: Final = Gauge(
+    "kms_audit_anchors_ok",
+    "1 while the audit trail has what the anchors in a place name, 0 while it lacks some of it or anchors "
+    "are gone, NaN while they cannot be read",
+    ["place"],
     multiprocess_mode="livemostrecent",
 )
 AUDIT_READ_AT: Final = Gauge(

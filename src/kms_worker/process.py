@@ -12,7 +12,7 @@ from celery.platforms import SecurityWarning
 from celery.worker.consumer import Consumer
 
 from kms_core import metrics, server_memory
-from kms_core.audit.watch import Watch
+from kms_core.audit.build import build_watch
 from kms_core.auth.scraping import Scraping
 from kms_core.jobs import webhooks
 from kms_core.jobs.build import build as build_core
@@ -62,7 +62,7 @@ def run(loaded: Settings) -> int:
         presence,  # first, before it consumes: who looks while its first job runs must find a worker
         Caretaker(store, core.shop.spool, name, waiting, working=forking.between_forks),
         rotation.Clock(app, store, name, working=forking.between_forks),
-        Watch.of(loaded, working=forking.between_forks),
+        build_watch(loaded, store.redis, working=forking.between_forks),
         *_couriers(loaded, store, name),
     )
     watchdog = Watchdog(served, jobs.watchdog_s, waiting, lambda: min(pulse.idle_s(), store.idle_s(name)))

@@ -1,5 +1,10 @@
 """Reads of the audit log are on record: by REST, on the page and by command; one record for each."""
 
+import os
+import pwd
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -9,6 +14,11 @@ from trails import Place
 
 NO_REDIS: Final = "unix:///nonexistent.sock"
 EAGER: Final = "[kms.audit]\ncheckpoint_s = 1\n"
+
+
+def kms(service: Service, *args: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-P", "-m", "kms_cli.main", *args]
+    return subprocess.run(argv, env=service.environ, capture_output=True, text=True, check=False, timeout=60)
 
 
 def reads(service: Service) -> list[tuple[str, str, int]]:
@@ -56,3 +66,20 @@ def test_the_page_and_its_receipts_are_on_record(tmp_path: Path) -> None:
 
         assert ("local", "operation=encrypt&period=24h", 1) in reads(own)
         assert reads(own)[-1] == ("local", f"receipt={name}", 1)
+
+
+def test_the_command_records_what_it_shows(tmp_path: Path) -> None:
+    with Service(tmp_path, EAGER, redis=NO_REDIS) as own:
+        own.start("api")
+        name = own.post("/encrypt", {"plaintext": ""}).headers["x-kms-audit-id"]
+        own.stop("api")
+        shown = kms(own, "audit", "tail", "--operation", "encrypt")
+        proof = kms(own, "audit", "receipt", name)
+        user = pwd.getpwuid(os.getuid()).pw_name
+
+        assert (shown.returncode, proof.returncode) == (0, 0)
+        assert reads(own) == [(user, "operation=encrypt", 1), (user, f"receipt={name}", 1)]
+        shutil.copytree(own.state / "audit", tmp_path / "copy")
+        assert kms(own, "audit", "tail", str(tmp_path / "copy")).returncode == 0
+        assert kms(own, "audit", "verify", "--no-anchors").returncode == 0
+        assert len(reads(own)) == 2, "a copy has no log to write to, and verify shows no record"

@@ -59,7 +59,7 @@ class Written:
         return sorted(self.folder.iterdir())
 
     def verified(self, *, anchored: bool = True) -> Report:
-        return verify(self.folder, self.keys, self.anchors if anchored else ())
+        return verify(self.folder, self.keys, {"here": self.anchors} if anchored and self.anchors else {})
 
 
 @contextmanager

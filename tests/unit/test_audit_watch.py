@@ -1,5 +1,6 @@
 """A trail that is read back while it is written: a hand that changes it is noticed, and nothing else is."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -164,6 +165,10 @@ def test_a_folder_that_cannot_be_read_is_no_broken_trail_but_an_old_time(place: 
 
     assert codes(watch) == set()
     assert watch.condition.read_at == before
+    assert math.isnan(REGISTRY.get_sample_value("kms_audit_chain_ok") or 0), "neither whole nor broken"
+    (place.at / "elsewhere").rename(place.at / "signing.pub")
+    assert codes(watch) == set()
+    assert REGISTRY.get_sample_value("kms_audit_chain_ok") == 1
 
 
 def test_half_a_line_at_the_end_is_read_once_it_is_whole(place: Place, trail: Trail, watch: Watch) -> None:

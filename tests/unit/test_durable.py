@@ -10,6 +10,7 @@ import pytest
 from kms_core.audit import Rules
 from kms_core.audit.file import SegmentFile
 from kms_core.audit.keys import Concealer, Signer
+from kms_core.audit.places import Folder
 from kms_core.auth import tokens
 from kms_core.auth.tokens import Wish
 from trails import Place, record
@@ -92,3 +93,22 @@ def test_the_end_of_a_log_is_on_disk_when_it_is_closed(
     (file,) = place.files()
 
     assert calls.made == [("sync", file.name, file.stat().st_size)]
+
+
+def test_a_new_file_of_anchors_keeps_its_name(tmp_path: Path, calls: Calls) -> None:
+    place = Place(tmp_path)
+    log = place.trail()
+    log.append(record(1))
+    log.close()
+    anchors = Folder(tmp_path / "anchors")
+    calls.made.clear()
+    anchors.put([log.signed])
+    anchors.put([log.signed])
+    (file,) = (tmp_path / "anchors").iterdir()
+    size = len(log.signed)
+
+    assert calls.made == [
+        ("sync", file.name, size),
+        ("sync", "anchors", 0),
+        ("sync", file.name, 2 * size),
+    ]

@@ -110,10 +110,7 @@ def condition(built: Service, who: Principal) -> wire.StatusOut:
         degraded.append("workers")
     if not built.kms.health_check().healthy:
         degraded.append("backend")
-    if _audit_word(built) == "unavailable":
-        degraded.append("audit")
-    if built.watch.condition.problems:
-        degraded.append("audit_chain")
+    degraded += _degraded_audit(built)
     if built.revocations and not built.revocations.is_current():
         degraded.append("client_crl")
     return wire.StatusOut(
@@ -135,6 +132,17 @@ def _jobs_word(built: Service) -> Literal["available", "unavailable"]:
     except JobsUnavailable:
         return "unavailable"
     return "available"
+
+
+def _degraded_audit(built: Service) -> list[str]:
+    found = built.watch.condition
+    states = {
+        "audit": _audit_word(built) == "unavailable",
+        "audit_chain": found.problems,
+        "audit_anchors": found.anchors,
+        "audit_anchors_away": found.not_compared,
+    }
+    return [name for name, is_so in states.items() if is_so]
 
 
 def _audit_word(built: Service) -> Literal["available", "unavailable"]:

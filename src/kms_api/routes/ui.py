@@ -4,7 +4,7 @@ Each page is one pass, in a thread, over what the routes of the API ask. What th
 out of the overview and of the forms; what a page is about is asked for by the table in ``rules.py``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final, ParamSpec, TypeVar
@@ -60,6 +60,8 @@ class Verified:
     read_at: str
     newest: str
     lines: int
+    anchors: Sequence[Problem]
+    not_compared: Mapping[str, str]
 
 
 async def in_thread(request: Request, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -223,7 +225,7 @@ def _trail(request: Request, period: str, until: str) -> Response:
 def _verified(built: Service) -> Verified:
     found = built.watch.condition
     read_at = text_of(datetime.fromtimestamp(found.read_at, UTC)) if found.read_at else ""
-    return Verified(found.problems, read_at, found.newest, found.lines)
+    return Verified(found.problems, read_at, found.newest, found.lines, found.anchors, found.not_compared)
 
 
 def _newest(built: Service, wanted: Wanted, limit: int) -> list[Event]:

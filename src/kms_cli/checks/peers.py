@@ -5,17 +5,16 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
-import msgspec
 import redis
 
-from kms_cli import valkey
+from kms_cli import state_redis
 from kms_cli.checks.findings import Finding, Level
 from kms_cli.up import is_alive, reachable
 from kms_core.errors import ConfigurationError
 from kms_core.servers import connect
-from kms_core.settings import DEFAULT_REDIS_URL, Settings
+from kms_core.settings import Settings
 from kms_core.settings_redis import AMQP, is_tls, split_url
 from kms_core.settings_sections import Redis
 
@@ -30,13 +29,8 @@ Info = Mapping[str, object]
 
 def queue(settings: Settings) -> Iterator[Finding]:
     """The server of jobs, and the broker where that is another."""
-    section, named = settings.kms.redis, settings.kms.redis.url != DEFAULT_REDIS_URL
-    if (
-        not named
-        and (socket_path := valkey.runtime_dir(settings.state_dir, os.environ) / "valkey.sock").exists()
-    ):
-        section = msgspec.structs.replace(section, url=f"unix://{quote(str(socket_path))}?db=0")
-    yield from _redis(section, named=named)
+    section = state_redis.section_of(settings, os.environ)
+    yield from _redis(section, named=state_redis.is_named(settings.kms.redis))
     if section.broker_url.partition("://")[0] in AMQP:
         yield _broker(section.broker_url)
 

@@ -8,16 +8,22 @@ from typing import Final
 
 from kms_cli import words
 from kms_cli.checks.files import private_file
-from kms_cli.checks.findings import Finding
+from kms_cli.checks.findings import Finding, Level
 from kms_cli.remote import connect
 from kms_cli.session import Session
 from kms_client import ServiceUnreachable, wire
 from kms_core.errors import KmsError
 
 TIMEOUT_S: Final = 5.0
-_DEGRADED: Final = {
-    "audit": ("its audit trail takes no record, so calls are refused", "make room on the disk of its trail"),
-    "audit_chain": ("somebody changed its audit trail", "kms audit verify on its machine"),
+_DEGRADED: Final[dict[str, tuple[Level, str, str]]] = {
+    "audit": (
+        "FAIL",
+        "its audit trail takes no record, so calls are refused",
+        "make room on the disk of its trail",
+    ),
+    "audit_chain": ("FAIL", "somebody changed its audit trail", "kms audit verify on its machine"),
+    "audit_anchors": ("FAIL", "its audit trail lacks what anchors name", "kms audit verify on its machine"),
+    "audit_anchors_away": ("warn", "its audit trail is not compared with its anchors", "its log says why"),
 }
 
 
@@ -60,8 +66,8 @@ def _status(given: Session) -> Iterator[Finding]:
         yield Finding("warn", "version", f"it is {status.version}, this command {own}", "install the same")
     for name in status.degraded:
         if name in _DEGRADED:
-            text, then = _DEGRADED[name]
-            yield Finding("FAIL", "service", text, then, away=True)
+            level, text, then = _DEGRADED[name]
+            yield Finding(level, "service", text, then, away=True)
     yield from _jobs(status)
 
 

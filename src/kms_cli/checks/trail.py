@@ -3,31 +3,35 @@
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from kms_cli import anchors, state_redis
 from kms_cli.checks.findings import Finding, Level
-from kms_core.audit import places
+from kms_core.audit.build import build_watch
 from kms_core.audit.keys import PublicKeys, public_path
-from kms_core.audit.report import Report
+from kms_core.audit.report import Problem, Report
 from kms_core.audit.verify import verify
-from kms_core.audit.watch import Watch
 from kms_core.errors import KmsError
+from kms_core.servers import connect
 from kms_core.settings import Settings
 
 MOST_BYTES: Final = 256 * 1024**2  # some seconds; of a larger trail the ends of its files are read
 _RECORD_BYTES: Final = 4096
+_KEEP: Final = "kms audit verify; keep the files as they are"
 
 
 def trail(settings: Settings) -> Iterator[Finding]:
     folder = settings.kms.audit.path
-    if not folder.exists():
-        yield Finding("ok", "audit", f"{folder} is not there yet, the first record makes it")
-        return
+    is_new = not folder.exists()
     try:
-        yield _writable(folder)
-        yield _holds(settings)
+        if is_new:
+            yield Finding("ok", "audit", f"{folder} is not there yet, the first record makes it")
+        else:
+            yield _writable(folder)
+        if not is_new or public_path(settings.kms.audit.signing_key_path).exists():
+            yield from _holds(settings)
     except (OSError, KmsError) as exc:
         why = exc.detail if isinstance(exc, KmsError) else exc.strerror
         yield Finding("FAIL", "audit", f"{folder} cannot be read: {why}", "run as the user of the service")
@@ -46,39 +50,63 @@ def _writable(folder: Path) -> Finding:
     return Finding("ok", "audit", f"{folder} takes records")
 
 
-def _holds(settings: Settings) -> Finding:
+def _holds(settings: Settings) -> Iterator[Finding]:
     section = settings.kms.audit
     size_bytes = sum(path.stat().st_size for path in section.path.glob("*.jsonl*"))
     if size_bytes > MOST_BYTES:
-        return _ends_hold(settings)
-    own = public_path(section.signing_key_path)
-    anchors = section.anchor_dir
-    lines = places.read_lines(anchors) if anchors is not None and anchors.is_dir() else []
+        yield from _ends_hold(settings)
+        return
+    own, found = public_path(section.signing_key_path), anchors.configured(settings)
     report = verify(
-        section.path, PublicKeys.read(own) if own.exists() else None, lines, processes=os.cpu_count() or 1
+        section.path,
+        PublicKeys.read(own) if own.exists() else None,
+        found.lines,
+        processes=os.cpu_count() or 1,
     )
-    return _told(report)
+    report.not_compared |= found.failed
+    yield _chain(report)
+    yield _compared(report.problems, report.not_compared, [*found.lines])
 
 
-def _told(report: Report) -> Finding:
-    if report.problems:
-        first, others = report.problems[0], len(report.problems) - 1
+def _chain(report: Report) -> Finding:
+    problems = [each for each in report.problems if not each.anchor]
+    if problems:
+        first, others = problems[0], len(problems) - 1
         more = f", and {others} more" if others else ""
         text = f"{first.code} in {first.file or first.chain}: {first.text}{more}"
-        return Finding("FAIL", "audit chain", text, "kms audit verify; keep the files as they are")
+        return Finding("FAIL", "audit chain", text, _KEEP)
     unsigned = sum(each.last_seq - each.signed_seq for each in report.chains)
     text = f"{report.lines} lines hold, {unsigned} of them newer than the newest checkpoint"
-    if report.verdict == "open end":
+    if report.has_open_end:
         ended = f"{text}; a chain has no end: its process was killed, or its end was cut"
         return Finding("warn", "audit chain", ended, "the next start of the service bears witness")
     return Finding("ok", "audit chain", text)
 
 
-def _ends_hold(settings: Settings) -> Finding:
-    watch = Watch.of(settings)
+def _compared(problems: Sequence[Problem], not_compared: Mapping[str, str], places: Sequence[str]) -> Finding:
+    """An older copy of the log holds together as well: only anchors tell."""
+    proven = [each for each in problems if each.anchor]
+    if proven:
+        more = f", and {len(proven) - 1} more" if len(proven) > 1 else ""
+        text = f"{proven[0].code} in {proven[0].chain}: {proven[0].text}{more}"
+        return Finding("FAIL", "audit anchors", text, _KEEP)
+    if not_compared:
+        why = "; ".join(f"{place}: {reason}" for place, reason in not_compared.items())
+        text = f"an older copy of the trail would not be noticed: {why}"
+        return Finding("warn", "audit anchors", text, "kms audit verify, once they can be read")
+    if not places:
+        text = "none are kept, so an older copy of the trail would not be noticed"
+        return Finding("warn", "audit anchors", text, "set [kms.audit] anchor_dir, on another host")
+    return Finding("ok", "audit anchors", f"the trail has what those in {', '.join(places)} name")
+
+
+def _ends_hold(settings: Settings) -> Iterator[Finding]:
+    watch = build_watch(settings, connect(state_redis.section_of(settings, os.environ)))
     watch.look()
-    problems = watch.condition.problems
-    if problems:
-        text = f"{problems[0].code}: {problems[0].text}"
-        return Finding("FAIL", "audit chain", text, "kms audit verify; keep the files as they are")
-    return Finding("ok", "audit chain", "the end of each file holds; all of it: kms audit verify")
+    found = watch.condition
+    if found.problems:
+        text = f"{found.problems[0].code}: {found.problems[0].text}"
+        yield Finding("FAIL", "audit chain", text, _KEEP)
+    else:
+        yield Finding("ok", "audit chain", "the end of each file holds; all of it: kms audit verify")
+    yield _compared(found.anchors, found.not_compared, watch.places)

@@ -1,5 +1,6 @@
-"""The trail of a process and its keeper, from settings."""
+"""The trail of a process, its keeper, its watch and the places of its anchors, from settings."""
 
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Final
 
 import redis
@@ -8,16 +9,18 @@ from kms_core.audit.keeper import Keeper
 from kms_core.audit.keys import Concealer, Signer
 from kms_core.audit.places import ANCHORS, COPIES, Folder, Place, RedisStream, Stdout
 from kms_core.audit.trail import Rules, Trail
+from kms_core.audit.watch import Watch
 from kms_core.settings import Settings
 
 _STDOUT: Final = "stdout"
 _REDIS: Final = "redis"
+_NOTHING: Final = nullcontext()
 
 
 def build(
     settings: Settings, role: str, client: redis.Redis | None, *, stdout: bool = True
 ) -> tuple[Trail, Keeper]:
-    """Makes the two keys if there are none, and opens no file. Raises ConfigurationError.
+    """Makes the two keys and the directory of anchors if there are none. Raises ConfigurationError.
 
     ``client`` None: no second place is in Redis. ``stdout`` False: it is for something else, and no sink.
     """
@@ -31,12 +34,34 @@ def build(
     concealer = Concealer.at(section.key_path, strict=strict)
     signer = Signer.at(section.signing_key_path, strict=strict)
     trail = Trail(section.path, role, concealer, signer, rules)
-    anchors: list[Place] = [RedisStream(client, ANCHORS)] if client and section.anchor_redis else []
-    if section.anchor_dir is not None:
-        anchors.append(Folder(section.anchor_dir))
+    anchors = anchor_places(settings, client)
+    for place in anchors:
+        if isinstance(place, Folder):
+            with suppress(OSError):  # a second place that is away holds up nothing, and is told
+                place.make()
     sinks: list[Place] = []
     if stdout and _STDOUT in section.sinks:
         sinks.append(Stdout())
     if client and _REDIS in section.sinks:
         sinks.append(RedisStream(client, COPIES))
     return trail, Keeper(trail, anchors, sinks, section.keep_days)
+
+
+def anchor_places(settings: Settings, client: redis.Redis | None) -> list[RedisStream | Folder]:
+    """Where settings say that anchors are, to write and to read them. ``client`` None: not in Redis."""
+    section = settings.kms.audit
+    places: list[RedisStream | Folder] = []
+    if client and section.anchor_redis:
+        places.append(RedisStream(client, ANCHORS))
+    if section.anchor_dir is not None:
+        places.append(Folder(section.anchor_dir))
+    return places
+
+
+def build_watch(
+    settings: Settings, client: redis.Redis | None, *, working: AbstractContextManager[object] = _NOTHING
+) -> Watch:
+    """What reads the log back and compares it with its anchors. ``working`` as for ``Watch``."""
+    section = settings.kms.audit
+    places = anchor_places(settings, client)
+    return Watch(section.path, section.signing_key_path, places, working=working)

@@ -6,12 +6,22 @@ from itertools import pairwise
 from typing import Final
 
 from kms_core.audit import chain, segments
+from kms_core.audit.anchors import (
+    CUT,
+    MISSING_CHAIN,
+    NONE_OF_THIS_LOG,
+    REWRITTEN,
+    acknowledged,
+    contradiction,
+)
 from kms_core.audit.chain import Line, Tip
+from kms_core.audit.keys import PublicKeys
 from kms_core.audit.report import ChainReport, Note, Problem, Report, State
 from kms_core.audit.scan import Found
 from kms_core.audit.segments import Segment
 
-_AN_ANCHOR: Final = "an anchor"
+Anchors = Mapping[str, Sequence[bytes]]
+"""Signed lines that second places keep, by the name of the place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +33,18 @@ class _Seen:
     time: str
 
 
-def judge(report: Report, found: Mapping[Segment, Found], anchors: Iterable[Line]) -> None:
-    """Fill in the report. ``anchors`` are signed lines whose signatures fit."""
+def judge(report: Report, found: Mapping[Segment, Found], anchors: Anchors, keys: PublicKeys) -> None:
+    """Fill in the report. Of anchors, only those count that one of ``keys`` has signed."""
     chains: dict[str, list[tuple[Segment, Found]]] = {}
     for segment, each in sorted(found.items()):
         chains.setdefault(segment.chain, []).append((segment, each))
         report.problems += each.problems
     lines = [line for each in found.values() for line in each.special]
-    horizon = max((line.before for line in lines if line.kind == chain.RETIRED), default="")
-    seen = _seen(lines, anchors)
+    horizon = max(
+        (line.before for each in found.values() for line in each.special if _retires(line, each)), default=""
+    )
+    seen = _seen(lines)
+    log = _log_of(chains, horizon)
     for name, files in chains.items():
         report.problems += _joints(files, horizon)
         made = _chain_report(name, files)
@@ -40,6 +53,10 @@ def judge(report: Report, found: Mapping[Segment, Found], anchors: Iterable[Line
         if name in seen:
             report.problems += _held_against(files, made, seen[name])
     report.problems += _absent(seen, chains.keys(), horizon)
+    for place, kept in anchors.items():
+        newest = _against_anchors(report, log, place, kept, keys)
+        _bear_witness(report, place, newest)
+        _tell_coverage(report, place, newest, seen)
     report.notes += [
         *_noted(lines),
         *_unresolved(each.stages for each in found.values()),
@@ -47,20 +64,124 @@ def judge(report: Report, found: Mapping[Segment, Found], anchors: Iterable[Line
     ]
 
 
-def _seen(lines: Iterable[Line], anchors: Iterable[Line]) -> dict[str, _Seen]:
-    """Of each chain, the latest end that another chain or an anchor names."""
+def _retires(line: Line, found: Found) -> bool:
+    """Whether a line puts a removal on record; without a signature over it anybody may have written it."""
+    return line.kind == chain.RETIRED and line.seq < found.signed_seq
+
+
+def _seen(lines: Iterable[Line]) -> dict[str, _Seen]:
+    """Of each chain, the latest end that another chain names."""
     seen: dict[str, _Seen] = {}
-
-    def note(name: str, new: _Seen) -> None:
-        if name not in seen or seen[name].tip.seq < new.tip.seq:
-            seen[name] = new
-
     for line in lines:
         for name, tip in line.heads.items():
-            note(name, _Seen(tip, line.chain, line.time))
-    for line in anchors:
-        note(line.chain, _Seen(Tip(line.seq, line.head, line.opened), _AN_ANCHOR, line.time))
+            if name not in seen or seen[name].tip.seq < tip.seq:
+                seen[name] = _Seen(tip, line.chain, line.time)
     return seen
+
+
+# -- anchors -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Log:
+    """What anchors are compared with: first and last line of each chain, and the heads of signed lines.
+
+    ``lost`` holds the lines whose loss is on record: of each chain, up to which number.
+    """
+
+    first: Mapping[str, int]
+    last: Mapping[str, int]
+    heads: Mapping[tuple[str, int], str]
+    lost: Mapping[str, int]
+    horizon: str
+
+    def contradicts(self, anchor: Line) -> str:
+        """The code of the problem that the anchor is proof of, if it is genuine; empty for none."""
+        name, seq = anchor.chain, anchor.seq
+        if name not in self.last:
+            return MISSING_CHAIN if anchor.opened > self.horizon else ""
+        if seq > self.last[name]:
+            return CUT
+        return REWRITTEN if seq >= self.first[name] else ""
+
+
+def _log_of(chains: Mapping[str, Sequence[tuple[Segment, Found]]], horizon: str) -> _Log:
+    parts = [found for files in chains.values() for _, found in files]
+    return _Log(
+        {name: files[0][1].first_seq for name, files in chains.items()},
+        {name: max(found.last_seq for _, found in files) for name, files in chains.items()},
+        {
+            (line.chain, line.seq): line.head
+            for found in parts
+            for line in found.special
+            if line.kind in chain.SIGNED
+        },
+        acknowledged(line for found in parts for line in found.stages if line.seq < found.signed_seq),
+        horizon,
+    )
+
+
+def _against_anchors(
+    report: Report, log: _Log, place: str, kept: Sequence[bytes], keys: PublicKeys
+) -> Mapping[str, int]:
+    """Hold the log against every anchor of one place; the newest of each chain that the log has.
+
+    A signature is checked only where an anchor and the log differ: an equal line was checked in the log.
+    """
+    newest: dict[str, int] = {}
+    told: set[tuple[str, str]] = set()
+    for raw, anchor in _parsed(kept):
+        name = anchor.chain
+        if log.heads.get((name, anchor.seq)) == anchor.head:
+            newest.setdefault(name, anchor.seq)
+            continue
+        code = log.contradicts(anchor)
+        if not code or (name, code) in told or keys.signed(raw) is None:
+            continue
+        told.add((name, code))
+        problem = contradiction(code, anchor, place, log.last.get(name, -1))
+        if code != REWRITTEN and anchor.seq <= log.lost.get(name, -1):
+            report.notes.append(Note("acknowledged", f"{problem.text}; the loss is on record", name))
+        else:
+            report.problems.append(problem)
+    return newest
+
+
+def _parsed(kept: Iterable[bytes]) -> list[tuple[bytes, Line]]:
+    """The anchors of the latest lines first."""
+    read = ((raw, chain.read(raw)) for raw in kept)
+    return sorted(((raw, line) for raw, line in read if line), key=lambda each: -each[1].seq)
+
+
+def _bear_witness(report: Report, place: str, newest: Mapping[str, int]) -> None:
+    for made in report.chains:
+        if made.state == "cut or crashed" and newest.get(made.chain) == made.last_seq:
+            made.witness = made.witness or f"the anchor in {place}"
+
+
+def _tell_coverage(report: Report, place: str, newest: Mapping[str, int], seen: Mapping[str, _Seen]) -> None:
+    """Say what the anchors of a place cannot prove: they are written after the log, and may be removed."""
+    signed = [made for made in report.chains if made.signed_seq >= 0]
+    if signed and not newest and not any(problem.anchor == place for problem in report.problems):
+        report.not_compared[place] = NONE_OF_THIS_LOG
+        return
+    bare = [made for made in signed if newest.get(made.chain, -1) < _due(made, seen)]
+    if bare:
+        others = f", and of {len(bare) - 1} other chains" if len(bare) > 1 else ""
+        text = (
+            f"{place} has no anchor of its end{others}, and no other chain names it: it was not taken, or "
+            "was removed; whether lines were cut there is not known"
+        )
+        report.notes.append(Note("not_anchored", text, bare[0].chain, bare[0].signed_seq))
+
+
+def _due(made: ChainReport, seen: Mapping[str, _Seen]) -> int:
+    """The line from which on an anchor should be there: the last signed one, unless another chain saw it.
+
+    Of a chain that is written to, any: the next checkpoint is on its way.
+    """
+    known = made.chain in seen and seen[made.chain].tip.seq >= made.signed_seq
+    return -1 if known else 0 if made.state == "open" else made.signed_seq
 
 
 # -- one chain ---------------------------------------------------------------------------------------

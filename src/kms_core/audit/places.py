@@ -1,21 +1,25 @@
 """Second places: where checkpoints are anchored and copies of lines go. None of them holds up a record."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Protocol, cast
 
 import redis
 
 from kms_core.audit import chain
+from kms_core.durable import sync_folder
 from kms_core.errors import AuditUnavailable
 
 COPIES: Final = "kms:audit:lines"
 ANCHORS: Final = "kms:audit:anchors"
 _MOST_LINES: Final = 1_000_000
 _MOST_ANCHORS: Final = 100_000
+PAGE: Final = 1_000
 _FIELD: Final = "line"
-_SUFFIX: Final = ".anchors.jsonl"
+ANCHORS_SUFFIX: Final = ".anchors.jsonl"
+Entry = tuple[bytes, dict[bytes, bytes]]
 
 
 class Place(Protocol):
@@ -47,12 +51,41 @@ class RedisStream:
             raise AuditUnavailable from exc
 
     def lines(self) -> list[bytes]:
-        """All that is there. Raises AuditUnavailable."""
-        try:
-            entries = cast("list[tuple[bytes, dict[bytes, bytes]]]", self._client.xrange(self._key))
-        except redis.RedisError as exc:
-            raise AuditUnavailable("Redis does not answer, so its anchors cannot be compared") from exc
-        return [fields.get(_FIELD.encode(), b"") for _, fields in entries]
+        """All lines in the stream, oldest first. Raises AuditUnavailable."""
+        found: list[bytes] = []
+        cursor = "-"
+        while page := self.after(cursor):
+            found += map(line_of, page)
+            cursor = f"({page[-1][0].decode()}"
+        return found
+
+    def after(self, cursor: str, count: int = PAGE) -> list[Entry]:
+        """Entries from a cursor (the ``min`` of XRANGE) on. Raises AuditUnavailable."""
+        with _answering():
+            return cast("list[Entry]", self._client.xrange(self._key, min=cursor, count=count))
+
+    def newest(self, count: int) -> list[Entry]:
+        """The last entries, oldest first. Raises AuditUnavailable."""
+        with _answering():
+            return cast("list[Entry]", self._client.xrevrange(self._key, count=count))[::-1]
+
+
+def line_of(entry: Entry) -> bytes:
+    """The line of an entry; empty if it has none."""
+    return entry[1].get(_FIELD.encode(), b"")
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Raise AuditUnavailable, which says why, where Redis does not answer a read."""
+    try:
+        yield
+    except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as exc:
+        raise AuditUnavailable(
+            "Redis does not let this user in: check user and password of [kms.redis]"
+        ) from exc
+    except redis.RedisError as exc:
+        raise AuditUnavailable("Redis does not answer") from exc
 
 
 class Folder:
@@ -61,21 +94,40 @@ class Folder:
     name = "directory"
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
+
+    def make(self) -> None:
+        """Make the directory (0700), if it is not there. Raises OSError."""
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def put(self, lines: Sequence[bytes]) -> None:
-        self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.make()
         for line in lines:
             found = chain.read(line.rstrip(b"\n"))
-            if found is None:
-                continue
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            fd = os.open(self._path / f"{found.chain}{_SUFFIX}", flags, 0o600)
-            try:
-                os.write(fd, line)
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
+            if found is not None:
+                self._append(self.path / f"{found.chain}{ANCHORS_SUFFIX}", line)
+
+    def _append(self, path: Path, line: bytes) -> None:
+        """Append durably: also the name of a file that is made here."""
+        is_new = not path.exists()
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(path, flags, 0o600)
+        try:
+            os.write(fd, line)
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+        if is_new:
+            sync_folder(self.path)
+
+    def lines(self) -> list[bytes]:
+        """All lines of all chains. Raises AuditUnavailable."""
+        try:
+            if not self.path.is_dir():
+                raise AuditUnavailable(f"{self.path} is not there: mount or make it")
+            return read_lines(self.path)
+        except OSError as exc:
+            raise AuditUnavailable(f"{self.path} cannot be read ({exc.strerror})") from exc
 
 
 class Stdout:

@@ -4,18 +4,23 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 State = Literal["closed", "open", "cut or crashed"]
-Verdict = Literal["intact", "open end", "damaged"]
+Verdict = Literal["intact", "open end", "not compared", "damaged"]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that does not hold. ``code`` is stable, the text is for people; ``seq`` -1 is none."""
+    """Something that does not hold. ``code`` is stable, the text is for people; ``seq`` -1 is none.
+
+    ``anchor`` is the second place whose anchor the log contradicts, ``anchor_seq`` the line that it names.
+    """
 
     code: str
     text: str
     chain: str = ""
     file: str = ""
     seq: int = -1
+    anchor: str = ""
+    anchor_seq: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,10 @@ class ChainReport:
 
 @dataclass(slots=True)
 class Report:
-    """What was found. ``trusted`` says whether the keys came from elsewhere than the trail itself."""
+    """What was found. ``trusted`` says whether the keys came from elsewhere than the trail itself.
+
+    ``not_compared`` holds the places of anchors that could not be read, each with the reason.
+    """
 
     trusted: bool
     lines: int = 0
@@ -55,11 +63,21 @@ class Report:
     chains: list[ChainReport] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    not_compared: dict[str, str] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
-        """``open end``: nothing contradicts, but a chain ends without end or witness."""
+        """``open end``: nothing contradicts, but a chain ends without end or witness.
+
+        ``not compared``: the log may be older than anchors that could not be read.
+        """
         if self.problems:
             return "damaged"
-        ended = all(each.state != "cut or crashed" or each.witness for each in self.chains)
-        return "intact" if ended else "open end"
+        if self.not_compared:
+            return "not compared"
+        return "open end" if self.has_open_end else "intact"
+
+    @property
+    def has_open_end(self) -> bool:
+        """Whether a chain has no closing record, and nobody else has seen its end."""
+        return any(each.state == "cut or crashed" and not each.witness for each in self.chains)

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from kms_core.audit import chain, segments
-from kms_core.audit.judge import judge
+from kms_core.audit.judge import Anchors, judge
 from kms_core.audit.keys import KEY_BYTES, PublicKeys
 from kms_core.audit.report import Problem, Report
 from kms_core.audit.scan import Found, Span, scan
@@ -25,14 +26,16 @@ _ALONE_BYTES: Final = 2 * STRETCH_BYTES
 def verify(
     folder: Path,
     keys: PublicKeys | None = None,
-    anchors: Sequence[bytes] = (),
+    anchors: Anchors = MappingProxyType({}),
     *,
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Report:
     """Check every line of a folder. Without ``keys`` the trail's own are taken, which prove less.
 
-    ``anchors`` are signed lines from a second place. ``progress`` is told bytes, done and in all.
+    A folder that is not there is a log without chains: anchors tell what it had.
+
+    ``anchors`` are signed lines by the place that keeps them. ``progress`` is told bytes, done and in all.
 
     Raises OSError.
     """
@@ -44,7 +47,7 @@ def verify(
     report.size_bytes = sum(segment.path.stat().st_size for segment in files)
     parts = _scanned(files, keys, processes, lambda done: progress(done, report.size_bytes))
     found = {segment: _joined(parts[str(segment.path)]) for segment in files}
-    judge(report, found, filter(None, map(keys.signed, anchors)))
+    judge(report, found, anchors, keys)
     report.lines = sum(each.lines for each in found.values())
     report.seconds = round(time.perf_counter() - started, 3)
     return report
@@ -52,7 +55,7 @@ def verify(
 
 def _identified(folder: Path) -> Iterator[Segment]:
     """The segments, by what they say they are: a file under another name is still found."""
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
         if ".jsonl" not in path.name or not path.is_file():
             continue
         named = segments.NAME.fullmatch(path.name)

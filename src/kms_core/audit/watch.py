@@ -8,26 +8,31 @@ a file, or in the middle of thousands of lines a second, ``kms audit verify`` fi
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 import structlog
 
 from kms_core import metrics
-from kms_core.audit import chain, segments
+from kms_core.audit import chain, retention, segments
+from kms_core.audit.anchors import AnchorMonitor, acknowledged
+from kms_core.audit.chain import Line
 from kms_core.audit.keys import PublicKeys, public_path
+from kms_core.audit.places import Folder, RedisStream
 from kms_core.audit.report import Problem
+from kms_core.audit.retention import text_of
 from kms_core.audit.scan import Found, Span, head_before, scan
 from kms_core.audit.segments import Segment
 from kms_core.errors import ConfigurationError
-from kms_core.settings import Settings
 
 EVERY_S: Final = 5.0
 _MOST_BYTES: Final = 1024 * 1024  # of each file, at each look: some 2,500 lines, in 15 ms
 _MOST_PROBLEMS: Final = 20
+_ANCHORED_WITHIN: Final = timedelta(minutes=1)
 _NOTHING: Final = nullcontext()
 _log = structlog.get_logger(__name__)
 
@@ -36,6 +41,8 @@ _log = structlog.get_logger(__name__)
 class Condition:
     """What was found so far. Problems stay until the process ends: somebody has to look.
 
+    ``anchors`` are the problems that anchors are proof of: they end when the log has what is missing, or the
+    loss is on record. ``not_compared`` holds the places of anchors that cannot be read, with the reason.
     ``read_at`` is when, in seconds since the epoch, 0 before the first look; ``newest`` the time of the
     newest line that was read (RFC 3339), ``lines`` how many were.
     """
@@ -44,6 +51,8 @@ class Condition:
     read_at: float = 0.0
     newest: str = ""
     lines: int = 0
+    anchors: tuple[Problem, ...] = ()
+    not_compared: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +73,31 @@ class Watch(threading.Thread):
     """A look at the folder at once, and then every few seconds; metrics say what came of it."""
 
     def __init__(
-        self, folder: Path, signing_key: Path, *, working: AbstractContextManager[object] = _NOTHING
+        self,
+        folder: Path,
+        signing_key: Path,
+        anchors: Iterable[RedisStream | Folder] = (),
+        *,
+        working: AbstractContextManager[object] = _NOTHING,
     ) -> None:
-        """``working`` is entered for each look: what must not happen meanwhile (a fork) waits for it."""
+        """``anchors`` are the places to compare the log with.
+
+        ``working`` is entered for each look: what must not happen meanwhile (a fork) waits for it.
+        """
         super().__init__(name="audit-watch", daemon=True)
-        self._folder = folder
+        self.folder = folder
         self._keys = public_path(signing_key)
+        self._anchors = AnchorMonitor(anchors)
+        self._losses: list[Line] = []
+        self._lost: dict[str, int] = {}
+        self._searched = ""
+        self._signed = False
         self._working = working
         self._stop_asked = threading.Event()
         self._known: dict[tuple[str, int], _Known] = {}
         self._horizon = ""
         self.condition = Condition()
-        metrics.AUDIT_CHAIN_OK.set(1)
-
-    @classmethod
-    def of(cls, settings: Settings, *, working: AbstractContextManager[object] = _NOTHING) -> Self:
-        section = settings.kms.audit
-        return cls(section.path, section.signing_key_path, working=working)
+        metrics.AUDIT_CHAIN_OK.set(float("nan"))
 
     def run(self) -> None:
         self.look()
@@ -96,17 +113,61 @@ class Watch(threading.Thread):
             with self._working:
                 self._look()
         except (OSError, ConfigurationError) as exc:
+            if not self.condition.problems:
+                metrics.AUDIT_CHAIN_OK.set(float("nan"))
             _log.warning("audit.not_read_back", error=type(exc).__name__)
 
     def _look(self) -> None:
-        keys = PublicKeys.read(self._keys).keys
-        there = segments.listed(self._folder)
+        keys = PublicKeys.read(self._keys)
+        self._anchors.read(keys)  # first: what they name was in the log before
+        there = segments.listed(self.folder)
         parts: list[Found] = []
-        problems = [problem for segment in there for problem in self._read(segment, keys, parts)]
-        marks = [line.before for part in parts for line in part.special if line.kind == chain.RETIRED]
-        self._horizon = max([self._horizon, *marks])
+        problems = [problem for segment in there for problem in self._read(segment, keys.keys, parts)]
+        self._horizon = max([self._horizon, *_marks(parts)])
+        self._note(parts)
         problems += self._missing(there)
+        self._anchors.compare(self)
         self._tell(problems, parts)
+
+    @property
+    def places(self) -> Sequence[str]:
+        """Where anchors are, for people."""
+        return self._anchors.places
+
+    # -- what anchors are compared with -----------------------------------------------------------------
+
+    def ends(self) -> Mapping[str, Sequence[tuple[int, int]]]:
+        found: dict[str, list[tuple[int, int]]] = {}
+        for (name, number), known in sorted(self._known.items()):
+            found.setdefault(name, []).append((number, known.seq))
+        return found
+
+    def is_retired(self, opened: str) -> bool:
+        """The records of removals may stand anywhere in the log: it is searched once for each later time."""
+        if opened > max(self._horizon, self._searched):
+            self._horizon = max(self._horizon, retention.horizon(self.folder, PublicKeys.read(self._keys)))
+            self._searched = opened
+        return opened <= self._horizon
+
+    def is_signed(self) -> bool:
+        return self._signed
+
+    def lost(self) -> Mapping[str, int]:
+        return self._lost
+
+    def _note(self, parts: Iterable[Found]) -> None:
+        """Losses on record, once a signature covers them; whether an anchor is due since a minute."""
+        due = text_of(datetime.now(UTC) - _ANCHORED_WITHIN)
+        for part in parts:
+            self._signed = self._signed or (part.signed_seq >= 0 and part.first_time < due)
+            self._losses += [line for line in part.stages if acknowledged([line])]
+            covered = [
+                line for line in self._losses if line.chain == part.chain and line.seq < part.signed_seq
+            ]
+            self._lost |= acknowledged(covered)
+            self._losses = [line for line in self._losses if line not in covered]
+
+    # -- the log itself -----------------------------------------------------------------------------------
 
     def _tell(self, problems: Iterable[Problem], parts: Iterable[Found]) -> None:
         before, now = self.condition, time.time()
@@ -118,6 +179,8 @@ class Watch(threading.Thread):
             now,
             max([before.newest, *(part.last_time for part in parts)]),
             before.lines + sum(part.lines for part in parts),
+            self._anchors.problems,
+            self._anchors.away,
         )
         metrics.AUDIT_CHAIN_OK.set(not self.condition.problems)
         metrics.AUDIT_READ_AT.set(now)
@@ -166,8 +229,16 @@ class Watch(threading.Thread):
         return [
             Problem("missing_file", f"file {number} of the chain was removed", name, seq=known.seq)
             for (name, number), known in lost
-            if known.opened > self._horizon
+            if not self.is_retired(known.opened)
         ]
+
+
+def _marks(parts: Iterable[Found]) -> Iterator[str]:
+    """Up to when files were removed, by records that a signature covers."""
+    for part in parts:
+        for line in part.special:
+            if line.kind == chain.RETIRED and line.seq < part.signed_seq:
+                yield line.before
 
 
 def _begin(path: Path, size: int, known: _Known | None) -> int:

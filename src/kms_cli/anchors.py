@@ -1,0 +1,64 @@
+"""Reads the anchors of the audit log that settings name, for commands that verify it."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from kms_cli import state_redis
+from kms_core.audit.places import ANCHORS, Folder, RedisStream, read_lines
+from kms_core.errors import AuditUnavailable, ConfigurationError
+from kms_core.servers import connect
+from kms_core.settings import Settings
+
+REDIS: Final = "redis"
+_NO_SERVER: Final = "kms up does not run here, and [kms.redis] url names no other server"
+
+
+@dataclass(slots=True)
+class Read:
+    """Anchors by place, and the places that could not be read, with the reason."""
+
+    lines: dict[str, list[bytes]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def configured(settings: Settings) -> Read:
+    """The anchors of every place that settings name."""
+    found, section = Read(), settings.kms.audit
+    if section.anchor_redis:
+        _from_redis(found, settings)
+    if section.anchor_dir is not None:
+        with _noting(found, str(section.anchor_dir)):
+            found.lines[str(section.anchor_dir)] = Folder(section.anchor_dir).lines()
+    return found
+
+
+def named(settings: Settings, places: Sequence[str]) -> Read:
+    """The anchors of places that the user names: files, directories, or ``redis``."""
+    found = Read()
+    for place in places:
+        if place == REDIS:
+            _from_redis(found, settings)
+            continue
+        try:
+            found.lines[place] = read_lines(Path(place))
+        except OSError as exc:
+            found.failed[place] = f"it cannot be read ({exc.strerror})"
+    return found
+
+
+def _from_redis(found: Read, settings: Settings) -> None:
+    section = state_redis.section_of(settings, os.environ)
+    with _noting(found, "Redis", "" if state_redis.is_named(section) else _NO_SERVER):
+        found.lines["Redis"] = RedisStream(connect(section), ANCHORS).lines()
+
+
+@contextmanager
+def _noting(found: Read, place: str, hint: str = "") -> Iterator[None]:
+    try:
+        yield
+    except (AuditUnavailable, ConfigurationError) as exc:
+        found.failed[place] = f"{exc.detail}; {hint}" if hint else exc.detail
