@@ -11,7 +11,7 @@ import redis
 from prometheus_client import REGISTRY
 
 from kms_core import audit
-from kms_core.audit import Rules, Trail, anchors, chain, segments
+from kms_core.audit import Rules, Trail, anchors, chain, retention, segments
 from kms_core.audit.keeper import Keeper
 from kms_core.audit.keys import Signer
 from kms_core.audit.places import ANCHORS, Folder, RedisStream
@@ -281,6 +281,23 @@ def test_a_removal_that_nobody_signed_excuses_nothing(place: Place, kept: Anchor
 
     assert found(watching(place, kept)) == ["missing_chain"]
     assert "missing_chain" in codes(verified(place, kept))
+
+
+def test_a_removal_before_a_copied_checkpoint_is_not_signed_by_it(place: Place) -> None:
+    """A signature stands for the lines before it, not for whatever was put there."""
+    log = place.trail()
+    log.append(record(1))
+    log.retired("2026-01-01T00:00:00.000000Z", 1)
+    log.close()
+    file = place.files()[0]
+    lines = file.read_bytes().splitlines()
+    assert retention.horizon(place.folder, place.keys()) == "2026-01-01T00:00:00.000000Z"
+    before = chain.claimed_head(lines[1])
+    assert before is not None
+    forged, _ = chain.seal(before, chain.body_of(lines[2]).replace(b'"before":"2026', b'"before":"2999'))
+    file.write_bytes(b"\n".join([*lines[:2], forged.rstrip(b"\n"), *lines[3:], b""]))
+
+    assert retention.horizon(place.folder, place.keys()) == ""
 
 
 def test_anchors_of_another_install_are_not_held_against_this_log(
