@@ -10,8 +10,8 @@ import pytest
 
 from kms_cli.valkey import EmbeddedValkey, Limits
 
-# skips that fail in CI; the whole service as processes; cores with object stores; a façade; age tools
-pytest_plugins = ["skips", "service", "objectbench", "facades", "plugins"]
+# skips that fail in CI; the whole service as processes; cores with object stores; a façade; age tools; RabbitMQ
+pytest_plugins = ["skips", "service", "objectbench", "facades", "plugins", "rabbits"]
 DATABASES: Final = 10_000  # tests of one session; an unused one costs nothing
 
 

@@ -1,6 +1,5 @@
-"""RabbitMQ as the broker, if RABBITMQ_URL names one (an empty virtual host); state stays in Valkey."""
+"""RabbitMQ as the broker; state stays in Valkey."""
 
-import os
 import uuid
 from collections import Counter
 from pathlib import Path
@@ -11,26 +10,11 @@ from celery import Celery
 from kombu.connection import Connection
 
 from kms_core.jobs.model import QUEUES
+from rabbits import OnRabbit
 from service import Service, b64, core_of, until
 from submissions import body, results, seal, whom
 
-URL = os.environ.get("RABBITMQ_URL", "")
 JOBS = 200
-
-pytestmark = pytest.mark.skipif(not URL, reason="names no broker in RABBITMQ_URL")
-
-
-class OnRabbit(Service):
-    @property
-    def environ(self) -> dict[str, str]:
-        return super().environ | {"KMS_BROKER_URL": URL}
-
-
-@pytest.fixture(autouse=True)
-def _no_queues_yet() -> None:
-    with Connection(URL) as connection:  # type: ignore[no-untyped-call]  # untyped there
-        for queue in (*QUEUES, "kms.submit"):
-            connection.default_channel.queue_delete(queue)
 
 
 def ended(service: Service) -> Counter[str]:
@@ -41,9 +25,9 @@ def ended(service: Service) -> Counter[str]:
     return Counter(kind for kind in kinds if kind in {"succeeded", "failed"})
 
 
-def submit_by_message(service: Service, queue_type: str) -> str:
+def submit_by_message(service: OnRabbit, queue_type: str) -> str:
     """As docs/celery.md says."""
-    app = Celery("workflow", broker=URL, set_as_current=False)
+    app = Celery("workflow", broker=service.broker, set_as_current=False)
     app.conf.task_create_missing_queue_type = queue_type
     job_id = str(uuid.uuid4())
     message = seal(whom(service), body(job_id=job_id))
@@ -53,9 +37,9 @@ def submit_by_message(service: Service, queue_type: str) -> str:
 
 
 @pytest.mark.parametrize("queue_type", ["quorum", "classic"])
-def test_jobs_outlive_a_killed_worker(tmp_path: Path, queue_type: str) -> None:
+def test_jobs_outlive_a_killed_worker(tmp_path: Path, rabbit: str, queue_type: str) -> None:
     settings = f'[kms.redis]\nbroker_queue_type = "{queue_type}"\n[kms.jobs]\nlease_s = 2\n'
-    with OnRabbit(tmp_path, settings) as service:
+    with OnRabbit(tmp_path, rabbit, settings) as service:
         service.start()
         for number in range(JOBS):
             service.submit({"kind": "encrypt", "items": [{"plaintext": b64(b"%d" % number)}] * 20})
@@ -71,7 +55,7 @@ def test_jobs_outlive_a_killed_worker(tmp_path: Path, queue_type: str) -> None:
         assert "exception" not in service.output("worker").lower()
     other = None if queue_type == "quorum" else {"x-queue-type": "quorum"}
     with (
-        Connection(URL) as connection,  # type: ignore[no-untyped-call]  # as above
+        Connection(rabbit) as connection,  # type: ignore[no-untyped-call]  # as above
         pytest.raises(connection.channel_errors, match="x-queue-type"),
     ):
         connection.default_channel.queue_declare(QUEUES[0], durable=True, auto_delete=False, arguments=other)

@@ -10,6 +10,7 @@ ASKED: Final = re.compile(r'\b(?:program|which)\(f?"([a-z-]+)')
 OF_PYTHON: Final = {"bao", "sops", "weed"}  # packages of requirements-dev.lock bring these
 BROUGHT: Final = {  # with a program that .ci/run names
     "age-keygen": "age",
+    "epmd": "rabbitmq-server",
     "java": "javac",
     "promtool": "prometheus",
     "ssh-agent": "ssh-add",
