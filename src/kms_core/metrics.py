@@ -133,6 +133,12 @@ JOB_BYTES: Final = Counter("kms_job_bytes_total", "Payload bytes that jobs have 
 JOB_RESUMES: Final = Counter(
     "kms_job_resumes_total", "Jobs taken up again after a lost lease or message", ["reason"]
 )
+MESSAGES_REFUSED: Final = Counter(
+    "kms_messages_refused_total",
+    "Broker messages that were dropped: they are malformed, or kms.submit refused them, or a worker died of "
+    "them twice; reason is a word of docs/operations.md or an error code",
+    ["queue", "reason"],
+)
 S3_REQUESTS: Final = Counter(
     "kms_s3_requests_total", "Requests to object stores; result is a status, or broken", ["method", "result"]
 )
@@ -192,6 +198,11 @@ OLDEST_QUEUED: Final = Gauge(
 )
 DEAD_LETTERS: Final = Gauge(
     "kms_dead_letters", "Jobs that used up their attempts", multiprocess_mode="livemostrecent"
+)
+MESSAGES_SET_ASIDE: Final = Gauge(
+    "kms_messages_set_aside",
+    "Messages of kms.submit that were refused and are kept for operators: kms messages",
+    multiprocess_mode="livemostrecent",
 )
 REDIS_MEMORY: Final = Gauge(
     "kms_redis_memory_ratio", "Memory that Redis uses, of what it may", multiprocess_mode="livemostrecent"

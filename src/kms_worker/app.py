@@ -18,11 +18,13 @@ from kms_core.jobs.teller import Teller
 from kms_core.servers import celery_options
 from kms_core.settings import Settings
 from kms_worker import broker, kombu_ack, rotation, submit
+from kms_worker.refusals import LogBound, Refusals
 from kms_worker.submit import Pulse
 
 # After so long Redis gives out a kms.submit again whose worker was killed: nothing else brings it back.
 _VISIBILITY_S: Final = 600
 _log = structlog.get_logger(__name__)
+_bound: Final = LogBound()
 
 CONFIGURATION: Final[dict[str, object]] = {
     "task_serializer": "json",
@@ -88,7 +90,13 @@ def build(settings: Settings, name: str, pulse: Pulse) -> Celery:
         _run(job_id, core, name)
 
     rotation.register(app, core, settings, name)
-    submit.register(app, lambda: build_intake(settings, core().desk), name, pulse)
+    submit.register(
+        app,
+        lambda: build_intake(settings, core().desk),
+        name,
+        pulse,
+        lambda: Refusals(lambda: core().shop.store.redis),
+    )
     return app
 
 
@@ -98,7 +106,8 @@ def _run(job_id: str, core: Callable[[], Core], worker: str) -> None:
     except JobsUnavailable:
         _log.warning("job.left_to_lease", job_id=job_id)
     except KmsError as exc:  # a record that is gone, or was not written by this service
-        _log.warning("job.refused", job_id=job_id, code=exc.code)
+        if count := _bound.passes(exc.code):  # anybody who writes to the broker may send any id
+            _log.warning("job.refused", job_id=job_id, code=exc.code, count=count)
     except Exception as exc:  # noqa: BLE001 -- the top of the worker: the lease runs out, and attempts are bounded
         _log.exception("job.crashed", job_id=job_id, error=type(exc).__name__)
 

@@ -17,7 +17,7 @@ from kombu.transport import redis, virtual
 from kms_core.jobs.letters import TASK
 
 
-class _OurQoS(redis.QoS):
+class OurQoS(redis.QoS):
     """As kombu does it, but for nudges and for what is left after a failure."""
 
     def append(self, message: virtual.Message, delivery_tag: str) -> None:
@@ -63,4 +63,4 @@ def _is_nudge(message: virtual.Message) -> bool:
 
 def install() -> None:
     """Use this for every channel made from now on."""
-    redis.Channel.QoS = _OurQoS
+    redis.Channel.QoS = OurQoS

@@ -4,7 +4,8 @@ import gc
 import socket
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final, Protocol
 
 from celery import Celery, signals
@@ -26,8 +27,11 @@ from kms_core.proxies import Proxies
 from kms_core.settings import Settings
 from kms_core.settings_lint import SETTINGS, unaccepted
 from kms_worker import app as worker_app
-from kms_worker import broker, forking, metrics_server, rotation, submit
+from kms_worker import broker, elements, forking, metrics_server, rotation, submit
+from kms_worker.consumer import CheckedConsumer, never_decompress
 from kms_worker.courier import Courier
+from kms_worker.elements import Checks
+from kms_worker.refusals import Refusals
 from kms_worker.watchdog import Watchdog
 
 _LEAVE_S: Final = 2.0  # for the last word to Redis; a worker whose Redis is away need not wait for it
@@ -51,7 +55,9 @@ def run(loaded: Settings) -> int:
     core = build_core(loaded, "worker", broker.nudge_through(app, loaded.kms.redis))
     metrics.show_weak(SETTINGS, unaccepted(loaded))
     jobs, store = loaded.kms.jobs, core.shop.store
-    served = (*jobs.queues, *submit.queues(build_intake(loaded, core.desk)))
+    intake = build_intake(loaded, core.desk)
+    served = (*jobs.queues, *submit.queues(intake))
+    consumer = _checking(Checks(Refusals(lambda: store.redis), intake.text_length if intake else 0))
 
     def waiting() -> Mapping[Lane, int]:
         with app.connection_for_read() as connection:
@@ -81,13 +87,20 @@ def run(loaded: Settings) -> int:
         thread.start()
     watchdog.start()
     try:
-        return _consume(app, name, jobs.concurrency, served)
+        return _consume(app, name, jobs.concurrency, served, consumer)
     finally:
         for thread in beside:
             thread.stop()
         if server is not None:
             server.shutdown()
         presence.join(_LEAVE_S)
+
+
+def _checking(checks: Checks) -> Callable[..., Consumer]:
+    """A consumer whose messages are checked, as those of every channel of this process."""
+    never_decompress()
+    elements.install(checks)
+    return partial(CheckedConsumer, checks=checks)
 
 
 def _couriers(loaded: Settings, store: JobStore, name: str) -> list[Courier]:
@@ -107,8 +120,11 @@ def _bear_early_deaths(sender: Consumer, **_: object) -> None:
     sender.pool.did_start_ok = lambda: True
 
 
-def _consume(app: Celery, name: str, concurrency: int, queues: Sequence[str]) -> int:
+def _consume(
+    app: Celery, name: str, concurrency: int, queues: Sequence[str], consumer: Callable[..., Consumer]
+) -> int:
     worker = app.Worker(
+        consumer_cls=consumer,
         hostname=f"kms@{name}",
         concurrency=concurrency,
         without_gossip=True,

@@ -35,7 +35,8 @@ def register(app: Celery, core: Callable[[], Core], settings: Settings, name: st
     @app.task(name=TASK)  # type: ignore[untyped-decorator]  # Celery ships no types
     def look_after_keys() -> None:
         try:
-            look_after(core(), rotation.rules_of(settings), name)
+            if _first(core().shop.store, "keys-looked", name, EVERY_S / 2):  # however many messages there are
+                look_after(core(), rotation.rules_of(settings), name)
         except JobsUnavailable:
             _log.warning("rotation.left_to_the_next_time")
         except Exception as exc:  # noqa: BLE001 -- the top of the worker: the next message tries again
@@ -87,9 +88,7 @@ class Clock(threading.Thread):
         try:
             with self._working:
                 if _first(self._store, "keys", self._owner, self._every_s):
-                    self._app.send_task(
-                        TASK, queue=MAINTENANCE, expires=self._every_s, argsrepr="-", kwargsrepr="-"
-                    )
+                    self._app.send_task(TASK, queue=MAINTENANCE, argsrepr="-", kwargsrepr="-")
         except Exception as exc:  # noqa: BLE001 -- a round may fail, the clock may not
             _log.warning("rotation.round_failed", error=type(exc).__name__)
 

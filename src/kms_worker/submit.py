@@ -11,14 +11,18 @@ from collections.abc import Callable
 from typing import Final
 
 import structlog
-from celery import Celery
-from celery.exceptions import Reject
+from celery import Celery, Task
+from celery.app.task import Context
+from celery.exceptions import Ignore, Reject
+from kombu.exceptions import OperationalError
 
 from kms_core.errors import ConfigurationError, InvalidRequest, KmsError, SpoolFull, Unavailable, UnknownKey
+from kms_core.jobs import set_aside
 from kms_core.jobs.intake import Intake
+from kms_worker.refusals import Refusals
 
 TASK: Final = "kms.submit"
-QUEUE: Final = "kms.submit"
+QUEUE: Final = set_aside.QUEUE
 _PAUSE_S: Final = 2.0
 _CLOCK: Final = struct.Struct("d")
 _log = structlog.get_logger(__name__)
@@ -48,30 +52,65 @@ def queues(intake: Intake | None) -> tuple[str, ...]:
     return (QUEUE,)
 
 
-def register(app: Celery, build: Callable[[], Intake | None], worker: str, pulse: Pulse) -> None:
-    """Add the task. ``build`` is called once in each process that runs it; ``worker`` names the worker."""
+def register(
+    app: Celery,
+    build: Callable[[], Intake | None],
+    worker: str,
+    pulse: Pulse,
+    refusals: Callable[[], Refusals],
+) -> None:
+    """Add the task. ``build`` and ``refusals`` are called once in each process of the worker."""
     logging.getLogger("celery.app.trace").addFilter(_is_news)
     logging.getLogger("celery.pool").addFilter(_above_debug)
     intakes = functools.cache(lambda _process: build())
+    of_process = functools.cache(lambda _process: refusals())
 
-    @app.task(name=TASK, throws=(KmsError,), shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
-    def submit(*args: object, **named: object) -> str:
+    def _refused(code: str, task: Task, args: tuple[object, ...]) -> None:
+        text = args[0] if args and isinstance(args[0], str) else ""
+        of_process(os.getpid()).refuse(QUEUE, code, text, task.request.id or "", "submit.refused")
+
+    @app.task(name=TASK, bind=True, throws=(KmsError,), shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
+    def submit(task: Task, *args: object, **named: object) -> str:
         """The job's id, for ``link``; raises, for ``link_error``, where the message is refused for good."""
         pulse.beat()
         try:
             return accept(intakes(os.getpid()), args, named, f"{worker}/{os.getpid()}")
         except (Unavailable, SpoolFull, ConfigurationError) as exc:
-            # Back to the front of the queue; its term bounds how often. Links do not fire.
             _log.warning("submit.postponed", code=exc.code)
             time.sleep(_PAUSE_S)
-            raise Reject(exc.code, requeue=True) from None
+            _send_again(app, task.request, args)
+            raise Ignore from None  # links do not fire
         except KmsError as exc:
-            _log.warning("submit.refused", code=exc.code)
+            _refused(exc.code, task, args)
             raise type(exc) from None  # its class alone leaves the process, no text
         except Exception as exc:  # noqa: BLE001 -- the top of the worker: the message must not come back
             # Its class alone: text and traceback may hold the argument.
             _log.error("submit.crashed", error=type(exc).__name__)
+            _refused("crashed", task, args)
             raise KmsError from None
+
+
+def _send_again(app: Celery, request: Context, args: tuple[object, ...]) -> None:
+    """Put a message back as a new one; its own term bounds how often.
+
+    It is no redelivery, of which a broker allows some twenty (RabbitMQ 4), and which says that a worker died.
+    Raises Reject where the broker is away.
+    """
+    try:
+        app.send_task(
+            TASK,
+            args,
+            queue=QUEUE,
+            task_id=request.id,
+            link=request.callbacks,
+            link_error=request.errbacks,
+            argsrepr="-",
+            kwargsrepr="-",
+            headers={"deaths": request.get("deaths") or 0},
+            retry=False,
+        )
+    except (OperationalError, OSError, AttributeError) as exc:
+        raise Reject(type(exc).__name__, requeue=True) from None
 
 
 def accept(intake: Intake | None, args: tuple[object, ...], named: dict[str, object], worker: str) -> str:

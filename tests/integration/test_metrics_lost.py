@@ -9,6 +9,7 @@ from service import Service
 GAUGES = (
     "kms_jobs_oldest_queued_seconds",
     "kms_dead_letters",
+    "kms_messages_set_aside",
     "kms_workers",
     "kms_redis_memory_ratio",
     'kms_jobs_in_state{state="queued"}',

@@ -221,6 +221,8 @@ MOVED_ELSEWHERE: Final = {
     "kms_client_crl_expires_timestamp_seconds": "integration/test_auth_revocation.py",
     "kms_http_admission_refusals": "integration/test_admission.py",
     "kms_http_connections_ended": "unit/test_http_protocol.py",
+    "kms_messages_refused": "chaos/test_poison.py",
+    "kms_messages_set_aside": "chaos/test_poison.py",
     "kms_rate_limited": "integration/test_auth_jobs.py",
     "kms_setting_weak": "monitoring/test_weak_settings.py",
 }

@@ -6,12 +6,14 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pyrage
 import pytest
+import redis
 from celery import Celery
-from celery.exceptions import Reject
+from celery.exceptions import Ignore, Reject
+from kombu.connection import Connection
 from pyrage import x25519
 
 from kms_core.backends.age import AgeBackend, KeyFiles
@@ -34,12 +36,14 @@ from kms_core.jobs import intake
 from kms_core.jobs.build import build_intake
 from kms_core.jobs.intake import Intake
 from kms_worker import submit
+from kms_worker.refusals import Refusals
 from service import B64_CANARY, CANARY, Service, core_of
 from submissions import JOB, body, in_s, seal
 
 SCHEMA: Final = Path(__file__).parents[2] / "docs/schemas/kms.submit.v1.json"
 LIMIT: Final = 4000
 WORKER: Final = "worker/1"
+connect: Final[Any] = Connection  # kombu ships no types
 
 
 @pytest.fixture
@@ -314,18 +318,35 @@ def test_a_key_that_others_can_read_is_refused_in_prod(tmp_path: Path) -> None:
 # -- the task -----------------------------------------------------------------------------------------
 
 
-def task(build: Callable[[], Intake | None]) -> Callable[..., str]:
-    app = Celery(set_as_current=False)
-    submit.register(app, build, "worker", submit.Pulse())
+def task(
+    build: Callable[[], Intake | None], broker: str = "redis+socket:///nonexistent"
+) -> Callable[..., str]:
+    app = Celery(set_as_current=False, broker=broker)
+    submit.register(app, build, "worker", submit.Pulse(), lambda: Refusals(no_redis))
     found: Callable[..., str] = app.tasks[submit.TASK]
     return found
 
 
-def test_a_good_message_goes_back_to_the_queue_while_redis_is_away(desk: Intake, recipient: str) -> None:
+def no_redis() -> redis.Redis:
+    raise JobsUnavailable
+
+
+def test_a_good_message_goes_back_to_the_queue_while_redis_and_broker_are_away(
+    desk: Intake, recipient: str
+) -> None:
     with pytest.raises(Reject) as caught:
         task(lambda: desk)(seal(recipient, body()))
 
-    assert (caught.value.requeue, caught.value.reason) == (True, "jobs_unavailable")
+    assert caught.value.requeue
+
+
+def test_a_good_message_is_sent_again_while_redis_is_away(desk: Intake, recipient: str) -> None:
+    message = seal(recipient, body())
+    with pytest.raises(Ignore):
+        task(lambda: desk, "memory://again")(message)
+
+    with connect("memory://again") as connection, connection.SimpleQueue("kms.submit") as simple:
+        assert simple.get(timeout=10).payload[0] == [message]
 
 
 @pytest.mark.parametrize(

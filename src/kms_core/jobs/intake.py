@@ -73,6 +73,11 @@ class Intake:
         self._rules = rules
         self._doors = doors
 
+    @property
+    def text_length(self) -> int:
+        """The most characters that a message has."""
+        return self._rules.text_length
+
     def accept(self, message: object, worker: str) -> str:
         """Take the job in a message; the answer is its id, which its submitter chose.
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 from kms_core import metrics
+from kms_core.jobs import set_aside
 from kms_core.jobs.link import PREFIX, job_key, number, redis_errors
 from kms_core.jobs.store import JobStore
 
@@ -23,12 +24,13 @@ class Survey:
     jobs: dict[str, int]
     oldest_queued_s: float
     dead: int
+    set_aside: int
     workers: int
     memory: float
 
 
 def survey(store: JobStore, tenant: str | None = None) -> Survey:
-    """Of all jobs, or of those of one tenant; ``dead`` and ``memory`` are always of all.
+    """Of all jobs, or of those of one tenant; ``dead``, ``set_aside`` and ``memory`` are always of all.
 
     Raises JobsUnavailable.
     """
@@ -39,8 +41,9 @@ def survey(store: JobStore, tenant: str | None = None) -> Survey:
         for raw in ids:
             pipeline.hmget(job_key(raw.decode(errors="replace")), *_FIELDS)
         pipeline.zcard(f"{PREFIX}dead")
+        set_aside.count(pipeline)
         pipeline.info("memory")
-        *rows, dead, memory = pipeline.execute()
+        *rows, dead, aside, memory = pipeline.execute()
     jobs = dict.fromkeys(STATES, 0)
     oldest = now
     for state, created_at, not_before, parent, owner in rows:
@@ -51,7 +54,7 @@ def survey(store: JobStore, tenant: str | None = None) -> Survey:
             jobs[name] += 1
         if name == "queued" and number(not_before) <= now:
             oldest = min(oldest, number(created_at, now))
-    return Survey(jobs, now - oldest, int(dead), store.workers(), _share(memory))
+    return Survey(jobs, now - oldest, int(dead), int(aside), store.workers(), _share(memory))
 
 
 def tell(found: Survey) -> None:
@@ -60,6 +63,7 @@ def tell(found: Survey) -> None:
         metrics.JOBS_IN_STATE.labels(state).set(count)
     metrics.OLDEST_QUEUED.set(found.oldest_queued_s)
     metrics.DEAD_LETTERS.set(found.dead)
+    metrics.MESSAGES_SET_ASIDE.set(found.set_aside)
     metrics.WORKERS.set(found.workers)
     metrics.REDIS_MEMORY.set(found.memory)
 
@@ -67,7 +71,7 @@ def tell(found: Survey) -> None:
 def lost() -> None:
     """Redis does not answer: a figure of yesterday would look like one of now."""
     gauges = (metrics.OLDEST_QUEUED, metrics.DEAD_LETTERS, metrics.WORKERS, metrics.REDIS_MEMORY)
-    for gauge in (*gauges, *map(metrics.JOBS_IN_STATE.labels, STATES)):
+    for gauge in (*gauges, metrics.MESSAGES_SET_ASIDE, *map(metrics.JOBS_IN_STATE.labels, STATES)):
         gauge.set(float("nan"))
     for family in metrics.QUEUE_DEPTH.collect():  # the lanes that the broker told of
         for sample in family.samples:

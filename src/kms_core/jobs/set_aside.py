@@ -1,0 +1,89 @@
+"""Messages of ``kms.submit`` that were refused: a bounded list in Redis, kept for operators.
+
+A message may hold anything. Its content is kept only if it is an age file, which the broker has seen already.
+"""
+
+import hashlib
+from typing import Final, cast
+
+import msgspec
+import redis
+
+from kms_core.jobs.link import PREFIX, redis_errors
+
+MOST: Final = 100
+"""Messages kept; older ones make room."""
+MOST_CONTENT: Final = 65_536
+"""Characters of a message that are kept; of a longer one its digest alone."""
+KEPT_S: Final = 7 * 24 * 3600
+QUEUE: Final = "kms.submit"
+"""The queue whose refused messages are kept."""
+_MOST_DIGESTED: Final = 64 * 1024 * 1024
+_KEY: Final = f"{PREFIX}set_aside"
+_AGE: Final = "YWdlLWVuY3J5cHRpb24ub3JnL3Yx"  # base64 of "age-encryption.org/v1"
+
+
+class SetAside(msgspec.Struct):
+    """One message: when it was set aside (seconds since the epoch), why, and what it was.
+
+    ``digest`` is the SHA-256 of its argument, or of all of it where it has none, of ``size`` bytes; it is
+    empty above 64 MiB.
+    """
+
+    at: float
+    reason: str
+    task_id: str
+    size: int
+    digest: str
+    message: str | None = None
+
+
+_decode: Final = msgspec.json.Decoder(SetAside).decode
+
+
+def describe(at: float, reason: str, task_id: str, message: bytes | str) -> SetAside:
+    """What is kept of ``message``: the argument of the task, or bytes of no known form."""
+    raw = message if isinstance(message, bytes) else message.encode()
+    sealed = isinstance(message, str) and message.startswith(_AGE) and len(message) <= MOST_CONTENT
+    kept = message if isinstance(message, str) and sealed else None
+    digest = hashlib.sha256(raw).hexdigest() if len(raw) <= _MOST_DIGESTED else ""
+    return SetAside(at, reason, task_id[:255], len(raw), digest, kept)
+
+
+def add(client: redis.Redis, entry: SetAside) -> None:
+    """Keep ``entry``, the newest first, for seven days after the last one. Raises JobsUnavailable."""
+    with redis_errors():
+        pipeline = client.pipeline(transaction=False)
+        pipeline.lpush(_KEY, msgspec.json.encode(entry))
+        pipeline.ltrim(_KEY, 0, MOST - 1)
+        pipeline.expire(_KEY, KEPT_S)
+        pipeline.execute()
+
+
+def count(client: redis.Redis) -> int:
+    """How many are kept; in a pipeline the answer comes with the others."""
+    return client.llen(_KEY)
+
+
+def entries(client: redis.Redis) -> list[SetAside]:
+    """All of them, the newest first. Raises JobsUnavailable."""
+    with redis_errors():
+        found = cast("list[bytes]", client.lrange(_KEY, 0, MOST - 1))
+    return [entry for raw in found if (entry := _entry(raw)) is not None]
+
+
+def purge(client: redis.Redis) -> int:
+    """Delete all of them; how many there were. Raises JobsUnavailable."""
+    with redis_errors():
+        pipeline = client.pipeline(transaction=True)
+        pipeline.llen(_KEY)
+        pipeline.delete(_KEY)
+        return int(pipeline.execute()[0])
+
+
+def _entry(raw: bytes) -> SetAside | None:
+    """None for what no worker wrote."""
+    try:
+        return _decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None

@@ -1,0 +1,265 @@
+"""Checks of broker messages before anything acts on them: Malformed is no message of this service.
+
+Whoever may write to the broker chooses every byte of a message. A message is therefore taken apart here, and
+only a task name, a task id, one argument and bounded links leave. All other options of Celery (eta, expires,
+timelimit, chain, chord, group, retries, shadow, reply_to and the like) are dropped, obeyed by nobody.
+"""
+
+import binascii
+import re
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+import msgspec
+
+from kms_core.jobs.letters import TASK as RUN
+from kms_core.jobs.model import BULK, FILES, MAINTENANCE
+from kms_worker.rotation import TASK as KEYS
+from kms_worker.submit import QUEUE as SUBMIT_QUEUE
+from kms_worker.submit import TASK as SUBMIT
+
+Reason = Literal[
+    "too_large",  # above the bound of its queue; not parsed
+    "envelope",  # on Redis: not what kombu writes
+    "headers",  # no table, or an id that is none
+    "wrong_type",  # on Redis: a key of the broker's that is no list
+    "compressed",  # never decompressed
+    "content_type",  # not JSON in UTF-8
+    "unknown_task",  # no task of that queue
+    "body",  # not JSON, or not the arguments of the task
+    "worker_died",  # came back twice from a worker that died or lost its connection
+    "crashed",  # it passed the checks, and handling it failed all the same
+]
+TASKS: Final[Mapping[str, frozenset[str]]] = {
+    BULK: frozenset({RUN}),
+    FILES: frozenset({RUN}),
+    MAINTENANCE: frozenset({RUN, KEYS}),
+    SUBMIT_QUEUE: frozenset({SUBMIT}),
+}
+"""Queues that are consumed, and the tasks that may come by each."""
+MOST_BYTES: Final = 65_536  # of a message that carries a job id or nothing; Celery writes about 1 KiB
+MOST_DEATHS: Final = 2
+_MOST_LINKS: Final = 8
+_MOST_LINK_BYTES: Final = 8192
+_MOST_DEPTH: Final = 16
+_JOB_ID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
+_TASK_ID: Final = re.compile(r"[\x21-\x7e]{1,255}", re.ASCII)
+_NAME: Final = re.compile(r"[\w.:@-]{1,200}", re.ASCII)
+_OURS: Final = ("kms.", "celery.")
+
+
+class Malformed(Exception):
+    """Raised for what is no message of this service. Carries the reason and no text of the message."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.reason: Reason = reason
+
+
+class Message(msgspec.Struct):
+    """What is left of a message: the names of Celery's, and nothing that Celery would obey besides."""
+
+    task: str
+    task_id: str
+    args: list[str]
+    callbacks: list[dict[str, object]]
+    errbacks: list[dict[str, object]]
+    deaths: int
+
+    def headers(self) -> dict[str, object]:
+        """Celery's headers. Without ``argsrepr`` Celery would log the argument."""
+        named = {"task": self.task, "id": self.task_id, "deaths": self.deaths}
+        return {"lang": "py", **named, "argsrepr": "-", "kwargsrepr": "-"}
+
+    def body(self) -> bytes:
+        """Celery's body, as JSON."""
+        links = {"callbacks": self.callbacks or None, "errbacks": self.errbacks or None}
+        return msgspec.json.encode([self.args, {}, {**links, "chain": None, "chord": None}])
+
+
+def most_bytes(queue: str, submit_bytes: int) -> int:
+    """The most bytes of a message's body in ``queue``; ``submit_bytes`` bounds the argument of kms.submit."""
+    return MOST_BYTES + (submit_bytes if queue == SUBMIT_QUEUE else 0)
+
+
+def read(
+    queue: str, headers: object, content: tuple[object, object], body: object, *, redelivered: bool
+) -> Message:
+    """The message in ``body``, at most ``most_bytes`` long. ``content`` is its type and encoding.
+
+    Raises Malformed.
+    """
+    if not isinstance(headers, Mapping):
+        raise Malformed("headers")
+    if headers.get("compression"):
+        raise Malformed("compressed")
+    task, task_id = headers.get("task"), headers.get("id")
+    if not isinstance(task, str) or task not in TASKS.get(queue, ()):
+        raise Malformed("unknown_task")
+    if not isinstance(task_id, str) or not _TASK_ID.fullmatch(task_id):
+        raise Malformed("headers")
+    if not _is_json(content):
+        raise Malformed("content_type")
+    args, embed = _arguments(task, body)
+    callbacks, errbacks = (_links(embed, name) for name in ("callbacks", "errbacks"))
+    deaths = headers.get("deaths")
+    count = deaths if isinstance(deaths, int) and 0 < deaths < MOST_DEATHS else 0
+    return Message(task, task_id, args, callbacks, errbacks, count + redelivered)
+
+
+def _is_json(content: tuple[object, object]) -> bool:
+    kind, encoding = content
+    return kind == "application/json" and isinstance(encoding, str) and encoding.lower() == "utf-8"
+
+
+def _arguments(task: str, body: object) -> tuple[list[str], object]:
+    """The positional arguments, checked, and Celery's options, which are not."""
+    if not isinstance(body, (bytes, bytearray, memoryview, str)):
+        raise Malformed("body")
+    try:
+        args, named, embed = msgspec.json.decode(body, type=tuple[list[str], dict[str, Any], Any])
+    except (ValueError, RecursionError):  # of msgspec, and UnicodeDecodeError
+        raise Malformed("body") from None
+    if named or len(args) != (task != KEYS) or (task == RUN and not _JOB_ID.fullmatch(args[0])):
+        raise Malformed("body")
+    return args, embed
+
+
+# -- links of kms.submit: Celery sends them, so they are made anew of what is known to be harmless ---------
+
+
+def _links(embed: object, name: str) -> list[dict[str, object]]:
+    """The links that docs/celery.md allows; others are left out.
+
+    Of eight, those to a task and queue that are not the service's, with at most 8 KiB of arguments.
+    """
+    found = embed.get(name) if isinstance(embed, dict) else None
+    found = [found] if isinstance(found, dict) else found
+    if not isinstance(found, list):
+        return []
+    return [made for raw in found[:_MOST_LINKS] if (made := _link(raw)) is not None]
+
+
+def _link(raw: object) -> dict[str, object] | None:
+    if not isinstance(raw, dict):
+        return None
+    options = raw.get("options")
+    queue = options.get("queue") if isinstance(options, dict) else None
+    args, named = raw.get("args") or [], raw.get("kwargs") or {}
+    known = _is_theirs(raw.get("task")) and _is_theirs(queue)
+    if not known or not isinstance(args, list) or not isinstance(named, dict):
+        return None
+    if not _is_flat([args, named]):
+        return None
+    immutable = raw.get("immutable") is True
+    made = {"task": raw["task"], "args": args, "kwargs": named, "options": {"queue": queue}}
+    return {**made, "subtask_type": None, "immutable": immutable}
+
+
+def _is_theirs(name: object) -> bool:
+    return isinstance(name, str) and bool(_NAME.fullmatch(name)) and not name.startswith(_OURS)
+
+
+def _is_flat(value: object) -> bool:
+    """Whether JSON is neither deep nor long, and has nothing that kombu would turn into an object."""
+    return _depth(value, _MOST_DEPTH) and len(msgspec.json.encode(value)) <= _MOST_LINK_BYTES
+
+
+def _depth(value: object, left: int) -> bool:
+    if isinstance(value, dict):
+        return left > 0 and "__type__" not in value and all(_depth(one, left - 1) for one in value.values())
+    if isinstance(value, list):
+        return left > 0 and all(_depth(one, left - 1) for one in value)
+    return True
+
+
+# -- Redis: a list may hold anything, which kombu would take for an envelope of its own --------------------
+
+
+class _Delivery(msgspec.Struct):
+    redelivered: bool = False
+
+
+class _Properties(msgspec.Struct):
+    body_encoding: str | None = None
+    priority: object = None
+    delivery_info: _Delivery = msgspec.field(default_factory=_Delivery)
+
+
+class _Headers(msgspec.Struct):
+    task: object = None
+    id: object = None
+    at: object = None
+    deaths: object = None
+    compression: object = None
+
+
+class _Envelope(
+    msgspec.Struct, rename={"content_type": "content-type", "content_encoding": "content-encoding"}
+):
+    body: str
+    properties: _Properties
+    headers: _Headers
+    content_type: str
+    content_encoding: str
+
+
+_envelopes: Final = msgspec.json.Decoder(_Envelope)
+_held: Final = msgspec.json.Decoder(tuple[msgspec.Raw, str, str])
+
+
+def envelope(queue: str, element: bytes, tag: str, submit_bytes: int) -> bytes:
+    """An element of a list of ``queue``, written anew so that kombu and Celery find what they expect.
+
+    ``tag`` becomes its delivery tag. Headers of no use are left out, base64 is undone. Raises Malformed.
+    """
+    most = most_bytes(queue, submit_bytes)
+    if len(element) > most * 4 // 3 + MOST_BYTES:
+        raise Malformed("too_large")
+    try:
+        found = _envelopes.decode(element)
+    except (ValueError, RecursionError):
+        raise Malformed("envelope") from None
+    if found.headers.compression:
+        raise Malformed("compressed")
+    body, priority = _decoded(found), found.properties.priority
+    if len(body) > most:
+        raise Malformed("too_large")
+    info = {"exchange": "", "routing_key": queue, "redelivered": found.properties.delivery_info.redelivered}
+    properties = {"delivery_tag": tag, "delivery_info": info, "priority": _rank(priority)}
+    headers = {"task": found.headers.task, "id": found.headers.id, "deaths": found.headers.deaths}
+    if isinstance(found.headers.at, float | int):
+        headers["at"] = found.headers.at
+    kinds = {"content-type": found.content_type, "content-encoding": found.content_encoding}
+    return msgspec.json.encode({"body": body, **kinds, "headers": headers, "properties": properties})
+
+
+def _decoded(found: _Envelope) -> str:
+    """The body as text: JSON is UTF-8."""
+    encoding = found.properties.body_encoding
+    if encoding is None or encoding.lower() == "utf-8":
+        return found.body
+    if encoding != "base64":
+        raise Malformed("envelope")
+    try:
+        return binascii.a2b_base64(found.body.encode(), strict_mode=True).decode()
+    except ValueError:
+        raise Malformed("envelope") from None
+
+
+def _rank(priority: object) -> int:
+    return priority if type(priority) is int and 0 <= priority <= 9 else 0  # noqa: PLR2004 -- kombu's steps
+
+
+def held(element: bytes, submit_bytes: int) -> str:
+    """The queue that kombu's note of a message in hand would be put back into. Raises Malformed."""
+    if len(element) > most_bytes(SUBMIT_QUEUE, submit_bytes) * 4 // 3 + MOST_BYTES:
+        raise Malformed("too_large")
+    try:
+        raw, exchange, queue = _held.decode(element)
+    except (ValueError, RecursionError):
+        raise Malformed("envelope") from None
+    if exchange or queue not in TASKS:
+        raise Malformed("envelope")
+    envelope(queue, bytes(raw), "", submit_bytes)
+    return queue

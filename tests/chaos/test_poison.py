@@ -1,0 +1,219 @@
+"""Workers whose broker somebody writes to who means harm: on Redis and on RabbitMQ, from outside."""
+
+import json
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import pytest
+from celery import Celery
+from kombu.connection import Connection
+
+import poison
+from poison import QUEUES, Poison
+from rabbits import OnRabbit
+from service import Service, b64, core_of, until
+from submissions import OPTIONS, body, broker_of, seal, whom
+
+MESSAGES: Final = 1000
+SECRET: Final = "Zeisig-0815"  # a word that no log line may hold
+JOB: Final = {"kind": "encrypt", "items": [{"plaintext": b64(b"x")}]}
+LINES: Final = 200  # of a log: three a minute for each queue and reason
+connect: Final[Any] = Connection  # kombu ships no types
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def poisoned(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
+    """A service with two worker processes that nobody shares, on either broker."""
+    settings = "[kms.jobs]\nconcurrency = 2\n"
+    if request.param == "redis":
+        with Service(tmp_path, settings) as service:
+            yield service.start()
+    else:
+        with OnRabbit(tmp_path, request.getfixturevalue("rabbit"), settings) as service:
+            yield service.start()
+
+
+def line(service: Service) -> Any:  # noqa: ANN401 -- kombu ships no types
+    options = {} if isinstance(service, OnRabbit) else OPTIONS
+    url = service.broker if isinstance(service, OnRabbit) else broker_of(service)
+    return connect(url, transport_options=options)
+
+
+def publish(service: Service, queue: str, messages: list[Poison]) -> None:
+    """As any client of the broker can."""
+    with line(service) as connection:
+        producer = connection.Producer()
+        for made in messages:
+            producer.publish(made.body, exchange="", routing_key=queue, **_named(made))
+
+
+def _named(made: Poison) -> dict[str, Any]:
+    kinds = {"content_type": made.content_type, "content_encoding": made.content_encoding}
+    return {"headers": made.headers, **kinds}
+
+
+def refused(service: Service) -> float:
+    """Messages that the worker says it refused."""
+    text = httpx.get(f"http://127.0.0.1:{service.port + 1}/metrics", trust_env=False).text
+    lines = (line for line in text.splitlines() if line.startswith("kms_messages_refused_total{"))
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that were the most a process had at a time."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(found.split()[1]) * 1024
+
+
+def work(service: Service) -> float:
+    """Have a job done; the seconds that it took."""
+    begun = time.monotonic()
+    service.wait(service.submit(JOB), "succeeded")
+    return time.monotonic() - begun
+
+
+def waiting(service: Service) -> int:
+    with line(service) as connection:
+        if isinstance(service, OnRabbit):
+            return sum(
+                connection.default_channel.queue_declare(q, passive=True).message_count for q in QUEUES
+            )
+    redis = core_of(service).shop.store.redis
+    return sum(int(redis.llen(f"kms:{queue}")) for queue in QUEUES) + int(redis.hlen("kms:unacked"))
+
+
+def test_worker_that_is_poisoned_a_thousand_times_takes_the_next_job(
+    poisoned: Service, record_property: Callable[[str, object], None]
+) -> None:
+    work(poisoned)
+    worker, children = poisoned.pid("worker"), poisoned.pool_pids()
+    before, sent = resident(worker), 0
+    lists = {queue: list(poison.kinds(queue)) for queue in QUEUES}
+    while sent < MESSAGES:
+        for queue, messages in lists.items():
+            publish(poisoned, queue, messages)
+            sent += len(messages)
+    if not isinstance(poisoned, OnRabbit):
+        redis = core_of(poisoned).shop.store.redis
+        for queue in QUEUES:
+            elements = list(poison.elements(queue))
+            redis.lpush(f"kms:{queue}", *elements)
+            sent += len(elements)
+    took = work(poisoned)
+    until(lambda: refused(poisoned) >= sent, "all are refused")
+    after = work(poisoned)
+    record_property("seconds of the job behind them, and of the next", (took, after))
+
+    assert refused(poisoned) == sent
+    assert (poisoned.pid("worker"), poisoned.pool_pids()) == (worker, children)
+    assert after < 10
+    assert waiting(poisoned) == 0
+    assert resident(worker) - before < 64 * 1024 * 1024
+    assert poisoned.output("worker").count("message.refused") < LINES
+    assert "Traceback" not in poisoned.output("worker")
+    assert poisoned.http.get("/readyz").status_code == 200
+
+
+def test_nothing_is_decompressed(poisoned: Service) -> None:
+    worker = poisoned.pid("worker")
+    work(poisoned)
+    before = resident(worker)
+    packed = poison.bomb()
+    assert len(packed) < 500_000
+    for queue in ("kms.bulk", "kms.submit"):
+        task = "kms.run" if queue == "kms.bulk" else "kms.submit"
+        publish(poisoned, queue, [Poison(packed, poison.headers(task, compression="application/x-gzip"))])
+    until(lambda: refused(poisoned) == 2, "both are refused")
+
+    assert work(poisoned) < 10
+    assert resident(worker) - before < 32 * 1024 * 1024
+    assert poisoned.pid("worker") == worker
+
+
+def test_message_above_its_bound_is_refused_unread(poisoned: Service) -> None:
+    huge = b'[["' + b"a" * 40_000_000 + b'"],{},{}]'
+    publish(poisoned, "kms.submit", [Poison(huge, poison.headers("kms.submit"))])
+    publish(poisoned, "kms.bulk", [Poison(huge[:1_000_000], poison.headers())])
+    until(lambda: refused(poisoned) == 2, "both are refused")
+
+    assert poisoned.output("worker").count("too_large") == 2
+    assert work(poisoned) < 10
+
+
+def test_options_of_celery_are_obeyed_by_nobody(poisoned: Service) -> None:
+    """A job's own nudge, sent by a bare Celery client with all that Celery knows, is a nudge."""
+    poisoned.kill("worker")
+    job_id = poisoned.submit(JOB)
+    with line(poisoned) as connection:  # the service's own is taken away: what runs the job is the one below
+        connection.default_channel.queue_purge("kms.bulk")
+    if not isinstance(poisoned, OnRabbit):
+        core_of(poisoned).shop.store.redis.delete("kms:kms.bulk\x06\x163")
+    app = Celery("bare", broker=line(poisoned).as_uri(include_password=True), set_as_current=False)
+    app.conf.broker_transport_options = {} if isinstance(poisoned, OnRabbit) else OPTIONS
+    app.conf.task_create_missing_queue_type = "quorum"
+    other = app.signature("kms.nothing", queue="kms.files")
+    options: dict[str, Any] = {"eta": None, "shadow": SECRET, "chain": [dict(other)], "time_limit": 0.001}
+    options |= {"headers": {"eta": "2999-01-01T00:00:00+00:00", "expires": "1999-01-01T00:00:00+00:00"}}
+    options |= {"link": [dict(other)], "reply_to": SECRET, "priority": 0, "retries": 7}
+    app.send_task("kms.run", (job_id,), queue="kms.bulk", argsrepr=SECRET, **options)
+    poisoned.start("worker")
+
+    poisoned.wait(job_id, "succeeded")
+    assert refused(poisoned) == 0  # neither the chain nor the link was sent
+    assert SECRET not in poisoned.output("worker")
+
+
+def test_refused_submission_is_set_aside_without_its_content(poisoned: Service) -> None:
+    redis = core_of(poisoned).shop.store.redis
+    for argument in (SECRET, seal(whom(poisoned), body(version=2))):
+        text = json.dumps([[argument], {}, None]).encode()
+        publish(poisoned, "kms.submit", [Poison(text, poison.headers("kms.submit"))])
+    publish(poisoned, "kms.submit", [Poison(SECRET.encode(), poison.headers("kms.submit"))])
+    until(lambda: redis.llen("kms:set_aside") == 3, "all are set aside")
+
+    kept = [json.loads(raw) for raw in redis.lrange("kms:set_aside", 0, -1)]
+    assert sorted(one["reason"] for one in kept) == ["body", "invalid_request", "invalid_request"]
+    assert sum(one["message"] is not None for one in kept) == 1  # the age file
+    assert SECRET not in str(kept)
+    assert SECRET not in poisoned.output("worker")
+    exposed = httpx.get(f"{poisoned.url}/metrics", trust_env=False).text
+    assert "kms_messages_set_aside 3.0" in exposed
+
+
+def test_message_in_hand_when_its_worker_died_twice_is_set_aside(poisoned: Service) -> None:
+    """Children that are killed while they open it: a FIFO in place of the intake key holds them there."""
+    recipient, path = whom(poisoned), poisoned.settings.kms.jobs.intake_identity_path
+    kept = path.rename(path.with_suffix(".kept"))
+    os.mkfifo(path, 0o600)
+    asked = body()
+    task_id = str(uuid.uuid4())
+    text = json.dumps([[seal(recipient, asked)], {}, None]).encode()
+    publish(poisoned, "kms.submit", [Poison(text, poison.headers("kms.submit", id=task_id))])
+    redis = core_of(poisoned).shop.store.redis
+    killed = 0
+    deadline = time.monotonic() + 60
+    while not redis.llen("kms:set_aside"):
+        assert time.monotonic() < deadline, poisoned.output("worker")
+        if stuck := stuck_children(poisoned):
+            os.kill(stuck[0], signal.SIGKILL)
+            killed += 1
+        time.sleep(0.1)
+    path.unlink()
+    kept.rename(path)
+
+    entry = json.loads(redis.lrange("kms:set_aside", 0, 0)[0])
+    assert (entry["reason"], entry["task_id"], killed) == ("worker_died", task_id, 2)
+    assert waiting(poisoned) == 0
+    assert work(poisoned) < 10
+
+
+def stuck_children(service: Service) -> list[int]:
+    """Pool processes that wait in an open of a FIFO."""
+    return [pid for pid in service.pool_pids() if "partner" in Path(f"/proc/{pid}/wchan").read_text()]

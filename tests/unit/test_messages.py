@@ -1,0 +1,266 @@
+"""Broker messages as the worker takes them apart: what is left of them, and what is refused."""
+
+import base64
+import json
+import uuid
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+import redis
+import structlog
+from celery import Celery
+from kombu.connection import Connection
+from structlog.testing import capture_logs
+
+import poison
+from kms_core.errors import JobsUnavailable
+from kms_core.jobs import letters, set_aside
+from kms_core.jobs.model import BULK, FILES
+from kms_worker import elements, kombu_ack, messages
+from kms_worker.elements import Checks
+from kms_worker.messages import Malformed
+from kms_worker.refusals import Refusals
+from submissions import OPTIONS
+
+JSON: Final = ("application/json", "utf-8")
+JOB: Final = str(uuid.uuid4())
+SUBMIT_BYTES: Final = 1000
+connect: Final[Any] = Connection  # kombu ships no types
+
+
+def read(queue: str, made: poison.Poison, *, redelivered: bool = False) -> messages.Message:
+    content = (made.content_type, made.content_encoding)
+    return messages.read(queue, made.headers, content, made.body, redelivered=redelivered)
+
+
+def submission(embed: object = None, **headers: object) -> poison.Poison:
+    return poison.Poison(json.dumps([["x"], {}, embed]).encode(), poison.headers("kms.submit", **headers))
+
+
+def unpack(queue: str, element: bytes) -> messages.Message:
+    """Both checks, as a worker on Redis makes them."""
+    found = json.loads(messages.envelope(queue, element, "tag", SUBMIT_BYTES))
+    kinds = (found["content-type"], found["content-encoding"])
+    return messages.read(queue, found["headers"], kinds, found["body"], redelivered=False)
+
+
+@pytest.mark.parametrize("queue", poison.QUEUES)
+def test_what_is_no_message_is_refused(queue: str) -> None:
+    for made in poison.kinds(queue):
+        with pytest.raises(Malformed):
+            read(queue, made)
+
+
+@pytest.mark.parametrize("queue", poison.QUEUES)
+def test_what_is_no_envelope_is_refused_or_holds_no_message(queue: str) -> None:
+    for element in poison.elements(queue):
+        with pytest.raises(Malformed):
+            unpack(queue, element)
+
+
+def test_headers_that_are_no_table_are_refused() -> None:
+    for headers in poison.OTHERS:
+        with pytest.raises(Malformed, match="headers"):
+            read(BULK, poison.Poison(b"[]", headers))
+
+
+def test_what_celery_sends_is_a_message_without_its_options() -> None:
+    """Celery's own packing of 0.1's nudges and of the contract's submissions."""
+    app = Celery(set_as_current=False)
+    sent = app.amqp.as_task_v2(
+        "id-1", "kms.run", (JOB,), {}, eta=None, expires=60, retries=3, time_limit=1, chain=[{"task": "x"}]
+    )
+    body = json.dumps(sent.body).encode()
+    found = messages.read(FILES, sent.headers, JSON, body, redelivered=False)
+
+    assert json.loads(found.body()) == [
+        [JOB],
+        {},
+        {"callbacks": None, "errbacks": None, "chain": None, "chord": None},
+    ]
+    assert found.headers() == {
+        "lang": "py",
+        "task": "kms.run",
+        "id": "id-1",
+        "deaths": 0,
+        "argsrepr": "-",
+        "kwargsrepr": "-",
+    }
+
+
+def test_message_of_the_service_itself_passes_both_checks() -> None:
+    element = letters.write(JOB, (BULK, "low"), 12.5)
+    found = json.loads(messages.envelope(BULK, element, "tag", 0))
+
+    assert found["properties"]["delivery_tag"] == "tag"
+    assert letters.written_at(json.dumps(found).encode()) == 12.5
+    assert unpack(BULK, element).args == [JOB]
+
+
+def test_task_of_another_queue_is_refused() -> None:
+    for queue in ("kms.bulk", "kms.files", "kms.maintenance", "celery", "other"):
+        with pytest.raises(Malformed, match="unknown_task"):
+            read(queue, submission())
+    with pytest.raises(Malformed, match="unknown_task"):
+        read("kms.submit", poison.Poison(b"[[],{},null]", poison.headers("kms.keys")))
+
+
+LINK: Final = {
+    "task": "workflow.taken",
+    "args": ["a", {"b": [1]}],
+    "kwargs": {},
+    "options": {"queue": "workflow"},
+}
+BAD_LINKS: Final = {
+    "no queue": LINK | {"options": {}},
+    "a queue of the service": LINK | {"options": {"queue": "kms.bulk"}},
+    "a task of the service": LINK | {"task": "kms.submit"},
+    "a task of Celery": LINK | {"task": "celery.map"},
+    "a queue with a line end": LINK | {"options": {"queue": "a\nb"}},
+    "an object": LINK | {"args": [{"__type__": "uuid", "__value__": "x"}]},
+    "deep": LINK | {"args": [json.loads("[" * 40 + "]" * 40)]},
+    "long": LINK | {"args": ["x" * 10_000]},
+    "text": "workflow.taken",
+    "args": LINK | {"args": "x"},
+}
+
+
+def test_links_of_the_contract_are_sent_without_their_options() -> None:
+    more = LINK | {
+        "options": {"queue": "workflow", "eta": "2999-01-01", "link": [LINK], "serializer": "pickle"}
+    }
+    found = read("kms.submit", submission({"callbacks": [more], "errbacks": [LINK], "chain": [LINK]}))
+
+    clean = LINK | {"subtask_type": None, "immutable": False}
+    assert (found.callbacks, found.errbacks) == ([clean], [clean])
+    assert json.loads(found.body())[2]["chain"] is None
+
+
+@pytest.mark.parametrize("name", BAD_LINKS)
+def test_other_links_are_left_out(name: str) -> None:
+    assert read("kms.submit", submission({"callbacks": [BAD_LINKS[name]]})).callbacks == []
+
+
+def test_links_are_few() -> None:
+    assert len(read("kms.submit", submission({"callbacks": [LINK] * 100})).callbacks) == 8
+
+
+@pytest.mark.parametrize(
+    ("headers", "redelivered", "expected"),
+    [
+        ({}, False, 0),
+        ({}, True, 1),
+        ({"deaths": 1}, False, 1),
+        ({"deaths": 1}, True, 2),
+        ({"deaths": -9}, True, 1),
+    ],
+)
+def test_deaths_are_those_before_and_this_one(
+    headers: dict[str, object], *, redelivered: bool, expected: int
+) -> None:
+    assert read("kms.submit", submission(**headers), redelivered=redelivered).deaths == expected
+
+
+def test_body_is_bounded_before_it_is_parsed() -> None:
+    text = base64.b64encode(b"[" + b" " * 200_000 + b"]").decode()
+    element = json.dumps({"body": text, "properties": {"body_encoding": "base64"}}).encode()
+
+    with pytest.raises(Malformed, match="too_large"):
+        messages.envelope(BULK, element, "tag", SUBMIT_BYTES)
+    assert messages.most_bytes("kms.submit", 10) - messages.most_bytes(BULK, 10) == 10
+
+
+# -- on Redis -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def line(redis_url: str) -> redis.Redis:
+    return redis.Redis.from_url(redis_url)
+
+
+@pytest.fixture
+def checked(line: redis.Redis) -> Iterator[Checks]:
+    """Channels of kombu as a worker has them, for one test."""
+    from kombu.transport import redis as transport  # noqa: PLC0415 -- what is changed, and put back
+
+    before = (transport.PrefixedStrictRedis, transport.Channel.QoS)
+    checks = Checks(Refusals(lambda: line), SUBMIT_BYTES)
+    kombu_ack.install()
+    elements.install(checks)
+    yield checks
+    vars(transport)["PrefixedStrictRedis"], transport.Channel.QoS = before
+
+
+def test_key_of_another_type_makes_room(checked: Checks, line: redis.Redis, broker_url: str) -> None:
+    line.set("kms:kms.bulk", "x")
+    line.set("kms:kms.submit\x06\x163", "x")
+    line.set("kms:unacked", "x")
+    line.set("kms:unacked_index", "x")
+    line.set("kms:_kombu.binding.kms.files", "x")
+    line.lpush("kms:kms.files", b"kept")
+    with connect(broker_url, transport_options=OPTIONS) as connection:
+        elements.repair(connection, checked)
+
+    assert line.llen("kms:kms.files") == 1
+    assert not line.exists("kms:kms.bulk", "kms:kms.submit\x06\x163", "kms:unacked", "kms:unacked_index")
+    assert not line.exists("kms:_kombu.binding.kms.files")
+
+
+def test_notes_of_messages_in_hand_that_no_worker_wrote_are_dropped(
+    checked: Checks, line: redis.Redis, broker_url: str
+) -> None:
+    del checked
+    envelope = json.loads(letters.write(JOB, (BULK, "high"), 1))
+    elsewhere = [
+        json.dumps([envelope, "", "kms:job:x"]),
+        json.dumps([envelope, "x", BULK]),
+        json.dumps([[], "", BULK]),
+    ]
+    junk: list[str | bytes] = [*elsewhere, b"\xff", "[]", "1"]
+    notes: dict[Any, Any] = {str(at): note for at, note in enumerate(junk)}
+    notes["good"] = json.dumps([envelope, "", BULK])
+    line.hset("kms:unacked", mapping=notes)
+    line.zadd("kms:unacked_index", dict.fromkeys(notes, 1.0))
+    with connect(broker_url, transport_options=OPTIONS) as connection:
+        connection.default_channel.qos.restore_visible(num=100)
+
+    assert line.hlen("kms:unacked") == 0
+    assert line.zcard("kms:unacked_index") == 0
+    assert line.llen("kms:kms.bulk") == 1
+
+
+# -- what is said and kept ------------------------------------------------------------------------------
+
+
+def no_redis() -> redis.Redis:
+    raise JobsUnavailable
+
+
+def test_log_is_bounded_and_says_what_it_left_out() -> None:
+    now = [0.0]
+    refusals = Refusals(no_redis, lambda: now[0])
+    structlog.reset_defaults()
+    with capture_logs() as lines:
+        for _ in range(100):
+            refusals.refuse(BULK, "body", b"x")
+        now[0] = 60.0
+        refusals.refuse(BULK, "body", b"x")
+
+    assert [line["count"] for line in lines] == [1, 1, 1, 98]
+
+
+def test_list_of_what_was_set_aside_is_bounded_and_purged(line: redis.Redis) -> None:
+    sealed = base64.b64encode(b"age-encryption.org/v1\n").decode()
+    for number in range(set_aside.MOST + 5):
+        set_aside.add(line, set_aside.describe(number, "body", "id", sealed))
+    set_aside.add(line, set_aside.describe(0, "body", "id", "in the open"))
+    set_aside.add(line, set_aside.describe(0, "body", "id", sealed + "A" * set_aside.MOST_CONTENT))
+    line.lpush("kms:set_aside", b"junk")
+
+    found = set_aside.entries(line)
+    assert len(found) == set_aside.MOST - 1
+    assert [entry.message for entry in found[:3]] == [None, None, sealed]
+    assert 0 < int(line.ttl("kms:set_aside")) <= set_aside.KEPT_S
+    assert set_aside.purge(line) == set_aside.MOST + 1
+    assert set_aside.entries(line) == []
