@@ -49,6 +49,7 @@ COMMANDS: Final = {  # name: module, what it does
     "cosmian": ("cosmian", "Make the keys of the service on a Cosmian KMS server."),
     "config": ("config", "Check settings."),
     "doctor": ("doctor", "Check keys, settings and the service."),
+    "messages": ("messages", "List refused messages of kms.submit."),
 }
 JOB_COMMANDS: Final = {
     "submit": ("submit", "Hand in a job over files where the service runs."),

@@ -27,6 +27,7 @@ from callers import Authority
 from cli.conftest import BIN
 from kms_cli import valkey
 from kms_cli.checks.trail import MOST_BYTES
+from kms_core.jobs import set_aside
 from kms_core.programs import tether
 from ports import free_port
 from service import Service, until
@@ -467,3 +468,25 @@ def test_the_page_explains_every_line() -> None:
 
     assert len(told) > 20
     assert {name for row in rows for name in re.findall("`(.*?)`", row)} == told
+
+
+def test_messages_that_were_set_aside_are_listed_and_purged(tmp_path: Path) -> None:
+    with Service(tmp_path) as service:
+        client = redis.Redis.from_url(service.valkey.url)
+        sealed = "YWdlLWVuY3J5cHRpb24ub3JnL3Yx" + "QUJD"
+        set_aside.add(client, set_aside.describe(0, "worker_died", "id-1", sealed))
+        environ = {"KMS_REDIS_URL": service.valkey.url}
+        told = command(service, "messages", **environ)
+        with_content = command(service, "messages", "--json", **environ)
+        found = doctor(service, **environ)
+        purged = command(service, "messages", "--purge", **environ)
+        none = command(service, "messages", **environ)
+
+    assert "1970-01-01T00:00:00+00:00" in told.stdout
+    assert "worker_died" in told.stdout
+    assert "id-1" in told.stdout
+    assert sealed not in told.stdout
+    assert json.loads(with_content.stdout)["message"] == sealed
+    assert "kms messages" in found.at("messages", "warn")
+    assert (purged.returncode, "1 deleted" in purged.stderr) == (0, True)
+    assert "no message is set aside" in none.stderr

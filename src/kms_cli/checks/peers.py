@@ -13,6 +13,7 @@ from kms_cli import state_redis
 from kms_cli.checks.findings import Finding, Level
 from kms_cli.up import is_alive, reachable
 from kms_core.errors import ConfigurationError
+from kms_core.jobs import set_aside
 from kms_core.servers import connect
 from kms_core.settings import Settings
 from kms_core.settings_redis import AMQP, is_tls, split_url
@@ -46,6 +47,7 @@ def _redis(section: Redis, *, named: bool) -> Iterator[Finding]:
             yield from _durability(client.info("persistence"), _fsync(client))
             yield _memory(client.info("memory"))
             yield _clock(ahead_s)
+            yield from _messages(set_aside.count(client))
     except ConfigurationError as exc:
         yield Finding("FAIL", "redis", exc.detail)
     except (redis.AuthenticationError, redis.exceptions.NoPermissionError):
@@ -122,6 +124,12 @@ def _clock(ahead_s: float) -> Finding:
     level: Level = "FAIL" if abs(ahead_s) > FAR_S else "warn"
     then = "keep both by NTP: jobs go by the clock of Redis, tokens and not_after by this one"
     return Finding(level, "clock", text, then, away=True)
+
+
+def _messages(count: int) -> Iterator[Finding]:
+    if count:
+        text = f"{count} of kms.submit were refused and are set aside"
+        yield Finding("warn", "messages", text, "kms messages shows them, kms messages --purge deletes them")
 
 
 def _broker(url: str) -> Finding:
