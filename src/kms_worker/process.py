@@ -78,10 +78,7 @@ def run(loaded: Settings) -> int:
         Scraping(loaded.kms.server.metrics, core.doors, core.kms.policy, Proxies.of(loaded.kms.server)),
         loaded.kms.server.allowed_hosts,
     )
-    forking.install()
-    signals.worker_process_init.connect(_lock_child, weak=False)
-    gc.collect()
-    gc.freeze()  # or the first collection in a child copies the pages of everything that was imported
+    _prepare_children()
     signals.worker_shutting_down.connect(lambda **_: presence.stop(), weak=False)
     for thread in beside:
         thread.start()
@@ -94,6 +91,14 @@ def run(loaded: Settings) -> int:
         if server is not None:
             server.shutdown()
         presence.join(_LEAVE_S)
+
+
+def _prepare_children() -> None:
+    """Have each forked child lock its memory, and share the pages of what was imported with the parent."""
+    forking.install()
+    signals.worker_process_init.connect(_lock_child, weak=False)
+    gc.collect()
+    gc.freeze()  # or the first collection in a child copies them
 
 
 def _checking(checks: Checks) -> Callable[..., Consumer]:
