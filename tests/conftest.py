@@ -10,7 +10,7 @@ import pytest
 
 from kms_cli.valkey import EmbeddedValkey, Limits
 
-# skips that fail in CI; the whole service as processes; cores with object stores; a façade; age tools; RabbitMQ
+# skips that fail in CI; the whole service; cores with object stores; a façade; age tools; RabbitMQ
 pytest_plugins = ["skips", "service", "objectbench", "facades", "plugins", "rabbits"]
 DATABASES: Final = 10_000  # tests of one session; an unused one costs nothing
 
