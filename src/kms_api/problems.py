@@ -31,6 +31,7 @@ STATUS: Final[dict[type[KmsError], int]] = {
     errors.UnknownKey: 404,
     errors.UnknownJob: 404,
     errors.ResultExpired: 410,
+    errors.RecordRefused: 410,
     errors.Conflict: 409,
     errors.IdempotencyConflict: 409,
     errors.JobNotFinished: 409,

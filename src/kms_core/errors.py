@@ -7,6 +7,7 @@ KmsError
 ├── Unauthenticated
 ├── Refused             Forbidden · PathRefused · ForeignRefused
 ├── Missing             UnknownKey · UnknownJob · ResultExpired
+├── RecordRefused       what is stored for a job is not what this service wrote
 ├── Conflict            IdempotencyConflict · JobNotFinished · JobCommitting · JobNotDead · TargetExists
 ├── DataKeysUnsupported
 ├── BodyTimeout         the sender was too slow
@@ -159,6 +160,16 @@ class ResultExpired(Missing):
 
     code = "result_expired"
     summary = "The result of this job has expired"
+
+
+class RecordRefused(KmsError):
+    """What is stored for a job, in Redis or in the spool, does not carry this service's MAC."""
+
+    code = "record_refused"
+    summary = (
+        "What is stored for this job is not what the service wrote: submit it again, and tell the operator"
+    )
+    exit_code = EXIT_BAD_DATA
 
 
 class Conflict(KmsError):

@@ -18,7 +18,7 @@ CONTRACT = {
     403: {"forbidden", "path_refused", "foreign_refused"},
     404: {"unknown_key", "unknown_job"},
     409: {"idempotency_conflict", "job_not_finished", "job_committing", "target_exists"},
-    410: {"result_expired"},
+    410: {"result_expired", "record_refused"},
     413: {"too_large"},
     422: {"invalid_request", "invalid_context", "context_required", "not_a_ciphertext"},
     429: {"rate_limited"},

@@ -71,7 +71,7 @@ def seal(key: bytes, plaintext: Buffer) -> bytes:
     aead = ChaCha20Poly1305(key)
     if len(plaintext) <= CHUNK:
         return aead.encrypt(_ONLY, plaintext, None)
-    source, out, target = memoryview(plaintext), *_blank(sealed_size(len(plaintext)))
+    source, out, target = memoryview(plaintext), *blank(sealed_size(len(plaintext)))
     run = nonces(0, chunk_count(len(plaintext)), last=True)
     with target:
         deque(map(aead.encrypt_into, run, cut(source, CHUNK), repeat(None), cut(target, SEALED_CHUNK)), 0)
@@ -95,7 +95,7 @@ def open_run(aead: ChaCha20Poly1305, first: int, sealed: Buffer, *, last: bool) 
         except InvalidTag as exc:
             raise DecryptFailed from exc
     source = cut(memoryview(sealed), SEALED_CHUNK)
-    out, target = _blank(len(sealed) - TAG * len(source))
+    out, target = blank(len(sealed) - TAG * len(source))
     with target:
         open_into(aead, nonces(first, len(source), last=last), source, cut(target, CHUNK))
     return out.getvalue()
@@ -121,7 +121,7 @@ def cut(data: memoryview, width: int) -> list[memoryview]:
     return [data[start : start + width] for start in range(0, len(data), width)]
 
 
-def _blank(size: int) -> tuple[io.BytesIO, memoryview]:
+def blank(size: int) -> tuple[io.BytesIO, memoryview]:
     """A buffer to fill whose ``getvalue()`` is then ``bytes`` without another copy."""
     out = io.BytesIO()
     out.seek(size - 1)
