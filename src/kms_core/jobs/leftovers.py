@@ -7,9 +7,16 @@ parts.
 """
 
 import hashlib
+import os
+from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from kms_core.envelope import disk
+from kms_core.errors import RecordRefused, ResultExpired
+from kms_core.jobs import plain_files
+
+_LONGEST: Final = 4096
 
 
 class Notes:
@@ -19,24 +26,25 @@ class Notes:
         self._directory = directory
 
     def add(self, job_id: str, fence: int, url: str, upload: str) -> None:
-        """Note an upload. Raises SpoolFull."""
-        path = self._path(job_id, fence, url)
-        temporary = path.with_suffix(".tmp")
-        with disk.room():
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            temporary.write_text(upload, "ascii")
-            temporary.rename(path)
+        """Note an upload. Raises SpoolFull, RecordRefused if something else is in its place."""
+        name = self._name(job_id, fence, url)
+        with plain_files.create(self._directory, f"{name}.tmp") as fd:
+            disk.write_all(fd, memoryview(upload.encode("ascii")), 0)
+            (self._directory / f"{name}.tmp").rename(self._directory / name)
 
     def find(self, job_id: str, fence: int, url: str) -> str | None:
         """The upload that was noted for this attempt."""
         try:
-            return self._path(job_id, fence, url).read_text("ascii")
-        except FileNotFoundError:
+            with plain_files.open_(self._directory, self._name(job_id, fence, url)) as fd:
+                return os.pread(fd, _LONGEST, 0).decode("ascii", "replace")
+        except (ResultExpired, RecordRefused):
             return None
 
     def forget(self, job_id: str, fence: int, url: str) -> None:
         """The upload is no more. Doing it twice is no error."""
-        self._path(job_id, fence, url).unlink(missing_ok=True)
+        with suppress(ResultExpired, RecordRefused):
+            plain_files.remove(self._directory, self._name(job_id, fence, url))
 
-    def _path(self, job_id: str, fence: int, url: str) -> Path:
-        return self._directory / f"{job_id}.{fence}.{hashlib.sha256(url.encode()).hexdigest()[:32]}"
+    @staticmethod
+    def _name(job_id: str, fence: int, url: str) -> str:
+        return f"{job_id}.{fence}.{hashlib.sha256(url.encode()).hexdigest()[:32]}"
