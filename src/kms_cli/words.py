@@ -32,7 +32,7 @@ HINTS: Final[Mapping[str, str]] = {
     "spool_full": "let finished jobs expire, or ask the operator for a larger spool",
     "items_failed": '"kms job result" shows which items and why',
     "attempts_exhausted": "ask the operator what the worker's log says",
-    "record_refused": "ask the operator: somebody changed the record, or a worker has another spool key",
+    "record_refused": "ask the operator: somebody changed what is stored for the job, or keys differ",
     "unexpected_answer": "check --url and KMS_SERVICE_URL: is it this service, of the same version",
 }
 

@@ -139,6 +139,12 @@ MESSAGES_REFUSED: Final = Counter(
     "them twice; reason is a word of docs/operations.md or an error code",
     ["queue", "reason"],
 )
+SPOOL_REFUSED: Final = Counter(
+    "kms_spool_blobs_refused_total",
+    "Files of the spool that are not those that were written for their job; role is upload, items, head, "
+    "result or files",
+    ["role"],
+)
 S3_REQUESTS: Final = Counter(
     "kms_s3_requests_total", "Requests to object stores; result is a status, or broken", ["method", "result"]
 )
@@ -237,6 +243,14 @@ ANSWERING: Final = piles.Tide(INFLIGHT)
 """What ``INFLIGHT`` shows; moved by the event loop alone."""
 
 
+_FROM_ZERO: Final = {
+    AUDIT_EVENTS: ("ok", "failed"),
+    KEY_ROTATIONS: ("ok", "failed"),
+    JOB_RESUMES: ("nudge_failed", "queued", "requeued", "committing", "due", "lost", "parts_ended"),
+    SPOOL_REFUSED: ("upload", "items", "head", "result", "files"),
+}
+
+
 def announce(backends: Iterable[str], endpoints: Iterable[str]) -> None:
     """Begin at zero what may stay silent for days: its first event is then a rise, which an alert sees."""
     for backend in backends:
@@ -245,16 +259,14 @@ def announce(backends: Iterable[str], endpoints: Iterable[str]) -> None:
         BREAKER_OPEN.labels(backend)
     for endpoint, result in product(endpoints, ("delivered", "retried", "gone", "dead")):
         WEBHOOK_DELIVERIES.labels(endpoint, result)
-    for result in ("ok", "failed"):
-        AUDIT_EVENTS.labels(result)
-        KEY_ROTATIONS.labels(result)
     for kind in get_args(wire.JobKind):
         for state in ("queued", "succeeded", "failed", "cancelled"):
             JOBS.labels(kind, state)
         for result in ("ok", "failed"):
             JOB_ITEMS.labels(kind, result)
-    for reason in ("nudge_failed", "queued", "requeued", "committing", "due", "lost", "parts_ended"):
-        JOB_RESUMES.labels(reason)
+    for counter, labels in _FROM_ZERO.items():
+        for label in labels:
+            counter.labels(label)
 
 
 def show_weak(settings: Iterable[str], weak: Container[str]) -> None:

@@ -121,7 +121,7 @@ class _Maker:
             out.write(body)
         hasher = self._core.desk.hasher(terms)
         hasher.update(body)
-        self._core.desk.upload(terms, job_id, len(body), hasher.digest())
+        self._core.desk.upload(terms, job_id, len(body), hasher.digest(), out.ref)
         self.ids[name] = job_id
         return job_id
 

@@ -108,7 +108,8 @@ def test_job_and_its_message_are_one_step(store: JobStore) -> None:
 def test_caretaker_deletes_expired_results_and_orphans(core: Core, store: JobStore) -> None:
     claim = claimed(store, expires_at=time.time() + 1)
     store.finish(claim, "succeeded")
-    core.shop.spool.put(Label(TENANT, claim.accepted.job_id, "head", 1), b"x")
+    with core.shop.spool.writing(Label(TENANT, claim.accepted.job_id, "head", 1)) as out:
+        out.write(b"x")
     until(store.expired, "the result has expired")
 
     caretaker(core, store, waiting=0).round()

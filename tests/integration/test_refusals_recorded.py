@@ -55,7 +55,7 @@ def test_upload_whose_header_cannot_be_read(core: Core, tmp_path: Path) -> None:
     job_id = new_id()
     with core.desk.spool.writing(Label(TENANT, job_id, UPLOAD), sealed=False) as out:
         out.write(JUNK["decrypt_failed"])
-    core.desk.upload(Terms(WHO, "decrypt", Context()), job_id, 10, b"")
+    core.desk.upload(Terms(WHO, "decrypt", Context()), job_id, 10, b"", out.ref)
 
     run_job(job_id, core.shop, "w")
 

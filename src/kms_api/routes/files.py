@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Generator
-from typing import Final
+from itertools import islice
+from typing import Final, TypeVar
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
@@ -19,6 +20,7 @@ from kms_core.errors import (
     InvalidRequest,
     JobNotFinished,
     NotACiphertext,
+    RecordRefused,
     ResultExpired,
     UnknownKey,
 )
@@ -28,6 +30,7 @@ from kms_core.jobs.desk import Terms
 from kms_core.jobs.model import Job
 from kms_core.jobs.results import Result
 
+T = TypeVar("T")
 router: Final = APIRouter(tags=["files"], route_class=Ruled)
 _RESULT: Final = {
     described.BINARY: {"schema": described.BYTES},
@@ -80,7 +83,7 @@ async def decrypt(request: Request) -> Response:
             206: described.raw("The bytes that were asked for", _RESULT, *_OF_RESULT, "Content-Range"),
             416: described.refusal(416, {"invalid_request": "No byte in that range"}, "Content-Range"),
         },
-        refuses=(*described.ONE_JOB, UnknownKey, DecryptFailed, JobNotFinished, ResultExpired),
+        refuses=(*described.ONE_JOB, UnknownKey, DecryptFailed, JobNotFinished, ResultExpired, RecordRefused),
     ),
 )
 async def result(request: Request, job_id: str) -> Response:
@@ -121,7 +124,7 @@ def _received(built: Service, terms: Terms, declared: int) -> Generator[None, fl
         if declared and out.size != declared:
             raise InvalidRequest("The upload ended before its Content-Length")
         size = out.size
-    return built.desk.upload(terms, job_id, size, hasher.digest() if hasher else b"")
+    return built.desk.upload(terms, job_id, size, hasher.digest() if hasher else b"", out.ref)
 
 
 # -- results ---------------------------------------------------------------------------------------
@@ -132,7 +135,7 @@ def _result(built: Service, request: Request, job: Job) -> Response:
     permits.check_reader(built.kms, who, built.desk.store.accepted(job.job_id))
     with audit.recorded(built.kms.trail, who, "job.result", job.job_id):
         body = results.of(job, built.desk.store, built.desk.spool)
-    return _ranged(request, job, body)
+        return _ranged(request, job, body)
 
 
 def _ranged(request: Request, job: Job, body: Result) -> Response:
@@ -152,10 +155,22 @@ def _ranged(request: Request, job: Job, body: Result) -> Response:
         status = 206
     media_type = "application/x-ndjson" if body.lines else "application/octet-stream"
     headers["Content-Length"] = str(stop - start)
-    sending = flows.send(body.slabs(start, stop), service(request).threads)
+    sending = flows.send(_begun(body.slabs(start, stop)), service(request).threads)
     made = outlet.WatchedResponse(sending, status, headers, media_type)
     made.budget = reservation_of(request.scope).admission.downloads
     return made
+
+
+def _begun(slabs: Generator[T]) -> Generator[T]:
+    """The same, with the first slab made at once: what is wrong with it is answered as a problem."""
+    first = list(islice(slabs, 1))
+
+    def rest() -> Generator[T]:
+        yield from first
+        first.clear()
+        yield from slabs
+
+    return rest()
 
 
 def _asked(header: str) -> tuple[str, str] | None:

@@ -1,9 +1,10 @@
 """The spool: uploads, items and results of jobs on a local disk, sealed under the spool key; knows no Redis.
 
-``<spool>/<job id>/<name>``, 0600 in 0700. A blob is an age file of the spool identity whose context names
-tenant, job, role and attempt, so that blobs cannot be swapped. Two exceptions hold no plaintext either: an
-upload that is to be decrypted rests as the ciphertext that it is, and ``head.<fence>`` is the header of a
-result whose payload is the upload's own.
+``<spool>/<job id>/<name>``, 0600 in 0700. A blob is an age file of the spool identity, whose context names
+tenant, job, role and attempt. Two exceptions hold no plaintext either: an upload that is to be decrypted
+rests as the ciphertext that it is, and ``head.<fence>`` is the header of a result whose payload is the
+upload's own. MACs (``blocks``) bind each blob to its name and to the one time that it was written:
+``BlobWriter.ref``, in the sealed record or the signed end of the job, opens this blob and no other.
 """
 
 import math
@@ -17,34 +18,47 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+import structlog
 from cryptography.utils import Buffer
 
+from kms_core import metrics
 from kms_core.backends.age import AgeBackend
 from kms_core.context import Context
-from kms_core.envelope import binding, disk, header, sealing, stream
+from kms_core.envelope import binding, header, sealing, stream
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.extents import Extent
+from kms_core.envelope.extents import Extent, Reader
 from kms_core.envelope.header import FILE_LIMITS, VERSION_LINE, Header
 from kms_core.envelope.pipes import SlabSealer
 from kms_core.envelope.ranges import RangeReader
-from kms_core.errors import DecryptFailed, NotACiphertext, ResultExpired, SpoolFull
+from kms_core.errors import DecryptFailed, NotACiphertext, RecordRefused, ResultExpired, SpoolFull
+from kms_core.jobs import plain_files
+from kms_core.jobs.blocks import BlockReader, BlockWriter
+from kms_core.jobs.records import RecordKey
 
 UPLOAD: Final = "upload"
 ITEMS: Final = "items"
 _SPOOL_KEY_ID: Final = "spool"
 _JOB_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_MAC_LABEL: Final = b"blob"
+_WRITE_ID_BYTES: Final = 16
+_SIZE_BYTES: Final = 8
 _USAGE_CACHE_S: Final = 5.0
 _USAGE_REST: Final = 50  # a count is good for so many times the time it took: it costs 2 % of a process
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What a blob is; bound to it as its context."""
+    """What a blob is; bound to it as its context, and in its MACs.
+
+    ``ref`` is what ``BlobWriter.ref`` was once it was written; empty for a blob of 0.1, which has no MACs.
+    """
 
     tenant: str
     job_id: str
     role: str
     attempt: int = 0
+    ref: bytes = field(default=b"", compare=False)
 
     @property
     def name(self) -> str:
@@ -54,14 +68,23 @@ class Label:
     def context(self) -> Context:
         return Context((("attempt", str(self.attempt)), ("job", self.job_id), ("role", self.role)))
 
+    @property
+    def texts(self) -> tuple[bytes, ...]:
+        """What the key of its MACs is derived from, besides the random part of ``ref``."""
+        return tuple(text.encode() for text in (self.tenant, self.job_id, self.role, str(self.attempt)))
+
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """An open age file: its parsed header, and where its sealed payload lies."""
+    """An open age file, verified as it is read, and its parsed header."""
 
-    fd: int
+    file: Reader
     head: Header
-    payload: Extent
+
+    @property
+    def payload(self) -> Reader:
+        """The sealed chunks behind the header."""
+        return self.file.tail(self.head.payload_offset)
 
     @property
     def plaintext_bytes(self) -> int:
@@ -69,31 +92,17 @@ class Blob:
         return stream.plaintext_size(self.payload.size)
 
 
-@dataclass(frozen=True, slots=True)
-class Unsealed:
-    """A blob whose file key is known."""
-
-    blob: Blob
-    file_key: bytes = field(repr=False)
-
-    def reader(self) -> RangeReader:
-        """Random access to the plaintext; the last chunk is verified at once."""
-        key = stream.payload_key(self.file_key, self.blob.head.nonce)
-        return RangeReader(key, self.blob.payload.read_at, self.blob.payload.size)
-
-
 class BlobWriter:
     """Writes one blob front to back, sealed or as it is. ``size`` counts what was given."""
 
-    def __init__(self, fd: int, room: int, sealing_: sealing.Sealing | None) -> None:
-        self._fd = fd
-        self._room = room
-        self._offset = 0
+    def __init__(self, out: BlockWriter, write_id: bytes, sealing_: sealing.Sealing | None) -> None:
+        self._out = out
+        self._write_id = write_id
         self._sealer = SlabSealer(sealing_.payload_key) if sealing_ else None
         self._start = b""
         self.size = 0
         if sealing_:
-            self._put(memoryview(sealing_.head))
+            out.write(memoryview(sealing_.head))
 
     def write(self, data: Buffer, *, more: bool = False) -> None:
         """Take some bytes; ``more`` tells for certain that others follow, which saves a copy of large ones.
@@ -103,88 +112,92 @@ class BlobWriter:
         self.size += len(memoryview(data))
         if self._sealer:
             for slab in self._sealer.feed(data, more=more):
-                self._put(slab)
+                self._out.write(slab)
             return
         if len(self._start) < len(VERSION_LINE):
             self._start += bytes(memoryview(data)[: len(VERSION_LINE)])
             if not self._start.startswith(VERSION_LINE[: len(self._start)]):
                 raise NotACiphertext
-        self._put(memoryview(data))
+        self._out.write(memoryview(data))
 
     def finish(self) -> None:
         """Write what is held back. The blob is whole afterwards."""
         if self._sealer:
-            self._put(memoryview(self._sealer.finish()))
+            self._out.write(memoryview(self._sealer.finish()))
         elif len(self._start) < len(VERSION_LINE):
             raise NotACiphertext
+        self._out.finish()
+
+    @property
+    def ref(self) -> bytes:
+        """Of a finished blob: 16 random bytes, and the size of its content in 8 (big-endian)."""
+        return self._write_id + self._out.size.to_bytes(_SIZE_BYTES, "big")
 
     @property
     def stored(self) -> int:
         """Bytes on the disk."""
-        return self._offset
-
-    def _put(self, data: memoryview) -> None:
-        if self._offset + len(data) > self._room:
-            raise SpoolFull(
-                "The spool's limit is reached: wait for results to expire, or raise spool_max_bytes"
-            )
-        disk.write_all(self._fd, data, self._offset)
-        self._offset += len(data)
+        return self._out.stored
 
 
 class Spool:
-    """The directory and its key. Shared by the API and all workers of an install."""
+    """The directory and its keys. Shared by the API and all workers of an install."""
 
-    def __init__(self, directory: Path, key: AgeBackend, max_bytes: int) -> None:
+    def __init__(self, directory: Path, key: AgeBackend, record_key: RecordKey, max_bytes: int) -> None:
         self._directory = directory
         self._key = key
+        self._record_key = record_key
         self._max_bytes = max_bytes
         self._used = (-math.inf, 0)  # when to count again, and what there is
 
     @contextmanager
     def writing(self, label: Label, *, sealed: bool = True, declared_bytes: int = 0) -> Iterator[BlobWriter]:
-        """A new blob; removed again if the block fails. Raises SpoolFull, at once if it cannot fit."""
+        """A new blob; removed again if the block fails.
+
+        Raises SpoolFull, at once if it cannot fit; RecordRefused if something else is in its place.
+        """
         room = self._max_bytes - self._used_bytes()
         if declared_bytes > min(room, self._free_bytes()):
             raise SpoolFull
-        with _new_file(self._path(label)) as fd:
-            writer = BlobWriter(fd, room, self._begin(label) if sealed else None)
+        write_id = os.urandom(_WRITE_ID_BYTES)
+        with plain_files.create(self._folder(label.job_id), label.name) as fd:
+            out = BlockWriter(fd, self._mac_key(label, write_id), room)
+            writer = BlobWriter(out, write_id, self._begin(label) if sealed else None)
             yield writer
             writer.finish()
             self._used = (self._used[0], self._used[1] + writer.stored)
 
-    def put(self, label: Label, data: bytes) -> None:
-        """A small blob that holds no plaintext, whole or absent: a result's header. Raises SpoolFull."""
-        path = self._path(label)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with _new_file(temporary) as fd:
-            disk.write_all(fd, memoryview(data), 0)
-            temporary.rename(path)
-
     @contextmanager
     def blob(self, label: Label) -> Iterator[Blob]:
-        """An age file of the spool. Raises ResultExpired if it is gone, NotACiphertext, DecryptFailed."""
-        with self.descriptor(label) as fd:
-            head = header.read(fd, FILE_LIMITS)
-            size = os.fstat(fd).st_size - head.payload_offset
-            yield Blob(fd, head, Extent(fd, size, head.payload_offset))
+        """An age file of the spool.
+
+        Raises ResultExpired if it is gone, NotACiphertext, DecryptFailed, TooLarge; RecordRefused, now or
+        when a part of it is read, if it is not the one that ``label.ref`` names.
+        """
+        try:
+            with plain_files.open_(self._folder(label.job_id), label.name) as fd:
+                file = self._reader(fd, label)
+                yield Blob(file, header.read_by(file.read_at, FILE_LIMITS))
+        except RecordRefused:
+            role = label.role.rstrip("0123456789")
+            _log.error("spool.blob_refused", job_id=label.job_id, role=role, attempt=label.attempt)
+            metrics.SPOOL_REFUSED.labels(role).inc()
+            raise
 
     @contextmanager
-    def descriptor(self, label: Label) -> Iterator[int]:
-        """A blob's bytes as they lie."""
-        try:
-            fd = os.open(self._path(label), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError as exc:
-            raise ResultExpired from exc
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+    def opened(self, label: Label, head: Label | None = None) -> Iterator[RangeReader]:
+        """The plaintext of a blob whose header was sealed for its label, or is in the blob ``head``.
 
-    def get(self, label: Label) -> bytes:
-        """A small blob's bytes."""
-        with self.descriptor(label) as fd:
-            return os.pread(fd, FILE_LIMITS.header_bytes + stream.NONCE, 0)
+        Raises as ``blob``.
+        """
+        other = self._header(head) if head else None
+        with self.blob(label) as blob:
+            found = other or blob.head
+            key = stream.payload_key(self.unseal(head or label, found), found.nonce)
+            yield RangeReader(key, blob.payload.read_at, blob.payload.size)
+
+    def _header(self, label: Label) -> Header:
+        with self.blob(label) as blob:
+            return blob.head
 
     def unseal(self, label: Label, head: Header) -> bytes:
         """The file key of a header that the spool identity sealed for this label."""
@@ -202,7 +215,8 @@ class Spool:
 
     def discard(self, label: Label) -> None:
         """One blob, when nothing needs it any more."""
-        self._path(label).unlink(missing_ok=True)
+        with suppress(ResultExpired, RecordRefused):
+            plain_files.remove(self._folder(label.job_id), label.name)
 
     def delete(self, job_id: str) -> None:
         """Everything of one job. Doing it twice is no error."""
@@ -223,8 +237,14 @@ class Spool:
     def _begin(self, label: Label) -> sealing.Sealing:
         return sealing.begin(self._key, self.ref(label), label.context)
 
-    def _path(self, label: Label) -> Path:
-        return self._folder(label.job_id) / label.name
+    def _mac_key(self, label: Label, write_id: bytes) -> bytes:
+        return self._record_key.digest(_MAC_LABEL, *label.texts, write_id)
+
+    def _reader(self, fd: int, label: Label) -> Reader:
+        if not label.ref:
+            return Extent(fd, os.fstat(fd).st_size)
+        write_id, size = label.ref[:_WRITE_ID_BYTES], label.ref[_WRITE_ID_BYTES:]
+        return BlockReader.of(fd, self._mac_key(label, write_id), int.from_bytes(size, "big"))
 
     def _folder(self, job_id: str) -> Path:
         if not _JOB_ID.fullmatch(job_id):
@@ -242,24 +262,6 @@ class Spool:
             ended = time.monotonic()
             self._used = (ended + max(_USAGE_CACHE_S, _USAGE_REST * (ended - begun)), size)
         return self._used[1]
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[int]:
-    """A new file (0600); removed again if the block fails, and so is its folder, unless that holds more."""
-    with disk.room():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # left by a crash in the middle of this very attempt
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        yield fd
-    except BaseException:
-        path.unlink(missing_ok=True)
-        with suppress(OSError):
-            path.parent.rmdir()
-        raise
-    finally:
-        os.close(fd)
 
 
 def _size(folder: str | Path) -> int:

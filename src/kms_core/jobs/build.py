@@ -65,10 +65,11 @@ def build(settings: Settings, process: str, nudge: Nudge | None) -> Core:
     )
     spool_key = AgeBackend(KeyFiles(jobs.spool_identity_path, strict=settings.is_prod))
     jobs.spool_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    spool = Spool(jobs.spool_dir, spool_key, jobs.spool_max_bytes)
+    record_key = RecordKey(spool_key.secrets())
+    spool = Spool(jobs.spool_dir, spool_key, record_key, jobs.spool_max_bytes)
     store = JobStore(
         client,
-        RecordKey(spool_key.secrets()),
+        record_key,
         nudge,
         Rules(
             jobs.lease_s,

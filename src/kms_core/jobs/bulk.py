@@ -7,8 +7,6 @@ import msgspec
 
 from kms_core import wire
 from kms_core.context import Context
-from kms_core.envelope import stream
-from kms_core.envelope.ranges import RangeReader
 from kms_core.errors import InvalidRequest, KmsError, TooLarge, Unavailable
 from kms_core.jobs.blobs import ITEMS, Label, Spool
 from kms_core.jobs.lease import Lease
@@ -28,26 +26,25 @@ def run(lease: Lease, kms: Kms, spool: Spool) -> None:
     Raises Unavailable as it comes: the part is then done again, from its first item.
     """
     job, one = lease.claim.accepted, _Items(lease.claim.accepted, kms.for_job()).one
-    label = Label(job.tenant, job.owner, ITEMS)
+    label = Label(job.tenant, job.owner, ITEMS, ref=job.input_ref)
     begin = job.starts[0]
     first = job.part * PART_ITEMS
     with (
         kms.trail.together(),
-        spool.blob(label) as blob,
+        spool.opened(label) as reader,
         spool.writing(result_label(job.tenant, job.owner, job.part, lease.claim.fence)) as out,
     ):
-        key = stream.payload_key(spool.unseal(label, blob.head), blob.head.nonce)
-        reader = RangeReader(key, blob.payload.read_at, blob.payload.size)
         for index, line in enumerate(lines(reader.slabs(begin, begin + job.size_bytes)), start=first):
             lease.check()
             answer = one(index, _decode(line))
             out.write(wire.encode(answer) + b"\n")
             lease.item(len(line) + 1, failed=not isinstance(answer.error, msgspec.UnsetType))
+    lease.result_digest = out.ref
 
 
-def result_label(tenant: str, job_id: str, part: int, fence: int) -> Label:
+def result_label(tenant: str, job_id: str, part: int, fence: int, ref: bytes = b"") -> Label:
     """Where the result lines of one part rest; a job that was not split is its own part 0."""
-    return Label(tenant, job_id, f"{RESULT}{part}", fence)
+    return Label(tenant, job_id, f"{RESULT}{part}", fence, ref)
 
 
 def parts(job: Accepted) -> list[Accepted]:

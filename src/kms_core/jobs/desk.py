@@ -155,9 +155,10 @@ class Desk:
             "Give items, or source and target; to upload a file use /files/encrypt or /files/decrypt"
         )
 
-    def upload(self, terms: Terms, job_id: str, size_bytes: int, digest: bytes) -> Job:
-        """A job over an upload that has arrived whole."""
-        return self._submit(terms, job_id, source=UPLOAD, size_bytes=size_bytes, digest=digest)
+    def upload(self, terms: Terms, job_id: str, size_bytes: int, digest: bytes, ref: bytes) -> Job:
+        """A job over an upload that has arrived whole; ``ref`` is that of its blob."""
+        fields = {"size_bytes": size_bytes, "input_ref": ref}
+        return self._submit(terms, job_id, source=UPLOAD, digest=digest, **fields)
 
     def items(self, terms: Terms, items: Iterable[wire.JobItem]) -> Job:
         """A bulk job; its items go to the spool one by one. Raises InvalidRequest, TooLarge, SpoolFull."""
@@ -186,6 +187,7 @@ class Desk:
             items=count,
             size_bytes=size,
             starts=tuple(starts),
+            input_ref=out.ref,
             digest=hasher.digest(),
         )
 

@@ -16,8 +16,6 @@ from typing import Final
 import msgspec
 
 from kms_core import wire
-from kms_core.envelope import stream
-from kms_core.envelope.ranges import RangeReader
 from kms_core.errors import JobCancelled, JobExpired, KmsError, TooLarge, Unavailable
 from kms_core.jobs import bulk, campaign, files
 from kms_core.jobs.blobs import Label, Spool
@@ -68,7 +66,8 @@ def plan(lease: Lease, spool: Spool, listed: Iterable[Found], most: int) -> list
             cuts[-1].files += 1
             cuts[-1].size_bytes += found.size_bytes
             cuts[-1].end = out.size
-    return [_part(job, fence, number, cut) for number, cut in enumerate(cuts) if cut.files]
+    job = msgspec.structs.replace(job, manifest=fence, input_ref=out.ref)
+    return [_part(job, number, cut) for number, cut in enumerate(cuts) if cut.files]
 
 
 @dataclass(slots=True)
@@ -85,14 +84,13 @@ class _Cut:
         return self.files == PART_FILES or (self.files > 0 and self.size_bytes + more_bytes > PART_BYTES)
 
 
-def _part(job: Accepted, fence: int, number: int, cut: _Cut) -> Accepted:
+def _part(job: Accepted, number: int, cut: _Cut) -> Accepted:
     return msgspec.structs.replace(
         job,
         job_id=part_id(job.job_id, number),
         parent=job.job_id,
         part=number,
         first=cut.first,
-        manifest=fence,
         items=cut.files,
         starts=(cut.begin, cut.end),
         size_bytes=cut.size_bytes,
@@ -117,6 +115,7 @@ def run(lease: Lease, kms: Kms, store: JobStore, spool: Spool, places: Places) -
         for line in lines(job, found, work.log):
             out.write(wire.encode(line) + b"\n")
     lease.tallies = work.tallies
+    lease.result_digest = out.ref
 
 
 class _Part:
@@ -270,10 +269,8 @@ def file_job(part: Accepted, tree: Tree, path: str, index: int) -> Accepted:
 
 def entries(part: Accepted, spool: Spool) -> list[Found]:
     """The files of a part, as they were listed. Raises ResultExpired once the job was cancelled."""
-    label = Label(part.tenant, part.owner, MANIFEST, part.manifest)
-    with spool.blob(label) as blob:
-        key = stream.payload_key(spool.unseal(label, blob.head), blob.head.nonce)
-        reader = RangeReader(key, blob.payload.read_at, blob.payload.size)
+    label = Label(part.tenant, part.owner, MANIFEST, part.manifest, part.input_ref)
+    with spool.opened(label) as reader:
         return [_decode(line) for line in bulk.lines(reader.slabs(*part.starts))]
 
 

@@ -66,8 +66,9 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``target`` is empty or a URL. ``starts`` says where in the items each part of some hundred begins; a job
     that is such a part names its ``parent`` and its number. A part of a job over many files has those lines
     of the listing ``manifest`` (the fence of the attempt that made it) that lie between its two ``starts``,
-    from the ``first`` on. ``callback`` names a webhook endpoint of the settings. ``signed_end`` says that it
-    ends with a ``SignedEnd``; records of 0.1 lack it. Times are seconds since the epoch.
+    from the ``first`` on. ``input_ref`` names the blob that it reads, be it upload, items or listing, as it
+    was written (``BlobWriter.ref``). ``callback`` names a webhook endpoint of the settings. ``signed_end``
+    says that it ends with a ``SignedEnd``. Records of 0.1 lack both. Times are seconds since the epoch.
     """
 
     job_id: str
@@ -88,6 +89,7 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     part: int = 0
     first: int = 0
     manifest: int = 0
+    input_ref: bytes = b""
     dry_run: bool = False
     rate_per_s: float = 0.0
     priority: Priority = "normal"

@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from kms_core import wire
-from kms_core.envelope import header, stream
-from kms_core.envelope.header import FILE_LIMITS, Header
-from kms_core.envelope.ranges import RangeReader
-from kms_core.errors import JobNotFinished, ResultExpired, UnknownJob
+from kms_core.errors import JobNotFinished, RecordRefused, ResultExpired, UnknownJob
 from kms_core.jobs import bulk, fanout, uploads
-from kms_core.jobs.blobs import UPLOAD, Label, Spool
-from kms_core.jobs.model import Accepted, Job, Log
+from kms_core.jobs.blobs import Label, Spool
+from kms_core.jobs.model import REFUSED, Accepted, Job, Log
 from kms_core.jobs.store import JobStore
 
 _SLAB_BYTES: Final = 1024 * 1024
@@ -27,7 +24,10 @@ class Piece(Protocol):
     @property
     def size(self) -> int: ...
     def slabs(self, start: int, stop: int) -> Generator[bytes | memoryview]:
-        """The bytes from ``start`` to before ``stop``. Raises ResultExpired, DecryptFailed."""
+        """The bytes from ``start`` to before ``stop``, verified.
+
+        Raises ResultExpired, DecryptFailed, RecordRefused for a file of the spool that is not the job's.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,17 @@ class Result:
 
 
 def of(job: Job, store: JobStore, spool: Spool) -> Result:
-    """The result of this job. Raises JobNotFinished, ResultExpired, and UnknownJob for a forged record."""
+    """The result of this job.
+
+    Raises JobNotFinished, ResultExpired, UnknownJob for a forged record, RecordRefused for an end, or a file
+    of the spool, that is not the job's.
+    """
     if not job.ended:
         raise JobNotFinished
     if job.purged or job.state == "cancelled":
         raise ResultExpired
+    if job.error == REFUSED:
+        raise RecordRefused
     accepted = store.accepted(job.job_id)
     if accepted.tenant != job.tenant:  # Redis was tampered with: the sealed part is right
         raise UnknownJob
@@ -64,24 +70,27 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
         raise ResultExpired("The result of this job is the file that it was told to write")
     if accepted.items or accepted.is_tree:
         return Result(list(_lines(job, accepted, store, spool)), lines=True)
-    head = Label(job.tenant, job.job_id, uploads.HEAD, job.fence)
-    upload = Label(job.tenant, job.job_id, UPLOAD)
+    head = Label(job.tenant, job.job_id, uploads.HEAD, job.fence, _ref(job))
     if accepted.kind == "decrypt":
-        return Result([_Opened.of(spool, upload, head)])
-    return Result([_Literal(spool.get(head)), _Payload.of(spool, upload)])
+        return Result([_Opened.of(spool, uploads.upload_label(accepted), head)])
+    return Result([_literal(spool, head), _Payload.of(spool, uploads.upload_label(accepted))])
+
+
+def _ref(job: Job) -> bytes:
+    """What the result of a job, or of a part, was written as; empty where a worker of 0.1 ended it."""
+    return job.end.result_digest if job.end else b""
 
 
 def _lines(job: Job, accepted: Accepted, store: JobStore, spool: Spool) -> Iterator[Piece]:
     if not job.parts and accepted.is_tree:
         return  # no file was named
     if not job.parts:
-        label = bulk.result_label(job.tenant, job.job_id, 0, job.fence)
-        yield _Opened.of(spool, label, label)
+        yield _Opened.of(spool, bulk.result_label(job.tenant, job.job_id, 0, job.fence, _ref(job)))
         return
     for number, part in enumerate(store.parts_as_ended(job)):
         if part.state == "succeeded" or part.error == "items_failed":
-            label = bulk.result_label(job.tenant, job.job_id, number, part.fence)
-            yield _Opened.of(spool, label, label)
+            label = bulk.result_label(job.tenant, job.job_id, number, part.fence, _ref(part))
+            yield _Opened.of(spool, label)
         elif accepted.is_tree:
             yield _Literal(_given_up(part, store, spool))
         else:
@@ -133,34 +142,35 @@ class _Payload:
 
     def slabs(self, start: int, stop: int) -> Generator[bytes]:
         with self.spool.blob(self.label) as blob:
-            while start < stop:
-                slab = blob.payload.read_at(start, min(_SLAB_BYTES, stop - start))
+            at, end = (blob.head.payload_offset + position for position in (start, stop))
+            while at < end:
+                slab = blob.file.read_at(at, min(_SLAB_BYTES - at % _SLAB_BYTES, end - at))  # whole blocks
                 if not slab:
                     raise ResultExpired
                 yield slab
-                start += len(slab)
+                at += len(slab)
 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """The plaintext of a blob whose file key ``head`` wraps for the spool."""
+    """The plaintext of a blob, whose file key is sealed in its own header, or in that of ``head``."""
 
     spool: Spool
     label: Label
-    head_label: Label
+    head: Label | None
     size: int
 
     @classmethod
-    def of(cls, spool: Spool, label: Label, head_label: Label) -> "_Opened":
+    def of(cls, spool: Spool, label: Label, head: Label | None = None) -> "_Opened":
         with spool.blob(label) as blob:
-            return cls(spool, label, head_label, blob.plaintext_bytes)
+            return cls(spool, label, head, blob.plaintext_bytes)
 
     def slabs(self, start: int, stop: int) -> Generator[memoryview]:
-        with self.spool.blob(self.label) as blob:
-            head = blob.head if self.head_label == self.label else self._head()
-            key = stream.payload_key(self.spool.unseal(self.head_label, head), head.nonce)
-            reader = RangeReader(key, blob.payload.read_at, blob.payload.size)
+        with self.spool.opened(self.label, self.head) as reader:
             yield from reader.slabs(start, stop)
 
-    def _head(self) -> Header:
-        return header.parse(self.spool.get(self.head_label), FILE_LIMITS)
+
+def _literal(spool: Spool, label: Label) -> _Literal:
+    """A blob that is a header and a nonce, and nothing else."""
+    with spool.blob(label) as blob:
+        return _Literal(blob.file.read_at(0, blob.head.payload_offset))

@@ -1,14 +1,15 @@
 """Runs one job once: claim, work, finish. Running the same job twice changes nothing the second time."""
 
 import random
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
 from kms_core import audit, metrics, traces
-from kms_core.errors import JobCancelled, JobsUnavailable, KmsError, PathRefused, Unavailable
+from kms_core.errors import JobCancelled, JobsUnavailable, KmsError, PathRefused, RecordRefused, Unavailable
 from kms_core.jobs import bulk, fanout, files, parents, permits, uploads
 from kms_core.jobs.blobs import ITEMS, UPLOAD, Label, Spool
 from kms_core.jobs.ends import ITEMS_FAILED, PlacedTarget
@@ -127,11 +128,13 @@ def _work(lease: Lease, shop: Shop) -> str:
     """Do what was accepted; an error code if the job's result is readable but not whole."""
     job = lease.claim.accepted
     if job.source == ITEMS:
-        bulk.run(lease, shop.kms, shop.spool)
+        with _refusal_recorded(job, shop.kms):
+            bulk.run(lease, shop.kms, shop.spool)
         return ITEMS_FAILED if lease.failed_items else ""
     if job.is_tree:
         if job.parent:
-            fanout.run(lease, shop.kms, shop.store, shop.spool, shop.places)
+            with _refusal_recorded(job, shop.kms):
+                fanout.run(lease, shop.kms, shop.store, shop.spool, shop.places)
         return ITEMS_FAILED if lease.failed_items else ""
     if job.source == UPLOAD:
         uploads.run(lease, shop.kms, shop.spool)
@@ -145,6 +148,15 @@ def _work(lease: Lease, shop: Shop) -> str:
         parts=commit.parts,
     )
     return ""
+
+
+@contextmanager
+def _refusal_recorded(job: Accepted, kms: Kms) -> Iterator[None]:
+    """Puts it into the audit log that items or a listing are not those of the job."""
+    try:
+        yield
+    except RecordRefused as exc:
+        kms.refused(job.who, job.kind, job.bound_context, exc)
 
 
 def _defer(claim: Claim, store: JobStore, exc: Unavailable) -> None:
@@ -171,6 +183,6 @@ def _end_badly(claim: Claim, shop: Shop, exc: KmsError) -> None:
     job: Accepted = claim.accepted
     if job.parent:
         _tidy(job, shop)
-    else:
+    elif exc.code not in DEAD:  # a dead letter may be retried
         shop.spool.delete(job.job_id)
     _log.info("job.finished", job_id=job.job_id, state=state, code=exc.code)
