@@ -339,6 +339,15 @@ def test_damaged_result_is_refused(install: Install, role: str, damage: Callable
     check_problem(install.download(job_id), 410, "record_refused")
 
 
+@pytest.mark.parametrize("kind", [encrypt, decrypt, rewrap])
+def test_damage_in_the_first_slab_is_answered_as_a_problem(install: Install, kind: Make) -> None:
+    job_id = kind(install, MINE, bytes(500_000))
+    assert install.run(job_id).state == "succeeded"
+    _flip(400_000)(install.folder(job_id) / "upload")
+
+    check_problem(install.download(job_id), 410, "record_refused")
+
+
 def test_upload_changed_while_it_is_read_is_refused(
     install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,8 +162,11 @@ def _ranged(request: Request, job: Job, body: Result) -> Response:
 
 
 def _begun(slabs: Generator[T]) -> Generator[T]:
-    """The same, with the first slab made at once: what is wrong with it is answered as a problem."""
-    first = list(islice(slabs, 1))
+    """The same, with two slabs made at once: what is wrong with them is answered as a problem.
+
+    The first of a ciphertext is its header.
+    """
+    first = list(islice(slabs, 2))
 
     def rest() -> Generator[T]:
         yield from first
