@@ -4,9 +4,10 @@ import gc
 import signal
 from collections.abc import Iterator
 from itertools import count
-from typing import Final
+from typing import Any, Final
 
 import pytest
+import structlog
 
 from kms_cli.valkey import EmbeddedValkey, Limits
 
@@ -17,6 +18,25 @@ DATABASES: Final = 10_000  # tests of one session; an unused one costs nothing
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a shell script starts in its background:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that tests start would inherit it
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _loggers_are_looked_up_anew() -> Iterator[None]:
+    """A logger that is kept after its first line would keep the configuration of an earlier test."""
+    configure = structlog.configure
+
+    def without_cache(**given: Any) -> None:  # noqa: ANN401 -- as structlog's own
+        configure(**given | {"cache_logger_on_first_use": False})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(structlog, "configure", without_cache)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_configuration_of_logs() -> None:
+    """Commands that an earlier test ran in this process may have configured it."""
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -125,7 +125,8 @@ def test_uploads_are_orphans_when_nothing_changed_them_for_an_hour(
     """An upload has no record before it has arrived: what is young may be one under way."""
     orphan, known = new_id(), store.submit(accepted()).job_id
     for job_id in (orphan, known):
-        core.shop.spool.put(Label(TENANT, job_id, "head", 1), b"x")
+        with core.shop.spool.writing(Label(TENANT, job_id, "head", 1)) as out:
+            out.write(b"x")
         past = time.time() - age_s
         os.utime(tmp_path / "state/spool" / job_id, (past, past))
 

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import pytest
 import redis
-import structlog
 from celery import Celery
 from kombu.connection import Connection
 from structlog.testing import capture_logs
@@ -240,7 +239,6 @@ def no_redis() -> redis.Redis:
 def test_log_is_bounded_and_says_what_it_left_out() -> None:
     now = [0.0]
     refusals = Refusals(no_redis, lambda: now[0])
-    structlog.reset_defaults()
     with capture_logs() as lines:
         for _ in range(100):
             refusals.refuse(BULK, "body", b"x")

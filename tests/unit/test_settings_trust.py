@@ -18,6 +18,7 @@ FOUND = Path("provisioning/config/kms.toml")
 STRANGER = 4711
 HOME = {"HOME": "/home/ada"}
 NAMES_NO_ADDRESS = {  # settings of text that no peer is sent, and no name is looked up for
+    "kms.accept_weak",
     "kms.environment",
     "kms.log.level",
     "kms.server.allowed_hosts",
