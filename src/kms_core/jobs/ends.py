@@ -56,7 +56,8 @@ class SignedEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one attempt at a job came to.
 
     Its MAC is also over the digest of the sealed record, so it counts for no other record of the same id.
-    ``result_digest`` is of the result in the spool, or of the ends of its parts. ``kept_until`` (seconds
+    ``result_digest`` is the ref of the result in the spool (``blobs``: the random bytes that its MACs are
+    under, and its size), or SHA-256 over the ends of its parts. ``kept_until`` (seconds
     since the epoch) is when the record has left Redis by itself: from then on it proves nothing.
     """
 
