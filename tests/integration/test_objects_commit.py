@@ -346,6 +346,7 @@ def test_commit_that_is_put_back_after_its_expiry_writes_no_object(
     forge(store, job_id, lease_until="0", expires_at=str(clock() + 10 * 86_400))
     with monkeypatch.context() as patched:
         patched.setattr(time, "time", lambda: clock() + 2 * 86_400)
+        patched.setattr(store, "now", lambda: clock() + 2 * 86_400)
         run_job(job_id, bench.core.shop, "w3")
 
     assert store.get(job_id, TENANT).state == "failed"

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -12,11 +12,11 @@ from kms_core import wire
 from kms_core.context import Context
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import Terms
-from kms_core.jobs.model import Claim, Fields, Job, Log, part_id
+from kms_core.jobs.model import Claim, ClocksApart, Fields, Job, Log, part_id
 from kms_core.jobs.run import Shop, run_job
 from kms_core.jobs.store import JobStore
 from kms_core.policy import Principal
-from stores import TENANT, forge, record
+from stores import COMMIT, TENANT, forge, record
 from stumbling import Killed, interrupted, stumbling
 
 WHO = Principal("local")
@@ -58,11 +58,44 @@ def put_back(core: Core, job_id: str, dump: dict[bytes, bytes]) -> None:
 
 @contextmanager
 def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> Iterator[None]:
-    """This machine's clock, so many seconds ahead of Redis's."""
+    """So many seconds later, for this machine and as Redis is asked for the time."""
     clock = time.time
     with monkeypatch.context() as patched:
         patched.setattr(time, "time", lambda: clock() + seconds)
+        patched.setattr(JobStore, "now", lambda _: clock() + seconds)
         yield
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This machine's clock, two days ahead of Redis's."""
+    clock = time.time
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: clock() + 2 * 86_400)
+        yield
+
+
+@pytest.mark.usefixtures("ahead")
+def test_worker_whose_clock_is_ahead_leaves_a_job_to_others(core: Core, root: Path) -> None:
+    """A wrong clock must not lose what was accepted."""
+    job_id = overwrite(core, root)
+    run_job(job_id, core.shop, "w/1")
+
+    waiting = now(core, job_id)
+    assert (waiting.state, waiting.attempt, (root / "out").read_bytes()) == ("queued", 0, b"before")
+
+
+def test_clock_that_goes_ahead_while_a_job_runs_puts_nothing_in_place(
+    core: Core, root: Path, request: pytest.FixtureRequest
+) -> None:
+    job_id = overwrite(core, root)
+    claim = core.shop.store.claim(job_id, "w/1")
+    assert claim
+    request.getfixturevalue("ahead")
+
+    with pytest.raises(ClocksApart):
+        core.shop.store.committing(claim, COMMIT)
+    assert record(core.shop.store, job_id)[b"state"] == b"running"
 
 
 @pytest.mark.parametrize(("past_s", "end"), [(50, "succeeded"), (70, "failed")])
@@ -142,13 +175,12 @@ def test_job_that_expires_while_it_runs_changes_nothing(
     core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = overwrite(core, root)
-    clock = time.time
+    with ExitStack() as stack:
 
-    def pass_by() -> None:
-        monkeypatch.setattr(time, "time", lambda: clock() + 2 * 86_400)
+        def pass_by() -> None:
+            stack.enter_context(later(monkeypatch, 2 * 86_400))
 
-    run_job(job_id, interrupted(core, "committing", pass_by, after=False), "w/1")
-    monkeypatch.setattr(time, "time", clock)
+        run_job(job_id, interrupted(core, "committing", pass_by, after=False), "w/1")
 
     assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "expired")
     assert (root / "out").read_bytes() == b"before"
@@ -182,19 +214,19 @@ def test_part_that_has_expired_writes_no_file(
 def test_part_that_expires_while_it_runs_writes_no_further_file(
     core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = time.time
+    stack = ExitStack()
 
     class Aging(JobStore):
         """Time passes once the commit of the first file is noted."""
 
         def step(self, claim: Claim, log: Log, counts: Fields) -> None:
             super().step(claim, log, counts)
-            monkeypatch.setattr(time, "time", lambda: clock() + 2 * 86_400)
+            stack.enter_context(later(monkeypatch, 2 * 86_400))
 
     job_id, found = many(core, root), core.shop.store
     store = Aging(found.redis, found.record_key, lambda *_: None, found.rules)
-    run_job(part_id(job_id, 0), Shop(core.kms, store, core.shop.spool, core.shop.places), "w/1")
-    monkeypatch.setattr(time, "time", clock)
+    with stack:
+        run_job(part_id(job_id, 0), Shop(core.kms, store, core.shop.spool, core.shop.places), "w/1")
 
     assert core.shop.store.part(part_id(job_id, 0)).error == "expired"
     assert [path.name for path in (root / "out").iterdir()] == ["a.age"]

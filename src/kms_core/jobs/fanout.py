@@ -122,7 +122,7 @@ class _Part:
     """One attempt at a part."""
 
     def __init__(self, lease: Lease, kms: Kms, store: JobStore, places: Places, found: list[Found]) -> None:
-        self._lease, self._kms, self._store, self._places = lease, kms, store, places
+        self._lease, self._kms, self.store, self._places = lease, kms, store, places
         self._job = lease.claim.accepted
         self._tree = Tree.parse(self._job.source)
         self._found = found
@@ -158,14 +158,14 @@ class _Part:
 
     def _step(self, log: Log) -> None:
         counts = {f"{TALLY}{name}": number for name, number in self.tallies.items()}
-        self._store.step(self._lease.claim, log, {"settled": self._tally.done, **counts})
+        self.store.step(self._lease.claim, log, {"settled": self._tally.done, **counts})
 
     def _keep_pace(self, left: int) -> None:
         if not self._job.rate_per_s:
             return
         while not self._granted:
             wanted = min(left, max(1, math.ceil(self._job.rate_per_s * BURST_S)))
-            self._granted, wait_s = self._store.pace(self._job, wanted)
+            self._granted, wait_s = self.store.pace(self._job, wanted)
             if wait_s > _SHORT_S:
                 self._step(self.log)
                 raise Paced(retry_after_s=wait_s)
@@ -248,9 +248,10 @@ class _Commits:
     def __init__(self, part: _Part, effect: Outcome) -> None:
         self._part = part
         self._effect = effect
+        self.now = part.store.now
 
     def committing(self, claim: Claim, commit: Commit) -> None:
-        claim.accepted.check_expiry()
+        claim.accepted.check_expiry(self.now)
         self._part.record(commit, self._effect)
 
 

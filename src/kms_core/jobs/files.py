@@ -45,7 +45,7 @@ def run(lease: Held, kms: Kms, store: Commits, places: Places) -> Commit:
             if pending:
                 pending.finish(commit)
             elif not target.finish(commit):
-                job.check_expiry()
+                job.check_expiry(store.now)
                 with _attempt(lease, kms, places, target) as (pending, _):
                     pending.finish(commit)
     except _REFUSED:  # somebody took the target's name: the job has failed, and its file is in nobody's way

@@ -56,6 +56,9 @@ class Commits(Protocol):
     def committing(self, claim: Claim, commit: Commit) -> None:
         """From here on any worker may finish it. Raises LeaseLost, JobCancelled, JobsUnavailable."""
 
+    def now(self) -> float:
+        """The clock that all jobs go by, in seconds since the epoch. Raises JobsUnavailable."""
+
 
 class Lease:
     """Held while a job runs. ``check`` raises LeaseLost or JobCancelled, from whichever thread asks.

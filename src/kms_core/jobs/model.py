@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from kms_core.context import Context
-from kms_core.errors import JobExpired, KmsError
+from kms_core.errors import JobExpired, KmsError, Unavailable
 from kms_core.jobs.ends import CLOCK_LEEWAY_S, SignedEnd, Work
 from kms_core.jobs.trees import is_tree
 from kms_core.policy import Grant, Principal
@@ -57,6 +57,13 @@ class LeaseLost(KmsError):
 
     code = "lease_lost"
     summary = "Another worker holds this job"
+
+
+class ClocksApart(Unavailable):
+    """By this machine's clock the job has expired, by Redis's it has not: leave it to another worker."""
+
+    code = "clocks_apart"
+    summary = "The clocks of this machine and of Redis differ"
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -108,10 +115,13 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Whether it has expired by the clock of this machine, with some leeway."""
         return time.time() > self.expires_at + CLOCK_LEEWAY_S
 
-    def check_expiry(self) -> None:
-        """Raise JobExpired if nothing may be put in place for it any more."""
+    def check_expiry(self, redis_now: Callable[[], float]) -> None:
+        """Raise JobExpired if nothing may be put in place for it any more.
+
+        ClocksApart if only this machine's clock says so: a job is not lost because of a clock that is wrong.
+        """
         if self.is_expired:
-            raise JobExpired
+            raise JobExpired if redis_now() > self.expires_at else ClocksApart
 
     def __repr__(self) -> str:
         return f"Accepted({self.job_id}, {self.kind})"

@@ -1,5 +1,6 @@
 """The job store: records in Redis, moved by compare-and-set scripts; knows no queue, disk or key backend."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, cast
@@ -26,6 +27,7 @@ from kms_core.jobs.model import (
     REFUSED,
     Accepted,
     Claim,
+    ClocksApart,
     Commit,
     Fields,
     Job,
@@ -220,10 +222,21 @@ class JobStore(JobReader):
         except UnknownJob:
             self._close(job_id, int(rest[0]), REFUSED)
             return None
-        if claim.commit is None and claim.accepted.is_expired:
-            self._close(job_id, claim.fence, JobExpired.code)
-            return None
-        return claim
+        return claim if claim.commit or self._is_in_time(claim) else None
+
+    def _is_in_time(self, claim: Claim) -> bool:
+        """Whether a claimed job is in time; else close it, or leave it to a worker whose clock is right."""
+        job_id = claim.accepted.job_id
+        try:
+            claim.accepted.check_expiry(self.now)
+        except JobExpired as exc:
+            self._close(job_id, claim.fence, exc.code)
+        except ClocksApart as exc:
+            _log.error("job.clocks_apart", job_id=job_id, ahead_s=round(time.time() - self.now()))
+            self.defer(claim, exc.retry_after_s, counts=False, away=False)
+        else:
+            return True
+        return False
 
     def _claimed(self, job_id: str, worker: str, answer: Sequence[bytes]) -> Claim:
         fence, attempt, sealed, commit, waited, deferrals, log, is_large = answer
@@ -316,7 +329,7 @@ class JobStore(JobReader):
 
     def committing(self, claim: Claim, commit: Commit) -> None:
         """From here on any worker may finish the commit, and nobody may cancel. Raises JobExpired."""
-        claim.accepted.check_expiry()
+        claim.accepted.check_expiry(self.now)
         with redis_errors():
             word = self._run["COMMITTING"](
                 [job_key(claim.accepted.job_id)],
