@@ -14,7 +14,14 @@ from pyrage import x25519
 
 from kms_core.backends.age import AgeBackend, KeyFiles
 from kms_core.envelope import header
-from kms_core.errors import DecryptFailed, NotACiphertext, RecordRefused, ResultExpired, SpoolFull
+from kms_core.errors import (
+    DecryptFailed,
+    NotACiphertext,
+    RecordRefused,
+    ResultExpired,
+    SpoolFull,
+    Unavailable,
+)
 from kms_core.jobs.blobs import ITEMS, UPLOAD, Label, Spool
 from kms_core.jobs.leftovers import Notes
 from kms_core.jobs.records import RecordKey
@@ -445,7 +452,7 @@ def test_nothing_is_written_elsewhere(
     other(folder / JOB / "upload", kept)
     before = content(kept), kept.stat().st_mtime_ns
 
-    with pytest.raises(RecordRefused):
+    with pytest.raises(Unavailable):
         write(spool, label())
     if other is not directory:
         spool.discard(label())

@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -30,7 +30,14 @@ from kms_core.envelope.extents import Extent, Reader
 from kms_core.envelope.header import FILE_LIMITS, VERSION_LINE, Header
 from kms_core.envelope.pipes import SlabSealer
 from kms_core.envelope.ranges import RangeReader
-from kms_core.errors import DecryptFailed, NotACiphertext, RecordRefused, ResultExpired, SpoolFull
+from kms_core.errors import (
+    DecryptFailed,
+    NotACiphertext,
+    RecordRefused,
+    ResultExpired,
+    SpoolFull,
+    Unavailable,
+)
 from kms_core.jobs import plain_files
 from kms_core.jobs.blocks import BlockReader, BlockWriter
 from kms_core.jobs.records import RecordKey
@@ -44,6 +51,9 @@ _WRITE_ID_BYTES: Final = 16
 _SIZE_BYTES: Final = 8
 _USAGE_CACHE_S: Final = 5.0
 _USAGE_REST: Final = 50  # a count is good for so many times the time it took: it costs 2 % of a process
+_IN_THE_WAY: Final = (
+    "Something else is in the spool where a file of the service is to be; see the service's log"
+)
 _log = structlog.get_logger(__name__)
 
 
@@ -153,13 +163,18 @@ class Spool:
     def writing(self, label: Label, *, sealed: bool = True, declared_bytes: int = 0) -> Iterator[BlobWriter]:
         """A new blob; removed again if the block fails.
 
-        Raises SpoolFull, at once if it cannot fit; RecordRefused if something else is in its place.
+        Raises SpoolFull, at once if it cannot fit; Unavailable while something else is in its place.
         """
         room = self._max_bytes - self._used_bytes()
         if declared_bytes > min(room, self._free_bytes()):
             raise SpoolFull
         write_id = os.urandom(_WRITE_ID_BYTES)
-        with plain_files.create(self._folder(label.job_id), label.name) as fd:
+        with ExitStack() as stack:
+            try:
+                fd = stack.enter_context(plain_files.create(self._folder(label.job_id), label.name))
+            except RecordRefused as exc:
+                _log.error("spool.in_the_way", job_id=label.job_id, role=label.role)
+                raise Unavailable(_IN_THE_WAY) from exc
             out = BlockWriter(fd, self._mac_key(label, write_id), room)
             writer = BlobWriter(out, write_id, self._begin(label) if sealed else None)
             yield writer
