@@ -74,7 +74,6 @@ ENDS: Final[dict[str, dict[str, Any]]] = {
         "state": "succeeded",
         "bytes_done": 1234,
         "target": {
-            "url": "file:///srv/golden/d.age",
             "size_bytes": 1234,
             "inode": 77,
             "mtime_ns": 1_790_000_000_123_456_789,

@@ -21,10 +21,10 @@ CLOCK_LEEWAY_S: Final = 60.0
 class PlacedTarget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The target that a job wrote: ``inode`` and ``mtime_ns`` of a file, ``parts`` of an object.
 
+    Its URL stands in the sealed record, which the end is bound to: names of files are not shown to Redis.
     ``parts`` is a digest of what was sent of a multipart upload, empty for an object of a single write.
     """
 
-    url: str
     size_bytes: int
     inode: int = 0
     mtime_ns: int = 0

@@ -141,7 +141,6 @@ def _work(lease: Lease, shop: Shop) -> str:
         return ""
     commit = files.run(lease, shop.kms, shop.store, shop.places)
     lease.target = PlacedTarget(
-        url=job.target,
         size_bytes=commit.size_bytes,
         inode=commit.inode,
         mtime_ns=commit.mtime_ns,
