@@ -80,8 +80,8 @@ def lines(given: Given) -> dict[str, Line]:
         "migrate sops": (["-R", str(public), f"{at}/plain"], b""),
     }
     found |= {f"job {name}": ([given.job_id], b"") for name in ("show", "wait", "cancel", "retry")}
-    bare = "keys list|token list|audit verify|audit key|cosmian init-key|config lint|doctor|status|health"
-    return found | dict.fromkeys(bare.split("|"), ([], b""))
+    bare = "keys list|token list|messages|audit verify|audit key|cosmian init-key|config lint|doctor|status"
+    return found | dict.fromkeys((*bare.split("|"), "health"), ([], b""))
 
 
 def leaves(command: click.Command, name: str = "") -> Iterator[str]:

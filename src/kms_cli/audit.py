@@ -112,7 +112,8 @@ def acknowledge_loss_command(chains: Sequence[str], *, every: bool) -> int:
     unknown = set(chains) - lost.keys()
     if unknown:
         raise InvalidRequest(
-            f"No anchor says that lines of these chains are missing: {', '.join(sorted(unknown))}"
+            f"No anchor says that lines of {len(unknown)} of these chains are missing: "
+            "without CHAIN the command shows those that are"
         )
     chosen = [each for name, each in lost.items() if every or name in chains]
     if not chosen:

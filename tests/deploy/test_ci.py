@@ -17,7 +17,7 @@ BROUGHT: Final = {  # with a program that .ci/run names
     "ssh-keygen": "ssh-add",
     "systemd-": "systemd-analyze",  # the rest of the name varies
 }
-OF_DEBIAN: Final = {"mount"}  # on every system
+OF_DEBIAN: Final = {"bash", "mount"}  # on every system
 NOT_PACKAGED: Final = {"rage"}  # compared with where somebody installed it
 
 

@@ -41,6 +41,8 @@ READ_SETTINGS = (
     "audit tail",
     "audit receipt",
     "audit key",
+    "audit acknowledge-loss",
+    "messages",
     "token create",
     "token list",
     "token rotate",

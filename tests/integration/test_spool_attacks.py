@@ -463,6 +463,7 @@ def test_a_dead_letter_whose_file_is_put_back_runs(install: Install) -> None:
 
 
 def _counted(role: str) -> float:
+    """``kms_spool_blobs_refused_total`` of this process."""
     return float(metrics.SPOOL_REFUSED.labels(role)._value.get())  # noqa: SLF001 -- the library has no other way
 
 

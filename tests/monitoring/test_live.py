@@ -224,6 +224,7 @@ MOVED_ELSEWHERE: Final = {
     "kms_messages_refused": "chaos/test_poison.py",
     "kms_messages_set_aside": "chaos/test_poison.py",
     "kms_rate_limited": "integration/test_auth_jobs.py",
+    "kms_spool_blobs_refused": "integration/test_spool_attacks.py",
     "kms_setting_weak": "monitoring/test_weak_settings.py",
 }
 """Metrics of what does not happen here, and the test that moves each."""
