@@ -102,7 +102,7 @@ check_complete() { # dies, naming what is missing, unless each installed package
 ready() { # runtime | dev
     is_ready "$1" || { # one at a time: a second one waits for the first, and finds its work done
         if command -v flock >/dev/null; then flock 9; fi
-        is_ready "$1" || make_ready "$1"
+        is_ready "$1" || (cd -- "$root" && make_ready "$1") # python -m imports from the working directory first
     } 9<"$root/scripts/venv.sh"
 }
 

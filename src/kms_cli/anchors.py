@@ -9,26 +9,42 @@ from typing import Final
 
 from kms_cli import state_redis
 from kms_core.audit.places import ANCHORS, Folder, RedisStream, read_lines
+from kms_core.audit.report import Note, Report
 from kms_core.errors import AuditUnavailable, ConfigurationError
 from kms_core.servers import connect
 from kms_core.settings import Settings
 
 REDIS: Final = "redis"
+_REDIS: Final = "Redis"
+NOT_COMPARED: Final = "not_compared"
 _NO_SERVER: Final = "kms up does not run here, and [kms.redis] url names no other server"
 
 
 @dataclass(slots=True)
 class Read:
-    """Anchors by place, and the places that could not be read, with the reason."""
+    """Anchors by place, and the places that could not be read, with the reason.
+
+    ``unnamed`` is the place that no setting names: the embedded Redis of ``kms up``, which need not run.
+    """
 
     lines: dict[str, list[bytes]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    unnamed: str = ""
+
+    def note_in(self, report: Report) -> None:
+        """Add the places that could not be compared; the unnamed one only as a note."""
+        report.not_compared |= self.failed
+        why = report.not_compared.pop(self.unnamed, None)
+        if why:
+            text = f"not compared with anchors in {self.unnamed}, so an older copy would look the same: {why}"
+            report.notes.append(Note(NOT_COMPARED, text))
 
 
 def configured(settings: Settings) -> Read:
     """The anchors of every place that settings name."""
     found, section = Read(), settings.kms.audit
     if section.anchor_redis:
+        found.unnamed = "" if state_redis.is_named(settings.kms.redis) else _REDIS
         _from_redis(found, settings)
     if section.anchor_dir is not None:
         with _noting(found, str(section.anchor_dir)):
@@ -52,8 +68,8 @@ def named(settings: Settings, places: Sequence[str]) -> Read:
 
 def _from_redis(found: Read, settings: Settings) -> None:
     section = state_redis.section_of(settings, os.environ)
-    with _noting(found, "Redis", "" if state_redis.is_named(section) else _NO_SERVER):
-        found.lines["Redis"] = RedisStream(connect(section), ANCHORS).lines()
+    with _noting(found, _REDIS, "" if state_redis.is_named(section) else _NO_SERVER):
+        found.lines[_REDIS] = RedisStream(connect(section), ANCHORS).lines()
 
 
 @contextmanager

@@ -262,7 +262,7 @@ def _verified(where: Path, keys: PublicKeys | None, found: anchors.Read, process
             processes=processes or os.cpu_count() or 1,
             progress=lambda done, total: meter.show("verifying", done, total),
         )
-    report.not_compared |= found.failed
+    found.note_in(report)
     return report
 
 

@@ -140,7 +140,8 @@ def environ(tmp_path: Path) -> dict[str, str]:
         "AWS_SECRET_ACCESS_KEY",
         "AWS_SESSION_TOKEN",
     )
-    return {"HOME": str(home), "PATH": os.environ["PATH"], **dict.fromkeys(secrets, CANARY)}
+    nowhere = {"KMS_SERVICE_URL": "http://127.0.0.1:1"}  # or a service of the developer would be asked
+    return {"HOME": str(home), "PATH": os.environ["PATH"], **nowhere, **dict.fromkeys(secrets, CANARY)}
 
 
 @pytest.fixture

@@ -63,9 +63,10 @@ def _holds(settings: Settings) -> Iterator[Finding]:
         found.lines,
         processes=os.cpu_count() or 1,
     )
-    report.not_compared |= found.failed
+    found.note_in(report)
     yield _chain(report)
-    yield _compared(report.problems, report.not_compared, [*found.lines])
+    noted = next((note.text for note in report.notes if note.code == anchors.NOT_COMPARED), "")
+    yield _compared(report.problems, report.not_compared, [*found.lines], noted)
 
 
 def _chain(report: Report) -> Finding:
@@ -83,7 +84,9 @@ def _chain(report: Report) -> Finding:
     return Finding("ok", "audit chain", text)
 
 
-def _compared(problems: Sequence[Problem], not_compared: Mapping[str, str], places: Sequence[str]) -> Finding:
+def _compared(
+    problems: Sequence[Problem], not_compared: Mapping[str, str], places: Sequence[str], noted: str = ""
+) -> Finding:
     """An older copy of the log holds together as well: only anchors tell."""
     proven = [each for each in problems if each.anchor]
     if proven:
@@ -94,6 +97,8 @@ def _compared(problems: Sequence[Problem], not_compared: Mapping[str, str], plac
         why = "; ".join(f"{place}: {reason}" for place, reason in not_compared.items())
         text = f"an older copy of the trail would not be noticed: {why}"
         return Finding("warn", "audit anchors", text, "kms audit verify, once they can be read")
+    if noted:
+        return Finding("ok", "audit anchors", noted)
     if not places:
         text = "none are kept, so an older copy of the trail would not be noticed"
         return Finding("warn", "audit anchors", text, "set [kms.audit] anchor_dir, on another host")
