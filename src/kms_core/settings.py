@@ -4,7 +4,7 @@ A flag wins over the environment, the environment over the file, the file over t
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -40,7 +40,13 @@ from kms_core.settings_read import (
 from kms_core.settings_redis import check_redis, for_celery
 from kms_core.settings_remote import SECTIONS, check_vaults
 from kms_core.settings_sections import Kms, Settings
-from kms_core.settings_trust import check_destinations, check_file, how_to_trust, is_sent
+from kms_core.settings_trust import (
+    check_destinations,
+    check_file,
+    check_places,
+    how_to_trust,
+    may_expand,
+)
 
 __all__ = ["Settings", "check_exposure", "check_names", "default_state_dir", "find", "load"]
 
@@ -157,6 +163,8 @@ def _settings(
     reader = Reader(environ.get("HOME"))
     variables = Variables(environ) if found is None else Variables(environ, _refusal(found))
     kms = table({"kms": expand(document.get("kms", {}), variables, "kms")}, "kms", "")
+    if found is not None:
+        check_places(table(document, "kms", ""), given.keys() | _from_variables(environ).keys(), found)
     _lay_over(kms, _from_variables(environ))
     _lay_over(kms, given)
     own_sections = {"age": "age", "cosmian": "cosmian", "awskms": "awskms", **SECTIONS}
@@ -179,13 +187,13 @@ def _settings(
     return settings
 
 
-def _refusal(found: Path) -> Callable[[str], str]:
-    """Why a setting of a file that was merely found may not use the environment; empty where it may."""
+def _refusal(found: Path) -> Callable[[str, Sequence[str]], str]:
+    """Why a setting of a file that was merely found may not use these variables; empty where it may."""
     reason = (
-        "and what is sent to an address takes nothing from the environment in a file that was only found in "
-        f"the working directory: {how_to_trust(found)}"
+        "and addresses, what is sent to them, and names of files take nothing from the environment in a file "
+        f"that was only found in the working directory: {how_to_trust(found)}"
     )
-    return lambda where: reason if is_sent(where) else ""
+    return lambda where, names: "" if may_expand(where, names) else reason
 
 
 def _from_variables(environ: Mapping[str, str]) -> dict[str, object]:

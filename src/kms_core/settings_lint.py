@@ -54,7 +54,7 @@ def check_accepted(settings: Settings) -> None:
     for name in settings.kms.accept_weak:
         if name not in SETTINGS:
             raise ConfigurationError(
-                f'kms.accept_weak: "{name}" is not told by kms config lint{nearest(name, SETTINGS)}'
+                f"kms.accept_weak has a name that kms config lint does not tell{nearest(name, SETTINGS)}"
             )
 
 

@@ -6,7 +6,7 @@ Errors say where, what was expected and the nearest known name; never the value 
 import difflib
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, get_args, get_origin
@@ -90,10 +90,10 @@ def table(tree: Tree, name: str, where: str) -> Tree:
 
 @dataclass(frozen=True, slots=True)
 class Variables:
-    """What ``${VAR}`` stands for. ``refusal`` says why a setting may use none, or is empty where it may."""
+    """What ``${VAR}`` stands for. ``refusal`` says why a setting may not use some; empty where it may."""
 
     environ: Mapping[str, str]
-    refusal: Callable[[str], str] = lambda _: ""
+    refusal: Callable[[str, Sequence[str]], str] = lambda _where, _names: ""
 
 
 def expand(value: object, variables: Variables, where: str) -> object:
@@ -113,7 +113,7 @@ def _expand_text(text: str, variables: Variables, where: str) -> object:
     if any(match["bad"] for match in found):
         raise ConfigurationError(f"{where}: write ${{NAME}} or ${{NAME:-default}}, and $${{ for a plain ${{")
     names = [match["name"] for match in found if match["name"]]
-    if names and (reason := variables.refusal(where)):
+    if names and (reason := variables.refusal(where, names)):
         return Unset(names[0], reason)
     for match in found:
         if match["name"] and match["default"] is None and not environ.get(match["name"]):

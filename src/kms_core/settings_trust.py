@@ -6,14 +6,17 @@ change it, and it sends nothing of the user's elsewhere: neither variables of th
 """
 
 import os
+import re
 import stat
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from kms_core.errors import ConfigurationError
 from kms_core.settings_read import Tree
+from kms_core.settings_remote import is_loopback
 from kms_core.settings_sections import Settings
 
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
@@ -33,6 +36,29 @@ _SENT: Final = (
     "kms.traces.",
 )
 """Settings that are addresses, or that are sent to one: names of keys and mounts, tokens, headers."""
+_OF_ANY_VARIABLE: Final = ("kms.environment", "kms.port", "kms.log.")
+"""Settings that tell nobody what a variable holds."""
+_PLACES: Final = re.compile(r"HOME|XDG_[A-Z_]+")
+_ONLY_NAMED: Final = (
+    "accept_weak",
+    "state_dir",
+    "auth.mode",
+    "auth.tokens_path",
+    "auth.issuers",
+    "auth.certificates",
+    "server.client_ca",
+    "jobs.roots",
+    "jobs.buckets",
+    "jobs.spool_dir",
+    "jobs.spool_identity_path",
+    "jobs.intake_identity_path",
+    "audit.path",
+    "audit.key_path",
+    "audit.signing_key_path",
+    "audit.anchor_dir",
+)
+"""Settings that decide who may call, and which files are read, written and deleted for whom."""
+_SERVERS: Final = ("redis.url", "redis.broker_url")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +88,9 @@ _RULES: Final[Mapping[str, tuple[_Rule, ...]]] = {
     "vault_kv": _VAULT,
     "awskms": (_Rule(("endpoint_url", "ca_file"), always=_AWS),),
     "redis": (
-        _Rule(("url", "broker_url", "ca_file"), ("password_file", "client_key_file")),
+        _Rule(("ca_file",), ("password_file", "client_key_file")),
         _Rule(("ca_file",), (), ("KMS_REDIS_URL", "KMS_BROKER_URL")),
     ),
-    "buckets": (_Rule(("endpoint", "ca_file"), ("secret_key_file",), always=_AWS),),
     "endpoints": (_Rule(("url", "ca_file"), ("secret_file",)),),
     "traces": (
         _Rule(("endpoint",), (), ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")),
@@ -77,6 +102,16 @@ _BACKENDS: Final = {"cosmian": "cosmian", "transit": "transit", "vault_kv": "vau
 def is_sent(where: str) -> bool:
     """Whether the value of the setting ``where`` (``kms.redis.url``) is an address, or is sent to one."""
     return where.startswith(_SENT)
+
+
+def may_expand(where: str, names: Collection[str]) -> bool:
+    """Whether a found file may have these variables in the setting ``where``.
+
+    What they hold could be sent, or become the name of a file that others see.
+    """
+    if where.startswith(_OF_ANY_VARIABLE):
+        return True
+    return not is_sent(where) and all(map(_PLACES.fullmatch, names))
 
 
 def how_to_trust(file: Path) -> str:
@@ -140,6 +175,34 @@ def _is_sticky_folder(mode: int) -> bool:
 # -- what it says ------------------------------------------------------------------------------------
 
 
+def check_places(document: Tree, given: Collection[str], file: Path) -> None:
+    """Refuse a found file that decides who may call, or whose jobs do what with which files.
+
+    Its author could have the jobs of a service of his run with the user's rights. ``document`` and ``given``
+    are as in ``check_destinations``. Raises ConfigurationError.
+    """
+    for key in (*_ONLY_NAMED, *_SERVERS):
+        value = _value(document, key)
+        is_harmless = not value or (key == "auth.mode" and value != "none")
+        if is_harmless or key in given or (key in _SERVERS and _is_on_this_machine(str(value))):
+            continue
+        raise ConfigurationError(
+            f"kms.{key} is not taken from a file that was only found in the working directory: "
+            f"{how_to_trust(file)}"
+        )
+
+
+def _value(document: Tree, key: str) -> object:
+    section, _, name = key.rpartition(".")
+    return (_table(document, section) if section else document).get(name)
+
+
+def _is_on_this_machine(url: str) -> bool:
+    """Whether a server is reached by TCP on loopback; a socket could lie in the repository."""
+    parts = urlsplit(url)
+    return parts.scheme in {"redis", "rediss", "amqp", "amqps"} and is_loopback(parts.hostname or "")
+
+
 def check_destinations(
     document: Tree, settings: Settings, environ: Mapping[str, str], given: Collection[str], file: Path
 ) -> None:
@@ -174,10 +237,9 @@ def _sections(document: Tree, settings: Settings) -> Iterator[tuple[str, str, Tr
         if _BACKENDS[name] in settings.used_backends:
             yield f"kms.{name}", name, _table(document, name)
     yield "kms.redis", "redis", _table(document, "redis")
-    jobs = _table(document, "jobs")
-    for kind in ("buckets", "endpoints"):
-        for name in _table(jobs, kind):
-            yield f"kms.jobs.{kind}.{name}", kind, _table(_table(jobs, kind), name)
+    endpoints = _table(_table(document, "jobs"), "endpoints")
+    for name in endpoints:
+        yield f"kms.jobs.endpoints.{name}", "endpoints", _table(endpoints, name)
     if settings.kms.traces.enabled:
         yield "kms.traces", "traces", _table(document, "traces")
 

@@ -182,14 +182,11 @@ SENDS_A_VARIABLE = {
     "name": (VAULT.replace('"k"', '"${SECRET}"') + 'token = "t"', "transit.key_name"),
     "mount": (VAULT + 'token = "t"\nmount = "${SECRET}"', "transit.mount"),
     "endpoint": (AWS + 'endpoint_url = "https://x.test/${SECRET}"', "awskms.endpoint_url"),
-    "redis": ('[kms.redis]\nurl = "redis://x.test/${SECRET}"', "redis.url"),
-    "broker": ('[kms.redis]\nbroker_url = "amqp://x.test/${SECRET}"', "redis.broker_url"),
-    "bucket": (BUCKET + 'endpoint = "https://${SECRET}.test"', "jobs.buckets.mine.endpoint"),
     "webhook": (
         '[kms.jobs.endpoints.e]\nurl = "https://x.test/${SECRET}"\nsecret_file = "s"',
         "endpoints.e.url",
     ),
-    "issuer": ('[kms.auth.issuers.i]\nissuer = "https://${SECRET}.test"\naudience = "a"', "issuers.i.issuer"),
+    "folder": ('[kms.age]\nprivate_key_path = "/tmp/${SECRET}"', "age.private_key_path"),
     "traces": ('[kms.traces]\nendpoint = "https://x.test/${SECRET}"', "traces.endpoint"),
     "key": ('[kms.keys]\nk = "transit:${SECRET}"', "keys.k"),
     "bind": ('bind = "${SECRET}.x.test"', "kms.bind"),
@@ -241,19 +238,6 @@ SENDS_A_CREDENTIAL = {
     ),
     "aws": (AWS + 'endpoint_url = "https://x.test"', {}, "awskms.endpoint_url", "AWS tools"),
     "aws authority": (AWS + 'ca_file = "ca.pem"', {}, "awskms.ca_file", "AWS tools"),
-    "bucket": (BUCKET + 'endpoint = "https://x.test"', {}, "buckets.mine.endpoint", "AWS tools"),
-    "bucket key": (
-        BUCKET + 'endpoint = "https://x.test"\naccess_key_id = "i"\nsecret_key_file = "s"',
-        {},
-        "buckets.mine.endpoint",
-        "secret_key_file",
-    ),
-    "redis": (
-        '[kms.redis]\nurl = "redis://me@x.test"\npassword_file = "p"',
-        {},
-        "redis.url",
-        "password_file",
-    ),
     "redis authority": (
         '[kms.redis]\nca_file = "ca.pem"',
         {"KMS_REDIS_URL": "rediss://:canary@mine.test"},
@@ -290,6 +274,51 @@ def test_a_found_file_does_not_decide_who_receives_a_credential(
     assert "canary" not in told
     assert_says_how_to_trust(told, here)
     assert load(here / FOUND, HOME | environ).kms.port == 9001, "a file that is named may do all this"
+
+
+DECIDES = {
+    "accept_weak": 'accept_weak = ["server.tls_cert"]',
+    "state_dir": 'state_dir = "state"',
+    "auth.mode": '[kms.auth]\nmode = "none"',
+    "auth.tokens_path": '[kms.auth]\ntokens_path = "tokens.json"',
+    "auth.issuers": '[kms.auth.issuers.i]\nissuer = "https://x.test"\naudience = "a"',
+    "auth.certificates": '[kms.auth.certificates.c]\nsubject = "DNS:x"\nscopes = ["*"]',
+    "server.client_ca": '[kms.server]\nclient_ca = "ca.pem"',
+    "jobs.roots": '[kms.jobs]\nroots = ["/home/ada"]',
+    "jobs.buckets": BUCKET,
+    "jobs.spool_dir": '[kms.jobs]\nspool_dir = "/home/ada/.cache"',
+    "jobs.spool_identity_path": '[kms.jobs]\nspool_identity_path = "k"',
+    "jobs.intake_identity_path": '[kms.jobs]\nintake_identity_path = "k"',
+    "audit.path": '[kms.audit]\npath = "audit"',
+    "audit.key_path": '[kms.audit]\nkey_path = "k"',
+    "audit.signing_key_path": '[kms.audit]\nsigning_key_path = "k"',
+    "audit.anchor_dir": '[kms.audit]\nanchor_dir = "anchors"',
+    "redis.url": '[kms.redis]\nurl = "redis://x.test"',
+    "redis.broker_url": '[kms.redis]\nbroker_url = "amqp://x.test"',
+}
+
+
+@pytest.mark.parametrize(("setting", "text"), DECIDES.items(), ids=DECIDES)
+def test_a_found_file_decides_neither_callers_nor_files_of_jobs(setting: str, text: str, here: Path) -> None:
+    """Its author could have jobs of his encrypt the user's files, or a spool of his choice swept."""
+    write(text)
+
+    told = refusal()
+
+    assert f"kms.{setting} is not taken from " in told
+    assert_says_how_to_trust(told, here)
+
+
+def test_a_socket_in_the_repository_is_no_redis_of_this_machine() -> None:
+    write('[kms.redis]\nurl = "unix:///repository/redis.sock"')
+
+    assert "kms.redis.url is not taken from " in refusal()
+
+
+def test_flags_and_variables_may_name_what_a_found_file_may_not() -> None:
+    write('state_dir = "state"')
+
+    assert load(None, HOME | {"KMS_STATE_DIR": "/srv/state"}).state_dir == Path("/srv/state")
 
 
 FITS = {
