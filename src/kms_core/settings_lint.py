@@ -77,8 +77,8 @@ def _is_exposed(settings: Settings) -> bool:
     return not is_loopback(settings.kms.bind)
 
 
-def _in_prod(test: Test) -> Test:
-    return lambda settings: settings.is_prod and test(settings)
+def _outside_dev(test: Test) -> Test:
+    return lambda settings: settings.environment != "dev" and test(settings)
 
 
 def _is_cleartext(url: str | None) -> bool:
@@ -275,19 +275,19 @@ _PEERS: Final = (
 _KEYS: Final = (
     Weakness(
         "allow_age_in_prod",
-        _in_prod(lambda settings: "age" in settings.used_backends),
+        _outside_dev(lambda settings: "age" in settings.used_backends),
         "keys lie in files of this host, and whoever reads one opens all",
         "use a key server",
     ),
     Weakness(
         "require_context",
-        _in_prod(lambda settings: not settings.kms.require_context),
+        _outside_dev(lambda settings: not settings.kms.require_context),
         "a ciphertext without context opens in any place it is copied to",
         "write require_context = true",
     ),
     Weakness(
         "age.accept_foreign",
-        _in_prod(lambda settings: settings.accept_foreign),
+        _outside_dev(lambda settings: settings.accept_foreign),
         "files that others made for the public key are taken for ours",
         "write accept_foreign = false",
     ),
@@ -304,13 +304,13 @@ _KEYS: Final = (
 _AUDIT: Final = (
     Weakness(
         "audit.durability",
-        _in_prod(lambda settings: settings.kms.audit.durability == "write"),
+        _outside_dev(lambda settings: settings.kms.audit.durability == "write"),
         "a power cut loses the records of the last seconds",
         'write durability = "fsync"',
     ),
     Weakness(
         "audit.anchor_redis",
-        _in_prod(_has_no_anchor),
+        _outside_dev(_has_no_anchor),
         "an older copy of the audit trail in its place is not noticed",
         "write anchor_redis = true, or name a directory of another disk in anchor_dir",
     ),

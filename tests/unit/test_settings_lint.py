@@ -50,6 +50,18 @@ def test_the_defaults_of_dev_are_no_weakness(tmp_path: Path) -> None:
     assert told(tmp_path, "[kms]") == set()
 
 
+def test_what_is_weak_in_prod_is_weak_in_every_environment_but_dev(tmp_path: Path) -> None:
+    live = (
+        PROD.replace('environment = "prod"', 'environment = "live"')
+        + '[kms.environments.live]\nbackend = "age"\n'
+    )
+
+    assert told(tmp_path, live.replace('durability = "fsync"', "")) >= {
+        "allow_age_in_prod",
+        "audit.durability",
+    }
+
+
 def test_age_in_prod_is_told_although_it_is_allowed(tmp_path: Path) -> None:
     assert told(tmp_path, PROD) == {"allow_age_in_prod"}
 
