@@ -226,6 +226,44 @@ def test_a_chain_written_anew_with_the_same_length_is_found(
     assert codes(verified(place, kept)) == ["rewritten"]
 
 
+def put_stub(file: Path, previous_opened: str) -> None:
+    """In place of a chain a single line behind all of its lines, which takes no key to write."""
+    name = file.name.removesuffix(".jsonl").rpartition(".")[0]
+    body = (
+        f'{{"seq":1000000,"chain":"{name}","time":"2026-01-01T00:00:00.000000Z","kind":"open","version":1,'
+        f'"segment":5,"reason":"continued","service":"x","public_key":"{"00" * 32}","previous":"{"00" * 32}",'
+        f'"previous_opened":"{previous_opened}"'
+    )
+    file.unlink()
+    file.with_name(f"{name}.0005.jsonl").write_bytes(chain.seal(chain.ZERO, body.encode())[0])
+
+
+@pytest.mark.parametrize("previous_opened", ["", "2020-01-01T00:00:00.000000Z"])
+def test_a_line_in_place_of_a_whole_chain_is_found(
+    place: Place, kept: AnchorPlace, writer: Writer, previous_opened: str
+) -> None:
+    """It says that all files before it were removed as they should be."""
+    writer.close()
+    put_stub(place.files()[0], previous_opened)
+    other = Writer(place, kept, role="worker")
+    other.write()
+    other.close()
+
+    assert found(watching(place, kept)) == ["rewritten"]
+    assert set(codes(verified(place, kept))) >= {"missing_file", "missing_chain"}
+
+
+def test_a_line_in_place_of_a_chain_is_found_by_a_chain_that_saw_its_end(
+    place: Place, kept: AnchorPlace, writer: Writer
+) -> None:
+    writer.close()
+    other = Writer(place, kept, role="worker")
+    other.write()
+    put_stub(next(file for file in place.files() if file.name.startswith("api-")), "")
+
+    assert "cut" in codes(verify(place.folder, place.keys(), {}))
+
+
 # -- what is no older copy ----------------------------------------------------------------------------
 
 

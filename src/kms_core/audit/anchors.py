@@ -272,20 +272,21 @@ def _compared(
             yield contradiction(CUT if name in ends else MISSING_CHAIN, anchor, place, last_seq)
         elif name in reader.fresh:
             reader.fresh.discard(name)
-            if not _has(log.folder, ends[name], anchor):
+            if not _has(log, ends[name], anchor):
                 reader.rewritten[name] = contradiction(REWRITTEN, anchor, place, last_seq)
     yield from reader.rewritten.values()
 
 
-def _has(folder: Path, ends: Sequence[tuple[int, int]], anchor: Line) -> bool:
+def _has(log: Log, ends: Sequence[tuple[int, int]], anchor: Line) -> bool:
     """Whether the log has the very line of an anchor; also where its segment was retired meanwhile."""
     number = next(number for number, seq in ends if seq >= anchor.seq)
-    path = segments.path_of(folder, anchor.chain, number)
+    path = segments.path_of(log.folder, anchor.chain, number)
     try:
         line = segments.line_of(path, anchor.seq)
     except FileNotFoundError:
         return True
     if line is None:
         opening = segments.Segment(anchor.chain, number, path).opening()
-        return opening is not None and opening.seq > anchor.seq
+        is_before = opening is not None and opening.seq > anchor.seq
+        return is_before and log.is_retired(anchor.opened)
     return line.endswith(chain.HEAD + anchor.head.encode() + chain.END)

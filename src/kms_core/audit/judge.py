@@ -51,7 +51,7 @@ def judge(report: Report, found: Mapping[Segment, Found], anchors: Anchors, keys
         report.chains.append(made)
         report.problems += _torn(files, made)
         if name in seen:
-            report.problems += _held_against(files, made, seen[name])
+            report.problems += _held_against(files, made, seen[name], horizon)
     report.problems += _absent(seen, chains.keys(), horizon)
     for place, kept in anchors.items():
         newest = _against_anchors(report, log, place, kept, keys)
@@ -102,7 +102,11 @@ class _Log:
             return MISSING_CHAIN if anchor.opened > self.horizon else ""
         if seq > self.last[name]:
             return CUT
-        return REWRITTEN if seq >= self.first[name] else ""
+        if seq >= self.first[name]:
+            return REWRITTEN
+        return (
+            MISSING_CHAIN if anchor.opened > self.horizon else ""
+        )  # what stands there now names no line before it
 
 
 def _log_of(chains: Mapping[str, Sequence[tuple[Segment, Found]]], horizon: str) -> _Log:
@@ -191,7 +195,7 @@ def _joints(files: Sequence[tuple[Segment, Found]], horizon: str) -> Iterator[Pr
     """Whether the files of a chain are all there and continue each other."""
     first, found = files[0]
     opening = _opening(found)
-    if first.number > 1 and not (opening is not None and opening.previous_opened <= horizon):
+    if first.number > 1 and not (opening is not None and "" < opening.previous_opened <= horizon):
         missing = f"file {first.number - 1} of the chain and all before it are missing"
         yield Problem("missing_file", missing, first.chain)
     for (before, earlier), (segment, later) in pairwise(files):
@@ -251,8 +255,12 @@ def _torn(files: Sequence[tuple[Segment, Found]], made: ChainReport) -> Iterator
 
 
 def _held_against(
-    files: Sequence[tuple[Segment, Found]], made: ChainReport, seen: _Seen
+    files: Sequence[tuple[Segment, Found]], made: ChainReport, seen: _Seen, horizon: str
 ) -> Iterator[Problem]:
+    if seen.tip.seq < files[0][1].first_seq and seen.tip.opened > horizon:
+        missing = f"line {seen.tip.seq} and all before it are missing: {seen.by} saw it at {seen.time}"
+        yield Problem("cut", missing, made.chain, files[0][0].path.name, seen.tip.seq)
+        return
     if seen.tip.seq > made.last_seq:
         missing = (
             f"lines {made.last_seq + 1} to {seen.tip.seq} are missing: {seen.by} saw them at {seen.time}"
