@@ -49,6 +49,7 @@ TRANSPORT: Final[dict[str, object]] = {
     "visibility_timeout": _VISIBILITY_S,
     "unacked_restore_interval": 5,
     "unacked_restore_throttle": 1,
+    "unacked_restore_limit": 100,  # of one look, or a list of junk would keep the loop for a minute
     "socket_timeout": 10,
     "socket_connect_timeout": 2,
     "socket_keepalive": True,

@@ -5,6 +5,7 @@ ends the same way. Messages from Redis have passed ``kms_worker.elements`` befor
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -37,10 +38,13 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
         super().__init__(*args, **options)
 
     def connect(self) -> Any:  # noqa: ANN401 -- as above
-        """A connection to the broker, on which no key of Redis is in the way of the service's."""
-        connection = super().connect()
-        elements.repair(connection, self._checks)
-        return connection
+        """A connection to the broker, on which no key of Redis is in the way of the service's.
+
+        kombu takes messages up again while it connects, so the way is made by a connection of its own.
+        """
+        with self.app.connection_for_read() as connection, suppress(*connection.connection_errors):
+            elements.repair(connection, self._checks)
+        return super().connect()
 
     def create_task_handler(self, *args: Any, **options: Any) -> Handler:  # noqa: ANN401 -- as above
         """What Celery calls with each message."""

@@ -22,6 +22,11 @@ _LISTS: Final = tuple(
 )
 
 
+_BINDINGS: Final = ("binding", "binding_permanent")
+_MUTEX: Final = "unacked_mutex"
+_NO_EXPIRY: Final = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Checks:
     """How elements are checked. ``submit_bytes`` bounds the argument of kms.submit."""
@@ -51,7 +56,7 @@ class Checks:
         """Delete keys with a name of the broker's and another type: nothing can be read from there or put."""
         looks = [(client.llen, key) for key in _LISTS]
         looks += [(client.hlen, "unacked"), (lambda key: client.zrange(key, 0, 0), "unacked_index")]
-        looks += [(client.smembers, f"_kombu.binding.{queue}") for queue in TASKS]
+        looks += [(client.smembers, f"_kombu.{kind}.{queue}") for kind in _BINDINGS for queue in TASKS]
         for look, key in looks:
             try:
                 look(key)
@@ -61,6 +66,9 @@ class Checks:
                 client.delete(key)
                 queue = key.rsplit(_SEPARATOR, 1)[0]
                 self.refusals.refuse(queue if key in _LISTS else "other", "wrong_type", b"")
+        if client.ttl(f"{client.global_keyprefix}{_MUTEX}") == _NO_EXPIRY:  # kombu always sets one
+            client.delete(_MUTEX)
+            self.refusals.refuse("other", "wrong_type", b"")
 
 
 class CheckedClient(redis.PrefixedStrictRedis):
@@ -80,7 +88,7 @@ class CheckedClient(redis.PrefixedStrictRedis):
 
 
 class CheckedQoS(kombu_ack.OurQoS):
-    """As ours, but for notes of messages in hand that no worker wrote: they are dropped."""
+    """As ours, but for notes of messages in hand that no worker wrote, or that kombu cannot read: dropped."""
 
     checks: ClassVar[Checks]
 
@@ -88,10 +96,20 @@ class CheckedQoS(kombu_ack.OurQoS):
         if tag not in self._delivered:
             with self.channel.conn_or_acquire(client) as line:
                 note = line.hget(self.unacked_key, tag)
-                if note is not None and not self.checks.held(note):
-                    self._remove_from_indices(tag, line.pipeline()).execute()  # type: ignore[no-untyped-call]
+                if note is None or not self.checks.held(note):
+                    self._forget(tag, line)
                     return
-        super().restore_by_tag(tag, client, leftmost)
+        try:
+            super().restore_by_tag(tag, client, leftmost)
+        except (redis_py.ConnectionError, redis_py.TimeoutError):
+            raise
+        except Exception:  # noqa: BLE001 -- whatever kombu makes of fields that the check passes over
+            self.checks.refusals.refuse("other", "envelope", b"")
+            with self.channel.conn_or_acquire(client) as line:
+                self._forget(tag, line)
+
+    def _forget(self, tag: str, line: Any) -> None:  # noqa: ANN401 -- kombu's
+        self._remove_from_indices(tag, line.pipeline()).execute()  # type: ignore[no-untyped-call]
 
 
 def install(checks: Checks) -> None:

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from celery import Celery
 from kombu.connection import Connection
+from redis import Redis, ResponseError
 
 import poison
 from poison import QUEUES, Poison
@@ -217,3 +218,69 @@ def test_message_in_hand_when_its_worker_died_twice_is_set_aside(poisoned: Servi
 def stuck_children(service: Service) -> list[int]:
     """Pool processes that wait in an open of a FIFO."""
     return [pid for pid in service.pool_pids() if "partner" in Path(f"/proc/{pid}/wchan").read_text()]
+
+
+# -- what a writer to Redis itself can leave there -----------------------------------------------------------
+
+
+@pytest.fixture
+def on_redis(tmp_path: Path) -> Iterator[Service]:
+    with Service(tmp_path, "[kms.jobs]\nconcurrency = 1\n") as service:
+        yield service.start()
+
+
+def restarted(service: Service) -> None:
+    service.kill("worker")
+    service.spawn("worker")
+
+
+def note(unknown: str) -> bytes:
+    """A message in hand as a worker notes it, and a field of which kombu makes what it wants."""
+    envelope = {
+        "body": b64(b'[["x"], {}, {}]'),
+        "headers": {"task": "kms.run", "id": "i"},
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "properties": {"body_encoding": "base64"},
+    }
+    return f'[{json.dumps(envelope)[:-1]},"x":{unknown}}},"","kms.bulk"]'.encode()
+
+
+def test_notes_that_kombu_cannot_read_are_dropped(on_redis: Service) -> None:
+    """Messages in hand are restored when a worker connects: such a note ended each one that started."""
+    redis = core_of(on_redis).shop.store.redis
+    notes = [
+        '{"__type__":"decimal","__value__":"abc"}',
+        '{"__type__":"datetime","__value__":"x"}',
+        "1" * 6000,
+    ]
+    for tag, unknown in enumerate(notes):
+        redis.hset("kms:unacked", str(tag), note(unknown))
+        redis.zadd("kms:unacked_index", {str(tag): 1})
+    restarted(on_redis)
+
+    assert work(on_redis) < 30
+    until(lambda: not redis.hlen("kms:unacked"), "the notes are gone")
+    assert not redis.zcard("kms:unacked_index")
+    assert "Traceback" not in on_redis.output("worker")
+
+
+def value_of(client: Redis, key: str) -> object:
+    """The text at a key; None where there is none, or something else than a text."""
+    try:
+        return client.get(key)
+    except ResponseError:
+        return None
+
+
+@pytest.mark.parametrize(
+    "key", ["unacked_index", "_kombu.binding_permanent.kms.bulk", "unacked_mutex", "unacked"]
+)
+def test_keys_of_another_type_keep_no_worker_from_its_start(on_redis: Service, key: str) -> None:
+    redis = core_of(on_redis).shop.store.redis
+    redis.delete(f"kms:{key}")
+    redis.set(f"kms:{key}", "x")
+    restarted(on_redis)
+
+    assert work(on_redis) < 30
+    assert value_of(redis, f"kms:{key}") != b"x"
