@@ -1,8 +1,10 @@
 """A log that is older than its anchors is found: while it is written, at the next start, and by verify."""
 
 import math
+import os
 import shutil
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Final, cast
 
@@ -262,6 +264,41 @@ def test_a_line_in_place_of_a_chain_is_found_by_a_chain_that_saw_its_end(
     put_stub(next(file for file in place.files() if file.name.startswith("api-")), "")
 
     assert "cut" in codes(verify(place.folder, place.keys(), {}))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "endless"])
+def test_what_is_no_file_keeps_nobody_from_looking(
+    place: Place, kept: AnchorPlace, writer: Writer, kind: str
+) -> None:
+    """A pipe in place of a file hung the service; a folder there hid that others were missing."""
+    writer.close()
+    watch = watching(place, kept)
+    assert found(watch) == []
+    file = place.files()[0]
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(file if kind == "loop" else "/dev/zero")
+
+    assert found(watch) == ["missing_chain"]
+    assert codes(verified(place, kept)) == ["missing_chain"]
+    assert segments.tips(place.folder, but="") == {}
+
+
+def test_line_without_end_is_not_searched_for_its_beginning(place: Place, writer: Writer) -> None:
+    writer.close()
+    file = place.files()[0]
+    with file.open("ab") as out:
+        out.truncate(file.stat().st_size + 200 * 1024 * 1024)
+
+    tracemalloc.start()
+    assert segments.Segment("x", 1, file).last() is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * 1024 * 1024
 
 
 # -- what is no older copy ----------------------------------------------------------------------------

@@ -214,9 +214,7 @@ def _lines(path: Path, time: str) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
             file.seek(segments.offset_of(file, lambda line: line.time >= time) if time else 0)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
+            while (line := file.readline(segments.LONGEST_LINE_BYTES)).endswith(b"\n"):
                 yield line
     except FileNotFoundError:  # retired meanwhile
         return

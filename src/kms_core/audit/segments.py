@@ -49,13 +49,16 @@ def path_of(folder: Path, name: str, number: int) -> Path:
 
 
 def listed(folder: Path) -> list[Segment]:
-    """The segments of a folder, by chain and number. Empty if there is no such folder."""
+    """The segments of a folder, by chain and number. Empty if there is no such folder.
+
+    What is no plain file is none of them: a pipe would never be read to its end.
+    """
     try:
         paths = list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
     found = ((NAME.fullmatch(path.name), path) for path in paths)
-    return sorted(Segment(match[1], int(match[2]), path) for match, path in found if match)
+    return sorted(Segment(match[1], int(match[2]), path) for match, path in found if match and path.is_file())
 
 
 def by_chain(folder: Path) -> dict[str, list[Segment]]:
@@ -106,7 +109,10 @@ def _written_at(path: Path) -> float:
 
 
 def backwards(path: Path) -> Iterator[bytes]:
-    """The whole lines of a file, last first, without their newline; a torn tail is passed over."""
+    """The whole lines of a file, last first, without their newline; a torn tail is passed over.
+
+    They end at a line of more than 1 MiB, which nobody of ours wrote.
+    """
     with path.open("rb") as file:
         begin = file.seek(0, os.SEEK_END)
         tail = b""
@@ -117,6 +123,8 @@ def backwards(path: Path) -> Iterator[bytes]:
             if lines:
                 yield from reversed(lines[:-1])
                 tail = first + b"\n"
+            if len(tail) > LONGEST_LINE_BYTES:
+                return
         if tail.endswith(b"\n"):
             yield tail[:-1]
 
