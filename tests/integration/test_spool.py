@@ -396,11 +396,12 @@ def test_deleted_job_is_gone_and_deleting_twice_is_no_error(spool: Spool, folder
 @pytest.mark.parametrize(
     "name", ["..", "../spool", "/etc", "", "x", JOB + "/../" + OTHER, JOB.upper() + "x"], ids=repr
 )
-def test_only_job_ids_name_folders(spool: Spool, name: str) -> None:
+def test_only_job_ids_name_folders(spool: Spool, folder: Path, name: str) -> None:
     with pytest.raises(ResultExpired):
         write(spool, label(name))
-    with pytest.raises(ResultExpired):
-        spool.delete(name)
+    spool.delete(name)  # of what is no id of a job there is nothing
+
+    assert sorted(folder.parent.iterdir()) == [folder, folder.parent / "spool.key"]
 
 
 def link(path: Path, kept: Path) -> None:
@@ -518,3 +519,54 @@ def test_old_folders_are_candidates_for_the_sweep(spool: Spool, folder: Path) ->
         os.utime(path, (past, past))
 
     assert list(spool.folders(older_than_s=50)) == [JOB]
+
+
+# -- folders that others made ----------------------------------------------------------------------------
+
+
+def nested(at: Path, levels: int) -> None:
+    """Folders in folders, deeper than any path can name."""
+    inner = os.open(at, os.O_DIRECTORY)
+    for _ in range(levels):
+        os.mkdir("d", dir_fd=inner)
+        lower = os.open("d", os.O_DIRECTORY, dir_fd=inner)
+        os.close(inner)
+        inner = lower
+    os.close(inner)
+
+
+def test_folders_in_folders_stop_no_upload_and_are_deleted(
+    spool: Spool, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "kept").write_bytes(b"x")
+    for name in (JOB, "others"):
+        (folder / name).mkdir()
+        nested(folder / name, 1100)
+    (folder / JOB / "d" / "link").symlink_to(tmp_path)
+
+    write(spool, label(OTHER))
+    assert spool.delete(JOB)
+
+    assert not (folder / JOB).exists()
+    assert (tmp_path / "kept").exists()
+    (folder / "others").rename(folder / JOB)  # or the cleaning up would fail
+    assert spool.delete(JOB)
+
+
+def test_a_folder_that_cannot_be_entered_or_deleted_stops_nothing(
+    spool: Spool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / JOB / "inner").mkdir(parents=True)
+    real = os.scandir
+
+    def refusing(path: int | str | Path) -> object:
+        if JOB in str(Path(f"/proc/self/fd/{path}").readlink() if isinstance(path, int) else path):
+            raise PermissionError
+        return real(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", refusing)
+        write(spool, label(OTHER))
+        assert not spool.delete(JOB)
+
+    assert spool.delete(JOB)

@@ -233,9 +233,13 @@ class Spool:
         with suppress(ResultExpired, RecordRefused):
             plain_files.remove(self._folder(label.job_id), label.name)
 
-    def delete(self, job_id: str) -> None:
-        """Everything of one job. Doing it twice is no error."""
-        shutil.rmtree(self._folder(job_id), ignore_errors=True)
+    def delete(self, job_id: str) -> bool:
+        """Everything of one job; whether it is gone. Doing it twice is no error; what is no id has none."""
+        with suppress(ResultExpired):
+            if not plain_files.remove_folder(self._folder(job_id)):
+                _log.warning("spool.not_deleted", job_id=job_id)
+                return False
+        return True
 
     def folders(self, older_than_s: float) -> Iterator[str]:
         """Job ids of folders that nothing has changed for so long: candidates for the sweep of orphans."""
@@ -280,11 +284,14 @@ class Spool:
 
 
 def _size(folder: str | Path) -> int:
-    """Bytes of all files below; what is deleted meanwhile counts for nothing."""
-    total = 0
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in entries:
-            with suppress(FileNotFoundError):
-                inner = entry.is_dir(follow_symlinks=False)
-                total += _size(entry.path) if inner else entry.stat(follow_symlinks=False).st_size
+    """Bytes of all files below; what is deleted meanwhile, or cannot be looked at, counts for nothing."""
+    total, folders = 0, [folder]
+    while folders:
+        with suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                with suppress(OSError):
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_size
     return total
