@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 import pytest
 import redis
 
 from kms_cli.valkey import EmbeddedValkey
+from kms_core.errors import UnknownJob
 from kms_core.jobs.build import Core
 from kms_core.jobs.caretaker import Caretaker
 from kms_core.jobs.desk import new_id
@@ -168,6 +169,52 @@ def test_junk_in_the_list_of_jobs_hides_no_job(install: Install) -> None:
     for page in ("/ui", "/ui/jobs", "/ui/jobs?state=dead", "/metrics"):
         assert install.service.http.get(page).status_code == 200
     assert survey(install.store).jobs["queued"] >= 1
+
+
+def test_a_key_of_a_wrong_type_is_no_job_and_hides_none(install: Install) -> None:
+    wrong = new_id()
+    install.store.redis.set(f"kms:job:{wrong}", "no hash")
+    for key in (f"kms:tenant:{TENANT}", "kms:dead"):
+        install.store.redis.zadd(key, {wrong: 1})
+    install.store.redis.zadd("kms:open", {wrong: 9e12})
+
+    assert install.good in install.pages(100)
+    assert wrong not in install.pages(100)
+    assert install.service.get("/jobs/dead", params={"limit": "1000"}).status_code == 200
+    assert install.service.get(f"/jobs/{wrong}").status_code == 404
+    assert "redis" not in install.service.get("/status").json()["degraded"]
+    assert survey(install.store).jobs["queued"] >= 1
+    for read in (install.store.part, install.store.accepted, install.store.log_of):
+        with pytest.raises(UnknownJob):
+            read(wrong)
+
+
+def test_a_list_of_dead_letters_of_a_wrong_type_counts_none(core: Core) -> None:
+    store = store_of(core, SHORT, [])
+    store.submit(accepted())
+    store.redis.set("kms:dead", "no list")
+
+    assert (survey(store).jobs["queued"], survey(store).dead) == (1, 0)
+
+
+@pytest.mark.parametrize("broken", ["wrong type", "last id"])
+def test_a_stream_of_events_that_takes_none_costs_no_job(core: Core, broken: str) -> None:
+    store = store_of(core, SHORT, [])
+    claim = store.claim(store.submit(accepted()).job_id, "w1")
+    assert claim
+    store.redis.delete("kms:events")
+    if broken == "wrong type":
+        store.redis.set("kms:events", "x")
+    else:
+        store.redis.xadd("kms:events", {"a": "b"}, id=f"{2**64 - 1}-{2**64 - 1}")
+
+    store.finish(claim, "failed", "nothing")
+
+    assert store.redis.zscore("kms:open", claim.accepted.job_id) is None
+    assert store.redis.zscore("kms:ended", claim.accepted.job_id)
+    assert store.get(claim.accepted.job_id, TENANT).state == "failed"
+    events = cast("list[tuple[bytes, dict[bytes, bytes]]]", store.redis.xrange("kms:events"))
+    assert [fields[b"type"] for _, fields in events] == [b"kms.job.failed"]
 
 
 # -- the caretaker -------------------------------------------------------------------------------------

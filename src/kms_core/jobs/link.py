@@ -15,6 +15,7 @@ from kms_core.jobs.model import MOST, Job, LeaseLost
 
 PREFIX: Final = "kms:"
 TALLY: Final = "tally:"  # of a campaign: fields of its parts that are summed up in the whole
+_OF_THE_RECORD: Final = ("WRONGTYPE", "is not an integer", "is not a valid float")
 _CURSOR: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)-([0-9a-f-]{36})")
 _log = structlog.get_logger(__name__)
 
@@ -87,6 +88,11 @@ def raise_for(word: bytes) -> None:
         raise JobCancelled
 
 
+def is_of_the_record(exc: Exception) -> bool:
+    """Whether Redis answered so because of a key or a field that others wrote; else it is Redis's own."""
+    return any(word in str(exc) for word in _OF_THE_RECORD)
+
+
 @contextmanager
 def redis_errors() -> Iterator[None]:
     try:
@@ -94,3 +100,15 @@ def redis_errors() -> Iterator[None]:
     except redis.RedisError as exc:
         _log.warning("redis.failed", error=type(exc).__name__)
         raise JobsUnavailable from exc
+
+
+@contextmanager
+def record_errors() -> Iterator[None]:
+    """As ``redis_errors``, but UnknownJob where something else than a record is at the key of one."""
+    with redis_errors():
+        try:
+            yield
+        except redis.ResponseError as exc:
+            if not is_of_the_record(exc):
+                raise
+            raise UnknownJob from exc

@@ -16,7 +16,7 @@ import structlog
 
 from kms_core.errors import UnknownJob
 from kms_core.jobs.ends import CLOCK_LEEWAY_S, SignedEnd, needs_proof, spec_digest
-from kms_core.jobs.link import PREFIX, Cursor, job_key, reading, redis_errors
+from kms_core.jobs.link import PREFIX, Cursor, job_key, reading, record_errors, redis_errors
 from kms_core.jobs.model import REFUSED, Accepted, Job, Log, Rules, part_id
 from kms_core.jobs.records import RecordKey
 from kms_core.jobs.upkeep import Upkeep
@@ -59,7 +59,7 @@ class JobReader(Upkeep):
 
     def get(self, job_id: str, tenant: str) -> Job:
         """One job of this tenant; UnknownJob for another's too."""
-        with redis_errors():
+        with record_errors():
             raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
         if not raw or raw.get(b"tenant") != tenant.encode() or b"parent" in raw:
             raise UnknownJob
@@ -67,7 +67,7 @@ class JobReader(Upkeep):
 
     def part(self, job_id: str) -> Job:
         """A part of a job, for the service's own eyes: nobody may look at, cancel or retry it by itself."""
-        with redis_errors():
+        with record_errors():
             raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
         if not raw:
             raise UnknownJob
@@ -75,7 +75,7 @@ class JobReader(Upkeep):
 
     def accepted(self, job_id: str) -> Accepted:
         """The sealed part of a job, opened. UnknownJob if it is not there or was not sealed by us."""
-        with redis_errors():
+        with record_errors():
             sealed = cast("bytes | None", self.redis.hget(job_key(job_id), "sealed"))
         if sealed is None:
             raise UnknownJob
@@ -132,7 +132,7 @@ class JobReader(Upkeep):
 
     def log_of(self, job_id: str) -> Log:
         """How far a part came. UnknownJob if that was not written by us."""
-        with redis_errors():
+        with record_errors():
             found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "log", "sealed"))
         log, sealed = [value or b"" for value in found]
         return self._log(job_id, log, sealed) if log else Log()
@@ -147,7 +147,7 @@ class JobReader(Upkeep):
 
     def parent_record(self, job_id: str) -> ParentRecord:
         """What the end of a job in parts is made from; fields that are not there are empty."""
-        with redis_errors():
+        with record_errors():
             found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "sealed", "split"))
         return ParentRecord(*[value or b"" for value in found])
 
@@ -155,7 +155,7 @@ class JobReader(Upkeep):
         """The parts of a job in order, some hundred in one look. UnknownJob where one is not there."""
         for start in range(0, min(count, MOST_PARTS), _PARTS_AT_ONCE):
             ids = [part_id(job_id, number) for number in range(start, min(count, start + _PARTS_AT_ONCE))]
-            with redis_errors():
+            with record_errors():
                 pipeline = self.redis.pipeline(transaction=False)
                 for name in ids:
                     pipeline.hgetall(job_key(name))

@@ -30,10 +30,21 @@ end
 
 local function event(f, name, state, code)
   if f[5] then return end  -- of a job in parts, only the whole is told
-  redis.call('XADD', 'kms:events', 'MAXLEN', '~', 100000, '*', 'specversion', '1.0',
+  local fields = { 'specversion', '1.0',
     'type', 'kms.job.' .. state, 'source', '/api/v1/kms/jobs', 'subject', name,
     'id', name .. '.' .. (f[3] or '0') .. '.' .. state .. '.' .. clock[1] .. clock[2], 'time', tostring(now),
-    'tenant', f[1] or '', 'kind', f[2] or '', 'attempt', f[4] or '0', 'code', code)
+    'tenant', f[1] or '', 'kind', f[2] or '', 'attempt', f[4] or '0', 'code', code }
+  local function add()
+    local answer = redis.pcall('XADD', 'kms:events', 'MAXLEN', '~', 100000, '*', unpack(fields))
+    return type(answer) == 'table' and answer.err or ''
+  end
+  -- A script must not stop halfway because of its event. What is no stream, or one whose ids are used up,
+  -- was not made by a script of ours, and takes no event ever again: it goes.
+  local failed = add()
+  if string.find(failed, 'WRONGTYPE') or string.find(failed, 'exhausted') then
+    redis.call('DEL', 'kms:events')
+    add()
+  end
 end
 
 local function leases(tenant)

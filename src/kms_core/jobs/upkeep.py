@@ -10,7 +10,7 @@ import redis
 import structlog
 
 from kms_core.jobs import claim_script, letters, part_scripts, scripts
-from kms_core.jobs.link import PREFIX, busy_key, job_key, number, redis_errors
+from kms_core.jobs.link import PREFIX, busy_key, is_of_the_record, job_key, number, redis_errors
 from kms_core.jobs.model import QUEUES, REDIS_STEPS, Lane
 from kms_core.wire import PRIORITIES, Priority
 
@@ -21,8 +21,6 @@ _REAPED_AT_ONCE: Final = 200  # some milliseconds, in which Redis does nothing e
 _TENANTS: Final = f"{PREFIX}tenants"
 _WORKERS: Final = f"{PREFIX}workers"
 _DEAD: Final = f"{PREFIX}dead"
-_OF_THE_RECORD: Final = ("WRONGTYPE", "is not an integer", "is not a valid float")
-"""What Redis says of a record that others wrote; other errors are Redis's own."""
 _log = structlog.get_logger(__name__)
 _NONE: Final[Mapping[Lane, float]] = MappingProxyType({})
 Script = Callable[..., list[bytes]]
@@ -95,7 +93,7 @@ class Upkeep:
     def _reaped(self, job_id: str, answer: list[bytes] | Exception, next_look_s: float) -> list[bytes]:
         if not isinstance(answer, Exception):
             return answer
-        if not any(word in str(answer) for word in _OF_THE_RECORD):
+        if not is_of_the_record(answer):
             raise answer
         self.redis.zadd(f"{PREFIX}open", {job_id: self.now() + next_look_s}, xx=True)
         _log.warning("job.unreadable", job_id=job_id)
@@ -145,7 +143,14 @@ class Upkeep:
     def purged(self, job_id: str) -> bool:
         """Note that the result is gone; the record itself expires later. Whether attempts may have died."""
         with redis_errors():
-            fence = self._run["PURGED"]([job_key(job_id)], [job_id])[0]
+            try:
+                fence = self._run["PURGED"]([job_key(job_id)], [job_id])[0]
+            except redis.ResponseError as exc:
+                if not is_of_the_record(exc):
+                    raise
+                self.redis.zrem(f"{PREFIX}ended", job_id)
+                _log.warning("job.unreadable", job_id=job_id)
+                return False
         return number(fence) > 1
 
     def lists(self) -> list[str]:
@@ -155,10 +160,27 @@ class Upkeep:
         return [_DEAD, *sorted(f"{PREFIX}tenant:{raw.decode(errors='replace')}" for raw in tenants)]
 
     def trim(self, key: str, begin: int, count: int = 1000) -> int:
-        """Drop the ids of expired records among ``count`` of a list; where to go on, 0 once at its end."""
+        """Drop the ids of expired records among ``count`` of a list; where to go on, 0 once at its end.
+
+        What is no list is deleted: nobody here made it, and nothing can be added to it.
+        """
         owner = key.removeprefix(f"{PREFIX}tenant:")
         with redis_errors():
+            if self.drop_wrong(self.redis.zcard, key):
+                return 0
             return int(self._run["TRIM"]([key, _TENANTS], [begin, count, owner])[0])
+
+    def drop_wrong(self, read: Callable[[str], object], key: str) -> bool:
+        """Delete a key that ``read`` finds to be of a wrong type, which others wrote; whether it was."""
+        try:
+            read(key)
+        except redis.ResponseError as exc:
+            if not is_of_the_record(exc):
+                raise
+            self.redis.delete(key)
+            _log.warning("redis.wrong_type_deleted", key=key)
+            return True
+        return False
 
     def lane_of(self, job_id: str) -> Lane:
         """Where a job waits; what is not one of ours counts as the first queue, and normal."""
@@ -179,11 +201,14 @@ class Upkeep:
     def lock(self, name: str, owner: str, seconds: float) -> bool:
         """A short lock for one caretaker at a time; its holder renews it by calling again."""
         with redis_errors():
-            key = f"{PREFIX}lock:{name}"
-            if self.redis.set(key, owner, nx=True, px=int(seconds * 1000)):
+            key, milliseconds = f"{PREFIX}lock:{name}", int(seconds * 1000)
+            if self.redis.set(key, owner, nx=True, px=milliseconds):
                 return True
+            left = self.redis.pttl(key)
+            if left == -1 or left > milliseconds:  # nobody here holds it so long
+                self.redis.pexpire(key, milliseconds)
             if self.redis.get(key) == owner.encode():
-                self.redis.pexpire(key, int(seconds * 1000))
+                self.redis.pexpire(key, milliseconds)
                 return True
         return False
 
