@@ -6,7 +6,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
+from kms_core.errors import JobsUnavailable
 from kms_core.jobs import letters
 from kms_core.jobs.blobs import Label
 from kms_core.jobs.build import Core
@@ -161,3 +163,80 @@ def test_one_caretaker_at_a_time(store: JobStore) -> None:
     assert store.lock("caretaker", "c1", 10)
     assert store.lock("caretaker", "c1", 10)
     assert not store.lock("caretaker", "c2", 10)
+
+
+@pytest.mark.parametrize("seconds", [None, 10_000], ids=["for ever", "long"])
+def test_a_lock_that_no_caretaker_took_is_over_in_time(store: JobStore, seconds: int | None) -> None:
+    store.redis.set("kms:lock:caretaker", "x", ex=seconds)
+    assert not store.lock("caretaker", "c1", 0.2)
+    time.sleep(0.3)
+
+    assert store.lock("caretaker", "c1", 0.2)
+
+
+def test_a_lock_of_a_wrong_type_is_over_in_time(store: JobStore) -> None:
+    store.redis.sadd("kms:lock:courier", "x")
+    with pytest.raises(JobsUnavailable):
+        store.lock("courier", "c1", 0.2)
+    time.sleep(0.3)
+
+    assert store.lock("courier", "c1", 0.2)
+
+
+# -- what others wrote stops nothing ---------------------------------------------------------------------
+
+
+def expiring(core: Core, store: JobStore) -> str:
+    """A job whose results are to be deleted: behind all that others put there."""
+    claim = claimed(store)
+    job_id = claim.accepted.job_id
+    store.finish(claim, "failed", "nothing")
+    with core.shop.spool.writing(Label(TENANT, job_id, "head", 1)) as out:
+        out.write(b"x")
+    store.redis.zadd("kms:ended", {job_id: 3})
+    return job_id
+
+
+def test_what_is_no_job_among_the_ended_keeps_no_result(core: Core, store: JobStore) -> None:
+    good, wrong = expiring(core, store), new_id()
+    store.redis.set(f"kms:job:{wrong}", "no hash")
+    store.redis.zadd("kms:ended", {"junk": 1, "../..": 1, wrong: 2})
+
+    caretaker(core, store, waiting=1).round()
+
+    assert store.get(good, TENANT).purged == 1
+    assert list(core.shop.spool.folders(older_than_s=-10)) == []
+    assert store.redis.zcard("kms:ended") == 0
+
+
+def test_a_list_of_a_wrong_type_keeps_no_other_from_being_trimmed(core: Core, store: JobStore) -> None:
+    store.redis.sadd("kms:tenants", "a", "b")
+    store.redis.set("kms:tenant:a", "no list")
+    store.redis.zadd("kms:tenant:b", {"expired": 1})
+
+    caretaker(core, store, waiting=1).round()
+
+    assert not store.redis.exists("kms:tenant:a", "kms:tenant:b")
+
+
+def test_a_step_that_fails_keeps_the_caretaker_from_no_other(
+    core: Core, store: JobStore, tmp_path: Path
+) -> None:
+    good, orphan = expiring(core, store), new_id()
+    store.redis.delete("kms:open", "kms:tenants")
+    for key in ("kms:open", "kms:tenants"):
+        store.redis.set(key, "of a wrong type")
+    with core.shop.spool.writing(Label(TENANT, orphan, "head", 1)) as out:
+        out.write(b"x")
+    folder = tmp_path / "state/spool" / orphan
+    os.utime(folder, (0, 0))
+
+    with capture_logs() as logs:
+        care = caretaker(core, store, waiting=1)
+        for _ in range(3):
+            care.round()
+
+    assert store.get(good, TENANT).purged == 1
+    assert not folder.exists()
+    failed = [line["step"] for line in logs if line["event"] == "caretaker.step_failed"]
+    assert sorted(failed) == ["take_up_due", "trim"], "each is told once"

@@ -50,6 +50,7 @@ class Caretaker(threading.Thread):
         self._working = working
         self._stop_asked = threading.Event()
         self._rounds = 0
+        self._failing: set[str] = set()
         self._trimmed: dict[str, int] = {}
 
     def run(self) -> None:
@@ -66,6 +67,26 @@ class Caretaker(threading.Thread):
 
     def round(self) -> None:
         """Take up what is due, delete what has expired, and now and then trim lists and sweep orphans."""
+        self._step(self._take_up_due)
+        self._step(self._delete_expired)
+        if self._rounds % _TRIM_EVERY == 0:
+            self._step(self._trim)
+        if self._rounds % _SWEEP_EVERY == 0:
+            self._step(self._sweep)
+        self._rounds += 1
+
+    def _step(self, step: Callable[[], None]) -> None:
+        """One step, which may fail without the others; the log has the first failure of a row."""
+        try:
+            step()
+        except Exception as exc:  # noqa: BLE001 -- as above
+            if step.__name__ not in self._failing:
+                _log.warning("caretaker.step_failed", step=step.__name__.strip("_"), error=type(exc).__name__)
+            self._failing.add(step.__name__)
+        else:
+            self._failing.discard(step.__name__)
+
+    def _take_up_due(self) -> None:
         due = self._store.due()
         if due:
             waiting = self._waiting()
@@ -73,15 +94,12 @@ class Caretaker(threading.Thread):
             for job_id, (found, lane) in zip(due, reaped, strict=True):
                 if found in _WANT_A_MESSAGE or (found == "queued" and not waiting.get(lane)):
                     self._take_up(job_id, found, lane)
+
+    def _delete_expired(self) -> None:
         for job_id in self._store.expired():
             self._spool.delete(job_id)
             if self._store.purged(job_id):  # a worker tidies what they may have left beside the target
                 self._store.nudge(job_id, self._store.lane_of(job_id))
-        if self._rounds % _TRIM_EVERY == 0:
-            self._trim()
-        if self._rounds % _SWEEP_EVERY == 0:
-            self._sweep()
-        self._rounds += 1
 
     def _take_up(self, job_id: str, found: str, lane: Lane) -> None:
         self._store.nudge(job_id, lane)
@@ -96,6 +114,5 @@ class Caretaker(threading.Thread):
     def _sweep(self) -> None:
         """Folders that no record names: an upload broken off by a kill, a record that expired."""
         for job_id in self._spool.folders(_ORPHAN_AGE_S):
-            if not self._store.exists(job_id):
-                self._spool.delete(job_id)
+            if not self._store.exists(job_id) and self._spool.delete(job_id):
                 _log.info("spool.swept", job_id=job_id)
