@@ -5,15 +5,17 @@ thread, round by round, and between forks.
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
+import redis
 import structlog
 
 from kms_core import metrics
 from kms_core.jobs import webhooks
+from kms_core.jobs.link import is_of_the_record
 from kms_core.jobs.outbox import Delivery, Outbox
 from kms_core.jobs.webhooks import Endpoint, Outcome
 
@@ -75,14 +77,28 @@ class Courier(threading.Thread):
         """Settle what was answered; with the lock, take in events and send what is due."""
         for future in [future for future in self._in_hand if future.done()]:
             if not future.cancelled():
-                self._settle(self._in_hand[future], _outcome(future))
+                with self._mending():
+                    self._settle(self._in_hand[future], _outcome(future))
             del self._in_hand[future]
         if self._stop_asked or not self._outbox.store.lock("courier", self._owner, _LOCK_S):
             return
-        self._more = self._outbox.take_in()
-        for name in self._outbox.endpoints():
-            self._send_due(name)
+        with self._mending():
+            self._more = self._outbox.take_in()
+        with self._mending():
+            for name in self._outbox.endpoints():
+                with self._mending():
+                    self._send_due(name)
         metrics.WEBHOOK_OUTBOX.set(self._outbox.size())
+
+    @contextmanager
+    def _mending(self) -> Iterator[None]:
+        """For what fails because of keys that others wrote: they go, and the next round tries again."""
+        try:
+            yield
+        except redis.ResponseError as exc:
+            if not is_of_the_record(exc):
+                raise
+            self._outbox.mend()
 
     def _send_due(self, name: str) -> None:
         under_way = {held.delivery_id for held in self._in_hand.values() if held.endpoint == name}

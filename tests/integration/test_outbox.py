@@ -9,9 +9,12 @@ import pytest
 
 from hooks import ENTRIES, end, endpoint, every, taken_in
 from kms_core.jobs.build import Core
-from kms_core.jobs.outbox import GIVE_UP_S, MOST_ATTEMPTS, Outbox
+from kms_core.jobs.desk import new_id
+from kms_core.jobs.outbox import GIVE_UP_S, MOST_ATTEMPTS, Delivery, Outbox
 from kms_core.jobs.store import JobStore
-from kms_core.jobs.webhooks import Endpoint
+from kms_core.jobs.webhooks import Endpoint, Outcome
+from kms_worker.courier import Courier
+from service import until
 from stores import LONG, accepted, claimed, forge, store_of
 
 
@@ -198,3 +201,85 @@ def test_events_that_nobody_reads_are_bounded(store: JobStore) -> None:
     assert 100_000 <= store.redis.xlen("kms:events") < 100_200
     newest = cast("list[tuple[bytes, dict[bytes, bytes]]]", store.redis.xrevrange("kms:events", count=1))
     assert newest[0][1][b"type"] == b"kms.job.succeeded"
+
+
+@pytest.mark.parametrize(
+    "cursor",
+    [b"junk", b"\xff", b"", b"1-", b"99999999999999-0", b"18446744073709551615-0", b"9" * 400 + b"-0"],
+    ids=["junk", "bytes", "empty", "half", "later", "last", "huge"],
+)
+def test_a_cursor_that_no_courier_wrote_is_the_start(store: JobStore, ci: Endpoint, cursor: bytes) -> None:
+    told, waits = end(store), end(store)
+    outbox = Outbox(store, {"ci": ci})
+    outbox.take_in()
+    before = {delivery.job_id: delivery.delivery_id for delivery in every(outbox)}
+    [first] = [delivery for delivery in every(outbox) if delivery.job_id == told]
+    outbox.remove(first)
+    store.redis.set("kms:webhooks:cursor", cursor)
+    last = end(store)
+    for _ in range(2):
+        outbox.take_in()
+
+    found = every(outbox)
+    assert sorted(delivery.job_id for delivery in found) == sorted((told, waits, last))
+    assert before.items() <= {delivery.job_id: delivery.delivery_id for delivery in found}.items(), (
+        "what is told again is told under the same id"
+    )
+    assert store.redis.get("kms:webhooks:cursor") != cursor
+
+
+def test_a_cursor_at_the_end_or_of_a_stream_that_has_gone_stays(store: JobStore, ci: Endpoint) -> None:
+    end(store)
+    outbox = Outbox(store, {"ci": ci})
+    outbox.take_in()
+    for delivery in every(outbox):
+        outbox.remove(delivery)
+    cursor = store.redis.get("kms:webhooks:cursor")
+    store.redis.xtrim("kms:events", maxlen=0)
+    assert not outbox.take_in()
+    store.redis.delete("kms:events")
+    assert not outbox.take_in()
+
+    assert store.redis.get("kms:webhooks:cursor") == cursor
+    assert outbox.size() == 0
+
+
+def test_an_event_that_names_a_key_of_a_wrong_type_is_passed_over(store: JobStore, ci: Endpoint) -> None:
+    wrong = new_id()
+    store.redis.set(f"kms:job:{wrong}", "no hash")
+    store.redis.zadd("kms:ended", {wrong: 1})
+    event = {"type": "kms.job.succeeded", "subject": wrong, "id": f"{wrong}.1.x", "time": "1", "attempt": "1"}
+    store.redis.xadd("kms:events", event | {"code": ""})  # type: ignore[arg-type]
+    good = end(store)
+    outbox = Outbox(store, {"ci": ci})
+    outbox.take_in()
+
+    assert [delivery.job_id for delivery in every(outbox)] == [good]
+
+
+KEYS = ("due:ci", "due:aa", "cursor", "entries", "endpoints", "dead")
+
+
+@pytest.mark.parametrize("key", [*(f"kms:webhooks:{key}" for key in KEYS), "kms:events"])
+def test_a_key_of_a_wrong_type_stops_the_courier_for_a_round(
+    store: JobStore, ci: Endpoint, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    store.redis.sadd("kms:webhooks:endpoints", "aa", "ci")
+    end(store)
+    store.redis.delete(key)
+    store.redis.execute_command(*(("SADD", key, "x") if key.endswith("cursor") else ("SET", key, "x")))  # type: ignore[no-untyped-call]  # untyped there
+    outbox = Outbox(store, {"ci": ci})
+    courier = Courier(outbox, {"ci": ci}, "me")
+    sent: list[str] = []
+
+    def send(delivery: Delivery) -> Outcome:
+        sent.append(delivery.job_id)
+        return Outcome("failed", "here")
+
+    monkeypatch.setattr(courier, "_send", send)
+    last = ""
+    for number in range(4):
+        last = last or (end(store) if number == 1 else "")
+        courier.round()
+
+    until(lambda: last in sent, "the later job is told")

@@ -21,6 +21,7 @@ ids by when to send), ``endpoints`` (those named in entries), ``dead`` (the newe
 
 import hmac
 import random
+import re
 import time
 import uuid
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,7 @@ from msgspec import Meta
 from kms_core import wire
 from kms_core.errors import UnknownJob
 from kms_core.jobs.ends import needs_proof
+from kms_core.jobs.link import job_key, record_errors
 from kms_core.jobs.model import REFUSED, Accepted, Job
 from kms_core.jobs.store import JobStore
 from kms_core.jobs.webhooks import Endpoint, Message, event_body
@@ -51,6 +53,7 @@ _DEAD: Final = "kms:webhooks:dead"
 _DEAD_KEPT: Final = 1000
 _BATCH: Final = 500
 _START: Final = b"0-0"
+_STREAM_ID: Final = re.compile(rb"([0-9]{1,20})-([0-9]{1,20})")
 _TAG_BYTES: Final = 32
 _LABEL: Final = b"webhook-delivery"
 _IDS: Final = uuid.UUID("0b3f4c1e-7f0e-5d51-9d0e-6b6d73686f6b")  # a namespace of our own (RFC 9562 §5.5)
@@ -61,9 +64,10 @@ _TAKE_IN: Final = """
 -- ARGV: cursor as read, cursor as moved, then of each delivery: id, entry, due list, endpoint, when
 if (redis.call('GET', KEYS[1]) or '0-0') ~= ARGV[1] then return end
 for i = 3, #ARGV, 5 do
-  if redis.call('HSETNX', KEYS[2], ARGV[i], ARGV[i + 1]) == 1 then
+  if redis.call('HEXISTS', KEYS[2], ARGV[i]) == 0 then  -- the entry last: where a key is of a wrong type,
+    redis.call('SADD', KEYS[3], ARGV[i + 3])            -- the delivery is taken in when that has gone
     redis.call('ZADD', ARGV[i + 2], ARGV[i + 4], ARGV[i])
-    redis.call('SADD', KEYS[3], ARGV[i + 3])
+    redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1])
   end
 end
 redis.call('SET', KEYS[1], ARGV[2])
@@ -144,11 +148,15 @@ class Outbox:
 
     def take_in(self) -> bool:
         """Store the deliveries that follow from the next events; whether more events may wait."""
-        cursor = cast("bytes | None", self._redis.get(_CURSOR)) or _START
+        cursor = self._cursor()
         batch = cast(
             "list[tuple[bytes, dict[bytes, bytes]]]",
             self._redis.xrange(_EVENTS, min=cursor.decode(), count=_BATCH),
         )
+        if not batch and self._is_beyond(cursor):
+            self._redis.delete(_CURSOR)
+            _log.warning("webhook.cursor_refused")
+            return True
         full = len(batch) == _BATCH
         if batch and batch[0][0] == cursor:
             del batch[0]
@@ -157,6 +165,31 @@ class Outbox:
         if batch:
             self._put(cursor, batch[-1][0], [_of_event(fields) for _, fields in batch])
         return full
+
+    def _cursor(self) -> bytes:
+        """Where to read on; the start, if what stands there is no id of a stream."""
+        cursor = cast("bytes | None", self._redis.get(_CURSOR))
+        if cursor is not None and _place(cursor) is None:
+            self._redis.delete(_CURSOR)
+            _log.warning("webhook.cursor_refused")
+            return _START
+        return cursor or _START
+
+    def _is_beyond(self, cursor: bytes) -> bool:
+        """Whether all events come before it. Of an empty stream nobody knows."""
+        last = cast("list[tuple[bytes, object]]", self._redis.xrevrange(_EVENTS, count=1))
+        return bool(last) and (_place(cursor) or (0, 0)) > (_place(last[0][0]) or (0, 0))
+
+    def mend(self) -> None:
+        """Delete the keys whose values are of a type that nobody here wrote: all that use them would fail."""
+        ours = self._redis
+        self.store.drop_wrong(ours.get, _CURSOR)
+        self.store.drop_wrong(ours.hlen, _ENTRIES)
+        self.store.drop_wrong(ours.scard, _ENDPOINTS)
+        self.store.drop_wrong(ours.llen, _DEAD)
+        self.store.drop_wrong(ours.xlen, _EVENTS)
+        for name in {*self._endpoints, *self.endpoints()}:
+            self.store.drop_wrong(ours.zcard, _due(name))
 
     def _put(self, cursor: bytes, moved: bytes, seen: Iterable[Transition | None]) -> None:
         """Store what follows from these transitions and move the cursor, unless somebody else moved it."""
@@ -221,7 +254,11 @@ class Outbox:
 
     def _of_record(self, job_id: str) -> Transition | None:
         names = ("state", "fence", "attempt", "error", "ended_at")
-        found = cast("list[bytes | None]", self._redis.hmget(f"kms:job:{job_id}", *names))
+        try:
+            with record_errors():
+                found = cast("list[bytes | None]", self._redis.hmget(job_key(job_id), *names))
+        except UnknownJob:
+            return None
         state, fence, attempt, code, at = [(value or b"").decode(errors="replace") for value in found]
         return _transition(
             job_id=job_id, state=state, fence=fence or "0", attempt=attempt or "0", code=code, at=at
@@ -312,6 +349,14 @@ class Outbox:
         if not hmac.compare_digest(tag, self.store.record_key.digest(_LABEL, body)):
             return None
         return msgspec.msgpack.decode(body, type=Delivery)
+
+
+def _place(raw: bytes) -> tuple[int, int] | None:
+    """An id of a stream, to be compared; None for what is none."""
+    found = _STREAM_ID.fullmatch(raw)
+    if not found or max(place := (int(found[1]), int(found[2]))) >= 2**64:
+        return None
+    return place
 
 
 def _due(endpoint: str) -> str:
