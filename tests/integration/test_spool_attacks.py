@@ -29,7 +29,7 @@ from kms_core.jobs.run import run_job
 from kms_core.policy import Principal
 from kms_core.wire import PREFIX
 from service import Service, b64, check_problem, core_of
-from stores import lapse
+from stores import forge, lapse
 from stumbling import Killed, stumbling
 
 MIB: Final = 1024 * 1024
@@ -183,6 +183,16 @@ def test_results_of_another_job_are_refused(
         assert {json.loads(line)["plaintext"] for line in answer.text.splitlines()} == {b64(b"mine")}
     else:
         check_problem(answer, 410, "record_refused")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_result_of_a_job_that_is_told_as_failed_is_not_handed_out(install: Install, kind: Make) -> None:
+    """Without its signed end nothing says what was written: files would be read as those of 0.1 are."""
+    job_id = kind(install, MINE, b"mine")
+    assert install.run(job_id).state == "succeeded"
+    forge(install.core.shop.store, job_id, state="failed", error="decrypt_failed")
+
+    check_problem(install.download(job_id), 410, "result_expired")
 
 
 def test_listing_of_another_job_is_refused(install: Install) -> None:

@@ -110,6 +110,18 @@ def test_job_whose_record_was_refused_is_a_dead_letter(core: Core) -> None:
     assert store.get(job_id, TENANT).state == "succeeded"
 
 
+def test_job_of_another_tenant_is_not_retried(core: Core) -> None:
+    """It would be sealed anew with a later expiry, and run as its submitter."""
+    store, job_id = core.shop.store, bulk(core, "a=1")
+    sealed = record(store, job_id)[b"sealed"]
+    forge(store, job_id, tenant="mallory", state="failed", error="attempts_exhausted")
+
+    with pytest.raises(UnknownJob):
+        store.retry(job_id, "mallory", 3600)
+    assert record(store, job_id)[b"sealed"] == sealed
+    assert record(store, job_id)[b"state"] == b"failed"
+
+
 def test_sealed_part_of_another_install_is_refused(core: Core, store: JobStore) -> None:
     job = accepted()
     store.submit(job)

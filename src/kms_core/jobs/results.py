@@ -57,6 +57,19 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
     Raises JobNotFinished, ResultExpired, UnknownJob for a forged record, RecordRefused for an end, or a file
     of the spool, that is not the job's.
     """
+    accepted = _ended(job, store)
+    if accepted.target and not accepted.is_tree:
+        raise ResultExpired("The result of this job is the file that it was told to write")
+    if accepted.items or accepted.is_tree:
+        return Result(list(_lines(job, accepted, store, spool)), lines=True)
+    head = Label(job.tenant, job.job_id, uploads.HEAD, job.fence, _ref(job))
+    if accepted.kind == "decrypt":
+        return Result([_Opened.of(spool, uploads.upload_label(accepted), head)])
+    return Result([_literal(spool, head), _Payload.of(spool, uploads.upload_label(accepted))])
+
+
+def _ended(job: Job, store: JobStore) -> Accepted:
+    """The sealed part of a job whose result may be read. Raises as ``of``."""
     if not job.ended:
         raise JobNotFinished
     if job.purged or job.state == "cancelled":
@@ -66,14 +79,9 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
     accepted = store.accepted(job.job_id)
     if accepted.tenant != job.tenant:  # Redis was tampered with: the sealed part is right
         raise UnknownJob
-    if accepted.target and not accepted.is_tree:
-        raise ResultExpired("The result of this job is the file that it was told to write")
-    if accepted.items or accepted.is_tree:
-        return Result(list(_lines(job, accepted, store, spool)), lines=True)
-    head = Label(job.tenant, job.job_id, uploads.HEAD, job.fence, _ref(job))
-    if accepted.kind == "decrypt":
-        return Result([_Opened.of(spool, uploads.upload_label(accepted), head)])
-    return Result([_literal(spool, head), _Payload.of(spool, uploads.upload_label(accepted))])
+    if accepted.signed_end and job.end is None:  # it failed, or is told so: what rests there was not signed
+        raise ResultExpired
+    return accepted
 
 
 def _ref(job: Job) -> bytes:

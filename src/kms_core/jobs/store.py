@@ -164,7 +164,7 @@ class JobStore(JobReader):
         """
         job = self.get(job_id, tenant)
         seen = job.fence if job.error in DEAD else ""
-        accepted = self._to_retry(job_id)
+        accepted = self._to_retry(job_id, tenant)
         until = self.now() + ttl_s
         sealed = self.record_key.seal(msgspec.structs.replace(accepted, expires_at=until, signed_end=True))
         with redis_errors():
@@ -177,13 +177,15 @@ class JobStore(JobReader):
         self.nudge(job_id, job.lane)
         return job
 
-    def _to_retry(self, job_id: str) -> Accepted:
+    def _to_retry(self, job_id: str, tenant: str) -> Accepted:
         try:
             accepted = self.accepted(job_id)
         except UnknownJob:
             raise JobNotDead(
                 "The record of this job is not one that this service wrote: submit it again"
             ) from None
+        if accepted.tenant != tenant:  # the plain field was changed in Redis: the sealed one is right
+            raise UnknownJob
         if not self.is_kept(accepted):
             raise JobNotDead("This job expired too long ago: submit it again")
         return accepted
