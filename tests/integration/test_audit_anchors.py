@@ -201,7 +201,7 @@ def test_the_embedded_server_of_kms_up_is_asked_where_settings_name_none(tmp_pat
         own.valkey.stop()
         away = subprocess.run(argv, env=unnamed, capture_output=True, text=True, check=False)
         assert away.returncode == 0
-        assert "kms up does not run here" in away.stdout
+        assert "kms up does not run here" in away.stderr
 
 
 def test_redis_by_sentinel_over_tls_with_a_password_file(tmp_path: Path) -> None:
