@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from kms_core.errors import JobsUnavailable, PathRefused
+from kms_core.errors import JobsUnavailable, PathRefused, TargetExists
+from kms_core.jobs.model import Commit
 from kms_core.jobs.run import Shop, run_job
 from kms_core.wire import JobKind
 from objectbench import Bench
@@ -351,3 +352,98 @@ def test_commit_that_is_put_back_after_its_expiry_writes_no_object(
 
     assert store.get(job_id, TENANT).state == "failed"
     assert bucket.keys() == {"in"}
+
+
+def test_upload_of_an_expired_commit_is_not_completed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket, store, clock = bench.bucket, bench.core.shop.store, time.time
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"), overwrite=True)
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(bench.core, "committing", after=True), "w1")
+    bucket.put("out/x", b"written later, by somebody else")
+    forge(store, job_id, lease_until="0", expires_at=str(clock() + 10 * 86_400))
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: clock() + 2 * 86_400)
+        patched.setattr(store, "now", lambda: clock() + 2 * 86_400)
+        run_job(job_id, bench.core.shop, "w2")
+
+    assert (bench.now(job_id).state, bench.now(job_id).error) == ("failed", "expired")
+    assert bucket.get("out/x") == b"written later, by somebody else"
+    assert bench.nothing_left()
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_object_that_was_put_in_place_in_time_is_recognised_after_the_expiry(
+    bench: Bench, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker died between the last request and the end."""
+    bucket, store, clock = bench.bucket, bench.core.shop.store, time.time
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(bench.core, "finish", after=False), "w1")
+    placed, ahead_s = bucket.etag("out/x"), store.accepted(job_id).expires_at - clock() + 70
+    forge(store, job_id, lease_until="0")
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: clock() + ahead_s)
+        patched.setattr(store, "now", lambda: clock() + ahead_s)
+        run_job(job_id, bench.core.shop, "w2")
+
+    assert bench.now(job_id).state == "succeeded"
+    assert bucket.etag("out/x") == placed
+    assert bench.nothing_left()
+
+
+# -- whose object it is --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("own", [False, True], ids=["id of the job", "another attempt's"])
+def test_object_that_others_marked_is_not_taken_for_the_result(bench: Bench, size: int, *, own: bool) -> None:
+    """A writer to the bucket can read the marks of objects that are there."""
+    bucket = bench.bucket
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(bench.core, "committing", after=True), "w1")
+    marked(bench, f"{job_id}/{bytes(16).hex()}" if own else job_id)
+
+    job = bench.taken_up(job_id)
+
+    assert (job.state, job.error) == ("failed", "target_exists")
+    assert bucket.get("out/x") == b"by somebody else"
+    assert bench.nothing_left()
+
+
+def marked(bench: Bench, mark: str) -> None:
+    """An object of somebody else with this mark at the target."""
+    name, body = bench.bucket.name, b"by somebody else"
+    bench.bucket.store.admin.put_object(Bucket=name, Key="out/x", Body=body, Metadata={"kms-job": mark})
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_attempt_does_not_take_the_object_of_another_for_its_own(bench: Bench, size: int) -> None:
+    bucket, places = bench.bucket, bench.core.shop.places
+    source = places.open_source(bucket.put("in", b"source"))
+    target = places.target(bucket.url("out/x"), "a-job", overwrite=False)
+    attempts = [target.prepare(fence) for fence in (1, 2)]
+    commits = []
+    for attempt in attempts:
+        attempt.writer.reserve(size)
+        attempt.writer.write_at(memoryview(os.urandom(size)), 0)
+        commits.append(attempt.settle(source, in_place=False))
+    attempts[0].finish(commits[0])
+    first = bucket.get("out/x")
+
+    assert [target.is_placed(commit) for commit in commits] == [True, False]
+    with pytest.raises(TargetExists):
+        attempts[1].finish(commits[1])
+    target.give_up(commits[1])
+    assert bucket.get("out/x") == first
+    assert not bucket.uploads()
+
+
+def test_object_of_an_older_version_is_recognised_by_the_id_of_its_job(bench: Bench) -> None:
+    """Its commit has no mark."""
+    target = bench.core.shop.places.target(bench.bucket.url("out/x"), "a-job", overwrite=False)
+    for mark, is_its_own in (("a-job", True), (f"a-job/{bytes(16).hex()}", False)):
+        marked(bench, mark)
+
+        assert target.is_placed(Commit(fence=1, size_bytes=3)) is is_its_own

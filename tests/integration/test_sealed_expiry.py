@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -12,10 +13,12 @@ from kms_core import wire
 from kms_core.context import Context
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import Terms
+from kms_core.jobs.ends import spec_digest
 from kms_core.jobs.model import Claim, ClocksApart, Fields, Job, Log, part_id
 from kms_core.jobs.run import Shop, run_job
 from kms_core.jobs.store import JobStore
 from kms_core.policy import Principal
+from service import Service, core_of, until
 from stores import COMMIT, TENANT, forge, record
 from stumbling import Killed, interrupted, stumbling
 
@@ -156,6 +159,79 @@ def test_commit_that_is_put_back_does_not_overwrite_again(
     assert (root / "out").read_bytes() == NEWER
 
 
+def begun(core: Core, root: Path, step: str = "committing", *, after: bool = True) -> str:
+    """An overwrite whose worker died around its commit."""
+    job_id = overwrite(core, root)
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(core, step, after=after), "w/1")
+    return job_id
+
+
+def test_commit_that_is_put_back_with_its_temporary_file_puts_nothing_in_place(
+    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = begun(core, root)
+    (root / "out").write_bytes(NEWER)
+    put_back(core, job_id, record(core.shop.store, job_id))
+    with later(monkeypatch, 2 * 86_400):
+        run_job(job_id, core.shop, "w/2")
+
+        assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "expired")
+    assert (root / "out").read_bytes() == NEWER
+    assert sorted(path.name for path in root.iterdir()) == ["in", "out"]
+
+
+def test_file_that_was_put_in_place_in_time_is_recognised_after_the_expiry(
+    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker died between the rename and the end."""
+    job_id = begun(core, root, "finish", after=False)
+    placed = (root / "out").stat().st_ino
+    forge(core.shop.store, job_id, lease_until="0")
+    with later(monkeypatch, core.shop.store.accepted(job_id).expires_at - time.time() + 70):
+        run_job(job_id, core.shop, "w/2")
+
+        assert (now(core, job_id).state, now(core, job_id).error) == ("succeeded", "")
+    assert (root / "out").stat().st_ino == placed
+    assert sorted(path.name for path in root.iterdir()) == ["in", "out"]
+
+
+def test_worker_whose_clock_is_ahead_leaves_a_commit_to_others(
+    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, clock = begun(core, root), time.time
+    forge(core.shop.store, job_id, lease_until="0")
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: clock() + 2 * 86_400)
+        run_job(job_id, core.shop, "w/2")
+
+    found = record(core.shop.store, job_id)
+    assert (found[b"state"], found[b"attempt"]) == (b"committing", b"1")
+    assert (root / "out").read_bytes() == b"before"
+    forge(core.shop.store, job_id, lease_until="0")
+    run_job(job_id, core.shop, "w/3")
+    assert now(core, job_id).state == "succeeded"
+
+
+def test_real_worker_puts_no_file_of_an_expired_commit_in_place(tmp_path: Path, redis_url: str) -> None:
+    with Service(tmp_path, redis=redis_url) as service:
+        core = core_of(service)
+        job_id = begun(core, service.files)
+        store, commit = core.shop.store, record(core.shop.store, job_id)[b"commit"]
+        opened = store.record_key.open_commit(job_id, commit, spec_digest(record(store, job_id)[b"sealed"]))
+        age(core, job_id, 70)
+        spec = spec_digest(record(store, job_id)[b"sealed"])
+        forge(store, job_id, commit=store.record_key.sign_commit(job_id, opened, spec), lease_until="0")
+        (service.files / "out").write_bytes(NEWER)
+        store.redis.zadd("kms:open", {job_id: 0})
+        service.start("worker")
+        until(lambda: now(core, job_id).ended, "the job has ended")
+
+        assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "expired")
+        assert (service.files / "out").read_bytes() == NEWER
+        assert sorted(path.name for path in service.files.iterdir()) == ["in", "out"]
+
+
 def test_commit_of_an_earlier_life_of_the_id_is_refused(core: Core, root: Path) -> None:
     """Or a job whose work was never done would end as succeeded, by what stands at its target already."""
     job_id = overwrite(core, root)
@@ -209,6 +285,41 @@ def test_part_that_has_expired_writes_no_file(
 
     assert core.shop.store.part(part).error == "expired"
     assert not (root / "out").exists()
+
+
+def test_commit_of_a_part_that_expires_before_it_is_finished_puts_nothing_in_place(
+    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, found, stack = part_id(many(core, root), 0), core.shop.store, ExitStack()
+
+    class Dying(JobStore):
+        """Its worker dies once the commit of the first file is noted."""
+
+        def step(self, claim: Claim, log: Log, counts: Fields) -> None:
+            super().step(claim, log, counts)
+            raise Killed
+
+    class Aging(JobStore):
+        """Time passes once the part is claimed."""
+
+        def claim(self, job_id: str, worker: str) -> Claim | None:
+            claim = super().claim(job_id, worker)
+            stack.enter_context(later(monkeypatch, 2 * 86_400))
+            return claim
+
+    dying, aging = (
+        replace(core.shop, store=made(found.redis, found.record_key, lambda *_: None, found.rules))
+        for made in (Dying, Aging)
+    )
+    with pytest.raises(Killed):
+        run_job(part, dying, "w/1")
+    assert [path.suffix for path in (root / "out").iterdir()] == [".tmp"]
+    forge(found, part, lease_until="0")
+    with stack:
+        run_job(part, aging, "w/2")
+
+    assert found.part(part).error == "expired"
+    assert not list((root / "out").iterdir())
 
 
 def test_part_that_expires_while_it_runs_writes_no_further_file(

@@ -13,10 +13,10 @@ from kms_core import audit
 from kms_core.envelope import header
 from kms_core.envelope.header import FILE_LIMITS
 from kms_core.envelope.slabs import Pace
-from kms_core.errors import JobsUnavailable, KmsError, PathRefused, TargetExists
+from kms_core.errors import JobExpired, JobsUnavailable, KmsError, PathRefused, TargetExists
 from kms_core.jobs import uploads
 from kms_core.jobs.lease import Commits, Held
-from kms_core.jobs.model import Commit
+from kms_core.jobs.model import Accepted, Commit
 from kms_core.jobs.places import Pending, Places, Source, Target, is_remote
 from kms_core.service import Kms
 
@@ -24,13 +24,13 @@ REMOTE_THREADS: Final = 4
 REMOTE_SLAB_CHUNKS: Final = 32
 """2 MiB: each costs a request, and each thread holds one or two of them."""
 
-_REFUSED: Final = (TargetExists, PathRefused)
+_REFUSED: Final = (JobExpired, TargetExists, PathRefused)
 
 
 def run(lease: Held, kms: Kms, store: Commits, places: Places) -> Commit:
     """Do the work, or finish what an attempt that died began.
 
-    Answers with what is in place. Raises PathRefused, TargetExists, SpoolFull, JobExpired, Unavailable.
+    Returns what is in place. Raises PathRefused, TargetExists, SpoolFull, JobExpired, Unavailable.
     """
     job, commit = lease.claim.accepted, lease.claim.commit
     target = places.target(job.target, job.job_id, overwrite=job.overwrite)
@@ -44,14 +44,30 @@ def run(lease: Held, kms: Kms, store: Commits, places: Places) -> Commit:
         with audit.effect(kms.trail, job.who, "commit", f"{job.job_id}-{commit.fence}"):
             if pending:
                 pending.finish(commit)
-            elif not target.finish(commit):
-                job.check_expiry(store.now)
+            elif not _finish_begun(job, commit, target, store):
                 with _attempt(lease, kms, places, target) as (pending, _):
+                    job.check_expiry(store.now)
                     pending.finish(commit)
-    except _REFUSED:  # somebody took the target's name: the job has failed, and its file is in nobody's way
+    except _REFUSED:  # the job has failed, and its file is in nobody's way
         target.give_up(commit)
         raise
     return commit
+
+
+def _finish_begun(job: Accepted, commit: Commit, target: Target, store: Commits) -> bool:
+    """Finish the commit of an earlier attempt; False if its work must be done again for that.
+
+    Of an expired job only what is in place already counts: its record may have been put back by others.
+    Raises JobExpired, ClocksApart, and as ``Target.finish``.
+    """
+    try:
+        job.check_expiry(store.now)
+    except JobExpired:
+        if not target.is_placed(commit):
+            raise
+        target.give_up(commit)  # what may be left beside it
+        return True
+    return target.finish(commit)
 
 
 def sweep(job_id: str, target: str, fence: int, places: Places) -> None:

@@ -245,6 +245,8 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
 
     Of an object, ``upload`` is the multipart upload, empty where a single write makes it, ``parts`` a digest
     of what was sent, and ``over`` what may be replaced: nothing, ``*``, or the object with this ETag.
+    ``mark`` is the object's metadata, by which it is recognised; empty in records of 0.1, whose objects have
+    the id of their job there.
     """
 
     fence: int
@@ -255,6 +257,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     upload: str = ""
     parts: str = ""
     over: str = ""
+    mark: str = ""
 
 
 class Log(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,10 +2,12 @@
 
 A large target is a multipart upload, which any worker can complete: the commit names it and what its parts
 are. A small one is a single write, of bytes that die with the worker: then the work is done again, and the
-condition on the write lets only the first of several attempts through. An object says in its metadata which
-job made it, so that a worker which finds the place taken knows its own job's work.
+condition on the write lets only the first of several attempts through. The metadata of an object has the id
+of its job and 128 random bits of the attempt, which the signed commit has too: so a worker that finds the
+place taken recognises the work of this commit, and takes no other object for it.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,11 +20,12 @@ from kms_core.errors import KmsError, PathRefused, TargetExists, Unavailable
 from kms_core.jobs.buckets import Buckets
 from kms_core.jobs.leftovers import Notes
 from kms_core.jobs.model import Commit
-from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, Part
+from kms_core.s3.bucket import ALWAYS, Completion, If, Part
 from kms_core.s3.extents import Assembly, ObjectReader, digest
 
 _LOST: Final = "The result was removed or replaced before it was in place: run the job again"
 _ANY: Final = "*"
+_MARK_BYTES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,12 @@ class ObjectPending:
             over = _ANY
         parts = digest(self.writer.parts) if self.writer.upload else ""
         return Commit(
-            fence=self.fence, size_bytes=self.writer.size, upload=self.writer.upload, parts=parts, over=over
+            fence=self.fence,
+            size_bytes=self.writer.size,
+            upload=self.writer.upload,
+            parts=parts,
+            over=over,
+            mark=self.writer.mark,
         )
 
     def finish(self, commit: Commit) -> None:
@@ -127,7 +135,8 @@ class ObjectTarget:
         def begun(upload: str) -> None:
             self.notes.add(self.job_id, fence, self.url, upload)
 
-        writer = Assembly(bucket, key, self.job_id, begun)
+        mark = f"{self.job_id}/{os.urandom(_MARK_BYTES).hex()}"
+        writer = Assembly(bucket, key, mark, begun)
         return ObjectPending(writer, self, fence, found.etag if found else "")
 
     def finish(self, commit: Commit) -> bool:
@@ -137,11 +146,17 @@ class ObjectTarget:
         TargetExists if somebody else took the place, PathRefused if what was to be put there is gone,
         Unavailable.
         """
-        bucket, key = self.buckets.writing(self.url)
         if not commit.upload:
-            return self._is_ours(bucket, key)
+            return self.is_placed(commit)
+        bucket, key = self.buckets.writing(self.url)
         self.complete(commit, bucket.parts(key, commit.upload))
         return True
+
+    def is_placed(self, commit: Commit) -> bool:
+        """Whether the object of this commit is in place. Raises PathRefused, Unavailable."""
+        bucket, key = self.buckets.writing(self.url)
+        found = bucket.head(key)
+        return found is not None and found.mark == self._mark(commit)
 
     def complete(self, commit: Commit, parts: Sequence[Part] | None) -> None:
         """Make the object out of the parts of its upload; None if there is no such upload any more."""
@@ -152,14 +167,14 @@ class ObjectTarget:
                 raise PathRefused(_LOST)
             end = bucket.complete(key, commit.upload, parts, _condition(commit))
         if end is not Completion.DONE:
-            self._must_be_ours(bucket, key, end)
+            self._must_be_ours(commit, end)
         self.notes.forget(self.job_id, commit.fence, self.url)
 
     def put(self, commit: Commit, whole: memoryview) -> None:
         """Write a small object."""
         bucket, key = self.buckets.writing(self.url)
-        if not bucket.put(key, whole, _condition(commit), self.job_id):
-            self._must_be_ours(bucket, key, Completion.TAKEN)
+        if not bucket.put(key, whole, _condition(commit), self._mark(commit)):
+            self._must_be_ours(commit, Completion.TAKEN)
 
     def give_up(self, commit: Commit) -> None:
         """The commit was refused: its upload is in nobody's way."""
@@ -170,19 +185,19 @@ class ObjectTarget:
         for earlier in range(1, fence):
             self.abort(earlier, self.notes.find(self.job_id, earlier, self.url) or "")
 
-    def _must_be_ours(self, bucket: Bucket, key: str, end: Completion) -> None:
+    def _mark(self, commit: Commit) -> str:
+        return commit.mark or self.job_id
+
+    def _must_be_ours(self, commit: Commit, end: Completion) -> None:
+        bucket, key = self.buckets.writing(self.url)
         found = bucket.head(key)
-        if found and found.mark == self.job_id:
+        if found and found.mark == self._mark(commit):
             return
         if end is Completion.GONE:
             raise PathRefused(_LOST)
         if found is None and not self.overwrite:
             raise Unavailable("The object store is busy with another write to the target")
         raise TargetExists("Something else was written to the target while the job ran")
-
-    def _is_ours(self, bucket: Bucket, key: str) -> bool:
-        found = bucket.head(key)
-        return found is not None and found.mark == self.job_id
 
     def abort(self, fence: int, upload: str) -> None:
         """Throw away an upload and its note. What cannot be now is left to a later call."""

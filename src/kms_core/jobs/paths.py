@@ -313,6 +313,11 @@ class Roots:
                 )
             os.fsync(dir_fd)
 
+    def is_placed(self, placement: Placement) -> bool:
+        """Whether the target is the file described. Raises PathRefused, Unavailable."""
+        with self._parent(placement.url) as (dir_fd, name):
+            return _is(placement, name, dir_fd)
+
     def discard(self, url: str, temporary: str) -> None:
         """Remove what an attempt that died left beside its target; nothing there is fine."""
         _check_temporary(temporary)

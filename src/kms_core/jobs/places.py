@@ -85,8 +85,11 @@ class Target(Protocol):
         False if the work must be done again for that. Raises TargetExists, PathRefused, Unavailable.
         """
 
+    def is_placed(self, commit: Commit) -> bool:
+        """Whether what a commit describes is in place. Raises PathRefused, Unavailable."""
+
     def give_up(self, commit: Commit) -> None:
-        """The commit was refused: remove what it would have put in place."""
+        """Remove what a commit would have put in place; what is in place stays. Raises PathRefused."""
 
     def sweep(self, fence: int) -> None:
         """Remove what attempts before this fence left when they were killed."""

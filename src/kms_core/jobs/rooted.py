@@ -116,12 +116,18 @@ class RootedTarget:
 
     def finish(self, commit: Commit) -> bool:
         """Put the file in place; doing it again changes nothing. Raises TargetExists, PathRefused."""
+        self.roots.finish(self._placement(commit), overwrite=self.overwrite)
+        return True
+
+    def is_placed(self, commit: Commit) -> bool:
+        """Whether the file of this commit is in place. Raises PathRefused, Unavailable."""
+        return self.roots.is_placed(self._placement(commit))
+
+    def _placement(self, commit: Commit) -> Placement:
         temporary = temporary_name(tag(self.job_id, commit.fence))
-        placement = Placement(
+        return Placement(
             self.url, temporary, commit.inode, commit.size_bytes, commit.mtime_ns, commit.replaces
         )
-        self.roots.finish(placement, overwrite=self.overwrite)
-        return True
 
     def give_up(self, commit: Commit) -> None:
         """The commit was refused: its file is in nobody's way."""
