@@ -7,23 +7,18 @@ from typing import Final, cast
 import pytest
 import redis
 
+from junkfields import FIELDS, MISSING, put
 from kms_cli.valkey import EmbeddedValkey
 from kms_core.errors import UnknownJob
 from kms_core.jobs.build import Core
 from kms_core.jobs.caretaker import Caretaker
 from kms_core.jobs.desk import new_id
-from kms_core.jobs.model import EXHAUSTED, Job
+from kms_core.jobs.model import EXHAUSTED
 from kms_core.jobs.store import JobStore
 from kms_core.jobs.survey import survey
 from service import Service, core_of
 from stores import SHORT, TENANT, accepted, lapse, record, store_of
 
-FIELDS: Final = (
-    *(name for name in Job.__struct_fields__ if name not in {"job_id", "tallies"}),
-    *("sealed", "lease_until", "asked", "owed", "parts_left", "work_bytes", "deferrals", "worker"),
-    *("settled", "granted", "commit", "log", "ended_at", "tally:changed", "tally:found k/1", "unheard-of"),
-)
-MISSING: Final = b"<missing>"
 JUNK: Final = (
     *(b"nan", b"-nan", b"inf", b"-inf", b"-1", b"-5.5", b"1e308", b"1e400", b"9" * 400, b"253402300800"),
     *(b"9007199254740993", b"0x10", b" 7", b"", b"junk", b"None", b"\xff\xfe", b"a\0b", b"a\nb"),
@@ -49,10 +44,7 @@ class Install:
     def put(self, field: str) -> None:
         for value, by_state in self.victims.items():
             for job_id in by_state.values():
-                if value == MISSING:
-                    self.store.redis.hdel(f"kms:job:{job_id}", field)
-                else:
-                    self.store.redis.hset(f"kms:job:{job_id}", field, value)
+                put(self.store, job_id, field, value)
 
     def pages(self, limit: int, **asked: str) -> list[str]:
         """The ids of the whole list, read page by page."""
@@ -229,10 +221,7 @@ def test_a_junk_record_keeps_the_caretaker_from_no_other(core: Core, field: str)
     lapse()
     *victims, good = jobs
     for value, job_id in zip(JUNK, victims, strict=True):
-        if value == MISSING:
-            store.redis.hdel(f"kms:job:{job_id}", field)
-        else:
-            store.redis.hset(f"kms:job:{job_id}", field, value)
+        put(store, job_id, field, value)
 
     Caretaker(store, core.shop.spool, "me", dict).round()
 

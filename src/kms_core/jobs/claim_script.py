@@ -61,7 +61,15 @@ if state ~= 'queued' and state ~= 'running' and state ~= 'committing' then retur
 if parts_ended(job) then return {'parts_ended'} end
 if state ~= 'queued' and number(f[2]) > now then return {'leased'} end
 if state == 'queued' and number(f[3]) > now then return {'early'} end
-local fence, attempt = number(f[7]) + 1, number(f[6])
+local fence, attempt = number(f[7]), number(f[6])
+for _, found in ipairs({ fence, attempt }) do
+  if found < 0 or found > 2147483648 or found % 1 ~= 0 then  -- which no script of ours came to
+    redis.call('HSET', job, 'fence', 1, 'attempt', 0)
+    finish('failed', 'record_refused', tonumber(ARGV[5]))
+    return {'closed', 'failed', 'record_refused'}
+  end
+end
+fence = fence + 1
 local is_large = number(f[15]) >= tonumber(ARGV[7])
 if state ~= 'committing' then
   local code, final = '', 'failed'

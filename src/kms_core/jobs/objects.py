@@ -19,7 +19,7 @@ from kms_core.envelope.slabs import Pace, copy_run
 from kms_core.errors import KmsError, PathRefused, TargetExists, Unavailable
 from kms_core.jobs.buckets import Buckets
 from kms_core.jobs.leftovers import Notes
-from kms_core.jobs.model import Commit
+from kms_core.jobs.model import SWEPT, Commit
 from kms_core.s3.bucket import ALWAYS, Completion, If, Part
 from kms_core.s3.extents import Assembly, ObjectReader, digest
 
@@ -182,7 +182,7 @@ class ObjectTarget:
 
     def sweep(self, fence: int) -> None:
         """Throw away the uploads of attempts before this fence."""
-        for earlier in range(1, fence):
+        for earlier in range(max(1, fence - SWEPT), fence):
             self.abort(earlier, self.notes.find(self.job_id, earlier, self.url) or "")
 
     def _mark(self, commit: Commit) -> str:

@@ -16,6 +16,8 @@ if not ours or state ~= 'running' then return {'lost'} end
 if redis.call('HEXISTS', job, 'parts') == 1 then return {'split'} end  -- said twice
 if cancel then return {'cancel'} end
 local f = redis.call('HMGET', job, 'tenant', 'kind', 'queue', 'created_at', 'expires_at', 'priority')
+for i = 1, 5 do f[i] = f[i] or '' end
+local expires = number(f[5])
 local parts, items, bytes = 0, 0, 0
 for i = 4, #ARGV, 5 do
   local fence = redis.call('HGET', 'kms:job:' .. ARGV[i], 'fence')
@@ -30,9 +32,9 @@ for i = 4, #ARGV, 5 do
   redis.call('ZADD', 'kms:open', now + 10, ARGV[i])
   parts, items, bytes = parts + 1, items + ARGV[i + 2], bytes + ARGV[i + 3]
 end
-redis.call('HSET', job, 'split', ARGV[3], 'parts', parts, 'parts_left', parts, 'lease_until', f[5],
+redis.call('HSET', job, 'split', ARGV[3], 'parts', parts, 'parts_left', parts, 'lease_until', expires,
   'items', string.format('%.0f', items), 'bytes', string.format('%.0f', bytes))
-redis.call('ZADD', 'kms:open', f[5], id)
+redis.call('ZADD', 'kms:open', expires, id)
 release(f[1], id)
 return {'split'}
 """

@@ -151,6 +151,17 @@ class JobReader(Upkeep):
             found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "sealed", "split"))
         return ParentRecord(*[value or b"" for value in found])
 
+    def parts_cut(self, job: Job) -> list[str]:
+        """The ids of the parts that a job was cut into, as was signed; none of a job that 0.1 cut."""
+        if not job.parts:
+            return []
+        record = self.parent_record(job.job_id)
+        try:
+            split = self.record_key.open_split(job.job_id, record.split, spec_digest(record.sealed))
+        except UnknownJob:
+            return []
+        return [part_id(job.job_id, number) for number in range(split.parts)]
+
     def parts_of(self, job_id: str, count: int) -> Iterator[Part]:
         """The parts of a job in order, some hundred in one look. UnknownJob where one is not there."""
         for start in range(0, min(count, MOST_PARTS), _PARTS_AT_ONCE):

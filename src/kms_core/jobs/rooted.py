@@ -8,7 +8,7 @@ from typing import Final, Self
 from kms_core.envelope.extents import Extent, Onto, Reader, changed
 from kms_core.envelope.slabs import Pace, copy_run
 from kms_core.errors import KmsError
-from kms_core.jobs.model import Commit
+from kms_core.jobs.model import SWEPT, Commit
 from kms_core.jobs.paths import OpenSource, Pending, Placement, Roots, keep_access, temporary_name
 
 _COPY_BYTES: Final = 8 * 1024 * 1024
@@ -135,7 +135,7 @@ class RootedTarget:
 
     def sweep(self, fence: int) -> None:
         """Remove what attempts before this fence left beside the target when they were killed."""
-        for earlier in range(1, fence):
+        for earlier in range(max(1, fence - SWEPT), fence):
             try:
                 self.roots.discard(self.url, temporary_name(tag(self.job_id, earlier)))
             except KmsError:  # the attempt itself will say what is wrong with the directory

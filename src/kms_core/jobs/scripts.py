@@ -24,6 +24,13 @@ local function number(text)
   return math.abs(found) <= 9007199254740992 and found or 0  -- which NaN is not
 end
 
+-- HINCRBY fails where a field is no integer, which would end a script halfway: such a field counts as 0.
+local function add(key, field, more)
+  local sum = number(redis.call('HGET', key, field)) + number(more)
+  redis.call('HSET', key, field, string.format('%.0f', sum))
+  return sum
+end
+
 local function facts(key)
   return redis.call('HMGET', key, 'tenant', 'kind', 'fence', 'attempt', 'parent', 'expires_at')
 end
@@ -74,7 +81,7 @@ local function unspool(tenant, name)
   local size = redis.call('HGET', spooled, name)
   if not size then return end
   redis.call('HDEL', spooled, name)
-  redis.call('HINCRBY', spooled, 'sum', -number(size))
+  add(spooled, 'sum', -number(size))
 end
 
 local function close(key, name, state, code, keep_s)
@@ -103,14 +110,14 @@ local function count(parent, state, code)
   local f = redis.call('HMGET', job, 'items', 'items_failed', 'bytes', 'settled')
   local failed = number(f[1]) - number(f[4])
   if state == 'succeeded' or code == 'items_failed' then failed = f[2] or 0 end
-  redis.call('HINCRBY', whole, 'items_done', f[1])
-  redis.call('HINCRBY', whole, 'items_failed', failed)
-  redis.call('HINCRBY', whole, 'bytes_done', f[3])
+  add(whole, 'items_done', f[1])
+  add(whole, 'items_failed', failed)
+  add(whole, 'bytes_done', f[3])
   local all = redis.call('HGETALL', job)
   for i = 1, #all, 2 do
-    if string.sub(all[i], 1, 6) == 'tally:' then redis.call('HINCRBY', whole, all[i], all[i + 1]) end
+    if string.sub(all[i], 1, 6) == 'tally:' then add(whole, all[i], all[i + 1]) end
   end
-  if redis.call('HINCRBY', whole, 'parts_left', -1) > 0 then return end
+  if add(whole, 'parts_left', -1) > 0 then return end
   redis.call('HSET', whole, 'lease_until', now + 5)
   redis.call('ZADD', 'kms:open', now + 5, parent)
 end
@@ -160,7 +167,7 @@ local size, most_bytes, spooled = tonumber(ARGV[8]), tonumber(ARGV[9]), 'kms:spo
 if most_bytes > 0 and size > 0 then
   if number(redis.call('HGET', spooled, 'sum')) + size > most_bytes then return {'spool'} end
   redis.call('HSET', spooled, id, size)
-  redis.call('HINCRBY', spooled, 'sum', size)
+  add(spooled, 'sum', size)
 end
 if KEYS[3] then redis.call('SET', KEYS[3], ARGV[3], 'EXAT', math.floor(tonumber(ARGV[4]))) end
 redis.call('HSET', job, 'state', 'queued', unpack(ARGV, 12))
@@ -231,8 +238,8 @@ DEFER: Final = (
 local ours, state = held(ARGV[2])
 if not ours or state ~= 'running' then return {'lost'} end
 local at = now + tonumber(ARGV[3])
-redis.call('HINCRBY', job, 'attempt', -tonumber(ARGV[4]))
-redis.call('HINCRBY', job, 'deferrals', ARGV[5])
+add(job, 'attempt', -tonumber(ARGV[4]))
+add(job, 'deferrals', ARGV[5])
 redis.call('HSET', job, 'state', 'queued', 'lease_until', 0, 'not_before', at, 'owed', 1)
 if ARGV[6] ~= '' then redis.call('HSET', job, 'work_bytes', ARGV[6]) end
 redis.call('ZADD', 'kms:open', at, id)
@@ -250,7 +257,7 @@ CANCEL: Final = (
 local state = redis.call('HGET', job, 'state')
 if not state or redis.call('HGET', job, 'tenant') ~= ARGV[2] then return {'gone'} end
 if state == 'queued' then
-  redis.call('HINCRBY', job, 'fence', 1)
+  add(job, 'fence', 1)
   finish('cancelled', 'cancelled', tonumber(ARGV[3]))
   return {'cancelled'}
 end
@@ -282,7 +289,7 @@ end
 redis.call('HDEL', job, 'parts', 'parts_left', 'split', 'end', 'cancel', 'purged')
 redis.call('HSET', job, 'state', 'queued', 'error', '', 'attempt', 0, 'not_before', 0, 'asked', now,
   'expires_at', ARGV[3], 'sealed', ARGV[4])
-redis.call('HINCRBY', job, 'fence', 1)
+add(job, 'fence', 1)
 redis.call('PERSIST', job)
 redis.call('ZREM', 'kms:dead', id)
 redis.call('ZREM', 'kms:ended', id)

@@ -35,13 +35,13 @@ from kms_core.jobs.model import (
     Log,
     Nudge,
     Rules,
-    part_id,
 )
-from kms_core.jobs.reading import MOST_PARTS, JobReader
+from kms_core.jobs.reading import JobReader
 from kms_core.jobs.records import RecordKey
 from kms_core.wire import JobState
 
 SHED_S: Final = 10.0
+_MOST_DEFERRALS: Final = 10  # delays are longest by then; in Redis anything may stand
 _log = structlog.get_logger(__name__)
 
 
@@ -143,8 +143,7 @@ class JobStore(JobReader):
 
     def cancel(self, job_id: str, tenant: str) -> Job:
         """Ends a queued job now, a running one at its next item or slab. Raises JobCommitting, UnknownJob."""
-        count = min(self.get(job_id, tenant).parts, MOST_PARTS)
-        parts = [part_id(job_id, number) for number in range(count)]
+        parts = self.parts_cut(self.get(job_id, tenant))
         with redis_errors():
             given = [job_id, tenant, self.rules.keep_record_s, *parts]
             word = self._run["CANCEL"]([job_key(job_id)], given)[0]
@@ -249,7 +248,7 @@ class JobStore(JobReader):
             fence=int(fence),
             attempt=int(attempt),
             waited_s=float(waited),
-            deferrals=int(number(deferrals)),
+            deferrals=int(min(max(number(deferrals), 0), _MOST_DEFERRALS)),
             is_large=bool(int(is_large)),
             spec=spec,
         )
