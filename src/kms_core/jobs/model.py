@@ -248,8 +248,8 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
 
     Of an object, ``upload`` is the multipart upload, empty where a single write makes it, ``parts`` a digest
     of what was sent, and ``over`` what may be replaced: nothing, ``*``, or the object with this ETag.
-    ``mark`` is the object's metadata, by which it is recognised; empty in records of 0.1, whose objects have
-    the id of their job there.
+    ``mark`` is the object's metadata, by which it is recognised; a commit of 0.1 has none, and its object has
+    the id of the job there.
     """
 
     fence: int
@@ -260,7 +260,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     upload: str = ""
     parts: str = ""
     over: str = ""
-    mark: str = ""
+    mark: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class Log(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
+import msgspec
+
 from kms_core.envelope.extents import Reader
 from kms_core.envelope.slabs import Pace, copy_run
 from kms_core.errors import KmsError, PathRefused, TargetExists, Unavailable
@@ -186,7 +188,7 @@ class ObjectTarget:
             self.abort(earlier, self.notes.find(self.job_id, earlier, self.url) or "")
 
     def _mark(self, commit: Commit) -> str:
-        return commit.mark or self.job_id
+        return self.job_id if commit.mark is msgspec.UNSET else commit.mark
 
     def _must_be_ours(self, commit: Commit, end: Completion) -> None:
         bucket, key = self.buckets.writing(self.url)
