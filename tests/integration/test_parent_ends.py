@@ -1,5 +1,6 @@
 """The end of a job in parts: made by a worker from the signed ends of all parts, whoever dies or overlaps."""
 
+import json
 import threading
 import time
 from itertools import product
@@ -10,7 +11,7 @@ import pytest
 
 from kms_core import metrics, wire
 from kms_core.context import Context
-from kms_core.errors import UnknownJob
+from kms_core.errors import RecordRefused
 from kms_core.jobs import parents, results
 from kms_core.jobs.build import Core
 from kms_core.jobs.caretaker import Caretaker
@@ -260,15 +261,54 @@ def test_end_of_the_whole_is_refused_once_it_was_changed(core: Core, field: str)
     assert told(core, job_id) == (REFUSED if field == "end" else ("succeeded", ""))
 
 
-@pytest.mark.parametrize("forged", [{"state": "failed", "error": "denied"}, {"end": b"junk"}], ids=str)
+@pytest.mark.parametrize(
+    "forged",
+    [{"state": "failed", "error": "denied"}, {"end": b"junk"}, {"sealed": b"junk"}, {"state": "junk"}, {}],
+    ids=str,
+)
 def test_result_is_refused_once_a_part_was_changed(core: Core, forged: dict[str, str | bytes]) -> None:
+    """Or is missing."""
     job_id, *parts = submit(core)
     run(core, *parts)
     assert results.of(now(core, job_id), core.shop.store, core.shop.spool).size
-    forge(core.shop.store, parts[1], **forged)
+    if forged:
+        forge(core.shop.store, parts[1], **forged)
+    else:
+        core.shop.store.redis.delete(f"kms:job:{parts[1]}")
 
-    with pytest.raises(UnknownJob):
+    with pytest.raises(RecordRefused):
         results.of(now(core, job_id), core.shop.store, core.shop.spool)
+
+
+def test_given_up_part_has_a_line_for_each_item_that_it_was_cut_with(core: Core) -> None:
+    """Its plain count is not signed: a large one would cost as much memory when the result is read."""
+    job_id, given_up, *parts = submit(core)
+    store = core.shop.store
+    forge(store, given_up, attempt=str(store.rules.attempts))
+    run(core, given_up, *parts)
+    assert told(core, job_id) == ("failed", "items_failed")
+    before = results.of(now(core, job_id), store, core.shop.spool).size
+    forge(store, given_up, items=str(10**6))
+
+    result = results.of(now(core, job_id), store, core.shop.spool)
+    assert result.size == before
+    lines = b"".join(map(bytes, result.slabs(0, result.size))).splitlines()
+    assert [json.loads(line)["index"] for line in lines] == list(range(ITEMS))
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_given_up_part_whose_record_was_changed_makes_the_result_refused(core: Core, *, gone: bool) -> None:
+    job_id, given_up, *parts = submit(core)
+    store = core.shop.store
+    forge(store, given_up, attempt=str(store.rules.attempts))
+    run(core, given_up, *parts)
+    if gone:
+        store.redis.delete(f"kms:job:{given_up}")
+    else:
+        forge(store, given_up, sealed=b"junk")
+
+    with pytest.raises(RecordRefused):
+        results.of(now(core, job_id), store, core.shop.spool)
 
 
 def test_refused_whole_is_cut_anew_by_a_retry(core: Core, unended: list[str]) -> None:

@@ -21,10 +21,11 @@ from kms_core.errors import (
     UnknownJob,
 )
 from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Terms
+from kms_core.jobs.desk import Terms, new_id
 from kms_core.jobs.ends import Work
 from kms_core.jobs.lease import Lease
 from kms_core.jobs.model import Job, LeaseLost, part_id
+from kms_core.jobs.records import RecordKey
 from kms_core.jobs.store import JobStore
 from kms_core.policy import Principal
 from service import CANARY, until
@@ -104,6 +105,38 @@ def test_one_idempotency_key_is_one_job(store: JobStore, nudged: list[str]) -> N
         store.submit(accepted(digest=b"other"), idempotency="scope key")
 
 
+@pytest.mark.parametrize("other", ["digest", "tenant", "key", "expired", "forged", "none"])
+def test_an_entry_of_an_idempotency_key_names_no_other_job(store: JobStore, other: str) -> None:
+    """Its value is not signed: the sealed record of the job must be that of the same request."""
+    changes: dict[str, dict[str, object]] = {
+        "digest": {"digest": b"other"},
+        "tenant": {"tenant": "theirs"},
+        "expired": {"expires_at": time.time() - 61},
+    }
+    named = store.submit(
+        accepted(**{"digest": b"same"} | changes.get(other, {})),
+        idempotency="scope other" if other == "key" else "scope key",
+    )
+    job_id = new_id() if other == "none" else named.job_id
+    entry = f"kms:idem:{store.record_key.digest(b'scope key').hex()}"
+    store.redis.set(entry, f"{job_id} {b'same'.hex()}")
+    if other == "forged":
+        forge(store, job_id, sealed=RecordKey((b"k" * 32,)).seal(accepted(job_id=job_id, digest=b"same")))
+
+    with pytest.raises(IdempotencyConflict) as refused:
+        store.submit(accepted(digest=b"same"), idempotency="scope key")
+    assert ("with another key" in str(refused.value)) == (other not in {"digest", "key"})
+
+
+def test_an_idempotency_key_of_an_earlier_version_finds_its_job(store: JobStore) -> None:
+    """Its record does not say with which key it was submitted."""
+    job = store.submit(accepted(digest=b"same"), idempotency="scope key")
+    earlier = msgspec.structs.replace(store.accepted(job.job_id), idempotency=b"")
+    forge(store, job.job_id, sealed=store.record_key.seal(earlier))
+
+    assert store.submit(accepted(digest=b"same"), idempotency="scope key").job_id == job.job_id
+
+
 def test_idempotency_outlasts_the_end_of_the_job(store: JobStore) -> None:
     job = store.submit(accepted(digest=b"same"), idempotency="scope key")
     claim = store.claim(job.job_id, "w1")
@@ -181,9 +214,10 @@ def test_job_of_another_tenant_is_unknown(store: JobStore) -> None:
 class Late(JobStore):
     """Of which every look is followed at once by another tenant's taking the id."""
 
-    def get(self, job_id: str, tenant: str) -> Job:
-        found = super().get(job_id, tenant)
-        forge(self, job_id, tenant="theirs")
+    def seen(self, job_id: str, tenant: str) -> tuple[Job, bytes]:
+        found = super().seen(job_id, tenant)
+        theirs = accepted(job_id=job_id, tenant="theirs")
+        forge(self, job_id, tenant="theirs", sealed=self.record_key.seal(theirs))
         return found
 
 
@@ -198,12 +232,14 @@ def test_job_that_changes_hands_after_the_look_stays_as_it_is(store: JobStore, e
         lambda: late.cancel(job.job_id, TENANT),
         lambda: late.retry(job.job_id, TENANT, 60),
     ]
+    mine = record(store, job.job_id)
     for act in acts:
-        forge(store, job.job_id, tenant=TENANT)
-        before = record(store, job.job_id)
+        forge(store, job.job_id, tenant=TENANT, sealed=mine[b"sealed"])
         with pytest.raises(UnknownJob):
             act()
-        assert record(store, job.job_id) == before | {b"tenant": b"theirs"}
+        after = record(store, job.job_id)
+        assert after == mine | {name: after[name] for name in (b"tenant", b"sealed")}
+        assert after[b"tenant"] == b"theirs"
 
 
 def test_pages_are_newest_first_and_complete(store: JobStore) -> None:

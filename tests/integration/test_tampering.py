@@ -185,12 +185,72 @@ def test_commit_of_another_job_is_refused(brief: JobStore) -> None:
     assert brief.due() == []
 
 
-def test_record_without_its_fields_is_unknown(store: JobStore) -> None:
+@pytest.mark.parametrize("names", [("state",), ("tenant", "sealed")], ids="-".join)
+def test_record_without_its_fields_is_unknown(store: JobStore, names: tuple[str, ...]) -> None:
     job = store.submit(accepted())
-    store.redis.hdel(f"kms:job:{job.job_id}", "tenant")
+    store.redis.hdel(f"kms:job:{job.job_id}", *names)
 
     with pytest.raises(UnknownJob):
         store.get(job.job_id, TENANT)
+
+
+@pytest.mark.parametrize("parent", ["", "whole"])
+def test_job_is_seen_and_cancelled_by_the_tenant_of_its_sealed_record(store: JobStore, parent: str) -> None:
+    """A writer to Redis who has a token of another tenant neither sees nor ends it; its owner still does."""
+    job = store.submit(accepted(parent=parent))
+    forge(store, job.job_id, tenant="mallory")
+    for tenant in (TENANT, "mallory"):
+        store.redis.zadd(f"kms:tenant:{tenant}", {job.job_id: 1})
+    store.redis.zadd("kms:dead", {job.job_id: 1})
+    seen_by = "" if parent else TENANT
+
+    for tenant in (TENANT, "mallory"):
+        listed, _ = store.page(tenant, state=None, limit=10, before=None)
+        assert [one.job_id for one in (*listed, *store.dead(tenant, 10))] == [job.job_id] * 2 * (
+            tenant == seen_by
+        )
+        if tenant != seen_by:
+            for act in (store.get, store.cancel):
+                with pytest.raises(UnknownJob):
+                    act(job.job_id, tenant)
+    assert record(store, job.job_id)[b"state"] == b"queued"
+    if not parent:
+        assert store.cancel(job.job_id, TENANT).state == "cancelled"
+
+
+def test_job_whose_plain_tenant_was_changed_is_retried_by_its_owner(store: JobStore) -> None:
+    job = store.submit(accepted())
+    forge(store, job.job_id, tenant="mallory", state="failed", error="attempts_exhausted")
+
+    assert store.retry(job.job_id, TENANT, 60).state == "queued"
+    assert record(store, job.job_id)[b"tenant"] == TENANT.encode()
+
+
+@pytest.mark.parametrize("is_ended", [False, True])
+def test_what_was_accepted_is_told_as_it_was_sealed(store: JobStore, *, is_ended: bool) -> None:
+    claim = claimed(store, items=3, size_bytes=7, priority="low")
+    job_id = claim.accepted.job_id
+    if is_ended:
+        store.finish(claim, "succeeded")
+    before = store.get(job_id, TENANT)
+    junk = ("tenant", "kind", "queue", "priority", "items", "bytes", "created_at", "expires_at", "parent")
+    forge(store, job_id, **dict.fromkeys(junk, "5"), campaign="wet")
+
+    assert store.get(job_id, TENANT) == before
+    assert (before.kind, before.queue, before.priority, before.items, before.bytes, before.campaign) == (
+        *("encrypt", "kms.bulk", "low", 3, 7),
+        "",
+    )
+
+
+def test_record_that_is_not_ours_is_shown_to_its_plain_tenant(store: JobStore) -> None:
+    """Its owner, mostly: the sealed part was damaged. What it says is no more than Redis says."""
+    job = store.submit(accepted())
+    forge(store, job.job_id, sealed=b"junk")
+
+    assert store.get(job.job_id, TENANT).state == "queued"
+    with pytest.raises(UnknownJob):
+        store.get(job.job_id, "theirs")
 
 
 def test_redis_that_is_away_is_told_as_such(core: Core) -> None:

@@ -11,7 +11,7 @@ import redis
 import structlog
 
 from kms_core.errors import InvalidRequest, JobCancelled, JobsUnavailable, UnknownJob
-from kms_core.jobs.model import MOST, Job, LeaseLost
+from kms_core.jobs.model import MOST, Fields, Job, LeaseLost
 
 PREFIX: Final = "kms:"
 TALLY: Final = "tally:"  # of a campaign: fields of its parts that are summed up in the whole
@@ -57,8 +57,11 @@ class Cursor(NamedTuple):
         return f"{self.created_at!r}-{self.job_id}"
 
 
-def reading(job_id: str, raw: Mapping[bytes, bytes]) -> Job:
-    """The plain fields as a Job. UnknownJob where somebody wrote what no script of ours does."""
+def reading(job_id: str, raw: Mapping[bytes, bytes], sure: Fields) -> Job:
+    """The plain fields as a Job, but for those in ``sure``.
+
+    Raises UnknownJob if another field has a value that no script of the service writes.
+    """
     names = {name.encode(): name for name in Job.__struct_fields__ if name != "end"}
     known = {names[name]: value.decode(errors="replace") for name, value in raw.items() if name in names}
     tallies = {
@@ -67,7 +70,7 @@ def reading(job_id: str, raw: Mapping[bytes, bytes]) -> Job:
         if name.startswith(TALLY.encode())
     }
     try:
-        return msgspec.convert({**known, "job_id": job_id, "tallies": tallies}, Job, strict=False)
+        return msgspec.convert({**known, **sure, "job_id": job_id, "tallies": tallies}, Job, strict=False)
     except msgspec.ValidationError as exc:
         raise UnknownJob from exc
 

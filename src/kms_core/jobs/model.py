@@ -78,7 +78,9 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     of the listing ``manifest`` (the fence of the attempt that made it) that lie between its two ``starts``,
     from the ``first`` on. ``input_ref`` names the blob that it reads, be it upload, items or listing, as it
     was written (``BlobWriter.ref``). ``callback`` names a webhook endpoint of the settings. ``signed_end``
-    says that it ends with a ``SignedEnd``. Records of 0.1 lack both. Times are seconds since the epoch.
+    says that it ends with a ``SignedEnd``. Records of 0.1 lack both. ``idempotency`` is the keyed digest (32
+    bytes) of the Idempotency-Key's scope that it was submitted with; empty without a key, and in records of
+    earlier versions. Times are seconds since the epoch.
     """
 
     job_id: str
@@ -109,6 +111,7 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     request_id: str = ""
     traceparent: str = ""
     digest: bytes = b""
+    idempotency: bytes = b""
     signed_end: bool = False
     created_at: float
     expires_at: float
@@ -182,6 +185,21 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return 0 if self.dry_run or uploaded_header or will_be_cut else self.size_bytes
 
     @property
+    def plain(self) -> Fields:
+        """What Redis is told of it in the clear, under the names of ``Job``."""
+        found: Fields = {
+            "tenant": self.tenant,
+            "kind": self.kind,
+            "queue": self.queue,
+            "priority": self.priority,
+            "items": self.items,
+            "bytes": self.size_bytes,
+            "created_at": self.created_at,
+            "expires_at": self.expires_at,
+        }
+        return {**found, "campaign": "dry" if self.dry_run else "wet"} if self.is_campaign else found
+
+    @property
     def bound_context(self) -> Context:
         return Context(self.context)
 
@@ -191,9 +209,9 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What moves: one reading of the plain fields. Nothing in it says what to do, or for whom.
+    """What is shown of a job: the plain fields of its record, but those of ``Accepted.plain`` as sealed.
 
-    Others may have written them, so each has bounds: whoever shows a job need not expect a NaN.
+    Others may have written plain fields, so each has bounds. Nothing in a Job says what to do.
 
     ``end`` is the verified end of a job that succeeded, or failed with ``items_failed``; its counts are those
     told here. None before the end, for other ends, and for a record of 0.1, whose ends were not signed.

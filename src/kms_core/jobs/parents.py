@@ -34,7 +34,7 @@ def end(job: Job, store: JobStore) -> Job:
 def _end_of(job: Job, record: ParentRecord, store: JobStore) -> SignedEnd:
     accepted = store.record_key.open(job.job_id, record.sealed)
     split = _split(job, accepted, record, store.record_key)
-    sums, specs = _Sums(store.record_key), hashlib.sha256()
+    sums, specs = _Sums(), hashlib.sha256()
     for part in store.parts_of(job.job_id, split.parts):
         sums.add(part)
         specs.update(part.sealed)
@@ -53,8 +53,7 @@ def _split(job: Job, accepted: Accepted, record: ParentRecord, key: RecordKey) -
 class _Sums:
     """Counts over the parts of a job, and a digest of how each ended."""
 
-    def __init__(self, key: RecordKey) -> None:
-        self._key = key
+    def __init__(self) -> None:
         self._items = self._failed = self._bytes = 0
         self._tallies: Counter[str] = Counter()
         self._marks: list[bytes] = []
@@ -68,7 +67,9 @@ class _Sums:
         if needs_proof(job.state, job.error):
             self._count(job.items, job.items_failed, job.bytes, job.tallies)
             return
-        given_up = self._key.open(job.job_id, part.sealed)
+        given_up = part.accepted
+        if given_up is None:
+            raise UnknownJob("A part of this job was not sealed by this service")
         tally = Tally(map(Outcome.parse, part.log.settled))
         failed = given_up.items - tally.done
         self._count(given_up.items, failed, given_up.size_bytes, tally.counts(given_up))

@@ -1,7 +1,8 @@
 """The reading side of the job store: jobs as their owners are told of them, with their ends verified.
 
-An end that needs a proof (``ends.needs_proof``) and has none is told as ``failed`` with ``record_refused``;
-all other states are told as Redis has them.
+The sealed part of a record says whose the job is and what was accepted. An end that needs a proof
+(``ends.needs_proof``) and has none is told as ``failed`` with ``record_refused``; all other states are told
+as Redis has them.
 """
 
 import hashlib
@@ -14,10 +15,10 @@ import msgspec
 import redis
 import structlog
 
-from kms_core.errors import UnknownJob
+from kms_core.errors import RecordRefused, UnknownJob
 from kms_core.jobs.ends import CLOCK_LEEWAY_S, SignedEnd, needs_proof, spec_digest
 from kms_core.jobs.link import PREFIX, Cursor, job_key, reading, record_errors, redis_errors
-from kms_core.jobs.model import REFUSED, Accepted, Job, Log, Rules, part_id
+from kms_core.jobs.model import REFUSED, Accepted, Fields, Job, Log, Rules, part_id
 from kms_core.jobs.records import RecordKey
 from kms_core.jobs.upkeep import Upkeep
 
@@ -36,13 +37,14 @@ class ParentRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part as it is told, its sealed record and its log.
+    """A part as it is told, its sealed record, opened (None if not sealed here) and as it lies, and its log.
 
     ``mark`` (32 bytes) stands for how it ended, in the end of its parent. ``is_unproven``: it says that it
     succeeded, or that only items failed, and cannot prove it.
     """
 
     job: Job
+    accepted: Accepted | None
     sealed: bytes
     log: Log
     mark: bytes
@@ -58,20 +60,37 @@ class JobReader(Upkeep):
         self.rules = rules
 
     def get(self, job_id: str, tenant: str) -> Job:
-        """One job of this tenant; UnknownJob for another's too."""
+        """One job of this tenant; UnknownJob for another's too, and for parts."""
+        return self.seen(job_id, tenant)[0]
+
+    def seen(self, job_id: str, tenant: str) -> tuple[Job, bytes]:
+        """The same, and its sealed record, for scripts that are to change this job only."""
         with record_errors():
             raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
-        if not raw or raw.get(b"tenant") != tenant.encode() or b"parent" in raw:
+        return self._owned(job_id, tenant, raw), raw.get(b"sealed", b"")
+
+    def _owned(self, job_id: str, tenant: str, raw: Mapping[bytes, bytes]) -> Job:
+        """A record as a Job. UnknownJob unless it is this tenant's and no part.
+
+        The sealed record decides that; of one that was not sealed by this service, the plain fields.
+        """
+        job = self.told(job_id, raw, self._sealed(job_id, raw))
+        if job.tenant != tenant or job.parent:
             raise UnknownJob
-        return self.told(job_id, raw)
+        return job
+
+    def _sealed(self, job_id: str, raw: Mapping[bytes, bytes]) -> Accepted | None:
+        """The sealed part of a record; None if this service did not seal it."""
+        try:
+            return self.record_key.open(job_id, raw.get(b"sealed", b""))
+        except UnknownJob:
+            return None
 
     def part(self, job_id: str) -> Job:
         """A part of a job, for the service's own eyes: nobody may look at, cancel or retry it by itself."""
         with record_errors():
             raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
-        if not raw:
-            raise UnknownJob
-        return self.told(job_id, raw)
+        return self.told(job_id, raw, self._sealed(job_id, raw))
 
     def accepted(self, job_id: str) -> Accepted:
         """The sealed part of a job, opened. UnknownJob if it is not there or was not sealed by us."""
@@ -174,33 +193,37 @@ class JobReader(Upkeep):
             for name, raw in zip(ids, records, strict=True):
                 yield self._part(name, raw)
 
-    def parts_as_ended(self, job: Job) -> list[Job]:
-        """The parts of an ended job, in order. UnknownJob if they are not as its end was signed over."""
-        found = list(self.parts_of(job.job_id, job.parts))
+    def parts_as_ended(self, job: Job) -> list[Part]:
+        """The parts of an ended job, in order. RecordRefused if they are not as its end was signed over."""
+        try:
+            found = list(self.parts_of(job.job_id, job.parts))
+        except UnknownJob as exc:
+            raise RecordRefused from exc
         if job.end and parts_digest(part.mark for part in found) != job.end.result_digest:
-            raise UnknownJob("The parts of this job are not as they were when it ended")
-        return [part.job for part in found]
+            raise RecordRefused
+        return found
 
     def _part(self, job_id: str, raw: Mapping[bytes, bytes]) -> Part:
-        job, sealed, log = self.told(job_id, raw), raw.get(b"sealed", b""), raw.get(b"log", b"")
+        accepted, sealed, log = self._sealed(job_id, raw), raw.get(b"sealed", b""), raw.get(b"log", b"")
+        job = self.told(job_id, raw, accepted)
         try:
             found = self._log(job_id, log, sealed) if log else Log()
         except UnknownJob:  # it was forged, which is why the part was given up
             found = Log()
         mark = raw[b"end"] if job.end else f"{job.state} {job.error}".encode() + log
         is_unproven = job.error == REFUSED and raw.get(b"error") != REFUSED.encode()
-        return Part(job, sealed, found, spec_digest(mark), is_unproven)
+        return Part(job, accepted, sealed, found, spec_digest(mark), is_unproven)
 
-    def told(self, job_id: str, raw: Mapping[bytes, bytes]) -> Job:
+    def told(self, job_id: str, raw: Mapping[bytes, bytes], accepted: Accepted | None) -> Job:
         """The fields of a record as a Job, its end verified. UnknownJob where they are not those of a job."""
-        job = reading(job_id, raw)
+        job = reading(job_id, raw, _sure(accepted) if accepted else {})
         if not needs_proof(job.state, job.error):
             return job
         sealed = raw.get(b"sealed", b"")
         end = self._end(job_id, raw.get(b"end", b""), spec_digest(sealed))
         if end and (end.state, end.error) == (job.state, job.error):
             return _as_signed(job, end)
-        if self._had_unsigned_ends(job_id, sealed):
+        if accepted and not accepted.signed_end and self.is_kept(accepted):  # of 0.1
             return job
         _log.warning("job.end_refused", job_id=job_id)
         return msgspec.structs.replace(job, state="failed", error=REFUSED)
@@ -212,14 +235,6 @@ class JobReader(Upkeep):
             return None
         return end if time.time() <= end.kept_until + CLOCK_LEEWAY_S else None
 
-    def _had_unsigned_ends(self, job_id: str, sealed: bytes) -> bool:
-        """Whether a record is of 0.1, whose ends were not signed."""
-        try:
-            accepted = self.record_key.open(job_id, sealed)
-        except UnknownJob:
-            return False
-        return not accepted.signed_end and self.is_kept(accepted)
-
     def is_kept(self, accepted: Accepted) -> bool:
         """Whether its record can still be in Redis by itself; an older one was put back."""
         return time.time() <= accepted.expires_at + self.rules.keep_record_s + CLOCK_LEEWAY_S
@@ -228,6 +243,13 @@ class JobReader(Upkeep):
 def parts_digest(marks: Iterable[bytes]) -> bytes:
     """SHA-256 over the marks of all parts: what the end of their parent has as the digest of its result."""
     return hashlib.sha256(b"".join(marks)).digest()
+
+
+def _sure(accepted: Accepted) -> Fields:
+    """The fields of a Job that its sealed part decides; a listing says how much many files are."""
+    found = {"campaign": "", **accepted.plain, "parent": accepted.parent}
+    counted = accepted.is_tree and not accepted.parent
+    return {name: value for name, value in found.items() if not (counted and name in {"items", "bytes"})}
 
 
 def _as_signed(job: Job, end: SignedEnd) -> Job:

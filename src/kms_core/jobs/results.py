@@ -4,7 +4,7 @@ A result is pieces laid end to end: a header and the payload of the upload, an o
 result lines of every part of a bulk job.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -12,7 +12,8 @@ from kms_core import wire
 from kms_core.errors import JobNotFinished, RecordRefused, ResultExpired, UnknownJob
 from kms_core.jobs import bulk, fanout, uploads
 from kms_core.jobs.blobs import Label, Spool
-from kms_core.jobs.model import REFUSED, Accepted, Job, Log
+from kms_core.jobs.ends import needs_proof
+from kms_core.jobs.model import REFUSED, Accepted, Job
 from kms_core.jobs.store import JobStore
 
 _SLAB_BYTES: Final = 1024 * 1024
@@ -65,7 +66,7 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
     head = Label(job.tenant, job.job_id, uploads.HEAD, job.fence, _ref(job))
     if accepted.kind == "decrypt":
         return Result([_Opened.of(spool, uploads.upload_label(accepted), head)])
-    return Result([_literal(spool, head), _Payload.of(spool, uploads.upload_label(accepted))])
+    return Result([_head(spool, head), _Payload.of(spool, uploads.upload_label(accepted))])
 
 
 def _ended(job: Job, store: JobStore) -> Accepted:
@@ -96,31 +97,26 @@ def _lines(job: Job, accepted: Accepted, store: JobStore, spool: Spool) -> Itera
         yield _Opened.of(spool, bulk.result_label(job.tenant, job.job_id, 0, job.fence, _ref(job)))
         return
     for number, part in enumerate(store.parts_as_ended(job)):
-        if part.state == "succeeded" or part.error == "items_failed":
-            label = bulk.result_label(job.tenant, job.job_id, number, part.fence, _ref(part))
+        if needs_proof(part.job.state, part.job.error):
+            label = bulk.result_label(job.tenant, job.job_id, number, part.job.fence, _ref(part.job))
             yield _Opened.of(spool, label)
+        elif part.accepted is None:
+            raise RecordRefused
         elif accepted.is_tree:
-            yield _Literal(_given_up(part, store, spool))
+            entries = fanout.entries(part.accepted, spool)
+            yield _literal(fanout.lines(part.accepted, entries, part.log, part.job.error))
         else:
-            yield _Literal(_refused(number * bulk.PART_ITEMS, part))
+            yield _literal(_refused(number * bulk.PART_ITEMS, part.accepted.items, part.job.error))
 
 
-def _refused(first: int, part: Job) -> bytes:
+def _refused(first: int, count: int, code: str) -> Iterator[wire.ItemResult]:
     """The lines of a part that never got to an end of its own."""
-    error = wire.ErrorCode(code=part.error)
-    refused = (wire.ItemResult(index=index, error=error) for index in range(first, first + part.items))
-    return b"".join(wire.encode(line) + b"\n" for line in refused)
+    error = wire.ErrorCode(code=code)
+    return (wire.ItemResult(index=index, error=error) for index in range(first, first + count))
 
 
-def _given_up(state: Job, store: JobStore, spool: Spool) -> bytes:
-    """The same for files: those that were done before are told as they are."""
-    part = store.accepted(state.job_id)
-    try:
-        log = store.log_of(state.job_id)
-    except UnknownJob:  # it was forged, which is why the part was given up
-        log = Log()
-    found = fanout.lines(part, fanout.entries(part, spool), log, state.error)
-    return b"".join(wire.encode(line) + b"\n" for line in found)
+def _literal(lines: Iterable[wire.ItemResult]) -> "_Literal":
+    return _Literal(b"".join(wire.encode(line) + b"\n" for line in lines))
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +174,7 @@ class _Opened:
             yield from reader.slabs(start, stop)
 
 
-def _literal(spool: Spool, label: Label) -> _Literal:
+def _head(spool: Spool, label: Label) -> _Literal:
     """A blob that is a header and a nonce, and nothing else."""
     with spool.blob(label) as blob:
         return _Literal(blob.file.read_at(0, blob.head.payload_offset))

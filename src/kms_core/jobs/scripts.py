@@ -252,10 +252,10 @@ return {'deferred'}
 CANCEL: Final = (
     LIBRARY
     + """
--- KEYS: job   ARGV: id, tenant, keep_s, ids of its parts
+-- KEYS: job   ARGV: id, sealed record of the job that is meant, keep_s, ids of its parts
 -- Parts that wait for their time need wait no longer: whoever looks at them next ends them.
 local state = redis.call('HGET', job, 'state')
-if not state or redis.call('HGET', job, 'tenant') ~= ARGV[2] then return {'gone'} end
+if not state or (redis.call('HGET', job, 'sealed') or '') ~= ARGV[2] then return {'gone'} end
 if state == 'queued' then
   add(job, 'fence', 1)
   finish('cancelled', 'cancelled', tonumber(ARGV[3]))
@@ -276,25 +276,26 @@ return {state}
 RETRY: Final = (
     LIBRARY
     + """
--- KEYS: job   ARGV: id, tenant, expires_at, sealed record, the fence of an end that was found unproven, or ''
+-- KEYS: job   ARGV: id, sealed record of the job that is meant, expires_at, new sealed record, the fence of
+--   an end that was found unproven, or '', tenant
 -- A job that was cut into parts is cut anew.
-local f = redis.call('HMGET', job, 'state', 'error', 'tenant', 'fence')
-if f[3] ~= ARGV[2] then return {'gone'} end
+local f = redis.call('HMGET', job, 'state', 'error', 'sealed', 'fence')
 local dead = f[1] == 'failed' and (f[2] == 'attempts_exhausted' or f[2] == 'record_refused')
 local signs = f[1] == 'succeeded' or (f[1] == 'failed' and f[2] == 'items_failed')
-if not dead and not (signs and ARGV[5] == (f[4] or '0')) then return {'not dead'} end
+local unproven = signs and ARGV[5] == (f[4] or '0')
+if f[3] ~= ARGV[2] or not (dead or unproven) then return {'not dead'} end
 for _, name in ipairs(redis.call('HKEYS', job)) do
   if string.sub(name, 1, 6) == 'tally:' then redis.call('HDEL', job, name) end
 end
 redis.call('HDEL', job, 'parts', 'parts_left', 'split', 'end', 'cancel', 'purged')
 redis.call('HSET', job, 'state', 'queued', 'error', '', 'attempt', 0, 'not_before', 0, 'asked', now,
-  'expires_at', ARGV[3], 'sealed', ARGV[4])
+  'expires_at', ARGV[3], 'sealed', ARGV[4], 'tenant', ARGV[6])
 add(job, 'fence', 1)
 redis.call('PERSIST', job)
 redis.call('ZREM', 'kms:dead', id)
 redis.call('ZREM', 'kms:ended', id)
 redis.call('ZADD', 'kms:open', now, id)
-redis.call('ZADD', quota(f[3]), ARGV[3], id)
+redis.call('ZADD', quota(ARGV[6]), ARGV[3], id)
 event(facts(job), id, 'queued', 'retried')
 return {'queued'}
 """

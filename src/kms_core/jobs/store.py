@@ -42,6 +42,10 @@ from kms_core.wire import JobState
 
 SHED_S: Final = 10.0
 _MOST_DEFERRALS: Final = 10  # delays are longest by then; in Redis anything may stand
+_NO_RECORD: Final = (
+    "The job that this Idempotency-Key was used for is not there any more: look for its effect, "
+    "then submit again with another key"
+)
 _log = structlog.get_logger(__name__)
 
 
@@ -61,23 +65,14 @@ class JobStore(JobReader):
         Raises IdempotencyConflict, RateLimited when too many jobs wait, JobsUnavailable. Once this returns,
         the job survives any process.
         """
-        fields: Fields = {
-            "sealed": self.record_key.seal(accepted),
-            "tenant": accepted.tenant,
-            "kind": accepted.kind,
-            "queue": accepted.queue,
-            "priority": accepted.priority,
-            "items": accepted.items,
-            "bytes": accepted.size_bytes,
-            "work_bytes": accepted.work_bytes,
-            "created_at": accepted.created_at,
-            "expires_at": accepted.expires_at,
-        }
-        if accepted.is_campaign:
-            fields = {**fields, "campaign": "dry" if accepted.dry_run else "wet"}
+        if idempotency:
+            key = self.record_key.digest(idempotency.encode())
+            accepted = msgspec.structs.replace(accepted, idempotency=key)
+        sealed, plain = self.record_key.seal(accepted), accepted.plain
+        fields: Fields = {**plain, "sealed": sealed, "work_bytes": accepted.work_bytes}
         keys = [job_key(accepted.job_id), f"{PREFIX}tenant:{accepted.tenant}"]
         if idempotency:
-            keys.append(f"{PREFIX}idem:{self.record_key.digest(idempotency.encode()).hex()}")
+            keys.append(f"{PREFIX}idem:{accepted.idempotency.hex()}")
         value = f"{accepted.job_id} {accepted.digest.hex()}"
         flat = [part for pair in fields.items() for part in pair]
         with redis_errors():
@@ -98,10 +93,7 @@ class JobStore(JobReader):
                 ],
             )
         if word == b"exists":
-            before, _, digest = rest[0].decode(errors="replace").partition(" ")
-            if digest != accepted.digest.hex():
-                raise IdempotencyConflict
-            return self.get(before, accepted.tenant)
+            return self._before(accepted, rest[0].decode(errors="replace").partition(" ")[0])
         if word == b"taken":  # said twice: by a client that did not hear the answer, or by a submitter
             return self.get(accepted.job_id, accepted.tenant)
         if word != b"queued":
@@ -109,8 +101,23 @@ class JobStore(JobReader):
         metrics.JOBS.labels(accepted.kind, "queued").inc()
         if self._nudge is not None:
             self.nudge(accepted.job_id, accepted.lane)
-        plain = {name: value for name, value in fields.items() if name != "sealed"}
         return msgspec.convert({**plain, "job_id": accepted.job_id, "state": "queued"}, Job)
+
+    def _before(self, accepted: Accepted, job_id: str) -> Job:
+        """The job that the entry of an Idempotency-Key names; its sealed record says whether it is that one.
+
+        Raises IdempotencyConflict if it is not, or was not sealed by this service, or has expired.
+        """
+        try:
+            before, job = self.accepted(job_id), self.get(job_id, accepted.tenant)
+        except UnknownJob:
+            raise IdempotencyConflict(_NO_RECORD) from None
+        asked = (accepted.tenant, accepted.digest, accepted.idempotency)
+        if (before.tenant, before.digest, before.idempotency or accepted.idempotency) != asked:
+            raise IdempotencyConflict
+        if before.is_expired:
+            raise IdempotencyConflict(_NO_RECORD)
+        return job
 
     def spool_room(self, tenant: str) -> int | None:
         """Bytes that a tenant may still upload, None without a quota. ``submit`` has the last word."""
@@ -143,9 +150,10 @@ class JobStore(JobReader):
 
     def cancel(self, job_id: str, tenant: str) -> Job:
         """Ends a queued job now, a running one at its next item or slab. Raises JobCommitting, UnknownJob."""
-        parts = self.parts_cut(self.get(job_id, tenant))
+        job, sealed = self.seen(job_id, tenant)
+        parts = self.parts_cut(job)
         with redis_errors():
-            given = [job_id, tenant, self.rules.keep_record_s, *parts]
+            given = [job_id, sealed, self.rules.keep_record_s, *parts]
             word = self._run["CANCEL"]([job_key(job_id)], given)[0]
         if word == b"committing":
             raise JobCommitting
@@ -161,30 +169,28 @@ class JobStore(JobReader):
 
         Raises JobNotDead for any other job, and if its record is not one that this service wrote; UnknownJob.
         """
-        job = self.get(job_id, tenant)
+        job, before = self.seen(job_id, tenant)
         seen = job.fence if job.error in DEAD else ""
-        accepted = self._to_retry(job_id, tenant)
+        accepted = self._to_retry(job_id, before)
         until = self.now() + ttl_s
         sealed = self.record_key.seal(msgspec.structs.replace(accepted, expires_at=until, signed_end=True))
         with redis_errors():
-            word = self._run["RETRY"]([job_key(job_id)], [job_id, tenant, until, sealed, seen])[0]
-        if word == b"gone":
-            raise UnknownJob
+            given = [job_id, before, until, sealed, seen, accepted.tenant]
+            word = self._run["RETRY"]([job_key(job_id)], given)[0]
         if word != b"queued":
+            self.get(job_id, tenant)  # UnknownJob, if the id is another tenant's by now
             raise JobNotDead
         job = self.get(job_id, tenant)
         self.nudge(job_id, job.lane)
         return job
 
-    def _to_retry(self, job_id: str, tenant: str) -> Accepted:
+    def _to_retry(self, job_id: str, sealed: bytes) -> Accepted:
         try:
-            accepted = self.accepted(job_id)
+            accepted = self.record_key.open(job_id, sealed)
         except UnknownJob:
             raise JobNotDead(
                 "The record of this job is not one that this service wrote: submit it again"
             ) from None
-        if accepted.tenant != tenant:  # the plain field was changed in Redis: the sealed one is right
-            raise UnknownJob
         if not self.is_kept(accepted):
             raise JobNotDead("This job expired too long ago: submit it again")
         return accepted
