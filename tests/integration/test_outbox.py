@@ -164,7 +164,7 @@ def test_an_event_that_no_script_wrote_is_passed_over(
 
 def test_a_record_that_does_not_decode_stops_nobody(store: JobStore, ci: Endpoint) -> None:
     broken, good = end(store), end(store)
-    forge(store, broken, items="many")
+    forge(store, broken, attempt="many")
     outbox = Outbox(store, {"ci": ci})
     outbox.take_in()
 

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 import msgspec
 import redis
@@ -94,6 +94,15 @@ def raise_for(word: bytes) -> None:
 def is_of_the_record(exc: Exception) -> bool:
     """Whether Redis answered so because of a key or a field that others wrote; else it is Redis's own."""
     return any(word in str(exc) for word in _OF_THE_RECORD)
+
+
+def answered(answer: Any) -> Any:  # noqa: ANN401 -- each command has its own
+    """An answer from a pipeline; None of a key that others wrote. Raises other errors of Redis."""
+    if not isinstance(answer, Exception):
+        return answer
+    if not is_of_the_record(answer):
+        raise answer
+    return None
 
 
 @contextmanager

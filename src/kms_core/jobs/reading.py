@@ -7,8 +7,9 @@ as Redis has them.
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, repeat
 from typing import Final, NamedTuple, cast
 
 import msgspec
@@ -17,13 +18,13 @@ import structlog
 
 from kms_core.errors import RecordRefused, UnknownJob
 from kms_core.jobs.ends import CLOCK_LEEWAY_S, SignedEnd, needs_proof, spec_digest
-from kms_core.jobs.link import PREFIX, Cursor, job_key, reading, record_errors, redis_errors
+from kms_core.jobs.link import PREFIX, Cursor, answered, job_key, reading, record_errors, redis_errors
 from kms_core.jobs.model import REFUSED, Accepted, Fields, Job, Log, Rules, part_id
 from kms_core.jobs.records import RecordKey
 from kms_core.jobs.upkeep import Upkeep
 
 MOST_PARTS: Final = 100_000  # in Redis anything may stand
-_PARTS_AT_ONCE: Final = 200
+_AT_ONCE: Final = 200
 _DEAD_SCAN: Final = 10_000
 _log = structlog.get_logger(__name__)
 
@@ -111,8 +112,8 @@ class JobReader(Upkeep):
         found: list[Job] = []
         while True:
             older = self._older(tenant, at, limit)
-            for at in older:
-                job = self._listed(at.job_id, tenant)
+            for at, raw in zip(older, self._records([at.job_id for at in older]), strict=True):
+                job = self._listed(at.job_id, tenant, raw)
                 if job and state in {None, job.state}:
                     found.append(job)
                 if len(found) == limit:
@@ -136,18 +137,19 @@ class JobReader(Upkeep):
                 return older
             start += len(rows)
 
-    def _listed(self, job_id: str, tenant: str) -> Job | None:
+    def _listed(self, job_id: str, tenant: str, raw: Mapping[bytes, bytes]) -> Job | None:
         try:
-            return self.get(job_id, tenant)
+            return self._owned(job_id, tenant, raw)
         except UnknownJob:  # it has expired: the caretaker takes it out of the list; or it is none of ours
             return None
 
     def dead(self, tenant: str, limit: int) -> list[Job]:
         """Dead letters of this tenant, newest first."""
         with redis_errors():
-            ids = cast("list[bytes]", self.redis.zrevrange(f"{PREFIX}dead", 0, _DEAD_SCAN - 1))
-            found = (self._listed(raw.decode(errors="replace"), tenant) for raw in ids)
-            return [job for job in found if job is not None][:limit]
+            found = cast("list[bytes]", self.redis.zrevrange(f"{PREFIX}dead", 0, _DEAD_SCAN - 1))
+        ids = [raw.decode(errors="replace") for raw in found]
+        jobs = (self._listed(*each) for each in zip(ids, repeat(tenant), self._records(ids)))
+        return list(islice(filter(None, jobs), limit))
 
     def log_of(self, job_id: str) -> Log:
         """How far a part came. UnknownJob if that was not written by us."""
@@ -182,16 +184,19 @@ class JobReader(Upkeep):
         return [part_id(job.job_id, number) for number in range(split.parts)]
 
     def parts_of(self, job_id: str, count: int) -> Iterator[Part]:
-        """The parts of a job in order, some hundred in one look. UnknownJob where one is not there."""
-        for start in range(0, min(count, MOST_PARTS), _PARTS_AT_ONCE):
-            ids = [part_id(job_id, number) for number in range(start, min(count, start + _PARTS_AT_ONCE))]
-            with record_errors():
+        """The parts of a job in order. UnknownJob where one is not there."""
+        ids = [part_id(job_id, number) for number in range(min(count, MOST_PARTS))]
+        yield from map(self._part, ids, self._records(ids))
+
+    def _records(self, ids: Sequence[str]) -> Iterator[dict[bytes, bytes]]:
+        """The fields of these records, some hundred in one look; none where there is no record."""
+        for start in range(0, len(ids), _AT_ONCE):
+            with redis_errors():
                 pipeline = self.redis.pipeline(transaction=False)
-                for name in ids:
+                for name in ids[start : start + _AT_ONCE]:
                     pipeline.hgetall(job_key(name))
-                records = cast("list[dict[bytes, bytes]]", pipeline.execute())
-            for name, raw in zip(ids, records, strict=True):
-                yield self._part(name, raw)
+                found = [answered(one) or {} for one in pipeline.execute(raise_on_error=False)]
+            yield from found
 
     def parts_as_ended(self, job: Job) -> list[Part]:
         """The parts of an ended job, in order. RecordRefused if they are not as its end was signed over."""

@@ -1,11 +1,11 @@
 """A look at all open jobs and at Redis itself, for metrics and status; changes nothing."""
 
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Final, cast
 
 from kms_core import metrics
 from kms_core.jobs import set_aside
-from kms_core.jobs.link import PREFIX, is_of_the_record, job_key, number, redis_errors
+from kms_core.jobs.link import PREFIX, answered, job_key, number, redis_errors
 from kms_core.jobs.store import JobStore
 
 STATES: Final = ("queued", "running", "committing")
@@ -43,7 +43,7 @@ def survey(store: JobStore, tenant: str | None = None) -> Survey:
         pipeline.zcard(f"{PREFIX}dead")
         set_aside.count(pipeline)
         pipeline.info("memory")
-        *rows, dead, aside, memory = [_read(answer) for answer in pipeline.execute(raise_on_error=False)]
+        *rows, dead, aside, memory = [answered(one) for one in pipeline.execute(raise_on_error=False)]
     jobs = dict.fromkeys(STATES, 0)
     oldest = now
     for state, created_at, not_before, parent, owner in filter(None, rows):
@@ -76,15 +76,6 @@ def lost() -> None:
     for family in metrics.QUEUE_DEPTH.collect():  # the lanes that the broker told of
         for sample in family.samples:
             metrics.QUEUE_DEPTH.labels(**sample.labels).set(float("nan"))
-
-
-def _read(answer: Any) -> Any:  # noqa: ANN401 -- each command has its own
-    """An answer of Redis; None of a key that others wrote."""
-    if not isinstance(answer, Exception):
-        return answer
-    if not is_of_the_record(answer):
-        raise answer
-    return None
 
 
 def _share(memory: dict[str, int]) -> float:
