@@ -113,6 +113,8 @@ class Courier(threading.Thread):
 
     def _send(self, delivery: Delivery) -> Outcome:
         """In a thread of the pool. An endpoint without a section may get one: until then it has failed."""
+        if self._outbox.is_stale(delivery):
+            return Outcome("failed", "expired")
         endpoint = self._endpoints.get(delivery.endpoint)
         if endpoint is None:
             return Outcome("failed", "unknown_endpoint")

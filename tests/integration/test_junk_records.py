@@ -1,7 +1,7 @@
 """Fields, members and scores in Redis that no script of ours wrote: a junk record costs itself alone."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Final, cast
 
 import pytest
@@ -13,11 +13,11 @@ from kms_core.errors import UnknownJob
 from kms_core.jobs.build import Core
 from kms_core.jobs.caretaker import Caretaker
 from kms_core.jobs.desk import new_id
-from kms_core.jobs.model import EXHAUSTED
+from kms_core.jobs.model import EXHAUSTED, Claim, Job, LeaseLost
 from kms_core.jobs.store import JobStore
 from kms_core.jobs.survey import survey
 from service import Service, core_of
-from stores import SHORT, TENANT, accepted, lapse, record, store_of
+from stores import COMMIT, LONG, SHORT, TENANT, accepted, lapse, record, store_of
 
 JUNK: Final = (
     *(b"nan", b"-nan", b"inf", b"-inf", b"-1", b"-5.5", b"1e308", b"1e400", b"9" * 400, b"253402300800"),
@@ -209,6 +209,105 @@ def test_a_stream_of_events_that_takes_none_costs_no_job(core: Core, broken: str
     assert [fields[b"type"] for _, fields in events] == [b"kms.job.failed"]
 
 
+# -- keys of a wrong type that many jobs use -------------------------------------------------------------
+
+QUOTA: Final = replace(LONG, tenant_open={TENANT: 10}, tenant_spool_bytes={TENANT: 10_000})
+LISTS: Final = ("open", "ended", "dead", "tenants", "workers", "events")
+OF_TENANTS: Final = ("tenant", "open", "spooled", "running", "large-waiting")
+OF_WORKERS: Final = ("busy", "large", "large-begun", "large-refused")
+SHARED: Final = (
+    *LISTS,
+    *(f"{name}:{TENANT}" for name in OF_TENANTS),
+    *(f"{name}:w1" for name in OF_WORKERS),
+)
+
+
+def wrong(store: JobStore, key: str) -> None:
+    """Put another type at this key: a list, which no key of jobs is."""
+    store.redis.delete(key)
+    store.redis.rpush(key, "junk")
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_shared_key_of_a_wrong_type_stops_no_job(core: Core, name: str) -> None:
+    """Whichever step meets it does its work, and jobs end as they would have."""
+    store = store_of(core, replace(QUOTA, large_job_bytes=5, has_several_tenants=lambda: True), [])
+    key = f"kms:{name}"
+    steps: list[Callable[[str, Claim | None], object]] = [
+        lambda job_id, _: store.submit(accepted(job_id=job_id, size_bytes=7)),
+        lambda job_id, _: store.claim(job_id, "w1/1"),
+        lambda _, claim: claim and store.renew(claim, {}),
+        lambda _, claim: claim and store.defer(claim, 0, counts=False),
+        lambda *_: Caretaker(store, core.shop.spool, "me", dict).round(),
+        lambda job_id, _: store.claim(job_id, "w1/1"),
+        lambda _, claim: claim and store.finish(claim, "failed", EXHAUSTED),
+        lambda job_id, _: store.retry(job_id, TENANT, 60),
+        lambda job_id, _: store.cancel(job_id, TENANT),
+    ]
+    first, second = new_id(), new_id()
+    for job_id in (first, second):
+        claim: Claim | None = None
+        for step in steps[: 7 if job_id == second else None]:
+            wrong(store, key)
+            found = step(job_id, claim)
+            claim = found if isinstance(found, Claim) else claim
+
+    assert store.get(first, TENANT).state == "cancelled"
+    assert store.get(second, TENANT).error == EXHAUSTED
+    assert store.page(TENANT, state=None, limit=10, before=None)
+    assert store.dead(TENANT, 10) is not None
+    assert survey(store).jobs == dict.fromkeys(("queued", "running", "committing"), 0)
+
+
+def test_reading_alone_survives_shared_keys_of_a_wrong_type(core: Core) -> None:
+    store = store_of(core, QUOTA, [])
+    for name in SHARED:
+        wrong(store, f"kms:{name}")
+
+    assert store.page(TENANT, state=None, limit=10, before=None) == ([], None)
+    assert (store.dead(TENANT, 10), store.due(), store.expired(), store.workers()) == ([], [], [], 0)
+    assert store.lists() == ["kms:dead"]
+    assert store.spool_room(TENANT) == 10_000
+    store.worker_seen("w1")
+    assert store.workers() == 1
+
+
+@pytest.mark.parametrize("junk", [b"nan", b"x", b"9" * 18, b"9" * 400])
+def test_a_junk_sum_of_a_quota_stops_no_job(core: Core, junk: bytes) -> None:
+    store = store_of(core, QUOTA, [])
+    first = store.submit(accepted(size_bytes=6)).job_id
+    store.redis.hset(f"kms:spooled:{TENANT}", "sum", junk)
+    for job_id in (first, store.submit(accepted(size_bytes=6)).job_id):
+        claim = store.claim(job_id, "w1")
+        assert claim
+        store.finish(claim, "failed", "decrypt_failed")
+        assert store.get(job_id, TENANT).state == "failed"
+
+
+def test_a_record_of_a_wrong_type_is_no_job_for_any_step(core: Core) -> None:
+    store = store_of(core, LONG, [])
+    claim = store.claim(store.submit(accepted()).job_id, "w1")
+    assert claim
+    job_id = claim.accepted.job_id
+    steps: list[tuple[Callable[[], object], type[Exception]]] = [
+        (lambda: store.get(job_id, TENANT), UnknownJob),
+        (lambda: store.cancel(job_id, TENANT), UnknownJob),
+        (lambda: store.retry(job_id, TENANT, 60), UnknownJob),
+        (lambda: store.renew(claim, {}), LeaseLost),
+        (lambda: store.committing(claim, COMMIT), LeaseLost),
+        (lambda: store.finish(claim, "succeeded"), LeaseLost),
+        (lambda: store.defer(claim, 0, counts=False), LeaseLost),
+        (lambda: store.split(claim, [accepted()]), LeaseLost),
+    ]
+    for step, refusal in steps:
+        wrong(store, f"kms:job:{job_id}")
+        with pytest.raises(refusal):
+            step()
+    wrong(store, f"kms:job:{job_id}")
+    assert store.claim(job_id, "w1") is None
+    assert not store.redis.exists(f"kms:job:{job_id}")
+
+
 # -- the caretaker -------------------------------------------------------------------------------------
 
 
@@ -246,9 +345,8 @@ def test_members_that_are_no_jobs_keep_the_caretaker_from_no_other(core: Core) -
 
     assert store.get(good, TENANT).state == "queued"
     assert record(store, ended)[b"purged"] == b"1"
-    score = store.redis.zscore("kms:open", "text")
-    assert isinstance(score, float)
-    assert score > 2, "it is looked at later"
+    assert store.redis.zscore("kms:open", "text") is None
+    assert not store.redis.exists("kms:job:text")
     assert store.redis.zscore("kms:open", b"\xff") is None
 
 

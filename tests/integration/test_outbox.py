@@ -7,7 +7,7 @@ from typing import cast
 import msgspec
 import pytest
 
-from hooks import ENTRIES, end, endpoint, every, taken_in
+from hooks import ENTRIES, end, endpoint, every, receiving, taken_in
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import new_id
 from kms_core.jobs.outbox import GIVE_UP_S, MOST_ATTEMPTS, Delivery, Outbox
@@ -94,6 +94,46 @@ def test_whoever_settles_late_leaves_nothing_behind(store: JobStore, ci: Endpoin
 
 
 # -- what an intruder in Redis can do --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late_s", [-60, 60])
+def test_a_delivery_that_is_put_back_after_its_time_is_not_sent(
+    store: JobStore, tmp_path: Path, late_s: float
+) -> None:
+    """Its time ends when all attempts are over, and what an outage of the courier may take."""
+    end(store)
+    with receiving(None) as receiver:
+        ci = endpoint(tmp_path, receiver.url(scheme="http"), None)
+        outbox, delivery = taken_in(store, {"ci": ci})
+        outbox.remove(delivery)
+        signed_at = time.time() - 24 * 3600 - LONG.keep_record_s - late_s
+        body = msgspec.msgpack.encode(msgspec.structs.replace(delivery, created_at=signed_at))
+        entry = store.record_key.digest(b"webhook-delivery", body) + body
+        store.redis.hset(ENTRIES, delivery.delivery_id, entry)
+        store.redis.zadd("kms:webhooks:due:ci", {delivery.delivery_id: 0})
+        courier = Courier(outbox, {"ci": ci}, "me")
+
+        def settled() -> bool:
+            courier.round()
+            return outbox.size() == 0
+
+        until(settled, "the delivery is sent or given up")
+
+    dead = [found.delivery_id for found in outbox.dead()]
+    assert (len(receiver.requests), dead) == ((0, [delivery.delivery_id]) if late_s > 0 else (1, []))
+
+
+def test_an_event_of_a_record_that_was_put_back_after_its_time_is_not_told(
+    store: JobStore, ci: Endpoint
+) -> None:
+    job_id, kept = end(store, "failed", "decrypt_failed"), end(store, "failed", "decrypt_failed")
+    long_ago = time.time() - LONG.keep_record_s - 61
+    old = accepted(job_id=job_id, callback="ci", expires_at=long_ago)
+    forge(store, job_id, sealed=store.record_key.seal(old))
+    outbox = Outbox(store, {"ci": ci})
+    outbox.take_in()
+
+    assert [delivery.job_id for delivery in every(outbox)] == [kept]
 
 
 @pytest.mark.parametrize("forged", ["other endpoint", "own entry", "other id"])

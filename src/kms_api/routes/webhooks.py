@@ -68,11 +68,17 @@ def _of_tenant(built: Service, outbox: Outbox, tenant: str) -> Iterator[Delivery
     with redis_errors():
         given_up = outbox.dead()
     for delivery in given_up:
-        try:
-            built.desk.store.get(delivery.job_id, tenant)
-        except UnknownJob:  # another tenant's, or its record has expired
-            continue
-        yield delivery
+        if delivery.tenant == tenant or (not delivery.tenant and _is_of(built, delivery.job_id, tenant)):
+            yield delivery
+
+
+def _is_of(built: Service, job_id: str, tenant: str) -> bool:
+    """Of an entry of 0.1, which does not say whose it is, the record of its job does while it is kept."""
+    try:
+        built.desk.store.get(job_id, tenant)
+    except UnknownJob:
+        return False
+    return True
 
 
 def _shape(delivery: Delivery) -> wire.DeliveryOut:

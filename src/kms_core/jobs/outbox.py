@@ -12,8 +12,8 @@ Where the stream was cut behind the cursor (no courier ran while 100,000 events 
 jobs are looked through for what was missed. Which endpoint, and that there is one, the sealed record says; an
 entry rests behind a MAC. An event that needs a proof (``ends.needs_proof``) is told as the signed end of the
 job has it, as ``failed`` with ``record_refused`` where the record claims an end that is not proven, and not
-at all while the job has not ended. So whoever can write to Redis can repeat a delivery, and have other
-states told, but cannot make up a ``succeeded``.
+at all while the job has not ended. So a writer to Redis can repeat a delivery until it is stale, and have
+other states told, but cannot make up a ``succeeded``.
 
 Keys below ``kms:webhooks:``: ``cursor``, ``entries`` (a hash by delivery id), ``due:<endpoint>`` (delivery
 ids by when to send), ``endpoints`` (those named in entries), ``dead`` (the newest that were given up).
@@ -188,6 +188,7 @@ class Outbox:
         self.store.drop_wrong(ours.scard, _ENDPOINTS)
         self.store.drop_wrong(ours.llen, _DEAD)
         self.store.drop_wrong(ours.xlen, _EVENTS)
+        self.store.drop_wrong(ours.zcard, _ENDED)
         for name in {*self._endpoints, *self.endpoints()}:
             self.store.drop_wrong(ours.zcard, _due(name))
 
@@ -235,8 +236,11 @@ class Outbox:
         )
 
     def _events(self, accepted: Accepted) -> frozenset[str]:
-        """The states that the job's endpoint is told; none, if it has no endpoint that its tenant may use."""
-        if not accepted.callback or accepted.parent:
+        """The states that the job's endpoint is told; none without an endpoint that its tenant may use.
+
+        Nor of a record that was put back into Redis after its time.
+        """
+        if not accepted.callback or accepted.parent or not self.store.is_kept(accepted):
             return frozenset()
         endpoint = self._endpoints.get(accepted.callback)
         if endpoint is None:
@@ -311,6 +315,10 @@ class Outbox:
             [_ENTRIES, _due(failed.endpoint)], [failed.delivery_id, self._signed(failed), now + delay]
         )
         return delay
+
+    def is_stale(self, delivery: Delivery) -> bool:
+        """Whether all attempts, and an outage as long as records are kept, are over: others put it back."""
+        return time.time() > delivery.created_at + GIVE_UP_S + self.store.rules.keep_record_s
 
     def size(self) -> int:
         """Deliveries that wait."""

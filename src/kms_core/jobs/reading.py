@@ -125,13 +125,15 @@ class JobReader(Upkeep):
         """The next jobs behind a cursor; none only at the end of the list."""
         start = 0
         while True:
-            with redis_errors():
-                rows = cast(
-                    "list[tuple[bytes, float]]",
-                    self.redis.zrevrangebyscore(
-                        f"{PREFIX}tenant:{tenant}", at.created_at, "-inf", start, count, withscores=True
-                    ),
-                )
+            rows: list[tuple[bytes, float]] = self.shared(
+                self.redis.zrevrangebyscore,
+                f"{PREFIX}tenant:{tenant}",
+                at.created_at,
+                "-inf",
+                start,
+                count,
+                withscores=True,
+            )
             older = [one for row in rows if (one := Cursor.of(*row)) and one < at]
             if older or not rows:
                 return older
@@ -145,8 +147,7 @@ class JobReader(Upkeep):
 
     def dead(self, tenant: str, limit: int) -> list[Job]:
         """Dead letters of this tenant, newest first."""
-        with redis_errors():
-            found = cast("list[bytes]", self.redis.zrevrange(f"{PREFIX}dead", 0, _DEAD_SCAN - 1))
+        found: list[bytes] = self.shared(self.redis.zrevrange, f"{PREFIX}dead", 0, _DEAD_SCAN - 1)
         ids = [raw.decode(errors="replace") for raw in found]
         jobs = (self._listed(*each) for each in zip(ids, repeat(tenant), self._records(ids)))
         return list(islice(filter(None, jobs), limit))

@@ -15,6 +15,23 @@ Fields that a script of ours always writes may be missing or junk all the same: 
 from typing import Final
 
 LIBRARY: Final = """
+local server = redis
+local redis = { pcall = server.pcall }
+
+-- redis.call of all scripts of jobs. A key of a wrong type, or a sum that is no number, was written by
+-- others, and what stood there is lost: it is deleted. A script that stops halfway leaves jobs half done.
+function redis.call(...)
+  local answer, _, key, field = server.pcall(...), ...
+  if type(answer) ~= 'table' or not answer.err then return answer end
+  if string.find(answer.err, 'WRONGTYPE') then
+    server.call('DEL', key)
+    server.log(server.LOG_WARNING, 'kms: deleted a key of a wrong type: ' .. key)
+  elseif string.find(answer.err, 'hash value is not') or string.find(answer.err, 'overflow') then
+    server.call('HDEL', key, field)
+  end
+  return server.call(...)  -- raises any other error
+end
+
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
 local job, id = KEYS[1], ARGV[1]

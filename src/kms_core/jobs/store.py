@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final, cast
+from typing import Final
 
 import msgspec
 import redis
@@ -124,8 +124,7 @@ class JobStore(JobReader):
         most = self.rules.tenant_spool_bytes.get(tenant)
         if most is None:
             return None
-        with redis_errors():
-            used = cast("bytes | None", self.redis.hget(f"{PREFIX}spooled:{tenant}", "sum"))
+        used: bytes | None = self.shared(self.redis.hget, f"{PREFIX}spooled:{tenant}", "sum")
         return max(0, most - int(number(used)))
 
     def _letter(self, accepted: Accepted) -> tuple[str, bytes]:

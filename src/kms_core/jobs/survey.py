@@ -1,7 +1,7 @@
 """A look at all open jobs and at Redis itself, for metrics and status; changes nothing."""
 
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import Final
 
 from kms_core import metrics
 from kms_core.jobs import set_aside
@@ -36,7 +36,7 @@ def survey(store: JobStore, tenant: str | None = None) -> Survey:
     """
     with redis_errors():
         now = store.now()
-        ids = cast("list[bytes]", store.redis.zrange(f"{PREFIX}open", 0, MOST_JOBS - 1))
+        ids: list[bytes] = store.shared(store.redis.zrange, f"{PREFIX}open", 0, MOST_JOBS - 1)
         pipeline = store.redis.pipeline(transaction=False)
         for raw in ids:
             pipeline.hmget(job_key(raw.decode(errors="replace")), *_FIELDS)

@@ -3,8 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import redis
 import structlog
@@ -56,11 +57,7 @@ class Upkeep:
 
     def due(self, limit: int = 1000) -> list[str]:
         """Open jobs that should be looked at: leases run out, delays over, messages perhaps lost."""
-        with redis_errors():
-            ids = cast(
-                "list[bytes]", self.redis.zrangebyscore(f"{PREFIX}open", 0, self.now(), start=0, num=limit)
-            )
-            return self._ids(f"{PREFIX}open", ids)
+        return self._first(f"{PREFIX}open", limit)
 
     def reap(self, job_id: str, next_look_s: float) -> str:
         """Requeue a job whose lease ran out.
@@ -127,18 +124,16 @@ class Upkeep:
 
     def expired(self, limit: int = 1000) -> list[str]:
         """Ended jobs whose results are to be deleted."""
-        with redis_errors():
-            ids = cast(
-                "list[bytes]", self.redis.zrangebyscore(f"{PREFIX}ended", 0, self.now(), start=0, num=limit)
-            )
-            return self._ids(f"{PREFIX}ended", ids)
+        return self._first(f"{PREFIX}ended", limit)
 
-    def _ids(self, key: str, members: Sequence[bytes]) -> list[str]:
-        """Members of a sorted set as text; what is none, nobody here put there, and is taken out."""
-        junk = [raw for raw in members if not raw.isascii()]
+    def _first(self, key: str, limit: int) -> list[str]:
+        """Members of a sorted set whose time has come. Takes out what is no text: others put it there."""
+        ids: list[bytes] = self.shared(self.redis.zrangebyscore, key, 0, self.now(), start=0, num=limit)
+        junk = [raw for raw in ids if not raw.isascii()]
         if junk:
-            self.redis.zrem(key, *junk)
-        return [raw.decode() for raw in members if raw.isascii()]
+            with redis_errors():
+                self.redis.zrem(key, *junk)
+        return [raw.decode() for raw in ids if raw.isascii()]
 
     def purged(self, job_id: str) -> bool:
         """Note that the result is gone; the record itself expires later. Whether attempts may have died."""
@@ -155,8 +150,7 @@ class Upkeep:
 
     def lists(self) -> list[str]:
         """The keys of the lists of jobs, one for each tenant and one of dead letters: they never expire."""
-        with redis_errors():
-            tenants = cast("set[bytes]", self.redis.smembers(_TENANTS))
+        tenants: set[bytes] = self.shared(self.redis.smembers, _TENANTS)
         return [_DEAD, *sorted(f"{PREFIX}tenant:{raw.decode(errors='replace')}" for raw in tenants)]
 
     def trim(self, key: str, begin: int, count: int = 1000) -> int:
@@ -169,6 +163,17 @@ class Upkeep:
             if self.drop_wrong(self.redis.zcard, key):
                 return 0
             return int(self._run["TRIM"]([key, _TENANTS], [begin, count, owner])[0])
+
+    def shared(self, ask: Callable[..., Any], key: str, *given: object, **named: object) -> Any:  # noqa: ANN401 -- each command has its own
+        """What Redis answers about a key that many jobs share; ``drop_wrong`` goes first where it must."""
+        with redis_errors():
+            asked = partial(ask, key, *given, **named)
+            try:
+                return asked()
+            except redis.ResponseError:
+                if not self.drop_wrong(lambda _: asked(), key):
+                    raise
+                return asked()
 
     def drop_wrong(self, read: Callable[[str], object], key: str) -> bool:
         """Delete a key that ``read`` finds to be of a wrong type, which others wrote; whether it was."""
@@ -214,9 +219,9 @@ class Upkeep:
 
     def worker_seen(self, worker: str) -> None:
         """It lives, and so it will for some seconds."""
+        now = self.now()
+        self.shared(self.redis.zadd, _WORKERS, {worker: now})
         with redis_errors():
-            now = self.now()
-            self.redis.zadd(_WORKERS, {worker: now})
             self.redis.zremrangebyscore(_WORKERS, 0, now - 10 * WORKER_SEEN_S)
 
     def worker_left(self, worker: str) -> None:
@@ -226,8 +231,7 @@ class Upkeep:
 
     def workers(self) -> int:
         """How many live; one that was killed counts for ``WORKER_SEEN_S``."""
-        with redis_errors():
-            return int(self.redis.zcount(_WORKERS, self.now() - WORKER_SEEN_S, "+inf"))
+        return int(self.shared(self.redis.zcount, _WORKERS, self.now() - WORKER_SEEN_S, "+inf"))
 
 
 def _lane(found: Sequence[bytes | None]) -> Lane:
