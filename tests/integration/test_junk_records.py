@@ -13,7 +13,7 @@ from kms_core.errors import UnknownJob
 from kms_core.jobs.build import Core
 from kms_core.jobs.caretaker import Caretaker
 from kms_core.jobs.desk import new_id
-from kms_core.jobs.model import EXHAUSTED, Claim, Job, LeaseLost
+from kms_core.jobs.model import EXHAUSTED, Job, LeaseLost
 from kms_core.jobs.store import JobStore
 from kms_core.jobs.survey import survey
 from service import Service, core_of
@@ -232,25 +232,24 @@ def wrong(store: JobStore, key: str) -> None:
 def test_a_shared_key_of_a_wrong_type_stops_no_job(core: Core, name: str) -> None:
     """Whichever step meets it does its work, and jobs end as they would have."""
     store = store_of(core, replace(QUOTA, large_job_bytes=5, has_several_tenants=lambda: True), [])
-    key = f"kms:{name}"
-    steps: list[Callable[[str, Claim | None], object]] = [
-        lambda job_id, _: store.submit(accepted(job_id=job_id, size_bytes=7)),
-        lambda job_id, _: store.claim(job_id, "w1/1"),
-        lambda _, claim: claim and store.renew(claim, {}),
-        lambda _, claim: claim and store.defer(claim, 0, counts=False),
-        lambda *_: Caretaker(store, core.shop.spool, "me", dict).round(),
-        lambda job_id, _: store.claim(job_id, "w1/1"),
-        lambda _, claim: claim and store.finish(claim, "failed", EXHAUSTED),
-        lambda job_id, _: store.retry(job_id, TENANT, 60),
-        lambda job_id, _: store.cancel(job_id, TENANT),
-    ]
+
+    def meets_it() -> JobStore:
+        wrong(store, f"kms:{name}")
+        return store
+
     first, second = new_id(), new_id()
     for job_id in (first, second):
-        claim: Claim | None = None
-        for step in steps[: 7 if job_id == second else None]:
-            wrong(store, key)
-            found = step(job_id, claim)
-            claim = found if isinstance(found, Claim) else claim
+        meets_it().submit(accepted(job_id=job_id, size_bytes=7))
+        claim = meets_it().claim(job_id, "w1/1")
+        assert claim
+        meets_it().renew(claim, {})
+        meets_it().defer(claim, 0, counts=False)
+        Caretaker(meets_it(), core.shop.spool, "me", dict).round()
+        claim = meets_it().claim(job_id, "w1/1")
+        assert claim
+        meets_it().finish(claim, "failed", EXHAUSTED)
+    meets_it().retry(first, TENANT, 60)
+    meets_it().cancel(first, TENANT)
 
     assert store.get(first, TENANT).state == "cancelled"
     assert store.get(second, TENANT).error == EXHAUSTED
