@@ -167,6 +167,17 @@ def _by_reference(secret: bytes) -> bytes:
     return reference.sealed_record(secret, JOB_ID, bytes(32), msgspec.msgpack.encode(ACCEPTED))
 
 
+def test_new_record_of_an_idempotency_key() -> None:
+    """It holds the digest that the Redis key of the Idempotency-Key is named by; readers of v1 pass over it."""
+    key = RecordKey((SECRET,))
+    asked = key.digest(b"acme ada jobs golden-1")
+    sealed = key.seal(msgspec.structs.replace(ACCEPTED, idempotency=asked))
+
+    found = msgspec.msgpack.decode(reference.opened_record(SECRET, JOB_ID, sealed))
+    assert found["idempotency"] == reference.digest(SECRET, b"acme ada jobs golden-1")
+    assert key.open(JOB_ID, sealed).idempotency == found["idempotency"]
+
+
 def test_new_jobs_wait_in_the_queues_of_version_1() -> None:
     queues = {"encrypt": "kms.files", "rewrap": "kms.maintenance"}
     for kind, queue in queues.items():

@@ -220,12 +220,15 @@ def test_a_list_of_a_wrong_type_keeps_no_other_from_being_trimmed(core: Core, st
 
 
 def test_a_step_that_fails_keeps_the_caretaker_from_no_other(
-    core: Core, store: JobStore, tmp_path: Path
+    core: Core, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, orphan = expiring(core, store), new_id()
-    store.redis.delete("kms:open", "kms:tenants")
-    for key in ("kms:open", "kms:tenants"):
-        store.redis.set(key, "of a wrong type")
+
+    def fails() -> list[str]:
+        raise JobsUnavailable
+
+    for read in ("due", "lists"):
+        monkeypatch.setattr(store, read, fails)
     with core.shop.spool.writing(Label(TENANT, orphan, "head", 1)) as out:
         out.write(b"x")
     folder = tmp_path / "state/spool" / orphan
