@@ -168,7 +168,7 @@ def _by_reference(secret: bytes) -> bytes:
 
 
 def test_new_record_of_an_idempotency_key() -> None:
-    """It holds the digest that the Redis key of the Idempotency-Key is named by; readers of v1 pass over it."""
+    """It holds the digest that the Redis key of the Idempotency-Key is named by."""
     key = RecordKey((SECRET,))
     asked = key.digest(b"acme ada jobs golden-1")
     sealed = key.seal(msgspec.structs.replace(ACCEPTED, idempotency=asked))
