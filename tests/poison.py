@@ -1,6 +1,7 @@
 """Broker messages that are none, as somebody with the broker's URL can send them: one of each kind."""
 
 import json
+import struct
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -86,3 +87,19 @@ def bomb() -> bytes:
     packer = zlib.compressobj()
     spaces = b" " * 1_000_000
     return packer.compress(b"[") + b"".join(packer.compress(spaces) for _ in range(394)) + packer.flush()
+
+
+def unreadable() -> Iterator[bytes]:
+    """Properties of AMQP 0-9-1 (flags, then values) that RabbitMQ passes on and py-amqp cannot decode."""
+    yield struct.pack(">HB", 0x8000, 2) + b"\xff\xfe"  # the content type is no UTF-8
+    yield struct.pack(">HBB", 0x0400, 1, 0xFF)  # nor is the correlation id
+    yield struct.pack(">HB", 0x8000, 3) + b"\xed\xa0\x80"  # half of a surrogate pair, which py-amqp lets pass
+    table = b""
+    for _ in range(3000):
+        table = b"\x01aF" + struct.pack(">I", len(table)) + table
+    yield _headers(table)
+    yield _headers(b"\x01aT" + struct.pack(">Q", 2**63 - 1))  # a time after the year 9999
+
+
+def _headers(table: bytes) -> bytes:
+    return struct.pack(">HI", 0x2000, len(table)) + table

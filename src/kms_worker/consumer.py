@@ -151,7 +151,7 @@ def _queue(message: Any) -> str:  # noqa: ANN401 -- as above
 def _argument(body: bytes | str) -> bytes | str:
     """The one argument in ``body``; all of it, if that is no JSON of this shape."""
     try:
-        args, _, _ = msgspec.json.decode(body, type=tuple[tuple[str], Any, Any])
+        args, _, _ = msgspec.json.decode(body, type=tuple[tuple[str], msgspec.Raw, msgspec.Raw])
     except (ValueError, RecursionError):
         return body
     return args[0]

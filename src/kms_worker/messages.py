@@ -8,7 +8,7 @@ timelimit, chain, chord, group, retries, shadow, reply_to and the like) are drop
 import binascii
 import re
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -39,6 +39,11 @@ TASKS: Final[Mapping[str, frozenset[str]]] = {
 """Queues that are consumed, and the tasks that may come by each."""
 MOST_BYTES: Final = 65_536  # of a message that carries a job id or nothing; Celery writes about 1 KiB
 MOST_DEATHS: Final = 2
+HEADERS: Final = ("task", "id", "deaths", "compression")
+"""Headers that are looked at."""
+UNREADABLE: Final = "kms-unreadable"
+"""A header in place of properties that cannot be decoded."""
+_MOST_EMBED: Final = 262_144  # bytes of Celery's options, of which links are read
 _MOST_LINKS: Final = 8
 _MOST_LINK_BYTES: Final = 8192
 _MOST_DEPTH: Final = 16
@@ -89,7 +94,7 @@ def read(
 
     Raises Malformed.
     """
-    if not isinstance(headers, Mapping):
+    if not isinstance(headers, Mapping) or UNREADABLE in headers:
         raise Malformed("headers")
     if headers.get("compression"):
         raise Malformed("compressed")
@@ -112,17 +117,29 @@ def _is_json(content: tuple[object, object]) -> bool:
     return kind == "application/json" and isinstance(encoding, str) and encoding.lower() == "utf-8"
 
 
+class _Empty(msgspec.Struct, forbid_unknown_fields=True):
+    pass
+
+
+_parts: Final = msgspec.json.Decoder(tuple[msgspec.Raw, msgspec.Raw, msgspec.Raw])
+
+
 def _arguments(task: str, body: object) -> tuple[list[str], object]:
-    """The positional arguments, checked, and Celery's options, which are not."""
+    """The positional arguments, checked, and Celery's options, which are not. No other value is built."""
     if not isinstance(body, (bytes, bytearray, memoryview, str)):
         raise Malformed("body")
     try:
-        args, named, embed = msgspec.json.decode(body, type=tuple[list[str], dict[str, Any], Any])
+        raw, named, embed = _parts.decode(body)
+        if len(embed) > _MOST_EMBED:
+            raise Malformed("too_large")
+        msgspec.json.decode(named, type=_Empty)
+        args = msgspec.json.decode(raw, type=tuple[()] if task == KEYS else tuple[str])
+        options = msgspec.json.decode(embed)
     except (ValueError, RecursionError):  # of msgspec, and UnicodeDecodeError
         raise Malformed("body") from None
-    if named or len(args) != (task != KEYS) or (task == RUN and not _JOB_ID.fullmatch(args[0])):
+    if task == RUN and not _JOB_ID.fullmatch(args[0]):
         raise Malformed("body")
-    return args, embed
+    return list(args), options
 
 
 # -- links of kms.submit: Celery sends them, so they are made anew of what is known to be harmless ---------
@@ -204,6 +221,11 @@ class _Envelope(
     content_encoding: str
 
 
+class _Body(msgspec.Struct):
+    body: msgspec.Raw = msgspec.Raw()
+
+
+_bodies: Final = msgspec.json.Decoder(_Body)
 _envelopes: Final = msgspec.json.Decoder(_Envelope)
 _held: Final = msgspec.json.Decoder(tuple[msgspec.Raw, str, str])
 
@@ -217,6 +239,8 @@ def envelope(queue: str, element: bytes, tag: str, submit_bytes: int) -> bytes:
     if len(element) > most * 4 // 3 + MOST_BYTES:
         raise Malformed("too_large")
     try:
+        if len(element) - len(_bodies.decode(element).body) > MOST_BYTES:
+            raise Malformed("too_large")
         found = _envelopes.decode(element)
     except (ValueError, RecursionError):
         raise Malformed("envelope") from None

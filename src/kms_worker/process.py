@@ -27,7 +27,7 @@ from kms_core.proxies import Proxies
 from kms_core.settings import Settings
 from kms_core.settings_lint import SETTINGS, unaccepted
 from kms_worker import app as worker_app
-from kms_worker import broker, elements, forking, metrics_server, rotation, submit
+from kms_worker import broker, elements, forking, metrics_server, properties, rotation, submit
 from kms_worker.consumer import CheckedConsumer, never_decompress
 from kms_worker.courier import Courier
 from kms_worker.elements import Checks
@@ -105,6 +105,7 @@ def _checking(checks: Checks) -> Callable[..., Consumer]:
     """A consumer whose messages are checked, as those of every channel of this process."""
     never_decompress()
     elements.install(checks)
+    properties.install()
     return partial(CheckedConsumer, checks=checks)
 
 

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from celery import Celery
 from kombu.connection import Connection
+from kombu.transport.pyamqp import amqp
 from redis import Redis, ResponseError
 
 import poison
@@ -218,6 +219,47 @@ def test_message_in_hand_when_its_worker_died_twice_is_set_aside(poisoned: Servi
 def stuck_children(service: Service) -> list[int]:
     """Pool processes that wait in an open of a FIFO."""
     return [pid for pid in service.pool_pids() if "partner" in Path(f"/proc/{pid}/wchan").read_text()]
+
+
+# -- what a client of RabbitMQ can send that no library would ------------------------------------------------
+
+
+class Raw(amqp.Message):  # type: ignore[misc]  # ships no types
+    """A message whose properties are the bytes given."""
+
+    def _serialize_properties(self) -> bytes:
+        return bytes(self.raw)
+
+
+def test_properties_that_cannot_be_decoded_stop_no_worker(rabbit: str, tmp_path: Path) -> None:
+    with OnRabbit(tmp_path, rabbit, "[kms.jobs]\nconcurrency = 2\n") as service:
+        service.start()
+        work(service)
+        worker, children = service.pid("worker"), service.pool_pids()
+        made = list(poison.unreadable())
+        with line(service) as connection:
+            channel = connection.default_channel
+            channel.confirm_select()
+            for queue in QUEUES:
+                for properties in made:
+                    message = Raw(b"x")
+                    message.raw = properties
+                    channel.basic_publish_confirm(message, routing_key=queue)
+            channel.exchange_declare("elsewhere", "fanout", auto_delete=False)
+            channel.queue_bind("kms.bulk", "elsewhere")
+            channel.basic_publish_confirm(amqp.Message(b"x"), exchange="elsewhere", routing_key=b"\xff")
+            channel.exchange_delete("elsewhere")
+        took = work(service)
+        sent = len(QUEUES) * len(made) + 1
+        until(lambda: refused(service) >= sent, "all are refused")
+        time.sleep(1)  # whatever came back would come again at once
+
+        assert refused(service) == sent
+        assert took < 1
+        assert (service.pid("worker"), service.pool_pids()) == (worker, children)
+        assert waiting(service) == 0
+        assert "Traceback" not in service.output("worker")
+        assert service.output("worker").count("came_back") == 0
 
 
 # -- what a writer to Redis itself can leave there -----------------------------------------------------------

@@ -2,8 +2,9 @@
 
 import base64
 import json
+import tracemalloc
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pytest
@@ -168,6 +169,48 @@ def test_body_is_bounded_before_it_is_parsed() -> None:
     with pytest.raises(Malformed, match="too_large"):
         messages.envelope(BULK, element, "tag", SUBMIT_BYTES)
     assert messages.most_bytes("kms.submit", 10) - messages.most_bytes(BULK, 10) == 10
+
+
+LONG: Final = 4_000_000
+EMPTY: Final = "[" + "[]," * (LONG // 3) + "1]"  # each costs a list of 56 bytes
+ENVELOPE: Final = '{"body":%s,"content-type":"application/json","content-encoding":"utf-8",%s}'
+GREEDY: Final = {
+    "arguments": '[["' + '","'.join(map(str, range(LONG // 9))) + '"],{},null]',
+    "named arguments": '[["x"],{' + ",".join(f'"{one}":1' for one in range(LONG // 9)) + "},null]",
+    "a tree for an argument": f"[[{EMPTY}],{{}},null]",
+    "options": f'[["x"],{{}},{EMPTY}]',
+}
+GREEDY_ENVELOPES: Final = {
+    "task": ENVELOPE % ('"x"', f'"headers":{{"task":{EMPTY}}},"properties":{{}}'),
+    "priority": ENVELOPE % ('"x"', f'"headers":{{}},"properties":{{"priority":{EMPTY}}}'),
+    "another field": ENVELOPE % ('"x"', f'"headers":{{}},"properties":{{}},"x":{EMPTY}'),
+    "body": ENVELOPE % (EMPTY, '"headers":{},"properties":{}'),
+}
+
+
+def peak(act: Callable[[], object]) -> int:
+    """The most bytes of memory that ``act`` holds at a time; it is to end as Malformed."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(Malformed):
+            act()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_a_body_builds_no_value_that_is_not_used(name: str) -> None:
+    made = poison.Poison(GREEDY[name].encode(), poison.headers("kms.submit"))
+
+    assert peak(lambda: read("kms.submit", made)) < 1_000_000
+
+
+@pytest.mark.parametrize("name", GREEDY_ENVELOPES)
+def test_an_envelope_builds_no_value_that_is_not_used(name: str) -> None:
+    element = GREEDY_ENVELOPES[name].encode()
+
+    assert peak(lambda: messages.envelope("kms.submit", element, "tag", LONG)) < 1_000_000
 
 
 # -- on Redis -------------------------------------------------------------------------------------------
