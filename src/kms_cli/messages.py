@@ -44,11 +44,14 @@ def messages_command(*, purge: bool) -> None:
 
 
 def _shown(entry: SetAside) -> dict[str, object]:
-    at = datetime.fromtimestamp(entry.at, UTC).isoformat(timespec="seconds")
+    try:
+        at = datetime.fromtimestamp(entry.at, UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):  # which no worker wrote
+        at = "unknown"
     return {
         "at": at,
         "reason": entry.reason,
-        "task_id": words.plain(entry.task_id),
+        "task_id": entry.task_id,
         "size": entry.size,
         "digest": entry.digest,
     }

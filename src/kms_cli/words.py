@@ -57,15 +57,20 @@ def record(values: Mapping[str, object], *, as_json: bool) -> None:
         return
     width = max(map(len, values))
     for name, value in values.items():
-        result(f"{name.replace('_', ' '):<{width}}  {value}")
+        result(f"{name.replace('_', ' '):<{width}}  {_printable(str(value))}")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Rows in columns for people, whose terminal obeys control characters; programs ask for JSON."""
-    rows = [["".join(char if char.isprintable() else "?" for char in cell) for cell in row] for row in rows]
+    rows = [[_printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         result("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _printable(text: str) -> str:
+    """Text that a terminal shows and does not obey."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def plain(text: str) -> str:

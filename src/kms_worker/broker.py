@@ -1,14 +1,17 @@
 """The worker's side of the broker: nudges for jobs that are taken up again, and how many messages wait."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from celery import Celery
 from kombu.connection import Connection
 from kombu.exceptions import OperationalError
 from kombu.transport import redis
+from redis.exceptions import ResponseError
 
 from kms_core.errors import JobsUnavailable
 from kms_core.jobs.letters import TASK
+from kms_core.jobs.link import is_of_the_record
 from kms_core.jobs.model import AMQP_RANKS, QUEUES, REDIS_STEPS, Lane, Nudge
 from kms_core.settings_redis import is_shared
 from kms_core.settings_sections import Redis
@@ -46,7 +49,7 @@ def waiting(connection: Connection, queues: Sequence[str] = QUEUES) -> dict[Lane
     """
     try:
         return {lane: count for queue in queues for lane, count in _lanes(connection, queue).items()}
-    except (*connection.connection_errors, OperationalError, OSError) as exc:
+    except (*connection.connection_errors, *connection.channel_errors, OperationalError, OSError) as exc:
         raise JobsUnavailable from exc
 
 
@@ -55,10 +58,20 @@ def _lanes(connection: Connection, queue: str) -> dict[Lane, int]:
     if isinstance(channel, redis.Channel):  # its queue_declare forgets the key prefix
         with channel.conn_or_acquire() as client:
             return {
-                (queue, priority): sum(client.llen(_list(channel, queue, step)) for step in steps)
+                (queue, priority): sum(_held(client, _list(channel, queue, step)) for step in steps)
                 for priority, steps in REDIS_STEPS.items()
             }
     return dict.fromkeys(((queue, priority) for priority in PRIORITIES), _length(connection, queue))
+
+
+def _held(client: Any, key: str) -> int:  # noqa: ANN401 -- kombu ships no types
+    """The length of the list ``key``; 0 where others put something else there, which workers delete."""
+    try:
+        return int(client.llen(key))
+    except ResponseError as exc:
+        if not is_of_the_record(exc):
+            raise
+        return 0
 
 
 def _list(channel: redis.Channel, queue: str, step: int) -> str:

@@ -17,6 +17,7 @@ from kombu.exceptions import ContentDisallowed
 from kms_worker import elements, messages
 from kms_worker.elements import Checks
 from kms_worker.messages import Malformed, Reason
+from kms_worker.refusals import LogBound
 from kms_worker.rotation import TASK as KEYS
 from kms_worker.submit import QUEUE as SUBMIT_QUEUE
 from kms_worker.submit import TASK as SUBMIT
@@ -35,6 +36,7 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
         **options: Any,  # noqa: ANN401 -- as above
     ) -> None:
         self._checks = checks
+        self._bound = LogBound()
         super().__init__(*args, **options)
 
     def connect(self) -> Any:  # noqa: ANN401 -- as above
@@ -98,7 +100,8 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
         """Count a death by sending a copy with the number; of ``kms.keys`` another comes within a minute."""
         if found.deaths >= messages.MOST_DEATHS or found.task == KEYS:
             raise Malformed("worker_died")
-        _log.warning("message.came_back", queue=SUBMIT_QUEUE, deaths=found.deaths)
+        if count := self._bound.passes():
+            _log.warning("message.came_back", queue=SUBMIT_QUEUE, deaths=found.deaths, count=count)
         with self.app.producer_or_acquire() as producer:
             producer.publish(
                 message.body,

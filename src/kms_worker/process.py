@@ -57,7 +57,8 @@ def run(loaded: Settings) -> int:
     jobs, store = loaded.kms.jobs, core.shop.store
     intake = build_intake(loaded, core.desk)
     served = (*jobs.queues, *submit.queues(intake))
-    consumer = _checking(Checks(Refusals(lambda: store.redis), intake.text_length if intake else 0))
+    refusals = Refusals(lambda: store.redis, beat=pulse.beat)
+    consumer = _checking(Checks(refusals, intake.text_length if intake else 0))
 
     def waiting() -> Mapping[Lane, int]:
         with app.connection_for_read() as connection:

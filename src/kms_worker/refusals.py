@@ -36,10 +36,17 @@ class Refusals:
     """Those of one process."""
 
     def __init__(
-        self, client: Callable[[], redis.Redis], clock: Callable[[], float] = time.monotonic
+        self,
+        client: Callable[[], redis.Redis],
+        clock: Callable[[], float] = time.monotonic,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
-        """``client`` is asked for the Redis of jobs when a message is to be set aside."""
+        """``client`` is asked for the Redis of jobs when a message is to be set aside.
+
+        ``beat`` is called for each message: to refuse one is work.
+        """
         self._client = client
+        self._beat = beat
         self._clock = clock
         self._bound = LogBound(clock)
         self._keep_from = 0.0
@@ -48,6 +55,7 @@ class Refusals:
         self, queue: str, code: str, message: bytes | str, task_id: str = "", event: str = "message.refused"
     ) -> None:
         """Record that ``message`` is dropped for ``code``, a word of a bounded set. Raises nothing."""
+        self._beat()
         metrics.MESSAGES_REFUSED.labels(queue, code).inc()
         if count := self._bound.passes(queue, code):
             _log.warning(event, queue=queue, code=code, count=count)

@@ -14,6 +14,7 @@ import structlog
 
 from kms_core.errors import JobsUnavailable
 from kms_core.jobs.model import Lane
+from kms_worker.refusals import LogBound
 
 EXIT_DEAF: Final = 70  # EX_SOFTWARE
 _LOOK_EVERY_S: Final = 5.0
@@ -38,9 +39,16 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         since = time.monotonic()
+        bound = LogBound()
         while True:
             time.sleep(min(_LOOK_EVERY_S, self._patience_s / 4))
-            if not self._deaf():
+            try:
+                deaf = self._deaf()
+            except Exception as exc:  # noqa: BLE001 -- a look may fail, the watchdog may not
+                deaf = False
+                if count := bound.passes():
+                    _log.warning("watchdog.failed", error=type(exc).__name__, count=count)
+            if not deaf:
                 since = time.monotonic()
             elif time.monotonic() - since > self._patience_s:
                 _log.error("worker.deaf", waited_s=round(time.monotonic() - since))

@@ -307,6 +307,23 @@ def test_notes_that_kombu_cannot_read_are_dropped(on_redis: Service) -> None:
     assert "Traceback" not in on_redis.output("worker")
 
 
+def test_flood_of_refused_messages_is_work_for_the_watchdog(tmp_path: Path) -> None:
+    with Service(tmp_path, "[kms.jobs]\nconcurrency = 1\nwatchdog_s = 5\n") as service:
+        service.start()
+        worker, redis = service.pid("worker"), core_of(service).shop.store.redis
+        end = time.monotonic() + 15
+        while time.monotonic() < end:
+            if redis.llen("kms:kms.bulk") < 5_000:
+                redis.lpush("kms:kms.bulk", *[b"junk"] * 5_000)
+            assert service.output("worker").count("worker.deaf") == 0
+            time.sleep(0.01)
+        redis.delete("kms:kms.bulk")
+
+        work(service)
+        assert service.pid("worker") == worker
+        assert refused(service) > 500
+
+
 def value_of(client: Redis, key: str) -> object:
     """The text at a key; None where there is none, or something else than a text."""
     try:

@@ -475,6 +475,8 @@ def test_messages_that_were_set_aside_are_listed_and_purged(tmp_path: Path) -> N
         client = redis.Redis.from_url(service.valkey.url)
         sealed = "YWdlLWVuY3J5cHRpb24ub3JnL3Yx" + "QUJD"
         set_aside.add(client, set_aside.describe(0, "worker_died", "id-1", sealed))
+        hostile = '{"at":1e300,"reason":"\\u001b[2J","task_id":"a\\u009b2J","size":1,"digest":"b\\n\\u202e"}'
+        client.rpush("kms:set_aside", hostile)
         environ = {"KMS_REDIS_URL": service.valkey.url}
         told = command(service, "messages", **environ)
         with_content = command(service, "messages", "--json", **environ)
@@ -486,7 +488,10 @@ def test_messages_that_were_set_aside_are_listed_and_purged(tmp_path: Path) -> N
     assert "worker_died" in told.stdout
     assert "id-1" in told.stdout
     assert sealed not in told.stdout
-    assert json.loads(with_content.stdout)["message"] == sealed
+    assert "unknown" in told.stdout
+    assert "?[2J" in told.stdout
+    assert not set(told.stdout) & set("\x1b\x9b\u202e")
+    assert json.loads(with_content.stdout.splitlines()[0])["message"] == sealed
     assert "kms messages" in found.at("messages", "warn")
-    assert (purged.returncode, "1 deleted" in purged.stderr) == (0, True)
+    assert (purged.returncode, "2 deleted" in purged.stderr) == (0, True)
     assert "no message is set aside" in none.stderr

@@ -17,7 +17,7 @@ import poison
 from kms_core.errors import JobsUnavailable
 from kms_core.jobs import letters, set_aside
 from kms_core.jobs.model import BULK, FILES
-from kms_worker import elements, kombu_ack, messages
+from kms_worker import broker, elements, kombu_ack, messages
 from kms_worker.elements import Checks
 from kms_worker.messages import Malformed
 from kms_worker.refusals import Refusals
@@ -249,6 +249,22 @@ def test_key_of_another_type_makes_room(checked: Checks, line: redis.Redis, brok
     assert not line.exists("kms:_kombu.binding.kms.files")
 
 
+def test_messages_are_counted_past_a_key_of_another_type(
+    checked: Checks, line: redis.Redis, broker_url: str
+) -> None:
+    del checked
+    line.set("kms:kms.bulk", "x")
+    line.lpush("kms:kms.bulk\x06\x163", b"a", b"b")
+    line.lpush("kms:kms.files", b"c")
+    with connect(broker_url, transport_options=OPTIONS) as connection:
+        found = broker.waiting(connection)
+
+    assert {lane: count for lane, count in found.items() if count} == {
+        (BULK, "normal"): 2,
+        (FILES, "high"): 1,
+    }
+
+
 def test_notes_of_messages_in_hand_that_no_worker_wrote_are_dropped(
     checked: Checks, line: redis.Redis, broker_url: str
 ) -> None:
@@ -289,6 +305,30 @@ def test_log_is_bounded_and_says_what_it_left_out() -> None:
         refusals.refuse(BULK, "body", b"x")
 
     assert [line["count"] for line in lines] == [1, 1, 1, 98]
+
+
+def test_refusing_is_a_sign_of_work() -> None:
+    beats: list[str] = []
+    Refusals(no_redis, beat=lambda: beats.append("")).refuse(BULK, "body", b"x")
+
+    assert len(beats) == 1
+
+
+@pytest.mark.parametrize("made", [b"x", None])
+def test_what_is_set_aside_needs_no_list_of_others(line: redis.Redis, made: bytes | None) -> None:
+    """A key of another type in place of the list, or junk in it."""
+    if made:
+        line.set("kms:set_aside", made)
+    else:
+        line.hset("kms:set_aside", "x", "x")
+    assert set_aside.entries(line) == []
+    Refusals(lambda: line).refuse("kms.submit", "body", b"y")
+
+    assert [entry.reason for entry in set_aside.entries(line)] == ["body"]
+    line.delete("kms:set_aside")
+    line.set("kms:set_aside", "x")
+    assert set_aside.purge(line) == 0
+    assert not line.exists("kms:set_aside")
 
 
 def test_list_of_what_was_set_aside_is_bounded_and_purged(line: redis.Redis) -> None:

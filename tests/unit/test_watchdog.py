@@ -14,6 +14,11 @@ from kms_worker.watchdog import Watchdog
 def gone():
     raise JobsUnavailable
 
+def shaky(looks=itertools.count()):
+    if next(looks) == 0:
+        raise ValueError
+    return MINE
+
 MINE = {{("kms.bulk", "normal"): 0, ("kms.bulk", "low"): 1}}
 OTHERS = {{("kms.files", "normal"): 9}}
 deaf = itertools.cycle([{PATIENCE_S} + 1, 0.0])  # it takes something every other time
@@ -33,6 +38,7 @@ def ends_with(waiting: str, idle_s: str, lives_s: float) -> int:
 def test_a_worker_that_takes_nothing_leaves_to_be_started_anew() -> None:
     assert ends_with("MINE", str(PATIENCE_S + 1), LEAVES_S) == 70
     assert ends_with("MINE", "float('inf')", LEAVES_S) == 70
+    assert ends_with("shaky()", str(PATIENCE_S + 1), LEAVES_S) == 70  # a look that fails is not the last
 
 
 def test_a_worker_stays_that_works_or_has_nothing_to_take() -> None:

@@ -4,12 +4,13 @@ A message may hold anything. Its content is kept only if it is an age file, whic
 """
 
 import hashlib
-from typing import Final, cast
+from collections.abc import Callable
+from typing import Final, TypeVar, cast
 
 import msgspec
 import redis
 
-from kms_core.jobs.link import PREFIX, redis_errors
+from kms_core.jobs.link import PREFIX, is_of_the_record, redis_errors
 
 MOST: Final = 100
 """Messages kept; older ones make room."""
@@ -20,6 +21,7 @@ QUEUE: Final = "kms.submit"
 """The queue whose refused messages are kept."""
 _MOST_DIGESTED: Final = 64 * 1024 * 1024
 _KEY: Final = f"{PREFIX}set_aside"
+_T = TypeVar("_T")
 _AGE: Final = "YWdlLWVuY3J5cHRpb24ub3JnL3Yx"  # base64 of "age-encryption.org/v1"
 
 
@@ -52,33 +54,50 @@ def describe(at: float, reason: str, task_id: str, message: bytes | str) -> SetA
 
 def add(client: redis.Redis, entry: SetAside) -> None:
     """Keep ``entry``, the newest first, for seven days after the last one. Raises JobsUnavailable."""
+    raw = msgspec.json.encode(entry)
     with redis_errors():
-        pipeline = client.pipeline(transaction=False)
-        pipeline.lpush(_KEY, msgspec.json.encode(entry))
-        pipeline.ltrim(_KEY, 0, MOST - 1)
-        pipeline.expire(_KEY, KEPT_S)
-        pipeline.execute()
+        if not _or_none(lambda: _add(client, raw)):
+            client.delete(_KEY)
+            _add(client, raw)
+
+
+def _add(client: redis.Redis, raw: bytes) -> bool:
+    pipeline = client.pipeline(transaction=False)
+    pipeline.lpush(_KEY, raw)
+    pipeline.ltrim(_KEY, 0, MOST - 1)
+    pipeline.expire(_KEY, KEPT_S)
+    pipeline.execute()
+    return True
 
 
 def count(client: redis.Redis) -> int:
     """How many are kept; in a pipeline the answer comes with the others."""
-    return client.llen(_KEY)
+    return _or_none(lambda: client.llen(_KEY)) or 0
 
 
 def entries(client: redis.Redis) -> list[SetAside]:
     """All of them, the newest first. Raises JobsUnavailable."""
     with redis_errors():
-        found = cast("list[bytes]", client.lrange(_KEY, 0, MOST - 1))
+        found = cast("list[bytes]", _or_none(lambda: client.lrange(_KEY, 0, MOST - 1)) or [])
     return [entry for raw in found if (entry := _entry(raw)) is not None]
 
 
 def purge(client: redis.Redis) -> int:
     """Delete all of them; how many there were. Raises JobsUnavailable."""
     with redis_errors():
-        pipeline = client.pipeline(transaction=True)
-        pipeline.llen(_KEY)
-        pipeline.delete(_KEY)
-        return int(pipeline.execute()[0])
+        found = count(client)
+        client.delete(_KEY)
+    return found
+
+
+def _or_none(ask: Callable[[], _T]) -> _T | None:
+    """What Redis answers; None where others put something else than a list at the key."""
+    try:
+        return ask()
+    except redis.ResponseError as exc:
+        if not is_of_the_record(exc):
+            raise
+        return None
 
 
 def _entry(raw: bytes) -> SetAside | None:
