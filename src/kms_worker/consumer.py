@@ -90,6 +90,8 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
         redelivered = bool((message.delivery_info or {}).get("redelivered"))
         content = (message.content_type, message.content_encoding)
         found = messages.read(queue, message.headers, content, message.body, redelivered=redelivered)
+        if found.task == SUBMIT:
+            messages.check_sealed(found)
         message.headers, message.body = found.headers(), found.body()
         message.properties = {"priority": (message.properties or {}).get("priority")}
         if redelivered and found.task in {SUBMIT, KEYS}:
@@ -127,9 +129,9 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
         body, headers = message.body or b"", message.headers
         task_id = headers.get("id") if isinstance(headers, Mapping) else ""
         told = body if reason == "too_large" else _argument(body)
-        self._checks.refusals.refuse(
-            _queue(message), reason, told, task_id if isinstance(task_id, str) else ""
-        )
+        event = "submit.refused" if reason in {"invalid_request", "not_a_ciphertext"} else "message.refused"
+        named = task_id if isinstance(task_id, str) else ""
+        self._checks.refusals.refuse(_queue(message), reason, told, named, event)
         if not message.acknowledged:
             message.ack()
 

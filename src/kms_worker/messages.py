@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from kms_core.envelope.header import VERSION_LINE
 from kms_core.jobs.letters import TASK as RUN
 from kms_core.jobs.model import BULK, FILES, MAINTENANCE
 from kms_worker.rotation import TASK as KEYS
@@ -27,6 +28,8 @@ Reason = Literal[
     "content_type",  # not JSON in UTF-8
     "unknown_task",  # no task of that queue
     "body",  # not JSON, or not the arguments of the task
+    "invalid_request",  # on kms.submit: an argument that is not base64
+    "not_a_ciphertext",  # on kms.submit: an argument that is no age file
     "worker_died",  # came back twice from a worker that died or lost its connection
     "crashed",  # it passed the checks, and handling it failed all the same
 ]
@@ -110,6 +113,21 @@ def read(
     deaths = headers.get("deaths")
     count = deaths if isinstance(deaths, int) and 0 < deaths < MOST_DEATHS else 0
     return Message(task, task_id, args, callbacks, errbacks, count + redelivered)
+
+
+def check_sealed(message: Message) -> None:
+    """Refuse a kms.submit that cannot be an age file, unless the pool is to send its ``link_error``.
+
+    Raises Malformed.
+    """
+    if message.errbacks:
+        return
+    try:
+        content = msgspec.convert(message.args[0], bytes)
+    except msgspec.ValidationError:
+        raise Malformed("invalid_request") from None
+    if not content.startswith(VERSION_LINE):
+        raise Malformed("not_a_ciphertext")
 
 
 def _is_json(content: tuple[object, object]) -> bool:

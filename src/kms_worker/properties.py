@@ -8,7 +8,7 @@ an empty routing key.
 import struct
 from typing import Any, Final
 
-from kombu.transport.pyamqp import amqp  # the one that kombu uses
+from kombu.transport.pyamqp import amqp  # type: ignore[attr-defined]  # the one that kombu uses
 
 from kms_worker.messages import HEADERS, UNREADABLE
 

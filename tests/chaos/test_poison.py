@@ -13,10 +13,11 @@ import httpx
 import pytest
 from celery import Celery
 from kombu.connection import Connection
-from kombu.transport.pyamqp import amqp
+from kombu.transport.pyamqp import amqp  # type: ignore[attr-defined]  # the one that kombu uses
 from redis import Redis, ResponseError
 
 import poison
+from kms_core.jobs import set_aside
 from poison import QUEUES, Poison
 from rabbits import OnRabbit
 from service import Service, b64, core_of, until
@@ -187,6 +188,23 @@ def test_refused_submission_is_set_aside_without_its_content(poisoned: Service) 
     assert SECRET not in poisoned.output("worker")
     exposed = httpx.get(f"{poisoned.url}/metrics", trust_env=False).text
     assert "kms_messages_set_aside 3.0" in exposed
+
+
+def test_what_cannot_be_sealed_needs_no_pool_process(poisoned: Service) -> None:
+    """It is refused while all of them stand still."""
+    work(poisoned)
+    children = poisoned.pool_pids()
+    for pid in children:
+        os.kill(pid, signal.SIGSTOP)
+    texts = [json.dumps([[argument], {}, None]).encode() for argument in ("%", b64(b"no age file")) * 50]
+    publish(poisoned, "kms.submit", [Poison(text, poison.headers("kms.submit")) for text in texts])
+    until(lambda: refused(poisoned) == len(texts), "all are refused")
+    for pid in children:
+        os.kill(pid, signal.SIGCONT)
+
+    found = {entry.reason for entry in set_aside.entries(core_of(poisoned).shop.store.redis)}
+    assert found == {"invalid_request", "not_a_ciphertext"}
+    assert work(poisoned) < 10
 
 
 def test_message_in_hand_when_its_worker_died_twice_is_set_aside(poisoned: Service) -> None:

@@ -72,12 +72,13 @@ def test_link_fires_with_the_job_id_when_the_message_is_taken(service: Service) 
     assert received(service, queue) == [asked["job_id"]]
 
 
-def test_link_error_fires_with_the_task_id_when_it_is_refused(service: Service) -> None:
+@pytest.mark.parametrize("sealed", [True, False])
+def test_link_error_fires_with_the_task_id_when_it_is_refused(service: Service, *, sealed: bool) -> None:
     queue = f"workflow-{uuid.uuid4()}"
     app = Celery(set_as_current=False)
     link = app.signature("workflow.taken", queue=queue)
     error = app.signature("workflow.not", queue=queue)
-    message = seal(whom(service), body(version=2))
+    message = seal(whom(service), body(version=2)) if sealed else "%"
     task_id = send(service, message, link=link, link_error=error)
 
     assert received(service, queue) == [task_id]
