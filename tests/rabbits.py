@@ -1,6 +1,7 @@
 """A RabbitMQ server of the tests' own, by the PATH: on 127.0.0.1, with its own name, ports and folder."""
 
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from kms_core.jobs.model import QUEUES
 from kms_core.programs import tether
 from peers import program
 from ports import free_port
-from service import Service
+from service import Service, until
 
 _START_S: Final = 120.0  # Erlang takes some ten seconds on two busy cores
 _SERVER: Final = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # the one on the PATH changes the user
@@ -43,16 +44,23 @@ def server(folder: Path) -> Iterator[str]:
         "RABBITMQ_MNESIA_BASE": str(folder / "data"),
         "RABBITMQ_LOG_BASE": str(folder / "logs"),
         "RABBITMQ_PID_FILE": str(folder / "pid"),
+        "RUNNING_UNDER_SYSTEMD": "true",  # the script becomes the server, which tether can end
     }
     url = f"amqp://guest:guest@127.0.0.1:{port}//"
     with ExitStack() as stack:
         output = stack.enter_context((folder / "output").open("wb"))
         mapper = [program("epmd"), "-port", str(names), "-address", "127.0.0.1"]
         stack.callback(_end, tether.spawn(mapper, env=environ, output=output))
+        until(lambda: _listens(names), "epmd listens")  # else the server starts one that stays
         process = tether.spawn([_path()], env=environ, output=output)
         stack.callback(_end, process)
         _await(url, process, folder / "output")
         yield url
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as line:
+        return line.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _path() -> str:

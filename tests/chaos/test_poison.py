@@ -6,6 +6,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -207,26 +208,34 @@ def test_what_cannot_be_sealed_needs_no_pool_process(poisoned: Service) -> None:
     assert work(poisoned) < 10
 
 
-def test_message_in_hand_when_its_worker_died_twice_is_set_aside(poisoned: Service) -> None:
-    """Children that are killed while they open it: a FIFO in place of the intake key holds them there."""
-    recipient, path = whom(poisoned), poisoned.settings.kms.jobs.intake_identity_path
+@contextmanager
+def held_message(service: Service) -> Iterator[str]:
+    """The task id of a submission that whichever child has it holds: its intake key is a FIFO."""
+    recipient, path = whom(service), service.settings.kms.jobs.intake_identity_path
     kept = path.rename(path.with_suffix(".kept"))
     os.mkfifo(path, 0o600)
-    asked = body()
     task_id = str(uuid.uuid4())
-    text = json.dumps([[seal(recipient, asked)], {}, None]).encode()
-    publish(poisoned, "kms.submit", [Poison(text, poison.headers("kms.submit", id=task_id))])
+    text = json.dumps([[seal(recipient, body())], {}, None]).encode()
+    publish(service, "kms.submit", [Poison(text, poison.headers("kms.submit", id=task_id))])
+    try:
+        yield task_id
+    finally:
+        path.unlink()
+        kept.rename(path)
+
+
+def test_message_in_hand_when_its_worker_died_twice_is_set_aside(poisoned: Service) -> None:
+    """Children that are killed while they open it."""
     redis = core_of(poisoned).shop.store.redis
     killed = 0
     deadline = time.monotonic() + 60
-    while not redis.llen("kms:set_aside"):
-        assert time.monotonic() < deadline, poisoned.output("worker")
-        if stuck := stuck_children(poisoned):
-            os.kill(stuck[0], signal.SIGKILL)
-            killed += 1
-        time.sleep(0.1)
-    path.unlink()
-    kept.rename(path)
+    with held_message(poisoned) as task_id:
+        while not redis.llen("kms:set_aside"):
+            assert time.monotonic() < deadline, poisoned.output("worker")
+            if stuck := stuck_children(poisoned):
+                os.kill(stuck[0], signal.SIGKILL)
+                killed += 1
+            time.sleep(0.1)
 
     entry = json.loads(redis.lrange("kms:set_aside", 0, 0)[0])
     assert (entry["reason"], entry["task_id"], killed) == ("worker_died", task_id, 2)
@@ -234,9 +243,42 @@ def test_message_in_hand_when_its_worker_died_twice_is_set_aside(poisoned: Servi
     assert work(poisoned) < 10
 
 
+def test_message_in_hand_when_all_of_a_worker_was_killed_twice_is_set_aside(poisoned: Service) -> None:
+    redis = core_of(poisoned).shop.store.redis
+    with held_message(poisoned) as task_id:
+        for _ in range(2):
+            until(lambda: stuck_children(poisoned), "a child has the message")
+            poisoned.kill("worker")
+            for tag in redis.zrange("kms:unacked_index", 0, -1):  # as if ten minutes had gone by
+                redis.zadd("kms:unacked_index", {tag: 1})
+            start_through_fifo(poisoned)
+        until(lambda: redis.llen("kms:set_aside"), "it is set aside")
+    time.sleep(1)  # a second copy would be refused, too, or taken
+
+    kept = [json.loads(raw) for raw in redis.lrange("kms:set_aside", 0, -1)]
+    assert [(entry["reason"], entry["task_id"]) for entry in kept] == [("worker_died", task_id)]
+    assert refused(poisoned) == 1
+    assert waiting(poisoned) == 0
+    assert "submit.accepted" not in poisoned.output("worker")
+    assert poisoned.output("worker").count("message.came_back") == 1
+    assert work(poisoned) < 10
+
+
 def stuck_children(service: Service) -> list[int]:
     """Pool processes that wait in an open of a FIFO."""
-    return [pid for pid in service.pool_pids() if "partner" in Path(f"/proc/{pid}/wchan").read_text()]
+    return [pid for pid in service.pool_pids() if is_stuck(pid)]
+
+
+def is_stuck(pid: int) -> bool:
+    return "partner" in Path(f"/proc/{pid}/wchan").read_text()
+
+
+def start_through_fifo(service: Service) -> None:
+    """Start the worker, whose parent reads the intake key once: it gets it through the FIFO."""
+    path = service.settings.kms.jobs.intake_identity_path
+    service.spawn("worker")
+    until(lambda: is_stuck(service.pid("worker")), "the parent reads the intake key")
+    path.write_bytes(path.with_suffix(".kept").read_bytes())
 
 
 # -- what a client of RabbitMQ can send that no library would ------------------------------------------------
