@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import httpx
 import pytest
@@ -152,13 +152,18 @@ def test_message_above_its_bound_is_refused_unread(poisoned: Service) -> None:
 
 
 def test_options_of_celery_are_obeyed_by_nobody(poisoned: Service) -> None:
-    """A job's own nudge, sent by a bare Celery client with all that Celery knows, is a nudge."""
+    """A job's own nudge, sent by a bare Celery client with all that Celery knows, is a nudge.
+
+    No other runs the job: the caretaker, which would send one, is kept out by its lock.
+    """
     poisoned.kill("worker")
+    store = core_of(poisoned).shop.store
+    until(lambda: store.lock("caretaker", "test", 600), "the caretaker is kept out")
     job_id = poisoned.submit(JOB)
     with line(poisoned) as connection:  # the service's own is taken away: what runs the job is the one below
         connection.default_channel.queue_purge("kms.bulk")
     if not isinstance(poisoned, OnRabbit):
-        core_of(poisoned).shop.store.redis.delete("kms:kms.bulk\x06\x163")
+        store.redis.delete("kms:kms.bulk\x06\x163")
     app = Celery("bare", broker=line(poisoned).as_uri(include_password=True), set_as_current=False)
     app.conf.broker_transport_options = {} if isinstance(poisoned, OnRabbit) else OPTIONS
     app.conf.task_create_missing_queue_type = "quorum"
@@ -170,6 +175,7 @@ def test_options_of_celery_are_obeyed_by_nobody(poisoned: Service) -> None:
     poisoned.start("worker")
 
     poisoned.wait(job_id, "succeeded")
+    time.sleep(1)  # in which what was sent would be refused: no worker has such a task
     assert refused(poisoned) == 0  # neither the chain nor the link was sent
     assert SECRET not in poisoned.output("worker")
 
@@ -249,8 +255,8 @@ def test_message_in_hand_when_all_of_a_worker_was_killed_twice_is_set_aside(pois
         for _ in range(2):
             until(lambda: stuck_children(poisoned), "a child has the message")
             poisoned.kill("worker")
-            for tag in redis.zrange("kms:unacked_index", 0, -1):  # as if ten minutes had gone by
-                redis.zadd("kms:unacked_index", {tag: 1})
+            for tag in cast("list[bytes]", redis.zrange("kms:unacked_index", 0, -1)):
+                redis.zadd("kms:unacked_index", {tag: 1})  # as if ten minutes had gone by
             start_through_fifo(poisoned)
         until(lambda: redis.llen("kms:set_aside"), "it is set aside")
     time.sleep(1)  # a second copy would be refused, too, or taken
