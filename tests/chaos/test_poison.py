@@ -390,6 +390,22 @@ def test_flood_of_refused_messages_is_work_for_the_watchdog(tmp_path: Path) -> N
         assert refused(service) > 500
 
 
+def test_messages_that_come_back_are_logged_within_a_bound(on_redis: Service) -> None:
+    """Whoever writes to Redis can mark any message as one that came back."""
+    redis = core_of(on_redis).shop.store.redis
+    envelope = {
+        "body": json.dumps([[b64(b"age-encryption.org/v1\n")], {}, None]),
+        "headers": poison.headers("kms.submit"),
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "properties": {"delivery_info": {"redelivered": True}},
+    }
+    redis.lpush("kms:kms.submit", *[json.dumps(envelope)] * 20)
+    until(lambda: redis.llen("kms:set_aside") == 20, "all are refused by the pool")
+
+    assert on_redis.output("worker").count("message.came_back") == 3
+
+
 def value_of(client: Redis, key: str) -> object:
     """The text at a key; None where there is none, or something else than a text."""
     try:
