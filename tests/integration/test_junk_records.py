@@ -13,7 +13,7 @@ from kms_core.errors import UnknownJob
 from kms_core.jobs.build import Core
 from kms_core.jobs.caretaker import Caretaker
 from kms_core.jobs.desk import new_id
-from kms_core.jobs.model import EXHAUSTED, Job, LeaseLost
+from kms_core.jobs.model import EXHAUSTED, LeaseLost
 from kms_core.jobs.store import JobStore
 from kms_core.jobs.survey import survey
 from service import Service, core_of

@@ -36,7 +36,7 @@ LIVES: Final[Mapping[str, Mapping[str, str]]] = {
     "ended": {"state": "failed", "error": "decrypt_failed", "fence": "3"},
 }
 WORST_OF_ALL: Final = (b"nan", b"-5.5", b"9007199254740992", b"\xff\xfe", MISSING)
-ANSWER_S: Final = 2.0
+ANSWER_S: Final = 30.0  # what counts up to a number of others takes hours
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def busy(
 
 
 def answer(what: Callable[[], object]) -> None:
-    """It answers within two seconds, or says that the record is at fault, never that Redis is."""
+    """It answers, within ``ANSWER_S`` seconds, or says that the record is at fault, never that Redis is."""
     begin = time.monotonic()
     try:
         what()
