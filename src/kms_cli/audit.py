@@ -102,13 +102,17 @@ def acknowledge_loss_command(chains: Sequence[str], *, every: bool) -> int:
     """Put on record that the lines of CHAIN which anchors name are lost for good, after a restored backup.
 
     Without CHAIN, show what is missing. Stop the service before the backup is restored. The record names the
-    user, and "kms audit verify" shows the loss as a note from then on. Lines that were written anew are not
+    user and the first and last line that are lost, and "kms audit verify" shows the loss as a note from then
+    on. If more lines are lost later, that is a loss of its own. Lines that were written anew are not
     acknowledged.
     """
     report = _verified(_folder(None), _keys(None), anchors.configured(_settings()), None)
     if report.not_compared:
         raise Unavailable(f"Anchors cannot be read, so what is lost is not known: {_reasons(report)}")
-    lost = {each.chain: each for each in report.problems if each.code in {CUT, MISSING_CHAIN} and each.anchor}
+    found = [each for each in report.problems if each.code in {CUT, MISSING_CHAIN} and each.anchor]
+    lost = {
+        each.chain: each for each in sorted(found, key=lambda each: each.anchor_seq)
+    }  # the last lost line
     unknown = set(chains) - lost.keys()
     if unknown:
         raise InvalidRequest(
@@ -123,7 +127,8 @@ def acknowledge_loss_command(chains: Sequence[str], *, every: bool) -> int:
         return EXIT_OTHER if lost else 0
     with recording.log_of(_settings()) as log:
         for each in chosen:
-            what = recording.unique(effect_of(each.chain, each.anchor_seq))
+            first = each.seq if each.code == CUT else 0
+            what = recording.unique(effect_of(each.chain, first, each.anchor_seq))
             with audit.effect(log, recording.operator(DEFAULT_TENANT), ACKNOWLEDGED, what):
                 words.result(f"on record as lost: {each.chain}: {each.text}")
     return 0

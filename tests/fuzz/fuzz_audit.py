@@ -99,7 +99,7 @@ def _read() -> None:
     page = reading.page(_PLACE, wanted, None, 5)
     assert len(page.events) <= 5
     reading.page(_PLACE, wanted, page.following, 5)
-    segments.tips(_PLACE, but="")
+    segments.tips(_PLACE, KEYS, but="")
     for event in newest:
         assert isinstance(reading.fields(event), dict)
         try:

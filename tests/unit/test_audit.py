@@ -316,14 +316,16 @@ def test_a_checkpoint_stands_some_time_after_a_line(place: Place) -> None:
 
 
 def test_a_checkpoint_in_time_names_the_live_chains(place: Place) -> None:
-    trail, other = place.trail(Rules(checkpoint_s=0)), place.trail(role="worker")
+    trail, other = (place.trail(Rules(checkpoint_s=0), role=role) for role in ("api", "worker"))
     trail.append(record(1))
     other.append(record(2))
+    other.tend()
+    other.append(record(3))
     trail.tend()
     checkpoint = place.files()[0].read_bytes().splitlines()[-1]
 
-    opening, _ = map(json.loads, place.files()[1].read_bytes().splitlines())
-    end = [1, place.operations()[-1]["head"], opening["time"]]
+    opening, _, signed, _ = map(json.loads, place.files()[1].read_bytes().splitlines())
+    end = [2, signed["head"], opening["time"]]
     assert json.loads(checkpoint)["heads"] == {other.place[0]: end}
 
 

@@ -285,7 +285,7 @@ def test_what_is_no_file_keeps_nobody_from_looking(
 
     assert found(watch) == ["missing_chain"]
     assert codes(verified(place, kept)) == ["missing_chain"]
-    assert segments.tips(place.folder, but="") == {}
+    assert segments.tips(place.folder, place.keys(), but="") == {}
 
 
 def test_line_without_end_is_not_searched_for_its_beginning(place: Place, writer: Writer) -> None:
@@ -407,9 +407,11 @@ def test_forged_anchors_count_for_nothing_and_hide_none(
 # -- a loss on record --------------------------------------------------------------------------------
 
 
-def acknowledge(place: Place, name: str, seq: int) -> None:
+def acknowledge(place: Place, name: str, seq: int, first: int = 0) -> None:
     log = place.trail(role="cli")
-    with audit.effect(log, Principal("root"), anchors.ACKNOWLEDGED, f"{anchors.effect_of(name, seq)}-1f"):
+    with audit.effect(
+        log, Principal("root"), anchors.ACKNOWLEDGED, f"{anchors.effect_of(name, first, seq)}-1f"
+    ):
         pass
     log.close()
 
@@ -449,7 +451,7 @@ def test_a_loss_counts_once_its_record_is_signed(place: Place, kept: AnchorPlace
     older.put_back()
     watch = watching(place, kept)
     log = place.trail(role="cli")
-    name = f"{anchors.effect_of(writer.trail.place[0], 9)}-1f"
+    name = f"{anchors.effect_of(writer.trail.place[0], 5, 9)}-1f"
     with audit.effect(log, Principal("root"), anchors.ACKNOWLEDGED, name):
         pass
     assert found(watch) == ["cut"]

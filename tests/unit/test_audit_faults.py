@@ -172,7 +172,7 @@ def test_a_file_renamed_in_its_folder_is_still_found(place: Place) -> None:
     report = place.verified()
 
     assert not codes(report)
-    assert notes(report) == ["vanished"]
+    assert notes(report) == ["misplaced", "vanished"]
 
 
 @pytest.mark.parametrize("change", ["cut", "emptied", "written to", "begun a line in"])

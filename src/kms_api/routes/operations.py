@@ -141,6 +141,7 @@ def _degraded_audit(built: Service) -> list[str]:
         "audit_chain": found.problems,
         "audit_anchors": found.anchors,
         "audit_anchors_away": found.not_compared,
+        "audit_unread": found.unread,
     }
     return [name for name, is_so in states.items() if is_so]
 

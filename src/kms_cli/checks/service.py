@@ -24,6 +24,7 @@ _DEGRADED: Final[dict[str, tuple[Level, str, str]]] = {
     "audit_chain": ("FAIL", "somebody changed its audit trail", "kms audit verify on its machine"),
     "audit_anchors": ("FAIL", "its audit trail lacks what anchors name", "kms audit verify on its machine"),
     "audit_anchors_away": ("warn", "its audit trail is not compared with its anchors", "its log says why"),
+    "audit_unread": ("warn", "it cannot read its audit trail back", "kms audit verify on its machine"),
 }
 
 

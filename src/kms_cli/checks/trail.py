@@ -112,6 +112,8 @@ def _ends_hold(settings: Settings) -> Iterator[Finding]:
     if found.problems:
         text = f"{found.problems[0].code}: {found.problems[0].text}"
         yield Finding("FAIL", "audit chain", text, _KEEP)
+    elif found.unread:
+        yield Finding("FAIL", "audit chain", found.unread, "run as the user of the service")
     else:
         yield Finding("ok", "audit chain", "the end of each file holds; all of it: kms audit verify")
     yield _compared(found.anchors, found.not_compared, watch.places)

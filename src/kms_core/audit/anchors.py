@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, Protocol
 
 import structlog
@@ -32,23 +33,38 @@ NONE_OF_THIS_LOG: Final = "it holds no anchor of this log: they were removed, or
 _FIRST_READ: Final = 10_000  # of a stream, when a process starts: ``kms audit verify`` reads all
 _MOST_PROBLEMS: Final = 20
 _NAN: Final = float("nan")
+Losses = Mapping[str, tuple[int, int]]
+"""Lines whose loss is on record: of each chain, the first and the last."""
 _log = structlog.get_logger(__name__)
 
 
-def effect_of(name: str, seq: int) -> str:
-    """What a record of an acknowledged loss names: a chain, and the last line of it that was lost."""
-    return f"{name}:{seq}"
+def effect_of(name: str, first: int, last: int) -> str:
+    """What a record of an acknowledged loss names: a chain, and the last and the first line that it lost."""
+    return f"{name}:{last}-{first}"
 
 
-def acknowledged(lines: Iterable[Line]) -> dict[str, int]:
-    """The chains whose loss is on record, and up to which line. ``lines`` are covered by a signature."""
-    found: dict[str, int] = {}
+def acknowledged(lines: Iterable[Line], known: Losses = MappingProxyType({})) -> dict[str, tuple[int, int]]:
+    """The losses on record, with those ``known`` before. ``lines`` are covered by a signature.
+
+    A record of an earlier version names only the last line, and stands for all lines before it.
+    """
+    found = dict(known)
     for line in lines:
         name, _, rest = line.effect.partition(":")
-        number = rest.partition("-")[0]
-        if line.operation == ACKNOWLEDGED and line.stage == "outcome" and number.isdecimal():
-            found[name] = max(found.get(name, -1), int(number))
+        last, *more = rest.split("-")
+        first = more[0] if len(more) > 1 else "0"
+        if line.operation != ACKNOWLEDGED or line.stage != "outcome":
+            continue
+        if last.isdecimal() and first.isdecimal():
+            before = found.get(name, (int(first), int(last)))
+            found[name] = min(before[0], int(first)), max(before[1], int(last))
     return found
+
+
+def is_lost(lost: Losses, anchor: Line, last_seq: int) -> bool:
+    """Whether the loss on record covers all lines from the end of a chain (``last_seq``) to the anchor's."""
+    first, last = lost.get(anchor.chain, (0, -1))
+    return first <= last_seq + 1 and anchor.seq <= last
 
 
 def contradiction(code: str, anchor: Line, place: str, last_seq: int) -> Problem:
@@ -79,7 +95,7 @@ class Log(Protocol):
     def is_signed(self) -> bool:
         """Whether the log holds signed lines for which an anchor is due since some time."""
 
-    def lost(self) -> Mapping[str, int]:
+    def lost(self) -> Losses:
         """What was acknowledged."""
 
 
@@ -89,7 +105,11 @@ class _Source(Protocol):
     name: str
     text: str
 
-    def news(self) -> tuple[list[bytes], bool]:
+    @property
+    def damaged(self) -> str:
+        """Why newer anchors may be there that cannot be read; empty for none."""
+
+    def news(self, keys: PublicKeys) -> tuple[list[bytes], bool]:
         """Lines since the last call, oldest first; whether older ones have gone. Raises AuditUnavailable."""
 
 
@@ -99,13 +119,14 @@ class _Stream:
     Those of the last seconds may be lost when a replica takes over from its master.
     """
 
-    name, text = "redis", "Redis"
+    name, text, damaged = "redis", "Redis", ""
 
     def __init__(self, stream: RedisStream) -> None:
         self._stream = stream
         self._settled = self._last = ""
 
-    def news(self) -> tuple[list[bytes], bool]:
+    def news(self, keys: PublicKeys) -> tuple[list[bytes], bool]:
+        del keys
         begin = self._settled or self._last
         found = self._from(begin) if begin else self._stream.newest(_FIRST_READ)
         first = found[0][0].decode() if found else ""
@@ -128,7 +149,7 @@ class _Stream:
 
 
 class _Files:
-    """Anchors in a directory: of each file that has changed, the end."""
+    """Anchors in a directory: of each file that has changed, the newest that a known key signed."""
 
     name = "directory"
 
@@ -136,19 +157,36 @@ class _Files:
         self._path = folder.path
         self.text = str(folder.path)
         self._sizes: dict[str, int] = {}
+        self._damaged: dict[str, str] = {}
 
-    def news(self) -> tuple[list[bytes], bool]:
+    @property
+    def damaged(self) -> str:
+        return next(iter(self._damaged.values()), "")
+
+    def news(self, keys: PublicKeys) -> tuple[list[bytes], bool]:
         try:
             sizes = {path.name: path.stat().st_size for path in self._path.glob(f"*{ANCHORS_SUFFIX}")}
             if not sizes and not self._path.is_dir():
                 raise AuditUnavailable(f"{self._path} is not there: mount or make it")
             changed = [name for name, size in sizes.items() if size != self._sizes.get(name)]
-            lines = [next(segments.backwards(self._path / name), b"") for name in changed]
+            lines = [self._newest(name, keys) for name in changed if sizes[name]]
         except OSError as exc:
             raise AuditUnavailable(f"{self._path} cannot be read ({exc.strerror})") from exc
         lost = any(sizes.get(name, 0) < size for name, size in self._sizes.items())
         self._sizes = sizes
         return lines, lost
+
+    def _newest(self, name: str, keys: PublicKeys) -> bytes:
+        """The newest anchor in a file, or the first if none is near its end; empty if it has none of ours."""
+        path = self._path / name
+        line, behind = segments.newest_signed(path, keys)
+        first = b"" if line else segments.first_line(path)
+        begin = chain.read(first)
+        is_foreign = begin is not None and begin.kind in chain.SIGNED and begin.key not in keys.keys
+        self._damaged.pop(name, None)
+        if (behind or not line) and not is_foreign:
+            self._damaged[name] = f"{path} is damaged: behind its newest anchor stands what is none"
+        return line or first
 
 
 @dataclass(slots=True)
@@ -160,6 +198,7 @@ class _Reader:
     fresh: set[str] = field(default_factory=set)
     rewritten: dict[str, Problem] = field(default_factory=dict)
     away: str = ""
+    unread: str = ""
     lost: bool = False
     read_at: float = -EVERY_S
 
@@ -168,7 +207,7 @@ class _Reader:
         if not self.away and time.monotonic() - self.read_at < EVERY_S:
             return
         try:
-            lines, lost = self.source.news()
+            lines, lost = self.source.news(keys)
         except AuditUnavailable as exc:
             self._tell_away(exc.detail)
             return
@@ -222,14 +261,16 @@ class AnchorMonitor:
         for each in self._readers:
             each.read(keys)
 
-    def compare(self, log: Log) -> None:
-        """Hold all that was read against the log as it is now. Raises OSError."""
+    def compare(self, log: Log, unread: str = "") -> None:
+        """Hold all that was read against the log as it is now; ``unread`` is why some of it is not known."""
         before, ends, lost = self.problems, log.ends(), log.lost()
         found: list[Problem] = []
         self.away = {}
         for each in self._readers:
             problems = [*_gone(each), *_compared(each, log, ends, lost)][:_MOST_PROBLEMS]
-            why = each.away or ("" if each.newest or not log.is_signed() else NONE_OF_THIS_LOG)
+            why = each.away or each.source.damaged or unread or each.unread
+            if not why and not each.newest and log.is_signed():
+                why = NONE_OF_THIS_LOG
             if why:
                 self.away[each.source.name] = why
             metrics.AUDIT_ANCHORS_OK.labels(each.source.name).set(0 if problems else _NAN if why else 1)
@@ -238,6 +279,13 @@ class AnchorMonitor:
         for problem in found:
             if problem not in before:
                 _log.error("audit.anchor_ahead", **_told(problem))
+
+    def not_compared(self, why: str) -> None:
+        """The log could not be read: what was found before stands, and nothing else is known."""
+        self.away = {each.source.name: each.away or why for each in self._readers}
+        for each in self._readers:
+            if not any(problem.anchor == each.source.text for problem in self.problems):
+                metrics.AUDIT_ANCHORS_OK.labels(each.source.name).set(_NAN)
 
 
 def _told(problem: Problem) -> dict[str, object]:
@@ -258,21 +306,26 @@ def _gone(reader: _Reader) -> list[Problem]:
 
 
 def _compared(
-    reader: _Reader, log: Log, ends: Mapping[str, Sequence[tuple[int, int]]], lost: Mapping[str, int]
+    reader: _Reader, log: Log, ends: Mapping[str, Sequence[tuple[int, int]]], lost: Losses
 ) -> Iterable[Problem]:
-    place = reader.source.text
+    place, reader.unread = reader.source.text, ""
     for name, anchor in list(reader.newest.items()):
         last_seq = ends[name][-1][1] if name in ends else -1
         if last_seq < anchor.seq:
-            if anchor.seq <= lost.get(name, -1):
+            if is_lost(lost, anchor, last_seq):
                 continue
             if name not in ends and log.is_retired(anchor.opened):
                 del reader.newest[name]
                 continue
             yield contradiction(CUT if name in ends else MISSING_CHAIN, anchor, place, last_seq)
         elif name in reader.fresh:
+            try:
+                has = _has(log, ends[name], anchor)
+            except OSError as exc:
+                reader.unread = f"a file of {name} cannot be read ({exc.strerror})"
+                continue
             reader.fresh.discard(name)
-            if not _has(log, ends[name], anchor):
+            if not has:
                 reader.rewritten[name] = contradiction(REWRITTEN, anchor, place, last_seq)
     yield from reader.rewritten.values()
 

@@ -29,6 +29,8 @@ CLOSED: Final = "closed"
 RESUMED: Final = "resumed"
 RETIRED: Final = "retired"
 SIGNED: Final = frozenset({CHECKPOINT, ROTATED, CLOSED})
+ENDS: Final = frozenset({ROTATED, CLOSED})
+"""Kinds of the last line of a file: its process writes nothing behind it."""
 
 
 class Tip(msgspec.Struct, frozen=True, array_like=True):

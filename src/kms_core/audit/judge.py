@@ -13,6 +13,7 @@ from kms_core.audit.anchors import (
     REWRITTEN,
     acknowledged,
     contradiction,
+    is_lost,
 )
 from kms_core.audit.chain import Line, Tip
 from kms_core.audit.keys import PublicKeys
@@ -20,6 +21,8 @@ from kms_core.audit.report import ChainReport, Note, Problem, Report, State
 from kms_core.audit.scan import Found
 from kms_core.audit.segments import Segment
 
+_INTERVAL_LINES: Final = 1_100
+"""Lines between two signed ones of a chain with the usual settings: 1,000, and those that one batch adds."""
 Anchors = Mapping[str, Sequence[bytes]]
 """Signed lines that second places keep, by the name of the place."""
 
@@ -44,19 +47,26 @@ def judge(report: Report, found: Mapping[Segment, Found], anchors: Anchors, keys
         (line.before for each in found.values() for line in each.special if _retires(line, each)), default=""
     )
     seen = _seen(lines)
+    signed_to: dict[str, int] = {}
+    for segment, each in found.items():
+        signed_to[segment.chain] = max(each.signed_seq, signed_to.get(segment.chain, -1))
+    witnesses = _seen(line for line in lines if line.seq <= signed_to.get(line.chain, -1))
     log = _log_of(chains, horizon)
     for name, files in chains.items():
         report.problems += _joints(files, horizon)
         made = _chain_report(name, files)
         report.chains.append(made)
         report.problems += _torn(files, made)
+        report.problems += _behind_ends(files)
+        report.notes += _misplaced(files)
+        _witness(files, made, witnesses.get(name))
         if name in seen:
             report.problems += _held_against(files, made, seen[name], horizon)
     report.problems += _absent(seen, chains.keys(), horizon)
     for place, kept in anchors.items():
         newest = _against_anchors(report, log, place, kept, keys)
         _bear_witness(report, place, newest)
-        _tell_coverage(report, place, newest, seen)
+        _tell_coverage(report, place, newest, witnesses)
     report.notes += [
         *_noted(lines),
         *_unresolved(each.stages for each in found.values()),
@@ -67,6 +77,11 @@ def judge(report: Report, found: Mapping[Segment, Found], anchors: Anchors, keys
 def _retires(line: Line, found: Found) -> bool:
     """Whether a line puts a removal on record; without a signature over it anybody may have written it."""
     return line.kind == chain.RETIRED and line.seq < found.signed_seq
+
+
+def _is_retired(opened: str, horizon: str) -> bool:
+    """Whether the file that was opened then may be gone by a removal on record."""
+    return "" < opened <= horizon
 
 
 def _seen(lines: Iterable[Line]) -> dict[str, _Seen]:
@@ -86,27 +101,26 @@ def _seen(lines: Iterable[Line]) -> dict[str, _Seen]:
 class _Log:
     """What anchors are compared with: first and last line of each chain, and the heads of signed lines.
 
-    ``lost`` holds the lines whose loss is on record: of each chain, up to which number.
+    ``lost`` holds the lines whose loss is on record: of each chain, the first and the last number.
     """
 
     first: Mapping[str, int]
     last: Mapping[str, int]
     heads: Mapping[tuple[str, int], str]
-    lost: Mapping[str, int]
+    lost: Mapping[str, tuple[int, int]]
     horizon: str
 
     def contradicts(self, anchor: Line) -> str:
         """The code of the problem that the anchor is proof of, if it is genuine; empty for none."""
         name, seq = anchor.chain, anchor.seq
         if name not in self.last:
-            return MISSING_CHAIN if anchor.opened > self.horizon else ""
+            return "" if _is_retired(anchor.opened, self.horizon) else MISSING_CHAIN
         if seq > self.last[name]:
             return CUT
         if seq >= self.first[name]:
             return REWRITTEN
-        return (
-            MISSING_CHAIN if anchor.opened > self.horizon else ""
-        )  # what stands there now names no line before it
+        # what stands there now names no line before it
+        return "" if _is_retired(anchor.opened, self.horizon) else MISSING_CHAIN
 
 
 def _log_of(chains: Mapping[str, Sequence[tuple[Segment, Found]]], horizon: str) -> _Log:
@@ -134,7 +148,11 @@ def _against_anchors(
     """
     newest: dict[str, int] = {}
     told: set[tuple[str, str]] = set()
-    for raw, anchor in _parsed(kept):
+    parsed = _parsed(kept)
+    if len(parsed) < len(kept):
+        text = f"{len(kept) - len(parsed)} lines in {place} are no anchors: they may have been some"
+        report.notes.append(Note("anchors_damaged", text))
+    for raw, anchor in parsed:
         name = anchor.chain
         if log.heads.get((name, anchor.seq)) == anchor.head:
             newest.setdefault(name, anchor.seq)
@@ -144,7 +162,7 @@ def _against_anchors(
             continue
         told.add((name, code))
         problem = contradiction(code, anchor, place, log.last.get(name, -1))
-        if code != REWRITTEN and anchor.seq <= log.lost.get(name, -1):
+        if code != REWRITTEN and is_lost(log.lost, anchor, log.last.get(name, -1)):
             report.notes.append(Note("acknowledged", f"{problem.text}; the loss is on record", name))
         else:
             report.problems.append(problem)
@@ -195,7 +213,7 @@ def _joints(files: Sequence[tuple[Segment, Found]], horizon: str) -> Iterator[Pr
     """Whether the files of a chain are all there and continue each other."""
     first, found = files[0]
     opening = _opening(found)
-    if first.number > 1 and not (opening is not None and "" < opening.previous_opened <= horizon):
+    if first.number > 1 and not (opening is not None and _is_retired(opening.previous_opened, horizon)):
         missing = f"file {first.number - 1} of the chain and all before it are missing"
         yield Problem("missing_file", missing, first.chain)
     for (before, earlier), (segment, later) in pairwise(files):
@@ -254,10 +272,47 @@ def _torn(files: Sequence[tuple[Segment, Found]], made: ChainReport) -> Iterator
             )
 
 
+def _behind_ends(files: Sequence[tuple[Segment, Found]]) -> Iterator[Problem]:
+    for _, found in files:
+        if -1 < found.ended_at < found.last_seq:
+            yield found.problem_behind_end(found.ended_at)
+
+
+def _misplaced(files: Sequence[tuple[Segment, Found]]) -> Iterator[Note]:
+    for segment, _ in files:
+        if segment.path.name != segments.path_of(segment.path.parent, segment.chain, segment.number).name:
+            text = f"{segment.path.name} is its file {segment.number}; under this name only verify reads it"
+            yield Note("misplaced", text, segment.chain)
+
+
+def _witness(files: Sequence[tuple[Segment, Found]], made: ChainReport, seen: _Seen | None) -> None:
+    """Another chain saw the signed end of one that has no closing record, and not much stands behind it."""
+    if seen is None or made.state != "cut or crashed":
+        return
+    if made.signed_seq <= seen.tip.seq <= made.last_seq <= _credible(files, made.signed_seq):
+        made.witness = seen.by
+
+
+def _credible(files: Sequence[tuple[Segment, Found]], signed_seq: int) -> int:
+    """The last line that the process of a chain can have written: a checkpoint interval behind a signed one.
+
+    Behind a closed end it is the closing line.
+    """
+    signed = [
+        line
+        for _, found in files
+        for line in found.special
+        if line.kind in chain.SIGNED and line.seq <= signed_seq
+    ]
+    if signed and signed[-1].kind == chain.CLOSED:
+        return signed_seq
+    return signed_seq + max([_INTERVAL_LINES, *(after.seq - line.seq for line, after in pairwise(signed))])
+
+
 def _held_against(
     files: Sequence[tuple[Segment, Found]], made: ChainReport, seen: _Seen, horizon: str
 ) -> Iterator[Problem]:
-    if seen.tip.seq < files[0][1].first_seq and seen.tip.opened > horizon:
+    if seen.tip.seq < files[0][1].first_seq and not _is_retired(seen.tip.opened, horizon):
         missing = f"line {seen.tip.seq} and all before it are missing: {seen.by} saw it at {seen.time}"
         yield Problem("cut", missing, made.chain, files[0][0].path.name, seen.tip.seq)
         return
@@ -267,8 +322,6 @@ def _held_against(
         )
         yield Problem("cut", missing, made.chain, files[-1][0].path.name, made.last_seq + 1)
         return
-    if made.state == "cut or crashed" and seen.tip.seq == made.last_seq:
-        made.witness = seen.by
     for segment, found in files:
         if found.first_seq <= seen.tip.seq <= found.last_seq:
             line = segments.line_of(segment.path, seen.tip.seq)
@@ -283,7 +336,7 @@ def _held_against(
 def _absent(seen: Mapping[str, _Seen], there: Iterable[str], horizon: str) -> Iterator[Problem]:
     for name in seen.keys() - set(there):
         each = seen[name]
-        if each.tip.opened > horizon:
+        if not _is_retired(each.tip.opened, horizon):
             text = f"a chain of at least {each.tip.seq + 1} lines is missing: {each.by} saw it at {each.time}"
             yield Problem("missing_chain", text, name)
 
@@ -325,9 +378,13 @@ def _open_ends(report: Report) -> Iterator[Note]:
     for each in report.chains:
         if each.state == "cut or crashed":
             seen = f"; {each.witness} found it so" if each.witness else ", and nobody else has seen its end"
-            yield Note(
-                "cut_or_crashed",
-                f"the chain has no closing record: cut or crashed{seen}",
-                each.chain,
-                each.last_seq,
-            )
+            text = f"the chain has no closing record: cut or crashed{seen}{_unsigned(each)}"
+            yield Note("cut_or_crashed", text, each.chain, each.last_seq)
+
+
+def _unsigned(made: ChainReport) -> str:
+    count = made.last_seq - made.signed_seq
+    if not count:
+        return ""
+    doubt = "whoever can write to the folder may have changed, removed or added some"
+    return f"; its last {count} lines are not signed: {doubt}"

@@ -78,6 +78,8 @@ class Signer:
         self._key = key
         self.public = _raw(key.public_key())
         self.key_id = key_id(self.public)
+        self.known = PublicKeys.of([self.public])
+        """All keys that have signed here."""
 
     @classmethod
     def at(cls, path: Path, *, strict: bool = False) -> Self:
@@ -103,6 +105,7 @@ class Signer:
         if self.key_id not in known.keys:
             with _configuring(path), path.open("a") as file:
                 file.write(pem(self.public))
+        self.known = PublicKeys(known.keys | self.known.keys)
 
 
 class PublicKeys:

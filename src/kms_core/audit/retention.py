@@ -42,7 +42,7 @@ def horizon(folder: Path, keys: PublicKeys) -> str:
     """The time up to which files may be gone by a removal on record; empty if none is.
 
     Reads the latest files first, and stops at those that are older than the newest record of a removal.
-    Raises OSError.
+    A file that cannot be read has none. Raises OSError if the folder cannot.
     """
     newest: Line | None = None
     for segment in sorted(segments.listed(folder), key=_last_time, reverse=True):
@@ -60,9 +60,9 @@ def _last_time(segment: Segment) -> str:
 
 
 def _removals(path: Path, keys: PublicKeys) -> Iterator[Line]:
-    """The signed records of removals in a file. A file that is gone or empty has none."""
+    """The signed records of removals in a file. A file that is gone, empty or unreadable has none."""
     with (
-        suppress(FileNotFoundError, ValueError),
+        suppress(OSError, ValueError),
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole,
     ):

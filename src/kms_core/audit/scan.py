@@ -52,6 +52,22 @@ class Found:
     special: list[Line] = field(default_factory=list)
     stages: list[Line] = field(default_factory=list)
 
+    @property
+    def ended_at(self) -> int:
+        """The line that says it is the last one of its file; -1 if none does."""
+        return next(
+            (each.seq for each in self.special if each.kind in chain.ENDS and each.chain == self.chain), -1
+        )
+
+    def problem_behind_end(self, ended_at: int) -> Problem:
+        """The problem of lines behind the one that ended the file."""
+        first = max(self.first_seq, ended_at + 1)
+        text = (
+            f"{self.last_seq - first + 1} lines behind line {ended_at}, which ends the file: its process "
+            "wrote none there"
+        )
+        return Problem("after_closed", text, self.chain, Path(self.path).name, first)
+
 
 def scan(span: Span) -> Found:
     """Read a stretch. Raises OSError."""

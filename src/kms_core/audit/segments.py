@@ -7,7 +7,7 @@ whether it holds together is for ``verify`` to say.
 import fcntl
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,15 @@ from typing import BinaryIO, Final
 
 from kms_core.audit import chain
 from kms_core.audit.chain import Line, Tip
+from kms_core.audit.keys import PublicKeys
 
 NAME: Final = re.compile(r"([a-z][a-z0-9_]{0,31}-\d{8}T\d{6}\.\d{6}Z-\d{1,10})\.(\d{4,9})\.jsonl")
 CHAIN: Final = re.compile(r"[a-z][a-z0-9_]{0,31}-\d{8}T\d{6}\.\d{6}Z-\d{1,10}")
 LONGEST_LINE_BYTES: Final = 1024 * 1024
+MOST_TIPS: Final = 256
 _NEAR_END_BYTES: Final = 16 * 1024
+_SEARCHED_BYTES: Final = 1024 * 1024
+_SEARCHED_FILES: Final = 4  # of a chain: one that ends without a signed line is rare
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -32,9 +36,8 @@ class Segment:
 
     def opening(self) -> Line | None:
         """Its first line; None if that is not whole, or the file is gone."""
-        with suppress(OSError), self.path.open("rb") as file:
-            first = file.readline(LONGEST_LINE_BYTES)
-            return chain.read(first[:-1]) if first.endswith(b"\n") else None
+        with suppress(OSError):
+            return chain.read(first_line(self.path))
         return None
 
     def last(self) -> Line | None:
@@ -80,25 +83,56 @@ def is_live(path: Path) -> bool:
     return False
 
 
-def tips(folder: Path, *, but: str, since: float = 0.0) -> dict[str, Tip]:
-    """The ends of the other chains, those left out whose closed end another chain already names.
+def tips(folder: Path, keys: PublicKeys, *, but: str, since: float = 0.0) -> dict[str, Tip]:
+    """The ends of the other chains, of the 256 that were written to last: their last signed lines.
 
-    ``since``: only chains that were written to after that time (seconds since the epoch).
+    Nothing behind a signed line is named: anybody who can write to the folder may have appended it. A chain
+    without signed lines is named by its first line, after all others. Left out are ends that the first line
+    of a signed chain names already. ``since``: only chains that were written to after that time (seconds
+    since the epoch).
     """
-    ends: dict[str, tuple[Tip, bool]] = {}
-    witnessed: set[tuple[str, int]] = set()
-    for name, files in by_chain(folder).items():
-        if name == but or _written_at(files[-1].path) < since:
-            continue
-        opening, last = files[-1].opening(), files[-1].last()
-        if opening is None or last is None:
-            continue
-        ends[name] = Tip(last.seq, last.head, opening.time), last.kind == chain.CLOSED
-        first = opening if len(files) == 1 else files[0].opening()
-        witnessed.update((named, tip.seq) for named, tip in (first.heads.items() if first else ()))
-    return {
-        name: tip for name, (tip, closed) in ends.items() if not (closed and (name, tip.seq) in witnessed)
-    }
+    written = [
+        (_written_at(files[-1].path), files) for name, files in by_chain(folder).items() if name != but
+    ]
+    signed: dict[str, Tip] = {}
+    unsigned: dict[str, Tip] = {}
+    named: set[tuple[str, int]] = set()
+    for at, files in sorted(written, key=lambda each: each[0], reverse=True):
+        if at < since or len(signed) == MOST_TIPS:
+            break
+        opening, end = files[0].opening(), _signed_end(files, keys)
+        if end is not None:
+            signed[files[0].chain] = Tip(end.seq, end.head, end.opened)
+            named.update((name, tip.seq) for name, tip in (opening.heads.items() if opening else ()))
+        elif opening is not None and len(unsigned) < MOST_TIPS:
+            unsigned[files[0].chain] = Tip(opening.seq, opening.head, opening.time)
+    ends = [(name, tip) for name, tip in (signed | unsigned).items() if (name, tip.seq) not in named]
+    return dict(ends[:MOST_TIPS])
+
+
+def _signed_end(files: Sequence[Segment], keys: PublicKeys) -> Line | None:
+    """The last signed line of a chain, if it is near the end of one of its last files."""
+    for segment in files[: -_SEARCHED_FILES - 1 : -1]:
+        with suppress(OSError):
+            found = chain.read(newest_signed(segment.path, keys)[0])
+            if found is not None and found.chain == segment.chain:
+                return found
+    return None
+
+
+def newest_signed(path: Path, keys: PublicKeys) -> tuple[bytes, int]:
+    """The last line of a file that one of the keys signed, and how many whole lines stand behind it.
+
+    Empty if none is within the last MiB. Raises OSError.
+    """
+    left, behind = _SEARCHED_BYTES, 0
+    for line in backwards(path):
+        if chain.SIGNATURE in line and keys.signed(line):
+            return line, behind
+        behind, left = behind + 1, left - len(line) - 1
+        if left <= 0:
+            break
+    return b"", behind
 
 
 def _written_at(path: Path) -> float:
@@ -151,6 +185,13 @@ def offset_of(file: BinaryIO, begins: Callable[[Line], bool]) -> int:
         else:
             low = start + len(raw)
     return low
+
+
+def first_line(path: Path) -> bytes:
+    """The first line of a file, without its newline; empty if that is not whole. Raises OSError."""
+    with path.open("rb") as file:
+        first = file.readline(LONGEST_LINE_BYTES)
+    return first[:-1] if first.endswith(b"\n") else b""
 
 
 def line_of(path: Path, seq: int) -> bytes | None:

@@ -189,7 +189,7 @@ class Trail:
             heads: dict[str, Tip] = {}
             if self._is_due():  # read what others have written before anybody has to wait for the lock
                 recent = time.time() - 2 * self._rules.checkpoint_s - _MINUTE_S
-                heads = segments.tips(self.folder, but=self._chain, since=recent)
+                heads = segments.tips(self.folder, self._signer.known, but=self._chain, since=recent)
             with self._lock:
                 file = self._file
                 if file is None or self._pid != os.getpid() or not file.is_ours():
@@ -223,7 +223,9 @@ class Trail:
                 return
             try:
                 if file.is_ours():
-                    self._sign(file, chain.CLOSED, segments.tips(self.folder, but=self._chain))
+                    self._sign(
+                        file, chain.CLOSED, segments.tips(self.folder, self._signer.known, but=self._chain)
+                    )
             finally:
                 file.finish(sync=self._rules.fsync)
 
@@ -307,7 +309,7 @@ class Trail:
         if self._number:
             fields |= {"previous": self._head.hex(), "previous_opened": self._opened}
         else:
-            fields["heads"] = segments.tips(self.folder, but=self._chain)
+            fields["heads"] = segments.tips(self.folder, self._signer.known, but=self._chain)
         return _encode(fields)[1:-1]
 
     def _new_name(self) -> str:

@@ -19,7 +19,7 @@ import structlog
 
 from kms_core import metrics
 from kms_core.audit import chain, retention, segments
-from kms_core.audit.anchors import AnchorMonitor, acknowledged
+from kms_core.audit.anchors import AnchorMonitor, Losses, acknowledged
 from kms_core.audit.chain import Line
 from kms_core.audit.keys import PublicKeys, public_path
 from kms_core.audit.places import Folder, RedisStream
@@ -42,7 +42,8 @@ class Condition:
     """What was found so far. Problems stay until the process ends: somebody has to look.
 
     ``anchors`` are the problems that anchors are proof of: they end when the log has what is missing, or the
-    loss is on record. ``not_compared`` holds the places of anchors that cannot be read, with the reason.
+    loss is on record. ``not_compared`` holds the places of anchors that cannot be compared, with the reason.
+    ``unread`` is why the log, or a file of it, could not be read at the last look; empty if it could.
     ``read_at`` is when, in seconds since the epoch, 0 before the first look; ``newest`` the time of the
     newest line that was read (RFC 3339), ``lines`` how many were.
     """
@@ -53,6 +54,7 @@ class Condition:
     lines: int = 0
     anchors: tuple[Problem, ...] = ()
     not_compared: Mapping[str, str] = field(default_factory=dict)
+    unread: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class _Known:
     seq: int
     head: str
     opened: str
+    ended_at: int
 
 
 class Watch(threading.Thread):
@@ -89,7 +92,7 @@ class Watch(threading.Thread):
         self._keys = public_path(signing_key)
         self._anchors = AnchorMonitor(anchors)
         self._losses: list[Line] = []
-        self._lost: dict[str, int] = {}
+        self._lost: dict[str, tuple[int, int]] = {}
         self._searched = ""
         self._signed = False
         self._working = working
@@ -113,21 +116,29 @@ class Watch(threading.Thread):
             with self._working:
                 self._look()
         except (OSError, ConfigurationError) as exc:
-            if not self.condition.problems:
-                metrics.AUDIT_CHAIN_OK.set(float("nan"))
-            _log.warning("audit.not_read_back", error=type(exc).__name__)
+            why = exc.detail if isinstance(exc, ConfigurationError) else _reason(self.folder, exc)
+            self._anchors.not_compared(why)
+            self._tell([], [], why)
 
     def _look(self) -> None:
         keys = PublicKeys.read(self._keys)
         self._anchors.read(keys)  # first: what they name was in the log before
         there = segments.listed(self.folder)
         parts: list[Found] = []
-        problems = [problem for segment in there for problem in self._read(segment, keys.keys, parts)]
+        problems: list[Problem] = []
+        unread = ""
+        for segment in there:
+            try:
+                problems += self._read(segment, keys.keys, parts)
+            except FileNotFoundError:
+                continue  # since it was listed; the next look says whether that was recorded
+            except OSError as exc:  # the others are compared all the same
+                unread = unread or _reason(segment.path, exc)
         self._horizon = max([self._horizon, *_marks(parts)])
         self._note(parts)
         problems += self._missing(there)
-        self._anchors.compare(self)
-        self._tell(problems, parts)
+        self._anchors.compare(self, unread)
+        self._tell(problems, parts, unread)
 
     @property
     def places(self) -> Sequence[str]:
@@ -144,6 +155,8 @@ class Watch(threading.Thread):
 
     def is_retired(self, opened: str) -> bool:
         """The records of removals may stand anywhere in the log: it is searched once for each later time."""
+        if not opened:  # its first line could not be read, or names no time
+            return False
         if opened > max(self._horizon, self._searched):
             self._horizon = max(self._horizon, retention.horizon(self.folder, PublicKeys.read(self._keys)))
             self._searched = opened
@@ -152,7 +165,7 @@ class Watch(threading.Thread):
     def is_signed(self) -> bool:
         return self._signed
 
-    def lost(self) -> Mapping[str, int]:
+    def lost(self) -> Losses:
         return self._lost
 
     def _note(self, parts: Iterable[Found]) -> None:
@@ -164,34 +177,36 @@ class Watch(threading.Thread):
             covered = [
                 line for line in self._losses if line.chain == part.chain and line.seq < part.signed_seq
             ]
-            self._lost |= acknowledged(covered)
+            self._lost = acknowledged(covered, self._lost)
             self._losses = [line for line in self._losses if line not in covered]
 
     # -- the log itself -----------------------------------------------------------------------------------
 
-    def _tell(self, problems: Iterable[Problem], parts: Iterable[Found]) -> None:
+    def _tell(self, problems: Iterable[Problem], parts: Iterable[Found], unread: str) -> None:
         before, now = self.condition, time.time()
-        kept = (*before.problems, *problems)[:_MOST_PROBLEMS]
+        new = [problem for problem in problems if problem not in before.problems]
+        kept = (*before.problems, *new)[:_MOST_PROBLEMS]
         for problem in kept[len(before.problems) :]:
             _log.error("audit.broken", code=problem.code, chain=problem.chain, seq=problem.seq)
         self.condition = Condition(
             kept,
-            now,
+            before.read_at if unread else now,
             max([before.newest, *(part.last_time for part in parts)]),
             before.lines + sum(part.lines for part in parts),
             self._anchors.problems,
             self._anchors.away,
+            unread,
         )
-        metrics.AUDIT_CHAIN_OK.set(not self.condition.problems)
-        metrics.AUDIT_READ_AT.set(now)
+        metrics.AUDIT_CHAIN_OK.set(0 if kept else float("nan") if unread else 1)
+        if unread:
+            _log.warning("audit.not_read_back", reason=unread)
+        else:
+            metrics.AUDIT_READ_AT.set(now)
 
     def _read(self, segment: Segment, keys: dict[str, bytes], parts: list[Found]) -> Iterator[Problem]:
         """What is new in a file; all that was read of it, if somebody wrote to it and it did not grow."""
         at, known = (segment.chain, segment.number), self._known.get((segment.chain, segment.number))
-        try:
-            stat = segment.path.stat()
-        except FileNotFoundError:
-            return  # since it was listed; the next look says whether that was recorded
+        stat = segment.path.stat()
         if known and (stat.st_ino, stat.st_size, stat.st_mtime_ns) == (
             known.inode,
             known.size,
@@ -210,6 +225,9 @@ class Watch(threading.Thread):
         before = known or (None if begin else self._known.get((segment.chain, segment.number - 1)))
         if before and not _follows(part, begin, before, known):
             yield _problem("rewritten", "its lines are not those that were there", segment, before.seq)
+        ended_at = known.ended_at if known and begin >= known.end else part.ended_at
+        if -1 < ended_at < part.last_seq:
+            yield part.problem_behind_end(ended_at)
         opening = None if known else segment.opening()
         self._known[at] = _Known(
             stat.st_ino,
@@ -220,6 +238,7 @@ class Watch(threading.Thread):
             part.last_seq,
             part.head,
             known.opened if known else (opening.time if opening else ""),
+            max(ended_at, part.ended_at),
         )
 
     def _missing(self, there: Iterable[Segment]) -> list[Problem]:
@@ -231,6 +250,10 @@ class Watch(threading.Thread):
             for (name, number), known in lost
             if not self.is_retired(known.opened)
         ]
+
+
+def _reason(path: Path, exc: OSError) -> str:
+    return f"{path} cannot be read ({exc.strerror})"
 
 
 def _marks(parts: Iterable[Found]) -> Iterator[str]:
