@@ -304,8 +304,8 @@ def test_a_killed_process_is_cut_or_crashed_until_the_next_one_has_seen_its_end(
     assert kms(own, "audit", "verify").returncode == 1
     own.start("api")
     own.encrypt(b"again")
+    until(lambda: verified(own)["verdict"] == "intact", "the next one has signed what it saw")
     found = verified(own)
-    assert found["verdict"] == "intact"
     assert found["chains"][0]["witness"] == found["chains"][1]["chain"]
     assert len(events(own)) == 4
 

@@ -150,6 +150,28 @@ def test_a_loss_is_acknowledged_on_record(own: Service) -> None:
     assert (again.returncode, "every line" in again.stderr) == (0, True)
 
 
+def test_of_two_places_the_later_anchor_says_what_is_lost(tmp_path: Path, redis_url: str) -> None:
+    """The directory took no anchor of the end of a chain."""
+    with Service(tmp_path, f'{EAGER}anchor_dir = "{tmp_path}/second"\n', redis=redis_url) as own:
+        run_once(own, b"old")
+        older = Copy(own)
+        own.start("api")
+        own.encrypt(b"new")
+        until(lambda: len(list((tmp_path / "second").iterdir())) > 1, "a checkpoint is anchored")
+        own.stop("api")
+        file = max((tmp_path / "second").iterdir())
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join(lines[:1]))
+        older.put_back()
+
+        assert kms(own, "audit", "acknowledge-loss", "--all").returncode == 0
+        assert verified(own)[1]["verdict"] == "intact"
+        (line,) = [each for each in Place(own.state).operations() if each.get("stage") == "intent"]
+        last = json.loads(lines[-1])
+        assert str(line["effect"]).startswith(f"{last['chain']}:{last['seq']}-0-")
+        assert len(lines) > 1
+
+
 def test_anchors_that_cannot_be_read_are_no_intact_log(tmp_path: Path) -> None:
     """Nothing is compared: the command says why, and does not end with 0."""
     with Service(tmp_path, EAGER, redis=NO_REDIS) as own:

@@ -433,6 +433,61 @@ def test_a_loss_on_record_is_a_note(place: Place, kept: AnchorPlace, writer: Wri
     assert "acknowledged" in notes(report)
 
 
+def test_a_larger_loss_than_the_one_on_record_is_told_again(
+    place: Place, kept: AnchorPlace, writer: Writer
+) -> None:
+    """The record names lines 5 to 9; then line 3 and 4 are lost as well."""
+    older = Older(place)
+    writer.write()
+    writer.close()
+    older.put_back()
+    acknowledge(place, writer.trail.place[0], 9, first=5)
+    watch = watching(place, kept)
+    assert found(watch) == []
+    assert verified(place, kept).verdict == "intact"
+    file = next(file for file in place.files() if file.name.startswith("api-"))
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:3]))
+
+    assert found(watch) == found(watching(place, kept)) == by_anchors(place, kept) == ["cut"]
+    acknowledge(place, writer.trail.place[0], 9, first=3)
+    assert found(watch) == found(watching(place, kept)) == by_anchors(place, kept) == []
+    file.unlink()
+    assert found(watch) == by_anchors(place, kept) == ["missing_chain"]
+
+
+def by_anchors(place: Place, kept: AnchorPlace) -> list[str]:
+    """What verification finds by anchors; the chain of the record saw line 4, too."""
+    return [problem.code for problem in verified(place, kept).problems if problem.anchor]
+
+
+def test_a_record_of_a_loss_without_its_first_line_stands_for_all_before_the_last(
+    place: Place, kept: AnchorPlace, writer: Writer
+) -> None:
+    """As records of version 0.1 have it."""
+    writer.close()
+    place.files()[0].unlink()
+    log = place.trail(role="cli")
+    with audit.effect(log, Principal("root"), anchors.ACKNOWLEDGED, f"{writer.trail.place[0]}:5-12345678"):
+        pass
+    log.close()
+
+    assert found(watching(place, kept)) == []
+    assert codes(verified(place, kept)) == []
+
+
+def test_losses_on_record_add_up() -> None:
+    def lines(*effects: str, stage: str = "outcome") -> list[chain.Line]:
+        return [
+            chain.Line(seq=0, chain="cli", time="", operation=anchors.ACKNOWLEDGED, stage=stage, effect=each)
+            for each in effects
+        ]
+
+    first = anchors.acknowledged(lines("a:9-6-1f", "b:4-0-1f", "a:x-1-1f", "a:9-y-1f", "a"))
+    assert first == {"a": (6, 9), "b": (0, 4)}
+    assert anchors.acknowledged(lines("a:9-3-1f", "a:7-5-1f"), first) == {"a": (3, 9), "b": (0, 4)}
+    assert anchors.acknowledged(lines("a:9-6-1f", stage="intent")) == {}
+
+
 def test_lines_written_anew_are_no_loss_that_can_be_acknowledged(
     place: Place, kept: AnchorPlace, writer: Writer
 ) -> None:

@@ -1,0 +1,370 @@
+"""A log or an anchor that cannot be read hides nothing else, and is never called compared."""
+
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+from prometheus_client import REGISTRY
+
+from kms_core.audit import Rules, anchors, chain, retention
+from kms_core.audit.keeper import Keeper
+from kms_core.audit.keys import Signer
+from kms_core.audit.places import Folder
+from kms_core.audit.watch import Watch
+from trails import Place, notes, record
+
+NOBODY: Final = 65534
+EAGER: Final = Rules(checkpoint_s=0)
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anchors are read at each look."""
+    monkeypatch.setattr(anchors, "EVERY_S", 0.0)
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    """Below a directory that other users may enter."""
+    at = Path(tempfile.mkdtemp())
+    at.chmod(0o777)
+    yield Place(at)
+    shutil.rmtree(at)
+
+
+@contextmanager
+def unprivileged(place: Place) -> Iterator[None]:
+    """As a user for whom file modes count; root may read everything."""
+    if os.geteuid():
+        yield
+        return
+    for path in place.at.rglob("*"):
+        os.chown(path, NOBODY, NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def kept(place: Place) -> Folder:
+    return Folder(place.at / "anchors")
+
+
+def chain_of(place: Place, role: str, count: int = 3) -> Path:
+    """A closed chain with anchors of a checkpoint and of its end; its file."""
+    trail = place.trail(EAGER, role=role)
+    keeper = Keeper(trail, [kept(place)])
+    for number in range(count):
+        trail.append(record(number))
+    keeper.round()
+    trail.close()
+    keeper.round()
+    return next(file for file in place.files() if file.name.startswith(role))
+
+
+def watching(place: Place) -> Watch:
+    return Watch(place.folder, place.signing_key, [kept(place)])
+
+
+def found(watch: Watch) -> list[str]:
+    watch.look()
+    return [problem.code for problem in watch.condition.anchors]
+
+
+def metric(name: str, **labels: str) -> float:
+    value = REGISTRY.get_sample_value(name, labels)
+    assert value is not None
+    return value
+
+
+def compared() -> float:
+    return metric("kms_audit_anchors_ok", place="directory")
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:2]))
+
+
+# -- the log -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_first", [True, False], ids=["at the first look", "later"])
+def test_a_file_that_cannot_be_read_hides_no_cut_of_another(place: Place, *, at_first: bool) -> None:
+    first, second = chain_of(place, "api"), chain_of(place, "worker")
+    watch = watching(place)
+    if not at_first:
+        assert found(watch) == []
+    cut(second)
+    first.touch()
+    first.chmod(0)
+    with unprivileged(place):
+        assert found(watch) == (["cut"] if not at_first else ["missing_chain", "cut"])
+    assert compared() == 0
+    assert first.name in watch.condition.unread
+
+
+@pytest.mark.parametrize("at_first", [True, False], ids=["at the first look", "later"])
+def test_a_directory_in_place_of_a_file_hides_no_cut_of_another(place: Place, *, at_first: bool) -> None:
+    first, second = chain_of(place, "api"), chain_of(place, "worker")
+    watch = watching(place)
+    if not at_first:
+        assert found(watch) == []
+    cut(second)
+    first.unlink()
+    first.mkdir()
+
+    assert sorted(found(watch)) == ["cut", "missing_chain"]
+    assert compared() == 0
+
+
+def test_a_file_that_cannot_be_read_is_not_called_compared_until_it_can(place: Place) -> None:
+    file = chain_of(place, "api")
+    watch = watching(place)
+    assert (found(watch), compared(), watch.condition.unread) == ([], 1, "")
+    read_at = watch.condition.read_at
+    file.touch()
+    file.chmod(0)
+    with unprivileged(place):
+        assert found(watch) == []
+        assert math.isnan(compared())
+        assert math.isnan(metric("kms_audit_chain_ok"))
+        assert "Permission denied" in watch.condition.unread
+        assert watch.condition.not_compared == {"directory": watch.condition.unread}
+        assert watch.condition.read_at == metric("kms_audit_read_timestamp_seconds") == read_at
+        file.chmod(0o600)
+
+        assert found(watch) == []
+    assert (compared(), metric("kms_audit_chain_ok")) == (1, 1)
+    assert (watch.condition.unread, watch.condition.not_compared) == ("", {})
+    assert watch.condition.read_at > read_at
+
+
+def test_an_anchor_whose_line_cannot_be_read_is_compared_once_it_can(place: Place) -> None:
+    """The file itself has not changed since it was read."""
+    trail = place.trail(EAGER)
+    keeper = Keeper(trail, [kept(place)])
+    trail.append(record(1))
+    trail.close()
+    watch = watching(place)
+    watch.look()
+    (file,) = place.files()
+    keeper.round()
+    file.chmod(0)
+    with unprivileged(place):
+        assert found(watch) == []
+        assert math.isnan(compared())
+        assert "Permission denied" in watch.condition.not_compared["directory"]
+        file.chmod(0o600)
+
+        assert found(watch) == []
+        assert compared() == 1
+
+
+@pytest.mark.parametrize("what", ["folder", "keys"])
+def test_a_look_that_fails_is_not_called_compared(place: Place, what: str) -> None:
+    chain_of(place, "api")
+    watch = watching(place)
+    assert (found(watch), compared()) == ([], 1)
+    taken = place.folder if what == "folder" else place.at / "signing.pub"
+    taken.chmod(0)
+    with unprivileged(place):
+        assert found(watch) == []
+        assert math.isnan(compared())
+        assert math.isnan(metric("kms_audit_chain_ok"))
+        assert "Permission denied" in watch.condition.unread
+        assert watch.condition.not_compared == {"directory": watch.condition.unread}
+        taken.chmod(0o700)
+
+        assert (found(watch), compared(), watch.condition.unread) == ([], 1, "")
+
+
+def test_a_look_that_fails_takes_back_no_contradiction(place: Place) -> None:
+    cut(chain_of(place, "api"))
+    watch = watching(place)
+    assert (found(watch), compared()) == (["cut"], 0)
+    (place.at / "signing.pub").rename(place.at / "elsewhere")
+
+    assert (found(watch), compared()) == (["cut"], 0)
+
+
+def test_a_missing_file_is_told_although_another_cannot_be_read(place: Place) -> None:
+    """Removals on record are searched in all files; one that cannot be read excuses nothing."""
+    first, second = chain_of(place, "api"), chain_of(place, "worker")
+    watch = watching(place)
+    assert found(watch) == []
+    second.unlink()
+    first.touch()
+    first.chmod(0)
+    with unprivileged(place):
+        assert found(watch) == ["missing_chain"]
+        assert retention.horizon(place.folder, place.keys()) == ""
+    assert [problem.code for problem in watch.condition.problems] == ["missing_file"]
+
+
+def test_what_cannot_be_read_is_told_once(place: Place) -> None:
+    """Another file has the name, and cannot be read, look after look."""
+    file = chain_of(place, "api")
+    watch = watching(place)
+    assert found(watch) == []
+    file.unlink()
+    file.touch()
+    file.chmod(0)
+    with unprivileged(place):
+        for _ in range(3):
+            watch.look()
+
+    assert [problem.code for problem in watch.condition.problems] == ["cut"]
+
+
+def test_a_file_whose_opening_is_not_known_is_excused_by_no_removal(place: Place) -> None:
+    trail = place.trail()
+    trail.append(record(1))
+    trail.retired("2999-01-01T00:00:00.000000Z", 1)
+    watch = watching(place)
+    watch.look()
+
+    assert watch.is_retired("2026-01-01T00:00:00.000000Z")
+    assert not watch.is_retired("")
+
+
+# -- anchors -----------------------------------------------------------------------------------------
+
+
+def anchor_file(place: Place, role: str) -> Path:
+    return next((place.at / "anchors").glob(f"{role}-*"))
+
+
+def forged(file: Path, count: int) -> bytes:
+    """Lines like the last of a file of anchors, of later numbers, which no key signed."""
+    last = file.read_bytes().splitlines()[-1]
+    read = chain.read(last)
+    assert read is not None
+    begin = b'{"seq":%d,' % read.seq
+    return b"".join(
+        last.replace(begin, b'{"seq":%d,' % (read.seq + 1 + number)) + b"\n" for number in range(count)
+    )
+
+
+JUNK: Final[dict[str, Callable[[Path], bytes]]] = {
+    "text": lambda _: b"nonsense\n",
+    "many lines": lambda _: b"{}\n" * 5_000,
+    "forged": lambda file: forged(file, 20),
+    "empty lines": lambda _: b"\n" * 100_000,
+}
+MUCH: Final[dict[str, Callable[[Path], bytes]]] = {
+    "lines of more than a MiB": lambda _: b"nonsense\n" * 200_000,
+    "no line": lambda _: b"x" * 3 * 1024 * 1024,
+}
+
+
+@pytest.mark.parametrize("name", JUNK)
+@pytest.mark.parametrize("at_first", [True, False], ids=["at the first look", "later"])
+def test_what_stands_behind_an_anchor_does_not_hide_it(place: Place, name: str, *, at_first: bool) -> None:
+    file = chain_of(place, "api", 5)
+    anchored = anchor_file(place, "api")
+    watch = watching(place)
+    if not at_first:
+        assert (found(watch), watch.condition.not_compared) == ([], {})
+    with anchored.open("ab") as out:
+        out.write(JUNK[name](anchored))
+
+    assert found(watch) == []
+    assert "is damaged" in watch.condition.not_compared["directory"]
+    assert math.isnan(compared())
+    cut(file)
+    assert (found(watch), compared()) == (["cut"], 0)
+    (problem,) = watch.condition.anchors
+    assert problem.anchor_seq == 7, "the newest anchor counts"
+
+
+@pytest.mark.parametrize("name", MUCH)
+def test_behind_a_mib_of_junk_the_first_anchor_counts(place: Place, name: str) -> None:
+    file = chain_of(place, "api", 5)
+    anchored = anchor_file(place, "api")
+    with anchored.open("ab") as out:
+        out.write(MUCH[name](anchored))
+    watch = watching(place)
+    assert found(watch) == []
+    assert "is damaged" in watch.condition.not_compared["directory"]
+    cut(file)
+
+    assert found(watch) == ["cut"]
+    assert watch.condition.anchors[0].anchor_seq == 6
+
+
+def test_a_file_of_junk_alone_is_damaged(place: Place) -> None:
+    chain_of(place, "api")
+    (place.at / "anchors" / "api-20260101T000000.000000Z-1.anchors.jsonl").write_bytes(b"nonsense\n")
+    watch = watching(place)
+
+    assert found(watch) == []
+    assert "is damaged" in watch.condition.not_compared["directory"]
+
+
+def test_the_next_anchor_ends_it(place: Place) -> None:
+    trail = place.trail(EAGER)
+    keeper = Keeper(trail, [kept(place)])
+    trail.append(record(1))
+    keeper.round()
+    with anchor_file(place, "api").open("ab") as out:
+        out.write(b"nonsense\n")
+    watch = watching(place)
+    watch.look()
+    assert watch.condition.not_compared
+    trail.append(record(2))
+    keeper.round()
+
+    assert (found(watch), watch.condition.not_compared, compared()) == ([], {}, 1)
+
+
+def test_an_empty_file_and_one_of_another_install_are_not_damaged(place: Place) -> None:
+    (place.at / "other").mkdir()
+    other = Place(place.at / "other")
+    chain_of(other, "worker")
+    shutil.copytree(other.at / "anchors", place.at / "anchors")
+    chain_of(place, "api")
+    (place.at / "anchors" / "api-20260101T000000.000000Z-1.anchors.jsonl").touch()
+    watch = watching(place)
+
+    assert (found(watch), watch.condition.not_compared, compared()) == ([], {}, 1)
+
+
+def test_a_search_in_junk_takes_no_time(place: Place) -> None:
+    """Each forged line looks like a signed one."""
+    chain_of(place, "api")
+    anchored = anchor_file(place, "api")
+    with anchored.open("ab") as out:
+        out.write(forged(anchored, 20_000))
+    watch = watching(place)
+    begin = time.monotonic()
+    watch.look()
+
+    assert time.monotonic() - begin < 5
+    assert watch.condition.not_compared
+
+
+def test_verification_notes_lines_that_are_no_anchors(place: Place) -> None:
+    chain_of(place, "api")
+    assert notes(place.verified(*kept(place).lines())) == []
+    with anchor_file(place, "api").open("ab") as out:
+        out.write(b"nonsense\n{\n")
+    report = place.verified(*kept(place).lines())
+
+    assert (report.verdict, notes(report)) == ("intact", ["anchors_damaged"])
+    assert "2 lines in here" in report.notes[0].text
+
+
+def test_signer_knows_all_keys_that_signed_here(place: Place) -> None:
+    first = Signer.at(place.signing_key)
+    place.signing_key.unlink()
+    second = Signer.at(place.signing_key)
+
+    assert {*second.known.keys} == {first.key_id, second.key_id} == {*Signer.at(place.signing_key).known.keys}
