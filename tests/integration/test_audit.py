@@ -26,7 +26,7 @@ from kms_core.jobs.run import run_job
 from kms_core.policy import Principal
 from kms_core.wire import JobItem
 from peers import tied
-from service import CANARY, CONTEXT, Service, b64, check_problem, core_of
+from service import CANARY, CONTEXT, Service, b64, check_problem, core_of, until
 from stores import forge
 from trails import Place, record
 
