@@ -8,7 +8,7 @@ from typing import Final
 import pytest
 
 from kms_core.audit import Rules, chain, segments
-from kms_core.audit.keys import Signer
+from kms_core.audit.keys import PublicKeys, Signer
 from kms_core.audit.report import Report
 from kms_core.audit.watch import Watch
 from trails import Place, codes, notes, record, rewrite
@@ -224,6 +224,23 @@ def test_only_signed_ends_are_named(place: Place) -> None:
     assert tips(place) == {name: 5}
 
 
+def test_a_chain_does_not_name_itself(place: Place) -> None:
+    crashed(place)
+    name = segments.listed(place.folder)[0].chain
+
+    assert segments.tips(place.folder, place.keys(), but=name) == {}
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"seq":7,"chain"', b"x" * 5_000])
+def test_a_search_that_finds_no_line_ends_behind_the_last_whole_one(place: Place, torn: bytes) -> None:
+    path = place.written(20)
+    whole = path.stat().st_size
+    with path.open("ab") as out:
+        out.write(torn)
+    with path.open("rb") as file:
+        assert segments.offset_of(file, lambda _: False) == whole
+
+
 def test_a_line_with_the_signature_of_another_is_no_end(place: Place) -> None:
     path = crashed(place)
     lines = path.read_bytes().splitlines(keepends=True)
@@ -305,6 +322,28 @@ def test_at_most_256_ends_are_named_those_written_last(place: Place) -> None:
 
     assert [*tips(place)] == names[: 300 - 257 : -1]
     assert len(tips(place)) == 256
+    keys = Counting(place.keys().keys)
+    segments.tips(place.folder, keys, but="")
+    assert keys.asked == 256, "older chains are not even read"
+
+
+class Counting(PublicKeys):
+    """Counts the lines whose signatures are checked."""
+
+    asked = 0
+
+    def signed(self, line: bytes) -> chain.Line | None:
+        self.asked += 1
+        return super().signed(line)
+
+
+def test_chains_that_were_not_written_to_of_late_can_be_left_out(place: Place) -> None:
+    signer = Signer.at(place.signing_key)
+    place.folder.mkdir()
+    names = [signed_chain(place, signer, number) for number in range(4)]
+
+    found = segments.tips(place.folder, place.keys(), but="", since=1_700_000_002)
+    assert {*found} == {*names[2:]}
 
 
 def test_forged_chains_crowd_out_no_signed_one(place: Place) -> None:

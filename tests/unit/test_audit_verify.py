@@ -141,6 +141,10 @@ CHANGES: dict[str, tuple[Change, str]] = {
         lambda lines: [*lines[:3], lines[3][:-67] + lines[3][-67:-3].upper() + lines[3][-3:], *lines[4:]],
         "unreadable",
     ),
+    "head under another name": (
+        lambda lines: [*lines[:3], lines[3].replace(b',"head":"', b',"heed":"'), *lines[4:]],
+        "unreadable",
+    ),
     "number changed": (lambda lines: [*lines[:3], with_other_number(lines[3]), *lines[4:]], "gap"),
     "one removed": (lambda lines: lines[:3] + lines[4:], "gap"),
     "many removed": (lambda lines: lines[:3] + lines[9:], "gap"),

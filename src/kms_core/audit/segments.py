@@ -104,7 +104,7 @@ def tips(folder: Path, keys: PublicKeys, *, but: str, since: float = 0.0) -> dic
         if end is not None:
             signed[files[0].chain] = Tip(end.seq, end.head, end.opened)
             named.update((name, tip.seq) for name, tip in (opening.heads.items() if opening else ()))
-        elif opening is not None and len(unsigned) < MOST_TIPS:
+        elif opening is not None:
             unsigned[files[0].chain] = Tip(opening.seq, opening.head, opening.time)
     ends = [(name, tip) for name, tip in (signed | unsigned).items() if (name, tip.seq) not in named]
     return dict(ends[:MOST_TIPS])
