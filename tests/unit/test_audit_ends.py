@@ -201,6 +201,16 @@ def test_the_interval_is_that_of_the_chain_where_it_signed_less_often(place: Pla
     assert place.verified().verdict == "intact"
 
 
+def test_an_anchor_is_a_witness_of_its_own_line_alone(place: Place) -> None:
+    path = crashed(place)
+    anchor = path.read_bytes().splitlines()[5]
+    assert (place.verified(anchor).verdict, place.verified(anchor).chains[0].witness) == ("open end", "")
+    rewrite(path, lambda lines: lines[:6])
+
+    report = place.verified(anchor)
+    assert (report.verdict, report.chains[0].witness) == ("intact", "the anchor in here")
+
+
 def test_a_chain_that_no_key_signed_bears_no_witness(place: Place) -> None:
     path = crashed(place)
     last = chain.read(path.read_bytes().splitlines()[-1])

@@ -296,6 +296,32 @@ def test_lines_that_wait_while_the_disk_is_busy_share_the_next_sync(tmp_path: Pa
     assert len(calls) == 2
 
 
+def test_a_file_that_another_hand_changed_gets_no_checkpoint(place: Place) -> None:
+    trail = place.trail(Rules(checkpoint_s=0))
+    trail.append(record(1))
+    (file,) = place.files()
+    with file.open("ab") as out:
+        out.write(b"x" * 2_000)
+    content = file.read_bytes()
+    trail.tend()
+
+    assert file.read_bytes() == content
+    trail.append(record(2))
+    assert place.verified().chains[0].files == 2
+
+
+def test_a_disk_without_room_for_records_is_told_before_one_fails(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trail = place.trail()
+    trail.check()
+    room = os.statvfs(place.folder)
+    monkeypatch.setattr("kms_core.audit.trail._ENOUGH_BYTES", 2 * room.f_bavail * room.f_frsize)
+
+    with pytest.raises(AuditUnavailable, match="disk is full"):
+        trail.check()
+
+
 def test_a_line_is_not_on_disk_if_the_sync_that_it_waits_for_fails(tmp_path: Path) -> None:
     """And the disk is not asked again: a kernel may call pages clean that it lost."""
     calls = []

@@ -58,6 +58,18 @@ def test_every_line_is_copied_once_through_all_files(place: Place) -> None:
     assert b"".join(shelf.lines) == whole(place)
 
 
+def test_lines_where_two_pieces_meet_are_copied_whole(place: Place) -> None:
+    """A piece is a MiB."""
+    trail, shelf = place.trail(), Shelf()
+    keeper = Keeper(trail, copies=[shelf])
+    for _ in range(25):
+        trail.append(record(principal="x" * 100_000))
+    trail.close()
+    keeper.round()
+
+    assert b"".join(shelf.lines) == whole(place)
+
+
 def test_a_place_that_was_away_gets_everything_when_it_is_back(place: Place) -> None:
     shelf, trail = Shelf(), place.trail(Rules(rotate_bytes=4096))
     keeper = Keeper(trail, anchors=[shelf], copies=[other := Shelf()])
