@@ -201,6 +201,32 @@ def test_the_interval_is_that_of_the_chain_where_it_signed_less_often(place: Pla
     assert place.verified().verdict == "intact"
 
 
+def seen_early(place: Place) -> tuple[Path, bytes]:
+    """A chain that goes on, signed, after another saw its beginning; its file, and an anchor of the other."""
+    trail, other = place.trail(SMALL), place.trail(role="worker")
+    trail.append(record(1))
+    other.append(record(1))
+    other.close()
+    for number in range(6):
+        trail.append(record(number))
+    trail.close()
+    return segments.listed(place.folder)[0].path, other.signed
+
+
+def test_who_saw_the_beginning_of_a_chain_is_no_witness_of_its_end(place: Place) -> None:
+    path, _ = seen_early(place)
+    rewrite(path, lambda lines: lines[:-1])
+    report = place.verified()
+
+    assert (report.verdict, report.chains[0].witness) == ("open end", "")
+
+
+def test_an_end_that_was_seen_by_no_chain_and_has_no_anchor_is_noted(place: Place) -> None:
+    _, anchor = seen_early(place)
+
+    assert notes(place.verified(anchor)) == ["not_anchored"]
+
+
 def test_an_anchor_is_a_witness_of_its_own_line_alone(place: Place) -> None:
     path = crashed(place)
     anchor = path.read_bytes().splitlines()[5]

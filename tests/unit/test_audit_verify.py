@@ -109,6 +109,17 @@ def test_a_large_trail_is_read_in_stretches(place: Place, processes: int) -> Non
     assert seen[-1] == (report.size_bytes, report.size_bytes)
 
 
+def test_a_signed_line_in_an_earlier_stretch_counts(place: Place) -> None:
+    """Line 150 is signed, and the second stretch of the file begins behind it."""
+    trail = place.trail(Rules(rotate_bytes=1 << 30, checkpoint_lines=150))
+    for _ in range(200):
+        trail.append(record(principal="x" * 100_000))
+    trail.close()
+    rewrite(place.files()[0], lambda lines: lines[:-1])
+
+    assert place.verified().chains[0].signed_seq == 150
+
+
 def test_a_change_where_two_stretches_meet_is_found_once(place: Place) -> None:
     trail = place.trail(Rules(rotate_bytes=1 << 30))
     for _ in range(200):
@@ -341,6 +352,14 @@ def test_a_forged_anchor_counts_for_nothing(place: Place) -> None:
     assert codes(place.verified(forged, b"nonsense", b"")) == []
 
 
+def test_an_anchor_with_another_head_accuses_no_log(place: Place) -> None:
+    """The signature does not stand over the head of its own line."""
+    _, _ = anchored(place, 6)
+    (line,) = read_lines(place.at / "anchors")
+
+    assert codes(place.verified(line[:-66] + b"0" * 64 + line[-2:])) == []
+
+
 # -- files -------------------------------------------------------------------------------------------
 
 
@@ -377,6 +396,23 @@ def test_a_missing_chain_is_found(place: Place) -> None:
 def test_a_file_cut_before_the_next_one_is_found(place: Place) -> None:
     place.written(80, Rules(rotate_bytes=4096))
     rewrite(place.files()[1], lambda lines: lines[:-2])
+
+    assert codes(place.verified()) == ["cut"]
+
+
+def test_a_file_that_is_not_the_one_which_the_next_continues_is_found(place: Place) -> None:
+    """It has as many lines, heads that fit, and no signature in it."""
+    trail = place.trail()
+    for number in range(4):
+        trail.append(record(number))
+    (file,) = place.files()
+    content = file.read_bytes()
+    file.unlink()
+    trail.append(record(9))
+    trail.close()
+    file.write_bytes(content)
+    assert codes(place.verified()) == []
+    rewrite(file, lambda lines: resealed(edited(lines), begin=3))
 
     assert codes(place.verified()) == ["cut"]
 
