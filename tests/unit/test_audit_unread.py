@@ -209,6 +209,18 @@ def test_a_missing_file_is_told_although_another_cannot_be_read(place: Place) ->
     assert [problem.code for problem in watch.condition.problems] == ["missing_file"]
 
 
+def test_the_latest_removal_counts_wherever_it_is_on_record(place: Place) -> None:
+    """The file that was written to last holds an earlier one."""
+    first, second = place.trail(), place.trail(role="worker")
+    first.append(record(1))
+    first.retired("2026-01-01T00:00:00.000000Z", 1)
+    second.append(record(1))
+    second.retired("2026-02-01T00:00:00.000000Z", 1)
+    first.append(record(2))
+
+    assert retention.horizon(place.folder, place.keys()) == "2026-02-01T00:00:00.000000Z"
+
+
 def test_what_cannot_be_read_is_told_once(place: Place) -> None:
     """Another file has the name, and cannot be read, look after look."""
     file = chain_of(place, "api")
