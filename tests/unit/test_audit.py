@@ -16,6 +16,7 @@ from kms_core.audit import Rules, chain
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
 from kms_core.context import Context
 from kms_core.errors import ConfigurationError
+from kms_core.policy import Principal
 from trails import Place, notes, record
 
 APPEND_MANY = """
@@ -345,3 +346,11 @@ def test_a_process_that_recorded_nothing_leaves_nothing(place: Place) -> None:
     place.trail().close()
 
     assert not place.folder.exists()
+
+
+def test_a_filter_is_recorded_up_to_500_characters(place: Place) -> None:
+    """A caller chooses it, and each page of the log leaves a line with it."""
+    trail = place.trail()
+    audit.read(trail, Principal("ada"), {"principal": "x" * 2_000}, 1)
+
+    assert place.operations()[-1]["filter"] == "principal=" + "x" * 490
