@@ -106,7 +106,7 @@ def test_a_file_that_cannot_be_read_hides_no_cut_of_another(place: Place, *, at_
     first.touch()
     first.chmod(0)
     with unprivileged(place):
-        assert found(watch) == (["cut"] if not at_first else ["missing_chain", "cut"])
+        assert sorted(found(watch)) == (["cut", "missing_chain"] if at_first else ["cut"])
     assert compared() == 0
     assert first.name in watch.condition.unread
 
