@@ -80,8 +80,8 @@ export def reach [url?: string, token_file?: string, arguments: record = {}, --s
         fail $at proxied "This nu would send the request to the proxy of its environment"
     }
     let token = bearer $at $token_file
-    if $token != null and $parts.scheme == http and not $is_local and not (allows-http) {
-        fail $at in_clear $"The token would travel in clear to ($address)"
+    if $parts.scheme == http and not $is_local and not (allows-http) {
+        fail $at in_clear $"Tokens, keys and plaintexts would travel in clear to ($address)"
     }
     {
         ...$at

@@ -4,7 +4,6 @@ import binascii
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Unpack
-from urllib.parse import urlsplit
 
 import click
 import msgspec
@@ -12,13 +11,14 @@ import msgspec
 from kms_cli.migrate import Where, a_path, line_options, move, read_line
 from kms_cli.migration import Wanted
 from kms_cli.session import session
+from kms_client.settings import check_encrypted
 from kms_core import logs
 from kms_core.backends.guard import Guard, Patience
 from kms_core.backends.vault import Envelope, Vault, connect, path_of, said
 from kms_core.context import Context
-from kms_core.errors import BackendUnavailable, ConfigurationError, DecryptFailed, InvalidRequest
+from kms_core.errors import BackendUnavailable, DecryptFailed, InvalidRequest
 from kms_core.settings_backends import Transit
-from kms_core.settings_remote import check_address, is_loopback
+from kms_core.settings_remote import check_address
 from kms_core.wire import ContextIn
 
 DAMAGED = ("message authentication failed", "invalid ciphertext", "disallowed by policy")
@@ -106,15 +106,6 @@ def _base64(ctx: click.Context, parameter: click.Parameter, value: str | None) -
         raise click.BadParameter("expected base64", ctx, parameter) from exc
 
 
-def _check_encrypted(address: str) -> None:
-    """The token of the other server is no more to be read on the way than ours."""
-    is_near = is_loopback(urlsplit(address).hostname or "")
-    if address.startswith("http:") and not is_near and not session().allow_http:
-        raise ConfigurationError(
-            "--vault-address: the token would travel in clear: use an https:// address, or --allow-http"
-        )
-
-
 @click.command("transit", short_help="From the transit engine of Vault or OpenBao.")
 @click.option("--vault-address", required=True, help="https://host:port of the server.")
 @click.option("--vault-token-file", required=True, type=a_path, help="File that holds a token for it.")
@@ -135,7 +126,8 @@ def transit_command(**given: Unpack[Options]) -> int:
     logs.configure("warn", json=False)  # what the backend's code warns of goes to stderr too
     Context.parse(given["context"])
     check_address("--vault-address", given["vault_address"], in_prod=False)
-    _check_encrypted(given["vault_address"])
+    if not session().allow_http:
+        check_encrypted(given["vault_address"])
     section = Transit(
         address=given["vault_address"],
         token_file=given["vault_token_file"],

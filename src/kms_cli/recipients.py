@@ -8,7 +8,7 @@ from kms_cli import words
 from kms_cli.options import context_option, key_option
 from kms_cli.plugin.names import Target
 from kms_cli.session import DEFAULT_URL, session
-from kms_client.settings import ClientSettings
+from kms_client.settings import checked_address
 from kms_core.context import Context
 from kms_core.errors import InvalidRequest
 from kms_core.wire import KEY_ID_PATTERN, ContextIn
@@ -72,5 +72,5 @@ def _target(context: ContextIn, key_id: str | None, *, in_process: bool, with_ur
         )
     if key_id is not None and not re.fullmatch(KEY_ID_PATTERN, key_id):
         raise InvalidRequest("A key id is 1 to 80 of A-Z a-z 0-9 _ . -")
-    url = ClientSettings.of(session().url or DEFAULT_URL, {}).url if with_url else None
+    url = checked_address(session().url or DEFAULT_URL) if with_url else None
     return Target(key_id, Context.parse(context), url, in_process)

@@ -7,7 +7,7 @@ from kms_core import wire
 
 
 def connect(*, retries: int = 2, timeout_s: float = 30.0) -> Client:
-    """A client of the service. Raises ConfigurationError on a wrong address, or on a token in clear."""
+    """A client of the service. Raises ConfigurationError on a wrong address, or one in clear."""
     given = session()
     return Client(
         given.url,

@@ -54,7 +54,7 @@ def options(*, after_command: bool) -> list[click.Option]:
         option("token-file", "File that holds the bearer token.", envvar="KMS_TOKEN_FILE", type=path),
         option(
             "allow-http",
-            "Let the token travel in clear to an http:// address.",
+            "Let tokens, keys and plaintexts travel in clear to an http:// address.",
             envvar="KMS_ALLOW_HTTP",
             is_flag=True,
             default=None,

@@ -13,8 +13,8 @@ from kms_core.tls_client import client_context
 DEFAULT_URL: Final = "http://localhost:8082"
 _ADDRESS: Final = "The service address must look like http://host:port or https://host"
 _IN_CLEAR: Final = (
-    "The token would travel in clear to {url}: use an https:// address, or allow it with allow_http=True "
-    "(kms --allow-http, KMS_ALLOW_HTTP=1)"
+    "Tokens, keys and plaintexts would travel in clear to {url}: use an https:// address, or allow it with "
+    "allow_http=True (kms --allow-http, KMS_ALLOW_HTTP=1)"
 )
 _LOOPBACK: Final = re.compile(r"localhost|::1|127(?:\.(?:25[0-5]|2[0-4]\d|1?\d?\d)){3}", re.ASCII)
 
@@ -32,8 +32,9 @@ class Options(TypedDict, total=False):
     service, not a whole transfer. ``retries`` counts further attempts after the first, of which none begins
     when it would end ``deadline_s`` after the call was made; without it ``retries`` alone bounds. ``ca_file``
     replaces the system's certificate authorities. ``cert_file`` and ``key_file`` (PEM) are a client
-    certificate, for a service that knows its callers by those. ``allow_http`` lets a token travel over
-    ``http://`` to another machine, and through proxies on the way, where all can read it.
+    certificate, for a service that knows its callers by those. ``allow_http`` lets tokens, keys and
+    plaintexts travel over ``http://`` to another machine, and through proxies on the way, where all can read
+    them.
     """
 
     token: str | None
@@ -51,7 +52,7 @@ class Options(TypedDict, total=False):
 class ClientSettings:
     """Checked options. Raises ConfigurationError on an address that is not http(s)://host.
 
-    So it does on a token for ``http://`` to a host that is not loopback, without ``allow_http``.
+    So it does on ``http://`` to a host that is not loopback, without ``allow_http``.
     """
 
     url: str
@@ -69,10 +70,11 @@ class ClientSettings:
         cert_file, key_file = options.get("cert_file"), options.get("key_file")
         if bool(cert_file) != bool(key_file):
             raise ConfigurationError("cert_file and key_file belong together: name both")
-        if (options.get("token") or token_file) and not options.get("allow_http", False):
-            _check_encrypted(url)
+        url = checked_address(url)
+        if not options.get("allow_http", False):
+            check_encrypted(url)
         return cls(
-            url=_checked(url),
+            url=url,
             token=options.get("token"),
             token_file=Path(token_file) if token_file else None,
             timeout_s=options.get("timeout_s", 30.0),
@@ -151,14 +153,18 @@ class Proxy:
         return cls(f"{parts.scheme}://{address}", credentials)
 
 
-def _check_encrypted(url: str) -> None:
-    """Refuse ``http://`` to another machine. Loopback is asked without a proxy (see ``proxy``)."""
-    parts = urlsplit(_checked(url))
+def check_encrypted(url: str) -> None:
+    """Refuse ``http://`` to another machine. Loopback is asked without a proxy (see ``proxy``).
+
+    Raises ConfigurationError.
+    """
+    parts = urlsplit(url)
     if parts.scheme == "http" and not is_loopback(parts.hostname):
         raise ConfigurationError(_IN_CLEAR.format(url=url))
 
 
-def _checked(url: str) -> str:
+def checked_address(url: str) -> str:
+    """A service address without a slash at its end. Raises ConfigurationError if it is none."""
     try:
         parts = urlsplit(url)
         usable = url.isascii() and parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0

@@ -10,7 +10,7 @@ from typing import Annotated, Final, Self
 import msgspec
 from msgspec import Meta
 
-from kms_client.settings import ClientSettings
+from kms_client.settings import checked_address
 from kms_core.context import Context
 from kms_core.envelope import bech32
 from kms_core.errors import KmsError
@@ -74,7 +74,7 @@ class Target:
         try:
             said = msgspec.json.decode(data[1:], type=_Said)
             context = Context.parse(said.ctx)
-            url = said.url and ClientSettings.of(said.url, {}).url
+            url = said.url and checked_address(said.url)
         except (msgspec.DecodeError, UnicodeDecodeError, KmsError):
             raise ValueError("it is damaged, or was not made by kms") from None
         if url and said.local:

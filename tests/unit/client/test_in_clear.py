@@ -1,4 +1,4 @@
-"""No token travels in clear to another machine unless its user says so: directly, by proxy or by redirect."""
+"""Nothing travels in clear to another machine unless its user says so: directly, by proxy or by redirect."""
 
 import contextlib
 import socket
@@ -17,6 +17,7 @@ from kms_core.context import Context
 from kms_core.errors import ConfigurationError, KmsError
 
 TOKEN = "canary-77aa"
+FILE_KEY = bytes(range(16))
 PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY")
 OTHER_MACHINES = [
     "http://kms.internal",
@@ -118,9 +119,11 @@ def test_a_token_is_allowed_here_and_by_tls(kind: Make, url: str) -> None:
 
 @both
 @pytest.mark.parametrize("url", OTHER_MACHINES)
-def test_who_says_so_may_send_it_and_who_has_none_may_ask(kind: Make, url: str) -> None:
+def test_without_a_token_it_is_refused_too_unless_the_user_says_so(kind: Make, url: str) -> None:
     kind(url, token=TOKEN, allow_http=True)
-    kind(url)
+    kind(url, allow_http=True)
+    with pytest.raises(ConfigurationError, match=r"in clear.*https://.*allow_http"):
+        kind(url)
 
 
 @both
@@ -162,6 +165,48 @@ def test_no_redirect_is_followed(kind: Make, status: int) -> None:
     assert other.requests == []
 
 
+SENDS_A_SECRET: dict[str, Callable[[str, Path], object]] = {
+    "client": lambda url, _: Client(url, retries=0).wrap(FILE_KEY),
+    "async client": lambda url, _: anyio.run(AsyncClient(url, retries=0).encrypt, FILE_KEY),
+    "plugin, own service": lambda url, _: OfService({"KMS_SERVICE_URL": url}).wrap(
+        FILE_KEY, Target(None, Context())
+    ),
+    "plugin, service of the recipient": lambda url, _: OfService({}).wrap(
+        FILE_KEY, Target(None, Context(), url)
+    ),
+    "command": lambda url, file: run(["encrypt-file", str(file), "--url", url]),
+    "migrate": lambda url, file: run(
+        [
+            "migrate",
+            "transit",
+            "--vault-token-file",
+            str(file),
+            "--key",
+            "k",
+            "--vault-address",
+            url,
+            str(file),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("send", SENDS_A_SECRET.values(), ids=SENDS_A_SECRET)
+def test_no_byte_leaves_without_a_token_either(
+    send: Callable[[str, Path], object], token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hearing() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        try:
+            code = send("http://kms.invalid", token_file)
+        except ConfigurationError as exc:
+            assert "in clear" in exc.detail
+        else:
+            assert code == 78
+
+    assert proxy.requests == []
+
+
 # -- command, plugin, migration ----------------------------------------------------------------------
 
 
@@ -200,4 +245,4 @@ def test_a_migration_refuses_to_send_the_other_token(
     line = ["migrate", "transit", "--vault-token-file", str(token_file), "--key", "k", "--vault-address"]
 
     assert run([*line, "http://vault.invalid:8200"]) == 78
-    assert "--vault-address: the token would travel in clear" in capsys.readouterr().err
+    assert "travel in clear to http://vault.invalid:8200" in capsys.readouterr().err

@@ -147,7 +147,7 @@ def test_proxy_is_that_of_the_environment(
     for name, value in environ.items():
         monkeypatch.setenv(name.lower(), value)
 
-    assert ClientSettings.of(url, {}).proxy() == expected
+    assert ClientSettings.of(url, {"allow_http": True}).proxy() == expected
 
 
 @pytest.mark.parametrize("proxy", ["socks5://p:1080", "http://", "http://p:port", "http://[p"])
