@@ -12,6 +12,7 @@ import click
 
 from kms_cli import words
 from kms_cli.private import create_file
+from kms_core import smallfile
 from kms_core.envelope import hybrid, x25519
 from kms_core.envelope.native import Recipient, parse_identity
 from kms_core.errors import InvalidRequest, TargetExists
@@ -61,7 +62,7 @@ def _new_identity(*, post_quantum: bool) -> str:
 
 
 def _read(path: Path) -> Iterator[Recipient]:
-    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
+    for number, line in enumerate(smallfile.read(path).decode("utf-8", "replace").splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         try:

@@ -21,6 +21,7 @@ from pyrage import x25519
 
 from kms_cli import private, prometheus, recording, valkey
 from kms_core import settings as settings_file
+from kms_core import smallfile
 from kms_core.errors import ConfigurationError, Unavailable
 from kms_core.programs.supervisor import Child, Pace, say, supervise
 from kms_core.settings import Settings
@@ -206,7 +207,7 @@ def make_identity(path: Path) -> bool:
 
 
 def _first_identity(path: Path) -> x25519.Identity:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = smallfile.text(path).splitlines()
     text = next((line for line in lines if line.startswith("AGE-SECRET-KEY-1")), None)
     if text is None:
         raise ConfigurationError(f"No X25519 identity in {path}: put its recipient beside it by hand")

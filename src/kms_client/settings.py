@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final, Self, TypedDict
 from urllib.parse import unquote, urlsplit
 
+from kms_core import smallfile
 from kms_core.errors import ConfigurationError
 from kms_core.tls_client import client_context
 
@@ -89,7 +90,7 @@ class ClientSettings:
         token = self.token
         if token is None and self.token_file is not None:
             try:
-                token = self.token_file.read_text(encoding="ascii").strip()
+                token = smallfile.read(self.token_file).decode("ascii").strip()
             except (OSError, ValueError) as exc:
                 raise ConfigurationError(f"Cannot read the token file {self.token_file}") from exc
         if not token:

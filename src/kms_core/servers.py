@@ -10,6 +10,7 @@ from urllib.parse import quote, urlsplit
 import redis
 import redis.sentinel
 
+from kms_core import smallfile
 from kms_core.errors import ConfigurationError
 from kms_core.settings_redis import AMQP, PASSWORDS, SENTINELS, Sentinels, is_tls, sentinels, split_url
 from kms_core.settings_sections import Redis
@@ -63,7 +64,7 @@ def _with_password(section: Redis, url: str) -> str:
     if file is None or parts.scheme not in PASSWORDS:
         return url
     try:
-        password = file.read_text("utf-8").strip()
+        password = smallfile.text(file).strip()
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigurationError(f"kms.redis.password_file: cannot read {file}; check path and mode") from exc
     if not password:

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
+from kms_core import smallfile
 from kms_core.errors import ConfigurationError
 
 Tree = dict[str, object]
@@ -52,7 +53,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def read_toml(path: Path) -> Tree:
     """The tables of a TOML file. Raises ConfigurationError naming the file, and the line where it can."""
     try:
-        return _shallow(tomllib.loads(path.read_text(encoding="utf-8")))
+        return _shallow(tomllib.loads(smallfile.text(path)))
     except OSError as exc:
         raise ConfigurationError(f"Cannot read {path}: {exc.strerror}; check the path and its mode") from exc
     except UnicodeDecodeError as exc:

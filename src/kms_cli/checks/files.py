@@ -12,6 +12,7 @@ from cryptography import x509
 
 from kms_cli import words
 from kms_cli.checks.findings import Finding, Level
+from kms_core import smallfile
 from kms_core.auth import revocation
 from kms_core.envelope.native import parse_recipient
 from kms_core.errors import ConfigurationError
@@ -53,7 +54,7 @@ def private_file(subject: str, path: Path, missing: str, *, strict: bool) -> Fin
 def _public_key(path: Path, private: Path) -> Finding:
     make = f"kms keygen -y {private} > {path}"
     try:
-        text = path.read_text("utf-8")
+        text = smallfile.text(path)
         parse_recipient(next(line for line in text.splitlines() if line.strip() and line[0] != "#").strip())
     except OSError as exc:
         return Finding("FAIL", "public key", f"{path}: {exc.strerror}", make)
@@ -154,7 +155,7 @@ def _client_crl(server: Server) -> Iterator[Finding]:
 
 def _certificate(name: str, path: Path) -> Finding:
     try:
-        ends = min(one.not_valid_after_utc for one in x509.load_pem_x509_certificates(path.read_bytes()))
+        ends = min(one.not_valid_after_utc for one in x509.load_pem_x509_certificates(smallfile.read(path)))
     except OSError as exc:
         return Finding("FAIL", "certificate", f"{name}: {path}: {exc.strerror}", _CHECK)
     except ValueError:

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt import PyJWK
 from jwt.exceptions import PyJWTError
 
-from kms_core import metrics
+from kms_core import metrics, smallfile
 from kms_core.auth import key_endpoint
 from kms_core.errors import ConfigurationError, Unavailable
 from kms_core.wire import NOT_JSON
@@ -129,7 +129,7 @@ class FileKeys:
 
     def _read(self) -> tuple[tuple[int, ...], tuple[IssuerKey, ...]]:
         stamp = self._stamped()
-        return stamp, parse(self._path.read_bytes())
+        return stamp, parse(smallfile.read(self._path))
 
     def _stamped(self) -> tuple[int, ...]:
         found = self._path.stat()

@@ -18,7 +18,7 @@ import structlog
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
-from kms_core import metrics
+from kms_core import metrics, smallfile
 from kms_core.auth.certificates import authority_of, identity_of, key_of
 from kms_core.errors import ConfigurationError, Unavailable
 from kms_core.reload import Reloaded, Stamp, stamp_of
@@ -69,13 +69,11 @@ def read(crl: Path | None, ca: Path) -> Lists:
 
 @functools.lru_cache(maxsize=1)
 def _read(crl: Path | None, ca: Path, _stamp: Stamp) -> Lists:
-    authorities = x509.load_pem_x509_certificates(ca.read_bytes())
+    authorities = x509.load_pem_x509_certificates(smallfile.read(ca))
     if crl is None:
         trusted = _trusted(authorities, frozenset())
         return Lists(-math.inf, math.inf, frozenset(), trusted, are_complete=False)
-    data = crl.read_bytes()
-    if len(data) > _MOST_BYTES:
-        raise ValueError("the file is above 32 MiB")
+    data = smallfile.read(crl, _MOST_BYTES)
     newest = _newest(map(x509.load_pem_x509_crl, _blocks(data)), authorities)
     for authority in authorities:
         if _label(authority) not in newest:

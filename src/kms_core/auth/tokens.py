@@ -22,6 +22,7 @@ from typing import Final
 import msgspec
 import structlog
 
+from kms_core import smallfile
 from kms_core.durable import sync_folder
 from kms_core.errors import ConfigurationError, Conflict, Missing, Unauthenticated, Unavailable
 from kms_core.filemodes import is_open
@@ -34,6 +35,7 @@ NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _ID_BYTES: Final = 6
 _SECRET_BYTES: Final = 32
 _NOBODY: Final = bytes(32)
+_MOST_BYTES: Final = 64 * 1024 * 1024
 _WRITABLE: Final = 0o022
 _OPEN_TO_ALL: Final = 0o007
 _log = structlog.get_logger(__name__)
@@ -149,7 +151,7 @@ class TokenFile:
 def read(path: Path) -> tuple[Token, ...]:
     """Every token of the file, valid or not. Raises OSError; ConfigurationError if it is none of ours."""
     try:
-        file = msgspec.json.decode(path.read_bytes(), type=_File)
+        file = msgspec.json.decode(smallfile.read(path, _MOST_BYTES), type=_File)
     except NOT_JSON as exc:
         raise ConfigurationError(f"{path} is not a file that kms token wrote") from exc
     if file.version != 1:

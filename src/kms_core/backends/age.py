@@ -17,6 +17,7 @@ from urllib.parse import SplitResult, parse_qs, unquote
 
 import structlog
 
+from kms_core import smallfile
 from kms_core.backends import Health, KeyVersion
 from kms_core.backends.age_rotation import append_identity
 from kms_core.envelope import binding, hybrid
@@ -183,7 +184,7 @@ def _read(files: KeyFiles) -> tuple[tuple[tuple[int, ...], ...], str, str]:
     """Stamp and texts. The stamp comes first: a change in between is read again, never missed."""
     try:
         stamp = _stamp(files)
-        texts = [path.read_text("utf-8") for path in files.paths]
+        texts = [smallfile.text(path) for path in files.paths]
     except OSError as exc:
         hint = _MAKE_KEYS.format(private=files.private, public=files.public or "public_key.txt")
         raise ConfigurationError(

