@@ -48,7 +48,7 @@ from kms_core.settings_trust import (
     may_expand,
 )
 
-__all__ = ["Settings", "check_exposure", "check_names", "default_state_dir", "find", "load"]
+__all__ = ["Settings", "check_exposure", "check_names", "default_state_dir", "find", "found_here", "load"]
 
 SEARCHED: Final = (Path("provisioning/config/kms.toml"), Path("/etc/kms-service/kms.toml"))
 DEFAULT_REDIS_URL: Final = "redis://127.0.0.1:6379/0"
@@ -106,9 +106,8 @@ def load(
     Raises ConfigurationError, which names the key and what to do, never the value.
     """
     check_names(environ)
-    file = find(path, environ)
+    file, found = find(path, environ), found_here(path, environ)
     given = {key: value for key, value in overrides.items() if value is not None}
-    found = file if _is_found(path, environ, file) else None
     if found is not None:
         check_file(found)
     try:
@@ -126,9 +125,11 @@ def find(path: Path | None, environ: Mapping[str, str]) -> Path | None:
     return next((known for known in SEARCHED if known.is_file()), None)
 
 
-def _is_found(path: Path | None, environ: Mapping[str, str], file: Path | None) -> bool:
-    """Whether ``file`` was found below the working directory, and nobody named it."""
-    return path is None and not environ.get("KMS_CONFIG") and file is not None and not file.is_absolute()
+def found_here(path: Path | None, environ: Mapping[str, str]) -> Path | None:
+    """The file to read if it was only found below the working directory, and nobody named it."""
+    file = find(path, environ)
+    is_named = path is not None or bool(environ.get("KMS_CONFIG"))
+    return None if is_named or file is None or file.is_absolute() else file
 
 
 def check_names(environ: Mapping[str, str]) -> None:
@@ -234,7 +235,21 @@ def _fill_in(kms: Tree, reader: Reader, environ: Mapping[str, str]) -> None:
     audit.setdefault("signing_key_path", state / "audit-signing.key")
     table(kms, "auth", "kms.").setdefault("tokens_path", state / "tokens.json")
     table(kms, "server", "kms.").setdefault("docs", environment != "prod")
+    table(kms, "traces", "kms.").setdefault("endpoint", _traces_endpoint(environ))
     table(kms, "facade", "kms.").setdefault("enabled", environment == "dev")
+
+
+def _traces_endpoint(environ: Mapping[str, str]) -> str | None:
+    """Where OpenTelemetry's own variables send traces.
+
+    https://opentelemetry.io/docs/specs/otel/protocol/exporter/#endpoint-urls-for-otlphttp
+    """
+    base = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    return (
+        environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+        or (base and f"{base.rstrip('/')}/v1/traces")
+        or None
+    )
 
 
 def _fill_age(age: Tree, directory: str, environment: str) -> None:

@@ -20,6 +20,7 @@ from kms_core.settings_sections import Kms, Settings
 MOST_MESSAGES: Final = 2**32
 """Of one AES-GCM key with random nonces (NIST SP 800-38D section 8.3)."""
 _WIDEST: Final = {4: 8, 6: 7}  # bits of 10.0.0.0/8 and of fc00::/7, the largest private networks
+_MOST_PUBLIC: Final = {4: 2**24, 6: 2**120}  # addresses of a /8
 _UNIX: Final = frozenset({"unix", "redis+socket"})
 _log = structlog.get_logger(__name__)
 Test = Callable[[Settings], bool]
@@ -83,7 +84,10 @@ def _outside_dev(test: Test) -> Test:
 
 def _is_cleartext(url: str | None) -> bool:
     """Whether a URL is ``http://`` to another machine."""
-    parts = urlsplit(url or "")
+    try:
+        parts = urlsplit(url or "")
+    except ValueError:  # of OpenTelemetry's variables, which are not checked: nothing is sent there
+        return False
     return parts.scheme == "http" and not is_loopback(parts.hostname or "")
 
 
@@ -99,7 +103,12 @@ def _has_no_tls(settings: Settings) -> bool:
 
 def _has_wide_proxies(settings: Settings) -> bool:
     networks = proxies.collapsed(settings.kms.server.trusted_proxies)
-    return any(network.prefixlen < _WIDEST[network.version] for network in networks)
+    public = dict.fromkeys(_MOST_PUBLIC, 0)
+    for network in networks:
+        public[network.version] += 0 if network.is_private else network.num_addresses
+    return any(network.prefixlen < _WIDEST[network.version] for network in networks) or any(
+        public[version] >= most for version, most in _MOST_PUBLIC.items()
+    )
 
 
 def _leaves_host(url: str) -> bool:

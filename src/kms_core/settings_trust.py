@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from kms_core.errors import ConfigurationError
 from kms_core.settings_read import Tree
@@ -65,7 +65,8 @@ _SERVERS: Final = ("redis.url", "redis.broker_url")
 class _Rule:
     """Keys of a section that decide who receives its ``credentials``.
 
-    ``credentials`` are keys that name a file, ``variables`` those of the environment that are used unasked.
+    ``credentials`` are keys that name a file or a profile, ``variables`` those of the environment that are
+    used unasked.
     """
 
     deciding: tuple[str, ...]
@@ -86,7 +87,7 @@ _RULES: Final[Mapping[str, tuple[_Rule, ...]]] = {
     ),
     "transit": _VAULT,
     "vault_kv": _VAULT,
-    "awskms": (_Rule(("endpoint_url", "ca_file"), always=_AWS),),
+    "awskms": (_Rule(("endpoint_url", "ca_file"), ("profile",), always=_AWS),),
     "redis": (
         _Rule(("ca_file",), ("password_file", "client_key_file")),
         _Rule(("ca_file",), (), ("KMS_REDIS_URL", "KMS_BROKER_URL")),
@@ -208,9 +209,11 @@ def check_destinations(
 ) -> None:
     """Refuse a section of a found file that decides where a credential goes which it does not hold itself.
 
+    It may not choose one of the user's either, since that would be used or sent wherever variables say.
     ``document`` is ``[kms]`` as the file has it. ``given`` are the keys that flags and variables replace
     (``cosmian.server_url``). Only backends in use matter. Raises ConfigurationError.
     """
+    trusted = f"and the file was only found in the working directory: {how_to_trust(file)}"
     for where, kind, section in _sections(document, settings):
         own = {
             key: value for key, value in section.items() if f"{where.removeprefix('kms.')}.{key}" not in given
@@ -219,10 +222,15 @@ def check_destinations(
             deciding = next((key for key in rule.deciding if own.get(key, True) is not True), None)
             credential = _credential(rule, own, environ)
             if deciding and credential:
-                raise ConfigurationError(
-                    f"{where}.{deciding} decides who receives {credential}, and the file was only found in "
-                    f"the working directory: {how_to_trust(file)}"
-                )
+                raise ConfigurationError(f"{where}.{deciding} decides who receives {credential}, {trusted}")
+            chosen = next((key for key in rule.credentials if key in own), None)
+            if chosen:
+                raise ConfigurationError(f"{where}.{chosen} chooses a credential of this user, {trusted}")
+    for key_id, uri in _table(document, "keys").items():
+        if "profile" in parse_qs(urlsplit(str(uri)).query):
+            raise ConfigurationError(
+                f"kms.keys.{key_id} chooses a credential of this user by its profile, {trusted}"
+            )
 
 
 def _credential(rule: _Rule, own: Tree, environ: Mapping[str, str]) -> str:

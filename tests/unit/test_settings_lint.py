@@ -31,10 +31,10 @@ COSMIAN = 'dev_backend = "cosmian"\n[kms.cosmian]\napi_key = "k"\n'
 BUCKET = "[kms.jobs.buckets.mine]\nallow_http = true\n"
 
 
-def read(tmp_path: Path, text: str) -> Settings:
+def read(tmp_path: Path, text: str, **environ: str) -> Settings:
     file = tmp_path / "kms.toml"
     file.write_text(text)
-    return load(file, {"HOME": str(tmp_path), "KMS_STATE_DIR": str(tmp_path / "state")})
+    return load(file, {"HOME": str(tmp_path), "KMS_STATE_DIR": str(tmp_path / "state"), **environ})
 
 
 def told(tmp_path: Path, text: str) -> set[str]:
@@ -100,6 +100,19 @@ WEAK_ANYWHERE = {
         {"server.trusted_proxies"},
     ),
     "wide proxies of IPv6": ('[kms.server]\ntrusted_proxies = ["2000::/3"]', {"server.trusted_proxies"}),
+    "a public /8 of proxies": ('[kms.server]\ntrusted_proxies = ["8.0.0.0/8"]', {"server.trusted_proxies"}),
+    "half of all addresses in networks that do not join": (
+        f"[kms.server]\ntrusted_proxies = {[f'{each}.0.0.0/8' for each in range(1, 256, 2)]}",
+        {"server.trusted_proxies"},
+    ),
+    "128 networks that together are a /8": (
+        f"[kms.server]\ntrusted_proxies = {[f'{each}.0.0.0/15' for each in range(11, 140)]}",
+        {"server.trusted_proxies"},
+    ),
+    "public networks of IPv6": (
+        '[kms.server]\ntrusted_proxies = ["2000::/9", "2100::/9"]',
+        {"server.trusted_proxies"},
+    ),
     "Redis": ('[kms.redis]\nurl = "redis://u:p@redis/0"', {"redis.url", "redis.broker_url"}),
     "Redis without password": ('[kms.redis]\nurl = "rediss://redis/0"', {"redis.password"}),
     "Sentinels": (
@@ -132,7 +145,46 @@ def test_each_weakness_is_told_in_dev_too(tmp_path: Path, text: str, settings: s
     assert told(tmp_path, f"[kms]\n{text}") == settings
 
 
+OTEL = "OTEL_EXPORTER_OTLP_ENDPOINT"
+OTEL_TRACES = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
+
+
+@pytest.mark.parametrize(
+    ("environ", "is_weak"),
+    [
+        ({OTEL: "http://otel:4318"}, True),
+        ({OTEL_TRACES: "HTTP://otel:4318/v1/traces"}, True),
+        ({OTEL: "https://otel", OTEL_TRACES: "http://otel/v1/traces"}, True),
+        ({OTEL: "http://otel", OTEL_TRACES: "https://otel/v1/traces"}, False),
+        ({OTEL: "http://otel", OTEL_TRACES: ""}, True),
+        ({OTEL: "http://127.0.0.1:4318/"}, False),
+        ({OTEL: "http://[otel"}, False),
+        ({}, False),
+    ],
+)
+def test_traces_in_clear_by_a_variable_are_told(
+    tmp_path: Path, environ: dict[str, str], *, is_weak: bool
+) -> None:
+    found = read(tmp_path, "[kms.traces]\nenabled = true", **environ)
+
+    assert {each.setting for each in weaknesses(found)} == ({"traces.endpoint"} if is_weak else set())
+
+
+def test_the_endpoint_of_a_variable_is_as_opentelemetry_takes_it(tmp_path: Path) -> None:
+    base = read(tmp_path, "[kms]", **{OTEL: "http://otel:4318/base/"})
+    whole = read(tmp_path, "[kms]", **{OTEL: "http://otel", OTEL_TRACES: "http://otel/t"})
+    of_file = read(tmp_path, '[kms.traces]\nendpoint = "http://mine/t"', **{OTEL_TRACES: "http://otel/t"})
+
+    assert base.kms.traces.endpoint == "http://otel:4318/base/v1/traces"
+    assert whole.kms.traces.endpoint == "http://otel/t"
+    assert of_file.kms.traces.endpoint == "http://mine/t"
+
+
 STRONG = {
+    "private networks": """[kms.server]
+trusted_proxies = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "fc00::/7"]""",
+    "networks of a provider": """[kms.server]
+trusted_proxies = ["104.16.0.0/13", "172.64.0.0/13", "2400:cb00::/32"]""",
     "TLS": OFF_LOOPBACK + ASKS + '[kms.server]\ntls_cert = "c"\ntls_key = "k"',
     "a proxy ends TLS": OFF_LOOPBACK + ASKS + '[kms.server]\ntrusted_proxies = ["10.0.0.0/8", "fd00::/8"]',
     "loopback": 'bind = "::1"\n[kms.server]\nmetrics = "open"\nallowed_hosts = ["kms"]',

@@ -276,6 +276,37 @@ def test_a_found_file_does_not_decide_who_receives_a_credential(
     assert load(here / FOUND, HOME | environ).kms.port == 9001, "a file that is named may do all this"
 
 
+MINE = {"KMS_REDIS_URL": "rediss://mine.test", "COSMIAN_KMS_URL": "https://mine.test"}
+CHOOSES_A_CREDENTIAL = {
+    "awskms.profile": AWS + 'profile = "admin"',
+    "keys.k": '[kms.keys]\nk = "awskms:alias/k?region=eu-central-1&profile=admin"',
+    "redis.password_file": '[kms.redis]\npassword_file = "/home/ada/.netrc"',
+    "redis.client_key_file": '[kms.redis]\nclient_cert_file = "c"\nclient_key_file = "/home/ada/key.pem"',
+    "cosmian.api_key_file": COSMIAN + 'api_key_file = "/home/ada/.netrc"',
+    "cosmian.client_key_file": COSMIAN
+    + 'api_key = "k"\nclient_cert_file = "c"\nclient_key_file = "/home/ada/key.pem"',
+}
+
+
+@pytest.mark.parametrize(("setting", "text"), CHOOSES_A_CREDENTIAL.items(), ids=CHOOSES_A_CREDENTIAL)
+def test_a_found_file_chooses_no_credential_of_the_user(setting: str, text: str, here: Path) -> None:
+    """Not for servers that the user named either: a file of his could become a password there."""
+    write(text)
+
+    told = refusal(**MINE)
+
+    assert f"kms.{setting} chooses a credential of this user" in told
+    assert_says_how_to_trust(told, here)
+    assert load(here / FOUND, HOME | MINE).kms.port == 9001, "a file that is named may do all this"
+
+
+def test_a_password_file_goes_to_no_server_of_this_machine() -> None:
+    """Any user of this machine may listen there."""
+    write('[kms.redis]\nurl = "redis://127.0.0.1:7777"\npassword_file = "/home/ada/.netrc"')
+
+    assert "kms.redis.password_file chooses a credential of this user" in refusal()
+
+
 DECIDES = {
     "accept_weak": 'accept_weak = ["server.tls_cert"]',
     "state_dir": 'state_dir = "state"',
