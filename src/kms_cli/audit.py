@@ -11,12 +11,11 @@ from typing import Final
 import click
 import msgspec
 
-from kms_cli import anchors, recording, words
+from kms_cli import anchors, local, recording, words
 from kms_cli.main import AUDIT_COMMANDS, LazyGroup
 from kms_cli.progress import Meter
 from kms_cli.session import session
 from kms_core import audit, wire
-from kms_core import settings as settings_file
 from kms_core.audit import reading, receipt
 from kms_core.audit.anchors import ACKNOWLEDGED, CUT, MISSING_CHAIN, effect_of
 from kms_core.audit.keys import Concealer, PublicKeys, pem, public_path
@@ -35,7 +34,6 @@ from kms_core.errors import (
     InvalidRequest,
     Unavailable,
 )
-from kms_core.settings import Settings
 
 FOLLOW_EVERY_S: Final = 0.5
 _PAGE: Final = 1000
@@ -106,7 +104,7 @@ def acknowledge_loss_command(chains: Sequence[str], *, every: bool) -> int:
     on. If more lines are lost later, that is a loss of its own. Lines that were written anew are not
     acknowledged.
     """
-    report = _verified(_folder(None), _keys(None), anchors.configured(_settings()), None)
+    report = _verified(_folder(None), _keys(None), anchors.configured(local.settings()), None)
     if report.not_compared:
         raise Unavailable(f"Anchors cannot be read, so what is lost is not known: {_reasons(report)}")
     found = [each for each in report.problems if each.code in {CUT, MISSING_CHAIN} and each.anchor]
@@ -125,7 +123,7 @@ def acknowledge_loss_command(chains: Sequence[str], *, every: bool) -> int:
             words.result(f"{each.chain}: {each.text}")
         words.say("name the chains, or --all" if lost else "the log has every line that its anchors name")
         return EXIT_OTHER if lost else 0
-    with recording.log_of(_settings()) as log:
+    with recording.log_of(local.settings()) as log:
         for each in chosen:
             first = each.seq if each.code == CUT else 0
             what = recording.unique(effect_of(each.chain, first, each.anchor_seq))
@@ -159,7 +157,7 @@ def tail_command(
     where = _folder(folder)
     tenant = equal.get("tenant") or "default"
     pairs = Context.parse(context)
-    hidden = Concealer.at(_settings().kms.audit.key_path).conceal(tenant, pairs) if pairs else {}
+    hidden = Concealer.at(local.settings().kms.audit.key_path).conceal(tenant, pairs) if pairs else {}
     wanted = Wanted(
         equal=tuple((name, value) for name, value in equal.items() if value is not None),
         result=result or "",
@@ -226,34 +224,28 @@ def key_command() -> None:
 # -- where things are --------------------------------------------------------------------------------
 
 
-def _settings() -> Settings:
-    given = session()
-    named = {"state_dir": given.state_dir and str(given.state_dir)}
-    return settings_file.load(given.config, os.environ, overrides=named)
-
-
 def _folder(given: Path | None) -> Path:
-    return given or _settings().kms.audit.path
+    return given or local.settings().kms.audit.path
 
 
 def _keys(given: Path | None) -> PublicKeys | None:
     """The keys to trust; None if there are none here, and then the trail's own are taken."""
     if given is not None:
         return PublicKeys.read(given)
-    own = public_path(_settings().kms.audit.signing_key_path)
+    own = public_path(local.settings().kms.audit.signing_key_path)
     return PublicKeys.read(own) if own.exists() else None
 
 
 def _is_own(folder: Path | None) -> bool:
     """Whether this is the log of the settings, and no copy of some log."""
-    return folder is None or folder.resolve() == _settings().kms.audit.path.resolve()
+    return folder is None or folder.resolve() == local.settings().kms.audit.path.resolve()
 
 
 def _anchors(folder: Path | None, places: Sequence[str]) -> anchors.Read:
     if places:
-        return anchors.named(_settings(), places)
+        return anchors.named(local.settings(), places)
     if _is_own(folder):
-        return anchors.configured(_settings())
+        return anchors.configured(local.settings())
     words.say("note: DIR is not the log of the settings: name its anchors with --anchors to compare them")
     return anchors.Read()
 
@@ -276,7 +268,7 @@ def _record_read(folder: Path | None, asked: Mapping[str, str], count: int) -> s
 
     Who may read the files and not write there reads them with any program: it is said, and goes on.
     """
-    settings = _settings()
+    settings = local.settings()
     if not _is_own(folder) or not settings.kms.audit.signing_key_path.exists():
         return ""
     try:

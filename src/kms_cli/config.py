@@ -1,10 +1,8 @@
 """``kms config lint``: what the settings say, without starting anything."""
 
-import os
-
 import click
 
-from kms_cli import words
+from kms_cli import local, words
 from kms_cli.main import CONFIG_COMMANDS, LazyGroup
 from kms_cli.session import session
 from kms_core import settings
@@ -22,8 +20,7 @@ def lint_command() -> int:
     something is, 78 if the service would not start.
     """
     given = session()
-    overrides = {"state_dir": str(given.state_dir)} if given.state_dir else {}
-    loaded = settings.load(given.config, os.environ, overrides=overrides)
+    loaded = local.settings()
     settings.check_exposure(loaded)
     told = unaccepted(loaded)
     for weakness in weaknesses(loaded):

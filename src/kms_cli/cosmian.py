@@ -1,15 +1,13 @@
 """``kms cosmian``: what has to be done on a Cosmian KMS server before the service can start."""
 
-import os
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import click
 
-from kms_cli import recording, words
+from kms_cli import local, recording, words
 from kms_cli.main import COSMIAN_COMMANDS, LazyGroup
 from kms_cli.session import session
-from kms_core import settings as settings_file
 from kms_core.backends.cosmian import key_of
 from kms_core.errors import ConfigurationError
 from kms_core.settings import Settings
@@ -22,10 +20,7 @@ cosmian_command = LazyGroup(
 @click.command("init-key", short_help="Make the keys that settings name.")
 def init_key_command() -> None:
     """Make the Cosmian keys that settings name, where they are not there yet."""
-    given = session()
-    settings = settings_file.load(
-        given.config, os.environ, overrides={"state_dir": given.state_dir and str(given.state_dir)}
-    )
+    settings = local.settings()
     names = list(dict.fromkeys(_names(settings)))
     if not names:
         raise ConfigurationError(

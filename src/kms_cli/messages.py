@@ -6,10 +6,9 @@ from datetime import UTC, datetime
 import click
 import msgspec
 
-from kms_cli import recording, state_redis, words
+from kms_cli import local, recording, state_redis, words
 from kms_cli.session import session
 from kms_core import logs
-from kms_core import settings as settings_file
 from kms_core.jobs import set_aside
 from kms_core.jobs.set_aside import SetAside
 from kms_core.servers import connect
@@ -25,9 +24,7 @@ def messages_command(*, purge: bool) -> None:
     """
     logs.configure("error", json=False)
     given = session()
-    settings = settings_file.load(
-        given.config, os.environ, overrides={"state_dir": given.state_dir and str(given.state_dir)}
-    )
+    settings = local.settings()
     with connect(state_redis.section_of(settings, os.environ)) as client:
         if purge:
             with recording.effect(settings, "messages.purge", "kms.submit"):

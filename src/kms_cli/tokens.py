@@ -1,6 +1,5 @@
 """``kms token``: create, list, rotate and revoke API tokens on the machine where the service keeps them."""
 
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,13 +8,12 @@ from pathlib import Path
 
 import click
 
-from kms_cli import recording, words
+from kms_cli import local, recording, words
 from kms_cli.main import TOKEN_COMMANDS, LazyGroup
 from kms_cli.private import create_file
 from kms_cli.session import session
 from kms_cli.spans import span
 from kms_core import scopes
-from kms_core import settings as settings_file
 from kms_core.auth import tokens
 from kms_core.auth.tokens import Token, Wish
 from kms_core.errors import InvalidRequest, TargetExists
@@ -117,9 +115,7 @@ class _Here:
 
 def _here(file: Path | None) -> _Here:
     """``file``, or the one that the settings name."""
-    given = session()
-    overrides = {"state_dir": given.state_dir and str(given.state_dir)}
-    settings = settings_file.load(given.config, os.environ, overrides=overrides)
+    settings = local.settings()
     if file is None and settings.kms.auth.mode != "required":
         words.say('note: the service here asks for no tokens: write mode = "required" under [kms.auth]')
     return _Here(file or settings.kms.auth.tokens_path, settings)

@@ -19,7 +19,7 @@ from typing import Final
 
 from pyrage import x25519
 
-from kms_cli import private, prometheus, recording, valkey
+from kms_cli import local, private, prometheus, recording, valkey
 from kms_core import settings as settings_file
 from kms_core import smallfile
 from kms_core.errors import ConfigurationError, Unavailable
@@ -73,6 +73,7 @@ def run(
     on wrong settings, Unavailable if a port is taken, Conflict if the state directory is in use.
     """
     env = _environment(options, os.environ if environ is None else environ)
+    local.tell_found(options.config, env)
     settings = settings_file.load(options.config, env)
     settings_file.check_exposure(settings)
     with ExitStack() as stack:

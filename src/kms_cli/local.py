@@ -1,0 +1,28 @@
+"""The settings of this machine as commands read them."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from kms_cli import words
+from kms_cli.session import session
+from kms_core import settings as settings_file
+from kms_core.settings import Settings
+
+
+def settings() -> Settings:
+    """Read the settings as the service here would, with the global options. Raises ConfigurationError.
+
+    A file that was only found in the working directory is told on stderr.
+    """
+    given = session()
+    tell_found(given.config, os.environ)
+    overrides = {"state_dir": given.state_dir and str(given.state_dir)}
+    return settings_file.load(given.config, os.environ, overrides=overrides)
+
+
+def tell_found(config: Path | None, environ: Mapping[str, str]) -> None:
+    """Tell on stderr which settings file is read, if nobody named it."""
+    found = settings_file.found_here(config, environ)
+    if found is not None:
+        words.say(f"settings: {words.plain(str(found.absolute()))}, found in the working directory")
