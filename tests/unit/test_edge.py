@@ -9,8 +9,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from kms_api import problems
 from kms_api.edge import Edge
+from kms_api.rules import is_ui
 from kms_core import audit
 from kms_core.errors import UnknownJob
+from kms_core.http_server.host_check import by_name
 
 CANARY = "kanarienvogel"
 pytestmark = pytest.mark.anyio
@@ -114,6 +116,20 @@ async def test_two_hosts_are_none(hosts: tuple[str, str]) -> None:
         answer = await client.get("/things/1", headers=[("Host", host) for host in hosts])
 
     assert answer.status_code == 403
+
+
+@pytest.mark.parametrize("name", [b"origin", b"sec-fetch-site", b"x-request-id"])
+async def test_of_headers_of_one_name_the_first_counts(name: bytes) -> None:
+    assert by_name([(b"host", b"h"), (name, b"first"), (name, b"second")])[name] == b"first"
+
+
+@pytest.mark.parametrize(
+    ("path", "is_page"),
+    [("/ui", True), ("/ui/", True), ("/ui/jobs", True), ("/uix", False), ("/ui-jobs", False)],
+)
+async def test_pages_are_below_ui(path: str, *, is_page: bool) -> None:
+    """A session's cookie opens pages only."""
+    assert is_ui(path) is is_page
 
 
 async def test_the_address_that_was_reached_is_let_in_and_no_other() -> None:

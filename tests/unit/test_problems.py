@@ -56,6 +56,20 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def test_a_denial_that_cannot_be_recorded_is_not_answered_as_one() -> None:
+    def denied(code: str) -> None:
+        raise errors.AuditUnavailable(code)
+
+    token = audit.noted.set(audit.Noted(denied))
+    try:
+        answer = problems.problem(403, "forbidden", "Not for you")
+    finally:
+        audit.noted.reset(token)
+
+    assert answer.status_code == 503
+    assert msgspec.json.decode(answer.body)["code"] == "audit_unavailable"
+
+
 def test_every_public_error_has_a_status() -> None:
     assert problems.STATUS.keys() == set(PUBLIC)
 

@@ -63,6 +63,7 @@ def test_the_first_address_from_the_right_that_is_no_proxy(text: str, client: st
         ("for=127.0.0.1, for=203.0.113.9", "203.0.113.9"),
         ('for="127.0.0.1, for=203.0.113.9', "203.0.113.9"),  # a quote left open by the client
         (r'for=203.0.113.9;host="a\", for=127.0.0.1;x=\"b"', "203.0.113.9"),  # and one in a Host
+        (r'for=203.0.113.9, for=10.2.3.4;by="a\\"', "203.0.113.9"),  # the backslash is escaped, not the quote
         ("for=203.0.113.9, for=unknown", PEER),
         ("for=203.0.113.9, for=_gazonk, for=10.2.3.4", "10.2.3.4"),
         ("for=203.0.113.9;for=127.0.0.1", PEER),

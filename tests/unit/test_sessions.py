@@ -58,6 +58,19 @@ def test_a_session_ends_after_eight_hours(sessions: Sessions, clock: Clock, tmp_
     assert len(list(files(tmp_path))) == 1, "what has run out is removed, whosever it was"
 
 
+def test_a_session_ends_with_its_last_second(tmp_path: Path) -> None:
+    now = 1000.0
+    sessions = Sessions(tmp_path / "sessions", lambda: now)
+    first = sessions.begin(ADA)
+
+    now += LASTS_S - 0.001
+    assert sessions.find(first) == ADA
+    now = 1000.0 + LASTS_S
+    assert sessions.find(first) is None
+    sessions.begin(ADA)
+    assert len(list(files(tmp_path))) == 1, "the one that has just ended is removed"
+
+
 def test_a_session_that_was_ended_is_none(sessions: Sessions) -> None:
     one, other = sessions.begin(ADA), sessions.begin(ADA)
     sessions.end(one)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -16,6 +16,7 @@ from kms_core.context import Context
 from kms_core.envelope import x25519
 from kms_core.errors import KmsError, UnknownKey
 from kms_core.policy import ByScopes, Principal
+from kms_core.results import Sealed
 from kms_core.scopes import Scope
 from kms_core.service import Kms
 from memory_kms import memory_backend
@@ -109,6 +110,38 @@ def test_the_backend_of_an_unseen_key_is_not_asked(
     assert told[0] == told[1]
     assert not calls
     CALLS[name](kms, "default")
+
+
+def test_a_ciphertext_opens_as_little_with_an_unseen_key_as_with_an_absent_one(tmp_path: Path) -> None:
+    kms = kms_over(memory_backend()[0], {UNSEEN: local(tmp_path)[0]}, policy=ByScopes(Stands(), {}))
+    told = []
+    for key in (UNSEEN, ABSENT):
+        with pytest.raises(KmsError) as caught:
+            CALLS["decrypt"](kms, key)
+        told.append((type(caught.value), caught.value.detail))
+
+    assert told[0] == told[1]
+
+
+def test_a_key_that_is_rotated_meanwhile_seals_under_the_number_of_its_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend, cipher = memory_backend()
+    kms = kms_over(backend)
+    encrypt, left = kms.encrypt, ["once"]
+
+    def rotated_first(*args: Any, **kwargs: Any) -> Sealed:  # noqa: ANN401 -- passed through
+        if left:
+            left.pop()
+            backend.rotate()
+        return encrypt(*args, **kwargs)
+
+    monkeypatch.setattr(kms, "encrypt", rotated_first)
+    sealed, number = door.encrypt(kms, WHO, b"x", Extra(), key_id="default")
+
+    assert (sealed.key.version, number) == ("2", 2)
+    assert cipher.calls["rotate"] == 1
+    assert door.decrypt(kms, WHO, sealed.ciphertext, Extra(number=2), key_id="default") == b"x"
 
 
 @pytest.mark.parametrize("name", CALLS)
