@@ -1,0 +1,94 @@
+"""What the gate, forms and the Vault API refuse, asked of their functions without a server."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final, cast
+
+import msgspec
+import pytest
+from fastapi import Request
+
+from kms_api.deps import WHO
+from kms_api.facade import keys, system
+from kms_api.facade.app import _check_headers
+from kms_api.facade.asked import Asked
+from kms_api.facade.shapes import PathsIn
+from kms_api.gate import Entry, Gate, Limits, shown
+from kms_api.pages.screen import _holder
+from kms_api.sessions import COOKIE, Sessions
+from kms_core.errors import Forbidden, InvalidRequest, Unauthenticated
+from kms_core.policy import Principal
+
+ADA: Final = Principal("ada", "acme", "token:1")
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=["asyncio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("is_worth", [True, False])
+async def test_a_session_is_worth_what_its_credential_is(tmp_path: Path, *, is_worth: bool) -> None:
+    sessions = Sessions(tmp_path)
+    session = sessions.begin(ADA)
+    entry = cast("Entry", SimpleNamespace(is_worth=lambda who: is_worth and who == ADA))
+    limits = cast("Limits", SimpleNamespace(requests=None, scraping=None))
+    gate = Gate(cast("Any", None), entry, sessions, limits)
+    scope = {"path": "/ui", "headers": [(b"cookie", f"{COOKIE}={session}".encode())]}
+
+    assert gate._of_session(scope, entry) == (ADA if is_worth else None)  # noqa: SLF001 -- needs no server
+    assert sessions.find(session) == (ADA if is_worth else None), "its file is gone as well"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Principal("ada", "beta", "token:1"),
+        Principal("ada", "acme", "token:2"),
+        Principal("bob", "acme", "token:1"),
+    ],
+)
+async def test_a_form_is_stamped_for_one_credential_of_one_tenant(other: Principal) -> None:
+    def holder(who: Principal) -> str:
+        return _holder(Request({"type": "http", "headers": [], WHO: who}))
+
+    assert holder(ADA) == holder(Principal("ada", "acme", "token:1")) != holder(other)
+
+
+@pytest.mark.parametrize("namespace", [b"root", b"beta", b"acme/beta", b"Acme"])
+async def test_a_namespace_is_the_tenant_of_the_credential(namespace: bytes) -> None:
+    _check_headers([(b"x-vault-namespace", b"acme/")], ADA)
+
+    with pytest.raises(Forbidden):
+        _check_headers([(b"x-vault-namespace", namespace)], ADA)
+
+
+@pytest.mark.parametrize("count", [0, 101])
+async def test_capabilities_are_told_of_a_hundred_paths_at_most(count: int) -> None:
+    class Sent:
+        async def body(self, shape: type[PathsIn]) -> PathsIn:
+            return shape(paths=["transit/keys"] * count)
+
+    with pytest.raises(InvalidRequest, match="1 to 100"):
+        await system.capabilities_self(cast("Asked", Sent()))
+
+
+async def test_a_list_goes_on_behind_the_name_that_was_given() -> None:
+    kms = SimpleNamespace(
+        policy=SimpleNamespace(sees=lambda who, name: who == ADA and name != "hidden"),
+        keyring=SimpleNamespace(keys=dict.fromkeys(["c", "a", "hidden", "b"])),
+    )
+    asked = SimpleNamespace(query={"after": "a"}, built=SimpleNamespace(kms=kms), who=ADA)
+
+    answer = await keys.listed(cast("Asked", asked))
+
+    assert msgspec.json.decode(answer.body)["data"] == {"keys": ["b", "c"]}
+
+
+@pytest.mark.parametrize("scheme", [b"bearerish", b"basic", b"bearer:", b"bear"])
+async def test_a_scheme_that_only_begins_like_bearer_is_none(scheme: bytes) -> None:
+    assert shown([(b"authorization", b"BEARER tok")]) == "tok"
+
+    with pytest.raises(Unauthenticated):
+        shown([(b"authorization", scheme + b" tok")])
