@@ -155,13 +155,16 @@ print(flush=True)
 sys.stdin.read()
 """
 SERVE: Final = """
+import socket
 import sys
 from kms_core.auth.scraping import Scraping
 from kms_core.policy import AllowAll
-from kms_worker import exposition
-server = exposition.serve("127.0.0.1", 0, Scraping("open", None, AllowAll()))
+from kms_core.proxies import Proxies
+from kms_worker.metrics_server import MetricsApp, MetricsServer
+listener = socket.create_server(("127.0.0.1", 0))
+server = MetricsServer(listener, MetricsApp(Scraping("open", None, AllowAll(), Proxies((), "forwarded")), ()))
 print()
-print(server.server_address[1], flush=True)
+print(listener.getsockname()[1], flush=True)
 sys.stdin.read()
 """
 

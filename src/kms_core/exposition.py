@@ -5,6 +5,7 @@ called is worked out once in the life of this process, not once for each file an
 """
 
 import json
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def text(folder: str) -> bytes:
     for path in sorted(Path(folder).glob("*.db")):
         kind, *rest = path.stem.split("_")
         mode = rest[0].removeprefix("live") if kind == "gauge" else "sum"
-        with suppress(FileNotFoundError):  # of a process that has just ended
+        with suppress(FileNotFoundError, struct.error):  # of a process that just ended or begins
             _merge(found.setdefault((kind, mode), {}), path, mode)
     families: dict[tuple[str, str], list[tuple[_Series, float]]] = {}
     for (kind, _), values in found.items():

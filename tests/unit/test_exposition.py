@@ -1,6 +1,7 @@
 """The page of several processes says what the library's own collector says of the same files."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,13 @@ def test_a_second_page_is_the_same(folder: Path) -> None:
 
 def test_a_folder_without_files_is_an_empty_page(tmp_path: Path) -> None:
     assert exposition.text(str(tmp_path)) == b""
+
+
+def test_a_file_that_is_being_made_is_passed_over(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "counter_4.db").touch()  # between open(2) and the first write
+
+    assert exposition.text(str(tmp_path / "copy")) == exposition.text(str(folder))
 
 
 def test_every_gauge_of_ours_can_be_told_of_several_processes() -> None:
