@@ -113,7 +113,8 @@ class JobStore(JobReader):
         except UnknownJob:
             raise IdempotencyConflict(_NO_RECORD) from None
         asked = (accepted.tenant, accepted.digest, accepted.idempotency)
-        if (before.tenant, before.digest, before.idempotency or accepted.idempotency) != asked:
+        key = before.idempotency if before.signed_end else accepted.idempotency  # 0.1 does not tell
+        if (before.tenant, before.digest, key) != asked:
             raise IdempotencyConflict
         if before.is_expired:
             raise IdempotencyConflict(_NO_RECORD)
