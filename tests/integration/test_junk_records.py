@@ -10,10 +10,11 @@ import redis
 from junkfields import FIELDS, MISSING, put
 from kms_cli.valkey import EmbeddedValkey
 from kms_core.errors import UnknownJob
+from kms_core.jobs import letters
 from kms_core.jobs.build import Core
 from kms_core.jobs.caretaker import Caretaker
 from kms_core.jobs.desk import new_id
-from kms_core.jobs.model import EXHAUSTED, LeaseLost
+from kms_core.jobs.model import EXHAUSTED, MAINTENANCE, Lane, LeaseLost
 from kms_core.jobs.store import JobStore
 from kms_core.jobs.survey import survey
 from service import Service, core_of
@@ -347,6 +348,30 @@ def test_members_that_are_no_jobs_keep_the_caretaker_from_no_other(core: Core) -
     assert store.redis.zscore("kms:open", "text") is None
     assert not store.redis.exists("kms:job:text")
     assert store.redis.zscore("kms:open", b"\xff") is None
+
+
+@pytest.mark.parametrize("junk", ["deep", "deep headers", "no text", "wrong type"])
+def test_junk_in_a_list_of_the_broker_keeps_the_caretaker_from_no_job(core: Core, junk: str) -> None:
+    """It stays there where no worker serves the queue, and where the broker is RabbitMQ."""
+    store = store_of(core, SHORT, [])
+    posting = JobStore(store.redis, store.record_key, None, SHORT)
+    job_id = store.submit(accepted()).job_id
+    assert store.claim(job_id, "w1")
+    lapse()
+    lane: Lane = (MAINTENANCE, "low")
+    store.redis.delete(letters.where(lane))
+    elements = {"deep": b'{"x":' + b"[" * 100_000, "deep headers": b'{"headers":{"x":' + b"[" * 100_000}
+    if junk == "wrong type":
+        store.redis.set(letters.where(lane), "x")
+    else:
+        store.redis.rpush(letters.where(lane), elements.get(junk, b'{"\xff":1}'))
+
+    Caretaker(store, core.shop.spool, "me", dict).round()
+
+    assert store.get(job_id, TENANT).state == "queued"
+    assert store.depths()[lane] == (junk != "wrong type")
+    posting.post([job_id], lane)
+    assert store.depths()[lane] == 1 + (junk != "wrong type")
 
 
 def test_a_redis_that_refuses_is_no_junk_record(core: Core) -> None:

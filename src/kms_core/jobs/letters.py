@@ -57,5 +57,5 @@ def written_at(message: bytes) -> float:
     """When a message was written; 0 for one that is not of ours."""
     try:
         return msgspec.json.decode(message, type=_Dated).headers.at
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):  # of msgspec
         return 0.0

@@ -11,7 +11,7 @@ import redis
 import structlog
 
 from kms_core.jobs import claim_script, letters, part_scripts, scripts
-from kms_core.jobs.link import PREFIX, busy_key, is_of_the_record, job_key, number, redis_errors
+from kms_core.jobs.link import PREFIX, answered, busy_key, is_of_the_record, job_key, number, redis_errors
 from kms_core.jobs.model import QUEUES, REDIS_STEPS, Lane
 from kms_core.wire import PRIORITIES, Priority
 
@@ -100,18 +100,20 @@ class Upkeep:
         """Put messages into a list of the broker that is in this Redis."""
         now = self.now()
         messages = (letters.write(job_id, lane, now) for job_id in job_ids)
-        with redis_errors():
-            self.redis.lpush(letters.where(lane), *messages)
+        self.shared(self.redis.lpush, letters.where(lane), *messages)
 
     def depths(self) -> dict[tuple[str, str], int]:
-        """How many messages wait, by queue and priority, if the broker is in this Redis."""
+        """How many messages wait, by queue and priority, if the broker is in this Redis.
+
+        A list of a wrong type has none, here and in ``oldest``: it may be that no worker serves its queue.
+        """
         pipeline = self.redis.pipeline(transaction=False)
         for lane in letters.LANES:
             for step in REDIS_STEPS[lane[1]]:
                 pipeline.llen(letters.where(lane, step))
         with redis_errors():
-            found = iter(pipeline.execute())
-        return {lane: sum(next(found) for _ in REDIS_STEPS[lane[1]]) for lane in letters.LANES}
+            found = iter(pipeline.execute(raise_on_error=False))
+        return {lane: sum(answered(next(found)) or 0 for _ in REDIS_STEPS[lane[1]]) for lane in letters.LANES}
 
     def oldest(self) -> dict[Lane, float]:
         """Since when the oldest message of each lane in this Redis waits; 0 for one that does not say."""
@@ -119,8 +121,8 @@ class Upkeep:
             pipeline = self.redis.pipeline(transaction=False)
             for lane in letters.LANES:
                 pipeline.lrange(letters.where(lane), -1, -1)
-            found = zip(letters.LANES, pipeline.execute(), strict=True)
-        return {lane: letters.written_at(last[0]) for lane, last in found if last}
+            found = zip(letters.LANES, map(answered, pipeline.execute(raise_on_error=False)), strict=True)
+            return {lane: letters.written_at(last[0]) for lane, last in found if last}
 
     def expired(self, limit: int = 1000) -> list[str]:
         """Ended jobs whose results are to be deleted."""
