@@ -15,6 +15,7 @@ from kms_core.errors import JobsUnavailable, KmsError, Unavailable
 from kms_core.jobs.build import Core
 from kms_core.jobs.desk import Terms
 from kms_core.jobs.ends import spec_digest
+from kms_core.jobs.fanout import PART_FILES
 from kms_core.jobs.model import EXHAUSTED, part_id
 from kms_core.jobs.run import _defer, run_job
 from kms_core.jobs.store import JobStore
@@ -115,6 +116,22 @@ def test_jobs_in_parts_answer_whatever_a_field_holds(busy: Core, whose: str, fie
             if store.exists(forged):
                 put(store, forged, field, value)
             answer(call)
+
+
+def test_fence_that_no_attempt_had_costs_a_part_no_search_for_its_leftovers(busy: Core) -> None:
+    """Each message about a part that has ended has its files looked at, 500 at most."""
+    root = busy.shop.spool._directory.parent / "files" / "swept"  # noqa: SLF001 -- as above
+    root.mkdir(parents=True)
+    for number in range(PART_FILES):
+        (root / str(number)).write_bytes(b"x")
+    terms = Terms(Principal("local"), "reseal", Context.parse("env=test"))
+    body = JobIn(kind="reseal", source=f"{root.as_uri()}/*", target=f"{root.as_uri()}/*", overwrite=True)
+    whole = busy.desk.submit(terms, body, PART_FILES).job_id
+    run_job(whole, busy.shop, "w/1")
+    part = part_id(whole, 0)
+    forge(busy.shop.store, part, state="failed", error="expired", fence="2147483648")
+
+    answer(lambda: run_job(part, busy.shop, "w/2"))
 
 
 @pytest.mark.parametrize("value", [b"-1", b"2.5", b"4503599627370496"])

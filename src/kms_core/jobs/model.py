@@ -35,8 +35,9 @@ AMQP_RANKS: Final[Mapping[Priority, int]] = {"high": 9, "normal": 4, "low": 1}
 
 _PARTS: Final = uuid.UUID("6f1f3c4e-0d0a-5c0b-9a57-6b6d732d7061")  # a namespace of our own (RFC 9562 §5.5)
 
-SWEPT: Final = 1000
-"""Attempts whose leftovers are looked for: those before the newest. In Redis any fence may stand."""
+SWEPT: Final = 100
+"""Attempts whose leftovers are looked for, of each file: those before the newest. In Redis any fence may
+stand, and each attempt removes what those before it left."""
 
 MOST: Final = 2**53
 """Above it a number of Redis's scripts is not exact."""

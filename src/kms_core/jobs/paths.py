@@ -318,11 +318,14 @@ class Roots:
         with self._parent(placement.url) as (dir_fd, name):
             return _is(placement, name, dir_fd)
 
-    def discard(self, url: str, temporary: str) -> None:
-        """Remove what an attempt that died left beside its target; nothing there is fine."""
-        _check_temporary(temporary)
-        with self._parent(url) as (dir_fd, _), suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=dir_fd)
+    def discard(self, url: str, *temporaries: str) -> None:
+        """Remove what attempts that died left beside their target; nothing there is fine."""
+        for temporary in temporaries:
+            _check_temporary(temporary)
+        with self._parent(url) as (dir_fd, _):
+            for temporary in temporaries:
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=dir_fd)
 
     def _locate(self, url: str, *, itself: bool = False) -> tuple[Path, tuple[str, ...]]:
         path = parse(url)

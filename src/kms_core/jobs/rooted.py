@@ -1,6 +1,7 @@
 """Jobs to and from files beneath the roots: the seams of ``jobs/places.py`` over ``jobs/paths.py``."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -135,11 +136,9 @@ class RootedTarget:
 
     def sweep(self, fence: int) -> None:
         """Remove what attempts before this fence left beside the target when they were killed."""
-        for earlier in range(max(1, fence - SWEPT), fence):
-            try:
-                self.roots.discard(self.url, temporary_name(tag(self.job_id, earlier)))
-            except KmsError:  # the attempt itself will say what is wrong with the directory
-                return
+        earlier = range(max(1, fence - SWEPT), fence)
+        with suppress(KmsError):  # the attempt itself will say what is wrong with the directory
+            self.roots.discard(self.url, *(temporary_name(tag(self.job_id, each)) for each in earlier))
 
 
 def tag(job_id: str, fence: int) -> str:
