@@ -16,7 +16,6 @@ from kms_core import rotation
 from kms_core.errors import JobsUnavailable
 from kms_core.jobs import teller
 from kms_core.jobs.build import Core
-from kms_core.jobs.link import PREFIX, redis_errors
 from kms_core.jobs.model import MAINTENANCE
 from kms_core.jobs.store import JobStore
 from kms_core.settings import Settings
@@ -35,7 +34,7 @@ def register(app: Celery, core: Callable[[], Core], settings: Settings, name: st
     @app.task(name=TASK)  # type: ignore[untyped-decorator]  # Celery ships no types
     def look_after_keys() -> None:
         try:
-            if _first(core().shop.store, "keys-looked", name, EVERY_S / 2):  # however many messages there are
+            if core().shop.store.once("keys-looked", name, EVERY_S / 2):  # however many messages there are
                 look_after(core(), rotation.rules_of(settings), name)
         except JobsUnavailable:
             _log.warning("rotation.left_to_the_next_time")
@@ -48,14 +47,8 @@ def look_after(core: Core, rules: rotation.Rules, owner: str) -> None:
     store = core.shop.store
     counts = together(teller.shared(store.redis), core.kms.tally.peek())
     due = rotation.watch(core.kms.keyring, counts, rules)
-    mine = [state for state in due if _first(store, f"rotate:{state.key_id}", owner, _ATTEMPT_EVERY_S)]
+    mine = [state for state in due if store.once(f"rotate:{state.key_id}", owner, _ATTEMPT_EVERY_S)]
     rotation.rotate_due(core.kms, mine)
-
-
-def _first(store: JobStore, name: str, owner: str, seconds: float) -> bool:
-    """Whether nobody has done this within so many seconds. Raises JobsUnavailable."""
-    with redis_errors():
-        return bool(store.redis.set(f"{PREFIX}once:{name}", owner, nx=True, px=int(seconds * 1000)))
 
 
 class Clock(threading.Thread):
@@ -87,7 +80,7 @@ class Clock(threading.Thread):
     def _round(self) -> None:
         try:
             with self._working:
-                if _first(self._store, "keys", self._owner, self._every_s):
+                if self._store.once("keys", self._owner, self._every_s):
                     self._app.send_task(TASK, queue=MAINTENANCE, argsrepr="-", kwargsrepr="-")
         except Exception as exc:  # noqa: BLE001 -- a round may fail, the clock may not
             _log.warning("rotation.round_failed", error=type(exc).__name__)

@@ -8,29 +8,42 @@ import redis
 import structlog
 
 from kms_core import piles
-from kms_core.errors import JobsUnavailable
-from kms_core.jobs.link import PREFIX, number, redis_errors
+from kms_core.errors import JobsUnavailable, UnknownJob
+from kms_core.jobs.link import PREFIX, number, record_errors, redis_errors
+from kms_core.jobs.scripts import LIBRARY
 from kms_core.tally import Tally
 
 EVERY_S: Final = 2.0
 _KEY: Final = f"{PREFIX}tally"
+_ADD: Final = (
+    LIBRARY
+    + """
+-- KEYS: counts   ARGV: name, how many more, ...
+for i = 1, #ARGV, 2 do add(KEYS[1], ARGV[i], ARGV[i + 1]) end
+"""
+)
 _log = structlog.get_logger(__name__)
 
 
 def add(client: redis.Redis, counts: Mapping[str, int]) -> None:
-    """Add to the counts that all processes share; they live as long as Redis's data do. JobsUnavailable."""
+    """Add to the counts that all processes share; they live as long as Redis's data do. JobsUnavailable.
+
+    What others wrote in their place counts as 0.
+    """
     if not counts:
         return
-    with redis_errors(), client.pipeline(transaction=True) as pipe:
-        for name, number in counts.items():
-            pipe.hincrby(_KEY, name, number)
-        pipe.execute()
+    flat = [part for pair in counts.items() for part in pair]
+    with redis_errors():
+        client.register_script(_ADD)([_KEY], flat)
 
 
 def shared(client: redis.Redis) -> dict[str, int]:
     """What all processes have counted and handed over. Raises JobsUnavailable."""
-    with redis_errors():
-        found = cast("dict[bytes, bytes]", client.hgetall(_KEY))
+    try:
+        with record_errors():
+            found = cast("dict[bytes, bytes]", client.hgetall(_KEY))
+    except UnknownJob:  # no table
+        return {}
     return {name.decode(errors="replace"): int(number(count)) for name, count in found.items()}
 
 

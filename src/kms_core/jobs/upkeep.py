@@ -209,14 +209,25 @@ class Upkeep:
         """A short lock for one caretaker at a time; its holder renews it by calling again."""
         with redis_errors():
             key, milliseconds = f"{PREFIX}lock:{name}", int(seconds * 1000)
-            if self.redis.set(key, owner, nx=True, px=milliseconds):
+            if self._is_first(key, owner, milliseconds):
                 return True
-            left = self.redis.pttl(key)
-            if left == -1 or left > milliseconds:  # nobody here holds it so long
-                self.redis.pexpire(key, milliseconds)
             if self.redis.get(key) == owner.encode():
                 self.redis.pexpire(key, milliseconds)
                 return True
+        return False
+
+    def once(self, name: str, owner: str, seconds: float) -> bool:
+        """Whether nobody has done this within so many seconds."""
+        with redis_errors():
+            return self._is_first(f"{PREFIX}once:{name}", owner, int(seconds * 1000))
+
+    def _is_first(self, key: str, owner: str, milliseconds: int) -> bool:
+        """Whether the key was free: then it is the owner's for so long."""
+        if self.redis.set(key, owner, nx=True, px=milliseconds):
+            return True
+        left = self.redis.pttl(key)
+        if left == -1 or left > milliseconds:  # nobody here holds it so long
+            self.redis.pexpire(key, milliseconds)
         return False
 
     def worker_seen(self, worker: str) -> None:
