@@ -11,7 +11,7 @@ import msgspec
 
 from kms_core.jobs.link import PREFIX
 from kms_core.jobs.model import QUEUES, REDIS_STEPS, Lane
-from kms_core.wire import PRIORITIES
+from kms_core.wire import NOT_JSON, PRIORITIES
 
 TASK: Final = "kms.run"
 LANES: Final[tuple[Lane, ...]] = tuple((queue, priority) for queue in QUEUES for priority in PRIORITIES)
@@ -57,5 +57,5 @@ def written_at(message: bytes) -> float:
     """When a message was written; 0 for one that is not of ours."""
     try:
         return msgspec.json.decode(message, type=_Dated).headers.at
-    except (ValueError, RecursionError):  # of msgspec
+    except NOT_JSON:
         return 0.0

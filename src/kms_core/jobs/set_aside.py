@@ -11,6 +11,7 @@ import msgspec
 import redis
 
 from kms_core.jobs.link import PREFIX, is_of_the_record, redis_errors
+from kms_core.wire import NOT_JSON
 
 MOST: Final = 100
 """Messages kept; older ones make room."""
@@ -104,5 +105,5 @@ def _entry(raw: bytes) -> SetAside | None:
     """None for what no worker wrote."""
     try:
         return _decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except NOT_JSON:
         return None
