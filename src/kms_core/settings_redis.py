@@ -53,6 +53,8 @@ def is_shared(section: Redis) -> bool:
 def check_redis(settings: Settings) -> None:
     """URLs of a known kind, TLS files only where there is TLS. Raises ConfigurationError, without the URL."""
     section = settings.kms.redis
+    if ";" in section.broker_url:  # Celery takes a list of brokers; checks here see the first
+        raise ConfigurationError("kms.redis.broker_url: one URL belongs there; in a password, ; is %3B")
     for where, url, schemes in (
         ("kms.redis.url", section.url, STATE),
         ("kms.redis.broker_url", section.broker_url, BROKER),

@@ -47,6 +47,7 @@ _ONLY_NAMED: Final = (
     "auth.issuers",
     "auth.certificates",
     "server.client_ca",
+    "server.allowed_hosts",
     "jobs.roots",
     "jobs.buckets",
     "jobs.spool_dir",
@@ -55,10 +56,14 @@ _ONLY_NAMED: Final = (
     "audit.path",
     "audit.key_path",
     "audit.signing_key_path",
+    "audit.keep_days",
+    "audit.anchor_redis",
     "audit.anchor_dir",
 )
 """Settings that decide who may call, and which files are read, written and deleted for whom."""
-_SERVERS: Final = ("redis.url", "redis.broker_url")
+_SERVERS: Final = ("redis.url", "redis.broker_url", "traces.endpoint")
+_HARMLESS: Final[Mapping[str, object]] = {"auth.mode": "required", "audit.anchor_redis": True}
+"""What a found file may say there; of the others, only what is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +189,7 @@ def check_places(document: Tree, given: Collection[str], file: Path) -> None:
     """
     for key in (*_ONLY_NAMED, *_SERVERS):
         value = _value(document, key)
-        is_harmless = not value or (key == "auth.mode" and value != "none")
+        is_harmless = value in (None, _HARMLESS[key]) if key in _HARMLESS else not value
         if is_harmless or key in given or (key in _SERVERS and _is_on_this_machine(str(value))):
             continue
         raise ConfigurationError(
@@ -201,7 +206,8 @@ def _value(document: Tree, key: str) -> object:
 def _is_on_this_machine(url: str) -> bool:
     """Whether a server is reached by TCP on loopback; a socket could lie in the repository."""
     parts = urlsplit(url)
-    return parts.scheme in {"redis", "rediss", "amqp", "amqps"} and is_loopback(parts.hostname or "")
+    schemes = {"redis", "rediss", "amqp", "amqps", "http", "https"}
+    return parts.scheme in schemes and is_loopback(parts.hostname or "")
 
 
 def check_destinations(

@@ -27,6 +27,7 @@ def load(body: str, folder: Path) -> Redis:
         ('url = "redis.example.com:6379"', "kms.redis.url: expected one of"),
         ('url = "redis://[h"', "kms.redis.url is not a URL"),
         ('broker_url = "memory://"', "kms.redis.broker_url: expected one of redis://"),
+        ('broker_url = "amqp://u:hunter2@h;amqp://x"', "kms.redis.broker_url: one URL belongs there"),
         ('url = "sentinel://u:hunter2@h:1"', "a Sentinel URL names its master"),
         ('url = "sentinel://h/x?master=m"', "the path of a Sentinel URL is the number of a database"),
         ('url = "sentinel://h:99999?master=m"', "a port is a number up to 65535"),

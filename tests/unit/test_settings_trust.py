@@ -187,7 +187,7 @@ SENDS_A_VARIABLE = {
         "endpoints.e.url",
     ),
     "folder": ('[kms.age]\nprivate_key_path = "/tmp/${SECRET}"', "age.private_key_path"),
-    "traces": ('[kms.traces]\nendpoint = "https://x.test/${SECRET}"', "traces.endpoint"),
+    "traces": ('[kms.traces]\nendpoint = "https://localhost/${SECRET}"', "traces.endpoint"),
     "key": ('[kms.keys]\nk = "transit:${SECRET}"', "keys.k"),
     "bind": ('bind = "${SECRET}.x.test"', "kms.bind"),
 }
@@ -251,7 +251,7 @@ SENDS_A_CREDENTIAL = {
         "secret_file",
     ),
     "traces": (
-        '[kms.traces]\nenabled = true\nendpoint = "https://x.test"',
+        '[kms.traces]\nenabled = true\nendpoint = "https://localhost"',
         {"OTEL_EXPORTER_OTLP_HEADERS": "authorization=canary"},
         "traces.endpoint",
         "OTEL_EXPORTER_OTLP_HEADERS",
@@ -311,10 +311,12 @@ DECIDES = {
     "accept_weak": 'accept_weak = ["server.tls_cert"]',
     "state_dir": 'state_dir = "state"',
     "auth.mode": '[kms.auth]\nmode = "none"',
+    "auth.mode by a default": '[kms.auth]\nmode = "${XDG_UNSET:-none}"',
     "auth.tokens_path": '[kms.auth]\ntokens_path = "tokens.json"',
     "auth.issuers": '[kms.auth.issuers.i]\nissuer = "https://x.test"\naudience = "a"',
     "auth.certificates": '[kms.auth.certificates.c]\nsubject = "DNS:x"\nscopes = ["*"]',
     "server.client_ca": '[kms.server]\nclient_ca = "ca.pem"',
+    "server.allowed_hosts": '[kms.server]\nallowed_hosts = ["x.test"]',
     "jobs.roots": '[kms.jobs]\nroots = ["/home/ada"]',
     "jobs.buckets": BUCKET,
     "jobs.spool_dir": '[kms.jobs]\nspool_dir = "/home/ada/.cache"',
@@ -323,9 +325,12 @@ DECIDES = {
     "audit.path": '[kms.audit]\npath = "audit"',
     "audit.key_path": '[kms.audit]\nkey_path = "k"',
     "audit.signing_key_path": '[kms.audit]\nsigning_key_path = "k"',
+    "audit.keep_days": "[kms.audit]\nkeep_days = 1",
+    "audit.anchor_redis": "[kms.audit]\nanchor_redis = false",
     "audit.anchor_dir": '[kms.audit]\nanchor_dir = "anchors"',
     "redis.url": '[kms.redis]\nurl = "redis://x.test"',
     "redis.broker_url": '[kms.redis]\nbroker_url = "amqp://x.test"',
+    "traces.endpoint": '[kms.traces]\nenabled = true\nendpoint = "https://x.test"',
 }
 
 
@@ -336,7 +341,7 @@ def test_a_found_file_decides_neither_callers_nor_files_of_jobs(setting: str, te
 
     told = refusal()
 
-    assert f"kms.{setting} is not taken from " in told
+    assert f"kms.{setting.split(maxsplit=1)[0]} is not taken from " in told
     assert_says_how_to_trust(told, here)
 
 
@@ -344,6 +349,13 @@ def test_a_socket_in_the_repository_is_no_redis_of_this_machine() -> None:
     write('[kms.redis]\nurl = "unix:///repository/redis.sock"')
 
     assert "kms.redis.url is not taken from " in refusal()
+
+
+def test_a_second_broker_behind_one_of_this_machine_is_refused() -> None:
+    """Celery takes a list of brokers, by semicolons."""
+    write('[kms.redis]\nbroker_url = "amqp://127.0.0.1//;amqp://x.test"')
+
+    assert "kms.redis.broker_url: one URL belongs there" in refusal()
 
 
 def test_flags_and_variables_may_name_what_a_found_file_may_not() -> None:
