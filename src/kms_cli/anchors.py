@@ -47,8 +47,7 @@ def configured(settings: Settings) -> Read:
         found.unnamed = "" if state_redis.is_named(settings.kms.redis) else _REDIS
         _from_redis(found, settings)
     if section.anchor_dir is not None:
-        with _noting(found, str(section.anchor_dir)):
-            found.lines[str(section.anchor_dir)] = Folder(section.anchor_dir).lines()
+        _from_folder(found, section.anchor_dir)
     return found
 
 
@@ -59,11 +58,23 @@ def named(settings: Settings, places: Sequence[str]) -> Read:
         if place == REDIS:
             _from_redis(found, settings)
             continue
+        if Path(place).is_dir():
+            _from_folder(found, Path(place))
+            continue
         try:
             found.lines[place] = read_lines(Path(place))
         except OSError as exc:
             found.failed[place] = f"it cannot be read ({exc.strerror})"
     return found
+
+
+def _from_folder(found: Read, path: Path) -> None:
+    """What can be read there is compared all the same where a file cannot."""
+    folder = Folder(path)
+    with _noting(found, str(path)):
+        found.lines[str(path)] = folder.lines()
+        if folder.unread:
+            found.failed[str(path)] = folder.unread
 
 
 def _from_redis(found: Read, settings: Settings) -> None:

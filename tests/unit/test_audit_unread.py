@@ -4,20 +4,23 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import pytest
 from prometheus_client import REGISTRY
 
+from kms_cli import anchors as read_anchors
 from kms_core.audit import Rules, anchors, chain, retention
 from kms_core.audit.keeper import Keeper
 from kms_core.audit.keys import Signer
 from kms_core.audit.places import Folder
 from kms_core.audit.watch import Watch
+from kms_core.settings import Settings
 from trails import Place, notes, record
 
 NOBODY: Final = 65534
@@ -319,6 +322,72 @@ def test_a_file_of_junk_alone_is_damaged(place: Place) -> None:
 
     assert found(watch) == []
     assert "is damaged" in watch.condition.not_compared["directory"]
+
+
+def lock(file: Path) -> None:
+    file.write_bytes(b"nonsense\n")
+    file.chmod(0)
+
+
+NO_ANCHORS: Final[dict[str, Callable[[Path], None]]] = {
+    "directory": lambda file: file.mkdir(),
+    "pipe": os.mkfifo,
+    "locked": lock,
+}
+
+
+@pytest.mark.parametrize("kind", NO_ANCHORS)
+@pytest.mark.parametrize("at_first", [True, False], ids=["at the first look", "later"])
+def test_what_is_no_file_of_anchors_hides_no_other(place: Place, kind: str, *, at_first: bool) -> None:
+    file = chain_of(place, "api")
+    watch = watching(place)
+    if not at_first:
+        assert found(watch) == []
+    stray = place.at / "anchors" / "api-20260101T000000.000000Z-1.anchors.jsonl"
+    NO_ANCHORS[kind](stray)
+    cut(file)
+    folder = kept(place)
+    with unprivileged(place):
+        assert (found(watch), compared()) == (["cut"], 0)
+        assert [problem.code for problem in place.verified(*folder.lines()).problems] == ["cut"]
+        told = [folder.unread, watch.condition.not_compared.get("directory", "")]
+        assert told == ([f"{stray} cannot be read (Permission denied)"] * 2 if kind == "locked" else ["", ""])
+        read = read_anchors.named(cast("Settings", None), [str(folder.path)])
+    assert set(read.lines) == {str(folder.path)}
+    assert len(read.lines[str(folder.path)]) > 1
+    assert list(read.failed) == ([str(folder.path)] if kind == "locked" else [])
+
+
+def test_a_file_of_anchors_that_can_be_read_again_is_compared(place: Place) -> None:
+    """It has not changed."""
+    file = chain_of(place, "api")
+    anchored = anchor_file(place, "api")
+    anchored.chmod(0)
+    watch = watching(place)
+    with unprivileged(place):
+        assert found(watch) == []
+        assert "Permission denied" in watch.condition.not_compared["directory"]
+        anchored.chmod(0o600)
+        cut(file)
+
+        assert (found(watch), watch.condition.not_compared) == (["cut"], {})
+
+
+def test_a_pipe_in_place_of_a_file_of_anchors_holds_nobody_up(place: Place) -> None:
+    trail = place.trail(EAGER)
+    keeper = Keeper(trail, [kept(place)])
+    trail.append(record(0))
+    keeper.round()
+    anchored = anchor_file(place, "api")
+    anchored.unlink()
+    os.mkfifo(anchored)
+    trail.append(record(1))
+    beside = threading.Thread(target=keeper.round, daemon=True)
+    beside.start()
+    beside.join(10)
+
+    assert not beside.is_alive()
+    trail.close()
 
 
 def test_the_next_anchor_ends_it(place: Place) -> None:

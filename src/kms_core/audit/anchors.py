@@ -18,7 +18,7 @@ from kms_core import metrics
 from kms_core.audit import chain, segments
 from kms_core.audit.chain import Line
 from kms_core.audit.keys import PublicKeys
-from kms_core.audit.places import ANCHORS_SUFFIX, PAGE, Entry, Folder, RedisStream, line_of
+from kms_core.audit.places import ANCHORS_SUFFIX, PAGE, Entry, Folder, RedisStream, files_in, line_of
 from kms_core.audit.report import Problem
 from kms_core.errors import AuditUnavailable
 
@@ -158,6 +158,7 @@ class _Files:
         self.text = str(folder.path)
         self._sizes: dict[str, int] = {}
         self._damaged: dict[str, str] = {}
+        self._unread: set[str] = set()
 
     @property
     def damaged(self) -> str:
@@ -165,13 +166,17 @@ class _Files:
 
     def news(self, keys: PublicKeys) -> tuple[list[bytes], bool]:
         try:
-            sizes = {path.name: path.stat().st_size for path in self._path.glob(f"*{ANCHORS_SUFFIX}")}
+            files = files_in(self._path, f"*{ANCHORS_SUFFIX}")
+            sizes = {path.name: path.stat().st_size for path in files}
             if not sizes and not self._path.is_dir():
                 raise AuditUnavailable(f"{self._path} is not there: mount or make it")
-            changed = [name for name, size in sizes.items() if size != self._sizes.get(name)]
-            lines = [self._newest(name, keys) for name in changed if sizes[name]]
         except OSError as exc:
             raise AuditUnavailable(f"{self._path} cannot be read ({exc.strerror})") from exc
+        changed = [name for name, size in sizes.items() if size != self._sizes.get(name)]
+        wanted = {*changed, *self._unread & sizes.keys()}
+        self._unread = set()
+        self._damaged = {name: why for name, why in self._damaged.items() if name in sizes}
+        lines = [self._newest(name, keys) for name in wanted if sizes[name]]
         lost = any(sizes.get(name, 0) < size for name, size in self._sizes.items())
         self._sizes = sizes
         return lines, lost
@@ -179,8 +184,13 @@ class _Files:
     def _newest(self, name: str, keys: PublicKeys) -> bytes:
         """The newest anchor in a file, or the first if none is near its end; empty if it has none of ours."""
         path = self._path / name
-        line, behind = segments.newest_signed(path, keys)
-        first = b"" if line else segments.first_line(path)
+        try:
+            line, behind = segments.newest_signed(path, keys)
+            first = b"" if line else segments.first_line(path)
+        except OSError as exc:  # the others are compared all the same
+            self._unread.add(name)
+            self._damaged[name] = f"{path} cannot be read ({exc.strerror})"
+            return b""
         begin = chain.read(first)
         is_foreign = begin is not None and begin.kind in chain.SIGNED and begin.key not in keys.keys
         self._damaged.pop(name, None)

@@ -89,12 +89,16 @@ def _answering() -> Iterator[None]:
 
 
 class Folder:
-    """A second directory, best on another disk or host: a file for each chain, synced."""
+    """A second directory, best on another disk or host: a file for each chain, synced.
+
+    ``unread`` is why a file could not be read when ``lines`` was asked last; empty if all could.
+    """
 
     name = "directory"
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.unread = ""
 
     def make(self) -> None:
         """Make the directory (0700), if it is not there. Raises OSError."""
@@ -111,6 +115,7 @@ class Folder:
         """Append durably: also the name of a file that is made here."""
         is_new = not path.exists()
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags |= os.O_NONBLOCK  # a pipe under this name holds nobody up
         fd = os.open(path, flags, 0o600)
         try:
             os.write(fd, line)
@@ -121,13 +126,17 @@ class Folder:
             sync_folder(self.path)
 
     def lines(self) -> list[bytes]:
-        """All lines of all chains. Raises AuditUnavailable."""
-        try:
-            if not self.path.is_dir():
-                raise AuditUnavailable(f"{self.path} is not there: mount or make it")
-            return read_lines(self.path)
-        except OSError as exc:
-            raise AuditUnavailable(f"{self.path} cannot be read ({exc.strerror})") from exc
+        """All lines of all files that can be read. Raises AuditUnavailable if the directory is not there."""
+        if not self.path.is_dir():
+            raise AuditUnavailable(f"{self.path} is not there: mount or make it")
+        found: list[bytes] = []
+        self.unread = ""
+        for file in files_in(self.path, "*.jsonl"):
+            try:
+                found += read_lines(file)
+            except OSError as exc:
+                self.unread = self.unread or f"{file} cannot be read ({exc.strerror})"
+        return found
 
 
 class Stdout:
@@ -141,7 +150,12 @@ class Stdout:
             rest = rest[os.write(1, rest) :]
 
 
+def files_in(folder: Path, pattern: str) -> list[Path]:
+    """The plain files of these names: a pipe would never be read to its end. Raises OSError."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file())
+
+
 def read_lines(path: Path) -> list[bytes]:
     """The lines of a file, or of all files of a directory. Raises OSError."""
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    files = files_in(path, "*.jsonl") if path.is_dir() else [path]
     return [line for file in files for line in file.read_bytes().split(b"\n") if line]
