@@ -1,15 +1,18 @@
 import json
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 
+import anyio
 import pytest
 from fastapi import Request
 from starlette.types import Message
 
 from kms_api import bodies
 from kms_api.admission import RESERVATION, Admission, Reservation
-from kms_api.deps import WHO
+from kms_api.deps import LET_IN, WHO
 from kms_core import wire
 from kms_core.errors import InvalidRequest, TooLarge
+from kms_core.http_server.protocol import BODY
 from kms_core.policy import Principal
 from kms_core.settings_sections import Server
 
@@ -190,6 +193,42 @@ async def test_undeclared_body_stops_at_the_limit() -> None:
 
     with pytest.raises(TooLarge):
         await bodies.read_bytes(request, LIMIT)
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Length": str(LIMIT)}], ids=["undeclared", "declared"])
+async def test_a_body_counts_once(headers: dict[str, str]) -> None:
+    request = request_of([b"a" * 60, b"b" * 40], headers)
+
+    await bodies.read_bytes(request, LIMIT)
+
+    assert request.scope[RESERVATION].admission.json.held == LIMIT
+
+
+async def test_a_body_that_came_with_its_head_has_the_same_limit() -> None:
+    there = {BODY: (None, SimpleNamespace(more_body=False))}
+    whole, larger = request_of([b"a" * LIMIT]), request_of([b"a" * (LIMIT + 1)])
+    whole.scope["state"] = larger.scope["state"] = there
+
+    assert len(await bodies.read_bytes(whole, LIMIT)) == LIMIT
+    with pytest.raises(TooLarge):
+        await bodies.read_bytes(larger, LIMIT)
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.2], ids=["at once", "later"])
+async def test_a_slow_form_of_a_stranger_takes_a_slot(
+    monkeypatch: pytest.MonkeyPatch, delay_s: float
+) -> None:
+    monkeypatch.setattr(bodies, "_MOMENT_S", 0.1)
+    at_once = request_of([b"form"])
+
+    async def receive() -> Message:
+        await anyio.sleep(delay_s)
+        return await at_once.receive()
+
+    request = Request({**at_once.scope, WHO: LET_IN}, receive)
+
+    assert await bodies.read_bytes(request, LIMIT) == b"form"
+    assert request.scope[RESERVATION].admission.logins.held == (1 if delay_s else 0)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip", "x"])

@@ -7,7 +7,9 @@ from typing import Any, Final, cast
 import msgspec
 import pytest
 from fastapi import Request
+from starlette.types import Receive, Scope, Send
 
+from kms_api.client_address import ClientAddress
 from kms_api.deps import WHO
 from kms_api.facade import keys, system
 from kms_api.facade.app import _check_headers
@@ -18,6 +20,8 @@ from kms_api.pages.screen import _holder
 from kms_api.sessions import COOKIE, Sessions
 from kms_core.errors import Forbidden, InvalidRequest, Unauthenticated
 from kms_core.policy import Principal
+from kms_core.proxies import Proxies
+from kms_core.settings_sections import Server
 
 ADA: Final = Principal("ada", "acme", "token:1")
 pytestmark = pytest.mark.anyio
@@ -54,6 +58,24 @@ async def test_a_form_is_stamped_for_one_credential_of_one_tenant(other: Princip
         return _holder(Request({"type": "http", "headers": [], WHO: who}))
 
     assert holder(ADA) == holder(Principal("ada", "acme", "token:1")) != holder(other)
+
+
+async def test_what_has_no_address_of_a_client_is_passed_on_as_it_is() -> None:
+    """A unix socket has none, and the start and end of the service is no request."""
+    passed = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        del receive, send
+        passed.append(dict(scope))
+
+    trusting = ClientAddress(app, Proxies.of(Server(trusted_proxies=("10.0.0.0/8",), docs=True)))
+    header = [(b"x-forwarded-for", b"203.0.113.9")]
+    unix = {"type": "http", "client": None, "headers": header}
+    proxied = {"type": "http", "client": ("10.0.0.1", 4711), "headers": header}
+    for scope in (unix, {"type": "lifespan"}, proxied):
+        await trusting(scope, cast("Any", None), cast("Any", None))
+
+    assert passed == [unix, {"type": "lifespan"}, {**proxied, "client": ("203.0.113.9", 0)}]
 
 
 @pytest.mark.parametrize("namespace", [b"root", b"beta", b"acme/beta", b"Acme"])
