@@ -59,7 +59,10 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A file as it was last read: bytes ``begin`` to ``end``, and the last line there."""
+    """A file as it was last read: bytes ``begin`` to ``end``, and the last line there.
+
+    ``changed_ns`` is when its inode changed, which nobody can put back as the time of the last write.
+    """
 
     inode: int
     size: int
@@ -207,7 +210,7 @@ class Watch(threading.Thread):
         """What is new in a file; all that was read of it, if somebody wrote to it and it did not grow."""
         at, known = (segment.chain, segment.number), self._known.get((segment.chain, segment.number))
         stat = segment.path.stat()
-        if known and (stat.st_ino, stat.st_size, stat.st_mtime_ns) == (
+        if known and (stat.st_ino, stat.st_size, stat.st_ctime_ns) == (
             known.inode,
             known.size,
             known.changed_ns,
@@ -232,7 +235,7 @@ class Watch(threading.Thread):
         self._known[at] = _Known(
             stat.st_ino,
             stat.st_size,
-            stat.st_mtime_ns,
+            stat.st_ctime_ns,
             known.begin if known and begin <= known.end else begin,
             stat.st_size - part.torn_bytes,
             part.last_seq,
