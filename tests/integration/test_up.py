@@ -198,7 +198,7 @@ def test_what_a_dead_child_had_started_is_gone_before_the_next(start: Start) -> 
 def test_child_that_keeps_dying_is_started_later_and_later(start: Start) -> None:
     service = start(STAND_IN_WORKER="7")
 
-    until(lambda: len(service.notes("worker", "start")) == 6, "six starts")
+    until(lambda: len(service.notes("worker", "start")) >= 6, "six starts")
 
     delays = [
         line.split()[-2] for line in service.stderr.splitlines() if "worker ended with status 7" in line
