@@ -17,16 +17,17 @@ from benchmarks import report
 from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.report import Scale
 
-from kms_core.audit import Record, Rules, Trail, reading, receipt
+from kms_core.age.x25519 import Identity
+from kms_core.audit import Record, Rules, Trail, query
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
-from kms_core.audit.verify import verify
+from kms_core.audit.verification import receipt
+from kms_core.audit.verification.verify import verify
+from kms_core.auth.policy import AllowAll, Principal
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.choice import Rules as CallRules
-from kms_core.context import Context
-from kms_core.envelope.x25519 import Identity
+from kms_core.key_selection import Rules as CallRules
 from kms_core.keyring import Key, Keyring
-from kms_core.policy import AllowAll, Principal
 from kms_core.service import Kms
+from kms_protocol.context import Context
 
 CONTEXT: Final = Context.parse("env=prod,service=api")
 THREADS: Final = 16  # as many as the API has for calls that wait
@@ -207,11 +208,11 @@ def _verifications(folder: Path) -> list[Contender]:
 
 def _looks(folder: Path, name: str) -> list[Contender]:
     audit = folder / "audit"
-    wanted = reading.Wanted()
-    after = reading.page(audit, wanted, None, 100).following
+    wanted = query.Wanted()
+    after = query.page(audit, wanted, None, 100).following
     return [
-        many("a page of 100 behind a cursor", lambda: reading.page(audit, wanted, after, 100)),
-        many("the newest 20", lambda: reading.newest(audit, wanted, 20)),
+        many("a page of 100 behind a cursor", lambda: query.page(audit, wanted, after, 100)),
+        many("the newest 20", lambda: query.newest(audit, wanted, 20)),
         many("a receipt from the middle", lambda: receipt.make(audit, name)),
     ]
 

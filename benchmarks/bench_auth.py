@@ -25,14 +25,14 @@ from cryptography.x509.oid import NameOID
 from starlette.types import ASGIApp
 
 from kms_api import app
-from kms_cli import up
-from kms_core import logs
-from kms_core import settings as settings_file
+from kms_cli.local import up
 from kms_core.auth import tokens
 from kms_core.auth.certificates import Shown, authority_of, key_of
 from kms_core.auth.tokens import Wish
 from kms_core.http_server.protocol import CERTIFICATE
-from kms_core.wire import PREFIX
+from kms_core.observability import logs
+from kms_core.settings.load import load as load_settings
+from kms_protocol.wire import PREFIX
 
 CALLS: Final = 1500
 SCOPES: Final = (
@@ -121,7 +121,7 @@ def built(state: Path, text: str) -> ASGIApp:
     config = state / "kms.toml"
     config.write_text(f"[kms]\n{text}[kms.log]\nlevel = 'error'\n")
     environ = {"HOME": str(state), "KMS_STATE_DIR": str(state), "KMS_REDIS_URL": "unix:///nonexistent.sock"}
-    settings = settings_file.load(config, environ)
+    settings = load_settings(config, environ)
     up.make_dev_keys(settings)
     return app.build(settings)
 

@@ -24,7 +24,7 @@ from benchmarks.measure import Contender, Reading, in_turn, say
 from benchmarks.report import Scale
 
 from bao import Bao
-from kms_core.envelope.x25519 import Identity
+from kms_core.age.x25519 import Identity
 
 _SECRET: Final = b"secret-data\n" * 85  # about 1 KiB
 _MILLI: Final = Scale(unit="ms", factor=1e3, digits=0)

@@ -26,10 +26,10 @@ from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.running import free_port, stopped
 from benchmarks.wrapping import AAD, COLUMNS, SECRET, TITLE, cells, wraps
 
-from kms_core.backends.cosmian import CosmianCipher
-from kms_core.backends.cosmian_keys import CosmianKey
-from kms_core.backends.cosmian_server import LANES, Cosmian, Protocol
-from kms_core.backends.http import Answer, Server
+from kms_core.backends.cosmian.backend import CosmianCipher
+from kms_core.backends.cosmian.keys import CosmianKey
+from kms_core.backends.cosmian.server import LANES, Cosmian, Protocol
+from kms_core.http_client.peer import Answer, Server
 
 CALLERS: Final = (1, 16, 64)
 ALONE: Final = 1_000

@@ -27,7 +27,7 @@ from benchmarks.report import Cell, Scale
 
 from kms_core.auth import tokens
 from kms_core.auth.tokens import Wish
-from kms_core.wire import ENDED, PREFIX
+from kms_protocol.wire import ENDED, PREFIX
 from service import b64
 
 CONNECTIONS: Final = 4

@@ -14,7 +14,7 @@ from benchmarks import http_load, report
 from benchmarks.bench_overhead import ABOUT, CONTEXT, SIZE, Way, compared, ours, theirs
 from benchmarks.measure import say
 
-from kms_core.wire import PREFIX
+from kms_protocol.wire import PREFIX
 
 CONNECTIONS: Final = (1, 16)
 ITEMS: Final = 100

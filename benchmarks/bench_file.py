@@ -21,9 +21,10 @@ from benchmarks import drive_kms, report
 from benchmarks.children import KMS, PYTHON, installed, run, run_between_cats
 from benchmarks.measure import Contender, Reading, Series, in_turn, memory, say
 
-from kms_core.envelope import header, sealing, stream
-from kms_core.envelope.header import FILE_LIMITS
-from kms_core.envelope.x25519 import Identity
+from kms_core.age import header, stream
+from kms_core.age.header import FILE_LIMITS
+from kms_core.age.x25519 import Identity
+from kms_core.envelope import sealing
 
 _MIB: Final = 1024 * 1024
 _IN_MEMORY: Final = "tmpfs"

@@ -23,7 +23,7 @@ from benchmarks.fitting import COLUMNS, grown
 from benchmarks.jobs_install import Ends, Install, installed
 from benchmarks.measure import Contender, Reading, Series, in_turn, memory, say
 
-from kms_core.envelope.x25519 import Identity
+from kms_core.age.x25519 import Identity
 
 FILES_MIB: Final = (1, 16, 256, 1024, 4096, 16384)
 ITEMS: Final = (10, 100, 1_000, 10_000, 100_000)

@@ -23,7 +23,7 @@ from benchmarks.http_load import Shot
 from benchmarks.measure import Contender, Reading, Series, in_turn
 from benchmarks.report import Scale
 
-from kms_core.wire import ENDED, PREFIX
+from kms_protocol.wire import ENDED, PREFIX
 
 SIZES: Final = (16, 1024)
 CONNECTIONS: Final = (1, 16, 64)

@@ -22,10 +22,10 @@ from benchmarks.jobs_install import Callers, Ends, Install, Nothings, installed,
 from benchmarks.measure import Contender, Reading, descendants, in_turn, used_s
 from benchmarks.report import Scale
 
-from kms_core.context import Context
-from kms_core.jobs.desk import Terms
-from kms_core.policy import Principal
-from kms_core.wire import JobItem
+from kms_core.auth.policy import Principal
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol.context import Context
+from kms_protocol.wire import JobItem
 
 WHO: Final = Principal("local")
 CONTEXT: Final = "env=prod,service=api"

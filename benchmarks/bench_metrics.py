@@ -25,8 +25,8 @@ from benchmarks.report import Cell, Scale
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from kms_core import logs, metrics
-from kms_core.tally import Tally
+from kms_core.observability import logs, metrics
+from kms_core.observability.usage import Tally
 
 PROCESSES: Final = 8
 KEYS: Final = 100
@@ -157,8 +157,8 @@ sys.stdin.read()
 SERVE: Final = """
 import socket
 import sys
-from kms_core.auth.scraping import Scraping
-from kms_core.policy import AllowAll
+from kms_core.auth.metrics_access import Scraping
+from kms_core.auth.policy import AllowAll
 from kms_core.proxies import Proxies
 from kms_worker.metrics_server import MetricsApp, MetricsServer
 listener = socket.create_server(("127.0.0.1", 0))

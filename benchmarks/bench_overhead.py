@@ -23,11 +23,11 @@ from benchmarks.measure import Contender, Reading, descendants, in_turn, say, us
 from benchmarks.report import Cell, Scale
 
 from bao import Bao
-from kms_cli import up
-from kms_core import settings as settings_file
+from kms_cli.local import up
 from kms_core.auth import tokens
 from kms_core.auth.tokens import Wish
-from kms_core.wire import PREFIX
+from kms_core.settings.load import load as load_settings
+from kms_protocol.wire import PREFIX
 
 CONNECTIONS: Final = (1, 16)
 PROCESSES: Final = 2
@@ -170,7 +170,7 @@ def _prepared(way: Way, state: Path) -> str:
     text += f"[kms.audit]\ndurability = '{way.durability or 'write'}'\n"
     text += "[kms.auth]\nmode = 'required'\n" if way.has_auth else ""
     (state / "kms.toml").write_text(text)
-    up.make_dev_keys(settings_file.load(state / "kms.toml", _environ(state)))
+    up.make_dev_keys(load_settings(state / "kms.toml", _environ(state)))
     if not way.has_auth:
         return ""
     return tokens.create(state / "tokens.json", Wish("ci", "default", way.scopes, timedelta(days=1)))[1]

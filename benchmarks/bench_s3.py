@@ -26,10 +26,10 @@ from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.running import free_port, stopped
 from obstore.store import S3Store
 
-from kms_core.envelope.x25519 import Identity
-from kms_core.errors import KmsError
+from kms_core.age.x25519 import Identity
 from kms_core.s3.bucket import ALWAYS, Bucket
-from kms_core.s3.extents import Assembly
+from kms_core.s3.multipart import Assembly
+from kms_protocol.errors import KmsError
 
 _MIB: Final = 1024 * 1024
 _START_S: Final = 60.0

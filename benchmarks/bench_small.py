@@ -23,17 +23,18 @@ from benchmarks.drive_kms import CONTEXT, KEY, Local
 from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.report import Scale
 
+from kms_core.age import header, stream
+from kms_core.age.header import FILE_LIMITS, SYNC_LIMITS, Limits
+from kms_core.age.x25519 import Identity
 from kms_core.audit import Trail
 from kms_core.audit.keys import Concealer, Signer
+from kms_core.auth.policy import AllowAll, Principal
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.choice import Rules
-from kms_core.envelope import header, sealing, stream
-from kms_core.envelope.header import FILE_LIMITS, SYNC_LIMITS, Limits
-from kms_core.envelope.x25519 import Identity
-from kms_core.errors import KmsError
+from kms_core.envelope import sealing
+from kms_core.key_selection import Rules
 from kms_core.keyring import Key, Keyring
-from kms_core.policy import AllowAll, Principal
 from kms_core.service import Kms
+from kms_protocol.errors import KmsError
 
 SIZES: Final = (32, 1024, 64 * 1024)
 RECIPIENTS: Final = 1000

@@ -2,7 +2,7 @@
 
     python -m benchmarks.drive_bare {seal|open} KEY_HEX OFFSET SOURCE TARGET
 
-Chunks, slabs, threads and system calls are those of ``kms_core.envelope.slabs``, written down once more
+Chunks, slabs, threads and system calls are those of ``kms_core.payload.parallel``, written down once more
 without header, context, checks, progress or cancellation. The payload begins at OFFSET of the sealed file.
 """
 
@@ -18,7 +18,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from kms_core.envelope.disk import reserve
+from kms_core.payload.disk import reserve
 
 CHUNK: Final = 64 * 1024
 SEALED: Final = CHUNK + 16

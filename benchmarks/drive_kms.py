@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from kms_core.context import Context
-from kms_core.envelope import binding, header, pipes, sealing, slabs, stream
+from kms_core.age import header, stream
+from kms_core.age.header import FILE_LIMITS, Header, Stanza
+from kms_core.age.x25519 import Identity
+from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.extents import Extent, Onto
-from kms_core.envelope.header import FILE_LIMITS, Header, Stanza
-from kms_core.envelope.x25519 import Identity
+from kms_core.payload import parallel, streaming
+from kms_core.payload.files import Extent, Onto
+from kms_protocol.context import Context
 
 ITEM_BYTES: Final = 1024
 KEY: Final = KeyRef("default", "default", "bench", "age")
@@ -60,13 +62,13 @@ def seal(by: Local, source: str, target: str) -> None:
         begun = sealing.begin(by, KEY, CONTEXT, padded=True)
         with open(0, "rb", 0) as reader, open(1, "wb", 0) as writer:
             writer.write(begun.head)
-            pipes.seal_pipe(begun.payload_key, reader, writer)
+            streaming.seal_pipe(begun.payload_key, reader, writer)
         return
     with Path(source).open("rb", 0) as reader, Path(target).open("wb", 0) as writer:
         size = os.fstat(reader.fileno()).st_size
         begun = sealing.begin(by, KEY, CONTEXT, padded=size >= sealing.PAD_FROM_BYTES)
         writer.write(begun.head)
-        slabs.seal_file(
+        parallel.seal_file(
             begun.payload_key, Extent(reader.fileno(), size), Onto(writer.fileno()), len(begun.head)
         )
 
@@ -83,13 +85,13 @@ def open_(by: Local, source: str, target: str) -> None:
     if source == "-":
         with open(0, "rb", 0) as reader, open(1, "wb", 0) as writer:
             head = header.parse(reader.read(sealing.PADDED_HEADER_BYTES + stream.NONCE), FILE_LIMITS)
-            pipes.open_pipe(stream.payload_key(file_key_of(head, by), head.nonce), reader, writer)
+            streaming.open_pipe(stream.payload_key(file_key_of(head, by), head.nonce), reader, writer)
         return
     with Path(source).open("rb", 0) as reader, Path(target).open("wb", 0) as writer:
         head = header.read(reader.fileno(), FILE_LIMITS)
         size = os.fstat(reader.fileno()).st_size - head.payload_offset
         key = stream.payload_key(file_key_of(head, by), head.nonce)
-        slabs.open_file(key, Extent(reader.fileno(), size, head.payload_offset), Onto(writer.fileno()))
+        parallel.open_file(key, Extent(reader.fileno(), size, head.payload_offset), Onto(writer.fileno()))
 
 
 if __name__ == "__main__":

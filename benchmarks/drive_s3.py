@@ -15,14 +15,16 @@ from benchmarks import drive_kms
 from benchmarks.drive_kms import CONTEXT, KEY, Local
 from obstore.store import S3Store
 
-from kms_core.envelope import header, sealing, slabs, stream
-from kms_core.envelope.header import FILE_LIMITS
-from kms_core.envelope.slabs import Pace
-from kms_core.jobs.files import REMOTE_SLAB_CHUNKS, REMOTE_THREADS
+from kms_core.age import header, stream
+from kms_core.age.header import FILE_LIMITS
+from kms_core.envelope import sealing
+from kms_core.jobs.execution.one_file import REMOTE_SLAB_CHUNKS, REMOTE_THREADS
+from kms_core.payload import parallel
+from kms_core.payload.parallel import Pace
 from kms_core.s3.bucket import ALWAYS, Bucket
-from kms_core.s3.extents import PART_BYTES, Assembly, ObjectReader
-from kms_core.s3.line import Line, Place
-from kms_core.s3.signing import Credentials
+from kms_core.s3.connection import Line, Place
+from kms_core.s3.multipart import PART_BYTES, Assembly, ObjectReader
+from kms_core.s3.sigv4 import Credentials
 
 BUCKET: Final = "bench"
 ACCESS_KEY: Final = "AKIDBENCH"
@@ -46,13 +48,13 @@ def seal(by: Local, source: ObjectReader, target: Assembly) -> None:
     begun = sealing.begin(by, KEY, CONTEXT, padded=True)
     target.reserve(len(begun.head) + stream.sealed_size(source.size))
     target.write_at(memoryview(begun.head), 0)
-    slabs.seal_file(begun.payload_key, source, target, len(begun.head), PACE)
+    parallel.seal_file(begun.payload_key, source, target, len(begun.head), PACE)
 
 
 def open_(by: Local, source: ObjectReader, target: Assembly) -> None:
     head = header.read_by(source.read_at, FILE_LIMITS)
     key = stream.payload_key(drive_kms.file_key_of(head, by), head.nonce)
-    slabs.open_file(key, source.tail(head.payload_offset), target, pace=PACE)
+    parallel.open_file(key, source.tail(head.payload_offset), target, pace=PACE)
 
 
 def reseal(by: Local, source: ObjectReader, target: Assembly) -> None:
@@ -62,7 +64,7 @@ def reseal(by: Local, source: ObjectReader, target: Assembly) -> None:
     payload = source.tail(head.payload_offset)
     target.reserve(len(begun.head) + payload.size)
     target.write_at(memoryview(begun.head), 0)
-    slabs.reseal_file((old, begun.payload_key), payload, target, len(begun.head), PACE)
+    parallel.reseal_file((old, begun.payload_key), payload, target, len(begun.head), PACE)
 
 
 def rewrap(by: Local, source: ObjectReader, target: Assembly) -> None:
@@ -73,7 +75,7 @@ def rewrap(by: Local, source: ObjectReader, target: Assembly) -> None:
     target.reserve(len(new) + payload.size)
     target.write_at(memoryview(new), 0)
     lead = target.part_bytes - len(new)
-    slabs.copy_run(payload.head(lead), target, len(new), PACE)
+    parallel.copy_run(payload.head(lead), target, len(new), PACE)
     if not target.copy(payload.tail(lead), PACE.before, PACE.after):
         raise RuntimeError("the store cannot copy parts")
 

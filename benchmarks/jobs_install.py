@@ -20,11 +20,11 @@ from benchmarks.measure import descendants
 from benchmarks.running import free_port, stopped
 from celery import Celery
 
-from kms_cli import up, valkey
-from kms_core import settings as settings_file
-from kms_core.jobs.build import Core
-from kms_core.jobs.build import build as build_core
-from kms_core.wire import PREFIX
+from kms_cli.local import up, valkey
+from kms_core.container import Core
+from kms_core.container import build as build_core
+from kms_core.settings.load import load as load_settings
+from kms_protocol.wire import PREFIX
 
 START_S: Final = 60.0
 _KEPT_S: Final = 2.0
@@ -113,7 +113,7 @@ def installed(folder: Path, fsync: str, *, concurrency: int = 2) -> Iterator[Ins
             "HOME": str(folder),
         }
         port = free_port()
-        settings = settings_file.load(config, named | {"KMS_PORT": str(port)})
+        settings = load_settings(config, named | {"KMS_PORT": str(port)})
         up.make_dev_keys(settings)
         core = build_core(settings, "bench", None)
         yield Install(state, place, named, port, core, stack)

@@ -9,24 +9,24 @@ from typing import Final
 
 import msgspec
 
+from kms_core.age import header, mlkem768x25519, x25519
+from kms_core.age.header import FILE_LIMITS, VERSION_LINE, Header, Stanza
+from kms_core.age.recipients import Identity
 from kms_core.audit import Audit, Record
+from kms_core.auth.policy import AllowAll, Policy, Principal
 from kms_core.backends import Backend
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.choice import Rules
-from kms_core.context import Context
-from kms_core.envelope import header, hybrid, x25519
-from kms_core.envelope.header import FILE_LIMITS, VERSION_LINE, Header, Stanza
-from kms_core.envelope.native import Identity
-from kms_core.errors import AuditUnavailable
+from kms_core.key_selection import Rules
 from kms_core.keyring import Key, Keyring
-from kms_core.policy import AllowAll, Policy, Principal
 from kms_core.service import Kms
+from kms_protocol.context import Context
+from kms_protocol.errors import AuditUnavailable
 
 ADA: Final = Principal("ada", "acme", "test")
 NO_CONTEXT: Final = Context()
 ROW: Final = Context.parse("row=7")
 _NO_KEYS: Final[Mapping[str, Backend]] = MappingProxyType({})
-NativeIdentity = x25519.Identity | hybrid.Identity
+NativeIdentity = x25519.Identity | mlkem768x25519.Identity
 
 
 class Unhidden:

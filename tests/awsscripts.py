@@ -14,7 +14,7 @@ from typing import cast
 import msgspec
 
 from awsservers import ACCESS_KEY, REGION, SECRET_KEY, calls_to
-from kms_core.backends.awskms import AwsCipher
+from kms_core.backends.aws.backend import AwsCipher
 
 KEY = "1234abcd-12ab-34cd-56ef-1234567890ab"
 HOME = f"arn:aws:kms:{REGION}:111122223333:"

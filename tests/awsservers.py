@@ -19,8 +19,8 @@ from uuid import uuid4
 import boto3
 from botocore.session import Session
 
-from kms_core.backends.awskms import AwsCipher
-from kms_core.backends.awskms_calls import Calls, Place
+from kms_core.backends.aws.backend import AwsCipher
+from kms_core.backends.aws.client import Calls, Place
 from kms_core.programs.tether import spawn
 from ports import free_port
 

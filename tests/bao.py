@@ -17,11 +17,11 @@ from uuid import uuid4
 import httpx
 
 from contract.faults import Fault, Faulty, faulty, hangs_up
-from kms_core.backends.transit import TransitCipher
-from kms_core.backends.vault import Vault, connect
-from kms_core.backends.vaultkv import KvCipher
+from kms_core.backends.vault.client import Vault, connect
+from kms_core.backends.vault.kv import KvCipher
+from kms_core.backends.vault.transit import TransitCipher
 from kms_core.programs.tether import spawn
-from kms_core.settings_backends import VaultKv
+from kms_core.settings.backends import VaultKv
 from peers import program
 from ports import free_port
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 import structlog
 
-from kms_cli.valkey import EmbeddedValkey, Limits
+from kms_cli.local.valkey import EmbeddedValkey, Limits
 
 # skips that fail in CI; the whole service; cores with object stores; a façade; age tools; RabbitMQ
 pytest_plugins = ["skips", "service", "objectbench", "facades", "plugins", "rabbits"]

@@ -20,12 +20,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from kms_core import settings as settings_file
 from kms_core.jobs.ends import Work
-from kms_core.jobs.outbox import Delivery, Outbox
-from kms_core.jobs.store import JobStore
-from kms_core.jobs.webhooks import Endpoint
-from kms_core.wire import JobState
+from kms_core.jobs.events.outbox import Delivery, Outbox
+from kms_core.jobs.events.webhook import Endpoint
+from kms_core.jobs.store.store import JobStore
+from kms_core.settings.load import Settings
+from kms_core.settings.load import load as load_settings
+from kms_protocol.wire import JobState
 from stores import TENANT, claimed
 
 SECRET: Final = b"0123456789abcdef0123456789abcdef"
@@ -193,12 +194,12 @@ def toml(name: str, receiver: Receiver, authority: Authority, secret: Path, more
     )
 
 
-def load_endpoint(folder: Path, body: str, environment: str = "dev") -> settings_file.Settings:
+def load_endpoint(folder: Path, body: str, environment: str = "dev") -> Settings:
     """Settings with one endpoint, ``ci``, of this body."""
     text = f"[kms]\nenvironment = '{environment}'\n[kms.environments.staging]\nbackend = 'age'\n"
     file = folder / "kms.toml"
     file.write_text(text + f"[kms.jobs.endpoints.ci]\n{body}")
-    return settings_file.load(file, {"HOME": str(folder), "COSMIAN_KMS_URL": "https://kms.test"})
+    return load_settings(file, {"HOME": str(folder), "COSMIAN_KMS_URL": "https://kms.test"})
 
 
 @contextmanager

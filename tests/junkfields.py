@@ -3,7 +3,7 @@
 from typing import Final
 
 from kms_core.jobs.model import Job
-from kms_core.jobs.store import JobStore
+from kms_core.jobs.store.store import JobStore
 from stores import forge
 
 FIELDS: Final = (

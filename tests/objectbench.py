@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import objectstores
-from kms_core.context import Context
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Terms
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution.runner import Shop, run_job
 from kms_core.jobs.model import Job
-from kms_core.jobs.run import Shop, run_job
-from kms_core.policy import Principal
-from kms_core.wire import JobKind
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol.context import Context
+from kms_protocol.wire import JobKind
 from objectstores import ObjectStore, TestBucket, Way
 from peers import program
 from service import Service, core_of

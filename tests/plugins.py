@@ -14,7 +14,7 @@ import pytest
 from bao import bao
 from callers import REQUIRED, Guarded, bearer
 from kms_cli.plugin.names import Target
-from kms_core.context import Context
+from kms_protocol.context import Context
 from peers import program
 from service import b64, unb64
 

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import redis
 
 from hooks import Authority
-from kms_cli.valkey import ACCESS
+from kms_cli.local.valkey import ACCESS
 from kms_core.programs import tether
 from peers import program
 from ports import free_port

@@ -8,8 +8,8 @@ import httpx
 from cryptography import x509
 
 from callers import Authority, Guarded, Pair
-from kms_cli import up
-from kms_core.wire import PREFIX
+from kms_cli.local import up
+from kms_protocol.wire import PREFIX
 
 NAME: Final = x509.DNSName("builder.example.com")
 EXPIRED: Final = timedelta(minutes=-5)

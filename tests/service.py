@@ -20,15 +20,15 @@ import httpx
 import pytest
 
 import documented
-from kms_cli import up
-from kms_cli.valkey import EmbeddedValkey, runtime_dir
-from kms_core import settings as settings_file
-from kms_core.jobs.build import Core
-from kms_core.jobs.build import build as build_core
+from kms_cli.local import up
+from kms_cli.local.valkey import EmbeddedValkey, runtime_dir
+from kms_core.container import Core
+from kms_core.container import build as build_core
 from kms_core.jobs.model import Nudge
 from kms_core.programs import tether
-from kms_core.settings import Settings
-from kms_core.wire import ENDED, PREFIX
+from kms_core.settings.load import load as load_settings
+from kms_core.settings.model import Settings
+from kms_protocol.wire import ENDED, PREFIX
 from ports import free_port
 
 WAIT_S: Final = 90.0  # an upper bound that no healthy machine meets; nothing asserts how long a thing takes
@@ -95,7 +95,7 @@ class Service:
 
     @property
     def settings(self) -> Settings:
-        return settings_file.load(None, self.environ)
+        return load_settings(None, self.environ)
 
     # -- processes ---------------------------------------------------------------------------------
 

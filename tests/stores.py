@@ -5,12 +5,12 @@ import time
 import msgspec
 import redis
 
-from kms_core import servers
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import new_id
+from kms_core import redis_client
+from kms_core.container import Core
 from kms_core.jobs.model import Accepted, Claim, Commit, Rules
-from kms_core.jobs.store import JobStore
-from kms_core.settings_sections import Redis
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import new_id
+from kms_core.settings.model import Redis
 from service import CANARY
 
 TENANT = "default"
@@ -21,7 +21,7 @@ COMMIT = Commit(fence=1, inode=2, size_bytes=3, mtime_ns=4)
 
 def connect(url: str) -> redis.Redis:
     """A client as the service makes it."""
-    return servers.connect(Redis(url=url, broker_url=url))
+    return redis_client.connect(Redis(url=url, broker_url=url))
 
 
 def store_of(core: Core, rules: Rules, nudged: list[str]) -> JobStore:

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from kms_core.jobs.build import Core
+from kms_core.container import Core
 from kms_core.jobs.ends import Work
+from kms_core.jobs.execution.runner import Shop
 from kms_core.jobs.model import Claim, Commit
-from kms_core.jobs.run import Shop
-from kms_core.jobs.store import JobStore
-from kms_core.wire import JobState
+from kms_core.jobs.store.store import JobStore
+from kms_protocol.wire import JobState
 from stores import SHORT
 
 MOMENTS = [(moment, step) for step in ("committing", "finish") for moment in ("before", "after")]

@@ -11,8 +11,8 @@ from typing import Any
 
 from kms_core.audit import Record, Rules, Trail
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
-from kms_core.audit.report import Report
-from kms_core.audit.verify import verify
+from kms_core.audit.verification.report import Report
+from kms_core.audit.verification.verify import verify
 
 Line = dict[str, Any]
 

@@ -12,16 +12,10 @@ from fastapi import FastAPI
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp
 
-from kms_api import document, pages, problems, rules
-from kms_api.admission import Admission, Admitted
-from kms_api.client_address import ClientAddress
+from kms_api import routing, ui
 from kms_api.deps import Queue, Service
-from kms_api.edge import Edge
-from kms_api.facade import app as facade
-from kms_api.front import Front
-from kms_api.gate import Entry, Gate, Limits
-from kms_api.pages import runbooks
-from kms_api.pages.screen import Screen
+from kms_api.errors import problems
+from kms_api.openapi import document, route
 from kms_api.routes import (
     audit,
     batch,
@@ -32,26 +26,32 @@ from kms_api.routes import (
     jobs,
     keys,
     operations,
-    reference,
     secrets,
-    ui,
-    ui_forms,
     webhooks,
 )
-from kms_api.sessions import Sessions
-from kms_api.tracing import Traced
-from kms_core import __version__, metrics, traces, wire
-from kms_core.audit.build import build_watch
-from kms_core.audit.watch import Watch
-from kms_core.auth.scraping import Scraping
-from kms_core.auth.throttle import Failures, Pace, Requests
-from kms_core.jobs.build import Core
-from kms_core.jobs.build import build as build_core
-from kms_core.jobs.teller import Teller
+from kms_api.transport.admission import Admission, Admitted
+from kms_api.transport.authentication import Entry, Gate, Limits
+from kms_api.transport.client_address import ClientAddress
+from kms_api.transport.fast_path import Front
+from kms_api.transport.request_context import Edge
+from kms_api.transport.sessions import Sessions
+from kms_api.transport.tracing import Traced
+from kms_api.ui import actions, runbooks, views
+from kms_api.ui.render import Screen
+from kms_api.vault_api import app as facade
+from kms_core.audit.verification.monitor import Watch
+from kms_core.audit_setup import build_watch
+from kms_core.auth.metrics_access import Scraping
+from kms_core.auth.rate_limit import Failures, Pace, Requests
+from kms_core.container import Core
+from kms_core.container import build as build_core
+from kms_core.jobs.store.usage_flush import Teller
+from kms_core.observability import metrics, tracing
 from kms_core.proxies import Proxies
-from kms_core.settings import Settings
-from kms_core.settings_lint import SETTINGS, unaccepted
-from kms_core.settings_redis import is_shared
+from kms_core.settings.lint import SETTINGS, unaccepted
+from kms_core.settings.model import Settings
+from kms_core.settings.redis_urls import is_shared
+from kms_protocol import __version__, wire
 
 _SLAB_THREADS = 8  # of their own: disks may be slow, and must not hold up the threads of other calls
 
@@ -59,8 +59,8 @@ ROUTERS: Final = tuple(
     part.router
     for part in (secrets, filekeys, batch, codec, jobs, files, intake, webhooks, keys, audit, operations)
 )
-UI: Final = (ui.router, ui_forms.router)
-REFERENCE: Final = (reference.router,)
+UI: Final = (views.router, actions.router)
+REFERENCE: Final = (route.router,)
 DOCUMENTED: Final = {wire.PREFIX: ROUTERS, "": (operations.probes,)}
 """What the OpenAPI page is of, by prefix."""
 
@@ -88,7 +88,7 @@ def _core(settings: Settings) -> tuple[Core, Queue]:
 def build(settings: Settings) -> ASGIApp:
     """The application for these settings. Raises ConfigurationError; touches key files, and no peer."""
     traced = settings.kms.traces
-    traces.configure("kms-service", enabled=traced.enabled, endpoint=traced.endpoint)
+    tracing.configure("kms-service", enabled=traced.enabled, endpoint=traced.endpoint)
     core, queue = _core(settings)
     watch = build_watch(settings, core.shop.store.redis)
     app = _App(
@@ -114,10 +114,10 @@ def build(settings: Settings) -> ASGIApp:
         core.doors.revocations if core.doors else None,
     )
     for router in ROUTERS:
-        rules.include(app, router, wire.PREFIX)
-    rules.include(app, operations.probes)
+        routing.include(app, router, wire.PREFIX)
+    routing.include(app, operations.probes)
     for router in (*UI, *(REFERENCE if settings.kms.server.docs else ())):
-        rules.include(app, router)
+        routing.include(app, router)
     problems.install(app)
     metrics.BUILD_INFO.labels(__version__).set(1)
     metrics.show_weak(SETTINGS, unaccepted(settings))
@@ -128,7 +128,7 @@ def build(settings: Settings) -> ASGIApp:
     )
     entry = None if core.doors is None else Entry(core.doors, core.kms.trail, limits.failures)
     sessions = Sessions(settings.state_dir / "run" / "sessions")
-    app.state.screen = Screen(pages.environment(), pages.files(), runbooks.load(), sessions, entry)
+    app.state.screen = Screen(ui.environment(), ui.files(), runbooks.load(), sessions, entry)
     inner = facade.before(Front(app, ROUTERS, wire.PREFIX), app.state.service, core.doors)
     front = ServerErrorMiddleware(inner, problems.unknown)
     gate = Gate(front, entry, sessions, limits)
@@ -166,6 +166,6 @@ def _with_helpers(core: Core, watch: Watch) -> Callable[[FastAPI], AbstractAsync
         watch.stop()
         await anyio.to_thread.run_sync(teller.stop)
         await anyio.to_thread.run_sync(core.keeper.stop)
-        await anyio.to_thread.run_sync(traces.stop)
+        await anyio.to_thread.run_sync(tracing.stop)
 
     return lifespan

@@ -8,12 +8,12 @@ from kombu.connection import Connection
 from kombu.exceptions import OperationalError
 from kombu.transport import redis
 
-from kms_core.errors import JobsUnavailable
-from kms_core.jobs.letters import TASK
 from kms_core.jobs.model import AMQP_RANKS, QUEUES, REDIS_STEPS
-from kms_core.servers import celery_options
-from kms_core.settings_sections import Redis
-from kms_core.wire import Priority
+from kms_core.jobs.store.broker_messages import TASK
+from kms_core.redis_client import celery_options
+from kms_core.settings.model import Redis
+from kms_protocol.errors import JobsUnavailable
+from kms_protocol.wire import Priority
 
 _CONFIGURATION: Final[dict[str, object]] = {
     "task_serializer": "json",

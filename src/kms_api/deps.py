@@ -8,14 +8,14 @@ from typing import Final, ParamSpec, Protocol, TypeVar
 import anyio.to_thread
 from fastapi import Request
 
-from kms_core.audit.watch import Watch
+from kms_core.age.header import BUNDLE
+from kms_core.audit.verification.monitor import Watch
+from kms_core.auth.policy import Principal
+from kms_core.auth.rate_limit import Requests
 from kms_core.auth.revocation import Revocations
-from kms_core.auth.throttle import Requests
-from kms_core.envelope.header import BUNDLE
-from kms_core.jobs.desk import Desk
-from kms_core.policy import Principal
+from kms_core.jobs.submission.submitter import Desk
 from kms_core.service import Kms
-from kms_core.settings import Settings
+from kms_core.settings.model import Settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,7 +54,7 @@ class Service:
     upload_limiter: anyio.CapacityLimiter
     """The threads that work on streams of items while these arrive, one for each."""
     requests: Requests
-    """Counts items of batches and jobs, and logins; ``gate.py`` counts the requests."""
+    """Counts items of batches and jobs, and logins; ``authentication.py`` counts the requests."""
     threads: Executor
     """Where the slabs of files are sealed and opened, written and read."""
     revocations: Revocations | None

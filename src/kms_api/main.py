@@ -5,8 +5,12 @@ import os
 import sys
 from pathlib import Path
 
-from kms_core import logs, secure_memory, settings, settings_lint
-from kms_core.errors import EXIT_CONFIGURATION, ConfigurationError
+from kms_core import secure_memory
+from kms_core.observability import logs
+from kms_core.settings import lint
+from kms_core.settings.load import check_exposure
+from kms_core.settings.load import load as load_settings
+from kms_protocol.errors import EXIT_CONFIGURATION, ConfigurationError
 
 
 def main() -> int:
@@ -14,18 +18,18 @@ def main() -> int:
     arguments = _arguments()
     try:
         secure_memory.forbid_dumps()
-        loaded = settings.load(arguments.config, os.environ)
+        loaded = load_settings(arguments.config, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
-        settings.check_exposure(loaded)
+        check_exposure(loaded)
         if not arguments.listener:  # else the leader has told
-            settings_lint.warn(loaded)
+            lint.warn(loaded)
         if loaded.kms.server.processes > 1 and not arguments.listener:
-            from kms_api import leader  # noqa: PLC0415 -- a leader serves nothing
+            from kms_api.server import supervisor  # noqa: PLC0415 -- a leader serves nothing
 
-            return leader.lead(loaded, arguments.config)
-        from kms_api import serving  # noqa: PLC0415 -- and needs none of this
+            return supervisor.lead(loaded, arguments.config)
+        from kms_api.server import process  # noqa: PLC0415 -- and needs none of this
 
-        return serving.serve(loaded, arguments.listener)
+        return process.serve(loaded, arguments.listener)
     except ConfigurationError as exc:
         sys.stderr.write(f"kms-service: error: {exc.detail}\n")
         return EXIT_CONFIGURATION

@@ -15,92 +15,93 @@ from typing import Final, NoReturn
 
 import click
 
-from kms_cli import session, words
-from kms_core import __version__, secure_memory
-from kms_core.errors import EXIT_OTHER, EXIT_USAGE, ConfigurationError, KmsError
+from kms_cli import session, terminal
+from kms_core import secure_memory
+from kms_protocol import __version__
+from kms_protocol.errors import EXIT_OTHER, EXIT_USAGE, ConfigurationError, KmsError
 
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141  # as a shell shows death by SIGPIPE
 TERMINATED: Final = 143
 COMMANDS: Final = {  # name: module, what it does
-    "up": ("launch", "Run the whole service on this machine."),
-    "encrypt": ("secrets", "Encrypt stdin; base64 to stdout."),
-    "decrypt": ("secrets", "Decrypt base64 from stdin; plaintext to stdout."),
-    "generate-key": ("secrets", "Make a data key, plain and encrypted."),
-    "rewrap": ("secrets", "Move a ciphertext to the current key, or another."),
-    "encrypt-file": ("files", "Encrypt a file of any size."),
-    "decrypt-file": ("files", "Decrypt a file of any size."),
-    "job": ("jobs", "List, show, follow and cancel jobs."),
-    "keys": ("keys", "List, show and rotate keys."),
-    "status": ("service", "Show what the service does and has done."),
-    "health": ("service", "Ask whether the key backend works."),
-    "rewrap-file": ("header_rewrap", "Move a file of any size to the current key, or another."),
-    "seal": ("offline", "Encrypt a file or stdin without a service."),
-    "open": ("offline", "Decrypt any age file without a service."),
-    "ssh": ("ssh", "Make and use SSH keys whose private part is sealed."),
-    "run": ("running", "Run a program with sealed values in its environment."),
-    "keygen": ("keygen", "Make an age key pair."),
-    "recipient": ("recipients", "Name a key for age -r, rage and sops."),
-    "identity": ("recipients", "Name a key for age -d -i, rage and sops."),
-    "inspect": ("inspection", "Show what an encrypted file says of itself."),
-    "token": ("tokens", "Create, list, rotate and revoke API tokens."),
-    "migrate": ("migrate", "Move ciphertexts from Vault, AWS KMS or SOPS into the service."),
-    "audit": ("audit", "Verify and read the audit trail of this machine."),
-    "cosmian": ("cosmian", "Make the keys of the service on a Cosmian KMS server."),
-    "config": ("config", "Check settings."),
-    "doctor": ("doctor", "Check keys, settings and the service."),
-    "messages": ("messages", "List refused messages of kms.submit."),
+    "up": ("local.launch", "Run the whole service on this machine."),
+    "encrypt": ("commands.secrets", "Encrypt stdin; base64 to stdout."),
+    "decrypt": ("commands.secrets", "Decrypt base64 from stdin; plaintext to stdout."),
+    "generate-key": ("commands.secrets", "Make a data key, plain and encrypted."),
+    "rewrap": ("commands.secrets", "Move a ciphertext to the current key, or another."),
+    "encrypt-file": ("commands.files", "Encrypt a file of any size."),
+    "decrypt-file": ("commands.files", "Decrypt a file of any size."),
+    "job": ("commands.jobs", "List, show, follow and cancel jobs."),
+    "keys": ("commands.keys", "List, show and rotate keys."),
+    "status": ("commands.status", "Show what the service does and has done."),
+    "health": ("commands.status", "Ask whether the key backend works."),
+    "rewrap-file": ("commands.rewrap_file", "Move a file of any size to the current key, or another."),
+    "seal": ("commands.offline", "Encrypt a file or stdin without a service."),
+    "open": ("commands.offline", "Decrypt any age file without a service."),
+    "ssh": ("commands.ssh", "Make and use SSH keys whose private part is sealed."),
+    "run": ("commands.run", "Run a program with sealed values in its environment."),
+    "keygen": ("commands.keygen", "Make an age key pair."),
+    "recipient": ("commands.recipient", "Name a key for age -r, rage and sops."),
+    "identity": ("commands.recipient", "Name a key for age -d -i, rage and sops."),
+    "inspect": ("commands.inspect", "Show what an encrypted file says of itself."),
+    "token": ("commands.tokens", "Create, list, rotate and revoke API tokens."),
+    "migrate": ("migrate.command", "Move ciphertexts from Vault, AWS KMS or SOPS into the service."),
+    "audit": ("commands.audit", "Verify and read the audit trail of this machine."),
+    "cosmian": ("commands.cosmian", "Make the keys of the service on a Cosmian KMS server."),
+    "config": ("commands.config", "Check settings."),
+    "doctor": ("doctor.command", "Check keys, settings and the service."),
+    "messages": ("commands.messages", "List refused messages of kms.submit."),
 }
 JOB_COMMANDS: Final = {
-    "submit": ("submit", "Hand in a job over files where the service runs."),
-    "list": ("jobs", "List jobs, newest first."),
-    "show": ("jobs", "Show one job."),
-    "wait": ("jobs", "Wait until a job has ended."),
-    "cancel": ("jobs", "Ask for the end of a job."),
-    "result": ("jobs", "Fetch the result of a job."),
-    "dead": ("jobs", "List jobs that used up their attempts."),
-    "retry": ("jobs", "Give a dead letter all its attempts again."),
+    "submit": ("commands.submit", "Hand in a job over files where the service runs."),
+    "list": ("commands.jobs", "List jobs, newest first."),
+    "show": ("commands.jobs", "Show one job."),
+    "wait": ("commands.jobs", "Wait until a job has ended."),
+    "cancel": ("commands.jobs", "Ask for the end of a job."),
+    "result": ("commands.jobs", "Fetch the result of a job."),
+    "dead": ("commands.jobs", "List jobs that used up their attempts."),
+    "retry": ("commands.jobs", "Give a dead letter all its attempts again."),
 }
 
 CONFIG_COMMANDS: Final = {
-    "lint": ("config", "Tell what the settings allow that is weaker than need be."),
+    "lint": ("commands.config", "Tell what the settings allow that is weaker than need be."),
 }
 KEYS_COMMANDS: Final = {
-    "list": ("keys", "List keys, with age and use of the version that seals."),
-    "usage": ("keys", "Show what each version of a key has sealed."),
-    "rotate": ("keys", "Make a new version of a key."),
+    "list": ("commands.keys", "List keys, with age and use of the version that seals."),
+    "usage": ("commands.keys", "Show what each version of a key has sealed."),
+    "rotate": ("commands.keys", "Make a new version of a key."),
 }
 
 MIGRATE_COMMANDS: Final = {
-    "transit": ("migrate_transit", "From the transit engine of Vault or OpenBao."),
-    "aws": ("migrate_aws", "From AWS KMS."),
-    "sops": ("migrate_sops", "Give SOPS files a key of the service."),
+    "transit": ("migrate.transit", "From the transit engine of Vault or OpenBao."),
+    "aws": ("migrate.aws", "From AWS KMS."),
+    "sops": ("migrate.sops", "Give SOPS files a key of the service."),
 }
 
 AUDIT_COMMANDS: Final = {
-    "verify": ("audit", "Check that the trail is whole and unchanged."),
-    "tail": ("audit", "Show the last operations, and follow them."),
-    "receipt": ("audit", "Write a proof that one operation was recorded."),
-    "check-receipt": ("audit", "Check such a proof, anywhere."),
-    "key": ("audit", "Print the public key that checks signatures."),
-    "acknowledge-loss": ("audit", "Put on record that lines are lost for good."),
+    "verify": ("commands.audit", "Check that the trail is whole and unchanged."),
+    "tail": ("commands.audit", "Show the last operations, and follow them."),
+    "receipt": ("commands.audit", "Write a proof that one operation was recorded."),
+    "check-receipt": ("commands.audit", "Check such a proof, anywhere."),
+    "key": ("commands.audit", "Print the public key that checks signatures."),
+    "acknowledge-loss": ("commands.audit", "Put on record that lines are lost for good."),
 }
 
 TOKEN_COMMANDS: Final = {
-    "create": ("tokens", "Make a token; it is shown once."),
-    "list": ("tokens", "List tokens and what they may do."),
-    "rotate": ("tokens", "Give a token a new secret."),
-    "revoke": ("tokens", "Take a token out, at once."),
+    "create": ("commands.tokens", "Make a token; it is shown once."),
+    "list": ("commands.tokens", "List tokens and what they may do."),
+    "rotate": ("commands.tokens", "Give a token a new secret."),
+    "revoke": ("commands.tokens", "Take a token out, at once."),
 }
 
 SSH_COMMANDS: Final = {
-    "new": ("ssh", "Make a key pair; the private part is sealed at once."),
-    "add": ("ssh", "Hand the private part to the ssh agent, until its end."),
-    "open": ("ssh", "Write the private part to a file (0600)."),
-    "list": ("ssh", "Show the keys of a directory, and which have ended."),
+    "new": ("commands.ssh", "Make a key pair; the private part is sealed at once."),
+    "add": ("commands.ssh", "Hand the private part to the ssh agent, until its end."),
+    "open": ("commands.ssh", "Write the private part to a file (0600)."),
+    "list": ("commands.ssh", "Show the keys of a directory, and which have ended."),
 }
 
-COSMIAN_COMMANDS: Final = {"init-key": ("cosmian", "Make the keys that settings name.")}
+COSMIAN_COMMANDS: Final = {"init-key": ("commands.cosmian", "Make the keys that settings name.")}
 
 
 class LazyGroup(click.Group):
@@ -178,18 +179,18 @@ def run(args: Sequence[str] | None = None) -> int:
         code = _invoke(line)
         sys.stdout.flush()
     except click.UsageError as exc:
-        return words.misused(exc)
+        return terminal.misused(exc)
     except (KeyboardInterrupt, click.exceptions.Abort):
-        words.say("interrupted")
+        terminal.say("interrupted")
         return INTERRUPTED
     except KmsError as exc:
-        return words.failed(exc, as_json="--json" in line)
+        return terminal.failed(exc, as_json="--json" in line)
     except BrokenPipeError:
         _drop_stdout()
         return BROKEN_PIPE
     except OSError as exc:
         place = f"{os.fsdecode(exc.filename)}: " if isinstance(exc.filename, str | bytes) else ""
-        words.say(f"error: {place}{words.plain(exc.strerror or type(exc).__name__)}")
+        terminal.say(f"error: {place}{terminal.plain(exc.strerror or type(exc).__name__)}")
         return EXIT_OTHER
     return code if isinstance(code, int) else 0
 
@@ -210,7 +211,7 @@ def main() -> NoReturn:
     try:
         secure_memory.forbid_dumps()
     except ConfigurationError as exc:
-        sys.exit(words.failed(exc, as_json=False))
+        sys.exit(terminal.failed(exc, as_json=False))
     code = run()
     gc.freeze()  # or the interpreter ends by looking for garbage in all it loaded, a fifth of a short command
     sys.exit(code)
@@ -230,7 +231,7 @@ def _version_option() -> click.Option:
     def show(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
         del parameter
         if value and not ctx.resilient_parsing:
-            words.result(f"kms {__version__}")
+            terminal.result(f"kms {__version__}")
             ctx.exit()
 
     return click.Option(

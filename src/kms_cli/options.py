@@ -3,8 +3,8 @@
 import click
 import msgspec
 
-from kms_core.errors import InvalidContext
-from kms_core.wire import PRIORITIES, ContextIn
+from kms_protocol.errors import InvalidContext
+from kms_protocol.wire import PRIORITIES, ContextIn
 
 
 def context_of(ctx: click.Context, parameter: click.Parameter, value: str | None) -> ContextIn:

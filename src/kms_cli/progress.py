@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import Final, Self
 
-from kms_cli import words
+from kms_cli import terminal
 
 BAR: Final = 24
 EVERY_S: Final = 0.1
@@ -39,13 +39,13 @@ class Meter:
             return
         self._drawn_at = now
         rate = done / (now - self._began) if now > self._began else 0.0
-        sys.stderr.write(f"\r\x1b[K{label} {_bar(done, total)} {words.size(rate)}/s")
+        sys.stderr.write(f"\r\x1b[K{label} {_bar(done, total)} {terminal.size(rate)}/s")
         sys.stderr.flush()
 
 
 def _bar(done: int, total: int | None) -> str:
     if not total:
-        return words.size(done)
+        return terminal.size(done)
     part = min(1.0, done / total)
     filled = round(part * BAR)
-    return f"[{'#' * filled}{'.' * (BAR - filled)}] {part:4.0%} of {words.size(total)}"
+    return f"[{'#' * filled}{'.' * (BAR - filled)}] {part:4.0%} of {terminal.size(total)}"

@@ -11,8 +11,8 @@ from kms_client.aio import AsyncClient
 from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
 from kms_client.settings import DEFAULT_URL, Options
 from kms_client.sync import Client
-from kms_core import errors, wire
-from kms_core.errors import KmsError
+from kms_protocol import errors, wire
+from kms_protocol.errors import KmsError
 
 __all__ = [
     "DEFAULT_URL",

@@ -11,17 +11,17 @@ import anyio.to_thread
 import httpcore
 import msgspec
 
-from kms_client import calls
-from kms_client.calls import UploadOptions
+from kms_client import requests
 from kms_client.engine import Engine
+from kms_client.follow import Watch
+from kms_client.http_client import Answer, Transport, pool_options, transport_errors
 from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
+from kms_client.requests import UploadOptions
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
 from kms_client.transfer import Download, Progress, Upload
-from kms_client.transport import Answer, Transport, pool_options, transport_errors
-from kms_client.watch import Watch
-from kms_core import wire
-from kms_core.errors import JobNotFinished
-from kms_core.wire import ContextIn
+from kms_protocol import wire
+from kms_protocol.errors import JobNotFinished
+from kms_protocol.wire import ContextIn
 
 T = TypeVar("T")
 P = TypeVar("P")
@@ -104,13 +104,13 @@ class AsyncClient:
         self, plaintext: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.EncryptOut:
         """Seal up to 1 MiB (the server's setting; TooLarge above it: use ``upload_encrypt``)."""
-        return await self._engine.send(calls.encrypt(plaintext, context, key_id))
+        return await self._engine.send(requests.encrypt(plaintext, context, key_id))
 
     async def decrypt(
         self, ciphertext: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.DecryptOut:
         """Open a ciphertext. Raises DecryptFailed for a wrong key, wrong context and damage alike."""
-        return await self._engine.send(calls.decrypt(ciphertext, context, key_id))
+        return await self._engine.send(requests.decrypt(ciphertext, context, key_id))
 
     async def generate_data_key(
         self,
@@ -122,7 +122,7 @@ class AsyncClient:
     ) -> wire.GenerateKeyOut:
         """A random key, plain and sealed. Raises DataKeysUnsupported where the backend hands out none."""
         return await self._engine.send(
-            calls.generate_data_key(spec, context, key_id, without_plaintext=without_plaintext)
+            requests.generate_data_key(spec, context, key_id, without_plaintext=without_plaintext)
         )
 
     async def rewrap(
@@ -134,31 +134,31 @@ class AsyncClient:
         key_id: str | None = None,
     ) -> wire.EncryptOut:
         """The same payload under the current key, or another; without ``new_context`` the old one stays."""
-        return await self._engine.send(calls.rewrap(ciphertext, context, new_context, key_id))
+        return await self._engine.send(requests.rewrap(ciphertext, context, new_context, key_id))
 
     async def wrap(
         self, file_key: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.WrapOut:
         """Wrap the 16-byte file key of an age file of one's own; the answer's stanza goes into its header."""
-        return await self._engine.send(calls.wrap(file_key, context, key_id))
+        return await self._engine.send(requests.wrap(file_key, context, key_id))
 
     async def unwrap(
         self, stanzas: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.UnwrapOut:
         """The file key of an age file. Check the header's MAC with it: the service has not seen that."""
-        return await self._engine.send(calls.unwrap(stanzas, context, key_id))
+        return await self._engine.send(requests.unwrap(stanzas, context, key_id))
 
     async def batch(self, operation: wire.JobKind, items: Iterable[wire.BatchItem]) -> wire.BatchOut:
         """Up to 1,000 calls in one; a refused item is an ``error`` in its place, not an exception."""
-        return await self._engine.send(calls.batch(operation, items))
+        return await self._engine.send(requests.batch(operation, items))
 
     async def health(self) -> wire.HealthOut:
         """Whether the active backend works. An unhealthy one is an answer, not an exception."""
-        return await self._engine.send(calls.health())
+        return await self._engine.send(requests.health())
 
     async def status(self) -> wire.StatusOut:
         """Backend, version, uptime, and counts of operations and jobs."""
-        return await self._engine.send(calls.status())
+        return await self._engine.send(requests.status())
 
     async def audit(
         self, *, after: str | None = None, limit: int | None = None, **filters: str
@@ -167,47 +167,47 @@ class AsyncClient:
 
         ``filters`` are those of the API: operation, key_id, principal, result, job_id, since and so on.
         """
-        return await self._engine.send(calls.audit(after, limit, filters))
+        return await self._engine.send(requests.audit(after, limit, filters))
 
     async def keys(self) -> wire.KeysOut:
         """The keys this caller may see, with their versions."""
-        return await self._engine.send(calls.keys())
+        return await self._engine.send(requests.keys())
 
     async def key(self, key_id: str) -> wire.KeyOut:
         """One key, with what its versions have sealed."""
-        return await self._engine.send(calls.key(key_id))
+        return await self._engine.send(requests.key(key_id))
 
     async def rotate(self, key_id: str) -> wire.RotateOut:
         """Make a new version of a key. Never repeated: without an answer, look with ``key`` what happened."""
-        return await self._engine.send(calls.rotate(key_id))
+        return await self._engine.send(requests.rotate(key_id))
 
     # -- jobs ----------------------------------------------------------------------------------------
 
     async def submit(self, job: wire.JobIn, *, idempotency_key: str | None = None) -> wire.JobAccepted:
         """Hand in a job; once this returns, the job survives the death of any process."""
-        return await self._engine.send(calls.submit(job, idempotency_key))
+        return await self._engine.send(requests.submit(job, idempotency_key))
 
     async def job(self, job_id: str) -> wire.JobOut:
         """The job as it stands. Raises UnknownJob."""
-        return await self._engine.send(calls.job(job_id))
+        return await self._engine.send(requests.job(job_id))
 
     async def jobs(
         self, *, state: wire.JobState | None = None, limit: int | None = None, cursor: str | None = None
     ) -> wire.JobList:
         """One page; its ``next`` is the cursor of the page after it."""
-        return await self._engine.send(calls.jobs(state, limit, cursor))
+        return await self._engine.send(requests.jobs(state, limit, cursor))
 
     async def cancel(self, job_id: str) -> wire.JobOut:
         """Ask for the end of a job. Raises JobCommitting when it is too late."""
-        return await self._engine.send(calls.cancel(job_id))
+        return await self._engine.send(requests.cancel(job_id))
 
     async def dead(self, *, limit: int = 100) -> wire.JobList:
         """Dead letters: jobs that used up their attempts, newest first."""
-        return await self._engine.send(calls.dead(limit))
+        return await self._engine.send(requests.dead(limit))
 
     async def retry(self, job_id: str) -> wire.JobOut:
         """Give a dead letter all its attempts again. Raises JobNotDead for any other job."""
-        return await self._engine.send(calls.retry(job_id))
+        return await self._engine.send(requests.retry(job_id))
 
     async def wait(
         self, job_id: str, *, progress: JobProgress | None = None, timeout_s: float | None = None
@@ -238,7 +238,7 @@ class AsyncClient:
     ) -> wire.JobAccepted:
         """Send a file of any size in pieces of 1 MiB; ``progress`` gets bytes sent, and in all if known."""
         return await self._engine.send(
-            calls.upload("encrypt", context, key_id, options), Upload(source, progress)
+            requests.upload("encrypt", context, key_id, options), Upload(source, progress)
         )
 
     async def upload_decrypt(
@@ -252,12 +252,12 @@ class AsyncClient:
     ) -> wire.JobAccepted:
         """As ``upload_encrypt``, for a ciphertext."""
         return await self._engine.send(
-            calls.upload("decrypt", context, key_id, options), Upload(source, progress)
+            requests.upload("decrypt", context, key_id, options), Upload(source, progress)
         )
 
     def result(self, job_id: str) -> AsyncGenerator[bytes]:
         """The result as it comes (JobNotFinished, ResultExpired); ``download`` survives a broken line."""
-        return self._engine.stream(calls.result(job_id, {}))
+        return self._engine.stream(requests.result(job_id, {}))
 
     async def items(self, job_id: str) -> AsyncGenerator[wire.ItemResult]:
         """The results of a bulk job in item order; a refused item carries ``error``."""
@@ -280,7 +280,7 @@ class AsyncClient:
         while not part.complete:
             before = part.offset
             try:
-                await self._engine.fetch(calls.result(job_id, part.headers()), part)
+                await self._engine.fetch(requests.result(job_id, part.headers()), part)
             except ServiceUnreachable as exc:
                 idle = 0 if part.offset > before else idle + 1
                 await self._engine.pause(exc, exc.retry_after_s * 2**idle, idle)

@@ -12,13 +12,13 @@ from urllib.parse import urlsplit
 
 import httpcore
 
-from kms_client.calls import Call
+from kms_client.http_client import Answer, Transport
 from kms_client.problems import RETRYABLE, Reply, ServiceUnreachable, error_of
+from kms_client.requests import Call
 from kms_client.settings import ClientSettings
 from kms_client.transfer import Download, Upload
-from kms_client.transport import Answer, Transport
-from kms_core import __version__
-from kms_core.errors import KmsError
+from kms_protocol import __version__
+from kms_protocol.errors import KmsError
 
 T = TypeVar("T")
 

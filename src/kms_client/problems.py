@@ -1,6 +1,6 @@
 """From an answer that is not a success to the error it means; knows no transport.
 
-A problem's ``code`` chooses the class of kms_core.errors; where two classes share a code, the one deeper
+A problem's ``code`` chooses the class of kms_protocol.errors; where two classes share a code, the one deeper
 in the tree. Classes that other modules add (a backend's, the job store's) are not looked at. Codes that this
 version does not know keep their text and become UnexpectedAnswer, or Unavailable when the status says so.
 """
@@ -15,8 +15,8 @@ from typing import Final
 
 import msgspec
 
-from kms_core import wire
-from kms_core.errors import EXIT_OTHER, KmsError, Unavailable
+from kms_protocol import wire
+from kms_protocol.errors import EXIT_OTHER, KmsError, Unavailable
 
 START_HINT: Final = 'start it with "kms up", or name its address with --url or KMS_SERVICE_URL'
 RETRYABLE: Final = frozenset(

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Final, Self, TypedDict
 from urllib.parse import unquote, urlsplit
 
-from kms_core import smallfile
-from kms_core.errors import ConfigurationError
-from kms_core.tls_client import client_context
+from kms_protocol import small_files
+from kms_protocol.errors import ConfigurationError
+from kms_protocol.tls_client import client_context
 
 DEFAULT_URL: Final = "http://localhost:8082"
 _ADDRESS: Final = "The service address must look like http://host:port or https://host"
@@ -90,7 +90,7 @@ class ClientSettings:
         token = self.token
         if token is None and self.token_file is not None:
             try:
-                token = smallfile.read(self.token_file).decode("ascii").strip()
+                token = small_files.read(self.token_file).decode("ascii").strip()
             except (OSError, ValueError) as exc:
                 raise ConfigurationError(f"Cannot read the token file {self.token_file}") from exc
         if not token:

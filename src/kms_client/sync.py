@@ -12,12 +12,12 @@ from typing import BinaryIO, Self, TypeVar, Unpack
 import httpcore
 
 from kms_client.aio import AsyncClient, JobProgress
-from kms_client.calls import UploadOptions
+from kms_client.http_client import Answer, pool_options, transport_errors
+from kms_client.requests import UploadOptions
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
 from kms_client.transfer import Progress
-from kms_client.transport import Answer, pool_options, transport_errors
-from kms_core import wire
-from kms_core.wire import ContextIn
+from kms_protocol import wire
+from kms_protocol.wire import ContextIn
 
 T = TypeVar("T")
 P = TypeVar("P")

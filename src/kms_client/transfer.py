@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import BinaryIO, Final
 
 from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
-from kms_core.errors import InvalidRequest
+from kms_protocol.errors import InvalidRequest
 
 Progress = Callable[[int, int | None], None]
 

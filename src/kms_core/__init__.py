@@ -1,9 +1,5 @@
 """The product: one age envelope, key backends, jobs, audit and policy. Knows no FastAPI and no Celery.
 
 Start reading at ``service.py`` (``Kms``, the one interface to keys), then one backend
-(``backends/age.py``), then ``envelope/sealing.py`` (what a ciphertext is), then ``jobs/run.py``.
+(``backends/age.py``), then ``envelope/sealing.py`` (what a ciphertext is), then ``jobs/execution/runner.py``.
 """
-
-from typing import Final
-
-__version__: Final = "0.1.0"

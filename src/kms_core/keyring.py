@@ -13,12 +13,12 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import structlog
 
+from kms_core.age.header import BUNDLE, BUNDLE_VERSION
 from kms_core.backends import NATIVE, SCHEMES, Backend, KeyMissing, KeyVersion
 from kms_core.envelope.binding import CONTEXT, DEFAULT_KEY_ID, MAX_WRAPS, Bound, KeyRef
-from kms_core.envelope.header import BUNDLE, BUNDLE_VERSION
 from kms_core.envelope.sealing import Wrap
-from kms_core.errors import BackendUnavailable, ConfigurationError, UnknownKey
-from kms_core.settings import Settings
+from kms_core.settings.model import Settings
+from kms_protocol.errors import BackendUnavailable, ConfigurationError, UnknownKey
 
 _NAMED: Final = re.compile(rf"(?:\A|\n)-> {CONTEXT} 1 ([A-Za-z0-9_.-]{{1,80}}) ".encode("ascii"))
 _BUNDLED: Final = re.compile(rf"(?:\A|\n)-> {BUNDLE} {BUNDLE_VERSION}\n([A-Za-z0-9+/\n]*)".encode("ascii"))

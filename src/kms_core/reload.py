@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
-from kms_core.errors import KmsError
+from kms_protocol.errors import KmsError
 
 AGAIN_S: Final = 60.0
 _SMALL_BYTES: Final = 256 * 1024

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kms_core.envelope import stream
+from kms_core.age import stream
 from kms_core.envelope.binding import KeyRef
 
 Origin = Literal["service", "foreign"]

@@ -13,10 +13,10 @@ from itertools import pairwise
 from threading import Lock
 from typing import Final
 
+from kms_core.auth.policy import INTERNAL, Principal
 from kms_core.backends import KeyVersion
-from kms_core.errors import BackendUnavailable, RateLimited
 from kms_core.keyring import Key
-from kms_core.policy import INTERNAL, Principal
+from kms_protocol.errors import BackendUnavailable, RateLimited
 
 WINDOW_S: Final = 3600.0
 

@@ -18,8 +18,8 @@ from functools import lru_cache
 from typing import Final, Literal, Self
 from urllib.parse import unquote
 
-from kms_core.context import Context
 from kms_core.patterns import Pattern, any_matches
+from kms_protocol.context import Context
 
 KEY_OPERATIONS: Final = (
     "encrypt",

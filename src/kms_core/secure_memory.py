@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import Final, Literal
 
-from kms_core.errors import ConfigurationError
+from kms_protocol.errors import ConfigurationError
 
 _PR_SET_DUMPABLE: Final = 4  # prctl(2)
 _ALL_PAGES: Final = 1 | 2 | 4  # mlockall(2): MCL_CURRENT, MCL_FUTURE and, since Linux 4.4, MCL_ONFAULT

@@ -2,7 +2,8 @@
 
 import structlog
 
-from kms_core import metrics, secure_memory
+from kms_core import secure_memory
+from kms_core.observability import metrics
 from kms_core.secure_memory import ADVICE, Obstacle
 
 _log = structlog.get_logger(__name__)

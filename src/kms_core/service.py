@@ -8,18 +8,24 @@ import os
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
-from kms_core import metrics
+from kms_core.age import header, stream
+from kms_core.age.header import Header
 from kms_core.audit import Audit
+from kms_core.auth.policy import Policy, Principal
 from kms_core.backends import Health
-from kms_core.calls import Call, Calls
-from kms_core.choice import Choice, Rules, by_first, check_not_over
-from kms_core.context import Context
-from kms_core.envelope import binding, header, sealing, slabs, stream
+from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.extents import Reader, Writer
-from kms_core.envelope.header import Header
-from kms_core.envelope.slabs import STEADY, Pace
-from kms_core.errors import (
+from kms_core.key_selection import Choice, Rules, by_first, check_not_over
+from kms_core.keyring import Keyring
+from kms_core.observability import metrics
+from kms_core.observability.usage import Tally
+from kms_core.operation import Call, Calls
+from kms_core.payload import parallel
+from kms_core.payload.files import Reader, Writer
+from kms_core.payload.parallel import STEADY, Pace
+from kms_core.results import DataKey, Handed, Opened, Origin, Sealed, Standing, Unwrapped
+from kms_protocol.context import Context
+from kms_protocol.errors import (
     DataKeysUnsupported,
     DecryptFailed,
     Forbidden,
@@ -28,10 +34,6 @@ from kms_core.errors import (
     KmsError,
     UnknownKey,
 )
-from kms_core.keyring import Keyring
-from kms_core.policy import Policy, Principal
-from kms_core.results import DataKey, Handed, Opened, Origin, Sealed, Standing, Unwrapped
-from kms_core.tally import Tally
 
 _UNPROVEN: Final = (
     "Who made the file cannot be proven without its payload, and this key accepts no such file: "
@@ -191,7 +193,7 @@ class Kms:
             size = len(started.head) + stream.sealed_size(source.size)
             target.reserve(size)
             target.write_at(memoryview(started.head), 0)
-            slabs.seal_file(started.payload_key, source, target, len(started.head), pace)
+            parallel.seal_file(started.payload_key, source, target, len(started.head), pace)
             call.record.bytes_out = size
             return ref
 
@@ -215,9 +217,9 @@ class Kms:
             found = self._choice.unwrap(call, head)
             payload = source.tail(head.payload_offset)
             if target is None:
-                slabs.verify_file(found.payload_key, payload, pace)
+                parallel.verify_file(found.payload_key, payload, pace)
             else:
-                slabs.open_file(found.payload_key, payload, target, pace=pace)
+                parallel.open_file(found.payload_key, payload, target, pace=pace)
             call.record.bytes_out = stream.plaintext_size(payload.size)
             return found
 
@@ -251,7 +253,7 @@ class Kms:
             target.reserve(len(started.head) + payload.size)
             target.write_at(memoryview(started.head), 0)
             keys = found.payload_key, started.payload_key
-            slabs.reseal_file(keys, payload, target, len(started.head), pace)
+            parallel.reseal_file(keys, payload, target, len(started.head), pace)
             call.record.bytes_out = len(started.head) + payload.size
             return ref
 

@@ -7,17 +7,18 @@ from typing import Final
 import structlog
 from celery import Celery, signals
 
-from kms_core import traces
-from kms_core.errors import JobsUnavailable, KmsError
-from kms_core.jobs.build import Core, build_intake
-from kms_core.jobs.build import build as build_core
-from kms_core.jobs.letters import TASK
+from kms_core.container import Core, build_intake
+from kms_core.container import build as build_core
+from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import FILES
-from kms_core.jobs.run import run_job
-from kms_core.jobs.teller import Teller
-from kms_core.servers import celery_options
-from kms_core.settings import Settings
-from kms_worker import broker, kombu_ack, rotation, submit
+from kms_core.jobs.store import broker
+from kms_core.jobs.store.broker_messages import TASK
+from kms_core.jobs.store.usage_flush import Teller
+from kms_core.observability import tracing
+from kms_core.redis_client import celery_options
+from kms_core.settings.model import Settings
+from kms_protocol.errors import JobsUnavailable, KmsError
+from kms_worker import kombu_patches, rotation, submit
 from kms_worker.refusals import LogBound, Refusals
 from kms_worker.submit import Pulse
 
@@ -65,8 +66,8 @@ def build(settings: Settings, name: str, pulse: Pulse) -> Celery:
     Raises ConfigurationError.
     """
     traced = settings.kms.traces
-    traces.check(enabled=traced.enabled)
-    kombu_ack.install()
+    tracing.check(enabled=traced.enabled)
+    kombu_patches.install()
     app = Celery("kms-worker", set_as_current=False)
     app.conf.update(CONFIGURATION | celery_options(settings.kms.redis, TRANSPORT))
     signals.setup_logging.connect(_keep_our_logs)
@@ -76,14 +77,14 @@ def build(settings: Settings, name: str, pulse: Pulse) -> Celery:
     def core() -> Core:
         """Each process of the pool has its own connections: nothing is shared across a fork."""
         if os.getpid() not in cores:
-            traces.configure("kms-worker", enabled=traced.enabled, endpoint=traced.endpoint)
+            tracing.configure("kms-worker", enabled=traced.enabled, endpoint=traced.endpoint)
             cores[os.getpid()] = made = build_core(settings, "worker", nudge)
             teller = Teller(made.kms.tally, made.shop.store.redis)
             teller.start()
             made.keeper.start()
             signals.worker_process_shutdown.connect(lambda **_: teller.stop(), weak=False)
             signals.worker_process_shutdown.connect(lambda **_: made.keeper.stop(), weak=False)
-            signals.worker_process_shutdown.connect(lambda **_: traces.stop(), weak=False)
+            signals.worker_process_shutdown.connect(lambda **_: tracing.stop(), weak=False)
         return cores[os.getpid()]
 
     @app.task(name=TASK)  # type: ignore[untyped-decorator]  # Celery ships no types

@@ -12,7 +12,7 @@ import redis as redis_py
 from kombu.connection import Connection
 from kombu.transport import redis
 
-from kms_worker import kombu_ack, messages
+from kms_worker import kombu_patches, messages
 from kms_worker.messages import TASKS, Malformed
 from kms_worker.refusals import Refusals
 
@@ -87,7 +87,7 @@ class CheckedClient(redis.PrefixedStrictRedis):
         return self.checks.element(*found) if command_name == "BRPOP" and found else found
 
 
-class CheckedQoS(kombu_ack.OurQoS):
+class CheckedQoS(kombu_patches.OurQoS):
     """As ours, but for notes of messages in hand that no worker wrote, or that kombu cannot read: dropped."""
 
     checks: ClassVar[Checks]

@@ -7,18 +7,21 @@ import socket
 import sys
 from pathlib import Path
 
-from kms_core import logs, secure_memory, settings, settings_lint
-from kms_core.errors import EXIT_CONFIGURATION, ConfigurationError
-from kms_core.settings import Settings
+from kms_core import secure_memory
+from kms_core.observability import logs
+from kms_core.settings import lint
+from kms_core.settings.load import load as load_settings
+from kms_core.settings.model import Settings
+from kms_protocol.errors import EXIT_CONFIGURATION, ConfigurationError
 
 
 def main() -> int:
     """Run until a signal. Exit code 78 means wrong configuration."""
     try:
         secure_memory.forbid_dumps()
-        loaded = settings.load(_arguments().config, os.environ)
+        loaded = load_settings(_arguments().config, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
-        settings_lint.warn(loaded)
+        lint.warn(loaded)
         # prometheus_client chooses its storage when it is imported
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_metrics_folder(loaded))
         from kms_core import keyring  # noqa: PLC0415 -- and these declare metrics

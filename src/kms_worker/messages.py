@@ -12,9 +12,9 @@ from typing import Final, Literal
 
 import msgspec
 
-from kms_core.envelope.header import VERSION_LINE
-from kms_core.jobs.letters import TASK as RUN
+from kms_core.age.header import VERSION_LINE
 from kms_core.jobs.model import BULK, FILES, MAINTENANCE
+from kms_core.jobs.store.broker_messages import TASK as RUN
 from kms_worker.rotation import TASK as KEYS
 from kms_worker.submit import QUEUE as SUBMIT_QUEUE
 from kms_worker.submit import TASK as SUBMIT

@@ -13,12 +13,12 @@ import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
-from kms_core import metrics
-from kms_core.auth.scraping import Scraping
+from kms_core.auth.metrics_access import Scraping
 from kms_core.http_server.connections import ConnectionLimits, Connections, Reason
 from kms_core.http_server.host_check import REFUSED, HostCheck, by_name
 from kms_core.http_server.protocol import HttpProtocol, ProblemResponse
-from kms_worker import forking
+from kms_core.observability import metrics
+from kms_worker import fork_lock
 
 _LIMITS: Final = ConnectionLimits(most=64, timeout_s=10, ends_unread=True)
 _STOP_S: Final = 2
@@ -107,13 +107,13 @@ class MetricsApp:
             return await asyncio.to_thread(self._exposition)
 
     def _exposition(self) -> bytes:
-        if forking.between_forks.acquire(timeout=_FORK_S):
+        if fork_lock.between_forks.acquire(timeout=_FORK_S):
             try:
                 while self._ended:
                     reason, number = self._ended.popitem()
                     metrics.HTTP_CONNECTIONS_ENDED.labels(reason).inc(number)
             finally:
-                forking.between_forks.release()
+                fork_lock.between_forks.release()
         return metrics.exposition()
 
     async def _may_scrape(self, scope: Scope, headers: Mapping[bytes, bytes]) -> bool:

@@ -12,24 +12,26 @@ from celery import Celery, signals
 from celery.platforms import SecurityWarning
 from celery.worker.consumer import Consumer
 
-from kms_core import metrics, server_memory
-from kms_core.audit.build import build_watch
-from kms_core.auth.scraping import Scraping
-from kms_core.jobs import webhooks
-from kms_core.jobs.build import build as build_core
-from kms_core.jobs.build import build_intake
-from kms_core.jobs.caretaker import Caretaker
+from kms_core import server_memory
+from kms_core.audit_setup import build_watch
+from kms_core.auth.metrics_access import Scraping
+from kms_core.container import build as build_core
+from kms_core.container import build_intake
+from kms_core.jobs.events import webhook
+from kms_core.jobs.events.dispatcher import Courier
+from kms_core.jobs.events.outbox import Outbox
 from kms_core.jobs.model import QUEUES, Lane
-from kms_core.jobs.outbox import Outbox
-from kms_core.jobs.presence import Presence
-from kms_core.jobs.store import JobStore
+from kms_core.jobs.recovery.heartbeat import Presence
+from kms_core.jobs.recovery.reaper import Caretaker
+from kms_core.jobs.store import broker
+from kms_core.jobs.store.store import JobStore
+from kms_core.observability import metrics
 from kms_core.proxies import Proxies
-from kms_core.settings import Settings
-from kms_core.settings_lint import SETTINGS, unaccepted
+from kms_core.settings.lint import SETTINGS, unaccepted
+from kms_core.settings.model import Settings
 from kms_worker import app as worker_app
-from kms_worker import broker, elements, forking, metrics_server, properties, rotation, submit
+from kms_worker import elements, fork_lock, metrics_server, properties, rotation, submit
 from kms_worker.consumer import CheckedConsumer, never_decompress
-from kms_worker.courier import Courier
 from kms_worker.elements import Checks
 from kms_worker.refusals import Refusals
 from kms_worker.watchdog import Watchdog
@@ -64,12 +66,12 @@ def run(loaded: Settings) -> int:
         with app.connection_for_read() as connection:
             return broker.waiting(connection, (*QUEUES, submit.QUEUE))
 
-    presence = Presence(store, name, working=forking.between_forks)
+    presence = Presence(store, name, working=fork_lock.between_forks)
     beside: tuple[_Beside, ...] = (
         presence,  # first, before it consumes: who looks while its first job runs must find a worker
-        Caretaker(store, core.shop.spool, name, waiting, working=forking.between_forks),
-        rotation.Clock(app, store, name, working=forking.between_forks),
-        build_watch(loaded, store.redis, working=forking.between_forks),
+        Caretaker(store, core.shop.spool, name, waiting, working=fork_lock.between_forks),
+        rotation.Clock(app, store, name, working=fork_lock.between_forks),
+        build_watch(loaded, store.redis, working=fork_lock.between_forks),
         *_couriers(loaded, store, name),
     )
     watchdog = Watchdog(served, jobs.watchdog_s, waiting, lambda: min(pulse.idle_s(), store.idle_s(name)))
@@ -96,7 +98,7 @@ def run(loaded: Settings) -> int:
 
 def _prepare_children() -> None:
     """Have each forked child lock its memory, and share the pages of what was imported with the parent."""
-    forking.install()
+    fork_lock.install()
     signals.worker_process_init.connect(_lock_child, weak=False)
     gc.collect()
     gc.freeze()  # or the first collection in a child copies them
@@ -112,9 +114,9 @@ def _checking(checks: Checks) -> Callable[..., Consumer]:
 
 def _couriers(loaded: Settings, store: JobStore, name: str) -> list[Courier]:
     """One, if there is an endpoint that it could deliver to."""
-    endpoints = webhooks.endpoints(loaded)
+    endpoints = webhook.endpoints(loaded)
     outbox = Outbox(store, endpoints)
-    return [Courier(outbox, endpoints, name, working=forking.between_forks)] if endpoints else []
+    return [Courier(outbox, endpoints, name, working=fork_lock.between_forks)] if endpoints else []
 
 
 def _lock_child(**_: object) -> None:

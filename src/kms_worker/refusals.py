@@ -9,9 +9,9 @@ from typing import Final
 import redis
 import structlog
 
-from kms_core import metrics
-from kms_core.errors import JobsUnavailable
-from kms_core.jobs import set_aside
+from kms_core.jobs.store import set_aside
+from kms_core.observability import metrics
+from kms_protocol.errors import JobsUnavailable
 
 LOG_WINDOW_S: Final = 60.0
 LOG_LINES: Final = 3

@@ -12,14 +12,14 @@ from typing import Final
 import structlog
 from celery import Celery
 
-from kms_core import rotation
-from kms_core.errors import JobsUnavailable
-from kms_core.jobs import teller
-from kms_core.jobs.build import Core
+from kms_core import key_rotation
+from kms_core.container import Core
 from kms_core.jobs.model import MAINTENANCE
-from kms_core.jobs.store import JobStore
-from kms_core.settings import Settings
-from kms_core.tally import together
+from kms_core.jobs.store import usage_flush
+from kms_core.jobs.store.store import JobStore
+from kms_core.observability.usage import together
+from kms_core.settings.model import Settings
+from kms_protocol.errors import JobsUnavailable
 
 TASK: Final = "kms.keys"
 EVERY_S: Final = 60.0
@@ -35,20 +35,20 @@ def register(app: Celery, core: Callable[[], Core], settings: Settings, name: st
     def look_after_keys() -> None:
         try:
             if core().shop.store.once("keys-looked", name, EVERY_S / 2):  # however many messages there are
-                look_after(core(), rotation.rules_of(settings), name)
+                look_after(core(), key_rotation.rules_of(settings), name)
         except JobsUnavailable:
             _log.warning("rotation.left_to_the_next_time")
         except Exception as exc:  # noqa: BLE001 -- the top of the worker: the next message tries again
             _log.exception("rotation.crashed", error=type(exc).__name__)
 
 
-def look_after(core: Core, rules: rotation.Rules, owner: str) -> None:
+def look_after(core: Core, rules: key_rotation.Rules, owner: str) -> None:
     """Tell the metrics how keys are, and rotate those that are due. Raises JobsUnavailable."""
     store = core.shop.store
-    counts = together(teller.shared(store.redis), core.kms.tally.peek())
-    due = rotation.watch(core.kms.keyring, counts, rules)
+    counts = together(usage_flush.shared(store.redis), core.kms.tally.peek())
+    due = key_rotation.watch(core.kms.keyring, counts, rules)
     mine = [state for state in due if store.once(f"rotate:{state.key_id}", owner, _ATTEMPT_EVERY_S)]
-    rotation.rotate_due(core.kms, mine)
+    key_rotation.rotate_due(core.kms, mine)
 
 
 class Clock(threading.Thread):

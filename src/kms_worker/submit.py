@@ -16,9 +16,16 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Reject
 from kombu.exceptions import OperationalError
 
-from kms_core.errors import ConfigurationError, InvalidRequest, KmsError, SpoolFull, Unavailable, UnknownKey
-from kms_core.jobs import set_aside
-from kms_core.jobs.intake import Intake
+from kms_core.jobs.store import set_aside
+from kms_core.jobs.submission.celery_intake import Intake
+from kms_protocol.errors import (
+    ConfigurationError,
+    InvalidRequest,
+    KmsError,
+    SpoolFull,
+    Unavailable,
+    UnknownKey,
+)
 from kms_worker.refusals import Refusals
 
 TASK: Final = "kms.submit"

@@ -12,8 +12,8 @@ from typing import Final
 
 import structlog
 
-from kms_core.errors import JobsUnavailable
 from kms_core.jobs.model import Lane
+from kms_protocol.errors import JobsUnavailable
 from kms_worker.refusals import LogBound
 
 EXIT_DEAF: Final = 70  # EX_SOFTWARE

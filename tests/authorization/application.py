@@ -21,16 +21,16 @@ from starlette.types import Receive, Scope, Send
 from authorization.permissions import OPERATIONS
 from callers import AUDIENCE, ISSUER, Authority, Guarded, Issuer, bearer
 from kms_api import app
-from kms_cli.up import make_identity
-from kms_core import wire
+from kms_cli.local.up import make_identity
 from kms_core.auth import tokens
 from kms_core.auth.certificates import Shown, authority_of, key_of
-from kms_core.context import Context
+from kms_core.auth.policy import Principal
 from kms_core.http_server.protocol import CERTIFICATE, HttpProtocol
-from kms_core.jobs.desk import Terms
-from kms_core.jobs.link import job_key
-from kms_core.jobs.outbox import MOST_ATTEMPTS, Delivery, Outbox
-from kms_core.policy import Principal
+from kms_core.jobs.events.outbox import MOST_ATTEMPTS, Delivery, Outbox
+from kms_core.jobs.store.redis_keys import job_key
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol import wire
+from kms_protocol.context import Context
 from service import b64, core_of, unb64
 
 CONTEXT: Final = "env=prod"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from authorization.application import CONTEXT, OTHER_CONTEXT, Application
-from kms_core.wire import JobKind
+from kms_protocol.wire import JobKind
 from service import b64
 
 KEY: Final = "pay-1"

@@ -11,10 +11,10 @@ from anyio.from_thread import start_blocking_portal
 from authorization.application import Application, Caller
 from authorization.permissions import OPERATIONS
 from callers import bearer
-from kms_cli.valkey import EmbeddedValkey
-from kms_core.errors import Forbidden
-from kms_core.jobs.build import Core
-from kms_core.policy import Grant, Principal
+from kms_cli.local.valkey import EmbeddedValkey
+from kms_core.auth.policy import Grant, Principal
+from kms_core.container import Core
+from kms_protocol.errors import Forbidden
 from service import b64, core_of
 
 DAY_S: Final = 24 * 3600.0

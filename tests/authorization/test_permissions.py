@@ -16,9 +16,9 @@ from authorization.application import Application, Caller
 from authorization.calls import CALLS, Ask
 from authorization.permissions import OPERATIONS, PAGE, Row, Term, not_in_star, rows
 from callers import Issuer, bearer
-from kms_api.rules import PAGES, RULES, UI_RULES, VAULT_RULES
-from kms_cli.valkey import EmbeddedValkey
-from kms_core.wire import PREFIX
+from kms_api.routing import PAGES, RULES, UI_RULES, VAULT_RULES
+from kms_cli.local.valkey import EmbeddedValkey
+from kms_protocol.wire import PREFIX
 
 Outcome = Literal["passes", "unauthenticated", "forbidden", "unknown_key", "absent", "sealed"]
 TEXT: Final = PAGE.read_text("utf-8")

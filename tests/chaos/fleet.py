@@ -21,7 +21,7 @@ from typing import Final, Self
 
 from bao import Bao
 from chaos.orders import REMOTE
-from kms_cli import up
+from kms_cli.local import up
 from kms_core.programs import tether
 from ports import free_port
 from relay import Relay

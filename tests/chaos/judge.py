@@ -14,10 +14,10 @@ from chaos.births import Births
 from chaos.crowd import Crowd, Ticket
 from chaos.fleet import Fleet
 from chaos.orders import NO_ROOM
-from kms_core.errors import UnknownJob
 from kms_core.jobs.model import Job
-from kms_core.jobs.store import JobStore
-from kms_core.wire import ENDED
+from kms_core.jobs.store.store import JobStore
+from kms_protocol.errors import UnknownJob
+from kms_protocol.wire import ENDED
 from service import CANARY, core_of, until
 
 TENANT: Final = "default"

@@ -9,10 +9,10 @@ from typing import Final, Literal
 
 import httpx
 
-from kms_core.context import Context
-from kms_core.jobs.build import Core
-from kms_core.policy import Principal
-from kms_core.wire import PREFIX
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_protocol.context import Context
+from kms_protocol.wire import PREFIX
 from service import CANARY, Json, Service, b64, unb64
 
 WHO: Final = Principal("local")

@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import cast
 
-from kms_core.jobs.store import JobStore
-from kms_core.wire import ENDED, PREFIX
+from kms_core.jobs.store.store import JobStore
+from kms_protocol.wire import ENDED, PREFIX
 from service import Json, Service, Supervised, b64, core_of, unb64, until
 
 SETTINGS = "[kms.jobs]\nlease_s = 2\n"

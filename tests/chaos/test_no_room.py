@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kms_cli import up
+from kms_cli.local import up
 from service import PROGRAMS, Service, b64, check_problem, until
 from smalldisk import small_disk
 

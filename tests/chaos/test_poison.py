@@ -18,7 +18,7 @@ from kombu.transport.pyamqp import amqp  # type: ignore[attr-defined]  # the one
 from redis import Redis, ResponseError
 
 import poison
-from kms_core.jobs import set_aside
+from kms_core.jobs.store import set_aside
 from poison import QUEUES, Poison
 from rabbits import OnRabbit
 from service import Service, b64, core_of, until

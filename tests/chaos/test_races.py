@@ -2,10 +2,10 @@
 
 import pytest
 
-from kms_core.jobs.build import Core
-from kms_core.jobs.lease import Lease
+from kms_core.container import Core
+from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.model import Claim, Fields
-from kms_core.jobs.store import JobStore
+from kms_core.jobs.store.store import JobStore
 from service import until
 from stores import LONG, SHORT, TENANT, accepted, claimed, lapse, store_of
 

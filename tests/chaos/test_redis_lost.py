@@ -6,8 +6,8 @@ from pathlib import Path
 
 import httpx
 
-from kms_cli.valkey import runtime_dir
-from kms_core.wire import ENDED
+from kms_cli.local.valkey import runtime_dir
+from kms_protocol.wire import ENDED
 from service import Json, Service, Supervised, b64, check_problem, core_of, until
 
 

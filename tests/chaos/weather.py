@@ -13,8 +13,8 @@ from typing import Final
 from chaos.crowd import Crowd
 from chaos.fleet import Fleet, pause
 from kms_api import broker
-from kms_core.errors import JobsUnavailable
 from kms_core.jobs.model import QUEUES
+from kms_protocol.errors import JobsUnavailable
 
 DAY_S: Final = 24 * 3600.0
 _MIB: Final = 1024 * 1024

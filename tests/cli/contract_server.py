@@ -18,10 +18,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyrage
 
-from kms_core import errors
-from kms_core.context import Context
-from kms_core.errors import KmsError
-from kms_core.wire import PREFIX, ContextIn
+from kms_protocol import errors
+from kms_protocol.context import Context
+from kms_protocol.errors import KmsError
+from kms_protocol.wire import PREFIX, ContextIn
 
 KEY: Final = {"key_id": "default", "key_version": "0a1b2c3d", "backend": "age"}
 SYNC_LIMIT_BYTES: Final = 1024 * 1024

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generat
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from cli.conftest import BIN, environment
-from kms_core.envelope import hybrid, x25519
+from kms_core.age import mlkem768x25519, x25519
 
 TIMEOUT_S: Final = 120
 SSH_KEYS: Final[dict[str, Callable[[], Ed25519PrivateKey | RSAPrivateKey]]] = {
@@ -77,7 +77,7 @@ def desk(folder: Path) -> Desk:
     return made
 
 
-def write_key(path: Path, *identities: x25519.Identity | hybrid.Identity) -> None:
+def write_key(path: Path, *identities: x25519.Identity | mlkem768x25519.Identity) -> None:
     path.touch(mode=0o600)
     path.write_text("".join(f"{identity.export()}\n" for identity in identities))
 

@@ -16,7 +16,7 @@ import pytest
 from agekms import write_identities
 from contract.cosmian_double import CosmianDouble
 from contract.faults import unused_url
-from kms_core.envelope.x25519 import Identity
+from kms_core.age.x25519 import Identity
 from peers import tied
 from ports import free_port
 from trails import Place

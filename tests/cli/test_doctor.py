@@ -25,9 +25,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 import unlocked
 from callers import Authority
 from cli.conftest import BIN
-from kms_cli import valkey
-from kms_cli.checks.trail import MOST_BYTES
-from kms_core.jobs import set_aside
+from kms_cli.doctor.audit import MOST_BYTES
+from kms_cli.local import valkey
+from kms_core.jobs.store import set_aside
 from kms_core.programs import tether
 from ports import free_port
 from service import Service, until
@@ -426,7 +426,7 @@ def test_memory_that_is_not_locked_is_a_warning_where_there_is_swap(
     if swaps is not None:
         (tmp_path / "swaps").write_text(f"Filename Type Size Used Priority\n{swaps}")
     asked = f"memory(pathlib.Path({str(tmp_path / 'swaps')!r}))"
-    script = f"import pathlib\nfrom kms_cli.checks.memory import memory\nfound = {asked}"
+    script = f"import pathlib\nfrom kms_cli.doctor.memory import memory\nfound = {asked}"
     argv = [sys.executable, "-P", "-c", f"{script}\nprint(found.level, found.text, found.next)"]
 
     ran = subprocess.run(unlocked.words(*argv), capture_output=True, text=True, check=True)
@@ -461,7 +461,7 @@ def subjects(path: Path) -> Iterator[str]:
 
 
 def test_the_page_explains_every_line() -> None:
-    sources = [ROOT / "src/kms_cli/doctor.py", *(ROOT / "src/kms_cli/checks").glob("*.py")]
+    sources = [ROOT / "src/kms_cli/doctor/command.py", *(ROOT / "src/kms_cli/checks").glob("*.py")]
     told = {subject for path in sources for subject in subjects(path)}
     page = (ROOT / "docs/troubleshooting.md").read_text("utf-8").partition("## By line")[2]
     rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)

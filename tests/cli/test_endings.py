@@ -11,7 +11,7 @@ import pytest
 
 from cli.conftest import BIN, environment
 from cli.contract_server import ContractServer
-from kms_cli import words
+from kms_cli import terminal
 from kms_cli.main import COMMANDS, JOB_COMMANDS, group
 from kms_client.problems import by_code
 from kms_core.jobs.model import DEAD
@@ -115,7 +115,7 @@ def test_every_command_has_help(line: list[str], capsys: pytest.CaptureFixture[s
 def test_every_hint_is_for_a_code_that_exists() -> None:
     ends_of_jobs = {"items_failed", "unexpected_answer", *DEAD}
 
-    assert words.HINTS.keys() <= by_code().keys() | ends_of_jobs
+    assert terminal.HINTS.keys() <= by_code().keys() | ends_of_jobs
 
 
 @pytest.mark.parametrize(
@@ -123,11 +123,11 @@ def test_every_hint_is_for_a_code_that_exists() -> None:
     [("Not allowed.", "not allowed"), ("HTTP is off", "HTTP is off"), ("", ""), ("A", "A")],
 )
 def test_words_are_plain(text: str, expected: str) -> None:
-    assert words.plain(text) == expected
+    assert terminal.plain(text) == expected
 
 
 @pytest.mark.parametrize(
     ("size_bytes", "expected"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 40, "5.0 TiB")]
 )
 def test_sizes_are_for_people(size_bytes: int, expected: str) -> None:
-    assert words.size(size_bytes) == expected
+    assert terminal.size(size_bytes) == expected

@@ -11,8 +11,8 @@ import pytest
 from bao import ROOT_TOKEN, bao
 from cli.conftest import BIN, Place, environment
 from cli.migrating import Desk, Ran, report
-from kms_cli.migrate_sops import blocks_of
-from kms_core.envelope import armor, x25519
+from kms_cli.migrate.sops import blocks_of
+from kms_core.age import armor, x25519
 from peers import program
 
 SECRET: Final = "hunter2"

@@ -13,7 +13,7 @@ import pytest
 from bao import ROOT_TOKEN, bao
 from cli.conftest import Place
 from cli.migrating import Desk, Json, Ran, b64, report
-from kms_core.wire import PREFIX
+from kms_protocol.wire import PREFIX
 
 Answer = Callable[[str, bytes], Json]
 """What comes of an operation on one plaintext."""

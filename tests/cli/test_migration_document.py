@@ -15,7 +15,7 @@ from bao import ROOT_TOKEN, bao
 from cli.conftest import BIN, Place, environment
 from cli.migrating import Desk, b64
 from kms_client import Client
-from kms_core.envelope import x25519
+from kms_core.age import x25519
 from peers import program
 
 DOCUMENT: Final = Path(__file__).parents[2] / "docs/KMS_SIMPLIFICATION.md"

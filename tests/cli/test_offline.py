@@ -12,8 +12,8 @@ import pytest
 
 from cli.conftest import BIN
 from cli.keyed import SSH_KEYS, Desk, desk, write_key, write_ssh_key
-from kms_core.envelope import armor, hybrid
-from kms_core.envelope.header import FILE_LIMITS, parse
+from kms_core.age import armor, mlkem768x25519
+from kms_core.age.header import FILE_LIMITS, parse
 from peers import kept, program
 
 MIB = 1024 * 1024
@@ -109,8 +109,8 @@ def test_pyrage_goes_both_ways(desk: Desk, size: int) -> None:
 
 
 @pytest.fixture
-def pq(desk: Desk) -> hybrid.Identity:
-    identity = hybrid.Identity.generate()
+def pq(desk: Desk) -> mlkem768x25519.Identity:
+    identity = mlkem768x25519.Identity.generate()
     write_key(desk.folder / "pq.txt", identity)
     return identity
 
@@ -144,14 +144,18 @@ def javascript(typage: Path, work: str, key: str, given: bytes) -> bytes:
     return subprocess.run(command, input=given, capture_output=True, check=True, cwd=typage).stdout
 
 
-def test_typage_opens_what_is_sealed_for_a_hybrid_key(desk: Desk, pq: hybrid.Identity, typage: Path) -> None:
+def test_typage_opens_what_is_sealed_for_a_hybrid_key(
+    desk: Desk, pq: mlkem768x25519.Identity, typage: Path
+) -> None:
     sealed = desk.made("seal", "-r", pq.recipient.text, given=b"salary")
     work = "const d = new Decrypter(); d.addIdentity(key); const done = await d.decrypt(given);"
 
     assert javascript(typage, work, pq.export(), sealed) == b"salary"
 
 
-def test_what_typage_seals_for_a_hybrid_key_is_opened(desk: Desk, pq: hybrid.Identity, typage: Path) -> None:
+def test_what_typage_seals_for_a_hybrid_key_is_opened(
+    desk: Desk, pq: mlkem768x25519.Identity, typage: Path
+) -> None:
     work = "const e = new Encrypter(); e.addRecipient(key); const done = await e.encrypt(given);"
     sealed = javascript(typage, work, pq.recipient.text, b"salary")
 
@@ -160,13 +164,13 @@ def test_what_typage_seals_for_a_hybrid_key_is_opened(desk: Desk, pq: hybrid.Ide
 
 
 @every_way
-def test_a_hybrid_key_opens_what_was_sealed_for_it(desk: Desk, pq: hybrid.Identity, way: Way) -> None:
+def test_a_hybrid_key_opens_what_was_sealed_for_it(desk: Desk, pq: mlkem768x25519.Identity, way: Way) -> None:
     sealed = desk.made("seal", "-r", pq.recipient.text, given=b"salary" * 50_000)
 
     assert way(desk, ["open", "-i", "key.txt", "-i", "pq.txt"], sealed) == b"salary" * 50_000
 
 
-def test_classic_and_hybrid_recipients_do_not_mix(desk: Desk, pq: hybrid.Identity) -> None:
+def test_classic_and_hybrid_recipients_do_not_mix(desk: Desk, pq: mlkem768x25519.Identity) -> None:
     desk.write("recipients", f"{desk.recipient}\n".encode())
     done = desk.kms("seal", "-r", pq.recipient.text, "-R", "recipients", given=b"salary")
 

@@ -10,13 +10,14 @@ import pytest
 
 from cli.conftest import Place
 from cli.keyed import Desk, desk, write_key
-from kms_cli.keyfiles import Identities
-from kms_core.context import Context
-from kms_core.envelope import hybrid, sealing, x25519
+from kms_cli.age_file.keys import Identities
+from kms_core.age import mlkem768x25519, x25519
+from kms_core.age.header import FILE_LIMITS, parse
+from kms_core.age.recipients import version_of
+from kms_core.envelope import sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.header import FILE_LIMITS, parse
-from kms_core.envelope.native import version_of
-from kms_core.wire import PREFIX
+from kms_protocol.context import Context
+from kms_protocol.wire import PREFIX
 
 MIB = 1024 * 1024
 PROD = "env=prod,service=api"
@@ -155,9 +156,9 @@ def test_stock_age_opens_a_bound_file(desk: Desk) -> None:
     assert pyrage.decrypt(sealed_at(desk), [identity]) == b"salary"
 
 
-@pytest.mark.parametrize("kind", [x25519.Identity, hybrid.Identity], ids=["x25519", "hybrid"])
+@pytest.mark.parametrize("kind", [x25519.Identity, mlkem768x25519.Identity], ids=["x25519", "hybrid"])
 def test_the_last_identity_of_a_file_seals_and_any_opens(
-    desk: Desk, kind: type[x25519.Identity] | type[hybrid.Identity]
+    desk: Desk, kind: type[x25519.Identity] | type[mlkem768x25519.Identity]
 ) -> None:
     newer = kind.generate()
     older = sealed_at(desk)

@@ -13,8 +13,8 @@ import pytest
 
 from cli.conftest import BIN, environment
 from cli.keyed import Desk, desk, write_ssh_key
-from kms_core.envelope import stream
-from kms_core.envelope.header import FILE_LIMITS, parse
+from kms_core.age import stream
+from kms_core.age.header import FILE_LIMITS, parse
 from peers import program
 
 CHUNK = 65536

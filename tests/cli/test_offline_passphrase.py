@@ -9,8 +9,8 @@ import pytest
 
 from cli.conftest import BIN, environment
 from cli.keyed import Desk, desk
-from kms_core.envelope import header, stream
-from kms_core.envelope.header import Stanza
+from kms_core.age import header, stream
+from kms_core.age.header import Stanza
 
 WORD = "correct horse «battery»"
 WAIT_S = 60

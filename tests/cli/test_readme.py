@@ -14,7 +14,7 @@ from typing import Final
 import pytest
 
 import nushells
-from kms_cli.valkey import EmbeddedValkey
+from kms_cli.local.valkey import EmbeddedValkey
 from nushells import Nu
 from peers import program
 from plugins import plugin_dir, sops

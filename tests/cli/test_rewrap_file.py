@@ -15,8 +15,8 @@ import pytest
 
 from cli.conftest import Place
 from cli.keyed import Desk, Done, desk
-from kms_core.envelope import header
-from kms_core.envelope.header import FILE_LIMITS, Header
+from kms_core.age import header
+from kms_core.age.header import FILE_LIMITS, Header
 
 MIB = 1024 * 1024
 OLD, NEW = "env=dev", "env=prod"

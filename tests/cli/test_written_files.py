@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from disksteps import recorded
-from kms_cli.migration_output import Lines
-from kms_cli.placing import placed
-from kms_cli.private import create_file, replace_file
+from kms_cli.atomic_file import placed
+from kms_cli.local.private_files import create_file, replace_file
+from kms_cli.migrate.output import Lines
 
 
 def create(path: Path) -> None:

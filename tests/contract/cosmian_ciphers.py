@@ -8,10 +8,11 @@ from typing import Any, Final
 
 from contract.cosmian_double import CosmianDouble, Handler
 from contract.rig_cosmian import cosmian
-from kms_core.backends.cosmian import CosmianCipher
-from kms_core.backends.cosmian_keys import CosmianKey
-from kms_core.backends.cosmian_server import Protocol
-from kms_core.settings import Settings, load
+from kms_core.backends.cosmian.backend import CosmianCipher
+from kms_core.backends.cosmian.keys import CosmianKey
+from kms_core.backends.cosmian.server import Protocol
+from kms_core.settings.load import load
+from kms_core.settings.model import Settings
 
 SECRET: Final = bytes(range(16))
 AAD: Final = b"names and a context"

@@ -6,12 +6,12 @@ The latter know version and identifiers already, so that the fault meets the ope
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from kms_core.backends.cosmian import FORM, LENGTHS, CosmianCipher
-from kms_core.backends.cosmian_keys import CosmianKey
-from kms_core.backends.cosmian_server import Cosmian, Protocol
-from kms_core.backends.http import Server
+from kms_core.backends.cosmian.backend import FORM, LENGTHS, CosmianCipher
+from kms_core.backends.cosmian.keys import CosmianKey
+from kms_core.backends.cosmian.server import Cosmian, Protocol
 from kms_core.backends.remote import Cipher
-from kms_core.backends.vault_token import Token
+from kms_core.backends.token_file import Token
+from kms_core.http_client.peer import Server
 
 
 class KnownServer(Cosmian):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from awsservers import calls_to, moto
 from kms_core.backends import Backend
-from kms_core.backends.awskms import AwsCipher
-from kms_core.backends.awskms_calls import Calls
+from kms_core.backends.aws.backend import AwsCipher
+from kms_core.backends.aws.client import Calls
 from kms_core.backends.remote import RemoteBackend
 from relay import Relay
 

@@ -16,12 +16,12 @@ import pytest
 
 from contract.cosmian_double import NEW, OLD, CosmianDouble
 from kms_core.backends import Backend
-from kms_core.backends.cosmian import CosmianCipher
-from kms_core.backends.cosmian_keys import CosmianKey
-from kms_core.backends.cosmian_server import Cosmian
-from kms_core.backends.http import Server
+from kms_core.backends.cosmian.backend import CosmianCipher
+from kms_core.backends.cosmian.keys import CosmianKey
+from kms_core.backends.cosmian.server import Cosmian
 from kms_core.backends.remote import RemoteBackend
-from kms_core.backends.vault_token import Token
+from kms_core.backends.token_file import Token
+from kms_core.http_client.peer import Server
 from relay import Relay
 
 Protocol = Literal["auto", "kmip", "jose"]

@@ -11,8 +11,8 @@ from agekms import age_backend, write_identities, write_recipient
 from contract.rig_aws import make_aws
 from contract.rig_cosmian import make_cosmian, make_cosmian_4, make_cosmian_jose
 from contract.rig_vault import make_transit, make_vault_kv
+from kms_core.age import mlkem768x25519, x25519
 from kms_core.backends import Backend
-from kms_core.envelope import hybrid, x25519
 
 
 class Rig(Protocol):
@@ -39,7 +39,7 @@ class Rig(Protocol):
 class AgeRig:
     """Key files in a directory of their own."""
 
-    def __init__(self, directory: Path, kind: type[x25519.Identity | hybrid.Identity]) -> None:
+    def __init__(self, directory: Path, kind: type[x25519.Identity | mlkem768x25519.Identity]) -> None:
         self._kind = kind
         self._private = directory / "private_key.txt"
         self._public = directory / "public_key.txt"
@@ -64,7 +64,7 @@ def make_age(directory: Path) -> Rig:
 
 
 def make_age_hybrid(directory: Path) -> Rig:
-    return AgeRig(directory, hybrid.Identity)
+    return AgeRig(directory, mlkem768x25519.Identity)
 
 
 MAKERS: Final[dict[str, Callable[[Path], Rig]]] = {

@@ -10,13 +10,14 @@ import pytest
 
 from agekms import NO_CONTEXT, ROW, head_of, resigned
 from contract.rigs import Rig
+from kms_core.age import header
+from kms_core.age.header import FILE_KEY_BYTES, Stanza
+from kms_core.age.x25519 import NoMatch
 from kms_core.backends import SCHEMES, Backend
-from kms_core.context import Context
-from kms_core.envelope import binding, header, sealing
+from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.header import FILE_KEY_BYTES, Stanza
-from kms_core.envelope.x25519 import NoMatch
-from kms_core.errors import DecryptFailed
+from kms_protocol.context import Context
+from kms_protocol.errors import DecryptFailed
 
 CHUNK: Final = 64 * 1024
 FILE_KEY: Final = bytes(range(FILE_KEY_BYTES))

@@ -25,12 +25,12 @@ from contract.cosmian_ciphers import (
 )
 from contract.cosmian_double import NEW, OLD, CosmianDouble
 from contract.rig_cosmian import cosmian, new_key, server_url
-from kms_core.backends import Busy, Unreachable
-from kms_core.backends.cosmian import BULK, CosmianCipher
-from kms_core.backends.cosmian import key_of as key_of_settings
-from kms_core.backends.cosmian_keys import CosmianKey
-from kms_core.backends.cosmian_server import LANES, Protocol
-from kms_core.errors import BackendUnavailable, DecryptFailed
+from kms_core.backends.cosmian.backend import BULK, CosmianCipher
+from kms_core.backends.cosmian.backend import key_of as key_of_settings
+from kms_core.backends.cosmian.keys import CosmianKey
+from kms_core.backends.cosmian.server import LANES, Protocol
+from kms_core.http_client import Busy, Unreachable
+from kms_protocol.errors import BackendUnavailable, DecryptFailed
 
 # -- dialects ----------------------------------------------------------------------------------------
 

@@ -31,13 +31,14 @@ from contract.cosmian_ciphers import (
 )
 from contract.cosmian_double import OLD, CosmianDouble, Handler, Json
 from hooks import make_authority
-from kms_core.backends import Busy, KeyMissing, Unreachable
-from kms_core.backends.cosmian import CosmianCipher
-from kms_core.backends.cosmian import key_of as key_of_settings
-from kms_core.backends.cosmian_keys import CosmianKey
-from kms_core.backends.cosmian_server import LANES, Cosmian
-from kms_core.backends.http import Server
-from kms_core.errors import BackendUnavailable, DecryptFailed, KmsError
+from kms_core.backends import KeyMissing
+from kms_core.backends.cosmian.backend import CosmianCipher
+from kms_core.backends.cosmian.backend import key_of as key_of_settings
+from kms_core.backends.cosmian.keys import CosmianKey
+from kms_core.backends.cosmian.server import LANES, Cosmian
+from kms_core.http_client import Busy, Unreachable
+from kms_core.http_client.peer import Server
+from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ import pytest
 from contract.cosmian_ciphers import AAD, SECRET
 from contract.cosmian_double import OLD
 from contract.rig_cosmian import cosmian, server_url
-from kms_core.backends.cosmian import CosmianCipher
-from kms_core.backends.cosmian_keys import CosmianKey
+from kms_core.backends.cosmian.backend import CosmianCipher
+from kms_core.backends.cosmian.keys import CosmianKey
 
 PROGRAM: Final = """
 import asyncio, json, os, sys

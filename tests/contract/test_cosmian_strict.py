@@ -10,7 +10,7 @@ import pytest
 
 from contract.cosmian_ciphers import AAD, SECRET, cipher_of, made
 from contract.cosmian_double import CosmianDouble, Handler
-from kms_core.errors import BackendUnavailable
+from kms_protocol.errors import BackendUnavailable
 
 ALPHABET: Final = ascii_uppercase + ascii_lowercase + digits + "-_"
 OTHER_HEADER: Final = urlsafe_b64encode(b'{"alg":"dir","enc":"A256GCM","kid":"other"}').rstrip(b"=").decode()

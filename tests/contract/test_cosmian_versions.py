@@ -26,11 +26,12 @@ from contract.cosmian_ciphers import (
 from contract.cosmian_double import NEW, OLD, CosmianDouble, Handler
 from contract.cosmian_store import Key
 from contract.rig_cosmian import cosmian, server_url
-from kms_core.backends import KeyMissing, Unreachable
-from kms_core.backends.cosmian import CosmianCipher
-from kms_core.backends.cosmian_keys import CosmianKey
-from kms_core.backends.cosmian_server import Protocol
-from kms_core.errors import BackendUnavailable, DecryptFailed
+from kms_core.backends import KeyMissing
+from kms_core.backends.cosmian.backend import CosmianCipher
+from kms_core.backends.cosmian.keys import CosmianKey
+from kms_core.backends.cosmian.server import Protocol
+from kms_core.http_client import Unreachable
+from kms_protocol.errors import BackendUnavailable, DecryptFailed
 
 # -- versions ----------------------------------------------------------------------------------------
 

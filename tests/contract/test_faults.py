@@ -11,12 +11,12 @@ from awsservers import calls_to
 from contract import faults
 from contract.cosmian_faults import cosmian_makers
 from contract.faults import CANARY, Fault, answer, faulty
-from kms_core.backends import Busy, Unreachable
-from kms_core.backends.awskms import AwsCipher
+from kms_core.backends.aws.backend import AwsCipher
 from kms_core.backends.remote import Cipher
-from kms_core.backends.transit import TransitCipher
-from kms_core.backends.vaultkv import KvCipher
-from kms_core.errors import BackendUnavailable
+from kms_core.backends.vault.kv import KvCipher
+from kms_core.backends.vault.transit import TransitCipher
+from kms_core.http_client import Busy, Unreachable
+from kms_protocol.errors import BackendUnavailable
 
 TOKEN: Final = "s.canary-of-ours"
 SECRET: Final = b"canary of a file"

@@ -8,9 +8,11 @@ from typing import Any, Final
 import pytest
 
 from artefacts import DEPLOY, ROOT, make_secrets, passes, tool
-from kms_cli.valkey import ACCESS
-from kms_core import settings, settings_lint
-from kms_core.errors import ConfigurationError
+from kms_cli.local.valkey import ACCESS
+from kms_core.settings import lint
+from kms_core.settings.load import check_exposure
+from kms_core.settings.load import load as load_settings
+from kms_protocol.errors import ConfigurationError
 from kms_worker.app import CONFIGURATION
 
 PROFILES: Final = ("openbao", "cosmian")
@@ -132,16 +134,16 @@ def test_a_service_is_given_the_time_that_it_takes_to_stop(composed: dict[str, A
 
 
 def test_its_settings_are_ones_that_the_service_takes_but_for_the_files() -> None:
-    loaded = settings.load(DEPLOY / "compose/kms.toml", {"KMS_STATE_DIR": "/var/lib/kms-service"})
+    loaded = load_settings(DEPLOY / "compose/kms.toml", {"KMS_STATE_DIR": "/var/lib/kms-service"})
 
-    settings.check_exposure(loaded)
+    check_exposure(loaded)
     assert loaded.kms.redis.url == "redis://kms@valkey:6379/0"
 
 
 def test_what_is_weak_is_accepted_and_nothing_else() -> None:
-    loaded = settings.load(DEPLOY / "compose/kms.toml", {"KMS_STATE_DIR": "/var/lib/kms-service"})
+    loaded = load_settings(DEPLOY / "compose/kms.toml", {"KMS_STATE_DIR": "/var/lib/kms-service"})
 
-    assert {each.setting for each in settings_lint.weaknesses(loaded)} == set(loaded.kms.accept_weak)
+    assert {each.setting for each in lint.weaknesses(loaded)} == set(loaded.kms.accept_weak)
 
 
 def test_without_its_written_word_nobody_would_be_served(tmp_path: Path) -> None:
@@ -149,4 +151,4 @@ def test_without_its_written_word_nobody_would_be_served(tmp_path: Path) -> None
     (tmp_path / "kms.toml").write_text(written.replace('mode = "none"', ""))
 
     with pytest.raises(ConfigurationError):
-        settings.check_exposure(settings.load(tmp_path / "kms.toml", {"HOME": "/"}))
+        check_exposure(load_settings(tmp_path / "kms.toml", {"HOME": "/"}))

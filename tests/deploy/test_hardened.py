@@ -15,7 +15,7 @@ import redis
 import yaml
 
 from artefacts import ROOT, SYSTEMD, as_root, make_secrets
-from kms_cli.valkey import find_binary
+from kms_cli.local.valkey import find_binary
 from kms_core.programs import tether
 from peers import program
 from ports import free_port

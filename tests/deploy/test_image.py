@@ -13,7 +13,7 @@ from cryptography import x509
 
 from artefacts import DEPLOY, ROOT, passes, tool
 from callers import Authority
-from kms_core.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE
+from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE
 from service import Service, until
 
 DOCKERFILE: Final = DEPLOY / "Dockerfile"
@@ -66,7 +66,7 @@ def test_the_image_has_the_pins_of_the_service_and_every_optional_backend() -> N
 
 
 def alive(service: Service, *words: str) -> int:
-    argv = [sys.executable, "-m", "kms_api.alive", *words]
+    argv = [sys.executable, "-m", "kms_api.server.healthcheck", *words]
     return subprocess.run(argv, env=service.environ, capture_output=True, timeout=30, check=False).returncode
 
 

@@ -11,8 +11,10 @@ import yaml
 
 import prometheusrule
 from artefacts import KUBERNETES, OVERLAYS, Document, kustomized, passes, run, tool
-from kms_core import metrics, settings
-from kms_core.settings_sections import Settings
+from kms_core.observability import metrics
+from kms_core.settings.load import check_exposure
+from kms_core.settings.load import load as load_settings
+from kms_core.settings.model import Settings
 
 VERSIONS: Final = ("1.30", "1.37")
 """The oldest that knows every field used here, and the newest."""
@@ -165,8 +167,8 @@ def settings_of(documents: list[Document], folder: Path) -> Settings:
     (volume,) = [each["configMap"]["name"] for each in spec["volumes"] if "configMap" in each]
     (folder / "kms.toml").write_text(named(documents, "ConfigMap", volume)["data"]["kms.toml"])
     environ = {each["name"]: each["value"] for each in spec["containers"][0]["env"]}
-    loaded = settings.load(folder / "kms.toml", environ)
-    settings.check_exposure(loaded)
+    loaded = load_settings(folder / "kms.toml", environ)
+    check_exposure(loaded)
     return loaded
 
 

@@ -8,8 +8,9 @@ from typing import Final
 import pytest
 
 from artefacts import DEPLOY, ROOT, SYSTEMD, make_secrets, passes, run
-from kms_core import settings
-from kms_core.errors import EXIT_CONFIGURATION
+from kms_core.settings.load import check_exposure
+from kms_core.settings.load import load as load_settings
+from kms_protocol.errors import EXIT_CONFIGURATION
 from kms_worker.watchdog import EXIT_DEAF
 from peers import program
 from sandbox import directives
@@ -73,10 +74,10 @@ def test_its_settings_name_credentials_that_are_made(tmp_path: Path) -> None:
     made = {path.name for path in make_secrets(tmp_path).iterdir()}
     text = (SYSTEMD / "kms.toml").read_text()
 
-    loaded = settings.load(
+    loaded = load_settings(
         SYSTEMD / "kms.toml", {"CREDENTIALS_DIRECTORY": "/run/credentials/kms-worker.service"}
     )
-    settings.check_exposure(loaded)
+    check_exposure(loaded)
 
     kms = loaded.kms
     for path in (kms.redis.password_file, kms.jobs.spool_identity_path, kms.jobs.intake_identity_path):

@@ -13,11 +13,12 @@ from typing import Final
 import msgspec
 
 from fuzz.harness import CORPUS
-from kms_core.audit import chain, reading, receipt, segments
+from kms_core.audit import chain, query, segments
 from kms_core.audit.keys import PublicKeys
-from kms_core.audit.receipt import BadReceipt, Receipt
-from kms_core.audit.verify import verify
-from kms_core.errors import KmsError
+from kms_core.audit.verification import receipt
+from kms_core.audit.verification.receipt import BadReceipt, Receipt
+from kms_core.audit.verification.verify import verify
+from kms_protocol.errors import KmsError
 
 MOST_BYTES: Final = 8 * 1024
 _KEPT: Final = CORPUS / "audit"
@@ -94,14 +95,14 @@ def _fitting(lines: bytes) -> bytes:
 
 def _read() -> None:
     """What the API and the command do with the files of a trail; no line of them is trusted."""
-    wanted = reading.Wanted()
-    newest = reading.newest(_PLACE, wanted, 10)
-    page = reading.page(_PLACE, wanted, None, 5)
+    wanted = query.Wanted()
+    newest = query.newest(_PLACE, wanted, 10)
+    page = query.page(_PLACE, wanted, None, 5)
     assert len(page.events) <= 5
-    reading.page(_PLACE, wanted, page.following, 5)
+    query.page(_PLACE, wanted, page.following, 5)
     segments.tips(_PLACE, KEYS, but="")
     for event in newest:
-        assert isinstance(reading.fields(event), dict)
+        assert isinstance(query.fields(event), dict)
         try:
             receipt.make(_PLACE, f"{event.chain}:{event.seq}")
         except KmsError:

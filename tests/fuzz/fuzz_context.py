@@ -9,13 +9,13 @@ from typing import Final
 
 from starlette.requests import Request
 
-from kms_api.bodies import decode
 from kms_api.deps import LOCAL_CALLER, WHO
+from kms_api.json_body import decode
 from kms_api.routes.jobs import terms_of_headers
-from kms_client.calls import header_text
-from kms_core.context import MAX_BYTES, MAX_PAIRS, Context
-from kms_core.errors import InvalidContext, InvalidRequest
-from kms_core.wire import EncryptIn
+from kms_client.requests import header_text
+from kms_protocol.context import MAX_BYTES, MAX_PAIRS, Context
+from kms_protocol.errors import InvalidContext, InvalidRequest
+from kms_protocol.wire import EncryptIn
 
 MOST_BYTES: Final = 1024
 WORDS: Final = (

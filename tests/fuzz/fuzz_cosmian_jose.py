@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Final
 
 from fuzz.fuzz_cosmian_ttlv import STATUSES, UID, Told
-from kms_core.backends.cosmian_jose import Jose
-from kms_core.backends.cosmian_kmip import Sealed
-from kms_core.backends.cosmian_ttlv import Refusal
-from kms_core.errors import BackendUnavailable
+from kms_core.backends.cosmian.jose import Jose
+from kms_core.backends.cosmian.kmip import Sealed
+from kms_core.backends.cosmian.ttlv import Refusal
+from kms_protocol.errors import BackendUnavailable
 
 MOST_BYTES: Final = 2 * 1024
 PROTECTED: Final = (

@@ -7,10 +7,10 @@ from typing import Final
 import msgspec
 
 from fuzz.harness import PARTS, parts, read_exactly
-from kms_core.backends.cosmian_kmip import Kmip, Messages, Sealed, Singles
-from kms_core.backends.cosmian_ttlv import Kind, Node, Refusal, name, octets, refusal, structure, text
-from kms_core.backends.http import Answer, Server
-from kms_core.errors import BackendUnavailable
+from kms_core.backends.cosmian.kmip import Kmip, Messages, Sealed, Singles
+from kms_core.backends.cosmian.ttlv import Kind, Node, Refusal, name, octets, refusal, structure, text
+from kms_core.http_client.peer import Answer, Server
+from kms_protocol.errors import BackendUnavailable
 
 MOST_BYTES: Final = 4 * 1024
 UID: Final = "5d9be8cf-0f4c-4c0d-9e5c-6d6b8f1e7a51"

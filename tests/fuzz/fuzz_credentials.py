@@ -17,17 +17,17 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fuzz.harness import parts
-from kms_api.gate import shown
+from kms_api.transport.authentication import shown
 from kms_core import scopes
 from kms_core.auth import jwks, tokens
-from kms_core.auth.doors import Doors
+from kms_core.auth.authenticator import Doors
 from kms_core.auth.jwks import IssuerKey
-from kms_core.auth.jwts import Jwts, Trusted
+from kms_core.auth.jwt_verifier import Jwts, Trusted
 from kms_core.auth.tokens import TokenFile
-from kms_core.context import Context
-from kms_core.errors import ConfigurationError, Unauthenticated
 from kms_core.scopes import Wanted
-from kms_core.settings_sections import Issuer
+from kms_core.settings.model import Issuer
+from kms_protocol.context import Context
+from kms_protocol.errors import ConfigurationError, Unauthenticated
 
 MOST_BYTES: Final = 2 * 1024
 ISSUER: Final = "https://id.example.com"

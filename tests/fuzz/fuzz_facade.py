@@ -5,15 +5,15 @@ from typing import Final
 
 import msgspec
 
-from kms_api.facade import app, shapes
-from kms_api.facade.door import Extra
-from kms_core import wire
-from kms_core.context import Context
-from kms_core.errors import InvalidContext, InvalidRequest
+from kms_api.vault_api import app, models
+from kms_api.vault_api.service import Extra
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import InvalidContext, InvalidRequest
 
 MOST_BYTES: Final = 2 * 1024
 CANARY: Final = b"cAnArY"
-SHAPES: Final = (shapes.Call, shapes.DataKeyIn, shapes.KeyIn, shapes.PathsIn, shapes.Nothing)
+SHAPES: Final = (models.Call, models.DataKeyIn, models.KeyIn, models.PathsIn, models.Nothing)
 WORDS: Final = (
     *(f'"{field}":'.encode() for shape in SHAPES for field in shape.__struct_encode_fields__),
     b"vault:v1:",
@@ -55,30 +55,30 @@ def check(data: bytes) -> None:
 def _body(data: bytes) -> None:
     for shape in SHAPES:
         try:
-            body = shapes.read(data, shape)
+            body = models.read(data, shape)
         except InvalidRequest as exc:
             assert CANARY.decode() not in exc.detail, "a refusal repeats what was sent"
             continue
         assert "(…)" in repr(body)
-        if isinstance(body, shapes.Call):
+        if isinstance(body, models.Call):
             for item in body.batch_input or ():
                 _item(item)
             _bound(body)
         else:
-            assert shapes.read(wire.encode(body), shape) == body
+            assert models.read(wire.encode(body), shape) == body
 
 
 def _item(raw: msgspec.Raw) -> None:
     try:
-        _bound(shapes.read(raw, shapes.Call))
+        _bound(models.read(raw, models.Call))
     except InvalidRequest as exc:
         assert CANARY.decode() not in exc.detail, "a refusal repeats what was sent"
 
 
-def _bound(body: shapes.Bound) -> None:
+def _bound(body: models.Bound) -> None:
     """What binds a call: each of the two, and which of them it is, tells another context."""
     try:
-        one, other = shapes.octets(body.context, "context"), shapes.octets(body.associated_data, "data")
+        one, other = models.octets(body.context, "context"), models.octets(body.associated_data, "data")
         context = Extra(one, other, 0).bound(1)
         turned = Extra(other, one, 0).bound(1)
     except (InvalidContext, InvalidRequest):
@@ -96,8 +96,8 @@ def _path(text: str) -> None:
 
 def _ciphertext(text: str) -> None:
     try:
-        number, file = shapes.parse(text)
+        number, file = models.parse(text)
     except InvalidRequest:
         return
     assert 1 <= number <= 10**9
-    assert shapes.parse(shapes.render(number, file)) == (number, file)
+    assert models.parse(models.render(number, file)) == (number, file)

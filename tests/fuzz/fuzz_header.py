@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from typing import Final
 
-from kms_core.envelope import binding, header, scrypt
-from kms_core.envelope.header import SYNC_LIMITS, VERSION_LINE, Header, Limits
-from kms_core.errors import DecryptFailed, NotACiphertext, TooLarge
+from kms_core.age import header, scrypt
+from kms_core.age.header import SYNC_LIMITS, VERSION_LINE, Header, Limits
+from kms_core.envelope import binding
+from kms_protocol.errors import DecryptFailed, NotACiphertext, TooLarge
 from vectors import cctv
 
 MOST_BYTES: Final = 8 * 1024

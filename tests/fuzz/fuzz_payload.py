@@ -12,11 +12,12 @@ from typing import Final
 
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from kms_core.envelope import pipes, slabs, stream
-from kms_core.envelope.extents import Extent, Onto
-from kms_core.envelope.slabs import Pace
-from kms_core.envelope.stream import CHUNK, SEALED_CHUNK, TAG
-from kms_core.errors import DecryptFailed
+from kms_core.age import stream
+from kms_core.age.stream import CHUNK, SEALED_CHUNK, TAG
+from kms_core.payload import parallel, streaming
+from kms_core.payload.files import Extent, Onto
+from kms_core.payload.parallel import Pace
+from kms_protocol.errors import DecryptFailed
 
 MOST_BYTES: Final = 512
 WORDS: Final = (b"\x00", b"\x00\x00\x00\x01", b"\xff\xff\xff\xff")
@@ -78,7 +79,7 @@ def _by_pipe(sealed: bytes, plaintext: bytes) -> bool:
     """What a pipe has released before it fails is a beginning of the plaintext."""
     released = io.BytesIO()
     try:
-        size = pipes.open_pipe(KEY, io.BytesIO(sealed), released, _PACE)
+        size = streaming.open_pipe(KEY, io.BytesIO(sealed), released, _PACE)
     except DecryptFailed:
         assert plaintext.startswith(released.getvalue())
         return False
@@ -92,7 +93,7 @@ def _by_slabs(sealed: bytes, plaintext: bytes) -> bool:
         source.write(sealed)
         source.flush()
         try:
-            slabs.open_file(KEY, Extent(source.fileno(), len(sealed)), Onto(target.fileno()), pace=_PACE)
+            parallel.open_file(KEY, Extent(source.fileno(), len(sealed)), Onto(target.fileno()), pace=_PACE)
         except DecryptFailed:
             return False
         assert target.read() == plaintext

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from fuzz.harness import PARTS, parts
-from kms_core import settings
-from kms_core.errors import ConfigurationError
+from kms_core.settings.load import load as load_settings
+from kms_protocol.errors import ConfigurationError
 
 MOST_BYTES: Final = 2 * 1024
 CANARY: Final = "cAnArY"
@@ -71,11 +71,11 @@ def check(data: bytes) -> None:
             environ[name] = value
     environ.pop("KMS_CONFIG", None)
     try:
-        loaded = settings.load(_FILE, environ)
+        loaded = load_settings(_FILE, environ)
     except ConfigurationError as exc:
         assert exc.detail
         assert len(exc.detail) < 4 * MOST_BYTES
         return
-    again = settings.load(_FILE, environ)
+    again = load_settings(_FILE, environ)
     assert again == loaded
     assert CANARY not in repr(loaded.kms.redis)

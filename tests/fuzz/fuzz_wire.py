@@ -5,9 +5,9 @@ from typing import Final
 
 import msgspec
 
-from kms_api.bodies import decode
-from kms_core import wire
-from kms_core.errors import InvalidRequest
+from kms_api.json_body import decode
+from kms_protocol import wire
+from kms_protocol.errors import InvalidRequest
 
 MOST_BYTES: Final = 2 * 1024
 CANARY: Final = b"cAnArY"

@@ -16,8 +16,8 @@ from contract.rig_cosmian import Protocol, cosmian
 from golden import manifest
 from kms_core.backends import Backend
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.backends.cosmian import CosmianCipher
-from kms_core.backends.cosmian_keys import CosmianKey
+from kms_core.backends.cosmian.backend import CosmianCipher
+from kms_core.backends.cosmian.keys import CosmianKey
 from kms_core.backends.remote import RemoteBackend
 from ports import free_port
 

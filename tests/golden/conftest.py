@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from golden import install, jobs, manifest, redisdump
-from kms_cli.valkey import EmbeddedValkey
-from kms_core.jobs.build import Core, build
-from kms_core.jobs.store import JobStore
+from kms_cli.local.valkey import EmbeddedValkey
+from kms_core.container import Core, build
+from kms_core.jobs.store.store import JobStore
 from service import Service
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Final
 
 from golden import manifest
-from kms_core import settings as settings_file
-from kms_core.settings import Settings
+from kms_core.settings.load import load as load_settings
+from kms_core.settings.model import Settings
 from service import Service
 
 FILES: Final = {
@@ -38,4 +38,4 @@ def service(folder: Path, redis_url: str, more: str = "") -> Service:
 
 def settings(folder: Path) -> Settings:
     """Default settings over such a state directory."""
-    return settings_file.load(None, {"KMS_STATE_DIR": str(folder), "HOME": "/nonexistent"})
+    return load_settings(None, {"KMS_STATE_DIR": str(folder), "HOME": "/nonexistent"})

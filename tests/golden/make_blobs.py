@@ -16,9 +16,9 @@ from golden import manifest
 from golden.jobs import SECRET
 from golden.manifest import b64
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.jobs.blobs import Label, Spool
 from kms_core.jobs.model import Accepted
-from kms_core.jobs.records import RecordKey
+from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.storage.spool import Label, Spool
 
 _MAX_BYTES = 1024 * 1024 * 1024
 

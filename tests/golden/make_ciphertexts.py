@@ -16,17 +16,18 @@ import pyrage
 from agekms import kms_over
 from golden import backends, manifest, reference
 from golden.manifest import Entry, b64
-from kms_api.facade import door, shapes
-from kms_api.facade.door import Extra
+from kms_api.vault_api import models, service
+from kms_api.vault_api.service import Extra
+from kms_core.age import armor, header
+from kms_core.age.header import FILE_LIMITS
+from kms_core.age.recipients import parse_identity
+from kms_core.auth.policy import AllowAll, Principal
 from kms_core.backends import Backend
-from kms_core.context import Context
-from kms_core.envelope import armor, binding, header, sealing
+from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.header import FILE_LIMITS
-from kms_core.envelope.native import parse_identity
 from kms_core.keyring import Key, Keyring
-from kms_core.policy import AllowAll, Principal
 from kms_core.service import Kms
+from kms_protocol.context import Context
 
 SIZES: Final = {
     "empty": 0,
@@ -205,7 +206,7 @@ VAULT: Final[Mapping[str, Extra]] = {
 def _vault_api() -> Iterator[Entry]:
     kms, backend = _kms("age-x25519"), backends.of("age-x25519")
     for name, extra in VAULT.items():
-        sealed, number = door.encrypt(kms, ACME, manifest.SMALL, extra, key_id="payroll")
+        sealed, number = service.encrypt(kms, ACME, manifest.SMALL, extra, key_id="payroll")
         given = {"kms:transit.context": extra.context, "kms:transit.associated_data": extra.associated_data}
         context = {"kms:transit": f"v{number}"} | {key: b64(value) for key, value in given.items() if value}
         yield _entry(
@@ -223,4 +224,4 @@ def _texts() -> Iterator[Mapping[str, str]]:
     for name in VAULT:
         one = manifest.entry(f"vault-api/{name}")
         number = int(one.context["kms:transit"].removeprefix("v"))
-        yield {"entry": one.name, "text": shapes.render(number, one.file)}
+        yield {"entry": one.name, "text": models.render(number, one.file)}

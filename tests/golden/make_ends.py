@@ -14,7 +14,7 @@ from golden.jobs import SECRET
 from golden.manifest import b64
 from kms_core.jobs.ends import SignedEnd, SignedSplit, spec_digest
 from kms_core.jobs.model import Accepted, Commit, Log
-from kms_core.jobs.records import RecordKey
+from kms_core.jobs.sealed_records import RecordKey
 
 
 def main() -> int:

@@ -20,21 +20,21 @@ from celery import Celery
 
 from golden import expected_jobs, install, manifest, redisdump
 from golden.manifest import b64
-from kms_cli.valkey import find_binary
-from kms_core import wire
-from kms_core.context import Context
-from kms_core.envelope.native import parse_identity
-from kms_core.jobs.blobs import UPLOAD, Label
-from kms_core.jobs.build import Core, build
-from kms_core.jobs.desk import Named, Terms
-from kms_core.jobs.fanout import MANIFEST
-from kms_core.jobs.leftovers import Notes
+from kms_cli.local.valkey import find_binary
+from kms_core.age.recipients import parse_identity
+from kms_core.auth.policy import Principal
+from kms_core.container import Core, build
+from kms_core.jobs.events.outbox import Outbox
+from kms_core.jobs.events.webhook import Endpoint
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.execution.tree import MANIFEST
 from kms_core.jobs.model import Accepted, Claim, Commit, Log, part_id
-from kms_core.jobs.outbox import Outbox
-from kms_core.jobs.run import run_job
-from kms_core.jobs.webhooks import Endpoint
-from kms_core.policy import Principal
+from kms_core.jobs.storage.multipart_journal import Notes
+from kms_core.jobs.storage.spool import UPLOAD, Label
+from kms_core.jobs.submission.submitter import Named, Terms
 from kms_core.programs import tether
+from kms_protocol import wire
+from kms_protocol.context import Context
 from service import Service, until
 from submissions import OPTIONS, seal
 

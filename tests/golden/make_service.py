@@ -13,19 +13,19 @@ import msgspec
 
 from golden import expected_service as expected
 from golden import install, manifest
-from kms_api.sessions import Sessions
-from kms_cli.migration_output import Lines, Record
+from kms_api.transport.sessions import Sessions
+from kms_cli.migrate.output import Lines, Record
 from kms_cli.plugin.names import Target
 from kms_core import audit
-from kms_core.audit import receipt
 from kms_core.audit.keys import Concealer, Signer
-from kms_core.audit.places import Folder
-from kms_core.audit.trail import Rules, Trail
+from kms_core.audit.log import Rules, Trail
+from kms_core.audit.sinks import Folder
+from kms_core.audit.verification import receipt
 from kms_core.auth import tokens
+from kms_core.auth.policy import Grant, Principal
 from kms_core.auth.tokens import Wish
-from kms_core.context import Context
-from kms_core.errors import AuditUnavailable
-from kms_core.policy import Grant, Principal
+from kms_protocol.context import Context
+from kms_protocol.errors import AuditUnavailable
 from trails import room_for
 
 RULES: Final = Rules(rotate_bytes=2500, checkpoint_lines=4)

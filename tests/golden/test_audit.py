@@ -17,13 +17,14 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from golden import expected_service as expected
 from golden import install, make_service, manifest
 from golden.reference import hmac_sha256, names, sha256
-from kms_core.audit import Record, Trail, reading, receipt
+from kms_core.audit import Record, Trail, query
 from kms_core.audit.keys import Concealer, PublicKeys, Signer
-from kms_core.audit.places import ANCHORS, COPIES, Folder, RedisStream, read_lines
-from kms_core.audit.receipt import Receipt
-from kms_core.audit.report import Report
-from kms_core.audit.verify import verify
-from kms_core.context import Context
+from kms_core.audit.sinks import ANCHORS, COPIES, Folder, RedisStream, read_lines
+from kms_core.audit.verification import receipt
+from kms_core.audit.verification.receipt import Receipt
+from kms_core.audit.verification.report import Report
+from kms_core.audit.verification.verify import verify
+from kms_protocol.context import Context
 from stores import connect
 
 FOLDER: Final = manifest.V1 / "audit"
@@ -92,7 +93,7 @@ def test_anchors_are_compared(tmp_path: Path) -> None:
 
 
 def test_records_are_found() -> None:
-    found = reading.newest(FOLDER / "log", reading.Wanted(), 50)
+    found = query.newest(FOLDER / "log", query.Wanted(), 50)
 
     principals = [f"ada-{number}" for number in (*range(4, 14), 0, 1, 3)]
     assert sorted(one.principal for one in found) == sorted(principals)

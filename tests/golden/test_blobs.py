@@ -12,9 +12,9 @@ from golden import make_blobs, manifest, reference
 from golden.jobs import SECRET
 from golden.manifest import unb64
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.errors import RecordRefused
-from kms_core.jobs.blobs import Label, Spool
-from kms_core.jobs.records import RecordKey
+from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.storage.spool import Label, Spool
+from kms_protocol.errors import RecordRefused
 
 HELD: Final[dict[str, Any]] = json.loads(expected.PATH.read_text())
 NAMES: Final = (*expected.AS_THEY_ARE, *expected.SEALED)

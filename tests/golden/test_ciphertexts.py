@@ -14,13 +14,13 @@ from bao import bao
 from golden import backends, manifest, reference
 from golden.manifest import Entry, unb64
 from golden.reference import Names, Stanza
-from kms_api.facade import door, shapes
-from kms_api.facade.door import Extra
-from kms_core.context import Context
-from kms_core.envelope import armor
-from kms_core.errors import DecryptFailed
-from kms_core.policy import Principal
+from kms_api.vault_api import models, service
+from kms_api.vault_api.service import Extra
+from kms_core.age import armor
+from kms_core.auth.policy import Principal
 from kms_core.service import Kms
+from kms_protocol.context import Context
+from kms_protocol.errors import DecryptFailed
 
 ENTRIES: Final = manifest.entries()
 PADDED_BYTES: Final = 4096
@@ -109,10 +109,10 @@ def test_ciphertext_of_the_vault_api_opens(name: str) -> None:
     text = next(one["text"] for one in manifest.document("texts.json") if one["entry"] == name)
     entry, kms = manifest.entry(name), kms_of("age-x25519")
 
-    number, file = shapes.parse(text)
+    number, file = models.parse(text)
 
     assert (number, file) == (2, entry.file)
-    assert door.decrypt(kms, who(entry), file, VAULT[name], key_id="payroll") == entry.plaintext
+    assert service.decrypt(kms, who(entry), file, VAULT[name], key_id="payroll") == entry.plaintext
 
 
 def test_armored_file_opens() -> None:

@@ -12,14 +12,14 @@ import pytest
 from golden import expected_service as expected
 from golden import install, manifest, reference
 from golden.manifest import b64
-from kms_api.sessions import Sessions
-from kms_cli.migration_output import Lines, Record
+from kms_api.transport.sessions import Sessions
+from kms_cli.migrate.output import Lines, Record
 from kms_cli.plugin.names import Target
 from kms_core.auth import tokens
+from kms_core.auth.policy import Grant, Principal
 from kms_core.auth.tokens import TokenFile, Wish
-from kms_core.context import Context
-from kms_core.errors import Unauthenticated
-from kms_core.policy import Grant, Principal
+from kms_protocol.context import Context
+from kms_protocol.errors import Unauthenticated
 
 TEXTS: Final[dict[str, str]] = manifest.document("keys/tokens.json")["texts"]
 SESSION: Final[dict[str, str]] = manifest.document("keys/session.json")

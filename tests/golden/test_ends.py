@@ -10,9 +10,9 @@ from golden import expected_ends as expected
 from golden import make_ends, reference
 from golden.jobs import SECRET
 from golden.manifest import Json, unb64
-from kms_core.jobs import parents
-from kms_core.jobs.build import Core, build
-from kms_core.jobs.store import JobStore
+from kms_core.container import Core, build
+from kms_core.jobs.execution import parents
+from kms_core.jobs.store.store import JobStore
 from service import Service
 
 HELD: Final[Json] = json.loads(expected.PATH.read_text())

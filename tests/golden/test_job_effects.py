@@ -17,15 +17,15 @@ from golden import expected_jobs as expected
 from golden import manifest, reference
 from golden.jobs import DUMP, HOOK_SECRET, IDS, SECRET, record
 from golden.manifest import SMALL, unb64
-from kms_core.context import Context
-from kms_core.errors import IdempotencyConflict, JobExpired
-from kms_core.jobs.build import Core, build_intake
-from kms_core.jobs.desk import Terms
-from kms_core.jobs.outbox import Outbox
-from kms_core.jobs.store import JobStore
-from kms_core.jobs.webhooks import Endpoint, Message, sign
-from kms_core.policy import Principal
-from kms_core.wire import JobItem
+from kms_core.auth.policy import Principal
+from kms_core.container import Core, build_intake
+from kms_core.jobs.events.outbox import Outbox
+from kms_core.jobs.events.webhook import Endpoint, Message, sign
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol.context import Context
+from kms_protocol.errors import IdempotencyConflict, JobExpired
+from kms_protocol.wire import JobItem
 from service import Service, until
 from submissions import body, in_s, seal
 

@@ -16,17 +16,17 @@ from golden import expected_jobs as expected
 from golden import manifest, reference
 from golden.jobs import BLOBS, IDS, SECRET, fields, is_sealed_by_the_spool, record
 from golden.manifest import SMALL, unb64
-from kms_core.context import Context
-from kms_core.jobs import fanout, results
-from kms_core.jobs.blobs import Label
-from kms_core.jobs.build import Core
-from kms_core.jobs.leftovers import Notes
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution import results, tree
+from kms_core.jobs.file_patterns import Tree
 from kms_core.jobs.model import part_id
-from kms_core.jobs.paths import temporary_name
-from kms_core.jobs.store import JobStore
-from kms_core.jobs.trees import Tree
-from kms_core.policy import Principal
+from kms_core.jobs.storage.local_paths import temporary_name
+from kms_core.jobs.storage.multipart_journal import Notes
+from kms_core.jobs.storage.spool import Label
+from kms_core.jobs.store.store import JobStore
 from kms_core.s3 import bucket
+from kms_protocol.context import Context
 from service import Service
 
 PARTS: Final = uuid.UUID("6f1f3c4e-0d0a-5c0b-9a57-6b6d732d7061")
@@ -117,7 +117,7 @@ def test_parts_have_the_ids_of_version_1(store: JobStore) -> None:
 
 def test_manifest_of_a_campaign_opens(unchanged: Core) -> None:
     part = unchanged.shop.store.accepted(IDS["campaign-part"])
-    found = [(one.path, one.size_bytes, one.code) for one in fanout.entries(part, unchanged.shop.spool)]
+    found = [(one.path, one.size_bytes, one.code) for one in tree.entries(part, unchanged.shop.spool)]
 
     assert found == [
         ("x/0.age", 100, ""),
@@ -125,7 +125,7 @@ def test_manifest_of_a_campaign_opens(unchanged: Core) -> None:
         ("x/2.age", 102, ""),
         ("y", 0, "path_refused"),
     ]
-    file = fanout.file_job(part, Tree.parse(part.source), found[1][0], 1)
+    file = tree.file_job(part, Tree.parse(part.source), found[1][0], 1)
     assert file.job_id == str(uuid.uuid5(uuid.UUID(part.job_id), "1"))
 
 

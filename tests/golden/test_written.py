@@ -13,16 +13,16 @@ import pytest
 from golden import make, manifest, reference
 from golden.manifest import SMALL
 from golden.reference import Names, Stanza
+from kms_core.age.x25519 import Identity
 from kms_core.backends import KeyVersion
 from kms_core.backends.remote import RemoteBackend
-from kms_core.context import Context
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.x25519 import Identity
-from kms_core.jobs import letters
 from kms_core.jobs.ends import SignedEnd, SignedSplit, spec_digest
 from kms_core.jobs.model import Accepted, Commit, Log
-from kms_core.jobs.records import RecordKey
+from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.store import broker_messages
+from kms_protocol.context import Context
 
 BOUND: Final[Mapping[str, str]] = {"env": "prod", "größe": "drei"}
 KEY: Final = Names("acme", "payroll", "v-7", "seen")
@@ -223,12 +223,12 @@ def test_new_bound_records() -> None:
 
 
 def test_new_message() -> None:
-    found = msgspec.json.decode(letters.write(JOB_ID, ("kms.files", "low"), 12.5))
+    found = msgspec.json.decode(broker_messages.write(JOB_ID, ("kms.files", "low"), 12.5))
     tag = found["properties"]["delivery_tag"]
 
-    assert letters.where(("kms.files", "low")) == "kms:kms.files\x06\x166"
-    assert letters.where(("kms.bulk", "normal")) == "kms:kms.bulk\x06\x163"
-    assert letters.where(("kms.bulk", "high")) == "kms:kms.bulk"
+    assert broker_messages.where(("kms.files", "low")) == "kms:kms.files\x06\x166"
+    assert broker_messages.where(("kms.bulk", "normal")) == "kms:kms.bulk\x06\x163"
+    assert broker_messages.where(("kms.bulk", "high")) == "kms:kms.bulk"
     assert found == {
         "body": f'[["{JOB_ID}"],{{}},null]',
         "content-type": "application/json",

@@ -18,8 +18,8 @@ import httpx
 import pytest
 
 from callers import REQUIRED, Guarded
-from kms_cli.valkey import EmbeddedValkey
-from kms_core.wire import PREFIX
+from kms_cli.local.valkey import EmbeddedValkey
+from kms_protocol.wire import PREFIX
 from service import WAIT_S, b64, check_problem, until
 
 MIB: Final = 1024 * 1024

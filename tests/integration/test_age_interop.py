@@ -23,12 +23,13 @@ from agekms import (
     with_stanzas,
     write_identities,
 )
+from kms_core.age import x25519
+from kms_core.age.header import Stanza
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.context import Context
-from kms_core.envelope import binding, x25519
-from kms_core.envelope.header import Stanza
-from kms_core.errors import DecryptFailed, NotACiphertext
+from kms_core.envelope import binding
 from kms_core.service import Kms
+from kms_protocol.context import Context
+from kms_protocol.errors import DecryptFailed, NotACiphertext
 
 CHUNK: Final = 64 * 1024
 MiB: Final = 1024 * 1024

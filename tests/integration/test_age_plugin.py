@@ -10,8 +10,8 @@ from typing import Final
 import httpx
 import pytest
 
-from kms_core.envelope import header, stream
-from kms_core.envelope.header import FILE_LIMITS
+from kms_core.age import header, stream
+from kms_core.age.header import FILE_LIMITS
 from peers import program
 from plugins import ENV, Bench, sops, target
 from service import Json, Service, b64, check_problem

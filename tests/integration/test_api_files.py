@@ -12,7 +12,7 @@ from urllib.parse import quote
 import pyrage
 import pytest
 
-from kms_core.wire import PREFIX
+from kms_protocol.wire import PREFIX
 from peers import program
 from service import CANARY, Service, check_problem, until
 

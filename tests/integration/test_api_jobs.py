@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.jobs.build import Core
+from kms_core.container import Core
+from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Claim, part_id
-from kms_core.jobs.run import run_job
-from kms_core.wire import ENDED, PREFIX
+from kms_protocol.wire import ENDED, PREFIX
 from service import CANARY, Json, Service, b64, check_problem, core_of, unb64, until
 
 NDJSON = {"Content-Type": "application/x-ndjson"}

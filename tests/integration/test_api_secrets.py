@@ -10,7 +10,7 @@ import httpx
 import pyrage
 import pytest
 
-from kms_core.wire import PREFIX
+from kms_protocol.wire import PREFIX
 from service import CONTEXT, Json, Service, b64, unb64
 
 ENCRYPT = """curl -X POST http://localhost:8082/api/v1/kms/encrypt \\

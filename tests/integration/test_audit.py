@@ -17,14 +17,14 @@ import pytest
 from kms_client import Client
 from kms_core.audit import Record
 from kms_core.audit.keys import PublicKeys
-from kms_core.audit.verify import verify
-from kms_core.context import Context
-from kms_core.errors import AuditUnavailable, KmsError
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Terms
-from kms_core.jobs.run import run_job
-from kms_core.policy import Principal
-from kms_core.wire import JobItem
+from kms_core.audit.verification.verify import verify
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol.context import Context
+from kms_protocol.errors import AuditUnavailable, KmsError
+from kms_protocol.wire import JobItem
 from peers import tied
 from service import CANARY, CONTEXT, Service, b64, check_problem, core_of, until
 from stores import forge

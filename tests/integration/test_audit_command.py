@@ -14,7 +14,7 @@ import pytest
 from callers import REQUIRED, Guarded, bearer
 from canary import forms
 from kms_core.audit.keys import PublicKeys
-from kms_core.audit.verify import verify
+from kms_core.audit.verification.verify import verify
 from trails import Line, Place
 
 NO_REDIS = "unix:///nonexistent.sock"

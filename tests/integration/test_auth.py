@@ -13,11 +13,11 @@ import pytest
 from callers import REQUIRED, Guarded, bearer
 from kms_api import app
 from kms_api.routes.operations import probes
-from kms_api.rules import OPEN_PATHS, RULES, Ruled
-from kms_cli.valkey import EmbeddedValkey
+from kms_api.routing import OPEN_PATHS, RULES, Ruled
+from kms_cli.local.valkey import EmbeddedValkey
 from kms_core.auth import tokens
 from kms_core.scopes import OPERATIONS
-from kms_core.wire import PREFIX
+from kms_protocol.wire import PREFIX
 from service import CONTEXT, Service, b64, check_problem, until
 
 ALL: Final = ",".join(operation for operation in OPERATIONS if operation not in {"metrics", "unwrap"})

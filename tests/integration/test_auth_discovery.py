@@ -14,9 +14,9 @@ import pytest
 from cryptography import x509
 
 from callers import AUDIENCE, Authority, Guarded, Issuer, bearer
-from kms_core.auth import doors
-from kms_core.auth.doors import Doors
-from kms_core.errors import Unauthenticated, Unavailable
+from kms_core.auth import authenticator
+from kms_core.auth.authenticator import Doors
+from kms_protocol.errors import Unauthenticated, Unavailable
 from service import check_problem, until
 
 WELL_KNOWN: Final = "/tenant/.well-known/openid-configuration"
@@ -102,7 +102,7 @@ def provider(tmp_path: Path) -> Iterator[Provider]:
 
 def door(tmp_path: Path, provider: Provider, issuer: str | None = None) -> Doors:
     """The doors of an install that trusts the provider, in this process."""
-    made = doors.build(Guarded(tmp_path / "kms", provider.settings(issuer), NO_REDIS).settings)
+    made = authenticator.build(Guarded(tmp_path / "kms", provider.settings(issuer), NO_REDIS).settings)
     assert made is not None
     return made
 

@@ -13,18 +13,25 @@ import msgspec
 import pytest
 
 from callers import ISSUER, REQUIRED, Guarded, Issuer, bearer, issuer_settings
-from kms_cli.valkey import EmbeddedValkey
-from kms_core import wire
+from kms_cli.local.valkey import EmbeddedValkey
 from kms_core.auth import tokens
+from kms_core.auth.policy import Grant, Principal
 from kms_core.auth.tokens import Token
-from kms_core.context import Context
-from kms_core.errors import Forbidden, IdempotencyConflict, KmsError, RateLimited, Unauthenticated, UnknownKey
-from kms_core.jobs import intake
-from kms_core.jobs.build import Core, build_intake
-from kms_core.jobs.desk import Terms
-from kms_core.jobs.run import run_job
-from kms_core.policy import Grant, Principal
-from kms_core.wire import JobKind
+from kms_core.container import Core, build_intake
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.submission import celery_intake
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import (
+    Forbidden,
+    IdempotencyConflict,
+    KmsError,
+    RateLimited,
+    Unauthenticated,
+    UnknownKey,
+)
+from kms_protocol.wire import JobKind
 from service import CANARY, b64, check_problem, core_of, until
 from stores import accepted
 from submissions import body as submission
@@ -446,7 +453,7 @@ def desk(install: Guarded, core: Core) -> Callable[[dict[str, object]], str]:
     """The intake, as a worker has it."""
     made = build_intake(install.settings, core.desk)
     assert made
-    recipient = str(intake.recipient(install.settings.kms.jobs.intake_identity_path))
+    recipient = str(celery_intake.recipient(install.settings.kms.jobs.intake_identity_path))
     return lambda asked: made.accept(seal(recipient, asked), "w")
 
 

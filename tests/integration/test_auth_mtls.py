@@ -17,12 +17,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from callers import Authority, Guarded, Pair, bearer
-from kms_api import tls
-from kms_cli import up
+from kms_api.transport import tls
+from kms_cli.local import up
 from kms_client import Client
-from kms_core.errors import ConfigurationError
-from kms_core.settings_sections import Server
-from kms_core.wire import PREFIX
+from kms_core.settings.model import Server
+from kms_protocol.errors import ConfigurationError
+from kms_protocol.wire import PREFIX
 from service import Json, check_problem, until
 
 CERTIFICATES = """

@@ -13,7 +13,7 @@ import pytest
 
 from callers import Guarded, bearer
 from kms_core.programs import tether
-from kms_core.wire import PREFIX
+from kms_protocol.wire import PREFIX
 from peers import program
 from ports import free_port
 from service import until

@@ -9,19 +9,19 @@ import httpx
 import pytest
 
 from callers import Authority, Pair, bearer, shown
-from kms_api import tls
-from kms_core import wire
+from kms_api.transport import tls
 from kms_core.auth import revocation
-from kms_core.auth.doors import Doors
-from kms_core.auth.doors import build as build_doors
-from kms_core.context import Context
-from kms_core.errors import ConfigurationError, Forbidden, Unauthenticated, Unavailable
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Terms
-from kms_core.jobs.run import run_job
-from kms_core.policy import Principal
-from kms_core.settings_sections import Server
-from kms_core.wire import PREFIX
+from kms_core.auth.authenticator import Doors
+from kms_core.auth.authenticator import build as build_doors
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.submission.submitter import Terms
+from kms_core.settings.model import Server
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import ConfigurationError, Forbidden, Unauthenticated, Unavailable
+from kms_protocol.wire import PREFIX
 from ports import free_port
 from revoking import EXPIRED, NAME, Revoking
 from service import check_problem, core_of, until

@@ -10,8 +10,8 @@ import pytest
 
 from awsservers import AwsServer, ministack, moto
 from kms_core.backends import KeyMissing
-from kms_core.backends.awskms import AwsCipher
-from kms_core.errors import BackendUnavailable, DecryptFailed, InvalidRequest
+from kms_core.backends.aws.backend import AwsCipher
+from kms_protocol.errors import BackendUnavailable, DecryptFailed, InvalidRequest
 
 SECRET = bytes(range(16))
 AAD = b"names and a context"

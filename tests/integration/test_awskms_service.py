@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from awsservers import ACCESS_KEY, REGION, SECRET_KEY, moto
-from kms_core.errors import EXIT_CONFIGURATION
-from kms_core.wire import ENDED
+from kms_protocol.errors import EXIT_CONFIGURATION
+from kms_protocol.wire import ENDED
 from service import PROGRAMS, Service, b64, until
 
 

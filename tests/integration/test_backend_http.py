@@ -11,9 +11,9 @@ import pytest
 
 from contract.faults import answer, faulty
 from hooks import Authority, make_authority
-from kms_core.backends import Busy, Unreachable
-from kms_core.backends.http import Peer, Server, Tls, transport_errors
-from kms_core.errors import BackendUnavailable
+from kms_core.http_client import Busy, Unreachable
+from kms_core.http_client.peer import Peer, Server, Tls, transport_errors
+from kms_protocol.errors import BackendUnavailable
 
 JSON: Final = answer(200, b"{}")
 TIMEOUT_S: Final = 10.0
@@ -105,7 +105,7 @@ def test_plain_http_to_a_tls_port_is_unreachable(authority: Authority) -> None:
 def test_no_proxy_is_taken_from_the_environment() -> None:
     with faulty(JSON) as proxy, faulty(JSON) as server:
         script = f"""
-from kms_core.backends.http import Peer, Server
+from kms_core.http_client.peer import Peer, Server
 assert Peer(Server({server.url!r}, "Something", "kms.x.address", 10.0)).call("GET", "/").ok
 """
         environ = {**os.environ, "HTTP_PROXY": proxy.url, "http_proxy": proxy.url, "ALL_PROXY": proxy.url}
@@ -137,7 +137,7 @@ def test_calls_within_one_timeout_share_it() -> None:
 
 FORKING: Final = """
 import os, sys
-from kms_core.backends.http import Peer, Server
+from kms_core.http_client.peer import Peer, Server
 
 peer = Peer(Server(sys.argv[1], "Something", "kms.x.address", 30.0))
 peer.call("GET", "/")

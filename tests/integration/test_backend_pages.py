@@ -11,7 +11,7 @@ import pytest
 import bao
 from bao import Bao
 from kms_core import keyring
-from kms_core.settings import load
+from kms_core.settings.load import load
 
 PAGE: Final = Path(__file__).parents[2] / "docs/backends.md"
 

@@ -6,7 +6,7 @@ from http.client import HTTPConnection
 
 import pytest
 
-from kms_core.wire import PREFIX
+from kms_protocol.wire import PREFIX
 from service import B64_CANARY, CANARY, CONTEXT, Service, b64, check_problem
 
 MIB = 1024 * 1024

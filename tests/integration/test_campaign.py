@@ -10,18 +10,18 @@ import pyrage
 import pytest
 
 from kms_api.routes.jobs import shape
-from kms_core import wire
-from kms_core.context import Context
-from kms_core.errors import Unavailable
-from kms_core.jobs import results
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Terms
-from kms_core.jobs.fanout import PATIENCE
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution import results
+from kms_core.jobs.execution.runner import Shop, run_job
+from kms_core.jobs.execution.tree import PATIENCE
 from kms_core.jobs.model import Claim, Commit, Fields, Job, Log, part_id
-from kms_core.jobs.places import Places, Source
-from kms_core.jobs.run import Shop, run_job
-from kms_core.jobs.store import JobStore
-from kms_core.policy import Principal
+from kms_core.jobs.storage.locations import Places, Source
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import Unavailable
 from service import until
 from stores import TENANT, forge
 

@@ -23,11 +23,11 @@ from canary import Search, family
 from canarycalls import CALLS, PARAMETER, UI_CALLS, VAULT_CALLS, Body, items, nothing, sealed
 from canarycommands import Given, Line, leaves, lines
 from canaryhouse import REMOTE, House, Peer
-from kms_api.rules import RULES, UI_RULES, VAULT_RULES
+from kms_api.routing import RULES, UI_RULES, VAULT_RULES
+from kms_cli.local.up import is_alive
 from kms_cli.main import group
-from kms_cli.up import is_alive
 from kms_core.auth import tokens
-from kms_core.wire import PREFIX, JobKind
+from kms_protocol.wire import PREFIX, JobKind
 from service import Supervised, b64, unb64, until
 
 # -- routes ---------------------------------------------------------------------------------------------

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from kms_core.errors import JobsUnavailable
-from kms_core.jobs import letters
-from kms_core.jobs.blobs import Label
-from kms_core.jobs.build import Core
-from kms_core.jobs.caretaker import Caretaker
-from kms_core.jobs.desk import new_id
+from kms_core.container import Core
 from kms_core.jobs.model import BULK, QUEUES, LeaseLost
-from kms_core.jobs.store import JobStore
-from kms_core.wire import PRIORITIES
+from kms_core.jobs.recovery.reaper import Caretaker
+from kms_core.jobs.storage.spool import Label
+from kms_core.jobs.store import broker_messages
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import new_id
+from kms_protocol.errors import JobsUnavailable
+from kms_protocol.wire import PRIORITIES
 from service import until
 from stores import LONG, SHORT, TENANT, accepted, claimed, lapse, state, store_of
 
@@ -85,10 +85,10 @@ def test_lost_message_is_missed_in_a_lane_that_is_never_empty(
 ) -> None:
     posting = JobStore(store.redis, store.record_key, None, LONG)
     job = posting.submit(accepted(items=1, created_at=time.time() - 60))
-    lane = letters.where(job.lane)
+    lane = broker_messages.where(job.lane)
     message = store.redis.lpop(lane)
     assert job.job_id in str(message)
-    store.redis.lpush(lane, letters.write("another", job.lane, job.created_at + others))
+    store.redis.lpush(lane, broker_messages.write("another", job.lane, job.created_at + others))
 
     for _ in range(2):
         store.redis.zadd("kms:open", {job.job_id: 0})

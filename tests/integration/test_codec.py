@@ -10,7 +10,7 @@ from temporalio.api.common.v1 import Payload, Payloads
 from temporalio.converter import DataConverter, PayloadCodec
 
 from callers import Guarded
-from kms_cli.valkey import EmbeddedValkey
+from kms_cli.local.valkey import EmbeddedValkey
 from service import Service, b64, check_problem, unb64
 
 NAMESPACE = {"X-Namespace": "payroll"}

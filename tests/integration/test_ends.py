@@ -7,18 +7,18 @@ import msgspec
 import pytest
 
 from hooks import end, endpoint, every
-from kms_core import wire
-from kms_core.context import Context
-from kms_core.errors import JobNotDead
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Terms
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
 from kms_core.jobs.ends import Work
-from kms_core.jobs.outbox import Outbox
-from kms_core.jobs.run import run_job
-from kms_core.jobs.store import JobStore
-from kms_core.jobs.webhooks import Endpoint
-from kms_core.policy import Principal
-from kms_core.wire import JobState
+from kms_core.jobs.events.outbox import Outbox
+from kms_core.jobs.events.webhook import Endpoint
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import JobNotDead
+from kms_protocol.wire import JobState
 from stores import LONG, TENANT, accepted, claimed, forge, record, store_of
 
 WHO = Principal("local")

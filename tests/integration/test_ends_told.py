@@ -9,12 +9,12 @@ import httpx
 import pytest
 
 from hooks import Authority, Receiver, endpoint, make_authority, receiving
-from kms_core.jobs.build import Core
+from kms_core.container import Core
+from kms_core.jobs.events.dispatcher import Courier
+from kms_core.jobs.events.outbox import Outbox
+from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import REFUSED
-from kms_core.jobs.outbox import Outbox
-from kms_core.jobs.run import run_job
-from kms_core.wire import PREFIX
-from kms_worker.courier import Courier
+from kms_protocol.wire import PREFIX
 from service import CONTEXT, Json, Service, b64, core_of, until
 from stores import accepted, forge
 

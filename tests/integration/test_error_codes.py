@@ -10,7 +10,7 @@ import pyrage
 import pytest
 
 from kms_core.jobs.model import Commit
-from kms_core.wire import PREFIX
+from kms_protocol.wire import PREFIX
 from service import B64_CANARY, CANARY, Service, b64, check_problem, core_of
 
 

@@ -15,7 +15,7 @@ from typing import Final
 import pytest
 
 from callers import REQUIRED, Guarded
-from kms_cli.valkey import EmbeddedValkey
+from kms_cli.local.valkey import EmbeddedValkey
 from service import Service
 
 TESTS: Final = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import pytest
 
 from callers import bearer
 from facades import KEYS, Facade
-from kms_core.wire import PREFIX
+from kms_protocol.wire import PREFIX
 from service import CANARY, b64, check_problem, unb64
 
 PLAINTEXT: Final = b64(CANARY.encode())

@@ -14,8 +14,8 @@ from cryptography import x509
 
 from callers import Authority, Guarded
 from facades import NO_REDIS
-from kms_cli import up
-from kms_core.settings import load
+from kms_cli.local import up
+from kms_core.settings.load import load
 from ports import free_port
 from service import Service, b64, until
 

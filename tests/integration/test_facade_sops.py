@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 
 from facades import Facade, run
-from kms_core.envelope import x25519
+from kms_core.age import x25519
 from peers import program
 
 SECRET: Final = "hunter2"

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from kms_core import wire
-from kms_core.context import Context
-from kms_core.errors import InvalidRequest, JobsUnavailable, PathRefused, ResultExpired
-from kms_core.jobs import results
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Terms
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
 from kms_core.jobs.ends import Work
-from kms_core.jobs.fanout import PART_BYTES, PART_FILES
+from kms_core.jobs.execution import results
+from kms_core.jobs.execution.runner import Shop, run_job
+from kms_core.jobs.execution.tree import PART_BYTES, PART_FILES
 from kms_core.jobs.model import Accepted, Claim, Fields, Job, Log, part_id
-from kms_core.jobs.references import Reference
-from kms_core.jobs.run import Shop, run_job
-from kms_core.jobs.store import JobStore
-from kms_core.policy import Principal
-from kms_core.wire import JobState
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.references import Reference
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import InvalidRequest, JobsUnavailable, PathRefused, ResultExpired
+from kms_protocol.wire import JobState
 from stores import SHORT, TENANT, forge, lapse, store_of
 
 WHO = Principal("local")

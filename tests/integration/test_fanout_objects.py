@@ -5,13 +5,13 @@ from typing import Final
 
 import pytest
 
-from kms_core import wire
-from kms_core.errors import PathRefused
-from kms_core.jobs import results
-from kms_core.jobs.desk import Terms
+from kms_core.jobs.execution import results
+from kms_core.jobs.execution.runner import Shop, run_job
 from kms_core.jobs.model import Claim, Fields, Log, part_id
-from kms_core.jobs.run import Shop, run_job
-from kms_core.jobs.store import JobStore
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol import wire
+from kms_protocol.errors import PathRefused
 from objectbench import CONTEXT, WHO, Bench
 from stores import SHORT, lapse, store_of
 

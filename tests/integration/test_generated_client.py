@@ -12,7 +12,7 @@ import pytest
 
 from callers import Guarded
 from documented import FILE
-from kms_cli.valkey import EmbeddedValkey
+from kms_cli.local.valkey import EmbeddedValkey
 from service import Service, b64, unb64, until
 
 PACKAGE: Final = "generated_kms_client"

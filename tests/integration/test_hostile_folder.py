@@ -86,7 +86,7 @@ READ_NONE = (
     "migrate sops",
 )
 READ_THEIR_OWN = ("audit check-receipt",)  # those that this machine's public key is named in
-PROGRAMS = ("kms_api.main", "kms_worker.main", "kms_api.alive")
+PROGRAMS = ("kms_api.main", "kms_worker.main", "kms_api.server.healthcheck")
 
 
 @dataclass

@@ -16,7 +16,7 @@ import pytest
 
 from http_cases import MALFORMED
 from kms_api.app import DOCUMENTED, UI
-from kms_api.rules import VAULT_RULES, Ruled
+from kms_api.routing import VAULT_RULES, Ruled
 from ports import free_port
 from service import Service, b64, until
 

@@ -10,7 +10,11 @@ import pytest
 import redis
 
 from kms_core import audit
-from kms_core.errors import (
+from kms_core.container import Core, build_intake
+from kms_core.jobs.store.queue_stats import survey
+from kms_core.jobs.submission import celery_intake
+from kms_core.jobs.submission.celery_intake import Intake
+from kms_protocol.errors import (
     ConfigurationError,
     IdempotencyConflict,
     InvalidRequest,
@@ -19,10 +23,6 @@ from kms_core.errors import (
     TooLarge,
     UnknownKey,
 )
-from kms_core.jobs import intake
-from kms_core.jobs.build import Core, build_intake
-from kms_core.jobs.intake import Intake
-from kms_core.jobs.survey import survey
 from service import CANARY, Service, b64, core_of
 from submissions import JOB, PLAIN, body, in_s, seal
 
@@ -39,7 +39,7 @@ def core(install: Service) -> Core:
 
 @pytest.fixture
 def recipient(install: Service) -> str:
-    return str(intake.recipient(install.settings.kms.jobs.intake_identity_path))
+    return str(celery_intake.recipient(install.settings.kms.jobs.intake_identity_path))
 
 
 def opened(install: Service, core: Core) -> Intake:
@@ -137,7 +137,7 @@ def test_a_replay_does_not_revive_what_has_ended(desk: Intake, core: Core, recip
 def test_the_record_outlives_the_message(tmp_path: Path, redis_url: str) -> None:
     install = Service(tmp_path, "[kms.jobs]\nresult_ttl_s = 60\n", redis_url)
     core = core_of(install)
-    recipient = str(intake.recipient(install.settings.kms.jobs.intake_identity_path))
+    recipient = str(celery_intake.recipient(install.settings.kms.jobs.intake_identity_path))
     asked = body(JOB | {"ttl_s": 60}, expires_at=in_s(3600))
     job_id = opened(install, core).accept(seal(recipient, asked), "worker/1")
     core.desk.store.cancel(job_id, "default")

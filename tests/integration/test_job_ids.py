@@ -7,10 +7,10 @@ import msgspec
 import pytest
 
 from callers import Guarded
-from kms_core.errors import IdempotencyConflict, UnknownJob
-from kms_core.jobs import intake
-from kms_core.jobs.build import Core, build_intake
-from kms_core.jobs.intake import Intake
+from kms_core.container import Core, build_intake
+from kms_core.jobs.submission import celery_intake
+from kms_core.jobs.submission.celery_intake import Intake
+from kms_protocol.errors import IdempotencyConflict, UnknownJob
 from service import core_of
 from submissions import body, seal
 
@@ -36,7 +36,7 @@ def takes(install: Guarded, core: Core) -> Intake:
 
 def message(install: Guarded, asked: Mapping[str, object], tenant: str) -> str:
     """The same job, submitted by a caller of this tenant whom nobody had seen before."""
-    recipient = intake.recipient(install.settings.kms.jobs.intake_identity_path)
+    recipient = celery_intake.recipient(install.settings.kms.jobs.intake_identity_path)
     return seal(str(recipient), {**asked, "token": install.make(*SCOPES, tenant=tenant)[1]})
 
 

@@ -8,15 +8,15 @@ import pytest
 import redis
 
 from junkfields import FIELDS, MISSING, put
-from kms_cli.valkey import EmbeddedValkey
-from kms_core.errors import UnknownJob
-from kms_core.jobs import letters
-from kms_core.jobs.build import Core
-from kms_core.jobs.caretaker import Caretaker
-from kms_core.jobs.desk import new_id
+from kms_cli.local.valkey import EmbeddedValkey
+from kms_core.container import Core
 from kms_core.jobs.model import EXHAUSTED, MAINTENANCE, Lane, LeaseLost
-from kms_core.jobs.store import JobStore
-from kms_core.jobs.survey import survey
+from kms_core.jobs.recovery.reaper import Caretaker
+from kms_core.jobs.store import broker_messages
+from kms_core.jobs.store.queue_stats import survey
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import new_id
+from kms_protocol.errors import UnknownJob
 from service import Service, core_of
 from stores import COMMIT, LONG, SHORT, TENANT, accepted, lapse, record, store_of
 
@@ -359,12 +359,12 @@ def test_junk_in_a_list_of_the_broker_keeps_the_caretaker_from_no_job(core: Core
     assert store.claim(job_id, "w1")
     lapse()
     lane: Lane = (MAINTENANCE, "low")
-    store.redis.delete(letters.where(lane))
+    store.redis.delete(broker_messages.where(lane))
     elements = {"deep": b'{"x":' + b"[" * 100_000, "deep headers": b'{"headers":{"x":' + b"[" * 100_000}
     if junk == "wrong type":
-        store.redis.set(letters.where(lane), "x")
+        store.redis.set(broker_messages.where(lane), "x")
     else:
-        store.redis.rpush(letters.where(lane), elements.get(junk, b'{"\xff":1}'))
+        store.redis.rpush(broker_messages.where(lane), elements.get(junk, b'{"\xff":1}'))
 
     Caretaker(store, core.shop.spool, "me", dict).round()
 

@@ -9,18 +9,18 @@ from typing import Final
 import pytest
 
 from junkfields import FIELDS, MISSING, put
-from kms_cli.valkey import EmbeddedValkey
-from kms_core.context import Context
-from kms_core.errors import JobsUnavailable, KmsError, Unavailable
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Terms
+from kms_cli.local.valkey import EmbeddedValkey
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
 from kms_core.jobs.ends import spec_digest
-from kms_core.jobs.fanout import PART_FILES
+from kms_core.jobs.execution.runner import _defer, run_job
+from kms_core.jobs.execution.tree import PART_FILES
 from kms_core.jobs.model import EXHAUSTED, part_id
-from kms_core.jobs.run import _defer, run_job
-from kms_core.jobs.store import JobStore
-from kms_core.policy import Principal
-from kms_core.wire import JobIn, JobItem
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol.context import Context
+from kms_protocol.errors import JobsUnavailable, KmsError, Unavailable
+from kms_protocol.wire import JobIn, JobItem
 from service import Service, core_of
 from stores import COMMIT, SHORT, TENANT, accepted, forge, record, store_of
 from stumbling import stumbling

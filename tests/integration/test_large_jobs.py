@@ -10,19 +10,19 @@ import httpx
 import pytest
 
 from callers import REQUIRED, Guarded
-from kms_core.context import Context
-from kms_core.errors import SpoolFull, TooLarge
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Terms
-from kms_core.jobs.lease import FoundLarge, Lease
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution.lease import FoundLarge, Lease
+from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Claim, Rules, part_id
-from kms_core.jobs.paths import Roots
-from kms_core.jobs.places import SourceLimits
-from kms_core.jobs.references import Reference
-from kms_core.jobs.run import run_job
-from kms_core.jobs.store import JobStore
-from kms_core.policy import Principal
-from kms_core.wire import ENDED
+from kms_core.jobs.storage.local_paths import Roots
+from kms_core.jobs.storage.locations import SourceLimits
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.references import Reference
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol.context import Context
+from kms_protocol.errors import SpoolFull, TooLarge
+from kms_protocol.wire import ENDED
 from objectbench import Bench
 from service import check_problem, core_of, until
 from stores import COMMIT, accepted, store_of

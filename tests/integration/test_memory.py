@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 import unlocked
-from kms_cli.valkey import EmbeddedValkey
+from kms_cli.local.valkey import EmbeddedValkey
 from kms_core import secure_memory
 from service import Service, until
 

@@ -15,8 +15,8 @@ import pytest
 from cryptography import x509
 
 from callers import REQUIRED, Authority, Guarded
-from kms_cli import up
-from kms_cli.valkey import EmbeddedValkey
+from kms_cli.local import up
+from kms_cli.local.valkey import EmbeddedValkey
 from nushells import MODULE, ROOT, TIMEOUT_S, Nu, fetched, unframed
 from ports import free_port
 from service import CANARY, Service, b64, core_of, unb64

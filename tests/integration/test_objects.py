@@ -5,8 +5,8 @@ import os
 import pytest
 
 import objectstores
-from kms_core.errors import PathRefused, Unavailable
-from kms_core.wire import JobKind
+from kms_protocol.errors import PathRefused, Unavailable
+from kms_protocol.wire import JobKind
 from objectbench import NEW, Bench, Make
 from objectstores import ObjectStore, Seen, Way
 from stores import forge

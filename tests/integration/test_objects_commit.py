@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from kms_core.errors import JobsUnavailable, PathRefused, TargetExists
+from kms_core.jobs.execution.runner import Shop, run_job
 from kms_core.jobs.model import Commit
-from kms_core.jobs.run import Shop, run_job
-from kms_core.wire import JobKind
+from kms_protocol.errors import JobsUnavailable, PathRefused, TargetExists
+from kms_protocol.wire import JobKind
 from objectbench import Bench
 from objectstores import Seen, Way
 from stores import SHORT, TENANT, forge, lapse, record, store_of

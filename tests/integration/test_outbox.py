@@ -8,12 +8,12 @@ import msgspec
 import pytest
 
 from hooks import ENTRIES, end, endpoint, every, receiving, taken_in
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import new_id
-from kms_core.jobs.outbox import GIVE_UP_S, MOST_ATTEMPTS, Delivery, Outbox
-from kms_core.jobs.store import JobStore
-from kms_core.jobs.webhooks import Endpoint, Outcome
-from kms_worker.courier import Courier
+from kms_core.container import Core
+from kms_core.jobs.events.dispatcher import Courier
+from kms_core.jobs.events.outbox import GIVE_UP_S, MOST_ATTEMPTS, Delivery, Outbox
+from kms_core.jobs.events.webhook import Endpoint, Outcome
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import new_id
 from service import until
 from stores import LONG, accepted, claimed, forge, store_of
 

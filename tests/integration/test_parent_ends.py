@@ -9,18 +9,19 @@ from typing import cast
 
 import pytest
 
-from kms_core import metrics, wire
-from kms_core.context import Context
-from kms_core.errors import RecordRefused
-from kms_core.jobs import parents, results
-from kms_core.jobs.build import Core
-from kms_core.jobs.caretaker import Caretaker
-from kms_core.jobs.desk import Terms
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution import parents, results
+from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import QUEUES, Claim, Job, part_id
-from kms_core.jobs.run import run_job
-from kms_core.jobs.store import JobStore
-from kms_core.policy import Principal
-from kms_core.wire import PRIORITIES
+from kms_core.jobs.recovery.reaper import Caretaker
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import Terms
+from kms_core.observability import metrics
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import RecordRefused
+from kms_protocol.wire import PRIORITIES
 from stores import TENANT, forge, record, store_of
 
 WHO = Principal("local")

@@ -6,16 +6,16 @@ from typing import cast
 
 import pytest
 
-from kms_core import wire
-from kms_core.context import Context
-from kms_core.errors import JobNotDead, RateLimited, ResultExpired
-from kms_core.jobs import bulk, results
-from kms_core.jobs.blobs import ITEMS
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Terms
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution import bulk_items, results
+from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import BULK, Job, Rules, part_id
-from kms_core.jobs.run import run_job
-from kms_core.policy import Principal
+from kms_core.jobs.storage.spool import ITEMS
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import JobNotDead, RateLimited, ResultExpired
 
 WHO = Principal("local")
 CONTEXT = Context.parse("env=test")
@@ -57,7 +57,9 @@ def test_every_item_has_its_line_in_order(core: Core, count: int) -> None:
     assert (ended.state, ended.items_done, ended.items_failed) == ("succeeded", count, 0)
     assert ended.bytes_done <= ended.bytes
     assert [line.index for line in lines(core, job)] == list(range(count))
-    assert len(parts_of(core, job)) == (0 if count <= bulk.PART_ITEMS else -(-count // bulk.PART_ITEMS))
+    assert len(parts_of(core, job)) == (
+        0 if count <= bulk_items.PART_ITEMS else -(-count // bulk_items.PART_ITEMS)
+    )
 
 
 def test_one_bad_item_fails_the_whole_and_no_other_item(core: Core) -> None:

@@ -7,16 +7,16 @@ from typing import cast
 
 import pytest
 
-from kms_core.context import Context
-from kms_core.jobs.build import Core
-from kms_core.jobs.bulk import PART_ITEMS
-from kms_core.jobs.caretaker import Caretaker
-from kms_core.jobs.desk import Terms
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution.bulk_items import PART_ITEMS
+from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import BULK, QUEUES, Lane, part_id
-from kms_core.jobs.run import run_job
-from kms_core.jobs.store import JobStore
-from kms_core.policy import Principal
-from kms_core.wire import PRIORITIES, JobItem, Priority
+from kms_core.jobs.recovery.reaper import Caretaker
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol.context import Context
+from kms_protocol.wire import PRIORITIES, JobItem, Priority
 from service import Service, check_problem, core_of, until
 from stores import LONG, TENANT, accepted, forge
 

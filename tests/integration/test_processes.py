@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from callers import REQUIRED, Guarded
-from kms_cli.valkey import EmbeddedValkey
+from kms_cli.local.valkey import EmbeddedValkey
 from service import CONTEXT, Service, b64, until
 
 SEALING = {"plaintext": b64(b"x"), "context": CONTEXT}

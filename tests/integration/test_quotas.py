@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from callers import REQUIRED, Guarded
-from kms_cli.valkey import EmbeddedValkey
+from kms_cli.local.valkey import EmbeddedValkey
 from service import CONTEXT, b64, check_problem
 
 BURST: Final = 10

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hooks import Authority, make_authority
-from kms_core.wire import ENDED
+from kms_protocol.wire import ENDED
 from redises import Server, sentinel, server
 from service import Service, b64, check_problem, until
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from kms_core import wire
-from kms_core.context import Context
-from kms_core.jobs.blobs import UPLOAD, Label
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Terms, new_id
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import part_id
-from kms_core.jobs.run import run_job
-from kms_core.policy import Principal
+from kms_core.jobs.storage.spool import UPLOAD, Label
+from kms_core.jobs.submission.submitter import Terms, new_id
+from kms_protocol import wire
+from kms_protocol.context import Context
 from stores import TENANT
 
 WHO = Principal("local")

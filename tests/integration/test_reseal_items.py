@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from kms_core.context import Context
-from kms_core.jobs.build import Core
-from kms_core.policy import Principal
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_protocol.context import Context
 from service import Service, b64, unb64
 
 WHO = Principal("local")

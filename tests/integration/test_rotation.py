@@ -13,22 +13,22 @@ import httpx
 import pytest
 
 from agekms import NO_CONTEXT, age_backend
-from kms_core import rotation
+from kms_core import key_rotation
+from kms_core.age import x25519
 from kms_core.audit import Audit, Record
 from kms_core.audit.keys import PublicKeys
-from kms_core.audit.verify import verify
+from kms_core.audit.verification.verify import verify
+from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
-from kms_core.choice import Rules
-from kms_core.envelope import x25519
-from kms_core.errors import AuditUnavailable, BackendUnavailable, JobsUnavailable, UnknownKey
-from kms_core.jobs import teller
-from kms_core.jobs.build import Core
-from kms_core.jobs.teller import Teller
+from kms_core.container import Core
+from kms_core.jobs.store import usage_flush
+from kms_core.jobs.store.usage_flush import Teller
+from kms_core.key_selection import Rules
 from kms_core.keyring import Key, Keyring
-from kms_core.policy import Principal
+from kms_core.observability.usage import Tally
 from kms_core.service import Kms
-from kms_core.tally import Tally
-from kms_core.wire import PREFIX
+from kms_protocol.errors import AuditUnavailable, BackendUnavailable, JobsUnavailable, UnknownKey
+from kms_protocol.wire import PREFIX
 from kms_worker.rotation import look_after
 from memory_kms import memory_backend
 from service import Service, until
@@ -116,13 +116,13 @@ def backend(tmp_path: Path) -> AgeBackend:
 def test_age_decides(core: Core, tmp_path: Path, days: int, every: int, versions: int) -> None:
     backend = age_backend(tmp_path / "keys", x25519.Identity.generate())
     made_days_ago(tmp_path / "keys/private_key.txt", days)
-    look_after(over(core, Key("payroll", backend)), rotation.Rules(every_days=every), "w1")
+    look_after(over(core, Key("payroll", backend)), key_rotation.Rules(every_days=every), "w1")
 
     assert len(backend.versions()) == versions
 
 
 def test_a_key_of_unknown_age_is_left_alone(core: Core, backend: AgeBackend) -> None:
-    look_after(over(core, Key("payroll", backend)), rotation.Rules(every_days=1), "w1")
+    look_after(over(core, Key("payroll", backend)), key_rotation.Rules(every_days=1), "w1")
 
     assert len(backend.versions()) == 1
 
@@ -133,7 +133,7 @@ def test_a_spent_budget_rotates_if_told_so(
 ) -> None:
     mine = over(core, Key("payroll", backend))
     seal(mine.kms, 10)
-    look_after(mine, rotation.Rules(budget_messages=10, budget_rotates=rotates), "w1")
+    look_after(mine, key_rotation.Rules(budget_messages=10, budget_rotates=rotates), "w1")
 
     assert len(backend.versions()) == versions
 
@@ -142,7 +142,7 @@ def test_two_workers_rotate_once(core: Core, backend: AgeBackend, tmp_path: Path
     made_days_ago(tmp_path / "keys/private_key.txt", 91)
     mine = over(core, Key("payroll", backend))
     for worker in ("w1", "w2"):
-        look_after(mine, rotation.Rules(), worker)
+        look_after(mine, key_rotation.Rules(), worker)
 
     assert len(backend.versions()) == 2
 
@@ -168,14 +168,14 @@ def test_junk_counts_neither_stop_a_rotation_nor_count_others_twice(
         client.set("kms:tally", "x")
     else:
         client.hset("kms:tally", "bad", junk)
-    look_after(over(core, Key("payroll", backend)), rotation.Rules(), "w1")
+    look_after(over(core, Key("payroll", backend)), key_rotation.Rules(), "w1")
     telling = Teller(mine := Tally(), client)
     mine.put_back({"good": 2, "bad": 3})
     for _ in range(2):
         telling.hand_over()
 
     assert len(backend.versions()) == 2
-    found = teller.shared(client)
+    found = usage_flush.shared(client)
     assert (found["good"], found["bad"]) == (2, 3)
 
 
@@ -184,7 +184,7 @@ def test_a_backend_that_is_away_spoils_no_other_key(core: Core, backend: AgeBack
     remote, peer = memory_backend()
     peer.cut()
     ring = Keyring({"gone": Key("gone", remote), "payroll": Key("payroll", backend)}, Key("gone", remote))
-    look_after(replace(core, kms=core.kms.with_keyring(ring)), rotation.Rules(), "w1")
+    look_after(replace(core, kms=core.kms.with_keyring(ring)), key_rotation.Rules(), "w1")
 
     assert len(backend.versions()) == 2
 
@@ -244,12 +244,12 @@ def test_a_rotation_is_on_record_before_and_after_it(core: Core, backend: AgeBac
     key = Key("payroll", backend)
     kms = over(core, key).kms
     made = [kms.rotate(WHO, "payroll").version]
-    rotation.rotate_due(kms, [rotation.state_of(key, backend, {}, rotation.Rules())])
+    key_rotation.rotate_due(kms, [key_rotation.state_of(key, backend, {}, key_rotation.Rules())])
     made.append(backend.versions()[-1].version)
     lines = rotations(tmp_path / "state")
 
     assert [line["stage"] for line in lines] == ["intent", "outcome"] * 2
-    assert [line["principal"] for line in lines] == [WHO.name] * 2 + [rotation.SCHEDULE.name] * 2
+    assert [line["principal"] for line in lines] == [WHO.name] * 2 + [key_rotation.SCHEDULE.name] * 2
     assert {(line["key_id"], line["backend"]) for line in lines} == {("payroll", "age")}
     assert len({line["effect"] for line in lines}) == 2
     assert [line.get("result") for line in lines] == [None, "ok"] * 2
@@ -257,14 +257,14 @@ def test_a_rotation_is_on_record_before_and_after_it(core: Core, backend: AgeBac
     assert notes(tmp_path / "state") == []
 
 
-SPENT = rotation.Rules(every_days=0, budget_messages=10, budget_rotates=True)
+SPENT = key_rotation.Rules(every_days=0, budget_messages=10, budget_rotates=True)
 
 
 @pytest.mark.parametrize(
     "rotate",
     [
         lambda core: core.kms.rotate(WHO, "payroll"),
-        lambda core: look_after(core, rotation.Rules(every_days=30), "w1"),
+        lambda core: look_after(core, key_rotation.Rules(every_days=30), "w1"),
         lambda core: look_after(core, SPENT, "w1"),
     ],
     ids=["by hand", "by age", "by budget"],
@@ -343,7 +343,7 @@ def test_counts_of_several_processes_add_up(redis_url: str) -> None:
         tally.put_back({"operations encrypt ok": 2, "messages default 1 age": 2})
         Teller(tally, client).hand_over()
 
-    assert teller.shared(client) == {"operations encrypt ok": 4, "messages default 1 age": 4}
+    assert usage_flush.shared(client) == {"operations encrypt ok": 4, "messages default 1 age": 4}
 
 
 def test_counts_wait_while_redis_is_away(redis_url: str) -> None:
@@ -352,8 +352,8 @@ def test_counts_wait_while_redis_is_away(redis_url: str) -> None:
     Teller(tally, connect("unix:///nonexistent/valkey.sock")).hand_over()
     assert tally.peek() == {"operations encrypt ok": 2}
     with pytest.raises(JobsUnavailable):
-        teller.shared(connect("unix:///nonexistent/valkey.sock"))
+        usage_flush.shared(connect("unix:///nonexistent/valkey.sock"))
     Teller(tally, connect(redis_url)).hand_over()
 
-    assert teller.shared(connect(redis_url)) == {"operations encrypt ok": 2}
+    assert usage_flush.shared(connect(redis_url)) == {"operations encrypt ok": 2}
     assert not tally.peek()

@@ -9,15 +9,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kms_core import wire
-from kms_core.context import Context
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Terms
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
 from kms_core.jobs.ends import spec_digest
+from kms_core.jobs.execution.runner import Shop, run_job
 from kms_core.jobs.model import Claim, ClocksApart, Fields, Job, Log, part_id
-from kms_core.jobs.run import Shop, run_job
-from kms_core.jobs.store import JobStore
-from kms_core.policy import Principal
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol import wire
+from kms_protocol.context import Context
 from service import Service, core_of, until
 from stores import COMMIT, TENANT, forge, record
 from stumbling import Killed, interrupted, stumbling

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 from pyrage import x25519
 
+from kms_core.age import header
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.envelope import header
-from kms_core.errors import (
+from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.storage.multipart_journal import Notes
+from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Label, Spool
+from kms_protocol.errors import (
     DecryptFailed,
     NotACiphertext,
     RecordRefused,
@@ -22,9 +25,6 @@ from kms_core.errors import (
     SpoolFull,
     Unavailable,
 )
-from kms_core.jobs.blobs import ITEMS, UPLOAD, Label, Spool
-from kms_core.jobs.leftovers import Notes
-from kms_core.jobs.records import RecordKey
 from smalldisk import small_disk
 
 JOB = "11111111-1111-1111-1111-111111111111"

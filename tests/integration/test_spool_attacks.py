@@ -13,21 +13,23 @@ from typing import Final
 import httpx
 import pytest
 
-from kms_cli.valkey import EmbeddedValkey
-from kms_core import metrics, wire
-from kms_core.context import Context
-from kms_core.envelope import header, sealing, stream
-from kms_core.envelope.slabs import Pace
-from kms_core.jobs import uploads
-from kms_core.jobs.blobs import UPLOAD, Label
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Named, Terms
-from kms_core.jobs.lease import Held
+from kms_cli.local.valkey import EmbeddedValkey
+from kms_core.age import header, stream
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.envelope import sealing
+from kms_core.jobs.execution import upload
+from kms_core.jobs.execution.lease import Held
+from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job, part_id
-from kms_core.jobs.references import Reference
-from kms_core.jobs.run import run_job
-from kms_core.policy import Principal
-from kms_core.wire import PREFIX
+from kms_core.jobs.storage.spool import UPLOAD, Label
+from kms_core.jobs.submission.references import Reference
+from kms_core.jobs.submission.submitter import Named, Terms
+from kms_core.observability import metrics
+from kms_core.payload.parallel import Pace
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.wire import PREFIX
 from service import Service, b64, check_problem, core_of
 from stores import forge, lapse
 from stumbling import Killed, stumbling
@@ -374,7 +376,7 @@ def test_upload_changed_while_it_is_read_is_refused(
 
         return Pace(progress=lease.advance, check=check)
 
-    monkeypatch.setattr(uploads, "pace", pace)
+    monkeypatch.setattr(upload, "pace", pace)
     ended = install.run(job_id)
 
     assert (ended.state, ended.error) == REFUSED

@@ -9,7 +9,7 @@ import pytest
 
 from bao import bao
 from kms_core import keyring
-from kms_core.errors import EXIT_CONFIGURATION, ConfigurationError
+from kms_protocol.errors import EXIT_CONFIGURATION, ConfigurationError
 from ports import free_port
 from service import PROGRAMS, Service
 

@@ -9,9 +9,17 @@ from itertools import pairwise
 import msgspec
 import pytest
 
-from kms_core import wire
-from kms_core.context import Context
-from kms_core.errors import (
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.ends import Work
+from kms_core.jobs.execution.lease import Lease
+from kms_core.jobs.model import Job, LeaseLost, part_id
+from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import Terms, new_id
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import (
     IdempotencyConflict,
     InvalidRequest,
     JobCancelled,
@@ -20,14 +28,6 @@ from kms_core.errors import (
     JobsUnavailable,
     UnknownJob,
 )
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Terms, new_id
-from kms_core.jobs.ends import Work
-from kms_core.jobs.lease import Lease
-from kms_core.jobs.model import Job, LeaseLost, part_id
-from kms_core.jobs.records import RecordKey
-from kms_core.jobs.store import JobStore
-from kms_core.policy import Principal
 from service import CANARY, until
 from stores import (
     COMMIT,

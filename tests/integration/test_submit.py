@@ -16,9 +16,10 @@ import redis
 from celery import Celery
 from kombu.connection import Connection
 
-from kms_cli.valkey import EmbeddedValkey
-from kms_core.jobs import intake, letters
-from kms_worker import kombu_ack
+from kms_cli.local.valkey import EmbeddedValkey
+from kms_core.jobs.store import broker_messages
+from kms_core.jobs.submission import celery_intake
+from kms_worker import kombu_patches
 from peers import program
 from service import B64_CANARY, CANARY, Service, b64, core_of, until
 from submissions import JOB, OPTIONS, PLAIN, body, broker_of, decrypted, results, seal, send, whom
@@ -89,7 +90,7 @@ def test_intake_serves_the_recipient_and_nothing_else(service: Service) -> None:
     answer = service.get("/intake")
 
     assert answer.json().keys() == {"recipient", "key_version", "version"}
-    assert answer.json()["recipient"] == str(intake.recipient(path))
+    assert answer.json()["recipient"] == str(celery_intake.recipient(path))
     assert answer.json()["version"] == 1
     assert oct(path.stat().st_mode & 0o777) == "0o600"
 
@@ -173,7 +174,7 @@ def test_a_message_waits_for_the_store_and_is_taken_once(
 
 def test_a_worker_without_a_key_leaves_the_messages_and_says_so_once(tmp_path: Path, redis_url: str) -> None:
     with Service(tmp_path, "", redis_url) as service:
-        recipient = str(intake.recipient(service.settings.kms.jobs.intake_identity_path))
+        recipient = str(celery_intake.recipient(service.settings.kms.jobs.intake_identity_path))
         service.settings.kms.jobs.intake_identity_path.unlink()
         service.start("worker")
         send(service, seal(recipient, body()))
@@ -186,12 +187,12 @@ def test_a_worker_without_a_key_leaves_the_messages_and_says_so_once(tmp_path: P
 
 
 def test_a_nudge_in_hand_is_written_nowhere_and_comes_back_if_refused(tmp_path: Path) -> None:
-    kombu_ack.install()
+    kombu_patches.install()
     with EmbeddedValkey(tmp_path) as server:
         line = redis.Redis.from_url(server.place.url_of(0))
         with connect(server.broker_url, transport_options=OPTIONS) as connection:
             simple = connection.SimpleQueue("kms.bulk", queue_opts={"durable": True})
-            line.lpush("kms:kms.bulk", letters.write("a-job", ("kms.bulk", "high"), 1))
+            line.lpush("kms:kms.bulk", broker_messages.write("a-job", ("kms.bulk", "high"), 1))
             message = simple.get(timeout=10)
 
             assert message.payload == [["a-job"], {}, None]
@@ -205,7 +206,7 @@ def test_a_nudge_in_hand_is_written_nowhere_and_comes_back_if_refused(tmp_path: 
 
 
 def test_a_rejection_that_fails_gives_its_credit_back(tmp_path: Path) -> None:
-    kombu_ack.install()
+    kombu_patches.install()
     with EmbeddedValkey(tmp_path) as server:
         connection = connect(server.broker_url, transport_options=OPTIONS)
         with connection.SimpleQueue("kms.test") as simple:

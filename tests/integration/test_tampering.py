@@ -7,19 +7,16 @@ import msgspec
 import pytest
 import redis
 
-from kms_core.context import Context
-from kms_core.errors import (
-    JobsUnavailable,
-    UnknownJob,
-)
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Terms
-from kms_core.jobs.records import RecordKey
-from kms_core.jobs.run import run_job
-from kms_core.jobs.store import JobStore
-from kms_core.jobs.survey import survey
-from kms_core.policy import Principal
-from kms_core.wire import JobItem
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.store.queue_stats import survey
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol.context import Context
+from kms_protocol.errors import JobsUnavailable, UnknownJob
+from kms_protocol.wire import JobItem
 from stores import COMMIT, LONG, SHORT, TENANT, accepted, claimed, connect, forge, record, store_of
 
 

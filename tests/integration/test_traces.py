@@ -19,8 +19,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from bao import bao
 from contract.faults import answer, faulty
-from kms_core import traces
-from kms_core.backends.http import Peer, Server, Tls
+from kms_core.http_client.peer import Peer, Server, Tls
+from kms_core.observability import tracing
 from service import B64_CANARY, CANARY, Service, b64, until
 
 TRACE: Final = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -209,28 +209,28 @@ def test_a_malformed_traceparent_begins_a_trace_of_its_own(traced: Traced, colle
 
 
 def test_a_backend_is_told_the_trace_that_its_call_belongs_to(collector: Collector) -> None:
-    traces.configure("test", enabled=True, endpoint=collector.url)
+    tracing.configure("test", enabled=True, endpoint=collector.url)
     try:
-        with faulty(answer(200, b"{}")) as server, traces.span("here", "server", TRACEPARENT):
+        with faulty(answer(200, b"{}")) as server, tracing.span("here", "server", TRACEPARENT):
             Peer(Server(server.url, "Something", "kms.something.address", 10.0, Tls())).call("GET", "/")
-            expected = traces.parent()
+            expected = tracing.parent()
     finally:
-        traces.stop()
+        tracing.stop()
 
     assert expected.split("-")[1] == TRACE
     assert expected.split("-")[2] != CALLER
     assert f"traceparent: {expected}" in server.requests[0].decode().splitlines()
     assert "test: here" in collector.of(TRACE), "what waited was sent at the end"
-    assert (traces.is_on(), traces.parent(), dict(traces.headers())) == (False, "", {})
+    assert (tracing.is_on(), tracing.parent(), dict(tracing.headers())) == (False, "", {})
 
 
 OFF: Final = """
 import json, sys
 from kms_api import app
-from kms_core import settings
+from kms_core.settings.load import load
 import kms_worker.app
-app.build(settings.load(None, dict(json.loads(sys.argv[1]))))
-heavy = ("kms_core.otel", "opentelemetry.sdk.trace", "opentelemetry.exporter", "google.protobuf")
+app.build(load(None, dict(json.loads(sys.argv[1]))))
+heavy = ("kms_core.observability.otel", "opentelemetry.sdk.trace", "opentelemetry.exporter", "google.protobuf")
 print([name for name in heavy if name in sys.modules])
 """
 

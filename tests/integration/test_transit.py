@@ -16,14 +16,15 @@ from agekms import ROW, head_of
 from bao import Bao, BaoRefused, transit
 from contract.faults import Fault, Faulty, answer, faulty, hangs_up, unused_url
 from kms_core import keyring
-from kms_core.backends import Busy, KeyMissing, Unreachable
-from kms_core.backends.http import Server
-from kms_core.backends.transit import TYPES, TransitCipher
-from kms_core.backends.vault import Vault
-from kms_core.backends.vault_token import Token
+from kms_core.backends import KeyMissing
+from kms_core.backends.token_file import Token
+from kms_core.backends.vault.client import Vault
+from kms_core.backends.vault.transit import TYPES, TransitCipher
 from kms_core.envelope import sealing
-from kms_core.errors import BackendUnavailable, DecryptFailed
-from kms_core.settings import load
+from kms_core.http_client import Busy, Unreachable
+from kms_core.http_client.peer import Server
+from kms_core.settings.load import load
+from kms_protocol.errors import BackendUnavailable, DecryptFailed
 
 SECRET: Final = bytes(range(16))
 AAD: Final = b"names and a context"

@@ -18,12 +18,12 @@ import pytest
 
 from callers import Guarded, bearer
 from kms_api import app
-from kms_api.rules import UI_RULES, Ruled
-from kms_api.sessions import LASTS_S, Sessions
-from kms_cli.valkey import EmbeddedValkey
+from kms_api.routing import UI_RULES, Ruled
+from kms_api.transport.sessions import LASTS_S, Sessions
+from kms_cli.local.valkey import EmbeddedValkey
 from kms_core.auth import tokens
-from kms_core.jobs.run import run_job
-from kms_core.wire import PREFIX
+from kms_core.jobs.execution.runner import run_job
+from kms_protocol.wire import PREFIX
 from service import CONTEXT, Json, Service, b64, core_of, until
 
 CSP: Final = (

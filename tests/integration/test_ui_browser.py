@@ -9,8 +9,8 @@ import pytest
 
 from callers import Guarded
 from chromium import Chromium, chromium
-from kms_cli.valkey import EmbeddedValkey
-from kms_core.jobs.run import run_job
+from kms_cli.local.valkey import EmbeddedValkey
+from kms_core.jobs.execution.runner import run_job
 from service import CONTEXT, Service, b64, core_of, until
 
 Scheme = Literal["dark", "light"]

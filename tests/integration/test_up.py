@@ -13,7 +13,7 @@ import pyrage
 import pytest
 import redis
 
-from kms_cli import up, valkey
+from kms_cli.local import up, valkey
 from peers import tied
 from ports import free_port
 from trails import Place

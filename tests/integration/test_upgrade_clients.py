@@ -14,7 +14,7 @@ from typing import Final
 
 import pytest
 
-from kms_core.wire import PREFIX
+from kms_protocol.wire import PREFIX
 from peers import kept, program
 from service import CONTEXT, Service, b64, unb64
 

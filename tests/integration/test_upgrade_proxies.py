@@ -23,7 +23,7 @@ from typing import Final
 import pytest
 
 from kms_core.programs import tether
-from kms_core.wire import PREFIX
+from kms_protocol.wire import PREFIX
 from peers import program
 from ports import free_port
 from service import Service, b64, unb64, until

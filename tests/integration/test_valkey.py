@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from kms_cli import private, valkey
-from kms_cli.valkey import EmbeddedValkey, Limits, Place
-from kms_core.errors import ConfigurationError, Conflict, Unavailable
+from kms_cli.local import private_files, valkey
+from kms_cli.local.valkey import EmbeddedValkey, Limits, Place
 from kms_core.programs import tether
+from kms_protocol.errors import ConfigurationError, Conflict, Unavailable
 from peers import tied
 
 WAIT_S = 20.0
@@ -280,7 +280,7 @@ def test_server_whose_starter_let_go_still_holds_the_state(tmp_path: Path) -> No
 
 STARTER = """
 import sys, time, pathlib
-from kms_cli.valkey import EmbeddedValkey
+from kms_cli.local.valkey import EmbeddedValkey
 print(EmbeddedValkey(pathlib.Path(sys.argv[1])).start().pid, flush=True)
 time.sleep(60)
 """
@@ -306,7 +306,7 @@ def test_server_dies_with_its_starter(tmp_path: Path) -> None:
 
 
 def test_socket_lives_in_the_sessions_runtime_directory(tmp_path: Path) -> None:
-    session = private.directory(tmp_path / "r u?n%")
+    session = private_files.directory(tmp_path / "r u?n%")
     with EmbeddedValkey(tmp_path / "state", environ={"XDG_RUNTIME_DIR": str(session)}) as server:
         with client_of(server.url) as client:
             assert client.ping()

@@ -14,9 +14,10 @@ import pytest
 import bao
 from bao import Bao, kv
 from contract.faults import answer, faulty
-from kms_core.backends import KeyMissing, Unreachable
-from kms_core.backends.vaultkv import KvCipher
-from kms_core.errors import BackendUnavailable, DecryptFailed
+from kms_core.backends import KeyMissing
+from kms_core.backends.vault.kv import KvCipher
+from kms_core.http_client import Unreachable
+from kms_protocol.errors import BackendUnavailable, DecryptFailed
 from relay import Relay
 
 SECRET: Final = bytes(range(16))

@@ -26,15 +26,16 @@ from hooks import (
     taken_in,
     toml,
 )
-from kms_cli.valkey import EmbeddedValkey
-from kms_core import metrics, wire
-from kms_core.jobs.build import Core
+from kms_cli.local.valkey import EmbeddedValkey
+from kms_core.container import Core
+from kms_core.jobs.events.dispatcher import Courier
+from kms_core.jobs.events.outbox import Delivery, Outbox
+from kms_core.jobs.events.webhook import Endpoint, Message, post, sign
 from kms_core.jobs.model import Accepted
-from kms_core.jobs.outbox import Delivery, Outbox
-from kms_core.jobs.store import JobStore
-from kms_core.jobs.webhooks import Endpoint, Message, post, sign
-from kms_core.wire import JobState
-from kms_worker.courier import Courier
+from kms_core.jobs.store.store import JobStore
+from kms_core.observability import metrics
+from kms_protocol import wire
+from kms_protocol.wire import JobState
 from ports import free_port
 from service import CANARY, CONTEXT, Service, b64, check_problem, core_of, until
 from stores import LONG, TENANT, claimed, store_of

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from kms_core import audit
-from kms_core.context import Context
-from kms_core.errors import JobsUnavailable, PathRefused
-from kms_core.jobs.build import Core
-from kms_core.jobs.desk import Terms
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution.runner import Shop, run_job
 from kms_core.jobs.model import Job
-from kms_core.jobs.paths import OpenSource, Roots
-from kms_core.jobs.run import Shop, run_job
-from kms_core.policy import Principal
-from kms_core.wire import JobItem, JobKind
+from kms_core.jobs.storage.local_paths import OpenSource, Roots
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol.context import Context
+from kms_protocol.errors import JobsUnavailable, PathRefused
+from kms_protocol.wire import JobItem, JobKind
 from stores import SHORT, TENANT, forge, lapse, store_of
 from stumbling import MOMENTS, Killed, stumbling
 

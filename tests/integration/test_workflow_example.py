@@ -9,8 +9,8 @@ from typing import Final
 
 import pytest
 
-from kms_core.jobs import intake
-from kms_core.wire import PREFIX
+from kms_core.jobs.submission import celery_intake
+from kms_protocol.wire import PREFIX
 from service import CANARY, Service, b64
 from submissions import JOB, broker_of, decrypted
 
@@ -53,7 +53,7 @@ def test_the_example_needs_no_http(service: Service) -> None:
         "target": f"file://{service.files}/report.age",
         "context": "env=prod",
     }
-    recipient = str(intake.recipient(service.settings.kms.jobs.intake_identity_path))
+    recipient = str(celery_intake.recipient(service.settings.kms.jobs.intake_identity_path))
     ran = run_example(service, job, "--recipient", recipient, "--events", service.settings.kms.redis.url)
 
     assert ran.returncode == 0, ran.stderr

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from kms_cli import up
-from kms_core.errors import KmsError
+from kms_cli.local import up
 from kms_core.programs.supervisor import Child, Pace
-from kms_core.settings import Settings
+from kms_core.settings.model import Settings
+from kms_protocol.errors import KmsError
 
 QUICK = Pace(first_delay_s=0.05, longest_delay_s=0.4, steady_s=30, start_timeout_s=10, poll_s=0.01)
 

@@ -13,8 +13,8 @@ from prometheus_client.metrics import MetricWrapperBase
 import dashboards
 from bao import bao
 from hooks import Receiver, make_authority, receiving, secret_file, toml
-from kms_core import metrics
-from kms_core.jobs.run import run_job
+from kms_core.jobs.execution.runner import run_job
+from kms_core.observability import metrics
 from kms_core.programs import tether
 from peers import program
 from ports import free_port

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import dashboards
-from kms_api.pages import runbooks
+from kms_api.ui import runbooks
 from peers import program
 
 ROOT: Final = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cli.contract_server import running
-from kms_cli.valkey import EmbeddedValkey
+from kms_cli.local.valkey import EmbeddedValkey
 from speed import growth, ratios
 from speed.counting import SUMS, Meter, figures
 from speed.house import CONTEXT, ON_DISK, House, paths

@@ -11,14 +11,16 @@ import uvloop
 
 from callers import REQUIRED, Guarded
 from kms_api import app, broker
-from kms_core import logs
-from kms_core.context import Context
-from kms_core.envelope import header, sealing, slabs, stream
-from kms_core.envelope.extents import Extent, Onto
-from kms_core.envelope.slabs import Pace
+from kms_core.age import header, stream
+from kms_core.envelope import sealing
 from kms_core.http_server.protocol import BODY
-from kms_core.jobs.run import run_job
-from kms_core.wire import PREFIX
+from kms_core.jobs.execution.runner import run_job
+from kms_core.observability import logs
+from kms_core.payload import parallel
+from kms_core.payload.files import Extent, Onto
+from kms_core.payload.parallel import Pace
+from kms_protocol.context import Context
+from kms_protocol.wire import PREFIX
 from service import core_of
 from speed.counting import Function
 
@@ -103,7 +105,7 @@ class House:
 
 def paths(house: House, on_disk: House) -> dict[str, Function]:
     """Every hot path, ready to be called again and again. ``on_disk`` has each record on disk."""
-    seal_file, open_file = partial(slabs.seal_file, SECRET[:32]), partial(slabs.open_file, SECRET[:32])
+    seal_file, open_file = partial(parallel.seal_file, SECRET[:32]), partial(parallel.open_file, SECRET[:32])
     return {
         "sealing.seal of 1 KiB": house.seal,
         "sealing.open of 1 KiB": house.open,
@@ -126,5 +128,5 @@ def files(*, sealed: bool = False) -> tuple[Extent, Onto]:
     os.truncate(source, FILE_BYTES)
     if not sealed:
         return Extent(source, FILE_BYTES), Onto(target)
-    slabs.seal_file(SECRET[:32], Extent(source, FILE_BYTES), Onto(target), pace=ALONE)
+    parallel.seal_file(SECRET[:32], Extent(source, FILE_BYTES), Onto(target), pace=ALONE)
     return Extent(target, stream.sealed_size(FILE_BYTES)), Onto(source)

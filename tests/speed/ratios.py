@@ -10,9 +10,10 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from kms_core.envelope import header, slabs
-from kms_core.envelope.header import FILE_LIMITS
-from kms_core.envelope.stream import CHUNK, SEALED_CHUNK, cut
+from kms_core.age import header
+from kms_core.age.header import FILE_LIMITS
+from kms_core.age.stream import CHUNK, SEALED_CHUNK, cut
+from kms_core.payload import parallel
 from speed.counting import Function
 from speed.growth import header_of
 from speed.house import ALONE, FILE_BYTES, SECRET, House, files
@@ -27,8 +28,8 @@ def measure(house: House) -> dict[str, float]:
     """How many times the bare primitives the whole takes: in turn, in one thread, the least of the rounds."""
     head = header_of(1000)
     pairs: dict[str, tuple[Function, Function]] = {
-        "slabs.seal_file": (partial(slabs.seal_file, _KEY, *files(), pace=ALONE), _slabs),
-        "slabs.open_file": (partial(slabs.open_file, _KEY, *files(sealed=True), pace=ALONE), _slabs),
+        "slabs.seal_file": (partial(parallel.seal_file, _KEY, *files(), pace=ALONE), _slabs),
+        "slabs.open_file": (partial(parallel.open_file, _KEY, *files(sealed=True), pace=ALONE), _slabs),
         "sealing.seal of 1 KiB": (house.seal, _secret),
         "sealing.open of 1 KiB": (house.open, _secret),
         "header.parse": (lambda: header.parse(head, FILE_LIMITS), lambda: binascii.b2a_base64(head)),

@@ -9,10 +9,10 @@ from typing import Final
 
 import pytest
 
-from kms_api.admission import QUEUE, Bounds, Budget, Holder, holder_of
 from kms_api.deps import LET_IN, LOCAL_CALLER, WHO
-from kms_core.errors import KmsError, RateLimited, Unavailable
-from kms_core.policy import Grant, Principal
+from kms_api.transport.admission import QUEUE, Bounds, Budget, Holder, holder_of
+from kms_core.auth.policy import Grant, Principal
+from kms_protocol.errors import KmsError, RateLimited, Unavailable
 
 WAIT_S: Final = 60.0
 SHORT_S: Final = 0.2

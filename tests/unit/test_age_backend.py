@@ -10,16 +10,16 @@ import pytest
 from structlog.testing import capture_logs
 
 from agekms import NativeIdentity, age_backend, write_identities, write_pair
+from kms_core.age import mlkem768x25519, x25519
+from kms_core.age.recipients import parse_identity, parse_recipient, version_of
+from kms_core.age.x25519 import NoMatch
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.envelope import hybrid, x25519
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.native import parse_identity, parse_recipient, version_of
-from kms_core.envelope.x25519 import NoMatch
-from kms_core.errors import ConfigurationError
+from kms_protocol.errors import ConfigurationError
 
 FIRST: Final = x25519.Identity.generate()
 SECOND: Final = x25519.Identity.generate()
-HYBRID: Final = hybrid.Identity.generate()
+HYBRID: Final = mlkem768x25519.Identity.generate()
 FILE_KEY: Final = bytes(range(16))
 
 

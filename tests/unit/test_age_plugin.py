@@ -13,17 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agekms import head_of
-from kms_cli.keyfiles import Identities
+from kms_cli.age_file.keys import Identities
 from kms_cli.plugin.keys import Keys
-from kms_cli.plugin.machines import MOST_TRIES, identity_v1, recipient_v1
 from kms_cli.plugin.names import Target
 from kms_cli.plugin.protocol import Broken, Line
-from kms_core.context import Context
-from kms_core.envelope import bech32, binding, header, hybrid, sealing, x25519
+from kms_cli.plugin.state_machines import MOST_TRIES, identity_v1, recipient_v1
+from kms_core.age import bech32, header, mlkem768x25519, x25519
+from kms_core.age.header import Stanza, parse_stanzas, render_stanza
+from kms_core.age.recipients import Recipient
+from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.header import Stanza, parse_stanzas, render_stanza
-from kms_core.envelope.native import Recipient
-from kms_core.errors import BackendUnavailable, DecryptFailed, KmsError
+from kms_protocol.context import Context
+from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
 
 FILE_KEY: Final = bytes(range(16))
 OTHER_KEY: Final = bytes(range(16, 32))
@@ -161,7 +162,7 @@ def test_an_error_of_the_service_leaves_no_stanza(sealer: Sealer) -> None:
     ids=["asked and so", "asked and classic", "not asked"],
 )
 def test_post_quantum_keys_label_themselves(labels: bool, hybrids: bool, expected: list[str]) -> None:
-    keys = Sealer(Identities({"v1": (hybrid if hybrids else x25519).Identity.generate()}))
+    keys = Sealer(Identities({"v1": (mlkem768x25519 if hybrids else x25519).Identity.generate()}))
     asking = ("extension-labels",) if labels else ()
     incoming = said(f"add-recipient {HERE.recipient()}", wrap_key(), *asking, "done")
 
@@ -175,7 +176,7 @@ def test_post_quantum_and_classic_keys_do_not_mix() -> None:
         def _ref(self, key_id: str | None) -> KeyRef:
             return self.identities.ref(key_id or "")
 
-    keys = Mixed(Identities({"old": x25519.Identity.generate(), "new": hybrid.Identity.generate()}))
+    keys = Mixed(Identities({"old": x25519.Identity.generate(), "new": mlkem768x25519.Identity.generate()}))
     both = [Target("old").recipient(), Target("new").recipient()]
     incoming = said(*(f"add-recipient {each}" for each in both), wrap_key(), "done")
 

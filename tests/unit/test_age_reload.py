@@ -7,12 +7,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from agekms import NativeIdentity, age_backend, write_identities, write_pair, write_recipient
+from kms_core.age import x25519
+from kms_core.age.recipients import version_of
+from kms_core.age.x25519 import NoMatch
 from kms_core.backends import age
 from kms_core.backends.age import AgeBackend
-from kms_core.envelope import x25519
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.native import version_of
-from kms_core.envelope.x25519 import NoMatch
 
 FIRST: Final = x25519.Identity.generate()
 SECOND: Final = x25519.Identity.generate()

@@ -9,11 +9,12 @@ import pytest
 
 from agekms import NO_CONTEXT, age_backend, write_identities
 from disksteps import recorded
+from kms_core.age import mlkem768x25519, x25519
+from kms_core.age.recipients import version_of
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.envelope import hybrid, sealing, x25519
+from kms_core.envelope import sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.native import version_of
-from kms_core.errors import BackendUnavailable
+from kms_protocol.errors import BackendUnavailable
 from peers import program
 
 
@@ -21,9 +22,9 @@ def ref(backend: AgeBackend) -> KeyRef:
     return KeyRef("acme", "default", backend.current_version(), "age")
 
 
-@pytest.mark.parametrize("kind", [x25519.Identity, hybrid.Identity])
+@pytest.mark.parametrize("kind", [x25519.Identity, mlkem768x25519.Identity])
 def test_a_new_identity_of_the_same_type_is_in_use_and_the_old_one_opens(
-    tmp_path: Path, kind: type[x25519.Identity | hybrid.Identity]
+    tmp_path: Path, kind: type[x25519.Identity | mlkem768x25519.Identity]
 ) -> None:
     backend = age_backend(tmp_path, kind.generate())
     old = ref(backend)

@@ -8,11 +8,11 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from agekms import Kept
-from kms_api import problems
 from kms_api.deps import WHO
-from kms_api.edge import Edge
-from kms_core.errors import Forbidden, Unauthenticated
-from kms_core.policy import Principal
+from kms_api.errors import problems
+from kms_api.transport.request_context import Edge
+from kms_core.auth.policy import Principal
+from kms_protocol.errors import Forbidden, Unauthenticated
 
 A_MINUTE: Final = 60
 pytestmark = pytest.mark.anyio

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kms_core.envelope.armor import ArmorReader, ArmorWriter, armor, dearmor
-from kms_core.errors import DecryptFailed, NotACiphertext
+from kms_core.age.armor import ArmorReader, ArmorWriter, armor, dearmor
+from kms_protocol.errors import DecryptFailed, NotACiphertext
 
 DATA = bytes(range(256)) * 2
 TEXT = armor(DATA)

@@ -14,9 +14,9 @@ import pytest
 from kms_core import audit
 from kms_core.audit import Rules, chain
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
-from kms_core.context import Context
-from kms_core.errors import ConfigurationError
-from kms_core.policy import Principal
+from kms_core.auth.policy import Principal
+from kms_protocol.context import Context
+from kms_protocol.errors import ConfigurationError
 from trails import Place, notes, record
 
 APPEND_MANY = """

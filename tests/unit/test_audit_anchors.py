@@ -13,14 +13,15 @@ import redis
 from prometheus_client import REGISTRY
 
 from kms_core import audit
-from kms_core.audit import Rules, Trail, anchors, chain, retention, segments
-from kms_core.audit.keeper import Keeper
+from kms_core.audit import Rules, Trail, chain, retention, segments
 from kms_core.audit.keys import Signer
-from kms_core.audit.places import ANCHORS, Folder, RedisStream
-from kms_core.audit.report import Report
-from kms_core.audit.verify import verify
-from kms_core.audit.watch import Watch
-from kms_core.policy import Principal
+from kms_core.audit.maintenance import Keeper
+from kms_core.audit.sinks import ANCHORS, Folder, RedisStream
+from kms_core.audit.verification import anchors
+from kms_core.audit.verification.monitor import Watch
+from kms_core.audit.verification.report import Report
+from kms_core.audit.verification.verify import verify
+from kms_core.auth.policy import Principal
 from trails import Place, codes, notes, record
 
 EAGER: Final = Rules(checkpoint_s=0)

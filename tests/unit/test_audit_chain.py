@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from kms_core.audit import Rules, Trail
 from kms_core.audit.keys import Concealer, PublicKeys, Signer
-from kms_core.audit.report import Report
-from kms_core.audit.verify import verify
+from kms_core.audit.verification.report import Report
+from kms_core.audit.verification.verify import verify
 from trails import codes, record
 
 MEMORY: Final = Path("/dev/shm")  # trails wait for their folder, and there are hundreds

@@ -8,11 +8,11 @@ import pytest
 from prometheus_client import REGISTRY
 
 from agekms import kms_over
-from kms_core.audit import reading
-from kms_core.audit.reading import Wanted
-from kms_core.context import Context
-from kms_core.errors import KmsError, UnknownKey
-from kms_core.policy import AllowAll, Principal
+from kms_core.audit import query
+from kms_core.audit.query import Wanted
+from kms_core.auth.policy import AllowAll, Principal
+from kms_protocol.context import Context
+from kms_protocol.errors import KmsError, UnknownKey
 from memory_kms import memory_backend
 from trails import Line, Place, codes, record
 
@@ -96,11 +96,11 @@ def test_each_batch_has_a_bound_of_its_own_and_single_calls_have_none(place: Pla
 
 def test_queries_find_it_with_its_count(place: Place) -> None:
     batch(place, *[{"result": "forbidden"}] * 25)
-    page = reading.page(place.folder, Wanted(result="failed"), None, 100)
+    page = query.page(place.folder, Wanted(result="failed"), None, 100)
 
     assert [event.count for event in page.events] == [0] * BOUND + [15]
-    assert reading.fields(page.events[-1])["count"] == 15
-    assert "count" not in reading.fields(page.events[0])
+    assert query.fields(page.events[-1])["count"] == 15
+    assert "count" not in query.fields(page.events[0])
 
 
 def lines_counted() -> float:

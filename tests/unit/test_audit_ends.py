@@ -9,8 +9,8 @@ import pytest
 
 from kms_core.audit import Rules, chain, segments
 from kms_core.audit.keys import PublicKeys, Signer
-from kms_core.audit.report import Report
-from kms_core.audit.watch import Watch
+from kms_core.audit.verification.monitor import Watch
+from kms_core.audit.verification.report import Report
 from trails import Place, codes, notes, record, rewrite
 
 SMALL: Final = Rules(checkpoint_lines=5)

@@ -17,7 +17,7 @@ import pytest
 
 from kms_core.audit import Rules
 from kms_core.audit.file import SegmentFile
-from kms_core.errors import AuditUnavailable
+from kms_protocol.errors import AuditUnavailable
 from smalldisk import small_disk
 from trails import Place, codes, notes, record, room_for
 
@@ -316,7 +316,7 @@ def test_a_disk_without_room_for_records_is_told_before_one_fails(
     trail = place.trail()
     trail.check()
     room = os.statvfs(place.folder)
-    monkeypatch.setattr("kms_core.audit.trail._ENOUGH_BYTES", 2 * room.f_bavail * room.f_frsize)
+    monkeypatch.setattr("kms_core.audit.log._ENOUGH_BYTES", 2 * room.f_bavail * room.f_frsize)
 
     with pytest.raises(AuditUnavailable, match="disk is full"):
         trail.check()

@@ -11,9 +11,9 @@ import pytest
 import redis
 
 from kms_core.audit import Rules
-from kms_core.audit.keeper import Keeper
-from kms_core.audit.places import ANCHORS, COPIES, Folder, RedisStream, read_lines
-from kms_core.errors import AuditUnavailable
+from kms_core.audit.maintenance import Keeper
+from kms_core.audit.sinks import ANCHORS, COPIES, Folder, RedisStream, read_lines
+from kms_protocol.errors import AuditUnavailable
 from trails import Place, codes, record, rewrite
 
 EAGER = Rules(checkpoint_s=0)
@@ -172,8 +172,8 @@ TO_STDOUT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from kms_core.audit.keeper import Keeper
-from kms_core.audit.places import Stdout
+from kms_core.audit.maintenance import Keeper
+from kms_core.audit.sinks import Stdout
 from trails import Place, record
 
 trail = Place(Path(sys.argv[1])).trail()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.audit import Rules, reading
-from kms_core.audit.reading import Wanted
-from kms_core.errors import InvalidRequest
+from kms_core.audit import Rules, query
+from kms_core.audit.query import Wanted
+from kms_protocol.errors import InvalidRequest
 from trails import Place, record
 
 ALL = Wanted()
@@ -23,7 +23,7 @@ def names(place: Place, wanted: Wanted = ALL, limit: int = 7) -> list[str]:
     found: list[str] = []
     after = None
     while True:
-        page = reading.page(place.folder, wanted, after, limit)
+        page = query.page(place.folder, wanted, after, limit)
         assert len(page.events) <= limit
         found += [event.principal for event in page.events]
         after = page.following
@@ -45,17 +45,17 @@ def test_a_cursor_goes_on_with_what_comes_later(place: Place) -> None:
     one, two = place.trail(), place.trail(role="worker")
     one.append(record(1))
     two.append(record(2))
-    page = reading.page(place.folder, ALL, None, 10)
+    page = query.page(place.folder, ALL, None, 10)
     two.append(record(3))
     one.append(record(4))
-    later = reading.page(place.folder, ALL, page.following, 10)
+    later = query.page(place.folder, ALL, page.following, 10)
     third = place.trail(role="late")
     third.append(record(5))
 
     assert [event.principal for event in page.events] == ["ada-1", "ada-2"]
     assert [event.principal for event in later.events] == ["ada-3", "ada-4"]
     assert not later.more
-    assert [event.principal for event in reading.page(place.folder, ALL, later.following, 10).events] == [
+    assert [event.principal for event in query.page(place.folder, ALL, later.following, 10).events] == [
         "ada-5"
     ]
 
@@ -67,7 +67,7 @@ def test_a_cursor_is_small_once_everything_is_settled(place: Place) -> None:
         trail.append(record(number))
         trail.close()
 
-    assert len(reading.page(place.folder, ALL, None, 100).following) < 60
+    assert len(query.page(place.folder, ALL, None, 100).following) < 60
     assert len(names(place, limit=3)) == 30
 
 
@@ -86,11 +86,11 @@ def test_a_clock_that_went_back_hides_nothing(place: Place) -> None:
     at = [time.time_ns()]
     trail = place.trail(clock=lambda: at[0])
     trail.append(record(1))
-    page = reading.page(place.folder, ALL, None, 10)
+    page = query.page(place.folder, ALL, None, 10)
     at[0] -= 7200 * 1_000_000_000
     trail.append(record(2))
 
-    assert [e.principal for e in reading.page(place.folder, ALL, page.following, 10).events] == ["ada-2"]
+    assert [e.principal for e in query.page(place.folder, ALL, page.following, 10).events] == ["ada-2"]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_filters(place: Place, wanted: Wanted, expected: list[str]) -> None:
     )  # what is about to happen has neither come off nor failed
 
     assert names(place, wanted) == expected
-    assert [event.principal for event in reading.newest(place.folder, wanted, 10)] == expected
+    assert [event.principal for event in query.newest(place.folder, wanted, 10)] == expected
 
 
 def test_since_and_until(place: Place) -> None:
@@ -136,11 +136,11 @@ def test_since_and_until(place: Place) -> None:
 
 def test_a_call_reads_a_bounded_part(place: Place) -> None:
     trail = place.trail()
-    for number in range(reading.MOST_SCANNED + 10):
+    for number in range(query.MOST_SCANNED + 10):
         trail.append(record(number))
-    last = f"ada-{reading.MOST_SCANNED + 5}"
+    last = f"ada-{query.MOST_SCANNED + 5}"
     rare = Wanted(equal=(("principal", last),))
-    first = reading.page(place.folder, rare, None, 10)
+    first = query.page(place.folder, rare, None, 10)
 
     assert (first.events, first.more) == ([], True)
     assert names(place, rare) == [last]
@@ -151,13 +151,13 @@ def test_the_newest_come_oldest_first(place: Place) -> None:
     for number in range(60):
         (one, two)[number % 2].append(record(number))
 
-    assert [event.principal for event in reading.newest(place.folder, ALL, 3)] == [
+    assert [event.principal for event in query.newest(place.folder, ALL, 3)] == [
         "ada-57",
         "ada-58",
         "ada-59",
     ]
-    assert len(reading.newest(place.folder, ALL, 1000)) == 60
-    assert reading.newest(place.folder, ALL, 0) == []
+    assert len(query.newest(place.folder, ALL, 1000)) == 60
+    assert query.newest(place.folder, ALL, 0) == []
 
 
 def test_a_torn_tail_and_strange_lines_are_passed_over(place: Place) -> None:
@@ -166,7 +166,7 @@ def test_a_torn_tail_and_strange_lines_are_passed_over(place: Place) -> None:
         file.write(b'nonsense\n{"seq":9,"cha')
 
     assert names(place) == ["ada-1", "ada-2", "ada-3"]
-    assert len(reading.newest(place.folder, ALL, 9)) == 3
+    assert len(query.newest(place.folder, ALL, 9)) == 3
 
 
 def test_a_folder_that_is_not_there_is_empty(place: Place) -> None:
@@ -178,4 +178,4 @@ def test_a_cursor_that_no_page_gave_is_refused(place: Place, after: str) -> None
     place.written(1)
 
     with pytest.raises(InvalidRequest, match="the page before"):
-        reading.page(place.folder, ALL, after, 10)
+        query.page(place.folder, ALL, after, 10)

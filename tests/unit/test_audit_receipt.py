@@ -7,10 +7,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kms_core.audit import Rules, receipt
+from kms_core.audit import Rules
 from kms_core.audit.keys import PublicKeys, Signer
-from kms_core.audit.receipt import BadReceipt, Receipt, UnknownRecord
-from kms_core.errors import AuditUnavailable
+from kms_core.audit.verification import receipt
+from kms_core.audit.verification.receipt import BadReceipt, Receipt, UnknownRecord
+from kms_protocol.errors import AuditUnavailable
 from trails import Place, record
 
 

@@ -11,18 +11,19 @@ import pytest
 from prometheus_client import REGISTRY
 
 from agekms import ADA, NO_CONTEXT, ROW, FullDisk, Kept, age_backend, head_of, kms_over
-from kms_core import audit, metrics
+from kms_core import audit
+from kms_core.age import stream, x25519
+from kms_core.age.header import Stanza, render
+from kms_core.age.recipients import version_of
+from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
-from kms_core.choice import Rules
-from kms_core.context import Context
-from kms_core.envelope import stream, x25519
-from kms_core.envelope.extents import Extent, Onto
-from kms_core.envelope.header import Stanza, render
-from kms_core.envelope.native import version_of
-from kms_core.errors import AuditUnavailable, KmsError, TargetExists
-from kms_core.policy import Principal
+from kms_core.key_selection import Rules
+from kms_core.observability import metrics
+from kms_core.payload.files import Extent, Onto
 from kms_core.results import Unwrapped
 from kms_core.service import Kms
+from kms_protocol.context import Context
+from kms_protocol.errors import AuditUnavailable, KmsError, TargetExists
 from trails import Place, room_for
 
 IDENTITY: Final = x25519.Identity.generate()

@@ -14,13 +14,14 @@ from typing import Final, cast
 import pytest
 from prometheus_client import REGISTRY
 
-from kms_cli import anchors as read_anchors
-from kms_core.audit import Rules, anchors, chain, retention
-from kms_core.audit.keeper import Keeper
+from kms_cli.local import anchors as read_anchors
+from kms_core.audit import Rules, chain, retention
 from kms_core.audit.keys import Signer
-from kms_core.audit.places import Folder
-from kms_core.audit.watch import Watch
-from kms_core.settings import Settings
+from kms_core.audit.maintenance import Keeper
+from kms_core.audit.sinks import Folder
+from kms_core.audit.verification import anchors
+from kms_core.audit.verification.monitor import Watch
+from kms_core.settings.model import Settings
 from trails import Place, notes, record
 
 NOBODY: Final = 65534

@@ -15,8 +15,8 @@ import pytest
 
 from kms_core.audit import Rules, chain, retention
 from kms_core.audit.keys import PublicKeys, Signer
-from kms_core.audit.places import Folder, read_lines
-from kms_core.audit.verify import STRETCH_BYTES, verify
+from kms_core.audit.sinks import Folder, read_lines
+from kms_core.audit.verification.verify import STRETCH_BYTES, verify
 from trails import Place, codes, notes, record, rewrite
 
 Change = Callable[[list[bytes]], list[bytes]]

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from kms_core.audit import Rules, Trail, chain
-from kms_core.audit.watch import Watch
+from kms_core.audit.verification.monitor import Watch
 from trails import Place, record
 
 MANY: Final = 5_000

@@ -10,10 +10,10 @@ import pytest
 
 from awsscripts import AAD, ARN, KEY, SECRET, Reply, b64, cipher_with, refused, scripted, working
 from awsservers import calls_to
-from kms_core.backends import Busy, Unreachable
-from kms_core.backends.awskms import AwsCipher
-from kms_core.backends.awskms_calls import ADVICE, BUSY, CIPHERTEXT
-from kms_core.errors import BackendUnavailable, DecryptFailed, KmsError
+from kms_core.backends.aws.backend import AwsCipher
+from kms_core.backends.aws.client import ADVICE, BUSY, CIPHERTEXT
+from kms_core.http_client import Busy, Unreachable
+from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
 
 OPERATIONS = [
     *("CreateAlias", "CreateKey", "Decrypt", "DescribeKey", "Encrypt"),

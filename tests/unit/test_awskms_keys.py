@@ -9,9 +9,9 @@ import pytest
 
 from awsscripts import AAD, ARN, HOME, KEY, SECRET, Reply, cipher_with, refused, scripted, working
 from awsservers import calls_to
-from kms_core.backends import Busy, Unreachable
-from kms_core.backends.awskms import AwsCipher
-from kms_core.errors import BackendUnavailable, DecryptFailed, KmsError
+from kms_core.backends.aws.backend import AwsCipher
+from kms_core.http_client import Busy, Unreachable
+from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
 
 THREADS: Final = 8
 WAIT_S: Final = 30.0

@@ -10,12 +10,13 @@ from botocore.exceptions import CredentialRetrievalError
 
 from awsscripts import ARN, KEY, scripted, working
 from awsservers import REGION
-from kms_core import settings as settings_file
-from kms_core.backends import Unreachable
-from kms_core.backends.awskms import AwsCipher, open_key
-from kms_core.backends.awskms_calls import Calls, Place
-from kms_core.errors import BackendUnavailable, ConfigurationError
+from kms_core.backends.aws.backend import AwsCipher, open_key
+from kms_core.backends.aws.client import Calls, Place
+from kms_core.http_client import Unreachable
 from kms_core.keyring import build
+from kms_core.settings.load import Settings
+from kms_core.settings.load import load as load_settings
+from kms_protocol.errors import BackendUnavailable, ConfigurationError
 from ports import free_port
 
 # -- credentials -------------------------------------------------------------------------------------
@@ -76,10 +77,10 @@ def test_a_source_of_credentials_that_does_not_answer_is_unreachable(
 # -- opening -----------------------------------------------------------------------------------------
 
 
-def settings_of(tmp_path: Path, text: str) -> settings_file.Settings:
+def settings_of(tmp_path: Path, text: str) -> Settings:
     path = tmp_path / "kms.toml"
     path.write_text(text)
-    return settings_file.load(path, {"HOME": str(tmp_path)})
+    return load_settings(path, {"HOME": str(tmp_path)})
 
 
 def toml(uri: str) -> str:
@@ -186,7 +187,7 @@ def test_the_section_alone_opens_the_active_backend(tmp_path: Path) -> None:
 
 
 def test_without_the_extra_the_start_says_what_to_install() -> None:
-    code = "import sys; sys.modules['botocore.auth'] = None; import kms_core.backends.awskms"
+    code = "import sys; sys.modules['botocore.auth'] = None; import kms_core.backends.aws.backend"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
     assert run.returncode != 0

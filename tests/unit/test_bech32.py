@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kms_core.envelope import bech32
+from kms_core.age import bech32
 
 PROPERTY = settings(max_examples=80, deadline=None)
 CHARSET = "qpzry9x8gf2tvdw0s3jn54khce6mua7l"

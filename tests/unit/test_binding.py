@@ -4,11 +4,12 @@ from typing import Final
 import pytest
 
 from agekms import NO_CONTEXT, ROW, head_of
-from kms_core.context import Context
-from kms_core.envelope import binding, header
+from kms_core.age import header
+from kms_core.age.header import VERSION_LINE, Header, Stanza
+from kms_core.envelope import binding
 from kms_core.envelope.binding import CONTEXT, ORIGIN, PAD, WRAP, Bound, KeyRef
-from kms_core.envelope.header import VERSION_LINE, Header, Stanza
-from kms_core.errors import DecryptFailed
+from kms_protocol.context import Context
+from kms_protocol.errors import DecryptFailed
 
 FILE_KEY: Final = bytes(range(16))
 NONCE: Final = bytes(range(16, 32))

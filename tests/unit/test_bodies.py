@@ -7,14 +7,14 @@ import pytest
 from fastapi import Request
 from starlette.types import Message
 
-from kms_api import bodies
-from kms_api.admission import RESERVATION, Admission, Reservation
+from kms_api import json_body
 from kms_api.deps import LET_IN, WHO
-from kms_core import wire
-from kms_core.errors import InvalidRequest, TooLarge
+from kms_api.transport.admission import RESERVATION, Admission, Reservation
+from kms_core.auth.policy import Principal
 from kms_core.http_server.protocol import BODY
-from kms_core.policy import Principal
-from kms_core.settings_sections import Server
+from kms_core.settings.model import Server
+from kms_protocol import wire
+from kms_protocol.errors import InvalidRequest, TooLarge
 
 CANARY = "Kanarienvogel"
 LIMIT = 100
@@ -53,11 +53,11 @@ def request_of(pieces: Sequence[bytes], headers: Mapping[str, str] | None = None
     ids=["bare", "nulls", "spaces"],
 )
 async def test_null_is_the_same_as_absent(body: bytes) -> None:
-    assert bodies.decode(body, wire.EncryptIn) == wire.EncryptIn(plaintext=b"Hello")
+    assert json_body.decode(body, wire.EncryptIn) == wire.EncryptIn(plaintext=b"Hello")
 
 
 async def test_no_body_is_an_object_without_fields() -> None:
-    assert bodies.decode(b"", wire.GenerateKeyIn) == wire.GenerateKeyIn()
+    assert json_body.decode(b"", wire.GenerateKeyIn) == wire.GenerateKeyIn()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ async def test_no_body_is_an_object_without_fields() -> None:
 )
 async def test_bytes_are_standard_base64_and_padded(text: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        bodies.decode(json.dumps({"plaintext": text}).encode(), wire.EncryptIn)
+        json_body.decode(json.dumps({"plaintext": text}).encode(), wire.EncryptIn)
 
     assert "$.plaintext" in caught.value.detail
 
@@ -131,7 +131,7 @@ async def test_bytes_are_standard_base64_and_padded(text: str) -> None:
 )
 async def test_refusal_says_where_and_why_and_never_the_value(body: str, says: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        bodies.decode(body.encode(), wire.EncryptIn)
+        json_body.decode(body.encode(), wire.EncryptIn)
 
     assert says in caught.value.detail
     assert CANARY not in caught.value.detail
@@ -143,14 +143,14 @@ async def test_unknown_field_of_an_item_is_found_by_its_place() -> None:
     body = {"kind": "encrypt", "items": [{"plaintext": ""}, {"plaintext": "", CANARY: 1}]}
 
     with pytest.raises(InvalidRequest) as caught:
-        bodies.decode(json.dumps(body).encode(), wire.JobIn)
+        json_body.decode(json.dumps(body).encode(), wire.JobIn)
 
     assert caught.value.detail == "Unknown field at $.items[1]"
 
 
 async def test_choice_that_is_none_is_not_echoed() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        bodies.decode(json.dumps({"key_spec": CANARY}).encode(), wire.GenerateKeyIn)
+        json_body.decode(json.dumps({"key_spec": CANARY}).encode(), wire.GenerateKeyIn)
 
     assert "$.key_spec" in caught.value.detail
     assert CANARY not in caught.value.detail
@@ -172,34 +172,34 @@ async def test_choice_that_is_none_is_not_echoed() -> None:
 )
 async def test_hostile_json_is_an_ordinary_refusal(body: bytes) -> None:
     with pytest.raises(InvalidRequest):
-        bodies.decode(body, wire.EncryptIn)
+        json_body.decode(body, wire.EncryptIn)
 
 
 async def test_body_at_its_limit_is_read_whole() -> None:
     request = request_of([b"a" * 60, b"", b"b" * 40])
 
-    assert await bodies.read_bytes(request, LIMIT) == b"a" * 60 + b"b" * 40
+    assert await json_body.read_bytes(request, LIMIT) == b"a" * 60 + b"b" * 40
 
 
 async def test_declared_length_is_believed_before_a_byte_is_read() -> None:
     request = request_of([], {"Content-Length": str(LIMIT + 1)})
 
     with pytest.raises(TooLarge):
-        await bodies.read_bytes(request, LIMIT)
+        await json_body.read_bytes(request, LIMIT)
 
 
 async def test_undeclared_body_stops_at_the_limit() -> None:
     request = request_of([b"a" * 60, b"b" * 60, b"never read"])
 
     with pytest.raises(TooLarge):
-        await bodies.read_bytes(request, LIMIT)
+        await json_body.read_bytes(request, LIMIT)
 
 
 @pytest.mark.parametrize("headers", [{}, {"Content-Length": str(LIMIT)}], ids=["undeclared", "declared"])
 async def test_a_body_counts_once(headers: dict[str, str]) -> None:
     request = request_of([b"a" * 60, b"b" * 40], headers)
 
-    await bodies.read_bytes(request, LIMIT)
+    await json_body.read_bytes(request, LIMIT)
 
     assert request.scope[RESERVATION].admission.json.held == LIMIT
 
@@ -209,16 +209,16 @@ async def test_a_body_that_came_with_its_head_has_the_same_limit() -> None:
     whole, larger = request_of([b"a" * LIMIT]), request_of([b"a" * (LIMIT + 1)])
     whole.scope["state"] = larger.scope["state"] = there
 
-    assert len(await bodies.read_bytes(whole, LIMIT)) == LIMIT
+    assert len(await json_body.read_bytes(whole, LIMIT)) == LIMIT
     with pytest.raises(TooLarge):
-        await bodies.read_bytes(larger, LIMIT)
+        await json_body.read_bytes(larger, LIMIT)
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.2], ids=["at once", "later"])
 async def test_a_slow_form_of_a_stranger_takes_a_slot(
     monkeypatch: pytest.MonkeyPatch, delay_s: float
 ) -> None:
-    monkeypatch.setattr(bodies, "_MOMENT_S", 0.1)
+    monkeypatch.setattr(json_body, "_MOMENT_S", 0.1)
     at_once = request_of([b"form"])
 
     async def receive() -> Message:
@@ -227,7 +227,7 @@ async def test_a_slow_form_of_a_stranger_takes_a_slot(
 
     request = Request({**at_once.scope, WHO: LET_IN}, receive)
 
-    assert await bodies.read_bytes(request, LIMIT) == b"form"
+    assert await json_body.read_bytes(request, LIMIT) == b"form"
     assert request.scope[RESERVATION].admission.logins.held == (1 if delay_s else 0)
 
 
@@ -236,18 +236,18 @@ async def test_compressed_body_is_refused(encoding: str) -> None:
     request = request_of([b"{}"], {"Content-Encoding": encoding})
 
     with pytest.raises(InvalidRequest):
-        await bodies.read_bytes(request, LIMIT)
+        await json_body.read_bytes(request, LIMIT)
 
 
 @pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "text/plain", ""])
 async def test_content_type_does_not_matter(content_type: str) -> None:
     request = request_of([b'{"plaintext": ""}'], {"Content-Type": content_type})
 
-    assert await bodies.read(request, wire.EncryptIn, LIMIT) == wire.EncryptIn(plaintext=b"")
+    assert await json_body.read(request, wire.EncryptIn, LIMIT) == wire.EncryptIn(plaintext=b"")
 
 
 async def test_answer_is_json_with_the_given_status() -> None:
-    answer = bodies.answer(wire.ErrorCode(code="x"), 202, {"Location": "/there"})
+    answer = json_body.answer(wire.ErrorCode(code="x"), 202, {"Location": "/there"})
 
     assert (answer.status_code, answer.body) == (202, b'{"code":"x"}')
     assert answer.headers["location"] == "/there"

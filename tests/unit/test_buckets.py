@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from kms_core import settings as settings_file
-from kms_core.errors import ConfigurationError, PathRefused
-from kms_core.jobs import buckets
-from kms_core.jobs.buckets import Allowed, Buckets, parse
+from kms_core.jobs.storage import buckets
+from kms_core.jobs.storage.buckets import Allowed, Buckets, parse
 from kms_core.s3.bucket import Bucket
-from kms_core.s3.line import Line, Place
-from kms_core.s3.signing import Credentials
+from kms_core.s3.connection import Line, Place
+from kms_core.s3.sigv4 import Credentials
+from kms_core.settings.load import load as load_settings
+from kms_protocol.errors import ConfigurationError, PathRefused
 
 LINE = Line(Place("http://127.0.0.1:1", "r", lambda: Credentials("a", "b"), None, 1.0), first_wait_s=0.0)
 JOBS = Buckets({"b": Allowed(Bucket("b", LINE, path_style=True), ("in/", "both/"), ("out/", "both/"))})
@@ -98,7 +98,7 @@ def built(tmp_path: Path, section: str, environment: str = "dev") -> Buckets:
         f"[kms.jobs.buckets.bkt]\n{section.format(secret=secret)}"
     )
     environ = {"HOME": str(tmp_path), "KMS_STATE_DIR": str(tmp_path / "state")}
-    return buckets.build(settings_file.load(tmp_path / "kms.toml", environ))
+    return buckets.build(load_settings(tmp_path / "kms.toml", environ))
 
 
 KEY = 'access_key_id = "AKID"\nsecret_key_file = "{secret}"\n'

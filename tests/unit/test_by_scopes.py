@@ -7,14 +7,14 @@ from typing import Final
 import pytest
 
 from agekms import NO_CONTEXT, ROW, Kept, age_backend, kms_over
+from kms_core.age import x25519
+from kms_core.auth.policy import INTERNAL, ByScopes, Principal, allows
 from kms_core.backends.age import AgeBackend
-from kms_core.context import Context
-from kms_core.envelope import x25519
-from kms_core.errors import DecryptFailed, Forbidden, KmsError, Unavailable, UnknownKey
 from kms_core.patterns import Pattern
-from kms_core.policy import INTERNAL, ByScopes, Principal, allows
 from kms_core.scopes import Scope
 from kms_core.service import Kms
+from kms_protocol.context import Context
+from kms_protocol.errors import DecryptFailed, Forbidden, KmsError, Unavailable, UnknownKey
 
 WHO: Final = Principal("ada", "acme", "token:x")
 ROOT: Final = Principal("root", "acme", "token:root")

@@ -9,7 +9,7 @@ import pytest
 
 from kms_api import deps
 from kms_api.deps import Service
-from kms_core.envelope.header import Stanza, bundle, render_stanza
+from kms_core.age.header import Stanza, bundle, render_stanza
 
 pytestmark = pytest.mark.anyio
 ONE = Stanza(("X25519", "a"), bytes(32))

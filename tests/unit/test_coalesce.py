@@ -8,9 +8,9 @@ from typing import Final
 
 import pytest
 
-from kms_core.backends import Busy, Unreachable
-from kms_core.backends.coalesce import MOST_ITEMS, Coalescer
-from kms_core.errors import DecryptFailed, KmsError
+from kms_core.backends.cosmian.batcher import MOST_ITEMS, Coalescer
+from kms_core.http_client import Busy, Unreachable
+from kms_protocol.errors import DecryptFailed, KmsError
 
 LONG_S: Final = 30.0
 SHORT_S: Final = 0.05

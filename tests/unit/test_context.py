@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kms_core.context import MAX_BYTES, MAX_PAIRS, Context, length_prefixed
-from kms_core.errors import InvalidContext
+from kms_protocol.context import MAX_BYTES, MAX_PAIRS, Context, length_prefixed
+from kms_protocol.errors import InvalidContext
 
 TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=12)
 KEYS = TEXT.filter(lambda key: key and not key.startswith("kms:"))

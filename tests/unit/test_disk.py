@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.envelope import disk
+from kms_core.payload import disk
 
 SHORT = Path("/proc/crypto")  # the kernel gives it a page at a time
 MIB = 1024 * 1024

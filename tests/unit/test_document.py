@@ -10,12 +10,13 @@ from fastapi.routing import APIRouter
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from documented import FILE
-from kms_api import app, document, examples, rules
-from kms_api.problems import MEDIA_TYPE
-from kms_api.rules import RULES, Ruled
-from kms_core import wire
-from kms_core.context import Context
-from kms_core.errors import InvalidContext
+from kms_api import app, routing
+from kms_api.errors.problems import MEDIA_TYPE
+from kms_api.openapi import document, examples
+from kms_api.routing import RULES, Ruled
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import InvalidContext
 
 Json = dict[str, Any]
 PAGE: Json = document.page(app.DOCUMENTED)
@@ -58,7 +59,7 @@ def test_every_route_of_the_table_is_documented_and_no_other() -> None:
 
 
 def test_route_that_says_nothing_of_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ruled, "table", {("GET", "/silent"): rules.OPEN})
+    monkeypatch.setattr(Ruled, "table", {("GET", "/silent"): routing.OPEN})
     router = APIRouter(route_class=Ruled)
 
     @router.get("/silent")

@@ -4,8 +4,8 @@ import httpx
 import pytest
 
 import documented
-from kms_core import wire
-from kms_core.wire import PREFIX
+from kms_protocol import wire
+from kms_protocol.wire import PREFIX
 
 HEADERS = {"X-Request-Id": "r", "Cache-Control": "no-store", "Content-Type": "application/json"}
 PROBLEM = {**HEADERS, "Content-Type": "application/problem+json"}

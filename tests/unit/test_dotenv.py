@@ -2,8 +2,8 @@
 
 import pytest
 
-from kms_cli import dotenv
-from kms_core.errors import InvalidRequest
+from kms_cli.commands import env_file
+from kms_protocol.errors import InvalidRequest
 
 NOBODY: frozenset[str] = frozenset()
 
@@ -25,7 +25,7 @@ NOBODY: frozenset[str] = frozenset()
     ],
 )
 def test_what_a_file_says(text: str, expected: dict[str, str]) -> None:
-    assert dotenv.parse(text, "app.env") == expected
+    assert env_file.parse(text, "app.env") == expected
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_what_a_file_says(text: str, expected: dict[str, str]) -> None:
 )
 def test_what_says_nothing_is_refused(text: str, why: str) -> None:
     with pytest.raises(InvalidRequest, match=why):
-        dotenv.parse(text, "app.env")
+        env_file.parse(text, "app.env")
 
 
 @pytest.mark.parametrize(
@@ -56,17 +56,17 @@ def test_what_says_nothing_is_refused(text: str, why: str) -> None:
 )  # fmt: skip
 def test_a_name_that_steers_programs_needs_leave(name: str) -> None:
     with pytest.raises(InvalidRequest, match=f"allow it with --allow {name}"):
-        dotenv.check(name, "1", "app.env", NOBODY)
+        env_file.check(name, "1", "app.env", NOBODY)
 
-    dotenv.check(name, "1", "app.env", frozenset({name}))
+    env_file.check(name, "1", "app.env", frozenset({name}))
 
 
 @pytest.mark.parametrize(("name", "value"), [("A-B", "1"), ("", "1"), ("A=B", "1"), ("A", "1\0")])
 def test_what_no_environment_holds_is_refused(name: str, value: str) -> None:
     with pytest.raises(InvalidRequest):
-        dotenv.check(name, value, "app.env", frozenset({name}))
+        env_file.check(name, value, "app.env", frozenset({name}))
 
 
 @pytest.mark.parametrize("name", ["DB_PASSWORD", "PATHS", "OLD_PATH", "ENVIRONMENT", "_x", "GIT_TOKEN"])
 def test_other_names_are_free(name: str) -> None:
-    dotenv.check(name, "1", "app.env", NOBODY)
+    env_file.check(name, "1", "app.env", NOBODY)

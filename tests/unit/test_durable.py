@@ -10,7 +10,7 @@ import pytest
 from kms_core.audit import Rules
 from kms_core.audit.file import SegmentFile
 from kms_core.audit.keys import Concealer, Signer
-from kms_core.audit.places import Folder
+from kms_core.audit.sinks import Folder
 from kms_core.auth import tokens
 from kms_core.auth.tokens import Wish
 from trails import Place, record

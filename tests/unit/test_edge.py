@@ -7,12 +7,12 @@ from fastapi import FastAPI, Response
 from prometheus_client import REGISTRY
 from starlette.types import Message, Receive, Scope, Send
 
-from kms_api import problems
-from kms_api.edge import Edge
-from kms_api.rules import is_ui
+from kms_api.errors import problems
+from kms_api.routing import is_ui
+from kms_api.transport.request_context import Edge
 from kms_core import audit
-from kms_core.errors import UnknownJob
 from kms_core.http_server.host_check import by_name
+from kms_protocol.errors import UnknownJob
 
 CANARY = "kanarienvogel"
 pytestmark = pytest.mark.anyio

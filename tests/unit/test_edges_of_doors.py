@@ -9,19 +9,19 @@ import pytest
 from fastapi import Request
 from starlette.types import Receive, Scope, Send
 
-from kms_api.client_address import ClientAddress
 from kms_api.deps import WHO
-from kms_api.facade import keys, system
-from kms_api.facade.app import _check_headers
-from kms_api.facade.asked import Asked
-from kms_api.facade.shapes import PathsIn
-from kms_api.gate import Entry, Gate, Limits, shown
-from kms_api.pages.screen import _holder
-from kms_api.sessions import COOKIE, Sessions
-from kms_core.errors import Forbidden, InvalidRequest, Unauthenticated
-from kms_core.policy import Principal
+from kms_api.transport.authentication import Entry, Gate, Limits, shown
+from kms_api.transport.client_address import ClientAddress
+from kms_api.transport.sessions import COOKIE, Sessions
+from kms_api.ui.render import _holder
+from kms_api.vault_api import keys, sys
+from kms_api.vault_api.app import _check_headers
+from kms_api.vault_api.models import PathsIn
+from kms_api.vault_api.request import Asked
+from kms_core.auth.policy import Principal
 from kms_core.proxies import Proxies
-from kms_core.settings_sections import Server
+from kms_core.settings.model import Server
+from kms_protocol.errors import Forbidden, InvalidRequest, Unauthenticated
 
 ADA: Final = Principal("ada", "acme", "token:1")
 pytestmark = pytest.mark.anyio
@@ -93,7 +93,7 @@ async def test_capabilities_are_told_of_a_hundred_paths_at_most(count: int) -> N
             return shape(paths=["transit/keys"] * count)
 
     with pytest.raises(InvalidRequest, match="1 to 100"):
-        await system.capabilities_self(cast("Asked", Sent()))
+        await sys.capabilities_self(cast("Asked", Sent()))
 
 
 async def test_a_list_goes_on_behind_the_name_that_was_given() -> None:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from kms_core import errors
-from kms_core.envelope.x25519 import NoMatch
-from kms_core.errors import BackendUnavailable, DecryptFailed, KmsError, Unavailable
+from kms_core.age.x25519 import NoMatch
+from kms_protocol import errors
+from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError, Unavailable
 
 ABSTRACT = {"BadInput", "Refused", "Missing", "Conflict", "Unavailable"}
 SHARED = {"invalid_request", "forbidden"}  # a kind and its plainest case

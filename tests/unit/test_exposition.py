@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
-from kms_core import exposition, metrics
+from kms_core.observability import metrics, multiprocess_exposition
 
 MOVE: Final = """
 import sys
@@ -66,7 +66,7 @@ def theirs(folder: Path) -> Samples:
 
 
 def test_every_sample_is_the_librarys(folder: Path) -> None:
-    ours, expected = samples(exposition.text(str(folder)).decode()), theirs(folder)
+    ours, expected = samples(multiprocess_exposition.text(str(folder)).decode()), theirs(folder)
 
     assert ours.keys() == expected.keys()
     assert len(ours) > 40
@@ -74,18 +74,18 @@ def test_every_sample_is_the_librarys(folder: Path) -> None:
 
 
 def test_a_second_page_is_the_same(folder: Path) -> None:
-    assert exposition.text(str(folder)) == exposition.text(str(folder))
+    assert multiprocess_exposition.text(str(folder)) == multiprocess_exposition.text(str(folder))
 
 
 def test_a_folder_without_files_is_an_empty_page(tmp_path: Path) -> None:
-    assert exposition.text(str(tmp_path)) == b""
+    assert multiprocess_exposition.text(str(tmp_path)) == b""
 
 
 def test_a_file_that_is_being_made_is_passed_over(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "counter_4.db").touch()  # between open(2) and the first write
 
-    assert exposition.text(str(tmp_path / "copy")) == exposition.text(str(folder))
+    assert multiprocess_exposition.text(str(tmp_path / "copy")) == multiprocess_exposition.text(str(folder))
 
 
 def test_every_gauge_of_ours_can_be_told_of_several_processes() -> None:

@@ -7,15 +7,15 @@ from typing import Final
 
 import pytest
 
-from kms_api.facade.app import HANDLERS, find
-from kms_api.facade.keys import shape
-from kms_api.rules import VAULT, VAULT_OPEN, VAULT_RULES
+from kms_api.routing import VAULT, VAULT_OPEN, VAULT_RULES
+from kms_api.vault_api.app import HANDLERS, find
+from kms_api.vault_api.keys import shape
 from kms_core.backends import KeyVersion
 from kms_core.backends.remote import RemoteBackend
-from kms_core.context import NUMBER, Context
-from kms_core.errors import ConfigurationError, InvalidContext
 from kms_core.keyring import Key
-from kms_core.settings import load
+from kms_core.settings.load import load
+from kms_protocol.context import NUMBER, Context
+from kms_protocol.errors import ConfigurationError, InvalidContext
 from memory_kms import MemoryCipher
 
 PATHS: Final = {

@@ -7,11 +7,13 @@ from typing import Final
 import pytest
 
 from agekms import ADA, NO_CONTEXT, ROW, Kept, age_backend, head_of, kms_over
-from kms_core.choice import Rules
-from kms_core.context import Context
-from kms_core.envelope import header, stream, x25519
-from kms_core.envelope.header import FILE_LIMITS
-from kms_core.errors import (
+from kms_core.age import header, stream, x25519
+from kms_core.age.header import FILE_LIMITS
+from kms_core.auth.policy import Principal
+from kms_core.key_selection import Rules
+from kms_core.service import Kms
+from kms_protocol.context import Context
+from kms_protocol.errors import (
     ContextRequired,
     DecryptFailed,
     ForeignRefused,
@@ -20,8 +22,6 @@ from kms_core.errors import (
     TooLarge,
     UnknownKey,
 )
-from kms_core.policy import Principal
-from kms_core.service import Kms
 
 FILE_KEY: Final = bytes(range(16))
 BOB: Final = Principal("bob", "other", "test")

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from kms_core.filemodes import is_open
+from kms_core.secure_files import is_open
 
 ROOT, SERVICE, STRANGER = 0, 10001, 1000
 

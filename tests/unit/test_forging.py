@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agekms import ADA, NO_CONTEXT, ROW, age_backend, file_key_of, head_of, kms_over, resigned, stanza_of
+from kms_core.age import armor, header, stream, x25519
+from kms_core.age.header import Stanza
+from kms_core.age.recipients import version_of
 from kms_core.backends.age import AgeBackend
-from kms_core.context import Context
-from kms_core.envelope import armor, binding, header, stream, x25519
+from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.header import Stanza
-from kms_core.envelope.native import version_of
-from kms_core.errors import DecryptFailed, ForeignRefused, KmsError, NotACiphertext, UnknownKey
 from kms_core.service import Kms
+from kms_protocol.context import Context
+from kms_protocol.errors import DecryptFailed, ForeignRefused, KmsError, NotACiphertext, UnknownKey
 
 IDENTITY: Final = x25519.Identity.generate()
 OTHER: Final = x25519.Identity.generate()

@@ -6,9 +6,9 @@ from typing import Final
 
 import pytest
 
-from kms_core.backends import Busy, Unreachable
-from kms_core.backends.guard import Breaker, Guard, Patience
-from kms_core.errors import BackendUnavailable, DecryptFailed, KmsError
+from kms_core.backends.circuit_breaker import Breaker, Guard, Patience
+from kms_core.http_client import Busy, Unreachable
+from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
 
 QUICK: Final = Patience(first_wait_s=0.0, failures=3, open_s=10.0, longest_open_s=15.0)
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agekms import head_of
-from kms_core.envelope import header
-from kms_core.envelope.header import FILE_LIMITS, SYNC_LIMITS, VERSION_LINE, Header, Limits, Stanza
-from kms_core.errors import DecryptFailed, KmsError, NotACiphertext, TooLarge
+from kms_core.age import header
+from kms_core.age.header import FILE_LIMITS, SYNC_LIMITS, VERSION_LINE, Header, Limits, Stanza
+from kms_protocol.errors import DecryptFailed, KmsError, NotACiphertext, TooLarge
 
 FILE_KEY: Final = bytes(range(16))
 NONCE: Final = b"n" * 16

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from kms_core.envelope import bech32, hybrid, x25519
-from kms_core.envelope.header import Stanza, b64decode, b64encode
-from kms_core.envelope.hybrid import Identity, Recipient
-from kms_core.envelope.x25519 import NoMatch
-from kms_core.errors import DecryptFailed
+from kms_core.age import bech32, mlkem768x25519, x25519
+from kms_core.age.header import Stanza, b64decode, b64encode
+from kms_core.age.mlkem768x25519 import Identity, Recipient
+from kms_core.age.x25519 import NoMatch
+from kms_protocol.errors import DecryptFailed
 
 FILE_KEY = bytes(range(16))
 IDENTITY = Identity(bytes(range(32)))
@@ -48,7 +48,7 @@ def test_secrets_do_not_show() -> None:
     [
         x25519.Identity(bytes(32)).export(),
         str(IDENTITY.recipient),
-        bech32.encode(hybrid.IDENTITY_PREFIX, bytes(31)),
+        bech32.encode(mlkem768x25519.IDENTITY_PREFIX, bytes(31)),
         IDENTITY.export()[:-1],
     ],
     ids=["classic", "recipient", "short", "cut"],
@@ -64,7 +64,7 @@ def test_other_texts_are_no_identity(text: str) -> None:
     [
         str(x25519.Identity(bytes(32)).recipient),
         IDENTITY.export(),
-        bech32.encode(hybrid.RECIPIENT_PREFIX, bytes(1215)),
+        bech32.encode(mlkem768x25519.RECIPIENT_PREFIX, bytes(1215)),
     ],
     ids=["classic", "identity", "short"],
 )
@@ -75,7 +75,7 @@ def test_other_texts_are_no_recipient(text: str) -> None:
 
 def test_a_recipient_that_is_no_ml_kem_key_is_refused() -> None:
     with pytest.raises(ValueError):  # noqa: PT011 -- the text is OpenSSL's
-        Recipient.parse(bech32.encode(hybrid.RECIPIENT_PREFIX, b"\xff" * 1216))
+        Recipient.parse(bech32.encode(mlkem768x25519.RECIPIENT_PREFIX, b"\xff" * 1216))
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from kms_api.inlet import Inlet, Pieces
-from kms_api.transfer_rate import TransferLimits
-from kms_core.errors import BodyTimeout
+from kms_api.transport.transfer_rate import TransferLimits
+from kms_api.transport.upload_reader import Inlet, Pieces
 from kms_core.http_server.protocol import HttpProtocol
+from kms_protocol.errors import BodyTimeout
 
 WAIT_S: Final = 60
 SLAB: Final = 1000

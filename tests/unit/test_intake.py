@@ -16,11 +16,15 @@ from celery.exceptions import Ignore, Reject
 from kombu.connection import Connection
 from pyrage import x25519
 
+from kms_core.age import header, mlkem768x25519, stream
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.context import Context
-from kms_core.envelope import header, hybrid, sealing, stream
+from kms_core.container import build_intake
+from kms_core.envelope import sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.errors import (
+from kms_core.jobs.submission import celery_intake
+from kms_core.jobs.submission.celery_intake import Intake
+from kms_protocol.context import Context
+from kms_protocol.errors import (
     BackendUnavailable,
     ConfigurationError,
     DecryptFailed,
@@ -32,9 +36,6 @@ from kms_core.errors import (
     TooLarge,
     UnknownKey,
 )
-from kms_core.jobs import intake
-from kms_core.jobs.build import build_intake
-from kms_core.jobs.intake import Intake
 from kms_worker import submit
 from kms_worker.refusals import Refusals
 from service import B64_CANARY, CANARY, Service, core_of
@@ -59,7 +60,7 @@ def path(service: Service) -> Path:
 
 @pytest.fixture
 def recipient(path: Path) -> str:
-    return str(intake.recipient(path))
+    return str(celery_intake.recipient(path))
 
 
 def opened(service: Service) -> Intake:
@@ -253,8 +254,8 @@ def test_an_absent_token_is_null(desk: Intake, recipient: str) -> None:
 
 
 def test_the_published_schema_is_the_shape() -> None:
-    assert json.loads(SCHEMA.read_text()) == intake.schema(), (
-        f"write json.dumps(kms_core.jobs.intake.schema(), indent=2) and a line end to {SCHEMA}"
+    assert json.loads(SCHEMA.read_text()) == celery_intake.schema(), (
+        f"write json.dumps(kms_core.jobs.submission.celery_intake.schema(), indent=2) and a line end to {SCHEMA}"
     )
 
 
@@ -264,7 +265,7 @@ def test_the_published_schema_is_the_shape() -> None:
 def test_after_a_rotation_old_and_new_messages_open(service: Service, path: Path, recipient: str) -> None:
     with path.open("a") as file:
         file.write(f"# the new one\n{x25519.Identity.generate()}\n\n")
-    rotated = str(intake.recipient(path))
+    rotated = str(celery_intake.recipient(path))
     desk = opened(service)
 
     assert rotated != recipient
@@ -273,8 +274,8 @@ def test_after_a_rotation_old_and_new_messages_open(service: Service, path: Path
 
 
 def test_the_key_may_be_a_post_quantum_one(service: Service, path: Path) -> None:
-    path.write_text(hybrid.Identity.generate().export())
-    whom = intake.recipient(path)
+    path.write_text(mlkem768x25519.Identity.generate().export())
+    whom = celery_intake.recipient(path)
     file_key, nonce = os.urandom(16), os.urandom(16)
     payload = stream.seal(stream.payload_key(file_key, nonce), json.dumps(body()).encode())
     sealed = header.render([whom.wrap(file_key)], file_key) + nonce + payload
@@ -288,7 +289,7 @@ def test_without_a_key_there_is_no_intake(service: Service, path: Path) -> None:
 
     assert build_intake(service.settings, core_of(service).desk) is None
     with pytest.raises(UnknownKey):
-        intake.recipient(path)
+        celery_intake.recipient(path)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +299,7 @@ def test_a_broken_key_is_told_and_not_shown(service: Service, path: Path, text: 
     path.write_text(text)
 
     with pytest.raises(BackendUnavailable) as caught:
-        intake.recipient(path)
+        celery_intake.recipient(path)
     with pytest.raises(ConfigurationError):
         build_intake(service.settings, core_of(service).desk)
     assert "hunter2" not in str(caught.value)

@@ -8,9 +8,9 @@ from prometheus_client import REGISTRY
 
 from callers import AUDIENCE, ISSUER, Issuer
 from kms_core.auth.jwks import RemoteKeys
-from kms_core.auth.jwts import Jwts, Trusted
-from kms_core.errors import Unauthenticated
-from kms_core.settings_sections import Issuer as Section
+from kms_core.auth.jwt_verifier import Jwts, Trusted
+from kms_core.settings.model import Issuer as Section
+from kms_protocol.errors import Unauthenticated
 
 MOST_REMEMBERED: Final = 4096
 MOST_CHARS: Final = 8192

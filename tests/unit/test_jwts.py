@@ -16,17 +16,17 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from callers import AUDIENCE, ISSUER, Issuer, claims, public_jwk
-from kms_core import metrics
 from kms_core.auth import jwks
-from kms_core.auth.doors import Doors
+from kms_core.auth.authenticator import Doors
 from kms_core.auth.jwks import FileKeys, RemoteKeys
-from kms_core.auth.jwts import Jwts, Trusted
+from kms_core.auth.jwt_verifier import Jwts, Trusted
+from kms_core.auth.policy import ByScopes, Principal, allows
 from kms_core.auth.tokens import TokenFile
-from kms_core.errors import ConfigurationError, Unauthenticated, Unavailable
-from kms_core.policy import ByScopes, Principal, allows
+from kms_core.observability import metrics
 from kms_core.scopes import NOT_IN_STAR
-from kms_core.settings_sections import Certificate, ClaimGrant
-from kms_core.settings_sections import Issuer as Section
+from kms_core.settings.model import Certificate, ClaimGrant
+from kms_core.settings.model import Issuer as Section
+from kms_protocol.errors import ConfigurationError, Unauthenticated, Unavailable
 
 LEEWAY_S: Final = 5
 Change = Callable[[Issuer], str]

@@ -7,7 +7,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kms_core.envelope import kdf
+from kms_core.age import kdf
 
 KEYS = st.binary(max_size=70) | st.binary(min_size=63, max_size=65) | st.binary(min_size=128, max_size=130)
 

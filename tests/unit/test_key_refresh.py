@@ -8,12 +8,12 @@ import jwt
 import pytest
 
 from callers import AUDIENCE, Issuer, claims
-from kms_core import metrics
 from kms_core.auth import jwks
 from kms_core.auth.jwks import KeysPending, RemoteKeys
-from kms_core.auth.jwts import Jwts, Trusted
-from kms_core.errors import Unauthenticated, Unavailable
-from kms_core.settings_sections import Issuer as Section
+from kms_core.auth.jwt_verifier import Jwts, Trusted
+from kms_core.observability import metrics
+from kms_core.settings.model import Issuer as Section
+from kms_protocol.errors import Unauthenticated, Unavailable
 from service import until
 
 OTHER = "https://other.example.com"

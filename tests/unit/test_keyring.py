@@ -6,15 +6,17 @@ import pytest
 
 from agekms import write_pair
 from kms_core import keyring
+from kms_core.age import header, x25519
+from kms_core.age.recipients import version_of
 from kms_core.backends import SCHEMES, age
-from kms_core.context import Context
-from kms_core.envelope import binding, header, x25519
+from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.native import version_of
-from kms_core.errors import ConfigurationError, UnknownKey
 from kms_core.keyring import Key, Keyring
-from kms_core.settings import Settings, load
-from kms_core.settings_base import BackendName
+from kms_core.settings.base import BackendName
+from kms_core.settings.load import load
+from kms_core.settings.model import Settings
+from kms_protocol.context import Context
+from kms_protocol.errors import ConfigurationError, UnknownKey
 
 OWN: Final = x25519.Identity.generate()
 PAYROLL: Final = x25519.Identity.generate()

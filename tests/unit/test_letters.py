@@ -7,37 +7,40 @@ import pytest
 from kombu.connection import Connection
 from kombu.transport import redis
 
-from kms_core.jobs import letters
 from kms_core.jobs.model import BULK, QUEUES, Lane
-from kms_core.settings_redis import for_celery, is_shared
-from kms_core.settings_sections import Redis
+from kms_core.jobs.store import broker_messages
+from kms_core.settings.model import Redis
+from kms_core.settings.redis_urls import for_celery, is_shared
 
 CONNECT: Final[Any] = Connection  # kombu ships no types
 
 
-@pytest.mark.parametrize("lane", letters.LANES, ids="-".join)
+@pytest.mark.parametrize("lane", broker_messages.LANES, ids="-".join)
 def test_lists_are_those_that_kombu_takes_from(lane: Lane) -> None:
     steps = redis.Channel.priority_steps
     queue, _ = lane
     lists = {f"kms:{queue}" if step == 0 else f"kms:{queue}{redis.Channel.sep}{step}" for step in steps}
 
-    assert letters.where(lane) in lists
+    assert broker_messages.where(lane) in lists
 
 
 def test_every_lane_has_a_list_of_its_own() -> None:
-    assert len({letters.where(lane) for lane in letters.LANES}) == 3 * len(QUEUES)
+    assert len({broker_messages.where(lane) for lane in broker_messages.LANES}) == 3 * len(QUEUES)
 
 
 def test_message_is_one_of_kombus() -> None:
     channel = CONNECT("memory://").channel()
-    message = channel.Message(json.loads(letters.write("a-job", (BULK, "low"), 12.5)), channel)
+    message = channel.Message(json.loads(broker_messages.write("a-job", (BULK, "low"), 12.5)), channel)
 
     assert message.payload == [["a-job"], {}, None]
-    assert (message.headers["task"], message.delivery_info["routing_key"]) == (letters.TASK, BULK)
+    assert (message.headers["task"], message.delivery_info["routing_key"]) == (broker_messages.TASK, BULK)
 
 
 def test_two_messages_of_a_job_are_told_apart() -> None:
-    tags = {json.loads(letters.write("a-job", (BULK, "high"), 1))["properties"]["delivery_tag"] for _ in "ab"}
+    tags = {
+        json.loads(broker_messages.write("a-job", (BULK, "high"), 1))["properties"]["delivery_tag"]
+        for _ in "ab"
+    }
 
     assert len(tags) == 2
 
@@ -45,7 +48,7 @@ def test_two_messages_of_a_job_are_told_apart() -> None:
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        (letters.write("a-job", (BULK, "high"), 12.5), 12.5),
+        (broker_messages.write("a-job", (BULK, "high"), 12.5), 12.5),
         (b'{"headers": {"task": "kms.run"}}', 0.0),
         (b'{"headers": {"at": "soon"}}', 0.0),
         (b"\xff", 0.0),
@@ -54,7 +57,7 @@ def test_two_messages_of_a_job_are_told_apart() -> None:
     ids=["ours", "celery", "junk", "bytes", "empty"],
 )
 def test_message_says_when_it_was_written(message: bytes, expected: float) -> None:
-    assert letters.written_at(message) == expected
+    assert broker_messages.written_at(message) == expected
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import socket
 import pytest
 import uvloop
 
-from kms_api import listening
+from kms_api.server import listening_sockets
 
 CLIENTS = 16
 
@@ -36,7 +36,7 @@ async def let_in(listeners: list[socket.socket], turns: int) -> int:
 def test_clients_that_wait_are_let_in_within_a_few_turns(copied: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         clients = [socket.create_connection(listener.getsockname()) for _ in range(CLIENTS)]
-        listeners = listening.eager(listener, 1) if copied else [listener]
+        listeners = listening_sockets.eager(listener, 1) if copied else [listener]
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             found = runner.run(let_in(listeners, 3))
         for each in (*clients, *listeners):
@@ -49,7 +49,7 @@ def test_copies_make_nobody_wait_who_serves_the_same_socket_already() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0)
         inherited = socket.socket(fileno=os.dup(listener.fileno()))  # as by a process that starts again
-        copies = listening.eager(inherited, 2)
+        copies = listening_sockets.eager(inherited, 2)
         waits = os.get_blocking(listener.fileno())
         for each in copies:
             each.close()

@@ -15,9 +15,10 @@ from botocore.credentials import Credentials
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kms_core import audit, logs
-from kms_core.errors import ConfigurationError
-from kms_core.settings_sections import Log
+from kms_core import audit
+from kms_core.observability import logs
+from kms_core.settings.model import Log
+from kms_protocol.errors import ConfigurationError
 
 IDENTITY = "AGE-SECRET-KEY-1" + "Q" * 58
 HUNTER = "hunter2"

@@ -14,10 +14,10 @@ from kombu.connection import Connection
 from structlog.testing import capture_logs
 
 import poison
-from kms_core.errors import JobsUnavailable
-from kms_core.jobs import letters, set_aside
 from kms_core.jobs.model import BULK, FILES
-from kms_worker import broker, elements, kombu_ack, messages
+from kms_core.jobs.store import broker, broker_messages, set_aside
+from kms_protocol.errors import JobsUnavailable
+from kms_worker import elements, kombu_patches, messages
 from kms_worker.elements import Checks
 from kms_worker.messages import Malformed
 from kms_worker.refusals import Refusals
@@ -90,11 +90,11 @@ def test_what_celery_sends_is_a_message_without_its_options() -> None:
 
 
 def test_message_of_the_service_itself_passes_both_checks() -> None:
-    element = letters.write(JOB, (BULK, "low"), 12.5)
+    element = broker_messages.write(JOB, (BULK, "low"), 12.5)
     found = json.loads(messages.envelope(BULK, element, "tag", 0))
 
     assert found["properties"]["delivery_tag"] == "tag"
-    assert letters.written_at(json.dumps(found).encode()) == 12.5
+    assert broker_messages.written_at(json.dumps(found).encode()) == 12.5
     assert unpack(BULK, element).args == [JOB]
 
 
@@ -228,7 +228,7 @@ def checked(line: redis.Redis) -> Iterator[Checks]:
 
     before = (transport.PrefixedStrictRedis, transport.Channel.QoS)
     checks = Checks(Refusals(lambda: line), SUBMIT_BYTES)
-    kombu_ack.install()
+    kombu_patches.install()
     elements.install(checks)
     yield checks
     vars(transport)["PrefixedStrictRedis"], transport.Channel.QoS = before
@@ -269,7 +269,7 @@ def test_notes_of_messages_in_hand_that_no_worker_wrote_are_dropped(
     checked: Checks, line: redis.Redis, broker_url: str
 ) -> None:
     del checked
-    envelope = json.loads(letters.write(JOB, (BULK, "high"), 1))
+    envelope = json.loads(broker_messages.write(JOB, (BULK, "high"), 1))
     elsewhere = [
         json.dumps([envelope, "", "kms:job:x"]),
         json.dumps([envelope, "x", BULK]),

@@ -6,11 +6,11 @@ from typing import Final
 
 import pytest
 
-from kms_core import metrics
-from kms_core.auth.scraping import Scraping
-from kms_core.policy import AllowAll
+from kms_core.auth.metrics_access import Scraping
+from kms_core.auth.policy import AllowAll
+from kms_core.observability import metrics
 from kms_core.proxies import Proxies
-from kms_core.settings_sections import Server
+from kms_core.settings.model import Server
 from kms_worker.metrics_server import MetricsApp
 
 SCRAPES: Final = 50

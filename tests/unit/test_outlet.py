@@ -15,8 +15,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from kms_api import outlet
-from kms_api.outlet import Outlet
+from kms_api.transport import download_writer
+from kms_api.transport.download_writer import Outlet
 from kms_core.http_server.protocol import BODY, HttpProtocol
 
 WAIT_S: Final = 60
@@ -54,7 +54,7 @@ async def served(
             yield slab
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        outlet.unlock(Request(scope, receive))
+        download_writer.unlock(Request(scope, receive))
         await StreamingResponse(body(), headers=headers)(scope, receive, send)
 
     config, state = uvicorn.Config(app, lifespan="off", log_config=None), ServerState()
@@ -132,7 +132,7 @@ def test_a_connection_with_tls_keeps_its_transport() -> None:
     over_tls, plain = with_context(ssl.create_default_context()), with_context(None)
     before = over_tls.transport
     for cycle in (over_tls, plain):
-        outlet.unlock(Request({"type": "http", "state": {BODY: (None, cycle)}}))
+        download_writer.unlock(Request({"type": "http", "state": {BODY: (None, cycle)}}))
 
     assert over_tls.transport is before
     assert isinstance(plain.transport, Outlet)

@@ -28,14 +28,8 @@ from filetree import (
     the_root_itself,
     written,
 )
-from kms_core.errors import (
-    ConfigurationError,
-    InvalidRequest,
-    PathRefused,
-    SpoolFull,
-    Unavailable,
-)
-from kms_core.jobs.paths import Roots, file_errors, parse
+from kms_core.jobs.storage.local_paths import Roots, file_errors, parse
+from kms_protocol.errors import ConfigurationError, InvalidRequest, PathRefused, SpoolFull, Unavailable
 
 NAMES = st.text(
     st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"], exclude_characters="/"),

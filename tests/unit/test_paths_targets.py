@@ -23,8 +23,8 @@ from filetree import (
     the_root_itself,
     written,
 )
-from kms_core.errors import PathRefused, TargetExists, Unavailable
-from kms_core.jobs.paths import Placement, Roots, temporary_name
+from kms_core.jobs.storage.local_paths import Placement, Roots, temporary_name
+from kms_protocol.errors import PathRefused, TargetExists, Unavailable
 
 
 @pytest.fixture

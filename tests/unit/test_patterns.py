@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kms_core.context import Context
-from kms_core.jobs.trees import Tree
+from kms_core.auth.policy import ByScopes, Principal, allows
+from kms_core.jobs.file_patterns import Tree
 from kms_core.patterns import Pattern
-from kms_core.policy import ByScopes, Principal, allows
 from kms_core.scopes import Scope
+from kms_protocol.context import Context
 
 SIZES: Final = (80, 800, 8_000)
 """Characters; the most that a caller's value has is 8 KiB."""

@@ -8,7 +8,7 @@ from typing import Final
 import pytest
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_latest
 
-from kms_core import piles
+from kms_core.observability import buffered_metrics
 
 BUCKETS: Final = (0.1, 1.0, 10.0)
 TIMES: Final = (0.0, 0.05, 0.1, 0.5, 1.0, 9.0, 10.0, 11.0)
@@ -39,7 +39,7 @@ def names(numbers: Iterator[int]) -> Names:
 
 
 def test_what_is_piled_up_is_what_one_move_a_call_makes(names: Names) -> None:
-    calls = piles.Calls(names.counted.labels("piled"), names.duration.labels("piled"), names.size)
+    calls = buffered_metrics.Calls(names.counted.labels("piled"), names.duration.labels("piled"), names.size)
     for seconds in TIMES:
         calls.add(seconds, 10)
         names.counted.labels("moved").inc()
@@ -60,7 +60,7 @@ def strip(lines: list[str]) -> list[str]:
 
 
 def test_a_second_look_shows_no_more(names: Names) -> None:
-    calls = piles.Calls(names.counted.labels("x"))
+    calls = buffered_metrics.Calls(names.counted.labels("x"))
     calls.add()
 
     assert names.value(f"piled_{names.number}_total", kind="x") == 1
@@ -68,12 +68,12 @@ def test_a_second_look_shows_no_more(names: Names) -> None:
 
 
 def test_threads_lose_no_call(names: Names) -> None:
-    calls = piles.Calls(names.counted.labels("x"), names.duration.labels("x"))
+    calls = buffered_metrics.Calls(names.counted.labels("x"), names.duration.labels("x"))
 
     def work() -> None:
         for _ in range(1000):
             calls.add(0.5)
-            piles.settle()
+            buffered_metrics.settle()
 
     threads = [threading.Thread(target=work) for _ in range(THREADS)]
     for thread in threads:
@@ -86,7 +86,7 @@ def test_threads_lose_no_call(names: Names) -> None:
 
 
 def test_a_forked_child_does_not_count_its_parents_calls_again(names: Names) -> None:
-    calls = piles.Calls(names.counted.labels("x"))
+    calls = buffered_metrics.Calls(names.counted.labels("x"))
     calls.add()
     pid = os.fork()
     if not pid:
@@ -99,7 +99,7 @@ def test_a_forked_child_does_not_count_its_parents_calls_again(names: Names) -> 
 
 def test_a_tide_shows_its_level(names: Names) -> None:
     gauge = Gauge(f"piled_tide_{names.number}", "Level")
-    tide = piles.Tide(gauge)
+    tide = buffered_metrics.Tide(gauge)
     tide.level += 3
     risen = names.value(f"piled_tide_{names.number}")
     tide.level -= 2
@@ -108,11 +108,11 @@ def test_a_tide_shows_its_level(names: Names) -> None:
 
 
 def test_a_call_after_a_moment_of_silence_settles_by_itself(names: Names) -> None:
-    calls = piles.Calls(names.counted.labels("x"))
+    calls = buffered_metrics.Calls(names.counted.labels("x"))
     shown = 0.0
     while not shown:  # the moment may not be over yet
         calls.add()
-        piles.settle_now_and_then()
+        buffered_metrics.settle_now_and_then()
         shown = max(sample.value for metric in names.counted.collect() for sample in metric.samples[:1])
 
     assert shown >= 1

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kms_core.envelope import stream
-from kms_core.envelope.pipes import SlabSealer, open_pipe, seal_pipe
-from kms_core.envelope.slabs import Pace
-from kms_core.envelope.stream import CHUNK, SEALED_CHUNK
-from kms_core.errors import DecryptFailed, JobCancelled
+from kms_core.age import stream
+from kms_core.age.stream import CHUNK, SEALED_CHUNK
+from kms_core.payload.parallel import Pace
+from kms_core.payload.streaming import SlabSealer, open_pipe, seal_pipe
+from kms_protocol.errors import DecryptFailed, JobCancelled
 
 KEY = bytes(range(32))
 SIZES = [0, 1, CHUNK, CHUNK + 1, 2 * CHUNK, 4 * CHUNK, 4 * CHUNK + 1, 33 * CHUNK - 1]

@@ -7,13 +7,13 @@ from typing import Final
 import pytest
 
 from agekms import ADA, NO_CONTEXT, ROW, age_backend, kms_over
-from kms_core import metrics
+from kms_core.age import x25519
+from kms_core.auth.policy import AllowAll, Principal
 from kms_core.backends.age import AgeBackend
-from kms_core.context import Context
-from kms_core.envelope import x25519
-from kms_core.errors import Forbidden
-from kms_core.policy import AllowAll, Principal
+from kms_core.observability import metrics
 from kms_core.service import Kms
+from kms_protocol.context import Context
+from kms_protocol.errors import Forbidden
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ import pytest
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
-from kms_api import problems
-from kms_core import audit, errors, wire
-from kms_core.errors import KmsError
+from kms_api.errors import problems
+from kms_core import audit
 from kms_core.jobs.model import LeaseLost
+from kms_protocol import errors, wire
+from kms_protocol.errors import KmsError
 
 CONTRACT = {
     400: {"decrypt_failed"},

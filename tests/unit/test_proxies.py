@@ -4,10 +4,10 @@ from typing import Literal
 
 import pytest
 
-from kms_core.auth.scraping import Scraping
-from kms_core.policy import AllowAll
+from kms_core.auth.metrics_access import Scraping
+from kms_core.auth.policy import AllowAll
 from kms_core.proxies import Proxies
-from kms_core.settings_sections import Server
+from kms_core.settings.model import Server
 
 PEER = "10.0.0.1"
 

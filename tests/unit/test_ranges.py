@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from kms_core.envelope import stream
-from kms_core.envelope.ranges import RangeReader, open_slabs
-from kms_core.envelope.stream import CHUNK, SEALED_CHUNK
-from kms_core.errors import DecryptFailed
+from kms_core.age import stream
+from kms_core.age.stream import CHUNK, SEALED_CHUNK
+from kms_core.payload.ranges import RangeReader, open_slabs
+from kms_protocol.errors import DecryptFailed
 
 KEY = bytes(range(32))
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from kms_core import servers, settings
-from kms_core.errors import ConfigurationError
-from kms_core.settings_redis import Sentinels, sentinels
-from kms_core.settings_sections import Redis
+from kms_core import redis_client
+from kms_core.settings.load import load as load_settings
+from kms_core.settings.model import Redis
+from kms_core.settings.redis_urls import Sentinels, sentinels
+from kms_protocol.errors import ConfigurationError
 
 HOME = {"HOME": "/home/ada"}
 SECRET = "hunter2"
@@ -17,7 +18,7 @@ SECRET = "hunter2"
 def load(body: str, folder: Path) -> Redis:
     path = folder / "kms.toml"
     path.write_text(f"[kms.redis]\n{body}")
-    return settings.load(path, HOME).kms.redis
+    return load_settings(path, HOME).kms.redis
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_sentinel_url_says_who_knows_the_master() -> None:
 def test_the_broker_follows_sentinel_in_words_of_kombu() -> None:
     url = "sentinel://kms:p%40w@a:1,[::1]:2/3?master=m"
 
-    told = servers.celery_options(Redis(url=url, broker_url=url), {"global_keyprefix": "kms:"})
+    told = redis_client.celery_options(Redis(url=url, broker_url=url), {"global_keyprefix": "kms:"})
 
     assert told["broker_url"] == "sentinel://kms:p%40w@a:1/3;sentinel://[::1]:2/3"
     options = told["broker_transport_options"]
@@ -80,7 +81,7 @@ def test_tls_is_always_checked(scheme: str) -> None:
     query = "?master=m" if scheme == "sentinels" else ""
     section = Redis(url="redis://h", broker_url=f"{scheme}://h{query}", ca_file=Path("/ca.pem"))
 
-    told = servers.celery_options(section, {})["broker_use_ssl"]
+    told = redis_client.celery_options(section, {})["broker_use_ssl"]
 
     assert isinstance(told, dict)
     assert {"required", 2} & {told.get("ssl_cert_reqs"), told.get("cert_reqs")}
@@ -97,9 +98,9 @@ def test_a_password_in_a_file_is_that_of_both_urls(tmp_path: Path) -> None:
         tmp_path,
     )
 
-    found = servers.connect(section).connection_pool.connection_kwargs
+    found = redis_client.connect(section).connection_pool.connection_kwargs
     assert (found["username"], found["password"], found["host"]) == ("kms", "p@ss/word", "h")
-    broker = servers.celery_options(section, {})["broker_url"]
+    broker = redis_client.celery_options(section, {})["broker_url"]
     assert broker == "sentinel://kms:p%40ss%2Fword@a:26379/0;sentinel://b:2/0"
 
 
@@ -119,7 +120,7 @@ def test_a_password_that_cannot_be_used_is_refused(
         (tmp_path / "password").write_text(content)
 
     with pytest.raises(ConfigurationError) as refused:
-        servers.connect(load(f'url = "{url}"\npassword_file = "{tmp_path}/password"\n', tmp_path))
+        redis_client.connect(load(f'url = "{url}"\npassword_file = "{tmp_path}/password"\n', tmp_path))
 
     assert said in refused.value.detail
     assert SECRET not in refused.value.detail

@@ -4,16 +4,18 @@ import re
 
 import pytest
 
-from kms_api import app, document, pages
-from kms_api.pages import reference
+from kms_api import app, ui
+from kms_api.openapi import document, reference_page
 
 PAGE = document.page(app.DOCUMENTED)
 
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    template = pages.environment().get_template("reference.html")
-    return template.render(document=PAGE, groups=reference.groups(PAGE), shapes=reference.shapes(PAGE))
+    template = ui.environment().get_template("reference.html")
+    return template.render(
+        document=PAGE, groups=reference_page.groups(PAGE), shapes=reference_page.shapes(PAGE)
+    )
 
 
 def test_every_operation_parameter_field_and_code_is_on_the_page(html: str) -> None:

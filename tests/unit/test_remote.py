@@ -4,13 +4,13 @@ from typing import Final
 
 import pytest
 
-from kms_core.backends import Busy
-from kms_core.backends.jobkey import MOST_FILES, MOST_OPENED
+from kms_core.age.x25519 import NoMatch
 from kms_core.backends.remote import RemoteBackend
+from kms_core.backends.wrap_key import MOST_FILES, MOST_OPENED
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.x25519 import NoMatch
-from kms_core.errors import BackendUnavailable, DecryptFailed
+from kms_core.http_client import Busy
+from kms_protocol.errors import BackendUnavailable, DecryptFailed
 from memory_kms import NO_PATIENCE, MemoryCipher, memory_backend
 
 KEY: Final = KeyRef("acme", "payroll", "1", "memory")

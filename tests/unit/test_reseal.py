@@ -8,15 +8,16 @@ from typing import Final
 import pytest
 
 from agekms import ADA, NO_CONTEXT, ROW, Kept, age_backend, file_key_of, head_of, kms_over
-from kms_core.context import Context
-from kms_core.envelope import sealing, stream, x25519
-from kms_core.envelope.extents import Extent, Onto
-from kms_core.envelope.header import render
-from kms_core.envelope.slabs import Pace, copy_run, reseal_file
-from kms_core.envelope.stream import CHUNK, SEALED_CHUNK
-from kms_core.errors import DecryptFailed, Forbidden, ForeignRefused, InvalidRequest, KmsError
-from kms_core.policy import Principal
+from kms_core.age import stream, x25519
+from kms_core.age.header import render
+from kms_core.age.stream import CHUNK, SEALED_CHUNK
+from kms_core.auth.policy import Principal
+from kms_core.envelope import sealing
+from kms_core.payload.files import Extent, Onto
+from kms_core.payload.parallel import Pace, copy_run, reseal_file
 from kms_core.service import Kms
+from kms_protocol.context import Context
+from kms_protocol.errors import DecryptFailed, Forbidden, ForeignRefused, InvalidRequest, KmsError
 
 MiB: Final = 1024 * 1024
 IDENTITY: Final = x25519.Identity.generate()

@@ -8,17 +8,17 @@ from typing import Final
 import pytest
 
 from agekms import ADA, Kept, age_backend
+from kms_core.age import x25519
 from kms_core.audit import Audit
+from kms_core.auth.policy import AllowAll, Principal
 from kms_core.backends import Backend
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.choice import Rules
-from kms_core.envelope import x25519
-from kms_core.errors import BackendUnavailable, RateLimited
+from kms_core.key_rotation import SCHEDULE
+from kms_core.key_selection import Rules
 from kms_core.keyring import Key, Keyring
-from kms_core.policy import AllowAll, Principal
-from kms_core.rotation import SCHEDULE
 from kms_core.rotation_limit import RotationLimit
 from kms_core.service import Kms
+from kms_protocol.errors import BackendUnavailable, RateLimited
 from memory_kms import MemoryCipher, memory_backend
 
 EVE: Final = Principal("eve", "other", "token:eve")

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kms_core.envelope import slabs, stream
-from kms_core.envelope.slabs import Pace
-from kms_core.errors import InvalidRequest, JobCancelled, PathRefused
-from kms_core.s3 import extents
+from kms_core.age import stream
+from kms_core.payload import parallel
+from kms_core.payload.parallel import Pace
+from kms_core.s3 import multipart
 from kms_core.s3.bucket import MOST_PARTS, Found, Part, Run
-from kms_core.s3.extents import COPY_BYTES, PART_BYTES, Assembly, ObjectReader, digest
+from kms_core.s3.multipart import COPY_BYTES, PART_BYTES, Assembly, ObjectReader, digest
+from kms_protocol.errors import InvalidRequest, JobCancelled, PathRefused
 
 MiB = 1024 * 1024
 KEY = bytes(32)
@@ -125,7 +126,7 @@ def test_memory_holds_two_parts_a_thread_at_most() -> None:
     made = assembly(shelf, stream.sealed_size(48 * MiB))
     seen: list[int] = []
     pace = Pace(4, 7, progress=lambda _: seen.append(len(made._filling)))  # noqa: SLF001 -- the very question
-    slabs.seal_file(KEY, reader(shelf), made, pace=pace)
+    parallel.seal_file(KEY, reader(shelf), made, pace=pace)
 
     assert 0 < max(seen) <= 2 * 4
     assert stream.open_(KEY, b"".join(shelf.sent[number] for number in sorted(shelf.sent))) == shelf.data
@@ -170,7 +171,7 @@ def test_a_copy_stops_when_it_is_told_to() -> None:
 
     with pytest.raises(JobCancelled):
         made.copy(reader(shelf, 30 * COPY_BYTES), check, lambda _: None)
-    assert len(shelf.copied) <= 3 + extents._COPIES  # noqa: SLF001 -- those under way
+    assert len(shelf.copied) <= 3 + multipart._COPIES  # noqa: SLF001 -- those under way
 
 
 def test_only_an_object_on_the_same_line_is_copied_by_the_store() -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from hooks import Authority, make_authority
-from kms_core.errors import PathRefused, Unavailable
 from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, Part, Run
-from kms_core.s3.line import TRIES, Ask, Line, Place
-from kms_core.s3.signing import Credentials
+from kms_core.s3.connection import TRIES, Ask, Line, Place
+from kms_core.s3.sigv4 import Credentials
+from kms_protocol.errors import PathRefused, Unavailable
 
 Reply = tuple[int, dict[str, str], bytes] | None
 ERROR = b'<?xml version="1.0"?>\n<Error><Code>%s</Code><Message>about secret-key</Message></Error>'

@@ -9,8 +9,8 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials as TheirCredentials
 
-from kms_core.errors import ConfigurationError, Unavailable
-from kms_core.s3.signing import Credentials, Request, from_file, from_surroundings, sign
+from kms_core.s3.sigv4 import Credentials, Request, from_file, from_surroundings, sign
+from kms_protocol.errors import ConfigurationError, Unavailable
 
 # "Examples: Signature Calculations in AWS Signature Version 4", Amazon S3 API reference
 KEY = Credentials("AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kms_core.context import Context
 from kms_core.scopes import OPERATIONS, Scope, Wanted
+from kms_protocol.context import Context
 
 
 def missing(line: str, wanted: Wanted) -> str | None:

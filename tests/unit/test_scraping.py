@@ -5,12 +5,12 @@ from pathlib import Path
 import jwt
 
 from callers import Issuer, claims, issuer_settings
-from kms_core import metrics
-from kms_core.auth.doors import build
-from kms_core.auth.scraping import Scraping
-from kms_core.policy import ByScopes
+from kms_core.auth.authenticator import build
+from kms_core.auth.metrics_access import Scraping
+from kms_core.auth.policy import ByScopes
+from kms_core.observability import metrics
 from kms_core.proxies import Proxies
-from kms_core.settings import load
+from kms_core.settings.load import load
 
 
 def test_good_tokens_read_the_metrics_beside_a_hundred_times_as_many_bad_ones(tmp_path: Path) -> None:

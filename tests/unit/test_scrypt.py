@@ -6,10 +6,10 @@ from dataclasses import replace
 import pyrage
 import pytest
 
-from kms_core.envelope import header, scrypt, stream
-from kms_core.envelope.header import Stanza
-from kms_core.envelope.x25519 import Identity, NoMatch
-from kms_core.errors import DecryptFailed
+from kms_core.age import header, scrypt, stream
+from kms_core.age.header import Stanza
+from kms_core.age.x25519 import Identity, NoMatch
+from kms_protocol.errors import DecryptFailed
 
 FILE_KEY = bytes(range(16))
 STANZA = scrypt.wrap(FILE_KEY, "åle 7", 2)

@@ -19,12 +19,13 @@ from agekms import (
     types_of,
     with_stanzas,
 )
+from kms_core.age import header, mlkem768x25519, scrypt, stream, x25519
+from kms_core.age.header import FILE_LIMITS, Stanza
 from kms_core.backends.age import AgeBackend
-from kms_core.context import Context
-from kms_core.envelope import binding, header, hybrid, scrypt, sealing, stream, x25519
+from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.header import FILE_LIMITS, Stanza
-from kms_core.errors import DecryptFailed, NotACiphertext
+from kms_protocol.context import Context
+from kms_protocol.errors import DecryptFailed, NotACiphertext
 
 CHUNK: Final = 64 * 1024
 MiB: Final = 1024 * 1024
@@ -84,7 +85,7 @@ def test_what_is_sealed_opens(size: int, context: Context) -> None:
     assert len(file) == head_of(file).payload_offset + stream.sealed_size(size)
 
 
-@pytest.mark.parametrize("identity", [IDENTITY, hybrid.Identity.generate()], ids=["x25519", "hybrid"])
+@pytest.mark.parametrize("identity", [IDENTITY, mlkem768x25519.Identity.generate()], ids=["x25519", "hybrid"])
 @pytest.mark.parametrize(("size", "padded"), [(MiB - 1, False), (MiB, True), (MiB + 1, True)])
 def test_from_one_mebibyte_on_the_header_is_rounded(
     identity: NativeIdentity, size: int, *, padded: bool

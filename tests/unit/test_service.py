@@ -8,14 +8,18 @@ import pytest
 from prometheus_client import REGISTRY
 
 from agekms import ADA, NO_CONTEXT, ROW, age_backend, file_key_of, head_of, kms_over, types_of
+from kms_core.age import stream, x25519
+from kms_core.age.header import SYNC_LIMITS, Limits, Stanza, render
+from kms_core.auth.policy import Principal
 from kms_core.backends import Health
 from kms_core.backends.age import AgeBackend
-from kms_core.choice import Rules
-from kms_core.context import Context
-from kms_core.envelope import sealing, stream, x25519
-from kms_core.envelope.extents import Extent, Onto
-from kms_core.envelope.header import SYNC_LIMITS, Limits, Stanza, render
-from kms_core.errors import (
+from kms_core.envelope import sealing
+from kms_core.key_selection import Rules
+from kms_core.payload.files import Extent, Onto
+from kms_core.results import Unwrapped
+from kms_core.service import Kms
+from kms_protocol.context import Context
+from kms_protocol.errors import (
     ContextRequired,
     DataKeysUnsupported,
     DecryptFailed,
@@ -25,9 +29,6 @@ from kms_core.errors import (
     TooLarge,
     UnknownKey,
 )
-from kms_core.policy import Principal
-from kms_core.results import Unwrapped
-from kms_core.service import Kms
 
 MiB: Final = 1024 * 1024
 BOB: Final = Principal("bob", "other", "test")

@@ -11,8 +11,16 @@ from typing import Final
 import pytest
 
 from disksteps import recorded
-from kms_api.sessions import COOKIE, LASTS_S, MOST_OF_CREDENTIAL, MOST_OF_TENANT, Sessions, cookie, cookies
-from kms_core.policy import Principal
+from kms_api.transport.sessions import (
+    COOKIE,
+    LASTS_S,
+    MOST_OF_CREDENTIAL,
+    MOST_OF_TENANT,
+    Sessions,
+    cookie,
+    cookies,
+)
+from kms_core.auth.policy import Principal
 
 ADA: Final = Principal("ada.lovelace", "acme", "token:ada")  # none of which text in hexadecimal contains
 EVE: Final = Principal("eve", "acme", "token:eve")

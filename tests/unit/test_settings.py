@@ -5,11 +5,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kms_core import wire
-from kms_core.errors import ConfigurationError
-from kms_core.settings import VARIABLES, Settings, find, load
-from kms_core.settings_base import Section
-from kms_core.settings_sections import Kms
+from kms_core.settings.base import Section
+from kms_core.settings.load import VARIABLES, find, load
+from kms_core.settings.model import Kms, Settings
+from kms_protocol import wire
+from kms_protocol.errors import ConfigurationError
 
 HOME = {"HOME": "/home/ada"}
 EXAMPLE = Path(__file__).parents[2] / "docs/kms.example.toml"

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.auth.doors import build as build_doors
-from kms_core.errors import ConfigurationError
-from kms_core.settings import Settings, check_exposure, load
+from kms_core.auth.authenticator import build as build_doors
+from kms_core.settings.load import check_exposure, load
+from kms_core.settings.model import Settings
+from kms_protocol.errors import ConfigurationError
 
 REQUIRED = "[kms.auth]\nmode = 'required'\n"
 TLS = "[kms.server]\ntls_cert = '/t/c'\ntls_key = '/t/k'\nclient_ca = '/t/ca'\n"

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.errors import ConfigurationError
-from kms_core.settings import Settings, check_exposure, load
+from kms_core.settings.load import check_exposure, load
+from kms_core.settings.model import Settings
+from kms_protocol.errors import ConfigurationError
 
 HOME = {"HOME": "/home/ada"}
 COSMIAN = HOME | {"PROVISIONING_ENV": "prod", "COSMIAN_KMS_URL": "https://kms.test"}

@@ -7,10 +7,10 @@ from typing import Any, get_args, get_origin
 import msgspec
 import pytest
 
-from kms_core.errors import ConfigurationError
-from kms_core.settings import load
-from kms_core.settings_lint import SETTINGS, unaccepted, weaknesses
-from kms_core.settings_sections import Kms, Settings
+from kms_core.settings.lint import SETTINGS, unaccepted, weaknesses
+from kms_core.settings.load import load
+from kms_core.settings.model import Kms, Settings
+from kms_protocol.errors import ConfigurationError
 
 PROD = """
 [kms]

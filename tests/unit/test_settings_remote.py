@@ -7,8 +7,9 @@ from typing import Final
 import pytest
 
 from kms_core import keyring
-from kms_core.errors import ConfigurationError
-from kms_core.settings import Settings, load
+from kms_core.settings.load import load
+from kms_core.settings.model import Settings
+from kms_protocol.errors import ConfigurationError
 
 HOME: Final = {"HOME": "/home/ada"}
 DEV: Final = "[kms]\ndev_backend = 'transit'\n[kms.transit]\n"

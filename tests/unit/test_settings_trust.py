@@ -9,10 +9,10 @@ from typing import Any, get_args, get_origin
 import msgspec
 import pytest
 
-from kms_core.errors import ConfigurationError
-from kms_core.settings import load
-from kms_core.settings_sections import Kms
-from kms_core.settings_trust import is_sent
+from kms_core.settings.load import load
+from kms_core.settings.model import Kms
+from kms_core.settings.trust import is_sent
+from kms_protocol.errors import ConfigurationError
 
 FOUND = Path("provisioning/config/kms.toml")
 STRANGER = 4711

@@ -7,16 +7,18 @@ from typing import Final
 import pytest
 
 from agekms import ADA, ROW, Kept, age_backend, head_of, resigned, types_of
-from kms_core.backends import Backend, Unreachable
-from kms_core.backends.jobkey import MOST_FILES
-from kms_core.choice import Rules
-from kms_core.context import Context
-from kms_core.envelope import binding, x25519
-from kms_core.envelope.header import Stanza
-from kms_core.errors import BackendUnavailable, DecryptFailed, ForeignRefused, KmsError
+from kms_core.age import x25519
+from kms_core.age.header import Stanza
+from kms_core.auth.policy import AllowAll
+from kms_core.backends import Backend
+from kms_core.backends.wrap_key import MOST_FILES
+from kms_core.envelope import binding
+from kms_core.http_client import Unreachable
+from kms_core.key_selection import Rules
 from kms_core.keyring import Key, Keyring
-from kms_core.policy import AllowAll
 from kms_core.service import Kms
+from kms_protocol.context import Context
+from kms_protocol.errors import BackendUnavailable, DecryptFailed, ForeignRefused, KmsError
 from memory_kms import MemoryCipher, memory_backend
 from peers import program
 

@@ -9,11 +9,11 @@ from typing import BinaryIO
 
 import pytest
 
-from kms_core.envelope import stream
-from kms_core.envelope.extents import Extent, Onto
-from kms_core.envelope.slabs import Pace, open_file, seal_file, verify_file
-from kms_core.envelope.stream import CHUNK, SEALED_CHUNK
-from kms_core.errors import DecryptFailed, InvalidRequest, JobCancelled, SpoolFull
+from kms_core.age import stream
+from kms_core.age.stream import CHUNK, SEALED_CHUNK
+from kms_core.payload.files import Extent, Onto
+from kms_core.payload.parallel import Pace, open_file, seal_file, verify_file
+from kms_protocol.errors import DecryptFailed, InvalidRequest, JobCancelled, SpoolFull
 
 KEY = bytes(range(32))
 SIZES = [0, 1, CHUNK, CHUNK + 1, 16 * CHUNK, 16 * CHUNK + 1, 40 * CHUNK - 3]

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from kms_client import Client
-from kms_core import smallfile
 from kms_core.audit.keys import PublicKeys
 from kms_core.auth import tokens
-from kms_core.errors import ConfigurationError, KmsError
-from kms_core.jobs import intake
-from kms_core.jobs.webhooks import read_secret
-from kms_core.settings import load
+from kms_core.jobs.events.webhook import read_secret
+from kms_core.jobs.submission import celery_intake
+from kms_core.settings.load import load
+from kms_protocol import small_files
+from kms_protocol.errors import ConfigurationError, KmsError
 
 MIB = 1024 * 1024
 THREE_GIB = 3 * 1024 * MIB
@@ -35,11 +35,11 @@ def huge(tmp_path: Path) -> Path:
 def test_a_file_of_a_mebibyte_is_read_and_a_byte_more_is_not(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * MIB)
-    assert smallfile.read(path) == b"x" * MIB
+    assert small_files.read(path) == b"x" * MIB
 
     path.write_bytes(b"x" * (MIB + 1))
     with pytest.raises(OSError, match="it is above 1024 KiB"):
-        smallfile.read(path)
+        small_files.read(path)
 
 
 def test_a_pipe_is_read_to_its_end() -> None:
@@ -49,7 +49,7 @@ def test_a_pipe_is_read_to_its_end() -> None:
             file.write(b"part ")
         os.close(os.dup(reader))
         file.close()
-        assert smallfile.read(Path(f"/dev/fd/{reader}")) == b"part part part "
+        assert small_files.read(Path(f"/dev/fd/{reader}")) == b"part part part "
 
 
 READS: dict[str, Callable[[Path], object]] = {
@@ -57,7 +57,7 @@ READS: dict[str, Callable[[Path], object]] = {
     "token": lambda path: Client("http://127.0.0.1:1", token_file=path, retries=0).status(),
     "tokens": tokens.read,
     "webhook secret": read_secret,
-    "intake key": intake.recipient,
+    "intake key": celery_intake.recipient,
     "audit keys": PublicKeys.read,
 }
 

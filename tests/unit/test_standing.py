@@ -6,13 +6,13 @@ from typing import Final
 import pytest
 
 from agekms import ADA, ROW, Kept, age_backend, head_of
+from kms_core.age import x25519
+from kms_core.auth.policy import AllowAll, Principal
 from kms_core.backends import Backend
-from kms_core.choice import Rules
-from kms_core.envelope import x25519
-from kms_core.errors import UnknownKey
+from kms_core.key_selection import Rules
 from kms_core.keyring import Key, Keyring
-from kms_core.policy import AllowAll, Principal
 from kms_core.service import Kms
+from kms_protocol.errors import UnknownKey
 from memory_kms import memory_backend
 
 IDENTITY: Final = x25519.Identity.generate()

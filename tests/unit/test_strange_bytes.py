@@ -8,14 +8,16 @@ from typing import Final
 
 import pytest
 
-from kms_client.calls import Call
 from kms_client.problems import Reply, UnexpectedAnswer
-from kms_core import settings, wire
-from kms_core.audit import reading, receipt
-from kms_core.audit.receipt import UnknownRecord
+from kms_client.requests import Call
+from kms_core.audit import query
+from kms_core.audit.verification import receipt
+from kms_core.audit.verification.receipt import UnknownRecord
 from kms_core.auth import jwks, tokens
 from kms_core.auth.discovery import finding
-from kms_core.errors import ConfigurationError
+from kms_core.settings.load import load as load_settings
+from kms_protocol import wire
+from kms_protocol.errors import ConfigurationError
 from trails import Place, codes, rewrite
 
 pytestmark = pytest.mark.usefixtures("uncollected")
@@ -40,7 +42,7 @@ def test_a_line_that_is_nested_without_end_is_unreadable_and_passed_over(place: 
     rewrite(path, on_line(line, lambda _: NESTED + b"\n"))
 
     assert "unreadable" in codes(place.verified())
-    assert len(reading.newest(place.folder, reading.Wanted(), 10)) == (2 if line == 2 else 3)
+    assert len(query.newest(place.folder, query.Wanted(), 10)) == (2 if line == 2 else 3)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +129,9 @@ def test_a_file_that_no_toml_reader_takes_is_a_wrong_configuration(tmp_path: Pat
     path.write_text(text)
 
     with pytest.raises(ConfigurationError, match="too long, or tables are nested too deep"):
-        settings.load(path, {"HOME": "/home/nobody"})
+        load_settings(path, {"HOME": "/home/nobody"})
 
 
 def test_a_variable_that_is_no_text_is_a_wrong_configuration() -> None:
     with pytest.raises(ConfigurationError, match=r"kms.port \(from KMS_PORT\): expected text in UTF-8"):
-        settings.load(None, {"HOME": "/home/nobody", "KMS_PORT": "\udcb9"})
+        load_settings(None, {"HOME": "/home/nobody", "KMS_PORT": "\udcb9"})

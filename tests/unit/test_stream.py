@@ -11,10 +11,10 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kms_core.envelope import header, stream
-from kms_core.envelope.stream import CHUNK, SEALED_CHUNK, TAG
-from kms_core.envelope.x25519 import Identity
-from kms_core.errors import DecryptFailed
+from kms_core.age import header, stream
+from kms_core.age.stream import CHUNK, SEALED_CHUNK, TAG
+from kms_core.age.x25519 import Identity
+from kms_protocol.errors import DecryptFailed
 
 KEY = bytes(range(32))
 SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + 7]

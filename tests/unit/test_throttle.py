@@ -2,8 +2,8 @@
 
 import pytest
 
-from kms_core.auth.throttle import Failures, Pace, Requests, source_of
-from kms_core.errors import RateLimited
+from kms_core.auth.rate_limit import Failures, Pace, Requests, source_of
+from kms_protocol.errors import RateLimited
 
 
 class Clock:

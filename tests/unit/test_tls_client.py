@@ -10,8 +10,8 @@ from cryptography import x509
 
 from callers import Authority, Pair
 from kms_client.settings import ClientSettings
-from kms_core.errors import ConfigurationError
-from kms_core.tls_client import client_context
+from kms_protocol.errors import ConfigurationError
+from kms_protocol.tls_client import client_context
 
 LOCALHOST = x509.DNSName("localhost")
 

@@ -12,8 +12,8 @@ import pytest
 from cryptography import x509
 
 from callers import Authority, Pair
-from kms_api import tls
-from kms_core.settings_sections import Server
+from kms_api.transport import tls
+from kms_core.settings.model import Server
 
 VERSIONS: Final = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 

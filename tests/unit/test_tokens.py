@@ -14,7 +14,7 @@ import pytest
 
 from kms_core.auth import tokens
 from kms_core.auth.tokens import Token, TokenFile, Wish
-from kms_core.errors import ConfigurationError, Conflict, Missing, Unauthenticated, Unavailable
+from kms_protocol.errors import ConfigurationError, Conflict, Missing, Unauthenticated, Unavailable
 
 HOUR = timedelta(hours=1)
 NONE = timedelta()

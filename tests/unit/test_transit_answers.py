@@ -12,8 +12,8 @@ from structlog.testing import capture_logs
 import bao
 from contract.faults import answer, faulty
 from kms_core.backends import KeyMissing
-from kms_core.backends.transit import TransitCipher
-from kms_core.errors import BackendUnavailable
+from kms_core.backends.vault.transit import TransitCipher
+from kms_protocol.errors import BackendUnavailable
 
 SECRET: Final = bytes(range(16))
 AAD: Final = b"names and a context"

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kms_core.errors import InvalidRequest
-from kms_core.jobs.trees import Tree, decoded, encoded, target_of
-from kms_core.wire import JobKind
+from kms_core.jobs.file_patterns import Tree, decoded, encoded, target_of
+from kms_protocol.errors import InvalidRequest
+from kms_protocol.wire import JobKind
 
 BASE = "file:///srv/in/"
 

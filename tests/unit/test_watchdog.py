@@ -8,7 +8,7 @@ from typing import Final
 PATIENCE_S: Final = 0.4
 PROGRAM: Final = f"""
 import itertools, time
-from kms_core.errors import JobsUnavailable
+from kms_protocol.errors import JobsUnavailable
 from kms_worker.watchdog import Watchdog
 
 def gone():

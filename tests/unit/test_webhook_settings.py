@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from hooks import SECRET, load_endpoint, secret_file
-from kms_core import wire
-from kms_core.errors import ConfigurationError
-from kms_core.jobs import webhooks
-from kms_core.settings_sections import JobState
+from kms_core.jobs.events import webhook
+from kms_core.settings.model import JobState
+from kms_protocol import wire
+from kms_protocol.errors import ConfigurationError
 
 
 @pytest.mark.parametrize(
@@ -90,19 +90,19 @@ def test_a_weak_or_open_secret_stops_the_start_in_prod(
     found = load_endpoint(tmp_path, f"url = 'https://h/'\nsecret_file = '{path}'", "prod")
 
     with pytest.raises(ConfigurationError, match=message):
-        webhooks.endpoints(found)
+        webhook.endpoints(found)
 
 
 def test_an_open_secret_is_a_warning_in_dev(tmp_path: Path) -> None:
     path = secret_file(tmp_path, mode=0o644)
     found = load_endpoint(tmp_path, f"url = 'https://h/'\nsecret_file = '{path}'")
 
-    assert webhooks.endpoints(found)["ci"].secret_file == path
+    assert webhook.endpoints(found)["ci"].secret_file == path
 
 
 def test_a_missing_secret_stops_the_start_and_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="openssl rand"):
-        webhooks.endpoints(load_endpoint(tmp_path, "url = 'https://h/'\nsecret_file = '/nonexistent/s'"))
+        webhook.endpoints(load_endpoint(tmp_path, "url = 'https://h/'\nsecret_file = '/nonexistent/s'"))
 
 
 @pytest.mark.parametrize("content", [None, "not a certificate"], ids=["absent", "no-pem"])
@@ -113,4 +113,4 @@ def test_a_ca_file_without_certificates_stops_the_start(tmp_path: Path, content:
     body = f"url = 'https://h/'\nsecret_file = '{secret_file(tmp_path)}'\nca_file = '{ca}'"
 
     with pytest.raises(ConfigurationError, match="ca_file"):
-        webhooks.endpoints(load_endpoint(tmp_path, body))
+        webhook.endpoints(load_endpoint(tmp_path, body))

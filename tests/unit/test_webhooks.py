@@ -25,11 +25,11 @@ from hooks import (
     receiving,
     secret_file,
 )
-from kms_core.jobs import webhooks
-from kms_core.jobs.addresses import is_public
+from kms_core.jobs.events import webhook
+from kms_core.jobs.events.addresses import is_public
+from kms_core.jobs.events.outbox import FIRST_DELAY_S, LONGEST_DELAY_S, delay_s
+from kms_core.jobs.events.webhook import Message, Outcome, event_body, post, sign
 from kms_core.jobs.model import Job
-from kms_core.jobs.outbox import FIRST_DELAY_S, LONGEST_DELAY_S, delay_s
-from kms_core.jobs.webhooks import Message, Outcome, event_body, post, sign
 from ports import free_port
 from service import until
 
@@ -133,7 +133,7 @@ def test_public_addresses_are_public(address: str) -> None:
 
 @pytest.mark.parametrize("address", OF_HOSTS)
 def test_metadata_of_a_cloud_is_refused_whatever_is_allowed(tmp_path: Path, address: str) -> None:
-    found = webhooks.Endpoint("https://a.example/", tmp_path / "secret", frozenset(), allow_private=True)
+    found = webhook.Endpoint("https://a.example/", tmp_path / "secret", frozenset(), allow_private=True)
 
     assert not found.allows(ipaddress.ip_address(address))
     assert found.allows(ipaddress.ip_address("10.0.0.1"))
@@ -157,7 +157,7 @@ def test_loopback_needs_allow_private_except_in_dev(
     body = (
         f"url = '{receiver.url()}'\nsecret_file = '{secret_file(tmp_path)}'\nca_file = '{authority.ca_file}'"
     )
-    found = webhooks.endpoints(load_endpoint(tmp_path, body, environment))["ci"]
+    found = webhook.endpoints(load_endpoint(tmp_path, body, environment))["ci"]
 
     assert post(found, MESSAGE).result == result
 
@@ -166,7 +166,7 @@ def test_what_dev_allows_is_loopback_alone(tmp_path: Path) -> None:
     found = load_endpoint(
         tmp_path, f"url = 'http://localhost/'\nsecret_file = '{secret_file(tmp_path)}'\nallow_private = true"
     )
-    allowed = webhooks.endpoints(found)["ci"].allows
+    allowed = webhook.endpoints(found)["ci"].allows
 
     assert allowed(ipaddress.ip_address("127.0.0.1"))
     assert not allowed(ipaddress.ip_address("10.0.0.1"))

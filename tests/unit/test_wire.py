@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kms_core import wire
-from kms_core.wire import Answer, Body, DecryptIn, EncryptIn, EncryptOut, GenerateKeyIn, JobIn, Shape
+from kms_protocol import wire
+from kms_protocol.wire import Answer, Body, DecryptIn, EncryptIn, EncryptOut, GenerateKeyIn, JobIn, Shape
 
 SECRET = "hunter2"
 

@@ -3,11 +3,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from kms_core.envelope import bech32, hybrid
-from kms_core.envelope.header import Stanza, b64encode
-from kms_core.envelope.kdf import hkdf
-from kms_core.envelope.x25519 import Identity, NoMatch, Recipient
-from kms_core.errors import DecryptFailed
+from kms_core.age import bech32, mlkem768x25519
+from kms_core.age.header import Stanza, b64encode
+from kms_core.age.kdf import hkdf
+from kms_core.age.x25519 import Identity, NoMatch, Recipient
+from kms_protocol.errors import DecryptFailed
 
 FILE_KEY = bytes(range(16))
 LOW_ORDER = [
@@ -81,7 +81,7 @@ def test_what_is_no_identity_is_refused_and_not_quoted(text: str) -> None:
         bech32.encode("AGE", bytes(32)),
         bech32.encode("age1pq", bytes(32)),
         bech32.encode("AGE-SECRET-KEY-", bytes(32)),
-        str(hybrid.Identity.generate().recipient),
+        str(mlkem768x25519.Identity.generate().recipient),
     ],
     ids=["empty", "prefix", "short", "upper case", "other prefix", "identity", "hybrid"],
 )

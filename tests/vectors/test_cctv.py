@@ -9,13 +9,14 @@ from functools import partial
 
 import pytest
 
-from kms_core.envelope import armor, header, hybrid, pipes, scrypt, slabs, stream, x25519
-from kms_core.envelope.extents import Extent, Onto
-from kms_core.envelope.header import FILE_LIMITS, Header
-from kms_core.envelope.ranges import open_slabs
-from kms_core.envelope.slabs import Pace
-from kms_core.envelope.x25519 import NoMatch
-from kms_core.errors import DecryptFailed, NotACiphertext
+from kms_core.age import armor, header, mlkem768x25519, scrypt, stream, x25519
+from kms_core.age.header import FILE_LIMITS, Header
+from kms_core.age.x25519 import NoMatch
+from kms_core.payload import parallel, streaming
+from kms_core.payload.files import Extent, Onto
+from kms_core.payload.parallel import Pace
+from kms_core.payload.ranges import open_slabs
+from kms_protocol.errors import DecryptFailed, NotACiphertext
 from vectors import cctv
 from vectors.cctv import Vector
 
@@ -63,7 +64,7 @@ def test_threads_open_what_is_whole_and_nothing_else(opened: Vector, slab_chunks
         extent = Extent(source.fileno(), len(sealed))
         outcome = "success"
         try:
-            slabs.open_file(key, extent, Onto(target.fileno()), pace=Pace(slab_chunks=slab_chunks))
+            parallel.open_file(key, extent, Onto(target.fileno()), pace=Pace(slab_chunks=slab_chunks))
         except DecryptFailed:
             outcome = "payload failure"
         target.seek(0)
@@ -103,7 +104,7 @@ def test_the_payload_seals_to_the_same_bytes(good: Vector, slab_chunks: int) -> 
     key, sealed = payload(good)
     plaintext = stream.open_(key, sealed)
     piped = io.BytesIO()
-    pipes.seal_pipe(key, io.BytesIO(plaintext), piped, Pace(slab_chunks=slab_chunks))
+    streaming.seal_pipe(key, io.BytesIO(plaintext), piped, Pace(slab_chunks=slab_chunks))
 
     assert stream.seal(key, plaintext) == sealed
     assert piped.getvalue() == sealed
@@ -115,7 +116,7 @@ def test_armor_encodes_to_the_same_text(armored: Vector) -> None:
     assert armor.armor(armor.dearmor(armored.file)) == text
 
 
-def decrypt(vector: Vector, released: io.BytesIO, pace: Pace = slabs.STEADY) -> str:
+def decrypt(vector: Vector, released: io.BytesIO, pace: Pace = parallel.STEADY) -> str:
     """What a reader finds, in the words of the vectors."""
     try:
         file = dearmored(vector)
@@ -134,7 +135,7 @@ def decrypt(vector: Vector, released: io.BytesIO, pace: Pace = slabs.STEADY) -> 
         return "HMAC failure"
     try:
         key = stream.payload_key(file_key, head.nonce)
-        pipes.open_pipe(key, io.BytesIO(file[head.payload_offset :]), released, pace)
+        streaming.open_pipe(key, io.BytesIO(file[head.payload_offset :]), released, pace)
     except DecryptFailed:
         return "payload failure"
     return "success"
@@ -152,8 +153,8 @@ def unwrapped(vector: Vector, head: Header) -> bytes:
     raise NoMatch
 
 
-def identity(text: str) -> x25519.Identity | hybrid.Identity:
-    kind = hybrid.Identity if text.startswith(hybrid.IDENTITY_PREFIX) else x25519.Identity
+def identity(text: str) -> x25519.Identity | mlkem768x25519.Identity:
+    kind = mlkem768x25519.Identity if text.startswith(mlkem768x25519.IDENTITY_PREFIX) else x25519.Identity
     return kind.parse(text)
 
 

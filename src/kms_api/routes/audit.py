@@ -7,15 +7,16 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
-from kms_api import bodies, described
+from kms_api import json_body
 from kms_api.deps import caller, service
-from kms_api.rules import Ruled
+from kms_api.openapi import describe
+from kms_api.routing import Ruled
 from kms_core import audit as records
-from kms_core import wire
-from kms_core.audit import reading
-from kms_core.audit.reading import Event, Page, Wanted
+from kms_core.audit import query
+from kms_core.audit.query import Event, Page, Wanted
 from kms_core.audit.retention import text_of
-from kms_core.errors import InvalidRequest
+from kms_protocol import wire
+from kms_protocol.errors import InvalidRequest
 
 router: Final = APIRouter(tags=["audit"], route_class=Ruled)
 FIELDS: Final = (
@@ -39,21 +40,21 @@ _LIMITER: Final = "audit"
 _TEXT: Final = {"type": "string"}
 _TIME: Final = {"type": "string", "format": "date-time"}
 _QUERY: Final = (
-    described.query("after", _TEXT, "`next` of the page before"),
-    described.query("limit", described.whole(1, _MOST, _PAGE), "Events of this page at most"),
-    described.query("result", _TEXT, "`ok`, `failed` for all others, or an error code"),
-    described.query("since", _TIME, "RFC 3339, with an offset"),
-    described.query("until", _TIME, "RFC 3339, with an offset"),
-    *(described.query(name, _TEXT, "Events whose field is exactly this") for name in FIELDS),
+    describe.query("after", _TEXT, "`next` of the page before"),
+    describe.query("limit", describe.whole(1, _MOST, _PAGE), "Events of this page at most"),
+    describe.query("result", _TEXT, "`ok`, `failed` for all others, or an error code"),
+    describe.query("since", _TIME, "RFC 3339, with an offset"),
+    describe.query("until", _TIME, "RFC 3339, with an offset"),
+    *(describe.query(name, _TEXT, "Events whose field is exactly this") for name in FIELDS),
 )
 
 
 @router.get(
     "/audit",
-    **described.described(
+    **describe.described(
         "audit",
         parameters=_QUERY,
-        answers={200: described.gives(wire.AuditOut, "A page of events")},
+        answers={200: describe.gives(wire.AuditOut, "A page of events")},
         refuses=(InvalidRequest,),
     ),
 )
@@ -76,14 +77,14 @@ async def audit(request: Request) -> Response:
     limit = _limit(given.get("limit"))
 
     def recorded() -> Page:
-        page = reading.page(built.settings.kms.audit.path, wanted, given.get("after"), limit)
+        page = query.page(built.settings.kms.audit.path, wanted, given.get("after"), limit)
         asked = {name: value for name, value in given.items() if name in _FILTERS}
         records.read(built.kms.trail, who, asked, len(page.events))
         return page
 
     page = await anyio.to_thread.run_sync(recorded, limiter=built.limiter(_LIMITER))
     events = [shape(event) for event in page.events]
-    return bodies.answer(wire.AuditOut(events=events, next=page.following, more=page.more))
+    return json_body.answer(wire.AuditOut(events=events, next=page.following, more=page.more))
 
 
 def shape(event: Event) -> wire.AuditEvent:

@@ -7,14 +7,16 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
-from kms_api import bodies, described
+from kms_api import json_body
 from kms_api.deps import Service, caller, service
-from kms_api.rules import Ruled
-from kms_core import wire
-from kms_core.context import Context
-from kms_core.errors import KmsError
-from kms_core.jobs import bulk, permits
-from kms_core.policy import Principal
+from kms_api.openapi import describe
+from kms_api.routing import Ruled
+from kms_core.auth.policy import Principal
+from kms_core.jobs import authorization
+from kms_core.jobs.execution import bulk_items
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import KmsError
 
 router: Final = APIRouter(tags=["secrets"], route_class=Ruled)
 BATCHES: Final = "batch"
@@ -26,11 +28,11 @@ _EXAMPLE: Final = {
 
 @router.post(
     "/batch",
-    **described.described(
+    **describe.described(
         "batch",
-        body=described.takes(wire.BatchIn, _EXAMPLE),
-        answers={200: described.gives(wire.BatchOut, "Each item has its own outcome")},
-        refuses=described.BODY,
+        body=describe.takes(wire.BatchIn, _EXAMPLE),
+        answers={200: describe.gives(wire.BatchOut, "Each item has its own outcome")},
+        refuses=describe.BODY,
     ),
 )
 async def batch(request: Request) -> Response:
@@ -39,10 +41,10 @@ async def batch(request: Request) -> Response:
     A caller to whom no scope gives the operation is answered 403, as to a single call.
     """
     built = service(request)
-    body = await bodies.read(request, wire.BatchIn, built.settings.kms.limits.json_body_bytes)
+    body = await json_body.read(request, wire.BatchIn, built.settings.kms.limits.json_body_bytes)
     who = caller(request)
     limiter = built.limiter(BATCHES)
-    return bodies.answer(await anyio.to_thread.run_sync(_run, built, who, body, limiter=limiter))
+    return json_body.answer(await anyio.to_thread.run_sync(_run, built, who, body, limiter=limiter))
 
 
 def _run(built: Service, who: Principal, body: wire.BatchIn) -> wire.BatchOut:
@@ -58,7 +60,7 @@ def admit_items(built: Service, who: Principal, operation: wire.JobKind, count: 
 
     Raises Forbidden, RateLimited, Unavailable, AuditUnavailable. May wait for the disk.
     """
-    permits.check_batch(built.kms, who, operation)
+    authorization.check_batch(built.kms, who, operation)
     built.requests.take_items(who.tenant, count)
 
 
@@ -69,7 +71,7 @@ def _one(
     limit = built.settings.kms.limits.sync_plaintext_bytes
     try:
         single = wire.JobItem(plaintext=item.plaintext, ciphertext=item.ciphertext, context=item.context)
-        bulk.check_item(operation, index, single, limit)
+        bulk_items.check_item(operation, index, single, limit)
         context = Context.parse(item.context)
         if operation == "encrypt":
             sealed = built.kms.encrypt(who, item.plaintext or b"", context, key_id=item.key_id)

@@ -10,40 +10,41 @@ import anyio.to_thread
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from kms_api import bodies, described
+from kms_api import json_body
 from kms_api.deps import Service, caller, service
+from kms_api.openapi import describe
 from kms_api.routes.batch import BATCHES
 from kms_api.routes.secrets import check_ciphertext, check_plaintext
-from kms_api.rules import Ruled
-from kms_core import wire
-from kms_core.context import Context
-from kms_core.errors import InvalidRequest
+from kms_api.routing import Ruled
 from kms_core.service import Kms
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import InvalidRequest
 
 router: Final = APIRouter(tags=["secrets"], route_class=Ruled)
 SEALED: Final = b"binary/encrypted"  # Temporal's name for it, by which its own tools know such payloads
 NAMESPACE: Final = "temporal:namespace"
 _PLAIN: Final = {"payloads": [{"metadata": {"encoding": "anNvbi9wbGFpbg=="}, "data": "IkhlbGxvIg=="}]}
-_NAMESPACE: Final = described.header(
+_NAMESPACE: Final = describe.header(
     "X-Namespace", {"type": "string"}, f"The Temporal namespace: bound as the context `{NAMESPACE}`"
 )
-_KEY_ID: Final = described.header(
+_KEY_ID: Final = describe.header(
     "X-KMS-Key-Id",
     {"type": "string", "pattern": wire.KEY_ID_PATTERN},
     "The key id; absent means the default key",
 )
-_ANSWERS: Final = {200: described.gives(wire.CodecOut, "As many payloads, in the same order")}
+_ANSWERS: Final = {200: describe.gives(wire.CodecOut, "As many payloads, in the same order")}
 Move = Callable[[Kms, wire.Payload], wire.Payload]
 
 
 @router.post(
     "/codec/encode",
-    **described.described(
+    **describe.described(
         "codec_encode",
-        body=described.takes(wire.CodecIn, _PLAIN, required=False),
+        body=describe.takes(wire.CodecIn, _PLAIN, required=False),
         parameters=(_NAMESPACE, _KEY_ID),
         answers=_ANSWERS,
-        refuses=(*described.BODY, *described.SEALING),
+        refuses=(*describe.BODY, *describe.SEALING),
     ),
 )
 async def encode(request: Request) -> Response:
@@ -66,12 +67,12 @@ async def encode(request: Request) -> Response:
 
 @router.post(
     "/codec/decode",
-    **described.described(
+    **describe.described(
         "codec_decode",
-        body=described.takes(wire.CodecIn, _PLAIN, required=False),
+        body=describe.takes(wire.CodecIn, _PLAIN, required=False),
         parameters=(_NAMESPACE,),
         answers=_ANSWERS,
-        refuses=(*described.BODY, *described.OPENING),
+        refuses=(*describe.BODY, *describe.OPENING),
     ),
 )
 async def decode(request: Request) -> Response:
@@ -97,7 +98,7 @@ def _context(request: Request) -> Context:
 
 
 async def _moved(request: Request, built: Service, move: Move) -> Response:
-    body = await bodies.read(request, wire.CodecIn, built.settings.kms.limits.json_body_bytes)
+    body = await json_body.read(request, wire.CodecIn, built.settings.kms.limits.json_body_bytes)
 
     def work() -> list[wire.Payload]:
         kms = built.kms.for_job()  # a peer that is away is asked a few times, not once a payload
@@ -105,4 +106,4 @@ async def _moved(request: Request, built: Service, move: Move) -> Response:
             return [move(kms, payload) for payload in body.payloads]
 
     moved = await anyio.to_thread.run_sync(work, limiter=built.limiter(BATCHES))
-    return bodies.answer(wire.CodecOut(payloads=moved))
+    return json_body.answer(wire.CodecOut(payloads=moved))

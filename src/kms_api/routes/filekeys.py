@@ -4,11 +4,12 @@ from typing import Final
 
 from fastapi import APIRouter, Request, Response
 
-from kms_api import bodies, described
+from kms_api import json_body
 from kms_api.deps import call, caller, service
-from kms_api.rules import Ruled
-from kms_core import errors, wire
-from kms_core.context import Context
+from kms_api.openapi import describe
+from kms_api.routing import Ruled
+from kms_protocol import errors, wire
+from kms_protocol.context import Context
 
 router: Final = APIRouter(tags=["secrets"], route_class=Ruled)
 _BODY_BYTES: Final = 128 * 1024  # the largest header of the sync path, in base64, and a context
@@ -17,37 +18,37 @@ _CONTEXT: Final = "env=prod,service=api"
 
 @router.post(
     "/wrap",
-    **described.described(
+    **describe.described(
         "wrap",
-        body=described.takes(wire.WrapIn, {"file_key": "AAECAwQFBgcICQoLDA0ODw==", "context": _CONTEXT}),
-        answers={200: described.gives(wire.WrapOut, "Wrapped, as one stanza for the header")},
-        refuses=(*described.BODY, *described.SEALING),
+        body=describe.takes(wire.WrapIn, {"file_key": "AAECAwQFBgcICQoLDA0ODw==", "context": _CONTEXT}),
+        answers={200: describe.gives(wire.WrapOut, "Wrapped, as one stanza for the header")},
+        refuses=(*describe.BODY, *describe.SEALING),
     ),
 )
 async def wrap(request: Request) -> Response:
     """Wrap the 16-byte file key of an age file that the caller makes. A scope has to name `wrap`."""
     built = service(request)
-    body = await bodies.read(request, wire.WrapIn, _BODY_BYTES)
+    body = await json_body.read(request, wire.WrapIn, _BODY_BYTES)
     context = Context.parse(body.context)
     made = await call(built, built.kms.wrap, caller(request), body.file_key, context, key_id=body.key_id)
     key = made.key
-    return bodies.answer(
+    return json_body.answer(
         wire.WrapOut(stanza=made.stanza, key_id=key.key_id, key_version=key.version, backend=key.backend)
     )
 
 
 @router.post(
     "/unwrap",
-    **described.described(
+    **describe.described(
         "unwrap",
-        body=described.takes(
+        body=describe.takes(
             wire.UnwrapIn, {"stanzas": "LT4ga21zLXNlcnZpY2UvYnVuZGxlIDEK", "context": _CONTEXT}
         ),
         answers={
-            200: described.gives(wire.UnwrapOut, "The file key; the header's MAC is the caller's to check")
+            200: describe.gives(wire.UnwrapOut, "The file key; the header's MAC is the caller's to check")
         },
         refuses=(
-            *described.BODY,
+            *describe.BODY,
             errors.InvalidContext,
             errors.DecryptFailed,
             errors.ForeignRefused,
@@ -59,11 +60,11 @@ async def wrap(request: Request) -> Response:
 async def unwrap(request: Request) -> Response:
     """The file key of an age file, from the stanzas of its header. A scope has to name `unwrap`."""
     built = service(request)
-    body = await bodies.read(request, wire.UnwrapIn, _BODY_BYTES)
+    body = await json_body.read(request, wire.UnwrapIn, _BODY_BYTES)
     context = Context.parse(body.context)
     found = await call(built, built.kms.unwrap, caller(request), body.stanzas, context, key_id=body.key_id)
     key = found.key
-    return bodies.answer(
+    return json_body.answer(
         wire.UnwrapOut(
             file_key=found.file_key,
             key_id=key.key_id,

@@ -8,14 +8,24 @@ from typing import Final, TypeVar
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 
-from kms_api import bodies, described, flows, outlet
-from kms_api.admission import reservation_of
+from kms_api import json_body
 from kms_api.deps import Service, caller, service
-from kms_api.problems import problem
+from kms_api.errors.problems import problem
+from kms_api.openapi import describe
 from kms_api.routes import jobs
-from kms_api.rules import Ruled
-from kms_core import audit, wire
-from kms_core.errors import (
+from kms_api.routing import Ruled
+from kms_api.transport import download_writer, streaming
+from kms_api.transport.admission import reservation_of
+from kms_core import audit
+from kms_core.jobs import authorization
+from kms_core.jobs.execution import results
+from kms_core.jobs.execution.results import Result
+from kms_core.jobs.model import Job
+from kms_core.jobs.storage.spool import UPLOAD, Label
+from kms_core.jobs.submission import submitter
+from kms_core.jobs.submission.submitter import Terms
+from kms_protocol import wire
+from kms_protocol.errors import (
     DecryptFailed,
     InvalidRequest,
     JobNotFinished,
@@ -24,17 +34,12 @@ from kms_core.errors import (
     ResultExpired,
     UnknownKey,
 )
-from kms_core.jobs import desk, permits, results
-from kms_core.jobs.blobs import UPLOAD, Label
-from kms_core.jobs.desk import Terms
-from kms_core.jobs.model import Job
-from kms_core.jobs.results import Result
 
 T = TypeVar("T")
 router: Final = APIRouter(tags=["files"], route_class=Ruled)
 _RESULT: Final = {
-    described.BINARY: {"schema": described.BYTES},
-    described.NDJSON: {"schema": {"type": "string"}, "x-kms-line": described.ref(wire.ItemResult)},
+    describe.BINARY: {"schema": describe.BYTES},
+    describe.NDJSON: {"schema": {"type": "string"}, "x-kms-line": describe.ref(wire.ItemResult)},
 }
 _OF_RESULT: Final = ("ETag", "Accept-Ranges", "Content-Disposition")
 _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
@@ -42,12 +47,12 @@ _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 @router.post(
     "/files/encrypt",
-    **described.described(
+    **describe.described(
         "encrypt_file",
-        body=described.TAKES_BYTES,
-        parameters=described.STREAMED,
-        answers={202: described.accepted()},
-        refuses=described.SUBMITTING,
+        body=describe.TAKES_BYTES,
+        parameters=describe.STREAMED,
+        answers={202: describe.accepted()},
+        refuses=describe.SUBMITTING,
     ),
 )
 async def encrypt(request: Request) -> Response:
@@ -57,12 +62,12 @@ async def encrypt(request: Request) -> Response:
 
 @router.post(
     "/files/decrypt",
-    **described.described(
+    **describe.described(
         "decrypt_file",
-        body=described.TAKES_BYTES,
-        parameters=described.STREAMED,
-        answers={202: described.accepted()},
-        refuses=(*described.SUBMITTING, NotACiphertext),
+        body=describe.TAKES_BYTES,
+        parameters=describe.STREAMED,
+        answers={202: describe.accepted()},
+        refuses=(*describe.SUBMITTING, NotACiphertext),
     ),
 )
 async def decrypt(request: Request) -> Response:
@@ -72,18 +77,18 @@ async def decrypt(request: Request) -> Response:
 
 @router.get(
     "/jobs/{job_id}/result",
-    **described.described(
+    **describe.described(
         "job_result",
         parameters=(
-            described.header("Range", {"type": "string"}, "One range of bytes, as `bytes=0-1023`"),
-            described.header("If-Range", {"type": "string"}, "The ETag that the range is of"),
+            describe.header("Range", {"type": "string"}, "One range of bytes, as `bytes=0-1023`"),
+            describe.header("If-Range", {"type": "string"}, "The ETag that the range is of"),
         ),
         answers={
-            200: described.raw("The whole result", _RESULT, *_OF_RESULT),
-            206: described.raw("The bytes that were asked for", _RESULT, *_OF_RESULT, "Content-Range"),
-            416: described.refusal(416, {"invalid_request": "No byte in that range"}, "Content-Range"),
+            200: describe.raw("The whole result", _RESULT, *_OF_RESULT),
+            206: describe.raw("The bytes that were asked for", _RESULT, *_OF_RESULT, "Content-Range"),
+            416: describe.refusal(416, {"invalid_request": "No byte in that range"}, "Content-Range"),
         },
-        refuses=(*described.ONE_JOB, UnknownKey, DecryptFailed, JobNotFinished, ResultExpired, RecordRefused),
+        refuses=(*describe.ONE_JOB, UnknownKey, DecryptFailed, JobNotFinished, ResultExpired, RecordRefused),
     ),
 )
 async def result(request: Request, job_id: str) -> Response:
@@ -91,26 +96,26 @@ async def result(request: Request, job_id: str) -> Response:
     job = await jobs.found(request, job_id)
     held = reservation_of(request.scope)
     await held.wait(held.admission.downloads)
-    outlet.unlock(request)
+    download_writer.unlock(request)
     return await anyio.to_thread.run_sync(_result, service(request), request, job)
 
 
 async def _upload(request: Request, kind: wire.JobKind) -> Response:
-    bodies.refuse_encoding(request)
+    json_body.refuse_encoding(request)
     built = service(request)
     terms = jobs.terms_of_headers(request, kind)
     declared = int(request.headers.get("content-length") or 0)
     sink = _received(built, terms, declared)
     async with jobs.upload_slot(request) as limits:
-        job = await flows.receive(request, sink, built.threads, limits)
+        job = await streaming.receive(request, sink, built.threads, limits)
     return jobs.accepted(job)
 
 
-def _received(built: Service, terms: Terms, declared: int) -> Generator[None, flows.Slab, Job]:
+def _received(built: Service, terms: Terms, declared: int) -> Generator[None, streaming.Slab, Job]:
     """Seal and write what arrives, slab by slab; a broken upload leaves nothing."""
     built.desk.check(terms)
     check_room = built.desk.meter(terms, declared)
-    job_id = desk.new_id()
+    job_id = submitter.new_id()
     hasher = built.desk.hasher(terms) if terms.idempotency else None
     label = Label(terms.who.tenant, job_id, UPLOAD)
     with built.desk.spool.writing(label, sealed=terms.kind == "encrypt", declared_bytes=declared) as out:
@@ -132,7 +137,7 @@ def _received(built: Service, terms: Terms, declared: int) -> Generator[None, fl
 
 def _result(built: Service, request: Request, job: Job) -> Response:
     who = caller(request)
-    permits.check_reader(built.kms, who, built.desk.store.accepted(job.job_id))
+    authorization.check_reader(built.kms, who, built.desk.store.accepted(job.job_id))
     with audit.recorded(built.kms.trail, who, "job.result", job.job_id):
         body = results.of(job, built.desk.store, built.desk.spool)
         return _ranged(request, job, body)
@@ -155,8 +160,8 @@ def _ranged(request: Request, job: Job, body: Result) -> Response:
         status = 206
     media_type = "application/x-ndjson" if body.lines else "application/octet-stream"
     headers["Content-Length"] = str(stop - start)
-    sending = flows.send(_begun(body.slabs(start, stop)), service(request).threads)
-    made = outlet.WatchedResponse(sending, status, headers, media_type)
+    sending = streaming.send(_begun(body.slabs(start, stop)), service(request).threads)
+    made = download_writer.WatchedResponse(sending, status, headers, media_type)
     made.budget = reservation_of(request.scope).admission.downloads
     return made
 

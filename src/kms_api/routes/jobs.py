@@ -14,20 +14,23 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
-from kms_api import bodies, described_jobs, outlet
-from kms_api.admission import reservation_of
+from kms_api import json_body
 from kms_api.deps import Service, caller, service
-from kms_api.inlet import Pieces
-from kms_api.rules import Ruled
-from kms_api.transfer_rate import TransferLimits
-from kms_core import audit, wire
-from kms_core.context import Context
-from kms_core.errors import BodyTimeout, InvalidRequest, UnknownJob
-from kms_core.jobs import bulk, campaign
-from kms_core.jobs.desk import Terms
+from kms_api.openapi import describe_jobs
+from kms_api.routing import Ruled
+from kms_api.transport import download_writer
+from kms_api.transport.admission import reservation_of
+from kms_api.transport.transfer_rate import TransferLimits
+from kms_api.transport.upload_reader import Pieces
+from kms_core import audit
+from kms_core.auth.policy import Principal
+from kms_core.jobs.execution import bulk_items, key_migration
 from kms_core.jobs.model import Job
-from kms_core.policy import Principal
-from kms_core.settings_checks import JOB_BODY_FACTOR
+from kms_core.jobs.submission.submitter import Terms
+from kms_core.settings.validation import JOB_BODY_FACTOR
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import BodyTimeout, InvalidRequest, UnknownJob
 
 router: Final = APIRouter(tags=["jobs"], route_class=Ruled)
 KINDS: Final[dict[str, wire.JobKind]] = {kind: kind for kind in get_args(wire.JobKind)}
@@ -41,7 +44,7 @@ _DIGITS: Final = 16
 _OF_STREAMS: Final = ("x-kms-context", "x-kms-key-id", "x-kms-priority", "x-kms-callback")
 
 
-@router.post("/jobs", **described_jobs.SUBMIT)
+@router.post("/jobs", **describe_jobs.SUBMIT)
 async def submit(request: Request) -> Response:
     """Bulk items, a file reference, or (as ``application/x-ndjson`` with ``?kind=``) a stream of items."""
     built = service(request)
@@ -49,71 +52,71 @@ async def submit(request: Request) -> Response:
         job = await _stream_of_items(request, built)
     else:
         _refuse_streamed(request)
-        body = await bodies.read(
+        body = await json_body.read(
             request, wire.JobIn, built.settings.kms.limits.json_job_bytes * JOB_BODY_FACTOR
         )
         job = await anyio.to_thread.run_sync(_submit, built, request, body)
     return accepted(job)
 
 
-@router.get("/jobs", **described_jobs.LIST)
+@router.get("/jobs", **describe_jobs.LIST)
 async def listing(
     request: Request, state: str | None = None, limit: str | None = None, cursor: str | None = None
 ) -> Response:
     """Jobs of this tenant, newest first; ``next`` is the cursor of the following page."""
     built = service(request)
-    size = _number("limit", limit, described_jobs.PAGE, range(1, described_jobs.MOST + 1))
+    size = _number("limit", limit, describe_jobs.PAGE, range(1, describe_jobs.MOST + 1))
     if state is not None and state not in wire.STATES:
         raise InvalidRequest(f"state is one of {', '.join(wire.STATES)}")
     page = built.desk.store.page
     jobs, following = await anyio.to_thread.run_sync(
         lambda: page(caller(request).tenant, state=state, limit=size, before=cursor)
     )
-    return bodies.answer(wire.JobList(jobs=[shape(job) for job in jobs], next=following))
+    return json_body.answer(wire.JobList(jobs=[shape(job) for job in jobs], next=following))
 
 
-@router.get("/jobs/dead", **described_jobs.DEAD)
+@router.get("/jobs/dead", **describe_jobs.DEAD)
 async def dead(request: Request, limit: str | None = None) -> Response:
     """Dead letters: jobs that used up their attempts, newest first. ``POST /jobs/{id}/retry`` revives one."""
-    size = _number("limit", limit, described_jobs.PAGE, range(1, described_jobs.MOST + 1))
+    size = _number("limit", limit, describe_jobs.PAGE, range(1, describe_jobs.MOST + 1))
     found = await anyio.to_thread.run_sync(service(request).desk.store.dead, caller(request).tenant, size)
-    return bodies.answer(wire.JobList(jobs=[shape(job) for job in found]))
+    return json_body.answer(wire.JobList(jobs=[shape(job) for job in found]))
 
 
-@router.post("/jobs/{job_id}/retry", **described_jobs.RETRY)
+@router.post("/jobs/{job_id}/retry", **describe_jobs.RETRY)
 async def retry(request: Request, job_id: str) -> Response:
     """Give a dead letter all its attempts again."""
     job = await anyio.to_thread.run_sync(revive, service(request), caller(request), job_id)
-    return bodies.answer(shape(job))
+    return json_body.answer(shape(job))
 
 
-@router.get("/jobs/{job_id}", **described_jobs.ONE)
+@router.get("/jobs/{job_id}", **describe_jobs.ONE)
 async def one(request: Request, job_id: str) -> Response:
     """State and progress of one job."""
     job = await found(request, job_id)
-    return bodies.answer(shape(job), headers=None if job.ended else {"Retry-After": "1"})
+    return json_body.answer(shape(job), headers=None if job.ended else {"Retry-After": "1"})
 
 
-@router.delete("/jobs/{job_id}", **described_jobs.CANCEL)
+@router.delete("/jobs/{job_id}", **describe_jobs.CANCEL)
 async def cancel(request: Request, job_id: str) -> Response:
     """End a queued job now, a running one at its next item or slab."""
     job = await anyio.to_thread.run_sync(withdraw, service(request), caller(request), job_id)
-    return bodies.answer(shape(job))
+    return json_body.answer(shape(job))
 
 
-@router.post("/jobs/{job_id}/cancel", **described_jobs.CANCEL_BY_POST)
+@router.post("/jobs/{job_id}/cancel", **describe_jobs.CANCEL_BY_POST)
 async def cancel_by_post(request: Request, job_id: str) -> Response:
     """The same for clients that cannot send DELETE."""
     return await cancel(request, job_id)
 
 
-@router.get("/jobs/{job_id}/events", **described_jobs.EVENTS)
+@router.get("/jobs/{job_id}/events", **describe_jobs.EVENTS)
 async def events(request: Request, job_id: str) -> Response:
     """Server-sent events: one ``progress`` per change, the last with the final state."""
     first = await found(request, job_id)
     held = reservation_of(request.scope)
     held.take(held.admission.streams)
-    made = outlet.WatchedResponse(
+    made = download_writer.WatchedResponse(
         _events(request, first), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
     )
     made.budget = held.admission.streams
@@ -154,7 +157,7 @@ async def found(request: Request, job_id: str) -> Job:
 def accepted(job: Job) -> Response:
     """202 with the job's address: from here on it survives any process."""
     answer = wire.JobAccepted(job_id=job.job_id, state=job.state, links=_links(job))
-    return bodies.answer(answer, 202, {"Location": answer.links.self_, "Retry-After": "1"})
+    return json_body.answer(answer, 202, {"Location": answer.links.self_, "Retry-After": "1"})
 
 
 def shape(job: Job) -> wire.JobOut:
@@ -175,7 +178,7 @@ def shape(job: Job) -> wire.JobOut:
         expires_at=_time(job.expires_at),
         not_before=_time(job.not_before) if job.state == "queued" and job.not_before else UNSET,
         error=wire.ErrorCode(code=job.error) if job.error else None,
-        report=campaign.report(job),
+        report=key_migration.report(job),
         links=_links(job),
     )
 
@@ -238,7 +241,7 @@ def _submit(built: Service, request: Request, body: wire.JobIn) -> Job:
 
 async def _stream_of_items(request: Request, built: Service) -> Job:
     """NDJSON of any length: parsed and sealed in a thread, piece by piece, while it arrives."""
-    bodies.refuse_encoding(request)
+    json_body.refuse_encoding(request)
     kind = KINDS.get(request.query_params.get("kind", ""))
     if kind is None:
         raise InvalidRequest(f"POST /jobs?kind= needs one of {', '.join(KINDS)} for a stream of items")
@@ -252,7 +255,9 @@ async def _stream_of_items(request: Request, built: Service) -> Job:
 
         def work() -> Job:
             built.desk.check(terms, bulk=True)
-            parsed = (bulk.parse_line(index, line) for index, line in enumerate(bulk.lines(arriving())))
+            parsed = (
+                bulk_items.parse_line(index, line) for index, line in enumerate(bulk_items.lines(arriving()))
+            )
             return built.desk.items(terms, built.requests.counted(terms.who.tenant, parsed))
 
         return await anyio.to_thread.run_sync(work, limiter=built.upload_limiter)

@@ -7,20 +7,23 @@ import anyio.to_thread
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from kms_api import bodies, described
+from kms_api import json_body
 from kms_api.deps import Service, call, caller, service
-from kms_api.rules import Ruled
-from kms_core import rotation, tally, wire
-from kms_core.errors import BackendUnavailable, JobsUnavailable, UnknownKey
-from kms_core.jobs import teller
+from kms_api.openapi import describe
+from kms_api.routing import Ruled
+from kms_core import key_rotation
+from kms_core.auth.policy import Principal, allows
+from kms_core.jobs.store import usage_flush
 from kms_core.keyring import Key
-from kms_core.policy import Principal, allows
+from kms_core.observability import usage
+from kms_protocol import wire
+from kms_protocol.errors import BackendUnavailable, JobsUnavailable, UnknownKey
 
 router: Final = APIRouter(prefix="/keys", tags=["keys"], route_class=Ruled)
 _THREADS: Final = "keys"
 
 
-@router.get("", **described.described("list_keys", answers={200: described.gives(wire.KeysOut, "Keys")}))
+@router.get("", **describe.described("list_keys", answers={200: describe.gives(wire.KeysOut, "Keys")}))
 async def keys(request: Request) -> Response:
     """The keys that the caller may use and their versions, the one in use last.
 
@@ -28,13 +31,13 @@ async def keys(request: Request) -> Response:
     """
     built = service(request)
     found = await anyio.to_thread.run_sync(visible, built, caller(request), limiter=built.limiter(_THREADS))
-    return bodies.answer(wire.KeysOut(keys=found))
+    return json_body.answer(wire.KeysOut(keys=found))
 
 
 @router.get(
     "/{key_id}",
-    **described.described(
-        "get_key", answers={200: described.gives(wire.KeyOut, "The key")}, refuses=(UnknownKey,)
+    **describe.described(
+        "get_key", answers={200: describe.gives(wire.KeyOut, "The key")}, refuses=(UnknownKey,)
     ),
 )
 async def key(request: Request, key_id: str) -> Response:
@@ -44,14 +47,14 @@ async def key(request: Request, key_id: str) -> Response:
         raise UnknownKey
     found = built.kms.keyring.named(key_id)
     shape = await anyio.to_thread.run_sync(_one, built, who, found, limiter=built.limiter(_THREADS))
-    return bodies.answer(shape)
+    return json_body.answer(shape)
 
 
 @router.post(
     "/{key_id}/rotate",
-    **described.described(
+    **describe.described(
         "rotate_key",
-        answers={200: described.gives(wire.RotateOut, "The new version")},
+        answers={200: describe.gives(wire.RotateOut, "The new version")},
         refuses=(UnknownKey, BackendUnavailable),
     ),
 )
@@ -59,7 +62,9 @@ async def rotate(request: Request, key_id: str) -> Response:
     """A new version, which seals from now on; old ones decrypt. Files move to it by rewrap or reseal."""
     built = service(request)
     made = await call(built, built.kms.rotate, caller(request), key_id=key_id)
-    return bodies.answer(wire.RotateOut(key_id=made.key_id, key_version=made.version, backend=made.backend))
+    return json_body.answer(
+        wire.RotateOut(key_id=made.key_id, key_version=made.version, backend=made.backend)
+    )
 
 
 def visible(built: Service, who: Principal) -> list[wire.KeyOut]:
@@ -76,7 +81,7 @@ def _counts(built: Service, who: Principal) -> dict[str, int] | None:
     if not allows(built.kms.policy, who, "metrics"):
         return None
     try:
-        return tally.together(teller.shared(built.desk.store.redis), built.kms.tally.peek())
+        return usage.together(usage_flush.shared(built.desk.store.redis), built.kms.tally.peek())
     except JobsUnavailable:
         return None
 
@@ -92,7 +97,7 @@ def _shape(built: Service, key: Key, counts: dict[str, int] | None) -> wire.KeyO
     )
     try:
         versions = key.backend.versions()
-        state = rotation.state_of(key, key.backend, counts or {}, rotation.rules_of(built.settings))
+        state = key_rotation.state_of(key, key.backend, counts or {}, key_rotation.rules_of(built.settings))
     except BackendUnavailable:
         return plain
     return msgspec.structs.replace(
@@ -109,7 +114,7 @@ def _version(
 ) -> wire.KeyVersionOut:
     messages, size = None, None
     if counts is not None:
-        messages, size = tally.of_version(counts, key.key_id, version, key.backend.name)
+        messages, size = usage.of_version(counts, key.key_id, version, key.backend.name)
     return wire.KeyVersionOut(version=version, created_at=_time(created_at), operations=messages, bytes=size)
 
 

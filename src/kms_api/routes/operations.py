@@ -8,26 +8,28 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from kms_api import bodies, described
+from kms_api import json_body
 from kms_api.deps import Service, call, caller, service
-from kms_api.rules import Ruled
-from kms_core import __version__, metrics, tally, wire
-from kms_core.errors import AuditUnavailable, JobsUnavailable
-from kms_core.jobs import survey, teller
-from kms_core.policy import Principal, allows
+from kms_api.openapi import describe
+from kms_api.routing import Ruled
+from kms_core.auth.policy import Principal, allows
+from kms_core.jobs.store import queue_stats, usage_flush
+from kms_core.observability import metrics, usage
+from kms_protocol import __version__, wire
+from kms_protocol.errors import AuditUnavailable, JobsUnavailable
 
 router: Final = APIRouter(tags=["operations"], route_class=Ruled)
 probes: Final = APIRouter(tags=["probes"], route_class=Ruled)
-_TEXT: Final = {described.TEXT: {"schema": {"type": "string"}}}
+_TEXT: Final = {describe.TEXT: {"schema": {"type": "string"}}}
 
 
 @router.get(
     "/health",
-    **described.described(
+    **describe.described(
         "health",
         answers={
-            200: described.gives(wire.HealthOut, "It can"),
-            503: described.gives(wire.HealthOut, "It cannot"),
+            200: describe.gives(wire.HealthOut, "It can"),
+            503: describe.gives(wire.HealthOut, "It cannot"),
         },
     ),
 )
@@ -40,24 +42,24 @@ async def health(request: Request) -> Response:
         backend=built.kms.keyring.default.backend.name,
         checked_at=_time(found.checked_at) or "",
     )
-    return bodies.answer(shape, 200 if found.healthy else 503)
+    return json_body.answer(shape, 200 if found.healthy else 503)
 
 
 @router.get(
     "/status",
-    **described.described("status", answers={200: described.gives(wire.StatusOut, "How things are")}),
+    **describe.described("status", answers={200: describe.gives(wire.StatusOut, "How things are")}),
 )
 async def status(request: Request) -> Response:
     """Backend, environment, version, what is degraded, and counts of operations and jobs.
 
     Counts are of the caller's tenant; of all for whoever may read the metrics.
     """
-    return bodies.answer(await anyio.to_thread.run_sync(condition, service(request), caller(request)))
+    return json_body.answer(await anyio.to_thread.run_sync(condition, service(request), caller(request)))
 
 
 @probes.get(
     "/livez",
-    **described.described("livez", answers={200: described.raw("`ok` and a line end", _TEXT)}),
+    **describe.described("livez", answers={200: describe.raw("`ok` and a line end", _TEXT)}),
 )
 async def livez() -> Response:
     """The process answers. Depends on nothing else."""
@@ -66,11 +68,11 @@ async def livez() -> Response:
 
 @probes.get(
     "/readyz",
-    **described.described(
+    **describe.described(
         "readyz",
         answers={
-            200: described.gives(wire.ReadyOut, "Ready"),
-            503: described.gives(wire.ReadyOut, "Not ready"),
+            200: describe.gives(wire.ReadyOut, "Ready"),
+            503: describe.gives(wire.ReadyOut, "Not ready"),
         },
     ),
 )
@@ -82,12 +84,12 @@ async def readyz(request: Request) -> Response:
     trail = await anyio.to_thread.run_sync(_audit_word, built)
     ready = found.healthy and trail == "available"
     shape = wire.ReadyOut(status="ready" if ready else "not ready", jobs=jobs, audit=trail)
-    return bodies.answer(shape, 200 if ready else 503)
+    return json_body.answer(shape, 200 if ready else 503)
 
 
 @probes.get(
     "/metrics",
-    **described.described("metrics", answers={200: described.raw("Metrics", _TEXT)}),
+    **describe.described("metrics", answers={200: describe.raw("Metrics", _TEXT)}),
 )
 async def prometheus(request: Request) -> Response:
     """Prometheus text format. The state of jobs is read from Redis now, once for all API processes."""
@@ -100,8 +102,8 @@ def condition(built: Service, who: Principal) -> wire.StatusOut:
     jobs, depth, workers, degraded = None, None, None, []
     counts = built.kms.tally.peek()
     try:
-        counts = tally.together(teller.shared(built.desk.store.redis), counts)
-        found = survey.survey(built.desk.store, tenant)
+        counts = usage.together(usage_flush.shared(built.desk.store.redis), counts)
+        found = queue_stats.survey(built.desk.store, tenant)
         jobs, workers = found.jobs, found.workers
         depth = found.jobs["queued"] if tenant else sum(built.broker.depths().values())
     except JobsUnavailable:
@@ -118,7 +120,7 @@ def condition(built: Service, who: Principal) -> wire.StatusOut:
         environment=built.settings.environment,
         version=__version__,
         uptime_s=round(time.monotonic() - built.started, 3),
-        operations=_operations(tally.operations(counts, tenant)),
+        operations=_operations(usage.operations(counts, tenant)),
         jobs=jobs,
         queue_depth=depth,
         workers=workers,
@@ -156,13 +158,13 @@ def _audit_word(built: Service) -> Literal["available", "unavailable"]:
 
 def _exposition(built: Service) -> bytes:
     try:
-        survey.tell(survey.survey(built.desk.store))
+        queue_stats.tell(queue_stats.survey(built.desk.store))
         for (queue, priority), depth in built.broker.depths().items():
             metrics.QUEUE_DEPTH.labels(queue, priority).set(depth)
         metrics.REDIS_UP.set(1)
     except JobsUnavailable:
         metrics.REDIS_UP.set(0)
-        survey.lost()
+        queue_stats.lost()
     built.kms.health_check()
     return metrics.exposition()
 

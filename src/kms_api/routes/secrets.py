@@ -5,12 +5,13 @@ from typing import Final
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
-from kms_api import bodies, described
+from kms_api import json_body
 from kms_api.deps import Service, call, caller, service
-from kms_api.rules import Ruled
-from kms_core import wire
-from kms_core.context import Context
-from kms_core.errors import DataKeysUnsupported, InvalidRequest, TooLarge
+from kms_api.openapi import describe
+from kms_api.routing import Ruled
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import DataKeysUnsupported, InvalidRequest, TooLarge
 
 router: Final = APIRouter(tags=["secrets"], route_class=Ruled)
 _EXAMPLE: Final = {"plaintext": "SGVsbG8sIFdvcmxkIQ==", "context": "env=prod,service=api"}
@@ -28,24 +29,24 @@ _A_PART: Final = "YWdlLWVuY3J5cHRpb24ub3JnL3YxCg=="  # of a ciphertext
 
 @router.post(
     "/encrypt",
-    **described.described(
+    **describe.described(
         "encrypt",
-        body=described.takes(wire.EncryptIn, _EXAMPLE),
-        answers={200: {**described.gives(wire.EncryptOut, "Sealed"), "links": _OPENING}},
-        refuses=(*described.BODY, *described.SEALING),
+        body=describe.takes(wire.EncryptIn, _EXAMPLE),
+        answers={200: {**describe.gives(wire.EncryptOut, "Sealed"), "links": _OPENING}},
+        refuses=(*describe.BODY, *describe.SEALING),
     ),
 )
 async def encrypt(request: Request) -> Response:
     """Seal up to 1 MiB. The answer is a complete age file, bound to the context."""
     built = service(request)
-    body = await bodies.read(request, wire.EncryptIn, built.settings.kms.limits.json_body_bytes)
+    body = await json_body.read(request, wire.EncryptIn, built.settings.kms.limits.json_body_bytes)
     check_plaintext(built, body.plaintext)
     context = Context.parse(body.context)
     sealed = await call(
         built, built.kms.encrypt, caller(request), body.plaintext, context, key_id=body.key_id
     )
     key = sealed.key
-    return bodies.answer(
+    return json_body.answer(
         wire.EncryptOut(
             ciphertext=sealed.ciphertext, key_id=key.key_id, key_version=key.version, backend=key.backend
         )
@@ -54,24 +55,24 @@ async def encrypt(request: Request) -> Response:
 
 @router.post(
     "/decrypt",
-    **described.described(
+    **describe.described(
         "decrypt",
-        body=described.takes(wire.DecryptIn, {"ciphertext": _A_PART, "context": "env=prod,service=api"}),
-        answers={200: described.gives(wire.DecryptOut, "Opened, and nothing of it was changed")},
-        refuses=(*described.BODY, *described.OPENING),
+        body=describe.takes(wire.DecryptIn, {"ciphertext": _A_PART, "context": "env=prod,service=api"}),
+        answers={200: describe.gives(wire.DecryptOut, "Opened, and nothing of it was changed")},
+        refuses=(*describe.BODY, *describe.OPENING),
     ),
 )
 async def decrypt(request: Request) -> Response:
     """Open a ciphertext with the context it was sealed with; the file names its key."""
     built = service(request)
-    body = await bodies.read(request, wire.DecryptIn, built.settings.kms.limits.json_body_bytes)
+    body = await json_body.read(request, wire.DecryptIn, built.settings.kms.limits.json_body_bytes)
     check_ciphertext(built, body.ciphertext)
     context = Context.parse(body.context)
     opened = await call(
         built, built.kms.decrypt, caller(request), body.ciphertext, context, key_id=body.key_id
     )
     key = opened.key
-    return bodies.answer(
+    return json_body.answer(
         wire.DecryptOut(
             plaintext=opened.plaintext,
             key_id=key.key_id,
@@ -84,21 +85,21 @@ async def decrypt(request: Request) -> Response:
 
 @router.post(
     "/generate-key",
-    **described.described(
+    **describe.described(
         "generate_key",
-        body=described.takes(wire.GenerateKeyIn, {"key_spec": "AES_256"}, required=False),
-        answers={200: described.gives(wire.GenerateKeyOut, "A new data key")},
-        refuses=(*described.BODY, *described.SEALING, DataKeysUnsupported),
+        body=describe.takes(wire.GenerateKeyIn, {"key_spec": "AES_256"}, required=False),
+        answers={200: describe.gives(wire.GenerateKeyOut, "A new data key")},
+        refuses=(*describe.BODY, *describe.SEALING, DataKeysUnsupported),
     ),
 )
 async def generate_key(request: Request) -> Response:
     """A data key: random bytes in clear and sealed, where the key's settings allow it."""
     built = service(request)
-    body = await bodies.read(request, wire.GenerateKeyIn, built.settings.kms.limits.json_body_bytes)
+    body = await json_body.read(request, wire.GenerateKeyIn, built.settings.kms.limits.json_body_bytes)
     spec, size = _data_key_size(body)
     context = Context.parse(body.context)
     made = await call(built, built.kms.generate_data_key, caller(request), size, context, key_id=body.key_id)
-    return bodies.answer(
+    return json_body.answer(
         wire.GenerateKeyOut(
             plaintext=UNSET if body.without_plaintext else made.plaintext,
             ciphertext=made.ciphertext,
@@ -112,17 +113,17 @@ async def generate_key(request: Request) -> Response:
 
 @router.post(
     "/rewrap",
-    **described.described(
+    **describe.described(
         "rewrap",
-        body=described.takes(wire.RewrapIn, {"ciphertext": _A_PART, "key_id": "default"}),
-        answers={200: described.gives(wire.EncryptOut, "The same payload under its new header")},
-        refuses=(*described.BODY, *described.OPENING, *described.SEALING),
+        body=describe.takes(wire.RewrapIn, {"ciphertext": _A_PART, "key_id": "default"}),
+        answers={200: describe.gives(wire.EncryptOut, "The same payload under its new header")},
+        refuses=(*describe.BODY, *describe.OPENING, *describe.SEALING),
     ),
 )
 async def rewrap(request: Request) -> Response:
     """A new header around the same payload, for another key or context. It revokes nobody."""
     built = service(request)
-    body = await bodies.read(request, wire.RewrapIn, built.settings.kms.limits.json_body_bytes)
+    body = await json_body.read(request, wire.RewrapIn, built.settings.kms.limits.json_body_bytes)
     check_ciphertext(built, body.ciphertext)
     context = Context.parse(body.context)
     new_context = None if body.new_context is None else Context.parse(body.new_context)
@@ -136,7 +137,7 @@ async def rewrap(request: Request) -> Response:
         key_id=body.key_id,
     )
     key = sealed.key
-    return bodies.answer(
+    return json_body.answer(
         wire.EncryptOut(
             ciphertext=sealed.ciphertext, key_id=key.key_id, key_version=key.version, backend=key.backend
         )

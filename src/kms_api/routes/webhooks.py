@@ -7,43 +7,44 @@ from typing import Final
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 
-from kms_api import bodies, described
+from kms_api import json_body
 from kms_api.deps import Service, caller, service
-from kms_api.rules import Ruled
-from kms_core import wire
-from kms_core.errors import Missing, UnknownJob
-from kms_core.jobs.link import redis_errors
-from kms_core.jobs.outbox import Delivery, Outbox
+from kms_api.openapi import describe
+from kms_api.routing import Ruled
+from kms_core.jobs.events.outbox import Delivery, Outbox
+from kms_core.jobs.store.redis_keys import redis_errors
+from kms_protocol import wire
+from kms_protocol.errors import Missing, UnknownJob
 
 router: Final = APIRouter(prefix="/webhooks", tags=["jobs"], route_class=Ruled)
 
 
 @router.get(
     "/dead",
-    **described.described(
+    **describe.described(
         "dead_deliveries",
-        answers={200: described.gives(wire.DeliveryList, "Deliveries that were given up")},
-        refuses=described.JOBS,
+        answers={200: describe.gives(wire.DeliveryList, "Deliveries that were given up")},
+        refuses=describe.JOBS,
     ),
 )
 async def dead(request: Request) -> Response:
     """Deliveries that were given up after 20 attempts or a day, newest first; the last 1,000 are kept."""
     found = await anyio.to_thread.run_sync(_dead, service(request), caller(request).tenant)
-    return bodies.answer(wire.DeliveryList(deliveries=[_shape(delivery) for delivery in found]))
+    return json_body.answer(wire.DeliveryList(deliveries=[_shape(delivery) for delivery in found]))
 
 
 @router.post(
     "/dead/{delivery_id}/resend",
-    **described.described(
+    **describe.described(
         "resend_delivery",
-        answers={202: described.gives(wire.DeliveryOut, "It is sent again")},
-        refuses=(*described.JOBS, Missing),
+        answers={202: describe.gives(wire.DeliveryOut, "It is sent again")},
+        refuses=(*describe.JOBS, Missing),
     ),
 )
 async def resend(request: Request, delivery_id: str) -> Response:
     """Send one of them again, with all its attempts and the same ``X-KMS-Delivery``."""
     found = await anyio.to_thread.run_sync(_resend, service(request), caller(request).tenant, delivery_id)
-    return bodies.answer(_shape(found), 202)
+    return json_body.answer(_shape(found), 202)
 
 
 def _dead(built: Service, tenant: str) -> list[Delivery]:

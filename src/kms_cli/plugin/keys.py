@@ -8,14 +8,14 @@ from typing import Final, Protocol
 from kms_cli.plugin.names import Target
 from kms_client import DEFAULT_URL, Client
 from kms_core import keyring
-from kms_core import settings as settings_file
+from kms_core.age.header import FILE_LIMITS
 from kms_core.audit import Record
-from kms_core.choice import Rules
-from kms_core.context import Context
-from kms_core.envelope.header import FILE_LIMITS
-from kms_core.errors import ConfigurationError
-from kms_core.policy import AllowAll, Principal
+from kms_core.auth.policy import AllowAll, Principal
+from kms_core.key_selection import Rules
 from kms_core.service import Kms
+from kms_core.settings.load import load as load_settings
+from kms_protocol.context import Context
+from kms_protocol.errors import ConfigurationError
 
 _YES: Final = frozenset({"1", "true", "t", "yes", "y", "on"})  # as the kms command takes it
 HERE: Final = Principal("local")
@@ -72,7 +72,7 @@ class InProcess:
         named = environ.get("KMS_CONFIG")
         if named and not Path(named).is_absolute():
             raise ConfigurationError("An age plugin needs an absolute path in KMS_CONFIG")
-        settings = settings_file.load(None, environ)
+        settings = load_settings(None, environ)
         rules = Rules(settings.kms.require_context, FILE_LIMITS)
         self._kms = Kms(keyring.build(settings), AllowAll(), _NoTrail(), rules)
 

@@ -9,11 +9,11 @@ from types import FrameType
 from typing import Final, NoReturn
 
 from kms_cli.plugin.keys import InProcess, Keys, OfService
-from kms_cli.plugin.machines import KeysFor, identity_v1, recipient_v1
 from kms_cli.plugin.names import Target
 from kms_cli.plugin.protocol import Broken, Line
+from kms_cli.plugin.state_machines import KeysFor, identity_v1, recipient_v1
 from kms_core import secure_memory
-from kms_core.errors import EXIT_CONFIGURATION, EXIT_OTHER, EXIT_USAGE, ConfigurationError
+from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_OTHER, EXIT_USAGE, ConfigurationError
 
 MACHINES: Final[Mapping[str, Callable[[Line, KeysFor], None]]] = {
     "recipient-v1": recipient_v1,

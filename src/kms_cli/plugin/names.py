@@ -11,10 +11,10 @@ import msgspec
 from msgspec import Meta
 
 from kms_client.settings import checked_address
-from kms_core.context import Context
-from kms_core.envelope import bech32
-from kms_core.errors import KmsError
-from kms_core.wire import KeyId
+from kms_core.age import bech32
+from kms_protocol.context import Context
+from kms_protocol.errors import KmsError
+from kms_protocol.wire import KeyId
 
 RECIPIENT_PREFIX: Final = "age1kms"
 IDENTITY_PREFIX: Final = "AGE-PLUGIN-KMS-"

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, Final
 
-from kms_core.envelope.header import Limits, Stanza, parse_stanzas, render_stanza
-from kms_core.errors import DecryptFailed, TooLarge
+from kms_core.age.header import Limits, Stanza, parse_stanzas, render_stanza
+from kms_protocol.errors import DecryptFailed, TooLarge
 
 LINE_BYTES: Final = 256 * 1024  # a recipient, or the filler of a large file's header
 STANZA: Final = Limits(header_bytes=1024 * 1024, stanzas=1)

@@ -8,6 +8,7 @@ values as keyed hashes. If a line cannot be written, AuditUnavailable is raised 
 and ``reading`` need the files alone. Format and promises: docs/audit.md.
 """
 
+from kms_core.audit.log import Rules, Trail
 from kms_core.audit.record import (
     Audit,
     Noted,
@@ -23,7 +24,6 @@ from kms_core.audit.record import (
     source,
     turned_away,
 )
-from kms_core.audit.trail import Rules, Trail
 
 __all__ = [
     "Audit",

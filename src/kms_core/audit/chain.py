@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from kms_core.wire import NOT_JSON
+from kms_protocol.wire import NOT_JSON
 
 ZERO: Final = bytes(32)
 HEAD: Final = b',"head":"'

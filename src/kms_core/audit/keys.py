@@ -16,13 +16,13 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from kms_core import smallfile
 from kms_core.audit import chain
 from kms_core.audit.chain import Line
-from kms_core.context import Context, length_prefixed
 from kms_core.durable import sync_folder
-from kms_core.errors import ConfigurationError
-from kms_core.filemodes import open_to_others
+from kms_core.secure_files import open_to_others
+from kms_protocol import small_files
+from kms_protocol.context import Context, length_prefixed
+from kms_protocol.errors import ConfigurationError
 
 KEY_BYTES: Final = 32
 _REPEATED: Final = (
@@ -124,7 +124,7 @@ class PublicKeys:
     def read(cls, path: Path) -> Self:
         """All keys of a PEM file. Raises ConfigurationError."""
         with _configuring(path):
-            blocks = smallfile.read(path).decode("ascii", "replace").split(_ENDS)
+            blocks = small_files.read(path).decode("ascii", "replace").split(_ENDS)
         try:
             keys = [
                 serialization.load_pem_public_key((block + _ENDS).encode())
@@ -210,7 +210,7 @@ def _make(path: Path, content: Callable[[], bytes]) -> None:
 def _secret(path: Path, *, strict: bool) -> bytes:
     with _configuring(path):
         mode = open_to_others(path)
-        content = smallfile.read(path)
+        content = small_files.read(path)
     if mode:
         advice = f"{path} can be read by others (mode {mode:04o}): run `chmod 600 {path}`"
         if strict:

@@ -8,9 +8,9 @@ from typing import Final, Literal, Protocol
 
 import msgspec
 
-from kms_core import logs, metrics
-from kms_core.context import Context
-from kms_core.errors import AuditUnavailable, KmsError
+from kms_core.observability import logs, metrics
+from kms_protocol.context import Context
+from kms_protocol.errors import AuditUnavailable, KmsError
 
 request_id: Final[ContextVar[str]] = ContextVar("request_id", default="")
 job_id: Final[ContextVar[str]] = ContextVar("job_id", default="")

@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from kms_core.wire import NOT_JSON
+from kms_protocol.wire import NOT_JSON
 
 WELL_KNOWN: Final = "/.well-known/openid-configuration"
 

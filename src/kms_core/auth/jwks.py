@@ -21,10 +21,11 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt import PyJWK
 from jwt.exceptions import PyJWTError
 
-from kms_core import metrics, smallfile
 from kms_core.auth import key_endpoint
-from kms_core.errors import ConfigurationError, Unavailable
-from kms_core.wire import NOT_JSON
+from kms_core.observability import metrics
+from kms_protocol import small_files
+from kms_protocol.errors import ConfigurationError, Unavailable
+from kms_protocol.wire import NOT_JSON
 
 PublicKeyType = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
 KEEP_S: Final = 600.0
@@ -129,7 +130,7 @@ class FileKeys:
 
     def _read(self) -> tuple[tuple[int, ...], tuple[IssuerKey, ...]]:
         stamp = self._stamped()
-        return stamp, parse(smallfile.read(self._path))
+        return stamp, parse(small_files.read(self._path))
 
     def _stamped(self) -> tuple[int, ...]:
         found = self._path.stat()

@@ -9,9 +9,9 @@ from urllib.request import getproxies, proxy_bypass
 import httpcore
 import httpx
 
-from kms_core.backends import http
-from kms_core.backends.deadline import Network
-from kms_core.tls_client import client_context
+from kms_core.http_client import peer
+from kms_core.http_client.deadline import Network
+from kms_protocol.tls_client import client_context
 
 ERRORS: Final = (
     httpcore.TimeoutException,
@@ -72,4 +72,4 @@ def _read(answer: httpcore.Response) -> bytes:
 def _proxy(at: httpx.URL) -> httpcore.Proxy | None:
     proxies = getproxies()
     address = proxies.get(at.scheme) or proxies.get("all")
-    return None if proxy_bypass(at.host) else http.proxy_of(address)
+    return None if proxy_bypass(at.host) else peer.proxy_of(address)

@@ -1,6 +1,6 @@
 """Authorities of client certificates (``[kms.server] client_ca``), and their revocation lists.
 
-TLS checks both in each handshake (``kms_api/tls.py``). What is here checks certificates of connections that
+TLS checks both in each handshake (``kms_api/transport/tls.py``). What is here checks certificates of connections that
 are open already, and of jobs, and tells when a list (``client_crl``; RFC 5280 §5) has expired. Authorities
 are told apart by their keys: one that was re-keyed has the name of its predecessor. Knows no TLS.
 """
@@ -18,11 +18,12 @@ import structlog
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
-from kms_core import metrics, smallfile
 from kms_core.auth.certificates import authority_of, identity_of, key_of
-from kms_core.errors import ConfigurationError, Unavailable
+from kms_core.observability import metrics
 from kms_core.reload import Reloaded, Stamp, stamp_of
-from kms_core.settings_sections import Server
+from kms_core.settings.model import Server
+from kms_protocol import small_files
+from kms_protocol.errors import ConfigurationError, Unavailable
 
 _MOST_BYTES: Final = 32 * 1024 * 1024
 _BEGIN: Final = b"-----BEGIN X509 CRL-----"
@@ -69,11 +70,11 @@ def read(crl: Path | None, ca: Path) -> Lists:
 
 @functools.lru_cache(maxsize=1)
 def _read(crl: Path | None, ca: Path, _stamp: Stamp) -> Lists:
-    authorities = x509.load_pem_x509_certificates(smallfile.read(ca))
+    authorities = x509.load_pem_x509_certificates(small_files.read(ca))
     if crl is None:
         trusted = _trusted(authorities, frozenset())
         return Lists(-math.inf, math.inf, frozenset(), trusted, are_complete=False)
-    data = smallfile.read(crl, _MOST_BYTES)
+    data = small_files.read(crl, _MOST_BYTES)
     newest = _newest(map(x509.load_pem_x509_crl, _blocks(data)), authorities)
     for authority in authorities:
         if _label(authority) not in newest:

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from kms_core.auth.tokens import TokenFile
-from kms_core.errors import Unavailable
-from kms_core.settings import Settings
+from kms_core.settings.model import Settings
+from kms_protocol.errors import Unavailable
 
 
 def several(settings: Settings) -> Callable[[], bool]:

@@ -22,11 +22,11 @@ from typing import Final
 import msgspec
 import structlog
 
-from kms_core import smallfile
 from kms_core.durable import sync_folder
-from kms_core.errors import ConfigurationError, Conflict, Missing, Unauthenticated, Unavailable
-from kms_core.filemodes import is_open
-from kms_core.wire import NOT_JSON
+from kms_core.secure_files import is_open
+from kms_protocol import small_files
+from kms_protocol.errors import ConfigurationError, Conflict, Missing, Unauthenticated, Unavailable
+from kms_protocol.wire import NOT_JSON
 
 PREFIX: Final = "kms_"
 REFUSED: Final = "The credential is unknown, was revoked, or is not for this service"
@@ -151,7 +151,7 @@ class TokenFile:
 def read(path: Path) -> tuple[Token, ...]:
     """Every token of the file, valid or not. Raises OSError; ConfigurationError if it is none of ours."""
     try:
-        file = msgspec.json.decode(smallfile.read(path, _MOST_BYTES), type=_File)
+        file = msgspec.json.decode(small_files.read(path, _MOST_BYTES), type=_File)
     except NOT_JSON as exc:
         raise ConfigurationError(f"{path} is not a file that kms token wrote") from exc
     if file.version != 1:

@@ -10,14 +10,14 @@ from datetime import datetime
 from typing import Final, Protocol
 
 from kms_core.envelope.sealing import Wrapper
-from kms_core.errors import BackendUnavailable
+from kms_protocol.errors import BackendUnavailable
 
 SCHEMES: Final = {
     "age": "kms_core.backends.age",
-    "awskms": "kms_core.backends.awskms",
-    "cosmian": "kms_core.backends.cosmian",
-    "transit": "kms_core.backends.transit",
-    "vault-kv": "kms_core.backends.vaultkv",
+    "awskms": "kms_core.backends.aws.backend",
+    "cosmian": "kms_core.backends.cosmian.backend",
+    "transit": "kms_core.backends.vault.transit",
+    "vault-kv": "kms_core.backends.vault.kv",
 }
 """Scheme of a key URI → module with ``open_key(uri, settings) -> Backend``, imported when a key uses it."""
 
@@ -26,19 +26,8 @@ NATIVE: Final = "age"
 """The backend whose wraps are native stanzas of the age format, which carry no name."""
 
 
-class Unreachable(BackendUnavailable):
-    """No connection, a time out, or 502 to 504: the next call, or another backend, may do."""
-
-
 class KeyMissing(BackendUnavailable):
     """The peer answers, and has no such key: whoever runs the service has to make it, before it starts."""
-
-
-class Busy(BackendUnavailable):
-    """An answer that says not now (429, 412, other 5xx): worth another try, when the peer says if it does."""
-
-    def __init__(self, detail: str = "", *, retry_after_s: float = 0.0) -> None:
-        super().__init__(detail, retry_after_s=retry_after_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,17 +17,18 @@ from urllib.parse import SplitResult, parse_qs, unquote
 
 import structlog
 
-from kms_core import smallfile
+from kms_core.age import mlkem768x25519
+from kms_core.age.header import FILE_KEY_BYTES, Stanza
+from kms_core.age.recipients import Identity, Recipient, parse_identity, parse_recipient, version_of
+from kms_core.age.x25519 import NoMatch
 from kms_core.backends import Health, KeyVersion
 from kms_core.backends.age_rotation import append_identity
-from kms_core.envelope import binding, hybrid
+from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef
-from kms_core.envelope.header import FILE_KEY_BYTES, Stanza
-from kms_core.envelope.native import Identity, Recipient, parse_identity, parse_recipient, version_of
-from kms_core.envelope.x25519 import NoMatch
-from kms_core.errors import BackendUnavailable, ConfigurationError
-from kms_core.filemodes import open_to_others
-from kms_core.settings import Settings
+from kms_core.secure_files import open_to_others
+from kms_core.settings.model import Settings
+from kms_protocol import small_files
+from kms_protocol.errors import BackendUnavailable, ConfigurationError
 
 RECHECK_S: Final = 0.5
 _CREATED: Final = "# created: "
@@ -113,7 +114,7 @@ class AgeBackend:
     def rotate(self) -> KeyVersion:
         """A new identity of the same type, in use at once here and within a second in other processes."""
         keys = self._fresh()
-        post_quantum = isinstance(keys.identities[keys.current], hybrid.Identity)
+        post_quantum = isinstance(keys.identities[keys.current], mlkem768x25519.Identity)
         append_identity(self._files.private, self._files.public, post_quantum=post_quantum)
         self._checked = -math.inf
         made = self._fresh().versions[-1]
@@ -184,7 +185,7 @@ def _read(files: KeyFiles) -> tuple[tuple[tuple[int, ...], ...], str, str]:
     """Stamp and texts. The stamp comes first: a change in between is read again, never missed."""
     try:
         stamp = _stamp(files)
-        texts = [smallfile.text(path) for path in files.paths]
+        texts = [small_files.text(path) for path in files.paths]
     except OSError as exc:
         hint = _MAKE_KEYS.format(private=files.private, public=files.public or "public_key.txt")
         raise ConfigurationError(

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from kms_core import smallfile
-from kms_core.envelope import hybrid, x25519
-from kms_core.envelope.disk import sync_folder
-from kms_core.errors import BackendUnavailable
+from kms_core.age import mlkem768x25519, x25519
+from kms_core.payload.disk import sync_folder
+from kms_protocol import small_files
+from kms_protocol.errors import BackendUnavailable
 
 
 def append_identity(private: Path, public: Path | None, *, post_quantum: bool) -> datetime:
@@ -22,12 +22,12 @@ def append_identity(private: Path, public: Path | None, *, post_quantum: bool) -
 
     Raises BackendUnavailable if the files cannot be written: a read-only mount, a missing permission.
     """
-    identity = hybrid.Identity.generate() if post_quantum else x25519.Identity.generate()
+    identity = mlkem768x25519.Identity.generate() if post_quantum else x25519.Identity.generate()
     created = datetime.now(UTC).replace(microsecond=0)
     stamp = created.isoformat().replace("+00:00", "Z")
     try:
         with _alone(private.parent):
-            before = smallfile.text(private)
+            before = small_files.text(private)
             gap = "" if before.endswith("\n") else "\n"
             block = f"# created: {stamp}\n# public key: {identity.recipient}\n{identity.export()}\n"
             _replace(private, before + gap + block)

@@ -13,14 +13,15 @@ from typing import Final, Protocol
 
 import structlog
 
-from kms_core.backends import Health, KeyVersion, Unreachable
-from kms_core.backends.guard import Guard, Patience
-from kms_core.backends.jobkey import JobKeys, job_aad, open_
+from kms_core.age.header import FILE_KEY_BYTES, Stanza
+from kms_core.age.x25519 import NoMatch
+from kms_core.backends import Health, KeyVersion
+from kms_core.backends.circuit_breaker import Guard, Patience
+from kms_core.backends.wrap_key import JobKeys, job_aad, open_
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef, Wrap
-from kms_core.envelope.header import FILE_KEY_BYTES, Stanza
-from kms_core.envelope.x25519 import NoMatch
-from kms_core.errors import BackendUnavailable, DecryptFailed, KmsError
+from kms_core.http_client import Unreachable
+from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
 
 VERSIONS_FRESH_S: Final = 30.0
 HEALTH_FRESH_S: Final = 2.0

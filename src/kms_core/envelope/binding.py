@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from kms_core.context import Context, length_prefixed
-from kms_core.envelope.header import Header, Stanza, b64decode, b64encode, render_stanza
-from kms_core.envelope.kdf import hkdf, mac
-from kms_core.errors import DecryptFailed
+from kms_core.age.header import Header, Stanza, b64decode, b64encode, render_stanza
+from kms_core.age.kdf import hkdf, mac
+from kms_protocol.context import Context, length_prefixed
+from kms_protocol.errors import DecryptFailed
 
 DEFAULT_TENANT: Final = "default"
 DEFAULT_KEY_ID: Final = "default"

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from kms_core.context import Context
-from kms_core.envelope import binding, header, scrypt, stream
+from kms_core.age import header, scrypt, stream
+from kms_core.age.header import FILE_KEY_BYTES, VERSION_LINE, Header, Stanza
+from kms_core.age.x25519 import NoMatch
+from kms_core.envelope import binding
 from kms_core.envelope.binding import Bound, KeyRef
-from kms_core.envelope.header import FILE_KEY_BYTES, VERSION_LINE, Header, Stanza
-from kms_core.envelope.x25519 import NoMatch
-from kms_core.errors import DecryptFailed
+from kms_protocol.context import Context
+from kms_protocol.errors import DecryptFailed
 
 PAD_FROM_BYTES: Final = 1024 * 1024
 PADDED_HEADER_BYTES: Final = 4096

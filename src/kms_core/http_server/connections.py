@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Literal, Protocol
 
-from kms_core import metrics
-from kms_core.auth.throttle import source_of
+from kms_core.auth.rate_limit import source_of
+from kms_core.observability import metrics
 
 _ROOM: Final = 16  # the part of a port's connections that is closed at once where there is no room
 _AGAIN_S: Final = 0.01

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from kms_core.wire import JobState
+from kms_protocol.wire import JobState
 
 ITEMS_FAILED: Final = "items_failed"
 CLOCK_LEEWAY_S: Final = 60.0

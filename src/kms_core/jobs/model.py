@@ -9,12 +9,12 @@ from typing import Annotated, Final, Literal, Protocol
 import msgspec
 from msgspec import Meta
 
-from kms_core.context import Context
-from kms_core.errors import JobExpired, KmsError, Unavailable
+from kms_core.auth.policy import Grant, Principal
 from kms_core.jobs.ends import CLOCK_LEEWAY_S, SignedEnd, Work
-from kms_core.jobs.trees import is_tree
-from kms_core.policy import Grant, Principal
-from kms_core.wire import ENDED, JobKind, JobState, Priority
+from kms_core.jobs.file_patterns import is_tree
+from kms_protocol.context import Context
+from kms_protocol.errors import JobExpired, KmsError, Unavailable
+from kms_protocol.wire import ENDED, JobKind, JobState, Priority
 
 BULK: Final = "kms.bulk"
 FILES: Final = "kms.files"

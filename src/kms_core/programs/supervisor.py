@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Final, Self
 
-from kms_core.errors import EXIT_CONFIGURATION, EXIT_OTHER, EXIT_UNAVAILABLE
 from kms_core.programs import tether
+from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_OTHER, EXIT_UNAVAILABLE
 
 STOP_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 

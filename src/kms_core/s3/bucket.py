@@ -15,9 +15,9 @@ from xml.sax.saxutils import escape, unescape  # nosec B406  # text to text: not
 
 import structlog
 
-from kms_core.envelope.extents import changed
-from kms_core.errors import PathRefused
-from kms_core.s3.line import Answer, Ask, Line
+from kms_core.payload.files import changed
+from kms_core.s3.connection import Answer, Ask, Line
+from kms_protocol.errors import PathRefused
 
 PUT_LIMIT_BYTES: Final = 5 * 1024**3
 LEAST_PART_BYTES: Final = 5 * 1024**2

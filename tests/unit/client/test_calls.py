@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from cli.contract_server import ContractServer
-from kms_client import Client, ServiceUnreachable, UnexpectedAnswer, calls
-from kms_core import errors, wire
+from kms_client import Client, ServiceUnreachable, UnexpectedAnswer, requests
+from kms_protocol import errors, wire
 
 Connect = Callable[..., Client]
 
@@ -23,7 +23,7 @@ Connect = Callable[..., Client]
     ids=["none", "text", "mapping", "utf-8", "comma", "brace"],
 )
 def test_header_context(context: wire.ContextIn, expected: str) -> None:
-    assert calls.header_text(context) == expected
+    assert requests.header_text(context) == expected
 
 
 def test_wrong_context_costs_no_request(kms: Client, server: ContractServer) -> None:

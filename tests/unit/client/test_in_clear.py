@@ -13,8 +13,8 @@ from kms_cli.main import run
 from kms_cli.plugin.keys import OfService
 from kms_cli.plugin.names import Target
 from kms_client import AsyncClient, Client, UnexpectedAnswer
-from kms_core.context import Context
-from kms_core.errors import ConfigurationError, KmsError
+from kms_protocol.context import Context
+from kms_protocol.errors import ConfigurationError, KmsError
 
 TOKEN = "canary-77aa"
 FILE_KEY = bytes(range(16))

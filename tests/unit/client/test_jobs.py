@@ -4,7 +4,7 @@ import pytest
 
 from cli.contract_server import ContractServer
 from kms_client import Client
-from kms_core import errors, wire
+from kms_protocol import errors, wire
 
 
 def requests(server: ContractServer, path: str, method: str = "POST") -> list[dict[str, str]]:

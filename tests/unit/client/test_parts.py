@@ -7,21 +7,21 @@ import httpcore
 import pytest
 
 from cli.contract_server import ContractServer
-from kms_client import Client, UnexpectedAnswer, calls
+from kms_client import Client, UnexpectedAnswer, requests
 from kms_client.events import Event, EventParser
+from kms_client.http_client import transport_errors
 from kms_client.problems import Reply, by_code, error_of, failure, tree
 from kms_client.settings import ClientSettings, Proxy
-from kms_client.transport import transport_errors
-from kms_core import errors, wire
-from kms_core.context import Context
-from kms_core.errors import KmsError
+from kms_protocol import errors, wire
+from kms_protocol.context import Context
+from kms_protocol.errors import KmsError
 
 MIB = 1024 * 1024
 
 
 @pytest.mark.parametrize("code", sorted({kind.code for kind in tree(KmsError)}))
 def test_every_code_becomes_its_class(code: str) -> None:
-    core = [kind for kind in tree(KmsError) if kind.__module__ == "kms_core.errors" and kind.code == code]
+    core = [kind for kind in tree(KmsError) if kind.__module__ == "kms_protocol.errors" and kind.code == code]
     body = wire.encode(
         wire.Problem(type="urn:x", title="t", status=418, detail="why", code=code, request_id="r-9")
     )
@@ -103,7 +103,7 @@ def test_abandoned_result_gives_its_connection_back(server: ContractServer) -> N
 
 
 def test_secrets_are_not_shown(server: ContractServer) -> None:
-    call = calls.encrypt(b"plain", "env=prod", None)
+    call = requests.encrypt(b"plain", "env=prod", None)
     settings = ClientSettings.of(server.url, {"token": "tok-123"})
 
     assert "cGxhaW4" not in repr(call)

@@ -6,7 +6,7 @@ import pytest
 
 from cli.contract_server import ContractServer
 from kms_client import Client, ServiceUnreachable
-from kms_core import errors, wire
+from kms_protocol import errors, wire
 
 MIB = 1024 * 1024
 

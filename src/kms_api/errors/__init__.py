@@ -1,0 +1,1 @@
+"""Error answers: RFC 9457 problems, and Vault's form."""

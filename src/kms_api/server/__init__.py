@@ -1,0 +1,1 @@
+"""Processes, sockets and listeners of the API."""

@@ -1,0 +1,1 @@
+"""ASGI layers and streamed bodies around every route."""

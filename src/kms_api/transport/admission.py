@@ -1,0 +1,303 @@
+"""Bounds on what requests hold: bytes of JSON bodies, uploads, downloads, event streams, unfinished logins.
+
+Each is a budget of this process, with a bound for a credential, for a tenant and in total. A tenant may hold
+as much as is still free and no more, so one that holds nothing always finds room. A credential at its bound
+waits in a queue of its own or is refused. What a request holds is given back when it ends, however it ends.
+"""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final, Literal, Self, TypeVar
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from kms_api.deps import LOCAL_CALLER, WHO
+from kms_api.transport.transfer_rate import ReaderWatch, TransferLimits
+from kms_api.transport.unread_body import Unread, cycle_of
+from kms_core.auth.policy import Principal
+from kms_core.auth.rate_limit import source_of
+from kms_core.observability import buffered_metrics, metrics
+from kms_core.settings.model import Server
+from kms_protocol.errors import KmsError, RateLimited, Unavailable
+
+K = TypeVar("K")
+
+RESERVATION: Final = "kms.reservation"  # where the layer below leaves what a request holds, in its scope
+QUEUE: Final = 64
+"""How many requests of one credential may wait for room in one budget."""
+_RETRY_S: Final = 5.0
+Kind = Literal["json", "upload", "download", "stream", "login"]
+Reason = Literal["credential", "tenant", "total", "deadline"]
+Holder = tuple[str, str]
+"""The tenant and the credential that hold; for callers without a credential the source address, twice."""
+_REASONS: Final[tuple[Reason, ...]] = ("credential", "tenant", "total", "deadline")
+_NOUNS: Final[dict[Kind, str]] = {
+    "json": "bytes of request bodies in work",
+    "upload": "uploads under way",
+    "download": "downloads under way",
+    "stream": "event streams open",
+    "login": "logins under way",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """In bytes for JSON bodies, in requests for everything else."""
+
+    total: int
+    per_tenant: int
+    per_credential: int
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    holder: Holder | None
+    amount: int
+    admitted: asyncio.Future[None]
+
+
+class Budget:
+    """The amount that requests of one kind hold together. Used by the event loop only.
+
+    A holder of None is every caller of a service without authentication: only the total binds it.
+    """
+
+    def __init__(self, kind: Kind, bounds: Bounds, wait_s: float = 0.0) -> None:
+        """``wait_s`` is how many seconds a request may wait for room."""
+        self.kind: Final = kind
+        self.held = 0
+        self._bounds = bounds
+        self._wait_s = wait_s
+        self._tenants: dict[str, int] = {}
+        self._credentials: dict[Holder, int] = {}
+        self._queues: dict[Holder | None, deque[_Waiter]] = {}
+        self._shown = _gauge(kind)
+        for reason in _REASONS:
+            metrics.HTTP_REFUSALS.labels(kind, reason)  # begins at zero
+
+    def take(self, holder: Holder | None, amount: int = 1) -> None:
+        """Hold so much more, now. Raises RateLimited or Unavailable, and then nothing is held."""
+        reason = self._reason(holder, amount)
+        if reason is not None:
+            raise self._refused(reason)
+        self._add(holder, amount)
+
+    async def wait(self, holder: Holder | None, amount: int = 1) -> None:
+        """The same, once there is room. Raises RateLimited or Unavailable if there is none in time."""
+        reason = self._reason(holder, amount)
+        if reason is None:
+            self._add(holder, amount)
+            return
+        queue = self._queues.setdefault(holder, deque())
+        if self._wait_s <= 0 or len(queue) >= QUEUE:
+            self._dequeue(holder, None)
+            raise self._refused(reason)
+        waiter = _Waiter(holder, amount, asyncio.get_running_loop().create_future())
+        queue.append(waiter)
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await waiter.admitted
+        except BaseException as exc:
+            if waiter.admitted.done() and not waiter.admitted.cancelled():  # admitted in the same moment
+                self.give_back(holder, amount)
+            self._dequeue(holder, waiter)
+            self._admit()  # the next one may want less
+            if isinstance(exc, TimeoutError):
+                raise self._refused(reason) from None
+            raise
+
+    def give_back(self, holder: Holder | None, amount: int = 1) -> None:
+        """Hold so much less, which lets in who waits for it."""
+        self._add(holder, -amount)
+        if self._queues:
+            self._admit()
+
+    def too_slow(self) -> None:
+        """Count a sender or reader that was given up."""
+        metrics.HTTP_REFUSALS.labels(self.kind, "deadline").inc()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request holds or waits for anything."""
+        return not (self.held or self._tenants or self._credentials or self._queues)
+
+    def _reason(self, holder: Holder | None, amount: int) -> Reason | None:
+        """The bound that it would exceed, if any."""
+        bounds, free = self._bounds, self._bounds.total - self.held
+        if holder is not None:
+            if self._credentials.get(holder, 0) + amount > bounds.per_credential:
+                return "credential"
+            tenant = self._tenants.get(holder[0], 0) + amount
+            if tenant > bounds.per_tenant or (free >= amount and tenant > free):
+                return "tenant"
+        return None if amount <= free else "total"
+
+    def _add(self, holder: Holder | None, amount: int) -> None:
+        self.held += amount
+        self._shown.level += amount
+        if holder is not None:
+            _change(self._credentials, holder, amount)
+            _change(self._tenants, holder[0], amount)
+
+    def _admit(self) -> None:
+        """Of each credential, as many as fit, in their order."""
+        for holder, queue in list(self._queues.items()):
+            while queue and self._reason(holder, queue[0].amount) is None:
+                waiter = queue.popleft()
+                if not waiter.admitted.done():
+                    self._add(holder, waiter.amount)
+                    waiter.admitted.set_result(None)
+            self._dequeue(holder, None)
+
+    def _dequeue(self, holder: Holder | None, waiter: _Waiter | None) -> None:
+        queue = self._queues.get(holder)
+        if queue is not None:
+            if waiter is not None and waiter in queue:
+                queue.remove(waiter)
+            if not queue:
+                del self._queues[holder]
+
+    def _refused(self, reason: Reason) -> KmsError:
+        """The error to raise, which is counted."""
+        metrics.HTTP_REFUSALS.labels(self.kind, reason).inc()
+        noun = _NOUNS[self.kind]
+        if reason == "total":
+            return Unavailable(f"The service has as many {noun} as it may", retry_after_s=_RETRY_S)
+        return RateLimited(f"This {reason} has as many {noun} as it may", retry_after_s=_RETRY_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """The budgets of a process, and how long bodies may take."""
+
+    json: Budget
+    uploads: Budget
+    downloads: Budget
+    streams: Budget
+    logins: Budget
+    body_s: float
+    transfer: TransferLimits
+
+    @classmethod
+    def of(cls, server: Server) -> Self:
+        """Those of the settings."""
+        wait_s = server.admission_wait_s
+        return cls(
+            Budget(
+                "json",
+                Bounds(server.json_bytes, server.json_bytes_per_tenant, server.json_bytes_per_credential),
+                wait_s,
+            ),
+            Budget(
+                "upload",
+                Bounds(server.uploads, server.uploads_per_tenant, server.uploads_per_credential),
+                wait_s,
+            ),
+            Budget(
+                "download",
+                Bounds(server.downloads, server.downloads_per_tenant, server.downloads_per_credential),
+                wait_s,
+            ),
+            Budget(
+                "stream", Bounds(server.streams, server.streams_per_tenant, server.streams_per_credential)
+            ),
+            Budget("login", Bounds(server.logins, server.logins_per_address, server.logins_per_address)),
+            server.json_body_s,
+            TransferLimits.of(server),
+        )
+
+
+class Reservation:
+    """The amounts that one request holds of the budgets of ``admission``."""
+
+    __slots__ = ("_amounts", "_scope", "admission")
+
+    def __init__(self, admission: Admission, scope: Scope) -> None:
+        self.admission = admission
+        self._scope = scope
+        self._amounts: dict[Budget, int] = {}
+
+    def take(self, budget: Budget, amount: int = 1) -> None:
+        """Hold so much more until the request ends. Raises RateLimited, Unavailable."""
+        budget.take(holder_of(self._scope), amount)
+        self._amounts[budget] = self._amounts.get(budget, 0) + amount
+
+    async def wait(self, budget: Budget, amount: int = 1) -> None:
+        """The same, once there is room. Raises RateLimited, Unavailable."""
+        await budget.wait(holder_of(self._scope), amount)
+        self._amounts[budget] = self._amounts.get(budget, 0) + amount
+
+    def release(self) -> None:
+        """Give everything back."""
+        if self._amounts:
+            holder = holder_of(self._scope)
+            for budget, amount in self._amounts.items():
+                budget.give_back(holder, amount)
+            self._amounts.clear()
+
+
+class Admitted:
+    """The ASGI layer within which requests hold something: it gives back what they leave.
+
+    An answer that leaves part of the body unread ends the connection.
+    """
+
+    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+        self._app = app
+        self._admission = admission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        held = scope[RESERVATION] = Reservation(self._admission, scope)
+        cycle = cycle_of(scope)
+        if cycle is not None and cycle.more_body:
+            send = Unread(scope, receive, send, held.release).send
+        try:
+            await self._app(scope, receive, send)
+            if cycle is not None and cycle.flow.write_paused:
+                await self._taken(cycle)
+        finally:
+            held.release()
+
+    async def _taken(self, cycle: RequestResponseCycle) -> None:
+        """Until the reader has taken most of the answer, or was too slow for it."""
+        with ReaderWatch(cycle, self._admission.transfer, self._admission.json.too_slow):
+            await cycle.flow.drain()
+
+
+def reservation_of(scope: Scope) -> Reservation:
+    """The reservation of the request of this scope."""
+    found: Reservation = scope[RESERVATION]
+    return found
+
+
+def holder_of(scope: Scope) -> Holder | None:
+    """Whom the gate has found: JWTs of one subject count together, and strangers by their address."""
+    who: Principal = scope[WHO]
+    if who is LOCAL_CALLER:
+        return None
+    if who.name:
+        return who.tenant, who.credential if who.grant is None else who.name
+    address = source_of(scope["client"][0]) if scope.get("client") else "local"
+    stranger = f"address {address}"  # no tenant's name has a space
+    return stranger, stranger
+
+
+def _change(held: dict[K, int], key: K, amount: int) -> None:
+    """Add to what a key holds; one that holds nothing is forgotten."""
+    left = held.get(key, 0) + amount
+    if left:
+        held[key] = left
+    else:
+        del held[key]
+
+
+@lru_cache(maxsize=len(_NOUNS))
+def _gauge(kind: Kind) -> buffered_metrics.Tide:
+    gauge = metrics.HTTP_BYTES_IN_FLIGHT if kind == "json" else metrics.HTTP_SLOTS
+    return buffered_metrics.Tide(gauge.labels(kind))

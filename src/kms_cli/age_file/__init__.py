@@ -1,0 +1,1 @@
+"""Age files read and written by commands, with no service."""

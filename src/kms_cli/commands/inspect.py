@@ -1,0 +1,87 @@
+"""``kms inspect``: what an encrypted file says of itself, read without a key; nothing of it is verified."""
+
+import io
+from pathlib import Path
+from typing import Final
+
+import click
+
+from kms_cli import terminal
+from kms_cli.session import session
+from kms_core.age import armor, header, mlkem768x25519, stream, x25519
+from kms_core.age.header import FILE_LIMITS, Header, Stanza
+from kms_core.envelope import binding
+from kms_protocol.errors import DecryptFailed
+
+NATIVE: Final = frozenset({x25519.STANZA_TYPE, mlkem768x25519.STANZA_TYPE})
+LOOK_BYTES: Final = 2048
+PIECE_BYTES: Final = 1024 * 1024
+
+
+@click.command("inspect", short_help="Show what an encrypted file says of itself.")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def inspect_command(file: Path) -> None:
+    """Show key, backend, stanzas and sizes of an encrypted FILE. No key is needed; nothing is verified."""
+    terminal.record(inspect(file), as_json=session().as_json)
+
+
+def inspect(path: Path) -> dict[str, object]:
+    """Named values, in the order to show them.
+
+    Raises NotACiphertext, TooLarge above 256 KiB of header, DecryptFailed where the grammar is broken.
+    """
+    with path.open("rb") as file:
+        armored = file.read(LOOK_BYTES).lstrip().startswith(armor.BEGIN)
+        file.seek(0)
+        source: io.RawIOBase | io.BufferedReader = armor.ArmorReader(file) if armored else file
+        start = _exactly(source, FILE_LIMITS.header_bytes + header.NONCE_BYTES)
+        size_bytes = len(start) + _rest_bytes(source) if armored else path.stat().st_size
+    try:
+        head = header.parse(start, FILE_LIMITS)
+        bound = binding.read(head)
+    except DecryptFailed as exc:
+        raise DecryptFailed(f"The header of {path} is damaged") from exc
+    named = {"key_id": bound.key_id, "key_version": bound.key_version} if bound else {}
+    return {
+        "format": "age v1, armored" if armored else "age v1",
+        "made_by": "kms-service" if bound else "another age tool",
+        **named,
+        "backend": _backend(head),
+        "context": "bound" if bound else "none",
+        "origin": "claimed" if bound and bound.origin else "none",
+        "stanzas": ", ".join(map(_shown, head.stanzas)),
+        "header_bytes": head.size,
+        "payload_bytes": size_bytes - head.payload_offset,
+        "plaintext_bytes": _plaintext_bytes(size_bytes - head.payload_offset),
+    }
+
+
+def _plaintext_bytes(payload_bytes: int) -> object:
+    try:
+        return stream.plaintext_size(payload_bytes)
+    except DecryptFailed:
+        return "impossible: the file is cut"
+
+
+def _backend(head: Header) -> str:
+    wraps = {stanza.args[1] for stanza in head.stanzas if stanza.type == binding.WRAP and stanza.args[1:]}
+    native = {"age" for stanza in head.stanzas if stanza.type in NATIVE}
+    return ", ".join(sorted(wraps | native)) or "unknown"
+
+
+def _shown(stanza: Stanza) -> str:
+    return " ".join(stanza.args[:4]) if stanza.type == binding.WRAP else stanza.type
+
+
+def _exactly(source: io.RawIOBase | io.BufferedReader, size_bytes: int) -> bytes:
+    parts = b""
+    while len(parts) < size_bytes and (piece := source.read(size_bytes - len(parts))):
+        parts += piece
+    return parts
+
+
+def _rest_bytes(source: io.RawIOBase | io.BufferedReader) -> int:
+    size_bytes = 0
+    while piece := source.read(PIECE_BYTES):
+        size_bytes += len(piece)
+    return size_bytes

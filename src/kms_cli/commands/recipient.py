@@ -1,0 +1,76 @@
+"""``kms recipient``, ``kms identity``: names of a key of the service for ``age``, ``rage`` and ``sops``."""
+
+import re
+
+import click
+
+from kms_cli import terminal
+from kms_cli.options import context_option, key_option
+from kms_cli.plugin.names import Target
+from kms_cli.session import DEFAULT_URL, session
+from kms_client.settings import checked_address
+from kms_protocol.context import Context
+from kms_protocol.errors import InvalidRequest
+from kms_protocol.wire import KEY_ID_PATTERN, ContextIn
+
+in_process_option = click.option(
+    "--in-process", is_flag=True, help="Ask no service: use the keys of KMS_CONFIG on the same machine."
+)
+with_url_option = click.option(
+    "--with-url", is_flag=True, help="Put --url into it; else the plugin takes KMS_SERVICE_URL."
+)
+
+
+@click.command(
+    "recipient",
+    short_help="Name a key for age -r.",
+    epilog='Example: age -r "$(kms recipient --context env=prod)" -o backup.age backup.tar',
+)
+@context_option
+@key_option
+@in_process_option
+@with_url_option
+def recipient_command(context: ContextIn, key_id: str | None, *, in_process: bool, with_url: bool) -> None:
+    """Print a recipient, age1kms1…, with which age tools encrypt for a key of the service.
+
+    It says the key, the context and where to ask. It is no secret: to use it takes a token.
+    """
+    target = _target(context, key_id, in_process=in_process, with_url=with_url)
+    if session().as_json:
+        terminal.record({"recipient": target.recipient()}, as_json=True)
+    else:
+        terminal.result(target.recipient())
+
+
+@click.command(
+    "identity",
+    short_help="Name a key for age -d -i.",
+    epilog="Example: kms identity --context env=prod > kms.id; age -d -i kms.id backup.age",
+)
+@context_option
+@key_option
+@in_process_option
+@with_url_option
+def identity_command(context: ContextIn, key_id: str | None, *, in_process: bool, with_url: bool) -> None:
+    """Print an identity, AGE-PLUGIN-KMS-1…, with which age tools decrypt what was encrypted in a context.
+
+    It holds no key: the service opens files for whoever has a token that allows "unwrap". Without --key-id
+    it is for files of any key.
+    """
+    target = _target(context, key_id, in_process=in_process, with_url=with_url)
+    if session().as_json:
+        terminal.record({"identity": target.identity(), "recipient": target.recipient()}, as_json=True)
+        return
+    terminal.result(f"# recipient: {target.recipient()}")
+    terminal.result(target.identity())
+
+
+def _target(context: ContextIn, key_id: str | None, *, in_process: bool, with_url: bool) -> Target:
+    if in_process and with_url:
+        raise click.UsageError(
+            "--in-process asks no service: leave out --with-url", click.get_current_context()
+        )
+    if key_id is not None and not re.fullmatch(KEY_ID_PATTERN, key_id):
+        raise InvalidRequest("A key id is 1 to 80 of A-Z a-z 0-9 _ . -")
+    url = checked_address(session().url or DEFAULT_URL) if with_url else None
+    return Target(key_id, Context.parse(context), url, in_process)

@@ -1,0 +1,180 @@
+"""Redis, broker and ports, asked from this machine. Knows no job, and never shows a password."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from typing import Final
+from urllib.parse import urlsplit
+
+import redis
+
+from kms_cli.doctor.findings import Finding, Level
+from kms_cli.local import state_redis
+from kms_cli.local.up import is_alive, reachable
+from kms_core.jobs.store import set_aside
+from kms_core.redis_client import connect
+from kms_core.settings.model import Redis, Settings
+from kms_core.settings.redis_urls import AMQP, is_tls, split_url
+from kms_protocol.errors import ConfigurationError
+
+NEAR_S: Final = 1.0
+FAR_S: Final = 30.0  # what JWTs are granted, too
+FULL: Final = 0.9
+TIMEOUT_S: Final = 2.0
+_PORTS: Final = {"amqp": 5672, "amqps": 5671}
+_DURABLE: Final = "set appendonly yes and appendfsync always"
+Info = Mapping[str, object]
+
+
+def queue(settings: Settings) -> Iterator[Finding]:
+    """The server of jobs, and the broker where that is another."""
+    section = state_redis.section_of(settings, os.environ)
+    yield from _redis(section, named=state_redis.is_named(settings.kms.redis))
+    if section.broker_url.partition("://")[0] in AMQP:
+        yield _broker(section.broker_url)
+
+
+def _redis(section: Redis, *, named: bool) -> Iterator[Finding]:
+    where = _where(section.url)
+    try:
+        with connect(section) as client:
+            before = time.time()
+            seconds, micros = client.time()
+            ahead_s = seconds + micros / 1e6 - (before + time.time()) / 2
+            yield _server(where, client.info("server"), client.info("replication"))
+            yield from _durability(client.info("persistence"), _fsync(client))
+            yield _memory(client.info("memory"))
+            yield _clock(ahead_s)
+            yield from _messages(set_aside.count(client))
+    except ConfigurationError as exc:
+        yield Finding("FAIL", "redis", exc.detail)
+    except (redis.AuthenticationError, redis.exceptions.NoPermissionError):
+        yield Finding(
+            "FAIL", "redis", f"{where} does not let this user in", "check user and password of [kms.redis]"
+        )
+    except redis.RedisError:
+        then = (
+            "start it, or check [kms.redis] url"
+            if named
+            else "kms up brings one, or name one in KMS_REDIS_URL"
+        )
+        text = f"nothing answers at {where}, so jobs and files wait"
+        yield Finding("FAIL" if named else "warn", "redis", text, then, away=True)
+
+
+def _where(url: str) -> str:
+    parts = split_url("kms.redis.url", url)
+    if parts.scheme == "unix":
+        return parts.path
+    return parts.netloc.rpartition("@")[2]
+
+
+def _server(where: str, server: Info, replication: Info) -> Finding:
+    version = server.get("valkey_version") or server.get("redis_version")
+    name = "Valkey" if "valkey_version" in server else "Redis"
+    if replication.get("role") != "master":
+        return Finding(
+            "FAIL",
+            "redis",
+            f"{where} is a replica, which takes no jobs",
+            "name the master, or use sentinel://",
+        )
+    return Finding("ok", "redis", f"{where}, {name} {version}")
+
+
+def _fsync(client: redis.Redis) -> str:
+    """How often it syncs; empty where this user may not ask."""
+    try:
+        return str(client.config_get("appendfsync").get("appendfsync", ""))
+    except redis.ResponseError:
+        return ""
+
+
+def _durability(found: Info, fsync: str) -> Iterator[Finding]:
+    if not found.get("aof_enabled"):
+        yield Finding("warn", "redis aof", "off: accepted jobs are lost if it ends", _DURABLE)
+        return
+    if found.get("aof_last_write_status") != "ok":
+        yield Finding("FAIL", "redis aof", "it cannot write its file", "make room on its disk", away=True)
+        return
+    if fsync not in {"", "always"}:
+        yield Finding("warn", "redis aof", f"appendfsync {fsync}: the last jobs may be lost", _DURABLE)
+        return
+    yield Finding("ok", "redis aof", f"on, appendfsync {fsync}" if fsync else "on")
+
+
+def _memory(found: Info) -> Finding:
+    policy, most = str(found.get("maxmemory_policy")), int(str(found.get("maxmemory") or 0))
+    used = int(str(found.get("used_memory") or 0))
+    if policy != "noeviction":
+        text = f"maxmemory-policy {policy}: when it is full it forgets jobs"
+        return Finding("FAIL" if most else "warn", "redis memory", text, "set maxmemory-policy noeviction")
+    if most and used > FULL * most:
+        text = f"{used / most:.0%} of maxmemory is used, jobs are refused when it is full"
+        return Finding("warn", "redis memory", text, "raise maxmemory, or let results expire sooner")
+    return Finding("ok", "redis memory", "noeviction")
+
+
+def _clock(ahead_s: float) -> Finding:
+    if abs(ahead_s) <= NEAR_S:
+        return Finding("ok", "clock", "agrees with that of Redis")
+    text = f"that of Redis is {abs(ahead_s):.0f} s {'ahead' if ahead_s > 0 else 'behind'}"
+    level: Level = "FAIL" if abs(ahead_s) > FAR_S else "warn"
+    then = "keep both by NTP: jobs go by the clock of Redis, tokens and not_after by this one"
+    return Finding(level, "clock", text, then, away=True)
+
+
+def _messages(count: int) -> Iterator[Finding]:
+    if count:
+        text = f"{count} of kms.submit were refused and are set aside"
+        yield Finding("warn", "messages", text, "kms messages shows them, kms messages --purge deletes them")
+
+
+def _broker(url: str) -> Finding:
+    parts = urlsplit(url)
+    host, port = parts.hostname or "localhost", parts.port or _PORTS[parts.scheme]
+    try:
+        socket.create_connection((host, port), TIMEOUT_S).close()
+    except OSError:
+        text = f"nothing answers at {host}:{port}, so no worker is told of jobs"
+        return Finding("FAIL", "broker", text, "start it, or check [kms.redis] broker_url", away=True)
+    return Finding("ok", "broker", f"{host}:{port} answers{', over TLS' if is_tls(url) else ''}")
+
+
+# -- ports -------------------------------------------------------------------------------------------
+
+
+def ports(settings: Settings, url: str) -> Iterator[Finding]:
+    """Of the API and of the worker's metrics: free, or taken by who should have them."""
+    bind, tls = settings.kms.bind, settings.kms.server.tls_cert is not None
+    port = urlsplit(url).port or settings.kms.port
+    uses = {port: ("the API", tls), port + 1: ("the worker", False)}
+    if settings.kms.facade.enabled and settings.kms.facade.port is not None:
+        uses[settings.kms.facade.port] = ("the façade", tls)
+    free, taken = [], []
+    for number, (use, secure) in uses.items():
+        if _is_free(bind, number):
+            free.append(f"{number} for {use}")
+        elif use == "the façade" or is_alive(reachable(bind), number, tls=secure):
+            taken.append(f"{number} by {use}")
+        else:
+            text = f"{number}, for {use}, is taken by another program, or cannot be bound at {bind}"
+            yield Finding(
+                "FAIL", "ports", text, "stop that program, or choose another with KMS_PORT", away=True
+            )
+    if free:
+        yield Finding("ok", "ports", f"free: {', '.join(free)}")
+    if taken:
+        yield Finding("ok", "ports", f"in use: {', '.join(taken)}")
+
+
+def _is_free(bind: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((bind, port))
+        except OSError:
+            return False
+    return True

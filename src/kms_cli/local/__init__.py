@@ -1,0 +1,1 @@
+"""The service on this machine: its processes, its Redis and its files."""

@@ -1,0 +1,1 @@
+"""``kms migrate``: ciphertexts of other systems moved into the service."""

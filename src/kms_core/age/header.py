@@ -1,0 +1,203 @@
+"""The textual header of an age v1 file: its strict grammar, in linear time, and its MAC; knows no recipient.
+
+Source: C2SP age specification, "Header". A header is the version line, one or more stanzas, and the MAC
+line. Everything up to and including ``---`` is authenticated as the bytes that were received.
+"""
+
+import binascii
+import hmac
+import os
+import re
+import string
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from kms_core.age.kdf import hkdf, mac
+from kms_protocol.errors import DecryptFailed, NotACiphertext, TooLarge
+
+VERSION_LINE: Final = b"age-encryption.org/v1\n"
+BUNDLE: Final = "kms-service/bundle"
+BUNDLE_VERSION: Final = "1"
+FILE_KEY_BYTES: Final = 16
+NONCE_BYTES: Final = 16
+_FOOTER: Final = b"\n--- "
+_MAC_LINE_BYTES: Final = len("--- ") + 43 + 1
+_COLUMNS: Final = 64
+_BASE64: Final = string.ascii_uppercase.encode() + string.ascii_lowercase.encode() + b"0123456789+/"
+_ENDS: Final = ((b"", _BASE64), (b"", b""), (b"==", _BASE64[::16]), (b"=", _BASE64[::4]))
+"""By length modulo 4: the padding left out, and what the last character may be to leave no spare bits."""
+_ARGUMENTS: Final = re.compile(rb"-> [!-~]+(?: [!-~]+)*")
+_FIRST_READ_BYTES: Final = 4096 + NONCE_BYTES
+_FOOT_BYTES: Final = _MAC_LINE_BYTES + NONCE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a header may cost: its size in bytes, and its stanzas."""
+
+    header_bytes: int
+    stanzas: int
+
+
+SYNC_LIMITS: Final = Limits(header_bytes=32 * 1024, stanzas=64)
+FILE_LIMITS: Final = Limits(header_bytes=256 * 1024, stanzas=4096)
+
+
+@dataclass(frozen=True, slots=True)
+class Stanza:
+    """``-> type argument…`` and a body; ``args[0]`` is the type."""
+
+    args: tuple[str, ...]
+    body: bytes
+
+    @property
+    def type(self) -> str:
+        return self.args[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A parsed header and the 16-byte payload nonce behind it. ``signed`` is what the MAC covers.
+
+    The stanzas of a bundle stand among ``stanzas``, in its place.
+    """
+
+    stanzas: tuple[Stanza, ...]
+    signed: bytes
+    mac: bytes
+    size: int
+    nonce: bytes
+
+    @property
+    def payload_offset(self) -> int:
+        """Where the first chunk begins."""
+        return self.size + NONCE_BYTES
+
+    def check_mac(self, file_key: bytes) -> None:
+        """Raise DecryptFailed unless the MAC over the received bytes fits the file key."""
+        if not hmac.compare_digest(self.mac, _mac(file_key, self.signed)):
+            raise DecryptFailed
+
+
+def parse(data: bytes | memoryview, limits: Limits) -> Header:
+    """Parse the header that ``data`` begins with and the nonce behind it; the payload is not looked at.
+
+    Raises NotACiphertext without the version line, TooLarge above ``limits``, and DecryptFailed on any
+    other departure from the grammar, a missing end or nonce included.
+    """
+    text = bytes(data[: limits.header_bytes + NONCE_BYTES])
+    if not text.startswith(VERSION_LINE):
+        raise NotACiphertext
+    end = text.find(_FOOTER)
+    size = end + 1 + _MAC_LINE_BYTES
+    if (end == -1 and len(text) > limits.header_bytes) or size > limits.header_bytes:
+        raise TooLarge(f"The header is above {limits.header_bytes} bytes")
+    nonce = text[size : size + NONCE_BYTES]
+    if end < len(VERSION_LINE) or len(nonce) != NONCE_BYTES or text[size - 1 : size] != b"\n":
+        raise DecryptFailed
+    if text.count(b"\n-> ", 0, end) > limits.stanzas:
+        raise TooLarge(f"The header has more than {limits.stanzas} stanzas")
+    mac = b64decode(text[end + len(_FOOTER) : size - 1])  # 43 characters: 32 bytes
+    stanzas = unbundled(_stanzas(text[len(VERSION_LINE) : end].split(b"\n")), limits)
+    return Header(stanzas, text[: end + len(_FOOTER) - 1], mac, size, nonce)
+
+
+def parse_stanzas(text: bytes, limits: Limits) -> tuple[Stanza, ...]:
+    """Stanzas alone, each line ended, as they stand in a header.
+
+    Raises TooLarge above ``limits``, DecryptFailed on any departure from the grammar, and for no stanza.
+    """
+    if len(text) > limits.header_bytes or text.count(b"\n-> ") >= limits.stanzas:
+        raise TooLarge(f"Stanzas are above {limits.header_bytes} bytes or {limits.stanzas} in number")
+    if not text.endswith(b"\n"):
+        raise DecryptFailed
+    return _stanzas(text[:-1].split(b"\n"))
+
+
+def bundle(stanzas: Iterable[Stanza]) -> Stanza:
+    """``-> kms-service/bundle 1`` and the stanzas as text: an age plugin returns one for each recipient."""
+    return Stanza((BUNDLE, BUNDLE_VERSION), b"".join(map(render_stanza, stanzas)))
+
+
+def unbundled(stanzas: Iterable[Stanza], limits: Limits) -> tuple[Stanza, ...]:
+    """The same with those of a bundle in its place; one within a bundle stays, and is known to nobody.
+
+    Raises DecryptFailed, TooLarge.
+    """
+    found: list[Stanza] = []
+    for stanza in stanzas:
+        if stanza.type != BUNDLE:
+            found.append(stanza)
+        elif stanza.args != (BUNDLE, BUNDLE_VERSION) or not stanza.body.endswith(b"\n"):
+            raise DecryptFailed
+        else:
+            found += _stanzas(stanza.body[:-1].split(b"\n"))
+        if len(found) > limits.stanzas:
+            raise TooLarge(f"The header has more than {limits.stanzas} stanzas")
+    return tuple(found)
+
+
+def read(fd: int, limits: Limits, offset: int = 0) -> Header:
+    """Parse the header of an open file, reading no more than it may have (errors as ``parse``)."""
+    return read_by(lambda position, length: os.pread(fd, length, offset + position), limits)
+
+
+def read_by(read_at: Callable[[int, int], bytes], limits: Limits) -> Header:
+    """The same of whatever gives up to ``length`` bytes from ``position`` on, for (position, length)."""
+    start = read_at(0, _FIRST_READ_BYTES)
+    if len(start) == _FIRST_READ_BYTES and start.rfind(_FOOTER) not in range(len(start) - _FOOT_BYTES):
+        start = read_at(0, limits.header_bytes + NONCE_BYTES)
+    return parse(start, limits)
+
+
+def render(stanzas: Iterable[Stanza], file_key: bytes) -> bytes:
+    """The bytes of a header with these stanzas, MAC line included."""
+    signed = VERSION_LINE + b"".join(map(render_stanza, stanzas)) + b"---"
+    return signed + b" " + b64encode(_mac(file_key, signed)) + b"\n"
+
+
+def render_stanza(stanza: Stanza) -> bytes:
+    body = b64encode(stanza.body)
+    if len(body) < _COLUMNS:
+        return f"-> {' '.join(stanza.args)}\n".encode("ascii") + body + b"\n"
+    rows = [body[start : start + _COLUMNS] for start in range(0, len(body) + 1, _COLUMNS)]
+    return f"-> {' '.join(stanza.args)}\n".encode("ascii") + b"\n".join(rows) + b"\n"
+
+
+def b64encode(data: bytes) -> bytes:
+    """Standard base64 without padding, as everywhere in an age header."""
+    return binascii.b2a_base64(data, newline=False).rstrip(b"=")
+
+
+def b64decode(text: bytes) -> bytes:
+    """Decode canonical unpadded base64; DecryptFailed on anything else, spare bits included."""
+    padding, last = _ENDS[len(text) % 4]
+    if text[-1:] not in last:
+        raise DecryptFailed
+    try:
+        return binascii.a2b_base64(text + padding, strict_mode=True)
+    except binascii.Error as exc:
+        raise DecryptFailed from exc
+
+
+def _mac(file_key: bytes, signed: bytes) -> bytes:
+    return mac(hkdf(file_key, salt=b"", info=b"header"), signed)
+
+
+def _stanzas(lines: list[bytes]) -> tuple[Stanza, ...]:
+    stanzas: list[Stanza] = []
+    position = 0
+    while position < len(lines):
+        if not _ARGUMENTS.fullmatch(lines[position]):
+            raise DecryptFailed
+        start = position + 1
+        end = start
+        while end < len(lines) and len(lines[end]) == _COLUMNS:
+            end += 1
+        if end == len(lines) or len(lines[end]) > _COLUMNS:  # a body ends with a line below 64 columns
+            raise DecryptFailed
+        arguments = tuple(lines[position][3:].decode("ascii").split(" "))
+        stanzas.append(Stanza(arguments, b64decode(b"".join(lines[start : end + 1]))))
+        position = end + 1
+    return tuple(stanzas)

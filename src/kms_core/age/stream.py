@@ -1,0 +1,129 @@
+"""The age payload in memory: STREAM over ChaCha20-Poly1305; knows no header, file or thread.
+
+Source: C2SP age specification, "Payload". A payload is cut into chunks of 64 KiB, the last of them shorter
+or not; each is sealed to 16 bytes more, under an 11-byte counter and a byte that marks the last chunk. The
+last chunk is empty only if the whole payload is. All sizes are in bytes and leave out the 16-byte payload
+nonce, which stands between header and chunks.
+"""
+
+import io
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.utils import Buffer
+
+from kms_core.age.kdf import hkdf
+from kms_protocol.errors import DecryptFailed
+
+CHUNK: Final = 64 * 1024
+TAG: Final = 16
+SEALED_CHUNK: Final = CHUNK + TAG
+NONCE: Final = 16
+_COUNTER: Final = 11
+_MORE: Final = b"\x00"
+_LAST: Final = b"\x01"
+_ONLY: Final = bytes(_COUNTER) + _LAST
+
+
+def payload_key(file_key: bytes, nonce: bytes) -> bytes:
+    """The 32-byte key of one payload, from the 16-byte file key and the 16-byte payload nonce."""
+    return hkdf(file_key, salt=nonce, info=b"payload")
+
+
+def nonce(index: int, *, last: bool) -> bytes:
+    """The 12-byte nonce of a chunk."""
+    return index.to_bytes(_COUNTER, "big") + (_LAST if last else _MORE)
+
+
+def nonces(first: int, count: int, *, last: bool) -> list[bytes]:
+    """The nonces of ``count`` chunks from ``first`` on; ``last`` says that the payload ends with them."""
+    run = [index.to_bytes(_COUNTER, "big") + _MORE for index in range(first, first + count)]
+    if last:
+        run[-1] = nonce(first + count - 1, last=True)
+    return run
+
+
+def chunk_count(plaintext_size: int) -> int:
+    """How many chunks a plaintext makes; at least one."""
+    return max(1, -(-plaintext_size // CHUNK))
+
+
+def sealed_size(plaintext_size: int) -> int:
+    """The size of the chunks that seal so many bytes."""
+    return plaintext_size + TAG * chunk_count(plaintext_size)
+
+
+def plaintext_size(sealed_size: int) -> int:
+    """The plaintext behind chunks of this size; DecryptFailed if no payload has it."""
+    chunks = -(-sealed_size // SEALED_CHUNK)
+    size = sealed_size - TAG * chunks
+    if size < 0 or chunk_count(size) != chunks:
+        raise DecryptFailed
+    return size
+
+
+def seal(key: bytes, plaintext: Buffer) -> bytes:
+    """Seal a whole payload under its 32-byte payload key, which must never have sealed another."""
+    aead = ChaCha20Poly1305(key)
+    if len(plaintext) <= CHUNK:
+        return aead.encrypt(_ONLY, plaintext, None)
+    source, out, target = memoryview(plaintext), *blank(sealed_size(len(plaintext)))
+    run = nonces(0, chunk_count(len(plaintext)), last=True)
+    with target:
+        deque(map(aead.encrypt_into, run, cut(source, CHUNK), repeat(None), cut(target, SEALED_CHUNK)), 0)
+    return out.getvalue()
+
+
+def open_(key: bytes, sealed: Buffer) -> bytes:
+    """Open a whole payload; DecryptFailed if it is cut, tampered, or sealed under another key."""
+    plaintext_size(len(sealed))
+    return open_run(ChaCha20Poly1305(key), 0, sealed, last=True)
+
+
+def open_run(aead: ChaCha20Poly1305, first: int, sealed: Buffer, *, last: bool) -> bytes:
+    """Open consecutive chunks of a payload, from number ``first`` on; DecryptFailed unless all are genuine.
+
+    Nothing of a run that fails is released. The caller answers for the run's size.
+    """
+    if len(sealed) <= SEALED_CHUNK:
+        try:
+            return aead.decrypt(nonce(first, last=last), sealed, None)
+        except InvalidTag as exc:
+            raise DecryptFailed from exc
+    source = cut(memoryview(sealed), SEALED_CHUNK)
+    out, target = blank(len(sealed) - TAG * len(source))
+    with target:
+        open_into(aead, nonces(first, len(source), last=last), source, cut(target, CHUNK))
+    return out.getvalue()
+
+
+def open_into(
+    aead: ChaCha20Poly1305, run: Iterable[bytes], sealed: Iterable[memoryview], plain: Sequence[memoryview]
+) -> None:
+    """Open chunks into ``plain``, in place or not; if any is forged, clear all of it and raise DecryptFailed.
+
+    Without the clearing the forged plaintext would stay there: ``decrypt_into`` checks the tag last.
+    """
+    try:
+        deque(map(aead.decrypt_into, run, sealed, repeat(None), plain), 0)
+    except InvalidTag as exc:
+        for chunk in plain:
+            chunk[:] = bytes(len(chunk))
+        raise DecryptFailed from exc
+
+
+def cut(data: memoryview, width: int) -> list[memoryview]:
+    """Pieces of ``width`` bytes, the last of what remains."""
+    return [data[start : start + width] for start in range(0, len(data), width)]
+
+
+def blank(size: int) -> tuple[io.BytesIO, memoryview]:
+    """A buffer to fill whose ``getvalue()`` is then ``bytes`` without another copy."""
+    out = io.BytesIO()
+    out.seek(size - 1)
+    out.write(b"\x00")
+    return out, out.getbuffer()

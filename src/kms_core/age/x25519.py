@@ -1,0 +1,117 @@
+"""X25519 recipients and identities: the classic native key type of age; one stanza in, one file key out.
+
+Source: C2SP age specification, "The X25519 recipient type". A file key is 16 bytes, its wrap 32.
+"""
+
+from dataclasses import dataclass, field
+from typing import Final, Self
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from kms_core.age import bech32
+from kms_core.age.header import FILE_KEY_BYTES, Stanza, b64decode, b64encode
+from kms_core.age.kdf import hkdf
+from kms_protocol.errors import DecryptFailed
+
+STANZA_TYPE: Final = "X25519"
+RECIPIENT_PREFIX: Final = "age"
+IDENTITY_PREFIX: Final = "AGE-SECRET-KEY-"
+_INFO: Final = b"age-encryption.org/v1/X25519"
+_KEY_BYTES: Final = 32
+WRAPPED_BYTES: Final = FILE_KEY_BYTES + 16
+_ZERO_NONCE: Final = bytes(12)
+
+
+class NoMatch(DecryptFailed):
+    """The stanza is for somebody else: try the next. Ends as DecryptFailed when none is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipient:
+    """A public key, ``age1…``."""
+
+    public: bytes
+    text: str = field(init=False)
+    _key: X25519PublicKey = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", bech32.encode(RECIPIENT_PREFIX, self.public))
+        object.__setattr__(self, "_key", X25519PublicKey.from_public_bytes(self.public))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``age1…``; ValueError (without the text) if it is not one."""
+        prefix, data = bech32.decode(text)
+        if prefix != RECIPIENT_PREFIX or len(data) != _KEY_BYTES:
+            raise ValueError("not an X25519 recipient: it should look like age1…")
+        return cls(data)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def wrap(self, file_key: bytes) -> Stanza:
+        """Wrap a 16-byte file key for this recipient under a fresh ephemeral key."""
+        ephemeral = X25519PrivateKey.generate()
+        share = ephemeral.public_key().public_bytes_raw()
+        wrap_key = hkdf(ephemeral.exchange(self._key), salt=share + self.public, info=_INFO)
+        body = ChaCha20Poly1305(wrap_key).encrypt(_ZERO_NONCE, file_key, None)
+        return Stanza((STANZA_TYPE, b64encode(share).decode("ascii")), body)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A private key, ``AGE-SECRET-KEY-1…``; never shown by ``repr``."""
+
+    secret: bytes = field(repr=False)
+    recipient: Recipient = field(init=False)
+    _key: X25519PrivateKey = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        key = X25519PrivateKey.from_private_bytes(self.secret)
+        object.__setattr__(self, "_key", key)
+        object.__setattr__(self, "recipient", Recipient(key.public_key().public_bytes_raw()))
+
+    @classmethod
+    def generate(cls) -> Self:
+        return cls(X25519PrivateKey.generate().private_bytes_raw())
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``AGE-SECRET-KEY-1…``; ValueError (without the text) if it is not one."""
+        prefix, data = bech32.decode(text)
+        if prefix.upper() != IDENTITY_PREFIX or len(data) != _KEY_BYTES:
+            raise ValueError("not an X25519 identity: it should look like AGE-SECRET-KEY-1…")
+        return cls(data)
+
+    def export(self) -> str:
+        """The secret as text, for a key file and nothing else."""
+        return bech32.encode(IDENTITY_PREFIX, self.secret)
+
+    def unwrap(self, stanza: Stanza) -> bytes:
+        """The 16-byte file key. NoMatch if the stanza is for another identity, DecryptFailed if malformed.
+
+        The body's length is checked before anything is decrypted: a longer one is a partitioning oracle.
+        """
+        if stanza.type != STANZA_TYPE:
+            raise NoMatch
+        share = _share(stanza)
+        try:
+            secret = self._key.exchange(X25519PublicKey.from_public_bytes(share))
+        except ValueError as exc:  # a low-order share: the all-zero shared secret
+            raise DecryptFailed from exc
+        wrap_key = hkdf(secret, salt=share + self.recipient.public, info=_INFO)
+        try:
+            return ChaCha20Poly1305(wrap_key).decrypt(_ZERO_NONCE, stanza.body, None)
+        except InvalidTag:
+            raise NoMatch from None
+
+
+def _share(stanza: Stanza) -> bytes:
+    if len(stanza.args) != 2 or len(stanza.body) != WRAPPED_BYTES:  # noqa: PLR2004 -- type and share
+        raise DecryptFailed
+    share = b64decode(stanza.args[1].encode("ascii"))
+    if len(share) != _KEY_BYTES:
+        raise DecryptFailed
+    return share

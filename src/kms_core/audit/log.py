@@ -1,0 +1,366 @@
+"""The writer: one chain for each process, in files of its own. Nothing is answered before its line is there.
+
+A process never writes to a file that another began: a torn tail stays the end of its file. A file that was
+deleted, moved, cut or written to by others is noticed at the next record, and the chain goes on in the next
+file, which says so.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import structlog
+
+from kms_core.audit import chain, segments
+from kms_core.audit.chain import Tip
+from kms_core.audit.denials import Denials
+from kms_core.audit.file import SegmentFile
+from kms_core.audit.keys import Concealer, Signer
+from kms_core.audit.record import COUNTED, Record, noted
+from kms_core.audit.stamp import Stamp
+from kms_core.durable import sync_folder
+from kms_core.observability import metrics
+from kms_protocol import __version__
+from kms_protocol.context import Context
+from kms_protocol.errors import AuditUnavailable
+
+FORMAT: Final = 1
+MiB: Final = 1024 * 1024
+_MINUTE_S: Final = 60
+_DAY_S: Final = 24 * 3600
+_ENOUGH_BYTES: Final = 64 * 1024
+_GROUP_LINES: Final = 100  # what may wait for its group: a killed process loses so many, and their results
+_encode: Final = msgspec.json.encode
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """From settings. A checkpoint is due after so many lines, and so many seconds after an unsigned one."""
+
+    fsync: bool = False
+    rotate_bytes: int = 64 * MiB
+    checkpoint_lines: int = 1000
+    checkpoint_s: float = 10.0
+
+
+class _Group:
+    """What one thread appends together: encoded records that wait, and whether some could not be written."""
+
+    __slots__ = ("denials", "failed", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: list[bytes] = []
+        self.failed: AuditUnavailable | None = None
+        self.denials = Denials()
+
+
+class Trail:
+    """The chain of this process. Opens its first file with the first record; may be shared by threads."""
+
+    def __init__(  # noqa: PLR0913 -- where, whose, keys and rules
+        self,
+        folder: Path,
+        role: str,
+        concealer: Concealer,
+        signer: Signer,
+        rules: Rules | None = None,
+        *,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        """``role`` begins the names of files: ``api``, ``worker``. ``clock`` gives ns since the epoch."""
+        self.folder = folder
+        self._concealer = concealer
+        self._role = role
+        self._signer = signer
+        self._rules = rules or Rules()
+        self._stamp = Stamp(clock)
+        self._lock = threading.Lock()
+        self._thread = threading.local()
+        self._begin()
+
+    def _begin(self) -> None:
+        """A new chain, of which nothing is written yet."""
+        self._pid = os.getpid()
+        self._chain = ""
+        self._file: SegmentFile | None = None
+        self._opened, self._why = "", "started"
+        self._number, self._seq, self._head = 0, -1, chain.ZERO
+        self._unsigned, self._unsigned_since = 0, 0.0
+        self._refused, self._refused_since = 0, ""
+        self._opened_at, self._goes_on = 0.0, False
+        self.signed: bytes = b""
+
+    # -- records ------------------------------------------------------------------------------------
+
+    def conceal(self, tenant: str, context: Context) -> Mapping[str, str]:
+        return self._concealer.conceal(tenant, context)
+
+    def append(self, record: Record) -> str:
+        group: _Group | None = getattr(self._thread, "group", None)
+        if group is None or record.stage:  # an effect must not come before its intent
+            return self._write([_encode(record)[1:-1]], sync=self._rules.fsync)
+        if group.denials.counts(record):
+            return COUNTED
+        group.waiting.append(_encode(record)[1:-1])
+        if len(group.waiting) >= _GROUP_LINES:
+            self._hand_over(group)
+        return ""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        group = self._thread.group = _Group()
+        try:
+            yield
+        finally:
+            self._thread.group = None
+            self._end(group)
+
+    def _hand_over(self, group: _Group) -> None:
+        waiting, group.waiting = group.waiting, []
+        try:
+            self._write(waiting, sync=False)
+        except AuditUnavailable as exc:
+            group.failed = exc
+            raise
+
+    def _end(self, group: _Group) -> None:
+        """Who asked for a record that failed may have gone on with the next: the group fails as a whole."""
+        with _counted():
+            for record in group.denials.summaries:
+                group.waiting.append(_encode(record)[1:-1])
+                metrics.count_record()
+            if group.waiting:
+                self._hand_over(group)
+            if group.failed:
+                raise AuditUnavailable(group.failed.detail) from group.failed
+            if self._rules.fsync:
+                self._sync_all()
+
+    def _write(self, records: list[bytes], *, sync: bool) -> str:
+        """Lines one after the other, by one call of the kernel: all or none. The id of the last."""
+        try:
+            with self._lock:
+                try:
+                    file = self._ready()
+                    self._put(file, *records)
+                except OSError:
+                    self._refused += len(records)
+                    self._refused_since = self._refused_since or self._stamp()[0].decode()
+                    raise
+                name, size = f"{self._chain}:{self._seq}", file.size
+                if self._unsigned >= self._rules.checkpoint_lines or size >= self._rules.rotate_bytes:
+                    self._tend(file)
+            if sync:
+                file.sync(size)
+        except OSError as exc:
+            raise AuditUnavailable(f"The audit trail cannot be written ({exc.strerror})") from exc
+        note = noted.get()
+        if note is not None:
+            note.audit_id = name
+        return name
+
+    def check(self) -> None:
+        """Also tries to write again, if records could not be: what makes readiness come back."""
+        try:
+            with self._lock:
+                self._ready()
+            room = os.statvfs(self.folder)
+        except OSError as exc:
+            raise AuditUnavailable(f"The audit trail cannot be written ({exc.strerror})") from exc
+        if room.f_bavail * room.f_frsize < _ENOUGH_BYTES:
+            raise AuditUnavailable("The audit trail cannot be written (its disk is full)")
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The chain and the number of its newest file; 0 before the first."""
+        return self._chain, self._number
+
+    # -- what keeps a chain in order ------------------------------------------------------------------
+
+    def tend(self) -> None:
+        """Sign what has waited long enough, and begin a new file each day. Called in time; never raises."""
+        with suppress(OSError):
+            heads: dict[str, Tip] = {}
+            if self._is_due():  # read what others have written before anybody has to wait for the lock
+                recent = time.time() - 2 * self._rules.checkpoint_s - _MINUTE_S
+                heads = segments.tips(self.folder, self._signer.known, but=self._chain, since=recent)
+            with self._lock:
+                file = self._file
+                if file is None or self._pid != os.getpid() or not file.is_ours():
+                    return
+                if self._is_due():
+                    self._sign(file, chain.CHECKPOINT, heads)
+                if time.monotonic() - self._opened_at >= _DAY_S:
+                    self._rotate(file)
+
+    def _is_due(self) -> bool:
+        return self._unsigned > 0 and time.monotonic() - self._unsigned_since >= self._rules.checkpoint_s
+
+    def retired(self, before: str, files: int) -> None:
+        """Record that the files opened before a time are about to be removed. Raises AuditUnavailable."""
+        fields = {"kind": chain.RETIRED, "before": before, "files": files}
+        try:
+            with self._lock:
+                file = self._ready()
+                self._put(file, _encode(fields)[1:-1])
+                self._sign(file, chain.CHECKPOINT, {})
+        except OSError as exc:
+            raise AuditUnavailable(f"The audit trail cannot be written ({exc.strerror})") from exc
+
+    def close(self) -> None:
+        """The closing record, at a clean stop; never raises. A record after it begins a further file."""
+        with suppress(OSError), self._lock:
+            if self._pid == os.getpid() and self._goes_on:  # its last file is full, and is not the end
+                self._ready()
+            file, self._file = self._file, None
+            if file is None or self._pid != os.getpid():
+                return
+            try:
+                if file.is_ours():
+                    self._sign(
+                        file, chain.CLOSED, segments.tips(self.folder, self._signer.known, but=self._chain)
+                    )
+            finally:
+                file.finish(sync=self._rules.fsync)
+
+    def _tend(self, file: SegmentFile) -> None:
+        """The record is there already: what fails here is tried again with the next one."""
+        with suppress(OSError):
+            if self._unsigned >= self._rules.checkpoint_lines:
+                self._sign(file, chain.CHECKPOINT, {})
+            if file.size >= self._rules.rotate_bytes:
+                self._rotate(file)
+
+    def _rotate(self, file: SegmentFile) -> None:
+        self._sign(file, chain.ROTATED, {})
+        self._file, self._goes_on = None, True
+        file.finish(sync=self._rules.fsync)
+
+    def _sync_all(self) -> None:
+        file = self._file
+        if file is None:
+            return
+        try:
+            file.sync(file.size)
+        except OSError as exc:
+            raise AuditUnavailable(f"The audit trail cannot be written ({exc.strerror})") from exc
+
+    # -- lines, under the lock ------------------------------------------------------------------------
+
+    def _ready(self) -> SegmentFile:
+        if self._pid != os.getpid():  # a fork: the chain and its file are the parent's
+            if self._file is not None:
+                self._file.leave_to_parent()
+            self._begin()
+        file = self._file
+        if file is None or not file.is_ours():
+            file = self._open(file)
+        if self._refused:
+            fields = {"kind": chain.RESUMED, "refused": self._refused, "since": self._refused_since}
+            self._put(file, _encode(fields)[1:-1])
+            self._refused, self._refused_since = 0, ""
+        return file
+
+    def _open(self, before: SegmentFile | None) -> SegmentFile:
+        """The next file of the chain, or the first of a new one."""
+        if before is not None:
+            self._file, self._why = None, before.trouble
+            before.abandon()
+            _log.error("audit.file_lost", path=str(before.path), reason=before.trouble)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._chain = self._chain or self._new_name()
+        file = SegmentFile.create(segments.path_of(self.folder, self._chain, self._number + 1))
+        try:
+            opened = self._put(file, self._opening())
+        except OSError:
+            with suppress(OSError):
+                file.path.unlink()
+            file.abandon()
+            raise
+        self._file, self._opened, self._number, self._why = file, opened, self._number + 1, "continued"
+        self._opened_at, self._goes_on = time.monotonic(), False
+        if self._rules.fsync:
+            self._sync_folder(file)
+        return file
+
+    def _sync_folder(self, file: SegmentFile) -> None:
+        """Or the file's name could be gone after a power cut, and its lines with it."""
+        try:
+            sync_folder(self.folder)
+        except OSError:
+            file.trouble = "unsynced"
+            raise
+
+    def _opening(self) -> bytes:
+        fields: dict[str, object] = {
+            "kind": chain.OPEN,
+            "version": FORMAT,
+            "segment": self._number + 1,
+            "reason": self._why,
+            "service": __version__,
+            "public_key": self._signer.public.hex(),
+        }
+        if self._number:
+            fields |= {"previous": self._head.hex(), "previous_opened": self._opened}
+        else:
+            fields["heads"] = segments.tips(self.folder, self._signer.known, but=self._chain)
+        return _encode(fields)[1:-1]
+
+    def _new_name(self) -> str:
+        at, _ = self._stamp()
+        return f"{self._role}-{at.decode().replace('-', '').replace(':', '')}-{self._pid}"
+
+    def _put(self, file: SegmentFile, *records: bytes) -> str:
+        """Lines, of one time; that time."""
+        at, clock = self._stamp()
+        begin = b',"chain":"%b","time":"%b",%b' % (self._chain.encode(), at, clock)
+        head, lines = self._head, []
+        for seq, fields in enumerate(records, start=self._seq + 1):
+            line, head = chain.seal(head, b'{"seq":%d%b%b' % (seq, begin, fields))
+            lines.append(line)
+        file.append(b"".join(lines))
+        self._seq, self._head = self._seq + len(lines), head
+        if not self._unsigned:
+            self._unsigned_since = time.monotonic()
+        self._unsigned += len(lines)
+        return at.decode()
+
+    def _sign(self, file: SegmentFile, kind: str, heads: dict[str, Tip]) -> None:
+        """A signed line: it stands for all lines before it, and for other chains as far as it saw them."""
+        at, clock = self._stamp()
+        fields = {
+            "kind": kind,
+            "previous": self._head.hex(),
+            "opened": self._opened,
+            "heads": heads,
+            "key": self._signer.key_id,
+        }
+        unsigned = b'{"seq":%d,"chain":"%b","time":"%b",%b%b' % (
+            self._seq + 1,
+            self._chain.encode(),
+            at,
+            clock,
+            _encode(fields)[1:-1],
+        )
+        signature = self._signer.sign(chain.text_to_sign(unsigned))
+        line, head = chain.seal(self._head, b'%b%b%b"' % (unsigned, chain.SIGNATURE, signature))
+        file.append(line)
+        self._seq, self._head, self._unsigned = self._seq + 1, head, 0
+        self.signed = line
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    """What fails after its records were counted as written."""
+    try:
+        yield
+    except AuditUnavailable:
+        metrics.AUDIT_EVENTS.labels("failed").inc()
+        raise

@@ -1,0 +1,161 @@
+"""Second places: where checkpoints are anchored and copies of lines go. None of them holds up a record."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Protocol, cast
+
+import redis
+
+from kms_core.audit import chain
+from kms_core.durable import sync_folder
+from kms_protocol.errors import AuditUnavailable
+
+COPIES: Final = "kms:audit:lines"
+ANCHORS: Final = "kms:audit:anchors"
+_MOST_LINES: Final = 1_000_000
+_MOST_ANCHORS: Final = 100_000
+PAGE: Final = 1_000
+_FIELD: Final = "line"
+ANCHORS_SUFFIX: Final = ".anchors.jsonl"
+Entry = tuple[bytes, dict[bytes, bytes]]
+
+
+class Place(Protocol):
+    """Takes lines (each with its newline), in order. ``name`` is a label of metrics."""
+
+    name: str
+
+    def put(self, lines: Sequence[bytes]) -> None:
+        """Raises OSError or AuditUnavailable if they may not be there; they are then put again."""
+
+
+class RedisStream:
+    """A stream of bounded length: the oldest entries go."""
+
+    name = "redis"
+
+    def __init__(self, client: redis.Redis, key: str) -> None:
+        self._client = client
+        self._key = key
+        self._most = _MOST_ANCHORS if key == ANCHORS else _MOST_LINES
+
+    def put(self, lines: Sequence[bytes]) -> None:
+        try:
+            with self._client.pipeline(transaction=False) as pipe:
+                for line in lines:
+                    pipe.xadd(self._key, {_FIELD: line.rstrip(b"\n")}, maxlen=self._most, approximate=True)
+                pipe.execute()
+        except redis.RedisError as exc:
+            raise AuditUnavailable from exc
+
+    def lines(self) -> list[bytes]:
+        """All lines in the stream, oldest first. Raises AuditUnavailable."""
+        found: list[bytes] = []
+        cursor = "-"
+        while page := self.after(cursor):
+            found += map(line_of, page)
+            cursor = f"({page[-1][0].decode()}"
+        return found
+
+    def after(self, cursor: str, count: int = PAGE) -> list[Entry]:
+        """Entries from a cursor (the ``min`` of XRANGE) on. Raises AuditUnavailable."""
+        with _answering():
+            return cast("list[Entry]", self._client.xrange(self._key, min=cursor, count=count))
+
+    def newest(self, count: int) -> list[Entry]:
+        """The last entries, oldest first. Raises AuditUnavailable."""
+        with _answering():
+            return cast("list[Entry]", self._client.xrevrange(self._key, count=count))[::-1]
+
+
+def line_of(entry: Entry) -> bytes:
+    """The line of an entry; empty if it has none."""
+    return entry[1].get(_FIELD.encode(), b"")
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Raise AuditUnavailable, which says why, where Redis does not answer a read."""
+    try:
+        yield
+    except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as exc:
+        raise AuditUnavailable(
+            "Redis does not let this user in: check user and password of [kms.redis]"
+        ) from exc
+    except redis.RedisError as exc:
+        raise AuditUnavailable("Redis does not answer") from exc
+
+
+class Folder:
+    """A second directory, best on another disk or host: a file for each chain, synced.
+
+    ``unread`` is why a file could not be read when ``lines`` was asked last; empty if all could.
+    """
+
+    name = "directory"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.unread = ""
+
+    def make(self) -> None:
+        """Make the directory (0700), if it is not there. Raises OSError."""
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def put(self, lines: Sequence[bytes]) -> None:
+        self.make()
+        for line in lines:
+            found = chain.read(line.rstrip(b"\n"))
+            if found is not None:
+                self._append(self.path / f"{found.chain}{ANCHORS_SUFFIX}", line)
+
+    def _append(self, path: Path, line: bytes) -> None:
+        """Append durably: also the name of a file that is made here."""
+        is_new = not path.exists()
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags |= os.O_NONBLOCK  # a pipe under this name holds nobody up
+        fd = os.open(path, flags, 0o600)
+        try:
+            os.write(fd, line)
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+        if is_new:
+            sync_folder(self.path)
+
+    def lines(self) -> list[bytes]:
+        """All lines of all files that can be read. Raises AuditUnavailable if the directory is not there."""
+        if not self.path.is_dir():
+            raise AuditUnavailable(f"{self.path} is not there: mount or make it")
+        found: list[bytes] = []
+        self.unread = ""
+        for file in files_in(self.path, "*.jsonl"):
+            try:
+                found += read_lines(file)
+            except OSError as exc:
+                self.unread = self.unread or f"{file} cannot be read ({exc.strerror})"
+        return found
+
+
+class Stdout:
+    """The standard output of this process, for collectors that read it."""
+
+    name = "stdout"
+
+    def put(self, lines: Sequence[bytes]) -> None:
+        rest = memoryview(b"".join(lines))
+        while rest:
+            rest = rest[os.write(1, rest) :]
+
+
+def files_in(folder: Path, pattern: str) -> list[Path]:
+    """The plain files of these names: a pipe would never be read to its end. Raises OSError."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file())
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """The lines of a file, or of all files of a directory. Raises OSError."""
+    files = files_in(path, "*.jsonl") if path.is_dir() else [path]
+    return [line for file in files for line in file.read_bytes().split(b"\n") if line]

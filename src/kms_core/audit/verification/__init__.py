@@ -1,0 +1,1 @@
+"""Verification of audit logs: chains, anchors, receipts, and the monitor."""

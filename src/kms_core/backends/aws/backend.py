@@ -1,0 +1,255 @@
+"""The AWS KMS backend: symmetric keys that AWS alone holds, named by alias, key id or ARN.
+
+**Versions.** AWS can rotate the material inside a key, but no ciphertext tells under which material it was
+made, so nothing could say what still has to be rewrapped. A version here is therefore a KMS key, its
+string that key's id (the same in every region for a multi-Region key), and rotation is a new key under the
+alias. Rotation inside AWS stays possible beside it and is not seen here. What it costs: each version is a
+key that AWS bills and that nobody may delete while files need it. So no schedule makes one: versions have
+no age here, and a new one is made when somebody asks.
+
+**History.** The alias ``alias/payroll`` points to the key that encrypts. Earlier ones are those that have an
+alias of the form ``alias/payroll/<their own key id>``: rotation makes it, an operator who moves the alias
+by other means makes it too, and removing it takes the key from the service. A file names its version, so
+this list decides what may open it: any other key that the credentials could use is refused.
+
+**AAD.** AWS gets one pair of encryption context, whose value is the SHA-256 of the AAD: names and context
+values do not reach CloudTrail.
+"""
+
+import hashlib
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+from urllib.parse import SplitResult, parse_qsl
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from kms_core.backends import Backend, KeyVersion
+from kms_core.backends.aws.client import Calls, Place
+from kms_core.backends.aws.rotation import ALGORITHM, Described, describe, to_new_key
+from kms_core.backends.remote import RemoteBackend
+from kms_core.http_client import Busy, Unreachable
+from kms_core.settings.model import Settings
+from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed, InvalidRequest
+
+CONTEXT_KEY: Final = "kms-service"
+CIPHERTEXT_BYTES: Final = 6144  # what Decrypt takes
+KEYS_FRESH_S: Final = 60.0
+MOST_PAGES: Final = 200
+_PAGE: Final = 100  # the most that AWS gives
+_KEY_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")  # as KeyRef.version
+_NAME: Final = re.compile(
+    r"(?:arn:[a-z0-9-]+:kms:(?P<region>[a-z0-9-]+):[0-9]{12}:)?"
+    r"(?:(?P<alias>alias/[A-Za-z0-9/_-]{1,250})|(?(region)key/)[A-Za-z0-9-]{1,80})"
+)
+_USAGE: Final = (
+    "A key in AWS KMS is awskms:alias/name, awskms:<key id> or awskms:<ARN>, with ?region= and &profile="
+)
+
+
+class _Alias(msgspec.Struct, rename="pascal"):
+    alias_name: str
+    alias_arn: str
+    target_key_id: str = ""
+    creation_date: float = 0.0
+
+
+class _Aliases(msgspec.Struct, rename="pascal"):
+    aliases: list[_Alias]
+    truncated: bool = False
+    next_marker: str | None = None
+
+
+class _Encrypted(msgspec.Struct, rename="pascal"):
+    ciphertext_blob: bytes
+    key_id: str
+
+
+class _Decrypted(msgspec.Struct, rename="pascal"):
+    plaintext: bytes
+    key_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """The keys of a name, as AWS said at ``asked_at``; ``home`` is the ARN of each without its id.
+
+    ``tried_at`` is when AWS was last asked, with or without an answer.
+    """
+
+    home: str = ""
+    ids: frozenset[str] = frozenset()
+    asked_at: float = -math.inf
+    tried_at: float = -math.inf
+
+    def settle(self, version: str, now: float) -> bool:
+        """Whether this tells if a key is ours: that it was does for a minute, that it was not does not."""
+        return self.tried_at >= now - KEYS_FRESH_S if version in self.ids else self.asked_at >= now
+
+
+class AwsCipher:
+    """One key of AWS KMS, or one alias and the keys that it has pointed to. See ``remote.Cipher``."""
+
+    name = "awskms"
+
+    def __init__(self, calls: Calls, key: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """``key`` is an alias (``alias/…``), a key id, or the ARN of either. Asks nobody."""
+        self._calls = calls
+        self._key = key
+        self._alias = parsed(key)["alias"]
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._keys = _Keys()
+
+    def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:
+        with self._calls.one_timeout():
+            arn = self._arn(version)
+            if arn is None:
+                raise BackendUnavailable(f"{version} is no key of {self._key}: check its aliases in AWS KMS")
+            asked = {"KeyId": arn, "Plaintext": secret, **_bound(aad)}
+            answer = self._calls.ask("Encrypt", asked, _Encrypted)
+        if answer.key_id != arn:
+            raise BackendUnavailable("AWS KMS encrypted with another key than the one it was asked for")
+        return answer.ciphertext_blob
+
+    def decrypt(self, wrapped: bytes, version: str, aad: bytes) -> bytes:
+        with self._calls.one_timeout():
+            arn = self._arn(version)
+            if arn is None or not 0 < len(wrapped) <= CIPHERTEXT_BYTES:
+                raise DecryptFailed
+            asked = {"KeyId": arn, "CiphertextBlob": wrapped, **_bound(aad)}
+            answer = self._calls.ask("Decrypt", asked, _Decrypted)
+        if answer.key_id != arn:
+            raise DecryptFailed
+        return answer.plaintext
+
+    def versions(self) -> Sequence[KeyVersion]:
+        """One call for the current key, and for an alias one for every hundred aliases of the account."""
+        now = self._clock()
+        with self._calls.one_timeout():
+            current = self._current()
+            home = current.arn.removesuffix(current.key_id)
+            if not home.endswith(":key/") or not _KEY_ID.fullmatch(current.key_id):
+                raise BackendUnavailable(f"AWS KMS describes {self._key} without an ARN: check its name")
+            earlier = [key_id for key_id in self._history(home) if key_id != current.key_id]
+        ids = (*earlier, current.key_id)
+        self._keys = _Keys(home, frozenset(ids), now, now)
+        return [KeyVersion(key_id) for key_id in ids]
+
+    def rotate(self) -> KeyVersion:
+        """A new key under the alias: eight calls, each with its own timeout. Errors name a key made."""
+        if self._alias is None:
+            raise InvalidRequest(
+                f"{self._key} is one key, within which AWS rotates: to rotate here, name the key by an alias"
+            )
+        old = self._current()
+        if (old.key_spec, old.origin, bool(old.multi_region)) != (ALGORITHM, "AWS_KMS", False):
+            raise InvalidRequest(
+                f"The key under {self._alias} is multi-Region, or its material is not from AWS KMS: make "
+                f"a new one yourself, give the old one the alias {self._alias}/{old.key_id}, move the alias"
+            )
+        return to_new_key(self._calls, self._alias, old)
+
+    def _current(self) -> Described:
+        return describe(self._calls, self._key)
+
+    def _history(self, home: str) -> Iterator[str]:
+        """Ids of the keys that the alias pointed to, in the order that it did."""
+        if self._alias is None:
+            return
+        account = home.removesuffix("key/")
+        found = [
+            alias
+            for alias in self._aliases()
+            if alias.alias_name == f"{self._alias}/{alias.target_key_id}"
+            and alias.alias_arn == account + alias.alias_name
+        ]
+        for alias in sorted(found, key=lambda alias: alias.creation_date):
+            yield alias.target_key_id
+
+    def _aliases(self) -> Iterator[_Alias]:
+        page: Mapping[str, object] = {"Limit": _PAGE}
+        for _ in range(MOST_PAGES):
+            answer = self._calls.ask("ListAliases", page, _Aliases)
+            yield from answer.aliases
+            if not answer.truncated:
+                return
+            page = {"Limit": _PAGE, "Marker": answer.next_marker}
+        raise BackendUnavailable(f"There are over {MOST_PAGES * _PAGE} aliases: name the key by its id")
+
+    def _arn(self, version: str) -> str | None:
+        """The ARN of a key of ours, or None. AWS is asked first if it was not lately, or about a new key.
+
+        Files choose the version, so those that ask at once share an answer.
+        """
+        came = self._clock()
+        if not self._keys.settle(version, came):
+            with self._lock:
+                if not self._keys.settle(version, came):
+                    self._ask_again(version)
+        keys = self._keys
+        return keys.home + version if version in keys.ids else None
+
+    def _ask_again(self, version: str) -> None:
+        try:
+            self.versions()
+        except (Unreachable, Busy):
+            if version not in self._keys.ids:
+                raise
+            self._keys = replace(self._keys, tried_at=self._clock())  # what AWS said last still holds
+
+
+def _bound(aad: bytes) -> dict[str, object]:
+    return {
+        "EncryptionContext": {CONTEXT_KEY: hashlib.sha256(aad).hexdigest()},
+        "EncryptionAlgorithm": ALGORITHM,
+    }
+
+
+def parsed(key: str) -> re.Match[str]:
+    """Groups ``alias`` and ``region``, each or None. Raises ConfigurationError."""
+    found = _NAME.fullmatch(key)
+    if found is None:
+        raise ConfigurationError(_USAGE)
+    return found
+
+
+# -- opening -----------------------------------------------------------------------------------------
+
+_open: Final[WeakValueDictionary[Place, Calls]] = WeakValueDictionary()
+
+
+def open_key(uri: SplitResult | None, settings: Settings) -> Backend:
+    """``awskms:alias/name``, ``awskms:<key id or ARN>``; None means ``[kms.awskms]``.
+
+    Options: ``region`` (an ARN names its own) and ``profile``. Raises ConfigurationError.
+    """
+    section = settings.kms.awskms
+    options = _options(uri) if uri else {}
+    key = uri.path if uri else section.key_id
+    if key is None:
+        raise ConfigurationError("kms.awskms.key_id is missing: name an alias, a key id or an ARN")
+    place = Place(
+        region=parsed(key)["region"] or options.get("region") or section.region,
+        endpoint_url=section.endpoint_url,
+        profile=options.get("profile") or section.profile,
+        ca_file=section.ca_file,
+        timeout_s=section.timeout_s,
+    )
+    calls = _open.get(place) or Calls(place)  # keys of one place share its connections
+    _open[place] = calls
+    return RemoteBackend(AwsCipher(calls, key), data_keys=section.data_keys)
+
+
+def _options(uri: SplitResult) -> dict[str, str]:
+    pairs = parse_qsl(uri.query, keep_blank_values=True)
+    options = dict(pairs)
+    stray = uri.netloc or uri.fragment or options.keys() - {"region", "profile"}
+    if stray or len(options) != len(pairs) or "" in options.values():
+        raise ConfigurationError(_USAGE)
+    return options

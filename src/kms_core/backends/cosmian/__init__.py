@@ -1,0 +1,1 @@
+"""The Cosmian KMS backend."""

@@ -1,0 +1,1 @@
+"""The Vault and OpenBao backends: transit, and key-value version 2."""

@@ -1,0 +1,237 @@
+"""One OpenBao or Vault server as its secrets engines are called: our token, the namespace, its errors.
+
+A token of limited life is renewed at half of it, by the call that comes then and needs no thread. So a
+process that is never called lets its token lapse; a file that an agent keeps fresh has no such gap. Knows
+no secrets engine and no settings but the section that both engines share.
+"""
+
+import math
+import re
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from http import HTTPStatus
+from typing import Final, Generic, TypeVar
+from urllib.parse import SplitResult, parse_qs, quote, unquote
+from weakref import WeakValueDictionary
+
+import msgspec
+import structlog
+
+from kms_core.backends.token_file import Token
+from kms_core.http_client import Busy, Unreachable
+from kms_core.http_client.peer import Answer, Peer, Server, Tls
+from kms_core.settings.backends import Vault as Section
+from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError
+
+PRODUCT: Final = "OpenBao or Vault"
+TRY_AGAIN_S: Final = 30.0
+SHORTEST_S: Final = 1.0
+_SEALED: Final = frozenset({HTTPStatus.SERVICE_UNAVAILABLE})
+_SEGMENTS: Final = re.compile(r"[\w.-]+(?:/[\w.-]+)*", re.ASCII)
+Data = TypeVar("Data")
+_log = structlog.get_logger(__name__)
+
+
+class Envelope(msgspec.Struct, Generic[Data]):
+    """What every answer of an engine is wrapped in."""
+
+    data: Data
+
+
+class _Words(msgspec.Struct):
+    errors: list[str] | None = None
+    error: str | None = None  # RustyVault
+    data: object = None
+
+
+class _Lookup(msgspec.Struct):
+    ttl: float
+    renewable: bool = False
+
+
+class _Lease(msgspec.Struct):
+    lease_duration: float
+
+
+class _Renewed(msgspec.Struct):
+    auth: _Lease
+
+
+@dataclass(frozen=True, slots=True)
+class _Life:
+    """What is known of a token: when to look at it again, whether it can be renewed, what was left then."""
+
+    token: str = field(default="", repr=False)
+    due: float = math.inf
+    renewable: bool = False
+    left_s: float = 0.0
+
+
+class Vault:
+    """Calls to one server. Safe to use from several threads."""
+
+    def __init__(
+        self, server: Server, token: Token, namespace: str | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.server = server
+        self._peer = Peer(server)
+        self._token = token
+        self._namespace = {"X-Vault-Namespace": namespace} if namespace else {}
+        self._clock = clock
+        self._renewing = threading.Lock()
+        self._life = _Life()
+
+    def call(self, method: str, path: str, document: object = None) -> Answer:
+        """One request, and with it, when that is due, the renewal of our token, within one timeout.
+
+        ``path`` is what follows ``/v1/``, quoted. Raises Unreachable, Busy, BackendUnavailable (our token
+        or its policy). Other statuses are for the engine to judge.
+        """
+        with self.one_timeout():
+            token = self._token.current()
+            answer = self._send(token, method, path, document)
+            if answer.status == HTTPStatus.FORBIDDEN:
+                raise self._forbidden(answer, path)
+            self._renew_when_due(token)
+        return answer
+
+    def one_timeout(self) -> AbstractContextManager[None]:
+        """The calls of this thread within it share one timeout."""
+        return self._peer.one_timeout()
+
+    def close(self) -> None:
+        """Close what is open."""
+        self._peer.close()
+
+    def no_engine(self, answer: Answer, mount: str, enable: str) -> BackendUnavailable | None:
+        """The error for a 404 that means the mount or the namespace; None if it means the item."""
+        words, where = said(answer), self.server.where
+        if "namespace" in words:
+            return BackendUnavailable(f"{where} has no such namespace: check {self.section}.namespace")
+        if "route" in words or "mount" in words:
+            return BackendUnavailable(f"{where} has nothing mounted at {mount}/: run `{enable}`")
+        return None
+
+    @property
+    def section(self) -> str:
+        """The name of our settings section."""
+        return self.server.setting.rpartition(".")[0]
+
+    def _send(self, token: str, method: str, path: str, document: object) -> Answer:
+        body = None if document is None else msgspec.json.encode(document)
+        headers = {"X-Vault-Token": token, "X-Vault-Request": "true", **self._namespace}
+        answer = self._peer.call(method, f"/v1/{path}", body, headers=headers, judged=_SEALED)
+        if answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
+            raise self._sealed(answer)
+        return answer
+
+    def _sealed(self, answer: Answer) -> Unreachable:
+        if b"sealed" in answer.body:
+            return Unreachable(f"{self.server.where} is sealed: run `bao operator unseal` there")
+        return Unreachable(f"{self.server.where} answers {answer.status}")
+
+    def _forbidden(self, answer: Answer, path: str) -> BackendUnavailable:
+        said(answer)
+        return BackendUnavailable(
+            f"{self.server.where} refuses our token: renew the one in {self.section}.token_file, "
+            f"or let its policy allow {path}"
+        )
+
+    # -- the token's life ---------------------------------------------------------------------------
+
+    def _renew_when_due(self, token: str) -> None:
+        """Never fails the call that it goes with; one thread does it while others go on."""
+        if not self._is_due(token) or not self._renewing.acquire(blocking=False):
+            return
+        try:
+            if self._is_due(token):
+                self._life = self._next(token)
+        finally:
+            self._renewing.release()
+
+    def _is_due(self, token: str) -> bool:
+        return self._life.token != token or self._clock() >= self._life.due
+
+    def _next(self, token: str) -> "_Life":
+        now, life = self._clock(), self._life if self._life.token == token else _Life(token)
+        try:
+            left_s, renewable = self._renew(token) if life.renewable else self._look_up(token)
+        except (Unreachable, Busy) as exc:
+            _log.warning("token.not_renewed", reason=exc.detail)
+            return replace(life, due=now + TRY_AGAIN_S)
+        except KmsError as exc:  # the policy has no lookup-self, or the token cannot be renewed any more
+            _log.warning("token.not_renewed", reason=exc.detail)
+            return _Life(token)
+        if not left_s:
+            return _Life(token)  # it never expires
+        if not renewable or left_s < life.left_s:  # near the end of what renewals can give
+            _log.warning("token.expires", in_s=left_s, advice=f"put a new one into {self.section}.token_file")
+        due = now + max(left_s / 2, SHORTEST_S) if renewable else math.inf
+        return _Life(token, due, renewable, left_s)
+
+    def _look_up(self, token: str) -> tuple[float, bool]:
+        """Seconds left (0: for ever), and whether it can be renewed."""
+        answer = self._send(token, "GET", "auth/token/lookup-self", None)
+        if not answer.ok:
+            raise BackendUnavailable(f"{self.server.where} does not say how long our token lasts")
+        found = answer.read(Envelope[_Lookup]).data
+        return found.ttl, found.renewable
+
+    def _renew(self, token: str) -> tuple[float, bool]:
+        answer = self._send(token, "POST", "auth/token/renew-self", {})
+        if not answer.ok:
+            raise BackendUnavailable(f"{self.server.where} does not renew our token")
+        return answer.read(_Renewed).auth.lease_duration, True
+
+
+def said(answer: Answer) -> str:
+    """The server's error words in lower case, for telling cases apart, never for showing.
+
+    Raises BackendUnavailable if the answer is not of the shape that OpenBao, Vault and RustyVault give.
+    """
+    if answer.status == HTTPStatus.NOT_FOUND and not answer.body:
+        return ""  # RustyVault, for an item that is not there
+    found = answer.read(_Words)
+    if found.errors is None and found.error is None and found.data is None:
+        raise answer.odd()
+    return " ".join((*(found.errors or ()), found.error or "")).lower()
+
+
+def path_of(text: str, what: str) -> str:
+    """A mount or path of plain segments, ready for a URL. Raises ConfigurationError."""
+    if not _SEGMENTS.fullmatch(text) or {".", ".."} & set(text.split("/")):
+        raise ConfigurationError(f"{what}: expected letters, digits, _ . - and single slashes between them")
+    return quote(text)
+
+
+def located(uri: SplitResult, mount: str, usage: str) -> tuple[str, str]:
+    """Mount and path of a key's URI. Raises ConfigurationError with ``usage``."""
+    options = parse_qs(uri.query, keep_blank_values=True)
+    mounts = options.pop("mount", [mount])
+    if uri.netloc or uri.fragment or options or len(mounts) != 1 or not mounts[0] or not uri.path:
+        raise ConfigurationError(usage)
+    return mounts[0], unquote(uri.path)
+
+
+# -- opening -----------------------------------------------------------------------------------------
+
+_open: Final[WeakValueDictionary[tuple[Section, bool], Vault]] = WeakValueDictionary()
+
+
+def connect(section: Section, name: str, *, strict: bool) -> Vault:
+    """The server of a settings section (``name`` is as in ``kms.transit``); keys share it while in use."""
+    found = _open.get((section, strict))
+    if found is None:
+        found = _open[section, strict] = _connect(section, name, strict=strict)
+    return found
+
+
+def _connect(section: Section, name: str, *, strict: bool) -> Vault:
+    if section.address is None:
+        raise ConfigurationError(f"{name}.address is missing")
+    tls = Tls(section.tls_verify, section.ca_file, section.client_cert, section.client_key)
+    server = Server(section.address, PRODUCT, f"{name}.address", section.timeout_s, tls)
+    return Vault(server, Token(section.token, section.token_file, strict=strict), section.namespace)

@@ -1,0 +1,73 @@
+"""What a job takes to be allowed: asked of its submitter when it is accepted, and again when it runs.
+
+A batch is asked for once as a whole. The core asks once more for each file and item, then with the key and
+context that these really have.
+"""
+
+from dataclasses import dataclass
+
+from kms_core.auth.policy import Principal, allows
+from kms_core.jobs.model import Accepted
+from kms_core.service import Kms
+from kms_protocol.context import Context
+from kms_protocol.errors import Forbidden
+from kms_protocol.wire import JobKind
+
+_ANY_CONTEXT = Context()  # fits no scope that has a rule on contexts
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A job as policy sees it. ``context`` None: each item may bring its own, so it is not asked for yet."""
+
+    kind: JobKind
+    key_id: str | None
+    context: Context | None
+    new_context: Context | None = None
+
+
+def of(job: Accepted) -> Asked:
+    context = None if job.items and not job.is_tree else job.bound_context
+    return Asked(job.kind, job.key_id, context, job.new_bound_context)
+
+
+def check(kms: Kms, who: Principal, asked: Asked) -> None:
+    """Raise Forbidden or UnknownKey if the job would be refused; Unavailable if that cannot be told now.
+
+    Files name the key that opens them, so that of a decrypt job may not be known yet.
+    """
+    if asked.kind == "encrypt":
+        kms.allow(who, "encrypt", asked.key_id or kms.keyring.default.key_id, asked.context)
+    elif asked.kind == "decrypt":
+        kms.allow(who, "decrypt", asked.key_id, asked.context)
+    elif asked.new_context is not None or not allows(
+        kms.policy, who, asked.kind, asked.key_id, asked.context
+    ):  # away from its key or context, or without the right to move what it cannot open
+        kms.allow(who, "decrypt", None, asked.context)
+        kms.allow(who, "encrypt", asked.key_id, asked.new_context or asked.context)
+
+
+def check_batch(kms: Kms, who: Principal, kind: JobKind) -> None:
+    """Raise Forbidden, recorded once, if no scope of the caller allows the operation with any key.
+
+    Asked before the first item of a batch: the items would only be denied and recorded one by one.
+    Unavailable if it cannot be told now.
+    """
+    moves = kind in {"rewrap", "reseal"} and not allows(kms.policy, who, kind)
+    try:
+        for operation in ("decrypt", "encrypt") if moves else (kind,):
+            kms.policy.require(who, operation)
+    except Forbidden as exc:
+        kms.refused(who, kind, Context(), exc)
+
+
+def check_reader(kms: Kms, who: Principal, job: Accepted) -> None:
+    """Results are for their submitter, and for those of the tenant who could have run the job themselves.
+
+    What is not known of the job, since its items or files alone say it, must be allowed whatever it is.
+    """
+    if who.name == job.principal:
+        return
+    context = _ANY_CONTEXT if job.items else job.bound_context
+    key_id = job.key_id or (kms.keyring.default.key_id if job.kind == "encrypt" else "")
+    kms.allow(who, job.kind, key_id, context)

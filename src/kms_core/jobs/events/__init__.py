@@ -1,0 +1,1 @@
+"""Webhook deliveries: outbox, dispatcher and requests."""

@@ -1,0 +1,149 @@
+"""The courier: a thread of the worker's parent that delivers webhooks; a short lock lets one act at a time.
+
+Requests run in a small pool and touch the network alone. All else (Redis, metrics, logs) happens in the one
+thread, round by round, and between forks.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Final
+
+import redis
+import structlog
+
+from kms_core.jobs.events import webhook
+from kms_core.jobs.events.outbox import Delivery, Outbox
+from kms_core.jobs.events.webhook import Endpoint, Outcome
+from kms_core.jobs.store.redis_keys import is_of_the_record
+from kms_core.observability import metrics
+
+EVERY_S: Final = 0.5
+PER_ENDPOINT: Final = 4  # requests at a time: a slow receiver must not hold up the others
+_MOST_THREADS: Final = 32
+_LOCK_S: Final = 5.0
+_NOTHING: Final = nullcontext()
+_log = structlog.get_logger(__name__)
+
+
+class Courier(threading.Thread):
+    """One round every half second, and whenever an answer has come."""
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        endpoints: Mapping[str, Endpoint],
+        name: str,
+        *,
+        working: AbstractContextManager[object] = _NOTHING,
+    ) -> None:
+        """``working`` is entered for each round: what must not happen meanwhile (a fork) waits for it."""
+        super().__init__(name="courier", daemon=True)
+        self._outbox = outbox
+        self._endpoints = endpoints
+        self._owner = name
+        self._working = working
+        self._stop_asked = False
+        self._wake = threading.Event()
+        self._more = False
+        threads = min(_MOST_THREADS, PER_ENDPOINT * (len(endpoints) + 1))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="webhook")
+        self._in_hand: dict[Future[Outcome], Delivery] = {}
+
+    def run(self) -> None:
+        while not self._stop_asked:
+            self._wake.wait(0 if self._more else EVERY_S)
+            self._wake.clear()
+            self._guarded()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        wait(self._in_hand, webhook.TOTAL_S)
+        self._guarded()
+
+    def stop(self) -> None:
+        """Start no further request; what is under way is settled when answered, or sent again by another."""
+        self._stop_asked = True
+        self._wake.set()
+
+    def _guarded(self) -> None:
+        self._more = False
+        try:
+            with self._working:
+                self.round()
+        except Exception as exc:  # noqa: BLE001 -- a round may fail, the courier may not
+            _log.warning("courier.round_failed", error=type(exc).__name__)
+
+    def round(self) -> None:
+        """Settle what was answered; with the lock, take in events and send what is due."""
+        for future in [future for future in self._in_hand if future.done()]:
+            if not future.cancelled():
+                with self._mending():
+                    self._settle(self._in_hand[future], _outcome(future))
+            del self._in_hand[future]
+        if self._stop_asked or not self._outbox.store.lock("courier", self._owner, _LOCK_S):
+            return
+        with self._mending():
+            self._more = self._outbox.take_in()
+        with self._mending():
+            for name in self._outbox.endpoints():
+                with self._mending():
+                    self._send_due(name)
+        metrics.WEBHOOK_OUTBOX.set(self._outbox.size())
+
+    @contextmanager
+    def _mending(self) -> Iterator[None]:
+        """For what fails because of keys that others wrote: they go, and the next round tries again."""
+        try:
+            yield
+        except redis.ResponseError as exc:
+            if not is_of_the_record(exc):
+                raise
+            self._outbox.mend()
+
+    def _send_due(self, name: str) -> None:
+        under_way = {held.delivery_id for held in self._in_hand.values() if held.endpoint == name}
+        free = PER_ENDPOINT - len(under_way)
+        if free <= 0:
+            return
+        due = self._outbox.due(name, PER_ENDPOINT + free)
+        for delivery in [found for found in due if found.delivery_id not in under_way][:free]:
+            future = self._pool.submit(self._send, delivery)
+            self._in_hand[future] = delivery
+            future.add_done_callback(lambda _: self._wake.set())
+
+    def _send(self, delivery: Delivery) -> Outcome:
+        """In a thread of the pool. An endpoint without a section may get one: until then it has failed."""
+        if self._outbox.is_stale(delivery):
+            return Outcome("failed", "expired")
+        endpoint = self._endpoints.get(delivery.endpoint)
+        if endpoint is None:
+            return Outcome("failed", "unknown_endpoint")
+        if not endpoint.is_for(delivery.tenant):
+            return Outcome("gone", "tenant_refused")
+        return webhook.post(endpoint, delivery.message)
+
+    def _settle(self, delivery: Delivery, outcome: Outcome) -> None:
+        log = _log.bind(
+            endpoint=delivery.endpoint,
+            delivery_id=delivery.delivery_id,
+            job_id=delivery.job_id,
+            state=delivery.state,
+            attempt=delivery.attempts + 1,
+        )
+        result: str = outcome.result
+        if outcome.result == "failed":
+            delay = self._outbox.put_off(delivery)
+            result = "dead" if delay is None else "retried"
+            log.warning(
+                "webhook.failed", result=result, reason=outcome.reason, delay_s=round(delay or 0.0, 1)
+            )
+        else:
+            self._outbox.remove(delivery)
+            log.info("webhook.settled", result=result, reason=outcome.reason)
+        label = delivery.endpoint if delivery.endpoint in self._endpoints else "unknown"
+        metrics.WEBHOOK_DELIVERIES.labels(label, result).inc()
+
+
+def _outcome(future: Future[Outcome]) -> Outcome:
+    failed = future.exception()
+    return Outcome("failed", type(failed).__name__) if failed else future.result()

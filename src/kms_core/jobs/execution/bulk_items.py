@@ -1,0 +1,126 @@
+"""Bulk jobs: many small items, each with its own context, file key and outcome; a bad one sinks no other."""
+
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+import msgspec
+
+from kms_core.jobs.execution.lease import Lease
+from kms_core.jobs.model import Accepted, part_id
+from kms_core.jobs.storage.spool import ITEMS, Label, Spool
+from kms_core.service import Kms
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import InvalidRequest, KmsError, TooLarge, Unavailable
+
+RESULT: Final = "result"
+ENVELOPE_BYTES: Final = 64 * 1024  # what a ciphertext may be longer than its plaintext
+PART_ITEMS: Final = 500
+_MAX_LINE_BYTES: Final = 4 * 1024 * 1024
+_decode: Final = msgspec.json.Decoder(wire.JobItem).decode
+
+
+def run(lease: Lease, kms: Kms, spool: Spool) -> None:
+    """Work through the items of a job, or of its part, and write one result line each, in order.
+
+    Raises Unavailable as it comes: the part is then done again, from its first item.
+    """
+    job, one = lease.claim.accepted, _Items(lease.claim.accepted, kms.for_job()).one
+    label = Label(job.tenant, job.owner, ITEMS, ref=job.input_ref)
+    begin = job.starts[0]
+    first = job.part * PART_ITEMS
+    with (
+        kms.trail.together(),
+        spool.opened(label) as reader,
+        spool.writing(result_label(job.tenant, job.owner, job.part, lease.claim.fence)) as out,
+    ):
+        for index, line in enumerate(lines(reader.slabs(begin, begin + job.size_bytes)), start=first):
+            lease.check()
+            answer = one(index, _decode(line))
+            out.write(wire.encode(answer) + b"\n")
+            lease.item(len(line) + 1, failed=not isinstance(answer.error, msgspec.UnsetType))
+    lease.result_digest = out.ref
+
+
+def result_label(tenant: str, job_id: str, part: int, fence: int, ref: bytes = b"") -> Label:
+    """Where the result lines of one part rest; a job that was not split is its own part 0."""
+    return Label(tenant, job_id, f"{RESULT}{part}", fence, ref)
+
+
+def parts(job: Accepted) -> list[Accepted]:
+    """The job cut into parts, which several workers can run at once. Doing it again gives the same ids."""
+    ends = (*job.starts[1:], job.size_bytes)
+    return [
+        msgspec.structs.replace(
+            job,
+            job_id=part_id(job.job_id, number),
+            parent=job.job_id,
+            part=number,
+            items=min(PART_ITEMS, job.items - number * PART_ITEMS),
+            starts=(start,),
+            size_bytes=end - start,
+            digest=b"",
+        )
+        for number, (start, end) in enumerate(zip(job.starts, ends, strict=True))
+    ]
+
+
+class _Items:
+    """What holds for every item of one run."""
+
+    def __init__(self, job: Accepted, kms: Kms) -> None:
+        self._job, self._kms = job, kms
+        self._who, self._context = job.who, job.bound_context
+
+    def one(self, index: int, item: wire.JobItem) -> wire.ItemResult:
+        kms, who, key_id = self._kms, self._who, self._job.key_id
+        try:
+            context = self._context if item.context is None else Context.parse(item.context)
+            if self._job.kind == "encrypt":
+                sealed = kms.encrypt(who, item.plaintext or b"", context, key_id=key_id)
+                return wire.ItemResult(index=index, ciphertext=sealed.ciphertext)
+            ciphertext = item.ciphertext or b""
+            if self._job.kind == "decrypt":
+                opened = kms.decrypt(who, ciphertext, context, key_id=key_id)
+                return wire.ItemResult(index=index, plaintext=opened.plaintext)
+            move = kms.rewrap if self._job.kind == "rewrap" else kms.reseal
+            new_context = self._job.new_bound_context
+            moved = move(who, ciphertext, context, new_context=new_context, key_id=key_id)
+            return wire.ItemResult(index=index, ciphertext=moved.ciphertext)
+        except Unavailable:
+            raise
+        except KmsError as exc:
+            return wire.ItemResult(index=index, error=wire.ErrorCode(code=exc.code))
+
+
+def check_item(kind: wire.JobKind, index: int, item: wire.JobItem, limit_bytes: int) -> None:
+    """Refuse an item that lacks what its kind needs, or whose plaintext is above the limit."""
+    given, other, wanted = item.ciphertext, item.plaintext, "ciphertext"
+    if kind == "encrypt":
+        given, other, wanted = item.plaintext, item.ciphertext, "plaintext"
+    else:
+        limit_bytes += ENVELOPE_BYTES
+    if given is None or other is not None:
+        raise InvalidRequest(f"Item {index} needs {wanted}, and nothing else, for {kind}")
+    if len(given) > limit_bytes:
+        raise TooLarge(f"Item {index} is above {limit_bytes} bytes: upload it as a file")
+
+
+def parse_line(index: int, line: bytes) -> wire.JobItem:
+    """One line of an NDJSON submission; InvalidRequest names the line, never its content."""
+    try:
+        return _decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise InvalidRequest(f"Line {index + 1} is not an item ({type(exc).__name__})") from None
+
+
+def lines(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
+    """The lines of a stream of pieces, without their newline; empty ones are passed over."""
+    rest = b""
+    for piece in pieces:
+        *whole, rest = (rest + bytes(piece)).split(b"\n")
+        if len(rest) > _MAX_LINE_BYTES:
+            raise TooLarge(f"A line is above {_MAX_LINE_BYTES} bytes")
+        yield from filter(None, whole)
+    if rest:
+        yield rest

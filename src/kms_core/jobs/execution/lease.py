@@ -1,0 +1,197 @@
+"""The lease of one attempt: renewed while work goes on, it tells progress, notices loss and cancellation.
+
+One thread renews all leases of a process: starting one for each would cost more than a small job does.
+"""
+
+import functools
+import math
+import os
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+import structlog
+
+from kms_core.jobs.ends import PlacedTarget, Work
+from kms_core.jobs.model import Claim, Commit, LeaseLost
+from kms_core.jobs.store.store import JobStore
+from kms_core.observability import metrics
+from kms_protocol.errors import JobsUnavailable, KmsError, Unavailable
+
+_TELL_EVERY_S: Final = 0.5
+_log = structlog.get_logger(__name__)
+
+
+class Held(Protocol):
+    """What work on one file asks of its lease."""
+
+    @property
+    def claim(self) -> Claim: ...
+    def check(self) -> None:
+        """Raise LeaseLost or JobCancelled if the work must stop."""
+
+    def admit(self, size_bytes: int) -> None:
+        """Raise FoundLarge if reading a source of this size makes a small job large."""
+
+    def advance(self, size_bytes: int) -> None:
+        """Tell of bytes done."""
+
+
+class FoundLarge(Unavailable):
+    """The sources have grown since the job was claimed as a small one: it is to be claimed as a large one."""
+
+    code = "found_large"
+    summary = "The source has grown since the job was accepted"
+
+    def __init__(self, work_bytes: int) -> None:
+        super().__init__()
+        self.work_bytes = work_bytes
+
+
+class Commits(Protocol):
+    """Where a commit is recorded before it happens."""
+
+    def committing(self, claim: Claim, commit: Commit) -> None:
+        """From here on any worker may finish it. Raises LeaseLost, JobCancelled, JobsUnavailable."""
+
+    def now(self) -> float:
+        """The clock that all jobs go by, in seconds since the epoch. Raises JobsUnavailable."""
+
+
+class Lease:
+    """Held while a job runs. ``check`` raises LeaseLost or JobCancelled, from whichever thread asks.
+
+    The work sets what the signed end tells beside its counts: ``target``, if it wrote one, ``tallies`` of a
+    campaign, and ``result_digest`` of the result that it left in the spool.
+    """
+
+    def __init__(self, store: JobStore, claim: Claim) -> None:
+        self.claim = claim
+        self._store = store
+        self._lock = threading.Lock()
+        self._bytes = self._items = self._failed = 0
+        self._before = (0, 0, 0)
+        self.target: PlacedTarget | None = None
+        self.tallies: Mapping[str, int] = {}
+        self.result_digest = b""
+        self._trouble: KmsError | None = None
+        self._held_until = time.monotonic() + store.rules.lease_s
+        self.every_s = min(_TELL_EVERY_S, store.rules.lease_s / 3)
+
+    def __enter__(self) -> Self:
+        _pacemaker(os.getpid()).add(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _pacemaker(os.getpid()).remove(self)
+        done = self.claim.accepted.kind
+        metrics.JOB_BYTES.labels(done).inc(self._bytes)
+        if self._items:
+            metrics.JOB_ITEMS.labels(done, "ok").inc(self._items - self._failed)
+            metrics.JOB_ITEMS.labels(done, "failed").inc(self._failed)
+
+    def check(self) -> None:
+        """Raise if this attempt must stop: another worker took over, or the owner cancelled."""
+        if self._trouble is not None:
+            raise self._trouble
+        if time.monotonic() > self._held_until:
+            raise LeaseLost
+
+    def admit(self, size_bytes: int) -> None:
+        """Raise FoundLarge if a job that was claimed as a small one would read as much as a large one."""
+        claim, work_bytes = self.claim, self._bytes + size_bytes
+        if not claim.is_large and not claim.commit and work_bytes >= self._store.rules.large_job_bytes:
+            raise FoundLarge(work_bytes)
+
+    def advance(self, size_bytes: int) -> None:
+        with self._lock:
+            self._bytes += size_bytes
+
+    def item(self, size_bytes: int = 0, *, failed: bool) -> None:
+        """Tell of an item done, and of its bytes."""
+        with self._lock:
+            self._bytes += size_bytes
+            self._items += 1
+            self._failed += failed
+
+    def resume(self, *, items: int, failed: int, size_bytes: int) -> None:
+        """Count what earlier attempts did for good."""
+        self._before = (items, failed, size_bytes)
+
+    @property
+    def failed_items(self) -> int:
+        return self._before[1] + self._failed
+
+    @property
+    def work(self) -> Work:
+        """What has been done so far."""
+        items, failed, size_bytes = self._before
+        return Work(
+            items_done=items + self._items,
+            items_failed=failed + self._failed,
+            bytes_done=size_bytes + self._bytes,
+            tallies=self.tallies,
+            target=self.target,
+            result_digest=self.result_digest,
+        )
+
+    def renew(self) -> None:
+        """Extend it, unless it is lost: that ``check`` tells. It may still be told when the work is over."""
+        asked = time.monotonic()
+        try:
+            self._store.renew(self.claim, self.work.progress)
+            self._held_until = asked + self._store.rules.lease_s
+        except JobsUnavailable:  # Redis may come back before the lease is over
+            return
+        except KmsError as exc:
+            self._trouble = exc
+
+
+class _Pacemaker:
+    """Renews leases when they are due, in a thread that sleeps in between. One for each process."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._due: dict[Lease, float] = {}
+        self._wakes_at = -math.inf
+        threading.Thread(target=self._run, name="leases", daemon=True).start()
+
+    def add(self, lease: Lease) -> None:
+        with self._changed:
+            self._due[lease] = due = time.monotonic() + lease.every_s
+            if due < self._wakes_at:
+                self._changed.notify()
+
+    def remove(self, lease: Lease) -> None:
+        with self._changed:
+            self._due.pop(lease, None)
+
+    def _run(self) -> None:
+        while True:
+            for lease in self._await_due():
+                try:
+                    lease.renew()
+                except Exception as exc:  # noqa: BLE001 -- a lease may run out, the thread may not end
+                    _log.exception("lease.renewal_failed", error=type(exc).__name__)
+
+    def _await_due(self) -> list[Lease]:
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                due = [lease for lease, at in self._due.items() if at <= now]
+                if due:
+                    self._due |= {lease: now + lease.every_s for lease in due}
+                    self._wakes_at = -math.inf  # what is added meanwhile is seen before the next sleep
+                    return due
+                self._wakes_at = min(self._due.values(), default=math.inf)
+                self._changed.wait(None if math.isinf(self._wakes_at) else self._wakes_at - now)
+
+
+@functools.cache
+def _pacemaker(_process: int) -> _Pacemaker:
+    """Of this process: a thread does not outlive a fork."""
+    return _Pacemaker()

@@ -1,0 +1,180 @@
+"""The result of an ended job as bytes of a known size, any run of which can be read; knows no HTTP.
+
+A result is pieces laid end to end: a header and the payload of the upload, an opened spool blob, or the
+result lines of every part of a bulk job.
+"""
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from kms_core.jobs.ends import needs_proof
+from kms_core.jobs.execution import bulk_items, tree, upload
+from kms_core.jobs.model import REFUSED, Accepted, Job
+from kms_core.jobs.storage.spool import Label, Spool
+from kms_core.jobs.store.store import JobStore
+from kms_protocol import wire
+from kms_protocol.errors import JobNotFinished, RecordRefused, ResultExpired, UnknownJob
+
+_SLAB_BYTES: Final = 1024 * 1024
+
+
+class Piece(Protocol):
+    """Some bytes of a result. Nothing is held open between calls."""
+
+    @property
+    def size(self) -> int: ...
+    def slabs(self, start: int, stop: int) -> Generator[bytes | memoryview]:
+        """The bytes from ``start`` to before ``stop``, verified.
+
+        Raises ResultExpired, DecryptFailed, RecordRefused for a file of the spool that is not the job's.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Pieces end to end."""
+
+    pieces: Sequence[Piece]
+    lines: bool = False
+
+    @property
+    def size(self) -> int:
+        return sum(piece.size for piece in self.pieces)
+
+    def slabs(self, start: int, stop: int) -> Generator[bytes | memoryview]:
+        """The bytes from ``start`` to before ``stop``, in order, at most some 1 MiB at a time."""
+        at = 0
+        for piece in self.pieces:
+            first, last = max(0, start - at), min(piece.size, stop - at)
+            if first < last:
+                yield from piece.slabs(first, last)
+            at += piece.size
+
+
+def of(job: Job, store: JobStore, spool: Spool) -> Result:
+    """The result of this job.
+
+    Raises JobNotFinished, ResultExpired, UnknownJob for a forged record, RecordRefused for an end, or a file
+    of the spool, that is not the job's.
+    """
+    accepted = _ended(job, store)
+    if accepted.target and not accepted.is_tree:
+        raise ResultExpired("The result of this job is the file that it was told to write")
+    if accepted.items or accepted.is_tree:
+        return Result(list(_lines(job, accepted, store, spool)), lines=True)
+    head = Label(job.tenant, job.job_id, upload.HEAD, job.fence, _ref(job))
+    if accepted.kind == "decrypt":
+        return Result([_Opened.of(spool, upload.upload_label(accepted), head)])
+    return Result([_head(spool, head), _Payload.of(spool, upload.upload_label(accepted))])
+
+
+def _ended(job: Job, store: JobStore) -> Accepted:
+    """The sealed part of a job whose result may be read. Raises as ``of``."""
+    if not job.ended:
+        raise JobNotFinished
+    if job.purged or job.state == "cancelled":
+        raise ResultExpired
+    if job.error == REFUSED:
+        raise RecordRefused
+    accepted = store.accepted(job.job_id)
+    if accepted.tenant != job.tenant:  # Redis was tampered with: the sealed part is right
+        raise UnknownJob
+    if accepted.signed_end and job.end is None:  # it failed, or is told so: what rests there was not signed
+        raise ResultExpired
+    return accepted
+
+
+def _ref(job: Job) -> bytes:
+    """What the result of a job, or of a part, was written as; empty where a worker of 0.1 ended it."""
+    return job.end.result_digest if job.end else b""
+
+
+def _lines(job: Job, accepted: Accepted, store: JobStore, spool: Spool) -> Iterator[Piece]:
+    if not job.parts and accepted.is_tree:
+        return  # no file was named
+    if not job.parts:
+        yield _Opened.of(spool, bulk_items.result_label(job.tenant, job.job_id, 0, job.fence, _ref(job)))
+        return
+    for number, part in enumerate(store.parts_as_ended(job)):
+        if needs_proof(part.job.state, part.job.error):
+            label = bulk_items.result_label(job.tenant, job.job_id, number, part.job.fence, _ref(part.job))
+            yield _Opened.of(spool, label)
+        elif part.accepted is None:
+            raise RecordRefused
+        elif accepted.is_tree:
+            entries = tree.entries(part.accepted, spool)
+            yield _literal(tree.lines(part.accepted, entries, part.log, part.job.error))
+        else:
+            yield _literal(_refused(number * bulk_items.PART_ITEMS, part.accepted.items, part.job.error))
+
+
+def _refused(first: int, count: int, code: str) -> Iterator[wire.ItemResult]:
+    """The lines of a part that never got to an end of its own."""
+    error = wire.ErrorCode(code=code)
+    return (wire.ItemResult(index=index, error=error) for index in range(first, first + count))
+
+
+def _literal(lines: Iterable[wire.ItemResult]) -> "_Literal":
+    return _Literal(b"".join(wire.encode(line) + b"\n" for line in lines))
+
+
+@dataclass(frozen=True, slots=True)
+class _Literal:
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def slabs(self, start: int, stop: int) -> Generator[bytes]:
+        yield self.data[start:stop]
+
+
+@dataclass(frozen=True, slots=True)
+class _Payload:
+    """The sealed payload of an upload, as it lies."""
+
+    spool: Spool
+    label: Label
+    size: int
+
+    @classmethod
+    def of(cls, spool: Spool, label: Label) -> "_Payload":
+        with spool.blob(label) as blob:
+            return cls(spool, label, blob.payload.size)
+
+    def slabs(self, start: int, stop: int) -> Generator[bytes]:
+        with self.spool.blob(self.label) as blob:
+            at, end = (blob.head.payload_offset + position for position in (start, stop))
+            while at < end:
+                slab = blob.file.read_at(at, min(_SLAB_BYTES - at % _SLAB_BYTES, end - at))  # whole blocks
+                if not slab:
+                    raise ResultExpired
+                yield slab
+                at += len(slab)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """The plaintext of a blob, whose file key is sealed in its own header, or in that of ``head``."""
+
+    spool: Spool
+    label: Label
+    head: Label | None
+    size: int
+
+    @classmethod
+    def of(cls, spool: Spool, label: Label, head: Label | None = None) -> "_Opened":
+        with spool.blob(label) as blob:
+            return cls(spool, label, head, blob.plaintext_bytes)
+
+    def slabs(self, start: int, stop: int) -> Generator[memoryview]:
+        with self.spool.opened(self.label, self.head) as reader:
+            yield from reader.slabs(start, stop)
+
+
+def _head(spool: Spool, label: Label) -> _Literal:
+    """A blob that is a header and a nonce, and nothing else."""
+    with spool.blob(label) as blob:
+        return _Literal(blob.file.read_at(0, blob.head.payload_offset))

@@ -1,0 +1,1 @@
+"""Heartbeats of workers, and jobs whose worker died."""

@@ -1,0 +1,115 @@
+"""Seals the accepted part of a job record: whoever can write to Redis cannot change what a job does."""
+
+import hmac
+import os
+from typing import Final
+
+import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from kms_core.age.kdf import KEY_BYTES, hkdf
+from kms_core.jobs.ends import SignedEnd, SignedSplit
+from kms_core.jobs.model import Accepted, Commit, Log
+from kms_protocol.errors import UnknownJob
+
+_VERSION: Final = b"\x01"
+_COMMIT: Final = b"commit"
+_LOG: Final = b"log"
+_END: Final = b"end"
+_SPLIT: Final = b"split"
+_TAG_BYTES: Final = 32
+_SALT_BYTES: Final = 32
+_ZERO_NONCE: Final = bytes(12)
+_RECORD_INFO: Final = b"kms-service/job-record/1"
+_DIGEST_INFO: Final = b"kms-service/job-digest/1"
+
+
+class RecordKey:
+    """AEAD under keys that Redis never holds: one fresh key per record, derived by a random 32-byte salt."""
+
+    def __init__(self, secrets: tuple[bytes, ...]) -> None:
+        """``secrets`` are 32 bytes each, newest last: the newest seals, all open."""
+        self._secrets = secrets
+        self._digest_key = hkdf(secrets[0], salt=b"", info=_DIGEST_INFO)
+
+    def seal(self, accepted: Accepted) -> bytes:
+        salt = os.urandom(_SALT_BYTES)
+        cipher = ChaCha20Poly1305(hkdf(self._secrets[-1], salt=salt, info=_RECORD_INFO))
+        sealed = cipher.encrypt(_ZERO_NONCE, msgspec.msgpack.encode(accepted), accepted.job_id.encode())
+        return _VERSION + salt + sealed
+
+    def open(self, job_id: str, sealed: bytes) -> Accepted:
+        """The record. UnknownJob if it was not sealed here for this job id."""
+        salt, body = sealed[1 : 1 + _SALT_BYTES], sealed[1 + _SALT_BYTES :]
+        for secret in reversed(self._secrets):
+            cipher = ChaCha20Poly1305(hkdf(secret, salt=salt, info=_RECORD_INFO))
+            try:
+                plain = cipher.decrypt(_ZERO_NONCE, body, job_id.encode())
+            except (InvalidTag, ValueError):
+                continue
+            return msgspec.msgpack.decode(plain, type=Accepted)
+        raise UnknownJob("The record of this job was not written by this service")
+
+    def sign_commit(self, job_id: str, commit: Commit, spec: bytes = b"") -> bytes:
+        """A commit record as it rests in Redis: behind a MAC, or others could have a file put in place.
+
+        ``spec`` is the digest of the sealed record, so that it counts for no other record of this id; empty
+        for a record of 0.1.
+        """
+        return self._signed(_COMMIT, job_id, spec, msgspec.json.encode(commit))
+
+    def open_commit(self, job_id: str, signed: bytes, spec: bytes = b"") -> Commit:
+        """The commit record. UnknownJob if it was not written here for this job id and sealed record."""
+        return msgspec.json.decode(self._verified(_COMMIT, job_id, spec, signed), type=Commit)
+
+    def sign_log(self, job_id: str, log: Log, spec: bytes = b"") -> bytes:
+        """How far a part has come, as it rests in Redis: behind a MAC, like a commit record."""
+        return self._signed(_LOG, job_id, spec, msgspec.msgpack.encode(log))
+
+    def open_log(self, job_id: str, signed: bytes, spec: bytes = b"") -> Log:
+        """The log of a part. UnknownJob if it was not written here for this job id and sealed record."""
+        return msgspec.msgpack.decode(self._verified(_LOG, job_id, spec, signed), type=Log)
+
+    def sign_end(self, job_id: str, end: SignedEnd, spec: bytes) -> bytes:
+        """How a job ended, as it rests in Redis: behind a MAC, or others could have it told as done."""
+        return self._signed(_END, job_id, spec, msgspec.msgpack.encode(end))
+
+    def open_end(self, job_id: str, signed: bytes, spec: bytes) -> SignedEnd:
+        """The end of a job. UnknownJob if it was not written here for this job id and sealed record."""
+        return msgspec.msgpack.decode(self._verified(_END, job_id, spec, signed), type=SignedEnd)
+
+    def sign_split(self, job_id: str, split: SignedSplit, spec: bytes) -> bytes:
+        """What a job was cut into, as it rests in Redis: behind a MAC, or others could leave out parts."""
+        return self._signed(_SPLIT, job_id, spec, msgspec.msgpack.encode(split))
+
+    def open_split(self, job_id: str, signed: bytes, spec: bytes) -> SignedSplit:
+        """What a job was cut into. UnknownJob if not written here for this job id and sealed record."""
+        return msgspec.msgpack.decode(self._verified(_SPLIT, job_id, spec, signed), type=SignedSplit)
+
+    def _signed(self, label: bytes, job_id: str, spec: bytes, body: bytes) -> bytes:
+        return self._tag(label, job_id, spec, body) + body
+
+    def _verified(self, label: bytes, job_id: str, spec: bytes, signed: bytes) -> bytes:
+        tag, body = signed[:_TAG_BYTES], signed[_TAG_BYTES:]
+        if not hmac.compare_digest(tag, self._tag(label, job_id, spec, body)):
+            raise UnknownJob("A record of this job was not written by this service")
+        return body
+
+    def _tag(self, label: bytes, job_id: str, spec: bytes, body: bytes) -> bytes:
+        bound = (spec,) if spec else ()
+        return self.digest(label, job_id.encode(), *bound, body)
+
+    def digest(self, *parts: bytes) -> bytes:
+        """A keyed digest of 32 bytes: a plain one of a short secret could be guessed."""
+        return self.hasher(*parts).digest()
+
+    def hasher(self, *parts: bytes) -> "hmac.HMAC":
+        """The same, for a body that arrives in pieces."""
+        hasher = hmac.new(self._digest_key, digestmod="sha256")
+        for part in parts:
+            hasher.update(len(part).to_bytes(8, "big") + part)
+        return hasher
+
+
+SECRET_BYTES: Final = KEY_BYTES

@@ -1,0 +1,1 @@
+"""Where jobs read and write: local files, buckets and the spool."""

@@ -1,0 +1,123 @@
+"""Objects that jobs name by ``s3://``: the buckets of the settings, and where jobs may read and write there.
+
+A URL is read as a file's is: its parts are percent-decoded, so that a key with ``%``, ``?``, ``#`` or, for
+jobs over many, ``*`` can be written. Knows no job.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import quote
+
+from kms_core.jobs.storage.local_paths import parts
+from kms_core.s3 import sigv4
+from kms_core.s3.bucket import Bucket
+from kms_core.s3.connection import Line, Place
+from kms_core.settings.model import Bucket as Section
+from kms_core.settings.model import Settings
+from kms_protocol.errors import PathRefused
+from kms_protocol.tls_client import client_context
+
+SCHEME: Final = "s3://"
+KEY_MAX_BYTES: Final = 1024
+_ELSEWHERE: Final = "[kms.jobs.buckets] allows no such object for {}"
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """A bucket, and the prefixes beneath which jobs may read and write."""
+
+    bucket: Bucket
+    read: tuple[str, ...]
+    write: tuple[str, ...]
+
+
+class Buckets:
+    """The buckets that jobs may use. Safe for threads and across forks."""
+
+    def __init__(self, allowed: Mapping[str, Allowed]) -> None:
+        self._allowed = dict(allowed)
+
+    def reading(self, url: str) -> tuple[Bucket, str]:
+        """Bucket and key of an object that jobs may read; asks no store. Raises PathRefused."""
+        name, key = parse(url)
+        found = self._allowed.get(name)
+        if found is None or not key.startswith(found.read):
+            raise PathRefused(_ELSEWHERE.format("reading"))
+        return found.bucket, key
+
+    def writing(self, url: str) -> tuple[Bucket, str]:
+        """The same of an object that jobs may write."""
+        name, key = parse(url)
+        found = self._allowed.get(name)
+        if found is None or not key.startswith(found.write):
+            raise PathRefused(_ELSEWHERE.format("writing"))
+        return found.bucket, key
+
+    def listing(self, url_prefix: str) -> Iterator[tuple[str, int]]:
+        """URL and size in bytes of every object beneath ``s3://bucket/`` or ``s3://bucket/folder/``.
+
+        In the order of keys; the empty objects that stand for folders are left out. A URL may still be
+        refused by ``reading``, if its key could be read in two ways. Raises PathRefused, Unavailable.
+        """
+        name, slash, path = url_prefix.removeprefix(SCHEME).partition("/")
+        if not url_prefix.startswith(SCHEME) or not slash or (path and not path.endswith("/")):
+            raise PathRefused("Expected s3://bucket/ or s3://bucket/folder/, with a slash at its end")
+        prefix = "/".join(parts(path[:-1])) + "/" if path else ""
+        found = self._allowed.get(name)
+        if found is None or not prefix.startswith(found.read):
+            raise PathRefused(_ELSEWHERE.format("reading"))
+        for key, size in found.bucket.keys(prefix):
+            if size or not key.endswith("/"):
+                yield f"{SCHEME}{name}/{quote(key)}", size
+
+    def close(self) -> None:
+        """Close what connections are kept. A later request connects again."""
+        for allowed in self._allowed.values():
+            allowed.bucket.line.close()
+
+
+def parse(url: str) -> tuple[str, str]:
+    """Bucket and key of ``s3://bucket/key``.
+
+    Raises PathRefused where a store, or what stands before it, could read the key in another way: ``.``,
+    ``..`` or nothing between slashes, an encoded slash, control characters, more than 1,024 bytes.
+    """
+    name, slash, path = url.removeprefix(SCHEME).partition("/")
+    if not url.startswith(SCHEME) or not name or not slash:
+        raise PathRefused("Expected s3://bucket/key")
+    key = "/".join(parts(path))
+    if len(key.encode()) > KEY_MAX_BYTES:
+        raise PathRefused(f"A key has at most {KEY_MAX_BYTES} bytes")
+    return name, key
+
+
+def build(settings: Settings) -> Buckets:
+    """The buckets of ``[kms.jobs.buckets]``; reads files of secrets and authorities, connects to nothing.
+
+    Raises ConfigurationError.
+    """
+    lines: dict[tuple[object, ...], Line] = {}
+    allowed = {}
+    for name, section in settings.kms.jobs.buckets.items():
+        # On one line an object is copied by the store itself, from bucket to bucket.
+        same = (section.endpoint, section.region, section.access_key_id, section.secret_key_file)
+        line = lines.setdefault(
+            (*same, section.ca_file, section.timeout_s), _line(name, section, strict=settings.is_prod)
+        )
+        bucket = Bucket(name, line, path_style=section.path_style)
+        allowed[name] = Allowed(bucket, section.read, section.write)
+    return Buckets(allowed)
+
+
+def _line(name: str, section: Section, *, strict: bool) -> Line:
+    where = f"kms.jobs.buckets.{name}"
+    endpoint = section.endpoint or f"https://s3.{section.region}.amazonaws.com"
+    if section.access_key_id and section.secret_key_file:
+        credentials = sigv4.from_file(
+            section.access_key_id, section.secret_key_file, f"{where}.secret_key_file", strict=strict
+        )
+    else:
+        credentials = sigv4.from_surroundings(where)
+    trust = client_context(section.ca_file, f"{where}.ca_file") if endpoint.startswith("https:") else None
+    return Line(Place(endpoint, section.region, credentials, trust, section.timeout_s))

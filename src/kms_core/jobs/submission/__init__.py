@@ -1,0 +1,1 @@
+"""Jobs accepted from the API and from Celery messages."""

@@ -1,0 +1,204 @@
+"""The intake: sealed messages of workflows that have no HTTP become jobs; knows no Celery (docs/celery.md).
+
+A message is an age file to the intake recipient, made by any age tool. The recipient is public, so a message
+proves nothing about who sent it: the token in it does. Where callers are not authenticated, whoever may write
+to the broker may submit, as principal ``celery``.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from kms_core import audit
+from kms_core.age import header, stream
+from kms_core.age.header import Limits
+from kms_core.age.recipients import Recipient, parse_identity
+from kms_core.auth.authenticator import Doors
+from kms_core.auth.policy import Principal
+from kms_core.backends.age import AgeBackend
+from kms_core.envelope import binding, sealing
+from kms_core.envelope.binding import KeyRef
+from kms_core.jobs.submission.submitter import Desk, Named, Terms
+from kms_core.observability import metrics
+from kms_protocol import small_files, wire
+from kms_protocol.context import Context
+from kms_protocol.errors import (
+    BackendUnavailable,
+    DecryptFailed,
+    IdempotencyConflict,
+    InvalidRequest,
+    JobExpired,
+    JobsUnavailable,
+    TooLarge,
+    Unauthenticated,
+    UnknownKey,
+)
+
+VERSION: Final = 1
+LONGEST_S: Final = 24 * 3600
+SCHEMA_ID: Final = "urn:kms-service:kms.submit:v1"
+_WHO: Final = Principal("celery")
+_LOCK_S: Final = 120.0  # far above the time that the largest message takes to reach the spool
+_SKEW_S: Final = 60
+_DIGEST_LABEL: Final = b"kms.submit"
+_decode: Final = msgspec.json.Decoder(wire.Submission).decode
+_encode: Final = msgspec.json.Encoder(order="sorted").encode
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Limits of a message, from settings. ``message_bytes`` bounds its JSON, ``header`` its age header."""
+
+    message_bytes: int
+    items: int
+    header: Limits
+    result_ttl_s: int
+
+    @property
+    def text_length(self) -> int:
+        """The most characters that the base64 of such a message has."""
+        sealed = self.header.header_bytes + stream.NONCE + stream.sealed_size(self.message_bytes)
+        return (sealed + 2) // 3 * 4
+
+
+class Intake:
+    """Opens messages with the intake identity and hands their jobs to the desk."""
+
+    def __init__(self, key: AgeBackend, desk: Desk, rules: Rules, doors: Doors | None = None) -> None:
+        """``doors`` None: callers are not authenticated, and a token is not looked at."""
+        self._key = key
+        self._desk = desk
+        self._rules = rules
+        self._doors = doors
+
+    @property
+    def text_length(self) -> int:
+        """The most characters that a message has."""
+        return self._rules.text_length
+
+    def accept(self, message: object, worker: str) -> str:
+        """Take the job in a message; the answer is its id, which its submitter chose.
+
+        Taking a message again changes nothing. Raises Unavailable or SpoolFull where trying again may help;
+        any other KmsError is final: DecryptFailed, NotACiphertext, TooLarge, InvalidRequest, JobExpired,
+        Unauthenticated, IdempotencyConflict for another job of this id, and what the desk refuses.
+        """
+        asked = self._read(message)
+        with audit.identified(asked.job_id):
+            return self._accept(asked, worker)
+
+    def _accept(self, asked: wire.Submission, worker: str) -> str:
+        who = self._who(asked)
+        store = self._desk.store
+        named = Named(asked.job_id, store.record_key.digest(_DIGEST_LABEL, _encode(_given(asked.job))))
+        if self._is_taken(named, who):
+            return asked.job_id
+        if not store.lock(f"submit:{asked.job_id}", worker, _LOCK_S):
+            raise JobsUnavailable("Another worker has this message in hand", retry_after_s=1.0)
+        if not self._is_taken(named, who):  # the spool is written under the lock, or two would write one blob
+            self._desk.submit(self._terms(asked, named, who), asked.job, self._rules.items)
+        return asked.job_id
+
+    def _who(self, asked: wire.Submission) -> Principal:
+        if self._doors is None:
+            return _WHO
+        try:
+            who = self._doors.principal(asked.token or "")
+        except Unauthenticated as exc:
+            metrics.AUTH_FAILURES.labels(exc.reason).inc()
+            raise
+        self._desk.allow(who, "jobs:write")
+        return who
+
+    def _read(self, message: object) -> wire.Submission:
+        """Open, decode and judge a message by itself; its values are in no error's text."""
+        if not isinstance(message, str):
+            raise InvalidRequest("The one argument of kms.submit is the base64 text of an age file")
+        if len(message) > self._rules.text_length:
+            raise TooLarge(f"The message is above {self._rules.text_length} characters")
+        try:
+            asked = _decode(self._open(msgspec.convert(message, bytes)))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise InvalidRequest("The message is not base64, or holds no kms.submit of version 1") from None
+        left_s = _left_s(asked)
+        if left_s <= 0:
+            raise JobExpired("The message expired before a worker took it")
+        if left_s > LONGEST_S:
+            raise InvalidRequest("expires_at is more than 24 hours ahead")
+        return asked
+
+    def _open(self, sealed: bytes) -> bytes:
+        """The JSON in a foreign age file; the identities are tried from the current one on."""
+        head = header.parse(sealed, self._rules.header)
+        if binding.read(head) is not None:  # a ciphertext of this service is no message
+            raise DecryptFailed
+        if stream.plaintext_size(len(sealed) - head.payload_offset) > self._rules.message_bytes:
+            raise TooLarge(f"The message is above {self._rules.message_bytes} bytes of JSON")
+        versions = reversed(self._key.versions())
+        keys = [KeyRef(_WHO.tenant, "intake", version.version, self._key.name) for version in versions]
+        file_key, _ = sealing.foreign_file_key(head, self._key, keys)
+        return sealing.open_(sealed, head, file_key)
+
+    def _is_taken(self, named: Named, who: Principal) -> bool:
+        store = self._desk.store
+        if not store.exists(named.job_id):
+            return False
+        before = store.accepted(named.job_id)
+        if (before.tenant, before.digest) != (who.tenant, named.digest):
+            raise IdempotencyConflict("A different job has this job_id: choose a new one for each job")
+        return True
+
+    def _terms(self, asked: wire.Submission, named: Named, who: Principal) -> Terms:
+        """The record must outlive the message, else a late replay would run the job again."""
+        job, wanted_s = asked.job, asked.job.ttl_s or self._rules.result_ttl_s
+        needed_s = math.ceil(_left_s(asked)) + _SKEW_S - int(self._desk.store.rules.keep_record_s)
+        new_context = None if job.new_context is None else Context.parse(job.new_context)
+        return Terms(
+            who,
+            job.kind,
+            Context.parse(job.context),
+            job.key_id,
+            new_context,
+            max(wanted_s, needed_s),
+            named=named,
+            callback=job.callback or "",
+            priority=job.priority or "normal",
+        )
+
+
+def recipient(path: Path) -> Recipient:
+    """Whom to seal messages to: the recipient of the last identity in the file, which is not kept.
+
+    Raises UnknownKey if there is no file, BackendUnavailable if it cannot be read or holds no identity.
+    """
+    try:
+        lines = [line.strip() for line in small_files.text(path).splitlines()]
+        return parse_identity([line for line in lines if line and not line.startswith("#")][-1]).recipient
+    except FileNotFoundError:
+        raise UnknownKey("This service has no intake key, so it takes no kms.submit messages") from None
+    except (OSError, ValueError, IndexError) as exc:
+        raise BackendUnavailable("The intake key cannot be read") from exc
+
+
+def schema() -> dict[str, object]:
+    """The JSON schema of a message, as published in docs/schemas."""
+    found = msgspec.json.schema(wire.Submission)
+    for shape in found["$defs"].values():  # docstrings, which Python takes the indentation from since 3.13
+        if "description" in shape:
+            shape["description"] = inspect.cleandoc(shape["description"])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA_ID, **found}
+
+
+def _given(job: wire.JobIn) -> dict[str, object]:
+    """What a job says. Fields that it leaves out, and those of later versions, do not count."""
+    fields = {name: getattr(job, name) for name in job.__struct_fields__}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _left_s(asked: wire.Submission) -> float:
+    return (asked.expires_at - datetime.now(UTC)).total_seconds()

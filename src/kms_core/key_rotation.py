@@ -1,0 +1,107 @@
+"""When a key is due for a new version, and making it: by age, or by the messages that one version may seal.
+
+What a new version is with each backend is told in ``docs/backends.md``.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Final, Literal
+
+import structlog
+
+from kms_core.auth.policy import Principal
+from kms_core.backends import Backend, KeyVersion
+from kms_core.keyring import Key, Keyring
+from kms_core.observability import metrics, usage
+from kms_core.service import Kms
+from kms_core.settings.model import Settings
+from kms_protocol.errors import KmsError
+
+SCHEDULE: Final = Principal("rotation-schedule", credential="internal")
+Reason = Literal["age", "budget"]
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """``every_days`` 0 means never by age. Above ``budget_messages`` a warning, or a rotation if told so.
+
+    One AES-GCM key with random nonces may seal 2^32 messages (NIST SP 800-38D §8.3).
+    """
+
+    every_days: int = 90
+    budget_messages: int = 2**32
+    budget_rotates: bool = False
+
+
+def rules_of(settings: Settings) -> Rules:
+    section = settings.kms.rotation
+    return Rules(section.every_days, section.budget_messages, section.budget_rotates)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One backend's part of a key: the version in use, when it is due, how much of its budget is spent."""
+
+    key_id: str
+    backend: str
+    current: KeyVersion
+    messages: int
+    budget: float
+    due_at: datetime | None
+
+    def due(self, now: datetime, rules: Rules) -> Reason | None:
+        if self.due_at is not None and now >= self.due_at:
+            return "age"
+        return "budget" if rules.budget_rotates and self.budget >= 1 else None
+
+
+def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: Rules) -> State:
+    """Raises BackendUnavailable."""
+    current = backend.versions()[-1]
+    messages, _ = usage.of_version(counts, key.key_id, current.version, backend.name)
+    made = current.created_at
+    due_at = made + timedelta(days=rules.every_days) if made is not None and rules.every_days else None
+    return State(key.key_id, backend.name, current, messages, messages / rules.budget_messages, due_at)
+
+
+def states(ring: Keyring, counts: Mapping[str, int], rules: Rules) -> Iterator[State]:
+    """Of every key and every backend that seals; those that do not answer are left out, and logged."""
+    for key in ring.keys.values():
+        for backend in key.sealing:
+            try:
+                yield state_of(key, backend, counts, rules)
+            except KmsError as exc:
+                _log.warning("rotation.unknown", key_id=key.key_id, backend=backend.name, code=exc.code)
+
+
+def watch(ring: Keyring, counts: Mapping[str, int], rules: Rules) -> list[State]:
+    """Tell the metrics; the keys that are due."""
+    now = datetime.now(UTC)
+    due = []
+    for state in states(ring, counts, rules):
+        labels = (state.key_id, state.backend)
+        is_due = state.due(now, rules) is not None
+        metrics.KEY_BUDGET.labels(*labels).set(state.budget)
+        metrics.KEY_ROTATION_DUE.labels(*labels).set(is_due)
+        if state.current.created_at is not None:
+            metrics.KEY_AGE_SECONDS.labels(*labels).set((now - state.current.created_at).total_seconds())
+        if state.budget >= 1:
+            _log.warning("key.budget_spent", key_id=state.key_id, key_version=state.current.version)
+        if is_due:
+            due.append(state)
+    return due
+
+
+def rotate_due(kms: Kms, due: list[State]) -> None:
+    """One attempt for each key; a failure is told and left to the next time."""
+    for key_id in dict.fromkeys(state.key_id for state in due):
+        try:
+            made = kms.rotate(SCHEDULE, key_id)
+        except KmsError as exc:
+            metrics.KEY_ROTATIONS.labels("failed").inc()
+            _log.error("key.rotation_failed", key_id=key_id, code=exc.code, reason=exc.detail)
+        else:
+            metrics.KEY_ROTATIONS.labels("ok").inc()
+            _log.info("key.rotated", key_id=key_id, key_version=made.version)

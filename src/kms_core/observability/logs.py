@@ -1,0 +1,220 @@
+"""Logging: one pipeline for our events and our libraries' lines, redacted. Knows no settings.
+
+Events, not sentences: ``log.info("key.opened", key_id=…, scheme=…)``. Fields with the names of secrets are
+blanked, bytes appear as their length, and a last pass over the finished line takes out what looks like an
+age identity, a token or a password in a URL, wherever it came from.
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Final, TextIO, cast
+
+import structlog
+from structlog.stdlib import BoundLogger, ProcessorFormatter
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from kms_protocol.errors import ConfigurationError
+
+REDACTED: Final = "[redacted]"
+SECRET_FIELDS: Final = frozenset(
+    {
+        "api_key",
+        "authorization",
+        "ciphertext",
+        "context",
+        "cookie",
+        "data_key",
+        "file_key",
+        "identity",
+        "password",
+        "plaintext",
+        "private_key",
+        "secret",
+        "token",
+    }
+)
+OFF: Final = logging.CRITICAL + 10
+LEVELS: Final = {
+    "trace": logging.DEBUG,
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "off": OFF,
+}
+ACCESS: Final = "uvicorn.access"
+TARGETS: Final = {  # the seed's names, which are Rust crates
+    "kms_service": ("kms_core", "kms_api", "kms_worker", "kms_client", "kms_cli"),
+    "tower_http": (ACCESS,),
+}
+UNLESS_NAMED: Final = {
+    ACCESS: logging.WARNING,
+    "celery.worker.strategy": logging.WARNING,  # a line for each message; our events have the job's id
+    "httpx": logging.WARNING,
+    "httpcore": logging.WARNING,
+}
+AT_LEAST: Final = {
+    "celery.app.trace": logging.WARNING,  # at INFO it prints what a task returns
+    "botocore": logging.INFO,  # at DEBUG it prints AWS session tokens
+    "botocore.auth": logging.INFO,
+}
+
+_IDS: Final[dict[str, ContextVar[str]]] = {}
+# A failed look for a password or a JWT would be made again from every place in the same run of characters, so
+# that run is taken as a whole, and looked through once for what else may be in it: time grows with the text.
+_OF_ONE_WORD: Final = r"AGE-SECRET-KEY-[0-9A-Z-]+|kms_[a-z2-7]{10}_[\w-]{43}"
+_JWT: Final = r"(?P<word>eyJ[\w-]++)(?P<rest>\.eyJ[\w-]++\.[\w-]*+)?"
+_LOGIN: Final = r"(?<=://)(?P<login>[^/:@\s\"']*+:[^@\s\"']++)(?P<at>(?=@))?"
+_WORDS: Final = re.compile(_OF_ONE_WORD, re.IGNORECASE)
+_TOKENS: Final = re.compile(f"{_OF_ONE_WORD}|{_JWT}", re.IGNORECASE)
+_IN_TEXT: Final = re.compile(
+    rf"(?<=bearer )[^\s\"',]+|{_LOGIN}|{_OF_ONE_WORD}|{_JWT}",
+    re.IGNORECASE,
+)
+
+
+def identify(**ids: ContextVar[str]) -> None:
+    """Put what these variables hold into every line from now on, under these names, where a line has none."""
+    _IDS.update(ids)
+
+
+def get(name: str) -> BoundLogger:
+    """The logger of a module; it may be taken at import, before ``configure``."""
+    return cast("BoundLogger", structlog.get_logger(name))
+
+
+def configure(level_spec: str, *, json: bool, stream: TextIO | None = None) -> None:
+    """Send every logger of this process to ``stream`` (stderr), as JSON lines or for people.
+
+    ``level_spec`` as in ``parse_levels``, whose errors it raises. Calling it again replaces the first call.
+    """
+    levels = parse_levels(level_spec)
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(_formatter(json=json, colors=handler.stream.isatty()))
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] in {"uvicorn", "celery"}:
+            logger.handlers.clear()  # theirs would write every line a second time, unredacted
+            logger.propagate = True
+    logging.root.handlers[:] = [handler]
+    structlog.configure(
+        processors=_PIPELINE,
+        wrapper_class=BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def parse_levels(spec: str) -> dict[str, int]:
+    """Logger names to levels; ``""`` is the root.
+
+    The grammar is that of ``RUST_LOG``: directives joined by commas, each a level for all or
+    ``target=level``, for example ``warn,kms_service=debug``. Targets are our packages or any logger's name,
+    with ``::`` or ``.``; ``kms_service`` is all of ours, ``tower_http`` the access log. Levels: trace (as
+    debug), debug, info, warn, error, off. Without a level for all it is info.
+
+    Raises ConfigurationError on a word that is no level.
+    """
+    named: dict[str, int] = {}
+    for number, directive in enumerate(filter(None, map(str.strip, spec.split(","))), start=1):
+        target, _, word = directive.rpartition("=")
+        if word.strip().lower() not in LEVELS:
+            raise ConfigurationError(
+                f"Part {number} of the log level: expected {', '.join(LEVELS)}, or logger=level "
+                "(KMS_LOG, RUST_LOG or [kms.log] level)"
+            )
+        target = target.strip().replace("::", ".")
+        named |= dict.fromkeys(TARGETS.get(target, (target,)), LEVELS[word.strip().lower()])
+    levels = {"": logging.INFO, **UNLESS_NAMED, **named}
+    return levels | {name: max(level, levels.get(name, levels[""])) for name, level in AT_LEAST.items()}
+
+
+def access_log_wanted() -> bool:
+    """Whether ``configure`` was asked for the access log, which costs time on every request."""
+    return logging.getLogger(ACCESS).isEnabledFor(logging.INFO)
+
+
+def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Blank the fields that name a secret, at any depth, and turn bytes into their length."""
+    return {name: _redacted(name, value) for name, value in event.items()}
+
+
+def scrub(text: str) -> str:
+    """Take out age identities, bearer tokens and passwords in URLs."""
+    return _IN_TEXT.sub(_scrubbed_login, text)
+
+
+def _scrubbed_login(found: re.Match[str]) -> str:
+    if found["login"] and found["at"] is None:
+        return _TOKENS.sub(_scrubbed_token, found["login"])
+    return _scrubbed_token(found)
+
+
+def _scrubbed_token(found: re.Match[str]) -> str:
+    if found["word"] and not found["rest"]:
+        return _WORDS.sub(REDACTED, found["word"])
+    return REDACTED
+
+
+def _redacted(name: str, value: object) -> object:
+    if _names_a_secret(name):
+        return REDACTED
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"<{memoryview(value).nbytes} bytes>"
+    if isinstance(value, Mapping):
+        return {str(key): _redacted(str(key), item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_redacted("", item) for item in value]
+    return value
+
+
+def _names_a_secret(name: str) -> bool:
+    plain = name.lower().replace("-", "_")
+    return plain in SECRET_FIELDS or any(plain.endswith(f"_{secret}") for secret in SECRET_FIELDS)
+
+
+def _identified(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    for name, variable in _IDS.items():
+        if held := variable.get():
+            event.setdefault(name, held)
+    return event
+
+
+_ABOUT: Final[list[Processor]] = [
+    structlog.contextvars.merge_contextvars,
+    _identified,
+    structlog.stdlib.add_logger_name,
+    structlog.stdlib.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+]
+_PIPELINE: Final[list[Processor]] = [
+    structlog.stdlib.filter_by_level,
+    *_ABOUT,
+    redact,
+    ProcessorFormatter.wrap_for_formatter,
+]
+
+
+def _formatter(*, json: bool, colors: bool) -> logging.Formatter:
+    render: Processor = (
+        structlog.processors.JSONRenderer()
+        if json
+        else structlog.dev.ConsoleRenderer(
+            colors=colors,
+            timestamp_key="time",
+            exception_formatter=structlog.dev.plain_traceback,  # the pretty ones print local variables
+        )
+    )
+
+    def line(logger: WrappedLogger, method: str, event: EventDict) -> str:
+        return scrub(str(render(logger, method, event)))
+
+    return ProcessorFormatter(
+        foreign_pre_chain=[*_ABOUT, redact],
+        processors=[ProcessorFormatter.remove_processors_meta, structlog.processors.format_exc_info, line],
+    )

@@ -1,0 +1,352 @@
+"""Every Prometheus metric of the service, declared once. Label values come from closed sets only."""
+
+import os
+from collections.abc import Container, Iterable
+from functools import lru_cache
+from itertools import product
+from typing import Final, Protocol, get_args
+
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+    multiprocess,
+    values,
+)
+
+from kms_core.observability import buffered_metrics
+from kms_core.observability import multiprocess_exposition as exposition_of
+from kms_protocol import wire
+
+FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
+"""Of the library: the variable names where processes that are scraped together keep their counts."""
+SLOT: Final = "PROMETHEUS_MULTIPROC_SLOT"
+"""Of ours: whose counts this process goes on with. Without it a file for each that ever ran would stay."""
+_slot: Final = os.environ.get(SLOT)
+if _slot:
+    multiprocess.mark_process_dead(_slot)  # type: ignore[no-untyped-call]  # the predecessor's gauges, not counts
+    values.ValueClass = values.MultiProcessValue(lambda: _slot)  # type: ignore[no-untyped-call]  # as above
+
+_FAST: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_SLOW: Final = (5e-3, 2e-2, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0)
+
+OPERATIONS: Final = Counter(
+    "kms_operations_total",
+    "Operations by outcome; result is ok or an error code",
+    ["operation", "backend", "mode", "result"],
+)
+OPERATION_SECONDS: Final = Histogram(
+    "kms_operation_duration_seconds",
+    "Time of an operation in the core",
+    ["operation", "backend", "mode"],
+    buckets=_FAST,
+)
+PAYLOAD_BYTES: Final = Counter(
+    "kms_payload_bytes_total", "Plaintext and ciphertext bytes", ["operation", "direction"]
+)
+HTTP_REQUESTS: Final = Counter(
+    "kms_http_requests_total",
+    "HTTP requests; route is the template below /api/v1/kms, never the path",
+    ["route", "method", "status"],
+)
+HTTP_SECONDS: Final = Histogram(
+    "kms_http_request_duration_seconds", "Time until the answer was sent", ["route", "method"], buckets=_FAST
+)
+INFLIGHT: Final = Gauge("kms_inflight", "HTTP requests being answered", multiprocess_mode="livesum")
+HTTP_CONNECTIONS_ENDED: Final = Counter(
+    "kms_http_connections_ended_total",
+    "Connections that the service ended: reason is malformed, timeout (of a head or a reader) or full",
+    ["reason"],
+)
+HTTP_BYTES_IN_FLIGHT: Final = Gauge(
+    "kms_http_bytes_in_flight",
+    "Bytes of JSON bodies that are being read or worked on; kind is json",
+    ["kind"],
+    multiprocess_mode="livesum",
+)
+HTTP_SLOTS: Final = Gauge(
+    "kms_http_slots_in_use",
+    "Transfers under way; kind is upload, download, stream or login",
+    ["kind"],
+    multiprocess_mode="livesum",
+)
+HTTP_REFUSALS: Final = Counter(
+    "kms_http_admission_refusals_total",
+    "Requests refused for what they would hold, and bodies and readers given up as too slow; kind is json, "
+    "upload, download, stream or login, reason is credential, tenant, total or deadline",
+    ["kind", "reason"],
+)
+AUTH_FAILURES: Final = Counter(
+    "kms_auth_failures_total",
+    "Callers that were not let in; reason is missing, malformed, unknown, expired, untrusted, signature, "
+    "claims, certificate, revoked or limited",
+    ["reason"],
+)
+AUTH_JWT_WORK: Final = Counter(
+    "kms_auth_jwt_work_total",
+    "Steps of verifying JWTs that cost more than parsing; kind is signature (a check by a public key), "
+    "key_wait (a request that waited for an issuer's keys) or key_fetch (a fetch of a key set)",
+    ["kind"],
+)
+CLIENT_CRL_EXPIRES: Final = Gauge(
+    "kms_client_crl_expires_timestamp_seconds",
+    "When the first revocation list of [kms.server] client_crl ends (nextUpdate); 0 without one",
+    multiprocess_mode="livemin",
+)
+RATE_LIMITED: Final = Counter(
+    "kms_rate_limited_total", "Requests above a tenant's quota; tenant is one of the settings", ["tenant"]
+)
+AUDIT_EVENTS: Final = Counter("kms_audit_events_total", "Audit records by outcome of the write", ["result"])
+AUDIT_COPIES: Final = Counter(
+    "kms_audit_copies_total",
+    "Audit lines (what is anchors or lines) handed to second places (redis, directory, stdout)",
+    ["place", "what", "result"],
+)
+AUDIT_CHAIN_OK: Final = Gauge(
+    "kms_audit_chain_ok",
+    "0 once lines of the audit trail were found changed, cut or gone since this process began; "
+    "NaN while it cannot be read",
+    multiprocess_mode="livemostrecent",
+)
+AUDIT_ANCHORS_OK: Final = Gauge(
+    "kms_audit_anchors_ok",
+    "1 while the audit trail has what the anchors in a place name, 0 while it lacks some of it or anchors "
+    "are gone, NaN while they cannot be read",
+    ["place"],
+    multiprocess_mode="livemostrecent",
+)
+AUDIT_READ_AT: Final = Gauge(
+    "kms_audit_read_timestamp_seconds",
+    "When this process last read back what is new in the audit trail",
+    multiprocess_mode="livemostrecent",
+)
+JOBS: Final = Counter("kms_jobs_total", "Jobs that reached a state", ["kind", "state"])
+JOB_SECONDS: Final = Histogram("kms_job_duration_seconds", "Run time of one attempt", ["kind"], buckets=_SLOW)
+JOB_WAIT_SECONDS: Final = Histogram(
+    "kms_job_queue_wait_seconds", "Time between acceptance and the first claim", ["kind"], buckets=_SLOW
+)
+JOB_ITEMS: Final = Counter("kms_job_items_total", "Items of bulk jobs by outcome", ["kind", "result"])
+JOB_BYTES: Final = Counter("kms_job_bytes_total", "Payload bytes that jobs have processed", ["kind"])
+JOB_RESUMES: Final = Counter(
+    "kms_job_resumes_total", "Jobs taken up again after a lost lease or message", ["reason"]
+)
+MESSAGES_REFUSED: Final = Counter(
+    "kms_messages_refused_total",
+    "Broker messages that were dropped: they are malformed, or kms.submit refused them, or a worker died of "
+    "them twice; reason is a word of docs/operations.md or an error code",
+    ["queue", "reason"],
+)
+SPOOL_REFUSED: Final = Counter(
+    "kms_spool_blobs_refused_total",
+    "Files of the spool that are not those that were written for their job; role is upload, items, head, "
+    "result or files",
+    ["role"],
+)
+S3_REQUESTS: Final = Counter(
+    "kms_s3_requests_total", "Requests to object stores; result is a status, or broken", ["method", "result"]
+)
+WEBHOOK_DELIVERIES: Final = Counter(
+    "kms_webhook_deliveries_total",
+    "Requests to webhook endpoints; result is delivered, retried, gone or dead",
+    ["endpoint", "result"],
+)
+WEBHOOK_OUTBOX: Final = Gauge(
+    "kms_webhook_outbox", "Webhook deliveries that wait", multiprocess_mode="livemostrecent"
+)
+BACKEND_UP: Final = Gauge(
+    "kms_backend_up", "1 if the last health check passed", ["backend"], multiprocess_mode="livemin"
+)
+BACKEND_SECONDS: Final = Histogram(
+    "kms_backend_duration_seconds",
+    "Time of one call to a peer; result is ok, refused, unavailable, unreachable or error",
+    ["backend", "call", "result"],
+    buckets=_FAST,
+)
+BACKEND_RETRIES: Final = Counter("kms_backend_retries_total", "Calls to a peer made again", ["backend"])
+BACKEND_FAILOVERS: Final = Counter(
+    "kms_backend_failovers_total", "Files that another backend had to open, or none could", ["backend"]
+)
+BREAKER_OPEN: Final = Gauge(
+    "kms_backend_breaker_open",
+    "1 while a backend is not asked because it did not answer",
+    ["backend"],
+    multiprocess_mode="livemax",
+)
+KEY_AGE_SECONDS: Final = Gauge(
+    "kms_key_age_seconds",
+    "Age of the version that seals",
+    ["key_id", "backend"],
+    multiprocess_mode="livemostrecent",
+)
+KEY_BUDGET: Final = Gauge(
+    "kms_key_budget_ratio",
+    "Messages that the version in use has sealed, of those it may",
+    ["key_id", "backend"],
+    multiprocess_mode="livemostrecent",
+)
+KEY_ROTATION_DUE: Final = Gauge(
+    "kms_key_rotation_due",
+    "1 if the version in use should be replaced",
+    ["key_id", "backend"],
+    multiprocess_mode="livemostrecent",
+)
+KEY_ROTATIONS: Final = Counter("kms_key_rotations_total", "Scheduled rotations by outcome", ["result"])
+JOBS_IN_STATE: Final = Gauge(
+    "kms_jobs_in_state", "Open jobs by state", ["state"], multiprocess_mode="livemostrecent"
+)
+OLDEST_QUEUED: Final = Gauge(
+    "kms_jobs_oldest_queued_seconds",
+    "Since when the oldest job waits that could run",
+    multiprocess_mode="livemostrecent",
+)
+DEAD_LETTERS: Final = Gauge(
+    "kms_dead_letters", "Jobs that used up their attempts", multiprocess_mode="livemostrecent"
+)
+MESSAGES_SET_ASIDE: Final = Gauge(
+    "kms_messages_set_aside",
+    "Messages of kms.submit that were refused and are kept for operators: kms messages",
+    multiprocess_mode="livemostrecent",
+)
+REDIS_MEMORY: Final = Gauge(
+    "kms_redis_memory_ratio", "Memory that Redis uses, of what it may", multiprocess_mode="livemostrecent"
+)
+WEAK_SETTING: Final = Gauge(
+    "kms_setting_weak",
+    "1 for a setting that is weaker than need be, unless [kms] accept_weak names it",
+    ["setting"],
+    multiprocess_mode="livemax",
+)
+MEMORY_PROTECTED: Final = Gauge(
+    "kms_memory_protected",
+    "1 if all processes have it; kind is no_dumps (no core file or debugger) or locked (never in swap)",
+    ["kind"],
+    multiprocess_mode="livemin",
+)
+QUEUE_DEPTH: Final = Gauge(
+    "kms_queue_depth",
+    "Messages waiting for a worker; priority is any where the broker does not tell",
+    ["queue", "priority"],
+    multiprocess_mode="livemostrecent",
+)
+WORKERS: Final = Gauge("kms_workers", "Worker processes seen lately", multiprocess_mode="livemostrecent")
+REDIS_UP: Final = Gauge(
+    "kms_redis_up", "1 if Redis answered the last scrape", multiprocess_mode="livemostrecent"
+)
+BUILD_INFO: Final = Gauge(
+    "kms_build_info", "Always 1; the version is the label", ["version"], multiprocess_mode="livemax"
+)
+
+ANSWERING: Final = buffered_metrics.Tide(INFLIGHT)
+"""What ``INFLIGHT`` shows; moved by the event loop alone."""
+
+
+_FROM_ZERO: Final = {
+    AUDIT_EVENTS: ("ok", "failed"),
+    KEY_ROTATIONS: ("ok", "failed"),
+    JOB_RESUMES: ("nudge_failed", "queued", "requeued", "committing", "due", "lost", "parts_ended"),
+    SPOOL_REFUSED: ("upload", "items", "head", "result", "files"),
+}
+
+
+def announce(backends: Iterable[str], endpoints: Iterable[str]) -> None:
+    """Begin at zero what may stay silent for days: its first event is then a rise, which an alert sees."""
+    for backend in backends:
+        BACKEND_RETRIES.labels(backend)
+        BACKEND_FAILOVERS.labels(backend)
+        BREAKER_OPEN.labels(backend)
+    for endpoint, result in product(endpoints, ("delivered", "retried", "gone", "dead")):
+        WEBHOOK_DELIVERIES.labels(endpoint, result)
+    for kind in get_args(wire.JobKind):
+        for state in ("queued", "succeeded", "failed", "cancelled"):
+            JOBS.labels(kind, state)
+        for result in ("ok", "failed"):
+            JOB_ITEMS.labels(kind, result)
+    for counter, labels in _FROM_ZERO.items():
+        for label in labels:
+            counter.labels(label)
+
+
+def show_weak(settings: Iterable[str], weak: Container[str]) -> None:
+    """Set the gauge of each of ``settings``: 1 for those in ``weak``."""
+    for setting in settings:
+        WEAK_SETTING.labels(setting).set(setting in weak)
+
+
+def exposition() -> bytes:
+    """Everything in Prometheus's text format: of this process, or of all that are scraped together."""
+    folder = os.environ.get(FOLDER)
+    if not folder:
+        return generate_latest(REGISTRY)
+    buffered_metrics.settle()
+    one = CollectorRegistry()
+    ProcessCollector(registry=one)  # of the one that answers
+    return exposition_of.text(folder) + generate_latest(one)
+
+
+class _Operation(Protocol):
+    """What is counted of an audit record."""
+
+    operation: str
+    backend: str
+    job_id: str
+    bytes_in: int
+    bytes_out: int
+
+
+def count_operation(record: _Operation, result: str, seconds: float) -> None:
+    """Count one operation of the core: outcome, time and bytes."""
+    mode = "job" if record.job_id else "sync"
+    calls = _calls(record.operation, record.backend, mode, result)
+    add = calls.add_now if record.job_id else calls.add  # a worker's child may be killed at any moment
+    add(seconds, record.bytes_in, record.bytes_out)
+
+
+@lru_cache(maxsize=1024)
+def _calls(operation: str, backend: str, mode: str, result: str) -> buffered_metrics.Calls:
+    """Operations of one kind: looking up the metrics costs more than counting."""
+    return buffered_metrics.Calls(
+        OPERATIONS.labels(operation, backend, mode, result),
+        OPERATION_SECONDS.labels(operation, backend, mode),
+        PAYLOAD_BYTES.labels(operation, "in"),
+        PAYLOAD_BYTES.labels(operation, "out"),
+    )
+
+
+def count_answer(route: str, method: str, status: int, seconds: float) -> None:
+    """Count one answer over HTTP."""
+    _answers(route, method, status).add(seconds)
+    if _slot:
+        buffered_metrics.settle_now_and_then()
+
+
+@lru_cache(maxsize=1024)
+def _answers(route: str, method: str, status: int) -> buffered_metrics.Calls:
+    return buffered_metrics.Calls(
+        HTTP_REQUESTS.labels(route, method, str(status)), HTTP_SECONDS.labels(route, method)
+    )
+
+
+def count_record() -> None:
+    """Count one audit record that was written."""
+    _records().add()
+
+
+@lru_cache(maxsize=1)
+def _records() -> buffered_metrics.Calls:
+    return buffered_metrics.Calls(AUDIT_EVENTS.labels("ok"))
+
+
+def operation_counts() -> dict[tuple[str, str], int]:
+    """Operations of this process by (operation, result): what the status endpoint sums."""
+    counts: dict[tuple[str, str], int] = {}
+    buffered_metrics.settle()
+    for metric in OPERATIONS.collect():
+        for sample in metric.samples:
+            if sample.name == "kms_operations_total":
+                at = (sample.labels["operation"], sample.labels["result"])
+                counts[at] = counts.get(at, 0) + int(sample.value)
+    return counts

@@ -1,0 +1,103 @@
+"""Counts that outlive processes: operations by outcome, and what each key version has sealed.
+
+Kept in memory, handed to Redis every few seconds (``kms_core.jobs.store.usage_flush``): a call costs no round trip,
+and a process that is killed loses the counts of the last seconds. So they are lower bounds.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from typing import Final, Protocol
+
+SEALING: Final = frozenset({"encrypt", "generate_data_key", "rewrap", "reseal", "wrap"})
+OPERATIONS: Final = "operations"
+OF_TENANT: Final = "tenant"
+MESSAGES: Final = "messages"
+BYTES: Final = "bytes"
+_Kind = tuple[str, ...]
+"""Operation, tenant and result; of a seal the key version besides. Names are made of them once in a while."""
+
+
+class Counted(Protocol):
+    """What is counted of an audit record."""
+
+    operation: str
+    tenant: str
+    backend: str
+    key_id: str
+    key_version: str
+    bytes_in: int
+
+
+class Tally:
+    """What this process has counted and not yet handed over. Safe to call from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._noted: dict[_Kind, list[int]] = {}
+
+    def note(self, record: Counted, result: str) -> None:
+        """One operation of the core. A message is one seal under a key version; bytes are its plaintext."""
+        at: _Kind = (record.operation, record.tenant, result)
+        if result == "ok" and record.operation in SEALING:
+            at = (*at, f"{record.key_id} {record.key_version} {record.backend}")
+        with self._lock:
+            found = self._noted.get(at)
+            if found is None:
+                found = self._noted[at] = [0, 0]
+            found[0] += 1
+            found[1] += record.bytes_in
+
+    def _fold(self) -> None:
+        """Give what was noted the names that it is known by to others. Under the lock."""
+        for (operation, tenant, result, *version), (calls, sizes) in self._noted.items():
+            self._counts[f"{OPERATIONS} {operation} {result}"] += calls
+            self._counts[f"{OF_TENANT} {tenant} {operation} {result}"] += calls
+            for name in version:
+                self._counts[f"{MESSAGES} {name}"] += calls
+                self._counts[f"{BYTES} {name}"] += sizes
+        self._noted.clear()
+
+    def take(self) -> dict[str, int]:
+        """Everything counted since the last time; ``put_back`` if it could not be handed over."""
+        with self._lock:
+            self._fold()
+            taken, self._counts = dict(self._counts), Counter()
+        return taken
+
+    def put_back(self, counts: Mapping[str, int]) -> None:
+        with self._lock:
+            self._counts.update(counts)
+
+    def peek(self) -> dict[str, int]:
+        """What has not been handed over yet."""
+        with self._lock:
+            self._fold()
+            return dict(self._counts)
+
+
+def operations(counts: Mapping[str, int], tenant: str | None = None) -> dict[tuple[str, str], int]:
+    """(operation, result) to count; of one tenant, or of all."""
+    start = f"{OPERATIONS} " if tenant is None else f"{OF_TENANT} {tenant} "
+    found = (field for field in counts if field.startswith(start))
+    return {_pair(field.removeprefix(start)): counts[field] for field in found}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    operation, _, result = text.partition(" ")
+    return operation, result
+
+
+def of_version(counts: Mapping[str, int], key_id: str, version: str, backend: str) -> tuple[int, int]:
+    """Messages and plaintext bytes that a key version has sealed."""
+    name = f"{key_id} {version} {backend}"
+    return counts.get(f"{MESSAGES} {name}", 0), counts.get(f"{BYTES} {name}", 0)
+
+
+def together(*parts: Mapping[str, int]) -> dict[str, int]:
+    """The sum of several counts."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(total)

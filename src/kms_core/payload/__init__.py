@@ -1,0 +1,1 @@
+"""Payloads of any size: worker threads, pipes, ranges and files."""

@@ -1,0 +1,177 @@
+"""Objects as payloads come from and go to them: ranges of one version, parts put together; knows no job."""
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from kms_core.payload.files import changed
+from kms_core.s3.bucket import MOST_PARTS, Bucket, Part, Run
+from kms_protocol.errors import InvalidRequest, PathRefused
+
+PART_BYTES: Final = 8 * 1024 * 1024
+"""Of an object up to 80 GB; larger ones have larger parts, since an upload has at most 10,000 of them."""
+
+COPY_BYTES: Final = 256 * 1024 * 1024
+_COPIES: Final = 4  # at a time; the store does the work
+_MIB: Final = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectReader:
+    """A run of bytes of one version of an object; every read is refused once the object is another."""
+
+    bucket: Bucket
+    key: str
+    etag: str
+    size: int
+    offset: int = 0
+
+    def read_at(self, position: int, length: int) -> bytes:
+        data = bytearray(max(0, min(length, self.size - position)))
+        self.bucket.read_into(self.key, self.etag, self.offset + position, [memoryview(data)])
+        return bytes(data)
+
+    def read_into(self, views: Sequence[memoryview], position: int) -> bool:
+        if position + sum(map(len, views)) > self.size:
+            return False
+        self.bucket.read_into(self.key, self.etag, self.offset + position, views)
+        return True
+
+    def stamp(self) -> str:
+        return self.etag
+
+    def tail(self, position: int) -> "ObjectReader":
+        return replace(self, size=self.size - position, offset=self.offset + position)
+
+    def head(self, size: int) -> "ObjectReader":
+        """The run's first bytes."""
+        return replace(self, size=size)
+
+    def check(self) -> None:
+        """Raise InvalidRequest if the object is another by now: for what was copied unseen."""
+        found = self.bucket.head(self.key)
+        if found is None or found.etag != self.etag:
+            raise changed()
+
+
+@dataclass(slots=True)
+class _Filling:
+    """A part of which not all bytes have come."""
+
+    memory: memoryview
+    missing: int
+
+
+@dataclass(slots=True)
+class Assembly:
+    """An object in the making, written at any place by several threads. Nobody sees it before its completion.
+
+    Bytes wait until their part is whole and are then sent by the thread that brought the last of them, so it
+    holds about two parts for each thread that writes. An object below one part is not sent at all: ``whole``
+    is it. ``begun`` is told the id of the upload before the first part is sent.
+    """
+
+    bucket: Bucket
+    key: str
+    mark: str
+    begun: Callable[[str], object]
+    size: int = -1
+    part_bytes: int = PART_BYTES
+    upload: str = ""
+    _filling: dict[int, _Filling] = field(default_factory=dict)
+    _sent: dict[int, Part] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _copied: bool = False
+
+    def reserve(self, size: int) -> None:
+        if self.size == size:
+            return
+        if self.size >= 0:
+            raise ValueError("the size of an object in the making was told before, and was another")
+        self.size = size
+        self.part_bytes = max(PART_BYTES, -(-size // (MOST_PARTS * _MIB)) * _MIB)
+        if size > self.part_bytes:
+            self.upload = self.bucket.begin(self.key, self.mark)
+            self.begun(self.upload)
+
+    def write_at(self, data: memoryview, position: int) -> None:
+        while data:
+            number, at = divmod(position, self.part_bytes)
+            run = data[: self.part_bytes - at]
+            part = self._part(number)
+            part.memory[at : at + len(run)] = run
+            self._arrived(number, part, len(run))
+            data, position = data[len(run) :], position + len(run)
+
+    def can_copy(self, source: ObjectReader) -> bool:
+        """Whether the store has both, and what is made has several parts."""
+        return bool(self.upload) and source.bucket.line is self.bucket.line
+
+    def copy(self, source: ObjectReader, check: Callable[[], object], tell: Callable[[int], object]) -> bool:
+        """Have the store itself copy ``source`` behind the first part, to the end. False if it cannot.
+
+        ``check`` is called before each request and stops everything by raising, ``tell`` hears of bytes done.
+        """
+        run = Run(source.bucket.name, source.key, source.etag, source.offset, source.size)
+        width = max(COPY_BYTES, -(-run.size // (MOST_PARTS - 1)))
+        starts = range(0, run.size, width)
+
+        def one(index: int) -> bool:
+            check()
+            piece = replace(run, start=run.start + starts[index], size=min(width, run.size - starts[index]))
+            part = self.bucket.copy_part(self.key, self.upload, index + 2, piece)
+            if part is None:
+                return False
+            self._sent[part.number] = part
+            tell(part.size)
+            return True
+
+        if not one(0):
+            return False
+        self._copied = True
+        with ThreadPoolExecutor(_COPIES, thread_name_prefix="copy") as pool:
+            if not all(pool.map(one, range(1, len(starts)))):
+                raise PathRefused("The object store copies some parts and others not: run the job again")
+        return True
+
+    def settle(self) -> None:
+        """Raise InvalidRequest unless all of it has arrived; nothing may be written afterwards."""
+        if self._copied:  # what the store took is the store's word
+            self._sent = {part.number: part for part in self.bucket.parts(self.key, self.upload) or ()}
+        held = sum(part.size for part in self._sent.values()) if self.upload else len(self.whole)
+        if held != self.size or (not self.upload and any(part.missing for part in self._filling.values())):
+            raise InvalidRequest("The object is not whole: run the job again")
+
+    @property
+    def whole(self) -> memoryview:
+        """All of an object that is below one part."""
+        return self._filling[0].memory if self._filling else memoryview(b"")
+
+    @property
+    def parts(self) -> list[Part]:
+        """What was sent, by number."""
+        return [self._sent[number] for number in sorted(self._sent)]
+
+    def _part(self, number: int) -> _Filling:
+        with self._lock:
+            if number not in self._filling:
+                size = min(self.part_bytes, self.size - number * self.part_bytes)
+                self._filling[number] = _Filling(memoryview(bytearray(size)), size)
+            return self._filling[number]
+
+    def _arrived(self, number: int, part: _Filling, size: int) -> None:
+        with self._lock:
+            part.missing -= size
+            if part.missing or not self.upload:
+                return
+            del self._filling[number]
+        self._sent[number + 1] = self.bucket.put_part(self.key, self.upload, number + 1, part.memory)
+
+
+def digest(parts: Sequence[Part]) -> str:
+    """What tells the parts of an upload from others."""
+    text = "".join(f"{part.number} {part.size} {part.etag}\n" for part in parts)
+    return hashlib.sha256(text.encode()).hexdigest()

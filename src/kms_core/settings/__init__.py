@@ -1,0 +1,1 @@
+"""Settings: shapes, reading, validation, and warnings about weak values."""

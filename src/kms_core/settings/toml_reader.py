@@ -1,0 +1,228 @@
+"""From a TOML file to typed sections: ``${VAR}``, unknown keys, wrong types. Knows no setting by name.
+
+Errors say where, what was expected and the nearest known name; never the value found.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar, get_args, get_origin
+
+import msgspec
+
+from kms_protocol import small_files
+from kms_protocol.errors import ConfigurationError
+
+Tree = dict[str, object]
+Shape = TypeVar("Shape", bound=msgspec.Struct)
+
+_MOST_LEVELS: Final = 16
+_VARIABLE: Final = re.compile(
+    r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|(?P<bad>\$\{)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FromEnvironment:
+    """Text that variables gave, so that ``"8082"`` may stand for a number; ``names`` say which ones."""
+
+    text: str = field(repr=False)
+    names: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unset:
+    """A string with ``${VAR}`` that has no value: an error where it is used. ``reason`` ends its text."""
+
+    name: str
+    reason: str = ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean "…"?``, or nothing where no known name is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+# -- the file ----------------------------------------------------------------------------------------
+
+
+def read_toml(path: Path) -> Tree:
+    """The tables of a TOML file. Raises ConfigurationError naming the file, and the line where it can."""
+    try:
+        return _shallow(tomllib.loads(small_files.text(path)))
+    except OSError as exc:
+        raise ConfigurationError(f"Cannot read {path}: {exc.strerror}; check the path and its mode") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigurationError(f"{path} is not UTF-8 text") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigurationError(f"{path} is not valid TOML: {exc}") from exc
+    except (ValueError, RecursionError):  # of tomllib too: its own of int(), and where nesting has no end
+        raise ConfigurationError(f"{path}: a number is too long, or tables are nested too deep") from None
+
+
+def _shallow(tree: Tree) -> Tree:
+    """ValueError for a tree that is deeper than any setting; dotted keys can nest it without end."""
+    level: list[object] = [tree]
+    for _ in range(_MOST_LEVELS):
+        level = [
+            item
+            for each in level
+            for item in (each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())
+        ]
+    if level:
+        raise ValueError("too deep")
+    return tree
+
+
+def table(tree: Tree, name: str, where: str) -> Tree:
+    """The table ``name`` of ``tree``, made if absent, to be changed in place."""
+    found = tree.setdefault(name, {})
+    if not isinstance(found, dict):
+        raise ConfigurationError(f"{where}{name}: expected a table")
+    return found
+
+
+# -- variables ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Variables:
+    """What ``${VAR}`` stands for. ``refusal`` says why a setting may not use some; empty where it may."""
+
+    environ: Mapping[str, str]
+    refusal: Callable[[str, Sequence[str]], str] = lambda _where, _names: ""
+
+
+def expand(value: object, variables: Variables, where: str) -> object:
+    """A copy with ``${VAR}`` and ``${VAR:-default}`` replaced in every string; ``$${`` stands for ``${``.
+
+    An empty variable counts as unset (POSIX ``:-``). What a variable holds is not expanded again.
+    """
+    if isinstance(value, dict):
+        return {name: expand(item, variables, f"{where}.{name}") for name, item in value.items()}
+    if isinstance(value, list):
+        return [expand(item, variables, f"{where}[{index}]") for index, item in enumerate(value)]
+    return _expand_text(value, variables, where) if isinstance(value, str) else value
+
+
+def _expand_text(text: str, variables: Variables, where: str) -> object:
+    found, environ = list(_VARIABLE.finditer(text)), variables.environ
+    if any(match["bad"] for match in found):
+        raise ConfigurationError(f"{where}: write ${{NAME}} or ${{NAME:-default}}, and $${{ for a plain ${{")
+    names = [match["name"] for match in found if match["name"]]
+    if names and (reason := variables.refusal(where, names)):
+        return Unset(names[0], reason)
+    for match in found:
+        if match["name"] and match["default"] is None and not environ.get(match["name"]):
+            return Unset(match["name"])
+
+    def value(match: re.Match[str]) -> str:
+        return environ.get(match["name"]) or match["default"] or "" if match["name"] else "${"
+
+    expanded = _VARIABLE.sub(value, text)
+    return FromEnvironment(expanded, ", ".join(names)) if names else expanded
+
+
+def take_unset(tree: Tree) -> dict[str, Unset]:
+    """Remove what is Unset directly in this table, and return it by its keys."""
+    unset = {key: value for key, value in tree.items() if isinstance(value, Unset)}
+    for key in unset:
+        del tree[key]
+    return unset
+
+
+def unset_error(where: str, unset: Unset) -> ConfigurationError:
+    """The error of a setting that needs this value. It never shows what a variable holds."""
+    name = unset.name
+    reason = unset.reason or f"which is not set: export {name}, or write ${{{name}:-default}}"
+    return ConfigurationError(f"{where} uses ${{{name}}}, {reason}")
+
+
+# -- types -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Turns tables into sections, strictly. ``home`` is what ``~`` stands for, where that is known."""
+
+    home: str | None
+
+    def section(self, shape: type[Shape], value: object, where: str) -> Shape:
+        """Raises ConfigurationError on an unknown or missing key and on a wrong type."""
+        fields = {item.encode_name: item for item in msgspec.structs.fields(shape)}
+        given = _as_table(value, where)
+        for name in given.keys() - fields.keys():
+            raise ConfigurationError(f"{where}.{name} is not a setting{nearest(name, fields)}")
+        for name, item in fields.items():
+            if item.required and name not in given:
+                raise ConfigurationError(f"{where}.{name} is missing")
+        return shape(
+            **{name: self.value(fields[name].type, given[name], f"{where}.{name}") for name in given}
+        )
+
+    def value(self, kind: Any, value: object, where: str) -> Any:  # noqa: ANN401 - kinds are run-time types
+        """``value`` as ``kind``: a section, a table of them, an array or a single value."""
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            return self.section(kind, value, where)
+        if get_origin(kind) is dict:
+            key_kind, item_kind = get_args(kind)
+            return {
+                self._single(key_kind, key, f"{where}: the name of an entry"): self.value(
+                    item_kind, item, f"{where}.{key}"
+                )
+                for key, item in _as_table(value, where).items()
+            }
+        if get_origin(kind) is tuple and isinstance(value, list | tuple):
+            return tuple(
+                self.value(get_args(kind)[0], item, f"{where}[{at}]") for at, item in enumerate(value)
+            )
+        return self._single(kind, value, where)
+
+    def _single(self, kind: Any, value: object, where: str) -> Any:  # noqa: ANN401 - as above
+        if isinstance(value, Unset):
+            raise unset_error(where, value)
+        from_environment = isinstance(value, FromEnvironment)
+        if isinstance(value, FromEnvironment):
+            where, value = f"{where} (from {value.names})", value.text
+        try:
+            return msgspec.convert(value, kind, strict=not from_environment, dec_hook=self._path)
+        except msgspec.ValidationError as exc:
+            raise ConfigurationError(f"{where}: {_expectation(kind, value, str(exc))}") from None
+        except UnicodeEncodeError:  # bytes of the environment that are no text
+            raise ConfigurationError(f"{where}: expected text in UTF-8") from None
+
+    def _path(self, _kind: type, value: object) -> Path:
+        """The decoding hook: msgspec gives a ValueError's text to the ValidationError that it raises."""
+        if isinstance(value, Path):
+            return value
+        if not isinstance(value, str) or not value:
+            raise ValueError("Expected a path")
+        if value != "~" and not value.startswith("~/"):
+            return Path(value)
+        if not self.home:
+            raise ValueError("Expected a path without ~, since HOME is not set")
+        return Path(self.home, value[2:])
+
+
+def _as_table(value: object, where: str) -> Mapping[str, object]:
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"{where}: expected a table")
+    return value
+
+
+def _expectation(kind: Any, value: object, message: str) -> str:  # noqa: ANN401 - as above
+    """What was expected, from msgspec's message where that does not quote the value."""
+    if message.startswith("Expected "):
+        return "e" + message[1:].replace("`", "")
+    choices = [str(choice) for choice in _choices(kind)]
+    return f"expected one of {', '.join(choices)}{nearest(str(value), choices)}"
+
+
+def _choices(kind: Any) -> Iterable[object]:  # noqa: ANN401 - as above
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return [choice for member in get_args(kind) for choice in _choices(member)]
