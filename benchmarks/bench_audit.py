@@ -17,14 +17,14 @@ from benchmarks import report
 from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.report import Scale
 
-from kms_core.age.x25519 import Identity
-from kms_core.audit import Record, Rules, Trail, query
+from kms_core.age.x25519 import X25519Identity
+from kms_core.audit import AuditLog, AuditLogRules, AuditRecord, query
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.verify import verify
 from kms_core.auth.policy import AllowAll, Principal
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.key_selection import Rules as CallRules
+from kms_core.key_selection import SelectionRules as CallRules
 from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms
 from kms_protocol.context import Context
@@ -47,7 +47,7 @@ class Untold:
         del tenant, context
         return {}
 
-    def append(self, record: Record) -> str:
+    def append(self, record: AuditRecord) -> str:
         del record
         return ""
 
@@ -82,15 +82,15 @@ def main() -> None:
     options.write(parts)
 
 
-def trail_in(folder: Path, rules: Rules | None = None) -> Trail:
+def trail_in(folder: Path, rules: AuditLogRules | None = None) -> AuditLog:
     folder.mkdir(exist_ok=True)
     concealer, signer = Concealer.at(folder / "audit.key"), Signer.at(folder / "signing.key")
-    return Trail(folder / "audit", "bench", concealer, signer, rules)
+    return AuditLog(folder / "audit", "bench", concealer, signer, rules)
 
 
-def record(trail: Trail) -> Record:
+def record(trail: AuditLog) -> AuditRecord:
     """As a call of 1 KiB leaves it."""
-    return Record(
+    return AuditRecord(
         operation="encrypt",
         principal="local",
         tenant="default",
@@ -133,12 +133,12 @@ def _records(folder: Path) -> list[Contender]:
     ]
 
 
-def _plain(trail: Trail) -> bytes:
+def _plain(trail: AuditLog) -> bytes:
     return msgspec.json.encode(record(trail)) + b"\n"
 
 
 def _synced(folder: Path) -> list[Contender]:
-    trail = trail_in(folder / "synced", Rules(fsync=True))
+    trail = trail_in(folder / "synced", AuditLogRules(fsync=True))
     pool = ThreadPoolExecutor(THREADS)
 
     def together() -> None:
@@ -159,7 +159,7 @@ def _synced(folder: Path) -> list[Contender]:
 def _calls(folder: Path) -> list[Contender]:
     file = folder / "identity"
     file.touch(0o600)
-    file.write_text(f"{Identity.generate().export()}\n")
+    file.write_text(f"{X25519Identity.generate().export()}\n")
     key = Key("default", AgeBackend(KeyFiles(file)), accept_foreign=True)
     ring, plaintext = Keyring({"default": key}, key), os.urandom(1024)
     audited = Kms(ring, AllowAll(), trail_in(folder / "calls"), CallRules())
@@ -208,7 +208,7 @@ def _verifications(folder: Path) -> list[Contender]:
 
 def _looks(folder: Path, name: str) -> list[Contender]:
     audit = folder / "audit"
-    wanted = query.Wanted()
+    wanted = query.EventFilter()
     after = query.page(audit, wanted, None, 100).following
     return [
         many("a page of 100 behind a cursor", lambda: query.page(audit, wanted, after, 100)),

@@ -27,8 +27,8 @@ from starlette.types import ASGIApp
 from kms_api import app
 from kms_cli.local import up
 from kms_core.auth import tokens
-from kms_core.auth.certificates import Shown, authority_of, key_of
-from kms_core.auth.tokens import Wish
+from kms_core.auth.certificates import PresentedCertificate, authority_of, key_of
+from kms_core.auth.tokens import TokenRequest
 from kms_core.http_server.protocol import CERTIFICATE
 from kms_core.observability import logs
 from kms_core.settings.load import load as load_settings
@@ -55,7 +55,7 @@ def main() -> None:
         folder = Path(name)
         open_to_all, guarded = built(folder / "open", ""), built(folder / "guarded", _settings(folder))
         _, token = tokens.create(
-            folder / "guarded/tokens.json", Wish("ci", "default", SCOPES, timedelta(days=1))
+            folder / "guarded/tokens.json", TokenRequest("ci", "default", SCOPES, timedelta(days=1))
         )
         ways: dict[str, tuple[ASGIApp, Headers, dict[str, Any]]] = {
             "nobody is asked": (open_to_all, [], {}),
@@ -152,10 +152,10 @@ def _authority(folder: Path) -> Path:
     return folder / "ca.pem"
 
 
-def _certificate(folder: Path) -> Shown:
+def _certificate(folder: Path) -> PresentedCertificate:
     """A client certificate of the authority."""
     authority = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
-    return Shown(("DNS:ci",), 4e9, f"2:{authority_of(authority.subject)}:{key_of(authority)}")
+    return PresentedCertificate(("DNS:ci",), 4e9, f"2:{authority_of(authority.subject)}:{key_of(authority)}")
 
 
 def _jwt(folder: Path) -> str:

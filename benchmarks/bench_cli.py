@@ -24,7 +24,7 @@ from benchmarks.measure import Contender, Reading, in_turn, say
 from benchmarks.report import Scale
 
 from bao import Bao
-from kms_core.age.x25519 import Identity
+from kms_core.age.x25519 import X25519Identity
 
 _SECRET: Final = b"secret-data\n" * 85  # about 1 KiB
 _MILLI: Final = Scale(unit="ms", factor=1e3, digits=0)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _commands(folder: Path, service: running.Service) -> list[Contender]:
-    identity = Identity.generate()
+    identity = X25519Identity.generate()
     key = folder / "key"
     key.touch(0o600)
     key.write_text(f"{identity.export()}\n")
@@ -101,7 +101,15 @@ def _sops(folder: Path) -> Sequence[Contender]:
         return []
     secret = folder / "secret"
     secret.write_bytes(_SECRET)
-    argv = [program, "-e", "--age", Identity.generate().recipient.text, "--input-type", "binary", str(secret)]
+    argv = [
+        program,
+        "-e",
+        "--age",
+        X25519Identity.generate().recipient.text,
+        "--input-type",
+        "binary",
+        str(secret),
+    ]
     return [Contender("`sops -e`", functools.partial(_invoked, argv, {"HOME": str(folder)}))]
 
 

@@ -28,8 +28,8 @@ from benchmarks.wrapping import AAD, COLUMNS, SECRET, TITLE, cells, wraps
 
 from kms_core.backends.cosmian.backend import CosmianCipher
 from kms_core.backends.cosmian.keys import CosmianKey
-from kms_core.backends.cosmian.server import LANES, Cosmian, Protocol
-from kms_core.http_client.peer import Answer, Server
+from kms_core.backends.cosmian.server import LANES, CosmianServer, Protocol
+from kms_core.http_client.peer import PeerAnswer, PeerServer
 
 CALLERS: Final = (1, 16, 64)
 ALONE: Final = 1_000
@@ -39,12 +39,12 @@ _START_S: Final = 30.0
 _TIMEOUT_S: Final = 30.0
 
 
-class Listening(Cosmian):
+class Listening(CosmianServer):
     """Remembers the last request."""
 
     last = Shot("", "")
 
-    def post(self, path: str, body: bytes, judged: Sequence[int] = ()) -> Answer:
+    def post(self, path: str, body: bytes, judged: Sequence[int] = ()) -> PeerAnswer:
         self.last = Shot(path, body.decode())
         return super().post(path, body, judged)
 
@@ -100,10 +100,10 @@ class Work:
     seconds: float
 
     def server(self, protocol: Protocol, lanes: int) -> Listening:
-        server = Server(self.url, "Cosmian KMS", "kms.cosmian.server_url", _TIMEOUT_S)
+        server = PeerServer(self.url, "Cosmian KMS", "kms.cosmian.server_url", _TIMEOUT_S)
         return Listening(server, None, protocol, lanes=lanes)
 
-    def by(self, server: Cosmian) -> Callable[[], Reading]:
+    def by(self, server: CosmianServer) -> Callable[[], Reading]:
         return wraps(CosmianCipher(_made(CosmianKey(server, self.name))), "1", self.callers, self.seconds)
 
     def shot(self) -> Shot:

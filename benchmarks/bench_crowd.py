@@ -26,7 +26,7 @@ from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.report import Cell, Scale
 
 from kms_core.auth import tokens
-from kms_core.auth.tokens import Wish
+from kms_core.auth.tokens import TokenRequest
 from kms_protocol.wire import ENDED, PREFIX
 from service import b64
 
@@ -242,9 +242,9 @@ def crowded(folder: Path) -> Iterator[Crowded]:
     config.write_text(_SETTINGS)
     state.mkdir()
     tokens_path = state / "tokens.json"
-    good = tokens.create(tokens_path, Wish("good", "good", ("encrypt",), timedelta(days=1)))[1]
+    good = tokens.create(tokens_path, TokenRequest("good", "good", ("encrypt",), timedelta(days=1)))[1]
     scopes = (f"encrypt context={CONTEXT}", "jobs:read,jobs:write")
-    bad = tokens.create(tokens_path, Wish("bad", "bad", scopes, timedelta(days=1)))[1]
+    bad = tokens.create(tokens_path, TokenRequest("bad", "bad", scopes, timedelta(days=1)))[1]
     argv = [*KMS, "up", "--config", str(config), *running.where(state, port)]
     url = f"http://127.0.0.1:{port}"
     with (folder / "kms-up.log").open("ab") as errors, running.ready(argv, errors):

@@ -23,7 +23,7 @@ from benchmarks.measure import Contender, Reading, Series, in_turn, memory, say
 
 from kms_core.age import header, stream
 from kms_core.age.header import FILE_LIMITS
-from kms_core.age.x25519 import Identity
+from kms_core.age.x25519 import X25519Identity
 from kms_core.envelope import sealing
 
 _MIB: Final = 1024 * 1024
@@ -118,7 +118,7 @@ def stage(parent: Path, size: int) -> Iterator[Stage]:
     """Source and ciphertext on disk and in the page cache; everything is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="kms-bench-", dir=parent) as folder:
         on = Stage(Path(folder), _file_system(parent), size)
-        on.identity.write_text(f"{Identity.generate().export()}\n")
+        on.identity.write_text(f"{X25519Identity.generate().export()}\n")
         on.identity.chmod(0o600)
         with on.source.open("wb") as out:
             for _ in range(size // _MIB):

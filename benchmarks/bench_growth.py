@@ -23,7 +23,7 @@ from benchmarks.fitting import COLUMNS, grown
 from benchmarks.jobs_install import Ends, Install, installed
 from benchmarks.measure import Contender, Reading, Series, in_turn, memory, say
 
-from kms_core.age.x25519 import Identity
+from kms_core.age.x25519 import X25519Identity
 
 FILES_MIB: Final = (1, 16, 256, 1024, 4096, 16384)
 ITEMS: Final = (10, 100, 1_000, 10_000, 100_000)
@@ -63,7 +63,7 @@ def main() -> None:
 
 def _files(folder: Path, source: Path, options: report.Options, seconds: float) -> list[str]:
     identity = folder / "identity"
-    identity.write_text(f"{Identity.generate().export()}\n")
+    identity.write_text(f"{X25519Identity.generate().export()}\n")
     identity.chmod(0o600)
     ends = time.monotonic() + seconds
     found: dict[str, list[tuple[int, Series]]] = {"seal": [], "open": []}

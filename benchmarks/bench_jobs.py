@@ -23,7 +23,7 @@ from benchmarks.measure import Contender, Reading, descendants, in_turn, used_s
 from benchmarks.report import Scale
 
 from kms_core.auth.policy import Principal
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.wire import JobItem
 
@@ -31,7 +31,7 @@ WHO: Final = Principal("local")
 CONTEXT: Final = "env=prod,service=api"
 ITEM_BYTES: Final = drive_kms.ITEM_BYTES
 PROCESSES: Final = 2
-TERMS: Final = Terms(WHO, "encrypt", Context.parse(CONTEXT))
+TERMS: Final = SubmissionOptions(WHO, "encrypt", Context.parse(CONTEXT))
 _SENDERS: Final = 4
 _MIB: Final = 1024 * 1024
 _QUEUED: Final = 2_000

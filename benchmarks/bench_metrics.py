@@ -26,7 +26,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from kms_core.observability import logs, metrics
-from kms_core.observability.usage import Tally
+from kms_core.observability.usage import UsageCounters
 
 PROCESSES: Final = 8
 KEYS: Final = 100
@@ -125,7 +125,7 @@ def silent() -> Iterator[None]:
         (metrics, "count_operation", _nothing),
         (metrics, "count_answer", _nothing),
         (metrics, "count_record", _nothing),
-        (Tally, "note", _nothing),
+        (UsageCounters, "note", _nothing),
     ]
     kept = [(owner, name, vars(owner)[name]) for owner, name, _ in places]
     for owner, name, instead in places:

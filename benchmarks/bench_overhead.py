@@ -25,7 +25,7 @@ from benchmarks.report import Cell, Scale
 from bao import Bao
 from kms_cli.local import up
 from kms_core.auth import tokens
-from kms_core.auth.tokens import Wish
+from kms_core.auth.tokens import TokenRequest
 from kms_core.settings.load import load as load_settings
 from kms_protocol.wire import PREFIX
 
@@ -173,7 +173,9 @@ def _prepared(way: Way, state: Path) -> str:
     up.make_dev_keys(load_settings(state / "kms.toml", _environ(state)))
     if not way.has_auth:
         return ""
-    return tokens.create(state / "tokens.json", Wish("ci", "default", way.scopes, timedelta(days=1)))[1]
+    return tokens.create(state / "tokens.json", TokenRequest("ci", "default", way.scopes, timedelta(days=1)))[
+        1
+    ]
 
 
 def _environ(state: Path) -> dict[str, str]:

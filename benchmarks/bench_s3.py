@@ -26,7 +26,7 @@ from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.running import free_port, stopped
 from obstore.store import S3Store
 
-from kms_core.age.x25519 import Identity
+from kms_core.age.x25519 import X25519Identity
 from kms_core.s3.bucket import ALWAYS, Bucket
 from kms_core.s3.multipart import Assembly
 from kms_protocol.errors import KmsError
@@ -83,7 +83,7 @@ def main() -> None:
 
 def prepare(on: Stage) -> None:
     """The source, and the ciphertext that every way but the first begins with; it must open to the source."""
-    on.identity.write_text(f"{Identity.generate().export()}\n")
+    on.identity.write_text(f"{X25519Identity.generate().export()}\n")
     on.identity.chmod(0o600)
     writer = Assembly(on.bucket, "source", "bench", lambda _: None)
     writer.reserve(on.size)

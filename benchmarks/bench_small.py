@@ -24,14 +24,14 @@ from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.report import Scale
 
 from kms_core.age import header, stream
-from kms_core.age.header import FILE_LIMITS, SYNC_LIMITS, Limits
-from kms_core.age.x25519 import Identity
-from kms_core.audit import Trail
+from kms_core.age.header import FILE_LIMITS, SYNC_LIMITS, HeaderLimits
+from kms_core.age.x25519 import X25519Identity
+from kms_core.audit import AuditLog
 from kms_core.audit.keys import Concealer, Signer
 from kms_core.auth.policy import AllowAll, Principal
 from kms_core.backends.age import AgeBackend, KeyFiles
 from kms_core.envelope import sealing
-from kms_core.key_selection import Rules
+from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms
 from kms_protocol.errors import KmsError
@@ -58,12 +58,14 @@ class Scene:
     @classmethod
     def at(cls, folder: Path, limit_s: float) -> "Scene":
         file = folder / "identity"
-        identity = Identity.generate()
+        identity = X25519Identity.generate()
         file.touch(0o600)
         file.write_text(f"{identity.export()}\n")
         key = Key("default", AgeBackend(KeyFiles(file)), accept_foreign=True)
-        trail = Trail(folder / "audit", "bench", Concealer.at(folder / "a.key"), Signer.at(folder / "s.key"))
-        kms = Kms(Keyring({"default": key}, key), AllowAll(), trail, Rules())
+        trail = AuditLog(
+            folder / "audit", "bench", Concealer.at(folder / "a.key"), Signer.at(folder / "s.key")
+        )
+        kms = Kms(Keyring({"default": key}, key), AllowAll(), trail, SelectionRules())
         return cls(
             drive_kms.wrapper(file), kms, pyrage.x25519.Identity.from_str(identity.export()), file, limit_s
         )
@@ -141,7 +143,7 @@ def _opening(scene: Scene, size: int) -> list[Contender]:
     ]
 
 
-def open_(ciphertext: bytes, by: Local, limits: Limits = SYNC_LIMITS) -> bytes:
+def open_(ciphertext: bytes, by: Local, limits: HeaderLimits = SYNC_LIMITS) -> bytes:
     head = header.parse(ciphertext, limits)
     return sealing.open_(ciphertext, head, drive_kms.file_key_of(head, by))
 
@@ -149,7 +151,7 @@ def open_(ciphertext: bytes, by: Local, limits: Limits = SYNC_LIMITS) -> bytes:
 def plain_file(by: Local, plaintext: bytes, recipients: int) -> bytes:
     """What age itself would write; ``by`` is the last of the recipients."""
     file_key, nonce = os.urandom(header.FILE_KEY_BYTES), os.urandom(stream.NONCE)
-    others = [Identity.generate().recipient for _ in range(recipients - 1)]
+    others = [X25519Identity.generate().recipient for _ in range(recipients - 1)]
     stanzas = [recipient.wrap(file_key) for recipient in (*others, by.identity.recipient)]
     payload = stream.seal(stream.payload_key(file_key, nonce), plaintext)
     return header.render(stanzas, file_key) + nonce + payload
@@ -176,7 +178,7 @@ def _hostile(scene: Scene, folder: Path) -> Both:
     return ours, _programs(scene, file, refuse=True)
 
 
-def _refuse(by: Local, data: bytes, limits: Limits) -> None:
+def _refuse(by: Local, data: bytes, limits: HeaderLimits) -> None:
     with suppress(KmsError):
         open_(data, by, limits)
         raise RuntimeError("a hostile header was accepted")

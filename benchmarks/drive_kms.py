@@ -13,11 +13,11 @@ from typing import Final
 
 from kms_core.age import header, stream
 from kms_core.age.header import FILE_LIMITS, Header, Stanza
-from kms_core.age.x25519 import Identity
+from kms_core.age.x25519 import X25519Identity
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.payload import parallel, streaming
-from kms_core.payload.files import Extent, Onto
+from kms_core.payload.files import FileRange, FileWriter
 from kms_protocol.context import Context
 
 ITEM_BYTES: Final = 1024
@@ -29,7 +29,7 @@ CONTEXT: Final = Context.parse("env=bench")
 class Local:
     """Wraps file keys for one identity, as the Age backend does."""
 
-    identity: Identity
+    identity: X25519Identity
     origin: bytes
 
     def wrap(self, file_key: bytes, key: KeyRef, aad: bytes) -> Stanza:
@@ -46,7 +46,7 @@ class Local:
 
 
 def wrapper(identity_file: Path) -> Local:
-    identity = Identity.parse(identity_file.read_text().split()[-1])
+    identity = X25519Identity.parse(identity_file.read_text().split()[-1])
     return Local(identity, binding.origin_key(identity.secret))
 
 
@@ -69,13 +69,13 @@ def seal(by: Local, source: str, target: str) -> None:
         begun = sealing.begin(by, KEY, CONTEXT, padded=size >= sealing.PAD_FROM_BYTES)
         writer.write(begun.head)
         parallel.seal_file(
-            begun.payload_key, Extent(reader.fileno(), size), Onto(writer.fileno()), len(begun.head)
+            begun.payload_key, FileRange(reader.fileno(), size), FileWriter(writer.fileno()), len(begun.head)
         )
 
 
 def seal_items(count: int) -> None:
     """So many items of a bulk job, and nothing but their sealing."""
-    identity = Identity.generate()
+    identity = X25519Identity.generate()
     by, plaintext = Local(identity, binding.origin_key(identity.secret)), os.urandom(ITEM_BYTES)
     for _ in range(count):
         sealing.seal(plaintext, by, KEY, CONTEXT)
@@ -91,7 +91,9 @@ def open_(by: Local, source: str, target: str) -> None:
         head = header.read(reader.fileno(), FILE_LIMITS)
         size = os.fstat(reader.fileno()).st_size - head.payload_offset
         key = stream.payload_key(file_key_of(head, by), head.nonce)
-        parallel.open_file(key, Extent(reader.fileno(), size, head.payload_offset), Onto(writer.fileno()))
+        parallel.open_file(
+            key, FileRange(reader.fileno(), size, head.payload_offset), FileWriter(writer.fileno())
+        )
 
 
 if __name__ == "__main__":

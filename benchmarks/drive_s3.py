@@ -20,21 +20,21 @@ from kms_core.age.header import FILE_LIMITS
 from kms_core.envelope import sealing
 from kms_core.jobs.execution.one_file import REMOTE_SLAB_CHUNKS, REMOTE_THREADS
 from kms_core.payload import parallel
-from kms_core.payload.parallel import Pace
+from kms_core.payload.parallel import ParallelOptions
 from kms_core.s3.bucket import ALWAYS, Bucket
-from kms_core.s3.connection import Line, Place
+from kms_core.s3.connection import S3Connection, S3Endpoint
 from kms_core.s3.multipart import PART_BYTES, Assembly, ObjectReader
 from kms_core.s3.sigv4 import Credentials
 
 BUCKET: Final = "bench"
 ACCESS_KEY: Final = "AKIDBENCH"
 SECRET: Final = "no-secret"  # noqa: S105 -- of a server on loopback, for the time of a benchmark
-PACE: Final = Pace(REMOTE_THREADS, REMOTE_SLAB_CHUNKS)
+PACE: Final = ParallelOptions(REMOTE_THREADS, REMOTE_SLAB_CHUNKS)
 
 
 def bucket(endpoint: str) -> Bucket:
-    place = Place(endpoint, "us-east-1", lambda: Credentials(ACCESS_KEY, SECRET), None, 60.0)
-    return Bucket(BUCKET, Line(place), path_style=True)
+    place = S3Endpoint(endpoint, "us-east-1", lambda: Credentials(ACCESS_KEY, SECRET), None, 60.0)
+    return Bucket(BUCKET, S3Connection(place), path_style=True)
 
 
 def reader(at: Bucket, key: str) -> ObjectReader:

@@ -38,7 +38,7 @@ class Install:
     """Processes are started by ``run`` and end with the ``installed`` block, or by ``end``."""
 
     state: Path
-    place: valkey.Place
+    place: valkey.ValkeyFiles
     environ: Mapping[str, str]
     port: int
     core: Core
@@ -100,7 +100,7 @@ def installed(folder: Path, fsync: str, *, concurrency: int = 2) -> Iterator[Ins
     config.write_text(f"[kms.jobs]\nconcurrency = {concurrency}\nopen_jobs = {_OPEN_JOBS}\n")
     with ExitStack() as stack:
         place = stack.enter_context(valkey.claim(state, os.environ))
-        argv = valkey.command(valkey.find_binary(os.environ), place, valkey.Limits(_MAXMEMORY))
+        argv = valkey.command(valkey.find_binary(os.environ), place, valkey.ValkeyLimits(_MAXMEMORY))
         argv[argv.index("--appendfsync") + 1] = fsync
         log = stack.enter_context(place.log_path.open("ab"))
         stack.enter_context(stopped(subprocess.Popen(argv, stdout=log, pass_fds=(place.lock,))))

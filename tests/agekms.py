@@ -12,11 +12,11 @@ import msgspec
 from kms_core.age import header, mlkem768x25519, x25519
 from kms_core.age.header import FILE_LIMITS, VERSION_LINE, Header, Stanza
 from kms_core.age.recipients import Identity
-from kms_core.audit import Audit, Record
+from kms_core.audit import AuditRecord, AuditWriter
 from kms_core.auth.policy import AllowAll, Policy, Principal
 from kms_core.backends import Backend
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.key_selection import Rules
+from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms
 from kms_protocol.context import Context
@@ -26,7 +26,7 @@ ADA: Final = Principal("ada", "acme", "test")
 NO_CONTEXT: Final = Context()
 ROW: Final = Context.parse("row=7")
 _NO_KEYS: Final[Mapping[str, Backend]] = MappingProxyType({})
-NativeIdentity = x25519.Identity | mlkem768x25519.Identity
+NativeIdentity = x25519.X25519Identity | mlkem768x25519.HybridIdentity
 
 
 class Unhidden:
@@ -49,7 +49,7 @@ class Kept(Unhidden):
 
     lines: list[dict[str, object]] = field(default_factory=list)
 
-    def append(self, record: Record) -> str:
+    def append(self, record: AuditRecord) -> str:
         self.lines.append(msgspec.json.decode(msgspec.json.encode(record), type=dict[str, object]))
         return f"kept:{len(self.lines)}"
 
@@ -61,7 +61,7 @@ class Kept(Unhidden):
 class FullDisk(Unhidden):
     """An audit trail that takes nothing."""
 
-    def append(self, record: Record) -> str:
+    def append(self, record: AuditRecord) -> str:
         del record
         raise AuditUnavailable
 
@@ -96,16 +96,18 @@ def kms_over(  # noqa: PLR0913 -- what settings would say
     others: Mapping[str, Backend] = _NO_KEYS,
     *,
     accept_foreign: bool = True,
-    trail: Audit | None = None,
+    trail: AuditWriter | None = None,
     policy: Policy | None = None,
-    rules: Rules | None = None,
+    rules: SelectionRules | None = None,
 ) -> Kms:
     """A service whose default key is ``default``; ``others`` by their key ids."""
     keys = {
         key_id: Key(key_id, backend, accept_foreign)
         for key_id, backend in ({"default": default} | dict(others)).items()
     }
-    return Kms(Keyring(keys, keys["default"]), policy or AllowAll(), trail or Kept(), rules or Rules())
+    return Kms(
+        Keyring(keys, keys["default"]), policy or AllowAll(), trail or Kept(), rules or SelectionRules()
+    )
 
 
 # -- files taken apart -------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import boto3
 from botocore.session import Session
 
 from kms_core.backends.aws.backend import AwsCipher
-from kms_core.backends.aws.client import Calls, Place
+from kms_core.backends.aws.client import AwsEndpoint, AwsKmsClient
 from kms_core.programs.tether import spawn
 from ports import free_port
 
@@ -75,8 +75,8 @@ def _session() -> Session:
     return session
 
 
-def calls_to(url: str, *, timeout_s: float = 10.0) -> Calls:
-    return Calls(Place(REGION, url, None, None, timeout_s), _session())
+def calls_to(url: str, *, timeout_s: float = 10.0) -> AwsKmsClient:
+    return AwsKmsClient(AwsEndpoint(REGION, url, None, None, timeout_s), _session())
 
 
 @functools.cache

@@ -17,11 +17,11 @@ from uuid import uuid4
 import httpx
 
 from contract.faults import Fault, Faulty, faulty, hangs_up
-from kms_core.backends.vault.client import Vault, connect
+from kms_core.backends.vault.client import VaultClient, connect
 from kms_core.backends.vault.kv import KvCipher
 from kms_core.backends.vault.transit import TransitCipher
 from kms_core.programs.tether import spawn
-from kms_core.settings.backends import VaultKv
+from kms_core.settings.backends import VaultKvSection
 from peers import program
 from ports import free_port
 
@@ -179,10 +179,10 @@ def binary() -> str:
     return program("bao")
 
 
-def vault(url: str, **more: object) -> Vault:
+def vault(url: str, **more: object) -> VaultClient:
     """The server of a settings section with these values."""
     section: Mapping[str, Any] = {"address": url, "timeout_s": 10.0, **more}
-    return connect(VaultKv(**section), "kms.vault_kv", strict=False)
+    return connect(VaultKvSection(**section), "kms.vault_kv", strict=False)
 
 
 def transit(server: Bao, key: str, **more: object) -> TransitCipher:
@@ -195,7 +195,7 @@ def kv(server: Bao, path: str, *, cache_s: float = 0.0, **more: object) -> KvCip
     return KvCipher(_vault_of(server, more), "secret", path, cache_s=cache_s)
 
 
-def _vault_of(server: Bao, more: dict[str, object]) -> Vault:
+def _vault_of(server: Bao, more: dict[str, object]) -> VaultClient:
     own = {} if "token_file" in more else {"token": more.get("token") or server.token()}
     return vault(
         str(more.pop("address", server.url)), **own, **{k: v for k, v in more.items() if k != "token"}

@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from kms_core.auth import certificates, tokens
-from kms_core.auth.certificates import Shown
-from kms_core.auth.tokens import Token, Wish
+from kms_core.auth.certificates import PresentedCertificate
+from kms_core.auth.tokens import Token, TokenRequest
 from service import Service
 
 REQUIRED: Final = '[kms.auth]\nmode = "required"\n'
@@ -46,7 +46,7 @@ class Guarded(Service):
 
     def make(self, *scopes: str, tenant: str = "default", ttl: timedelta | None = DAY) -> tuple[Token, str]:
         """A new token and its text."""
-        return tokens.create(self.token_file, Wish(f"caller-{next(_numbers)}", tenant, scopes, ttl))
+        return tokens.create(self.token_file, TokenRequest(f"caller-{next(_numbers)}", tenant, scopes, ttl))
 
     def token(self, *scopes: str, tenant: str = "default") -> dict[str, str]:
         """The header of a new token."""
@@ -180,7 +180,7 @@ def der_of(path: Path) -> bytes:
     return x509.load_pem_x509_certificate(path.read_bytes()).public_bytes(Encoding.DER)
 
 
-def shown(pair: Pair, *authorities: "Authority") -> Shown:
+def shown(pair: Pair, *authorities: "Authority") -> PresentedCertificate:
     """A client certificate as TLS gives it to a connection; ``authorities`` from its own to the root."""
     return certificates.read(der_of(pair.cert), [der_of(one.ca_file) for one in authorities])
 

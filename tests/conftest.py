@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 import structlog
 
-from kms_cli.local.valkey import EmbeddedValkey, Limits
+from kms_cli.local.valkey import EmbeddedValkey, ValkeyLimits
 
 # skips that fail in CI; the whole service; cores with object stores; a façade; age tools; RabbitMQ
 pytest_plugins = ["skips", "service", "objectbench", "facades", "plugins", "rabbits"]
@@ -42,7 +42,9 @@ def _no_configuration_of_logs() -> None:
 @pytest.fixture(scope="session")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
     """A server with the access list of production. Do not kill it: start one of your own for that."""
-    with EmbeddedValkey(tmp_path_factory.mktemp("valkey"), limits=Limits(databases=DATABASES)) as server:
+    with EmbeddedValkey(
+        tmp_path_factory.mktemp("valkey"), limits=ValkeyLimits(databases=DATABASES)
+    ) as server:
         yield server
 
 

@@ -22,7 +22,7 @@ from cryptography.x509.oid import NameOID
 
 from kms_core.jobs.ends import Work
 from kms_core.jobs.events.outbox import Delivery, Outbox
-from kms_core.jobs.events.webhook import Endpoint
+from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.store.store import JobStore
 from kms_core.settings.load import Settings
 from kms_core.settings.load import load as load_settings
@@ -174,7 +174,7 @@ def secret_file(folder: Path, secret: bytes = SECRET + b"\n", mode: int = 0o600)
     return path
 
 
-def endpoint(folder: Path, url: str, authority: Authority | None, **changes: object) -> Endpoint:
+def endpoint(folder: Path, url: str, authority: Authority | None, **changes: object) -> WebhookEndpoint:
     """An endpoint that may be on this machine, unless the changes say otherwise."""
     fields: dict[str, object] = {
         "url": url,
@@ -183,7 +183,7 @@ def endpoint(folder: Path, url: str, authority: Authority | None, **changes: obj
         "allow_private": True,
         "tls": ssl.create_default_context(cafile=authority.ca_file) if authority else None,
     }
-    return Endpoint(**(fields | changes))  # type: ignore[arg-type]  # fields by name
+    return WebhookEndpoint(**(fields | changes))  # type: ignore[arg-type]  # fields by name
 
 
 def toml(name: str, receiver: Receiver, authority: Authority, secret: Path, more: str = "") -> str:
@@ -237,7 +237,7 @@ def end(
     return claim.accepted.job_id
 
 
-def taken_in(store: JobStore, endpoints: Mapping[str, Endpoint]) -> tuple[Outbox, Delivery]:
+def taken_in(store: JobStore, endpoints: Mapping[str, WebhookEndpoint]) -> tuple[Outbox, Delivery]:
     """An outbox with one delivery, as a courier leaves it that is killed before it sends."""
     outbox = Outbox(store, endpoints)
     outbox.take_in()

@@ -8,12 +8,12 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kms_core.backends import KeyVersion
-from kms_core.backends.circuit_breaker import Patience
+from kms_core.backends.circuit_breaker import RetryPolicy
 from kms_core.backends.remote import RemoteBackend
 from kms_core.http_client import Unreachable
 from kms_protocol.errors import DecryptFailed, KmsError
 
-NO_PATIENCE = Patience(attempts=1, failures=1_000_000)
+NO_PATIENCE = RetryPolicy(attempts=1, failures=1_000_000)
 
 
 class MemoryCipher:

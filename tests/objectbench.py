@@ -10,9 +10,9 @@ import pytest
 import objectstores
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution.runner import Shop, run_job
+from kms_core.jobs.execution.runner import WorkerContext, run_job
 from kms_core.jobs.model import Job
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.wire import JobKind
 from objectstores import ObjectStore, TestBucket, Way
@@ -38,7 +38,7 @@ class Bench:
         self, kind: JobKind, source: str, target: str, *, overwrite: bool = False, context: Context = CONTEXT
     ) -> str:
         new = NEW if kind in {"rewrap", "reseal"} else None
-        terms = Terms(WHO, kind, context, new_context=new)
+        terms = SubmissionOptions(WHO, kind, context, new_context=new)
         return self.core.desk.reference(terms, source, target, overwrite=overwrite).job_id
 
     def run(self, job_id: str) -> Job:
@@ -57,7 +57,7 @@ class Bench:
     def now(self, job_id: str) -> Job:
         return self.core.shop.store.get(job_id, TENANT)
 
-    def taken_up(self, job_id: str, shop: Shop | None = None) -> Job:
+    def taken_up(self, job_id: str, shop: WorkerContext | None = None) -> Job:
         """The job after its worker died and another has had its turn."""
         shop = shop or replace(self.core.shop, store=store_of(self.core, SHORT, []))
         lapse()

@@ -13,7 +13,7 @@ import pytest
 
 from bao import bao
 from callers import REQUIRED, Guarded, bearer
-from kms_cli.plugin.names import Target
+from kms_cli.plugin.names import PluginTarget
 from kms_protocol.context import Context
 from peers import program
 from service import b64, unb64
@@ -80,7 +80,7 @@ class Bench:
         answer = self.post("encrypt", {"plaintext": b64(plaintext), "context": context, "key_id": key_id})
         return unb64(answer.json()["ciphertext"])
 
-    def identity(self, *targets: Target) -> str:
+    def identity(self, *targets: PluginTarget) -> str:
         """The path of an identity file."""
         path = self.folder / "kms.id"
         path.write_text("".join(f"{target.identity()}\n" for target in targets))
@@ -94,8 +94,8 @@ class Bench:
         return str(path)
 
 
-def target(key_id: str | None = None, context: str = ENV, *, in_process: bool = False) -> Target:
-    return Target(key_id, Context.parse(context), None, in_process)
+def target(key_id: str | None = None, context: str = ENV, *, in_process: bool = False) -> PluginTarget:
+    return PluginTarget(key_id, Context.parse(context), None, in_process)
 
 
 def new_pair(kms: Path, *more: str) -> str:

@@ -24,7 +24,7 @@ from kms_cli.local import up
 from kms_cli.local.valkey import EmbeddedValkey, runtime_dir
 from kms_core.container import Core
 from kms_core.container import build as build_core
-from kms_core.jobs.model import Nudge
+from kms_core.jobs.model import NotifyWorker
 from kms_core.programs import tether
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
@@ -266,7 +266,7 @@ def check_problem(answer: httpx.Response, status: int, code: str) -> None:
     assert B64_CANARY not in answer.text
 
 
-def core_of(service: Service, nudge: Nudge = lambda *_: None) -> Core:
+def core_of(service: Service, nudge: NotifyWorker = lambda *_: None) -> Core:
     """The core of an install in this process, with its keys, spool and store; nobody is nudged by default."""
     return build_core(service.settings, "test", nudge)
 

@@ -7,32 +7,34 @@ import redis
 
 from kms_core import redis_client
 from kms_core.container import Core
-from kms_core.jobs.model import Accepted, Claim, Commit, Rules
+from kms_core.jobs.model import Attempt, Commit, JobSpec, StoreRules
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
-from kms_core.settings.model import Redis
+from kms_core.settings.model import RedisSection
 from service import CANARY
 
 TENANT = "default"
-SHORT = Rules(lease_s=0.5, attempts=3)  # a busy machine may keep a process from its heartbeat for a while
-LONG = Rules(lease_s=600, attempts=3)
+SHORT = StoreRules(
+    lease_s=0.5, attempts=3
+)  # a busy machine may keep a process from its heartbeat for a while
+LONG = StoreRules(lease_s=600, attempts=3)
 COMMIT = Commit(fence=1, inode=2, size_bytes=3, mtime_ns=4)
 
 
 def connect(url: str) -> redis.Redis:
     """A client as the service makes it."""
-    return redis_client.connect(Redis(url=url, broker_url=url))
+    return redis_client.connect(RedisSection(url=url, broker_url=url))
 
 
-def store_of(core: Core, rules: Rules, nudged: list[str]) -> JobStore:
+def store_of(core: Core, rules: StoreRules, nudged: list[str]) -> JobStore:
     """The core's store with other rules; whom it nudges is noted."""
     found = core.shop.store
     return JobStore(found.redis, found.record_key, lambda job_id, *_: nudged.append(job_id), rules)
 
 
-def accepted(**changes: object) -> Accepted:
+def accepted(**changes: object) -> JobSpec:
     now = time.time()
-    job = Accepted(
+    job = JobSpec(
         job_id=new_id(),
         tenant=TENANT,
         principal="local",
@@ -47,14 +49,14 @@ def accepted(**changes: object) -> Accepted:
     return msgspec.structs.replace(job, **changes)
 
 
-def claimed(store: JobStore, worker: str = "w1", **changes: object) -> Claim:
+def claimed(store: JobStore, worker: str = "w1", **changes: object) -> Attempt:
     job = store.submit(accepted(**changes))
     claim = store.claim(job.job_id, worker)
     assert claim
     return claim
 
 
-def state(store: JobStore, claim: Claim) -> str:
+def state(store: JobStore, claim: Attempt) -> str:
     return store.get(claim.accepted.job_id, TENANT).state
 
 

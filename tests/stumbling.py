@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from kms_core.container import Core
 from kms_core.jobs.ends import Work
-from kms_core.jobs.execution.runner import Shop
-from kms_core.jobs.model import Claim, Commit
+from kms_core.jobs.execution.runner import WorkerContext
+from kms_core.jobs.model import Attempt, Commit
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import JobState
 from stores import SHORT
@@ -24,18 +24,18 @@ class StumblingStore(JobStore):
     before: Callable[[str], None] = staticmethod(lambda _step: None)
     after: Callable[[str], None] = staticmethod(lambda _step: None)
 
-    def committing(self, claim: Claim, commit: Commit) -> None:
+    def committing(self, claim: Attempt, commit: Commit) -> None:
         self.before("committing")
         super().committing(claim, commit)
         self.after("committing")
 
-    def finish(self, claim: Claim, state: JobState, code: str = "", work: Work | None = None) -> None:
+    def finish(self, claim: Attempt, state: JobState, code: str = "", work: Work | None = None) -> None:
         self.before("finish")
         super().finish(claim, state, code, work)
         self.after("finish")
 
 
-def stumbling(core: Core, step: str, *, after: bool, error: BaseException | None = None) -> Shop:
+def stumbling(core: Core, step: str, *, after: bool, error: BaseException | None = None) -> WorkerContext:
     """A worker that is killed, or meets the error, once it has come to this step."""
 
     def meet() -> None:
@@ -44,7 +44,7 @@ def stumbling(core: Core, step: str, *, after: bool, error: BaseException | None
     return interrupted(core, step, meet, after=after)
 
 
-def interrupted(core: Core, step: str, what: Callable[[], object], *, after: bool) -> Shop:
+def interrupted(core: Core, step: str, what: Callable[[], object], *, after: bool) -> WorkerContext:
     """A worker before or after whose step something happens."""
 
     def meet(met: str) -> None:

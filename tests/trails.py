@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kms_core.audit import Record, Rules, Trail
+from kms_core.audit import AuditLog, AuditLogRules, AuditRecord
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
-from kms_core.audit.verification.report import Report
+from kms_core.audit.verification.report import VerificationReport
 from kms_core.audit.verification.verify import verify
 
 Line = dict[str, Any]
 
 
-def record(number: int = 0, **fields: Any) -> Record:  # noqa: ANN401 -- the fields of a record
-    return Record(
+def record(number: int = 0, **fields: Any) -> AuditRecord:  # noqa: ANN401 -- the fields of a record
+    return AuditRecord(
         **(
             {
                 "operation": "encrypt",
@@ -47,12 +47,16 @@ class Place:
         return self.at / "signing.key"
 
     def trail(
-        self, rules: Rules | None = None, *, role: str = "api", clock: Callable[[], int] = time.time_ns
-    ) -> Trail:
+        self,
+        rules: AuditLogRules | None = None,
+        *,
+        role: str = "api",
+        clock: Callable[[], int] = time.time_ns,
+    ) -> AuditLog:
         concealer, signer = Concealer.at(self.at / "audit.key"), Signer.at(self.signing_key)
-        return Trail(self.folder, role, concealer, signer, rules, clock=clock)
+        return AuditLog(self.folder, role, concealer, signer, rules, clock=clock)
 
-    def written(self, count: int, rules: Rules | None = None, *, close: bool = True) -> Path:
+    def written(self, count: int, rules: AuditLogRules | None = None, *, close: bool = True) -> Path:
         """A trail of so many records; its (last) file."""
         trail = self.trail(rules)
         for number in range(1, count + 1):
@@ -77,15 +81,15 @@ class Place:
     def keys(self) -> PublicKeys:
         return PublicKeys.read(public_path(self.signing_key))
 
-    def verified(self, *anchors: bytes, processes: int = 1) -> Report:
+    def verified(self, *anchors: bytes, processes: int = 1) -> VerificationReport:
         return verify(self.folder, self.keys(), {"here": anchors} if anchors else {}, processes=processes)
 
 
-def codes(report: Report) -> list[str]:
+def codes(report: VerificationReport) -> list[str]:
     return [problem.code for problem in report.problems]
 
 
-def notes(report: Report) -> list[str]:
+def notes(report: VerificationReport) -> list[str]:
     return [note.code for note in report.notes]
 
 

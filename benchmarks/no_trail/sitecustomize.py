@@ -3,12 +3,12 @@
 No setting allows that: it is the floor of a benchmark, and nothing else should run with it.
 """
 
-from kms_core.audit import Record, Trail
+from kms_core.audit import AuditLog, AuditRecord
 
 
-def _nothing(trail: Trail, record: Record) -> str:
+def _nothing(trail: AuditLog, record: AuditRecord) -> str:
     del trail, record
     return ""
 
 
-Trail.append = _nothing  # type: ignore[assignment, method-assign]  # see above
+AuditLog.append = _nothing  # type: ignore[assignment, method-assign]  # see above

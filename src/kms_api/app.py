@@ -30,22 +30,22 @@ from kms_api.routes import (
     webhooks,
 )
 from kms_api.transport.admission import Admission, Admitted
-from kms_api.transport.authentication import Entry, Gate, Limits
+from kms_api.transport.authentication import AuthenticationLayer, AuthLimits, RequestAuthenticator
 from kms_api.transport.client_address import ClientAddress
-from kms_api.transport.fast_path import Front
-from kms_api.transport.request_context import Edge
+from kms_api.transport.fast_path import FastPath
+from kms_api.transport.request_context import RequestContext
 from kms_api.transport.sessions import Sessions
 from kms_api.transport.tracing import Traced
 from kms_api.ui import actions, runbooks, views
 from kms_api.ui.render import Screen
 from kms_api.vault_api import app as facade
-from kms_core.audit.verification.monitor import Watch
+from kms_core.audit.verification.monitor import AuditMonitor
 from kms_core.audit_setup import build_watch
-from kms_core.auth.metrics_access import Scraping
-from kms_core.auth.rate_limit import Failures, Pace, Requests
+from kms_core.auth.metrics_access import MetricsAccess
+from kms_core.auth.rate_limit import Failures, Rate, Requests
 from kms_core.container import Core
 from kms_core.container import build as build_core
-from kms_core.jobs.store.usage_flush import Teller
+from kms_core.jobs.store.usage_flush import UsageFlush
 from kms_core.observability import metrics, tracing
 from kms_core.proxies import Proxies
 from kms_core.settings.lint import SETTINGS, unaccepted
@@ -121,29 +121,31 @@ def build(settings: Settings) -> ASGIApp:
     problems.install(app)
     metrics.BUILD_INFO.labels(__version__).set(1)
     metrics.show_weak(SETTINGS, unaccepted(settings))
-    limits = Limits(
+    limits = AuthLimits(
         Failures(settings.kms.auth.failures_per_minute / settings.kms.server.processes),
         requests,
-        Scraping(settings.kms.server.metrics, core.doors, core.kms.policy, Proxies.of(settings.kms.server)),
+        MetricsAccess(
+            settings.kms.server.metrics, core.doors, core.kms.policy, Proxies.of(settings.kms.server)
+        ),
     )
-    entry = None if core.doors is None else Entry(core.doors, core.kms.trail, limits.failures)
+    entry = None if core.doors is None else RequestAuthenticator(core.doors, core.kms.trail, limits.failures)
     sessions = Sessions(settings.state_dir / "run" / "sessions")
     app.state.screen = Screen(ui.environment(), ui.files(), runbooks.load(), sessions, entry)
-    inner = facade.before(Front(app, ROUTERS, wire.PREFIX), app.state.service, core.doors)
+    inner = facade.before(FastPath(app, ROUTERS, wire.PREFIX), app.state.service, core.doors)
     front = ServerErrorMiddleware(inner, problems.unknown)
-    gate = Gate(front, entry, sessions, limits)
-    edge = Edge(gate, settings.kms.server.allowed_hosts, core.kms.trail)
+    gate = AuthenticationLayer(front, entry, sessions, limits)
+    edge = RequestContext(gate, settings.kms.server.allowed_hosts, core.kms.trail)
     admitted = Admitted(edge, Admission.of(settings.kms.server))
     outer = Traced(admitted) if traced.enabled else admitted
     proxies = Proxies.of(settings.kms.server)
     return ClientAddress(outer, proxies) if settings.kms.server.trusted_proxies else outer
 
 
-def _paces(settings: Settings) -> dict[str, Pace]:
+def _paces(settings: Settings) -> dict[str, Rate]:
     """The requests a second of those tenants that have a bound; each of our processes allows its share."""
     share = 1 / settings.kms.server.processes
     return {
-        name: Pace(
+        name: Rate(
             tenant.requests_per_s * share,
             max(1.0, (tenant.burst or max(1.0, tenant.requests_per_s)) * share),
         )
@@ -152,13 +154,13 @@ def _paces(settings: Settings) -> dict[str, Pace]:
     }
 
 
-def _with_helpers(core: Core, watch: Watch) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _with_helpers(core: Core, watch: AuditMonitor) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """While the application runs, counts go to Redis, and the audit trail is kept in order and read back."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
-        teller = Teller(core.kms.tally, core.shop.store.redis)
+        teller = UsageFlush(core.kms.tally, core.shop.store.redis)
         teller.start()
         core.keeper.start()
         watch.start()

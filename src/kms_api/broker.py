@@ -11,7 +11,7 @@ from kombu.transport import redis
 from kms_core.jobs.model import AMQP_RANKS, QUEUES, REDIS_STEPS
 from kms_core.jobs.store.broker_messages import TASK
 from kms_core.redis_client import celery_options
-from kms_core.settings.model import Redis
+from kms_core.settings.model import RedisSection
 from kms_protocol.errors import JobsUnavailable
 from kms_protocol.wire import Priority
 
@@ -56,7 +56,7 @@ class Broker:
             return _waiting(connection)
 
 
-def connect(section: Redis) -> Broker:
+def connect(section: RedisSection) -> Broker:
     """The broker of ``[kms.redis]``; nothing is connected before the first message."""
     producer = Celery("kms-api", set_as_current=False)
     producer.conf.update(_CONFIGURATION | celery_options(section, _TRANSPORT))

@@ -9,11 +9,11 @@ import anyio.to_thread
 from fastapi import Request
 
 from kms_core.age.header import BUNDLE
-from kms_core.audit.verification.monitor import Watch
+from kms_core.audit.verification.monitor import AuditMonitor
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import Requests
 from kms_core.auth.revocation import Revocations
-from kms_core.jobs.submission.submitter import Desk
+from kms_core.jobs.submission.submitter import JobSubmitter
 from kms_core.service import Kms
 from kms_core.settings.model import Settings
 
@@ -46,9 +46,9 @@ class Service:
 
     settings: Settings
     kms: Kms
-    desk: Desk
+    desk: JobSubmitter
     broker: Queue
-    watch: Watch
+    watch: AuditMonitor
     started: float
     limiters: dict[str, anyio.CapacityLimiter]
     upload_limiter: anyio.CapacityLimiter

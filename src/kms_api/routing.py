@@ -138,7 +138,7 @@ OPEN_PATHS: Final = PAGES | {
 }
 
 
-class Ruled(APIRoute):
+class ScopedRoute(APIRoute):
     """A route that is held to the table, before any of its body is read."""
 
     table: ClassVar = RULES
@@ -211,6 +211,6 @@ def is_vault(path: str) -> bool:
 def include(app: FastAPI, router: APIRouter, prefix: str = "") -> None:
     """Add the routes of a router. Raises TypeError for one that the table does not hold."""
     for route in router.routes:
-        if not isinstance(route, Ruled):
+        if not isinstance(route, ScopedRoute):
             raise TypeError(f"{route}: make its router with route_class=Ruled")
     app.include_router(router, prefix=prefix)

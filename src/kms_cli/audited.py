@@ -15,7 +15,7 @@ from redis.retry import Retry
 
 from kms_cli.local import state_redis
 from kms_core import audit
-from kms_core.audit import Trail
+from kms_core.audit import AuditLog
 from kms_core.audit_setup import build
 from kms_core.auth.policy import Principal
 from kms_core.envelope.binding import DEFAULT_TENANT
@@ -38,7 +38,7 @@ def effect(settings: Settings, operation: str, what: str, tenant: str = DEFAULT_
 
 
 @contextmanager
-def log_of(settings: Settings) -> Iterator[Trail]:
+def log_of(settings: Settings) -> Iterator[AuditLog]:
     """The chain of this command: begun by its first record, closed at the end. Raises ConfigurationError."""
     logs.configure("error", json=False)  # stdout is for results, and a second place may be away
     trail, keeper = build(settings, ROLE, _second_place(settings), stdout=False)

@@ -13,8 +13,8 @@ import msgspec
 
 from kms_client import requests
 from kms_client.engine import Engine
-from kms_client.follow import Watch
-from kms_client.http_client import Answer, Transport, pool_options, transport_errors
+from kms_client.follow import JobWait
+from kms_client.http_client import AnswerHead, Transport, pool_options, transport_errors
 from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
 from kms_client.requests import UploadOptions
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
@@ -35,21 +35,21 @@ class AsyncTransport:
         self._url = settings.url
         self._pool = httpcore.AsyncConnectionPool(**pool_options(settings))
 
-    async def open(self, request: httpcore.Request) -> Answer:
+    async def open(self, request: httpcore.Request) -> AnswerHead:
         with transport_errors(self._url):
-            return Answer.of(await self._pool.handle_async_request(request))
+            return AnswerHead.of(await self._pool.handle_async_request(request))
 
-    async def read(self, answer: Answer) -> bytes:
+    async def read(self, answer: AnswerHead) -> bytes:
         with transport_errors(self._url):
             return await answer.raw.aread()
 
-    async def close(self, answer: Answer) -> None:
+    async def close(self, answer: AnswerHead) -> None:
         await answer.raw.aclose()
 
     async def sleep(self, seconds: float) -> None:
         await anyio.sleep(seconds)
 
-    async def chunks(self, answer: Answer) -> AsyncGenerator[bytes]:
+    async def chunks(self, answer: AnswerHead) -> AsyncGenerator[bytes]:
         with transport_errors(self._url):
             async for chunk in answer.raw.aiter_stream():
                 yield chunk
@@ -217,7 +217,7 @@ class AsyncClient:
         Raises JobNotFinished after ``timeout_s``, Unavailable when the service is away for a minute.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        async with contextlib.aclosing(Watch(self._engine, job_id, deadline).states()) as states:
+        async with contextlib.aclosing(JobWait(self._engine, job_id, deadline).states()) as states:
             async for job in states:
                 if progress is not None:
                     progress(job)

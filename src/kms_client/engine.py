@@ -1,7 +1,8 @@
 """From a Call to its answer over a Transport, with bounded retries; knows no single call.
 
-Retries are safe: a call whose effect would come twice is not repeated (``Call.repeatable``), a submission
-carries its Idempotency-Key, and a streamed body is repeated only when its source can be read again.
+Retries are safe: a call whose effect would come twice is not repeated (``ClientRequest.repeatable``), a
+submission carries its Idempotency-Key, and a streamed body is repeated only when its source can be read
+again.
 """
 
 import contextlib
@@ -12,9 +13,9 @@ from urllib.parse import urlsplit
 
 import httpcore
 
-from kms_client.http_client import Answer, Transport
+from kms_client.http_client import AnswerHead, Transport
 from kms_client.problems import RETRYABLE, Reply, ServiceUnreachable, error_of
-from kms_client.requests import Call
+from kms_client.requests import ClientRequest
 from kms_client.settings import ClientSettings
 from kms_client.transfer import Download, Upload
 from kms_protocol import __version__
@@ -39,7 +40,7 @@ class Engine:
         }
         self.transport = transport
 
-    async def send(self, call: Call[T], upload: Upload | None = None) -> T:
+    async def send(self, call: ClientRequest[T], upload: Upload | None = None) -> T:
         """The answer, after up to ``retries`` further attempts within ``deadline_s``."""
         failed, until = 0, self._deadline()
         while True:
@@ -72,7 +73,7 @@ class Engine:
         await self.transport.sleep(delay_s)
 
     async def exchange(
-        self, call: Call[T], upload: Upload | None = None, silence_s: float | None = None
+        self, call: ClientRequest[T], upload: Upload | None = None, silence_s: float | None = None
     ) -> Reply:
         """One attempt, one whole answer."""
         async with self.responding(call, upload=upload, silence_s=silence_s) as answer:
@@ -80,8 +81,8 @@ class Engine:
 
     @contextlib.asynccontextmanager
     async def responding(
-        self, call: Call[T], *, upload: Upload | None = None, silence_s: float | None = None
-    ) -> AsyncIterator[Answer]:
+        self, call: ClientRequest[T], *, upload: Upload | None = None, silence_s: float | None = None
+    ) -> AsyncIterator[AnswerHead]:
         """One attempt; the answer's head has arrived, its body is still to be read."""
         answer = await self.transport.open(self._request(call, upload, silence_s))
         try:
@@ -89,7 +90,7 @@ class Engine:
         finally:
             await self.transport.close(answer)
 
-    async def stream(self, call: Call[T]) -> AsyncGenerator[bytes]:
+    async def stream(self, call: ClientRequest[T]) -> AsyncGenerator[bytes]:
         """The body of one answer as it comes."""
         async with self.responding(call) as answer:
             if not call.is_answer(answer.status):
@@ -98,7 +99,7 @@ class Engine:
                 async for chunk in chunks:
                     yield chunk
 
-    async def fetch(self, call: Call[T], part: Download) -> None:
+    async def fetch(self, call: ClientRequest[T], part: Download) -> None:
         """Fill the target with what one answer brings. Raises ServiceUnreachable if that is not all."""
         async with self.responding(call) as answer:
             if not part.begin(answer.status, answer.headers):
@@ -108,10 +109,12 @@ class Engine:
                     await self.transport.call(part.write, chunk)
         part.end()
 
-    async def _reply(self, answer: Answer) -> Reply:
+    async def _reply(self, answer: AnswerHead) -> Reply:
         return Reply(answer.status, answer.headers, await self.transport.read(answer))
 
-    def _request(self, call: Call[T], upload: Upload | None, silence_s: float | None) -> httpcore.Request:
+    def _request(
+        self, call: ClientRequest[T], upload: Upload | None, silence_s: float | None
+    ) -> httpcore.Request:
         settings = self._settings
         timeout_s = settings.timeout_s
         timeouts = {
@@ -130,7 +133,7 @@ class Engine:
         )
 
 
-def _length(call: Call[T], upload: Upload | None) -> dict[str, str]:
+def _length(call: ClientRequest[T], upload: Upload | None) -> dict[str, str]:
     """How the end of the body is told."""
     if upload is None:
         return {"Content-Length": str(len(call.body or b""))} if call.method == "POST" else {}
@@ -139,7 +142,7 @@ def _length(call: Call[T], upload: Upload | None) -> dict[str, str]:
     return {"Content-Length": str(upload.size_bytes)}
 
 
-def _told_to_wait(call: Call[T], reply: Reply) -> float | None:
+def _told_to_wait(call: ClientRequest[T], reply: Reply) -> float | None:
     """Seconds to wait before another attempt, if the answer invites one."""
     if call.is_answer(reply.status) or reply.status not in RETRYABLE:
         return None

@@ -10,7 +10,7 @@ MAX_LINE_BYTES: Final = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class ServerSentEvent:
     """One dispatched event: its name and its data lines joined by newlines."""
 
     name: str
@@ -30,7 +30,7 @@ class EventParser:
     _name: str = ""
     _data: list[str] = field(default_factory=list)
 
-    def feed(self, piece: bytes) -> Iterator[Event]:
+    def feed(self, piece: bytes) -> Iterator[ServerSentEvent]:
         *lines, self._rest = (self._rest + piece).replace(b"\r\n", b"\n").split(b"\n")
         if len(self._rest) > MAX_LINE_BYTES:
             raise UnexpectedAnswer("A line of the event stream has no end")
@@ -38,7 +38,7 @@ class EventParser:
             if line:
                 self._take(line.decode("utf-8", "replace"))
             elif self._data:
-                yield Event(self._name or "message", "\n".join(self._data))
+                yield ServerSentEvent(self._name or "message", "\n".join(self._data))
                 self._name, self._data = "", []
             else:
                 self._name = ""

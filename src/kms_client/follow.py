@@ -11,8 +11,8 @@ import msgspec
 
 from kms_client import requests
 from kms_client.engine import Engine
-from kms_client.events import Event, EventParser
-from kms_client.http_client import Answer
+from kms_client.events import EventParser, ServerSentEvent
+from kms_client.http_client import AnswerHead
 from kms_client.problems import RETRYABLE
 from kms_protocol import wire
 from kms_protocol.errors import Unavailable
@@ -24,7 +24,7 @@ SILENCE_S: Final = 45.0  # three keep-alives of the event stream
 
 
 @dataclass(slots=True)
-class Watch:
+class JobWait:
     """One wait. ``deadline`` is a time.monotonic value; without one it lasts as long as the job."""
 
     engine: Engine
@@ -62,7 +62,7 @@ class Watch:
                     async for job in states:
                         yield job
 
-    async def _events(self, answer: Answer) -> AsyncGenerator[wire.JobOut]:
+    async def _events(self, answer: AnswerHead) -> AsyncGenerator[wire.JobOut]:
         parser = EventParser()
         async with contextlib.aclosing(self.engine.transport.chunks(answer)) as chunks:
             async for chunk in chunks:
@@ -89,12 +89,12 @@ class Watch:
         return float("inf") if self.deadline is None else self.deadline - time.monotonic()
 
 
-def _is_event_stream(answer: Answer) -> bool:
+def _is_event_stream(answer: AnswerHead) -> bool:
     kind = answer.headers.get("content-type", "")
     return answer.status == HTTPStatus.OK and kind.startswith("text/event-stream")
 
 
-def _state_in(event: Event) -> wire.JobOut | None:
+def _state_in(event: ServerSentEvent) -> wire.JobOut | None:
     """The job that an event carries, or None for one that only says that something moved."""
     try:
         return msgspec.json.decode(event.data, type=wire.JobOut)

@@ -34,7 +34,7 @@ CA_HINT: Final = "name the authority that signed the server's certificate with S
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AnswerHead:
     """The head of an answer; names of headers are in lower case. The body is read with its transport."""
 
     status: int
@@ -42,7 +42,7 @@ class Answer:
     raw: httpcore.Response = field(repr=False)
 
     @classmethod
-    def of(cls, raw: httpcore.Response) -> "Answer":
+    def of(cls, raw: httpcore.Response) -> "AnswerHead":
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in raw.headers}
         return cls(raw.status, headers, raw)
 
@@ -50,16 +50,16 @@ class Answer:
 class Transport(Protocol):
     """One connection pool. Whatever httpcore raises becomes an error of ours; see ``transport_errors``."""
 
-    async def open(self, request: httpcore.Request) -> Answer:
+    async def open(self, request: httpcore.Request) -> AnswerHead:
         """Send, and return when the head of the answer has arrived. The caller closes it."""
 
-    async def read(self, answer: Answer) -> bytes:
+    async def read(self, answer: AnswerHead) -> bytes:
         """The rest of the body."""
 
-    def chunks(self, answer: Answer) -> AsyncGenerator[bytes]:
+    def chunks(self, answer: AnswerHead) -> AsyncGenerator[bytes]:
         """The rest of the body as it comes."""
 
-    async def close(self, answer: Answer) -> None:
+    async def close(self, answer: AnswerHead) -> None:
         """Give the connection back, or drop it when the body was not read to its end."""
 
     async def sleep(self, seconds: float) -> None:

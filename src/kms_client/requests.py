@@ -37,7 +37,7 @@ class UploadOptions(JobOptions, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Call(Generic[T]):
+class ClientRequest(Generic[T]):
     """One request. ``also`` lists statuses outside 2xx that carry an answer, not a problem.
 
     A call that is not ``repeatable`` may have had its effect although no answer came.
@@ -64,18 +64,20 @@ class Call(Generic[T]):
             raise UnexpectedAnswer(f"The answer to {self.path} does not have the shape of this API") from exc
 
 
-def _post(path: str, body: wire.Body, answer: type[T], headers: Mapping[str, str] | None = None) -> Call[T]:
+def _post(
+    path: str, body: wire.Body, answer: type[T], headers: Mapping[str, str] | None = None
+) -> ClientRequest[T]:
     sent = {"Content-Type": JSON, **(headers or {})}
-    return Call("POST", PREFIX + path, answer, body=wire.encode(body), headers=sent)
+    return ClientRequest("POST", PREFIX + path, answer, body=wire.encode(body), headers=sent)
 
 
-def encrypt(plaintext: bytes, context: ContextIn, key_id: str | None) -> Call[wire.EncryptOut]:
+def encrypt(plaintext: bytes, context: ContextIn, key_id: str | None) -> ClientRequest[wire.EncryptOut]:
     Context.parse(context)
     body = wire.EncryptIn(plaintext=plaintext, context=context, key_id=key_id)
     return _post("/encrypt", body, wire.EncryptOut)
 
 
-def decrypt(ciphertext: bytes, context: ContextIn, key_id: str | None) -> Call[wire.DecryptOut]:
+def decrypt(ciphertext: bytes, context: ContextIn, key_id: str | None) -> ClientRequest[wire.DecryptOut]:
     Context.parse(context)
     body = wire.DecryptIn(ciphertext=ciphertext, context=context, key_id=key_id)
     return _post("/decrypt", body, wire.DecryptOut)
@@ -83,7 +85,7 @@ def decrypt(ciphertext: bytes, context: ContextIn, key_id: str | None) -> Call[w
 
 def generate_data_key(
     spec: wire.KeySpec, context: ContextIn, key_id: str | None, *, without_plaintext: bool
-) -> Call[wire.GenerateKeyOut]:
+) -> ClientRequest[wire.GenerateKeyOut]:
     Context.parse(context)
     body = wire.GenerateKeyIn(
         key_spec=spec, context=context, key_id=key_id, without_plaintext=without_plaintext or None
@@ -93,48 +95,48 @@ def generate_data_key(
 
 def rewrap(
     ciphertext: bytes, context: ContextIn, new_context: ContextIn, key_id: str | None
-) -> Call[wire.EncryptOut]:
+) -> ClientRequest[wire.EncryptOut]:
     Context.parse(context)
     Context.parse(new_context)
     body = wire.RewrapIn(ciphertext=ciphertext, context=context, new_context=new_context, key_id=key_id)
     return _post("/rewrap", body, wire.EncryptOut)
 
 
-def wrap(file_key: bytes, context: ContextIn, key_id: str | None) -> Call[wire.WrapOut]:
+def wrap(file_key: bytes, context: ContextIn, key_id: str | None) -> ClientRequest[wire.WrapOut]:
     Context.parse(context)
     return _post("/wrap", wire.WrapIn(file_key=file_key, context=context, key_id=key_id), wire.WrapOut)
 
 
-def unwrap(stanzas: bytes, context: ContextIn, key_id: str | None) -> Call[wire.UnwrapOut]:
+def unwrap(stanzas: bytes, context: ContextIn, key_id: str | None) -> ClientRequest[wire.UnwrapOut]:
     Context.parse(context)
     return _post("/unwrap", wire.UnwrapIn(stanzas=stanzas, context=context, key_id=key_id), wire.UnwrapOut)
 
 
-def batch(operation: wire.JobKind, items: Iterable[wire.BatchItem]) -> Call[wire.BatchOut]:
+def batch(operation: wire.JobKind, items: Iterable[wire.BatchItem]) -> ClientRequest[wire.BatchOut]:
     return _post("/batch", wire.BatchIn(operation=operation, items=list(items)), wire.BatchOut)
 
 
-def health() -> Call[wire.HealthOut]:
+def health() -> ClientRequest[wire.HealthOut]:
     """503 is an answer here: it says which backend is unhealthy."""
     unhealthy = frozenset({HTTPStatus.SERVICE_UNAVAILABLE.value})
-    return Call("GET", f"{PREFIX}/health", wire.HealthOut, also=unhealthy)
+    return ClientRequest("GET", f"{PREFIX}/health", wire.HealthOut, also=unhealthy)
 
 
-def status() -> Call[wire.StatusOut]:
-    return Call("GET", f"{PREFIX}/status", wire.StatusOut)
+def status() -> ClientRequest[wire.StatusOut]:
+    return ClientRequest("GET", f"{PREFIX}/status", wire.StatusOut)
 
 
-def keys() -> Call[wire.KeysOut]:
-    return Call("GET", f"{PREFIX}/keys", wire.KeysOut)
+def keys() -> ClientRequest[wire.KeysOut]:
+    return ClientRequest("GET", f"{PREFIX}/keys", wire.KeysOut)
 
 
-def key(key_id: str) -> Call[wire.KeyOut]:
-    return Call("GET", _key_path(key_id), wire.KeyOut)
+def key(key_id: str) -> ClientRequest[wire.KeyOut]:
+    return ClientRequest("GET", _key_path(key_id), wire.KeyOut)
 
 
-def rotate(key_id: str) -> Call[wire.RotateOut]:
+def rotate(key_id: str) -> ClientRequest[wire.RotateOut]:
     """Every call makes a version."""
-    return Call("POST", f"{_key_path(key_id)}/rotate", wire.RotateOut, repeatable=False)
+    return ClientRequest("POST", f"{_key_path(key_id)}/rotate", wire.RotateOut, repeatable=False)
 
 
 def _key_path(key_id: str) -> str:
@@ -143,9 +145,9 @@ def _key_path(key_id: str) -> str:
     return f"{PREFIX}/keys/{quote(key_id, safe='')}"
 
 
-def audit(after: str | None, limit: int | None, filters: Mapping[str, str]) -> Call[wire.AuditOut]:
+def audit(after: str | None, limit: int | None, filters: Mapping[str, str]) -> ClientRequest[wire.AuditOut]:
     given = {"after": after, "limit": limit, **filters}
-    return Call("GET", f"{PREFIX}/audit{_query(given)}", wire.AuditOut)
+    return ClientRequest("GET", f"{PREFIX}/audit{_query(given)}", wire.AuditOut)
 
 
 def _query(given: Mapping[str, object]) -> str:
@@ -154,7 +156,7 @@ def _query(given: Mapping[str, object]) -> str:
     return "?" + "&".join(pairs) if pairs else ""
 
 
-def submit(job: wire.JobIn, idempotency_key: str | None) -> Call[wire.JobAccepted]:
+def submit(job: wire.JobIn, idempotency_key: str | None) -> ClientRequest[wire.JobAccepted]:
     """The same Idempotency-Key on every attempt makes a retry harmless."""
     Context.parse(job.context)
     Context.parse(job.new_context)
@@ -167,38 +169,38 @@ def job_path(job_id: str, below: str = "") -> str:
     return f"{PREFIX}/jobs/{quote(job_id, safe='')}{below}"
 
 
-def job(job_id: str) -> Call[wire.JobOut]:
-    return Call("GET", job_path(job_id), wire.JobOut)
+def job(job_id: str) -> ClientRequest[wire.JobOut]:
+    return ClientRequest("GET", job_path(job_id), wire.JobOut)
 
 
-def cancel(job_id: str) -> Call[wire.JobOut]:
-    return Call("DELETE", job_path(job_id), wire.JobOut)
+def cancel(job_id: str) -> ClientRequest[wire.JobOut]:
+    return ClientRequest("DELETE", job_path(job_id), wire.JobOut)
 
 
-def retry(job_id: str) -> Call[wire.JobOut]:
-    return Call("POST", f"{job_path(job_id)}/retry", wire.JobOut)
+def retry(job_id: str) -> ClientRequest[wire.JobOut]:
+    return ClientRequest("POST", f"{job_path(job_id)}/retry", wire.JobOut)
 
 
-def dead(limit: int) -> Call[wire.JobList]:
-    return Call("GET", f"{PREFIX}/jobs/dead?limit={limit}", wire.JobList)
+def dead(limit: int) -> ClientRequest[wire.JobList]:
+    return ClientRequest("GET", f"{PREFIX}/jobs/dead?limit={limit}", wire.JobList)
 
 
-def jobs(state: wire.JobState | None, limit: int | None, cursor: str | None) -> Call[wire.JobList]:
+def jobs(state: wire.JobState | None, limit: int | None, cursor: str | None) -> ClientRequest[wire.JobList]:
     given = {"state": state, "limit": limit, "cursor": cursor}
-    return Call("GET", f"{PREFIX}/jobs{_query(given)}", wire.JobList)
+    return ClientRequest("GET", f"{PREFIX}/jobs{_query(given)}", wire.JobList)
 
 
-def events(job_id: str) -> Call[bytes]:
-    return Call("GET", job_path(job_id, "/events"), bytes, headers={"Accept": "text/event-stream"})
+def events(job_id: str) -> ClientRequest[bytes]:
+    return ClientRequest("GET", job_path(job_id, "/events"), bytes, headers={"Accept": "text/event-stream"})
 
 
-def result(job_id: str, headers: Mapping[str, str]) -> Call[bytes]:
-    return Call("GET", job_path(job_id, "/result"), bytes, headers=headers)
+def result(job_id: str, headers: Mapping[str, str]) -> ClientRequest[bytes]:
+    return ClientRequest("GET", job_path(job_id, "/result"), bytes, headers=headers)
 
 
 def upload(
     kind: wire.JobKind, context: ContextIn, key_id: str | None, options: UploadOptions
-) -> Call[wire.JobAccepted]:
+) -> ClientRequest[wire.JobAccepted]:
     """The head of a streamed body; context and key id travel in headers, never in the query string."""
     headers = {
         "Content-Type": "application/octet-stream",
@@ -211,7 +213,7 @@ def upload(
     for name in ("priority", "callback"):
         if value := options.get(name):
             headers[f"X-KMS-{name.title()}"] = str(value)
-    return Call("POST", f"{PREFIX}/files/{kind}", wire.JobAccepted, headers=headers)
+    return ClientRequest("POST", f"{PREFIX}/files/{kind}", wire.JobAccepted, headers=headers)
 
 
 def header_text(context: ContextIn) -> str:

@@ -12,7 +12,7 @@ from typing import BinaryIO, Self, TypeVar, Unpack
 import httpcore
 
 from kms_client.aio import AsyncClient, JobProgress
-from kms_client.http_client import Answer, pool_options, transport_errors
+from kms_client.http_client import AnswerHead, pool_options, transport_errors
 from kms_client.requests import UploadOptions
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
 from kms_client.transfer import Progress
@@ -60,20 +60,20 @@ class SyncTransport:
         self._url = settings.url
         self._pool = httpcore.ConnectionPool(**pool_options(settings))
 
-    async def open(self, request: httpcore.Request) -> Answer:
+    async def open(self, request: httpcore.Request) -> AnswerHead:
         with transport_errors(self._url):
-            return Answer.of(self._pool.handle_request(request))
+            return AnswerHead.of(self._pool.handle_request(request))
 
-    async def read(self, answer: Answer) -> bytes:
+    async def read(self, answer: AnswerHead) -> bytes:
         with transport_errors(self._url):
             return answer.raw.read()
 
-    async def chunks(self, answer: Answer) -> AsyncGenerator[bytes]:
+    async def chunks(self, answer: AnswerHead) -> AsyncGenerator[bytes]:
         with transport_errors(self._url):
             for chunk in answer.raw.iter_stream():
                 yield chunk
 
-    async def close(self, answer: Answer) -> None:
+    async def close(self, answer: AnswerHead) -> None:
         answer.raw.close()
 
     async def sleep(self, seconds: float) -> None:

@@ -3,27 +3,27 @@
 from dataclasses import dataclass
 
 from kms_core import keyring
-from kms_core.age.header import Limits
-from kms_core.audit.maintenance import Keeper
+from kms_core.age.header import HeaderLimits
+from kms_core.audit.maintenance import AuditMaintenance
 from kms_core.audit_setup import build as build_audit
 from kms_core.auth import tenants
-from kms_core.auth.authenticator import Doors
+from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.authenticator import build as build_doors
 from kms_core.auth.policy import AllowAll, ByScopes, Policy
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.jobs.execution.runner import Shop
-from kms_core.jobs.model import Nudge, Rules
+from kms_core.jobs.execution.runner import WorkerContext
+from kms_core.jobs.model import NotifyWorker, StoreRules
 from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.storage import buckets
 from kms_core.jobs.storage.local_paths import Roots
-from kms_core.jobs.storage.locations import Places, SourceLimits
-from kms_core.jobs.storage.multipart_journal import Notes
+from kms_core.jobs.storage.locations import Locations, SourceLimits
+from kms_core.jobs.storage.multipart_journal import MultipartJournal
 from kms_core.jobs.storage.spool import Spool
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission import celery_intake, submitter
 from kms_core.jobs.submission.celery_intake import Intake
-from kms_core.jobs.submission.submitter import Desk
-from kms_core.key_selection import Rules as CallRules
+from kms_core.jobs.submission.submitter import JobSubmitter
+from kms_core.key_selection import SelectionRules as CallRules
 from kms_core.observability import metrics
 from kms_core.patterns import Pattern
 from kms_core.redis_client import connect
@@ -38,13 +38,13 @@ class Core:
     """One process's core."""
 
     kms: Kms
-    desk: Desk
-    shop: Shop
-    keeper: Keeper
-    doors: Doors | None
+    desk: JobSubmitter
+    shop: WorkerContext
+    keeper: AuditMaintenance
+    doors: Authenticator | None
 
 
-def build(settings: Settings, process: str, nudge: Nudge | None) -> Core:
+def build(settings: Settings, process: str, nudge: NotifyWorker | None) -> Core:
     """The core of a process (``api``, ``worker``). Raises ConfigurationError; an absent Redis is no error.
 
     ``nudge`` is None where the broker is the Redis that holds the jobs (``settings_redis.is_shared``).
@@ -61,7 +61,7 @@ def build(settings: Settings, process: str, nudge: Nudge | None) -> Core:
         trail,
         CallRules(
             section.require_context,
-            Limits(limits.sync_header_bytes, limits.sync_stanzas),
+            HeaderLimits(limits.sync_header_bytes, limits.sync_stanzas),
             RotationLimit(section.rotation.max_per_hour, section.rotation.every_days),
         ),
     )
@@ -73,7 +73,7 @@ def build(settings: Settings, process: str, nudge: Nudge | None) -> Core:
         client,
         record_key,
         nudge,
-        Rules(
+        StoreRules(
             jobs.lease_s,
             jobs.attempts,
             keep_record_s=jobs.result_ttl_s,
@@ -108,17 +108,17 @@ def build(settings: Settings, process: str, nudge: Nudge | None) -> Core:
         ):  # the default in dev; an operator's own root must be there
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
     limits_ = SourceLimits(jobs.source_max_bytes, jobs.source_max_hole_bytes)
-    notes = Notes(jobs.spool_dir / "multipart")
-    places = Places(Roots(jobs.roots, forbidden), buckets.build(settings), notes, limits_)
+    notes = MultipartJournal(jobs.spool_dir / "multipart")
+    places = Locations(Roots(jobs.roots, forbidden), buckets.build(settings), notes, limits_)
     callbacks = {name: endpoint.tenants for name, endpoint in jobs.endpoints.items()}
-    rules = submitter.Rules(
+    rules = submitter.SubmissionRules(
         jobs.result_ttl_s, limits.sync_plaintext_bytes, section.require_context, callbacks
     )
-    shop = Shop(kms, store, spool, places, jobs.fanout_files)
-    return Core(kms, Desk(kms, store, spool, places, rules), shop, keeper, doors)
+    shop = WorkerContext(kms, store, spool, places, jobs.fanout_files)
+    return Core(kms, JobSubmitter(kms, store, spool, places, rules), shop, keeper, doors)
 
 
-def _policy(settings: Settings, doors: Doors | None) -> Policy:
+def _policy(settings: Settings, doors: Authenticator | None) -> Policy:
     if doors is None:
         return AllowAll()
     tenants = settings.kms.tenants.items()
@@ -126,12 +126,12 @@ def _policy(settings: Settings, doors: Doors | None) -> Policy:
     return ByScopes(doors, patterns)
 
 
-def build_intake(settings: Settings, desk_: Desk) -> Intake | None:
+def build_intake(settings: Settings, desk_: JobSubmitter) -> Intake | None:
     """What opens ``kms.submit`` messages, or None without an intake key. Raises ConfigurationError."""
     jobs, limits = settings.kms.jobs, settings.kms.limits
     if not jobs.intake_identity_path.exists():
         return None
     key = AgeBackend(KeyFiles(jobs.intake_identity_path, strict=settings.is_prod))
-    head = Limits(limits.sync_header_bytes, limits.sync_stanzas)
-    rules = celery_intake.Rules(limits.json_job_bytes, limits.json_job_items, head, jobs.result_ttl_s)
+    head = HeaderLimits(limits.sync_header_bytes, limits.sync_stanzas)
+    rules = celery_intake.IntakeRules(limits.json_job_bytes, limits.json_job_items, head, jobs.result_ttl_s)
     return Intake(key, desk_, rules, build_doors(settings))

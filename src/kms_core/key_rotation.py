@@ -24,7 +24,7 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class RotationRules:
     """``every_days`` 0 means never by age. Above ``budget_messages`` a warning, or a rotation if told so.
 
     One AES-GCM key with random nonces may seal 2^32 messages (NIST SP 800-38D §8.3).
@@ -35,9 +35,9 @@ class Rules:
     budget_rotates: bool = False
 
 
-def rules_of(settings: Settings) -> Rules:
+def rules_of(settings: Settings) -> RotationRules:
     section = settings.kms.rotation
-    return Rules(section.every_days, section.budget_messages, section.budget_rotates)
+    return RotationRules(section.every_days, section.budget_messages, section.budget_rotates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,13 @@ class State:
     budget: float
     due_at: datetime | None
 
-    def due(self, now: datetime, rules: Rules) -> Reason | None:
+    def due(self, now: datetime, rules: RotationRules) -> Reason | None:
         if self.due_at is not None and now >= self.due_at:
             return "age"
         return "budget" if rules.budget_rotates and self.budget >= 1 else None
 
 
-def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: Rules) -> State:
+def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: RotationRules) -> State:
     """Raises BackendUnavailable."""
     current = backend.versions()[-1]
     messages, _ = usage.of_version(counts, key.key_id, current.version, backend.name)
@@ -66,7 +66,7 @@ def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: Rules
     return State(key.key_id, backend.name, current, messages, messages / rules.budget_messages, due_at)
 
 
-def states(ring: Keyring, counts: Mapping[str, int], rules: Rules) -> Iterator[State]:
+def states(ring: Keyring, counts: Mapping[str, int], rules: RotationRules) -> Iterator[State]:
     """Of every key and every backend that seals; those that do not answer are left out, and logged."""
     for key in ring.keys.values():
         for backend in key.sealing:
@@ -76,7 +76,7 @@ def states(ring: Keyring, counts: Mapping[str, int], rules: Rules) -> Iterator[S
                 _log.warning("rotation.unknown", key_id=key.key_id, backend=backend.name, code=exc.code)
 
 
-def watch(ring: Keyring, counts: Mapping[str, int], rules: Rules) -> list[State]:
+def watch(ring: Keyring, counts: Mapping[str, int], rules: RotationRules) -> list[State]:
     """Tell the metrics; the keys that are due."""
     now = datetime.now(UTC)
     due = []

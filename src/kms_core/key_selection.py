@@ -6,16 +6,16 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from kms_core.age import header
-from kms_core.age.header import Header, Limits
+from kms_core.age.header import Header, HeaderLimits
 from kms_core.age.x25519 import NoMatch
-from kms_core.audit import Audit
+from kms_core.audit import AuditWriter
 from kms_core.auth.policy import Policy, allows
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.http_client import Unreachable
 from kms_core.keyring import Key, Keyring
 from kms_core.observability import metrics
-from kms_core.operation import Call
+from kms_core.operation import Operation
 from kms_core.results import Unwrapped
 from kms_core.rotation_limit import RotationLimit
 from kms_protocol.context import Context
@@ -25,25 +25,25 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class SelectionRules:
     """What settings decide about single calls."""
 
     require_context: bool = False
-    limits: Limits = header.SYNC_LIMITS
+    limits: HeaderLimits = header.SYNC_LIMITS
     rotations: RotationLimit = field(default_factory=RotationLimit)
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class KeySelector:
     """Keys for the operations of ``Kms``; each method notes in the call's record what it found."""
 
     _keyring: Keyring
     _policy: Policy
-    _trail: Audit
-    _rules: Rules
+    _trail: AuditWriter
+    _rules: SelectionRules
 
     def moving(
-        self, call: Call, found: Unwrapped, new_context: Context | None, key_id: str | None, closing: str
+        self, call: Operation, found: Unwrapped, new_context: Context | None, key_id: str | None, closing: str
     ) -> tuple[Key, KeyRef]:
         """Where an opened file goes: its new context and key, by default those it had."""
         if new_context is not None:
@@ -53,7 +53,7 @@ class Choice:
         return self.for_sealing(call, closing)
 
     def rewrapping(
-        self, call: Call, head: Header, new_context: Context | None, key_id: str | None
+        self, call: Operation, head: Header, new_context: Context | None, key_id: str | None
     ) -> tuple[str, str]:
         """What it takes: the operation alone where key id and context stay: nobody can open more then."""
         bound = binding.read(head)
@@ -64,7 +64,7 @@ class Choice:
             return itself, itself
         return "decrypt", "encrypt"
 
-    def for_sealing(self, call: Call, operation: str | None = None) -> tuple[Key, KeyRef]:
+    def for_sealing(self, call: Operation, operation: str | None = None) -> tuple[Key, KeyRef]:
         if self._rules.require_context and not call.context:
             raise ContextRequired
         call.context.not_after()
@@ -73,7 +73,7 @@ class Choice:
         call.names(ref)
         return key, ref
 
-    def unwrap(self, call: Call, head: Header, operation: str | None = None) -> Unwrapped:
+    def unwrap(self, call: Operation, head: Header, operation: str | None = None) -> Unwrapped:
         """Key choice by the name in the file, then policy, and only then any unwrap."""
         bound = binding.read(head)
         version, origin = (bound.key_version, "service") if bound else ("", "foreign")
@@ -91,7 +91,7 @@ class Choice:
         return Unwrapped(file_key, head.nonce, ref, "service")
 
     @staticmethod
-    def _unwrap_foreign(call: Call, head: Header, key: Key) -> Unwrapped:
+    def _unwrap_foreign(call: Operation, head: Header, key: Key) -> Unwrapped:
         if not key.accept_foreign:
             raise ForeignRefused
         if call.context:  # given, and the file binds none
@@ -105,7 +105,7 @@ class Choice:
 
     def key(
         self,
-        call: Call,
+        call: Operation,
         key_id: str | None,
         operation: str | None = None,
         file: tuple[str, str] = ("", ""),

@@ -15,7 +15,7 @@ import structlog
 
 from kms_core.age.header import BUNDLE, BUNDLE_VERSION
 from kms_core.backends import NATIVE, SCHEMES, Backend, KeyMissing, KeyVersion
-from kms_core.envelope.binding import CONTEXT, DEFAULT_KEY_ID, MAX_WRAPS, Bound, KeyRef
+from kms_core.envelope.binding import CONTEXT, DEFAULT_KEY_ID, MAX_WRAPS, BoundStanzas, KeyRef
 from kms_core.envelope.sealing import Wrap
 from kms_core.settings.model import Settings
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, UnknownKey
@@ -56,7 +56,7 @@ class Key:
         """Who else wraps a new file, under which versions."""
         return [(backend, self._ref(tenant, backend)) for backend in self.others]
 
-    def seals_as(self, tenant: str, bound: Bound, *, native: bool) -> bool:
+    def seals_as(self, tenant: str, bound: BoundStanzas, *, native: bool) -> bool:
         """Whether a new file would name the same version, and have the same wraps, as this header says.
 
         ``native``: whether it has a native stanza, which names no version.
@@ -67,7 +67,7 @@ class Key:
         natives = any(ref.backend == NATIVE for ref in refs)
         return bound.key_version == refs[0].version and found == wanted and native == natives
 
-    def openers(self, tenant: str, bound: Bound) -> Iterator[Wrap]:
+    def openers(self, tenant: str, bound: BoundStanzas) -> Iterator[Wrap]:
         """Who may unwrap a file of ours, in the order of the settings, each under the version it names.
 
         Native stanzas name no version. Where another backend wrapped first, the context stanza holds that
@@ -145,7 +145,7 @@ def _numbers(versions: tuple[KeyVersion, ...], *, counts: bool) -> Mapping[str, 
     return {version.version: number for number, version in enumerate(versions, start=1)}
 
 
-def _native_versions(backend: Backend, bound: Bound) -> list[str]:
+def _native_versions(backend: Backend, bound: BoundStanzas) -> list[str]:
     known = [version.version for version in reversed(backend.versions())]
     if bound.key_version in known or not bound.wraps:
         return [bound.key_version]

@@ -8,17 +8,17 @@ from types import TracebackType
 import msgspec
 
 from kms_core import audit
-from kms_core.audit import Audit, Record
+from kms_core.audit import AuditRecord, AuditWriter
 from kms_core.audit.record import COUNTED
 from kms_core.auth.policy import Principal
 from kms_core.envelope.binding import KeyRef
 from kms_core.observability import metrics, tracing
-from kms_core.observability.usage import Tally
+from kms_core.observability.usage import UsageCounters
 from kms_protocol.context import Context
 from kms_protocol.errors import KmsError
 
 
-class Call:
+class Operation:
     """Who asked for what, its record, and when it began."""
 
     __slots__ = ("context", "key_id", "record", "started", "who")
@@ -28,7 +28,7 @@ class Call:
     ) -> None:
         self.started = time.perf_counter()
         self.who, self.context, self.key_id = who, context, key_id
-        self.record = Record(
+        self.record = AuditRecord(
             operation=operation,
             principal=who.name,
             tenant=who.tenant,
@@ -50,11 +50,11 @@ class Recorded:
 
     __slots__ = ("_append", "_call", "_span")
 
-    def __init__(self, call: Call, append: Callable[[Call, str], None]) -> None:
+    def __init__(self, call: Operation, append: Callable[[Operation, str], None]) -> None:
         self._call, self._append = call, append
         self._span = tracing.span(f"kms.{call.record.operation}")
 
-    def __enter__(self) -> Call:
+    def __enter__(self) -> Operation:
         self._span.__enter__()
         return self._call
 
@@ -72,10 +72,10 @@ class Recorded:
             self._span.__exit__(kind, exc, trace)
 
 
-class Calls:
+class OperationRecorder:
     """Where operations go on record: the audit trail first, then the metrics and the counts."""
 
-    def __init__(self, trail: Audit, tally: Tally) -> None:
+    def __init__(self, trail: AuditWriter, tally: UsageCounters) -> None:
         self._trail = trail
         self._tally = tally
 
@@ -87,11 +87,11 @@ class Calls:
         Of an effect (``sets_out``) success and a KmsError alone are outcomes: after anything else nobody
         knows, and an intent without outcome says so. Raises AuditUnavailable: no record, no result.
         """
-        call = Call(operation, who, context, key_id, bytes_in=bytes_in)
+        call = Operation(operation, who, context, key_id, bytes_in=bytes_in)
         call.record.context = self._trail.conceal(who.tenant, context)
         return Recorded(call, self.append)
 
-    def sets_out(self, call: Call) -> None:
+    def sets_out(self, call: Operation) -> None:
         """Put on record that something others see is about to happen; the call's own record is the outcome.
 
         Raises AuditUnavailable, before the effect.
@@ -100,7 +100,7 @@ class Calls:
         self._write(msgspec.structs.replace(call.record, stage="intent", effect=name))
         call.record.stage, call.record.effect = "outcome", name
 
-    def append(self, call: Call, result: str) -> None:
+    def append(self, call: Operation, result: str) -> None:
         """The end of a call."""
         record = call.record
         seconds = time.perf_counter() - call.started
@@ -124,7 +124,7 @@ class Calls:
                 result=result,
             )
 
-    def _write(self, record: Record) -> None:
+    def _write(self, record: AuditRecord) -> None:
         try:
             is_record = self._trail.append(record) != COUNTED
         except KmsError:

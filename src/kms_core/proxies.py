@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal
 
-from kms_core.settings.model import Server
+from kms_core.settings.model import ServerSection
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -37,7 +37,7 @@ class Proxies:
     header: Literal["x-forwarded-for", "forwarded"]
 
     @classmethod
-    def of(cls, server: Server) -> "Proxies":
+    def of(cls, server: ServerSection) -> "Proxies":
         return cls(tuple(collapsed(server.trusted_proxies)), server.proxy_header)
 
     def trust(self, address: str) -> bool:

@@ -10,7 +10,7 @@ from urllib.parse import quote, urlsplit
 import redis
 import redis.sentinel
 
-from kms_core.settings.model import Redis
+from kms_core.settings.model import RedisSection
 from kms_core.settings.redis_urls import AMQP, PASSWORDS, SENTINELS, Sentinels, is_tls, sentinels, split_url
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError
@@ -23,7 +23,7 @@ _BROKER: Final = "kms.redis.broker_url (or KMS_BROKER_URL)"
 Options = dict[str, object]
 
 
-def connect(section: Redis) -> redis.Redis:
+def connect(section: RedisSection) -> redis.Redis:
     """A client that gives up in seconds, so that a lost Redis is noticed. Raises ConfigurationError."""
     url = _with_password(section, section.url)
     options: Options = {"socket_timeout": _TIMEOUT_S, "health_check_interval": _CHECK_EVERY_S}
@@ -38,7 +38,7 @@ def connect(section: Redis) -> redis.Redis:
         ) from exc
 
 
-def celery_options(section: Redis, transport: Options) -> Options:
+def celery_options(section: RedisSection, transport: Options) -> Options:
     """Celery's settings of the broker; ``transport`` are the transport options that hold for any.
 
     Raises ConfigurationError.
@@ -58,7 +58,7 @@ def celery_options(section: Redis, transport: Options) -> Options:
     return _celery(url, _tls(section, url), transport)
 
 
-def _with_password(section: Redis, url: str) -> str:
+def _with_password(section: RedisSection, url: str) -> str:
     """``url`` with the password of ``password_file``, where its scheme has one. Raises ConfigurationError."""
     file, parts = section.password_file, split_url("kms.redis.url", url)
     if file is None or parts.scheme not in PASSWORDS:
@@ -106,7 +106,7 @@ def _for_kombu(found: Sentinels) -> str:
     )
 
 
-def _tls(section: Redis, url: str) -> Options:
+def _tls(section: RedisSection, url: str) -> Options:
     """As redis-py calls it; empty without TLS."""
     if not is_tls(url):
         return {}
@@ -123,7 +123,7 @@ def _tls(section: Redis, url: str) -> Options:
     return {"ssl_cert_reqs": "required", "ssl_check_hostname": True, **flags, **named}
 
 
-def _amqp_tls(section: Redis) -> Options:
+def _amqp_tls(section: RedisSection) -> Options:
     """As py-amqp calls it. Without an authority of its own, the system's are trusted."""
     files = {
         "ca_certs": section.ca_file,

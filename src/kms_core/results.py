@@ -36,7 +36,7 @@ class DataKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Handed:
+class WrappedFileKey:
     """A file key wrapped for a header that somebody else writes: one stanza, as text."""
 
     stanza: bytes
@@ -58,7 +58,7 @@ class Unwrapped:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class KeyVersionStatus:
     """What a header says of its key; ``key_version`` is empty where the backend knows no such version."""
 
     key_id: str

@@ -44,7 +44,7 @@ _PREFIX: Final = re.compile(r"(file://|s3://[a-z0-9.-]+)(/.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Access:
     """What a caller wants. None is not known yet, and then no rule stands against it.
 
     ``source`` and ``target`` are URLs of a job from file to file; empty means that it is none.
@@ -98,7 +98,7 @@ class Scope:
         """Whether it allows anything at all with this key."""
         return bool(self.operations.intersection(KEY_OPERATIONS)) and _is_among(self.keys, key_id)
 
-    def missing(self, wanted: Wanted) -> Rule | None:
+    def missing(self, wanted: Access) -> Rule | None:
         """The first rule that stands against it, in the order of ``Rule``; None if it is allowed."""
         for rule, holds in _CHECKS.items():
             if not holds(self, wanted):
@@ -161,7 +161,7 @@ def _is_among(keys: Sequence[Pattern], key_id: str) -> bool:
     return not keys or any_matches(keys, key_id)
 
 
-def _context_fits(scope: Scope, wanted: Wanted) -> bool:
+def _context_fits(scope: Scope, wanted: Access) -> bool:
     if wanted.context is None or not scope.context:
         return True
     given = dict(wanted.context.pairs)
@@ -180,7 +180,7 @@ def _has_dots(path: str) -> bool:
 
 
 _RULES: Final = ("key", "context", "read", "write")
-_CHECKS: Final[Mapping[Rule, Callable[[Scope, Wanted], bool]]] = {
+_CHECKS: Final[Mapping[Rule, Callable[[Scope, Access], bool]]] = {
     "operation": lambda scope, wanted: wanted.operation in scope.operations,
     "key": lambda scope, wanted: wanted.key_id is None or _is_among(scope.keys, wanted.key_id),
     "context": _context_fits,

@@ -10,20 +10,20 @@ from typing import Final, NoReturn
 
 from kms_core.age import header, stream
 from kms_core.age.header import Header
-from kms_core.audit import Audit
+from kms_core.audit import AuditWriter
 from kms_core.auth.policy import Policy, Principal
 from kms_core.backends import Health
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.key_selection import Choice, Rules, by_first, check_not_over
+from kms_core.key_selection import KeySelector, SelectionRules, by_first, check_not_over
 from kms_core.keyring import Keyring
 from kms_core.observability import metrics
-from kms_core.observability.usage import Tally
-from kms_core.operation import Call, Calls
+from kms_core.observability.usage import UsageCounters
+from kms_core.operation import Operation, OperationRecorder
 from kms_core.payload import parallel
-from kms_core.payload.files import Reader, Writer
-from kms_core.payload.parallel import STEADY, Pace
-from kms_core.results import DataKey, Handed, Opened, Origin, Sealed, Standing, Unwrapped
+from kms_core.payload.files import RangeSource, RangeTarget
+from kms_core.payload.parallel import STEADY, ParallelOptions
+from kms_core.results import DataKey, KeyVersionStatus, Opened, Origin, Sealed, Unwrapped, WrappedFileKey
 from kms_protocol.context import Context
 from kms_protocol.errors import (
     DataKeysUnsupported,
@@ -45,15 +45,20 @@ class Kms:
     """encrypt, decrypt, rewrap, data keys and health over whatever backends the keyring holds."""
 
     def __init__(
-        self, keyring: Keyring, policy: Policy, trail: Audit, rules: Rules, tally: Tally | None = None
+        self,
+        keyring: Keyring,
+        policy: Policy,
+        trail: AuditWriter,
+        rules: SelectionRules,
+        tally: UsageCounters | None = None,
     ) -> None:
         self.keyring = keyring
-        self.tally = tally or Tally()
+        self.tally = tally or UsageCounters()
         self.policy = policy
         self.trail = trail
-        self._calls = Calls(trail, self.tally)
+        self._calls = OperationRecorder(trail, self.tally)
         self._rules = rules
-        self._choice = Choice(keyring, policy, trail, rules)
+        self._choice = KeySelector(keyring, policy, trail, rules)
 
     def encrypt(
         self, who: Principal, plaintext: bytes, context: Context, *, key_id: str | None = None
@@ -127,7 +132,9 @@ class Kms:
 
     # -- file keys: an age tool makes the header and the payload, its plugin asks here -----------------
 
-    def wrap(self, who: Principal, file_key: bytes, context: Context, *, key_id: str | None = None) -> Handed:
+    def wrap(
+        self, who: Principal, file_key: bytes, context: Context, *, key_id: str | None = None
+    ) -> WrappedFileKey:
         """Wrap a 16-byte file key of the caller's. Raises what ``encrypt`` raises, and InvalidRequest.
 
         The caller can seal under it for ever: this is a permission of its own.
@@ -139,7 +146,7 @@ class Kms:
             stanza = sealing.hand_over(file_key, key.backend, ref, context, key.wraps(who.tenant))
             text = header.render_stanza(stanza)
             call.record.bytes_out = len(text)
-            return Handed(text, ref)
+            return WrappedFileKey(text, ref)
 
     def unwrap(
         self, who: Principal, stanzas: bytes, context: Context, *, key_id: str | None = None
@@ -174,12 +181,12 @@ class Kms:
     def encrypt_file(  # noqa: PLR0913 -- two files, a key and a context
         self,
         who: Principal,
-        source: Reader,
-        target: Writer,
+        source: RangeSource,
+        target: RangeTarget,
         context: Context,
         *,
         key_id: str | None = None,
-        pace: Pace = STEADY,
+        pace: ParallelOptions = STEADY,
     ) -> KeyRef:
         """Seal a file into another, in parallel. On any error the target is waste: give it no name.
 
@@ -200,12 +207,12 @@ class Kms:
     def decrypt_file(  # noqa: PLR0913 -- as encrypt_file
         self,
         who: Principal,
-        source: Reader,
-        target: Writer | None,
+        source: RangeSource,
+        target: RangeTarget | None,
         context: Context,
         *,
         key_id: str | None = None,
-        pace: Pace = STEADY,
+        pace: ParallelOptions = STEADY,
     ) -> Unwrapped:
         """Open a file into another, in parallel; with no target, only authenticate all of it.
 
@@ -226,13 +233,13 @@ class Kms:
     def reseal_file(  # noqa: PLR0913 -- two files, two keys, two contexts
         self,
         who: Principal,
-        source: Reader,
-        target: Writer,
+        source: RangeSource,
+        target: RangeTarget,
         context: Context,
         *,
         new_context: Context | None,
         key_id: str | None,
-        pace: Pace = STEADY,
+        pace: ParallelOptions = STEADY,
     ) -> KeyRef:
         """A new file key and the payload sealed again: for a compromised key, or a reader who was removed.
 
@@ -298,7 +305,7 @@ class Kms:
         with self._calls.recorded("rewrap", who, context, None, bytes_in=size_bytes) as call:
             return self._rewrapped(call, head, new_context, key_id)
 
-    def standing(self, who: Principal, head: Header, key_id: str | None) -> Standing | None:
+    def standing(self, who: Principal, head: Header, key_id: str | None) -> KeyVersionStatus | None:
         """Which key version a file's header names, and whether a rewrap to ``key_id`` would name the same.
 
         Nothing is opened, so nothing is proven. None for a foreign file. Raises DecryptFailed, UnknownKey.
@@ -312,7 +319,7 @@ class Kms:
         known = any(version.version == bound.key_version for version in named.backend.versions())
         native = any(not stanza.type.startswith(binding.OWN_PREFIX) for stanza in head.stanzas)
         newest = target.key_id == bound.key_id and target.seals_as(who.tenant, bound, native=native)
-        return Standing(bound.key_id, bound.key_version if known else "", newest)
+        return KeyVersionStatus(bound.key_id, bound.key_version if known else "", newest)
 
     def refused(self, who: Principal, operation: str, context: Context, error: KmsError) -> NoReturn:
         """Record, and raise, what was refused before a key was known: a file whose header cannot be read."""
@@ -369,7 +376,9 @@ class Kms:
         """The two-argument form, for a caller that acts as one principal."""
         return BoundKms(self, who)
 
-    def _rewrapped(self, call: Call, head: Header, new_context: Context | None, key_id: str | None) -> Sealed:
+    def _rewrapped(
+        self, call: Operation, head: Header, new_context: Context | None, key_id: str | None
+    ) -> Sealed:
         opening, closing = self._choice.rewrapping(call, head, new_context, key_id)
         found = self._choice.unwrap(call, head, opening)
         if found.origin == "foreign":

@@ -13,7 +13,7 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import FILES
 from kms_core.jobs.store import broker
 from kms_core.jobs.store.broker_messages import TASK
-from kms_core.jobs.store.usage_flush import Teller
+from kms_core.jobs.store.usage_flush import UsageFlush
 from kms_core.observability import tracing
 from kms_core.redis_client import celery_options
 from kms_core.settings.model import Settings
@@ -79,7 +79,7 @@ def build(settings: Settings, name: str, pulse: Pulse) -> Celery:
         if os.getpid() not in cores:
             tracing.configure("kms-worker", enabled=traced.enabled, endpoint=traced.endpoint)
             cores[os.getpid()] = made = build_core(settings, "worker", nudge)
-            teller = Teller(made.kms.tally, made.shop.store.redis)
+            teller = UsageFlush(made.kms.tally, made.shop.store.redis)
             teller.start()
             made.keeper.start()
             signals.worker_process_shutdown.connect(lambda **_: teller.stop(), weak=False)

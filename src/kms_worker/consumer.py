@@ -98,7 +98,7 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
             return self._came_back(message, found)
         return True
 
-    def _came_back(self, message: Any, found: messages.Message) -> bool:  # noqa: ANN401 -- as above
+    def _came_back(self, message: Any, found: messages.CeleryMessage) -> bool:  # noqa: ANN401 -- as above
         """Count a death by sending a copy with the number; of ``kms.keys`` another comes within a minute."""
         if found.deaths >= messages.MOST_DEATHS or found.task == KEYS:
             raise Malformed("worker_died")

@@ -64,7 +64,7 @@ class Malformed(Exception):
         self.reason: Reason = reason
 
 
-class Message(msgspec.Struct):
+class CeleryMessage(msgspec.Struct):
     """What is left of a message: the names of Celery's, and nothing that Celery would obey besides."""
 
     task: str
@@ -92,7 +92,7 @@ def most_bytes(queue: str, submit_bytes: int) -> int:
 
 def read(
     queue: str, headers: object, content: tuple[object, object], body: object, *, redelivered: bool
-) -> Message:
+) -> CeleryMessage:
     """The message in ``body``, at most ``most_bytes`` long. ``content`` is its type and encoding.
 
     Raises Malformed.
@@ -112,10 +112,10 @@ def read(
     callbacks, errbacks = (_links(embed, name) for name in ("callbacks", "errbacks"))
     deaths = headers.get("deaths")
     count = deaths if isinstance(deaths, int) and 0 < deaths < MOST_DEATHS else 0
-    return Message(task, task_id, args, callbacks, errbacks, count + redelivered)
+    return CeleryMessage(task, task_id, args, callbacks, errbacks, count + redelivered)
 
 
-def check_sealed(message: Message) -> None:
+def check_sealed(message: CeleryMessage) -> None:
     """Refuse a kms.submit that cannot be an age file, unless the pool is to send its ``link_error``.
 
     Raises Malformed.
@@ -221,7 +221,7 @@ class _Properties(msgspec.Struct):
     delivery_info: _Delivery = msgspec.field(default_factory=_Delivery)
 
 
-class _Headers(msgspec.Struct):
+class _TaskHeaders(msgspec.Struct):
     task: object = None
     id: object = None
     at: object = None
@@ -234,7 +234,7 @@ class _Envelope(
 ):
     body: str
     properties: _Properties
-    headers: _Headers
+    headers: _TaskHeaders
     content_type: str
     content_encoding: str
 

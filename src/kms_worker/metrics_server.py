@@ -13,7 +13,7 @@ import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
-from kms_core.auth.metrics_access import Scraping
+from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.http_server.connections import ConnectionLimits, Connections, Reason
 from kms_core.http_server.host_check import REFUSED, HostCheck, by_name
 from kms_core.http_server.protocol import HttpProtocol, ProblemResponse
@@ -59,7 +59,7 @@ class MetricsServer:
 class MetricsApp:
     """The ASGI application: two paths, GET and HEAD."""
 
-    def __init__(self, scraping: Scraping, allowed_hosts: Sequence[str]) -> None:
+    def __init__(self, scraping: MetricsAccess, allowed_hosts: Sequence[str]) -> None:
         self._scraping = scraping
         self._hosts = HostCheck(allowed_hosts)
         self._reading = asyncio.Semaphore()
@@ -128,7 +128,7 @@ class MetricsApp:
 
 
 def serve(
-    bind: str, port: int, scraping: Scraping, allowed_hosts: Sequence[str] = ()
+    bind: str, port: int, scraping: MetricsAccess, allowed_hosts: Sequence[str] = ()
 ) -> MetricsServer | None:
     """Serve until ``shutdown``. A taken port costs the metrics, not the jobs, and is logged."""
     listener = socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET)

@@ -14,15 +14,15 @@ from celery.worker.consumer import Consumer
 
 from kms_core import server_memory
 from kms_core.audit_setup import build_watch
-from kms_core.auth.metrics_access import Scraping
+from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.container import build as build_core
 from kms_core.container import build_intake
 from kms_core.jobs.events import webhook
-from kms_core.jobs.events.dispatcher import Courier
+from kms_core.jobs.events.dispatcher import WebhookDispatcher
 from kms_core.jobs.events.outbox import Outbox
-from kms_core.jobs.model import QUEUES, Lane
-from kms_core.jobs.recovery.heartbeat import Presence
-from kms_core.jobs.recovery.reaper import Caretaker
+from kms_core.jobs.model import QUEUES, QueuePriority
+from kms_core.jobs.recovery.heartbeat import Heartbeat
+from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.store import broker
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
@@ -62,14 +62,14 @@ def run(loaded: Settings) -> int:
     refusals = Refusals(lambda: store.redis, beat=pulse.beat)
     consumer = _checking(Checks(refusals, intake.text_length if intake else 0))
 
-    def waiting() -> Mapping[Lane, int]:
+    def waiting() -> Mapping[QueuePriority, int]:
         with app.connection_for_read() as connection:
             return broker.waiting(connection, (*QUEUES, submit.QUEUE))
 
-    presence = Presence(store, name, working=fork_lock.between_forks)
+    presence = Heartbeat(store, name, working=fork_lock.between_forks)
     beside: tuple[_Beside, ...] = (
         presence,  # first, before it consumes: who looks while its first job runs must find a worker
-        Caretaker(store, core.shop.spool, name, waiting, working=fork_lock.between_forks),
+        Reaper(store, core.shop.spool, name, waiting, working=fork_lock.between_forks),
         rotation.Clock(app, store, name, working=fork_lock.between_forks),
         build_watch(loaded, store.redis, working=fork_lock.between_forks),
         *_couriers(loaded, store, name),
@@ -78,7 +78,7 @@ def run(loaded: Settings) -> int:
     server = metrics_server.serve(
         loaded.kms.bind,
         loaded.kms.port + 1,
-        Scraping(loaded.kms.server.metrics, core.doors, core.kms.policy, Proxies.of(loaded.kms.server)),
+        MetricsAccess(loaded.kms.server.metrics, core.doors, core.kms.policy, Proxies.of(loaded.kms.server)),
         loaded.kms.server.allowed_hosts,
     )
     _prepare_children()
@@ -112,11 +112,11 @@ def _checking(checks: Checks) -> Callable[..., Consumer]:
     return partial(CheckedConsumer, checks=checks)
 
 
-def _couriers(loaded: Settings, store: JobStore, name: str) -> list[Courier]:
+def _couriers(loaded: Settings, store: JobStore, name: str) -> list[WebhookDispatcher]:
     """One, if there is an endpoint that it could deliver to."""
     endpoints = webhook.endpoints(loaded)
     outbox = Outbox(store, endpoints)
-    return [Courier(outbox, endpoints, name, working=fork_lock.between_forks)] if endpoints else []
+    return [WebhookDispatcher(outbox, endpoints, name, working=fork_lock.between_forks)] if endpoints else []
 
 
 def _lock_child(**_: object) -> None:

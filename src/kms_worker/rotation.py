@@ -42,7 +42,7 @@ def register(app: Celery, core: Callable[[], Core], settings: Settings, name: st
             _log.exception("rotation.crashed", error=type(exc).__name__)
 
 
-def look_after(core: Core, rules: key_rotation.Rules, owner: str) -> None:
+def look_after(core: Core, rules: key_rotation.RotationRules, owner: str) -> None:
     """Tell the metrics how keys are, and rotate those that are due. Raises JobsUnavailable."""
     store = core.shop.store
     counts = together(usage_flush.shared(store.redis), core.kms.tally.peek())

@@ -12,7 +12,7 @@ from typing import Final
 
 import structlog
 
-from kms_core.jobs.model import Lane
+from kms_core.jobs.model import QueuePriority
 from kms_protocol.errors import JobsUnavailable
 from kms_worker.refusals import LogBound
 
@@ -28,7 +28,7 @@ class Watchdog(threading.Thread):
         self,
         queues: Sequence[str],
         patience_s: float,
-        waiting: Callable[[], Mapping[Lane, int]],
+        waiting: Callable[[], Mapping[QueuePriority, int]],
         idle_s: Callable[[], float],
     ) -> None:
         super().__init__(name="watchdog", daemon=True)

@@ -23,12 +23,12 @@ from callers import AUDIENCE, ISSUER, Authority, Guarded, Issuer, bearer
 from kms_api import app
 from kms_cli.local.up import make_identity
 from kms_core.auth import tokens
-from kms_core.auth.certificates import Shown, authority_of, key_of
+from kms_core.auth.certificates import PresentedCertificate, authority_of, key_of
 from kms_core.auth.policy import Principal
 from kms_core.http_server.protocol import CERTIFICATE, HttpProtocol
 from kms_core.jobs.events.outbox import MOST_ATTEMPTS, Delivery, Outbox
 from kms_core.jobs.store.redis_keys import job_key
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from service import b64, core_of, unb64
@@ -85,7 +85,7 @@ class Caller:
     headers: Mapping[str, str] = field(default_factory=dict)
     name: str = "nobody"
     tenant: str = "default"
-    certificate: Shown | None = None
+    certificate: PresentedCertificate | None = None
 
 
 class Application:
@@ -176,7 +176,9 @@ class Application:
     def by_certificate(self, subject: str = SUBJECT, lasts_s: float = 600) -> Caller:
         authority = x509.load_pem_x509_certificate(self._authority.ca_file.read_bytes())
         identity = f"{next(_numbers):x}:{authority_of(authority.subject)}:{key_of(authority)}"
-        return Caller({}, "cert:builder", certificate=Shown((subject,), time.time() + lasts_s, identity))
+        return Caller(
+            {}, "cert:builder", certificate=PresentedCertificate((subject,), time.time() + lasts_s, identity)
+        )
 
     def in_session(self, who: Caller) -> Caller:
         """The same caller, logged in to the page."""
@@ -286,7 +288,9 @@ class Application:
             item = wire.JobItem(plaintext=b"seventeen")
         else:
             item = wire.JobItem(ciphertext=self.sealed("pay-1"))
-        terms = Terms(Principal(by.name, "default", "token:x"), kind, Context.parse(CONTEXT), key_id)
+        terms = SubmissionOptions(
+            Principal(by.name, "default", "token:x"), kind, Context.parse(CONTEXT), key_id
+        )
         job_id = desk.items(terms, [item]).job_id
         if dead:
             store.redis.hset(job_key(job_id), mapping={"state": "failed", "error": "attempts_exhausted"})

@@ -4,7 +4,7 @@ import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution.lease import Lease
-from kms_core.jobs.model import Claim, Fields
+from kms_core.jobs.model import Attempt, Fields
 from kms_core.jobs.store.store import JobStore
 from service import until
 from stores import LONG, SHORT, TENANT, accepted, claimed, lapse, store_of
@@ -70,7 +70,7 @@ class Breaking(JobStore):
 
     renewals = 0
 
-    def renew(self, claim: Claim, progress: Fields) -> None:
+    def renew(self, claim: Attempt, progress: Fields) -> None:
         self.renewals += 1
         if self.renewals == 1:
             raise ValueError

@@ -26,7 +26,7 @@ class Desk:
     """A folder to work in, with an age identity in ``key.txt``."""
 
     folder: Path
-    identity: x25519.Identity
+    identity: x25519.X25519Identity
 
     @property
     def recipient(self) -> str:
@@ -72,12 +72,12 @@ class Desk:
 
 
 def desk(folder: Path) -> Desk:
-    made = Desk(folder, x25519.Identity.generate())
+    made = Desk(folder, x25519.X25519Identity.generate())
     write_key(made.key, made.identity)
     return made
 
 
-def write_key(path: Path, *identities: x25519.Identity | mlkem768x25519.Identity) -> None:
+def write_key(path: Path, *identities: x25519.X25519Identity | mlkem768x25519.HybridIdentity) -> None:
     path.touch(mode=0o600)
     path.write_text("".join(f"{identity.export()}\n" for identity in identities))
 

@@ -16,7 +16,7 @@ import pytest
 from agekms import write_identities
 from contract.cosmian_double import CosmianDouble
 from contract.faults import unused_url
-from kms_core.age.x25519 import Identity
+from kms_core.age.x25519 import X25519Identity
 from peers import tied
 from ports import free_port
 from trails import Place
@@ -48,7 +48,7 @@ class Install:
         config, state = folder / "kms.toml", folder / "state"
         config.write_text(SETTINGS.format(port=self.port, keys=keys))
         state.mkdir(mode=0o700)
-        write_identities(state / "spool.key", Identity.generate())
+        write_identities(state / "spool.key", X25519Identity.generate())
         self._environ = {
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
@@ -118,7 +118,7 @@ def test_keys_are_made_once(double: CosmianDouble, tmp_path: Path) -> None:
 
 
 def test_a_key_that_only_opens_old_files_is_not_made(double: CosmianDouble, tmp_path: Path) -> None:
-    write_identities(tmp_path / "age.txt", Identity.generate())
+    write_identities(tmp_path / "age.txt", X25519Identity.generate())
     keys = f'moved = ["age://{tmp_path}/age.txt", "cosmian:before?seal=false"]'
 
     code, said, _ = Install(tmp_path, double.url, keys).run("kms", "cosmian", "init-key")

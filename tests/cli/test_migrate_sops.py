@@ -27,7 +27,7 @@ FORMATS: Final = {
 
 @pytest.fixture
 def desk(tmp_path: Path, real_service: Place) -> Desk:
-    old = x25519.Identity.generate()
+    old = x25519.X25519Identity.generate()
     (tmp_path / "old.txt").write_text(old.export() + "\n")
     (tmp_path / "old.txt").chmod(0o600)
     (tmp_path / "old.pub").write_text(str(old.recipient))
@@ -117,7 +117,7 @@ def test_a_second_run_leaves_migrated_files_alone(desk: Desk) -> None:
 
 
 def test_a_file_that_does_not_open_is_told_and_stops_nothing(desk: Desk) -> None:
-    stranger = str(x25519.Identity.generate().recipient)
+    stranger = str(x25519.X25519Identity.generate().recipient)
     (desk.folder / "plain.yaml").write_text("a: b\n")
     for name, recipient in (("a.yaml", stranger), ("a.json", (desk.folder / "old.pub").read_text())):
         (desk.folder / name).write_text(FORMATS[name])
@@ -136,7 +136,7 @@ def test_a_file_that_does_not_open_is_told_and_stops_nothing(desk: Desk) -> None
 def test_a_recipient_that_the_service_does_not_hold_changes_nothing(desk: Desk) -> None:
     sealed(desk, "a.yaml")
     before = (desk.folder / "a.yaml").read_bytes()
-    stranger = str(x25519.Identity.generate().recipient)
+    stranger = str(x25519.X25519Identity.generate().recipient)
 
     done = desk.kms("migrate", "sops", "--json", "-r", stranger, "a.yaml", env=old(desk))
 

@@ -58,7 +58,7 @@ def in_aws(desk: Desk) -> None:
 
 def in_sops(desk: Desk) -> None:
     """Files of an owner whose identity is in ``old.txt``."""
-    old = x25519.Identity.generate()
+    old = x25519.X25519Identity.generate()
     desk.write("old.txt", [old.export()])
     desk.write("old-public-key.txt", [str(old.recipient)])
     sops = str(BIN / "sops") if (BIN / "sops").is_file() else program("sops")

@@ -109,8 +109,8 @@ def test_pyrage_goes_both_ways(desk: Desk, size: int) -> None:
 
 
 @pytest.fixture
-def pq(desk: Desk) -> mlkem768x25519.Identity:
-    identity = mlkem768x25519.Identity.generate()
+def pq(desk: Desk) -> mlkem768x25519.HybridIdentity:
+    identity = mlkem768x25519.HybridIdentity.generate()
     write_key(desk.folder / "pq.txt", identity)
     return identity
 
@@ -145,7 +145,7 @@ def javascript(typage: Path, work: str, key: str, given: bytes) -> bytes:
 
 
 def test_typage_opens_what_is_sealed_for_a_hybrid_key(
-    desk: Desk, pq: mlkem768x25519.Identity, typage: Path
+    desk: Desk, pq: mlkem768x25519.HybridIdentity, typage: Path
 ) -> None:
     sealed = desk.made("seal", "-r", pq.recipient.text, given=b"salary")
     work = "const d = new Decrypter(); d.addIdentity(key); const done = await d.decrypt(given);"
@@ -154,7 +154,7 @@ def test_typage_opens_what_is_sealed_for_a_hybrid_key(
 
 
 def test_what_typage_seals_for_a_hybrid_key_is_opened(
-    desk: Desk, pq: mlkem768x25519.Identity, typage: Path
+    desk: Desk, pq: mlkem768x25519.HybridIdentity, typage: Path
 ) -> None:
     work = "const e = new Encrypter(); e.addRecipient(key); const done = await e.encrypt(given);"
     sealed = javascript(typage, work, pq.recipient.text, b"salary")
@@ -164,13 +164,15 @@ def test_what_typage_seals_for_a_hybrid_key_is_opened(
 
 
 @every_way
-def test_a_hybrid_key_opens_what_was_sealed_for_it(desk: Desk, pq: mlkem768x25519.Identity, way: Way) -> None:
+def test_a_hybrid_key_opens_what_was_sealed_for_it(
+    desk: Desk, pq: mlkem768x25519.HybridIdentity, way: Way
+) -> None:
     sealed = desk.made("seal", "-r", pq.recipient.text, given=b"salary" * 50_000)
 
     assert way(desk, ["open", "-i", "key.txt", "-i", "pq.txt"], sealed) == b"salary" * 50_000
 
 
-def test_classic_and_hybrid_recipients_do_not_mix(desk: Desk, pq: mlkem768x25519.Identity) -> None:
+def test_classic_and_hybrid_recipients_do_not_mix(desk: Desk, pq: mlkem768x25519.HybridIdentity) -> None:
     desk.write("recipients", f"{desk.recipient}\n".encode())
     done = desk.kms("seal", "-r", pq.recipient.text, "-R", "recipients", given=b"salary")
 

@@ -156,9 +156,11 @@ def test_stock_age_opens_a_bound_file(desk: Desk) -> None:
     assert pyrage.decrypt(sealed_at(desk), [identity]) == b"salary"
 
 
-@pytest.mark.parametrize("kind", [x25519.Identity, mlkem768x25519.Identity], ids=["x25519", "hybrid"])
+@pytest.mark.parametrize(
+    "kind", [x25519.X25519Identity, mlkem768x25519.HybridIdentity], ids=["x25519", "hybrid"]
+)
 def test_the_last_identity_of_a_file_seals_and_any_opens(
-    desk: Desk, kind: type[x25519.Identity] | type[mlkem768x25519.Identity]
+    desk: Desk, kind: type[x25519.X25519Identity] | type[mlkem768x25519.HybridIdentity]
 ) -> None:
     newer = kind.generate()
     older = sealed_at(desk)
@@ -173,7 +175,7 @@ def test_the_last_identity_of_a_file_seals_and_any_opens(
 def test_a_key_version_that_is_not_at_hand_is_named(desk: Desk) -> None:
     sealed = sealed_at(desk)
     version = version_of(desk.identity.recipient)
-    write_key(desk.key, x25519.Identity.generate())
+    write_key(desk.key, x25519.X25519Identity.generate())
     done = desk.kms("open", "-i", "key.txt", "--context", PROD, given=sealed)
 
     assert done.returncode == 65

@@ -8,13 +8,13 @@ from functools import partial
 
 from kms_core.backends.cosmian.backend import FORM, LENGTHS, CosmianCipher
 from kms_core.backends.cosmian.keys import CosmianKey
-from kms_core.backends.cosmian.server import Cosmian, Protocol
+from kms_core.backends.cosmian.server import CosmianServer, Protocol
 from kms_core.backends.remote import Cipher
-from kms_core.backends.token_file import Token
-from kms_core.http_client.peer import Server
+from kms_core.backends.token_file import FileToken
+from kms_core.http_client.peer import PeerServer
 
 
-class KnownServer(Cosmian):
+class KnownServer(CosmianServer):
     """A server whose version is known."""
 
     known = (5, 26)
@@ -46,13 +46,13 @@ def cosmian_makers(token: str) -> Mapping[str, Callable[[str, float], Cipher]]:
     """Ciphers by name, each of a URL and a timeout in seconds."""
 
     def make(
-        kind: type[Cosmian], key: type[CosmianKey], protocol: Protocol, url: str, timeout_s: float
+        kind: type[CosmianServer], key: type[CosmianKey], protocol: Protocol, url: str, timeout_s: float
     ) -> Cipher:
-        server = Server(url, "Cosmian KMS", "kms.cosmian.server_url", timeout_s)
-        return AskingCipher(key(kind(server, Token(token, None, strict=False), protocol), "pay"))
+        server = PeerServer(url, "Cosmian KMS", "kms.cosmian.server_url", timeout_s)
+        return AskingCipher(key(kind(server, FileToken(token, None, strict=False), protocol), "pay"))
 
     return {
-        "cosmian": partial(make, Cosmian, CosmianKey, "kmip"),
+        "cosmian": partial(make, CosmianServer, CosmianKey, "kmip"),
         "cosmian-kmip": partial(make, KnownServer, KnownKey, "kmip"),
         "cosmian-jose": partial(make, KnownServer, KnownKey, "jose"),
         "cosmian-4": partial(make, KnownOldServer, KnownKey, "kmip"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from awsservers import calls_to, moto
 from kms_core.backends import Backend
 from kms_core.backends.aws.backend import AwsCipher
-from kms_core.backends.aws.client import Calls
+from kms_core.backends.aws.client import AwsKmsClient
 from kms_core.backends.remote import RemoteBackend
 from relay import Relay
 
@@ -18,7 +18,7 @@ def relay() -> Relay:
 
 
 @functools.cache
-def calls() -> Calls:
+def calls() -> AwsKmsClient:
     return calls_to(relay().url)
 
 

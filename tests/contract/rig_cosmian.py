@@ -18,10 +18,10 @@ from contract.cosmian_double import NEW, OLD, CosmianDouble
 from kms_core.backends import Backend
 from kms_core.backends.cosmian.backend import CosmianCipher
 from kms_core.backends.cosmian.keys import CosmianKey
-from kms_core.backends.cosmian.server import Cosmian
+from kms_core.backends.cosmian.server import CosmianServer
 from kms_core.backends.remote import RemoteBackend
-from kms_core.backends.token_file import Token
-from kms_core.http_client.peer import Server
+from kms_core.backends.token_file import FileToken
+from kms_core.http_client.peer import PeerServer
 from relay import Relay
 
 Protocol = Literal["auto", "kmip", "jose"]
@@ -48,14 +48,14 @@ def major(version: str) -> str:
     return version.partition(".")[0]
 
 
-def cosmian(url: str, protocol: Protocol = "auto", token: str | None = None) -> Cosmian:
+def cosmian(url: str, protocol: Protocol = "auto", token: str | None = None) -> CosmianServer:
     """The server at ``url``, as the user of this token, else of the one in ``COSMIAN_API_KEY``."""
     given = token or (os.environ.get("COSMIAN_API_KEY") if real_url() else None)
-    server = Server(url, "Cosmian KMS", "kms.cosmian.server_url", TIMEOUT_S)
-    return Cosmian(server, Token(given, None, strict=False) if given else None, protocol)
+    server = PeerServer(url, "Cosmian KMS", "kms.cosmian.server_url", TIMEOUT_S)
+    return CosmianServer(server, FileToken(given, None, strict=False) if given else None, protocol)
 
 
-def new_key(server: Cosmian) -> CosmianKey:
+def new_key(server: CosmianServer) -> CosmianKey:
     """A key that nobody had before."""
     key = CosmianKey(server, f"test-{uuid4().hex}")
     with key.call():
@@ -64,7 +64,7 @@ def new_key(server: Cosmian) -> CosmianKey:
 
 
 @functools.cache
-def relayed(version: str, protocol: Protocol) -> tuple[Relay, Cosmian]:
+def relayed(version: str, protocol: Protocol) -> tuple[Relay, CosmianServer]:
     """A server behind a relay; one for all tests, and each new rig mends it."""
     url = urlsplit(server_url(version))
     if url.hostname != "127.0.0.1" or url.scheme != "http":

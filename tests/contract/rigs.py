@@ -39,7 +39,9 @@ class Rig(Protocol):
 class AgeRig:
     """Key files in a directory of their own."""
 
-    def __init__(self, directory: Path, kind: type[x25519.Identity | mlkem768x25519.Identity]) -> None:
+    def __init__(
+        self, directory: Path, kind: type[x25519.X25519Identity | mlkem768x25519.HybridIdentity]
+    ) -> None:
         self._kind = kind
         self._private = directory / "private_key.txt"
         self._public = directory / "public_key.txt"
@@ -60,11 +62,11 @@ class AgeRig:
 
 
 def make_age(directory: Path) -> Rig:
-    return AgeRig(directory, x25519.Identity)
+    return AgeRig(directory, x25519.X25519Identity)
 
 
 def make_age_hybrid(directory: Path) -> Rig:
-    return AgeRig(directory, mlkem768x25519.Identity)
+    return AgeRig(directory, mlkem768x25519.HybridIdentity)
 
 
 MAKERS: Final[dict[str, Callable[[Path], Rig]]] = {

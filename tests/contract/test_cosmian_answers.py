@@ -35,9 +35,9 @@ from kms_core.backends import KeyMissing
 from kms_core.backends.cosmian.backend import CosmianCipher
 from kms_core.backends.cosmian.backend import key_of as key_of_settings
 from kms_core.backends.cosmian.keys import CosmianKey
-from kms_core.backends.cosmian.server import LANES, Cosmian
+from kms_core.backends.cosmian.server import LANES, CosmianServer
 from kms_core.http_client import Busy, Unreachable
-from kms_core.http_client.peer import Server
+from kms_core.http_client.peer import PeerServer
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
 
 
@@ -177,7 +177,7 @@ def test_a_call_that_waits_for_the_next_message_waits_no_longer_than_its_timeout
     double: CosmianDouble,
 ) -> None:
     """Its time began before the messages that it waits for were sent, so it is the first to give up."""
-    server = Cosmian(Server(double.url, "Cosmian KMS", "kms.cosmian.server_url", 0.5), None)
+    server = CosmianServer(PeerServer(double.url, "Cosmian KMS", "kms.cosmian.server_url", 0.5), None)
     cipher = made(CosmianCipher(CosmianKey(server, "payroll")))
     cipher.encrypt(SECRET, "1", AAD)
     gates = [held(double) for _ in range(LANES)]

@@ -95,7 +95,7 @@ def _fitting(lines: bytes) -> bytes:
 
 def _read() -> None:
     """What the API and the command do with the files of a trail; no line of them is trusted."""
-    wanted = query.Wanted()
+    wanted = query.EventFilter()
     newest = query.newest(_PLACE, wanted, 10)
     page = query.page(_PLACE, wanted, None, 5)
     assert len(page.events) <= 5

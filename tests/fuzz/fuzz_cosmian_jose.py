@@ -7,7 +7,7 @@ from typing import Final
 
 from fuzz.fuzz_cosmian_ttlv import STATUSES, UID, Told
 from kms_core.backends.cosmian.jose import Jose
-from kms_core.backends.cosmian.kmip import Sealed
+from kms_core.backends.cosmian.kmip import GcmResult
 from kms_core.backends.cosmian.ttlv import Refusal
 from kms_protocol.errors import BackendUnavailable
 
@@ -57,7 +57,7 @@ def check(data: bytes) -> None:
         assert _said(body)["protected"] == PROTECTED
         assert all(isinstance(each, bytes) for each in (sealed.nonce, sealed.ciphertext, sealed.tag))
     try:
-        opened = jose.open(UID, Sealed(b"n" * 12, b"c" * 17, b"t" * 16), b"aad")
+        opened = jose.open(UID, GcmResult(b"n" * 12, b"c" * 17, b"t" * 16), b"aad")
     except (Refusal, BackendUnavailable):
         return
     said = _said(body)["data"]

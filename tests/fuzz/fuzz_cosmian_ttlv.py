@@ -7,14 +7,14 @@ from typing import Final
 import msgspec
 
 from fuzz.harness import PARTS, parts, read_exactly
-from kms_core.backends.cosmian.kmip import Kmip, Messages, Sealed, Singles
+from kms_core.backends.cosmian.kmip import GcmResult, Kmip, Messages, Singles
 from kms_core.backends.cosmian.ttlv import Kind, Node, Refusal, name, octets, refusal, structure, text
-from kms_core.http_client.peer import Answer, Server
+from kms_core.http_client.peer import PeerAnswer, PeerServer
 from kms_protocol.errors import BackendUnavailable
 
 MOST_BYTES: Final = 4 * 1024
 UID: Final = "5d9be8cf-0f4c-4c0d-9e5c-6d6b8f1e7a51"
-SERVER: Final = Server("http://kms.example.com", "Cosmian KMS", "kms.cosmian.server_url", 5.0)
+SERVER: Final = PeerServer("http://kms.example.com", "Cosmian KMS", "kms.cosmian.server_url", 5.0)
 STATUSES: Final = (200, 401, 404, 422, 500)
 WORDS: Final = (
     b'{"tag":"',
@@ -38,9 +38,9 @@ class Told:
     """A connection whose server answers this to everything."""
 
     def __init__(self, status: int, body: bytes) -> None:
-        self._answer = Answer(SERVER, status, body)
+        self._answer = PeerAnswer(SERVER, status, body)
 
-    def post(self, path: str, body: bytes, judged: Sequence[int] = ()) -> Answer:
+    def post(self, path: str, body: bytes, judged: Sequence[int] = ()) -> PeerAnswer:
         assert path.startswith("/")
         assert json.loads(body)
         assert isinstance(judged, Sequence)
@@ -92,7 +92,7 @@ def check(data: bytes) -> None:
 
 def _node(body: bytes) -> None:
     try:
-        node = Answer(SERVER, 200, body).read(Node)
+        node = PeerAnswer(SERVER, 200, body).read(Node)
     except BackendUnavailable as exc:
         if len(body) > len("Cosmian"):
             read_exactly(exc.detail, [body])
@@ -115,9 +115,9 @@ def _reasons(body: bytes) -> None:
 
 
 def _each(kmip: Kmip) -> None:
-    sealed = Sealed(b"n" * 12, b"c" * 17, b"t" * 16)
+    sealed = GcmResult(b"n" * 12, b"c" * 17, b"t" * 16)
     calls: Sequence[tuple[Callable[[], object], object]] = (
-        (lambda: kmip.seal(UID, b"p" * 17, b"aad"), Sealed | None),
+        (lambda: kmip.seal(UID, b"p" * 17, b"aad"), GcmResult | None),
         (lambda: kmip.open(UID, sealed, b"aad"), bytes | None),
         (lambda: kmip.create(UID, "label", "tag"), None),
         (lambda: kmip.locate("tag"), list),

@@ -20,12 +20,12 @@ from fuzz.harness import parts
 from kms_api.transport.authentication import shown
 from kms_core import scopes
 from kms_core.auth import jwks, tokens
-from kms_core.auth.authenticator import Doors
+from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.jwks import IssuerKey
 from kms_core.auth.jwt_verifier import Jwts, Trusted
 from kms_core.auth.tokens import TokenFile
-from kms_core.scopes import Wanted
-from kms_core.settings.model import Issuer
+from kms_core.scopes import Access
+from kms_core.settings.model import IssuerSection
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError, Unauthenticated
 
@@ -68,7 +68,7 @@ class _Known:
 
 def _jwts() -> Jwts:
     """One that has seen no token yet."""
-    section = Issuer(
+    section = IssuerSection(
         issuer=ISSUER,
         audience="kms",
         tenant_claim="tenant",
@@ -79,7 +79,7 @@ def _jwts() -> Jwts:
     return Jwts([Trusted("corp", section, _Known())])
 
 
-def _doors() -> Doors:
+def _doors() -> Authenticator:
     path = Path(_folder.name, "known.json")
     digest = base64.b64encode(hashlib.sha256(TOKEN.encode()).digest()).decode()
     token = {
@@ -92,7 +92,7 @@ def _doors() -> Doors:
     }
     path.touch(0o600)
     path.write_text(json.dumps({"version": 1, "tokens": [token]}))
-    return Doors(TokenFile(path), _jwts(), {})
+    return Authenticator(TokenFile(path), _jwts(), {})
 
 
 _DOORS: Final = _doors()
@@ -174,7 +174,7 @@ def _signed(data: bytes) -> None:
     assert json.loads(header)["alg"] == "EdDSA"
     assert json.loads(claims)["iss"] == ISSUER
     assert jwts.holder(text) == who
-    assert len(list(Doors(TokenFile(_FILE), jwts, {}).scopes_of(who))) == len(who.grant.scopes)
+    assert len(list(Authenticator(TokenFile(_FILE), jwts, {}).scopes_of(who))) == len(who.grant.scopes)
 
 
 def _key_set(data: bytes) -> None:
@@ -206,7 +206,7 @@ def _scope(data: bytes) -> None:
     context = Context.parse("env=prod,service=api")
     long = "file:///srv/" + "a/" * 500
     for operation in sorted(scope.operations):
-        wanted = Wanted(operation, "payroll-1", context, long, "s3://bucket/../x")
+        wanted = Access(operation, "payroll-1", context, long, "s3://bucket/../x")
         assert scope.missing(wanted) in {"key", "context", "read", "write"}
 
 

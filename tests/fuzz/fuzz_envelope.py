@@ -22,7 +22,7 @@ from kms_protocol.errors import DecryptFailed, ForeignRefused, KmsError, NotACip
 
 MOST_BYTES: Final = 4 * 1024
 WORDS: Final = (*WORDS_OF_HEADERS, b"default", b"other")
-IDENTITY: Final = x25519.Identity(bytes(range(32)))
+IDENTITY: Final = x25519.X25519Identity(bytes(range(32)))
 CONTEXT: Final = Context.parse("env=prod,row=7")
 PLAINTEXT: Final = b"what was sealed"
 _REFUSALS: Final = (DecryptFailed, ForeignRefused, NotACiphertext, TooLarge, UnknownKey)

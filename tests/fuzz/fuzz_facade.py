@@ -13,7 +13,7 @@ from kms_protocol.errors import InvalidContext, InvalidRequest
 
 MOST_BYTES: Final = 2 * 1024
 CANARY: Final = b"cAnArY"
-SHAPES: Final = (models.Call, models.DataKeyIn, models.KeyIn, models.PathsIn, models.Nothing)
+SHAPES: Final = (models.VaultCall, models.DataKeyIn, models.KeyIn, models.PathsIn, models.Nothing)
 WORDS: Final = (
     *(f'"{field}":'.encode() for shape in SHAPES for field in shape.__struct_encode_fields__),
     b"vault:v1:",
@@ -60,7 +60,7 @@ def _body(data: bytes) -> None:
             assert CANARY.decode() not in exc.detail, "a refusal repeats what was sent"
             continue
         assert "(…)" in repr(body)
-        if isinstance(body, models.Call):
+        if isinstance(body, models.VaultCall):
             for item in body.batch_input or ():
                 _item(item)
             _bound(body)
@@ -70,12 +70,12 @@ def _body(data: bytes) -> None:
 
 def _item(raw: msgspec.Raw) -> None:
     try:
-        _bound(models.read(raw, models.Call))
+        _bound(models.read(raw, models.VaultCall))
     except InvalidRequest as exc:
         assert CANARY.decode() not in exc.detail, "a refusal repeats what was sent"
 
 
-def _bound(body: models.Bound) -> None:
+def _bound(body: models.BoundFields) -> None:
     """What binds a call: each of the two, and which of them it is, tells another context."""
     try:
         one, other = models.octets(body.context, "context"), models.octets(body.associated_data, "data")

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from kms_core.age import header, scrypt
-from kms_core.age.header import SYNC_LIMITS, VERSION_LINE, Header, Limits
+from kms_core.age.header import SYNC_LIMITS, VERSION_LINE, Header, HeaderLimits
 from kms_core.envelope import binding
 from kms_protocol.errors import DecryptFailed, NotACiphertext, TooLarge
 from vectors import cctv
@@ -23,7 +23,7 @@ WORDS: Final = (
     b"A" * 43,
     b"A" * 64 + b"\n",
 )
-_SMALL: Final = Limits(header_bytes=1024, stanzas=4)
+_SMALL: Final = HeaderLimits(header_bytes=1024, stanzas=4)
 
 
 def seeds() -> Iterable[bytes]:

@@ -15,15 +15,15 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from kms_core.age import stream
 from kms_core.age.stream import CHUNK, SEALED_CHUNK, TAG
 from kms_core.payload import parallel, streaming
-from kms_core.payload.files import Extent, Onto
-from kms_core.payload.parallel import Pace
+from kms_core.payload.files import FileRange, FileWriter
+from kms_core.payload.parallel import ParallelOptions
 from kms_protocol.errors import DecryptFailed
 
 MOST_BYTES: Final = 512
 WORDS: Final = (b"\x00", b"\x00\x00\x00\x01", b"\xff\xff\xff\xff")
 KEY: Final = bytes(range(32))
 SIZES: Final = (0, 1, 100, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 5, 3 * CHUNK)
-_PACE: Final = Pace(threads=1, slab_chunks=2)
+_PACE: Final = ParallelOptions(threads=1, slab_chunks=2)
 _STEP: Final = 4  # a hand: which one, and three bytes of where
 
 
@@ -93,7 +93,9 @@ def _by_slabs(sealed: bytes, plaintext: bytes) -> bool:
         source.write(sealed)
         source.flush()
         try:
-            parallel.open_file(KEY, Extent(source.fileno(), len(sealed)), Onto(target.fileno()), pace=_PACE)
+            parallel.open_file(
+                KEY, FileRange(source.fileno(), len(sealed)), FileWriter(target.fileno()), pace=_PACE
+            )
         except DecryptFailed:
             return False
         assert target.read() == plaintext

@@ -16,7 +16,7 @@ from golden import manifest
 from golden.jobs import SECRET
 from golden.manifest import b64
 from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.jobs.model import Accepted
+from kms_core.jobs.model import JobSpec
 from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.storage.spool import Label, Spool
 
@@ -39,7 +39,7 @@ def _made(folder: Path) -> dict[str, dict[str, str]]:
     spool = Spool(folder, key, records, _MAX_BYTES)
     found = {name: _blob(spool, folder, name) for name in (*expected.AS_THEY_ARE, *expected.SEALED)}
     record = expected.RECORD | {"input_ref": manifest.unb64(found["upload"]["ref"])}
-    found["record"] = {"sealed": b64(records.seal(msgspec.convert(record, Accepted)))}
+    found["record"] = {"sealed": b64(records.seal(msgspec.convert(record, JobSpec)))}
     return found
 
 

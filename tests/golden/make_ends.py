@@ -13,7 +13,7 @@ from golden import expected_ends as expected
 from golden.jobs import SECRET
 from golden.manifest import b64
 from kms_core.jobs.ends import SignedEnd, SignedSplit, spec_digest
-from kms_core.jobs.model import Accepted, Commit, Log
+from kms_core.jobs.model import Checkpoint, Commit, JobSpec
 from kms_core.jobs.sealed_records import RecordKey
 
 
@@ -35,8 +35,8 @@ def _records(key: RecordKey) -> dict[str, dict[str, str]]:
     return found
 
 
-def _accepted(name: str) -> Accepted:
-    return msgspec.convert(expected.RECORDS[name], Accepted)
+def _accepted(name: str) -> JobSpec:
+    return msgspec.convert(expected.RECORDS[name], JobSpec)
 
 
 def _signed(key: RecordKey, name: str, sealed: dict[str, bytes]) -> dict[str, bytes]:
@@ -48,7 +48,7 @@ def _signed(key: RecordKey, name: str, sealed: dict[str, bytes]) -> dict[str, by
     if name in expected.COMMITS:
         found["commit"] = key.sign_commit(job_id, msgspec.convert(expected.COMMITS[name], Commit), spec)
     if name in expected.LOGS:
-        found["log"] = key.sign_log(job_id, msgspec.convert(expected.LOGS[name], Log), spec)
+        found["log"] = key.sign_log(job_id, msgspec.convert(expected.LOGS[name], Checkpoint), spec)
     if name == "whole":
         parts = SignedSplit(parts=2, digest=spec_digest(sealed["part-0"], sealed["part-1"]))
         found["split"] = key.sign_split(job_id, parts, spec)

@@ -25,13 +25,13 @@ from kms_core.age.recipients import parse_identity
 from kms_core.auth.policy import Principal
 from kms_core.container import Core, build
 from kms_core.jobs.events.outbox import Outbox
-from kms_core.jobs.events.webhook import Endpoint
+from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.execution.tree import MANIFEST
-from kms_core.jobs.model import Accepted, Claim, Commit, Log, part_id
-from kms_core.jobs.storage.multipart_journal import Notes
+from kms_core.jobs.model import Attempt, Checkpoint, Commit, JobSpec, part_id
+from kms_core.jobs.storage.multipart_journal import MultipartJournal
 from kms_core.jobs.storage.spool import UPLOAD, Label
-from kms_core.jobs.submission.submitter import Named, Terms
+from kms_core.jobs.submission.submitter import ClientJobId, SubmissionOptions
 from kms_core.programs import tether
 from kms_protocol import wire
 from kms_protocol.context import Context
@@ -110,11 +110,13 @@ class _Maker:
 
     # -- by the submission code ------------------------------------------------------------------------
 
-    def _terms(self, kind: wire.JobKind, context: Mapping[str, str] = CONTEXT, **more: object) -> Terms:
+    def _terms(
+        self, kind: wire.JobKind, context: Mapping[str, str] = CONTEXT, **more: object
+    ) -> SubmissionOptions:
         fields: dict[str, object] = {"ttl_s": FAR - int(time.time()), "who": WHO} | more
-        return Terms(kind=kind, context=Context.parse(context), **fields)  # type: ignore[arg-type]  # fields by name
+        return SubmissionOptions(kind=kind, context=Context.parse(context), **fields)  # type: ignore[arg-type]  # fields by name
 
-    def _upload(self, name: str, terms: Terms, body: bytes) -> str:
+    def _upload(self, name: str, terms: SubmissionOptions, body: bytes) -> str:
         job_id = terms.job_id()
         label = Label(terms.who.tenant, job_id, UPLOAD)
         with self._core.desk.spool.writing(label, sealed=terms.kind == "encrypt") as out:
@@ -131,7 +133,7 @@ class _Maker:
         self._upload("upload-decrypt", self._terms("decrypt", {}), file)
         self._upload("upload-rewrap", self._terms("rewrap", {}, new_context=Context.parse(NEW)), file)
 
-    def _items(self, name: str, terms: Terms, items: list[wire.JobItem]) -> str:
+    def _items(self, name: str, terms: SubmissionOptions, items: list[wire.JobItem]) -> str:
         self.ids[name] = self._core.desk.items(terms, items).job_id
         return self.ids[name]
 
@@ -165,12 +167,12 @@ class _Maker:
     def _intake(self) -> None:
         """Named by its submitter, with the digest that the intake makes."""
         digest = self._store.record_key.digest(b"kms.submit", expected_jobs.INTAKE_CANONICAL)
-        terms = self._terms("encrypt", who=Principal("celery"), named=Named(INTAKE_ID, digest))
+        terms = self._terms("encrypt", who=Principal("celery"), named=ClientJobId(INTAKE_ID, digest))
         self._items("intake", terms, [wire.JobItem(plaintext=b"by a workflow")])
 
     # -- as the model has them ---------------------------------------------------------------------------
 
-    def _accepted(self, name: str, kind: wire.JobKind, source: str, target: str, **more: object) -> Accepted:
+    def _accepted(self, name: str, kind: wire.JobKind, source: str, target: str, **more: object) -> JobSpec:
         self.ids[name] = f"00000000-0000-4000-8000-{len(self.ids):012x}"
         fields: dict[str, object] = {
             "job_id": self.ids[name],
@@ -182,11 +184,11 @@ class _Maker:
             "created_at": 1_790_000_000.25,
             "expires_at": float(FAR),
         } | more
-        made = Accepted(kind=kind, source=source, target=target, **fields)  # type: ignore[arg-type]  # fields by name
+        made = JobSpec(kind=kind, source=source, target=target, **fields)  # type: ignore[arg-type]  # fields by name
         self._store.submit(made)
         return made
 
-    def _claimed(self, made: Accepted) -> Claim:
+    def _claimed(self, made: JobSpec) -> Attempt:
         claim = self._store.claim(made.job_id, "golden/1")
         if claim is None:
             raise RuntimeError(made.job_id)
@@ -236,16 +238,18 @@ class _Maker:
         )
         self._accepted("tree-encrypt", "encrypt", f"{PLACE}/in/**", f"{PLACE}/out/")
 
-    def _step(self, whole: Claim, part: Accepted) -> None:
+    def _step(self, whole: Attempt, part: JobSpec) -> None:
         """Split the campaign, and bring its part to the commit of its second file."""
         self._store.split(whole, [part])
         self.ids["campaign-part"] = part.job_id
         held = self._claimed(part)
         pending = Commit(fence=held.fence, size_bytes=102, inode=9, mtime_ns=8, replaces=(7, 101, 6))
-        log = Log(words=("changed payroll/0a1b2c3d",), outcomes=(0,), pending=pending, effect="changed")
+        log = Checkpoint(
+            words=("changed payroll/0a1b2c3d",), outcomes=(0,), pending=pending, effect="changed"
+        )
         self._store.step(held, log, {"settled": 1, "tally:changed": 1, "tally:found payroll/0a1b2c3d": 1})
 
-    def _part(self, made: Accepted, claim: Claim, size: int) -> Accepted:
+    def _part(self, made: JobSpec, claim: Attempt, size: int) -> JobSpec:
         fields = {name: getattr(made, name) for name in made.__struct_fields__}
         part = {
             "job_id": part_id(made.job_id, 0),
@@ -255,14 +259,14 @@ class _Maker:
             "starts": (0, size),
             "size_bytes": 303,
         }
-        return Accepted(**(fields | part))
+        return JobSpec(**(fields | part))
 
     def _objects(self) -> None:
         made = self._accepted("object-encrypt", "encrypt", "s3://archive/in.bin", "s3://archive/in.bin.age")
         claim = self._claimed(made)
         commit = Commit(fence=claim.fence, size_bytes=9, upload="upload-1", parts="0" * 64, over='"etag"')
         self._store.committing(claim, commit)
-        notes = Notes(self._install.spool / "multipart")
+        notes = MultipartJournal(self._install.spool / "multipart")
         notes.add(made.job_id, claim.fence, "s3://archive/in.bin.age", "upload-1")
 
     def _ended(self) -> None:
@@ -276,7 +280,9 @@ class _Maker:
 
     def _outbox(self) -> None:
         """The end of one job waits to be told, and that of another was given up."""
-        endpoint = Endpoint("http://127.0.0.1:9/", Path("/nonexistent"), frozenset({"succeeded", "failed"}))
+        endpoint = WebhookEndpoint(
+            "http://127.0.0.1:9/", Path("/nonexistent"), frozenset({"succeeded", "failed"})
+        )
         claim = self._claimed(
             self._accepted("told", "decrypt", f"{PLACE}/g.age", f"{PLACE}/g", callback="ci")
         )

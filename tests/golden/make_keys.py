@@ -14,7 +14,7 @@ from bao import bao
 from golden.manifest import b64
 from kms_core.age import mlkem768x25519, x25519
 
-Identity = x25519.Identity | mlkem768x25519.Identity
+Identity = x25519.X25519Identity | mlkem768x25519.HybridIdentity
 
 WARNING: Final = "# TEST KEY of tests/golden: it is published, and protects nothing\n"
 CREATED: Final = ("2026-01-05T08:00:00Z", "2026-09-01T12:30:00Z")
@@ -25,10 +25,12 @@ KEY: Final = "golden"
 def make(folder: Path) -> None:
     """Identity files, and one document for the remote backends."""
     folder.mkdir(parents=True)
-    _identities(folder / "age-x25519.txt", [x25519.Identity.generate() for _ in CREATED])
-    _identities(folder / "age-mlkem768x25519.txt", [mlkem768x25519.Identity.generate() for _ in CREATED])
+    _identities(folder / "age-x25519.txt", [x25519.X25519Identity.generate() for _ in CREATED])
+    _identities(
+        folder / "age-mlkem768x25519.txt", [mlkem768x25519.HybridIdentity.generate() for _ in CREATED]
+    )
     for name in ("spool", "intake"):
-        _identities(folder / f"{name}.txt", [x25519.Identity.generate()])
+        _identities(folder / f"{name}.txt", [x25519.X25519Identity.generate()])
     (folder / "audit_signing.pem").write_bytes(
         Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     )

@@ -14,21 +14,21 @@ import msgspec
 from golden import expected_service as expected
 from golden import install, manifest
 from kms_api.transport.sessions import Sessions
-from kms_cli.migrate.output import Lines, Record
-from kms_cli.plugin.names import Target
+from kms_cli.migrate.output import Lines, MovedRecord
+from kms_cli.plugin.names import PluginTarget
 from kms_core import audit
 from kms_core.audit.keys import Concealer, Signer
-from kms_core.audit.log import Rules, Trail
-from kms_core.audit.sinks import Folder
+from kms_core.audit.log import AuditLog, AuditLogRules
+from kms_core.audit.sinks import FolderSink
 from kms_core.audit.verification import receipt
 from kms_core.auth import tokens
 from kms_core.auth.policy import Grant, Principal
-from kms_core.auth.tokens import Wish
+from kms_core.auth.tokens import TokenRequest
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable
 from trails import room_for
 
-RULES: Final = Rules(rotate_bytes=2500, checkpoint_lines=4)
+RULES: Final = AuditLogRules(rotate_bytes=2500, checkpoint_lines=4)
 BEGIN_NS: Final = 1_790_000_000 * 10**9
 FAR: Final = datetime(2100, 1, 1, tzinfo=UTC)
 SESSION_AT: Final = 4_100_000_000.0
@@ -56,20 +56,20 @@ def audit_log(folder: Path, state: Path) -> None:
     ticks = count(BEGIN_NS, 1_234_567_000)
     concealer, signer = Concealer.at(state / "audit.key"), Signer.at(state / "audit-signing.key")
 
-    def trail(role: str) -> Trail:
-        return Trail(folder / "log", role, concealer, signer, RULES, clock=lambda: next(ticks))
+    def trail(role: str) -> AuditLog:
+        return AuditLog(folder / "log", role, concealer, signer, RULES, clock=lambda: next(ticks))
 
     anchors: list[bytes] = []
     api = trail("api")
     ids = [_append(api, number, anchors) for number in range(expected.API_RECORDS)]
     api.close()
     _retiring(trail("worker"), anchors)
-    Folder(folder / "anchors").put(anchors)
+    FolderSink(folder / "anchors").put(anchors)
     made = receipt.make(folder / "log", ids[-3])
     (folder / "receipt.json").write_bytes(msgspec.json.encode(made) + b"\n")
 
 
-def _retiring(worker: Trail, anchors: list[bytes]) -> None:
+def _retiring(worker: AuditLog, anchors: list[bytes]) -> None:
     """A second chain: a record is refused by a full disk, and the oldest segment of the folder retired."""
     first = min(worker.folder.iterdir())
     for number in range(2):
@@ -84,10 +84,10 @@ def _retiring(worker: Trail, anchors: list[bytes]) -> None:
     anchors.append(worker.signed)
 
 
-def _append(trail: Trail, number: int, anchors: list[bytes]) -> str:
+def _append(trail: AuditLog, number: int, anchors: list[bytes]) -> str:
     fields = dict(expected.RECORD)
     hidden = trail.conceal("acme", Context.parse(expected.CONTEXT))
-    record = audit.Record(**fields, principal=f"ada-{number}", context=hidden)
+    record = audit.AuditRecord(**fields, principal=f"ada-{number}", context=hidden)
     made = trail.append(record)
     if trail.signed and trail.signed not in anchors:
         anchors.append(trail.signed)
@@ -103,7 +103,7 @@ def _tokens(folder: Path) -> None:
     far = FAR - datetime.now(UTC)
     for name, (tenant, scopes, ttl) in expected.TOKENS.items():
         span = {"far": far, "none": None, "over": timedelta(seconds=-60)}[ttl]
-        _, texts[name] = tokens.create(path, Wish(name, tenant, scopes, span))
+        _, texts[name] = tokens.create(path, TokenRequest(name, tenant, scopes, span))
     _, texts["rotated-new"] = tokens.rotate(path, "rotated", far, None)
     path.with_name("tokens.json.lock").unlink(missing_ok=True)
     document = {"about": "TEST TOKENS of tests/golden: they are published, and open nothing", "texts": texts}
@@ -123,8 +123,8 @@ def _session(folder: Path, root: Path) -> None:
 
 def _plugin(path: Path) -> None:
     made = [
-        Target("payroll", Context.parse({"env": "prod", "größe": "drei"}), "https://kms.example:8443"),
-        Target(None, Context(), None, in_process=True),
+        PluginTarget("payroll", Context.parse({"env": "prod", "größe": "drei"}), "https://kms.example:8443"),
+        PluginTarget(None, Context(), None, in_process=True),
     ]
     path.write_text(
         json.dumps([{"recipient": one.recipient(), "identity": one.identity()} for one in made], indent=1)
@@ -136,7 +136,9 @@ def _migrated(path: Path) -> None:
     out, file = Lines.continued(path), manifest.entry("age-x25519/small-bound").file
     for number, name in enumerate(expected.MOVED, start=1):
         source = f"{number:064x}"
-        out.put("", Record(line=number, reference=name, source=source, ciphertext=file, **expected.MOVED_TO))
+        out.put(
+            "", MovedRecord(line=number, reference=name, source=source, ciphertext=file, **expected.MOVED_TO)
+        )
     out.flush()
     out.close()
 

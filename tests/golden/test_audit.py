@@ -17,12 +17,12 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from golden import expected_service as expected
 from golden import install, make_service, manifest
 from golden.reference import hmac_sha256, names, sha256
-from kms_core.audit import Record, Trail, query
+from kms_core.audit import AuditLog, AuditRecord, query
 from kms_core.audit.keys import Concealer, PublicKeys, Signer
-from kms_core.audit.sinks import ANCHORS, COPIES, Folder, RedisStream, read_lines
+from kms_core.audit.sinks import ANCHORS, COPIES, FolderSink, RedisSink, read_lines
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import Receipt
-from kms_core.audit.verification.report import Report
+from kms_core.audit.verification.report import VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_protocol.context import Context
 from stores import connect
@@ -59,7 +59,7 @@ def keys() -> PublicKeys:
     return PublicKeys.read(FOLDER / "signing.pub")
 
 
-def checked(folder: Path) -> Report:
+def checked(folder: Path) -> VerificationReport:
     return verify(folder, keys(), {"here": read_lines(FOLDER / "anchors")})
 
 
@@ -93,7 +93,7 @@ def test_anchors_are_compared(tmp_path: Path) -> None:
 
 
 def test_records_are_found() -> None:
-    found = query.newest(FOLDER / "log", query.Wanted(), 50)
+    found = query.newest(FOLDER / "log", query.EventFilter(), 50)
 
     principals = [f"ada-{number}" for number in (*range(4, 14), 0, 1, 3)]
     assert sorted(one.principal for one in found) == sorted(principals)
@@ -204,13 +204,13 @@ def test_receipt_is_that_of_version_1() -> None:
 @pytest.fixture
 def written(tmp_path: Path) -> list[bytes]:
     install.put_keys(tmp_path)
-    trail = Trail(
+    trail = AuditLog(
         tmp_path / "log",
         "api",
         Concealer.at(tmp_path / "audit.key"),
         Signer.at(tmp_path / "audit-signing.key"),
     )
-    trail.append(Record(**expected.RECORD, principal="ada"))
+    trail.append(AuditRecord(**expected.RECORD, principal="ada"))
     trail.close()
     (file,) = (tmp_path / "log").iterdir()
     assert re.fullmatch(r"api-\d{8}T\d{6}\.\d{6}Z-\d+\.0001\.jsonl", file.name)
@@ -230,7 +230,7 @@ def test_new_lines_are_of_version_1(written: list[bytes]) -> None:
 
 def test_new_anchors_lie_where_those_of_version_1_do(tmp_path: Path) -> None:
     file = min((FOLDER / "anchors").iterdir())
-    Folder(tmp_path).put([line + b"\n" for line in lines_of(file)])
+    FolderSink(tmp_path).put([line + b"\n" for line in lines_of(file)])
 
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     assert (tmp_path / file.name).read_bytes() == file.read_bytes()
@@ -241,5 +241,5 @@ def test_anchors_and_copies_in_redis_are_those_of_version_1(redis_url: str) -> N
     line = lines_of(min((FOLDER / "anchors").iterdir()))[0]
     for key, name in ((ANCHORS, "kms:audit:anchors"), (COPIES, "kms:audit:lines")):
         client.xadd(name, {"line": line})
-        RedisStream(client, key).put([line + b"\n"])
-        assert RedisStream(client, key).lines() == [line, line]
+        RedisSink(client, key).put([line + b"\n"])
+        assert RedisSink(client, key).lines() == [line, line]

@@ -13,11 +13,11 @@ from golden import expected_service as expected
 from golden import install, manifest, reference
 from golden.manifest import b64
 from kms_api.transport.sessions import Sessions
-from kms_cli.migrate.output import Lines, Record
-from kms_cli.plugin.names import Target
+from kms_cli.migrate.output import Lines, MovedRecord
+from kms_cli.plugin.names import PluginTarget
 from kms_core.auth import tokens
 from kms_core.auth.policy import Grant, Principal
-from kms_core.auth.tokens import TokenFile, Wish
+from kms_core.auth.tokens import TokenFile, TokenRequest
 from kms_protocol.context import Context
 from kms_protocol.errors import Unauthenticated
 
@@ -29,8 +29,8 @@ SAID: Final[list[dict[str, Any]]] = [
     {"local": True},
 ]
 TARGETS: Final = [
-    Target("payroll", Context.parse({"env": "prod", "größe": "drei"}), "https://kms.example:8443"),
-    Target(None, Context(), None, in_process=True),
+    PluginTarget("payroll", Context.parse({"env": "prod", "größe": "drei"}), "https://kms.example:8443"),
+    PluginTarget(None, Context(), None, in_process=True),
 ]
 IN_TIME: Final = 4_100_000_100.0
 LATER: Final = 4_100_000_000.0 + 8 * 3600
@@ -77,7 +77,7 @@ def _digest(stored: dict[str, str]) -> bytes:
 
 def test_new_token_file_is_of_version_1(tmp_path: Path) -> None:
     path = tmp_path / "tokens.json"
-    made, text = tokens.create(path, Wish("ci", "acme", ("status",), timedelta(days=1)))
+    made, text = tokens.create(path, TokenRequest("ci", "acme", ("status",), timedelta(days=1)))
     found = json.loads(path.read_text())
 
     assert found.keys() == {"version", "tokens"}
@@ -118,7 +118,9 @@ def test_session_rests_under_the_digest_of_its_cookie(tmp_path: Path) -> None:
 def test_plugin_names_are_read_and_written_as_before(number: int) -> None:
     given, target = NAMES[number], TARGETS[number]
 
-    assert Target.of_recipient(given["recipient"]) == Target.of_identity(given["identity"]) == target
+    assert (
+        PluginTarget.of_recipient(given["recipient"]) == PluginTarget.of_identity(given["identity"]) == target
+    )
     assert (target.recipient(), target.identity()) == (given["recipient"], given["identity"])
 
 
@@ -153,7 +155,7 @@ def test_moved_lines_are_of_version_1(tmp_path: Path) -> None:
         {"line": 2, "source": f"{2:064x}", **common},
     ]
     lines = Lines.continued(tmp_path / "new.jsonl")
-    lines.put("", Record(line=2, source=f"{2:064x}", ciphertext=file, **expected.MOVED_TO))
+    lines.put("", MovedRecord(line=2, source=f"{2:064x}", ciphertext=file, **expected.MOVED_TO))
     lines.flush()
     lines.close()
 

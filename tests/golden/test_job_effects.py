@@ -20,9 +20,9 @@ from golden.manifest import SMALL, unb64
 from kms_core.auth.policy import Principal
 from kms_core.container import Core, build_intake
 from kms_core.jobs.events.outbox import Outbox
-from kms_core.jobs.events.webhook import Endpoint, Message, sign
+from kms_core.jobs.events.webhook import WebhookEndpoint, WebhookRequest, sign
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import IdempotencyConflict, JobExpired
 from kms_protocol.wire import JobItem
@@ -40,7 +40,7 @@ EVERYTHING: Final = frozenset({"queued", "running", "succeeded", "failed", "canc
 def test_idempotency_key_finds_the_job(core: Core) -> None:
     ttl = next(ttl for ttl in _terms_of_life() if _digest(ttl) == record(IDS["items-encrypt"])["digest"])
     items = [JobItem(plaintext=SMALL), JobItem(plaintext=b"own", context={"env": "archive"})]
-    terms = Terms(
+    terms = SubmissionOptions(
         WHO, "encrypt", Context.parse("env=prod,service=api"), None, None, ttl, "golden-1", None, "ci", "high"
     )
 
@@ -111,8 +111,8 @@ def test_message_of_a_workflow_opens(core: Core, held: Service) -> None:
 # -- webhooks ----------------------------------------------------------------------------------------
 
 
-def _endpoint() -> Endpoint:
-    return Endpoint("http://127.0.0.1:9/", Path("/nonexistent"), EVERYTHING)
+def _endpoint() -> WebhookEndpoint:
+    return WebhookEndpoint("http://127.0.0.1:9/", Path("/nonexistent"), EVERYTHING)
 
 
 def test_outbox_opens(store: JobStore) -> None:
@@ -148,7 +148,7 @@ def test_events_in_the_stream_are_delivered_under_the_same_ids(core: Core) -> No
 
 
 def test_signature_of_a_delivery_is_that_of_version_1() -> None:
-    message = Message("d-1", "j-1", b'{"a":1}')
+    message = WebhookRequest("d-1", "j-1", b'{"a":1}')
     expected_mac = reference.hmac_sha256(HOOK_SECRET, b'1700000000.d-1.j-1.{"a":1}').hex()
 
     assert sign(HOOK_SECRET, 1_700_000_000, message) == f"v1={expected_mac}"

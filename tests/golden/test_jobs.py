@@ -22,7 +22,7 @@ from kms_core.jobs.execution import results, tree
 from kms_core.jobs.file_patterns import Tree
 from kms_core.jobs.model import part_id
 from kms_core.jobs.storage.local_paths import temporary_name
-from kms_core.jobs.storage.multipart_journal import Notes
+from kms_core.jobs.storage.multipart_journal import MultipartJournal
 from kms_core.jobs.storage.spool import Label
 from kms_core.jobs.store.store import JobStore
 from kms_core.s3 import bucket
@@ -178,7 +178,7 @@ def test_results_are_read(unchanged: Core) -> None:
 
 
 def test_note_of_a_multipart_upload_is_found(held: Service) -> None:
-    notes = Notes(held.spool / "multipart")
+    notes = MultipartJournal(held.spool / "multipart")
 
     assert notes.find(IDS["object-encrypt"], 1, "s3://archive/in.bin.age") == "upload-1"
 

@@ -13,13 +13,13 @@ import pytest
 from golden import make, manifest, reference
 from golden.manifest import SMALL
 from golden.reference import Names, Stanza
-from kms_core.age.x25519 import Identity
+from kms_core.age.x25519 import X25519Identity
 from kms_core.backends import KeyVersion
 from kms_core.backends.remote import RemoteBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.jobs.ends import SignedEnd, SignedSplit, spec_digest
-from kms_core.jobs.model import Accepted, Commit, Log
+from kms_core.jobs.model import Checkpoint, Commit, JobSpec
 from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.store import broker_messages
 from kms_protocol.context import Context
@@ -95,11 +95,11 @@ def test_new_wrap_of_a_bulk_job(peer: Seen) -> None:
 
 
 @pytest.fixture
-def identity() -> Identity:
-    return Identity.generate()
+def identity() -> X25519Identity:
+    return X25519Identity.generate()
 
 
-def test_new_origin_with_and_without_nonce(identity: Identity) -> None:
+def test_new_origin_with_and_without_nonce(identity: X25519Identity) -> None:
     file_key, nonce, mac_key = bytes(16), bytes(range(16)), binding.origin_key(identity.secret)
     bound = Context.parse(BOUND)
 
@@ -131,7 +131,7 @@ def test_new_pad(peer: Seen) -> None:
 # -- jobs --------------------------------------------------------------------------------------------
 
 
-ACCEPTED: Final = Accepted(
+ACCEPTED: Final = JobSpec(
     job_id=JOB_ID,
     tenant="acme",
     principal="ada",
@@ -188,7 +188,7 @@ def test_new_jobs_wait_in_the_queues_of_version_1() -> None:
 def test_new_commit_and_log() -> None:
     key = RecordKey((SECRET, bytes(32)))  # the first secret makes digests, so that a rotation changes none
     commit = key.sign_commit(JOB_ID, Commit(fence=1, size_bytes=2))
-    log = key.sign_log(JOB_ID, Log(words=("done",), outcomes=(0,)))
+    log = key.sign_log(JOB_ID, Checkpoint(words=("done",), outcomes=(0,)))
 
     assert msgspec.json.decode(reference.opened_signed(SECRET, b"commit", JOB_ID, commit))["size_bytes"] == 2
     assert msgspec.msgpack.decode(reference.opened_signed(SECRET, b"log", JOB_ID, log))["words"] == ["done"]
@@ -202,7 +202,7 @@ def test_new_bound_records() -> None:
     spec, end = spec_digest(sealed), SignedEnd(fence=1, attempt=2, state="succeeded", kept_until=3.0)
     made = {
         b"commit": key.sign_commit(JOB_ID, Commit(fence=1, size_bytes=2), spec),
-        b"log": key.sign_log(JOB_ID, Log(words=("done",), outcomes=(0,)), spec),
+        b"log": key.sign_log(JOB_ID, Checkpoint(words=("done",), outcomes=(0,)), spec),
         b"split": key.sign_split(JOB_ID, SignedSplit(parts=1, digest=spec_digest(b"ab", b"c")), spec),
         b"end": key.sign_end(JOB_ID, end, spec),
     }

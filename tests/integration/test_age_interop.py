@@ -34,8 +34,8 @@ from kms_protocol.errors import DecryptFailed, NotACiphertext
 CHUNK: Final = 64 * 1024
 MiB: Final = 1024 * 1024
 SIZES: Final = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1, MiB - 1, MiB]
-IDENTITY: Final = x25519.Identity.generate()
-COLLEAGUE: Final = x25519.Identity.generate()
+IDENTITY: Final = x25519.X25519Identity.generate()
+COLLEAGUE: Final = x25519.X25519Identity.generate()
 WIDE: Final = Context.parse({f"key-{number}": "ü" * 40 for number in range(64)})
 
 
@@ -46,8 +46,8 @@ class Refused(Exception):
 class Peer(Protocol):
     """Another implementation of age."""
 
-    def encrypt(self, plaintext: bytes, recipients: Sequence[x25519.Recipient]) -> bytes: ...
-    def decrypt(self, file: bytes, identity: x25519.Identity) -> bytes: ...
+    def encrypt(self, plaintext: bytes, recipients: Sequence[x25519.X25519Recipient]) -> bytes: ...
+    def decrypt(self, file: bytes, identity: x25519.X25519Identity) -> bytes: ...
 
 
 class StockAge:
@@ -57,11 +57,11 @@ class StockAge:
         self.program = program
         self._directory = directory
 
-    def encrypt(self, plaintext: bytes, recipients: Sequence[x25519.Recipient], *options: str) -> bytes:
+    def encrypt(self, plaintext: bytes, recipients: Sequence[x25519.X25519Recipient], *options: str) -> bytes:
         named = [word for recipient in recipients for word in ("-r", str(recipient))]
         return self._run([*options, *named], plaintext)
 
-    def decrypt(self, file: bytes, identity: x25519.Identity) -> bytes:
+    def decrypt(self, file: bytes, identity: x25519.X25519Identity) -> bytes:
         path = self._directory / "identity.txt"
         write_identities(path, identity)
         return self._run(["-d", "-i", str(path)], file)
@@ -76,12 +76,12 @@ class StockAge:
 class Pyrage:
     """The Rust implementation, as Python sees it. It adds a grease stanza to every file."""
 
-    def encrypt(self, plaintext: bytes, recipients: Sequence[x25519.Recipient]) -> bytes:
+    def encrypt(self, plaintext: bytes, recipients: Sequence[x25519.X25519Recipient]) -> bytes:
         named = [pyrage.x25519.Recipient.from_str(str(recipient)) for recipient in recipients]
         file: bytes = pyrage.encrypt(plaintext, named)
         return file
 
-    def decrypt(self, file: bytes, identity: x25519.Identity) -> bytes:
+    def decrypt(self, file: bytes, identity: x25519.X25519Identity) -> bytes:
         try:
             plaintext: bytes = pyrage.decrypt(file, [pyrage.x25519.Identity.from_str(identity.export())])
         except pyrage.DecryptError as exc:
@@ -214,7 +214,7 @@ def test_we_open_what_others_seal(peer: Peer, kms: Kms, size: int) -> None:
 
 @pytest.mark.parametrize("place", [0, 1, 9], ids=["first", "second", "last"])
 def test_we_open_what_others_seal_for_many(peer: Peer, kms: Kms, place: int) -> None:
-    recipients = [x25519.Identity.generate().recipient for _ in range(9)]
+    recipients = [x25519.X25519Identity.generate().recipient for _ in range(9)]
     recipients.insert(place, IDENTITY.recipient)
 
     assert kms.decrypt(ADA, peer.encrypt(b"salary", recipients), NO_CONTEXT).plaintext == b"salary"

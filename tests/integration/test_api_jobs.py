@@ -10,7 +10,7 @@ import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import Claim, part_id
+from kms_core.jobs.model import Attempt, part_id
 from kms_protocol.wire import ENDED, PREFIX
 from service import CANARY, Json, Service, b64, check_problem, core_of, unb64, until
 
@@ -340,7 +340,7 @@ def dead_letter(idle: Service) -> tuple[Core, str]:
     core = core_of(idle)
     job_id = idle.submit({"kind": "encrypt", "items": [{"plaintext": b64(b"revived")}]})
     for _ in range(5):
-        claim: Claim | None = core.shop.store.claim(job_id, "w")
+        claim: Attempt | None = core.shop.store.claim(job_id, "w")
         assert claim
         core.shop.store.redis.hset(f"kms:job:{job_id}", "lease_until", 0)
     run_job(job_id, core.shop, "w")

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from kms_client import Client
-from kms_core.audit import Record
+from kms_core.audit import AuditRecord
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.verification.verify import verify
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable, KmsError
 from kms_protocol.wire import JobItem
@@ -337,7 +337,7 @@ class DyingTrail:
         self.together = self._trail.together
         self.check = self._trail.check
 
-    def append(self, record: Record) -> str:
+    def append(self, record: AuditRecord) -> str:
         if record.stage == "outcome":
             raise Killed
         return self._trail.append(record)
@@ -357,7 +357,7 @@ def test_an_effect_without_outcome_is_resolved_by_the_next_attempt(tmp_path: Pat
     core, dying = core_of(service), core_of(service)
     source, target = service.files / "in", service.files / "out"
     source.write_bytes(b"data")
-    terms = Terms(WHO, "encrypt", Context.parse(CONTEXT))
+    terms = SubmissionOptions(WHO, "encrypt", Context.parse(CONTEXT))
     job_id = core.desk.reference(terms, f"file://{source}", f"file://{target}", overwrite=False).job_id
     dying.kms.trail = DyingTrail(dying)
     with pytest.raises(Killed):
@@ -377,13 +377,13 @@ def test_an_effect_that_is_refused_says_so(tmp_path: Path, redis_url: str) -> No
     core = core_of(service)
     source, target = service.files / "in", service.files / "out"
     source.write_bytes(b"data")
-    terms = Terms(WHO, "encrypt", Context.parse(CONTEXT))
+    terms = SubmissionOptions(WHO, "encrypt", Context.parse(CONTEXT))
     job_id = core.desk.reference(terms, f"file://{source}", f"file://{target}", overwrite=False).job_id
 
     class Late(DyingTrail):
         """Somebody takes the target's name between the intent and the effect."""
 
-        def append(self, record: Record) -> str:
+        def append(self, record: AuditRecord) -> str:
             if record.stage == "intent":
                 target.write_bytes(b"precious")
             return core_trail.append(record)
@@ -401,13 +401,13 @@ def test_no_effect_begins_without_its_intent_on_record(tmp_path: Path, redis_url
     core = core_of(service)
     source, target = service.files / "in", service.files / "out"
     source.write_bytes(b"data")
-    terms = Terms(WHO, "encrypt", Context.parse(CONTEXT))
+    terms = SubmissionOptions(WHO, "encrypt", Context.parse(CONTEXT))
     job_id = core.desk.reference(terms, f"file://{source}", f"file://{target}", overwrite=False).job_id
 
     class Full(DyingTrail):
         """A disk that fills up before the intent."""
 
-        def append(self, record: Record) -> str:
+        def append(self, record: AuditRecord) -> str:
             if record.stage == "intent":
                 raise AuditUnavailable
             return core_trail.append(record)
@@ -429,7 +429,7 @@ def test_items_of_a_job_whose_records_cannot_be_written_have_no_result(
 ) -> None:
     service = Service(tmp_path, redis=redis_url)
     core = core_of(service)
-    terms = Terms(WHO, "encrypt", Context.parse(CONTEXT))
+    terms = SubmissionOptions(WHO, "encrypt", Context.parse(CONTEXT))
     job_id = core.desk.items(terms, [JobItem(plaintext=b"x")]).job_id
     assert (service.state / "audit").is_dir()
     shutil.rmtree(service.state / "audit")

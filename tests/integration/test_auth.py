@@ -13,7 +13,7 @@ import pytest
 from callers import REQUIRED, Guarded, bearer
 from kms_api import app
 from kms_api.routes.operations import probes
-from kms_api.routing import OPEN_PATHS, RULES, Ruled
+from kms_api.routing import OPEN_PATHS, RULES, ScopedRoute
 from kms_cli.local.valkey import EmbeddedValkey
 from kms_core.auth import tokens
 from kms_core.scopes import OPERATIONS
@@ -53,12 +53,14 @@ PARTS: Final = (*app.ROUTERS, probes)
 def served() -> set[tuple[str, str]]:
     """Every route of the application as it is built."""
     routes = [route for part in PARTS for route in part.routes]
-    return {(method, route.path) for route in routes if isinstance(route, Ruled) for method in route.rules}
+    return {
+        (method, route.path) for route in routes if isinstance(route, ScopedRoute) for method in route.rules
+    }
 
 
 def test_every_route_stands_in_the_table_and_is_held_to_it() -> None:
     assert served() == RULES.keys()
-    assert all(isinstance(route, Ruled) for part in PARTS for route in part.routes)
+    assert all(isinstance(route, ScopedRoute) for part in PARTS for route in part.routes)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from cryptography import x509
 
 from callers import AUDIENCE, Authority, Guarded, Issuer, bearer
 from kms_core.auth import authenticator
-from kms_core.auth.authenticator import Doors
+from kms_core.auth.authenticator import Authenticator
 from kms_protocol.errors import Unauthenticated, Unavailable
 from service import check_problem, until
 
@@ -100,7 +100,7 @@ def provider(tmp_path: Path) -> Iterator[Provider]:
             thread.join()
 
 
-def door(tmp_path: Path, provider: Provider, issuer: str | None = None) -> Doors:
+def door(tmp_path: Path, provider: Provider, issuer: str | None = None) -> Authenticator:
     """The doors of an install that trusts the provider, in this process."""
     made = authenticator.build(Guarded(tmp_path / "kms", provider.settings(issuer), NO_REDIS).settings)
     assert made is not None

@@ -20,7 +20,7 @@ from kms_core.auth.tokens import Token
 from kms_core.container import Core, build_intake
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.submission import celery_intake
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import (
@@ -71,7 +71,7 @@ def edit(install: Guarded, who: Principal, **changes: object) -> None:
 
 
 def bulk(core: Core, who: Principal, items: list[wire.JobItem] | None = None, context: str = "row=1") -> str:
-    return core.desk.items(Terms(who, "encrypt", Context.parse(context)), items or ITEMS).job_id
+    return core.desk.items(SubmissionOptions(who, "encrypt", Context.parse(context)), items or ITEMS).job_id
 
 
 def end(core: Core, job_id: str, tenant: str = "default") -> tuple[str, str]:
@@ -251,7 +251,7 @@ def test_scopes_in_a_record_rest_sealed(trusting: Guarded) -> None:
 
 
 def reference(core: Core, who: Principal, source: Path, target: Path) -> str:
-    terms = Terms(who, "encrypt", Context.parse("a=b"))
+    terms = SubmissionOptions(who, "encrypt", Context.parse("a=b"))
     return core.desk.reference(terms, f"file://{source}", f"file://{target}", overwrite=False).job_id
 
 
@@ -333,7 +333,9 @@ def test_a_file_is_moved_elsewhere_by_decrypt_here_and_encrypt_there(
     install, core, files = map(request.getfixturevalue, ("install", "core", "files"))
     paths = f"read=file://{files}/ write=file://{files}/"
     who = caller(install, "jobs:write", *(f"{scope.format(kind=kind)} {paths}" for scope in scopes))
-    terms = Terms(who, kind, Context.parse("row=1"), key_id=key_id, new_context=Context.parse("row=2"))
+    terms = SubmissionOptions(
+        who, kind, Context.parse("row=1"), key_id=key_id, new_context=Context.parse("row=2")
+    )
     source, target = (files / "in/plain").as_uri(), (files / "out/sealed").as_uri()
     if moves:
         assert core.desk.reference(terms, source, target, overwrite=False).state == "queued"
@@ -364,7 +366,7 @@ def test_the_key_of_a_file_must_be_in_the_scope_that_names_the_files(
         "decrypt key=default",
         "jobs:write",
     )
-    terms = Terms(who, "decrypt", Context.parse("a=b"))
+    terms = SubmissionOptions(who, "decrypt", Context.parse("a=b"))
     source, target = f"file://{files}/in/sealed", f"file://{files}/out/plain-again"
     job_id = core.desk.reference(terms, source, target, overwrite=False).job_id
 
@@ -515,7 +517,7 @@ def test_items_above_the_quota_are_refused_while_they_arrive(install: Guarded, c
     """Not once they are in the spool: a stream of items has no end that is known beforehand."""
     taken = itertools.count()
     items = (wire.JobItem(plaintext=bytes(30)) for _ in zip(range(1000), taken, strict=False))
-    terms = Terms(caller(install, "*", tenant="narrow"), "encrypt", Context.parse("row=1"))
+    terms = SubmissionOptions(caller(install, "*", tenant="narrow"), "encrypt", Context.parse("row=1"))
     with pytest.raises(RateLimited, match="spool"):
         core.desk.items(terms, items)
 

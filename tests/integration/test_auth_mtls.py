@@ -20,7 +20,7 @@ from callers import Authority, Guarded, Pair, bearer
 from kms_api.transport import tls
 from kms_cli.local import up
 from kms_client import Client
-from kms_core.settings.model import Server
+from kms_core.settings.model import ServerSection
 from kms_protocol.errors import ConfigurationError
 from kms_protocol.wire import PREFIX
 from service import Json, check_problem, until
@@ -219,12 +219,12 @@ def test_a_certificate_that_cannot_be_used_stops_the_start(tmp_path: Path, what:
         pair.cert.write_bytes(b"no PEM" if what == "no PEM" else other.cert.read_bytes())
 
     with pytest.raises(ConfigurationError, match="tls_cert"):
-        tls.context(Server(tls_cert=pair.cert, tls_key=pair.key, docs=True))
+        tls.context(ServerSection(tls_cert=pair.cert, tls_key=pair.key, docs=True))
 
 
 def test_a_key_that_every_user_may_read_is_refused_in_prod(tmp_path: Path) -> None:
     pair = Authority(tmp_path / "servers").issue("server", server=True)
-    server = Server(tls_cert=pair.cert, tls_key=pair.key, docs=False)
+    server = ServerSection(tls_cert=pair.cert, tls_key=pair.key, docs=False)
     assert tls.context(server, strict=True)
     pair.key.chmod(0o644)
 

@@ -11,13 +11,13 @@ import pytest
 from callers import Authority, Pair, bearer, shown
 from kms_api.transport import tls
 from kms_core.auth import revocation
-from kms_core.auth.authenticator import Doors
+from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.authenticator import build as build_doors
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.submission.submitter import Terms
-from kms_core.settings.model import Server
+from kms_core.jobs.submission.submitter import SubmissionOptions
+from kms_core.settings.model import ServerSection
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError, Forbidden, Unauthenticated, Unavailable
@@ -246,7 +246,7 @@ def test_revocation_is_looked_up_by_authority_and_number(tmp_path: Path) -> None
     assert found.is_revoked(identity)
     assert not found.is_revoked(f"{number}:{'0' * 16}:{key}")
     assert not found.is_revoked(f"{number}0:{authority}:{key}")
-    assert revocation.build(Server(docs=True)) is None
+    assert revocation.build(ServerSection(docs=True)) is None
 
 
 # -- jobs ------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def holder(install: Revoking, core: Core, lasts: timedelta = timedelta(days=1)) 
 def submit(core: Core, who: Principal) -> Callable[[], tuple[str, str]]:
     """Submit a job; the result runs it and tells state and error."""
     job_id = core.desk.items(
-        Terms(who, "encrypt", Context.parse("row=1")), [wire.JobItem(plaintext=b"x")]
+        SubmissionOptions(who, "encrypt", Context.parse("row=1")), [wire.JobItem(plaintext=b"x")]
     ).job_id
 
     def end() -> tuple[str, str]:
@@ -331,7 +331,7 @@ def test_a_job_that_an_earlier_version_accepted_is_held_to_its_entry(core: Core)
     old = Principal("cert:builder", "default", "cert:builder")
     gone = Principal("cert:gone", "default", "cert:gone")
     doors = core.doors
-    assert isinstance(doors, Doors)
+    assert isinstance(doors, Authenticator)
 
     assert submit(core, old)() == ("succeeded", "")
     with pytest.raises(Forbidden):

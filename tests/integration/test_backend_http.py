@@ -12,7 +12,7 @@ import pytest
 from contract.faults import answer, faulty
 from hooks import Authority, make_authority
 from kms_core.http_client import Busy, Unreachable
-from kms_core.http_client.peer import Peer, Server, Tls, transport_errors
+from kms_core.http_client.peer import Peer, PeerServer, Tls, transport_errors
 from kms_protocol.errors import BackendUnavailable
 
 JSON: Final = answer(200, b"{}")
@@ -44,7 +44,7 @@ def serving(authority: Authority, *, wants_client: bool = False) -> ssl.SSLConte
 
 
 def peer(url: str, tls: Tls | None = None) -> Peer:
-    return Peer(Server(url, "Something", "kms.something.address", TIMEOUT_S, tls or Tls()))
+    return Peer(PeerServer(url, "Something", "kms.something.address", TIMEOUT_S, tls or Tls()))
 
 
 # -- TLS -----------------------------------------------------------------------------------------------
@@ -105,8 +105,8 @@ def test_plain_http_to_a_tls_port_is_unreachable(authority: Authority) -> None:
 def test_no_proxy_is_taken_from_the_environment() -> None:
     with faulty(JSON) as proxy, faulty(JSON) as server:
         script = f"""
-from kms_core.http_client.peer import Peer, Server
-assert Peer(Server({server.url!r}, "Something", "kms.x.address", 10.0)).call("GET", "/").ok
+from kms_core.http_client.peer import Peer, PeerServer
+assert Peer(PeerServer({server.url!r}, "Something", "kms.x.address", 10.0)).call("GET", "/").ok
 """
         environ = {**os.environ, "HTTP_PROXY": proxy.url, "http_proxy": proxy.url, "ALL_PROXY": proxy.url}
         subprocess.run([sys.executable, "-c", script], env=environ, check=True, timeout=60)
@@ -137,9 +137,9 @@ def test_calls_within_one_timeout_share_it() -> None:
 
 FORKING: Final = """
 import os, sys
-from kms_core.http_client.peer import Peer, Server
+from kms_core.http_client.peer import Peer, PeerServer
 
-peer = Peer(Server(sys.argv[1], "Something", "kms.x.address", 30.0))
+peer = Peer(PeerServer(sys.argv[1], "Something", "kms.x.address", 30.0))
 peer.call("GET", "/")
 child = os.fork()
 peer.call("GET", "/")
@@ -163,7 +163,7 @@ def test_a_child_makes_a_connection_of_its_own() -> None:
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_every_error_of_httpcore_is_one_of_ours(name: str) -> None:
-    place = Server("http://u:secret@127.0.0.1:1", "Something", "kms.x.address", TIMEOUT_S)
+    place = PeerServer("http://u:secret@127.0.0.1:1", "Something", "kms.x.address", TIMEOUT_S)
     raised: Exception = getattr(httpcore, name)("a canary")
     with pytest.raises(BackendUnavailable) as caught, transport_errors(place):
         raise raised

@@ -13,12 +13,12 @@ from kms_api.routes.jobs import shape
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution import results
-from kms_core.jobs.execution.runner import Shop, run_job
+from kms_core.jobs.execution.runner import WorkerContext, run_job
 from kms_core.jobs.execution.tree import PATIENCE
-from kms_core.jobs.model import Claim, Commit, Fields, Job, Log, part_id
-from kms_core.jobs.storage.locations import Places, Source
+from kms_core.jobs.model import Attempt, Checkpoint, Commit, Fields, Job, part_id
+from kms_core.jobs.storage.locations import JobSource, Locations
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import Unavailable
@@ -58,7 +58,7 @@ def start(
 ) -> str:
     fields: dict[str, object] = {"source": f"file://{root}/**", "overwrite": True} | more
     body = wire.JobIn(kind=kind, **fields)  # type: ignore[arg-type]  # fields by name
-    terms = Terms(WHO, kind, CONTEXT, new_context=None if new is None else Context.parse(new))
+    terms = SubmissionOptions(WHO, kind, CONTEXT, new_context=None if new is None else Context.parse(new))
     job_id = core.desk.submit(terms, body, 10).job_id
     run_job(job_id, core.shop, "w")
     return job_id
@@ -224,12 +224,12 @@ class Interloper(JobStore):
     path: Path
     replaced: bool
 
-    def step(self, claim: Claim, log: Log, counts: Fields) -> None:
+    def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
         super().step(claim, log, counts)
         if log.pending:
             self._write()
 
-    def committing(self, claim: Claim, commit: Commit) -> None:
+    def committing(self, claim: Attempt, commit: Commit) -> None:
         super().committing(claim, commit)
         self._write()
 
@@ -248,7 +248,7 @@ def test_file_that_somebody_changes_meanwhile_is_theirs(
     found = core.shop.store
     store = Interloper(found.redis, found.record_key, lambda *_: None, found.rules)
     store.path, store.replaced = root / "a", replaced
-    shop = Shop(core.kms, store, core.shop.spool, core.shop.places)
+    shop = WorkerContext(core.kms, store, core.shop.spool, core.shop.places)
 
     if many:
         job_id = start(core, root, source=f"file://{root}/a*")
@@ -256,7 +256,7 @@ def test_file_that_somebody_changes_meanwhile_is_theirs(
         assert outcomes(core, job_id, root) == {"a": "target_exists"}
     else:
         body = wire.JobIn(kind="rewrap", source=f"file://{root}/a", overwrite=True)
-        job_id = core.desk.submit(Terms(WHO, "rewrap", CONTEXT), body, 10).job_id
+        job_id = core.desk.submit(SubmissionOptions(WHO, "rewrap", CONTEXT), body, 10).job_id
         run_job(job_id, shop, "w")
         assert now(core, job_id).error == "target_exists"
 
@@ -321,10 +321,10 @@ def test_parts_share_one_pace(core: Core, root: Path) -> None:
 # -- what is away --------------------------------------------------------------------------------------------
 
 
-class Unreadable(Places):
+class Unreadable(Locations):
     """One file lies on a bad block."""
 
-    def open_source(self, url: str) -> Source:
+    def open_source(self, url: str) -> JobSource:
         if url.endswith("/b/c"):
             raise Unavailable("The file system answered EIO")
         return super().open_source(url)
@@ -334,7 +334,7 @@ def test_file_that_the_disk_cannot_give_is_given_up_in_the_end_and_holds_up_no_o
     core: Core, root: Path
 ) -> None:
     found = core.shop.places
-    shop = Shop(
+    shop = WorkerContext(
         core.kms, core.shop.store, core.shop.spool, Unreadable(found.roots, found.buckets, found.notes)
     )
     job_id = start(core, root)

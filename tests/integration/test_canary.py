@@ -273,7 +273,7 @@ def use_the_command(house: House) -> list[str]:
     (house.mine / "plain").write_text(house.plaintext)
     (house.mine / "sealed").write_bytes(unb64(house.sealed()))
     (house.mine / "token").write_text(house.root)
-    tokens.create(house.token_file, tokens.Wish("caller", "default", ["encrypt"], None))
+    tokens.create(house.token_file, tokens.TokenRequest("caller", "default", ["encrypt"], None))
     given = Given(
         context=json.dumps(house.context),
         plaintext=house.plaintext.encode(),

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from kms_core.container import Core
 from kms_core.jobs.model import BULK, QUEUES, LeaseLost
-from kms_core.jobs.recovery.reaper import Caretaker
+from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.storage.spool import Label
 from kms_core.jobs.store import broker_messages
 from kms_core.jobs.store.store import JobStore
@@ -36,9 +36,9 @@ def brief(core: Core, nudged: list[str]) -> JobStore:
     return store_of(core, SHORT, nudged)
 
 
-def caretaker(core: Core, store: JobStore, waiting: int) -> Caretaker:
+def caretaker(core: Core, store: JobStore, waiting: int) -> Reaper:
     lanes = dict.fromkeys(product(QUEUES, PRIORITIES), waiting)
-    return Caretaker(store, core.shop.spool, "c1", lambda: lanes)
+    return Reaper(store, core.shop.spool, "c1", lambda: lanes)
 
 
 def test_caretaker_requeues_what_a_dead_worker_held(core: Core, brief: JobStore, nudged: list[str]) -> None:

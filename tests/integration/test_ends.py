@@ -11,10 +11,10 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.ends import Work
 from kms_core.jobs.events.outbox import Outbox
-from kms_core.jobs.events.webhook import Endpoint
+from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import JobNotDead
@@ -69,7 +69,9 @@ def test_file_job_signs_what_it_wrote(core: Core, tmp_path: Path) -> None:
     root = tmp_path / "state" / "files"
     (root / "in").write_bytes(b"salary")
     source, target = (root / "in").as_uri(), (root / "out").as_uri()
-    job_id = core.desk.reference(Terms(WHO, "encrypt", CONTEXT), source, target, overwrite=False).job_id
+    job_id = core.desk.reference(
+        SubmissionOptions(WHO, "encrypt", CONTEXT), source, target, overwrite=False
+    ).job_id
     run_job(job_id, core.shop, "w/1")
     found, job = (root / "out").stat(), core.shop.store.get(job_id, TENANT)
 
@@ -208,7 +210,7 @@ def test_record_of_an_earlier_version_does_not_last_forever(store: JobStore) -> 
 def test_submissions_are_marked(core: Core) -> None:
     """The mark is in the sealed part, so that nobody can pass a job off as one of 0.1."""
     items = [wire.JobItem(plaintext=b"x")]
-    job_id = core.desk.items(Terms(WHO, "encrypt", CONTEXT), items).job_id
+    job_id = core.desk.items(SubmissionOptions(WHO, "encrypt", CONTEXT), items).job_id
 
     assert core.shop.store.accepted(job_id).signed_end
 
@@ -274,12 +276,12 @@ def test_record_that_must_not_run_again_is_not_retried(store: JobStore, why: str
 
 
 @pytest.fixture
-def ci(tmp_path: Path) -> Endpoint:
+def ci(tmp_path: Path) -> WebhookEndpoint:
     """Nothing is sent here."""
     return endpoint(tmp_path, "https://hooks.invalid/", None)
 
 
-def deliveries(store: JobStore, ci: Endpoint) -> list[tuple[str, str, str | None]]:
+def deliveries(store: JobStore, ci: WebhookEndpoint) -> list[tuple[str, str, str | None]]:
     """Type, id and code of the events that would be sent."""
     outbox = Outbox(store, {"ci": ci})
     outbox.take_in()
@@ -304,7 +306,7 @@ def forge_event(
 @pytest.mark.parametrize("before", ["queued", "running"])
 @pytest.mark.parametrize(("state", "code"), CLAIMS)
 def test_forged_event_of_an_open_job_is_not_told(
-    store: JobStore, ci: Endpoint, before: str, state: str, code: str
+    store: JobStore, ci: WebhookEndpoint, before: str, state: str, code: str
 ) -> None:
     job_id = store.submit(accepted(callback="ci")).job_id
     forge(store, job_id, state=before)
@@ -314,7 +316,7 @@ def test_forged_event_of_an_open_job_is_not_told(
 
 
 @pytest.mark.parametrize(("state", "code"), CLAIMS)
-def test_forged_end_is_told_as_refused(store: JobStore, ci: Endpoint, state: str, code: str) -> None:
+def test_forged_end_is_told_as_refused(store: JobStore, ci: WebhookEndpoint, state: str, code: str) -> None:
     job_id = store.submit(accepted(callback="ci")).job_id
     forge(store, job_id, state=state, error=code)
     forge_event(store, job_id, state, code)
@@ -323,14 +325,14 @@ def test_forged_end_is_told_as_refused(store: JobStore, ci: Endpoint, state: str
     assert (kind, told_code) == ("kms.job.failed", "record_refused")
 
 
-def test_forged_success_of_a_failed_job_is_not_told(store: JobStore, ci: Endpoint) -> None:
+def test_forged_success_of_a_failed_job_is_not_told(store: JobStore, ci: WebhookEndpoint) -> None:
     job_id = end(store, "failed", "decrypt_failed")
     forge_event(store, job_id)
 
     assert [(kind, code) for kind, _, code in deliveries(store, ci)] == [("kms.job.failed", "decrypt_failed")]
 
 
-def test_repeated_event_has_the_id_of_the_first(store: JobStore, ci: Endpoint) -> None:
+def test_repeated_event_has_the_id_of_the_first(store: JobStore, ci: WebhookEndpoint) -> None:
     job_id = end(store)
     for fence in (2, 3):
         forge_event(store, job_id, fence=fence)
@@ -339,7 +341,7 @@ def test_repeated_event_has_the_id_of_the_first(store: JobStore, ci: Endpoint) -
     assert kind == "kms.job.succeeded"
 
 
-def test_forged_record_in_a_cut_stream_is_told_as_refused(store: JobStore, ci: Endpoint) -> None:
+def test_forged_record_in_a_cut_stream_is_told_as_refused(store: JobStore, ci: WebhookEndpoint) -> None:
     end(store)
     outbox = Outbox(store, {"ci": ci})
     outbox.take_in()

@@ -10,7 +10,7 @@ import pytest
 
 from hooks import Authority, Receiver, endpoint, make_authority, receiving
 from kms_core.container import Core
-from kms_core.jobs.events.dispatcher import Courier
+from kms_core.jobs.events.dispatcher import WebhookDispatcher
 from kms_core.jobs.events.outbox import Outbox
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import REFUSED
@@ -136,7 +136,7 @@ def test_webhook_of_it_is_never_a_success(
     claim = store.claim(other, "w/1")
     assert claim
     store.finish(claim, "succeeded")  # what is told after the forged event
-    courier = Courier(outbox, {"ci": ci}, "w1")
+    courier = WebhookDispatcher(outbox, {"ci": ci}, "w1")
     courier.start()
     try:
         until(lambda: other in [body["subject"] for body in bodies(receiver)], "the event of the other job")

@@ -36,7 +36,7 @@ class Desk:
         self.facade = facade
         self.folder = folder
         self.default, self.remote = (f"{facade.url}/v1/transit/keys/{key}" for key in ("default", "remote"))
-        self.identity = x25519.Identity.generate()
+        self.identity = x25519.X25519Identity.generate()
         (folder / "age.txt").write_text(self.identity.export() + "\n")
 
     def sops(self, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -11,12 +11,12 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.ends import Work
 from kms_core.jobs.execution import results
-from kms_core.jobs.execution.runner import Shop, run_job
+from kms_core.jobs.execution.runner import WorkerContext, run_job
 from kms_core.jobs.execution.tree import PART_BYTES, PART_FILES
-from kms_core.jobs.model import Accepted, Claim, Fields, Job, Log, part_id
+from kms_core.jobs.model import Attempt, Checkpoint, Fields, Job, JobSpec, part_id
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.references import Reference
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidRequest, JobsUnavailable, PathRefused, ResultExpired
@@ -39,13 +39,13 @@ class StumblingStore(JobStore):
     error: BaseException = Killed()
     steps = 0
 
-    def step(self, claim: Claim, log: Log, counts: Fields) -> None:
+    def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
         self._meet(lambda: super(StumblingStore, self).step(claim, log, counts))
 
-    def finish(self, claim: Claim, state: JobState, code: str = "", work: Work | None = None) -> None:
+    def finish(self, claim: Attempt, state: JobState, code: str = "", work: Work | None = None) -> None:
         self._meet(lambda: super(StumblingStore, self).finish(claim, state, code, work))
 
-    def split(self, claim: Claim, parts: list[Accepted]) -> None:  # type: ignore[override]  # as it is called
+    def split(self, claim: Attempt, parts: list[JobSpec]) -> None:  # type: ignore[override]  # as it is called
         self._meet(lambda: super(StumblingStore, self).split(claim, parts))
 
     def _meet(self, step: Callable[[], None]) -> None:
@@ -64,16 +64,16 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def shop(core: Core) -> Shop:
+def shop(core: Core) -> WorkerContext:
     """A worker with short leases."""
-    return Shop(core.kms, store_of(core, SHORT, []), core.shop.spool, core.shop.places)
+    return WorkerContext(core.kms, store_of(core, SHORT, []), core.shop.spool, core.shop.places)
 
 
-def stumbling(core: Core, at: int, *, after: bool, error: BaseException | None = None) -> Shop:
+def stumbling(core: Core, at: int, *, after: bool, error: BaseException | None = None) -> WorkerContext:
     found = core.shop.store
     store = StumblingStore(found.redis, found.record_key, lambda *_: None, SHORT)
     store.at, store.after, store.error = at, after, error or Killed()
-    return Shop(core.kms, store, core.shop.spool, core.shop.places)
+    return WorkerContext(core.kms, store, core.shop.spool, core.shop.places)
 
 
 def fill(folder: Path, **files: bytes) -> None:
@@ -85,7 +85,7 @@ def fill(folder: Path, **files: bytes) -> None:
 
 def submit(core: Core, kind: wire.JobKind, source: str, target: str | None, **more: object) -> str:
     body = wire.JobIn(kind=kind, source=source, target=target, **more)  # type: ignore[arg-type]  # fields by name
-    return core.desk.submit(Terms(WHO, kind, CONTEXT), body, 10).job_id
+    return core.desk.submit(SubmissionOptions(WHO, kind, CONTEXT), body, 10).job_id
 
 
 def url(path: Path, pattern: str = "") -> str:
@@ -96,7 +96,7 @@ def now(core: Core, job_id: str) -> Job:
     return core.shop.store.get(job_id, TENANT)
 
 
-def work(shop: Shop, job_id: str) -> None:
+def work(shop: WorkerContext, job_id: str) -> None:
     """Run the whole, then its parts."""
     run_job(job_id, shop, "w/1")
     for number in range(shop.store.get(job_id, TENANT).parts):
@@ -228,7 +228,7 @@ def test_more_files_than_allowed_are_refused_and_none_is_touched(core: Core, roo
     fill(root / "in", a=b"1", b=b"2", c=b"3")
     job_id = submit(core, "encrypt", url(root / "in", "**"), url(root / "out"))
 
-    run_job(job_id, Shop(core.kms, core.shop.store, core.shop.spool, core.shop.places, 2), "w")
+    run_job(job_id, WorkerContext(core.kms, core.shop.store, core.shop.spool, core.shop.places, 2), "w")
 
     assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "too_large")
     assert not (root / "out").exists()
@@ -274,7 +274,7 @@ def test_large_files_are_parts_of_their_own(core: Core, root: Path) -> None:
 
 
 def test_listing_that_was_cut_off_is_made_anew_and_what_comes_later_is_not_in_it(
-    core: Core, shop: Shop, root: Path
+    core: Core, shop: WorkerContext, root: Path
 ) -> None:
     fill(root / "in", a=b"1")
     job_id = submit(core, "encrypt", url(root / "in", "*"), url(root / "out"))
@@ -331,7 +331,7 @@ STEPS = 5  # of a part of three files: one for each commit, one for the last, an
 @pytest.mark.parametrize("at", range(STEPS))
 @pytest.mark.parametrize("how", ["create", "overwrite", "reseal in place"])
 def test_part_of_a_killed_worker_is_finished_and_each_file_is_done_once(  # noqa: PLR0913 -- two fixtures more
-    core: Core, shop: Shop, root: Path, how: str, at: int, *, after: bool
+    core: Core, shop: WorkerContext, root: Path, how: str, at: int, *, after: bool
 ) -> None:
     plain = {"a": b"1", "b": b"22", "c": b"333"}
     fill(root / "in", **plain)
@@ -371,7 +371,7 @@ def test_part_of_a_killed_worker_is_finished_and_each_file_is_done_once(  # noqa
 @pytest.mark.parametrize("after", [False, True], ids=["unheard", "heard"])
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_redis_lost_in_the_middle_of_a_part_costs_nothing(
-    core: Core, shop: Shop, root: Path, at: int, *, after: bool
+    core: Core, shop: WorkerContext, root: Path, at: int, *, after: bool
 ) -> None:
     fill(root / "in", a=b"1", b=b"2", c=b"3")
     job_id = submit(core, "encrypt", url(root / "in", "*"), url(root / "out"))
@@ -386,14 +386,16 @@ def test_redis_lost_in_the_middle_of_a_part_costs_nothing(
     assert set(tree(root / "out")) == {"a.age", "b.age", "c.age"}
 
 
-def test_worker_that_was_overtaken_in_the_middle_has_no_effect(core: Core, shop: Shop, root: Path) -> None:
+def test_worker_that_was_overtaken_in_the_middle_has_no_effect(
+    core: Core, shop: WorkerContext, root: Path
+) -> None:
     fill(root / "in", a=b"1", b=b"2")
     job_id = submit(core, "encrypt", url(root / "in", "*"), url(root / "out"))
     run_job(job_id, shop, "w")
     part = part_id(job_id, 0)
 
     class Slow(JobStore):
-        def step(self, claim: Claim, log: Log, counts: Fields) -> None:
+        def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
             if len(log.outcomes) == 1:
                 forge(shop.store, part, lease_until="0")
                 run_job(part, shop, "w2")
@@ -401,14 +403,16 @@ def test_worker_that_was_overtaken_in_the_middle_has_no_effect(core: Core, shop:
 
     found = core.shop.store
     slow = Slow(found.redis, found.record_key, lambda *_: None, SHORT)
-    run_job(part, Shop(core.kms, slow, core.shop.spool, core.shop.places), "w1")
+    run_job(part, WorkerContext(core.kms, slow, core.shop.spool, core.shop.places), "w1")
 
     assert now(core, job_id).state == "succeeded"
     assert {path.name for path in (root / "out").iterdir()} == {"a.age", "b.age"}
     assert opened(core, root / "out" / "b.age") == b"2"
 
 
-def test_part_that_comes_further_each_time_is_no_dead_letter(core: Core, shop: Shop, root: Path) -> None:
+def test_part_that_comes_further_each_time_is_no_dead_letter(
+    core: Core, shop: WorkerContext, root: Path
+) -> None:
     names = [f"f{number}" for number in range(SHORT.attempts + 3)]
     fill(root / "in", **dict.fromkeys(names, b"x"))
     job_id = submit(core, "encrypt", url(root / "in", "*"), url(root / "out"))
@@ -424,7 +428,7 @@ def test_part_that_comes_further_each_time_is_no_dead_letter(core: Core, shop: S
 
 
 def test_part_that_kills_every_worker_ends_and_tells_what_was_done(
-    core: Core, shop: Shop, root: Path
+    core: Core, shop: WorkerContext, root: Path
 ) -> None:
     fill(root / "in", a=b"1", b=b"2", c=b"3")
     job_id = submit(core, "encrypt", url(root / "in", "*"), url(root / "out"))
@@ -442,7 +446,7 @@ def test_part_that_kills_every_worker_ends_and_tells_what_was_done(
     assert {path.name for path in (root / "out").iterdir()} == {"a.age", "b.age"}
 
 
-def test_forged_log_ends_its_part_at_once(core: Core, shop: Shop, root: Path) -> None:
+def test_forged_log_ends_its_part_at_once(core: Core, shop: WorkerContext, root: Path) -> None:
     fill(root / "in", a=b"1")
     job_id = submit(core, "encrypt", url(root / "in", "*"), url(root / "out"))
     run_job(job_id, shop, "w")
@@ -455,7 +459,7 @@ def test_forged_log_ends_its_part_at_once(core: Core, shop: Shop, root: Path) ->
     assert not (root / "out").exists()
 
 
-def test_log_of_another_part_is_refused(core: Core, shop: Shop, root: Path) -> None:
+def test_log_of_another_part_is_refused(core: Core, shop: WorkerContext, root: Path) -> None:
     fill(root / "in", a=b"1")
     ids = [submit(core, "encrypt", url(root / "in", "*"), url(root / name)) for name in ("one", "two")]
     for job_id in ids:
@@ -474,7 +478,7 @@ def test_log_of_another_part_is_refused(core: Core, shop: Shop, root: Path) -> N
 
 
 def test_cancelled_job_keeps_what_was_done_and_leaves_nothing_else(
-    core: Core, shop: Shop, root: Path
+    core: Core, shop: WorkerContext, root: Path
 ) -> None:
     fill(root / "in", a=b"1", b=b"2", c=b"3")
     job_id = submit(core, "encrypt", url(root / "in", "*"), url(root / "out"))

@@ -6,10 +6,10 @@ from typing import Final
 import pytest
 
 from kms_core.jobs.execution import results
-from kms_core.jobs.execution.runner import Shop, run_job
-from kms_core.jobs.model import Claim, Fields, Log, part_id
+from kms_core.jobs.execution.runner import WorkerContext, run_job
+from kms_core.jobs.model import Attempt, Checkpoint, Fields, part_id
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.errors import PathRefused
 from objectbench import CONTEXT, WHO, Bench
@@ -20,7 +20,7 @@ PLAIN: Final = {"a.csv": b"1", "b/c d.csv": b"22", "b/ü%?*.csv": b"", "b/x.txt"
 
 def submit(bench: Bench, kind: wire.JobKind, source: str, target: str | None, **more: object) -> str:
     body = wire.JobIn(kind=kind, source=source, target=target, **more)  # type: ignore[arg-type]  # fields by name
-    return bench.core.desk.submit(Terms(WHO, kind, CONTEXT), body, 10).job_id
+    return bench.core.desk.submit(SubmissionOptions(WHO, kind, CONTEXT), body, 10).job_id
 
 
 def done(bench: Bench, kind: wire.JobKind, source: str, target: str | None, **more: object) -> str:
@@ -102,7 +102,7 @@ def test_part_over_objects_of_a_killed_worker_is_finished(bench: Bench, at: int,
     class Stumbling(JobStore):
         steps = 0
 
-        def step(self, claim: Claim, log: Log, counts: Fields) -> None:
+        def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
             turn, self.steps = self.steps, self.steps + 1
             if turn == at and not after:
                 raise Killed
@@ -115,11 +115,13 @@ def test_part_over_objects_of_a_killed_worker_is_finished(bench: Bench, at: int,
     found = core.shop.store
     stumbling = Stumbling(found.redis, found.record_key, lambda *_: None, SHORT)
     with pytest.raises(Killed):
-        run_job(part_id(job_id, 0), Shop(core.kms, stumbling, core.shop.spool, core.shop.places), "w1")
+        run_job(
+            part_id(job_id, 0), WorkerContext(core.kms, stumbling, core.shop.spool, core.shop.places), "w1"
+        )
     lapse()
     run_job(
         part_id(job_id, 0),
-        Shop(core.kms, store_of(core, SHORT, []), core.shop.spool, core.shop.places),
+        WorkerContext(core.kms, store_of(core, SHORT, []), core.shop.spool, core.shop.places),
         "w2",
     )
 

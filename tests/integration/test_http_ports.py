@@ -16,7 +16,7 @@ import pytest
 
 from http_cases import MALFORMED
 from kms_api.app import DOCUMENTED, UI
-from kms_api.routing import VAULT_RULES, Ruled
+from kms_api.routing import VAULT_RULES, ScopedRoute
 from ports import free_port
 from service import Service, b64, until
 
@@ -158,7 +158,7 @@ def readable() -> Iterator[str]:
     """Every path that GET has."""
     for prefix, routers in {**DOCUMENTED, "": UI}.items():
         for router in routers:
-            routes = [route for route in router.routes if isinstance(route, Ruled)]
+            routes = [route for route in router.routes if isinstance(route, ScopedRoute)]
             yield from (prefix + route.path for route in routes if "GET" in route.rules)
     yield from ("/livez", "/readyz", "/metrics")
     yield from (path for method, path in VAULT_RULES if method == "GET")

@@ -10,8 +10,8 @@ import redis
 from junkfields import FIELDS, MISSING, put
 from kms_cli.local.valkey import EmbeddedValkey
 from kms_core.container import Core
-from kms_core.jobs.model import EXHAUSTED, MAINTENANCE, Lane, LeaseLost
-from kms_core.jobs.recovery.reaper import Caretaker
+from kms_core.jobs.model import EXHAUSTED, MAINTENANCE, LeaseLost, QueuePriority
+from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.store import broker_messages
 from kms_core.jobs.store.queue_stats import survey
 from kms_core.jobs.store.store import JobStore
@@ -245,7 +245,7 @@ def test_a_shared_key_of_a_wrong_type_stops_no_job(core: Core, name: str) -> Non
         assert claim
         meets_it().renew(claim, {})
         meets_it().defer(claim, 0, counts=False)
-        Caretaker(meets_it(), core.shop.spool, "me", dict).round()
+        Reaper(meets_it(), core.shop.spool, "me", dict).round()
         claim = meets_it().claim(job_id, "w1/1")
         assert claim
         meets_it().finish(claim, "failed", EXHAUSTED)
@@ -322,7 +322,7 @@ def test_a_junk_record_keeps_the_caretaker_from_no_other(core: Core, field: str)
     for value, job_id in zip(JUNK, victims, strict=True):
         put(store, job_id, field, value)
 
-    Caretaker(store, core.shop.spool, "me", dict).round()
+    Reaper(store, core.shop.spool, "me", dict).round()
 
     assert store.get(good, TENANT).state == "queued"
 
@@ -341,7 +341,7 @@ def test_members_that_are_no_jobs_keep_the_caretaker_from_no_other(core: Core) -
     store.redis.zadd("kms:open", {"text": 2})
 
     for _ in range(2):
-        Caretaker(store, core.shop.spool, "me", dict).round()
+        Reaper(store, core.shop.spool, "me", dict).round()
 
     assert store.get(good, TENANT).state == "queued"
     assert record(store, ended)[b"purged"] == b"1"
@@ -358,7 +358,7 @@ def test_junk_in_a_list_of_the_broker_keeps_the_caretaker_from_no_job(core: Core
     job_id = store.submit(accepted()).job_id
     assert store.claim(job_id, "w1")
     lapse()
-    lane: Lane = (MAINTENANCE, "low")
+    lane: QueuePriority = (MAINTENANCE, "low")
     store.redis.delete(broker_messages.where(lane))
     elements = {"deep": b'{"x":' + b"[" * 100_000, "deep headers": b'{"headers":{"x":' + b"[" * 100_000}
     if junk == "wrong type":
@@ -366,7 +366,7 @@ def test_junk_in_a_list_of_the_broker_keeps_the_caretaker_from_no_job(core: Core
     else:
         store.redis.rpush(broker_messages.where(lane), elements.get(junk, b'{"\xff":1}'))
 
-    Caretaker(store, core.shop.spool, "me", dict).round()
+    Reaper(store, core.shop.spool, "me", dict).round()
 
     assert store.get(job_id, TENANT).state == "queued"
     assert store.depths()[lane] == (junk != "wrong type")

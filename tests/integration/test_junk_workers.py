@@ -17,7 +17,7 @@ from kms_core.jobs.execution.runner import _defer, run_job
 from kms_core.jobs.execution.tree import PART_FILES
 from kms_core.jobs.model import EXHAUSTED, part_id
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import JobsUnavailable, KmsError, Unavailable
 from kms_protocol.wire import JobIn, JobItem
@@ -67,7 +67,7 @@ def test_every_call_answers_whatever_a_field_holds(busy: Core, field: str) -> No
     store = store_of(busy, SHORT, [])
     shop = replace(busy.shop, store=store)
     away = stumbling(busy, "committing", after=False, error=Unavailable())
-    terms = Terms(Principal("local"), "encrypt", Context.parse("env=test"))
+    terms = SubmissionOptions(Principal("local"), "encrypt", Context.parse("env=test"))
     lives = itertools.islice(itertools.cycle(LIVES), FIELDS.index(field) % len(LIVES), None)
     for number, (value, life) in enumerate(zip(HOSTILE, lives, strict=False)):
         target = (root / f"{field.replace(':', '.').replace('/', '.')}.{number}").as_uri()
@@ -101,7 +101,7 @@ def test_jobs_in_parts_answer_whatever_a_field_holds(busy: Core, whose: str, fie
     (root / "in").write_bytes(b"salary")
     store = store_of(busy, SHORT, [])
     shop = replace(busy.shop, store=store)
-    terms = Terms(Principal("local"), "reseal", Context.parse("env=test"))
+    terms = SubmissionOptions(Principal("local"), "reseal", Context.parse("env=test"))
     body = JobIn(kind="reseal", source=f"{root.as_uri()}/*", target=f"{root.as_uri()}/*", overwrite=True)
     for value in WORST_OF_ALL:
         whole = busy.desk.submit(terms, body, 10).job_id
@@ -124,7 +124,7 @@ def test_fence_that_no_attempt_had_costs_a_part_no_search_for_its_leftovers(busy
     root.mkdir(parents=True)
     for number in range(PART_FILES):
         (root / str(number)).write_bytes(b"x")
-    terms = Terms(Principal("local"), "reseal", Context.parse("env=test"))
+    terms = SubmissionOptions(Principal("local"), "reseal", Context.parse("env=test"))
     body = JobIn(kind="reseal", source=f"{root.as_uri()}/*", target=f"{root.as_uri()}/*", overwrite=True)
     whole = busy.desk.submit(terms, body, PART_FILES).job_id
     run_job(whole, busy.shop, "w/1")
@@ -140,7 +140,7 @@ def test_count_that_no_worker_came_to_ends_its_job_as_refused(core: Core, field:
     """It stays a dead letter, which may be retried."""
     store = store_of(core, SHORT, [])
     job_id = core.desk.items(
-        Terms(Principal("local"), "encrypt", Context.parse("env=test")), [JobItem(plaintext=b"x")]
+        SubmissionOptions(Principal("local"), "encrypt", Context.parse("env=test")), [JobItem(plaintext=b"x")]
     ).job_id
     forge(store, job_id, **{field: value})
 

@@ -14,12 +14,12 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.lease import FoundLarge, Lease
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import Claim, Rules, part_id
+from kms_core.jobs.model import Attempt, StoreRules, part_id
 from kms_core.jobs.storage.local_paths import Roots
 from kms_core.jobs.storage.locations import SourceLimits
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.references import Reference
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import SpoolFull, TooLarge
 from kms_protocol.wire import ENDED
@@ -119,8 +119,8 @@ def test_one_tenant_alone_has_all_processes(tmp_path: Path) -> None:
 # -- a share for others, claim by claim ---------------------------------------------------------------------
 
 
-def rules(*, large_leases: int = 1, several: bool = True, tenant_leases: int = 1_000) -> Rules:
-    return Rules(
+def rules(*, large_leases: int = 1, several: bool = True, tenant_leases: int = 1_000) -> StoreRules:
+    return StoreRules(
         lease_s=600,
         tenant_leases=tenant_leases,
         large_job_bytes=LARGE,
@@ -145,7 +145,7 @@ def due(store: JobStore, job_id: str) -> None:
     assert store.reap(job_id, 0) == "due"  # which has a message sent
 
 
-def held(store: JobStore, job_id: str, worker: str = "w/1") -> Claim:
+def held(store: JobStore, job_id: str, worker: str = "w/1") -> Attempt:
     claim = store.claim(job_id, worker)
     assert claim
     return claim
@@ -183,7 +183,9 @@ def test_process_of_a_large_job_is_free_when_its_lease_ends(core: Core, end: str
 
 
 def test_large_lease_of_a_killed_worker_counts_no_longer_than_it_lasts(core: Core) -> None:
-    store = store_of(core, Rules(lease_s=0.2, large_job_bytes=LARGE, has_several_tenants=lambda: True), [])
+    store = store_of(
+        core, StoreRules(lease_s=0.2, large_job_bytes=LARGE, has_several_tenants=lambda: True), []
+    )
     first, second = made(store), made(store)
     held(store, first)
     time.sleep(0.3)
@@ -192,7 +194,7 @@ def test_large_lease_of_a_killed_worker_counts_no_longer_than_it_lasts(core: Cor
 
 
 def test_renewed_large_lease_counts_on(core: Core) -> None:
-    store = store_of(core, Rules(lease_s=2, large_job_bytes=LARGE, has_several_tenants=lambda: True), [])
+    store = store_of(core, StoreRules(lease_s=2, large_job_bytes=LARGE, has_several_tenants=lambda: True), [])
     first, second = made(store), made(store)
     claim = held(store, first)
     for _ in range(3):
@@ -296,7 +298,7 @@ def test_large_parts_wait_and_small_ones_do_not(store: JobStore) -> None:
 
 def test_large_job_that_dies_again_and_again_is_no_exception(core: Core) -> None:
     short = store_of(
-        core, Rules(lease_s=0.2, attempts=3, large_job_bytes=LARGE, has_several_tenants=lambda: True), []
+        core, StoreRules(lease_s=0.2, attempts=3, large_job_bytes=LARGE, has_several_tenants=lambda: True), []
     )
     store = store_of(core, rules(), [])
     first, second = made(store), made(store)
@@ -345,7 +347,7 @@ def test_commit_is_finished_whatever_the_size_of_its_source(store: JobStore) -> 
 
 
 def test_leases_of_a_dead_worker_do_not_count_for_a_tenant(core: Core) -> None:
-    store = store_of(core, Rules(lease_s=0.2, tenant_leases=1), [])
+    store = store_of(core, StoreRules(lease_s=0.2, tenant_leases=1), [])
     first, second = made(store, SMALL), made(store, SMALL)
     held(store, first)
     assert store.claim(second, "w/2") is None
@@ -372,7 +374,7 @@ def files(tmp_path: Path) -> Path:
 
 
 def submit(core: Core, source: Path) -> str:
-    terms = Terms(WHO, "encrypt", Context.parse("a=1"))
+    terms = SubmissionOptions(WHO, "encrypt", Context.parse("a=1"))
     return core.desk.reference(terms, source.as_uri(), f"{source.as_uri()}.age", overwrite=False).job_id
 
 
@@ -407,7 +409,7 @@ def test_files_of_a_part_that_have_grown_make_it_large(core: Core, files: Path) 
         (files / "in" / str(number)).write_bytes(b"x")
     (files / "out").mkdir()
     tree = Reference(f"{(files / 'in').as_uri()}/*", f"{(files / 'out').as_uri()}/")
-    whole = core.desk.many(Terms(WHO, "encrypt", Context.parse("a=1")), tree).job_id
+    whole = core.desk.many(SubmissionOptions(WHO, "encrypt", Context.parse("a=1")), tree).job_id
     run_job(whole, core.shop, "w/1")
     for number in range(4):
         (files / "in" / str(number)).write_bytes(bytes(LARGE // 2 - 1))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from kms_core.jobs.execution.runner import Shop, run_job
+from kms_core.jobs.execution.runner import WorkerContext, run_job
 from kms_core.jobs.model import Commit
 from kms_protocol.errors import JobsUnavailable, PathRefused, TargetExists
 from kms_protocol.wire import JobKind
@@ -186,7 +186,7 @@ def test_parts_that_were_exchanged_before_the_finish_are_not_put_in_place(bench:
     assert bench.nothing_left()
 
 
-def impatient(bench: Bench) -> Shop:
+def impatient(bench: Bench) -> WorkerContext:
     """A worker with short leases."""
     return replace(bench.core.shop, store=store_of(bench.core, SHORT, []))
 

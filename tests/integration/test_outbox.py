@@ -9,9 +9,9 @@ import pytest
 
 from hooks import ENTRIES, end, endpoint, every, receiving, taken_in
 from kms_core.container import Core
-from kms_core.jobs.events.dispatcher import Courier
+from kms_core.jobs.events.dispatcher import WebhookDispatcher
 from kms_core.jobs.events.outbox import GIVE_UP_S, MOST_ATTEMPTS, Delivery, Outbox
-from kms_core.jobs.events.webhook import Endpoint, Outcome
+from kms_core.jobs.events.webhook import DeliveryOutcome, WebhookEndpoint
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
 from service import until
@@ -24,7 +24,7 @@ def store(core: Core) -> JobStore:
 
 
 @pytest.fixture
-def ci(tmp_path: Path) -> Endpoint:
+def ci(tmp_path: Path) -> WebhookEndpoint:
     """Nothing is sent here."""
     return endpoint(tmp_path, "https://hooks.invalid/", None)
 
@@ -32,7 +32,7 @@ def ci(tmp_path: Path) -> Endpoint:
 @pytest.mark.parametrize(
     "changes", [{"callback": ""}, {"callback": "ci", "parent": "whole"}], ids=["no-callback", "part"]
 )
-def test_other_jobs_are_not_told(store: JobStore, ci: Endpoint, changes: dict[str, str]) -> None:
+def test_other_jobs_are_not_told(store: JobStore, ci: WebhookEndpoint, changes: dict[str, str]) -> None:
     store.finish(claimed(store, **changes), "succeeded")
     outbox = Outbox(store, {"ci": ci})
     outbox.take_in()
@@ -46,7 +46,7 @@ def test_other_jobs_are_not_told(store: JobStore, ci: Endpoint, changes: dict[st
     ids=["attempts", "age"],
 )
 def test_a_delivery_that_always_fails_ends_as_dead(
-    store: JobStore, ci: Endpoint, changes: dict[str, float]
+    store: JobStore, ci: WebhookEndpoint, changes: dict[str, float]
 ) -> None:
     end(store)
     outbox, delivery = taken_in(store, {"ci": ci})
@@ -56,7 +56,7 @@ def test_a_delivery_that_always_fails_ends_as_dead(
     assert [found.delivery_id for found in outbox.dead()] == [delivery.delivery_id]
 
 
-def test_events_that_are_read_twice_make_one_delivery(store: JobStore, ci: Endpoint) -> None:
+def test_events_that_are_read_twice_make_one_delivery(store: JobStore, ci: WebhookEndpoint) -> None:
     end(store)
     outbox, delivery = taken_in(store, {"ci": ci})
     outbox.take_in()
@@ -66,7 +66,7 @@ def test_events_that_are_read_twice_make_one_delivery(store: JobStore, ci: Endpo
     assert [found.delivery_id for found in every(outbox)] == [delivery.delivery_id]
 
 
-def test_a_stream_that_was_cut_is_made_up_for(store: JobStore, ci: Endpoint) -> None:
+def test_a_stream_that_was_cut_is_made_up_for(store: JobStore, ci: WebhookEndpoint) -> None:
     outbox = Outbox(store, {"ci": ci})
     old = end(store)
     time.sleep(0.002)
@@ -84,7 +84,7 @@ def test_a_stream_that_was_cut_is_made_up_for(store: JobStore, ci: Endpoint) -> 
     assert old not in found
 
 
-def test_whoever_settles_late_leaves_nothing_behind(store: JobStore, ci: Endpoint) -> None:
+def test_whoever_settles_late_leaves_nothing_behind(store: JobStore, ci: WebhookEndpoint) -> None:
     end(store)
     outbox, delivery = taken_in(store, {"ci": ci})
     outbox.remove(delivery)
@@ -111,7 +111,7 @@ def test_a_delivery_that_is_put_back_after_its_time_is_not_sent(
         entry = store.record_key.digest(b"webhook-delivery", body) + body
         store.redis.hset(ENTRIES, delivery.delivery_id, entry)
         store.redis.zadd("kms:webhooks:due:ci", {delivery.delivery_id: 0})
-        courier = Courier(outbox, {"ci": ci}, "me")
+        courier = WebhookDispatcher(outbox, {"ci": ci}, "me")
 
         def settled() -> bool:
             courier.round()
@@ -124,7 +124,7 @@ def test_a_delivery_that_is_put_back_after_its_time_is_not_sent(
 
 
 def test_an_event_of_a_record_that_was_put_back_after_its_time_is_not_told(
-    store: JobStore, ci: Endpoint
+    store: JobStore, ci: WebhookEndpoint
 ) -> None:
     job_id, kept = end(store, "failed", "decrypt_failed"), end(store, "failed", "decrypt_failed")
     long_ago = time.time() - LONG.keep_record_s - 61
@@ -138,7 +138,7 @@ def test_an_event_of_a_record_that_was_put_back_after_its_time_is_not_told(
 
 @pytest.mark.parametrize("forged", ["other endpoint", "own entry", "other id"])
 def test_an_entry_that_the_service_did_not_write_is_not_sent(
-    store: JobStore, ci: Endpoint, forged: str
+    store: JobStore, ci: WebhookEndpoint, forged: str
 ) -> None:
     end(store)
     outbox, delivery = taken_in(store, {"ci": ci, "other": ci})
@@ -159,7 +159,7 @@ def test_an_entry_that_the_service_did_not_write_is_not_sent(
     assert not store.redis.zscore(f"kms:webhooks:due:{name}", delivery_id)
 
 
-def test_a_record_cannot_be_given_a_callback(store: JobStore, ci: Endpoint) -> None:
+def test_a_record_cannot_be_given_a_callback(store: JobStore, ci: WebhookEndpoint) -> None:
     job_id = end(store, callback="")
     forge(store, job_id, callback="ci", sealed=store.record_key.seal(accepted(callback="ci")))
     outbox = Outbox(store, {"ci": ci})
@@ -182,7 +182,7 @@ def test_a_record_cannot_be_given_a_callback(store: JobStore, ci: Endpoint) -> N
     ids=["empty", "state", "nan", "late", "attempt", "bytes", "gone"],
 )
 def test_an_event_that_no_script_wrote_is_passed_over(
-    store: JobStore, ci: Endpoint, fields: dict[str, str | bytes]
+    store: JobStore, ci: WebhookEndpoint, fields: dict[str, str | bytes]
 ) -> None:
     first = end(store)
     event = {
@@ -202,7 +202,7 @@ def test_an_event_that_no_script_wrote_is_passed_over(
     assert outbox.size() == 2
 
 
-def test_a_record_that_does_not_decode_stops_nobody(store: JobStore, ci: Endpoint) -> None:
+def test_a_record_that_does_not_decode_stops_nobody(store: JobStore, ci: WebhookEndpoint) -> None:
     broken, good = end(store), end(store)
     forge(store, broken, attempt="many")
     outbox = Outbox(store, {"ci": ci})
@@ -211,13 +211,13 @@ def test_a_record_that_does_not_decode_stops_nobody(store: JobStore, ci: Endpoin
     assert [delivery.job_id for delivery in every(outbox)] == [good]
 
 
-def test_without_events_there_is_nothing_to_do(store: JobStore, ci: Endpoint) -> None:
+def test_without_events_there_is_nothing_to_do(store: JobStore, ci: WebhookEndpoint) -> None:
     outbox = Outbox(store, {"ci": ci})
 
     assert (outbox.take_in(), outbox.endpoints(), outbox.size()) == (False, [], 0)
 
 
-def test_the_newest_thousand_of_dead_deliveries_are_kept(store: JobStore, ci: Endpoint) -> None:
+def test_the_newest_thousand_of_dead_deliveries_are_kept(store: JobStore, ci: WebhookEndpoint) -> None:
     end(store)
     outbox, delivery = taken_in(store, {"ci": ci})
     outbox.put_off(msgspec.structs.replace(delivery, delivery_id="first", attempts=MOST_ATTEMPTS))
@@ -248,7 +248,9 @@ def test_events_that_nobody_reads_are_bounded(store: JobStore) -> None:
     [b"junk", b"\xff", b"", b"1-", b"99999999999999-0", b"18446744073709551615-0", b"9" * 400 + b"-0"],
     ids=["junk", "bytes", "empty", "half", "later", "last", "huge"],
 )
-def test_a_cursor_that_no_courier_wrote_is_the_start(store: JobStore, ci: Endpoint, cursor: bytes) -> None:
+def test_a_cursor_that_no_courier_wrote_is_the_start(
+    store: JobStore, ci: WebhookEndpoint, cursor: bytes
+) -> None:
     told, waits = end(store), end(store)
     outbox = Outbox(store, {"ci": ci})
     outbox.take_in()
@@ -268,7 +270,7 @@ def test_a_cursor_that_no_courier_wrote_is_the_start(store: JobStore, ci: Endpoi
     assert store.redis.get("kms:webhooks:cursor") != cursor
 
 
-def test_a_cursor_at_the_end_or_of_a_stream_that_has_gone_stays(store: JobStore, ci: Endpoint) -> None:
+def test_a_cursor_at_the_end_or_of_a_stream_that_has_gone_stays(store: JobStore, ci: WebhookEndpoint) -> None:
     end(store)
     outbox = Outbox(store, {"ci": ci})
     outbox.take_in()
@@ -284,7 +286,9 @@ def test_a_cursor_at_the_end_or_of_a_stream_that_has_gone_stays(store: JobStore,
     assert outbox.size() == 0
 
 
-def test_an_event_that_names_a_key_of_a_wrong_type_is_passed_over(store: JobStore, ci: Endpoint) -> None:
+def test_an_event_that_names_a_key_of_a_wrong_type_is_passed_over(
+    store: JobStore, ci: WebhookEndpoint
+) -> None:
     wrong = new_id()
     store.redis.set(f"kms:job:{wrong}", "no hash")
     store.redis.zadd("kms:ended", {wrong: 1})
@@ -302,19 +306,19 @@ KEYS = ("due:ci", "due:aa", "cursor", "entries", "endpoints", "dead")
 
 @pytest.mark.parametrize("key", [*(f"kms:webhooks:{key}" for key in KEYS), "kms:events"])
 def test_a_key_of_a_wrong_type_stops_the_courier_for_a_round(
-    store: JobStore, ci: Endpoint, monkeypatch: pytest.MonkeyPatch, key: str
+    store: JobStore, ci: WebhookEndpoint, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     store.redis.sadd("kms:webhooks:endpoints", "aa", "ci")
     end(store)
     store.redis.delete(key)
     store.redis.execute_command(*(("SADD", key, "x") if key.endswith("cursor") else ("SET", key, "x")))  # type: ignore[no-untyped-call]  # untyped there
     outbox = Outbox(store, {"ci": ci})
-    courier = Courier(outbox, {"ci": ci}, "me")
+    courier = WebhookDispatcher(outbox, {"ci": ci}, "me")
     sent: list[str] = []
 
-    def send(delivery: Delivery) -> Outcome:
+    def send(delivery: Delivery) -> DeliveryOutcome:
         sent.append(delivery.job_id)
-        return Outcome("failed", "here")
+        return DeliveryOutcome("failed", "here")
 
     monkeypatch.setattr(courier, "_send", send)
     last = ""

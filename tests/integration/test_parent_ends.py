@@ -13,10 +13,10 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution import parents, results
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import QUEUES, Claim, Job, part_id
-from kms_core.jobs.recovery.reaper import Caretaker
+from kms_core.jobs.model import QUEUES, Attempt, Job, part_id
+from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_core.observability import metrics
 from kms_protocol import wire
 from kms_protocol.context import Context
@@ -37,7 +37,7 @@ def submit(core: Core, bad: frozenset[int] = frozenset()) -> list[str]:
         wire.JobItem(plaintext=b"x", context="no equals sign" if index in bad else None)
         for index in range(ITEMS)
     )
-    job_id = core.desk.items(Terms(WHO, "encrypt", CONTEXT), items).job_id
+    job_id = core.desk.items(SubmissionOptions(WHO, "encrypt", CONTEXT), items).job_id
     run_job(job_id, core.shop, "w/1")
     return [job_id, *(part_id(job_id, number) for number in range(3))]
 
@@ -110,7 +110,7 @@ def test_reaper_sends_for_another_worker(core: Core, unended: list[str]) -> None
     job_id, *_ = unended
     nudged: list[str] = []
     store = store_of(core, core.shop.store.rules, nudged)
-    caretaker = Caretaker(store, core.shop.spool, "c1", lambda: dict.fromkeys(product(QUEUES, PRIORITIES), 9))
+    caretaker = Reaper(store, core.shop.spool, "c1", lambda: dict.fromkeys(product(QUEUES, PRIORITIES), 9))
     caretaker.round()
     assert nudged == []  # the worker has some seconds
 
@@ -148,7 +148,7 @@ def test_two_workers_that_end_the_last_parts_come_to_one_end(core: Core) -> None
             seen.append(job.job_id)
             super().end_parent(job, *rest)  # type: ignore[arg-type]  # what it was given
 
-        def finish(self, claim: Claim, *rest: object) -> None:
+        def finish(self, claim: Attempt, *rest: object) -> None:
             meet.wait(30)
             super().finish(claim, *rest)  # type: ignore[arg-type]  # what it was given
             meet.wait(30)  # both have finished before one looks at the whole
@@ -355,7 +355,7 @@ def test_log_of_an_earlier_life_settles_no_file(core: Core, tmp_path: Path) -> N
     (root / "in").mkdir()
     (root / "in" / "a").write_bytes(b"a")
     body = wire.JobIn(kind="encrypt", source=f"file://{root}/in/*", target=f"file://{root}/out/")
-    job_id = core.desk.submit(Terms(WHO, "encrypt", CONTEXT), body, 10).job_id
+    job_id = core.desk.submit(SubmissionOptions(WHO, "encrypt", CONTEXT), body, 10).job_id
     part, store = part_id(job_id, 0), core.shop.store
     run(core, job_id, part)
     accepted, log = store.accepted(job_id), record(store, part)[b"log"]

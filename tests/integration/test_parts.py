@@ -10,9 +10,9 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution import bulk_items, results
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import BULK, Job, Rules, part_id
+from kms_core.jobs.model import BULK, Job, StoreRules, part_id
 from kms_core.jobs.storage.spool import ITEMS
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import JobNotDead, RateLimited, ResultExpired
@@ -27,7 +27,7 @@ def items(count: int, bad: frozenset[int] = frozenset()) -> Iterator[wire.JobIte
 
 
 def submit(core: Core, count: int, bad: frozenset[int] = frozenset()) -> Job:
-    return core.desk.items(Terms(WHO, "encrypt", CONTEXT), items(count, bad))
+    return core.desk.items(SubmissionOptions(WHO, "encrypt", CONTEXT), items(count, bad))
 
 
 def parts_of(core: Core, job: Job) -> list[str]:
@@ -84,12 +84,12 @@ def test_splitting_twice_makes_the_same_parts_and_a_part_counts_once(core: Core)
 
 
 def test_a_part_that_uses_up_its_attempts_has_error_lines(core: Core) -> None:
-    core.shop.store.rules = Rules(lease_s=0.01, attempts=1)
+    core.shop.store.rules = StoreRules(lease_s=0.01, attempts=1)
     job = submit(core, 1_001)
     run_job(job.job_id, core.shop, "w/1")
     dead, *others = parts_of(core, job)
     assert core.shop.store.claim(dead, "w/9") is not None  # and dies
-    core.shop.store.rules = Rules(lease_s=30, attempts=1)
+    core.shop.store.rules = StoreRules(lease_s=30, attempts=1)
     while core.shop.store.reap(dead, 10) != "requeued":
         pass
     for part in (dead, *others):
@@ -128,7 +128,7 @@ def test_items_leave_the_spool_with_the_last_part(core: Core) -> None:
 
 
 def test_submissions_are_turned_away_before_the_broker_drowns(core: Core) -> None:
-    core.shop.store.rules = Rules(open_jobs=1)
+    core.shop.store.rules = StoreRules(open_jobs=1)
     submit(core, 1)
 
     with pytest.raises(RateLimited):
@@ -136,7 +136,7 @@ def test_submissions_are_turned_away_before_the_broker_drowns(core: Core) -> Non
 
 
 def test_a_tenant_runs_so_many_jobs_at_a_time(core: Core) -> None:
-    core.shop.store.rules = Rules(tenant_leases=1)
+    core.shop.store.rules = StoreRules(tenant_leases=1)
     first, second = submit(core, 1), submit(core, 1)
     held = core.shop.store.claim(first.job_id, "w/1")
     assert held is not None
@@ -149,11 +149,11 @@ def test_a_tenant_runs_so_many_jobs_at_a_time(core: Core) -> None:
 
 def test_a_dead_letter_is_listed_and_can_be_retried(core: Core) -> None:
     store = core.shop.store
-    store.rules = Rules(attempts=0)
+    store.rules = StoreRules(attempts=0)
     job = submit(core, 1)
     assert store.claim(job.job_id, "w/1") is None
     assert [found.job_id for found in store.dead(WHO.tenant, 10)] == [job.job_id]
-    store.rules = Rules()
+    store.rules = StoreRules()
 
     store.retry(job.job_id, WHO.tenant, 60)
     run_job(job.job_id, core.shop, "w/1")

@@ -11,17 +11,17 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.bulk_items import PART_ITEMS
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import BULK, QUEUES, Lane, part_id
-from kms_core.jobs.recovery.reaper import Caretaker
+from kms_core.jobs.model import BULK, QUEUES, QueuePriority, part_id
+from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.wire import PRIORITIES, JobItem, Priority
 from service import Service, check_problem, core_of, until
 from stores import LONG, TENANT, accepted, forge
 
 ONE = {"kind": "encrypt", "items": [{"plaintext": ""}]}
-Nudged = list[tuple[str, Lane]]
+Nudged = list[tuple[str, QueuePriority]]
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def store(core: Core, nudged: Nudged) -> JobStore:
     return JobStore(found.redis, found.record_key, note, LONG)
 
 
-def caretaker(core: Core, store: JobStore, waiting: Mapping[Lane, int]) -> Caretaker:
+def caretaker(core: Core, store: JobStore, waiting: Mapping[QueuePriority, int]) -> Reaper:
     none = dict.fromkeys(product(QUEUES, PRIORITIES), 0)
-    return Caretaker(store, core.shop.spool, "c1", lambda: {**none, **waiting})
+    return Reaper(store, core.shop.spool, "c1", lambda: {**none, **waiting})
 
 
 def started(service: Service) -> list[str]:
@@ -105,7 +105,7 @@ def test_priority_tells_requests_apart(idle: Service) -> None:
 def test_parts_inherit_the_priority_and_so_does_a_retry(core: Core, store: JobStore, nudged: Nudged) -> None:
     core.shop.store._nudge = store._nudge  # noqa: SLF001 -- whom it tells is the question
     items = [JobItem(plaintext=b"x")] * (PART_ITEMS + 1)
-    terms = Terms(Principal("local"), "encrypt", Context.parse("a=1"), priority="low")
+    terms = SubmissionOptions(Principal("local"), "encrypt", Context.parse("a=1"), priority="low")
     job_id = core.desk.items(terms, items).job_id
 
     run_job(job_id, core.shop, "w")

@@ -12,7 +12,7 @@ from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import part_id
 from kms_core.jobs.storage.spool import UPLOAD, Label
-from kms_core.jobs.submission.submitter import Terms, new_id
+from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
 from kms_protocol import wire
 from kms_protocol.context import Context
 from stores import TENANT
@@ -39,7 +39,7 @@ def test_file_whose_header_cannot_be_read(
     (root / "in").write_bytes(JUNK[code])
     target = f"file://{root}/out" + ("/" if "*" in pattern else "")
     body = wire.JobIn(kind=kind, source=f"file://{root}/{pattern}", target=target)
-    job_id = core.desk.submit(Terms(WHO, kind, Context()), body, 10).job_id
+    job_id = core.desk.submit(SubmissionOptions(WHO, kind, Context()), body, 10).job_id
 
     for name in (job_id, part_id(job_id, 0)) if "*" in pattern else (job_id,):
         run_job(name, core.shop, "w")
@@ -55,7 +55,7 @@ def test_upload_whose_header_cannot_be_read(core: Core, tmp_path: Path) -> None:
     job_id = new_id()
     with core.desk.spool.writing(Label(TENANT, job_id, UPLOAD), sealed=False) as out:
         out.write(JUNK["decrypt_failed"])
-    core.desk.upload(Terms(WHO, "decrypt", Context()), job_id, 10, b"", out.ref)
+    core.desk.upload(SubmissionOptions(WHO, "decrypt", Context()), job_id, 10, b"", out.ref)
 
     run_job(job_id, core.shop, "w")
 

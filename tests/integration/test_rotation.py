@@ -15,17 +15,17 @@ import pytest
 from agekms import NO_CONTEXT, age_backend
 from kms_core import key_rotation
 from kms_core.age import x25519
-from kms_core.audit import Audit, Record
+from kms_core.audit import AuditRecord, AuditWriter
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.verification.verify import verify
 from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
 from kms_core.container import Core
 from kms_core.jobs.store import usage_flush
-from kms_core.jobs.store.usage_flush import Teller
-from kms_core.key_selection import Rules
+from kms_core.jobs.store.usage_flush import UsageFlush
+from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
-from kms_core.observability.usage import Tally
+from kms_core.observability.usage import UsageCounters
 from kms_core.service import Kms
 from kms_protocol.errors import AuditUnavailable, BackendUnavailable, JobsUnavailable, UnknownKey
 from kms_protocol.wire import PREFIX
@@ -109,20 +109,20 @@ def over(core: Core, key: Key) -> Core:
 
 @pytest.fixture
 def backend(tmp_path: Path) -> AgeBackend:
-    return age_backend(tmp_path / "keys", x25519.Identity.generate())
+    return age_backend(tmp_path / "keys", x25519.X25519Identity.generate())
 
 
 @pytest.mark.parametrize(("days", "every", "versions"), [(89, 90, 1), (91, 90, 2), (5000, 0, 1)])
 def test_age_decides(core: Core, tmp_path: Path, days: int, every: int, versions: int) -> None:
-    backend = age_backend(tmp_path / "keys", x25519.Identity.generate())
+    backend = age_backend(tmp_path / "keys", x25519.X25519Identity.generate())
     made_days_ago(tmp_path / "keys/private_key.txt", days)
-    look_after(over(core, Key("payroll", backend)), key_rotation.Rules(every_days=every), "w1")
+    look_after(over(core, Key("payroll", backend)), key_rotation.RotationRules(every_days=every), "w1")
 
     assert len(backend.versions()) == versions
 
 
 def test_a_key_of_unknown_age_is_left_alone(core: Core, backend: AgeBackend) -> None:
-    look_after(over(core, Key("payroll", backend)), key_rotation.Rules(every_days=1), "w1")
+    look_after(over(core, Key("payroll", backend)), key_rotation.RotationRules(every_days=1), "w1")
 
     assert len(backend.versions()) == 1
 
@@ -133,7 +133,7 @@ def test_a_spent_budget_rotates_if_told_so(
 ) -> None:
     mine = over(core, Key("payroll", backend))
     seal(mine.kms, 10)
-    look_after(mine, key_rotation.Rules(budget_messages=10, budget_rotates=rotates), "w1")
+    look_after(mine, key_rotation.RotationRules(budget_messages=10, budget_rotates=rotates), "w1")
 
     assert len(backend.versions()) == versions
 
@@ -142,7 +142,7 @@ def test_two_workers_rotate_once(core: Core, backend: AgeBackend, tmp_path: Path
     made_days_ago(tmp_path / "keys/private_key.txt", 91)
     mine = over(core, Key("payroll", backend))
     for worker in ("w1", "w2"):
-        look_after(mine, key_rotation.Rules(), worker)
+        look_after(mine, key_rotation.RotationRules(), worker)
 
     assert len(backend.versions()) == 2
 
@@ -168,8 +168,8 @@ def test_junk_counts_neither_stop_a_rotation_nor_count_others_twice(
         client.set("kms:tally", "x")
     else:
         client.hset("kms:tally", "bad", junk)
-    look_after(over(core, Key("payroll", backend)), key_rotation.Rules(), "w1")
-    telling = Teller(mine := Tally(), client)
+    look_after(over(core, Key("payroll", backend)), key_rotation.RotationRules(), "w1")
+    telling = UsageFlush(mine := UsageCounters(), client)
     mine.put_back({"good": 2, "bad": 3})
     for _ in range(2):
         telling.hand_over()
@@ -184,7 +184,7 @@ def test_a_backend_that_is_away_spoils_no_other_key(core: Core, backend: AgeBack
     remote, peer = memory_backend()
     peer.cut()
     ring = Keyring({"gone": Key("gone", remote), "payroll": Key("payroll", backend)}, Key("gone", remote))
-    look_after(replace(core, kms=core.kms.with_keyring(ring)), key_rotation.Rules(), "w1")
+    look_after(replace(core, kms=core.kms.with_keyring(ring)), key_rotation.RotationRules(), "w1")
 
     assert len(backend.versions()) == 2
 
@@ -213,11 +213,11 @@ def test_a_rotation_that_fails_is_told_and_audited(core: Core) -> None:
 class CutTrail:
     """The trail of a process at whose ``stage`` of an effect something happens instead of a record."""
 
-    def __init__(self, trail: Audit, stage: str, error: BaseException) -> None:
+    def __init__(self, trail: AuditWriter, stage: str, error: BaseException) -> None:
         self._trail, self._stage, self._error = trail, stage, error
         self.conceal, self.together, self.check = trail.conceal, trail.together, trail.check
 
-    def append(self, record: Record) -> str:
+    def append(self, record: AuditRecord) -> str:
         if record.stage == self._stage:
             raise self._error
         return self._trail.append(record)
@@ -227,7 +227,7 @@ def cut(core: Core, backend: AgeBackend, stage: str, error: BaseException) -> Co
     """The core with one key, over a trail that is cut at a stage."""
     ring = Keyring({"payroll": (key := Key("payroll", backend))}, key)
     trail = CutTrail(core.kms.trail, stage, error)
-    return replace(core, kms=Kms(ring, core.kms.policy, trail, Rules()))
+    return replace(core, kms=Kms(ring, core.kms.policy, trail, SelectionRules()))
 
 
 def rotations(state: Path) -> list[Line]:
@@ -244,7 +244,7 @@ def test_a_rotation_is_on_record_before_and_after_it(core: Core, backend: AgeBac
     key = Key("payroll", backend)
     kms = over(core, key).kms
     made = [kms.rotate(WHO, "payroll").version]
-    key_rotation.rotate_due(kms, [key_rotation.state_of(key, backend, {}, key_rotation.Rules())])
+    key_rotation.rotate_due(kms, [key_rotation.state_of(key, backend, {}, key_rotation.RotationRules())])
     made.append(backend.versions()[-1].version)
     lines = rotations(tmp_path / "state")
 
@@ -257,14 +257,14 @@ def test_a_rotation_is_on_record_before_and_after_it(core: Core, backend: AgeBac
     assert notes(tmp_path / "state") == []
 
 
-SPENT = key_rotation.Rules(every_days=0, budget_messages=10, budget_rotates=True)
+SPENT = key_rotation.RotationRules(every_days=0, budget_messages=10, budget_rotates=True)
 
 
 @pytest.mark.parametrize(
     "rotate",
     [
         lambda core: core.kms.rotate(WHO, "payroll"),
-        lambda core: look_after(core, key_rotation.Rules(every_days=30), "w1"),
+        lambda core: look_after(core, key_rotation.RotationRules(every_days=30), "w1"),
         lambda core: look_after(core, SPENT, "w1"),
     ],
     ids=["by hand", "by age", "by budget"],
@@ -272,7 +272,7 @@ SPENT = key_rotation.Rules(every_days=0, budget_messages=10, budget_rotates=True
 def test_a_process_that_dies_between_a_rotation_and_its_record_is_seen(
     core: Core, tmp_path: Path, rotate: Callable[[Core], object]
 ) -> None:
-    backend = age_backend(tmp_path / "keys", x25519.Identity.generate())
+    backend = age_backend(tmp_path / "keys", x25519.X25519Identity.generate())
     made_days_ago(tmp_path / "keys/private_key.txt", 31)
     dying = cut(core, backend, "outcome", Killed())
     seal(dying.kms, 10)
@@ -339,21 +339,21 @@ def test_an_api_that_is_killed_while_it_rotates_leaves_its_intent(tmp_path: Path
 
 def test_counts_of_several_processes_add_up(redis_url: str) -> None:
     client = connect(redis_url)
-    for tally in (Tally(), Tally()):
+    for tally in (UsageCounters(), UsageCounters()):
         tally.put_back({"operations encrypt ok": 2, "messages default 1 age": 2})
-        Teller(tally, client).hand_over()
+        UsageFlush(tally, client).hand_over()
 
     assert usage_flush.shared(client) == {"operations encrypt ok": 4, "messages default 1 age": 4}
 
 
 def test_counts_wait_while_redis_is_away(redis_url: str) -> None:
-    tally = Tally()
+    tally = UsageCounters()
     tally.put_back({"operations encrypt ok": 2})
-    Teller(tally, connect("unix:///nonexistent/valkey.sock")).hand_over()
+    UsageFlush(tally, connect("unix:///nonexistent/valkey.sock")).hand_over()
     assert tally.peek() == {"operations encrypt ok": 2}
     with pytest.raises(JobsUnavailable):
         usage_flush.shared(connect("unix:///nonexistent/valkey.sock"))
-    Teller(tally, connect(redis_url)).hand_over()
+    UsageFlush(tally, connect(redis_url)).hand_over()
 
     assert usage_flush.shared(connect(redis_url)) == {"operations encrypt ok": 2}
     assert not tally.peek()

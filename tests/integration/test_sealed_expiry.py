@@ -12,10 +12,10 @@ import pytest
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.ends import spec_digest
-from kms_core.jobs.execution.runner import Shop, run_job
-from kms_core.jobs.model import Claim, ClocksApart, Fields, Job, Log, part_id
+from kms_core.jobs.execution.runner import WorkerContext, run_job
+from kms_core.jobs.model import Attempt, Checkpoint, ClocksApart, Fields, Job, part_id
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from service import Service, core_of, until
@@ -37,7 +37,9 @@ def overwrite(core: Core, root: Path) -> str:
     (root / "in").write_bytes(b"salary")
     (root / "out").write_bytes(b"before")
     source, target = (root / "in").as_uri(), (root / "out").as_uri()
-    return core.desk.reference(Terms(WHO, "encrypt", CONTEXT), source, target, overwrite=True).job_id
+    return core.desk.reference(
+        SubmissionOptions(WHO, "encrypt", CONTEXT), source, target, overwrite=True
+    ).job_id
 
 
 def now(core: Core, job_id: str) -> Job:
@@ -115,7 +117,7 @@ def test_worker_has_the_last_word_on_expiry(core: Core, root: Path, past_s: floa
 
 def test_items_of_an_expired_job_are_not_worked_through(core: Core) -> None:
     items = [wire.JobItem(plaintext=b"x")]
-    job_id = core.desk.items(Terms(WHO, "encrypt", CONTEXT), items).job_id
+    job_id = core.desk.items(SubmissionOptions(WHO, "encrypt", CONTEXT), items).job_id
     age(core, job_id, 70)
     run_job(job_id, core.shop, "w/1")
 
@@ -271,7 +273,7 @@ def many(core: Core, root: Path) -> str:
     for name in ("a", "b"):
         (root / "in" / name).write_bytes(name.encode())
     body = wire.JobIn(kind="encrypt", source=f"file://{root}/in/*", target=f"file://{root}/out/")
-    job_id = core.desk.submit(Terms(WHO, "encrypt", CONTEXT), body, 10).job_id
+    job_id = core.desk.submit(SubmissionOptions(WHO, "encrypt", CONTEXT), body, 10).job_id
     run_job(job_id, core.shop, "w/1")
     return job_id
 
@@ -295,14 +297,14 @@ def test_commit_of_a_part_that_expires_before_it_is_finished_puts_nothing_in_pla
     class Dying(JobStore):
         """Its worker dies once the commit of the first file is noted."""
 
-        def step(self, claim: Claim, log: Log, counts: Fields) -> None:
+        def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
             super().step(claim, log, counts)
             raise Killed
 
     class Aging(JobStore):
         """Time passes once the part is claimed."""
 
-        def claim(self, job_id: str, worker: str) -> Claim | None:
+        def claim(self, job_id: str, worker: str) -> Attempt | None:
             claim = super().claim(job_id, worker)
             stack.enter_context(later(monkeypatch, 2 * 86_400))
             return claim
@@ -330,14 +332,14 @@ def test_part_that_expires_while_it_runs_writes_no_further_file(
     class Aging(JobStore):
         """Time passes once the commit of the first file is noted."""
 
-        def step(self, claim: Claim, log: Log, counts: Fields) -> None:
+        def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
             super().step(claim, log, counts)
             stack.enter_context(later(monkeypatch, 2 * 86_400))
 
     job_id, found = many(core, root), core.shop.store
     store = Aging(found.redis, found.record_key, lambda *_: None, found.rules)
     with stack:
-        run_job(part_id(job_id, 0), Shop(core.kms, store, core.shop.spool, core.shop.places), "w/1")
+        run_job(part_id(job_id, 0), WorkerContext(core.kms, store, core.shop.spool, core.shop.places), "w/1")
 
     assert core.shop.store.part(part_id(job_id, 0)).error == "expired"
     assert [path.name for path in (root / "out").iterdir()] == ["a.age"]

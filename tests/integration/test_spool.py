@@ -15,7 +15,7 @@ from pyrage import x25519
 from kms_core.age import header
 from kms_core.backends.age import AgeBackend, KeyFiles
 from kms_core.jobs.sealed_records import RecordKey
-from kms_core.jobs.storage.multipart_journal import Notes
+from kms_core.jobs.storage.multipart_journal import MultipartJournal
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Label, Spool
 from kms_protocol.errors import (
     DecryptFailed,
@@ -486,7 +486,7 @@ def test_notes_of_uploads_are_plain_files(
     folder: Path, tmp_path: Path, other: Callable[[Path, Path], None]
 ) -> None:
     """Their text goes to an object store: a link would send it another file's."""
-    notes, url = Notes(folder / "multipart"), "s3://bucket/key"
+    notes, url = MultipartJournal(folder / "multipart"), "s3://bucket/key"
     notes.add(JOB, 1, url, "upload-1")
     assert notes.find(JOB, 1, url) == "upload-1"
     (path,) = (folder / "multipart").iterdir()
@@ -498,7 +498,7 @@ def test_notes_of_uploads_are_plain_files(
 
 
 def test_no_note_is_written_through_a_link(folder: Path, tmp_path: Path) -> None:
-    notes, url = Notes(folder / "multipart"), "s3://bucket/key"
+    notes, url = MultipartJournal(folder / "multipart"), "s3://bucket/key"
     notes.add(JOB, 1, url, "upload-1")
     (path,) = (folder / "multipart").iterdir()
     (tmp_path / "kept").write_bytes(b"mine")

@@ -24,9 +24,9 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job, part_id
 from kms_core.jobs.storage.spool import UPLOAD, Label
 from kms_core.jobs.submission.references import Reference
-from kms_core.jobs.submission.submitter import Named, Terms
+from kms_core.jobs.submission.submitter import ClientJobId, SubmissionOptions
 from kms_core.observability import metrics
-from kms_core.payload.parallel import Pace
+from kms_core.payload.parallel import ParallelOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.wire import PREFIX
@@ -75,7 +75,7 @@ def install(
 
 
 def _upload(install: Install, who: Principal, kind: wire.JobKind, body: bytes) -> str:
-    core, terms = install.core, Terms(who, kind, Context.parse(CONTEXT))
+    core, terms = install.core, SubmissionOptions(who, kind, Context.parse(CONTEXT))
     job_id = terms.job_id()
     with core.desk.spool.writing(Label(who.tenant, job_id, UPLOAD), sealed=kind == "encrypt") as out:
         out.write(body)
@@ -104,7 +104,7 @@ def split_items(install: Install, who: Principal, document: bytes) -> str:
 
 def _items(install: Install, who: Principal, document: bytes, count: int) -> str:
     lines = [wire.JobItem(ciphertext=sealed(install, who, document))] * count
-    return install.core.desk.items(Terms(who, "decrypt", Context.parse(CONTEXT)), lines).job_id
+    return install.core.desk.items(SubmissionOptions(who, "decrypt", Context.parse(CONTEXT)), lines).job_id
 
 
 def sealed(install: Install, who: Principal, document: bytes) -> bytes:
@@ -123,7 +123,7 @@ def tree(install: Install, who: Principal, document: bytes) -> str:
         (root / f"in/{document.decode()}-{number}").write_bytes(document)
     (root / "out").mkdir()
     asked = Reference(f"file://{root}/in/*", f"file://{root}/out/", overwrite=False)
-    return install.core.desk.many(Terms(who, "encrypt", Context.parse(CONTEXT)), asked).job_id
+    return install.core.desk.many(SubmissionOptions(who, "encrypt", Context.parse(CONTEXT)), asked).job_id
 
 
 # -- what is exchanged ---------------------------------------------------------------------------------
@@ -248,7 +248,9 @@ def test_an_earlier_life_of_a_job_id_is_refused(install: Install, tmp_path: Path
     core, job_id = install.core, str(uuid.uuid4())
 
     def live(document: bytes) -> None:
-        terms = Terms(MINE, "decrypt", Context.parse(CONTEXT), named=Named(job_id, document * 8))
+        terms = SubmissionOptions(
+            MINE, "decrypt", Context.parse(CONTEXT), named=ClientJobId(job_id, document * 8)
+        )
         core.desk.items(terms, [wire.JobItem(ciphertext=sealed(install, MINE, document))])
 
     live(b"past")
@@ -368,13 +370,13 @@ def test_upload_changed_while_it_is_read_is_refused(
     path = install.folder(job_id) / "upload"
     turns = iter(range(1000))
 
-    def pace(lease: Held) -> Pace:
+    def pace(lease: Held) -> ParallelOptions:
         def check() -> None:
             if next(turns) == 2:
                 with path.open("r+b") as file:
                     os.pwrite(file.fileno(), b"x", 7 * MIB)
 
-        return Pace(progress=lease.advance, check=check)
+        return ParallelOptions(progress=lease.advance, check=check)
 
     monkeypatch.setattr(upload, "pace", pace)
     ended = install.run(job_id)

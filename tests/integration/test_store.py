@@ -16,7 +16,7 @@ from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.model import Job, LeaseLost, part_id
 from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Terms, new_id
+from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import (
@@ -159,7 +159,7 @@ def test_idempotency_outlasts_the_end_of_the_job(store: JobStore) -> None:
     ids="-".join,
 )
 def test_whatever_is_asked_for_tells_requests_apart(core: Core, change: dict[str, object]) -> None:
-    terms = Terms(Principal("local"), "encrypt", Context.parse("a=1"), idempotency="key")
+    terms = SubmissionOptions(Principal("local"), "encrypt", Context.parse("a=1"), idempotency="key")
 
     same, other = core.desk.hasher(replace(terms)), core.desk.hasher(replace(terms, **change))  # type: ignore[arg-type]  # any field
 
@@ -169,8 +169,8 @@ def test_whatever_is_asked_for_tells_requests_apart(core: Core, change: dict[str
 ITEM = wire.JobItem(plaintext=b"x")
 
 
-def terms_of(name: str, key: str) -> Terms:
-    return Terms(Principal(name), "encrypt", Context.parse("a=1"), idempotency=key)
+def terms_of(name: str, key: str) -> SubmissionOptions:
+    return SubmissionOptions(Principal(name), "encrypt", Context.parse("a=1"), idempotency=key)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.store.queue_stats import survey
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import JobsUnavailable, UnknownJob
 from kms_protocol.wire import JobItem
@@ -36,7 +36,7 @@ def brief(core: Core, nudged: list[str]) -> JobStore:
 
 
 def bulk(core: Core, context: str) -> str:
-    terms = Terms(Principal("local"), "encrypt", Context.parse(context))
+    terms = SubmissionOptions(Principal("local"), "encrypt", Context.parse(context))
     return core.desk.items(terms, [JobItem(plaintext=b"x")]).job_id
 
 

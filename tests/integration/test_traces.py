@@ -19,7 +19,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from bao import bao
 from contract.faults import answer, faulty
-from kms_core.http_client.peer import Peer, Server, Tls
+from kms_core.http_client.peer import Peer, PeerServer, Tls
 from kms_core.observability import tracing
 from service import B64_CANARY, CANARY, Service, b64, until
 
@@ -212,7 +212,7 @@ def test_a_backend_is_told_the_trace_that_its_call_belongs_to(collector: Collect
     tracing.configure("test", enabled=True, endpoint=collector.url)
     try:
         with faulty(answer(200, b"{}")) as server, tracing.span("here", "server", TRACEPARENT):
-            Peer(Server(server.url, "Something", "kms.something.address", 10.0, Tls())).call("GET", "/")
+            Peer(PeerServer(server.url, "Something", "kms.something.address", 10.0, Tls())).call("GET", "/")
             expected = tracing.parent()
     finally:
         tracing.stop()
@@ -230,7 +230,8 @@ from kms_api import app
 from kms_core.settings.load import load
 import kms_worker.app
 app.build(load(None, dict(json.loads(sys.argv[1]))))
-heavy = ("kms_core.observability.otel", "opentelemetry.sdk.trace", "opentelemetry.exporter", "google.protobuf")
+ours = "kms_core.observability.otel"
+heavy = (ours, "opentelemetry.sdk.trace", "opentelemetry.exporter", "google.protobuf")
 print([name for name in heavy if name in sys.modules])
 """
 

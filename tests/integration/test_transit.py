@@ -17,12 +17,12 @@ from bao import Bao, BaoRefused, transit
 from contract.faults import Fault, Faulty, answer, faulty, hangs_up, unused_url
 from kms_core import keyring
 from kms_core.backends import KeyMissing
-from kms_core.backends.token_file import Token
-from kms_core.backends.vault.client import Vault
+from kms_core.backends.token_file import FileToken
+from kms_core.backends.vault.client import VaultClient
 from kms_core.backends.vault.transit import TYPES, TransitCipher
 from kms_core.envelope import sealing
 from kms_core.http_client import Busy, Unreachable
-from kms_core.http_client.peer import Server
+from kms_core.http_client.peer import PeerServer
 from kms_core.settings.load import load
 from kms_protocol.errors import BackendUnavailable, DecryptFailed
 
@@ -346,9 +346,9 @@ class Clock:
         return self.now
 
 
-def timed(server: Bao | Faulty, key: str, token: Token, clock: Clock) -> TransitCipher:
-    place = Server(server.url, "OpenBao or Vault", "kms.transit.address", 10.0)
-    return TransitCipher(Vault(place, token, None, clock), "transit", key)
+def timed(server: Bao | Faulty, key: str, token: FileToken, clock: Clock) -> TransitCipher:
+    place = PeerServer(server.url, "OpenBao or Vault", "kms.transit.address", 10.0)
+    return TransitCipher(VaultClient(place, token, None, clock), "transit", key)
 
 
 def renewals(server: Bao, token: str) -> int:
@@ -361,7 +361,7 @@ def renewals(server: Bao, token: str) -> int:
 
 def test_a_token_is_renewed_at_half_of_its_life(server: Bao, key: str) -> None:
     token, clock = server.token(ttl="1h"), Clock()
-    cipher = timed(server, key, Token(token, None, strict=True), clock)
+    cipher = timed(server, key, FileToken(token, None, strict=True), clock)
     cipher.versions()
     clock.now += 1790
     cipher.versions()
@@ -405,7 +405,7 @@ def test_a_renewal_never_fails_the_call_that_it_comes_with(
 
     clock = Clock()
     with faulty(act) as front, capture_logs() as logs:
-        cipher = timed(front, "pay", Token("s.token", None, strict=True), clock)
+        cipher = timed(front, "pay", FileToken("s.token", None, strict=True), clock)
         cipher.versions()
         clock.now += 1801
         assert [version.version for version in cipher.versions()] == ["1"]
@@ -429,7 +429,7 @@ def asked(front: Faulty, path: str) -> int:
 def test_a_token_without_end_is_looked_up_once(server: Bao, key: str) -> None:
     clock = Clock()
     with server.losing(b"", after=False) as front:
-        cipher = timed(front, key, Token(bao.ROOT_TOKEN, None, strict=True), clock)
+        cipher = timed(front, key, FileToken(bao.ROOT_TOKEN, None, strict=True), clock)
         cipher.versions()
         clock.now += 10**9
         cipher.versions()
@@ -440,7 +440,7 @@ def test_a_token_without_end_is_looked_up_once(server: Bao, key: str) -> None:
 def test_a_token_that_cannot_be_renewed_is_told_of_once(server: Bao, key: str) -> None:
     clock = Clock()
     token = server.token(ttl="1h", renewable=False)
-    cipher = timed(server, key, Token(token, None, strict=True), clock)
+    cipher = timed(server, key, FileToken(token, None, strict=True), clock)
     with capture_logs() as logs:
         cipher.versions()
         clock.now += 10_000

@@ -18,7 +18,7 @@ import pytest
 
 from callers import Guarded, bearer
 from kms_api import app
-from kms_api.routing import UI_RULES, Ruled
+from kms_api.routing import UI_RULES, ScopedRoute
 from kms_api.transport.sessions import LASTS_S, Sessions
 from kms_cli.local.valkey import EmbeddedValkey
 from kms_core.auth import tokens
@@ -135,10 +135,12 @@ def submitted(guarded: Guarded, tenant: str = "default") -> str:
 
 def test_every_route_of_the_page_stands_in_its_table_and_none_on_the_openapi_page(service: Service) -> None:
     routes = [route for router in (*app.UI, *app.REFERENCE) for route in router.routes]
-    served = {(method, route.path) for route in routes if isinstance(route, Ruled) for method in route.rules}
+    served = {
+        (method, route.path) for route in routes if isinstance(route, ScopedRoute) for method in route.rules
+    }
 
     assert served == UI_RULES.keys()
-    assert all(isinstance(route, Ruled) for route in routes)
+    assert all(isinstance(route, ScopedRoute) for route in routes)
     assert "/ui" not in service.http.get("/openapi.json").text
 
 
@@ -292,7 +294,7 @@ def test_the_audit_trail_is_filtered_and_each_record_has_a_receipt(guarded: Guar
 
 
 def test_hostile_names_are_shown_as_text(guarded: Guarded) -> None:
-    wish = tokens.Wish(HOSTILE, "hostile", ("*",), timedelta(days=1))
+    wish = tokens.TokenRequest(HOSTILE, "hostile", ("*",), timedelta(days=1))
     _, token = tokens.create(guarded.token_file, wish)
     body = {"plaintext": "aGk=", "context": {HOSTILE: HOSTILE}}
     assert guarded.post("/encrypt", body, headers=bearer(token)).status_code == 200

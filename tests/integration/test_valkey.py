@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from kms_cli.local import private_files, valkey
-from kms_cli.local.valkey import EmbeddedValkey, Limits, Place
+from kms_cli.local.valkey import EmbeddedValkey, ValkeyFiles, ValkeyLimits
 from kms_core.programs import tether
 from kms_protocol.errors import ConfigurationError, Conflict, Unavailable
 from peers import tied
@@ -32,8 +32,8 @@ def send(url: str, words: str) -> object:
     return answer
 
 
-def start_binary(binary: Path, place: Place) -> subprocess.Popen[bytes]:
-    command = valkey.command(binary, place, Limits())
+def start_binary(binary: Path, place: ValkeyFiles) -> subprocess.Popen[bytes]:
+    command = valkey.command(binary, place, ValkeyLimits())
     process = tether.spawn(command, env={}, output=subprocess.DEVNULL, pass_fds=[place.lock])
     deadline = time.monotonic() + WAIT_S
     while not valkey.is_ready(place.socket_path):
@@ -210,7 +210,7 @@ def fill(client: redis.Redis, size_mib: int) -> None:
 
 
 def test_full_server_refuses_and_forgets_nothing(tmp_path: Path) -> None:
-    limits = Limits(maxmemory_bytes=16 * 1024 * 1024)
+    limits = ValkeyLimits(maxmemory_bytes=16 * 1024 * 1024)
     with EmbeddedValkey(tmp_path, limits=limits) as server, client_of(server.url) as client:
         client.set("kms:first", "1")
 

@@ -28,10 +28,10 @@ from hooks import (
 )
 from kms_cli.local.valkey import EmbeddedValkey
 from kms_core.container import Core
-from kms_core.jobs.events.dispatcher import Courier
+from kms_core.jobs.events.dispatcher import WebhookDispatcher
 from kms_core.jobs.events.outbox import Delivery, Outbox
-from kms_core.jobs.events.webhook import Endpoint, Message, post, sign
-from kms_core.jobs.model import Accepted
+from kms_core.jobs.events.webhook import WebhookEndpoint, WebhookRequest, post, sign
+from kms_core.jobs.model import JobSpec
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
 from kms_protocol import wire
@@ -60,13 +60,13 @@ def store(core: Core) -> JobStore:
 
 
 @pytest.fixture
-def ci(tmp_path: Path, receiver: Receiver, authority: Authority) -> Endpoint:
+def ci(tmp_path: Path, receiver: Receiver, authority: Authority) -> WebhookEndpoint:
     return endpoint(tmp_path, receiver.url(), authority)
 
 
 @contextmanager
-def courier(store: JobStore, endpoints: Mapping[str, Endpoint], name: str = "w1") -> Iterator[None]:
-    running = Courier(Outbox(store, endpoints), endpoints, name)
+def courier(store: JobStore, endpoints: Mapping[str, WebhookEndpoint], name: str = "w1") -> Iterator[None]:
+    running = WebhookDispatcher(Outbox(store, endpoints), endpoints, name)
     running.start()
     try:
         yield
@@ -97,7 +97,7 @@ def settled(outbox: Outbox) -> bool:
     ("state", "code"), [("succeeded", ""), ("failed", "items_failed"), ("cancelled", "cancelled")]
 )
 def test_each_end_is_told_once(
-    store: JobStore, ci: Endpoint, receiver: Receiver, state: JobState, code: str
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, state: JobState, code: str
 ) -> None:
     job_id = end(store, state, code)
     with courier(store, {"ci": ci}), courier(store, {"ci": ci}, "w2"):
@@ -113,7 +113,7 @@ def test_each_end_is_told_once(
 
 
 def test_the_signature_verifies_and_a_changed_body_does_not(
-    store: JobStore, ci: Endpoint, receiver: Receiver
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
 ) -> None:
     end(store)
     with courier(store, {"ci": ci}):
@@ -121,15 +121,17 @@ def test_the_signature_verifies_and_a_changed_body_does_not(
 
     [request] = receiver.requests
     stamp, given = int(request.headers["X-KMS-Timestamp"]), request.headers["X-KMS-Signature"]
-    message = Message(request.headers["X-KMS-Delivery"], request.headers["X-KMS-Job"], request.body)
-    tampered = Message(message.delivery_id, message.job_id, request.body.replace(b"succeeded", b"cancelled"))
+    message = WebhookRequest(request.headers["X-KMS-Delivery"], request.headers["X-KMS-Job"], request.body)
+    tampered = WebhookRequest(
+        message.delivery_id, message.job_id, request.body.replace(b"succeeded", b"cancelled")
+    )
     assert given == sign(SECRET, stamp, message)
     assert given not in {sign(SECRET, stamp, tampered), sign(SECRET, stamp + 1, message)}
     assert abs(time.time() - stamp) < 60
 
 
 def test_only_the_endpoints_states_are_told(
-    store: JobStore, ci: Endpoint, receiver: Receiver, tmp_path: Path
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, tmp_path: Path
 ) -> None:
     chatty = endpoint(tmp_path, ci.url, None, tls=ci.tls, events=frozenset({"queued", "running", "failed"}))
     end(store)
@@ -141,7 +143,7 @@ def test_only_the_endpoints_states_are_told(
 
 
 def test_a_queued_event_of_a_deferred_job_is_no_error(
-    store: JobStore, ci: Endpoint, receiver: Receiver, tmp_path: Path
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, tmp_path: Path
 ) -> None:
     chatty = endpoint(tmp_path, ci.url, None, tls=ci.tls, events=frozenset({"queued"}))
     claim = claimed(store, callback="ci")
@@ -153,7 +155,7 @@ def test_a_queued_event_of_a_deferred_job_is_no_error(
     assert [json.loads(request.body)["data"]["error"] for request in receiver.requests] == [None, None]
 
 
-def test_more_events_than_one_batch(store: JobStore, ci: Endpoint, receiver: Receiver) -> None:
+def test_more_events_than_one_batch(store: JobStore, ci: WebhookEndpoint, receiver: Receiver) -> None:
     for _ in range(260):
         end(store, callback="")
     job_id = end(store)
@@ -169,7 +171,7 @@ def test_more_events_than_one_batch(store: JobStore, ci: Endpoint, receiver: Rec
 
 @pytest.mark.parametrize("answer", [500, (307, "/elsewhere"), 404], ids=["500", "redirect", "404"])
 def test_a_refusal_is_tried_again_with_the_same_id_and_body(
-    store: JobStore, ci: Endpoint, receiver: Receiver, answer: int | tuple[int, str]
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, answer: int | tuple[int, str]
 ) -> None:
     receiver.answers = [answer]
     end(store)
@@ -196,7 +198,7 @@ def test_a_receiver_that_comes_up_later_is_told(
     assert len(receiver.requests) == 1
 
 
-def test_410_drops_the_delivery(store: JobStore, ci: Endpoint, receiver: Receiver) -> None:
+def test_410_drops_the_delivery(store: JobStore, ci: WebhookEndpoint, receiver: Receiver) -> None:
     receiver.answers = [410]
     end(store)
     outbox = Outbox(store, {"ci": ci})
@@ -207,7 +209,7 @@ def test_410_drops_the_delivery(store: JobStore, ci: Endpoint, receiver: Receive
 
 
 def test_an_endpoint_that_this_worker_does_not_know_yet_waits(
-    store: JobStore, ci: Endpoint, receiver: Receiver
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
 ) -> None:
     job_id = end(store)
     with courier(store, {}):
@@ -219,7 +221,7 @@ def test_an_endpoint_that_this_worker_does_not_know_yet_waits(
 
 
 def test_a_slow_receiver_does_not_hold_up_another(
-    store: JobStore, ci: Endpoint, receiver: Receiver, authority: Authority, tmp_path: Path
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, authority: Authority, tmp_path: Path
 ) -> None:
     released = Event()
     with receiving(authority) as slow:
@@ -238,7 +240,7 @@ def test_a_slow_receiver_does_not_hold_up_another(
     assert sorted(subjects(slow)) == sorted(stuck)
 
 
-def test_deliveries_are_counted(store: JobStore, ci: Endpoint, receiver: Receiver) -> None:
+def test_deliveries_are_counted(store: JobStore, ci: WebhookEndpoint, receiver: Receiver) -> None:
     def counts() -> list[float]:
         found = metrics.WEBHOOK_DELIVERIES.collect()
         values = {
@@ -263,7 +265,9 @@ def test_deliveries_are_counted(store: JobStore, ci: Endpoint, receiver: Receive
 # -- never lost ----------------------------------------------------------------------------------------
 
 
-def test_killed_between_taking_in_and_sending(store: JobStore, ci: Endpoint, receiver: Receiver) -> None:
+def test_killed_between_taking_in_and_sending(
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
+) -> None:
     end(store)
     _, delivery = taken_in(store, {"ci": ci})
     with courier(store, {"ci": ci}, "w2"):
@@ -273,7 +277,7 @@ def test_killed_between_taking_in_and_sending(store: JobStore, ci: Endpoint, rec
 
 
 def test_killed_between_the_answer_and_settling_sends_the_same_again(
-    store: JobStore, ci: Endpoint, receiver: Receiver
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
 ) -> None:
     end(store)
     _, delivery = taken_in(store, {"ci": ci})
@@ -285,7 +289,7 @@ def test_killed_between_the_answer_and_settling_sends_the_same_again(
     assert receiver.requests[0].body == receiver.requests[1].body
 
 
-def given_up(store: JobStore, endpoints: Mapping[str, Endpoint]) -> tuple[Outbox, Delivery]:
+def given_up(store: JobStore, endpoints: Mapping[str, WebhookEndpoint]) -> tuple[Outbox, Delivery]:
     """A delivery that has failed for a day."""
     outbox, delivery = taken_in(store, endpoints)
     assert outbox.put_off(msgspec.structs.replace(delivery, attempts=19)) is None
@@ -294,7 +298,7 @@ def given_up(store: JobStore, endpoints: Mapping[str, Endpoint]) -> tuple[Outbox
 
 
 def test_delivery_that_was_given_up_is_sent_again_when_asked_and_once(
-    store: JobStore, ci: Endpoint, receiver: Receiver
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
 ) -> None:
     end(store)
     outbox, dead = given_up(store, {"ci": ci})
@@ -307,7 +311,7 @@ def test_delivery_that_was_given_up_is_sent_again_when_asked_and_once(
     assert outbox.dead() == []
 
 
-def test_delivery_that_is_sent_again_has_all_its_attempts(store: JobStore, ci: Endpoint) -> None:
+def test_delivery_that_is_sent_again_has_all_its_attempts(store: JobStore, ci: WebhookEndpoint) -> None:
     end(store)
     outbox, dead = given_up(store, {"ci": ci})
     outbox.resend(msgspec.structs.replace(dead))
@@ -447,7 +451,7 @@ def test_an_endpoint_of_one_tenant_is_for_another_as_if_it_were_not_there(
 
 
 def test_what_was_accepted_for_a_tenant_that_may_no_longer_is_not_told(
-    store: JobStore, ci: Endpoint, receiver: Receiver
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
 ) -> None:
     """Before it was taken in, after it was, and when it is sent again."""
     end(store)
@@ -482,7 +486,7 @@ def test_an_unknown_callback_of_an_upload_is_refused(told: tuple[Service, Receiv
 def test_the_callback_is_in_the_sealed_part_alone() -> None:
     fields = {field.name for field in msgspec.structs.fields(wire.JobOut)}
 
-    assert "callback" in {field.name for field in msgspec.structs.fields(Accepted)}
+    assert "callback" in {field.name for field in msgspec.structs.fields(JobSpec)}
     assert "callback" not in fields
 
 

@@ -12,10 +12,10 @@ import pytest
 from kms_core import audit
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution.runner import Shop, run_job
+from kms_core.jobs.execution.runner import WorkerContext, run_job
 from kms_core.jobs.model import Job
 from kms_core.jobs.storage.local_paths import OpenSource, Roots
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import JobsUnavailable, PathRefused
 from kms_protocol.wire import JobItem, JobKind
@@ -36,14 +36,14 @@ def files(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def shop(core: Core) -> Shop:
+def shop(core: Core) -> WorkerContext:
     """A worker with short leases."""
-    return Shop(core.kms, store_of(core, SHORT, []), core.shop.spool, core.shop.places)
+    return WorkerContext(core.kms, store_of(core, SHORT, []), core.shop.spool, core.shop.places)
 
 
 def submit(core: Core, kind: JobKind, source: Path, target: Path, *, overwrite: bool = False) -> str:
     new = Context.parse("env=new") if kind == "rewrap" else None
-    terms = Terms(WHO, kind, CONTEXT, new_context=new)
+    terms = SubmissionOptions(WHO, kind, CONTEXT, new_context=new)
     return core.desk.reference(terms, f"file://{source}", f"file://{target}", overwrite=overwrite).job_id
 
 
@@ -57,7 +57,7 @@ def done(core: Core, kind: JobKind, source: Path, target: Path, *, overwrite: bo
     return now(core, job_id)
 
 
-def taken_up(shop: Shop, job_id: str) -> Job:
+def taken_up(shop: WorkerContext, job_id: str) -> Job:
     """The job after its worker died and another has had its turn."""
     lapse()
     shop.store.reap(job_id, 0)
@@ -204,7 +204,7 @@ def test_source_that_changes_meanwhile_fails_the_job(core: Core, files: Path) ->
     job_id = submit(core, "encrypt", files / "in", files / "out")
 
     places = replace(core.shop.places, roots=Meddling([files]))
-    run_job(job_id, Shop(core.kms, core.shop.store, core.shop.spool, places), "w")
+    run_job(job_id, WorkerContext(core.kms, core.shop.store, core.shop.spool, places), "w")
 
     assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "invalid_request")
     assert names(files) == {"in"}
@@ -229,7 +229,7 @@ def test_damaged_file_leaves_no_target(core: Core, files: Path, at: int) -> None
 @pytest.mark.parametrize("death", MOMENTS, ids=["-".join(moment) for moment in MOMENTS])
 @pytest.mark.parametrize("how", ["encrypt", "encrypt over", "decrypt", "decrypt over"])
 def test_job_of_a_killed_worker_is_finished_once(
-    core: Core, shop: Shop, files: Path, death: tuple[str, str], how: str
+    core: Core, shop: WorkerContext, files: Path, death: tuple[str, str], how: str
 ) -> None:
     kind: JobKind = "encrypt" if how.startswith("encrypt") else "decrypt"
     overwrite, (moment, step) = how.endswith("over"), death
@@ -252,7 +252,9 @@ def test_job_of_a_killed_worker_is_finished_once(
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["unheard", "heard"])
-def test_redis_lost_at_the_commit_costs_nothing(core: Core, shop: Shop, files: Path, *, after: bool) -> None:
+def test_redis_lost_at_the_commit_costs_nothing(
+    core: Core, shop: WorkerContext, files: Path, *, after: bool
+) -> None:
     job_id = submit(core, "encrypt", files / "in", files / "out")
 
     with pytest.raises(JobsUnavailable):
@@ -276,7 +278,7 @@ def test_finishing_twice_changes_nothing(core: Core, files: Path) -> None:
     assert names(files) == {"in", "out"}
 
 
-def test_target_taken_before_the_finish_is_left_alone(core: Core, shop: Shop, files: Path) -> None:
+def test_target_taken_before_the_finish_is_left_alone(core: Core, shop: WorkerContext, files: Path) -> None:
     job_id = submit(core, "encrypt", files / "in", files / "out")
     with pytest.raises(Killed):
         run_job(job_id, stumbling(core, "committing", after=True), "w1")
@@ -290,7 +292,7 @@ def test_target_taken_before_the_finish_is_left_alone(core: Core, shop: Shop, fi
 
 
 def test_result_that_was_exchanged_before_the_finish_is_not_put_in_place(
-    core: Core, shop: Shop, files: Path
+    core: Core, shop: WorkerContext, files: Path
 ) -> None:
     job_id = submit(core, "encrypt", files / "in", files / "out")
     with pytest.raises(Killed):
@@ -306,7 +308,7 @@ def test_result_that_was_exchanged_before_the_finish_is_not_put_in_place(
     assert "out" not in names(files)
 
 
-def test_worker_that_was_overtaken_has_no_effect(core: Core, shop: Shop, files: Path) -> None:
+def test_worker_that_was_overtaken_has_no_effect(core: Core, shop: WorkerContext, files: Path) -> None:
     job_id = submit(core, "encrypt", files / "in", files / "out")
 
     def overtake(step: str) -> None:
@@ -324,7 +326,7 @@ def test_worker_that_was_overtaken_has_no_effect(core: Core, shop: Shop, files: 
 
 
 def test_half_written_result_is_never_put_in_place_by_a_forged_commit(
-    core: Core, shop: Shop, files: Path
+    core: Core, shop: WorkerContext, files: Path
 ) -> None:
     job_id = submit(core, "encrypt", files / "in", files / "out")
     with pytest.raises(Killed):
@@ -344,9 +346,9 @@ def test_half_written_result_is_never_put_in_place_by_a_forged_commit(
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_bulk_job_of_a_killed_worker_has_one_result(core: Core, shop: Shop, *, after: bool) -> None:
+def test_bulk_job_of_a_killed_worker_has_one_result(core: Core, shop: WorkerContext, *, after: bool) -> None:
     items = [JobItem(plaintext=b"%d" % number) for number in range(20)]
-    job_id = core.desk.items(Terms(WHO, "encrypt", CONTEXT), items).job_id
+    job_id = core.desk.items(SubmissionOptions(WHO, "encrypt", CONTEXT), items).job_id
 
     with pytest.raises(Killed):
         run_job(job_id, stumbling(core, "finish", after=after), "w1")

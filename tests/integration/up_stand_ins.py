@@ -16,11 +16,11 @@ from pathlib import Path
 from types import FrameType
 
 from kms_cli.local import up
-from kms_core.programs.supervisor import Child, Pace
+from kms_core.programs.supervisor import Child, RestartPolicy
 from kms_core.settings.model import Settings
 from kms_protocol.errors import KmsError
 
-QUICK = Pace(first_delay_s=0.05, longest_delay_s=0.4, steady_s=30, start_timeout_s=10, poll_s=0.01)
+QUICK = RestartPolicy(first_delay_s=0.05, longest_delay_s=0.4, steady_s=30, start_timeout_s=10, poll_s=0.01)
 
 
 def programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Child]:
@@ -32,7 +32,7 @@ def programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Child]:
 
 
 def run_up() -> int:
-    options = up.Options(state_dir=Path(sys.argv[2]), port=int(sys.argv[3]))
+    options = up.UpOptions(state_dir=Path(sys.argv[2]), port=int(sys.argv[3]))
     try:
         return up.run(options, programs=programs, pace=QUICK)
     except KmsError as exc:

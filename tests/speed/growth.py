@@ -8,8 +8,8 @@ from functools import partial
 from typing import Final
 
 from kms_core.age import header
-from kms_core.age.header import Limits, Stanza
-from kms_core.age.x25519 import Identity
+from kms_core.age.header import HeaderLimits, Stanza
+from kms_core.age.x25519 import X25519Identity
 from kms_core.envelope import binding, sealing
 from kms_core.jobs.execution import bulk_items
 from kms_protocol.context import Context
@@ -20,7 +20,7 @@ from speed.house import SECRET, House
 TIMES: Final = 10
 _RUNS: Final = 9
 _ENOUGH_S: Final = 0.1
-_ENDLESS: Final = Limits(header_bytes=1 << 40, stanzas=1 << 40)
+_ENDLESS: Final = HeaderLimits(header_bytes=1 << 40, stanzas=1 << 40)
 _KEY: Final = SECRET[:16]
 _SHARE: Final = b"-> X25519 " + b"A" * 43 + b"\n"
 _FOOT: Final = b"\n--- " + b"A" * 43 + b"\n"
@@ -85,7 +85,7 @@ def _bound(count: int, turns: Iterator[int]) -> bytes:
 
 
 def _recipients(house: House, count: int) -> Function:
-    other, last = Identity.generate().recipient.wrap(_KEY), house.backend.wrap(_KEY, house.ref, b"")
+    other, last = X25519Identity.generate().recipient.wrap(_KEY), house.backend.wrap(_KEY, house.ref, b"")
     head = header.parse(header.render([other] * (count - 1) + [last], _KEY) + SECRET, _ENDLESS)
     return lambda: sealing.foreign_file_key(head, house.backend, [house.ref])
 

@@ -17,8 +17,8 @@ from kms_core.http_server.protocol import BODY
 from kms_core.jobs.execution.runner import run_job
 from kms_core.observability import logs
 from kms_core.payload import parallel
-from kms_core.payload.files import Extent, Onto
-from kms_core.payload.parallel import Pace
+from kms_core.payload.files import FileRange, FileWriter
+from kms_core.payload.parallel import ParallelOptions
 from kms_protocol.context import Context
 from kms_protocol.wire import PREFIX
 from service import core_of
@@ -27,7 +27,7 @@ from speed.counting import Function
 CONTEXT: Final = "env=prod,service=api"
 SECRET: Final = bytes(1024)
 FILE_BYTES: Final = 16 * 1024 * 1024
-ALONE: Final = Pace(threads=1)
+ALONE: Final = ParallelOptions(threads=1)
 SCOPES: Final = "encrypt,decrypt,jobs:read,jobs:write key=def* context=env=prod,service=*"
 WHOLE: Final = SimpleNamespace(more_body=False, flow=SimpleNamespace(write_paused=False))
 """What uvicorn leaves of a request whose body came with its head."""
@@ -122,11 +122,11 @@ def paths(house: House, on_disk: House) -> dict[str, Function]:
     }
 
 
-def files(*, sealed: bool = False) -> tuple[Extent, Onto]:
+def files(*, sealed: bool = False) -> tuple[FileRange, FileWriter]:
     """A source and a target in memory, where every file system is the same."""
     source, target = os.memfd_create("source"), os.memfd_create("target")
     os.truncate(source, FILE_BYTES)
     if not sealed:
-        return Extent(source, FILE_BYTES), Onto(target)
-    parallel.seal_file(SECRET[:32], Extent(source, FILE_BYTES), Onto(target), pace=ALONE)
-    return Extent(target, stream.sealed_size(FILE_BYTES)), Onto(source)
+        return FileRange(source, FILE_BYTES), FileWriter(target)
+    parallel.seal_file(SECRET[:32], FileRange(source, FILE_BYTES), FileWriter(target), pace=ALONE)
+    return FileRange(target, stream.sealed_size(FILE_BYTES)), FileWriter(source)

@@ -17,9 +17,9 @@ from kms_core.backends.age import AgeBackend, KeyFiles
 from kms_core.envelope.binding import KeyRef
 from kms_protocol.errors import ConfigurationError
 
-FIRST: Final = x25519.Identity.generate()
-SECOND: Final = x25519.Identity.generate()
-HYBRID: Final = mlkem768x25519.Identity.generate()
+FIRST: Final = x25519.X25519Identity.generate()
+SECOND: Final = x25519.X25519Identity.generate()
+HYBRID: Final = mlkem768x25519.HybridIdentity.generate()
 FILE_KEY: Final = bytes(range(16))
 
 
@@ -94,7 +94,7 @@ def test_without_a_recipient_file_the_last_identity_seals(tmp_path: Path) -> Non
 
 
 def test_a_version_is_the_digest_of_the_recipient() -> None:
-    identity = x25519.Identity(bytes(32))
+    identity = x25519.X25519Identity(bytes(32))
 
     assert str(identity.recipient) == "age19ljhmg68e43yx9fgm2k9lwefquc0la5y4lzvlshdjzv47kxt8d6qr9vf4p"
     assert version_of(identity.recipient) == "0087f1a8"

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from agekms import head_of
 from kms_cli.age_file.keys import Identities
-from kms_cli.plugin.keys import Keys
-from kms_cli.plugin.names import Target
-from kms_cli.plugin.protocol import Broken, Line
+from kms_cli.plugin.keys import PluginKeys
+from kms_cli.plugin.names import PluginTarget
+from kms_cli.plugin.protocol import Broken, PluginConnection
 from kms_cli.plugin.state_machines import MOST_TRIES, identity_v1, recipient_v1
 from kms_core.age import bech32, header, mlkem768x25519, x25519
 from kms_core.age.header import Stanza, parse_stanzas, render_stanza
@@ -29,7 +29,7 @@ from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
 FILE_KEY: Final = bytes(range(16))
 OTHER_KEY: Final = bytes(range(16, 32))
 ENV: Final = Context.parse("env=prod")
-HERE: Final = Target("payroll", ENV)
+HERE: Final = PluginTarget("payroll", ENV)
 OK: Final = b"-> ok\n\n"
 HERE_TOO: Final = f"add-identity {HERE.identity()}"
 
@@ -40,14 +40,14 @@ class Sealer:
 
     identities: Identities
     trouble: KmsError | None = None
-    asked: list[Target] = field(default_factory=list)
+    asked: list[PluginTarget] = field(default_factory=list)
 
-    def wrap(self, file_key: bytes, target: Target) -> bytes:
+    def wrap(self, file_key: bytes, target: PluginTarget) -> bytes:
         self._note(target)
         stanza = sealing.hand_over(file_key, self.identities, self._ref(target.key_id), target.context, ())
         return render_stanza(stanza)
 
-    def unwrap(self, stanzas: bytes, target: Target) -> bytes:
+    def unwrap(self, stanzas: bytes, target: PluginTarget) -> bytes:
         self._note(target)
         given = header.unbundled(parse_stanzas(stanzas, header.FILE_LIMITS), header.FILE_LIMITS)
         bound = binding.read_stanzas(given)
@@ -55,7 +55,7 @@ class Sealer:
         ref = self._ref(bound.key_id)
         return sealing.take_over(given, self.identities, ref, context=target.context)[0]
 
-    def _note(self, target: Target) -> None:
+    def _note(self, target: PluginTarget) -> None:
         self.asked.append(target)
         if self.trouble:
             raise self.trouble
@@ -66,7 +66,7 @@ class Sealer:
 
 @pytest.fixture
 def sealer() -> Sealer:
-    return Sealer(Identities({"v1": x25519.Identity.generate()}))
+    return Sealer(Identities({"v1": x25519.X25519Identity.generate()}))
 
 
 def said(*stanzas: Stanza | str) -> bytes:
@@ -79,15 +79,15 @@ def wrap_key(file_key: bytes = FILE_KEY) -> Stanza:
     return Stanza(("wrap-file-key",), file_key)
 
 
-def answer(machine: object, incoming: bytes, keys: Keys) -> list[Stanza]:
+def answer(machine: object, incoming: bytes, keys: PluginKeys) -> list[Stanza]:
     """What the plugin says, when every command of its own is answered with ok."""
     outgoing = io.BytesIO()
     assert callable(machine)
-    machine(Line(io.BytesIO(incoming + OK * 50), outgoing), lambda _: keys)
+    machine(PluginConnection(io.BytesIO(incoming + OK * 50), outgoing), lambda _: keys)
     return list(parse_stanzas(outgoing.getvalue(), header.FILE_LIMITS))
 
 
-def wrapped(keys: Keys, *recipients: str, file_key: bytes = FILE_KEY) -> list[Stanza]:
+def wrapped(keys: PluginKeys, *recipients: str, file_key: bytes = FILE_KEY) -> list[Stanza]:
     """The stanzas of a file for these recipients."""
     words = [f"add-recipient {each}" for each in recipients]
     found = answer(recipient_v1, said(*words, wrap_key(file_key), "done"), keys)
@@ -103,7 +103,7 @@ def offered(file: int, stanza: Stanza) -> Stanza:
 
 
 def test_one_stanza_for_each_file_key_and_recipient(sealer: Sealer) -> None:
-    other = Target("backup", ENV)
+    other = PluginTarget("backup", ENV)
     incoming = said(
         wrap_key(), f"add-recipient {HERE.recipient()}", "grease-1 2 3", wrap_key(OTHER_KEY),
         f"add-identity {other.identity()}", Stanza(("unknown",), b"x" * 100), "done",
@@ -162,7 +162,9 @@ def test_an_error_of_the_service_leaves_no_stanza(sealer: Sealer) -> None:
     ids=["asked and so", "asked and classic", "not asked"],
 )
 def test_post_quantum_keys_label_themselves(labels: bool, hybrids: bool, expected: list[str]) -> None:
-    keys = Sealer(Identities({"v1": (mlkem768x25519 if hybrids else x25519).Identity.generate()}))
+    keys = Sealer(
+        Identities({"v1": (mlkem768x25519.HybridIdentity if hybrids else x25519.X25519Identity).generate()})
+    )
     asking = ("extension-labels",) if labels else ()
     incoming = said(f"add-recipient {HERE.recipient()}", wrap_key(), *asking, "done")
 
@@ -176,8 +178,10 @@ def test_post_quantum_and_classic_keys_do_not_mix() -> None:
         def _ref(self, key_id: str | None) -> KeyRef:
             return self.identities.ref(key_id or "")
 
-    keys = Mixed(Identities({"old": x25519.Identity.generate(), "new": mlkem768x25519.Identity.generate()}))
-    both = [Target("old").recipient(), Target("new").recipient()]
+    keys = Mixed(
+        Identities({"old": x25519.X25519Identity.generate(), "new": mlkem768x25519.HybridIdentity.generate()})
+    )
+    both = [PluginTarget("old").recipient(), PluginTarget("new").recipient()]
     incoming = said(*(f"add-recipient {each}" for each in both), wrap_key(), "done")
 
     error, done = answer(recipient_v1, incoming, keys)
@@ -207,13 +211,13 @@ def test_every_file_gets_its_key(sealer: Sealer) -> None:
 @pytest.mark.parametrize(
     ("identity", "words"),
     [
-        (Target("other", ENV), ["done"]),
-        (Target("payroll"), ["msg", "done"]),
-        (Target(None, ENV), ["file-key", "done"]),
+        (PluginTarget("other", ENV), ["done"]),
+        (PluginTarget("payroll"), ["msg", "done"]),
+        (PluginTarget(None, ENV), ["file-key", "done"]),
     ],
     ids=["of another key", "of another context", "of any key"],
 )
-def test_an_identity_opens_what_it_names(sealer: Sealer, identity: Target, words: list[str]) -> None:
+def test_an_identity_opens_what_it_names(sealer: Sealer, identity: PluginTarget, words: list[str]) -> None:
     stanzas = wrapped(sealer, HERE.recipient())
     incoming = said(f"add-identity {identity.identity()}", *(offered(0, each) for each in stanzas), "done")
 
@@ -222,7 +226,7 @@ def test_an_identity_opens_what_it_names(sealer: Sealer, identity: Target, words
 
 def test_identities_are_tried_until_one_opens(sealer: Sealer) -> None:
     stanzas = wrapped(sealer, HERE.recipient())
-    tried = [Target("payroll"), Target("payroll", Context.parse("env=dev")), HERE]
+    tried = [PluginTarget("payroll"), PluginTarget("payroll", Context.parse("env=dev")), HERE]
     incoming = said(
         *(f"add-identity {each.identity()}" for each in tried),
         *(offered(0, each) for each in stanzas),
@@ -279,7 +283,7 @@ def test_without_a_service_a_file_is_in_error(sealer: Sealer) -> None:
 
 
 def test_a_header_of_many_wraps_costs_a_bounded_number_of_calls(sealer: Sealer) -> None:
-    (stanza,) = wrapped(sealer, Target("payroll").recipient())
+    (stanza,) = wrapped(sealer, PluginTarget("payroll").recipient())
     sealer.asked.clear()
     incoming = said(HERE_TOO, *[offered(0, stanza)] * (MOST_TRIES + 1), "done")
 
@@ -349,7 +353,7 @@ def test_a_tool_that_takes_no_stanza_is_left(sealer: Sealer, replies: bytes) -> 
     incoming = said(f"add-recipient {HERE.recipient()}", wrap_key(), "done") + replies
 
     with pytest.raises(Broken):
-        recipient_v1(Line(io.BytesIO(incoming), io.BytesIO()), lambda _: sealer)
+        recipient_v1(PluginConnection(io.BytesIO(incoming), io.BytesIO()), lambda _: sealer)
 
 
 words = st.text(st.characters(codec="ascii", min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=20)
@@ -363,7 +367,7 @@ stanza_texts = st.builds(
     st.lists(words | telling, max_size=4),
     st.binary(max_size=100),
 )  # fmt: skip
-SEALER: Final = Sealer(Identities({"v1": x25519.Identity.generate()}))
+SEALER: Final = Sealer(Identities({"v1": x25519.X25519Identity.generate()}))
 
 
 @given(
@@ -379,18 +383,18 @@ def test_whatever_comes_is_answered_or_ends_the_talk(incoming: bytes, machine: o
 
 
 def test_an_identity_without_data_is_the_one_of_no_context() -> None:
-    assert Target.of_identity(bech32.encode("AGE-PLUGIN-KMS-", b"")) == Target()
+    assert PluginTarget.of_identity(bech32.encode("AGE-PLUGIN-KMS-", b"")) == PluginTarget()
     with pytest.raises(ValueError, match="later version"):
-        Target.of_recipient(bech32.encode("age1kms", b""))
+        PluginTarget.of_recipient(bech32.encode("age1kms", b""))
 
 
 @given(st.binary(max_size=400))
 def test_no_text_of_a_recipient_is_beyond_a_plain_refusal(data: bytes) -> None:
     try:
-        target = Target.of_recipient(bech32.encode("age1kms", data))
+        target = PluginTarget.of_recipient(bech32.encode("age1kms", data))
     except ValueError:
         return
-    assert Target.of_recipient(target.recipient()) == target
+    assert PluginTarget.of_recipient(target.recipient()) == target
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=8), st.text(max_size=12), max_size=5))
@@ -399,8 +403,12 @@ def test_a_recipient_says_key_context_and_place_again(pairs: dict[str, str]) -> 
         context = Context.parse(pairs)
     except KmsError:
         return
-    for target in (Target("k", context), Target(None, context, "https://kms.example.com"), Target("k", context, None, True)):  # noqa: E501, FBT003 -- one each  # fmt: skip
-        assert Target.of_recipient(target.recipient()) == Target.of_identity(target.identity()) == target
+    for target in (PluginTarget("k", context), PluginTarget(None, context, "https://kms.example.com"), PluginTarget("k", context, None, True)):  # noqa: E501, FBT003 -- one each  # fmt: skip
+        assert (
+            PluginTarget.of_recipient(target.recipient())
+            == PluginTarget.of_identity(target.identity())
+            == target
+        )
 
 
 # -- the program -----------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from kms_core.backends import age
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope.binding import KeyRef
 
-FIRST: Final = x25519.Identity.generate()
-SECOND: Final = x25519.Identity.generate()
+FIRST: Final = x25519.X25519Identity.generate()
+SECOND: Final = x25519.X25519Identity.generate()
 FILE_KEY: Final = bytes(range(16))
 
 

@@ -22,9 +22,9 @@ def ref(backend: AgeBackend) -> KeyRef:
     return KeyRef("acme", "default", backend.current_version(), "age")
 
 
-@pytest.mark.parametrize("kind", [x25519.Identity, mlkem768x25519.Identity])
+@pytest.mark.parametrize("kind", [x25519.X25519Identity, mlkem768x25519.HybridIdentity])
 def test_a_new_identity_of_the_same_type_is_in_use_and_the_old_one_opens(
-    tmp_path: Path, kind: type[x25519.Identity | mlkem768x25519.Identity]
+    tmp_path: Path, kind: type[x25519.X25519Identity | mlkem768x25519.HybridIdentity]
 ) -> None:
     backend = age_backend(tmp_path, kind.generate())
     old = ref(backend)
@@ -38,7 +38,7 @@ def test_a_new_identity_of_the_same_type_is_in_use_and_the_old_one_opens(
 
 
 def test_other_processes_and_stock_tools_read_what_rotation_wrote(tmp_path: Path) -> None:
-    backend = age_backend(tmp_path, x25519.Identity.generate())
+    backend = age_backend(tmp_path, x25519.X25519Identity.generate())
     made = backend.rotate()
     again = AgeBackend(KeyFiles(tmp_path / "private_key.txt", tmp_path / "public_key.txt"))
 
@@ -54,7 +54,7 @@ def test_other_processes_and_stock_tools_read_what_rotation_wrote(tmp_path: Path
 
 
 def test_mode_and_other_lines_stay(tmp_path: Path) -> None:
-    backend = age_backend(tmp_path, x25519.Identity.generate())
+    backend = age_backend(tmp_path, x25519.X25519Identity.generate())
     private = tmp_path / "private_key.txt"
     private.write_text("# ours since 2024\n" + private.read_text().rstrip("\n"))
     private.chmod(0o400)
@@ -67,7 +67,7 @@ def test_mode_and_other_lines_stay(tmp_path: Path) -> None:
 
 def test_a_rotation_is_in_use_at_once_however_seldom_files_are_looked_at(tmp_path: Path) -> None:
     private = tmp_path / "private_key.txt"
-    write_identities(private, x25519.Identity.generate())
+    write_identities(private, x25519.X25519Identity.generate())
     backend = AgeBackend(KeyFiles(private), recheck_s=3600)
     before = backend.current_version()
 
@@ -76,14 +76,14 @@ def test_a_rotation_is_in_use_at_once_however_seldom_files_are_looked_at(tmp_pat
 
 def test_without_a_public_file_the_last_identity_is_in_use(tmp_path: Path) -> None:
     private = tmp_path / "private_key.txt"
-    write_identities(private, x25519.Identity.generate())
+    write_identities(private, x25519.X25519Identity.generate())
     backend = AgeBackend(KeyFiles(private), recheck_s=0)
 
     assert backend.rotate().version == backend.current_version()
 
 
 def test_rotations_at_once_lose_none(tmp_path: Path) -> None:
-    first = x25519.Identity.generate()
+    first = x25519.X25519Identity.generate()
     age_backend(tmp_path, first)
     files = KeyFiles(tmp_path / "private_key.txt", tmp_path / "public_key.txt")
     backends = [AgeBackend(files, recheck_s=0) for _ in range(4)]
@@ -96,7 +96,7 @@ def test_rotations_at_once_lose_none(tmp_path: Path) -> None:
 
 
 def test_a_crash_between_the_two_files_leaves_the_old_recipient_in_use(tmp_path: Path) -> None:
-    backend = age_backend(tmp_path, x25519.Identity.generate())
+    backend = age_backend(tmp_path, x25519.X25519Identity.generate())
     public, before = tmp_path / "public_key.txt", ref(backend)
     recipient = public.read_text()
     backend.rotate()
@@ -108,7 +108,7 @@ def test_a_crash_between_the_two_files_leaves_the_old_recipient_in_use(tmp_path:
 
 
 def test_a_key_that_cannot_be_written_stays_in_use_and_says_why(tmp_path: Path) -> None:
-    backend = age_backend(tmp_path, x25519.Identity.generate())
+    backend = age_backend(tmp_path, x25519.X25519Identity.generate())
     before = backend.current_version()
     (tmp_path / "private_key.txt").rename(tmp_path / "elsewhere.txt")
 
@@ -122,7 +122,7 @@ def test_a_recipient_is_replaced_once_its_identity_survives_a_power_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, apart: bool
 ) -> None:
     private, public = tmp_path / "private_key.txt", tmp_path / "public_key.txt"
-    backend = age_backend(tmp_path, x25519.Identity.generate())
+    backend = age_backend(tmp_path, x25519.X25519Identity.generate())
     if apart:
         elsewhere = tmp_path / "elsewhere"
         elsewhere.mkdir()

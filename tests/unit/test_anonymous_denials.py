@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 from agekms import Kept
 from kms_api.deps import WHO
 from kms_api.errors import problems
-from kms_api.transport.request_context import Edge
+from kms_api.transport.request_context import RequestContext
 from kms_core.auth.policy import Principal
 from kms_protocol.errors import Forbidden, Unauthenticated
 
@@ -35,7 +35,7 @@ async def refusing(scope: Scope, receive: Receive, send: Send) -> None:
 async def denied(trail: Kept, requests: int, **headers: str) -> int:
     """How many records so many refusals leave."""
     before = len(trail.lines)
-    edge = Edge(refusing, [], trail)
+    edge = RequestContext(refusing, [], trail)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(edge), base_url="http://localhost") as client:
         for _ in range(requests):
             assert (await client.get("/x", headers=headers)).status_code in {401, 403}

@@ -13,20 +13,20 @@ import redis
 from prometheus_client import REGISTRY
 
 from kms_core import audit
-from kms_core.audit import Rules, Trail, chain, retention, segments
+from kms_core.audit import AuditLog, AuditLogRules, chain, retention, segments
 from kms_core.audit.keys import Signer
-from kms_core.audit.maintenance import Keeper
-from kms_core.audit.sinks import ANCHORS, Folder, RedisStream
+from kms_core.audit.maintenance import AuditMaintenance
+from kms_core.audit.sinks import ANCHORS, FolderSink, RedisSink
 from kms_core.audit.verification import anchors
-from kms_core.audit.verification.monitor import Watch
-from kms_core.audit.verification.report import Report
+from kms_core.audit.verification.monitor import AuditMonitor
+from kms_core.audit.verification.report import VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_core.auth.policy import Principal
 from trails import Place, codes, notes, record
 
-EAGER: Final = Rules(checkpoint_s=0)
+EAGER: Final = AuditLogRules(checkpoint_s=0)
 DAY_NS: Final = 24 * 3600 * 1_000_000_000
-AnchorPlace = RedisStream | Folder
+AnchorPlace = RedisSink | FolderSink
 KINDS: Final = ("directory", "redis")
 
 
@@ -45,16 +45,18 @@ def place(tmp_path: Path) -> Place:
 def kept(request: pytest.FixtureRequest, place: Place) -> AnchorPlace:
     """Where anchors are."""
     if request.param == "directory":
-        return Folder(place.at / "anchors")
-    return RedisStream(redis.Redis.from_url(request.getfixturevalue("redis_url")), ANCHORS)
+        return FolderSink(place.at / "anchors")
+    return RedisSink(redis.Redis.from_url(request.getfixturevalue("redis_url")), ANCHORS)
 
 
 class Writer:
     """A process that writes a log and anchors it at once."""
 
-    def __init__(self, place: Place, kept: AnchorPlace, rules: Rules = EAGER, role: str = "api") -> None:
-        self.trail: Trail = place.trail(rules, role=role)
-        self._keeper = Keeper(self.trail, [kept])
+    def __init__(
+        self, place: Place, kept: AnchorPlace, rules: AuditLogRules = EAGER, role: str = "api"
+    ) -> None:
+        self.trail: AuditLog = place.trail(rules, role=role)
+        self._keeper = AuditMaintenance(self.trail, [kept])
 
     def write(self, count: int = 3) -> None:
         for number in range(1, count + 1):
@@ -73,16 +75,16 @@ def writer(place: Place, kept: AnchorPlace) -> Writer:
     return made
 
 
-def watching(place: Place, *kept: AnchorPlace) -> Watch:
-    return Watch(place.folder, place.signing_key, kept)
+def watching(place: Place, *kept: AnchorPlace) -> AuditMonitor:
+    return AuditMonitor(place.folder, place.signing_key, kept)
 
 
-def found(watch: Watch) -> list[str]:
+def found(watch: AuditMonitor) -> list[str]:
     watch.look()
     return [problem.code for problem in watch.condition.anchors]
 
 
-def verified(place: Place, kept: AnchorPlace) -> Report:
+def verified(place: Place, kept: AnchorPlace) -> VerificationReport:
     return verify(place.folder, place.keys(), {"there": kept.lines()})
 
 
@@ -123,7 +125,7 @@ def test_a_log_that_goes_on_agrees_with_its_anchors(place: Place, kept: AnchorPl
 
 
 def test_one_checkpoint_after_another_through_many_files(place: Place, kept: AnchorPlace) -> None:
-    writer = Writer(place, kept, Rules(checkpoint_lines=4, rotate_bytes=4096))
+    writer = Writer(place, kept, AuditLogRules(checkpoint_lines=4, rotate_bytes=4096))
     watch = watching(place, kept)
     for _ in range(20):
         writer.write(5)
@@ -311,10 +313,10 @@ def retired(place: Place, kept: AnchorPlace) -> Writer:
     old = place.trail(clock=lambda: at)
     old.append(record(1))
     old.close()
-    Keeper(old, [kept]).round()
+    AuditMaintenance(old, [kept]).round()
     writer = Writer(place, kept)
     writer.write()
-    Keeper(writer.trail, keep_days=20).round()
+    AuditMaintenance(writer.trail, keep_days=20).round()
     assert len(place.files()) == 1
     return writer
 
@@ -477,9 +479,11 @@ def test_a_record_of_a_loss_without_its_first_line_stands_for_all_before_the_las
 
 
 def test_losses_on_record_add_up() -> None:
-    def lines(*effects: str, stage: str = "outcome") -> list[chain.Line]:
+    def lines(*effects: str, stage: str = "outcome") -> list[chain.ChainLine]:
         return [
-            chain.Line(seq=0, chain="cli", time="", operation=anchors.ACKNOWLEDGED, stage=stage, effect=each)
+            chain.ChainLine(
+                seq=0, chain="cli", time="", operation=anchors.ACKNOWLEDGED, stage=stage, effect=each
+            )
             for each in effects
         ]
 
@@ -521,7 +525,7 @@ def test_a_loss_counts_once_its_record_is_signed(place: Place, kept: AnchorPlace
 
 
 def test_a_place_that_cannot_be_read_is_said_and_compared_when_it_is_back(place: Place) -> None:
-    kept = Folder(place.at / "anchors")
+    kept = FolderSink(place.at / "anchors")
     writer = Writer(place, kept)
     writer.write()
     older = Older(place)
@@ -541,7 +545,7 @@ def test_a_place_that_cannot_be_read_is_said_and_compared_when_it_is_back(place:
 
 
 def test_redis_that_does_not_answer_is_said(place: Place) -> None:
-    kept = RedisStream(redis.Redis.from_url("unix:///nonexistent/valkey.sock"), ANCHORS)
+    kept = RedisSink(redis.Redis.from_url("unix:///nonexistent/valkey.sock"), ANCHORS)
     place.written(3)
     watch = watching(place, kept)
 
@@ -572,7 +576,7 @@ def test_the_last_seconds_that_a_failover_loses_are_no_alarm_and_more_is(
     place: Place, redis_url: str
 ) -> None:
     client = redis.Redis.from_url(redis_url)
-    kept = RedisStream(client, ANCHORS)
+    kept = RedisSink(client, ANCHORS)
     writer, watch = Writer(place, kept), watching(place, kept)
     for _ in range(3):
         writer.write()
@@ -630,7 +634,7 @@ def test_looks_within_half_a_minute_do_not_ask_again(
     monkeypatch.setattr(anchors, "EVERY_S", 30.0)
     asked = []
 
-    class Counting(RedisStream):
+    class Counting(RedisSink):
         def after(self, cursor: str, count: int = 1) -> list[tuple[bytes, dict[bytes, bytes]]]:
             asked.append(cursor)
             return super().after(cursor, count)
@@ -672,7 +676,7 @@ def test_only_the_newest_anchors_of_a_stream_are_read_at_first(
     place: Place, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(anchors, "_FIRST_READ", 2)
-    kept = RedisStream(redis.Redis.from_url(redis_url), ANCHORS)
+    kept = RedisSink(redis.Redis.from_url(redis_url), ANCHORS)
     writer = Writer(place, kept)
     for _ in range(4):
         writer.write()

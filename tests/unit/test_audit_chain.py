@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kms_core.audit import Rules, Trail
+from kms_core.audit import AuditLog, AuditLogRules
 from kms_core.audit.keys import Concealer, PublicKeys, Signer
-from kms_core.audit.verification.report import Report
+from kms_core.audit.verification.report import VerificationReport
 from kms_core.audit.verification.verify import verify
 from trails import codes, record
 
@@ -28,10 +28,10 @@ NAMES: Final = st.text(max_size=12)
 STAGES: Final = st.sampled_from(["", "", "", "intent", "outcome"])
 RECORDS: Final = st.lists(st.tuples(NAMES, CONTEXTS, STAGES), min_size=1, max_size=8)
 RULES: Final = st.builds(
-    Rules, checkpoint_lines=st.integers(1, 6), rotate_bytes=st.sampled_from([600, 2000, 1 << 20])
+    AuditLogRules, checkpoint_lines=st.integers(1, 6), rotate_bytes=st.sampled_from([600, 2000, 1 << 20])
 )
 TRAILS: Final = st.lists(st.tuples(RULES, RECORDS), min_size=1, max_size=3)
-Plan = list[tuple[Rules, list[tuple[str, dict[str, str], str]]]]
+Plan = list[tuple[AuditLogRules, list[tuple[str, dict[str, str], str]]]]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ class Written:
         self.keys = PublicKeys.of([signer.public])
         self.anchors: list[bytes] = []
         for rules, records in plan:
-            trail = Trail(folder, "api", Concealer(bytes(32)), signer, rules)
+            trail = AuditLog(folder, "api", Concealer(bytes(32)), signer, rules)
             for number, (name, context, stage) in enumerate(records):
                 effect = f"e{number}" if stage else ""
                 trail.append(record(principal=name, context=context, stage=stage, effect=effect))
@@ -58,7 +58,7 @@ class Written:
     def files(self) -> list[Path]:
         return sorted(self.folder.iterdir())
 
-    def verified(self, *, anchored: bool = True) -> Report:
+    def verified(self, *, anchored: bool = True) -> VerificationReport:
         return verify(self.folder, self.keys, {"here": self.anchors} if anchored and self.anchors else {})
 
 
@@ -180,7 +180,7 @@ def test_a_trail_that_nobody_touched_is_not_accused(signer: Signer, plan: Plan) 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_chain_that_stops_when_its_file_has_just_become_full_is_closed(signer: Signer, count: int) -> None:
     """The last record ends the file; the closing line begins another one."""
-    with written([(Rules(rotate_bytes=1), [("ada", {}, "")] * count)], signer) as trail:
+    with written([(AuditLogRules(rotate_bytes=1), [("ada", {}, "")] * count)], signer) as trail:
         report = trail.verified(anchored=False)
 
         assert (report.verdict, report.chains[0].state) == ("intact", "closed")

@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY
 
 from agekms import kms_over
 from kms_core.audit import query
-from kms_core.audit.query import Wanted
+from kms_core.audit.query import EventFilter
 from kms_core.auth.policy import AllowAll, Principal
 from kms_protocol.context import Context
 from kms_protocol.errors import KmsError, UnknownKey
@@ -96,7 +96,7 @@ def test_each_batch_has_a_bound_of_its_own_and_single_calls_have_none(place: Pla
 
 def test_queries_find_it_with_its_count(place: Place) -> None:
     batch(place, *[{"result": "forbidden"}] * 25)
-    page = query.page(place.folder, Wanted(result="failed"), None, 100)
+    page = query.page(place.folder, EventFilter(result="failed"), None, 100)
 
     assert [event.count for event in page.events] == [0] * BOUND + [15]
     assert query.fields(page.events[-1])["count"] == 15

@@ -7,13 +7,13 @@ from typing import Final
 
 import pytest
 
-from kms_core.audit import Rules, chain, segments
+from kms_core.audit import AuditLogRules, chain, segments
 from kms_core.audit.keys import PublicKeys, Signer
-from kms_core.audit.verification.monitor import Watch
-from kms_core.audit.verification.report import Report
+from kms_core.audit.verification.monitor import AuditMonitor
+from kms_core.audit.verification.report import VerificationReport
 from trails import Place, codes, notes, record, rewrite
 
-SMALL: Final = Rules(checkpoint_lines=5)
+SMALL: Final = AuditLogRules(checkpoint_lines=5)
 LATER: Final = "2999-01-01T00:00:00.000000Z"
 
 
@@ -59,7 +59,7 @@ def tips(place: Place) -> dict[str, int]:
     return {name: tip.seq for name, tip in segments.tips(place.folder, place.keys(), but="").items()}
 
 
-def said(report: Report, code: str) -> str:
+def said(report: VerificationReport, code: str) -> str:
     (text,) = [note.text for note in report.notes if note.code == code]
     return text
 
@@ -83,7 +83,7 @@ def test_lines_behind_a_closed_end_are_damage(place: Place, later: int) -> None:
 
 def test_lines_behind_the_end_of_a_full_file_are_damage(place: Place) -> None:
     """The process was killed before it began the next one."""
-    trail = place.trail(Rules(rotate_bytes=1))
+    trail = place.trail(AuditLogRules(rotate_bytes=1))
     trail.append(record(1))
     (path,) = place.files()
     append_forged(path)
@@ -127,7 +127,7 @@ def test_unsigned_lines_in_a_further_file_behind_a_closed_end_are_no_intact_log(
 @pytest.mark.parametrize("looked", [True, False], ids=["read before", "read at first"])
 def test_a_line_behind_a_closed_end_is_seen_while_the_service_runs(place: Place, looked: bool) -> None:
     path = place.written(3)
-    watch = Watch(place.folder, place.signing_key)
+    watch = AuditMonitor(place.folder, place.signing_key)
     if looked:
         watch.look()
         assert watch.condition.problems == ()
@@ -185,7 +185,7 @@ def append_forged_fast(path: Path, count: int) -> None:
 
 def test_the_interval_is_that_of_the_chain_where_it_signed_less_often(place: Place) -> None:
     """Line 3,000 is the first that is signed; behind the second as many may follow."""
-    path = place.written(3_100, Rules(checkpoint_lines=3_000, checkpoint_s=1e9, rotate_bytes=1 << 30))
+    path = place.written(3_100, AuditLogRules(checkpoint_lines=3_000, checkpoint_s=1e9, rotate_bytes=1 << 30))
     rewrite(path, lambda lines: lines[:-1])
     append_forged_fast(path, 1_200)
     place.written(1)
@@ -194,7 +194,7 @@ def test_the_interval_is_that_of_the_chain_where_it_signed_less_often(place: Pla
 
     for file in place.files():
         file.unlink()
-    path = place.written(6_100, Rules(checkpoint_lines=3_000, checkpoint_s=1e9, rotate_bytes=1 << 30))
+    path = place.written(6_100, AuditLogRules(checkpoint_lines=3_000, checkpoint_s=1e9, rotate_bytes=1 << 30))
     rewrite(path, lambda lines: lines[:-1])
     append_forged_fast(path, 1_200)
     place.written(1)
@@ -306,9 +306,9 @@ def test_a_chain_without_signed_lines_is_named_by_its_first(place: Place) -> Non
 
 
 def test_the_signed_end_may_be_in_the_file_before(place: Place) -> None:
-    trail = place.trail(Rules(rotate_bytes=1))
+    trail = place.trail(AuditLogRules(rotate_bytes=1))
     trail.append(record(1))
-    trail._rules = Rules()  # noqa: SLF001 -- the next file does not fill up
+    trail._rules = AuditLogRules()  # noqa: SLF001 -- the next file does not fill up
     trail.append(record(2))
 
     assert len(place.files()) == 2
@@ -368,7 +368,7 @@ class Counting(PublicKeys):
 
     asked = 0
 
-    def signed(self, line: bytes) -> chain.Line | None:
+    def signed(self, line: bytes) -> chain.ChainLine | None:
         self.asked += 1
         return super().signed(line)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import redis
 
-from kms_core.audit import Rules
-from kms_core.audit.maintenance import Keeper
-from kms_core.audit.sinks import ANCHORS, COPIES, Folder, RedisStream, read_lines
+from kms_core.audit import AuditLogRules
+from kms_core.audit.maintenance import AuditMaintenance
+from kms_core.audit.sinks import ANCHORS, COPIES, FolderSink, RedisSink, read_lines
 from kms_protocol.errors import AuditUnavailable
 from trails import Place, codes, record, rewrite
 
-EAGER = Rules(checkpoint_s=0)
+EAGER = AuditLogRules(checkpoint_s=0)
 DAY_NS = 24 * 3600 * 1_000_000_000
 
 
@@ -45,8 +45,8 @@ def whole(place: Place) -> bytes:
 
 
 def test_every_line_is_copied_once_through_all_files(place: Place) -> None:
-    shelf, trail = Shelf(), place.trail(Rules(rotate_bytes=4096))
-    keeper = Keeper(trail, copies=[shelf])
+    shelf, trail = Shelf(), place.trail(AuditLogRules(rotate_bytes=4096))
+    keeper = AuditMaintenance(trail, copies=[shelf])
     keeper.round()
     for number in range(80):
         trail.append(record(number))
@@ -61,7 +61,7 @@ def test_every_line_is_copied_once_through_all_files(place: Place) -> None:
 def test_lines_where_two_pieces_meet_are_copied_whole(place: Place) -> None:
     """A piece is a MiB."""
     trail, shelf = place.trail(), Shelf()
-    keeper = Keeper(trail, copies=[shelf])
+    keeper = AuditMaintenance(trail, copies=[shelf])
     for _ in range(25):
         trail.append(record(principal="x" * 100_000))
     trail.close()
@@ -71,8 +71,8 @@ def test_lines_where_two_pieces_meet_are_copied_whole(place: Place) -> None:
 
 
 def test_a_place_that_was_away_gets_everything_when_it_is_back(place: Place) -> None:
-    shelf, trail = Shelf(), place.trail(Rules(rotate_bytes=4096))
-    keeper = Keeper(trail, anchors=[shelf], copies=[other := Shelf()])
+    shelf, trail = Shelf(), place.trail(AuditLogRules(rotate_bytes=4096))
+    keeper = AuditMaintenance(trail, anchors=[shelf], copies=[other := Shelf()])
     shelf.away = other.away = True
     for number in range(40):
         trail.append(record(number))
@@ -89,7 +89,7 @@ def test_one_place_that_is_away_holds_up_no_other(place: Place) -> None:
     away, there = Shelf(), Shelf()
     away.away = True
     trail = place.trail()
-    keeper = Keeper(trail, copies=[away, there])
+    keeper = AuditMaintenance(trail, copies=[away, there])
     trail.append(record())
     keeper.round()
 
@@ -98,7 +98,7 @@ def test_one_place_that_is_away_holds_up_no_other(place: Place) -> None:
 
 def test_new_checkpoints_are_anchored_once(place: Place) -> None:
     shelf, trail = Shelf(), place.trail(EAGER)
-    keeper = Keeper(trail, anchors=[shelf])
+    keeper = AuditMaintenance(trail, anchors=[shelf])
     trail.append(record(1))
     keeper.round()
     keeper.round()
@@ -110,7 +110,7 @@ def test_new_checkpoints_are_anchored_once(place: Place) -> None:
 
 def test_a_thread_that_is_stopped_closes_the_chain_and_anchors_its_end(place: Place) -> None:
     trail = place.trail()
-    keeper = Keeper(trail, anchors=[Folder(place.at / "anchors")])
+    keeper = AuditMaintenance(trail, anchors=[FolderSink(place.at / "anchors")])
     keeper.start()
     trail.append(record())
     keeper.stop()
@@ -124,7 +124,7 @@ def test_a_thread_that_is_stopped_closes_the_chain_and_anchors_its_end(place: Pl
 def test_the_folder_of_anchors_is_private(place: Place) -> None:
     trail = place.trail(EAGER)
     trail.append(record())
-    Keeper(trail, anchors=[Folder(place.at / "anchors")]).round()
+    AuditMaintenance(trail, anchors=[FolderSink(place.at / "anchors")]).round()
     (path,) = (place.at / "anchors").iterdir()
 
     assert path.stat().st_mode & 0o777 == 0o600
@@ -132,9 +132,9 @@ def test_the_folder_of_anchors_is_private(place: Place) -> None:
 
 
 def test_anchors_in_redis_tell_of_a_cut(place: Place, redis_url: str) -> None:
-    stream = RedisStream(redis.Redis.from_url(redis_url), ANCHORS)
+    stream = RedisSink(redis.Redis.from_url(redis_url), ANCHORS)
     trail = place.trail(EAGER)
-    keeper = Keeper(trail, anchors=[stream])
+    keeper = AuditMaintenance(trail, anchors=[stream])
     for number in range(10):
         trail.append(record(number))
     keeper.round()
@@ -146,9 +146,9 @@ def test_anchors_in_redis_tell_of_a_cut(place: Place, redis_url: str) -> None:
 
 
 def test_copies_in_redis_are_the_lines(place: Place, redis_url: str) -> None:
-    stream = RedisStream(redis.Redis.from_url(redis_url), COPIES)
+    stream = RedisSink(redis.Redis.from_url(redis_url), COPIES)
     trail = place.trail()
-    keeper = Keeper(trail, copies=[stream])
+    keeper = AuditMaintenance(trail, copies=[stream])
     for number in range(10):
         trail.append(record(number))
     keeper.round()
@@ -157,9 +157,9 @@ def test_copies_in_redis_are_the_lines(place: Place, redis_url: str) -> None:
 
 
 def test_without_redis_nothing_is_held_up(place: Place) -> None:
-    stream = RedisStream(redis.Redis.from_url("unix:///nonexistent/valkey.sock"), ANCHORS)
+    stream = RedisSink(redis.Redis.from_url("unix:///nonexistent/valkey.sock"), ANCHORS)
     trail = place.trail(EAGER)
-    keeper = Keeper(trail, anchors=[stream], copies=[stream])
+    keeper = AuditMaintenance(trail, anchors=[stream], copies=[stream])
     trail.append(record())
     keeper.round()
 
@@ -172,12 +172,12 @@ TO_STDOUT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from kms_core.audit.maintenance import Keeper
-from kms_core.audit.sinks import Stdout
+from kms_core.audit.maintenance import AuditMaintenance
+from kms_core.audit.sinks import StdoutSink
 from trails import Place, record
 
 trail = Place(Path(sys.argv[1])).trail()
-keeper = Keeper(trail, copies=[Stdout()])
+keeper = AuditMaintenance(trail, copies=[StdoutSink()])
 trail.append(record(1))
 trail.close()
 keeper.round()
@@ -198,7 +198,7 @@ def test_old_files_are_removed_with_a_record(place: Place, keep_days: int, left:
     old.close()
     trail = place.trail()
     trail.append(record(2))
-    keeper = Keeper(trail, keep_days=keep_days)
+    keeper = AuditMaintenance(trail, keep_days=keep_days)
     keeper.round()
     trail.close()
 
@@ -217,7 +217,7 @@ def test_what_cannot_be_recorded_is_not_removed(place: Place) -> None:
     path = place.files()[-1]
     path.unlink()
     (place.folder / f"{trail.place[0]}.0002.jsonl").touch()  # the name of its next file is taken
-    Keeper(trail, keep_days=20).round()
+    AuditMaintenance(trail, keep_days=20).round()
 
     assert len(place.files()) == 2
     assert "ada-1" in place.principals()

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.audit import Rules, query
-from kms_core.audit.query import Wanted
+from kms_core.audit import AuditLogRules, query
+from kms_core.audit.query import EventFilter
 from kms_protocol.errors import InvalidRequest
 from trails import Place, record
 
-ALL = Wanted()
+ALL = EventFilter()
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-def names(place: Place, wanted: Wanted = ALL, limit: int = 7) -> list[str]:
+def names(place: Place, wanted: EventFilter = ALL, limit: int = 7) -> list[str]:
     """All that there is, page by page."""
     found: list[str] = []
     after = None
@@ -32,7 +32,7 @@ def names(place: Place, wanted: Wanted = ALL, limit: int = 7) -> list[str]:
 
 
 def test_pages_hold_everything_once_and_in_order(place: Place) -> None:
-    one, two = place.trail(Rules(rotate_bytes=4096)), place.trail(role="worker")
+    one, two = place.trail(AuditLogRules(rotate_bytes=4096)), place.trail(role="worker")
     for number in range(60):
         (one, two)[number % 3 == 0].append(record(number))
     one.close()
@@ -96,19 +96,19 @@ def test_a_clock_that_went_back_hides_nothing(place: Place) -> None:
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        (Wanted(equal=(("tenant", "acme"),)), ["ada-1", "ada-2", "ada-4"]),
-        (Wanted(equal=(("tenant", "umbrella"),)), ["ada-3"]),
-        (Wanted(equal=(("operation", "decrypt"),)), ["ada-2", "ada-4"]),
-        (Wanted(equal=(("operation", "decrypt"), ("principal", "ada-4"))), ["ada-4"]),
-        (Wanted(result="ok"), ["ada-1", "ada-3"]),
-        (Wanted(result="failed"), ["ada-2", "ada-4"]),
-        (Wanted(result="decrypt_failed"), ["ada-2"]),
-        (Wanted(context=(("row", "7"),)), ["ada-1"]),
-        (Wanted(equal=(("request_id", "nobody's"),)), []),
+        (EventFilter(equal=(("tenant", "acme"),)), ["ada-1", "ada-2", "ada-4"]),
+        (EventFilter(equal=(("tenant", "umbrella"),)), ["ada-3"]),
+        (EventFilter(equal=(("operation", "decrypt"),)), ["ada-2", "ada-4"]),
+        (EventFilter(equal=(("operation", "decrypt"), ("principal", "ada-4"))), ["ada-4"]),
+        (EventFilter(result="ok"), ["ada-1", "ada-3"]),
+        (EventFilter(result="failed"), ["ada-2", "ada-4"]),
+        (EventFilter(result="decrypt_failed"), ["ada-2"]),
+        (EventFilter(context=(("row", "7"),)), ["ada-1"]),
+        (EventFilter(equal=(("request_id", "nobody's"),)), []),
     ],
     ids=str,
 )
-def test_filters(place: Place, wanted: Wanted, expected: list[str]) -> None:
+def test_filters(place: Place, wanted: EventFilter, expected: list[str]) -> None:
     trail = place.trail()
     trail.append(record(1, context={"row": "7"}))
     trail.append(record(2, operation="decrypt", result="decrypt_failed"))
@@ -124,12 +124,12 @@ def test_filters(place: Place, wanted: Wanted, expected: list[str]) -> None:
 
 def test_since_and_until(place: Place) -> None:
     at = [1_800_000_000_000_000_000]
-    trail = place.trail(Rules(rotate_bytes=4096), clock=lambda: at[0])
+    trail = place.trail(AuditLogRules(rotate_bytes=4096), clock=lambda: at[0])
     for number in range(100):
         trail.append(record(number))
         at[0] += 60 * 1_000_000_000
     times = [str(line["time"]) for line in place.operations()]
-    wanted = Wanted(since=times[40], until=times[60])
+    wanted = EventFilter(since=times[40], until=times[60])
 
     assert names(place, wanted) == [f"ada-{number}" for number in range(40, 60)]
 
@@ -139,7 +139,7 @@ def test_a_call_reads_a_bounded_part(place: Place) -> None:
     for number in range(query.MOST_SCANNED + 10):
         trail.append(record(number))
     last = f"ada-{query.MOST_SCANNED + 5}"
-    rare = Wanted(equal=(("principal", last),))
+    rare = EventFilter(equal=(("principal", last),))
     first = query.page(place.folder, rare, None, 10)
 
     assert (first.events, first.more) == ([], True)
@@ -147,7 +147,7 @@ def test_a_call_reads_a_bounded_part(place: Place) -> None:
 
 
 def test_the_newest_come_oldest_first(place: Place) -> None:
-    one, two = place.trail(Rules(rotate_bytes=4096)), place.trail(role="worker")
+    one, two = place.trail(AuditLogRules(rotate_bytes=4096)), place.trail(role="worker")
     for number in range(60):
         (one, two)[number % 2].append(record(number))
 

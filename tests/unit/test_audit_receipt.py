@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kms_core.audit import Rules
+from kms_core.audit import AuditLogRules
 from kms_core.audit.keys import PublicKeys, Signer
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import BadReceipt, Receipt, UnknownRecord
@@ -22,7 +22,7 @@ def place(tmp_path: Path) -> Place:
 
 @pytest.fixture
 def ids(place: Place) -> list[str]:
-    trail = place.trail(Rules(checkpoint_lines=10, rotate_bytes=8192))
+    trail = place.trail(AuditLogRules(checkpoint_lines=10, rotate_bytes=8192))
     made = [trail.append(record(number)) for number in range(60)]
     trail.close()
     return made

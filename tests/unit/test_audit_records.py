@@ -17,16 +17,16 @@ from kms_core.age.header import Stanza, render
 from kms_core.age.recipients import version_of
 from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
-from kms_core.key_selection import Rules
+from kms_core.key_selection import SelectionRules
 from kms_core.observability import metrics
-from kms_core.payload.files import Extent, Onto
+from kms_core.payload.files import FileRange, FileWriter
 from kms_core.results import Unwrapped
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable, KmsError, TargetExists
 from trails import Place, room_for
 
-IDENTITY: Final = x25519.Identity.generate()
+IDENTITY: Final = x25519.X25519Identity.generate()
 SECRET: Final = Context.parse("patient=hunter2,row=7")
 Call = Callable[[Kms, bytes], object]
 
@@ -34,13 +34,13 @@ Call = Callable[[Kms, bytes], object]
 def with_files(kms: Kms, sealed: bytes, *, context: Context) -> None:
     with TemporaryFile(buffering=0) as source, TemporaryFile() as target:
         source.write(sealed)
-        kms.decrypt_file(ADA, Extent(source.fileno(), len(sealed)), Onto(target.fileno()), context)
+        kms.decrypt_file(ADA, FileRange(source.fileno(), len(sealed)), FileWriter(target.fileno()), context)
 
 
 def into_a_file(kms: Kms) -> None:
     with TemporaryFile(buffering=0) as source, TemporaryFile() as target:
         source.write(b"hunter2 plain")
-        kms.encrypt_file(ADA, Extent(source.fileno(), 13), Onto(target.fileno()), SECRET)
+        kms.encrypt_file(ADA, FileRange(source.fileno(), 13), FileWriter(target.fileno()), SECRET)
 
 
 def adopted(kms: Kms, sealed: bytes) -> None:
@@ -125,7 +125,7 @@ def test_failure_is_one_line(backend: AgeBackend, sealed: bytes, name: str) -> N
     operation, code, call = BAD[name]
     trail = Kept()
     with pytest.raises((KmsError, ValueError)):
-        call(kms_over(backend, trail=trail, rules=Rules(require_context=True)), sealed)
+        call(kms_over(backend, trail=trail, rules=SelectionRules(require_context=True)), sealed)
 
     assert trail.results == [(operation, code)]
 
@@ -292,7 +292,7 @@ def test_without_its_line_no_result_leaves(backend: AgeBackend, sealed: bytes, n
 
 @pytest.mark.parametrize("name", BAD)
 def test_without_its_line_not_even_a_refusal_leaves(backend: AgeBackend, sealed: bytes, name: str) -> None:
-    kms = kms_over(backend, trail=FullDisk(), rules=Rules(require_context=True))
+    kms = kms_over(backend, trail=FullDisk(), rules=SelectionRules(require_context=True))
 
     with pytest.raises(AuditUnavailable):
         BAD[name][2](kms, sealed)

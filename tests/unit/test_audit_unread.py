@@ -15,17 +15,17 @@ import pytest
 from prometheus_client import REGISTRY
 
 from kms_cli.local import anchors as read_anchors
-from kms_core.audit import Rules, chain, retention
+from kms_core.audit import AuditLogRules, chain, retention
 from kms_core.audit.keys import Signer
-from kms_core.audit.maintenance import Keeper
-from kms_core.audit.sinks import Folder
+from kms_core.audit.maintenance import AuditMaintenance
+from kms_core.audit.sinks import FolderSink
 from kms_core.audit.verification import anchors
-from kms_core.audit.verification.monitor import Watch
+from kms_core.audit.verification.monitor import AuditMonitor
 from kms_core.settings.model import Settings
 from trails import Place, notes, record
 
 NOBODY: Final = 65534
-EAGER: Final = Rules(checkpoint_s=0)
+EAGER: Final = AuditLogRules(checkpoint_s=0)
 
 
 @pytest.fixture(autouse=True)
@@ -58,14 +58,14 @@ def unprivileged(place: Place) -> Iterator[None]:
         os.seteuid(0)
 
 
-def kept(place: Place) -> Folder:
-    return Folder(place.at / "anchors")
+def kept(place: Place) -> FolderSink:
+    return FolderSink(place.at / "anchors")
 
 
 def chain_of(place: Place, role: str, count: int = 3) -> Path:
     """A closed chain with anchors of a checkpoint and of its end; its file."""
     trail = place.trail(EAGER, role=role)
-    keeper = Keeper(trail, [kept(place)])
+    keeper = AuditMaintenance(trail, [kept(place)])
     for number in range(count):
         trail.append(record(number))
     keeper.round()
@@ -74,11 +74,11 @@ def chain_of(place: Place, role: str, count: int = 3) -> Path:
     return next(file for file in place.files() if file.name.startswith(role))
 
 
-def watching(place: Place) -> Watch:
-    return Watch(place.folder, place.signing_key, [kept(place)])
+def watching(place: Place) -> AuditMonitor:
+    return AuditMonitor(place.folder, place.signing_key, [kept(place)])
 
 
-def found(watch: Watch) -> list[str]:
+def found(watch: AuditMonitor) -> list[str]:
     watch.look()
     return [problem.code for problem in watch.condition.anchors]
 
@@ -154,7 +154,7 @@ def test_a_file_that_cannot_be_read_is_not_called_compared_until_it_can(place: P
 def test_an_anchor_whose_line_cannot_be_read_is_compared_once_it_can(place: Place) -> None:
     """The file itself has not changed since it was read."""
     trail = place.trail(EAGER)
-    keeper = Keeper(trail, [kept(place)])
+    keeper = AuditMaintenance(trail, [kept(place)])
     trail.append(record(1))
     trail.close()
     watch = watching(place)
@@ -376,7 +376,7 @@ def test_a_file_of_anchors_that_can_be_read_again_is_compared(place: Place) -> N
 
 def test_a_pipe_in_place_of_a_file_of_anchors_holds_nobody_up(place: Place) -> None:
     trail = place.trail(EAGER)
-    keeper = Keeper(trail, [kept(place)])
+    keeper = AuditMaintenance(trail, [kept(place)])
     trail.append(record(0))
     keeper.round()
     anchored = anchor_file(place, "api")
@@ -393,7 +393,7 @@ def test_a_pipe_in_place_of_a_file_of_anchors_holds_nobody_up(place: Place) -> N
 
 def test_the_next_anchor_ends_it(place: Place) -> None:
     trail = place.trail(EAGER)
-    keeper = Keeper(trail, [kept(place)])
+    keeper = AuditMaintenance(trail, [kept(place)])
     trail.append(record(1))
     keeper.round()
     with anchor_file(place, "api").open("ab") as out:

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.audit import Rules, chain, retention
+from kms_core.audit import AuditLogRules, chain, retention
 from kms_core.audit.keys import PublicKeys, Signer
-from kms_core.audit.sinks import Folder, read_lines
+from kms_core.audit.sinks import FolderSink, read_lines
 from kms_core.audit.verification.verify import STRETCH_BYTES, verify
 from trails import Place, codes, notes, record, rewrite
 
 Change = Callable[[list[bytes]], list[bytes]]
-SMALL = Rules(checkpoint_lines=5)
+SMALL = AuditLogRules(checkpoint_lines=5)
 TESTS = str(Path(__file__).parents[1])
 HOLD = """
 import sys
@@ -91,7 +91,7 @@ def test_another_key_does_not_fit(place: Place, tmp_path: Path) -> None:
 def test_a_large_trail_is_read_in_stretches(place: Place, processes: int) -> None:
     place.trail()
     name = "x" * 100_000  # few lines, many bytes
-    trail = place.trail(Rules(rotate_bytes=1 << 30))
+    trail = place.trail(AuditLogRules(rotate_bytes=1 << 30))
     for _ in range(400):
         trail.append(record(principal=name))
     trail.close()
@@ -111,7 +111,7 @@ def test_a_large_trail_is_read_in_stretches(place: Place, processes: int) -> Non
 
 def test_a_signed_line_in_an_earlier_stretch_counts(place: Place) -> None:
     """Line 150 is signed, and the second stretch of the file begins behind it."""
-    trail = place.trail(Rules(rotate_bytes=1 << 30, checkpoint_lines=150))
+    trail = place.trail(AuditLogRules(rotate_bytes=1 << 30, checkpoint_lines=150))
     for _ in range(200):
         trail.append(record(principal="x" * 100_000))
     trail.close()
@@ -121,7 +121,7 @@ def test_a_signed_line_in_an_earlier_stretch_counts(place: Place) -> None:
 
 
 def test_a_change_where_two_stretches_meet_is_found_once(place: Place) -> None:
-    trail = place.trail(Rules(rotate_bytes=1 << 30))
+    trail = place.trail(AuditLogRules(rotate_bytes=1 << 30))
     for _ in range(200):
         trail.append(record(principal="x" * 100_000))
     trail.close()
@@ -314,11 +314,11 @@ def test_a_chain_written_anew_after_another_saw_it_does_not_pass(place: Place) -
     assert "rewritten" in codes(place.verified())
 
 
-def anchored(place: Place, count: int) -> tuple[Path, Folder]:
+def anchored(place: Place, count: int) -> tuple[Path, FolderSink]:
     trail = place.trail(SMALL)
     for number in range(count):
         trail.append(record(number))
-    anchors = Folder(place.at / "anchors")
+    anchors = FolderSink(place.at / "anchors")
     anchors.put([trail.signed])
     trail.close()
     return place.files()[-1], anchors
@@ -364,21 +364,21 @@ def test_an_anchor_with_another_head_accuses_no_log(place: Place) -> None:
 
 
 def test_a_missing_file_in_the_middle_of_a_chain_is_found(place: Place) -> None:
-    place.written(80, Rules(rotate_bytes=4096))
+    place.written(80, AuditLogRules(rotate_bytes=4096))
     place.files()[2].unlink()
 
     assert codes(place.verified()) == ["missing_file"]
 
 
 def test_a_missing_first_file_is_found(place: Place) -> None:
-    place.written(80, Rules(rotate_bytes=4096))
+    place.written(80, AuditLogRules(rotate_bytes=4096))
     place.files()[0].unlink()
 
     assert codes(place.verified()) == ["missing_file"]
 
 
 def test_a_missing_last_file_is_found_if_another_chain_saw_it(place: Place) -> None:
-    path = place.written(80, Rules(rotate_bytes=4096))
+    path = place.written(80, AuditLogRules(rotate_bytes=4096))
     place.written(1)
     path.unlink()
 
@@ -394,7 +394,7 @@ def test_a_missing_chain_is_found(place: Place) -> None:
 
 
 def test_a_file_cut_before_the_next_one_is_found(place: Place) -> None:
-    place.written(80, Rules(rotate_bytes=4096))
+    place.written(80, AuditLogRules(rotate_bytes=4096))
     rewrite(place.files()[1], lambda lines: lines[:-2])
 
     assert codes(place.verified()) == ["cut"]
@@ -446,7 +446,7 @@ def test_other_files_are_left_alone(place: Place) -> None:
 DAY_NS = 24 * 3600 * 1_000_000_000
 
 
-def aged(place: Place, days: list[int], rules: Rules | None = None) -> None:
+def aged(place: Place, days: list[int], rules: AuditLogRules | None = None) -> None:
     """A chain of so many days ago each."""
     for ago in days:
         at = time.time_ns() - ago * DAY_NS

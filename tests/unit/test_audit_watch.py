@@ -9,8 +9,8 @@ from typing import Final
 import pytest
 from prometheus_client import REGISTRY
 
-from kms_core.audit import Rules, Trail, chain
-from kms_core.audit.verification.monitor import Watch
+from kms_core.audit import AuditLog, AuditLogRules, chain
+from kms_core.audit.verification.monitor import AuditMonitor
 from trails import Place, record
 
 MANY: Final = 5_000
@@ -23,9 +23,9 @@ def place(tmp_path: Path) -> Place:
 
 
 @pytest.fixture
-def trail(place: Place) -> Iterator[Trail]:
+def trail(place: Place) -> Iterator[AuditLog]:
     """A trail of ten records that is still written to."""
-    made = place.trail(Rules(checkpoint_lines=4, rotate_bytes=16 * 1024))
+    made = place.trail(AuditLogRules(checkpoint_lines=4, rotate_bytes=16 * 1024))
     for number in range(10):
         made.append(record(number))
     yield made
@@ -33,21 +33,21 @@ def trail(place: Place) -> Iterator[Trail]:
 
 
 @pytest.fixture
-def watch(place: Place, trail: Trail) -> Watch:
+def watch(place: Place, trail: AuditLog) -> AuditMonitor:
     """One that has looked once."""
     del trail
-    made = Watch(place.folder, place.signing_key)
+    made = AuditMonitor(place.folder, place.signing_key)
     made.look()
     assert made.condition.problems == ()
     return made
 
 
-def codes(watch: Watch) -> set[str]:
+def codes(watch: AuditMonitor) -> set[str]:
     watch.look()
     return {problem.code for problem in watch.condition.problems}
 
 
-def test_a_trail_that_grows_and_rotates_holds(place: Place, trail: Trail, watch: Watch) -> None:
+def test_a_trail_that_grows_and_rotates_holds(place: Place, trail: AuditLog, watch: AuditMonitor) -> None:
     for number in range(200):
         trail.append(record(number))
         if number % 50 == 0:
@@ -67,7 +67,7 @@ def test_a_trail_that_grows_and_rotates_holds(place: Place, trail: Trail, watch:
 
 def test_only_the_end_of_a_long_file_is_read_at_first(place: Place) -> None:
     place.written(MANY)
-    watch = Watch(place.folder, place.signing_key)
+    watch = AuditMonitor(place.folder, place.signing_key)
 
     assert codes(watch) == set()
     assert 0 < watch.condition.lines < MANY
@@ -76,7 +76,7 @@ def test_only_the_end_of_a_long_file_is_read_at_first(place: Place) -> None:
 def test_of_many_new_lines_the_last_are_read_and_the_old_ones_must_still_be_there(place: Place) -> None:
     busy = place.trail(role="busy")
     busy.append(record(1))
-    watch = Watch(place.folder, place.signing_key)
+    watch = AuditMonitor(place.folder, place.signing_key)
     assert codes(watch) == set()
     for number in range(MANY):
         busy.append(record(number))
@@ -135,7 +135,7 @@ def forged(file: Path) -> None:
     ids=lambda each: getattr(each, "__name__", ""),
 )
 def test_a_hand_that_changes_the_trail_is_noticed(
-    place: Place, watch: Watch, hand: Callable[[Path], None], expected: set[str]
+    place: Place, watch: AuditMonitor, hand: Callable[[Path], None], expected: set[str]
 ) -> None:
     hand(place.files()[0])
 
@@ -147,7 +147,7 @@ def test_a_hand_that_changes_the_trail_is_noticed(
 
 def test_whoever_writes_a_file_anew_is_noticed_although_all_its_heads_fit(place: Place) -> None:
     file = place.written(10, close=False)
-    watch = Watch(place.folder, place.signing_key)
+    watch = AuditMonitor(place.folder, place.signing_key)
     assert codes(watch) == set()
 
     forged(file)
@@ -155,7 +155,9 @@ def test_whoever_writes_a_file_anew_is_noticed_although_all_its_heads_fit(place:
     assert codes(watch) == {"rewritten"}
 
 
-def test_files_whose_removal_is_on_record_are_not_missed(place: Place, trail: Trail, watch: Watch) -> None:
+def test_files_whose_removal_is_on_record_are_not_missed(
+    place: Place, trail: AuditLog, watch: AuditMonitor
+) -> None:
     while len(place.files()) < 3:
         trail.append(record())
     assert codes(watch) == set()
@@ -166,7 +168,9 @@ def test_files_whose_removal_is_on_record_are_not_missed(place: Place, trail: Tr
     assert codes(watch) == set()
 
 
-def test_a_folder_that_cannot_be_read_is_no_broken_trail_but_an_old_time(place: Place, watch: Watch) -> None:
+def test_a_folder_that_cannot_be_read_is_no_broken_trail_but_an_old_time(
+    place: Place, watch: AuditMonitor
+) -> None:
     before = watch.condition.read_at
     (place.at / "signing.pub").rename(place.at / "elsewhere")
 
@@ -178,7 +182,9 @@ def test_a_folder_that_cannot_be_read_is_no_broken_trail_but_an_old_time(place: 
     assert REGISTRY.get_sample_value("kms_audit_chain_ok") == 1
 
 
-def test_half_a_line_at_the_end_is_read_once_it_is_whole(place: Place, trail: Trail, watch: Watch) -> None:
+def test_half_a_line_at_the_end_is_read_once_it_is_whole(
+    place: Place, trail: AuditLog, watch: AuditMonitor
+) -> None:
     trail.append(record(77))
     file = place.files()[-1]
     whole = file.read_bytes()

@@ -7,7 +7,7 @@ from agekms import NO_CONTEXT, ROW, head_of
 from kms_core.age import header
 from kms_core.age.header import VERSION_LINE, Header, Stanza
 from kms_core.envelope import binding
-from kms_core.envelope.binding import CONTEXT, ORIGIN, PAD, WRAP, Bound, KeyRef
+from kms_core.envelope.binding import CONTEXT, ORIGIN, PAD, WRAP, BoundStanzas, KeyRef
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed
 
@@ -22,7 +22,7 @@ MADE: Final = Stanza((ORIGIN, "1"), bytes(32))
 FILLER: Final = Stanza((PAD, "000"), b"")
 
 
-def bound_by(context: Stanza) -> Bound:
+def bound_by(context: Stanza) -> BoundStanzas:
     bound = binding.read(head(NATIVE, context))
     assert bound
     return bound

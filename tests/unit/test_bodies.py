@@ -12,7 +12,7 @@ from kms_api.deps import LET_IN, WHO
 from kms_api.transport.admission import RESERVATION, Admission, Reservation
 from kms_core.auth.policy import Principal
 from kms_core.http_server.protocol import BODY
-from kms_core.settings.model import Server
+from kms_core.settings.model import ServerSection
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest, TooLarge
 
@@ -39,7 +39,7 @@ def request_of(pieces: Sequence[bytes], headers: Mapping[str, str] | None = None
 
     raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": raw, WHO: CALLER}
-    scope[RESERVATION] = Reservation(Admission.of(Server(docs=False)), scope)
+    scope[RESERVATION] = Reservation(Admission.of(ServerSection(docs=False)), scope)
     return Request(scope, receive)
 
 

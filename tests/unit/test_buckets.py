@@ -7,12 +7,14 @@ import pytest
 from kms_core.jobs.storage import buckets
 from kms_core.jobs.storage.buckets import Allowed, Buckets, parse
 from kms_core.s3.bucket import Bucket
-from kms_core.s3.connection import Line, Place
+from kms_core.s3.connection import S3Connection, S3Endpoint
 from kms_core.s3.sigv4 import Credentials
 from kms_core.settings.load import load as load_settings
 from kms_protocol.errors import ConfigurationError, PathRefused
 
-LINE = Line(Place("http://127.0.0.1:1", "r", lambda: Credentials("a", "b"), None, 1.0), first_wait_s=0.0)
+LINE = S3Connection(
+    S3Endpoint("http://127.0.0.1:1", "r", lambda: Credentials("a", "b"), None, 1.0), first_wait_s=0.0
+)
 JOBS = Buckets({"b": Allowed(Bucket("b", LINE, path_style=True), ("in/", "both/"), ("out/", "both/"))})
 
 

@@ -39,7 +39,7 @@ class Stands:
 @pytest.fixture
 def backends(tmp_path: Path) -> dict[str, AgeBackend]:
     names = ("default", "pay-1", "pay-2")
-    return {name: age_backend(tmp_path / name, x25519.Identity.generate()) for name in names}
+    return {name: age_backend(tmp_path / name, x25519.X25519Identity.generate()) for name in names}
 
 
 def kms(backends: dict[str, AgeBackend], *lines: str, trail: Kept | None = None) -> Kms:

@@ -30,4 +30,4 @@ def test_each_name_has_its_kind(tmp_path: Path) -> None:
 
 
 def test_what_is_no_certificate_has_no_names_and_has_expired() -> None:
-    assert certificates.read(b"no certificate") == certificates.Shown((), 0.0)
+    assert certificates.read(b"no certificate") == certificates.PresentedCertificate((), 0.0)

@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 
-from kms_core.backends.cosmian.batcher import MOST_ITEMS, Coalescer
+from kms_core.backends.cosmian.batcher import MOST_ITEMS, Batcher
 from kms_core.http_client import Busy, Unreachable
 from kms_protocol.errors import DecryptFailed, KmsError
 
@@ -57,7 +57,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 
 def gathered(
-    line: Line, coalescer: Coalescer[str, str], threads: ThreadPoolExecutor, items: Sequence[str]
+    line: Line, coalescer: Batcher[str, str], threads: ThreadPoolExecutor, items: Sequence[str]
 ) -> list[Future[str]]:
     """A call under way, and those of ``items`` waiting behind it, in their order; then all go through."""
     calls = [threads.submit(coalescer.call, "first", LONG_S)]
@@ -72,12 +72,12 @@ def gathered(
 def test_a_call_goes_alone_and_at_once(line: Line) -> None:
     line.let()
 
-    assert Coalescer(line.send).call("a", LONG_S) == "A"
+    assert Batcher(line.send).call("a", LONG_S) == "A"
     assert line.batches == [["a"]]
 
 
 def test_what_gathers_meanwhile_goes_together(line: Line, threads: ThreadPoolExecutor) -> None:
-    calls = gathered(line, Coalescer(line.send), threads, ["b", "c", "d"])
+    calls = gathered(line, Batcher(line.send), threads, ["b", "c", "d"])
 
     assert [call.result(LONG_S) for call in calls] == ["FIRST", "B", "C", "D"]
     assert line.batches == [["first"], ["b", "c", "d"]]
@@ -85,14 +85,14 @@ def test_what_gathers_meanwhile_goes_together(line: Line, threads: ThreadPoolExe
 
 def test_a_batch_has_no_more_than_its_most(line: Line, threads: ThreadPoolExecutor) -> None:
     items = [f"i{number}" for number in range(MOST_ITEMS + 3)]
-    calls = gathered(line, Coalescer(line.send), threads, items)
+    calls = gathered(line, Batcher(line.send), threads, items)
 
     assert [call.result(LONG_S) for call in calls] == ["FIRST", *(item.upper() for item in items)]
     assert line.batches == [["first"], items[:MOST_ITEMS], items[MOST_ITEMS:]]
 
 
 def test_a_bad_item_fails_alone(line: Line, threads: ThreadPoolExecutor) -> None:
-    first, good, bad, last = gathered(line, Coalescer(line.send), threads, ["good", "bad", "last"])
+    first, good, bad, last = gathered(line, Batcher(line.send), threads, ["good", "bad", "last"])
 
     assert [first.result(LONG_S), good.result(LONG_S), last.result(LONG_S)] == ["FIRST", "GOOD", "LAST"]
     assert isinstance(bad.exception(LONG_S), DecryptFailed)
@@ -100,7 +100,7 @@ def test_a_bad_item_fails_alone(line: Line, threads: ThreadPoolExecutor) -> None
 
 def test_an_error_of_the_whole_fails_all(line: Line, threads: ThreadPoolExecutor) -> None:
     line.error = Unreachable("gone")
-    calls = gathered(line, Coalescer(line.send), threads, ["b", "c"])
+    calls = gathered(line, Batcher(line.send), threads, ["b", "c"])
 
     assert {type(call.exception(LONG_S)) for call in calls} == {Unreachable}
     assert line.batches == [["first"], ["b", "c"]]
@@ -110,7 +110,7 @@ def test_what_breaks_off_the_sender_fails_the_others_so_that_they_try_again(
     line: Line, threads: ThreadPoolExecutor
 ) -> None:
     line.error = ZeroDivisionError()
-    coalescer = Coalescer(line.send)
+    coalescer = Batcher(line.send)
     first, follower, carrier = gathered(line, coalescer, threads, ["b", "c"])
 
     assert isinstance(first.exception(LONG_S), ZeroDivisionError)
@@ -121,7 +121,7 @@ def test_what_breaks_off_the_sender_fails_the_others_so_that_they_try_again(
 
 
 def test_a_call_that_has_waited_too_long_leaves_the_others(line: Line, threads: ThreadPoolExecutor) -> None:
-    coalescer = Coalescer(line.send)
+    coalescer = Batcher(line.send)
     first = threads.submit(coalescer.call, "first", LONG_S)
     assert line.entered.acquire(timeout=LONG_S)
 
@@ -134,7 +134,7 @@ def test_a_call_that_has_waited_too_long_leaves_the_others(line: Line, threads: 
 
 
 def test_a_call_that_another_carries_gives_up_alone(line: Line, threads: ThreadPoolExecutor) -> None:
-    coalescer = Coalescer(line.send)
+    coalescer = Batcher(line.send)
     first = threads.submit(coalescer.call, "first", LONG_S)
     assert line.entered.acquire(timeout=LONG_S)
     hasty = threads.submit(coalescer.call, "hasty", 10 * SHORT_S)
@@ -149,7 +149,7 @@ def test_a_call_that_another_carries_gives_up_alone(line: Line, threads: ThreadP
 
 
 def test_lanes_are_batches_under_way_at_a_time(line: Line, threads: ThreadPoolExecutor) -> None:
-    coalescer = Coalescer(line.send, lanes=2)
+    coalescer = Batcher(line.send, lanes=2)
     calls = [threads.submit(coalescer.call, item, LONG_S) for item in ("a", "b")]
     for _ in calls:
         assert line.entered.acquire(timeout=LONG_S)
@@ -163,7 +163,7 @@ def test_lanes_are_batches_under_way_at_a_time(line: Line, threads: ThreadPoolEx
 
 def test_many_threads_all_get_their_own(line: Line, threads: ThreadPoolExecutor) -> None:
     line.let()
-    coalescer = Coalescer(line.send)
+    coalescer = Batcher(line.send)
     items = [f"i{number}" for number in range(2000)]
 
     assert list(threads.map(lambda item: coalescer.call(item, LONG_S), items)) == [i.upper() for i in items]

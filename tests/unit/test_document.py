@@ -13,7 +13,7 @@ from documented import FILE
 from kms_api import app, routing
 from kms_api.errors.problems import MEDIA_TYPE
 from kms_api.openapi import document, examples
-from kms_api.routing import RULES, Ruled
+from kms_api.routing import RULES, ScopedRoute
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidContext
@@ -49,7 +49,7 @@ def test_every_route_of_the_table_is_documented_and_no_other() -> None:
         for routers in app.DOCUMENTED.values()
         for router in routers
         for route in router.routes
-        if isinstance(route, Ruled) and not route.include_in_schema
+        if isinstance(route, ScopedRoute) and not route.include_in_schema
         for method in route.methods or ()
     }
 
@@ -59,8 +59,8 @@ def test_every_route_of_the_table_is_documented_and_no_other() -> None:
 
 
 def test_route_that_says_nothing_of_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ruled, "table", {("GET", "/silent"): routing.OPEN})
-    router = APIRouter(route_class=Ruled)
+    monkeypatch.setattr(ScopedRoute, "table", {("GET", "/silent"): routing.OPEN})
+    router = APIRouter(route_class=ScopedRoute)
 
     @router.get("/silent")
     async def silent() -> None: ...

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from kms_core.audit import Rules
+from kms_core.audit import AuditLogRules
 from kms_core.audit.file import SegmentFile
 from kms_core.audit.keys import Concealer, Signer
-from kms_core.audit.sinks import Folder
+from kms_core.audit.sinks import FolderSink
 from kms_core.auth import tokens
-from kms_core.auth.tokens import Wish
+from kms_core.auth.tokens import TokenRequest
 from trails import Place, record
 
 Event = tuple[str, str, int]
@@ -72,7 +72,7 @@ def test_an_audit_key_is_on_disk_before_it_is_used(
 def test_tokens_are_on_disk_before_anybody_is_told(tmp_path: Path, calls: Calls) -> None:
     """A revoked token that comes back after a power cut lets somebody in."""
     path = tmp_path / "tokens.json"
-    tokens.create(path, Wish(name="ci", tenant="default", scopes=("status",), ttl=None))
+    tokens.create(path, TokenRequest(name="ci", tenant="default", scopes=("status",), ttl=None))
     (first, second, third) = calls.made
 
     assert first == ("sync", ".tokens.json.tmp", path.stat().st_size)
@@ -86,7 +86,7 @@ def test_the_end_of_a_log_is_on_disk_when_it_is_closed(
     create = SegmentFile.create
     monkeypatch.setattr(SegmentFile, "create", lambda path: create(path, sync=os.fdatasync))
     place = Place(tmp_path)
-    log = place.trail(Rules(fsync=True))
+    log = place.trail(AuditLogRules(fsync=True))
     log.append(record(1))
     calls.made.clear()
     log.close()
@@ -100,7 +100,7 @@ def test_a_new_file_of_anchors_keeps_its_name(tmp_path: Path, calls: Calls) -> N
     log = place.trail()
     log.append(record(1))
     log.close()
-    anchors = Folder(tmp_path / "anchors")
+    anchors = FolderSink(tmp_path / "anchors")
     calls.made.clear()
     anchors.put([log.signed])
     anchors.put([log.signed])

@@ -9,7 +9,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from kms_api.errors import problems
 from kms_api.routing import is_ui
-from kms_api.transport.request_context import Edge
+from kms_api.transport.request_context import RequestContext
 from kms_core import audit
 from kms_core.http_server.host_check import by_name
 from kms_protocol.errors import UnknownJob
@@ -50,7 +50,7 @@ def application() -> FastAPI:
 async def get(
     path: str = "/things/1", headers: Mapping[str, str] | None = None, hosts: Sequence[str] = ()
 ) -> httpx.Response:
-    transport = httpx.ASGITransport(Edge(application(), hosts), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(RequestContext(application(), hosts), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8082") as client:
         return await client.get(path, headers=headers)
 
@@ -111,7 +111,7 @@ async def test_own_page_and_local_names_are_let_in(headers: Mapping[str, str]) -
 
 @pytest.mark.parametrize("hosts", [("localhost", "evil.example"), ("evil.example", "localhost")], ids=str)
 async def test_two_hosts_are_none(hosts: tuple[str, str]) -> None:
-    transport = httpx.ASGITransport(Edge(application(), []))
+    transport = httpx.ASGITransport(RequestContext(application(), []))
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8082") as client:
         answer = await client.get("/things/1", headers=[("Host", host) for host in hosts])
 
@@ -133,7 +133,7 @@ async def test_pages_are_below_ui(path: str, *, is_page: bool) -> None:
 
 
 async def test_the_address_that_was_reached_is_let_in_and_no_other() -> None:
-    transport = httpx.ASGITransport(Edge(application(), []))
+    transport = httpx.ASGITransport(RequestContext(application(), []))
     async with httpx.AsyncClient(transport=transport, base_url="http://10.0.0.7:8082") as client:
         reached = await client.get("/things/1")
         others = [
@@ -212,6 +212,6 @@ async def test_other_protocols_pass_untouched() -> None:
     async def send(message: Message) -> None:
         del message
 
-    await Edge(app, ())({"type": "lifespan"}, receive, send)
+    await RequestContext(app, ())({"type": "lifespan"}, receive, send)
 
     assert seen == ["lifespan"]

@@ -10,17 +10,17 @@ from fastapi import Request
 from starlette.types import Receive, Scope, Send
 
 from kms_api.deps import WHO
-from kms_api.transport.authentication import Entry, Gate, Limits, shown
+from kms_api.transport.authentication import AuthenticationLayer, AuthLimits, RequestAuthenticator, shown
 from kms_api.transport.client_address import ClientAddress
 from kms_api.transport.sessions import COOKIE, Sessions
 from kms_api.ui.render import _holder
 from kms_api.vault_api import keys, sys
 from kms_api.vault_api.app import _check_headers
 from kms_api.vault_api.models import PathsIn
-from kms_api.vault_api.request import Asked
+from kms_api.vault_api.request import VaultRequest
 from kms_core.auth.policy import Principal
 from kms_core.proxies import Proxies
-from kms_core.settings.model import Server
+from kms_core.settings.model import ServerSection
 from kms_protocol.errors import Forbidden, InvalidRequest, Unauthenticated
 
 ADA: Final = Principal("ada", "acme", "token:1")
@@ -36,9 +36,9 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
 async def test_a_session_is_worth_what_its_credential_is(tmp_path: Path, *, is_worth: bool) -> None:
     sessions = Sessions(tmp_path)
     session = sessions.begin(ADA)
-    entry = cast("Entry", SimpleNamespace(is_worth=lambda who: is_worth and who == ADA))
-    limits = cast("Limits", SimpleNamespace(requests=None, scraping=None))
-    gate = Gate(cast("Any", None), entry, sessions, limits)
+    entry = cast("RequestAuthenticator", SimpleNamespace(is_worth=lambda who: is_worth and who == ADA))
+    limits = cast("AuthLimits", SimpleNamespace(requests=None, scraping=None))
+    gate = AuthenticationLayer(cast("Any", None), entry, sessions, limits)
     scope = {"path": "/ui", "headers": [(b"cookie", f"{COOKIE}={session}".encode())]}
 
     assert gate._of_session(scope, entry) == (ADA if is_worth else None)  # noqa: SLF001 -- needs no server
@@ -68,7 +68,7 @@ async def test_what_has_no_address_of_a_client_is_passed_on_as_it_is() -> None:
         del receive, send
         passed.append(dict(scope))
 
-    trusting = ClientAddress(app, Proxies.of(Server(trusted_proxies=("10.0.0.0/8",), docs=True)))
+    trusting = ClientAddress(app, Proxies.of(ServerSection(trusted_proxies=("10.0.0.0/8",), docs=True)))
     header = [(b"x-forwarded-for", b"203.0.113.9")]
     unix = {"type": "http", "client": None, "headers": header}
     proxied = {"type": "http", "client": ("10.0.0.1", 4711), "headers": header}
@@ -93,7 +93,7 @@ async def test_capabilities_are_told_of_a_hundred_paths_at_most(count: int) -> N
             return shape(paths=["transit/keys"] * count)
 
     with pytest.raises(InvalidRequest, match="1 to 100"):
-        await sys.capabilities_self(cast("Asked", Sent()))
+        await sys.capabilities_self(cast("VaultRequest", Sent()))
 
 
 async def test_a_list_goes_on_behind_the_name_that_was_given() -> None:
@@ -103,7 +103,7 @@ async def test_a_list_goes_on_behind_the_name_that_was_given() -> None:
     )
     asked = SimpleNamespace(query={"after": "a"}, built=SimpleNamespace(kms=kms), who=ADA)
 
-    answer = await keys.listed(cast("Asked", asked))
+    answer = await keys.listed(cast("VaultRequest", asked))
 
     assert msgspec.json.decode(answer.body)["data"] == {"keys": ["b", "c"]}
 

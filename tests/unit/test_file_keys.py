@@ -10,7 +10,7 @@ from agekms import ADA, NO_CONTEXT, ROW, Kept, age_backend, head_of, kms_over
 from kms_core.age import header, stream, x25519
 from kms_core.age.header import FILE_LIMITS
 from kms_core.auth.policy import Principal
-from kms_core.key_selection import Rules
+from kms_core.key_selection import SelectionRules
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import (
@@ -37,8 +37,8 @@ def kms(tmp_path: Path, trail: Kept) -> Kms:
     default, payroll = tmp_path / "default", tmp_path / "payroll"
     default.mkdir()
     payroll.mkdir()
-    others = {"payroll": age_backend(payroll, x25519.Identity.generate())}
-    mine = age_backend(default, x25519.Identity.generate())
+    others = {"payroll": age_backend(payroll, x25519.X25519Identity.generate())}
+    mine = age_backend(default, x25519.X25519Identity.generate())
     return kms_over(mine, others, trail=trail, accept_foreign=False)
 
 
@@ -94,7 +94,7 @@ def test_stanzas_of_a_file_that_the_service_made_prove_no_origin(kms: Kms, trail
 
 
 def test_where_foreign_files_are_taken_they_open(tmp_path: Path) -> None:
-    kms = kms_over(age_backend(tmp_path, x25519.Identity.generate()))
+    kms = kms_over(age_backend(tmp_path, x25519.X25519Identity.generate()))
     sealed = kms.encrypt(ADA, b"salary", ROW)
 
     found = kms.unwrap(ADA, stanzas_of(sealed.ciphertext), ROW)
@@ -114,7 +114,7 @@ def test_what_are_no_stanzas_of_ours_is_refused(kms: Kms, stanzas: bytes, error:
 
 
 def test_a_wrap_is_held_to_the_rules_of_encrypt(kms: Kms) -> None:
-    strict = Kms(kms.keyring, kms.policy, kms.trail, Rules(require_context=True))
+    strict = Kms(kms.keyring, kms.policy, kms.trail, SelectionRules(require_context=True))
 
     with pytest.raises(ContextRequired):
         strict.wrap(ADA, FILE_KEY, NO_CONTEXT)

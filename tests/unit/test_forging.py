@@ -20,8 +20,8 @@ from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, ForeignRefused, KmsError, NotACiphertext, UnknownKey
 
-IDENTITY: Final = x25519.Identity.generate()
-OTHER: Final = x25519.Identity.generate()
+IDENTITY: Final = x25519.X25519Identity.generate()
+OTHER: Final = x25519.X25519Identity.generate()
 PROPERTY: Final = settings(max_examples=200, deadline=None)
 
 
@@ -49,7 +49,7 @@ def forged(key: KeyRef, context: Context, *more: Stanza) -> bytes:
     )
 
 
-def foreign(plaintext: bytes = b"theirs", *recipients: x25519.Recipient) -> bytes:
+def foreign(plaintext: bytes = b"theirs", *recipients: x25519.X25519Recipient) -> bytes:
     """A file of another implementation."""
     named = [pyrage.x25519.Recipient.from_str(str(one)) for one in (*recipients, IDENTITY.recipient)]
     file: bytes = pyrage.encrypt(plaintext, named)

@@ -6,11 +6,11 @@ from typing import Final
 
 import pytest
 
-from kms_core.backends.circuit_breaker import Breaker, Guard, Patience
+from kms_core.backends.circuit_breaker import Breaker, Guard, RetryPolicy
 from kms_core.http_client import Busy, Unreachable
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
 
-QUICK: Final = Patience(first_wait_s=0.0, failures=3, open_s=10.0, longest_open_s=15.0)
+QUICK: Final = RetryPolicy(first_wait_s=0.0, failures=3, open_s=10.0, longest_open_s=15.0)
 
 
 class Clock:
@@ -79,7 +79,7 @@ def test_what_must_not_be_repeated_is_not() -> None:
 
 
 def test_retries_end_when_the_budget_is_spent() -> None:
-    patience = Patience(first_wait_s=0.0, failures=10_000, most_tokens=4.0)
+    patience = RetryPolicy(first_wait_s=0.0, failures=10_000, most_tokens=4.0)
     guard, peer = Guard("peer", patience), Peer(*(Unreachable("gone") for _ in range(1000)))
     for _ in range(100):
         with pytest.raises(Unreachable):
@@ -157,7 +157,7 @@ def test_a_call_that_is_broken_off_while_it_probes_does_not_close_the_peer_for_e
     def broken_off() -> str:
         raise KeyboardInterrupt
 
-    guard = Guard("peer", Patience(attempts=1, failures=1, open_s=0.001, longest_open_s=0.001))
+    guard = Guard("peer", RetryPolicy(attempts=1, failures=1, open_s=0.001, longest_open_s=0.001))
     with pytest.raises(Unreachable):
         guard.once("wrap", Peer(Unreachable("gone")))
     time.sleep(0.01)

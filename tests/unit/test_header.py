@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agekms import head_of
 from kms_core.age import header
-from kms_core.age.header import FILE_LIMITS, SYNC_LIMITS, VERSION_LINE, Header, Limits, Stanza
+from kms_core.age.header import FILE_LIMITS, SYNC_LIMITS, VERSION_LINE, Header, HeaderLimits, Stanza
 from kms_protocol.errors import DecryptFailed, KmsError, NotACiphertext, TooLarge
 
 FILE_KEY: Final = bytes(range(16))
@@ -30,7 +30,7 @@ def file_of(*stanzas: Stanza, payload: bytes = b"") -> bytes:
     return header.render(stanzas, FILE_KEY) + NONCE + payload
 
 
-def parse(file: bytes, limits: Limits = FILE_LIMITS) -> Header:
+def parse(file: bytes, limits: HeaderLimits = FILE_LIMITS) -> Header:
     return header.parse(file, limits)
 
 
@@ -198,7 +198,7 @@ def test_base64_has_one_spelling(text: bytes) -> None:
 
 
 @pytest.mark.parametrize("limits", [SYNC_LIMITS, FILE_LIMITS], ids=["sync", "file"])
-def test_a_header_of_the_greatest_size_is_read_and_none_above(limits: Limits) -> None:
+def test_a_header_of_the_greatest_size_is_read_and_none_above(limits: HeaderLimits) -> None:
     parse(padded_to(limits.header_bytes) + NONCE, limits)
 
     for more in (1, 2, 47, 48, 49, 100_000):
@@ -207,7 +207,7 @@ def test_a_header_of_the_greatest_size_is_read_and_none_above(limits: Limits) ->
 
 
 @pytest.mark.parametrize("limits", [SYNC_LIMITS, FILE_LIMITS], ids=["sync", "file"])
-def test_the_greatest_number_of_stanzas_is_read_and_none_above(limits: Limits) -> None:
+def test_the_greatest_number_of_stanzas_is_read_and_none_above(limits: HeaderLimits) -> None:
     most = [Stanza(("x",), b"")] * limits.stanzas
     parse(file_of(*most), limits)
 
@@ -216,7 +216,7 @@ def test_the_greatest_number_of_stanzas_is_read_and_none_above(limits: Limits) -
 
 
 @pytest.mark.parametrize("limits", [SYNC_LIMITS, FILE_LIMITS], ids=["sync", "file"])
-def test_as_many_stanzas_may_stand_alone_or_in_a_bundle(limits: Limits) -> None:
+def test_as_many_stanzas_may_stand_alone_or_in_a_bundle(limits: HeaderLimits) -> None:
     most, more = ([Stanza(("x",), b"")] * number for number in (limits.stanzas, limits.stanzas + 1))
 
     assert len(header.parse_stanzas(b"".join(map(header.render_stanza, most)), limits)) == limits.stanzas
@@ -228,7 +228,7 @@ def test_as_many_stanzas_may_stand_alone_or_in_a_bundle(limits: Limits) -> None:
 
 
 @pytest.mark.parametrize("limits", [SYNC_LIMITS, FILE_LIMITS], ids=["sync", "file"])
-def test_stanzas_alone_may_be_as_large_as_a_header(limits: Limits) -> None:
+def test_stanzas_alone_may_be_as_large_as_a_header(limits: HeaderLimits) -> None:
     spare = limits.header_bytes - len(header.render_stanza(Stanza(("",), b"")))
     header.parse_stanzas(header.render_stanza(Stanza(("x" * spare,), b"")), limits)
 
@@ -237,12 +237,12 @@ def test_stanzas_alone_may_be_as_large_as_a_header(limits: Limits) -> None:
 
 
 def test_the_limits_are_those_of_the_contract() -> None:
-    assert Limits(header_bytes=32 * 1024, stanzas=64) == SYNC_LIMITS
-    assert Limits(header_bytes=256 * 1024, stanzas=4096) == FILE_LIMITS
+    assert HeaderLimits(header_bytes=32 * 1024, stanzas=64) == SYNC_LIMITS
+    assert HeaderLimits(header_bytes=256 * 1024, stanzas=4096) == FILE_LIMITS
 
 
 @pytest.mark.parametrize("limits", [SYNC_LIMITS, FILE_LIMITS], ids=["sync", "file"])
-def test_a_header_without_an_end_is_too_large_not_damaged(limits: Limits) -> None:
+def test_a_header_without_an_end_is_too_large_not_damaged(limits: HeaderLimits) -> None:
     endless = VERSION_LINE + b"-> x\n" + (b"A" * 64 + b"\n") * (limits.header_bytes // 64)
 
     with pytest.raises(TooLarge):

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from http_cases import MALFORMED
-from kms_core.http_server.connections import ConnectionLimits, Connections, Standing
+from kms_core.http_server.connections import ConnectionLimits, Connections, EvictionClass
 from kms_core.http_server.protocol import HEAD_BYTES, HEADERS, PIPELINED, HttpProtocol
 
 WAIT_S: Final = 60
@@ -478,7 +478,7 @@ async def test_a_client_that_reads_nothing_makes_room_and_ends_where_limits_say(
         standing = client.protocol.standing()
 
     assert ended("timeout") - before == (1 if ends_unread else 0)
-    assert ends_unread or standing is Standing.UNREAD
+    assert ends_unread or standing is EvictionClass.UNREAD
 
 
 async def test_above_the_bound_the_oldest_silent_connection_ends_and_requests_go_on() -> None:

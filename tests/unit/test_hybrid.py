@@ -6,12 +6,12 @@ import pytest
 
 from kms_core.age import bech32, mlkem768x25519, x25519
 from kms_core.age.header import Stanza, b64decode, b64encode
-from kms_core.age.mlkem768x25519 import Identity, Recipient
+from kms_core.age.mlkem768x25519 import HybridIdentity, HybridRecipient
 from kms_core.age.x25519 import NoMatch
 from kms_protocol.errors import DecryptFailed
 
 FILE_KEY = bytes(range(16))
-IDENTITY = Identity(bytes(range(32)))
+IDENTITY = HybridIdentity(bytes(range(32)))
 STANZA = IDENTITY.recipient.wrap(FILE_KEY)
 TYPE, SHARE = STANZA.args
 
@@ -28,11 +28,11 @@ def test_two_wraps_share_nothing() -> None:
 
 
 def test_keys_survive_their_text() -> None:
-    made = Identity.generate()
+    made = HybridIdentity.generate()
 
-    assert Identity.parse(made.export()) == made
-    assert Identity.parse(made.export().lower()) == made
-    assert Recipient.parse(str(made.recipient)) == made.recipient
+    assert HybridIdentity.parse(made.export()) == made
+    assert HybridIdentity.parse(made.export().lower()) == made
+    assert HybridRecipient.parse(str(made.recipient)) == made.recipient
     assert made.export().startswith("AGE-SECRET-KEY-PQ-1")
     assert str(made.recipient).startswith("age1pq1")
 
@@ -46,7 +46,7 @@ def test_secrets_do_not_show() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        x25519.Identity(bytes(32)).export(),
+        x25519.X25519Identity(bytes(32)).export(),
         str(IDENTITY.recipient),
         bech32.encode(mlkem768x25519.IDENTITY_PREFIX, bytes(31)),
         IDENTITY.export()[:-1],
@@ -55,14 +55,14 @@ def test_secrets_do_not_show() -> None:
 )
 def test_other_texts_are_no_identity(text: str) -> None:
     with pytest.raises(ValueError, match=r"key|identity") as caught:
-        Identity.parse(text)
+        HybridIdentity.parse(text)
     assert text not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        str(x25519.Identity(bytes(32)).recipient),
+        str(x25519.X25519Identity(bytes(32)).recipient),
         IDENTITY.export(),
         bech32.encode(mlkem768x25519.RECIPIENT_PREFIX, bytes(1215)),
     ],
@@ -70,19 +70,19 @@ def test_other_texts_are_no_identity(text: str) -> None:
 )
 def test_other_texts_are_no_recipient(text: str) -> None:
     with pytest.raises(ValueError, match="recipient"):
-        Recipient.parse(text)
+        HybridRecipient.parse(text)
 
 
 def test_a_recipient_that_is_no_ml_kem_key_is_refused() -> None:
     with pytest.raises(ValueError):  # noqa: PT011 -- the text is OpenSSL's
-        Recipient.parse(bech32.encode(mlkem768x25519.RECIPIENT_PREFIX, b"\xff" * 1216))
+        HybridRecipient.parse(bech32.encode(mlkem768x25519.RECIPIENT_PREFIX, b"\xff" * 1216))
 
 
 @pytest.mark.parametrize(
     "stanza",
     [
-        Identity.generate().recipient.wrap(FILE_KEY),
-        x25519.Identity.generate().recipient.wrap(FILE_KEY),
+        HybridIdentity.generate().recipient.wrap(FILE_KEY),
+        x25519.X25519Identity.generate().recipient.wrap(FILE_KEY),
         replace(STANZA, body=bytes(32)),
     ],
     ids=["other-identity", "classic", "tag"],

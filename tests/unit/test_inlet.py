@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from kms_api.transport.transfer_rate import TransferLimits
-from kms_api.transport.upload_reader import Inlet, Pieces
+from kms_api.transport.upload_reader import Pieces, UploadReader
 from kms_core.http_server.protocol import HttpProtocol
 from kms_protocol.errors import BodyTimeout
 
@@ -57,7 +57,12 @@ async def served(handler: Handler) -> AsyncIterator[tuple[asyncio.StreamReader, 
 
 async def digest(request: Request) -> str:
     """How many slabs the body filled, the size of the last, and the digest of all."""
-    inlet, slab, count, hasher = Inlet(request, ANY_PACE), memoryview(bytearray(SLAB)), 0, hashlib.sha256()
+    inlet, slab, count, hasher = (
+        UploadReader(request, ANY_PACE),
+        memoryview(bytearray(SLAB)),
+        0,
+        hashlib.sha256(),
+    )
     while (filled := await inlet.fill(slab)).more:
         assert filled.size == SLAB
         hasher.update(slab)
@@ -123,7 +128,7 @@ async def test_a_sender_that_waits_to_go_on_is_told_to() -> None:
 async def test_what_is_left_of_a_refused_body_is_passed_over() -> None:
     async def first_slab(request: Request) -> str:
         if request.url.path == "/":
-            await Inlet(request, ANY_PACE).fill(memoryview(bytearray(SLAB)))
+            await UploadReader(request, ANY_PACE).fill(memoryview(bytearray(SLAB)))
         return request.url.path
 
     async with served(first_slab) as (reader, writer):
@@ -158,7 +163,7 @@ async def test_a_sender_that_stalls_is_given_up_and_one_that_drips_is_not(sent: 
         slab = bytearray(SLAB)
         limits = TransferLimits(grace_s=WAIT_S, bytes_per_s=1, stall_s=STALL_S)
         with pytest.raises(BodyTimeout):
-            await Inlet(request, limits).fill(memoryview(slab))
+            await UploadReader(request, limits).fill(memoryview(slab))
         return str(slab.count(b"x"))
 
     async with served(stalled) as (reader, writer):
@@ -174,7 +179,7 @@ SLOW: Final = TransferLimits(grace_s=0.4, bytes_per_s=2000, stall_s=WAIT_S)
 
 
 async def by_slabs(request: Request) -> int:
-    inlet, slab, size = Inlet(request, SLOW), memoryview(bytearray(SLAB)), 0
+    inlet, slab, size = UploadReader(request, SLOW), memoryview(bytearray(SLAB)), 0
     while (filled := await inlet.fill(slab)).more:
         size += filled.size
     return size + filled.size

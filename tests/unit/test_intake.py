@@ -255,7 +255,7 @@ def test_an_absent_token_is_null(desk: Intake, recipient: str) -> None:
 
 def test_the_published_schema_is_the_shape() -> None:
     assert json.loads(SCHEMA.read_text()) == celery_intake.schema(), (
-        f"write json.dumps(kms_core.jobs.submission.celery_intake.schema(), indent=2) and a line end to {SCHEMA}"
+        f"write json.dumps({celery_intake.__name__}.schema(), indent=2) and a line end to {SCHEMA}"
     )
 
 
@@ -274,7 +274,7 @@ def test_after_a_rotation_old_and_new_messages_open(service: Service, path: Path
 
 
 def test_the_key_may_be_a_post_quantum_one(service: Service, path: Path) -> None:
-    path.write_text(mlkem768x25519.Identity.generate().export())
+    path.write_text(mlkem768x25519.HybridIdentity.generate().export())
     whom = celery_intake.recipient(path)
     file_key, nonce = os.urandom(16), os.urandom(16)
     payload = stream.seal(stream.payload_key(file_key, nonce), json.dumps(body()).encode())

@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY
 from callers import AUDIENCE, ISSUER, Issuer
 from kms_core.auth.jwks import RemoteKeys
 from kms_core.auth.jwt_verifier import Jwts, Trusted
-from kms_core.settings.model import Issuer as Section
+from kms_core.settings.model import IssuerSection as Section
 from kms_protocol.errors import Unauthenticated
 
 MOST_REMEMBERED: Final = 4096

@@ -17,15 +17,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from callers import AUDIENCE, ISSUER, Issuer, claims, public_jwk
 from kms_core.auth import jwks
-from kms_core.auth.authenticator import Doors
+from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.jwks import FileKeys, RemoteKeys
 from kms_core.auth.jwt_verifier import Jwts, Trusted
 from kms_core.auth.policy import ByScopes, Principal, allows
 from kms_core.auth.tokens import TokenFile
 from kms_core.observability import metrics
 from kms_core.scopes import NOT_IN_STAR
-from kms_core.settings.model import Certificate, ClaimGrant
-from kms_core.settings.model import Issuer as Section
+from kms_core.settings.model import CertificateSection, ClaimGrant
+from kms_core.settings.model import IssuerSection as Section
 from kms_protocol.errors import ConfigurationError, Unauthenticated, Unavailable
 
 LEEWAY_S: Final = 5
@@ -126,8 +126,8 @@ STARS: Final[dict[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("source", [*STARS, "certificate"])
 def test_a_star_is_not_everything_wherever_it_stands(issuer: Issuer, tmp_path: Path, source: str) -> None:
     jwts = door(issuer, **STARS.get(source, {}))
-    builder = Certificate(subject="DNS:builder", scopes=("*",))
-    policy = ByScopes(Doors(TokenFile(tmp_path / "none"), jwts, {"builder": builder}), {})
+    builder = CertificateSection(subject="DNS:builder", scopes=("*",))
+    policy = ByScopes(Authenticator(TokenFile(tmp_path / "none"), jwts, {"builder": builder}), {})
     who = Principal("cert:builder", credential="cert:builder")
     if source != "certificate":
         who = jwts.holder(issuer.token(kms_scopes=["*"]))

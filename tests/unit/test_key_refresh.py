@@ -12,7 +12,7 @@ from kms_core.auth import jwks
 from kms_core.auth.jwks import KeysPending, RemoteKeys
 from kms_core.auth.jwt_verifier import Jwts, Trusted
 from kms_core.observability import metrics
-from kms_core.settings.model import Issuer as Section
+from kms_core.settings.model import IssuerSection as Section
 from kms_protocol.errors import Unauthenticated, Unavailable
 from service import until
 

@@ -18,9 +18,9 @@ from kms_core.settings.model import Settings
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError, UnknownKey
 
-OWN: Final = x25519.Identity.generate()
-PAYROLL: Final = x25519.Identity.generate()
-NEXT: Final = x25519.Identity.generate()
+OWN: Final = x25519.X25519Identity.generate()
+PAYROLL: Final = x25519.X25519Identity.generate()
+NEXT: Final = x25519.X25519Identity.generate()
 
 
 def settings_of(tmp_path: Path, text: str = "") -> Settings:
@@ -46,7 +46,7 @@ def key_files(tmp_path: Path) -> None:
     write_pair(tmp_path / "payroll", PAYROLL)
 
 
-def sealed_by(key: Key, identity: x25519.Identity) -> bool:
+def sealed_by(key: Key, identity: x25519.X25519Identity) -> bool:
     return key.backend.current_version() == version_of(identity.recipient)
 
 

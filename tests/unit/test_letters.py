@@ -7,16 +7,16 @@ import pytest
 from kombu.connection import Connection
 from kombu.transport import redis
 
-from kms_core.jobs.model import BULK, QUEUES, Lane
+from kms_core.jobs.model import BULK, QUEUES, QueuePriority
 from kms_core.jobs.store import broker_messages
-from kms_core.settings.model import Redis
+from kms_core.settings.model import RedisSection
 from kms_core.settings.redis_urls import for_celery, is_shared
 
 CONNECT: Final[Any] = Connection  # kombu ships no types
 
 
 @pytest.mark.parametrize("lane", broker_messages.LANES, ids="-".join)
-def test_lists_are_those_that_kombu_takes_from(lane: Lane) -> None:
+def test_lists_are_those_that_kombu_takes_from(lane: QueuePriority) -> None:
     steps = redis.Channel.priority_steps
     queue, _ = lane
     lists = {f"kms:{queue}" if step == 0 else f"kms:{queue}{redis.Channel.sep}{step}" for step in steps}
@@ -72,5 +72,5 @@ def test_message_says_when_it_was_written(message: bytes, expected: float) -> No
     ids=["same", "socket", "database", "user", "rabbitmq"],
 )
 def test_broker_is_shared_only_if_it_is_the_same(url: str, broker_url: str, *, expected: bool) -> None:
-    assert is_shared(Redis(url=url, broker_url=broker_url)) is expected
-    assert is_shared(Redis(url=url, broker_url=for_celery(url)))
+    assert is_shared(RedisSection(url=url, broker_url=broker_url)) is expected
+    assert is_shared(RedisSection(url=url, broker_url=for_celery(url)))

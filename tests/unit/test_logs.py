@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kms_core import audit
 from kms_core.observability import logs
-from kms_core.settings.model import Log
+from kms_core.settings.model import LogSection
 from kms_protocol.errors import ConfigurationError
 
 IDENTITY = "AGE-SECRET-KEY-1" + "Q" * 58
@@ -192,7 +192,7 @@ def test_lines_go_to_stderr(stream: io.StringIO, capsys: pytest.CaptureFixture[s
     [("auto", True, False), ("auto", False, True), ("json", True, True), ("text", False, False)],
 )
 def test_format_follows_the_terminal_unless_told(given: str, *, terminal: bool, expected: bool) -> None:
-    log = Log(format="json" if given == "json" else "text" if given == "text" else "auto")
+    log = LogSection(format="json" if given == "json" else "text" if given == "text" else "auto")
 
     assert log.as_json(terminal=terminal) is expected
 

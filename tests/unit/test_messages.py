@@ -29,7 +29,7 @@ SUBMIT_BYTES: Final = 1000
 connect: Final[Any] = Connection  # kombu ships no types
 
 
-def read(queue: str, made: poison.Poison, *, redelivered: bool = False) -> messages.Message:
+def read(queue: str, made: poison.Poison, *, redelivered: bool = False) -> messages.CeleryMessage:
     content = (made.content_type, made.content_encoding)
     return messages.read(queue, made.headers, content, made.body, redelivered=redelivered)
 
@@ -38,7 +38,7 @@ def submission(embed: object = None, **headers: object) -> poison.Poison:
     return poison.Poison(json.dumps([["x"], {}, embed]).encode(), poison.headers("kms.submit", **headers))
 
 
-def unpack(queue: str, element: bytes) -> messages.Message:
+def unpack(queue: str, element: bytes) -> messages.CeleryMessage:
     """Both checks, as a worker on Redis makes them."""
     found = json.loads(messages.envelope(queue, element, "tag", SUBMIT_BYTES))
     kinds = (found["content-type"], found["content-encoding"])

@@ -6,11 +6,11 @@ from typing import Final
 
 import pytest
 
-from kms_core.auth.metrics_access import Scraping
+from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.auth.policy import AllowAll
 from kms_core.observability import metrics
 from kms_core.proxies import Proxies
-from kms_core.settings.model import Server
+from kms_core.settings.model import ServerSection
 from kms_worker.metrics_server import MetricsApp
 
 SCRAPES: Final = 50
@@ -54,7 +54,7 @@ def test_scrapes_that_wait_share_one_reading_that_began_after_them(monkeypatch: 
         return b"%d" % number
 
     async def scrapes() -> list[bytes]:
-        app = MetricsApp(Scraping("open", None, AllowAll(), Proxies.of(Server(docs=True))), ())
+        app = MetricsApp(MetricsAccess("open", None, AllowAll(), Proxies.of(ServerSection(docs=True))), ())
         first = asyncio.create_task(_scraped(app))
         await asyncio.to_thread(begun.wait, 30)
         others = [asyncio.create_task(_scraped(app)) for _ in range(SCRAPES)]

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from kms_api.transport import download_writer
-from kms_api.transport.download_writer import Outlet
+from kms_api.transport.download_writer import DownloadWriter
 from kms_core.http_server.protocol import BODY, HttpProtocol
 
 WAIT_S: Final = 60
@@ -33,13 +33,13 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How much of each piece went straight to the socket."""
     sizes = []
-    honest = Outlet._taken  # noqa: SLF001 -- what is looked at
+    honest = DownloadWriter._taken  # noqa: SLF001 -- what is looked at
 
-    def counted(self: Outlet, piece: memoryview) -> int:
+    def counted(self: DownloadWriter, piece: memoryview) -> int:
         sizes.append(honest(self, piece))
         return sizes[-1]
 
-    monkeypatch.setattr(Outlet, "_taken", counted)
+    monkeypatch.setattr(DownloadWriter, "_taken", counted)
     return sizes
 
 
@@ -120,7 +120,7 @@ def test_what_must_not_overtake_goes_the_usual_way(*, closing: bool, waiting: in
         is_closing=lambda: closing, get_write_buffer_size=lambda: waiting, write=written.append
     )
 
-    Outlet(transport).write(bytes(size))  # type: ignore[arg-type]  # would fail if it asked for the socket
+    DownloadWriter(transport).write(bytes(size))  # type: ignore[arg-type]  # would fail if it asked for the socket
 
     assert [len(piece) for piece in written] == [size]
 
@@ -135,4 +135,4 @@ def test_a_connection_with_tls_keeps_its_transport() -> None:
         download_writer.unlock(Request({"type": "http", "state": {BODY: (None, cycle)}}))
 
     assert over_tls.transport is before
-    assert isinstance(plain.transport, Outlet)
+    assert isinstance(plain.transport, DownloadWriter)

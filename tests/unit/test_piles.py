@@ -39,7 +39,9 @@ def names(numbers: Iterator[int]) -> Names:
 
 
 def test_what_is_piled_up_is_what_one_move_a_call_makes(names: Names) -> None:
-    calls = buffered_metrics.Calls(names.counted.labels("piled"), names.duration.labels("piled"), names.size)
+    calls = buffered_metrics.CallStats(
+        names.counted.labels("piled"), names.duration.labels("piled"), names.size
+    )
     for seconds in TIMES:
         calls.add(seconds, 10)
         names.counted.labels("moved").inc()
@@ -60,7 +62,7 @@ def strip(lines: list[str]) -> list[str]:
 
 
 def test_a_second_look_shows_no_more(names: Names) -> None:
-    calls = buffered_metrics.Calls(names.counted.labels("x"))
+    calls = buffered_metrics.CallStats(names.counted.labels("x"))
     calls.add()
 
     assert names.value(f"piled_{names.number}_total", kind="x") == 1
@@ -68,7 +70,7 @@ def test_a_second_look_shows_no_more(names: Names) -> None:
 
 
 def test_threads_lose_no_call(names: Names) -> None:
-    calls = buffered_metrics.Calls(names.counted.labels("x"), names.duration.labels("x"))
+    calls = buffered_metrics.CallStats(names.counted.labels("x"), names.duration.labels("x"))
 
     def work() -> None:
         for _ in range(1000):
@@ -86,7 +88,7 @@ def test_threads_lose_no_call(names: Names) -> None:
 
 
 def test_a_forked_child_does_not_count_its_parents_calls_again(names: Names) -> None:
-    calls = buffered_metrics.Calls(names.counted.labels("x"))
+    calls = buffered_metrics.CallStats(names.counted.labels("x"))
     calls.add()
     pid = os.fork()
     if not pid:
@@ -99,7 +101,7 @@ def test_a_forked_child_does_not_count_its_parents_calls_again(names: Names) -> 
 
 def test_a_tide_shows_its_level(names: Names) -> None:
     gauge = Gauge(f"piled_tide_{names.number}", "Level")
-    tide = buffered_metrics.Tide(gauge)
+    tide = buffered_metrics.BufferedMetrics(gauge)
     tide.level += 3
     risen = names.value(f"piled_tide_{names.number}")
     tide.level -= 2
@@ -108,7 +110,7 @@ def test_a_tide_shows_its_level(names: Names) -> None:
 
 
 def test_a_call_after_a_moment_of_silence_settles_by_itself(names: Names) -> None:
-    calls = buffered_metrics.Calls(names.counted.labels("x"))
+    calls = buffered_metrics.CallStats(names.counted.labels("x"))
     shown = 0.0
     while not shown:  # the moment may not be over yet
         calls.add()

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from kms_core.age import stream
 from kms_core.age.stream import CHUNK, SEALED_CHUNK
-from kms_core.payload.parallel import Pace
+from kms_core.payload.parallel import ParallelOptions
 from kms_core.payload.streaming import SlabSealer, open_pipe, seal_pipe
 from kms_protocol.errors import DecryptFailed, JobCancelled
 
 KEY = bytes(range(32))
 SIZES = [0, 1, CHUNK, CHUNK + 1, 2 * CHUNK, 4 * CHUNK, 4 * CHUNK + 1, 33 * CHUNK - 1]
-TWO = Pace(slab_chunks=2)
+TWO = ParallelOptions(slab_chunks=2)
 
 
 class Trickle:
@@ -35,10 +35,12 @@ class Trickle:
         return self._whole.getvalue()
 
 
-@pytest.mark.parametrize("pace", [Pace(), TWO], ids=["usual", "two-chunks"])
+@pytest.mark.parametrize("pace", [ParallelOptions(), TWO], ids=["usual", "two-chunks"])
 @pytest.mark.parametrize("kind", [io.BytesIO, Trickle], ids=["whole", "trickle"])
 @pytest.mark.parametrize("size", SIZES)
-def test_pipes_carry_what_memory_would(size: int, kind: type[io.BytesIO | Trickle], pace: Pace) -> None:
+def test_pipes_carry_what_memory_would(
+    size: int, kind: type[io.BytesIO | Trickle], pace: ParallelOptions
+) -> None:
     plaintext = os.urandom(size)
     sealed, opened = kind(), kind()
 
@@ -61,7 +63,7 @@ def test_chunks_before_a_forged_one_are_released(position: int, released: int, s
     target = io.BytesIO()
 
     with pytest.raises(DecryptFailed):
-        open_pipe(KEY, io.BytesIO(sealed), target, Pace(slab_chunks=slab_chunks))
+        open_pipe(KEY, io.BytesIO(sealed), target, ParallelOptions(slab_chunks=slab_chunks))
     assert target.getvalue() == plaintext[: released * CHUNK]
 
 
@@ -81,7 +83,7 @@ def test_a_whole_chunk_at_the_wrong_place_is_released_and_the_rest_refused(
     target = io.BytesIO()
 
     with pytest.raises(DecryptFailed):
-        open_pipe(KEY, io.BytesIO(sealed), target, Pace(slab_chunks=slab_chunks))
+        open_pipe(KEY, io.BytesIO(sealed), target, ParallelOptions(slab_chunks=slab_chunks))
     assert target.getvalue() == plaintext[: kept * CHUNK]
 
 
@@ -124,7 +126,7 @@ def test_a_finished_payload_takes_nothing_more() -> None:
 def test_progress_and_check_see_every_slab() -> None:
     done: list[int] = []
     checks: list[None] = []
-    pace = Pace(slab_chunks=2, progress=done.append, check=lambda: checks.append(None))
+    pace = ParallelOptions(slab_chunks=2, progress=done.append, check=lambda: checks.append(None))
     sealed = io.BytesIO()
     seal_pipe(KEY, io.BytesIO(bytes(3 * CHUNK)), sealed, pace)
     open_pipe(KEY, io.BytesIO(sealed.getvalue()), io.BytesIO(), pace)
@@ -138,7 +140,7 @@ def test_a_raised_check_ends_a_pipe() -> None:
         raise JobCancelled
 
     with pytest.raises(JobCancelled):
-        seal_pipe(KEY, io.BytesIO(b"x"), io.BytesIO(), Pace(check=cancelled))
+        seal_pipe(KEY, io.BytesIO(b"x"), io.BytesIO(), ParallelOptions(check=cancelled))
 
 
 def test_real_pipes_carry_it_too() -> None:

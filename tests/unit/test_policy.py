@@ -18,12 +18,12 @@ from kms_protocol.errors import Forbidden
 
 @pytest.fixture
 def backend(tmp_path: Path) -> AgeBackend:
-    return age_backend(tmp_path / "default", x25519.Identity.generate())
+    return age_backend(tmp_path / "default", x25519.X25519Identity.generate())
 
 
 @pytest.fixture
 def payroll(tmp_path: Path) -> AgeBackend:
-    return age_backend(tmp_path / "payroll", x25519.Identity.generate())
+    return age_backend(tmp_path / "payroll", x25519.X25519Identity.generate())
 
 
 class Allowing:

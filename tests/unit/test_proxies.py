@@ -4,17 +4,17 @@ from typing import Literal
 
 import pytest
 
-from kms_core.auth.metrics_access import Scraping
+from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.auth.policy import AllowAll
 from kms_core.proxies import Proxies
-from kms_core.settings.model import Server
+from kms_core.settings.model import ServerSection
 
 PEER = "10.0.0.1"
 
 
 def proxies(header: Literal["x-forwarded-for", "forwarded"] = "x-forwarded-for") -> Proxies:
     networks = ("10.0.0.0/8", "2001:db8:1::/48", "192.0.2.7")
-    return Proxies.of(Server(trusted_proxies=networks, proxy_header=header, docs=True))
+    return Proxies.of(ServerSection(trusted_proxies=networks, proxy_header=header, docs=True))
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,14 @@ def test_what_is_trusted_is_told_by_address() -> None:
         True
     ] * 4
     assert not any(trusted.trust(text) for text in ("11.0.0.1", "192.0.2.8", "2001:db8:2::1", "", "local"))
-    assert not Proxies.of(Server(docs=True)).trust(PEER)
+    assert not Proxies.of(ServerSection(docs=True)).trust(PEER)
 
 
 def test_a_trusted_proxy_is_never_this_machine() -> None:
-    local = Proxies.of(Server(trusted_proxies=("127.0.0.1", "::1"), docs=True))
+    local = Proxies.of(ServerSection(trusted_proxies=("127.0.0.1", "::1"), docs=True))
     of_proxy, without = (
-        Scraping("loopback", None, AllowAll(), each) for each in (local, Proxies.of(Server(docs=True)))
+        MetricsAccess("loopback", None, AllowAll(), each)
+        for each in (local, Proxies.of(ServerSection(docs=True)))
     )
 
     assert not of_proxy.is_open_to("127.0.0.1", [])

@@ -7,7 +7,7 @@ import pytest
 
 from kms_core import redis_client
 from kms_core.settings.load import load as load_settings
-from kms_core.settings.model import Redis
+from kms_core.settings.model import RedisSection
 from kms_core.settings.redis_urls import Sentinels, sentinels
 from kms_protocol.errors import ConfigurationError
 
@@ -15,7 +15,7 @@ HOME = {"HOME": "/home/ada"}
 SECRET = "hunter2"
 
 
-def load(body: str, folder: Path) -> Redis:
+def load(body: str, folder: Path) -> RedisSection:
     path = folder / "kms.toml"
     path.write_text(f"[kms.redis]\n{body}")
     return load_settings(path, HOME).kms.redis
@@ -67,7 +67,7 @@ def test_sentinel_url_says_who_knows_the_master() -> None:
 def test_the_broker_follows_sentinel_in_words_of_kombu() -> None:
     url = "sentinel://kms:p%40w@a:1,[::1]:2/3?master=m"
 
-    told = redis_client.celery_options(Redis(url=url, broker_url=url), {"global_keyprefix": "kms:"})
+    told = redis_client.celery_options(RedisSection(url=url, broker_url=url), {"global_keyprefix": "kms:"})
 
     assert told["broker_url"] == "sentinel://kms:p%40w@a:1/3;sentinel://[::1]:2/3"
     options = told["broker_transport_options"]
@@ -79,7 +79,7 @@ def test_the_broker_follows_sentinel_in_words_of_kombu() -> None:
 @pytest.mark.parametrize("scheme", ["rediss", "sentinels", "amqps"])
 def test_tls_is_always_checked(scheme: str) -> None:
     query = "?master=m" if scheme == "sentinels" else ""
-    section = Redis(url="redis://h", broker_url=f"{scheme}://h{query}", ca_file=Path("/ca.pem"))
+    section = RedisSection(url="redis://h", broker_url=f"{scheme}://h{query}", ca_file=Path("/ca.pem"))
 
     told = redis_client.celery_options(section, {})["broker_use_ssl"]
 

@@ -13,15 +13,15 @@ from kms_core.age.header import render
 from kms_core.age.stream import CHUNK, SEALED_CHUNK
 from kms_core.auth.policy import Principal
 from kms_core.envelope import sealing
-from kms_core.payload.files import Extent, Onto
-from kms_core.payload.parallel import Pace, copy_run, reseal_file
+from kms_core.payload.files import FileRange, FileWriter
+from kms_core.payload.parallel import ParallelOptions, copy_run, reseal_file
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, Forbidden, ForeignRefused, InvalidRequest, KmsError
 
 MiB: Final = 1024 * 1024
-IDENTITY: Final = x25519.Identity.generate()
-PAYROLL: Final = x25519.Identity.generate()
+IDENTITY: Final = x25519.X25519Identity.generate()
+PAYROLL: Final = x25519.X25519Identity.generate()
 OTHER: Final = Context.parse("row=8")
 KEYS: Final = (bytes(range(32)), bytes(range(32, 64)))
 SIZES: Final = [0, 1, CHUNK, CHUNK + 1, 16 * CHUNK, 40 * CHUNK - 3]
@@ -61,8 +61,8 @@ def resealed(
 ) -> bytes:
     with TemporaryFile(buffering=0) as source, TemporaryFile(buffering=0) as target:
         source.write(sealed)
-        extent = Extent(source.fileno(), len(sealed))
-        onto = Onto(target.fileno())
+        extent = FileRange(source.fileno(), len(sealed))
+        onto = FileWriter(target.fileno())
         kms.reseal_file(ADA, extent, onto, context, new_context=new, key_id=key_id)
         return os.pread(target.fileno(), 2 * len(sealed) + 8192, 0)
 
@@ -115,7 +115,7 @@ def test_a_wrong_context_is_refused(kms: Kms) -> None:
             resealed(kms, sealed, wrong)
 
 
-def foreign_file(identity: x25519.Identity) -> bytes:
+def foreign_file(identity: x25519.X25519Identity) -> bytes:
     file_key = os.urandom(16)
     head = render([identity.recipient.wrap(file_key)], file_key) + bytes(16)
     return head + stream.seal(stream.payload_key(file_key, bytes(16)), b"theirs")
@@ -165,13 +165,16 @@ def test_it_takes_both_rights_or_its_own_where_the_key_stays(
 # -- slabs -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pace", [Pace(), Pace(threads=1, slab_chunks=1), Pace(threads=3, slab_chunks=3)])
+@pytest.mark.parametrize(
+    "pace",
+    [ParallelOptions(), ParallelOptions(threads=1, slab_chunks=1), ParallelOptions(threads=3, slab_chunks=3)],
+)
 @pytest.mark.parametrize("size", SIZES)
-def test_chunks_are_those_of_the_new_key(size: int, pace: Pace) -> None:
+def test_chunks_are_those_of_the_new_key(size: int, pace: ParallelOptions) -> None:
     plaintext = os.urandom(size)
     with TemporaryFile(buffering=0) as source, TemporaryFile(buffering=0) as target:
         source.write(b"abc" + (sealed := stream.seal(KEYS[0], plaintext)))
-        reseal_file(KEYS, Extent(source.fileno(), len(sealed), 3), Onto(target.fileno()), 216, pace)
+        reseal_file(KEYS, FileRange(source.fileno(), len(sealed), 3), FileWriter(target.fileno()), 216, pace)
         found = os.pread(target.fileno(), 216 + len(sealed) + 1, 0)
 
     assert found == bytes(216) + stream.seal(KEYS[1], plaintext)
@@ -185,7 +188,10 @@ def test_a_forged_chunk_is_refused_and_never_sealed(chunk: int) -> None:
         source.write(sealed)
         with pytest.raises(DecryptFailed):
             reseal_file(
-                KEYS, Extent(source.fileno(), len(sealed)), Onto(target.fileno()), pace=Pace(slab_chunks=1)
+                KEYS,
+                FileRange(source.fileno(), len(sealed)),
+                FileWriter(target.fileno()),
+                pace=ParallelOptions(slab_chunks=1),
             )
         written = os.pread(target.fileno(), len(sealed), 0)
 
@@ -197,7 +203,12 @@ def test_a_run_is_copied_as_it_is(size: int) -> None:
     data = os.urandom(size)
     with TemporaryFile(buffering=0) as source, TemporaryFile(buffering=0) as target:
         source.write(b"abc" + data)
-        copy_run(Extent(source.fileno(), size, 3), Onto(target.fileno()), 7, Pace(slab_chunks=2))
+        copy_run(
+            FileRange(source.fileno(), size, 3),
+            FileWriter(target.fileno()),
+            7,
+            ParallelOptions(slab_chunks=2),
+        )
 
         assert os.pread(target.fileno(), size + 8, 0) == (bytes(7) + data if size else b"")
 
@@ -206,4 +217,4 @@ def test_a_run_that_ends_early_is_refused() -> None:
     with TemporaryFile(buffering=0) as source, TemporaryFile(buffering=0) as target:
         source.write(bytes(10))
         with pytest.raises(InvalidRequest):
-            copy_run(Extent(source.fileno(), 11), Onto(target.fileno()))
+            copy_run(FileRange(source.fileno(), 11), FileWriter(target.fileno()))

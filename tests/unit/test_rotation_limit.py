@@ -9,12 +9,12 @@ import pytest
 
 from agekms import ADA, Kept, age_backend
 from kms_core.age import x25519
-from kms_core.audit import Audit
+from kms_core.audit import AuditWriter
 from kms_core.auth.policy import AllowAll, Principal
 from kms_core.backends import Backend
 from kms_core.backends.age import AgeBackend, KeyFiles
 from kms_core.key_rotation import SCHEDULE
-from kms_core.key_selection import Rules
+from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.rotation_limit import RotationLimit
 from kms_core.service import Kms
@@ -40,16 +40,16 @@ def clock() -> Clock:
     return Clock()
 
 
-def service(clock: Clock, *backends: Backend, trail: Audit | None = None, every_days: int = 0) -> Kms:
+def service(clock: Clock, *backends: Backend, trail: AuditWriter | None = None, every_days: int = 0) -> Kms:
     """As one process has it: what it remembers is its own."""
     key, other = Key("payroll", backends[0], others=backends[1:]), Key("other", memory_backend()[0])
-    rules = Rules(rotations=RotationLimit(MOST, every_days, clock))
+    rules = SelectionRules(rotations=RotationLimit(MOST, every_days, clock))
     return Kms(Keyring({"payroll": key, "other": other}, key), AllowAll(), trail or Kept(), rules)
 
 
 @pytest.fixture
 def age(tmp_path: Path) -> AgeBackend:
-    return age_backend(tmp_path / "keys", x25519.Identity.generate())
+    return age_backend(tmp_path / "keys", x25519.X25519Identity.generate())
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def waits_s(kms: Kms, who: Principal = ADA) -> float:
 def made_hours_ago(folder: Path, *hours: float) -> AgeBackend:
     """A key whose versions are so old; the last is in use."""
     folder.mkdir(mode=0o700)
-    identities = [x25519.Identity.generate() for _ in hours]
+    identities = [x25519.X25519Identity.generate() for _ in hours]
     lines = []
     for identity, ago in zip(identities, hours, strict=True):
         made = (datetime.now(UTC) - timedelta(hours=ago)).isoformat(timespec="seconds")

@@ -9,9 +9,9 @@ import pytest
 
 from kms_core.age import stream
 from kms_core.payload import parallel
-from kms_core.payload.parallel import Pace
+from kms_core.payload.parallel import ParallelOptions
 from kms_core.s3 import multipart
-from kms_core.s3.bucket import MOST_PARTS, Found, Part, Run
+from kms_core.s3.bucket import MOST_PARTS, ObjectHead, Run, UploadedPart
 from kms_core.s3.multipart import COPY_BYTES, PART_BYTES, Assembly, ObjectReader, digest
 from kms_protocol.errors import InvalidRequest, JobCancelled, PathRefused
 
@@ -34,22 +34,22 @@ class Shelf:
         del key, mark
         return "upload"
 
-    def put_part(self, key: str, upload: str, number: int, body: memoryview) -> Part:
+    def put_part(self, key: str, upload: str, number: int, body: memoryview) -> UploadedPart:
         del key, upload
         self.sent[number] = bytes(body)
-        return Part(number, f"e{number}", len(body))
+        return UploadedPart(number, f"e{number}", len(body))
 
-    def copy_part(self, key: str, upload: str, number: int, run: Run) -> Part | None:
+    def copy_part(self, key: str, upload: str, number: int, run: Run) -> UploadedPart | None:
         del key, upload
         if len(self.copied) == self.copies:
             return None
         self.copied.append(run)
-        return Part(number, f"c{number}", run.size)
+        return UploadedPart(number, f"c{number}", run.size)
 
-    def parts(self, key: str, upload: str) -> list[Part]:
+    def parts(self, key: str, upload: str) -> list[UploadedPart]:
         del key, upload
-        sent = [Part(number, f"e{number}", len(data)) for number, data in self.sent.items()]
-        return sent + [Part(number, "c", run.size) for number, run in enumerate(self.copied, start=2)]
+        sent = [UploadedPart(number, f"e{number}", len(data)) for number, data in self.sent.items()]
+        return sent + [UploadedPart(number, "c", run.size) for number, run in enumerate(self.copied, start=2)]
 
     def read_into(self, key: str, etag: str, start: int, views: Sequence[memoryview]) -> None:
         del key, etag
@@ -57,8 +57,8 @@ class Shelf:
             view[:] = self.data[start : start + len(view)]
             start += len(view)
 
-    def head(self, key: str) -> Found | None:
-        return Found(len(self.data), key, "")
+    def head(self, key: str) -> ObjectHead | None:
+        return ObjectHead(len(self.data), key, "")
 
 
 def assembly(shelf: Shelf, size: int) -> Assembly:
@@ -125,7 +125,7 @@ def test_memory_holds_two_parts_a_thread_at_most() -> None:
     shelf = Shelf(bytes(48 * MiB))
     made = assembly(shelf, stream.sealed_size(48 * MiB))
     seen: list[int] = []
-    pace = Pace(4, 7, progress=lambda _: seen.append(len(made._filling)))  # noqa: SLF001 -- the very question
+    pace = ParallelOptions(4, 7, progress=lambda _: seen.append(len(made._filling)))  # noqa: SLF001 -- the very question
     parallel.seal_file(KEY, reader(shelf), made, pace=pace)
 
     assert 0 < max(seen) <= 2 * 4
@@ -201,7 +201,15 @@ def test_an_object_that_is_another_is_noticed() -> None:
 
 
 def test_a_digest_is_of_numbers_sizes_and_tags() -> None:
-    part = Part(1, "a", 5)
+    part = UploadedPart(1, "a", 5)
 
     assert digest([part]) == digest([part])
-    assert len({digest([one]) for one in (part, Part(2, "a", 5), Part(1, "b", 5), Part(1, "a", 6))}) == 4
+    assert (
+        len(
+            {
+                digest([one])
+                for one in (part, UploadedPart(2, "a", 5), UploadedPart(1, "b", 5), UploadedPart(1, "a", 6))
+            }
+        )
+        == 4
+    )

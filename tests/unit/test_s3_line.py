@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from hooks import Authority, make_authority
-from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, Part, Run
-from kms_core.s3.connection import TRIES, Ask, Line, Place
+from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, Run, UploadedPart
+from kms_core.s3.connection import TRIES, Ask, S3Connection, S3Endpoint
 from kms_core.s3.sigv4 import Credentials
 from kms_protocol.errors import PathRefused, Unavailable
 
@@ -65,8 +65,8 @@ class Script:
             )
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
-        self.line = Line(
-            Place(f"http://127.0.0.1:{self.server.server_address[1]}", "r", _credentials, None, 5.0),
+        self.line = S3Connection(
+            S3Endpoint(f"http://127.0.0.1:{self.server.server_address[1]}", "r", _credentials, None, 5.0),
             first_wait_s=0.001,
         )
         self.bucket = Bucket("b", self.line, path_style=True)
@@ -184,7 +184,7 @@ def test_a_child_makes_connections_of_its_own(script: Script) -> None:
 
 def test_a_virtual_host_is_named_and_signed(script: Script) -> None:
     port = script.server.server_address[1]
-    with closing(Line(Place(f"http://1:{port}", "r", _credentials, None, 5.0))) as line:
+    with closing(S3Connection(S3Endpoint(f"http://1:{port}", "r", _credentials, None, 5.0))) as line:
         Bucket("127.0.0", line, path_style=False).put("a b", b"", ALWAYS, "job")  # a name that needs no DNS
 
     ((_, path, headers, _),) = script.asked
@@ -203,7 +203,7 @@ def test_a_completion_that_fails_late_is_no_completion(script: Script) -> None:
     script.replies = [(200, {}, b"\n " + ERROR % b"InvalidPart")]
 
     with pytest.raises(PathRefused, match="InvalidPart"):
-        script.bucket.complete("k", "u", [Part(1, "e", 1)], ALWAYS)
+        script.bucket.complete("k", "u", [UploadedPart(1, "e", 1)], ALWAYS)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_completion_that_fails_late_is_no_completion(script: Script) -> None:
 def test_a_completion_ends_in_three_ways(script: Script, status: int, code: bytes, end: Completion) -> None:
     script.replies = [(status, {}, ERROR % code)]
 
-    assert script.bucket.complete("k", "u", [Part(1, "e", 1)], If(absent=True)) is end
+    assert script.bucket.complete("k", "u", [UploadedPart(1, "e", 1)], If(absent=True)) is end
     _, _, headers, body = script.asked[0]
     assert headers["if-none-match"] == "*"
     assert b'<PartNumber>1</PartNumber><ETag>"e"</ETag>' in body
@@ -243,7 +243,7 @@ def test_parts_are_listed_to_their_end(script: Script) -> None:
         (200, {}, page % (b"false", part % 3)),
     ]
 
-    assert script.bucket.parts("k", "u") == [Part(number, "e", 7) for number in (1, 2, 3)]
+    assert script.bucket.parts("k", "u") == [UploadedPart(number, "e", 7) for number in (1, 2, 3)]
     assert "part-number-marker=2" in script.asked[1][1]
 
 
@@ -281,7 +281,9 @@ def test_tls_is_for_a_name_under_an_authority_that_is_trusted(tmp_path: Path, *,
     try:
         for host, known in (("localhost", trusted), ("127.0.0.1", False)):
             url = f"https://{host}:{script.server.server_address[1]}"
-            with closing(Line(Place(url, "r", _credentials, trust, 5.0), first_wait_s=0.001)) as line:
+            with closing(
+                S3Connection(S3Endpoint(url, "r", _credentials, trust, 5.0), first_wait_s=0.001)
+            ) as line:
                 if known:
                     assert line.ask(Ask("GET", "/b/k")).body == b"fine"
                 else:

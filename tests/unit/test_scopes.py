@@ -6,16 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kms_core.scopes import OPERATIONS, Scope, Wanted
+from kms_core.scopes import OPERATIONS, Access, Scope
 from kms_protocol.context import Context
 
 
-def missing(line: str, wanted: Wanted) -> str | None:
+def missing(line: str, wanted: Access) -> str | None:
     return Scope.parse(line).missing(wanted)
 
 
-def on(operation: str, key_id: str | None = None, context: str | None = None) -> Wanted:
-    return Wanted(operation, key_id, None if context is None else Context.parse(context))
+def on(operation: str, key_id: str | None = None, context: str | None = None) -> Access:
+    return Access(operation, key_id, None if context is None else Context.parse(context))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def on(operation: str, key_id: str | None = None, context: str | None = None) ->
         ("encrypt context=env=prod,service=a*", on("encrypt", "k", "env=prod,service=b"), "context"),
         (
             "encrypt context=team=R%26D%2C%20all",
-            Wanted("encrypt", "k", Context.parse({"team": "R&D, all"})),
+            Access("encrypt", "k", Context.parse({"team": "R&D, all"})),
             None,
         ),
         ("*", on("reseal", "k", ""), None),
@@ -58,7 +58,7 @@ def on(operation: str, key_id: str | None = None, context: str | None = None) ->
     ],
     ids=lambda value: str(value) if isinstance(value, str) else None,
 )
-def test_a_scope_allows_what_all_its_rules_fit(line: str, wanted: Wanted, rule: str | None) -> None:
+def test_a_scope_allows_what_all_its_rules_fit(line: str, wanted: Access, rule: str | None) -> None:
     assert missing(line, wanted) == rule
 
 
@@ -93,12 +93,12 @@ BOTH = "encrypt read=file:///srv/in/ write=file:///srv/out"
 def test_files_are_read_beneath_one_prefix_and_written_beneath_another(
     source: str, target: str, rule: str | None
 ) -> None:
-    assert missing(BOTH, Wanted("encrypt", "k", Context(), source, target)) == rule
+    assert missing(BOTH, Access("encrypt", "k", Context(), source, target)) == rule
 
 
 @pytest.mark.parametrize("line", ["encrypt", "encrypt key=*", "*"])
 def test_without_prefixes_no_file_is_named(line: str) -> None:
-    assert missing(line, Wanted("encrypt", "k", Context(), "file:///a", "file:///b")) == "read"
+    assert missing(line, Access("encrypt", "k", Context(), "file:///a", "file:///b")) == "read"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_without_prefixes_no_file_is_named(line: str) -> None:
     ],
 )
 def test_objects_are_named_as_they_are(url: str, rule: str | None) -> None:
-    assert missing("decrypt read=s3://bucket/in/", Wanted("decrypt", "k", Context(), url)) == rule
+    assert missing("decrypt read=s3://bucket/in/", Access("decrypt", "k", Context(), url)) == rule
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import jwt
 
 from callers import Issuer, claims, issuer_settings
 from kms_core.auth.authenticator import build
-from kms_core.auth.metrics_access import Scraping
+from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.auth.policy import ByScopes
 from kms_core.observability import metrics
 from kms_core.proxies import Proxies
@@ -23,7 +23,7 @@ def test_good_tokens_read_the_metrics_beside_a_hundred_times_as_many_bad_ones(tm
     settings = load(config, {"HOME": str(tmp_path)})
     doors = build(settings)
     assert doors
-    scraping = Scraping("token", doors, ByScopes(doors, {}), Proxies.of(settings.kms.server))
+    scraping = MetricsAccess("token", doors, ByScopes(doors, {}), Proxies.of(settings.kms.server))
     before = metrics.AUTH_FAILURES.labels("signature")._value.get()  # noqa: SLF001 -- the library shows none
     known = []
     for number in range(1000):

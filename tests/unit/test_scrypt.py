@@ -8,7 +8,7 @@ import pytest
 
 from kms_core.age import header, scrypt, stream
 from kms_core.age.header import Stanza
-from kms_core.age.x25519 import Identity, NoMatch
+from kms_core.age.x25519 import NoMatch, X25519Identity
 from kms_protocol.errors import DecryptFailed
 
 FILE_KEY = bytes(range(16))
@@ -60,7 +60,7 @@ def test_malformed_stanzas_fail_the_file(stanza: Stanza) -> None:
 
 
 def test_a_passphrase_stanza_stands_alone() -> None:
-    other = Identity.generate().recipient.wrap(FILE_KEY)
+    other = X25519Identity.generate().recipient.wrap(FILE_KEY)
 
     assert scrypt.stanza_of([STANZA]) is STANZA
     assert scrypt.stanza_of([other, other]) is None

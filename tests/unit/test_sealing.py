@@ -31,8 +31,8 @@ CHUNK: Final = 64 * 1024
 MiB: Final = 1024 * 1024
 PROPERTY: Final = settings(max_examples=200, deadline=None)
 OWN: Final = ["X25519", "kms-service/context", "kms-service/origin"]
-IDENTITY: Final = x25519.Identity.generate()
-STRANGER: Final = x25519.Identity.generate()
+IDENTITY: Final = x25519.X25519Identity.generate()
+STRANGER: Final = x25519.X25519Identity.generate()
 
 
 class OneIdentity:
@@ -85,7 +85,9 @@ def test_what_is_sealed_opens(size: int, context: Context) -> None:
     assert len(file) == head_of(file).payload_offset + stream.sealed_size(size)
 
 
-@pytest.mark.parametrize("identity", [IDENTITY, mlkem768x25519.Identity.generate()], ids=["x25519", "hybrid"])
+@pytest.mark.parametrize(
+    "identity", [IDENTITY, mlkem768x25519.HybridIdentity.generate()], ids=["x25519", "hybrid"]
+)
 @pytest.mark.parametrize(("size", "padded"), [(MiB - 1, False), (MiB, True), (MiB + 1, True)])
 def test_from_one_mebibyte_on_the_header_is_rounded(
     identity: NativeIdentity, size: int, *, padded: bool
@@ -311,7 +313,7 @@ def test_origin_is_for_wrappers_that_prove_it() -> None:
 # -- foreign files -----------------------------------------------------------------------------------
 
 
-def foreign(*recipients: x25519.Recipient) -> bytes:
+def foreign(*recipients: x25519.X25519Recipient) -> bytes:
     file_key, nonce = os.urandom(16), os.urandom(16)
     head = header.render([recipient.wrap(file_key) for recipient in recipients], file_key)
     return head + nonce + stream.seal(stream.payload_key(file_key, nonce), b"theirs")
@@ -321,7 +323,7 @@ def test_a_foreign_file_opens_by_any_version(tmp_path: Path) -> None:
     backend = two_versions(tmp_path)
     keys = [KeyRef("acme", "k", version.version, "age") for version in backend.versions()]
     for recipient, key in zip([STRANGER.recipient, IDENTITY.recipient], keys, strict=True):
-        file = foreign(x25519.Identity.generate().recipient, recipient)
+        file = foreign(x25519.X25519Identity.generate().recipient, recipient)
         file_key, found = sealing.foreign_file_key(head_of(file), backend, keys)
 
         assert found == key
@@ -331,7 +333,7 @@ def test_a_foreign_file_opens_by_any_version(tmp_path: Path) -> None:
 def test_a_foreign_file_for_others_does_not_open(tmp_path: Path) -> None:
     backend = two_versions(tmp_path)
     keys = [KeyRef("acme", "k", version.version, "age") for version in backend.versions()]
-    file = foreign(x25519.Identity.generate().recipient)
+    file = foreign(x25519.X25519Identity.generate().recipient)
 
     with pytest.raises(DecryptFailed):
         sealing.foreign_file_key(head_of(file), backend, keys)

@@ -9,13 +9,13 @@ from prometheus_client import REGISTRY
 
 from agekms import ADA, NO_CONTEXT, ROW, age_backend, file_key_of, head_of, kms_over, types_of
 from kms_core.age import stream, x25519
-from kms_core.age.header import SYNC_LIMITS, Limits, Stanza, render
+from kms_core.age.header import SYNC_LIMITS, HeaderLimits, Stanza, render
 from kms_core.auth.policy import Principal
 from kms_core.backends import Health
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import sealing
-from kms_core.key_selection import Rules
-from kms_core.payload.files import Extent, Onto
+from kms_core.key_selection import SelectionRules
+from kms_core.payload.files import FileRange, FileWriter
 from kms_core.results import Unwrapped
 from kms_core.service import Kms
 from kms_protocol.context import Context
@@ -32,8 +32,8 @@ from kms_protocol.errors import (
 
 MiB: Final = 1024 * 1024
 BOB: Final = Principal("bob", "other", "test")
-IDENTITY: Final = x25519.Identity.generate()
-PAYROLL: Final = x25519.Identity.generate()
+IDENTITY: Final = x25519.X25519Identity.generate()
+PAYROLL: Final = x25519.X25519Identity.generate()
 
 
 @pytest.fixture
@@ -124,21 +124,21 @@ def test_headers_above_the_limits_of_a_call_are_too_large(kms: Kms) -> None:
     for head in (render(stanzas, file_key), render([Stanza(("x" * 40_000,), b"")], file_key)):
         with pytest.raises(TooLarge):
             kms.decrypt(ADA, head + bytes(32), NO_CONTEXT)
-    assert Limits(32 * 1024, 64) == SYNC_LIMITS
+    assert HeaderLimits(32 * 1024, 64) == SYNC_LIMITS
 
 
 def test_limits_are_settings(backend: AgeBackend) -> None:
     sealed = kms_over(backend).encrypt(ADA, b"salary", ROW).ciphertext
 
     with pytest.raises(TooLarge):
-        kms_over(backend, rules=Rules(limits=Limits(1024, 2))).decrypt(ADA, sealed, ROW)
+        kms_over(backend, rules=SelectionRules(limits=HeaderLimits(1024, 2))).decrypt(ADA, sealed, ROW)
 
 
 # -- contexts ----------------------------------------------------------------------------------------
 
 
 def test_a_required_context_is_required_where_something_is_sealed(backend: AgeBackend) -> None:
-    strict = kms_over(backend, rules=Rules(require_context=True))
+    strict = kms_over(backend, rules=SelectionRules(require_context=True))
     without = kms_over(backend).encrypt(ADA, b"salary", NO_CONTEXT).ciphertext
     within = strict.encrypt(ADA, b"salary", ROW).ciphertext
 
@@ -307,9 +307,9 @@ def test_files_go_through_descriptors(kms: Kms, size: int) -> None:
     plaintext = os.urandom(size)
     with TemporaryFile(buffering=0) as source, TemporaryFile() as sealed, TemporaryFile() as opened:
         source.write(plaintext)
-        key = kms.encrypt_file(ADA, Extent(source.fileno(), size), Onto(sealed.fileno()), ROW)
-        file = Extent(sealed.fileno(), os.fstat(sealed.fileno()).st_size)
-        found = kms.decrypt_file(ADA, file, Onto(opened.fileno()), ROW)
+        key = kms.encrypt_file(ADA, FileRange(source.fileno(), size), FileWriter(sealed.fileno()), ROW)
+        file = FileRange(sealed.fileno(), os.fstat(sealed.fileno()).st_size)
+        found = kms.decrypt_file(ADA, file, FileWriter(opened.fileno()), ROW)
         kms.decrypt_file(ADA, file, None, ROW)
 
         assert found.key == key
@@ -321,9 +321,9 @@ def test_a_damaged_file_is_a_failed_decrypt(kms: Kms) -> None:
     sealed = kms.encrypt(ADA, bytes(100_000), ROW).ciphertext[:-1]
     with TemporaryFile(buffering=0) as source, TemporaryFile() as opened:
         source.write(sealed)
-        for target in (Onto(opened.fileno()), None):
+        for target in (FileWriter(opened.fileno()), None):
             with pytest.raises(DecryptFailed):
-                kms.decrypt_file(ADA, Extent(source.fileno(), len(sealed)), target, ROW)
+                kms.decrypt_file(ADA, FileRange(source.fileno(), len(sealed)), target, ROW)
 
 
 def test_a_header_is_made_for_a_payload_that_is_there(kms: Kms) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from kms_core.settings.base import Section
 from kms_core.settings.load import VARIABLES, find, load
-from kms_core.settings.model import Kms, Settings
+from kms_core.settings.model import KmsSection, Settings
 from kms_protocol import wire
 from kms_protocol.errors import ConfigurationError
 
@@ -363,7 +363,7 @@ def test_names_like_links_that_hold_no_address_are_refused(name: str) -> None:
 def test_no_value_appears_in_repr() -> None:
     settings = load(None, COSMIAN | {"KMS_REDIS_URL": "redis://:pa55@r"})
 
-    assert "Kms(…)" in repr(settings.kms)
+    assert "KmsSection(…)" in repr(settings.kms)
     assert not {"hunter2", "pa55"} & set(
         re.findall(r"\w+", repr([settings, settings.kms, settings.kms.redis]))
     )
@@ -371,7 +371,7 @@ def test_no_value_appears_in_repr() -> None:
 
 
 def test_key_ids_have_one_grammar() -> None:
-    (kind,) = (item.type for item in msgspec.structs.fields(Kms) if item.name == "default_key_id")
+    (kind,) = (item.type for item in msgspec.structs.fields(KmsSection) if item.name == "default_key_id")
 
     assert repr(wire.KEY_ID_PATTERN) in str(kind)
 
@@ -388,7 +388,7 @@ def test_the_example_says_the_defaults() -> None:
     assert load(EXAMPLE, HOME) == load(None, HOME)
 
 
-@pytest.mark.parametrize(("path", "key"), list(sections(Kms)), ids=str)
+@pytest.mark.parametrize(("path", "key"), list(sections(KmsSection)), ids=str)
 def test_the_example_shows_every_key(path: str, key: str) -> None:
     tables = re.split(r"^(?:# )?\[(.+)\]$", EXAMPLE.read_text(), flags=re.MULTILINE)
     body = dict(zip(tables[1::2], tables[2::2], strict=True)).get(path, "")

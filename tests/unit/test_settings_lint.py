@@ -9,7 +9,7 @@ import pytest
 
 from kms_core.settings.lint import SETTINGS, unaccepted, weaknesses
 from kms_core.settings.load import load
-from kms_core.settings.model import Kms, Settings
+from kms_core.settings.model import KmsSection, Settings
 from kms_protocol.errors import ConfigurationError
 
 PROD = """
@@ -344,7 +344,7 @@ def _is_section(kind: Any) -> bool:  # noqa: ANN401 -- as above
 def test_every_setting_is_in_the_table_or_weakens_nothing() -> None:
     """A new setting must be decided: a row of the table, or a reason above."""
     decided = {name for names in NO_VALUE_WEAKENS.values() for name in names.split()}
-    known = {name.replace(".*", "") for name in leaves(Kms, "")}
+    known = {name.replace(".*", "") for name in leaves(KmsSection, "")}
 
-    assert {name for name in leaves(Kms, "") if name.replace(".*", "") not in SETTINGS} == decided
+    assert {name for name in leaves(KmsSection, "") if name.replace(".*", "") not in SETTINGS} == decided
     assert set(SETTINGS) - known == {"redis.password"}, "of redis.url"

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from kms_core.settings.load import load
-from kms_core.settings.model import Kms
+from kms_core.settings.model import KmsSection
 from kms_core.settings.trust import is_sent
 from kms_protocol.errors import ConfigurationError
 
@@ -394,7 +394,7 @@ def test_a_found_file_that_sends_nothing_is_read(text: str, environ: dict[str, s
 
 def test_every_setting_of_text_is_withheld_or_known_to_stay_here() -> None:
     """A new setting of text must be sorted: into ``settings_trust``, or into the list above."""
-    texts = set(leaves(Kms, "kms"))
+    texts = set(leaves(KmsSection, "kms"))
 
     assert {where for where in texts if not is_sent(where)} == NAMES_NO_ADDRESS
 

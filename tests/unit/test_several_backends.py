@@ -14,7 +14,7 @@ from kms_core.backends import Backend
 from kms_core.backends.wrap_key import MOST_FILES
 from kms_core.envelope import binding
 from kms_core.http_client import Unreachable
-from kms_core.key_selection import Rules
+from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms
 from kms_protocol.context import Context
@@ -22,14 +22,14 @@ from kms_protocol.errors import BackendUnavailable, DecryptFailed, ForeignRefuse
 from memory_kms import MemoryCipher, memory_backend
 from peers import program
 
-IDENTITY: Final = x25519.Identity.generate()
+IDENTITY: Final = x25519.X25519Identity.generate()
 SALARY: Final = b"salary"
 
 
 def service(*backends: Backend, retired: tuple[Backend, ...] = ()) -> Kms:
     """A service with one key of these backends, the first of which names the files."""
     key = Key("payroll", backends[0], accept_foreign=True, others=backends[1:], retired=retired)
-    return Kms(Keyring({"payroll": key}, key), AllowAll(), Kept(), Rules())
+    return Kms(Keyring({"payroll": key}, key), AllowAll(), Kept(), SelectionRules())
 
 
 @pytest.fixture

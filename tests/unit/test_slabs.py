@@ -11,13 +11,18 @@ import pytest
 
 from kms_core.age import stream
 from kms_core.age.stream import CHUNK, SEALED_CHUNK
-from kms_core.payload.files import Extent, Onto
-from kms_core.payload.parallel import Pace, open_file, seal_file, verify_file
+from kms_core.payload.files import FileRange, FileWriter
+from kms_core.payload.parallel import ParallelOptions, open_file, seal_file, verify_file
 from kms_protocol.errors import DecryptFailed, InvalidRequest, JobCancelled, SpoolFull
 
 KEY = bytes(range(32))
 SIZES = [0, 1, CHUNK, CHUNK + 1, 16 * CHUNK, 16 * CHUNK + 1, 40 * CHUNK - 3]
-PACES = [Pace(), Pace(threads=1), Pace(slab_chunks=1), Pace(threads=3, slab_chunks=3)]
+PACES = [
+    ParallelOptions(),
+    ParallelOptions(threads=1),
+    ParallelOptions(slab_chunks=1),
+    ParallelOptions(threads=3, slab_chunks=3),
+]
 PACE_IDS = ["usual", "one-thread", "one-chunk", "odd"]
 
 
@@ -27,11 +32,11 @@ def files() -> Iterator[tuple[BinaryIO, BinaryIO]]:
         yield source, target
 
 
-def extent_of(file: BinaryIO, data: bytes, offset: int = 0) -> Extent:
+def extent_of(file: BinaryIO, data: bytes, offset: int = 0) -> FileRange:
     """``data`` behind ``offset`` bytes of something else."""
     file.write(bytes(offset) + data)
     file.flush()
-    return Extent(file.fileno(), len(data), offset)
+    return FileRange(file.fileno(), len(data), offset)
 
 
 def content(file: BinaryIO) -> bytes:
@@ -41,22 +46,26 @@ def content(file: BinaryIO) -> bytes:
 
 @pytest.mark.parametrize("pace", PACES, ids=PACE_IDS)
 @pytest.mark.parametrize("size", SIZES)
-def test_files_hold_what_memory_would(files: tuple[BinaryIO, BinaryIO], size: int, pace: Pace) -> None:
+def test_files_hold_what_memory_would(
+    files: tuple[BinaryIO, BinaryIO], size: int, pace: ParallelOptions
+) -> None:
     source, target = files
     plaintext = os.urandom(size)
-    seal_file(KEY, extent_of(source, plaintext, 3), Onto(target.fileno()), 216, pace)
+    seal_file(KEY, extent_of(source, plaintext, 3), FileWriter(target.fileno()), 216, pace)
 
     assert content(target) == bytes(216) + stream.seal(KEY, plaintext)
 
 
 @pytest.mark.parametrize("pace", PACES, ids=PACE_IDS)
 @pytest.mark.parametrize("size", SIZES)
-def test_files_open_to_what_was_sealed(files: tuple[BinaryIO, BinaryIO], size: int, pace: Pace) -> None:
+def test_files_open_to_what_was_sealed(
+    files: tuple[BinaryIO, BinaryIO], size: int, pace: ParallelOptions
+) -> None:
     source, target = files
     plaintext = os.urandom(size)
     sealed = extent_of(source, stream.seal(KEY, plaintext), 216)
     verify_file(KEY, sealed, pace)
-    open_file(KEY, sealed, Onto(target.fileno()), pace=pace)
+    open_file(KEY, sealed, FileWriter(target.fileno()), pace=pace)
 
     assert content(target) == plaintext
 
@@ -70,9 +79,9 @@ def test_a_forged_slab_is_refused_and_never_written(files: tuple[BinaryIO, Binar
     start = chunk * CHUNK
 
     with pytest.raises(DecryptFailed):
-        verify_file(KEY, extent, Pace(slab_chunks=1))
+        verify_file(KEY, extent, ParallelOptions(slab_chunks=1))
     with pytest.raises(DecryptFailed):
-        open_file(KEY, extent, Onto(target.fileno()), pace=Pace(slab_chunks=1))
+        open_file(KEY, extent, FileWriter(target.fileno()), pace=ParallelOptions(slab_chunks=1))
     assert not any(content(target)[start : start + CHUNK])
 
 
@@ -82,7 +91,7 @@ def test_a_cut_file_is_refused(files: tuple[BinaryIO, BinaryIO], size: int) -> N
     extent = extent_of(source, stream.seal(KEY, bytes(3 * CHUNK + 1))[:size])
 
     with pytest.raises(DecryptFailed):
-        open_file(KEY, extent, Onto(target.fileno()))
+        open_file(KEY, extent, FileWriter(target.fileno()))
     with pytest.raises(DecryptFailed):
         verify_file(KEY, extent)
 
@@ -93,7 +102,7 @@ def test_a_file_that_ends_before_its_extent_is_refused(files: tuple[BinaryIO, Bi
     os.ftruncate(source.fileno(), SEALED_CHUNK)
 
     with pytest.raises(DecryptFailed):
-        open_file(KEY, extent, Onto(target.fileno()))
+        open_file(KEY, extent, FileWriter(target.fileno()))
 
 
 def grow(fd: int) -> None:
@@ -123,7 +132,9 @@ def test_a_source_that_changes_is_refused(
             act(extent.fd)
 
     with pytest.raises(InvalidRequest, match="changed while it was read"):
-        seal_file(KEY, extent, Onto(target.fileno()), pace=Pace(threads, slab_chunks=1, check=once))
+        seal_file(
+            KEY, extent, FileWriter(target.fileno()), pace=ParallelOptions(threads, slab_chunks=1, check=once)
+        )
 
 
 @pytest.mark.parametrize("size", [4, 6])
@@ -134,7 +145,7 @@ def test_a_source_of_another_size_is_refused_before_anything_is_written(
     extent_of(source, b"12345")
 
     with pytest.raises(InvalidRequest):
-        seal_file(KEY, Extent(source.fileno(), size), Onto(target.fileno()))
+        seal_file(KEY, FileRange(source.fileno(), size), FileWriter(target.fileno()))
     assert content(target) == b""
 
 
@@ -152,7 +163,12 @@ def test_a_raised_check_stops_every_thread_and_comes_through(
             raise JobCancelled
 
     with pytest.raises(JobCancelled):
-        seal_file(KEY, extent, Onto(target.fileno()), pace=Pace(threads, slab_chunks=1, check=cancelled))
+        seal_file(
+            KEY,
+            extent,
+            FileWriter(target.fileno()),
+            pace=ParallelOptions(threads, slab_chunks=1, check=cancelled),
+        )
     assert len(calls) <= 10 + threads
 
 
@@ -163,11 +179,13 @@ def test_progress_adds_up_to_the_plaintext(files: tuple[BinaryIO, BinaryIO]) -> 
     seal_file(
         KEY,
         extent_of(source, bytes(size)),
-        Onto(target.fileno()),
-        pace=Pace(slab_chunks=2, progress=done.append),
+        FileWriter(target.fileno()),
+        pace=ParallelOptions(slab_chunks=2, progress=done.append),
     )
     verify_file(
-        KEY, Extent(target.fileno(), stream.sealed_size(size)), Pace(slab_chunks=4, progress=done.append)
+        KEY,
+        FileRange(target.fileno(), stream.sealed_size(size)),
+        ParallelOptions(slab_chunks=4, progress=done.append),
     )
 
     assert sorted(done) == sorted([2 * CHUNK] * 4 + [CHUNK + 5] + [4 * CHUNK] * 2 + [CHUNK + 5])
@@ -177,7 +195,7 @@ def test_an_extent_reads_within_itself(files: tuple[BinaryIO, BinaryIO]) -> None
     source, _ = files
     extent_of(source, b"payload and more", 3)
 
-    assert Extent(source.fileno(), 7, 3).read_at(4, 100) == b"oad"
+    assert FileRange(source.fileno(), 7, 3).read_at(4, 100) == b"oad"
 
 
 def test_no_room_is_told_as_such(files: tuple[BinaryIO, BinaryIO]) -> None:
@@ -185,4 +203,4 @@ def test_no_room_is_told_as_such(files: tuple[BinaryIO, BinaryIO]) -> None:
     extent = extent_of(source, bytes(3 * CHUNK))
 
     with Path("/dev/full").open("r+b", buffering=0) as full, pytest.raises(SpoolFull):
-        seal_file(KEY, extent, Onto(full.fileno()))
+        seal_file(KEY, extent, FileWriter(full.fileno()))

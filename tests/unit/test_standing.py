@@ -9,13 +9,13 @@ from agekms import ADA, ROW, Kept, age_backend, head_of
 from kms_core.age import x25519
 from kms_core.auth.policy import AllowAll, Principal
 from kms_core.backends import Backend
-from kms_core.key_selection import Rules
+from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms
 from kms_protocol.errors import UnknownKey
 from memory_kms import memory_backend
 
-IDENTITY: Final = x25519.Identity.generate()
+IDENTITY: Final = x25519.X25519Identity.generate()
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def age(tmp_path: Path) -> Backend:
 
 def service(*backends: Backend, key_id: str = "payroll") -> Kms:
     key = Key(key_id, backends[0], others=backends[1:])
-    return Kms(Keyring({key_id: key}, key), AllowAll(), Kept(), Rules())
+    return Kms(Keyring({key_id: key}, key), AllowAll(), Kept(), SelectionRules())
 
 
 def sealed(kms: Kms) -> bytes:
@@ -59,7 +59,7 @@ def test_file_that_lacks_a_wrap_or_has_one_too_many_is_not_as_a_new_one(age: Bac
 
 def test_other_key_is_not_the_newest_of_this_one(age: Backend) -> None:
     keys = {name: Key(name, age) for name in ("payroll", "other")}
-    kms = Kms(Keyring(keys, keys["payroll"]), AllowAll(), Kept(), Rules())
+    kms = Kms(Keyring(keys, keys["payroll"]), AllowAll(), Kept(), SelectionRules())
     head = head_of(sealed(kms))
 
     moved = kms.standing(ADA, head, "other")
@@ -73,7 +73,7 @@ def test_other_key_is_not_the_newest_of_this_one(age: Backend) -> None:
 
 
 def test_version_that_the_backend_does_not_know_is_not_named(age: Backend, tmp_path: Path) -> None:
-    other = service(age_backend(tmp_path / "other", x25519.Identity.generate()))
+    other = service(age_backend(tmp_path / "other", x25519.X25519Identity.generate()))
 
     found = service(age).standing(ADA, head_of(sealed(other)), None)
 
@@ -91,7 +91,7 @@ class Blind(AllowAll):
 
 def test_a_header_says_nothing_of_a_key_that_the_caller_may_not_see(age: Backend) -> None:
     kms = service(age)
-    blind = Kms(kms.keyring, Blind(), Kept(), Rules())
+    blind = Kms(kms.keyring, Blind(), Kept(), SelectionRules())
 
     with pytest.raises(UnknownKey):
         blind.standing(ADA, head_of(sealed(kms)), None)

@@ -9,7 +9,7 @@ from typing import Final
 import pytest
 
 from kms_client.problems import Reply, UnexpectedAnswer
-from kms_client.requests import Call
+from kms_client.requests import ClientRequest
 from kms_core.audit import query
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import UnknownRecord
@@ -42,7 +42,7 @@ def test_a_line_that_is_nested_without_end_is_unreadable_and_passed_over(place: 
     rewrite(path, on_line(line, lambda _: NESTED + b"\n"))
 
     assert "unreadable" in codes(place.verified())
-    assert len(query.newest(place.folder, query.Wanted(), 10)) == (2 if line == 2 else 3)
+    assert len(query.newest(place.folder, query.EventFilter(), 10)) == (2 if line == 2 else 3)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_discovery_document_that_is_nested_without_end_is_none() -> None:
 
 
 def test_an_answer_that_is_nested_without_end_is_not_one_of_this_api() -> None:
-    call = Call("GET", f"{wire.PREFIX}/health", wire.HealthOut)
+    call = ClientRequest("GET", f"{wire.PREFIX}/health", wire.HealthOut)
 
     with pytest.raises(UnexpectedAnswer):
         call.read(Reply(200, {}, NESTED))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kms_core.age import header, stream
 from kms_core.age.stream import CHUNK, SEALED_CHUNK, TAG
-from kms_core.age.x25519 import Identity
+from kms_core.age.x25519 import X25519Identity
 from kms_protocol.errors import DecryptFailed
 
 KEY = bytes(range(32))
@@ -48,7 +48,7 @@ def test_impossible_sizes_are_refused(size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_what_is_sealed_opens_here_and_in_pyrage(size: int) -> None:
-    identity = Identity.generate()
+    identity = X25519Identity.generate()
     file_key, nonce, plaintext = os.urandom(16), os.urandom(16), os.urandom(size)
     sealed = stream.seal(stream.payload_key(file_key, nonce), plaintext)
     file = header.render([identity.recipient.wrap(file_key)], file_key) + nonce + sealed

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kms_core.auth.rate_limit import Failures, Pace, Requests, source_of
+from kms_core.auth.rate_limit import Failures, Rate, Requests, source_of
 from kms_protocol.errors import RateLimited
 
 
@@ -86,7 +86,7 @@ def test_what_one_caller_can_change_at_will_is_one_source(one: str, other: str, 
 
 @pytest.mark.parametrize("per_s", [0.1, 1 / 3, 7, 1e-3, 333.3])
 def test_a_request_passes_at_the_very_time_that_was_told_and_not_before(clock: Clock, per_s: float) -> None:
-    requests = Requests({"acme": Pace(per_s, 2)}, clock=clock)
+    requests = Requests({"acme": Rate(per_s, 2)}, clock=clock)
     for _ in range(2):
         requests.take("acme")
     for _ in range(200):
@@ -100,7 +100,7 @@ def test_a_request_passes_at_the_very_time_that_was_told_and_not_before(clock: C
 
 
 def test_a_bucket_fills_up_to_its_burst_and_no_further(clock: Clock) -> None:
-    requests = Requests({"acme": Pace(10, 3)}, clock=clock)
+    requests = Requests({"acme": Rate(10, 3)}, clock=clock)
     clock.now += 3600
     for _ in range(3):
         requests.take("acme")
@@ -110,7 +110,7 @@ def test_a_bucket_fills_up_to_its_burst_and_no_further(clock: Clock) -> None:
 
 
 def test_items_may_be_more_than_are_left_and_are_owed(clock: Clock) -> None:
-    requests = Requests({"acme": Pace(10, 5)}, clock=clock)
+    requests = Requests({"acme": Rate(10, 5)}, clock=clock)
     requests.take("acme")
     requests.take_items("acme", 25)
 
@@ -122,7 +122,7 @@ def test_items_may_be_more_than_are_left_and_are_owed(clock: Clock) -> None:
 
 
 def test_of_batches_that_were_let_in_together_one_goes_into_debt(clock: Clock) -> None:
-    requests = Requests({"acme": Pace(10, 5)}, clock=clock)
+    requests = Requests({"acme": Rate(10, 5)}, clock=clock)
     for _ in range(5):
         requests.take("acme")
     requests.take_items("acme", 1000)
@@ -137,7 +137,7 @@ def test_of_batches_that_were_let_in_together_one_goes_into_debt(clock: Clock) -
 @pytest.mark.parametrize("per_s", [0.01, 5, 300])
 @pytest.mark.parametrize("how", ["batch", "stream", "stream in pieces"])
 def test_a_debt_is_never_above_a_minute_of_the_pace(clock: Clock, per_s: float, how: str) -> None:
-    requests = Requests({"acme": Pace(per_s, 2)}, clock=clock)
+    requests = Requests({"acme": Rate(per_s, 2)}, clock=clock)
     requests.take("acme")
     if how == "batch":
         requests.take_items("acme", 100_000)
@@ -154,7 +154,7 @@ def test_a_debt_is_never_above_a_minute_of_the_pace(clock: Clock, per_s: float, 
 
 
 def test_items_of_a_stream_are_counted_while_they_are_taken(clock: Clock) -> None:
-    requests = Requests({"acme": Pace(1, 1000)}, clock=clock)
+    requests = Requests({"acme": Rate(1, 1000)}, clock=clock)
     requests.take("acme")
     items = requests.counted("acme", range(700))
     taken = [next(items) for _ in range(250)]
@@ -169,7 +169,7 @@ def test_items_of_a_stream_are_counted_while_they_are_taken(clock: Clock) -> Non
 
 @pytest.mark.parametrize("count", [0, 1, 2, 99, 100, 101, 102, 350])
 def test_all_items_of_a_stream_are_counted_once(clock: Clock, count: int) -> None:
-    requests = Requests({"acme": Pace(1, 1000)}, clock=clock)
+    requests = Requests({"acme": Rate(1, 1000)}, clock=clock)
     requests.take("acme")
     assert list(requests.counted("acme", range(count))) == list(range(count))
     requests.take_items("acme", 1001 - max(1, count))
@@ -180,7 +180,7 @@ def test_all_items_of_a_stream_are_counted_once(clock: Clock, count: int) -> Non
 
 
 def test_a_tenant_may_ask_so_often_and_others_as_they_like(clock: Clock) -> None:
-    requests = Requests({"acme": Pace(10, 5)}, clock=clock)
+    requests = Requests({"acme": Rate(10, 5)}, clock=clock)
     for _ in range(5):
         requests.take("acme")
     with pytest.raises(RateLimited) as caught:

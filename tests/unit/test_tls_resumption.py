@@ -13,7 +13,7 @@ from cryptography import x509
 
 from callers import Authority, Pair
 from kms_api.transport import tls
-from kms_core.settings.model import Server
+from kms_core.settings.model import ServerSection
 
 VERSIONS: Final = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 
@@ -24,7 +24,7 @@ class Site:
     def __init__(self, folder: Path, *, with_clients: bool) -> None:
         servers, clients = Authority(folder / "servers"), Authority(folder / "clients")
         pair: Pair = servers.issue("server", x509.DNSName("localhost"), server=True)
-        server = Server(tls_cert=pair.cert, tls_key=pair.key, docs=False)
+        server = ServerSection(tls_cert=pair.cert, tls_key=pair.key, docs=False)
         if with_clients:
             server = msgspec.structs.replace(server, client_ca=clients.ca_file)
         made = tls.context(server)

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from kms_core.auth import tokens
-from kms_core.auth.tokens import Token, TokenFile, Wish
+from kms_core.auth.tokens import Token, TokenFile, TokenRequest
 from kms_protocol.errors import ConfigurationError, Conflict, Missing, Unauthenticated, Unavailable
 
 HOUR = timedelta(hours=1)
@@ -25,8 +25,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "state" / "tokens.json"
 
 
-def wish(name: str = "ci", tenant: str = "default", ttl: timedelta | None = HOUR) -> Wish:
-    return Wish(name, tenant, ["encrypt key=ci-*", "jobs:read"], ttl)
+def wish(name: str = "ci", tenant: str = "default", ttl: timedelta | None = HOUR) -> TokenRequest:
+    return TokenRequest(name, tenant, ["encrypt key=ci-*", "jobs:read"], ttl)
 
 
 def reason(file: TokenFile, text: str) -> str:
@@ -232,7 +232,9 @@ def test_rotating_may_give_a_new_term(path: Path) -> None:
 def test_commands_that_run_at_once_lose_nothing(path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from kms_core.auth import tokens; "
-        "[tokens.create(Path(sys.argv[1]), tokens.Wish(f'{sys.argv[2]}-{n}', 'default', ['encrypt'], None)) "
+        "[tokens.create(Path(sys.argv[1]), tokens.TokenRequest(f'{sys.argv[2]}-{n}', 'default', ['encrypt'],"
+        " None))"
+        " "
         "for n in range(5)]"
     )
     commands = [

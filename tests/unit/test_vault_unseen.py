@@ -67,7 +67,7 @@ class Local(AgeBackend):
 
 
 def local(folder: Path) -> tuple[Backend, Counter[str]]:
-    made = Local(write_pair(folder, x25519.Identity.generate()))
+    made = Local(write_pair(folder, x25519.X25519Identity.generate()))
     made.calls = Counter()
     return made, made.calls
 

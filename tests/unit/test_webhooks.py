@@ -28,12 +28,14 @@ from hooks import (
 from kms_core.jobs.events import webhook
 from kms_core.jobs.events.addresses import is_public
 from kms_core.jobs.events.outbox import FIRST_DELAY_S, LONGEST_DELAY_S, delay_s
-from kms_core.jobs.events.webhook import Message, Outcome, event_body, post, sign
+from kms_core.jobs.events.webhook import DeliveryOutcome, WebhookRequest, event_body, post, sign
 from kms_core.jobs.model import Job
 from ports import free_port
 from service import until
 
-MESSAGE = Message("7b0e1c9a-0000-5000-8000-000000000001", "11111111-2222-4333-8444-555555555555", b'{"a": 1}')
+MESSAGE = WebhookRequest(
+    "7b0e1c9a-0000-5000-8000-000000000001", "11111111-2222-4333-8444-555555555555", b'{"a": 1}'
+)
 DOC = Path(__file__).parents[2] / "docs/webhooks.md"
 lookups: list[str] | None = None
 
@@ -133,7 +135,9 @@ def test_public_addresses_are_public(address: str) -> None:
 
 @pytest.mark.parametrize("address", OF_HOSTS)
 def test_metadata_of_a_cloud_is_refused_whatever_is_allowed(tmp_path: Path, address: str) -> None:
-    found = webhook.Endpoint("https://a.example/", tmp_path / "secret", frozenset(), allow_private=True)
+    found = webhook.WebhookEndpoint(
+        "https://a.example/", tmp_path / "secret", frozenset(), allow_private=True
+    )
 
     assert not found.allows(ipaddress.ip_address(address))
     assert found.allows(ipaddress.ip_address("10.0.0.1"))
@@ -146,7 +150,7 @@ def test_a_name_that_stands_for_loopback_is_refused(
 ) -> None:
     found = endpoint(tmp_path, receiver.url(host), authority, allow_private=False)
 
-    assert post(found, MESSAGE) == Outcome("failed", "address_refused")
+    assert post(found, MESSAGE) == DeliveryOutcome("failed", "address_refused")
     assert receiver.requests == []
 
 
@@ -181,7 +185,7 @@ def test_the_name_is_looked_up_once_and_kept_for_tls_and_host(
     outcome = post(endpoint(tmp_path, receiver.url(), authority), MESSAGE)
     seen, lookups = [host for host in lookups if host == "localhost"], None
 
-    assert outcome == Outcome("delivered")
+    assert outcome == DeliveryOutcome("delivered")
     assert seen == ["localhost"]
     assert receiver.names == ["localhost"]
     assert receiver.requests[0].headers["Host"] == f"localhost:{receiver.port}"
@@ -191,7 +195,7 @@ def test_the_name_is_looked_up_once_and_kept_for_tls_and_host(
 
 
 def test_the_request_is_signed_and_whole(tmp_path: Path, authority: Authority, receiver: Receiver) -> None:
-    assert post(endpoint(tmp_path, receiver.url(), authority), MESSAGE) == Outcome("delivered")
+    assert post(endpoint(tmp_path, receiver.url(), authority), MESSAGE) == DeliveryOutcome("delivered")
 
     [request] = receiver.requests
     assert (request.path, request.body) == (PATH, MESSAGE.body)
@@ -222,7 +226,7 @@ def test_a_new_secret_needs_no_restart(tmp_path: Path, authority: Authority, rec
 def test_2xx_is_delivered(tmp_path: Path, authority: Authority, receiver: Receiver, status: int) -> None:
     receiver.answers = [status]
 
-    assert post(endpoint(tmp_path, receiver.url(), authority), MESSAGE) == Outcome("delivered")
+    assert post(endpoint(tmp_path, receiver.url(), authority), MESSAGE) == DeliveryOutcome("delivered")
 
 
 @pytest.mark.parametrize("status", [304, 400, 401, 404, 429, 500, 503])
@@ -231,7 +235,9 @@ def test_other_answers_are_failures(
 ) -> None:
     receiver.answers = [status]
 
-    assert post(endpoint(tmp_path, receiver.url(), authority), MESSAGE) == Outcome("failed", f"http_{status}")
+    assert post(endpoint(tmp_path, receiver.url(), authority), MESSAGE) == DeliveryOutcome(
+        "failed", f"http_{status}"
+    )
 
 
 def test_410_means_gone(tmp_path: Path, authority: Authority, receiver: Receiver) -> None:
@@ -247,7 +253,7 @@ def test_a_redirect_is_not_followed(
     receiver.answers = [(status, "/elsewhere")]
     outcome = post(endpoint(tmp_path, receiver.url(), authority), MESSAGE)
 
-    assert outcome == Outcome("failed", f"http_{status}")
+    assert outcome == DeliveryOutcome("failed", f"http_{status}")
     assert [request.path for request in receiver.requests] == [PATH]
 
 
@@ -255,7 +261,7 @@ def test_a_certificate_of_another_authority_is_refused(tmp_path: Path, receiver:
     (tmp_path / "other").mkdir()
     other = make_authority(tmp_path / "other")
 
-    assert post(endpoint(tmp_path, receiver.url(), other), MESSAGE) == Outcome("failed", "tls_failed")
+    assert post(endpoint(tmp_path, receiver.url(), other), MESSAGE) == DeliveryOutcome("failed", "tls_failed")
     assert receiver.requests == []
 
 
@@ -264,33 +270,33 @@ def test_a_certificate_for_another_name_is_refused(
 ) -> None:
     found = endpoint(tmp_path, receiver.url("127.0.0.1"), authority)
 
-    assert post(found, MESSAGE) == Outcome("failed", "tls_failed")
+    assert post(found, MESSAGE) == DeliveryOutcome("failed", "tls_failed")
     assert receiver.requests == []
 
 
 def test_nobody_listens(tmp_path: Path, authority: Authority) -> None:
     found = endpoint(tmp_path, f"https://localhost:{free_port()}/", authority)
 
-    assert post(found, MESSAGE) == Outcome("failed", "connect_failed")
+    assert post(found, MESSAGE) == DeliveryOutcome("failed", "connect_failed")
 
 
 def test_an_unknown_name(tmp_path: Path, authority: Authority) -> None:
     found = endpoint(tmp_path, "https://nobody.invalid/", authority)
 
-    assert post(found, MESSAGE) == Outcome("failed", "name_not_found")
+    assert post(found, MESSAGE) == DeliveryOutcome("failed", "name_not_found")
 
 
 def test_a_secret_that_went_away(tmp_path: Path, authority: Authority, receiver: Receiver) -> None:
     found = endpoint(tmp_path, receiver.url(), authority)
     found.secret_file.unlink()
 
-    assert post(found, MESSAGE) == Outcome("failed", "secret_unreadable")
+    assert post(found, MESSAGE) == DeliveryOutcome("failed", "secret_unreadable")
 
 
 def test_no_time_is_left_to_connect(tmp_path: Path, receiver: Receiver) -> None:
     found = endpoint(tmp_path, receiver.url("127.0.0.1"), None)
 
-    assert post(found, MESSAGE, total_s=0) == Outcome("failed", "timeout")
+    assert post(found, MESSAGE, total_s=0) == DeliveryOutcome("failed", "timeout")
     assert receiver.requests == []
 
 
@@ -298,7 +304,7 @@ def test_a_server_that_drips_is_left_at_the_deadline(tmp_path: Path) -> None:
     with dripping() as port:
         found = endpoint(tmp_path, f"http://127.0.0.1:{port}/", None)
 
-        assert post(found, MESSAGE, total_s=0.5) == Outcome("failed", "timeout")
+        assert post(found, MESSAGE, total_s=0.5) == DeliveryOutcome("failed", "timeout")
 
 
 # -- the event ---------------------------------------------------------------------------------------
@@ -374,9 +380,9 @@ def documented(tmp_path: Path) -> Iterator[str]:
 
 
 def test_the_documented_receiver_accepts_what_is_genuine(tmp_path: Path, documented: str) -> None:
-    message = Message(MESSAGE.delivery_id, MESSAGE.job_id, b'{"type": "kms.job.succeeded"}')
+    message = WebhookRequest(MESSAGE.delivery_id, MESSAGE.job_id, b'{"type": "kms.job.succeeded"}')
 
-    assert post(endpoint(tmp_path, documented, None), message) == Outcome("delivered")
+    assert post(endpoint(tmp_path, documented, None), message) == DeliveryOutcome("delivered")
     until(lambda: "kms.job.succeeded" in (tmp_path / "output").read_text(), "the receiver tells of it")
 
 
@@ -385,4 +391,4 @@ def test_the_documented_receiver_refuses_another_secret(tmp_path: Path, document
     found = endpoint(tmp_path / "other", documented, None)
     found.secret_file.write_bytes(b"x" * 32)
 
-    assert post(found, MESSAGE) == Outcome("failed", "http_401")
+    assert post(found, MESSAGE) == DeliveryOutcome("failed", "http_401")

@@ -6,7 +6,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from kms_core.age import bech32, mlkem768x25519
 from kms_core.age.header import Stanza, b64encode
 from kms_core.age.kdf import hkdf
-from kms_core.age.x25519 import Identity, NoMatch, Recipient
+from kms_core.age.x25519 import NoMatch, X25519Identity, X25519Recipient
 from kms_protocol.errors import DecryptFailed
 
 FILE_KEY = bytes(range(16))
@@ -20,8 +20,8 @@ LOW_ORDER = [
 
 
 @pytest.fixture(scope="module")
-def identity() -> Identity:
-    return Identity.generate()
+def identity() -> X25519Identity:
+    return X25519Identity.generate()
 
 
 def share_of(data: bytes) -> str:
@@ -31,20 +31,20 @@ def share_of(data: bytes) -> str:
 # -- keys as text ------------------------------------------------------------------------------------
 
 
-def test_keys_go_through_text(identity: Identity) -> None:
-    assert Identity.parse(identity.export()) == identity
-    assert Identity.parse(identity.export().lower()) == identity
-    assert Recipient.parse(str(identity.recipient)) == identity.recipient
+def test_keys_go_through_text(identity: X25519Identity) -> None:
+    assert X25519Identity.parse(identity.export()) == identity
+    assert X25519Identity.parse(identity.export().lower()) == identity
+    assert X25519Recipient.parse(str(identity.recipient)) == identity.recipient
     assert str(identity.recipient).startswith("age1")
 
 
-def test_the_recipient_is_what_another_implementation_derives(identity: Identity) -> None:
+def test_the_recipient_is_what_another_implementation_derives(identity: X25519Identity) -> None:
     theirs = pyrage.x25519.Identity.from_str(identity.export())
 
     assert str(theirs.to_public()) == str(identity.recipient)
 
 
-def test_an_identity_is_never_shown(identity: Identity) -> None:
+def test_an_identity_is_never_shown(identity: X25519Identity) -> None:
     for text in (repr(identity), str(identity), f"{identity}"):
         assert identity.export() not in text
         assert repr(identity.secret) not in text
@@ -67,7 +67,7 @@ def test_an_identity_is_never_shown(identity: Identity) -> None:
 )
 def test_what_is_no_identity_is_refused_and_not_quoted(text: str) -> None:
     with pytest.raises(ValueError, match=r"key|identity") as caught:
-        Identity.parse(text)
+        X25519Identity.parse(text)
 
     assert len(text) < 20 or text not in str(caught.value)
 
@@ -81,19 +81,19 @@ def test_what_is_no_identity_is_refused_and_not_quoted(text: str) -> None:
         bech32.encode("AGE", bytes(32)),
         bech32.encode("age1pq", bytes(32)),
         bech32.encode("AGE-SECRET-KEY-", bytes(32)),
-        str(mlkem768x25519.Identity.generate().recipient),
+        str(mlkem768x25519.HybridIdentity.generate().recipient),
     ],
     ids=["empty", "prefix", "short", "upper case", "other prefix", "identity", "hybrid"],
 )
 def test_what_is_no_recipient_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"key|recipient"):
-        Recipient.parse(text)
+        X25519Recipient.parse(text)
 
 
 # -- stanzas -----------------------------------------------------------------------------------------
 
 
-def test_a_file_key_comes_back(identity: Identity) -> None:
+def test_a_file_key_comes_back(identity: X25519Identity) -> None:
     stanza = identity.recipient.wrap(FILE_KEY)
 
     assert stanza.args[0] == "X25519"
@@ -101,19 +101,19 @@ def test_a_file_key_comes_back(identity: Identity) -> None:
     assert identity.unwrap(stanza) == FILE_KEY
 
 
-def test_every_wrap_has_a_fresh_share(identity: Identity) -> None:
+def test_every_wrap_has_a_fresh_share(identity: X25519Identity) -> None:
     stanzas = [identity.recipient.wrap(FILE_KEY) for _ in range(20)]
 
     assert len({stanza.args for stanza in stanzas}) == len({stanza.body for stanza in stanzas}) == 20
 
 
-def test_the_stanza_of_somebody_else_is_no_match(identity: Identity) -> None:
+def test_the_stanza_of_somebody_else_is_no_match(identity: X25519Identity) -> None:
     with pytest.raises(NoMatch):
-        identity.unwrap(Identity.generate().recipient.wrap(FILE_KEY))
+        identity.unwrap(X25519Identity.generate().recipient.wrap(FILE_KEY))
 
 
 @pytest.mark.parametrize("kind", ["x25519", "X25519 ", "scrypt", "ssh-ed25519", "mlkem768x25519"])
-def test_a_stanza_of_another_type_is_no_match(identity: Identity, kind: str) -> None:
+def test_a_stanza_of_another_type_is_no_match(identity: X25519Identity, kind: str) -> None:
     stanza = identity.recipient.wrap(FILE_KEY)
 
     with pytest.raises(NoMatch):
@@ -132,7 +132,9 @@ def test_a_stanza_of_another_type_is_no_match(identity: Identity, kind: str) -> 
     ],
     ids=["no share", "two arguments", "31 bytes", "33 bytes", "spare bits", "padded"],
 )
-def test_a_malformed_stanza_fails_and_is_not_passed_over(identity: Identity, args: tuple[str, ...]) -> None:
+def test_a_malformed_stanza_fails_and_is_not_passed_over(
+    identity: X25519Identity, args: tuple[str, ...]
+) -> None:
     with pytest.raises(DecryptFailed) as caught:
         identity.unwrap(Stanza(("X25519", *args), bytes(32)))
 
@@ -140,7 +142,7 @@ def test_a_malformed_stanza_fails_and_is_not_passed_over(identity: Identity, arg
 
 
 @pytest.mark.parametrize("size", [0, 16, 31, 33, 48])
-def test_a_wrap_of_another_size_is_not_even_tried(identity: Identity, size: int) -> None:
+def test_a_wrap_of_another_size_is_not_even_tried(identity: X25519Identity, size: int) -> None:
     """A body that fits several keys would tell an attacker which of them was tried."""
     share, wrap_key = share_and_key(identity.recipient)
     body = ChaCha20Poly1305(wrap_key).encrypt(bytes(12), bytes(size - 16), None) if size > 15 else b""
@@ -151,7 +153,7 @@ def test_a_wrap_of_another_size_is_not_even_tried(identity: Identity, size: int)
     assert caught.type is DecryptFailed
 
 
-def share_and_key(recipient: Recipient) -> tuple[str, bytes]:
+def share_and_key(recipient: X25519Recipient) -> tuple[str, bytes]:
     """The age specification, step by step."""
     ephemeral = X25519PrivateKey.generate()
     share = ephemeral.public_key().public_bytes_raw()
@@ -160,7 +162,7 @@ def share_and_key(recipient: Recipient) -> tuple[str, bytes]:
     return share_of(share), wrap_key
 
 
-def test_a_stanza_made_by_the_letter_of_the_specification_opens(identity: Identity) -> None:
+def test_a_stanza_made_by_the_letter_of_the_specification_opens(identity: X25519Identity) -> None:
     share, wrap_key = share_and_key(identity.recipient)
     body = ChaCha20Poly1305(wrap_key).encrypt(bytes(12), FILE_KEY, None)
 
@@ -168,7 +170,7 @@ def test_a_stanza_made_by_the_letter_of_the_specification_opens(identity: Identi
 
 
 @pytest.mark.parametrize("share", LOW_ORDER, ids=lambda share: share.hex()[:8])
-def test_a_low_order_share_fails(identity: Identity, share: bytes) -> None:
+def test_a_low_order_share_fails(identity: X25519Identity, share: bytes) -> None:
     with pytest.raises(DecryptFailed) as caught:
         identity.unwrap(Stanza(("X25519", share_of(share)), bytes(32)))
 

@@ -13,8 +13,8 @@ from kms_core.age import armor, header, mlkem768x25519, scrypt, stream, x25519
 from kms_core.age.header import FILE_LIMITS, Header
 from kms_core.age.x25519 import NoMatch
 from kms_core.payload import parallel, streaming
-from kms_core.payload.files import Extent, Onto
-from kms_core.payload.parallel import Pace
+from kms_core.payload.files import FileRange, FileWriter
+from kms_core.payload.parallel import ParallelOptions
 from kms_core.payload.ranges import open_slabs
 from kms_protocol.errors import DecryptFailed, NotACiphertext
 from vectors import cctv
@@ -49,7 +49,7 @@ def test_decryption_ends_as_expected(vector: Vector) -> None:
 @pytest.mark.parametrize("slab_chunks", [1, 2, 8, 300])
 def test_exactly_the_genuine_bytes_are_released(opened: Vector, slab_chunks: int) -> None:
     released = io.BytesIO()
-    outcome = decrypt(opened, released, Pace(slab_chunks=slab_chunks))
+    outcome = decrypt(opened, released, ParallelOptions(slab_chunks=slab_chunks))
 
     assert outcome == opened.expect
     assert hashlib.sha256(released.getvalue()).hexdigest() == opened.payload_sha256
@@ -61,10 +61,12 @@ def test_threads_open_what_is_whole_and_nothing_else(opened: Vector, slab_chunks
     with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as target:
         source.write(sealed)
         source.flush()
-        extent = Extent(source.fileno(), len(sealed))
+        extent = FileRange(source.fileno(), len(sealed))
         outcome = "success"
         try:
-            parallel.open_file(key, extent, Onto(target.fileno()), pace=Pace(slab_chunks=slab_chunks))
+            parallel.open_file(
+                key, extent, FileWriter(target.fileno()), pace=ParallelOptions(slab_chunks=slab_chunks)
+            )
         except DecryptFailed:
             outcome = "payload failure"
         target.seek(0)
@@ -104,7 +106,7 @@ def test_the_payload_seals_to_the_same_bytes(good: Vector, slab_chunks: int) -> 
     key, sealed = payload(good)
     plaintext = stream.open_(key, sealed)
     piped = io.BytesIO()
-    streaming.seal_pipe(key, io.BytesIO(plaintext), piped, Pace(slab_chunks=slab_chunks))
+    streaming.seal_pipe(key, io.BytesIO(plaintext), piped, ParallelOptions(slab_chunks=slab_chunks))
 
     assert stream.seal(key, plaintext) == sealed
     assert piped.getvalue() == sealed
@@ -116,7 +118,7 @@ def test_armor_encodes_to_the_same_text(armored: Vector) -> None:
     assert armor.armor(armor.dearmor(armored.file)) == text
 
 
-def decrypt(vector: Vector, released: io.BytesIO, pace: Pace = parallel.STEADY) -> str:
+def decrypt(vector: Vector, released: io.BytesIO, pace: ParallelOptions = parallel.STEADY) -> str:
     """What a reader finds, in the words of the vectors."""
     try:
         file = dearmored(vector)
@@ -153,8 +155,12 @@ def unwrapped(vector: Vector, head: Header) -> bytes:
     raise NoMatch
 
 
-def identity(text: str) -> x25519.Identity | mlkem768x25519.Identity:
-    kind = mlkem768x25519.Identity if text.startswith(mlkem768x25519.IDENTITY_PREFIX) else x25519.Identity
+def identity(text: str) -> x25519.X25519Identity | mlkem768x25519.HybridIdentity:
+    kind = (
+        mlkem768x25519.HybridIdentity
+        if text.startswith(mlkem768x25519.IDENTITY_PREFIX)
+        else x25519.X25519Identity
+    )
     return kind.parse(text)
 
 

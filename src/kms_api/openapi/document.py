@@ -9,7 +9,7 @@ from fastapi.routing import APIRouter
 
 from kms_api.openapi import describe, examples
 from kms_api.openapi.describe import EVERYWHERE, HEADERS, Json
-from kms_api.routing import METRICS, Rule, Ruled
+from kms_api.routing import METRICS, Rule, ScopedRoute
 from kms_protocol import __version__, errors, wire
 from kms_protocol.context import MAX_BYTES, MAX_PAIRS
 
@@ -87,14 +87,14 @@ def page(routers: Mapping[str, Iterable[APIRouter]]) -> Json:
     }
 
 
-def _routes(routers: Iterable[APIRouter]) -> Iterator[Ruled]:
+def _routes(routers: Iterable[APIRouter]) -> Iterator[ScopedRoute]:
     for router in routers:
         for route in router.routes:
-            if isinstance(route, Ruled) and route.include_in_schema:
+            if isinstance(route, ScopedRoute) and route.include_in_schema:
                 yield route
 
 
-def _operation(route: Ruled, rule: Rule, shared: dict[str, Json]) -> Json:
+def _operation(route: ScopedRoute, rule: Rule, shared: dict[str, Json]) -> Json:
     said = route.openapi_extra
     if not said or "x-kms-refuses" not in said:
         raise TypeError(f"{route.path} says nothing of itself: see describe.py")
@@ -128,7 +128,7 @@ def _of_path(path: str) -> Iterator[Json]:
             yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 
 
-def _responses(route: Ruled, rule: Rule, said: Json, shared: dict[str, Json]) -> Json:
+def _responses(route: ScopedRoute, rule: Rule, said: Json, shared: dict[str, Json]) -> Json:
     """Its own answers, and each status of a refusal once in the components, for all that share it."""
     everywhere = {name: describe.header_ref(name) for name in EVERYWHERE}
     made = {

@@ -34,7 +34,7 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class RouteAnswer:
     """What an operation answers under one status."""
 
     status: str
@@ -43,7 +43,7 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
+class RouteEntry:
     """One method of one path."""
 
     name: str
@@ -55,7 +55,7 @@ class Operation:
     parameters: tuple[Field, ...]
     takes: tuple[Type, ...]
     example: str
-    replies: tuple[Reply, ...]
+    replies: tuple[RouteAnswer, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,11 @@ class Group:
 
     name: str
     about: str
-    operations: tuple[Operation, ...]
+    operations: tuple[RouteEntry, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class SchemaEntry:
     """A JSON object that is asked for or answered."""
 
     name: str
@@ -91,18 +91,18 @@ def groups(document: Json) -> tuple[Group, ...]:
     )
 
 
-def shapes(document: Json) -> tuple[Shape, ...]:
+def shapes(document: Json) -> tuple[SchemaEntry, ...]:
     """All shapes that have a field, or say what they are."""
     return tuple(
-        Shape(name, schema.get("description", ""), _fields(schema))
+        SchemaEntry(name, schema.get("description", ""), _fields(schema))
         for name, schema in document["components"]["schemas"].items()
         if schema.get("properties") or "anyOf" in schema
     )
 
 
-def _operation(document: Json, method: str, path: str, operation: Json) -> Operation:
+def _operation(document: Json, method: str, path: str, operation: Json) -> RouteEntry:
     content = operation.get("requestBody", {}).get("content", {})
-    return Operation(
+    return RouteEntry(
         operation["operationId"],
         method.upper(),
         path,
@@ -124,10 +124,10 @@ def _operation(document: Json, method: str, path: str, operation: Json) -> Opera
     )
 
 
-def _reply(document: Json, status: str, given: Json) -> Reply:
+def _reply(document: Json, status: str, given: Json) -> RouteAnswer:
     if "$ref" in given:
         given = document["components"]["responses"][_last(given["$ref"])]
-    return Reply(status, given["description"], _types(given.get("content", {})))
+    return RouteAnswer(status, given["description"], _types(given.get("content", {})))
 
 
 def _types(content: Json) -> tuple[Type, ...]:

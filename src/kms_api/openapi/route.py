@@ -9,9 +9,9 @@ from starlette.responses import HTMLResponse
 
 from kms_api.openapi import reference_page
 from kms_api.routing import DOCS
-from kms_api.ui.render import Page, screen
+from kms_api.ui.render import PageRoute, screen
 
-router: Final = APIRouter(route_class=Page, include_in_schema=False)
+router: Final = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 
 @router.get(DOCS, response_model=None)

@@ -10,15 +10,15 @@ from msgspec import UNSET
 from kms_api import json_body
 from kms_api.deps import caller, service
 from kms_api.openapi import describe
-from kms_api.routing import Ruled
+from kms_api.routing import ScopedRoute
 from kms_core import audit as records
 from kms_core.audit import query
-from kms_core.audit.query import Event, Page, Wanted
+from kms_core.audit.query import EventFilter, EventPage, RecordedOperation
 from kms_core.audit.retention import text_of
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest
 
-router: Final = APIRouter(tags=["audit"], route_class=Ruled)
+router: Final = APIRouter(tags=["audit"], route_class=ScopedRoute)
 FIELDS: Final = (
     "operation",
     "principal",
@@ -68,7 +68,7 @@ async def audit(request: Request) -> Response:
     built, who, given = service(request), caller(request), request.query_params
     if given.keys() - _PARAMETERS:
         raise InvalidRequest(f"The parameters of this call are {', '.join(sorted(_PARAMETERS))}")
-    wanted = Wanted(
+    wanted = EventFilter(
         equal=(("tenant", who.tenant), *((name, given[name]) for name in FIELDS if name in given)),
         result=given.get("result", ""),
         since=time_of("since", given.get("since")),
@@ -76,7 +76,7 @@ async def audit(request: Request) -> Response:
     )
     limit = _limit(given.get("limit"))
 
-    def recorded() -> Page:
+    def recorded() -> EventPage:
         page = query.page(built.settings.kms.audit.path, wanted, given.get("after"), limit)
         asked = {name: value for name, value in given.items() if name in _FILTERS}
         records.read(built.kms.trail, who, asked, len(page.events))
@@ -87,7 +87,7 @@ async def audit(request: Request) -> Response:
     return json_body.answer(wire.AuditOut(events=events, next=page.following, more=page.more))
 
 
-def shape(event: Event) -> wire.AuditEvent:
+def shape(event: RecordedOperation) -> wire.AuditEvent:
     return wire.AuditEvent(
         id=event.id,
         time=event.time,

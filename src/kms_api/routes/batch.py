@@ -10,7 +10,7 @@ from msgspec import UNSET
 from kms_api import json_body
 from kms_api.deps import Service, caller, service
 from kms_api.openapi import describe
-from kms_api.routing import Ruled
+from kms_api.routing import ScopedRoute
 from kms_core.auth.policy import Principal
 from kms_core.jobs import authorization
 from kms_core.jobs.execution import bulk_items
@@ -18,7 +18,7 @@ from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import KmsError
 
-router: Final = APIRouter(tags=["secrets"], route_class=Ruled)
+router: Final = APIRouter(tags=["secrets"], route_class=ScopedRoute)
 BATCHES: Final = "batch"
 _EXAMPLE: Final = {
     "operation": "encrypt",

@@ -15,13 +15,13 @@ from kms_api.deps import Service, caller, service
 from kms_api.openapi import describe
 from kms_api.routes.batch import BATCHES
 from kms_api.routes.secrets import check_ciphertext, check_plaintext
-from kms_api.routing import Ruled
+from kms_api.routing import ScopedRoute
 from kms_core.service import Kms
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidRequest
 
-router: Final = APIRouter(tags=["secrets"], route_class=Ruled)
+router: Final = APIRouter(tags=["secrets"], route_class=ScopedRoute)
 SEALED: Final = b"binary/encrypted"  # Temporal's name for it, by which its own tools know such payloads
 NAMESPACE: Final = "temporal:namespace"
 _PLAIN: Final = {"payloads": [{"metadata": {"encoding": "anNvbi9wbGFpbg=="}, "data": "IkhlbGxvIg=="}]}

@@ -7,11 +7,11 @@ from fastapi import APIRouter, Request, Response
 from kms_api import json_body
 from kms_api.deps import call, caller, service
 from kms_api.openapi import describe
-from kms_api.routing import Ruled
+from kms_api.routing import ScopedRoute
 from kms_protocol import errors, wire
 from kms_protocol.context import Context
 
-router: Final = APIRouter(tags=["secrets"], route_class=Ruled)
+router: Final = APIRouter(tags=["secrets"], route_class=ScopedRoute)
 _BODY_BYTES: Final = 128 * 1024  # the largest header of the sync path, in base64, and a context
 _CONTEXT: Final = "env=prod,service=api"
 

@@ -13,7 +13,7 @@ from kms_api.deps import Service, caller, service
 from kms_api.errors.problems import problem
 from kms_api.openapi import describe
 from kms_api.routes import jobs
-from kms_api.routing import Ruled
+from kms_api.routing import ScopedRoute
 from kms_api.transport import download_writer, streaming
 from kms_api.transport.admission import reservation_of
 from kms_core import audit
@@ -23,7 +23,7 @@ from kms_core.jobs.execution.results import Result
 from kms_core.jobs.model import Job
 from kms_core.jobs.storage.spool import UPLOAD, Label
 from kms_core.jobs.submission import submitter
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.errors import (
     DecryptFailed,
@@ -36,7 +36,7 @@ from kms_protocol.errors import (
 )
 
 T = TypeVar("T")
-router: Final = APIRouter(tags=["files"], route_class=Ruled)
+router: Final = APIRouter(tags=["files"], route_class=ScopedRoute)
 _RESULT: Final = {
     describe.BINARY: {"schema": describe.BYTES},
     describe.NDJSON: {"schema": {"type": "string"}, "x-kms-line": describe.ref(wire.ItemResult)},
@@ -111,7 +111,9 @@ async def _upload(request: Request, kind: wire.JobKind) -> Response:
     return jobs.accepted(job)
 
 
-def _received(built: Service, terms: Terms, declared: int) -> Generator[None, streaming.Slab, Job]:
+def _received(
+    built: Service, terms: SubmissionOptions, declared: int
+) -> Generator[None, streaming.Slab, Job]:
     """Seal and write what arrives, slab by slab; a broken upload leaves nothing."""
     built.desk.check(terms)
     check_room = built.desk.meter(terms, declared)

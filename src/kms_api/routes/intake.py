@@ -8,13 +8,13 @@ from fastapi import APIRouter, Request, Response
 from kms_api import json_body
 from kms_api.deps import service
 from kms_api.openapi import describe
-from kms_api.routing import Ruled
+from kms_api.routing import ScopedRoute
 from kms_core.age.recipients import version_of
 from kms_core.jobs.submission import celery_intake
 from kms_protocol import wire
 from kms_protocol.errors import BackendUnavailable, UnknownKey
 
-router: Final = APIRouter(tags=["jobs"], route_class=Ruled)
+router: Final = APIRouter(tags=["jobs"], route_class=ScopedRoute)
 
 
 @router.get(

@@ -17,7 +17,7 @@ from msgspec import UNSET
 from kms_api import json_body
 from kms_api.deps import Service, caller, service
 from kms_api.openapi import describe_jobs
-from kms_api.routing import Ruled
+from kms_api.routing import ScopedRoute
 from kms_api.transport import download_writer
 from kms_api.transport.admission import reservation_of
 from kms_api.transport.transfer_rate import TransferLimits
@@ -26,13 +26,13 @@ from kms_core import audit
 from kms_core.auth.policy import Principal
 from kms_core.jobs.execution import bulk_items, key_migration
 from kms_core.jobs.model import Job
-from kms_core.jobs.submission.submitter import Terms
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_core.settings.validation import JOB_BODY_FACTOR
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import BodyTimeout, InvalidRequest, UnknownJob
 
-router: Final = APIRouter(tags=["jobs"], route_class=Ruled)
+router: Final = APIRouter(tags=["jobs"], route_class=ScopedRoute)
 KINDS: Final[dict[str, wire.JobKind]] = {kind: kind for kind in get_args(wire.JobKind)}
 _NDJSON: Final = "application/x-ndjson"
 _LOOK_EVERY_S: Final = 0.25
@@ -183,7 +183,7 @@ def shape(job: Job) -> wire.JobOut:
     )
 
 
-def terms_of_headers(request: Request, kind: wire.JobKind) -> Terms:
+def terms_of_headers(request: Request, kind: wire.JobKind) -> SubmissionOptions:
     """Context and key of a streamed body: in headers, never in the query string, which proxies log."""
     key_id = request.headers.get("x-kms-key-id")
     try:
@@ -191,7 +191,7 @@ def terms_of_headers(request: Request, kind: wire.JobKind) -> Terms:
         context = msgspec.json.decode(text, type=dict[str, str]) if text.startswith("{") else text
     except (UnicodeDecodeError, msgspec.DecodeError):
         raise InvalidRequest("X-KMS-Context is percent-encoded UTF-8: k=v pairs, or a JSON object") from None
-    return Terms(
+    return SubmissionOptions(
         caller(request),
         kind,
         Context.parse(context),
@@ -224,7 +224,7 @@ def withdraw(built: Service, who: Principal, job_id: str) -> Job:
 
 def _submit(built: Service, request: Request, body: wire.JobIn) -> Job:
     new_context = None if body.new_context is None else Context.parse(body.new_context)
-    terms = Terms(
+    terms = SubmissionOptions(
         caller(request),
         body.kind,
         Context.parse(body.context),

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from kms_api import json_body
 from kms_api.deps import Service, call, caller, service
 from kms_api.openapi import describe
-from kms_api.routing import Ruled
+from kms_api.routing import ScopedRoute
 from kms_core import key_rotation
 from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.store import usage_flush
@@ -19,7 +19,7 @@ from kms_core.observability import usage
 from kms_protocol import wire
 from kms_protocol.errors import BackendUnavailable, JobsUnavailable, UnknownKey
 
-router: Final = APIRouter(prefix="/keys", tags=["keys"], route_class=Ruled)
+router: Final = APIRouter(prefix="/keys", tags=["keys"], route_class=ScopedRoute)
 _THREADS: Final = "keys"
 
 

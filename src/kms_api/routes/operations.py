@@ -11,15 +11,15 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from kms_api import json_body
 from kms_api.deps import Service, call, caller, service
 from kms_api.openapi import describe
-from kms_api.routing import Ruled
+from kms_api.routing import ScopedRoute
 from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.store import queue_stats, usage_flush
 from kms_core.observability import metrics, usage
 from kms_protocol import __version__, wire
 from kms_protocol.errors import AuditUnavailable, JobsUnavailable
 
-router: Final = APIRouter(tags=["operations"], route_class=Ruled)
-probes: Final = APIRouter(tags=["probes"], route_class=Ruled)
+router: Final = APIRouter(tags=["operations"], route_class=ScopedRoute)
+probes: Final = APIRouter(tags=["probes"], route_class=ScopedRoute)
 _TEXT: Final = {describe.TEXT: {"schema": {"type": "string"}}}
 
 

@@ -8,12 +8,12 @@ from msgspec import UNSET
 from kms_api import json_body
 from kms_api.deps import Service, call, caller, service
 from kms_api.openapi import describe
-from kms_api.routing import Ruled
+from kms_api.routing import ScopedRoute
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import DataKeysUnsupported, InvalidRequest, TooLarge
 
-router: Final = APIRouter(tags=["secrets"], route_class=Ruled)
+router: Final = APIRouter(tags=["secrets"], route_class=ScopedRoute)
 _EXAMPLE: Final = {"plaintext": "SGVsbG8sIFdvcmxkIQ==", "context": "env=prod,service=api"}
 _OPENING: Final = {
     "decrypt": {

@@ -10,13 +10,13 @@ from fastapi import APIRouter, Request, Response
 from kms_api import json_body
 from kms_api.deps import Service, caller, service
 from kms_api.openapi import describe
-from kms_api.routing import Ruled
+from kms_api.routing import ScopedRoute
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.store.redis_keys import redis_errors
 from kms_protocol import wire
 from kms_protocol.errors import Missing, UnknownJob
 
-router: Final = APIRouter(prefix="/webhooks", tags=["jobs"], route_class=Ruled)
+router: Final = APIRouter(prefix="/webhooks", tags=["jobs"], route_class=ScopedRoute)
 
 
 @router.get(

@@ -12,7 +12,7 @@ import sys
 from typing import Final
 
 from kms_core.settings.load import load as load_settings
-from kms_core.settings.model import Kms
+from kms_core.settings.model import KmsSection
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE, ConfigurationError
 
 _TIMEOUT_S: Final = 4.0
@@ -33,7 +33,7 @@ def main(words: list[str]) -> int:
     return 0 if alive else EXIT_UNAVAILABLE
 
 
-def _answers(kms: Kms, *, worker: bool) -> bool:
+def _answers(kms: KmsSection, *, worker: bool) -> bool:
     host, port = _WILDCARDS.get(kms.bind, kms.bind), kms.port + 1 if worker else kms.port
     if kms.server.tls_cert is None or worker:  # the worker's metrics are plain HTTP
         return _livez(http.client.HTTPConnection(host, port, timeout=_TIMEOUT_S))

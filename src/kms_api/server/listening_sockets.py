@@ -4,13 +4,13 @@ import socket
 import sys
 from typing import Final
 
-from kms_core.settings.model import Kms
+from kms_core.settings.model import KmsSection
 
 _BACKLOG: Final = 2048
 _COPIES: Final = 15
 
 
-def ports(kms: Kms) -> list[socket.socket]:
+def ports(kms: KmsSection) -> list[socket.socket]:
     """A listening socket, and a second one where the façade has its own port.
 
     Empty, and why on standard error, if a port is not free or not ours.

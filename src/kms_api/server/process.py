@@ -21,7 +21,7 @@ from kms_core import keyring, server_memory
 from kms_core.http_server.connections import ConnectionLimits, Connections
 from kms_core.http_server.protocol import HttpProtocol
 from kms_core.proxies import Proxies
-from kms_core.settings.model import Server, Settings
+from kms_core.settings.model import ServerSection, Settings
 from kms_protocol.errors import EXIT_UNAVAILABLE
 
 _GRACE_S: Final = 20
@@ -81,7 +81,7 @@ def _keep_freed_slabs() -> None:
     bytes(_FREED_BYTES)
 
 
-def _connections(server: Server) -> ConnectionLimits:
+def _connections(server: ServerSection) -> ConnectionLimits:
     """The bound on connections: of the settings, or what the limit of open files allows, with a warning."""
     wanted = server.connections
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -16,11 +16,11 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from kms_api.deps import LOCAL_CALLER, WHO
 from kms_api.transport.transfer_rate import ReaderWatch, TransferLimits
-from kms_api.transport.unread_body import Unread, cycle_of
+from kms_api.transport.unread_body import UnreadBody, cycle_of
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import source_of
 from kms_core.observability import buffered_metrics, metrics
-from kms_core.settings.model import Server
+from kms_core.settings.model import ServerSection
 from kms_protocol.errors import KmsError, RateLimited, Unavailable
 
 K = TypeVar("K")
@@ -182,7 +182,7 @@ class Admission:
     transfer: TransferLimits
 
     @classmethod
-    def of(cls, server: Server) -> Self:
+    def of(cls, server: ServerSection) -> Self:
         """Those of the settings."""
         wait_s = server.admission_wait_s
         return cls(
@@ -256,7 +256,7 @@ class Admitted:
         held = scope[RESERVATION] = Reservation(self._admission, scope)
         cycle = cycle_of(scope)
         if cycle is not None and cycle.more_body:
-            send = Unread(scope, receive, send, held.release).send
+            send = UnreadBody(scope, receive, send, held.release).send
         try:
             await self._app(scope, receive, send)
             if cycle is not None and cycle.flow.write_paused:
@@ -298,6 +298,6 @@ def _change(held: dict[K, int], key: K, amount: int) -> None:
 
 
 @lru_cache(maxsize=len(_NOUNS))
-def _gauge(kind: Kind) -> buffered_metrics.Tide:
+def _gauge(kind: Kind) -> buffered_metrics.BufferedMetrics:
     gauge = metrics.HTTP_BYTES_IN_FLIGHT if kind == "json" else metrics.HTTP_SLOTS
-    return buffered_metrics.Tide(gauge.labels(kind))
+    return buffered_metrics.BufferedMetrics(gauge.labels(kind))

@@ -20,11 +20,11 @@ from kms_api.errors import problems, vault
 from kms_api.routing import METRICS, OPEN_PATHS, UI, UI_OPEN, VAULT_OPEN, is_ui, is_vault
 from kms_api.transport.sessions import COOKIE, SESSION, Sessions, cookies
 from kms_core import audit
-from kms_core.audit import Audit
-from kms_core.auth.authenticator import Doors
-from kms_core.auth.certificates import Shown
+from kms_core.audit import AuditWriter
+from kms_core.auth.authenticator import Authenticator
+from kms_core.auth.certificates import PresentedCertificate
 from kms_core.auth.jwks import WAIT_S, KeysPending
-from kms_core.auth.metrics_access import Scraping
+from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import Failures, Requests
 from kms_core.http_server.protocol import CERTIFICATE
@@ -37,18 +37,18 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class AuthLimits:
     """How often sources may fail and tenants may ask, and who reads the metrics without a credential."""
 
     failures: Failures
     requests: Requests
-    scraping: Scraping
+    scraping: MetricsAccess
 
 
-class Entry:
+class RequestAuthenticator:
     """Authenticates requests. Failed attempts are counted by source, logged and recorded, within bounds."""
 
-    def __init__(self, doors: Doors, trail: Audit, failures: Failures) -> None:
+    def __init__(self, doors: Authenticator, trail: AuditWriter, failures: Failures) -> None:
         self._doors = doors
         self._trail = trail
         self._failures = failures
@@ -77,7 +77,7 @@ class Entry:
             return False
         return True
 
-    async def _authenticated(self, token: str, certificate: Shown | None) -> Principal:
+    async def _authenticated(self, token: str, certificate: PresentedCertificate | None) -> Principal:
         """Wait for an issuer's keys as a coroutine, which holds no thread. Raises as ``let_in``."""
         try:
             return self._doors.authenticate(token, certificate)
@@ -99,10 +99,12 @@ class Entry:
             audit.denied(self._trail, None, "", exc.code)
 
 
-class Gate:
+class AuthenticationLayer:
     """Wraps the application. ``entry`` None: callers are not authenticated."""
 
-    def __init__(self, app: ASGIApp, entry: Entry | None, sessions: Sessions, limits: Limits) -> None:
+    def __init__(
+        self, app: ASGIApp, entry: RequestAuthenticator | None, sessions: Sessions, limits: AuthLimits
+    ) -> None:
         self._app = app
         self._entry = entry
         self._sessions = sessions
@@ -130,7 +132,7 @@ class Gate:
         self._requests.take(who.tenant)
         return who
 
-    def _of_session(self, scope: Scope, entry: Entry) -> Principal | None:
+    def _of_session(self, scope: Scope, entry: RequestAuthenticator) -> Principal | None:
         """Who has logged in, if this is the page: a session opens nothing else."""
         if not is_ui(scope["path"]):
             return None

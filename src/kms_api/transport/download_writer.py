@@ -20,7 +20,7 @@ from kms_api.transport.unread_body import cycle_of
 _LARGE_BYTES: Final = 64 * 1024
 
 
-class Outlet(asyncio.Transport):
+class DownloadWriter(asyncio.Transport):
     """In the place of the transport that a cycle writes to, for the time of one answer."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
@@ -61,7 +61,7 @@ def unlock(request: Request) -> None:
     """Have the answer to a request written without the lock; one over TLS stays as it is."""
     cycle = cycle_of(request.scope)
     if cycle is not None and cycle.transport.get_extra_info("sslcontext") is None:
-        cycle.transport = Outlet(cycle.transport)
+        cycle.transport = DownloadWriter(cycle.transport)
 
 
 class WatchedResponse(StreamingResponse):

@@ -14,13 +14,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from kms_api.errors import problems
-from kms_api.routing import Ruled
+from kms_api.routing import ScopedRoute
 from kms_protocol.errors import KmsError
 
 _EXPECTED: Final = (KmsError, HTTPException, ClientDisconnect)
 
 
-class Front:
+class FastPath:
     """Wraps the application, whose routers are included below ``prefix``."""
 
     def __init__(self, app: FastAPI, routers: Iterable[APIRouter], prefix: str) -> None:
@@ -29,7 +29,7 @@ class Front:
             (method, prefix + route.path): route
             for router in routers
             for route in router.routes
-            if isinstance(route, Ruled) and _is_plain(route)
+            if isinstance(route, ScopedRoute) and _is_plain(route)
             for method in route.methods or ()
         }
 
@@ -47,6 +47,6 @@ class Front:
         await answer(scope, receive, send)
 
 
-def _is_plain(route: Ruled) -> bool:
+def _is_plain(route: ScopedRoute) -> bool:
     """Whether the handler asks for the request alone."""
     return "{" not in route.path and list(inspect.signature(route.endpoint).parameters) == ["request"]

@@ -13,7 +13,7 @@ from kms_api.deps import WHO
 from kms_api.errors import problems, vault
 from kms_api.routing import is_ui, is_vault
 from kms_core import audit
-from kms_core.audit import Audit
+from kms_core.audit import AuditWriter
 from kms_core.http_server.host_check import REFUSED, HostCheck, by_name
 from kms_core.observability import metrics
 
@@ -36,10 +36,10 @@ _UI_HEADERS: Final = (
 _log = structlog.get_logger("kms_api.access")
 
 
-class Edge:
+class RequestContext:
     """Wraps the application. ``hosts`` are the names it may be called by; ``*`` allows any."""
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str], trail: Audit | None = None) -> None:
+    def __init__(self, app: ASGIApp, hosts: Sequence[str], trail: AuditWriter | None = None) -> None:
         """``trail`` gets the attempts that are denied before an operation begins."""
         self._app = app
         self._trail = trail

@@ -40,7 +40,7 @@ _KEY_BYTES: Final = 32
 _STAMPING: Final = "stamping"
 
 
-class _Held(msgspec.Struct, frozen=True):
+class _HeldSession(msgspec.Struct, frozen=True):
     who: Principal
     until: float
 
@@ -67,7 +67,7 @@ class Sessions:
         session, now = f"{group}{new_id()}", self._clock()
         path = self._path(session)
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        _write(path, msgspec.json.encode(_Held(who, now + LASTS_S)))
+        _write(path, msgspec.json.encode(_HeldSession(who, now + LASTS_S)))
         os.utime(path, (now, now))
         return session
 
@@ -76,7 +76,7 @@ class Sessions:
         if not _ID.fullmatch(session):  # a request may bring some thousand
             return None
         try:
-            held = msgspec.json.decode(self._path(session).read_bytes(), type=_Held)
+            held = msgspec.json.decode(self._path(session).read_bytes(), type=_HeldSession)
         except (OSError, msgspec.MsgspecError):
             return None
         return held.who if self._clock() < held.until else None

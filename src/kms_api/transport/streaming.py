@@ -15,7 +15,7 @@ import anyio
 from fastapi import Request
 
 from kms_api.transport.transfer_rate import TransferLimits
-from kms_api.transport.upload_reader import Inlet
+from kms_api.transport.upload_reader import UploadReader
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,7 +37,7 @@ async def receive(
     worker = _Worker(threads)
     try:
         await _outcome(await worker.begin(next, sink))
-        inlet = Inlet(request, limits)
+        inlet = UploadReader(request, limits)
         slab, other = (memoryview(mmap.mmap(-1, _SLAB_BYTES)) for _ in range(2))  # costs what is filled
         while (filled := await inlet.fill(slab)).more:
             await worker.begin(sink.send, (slab, True))

@@ -9,7 +9,7 @@ import structlog
 from kms_core.auth import revocation
 from kms_core.auth.revocation import Lists
 from kms_core.reload import Reloaded
-from kms_core.settings.model import Server
+from kms_core.settings.model import ServerSection
 from kms_protocol.errors import ConfigurationError
 
 _OPEN_TO_ALL: Final = 0o007
@@ -25,7 +25,7 @@ class Renewal:
     the old context in use. While a revocation list is expired, OpenSSL refuses every client certificate.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: ServerSection) -> None:
         """Raises OSError, ValueError, ConfigurationError."""
         self._told = float("-inf")
         paths = filter(None, (server.tls_cert, server.tls_key, server.client_ca, server.client_crl))
@@ -52,7 +52,7 @@ class Renewal:
             _log.error("tls.client_crl_expired", advice="client certificates are refused; renew client_crl")
 
 
-def context(server: Server, *, strict: bool = False) -> ssl.SSLContext | None:
+def context(server: ServerSection, *, strict: bool = False) -> ssl.SSLContext | None:
     """What to serve with; None means plain HTTP. Raises ConfigurationError.
 
     ``strict``: a key that every user may read is refused, not only told of.
@@ -74,7 +74,7 @@ def context(server: Server, *, strict: bool = False) -> ssl.SSLContext | None:
         ) from exc
 
 
-def _context(server: Server) -> ssl.SSLContext:
+def _context(server: ServerSection) -> ssl.SSLContext:
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     made.minimum_version = ssl.TLSVersion.TLSv1_2 if server.client_ca is None else ssl.TLSVersion.TLSv1_3
     made.set_alpn_protocols(["http/1.1"])

@@ -8,7 +8,7 @@ from typing import Self
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from kms_core.settings.model import Server
+from kms_core.settings.model import ServerSection
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class TransferLimits:
     stall_s: float
 
     @classmethod
-    def of(cls, server: Server) -> Self:
+    def of(cls, server: ServerSection) -> Self:
         """Those of the settings."""
         return cls(server.transfer_grace_s, server.transfer_bytes_per_s, server.transfer_stall_s)
 

@@ -18,7 +18,7 @@ LINGER_S: Final = 2.0
 before a sender reads it (RFC 9112 §9.6)."""
 
 
-class Unread:
+class UnreadBody:
     """The way out of one request whose body is still on its way."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, release: Callable[[], None]) -> None:

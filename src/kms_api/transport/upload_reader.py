@@ -22,7 +22,7 @@ SLOW: Final = "The body came too slowly, or stopped arriving"
 class Connection(Protocol):
     """What comes of a body goes to ``inlet``, if there is one, in place of uvicorn's own buffer."""
 
-    inlet: "Inlet | None"
+    inlet: "UploadReader | None"
     flow: FlowControl
 
 
@@ -33,7 +33,7 @@ class Filled(NamedTuple):
     more: bool
 
 
-class Inlet:
+class UploadReader:
     """One body on its way into slabs. It reads ahead by no more than the socket gave at once."""
 
     def __init__(self, request: Request, limits: TransferLimits) -> None:

@@ -8,15 +8,15 @@ from kms_api.deps import call, caller, service
 from kms_api.errors import problems
 from kms_api.routes import jobs
 from kms_api.routing import UI
-from kms_api.transport.authentication import Entry
+from kms_api.transport.authentication import RequestAuthenticator
 from kms_api.transport.sessions import COOKIE, LASTS_S, SESSION, VISITOR, new_id
-from kms_api.ui.render import Page, form, render, screen, stamp_of, to
+from kms_api.ui.render import PageRoute, form, render, screen, stamp_of, to
 from kms_api.ui.views import in_thread
 from kms_core import audit
 from kms_core.auth.policy import Principal
 from kms_protocol.errors import KmsError, RateLimited, Unauthenticated
 
-router: Final = APIRouter(prefix=UI, route_class=Page, include_in_schema=False)
+router: Final = APIRouter(prefix=UI, route_class=PageRoute, include_in_schema=False)
 _FORM_S: Final = 3600
 
 
@@ -60,7 +60,7 @@ async def logout(request: Request) -> Response:
     return answer
 
 
-async def _begin(request: Request, entry: Entry, token: str) -> str:
+async def _begin(request: Request, entry: RequestAuthenticator, token: str) -> str:
     who = await entry.let_in(request.scope, token)
     service(request).requests.take(who.tenant)  # the gate knew no tenant yet
     return await in_thread(request, _begun, request, who)

@@ -15,8 +15,8 @@ from starlette.types import Receive, Scope, Send
 from kms_api import json_body
 from kms_api.deps import WHO, service
 from kms_api.errors import problems
-from kms_api.routing import UI, UI_RULES, Ruled
-from kms_api.transport.authentication import Entry
+from kms_api.routing import UI, UI_RULES, ScopedRoute
+from kms_api.transport.authentication import RequestAuthenticator
 from kms_api.transport.sessions import SESSION, VISITOR, Sessions, cookie
 from kms_api.ui.runbooks import Runbook
 from kms_core import audit
@@ -39,10 +39,10 @@ class Screen:
     files: Mapping[str, bytes]
     runbooks: Sequence[Runbook]
     sessions: Sessions
-    entry: Entry | None
+    entry: RequestAuthenticator | None
 
 
-class Page(Ruled):
+class PageRoute(ScopedRoute):
     """A route of the page: in the table of the page's routes, and refusing with a page."""
 
     table: ClassVar = UI_RULES

@@ -13,7 +13,7 @@ _SECTION: Final = re.compile(r"^## (\w+)$", re.MULTILINE)
 _TOKEN: Final = re.compile(r"`([^`]+)`|\b(Kms[A-Z]\w+)\b")
 
 
-class Piece(NamedTuple):
+class TextSpan(NamedTuple):
     """A stretch of text, as it is to be shown; of a link the text is the alert that it leads to."""
 
     kind: Literal["text", "code", "link"]
@@ -25,7 +25,7 @@ class Runbook:
     """One alert: its name, and paragraphs of pieces. ``anchor`` is how addresses name it."""
 
     alert: str
-    paragraphs: tuple[tuple[Piece, ...], ...]
+    paragraphs: tuple[tuple[TextSpan, ...], ...]
 
     @property
     def anchor(self) -> str:
@@ -47,14 +47,14 @@ def parse(text: str) -> tuple[Runbook, ...]:
     )
 
 
-def _pieces(paragraph: str, alerts: list[str]) -> tuple[Piece, ...]:
+def _pieces(paragraph: str, alerts: list[str]) -> tuple[TextSpan, ...]:
     text, at, made = " ".join(paragraph.split()), 0, []
     for found in _TOKEN.finditer(text):
         code, alert = found.groups()
         if code or alert in alerts:
             made += [
-                Piece("text", text[at : found.start()]),
-                Piece("code" if code else "link", code or alert),
+                TextSpan("text", text[at : found.start()]),
+                TextSpan("code" if code else "link", code or alert),
             ]
             at = found.end()
-    return (*made, Piece("text", text[at:]))
+    return (*made, TextSpan("text", text[at:]))

@@ -17,14 +17,14 @@ from kms_api.deps import Service, caller, service
 from kms_api.routes import audit, jobs, keys, operations
 from kms_api.routing import UI
 from kms_api.ui import TYPES, filters
-from kms_api.ui.render import Page, render, screen
+from kms_api.ui.render import PageRoute, render, screen
 from kms_core import audit as records
 from kms_core.audit import query
-from kms_core.audit.query import Event, Wanted
+from kms_core.audit.query import EventFilter, RecordedOperation
 from kms_core.audit.retention import text_of
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import Receipt, UnknownRecord
-from kms_core.audit.verification.report import Problem
+from kms_core.audit.verification.report import ChainProblem
 from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.model import DEAD
 from kms_protocol import wire
@@ -33,7 +33,7 @@ from kms_protocol.errors import AuditUnavailable, InvalidRequest, JobsUnavailabl
 P = ParamSpec("P")
 R = TypeVar("R")
 
-router: Final = APIRouter(prefix=UI, route_class=Page, include_in_schema=False)
+router: Final = APIRouter(prefix=UI, route_class=PageRoute, include_in_schema=False)
 FILTERS: Final = ("operation", "result", "principal", "source", "key_id", "job_id", "request_id")
 PERIODS: Final = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "all": None}
 _THREADS: Final = "page"
@@ -57,11 +57,11 @@ class Row:
 class Verified:
     """What this process found by reading the trail back. Times are RFC 3339, empty before the first look."""
 
-    problems: Sequence[Problem]
+    problems: Sequence[ChainProblem]
     read_at: str
     newest: str
     lines: int
-    anchors: Sequence[Problem]
+    anchors: Sequence[ChainProblem]
     not_compared: Mapping[str, str]
 
 
@@ -117,9 +117,9 @@ def _newest_jobs(built: Service, who: Principal) -> tuple[list[wire.JobOut] | No
         return None, None
 
 
-def _refusals(built: Service, who: Principal) -> list[Event]:
+def _refusals(built: Service, who: Principal) -> list[RecordedOperation]:
     since = text_of(datetime.now(UTC) - _DAY)
-    wanted = Wanted(equal=(("tenant", who.tenant),), result="failed", since=since)
+    wanted = EventFilter(equal=(("tenant", who.tenant),), result="failed", since=since)
     found = _newest(built, wanted, _FEW)
     records.read(built.kms.trail, who, {"result": "failed", "period": "24h"}, len(found))
     return found
@@ -197,7 +197,7 @@ def _trail(request: Request, period: str, until: str) -> Response:
     given = {name: request.query_params.get(name, "").strip() for name in FILTERS}
     equal = [(name, value) for name, value in given.items() if value and name != "result"]
     ago = PERIODS[period]
-    wanted = Wanted(
+    wanted = EventFilter(
         equal=(("tenant", who.tenant), *equal),
         result=given["result"],
         since="" if ago is None else text_of(datetime.now(UTC) - ago),
@@ -229,7 +229,7 @@ def _verified(built: Service) -> Verified:
     return Verified(found.problems, read_at, found.newest, found.lines, found.anchors, found.not_compared)
 
 
-def _newest(built: Service, wanted: Wanted, limit: int) -> list[Event]:
+def _newest(built: Service, wanted: EventFilter, limit: int) -> list[RecordedOperation]:
     """The newest first. Raises AuditUnavailable."""
     try:
         return query.newest(built.settings.kms.audit.path, wanted, limit, query.MOST_SCANNED)[::-1]
@@ -252,7 +252,7 @@ def _receipt(built: Service, who: Principal, audit_id: str) -> Receipt:
         made = receipt.make(built.settings.kms.audit.path, audit_id)
     except OSError as exc:
         raise UnknownRecord from exc
-    event = msgspec.json.decode(made.line, type=Event)
+    event = msgspec.json.decode(made.line, type=RecordedOperation)
     if event.kind or event.tenant != who.tenant:
         raise UnknownRecord
     records.read(built.kms.trail, who, {"receipt": made.id}, 1)

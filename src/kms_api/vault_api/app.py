@@ -17,12 +17,12 @@ from kms_api.deps import WHO, Service
 from kms_api.errors import vault
 from kms_api.routing import VAULT, VAULT_RULES, is_vault
 from kms_api.vault_api import keys, sys, transit
-from kms_api.vault_api.request import Asked
-from kms_core.auth.authenticator import Doors
+from kms_api.vault_api.request import VaultRequest
+from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import Principal
 from kms_protocol.errors import Forbidden, InvalidRequest, KmsError
 
-Handler = Callable[[Asked], Awaitable[Response]]
+Handler = Callable[[VaultRequest], Awaitable[Response]]
 Names = Mapping[str, str]
 
 _EXPECTED: Final = (KmsError, HTTPException, ClientDisconnect)
@@ -67,10 +67,10 @@ class Route:
     path: str
 
 
-class Facade:
+class VaultApi:
     """Wraps the application, and passes on what is not its own."""
 
-    def __init__(self, app: ASGIApp, built: Service, doors: Doors | None) -> None:
+    def __init__(self, app: ASGIApp, built: Service, doors: Authenticator | None) -> None:
         self._app = app
         self._built = built
         self._doors = doors
@@ -101,12 +101,12 @@ class Facade:
         who: Principal = scope[WHO]
         if not VAULT_RULES[asked].open:
             _check_headers(scope["headers"], who)
-        return await handler(Asked(request, self._built, self._doors, who, names))
+        return await handler(VaultRequest(request, self._built, self._doors, who, names))
 
 
-def before(app: ASGIApp, built: Service, doors: Doors | None) -> ASGIApp:
+def before(app: ASGIApp, built: Service, doors: Authenticator | None) -> ASGIApp:
     """An application with the façade before it, if settings enable one."""
-    return Facade(app, built, doors) if built.settings.kms.facade.enabled else app
+    return VaultApi(app, built, doors) if built.settings.kms.facade.enabled else app
 
 
 def find(path: str) -> tuple[str, Names]:

@@ -9,7 +9,7 @@ from kms_api.deps import call
 from kms_api.errors import vault
 from kms_api.vault_api import models
 from kms_api.vault_api.models import KeyIn, Nothing
-from kms_api.vault_api.request import Asked, answer, bare
+from kms_api.vault_api.request import VaultRequest, answer, bare
 from kms_api.vault_api.transit import TYPES
 from kms_core.keyring import Key
 from kms_protocol.errors import InvalidRequest, UnknownKey
@@ -25,7 +25,7 @@ _NEVER: Final = (
 )
 
 
-async def listed(asked: Asked) -> Response:
+async def listed(asked: VaultRequest) -> Response:
     """Names of the keys that the caller may use; ``after`` and ``limit`` as OpenBao has them."""
     after, limit = asked.query.get("after", ""), asked.query.get("limit", "")
     sees, keys = asked.built.kms.policy.sees, asked.built.kms.keyring.keys
@@ -36,7 +36,7 @@ async def listed(asked: Asked) -> Response:
     return answer({"keys": found}) if found else bare({"errors": []}, 404)
 
 
-async def one(asked: Asked) -> Response:
+async def one(asked: VaultRequest) -> Response:
     """The record of a key; with ``list=true`` the mount ends in ``keys``, and this is a list."""
     if asked.query.get("list") == "true":
         return await listed(asked)
@@ -46,7 +46,7 @@ async def one(asked: Asked) -> Response:
         return vault.answer(exc, 404)
 
 
-async def made(asked: Asked) -> Response:
+async def made(asked: VaultRequest) -> Response:
     """A key that is there stays as it is, if that is what was asked for. Others are not made."""
     body = await asked.body(KeyIn)
     if body.type is not None and body.type not in TYPES:
@@ -55,20 +55,20 @@ async def made(asked: Asked) -> Response:
     return await _record(asked)
 
 
-async def configured(asked: Asked) -> Response:
+async def configured(asked: VaultRequest) -> Response:
     """What may be asked for is what is so; everything else is the operator's."""
     _check_settings(await asked.body(KeyIn))
     return await _record(asked)
 
 
-async def rotated(asked: Asked) -> Response:
+async def rotated(asked: VaultRequest) -> Response:
     """A new version, which seals from now on; old ones decrypt."""
     await asked.body(Nothing)
     await call(asked.built, asked.built.kms.rotate, asked.who, key_id=asked.key_id)
     return await _record(asked)
 
 
-async def deleted(asked: Asked) -> Response:
+async def deleted(asked: VaultRequest) -> Response:
     """Never."""
     _seen(asked)
     raise InvalidRequest("deletion is not allowed for this key: whoever runs the service retires it")
@@ -84,20 +84,20 @@ def _check_settings(body: KeyIn) -> None:
         raise InvalidRequest("auto_rotate_period: the service rotates by [kms.rotation] every_days")
 
 
-def _seen(asked: Asked) -> Key:
+def _seen(asked: VaultRequest) -> Key:
     if not asked.built.kms.policy.sees(asked.who, asked.key_id):
         raise UnknownKey
     return asked.built.kms.keyring.named(asked.key_id)
 
 
-async def _record(asked: Asked) -> Response:
+async def _record(asked: VaultRequest) -> Response:
     key = _seen(asked)
     if not key.blocks:
         return answer(shape(key))
     return answer(await anyio.to_thread.run_sync(shape, key, limiter=asked.built.limiter(_THREADS)))
 
 
-def shape(key: Key) -> models.Key:
+def shape(key: Key) -> models.VaultKey:
     """Where nobody knows when a version was made, its number stands for that: it changes by a rotation.
 
     One that others make meanwhile is the latest next time.
@@ -109,4 +109,4 @@ def shape(key: Key) -> models.Key:
         for version, number in sorted(numbers.items(), key=lambda pair: pair[1])
     }
     latest = numbers.get(key.backend.current_version(), max(numbers.values()))
-    return models.Key(name=key.key_id, keys=times, latest_version=latest)
+    return models.VaultKey(name=key.key_id, keys=times, latest_version=latest)

@@ -25,7 +25,7 @@ T = TypeVar("T", bound=Body)
 _decoders: Final[dict[type[Body], msgspec.json.Decoder[Any]]] = {}
 
 
-class Bound(Body, frozen=True, kw_only=True):
+class BoundFields(Body, frozen=True, kw_only=True):
     """What may bind any call: both are authenticated, and told apart from each other.
 
     Bytes are base64 here, which ``octets`` decodes: a lax decoder would take the text ``null``, which is
@@ -41,7 +41,7 @@ class Bound(Body, frozen=True, kw_only=True):
     reference: str | None = None
 
 
-class Call(Bound, frozen=True, kw_only=True):
+class VaultCall(BoundFields, frozen=True, kw_only=True):
     """One call, an item of several, or the several."""
 
     plaintext: str | None = None
@@ -50,7 +50,7 @@ class Call(Bound, frozen=True, kw_only=True):
     partial_failure_response_code: int | None = None
 
 
-class DataKeyIn(Bound, frozen=True, kw_only=True):
+class DataKeyIn(BoundFields, frozen=True, kw_only=True):
     """A data key; 256 bits if it does not say."""
 
     bits: int | None = None
@@ -86,7 +86,7 @@ class Nothing(Body, frozen=True, kw_only=True):
     increment: str | int | None = None
 
 
-class Sealed(Struct, frozen=True):
+class VaultCiphertext(Struct, frozen=True):
     """What was sealed; a data key has its plaintext beside it."""
 
     ciphertext: str
@@ -97,7 +97,7 @@ class Sealed(Struct, frozen=True):
         return "Sealed(…)"
 
 
-class Opened(Struct, frozen=True):
+class VaultPlaintext(Struct, frozen=True):
     """What was opened."""
 
     plaintext: bytes
@@ -125,7 +125,7 @@ class Results(Struct, frozen=True):
     batch_results: list[Item]
 
 
-class Key(Struct, frozen=True, kw_only=True):
+class VaultKey(Struct, frozen=True, kw_only=True):
     """A key as its record says: ``keys`` are version numbers and Unix seconds."""
 
     name: str
@@ -148,7 +148,7 @@ class Key(Struct, frozen=True, kw_only=True):
     supports_signing: bool = False
 
 
-class Envelope(Struct):
+class VaultAnswer(Struct):
     """What every answer with ``data`` has around it."""
 
     request_id: str
@@ -163,7 +163,7 @@ class Envelope(Struct):
 
 def around(data: object) -> bytes:
     """The body of an answer."""
-    return wire.encode(Envelope(audit.request_id.get(), data))
+    return wire.encode(VaultAnswer(audit.request_id.get(), data))
 
 
 def read(body: bytes | msgspec.Raw, shape: type[T]) -> T:

@@ -12,17 +12,17 @@ from kms_api import json_body
 from kms_api.deps import Service
 from kms_api.vault_api import models
 from kms_api.vault_api.models import T
-from kms_core.auth.authenticator import Doors
+from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import Principal
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class VaultRequest:
     """``names`` are what stands in the path for the names of its template; ``doors`` None asks nobody."""
 
     request: Request
     built: Service
-    doors: Doors | None
+    doors: Authenticator | None
     who: Principal
     names: Mapping[str, str]
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from kms_api.deps import call
 from kms_api.vault_api import models
 from kms_api.vault_api.models import Nothing, PathsIn
-from kms_api.vault_api.request import Asked, answer, bare
+from kms_api.vault_api.request import VaultRequest, answer, bare
 from kms_core import audit
 from kms_core.auth.policy import allows
 from kms_protocol import __version__
@@ -39,7 +39,7 @@ _DATA_KEYS: Final = frozenset({"plaintext", "wrapped"})
 _MAX_PATHS: Final = 100
 
 
-async def health(asked: Asked) -> Response:
+async def health(asked: VaultRequest) -> Response:
     """200 or 503, which these clients call sealed: whether the default key works and records can be kept."""
     ready = await _ready(asked)
     return bare(
@@ -59,7 +59,7 @@ async def health(asked: Asked) -> Response:
     )
 
 
-async def seal_status(asked: Asked) -> Response:
+async def seal_status(asked: VaultRequest) -> Response:
     """The same in other words."""
     return bare(
         {
@@ -81,13 +81,13 @@ async def seal_status(asked: Asked) -> Response:
     )
 
 
-async def init(asked: Asked) -> Response:
+async def init(asked: VaultRequest) -> Response:
     """It always is."""
     del asked
     return bare({"initialized": True})
 
 
-async def leader(asked: Asked) -> Response:
+async def leader(asked: VaultRequest) -> Response:
     """Nobody leads: processes are alike."""
     del asked
     return bare(
@@ -103,19 +103,19 @@ async def leader(asked: Asked) -> Response:
     )
 
 
-async def mounts(asked: Asked) -> Response:
+async def mounts(asked: VaultRequest) -> Response:
     """One, by the name that most clients expect; the façade answers under any other name, too."""
     del asked
     return _doubled({f"{DEFAULT_MOUNT}/": _MOUNT})
 
 
-async def visible_mounts(asked: Asked) -> Response:
+async def visible_mounts(asked: VaultRequest) -> Response:
     """The same for a page."""
     del asked
     return answer({"secret": {f"{DEFAULT_MOUNT}/": _MOUNT}, "auth": {}})
 
 
-async def mount_of(asked: Asked) -> Response:
+async def mount_of(asked: VaultRequest) -> Response:
     """The mount of a path: everything before what is a path of transit."""
     parts = asked.names["mount"].strip("/").split("/")
     ends = [at for at, part in enumerate(parts) if part in {"keys", "datakey", *_OPERATIONS} and at]
@@ -123,7 +123,7 @@ async def mount_of(asked: Asked) -> Response:
     return answer({**_MOUNT, "path": f"{mount}/"})
 
 
-async def lookup_self(asked: Asked) -> Response:
+async def lookup_self(asked: VaultRequest) -> Response:
     """Who the caller is. The id is the credential's name in the audit trail, not its text."""
     until = asked.doors.until(asked.who) if asked.doors else None
     until = None if until is None else min(until, _LAST)
@@ -150,13 +150,13 @@ async def lookup_self(asked: Asked) -> Response:
     )
 
 
-async def renew_self(asked: Asked) -> Response:
+async def renew_self(asked: VaultRequest) -> Response:
     """Credentials of this service end when they end; clients take this answer for what it says."""
     await asked.body(Nothing)
     raise InvalidRequest("lease is not renewable: make a new token, or rotate this one, with kms token")
 
 
-async def capabilities_self(asked: Asked) -> Response:
+async def capabilities_self(asked: VaultRequest) -> Response:
     """What the caller may do under each path."""
     body = await asked.body(PathsIn)
     paths = body.paths or ([body.path] if body.path else [])
@@ -166,7 +166,7 @@ async def capabilities_self(asked: Asked) -> Response:
     return _doubled({"capabilities": found[paths[0]], **found})
 
 
-def _capabilities(asked: Asked, parts: list[str]) -> list[str]:
+def _capabilities(asked: VaultRequest, parts: list[str]) -> list[str]:
     kms, who = asked.built.kms, asked.who
     match parts:
         case [_, *_, "keys"]:
@@ -189,11 +189,11 @@ def _capabilities(asked: Asked, parts: list[str]) -> list[str]:
 
 def _doubled(data: Mapping[str, object]) -> Response:
     """Some answers of Vault have their data at the top, too."""
-    whole = msgspec.structs.asdict(models.Envelope(audit.request_id.get(), data))
+    whole = msgspec.structs.asdict(models.VaultAnswer(audit.request_id.get(), data))
     return bare({**whole, **data})
 
 
-async def _ready(asked: Asked) -> bool:
+async def _ready(asked: VaultRequest) -> bool:
     built = asked.built
     found = await call(built, built.kms.health_check)
     try:

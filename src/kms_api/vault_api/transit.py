@@ -14,8 +14,8 @@ from kms_api.errors import vault
 from kms_api.routes.batch import BATCHES, admit_items
 from kms_api.routes.secrets import check_ciphertext, check_plaintext
 from kms_api.vault_api import models, service
-from kms_api.vault_api.models import Bound, Call, DataKeyIn, Item, Opened, Sealed
-from kms_api.vault_api.request import Asked, answer
+from kms_api.vault_api.models import BoundFields, DataKeyIn, Item, VaultCall, VaultCiphertext, VaultPlaintext
+from kms_api.vault_api.request import VaultRequest, answer
 from kms_api.vault_api.service import Extra
 from kms_protocol.errors import InvalidRequest, KmsError, TooLarge, Unavailable
 from kms_protocol.wire import JobKind
@@ -24,12 +24,12 @@ TYPES: Final = frozenset({"chacha20-poly1305", "aes256-gcm96"})
 """What may be asked for: what the payload is, and the default of clients, which is as strong."""
 _BITS: Final = frozenset({128, 256, 512})
 _CODES: Final = frozenset(range(200, 600)) - {204, 205, 304}  # these have no body to put outcomes into
-Work = Callable[[Asked, Call], Item]
+Work = Callable[[VaultRequest, VaultCall], Item]
 
 
-async def encrypt(asked: Asked) -> Response:
+async def encrypt(asked: VaultRequest) -> Response:
     """``plaintext`` to ``ciphertext``. A key that is not there is not made."""
-    body = await asked.body(Call)
+    body = await asked.body(VaultCall)
     if body.batch_input is not None:
         return await _many(asked, body, "encrypt", _encrypt_item)
     plaintext = _plaintext(asked.built, body)
@@ -42,44 +42,44 @@ async def encrypt(asked: Asked) -> Response:
         _extra(body),
         key_id=asked.key_id,
     )
-    return answer(Sealed(models.render(number, sealed.ciphertext), number))
+    return answer(VaultCiphertext(models.render(number, sealed.ciphertext), number))
 
 
-async def decrypt(asked: Asked) -> Response:
+async def decrypt(asked: VaultRequest) -> Response:
     """``ciphertext`` to ``plaintext``; the number in its prefix is authenticated."""
-    body = await asked.body(Call)
+    body = await asked.body(VaultCall)
     if body.batch_input is not None:
         return await _many(asked, body, "decrypt", _decrypt_item)
     file, extra = _file(asked.built, body)
     plaintext = await call(
         asked.built, service.decrypt, asked.built.kms, asked.who, file, extra, key_id=asked.key_id
     )
-    return answer(Opened(plaintext))
+    return answer(VaultPlaintext(plaintext))
 
 
-async def rewrap(asked: Asked) -> Response:
+async def rewrap(asked: VaultRequest) -> Response:
     """The same payload under the version in use, bound as it was."""
-    body = await asked.body(Call)
+    body = await asked.body(VaultCall)
     if body.batch_input is not None:
         return await _many(asked, body, "rewrap", _rewrap_item)
     file, extra = _file(asked.built, body)
     sealed, number = await call(
         asked.built, service.rewrap, asked.built.kms, asked.who, file, extra, key_id=asked.key_id
     )
-    return answer(Sealed(models.render(number, sealed.ciphertext), number))
+    return answer(VaultCiphertext(models.render(number, sealed.ciphertext), number))
 
 
-async def data_key(asked: Asked) -> Response:
+async def data_key(asked: VaultRequest) -> Response:
     """Random bytes, in clear and sealed."""
     return await _data_key(asked, in_clear=True)
 
 
-async def wrapped_data_key(asked: Asked) -> Response:
+async def wrapped_data_key(asked: VaultRequest) -> Response:
     """Random bytes, sealed alone."""
     return await _data_key(asked, in_clear=False)
 
 
-async def _data_key(asked: Asked, *, in_clear: bool) -> Response:
+async def _data_key(asked: VaultRequest, *, in_clear: bool) -> Response:
     body = await asked.body(DataKeyIn)
     bits = 256 if body.bits is None else body.bits
     if bits not in _BITS:
@@ -94,13 +94,15 @@ async def _data_key(asked: Asked, *, in_clear: bool) -> Response:
         key_id=asked.key_id,
     )
     text = models.render(number, made.ciphertext)
-    return answer(Sealed(text, number, made.plaintext) if in_clear else Sealed(text, number))
+    return answer(
+        VaultCiphertext(text, number, made.plaintext) if in_clear else VaultCiphertext(text, number)
+    )
 
 
 # -- many ----------------------------------------------------------------------------------------------
 
 
-async def _many(asked: Asked, body: Call, operation: JobKind, work: Work) -> Response:
+async def _many(asked: VaultRequest, body: VaultCall, operation: JobKind, work: Work) -> Response:
     """Every item's outcome, in order; 400 if any was refused, since clients look at the status alone."""
     items, code = body.batch_input or [], body.partial_failure_response_code
     if _extra(body) is not _NOTHING:
@@ -122,7 +124,7 @@ async def _many(asked: Asked, body: Call, operation: JobKind, work: Work) -> Res
     return answer(models.Results(results), status)
 
 
-def _run(asked: Asked, items: list[msgspec.Raw], operation: JobKind, work: Work) -> list[Item]:
+def _run(asked: VaultRequest, items: list[msgspec.Raw], operation: JobKind, work: Work) -> list[Item]:
     """Raises Unavailable if one item could not be done now: to try all again is harmless."""
     admit_items(asked.built, asked.who, operation, len(items))
     built = replace(asked.built, kms=asked.built.kms.for_job())
@@ -130,10 +132,10 @@ def _run(asked: Asked, items: list[msgspec.Raw], operation: JobKind, work: Work)
         return [_one(replace(asked, built=built), item, work) for item in items]
 
 
-def _one(asked: Asked, raw: msgspec.Raw, work: Work) -> Item:
+def _one(asked: VaultRequest, raw: msgspec.Raw, work: Work) -> Item:
     reference = ""
     try:
-        item = models.read(raw, Call)
+        item = models.read(raw, VaultCall)
         reference = item.reference or ""
         return msgspec.structs.replace(work(asked, item), reference=reference)
     except Unavailable:
@@ -142,18 +144,18 @@ def _one(asked: Asked, raw: msgspec.Raw, work: Work) -> Item:
         return Item(reference, error=vault.text(exc))
 
 
-def _encrypt_item(asked: Asked, item: Call) -> Item:
+def _encrypt_item(asked: VaultRequest, item: VaultCall) -> Item:
     plaintext = _plaintext(asked.built, item)
     sealed, number = service.encrypt(asked.built.kms, asked.who, plaintext, _extra(item), key_id=asked.key_id)
     return Item(ciphertext=models.render(number, sealed.ciphertext), key_version=number)
 
 
-def _decrypt_item(asked: Asked, item: Call) -> Item:
+def _decrypt_item(asked: VaultRequest, item: VaultCall) -> Item:
     file, extra = _file(asked.built, item)
     return Item(plaintext=service.decrypt(asked.built.kms, asked.who, file, extra, key_id=asked.key_id))
 
 
-def _rewrap_item(asked: Asked, item: Call) -> Item:
+def _rewrap_item(asked: VaultRequest, item: VaultCall) -> Item:
     file, extra = _file(asked.built, item)
     sealed, number = service.rewrap(asked.built.kms, asked.who, file, extra, key_id=asked.key_id)
     return Item(ciphertext=models.render(number, sealed.ciphertext), key_version=number)
@@ -162,7 +164,7 @@ def _rewrap_item(asked: Asked, item: Call) -> Item:
 # -- what was given --------------------------------------------------------------------------------------
 
 
-def _plaintext(built: Service, body: Call) -> bytes:
+def _plaintext(built: Service, body: VaultCall) -> bytes:
     if body.plaintext is None:
         raise InvalidRequest("missing plaintext to encrypt: send it in base64; an empty one as an empty text")
     plaintext = models.octets(body.plaintext, "plaintext")
@@ -170,7 +172,7 @@ def _plaintext(built: Service, body: Call) -> bytes:
     return plaintext
 
 
-def _file(built: Service, body: Call) -> tuple[bytes, Extra]:
+def _file(built: Service, body: VaultCall) -> tuple[bytes, Extra]:
     if not body.ciphertext:
         raise InvalidRequest("missing ciphertext: send what encrypt gave, with its prefix")
     number, file = models.parse(body.ciphertext)
@@ -178,7 +180,7 @@ def _file(built: Service, body: Call) -> tuple[bytes, Extra]:
     return file, replace(_extra(body), number=number)
 
 
-def _extra(body: Bound) -> Extra:
+def _extra(body: BoundFields) -> Extra:
     """Raises InvalidRequest for what this service does not do, or would do otherwise than asked."""
     if body.convergent_encryption or body.nonce:
         raise InvalidRequest(

@@ -14,20 +14,20 @@ from typing import Final, cast
 import pyrage
 
 from kms_cli.age_file.keys import Identities
-from kms_cli.age_file.streams import Joined, Source, Target, exactly
+from kms_cli.age_file.streams import InputStream, Joined, OutputStream, exactly
 from kms_core.age import armor, header, scrypt, stream
 from kms_core.age.header import FILE_LIMITS, Header
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding, sealing
 from kms_core.payload import parallel, streaming
-from kms_core.payload.files import Extent, Onto
-from kms_core.payload.parallel import Pace
+from kms_core.payload.files import FileRange, FileWriter
+from kms_core.payload.parallel import ParallelOptions
 from kms_core.payload.ranges import RangeReader
-from kms_core.settings.model import Limits
+from kms_core.settings.model import LimitsSection
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, TooLarge
 
-LIMITS: Final = Limits()
+LIMITS: Final = LimitsSection()
 _AGE: Final = b"age-encryption.org/"
 _SSH: Final = "ssh-"
 _START_BYTES: Final = FILE_LIMITS.header_bytes + header.NONCE_BYTES
@@ -59,11 +59,11 @@ class HeaderTooLarge(TooLarge):
 
 
 @dataclass(frozen=True, slots=True)
-class Sealed:
+class AgeFile:
     """An age file out of its armor, its header read. ``extent`` is the payload, if in a regular file."""
 
     head: Header
-    extent: Extent | None
+    extent: FileRange | None
     start: bytes = field(repr=False)
     rest: io.RawIOBase = field(repr=False)
 
@@ -87,14 +87,14 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PlaintextRange:
     """A range of the plaintext in bytes; up to the end without a length."""
 
     offset: int = 0
     length: int | None = None
 
 
-def read(given: Source) -> Sealed:
+def read(given: InputStream) -> AgeFile:
     """Read a header, armored or not. Raises NotACiphertext, HeaderTooLarge, DecryptFailed."""
     start, rest, extent = exactly(given.stream, _START_BYTES), given.stream, given.extent
     if not start.startswith(_AGE):
@@ -106,7 +106,7 @@ def read(given: Source) -> Sealed:
         raise HeaderTooLarge(exc.detail) from exc
     at = head.payload_offset
     payload = extent and extent.tail(at)
-    return Sealed(head, payload, start, rest)
+    return AgeFile(head, payload, start, rest)
 
 
 def needs_passphrase(head: Header) -> bool:
@@ -160,16 +160,16 @@ def _bound_file_key(head: Header, identities: Identities, key: binding.KeyRef, d
 # -- the payload -------------------------------------------------------------------------------------
 
 
-def release(sealed: Sealed, key: bytes, target: Target, pace: Pace) -> None:
+def release(sealed: AgeFile, key: bytes, target: OutputStream, pace: ParallelOptions) -> None:
     """Write the plaintext; only genuine chunks and in order to a pipe. Raises Damaged."""
     with _damaged():
         if sealed.extent and target.fd is not None:
-            parallel.open_file(key, sealed.extent, Onto(target.fd), pace=pace)
+            parallel.open_file(key, sealed.extent, FileWriter(target.fd), pace=pace)
         else:
             streaming.open_pipe(key, sealed.payload, target.writer, pace)
 
 
-def release_part(extent: Extent, key: bytes, target: Target, part: Part) -> None:
+def release_part(extent: FileRange, key: bytes, target: OutputStream, part: PlaintextRange) -> None:
     """Write a range, touching only its chunks and the last one; nothing beyond the end. Raises Damaged."""
     with _damaged():
         reader = RangeReader(key, extent.read_at, extent.size)
@@ -195,7 +195,7 @@ def is_for_ssh(head: Header, demand: Demand) -> bool:
     return not is_bound and any(stanza.type.startswith(_SSH) for stanza in head.stanzas)
 
 
-def release_by_ssh(sealed: Sealed, identities: Identities, target: Target) -> None:
+def release_by_ssh(sealed: AgeFile, identities: Identities, target: OutputStream) -> None:
     """As ``release``. Raises HeaderTooLarge above 8 KiB of header, NotForThese, Damaged."""
     if sealed.head.size > LIMITS.pyrage_header_bytes:
         raise HeaderTooLarge(

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 
 from kms_cli.age_file.keys import Identities
-from kms_cli.age_file.streams import Joined, Source, Target, exactly
+from kms_cli.age_file.streams import InputStream, Joined, OutputStream, exactly
 from kms_core.age import header, scrypt, stream
 from kms_core.age.armor import ArmorWriter
 from kms_core.age.header import FILE_KEY_BYTES, FILE_LIMITS, Stanza
@@ -12,8 +12,8 @@ from kms_core.age.recipients import Recipient
 from kms_core.envelope import sealing
 from kms_core.envelope.sealing import PAD_FROM_BYTES, Sealing
 from kms_core.payload import parallel, streaming
-from kms_core.payload.files import Onto
-from kms_core.payload.parallel import Pace
+from kms_core.payload.files import FileWriter
+from kms_core.payload.parallel import ParallelOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidRequest
 
@@ -43,7 +43,7 @@ def for_service(identities: Identities, key_id: str, context: Context, *, padded
     return sealing.begin(identities, key, context, padded=padded)
 
 
-def seal_armored(begun: Sealing, given: Source, target: Target, pace: Pace) -> None:
+def seal_armored(begun: Sealing, given: InputStream, target: OutputStream, pace: ParallelOptions) -> None:
     """As ``seal``, as text."""
     writer = ArmorWriter(target.writer)
     writer.write(begun.head)
@@ -51,10 +51,10 @@ def seal_armored(begun: Sealing, given: Source, target: Target, pace: Pace) -> N
     writer.finish()
 
 
-def seal(begun: Sealing, given: Source, target: Target, pace: Pace) -> None:
+def seal(begun: Sealing, given: InputStream, target: OutputStream, pace: ParallelOptions) -> None:
     """Write head and payload; by threads from file to file. Raises InvalidRequest if the source changes."""
     if given.extent and target.fd is not None:
-        onto = Onto(target.fd)
+        onto = FileWriter(target.fd)
         onto.write_at(memoryview(begun.head), 0)
         parallel.seal_file(begun.payload_key, given.extent, onto, len(begun.head), pace)
         return
@@ -62,12 +62,12 @@ def seal(begun: Sealing, given: Source, target: Target, pace: Pace) -> None:
     streaming.seal_pipe(begun.payload_key, given.stream, target.writer, pace)
 
 
-def is_large(given: Source) -> tuple[bool, Source]:
+def is_large(given: InputStream) -> tuple[bool, InputStream]:
     """Whether it has 1 MiB or more, which pads the header; and the source, into which was looked ahead."""
     if given.extent:
         return given.extent.size >= PAD_FROM_BYTES, given
     ahead = exactly(given.stream, PAD_FROM_BYTES)
-    return len(ahead) >= PAD_FROM_BYTES, Source(Joined(ahead, given.stream), None)
+    return len(ahead) >= PAD_FROM_BYTES, InputStream(Joined(ahead, given.stream), None)
 
 
 def _stock(file_key: bytes, stanzas: Sequence[Stanza]) -> Sealing:

@@ -93,7 +93,7 @@ def recipients(given: Iterable[str], paths: Iterable[Path]) -> list[Recipient]:
         if not listed:
             raise InvalidRequest(f"{path} holds no recipient")
         found += listed
-    if len({isinstance(recipient, mlkem768x25519.Recipient) for recipient in found}) > 1:
+    if len({isinstance(recipient, mlkem768x25519.HybridRecipient) for recipient in found}) > 1:
         raise click.UsageError(
             "post-quantum and classic recipients do not mix: the file would be as weak as the classic ones",
             click.get_current_context(),

@@ -16,8 +16,8 @@ import click
 from kms_cli import terminal
 from kms_cli.atomic_file import placed
 from kms_cli.progress import Meter
-from kms_core.payload.files import Extent
-from kms_core.payload.parallel import Pace
+from kms_core.payload.files import FileRange
+from kms_core.payload.parallel import ParallelOptions
 from kms_protocol.errors import SpoolFull
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ class NoRoom(SpoolFull):
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class InputStream:
     """An input. ``extent`` is the rest of it where it is a regular file, which threads can read."""
 
     stream: io.RawIOBase
-    extent: Extent | None
+    extent: FileRange | None
 
     @property
     def size(self) -> int | None:
@@ -45,7 +45,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class OutputStream:
     """An output that takes all it is given. ``fd`` is a new file, not yet in its place, for threads."""
 
     writer: BinaryIO
@@ -76,7 +76,7 @@ class Joined(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def source(path: Path) -> Iterator[Source]:
+def source(path: Path) -> Iterator[InputStream]:
     """Open an input; ``-`` is stdin. An empty file is read as a pipe: in /proc it may only look empty."""
     if path == STDIO and sys.stdin.isatty():
         terminal.say("reading from the terminal, end with Ctrl-D")
@@ -84,24 +84,24 @@ def source(path: Path) -> Iterator[Source]:
         status = os.fstat(stream.fileno())
         at = stream.tell() if stat.S_ISREG(status.st_mode) else 0
         whole = stat.S_ISREG(status.st_mode) and status.st_size > at
-        yield Source(stream, Extent(stream.fileno(), status.st_size - at, at) if whole else None)
+        yield InputStream(stream, FileRange(stream.fileno(), status.st_size - at, at) if whole else None)
 
 
 @contextlib.contextmanager
-def target(path: Path, *, force: bool) -> Iterator[Target]:
+def target(path: Path, *, force: bool) -> Iterator[OutputStream]:
     """Open an output; ``-`` is stdout. A file appears in the end, whole; a pipe or device is written to.
 
     Raises TargetExists if a file is there, unless ``force`` replaces it.
     """
     if path == STDIO:
         with _flushed(sys.stdout.buffer) as writer:
-            yield Target(writer, None)
+            yield OutputStream(writer, None)
     elif path.exists() and not path.is_file() and not path.is_dir():
         with path.open("wb") as writer:
-            yield Target(writer, None)
+            yield OutputStream(writer, None)
     else:
         with _room(), placed(path, overwrite=force) as writer:
-            yield Target(writer, writer.fileno())
+            yield OutputStream(writer, writer.fileno())
 
 
 def refuse_terminal(path: Path) -> None:
@@ -126,7 +126,7 @@ def exactly(stream: io.RawIOBase, size_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def pace(meter: Meter, label: str, total_bytes: int | None) -> Pace:
+def pace(meter: Meter, label: str, total_bytes: int | None) -> ParallelOptions:
     """Slab by slab, and shown; threads call it."""
     lock = threading.Lock()
     done_bytes = 0
@@ -137,7 +137,7 @@ def pace(meter: Meter, label: str, total_bytes: int | None) -> Pace:
             done_bytes += size_bytes
             meter.show(label, done_bytes, total_bytes)
 
-    return Pace(progress=advance)
+    return ParallelOptions(progress=advance)
 
 
 @contextlib.contextmanager

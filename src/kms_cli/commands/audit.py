@@ -19,11 +19,11 @@ from kms_cli.session import session
 from kms_core import audit
 from kms_core.audit import query
 from kms_core.audit.keys import Concealer, PublicKeys, pem, public_path
-from kms_core.audit.query import Event, Wanted
+from kms_core.audit.query import EventFilter, RecordedOperation
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.anchors import ACKNOWLEDGED, CUT, MISSING_CHAIN, effect_of
 from kms_core.audit.verification.receipt import BadReceipt, Receipt
-from kms_core.audit.verification.report import ChainReport, Report
+from kms_core.audit.verification.report import ChainReport, VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_core.envelope.binding import DEFAULT_TENANT
 from kms_protocol import wire
@@ -163,7 +163,7 @@ def tail_command(
     hidden = (
         Concealer.at(machine_settings.settings().kms.audit.key_path).conceal(tenant, pairs) if pairs else {}
     )
-    wanted = Wanted(
+    wanted = EventFilter(
         equal=tuple((name, value) for name, value in equal.items() if value is not None),
         result=result or "",
         context=tuple(hidden.items()),
@@ -255,7 +255,9 @@ def _anchors(folder: Path | None, places: Sequence[str]) -> anchors.Read:
     return anchors.Read()
 
 
-def _verified(where: Path, keys: PublicKeys | None, found: anchors.Read, processes: int | None) -> Report:
+def _verified(
+    where: Path, keys: PublicKeys | None, found: anchors.Read, processes: int | None
+) -> VerificationReport:
     with Meter() as meter:
         report = verify(
             where,
@@ -287,7 +289,7 @@ def _record_read(folder: Path | None, asked: Mapping[str, str], count: int) -> s
 # -- words -------------------------------------------------------------------------------------------
 
 
-def _show(report: Report) -> None:
+def _show(report: VerificationReport) -> None:
     if session().as_json:
         terminal.record({"verdict": report.verdict, **asdict(report)}, as_json=True)
         return
@@ -310,7 +312,7 @@ def _show(report: Report) -> None:
     terminal.result(f"{report.verdict}: {count} chain{'s' * (count != 1)}, {speed}")
 
 
-def _reasons(report: Report) -> str:
+def _reasons(report: VerificationReport) -> str:
     return "; ".join(f"{place}: {why}" for place, why in report.not_compared.items())
 
 
@@ -337,7 +339,7 @@ def _number(seq: int) -> str:
     return f"line {seq}" if seq >= 0 else ""
 
 
-def _line(event: Event) -> None:
+def _line(event: RecordedOperation) -> None:
     if session().as_json:
         terminal.result(msgspec.json.encode({"id": event.id, **query.fields(event)}).decode())
         return
@@ -348,7 +350,7 @@ def _line(event: Event) -> None:
     )
 
 
-def _follow(folder: Path, wanted: Wanted, shown: set[str]) -> None:
+def _follow(folder: Path, wanted: EventFilter, shown: set[str]) -> None:
     after = None
     while True:
         page = query.page(folder, wanted, after, _PAGE)

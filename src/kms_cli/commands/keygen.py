@@ -55,7 +55,7 @@ def _recipients(path: Path) -> str:
 
 
 def _new_identity(*, post_quantum: bool) -> str:
-    identity = mlkem768x25519.Identity.generate() if post_quantum else x25519.Identity.generate()
+    identity = mlkem768x25519.HybridIdentity.generate() if post_quantum else x25519.X25519Identity.generate()
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     sys.stderr.write(f"Public key: {identity.recipient}\n")
     return f"# created: {created}\n# public key: {identity.recipient}\n{identity.export()}\n"

@@ -11,16 +11,16 @@ import click
 
 from kms_cli import terminal
 from kms_cli.age_file import decrypt, encrypt, keys, streams
-from kms_cli.age_file.decrypt import LIMITS, Demand, NotAsBound, NotForThese, Part, Sealed
+from kms_cli.age_file.decrypt import LIMITS, AgeFile, Demand, NotAsBound, NotForThese, PlaintextRange
 from kms_cli.age_file.keys import Identities
-from kms_cli.age_file.streams import STDIO, Source, Target
+from kms_cli.age_file.streams import STDIO, InputStream, OutputStream
 from kms_cli.options import context_option, force_option
 from kms_cli.progress import Meter
 from kms_cli.session import session
 from kms_core.age.header import Header
 from kms_core.envelope.binding import DEFAULT_KEY_ID
 from kms_core.envelope.sealing import Sealing
-from kms_core.payload.parallel import STEADY, Pace
+from kms_core.payload.parallel import STEADY, ParallelOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidRequest
 from kms_protocol.wire import KEY_ID_PATTERN, ContextIn
@@ -181,7 +181,7 @@ def _check_ways(given: SealOptions) -> None:
         raise _misuse("--context and --key-id go with -i: what else is sealed is bound to nothing")
 
 
-def _begun(given: SealOptions, source: Source) -> tuple[Sealing, Source]:
+def _begun(given: SealOptions, source: InputStream) -> tuple[Sealing, InputStream]:
     if given["identity"] is not None:
         identities = keys.identities([given["identity"]])
         if not identities.native:
@@ -214,12 +214,12 @@ def _demand(given: OpenOptions) -> Demand:
     return Demand(checked=False)
 
 
-def _part(given: OpenOptions, sealed: Sealed) -> Part | None:
+def _part(given: OpenOptions, sealed: AgeFile) -> PlaintextRange | None:
     if given["offset"] is None and given["length"] is None:
         return None
     if sealed.extent is None:
         raise _misuse("--offset and --length need a file that is not armored, and not a pipe")
-    return Part(given["offset"] or 0, given["length"])
+    return PlaintextRange(given["offset"] or 0, given["length"])
 
 
 def _key(head: Header, given: OpenOptions, identities: Identities, demand: Demand) -> bytes | None:
@@ -245,7 +245,7 @@ def _key(head: Header, given: OpenOptions, identities: Identities, demand: Deman
 # -- both --------------------------------------------------------------------------------------------
 
 
-def _pace(meter: Meter, label: str, source: Source, target: Target) -> Pace:
+def _pace(meter: Meter, label: str, source: InputStream, target: OutputStream) -> ParallelOptions:
     """Progress is for files: what comes out of a pipe shows on its own."""
     return STEADY if target.fd is None else streams.pace(meter, label, source.size)
 

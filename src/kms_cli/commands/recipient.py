@@ -6,7 +6,7 @@ import click
 
 from kms_cli import terminal
 from kms_cli.options import context_option, key_option
-from kms_cli.plugin.names import Target
+from kms_cli.plugin.names import PluginTarget
 from kms_cli.session import DEFAULT_URL, session
 from kms_client.settings import checked_address
 from kms_protocol.context import Context
@@ -65,7 +65,7 @@ def identity_command(context: ContextIn, key_id: str | None, *, in_process: bool
     terminal.result(target.identity())
 
 
-def _target(context: ContextIn, key_id: str | None, *, in_process: bool, with_url: bool) -> Target:
+def _target(context: ContextIn, key_id: str | None, *, in_process: bool, with_url: bool) -> PluginTarget:
     if in_process and with_url:
         raise click.UsageError(
             "--in-process asks no service: leave out --with-url", click.get_current_context()
@@ -73,4 +73,4 @@ def _target(context: ContextIn, key_id: str | None, *, in_process: bool, with_ur
     if key_id is not None and not re.fullmatch(KEY_ID_PATTERN, key_id):
         raise InvalidRequest("A key id is 1 to 80 of A-Z a-z 0-9 _ . -")
     url = checked_address(session().url or DEFAULT_URL) if with_url else None
-    return Target(key_id, Context.parse(context), url, in_process)
+    return PluginTarget(key_id, Context.parse(context), url, in_process)

@@ -16,7 +16,7 @@ from kms_cli.main import TOKEN_COMMANDS, LazyGroup
 from kms_cli.session import session
 from kms_core import scopes
 from kms_core.auth import tokens
-from kms_core.auth.tokens import Token, Wish
+from kms_core.auth.tokens import Token, TokenRequest
 from kms_core.settings.model import Settings
 from kms_protocol.errors import InvalidRequest, TargetExists
 
@@ -52,7 +52,7 @@ def create_command(  # noqa: PLR0913, PLR0917 -- one for each option
             raise InvalidRequest(f"{label} takes letters, digits, _ . and -, at most 80")
     for line in lines:
         _check_scope(line)
-    wish, here = Wish(name, tenant, lines, _ttl(ttl)), _here(file)
+    wish, here = TokenRequest(name, tenant, lines, _ttl(ttl)), _here(file)
     _check_free(output)
     _hand_out("made", *tokens.create(here.path, wish, here.recorded("create")), output)
     _tell_left_out(lines)

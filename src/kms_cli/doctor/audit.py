@@ -10,7 +10,7 @@ from typing import Final
 from kms_cli.doctor.findings import Finding, Level
 from kms_cli.local import anchors, state_redis
 from kms_core.audit.keys import PublicKeys, public_path
-from kms_core.audit.verification.report import Problem, Report
+from kms_core.audit.verification.report import ChainProblem, VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_core.audit_setup import build_watch
 from kms_core.redis_client import connect
@@ -69,7 +69,7 @@ def _holds(settings: Settings) -> Iterator[Finding]:
     yield _compared(report.problems, report.not_compared, [*found.lines], noted)
 
 
-def _chain(report: Report) -> Finding:
+def _chain(report: VerificationReport) -> Finding:
     problems = [each for each in report.problems if not each.anchor]
     if problems:
         first, others = problems[0], len(problems) - 1
@@ -85,7 +85,7 @@ def _chain(report: Report) -> Finding:
 
 
 def _compared(
-    problems: Sequence[Problem], not_compared: Mapping[str, str], places: Sequence[str], noted: str = ""
+    problems: Sequence[ChainProblem], not_compared: Mapping[str, str], places: Sequence[str], noted: str = ""
 ) -> Finding:
     """An older copy of the log holds together as well: only anchors tell."""
     proven = [each for each in problems if each.anchor]

@@ -15,7 +15,7 @@ from kms_cli.doctor.findings import Finding, Level
 from kms_core.age.recipients import parse_recipient
 from kms_core.auth import revocation
 from kms_core.secure_files import open_to_others
-from kms_core.settings.model import Server, Settings
+from kms_core.settings.model import ServerSection, Settings
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError
 
@@ -140,7 +140,7 @@ def certificates(settings: Settings) -> Iterator[Finding]:
             yield key
 
 
-def _client_crl(server: Server) -> Iterator[Finding]:
+def _client_crl(server: ServerSection) -> Iterator[Finding]:
     if server.client_crl is None:
         return
     try:

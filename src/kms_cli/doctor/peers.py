@@ -14,7 +14,7 @@ from kms_cli.local import state_redis
 from kms_cli.local.up import is_alive, reachable
 from kms_core.jobs.store import set_aside
 from kms_core.redis_client import connect
-from kms_core.settings.model import Redis, Settings
+from kms_core.settings.model import RedisSection, Settings
 from kms_core.settings.redis_urls import AMQP, is_tls, split_url
 from kms_protocol.errors import ConfigurationError
 
@@ -35,7 +35,7 @@ def queue(settings: Settings) -> Iterator[Finding]:
         yield _broker(section.broker_url)
 
 
-def _redis(section: Redis, *, named: bool) -> Iterator[Finding]:
+def _redis(section: RedisSection, *, named: bool) -> Iterator[Finding]:
     where = _where(section.url)
     try:
         with connect(section) as client:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from kms_cli.local import state_redis
-from kms_core.audit.sinks import ANCHORS, Folder, RedisStream, read_lines
-from kms_core.audit.verification.report import Note, Report
+from kms_core.audit.sinks import ANCHORS, FolderSink, RedisSink, read_lines
+from kms_core.audit.verification.report import Note, VerificationReport
 from kms_core.redis_client import connect
 from kms_core.settings.model import Settings
 from kms_protocol.errors import AuditUnavailable, ConfigurationError
@@ -31,7 +31,7 @@ class Read:
     failed: dict[str, str] = field(default_factory=dict)
     unnamed: str = ""
 
-    def note_in(self, report: Report) -> None:
+    def note_in(self, report: VerificationReport) -> None:
         """Add the places that could not be compared; the unnamed one only as a note."""
         report.not_compared |= self.failed
         why = report.not_compared.pop(self.unnamed, None)
@@ -70,7 +70,7 @@ def named(settings: Settings, places: Sequence[str]) -> Read:
 
 def _from_folder(found: Read, path: Path) -> None:
     """What can be read there is compared all the same where a file cannot."""
-    folder = Folder(path)
+    folder = FolderSink(path)
     with _noting(found, str(path)):
         found.lines[str(path)] = folder.lines()
         if folder.unread:
@@ -80,7 +80,7 @@ def _from_folder(found: Read, path: Path) -> None:
 def _from_redis(found: Read, settings: Settings) -> None:
     section = state_redis.section_of(settings, os.environ)
     with _noting(found, _REDIS, "" if state_redis.is_named(section) else _NO_SERVER):
-        found.lines[_REDIS] = RedisStream(connect(section), ANCHORS).lines()
+        found.lines[_REDIS] = RedisSink(connect(section), ANCHORS).lines()
 
 
 @contextmanager

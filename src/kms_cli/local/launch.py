@@ -2,7 +2,7 @@
 
 import click
 
-from kms_cli.local.up import Options, run
+from kms_cli.local.up import UpOptions, run
 from kms_cli.session import session
 
 
@@ -13,4 +13,4 @@ from kms_cli.session import session
 def up_command(bind: str | None, port: int | None, *, monitoring: bool) -> int:
     """Run API, worker and an embedded Valkey until Ctrl-C; makes keys for development if there are none."""
     given = session()
-    return run(Options(given.config, given.state_dir, bind, port, monitoring))
+    return run(UpOptions(given.config, given.state_dir, bind, port, monitoring))

@@ -10,10 +10,10 @@ import msgspec
 
 from kms_cli.local import valkey
 from kms_core.settings.load import DEFAULT_REDIS_URL
-from kms_core.settings.model import Redis, Settings
+from kms_core.settings.model import RedisSection, Settings
 
 
-def section_of(settings: Settings, environ: Mapping[str, str]) -> Redis:
+def section_of(settings: Settings, environ: Mapping[str, str]) -> RedisSection:
     """``[kms.redis]``, with the address of the embedded server where the settings name none and one runs."""
     section = settings.kms.redis
     if section.url != DEFAULT_REDIS_URL:
@@ -23,7 +23,7 @@ def section_of(settings: Settings, environ: Mapping[str, str]) -> Redis:
     return section
 
 
-def is_named(section: Redis) -> bool:
+def is_named(section: RedisSection) -> bool:
     """Whether this is a server that settings name or that runs here, and not the default address."""
     return section.url != DEFAULT_REDIS_URL
 

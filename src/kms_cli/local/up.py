@@ -21,7 +21,7 @@ from pyrage import x25519
 
 from kms_cli import audited
 from kms_cli.local import machine_settings, private_files, prometheus, valkey
-from kms_core.programs.supervisor import Child, Pace, say, supervise
+from kms_core.programs.supervisor import Child, RestartPolicy, say, supervise
 from kms_core.settings.load import check_exposure
 from kms_core.settings.load import find as find_settings
 from kms_core.settings.load import load as load_settings
@@ -39,7 +39,7 @@ EXAMPLE: Final = '{"plaintext": "c2VjcmV0", "context": "env=dev"}'
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class UpOptions:
     """The flags of ``kms up``; None leaves it to the environment, the settings file and the default."""
 
     config: Path | None = None
@@ -64,11 +64,11 @@ def service_programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Chi
 
 
 def run(
-    options: Options,
+    options: UpOptions,
     environ: Mapping[str, str] | None = None,
     *,
     programs: Programs = service_programs,
-    pace: Pace | None = None,
+    pace: RestartPolicy | None = None,
 ) -> int:
     """Run the service until Ctrl-C or SIGTERM; return the exit code (see ``supervise``).
 
@@ -102,7 +102,7 @@ def run(
 
 
 def _embedded_redis(
-    options: Options, settings: Settings, env: dict[str, str], stack: ExitStack
+    options: UpOptions, settings: Settings, env: dict[str, str], stack: ExitStack
 ) -> list[Child]:
     """The Valkey server, unless the user named one; ``env`` gets its addresses, ``stack`` its place."""
     named = _named_servers(options, env)
@@ -112,10 +112,10 @@ def _embedded_redis(
     env["KMS_REDIS_URL"] = place.url_of(0)
     if "broker_url" not in named:
         env["KMS_BROKER_URL"] = place.broker_url_of(0)
-    return [valkey.child(place, valkey.Limits(), env)]
+    return [valkey.child(place, valkey.ValkeyLimits(), env)]
 
 
-def _environment(options: Options, environ: Mapping[str, str]) -> dict[str, str]:
+def _environment(options: UpOptions, environ: Mapping[str, str]) -> dict[str, str]:
     """The children's environment: ours, and over it the flags."""
     flags = {
         "KMS_CONFIG": options.config and str(options.config.absolute()),
@@ -126,7 +126,7 @@ def _environment(options: Options, environ: Mapping[str, str]) -> dict[str, str]
     return {**environ, **{name: value for name, value in flags.items() if value}}
 
 
-def _named_servers(options: Options, env: Mapping[str, str]) -> set[str]:
+def _named_servers(options: UpOptions, env: Mapping[str, str]) -> set[str]:
     """Which of ``[kms.redis] url`` and ``broker_url`` the user gave, by variable or in the file."""
     named = {
         key for key, name in (("url", "KMS_REDIS_URL"), ("broker_url", "KMS_BROKER_URL")) if env.get(name)

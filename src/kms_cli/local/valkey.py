@@ -56,7 +56,7 @@ ACCESS: Final = "user default on nopass resetkeys ~kms:* resetchannels &kms:* -@
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ValkeyFiles:
     """Where one server lives, while its lock is held: data directory, socket, log, and the lock's handle."""
 
     data_dir: Path
@@ -109,7 +109,7 @@ def _is_ours(session: Path) -> bool:
 
 
 @contextmanager
-def claim(state_dir: Path, environ: Mapping[str, str]) -> Iterator[Place]:
+def claim(state_dir: Path, environ: Mapping[str, str]) -> Iterator[ValkeyFiles]:
     """Make the server's directories and access list, and hold them against a second server.
 
     Raises Conflict if another server has the state directory, ConfigurationError if a directory cannot
@@ -122,7 +122,7 @@ def claim(state_dir: Path, environ: Mapping[str, str]) -> Iterator[Place]:
             log_path.replace(log_path.with_name("valkey.log.1"))
         private_files.replace_file(data_dir / "users.acl", ACCESS)
         run = private_files.directory(runtime_dir(state_dir, environ))
-        place = Place(data_dir=data_dir, socket_path=run / "valkey.sock", log_path=log_path, lock=lock)
+        place = ValkeyFiles(data_dir=data_dir, socket_path=run / "valkey.sock", log_path=log_path, lock=lock)
         try:
             yield place
         finally:
@@ -146,14 +146,14 @@ def locked(path: Path, taken: str) -> Iterator[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ValkeyLimits:
     """What one server may hold. A full server refuses writes; it never drops what it has."""
 
     maxmemory_bytes: int = DEFAULT_MAXMEMORY_BYTES
     databases: int = 16
 
 
-def command(binary: Path, place: Place, limits: Limits) -> list[str]:
+def command(binary: Path, place: ValkeyFiles, limits: ValkeyLimits) -> list[str]:
     """The server's command line."""
     options = {
         "port": "0",
@@ -192,7 +192,7 @@ def is_ready(socket_path: Path) -> bool:
     return answer(socket_path).startswith(b"+PONG")
 
 
-def child(place: Place, limits: Limits, environ: Mapping[str, str]) -> Child:
+def child(place: ValkeyFiles, limits: ValkeyLimits, environ: Mapping[str, str]) -> Child:
     """The server as a child for the supervisor; valid while ``place`` is claimed."""
     return Child(
         name="valkey",
@@ -212,17 +212,17 @@ class EmbeddedValkey:
     """
 
     def __init__(
-        self, state_dir: Path, *, limits: Limits | None = None, environ: Mapping[str, str] | None = None
+        self, state_dir: Path, *, limits: ValkeyLimits | None = None, environ: Mapping[str, str] | None = None
     ) -> None:
         self._state_dir = state_dir
-        self._limits = limits or Limits()
+        self._limits = limits or ValkeyLimits()
         self._environ = environ or {}
         self._stack = ExitStack()
-        self._place: Place | None = None
+        self._place: ValkeyFiles | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
-    def place(self) -> Place:
+    def place(self) -> ValkeyFiles:
         """Where the server lives. Raises Unavailable if it was not started."""
         if self._place is None:
             raise Unavailable("The embedded Valkey server is not started")
@@ -291,7 +291,7 @@ def _has_ended(process: subprocess.Popen[bytes], wait_s: float) -> bool:
     return True
 
 
-def _wait(process: subprocess.Popen[bytes], place: Place, timeout_s: float) -> None:
+def _wait(process: subprocess.Popen[bytes], place: ValkeyFiles, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not (reply := answer(place.socket_path)).startswith(b"+PONG"):
         if process.poll() is not None:
@@ -303,7 +303,7 @@ def _wait(process: subprocess.Popen[bytes], place: Place, timeout_s: float) -> N
         time.sleep(POLL_S)
 
 
-def _last_words(place: Place) -> str:
+def _last_words(place: ValkeyFiles) -> str:
     """The end of the server's log: three lines, and where the rest is."""
     lines = place.log_path.read_text(errors="replace")[-2048:].splitlines()[-3:]
     return " / ".join(line.strip() for line in lines if line.strip()) + f" (log: {place.log_path})"

@@ -8,10 +8,10 @@ import click
 import msgspec
 
 from kms_cli.migrate.command import Where, a_path, line_options, move, read_line
-from kms_cli.migrate.pipeline import Wanted
+from kms_cli.migrate.pipeline import TargetFields
 from kms_cli.options import context_of
-from kms_core.backends.aws.client import Calls, Place
-from kms_core.backends.circuit_breaker import Guard, Patience
+from kms_core.backends.aws.client import AwsEndpoint, AwsKmsClient
+from kms_core.backends.circuit_breaker import Guard, RetryPolicy
 from kms_core.observability import logs
 from kms_core.settings.validate_backends import check_aws_endpoint
 from kms_protocol.context import Context
@@ -20,7 +20,7 @@ from kms_protocol.wire import ContextIn
 TIMEOUT_S = 10.0
 
 
-class Line(msgspec.Struct, forbid_unknown_fields=True):
+class AwsLine(msgspec.Struct, forbid_unknown_fields=True):
     """Decrypt's parameters by AWS's names, and what the service shall make of it."""
 
     ciphertext_blob: bytes = msgspec.field(name="CiphertextBlob")
@@ -31,20 +31,20 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
     new_key_id: str | None = None
 
 
-class _Decrypted(msgspec.Struct, rename="pascal"):
+class _DecryptAnswer(msgspec.Struct, rename="pascal"):
     plaintext: bytes
 
 
 class AwsSource:
     """One region. What a line does not say is as in ``other``."""
 
-    def __init__(self, calls: Calls, other: Line) -> None:
+    def __init__(self, calls: AwsKmsClient, other: AwsLine) -> None:
         self._calls = calls
         self._other = other
-        self._guard = Guard("awskms", Patience())
+        self._guard = Guard("awskms", RetryPolicy())
 
-    def read(self, text: bytes) -> tuple[Wanted, Callable[[], bytes]]:
-        line, other = read_line(text, "CiphertextBlob", Line), self._other
+    def read(self, text: bytes) -> tuple[TargetFields, Callable[[], bytes]]:
+        line, other = read_line(text, "CiphertextBlob", AwsLine), self._other
         bound = other.encryption_context if line.encryption_context is None else line.encryption_context
         asked = {
             "CiphertextBlob": line.ciphertext_blob,
@@ -53,15 +53,15 @@ class AwsSource:
         }
         given = {name: value for name, value in asked.items() if value}
         chosen = other.new_context if line.new_context is None else line.new_context
-        wanted = Wanted(
+        wanted = TargetFields(
             line.reference, bound if chosen is None else chosen, line.new_key_id or other.new_key_id
         )
         return wanted, lambda: self._guard.call(
-            "unwrap", lambda: self._calls.ask("Decrypt", given, _Decrypted).plaintext
+            "unwrap", lambda: self._calls.ask("Decrypt", given, _DecryptAnswer).plaintext
         )
 
 
-class Options(Where):
+class AwsOptions(Where):
     """Options of the command."""
 
     region: str | None
@@ -80,7 +80,7 @@ class Options(Where):
 @click.option("--aws-key", help="The key that must have encrypted: its ARN, id or alias.")
 @click.option("--encryption-context", callback=context_of, help="AWS's, as key=value,… or a JSON object.")
 @line_options
-def aws_command(**given: Unpack[Options]) -> int:
+def aws_command(**given: Unpack[AwsOptions]) -> int:
     """Open ciphertexts with AWS KMS, and encrypt them with the service, each verified by decrypting it.
 
     A line of INPUTS, or of stdin, is a CiphertextBlob in base64 or JSON: CiphertextBlob, and as they apply
@@ -91,7 +91,9 @@ def aws_command(**given: Unpack[Options]) -> int:
     Context.parse(given["context"])
     if given["endpoint_url"]:
         check_aws_endpoint("--endpoint-url", given["endpoint_url"], in_prod=False)
-    place = Place(given["region"], given["endpoint_url"], given["profile"], given["aws_ca_file"], TIMEOUT_S)
+    place = AwsEndpoint(
+        given["region"], given["endpoint_url"], given["profile"], given["aws_ca_file"], TIMEOUT_S
+    )
     bound = dict(Context.parse(given["encryption_context"]).pairs) or None
-    other = Line(b"", bound, given["aws_key"], new_context=given["context"], new_key_id=given["key_id"])
-    return move(AwsSource(Calls(place), other), given)
+    other = AwsLine(b"", bound, given["aws_key"], new_context=given["context"], new_key_id=given["key_id"])
+    return move(AwsSource(AwsKmsClient(place), other), given)

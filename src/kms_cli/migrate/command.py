@@ -12,8 +12,8 @@ import msgspec
 
 from kms_cli import terminal
 from kms_cli.main import MIGRATE_COMMANDS, LazyGroup
-from kms_cli.migrate.output import Folder, Lines, Output
-from kms_cli.migrate.pipeline import Move, Report, Source, lines_of
+from kms_cli.migrate.output import Lines, Output, OutputFolder
+from kms_cli.migrate.pipeline import MigrationReport, MigrationSource, Move, lines_of
 from kms_cli.options import context_option, key_option
 from kms_cli.remote_service import connect
 from kms_cli.session import session
@@ -59,7 +59,7 @@ def line_options(command: Command) -> Command:
     return command
 
 
-def move(source: Source, where: Where) -> int:
+def move(source: MigrationSource, where: Where) -> int:
     """Move what the inputs hold, show the report; the exit code. Raises Unavailable after the report."""
     if where["output"] and where["output_dir"]:
         raise click.UsageError("give --output or --output-dir, not both", click.get_current_context())
@@ -74,7 +74,7 @@ def move(source: Source, where: Where) -> int:
     return EXIT_BAD_DATA if moving.report.failed else 0
 
 
-def show(report: Report, *, dry_run: bool, on_stdout: bool) -> None:
+def show(report: MigrationReport, *, dry_run: bool, on_stdout: bool) -> None:
     """The counts: a result, or words where stdout has the ciphertexts."""
     counts = asdict(report)
     if dry_run:
@@ -88,7 +88,7 @@ def show(report: Report, *, dry_run: bool, on_stdout: bool) -> None:
 @contextlib.contextmanager
 def _output(where: Where) -> Iterator[Output]:
     if where["output_dir"]:
-        yield Folder(where["output_dir"])
+        yield OutputFolder(where["output_dir"])
     elif where["output"] and not where["dry_run"]:
         with contextlib.closing(Lines.continued(where["output"])) as lines:
             yield lines

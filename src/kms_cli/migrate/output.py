@@ -15,7 +15,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 SUFFIX: Final = ".age"
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class MovedRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One ciphertext that was moved. ``source`` is the SHA-256 of the line that it was."""
 
     line: int
@@ -36,7 +36,7 @@ class Output(Protocol):
     def has(self, name: str, source: str) -> bool:
         """Whether this one is there from an earlier run. Raises InvalidRequest for a name that cannot be."""
 
-    def put(self, name: str, record: Record) -> None:
+    def put(self, name: str, record: MovedRecord) -> None:
         """Keep one."""
 
     def flush(self) -> None:
@@ -68,7 +68,7 @@ class Lines:
         del name
         return source in self._done
 
-    def put(self, name: str, record: Record) -> None:
+    def put(self, name: str, record: MovedRecord) -> None:
         del name
         self._file.write(msgspec.json.encode(record) + b"\n")
         self._done.add(record.source)
@@ -98,7 +98,7 @@ class Lines:
         self._file.truncate()
 
 
-class Folder:
+class OutputFolder:
     """A file for each record, named by its reference, else by the number of its line."""
 
     def __init__(self, folder: Path) -> None:
@@ -108,7 +108,7 @@ class Folder:
         del source
         return self._path(name).exists()
 
-    def put(self, name: str, record: Record) -> None:
+    def put(self, name: str, record: MovedRecord) -> None:
         with placed(self._path(name), overwrite=False) as file:
             file.write(record.ciphertext)
 

@@ -1,7 +1,7 @@
 """Moving ciphertexts into this service: open a line where it is from, seal it, open that again, keep it.
 
-Knows neither Vault nor AWS: who opens a line is a ``Source``. A bad line stops no other; a peer that does
-not answer stops all, and the next run goes on where this one ended.
+Knows neither Vault nor AWS: who opens a line is a ``MigrationSource``. A bad line stops no other; a peer that
+does not answer stops all, and the next run goes on where this one ended.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import BinaryIO, Final, Literal, Protocol
 from msgspec import UNSET, UnsetType
 
 from kms_cli import terminal
-from kms_cli.migrate.output import Output, Record
+from kms_cli.migrate.output import MovedRecord, Output
 from kms_client import Client
 from kms_client.problems import failure
 from kms_core.http_client import Busy, Unreachable
@@ -36,7 +36,7 @@ GIVE_UP_AFTER: Final = 20  # lines in a row that the source has trouble with: it
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class TargetFields:
     """What a line says of its place here. ``reference`` is the caller's own name for it, if there is one."""
 
     reference: str | None
@@ -44,10 +44,10 @@ class Wanted:
     key_id: str | None
 
 
-class Source(Protocol):
+class MigrationSource(Protocol):
     """Where ciphertexts are now."""
 
-    def read(self, text: bytes) -> tuple[Wanted, Callable[[], bytes]]:
+    def read(self, text: bytes) -> tuple[TargetFields, Callable[[], bytes]]:
         """One line, and what opens it. Raises InvalidRequest.
 
         Opening raises DecryptFailed, Unreachable and Busy (after tries enough), BackendUnavailable.
@@ -55,12 +55,12 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class KnownPlaintext:
     """A line whose plaintext is known. ``source`` is the SHA-256 of the line as it stands."""
 
     line: int
     source: str
-    wanted: Wanted
+    wanted: TargetFields
     plaintext: bytes = field(repr=False, default=b"")
 
     @property
@@ -69,7 +69,7 @@ class Entry:
 
 
 @dataclass(slots=True)
-class Report:
+class MigrationReport:
     """How many lines there were, and how they ended."""
 
     lines: int = 0
@@ -89,12 +89,12 @@ class Report:
 class Move:
     """One run. Without a client it is a rehearsal: everything is opened, and nothing is sealed or kept."""
 
-    def __init__(self, source: Source, client: Client | None, output: Output) -> None:
-        self.report = Report()
+    def __init__(self, source: MigrationSource, client: Client | None, output: Output) -> None:
+        self.report = MigrationReport()
         self._source = source
         self._client = client
         self._output = output
-        self._waiting: list[Entry] = []
+        self._waiting: list[KnownPlaintext] = []
         self._in_a_row = 0
 
     def run(self, lines: Iterable[bytes]) -> None:
@@ -113,7 +113,7 @@ class Move:
         self.report.lines += 1
         try:
             wanted, open_ = self._source.read(text)
-            entry = Entry(number, hashlib.sha256(text).hexdigest(), wanted)
+            entry = KnownPlaintext(number, hashlib.sha256(text).hexdigest(), wanted)
             if self._output.has(entry.name, entry.source):
                 self.report.already_there += 1
                 return
@@ -141,7 +141,7 @@ class Move:
         self._in_a_row = 0
         return plaintext
 
-    def _take(self, entry: Entry) -> None:
+    def _take(self, entry: KnownPlaintext) -> None:
         if self._client is None:
             self.report.moved += 1
             return
@@ -156,7 +156,7 @@ class Move:
             return
         away: Unavailable | None = None
         for entry, outcome in sealed_and_verified(self._client, batch):
-            if isinstance(outcome, Record):
+            if isinstance(outcome, MovedRecord):
                 self._output.put(entry.name, outcome)
                 self.report.moved += 1
             elif isinstance(outcome, Unavailable):
@@ -175,13 +175,15 @@ class NotTheSame(KmsError):
     summary = "The service gave back something else than it was given: nothing was kept"
 
 
-def sealed_and_verified(client: Client, batch: Sequence[Entry]) -> Iterator[tuple[Entry, Record | KmsError]]:
+def sealed_and_verified(
+    client: Client, batch: Sequence[KnownPlaintext]
+) -> Iterator[tuple[KnownPlaintext, MovedRecord | KmsError]]:
     """Seal each entry, open it by the ciphertext alone, and compare. Raises what concerns all of them."""
     asked = [
         BatchItem(plaintext=entry.plaintext, context=entry.wanted.context, key_id=entry.wanted.key_id)
         for entry in batch
     ]
-    good: list[tuple[Entry, BatchResult]] = []
+    good: list[tuple[KnownPlaintext, BatchResult]] = []
     for entry, result in zip(batch, _results(client, "encrypt", asked), strict=True):
         if isinstance(result, KmsError):
             yield entry, result
@@ -216,8 +218,8 @@ def _results(
     return [result if result.error is UNSET else failure(result.error.code) for result in results]
 
 
-def _record(entry: Entry, result: BatchResult) -> Record:
-    return Record(
+def _record(entry: KnownPlaintext, result: BatchResult) -> MovedRecord:
+    return MovedRecord(
         line=entry.line,
         reference=entry.wanted.reference,
         source=entry.source,

@@ -16,7 +16,7 @@ import click
 
 from kms_cli.age_file.keys import recipients
 from kms_cli.migrate.command import a_path, show
-from kms_cli.migrate.pipeline import Report
+from kms_cli.migrate.pipeline import MigrationReport
 from kms_cli.options import key_option
 from kms_cli.remote_service import connect
 from kms_client import Client
@@ -131,7 +131,7 @@ def sops_command(
     added = recipients([recipient] if recipient else [], [recipients_file] if recipients_file else [])
     if len(added) != 1:
         raise click.UsageError("name one recipient, by -r or -R", click.get_current_context())
-    report = Report()
+    report = MigrationReport()
     with connect() as client:
         sops = Sops(client, str(added[0]), key_id)
         for file in files:
@@ -144,7 +144,7 @@ def sops_command(
     return EXIT_BAD_DATA if report.failed else 0
 
 
-def _one(sops: Sops, file: Path, report: Report, *, dry_run: bool) -> None:
+def _one(sops: Sops, file: Path, report: MigrationReport, *, dry_run: bool) -> None:
     if sops.has(file):
         report.already_there += 1
         return

@@ -9,13 +9,13 @@ import click
 import msgspec
 
 from kms_cli.migrate.command import Where, a_path, line_options, move, read_line
-from kms_cli.migrate.pipeline import Wanted
+from kms_cli.migrate.pipeline import TargetFields
 from kms_cli.session import session
 from kms_client.settings import check_encrypted
-from kms_core.backends.circuit_breaker import Guard, Patience
-from kms_core.backends.vault.client import Envelope, Vault, connect, path_of, said
+from kms_core.backends.circuit_breaker import Guard, RetryPolicy
+from kms_core.backends.vault.client import EngineAnswer, VaultClient, connect, path_of, said
 from kms_core.observability import logs
-from kms_core.settings.backends import Transit
+from kms_core.settings.backends import TransitSection
 from kms_core.settings.validate_backends import check_address
 from kms_protocol.context import Context
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, InvalidRequest
@@ -24,7 +24,7 @@ from kms_protocol.wire import ContextIn
 DAMAGED = ("message authentication failed", "invalid ciphertext", "disallowed by policy")
 
 
-class Line(msgspec.Struct, forbid_unknown_fields=True):
+class TransitLine(msgspec.Struct, forbid_unknown_fields=True):
     """An item of transit's ``batch_input``, and what the service shall make of it."""
 
     ciphertext: str
@@ -36,21 +36,21 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
     new_key_id: str | None = None
 
 
-class _Plaintext(msgspec.Struct):
+class _PlaintextAnswer(msgspec.Struct):
     plaintext: bytes
 
 
 class TransitSource:
     """One mount. What a line does not say is as in ``other``."""
 
-    def __init__(self, vault: Vault, mount: str, other: Line) -> None:
+    def __init__(self, vault: VaultClient, mount: str, other: TransitLine) -> None:
         self._vault = vault
         self._mount = path_of(mount, "--mount")
         self._other = other
-        self._guard = Guard("transit", Patience())
+        self._guard = Guard("transit", RetryPolicy())
 
-    def read(self, text: bytes) -> tuple[Wanted, Callable[[], bytes]]:
-        line, other = read_line(text, "ciphertext", Line), self._other
+    def read(self, text: bytes) -> tuple[TargetFields, Callable[[], bytes]]:
+        line, other = read_line(text, "ciphertext", TransitLine), self._other
         key = line.key or other.key
         if key is None:
             raise InvalidRequest("No key is named: give --key, or key in the line")
@@ -61,7 +61,7 @@ class TransitSource:
             "associated_data": line.associated_data or other.associated_data,
         }
         given = {name: value for name, value in document.items() if value is not None}
-        wanted = Wanted(
+        wanted = TargetFields(
             line.reference,
             other.new_context if line.new_context is None else line.new_context,
             line.new_key_id or other.new_key_id,
@@ -71,7 +71,7 @@ class TransitSource:
     def _open(self, path: str, document: Mapping[str, object]) -> bytes:
         answer = self._vault.call("POST", path, document)
         if answer.ok:
-            return answer.read(Envelope[_Plaintext]).data.plaintext
+            return answer.read(EngineAnswer[_PlaintextAnswer]).data.plaintext
         told = said(answer)
         if any(word in told for word in DAMAGED):
             raise DecryptFailed
@@ -84,7 +84,7 @@ class TransitSource:
         )
 
 
-class Options(Where):
+class TransitOptions(Where):
     """Options of the command."""
 
     vault_address: str
@@ -116,7 +116,7 @@ def _base64(ctx: click.Context, parameter: click.Parameter, value: str | None) -
 @click.option("--vault-context", callback=_base64, help="Context of a derived key, in base64.")
 @click.option("--associated-data", callback=_base64, help="Associated data, in base64.")
 @line_options
-def transit_command(**given: Unpack[Options]) -> int:
+def transit_command(**given: Unpack[TransitOptions]) -> int:
     """Open ciphertexts with transit, and encrypt them with the service, each verified by decrypting it.
 
     A line of INPUTS, or of stdin, is vault:v1:… or JSON: ciphertext, and as they apply context and
@@ -128,13 +128,13 @@ def transit_command(**given: Unpack[Options]) -> int:
     check_address("--vault-address", given["vault_address"], in_prod=False)
     if not session().allow_http:
         check_encrypted(given["vault_address"])
-    section = Transit(
+    section = TransitSection(
         address=given["vault_address"],
         token_file=given["vault_token_file"],
         namespace=given["vault_namespace"],
         ca_file=given["vault_ca_file"],
     )
-    other = Line(
+    other = TransitLine(
         "",
         given["vault_context"],
         given["associated_data"],

@@ -8,14 +8,14 @@ from functools import cache
 from types import FrameType
 from typing import Final, NoReturn
 
-from kms_cli.plugin.keys import InProcess, Keys, OfService
-from kms_cli.plugin.names import Target
-from kms_cli.plugin.protocol import Broken, Line
+from kms_cli.plugin.keys import InProcess, OfService, PluginKeys
+from kms_cli.plugin.names import PluginTarget
+from kms_cli.plugin.protocol import Broken, PluginConnection
 from kms_cli.plugin.state_machines import KeysFor, identity_v1, recipient_v1
 from kms_core import secure_memory
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_OTHER, EXIT_USAGE, ConfigurationError
 
-MACHINES: Final[Mapping[str, Callable[[Line, KeysFor], None]]] = {
+MACHINES: Final[Mapping[str, Callable[[PluginConnection, KeysFor], None]]] = {
     "recipient-v1": recipient_v1,
     "identity-v1": identity_v1,
 }
@@ -36,7 +36,7 @@ def run(args: Sequence[str], environ: Mapping[str, str]) -> int:
         sys.stderr.write(USAGE if not named else f"age-plugin-kms: it does not speak {', '.join(named)}\n")
         return EXIT_USAGE
     os.chdir("/")  # "plugins must not make any assumptions about the working directory"
-    line = Line(sys.stdin.buffer, sys.stdout.buffer)
+    line = PluginConnection(sys.stdin.buffer, sys.stdout.buffer)
     try:
         machine(line, _keys(environ))
     except Broken as exc:
@@ -60,12 +60,12 @@ def main() -> NoReturn:
 
 def _keys(environ: Mapping[str, str]) -> KeysFor:
     @cache
-    def here() -> Keys:
+    def here() -> PluginKeys:
         return InProcess(environ)
 
     service = OfService(environ)
 
-    def keys_for(target: Target) -> Keys:
+    def keys_for(target: PluginTarget) -> PluginKeys:
         return here() if target.in_process else service
 
     return keys_for

@@ -32,7 +32,7 @@ class _Said(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class PluginTarget:
     """A key, a context and a place.
 
     ``key_id`` None is the service's default key, and in an identity any key. ``url`` None is the address

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, Final
 
-from kms_core.age.header import Limits, Stanza, parse_stanzas, render_stanza
+from kms_core.age.header import HeaderLimits, Stanza, parse_stanzas, render_stanza
 from kms_protocol.errors import DecryptFailed, TooLarge
 
 LINE_BYTES: Final = 256 * 1024  # a recipient, or the filler of a large file's header
-STANZA: Final = Limits(header_bytes=1024 * 1024, stanzas=1)
+STANZA: Final = HeaderLimits(header_bytes=1024 * 1024, stanzas=1)
 PHASE_STANZAS: Final = 20_000
 PHASE_BYTES: Final = 16 * 1024 * 1024
 _COLUMNS: Final = 64
@@ -22,7 +22,7 @@ class Broken(Exception):
     """The other side does not speak the protocol, or has gone: nothing more can be said to it."""
 
 
-class Line:
+class PluginConnection:
     """Both directions of the conversation."""
 
     def __init__(self, incoming: BinaryIO, outgoing: BinaryIO) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kms_cli import terminal
-from kms_cli.plugin.keys import Keys
-from kms_cli.plugin.names import Target
-from kms_cli.plugin.protocol import Broken, Line
+from kms_cli.plugin.keys import PluginKeys
+from kms_cli.plugin.names import PluginTarget
+from kms_cli.plugin.protocol import Broken, PluginConnection
 from kms_core.age import mlkem768x25519
 from kms_core.age.header import (
     BUNDLE,
@@ -25,7 +25,7 @@ from kms_core.age.header import (
 from kms_core.envelope import binding
 from kms_protocol.errors import DecryptFailed, KmsError, TooLarge, UnknownKey
 
-KeysFor = Callable[[Target], Keys]
+KeysFor = Callable[[PluginTarget], PluginKeys]
 POSTQUANTUM: Final = "postquantum"
 MOST_TRIES: Final = 100
 """Of one file: each is a call with the caller's token, and whoever writes the header says how many."""
@@ -60,7 +60,7 @@ class _Wanted:
     labels: bool = False
 
 
-def recipient_v1(line: Line, keys_for: KeysFor) -> None:
+def recipient_v1(line: PluginConnection, keys_for: KeysFor) -> None:
     """Wrap every file key for every recipient and identity, or say what stands against it. Raises Broken."""
     wanted = _wanted(line)
     stanzas, troubles = _wrapped(wanted, keys_for)
@@ -75,7 +75,7 @@ def recipient_v1(line: Line, keys_for: KeysFor) -> None:
     line.done()
 
 
-def _wanted(line: Line) -> _Wanted:
+def _wanted(line: PluginConnection) -> _Wanted:
     wanted = _Wanted()
     counts = {"recipient": 0, "identity": 0}
     for stanza in line.phase():
@@ -97,13 +97,13 @@ def _wanted(line: Line) -> _Wanted:
 
 def _targets(
     given: Iterable[tuple[str, int, str]],
-) -> tuple[Mapping[Target, tuple[str, int]], list[Trouble]]:
+) -> tuple[Mapping[PluginTarget, tuple[str, int]], list[Trouble]]:
     """Each target once, with who names it first; and those texts that name none."""
-    targets: dict[Target, tuple[str, int]] = {}
+    targets: dict[PluginTarget, tuple[str, int]] = {}
     troubles: list[Trouble] = []
     for kind, index, text in given:
         try:
-            read = Target.of_recipient if kind == "recipient" else Target.of_identity
+            read = PluginTarget.of_recipient if kind == "recipient" else PluginTarget.of_identity
             targets.setdefault(read(text), (kind, index))
         except ValueError as exc:
             troubles.append(Trouble((kind, str(index)), f"not usable as {kind}: {exc}"))
@@ -140,7 +140,7 @@ def _is_postquantum(stanza: Stanza) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StanzaBundle:
     """Stanzas of one file that belong together: a bundle, or all that stand outside of any."""
 
     file: int
@@ -149,7 +149,7 @@ class Part:
     key_id: str
 
 
-def identity_v1(line: Line, keys_for: KeysFor) -> None:
+def identity_v1(line: PluginConnection, keys_for: KeysFor) -> None:
     """Say the file key of every file that an identity opens. Raises Broken."""
     given, files = _offered(line)
     targets, troubles = _targets(given)
@@ -167,7 +167,10 @@ def identity_v1(line: Line, keys_for: KeysFor) -> None:
 
 
 def _open_file(
-    line: Line, keys_for: KeysFor, targets: Mapping[Target, tuple[str, int]], parts: Iterable[Part]
+    line: PluginConnection,
+    keys_for: KeysFor,
+    targets: Mapping[PluginTarget, tuple[str, int]],
+    parts: Iterable[StanzaBundle],
 ) -> None:
     """The first key that an identity gives; else why not, where that is not just another's file."""
     troubles: list[Trouble] = []
@@ -194,7 +197,7 @@ def _open_file(
         line.ask("msg", body=why.encode())
 
 
-def _offered(line: Line) -> tuple[list[tuple[str, int, str]], dict[int, list[Stanza]]]:
+def _offered(line: PluginConnection) -> tuple[list[tuple[str, int, str]], dict[int, list[Stanza]]]:
     identities: list[tuple[str, int, str]] = []
     files: dict[int, list[Stanza]] = {}
     for stanza in line.phase():
@@ -222,7 +225,7 @@ class _Misshapen(Exception):
         self.trouble = Trouble(("stanza", str(file), str(stanza)), text)
 
 
-def _parts(file: int, stanzas: list[Stanza]) -> Iterable[Part]:
+def _parts(file: int, stanzas: list[Stanza]) -> Iterable[StanzaBundle]:
     """Raises _Misshapen for stanzas of ours that are none."""
     outside = [stanza for stanza in stanzas if stanza.type != BUNDLE]
     first = next((place for place, each in enumerate(stanzas) if each.type.startswith(binding.OWN_PREFIX)), 0)
@@ -233,13 +236,13 @@ def _parts(file: int, stanzas: list[Stanza]) -> Iterable[Part]:
         except (DecryptFailed, TooLarge) as exc:
             raise _Misshapen(file, place) from exc
         if bound is not None:
-            yield Part(file, place, b"".join(map(render_stanza, group)), bound.key_id)
+            yield StanzaBundle(file, place, b"".join(map(render_stanza, group)), bound.key_id)
 
 
 # -- both ----------------------------------------------------------------------------------------------
 
 
-def _complain(line: Line, troubles: Iterable[Trouble], *, last: bool = True) -> None:
+def _complain(line: PluginConnection, troubles: Iterable[Trouble], *, last: bool = True) -> None:
     for trouble in troubles:
         line.ask("error", *trouble.about, body=trouble.text.encode())
     if last:

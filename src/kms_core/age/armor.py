@@ -23,14 +23,14 @@ _AROUND: Final = 1024
 _PIECE: Final = 64 * 1024
 
 
-class Source(Protocol):
+class ByteSource(Protocol):
     """A blocking binary stream."""
 
     def read(self, size: int, /) -> bytes | None:
         """Some bytes; none at the end."""
 
 
-class Target(Protocol):
+class ByteTarget(Protocol):
     """A binary stream that takes all it is given."""
 
     def write(self, data: bytes, /) -> object:
@@ -59,7 +59,7 @@ class ArmorReader(io.RawIOBase):
     format, be it cut short or followed by more than whitespace.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ByteSource) -> None:
         super().__init__()
         self._pieces = _decoded(source)
         self._rest = b""
@@ -82,7 +82,7 @@ class ArmorReader(io.RawIOBase):
 class ArmorWriter:
     """Armors what is written to it. Without ``finish`` the text has no end, and no reader takes it."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: ByteTarget) -> None:
         self._target = target
         self._held = b""
         self._begun = False
@@ -113,7 +113,7 @@ def _lines(data: bytes) -> bytes:
     return b"\n".join([*rows, b""])
 
 
-def _decoded(source: Source) -> Iterator[bytes]:
+def _decoded(source: ByteSource) -> Iterator[bytes]:
     pieces = _pieces(source)
     text = _after_begin(pieces)
     while (dash := text.find(b"-")) == -1:
@@ -127,7 +127,7 @@ def _decoded(source: Source) -> Iterator[bytes]:
     _check_end(text[dash:], pieces)
 
 
-def _pieces(source: Source) -> Iterator[bytes]:
+def _pieces(source: ByteSource) -> Iterator[bytes]:
     """The text with LF line ends."""
     held = b""
     while piece := source.read(_PIECE):

@@ -33,15 +33,15 @@ _FOOT_BYTES: Final = _MAC_LINE_BYTES + NONCE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class HeaderLimits:
     """What a header may cost: its size in bytes, and its stanzas."""
 
     header_bytes: int
     stanzas: int
 
 
-SYNC_LIMITS: Final = Limits(header_bytes=32 * 1024, stanzas=64)
-FILE_LIMITS: Final = Limits(header_bytes=256 * 1024, stanzas=4096)
+SYNC_LIMITS: Final = HeaderLimits(header_bytes=32 * 1024, stanzas=64)
+FILE_LIMITS: Final = HeaderLimits(header_bytes=256 * 1024, stanzas=4096)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Header:
             raise DecryptFailed
 
 
-def parse(data: bytes | memoryview, limits: Limits) -> Header:
+def parse(data: bytes | memoryview, limits: HeaderLimits) -> Header:
     """Parse the header that ``data`` begins with and the nonce behind it; the payload is not looked at.
 
     Raises NotACiphertext without the version line, TooLarge above ``limits``, and DecryptFailed on any
@@ -103,7 +103,7 @@ def parse(data: bytes | memoryview, limits: Limits) -> Header:
     return Header(stanzas, text[: end + len(_FOOTER) - 1], mac, size, nonce)
 
 
-def parse_stanzas(text: bytes, limits: Limits) -> tuple[Stanza, ...]:
+def parse_stanzas(text: bytes, limits: HeaderLimits) -> tuple[Stanza, ...]:
     """Stanzas alone, each line ended, as they stand in a header.
 
     Raises TooLarge above ``limits``, DecryptFailed on any departure from the grammar, and for no stanza.
@@ -120,7 +120,7 @@ def bundle(stanzas: Iterable[Stanza]) -> Stanza:
     return Stanza((BUNDLE, BUNDLE_VERSION), b"".join(map(render_stanza, stanzas)))
 
 
-def unbundled(stanzas: Iterable[Stanza], limits: Limits) -> tuple[Stanza, ...]:
+def unbundled(stanzas: Iterable[Stanza], limits: HeaderLimits) -> tuple[Stanza, ...]:
     """The same with those of a bundle in its place; one within a bundle stays, and is known to nobody.
 
     Raises DecryptFailed, TooLarge.
@@ -138,12 +138,12 @@ def unbundled(stanzas: Iterable[Stanza], limits: Limits) -> tuple[Stanza, ...]:
     return tuple(found)
 
 
-def read(fd: int, limits: Limits, offset: int = 0) -> Header:
+def read(fd: int, limits: HeaderLimits, offset: int = 0) -> Header:
     """Parse the header of an open file, reading no more than it may have (errors as ``parse``)."""
     return read_by(lambda position, length: os.pread(fd, length, offset + position), limits)
 
 
-def read_by(read_at: Callable[[int, int], bytes], limits: Limits) -> Header:
+def read_by(read_at: Callable[[int, int], bytes], limits: HeaderLimits) -> Header:
     """The same of whatever gives up to ``length`` bytes from ``position`` on, for (position, length)."""
     start = read_at(0, _FIRST_READ_BYTES)
     if len(start) == _FIRST_READ_BYTES and start.rfind(_FOOTER) not in range(len(start) - _FOOT_BYTES):

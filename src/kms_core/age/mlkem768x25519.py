@@ -35,7 +35,7 @@ _SHARE_BYTES: Final = _MLKEM_CIPHERTEXT_BYTES + _X25519_BYTES
 
 
 @dataclass(frozen=True, slots=True)
-class Recipient:
+class HybridRecipient:
     """A public key, ``age1pq1…``: some 2,000 characters."""
 
     public: bytes = field(repr=False)
@@ -67,11 +67,11 @@ class Recipient:
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class HybridIdentity:
     """A private key, ``AGE-SECRET-KEY-PQ-1…``; never shown by ``repr``. Costs 0.2 ms to make: keep it."""
 
     secret: bytes = field(repr=False)
-    recipient: Recipient = field(init=False)
+    recipient: HybridRecipient = field(init=False)
     _key: hpke.MLKEM768X25519PrivateKey = field(init=False, repr=False, compare=False)
     _x25519: X25519PrivateKey = field(init=False, repr=False, compare=False)
 
@@ -80,7 +80,7 @@ class Identity:
         mlkem = MLKEM768PrivateKey.from_seed_bytes(seeds[:_MLKEM_SEED_BYTES])
         x25519 = X25519PrivateKey.from_private_bytes(seeds[_MLKEM_SEED_BYTES:])
         public = mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw()
-        object.__setattr__(self, "recipient", Recipient(public))
+        object.__setattr__(self, "recipient", HybridRecipient(public))
         object.__setattr__(self, "_key", hpke.MLKEM768X25519PrivateKey(mlkem, x25519))
         object.__setattr__(self, "_x25519", x25519)
 

@@ -31,12 +31,12 @@ def version_of(recipient: Recipient) -> str:
 def parse_identity(text: str) -> Identity:
     """An identity of either native type; ValueError (without the text) if it is neither."""
     if text.upper().startswith(mlkem768x25519.IDENTITY_PREFIX):
-        return mlkem768x25519.Identity.parse(text)
-    return x25519.Identity.parse(text)
+        return mlkem768x25519.HybridIdentity.parse(text)
+    return x25519.X25519Identity.parse(text)
 
 
 def parse_recipient(text: str) -> Recipient:
     """A recipient of either native type; ValueError (without the text) if it is neither."""
     if text.lower().startswith(mlkem768x25519.RECIPIENT_PREFIX + "1"):
-        return mlkem768x25519.Recipient.parse(text)
-    return x25519.Recipient.parse(text)
+        return mlkem768x25519.HybridRecipient.parse(text)
+    return x25519.X25519Recipient.parse(text)

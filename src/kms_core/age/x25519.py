@@ -29,7 +29,7 @@ class NoMatch(DecryptFailed):
 
 
 @dataclass(frozen=True, slots=True)
-class Recipient:
+class X25519Recipient:
     """A public key, ``age1…``."""
 
     public: bytes
@@ -61,17 +61,17 @@ class Recipient:
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class X25519Identity:
     """A private key, ``AGE-SECRET-KEY-1…``; never shown by ``repr``."""
 
     secret: bytes = field(repr=False)
-    recipient: Recipient = field(init=False)
+    recipient: X25519Recipient = field(init=False)
     _key: X25519PrivateKey = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         key = X25519PrivateKey.from_private_bytes(self.secret)
         object.__setattr__(self, "_key", key)
-        object.__setattr__(self, "recipient", Recipient(key.public_key().public_bytes_raw()))
+        object.__setattr__(self, "recipient", X25519Recipient(key.public_key().public_bytes_raw()))
 
     @classmethod
     def generate(cls) -> Self:

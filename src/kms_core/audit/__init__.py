@@ -8,11 +8,11 @@ values as keyed hashes. If a line cannot be written, AuditUnavailable is raised 
 and ``reading`` need the files alone. Format and promises: docs/audit.md.
 """
 
-from kms_core.audit.log import Rules, Trail
+from kms_core.audit.log import AuditLog, AuditLogRules
 from kms_core.audit.record import (
-    Audit,
+    AuditRecord,
+    AuditWriter,
     Noted,
-    Record,
     denied,
     effect,
     identified,
@@ -26,11 +26,11 @@ from kms_core.audit.record import (
 )
 
 __all__ = [
-    "Audit",
+    "AuditLog",
+    "AuditLogRules",
+    "AuditRecord",
+    "AuditWriter",
     "Noted",
-    "Record",
-    "Rules",
-    "Trail",
     "denied",
     "effect",
     "identified",

@@ -33,7 +33,7 @@ ENDS: Final = frozenset({ROTATED, CLOSED})
 """Kinds of the last line of a file: its process writes nothing behind it."""
 
 
-class Tip(msgspec.Struct, frozen=True, array_like=True):
+class ChainHead(msgspec.Struct, frozen=True, array_like=True):
     """The last line of a chain, as somebody saw it: number, head (hex), and when its file was opened."""
 
     seq: int
@@ -41,7 +41,7 @@ class Tip(msgspec.Struct, frozen=True, array_like=True):
     opened: str
 
 
-class Line(msgspec.Struct, frozen=True, kw_only=True):
+class ChainLine(msgspec.Struct, frozen=True, kw_only=True):
     """Any line, as far as readers of chains need it. Operations have no ``kind``."""
 
     seq: int
@@ -62,13 +62,13 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     opened: str = ""
     before: str = ""
     refused: int = 0
-    heads: dict[str, Tip] = {}
+    heads: dict[str, ChainHead] = {}
 
 
-_decode: Final = msgspec.json.Decoder(Line).decode
+_decode: Final = msgspec.json.Decoder(ChainLine).decode
 
 
-def read(line: bytes) -> Line | None:
+def read(line: bytes) -> ChainLine | None:
     """A line without its newline, decoded; None if it is not one."""
     try:
         return _decode(line)

@@ -5,7 +5,7 @@ from typing import Final
 
 import msgspec
 
-from kms_core.audit.record import DENIALS, Record
+from kms_core.audit.record import DENIALS, AuditRecord
 
 MOST: Final = 10
 """How many denied items of one batch, or of one part of a bulk job, have a record each."""
@@ -27,9 +27,9 @@ class Denials:
 
     def __init__(self) -> None:
         self._recorded = 0
-        self._summaries: dict[tuple[str, str], Record] = {}
+        self._summaries: dict[tuple[str, str], AuditRecord] = {}
 
-    def counts(self, record: Record) -> bool:
+    def counts(self, record: AuditRecord) -> bool:
         """Count the record in a summary, if it is of a denial above the bound; else it is to be written."""
         if record.result not in DENIALS:
             return False
@@ -45,12 +45,12 @@ class Denials:
         return True
 
     @property
-    def summaries(self) -> Iterable[Record]:
+    def summaries(self) -> Iterable[AuditRecord]:
         """One record for each operation and result, with the number of items that it stands for."""
         return self._summaries.values()
 
 
-def _add(summary: Record, record: Record) -> None:
+def _add(summary: AuditRecord, record: AuditRecord) -> None:
     """Sizes and times are those of all items together; what is not the same for all is left out."""
     for name, nothing in _OF_ITEMS.items():
         if getattr(summary, name) != getattr(record, name):

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from kms_core.audit import chain
-from kms_core.audit.chain import Line
+from kms_core.audit.chain import ChainLine
 from kms_core.durable import sync_folder
 from kms_core.secure_files import open_to_others
 from kms_protocol import small_files
@@ -135,7 +135,7 @@ class PublicKeys:
             raise ConfigurationError(f"{path} holds no public keys in PEM") from exc
         return cls.of(_raw(key) for key in keys if isinstance(key, Ed25519PublicKey))
 
-    def signed(self, line: bytes) -> Line | None:
+    def signed(self, line: bytes) -> ChainLine | None:
         """A signed line (without newline) whose head fits, and whose signature is by a key known here."""
         found, parts = chain.read(line), chain.parts_of_signed(line)
         if found is None or parts is None or found.kind not in chain.SIGNED:

@@ -18,12 +18,12 @@ import msgspec
 import structlog
 
 from kms_core.audit import chain, segments
-from kms_core.audit.chain import Tip
+from kms_core.audit.chain import ChainHead
 from kms_core.audit.denials import Denials
 from kms_core.audit.file import SegmentFile
 from kms_core.audit.keys import Concealer, Signer
-from kms_core.audit.record import COUNTED, Record, noted
-from kms_core.audit.stamp import Stamp
+from kms_core.audit.record import COUNTED, AuditRecord, noted
+from kms_core.audit.stamp import LineClock
 from kms_core.durable import sync_folder
 from kms_core.observability import metrics
 from kms_protocol import __version__
@@ -41,7 +41,7 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class AuditLogRules:
     """From settings. A checkpoint is due after so many lines, and so many seconds after an unsigned one."""
 
     fsync: bool = False
@@ -61,7 +61,7 @@ class _Group:
         self.denials = Denials()
 
 
-class Trail:
+class AuditLog:
     """The chain of this process. Opens its first file with the first record; may be shared by threads."""
 
     def __init__(  # noqa: PLR0913 -- where, whose, keys and rules
@@ -70,7 +70,7 @@ class Trail:
         role: str,
         concealer: Concealer,
         signer: Signer,
-        rules: Rules | None = None,
+        rules: AuditLogRules | None = None,
         *,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -79,8 +79,8 @@ class Trail:
         self._concealer = concealer
         self._role = role
         self._signer = signer
-        self._rules = rules or Rules()
-        self._stamp = Stamp(clock)
+        self._rules = rules or AuditLogRules()
+        self._stamp = LineClock(clock)
         self._lock = threading.Lock()
         self._thread = threading.local()
         self._begin()
@@ -102,7 +102,7 @@ class Trail:
     def conceal(self, tenant: str, context: Context) -> Mapping[str, str]:
         return self._concealer.conceal(tenant, context)
 
-    def append(self, record: Record) -> str:
+    def append(self, record: AuditRecord) -> str:
         group: _Group | None = getattr(self._thread, "group", None)
         if group is None or record.stage:  # an effect must not come before its intent
             return self._write([_encode(record)[1:-1]], sync=self._rules.fsync)
@@ -187,7 +187,7 @@ class Trail:
     def tend(self) -> None:
         """Sign what has waited long enough, and begin a new file each day. Called in time; never raises."""
         with suppress(OSError):
-            heads: dict[str, Tip] = {}
+            heads: dict[str, ChainHead] = {}
             if self._is_due():  # read what others have written before anybody has to wait for the lock
                 recent = time.time() - 2 * self._rules.checkpoint_s - _MINUTE_S
                 heads = segments.tips(self.folder, self._signer.known, but=self._chain, since=recent)
@@ -332,7 +332,7 @@ class Trail:
         self._unsigned += len(lines)
         return at.decode()
 
-    def _sign(self, file: SegmentFile, kind: str, heads: dict[str, Tip]) -> None:
+    def _sign(self, file: SegmentFile, kind: str, heads: dict[str, ChainHead]) -> None:
         """A signed line: it stands for all lines before it, and for other chains as far as it saw them."""
         at, clock = self._stamp()
         fields = {

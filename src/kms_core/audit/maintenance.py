@@ -14,8 +14,8 @@ from typing import Final, Protocol
 import structlog
 
 from kms_core.audit import retention, segments
-from kms_core.audit.log import Trail
-from kms_core.audit.sinks import Place
+from kms_core.audit.log import AuditLog
+from kms_core.audit.sinks import AuditSink
 from kms_core.observability import metrics
 from kms_protocol.errors import AuditUnavailable
 
@@ -26,11 +26,15 @@ _PIECE_BYTES: Final = 1024 * 1024
 _log = structlog.get_logger(__name__)
 
 
-class Keeper(threading.Thread):
+class AuditMaintenance(threading.Thread):
     """One round a second. ``start`` it in the process that appends, ``stop`` it for a closed chain."""
 
     def __init__(
-        self, trail: Trail, anchors: Sequence[Place] = (), copies: Sequence[Place] = (), keep_days: int = 0
+        self,
+        trail: AuditLog,
+        anchors: Sequence[AuditSink] = (),
+        copies: Sequence[AuditSink] = (),
+        keep_days: int = 0,
     ) -> None:
         """``keep_days`` 0 removes nothing."""
         super().__init__(name="audit-keeper", daemon=True)
@@ -82,7 +86,7 @@ class Keeper(threading.Thread):
         _log.info("audit.retired", files=len(gone), before=horizon)
 
 
-class _Source(Protocol):
+class _CopySource(Protocol):
     """What a second place is to be told."""
 
     def waiting(self) -> list[bytes]:
@@ -94,7 +98,7 @@ class _Source(Protocol):
 class _Telling:
     """A second place and its source; a place that is away is told again next time."""
 
-    def __init__(self, place: Place, what: str, source: _Source) -> None:
+    def __init__(self, place: AuditSink, what: str, source: _CopySource) -> None:
         self._place = place
         self._what = what
         self._source = source
@@ -120,7 +124,7 @@ class _Telling:
 class _Newest:
     """The newest signed line: it stands for all before it, so older ones need not be told any more."""
 
-    def __init__(self, trail: Trail) -> None:
+    def __init__(self, trail: AuditLog) -> None:
         self._trail = trail
         self._waiting = self._told = b""
 
@@ -135,7 +139,7 @@ class _Newest:
 class _Lines:
     """Every line once, read back from the files: they are the buffer while a place is away."""
 
-    def __init__(self, trail: Trail) -> None:
+    def __init__(self, trail: AuditLog) -> None:
         self._trail = trail
         self._chain, self._number, self._offset, self._piece = "", 0, 0, 0
 

@@ -29,7 +29,7 @@ _LONGEST_CURSOR: Final = 16 * 1024
 _LATEST: Final = "9999"
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True):
+class RecordedOperation(msgspec.Struct, frozen=True, kw_only=True):
     """An operation as it was recorded. Other lines of a chain have none."""
 
     seq: int
@@ -69,7 +69,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class EventFilter:
     """What an event must be. ``equal`` are fields and their values; ``result`` may be ``failed``: any but ok.
 
     ``context`` are keyed hashes as records hold them; ``since`` and ``until`` are times as records hold them.
@@ -81,7 +81,7 @@ class Wanted:
     since: str = ""
     until: str = ""
 
-    def takes(self, event: Event) -> bool:
+    def takes(self, event: RecordedOperation) -> bool:
         if any(getattr(event, name) != value for name, value in self.equal):
             return False
         if (
@@ -96,15 +96,15 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class EventPage:
     """Events, oldest first; ``following`` is the cursor behind them, ``more`` whether it leads on at once."""
 
-    events: list[Event]
+    events: list[RecordedOperation]
     following: str
     more: bool
 
 
-class _Seen(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class _SeenLine(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     seq: int
     time: str
 
@@ -113,10 +113,10 @@ class _Cursor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     """All before ``time`` has been seen; of what is not older, each chain up to its number."""
 
     time: str = ""
-    seen: dict[str, _Seen] = {}
+    seen: dict[str, _SeenLine] = {}
 
 
-_event: Final = msgspec.json.Decoder(Event).decode
+_event: Final = msgspec.json.Decoder(RecordedOperation).decode
 
 
 def now() -> str:
@@ -124,7 +124,7 @@ def now() -> str:
     return text_of(datetime.now(UTC))
 
 
-def fields(event: Event) -> dict[str, object]:
+def fields(event: RecordedOperation) -> dict[str, object]:
     """What is known of an event, by name."""
     found = {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", {})}
     if not event.count:
@@ -132,14 +132,14 @@ def fields(event: Event) -> dict[str, object]:
     return found
 
 
-def page(folder: Path, wanted: Wanted, after: str | None, limit: int) -> Page:
+def page(folder: Path, wanted: EventFilter, after: str | None, limit: int) -> EventPage:
     """The next events behind a cursor. Raises InvalidRequest for a cursor that no page gave.
 
     A page may hold fewer than ``limit`` events, or none, and lead on: one call reads a bounded part.
     """
     cursor = _parsed(after) if after else _Cursor(wanted.since)
     settled = text_of(datetime.now(UTC) - timedelta(seconds=SETTLED_S))
-    found: list[Event] = []
+    found: list[RecordedOperation] = []
     seen, reached, more = dict(cursor.seen), settled, False
     for scanned, event in enumerate(_merged(folder, cursor)):
         if wanted.until and event.time >= wanted.until:
@@ -147,16 +147,16 @@ def page(folder: Path, wanted: Wanted, after: str | None, limit: int) -> Page:
         if len(found) == limit or scanned == MOST_SCANNED:
             more = True
             break
-        seen[event.chain] = _Seen(event.seq, event.time)
+        seen[event.chain] = _SeenLine(event.seq, event.time)
         reached = event.time
         if wanted.takes(event):
             found.append(event)
     upto = max(cursor.time, min(reached, settled) if more else settled)
     following = _Cursor(upto, {name: last for name, last in seen.items() if last.time >= upto})
-    return Page(found, _text(following), more)
+    return EventPage(found, _text(following), more)
 
 
-def newest(folder: Path, wanted: Wanted, limit: int, most: int | None = None) -> list[Event]:
+def newest(folder: Path, wanted: EventFilter, limit: int, most: int | None = None) -> list[RecordedOperation]:
     """The last events, oldest first; of the last ``most`` records, if that is given."""
     chains = [_backwards(files) for files in segments.by_chain(folder).values()]
     events = heapq.merge(*chains, key=lambda each: each.order, reverse=True)
@@ -164,12 +164,12 @@ def newest(folder: Path, wanted: Wanted, limit: int, most: int | None = None) ->
     return list(islice(filter(wanted.takes, fits), limit))[::-1]
 
 
-def _merged(folder: Path, cursor: _Cursor) -> Iterator[Event]:
+def _merged(folder: Path, cursor: _Cursor) -> Iterator[RecordedOperation]:
     chains = (_events(files, cursor) for files in segments.by_chain(folder).values())
     return heapq.merge(*chains, key=lambda each: each.order)
 
 
-def _events(files: list[Segment], cursor: _Cursor) -> Iterator[Event]:
+def _events(files: list[Segment], cursor: _Cursor) -> Iterator[RecordedOperation]:
     """What a chain holds behind the cursor."""
     if cursor.time and _last_time(files[-1]) < cursor.time:
         return
@@ -220,7 +220,7 @@ def _lines(path: Path, time: str) -> Iterator[bytes]:
         return
 
 
-def _backwards(files: list[Segment]) -> Iterator[Event]:
+def _backwards(files: list[Segment]) -> Iterator[RecordedOperation]:
     for segment in reversed(files):
         try:
             yield from filter(None, map(_read, segments.backwards(segment.path)))
@@ -228,7 +228,7 @@ def _backwards(files: list[Segment]) -> Iterator[Event]:
             return
 
 
-def _read(line: bytes) -> Event | None:
+def _read(line: bytes) -> RecordedOperation | None:
     """None for a line that is none, and for those that are no operations."""
     try:
         event = _event(line)

@@ -54,7 +54,7 @@ _JOB_ID: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}
 noted: Final[ContextVar[Noted | None]] = ContextVar("noted", default=None)
 
 
-class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
+class AuditRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One operation. ``result`` is ``ok`` or an error code; time, number and chain are the trail's to add.
 
     ``source`` is the address that the request came from, ``route`` the template of a denied one's path.
@@ -88,13 +88,13 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     count: int = 0
 
 
-class Audit(Protocol):
+class AuditWriter(Protocol):
     """Where records go."""
 
     def conceal(self, tenant: str, context: Context) -> Mapping[str, str]:
         """The keys of a context, each with a keyed hash of its value, equal for equal ones of a tenant."""
 
-    def append(self, record: Record) -> str:
+    def append(self, record: AuditRecord) -> str:
         """Store the record; its id, or nothing where it waits (``together``).
 
         ``COUNTED`` for a denial that has no record of its own: those of a group above a bound share one.
@@ -123,7 +123,7 @@ class Who(Protocol):
 
 
 @contextmanager
-def effect(trail: Audit, who: Who, operation: str, name: str) -> Iterator[None]:
+def effect(trail: AuditWriter, who: Who, operation: str, name: str) -> Iterator[None]:
     """An intent before an effect that others see, and its outcome after it.
 
     ``name`` says which effect, so that whoever finishes what a killed process began writes the outcome under
@@ -140,7 +140,7 @@ def effect(trail: Audit, who: Who, operation: str, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def recorded(trail: Audit, who: Who, operation: str, job: str) -> Iterator[None]:
+def recorded(trail: AuditWriter, who: Who, operation: str, job: str) -> Iterator[None]:
     """One record of what is done with a job, by how it ends. Raises AuditUnavailable: answer nothing then.
 
     ``job`` is what the caller named. If no job can be called so, it is left out: it may be anything.
@@ -154,7 +154,7 @@ def recorded(trail: Audit, who: Who, operation: str, job: str) -> Iterator[None]
     _append(trail, _of(who, operation, job=job, result=OK))
 
 
-def read(trail: Audit, who: Who, asked: Mapping[str, str], count: int) -> str:
+def read(trail: AuditWriter, who: Who, asked: Mapping[str, str], count: int) -> str:
     """Record a read of the log, before the records leave: who, by which filter, and how many there are.
 
     The id of the record. Raises AuditUnavailable: give no records then.
@@ -164,7 +164,7 @@ def read(trail: Audit, who: Who, asked: Mapping[str, str], count: int) -> str:
     return _append(trail, made)
 
 
-def denied(trail: Audit, who: Who | None, route: str, code: str) -> None:
+def denied(trail: AuditWriter, who: Who | None, route: str, code: str) -> None:
     """An attempt that was turned away before any operation began. ``route`` is the template, never a path."""
     _append(trail, _of(who, DENIED, route=route, result=code))
 
@@ -188,8 +188,8 @@ def _of(  # noqa: PLR0913 -- the fields of a record
     route: str = "",
     job: str = "",
     result: str = "",
-) -> Record:
-    return Record(
+) -> AuditRecord:
+    return AuditRecord(
         operation=operation,
         stage=stage,
         effect=effect,
@@ -204,7 +204,7 @@ def _of(  # noqa: PLR0913 -- the fields of a record
     )
 
 
-def _append(trail: Audit, record: Record) -> str:
+def _append(trail: AuditWriter, record: AuditRecord) -> str:
     try:
         name = trail.append(record)
     except AuditUnavailable:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from kms_core.audit import chain, segments
-from kms_core.audit.chain import Line
+from kms_core.audit.chain import ChainLine
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.segments import Segment
 
@@ -44,7 +44,7 @@ def horizon(folder: Path, keys: PublicKeys) -> str:
     Reads the latest files first, and stops at those that are older than the newest record of a removal.
     A file that cannot be read has none. Raises OSError if the folder cannot.
     """
-    newest: Line | None = None
+    newest: ChainLine | None = None
     for segment in sorted(segments.listed(folder), key=_last_time, reverse=True):
         if newest is not None and _last_time(segment) < newest.time:
             break
@@ -59,7 +59,7 @@ def _last_time(segment: Segment) -> str:
     return last.time if last else ""
 
 
-def _removals(path: Path, keys: PublicKeys) -> Iterator[Line]:
+def _removals(path: Path, keys: PublicKeys) -> Iterator[ChainLine]:
     """The signed records of removals in a file. A file that is gone, empty or unreadable has none."""
     with (
         suppress(OSError, ValueError),
@@ -74,7 +74,7 @@ def _removals(path: Path, keys: PublicKeys) -> Iterator[Line]:
             at = whole.find(_MARK, at + 1)
 
 
-def _signed_removal(whole: mmap.mmap, at: int, keys: PublicKeys) -> Line | None:
+def _signed_removal(whole: mmap.mmap, at: int, keys: PublicKeys) -> ChainLine | None:
     """The line around ``at``, if the next one signs it: a removal is signed in the same step."""
     begin, end = whole.rfind(b"\n", 0, at) + 1, whole.find(b"\n", at)
     until = whole.find(b"\n", end + 1)

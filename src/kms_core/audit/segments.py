@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from kms_core.audit import chain
-from kms_core.audit.chain import Line, Tip
+from kms_core.audit.chain import ChainHead, ChainLine
 from kms_core.audit.keys import PublicKeys
 
 NAME: Final = re.compile(r"([a-z][a-z0-9_]{0,31}-\d{8}T\d{6}\.\d{6}Z-\d{1,10})\.(\d{4,9})\.jsonl")
@@ -34,13 +34,13 @@ class Segment:
     number: int
     path: Path
 
-    def opening(self) -> Line | None:
+    def opening(self) -> ChainLine | None:
         """Its first line; None if that is not whole, or the file is gone."""
         with suppress(OSError):
             return chain.read(first_line(self.path))
         return None
 
-    def last(self) -> Line | None:
+    def last(self) -> ChainLine | None:
         """Its last whole line."""
         with suppress(OSError):
             return next(map(chain.read, backwards(self.path)), None)
@@ -83,7 +83,7 @@ def is_live(path: Path) -> bool:
     return False
 
 
-def tips(folder: Path, keys: PublicKeys, *, but: str, since: float = 0.0) -> dict[str, Tip]:
+def tips(folder: Path, keys: PublicKeys, *, but: str, since: float = 0.0) -> dict[str, ChainHead]:
     """The ends of the other chains, of the 256 that were written to last: their last signed lines.
 
     Nothing behind a signed line is named: anybody who can write to the folder may have appended it. A chain
@@ -94,23 +94,23 @@ def tips(folder: Path, keys: PublicKeys, *, but: str, since: float = 0.0) -> dic
     written = [
         (_written_at(files[-1].path), files) for name, files in by_chain(folder).items() if name != but
     ]
-    signed: dict[str, Tip] = {}
-    unsigned: dict[str, Tip] = {}
+    signed: dict[str, ChainHead] = {}
+    unsigned: dict[str, ChainHead] = {}
     named: set[tuple[str, int]] = set()
     for at, files in sorted(written, key=lambda each: each[0], reverse=True):
         if at < since or len(signed) == MOST_TIPS:
             break
         opening, end = files[0].opening(), _signed_end(files, keys)
         if end is not None:
-            signed[files[0].chain] = Tip(end.seq, end.head, end.opened)
+            signed[files[0].chain] = ChainHead(end.seq, end.head, end.opened)
             named.update((name, tip.seq) for name, tip in (opening.heads.items() if opening else ()))
         elif opening is not None:
-            unsigned[files[0].chain] = Tip(opening.seq, opening.head, opening.time)
+            unsigned[files[0].chain] = ChainHead(opening.seq, opening.head, opening.time)
     ends = [(name, tip) for name, tip in (signed | unsigned).items() if (name, tip.seq) not in named]
     return dict(ends[:MOST_TIPS])
 
 
-def _signed_end(files: Sequence[Segment], keys: PublicKeys) -> Line | None:
+def _signed_end(files: Sequence[Segment], keys: PublicKeys) -> ChainLine | None:
     """The last signed line of a chain, if it is near the end of one of its last files."""
     for segment in files[: -_SEARCHED_FILES - 1 : -1]:
         with suppress(OSError):
@@ -163,7 +163,7 @@ def backwards(path: Path) -> Iterator[bytes]:
             yield tail[:-1]
 
 
-def offset_of(file: BinaryIO, begins: Callable[[Line], bool]) -> int:
+def offset_of(file: BinaryIO, begins: Callable[[ChainLine], bool]) -> int:
     """Where the first line is for which ``begins`` holds, given that it holds for all after that one.
 
     The end of the last whole line if there is none. Lines that cannot be read count as those before them.

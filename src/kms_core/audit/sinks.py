@@ -22,7 +22,7 @@ ANCHORS_SUFFIX: Final = ".anchors.jsonl"
 Entry = tuple[bytes, dict[bytes, bytes]]
 
 
-class Place(Protocol):
+class AuditSink(Protocol):
     """Takes lines (each with its newline), in order. ``name`` is a label of metrics."""
 
     name: str
@@ -31,7 +31,7 @@ class Place(Protocol):
         """Raises OSError or AuditUnavailable if they may not be there; they are then put again."""
 
 
-class RedisStream:
+class RedisSink:
     """A stream of bounded length: the oldest entries go."""
 
     name = "redis"
@@ -88,7 +88,7 @@ def _answering() -> Iterator[None]:
         raise AuditUnavailable("Redis does not answer") from exc
 
 
-class Folder:
+class FolderSink:
     """A second directory, best on another disk or host: a file for each chain, synced.
 
     ``unread`` is why a file could not be read when ``lines`` was asked last; empty if all could.
@@ -139,7 +139,7 @@ class Folder:
         return found
 
 
-class Stdout:
+class StdoutSink:
     """The standard output of this process, for collectors that read it."""
 
     name = "stdout"

@@ -7,7 +7,7 @@ from typing import Final
 _SECOND_NS: Final = 1_000_000_000
 
 
-class Stamp:
+class LineClock:
     """The time of a line, UTC to the microsecond. It never goes back; a clock that did is told beside it."""
 
     def __init__(self, clock: Callable[[], int]) -> None:

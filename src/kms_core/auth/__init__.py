@@ -1,1 +1,1 @@
-"""Who calls: tokens, JWTs and client certificates become a Principal. Knows no HTTP; see ``authenticator.py``."""
+"""Authentication and policy: tokens, JWTs and client certificates become a Principal. Knows no HTTP."""

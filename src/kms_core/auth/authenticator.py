@@ -1,10 +1,10 @@
 """The doors: a token, a JWT or a client certificate becomes a Principal, whose worth can be asked for later.
 
 A credential is named ``token:<id>``, ``jwt:<issuer>:<digest>`` or ``cert:<name>:<identity>`` (see
-``Shown``). Jobs keep that name: when one runs, the token must be there still, the JWT not expired, the
-certificate's entry in the settings, the certificate neither expired nor revoked, and its authorities in the
-settings. Jobs of earlier versions are named
-``cert:<name>`` and are held to the entry only.
+``PresentedCertificate``). Jobs keep that name: when one runs, the token must be there still, the JWT not
+expired, the certificate's entry in the settings, the certificate neither expired nor revoked, and its
+authorities in the settings. Jobs of earlier versions are named ``cert:<name>`` and are held to the entry
+only.
 """
 
 import time
@@ -14,15 +14,15 @@ from typing import Final
 
 from kms_core import scopes
 from kms_core.auth import discovery, revocation, tokens
-from kms_core.auth.certificates import Shown
-from kms_core.auth.jwks import FileKeys, Keys, RemoteKeys
+from kms_core.auth.certificates import PresentedCertificate
+from kms_core.auth.jwks import FileKeys, IssuerKeys, RemoteKeys
 from kms_core.auth.jwt_verifier import Jwts, Trusted
 from kms_core.auth.key_endpoint import fetching
 from kms_core.auth.policy import Grant, Principal
 from kms_core.auth.revocation import Revocations
 from kms_core.auth.tokens import TokenFile
 from kms_core.scopes import Scope
-from kms_core.settings.model import Certificate, Issuer, Settings
+from kms_core.settings.model import CertificateSection, IssuerSection, Settings
 from kms_core.settings.validate_auth import may_fetch
 from kms_protocol.errors import Forbidden, Unauthenticated
 
@@ -31,14 +31,14 @@ NONE_SHOWN: Final = (
 )
 
 
-class Doors:
+class Authenticator:
     """All ways in. Safe to call from several threads."""
 
     def __init__(
         self,
         token_file: TokenFile,
         jwts: Jwts,
-        certificates: Mapping[str, Certificate],
+        certificates: Mapping[str, CertificateSection],
         revocations: Revocations | None = None,
     ) -> None:
         """``revocations`` None: there is no authority of client certificates."""
@@ -48,7 +48,7 @@ class Doors:
         self._certificates = certificates
         self._names = {section.subject: name for name, section in certificates.items()}
 
-    def authenticate(self, token: str, certificate: Shown | None = None) -> Principal:
+    def authenticate(self, token: str, certificate: PresentedCertificate | None = None) -> Principal:
         """The principal of this token, or where there is none, of this certificate. Waits for no network.
 
         Raises Unauthenticated; KeysPending if keys of the token's issuer are being fetched; Unavailable if
@@ -56,12 +56,12 @@ class Doors:
         """
         return self._principal(token, certificate, self._jwts.verify)
 
-    def principal(self, token: str, certificate: Shown | None = None) -> Principal:
+    def principal(self, token: str, certificate: PresentedCertificate | None = None) -> Principal:
         """As ``authenticate``, but blocks this thread for up to 5 seconds while keys are fetched."""
         return self._principal(token, certificate, self._jwts.holder)
 
     def _principal(
-        self, token: str, certificate: Shown | None, of_jwt: Callable[[str], Principal]
+        self, token: str, certificate: PresentedCertificate | None, of_jwt: Callable[[str], Principal]
     ) -> Principal:
         if token.startswith(tokens.PREFIX):
             found = self._tokens.holder(token)
@@ -87,7 +87,7 @@ class Doors:
         token = self._tokens.by_id(rest)
         return token.expires_at.timestamp() if token and token.expires_at else None
 
-    def _bearer(self, certificate: Shown) -> Principal:
+    def _bearer(self, certificate: PresentedCertificate) -> Principal:
         """TLS has verified the certificate when the connection began, which may be long ago."""
         if time.time() > certificate.until:
             raise Unauthenticated(
@@ -148,7 +148,7 @@ def _parsed(lines: Sequence[str]) -> Iterator[Scope]:
             continue
 
 
-def build(settings: Settings) -> Doors | None:
+def build(settings: Settings) -> Authenticator | None:
     """The doors of the settings; None where callers are not authenticated. Raises ConfigurationError."""
     auth = settings.kms.auth
     if auth.mode != "required":
@@ -157,7 +157,7 @@ def build(settings: Settings) -> Doors | None:
     issuers = [
         Trusted(name, section, _keys(name, section, in_dev=in_dev)) for name, section in auth.issuers.items()
     ]
-    return Doors(
+    return Authenticator(
         TokenFile(auth.tokens_path, strict=settings.is_prod),
         Jwts(issuers),
         auth.certificates,
@@ -165,7 +165,7 @@ def build(settings: Settings) -> Doors | None:
     )
 
 
-def _keys(name: str, section: Issuer, *, in_dev: bool) -> Keys:
+def _keys(name: str, section: IssuerSection, *, in_dev: bool) -> IssuerKeys:
     """From a file, from a URL, or from where the issuer itself says that they are."""
     if section.jwks_file is not None:
         return FileKeys(section.jwks_file)

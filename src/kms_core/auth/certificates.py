@@ -21,7 +21,7 @@ _LABELS: Final[
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class PresentedCertificate:
     """``subjects`` as settings write them: ``DNS:…``, ``URI:…``, ``email:…`` and ``subject:`` (RFC 4514).
 
     ``until`` is in seconds since the epoch: a connection may outlive its certificate. ``identity`` is the
@@ -34,7 +34,7 @@ class Shown:
     identity: str = ""
 
 
-def of_connection(tls: ssl.SSLObject) -> Shown | None:
+def of_connection(tls: ssl.SSLObject) -> PresentedCertificate | None:
     """The client certificate of a connection after its handshake; None if the client has shown none."""
     der = tls.getpeercert(binary_form=True)
     if der is None:
@@ -44,7 +44,7 @@ def of_connection(tls: ssl.SSLObject) -> Shown | None:
     return read(der, [ssl.PEM_cert_to_DER_cert(one.public_bytes()) for one in chain[1:]])
 
 
-def read(der: bytes, authorities: Sequence[bytes] = ()) -> Shown:
+def read(der: bytes, authorities: Sequence[bytes] = ()) -> PresentedCertificate:
     """The names of a certificate that TLS has verified; none of one that cannot be read.
 
     ``authorities`` are the certificates (DER) above it in the verified chain, the root last.
@@ -52,13 +52,13 @@ def read(der: bytes, authorities: Sequence[bytes] = ()) -> Shown:
     try:
         certificate = x509.load_der_x509_certificate(der)
         keys = [key_of(x509.load_der_x509_certificate(one)) for one in authorities]
-        return Shown(
+        return PresentedCertificate(
             tuple(_subjects(certificate)),
             certificate.not_valid_after_utc.timestamp(),
             ":".join((identity_of(authority_of(certificate.issuer), certificate.serial_number), *keys)),
         )
     except ValueError:
-        return Shown((), 0.0)
+        return PresentedCertificate((), 0.0)
 
 
 def authority_of(name: x509.Name) -> str:
@@ -79,7 +79,7 @@ def key_of(authority: x509.Certificate) -> str:
 
 
 def identity_of(authority: str, serial: int) -> str:
-    """The beginning of a certificate's identity (see ``Shown``), as a revocation list names it."""
+    """The start of a certificate's identity (``PresentedCertificate``), as a revocation list names it."""
     return f"{serial:x}:{authority}"
 
 

@@ -14,7 +14,7 @@ from kms_protocol.wire import NOT_JSON
 WELL_KNOWN: Final = "/.well-known/openid-configuration"
 
 
-class _Document(msgspec.Struct):
+class _DiscoveryDocument(msgspec.Struct):
     issuer: str
     jwks_uri: str
 
@@ -31,7 +31,7 @@ def finding(
 
     def found() -> bytes:
         try:
-            document = msgspec.json.decode(fetch(address), type=_Document)
+            document = msgspec.json.decode(fetch(address), type=_DiscoveryDocument)
         except NOT_JSON as exc:
             raise ValueError("the discovery document is not JSON with an issuer and a jwks_uri") from exc
         if document.issuer != issuer:

@@ -50,7 +50,7 @@ class IssuerKey:
     algorithms: frozenset[str]
 
 
-class Keys(Protocol):
+class IssuerKeys(Protocol):
     """The keys of one issuer."""
 
     def fitting(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:

@@ -22,12 +22,12 @@ from jwt.exceptions import (
 )
 
 from kms_core import scopes
-from kms_core.auth.jwks import Keys, KeysPending
+from kms_core.auth.jwks import IssuerKeys, KeysPending
 from kms_core.auth.policy import Grant, Principal
 from kms_core.auth.tokens import NAME, REFUSED
 from kms_core.observability import metrics
 from kms_core.patterns import Pattern
-from kms_core.settings.model import Issuer
+from kms_core.settings.model import IssuerSection
 from kms_protocol.errors import Unauthenticated
 
 Claims = Mapping[str, object]
@@ -45,12 +45,12 @@ class Trusted:
     """An issuer of the settings, and its keys."""
 
     name: str
-    section: Issuer
-    keys: Keys
+    section: IssuerSection
+    keys: IssuerKeys
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class _SeenToken:
     who: Principal = field(repr=False)
     until: float
 
@@ -62,7 +62,7 @@ class Jwts:
         self._issuers = {issuer.section.issuer: issuer for issuer in issuers}
         self._names = frozenset(issuer.name for issuer in issuers)
         self._lock = threading.Lock()
-        self._seen: OrderedDict[bytes, _Seen] = OrderedDict()
+        self._seen: OrderedDict[bytes, _SeenToken] = OrderedDict()
 
     def trusts(self, name: str) -> bool:
         """Whether an issuer of this name is configured still."""
@@ -89,7 +89,7 @@ class Jwts:
         if who is None:
             who, until = self._verified(text, digest)
             with self._lock:
-                self._seen[digest] = _Seen(who, min(until, time.time() + _REMEMBER_S))
+                self._seen[digest] = _SeenToken(who, min(until, time.time() + _REMEMBER_S))
                 if len(self._seen) > _MOST_REMEMBERED:
                     self._seen.popitem(last=False)
         return who
@@ -161,14 +161,14 @@ def _expiry(claims: Claims) -> float:
         raise Unauthenticated(REFUSED, reason="claims") from None
 
 
-def _name(claims: Claims, section: Issuer) -> str:
+def _name(claims: Claims, section: IssuerSection) -> str:
     name = claims.get(section.principal_claim)
     if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= _MOST_NAME_CHARS:
         raise Unauthenticated(REFUSED, reason="claims")
     return name
 
 
-def _tenant(claims: Claims, section: Issuer) -> str:
+def _tenant(claims: Claims, section: IssuerSection) -> str:
     """The one of the settings, or the one that the token names among those that its issuer may name."""
     if section.tenant_claim is None:
         return section.tenant
@@ -178,7 +178,7 @@ def _tenant(claims: Claims, section: Issuer) -> str:
     return tenant
 
 
-def _scopes(claims: Claims, section: Issuer) -> Iterator[str]:
+def _scopes(claims: Claims, section: IssuerSection) -> Iterator[str]:
     """Of the settings, for all and for fitting claims; and of the token, where a wrong line is left out."""
     yield from section.scopes
     for grant in section.grants.values():

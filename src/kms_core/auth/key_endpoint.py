@@ -10,7 +10,7 @@ import httpcore
 import httpx
 
 from kms_core.http_client import peer
-from kms_core.http_client.deadline import Network
+from kms_core.http_client.deadline import DeadlineTransport
 from kms_protocol.tls_client import client_context
 
 ERRORS: Final = (
@@ -42,7 +42,7 @@ def fetching(
     context = client_context(ca_file, setting)
 
     def fetch(url: str) -> bytes:
-        at, network = httpx.URL(url), Network()
+        at, network = httpx.URL(url), DeadlineTransport()
         asked = httpcore.URL(scheme=at.raw_scheme, host=at.raw_host, port=at.port, target=at.raw_path)
         with (
             network.until(time.monotonic() + within_s),

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from kms_core.auth.authenticator import Doors
+from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import Policy, allows
 from kms_core.observability import metrics
 from kms_core.proxies import Proxies
@@ -15,11 +15,11 @@ _FORWARDED: Final = frozenset({"forwarded", "x-forwarded-for", "x-real-ip", "via
 
 
 @dataclass(frozen=True, slots=True)
-class Scraping:
+class MetricsAccess:
     """``doors`` None: no token is known. A trusted proxy is never on this machine, whatever its address."""
 
     mode: Literal["loopback", "open", "token"]
-    doors: Doors | None
+    doors: Authenticator | None
     policy: Policy
     proxies: Proxies
 

@@ -6,7 +6,7 @@ from typing import Final, Protocol
 
 from kms_core.envelope.binding import DEFAULT_TENANT
 from kms_core.patterns import Pattern, any_matches
-from kms_core.scopes import Rule, Scope, Wanted
+from kms_core.scopes import Access, Rule, Scope
 from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden, UnknownKey
 
@@ -72,7 +72,7 @@ class AllowAll:
         return bool(who.name)
 
 
-class Standing(Protocol):
+class CredentialStatus(Protocol):
     """What a credential is worth now."""
 
     def scopes_of(self, who: Principal) -> Iterable[Scope]:
@@ -91,7 +91,7 @@ _ORDER: Final[Sequence[Rule | None]] = ("operation", "key", "context", "read", "
 class ByScopes:
     """Allowed is what one scope of the credential allows, with the keys that its tenant has."""
 
-    def __init__(self, standing: Standing, tenants: Mapping[str, Sequence[Pattern]]) -> None:
+    def __init__(self, standing: CredentialStatus, tenants: Mapping[str, Sequence[Pattern]]) -> None:
         """``tenants``: those that may use some keys only, with patterns of their ids."""
         self._standing = standing
         self._tenants = tenants
@@ -101,7 +101,7 @@ class ByScopes:
     ) -> None:
         if who.credential == INTERNAL and operation in _CHORES:
             return
-        wanted = Wanted(operation, key_id, context, who.source, who.target)
+        wanted = Access(operation, key_id, context, who.source, who.target)
         found = [scope.missing(wanted) for scope in self._standing.scopes_of(who)]
         nearest = None if None in found else max(found, key=_ORDER.index, default=_ORDER[0])
         if nearest == "key" or (nearest != "operation" and not self._has(who.tenant, key_id)):

@@ -32,14 +32,14 @@ class _Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class Rate:
     """``burst`` at once, and ``per_s`` in the long run."""
 
     per_s: float
     burst: float
 
 
-_RECORDS: Final = Pace(10.0, 600.0)
+_RECORDS: Final = Rate(10.0, 600.0)
 
 
 class Failures:
@@ -51,7 +51,7 @@ class Failures:
     def __init__(
         self, per_minute: float, *, clock: Callable[[], float] = time.monotonic, most: int = MOST_SOURCES
     ) -> None:
-        self._pace = Pace(per_minute / 60, max(1.0, per_minute))
+        self._pace = Rate(per_minute / 60, max(1.0, per_minute))
         self._clock = clock
         self._most = most
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
@@ -84,7 +84,7 @@ class Requests:
     ``DEBT_S`` seconds of the tenant's pace, so that no request shuts a tenant out for longer.
     """
 
-    def __init__(self, paces: Mapping[str, Pace], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, paces: Mapping[str, Rate], *, clock: Callable[[], float] = time.monotonic) -> None:
         now = clock()
         self._paces = paces
         self._clock = clock
@@ -147,16 +147,16 @@ def source_of(address: str) -> str:
     return str(found)
 
 
-def _wait_s(bucket: _Bucket, pace: Pace, now: float) -> float:
+def _wait_s(bucket: _Bucket, pace: Rate, now: float) -> float:
     level = _level(bucket, pace, now)
     return 0.0 if level >= _ENOUGH else (1 - level) / pace.per_s
 
 
-def _take(bucket: _Bucket, pace: Pace, now: float) -> None:
+def _take(bucket: _Bucket, pace: Rate, now: float) -> None:
     bucket.level = max(0.0, _level(bucket, pace, now) - 1)
     bucket.at = now
 
 
-def _level(bucket: _Bucket, pace: Pace, now: float) -> float:
+def _level(bucket: _Bucket, pace: Rate, now: float) -> float:
     """The level of a bucket now; below zero it is in debt."""
     return min(pace.burst, bucket.level + (now - bucket.at) * pace.per_s)

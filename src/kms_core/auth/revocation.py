@@ -1,8 +1,9 @@
 """Authorities of client certificates (``[kms.server] client_ca``), and their revocation lists.
 
-TLS checks both in each handshake (``kms_api/transport/tls.py``). What is here checks certificates of connections that
-are open already, and of jobs, and tells when a list (``client_crl``; RFC 5280 §5) has expired. Authorities
-are told apart by their keys: one that was re-keyed has the name of its predecessor. Knows no TLS.
+TLS checks both in each handshake (``kms_api/transport/tls.py``). What is here checks certificates of
+connections that are open already, and of jobs, and tells when a list (``client_crl``; RFC 5280 §5) has
+expired. Authorities are told apart by their keys: one that was re-keyed has the name of its predecessor.
+Knows no TLS.
 """
 
 import functools
@@ -21,7 +22,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from kms_core.auth.certificates import authority_of, identity_of, key_of
 from kms_core.observability import metrics
 from kms_core.reload import Reloaded, Stamp, stamp_of
-from kms_core.settings.model import Server
+from kms_core.settings.model import ServerSection
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, Unavailable
 
@@ -101,7 +102,7 @@ def _blocks(data: bytes) -> Iterator[bytes]:
             yield _BEGIN + inner + _END
 
 
-def load(server: Server) -> Lists | None:
+def load(server: ServerSection) -> Lists | None:
     """The lists that the settings name, None without client_ca. Raises ConfigurationError."""
     if server.client_ca is None:
         return None
@@ -172,7 +173,7 @@ class Revocations:
         _log.error(f"{self._event}.not_read", path=str(self._file), reason=why)
 
 
-def build(server: Server) -> Revocations | None:
+def build(server: ServerSection) -> Revocations | None:
     """What the settings name, kept up to date; None without client_ca. Raises ConfigurationError."""
     if load(server) is None or server.client_ca is None:
         return None

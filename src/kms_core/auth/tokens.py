@@ -163,7 +163,7 @@ def read(path: Path) -> tuple[Token, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class TokenRequest:
     """What a new token shall be. ``ttl`` None means that it does not expire."""
 
     name: str
@@ -182,7 +182,7 @@ def _unseen(token: Token) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def create(path: Path, wish: Wish, witness: Witness = _unseen) -> tuple[Token, str]:
+def create(path: Path, wish: TokenRequest, witness: Witness = _unseen) -> tuple[Token, str]:
     """A new token and its text, which is nowhere afterwards. Raises Conflict if the tenant has the name."""
     with _changing(path) as draft:
         tokens, now = draft.tokens, _now()

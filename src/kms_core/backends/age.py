@@ -53,7 +53,7 @@ class KeyFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class _Keys:
+class _KeyFiles:
     """The content of the two files at one moment."""
 
     identities: dict[str, Identity] = field(repr=False)
@@ -114,7 +114,7 @@ class AgeBackend:
     def rotate(self) -> KeyVersion:
         """A new identity of the same type, in use at once here and within a second in other processes."""
         keys = self._fresh()
-        post_quantum = isinstance(keys.identities[keys.current], mlkem768x25519.Identity)
+        post_quantum = isinstance(keys.identities[keys.current], mlkem768x25519.HybridIdentity)
         append_identity(self._files.private, self._files.public, post_quantum=post_quantum)
         self._checked = -math.inf
         made = self._fresh().versions[-1]
@@ -137,7 +137,7 @@ class AgeBackend:
             raise NoMatch
         return identity
 
-    def _fresh(self) -> _Keys:
+    def _fresh(self) -> _KeyFiles:
         """The keys, read again if the files changed. Bad new files leave the old keys in use, in the open."""
         now = time.monotonic()
         if now - self._checked < self._recheck_s:
@@ -159,7 +159,7 @@ def _stamp(files: KeyFiles) -> tuple[tuple[int, ...], ...]:
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in found)
 
 
-def _load(files: KeyFiles) -> _Keys:
+def _load(files: KeyFiles) -> _KeyFiles:
     stamp, private, public = _read(files)
     _check_mode(files)
     identities: dict[str, Identity] = {}
@@ -178,7 +178,7 @@ def _load(files: KeyFiles) -> _Keys:
             )
     in_order = sorted(versions.values(), key=lambda version: version.version == current)
     origin_keys = {version: binding.origin_key(identity.secret) for version, identity in identities.items()}
-    return _Keys(identities, origin_keys, tuple(in_order), current, stamp)
+    return _KeyFiles(identities, origin_keys, tuple(in_order), current, stamp)
 
 
 def _read(files: KeyFiles) -> tuple[tuple[tuple[int, ...], ...], str, str]:

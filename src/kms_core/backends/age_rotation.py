@@ -22,7 +22,7 @@ def append_identity(private: Path, public: Path | None, *, post_quantum: bool) -
 
     Raises BackendUnavailable if the files cannot be written: a read-only mount, a missing permission.
     """
-    identity = mlkem768x25519.Identity.generate() if post_quantum else x25519.Identity.generate()
+    identity = mlkem768x25519.HybridIdentity.generate() if post_quantum else x25519.X25519Identity.generate()
     created = datetime.now(UTC).replace(microsecond=0)
     stamp = created.isoformat().replace("+00:00", "Z")
     try:

@@ -23,7 +23,7 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How often to try, and when to stop asking.
 
     A retry costs one token of a bucket that each call fills by ``budget``: with 0.1, a peer that fails gets
@@ -44,7 +44,7 @@ class Patience:
 class Breaker:
     """Closed, open, or half open: then one call at a time finds out whether the peer is back."""
 
-    def __init__(self, name: str, patience: Patience, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, name: str, patience: RetryPolicy, clock: Callable[[], float] = time.monotonic) -> None:
         self._name = name
         self._patience = patience
         self._clock = clock
@@ -106,7 +106,7 @@ class Breaker:
 class Guard:
     """Calls to one peer: timed, counted, tried again where that is safe and the budget allows."""
 
-    def __init__(self, name: str, patience: Patience) -> None:
+    def __init__(self, name: str, patience: RetryPolicy) -> None:
         self._name = name
         self._patience = patience
         self._breaker = Breaker(name, patience)

@@ -16,7 +16,7 @@ import structlog
 from kms_core.age.header import FILE_KEY_BYTES, Stanza
 from kms_core.age.x25519 import NoMatch
 from kms_core.backends import Health, KeyVersion
-from kms_core.backends.circuit_breaker import Guard, Patience
+from kms_core.backends.circuit_breaker import Guard, RetryPolicy
 from kms_core.backends.wrap_key import JobKeys, job_aad, open_
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef, Wrap
@@ -64,12 +64,14 @@ class RemoteBackend:
 
     blocks = True
 
-    def __init__(self, cipher: Cipher, *, data_keys: bool = True, patience: Patience | None = None) -> None:
+    def __init__(
+        self, cipher: Cipher, *, data_keys: bool = True, patience: RetryPolicy | None = None
+    ) -> None:
         """Calls no peer: one that is away degrades, it does not stop a start."""
         self.name = cipher.name
         self.data_keys = data_keys
         self._cipher = cipher
-        self._guard = Guard(cipher.name, patience or Patience())
+        self._guard = Guard(cipher.name, patience or RetryPolicy())
         self._lock = threading.Lock()
         self._health: tuple[float, Health] | None = None
         self._health_lock = threading.Lock()

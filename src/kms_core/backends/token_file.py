@@ -16,7 +16,7 @@ _log = structlog.get_logger(__name__)
 Stamp = tuple[int, int, int]
 
 
-class Token:
+class FileToken:
     """Safe to use from several threads."""
 
     def __init__(self, given: str | None, file: Path | None, *, strict: bool, new: str = _NEW) -> None:

@@ -68,7 +68,7 @@ class Wrap:
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
+class BoundStanzas:
     """What our stanzas of a header say, read but not yet verified."""
 
     key_id: str
@@ -80,12 +80,12 @@ class Bound:
     names_nonce: bool = True
 
 
-def read(header: Header) -> Bound | None:
+def read(header: Header) -> BoundStanzas | None:
     """As ``read_stanzas``, of those in a header."""
     return read_stanzas(header.stanzas)
 
 
-def read_stanzas(stanzas: Sequence[Stanza]) -> Bound | None:
+def read_stanzas(stanzas: Sequence[Stanza]) -> BoundStanzas | None:
     """Our own among the stanzas of a file, or None for a foreign one (made by stock age).
 
     Raises DecryptFailed if one is of unknown type, version or shape, or stands twice, or if some but not
@@ -136,7 +136,7 @@ def context_stanza(file_key: bytes, key: KeyRef, context: Context) -> Stanza:
     return Stanza((CONTEXT, FORMAT_VERSION, key.key_id, key.version, b64encode(salt).decode("ascii")), tag)
 
 
-def check_context(bound: Bound, file_key: bytes, tenant: str, context: Context) -> None:
+def check_context(bound: BoundStanzas, file_key: bytes, tenant: str, context: Context) -> None:
     """Raise DecryptFailed unless tenant, key id, version and context are those of the sealing."""
     names = _names(tenant, bound.key_id, bound.key_version)
     if not hmac.compare_digest(bound.context.body, _context_tag(file_key, bound.salt, names, context)):
@@ -195,7 +195,7 @@ def _names(*names: str) -> bytes:
 
 def _bound(
     context: Stanza | None, origin: Stanza | None, pad: Stanza | None, wraps: tuple[Wrap, ...]
-) -> Bound:
+) -> BoundStanzas:
     if context is None:
         raise DecryptFailed
     try:
@@ -209,7 +209,7 @@ def _bound(
     _check_others(origin, pad)
     tag = origin.body if origin else None
     handed = origin is not None and origin.args[1] == ORIGIN_HANDED
-    return Bound(key_id, key_version, context, salt, tag, wraps, names_nonce=not handed)
+    return BoundStanzas(key_id, key_version, context, salt, tag, wraps, names_nonce=not handed)
 
 
 def _check_others(origin: Stanza | None, pad: Stanza | None) -> None:

@@ -15,7 +15,7 @@ from kms_core.age import header, scrypt, stream
 from kms_core.age.header import FILE_KEY_BYTES, VERSION_LINE, Header, Stanza
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding
-from kms_core.envelope.binding import Bound, KeyRef
+from kms_core.envelope.binding import BoundStanzas, KeyRef
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed
 
@@ -101,7 +101,7 @@ def seal(
 
 
 def file_key_of(
-    head: Header, wrapper: Wrapper, key: KeyRef, *, context: Context, bound: Bound | None = None
+    head: Header, wrapper: Wrapper, key: KeyRef, *, context: Context, bound: BoundStanzas | None = None
 ) -> bytes:
     """Unwrap and verify: header MAC, then context, then origin. DecryptFailed for every failure alike.
 
@@ -118,7 +118,12 @@ def file_key_of(
 
 
 def take_over(
-    stanzas: Sequence[Stanza], wrapper: Wrapper, key: KeyRef, *, context: Context, bound: Bound | None = None
+    stanzas: Sequence[Stanza],
+    wrapper: Wrapper,
+    key: KeyRef,
+    *,
+    context: Context,
+    bound: BoundStanzas | None = None,
 ) -> tuple[bytes, bool]:
     """As ``file_key_of``, for an age tool that checks the header MAC itself, and whether origin is proven.
 
@@ -165,7 +170,7 @@ def _stanzas(file_key: bytes, nonce: bytes | None, wraps: Sequence[Wrap], contex
     return stanzas
 
 
-def _of_key(stanzas: Sequence[Stanza], key: KeyRef, known: Bound | None) -> Bound:
+def _of_key(stanzas: Sequence[Stanza], key: KeyRef, known: BoundStanzas | None) -> BoundStanzas:
     bound = known or binding.read_stanzas(stanzas)
     if bound is None or bound.key_id != key.key_id or (known is None and bound.key_version != key.version):
         raise DecryptFailed
@@ -173,7 +178,7 @@ def _of_key(stanzas: Sequence[Stanza], key: KeyRef, known: Bound | None) -> Boun
 
 
 def _check_origin(
-    bound: Bound, nonce: bytes, file_key: bytes, wrapper: Wrapper, names: tuple[KeyRef, Context]
+    bound: BoundStanzas, nonce: bytes, file_key: bytes, wrapper: Wrapper, names: tuple[KeyRef, Context]
 ) -> None:
     key, context = names
     mac_key = wrapper.origin_key(key)

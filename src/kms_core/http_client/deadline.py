@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import httpcore
 
 
-class Network(httpcore.SyncBackend):
+class DeadlineTransport(httpcore.SyncBackend):
     """Makes connections; each wait of a call ends at the deadline of the thread that waits."""
 
     def __init__(self) -> None:
@@ -59,14 +59,14 @@ class Network(httpcore.SyncBackend):
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as exc:
                 last = exc
             else:
-                return _Bounded(stream, self)
+                return _DeadlineConnection(stream, self)
         raise last or httpcore.ConnectError
 
 
-class _Bounded(httpcore.NetworkStream):
-    """A connection of ``Network``."""
+class _DeadlineConnection(httpcore.NetworkStream):
+    """A connection of ``DeadlineTransport``."""
 
-    def __init__(self, stream: httpcore.NetworkStream, network: Network) -> None:
+    def __init__(self, stream: httpcore.NetworkStream, network: DeadlineTransport) -> None:
         self._stream = stream
         self._network = network
 
@@ -86,7 +86,7 @@ class _Bounded(httpcore.NetworkStream):
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
         stream = self._stream.start_tls(ssl_context, server_hostname, self._network.left(timeout))
-        return _Bounded(stream, self._network)
+        return _DeadlineConnection(stream, self._network)
 
     def get_extra_info(self, info: str) -> object:
         return self._stream.get_extra_info(info)

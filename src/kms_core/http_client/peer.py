@@ -3,7 +3,8 @@
 A call ends at its deadline however slowly the server drips, since each wait on the socket is given what is
 left of it (looking up the server's name alone is the system's own time). Nothing of an answer's body and
 nothing of a request gets into an error. No redirect is followed, no cookie is taken, and no proxy but one
-that ``Server`` names. Safe to call from several threads; after a fork the child makes connections of its own.
+that ``PeerServer`` names. Safe to call from several threads; after a fork the child makes connections of its
+own.
 """
 
 import os
@@ -25,7 +26,7 @@ import httpcore
 import msgspec
 
 from kms_core.http_client import Busy, Unreachable
-from kms_core.http_client.deadline import Network
+from kms_core.http_client.deadline import DeadlineTransport
 from kms_core.observability import tracing
 from kms_protocol import __version__
 from kms_protocol.errors import BackendUnavailable, ConfigurationError
@@ -59,7 +60,7 @@ class Tls:
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class PeerServer:
     """Where a server is and what it should be.
 
     ``url`` is ``http[s]://host[:port][/prefix]``, checked by the settings; ``product`` is what errors call
@@ -83,10 +84,10 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PeerAnswer:
     """A status that the protocol has to judge, and a body that may or may not be what it expects."""
 
-    server: Server
+    server: PeerServer
     status: int
     body: bytes = field(repr=False)
 
@@ -109,11 +110,11 @@ class Answer:
 class Peer:
     """One server, and the connections to it."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: PeerServer) -> None:
         """Reads the TLS files, and connects to nothing. ConfigurationError if one cannot be used."""
         self.server = server
         self._trust = _tls(server) if server.url.startswith("https:") else None
-        self._network = Network()
+        self._network = DeadlineTransport()
         self._pool, self._owner = self._connections(), os.getpid()
 
     def call(
@@ -124,7 +125,7 @@ class Peer:
         *,
         headers: Mapping[str, str] = _NO_HEADERS,
         judged: Container[int] = (),
-    ) -> Answer:
+    ) -> PeerAnswer:
         """One request, all of it within the server's timeout; ``path`` is quoted and begins with a slash.
 
         ``headers`` carry what may change between calls, such as a token, and win over the standing ones.
@@ -139,7 +140,7 @@ class Peer:
             with self._own_pool().stream(
                 method, url, headers=sent, content=body, extensions=extensions
             ) as response:
-                answer = Answer(self.server, response.status, _read(self.server, response))
+                answer = PeerAnswer(self.server, response.status, _read(self.server, response))
         if answer.status not in judged:
             _judge(answer, response)
         return answer
@@ -183,7 +184,7 @@ def proxy_of(address: str | None) -> httpcore.Proxy | None:
     return httpcore.Proxy(f"{url.scheme}://{url.netloc.rpartition('@')[2]}", auth=named)
 
 
-def _tls(server: Server) -> ssl.SSLContext:
+def _tls(server: PeerServer) -> ssl.SSLContext:
     section, tls = server.setting.rpartition(".")[0], server.tls
     trust = client_context(tls.ca_file, f"{section}.ca_file")
     if not tls.verify:
@@ -210,7 +211,7 @@ def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes | str, bytes | str]
     return [(name.encode("ascii"), value.encode("ascii")) for name, value in {**_HEADERS, **headers}.items()]
 
 
-def _read(server: Server, response: httpcore.Response) -> bytes:
+def _read(server: PeerServer, response: httpcore.Response) -> bytes:
     body = bytearray()
     for piece in response.iter_stream():
         body += piece
@@ -219,7 +220,7 @@ def _read(server: Server, response: httpcore.Response) -> bytes:
     return bytes(body)
 
 
-def _judge(answer: Answer, response: httpcore.Response) -> None:
+def _judge(answer: PeerAnswer, response: httpcore.Response) -> None:
     """Raise for the statuses that mean the same in every protocol."""
     status = answer.status
     text = f"{answer.server.where} answers {status}"
@@ -250,7 +251,7 @@ def _until(moment: datetime) -> float:
     return (moment - datetime.now(UTC)).total_seconds()
 
 
-def _odd(server: Server, what: str) -> BackendUnavailable:
+def _odd(server: PeerServer, what: str) -> BackendUnavailable:
     url = urlsplit(server.url)
     return BackendUnavailable(
         f"The server at {url.hostname} does not answer as {server.product} does ({what}): "
@@ -268,7 +269,7 @@ _TROUBLE: Final = (  # the first that fits; the text of the last two may quote w
 
 
 @contextmanager
-def transport_errors(server: Server) -> Iterator[None]:
+def transport_errors(server: PeerServer) -> Iterator[None]:
     """Whatever httpcore raises, as an error of ours."""
     try:
         yield
@@ -285,7 +286,7 @@ def transport_errors(server: Server) -> Iterator[None]:
         raise trouble from (None if quotes else exc)
 
 
-def _no_connection(server: Server, exc: httpcore.ConnectError) -> BackendUnavailable:
+def _no_connection(server: PeerServer, exc: httpcore.ConnectError) -> BackendUnavailable:
     if "CERTIFICATE_VERIFY_FAILED" not in str(exc):
         return Unreachable(f"No connection to {server.where} ({exc})")
     section = server.setting.rpartition(".")[0]

@@ -18,7 +18,7 @@ _AGAIN_S: Final = 0.01
 Reason = Literal["malformed", "timeout", "full"]
 
 
-class Standing(IntEnum):
+class EvictionClass(IntEnum):
     """Why a connection may be closed to make room, the first reason first."""
 
     SILENT = 0
@@ -35,7 +35,7 @@ class ClientConnection(Protocol):
     source: str
     """The address of the client as the socket has it; empty for Unix sockets."""
 
-    def standing(self) -> Standing | None:
+    def standing(self) -> EvictionClass | None:
         """The reason to close it first; None while a request is worked on."""
 
     def progress(self) -> Hashable:
@@ -74,8 +74,8 @@ class Connections:
     """The open connections of one port in one process.
 
     Without room the connections of the source that has most of them are closed first, and of one source in
-    the order of ``Standing``, the oldest first. If requests are worked on at all of them, the new connection
-    is refused.
+    the order of ``EvictionClass``, the oldest first. If requests are worked on at all of them, the new
+    connection is refused.
     """
 
     def __init__(

@@ -25,8 +25,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from kms_core.auth import certificates
-from kms_core.auth.certificates import Shown
-from kms_core.http_server.connections import Connections, StallTimer, Standing
+from kms_core.auth.certificates import PresentedCertificate
+from kms_core.http_server.connections import Connections, EvictionClass, StallTimer
 
 CERTIFICATE: Final = "kms.certificate"
 BODY: Final = "kms.body"
@@ -76,7 +76,7 @@ class HttpProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._bound = Connections() if connections is None else connections
-        self._shown: Shown | None = None
+        self._shown: PresentedCertificate | None = None
         self._timer: StallTimer | None = None
         self._answering: RequestResponseCycle | None = None
         self._requests = 0
@@ -117,11 +117,11 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    def standing(self) -> Standing | None:
+    def standing(self) -> EvictionClass | None:
         """The reason to close the connection first; None while a request is worked on."""
         if self._is_idle():
-            return Standing.IDLE if self._requests else Standing.SILENT
-        return Standing.UNREAD if self.flow.write_paused else None
+            return EvictionClass.IDLE if self._requests else EvictionClass.SILENT
+        return EvictionClass.UNREAD if self.flow.write_paused else None
 
     def progress(self) -> Hashable:
         """A value that changes while requests come and answers are read; None while one is worked on."""

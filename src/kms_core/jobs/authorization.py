@@ -7,7 +7,7 @@ context that these really have.
 from dataclasses import dataclass
 
 from kms_core.auth.policy import Principal, allows
-from kms_core.jobs.model import Accepted
+from kms_core.jobs.model import JobSpec
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden
@@ -17,7 +17,7 @@ _ANY_CONTEXT = Context()  # fits no scope that has a rule on contexts
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class JobAccess:
     """A job as policy sees it. ``context`` None: each item may bring its own, so it is not asked for yet."""
 
     kind: JobKind
@@ -26,12 +26,12 @@ class Asked:
     new_context: Context | None = None
 
 
-def of(job: Accepted) -> Asked:
+def of(job: JobSpec) -> JobAccess:
     context = None if job.items and not job.is_tree else job.bound_context
-    return Asked(job.kind, job.key_id, context, job.new_bound_context)
+    return JobAccess(job.kind, job.key_id, context, job.new_bound_context)
 
 
-def check(kms: Kms, who: Principal, asked: Asked) -> None:
+def check(kms: Kms, who: Principal, asked: JobAccess) -> None:
     """Raise Forbidden or UnknownKey if the job would be refused; Unavailable if that cannot be told now.
 
     Files name the key that opens them, so that of a decrypt job may not be known yet.
@@ -61,7 +61,7 @@ def check_batch(kms: Kms, who: Principal, kind: JobKind) -> None:
         kms.refused(who, kind, Context(), exc)
 
 
-def check_reader(kms: Kms, who: Principal, job: Accepted) -> None:
+def check_reader(kms: Kms, who: Principal, job: JobSpec) -> None:
     """Results are for their submitter, and for those of the tenant who could have run the job themselves.
 
     What is not known of the job, since its items or files alone say it, must be allowed whatever it is.

@@ -45,12 +45,12 @@ Count = Annotated[int, Meta(ge=0, le=MOST)]
 Seconds = Annotated[float, Meta(ge=0, lt=1e11)]
 """Since the epoch; no NaN, and what a date can show."""
 Code = Annotated[str, Meta(pattern=r"^[a-z0-9_]{0,64}\Z")]
-Lane = tuple[str, Priority]
+QueuePriority = tuple[str, Priority]
 """Where a job waits: a queue, and the priority within it."""
 Fields = Mapping[str, str | int | float | bytes]
 
 
-class Nudge(Protocol):
+class NotifyWorker(Protocol):
     """Tells some worker of the queue that a job waits. Raises JobsUnavailable."""
 
     def __call__(self, job_id: str, queue: str, priority: Priority, /) -> None: ...
@@ -70,7 +70,7 @@ class ClocksApart(Unavailable):
     summary = "The clocks of this machine and of Redis differ"
 
 
-class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the service promised to do. Rests in Redis sealed as one blob; workers act on this alone.
 
     ``source`` is ``upload``, ``items`` (both in the spool) or a URL, which may name many files (``trees``);
@@ -163,7 +163,7 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return BULK if self.items and not self.is_tree else FILES
 
     @property
-    def lane(self) -> Lane:
+    def lane(self) -> QueuePriority:
         return self.queue, self.priority
 
     @property
@@ -210,7 +210,7 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What is shown of a job: the plain fields of its record, but those of ``Accepted.plain`` as sealed.
+    """What is shown of a job: the plain fields of its record, but those of ``JobSpec.plain`` as sealed.
 
     Others may have written plain fields, so each has bounds. Nothing in a Job says what to do.
 
@@ -255,7 +255,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return not self.ended and self.parts > 0 and self.parts_left <= 0
 
     @property
-    def lane(self) -> Lane:
+    def lane(self) -> QueuePriority:
         return self.queue, self.priority
 
 
@@ -282,7 +282,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     mark: str | msgspec.UnsetType = msgspec.UNSET
 
 
-class Log(msgspec.Struct, frozen=True, kw_only=True):
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """How far a part of a job over many files has come: enough for any worker to go on after a crash.
 
     ``outcomes`` are indices into ``words``, one for each file that is settled, in order. ``pending`` is the
@@ -298,10 +298,10 @@ class Log(msgspec.Struct, frozen=True, kw_only=True):
     def settled(self) -> list[str]:
         return [self.words[at] for at in self.outcomes]
 
-    def adding(self, word: str) -> "Log":
+    def adding(self, word: str) -> "Checkpoint":
         """The log with one more file settled, and nothing pending."""
         words = self.words if word in self.words else (*self.words, word)
-        return Log(words=words, outcomes=(*self.outcomes, words.index(word)))
+        return Checkpoint(words=words, outcomes=(*self.outcomes, words.index(word)))
 
 
 def part_id(job_id: str, number: int) -> str:
@@ -314,7 +314,7 @@ def _never() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class StoreRules:
     """Seconds and counts of the job layer, from settings.
 
     ``open_jobs`` may wait or run before submissions are turned away; ``tenant_leases`` of one tenant may
@@ -336,13 +336,14 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class Attempt:
     """One attempt at a job: the accepted part, unsealed, and the fence that makes its effects count.
 
-    ``is_large``: it was claimed as a large job, see ``Rules``. ``spec`` is the digest of the sealed record.
+    ``is_large``: it was claimed as a large job, see ``StoreRules``. ``spec`` is the digest of the sealed
+    record.
     """
 
-    accepted: Accepted
+    accepted: JobSpec
     worker: str
     fence: int
     attempt: int
@@ -350,7 +351,7 @@ class Claim:
     deferrals: int
     is_large: bool = False
     commit: Commit | None = field(default=None)
-    log: Log = field(default_factory=Log)
+    log: Checkpoint = field(default_factory=Checkpoint)
     spec: bytes = b""
 
     @property

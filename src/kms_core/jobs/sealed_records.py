@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from kms_core.age.kdf import KEY_BYTES, hkdf
 from kms_core.jobs.ends import SignedEnd, SignedSplit
-from kms_core.jobs.model import Accepted, Commit, Log
+from kms_core.jobs.model import Checkpoint, Commit, JobSpec
 from kms_protocol.errors import UnknownJob
 
 _VERSION: Final = b"\x01"
@@ -33,13 +33,13 @@ class RecordKey:
         self._secrets = secrets
         self._digest_key = hkdf(secrets[0], salt=b"", info=_DIGEST_INFO)
 
-    def seal(self, accepted: Accepted) -> bytes:
+    def seal(self, accepted: JobSpec) -> bytes:
         salt = os.urandom(_SALT_BYTES)
         cipher = ChaCha20Poly1305(hkdf(self._secrets[-1], salt=salt, info=_RECORD_INFO))
         sealed = cipher.encrypt(_ZERO_NONCE, msgspec.msgpack.encode(accepted), accepted.job_id.encode())
         return _VERSION + salt + sealed
 
-    def open(self, job_id: str, sealed: bytes) -> Accepted:
+    def open(self, job_id: str, sealed: bytes) -> JobSpec:
         """The record. UnknownJob if it was not sealed here for this job id."""
         salt, body = sealed[1 : 1 + _SALT_BYTES], sealed[1 + _SALT_BYTES :]
         for secret in reversed(self._secrets):
@@ -48,7 +48,7 @@ class RecordKey:
                 plain = cipher.decrypt(_ZERO_NONCE, body, job_id.encode())
             except (InvalidTag, ValueError):
                 continue
-            return msgspec.msgpack.decode(plain, type=Accepted)
+            return msgspec.msgpack.decode(plain, type=JobSpec)
         raise UnknownJob("The record of this job was not written by this service")
 
     def sign_commit(self, job_id: str, commit: Commit, spec: bytes = b"") -> bytes:
@@ -63,13 +63,13 @@ class RecordKey:
         """The commit record. UnknownJob if it was not written here for this job id and sealed record."""
         return msgspec.json.decode(self._verified(_COMMIT, job_id, spec, signed), type=Commit)
 
-    def sign_log(self, job_id: str, log: Log, spec: bytes = b"") -> bytes:
+    def sign_log(self, job_id: str, log: Checkpoint, spec: bytes = b"") -> bytes:
         """How far a part has come, as it rests in Redis: behind a MAC, like a commit record."""
         return self._signed(_LOG, job_id, spec, msgspec.msgpack.encode(log))
 
-    def open_log(self, job_id: str, signed: bytes, spec: bytes = b"") -> Log:
+    def open_log(self, job_id: str, signed: bytes, spec: bytes = b"") -> Checkpoint:
         """The log of a part. UnknownJob if it was not written here for this job id and sealed record."""
-        return msgspec.msgpack.decode(self._verified(_LOG, job_id, spec, signed), type=Log)
+        return msgspec.msgpack.decode(self._verified(_LOG, job_id, spec, signed), type=Checkpoint)
 
     def sign_end(self, job_id: str, end: SignedEnd, spec: bytes) -> bytes:
         """How a job ended, as it rests in Redis: behind a MAC, or others could have it told as done."""

@@ -20,10 +20,10 @@ MOMENT_S: Final = 0.005
 
 _lock: Final = threading.Lock()
 _settled_at = 0.0
-_piles: Final[list["Calls | Tide"]] = []
+_piles: Final[list["CallStats | BufferedMetrics"]] = []
 
 
-class Calls:
+class CallStats:
     """Calls of one kind: how many, how long each took in seconds, and sums of something else besides."""
 
     __slots__ = ("_bounds", "_buckets", "_count", "_counted", "_duration", "_seconds", "_sizes", "_sums")
@@ -70,7 +70,7 @@ class Calls:
         self._clear()
 
 
-class Tide:
+class BufferedMetrics:
     """Something that rises and falls with calls, of one event loop: no two threads move it."""
 
     __slots__ = ("_gauge", "_shown", "level")
@@ -115,7 +115,7 @@ class _First(Collector):
 def _forget() -> None:
     """A forked child has counted nothing yet."""
     for pile in _piles:
-        if isinstance(pile, Calls):
+        if isinstance(pile, CallStats):
             pile._clear()  # noqa: SLF001 -- of this module
     _lock.release()
 

@@ -240,7 +240,7 @@ BUILD_INFO: Final = Gauge(
     "kms_build_info", "Always 1; the version is the label", ["version"], multiprocess_mode="livemax"
 )
 
-ANSWERING: Final = buffered_metrics.Tide(INFLIGHT)
+ANSWERING: Final = buffered_metrics.BufferedMetrics(INFLIGHT)
 """What ``INFLIGHT`` shows; moved by the event loop alone."""
 
 
@@ -306,9 +306,9 @@ def count_operation(record: _Operation, result: str, seconds: float) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _calls(operation: str, backend: str, mode: str, result: str) -> buffered_metrics.Calls:
+def _calls(operation: str, backend: str, mode: str, result: str) -> buffered_metrics.CallStats:
     """Operations of one kind: looking up the metrics costs more than counting."""
-    return buffered_metrics.Calls(
+    return buffered_metrics.CallStats(
         OPERATIONS.labels(operation, backend, mode, result),
         OPERATION_SECONDS.labels(operation, backend, mode),
         PAYLOAD_BYTES.labels(operation, "in"),
@@ -324,8 +324,8 @@ def count_answer(route: str, method: str, status: int, seconds: float) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _answers(route: str, method: str, status: int) -> buffered_metrics.Calls:
-    return buffered_metrics.Calls(
+def _answers(route: str, method: str, status: int) -> buffered_metrics.CallStats:
+    return buffered_metrics.CallStats(
         HTTP_REQUESTS.labels(route, method, str(status)), HTTP_SECONDS.labels(route, method)
     )
 
@@ -336,8 +336,8 @@ def count_record() -> None:
 
 
 @lru_cache(maxsize=1)
-def _records() -> buffered_metrics.Calls:
-    return buffered_metrics.Calls(AUDIT_EVENTS.labels("ok"))
+def _records() -> buffered_metrics.CallStats:
+    return buffered_metrics.CallStats(AUDIT_EVENTS.labels("ok"))
 
 
 def operation_counts() -> dict[tuple[str, str], int]:

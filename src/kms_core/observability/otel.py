@@ -1,4 +1,4 @@
-"""The spans of ``kms_core.observability.tracing`` as OpenTelemetry's, sent by OTLP over HTTP. Needs the extra ``otel``."""
+"""Sends the spans of ``tracing`` as OpenTelemetry's, by OTLP over HTTP. Needs the extra ``otel``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from kms_core.observability.tracing import PARENT, Kind, Note
+from kms_core.observability.tracing import PARENT, Kind, SpanDetails
 from kms_protocol import __version__
 
 _KINDS: Final = {
@@ -60,7 +60,7 @@ class OpenTelemetry:
         ) as made:
             yield made
 
-    def note(self, name: str, notes: Note) -> None:
+    def note(self, name: str, notes: SpanDetails) -> None:
         made = trace.get_current_span()
         if name:
             made.update_name(name)

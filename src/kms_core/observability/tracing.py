@@ -1,6 +1,6 @@
 """Spans of requests, operations, calls to backends and jobs; nothing, and nothing imported, unless asked for.
 
-What a span may say is the closed set ``Note``: no text of callers, no context, no message of an error.
+What a span may say is the closed set ``SpanDetails``: no text of callers, no context, no message of an error.
 ``kms_core.observability.otel`` speaks to OpenTelemetry, and is imported by ``configure`` alone.
 """
 
@@ -17,7 +17,7 @@ PARENT: Final = "traceparent"
 _OFF: Final = nullcontext()
 
 
-class Note(TypedDict, total=False):
+class SpanDetails(TypedDict, total=False):
     """All that spans say besides name, kind and time."""
 
     operation: str
@@ -37,7 +37,7 @@ class Tracer(Protocol):
     """What ``kms_core.observability.otel`` has."""
 
     def span(self, name: str, kind: Kind, parent: str) -> AbstractContextManager[object]: ...
-    def note(self, name: str, notes: Note) -> None: ...
+    def note(self, name: str, notes: SpanDetails) -> None: ...
     def parent(self) -> str: ...
     def stop(self) -> None: ...
 
@@ -90,7 +90,7 @@ def span(name: str, kind: Kind = "inside", parent: str = "") -> AbstractContextM
     return _OFF if _tracer is None else _tracer.span(name, kind, parent)
 
 
-def note(name: str = "", **notes: Unpack[Note]) -> None:
+def note(name: str = "", **notes: Unpack[SpanDetails]) -> None:
     """Say something of the innermost span; a name replaces its own."""
     if _tracer is not None:
         _tracer.note(name, notes)

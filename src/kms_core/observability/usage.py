@@ -1,7 +1,7 @@
 """Counts that outlive processes: operations by outcome, and what each key version has sealed.
 
-Kept in memory, handed to Redis every few seconds (``kms_core.jobs.store.usage_flush``): a call costs no round trip,
-and a process that is killed loses the counts of the last seconds. So they are lower bounds.
+Kept in memory, handed to Redis every few seconds (``kms_core.jobs.store.usage_flush``): a call costs no round
+trip, and a process that is killed loses the counts of the last seconds. So they are lower bounds.
 """
 
 import threading
@@ -29,7 +29,7 @@ class Counted(Protocol):
     bytes_in: int
 
 
-class Tally:
+class UsageCounters:
     """What this process has counted and not yet handed over. Safe to call from several threads."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from kms_core.payload import disk
 from kms_protocol.errors import InvalidRequest
 
 
-class Reader(Protocol):
+class RangeSource(Protocol):
     """Something of a known size that does not change while it is read. Safe for threads."""
 
     @property
@@ -32,7 +32,7 @@ class Reader(Protocol):
         """The run from ``position`` on."""
 
 
-class Writer(Protocol):
+class RangeTarget(Protocol):
     """A target in the making. Safe for threads; every byte is written once."""
 
     def reserve(self, size: int) -> None:
@@ -43,7 +43,7 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
+class FileRange:
     """A run of bytes in an open file, which ends where the run does."""
 
     fd: int
@@ -62,12 +62,12 @@ class Extent:
             raise changed()
         return status.st_mtime_ns
 
-    def tail(self, position: int) -> "Extent":
-        return Extent(self.fd, self.size - position, self.offset + position)
+    def tail(self, position: int) -> "FileRange":
+        return FileRange(self.fd, self.size - position, self.offset + position)
 
 
 @dataclass(frozen=True, slots=True)
-class Onto:
+class FileWriter:
     """A file as a target."""
 
     fd: int

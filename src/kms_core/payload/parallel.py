@@ -30,7 +30,7 @@ from kms_core.age.stream import (
     plaintext_size,
     sealed_size,
 )
-from kms_core.payload.files import Reader, Writer, changed
+from kms_core.payload.files import RangeSource, RangeTarget, changed
 from kms_protocol.errors import DecryptFailed
 
 SLAB_CHUNKS: Final = 16
@@ -38,7 +38,7 @@ Memory = TypeVar("Memory")
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class ParallelOptions:
     """How to go through a payload, and who wants to know.
 
     ``progress`` is told the plaintext bytes of each slab done; ``check`` is called before each slab and
@@ -60,11 +60,11 @@ class Pace:
             self.progress(size)
 
 
-STEADY: Final = Pace()
+STEADY: Final = ParallelOptions()
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ChunkRange:
     """The part of a payload that fills one slab: its first chunk, plaintext size, and whether it ends it."""
 
     first: int
@@ -100,7 +100,7 @@ class Slab:
         full, rest = divmod(size, CHUNK)
         return self._plain[:full] + ([self._plain[full][:rest]] if rest or not size else [])
 
-    def seal(self, piece: Piece, source: memoryview | None = None) -> memoryview:
+    def seal(self, piece: ChunkRange, source: memoryview | None = None) -> memoryview:
         """Seal what ``plain(piece.size)`` holds, or ``source``, which is one run of that size."""
         plain = cut(source, CHUNK) if source else self.plain(piece.size)
         sealed = self._sealed[: len(plain)]
@@ -120,7 +120,7 @@ class SealedSlab:
         self.memory = memoryview(bytearray(chunks * SEALED_CHUNK))
         self._plain = memoryview(bytearray(chunks * CHUNK))
 
-    def open(self, piece: Piece) -> memoryview:
+    def open(self, piece: ChunkRange) -> memoryview:
         """Open the chunks that ``memory`` begins with; if one is forged, clear all: DecryptFailed."""
         sealed = cut(self.memory[: piece.sealed_size], SEALED_CHUNK)
         opened = self._plain[: piece.size]
@@ -129,7 +129,9 @@ class SealedSlab:
         return opened
 
 
-def seal_file(key: bytes, source: Reader, target: Writer, target_at: int = 0, pace: Pace = STEADY) -> None:
+def seal_file(
+    key: bytes, source: RangeSource, target: RangeTarget, target_at: int = 0, pace: ParallelOptions = STEADY
+) -> None:
     """Seal all of ``source`` into chunks at ``target_at``.
 
     Raises InvalidRequest if the source is shorter or longer than its size or changes meanwhile, SpoolFull
@@ -138,7 +140,7 @@ def seal_file(key: bytes, source: Reader, target: Writer, target_at: int = 0, pa
     before = source.stamp()
     target.reserve(target_at + sealed_size(source.size))
 
-    def step(slab: Slab, piece: Piece) -> None:
+    def step(slab: Slab, piece: ChunkRange) -> None:
         if not source.read_into(slab.plain(piece.size), piece.plain_at):
             raise changed()
         target.write_at(slab.seal(piece), target_at + piece.sealed_at)
@@ -148,7 +150,9 @@ def seal_file(key: bytes, source: Reader, target: Writer, target_at: int = 0, pa
         raise changed()
 
 
-def open_file(key: bytes, source: Reader, target: Writer, target_at: int = 0, pace: Pace = STEADY) -> None:
+def open_file(
+    key: bytes, source: RangeSource, target: RangeTarget, target_at: int = 0, pace: ParallelOptions = STEADY
+) -> None:
     """Open the chunks in ``source`` into a target, which holds the truth only once this has returned.
 
     A forged slab is never written, but slabs behind it may be: write to what nobody sees. Raises
@@ -158,14 +162,18 @@ def open_file(key: bytes, source: Reader, target: Writer, target_at: int = 0, pa
     size = plaintext_size(source.size)
     target.reserve(target_at + size)
 
-    def step(slab: SealedSlab, piece: Piece) -> None:
+    def step(slab: SealedSlab, piece: ChunkRange) -> None:
         target.write_at(_read_open(slab, source, piece), target_at + piece.plain_at)
 
     _work(size, partial(SealedSlab, key), step, pace)
 
 
 def reseal_file(
-    keys: tuple[bytes, bytes], source: Reader, target: Writer, target_at: int = 0, pace: Pace = STEADY
+    keys: tuple[bytes, bytes],
+    source: RangeSource,
+    target: RangeTarget,
+    target_at: int = 0,
+    pace: ParallelOptions = STEADY,
 ) -> None:
     """Open the chunks in ``source`` under the first key and seal them under the second, at ``target_at``.
 
@@ -175,7 +183,7 @@ def reseal_file(
     size = plaintext_size(source.size)
     target.reserve(target_at + source.size)
 
-    def step(slabs: tuple[SealedSlab, Slab], piece: Piece) -> None:
+    def step(slabs: tuple[SealedSlab, Slab], piece: ChunkRange) -> None:
         opened, sealed = slabs
         plain = _read_open(opened, source, piece)
         for chunk, data in zip(sealed.plain(piece.size), cut(plain, CHUNK), strict=False):  # empty: no cut
@@ -185,10 +193,12 @@ def reseal_file(
     _work(size, lambda chunks: (SealedSlab(old, chunks), Slab(new, chunks)), step, pace)
 
 
-def copy_run(source: Reader, target: Writer, target_at: int = 0, pace: Pace = STEADY) -> None:
+def copy_run(
+    source: RangeSource, target: RangeTarget, target_at: int = 0, pace: ParallelOptions = STEADY
+) -> None:
     """Bytes as they are, to ``target_at``. InvalidRequest if the source ends before its size."""
 
-    def step(memory: memoryview, piece: Piece) -> None:
+    def step(memory: memoryview, piece: ChunkRange) -> None:
         data = memory[: piece.size]
         if not source.read_into([data], piece.plain_at):
             raise changed()
@@ -197,23 +207,26 @@ def copy_run(source: Reader, target: Writer, target_at: int = 0, pace: Pace = ST
     _work(source.size, lambda chunks: memoryview(bytearray(chunks * CHUNK)), step, pace)
 
 
-def verify_file(key: bytes, source: Reader, pace: Pace = STEADY) -> None:
+def verify_file(key: bytes, source: RangeSource, pace: ParallelOptions = STEADY) -> None:
     """Authenticate every chunk in ``source`` and write nothing; errors as ``open_file``."""
 
-    def step(slab: SealedSlab, piece: Piece) -> None:
+    def step(slab: SealedSlab, piece: ChunkRange) -> None:
         _read_open(slab, source, piece)
 
     _work(plaintext_size(source.size), partial(SealedSlab, key), step, pace)
 
 
-def _read_open(slab: SealedSlab, source: Reader, piece: Piece) -> memoryview:
+def _read_open(slab: SealedSlab, source: RangeSource, piece: ChunkRange) -> memoryview:
     if not source.read_into([slab.memory[: piece.sealed_size]], piece.sealed_at):
         raise DecryptFailed
     return slab.open(piece)
 
 
 def _work(
-    size: int, memory: Callable[[int], Memory], step: Callable[[Memory, Piece], None], pace: Pace
+    size: int,
+    memory: Callable[[int], Memory],
+    step: Callable[[Memory, ChunkRange], None],
+    pace: ParallelOptions,
 ) -> None:
     """Call ``step`` once for each piece, from several threads; the first error stops them and is raised.
 
@@ -230,7 +243,7 @@ def _work(
         try:
             while not stop.is_set() and (turn := next(turns)) < total:
                 pace.before()
-                piece = Piece(turn * chunks, min(width, size - turn * width), last=turn == total - 1)
+                piece = ChunkRange(turn * chunks, min(width, size - turn * width), last=turn == total - 1)
                 step(slab, piece)
                 pace.after(piece.size)
         finally:

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.utils import Buffer
 
 from kms_core.age.stream import CHUNK, SEALED_CHUNK, cut, nonce, plaintext_size
-from kms_core.payload.parallel import SLAB_CHUNKS, STEADY, Pace, Piece, SealedSlab, Slab
+from kms_core.payload.parallel import SLAB_CHUNKS, STEADY, ChunkRange, ParallelOptions, SealedSlab, Slab
 from kms_protocol.errors import DecryptFailed
 
 _BUFFERS: Final = 2
@@ -69,7 +69,7 @@ class SlabSealer:
         """The last slab, which ends the payload; at least 16 bytes. Nothing can be fed after it."""
         self._refuse_if_finished()
         self._finished = True
-        return bytes(self._slab.seal(Piece(self._first, self._held, last=True)))
+        return bytes(self._slab.seal(ChunkRange(self._first, self._held, last=True)))
 
     def _take(self, data: memoryview) -> int:
         chunk, start = divmod(self._held, CHUNK)
@@ -86,7 +86,7 @@ class SlabSealer:
             self._places = self._slab.plain(full)
 
     def _seal(self, source: memoryview | None = None) -> memoryview:
-        sealed = self._slab.seal(Piece(self._first, self._full, last=False), source)
+        sealed = self._slab.seal(ChunkRange(self._first, self._full, last=False), source)
         self._held = 0
         self._first += self._full // CHUNK
         return sealed
@@ -96,7 +96,7 @@ class SlabSealer:
             raise ValueError("the payload is finished: sealing more under its key would reuse a nonce")
 
 
-def seal_pipe(key: bytes, reader: Readable, writer: Writable, pace: Pace = STEADY) -> int:
+def seal_pipe(key: bytes, reader: Readable, writer: Writable, pace: ParallelOptions = STEADY) -> int:
     """Seal what ``reader`` gives until its end; the plaintext's size. ``pace.threads`` has no say here."""
     _widen(reader, writer)
     pair = [Slab(key, pace.slab_chunks) for _ in range(_BUFFERS)]
@@ -105,13 +105,13 @@ def seal_pipe(key: bytes, reader: Readable, writer: Writable, pace: Pace = STEAD
     total = 0
     for turn, (size, last) in enumerate(turns):
         pace.before()
-        _write_all(writer, pair[turn % _BUFFERS].seal(Piece(turn * pace.slab_chunks, size, last=last)))
+        _write_all(writer, pair[turn % _BUFFERS].seal(ChunkRange(turn * pace.slab_chunks, size, last=last)))
         total += size
         pace.after(size)
     return total
 
 
-def open_pipe(key: bytes, reader: Readable, writer: Writable, pace: Pace = STEADY) -> int:
+def open_pipe(key: bytes, reader: Readable, writer: Writable, pace: ParallelOptions = STEADY) -> int:
     """Open the chunks that ``reader`` gives until its end; the plaintext's size.
 
     Raises DecryptFailed once the chunks before the fault are written: what was released is genuine but
@@ -124,7 +124,7 @@ def open_pipe(key: bytes, reader: Readable, writer: Writable, pace: Pace = STEAD
         pace.before()
         slab, first = pair[turn % _BUFFERS], turn * pace.slab_chunks
         try:
-            opened = slab.open(Piece(first, _run_size(first, size, last=last), last=last))
+            opened = slab.open(ChunkRange(first, _run_size(first, size, last=last), last=last))
         except DecryptFailed:
             for chunk in _genuine(ChaCha20Poly1305(key), first, slab.memory[:size], last=last):
                 _write_all(writer, memoryview(chunk))

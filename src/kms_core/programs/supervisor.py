@@ -39,7 +39,7 @@ class Child:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class RestartPolicy:
     """How fast things happen. A child that lived ``steady_s`` is forgiven its earlier deaths."""
 
     first_delay_s: float = 0.2
@@ -90,10 +90,10 @@ def _heard(number: int, frame: FrameType | None) -> None:
     """Do nothing: the byte in the wakeup socket is the message."""
 
 
-class Minder:
+class Supervisor:
     """One child over its lives: starts it, notices its end, starts it again later and later."""
 
-    def __init__(self, child: Child, pid_dir: Path, pace: Pace) -> None:
+    def __init__(self, child: Child, pid_dir: Path, pace: RestartPolicy) -> None:
         self.child = child
         self.was_ready = False
         self.refused = False
@@ -188,7 +188,11 @@ def _write(path: Path, text: str) -> None:
 
 
 def supervise(
-    children: Sequence[Child], *, pid_dir: Path, on_ready: Callable[[], None], pace: Pace | None = None
+    children: Sequence[Child],
+    *,
+    pid_dir: Path,
+    on_ready: Callable[[], None],
+    pace: RestartPolicy | None = None,
 ) -> int:
     """Run ``children`` until SIGINT, SIGTERM or SIGHUP; return the exit code.
 
@@ -197,8 +201,8 @@ def supervise(
     wrong configuration does not mend itself, so everything stops. Call it from the main thread. 0 after a
     clean stop, 1 after a kill, 69 if not all were ready in time, 78 as said.
     """
-    pace = pace or Pace()
-    minders = [Minder(child, pid_dir, pace) for child in children]
+    pace = pace or RestartPolicy()
+    minders = [Supervisor(child, pid_dir, pace) for child in children]
     with Signals() as signals:
         try:
             code = _watch(minders, signals, on_ready, pace)
@@ -208,7 +212,9 @@ def supervise(
                 minder.kill()
 
 
-def _watch(minders: list[Minder], signals: Signals, on_ready: Callable[[], None], pace: Pace) -> int:
+def _watch(
+    minders: list[Supervisor], signals: Signals, on_ready: Callable[[], None], pace: RestartPolicy
+) -> int:
     deadline = time.monotonic() + pace.start_timeout_s
     announced = False
     while True:
@@ -228,14 +234,14 @@ def _watch(minders: list[Minder], signals: Signals, on_ready: Callable[[], None]
             return 0
 
 
-def _tick(minders: list[Minder]) -> None:
+def _tick(minders: list[Supervisor]) -> None:
     for minder in minders:
         minder.tick()
         if minder.child.first and not minder.was_ready:
             return
 
 
-def _nap_s(minders: list[Minder], pace: Pace) -> float:
+def _nap_s(minders: list[Supervisor], pace: RestartPolicy) -> float:
     """Until something can be due; deaths wake us anyway."""
     if not all(minder.was_ready for minder in minders):
         return pace.poll_s
@@ -243,7 +249,7 @@ def _nap_s(minders: list[Minder], pace: Pace) -> float:
     return min([pace.idle_s, *due])
 
 
-def _stop(minders: list[Minder], signals: Signals, code: int, pace: Pace) -> int:
+def _stop(minders: list[Supervisor], signals: Signals, code: int, pace: RestartPolicy) -> int:
     asked_at = time.monotonic()
     say("stopping; press Ctrl-C again to kill")
     for together in _by_turns(minders):
@@ -261,7 +267,7 @@ def _stop(minders: list[Minder], signals: Signals, code: int, pace: Pace) -> int
     return code
 
 
-def _by_turns(minders: list[Minder]) -> list[list[Minder]]:
+def _by_turns(minders: list[Supervisor]) -> list[list[Supervisor]]:
     """What stops together: all that nobody needs, then each of the ``first`` ones, the last one first."""
     others = [minder for minder in minders if not minder.child.first]
     return [others, *([minder] for minder in reversed(minders) if minder.child.first)]

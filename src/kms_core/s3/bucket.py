@@ -16,7 +16,7 @@ from xml.sax.saxutils import escape, unescape  # nosec B406  # text to text: not
 import structlog
 
 from kms_core.payload.files import changed
-from kms_core.s3.connection import Answer, Ask, Line
+from kms_core.s3.connection import Ask, S3Answer, S3Connection
 from kms_protocol.errors import PathRefused
 
 PUT_LIMIT_BYTES: Final = 5 * 1024**3
@@ -32,7 +32,7 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ObjectHead:
     """An object as it is now. ``etag`` changes with every write; ``mark`` names the job that wrote it."""
 
     size: int
@@ -40,7 +40,7 @@ class Found:
     mark: str
 
 
-class Part(NamedTuple):
+class UploadedPart(NamedTuple):
     """A part of an upload that has arrived; the ETag is without its quotes, which not every answer has."""
 
     number: int
@@ -76,14 +76,14 @@ ALWAYS: Final = If()
 class Bucket:
     """A bucket on a line."""
 
-    def __init__(self, name: str, line: Line, *, path_style: bool) -> None:
+    def __init__(self, name: str, line: S3Connection, *, path_style: bool) -> None:
         self.name = name
         self.line = line
         self._subdomain, self._base = ("", f"/{name}") if path_style else (name, "")
 
     # -- objects -------------------------------------------------------------------------------------
 
-    def head(self, key: str) -> Found | None:
+    def head(self, key: str) -> ObjectHead | None:
         """The object, or None."""
         answer = self._ask("HEAD", key)
         if answer.status == HTTPStatus.NOT_FOUND:
@@ -92,7 +92,7 @@ class Bucket:
         size = answer.headers.get("content-length", "")
         if not size.isdecimal() or not answer.headers.get("etag"):
             raise self._refusal(answer)
-        return Found(int(size), answer.headers["etag"], answer.headers.get(MARK, ""))
+        return ObjectHead(int(size), answer.headers["etag"], answer.headers.get(MARK, ""))
 
     def read_into(self, key: str, etag: str, start: int, views: Sequence[memoryview]) -> None:
         """Fill the views from ``start`` on, out of the object of this ETag. InvalidRequest if it changed."""
@@ -137,12 +137,12 @@ class Bucket:
             raise self._refusal(answer)
         return upload
 
-    def put_part(self, key: str, upload: str, number: int, body: memoryview) -> Part:
+    def put_part(self, key: str, upload: str, number: int, body: memoryview) -> UploadedPart:
         query = {"partNumber": str(number), "uploadId": upload}
         answer = self._ask_ok("PUT", key, query=query, body=body)
-        return Part(number, answer.headers.get("etag", "").strip('"'), len(body))
+        return UploadedPart(number, answer.headers.get("etag", "").strip('"'), len(body))
 
-    def copy_part(self, key: str, upload: str, number: int, run: "Run") -> Part | None:
+    def copy_part(self, key: str, upload: str, number: int, run: "Run") -> UploadedPart | None:
         """A part out of an object on the same line, moved by the store itself. None if it cannot do that.
 
         InvalidRequest if the object has another ETag by now, where the store looks.
@@ -160,9 +160,9 @@ class Bucket:
         if answer.status in _CANNOT or answer.code == "NotImplemented" or (answer.ok and not etag):
             return None
         self._check(answer)
-        return Part(number, etag, run.size)
+        return UploadedPart(number, etag, run.size)
 
-    def complete(self, key: str, upload: str, parts: Sequence[Part], condition: If) -> Completion:
+    def complete(self, key: str, upload: str, parts: Sequence[UploadedPart], condition: If) -> Completion:
         """Make the object out of its parts, all at once."""
         listed = "".join(
             f'<Part><PartNumber>{part.number}</PartNumber><ETag>"{escape(part.etag)}"</ETag></Part>'
@@ -183,9 +183,9 @@ class Bucket:
         self._check(answer)
         return Completion.DONE
 
-    def parts(self, key: str, upload: str) -> list[Part] | None:
+    def parts(self, key: str, upload: str) -> list[UploadedPart] | None:
         """What has arrived of an upload, by number; None if there is no such upload any more."""
-        found: list[Part] = []
+        found: list[UploadedPart] = []
         query = {"uploadId": upload, "max-parts": "1000"}
         while True:
             answer = self._ask("GET", key, query=query)
@@ -195,7 +195,7 @@ class Bucket:
             text = answer.body.decode("utf-8", "replace")
             for entry in _elements(text, "Part"):
                 number, size = int(_tag(entry, "PartNumber")), int(_tag(entry, "Size"))
-                found.append(Part(number, _tag(entry, "ETag").strip('"'), size))
+                found.append(UploadedPart(number, _tag(entry, "ETag").strip('"'), size))
             if _tag(text, "IsTruncated") != "true":
                 return found
             query["part-number-marker"] = str(found[-1].number)
@@ -220,7 +220,7 @@ class Bucket:
         headers: Mapping[str, str] | None = None,
         body: memoryview | bytes = b"",
         slow: bool = False,
-    ) -> Answer:
+    ) -> S3Answer:
         ask = Ask(method, self._path(key), query or {}, headers or {}, body, slow)
         return self.line.ask(ask, self._subdomain)
 
@@ -232,16 +232,16 @@ class Bucket:
         query: Mapping[str, str],
         headers: Mapping[str, str] | None = None,
         body: memoryview | bytes = b"",
-    ) -> Answer:
+    ) -> S3Answer:
         answer = self._ask(method, key, query=query, headers=headers, body=body)
         self._check(answer)
         return answer
 
-    def _check(self, answer: Answer) -> None:
+    def _check(self, answer: S3Answer) -> None:
         if not answer.ok:
             raise self._refusal(answer)
 
-    def _refusal(self, answer: Answer) -> PathRefused:
+    def _refusal(self, answer: S3Answer) -> PathRefused:
         said = f"{answer.status} {answer.code}".rstrip()
         _log.warning("s3.refused", bucket=self.name, said=said)
         return PathRefused(_ADVICE.get(answer.status, _OTHER).format(bucket=self.name, said=said))
@@ -272,7 +272,7 @@ _ADVICE: Final[Mapping[int, str]] = {
 }
 
 
-def _not_held(answer: Answer, condition: If) -> bool:
+def _not_held(answer: S3Answer, condition: If) -> bool:
     """S3 answers 412, 409 while another write is under way, and 404 to If-Match where nothing is there."""
     if answer.status in _TAKEN and condition != ALWAYS:
         return True

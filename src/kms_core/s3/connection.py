@@ -47,7 +47,7 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class S3Endpoint:
     """Where a bucket is. ``endpoint`` is ``http[s]://host[:port][/prefix]``, checked by the settings."""
 
     endpoint: str
@@ -70,7 +70,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class S3Answer:
     """A status, the headers by lower-case name, and a bounded body; ``code`` is the store's own word."""
 
     status: int
@@ -97,10 +97,10 @@ class Answer:
         return self.status >= HTTPStatus.INTERNAL_SERVER_ERROR or self.code in _PASSING
 
 
-class Line:
+class S3Connection:
     """One endpoint with one set of credentials."""
 
-    def __init__(self, place: Place, *, first_wait_s: float = FIRST_WAIT_S) -> None:
+    def __init__(self, place: S3Endpoint, *, first_wait_s: float = FIRST_WAIT_S) -> None:
         """Connects to nothing."""
         url = urlsplit(place.endpoint)
         self.place = place
@@ -112,14 +112,14 @@ class Line:
         self._idle: list[http.client.HTTPConnection] = []
         self._owner = os.getpid()
 
-    def ask(self, ask: Ask, subdomain: str = "") -> Answer:
+    def ask(self, ask: Ask, subdomain: str = "") -> S3Answer:
         """The answer, whatever its status below 500. Raises Unavailable when it is not to be had.
 
         Everything that is asked may arrive twice, since an answer can be lost.
         """
         return self._tried(ask, subdomain, _whole)
 
-    def fetch(self, ask: Ask, views: Sequence[memoryview], subdomain: str = "") -> Answer:
+    def fetch(self, ask: Ask, views: Sequence[memoryview], subdomain: str = "") -> S3Answer:
         """As ``ask``; the body of a 200 or 206 goes into the views, which it must fill exactly."""
 
         def into(response: http.client.HTTPResponse) -> bytes:
@@ -133,7 +133,7 @@ class Line:
 
         return self._tried(ask, subdomain, into)
 
-    def _tried(self, ask: Ask, subdomain: str, read: Callable[[http.client.HTTPResponse], bytes]) -> Answer:
+    def _tried(self, ask: Ask, subdomain: str, read: Callable[[http.client.HTTPResponse], bytes]) -> S3Answer:
         digest = hashlib.sha256(ask.body).hexdigest()
         trouble = ""
         for number in range(TRIES):
@@ -154,7 +154,7 @@ class Line:
 
     def _once(
         self, ask: Ask, subdomain: str, digest: str, read: Callable[[http.client.HTTPResponse], bytes]
-    ) -> Answer:
+    ) -> S3Answer:
         host = f"{subdomain}.{self._host}" if subdomain else self._host
         named = f"[{host}]" if ":" in host else host
         request = Request(
@@ -173,7 +173,7 @@ class Line:
         try:
             response = _exchange(connection, request, headers, memoryview(ask.body))
             body = read(response)
-            answer = Answer(
+            answer = S3Answer(
                 response.status, {name.lower(): value for name, value in response.getheaders()}, body
             )
         except BaseException:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from kms_core.payload.files import changed
-from kms_core.s3.bucket import MOST_PARTS, Bucket, Part, Run
+from kms_core.s3.bucket import MOST_PARTS, Bucket, Run, UploadedPart
 from kms_protocol.errors import InvalidRequest, PathRefused
 
 PART_BYTES: Final = 8 * 1024 * 1024
@@ -82,7 +82,7 @@ class Assembly:
     part_bytes: int = PART_BYTES
     upload: str = ""
     _filling: dict[int, _Filling] = field(default_factory=dict)
-    _sent: dict[int, Part] = field(default_factory=dict)
+    _sent: dict[int, UploadedPart] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _copied: bool = False
 
@@ -151,7 +151,7 @@ class Assembly:
         return self._filling[0].memory if self._filling else memoryview(b"")
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[UploadedPart]:
         """What was sent, by number."""
         return [self._sent[number] for number in sorted(self._sent)]
 
@@ -171,7 +171,7 @@ class Assembly:
         self._sent[number + 1] = self.bucket.put_part(self.key, self.upload, number + 1, part.memory)
 
 
-def digest(parts: Sequence[Part]) -> str:
+def digest(parts: Sequence[UploadedPart]) -> str:
     """What tells the parts of an upload from others."""
     text = "".join(f"{part.number} {part.size} {part.etag}\n" for part in parts)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -8,7 +8,7 @@ from msgspec import Meta
 from kms_core.settings.base import KeyId, Section, Timeout
 
 
-class Age(Section, frozen=True, kw_only=True):
+class AgeSection(Section, frozen=True, kw_only=True):
     """``[kms.age]``: local X25519 files.
 
     Default paths: ``age/`` in the state directory where one is named, else ``~/.config/provisioning/age/``.
@@ -21,7 +21,7 @@ class Age(Section, frozen=True, kw_only=True):
     accept_foreign: bool
 
 
-class Cosmian(Section, frozen=True, kw_only=True):
+class CosmianSection(Section, frozen=True, kw_only=True):
     """``[kms.cosmian]``: needed where Cosmian is the active backend or a key's URI names it."""
 
     server_url: str | None = None
@@ -36,7 +36,7 @@ class Cosmian(Section, frozen=True, kw_only=True):
     timeout_s: Timeout = 5.0
 
 
-class Vault(Section, frozen=True, kw_only=True):
+class VaultSection(Section, frozen=True, kw_only=True):
     """What ``[kms.transit]`` and ``[kms.vault_kv]`` have in common: a server, and our token there."""
 
     address: str | None = None
@@ -51,14 +51,14 @@ class Vault(Section, frozen=True, kw_only=True):
     data_keys: bool = True
 
 
-class Transit(Vault, frozen=True, kw_only=True):
+class TransitSection(VaultSection, frozen=True, kw_only=True):
     """``[kms.transit]``: needed where transit is the active backend or a key's URI names it."""
 
     mount: str = "transit"
     key_name: str | None = None
 
 
-class VaultKv(Vault, frozen=True, kw_only=True):
+class VaultKvSection(VaultSection, frozen=True, kw_only=True):
     """``[kms.vault_kv]``: as ``[kms.transit]``, for vault-kv; ``cache_s`` is how long keys stay in memory."""
 
     mount: str = "secret"
@@ -67,7 +67,7 @@ class VaultKv(Vault, frozen=True, kw_only=True):
     cache_s: Annotated[float, Meta(ge=0, le=3600)] = 60.0
 
 
-class AwsKms(Section, frozen=True, kw_only=True):
+class AwsKmsSection(Section, frozen=True, kw_only=True):
     """``[kms.awskms]``: needed where AWS KMS is the active backend; else what keys named by URI start from.
 
     What is None is left to AWS's own configuration: ``AWS_*`` variables, ``~/.aws``, a role of the machine.

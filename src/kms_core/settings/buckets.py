@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kms_core.settings.model import Bucket, Settings
+from kms_core.settings.model import BucketSection, Settings
 from kms_core.settings.validate_backends import check_address, is_loopback
 from kms_protocol.errors import ConfigurationError
 
@@ -40,7 +40,7 @@ def _check_prefixes(where: str, prefixes: tuple[str, ...]) -> None:
             )
 
 
-def _check_http(where: str, section: Bucket, *, in_dev: bool) -> None:
+def _check_http(where: str, section: BucketSection, *, in_dev: bool) -> None:
     """Over ``http://`` others can read plaintext, if not credentials: only on purpose, and only near by."""
     url = urlsplit(section.endpoint or "")
     if url.scheme != "http":

@@ -10,8 +10,8 @@ import structlog
 
 from kms_core import proxies
 from kms_core.secure_files import open_to_others
-from kms_core.settings.backends import Vault
-from kms_core.settings.model import Kms, Settings
+from kms_core.settings.backends import VaultSection
+from kms_core.settings.model import KmsSection, Settings
 from kms_core.settings.redis_urls import SENTINELS, is_tls, sentinels, split_url
 from kms_core.settings.toml_reader import nearest
 from kms_core.settings.validate_backends import is_loopback
@@ -91,7 +91,7 @@ def _is_cleartext(url: str | None) -> bool:
     return parts.scheme == "http" and not is_loopback(parts.hostname or "")
 
 
-def _of(backend: str, test: Callable[[Kms], bool]) -> Test:
+def _of(backend: str, test: Callable[[KmsSection], bool]) -> Test:
     """A test of a backend's section, where that backend is in use."""
     return lambda settings: backend in settings.used_backends and test(settings.kms)
 
@@ -130,7 +130,7 @@ def _is_open_redis(settings: Settings) -> bool:
     return _leaves_host(section.url) and not has_password and section.client_cert_file is None
 
 
-def _is_open_cosmian(kms: Kms) -> bool:
+def _is_open_cosmian(kms: KmsSection) -> bool:
     section = kms.cosmian
     is_near = is_loopback(urlsplit(section.server_url or "").hostname or "")
     return not (is_near or section.api_key or section.api_key_file or section.client_cert_file)
@@ -145,7 +145,7 @@ def _has_no_anchor(settings: Settings) -> bool:
     return not audit.anchor_redis and audit.anchor_dir is None
 
 
-def _readable(setting: str, paths: Callable[[Kms], Iterator[Path | None]]) -> Weakness:
+def _readable(setting: str, paths: Callable[[KmsSection], Iterator[Path | None]]) -> Weakness:
     """The row of files with a secret that others than their owner may use."""
     return Weakness(
         setting,
@@ -163,7 +163,7 @@ def _is_open(path: Path) -> bool:
         return False
 
 
-def _vault(name: str, backend: str, section: Callable[[Kms], Vault]) -> tuple[Weakness, ...]:
+def _vault(name: str, backend: str, section: Callable[[KmsSection], VaultSection]) -> tuple[Weakness, ...]:
     return (
         Weakness(
             f"{name}.address",

@@ -11,11 +11,11 @@ from typing import Final
 
 from kms_core.settings.buckets import check_buckets
 from kms_core.settings.lint import check_accepted
-from kms_core.settings.model import Kms, Settings
+from kms_core.settings.model import KmsSection, Settings
 from kms_core.settings.redis_urls import check_redis, for_celery
 from kms_core.settings.toml_reader import (
     FromEnvironment,
-    Reader,
+    SectionReader,
     Tree,
     Variables,
     expand,
@@ -155,7 +155,7 @@ def _settings(
 ) -> Settings:
     for name in document.keys() - {"kms"}:
         raise ConfigurationError(f"[{name}] is not a setting: everything is below [kms]")
-    reader = Reader(environ.get("HOME"))
+    reader = SectionReader(environ.get("HOME"))
     variables = Variables(environ) if found is None else Variables(environ, _refusal(found))
     kms = table({"kms": expand(document.get("kms", {}), variables, "kms")}, "kms", "")
     if found is not None:
@@ -168,7 +168,7 @@ def _settings(
     if isinstance(table(kms, "cosmian", "kms.").get("api_key"), str):
         literals.add("cosmian")
     _fill_in(kms, reader, environ)
-    settings = Settings(kms=reader.section(Kms, kms, "kms"))
+    settings = Settings(kms=reader.section(KmsSection, kms, "kms"))
     check_environment(settings)
     check_variables(settings, unset)
     check_keys(settings)
@@ -206,7 +206,7 @@ def _lay_over(kms: Tree, values: Mapping[str, object]) -> None:
         target[name] = value
 
 
-def _fill_in(kms: Tree, reader: Reader, environ: Mapping[str, str]) -> None:
+def _fill_in(kms: Tree, reader: SectionReader, environ: Mapping[str, str]) -> None:
     """Put in the defaults that depend on the environment's name, the state directory or another key."""
     named: str = reader.value(str, kms.get("environment", "dev"), "kms.environment")
     kms["environment"] = environment = ALIASES.get(named.strip().lower(), named.strip().lower())
@@ -252,7 +252,7 @@ def _fill_age(age: Tree, directory: str, environment: str) -> None:
     age.setdefault("accept_foreign", environment == "dev")
 
 
-def _fill_redis(redis: Tree, reader: Reader) -> None:
+def _fill_redis(redis: Tree, reader: SectionReader) -> None:
     """The default broker is the same server."""
     url: str = reader.value(str, redis.setdefault("url", DEFAULT_REDIS_URL), "kms.redis.url")
     redis.setdefault("broker_url", for_celery(url))

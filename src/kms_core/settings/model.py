@@ -9,7 +9,13 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, field
 
-from kms_core.settings.backends import Age, AwsKms, Cosmian, Transit, VaultKv
+from kms_core.settings.backends import (
+    AgeSection,
+    AwsKmsSection,
+    CosmianSection,
+    TransitSection,
+    VaultKvSection,
+)
 from kms_core.settings.base import BackendName, GiB, KeyId, KiB, MiB, Positive, Seconds, Section, Timeout
 
 BucketName = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{2,62}(?!\\s)$")]
@@ -21,13 +27,13 @@ Algorithm = Literal[  # of JWTs: signatures by a private key, nothing else
 Port = Annotated[int, Meta(ge=1, le=65534)]  # the worker's metrics are on port + 1
 
 
-class Environment(Section, frozen=True, kw_only=True):
+class EnvironmentSection(Section, frozen=True, kw_only=True):
     """``[kms.environments.<name>]``: an environment besides dev and prod. The guards of prod are prod's."""
 
     backend: BackendName
 
 
-class Redis(Section, frozen=True, kw_only=True):
+class RedisSection(Section, frozen=True, kw_only=True):
     """``[kms.redis]``: job state; ``broker_url`` is Celery's and defaults to the same server.
 
     ``password_file`` holds the password of the user that a URL of Redis or Sentinel names.
@@ -51,7 +57,7 @@ class ClaimGrant(Section, frozen=True, kw_only=True):
     scopes: tuple[str, ...]
 
 
-class Issuer(Section, frozen=True, kw_only=True):
+class IssuerSection(Section, frozen=True, kw_only=True):
     """``[kms.auth.issuers.<name>]``: whose JWTs are let in, and what their claims mean.
 
     Without ``jwks_url`` and ``jwks_file`` its keys are found by discovery. ``tenants`` bound what
@@ -75,7 +81,7 @@ class Issuer(Section, frozen=True, kw_only=True):
     job_grace_s: Annotated[int, Meta(ge=0, le=30 * 24 * 3600)] = 0
 
 
-class Certificate(Section, frozen=True, kw_only=True):
+class CertificateSection(Section, frozen=True, kw_only=True):
     """``[kms.auth.certificates.<name>]``: a client certificate, by one of the names that it bears."""
 
     subject: Annotated[str, Meta(min_length=1)]
@@ -83,17 +89,17 @@ class Certificate(Section, frozen=True, kw_only=True):
     scopes: tuple[str, ...]
 
 
-class Auth(Section, frozen=True, kw_only=True):
+class AuthSection(Section, frozen=True, kw_only=True):
     """``[kms.auth]``: None means that nobody has decided, which is enough on loopback in dev only."""
 
     mode: Literal["none", "required"] | None = None
     tokens_path: Path
     failures_per_minute: Positive = 30
-    issuers: dict[KeyId, Issuer] = field(default_factory=dict)
-    certificates: dict[KeyId, Certificate] = field(default_factory=dict)
+    issuers: dict[KeyId, IssuerSection] = field(default_factory=dict)
+    certificates: dict[KeyId, CertificateSection] = field(default_factory=dict)
 
 
-class Tenant(Section, frozen=True, kw_only=True):
+class TenantSection(Section, frozen=True, kw_only=True):
     """``[kms.tenants.<name>]``: the keys that a tenant may use, and its quotas; None means no bound."""
 
     keys: tuple[str, ...] = ("*",)
@@ -103,7 +109,7 @@ class Tenant(Section, frozen=True, kw_only=True):
     spool_bytes: Positive | None = None
 
 
-class Server(Section, frozen=True, kw_only=True):
+class ServerSection(Section, frozen=True, kw_only=True):
     """``[kms.server]``: processes, TLS, names that a Host header may carry besides loopback ones, pages.
 
     The rest bounds what requests hold, in each process: ``json_bytes`` of JSON bodies in work, ``uploads``,
@@ -145,7 +151,7 @@ class Server(Section, frozen=True, kw_only=True):
     transfer_stall_s: Seconds = 60.0
 
 
-class Facade(Section, frozen=True, kw_only=True):
+class FacadeSection(Section, frozen=True, kw_only=True):
     """``[kms.facade]``: Vault's transit API below ``/v1/``, by default in dev alone.
 
     ``port`` is a second listener for these paths only.
@@ -155,7 +161,7 @@ class Facade(Section, frozen=True, kw_only=True):
     port: Port | None = None
 
 
-class Limits(Section, frozen=True, kw_only=True):
+class LimitsSection(Section, frozen=True, kw_only=True):
     """``[kms.limits]``: what a request may cost. ``sync_*`` hold for calls answered at once."""
 
     sync_plaintext_bytes: Positive = 1 * MiB
@@ -171,7 +177,7 @@ class Limits(Section, frozen=True, kw_only=True):
     json_job_bytes: Positive = 16 * MiB
 
 
-class Endpoint(Section, frozen=True, kw_only=True):
+class EndpointSection(Section, frozen=True, kw_only=True):
     """``[kms.jobs.endpoints.<name>]``: a receiver of webhooks, which a job names in its ``callback``.
 
     ``tenants`` are those whose jobs may name it; None is all.
@@ -185,7 +191,7 @@ class Endpoint(Section, frozen=True, kw_only=True):
     ca_file: Path | None = None
 
 
-class Bucket(Section, frozen=True, kw_only=True):
+class BucketSection(Section, frozen=True, kw_only=True):
     """``[kms.jobs.buckets.<bucket>]``: where a bucket is, as whom to use it, and what jobs may do there.
 
     ``read`` and ``write`` are prefixes of keys that end in a slash; ``""`` is the whole bucket, and none is
@@ -204,7 +210,7 @@ class Bucket(Section, frozen=True, kw_only=True):
     timeout_s: Timeout = 60.0
 
 
-class Jobs(Section, frozen=True, kw_only=True):
+class JobsSection(Section, frozen=True, kw_only=True):
     """``[kms.jobs]``: ``roots`` are the directories that ``file://`` may name; none means no such jobs.
 
     Their default is ``files`` in the state directory in dev, and none elsewhere. Jobs that read
@@ -229,11 +235,11 @@ class Jobs(Section, frozen=True, kw_only=True):
     fanout_files: Positive = 100_000
     queues: tuple[Queue, ...] = ("kms.bulk", "kms.files", "kms.maintenance")
     watchdog_s: Positive = 120
-    endpoints: dict[KeyId, Endpoint] = field(default_factory=dict)
-    buckets: dict[BucketName, Bucket] = field(default_factory=dict)
+    endpoints: dict[KeyId, EndpointSection] = field(default_factory=dict)
+    buckets: dict[BucketName, BucketSection] = field(default_factory=dict)
 
 
-class Audit(Section, frozen=True, kw_only=True):
+class AuditSection(Section, frozen=True, kw_only=True):
     """``[kms.audit]``: ``write`` hands each record to the kernel, ``fsync`` waits for the disk.
 
     ``sinks`` besides the file are copies; ``anchor_*`` are second places for signed checkpoints, one of which
@@ -253,7 +259,7 @@ class Audit(Section, frozen=True, kw_only=True):
     anchor_dir: Path | None = None
 
 
-class Rotation(Section, frozen=True, kw_only=True):
+class RotationSection(Section, frozen=True, kw_only=True):
     """``[kms.rotation]``: new versions of keys, made by the workers; ``every_days`` 0 means by hand alone.
 
     ``max_per_hour`` bounds the new versions of each key that callers make.
@@ -265,7 +271,7 @@ class Rotation(Section, frozen=True, kw_only=True):
     max_per_hour: Positive = 10
 
 
-class Log(Section, frozen=True, kw_only=True):
+class LogSection(Section, frozen=True, kw_only=True):
     """``[kms.log]``: ``level`` in the grammar of ``logs.parse_levels``."""
 
     level: str = "info"
@@ -276,7 +282,7 @@ class Log(Section, frozen=True, kw_only=True):
         return self.format == "json" or (self.format == "auto" and not terminal)
 
 
-class Traces(Section, frozen=True, kw_only=True):
+class TracesSection(Section, frozen=True, kw_only=True):
     """``[kms.traces]``: spans to an OTLP receiver; needs the extra ``otel``.
 
     ``endpoint`` is the whole URL that takes traces by HTTP. All else is OpenTelemetry's own ``OTEL_*``.
@@ -286,7 +292,7 @@ class Traces(Section, frozen=True, kw_only=True):
     endpoint: str | None = None
 
 
-class Kms(Section, frozen=True, kw_only=True):
+class KmsSection(Section, frozen=True, kw_only=True):
     """``[kms]``, the only table of the file.
 
     ``accept_weak`` names settings that ``kms config lint`` tells, and that shall stay as they are.
@@ -302,24 +308,24 @@ class Kms(Section, frozen=True, kw_only=True):
     state_dir: Path
     allow_age_in_prod: bool = False
     accept_weak: tuple[str, ...] = ()
-    environments: dict[str, Environment] = field(default_factory=dict)
+    environments: dict[str, EnvironmentSection] = field(default_factory=dict)
     keys: dict[KeyId, str | tuple[str, ...]] = field(default_factory=dict)
-    age: Age
-    cosmian: Cosmian = field(default_factory=Cosmian)
-    transit: Transit = field(default_factory=Transit)
-    vault_kv: VaultKv = field(default_factory=VaultKv)
-    awskms: AwsKms = field(default_factory=AwsKms)
-    redis: Redis
-    auth: Auth
-    tenants: dict[KeyId, Tenant] = field(default_factory=dict)
-    server: Server
-    facade: Facade
-    limits: Limits = field(default_factory=Limits)
-    jobs: Jobs
-    audit: Audit
-    rotation: Rotation = field(default_factory=Rotation)
-    log: Log = field(default_factory=Log)
-    traces: Traces = field(default_factory=Traces)
+    age: AgeSection
+    cosmian: CosmianSection = field(default_factory=CosmianSection)
+    transit: TransitSection = field(default_factory=TransitSection)
+    vault_kv: VaultKvSection = field(default_factory=VaultKvSection)
+    awskms: AwsKmsSection = field(default_factory=AwsKmsSection)
+    redis: RedisSection
+    auth: AuthSection
+    tenants: dict[KeyId, TenantSection] = field(default_factory=dict)
+    server: ServerSection
+    facade: FacadeSection
+    limits: LimitsSection = field(default_factory=LimitsSection)
+    jobs: JobsSection
+    audit: AuditSection
+    rotation: RotationSection = field(default_factory=RotationSection)
+    log: LogSection = field(default_factory=LogSection)
+    traces: TracesSection = field(default_factory=TracesSection)
 
     @property
     def key_uris(self) -> tuple[tuple[str, str], ...]:
@@ -334,7 +340,7 @@ class Kms(Section, frozen=True, kw_only=True):
 class Settings(Section, frozen=True, kw_only=True):
     """All settings, and what follows from them."""
 
-    kms: Kms
+    kms: KmsSection
 
     @property
     def environment(self) -> str:

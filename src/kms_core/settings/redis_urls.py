@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
-from kms_core.settings.model import Redis, Settings
+from kms_core.settings.model import RedisSection, Settings
 from kms_protocol.errors import ConfigurationError
 
 STATE: Final = ("redis", "rediss", "unix", "sentinel", "sentinels")
@@ -45,7 +45,7 @@ def for_celery(url: str) -> str:
     return url.replace("unix://", "redis+socket://", 1).replace("?db=", "?virtual_host=", 1)
 
 
-def is_shared(section: Redis) -> bool:
+def is_shared(section: RedisSection) -> bool:
     """Whether the broker is the Redis that holds the jobs, and is entered in the same way."""
     return section.broker_url == for_celery(section.url)
 
@@ -135,7 +135,7 @@ def _port(where: str, parts: SplitResult) -> int | None:
         raise ConfigurationError(f"{where}: a port is a number up to 65535") from None
 
 
-def _check_files(section: Redis) -> None:
+def _check_files(section: RedisSection) -> None:
     named = [
         name
         for name in ("ca_file", "client_cert_file", "client_key_file")

@@ -146,7 +146,7 @@ def unset_error(where: str, unset: Unset) -> ConfigurationError:
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class SectionReader:
     """Turns tables into sections, strictly. ``home`` is what ``~`` stands for, where that is known."""
 
     home: str | None

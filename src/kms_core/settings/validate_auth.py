@@ -7,7 +7,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from kms_core import proxies, scopes
-from kms_core.settings.model import Certificate, Issuer, Server, Settings, Tenant
+from kms_core.settings.model import CertificateSection, IssuerSection, ServerSection, Settings, TenantSection
 from kms_protocol.errors import ConfigurationError
 
 SUBJECTS: Final = ("DNS:", "URI:", "email:", "subject:")
@@ -46,7 +46,7 @@ def auth_files(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
             yield f"kms.server.{key}", path, True
 
 
-def _check_issuer(where: str, issuer: Issuer, *, in_dev: bool) -> None:
+def _check_issuer(where: str, issuer: IssuerSection, *, in_dev: bool) -> None:
     _check_keys(where, issuer, in_dev=in_dev)
     if (issuer.tenant_claim is None) != (not issuer.tenants):
         raise ConfigurationError(f"{where}: tenants lists what tenant_claim may say; set both or neither")
@@ -59,7 +59,7 @@ def _check_issuer(where: str, issuer: Issuer, *, in_dev: bool) -> None:
         _check_scopes(f"{where}.grants.{name}.scopes", grant.scopes)
 
 
-def _check_keys(where: str, issuer: Issuer, *, in_dev: bool) -> None:
+def _check_keys(where: str, issuer: IssuerSection, *, in_dev: bool) -> None:
     """A key set has one source: a file, a URL, or what the issuer says of itself."""
     if issuer.jwks_url is not None and issuer.jwks_file is not None:
         raise ConfigurationError(f"{where}: name its keys by jwks_url, or by jwks_file, and not by both")
@@ -85,7 +85,7 @@ def may_fetch(text: str, *, in_dev: bool) -> bool:
     return bool(host) and secure and url.username is None and not url.fragment
 
 
-def _check_certificate(where: str, certificate: Certificate, server: Server) -> None:
+def _check_certificate(where: str, certificate: CertificateSection, server: ServerSection) -> None:
     if server.client_ca is None:
         raise ConfigurationError(f"{where}: client certificates need client_ca under [kms.server]")
     if not certificate.subject.startswith(SUBJECTS):
@@ -95,7 +95,7 @@ def _check_certificate(where: str, certificate: Certificate, server: Server) -> 
     _check_scopes(f"{where}.scopes", certificate.scopes)
 
 
-def _check_server(server: Server) -> None:
+def _check_server(server: ServerSection) -> None:
     if (server.tls_cert is None) != (server.tls_key is None):
         raise ConfigurationError("kms.server.tls_cert and kms.server.tls_key belong together: set both")
     if server.client_ca is not None and server.tls_cert is None:
@@ -125,7 +125,7 @@ def _check_proxies(lines: Sequence[str]) -> None:
         )
 
 
-def _check_tenant(where: str, tenant: Tenant) -> None:
+def _check_tenant(where: str, tenant: TenantSection) -> None:
     if tenant.burst is not None and tenant.requests_per_s is None:
         raise ConfigurationError(f"{where}.burst: it needs requests_per_s")
 

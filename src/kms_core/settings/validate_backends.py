@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from kms_core.settings.backends import Vault
+from kms_core.settings.backends import VaultSection
 from kms_core.settings.model import Settings
 from kms_protocol.errors import ConfigurationError
 
@@ -71,7 +71,7 @@ def check_aws_endpoint(where: str, url: str, *, in_prod: bool) -> None:
         raise ConfigurationError(f"{where}: http:// is for loopback alone; use https://")
 
 
-def check_tls(where: str, section: Vault, *, in_prod: bool) -> None:
+def check_tls(where: str, section: VaultSection, *, in_prod: bool) -> None:
     """Refuse unverified TLS in prod, and a client certificate without its key."""
     if in_prod and not section.tls_verify:
         raise ConfigurationError(f"{where}.tls_verify = false is refused in prod; name a CA in ca_file")
@@ -93,5 +93,5 @@ def used(settings: Settings) -> Iterator[str]:
     return (name for backend, name in SECTIONS.items() if backend in settings.used_backends)
 
 
-def section_of(settings: Settings, name: str) -> Vault:
+def section_of(settings: Settings, name: str) -> VaultSection:
     return settings.kms.transit if name == "transit" else settings.kms.vault_kv

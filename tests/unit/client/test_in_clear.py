@@ -11,7 +11,7 @@ import pytest
 
 from kms_cli.main import run
 from kms_cli.plugin.keys import OfService
-from kms_cli.plugin.names import Target
+from kms_cli.plugin.names import PluginTarget
 from kms_client import AsyncClient, Client, UnexpectedAnswer
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError, KmsError
@@ -169,10 +169,10 @@ SENDS_A_SECRET: dict[str, Callable[[str, Path], object]] = {
     "client": lambda url, _: Client(url, retries=0).wrap(FILE_KEY),
     "async client": lambda url, _: anyio.run(AsyncClient(url, retries=0).encrypt, FILE_KEY),
     "plugin, own service": lambda url, _: OfService({"KMS_SERVICE_URL": url}).wrap(
-        FILE_KEY, Target(None, Context())
+        FILE_KEY, PluginTarget(None, Context())
     ),
     "plugin, service of the recipient": lambda url, _: OfService({}).wrap(
-        FILE_KEY, Target(None, Context(), url)
+        FILE_KEY, PluginTarget(None, Context(), url)
     ),
     "command": lambda url, file: run(["encrypt-file", str(file), "--url", url]),
     "migrate": lambda url, file: run(
@@ -230,7 +230,7 @@ def test_the_age_plugin_refuses_unless_told(token_file: Path, said: dict[str, st
     keys = OfService({"KMS_SERVICE_URL": "http://kms.invalid", "KMS_TOKEN_FILE": str(token_file), **said})
 
     with pytest.raises(KmsError) as caught:
-        keys.wrap(bytes(16), Target(None, Context()))
+        keys.wrap(bytes(16), PluginTarget(None, Context()))
 
     assert isinstance(caught.value, ConfigurationError) is not allowed
 

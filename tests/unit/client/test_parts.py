@@ -8,7 +8,7 @@ import pytest
 
 from cli.contract_server import ContractServer
 from kms_client import Client, UnexpectedAnswer, requests
-from kms_client.events import Event, EventParser
+from kms_client.events import EventParser, ServerSentEvent
 from kms_client.http_client import transport_errors
 from kms_client.problems import Reply, by_code, error_of, failure, tree
 from kms_client.settings import ClientSettings, Proxy
@@ -68,7 +68,7 @@ def finished(kms: Client, accepted: wire.JobAccepted) -> str:
 
 def test_events_in_any_pieces() -> None:
     text = b": hi\r\nid: 4\r\nevent: running\r\ndata: {\r\ndata: }\r\n\r\ndata: x\n\n\nevent: unfinished\n"
-    expected = [Event("running", "{\n}"), Event("message", "x")]
+    expected = [ServerSentEvent("running", "{\n}"), ServerSentEvent("message", "x")]
 
     for size in range(1, len(text)):
         parser = EventParser()

@@ -15,10 +15,10 @@ from typing import Final, Protocol
 import structlog
 
 from kms_core.audit import chain, segments
-from kms_core.audit.chain import Line
+from kms_core.audit.chain import ChainLine
 from kms_core.audit.keys import PublicKeys
-from kms_core.audit.sinks import ANCHORS_SUFFIX, PAGE, Entry, Folder, RedisStream, files_in, line_of
-from kms_core.audit.verification.report import Problem
+from kms_core.audit.sinks import ANCHORS_SUFFIX, PAGE, Entry, FolderSink, RedisSink, files_in, line_of
+from kms_core.audit.verification.report import ChainProblem
 from kms_core.observability import metrics
 from kms_protocol.errors import AuditUnavailable
 
@@ -43,7 +43,9 @@ def effect_of(name: str, first: int, last: int) -> str:
     return f"{name}:{last}-{first}"
 
 
-def acknowledged(lines: Iterable[Line], known: Losses = MappingProxyType({})) -> dict[str, tuple[int, int]]:
+def acknowledged(
+    lines: Iterable[ChainLine], known: Losses = MappingProxyType({})
+) -> dict[str, tuple[int, int]]:
     """The losses on record, with those ``known`` before. ``lines`` are covered by a signature.
 
     A record of an earlier version names only the last line, and stands for all lines before it.
@@ -61,13 +63,13 @@ def acknowledged(lines: Iterable[Line], known: Losses = MappingProxyType({})) ->
     return found
 
 
-def is_lost(lost: Losses, anchor: Line, last_seq: int) -> bool:
+def is_lost(lost: Losses, anchor: ChainLine, last_seq: int) -> bool:
     """Whether the loss on record covers all lines from the end of a chain (``last_seq``) to the anchor's."""
     first, last = lost.get(anchor.chain, (0, -1))
     return first <= last_seq + 1 and anchor.seq <= last
 
 
-def contradiction(code: str, anchor: Line, place: str, last_seq: int) -> Problem:
+def contradiction(code: str, anchor: ChainLine, place: str, last_seq: int) -> ChainProblem:
     """The problem of a log that lacks what an anchor names; its chain there ends with ``last_seq``."""
     seen = f"the anchor in {place} names line {anchor.seq}, signed at {anchor.time}"
     texts = {
@@ -76,13 +78,13 @@ def contradiction(code: str, anchor: Line, place: str, last_seq: int) -> Problem
         REWRITTEN: f"{seen}, and the log has another there: the chain was written anew",
     }
     seq = last_seq + 1 if code == CUT else anchor.seq
-    return Problem(code, texts[code], anchor.chain, seq=seq, anchor=place, anchor_seq=anchor.seq)
+    return ChainProblem(code, texts[code], anchor.chain, seq=seq, anchor=place, anchor_seq=anchor.seq)
 
 
 # -- while the log is written ------------------------------------------------------------------------
 
 
-class Log(Protocol):
+class LogState(Protocol):
     """What the monitor knows of the log: of each chain, number and last line of each segment (``ends``)."""
 
     folder: Path
@@ -99,7 +101,7 @@ class Log(Protocol):
         """What was acknowledged."""
 
 
-class _Source(Protocol):
+class _AnchorSource(Protocol):
     """A place whose anchors are read as they come."""
 
     name: str
@@ -121,7 +123,7 @@ class _Stream:
 
     name, text, damaged = "redis", "Redis", ""
 
-    def __init__(self, stream: RedisStream) -> None:
+    def __init__(self, stream: RedisSink) -> None:
         self._stream = stream
         self._settled = self._last = ""
 
@@ -153,7 +155,7 @@ class _Files:
 
     name = "directory"
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: FolderSink) -> None:
         self._path = folder.path
         self.text = str(folder.path)
         self._sizes: dict[str, int] = {}
@@ -203,10 +205,10 @@ class _Files:
 class _Reader:
     """One place: the newest anchor of each chain there, and which of them were not yet compared by head."""
 
-    source: _Source
-    newest: dict[str, Line] = field(default_factory=dict)
+    source: _AnchorSource
+    newest: dict[str, ChainLine] = field(default_factory=dict)
     fresh: set[str] = field(default_factory=set)
-    rewritten: dict[str, Problem] = field(default_factory=dict)
+    rewritten: dict[str, ChainProblem] = field(default_factory=dict)
     away: str = ""
     unread: str = ""
     lost: bool = False
@@ -253,11 +255,11 @@ class AnchorMonitor:
     ``read`` comes before the log is read, ``compare`` after it: what an anchor names was in the log before.
     """
 
-    def __init__(self, places: Iterable[RedisStream | Folder]) -> None:
+    def __init__(self, places: Iterable[RedisSink | FolderSink]) -> None:
         self._readers = [
-            _Reader(_Stream(place) if isinstance(place, RedisStream) else _Files(place)) for place in places
+            _Reader(_Stream(place) if isinstance(place, RedisSink) else _Files(place)) for place in places
         ]
-        self.problems: tuple[Problem, ...] = ()
+        self.problems: tuple[ChainProblem, ...] = ()
         self.away: dict[str, str] = {}
         for each in self._readers:
             metrics.AUDIT_ANCHORS_OK.labels(each.source.name).set(_NAN)
@@ -271,10 +273,10 @@ class AnchorMonitor:
         for each in self._readers:
             each.read(keys)
 
-    def compare(self, log: Log, unread: str = "") -> None:
+    def compare(self, log: LogState, unread: str = "") -> None:
         """Hold all that was read against the log as it is now; ``unread`` is why some of it is not known."""
         before, ends, lost = self.problems, log.ends(), log.lost()
-        found: list[Problem] = []
+        found: list[ChainProblem] = []
         self.away = {}
         for each in self._readers:
             problems = [*_gone(each), *_compared(each, log, ends, lost)][:_MOST_PROBLEMS]
@@ -298,7 +300,7 @@ class AnchorMonitor:
                 metrics.AUDIT_ANCHORS_OK.labels(each.source.name).set(_NAN)
 
 
-def _told(problem: Problem) -> dict[str, object]:
+def _told(problem: ChainProblem) -> dict[str, object]:
     return {
         "code": problem.code,
         "place": problem.anchor,
@@ -308,16 +310,16 @@ def _told(problem: Problem) -> dict[str, object]:
     }
 
 
-def _gone(reader: _Reader) -> list[Problem]:
+def _gone(reader: _Reader) -> list[ChainProblem]:
     if not reader.lost:
         return []
     text = f"anchors that were in {reader.source.text} are gone, or older: they were removed or put back"
-    return [Problem(LOST, text, anchor=reader.source.text)]
+    return [ChainProblem(LOST, text, anchor=reader.source.text)]
 
 
 def _compared(
-    reader: _Reader, log: Log, ends: Mapping[str, Sequence[tuple[int, int]]], lost: Losses
-) -> Iterable[Problem]:
+    reader: _Reader, log: LogState, ends: Mapping[str, Sequence[tuple[int, int]]], lost: Losses
+) -> Iterable[ChainProblem]:
     place, reader.unread = reader.source.text, ""
     for name, anchor in list(reader.newest.items()):
         last_seq = ends[name][-1][1] if name in ends else -1
@@ -340,7 +342,7 @@ def _compared(
     yield from reader.rewritten.values()
 
 
-def _has(log: Log, ends: Sequence[tuple[int, int]], anchor: Line) -> bool:
+def _has(log: LogState, ends: Sequence[tuple[int, int]], anchor: ChainLine) -> bool:
     """Whether the log has the very line of an anchor; also where its segment was retired meanwhile."""
     number = next(number for number, seq in ends if seq >= anchor.seq)
     path = segments.path_of(log.folder, anchor.chain, number)

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Final
 
 from kms_core.audit import chain, segments
-from kms_core.audit.chain import Line, Tip
+from kms_core.audit.chain import ChainHead, ChainLine
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.segments import Segment
 from kms_core.audit.verification.anchors import (
@@ -18,8 +18,8 @@ from kms_core.audit.verification.anchors import (
     contradiction,
     is_lost,
 )
-from kms_core.audit.verification.report import ChainReport, Note, Problem, Report, State
-from kms_core.audit.verification.scan import Found
+from kms_core.audit.verification.report import ChainProblem, ChainReport, Note, State, VerificationReport
+from kms_core.audit.verification.scan import ScannedSpan
 
 _INTERVAL_LINES: Final = 1_100
 """Lines between two signed ones of a chain with the usual settings: 1,000, and those that one batch adds."""
@@ -28,17 +28,19 @@ Anchors = Mapping[str, Sequence[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class _WitnessedHead:
     """The end of a chain as somebody else saw it: who, and when."""
 
-    tip: Tip
+    tip: ChainHead
     by: str
     time: str
 
 
-def judge(report: Report, found: Mapping[Segment, Found], anchors: Anchors, keys: PublicKeys) -> None:
+def judge(
+    report: VerificationReport, found: Mapping[Segment, ScannedSpan], anchors: Anchors, keys: PublicKeys
+) -> None:
     """Fill in the report. Of anchors, only those count that one of ``keys`` has signed."""
-    chains: dict[str, list[tuple[Segment, Found]]] = {}
+    chains: dict[str, list[tuple[Segment, ScannedSpan]]] = {}
     for segment, each in sorted(found.items()):
         chains.setdefault(segment.chain, []).append((segment, each))
         report.problems += each.problems
@@ -74,7 +76,7 @@ def judge(report: Report, found: Mapping[Segment, Found], anchors: Anchors, keys
     ]
 
 
-def _retires(line: Line, found: Found) -> bool:
+def _retires(line: ChainLine, found: ScannedSpan) -> bool:
     """Whether a line puts a removal on record; without a signature over it anybody may have written it."""
     return line.kind == chain.RETIRED and line.seq < found.signed_seq
 
@@ -84,13 +86,13 @@ def _is_retired(opened: str, horizon: str) -> bool:
     return "" < opened <= horizon
 
 
-def _seen(lines: Iterable[Line]) -> dict[str, _Seen]:
+def _seen(lines: Iterable[ChainLine]) -> dict[str, _WitnessedHead]:
     """Of each chain, the latest end that another chain names."""
-    seen: dict[str, _Seen] = {}
+    seen: dict[str, _WitnessedHead] = {}
     for line in lines:
         for name, tip in line.heads.items():
             if name not in seen or seen[name].tip.seq < tip.seq:
-                seen[name] = _Seen(tip, line.chain, line.time)
+                seen[name] = _WitnessedHead(tip, line.chain, line.time)
     return seen
 
 
@@ -110,7 +112,7 @@ class _Log:
     lost: Mapping[str, tuple[int, int]]
     horizon: str
 
-    def contradicts(self, anchor: Line) -> str:
+    def contradicts(self, anchor: ChainLine) -> str:
         """The code of the problem that the anchor is proof of, if it is genuine; empty for none."""
         name, seq = anchor.chain, anchor.seq
         if name not in self.last:
@@ -123,7 +125,7 @@ class _Log:
         return "" if _is_retired(anchor.opened, self.horizon) else MISSING_CHAIN
 
 
-def _log_of(chains: Mapping[str, Sequence[tuple[Segment, Found]]], horizon: str) -> _Log:
+def _log_of(chains: Mapping[str, Sequence[tuple[Segment, ScannedSpan]]], horizon: str) -> _Log:
     parts = [found for files in chains.values() for _, found in files]
     return _Log(
         {name: files[0][1].first_seq for name, files in chains.items()},
@@ -140,7 +142,7 @@ def _log_of(chains: Mapping[str, Sequence[tuple[Segment, Found]]], horizon: str)
 
 
 def _against_anchors(
-    report: Report, log: _Log, place: str, kept: Sequence[bytes], keys: PublicKeys
+    report: VerificationReport, log: _Log, place: str, kept: Sequence[bytes], keys: PublicKeys
 ) -> Mapping[str, int]:
     """Hold the log against every anchor of one place; the newest of each chain that the log has.
 
@@ -169,19 +171,21 @@ def _against_anchors(
     return newest
 
 
-def _parsed(kept: Iterable[bytes]) -> list[tuple[bytes, Line]]:
+def _parsed(kept: Iterable[bytes]) -> list[tuple[bytes, ChainLine]]:
     """The anchors of the latest lines first."""
     read = ((raw, chain.read(raw)) for raw in kept)
     return sorted(((raw, line) for raw, line in read if line), key=lambda each: -each[1].seq)
 
 
-def _bear_witness(report: Report, place: str, newest: Mapping[str, int]) -> None:
+def _bear_witness(report: VerificationReport, place: str, newest: Mapping[str, int]) -> None:
     for made in report.chains:
         if made.state == "cut or crashed" and newest.get(made.chain) == made.last_seq:
             made.witness = made.witness or f"the anchor in {place}"
 
 
-def _tell_coverage(report: Report, place: str, newest: Mapping[str, int], seen: Mapping[str, _Seen]) -> None:
+def _tell_coverage(
+    report: VerificationReport, place: str, newest: Mapping[str, int], seen: Mapping[str, _WitnessedHead]
+) -> None:
     """Say what the anchors of a place cannot prove: they are written after the log, and may be removed."""
     signed = [made for made in report.chains if made.signed_seq >= 0]
     if signed and not newest and not any(problem.anchor == place for problem in report.problems):
@@ -197,7 +201,7 @@ def _tell_coverage(report: Report, place: str, newest: Mapping[str, int], seen: 
         report.notes.append(Note("not_anchored", text, bare[0].chain, bare[0].signed_seq))
 
 
-def _due(made: ChainReport, seen: Mapping[str, _Seen]) -> int:
+def _due(made: ChainReport, seen: Mapping[str, _WitnessedHead]) -> int:
     """The line from which on an anchor should be there: the last signed one, unless another chain saw it.
 
     Of a chain that is written to, any: the next checkpoint is on its way.
@@ -209,33 +213,33 @@ def _due(made: ChainReport, seen: Mapping[str, _Seen]) -> int:
 # -- one chain ---------------------------------------------------------------------------------------
 
 
-def _joints(files: Sequence[tuple[Segment, Found]], horizon: str) -> Iterator[Problem]:
+def _joints(files: Sequence[tuple[Segment, ScannedSpan]], horizon: str) -> Iterator[ChainProblem]:
     """Whether the files of a chain are all there and continue each other."""
     first, found = files[0]
     opening = _opening(found)
     if first.number > 1 and not (opening is not None and _is_retired(opening.previous_opened, horizon)):
         missing = f"file {first.number - 1} of the chain and all before it are missing"
-        yield Problem("missing_file", missing, first.chain)
+        yield ChainProblem("missing_file", missing, first.chain)
     for (before, earlier), (segment, later) in pairwise(files):
         if segment.number == before.number:
-            yield Problem(
+            yield ChainProblem(
                 "duplicate_file", "two files say they are the same one", segment.chain, segment.path.name
             )
         elif segment.number > before.number + 1:
             missing = f"files {before.number + 1} to {segment.number - 1} of the chain are missing"
-            yield Problem("missing_file", missing, segment.chain)
+            yield ChainProblem("missing_file", missing, segment.chain)
         elif later.lines and (later.first_seq, later.before) != (earlier.last_seq + 1, earlier.head):
             cut = (
                 f"the next file continues line {later.first_seq - 1}, and this one ends at {earlier.last_seq}"
             )
-            yield Problem("cut", cut, before.chain, before.path.name, earlier.last_seq)
+            yield ChainProblem("cut", cut, before.chain, before.path.name, earlier.last_seq)
 
 
-def _opening(found: Found) -> Line | None:
+def _opening(found: ScannedSpan) -> ChainLine | None:
     return next((line for line in found.special if line.kind == chain.OPEN), None)
 
 
-def _chain_report(name: str, files: Sequence[tuple[Segment, Found]]) -> ChainReport:
+def _chain_report(name: str, files: Sequence[tuple[Segment, ScannedSpan]]) -> ChainReport:
     last, found = files[-1]
     return ChainReport(
         chain=name,
@@ -250,20 +254,20 @@ def _chain_report(name: str, files: Sequence[tuple[Segment, Found]]) -> ChainRep
     )
 
 
-def _state(segment: Segment, found: Found) -> State:
+def _state(segment: Segment, found: ScannedSpan) -> State:
     ending = found.special[-1] if found.special else None
     if ending is not None and ending.kind == chain.CLOSED and ending.seq == found.last_seq:
         return "closed"
     return "open" if segments.is_live(segment.path) else "cut or crashed"
 
 
-def _torn(files: Sequence[tuple[Segment, Found]], made: ChainReport) -> Iterator[Problem]:
+def _torn(files: Sequence[tuple[Segment, ScannedSpan]], made: ChainReport) -> Iterator[ChainProblem]:
     """Half a line at the end of a file is what a crash leaves, unless the chain says it went on or closed."""
     nexts = [_opening(found) for _, found in files[1:]]
     known = [after is not None and after.reason == "torn" for after in nexts]
     for (segment, found), is_known in zip(files, [*known, made.state != "closed"], strict=True):
         if found.torn_bytes and not is_known:
-            yield Problem(
+            yield ChainProblem(
                 "unreadable",
                 f"{found.torn_bytes} bytes after the last record",
                 segment.chain,
@@ -272,20 +276,22 @@ def _torn(files: Sequence[tuple[Segment, Found]], made: ChainReport) -> Iterator
             )
 
 
-def _behind_ends(files: Sequence[tuple[Segment, Found]]) -> Iterator[Problem]:
+def _behind_ends(files: Sequence[tuple[Segment, ScannedSpan]]) -> Iterator[ChainProblem]:
     for _, found in files:
         if -1 < found.ended_at < found.last_seq:
             yield found.problem_behind_end(found.ended_at)
 
 
-def _misplaced(files: Sequence[tuple[Segment, Found]]) -> Iterator[Note]:
+def _misplaced(files: Sequence[tuple[Segment, ScannedSpan]]) -> Iterator[Note]:
     for segment, _ in files:
         if segment.path.name != segments.path_of(segment.path.parent, segment.chain, segment.number).name:
             text = f"{segment.path.name} is its file {segment.number}; under this name only verify reads it"
             yield Note("misplaced", text, segment.chain)
 
 
-def _witness(files: Sequence[tuple[Segment, Found]], made: ChainReport, seen: _Seen | None) -> None:
+def _witness(
+    files: Sequence[tuple[Segment, ScannedSpan]], made: ChainReport, seen: _WitnessedHead | None
+) -> None:
     """Another chain saw the signed end of one that has no closing record, and not much stands behind it."""
     if seen is None or made.state != "cut or crashed":
         return
@@ -293,7 +299,7 @@ def _witness(files: Sequence[tuple[Segment, Found]], made: ChainReport, seen: _S
         made.witness = seen.by
 
 
-def _credible(files: Sequence[tuple[Segment, Found]], signed_seq: int) -> int:
+def _credible(files: Sequence[tuple[Segment, ScannedSpan]], signed_seq: int) -> int:
     """The last line that the process of a chain can have written: a checkpoint interval behind a signed one.
 
     Behind a closed end it is the closing line.
@@ -310,35 +316,35 @@ def _credible(files: Sequence[tuple[Segment, Found]], signed_seq: int) -> int:
 
 
 def _held_against(
-    files: Sequence[tuple[Segment, Found]], made: ChainReport, seen: _Seen, horizon: str
-) -> Iterator[Problem]:
+    files: Sequence[tuple[Segment, ScannedSpan]], made: ChainReport, seen: _WitnessedHead, horizon: str
+) -> Iterator[ChainProblem]:
     if seen.tip.seq < files[0][1].first_seq and not _is_retired(seen.tip.opened, horizon):
         missing = f"line {seen.tip.seq} and all before it are missing: {seen.by} saw it at {seen.time}"
-        yield Problem("cut", missing, made.chain, files[0][0].path.name, seen.tip.seq)
+        yield ChainProblem("cut", missing, made.chain, files[0][0].path.name, seen.tip.seq)
         return
     if seen.tip.seq > made.last_seq:
         missing = (
             f"lines {made.last_seq + 1} to {seen.tip.seq} are missing: {seen.by} saw them at {seen.time}"
         )
-        yield Problem("cut", missing, made.chain, files[-1][0].path.name, made.last_seq + 1)
+        yield ChainProblem("cut", missing, made.chain, files[-1][0].path.name, made.last_seq + 1)
         return
     for segment, found in files:
         if found.first_seq <= seen.tip.seq <= found.last_seq:
             line = segments.line_of(segment.path, seen.tip.seq)
             if line is None or chain.claimed_head(line) != chain.octets(seen.tip.head):
                 text = f"not the line that {seen.by} saw at {seen.time}: the chain was written anew"
-                yield Problem("rewritten", text, made.chain, segment.path.name, seen.tip.seq)
+                yield ChainProblem("rewritten", text, made.chain, segment.path.name, seen.tip.seq)
 
 
 # -- all of them -------------------------------------------------------------------------------------
 
 
-def _absent(seen: Mapping[str, _Seen], there: Iterable[str], horizon: str) -> Iterator[Problem]:
+def _absent(seen: Mapping[str, _WitnessedHead], there: Iterable[str], horizon: str) -> Iterator[ChainProblem]:
     for name in seen.keys() - set(there):
         each = seen[name]
         if not _is_retired(each.tip.opened, horizon):
             text = f"a chain of at least {each.tip.seq + 1} lines is missing: {each.by} saw it at {each.time}"
-            yield Problem("missing_chain", text, name)
+            yield ChainProblem("missing_chain", text, name)
 
 
 _REASONS: Final = {
@@ -349,7 +355,7 @@ _REASONS: Final = {
 }
 
 
-def _noted(lines: Iterable[Line]) -> Iterator[Note]:
+def _noted(lines: Iterable[ChainLine]) -> Iterator[Note]:
     for line in lines:
         if line.clock:
             yield Note("clock_behind", f"the clock said {line.clock} at {line.time}", line.chain, line.seq)
@@ -360,9 +366,9 @@ def _noted(lines: Iterable[Line]) -> Iterator[Note]:
             yield Note(line.reason, _REASONS[line.reason], line.chain, line.seq)
 
 
-def _unresolved(stages: Iterable[Iterable[Line]]) -> Iterator[Note]:
+def _unresolved(stages: Iterable[Iterable[ChainLine]]) -> Iterator[Note]:
     """Effects that somebody set out for, and of which nobody has said how they ended."""
-    open_: dict[str, Line] = {}
+    open_: dict[str, ChainLine] = {}
     ended: set[str] = set()
     for line in (line for each in stages for line in each):
         if line.stage == "outcome":
@@ -374,7 +380,7 @@ def _unresolved(stages: Iterable[Iterable[Line]]) -> Iterator[Note]:
         yield Note("no_outcome", f"{line.operation} {name} has no outcome", line.chain, line.seq)
 
 
-def _open_ends(report: Report) -> Iterator[Note]:
+def _open_ends(report: VerificationReport) -> Iterator[Note]:
     for each in report.chains:
         if each.state == "cut or crashed":
             seen = f"; {each.witness} found it so" if each.witness else ", and nobody else has seen its end"

@@ -18,14 +18,14 @@ from typing import Final
 import structlog
 
 from kms_core.audit import chain, retention, segments
-from kms_core.audit.chain import Line
+from kms_core.audit.chain import ChainLine
 from kms_core.audit.keys import PublicKeys, public_path
 from kms_core.audit.retention import text_of
 from kms_core.audit.segments import Segment
-from kms_core.audit.sinks import Folder, RedisStream
+from kms_core.audit.sinks import FolderSink, RedisSink
 from kms_core.audit.verification.anchors import AnchorMonitor, Losses, acknowledged
-from kms_core.audit.verification.report import Problem
-from kms_core.audit.verification.scan import Found, Span, head_before, scan
+from kms_core.audit.verification.report import ChainProblem
+from kms_core.audit.verification.scan import ScannedSpan, Span, head_before, scan
 from kms_core.observability import metrics
 from kms_protocol.errors import ConfigurationError
 
@@ -48,11 +48,11 @@ class Condition:
     newest line that was read (RFC 3339), ``lines`` how many were.
     """
 
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[ChainProblem, ...] = ()
     read_at: float = 0.0
     newest: str = ""
     lines: int = 0
-    anchors: tuple[Problem, ...] = ()
+    anchors: tuple[ChainProblem, ...] = ()
     not_compared: Mapping[str, str] = field(default_factory=dict)
     unread: str = ""
 
@@ -75,14 +75,14 @@ class _Known:
     ended_at: int
 
 
-class Watch(threading.Thread):
+class AuditMonitor(threading.Thread):
     """A look at the folder at once, and then every few seconds; metrics say what came of it."""
 
     def __init__(
         self,
         folder: Path,
         signing_key: Path,
-        anchors: Iterable[RedisStream | Folder] = (),
+        anchors: Iterable[RedisSink | FolderSink] = (),
         *,
         working: AbstractContextManager[object] = _NOTHING,
     ) -> None:
@@ -94,7 +94,7 @@ class Watch(threading.Thread):
         self.folder = folder
         self._keys = public_path(signing_key)
         self._anchors = AnchorMonitor(anchors)
-        self._losses: list[Line] = []
+        self._losses: list[ChainLine] = []
         self._lost: dict[str, tuple[int, int]] = {}
         self._searched = ""
         self._signed = False
@@ -127,8 +127,8 @@ class Watch(threading.Thread):
         keys = PublicKeys.read(self._keys)
         self._anchors.read(keys)  # first: what they name was in the log before
         there = segments.listed(self.folder)
-        parts: list[Found] = []
-        problems: list[Problem] = []
+        parts: list[ScannedSpan] = []
+        problems: list[ChainProblem] = []
         unread = ""
         for segment in there:
             try:
@@ -171,7 +171,7 @@ class Watch(threading.Thread):
     def lost(self) -> Losses:
         return self._lost
 
-    def _note(self, parts: Iterable[Found]) -> None:
+    def _note(self, parts: Iterable[ScannedSpan]) -> None:
         """Losses on record, once a signature covers them; whether an anchor is due since a minute."""
         due = text_of(datetime.now(UTC) - _ANCHORED_WITHIN)
         for part in parts:
@@ -185,7 +185,7 @@ class Watch(threading.Thread):
 
     # -- the log itself -----------------------------------------------------------------------------------
 
-    def _tell(self, problems: Iterable[Problem], parts: Iterable[Found], unread: str) -> None:
+    def _tell(self, problems: Iterable[ChainProblem], parts: Iterable[ScannedSpan], unread: str) -> None:
         before, now = self.condition, time.time()
         new = [problem for problem in problems if problem not in before.problems]
         kept = (*before.problems, *new)[:_MOST_PROBLEMS]
@@ -206,7 +206,9 @@ class Watch(threading.Thread):
         else:
             metrics.AUDIT_READ_AT.set(now)
 
-    def _read(self, segment: Segment, keys: dict[str, bytes], parts: list[Found]) -> Iterator[Problem]:
+    def _read(
+        self, segment: Segment, keys: dict[str, bytes], parts: list[ScannedSpan]
+    ) -> Iterator[ChainProblem]:
         """What is new in a file; all that was read of it, if somebody wrote to it and it did not grow."""
         at, known = (segment.chain, segment.number), self._known.get((segment.chain, segment.number))
         stat = segment.path.stat()
@@ -244,12 +246,12 @@ class Watch(threading.Thread):
             max(ended_at, part.ended_at),
         )
 
-    def _missing(self, there: Iterable[Segment]) -> list[Problem]:
+    def _missing(self, there: Iterable[Segment]) -> list[ChainProblem]:
         """Files that are gone, but for those whose removal is on record."""
         gone = self._known.keys() - {(segment.chain, segment.number) for segment in there}
         lost = [(at, self._known.pop(at)) for at in sorted(gone)]
         return [
-            Problem("missing_file", f"file {number} of the chain was removed", name, seq=known.seq)
+            ChainProblem("missing_file", f"file {number} of the chain was removed", name, seq=known.seq)
             for (name, number), known in lost
             if not self.is_retired(known.opened)
         ]
@@ -259,7 +261,7 @@ def _reason(path: Path, exc: OSError) -> str:
     return f"{path} cannot be read ({exc.strerror})"
 
 
-def _marks(parts: Iterable[Found]) -> Iterator[str]:
+def _marks(parts: Iterable[ScannedSpan]) -> Iterator[str]:
     """Up to when files were removed, by records that a signature covers."""
     for part in parts:
         for line in part.special:
@@ -280,7 +282,7 @@ def _begin(path: Path, size: int, known: _Known | None) -> int:
         return file.tell()
 
 
-def _follows(part: Found, begin: int, before: _Known, known: _Known | None) -> bool:
+def _follows(part: ScannedSpan, begin: int, before: _Known, known: _Known | None) -> bool:
     """Whether lines continue those that are known; read again, whether they still end the same way."""
     if known is None or begin == known.end:
         return (part.first_seq, part.before) == (before.seq + 1, before.head)
@@ -289,5 +291,5 @@ def _follows(part: Found, begin: int, before: _Known, known: _Known | None) -> b
     return head_before(Path(part.path), known.end).hex() == known.head
 
 
-def _problem(code: str, text: str, segment: Segment, seq: int) -> Problem:
-    return Problem(code, text, segment.chain, segment.path.name, seq)
+def _problem(code: str, text: str, segment: Segment, seq: int) -> ChainProblem:
+    return ChainProblem(code, text, segment.chain, segment.path.name, seq)

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from kms_core.audit import chain, segments
-from kms_core.audit.chain import Line
+from kms_core.audit.chain import ChainLine
 from kms_core.audit.keys import PublicKeys
 from kms_protocol.errors import AuditUnavailable, BadInput
 
@@ -87,7 +87,7 @@ def _to_checkpoint(lines: Iterator[bytes]) -> tuple[list[str], bytes]:
     raise AuditUnavailable("No checkpoint follows this record yet: ask again in some seconds")
 
 
-def check(receipt: Receipt, keys: PublicKeys) -> Line:
+def check(receipt: Receipt, keys: PublicKeys) -> ChainLine:
     """The record, if the receipt proves that a key of ``keys`` has vouched for it. Raises BadReceipt."""
     line, checkpoint = receipt.line.encode(), receipt.checkpoint.encode()
     found, signed = chain.read(line), keys.signed(checkpoint)

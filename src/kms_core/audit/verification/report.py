@@ -8,7 +8,7 @@ Verdict = Literal["intact", "open end", "not compared", "damaged"]
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class ChainProblem:
     """Something that does not hold. ``code`` is stable, the text is for people; ``seq`` -1 is none.
 
     ``anchor`` is the second place whose anchor the log contradicts, ``anchor_seq`` the line that it names.
@@ -50,7 +50,7 @@ class ChainReport:
 
 
 @dataclass(slots=True)
-class Report:
+class VerificationReport:
     """What was found. ``trusted`` says whether the keys came from elsewhere than the trail itself.
 
     ``not_compared`` holds the places of anchors that could not be read, each with the reason.
@@ -61,7 +61,7 @@ class Report:
     size_bytes: int = 0
     seconds: float = 0.0
     chains: list[ChainReport] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[ChainProblem] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     not_compared: dict[str, str] = field(default_factory=dict)
 

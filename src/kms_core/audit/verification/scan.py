@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from kms_core.audit import chain
-from kms_core.audit.chain import END, HEAD, TAIL_BYTES, Line
+from kms_core.audit.chain import END, HEAD, TAIL_BYTES, ChainLine
 from kms_core.audit.keys import PublicKeys
-from kms_core.audit.verification.report import Problem
+from kms_core.audit.verification.report import ChainProblem
 
 _BLOCK_BYTES: Final = 4 * 1024 * 1024
 _TIME_CHARS: Final = len("2026-01-01T00:00:00.000000Z")
@@ -34,7 +34,7 @@ class Span:
 
 
 @dataclass(slots=True)
-class Found:
+class ScannedSpan:
     """What a stretch holds. ``before`` and ``head`` are what it continues and how it ends, in hex."""
 
     path: str
@@ -48,9 +48,9 @@ class Found:
     signed_seq: int = -1
     first_time: str = ""
     last_time: str = ""
-    problems: list[Problem] = field(default_factory=list)
-    special: list[Line] = field(default_factory=list)
-    stages: list[Line] = field(default_factory=list)
+    problems: list[ChainProblem] = field(default_factory=list)
+    special: list[ChainLine] = field(default_factory=list)
+    stages: list[ChainLine] = field(default_factory=list)
 
     @property
     def ended_at(self) -> int:
@@ -59,17 +59,17 @@ class Found:
             (each.seq for each in self.special if each.kind in chain.ENDS and each.chain == self.chain), -1
         )
 
-    def problem_behind_end(self, ended_at: int) -> Problem:
+    def problem_behind_end(self, ended_at: int) -> ChainProblem:
         """The problem of lines behind the one that ended the file."""
         first = max(self.first_seq, ended_at + 1)
         text = (
             f"{self.last_seq - first + 1} lines behind line {ended_at}, which ends the file: its process "
             "wrote none there"
         )
-        return Problem("after_closed", text, self.chain, Path(self.path).name, first)
+        return ChainProblem("after_closed", text, self.chain, Path(self.path).name, first)
 
 
-def scan(span: Span) -> Found:
+def scan(span: Span) -> ScannedSpan:
     """Read a stretch. Raises OSError."""
     with Path(span.path).open("rb") as file:
         return _Scan(span, file).run()
@@ -82,11 +82,11 @@ class _Scan:
         self._span = span
         self._source = file
         self._keys = PublicKeys(span.keys)
-        self._found = Found(span.path, span.chain)
+        self._found = ScannedSpan(span.path, span.chain)
         self._expected: int | None = None
         self._before = chain.ZERO
 
-    def run(self) -> Found:
+    def run(self) -> ScannedSpan:
         found, lines = self._found, []
         for lines in self._blocks():
             if not found.lines:
@@ -175,7 +175,7 @@ class _Scan:
         if found.kind in chain.SIGNED:
             self._signature(line, found, before)
 
-    def _signature(self, line: bytes, found: Line, before: bytes) -> None:
+    def _signature(self, line: bytes, found: ChainLine, before: bytes) -> None:
         if found.key not in self._keys.keys:
             self._problem("unknown_key", f"signed by a key that is not trusted here ({found.key})", found.seq)
         elif found.previous != before.hex() or self._keys.signed(line) is None:
@@ -187,7 +187,7 @@ class _Scan:
         if len(self._found.problems) < _MOST_PROBLEMS:
             where = Path(self._span.path).name
             self._found.problems.append(
-                Problem(code, text, self._span.chain, where, -1 if seq is None else seq)
+                ChainProblem(code, text, self._span.chain, where, -1 if seq is None else seq)
             )
 
 

@@ -16,8 +16,8 @@ from kms_core.audit import chain, segments
 from kms_core.audit.keys import KEY_BYTES, PublicKeys
 from kms_core.audit.segments import Segment
 from kms_core.audit.verification.crosscheck import Anchors, judge
-from kms_core.audit.verification.report import Problem, Report
-from kms_core.audit.verification.scan import Found, Span, scan
+from kms_core.audit.verification.report import ChainProblem, VerificationReport
+from kms_core.audit.verification.scan import ScannedSpan, Span, scan
 
 STRETCH_BYTES: Final = 16 * 1024 * 1024
 _ALONE_BYTES: Final = 2 * STRETCH_BYTES
@@ -30,7 +30,7 @@ def verify(
     *,
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Report:
+) -> VerificationReport:
     """Check every line of a folder. Without ``keys`` the trail's own are taken, which prove less.
 
     A folder that is not there is a log without chains: anchors tell what it had.
@@ -43,7 +43,7 @@ def verify(
     files = list(_identified(folder))
     trusted = keys is not None
     keys = keys or PublicKeys.of(_own_keys(files))
-    report = Report(trusted=trusted)
+    report = VerificationReport(trusted=trusted)
     report.size_bytes = sum(segment.path.stat().st_size for segment in files)
     parts = _scanned(files, keys, processes, lambda done: progress(done, report.size_bytes))
     found = {segment: _joined(parts[str(segment.path)]) for segment in files}
@@ -81,13 +81,13 @@ def _own_keys(files: Iterable[Segment]) -> Iterator[bytes]:
 
 def _scanned(
     files: Sequence[Segment], keys: PublicKeys, processes: int, progress: Callable[[int], None]
-) -> dict[str, list[Found]]:
+) -> dict[str, list[ScannedSpan]]:
     """What each file holds, stretch by stretch."""
     spans = [span for segment in files for span in _spans(segment, keys.keys)]
-    parts: dict[str, list[Found]] = {str(segment.path): [] for segment in files}
+    parts: dict[str, list[ScannedSpan]] = {str(segment.path): [] for segment in files}
     size, done = sum(span.end - span.begin for span in spans), 0
     with ExitStack() as stack:
-        run: Callable[[Callable[[Span], Found], Sequence[Span]], Iterable[Found]] = map
+        run: Callable[[Callable[[Span], ScannedSpan], Sequence[Span]], Iterable[ScannedSpan]] = map
         if processes > 1 and size > _ALONE_BYTES:
             run = stack.enter_context(ProcessPoolExecutor(processes)).map
         for span, found in zip(spans, run(scan, spans), strict=True):
@@ -111,9 +111,9 @@ def _spans(segment: Segment, keys: Mapping[str, bytes]) -> Iterator[Span]:
             begin = end
 
 
-def _joined(parts: Sequence[Found]) -> Found:
+def _joined(parts: Sequence[ScannedSpan]) -> ScannedSpan:
     """The stretches of one file as one, held against each other."""
-    whole = Found("", "")
+    whole = ScannedSpan("", "")
     for part in parts:
         if not whole.lines:
             whole = part
@@ -129,7 +129,7 @@ def _joined(parts: Sequence[Found]) -> Found:
     return whole
 
 
-def _follows(whole: Found, part: Found) -> None:
+def _follows(whole: ScannedSpan, part: ScannedSpan) -> None:
     """Two stretches of a file meet at a line's end. What is wrong there is no fault of the line after it."""
     expected = whole.last_seq + 1
     if part.first_seq in {expected, -1}:
@@ -139,4 +139,4 @@ def _follows(whole: Found, part: Found) -> None:
         code, text = "gap", f"lines {expected} to {part.first_seq - 1} are missing"
     seq = min(expected, part.first_seq)
     part.problems = [each for each in part.problems if (each.code, each.seq) != ("edited", part.first_seq)]
-    whole.problems.append(Problem(code, text, part.chain, Path(part.path).name, seq))
+    whole.problems.append(ChainProblem(code, text, part.chain, Path(part.path).name, seq))

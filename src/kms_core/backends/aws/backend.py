@@ -30,7 +30,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from kms_core.backends import Backend, KeyVersion
-from kms_core.backends.aws.client import Calls, Place
+from kms_core.backends.aws.client import AwsEndpoint, AwsKmsClient
 from kms_core.backends.aws.rotation import ALGORITHM, Described, describe, to_new_key
 from kms_core.backends.remote import RemoteBackend
 from kms_core.http_client import Busy, Unreachable
@@ -76,7 +76,7 @@ class _Decrypted(msgspec.Struct, rename="pascal"):
 
 
 @dataclass(frozen=True, slots=True)
-class _Keys:
+class _AliasKeys:
     """The keys of a name, as AWS said at ``asked_at``; ``home`` is the ARN of each without its id.
 
     ``tried_at`` is when AWS was last asked, with or without an answer.
@@ -97,14 +97,14 @@ class AwsCipher:
 
     name = "awskms"
 
-    def __init__(self, calls: Calls, key: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, calls: AwsKmsClient, key: str, clock: Callable[[], float] = time.monotonic) -> None:
         """``key`` is an alias (``alias/…``), a key id, or the ARN of either. Asks nobody."""
         self._calls = calls
         self._key = key
         self._alias = parsed(key)["alias"]
         self._clock = clock
         self._lock = threading.Lock()
-        self._keys = _Keys()
+        self._keys = _AliasKeys()
 
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:
         with self._calls.one_timeout():
@@ -138,7 +138,7 @@ class AwsCipher:
                 raise BackendUnavailable(f"AWS KMS describes {self._key} without an ARN: check its name")
             earlier = [key_id for key_id in self._history(home) if key_id != current.key_id]
         ids = (*earlier, current.key_id)
-        self._keys = _Keys(home, frozenset(ids), now, now)
+        self._keys = _AliasKeys(home, frozenset(ids), now, now)
         return [KeyVersion(key_id) for key_id in ids]
 
     def rotate(self) -> KeyVersion:
@@ -221,7 +221,7 @@ def parsed(key: str) -> re.Match[str]:
 
 # -- opening -----------------------------------------------------------------------------------------
 
-_open: Final[WeakValueDictionary[Place, Calls]] = WeakValueDictionary()
+_open: Final[WeakValueDictionary[AwsEndpoint, AwsKmsClient]] = WeakValueDictionary()
 
 
 def open_key(uri: SplitResult | None, settings: Settings) -> Backend:
@@ -234,14 +234,14 @@ def open_key(uri: SplitResult | None, settings: Settings) -> Backend:
     key = uri.path if uri else section.key_id
     if key is None:
         raise ConfigurationError("kms.awskms.key_id is missing: name an alias, a key id or an ARN")
-    place = Place(
+    place = AwsEndpoint(
         region=parsed(key)["region"] or options.get("region") or section.region,
         endpoint_url=section.endpoint_url,
         profile=options.get("profile") or section.profile,
         ca_file=section.ca_file,
         timeout_s=section.timeout_s,
     )
-    calls = _open.get(place) or Calls(place)  # keys of one place share its connections
+    calls = _open.get(place) or AwsKmsClient(place)  # keys of one place share its connections
     _open[place] = calls
     return RemoteBackend(AwsCipher(calls, key), data_keys=section.data_keys)
 

@@ -20,7 +20,7 @@ import msgspec
 
 from kms_core.backends import KeyMissing
 from kms_core.http_client import Busy, Unreachable
-from kms_core.http_client.peer import Answer, Peer, Server, Tls
+from kms_core.http_client.peer import Peer, PeerAnswer, PeerServer, Tls
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed, KmsError
 
 try:
@@ -108,7 +108,7 @@ _CODE: Final = re.compile(r"[A-Za-z0-9.]{1,80}")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class AwsEndpoint:
     """Where the keys are and as whom to ask; None leaves a choice to AWS's own configuration."""
 
     region: str | None
@@ -129,10 +129,10 @@ class _Problem(msgspec.Struct):
         return self.kind.rpartition("#")[2].partition(":")[0]
 
 
-class Calls:
+class AwsKmsClient:
     """AWS KMS in one region, asked with one set of credentials; safe to call from several threads."""
 
-    def __init__(self, place: Place, session: Session | None = None) -> None:
+    def __init__(self, place: AwsEndpoint, session: Session | None = None) -> None:
         """Reads AWS's configuration files, and asks nobody. Raises ConfigurationError."""
         try:
             self._session = session or _session(place)
@@ -141,7 +141,7 @@ class Calls:
         except (BotoCoreError, ValueError) as exc:
             raise ConfigurationError(f"kms.awskms: {exc}") from exc
         self._peer = Peer(
-            Server(
+            PeerServer(
                 url,
                 "AWS KMS",
                 "kms.awskms.endpoint_url",
@@ -169,7 +169,7 @@ class Calls:
         """A call whose answer is empty; ``done`` is an error that means so too. Raises as ``ask`` does."""
         self._send(operation, parameters, done)
 
-    def _send(self, operation: str, parameters: Parameters, done: str = "") -> Answer:
+    def _send(self, operation: str, parameters: Parameters, done: str = "") -> PeerAnswer:
         body = msgspec.json.encode(parameters)  # bytes as base64, which AWS JSON 1.1 wants too
         with self.one_timeout():
             answer = self._peer.call("POST", "/", body, headers=self._signed(operation, body))
@@ -207,7 +207,7 @@ class Calls:
         )
 
 
-def _session(place: Place) -> Session:
+def _session(place: AwsEndpoint) -> Session:
     session = Session(profile=place.profile)
     patience = Config(
         connect_timeout=place.timeout_s, read_timeout=place.timeout_s, retries={"total_max_attempts": 1}
@@ -217,7 +217,7 @@ def _session(place: Place) -> Session:
     return session
 
 
-def _address(session: Session, place: Place) -> tuple[str, str]:
+def _address(session: Session, place: AwsEndpoint) -> tuple[str, str]:
     """URL and region, as botocore knows AWS's partitions. ``AWS_ENDPOINT_URL`` chooses no host here."""
     client = session.create_client(
         "kms",

@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 
 from kms_core.backends import KeyVersion
-from kms_core.backends.aws.client import Calls
+from kms_core.backends.aws.client import AwsKmsClient
 from kms_protocol.errors import BackendUnavailable
 
 ALGORITHM: Final = "SYMMETRIC_DEFAULT"  # others do not authenticate a context
@@ -46,12 +46,12 @@ class _Tags(msgspec.Struct, rename="pascal"):
     tags: list[_Tag]
 
 
-def describe(calls: Calls, key: str) -> Described:
+def describe(calls: AwsKmsClient, key: str) -> Described:
     """What a key id, an alias or an ARN stands for now."""
     return calls.ask("DescribeKey", {"KeyId": key}, _Answer).key_metadata
 
 
-def to_new_key(calls: Calls, alias: str, old: Described) -> KeyVersion:
+def to_new_key(calls: AwsKmsClient, alias: str, old: Described) -> KeyVersion:
     """Policy, description and tags are the old key's; grants are not, since each was given to one key.
 
     Both keys enter the history before the new one encrypts, so that of two rotations at once neither's key

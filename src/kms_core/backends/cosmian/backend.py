@@ -15,13 +15,13 @@ from weakref import WeakValueDictionary
 
 from kms_core.backends import KeyVersion
 from kms_core.backends.cosmian.keys import CosmianKey
-from kms_core.backends.cosmian.kmip import Sealed
-from kms_core.backends.cosmian.server import Cosmian
+from kms_core.backends.cosmian.kmip import GcmResult
+from kms_core.backends.cosmian.server import CosmianServer
 from kms_core.backends.cosmian.ttlv import Kind, Refusal
 from kms_core.backends.remote import RemoteBackend
-from kms_core.backends.token_file import Token
-from kms_core.http_client.peer import Server, Tls
-from kms_core.settings.backends import Cosmian as Section
+from kms_core.backends.token_file import FileToken
+from kms_core.http_client.peer import PeerServer, Tls
+from kms_core.settings.backends import CosmianSection as Section
 from kms_core.settings.model import Settings
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed
 
@@ -82,7 +82,7 @@ class CosmianCipher:
         with self.key.call():
             return self.key.rotate()
 
-    def _open(self, uid: str, sealed: Sealed, aad: bytes) -> bytes:
+    def _open(self, uid: str, sealed: GcmResult, aad: bytes) -> bytes:
         try:
             plaintext = self.key.server.open(uid, sealed, aad)
         except Refusal as exc:
@@ -103,23 +103,23 @@ class CosmianCipher:
         )
 
 
-def _read(wrapped: bytes) -> Sealed:
+def _read(wrapped: bytes) -> GcmResult:
     """Raises DecryptFailed for what no ``encrypt`` made."""
     nonce_end = len(FORM) + NONCE_BYTES
-    sealed = Sealed(wrapped[len(FORM) : nonce_end], wrapped[nonce_end:-TAG_BYTES], wrapped[-TAG_BYTES:])
+    sealed = GcmResult(wrapped[len(FORM) : nonce_end], wrapped[nonce_end:-TAG_BYTES], wrapped[-TAG_BYTES:])
     if len(wrapped) not in LENGTHS or not wrapped.startswith(FORM) or sealed.ciphertext.startswith(BULK):
         raise DecryptFailed
     return sealed
 
 
-def _has_lengths(sealed: Sealed, plaintext_bytes: int) -> bool:
+def _has_lengths(sealed: GcmResult, plaintext_bytes: int) -> bool:
     lengths = len(sealed.nonce), len(sealed.ciphertext), len(sealed.tag)
     return lengths == (NONCE_BYTES, plaintext_bytes, TAG_BYTES)
 
 
 # -- opening -----------------------------------------------------------------------------------------
 
-_open: Final[WeakValueDictionary[tuple[Section, bool, int], Cosmian]] = WeakValueDictionary()
+_open: Final[WeakValueDictionary[tuple[Section, bool, int], CosmianServer]] = WeakValueDictionary()
 
 
 def open_key(uri: SplitResult | None, settings: Settings) -> RemoteBackend:
@@ -138,16 +138,16 @@ def key_of(name: str, settings: Settings) -> CosmianKey:
     return CosmianKey(_connect(settings.kms.cosmian, strict=settings.is_prod), name)
 
 
-def _connect(section: Section, *, strict: bool) -> Cosmian:
+def _connect(section: Section, *, strict: bool) -> CosmianServer:
     """The server; keys of one process share it while in use, so that their calls travel together."""
     used = (section, strict, os.getpid())
     found = _open.get(used)
     if found is None:
         tls = Tls(section.tls_verify, section.ca_file, section.client_cert_file, section.client_key_file)
         url, setting = section.server_url or "", "kms.cosmian.server_url"
-        server = Server(url, "Cosmian KMS", setting, section.timeout_s, tls)
+        server = PeerServer(url, "Cosmian KMS", setting, section.timeout_s, tls)
         given = section.api_key or section.api_key_file
         new = "put the API token of our user there"
-        token = Token(section.api_key, section.api_key_file, strict=strict, new=new) if given else None
-        found = _open[used] = Cosmian(server, token, section.protocol)
+        token = FileToken(section.api_key, section.api_key_file, strict=strict, new=new) if given else None
+        found = _open[used] = CosmianServer(server, token, section.protocol)
     return found

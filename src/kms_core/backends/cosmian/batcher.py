@@ -28,7 +28,7 @@ class _Call(Generic[Item, Outcome]):
         self.outcome: Outcome | KmsError = Busy("The message of several calls was broken off")
 
 
-class Coalescer(Generic[Item, Outcome]):
+class Batcher(Generic[Item, Outcome]):
     """Sends the items of several threads in batches, of which ``lanes`` are under way at a time.
 
     ``send`` gets 1 to 64 items, and answers in their order an outcome for each, or the error of that one

@@ -11,9 +11,9 @@ from typing import Final
 
 import msgspec
 
-from kms_core.backends.cosmian.kmip import Line, Sealed
+from kms_core.backends.cosmian.kmip import GcmResult, KmipConnection
 from kms_core.backends.cosmian.ttlv import Kind, Refusal, refusal
-from kms_core.http_client.peer import Answer
+from kms_core.http_client.peer import PeerAnswer
 
 ENCRYPT: Final = "/v1/crypto/encrypt"
 DECRYPT: Final = "/v1/crypto/decrypt"
@@ -62,20 +62,20 @@ def jwe_aad(uid: str, aad: bytes) -> bytes:
 class Jose:
     """AES-GCM over ``/v1/crypto``; safe to call from several threads."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: KmipConnection) -> None:
         self._line = line
 
-    def seal(self, uid: str, plaintext: bytes, aad: bytes) -> Sealed:
+    def seal(self, uid: str, plaintext: bytes, aad: bytes) -> GcmResult:
         """Under a nonce of the server's, with ``jwe_aad(uid, aad)`` authenticated. Raises Refusal."""
         answer = self._post(ENCRYPT, _EncryptIn(uid, _b64(plaintext), _b64(aad)))
         found = answer.read(_EncryptOut)
         if found.protected != _protected(uid):
             raise answer.odd()
-        return Sealed(
+        return GcmResult(
             _octets(found.iv, answer), _octets(found.ciphertext, answer), _octets(found.tag, answer)
         )
 
-    def open(self, uid: str, sealed: Sealed, aad: bytes) -> bytes:
+    def open(self, uid: str, sealed: GcmResult, aad: bytes) -> bytes:
         """The plaintext. Raises Refusal."""
         body = _DecryptIn(
             _protected(uid), _b64(sealed.nonce), _b64(sealed.ciphertext), _b64(sealed.tag), _b64(aad)
@@ -83,14 +83,14 @@ class Jose:
         answer = self._post(DECRYPT, body)
         return _octets(answer.read(_DecryptOut).data, answer)
 
-    def _post(self, path: str, body: msgspec.Struct) -> Answer:
+    def _post(self, path: str, body: msgspec.Struct) -> PeerAnswer:
         answer = self._line.post(path, msgspec.json.encode(body))
         if not answer.ok:
             raise _refusal(answer)
         return answer
 
 
-def _refusal(answer: Answer) -> Refusal:
+def _refusal(answer: PeerAnswer) -> Refusal:
     """What a code means; ``crypto_failure`` covers states of the key as well, which its text tells.
 
     Raises BackendUnavailable for a body of another shape, such as the 404 of a server without these calls.
@@ -118,7 +118,7 @@ def _b64(octets: bytes) -> str:
     return base64.urlsafe_b64encode(octets).rstrip(b"=").decode("ascii")
 
 
-def _octets(text: str, answer: Answer) -> bytes:
+def _octets(text: str, answer: PeerAnswer) -> bytes:
     """Base64url without padding (RFC 7515 §2). Raises BackendUnavailable for any other text."""
     try:
         octets = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))

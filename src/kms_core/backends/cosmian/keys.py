@@ -18,7 +18,7 @@ from typing import Final
 import structlog
 
 from kms_core.backends import KeyMissing, KeyVersion
-from kms_core.backends.cosmian.server import Cosmian
+from kms_core.backends.cosmian.server import CosmianServer
 from kms_core.backends.cosmian.ttlv import Kind, Refusal
 from kms_core.http_client import Busy
 from kms_protocol.errors import BackendUnavailable
@@ -43,7 +43,7 @@ class _Version:
 class CosmianKey:
     """Safe to use from several threads."""
 
-    def __init__(self, server: Cosmian, name: str) -> None:
+    def __init__(self, server: CosmianServer, name: str) -> None:
         """``name`` is 1 to 80 of ``A-Za-z0-9_.-``. Connects to nothing."""
         self.server = server
         self.name = name

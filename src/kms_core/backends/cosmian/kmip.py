@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from kms_core.backends.cosmian.batcher import Coalescer
+from kms_core.backends.cosmian.batcher import Batcher
 from kms_core.backends.cosmian.ttlv import (
     Kind,
     Node,
@@ -26,7 +26,7 @@ from kms_core.backends.cosmian.ttlv import (
     structure,
     text,
 )
-from kms_core.http_client.peer import Answer
+from kms_core.http_client.peer import PeerAnswer
 from kms_protocol.errors import BackendUnavailable
 
 PATH: Final = "/kmip/2_1"
@@ -48,10 +48,10 @@ _HEADER: Final = (
 )
 
 
-class Line(Protocol):
+class KmipConnection(Protocol):
     """The connection to the server, as us."""
 
-    def post(self, path: str, body: bytes, judged: Sequence[int] = ()) -> Answer:
+    def post(self, path: str, body: bytes, judged: Sequence[int] = ()) -> PeerAnswer:
         """Raises what calls raise; 4xx, and 5xx that are judged, are answered."""
 
     def left_s(self) -> float:
@@ -62,7 +62,7 @@ class Line(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Sealed:
+class GcmResult:
     """What AES-GCM makes of a plaintext: nonce, as many bytes as the plaintext, tag."""
 
     nonce: bytes
@@ -89,9 +89,9 @@ class Sender(Protocol):
 class Messages:
     """Operations of 5.0 and later."""
 
-    def __init__(self, line: Line, lanes: int) -> None:
+    def __init__(self, line: KmipConnection, lanes: int) -> None:
         self._line = line
-        self._coalescer: Coalescer[Node, Node] = Coalescer(self._send, lanes=lanes)
+        self._coalescer: Batcher[Node, Node] = Batcher(self._send, lanes=lanes)
 
     @property
     def waiting(self) -> int:
@@ -134,7 +134,7 @@ def _outcome(item: Node) -> Node | Refusal:
 class Singles:
     """Operations of 4.x, one in each call."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: KmipConnection) -> None:
         self._line = line
 
     def ask(self, operation: Node) -> Node:
@@ -158,7 +158,7 @@ class Kmip:
         self._old = old
         self._nonce = "IvCounterNonce" if old else "IVCounterNonce"
 
-    def seal(self, uid: str, plaintext: bytes, aad: bytes) -> Sealed | None:
+    def seal(self, uid: str, plaintext: bytes, aad: bytes) -> GcmResult | None:
         """AES-GCM under a nonce of the server's; None if another key than ``uid`` did it. Raises Refusal."""
         found = self._ask(
             structure(
@@ -171,11 +171,11 @@ class Kmip:
         )
         if found.text("UniqueIdentifier") != uid:
             return None
-        return Sealed(
+        return GcmResult(
             found.octets(self._nonce), found.octets("Data"), found.octets("AuthenticatedEncryptionTag")
         )
 
-    def open(self, uid: str, sealed: Sealed, aad: bytes) -> bytes | None:
+    def open(self, uid: str, sealed: GcmResult, aad: bytes) -> bytes | None:
         """The plaintext; None if another key than ``uid`` gave it. Raises Refusal."""
         found = self._ask(
             structure(

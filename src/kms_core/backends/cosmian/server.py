@@ -12,10 +12,10 @@ from typing import Final, Literal
 from urllib.parse import quote
 
 from kms_core.backends.cosmian.jose import Jose, jwe_aad
-from kms_core.backends.cosmian.kmip import Kmip, Messages, Sealed, Singles
-from kms_core.backends.token_file import Token
+from kms_core.backends.cosmian.kmip import GcmResult, Kmip, Messages, Singles
+from kms_core.backends.token_file import FileToken
 from kms_core.http_client import Busy, Unreachable
-from kms_core.http_client.peer import Answer, Peer, Server
+from kms_core.http_client.peer import Peer, PeerAnswer, PeerServer
 from kms_protocol.errors import BackendUnavailable
 
 Protocol = Literal["auto", "kmip", "jose"]
@@ -25,11 +25,11 @@ _MESSAGES_FROM: Final = (5, 0)
 _JOSE_FROM: Final = (5, 23)
 
 
-class Cosmian:
+class CosmianServer:
     """Safe to use from several threads."""
 
     def __init__(
-        self, server: Server, token: Token | None, protocol: Protocol = "auto", *, lanes: int = LANES
+        self, server: PeerServer, token: FileToken | None, protocol: Protocol = "auto", *, lanes: int = LANES
     ) -> None:
         """Connects to nothing. Raises ConfigurationError if a TLS file cannot be used.
 
@@ -46,13 +46,13 @@ class Cosmian:
         self._new, self._old = Kmip(self._messages), Kmip(Singles(self), old=True)
         self._jose = Jose(self)
 
-    def seal(self, uid: str, plaintext: bytes, aad: bytes) -> Sealed | None:
+    def seal(self, uid: str, plaintext: bytes, aad: bytes) -> GcmResult | None:
         """AES-GCM by key ``uid``, the same in every dialect; None if another key did it. Raises Refusal."""
         if self._speaks_jose():
             return self._jose.seal(uid, plaintext, aad)
         return self.kmip().seal(uid, plaintext, jwe_aad(uid, aad))
 
-    def open(self, uid: str, sealed: Sealed, aad: bytes) -> bytes | None:
+    def open(self, uid: str, sealed: GcmResult, aad: bytes) -> bytes | None:
         """What ``seal`` sealed; None if another key gave it. Raises Refusal."""
         if self._speaks_jose():
             return self._jose.open(uid, sealed, aad)
@@ -94,7 +94,7 @@ class Cosmian:
 
     # -- for the dialects ----------------------------------------------------------------------------
 
-    def post(self, path: str, body: bytes, judged: Sequence[int] = ()) -> Answer:
+    def post(self, path: str, body: bytes, judged: Sequence[int] = ()) -> PeerAnswer:
         """One request as us; 4xx, and 5xx that are judged, are answered."""
         return self._call("POST", path, body, judged)
 
@@ -106,7 +106,9 @@ class Cosmian:
         """The error for a call whose time is over."""
         return Unreachable(f"No answer from {self.where} within {self._timeout_s:g} s")
 
-    def _call(self, method: str, path: str, body: bytes | None = None, judged: Sequence[int] = ()) -> Answer:
+    def _call(
+        self, method: str, path: str, body: bytes | None = None, judged: Sequence[int] = ()
+    ) -> PeerAnswer:
         headers = {"Authorization": f"Bearer {self._token.current()}"} if self._token else {}
         try:
             answer = self._peer.call(method, path, body, headers=headers, judged=judged)

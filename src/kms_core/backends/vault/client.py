@@ -20,10 +20,10 @@ from weakref import WeakValueDictionary
 import msgspec
 import structlog
 
-from kms_core.backends.token_file import Token
+from kms_core.backends.token_file import FileToken
 from kms_core.http_client import Busy, Unreachable
-from kms_core.http_client.peer import Answer, Peer, Server, Tls
-from kms_core.settings.backends import Vault as Section
+from kms_core.http_client.peer import Peer, PeerAnswer, PeerServer, Tls
+from kms_core.settings.backends import VaultSection as Section
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError
 
 PRODUCT: Final = "OpenBao or Vault"
@@ -35,7 +35,7 @@ Data = TypeVar("Data")
 _log = structlog.get_logger(__name__)
 
 
-class Envelope(msgspec.Struct, Generic[Data]):
+class EngineAnswer(msgspec.Struct, Generic[Data]):
     """What every answer of an engine is wrapped in."""
 
     data: Data
@@ -70,11 +70,15 @@ class _Life:
     left_s: float = 0.0
 
 
-class Vault:
+class VaultClient:
     """Calls to one server. Safe to use from several threads."""
 
     def __init__(
-        self, server: Server, token: Token, namespace: str | None, clock: Callable[[], float] = time.monotonic
+        self,
+        server: PeerServer,
+        token: FileToken,
+        namespace: str | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.server = server
         self._peer = Peer(server)
@@ -84,7 +88,7 @@ class Vault:
         self._renewing = threading.Lock()
         self._life = _Life()
 
-    def call(self, method: str, path: str, document: object = None) -> Answer:
+    def call(self, method: str, path: str, document: object = None) -> PeerAnswer:
         """One request, and with it, when that is due, the renewal of our token, within one timeout.
 
         ``path`` is what follows ``/v1/``, quoted. Raises Unreachable, Busy, BackendUnavailable (our token
@@ -106,7 +110,7 @@ class Vault:
         """Close what is open."""
         self._peer.close()
 
-    def no_engine(self, answer: Answer, mount: str, enable: str) -> BackendUnavailable | None:
+    def no_engine(self, answer: PeerAnswer, mount: str, enable: str) -> BackendUnavailable | None:
         """The error for a 404 that means the mount or the namespace; None if it means the item."""
         words, where = said(answer), self.server.where
         if "namespace" in words:
@@ -120,7 +124,7 @@ class Vault:
         """The name of our settings section."""
         return self.server.setting.rpartition(".")[0]
 
-    def _send(self, token: str, method: str, path: str, document: object) -> Answer:
+    def _send(self, token: str, method: str, path: str, document: object) -> PeerAnswer:
         body = None if document is None else msgspec.json.encode(document)
         headers = {"X-Vault-Token": token, "X-Vault-Request": "true", **self._namespace}
         answer = self._peer.call(method, f"/v1/{path}", body, headers=headers, judged=_SEALED)
@@ -128,12 +132,12 @@ class Vault:
             raise self._sealed(answer)
         return answer
 
-    def _sealed(self, answer: Answer) -> Unreachable:
+    def _sealed(self, answer: PeerAnswer) -> Unreachable:
         if b"sealed" in answer.body:
             return Unreachable(f"{self.server.where} is sealed: run `bao operator unseal` there")
         return Unreachable(f"{self.server.where} answers {answer.status}")
 
-    def _forbidden(self, answer: Answer, path: str) -> BackendUnavailable:
+    def _forbidden(self, answer: PeerAnswer, path: str) -> BackendUnavailable:
         said(answer)
         return BackendUnavailable(
             f"{self.server.where} refuses our token: renew the one in {self.section}.token_file, "
@@ -177,7 +181,7 @@ class Vault:
         answer = self._send(token, "GET", "auth/token/lookup-self", None)
         if not answer.ok:
             raise BackendUnavailable(f"{self.server.where} does not say how long our token lasts")
-        found = answer.read(Envelope[_Lookup]).data
+        found = answer.read(EngineAnswer[_Lookup]).data
         return found.ttl, found.renewable
 
     def _renew(self, token: str) -> tuple[float, bool]:
@@ -187,7 +191,7 @@ class Vault:
         return answer.read(_Renewed).auth.lease_duration, True
 
 
-def said(answer: Answer) -> str:
+def said(answer: PeerAnswer) -> str:
     """The server's error words in lower case, for telling cases apart, never for showing.
 
     Raises BackendUnavailable if the answer is not of the shape that OpenBao, Vault and RustyVault give.
@@ -218,10 +222,10 @@ def located(uri: SplitResult, mount: str, usage: str) -> tuple[str, str]:
 
 # -- opening -----------------------------------------------------------------------------------------
 
-_open: Final[WeakValueDictionary[tuple[Section, bool], Vault]] = WeakValueDictionary()
+_open: Final[WeakValueDictionary[tuple[Section, bool], VaultClient]] = WeakValueDictionary()
 
 
-def connect(section: Section, name: str, *, strict: bool) -> Vault:
+def connect(section: Section, name: str, *, strict: bool) -> VaultClient:
     """The server of a settings section (``name`` is as in ``kms.transit``); keys share it while in use."""
     found = _open.get((section, strict))
     if found is None:
@@ -229,9 +233,9 @@ def connect(section: Section, name: str, *, strict: bool) -> Vault:
     return found
 
 
-def _connect(section: Section, name: str, *, strict: bool) -> Vault:
+def _connect(section: Section, name: str, *, strict: bool) -> VaultClient:
     if section.address is None:
         raise ConfigurationError(f"{name}.address is missing")
     tls = Tls(section.tls_verify, section.ca_file, section.client_cert, section.client_key)
-    server = Server(section.address, PRODUCT, f"{name}.address", section.timeout_s, tls)
-    return Vault(server, Token(section.token, section.token_file, strict=strict), section.namespace)
+    server = PeerServer(section.address, PRODUCT, f"{name}.address", section.timeout_s, tls)
+    return VaultClient(server, FileToken(section.token, section.token_file, strict=strict), section.namespace)

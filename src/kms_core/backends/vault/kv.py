@@ -32,9 +32,9 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from kms_core.age.kdf import hkdf
 from kms_core.backends import KeyMissing, KeyVersion
 from kms_core.backends.remote import RemoteBackend
-from kms_core.backends.vault.client import Envelope, Vault, connect, located, path_of, said
+from kms_core.backends.vault.client import EngineAnswer, VaultClient, connect, located, path_of, said
 from kms_core.http_client import Busy, Unreachable
-from kms_core.http_client.peer import Answer
+from kms_core.http_client.peer import PeerAnswer
 from kms_core.settings.model import Settings
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed
 
@@ -78,7 +78,13 @@ class KvCipher:
     name = "vault-kv"
 
     def __init__(
-        self, vault: Vault, mount: str, path: str, *, kv_version: Literal[1, 2] = 2, cache_s: float = 60.0
+        self,
+        vault: VaultClient,
+        mount: str,
+        path: str,
+        *,
+        kv_version: Literal[1, 2] = 2,
+        cache_s: float = 60.0,
     ) -> None:
         """``mount`` and ``path`` as the operator writes them. Raises ConfigurationError; calls nobody."""
         self._vault = vault
@@ -178,13 +184,13 @@ class KvCipher:
             said(answer)
             raise answer.odd()
         if not self._checks:
-            return _Document(self._keys(answer.read(Envelope[msgspec.Raw]).data), 0, now)
-        secret = answer.read(Envelope[_Secret]).data
+            return _Document(self._keys(answer.read(EngineAnswer[msgspec.Raw]).data), 0, now)
+        secret = answer.read(EngineAnswer[_Secret]).data
         if secret.metadata is None:
             raise self._error(f"is on a mount of KV version 1: set {self._vault.section}.kv_version = 1")
         return _Document(self._keys(secret.data), secret.metadata.version, now)
 
-    def _absent(self, answer: Answer, now: float) -> _Document:
+    def _absent(self, answer: PeerAnswer, now: float) -> _Document:
         if not self._checks and b"versioned K/V" in answer.body:
             raise self._error(f"is on a mount of KV version 2: set {self._vault.section}.kv_version = 2")
         if b'"deletion_time"' in answer.body:

@@ -19,9 +19,9 @@ import structlog
 
 from kms_core.backends import KeyMissing, KeyVersion
 from kms_core.backends.remote import RemoteBackend
-from kms_core.backends.vault.client import Envelope, Vault, connect, located, path_of, said
+from kms_core.backends.vault.client import EngineAnswer, VaultClient, connect, located, path_of, said
 from kms_core.http_client import Busy, Unreachable
-from kms_core.http_client.peer import Answer
+from kms_core.http_client.peer import PeerAnswer
 from kms_core.settings.model import Settings
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed
 
@@ -84,7 +84,7 @@ class TransitCipher:
 
     name = "transit"
 
-    def __init__(self, vault: Vault, mount: str, key: str) -> None:
+    def __init__(self, vault: VaultClient, mount: str, key: str) -> None:
         """``mount`` and ``key`` as the operator writes them. Raises ConfigurationError; calls nobody."""
         self._vault = vault
         self._mount = path_of(mount, "The mount of a transit key")
@@ -103,7 +103,7 @@ class TransitCipher:
         answer = self._vault.call("POST", f"{self._mount}/encrypt/{self._key}", document)
         if not answer.ok:
             self._refused(answer)
-        return _raw(answer.read(Envelope[_Ciphertext]).data.ciphertext, version, answer)
+        return _raw(answer.read(EngineAnswer[_Ciphertext]).data.ciphertext, version, answer)
 
     def decrypt(self, wrapped: bytes, version: str, aad: bytes) -> bytes:
         """The secret again."""
@@ -115,7 +115,7 @@ class TransitCipher:
             raise DecryptFailed
         if not answer.ok:
             self._refused(answer)
-        return answer.read(Envelope[_Plaintext]).data.plaintext
+        return answer.read(EngineAnswer[_Plaintext]).data.plaintext
 
     def versions(self) -> Sequence[KeyVersion]:
         """Those that the server still decrypts, the latest last."""
@@ -143,7 +143,7 @@ class TransitCipher:
         answer = self._vault.call("GET", f"{self._mount}/keys/{self._key}")
         if not answer.ok:
             self._refused(answer)
-        record = answer.read(Envelope[_Record]).data
+        record = answer.read(EngineAnswer[_Record]).data
         self._check(record)
         if record.latest_version not in record.keys:
             raise answer.odd()
@@ -161,7 +161,7 @@ class TransitCipher:
             self._warned = True
             _log.warning("key.exportable", backend=self.name, key=self._path, advice=make)
 
-    def _refused(self, answer: Answer) -> NoReturn:
+    def _refused(self, answer: PeerAnswer) -> NoReturn:
         """Raise for an answer that is not 2xx and does not mean a damaged wrap."""
         words = said(answer)
         if answer.status == HTTPStatus.NOT_FOUND:
@@ -180,7 +180,7 @@ class TransitCipher:
         return f"{self._mount}/keys/{self._key}"
 
 
-def _raw(ciphertext: str, version: str, answer: Answer) -> bytes:
+def _raw(ciphertext: str, version: str, answer: PeerAnswer) -> bytes:
     """What stands after the prefix of exactly this version; else the answer is another server's."""
     before, prefix, text = ciphertext.partition(f"vault:v{version}:")
     try:

@@ -15,7 +15,7 @@ import structlog
 
 from kms_core.jobs.events import webhook
 from kms_core.jobs.events.outbox import Delivery, Outbox
-from kms_core.jobs.events.webhook import Endpoint, Outcome
+from kms_core.jobs.events.webhook import DeliveryOutcome, WebhookEndpoint
 from kms_core.jobs.store.redis_keys import is_of_the_record
 from kms_core.observability import metrics
 
@@ -27,13 +27,13 @@ _NOTHING: Final = nullcontext()
 _log = structlog.get_logger(__name__)
 
 
-class Courier(threading.Thread):
+class WebhookDispatcher(threading.Thread):
     """One round every half second, and whenever an answer has come."""
 
     def __init__(
         self,
         outbox: Outbox,
-        endpoints: Mapping[str, Endpoint],
+        endpoints: Mapping[str, WebhookEndpoint],
         name: str,
         *,
         working: AbstractContextManager[object] = _NOTHING,
@@ -49,7 +49,7 @@ class Courier(threading.Thread):
         self._more = False
         threads = min(_MOST_THREADS, PER_ENDPOINT * (len(endpoints) + 1))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="webhook")
-        self._in_hand: dict[Future[Outcome], Delivery] = {}
+        self._in_hand: dict[Future[DeliveryOutcome], Delivery] = {}
 
     def run(self) -> None:
         while not self._stop_asked:
@@ -111,18 +111,18 @@ class Courier(threading.Thread):
             self._in_hand[future] = delivery
             future.add_done_callback(lambda _: self._wake.set())
 
-    def _send(self, delivery: Delivery) -> Outcome:
+    def _send(self, delivery: Delivery) -> DeliveryOutcome:
         """In a thread of the pool. An endpoint without a section may get one: until then it has failed."""
         if self._outbox.is_stale(delivery):
-            return Outcome("failed", "expired")
+            return DeliveryOutcome("failed", "expired")
         endpoint = self._endpoints.get(delivery.endpoint)
         if endpoint is None:
-            return Outcome("failed", "unknown_endpoint")
+            return DeliveryOutcome("failed", "unknown_endpoint")
         if not endpoint.is_for(delivery.tenant):
-            return Outcome("gone", "tenant_refused")
+            return DeliveryOutcome("gone", "tenant_refused")
         return webhook.post(endpoint, delivery.message)
 
-    def _settle(self, delivery: Delivery, outcome: Outcome) -> None:
+    def _settle(self, delivery: Delivery, outcome: DeliveryOutcome) -> None:
         log = _log.bind(
             endpoint=delivery.endpoint,
             delivery_id=delivery.delivery_id,
@@ -144,6 +144,6 @@ class Courier(threading.Thread):
         metrics.WEBHOOK_DELIVERIES.labels(label, result).inc()
 
 
-def _outcome(future: Future[Outcome]) -> Outcome:
+def _outcome(future: Future[DeliveryOutcome]) -> DeliveryOutcome:
     failed = future.exception()
-    return Outcome("failed", type(failed).__name__) if failed else future.result()
+    return DeliveryOutcome("failed", type(failed).__name__) if failed else future.result()

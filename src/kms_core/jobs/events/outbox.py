@@ -33,8 +33,8 @@ import structlog
 from msgspec import Meta
 
 from kms_core.jobs.ends import needs_proof
-from kms_core.jobs.events.webhook import Endpoint, Message, event_body
-from kms_core.jobs.model import REFUSED, Accepted, Job
+from kms_core.jobs.events.webhook import WebhookEndpoint, WebhookRequest, event_body
+from kms_core.jobs.model import REFUSED, Job, JobSpec
 from kms_core.jobs.store.redis_keys import job_key, record_errors
 from kms_core.jobs.store.store import JobStore
 from kms_protocol import wire
@@ -119,8 +119,8 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str = ""  # of an entry that an earlier version wrote
 
     @property
-    def message(self) -> Message:
-        return Message(self.delivery_id, self.job_id, self.body)
+    def message(self) -> WebhookRequest:
+        return WebhookRequest(self.delivery_id, self.job_id, self.body)
 
 
 def delay_s(attempts: int) -> float:
@@ -135,7 +135,7 @@ class Outbox:
     Everything here raises JobsUnavailable or redis.RedisError when Redis is gone.
     """
 
-    def __init__(self, store: JobStore, endpoints: Mapping[str, Endpoint]) -> None:
+    def __init__(self, store: JobStore, endpoints: Mapping[str, WebhookEndpoint]) -> None:
         self.store = store
         self._redis = store.redis
         self._endpoints = endpoints
@@ -235,7 +235,7 @@ class Outbox:
             created_at=time.time(),
         )
 
-    def _events(self, accepted: Accepted) -> frozenset[str]:
+    def _events(self, accepted: JobSpec) -> frozenset[str]:
         """The states that the job's endpoint is told; none without an endpoint that its tenant may use.
 
         Nor of a record that was put back into Redis after its time.

@@ -27,7 +27,7 @@ import structlog
 from kms_core.jobs.events.addresses import Address, is_of_host, is_public
 from kms_core.jobs.model import Job
 from kms_core.secure_files import open_to_others
-from kms_core.settings.model import Endpoint as Section
+from kms_core.settings.model import EndpointSection as Section
 from kms_core.settings.model import Settings
 from kms_core.settings.validate_backends import is_loopback
 from kms_protocol import __version__, small_files, wire
@@ -45,7 +45,7 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class WebhookEndpoint:
     """One receiver. ``loopback_only``: dev's receivers on this machine, which may lack TLS."""
 
     url: str = field(repr=False)
@@ -91,7 +91,7 @@ class CloudEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class WebhookRequest:
     """One signed request: ``body`` is the same in every attempt, the signature's time is not."""
 
     delivery_id: str
@@ -100,7 +100,7 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class DeliveryOutcome:
     """How a request ended; ``reason`` is a word for logs, such as ``http_500`` or ``address_refused``."""
 
     result: Literal["delivered", "gone", "failed"]
@@ -126,19 +126,19 @@ _KINDS: Final = tuple(_FAILURES)
 # -- endpoints ---------------------------------------------------------------------------------------
 
 
-def endpoints(settings: Settings) -> dict[str, Endpoint]:
+def endpoints(settings: Settings) -> dict[str, WebhookEndpoint]:
     """The endpoints by name. ConfigurationError if a secret or a CA file cannot be used; warns as keys do."""
     found = settings.kms.jobs.endpoints
     return {name: _endpoint(section, settings, name) for name, section in found.items()}
 
 
-def _endpoint(section: Section, settings: Settings, name: str) -> Endpoint:
+def _endpoint(section: Section, settings: Settings, name: str) -> WebhookEndpoint:
     url = urlsplit(section.url)
     read_secret(section.secret_file)
     _check_mode(section.secret_file, strict=settings.is_prod)
     ca_setting = f"kms.jobs.endpoints.{name}.ca_file"
     tls = client_context(section.ca_file, ca_setting) if url.scheme == "https" else None
-    return Endpoint(
+    return WebhookEndpoint(
         url=section.url,
         secret_file=section.secret_file,
         events=frozenset(section.events),
@@ -201,13 +201,13 @@ def event_body(delivery_id: str, job: Job, at: float) -> bytes:
     return msgspec.json.encode(event)
 
 
-def sign(secret: bytes, timestamp: int, message: Message) -> str:
+def sign(secret: bytes, timestamp: int, message: WebhookRequest) -> str:
     """``v1=`` and 64 hex digits: HMAC-SHA256 over ``<timestamp>.<delivery id>.<job id>.<body>``."""
     head = f"{timestamp}.{message.delivery_id}.{message.job_id}.".encode()
     return "v1=" + hmac.new(secret, head + message.body, hashlib.sha256).hexdigest()
 
 
-def _headers(secret: bytes, message: Message) -> dict[bytes | str, bytes | str]:
+def _headers(secret: bytes, message: WebhookRequest) -> dict[bytes | str, bytes | str]:
     now = int(time.time())
     return {
         "Content-Type": CONTENT_TYPE,
@@ -223,17 +223,17 @@ def _headers(secret: bytes, message: Message) -> dict[bytes | str, bytes | str]:
 # -- the request -------------------------------------------------------------------------------------
 
 
-def post(endpoint: Endpoint, message: Message, total_s: float = TOTAL_S) -> Outcome:
+def post(endpoint: WebhookEndpoint, message: WebhookRequest, total_s: float = TOTAL_S) -> DeliveryOutcome:
     """Send once, in ``total_s`` besides the name's lookup. What is not answered 2xx or 410 has failed."""
     try:
         return _judged(_status(endpoint, message, time.monotonic() + total_s))
     except _KINDS as exc:
         word = next(word for kind, word in _FAILURES.items() if isinstance(exc, kind))
         tls = isinstance(exc.__context__, ssl.SSLError)  # the pool drops the cause
-        return Outcome("failed", "tls_failed" if tls else word)
+        return DeliveryOutcome("failed", "tls_failed" if tls else word)
 
 
-def resolve(endpoint: Endpoint) -> list[Address]:
+def resolve(endpoint: WebhookEndpoint) -> list[Address]:
     """All addresses of the endpoint's name. Raises AddressRefused for any forbidden one, socket.gaierror."""
     url = urlsplit(endpoint.url)
     found = socket.getaddrinfo(url.hostname, url.port, type=socket.SOCK_STREAM)
@@ -243,7 +243,7 @@ def resolve(endpoint: Endpoint) -> list[Address]:
     return addresses
 
 
-def _status(endpoint: Endpoint, message: Message, deadline: float) -> int:
+def _status(endpoint: WebhookEndpoint, message: WebhookRequest, deadline: float) -> int:
     headers = _headers(read_secret(endpoint.secret_file), message)
     timeouts = {"connect": CONNECT_S, "read": TOTAL_S, "write": TOTAL_S, "pool": TOTAL_S}
     network = _Pinned(resolve(endpoint), deadline)
@@ -260,12 +260,12 @@ def _status(endpoint: Endpoint, message: Message, deadline: float) -> int:
         return answer.status
 
 
-def _judged(status: int) -> Outcome:
+def _judged(status: int) -> DeliveryOutcome:
     if status == HTTPStatus.GONE:
-        return Outcome("gone", f"http_{status}")
+        return DeliveryOutcome("gone", f"http_{status}")
     if HTTPStatus(200) <= status < HTTPStatus.MULTIPLE_CHOICES:
-        return Outcome("delivered")
-    return Outcome("failed", f"http_{status}")
+        return DeliveryOutcome("delivered")
+    return DeliveryOutcome("failed", f"http_{status}")
 
 
 class _Pinned(httpcore.SyncBackend):
@@ -292,11 +292,11 @@ class _Pinned(httpcore.SyncBackend):
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as exc:
                 last = exc
             else:
-                return _Bounded(stream, self._deadline)
+                return _BoundedConnection(stream, self._deadline)
         raise last or httpcore.ConnectError
 
 
-class _Bounded(httpcore.NetworkStream):
+class _BoundedConnection(httpcore.NetworkStream):
     """A connection that ends at a deadline, however slowly the other side drips."""
 
     def __init__(self, stream: httpcore.NetworkStream, deadline: float) -> None:
@@ -319,7 +319,7 @@ class _Bounded(httpcore.NetworkStream):
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
         left = _left(timeout, self._deadline)
-        return _Bounded(self._stream.start_tls(ssl_context, server_hostname, left), self._deadline)
+        return _BoundedConnection(self._stream.start_tls(ssl_context, server_hostname, left), self._deadline)
 
     def get_extra_info(self, info: str) -> object:
         return self._stream.get_extra_info(info)

@@ -6,7 +6,7 @@ from typing import Final
 import msgspec
 
 from kms_core.jobs.execution.lease import Lease
-from kms_core.jobs.model import Accepted, part_id
+from kms_core.jobs.model import JobSpec, part_id
 from kms_core.jobs.storage.spool import ITEMS, Label, Spool
 from kms_core.service import Kms
 from kms_protocol import wire
@@ -47,7 +47,7 @@ def result_label(tenant: str, job_id: str, part: int, fence: int, ref: bytes = b
     return Label(tenant, job_id, f"{RESULT}{part}", fence, ref)
 
 
-def parts(job: Accepted) -> list[Accepted]:
+def parts(job: JobSpec) -> list[JobSpec]:
     """The job cut into parts, which several workers can run at once. Doing it again gives the same ids."""
     ends = (*job.starts[1:], job.size_bytes)
     return [
@@ -68,7 +68,7 @@ def parts(job: Accepted) -> list[Accepted]:
 class _Items:
     """What holds for every item of one run."""
 
-    def __init__(self, job: Accepted, kms: Kms) -> None:
+    def __init__(self, job: JobSpec, kms: Kms) -> None:
         self._job, self._kms = job, kms
         self._who, self._context = job.who, job.bound_context
 

@@ -9,8 +9,8 @@ import msgspec
 
 from kms_core.age import header
 from kms_core.age.header import FILE_LIMITS
-from kms_core.jobs.model import Accepted, Job
-from kms_core.jobs.storage.locations import Places
+from kms_core.jobs.model import Job, JobSpec
+from kms_core.jobs.storage.locations import Locations
 from kms_core.service import Kms
 from kms_protocol import wire
 from kms_protocol.errors import KmsError
@@ -28,7 +28,7 @@ _SHOWN: Final[tuple[Shown, ...]] = (CHANGED, NEWEST, FOREIGN, DUE)
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class FileOutcome:
     """What came of one file; ``version`` is ``<key id>/<key version>`` as it was found, if it was."""
 
     word: str
@@ -47,14 +47,14 @@ class Outcome:
     def __str__(self) -> str:
         return f"{self.word}{self.code} {self.version}".rstrip()
 
-    def shown(self, job: Accepted) -> Shown | msgspec.UnsetType:
+    def shown(self, job: JobSpec) -> Shown | msgspec.UnsetType:
         """As the result of a campaign has it."""
         if not job.is_campaign:
             return msgspec.UNSET
         return next((word for word in _SHOWN if word == self.word), msgspec.UNSET)
 
 
-def look(kms: Kms, places: Places, file: Accepted) -> Outcome:
+def look(kms: Kms, places: Locations, file: JobSpec) -> FileOutcome:
     """Whether a file is to be moved: ``would_change`` if so. Reads its header, and opens nothing with a key.
 
     A new context can be seen in no header, so with one every file is to be moved. Raises NotACiphertext,
@@ -67,23 +67,23 @@ def look(kms: Kms, places: Places, file: Accepted) -> Outcome:
             kms.refused(file.who, file.kind, file.bound_context, exc)
     standing = kms.standing(file.who, head, file.key_id)
     if standing is None:
-        return Outcome(FOREIGN)
+        return FileOutcome(FOREIGN)
     if standing.newest and file.new_context is None:
-        return Outcome(NEWEST)
+        return FileOutcome(NEWEST)
     older = standing.key_version and not standing.newest
-    return Outcome(DUE, f"{standing.key_id}/{standing.key_version}" if older else "")
+    return FileOutcome(DUE, f"{standing.key_id}/{standing.key_version}" if older else "")
 
 
-class Tally:
+class OutcomeCounts:
     """Sums over the outcomes of a part, as fields of its record: the script that ends it adds them up."""
 
-    def __init__(self, outcomes: Iterable[Outcome]) -> None:
+    def __init__(self, outcomes: Iterable[FileOutcome]) -> None:
         self.failed = self.done = 0
         self._words: Counter[str] = Counter()
         for outcome in outcomes:
             self.add(outcome)
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: FileOutcome) -> None:
         self.failed += bool(outcome.code)
         self.done += not outcome.code
         self._words[outcome.word] += 1
@@ -91,7 +91,7 @@ class Tally:
             self._words[_FOUND + outcome.version] += 1
             self._words[_LEFT + outcome.version] += outcome.word != CHANGED
 
-    def counts(self, job: Accepted) -> dict[str, int]:
+    def counts(self, job: JobSpec) -> dict[str, int]:
         """How many files ended so, and by version found and left; only a campaign has any."""
         told = (*_SHOWN, *(name for name in self._words if name.startswith((_FOUND, _LEFT))))
         return {name: self._words[name] for name in told} if job.is_campaign else {}

@@ -15,7 +15,7 @@ from typing import Final, Protocol, Self
 import structlog
 
 from kms_core.jobs.ends import PlacedTarget, Work
-from kms_core.jobs.model import Claim, Commit, LeaseLost
+from kms_core.jobs.model import Attempt, Commit, LeaseLost
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
 from kms_protocol.errors import JobsUnavailable, KmsError, Unavailable
@@ -28,7 +28,7 @@ class Held(Protocol):
     """What work on one file asks of its lease."""
 
     @property
-    def claim(self) -> Claim: ...
+    def claim(self) -> Attempt: ...
     def check(self) -> None:
         """Raise LeaseLost or JobCancelled if the work must stop."""
 
@@ -53,7 +53,7 @@ class FoundLarge(Unavailable):
 class Commits(Protocol):
     """Where a commit is recorded before it happens."""
 
-    def committing(self, claim: Claim, commit: Commit) -> None:
+    def committing(self, claim: Attempt, commit: Commit) -> None:
         """From here on any worker may finish it. Raises LeaseLost, JobCancelled, JobsUnavailable."""
 
     def now(self) -> float:
@@ -67,7 +67,7 @@ class Lease:
     campaign, and ``result_digest`` of the result that it left in the spool.
     """
 
-    def __init__(self, store: JobStore, claim: Claim) -> None:
+    def __init__(self, store: JobStore, claim: Attempt) -> None:
         self.claim = claim
         self._store = store
         self._lock = threading.Lock()

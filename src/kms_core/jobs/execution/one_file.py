@@ -14,9 +14,9 @@ from kms_core.age import header
 from kms_core.age.header import FILE_LIMITS
 from kms_core.jobs.execution import upload
 from kms_core.jobs.execution.lease import Commits, Held
-from kms_core.jobs.model import Accepted, Commit
-from kms_core.jobs.storage.locations import Pending, Places, Source, Target, is_remote
-from kms_core.payload.parallel import Pace
+from kms_core.jobs.model import Commit, JobSpec
+from kms_core.jobs.storage.locations import JobSource, JobTarget, Locations, PendingTarget, is_remote
+from kms_core.payload.parallel import ParallelOptions
 from kms_core.service import Kms
 from kms_protocol.errors import JobExpired, JobsUnavailable, KmsError, PathRefused, TargetExists
 
@@ -27,7 +27,7 @@ REMOTE_SLAB_CHUNKS: Final = 32
 _REFUSED: Final = (JobExpired, TargetExists, PathRefused)
 
 
-def run(lease: Held, kms: Kms, store: Commits, places: Places) -> Commit:
+def run(lease: Held, kms: Kms, store: Commits, places: Locations) -> Commit:
     """Do the work, or finish what an attempt that died began.
 
     Returns what is in place. Raises PathRefused, TargetExists, SpoolFull, JobExpired, Unavailable.
@@ -54,11 +54,11 @@ def run(lease: Held, kms: Kms, store: Commits, places: Places) -> Commit:
     return commit
 
 
-def _finish_begun(job: Accepted, commit: Commit, target: Target, store: Commits) -> bool:
+def _finish_begun(job: JobSpec, commit: Commit, target: JobTarget, store: Commits) -> bool:
     """Finish the commit of an earlier attempt; False if its work must be done again for that.
 
     Of an expired job only what is in place already counts: its record may have been put back by others.
-    Raises JobExpired, ClocksApart, and as ``Target.finish``.
+    Raises JobExpired, ClocksApart, and as ``JobTarget.finish``.
     """
     try:
         job.check_expiry(store.now)
@@ -70,13 +70,15 @@ def _finish_begun(job: Accepted, commit: Commit, target: Target, store: Commits)
     return target.finish(commit)
 
 
-def sweep(job_id: str, target: str, fence: int, places: Places) -> None:
+def sweep(job_id: str, target: str, fence: int, places: Locations) -> None:
     """Remove what attempts before this fence left when they were killed. Raises PathRefused."""
     places.target(target, job_id, overwrite=False).sweep(fence)
 
 
 @contextmanager
-def _attempt(lease: Held, kms: Kms, places: Places, target: Target) -> Iterator[tuple[Pending, Commit]]:
+def _attempt(
+    lease: Held, kms: Kms, places: Locations, target: JobTarget
+) -> Iterator[tuple[PendingTarget, Commit]]:
     """The work done, and its commit described. If the block fails, nothing is left behind."""
     job = lease.claim.accepted
     work = {"encrypt": _encrypt, "decrypt": _decrypt, "rewrap": _rewrap, "reseal": _reseal}[job.kind]
@@ -92,7 +94,7 @@ def _attempt(lease: Held, kms: Kms, places: Places, target: Target) -> Iterator[
 
 
 @contextmanager
-def _discarded_on_failure(pending: Pending) -> Iterator[None]:
+def _discarded_on_failure(pending: PendingTarget) -> Iterator[None]:
     """A failed attempt leaves nothing behind, unless Redis may have heard that it is committing."""
     try:
         yield
@@ -103,28 +105,28 @@ def _discarded_on_failure(pending: Pending) -> Iterator[None]:
         raise
 
 
-def _pace(lease: Held) -> Pace:
+def _pace(lease: Held) -> ParallelOptions:
     job, pace = lease.claim.accepted, upload.pace(lease)
     if is_remote(job.source) or is_remote(job.target):
         return replace(pace, threads=REMOTE_THREADS, slab_chunks=REMOTE_SLAB_CHUNKS)
     return pace
 
 
-def _encrypt(lease: Held, kms: Kms, source: Source, pending: Pending) -> None:
+def _encrypt(lease: Held, kms: Kms, source: JobSource, pending: PendingTarget) -> None:
     job = lease.claim.accepted
     kms.encrypt_file(
         job.who, source.reader, pending.writer, job.bound_context, key_id=job.key_id, pace=_pace(lease)
     )
 
 
-def _decrypt(lease: Held, kms: Kms, source: Source, pending: Pending) -> None:
+def _decrypt(lease: Held, kms: Kms, source: JobSource, pending: PendingTarget) -> None:
     job = lease.claim.accepted
     kms.decrypt_file(
         job.who, source.reader, pending.writer, job.bound_context, key_id=job.key_id, pace=_pace(lease)
     )
 
 
-def _reseal(lease: Held, kms: Kms, source: Source, pending: Pending) -> None:
+def _reseal(lease: Held, kms: Kms, source: JobSource, pending: PendingTarget) -> None:
     job = lease.claim.accepted
     kms.reseal_file(
         job.who,
@@ -137,7 +139,7 @@ def _reseal(lease: Held, kms: Kms, source: Source, pending: Pending) -> None:
     )
 
 
-def _rewrap(lease: Held, kms: Kms, source: Source, pending: Pending) -> None:
+def _rewrap(lease: Held, kms: Kms, source: JobSource, pending: PendingTarget) -> None:
     """A new header, and the payload as it is, which the file system or the store moves where it can."""
     job = lease.claim.accepted
     try:

@@ -8,10 +8,10 @@ import hashlib
 from collections import Counter
 
 from kms_core.jobs.ends import ITEMS_FAILED, SignedEnd, SignedSplit, needs_proof, spec_digest
-from kms_core.jobs.execution.key_migration import Outcome, Tally
-from kms_core.jobs.model import REFUSED, Accepted, Job
+from kms_core.jobs.execution.key_migration import FileOutcome, OutcomeCounts
+from kms_core.jobs.model import REFUSED, Job, JobSpec
 from kms_core.jobs.sealed_records import RecordKey
-from kms_core.jobs.store.reader import ParentRecord, Part, parts_digest
+from kms_core.jobs.store.reader import ParentRecord, PartRecord, parts_digest
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import UnknownJob
 
@@ -43,7 +43,7 @@ def _end_of(job: Job, record: ParentRecord, store: JobStore) -> SignedEnd:
     return sums.end(job, split.parts, accepted.expires_at + store.rules.keep_record_s)
 
 
-def _split(job: Job, accepted: Accepted, record: ParentRecord, key: RecordKey) -> SignedSplit:
+def _split(job: Job, accepted: JobSpec, record: ParentRecord, key: RecordKey) -> SignedSplit:
     """What the job was cut into; of one that 0.1 cut, Redis alone says in how many parts."""
     if not record.split and not accepted.signed_end:
         return SignedSplit(parts=job.parts, digest=b"")
@@ -58,7 +58,7 @@ class _Sums:
         self._tallies: Counter[str] = Counter()
         self._marks: list[bytes] = []
 
-    def add(self, part: Part) -> None:
+    def add(self, part: PartRecord) -> None:
         """Count one part. UnknownJob if it has not ended, or cannot prove how."""
         job = part.job
         if part.is_unproven or not job.ended:
@@ -70,7 +70,7 @@ class _Sums:
         given_up = part.accepted
         if given_up is None:
             raise UnknownJob("A part of this job was not sealed by this service")
-        tally = Tally(map(Outcome.parse, part.log.settled))
+        tally = OutcomeCounts(map(FileOutcome.parse, part.log.settled))
         failed = given_up.items - tally.done
         self._count(given_up.items, failed, given_up.size_bytes, tally.counts(given_up))
 

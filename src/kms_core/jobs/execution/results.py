@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 from kms_core.jobs.ends import needs_proof
 from kms_core.jobs.execution import bulk_items, tree, upload
-from kms_core.jobs.model import REFUSED, Accepted, Job
+from kms_core.jobs.model import REFUSED, Job, JobSpec
 from kms_core.jobs.storage.spool import Label, Spool
 from kms_core.jobs.store.store import JobStore
 from kms_protocol import wire
@@ -19,7 +19,7 @@ from kms_protocol.errors import JobNotFinished, RecordRefused, ResultExpired, Un
 _SLAB_BYTES: Final = 1024 * 1024
 
 
-class Piece(Protocol):
+class ResultChunk(Protocol):
     """Some bytes of a result. Nothing is held open between calls."""
 
     @property
@@ -35,7 +35,7 @@ class Piece(Protocol):
 class Result:
     """Pieces end to end."""
 
-    pieces: Sequence[Piece]
+    pieces: Sequence[ResultChunk]
     lines: bool = False
 
     @property
@@ -69,7 +69,7 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
     return Result([_head(spool, head), _Payload.of(spool, upload.upload_label(accepted))])
 
 
-def _ended(job: Job, store: JobStore) -> Accepted:
+def _ended(job: Job, store: JobStore) -> JobSpec:
     """The sealed part of a job whose result may be read. Raises as ``of``."""
     if not job.ended:
         raise JobNotFinished
@@ -90,7 +90,7 @@ def _ref(job: Job) -> bytes:
     return job.end.result_digest if job.end else b""
 
 
-def _lines(job: Job, accepted: Accepted, store: JobStore, spool: Spool) -> Iterator[Piece]:
+def _lines(job: Job, accepted: JobSpec, store: JobStore, spool: Spool) -> Iterator[ResultChunk]:
     if not job.parts and accepted.is_tree:
         return  # no file was named
     if not job.parts:

@@ -15,8 +15,8 @@ from kms_core.jobs.execution import bulk_items, one_file, parents, tree, upload
 from kms_core.jobs.execution.lease import FoundLarge, Lease
 from kms_core.jobs.execution.tree import Paced
 from kms_core.jobs.file_patterns import Tree
-from kms_core.jobs.model import DEAD, Accepted, Claim, Job, LeaseLost
-from kms_core.jobs.storage.locations import Places
+from kms_core.jobs.model import DEAD, Attempt, Job, JobSpec, LeaseLost
+from kms_core.jobs.storage.locations import Locations
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Label, Spool
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics, tracing
@@ -37,17 +37,17 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Shop:
+class WorkerContext:
     """What a worker works with."""
 
     kms: Kms
     store: JobStore
     spool: Spool
-    places: Places
+    places: Locations
     fanout_files: int = 100_000
 
 
-def run_job(job_id: str, shop: Shop, worker: str) -> None:
+def run_job(job_id: str, shop: WorkerContext, worker: str) -> None:
     """Claim the job and bring it to an end, unless somebody else holds it or it has ended.
 
     Raises JobsUnavailable when Redis is gone; the lease then runs out and the job is taken up again.
@@ -61,7 +61,7 @@ def run_job(job_id: str, shop: Shop, worker: str) -> None:
         _run_claimed(claim, shop)
 
 
-def _run_claimed(claim: Claim, shop: Shop) -> None:
+def _run_claimed(claim: Attempt, shop: WorkerContext) -> None:
     job = claim.accepted
     if claim.attempt == 1 and not claim.deferrals:
         metrics.JOB_WAIT_SECONDS.labels(job.kind).observe(max(0.0, claim.waited_s))
@@ -72,7 +72,7 @@ def _run_claimed(claim: Claim, shop: Shop) -> None:
             _attempt(claim, shop)
 
 
-def _attempt(claim: Claim, shop: Shop) -> None:
+def _attempt(claim: Attempt, shop: WorkerContext) -> None:
     job, store = claim.accepted, shop.store
     try:
         if claim.commit is None:  # what is committing has been done
@@ -97,7 +97,7 @@ def _attempt(claim: Claim, shop: Shop) -> None:
         _tidy(job, shop, None if job.parent else _ended(claim, state, code))
 
 
-def _parts(claim: Claim, shop: Shop) -> list[Accepted]:
+def _parts(claim: Attempt, shop: WorkerContext) -> list[JobSpec]:
     """What the job is to be cut into; nothing, if it is small, or a part itself, or names no file."""
     job = claim.accepted
     if job.parent or not (job.is_tree or len(job.starts) > 1):
@@ -108,7 +108,7 @@ def _parts(claim: Claim, shop: Shop) -> list[Accepted]:
         return tree.plan(lease, shop.spool, shop.places.files(Tree.parse(job.source)), shop.fanout_files)
 
 
-def _ended(claim: Claim, state: JobState, code: str) -> Job:
+def _ended(claim: Attempt, state: JobState, code: str) -> Job:
     """What Redis would say now, without asking."""
     job = claim.accepted
     return Job(
@@ -116,7 +116,7 @@ def _ended(claim: Claim, state: JobState, code: str) -> Job:
     )
 
 
-def _tidy(job: Accepted, shop: Shop, whole: Job | None = None) -> None:
+def _tidy(job: JobSpec, shop: WorkerContext, whole: Job | None = None) -> None:
     """Remove what an ended job needs no more: items, half-written targets; all of it if cancelled."""
     whole = whole or shop.store.get(job.owner, job.tenant)
     if whole.parts_ended:
@@ -133,7 +133,7 @@ def _tidy(job: Accepted, shop: Shop, whole: Job | None = None) -> None:
         shop.spool.discard(Label(job.tenant, job.owner, ITEMS))
 
 
-def _work(lease: Lease, shop: Shop) -> str:
+def _work(lease: Lease, shop: WorkerContext) -> str:
     """Do what was accepted; an error code if the job's result is readable but not whole."""
     job = lease.claim.accepted
     if job.source == ITEMS:
@@ -159,7 +159,7 @@ def _work(lease: Lease, shop: Shop) -> str:
 
 
 @contextmanager
-def _refusal_recorded(job: Accepted, kms: Kms) -> Iterator[None]:
+def _refusal_recorded(job: JobSpec, kms: Kms) -> Iterator[None]:
     """Puts it into the audit log that items or a listing are not those of the job."""
     try:
         yield
@@ -167,7 +167,7 @@ def _refusal_recorded(job: Accepted, kms: Kms) -> Iterator[None]:
         kms.refused(job.who, job.kind, job.bound_context, exc)
 
 
-def _defer(claim: Claim, store: JobStore, exc: Unavailable) -> None:
+def _defer(claim: Attempt, store: JobStore, exc: Unavailable) -> None:
     """A peer that is away costs the job time, not an attempt; so does its pace, or a grown source."""
     if isinstance(exc, Paced):
         store.defer(claim, exc.retry_after_s, counts=False, away=False)
@@ -185,10 +185,10 @@ def _defer(claim: Claim, store: JobStore, exc: Unavailable) -> None:
         _log.warning("job.deferred", job_id=claim.accepted.job_id, code=exc.code, delay_s=round(delay, 1))
 
 
-def _end_badly(claim: Claim, shop: Shop, exc: KmsError) -> None:
+def _end_badly(claim: Attempt, shop: WorkerContext, exc: KmsError) -> None:
     state: JobState = "cancelled" if isinstance(exc, JobCancelled) else "failed"
     shop.store.finish(claim, state, exc.code)
-    job: Accepted = claim.accepted
+    job: JobSpec = claim.accepted
     if job.parent:
         _tidy(job, shop)
     elif exc.code not in DEAD:  # a dead letter may be retried

@@ -16,13 +16,13 @@ from typing import Final
 import msgspec
 
 from kms_core.jobs.execution import bulk_items, key_migration, one_file
-from kms_core.jobs.execution.key_migration import Outcome
+from kms_core.jobs.execution.key_migration import FileOutcome
 from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.file_patterns import Tree, target_of
-from kms_core.jobs.model import Accepted, Claim, Commit, Job, LeaseLost, Log, part_id
-from kms_core.jobs.storage.locations import Places
+from kms_core.jobs.model import Attempt, Checkpoint, Commit, Job, JobSpec, LeaseLost, part_id
+from kms_core.jobs.storage.locations import Locations
 from kms_core.jobs.storage.spool import Label, Spool
-from kms_core.jobs.storage.tree_walk import Found
+from kms_core.jobs.storage.tree_walk import ListedFile
 from kms_core.jobs.store.redis_keys import TALLY
 from kms_core.jobs.store.store import JobStore
 from kms_core.service import Kms
@@ -35,7 +35,7 @@ PART_BYTES: Final = 1024**3
 BURST_S: Final = 5.0  # of files that a paced part takes at once
 PATIENCE: Final = 8  # deferrals, some minutes, until a file that cannot be read is given up
 _SHORT_S: Final = 0.5
-_decode: Final = msgspec.json.Decoder(Found).decode
+_decode: Final = msgspec.json.Decoder(ListedFile).decode
 
 
 class Paced(Unavailable):
@@ -48,7 +48,7 @@ class Paced(Unavailable):
 # -- the whole -------------------------------------------------------------------------------------------
 
 
-def plan(lease: Lease, spool: Spool, listed: Iterable[Found], most: int) -> list[Accepted]:
+def plan(lease: Lease, spool: Spool, listed: Iterable[ListedFile], most: int) -> list[JobSpec]:
     """Write the manifest; the parts of some hundred files, or 1 GiB, that make up the job.
 
     Raises TooLarge for more than ``most`` files, SpoolFull, and what listing them raises.
@@ -84,7 +84,7 @@ class _Cut:
         return self.files == PART_FILES or (self.files > 0 and self.size_bytes + more_bytes > PART_BYTES)
 
 
-def _part(job: Accepted, number: int, cut: _Cut) -> Accepted:
+def _part(job: JobSpec, number: int, cut: _Cut) -> JobSpec:
     return msgspec.structs.replace(
         job,
         job_id=part_id(job.job_id, number),
@@ -101,7 +101,7 @@ def _part(job: Accepted, number: int, cut: _Cut) -> Accepted:
 # -- a part ----------------------------------------------------------------------------------------------
 
 
-def run(lease: Lease, kms: Kms, store: JobStore, spool: Spool, places: Places) -> None:
+def run(lease: Lease, kms: Kms, store: JobStore, spool: Spool, places: Locations) -> None:
     """Settle what the log leaves of a part's files, then write the result lines of all.
 
     Raises Paced and Unavailable, once the log is stored: the part is then taken up where it stopped.
@@ -121,7 +121,9 @@ def run(lease: Lease, kms: Kms, store: JobStore, spool: Spool, places: Places) -
 class _Part:
     """One attempt at a part."""
 
-    def __init__(self, lease: Lease, kms: Kms, store: JobStore, places: Places, found: list[Found]) -> None:
+    def __init__(
+        self, lease: Lease, kms: Kms, store: JobStore, places: Locations, found: list[ListedFile]
+    ) -> None:
         self._lease, self._kms, self.store, self._places = lease, kms, store, places
         self._job = lease.claim.accepted
         self._tree = Tree.parse(self._job.source)
@@ -130,7 +132,7 @@ class _Part:
         self._deferrals = lease.claim.deferrals
         self._made: set[str] = set()
         self.log = lease.claim.log
-        self._tally = key_migration.Tally(map(Outcome.parse, self.log.settled))
+        self._tally = key_migration.OutcomeCounts(map(FileOutcome.parse, self.log.settled))
         lease.resume(
             items=len(self.log.outcomes),
             failed=self._tally.failed,
@@ -143,7 +145,7 @@ class _Part:
 
     def settle_all(self) -> None:
         if self.log.pending:
-            self._settle(self._finish(self.log.pending, Outcome.parse(self.log.effect)))
+            self._settle(self._finish(self.log.pending, FileOutcome.parse(self.log.effect)))
             self._step(self.log)
         for index in range(len(self.log.outcomes), len(self._found)):
             self._lease.check()
@@ -151,12 +153,12 @@ class _Part:
             self._settle(self._one(index))
         self._step(self.log)
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _settle(self, outcome: FileOutcome) -> None:
         self.log = self.log.adding(str(outcome))
         self._tally.add(outcome)
         self._lease.item(failed=bool(outcome.code))
 
-    def _step(self, log: Log) -> None:
+    def _step(self, log: Checkpoint) -> None:
         counts = {f"{TALLY}{name}": number for name, number in self.tallies.items()}
         self.store.step(self._lease.claim, log, {"settled": self._tally.done, **counts})
 
@@ -172,10 +174,10 @@ class _Part:
             time.sleep(wait_s)
         self._granted -= 1
 
-    def _one(self, index: int) -> Outcome:
+    def _one(self, index: int) -> FileOutcome:
         found = self._found[index]
         if found.code:
-            return Outcome.refused(found.code)
+            return FileOutcome.refused(found.code)
         version = ""
         try:
             file = self._file(index)
@@ -185,28 +187,30 @@ class _Part:
                 if outcome.word != key_migration.DUE or self._job.dry_run:
                     return outcome
             self._make_room(file.target)
-            effect = Outcome(key_migration.CHANGED if self._job.is_campaign else key_migration.DONE, version)
+            effect = FileOutcome(
+                key_migration.CHANGED if self._job.is_campaign else key_migration.DONE, version
+            )
             one_file.run(
-                _Held(self._lease, self._claim(file)), self._kms, _Commits(self, effect), self._places
+                _FileLease(self._lease, self._claim(file)), self._kms, _Commits(self, effect), self._places
             )
         except (LeaseLost, JobCancelled, JobExpired):
             raise
         except Unavailable as exc:
             self._bear(exc)
-            return Outcome.refused(exc.code, version)
+            return FileOutcome.refused(exc.code, version)
         except KmsError as exc:
-            return Outcome.refused(exc.code, version)
+            return FileOutcome.refused(exc.code, version)
         return effect
 
-    def _finish(self, commit: Commit, effect: Outcome) -> Outcome:
+    def _finish(self, commit: Commit, effect: FileOutcome) -> FileOutcome:
         """Put in place what a worker that died had ready."""
         claim = self._claim(self._file(len(self.log.outcomes)), commit)
         try:
-            one_file.run(_Held(self._lease, claim), self._kms, _Commits(self, effect), self._places)
+            one_file.run(_FileLease(self._lease, claim), self._kms, _Commits(self, effect), self._places)
         except (LeaseLost, JobCancelled, JobExpired, Unavailable):
             raise
         except KmsError as exc:
-            return Outcome.refused(exc.code, effect.version)
+            return FileOutcome.refused(exc.code, effect.version)
         return effect
 
     def _bear(self, exc: Unavailable) -> None:
@@ -216,10 +220,10 @@ class _Part:
             raise exc
         self._deferrals = 0
 
-    def _file(self, index: int) -> Accepted:
+    def _file(self, index: int) -> JobSpec:
         return file_job(self._job, self._tree, self._found[index].path, index)
 
-    def _claim(self, file: Accepted, commit: Commit | None = None) -> Claim:
+    def _claim(self, file: JobSpec, commit: Commit | None = None) -> Attempt:
         return replace(self._lease.claim, accepted=file, commit=commit)
 
     def _make_room(self, target: str) -> None:
@@ -228,16 +232,16 @@ class _Part:
             self._places.make_parents(target)
             self._made.add(above)
 
-    def record(self, commit: Commit, effect: Outcome) -> None:
+    def record(self, commit: Commit, effect: FileOutcome) -> None:
         """From here on whoever has the part finishes this commit."""
         words = self.log
-        self._step(Log(words=words.words, outcomes=words.outcomes, pending=commit, effect=str(effect)))
+        self._step(Checkpoint(words=words.words, outcomes=words.outcomes, pending=commit, effect=str(effect)))
 
 
-class _Held:
+class _FileLease:
     """The part's lease, as work on one of its files sees it."""
 
-    def __init__(self, lease: Lease, claim: Claim) -> None:
+    def __init__(self, lease: Lease, claim: Attempt) -> None:
         self.claim = claim
         self.admit = lease.admit
         self.check = lease.check
@@ -247,17 +251,17 @@ class _Held:
 class _Commits:
     """Where the commit of one file is recorded: in the log of its part."""
 
-    def __init__(self, part: _Part, effect: Outcome) -> None:
+    def __init__(self, part: _Part, effect: FileOutcome) -> None:
         self._part = part
         self._effect = effect
         self.now = part.store.now
 
-    def committing(self, claim: Claim, commit: Commit) -> None:
+    def committing(self, claim: Attempt, commit: Commit) -> None:
         claim.accepted.check_expiry(self.now)
         self._part.record(commit, self._effect)
 
 
-def file_job(part: Accepted, tree: Tree, path: str, index: int) -> Accepted:
+def file_job(part: JobSpec, tree: Tree, path: str, index: int) -> JobSpec:
     """One file of a part as a job from file to file; its id makes the name of its temporary file its own."""
     return msgspec.structs.replace(
         part,
@@ -270,7 +274,7 @@ def file_job(part: Accepted, tree: Tree, path: str, index: int) -> Accepted:
     )
 
 
-def entries(part: Accepted, spool: Spool) -> list[Found]:
+def entries(part: JobSpec, spool: Spool) -> list[ListedFile]:
     """The files of a part, as they were listed. Raises ResultExpired once the job was cancelled."""
     label = Label(part.tenant, part.owner, MANIFEST, part.manifest, part.input_ref)
     with spool.opened(label) as reader:
@@ -280,12 +284,14 @@ def entries(part: Accepted, spool: Spool) -> list[Found]:
 # -- afterwards ------------------------------------------------------------------------------------------
 
 
-def lines(part: Accepted, found: list[Found], log: Log, code: str = "") -> Iterator[wire.ItemResult]:
+def lines(
+    part: JobSpec, found: list[ListedFile], log: Checkpoint, code: str = ""
+) -> Iterator[wire.ItemResult]:
     """A line for each file of a part; ``code`` is why those that the log does not settle have no outcome."""
     tree = Tree.parse(part.source)
-    settled = [Outcome.parse(word) for word in log.settled]
+    settled = [FileOutcome.parse(word) for word in log.settled]
     for index, one in enumerate(found):
-        outcome = settled[index] if index < len(settled) else Outcome.refused(code)
+        outcome = settled[index] if index < len(settled) else FileOutcome.refused(code)
         file = file_job(part, tree, one.path, index)
         yield wire.ItemResult(
             index=part.first + index,
@@ -296,7 +302,7 @@ def lines(part: Accepted, found: list[Found], log: Log, code: str = "") -> Itera
         )
 
 
-def abandon(part: Accepted, state: Job, spool: Spool, places: Places, store: JobStore) -> None:
+def abandon(part: JobSpec, state: Job, spool: Spool, places: Locations, store: JobStore) -> None:
     """Remove the temporary files that killed attempts at a part left, if no attempt will follow."""
     if not state.ended or state.state == "succeeded" or state.error == "items_failed":
         return

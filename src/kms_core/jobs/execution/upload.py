@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from typing import Final
 
 from kms_core.jobs.execution.lease import Held, Lease
-from kms_core.jobs.model import Accepted
+from kms_core.jobs.model import JobSpec
 from kms_core.jobs.storage.spool import UPLOAD, Blob, Label, Spool
-from kms_core.payload.parallel import Pace
+from kms_core.payload.parallel import ParallelOptions
 from kms_core.results import Unwrapped
 from kms_core.service import Kms
 from kms_protocol.errors import DecryptFailed, InvalidRequest, NotACiphertext, RecordRefused, TooLarge
@@ -39,7 +39,7 @@ def run(lease: Lease, kms: Kms, spool: Spool) -> None:
         lease.result_digest = out.ref
 
 
-def upload_label(job: Accepted) -> Label:
+def upload_label(job: JobSpec) -> Label:
     """Where the upload of a job rests."""
     return Label(job.tenant, job.job_id, UPLOAD, ref=job.input_ref)
 
@@ -49,9 +49,9 @@ def _head_label(lease: Lease) -> Label:
     return Label(job.tenant, job.job_id, HEAD, lease.claim.fence)
 
 
-def pace(lease: Held) -> Pace:
+def pace(lease: Held) -> ParallelOptions:
     """Slab by slab: tell progress, stop on loss or cancellation."""
-    return Pace(progress=lease.advance, check=lease.check)
+    return ParallelOptions(progress=lease.advance, check=lease.check)
 
 
 def _encrypt(lease: Lease, kms: Kms, spool: Spool, blob: Blob) -> bytes:

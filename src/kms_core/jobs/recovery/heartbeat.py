@@ -14,7 +14,7 @@ _NOTHING: Final = nullcontext()
 _log = structlog.get_logger(__name__)
 
 
-class Presence(threading.Thread):
+class Heartbeat(threading.Thread):
     """Says once a second that this worker lives; nothing else is done here, so nothing can hold it up.
 
     A worker that was killed is on the list for ``upkeep.WORKER_SEEN_S`` at most.

@@ -10,7 +10,7 @@ from typing import Final
 
 import structlog
 
-from kms_core.jobs.model import Lane
+from kms_core.jobs.model import QueuePriority
 from kms_core.jobs.storage.spool import Spool
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
@@ -26,7 +26,7 @@ _NOTHING: Final = nullcontext()
 _log = structlog.get_logger(__name__)
 
 
-class Caretaker(threading.Thread):
+class Reaper(threading.Thread):
     """One round a second. ``waiting`` asks the broker: queued jobs are nudged again if their lane is empty.
 
     Where the broker's lists are in the same Redis, also if their lane holds later messages alone.
@@ -37,7 +37,7 @@ class Caretaker(threading.Thread):
         store: JobStore,
         spool: Spool,
         name: str,
-        waiting: Callable[[], Mapping[Lane, int]],
+        waiting: Callable[[], Mapping[QueuePriority, int]],
         *,
         working: AbstractContextManager[object] = _NOTHING,
     ) -> None:
@@ -101,7 +101,7 @@ class Caretaker(threading.Thread):
             if self._store.purged(job_id):  # a worker tidies what they may have left beside the target
                 self._store.nudge(job_id, self._store.lane_of(job_id))
 
-    def _take_up(self, job_id: str, found: str, lane: Lane) -> None:
+    def _take_up(self, job_id: str, found: str, lane: QueuePriority) -> None:
         self._store.nudge(job_id, lane)
         metrics.JOB_RESUMES.labels(found).inc()
         _log.info("job.taken_up", job_id=job_id, reason=found)

@@ -12,8 +12,8 @@ from urllib.parse import quote
 from kms_core.jobs.storage.local_paths import parts
 from kms_core.s3 import sigv4
 from kms_core.s3.bucket import Bucket
-from kms_core.s3.connection import Line, Place
-from kms_core.settings.model import Bucket as Section
+from kms_core.s3.connection import S3Connection, S3Endpoint
+from kms_core.settings.model import BucketSection as Section
 from kms_core.settings.model import Settings
 from kms_protocol.errors import PathRefused
 from kms_protocol.tls_client import client_context
@@ -97,7 +97,7 @@ def build(settings: Settings) -> Buckets:
 
     Raises ConfigurationError.
     """
-    lines: dict[tuple[object, ...], Line] = {}
+    lines: dict[tuple[object, ...], S3Connection] = {}
     allowed = {}
     for name, section in settings.kms.jobs.buckets.items():
         # On one line an object is copied by the store itself, from bucket to bucket.
@@ -110,7 +110,7 @@ def build(settings: Settings) -> Buckets:
     return Buckets(allowed)
 
 
-def _line(name: str, section: Section, *, strict: bool) -> Line:
+def _line(name: str, section: Section, *, strict: bool) -> S3Connection:
     where = f"kms.jobs.buckets.{name}"
     endpoint = section.endpoint or f"https://s3.{section.region}.amazonaws.com"
     if section.access_key_id and section.secret_key_file:
@@ -120,4 +120,4 @@ def _line(name: str, section: Section, *, strict: bool) -> Line:
     else:
         credentials = sigv4.from_surroundings(where)
     trust = client_context(section.ca_file, f"{where}.ca_file") if endpoint.startswith("https:") else None
-    return Line(Place(endpoint, section.region, credentials, trust, section.timeout_s))
+    return S3Connection(S3Endpoint(endpoint, section.region, credentials, trust, section.timeout_s))

@@ -1,4 +1,4 @@
-"""Jobs to and from files beneath the roots: the seams of ``jobs/storage/locations.py`` over ``jobs/storage/local_paths.py``."""
+"""Sources and targets that are files beneath the roots: ``locations`` over ``local_paths``."""
 
 import os
 from contextlib import suppress
@@ -9,14 +9,14 @@ from typing import Final, Self
 from kms_core.jobs.model import SWEPT, Commit
 from kms_core.jobs.storage.local_paths import (
     OpenSource,
-    Pending,
     Placement,
     Roots,
+    TemporaryFile,
     keep_access,
     temporary_name,
 )
-from kms_core.payload.files import Extent, Onto, Reader, changed
-from kms_core.payload.parallel import Pace, copy_run
+from kms_core.payload.files import FileRange, FileWriter, RangeSource, changed
+from kms_core.payload.parallel import ParallelOptions, copy_run
 from kms_protocol.errors import KmsError
 
 _COPY_BYTES: Final = 8 * 1024 * 1024
@@ -33,8 +33,8 @@ class RootedSource:
         return self.file.size_bytes
 
     @property
-    def reader(self) -> Extent:
-        return Extent(self.file.fd, self.file.size_bytes)
+    def reader(self) -> FileRange:
+        return FileRange(self.file.fd, self.file.size_bytes)
 
     def check_unchanged(self) -> None:
         self.file.check_unchanged()
@@ -52,17 +52,17 @@ class RootedSource:
 class RootedPending:
     """A temporary file beside its target."""
 
-    file: Pending
+    file: TemporaryFile
     target: "RootedTarget"
     fence: int
 
     @property
-    def writer(self) -> Onto:
-        return Onto(self.file.fd)
+    def writer(self) -> FileWriter:
+        return FileWriter(self.file.fd)
 
-    def copy(self, reader: Reader, at: int, pace: Pace) -> None:
+    def copy(self, reader: RangeSource, at: int, pace: ParallelOptions) -> None:
         """Put the rest of a target, from ``at`` on; by reflink or in the kernel, where that can be."""
-        if not isinstance(reader, Extent):
+        if not isinstance(reader, FileRange):
             copy_run(reader, self.writer, at, pace)
             return
         done = 0

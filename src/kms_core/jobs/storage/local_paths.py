@@ -110,7 +110,7 @@ def file_errors() -> Iterator[None]:
         ) from exc
 
 
-class Identity(NamedTuple):
+class FileIdentity(NamedTuple):
     """Which file it is, and its last change."""
 
     device: int
@@ -133,7 +133,7 @@ class OpenSource:
     """A source, open for reading at offset 0; closed by its ``with`` block."""
 
     fd: int
-    identity: Identity
+    identity: FileIdentity
 
     @property
     def size_bytes(self) -> int:
@@ -141,7 +141,7 @@ class OpenSource:
 
     def check_unchanged(self) -> None:
         """Raises InvalidRequest if the file was written to since it was opened; ask after the last read."""
-        if Identity.of(os.fstat(self.fd)) != self.identity:
+        if FileIdentity.of(os.fstat(self.fd)) != self.identity:
             raise InvalidRequest(
                 "The source changed while it was read: run the job again when it is complete"
             )
@@ -172,7 +172,7 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
+class TemporaryFile:
     """A temporary file (0600) beside its target, open for writing; its ``with`` block closes and keeps it."""
 
     url: str
@@ -277,9 +277,9 @@ class Roots:
             if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
                 os.close(fd)
                 raise PathRefused(_NOT_PLAIN)
-        return OpenSource(fd, Identity.of(found))
+        return OpenSource(fd, FileIdentity.of(found))
 
-    def prepare(self, url: str, tag: str, *, overwrite: bool, room_bytes: int = 0) -> Pending:
+    def prepare(self, url: str, tag: str, *, overwrite: bool, room_bytes: int = 0) -> TemporaryFile:
         """Make the temporary file of a target. A target may be its job's source with ``overwrite`` only.
 
         Raises TargetExists, PathRefused (also where ``overwrite`` would replace anything but a regular
@@ -295,7 +295,7 @@ class Roots:
             except OSError:
                 os.close(kept)
                 raise
-        return Pending(url, temporary, kept, fd)
+        return TemporaryFile(url, temporary, kept, fd)
 
     def finish(self, placement: Placement, *, overwrite: bool) -> None:
         """Put the file in place; once it is there, doing it again changes nothing.

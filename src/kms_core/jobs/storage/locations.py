@@ -17,11 +17,11 @@ from kms_core.jobs.model import Commit
 from kms_core.jobs.storage.buckets import SCHEME, Buckets
 from kms_core.jobs.storage.local import RootedSource, RootedTarget
 from kms_core.jobs.storage.local_paths import Roots, file_errors
-from kms_core.jobs.storage.multipart_journal import Notes
+from kms_core.jobs.storage.multipart_journal import MultipartJournal
 from kms_core.jobs.storage.s3 import ObjectSource, ObjectTarget
-from kms_core.jobs.storage.tree_walk import Found, walk
-from kms_core.payload.files import Reader, Writer
-from kms_core.payload.parallel import Pace
+from kms_core.jobs.storage.tree_walk import ListedFile, walk
+from kms_core.payload.files import RangeSource, RangeTarget
+from kms_core.payload.parallel import ParallelOptions
 from kms_protocol.errors import KmsError, PathRefused, TooLarge
 
 _ANY: Final = "any"  # a name below a directory
@@ -38,26 +38,26 @@ class Open(Protocol):
     ) -> None: ...
 
 
-class Source(Open, Protocol):
+class JobSource(Open, Protocol):
     """Something to read, pinned as it was when it was opened."""
 
     @property
-    def reader(self) -> Reader: ...
+    def reader(self) -> RangeSource: ...
     @property
     def size_bytes(self) -> int: ...
     def check_unchanged(self) -> None:
         """Raises InvalidRequest if it is another by now; ask after the last read."""
 
 
-class Pending(Open, Protocol):
+class PendingTarget(Open, Protocol):
     """A target in the making, which nobody sees."""
 
     @property
-    def writer(self) -> Writer: ...
-    def copy(self, reader: Reader, at: int, pace: Pace) -> None:
+    def writer(self) -> RangeTarget: ...
+    def copy(self, reader: RangeSource, at: int, pace: ParallelOptions) -> None:
         """Write all of ``reader`` from ``at`` on, to the end of the target, as cheaply as it can be done."""
 
-    def settle(self, source: Source, *, in_place: bool) -> Commit:
+    def settle(self, source: JobSource, *, in_place: bool) -> Commit:
         """Describe what will be put in place; nothing may be written afterwards.
 
         ``in_place``: the result takes the place of its source, and of nothing that came after it.
@@ -70,10 +70,10 @@ class Pending(Open, Protocol):
         """Leave nothing of it behind."""
 
 
-class Target(Protocol):
+class JobTarget(Protocol):
     """The place of a job's result."""
 
-    def prepare(self, fence: int, room_bytes: int = 0) -> Pending:
+    def prepare(self, fence: int, room_bytes: int = 0) -> PendingTarget:
         """Begin an attempt whose result will have about ``room_bytes``.
 
         Raises TargetExists, PathRefused, SpoolFull, Unavailable.
@@ -145,12 +145,12 @@ def holes(fd: int, size_bytes: int, missing_bytes: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class Locations:
     """All that jobs may name: ``file://`` beneath the roots, ``s3://`` in the buckets."""
 
     roots: Roots
     buckets: Buckets
-    notes: Notes
+    notes: MultipartJournal
     limits: SourceLimits = SourceLimits()
 
     def check(self, url: str) -> None:
@@ -160,7 +160,7 @@ class Places:
         else:
             self.roots.check(url)
 
-    def open_source(self, url: str) -> Source:
+    def open_source(self, url: str) -> JobSource:
         """Raises PathRefused if it is not there or not allowed, TooLarge above ``limits``, Unavailable."""
         if url.startswith(SCHEME):
             found = ObjectSource.at(url, self.buckets)
@@ -182,7 +182,7 @@ class Places:
             with suppress(PathRefused):  # its directory may be made before the job runs
                 self.roots.check_room(url, size_bytes)
 
-    def target(self, url: str, job_id: str, *, overwrite: bool) -> Target:
+    def target(self, url: str, job_id: str, *, overwrite: bool) -> JobTarget:
         """The place of a job's result; looks at nothing."""
         if url.startswith(SCHEME):
             return ObjectTarget(url, job_id, overwrite, self.buckets, self.notes)
@@ -208,7 +208,7 @@ class Places:
         if not url.startswith(SCHEME):
             self.roots.make_parents(url)
 
-    def files(self, tree: Tree) -> Iterator[Found]:
+    def files(self, tree: Tree) -> Iterator[ListedFile]:
         """What a pattern names, in a fixed order. Raises PathRefused, TooLarge, Unavailable."""
         if not tree.base.startswith(SCHEME):
             yield from walk(self.roots, tree)
@@ -217,7 +217,7 @@ class Places:
         for url, size in self.buckets.listing(tree.base):
             path = url.split("/", above)[above]
             if tree.names(path):
-                yield Found(path, size)
+                yield ListedFile(path, size)
 
 
 def is_remote(url: str) -> bool:

@@ -19,7 +19,7 @@ from kms_protocol.errors import RecordRefused, ResultExpired
 _LONGEST: Final = 4096
 
 
-class Notes:
+class MultipartJournal:
     """One note for each attempt and target. Shared by all workers of an install, as the spool is."""
 
     def __init__(self, directory: Path) -> None:

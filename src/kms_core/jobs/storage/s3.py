@@ -18,10 +18,10 @@ import msgspec
 
 from kms_core.jobs.model import SWEPT, Commit
 from kms_core.jobs.storage.buckets import Buckets
-from kms_core.jobs.storage.multipart_journal import Notes
-from kms_core.payload.files import Reader
-from kms_core.payload.parallel import Pace, copy_run
-from kms_core.s3.bucket import ALWAYS, Completion, If, Part
+from kms_core.jobs.storage.multipart_journal import MultipartJournal
+from kms_core.payload.files import RangeSource
+from kms_core.payload.parallel import ParallelOptions, copy_run
+from kms_core.s3.bucket import ALWAYS, Completion, If, UploadedPart
 from kms_core.s3.multipart import Assembly, ObjectReader, digest
 from kms_protocol.errors import KmsError, PathRefused, TargetExists, Unavailable
 
@@ -69,7 +69,7 @@ class ObjectPending:
     fence: int
     there: str
 
-    def copy(self, reader: Reader, at: int, pace: Pace) -> None:
+    def copy(self, reader: RangeSource, at: int, pace: ParallelOptions) -> None:
         """Put the rest of a target, from ``at`` on, out of ``reader``; by the store itself where it can."""
         if isinstance(reader, ObjectReader) and self.writer.can_copy(reader):
             lead = self.writer.part_bytes - at
@@ -124,7 +124,7 @@ class ObjectTarget:
     job_id: str
     overwrite: bool
     buckets: Buckets
-    notes: Notes
+    notes: MultipartJournal
 
     def prepare(self, fence: int, room_bytes: int = 0) -> ObjectPending:
         """Begin an attempt. Raises TargetExists if something is there already, PathRefused, Unavailable."""
@@ -160,7 +160,7 @@ class ObjectTarget:
         found = bucket.head(key)
         return found is not None and found.mark == self._mark(commit)
 
-    def complete(self, commit: Commit, parts: Sequence[Part] | None) -> None:
+    def complete(self, commit: Commit, parts: Sequence[UploadedPart] | None) -> None:
         """Make the object out of the parts of its upload; None if there is no such upload any more."""
         bucket, key = self.buckets.writing(self.url)
         end = Completion.GONE

@@ -30,7 +30,7 @@ from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.storage import plain_files
 from kms_core.jobs.storage.blocks import BlockReader, BlockWriter
 from kms_core.observability import metrics
-from kms_core.payload.files import Extent, Reader
+from kms_core.payload.files import FileRange, RangeSource
 from kms_core.payload.ranges import RangeReader
 from kms_core.payload.streaming import SlabSealer
 from kms_protocol.context import Context
@@ -89,11 +89,11 @@ class Label:
 class Blob:
     """An open age file, verified as it is read, and its parsed header."""
 
-    file: Reader
+    file: RangeSource
     head: Header
 
     @property
-    def payload(self) -> Reader:
+    def payload(self) -> RangeSource:
         """The sealed chunks behind the header."""
         return self.file.tail(self.head.payload_offset)
 
@@ -260,9 +260,9 @@ class Spool:
     def _mac_key(self, label: Label, write_id: bytes) -> bytes:
         return self._record_key.digest(_MAC_LABEL, *label.texts, write_id)
 
-    def _reader(self, fd: int, label: Label) -> Reader:
+    def _reader(self, fd: int, label: Label) -> RangeSource:
         if not label.ref:
-            return Extent(fd, os.fstat(fd).st_size)
+            return FileRange(fd, os.fstat(fd).st_size)
         write_id, size = label.ref[:_WRITE_ID_BYTES], label.ref[_WRITE_ID_BYTES:]
         return BlockReader.of(fd, self._mac_key(label, write_id), int.from_bytes(size, "big"))
 

@@ -18,7 +18,7 @@ from kms_protocol.errors import PathRefused, TooLarge
 MOST_DEPTH: Final = 128  # a descriptor is open for each
 
 
-class Found(msgspec.Struct, frozen=True, omit_defaults=True):
+class ListedFile(msgspec.Struct, frozen=True, omit_defaults=True):
     """One file of a job over many: its path below the base as in a URL, and its size when it was listed.
 
     ``code`` says why there is nothing to work on: a directory that may not be read stands for what is in it.
@@ -29,7 +29,7 @@ class Found(msgspec.Struct, frozen=True, omit_defaults=True):
     code: str = ""
 
 
-def walk(roots: Roots, tree: Tree) -> Iterator[Found]:
+def walk(roots: Roots, tree: Tree) -> Iterator[ListedFile]:
     """Regular files in the order of their names' bytes, each directory in its place among them.
 
     Links, and what is neither file nor directory, are passed over. Raises PathRefused if the base is no
@@ -49,7 +49,7 @@ class _Place:
     depth: int
 
 
-def _below(tree: Tree, place: _Place) -> Iterator[Found]:
+def _below(tree: Tree, place: _Place) -> Iterator[ListedFile]:
     if place.depth == MOST_DEPTH:
         raise TooLarge(f"There are more than {MOST_DEPTH} directories in one another")
     with file_errors(), os.scandir(place.fd) as entries:
@@ -61,16 +61,16 @@ def _below(tree: Tree, place: _Place) -> Iterator[Found]:
             if tree.goes_on(states):
                 yield from _inside(tree, place, entry.name, states)
         elif entry.is_file(follow_symlinks=False) and tree.is_whole(states) and not _is_ours(entry.name):
-            yield Found(path, _size(entry))
+            yield ListedFile(path, _size(entry))
 
 
-def _inside(tree: Tree, place: _Place, name: str, states: States) -> Iterator[Found]:
+def _inside(tree: Tree, place: _Place, name: str, states: States) -> Iterator[ListedFile]:
     path = f"{place.path}{encoded(name)}/"
     try:
         with file_errors():
             inner = os.open(name, DIRECTORY, dir_fd=place.fd)
     except PathRefused as exc:
-        yield Found(path, code=exc.code)
+        yield ListedFile(path, code=exc.code)
         return
     try:
         yield from _below(tree, _Place(inner, path, states, place.depth + 1))

@@ -9,16 +9,16 @@ from kombu.exceptions import OperationalError
 from kombu.transport import redis
 from redis.exceptions import ResponseError
 
-from kms_core.jobs.model import AMQP_RANKS, QUEUES, REDIS_STEPS, Lane, Nudge
+from kms_core.jobs.model import AMQP_RANKS, QUEUES, REDIS_STEPS, NotifyWorker, QueuePriority
 from kms_core.jobs.store.broker_messages import TASK
 from kms_core.jobs.store.redis_keys import is_of_the_record
-from kms_core.settings.model import Redis
+from kms_core.settings.model import RedisSection
 from kms_core.settings.redis_urls import is_shared
 from kms_protocol.errors import JobsUnavailable
 from kms_protocol.wire import PRIORITIES, Priority
 
 
-def nudge_through(app: Celery, section: Redis) -> Nudge | None:
+def nudge_through(app: Celery, section: RedisSection) -> NotifyWorker | None:
     """A ``nudge`` over the worker's own broker connection, which raises JobsUnavailable.
 
     None where the store does it by itself.
@@ -42,7 +42,7 @@ def is_amqp(app: Celery) -> bool:
     return "amqp" in str(app.conf.broker_url).partition("://")[0]
 
 
-def waiting(connection: Connection, queues: Sequence[str] = QUEUES) -> dict[Lane, int]:
+def waiting(connection: Connection, queues: Sequence[str] = QUEUES) -> dict[QueuePriority, int]:
     """Messages in each lane. RabbitMQ tells of queues only: there each lane of a queue has all of its.
 
     Raises JobsUnavailable.
@@ -53,7 +53,7 @@ def waiting(connection: Connection, queues: Sequence[str] = QUEUES) -> dict[Lane
         raise JobsUnavailable from exc
 
 
-def _lanes(connection: Connection, queue: str) -> dict[Lane, int]:
+def _lanes(connection: Connection, queue: str) -> dict[QueuePriority, int]:
     channel = connection.default_channel
     if isinstance(channel, redis.Channel):  # its queue_declare forgets the key prefix
         with channel.conn_or_acquire() as client:

@@ -9,12 +9,14 @@ from typing import Final
 
 import msgspec
 
-from kms_core.jobs.model import QUEUES, REDIS_STEPS, Lane
+from kms_core.jobs.model import QUEUES, REDIS_STEPS, QueuePriority
 from kms_core.jobs.store.redis_keys import PREFIX
 from kms_protocol.wire import NOT_JSON, PRIORITIES
 
 TASK: Final = "kms.run"
-LANES: Final[tuple[Lane, ...]] = tuple((queue, priority) for queue in QUEUES for priority in PRIORITIES)
+LANES: Final[tuple[QueuePriority, ...]] = tuple(
+    (queue, priority) for queue in QUEUES for priority in PRIORITIES
+)
 _SEPARATOR: Final = "\x06\x16"  # kombu's, between a queue and the step of its priority
 
 
@@ -26,14 +28,14 @@ class _Dated(msgspec.Struct):
     headers: _Headers = msgspec.field(default_factory=_Headers)
 
 
-def where(lane: Lane, step: int | None = None) -> str:
+def where(lane: QueuePriority, step: int | None = None) -> str:
     """The key of the list that workers take the messages of a lane from, at its right end."""
     queue, priority = lane
     step = REDIS_STEPS[priority][0] if step is None else step
     return f"{PREFIX}{queue}{_SEPARATOR}{step}" if step else f"{PREFIX}{queue}"
 
 
-def write(job_id: str, lane: Lane, at: float) -> bytes:
+def write(job_id: str, lane: QueuePriority, at: float) -> bytes:
     """A message that carries the job id; ``at`` is the time by Redis's clock."""
     tag = os.urandom(8).hex()
     queue, priority = lane

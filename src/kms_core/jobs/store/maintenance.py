@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 import redis
 import structlog
 
-from kms_core.jobs.model import QUEUES, REDIS_STEPS, Lane
+from kms_core.jobs.model import QUEUES, REDIS_STEPS, QueuePriority
 from kms_core.jobs.store import broker_messages, claim_script, part_scripts, scripts
 from kms_core.jobs.store.redis_keys import (
     PREFIX,
@@ -31,11 +31,11 @@ _TENANTS: Final = f"{PREFIX}tenants"
 _WORKERS: Final = f"{PREFIX}workers"
 _DEAD: Final = f"{PREFIX}dead"
 _log = structlog.get_logger(__name__)
-_NONE: Final[Mapping[Lane, float]] = MappingProxyType({})
+_NONE: Final[Mapping[QueuePriority, float]] = MappingProxyType({})
 Script = Callable[..., list[bytes]]
 
 
-class Upkeep:
+class StoreMaintenance:
     """What the caretaker asks and tells; JobStore inherits it. Raises JobsUnavailable when Redis is gone."""
 
     def __init__(self, client: redis.Redis) -> None:
@@ -76,8 +76,8 @@ class Upkeep:
         return self.reap_all([job_id], next_look_s)[0][0]
 
     def reap_all(
-        self, job_ids: Sequence[str], next_look_s: float, oldest: Mapping[Lane, float] = _NONE
-    ) -> list[tuple[str, Lane]]:
+        self, job_ids: Sequence[str], next_look_s: float, oldest: Mapping[QueuePriority, float] = _NONE
+    ) -> list[tuple[str, QueuePriority]]:
         """The same for many, in few writes to Redis's disk; and where each waits.
 
         ``oldest`` says since when the oldest message of a lane waits, where that is known. A record that no
@@ -104,7 +104,7 @@ class Upkeep:
         _log.warning("job.unreadable", job_id=job_id)
         return [b"unreadable"]
 
-    def post(self, job_ids: Sequence[str], lane: Lane) -> None:
+    def post(self, job_ids: Sequence[str], lane: QueuePriority) -> None:
         """Put messages into a list of the broker that is in this Redis."""
         now = self.now()
         messages = (broker_messages.write(job_id, lane, now) for job_id in job_ids)
@@ -126,7 +126,7 @@ class Upkeep:
             for lane in broker_messages.LANES
         }
 
-    def oldest(self) -> dict[Lane, float]:
+    def oldest(self) -> dict[QueuePriority, float]:
         """Since when the oldest message of each lane in this Redis waits; 0 for one that does not say."""
         with redis_errors():
             pipeline = self.redis.pipeline(transaction=False)
@@ -202,7 +202,7 @@ class Upkeep:
             return True
         return False
 
-    def lane_of(self, job_id: str) -> Lane:
+    def lane_of(self, job_id: str) -> QueuePriority:
         """Where a job waits; what is not one of ours counts as the first queue, and normal."""
         with redis_errors():
             found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "queue", "priority"))
@@ -260,7 +260,7 @@ class Upkeep:
         return int(self.shared(self.redis.zcount, _WORKERS, self.now() - WORKER_SEEN_S, "+inf"))
 
 
-def _lane(found: Sequence[bytes | None]) -> Lane:
+def _lane(found: Sequence[bytes | None]) -> QueuePriority:
     """Queue and priority as a record has them; what is not one of ours counts as the first, and normal."""
     queue, priority = ([(raw or b"").decode(errors="replace") for raw in found] + ["", ""])[:2]
     known: Priority = next((name for name in PRIORITIES if name == priority), "normal")

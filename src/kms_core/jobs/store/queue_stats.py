@@ -14,7 +14,7 @@ _FIELDS: Final = ("state", "created_at", "not_before", "parent", "tenant")
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class QueueStats:
     """``jobs`` by state, without the parts of others; over at most 10,000 open ones. Times in seconds.
 
     ``oldest_queued_s`` is since when the oldest job waits that could run; ``memory`` is what Redis uses of
@@ -29,7 +29,7 @@ class Survey:
     memory: float
 
 
-def survey(store: JobStore, tenant: str | None = None) -> Survey:
+def survey(store: JobStore, tenant: str | None = None) -> QueueStats:
     """Of all jobs, or of those of one tenant; ``dead``, ``set_aside`` and ``memory`` are always of all.
 
     Raises JobsUnavailable.
@@ -54,10 +54,10 @@ def survey(store: JobStore, tenant: str | None = None) -> Survey:
             jobs[name] += 1
         if name == "queued" and number(not_before) <= now:
             oldest = min(oldest, number(created_at, now))
-    return Survey(jobs, now - oldest, int(dead or 0), int(aside or 0), store.workers(), _share(memory))
+    return QueueStats(jobs, now - oldest, int(dead or 0), int(aside or 0), store.workers(), _share(memory))
 
 
-def tell(found: Survey) -> None:
+def tell(found: QueueStats) -> None:
     """Put it into the metrics."""
     for state, count in found.jobs.items():
         metrics.JOBS_IN_STATE.labels(state).set(count)

@@ -17,9 +17,9 @@ import redis
 import structlog
 
 from kms_core.jobs.ends import CLOCK_LEEWAY_S, SignedEnd, needs_proof, spec_digest
-from kms_core.jobs.model import REFUSED, Accepted, Fields, Job, Log, Rules, part_id
+from kms_core.jobs.model import REFUSED, Checkpoint, Fields, Job, JobSpec, StoreRules, part_id
 from kms_core.jobs.sealed_records import RecordKey
-from kms_core.jobs.store.maintenance import Upkeep
+from kms_core.jobs.store.maintenance import StoreMaintenance
 from kms_core.jobs.store.redis_keys import (
     PREFIX,
     Cursor,
@@ -45,7 +45,7 @@ class ParentRecord(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PartRecord:
     """A part as it is told, its sealed record, opened (None if not sealed here) and as it lies, and its log.
 
     ``mark`` (32 bytes) stands for how it ended, in the end of its parent. ``is_unproven``: it says that it
@@ -53,17 +53,17 @@ class Part:
     """
 
     job: Job
-    accepted: Accepted | None
+    accepted: JobSpec | None
     sealed: bytes
-    log: Log
+    log: Checkpoint
     mark: bytes
     is_unproven: bool
 
 
-class JobReader(Upkeep):
+class JobReader(StoreMaintenance):
     """One job, a tenant's list, the sealed parts. JobStore inherits it; all raise JobsUnavailable."""
 
-    def __init__(self, client: redis.Redis, record_key: RecordKey, rules: Rules) -> None:
+    def __init__(self, client: redis.Redis, record_key: RecordKey, rules: StoreRules) -> None:
         super().__init__(client)
         self.record_key = record_key
         self.rules = rules
@@ -88,7 +88,7 @@ class JobReader(Upkeep):
             raise UnknownJob
         return job
 
-    def _sealed(self, job_id: str, raw: Mapping[bytes, bytes]) -> Accepted | None:
+    def _sealed(self, job_id: str, raw: Mapping[bytes, bytes]) -> JobSpec | None:
         """The sealed part of a record; None if this service did not seal it."""
         try:
             return self.record_key.open(job_id, raw.get(b"sealed", b""))
@@ -101,7 +101,7 @@ class JobReader(Upkeep):
             raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
         return self.told(job_id, raw, self._sealed(job_id, raw))
 
-    def accepted(self, job_id: str) -> Accepted:
+    def accepted(self, job_id: str) -> JobSpec:
         """The sealed part of a job, opened. UnknownJob if it is not there or was not sealed by us."""
         with record_errors():
             sealed = cast("bytes | None", self.redis.hget(job_key(job_id), "sealed"))
@@ -160,14 +160,14 @@ class JobReader(Upkeep):
         jobs = (self._listed(*each) for each in zip(ids, repeat(tenant), self._records(ids)))
         return list(islice(filter(None, jobs), limit))
 
-    def log_of(self, job_id: str) -> Log:
+    def log_of(self, job_id: str) -> Checkpoint:
         """How far a part came. UnknownJob if that was not written by us."""
         with record_errors():
             found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "log", "sealed"))
         log, sealed = [value or b"" for value in found]
-        return self._log(job_id, log, sealed) if log else Log()
+        return self._log(job_id, log, sealed) if log else Checkpoint()
 
-    def _log(self, job_id: str, log: bytes, sealed: bytes) -> Log:
+    def _log(self, job_id: str, log: bytes, sealed: bytes) -> Checkpoint:
         try:
             return self.record_key.open_log(job_id, log, spec_digest(sealed))
         except UnknownJob:
@@ -192,7 +192,7 @@ class JobReader(Upkeep):
             return []
         return [part_id(job.job_id, number) for number in range(split.parts)]
 
-    def parts_of(self, job_id: str, count: int) -> Iterator[Part]:
+    def parts_of(self, job_id: str, count: int) -> Iterator[PartRecord]:
         """The parts of a job in order. UnknownJob where one is not there."""
         ids = [part_id(job_id, number) for number in range(min(count, MOST_PARTS))]
         yield from map(self._part, ids, self._records(ids))
@@ -207,7 +207,7 @@ class JobReader(Upkeep):
                 found = [answered(one) or {} for one in pipeline.execute(raise_on_error=False)]
             yield from found
 
-    def parts_as_ended(self, job: Job) -> list[Part]:
+    def parts_as_ended(self, job: Job) -> list[PartRecord]:
         """The parts of an ended job, in order. RecordRefused if they are not as its end was signed over."""
         try:
             found = list(self.parts_of(job.job_id, job.parts))
@@ -217,18 +217,18 @@ class JobReader(Upkeep):
             raise RecordRefused
         return found
 
-    def _part(self, job_id: str, raw: Mapping[bytes, bytes]) -> Part:
+    def _part(self, job_id: str, raw: Mapping[bytes, bytes]) -> PartRecord:
         accepted, sealed, log = self._sealed(job_id, raw), raw.get(b"sealed", b""), raw.get(b"log", b"")
         job = self.told(job_id, raw, accepted)
         try:
-            found = self._log(job_id, log, sealed) if log else Log()
+            found = self._log(job_id, log, sealed) if log else Checkpoint()
         except UnknownJob:  # it was forged, which is why the part was given up
-            found = Log()
+            found = Checkpoint()
         mark = raw[b"end"] if job.end else f"{job.state} {job.error}".encode() + log
         is_unproven = job.error == REFUSED and raw.get(b"error") != REFUSED.encode()
-        return Part(job, accepted, sealed, found, spec_digest(mark), is_unproven)
+        return PartRecord(job, accepted, sealed, found, spec_digest(mark), is_unproven)
 
-    def told(self, job_id: str, raw: Mapping[bytes, bytes], accepted: Accepted | None) -> Job:
+    def told(self, job_id: str, raw: Mapping[bytes, bytes], accepted: JobSpec | None) -> Job:
         """The fields of a record as a Job, its end verified. UnknownJob where they are not those of a job."""
         job = reading(job_id, raw, _sure(accepted) if accepted else {})
         if not needs_proof(job.state, job.error):
@@ -249,7 +249,7 @@ class JobReader(Upkeep):
             return None
         return end if time.time() <= end.kept_until + CLOCK_LEEWAY_S else None
 
-    def is_kept(self, accepted: Accepted) -> bool:
+    def is_kept(self, accepted: JobSpec) -> bool:
         """Whether its record can still be in Redis by itself; an older one was put back."""
         return time.time() <= accepted.expires_at + self.rules.keep_record_s + CLOCK_LEEWAY_S
 
@@ -259,7 +259,7 @@ def parts_digest(marks: Iterable[bytes]) -> bytes:
     return hashlib.sha256(b"".join(marks)).digest()
 
 
-def _sure(accepted: Accepted) -> Fields:
+def _sure(accepted: JobSpec) -> Fields:
     """The fields of a Job that its sealed part decides; a listing says how much many files are."""
     found = {"campaign": "", **accepted.plain, "parent": accepted.parent}
     counted = accepted.is_tree and not accepted.parent

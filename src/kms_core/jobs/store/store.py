@@ -13,16 +13,16 @@ from kms_core.jobs.ends import SignedEnd, SignedSplit, Work, needs_proof, spec_d
 from kms_core.jobs.model import (
     DEAD,
     REFUSED,
-    Accepted,
-    Claim,
+    Attempt,
+    Checkpoint,
     ClocksApart,
     Commit,
     Fields,
     Job,
-    Lane,
-    Log,
-    Nudge,
-    Rules,
+    JobSpec,
+    NotifyWorker,
+    QueuePriority,
+    StoreRules,
 )
 from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.store import broker_messages
@@ -52,14 +52,16 @@ _log = structlog.get_logger(__name__)
 class JobStore(JobReader):
     """Submit, claim, renew, commit, finish: one script each, all safe to repeat."""
 
-    def __init__(self, client: redis.Redis, record_key: RecordKey, nudge: Nudge | None, rules: Rules) -> None:
+    def __init__(
+        self, client: redis.Redis, record_key: RecordKey, nudge: NotifyWorker | None, rules: StoreRules
+    ) -> None:
         """Without a ``nudge`` the broker's lists lie in this Redis, and messages are put there right away."""
         super().__init__(client, record_key, rules)
         self._nudge = nudge
 
     # -- the submitter's side -------------------------------------------------------------------------
 
-    def submit(self, accepted: Accepted, *, idempotency: str = "") -> Job:
+    def submit(self, accepted: JobSpec, *, idempotency: str = "") -> Job:
         """Store the job, then nudge a worker. With a key that was used before: that job, or a conflict.
 
         Raises IdempotencyConflict, RateLimited when too many jobs wait, JobsUnavailable. Once this returns,
@@ -103,7 +105,7 @@ class JobStore(JobReader):
             self.nudge(accepted.job_id, accepted.lane)
         return msgspec.convert({**plain, "job_id": accepted.job_id, "state": "queued"}, Job)
 
-    def _before(self, accepted: Accepted, job_id: str) -> Job:
+    def _before(self, accepted: JobSpec, job_id: str) -> Job:
         """The job that the entry of an Idempotency-Key names; its sealed record says whether it is that one.
 
         Raises IdempotencyConflict if it is not, or was not sealed by this service, or has expired.
@@ -128,7 +130,7 @@ class JobStore(JobReader):
         used: bytes | None = self.shared(self.redis.hget, f"{PREFIX}spooled:{tenant}", "sum")
         return max(0, most - int(number(used)))
 
-    def _letter(self, accepted: Accepted) -> tuple[str, bytes]:
+    def _letter(self, accepted: JobSpec) -> tuple[str, bytes]:
         """Where the script that stores a job puts its message, and this; neither, if others send it."""
         if self._nudge is not None:
             return "", b""
@@ -136,11 +138,11 @@ class JobStore(JobReader):
             accepted.job_id, accepted.lane, self.now()
         )
 
-    def nudge(self, job_id: str, lane: Lane) -> None:
+    def nudge(self, job_id: str, lane: QueuePriority) -> None:
         """Tell a worker. Losing this costs seconds: the caretaker nudges again."""
         self._nudge_all([job_id], lane)
 
-    def _nudge_all(self, job_ids: Sequence[str], lane: Lane) -> None:
+    def _nudge_all(self, job_ids: Sequence[str], lane: QueuePriority) -> None:
         try:
             if self._nudge is None:
                 self.post(job_ids, lane)
@@ -186,7 +188,7 @@ class JobStore(JobReader):
         self.nudge(job_id, job.lane)
         return job
 
-    def _to_retry(self, job_id: str, sealed: bytes) -> Accepted:
+    def _to_retry(self, job_id: str, sealed: bytes) -> JobSpec:
         try:
             accepted = self.record_key.open(job_id, sealed)
         except UnknownJob:
@@ -199,7 +201,7 @@ class JobStore(JobReader):
 
     # -- the worker's side ----------------------------------------------------------------------------
 
-    def claim(self, job_id: str, worker: str) -> Claim | None:
+    def claim(self, job_id: str, worker: str) -> Attempt | None:
         """Take the job, raising its fence.
 
         None if it ended, is leased to a live worker, or is not due, and if it is large and the processes of
@@ -233,7 +235,7 @@ class JobStore(JobReader):
             return None
         return claim if claim.commit or self._is_in_time(claim) else None
 
-    def _is_in_time(self, claim: Claim) -> bool:
+    def _is_in_time(self, claim: Attempt) -> bool:
         """Whether a claimed job is in time; else close it, or leave it to a worker whose clock is right."""
         job_id = claim.accepted.job_id
         try:
@@ -247,10 +249,10 @@ class JobStore(JobReader):
             return True
         return False
 
-    def _claimed(self, job_id: str, worker: str, answer: Sequence[bytes]) -> Claim:
+    def _claimed(self, job_id: str, worker: str, answer: Sequence[bytes]) -> Attempt:
         fence, attempt, sealed, commit, waited, deferrals, log, is_large = answer
         key, spec = self.record_key, spec_digest(sealed or b"")
-        claim = Claim(
+        claim = Attempt(
             accepted=key.open(job_id, sealed or b""),
             worker=worker,
             fence=int(fence),
@@ -263,7 +265,7 @@ class JobStore(JobReader):
         return replace(
             claim,
             commit=key.open_commit(job_id, commit, claim.bound) if commit else None,
-            log=key.open_log(job_id, log, claim.bound) if log else Log(),
+            log=key.open_log(job_id, log, claim.bound) if log else Checkpoint(),
         )
 
     def _close(self, job_id: str, fence: int, code: str) -> None:
@@ -273,7 +275,7 @@ class JobStore(JobReader):
             self._run["FINISH"]([job_key(job_id)], [job_id, fence, "failed", code, self.rules.keep_record_s])
         metrics.JOBS.labels("any", "failed").inc()
 
-    def renew(self, claim: Claim, progress: Fields) -> None:
+    def renew(self, claim: Attempt, progress: Fields) -> None:
         """Extend the lease and tell progress. Raises LeaseLost when fenced off, JobCancelled if asked to."""
         flat = [part for pair in progress.items() for part in pair] or ["worker_seen", 1]
         with redis_errors():
@@ -283,7 +285,7 @@ class JobStore(JobReader):
             )[0]
         raise_for(word)
 
-    def split(self, claim: Claim, parts: Sequence[Accepted]) -> None:
+    def split(self, claim: Attempt, parts: Sequence[JobSpec]) -> None:
         """Turn the job into the whole of these parts, all at once, and nudge workers for each."""
         job_id, sealed = claim.accepted.job_id, [self.record_key.seal(part) for part in parts]
         split = SignedSplit(parts=len(parts), digest=spec_digest(*sealed))
@@ -317,7 +319,7 @@ class JobStore(JobReader):
             state = end.state if word == b"finished" else "cancelled"
             metrics.JOBS.labels(job.kind, state).inc()
 
-    def step(self, claim: Claim, log: Log, counts: Fields) -> None:
+    def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
         """Note how far a part has come. Raises LeaseLost when fenced off, JobCancelled if asked to stop."""
         job_id = claim.accepted.job_id
         flat = [part for pair in counts.items() for part in pair]
@@ -328,7 +330,7 @@ class JobStore(JobReader):
             )[0]
         raise_for(word)
 
-    def pace(self, job: Accepted, wanted: int) -> tuple[int, float]:
+    def pace(self, job: JobSpec, wanted: int) -> tuple[int, float]:
         """How many files may be begun now; if none, in how many seconds it may be ``wanted``."""
         with redis_errors():
             _, granted, wait_s = self._run["PACE"](
@@ -336,7 +338,7 @@ class JobStore(JobReader):
             )
         return int(granted), float(wait_s)
 
-    def committing(self, claim: Claim, commit: Commit) -> None:
+    def committing(self, claim: Attempt, commit: Commit) -> None:
         """From here on any worker may finish the commit, and nobody may cancel. Raises JobExpired."""
         claim.accepted.check_expiry(self.now)
         with redis_errors():
@@ -350,7 +352,7 @@ class JobStore(JobReader):
             )[0]
         raise_for(word)
 
-    def finish(self, claim: Claim, state: JobState, code: str = "", work: Work | None = None) -> None:
+    def finish(self, claim: Attempt, state: JobState, code: str = "", work: Work | None = None) -> None:
         """End the job, signed where the end needs a proof.
 
         Only the holder of the newest fence can; raises LeaseLost otherwise.
@@ -369,7 +371,13 @@ class JobStore(JobReader):
             metrics.JOBS.labels(claim.accepted.kind, state).inc()
 
     def defer(
-        self, claim: Claim, delay_s: float, *, counts: bool, away: bool = True, work_bytes: int | None = None
+        self,
+        claim: Attempt,
+        delay_s: float,
+        *,
+        counts: bool,
+        away: bool = True,
+        work_bytes: int | None = None,
     ) -> None:
         """Back to the queue, not before ``delay_s`` seconds; ``counts`` says whether the attempt counts.
 

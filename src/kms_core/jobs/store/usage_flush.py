@@ -10,7 +10,7 @@ import structlog
 from kms_core.jobs.store.redis_keys import PREFIX, number, record_errors, redis_errors
 from kms_core.jobs.store.scripts import LIBRARY
 from kms_core.observability import buffered_metrics
-from kms_core.observability.usage import Tally
+from kms_core.observability.usage import UsageCounters
 from kms_protocol.errors import JobsUnavailable, UnknownJob
 
 EVERY_S: Final = 2.0
@@ -47,10 +47,10 @@ def shared(client: redis.Redis) -> dict[str, int]:
     return {name.decode(errors="replace"): int(number(count)) for name, count in found.items()}
 
 
-class Teller(threading.Thread):
+class UsageFlush(threading.Thread):
     """While Redis is away the counts are kept, and handed over when it is back."""
 
-    def __init__(self, tally: Tally, client: redis.Redis) -> None:
+    def __init__(self, tally: UsageCounters, client: redis.Redis) -> None:
         super().__init__(name="teller", daemon=True)
         self._tally = tally
         self._client = client

@@ -16,14 +16,14 @@ import msgspec
 
 from kms_core import audit
 from kms_core.age import header, stream
-from kms_core.age.header import Limits
+from kms_core.age.header import HeaderLimits
 from kms_core.age.recipients import Recipient, parse_identity
-from kms_core.auth.authenticator import Doors
+from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.jobs.submission.submitter import Desk, Named, Terms
+from kms_core.jobs.submission.submitter import ClientJobId, JobSubmitter, SubmissionOptions
 from kms_core.observability import metrics
 from kms_protocol import small_files, wire
 from kms_protocol.context import Context
@@ -51,12 +51,12 @@ _encode: Final = msgspec.json.Encoder(order="sorted").encode
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class IntakeRules:
     """Limits of a message, from settings. ``message_bytes`` bounds its JSON, ``header`` its age header."""
 
     message_bytes: int
     items: int
-    header: Limits
+    header: HeaderLimits
     result_ttl_s: int
 
     @property
@@ -69,7 +69,9 @@ class Rules:
 class Intake:
     """Opens messages with the intake identity and hands their jobs to the desk."""
 
-    def __init__(self, key: AgeBackend, desk: Desk, rules: Rules, doors: Doors | None = None) -> None:
+    def __init__(
+        self, key: AgeBackend, desk: JobSubmitter, rules: IntakeRules, doors: Authenticator | None = None
+    ) -> None:
         """``doors`` None: callers are not authenticated, and a token is not looked at."""
         self._key = key
         self._desk = desk
@@ -95,7 +97,7 @@ class Intake:
     def _accept(self, asked: wire.Submission, worker: str) -> str:
         who = self._who(asked)
         store = self._desk.store
-        named = Named(asked.job_id, store.record_key.digest(_DIGEST_LABEL, _encode(_given(asked.job))))
+        named = ClientJobId(asked.job_id, store.record_key.digest(_DIGEST_LABEL, _encode(_given(asked.job))))
         if self._is_taken(named, who):
             return asked.job_id
         if not store.lock(f"submit:{asked.job_id}", worker, _LOCK_S):
@@ -144,7 +146,7 @@ class Intake:
         file_key, _ = sealing.foreign_file_key(head, self._key, keys)
         return sealing.open_(sealed, head, file_key)
 
-    def _is_taken(self, named: Named, who: Principal) -> bool:
+    def _is_taken(self, named: ClientJobId, who: Principal) -> bool:
         store = self._desk.store
         if not store.exists(named.job_id):
             return False
@@ -153,12 +155,12 @@ class Intake:
             raise IdempotencyConflict("A different job has this job_id: choose a new one for each job")
         return True
 
-    def _terms(self, asked: wire.Submission, named: Named, who: Principal) -> Terms:
+    def _terms(self, asked: wire.Submission, named: ClientJobId, who: Principal) -> SubmissionOptions:
         """The record must outlive the message, else a late replay would run the job again."""
         job, wanted_s = asked.job, asked.job.ttl_s or self._rules.result_ttl_s
         needed_s = math.ceil(_left_s(asked)) + _SKEW_S - int(self._desk.store.rules.keep_record_s)
         new_context = None if job.new_context is None else Context.parse(job.new_context)
-        return Terms(
+        return SubmissionOptions(
             who,
             job.kind,
             Context.parse(job.context),

@@ -15,11 +15,11 @@ import msgspec
 from kms_core import audit
 from kms_core.auth.policy import Principal
 from kms_core.jobs import authorization
-from kms_core.jobs.authorization import Asked
+from kms_core.jobs.authorization import JobAccess
 from kms_core.jobs.execution import bulk_items
 from kms_core.jobs.file_patterns import is_tree
-from kms_core.jobs.model import Accepted, Job
-from kms_core.jobs.storage.locations import Places
+from kms_core.jobs.model import Job, JobSpec
+from kms_core.jobs.storage.locations import Locations
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Label, Spool
 from kms_core.jobs.store.store import SHED_S, JobStore
 from kms_core.jobs.submission.references import Reference
@@ -31,7 +31,7 @@ from kms_protocol.errors import ContextRequired, IdempotencyConflict, InvalidReq
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
+class ClientJobId:
     """A job that its submitter named; ``digest`` (32 bytes, keyed) tells a replay from another job."""
 
     job_id: str
@@ -39,7 +39,7 @@ class Named:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class SubmissionOptions:
     """What every job is asked for with."""
 
     who: Principal
@@ -49,7 +49,7 @@ class Terms:
     new_context: Context | None = None
     ttl_s: int | None = None
     idempotency: str = ""
-    named: Named | None = None
+    named: ClientJobId | None = None
     callback: str = ""
     priority: wire.Priority = "normal"
 
@@ -70,7 +70,7 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class SubmissionRules:
     """Limits of acceptance, from settings. ``callbacks``: whose each endpoint is; None is everybody's."""
 
     result_ttl_s: int
@@ -88,22 +88,24 @@ def new_id() -> str:
     return str(uuid.uuid4())
 
 
-class Desk:
+class JobSubmitter:
     """Accepts uploads, items and file references."""
 
-    def __init__(self, kms: Kms, store: JobStore, spool: Spool, places: Places, rules: Rules) -> None:
+    def __init__(
+        self, kms: Kms, store: JobStore, spool: Spool, places: Locations, rules: SubmissionRules
+    ) -> None:
         self.store = store
         self.spool = spool
         self._kms = kms
         self._places = places
         self._rules = rules
 
-    def check(self, terms: Terms, *, bulk: bool = False) -> None:
+    def check(self, terms: SubmissionOptions, *, bulk: bool = False) -> None:
         """Raise what would fail for certain: Forbidden, UnknownKey, ContextRequired, JobsUnavailable, ….
 
         Items of a bulk job may bring contexts of their own, so there each is asked for its own, later.
         """
-        asked = Asked(terms.kind, terms.key_id, None if bulk else terms.context, terms.new_context)
+        asked = JobAccess(terms.kind, terms.key_id, None if bulk else terms.context, terms.new_context)
         authorization.check(self._kms, terms.who, asked)
         self._kms.keyring.named(terms.key_id)
         sealing = terms.kind == "encrypt" or terms.new_context is not None
@@ -114,7 +116,7 @@ class Desk:
             raise InvalidRequest("callback names no endpoint for your tenant: see [kms.jobs.endpoints]")
         self.store.ping()
 
-    def meter(self, terms: Terms, declared_bytes: int = 0) -> Callable[[int], None]:
+    def meter(self, terms: SubmissionOptions, declared_bytes: int = 0) -> Callable[[int], None]:
         """To be told the size so far of what arrives: raises RateLimited above the tenant's quota."""
         room = self.store.spool_room(terms.who.tenant)
 
@@ -129,7 +131,7 @@ class Desk:
         """Raise Forbidden unless the caller may do this at all."""
         self._kms.allow(who, operation)
 
-    def hasher(self, terms: Terms) -> hmac.HMAC:
+    def hasher(self, terms: SubmissionOptions) -> hmac.HMAC:
         """A keyed digest of what is asked for; the body is fed to it as it arrives."""
         new = b"-" if terms.new_context is None else b"+" + terms.new_context.canonical()
         asked = (terms.kind.encode(), terms.context.canonical(), (terms.key_id or "").encode(), new)
@@ -139,7 +141,11 @@ class Desk:
         return self.store.record_key.hasher(*asked, *(part.encode() for part in rest))
 
     def submit(
-        self, terms: Terms, body: wire.JobIn, most_items: int, charge: Callable[[int], None] | None = None
+        self,
+        terms: SubmissionOptions,
+        body: wire.JobIn,
+        most_items: int,
+        charge: Callable[[int], None] | None = None,
     ) -> Job:
         """A job as ``POST /jobs`` describes it: items, or a reference. Raises as ``check`` and these do.
 
@@ -158,12 +164,14 @@ class Desk:
             "Give items, or source and target; to upload a file use /files/encrypt or /files/decrypt"
         )
 
-    def upload(self, terms: Terms, job_id: str, size_bytes: int, digest: bytes, ref: bytes) -> Job:
+    def upload(
+        self, terms: SubmissionOptions, job_id: str, size_bytes: int, digest: bytes, ref: bytes
+    ) -> Job:
         """A job over an upload that has arrived whole; ``ref`` is that of its blob."""
         fields = {"size_bytes": size_bytes, "input_ref": ref}
         return self._submit(terms, job_id, source=UPLOAD, digest=digest, **fields)
 
-    def items(self, terms: Terms, items: Iterable[wire.JobItem]) -> Job:
+    def items(self, terms: SubmissionOptions, items: Iterable[wire.JobItem]) -> Job:
         """A bulk job; its items go to the spool one by one. Raises InvalidRequest, TooLarge, SpoolFull."""
         job_id = terms.job_id()
         hasher = self.hasher(terms)
@@ -194,11 +202,11 @@ class Desk:
             digest=hasher.digest(),
         )
 
-    def reference(self, terms: Terms, source: str, target: str, *, overwrite: bool) -> Job:
+    def reference(self, terms: SubmissionOptions, source: str, target: str, *, overwrite: bool) -> Job:
         """A job from file to file under the roots. Raises Forbidden, PathRefused, TargetExists, …."""
         return self._one(terms, Reference(source, target, overwrite))
 
-    def _one(self, terms: Terms, asked: Reference) -> Job:
+    def _one(self, terms: SubmissionOptions, asked: Reference) -> Job:
         self._check_files(terms, asked)
         self._places.check(asked.target)
         with self._places.open_source(asked.source) as opened:
@@ -206,7 +214,7 @@ class Desk:
                 self._places.check_room(asked.target, opened.size_bytes)
             return self._submit_files(terms, asked, size_bytes=opened.size_bytes)
 
-    def many(self, terms: Terms, asked: Reference) -> Job:
+    def many(self, terms: SubmissionOptions, asked: Reference) -> Job:
         """A job over all files that a pattern names; a worker lists them. Raises Forbidden, PathRefused."""
         self._check_files(terms, asked)
         self._places.check_base(asked.tree.base)
@@ -214,11 +222,13 @@ class Desk:
             self._places.check_directory(asked.target)
         return self._submit_files(terms, asked, dry_run=asked.dry_run, rate_per_s=asked.rate_per_s)
 
-    def _check_files(self, terms: Terms, asked: Reference) -> None:
+    def _check_files(self, terms: SubmissionOptions, asked: Reference) -> None:
         who = replace(terms.who, source=asked.source, target=asked.target)
-        authorization.check(self._kms, who, Asked(terms.kind, terms.key_id, terms.context, terms.new_context))
+        authorization.check(
+            self._kms, who, JobAccess(terms.kind, terms.key_id, terms.context, terms.new_context)
+        )
 
-    def _submit_files(self, terms: Terms, asked: Reference, **fields: object) -> Job:
+    def _submit_files(self, terms: SubmissionOptions, asked: Reference, **fields: object) -> Job:
         hasher = self.hasher(terms)
         hasher.update(asked.text.encode())
         return self._submit(
@@ -231,7 +241,9 @@ class Desk:
             **fields,
         )
 
-    def _submit(self, terms: Terms, job_id: str, *, source: str, digest: bytes, **fields: object) -> Job:
+    def _submit(
+        self, terms: SubmissionOptions, job_id: str, *, source: str, digest: bytes, **fields: object
+    ) -> Job:
         now = self.store.now()
         new_context = terms.new_context
         accepted = msgspec.convert(
@@ -257,7 +269,7 @@ class Desk:
                 "expires_at": now + (terms.ttl_s or self._rules.result_ttl_s),
                 **fields,
             },
-            Accepted,
+            JobSpec,
         )
         route = f"files/{terms.kind}" if source == UPLOAD else "jobs"
         scope = terms.idempotency_scope(route) if terms.idempotency else ""
