@@ -9,9 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Literal
-
-from kms_core.settings.model import ServerSection
+from typing import Final, Literal, Protocol
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -29,6 +27,15 @@ def collapsed(lines: Sequence[str]) -> list[Network]:
     return [*ipaddress.collapse_addresses(four), *ipaddress.collapse_addresses(six)]
 
 
+class ProxySettings(Protocol):
+    """The settings that ``Proxies`` is made of, those of ``[kms.server]``."""
+
+    @property
+    def trusted_proxies(self) -> Sequence[str]: ...
+    @property
+    def proxy_header(self) -> Literal["x-forwarded-for", "forwarded"]: ...
+
+
 @dataclass(frozen=True)
 class Proxies:
     """The networks of trusted proxies, and the name in lower case of the one header that they set."""
@@ -37,7 +44,7 @@ class Proxies:
     header: Literal["x-forwarded-for", "forwarded"]
 
     @classmethod
-    def of(cls, server: ServerSection) -> "Proxies":
+    def of(cls, server: ProxySettings) -> "Proxies":
         return cls(tuple(collapsed(server.trusted_proxies)), server.proxy_header)
 
     def trust(self, address: str) -> bool:

@@ -8,7 +8,8 @@ import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution import bulk_items, results
+from kms_core.jobs import bulk_lines
+from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import BULK, Job, StoreRules, part_id
 from kms_core.jobs.storage.spool import ITEMS
@@ -58,7 +59,7 @@ def test_every_item_has_its_line_in_order(core: Core, count: int) -> None:
     assert ended.bytes_done <= ended.bytes
     assert [line.index for line in lines(core, job)] == list(range(count))
     assert len(parts_of(core, job)) == (
-        0 if count <= bulk_items.PART_ITEMS else -(-count // bulk_items.PART_ITEMS)
+        0 if count <= bulk_lines.PART_ITEMS else -(-count // bulk_lines.PART_ITEMS)
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution.bulk_items import PART_ITEMS
+from kms_core.jobs.bulk_lines import PART_ITEMS
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import BULK, QUEUES, QueuePriority, part_id
 from kms_core.jobs.recovery.reaper import Reaper

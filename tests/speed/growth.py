@@ -11,7 +11,7 @@ from kms_core.age import header
 from kms_core.age.header import HeaderLimits, Stanza
 from kms_core.age.x25519 import X25519Identity
 from kms_core.envelope import binding, sealing
-from kms_core.jobs.execution import bulk_items
+from kms_core.jobs import bulk_lines
 from kms_protocol.context import Context
 from kms_protocol.errors import KmsError
 from speed.counting import Function, Meter
@@ -75,7 +75,7 @@ def _ways(house: House) -> Iterator[tuple[str, int, Callable[[int], Function]]]:
 
 
 def _in_lines(text: bytes) -> int:
-    return sum(1 for _ in bulk_items.lines(text[start : start + 16] for start in range(0, len(text), 16)))
+    return sum(1 for _ in bulk_lines.lines(text[start : start + 16] for start in range(0, len(text), 16)))
 
 
 def _bound(count: int, turns: Iterator[int]) -> bytes:

@@ -12,8 +12,7 @@ from kms_api.deps import Service, caller, service
 from kms_api.openapi import describe
 from kms_api.routing import ScopedRoute
 from kms_core.auth.policy import Principal
-from kms_core.jobs import authorization
-from kms_core.jobs.execution import bulk_items
+from kms_core.jobs import authorization, bulk_lines
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import KmsError
@@ -71,7 +70,7 @@ def _one(
     limit = built.settings.kms.limits.sync_plaintext_bytes
     try:
         single = wire.JobItem(plaintext=item.plaintext, ciphertext=item.ciphertext, context=item.context)
-        bulk_items.check_item(operation, index, single, limit)
+        bulk_lines.check_item(operation, index, single, limit)
         context = Context.parse(item.context)
         if operation == "encrypt":
             sealed = built.kms.encrypt(who, item.plaintext or b"", context, key_id=item.key_id)

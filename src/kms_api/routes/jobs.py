@@ -24,7 +24,8 @@ from kms_api.transport.transfer_rate import TransferLimits
 from kms_api.transport.upload_reader import Pieces
 from kms_core import audit
 from kms_core.auth.policy import Principal
-from kms_core.jobs.execution import bulk_items, key_migration
+from kms_core.jobs import bulk_lines
+from kms_core.jobs.execution import key_migration
 from kms_core.jobs.model import Job
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_core.settings.validation import JOB_BODY_FACTOR
@@ -256,7 +257,7 @@ async def _stream_of_items(request: Request, built: Service) -> Job:
         def work() -> Job:
             built.desk.check(terms, bulk=True)
             parsed = (
-                bulk_items.parse_line(index, line) for index, line in enumerate(bulk_items.lines(arriving()))
+                bulk_lines.parse_line(index, line) for index, line in enumerate(bulk_lines.lines(arriving()))
             )
             return built.desk.items(terms, built.requests.counted(terms.who.tenant, parsed))
 

@@ -1,23 +1,19 @@
 """Bulk jobs: many small items, each with its own context, file key and outcome; a bad one sinks no other."""
 
-from collections.abc import Iterable, Iterator
 from typing import Final
 
 import msgspec
 
+from kms_core.jobs.bulk_lines import PART_ITEMS, decode, lines
 from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.model import JobSpec, part_id
 from kms_core.jobs.storage.spool import ITEMS, Label, Spool
 from kms_core.service import Kms
 from kms_protocol import wire
 from kms_protocol.context import Context
-from kms_protocol.errors import InvalidRequest, KmsError, TooLarge, Unavailable
+from kms_protocol.errors import KmsError, Unavailable
 
 RESULT: Final = "result"
-ENVELOPE_BYTES: Final = 64 * 1024  # what a ciphertext may be longer than its plaintext
-PART_ITEMS: Final = 500
-_MAX_LINE_BYTES: Final = 4 * 1024 * 1024
-_decode: Final = msgspec.json.Decoder(wire.JobItem).decode
 
 
 def run(lease: Lease, kms: Kms, spool: Spool) -> None:
@@ -36,7 +32,7 @@ def run(lease: Lease, kms: Kms, spool: Spool) -> None:
     ):
         for index, line in enumerate(lines(reader.slabs(begin, begin + job.size_bytes)), start=first):
             lease.check()
-            answer = one(index, _decode(line))
+            answer = one(index, decode(line))
             out.write(wire.encode(answer) + b"\n")
             lease.item(len(line) + 1, failed=not isinstance(answer.error, msgspec.UnsetType))
     lease.result_digest = out.ref
@@ -91,36 +87,3 @@ class _Items:
             raise
         except KmsError as exc:
             return wire.ItemResult(index=index, error=wire.ErrorCode(code=exc.code))
-
-
-def check_item(kind: wire.JobKind, index: int, item: wire.JobItem, limit_bytes: int) -> None:
-    """Refuse an item that lacks what its kind needs, or whose plaintext is above the limit."""
-    given, other, wanted = item.ciphertext, item.plaintext, "ciphertext"
-    if kind == "encrypt":
-        given, other, wanted = item.plaintext, item.ciphertext, "plaintext"
-    else:
-        limit_bytes += ENVELOPE_BYTES
-    if given is None or other is not None:
-        raise InvalidRequest(f"Item {index} needs {wanted}, and nothing else, for {kind}")
-    if len(given) > limit_bytes:
-        raise TooLarge(f"Item {index} is above {limit_bytes} bytes: upload it as a file")
-
-
-def parse_line(index: int, line: bytes) -> wire.JobItem:
-    """One line of an NDJSON submission; InvalidRequest names the line, never its content."""
-    try:
-        return _decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise InvalidRequest(f"Line {index + 1} is not an item ({type(exc).__name__})") from None
-
-
-def lines(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-    """The lines of a stream of pieces, without their newline; empty ones are passed over."""
-    rest = b""
-    for piece in pieces:
-        *whole, rest = (rest + bytes(piece)).split(b"\n")
-        if len(rest) > _MAX_LINE_BYTES:
-            raise TooLarge(f"A line is above {_MAX_LINE_BYTES} bytes")
-        yield from filter(None, whole)
-    if rest:
-        yield rest

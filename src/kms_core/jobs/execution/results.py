@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from kms_core.jobs import bulk_lines
 from kms_core.jobs.ends import needs_proof
 from kms_core.jobs.execution import bulk_items, tree, upload
 from kms_core.jobs.model import REFUSED, Job, JobSpec
@@ -106,7 +107,7 @@ def _lines(job: Job, accepted: JobSpec, store: JobStore, spool: Spool) -> Iterat
             entries = tree.entries(part.accepted, spool)
             yield _literal(tree.lines(part.accepted, entries, part.log, part.job.error))
         else:
-            yield _literal(_refused(number * bulk_items.PART_ITEMS, part.accepted.items, part.job.error))
+            yield _literal(_refused(number * bulk_lines.PART_ITEMS, part.accepted.items, part.job.error))
 
 
 def _refused(first: int, count: int, code: str) -> Iterator[wire.ItemResult]:

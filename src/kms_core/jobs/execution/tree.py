@@ -15,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from kms_core.jobs import bulk_lines
 from kms_core.jobs.execution import bulk_items, key_migration, one_file
 from kms_core.jobs.execution.key_migration import FileOutcome
 from kms_core.jobs.execution.lease import Lease
@@ -278,7 +279,7 @@ def entries(part: JobSpec, spool: Spool) -> list[ListedFile]:
     """The files of a part, as they were listed. Raises ResultExpired once the job was cancelled."""
     label = Label(part.tenant, part.owner, MANIFEST, part.manifest, part.input_ref)
     with spool.opened(label) as reader:
-        return [_decode(line) for line in bulk_items.lines(reader.slabs(*part.starts))]
+        return [_decode(line) for line in bulk_lines.lines(reader.slabs(*part.starts))]
 
 
 # -- afterwards ------------------------------------------------------------------------------------------

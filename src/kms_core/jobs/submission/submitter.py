@@ -14,9 +14,8 @@ import msgspec
 
 from kms_core import audit
 from kms_core.auth.policy import Principal
-from kms_core.jobs import authorization
+from kms_core.jobs import authorization, bulk_lines
 from kms_core.jobs.authorization import JobAccess
-from kms_core.jobs.execution import bulk_items
 from kms_core.jobs.file_patterns import is_tree
 from kms_core.jobs.model import Job, JobSpec
 from kms_core.jobs.storage.locations import Locations
@@ -180,8 +179,8 @@ class JobSubmitter:
         check_room = self.meter(terms)
         with self.spool.writing(Label(terms.who.tenant, job_id, ITEMS)) as out:
             for index, item in enumerate(items):
-                bulk_items.check_item(terms.kind, index, item, self._rules.item_bytes)
-                if index % bulk_items.PART_ITEMS == 0:
+                bulk_lines.check_item(terms.kind, index, item, self._rules.item_bytes)
+                if index % bulk_lines.PART_ITEMS == 0:
                     starts.append(out.size)
                 line = wire.encode(item) + b"\n"
                 hasher.update(line)
