@@ -129,6 +129,12 @@ def test_tree_is_moved_in_place_and_again_is_left_alone(core: Core, root: Path, 
     assert tree(root) == moved
 
 
+def states(root: Path) -> dict[Path, tuple[int, int, bytes]]:
+    """Inode, time of the last change in ns, and content of each file; reading changes its access time."""
+    found = ((path, path.stat(), path.read_bytes()) for path in root.rglob("*") if path.is_file())
+    return {path: (stat.st_ino, stat.st_mtime_ns, content) for path, stat, content in found}
+
+
 def test_dry_run_counts_by_version_and_touches_nothing(core: Core, root: Path) -> None:
     first = version(core, root / "a")
     second = newest(core)
@@ -136,7 +142,7 @@ def test_dry_run_counts_by_version_and_touches_nothing(core: Core, root: Path) -
     rotate(core)
     (root / "new").write_bytes(sealed(core, b"third"))
     (root / "text").write_bytes(b"no age file")
-    before = {path: (path.stat(), path.read_bytes()) for path in root.rglob("*") if path.is_file()}
+    before = states(root)
 
     job_id = run(core, root, dry_run=True, overwrite=None)
 
@@ -154,7 +160,7 @@ def test_dry_run_counts_by_version_and_touches_nothing(core: Core, root: Path) -
         "a": "would_change", "b/c": "would_change", "b/d": "would_change",
         "new": "newest", "text": "not_a_ciphertext",
     }  # fmt: skip
-    assert {path: (path.stat(), path.read_bytes()) for path in root.rglob("*") if path.is_file()} == before
+    assert states(root) == before
 
 
 def test_what_fails_and_what_is_foreign_is_told_and_left(core: Core, root: Path, tmp_path: Path) -> None:
