@@ -57,11 +57,19 @@ def listed(folder: Path) -> list[Segment]:
     What is no plain file is none of them: a pipe would never be read to its end.
     """
     try:
-        paths = list(folder.iterdir())
+        with os.scandir(folder) as entries:  # which knows what is a file without another call for each
+            names = [entry.name for entry in entries if _is_file(entry)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = ((NAME.fullmatch(path.name), path) for path in paths)
-    return sorted(Segment(match[1], int(match[2]), path) for match, path in found if match and path.is_file())
+    found = (match for match in map(NAME.fullmatch, names) if match)
+    return sorted(Segment(match[1], int(match[2]), folder / match[0]) for match in found)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """False for a link that leads nowhere, too."""
+    with suppress(OSError):
+        return entry.is_file()
+    return False
 
 
 def by_chain(folder: Path) -> dict[str, list[Segment]]:
