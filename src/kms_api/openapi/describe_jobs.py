@@ -1,4 +1,4 @@
-"""What the routes of jobs say of themselves on the OpenAPI page."""
+"""Descriptions of the job routes for the OpenAPI document."""
 
 from typing import Final, get_args
 
