@@ -23,7 +23,8 @@ from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.verify import verify
 from kms_core.auth.policy import AllowAll, Principal
-from kms_core.backends.age import AgeBackend, KeyFiles
+from kms_core.backends.age import AgeBackend
+from kms_core.backends.key_files import KeyFiles
 from kms_core.key_selection import SelectionRules as CallRules
 from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms

@@ -19,7 +19,7 @@ from benchmarks.http_load import Shot
 from benchmarks.measure import Contender, in_turn
 from benchmarks.wrapping import AAD, COLUMNS, SECRET, TITLE, cells, wraps
 
-from bao import Bao, kv, transit
+from support.openbao import Bao, kv, transit
 
 CALLERS: Final = (1, 16, 64)
 

@@ -23,8 +23,8 @@ from benchmarks.children import KMS, PYTHON, ROOT, environ, installed
 from benchmarks.measure import Contender, Reading, in_turn, say
 from benchmarks.report import Scale
 
-from bao import Bao
 from kms_core.age.x25519 import X25519Identity
+from support.openbao import Bao
 
 _SECRET: Final = b"secret-data\n" * 85  # about 1 KiB
 _MILLI: Final = Scale(unit="ms", factor=1e3, digits=0)

@@ -26,10 +26,9 @@ from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.running import free_port, stopped
 from benchmarks.wrapping import AAD, COLUMNS, SECRET, TITLE, cells, wraps
 
-from kms_core.backends.cosmian.backend import CosmianCipher
-from kms_core.backends.cosmian.keys import CosmianKey
-from kms_core.backends.cosmian.server import LANES, CosmianServer, Protocol
-from kms_core.http_client.peer import PeerAnswer, PeerServer
+from kms_core.backends.cosmian.backend import CosmianCipher, CosmianKey
+from kms_core.backends.cosmian.server import BATCHES, CosmianServer, Protocol
+from kms_core.http_client import PeerAnswer, PeerServer
 
 CALLERS: Final = (1, 16, 64)
 ALONE: Final = 1_000
@@ -68,7 +67,7 @@ def _what(given: str, url: str) -> str:
     kind = "Cosmian KMS" if given else "A DOUBLE in Python, no real server, of Cosmian KMS"
     return (
         f"{kind} {version}, over loopback, on the same processors as the callers, which are threads of one "
-        f"process. Together: calls that wait go in one message, {LANES} of which may be under way."
+        f"process. Together: calls that wait go in one message, {BATCHES} of which may be under way."
     )
 
 
@@ -80,9 +79,9 @@ def _table(url: str, options: report.Options) -> str:
         work = Work(url, name, callers, options.given.seconds)
         own = Contender("server alone", functools.partial(http_load.load, work.shot(), callers, work.seconds))
         contenders = [
-            Contender("together", work.by(work.server("kmip", LANES))),
+            Contender("together", work.by(work.server("kmip", BATCHES))),
             Contender("a message each", work.by(work.server("kmip", ALONE))),
-            Contender("JOSE", work.by(work.server("jose", LANES))),
+            Contender("JOSE", work.by(work.server("jose", BATCHES))),
             own,
         ]
         found = in_turn(contenders, options.plan, budget.share())
@@ -99,16 +98,16 @@ class Work:
     callers: int
     seconds: float
 
-    def server(self, protocol: Protocol, lanes: int) -> Listening:
+    def server(self, protocol: Protocol, batches: int) -> Listening:
         server = PeerServer(self.url, "Cosmian KMS", "kms.cosmian.server_url", _TIMEOUT_S)
-        return Listening(server, None, protocol, lanes=lanes)
+        return Listening(server, None, protocol, batches=batches)
 
     def by(self, server: CosmianServer) -> Callable[[], Reading]:
         return wraps(CosmianCipher(_made(CosmianKey(server, self.name))), "1", self.callers, self.seconds)
 
     def shot(self) -> Shot:
         """The request of one wrap."""
-        server = self.server("kmip", LANES)
+        server = self.server("kmip", BATCHES)
         CosmianCipher(_made(CosmianKey(server, self.name))).encrypt(SECRET, "1", AAD)
         return Shot(self.url + server.last.url, server.last.body)
 
@@ -135,7 +134,7 @@ def _server(given: str, folder: Path) -> Iterator[str]:
             _until_answering(url)
             yield url
     else:
-        with _started([*PYTHON, "contract.cosmian_double"], PYTHONPATH=str(ROOT / "tests")) as double:
+        with _started([*PYTHON, "support.contract.cosmian_double"], PYTHONPATH=str(ROOT / "tests")) as double:
             yield double.stdout.readline().decode().strip() if double.stdout else ""
 
 

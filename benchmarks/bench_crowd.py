@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
-import httpx
+import httpx2 as httpx
 from benchmarks import http_load, report, running
 from benchmarks.bench_overhead import CONTEXT, SIZE
 from benchmarks.children import KMS
@@ -28,7 +28,7 @@ from benchmarks.report import Cell, Scale
 from kms_core.auth import tokens
 from kms_core.auth.tokens import TokenRequest
 from kms_protocol.wire import ENDED, PREFIX
-from service import b64
+from support.service import b64
 
 CONNECTIONS: Final = 4
 SETTLE_S: Final = 2.0

@@ -147,7 +147,7 @@ def _file_system(path: Path) -> str:
 
 
 def seal_commands(on: Stage) -> Commands:
-    begun = sealing.begin(drive_kms.wrapper(on.identity), drive_kms.KEY, drive_kms.CONTEXT, padded=True)
+    begun = sealing.begin([(drive_kms.wrapper(on.identity), drive_kms.KEY)], drive_kms.CONTEXT, padded=True)
     bare = [*PYTHON, "benchmarks.drive_bare", "seal", begun.payload_key.hex(), str(len(begun.head))]
     recipient = drive_kms.wrapper(on.identity).identity.recipient.text
     kms = ["seal", "-i", str(on.identity), "--context", "env=bench", "-o", str(on.output), str(on.source)]

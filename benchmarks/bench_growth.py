@@ -6,7 +6,6 @@ Jobs have a Valkey of their own with the AOF `always`; a deep queue is compared 
 
 import functools
 import math
-import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from benchmarks import drive_kms, report
 from benchmarks.bench_jobs import TERMS, bulk_items, bulk_job
 from benchmarks.children import PYTHON, run
 from benchmarks.fitting import COLUMNS, grown
-from benchmarks.jobs_install import Ends, Install, installed
+from benchmarks.jobs_install import Ends, Install, in_two_processes, installed
 from benchmarks.measure import Contender, Reading, Series, in_turn, memory, say
 
 from kms_core.age.x25519 import X25519Identity
@@ -165,11 +164,11 @@ def _workers(folder: Path, options: report.Options, seconds: float) -> str:
 
 
 def _busy(install: Install) -> Reading:
-    ends = Ends(install)
-    ids = [install.core.desk.items(TERMS, bulk_items(_BUSY_ITEMS)).job_id for _ in range(_BUSY_JOBS)]
+    ends = Ends(install.redis)
+    ids = [install.core.submitter.items(TERMS, bulk_items(_BUSY_ITEMS)).job_id for _ in range(_BUSY_JOBS)]
     moments = sorted(ends.await_end(_BUSY_JOBS))
     for job_id in ids:
-        install.core.shop.spool.delete(job_id)
+        install.core.worker_context.spool.delete(job_id)
     midst = moments[_WARM_JOBS - 1 : -2]
     return {"rate": (len(midst) - 1) * _BUSY_ITEMS / (midst[-1] - midst[0])}
 
@@ -188,7 +187,7 @@ def _depths(folder: Path, options: report.Options, seconds: float) -> str:
     for name in ("deep", "empty"):
         (folder / name).mkdir()
     with installed(folder / "deep", "no") as install, installed(folder / "empty", "no") as beside:
-        install.core.desk.items(TERMS, bulk_items(1))
+        install.core.submitter.items(TERMS, bulk_items(1))
         bare, waiting, kept = _used(install), 0, 0
         for depth in DEPTHS:
             if depth > options.given.deepest or not _filled(install, depth - waiting, ends):
@@ -213,21 +212,18 @@ def _depths(folder: Path, options: report.Options, seconds: float) -> str:
 
 def _filled(install: Install, missing: int, ends: float) -> bool:
     """Submit so many, from two processes; whether there was time to."""
-    half = missing // 2
-    fork = multiprocessing.get_context("fork")
-    senders = [fork.Process(target=_fill, args=(install, count, ends)) for count in (half, missing - half)]
-    for sender in senders:
-        sender.start()
-    for sender in senders:
-        sender.join()
-    return not any(sender.exitcode for sender in senders)
 
+    def fill(count: int) -> None:
+        for _ in range(count):
+            install.core.submitter.items(TERMS, bulk_items(1))
+            if time.monotonic() > ends:
+                sys.exit(1)
 
-def _fill(install: Install, count: int, ends: float) -> None:
-    for _ in range(count):
-        install.core.desk.items(TERMS, bulk_items(1))
-        if time.monotonic() > ends:
-            sys.exit(1)
+    try:
+        in_two_processes(missing, fill)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _costs(installs: Sequence[Install]) -> Mapping[str, Sequence[float]]:
@@ -237,9 +233,9 @@ def _costs(installs: Sequence[Install]) -> Mapping[str, Sequence[float]]:
     for _ in range(_ASKED):
         for number, install in enumerate(installs):
             begun = time.perf_counter()
-            job = install.core.desk.items(TERMS, bulk_items(1))
+            job = install.core.submitter.items(TERMS, bulk_items(1))
             submitted = time.perf_counter()
-            if install.core.shop.store.claim(job.job_id, "bench") is None:
+            if install.core.worker_context.store.claim(job.job_id, "bench") is None:
                 raise RuntimeError("a job that waits could not be claimed")
             claim[number].append(time.perf_counter() - submitted)
             submit[number].append(submitted - begun)

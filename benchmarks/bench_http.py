@@ -146,11 +146,15 @@ def _files(
     with source.open("wb") as out:
         for _ in range(options.given.size_mib):
             out.write(os.urandom(_MIB))
-    Job(service, "encrypt", source).run(sealed)
+
+    def job(kind: str, file: Path) -> Job:
+        return Job(service.url, kind, file, lambda job_id: shutil.rmtree(service.state / "spool" / job_id))
+
+    job("encrypt", source).run(sealed)
     found = []
     for kind, file in (("encrypt", source), ("decrypt", sealed)):
         contenders = [
-            Contender(f"kms, {kind} job", Job(service, kind, file).run, size),
+            Contender(f"kms, {kind} job", job(kind, file).run, size),
             Contender("bare uvicorn, files", functools.partial(store_and_serve, plain, file, folder), size),
         ]
         found.append((kind, options.keep(f"{kind} a file", in_turn(contenders, options.plan, share()))))
@@ -170,22 +174,23 @@ def _file_table(kind: str, found: Sequence[Series], size: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A file on its way through the service. Its spool is emptied, since results live on for hours."""
+    """A file on its way through the service. ``forget`` empties its spool: results live on for hours."""
 
-    service: running.Service
+    url: str
     kind: str
     file: Path
+    forget: Callable[[str], object]
 
     def run(self, target: Path | None = None) -> Reading:
         begun = time.perf_counter()
-        accepted = json.loads(send(f"{self.service.url}{PREFIX}/files/{self.kind}", "POST", self.file))
+        accepted = json.loads(send(f"{self.url}{PREFIX}/files/{self.kind}", "POST", self.file))
         uploaded = time.perf_counter()
         job_id = accepted["job_id"]
         self._wait(job_id)
         done = time.perf_counter()
-        receive(f"{self.service.url}{PREFIX}/jobs/{job_id}/result", target)
+        receive(f"{self.url}{PREFIX}/jobs/{job_id}/result", target)
         ended = time.perf_counter()
-        shutil.rmtree(self.service.state / "spool" / job_id)
+        self.forget(job_id)
         return {
             "seconds": ended - begun,
             "up_s": uploaded - begun,
@@ -195,7 +200,7 @@ class Job:
         }
 
     def _wait(self, job_id: str) -> None:
-        url = f"{self.service.url}{PREFIX}/jobs/{job_id}"
+        url = f"{self.url}{PREFIX}/jobs/{job_id}"
         while (job := running.ask(url))["state"] not in ENDED:
             time.sleep(0.01)
         if job["state"] != "succeeded":

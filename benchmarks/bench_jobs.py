@@ -31,10 +31,13 @@ WHO: Final = Principal("local")
 CONTEXT: Final = "env=prod,service=api"
 ITEM_BYTES: Final = drive_kms.ITEM_BYTES
 PROCESSES: Final = 2
+_WORKER: Final = "worker of 2"
 TERMS: Final = SubmissionOptions(WHO, "encrypt", Context.parse(CONTEXT))
 _SENDERS: Final = 4
 _MIB: Final = 1024 * 1024
-_QUEUED: Final = 2_000
+_QUEUED_S: Final = 300.0
+_SCALED_ITEMS: Final = 20_000
+_WARM_ITEMS: Final = 1_000
 _BODY: Final = {"kind": "encrypt", "context": CONTEXT, "items": [{"plaintext": "c2VjcmV0"}]}
 _RATE: Final = Scale(key="rate", unit="a second", digits=0, more_is_better=True)
 Send = Callable[[int], None]
@@ -49,22 +52,27 @@ def main() -> None:
         budget_s=150.0,
         jobs=1000,
         singles=200,
+        items=100_000,
+        queued=2_000,
         fsync="always",
+        inline_bytes=0,
         dir=tempfile.gettempdir(),
     )
     given = options.given
     with (
         tempfile.TemporaryDirectory(prefix="kms-bench-", dir=report.place(given.dir)) as name,
-        installed(Path(name), given.fsync) as install,
+        installed(Path(name), given.fsync, inline_bytes=given.inline_bytes) as install,
     ):
-        waiting = _queued(install)
+        waiting = _queued(install, given.queued)
         api = install.api()
-        pids = {"API": api, "worker": install.worker("worker1"), "bare": install.bare()}
-        wait(lambda: not install.redis.zcard("kms:open"))  # what was queued for its size is done
+        pids = {"API": api, "worker": install.worker(_WORKER), "bare": install.bare()}
+        wait(
+            lambda: not install.redis.zcard("kms:open"), _QUEUED_S, "the end of what was queued for its size"
+        )
         Nothings(install).send(0)
         Nothings(install).await_end(1)
         idle = {name: resident_bytes(pid) for name, pid in pids.items()}
-        budget = options.budget(3)
+        budget = options.budget(4)
         parts = [
             f"Valkey on a unix socket, AOF `{given.fsync}`, two pool processes each; state in `{given.dir}`.",
             _single(install, options, budget.share()),
@@ -74,7 +82,7 @@ def main() -> None:
         used = {name: resident_bytes(pid) for name, pid in pids.items()}
         options.note("room", "idle", idle)
         options.note("room", "queued job", waiting)
-        parts.append(_memory(waiting, idle, used))
+        parts += [_scaling(install, options, budget.share()), _memory(waiting, idle, used)]
     options.write(parts)
 
 
@@ -88,10 +96,10 @@ def _ways(install: Install) -> list[tuple[str, Send, Callable[[], Await]]]:
 
     def ours(number: int) -> None:
         del number
-        install.core.desk.items(TERMS, items)
+        install.core.submitter.items(TERMS, items)
 
     def ends() -> Await:
-        return Ends(install).await_end
+        return Ends(install.redis).await_end
 
     return [
         ("job of one item, sent in process", ours, ends),
@@ -125,16 +133,16 @@ def _one_by_one(send: Send, ends: Callable[[], Await], count: int) -> Reading:
 
 def _pipelined(install: Install, options: report.Options, seconds: float) -> str:
     contenders = [
-        Contender(name, functools.partial(_all_at_once, send, ends, options.given.jobs))
+        Contender(name, functools.partial(all_at_once, send, ends, options.given.jobs))
         for name, send, ends in _ways(install)
     ]
-    found = in_turn(contenders, options.plan, seconds)
+    found = options.keep("all at once", in_turn(contenders, options.plan, seconds))
     sent: dict[str, report.Cell] = {"sent in s": Scale(key="sent_s").median}
     title = f"{options.given.jobs:,} at once from {_SENDERS} threads, until the last has ended"
     return report.table(title, found, _RATE, more=sent)
 
 
-def _all_at_once(send: Send, ends: Callable[[], Await], count: int) -> Reading:
+def all_at_once(send: Send, ends: Callable[[], Await], count: int) -> Reading:
     await_end = ends()
     begun = time.perf_counter()
     with ThreadPoolExecutor(_SENDERS) as pool:
@@ -154,15 +162,15 @@ def bulk_items(count: int) -> Iterator[JobItem]:
 
 def bulk_job(install: Install, jobs: int, items: int) -> Reading:
     """From the first job given to the end of the last."""
-    ends = Ends(install)
+    ends = Ends(install.redis)
     used = _used_s(install)
     begun = time.perf_counter()
-    ids = [install.core.desk.items(TERMS, bulk_items(items)).job_id for _ in range(jobs)]
+    ids = [install.core.submitter.items(TERMS, bulk_items(items)).job_id for _ in range(jobs)]
     accepted = time.perf_counter()
     ends.await_end(jobs)
     done = time.perf_counter()
     for job_id in ids:
-        install.core.shop.spool.delete(job_id)
+        install.core.worker_context.spool.delete(job_id)
     return {
         "seconds": done - begun,
         "rate": jobs * items / (done - begun),
@@ -188,11 +196,12 @@ def _crypto(pool: multiprocessing.pool.Pool, count: int) -> Reading:
 
 
 def _bulk(install: Install, options: report.Options, seconds: float) -> str:
+    large = options.given.items
     with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
         pool.map(drive_kms.seal_items, [1] * PROCESSES, chunksize=1)
         contenders = [
             Contender("8 jobs of 1,000 items", functools.partial(bulk_job, install, 8, 1_000)),
-            Contender("1 job of 100,000 items", functools.partial(bulk_job, install, 1, 100_000)),
+            Contender(f"1 job of {large:,} items", functools.partial(bulk_job, install, 1, large)),
             Contender("8,000 calls of Kms.encrypt, one process", functools.partial(_calls, install, 8_000)),
             Contender("the crypto alone, two processes", functools.partial(_crypto, pool, 20_000)),
         ]
@@ -210,10 +219,33 @@ def _used_s(install: Install) -> float:
     return sum(used_s(pid) for worker in workers for pid in (worker, *descendants(worker)))
 
 
+def _scaling(install: Install, options: report.Options, seconds: float) -> str:
+    """One worker of one process and one of two, in turn; Redis and the sender have the same processors."""
+    items = min(_SCALED_ITEMS, options.given.items)
+    contenders = [
+        Contender(name, functools.partial(_scaled, install, count, items))
+        for name, count in (("two processes", PROCESSES), ("one process", 1))
+    ]
+    few = replace(options.plan, runs=min(3, options.plan.runs), warms=False)
+    found = options.keep("processes", in_turn(contenders, few, seconds))
+    title = f"One job of items of {ITEM_BYTES:,} bytes, by a worker of one or two processes"
+    return report.table(title, found, _RATE)
+
+
+def _scaled(install: Install, count: int, items: int) -> Reading:
+    name = f"worker of {count}"
+    if name not in install.running:
+        for other in [each for each in install.running if each.startswith("worker")]:
+            install.end(other)
+        install.worker(name, concurrency=count)
+        bulk_job(install, 1, _WARM_ITEMS)
+    return bulk_job(install, 1, items)
+
+
 # -- room --------------------------------------------------------------------------------------------
 
 
-def _queued(install: Install) -> Reading:
+def _queued(install: Install, count: int) -> Reading:
     """Bytes of Redis memory and of its append-only file for each job that waits; they are done later."""
     line, disk = install.redis, install.place.data_dir / "appendonlydir"
 
@@ -221,12 +253,12 @@ def _queued(install: Install) -> Reading:
         return line.info("memory")["used_memory"], sum(file.stat().st_size for file in disk.iterdir())
 
     items = [JobItem(plaintext=b"secret")]
-    install.core.desk.items(TERMS, items)
+    install.core.submitter.items(TERMS, items)
     before = sizes()
-    for _ in range(_QUEUED):
-        install.core.desk.items(TERMS, items)
+    for _ in range(count):
+        install.core.submitter.items(TERMS, items)
     after = sizes()
-    return {"memory": (after[0] - before[0]) / _QUEUED, "disk": (after[1] - before[1]) / _QUEUED}
+    return {"memory": (after[0] - before[0]) / count, "disk": (after[1] - before[1]) / count}
 
 
 def _memory(waiting: Reading, idle: Mapping[str, int], used: Mapping[str, int]) -> str:

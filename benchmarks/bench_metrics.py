@@ -25,7 +25,7 @@ from benchmarks.report import Cell, Scale
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from kms_core.observability import logs, metrics
+from kms_core.observability import logs, metrics, multiprocess_metrics
 from kms_core.observability.usage import UsageCounters
 
 PROCESSES: Final = 8
@@ -71,8 +71,11 @@ def _share(found: Sequence[Series]) -> list[str]:
 # -- calls -------------------------------------------------------------------------------------------
 
 CALL: Final = """
+import os
 import sys
 from pathlib import Path
+from kms_core.observability import multiprocess_metrics
+multiprocess_metrics.share(os.environ)
 from benchmarks import bench_metrics
 bench_metrics.answer(Path(sys.argv[1]))
 """
@@ -92,7 +95,7 @@ def answer(state: Path) -> None:
 def _callers(folder: Path) -> Iterator[list[Contender]]:
     """A process alone, and one of several, whose metrics are in files that they share."""
     (folder / "shared").mkdir()
-    shared = {metrics.FOLDER: str(folder / "shared"), metrics.SLOT: "api-1"}
+    shared = {multiprocess_metrics.FOLDER: str(folder / "shared"), multiprocess_metrics.SLOT: "api-1"}
     with (
         _python(CALL, str(folder / "alone")) as alone,
         _python(CALL, str(folder / "several"), **shared) as several,
@@ -157,12 +160,13 @@ sys.stdin.read()
 SERVE: Final = """
 import socket
 import sys
-from kms_core.auth.metrics_access import Scraping
+from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.auth.policy import AllowAll
 from kms_core.proxies import Proxies
 from kms_worker.metrics_server import MetricsApp, MetricsServer
 listener = socket.create_server(("127.0.0.1", 0))
-server = MetricsServer(listener, MetricsApp(Scraping("open", None, AllowAll(), Proxies((), "forwarded")), ()))
+access = MetricsAccess("open", None, AllowAll(), Proxies((), "forwarded"))
+server = MetricsServer(listener, MetricsApp(access, ()))
 print()
 print(listener.getsockname()[1], flush=True)
 sys.stdin.read()
@@ -199,7 +203,7 @@ def move(number: int) -> None:
 def _worker(folder: Path) -> Iterator[tuple[int, int]]:
     """The processes, each with its files in ``folder``, and the server that sums them: its id and port."""
     folder.mkdir()
-    own = {metrics.FOLDER: str(folder)}
+    own = {multiprocess_metrics.FOLDER: str(folder)}
     with ExitStack() as stack:
         for number in range(PROCESSES):
             stack.enter_context(_python(MOVE, str(number), **own))

@@ -22,12 +22,12 @@ from benchmarks.http_load import Shot
 from benchmarks.measure import Contender, Reading, descendants, in_turn, say, used_s
 from benchmarks.report import Cell, Scale
 
-from bao import Bao
 from kms_cli.local import up
 from kms_core.auth import tokens
 from kms_core.auth.tokens import TokenRequest
 from kms_core.settings.load import load as load_settings
 from kms_protocol.wire import PREFIX
+from support.openbao import Bao
 
 CONNECTIONS: Final = (1, 16)
 PROCESSES: Final = 2
@@ -76,6 +76,8 @@ class Way:
     body: str = _BODY
     method: str = "POST"
     scopes: tuple[str, ...] = SCOPES
+    settings: str = ""
+    """Further tables of the settings."""
 
 
 WAYS: Final = (
@@ -169,6 +171,7 @@ def _prepared(way: Way, state: Path) -> str:
     text = f"[kms.server]\nprocesses = {PROCESSES}\n[kms.log]\nlevel = 'off'\n"
     text += f"[kms.audit]\ndurability = '{way.durability or 'write'}'\n"
     text += "[kms.auth]\nmode = 'required'\n" if way.has_auth else ""
+    text += way.settings
     (state / "kms.toml").write_text(text)
     up.make_dev_keys(load_settings(state / "kms.toml", _environ(state)))
     if not way.has_auth:

@@ -29,7 +29,8 @@ from kms_core.age.x25519 import X25519Identity
 from kms_core.audit import AuditLog
 from kms_core.audit.keys import Concealer, Signer
 from kms_core.auth.policy import AllowAll, Principal
-from kms_core.backends.age import AgeBackend, KeyFiles
+from kms_core.backends.age import AgeBackend
+from kms_core.backends.key_files import KeyFiles
 from kms_core.envelope import sealing
 from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
@@ -123,7 +124,7 @@ def _sealing(scene: Scene, size: int) -> list[Contender]:
     recipients = [scene.theirs.to_public()]
     return [
         calls("Kms.encrypt, audited", lambda: scene.kms.encrypt(_WHO, plaintext, CONTEXT)),
-        calls("sealing.seal", lambda: sealing.seal(plaintext, scene.local, KEY, CONTEXT)),
+        calls("sealing.seal", lambda: sealing.seal(plaintext, [(scene.local, KEY)], CONTEXT)),
         calls("pyrage.encrypt", lambda: pyrage.encrypt(plaintext, recipients)),
     ]
 
@@ -131,7 +132,7 @@ def _sealing(scene: Scene, size: int) -> list[Contender]:
 def _opening(scene: Scene, size: int) -> list[Contender]:
     plaintext = os.urandom(size)
     ours = scene.kms.encrypt(_WHO, plaintext, CONTEXT).ciphertext
-    local = sealing.seal(plaintext, scene.local, KEY, CONTEXT)
+    local = sealing.seal(plaintext, [(scene.local, KEY)], CONTEXT)
     plain = plain_file(scene.local, plaintext, 1)
     theirs = pyrage.encrypt(plaintext, [scene.theirs.to_public()])
     return [

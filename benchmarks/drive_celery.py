@@ -12,7 +12,6 @@ import redis
 from celery import Celery
 from celery.platforms import SecurityWarning
 
-from kms_worker import kombu_patches
 from kms_worker.app import CONFIGURATION, TRANSPORT
 
 QUEUE = "bench"
@@ -30,7 +29,6 @@ def producer(broker_url: str) -> Celery:
 def main() -> None:
     broker_url, redis_url = sys.argv[1:]
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    kombu_patches.install()
     app = producer(broker_url)
     lines = functools.cache(lambda _process: redis.Redis.from_url(redis_url))
 

@@ -59,17 +59,16 @@ def file_key_of(head: Header, by: Local) -> bytes:
 
 def seal(by: Local, source: str, target: str) -> None:
     if source == "-":
-        begun = sealing.begin(by, KEY, CONTEXT, padded=True)
+        begun = sealing.begin([(by, KEY)], CONTEXT, padded=True)
         with open(0, "rb", 0) as reader, open(1, "wb", 0) as writer:
             writer.write(begun.head)
             streaming.seal_pipe(begun.payload_key, reader, writer)
         return
     with Path(source).open("rb", 0) as reader, Path(target).open("wb", 0) as writer:
         size = os.fstat(reader.fileno()).st_size
-        begun = sealing.begin(by, KEY, CONTEXT, padded=size >= sealing.PAD_FROM_BYTES)
-        writer.write(begun.head)
+        begun = sealing.begin([(by, KEY)], CONTEXT, padded=size >= sealing.PAD_FROM_BYTES)
         parallel.seal_file(
-            begun.payload_key, FileRange(reader.fileno(), size), FileWriter(writer.fileno()), len(begun.head)
+            begun.payload_key, FileRange(reader.fileno(), size), FileWriter(writer.fileno()), begun.head
         )
 
 
@@ -78,7 +77,7 @@ def seal_items(count: int) -> None:
     identity = X25519Identity.generate()
     by, plaintext = Local(identity, binding.origin_key(identity.secret)), os.urandom(ITEM_BYTES)
     for _ in range(count):
-        sealing.seal(plaintext, by, KEY, CONTEXT)
+        sealing.seal(plaintext, [(by, KEY)], CONTEXT)
 
 
 def open_(by: Local, source: str, target: str) -> None:

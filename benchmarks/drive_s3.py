@@ -29,7 +29,7 @@ from kms_core.s3.sigv4 import Credentials
 BUCKET: Final = "bench"
 ACCESS_KEY: Final = "AKIDBENCH"
 SECRET: Final = "no-secret"  # noqa: S105 -- of a server on loopback, for the time of a benchmark
-PACE: Final = ParallelOptions(REMOTE_THREADS, REMOTE_SLAB_CHUNKS)
+OPTIONS: Final = ParallelOptions(REMOTE_THREADS, REMOTE_SLAB_CHUNKS)
 
 
 def bucket(endpoint: str) -> Bucket:
@@ -45,38 +45,34 @@ def reader(at: Bucket, key: str) -> ObjectReader:
 
 
 def seal(by: Local, source: ObjectReader, target: Assembly) -> None:
-    begun = sealing.begin(by, KEY, CONTEXT, padded=True)
-    target.reserve(len(begun.head) + stream.sealed_size(source.size))
-    target.write_at(memoryview(begun.head), 0)
-    parallel.seal_file(begun.payload_key, source, target, len(begun.head), PACE)
+    begun = sealing.begin([(by, KEY)], CONTEXT, padded=True)
+    parallel.seal_file(begun.payload_key, source, target, begun.head, OPTIONS)
 
 
 def open_(by: Local, source: ObjectReader, target: Assembly) -> None:
     head = header.read_by(source.read_at, FILE_LIMITS)
     key = stream.payload_key(drive_kms.file_key_of(head, by), head.nonce)
-    parallel.open_file(key, source.tail(head.payload_offset), target, pace=PACE)
+    parallel.open_file(key, source.tail(head.payload_offset), target, OPTIONS)
 
 
 def reseal(by: Local, source: ObjectReader, target: Assembly) -> None:
     head = header.read_by(source.read_at, FILE_LIMITS)
     old = stream.payload_key(drive_kms.file_key_of(head, by), head.nonce)
-    begun = sealing.begin(by, KEY, CONTEXT, padded=True)
+    begun = sealing.begin([(by, KEY)], CONTEXT, padded=True)
     payload = source.tail(head.payload_offset)
-    target.reserve(len(begun.head) + payload.size)
-    target.write_at(memoryview(begun.head), 0)
-    parallel.reseal_file((old, begun.payload_key), payload, target, len(begun.head), PACE)
+    parallel.reseal_file((old, begun.payload_key), payload, target, begun.head, OPTIONS)
 
 
 def rewrap(by: Local, source: ObjectReader, target: Assembly) -> None:
     head = header.read_by(source.read_at, FILE_LIMITS)
     file_key = drive_kms.file_key_of(head, by)
-    new = sealing.write_header(file_key, head.nonce, by, key=KEY, context=CONTEXT, padded=True)
+    new = sealing.begin([(by, KEY)], CONTEXT, padded=True, payload=(file_key, head.nonce)).header
     payload = source.tail(head.size)
     target.reserve(len(new) + payload.size)
     target.write_at(memoryview(new), 0)
     lead = target.part_bytes - len(new)
-    parallel.copy_run(payload.head(lead), target, len(new), PACE)
-    if not target.copy(payload.tail(lead), PACE.before, PACE.after):
+    parallel.copy_run(payload.head(lead), target, len(new), OPTIONS)
+    if not target.copy(payload.tail(lead), OPTIONS.before, OPTIONS.after):
         raise RuntimeError("the store cannot copy parts")
 
 
@@ -112,7 +108,7 @@ def main(operation: str, identity: str, endpoint: str, source: str, target: str)
         asyncio.run(copy(endpoint, source, target))
         os._exit(0)  # at the usual end of Python obstore 0.12 aborts every other time
     at = bucket(endpoint)
-    writer = Assembly(at, target, "bench", lambda _: None)
+    writer = Assembly(at, target, "bench", lambda: at.begin(target, "bench"))
     OURS[operation](drive_kms.wrapper(Path(identity)), reader(at, source), writer)
     writer.settle()
     if writer.upload:

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import urlsplit
@@ -22,7 +22,12 @@ _HEADERS: Final = {"Content-Type": "application/json"}
 _SCRIPT: Final = """
 wrk.method = "{method}"
 wrk.headers["Content-Type"] = "application/json"
-wrk.body = [==[{body}]==]
+local bodies = { {bodies} }
+local sent = 0
+function request()
+    sent = sent % #bodies + 1
+    return wrk.format(nil, nil, nil, bodies[sent])
+end
 function done(summary, latency, requests)
     local errors = summary.errors
     io.write(string.format("RESULT %f %f %f %d %d\\n", summary.requests / summary.duration * 1e6,
@@ -34,12 +39,13 @@ end
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """A request to repeat."""
+    """A request to repeat; with ``more`` bodies wrk sends them in turn, the client here the first."""
 
     url: str
     body: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     method: str = "POST"
+    more: Sequence[str] = ()
 
 
 def load(shot: Shot, connections: int, seconds: float) -> Reading:
@@ -56,7 +62,8 @@ def warn_without_wrk() -> None:
 
 def _wrk(shot: Shot, connections: int, seconds: float) -> Reading:
     with tempfile.NamedTemporaryFile("w", suffix=".lua", prefix="kms-bench-") as script:
-        script.write(_SCRIPT.replace("{method}", shot.method).replace("{body}", shot.body))
+        bodies = ", ".join(f"[==[{body}]==]" for body in (shot.body, *shot.more))
+        script.write(_SCRIPT.replace("{method}", shot.method).replace("{bodies}", bodies))
         script.writelines(f'wrk.headers["{name}"] = "{value}"\n' for name, value in shot.headers.items())
         script.flush()
         options = ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "-s", script.name]
@@ -67,6 +74,8 @@ def _wrk(shot: Shot, connections: int, seconds: float) -> Reading:
     rate, p50, p99, errors, requests = map(float, line.split()[1:])
     if errors:
         raise RuntimeError(f"{errors:.0f} requests failed")
+    if not requests:
+        raise RuntimeError(f"no answer within {seconds:g} s")
     return {"rate": rate, "p50_s": p50 / 1e6, "p99_s": p99 / 1e6, "requests": requests}
 
 

@@ -2,19 +2,23 @@
 
 import http.client
 import json
+import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
+import msgspec
 import redis
-from benchmarks.children import ROOT, environ
+from benchmarks.children import environ
 from benchmarks.drive_celery import DONE, QUEUE, TASK, producer
 from benchmarks.measure import descendants
 from benchmarks.running import free_port, stopped
@@ -23,6 +27,9 @@ from celery import Celery
 from kms_cli.local import up, valkey
 from kms_core.container import Core
 from kms_core.container import build as build_core
+from kms_core.jobs.store.redis_keys import job_key
+from kms_core.jobs.submission.submitter import new_id
+from kms_core.programs import tether
 from kms_core.settings.load import load as load_settings
 from kms_protocol.wire import PREFIX
 
@@ -43,6 +50,7 @@ class Install:
     port: int
     core: Core
     stack: ExitStack
+    jobs: Mapping[str, object]
     running: dict[str, tuple[subprocess.Popen[bytes], ExitStack]] = field(default_factory=dict)
 
     @property
@@ -53,18 +61,15 @@ class Install:
     def producer(self) -> Celery:
         return producer(self.place.broker_url_of(0))
 
-    def run(self, name: str, *argv: str, port: int = 0) -> int:
-        """Start ``python -m argv``; wait for its probe if it has a port. Its pid."""
-        more = {"KMS_PORT": str(port)} if port else {}
+    def run(self, name: str, *argv: str, within: Sequence[str] = (), **more: str) -> int:
+        """Start ``python -m argv``, in ``within`` (a command that runs another); its pid."""
         own = ExitStack()
         log = own.enter_context((self.state / f"{name}.log").open("ab"))
-        process = subprocess.Popen(
-            [sys.executable, "-m", *argv],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=ROOT,
+        argv = (*within, sys.executable, "-m", *argv)
+        process = tether.spawn(
+            [shutil.which(argv[0]) or argv[0], *argv[1:]],
             env=environ(**(dict(self.environ) | more)),
+            output=log,
         )
         own.enter_context(stopped(process))
         self.running[name] = (process, own)
@@ -73,16 +78,38 @@ class Install:
 
     def api(self) -> int:
         """One API process, answering; its pid."""
-        pid = self.run("api", "kms_api.main", port=self.port)
+        pid = self.run("api", "kms_api.main", KMS_PORT=str(self.port))
         wait(lambda: up.is_alive("127.0.0.1", self.port))
         return pid
 
-    def worker(self, name: str) -> int:
-        """A worker that consumes; its pid."""
+    def worker(self, name: str, **jobs: object) -> int:
+        """A worker that consumes, with ``[kms.jobs]`` of the install and these; its pid."""
         port = free_port()
-        pid = self.run(name, "kms_worker.main", port=port)
+        pid = self.run(name, "kms_worker.main", **self.worker_environ(name, port, jobs))
         wait(lambda: up.is_alive("127.0.0.1", port + 1))
         return pid
+
+    def worker_environ(self, name: str, port: int, jobs: Mapping[str, object]) -> Mapping[str, str]:
+        """What a worker with settings of its own is given."""
+        config = self.state.with_name(f"{name}.toml")
+        config.write_text(_toml({**self.jobs, **jobs}))
+        return {"KMS_CONFIG": str(config), "KMS_PORT": str(port)}
+
+    def holder(self, job_id: str) -> str:
+        """The name of the worker that runs a job; empty while none does."""
+        raw = cast("bytes | None", self.redis.hget(job_key(job_id), "worker")) or b""
+        pid = int(raw.rpartition(b"/")[2] or 0)
+        return next(
+            (name for name, (process, _) in self.running.items() if pid in descendants(process.pid)), ""
+        )
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to a process and to all that it started."""
+        process, own = self.running.pop(name)
+        for pid in (process.pid, *descendants(process.pid)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        own.close()
 
     def bare(self) -> int:
         return self.run("bare", "benchmarks.drive_celery", self.place.broker_url_of(0), self.place.url_of(0))
@@ -93,17 +120,23 @@ class Install:
 
 
 @contextmanager
-def installed(folder: Path, fsync: str, *, concurrency: int = 2) -> Iterator[Install]:
-    """A state directory with keys and a Valkey server (``appendfsync`` as given); nothing else runs yet."""
+def installed(folder: Path, fsync: str, *, tcp: int = 0, **jobs: object) -> Iterator[Install]:
+    """A state directory with keys and a Valkey server (``appendfsync`` as given); nothing else runs yet.
+
+    ``jobs`` go to ``[kms.jobs]``; ``tcp`` is a port on which the server listens at all addresses too.
+    """
     state, config = folder / "state", folder / "kms.toml"
     (state / "files").mkdir(parents=True)
-    config.write_text(f"[kms.jobs]\nconcurrency = {concurrency}\nopen_jobs = {_OPEN_JOBS}\n")
+    jobs = {"concurrency": 2, "open_jobs": _OPEN_JOBS, **jobs}
+    config.write_text(_toml(jobs))
     with ExitStack() as stack:
         place = stack.enter_context(valkey.claim(state, os.environ))
         argv = valkey.command(valkey.find_binary(os.environ), place, valkey.ValkeyLimits(_MAXMEMORY))
         argv[argv.index("--appendfsync") + 1] = fsync
+        argv[argv.index("--port") + 1] = str(tcp)
+        argv += ["--bind", "0.0.0.0", "--protected-mode", "no"] if tcp else []  # noqa: S104 -- other namespaces
         log = stack.enter_context(place.log_path.open("ab"))
-        stack.enter_context(stopped(subprocess.Popen(argv, stdout=log, pass_fds=(place.lock,))))
+        stack.enter_context(stopped(tether.spawn(argv, env={}, output=log, pass_fds=(place.lock,))))
         wait(lambda: valkey.is_ready(place.socket_path))
         named = {
             "KMS_CONFIG": str(config),
@@ -116,14 +149,47 @@ def installed(folder: Path, fsync: str, *, concurrency: int = 2) -> Iterator[Ins
         settings = load_settings(config, named | {"KMS_PORT": str(port)})
         up.make_dev_keys(settings)
         core = build_core(settings, "bench", None)
-        yield Install(state, place, named, port, core, stack)
+        yield Install(state, place, named, port, core, stack, jobs)
 
 
-def wait(fact: Callable[[], object]) -> None:
-    ends = time.monotonic() + START_S
+def _toml(jobs: Mapping[str, object], table: str = "kms.jobs") -> str:
+    """Numbers, texts and lists are in TOML as in JSON; what is a mapping becomes a table of its own."""
+    plain = {name: value for name, value in jobs.items() if not isinstance(value, Mapping)}
+    lines = [f"[{table}]", *(f"{name} = {json.dumps(value)}" for name, value in plain.items()), ""]
+    inner = [_toml(jobs[name], f"{table}.{name}") for name in jobs if name not in plain]  # type: ignore[arg-type]  # a mapping
+    return "\n".join([*lines, *inner])
+
+
+def in_two_processes(count: int, work: Callable[[int], None]) -> None:
+    """Do a half of ``count`` in each of two processes. Raises RuntimeError if one fails."""
+    fork = multiprocessing.get_context("fork")
+    halves = [fork.Process(target=work, args=(some,)) for some in (count // 2, count - count // 2)]
+    for half in halves:
+        half.start()
+    for half in halves:
+        half.join()
+    if any(half.exitcode for half in halves):
+        raise RuntimeError("a process that submits jobs failed")
+
+
+def copy(install: Install, job_id: str, count: int) -> None:
+    """Submit so many jobs like this one: a sealed record for each, but no input of its own."""
+    store = install.core.worker_context.store
+    spec = store.accepted(job_id)
+
+    def work(some: int) -> None:
+        for _ in range(some):
+            store.submit(msgspec.structs.replace(spec, job_id=new_id(), created_at=store.now()))
+
+    in_two_processes(count, work)
+
+
+def wait(fact: Callable[[], object], seconds: float = START_S, what: str = "a process that is ready") -> None:
+    """Wait until ``fact`` is true. Raises RuntimeError if it is not in time."""
+    ends = time.monotonic() + seconds
     while not fact():
         if time.monotonic() > ends:
-            raise RuntimeError("a process did not get ready")
+            raise RuntimeError(f"not in {seconds:.0f} s: {what}")
         time.sleep(0.02)
 
 
@@ -145,32 +211,57 @@ class Nothings:
                 raise RuntimeError("a no-op never ran")
 
 
+class Transition(NamedTuple):
+    """A job, the state that it came to, its error code, and the second by the server's clock."""
+
+    job_id: str
+    state: str
+    code: str
+    at: float
+
+
 class Ends:
     """Reads the stream of transitions from now on."""
 
-    def __init__(self, install: Install) -> None:
-        self._redis = install.redis
+    def __init__(self, client: redis.Redis) -> None:
+        self._redis = client
         newest = cast("list[tuple[bytes, object]]", self._redis.xrevrange("kms:events", count=1))
         self._position: bytes | str = newest[0][0] if newest else "0-0"
+
+    def later(self, seconds: float = _PATIENCE_S) -> Iterator[Transition]:
+        """Transitions as they come, for so long."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            for position, fields in self._more():
+                self._position = position
+                yield Transition(
+                    fields[b"subject"].decode(),
+                    fields[b"type"].decode().removeprefix("kms.job."),
+                    fields[b"code"].decode(),
+                    int(position.partition(b"-")[0]) / 1e3,
+                )
+
+    def moment(self, job_id: str, state: str) -> float:
+        """When a job comes to a state, by the server's clock. Raises RuntimeError if it does not."""
+        for found in self.later():
+            if (found.job_id, found.state) == (job_id, state):
+                return found.at
+        raise RuntimeError(f"no job got {state}")
 
     def await_end(self, count: int) -> Sequence[float]:
         """Until so many jobs have succeeded; when each did, in seconds of the server's clock.
 
         Raises RuntimeError if one ends otherwise, or none does.
         """
-        ends = time.monotonic() + _PATIENCE_S
         moments: list[float] = []
-        while len(moments) < count:
-            if time.monotonic() > ends:
-                raise RuntimeError("jobs did not end")
-            for position, fields in self._more():
-                self._position = position
-                state = fields[b"type"].removeprefix(b"kms.job.")
-                if state in {b"failed", b"cancelled"}:
-                    raise RuntimeError(f"a job {state.decode()}: {fields[b'code'].decode()}")
-                if state == b"succeeded":
-                    moments.append(int(position.partition(b"-")[0]) / 1e3)
-        return moments
+        for found in self.later():
+            if found.state in {"failed", "cancelled"}:
+                raise RuntimeError(f"a job {found.state}: {found.code}")
+            if found.state == "succeeded":
+                moments.append(found.at)
+            if len(moments) == count:
+                return moments
+        raise RuntimeError("jobs did not end")
 
     def _more(self) -> list[tuple[bytes, dict[bytes, bytes]]]:
         answer: Any = self._redis.xread({"kms:events": self._position}, count=5000, block=1000)

@@ -6,6 +6,7 @@ One source: the JSON is never edited by hand, and a test holds it equal to what 
 by rule: figures of one screen height in rows of 4 units, graphs below in rows of 8, 24 units wide.
 """
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,10 @@ RUNBOOKS: Final = "${kms_url}/ui/runbooks"
 BACKEND: Final = 'backend=~"$backend"'
 KIND: Final = 'kind=~"$kind"'
 API: Final = 'route!~"/livez|/readyz|/metrics|/docs|/openapi.json|unrouted"'
+ONE: Final = 'namespace=~"$install",instance=~"$instance"'
+"""What the menus of install and instance choose; ``.*`` also matches a series without namespace."""
+UP: Final = 'up{job=~"kms-.*"}'
+_METRIC: Final = re.compile(r"(?<![\w:$])(kms_\w+|process_\w+|up|scrape_duration_seconds)\b(?:{(}?))?")
 Kind = Literal["stat", "graph", "timeline", "table"]
 AnyPanel = stat.Panel | timeseries.Panel | statetimeline.Panel | table.Panel
 
@@ -72,6 +77,16 @@ class Board:
     choose: Mapping[str, str] = field(default_factory=dict)
 
 
+def chosen(expr: str) -> str:
+    """The query, of the install and the instance in the menus. Recording rules have no such labels."""
+
+    def select(found: re.Match[str]) -> str:
+        name, end = found[1], found[2]
+        return f"{name}{{{ONE}," if end == "" else f"{name}{{{ONE}}}"
+
+    return _METRIC.sub(select, expr)
+
+
 def figure(
     title: str, query: str, unit: str = "short", *, tells: str = "", bad: float | None = None
 ) -> Panel:
@@ -98,11 +113,27 @@ OVERVIEW: Final = Board(
             "Success",
             "1 - kms:http_errors:ratio_rate1h or vector(1)",
             "percentunit",
-            tells="Requests of the last hour that the service did not fail. The objective is 99.9 %.",
+            tells="Requests of the last hour that did not fail, to all instances. The objective is 99.9 %.",
         ),
-        figure("Requests", "kms:http_requests:rate5m", "reqps"),
-        figure("p99 of encrypt", 'kms:operation_seconds:p99_rate5m{operation="encrypt"}', "s", bad=0.5),
-        figure("Backends that work", "sum(kms_backend_up) / count(kms_backend_up)", "percentunit"),
+        figure(
+            "Requests",
+            "kms:http_requests:rate5m",
+            "reqps",
+            tells="Requests a second to all instances, without probes and scrapes.",
+        ),
+        figure(
+            "p99 of encrypt",
+            'kms:operation_seconds:p99_rate5m{operation="encrypt"}',
+            "s",
+            bad=0.5,
+            tells="99 of 100 calls to all instances are faster. The objective is below 0.5 s (KmsLatency).",
+        ),
+        figure(
+            "Backends that work",
+            "sum(kms_backend_up) / count(kms_backend_up)",
+            "percentunit",
+            tells="Key backends that a process could use at its last check. Below 100 %: KmsBackendDown.",
+        ),
         figure("Workers", "max(kms_workers)", tells="Worker processes seen in the last 5 seconds."),
         figure(
             "Dead letters",
@@ -116,6 +147,7 @@ OVERVIEW: Final = Board(
             "Operations",
             [(per("operation", "kms_operations_total"), "{{operation}}")],
             "ops",
+            tells="Calls and items of jobs a second, by what they do with keys.",
         ),
         Panel(
             "Refusals and failures by code",
@@ -127,6 +159,7 @@ OVERVIEW: Final = Board(
             "Time of an operation",
             quantiles("kms_operation_duration_seconds", "operation", "{{operation}}", 'mode="sync"'),
             "s",
+            tells="Half, and 99 of 100, of the single calls take less. Jobs do not count.",
         ),
         Panel(
             "Error budget burn",
@@ -136,7 +169,7 @@ OVERVIEW: Final = Board(
                 ("kms:http_errors:ratio_rate6h / 0.001", "6 hours"),
             ],
             "short",
-            tells="1 is the rate at which the month's budget of 0.1 % lasts exactly a month. 14.4 pages.",
+            tells="All instances. At 1 the month's budget of 0.1 % lasts a month; 14.4 pages.",
         ),
         Panel(
             "Backends",
@@ -149,6 +182,7 @@ OVERVIEW: Final = Board(
             "Payload",
             [(per("direction", "kms_payload_bytes_total"), "{{direction}}")],
             "Bps",
+            tells="Bytes a second of plaintexts and ciphertexts, in and out.",
         ),
     ),
 )
@@ -164,39 +198,89 @@ JOBS: Final = Board(
             bad=600,
             tells="Since when the oldest job waits that could run.",
         ),
-        figure("Queued", 'max(kms_jobs_in_state{state="queued"})'),
-        figure("Running", 'max(kms_jobs_in_state{state="running"})'),
-        figure("Messages that wait", "sum(max by (queue, priority) (kms_queue_depth))"),
-        figure("Failed", "kms:jobs_failed:ratio_rate15m", "percentunit", bad=0.05),
-        figure("Dead letters", "max(kms_dead_letters)", bad=1),
+        figure(
+            "Queued",
+            'max(kms_jobs_in_state{state="queued"})',
+            tells="Jobs that wait for a worker, for their start time or for a resource.",
+        ),
+        figure(
+            "Running",
+            'max(kms_jobs_in_state{state="running"})',
+            tells="Jobs that a worker has claimed and not yet ended.",
+        ),
+        figure(
+            "Jobs that are ready",
+            "sum(max by (queue, priority) (kms_queue_depth))",
+            tells="Jobs that a free worker would take at once. KEDA scales workers by it.",
+        ),
+        figure(
+            "Failed",
+            "kms:jobs_failed:ratio_rate15m",
+            "percentunit",
+            bad=0.05,
+            tells="Jobs of all instances that failed, of those that ended. Above 5 %: KmsJobsFail.",
+        ),
+        figure(
+            "Dead letters",
+            "max(kms_dead_letters)",
+            bad=1,
+            tells="Jobs that used up their attempts: kms job dead.",
+        ),
     ),
     (
         Panel(
             "Messages by queue and priority",
             [("max by (queue, priority) (kms_queue_depth)", "{{queue}} {{priority}}")],
+            tells="Ready jobs of each queue. A queue that grows alone has no worker that serves it.",
         ),
         Panel(
             "Jobs by state reached",
             [(per("state", "kms_jobs_total", KIND), "{{state}}")],
             "ops",
+            tells="Changes of state a second. Where queued exceeds the ends for long, the queue grows.",
         ),
         Panel(
             "Wait until the first claim",
             quantiles("kms_job_queue_wait_seconds", "kind", "{{kind}}", KIND),
             "s",
+            tells="From submission to the first worker. Add workers if it grows.",
         ),
-        Panel("Run time of an attempt", quantiles("kms_job_duration_seconds", "kind", "{{kind}}", KIND), "s"),
+        Panel(
+            "Run time of an attempt",
+            quantiles("kms_job_duration_seconds", "kind", "{{kind}}", KIND),
+            "s",
+            tells="From the claim to the end of an attempt, half and 99 of 100 of them.",
+        ),
         Panel(
             "Items",
             [(per("kind, result", "kms_job_items_total", KIND), "{{kind}} {{result}}")],
             "ops",
+            tells="Items of bulk jobs a second, by outcome. Failed items do not fail their job.",
         ),
-        Panel("Bytes", [(per("kind", "kms_job_bytes_total", KIND), "{{kind}}")], "Bps"),
+        Panel(
+            "Bytes",
+            [(per("kind", "kms_job_bytes_total", KIND), "{{kind}}")],
+            "Bps",
+            tells="Bytes a second that jobs read.",
+        ),
         Panel(
             "Taken up again",
             [(per("reason", "kms_job_resumes_total"), "{{reason}}")],
             "ops",
             tells="requeued: a lease ran out; queued: a message was lost; committing: another finished it.",
+        ),
+        Panel(
+            "Attempts that hung, and processes that cannot be ended",
+            [
+                (per("kind", "kms_job_stalls_total", KIND), "{{kind}} stalled"),
+                ("max(kms_worker_stuck_processes)", "stuck processes"),
+            ],
+            tells="A dead mount, for example: the worker's log names the root.",
+        ),
+        Panel(
+            "Running jobs on resources with a bound",
+            [("max by (resource) (kms_job_resource_leases)", "{{resource}}")],
+            tells="Jobs that run on a root, bucket or backend of [kms.jobs.resource_leases].",
         ),
         Panel(
             "Webhooks",
@@ -208,6 +292,7 @@ JOBS: Final = Board(
                 ("max(kms_webhook_outbox)", "waiting"),
             ],
             "short",
+            tells="Deliveries a second by outcome, and those that wait. Dead ones are lost for good.",
         ),
     ),
     choose={"kind": "kms_jobs_total"},
@@ -217,22 +302,49 @@ KEYS: Final = Board(
     "KMS: keys, rotation and backends",
     "Which keys are due, how much have they sealed, and how do their backends do?",
     (
-        figure("Keys due", "sum(max by (key_id, backend) (kms_key_rotation_due))", bad=1),
-        figure("Oldest version in use", "max(kms_key_age_seconds)", "s"),
-        figure("Largest share of a budget", "max(kms_key_budget_ratio)", "percentunit", bad=0.7),
-        figure("Rotations in a day", 'sum(increase(kms_key_rotations_total{result="ok"}[1d])) or vector(0)'),
+        figure(
+            "Keys due",
+            "sum(max by (key_id, backend) (kms_key_rotation_due))",
+            bad=1,
+            tells="Keys whose version in use is older than [kms.rotation] every_days.",
+        ),
+        figure(
+            "Oldest version in use",
+            "max(kms_key_age_seconds)",
+            "s",
+            tells="Age of the oldest version that still encrypts.",
+        ),
+        figure(
+            "Largest share of a budget",
+            "max(kms_key_budget_ratio)",
+            "percentunit",
+            bad=0.7,
+            tells="Messages that a version has sealed, of those it may. Above 70 %: KmsKeyBudget.",
+        ),
+        figure(
+            "Rotations in a day",
+            'sum(increase(kms_key_rotations_total{result="ok"}[1d])) or vector(0)',
+            tells="New versions by the schedule in the last 24 hours.",
+        ),
         figure(
             "Rotations that failed",
             'sum(increase(kms_key_rotations_total{result="failed"}[1d])) or vector(0)',
             bad=1,
+            tells="In the last 24 hours. The worker's log has the reason.",
         ),
-        figure("Breakers open", "sum(max by (backend) (kms_backend_breaker_open)) or vector(0)", bad=1),
+        figure(
+            "Breakers open",
+            "sum(max by (backend) (kms_backend_breaker_open)) or vector(0)",
+            bad=1,
+            tells="Backends that are not asked for some seconds, since they failed several times in a row.",
+        ),
     ),
     (
         Panel(
             "Age of the version in use",
             [(f"max by (key_id, backend) (kms_key_age_seconds{{{BACKEND}}})", "{{key_id}} ({{backend}})")],
             "s",
+            tells="By key and backend. It falls to zero with each rotation.",
         ),
         Panel(
             "Share of the budget",
@@ -249,11 +361,13 @@ KEYS: Final = Board(
                 )
             ],
             "ops",
+            tells="Calls and items a second, by the backend of their key.",
         ),
         Panel(
             "Time of a call to a backend",
             quantiles("kms_backend_duration_seconds", "backend, call", "{{backend}} {{call}}", BACKEND),
             "s",
+            tells="One request to the key server, without retries, half and 99 of 100 of them.",
         ),
         Panel(
             "Calls to backends by outcome",
@@ -264,6 +378,7 @@ KEYS: Final = Board(
                 )
             ],
             "ops",
+            tells="Requests to key servers a second, by what came of them.",
         ),
         Panel(
             "Made again, passed over",
@@ -278,6 +393,7 @@ KEYS: Final = Board(
                 ),
             ],
             "ops",
+            tells="Calls a second that were repeated, and those that another backend of the key answered.",
         ),
     ),
     choose={"backend": "kms_operations_total"},
@@ -305,12 +421,16 @@ TRUST: Final = Board(
             tells="While records cannot be written, operations are refused.",
         ),
         figure(
-            "Refused calls", 'sum(rate(kms_http_requests_total{status=~"401|403"}[5m])) or vector(0)', "reqps"
+            "Refused calls",
+            'sum(rate(kms_http_requests_total{status=~"401|403"}[5m])) or vector(0)',
+            "reqps",
+            tells="Answers 401 and 403 a second. Five times yesterday's: KmsRefusalsSpike.",
         ),
         figure(
             "Decrypts that fail",
             'sum(rate(kms_operations_total{operation="decrypt", result="decrypt_failed"}[5m])) or vector(0)',
             "ops",
+            tells="A second: a wrong context, key or file, or an attack. The audit log has the callers.",
         ),
         figure(
             "Weak settings",
@@ -318,7 +438,11 @@ TRUST: Final = Board(
             bad=1,
             tells="kms config lint tells which, and what to write instead.",
         ),
-        figure("Version", "count by (version) (kms_build_info)"),
+        figure(
+            "Version",
+            "count by (version) (kms_build_info)",
+            tells="Processes by version. Two of them for long: an upgrade has stopped half way.",
+        ),
     ),
     (
         Panel(
@@ -330,6 +454,7 @@ TRUST: Final = Board(
                 )
             ],
             "reqps",
+            tells="401: no valid credential. 403: it may not. 429: too many requests.",
         ),
         Panel(
             "Decrypts by outcome",
@@ -340,6 +465,7 @@ TRUST: Final = Board(
                 )
             ],
             "ops",
+            tells="Calls and items a second, by error code.",
         ),
         Panel(
             "Decrypts, today and a week ago",
@@ -348,6 +474,7 @@ TRUST: Final = Board(
                 ('sum(rate(kms_operations_total{operation="decrypt"}[30m] offset 7d))', "a week ago"),
             ],
             "ops",
+            tells="A second. Ten times those of last week: KmsDecryptSpike.",
         ),
         Panel(
             "Bad requests",
@@ -358,11 +485,13 @@ TRUST: Final = Board(
                 )
             ],
             "reqps",
+            tells="Errors of callers a second. Many 400 after a release of a client are its fault.",
         ),
         Panel(
             "Audit records by outcome",
             [(per("result", "kms_audit_events_total"), "{{result}}")],
             "ops",
+            tells="Records a second. Where one fails, the operation is refused.",
         ),
         Panel(
             "Audit trail read back",
@@ -374,12 +503,14 @@ TRUST: Final = Board(
             "Audit lines to second places",
             [(per("place, what, result", "kms_audit_copies_total"), "{{place}} {{what}} {{result}}")],
             "ops",
+            tells="Lines and anchors a second that went to stdout, Redis or a directory.",
         ),
         Panel(
             "What could be stronger",
             [("max by (setting) (kms_setting_weak)", "{{setting}}")],
             "short",
             "table",
+            tells="Settings that weaken security and are not accepted, as kms config lint reports them.",
         ),
     ),
 )
@@ -388,24 +519,56 @@ RUNTIME: Final = Board(
     "KMS: runtime",
     "How are the processes and Redis?",
     (
-        figure("Up", 'sum(up{job=~"kms-.*"}) / count(up{job=~"kms-.*"})', "percentunit"),
-        figure("In flight", "sum(kms_inflight)"),
-        figure("Redis", "min(kms_redis_up)"),
-        figure("Redis memory", "max(kms_redis_memory_ratio)", "percentunit", bad=0.8),
-        figure("Largest process", 'max(process_resident_memory_bytes{job=~"kms-.*"})', "bytes"),
-        figure("Youngest process", 'min(time() - process_start_time_seconds{job=~"kms-.*"})', "s"),
+        figure(
+            "Up",
+            'sum(up{job=~"kms-.*"}) / count(up{job=~"kms-.*"})',
+            "percentunit",
+            tells="Processes that answer Prometheus, of those that it knows.",
+        ),
+        figure("In flight", "sum(kms_inflight)", tells="Requests that are being answered now."),
+        figure(
+            "Redis",
+            "min(kms_redis_up)",
+            tells="1: all processes reach Redis. 0: one does not, and jobs are refused there.",
+        ),
+        figure(
+            "Redis memory",
+            "max(kms_redis_memory_ratio)",
+            "percentunit",
+            bad=0.8,
+            tells="Used, of maxmemory. Above 80 %: KmsRedisMemory. When it is full no job is accepted.",
+        ),
+        figure(
+            "Largest process",
+            'max(process_resident_memory_bytes{job=~"kms-.*"})',
+            "bytes",
+            tells="Resident memory of the largest process.",
+        ),
+        figure(
+            "Youngest process",
+            'min(time() - process_start_time_seconds{job=~"kms-.*"})',
+            "s",
+            tells="Time since the last start of a process. It stays low where one restarts again and again.",
+        ),
     ),
     (
         Panel(
             "CPU",
             [('rate(process_cpu_seconds_total{job=~"kms-.*"}[$__rate_interval])', "{{job}} {{instance}}")],
             "percentunit",
+            tells="Of one processor, by process. An API above 70 % needs another one.",
         ),
-        Panel("Memory", [('process_resident_memory_bytes{job=~"kms-.*"}', "{{job}} {{instance}}")], "bytes"),
+        Panel(
+            "Memory",
+            [('process_resident_memory_bytes{job=~"kms-.*"}', "{{job}} {{instance}}")],
+            "bytes",
+            tells="Resident memory by process.",
+        ),
         Panel(
             "Open files, of those allowed",
             [('process_open_fds{job=~"kms-.*"} / process_max_fds{job=~"kms-.*"}', "{{job}} {{instance}}")],
             "percentunit",
+            tells="By process. At 100 % no connection is taken.",
         ),
         Panel(
             "Requests by route",
@@ -416,13 +579,57 @@ RUNTIME: Final = Board(
                 )
             ],
             "reqps",
+            tells="Requests a second, without probes and scrapes.",
         ),
         Panel(
             "Time until the answer was sent",
             quantiles("kms_http_request_duration_seconds", "route", "{{route}}", API),
             "s",
+            tells="Half, and 99 of 100, of the requests take less, uploads and downloads included.",
         ),
-        Panel("Time of a scrape", [('scrape_duration_seconds{job=~"kms-.*"}', "{{job}} {{instance}}")], "s"),
+        Panel(
+            "Time of a scrape",
+            [('scrape_duration_seconds{job=~"kms-.*"}', "{{job}} {{instance}}")],
+            "s",
+            tells="How long Prometheus waits for the metrics of a process.",
+        ),
+        Panel(
+            "Spool, of its limit",
+            [("max(kms_spool_used_bytes / kms_spool_limit_bytes)", "used")],
+            "percentunit",
+            tells="Of spool_max_bytes. At 100 % uploads and results are refused with 507.",
+        ),
+        Panel(
+            "Spool by tenant",
+            [("max by (tenant) (kms_spool_tenant_bytes)", "{{tenant}}")],
+            "bytes",
+            tells="Bytes of uploads, items and results.",
+        ),
+        Panel(
+            "Redis takes jobs, and changes that no replica acknowledged",
+            [
+                ("min(kms_redis_writable)", "takes jobs"),
+                ("sum(increase(kms_redis_unconfirmed_total[$__rate_interval]))", "unconfirmed"),
+            ],
+            tells="1: Redis takes writes. Unconfirmed changes may be lost with the primary.",
+        ),
+        Panel(
+            "Hosts, and those that differ in spool or Redis",
+            [("max(kms_hosts)", "hosts"), ("min by (instance) (kms_install_ok)", "{{instance}} fits")],
+            tells="Hosts that have been seen in 10 seconds. 0 for a host: KmsInstallSplit.",
+        ),
+        Panel(
+            "Clock ahead of Redis's",
+            [("max by (instance) (kms_clock_ahead_seconds)", "{{instance}}")],
+            "s",
+            tells="By host. More than 2 s: KmsClockOff. Leases go by the clock of Redis.",
+        ),
+        Panel(
+            "Age of the tokens",
+            [("max by (instance) (kms_tokens_age_seconds)", "{{instance}}")],
+            "s",
+            tells="Time since the document of the tokens was read. Above 10 s: KmsTokensLate.",
+        ),
     ),
 )
 BOARDS: Final = (OVERVIEW, JOBS, KEYS, TRUST, RUNTIME)
@@ -445,6 +652,8 @@ def render(board: Board, kms_url: str = KMS_URL) -> str:
             .current(VariableOption(text="KMS Prometheus", value=DATASOURCE))
         )
         .with_variable(ConstantVariable("kms_url").label("KMS").value(kms_url))
+        .with_variable(_choice("install", UP, "namespace"))
+        .with_variable(_choice("instance", f'{UP[:-1]},namespace=~"$install"}}', "instance"))
         .link(
             DashboardLink("KMS dashboards")
             .type(DashboardLinkType.DASHBOARDS)
@@ -459,7 +668,7 @@ def render(board: Board, kms_url: str = KMS_URL) -> str:
         )
     )
     for label, metric in board.choose.items():
-        made.with_variable(_choice(label, metric))
+        made.with_variable(_choice(label, metric, label))
     for position, panel in _placed(board):
         made.with_panel(_built(panel).grid_pos(position))
     return JSONEncoder(sort_keys=True, indent=1).encode(made.build()) + "\n"
@@ -473,11 +682,11 @@ def _placed(board: Board) -> Iterator[tuple[GridPos, Panel]]:
         yield GridPos(h=8, w=12, x=12 * (number % 2), y=4 + 8 * (number // 2)), panel
 
 
-def _choice(label: str, metric: str) -> QueryVariable:
+def _choice(name: str, metric: str, label: str) -> QueryVariable:
     """A menu of the values of a label, all of them at first."""
     everything = VariableOption(text="All", value="$__all")
     return (
-        QueryVariable(label)
+        QueryVariable(name)
         .query(f"label_values({metric}, {label})")
         .datasource(SOURCE)
         .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
@@ -493,7 +702,9 @@ def _built(panel: Panel) -> AnyPanel:
     made.title(panel.title).description(panel.tells).unit(panel.unit).datasource(SOURCE)
     made.thresholds(_thresholds(panel))
     for number, (expr, legend) in enumerate(panel.queries):
-        query = Dataquery().expr(expr).legend_format(legend or "__auto").ref_id(chr(ord("A") + number))
+        query = (
+            Dataquery().expr(chosen(expr)).legend_format(legend or "__auto").ref_id(chr(ord("A") + number))
+        )
         made.with_target(query.instant() if panel.kind == "table" else query)
     return made
 

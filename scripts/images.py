@@ -14,14 +14,14 @@ from typing import Final
 
 UNPINNED: Final[Mapping[str, str]] = {
     "provisioning/kms-service": "built here: who deploys it pins what he has built",
-    "provisioning/kms-service:${KMS_IMAGE_TAG:-0.1.0}": "as above",
+    "provisioning/kms-service:${KMS_IMAGE_TAG:-0.2.0}": "as above",
     "ghcr.io/cosmian/kms:5.26.0": "no digest of it is known here; a key server to try, in a profile",
 }
 """Images without a digest, and why."""
 _PINNED: Final = re.compile(r"[a-z0-9./-]+:[\w.-]+@sha256:[0-9a-f]{64}")
 _FILES: Final = ("*Dockerfile*", "*.yml", "*.yaml", "*.md")
 _NAMED: Final = re.compile(
-    r"""^\s*(?:-\s+)?["']?image["']?:\s*["']?(?P<yaml>[^\s"'#]+)"""
+    r"""^\s*(?:-\s+)?["']?image["']?:[ \t]*["']?(?P<yaml>[^\s"'#]+)"""
     r"""|^FROM\s+(?:--\S+\s+)*(?P<base>\S+)"""
     r"""|^\#\s*syntax=(?P<frontend>\S+)"""
     r"""|\b\w*IMAGE=(?P<argument>[a-z]\S+)"""
@@ -35,7 +35,9 @@ def unpinned(text: str) -> Iterator[tuple[int, str]]:
     stages = set(re.findall(r"^FROM\s.*\sAS\s+(\S+)", text, re.MULTILINE))
     for found in _NAMED.finditer(text):
         name = next(value for value in found.groups() if value)
-        if not (name.startswith("$") or name in stages or name in UNPINNED or _PINNED.fullmatch(name)):
+        if not (
+            name.startswith(("$", "{{")) or name in stages or name in UNPINNED or _PINNED.fullmatch(name)
+        ):
             yield text.count("\n", 0, found.end()) + 1, name
 
 

@@ -1,6 +1,6 @@
 # Makes and fills .venv; sourced by up, test and lint. Knows nothing of what runs in it.
 #
-# `ready runtime` or `ready dev` returns at once while the lock files, pyproject.toml and the Python of
+# `ready runtime` or `ready dev` returns at once while the lock files, both pyproject.toml and the Python of
 # .venv are those of the last installation. After other lock files, or an installation that was interrupted,
 # .venv is made again. PYTHON=/path/to/python3 chooses the interpreter of a .venv that is made.
 # shellcheck shell=bash
@@ -52,6 +52,8 @@ locked() { # prints what .venv should hold: a checksum of the lock files, of its
     } | cksum
 }
 
+declared() { cat -- "$root/pyproject.toml" "$root/client/pyproject.toml" | cksum; } # the service, its client
+
 stamped() { [[ -f $venv/.kms-$1 && $(<"$venv/.kms-$1") == "$2" ]]; } # whether that was installed: a name, a checksum
 
 install() { # what pip says goes to a log; progress shows what it does
@@ -67,6 +69,8 @@ install() { # what pip says goes to a log; progress shows what it does
 # The lock files are complete, so pip resolves nothing. pip 23.0 to 23.2 would look at newer releases of what is
 # locked and refuse what their extras need, since that has no hash.
 install_locked() { install --no-deps --require-hashes "$@"; }
+
+install_project() { install --no-deps --no-build-isolation --editable "$root/client" --editable "$root"; }
 
 every_s=10
 progress() { # of what pip says: a line that changes on a terminal, else a line every ten seconds
@@ -111,7 +115,7 @@ is_ready() {
     suits "$venv/bin/python" || return
     now=$(locked)
     { stamped dev "$now" || stamped "$1" "$now"; } && # dev contains runtime
-        stamped project "$(cksum <"$root/pyproject.toml")"
+        stamped project "$(declared)"
 }
 
 make_ready() {
@@ -130,7 +134,7 @@ make_ready() {
         printf '%s\n' "$now" >"$venv/.kms-$set"
     fi
     rm -f -- "$venv/.kms-project"
-    install --no-deps --no-build-isolation --editable "$root"
+    install_project
     check_complete "$lock"
-    cksum <"$root/pyproject.toml" >"$venv/.kms-project"
+    declared >"$venv/.kms-project"
 }

@@ -2,22 +2,47 @@
 
 import gc
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any, Final
 
 import pytest
 import structlog
+from prometheus_client import REGISTRY, Metric
+from prometheus_client.registry import Collector
 
-from kms_cli.local.valkey import EmbeddedValkey, ValkeyLimits
+from kms_cli.local.valkey import ValkeyLimits
+from kms_core.observability import buffered_metrics
+from support.embedded_valkey import EmbeddedValkey
 
-# skips that fail in CI; the whole service; cores with object stores; a façade; age tools; RabbitMQ
-pytest_plugins = ["skips", "service", "objectbench", "facades", "plugins", "rabbits"]
+# plugins: tests/support/README.md says what each is for
+pytest_plugins = [
+    "support.ci_skips",
+    "support.cleanup",
+    "support.service",
+    "support.object_jobs",
+    "support.vault_api",
+    "support.age_plugin",
+    "support.rabbitmq",
+    "support.cli.fixtures",
+]
+
+
+class _SettleFirst(Collector):
+    """Settles the buffered metrics before a test reads any."""
+
+    def collect(self) -> Iterable[Metric]:
+        buffered_metrics.settle()
+        return ()
+
+
+REGISTRY.register(_SettleFirst())
 DATABASES: Final = 10_000  # tests of one session; an unused one costs nothing
 
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a shell script starts in its background:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that tests start would inherit it
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:  # as a shell script leaves them in its background:
+        signal.signal(_number, _handler)  # programs that tests start would inherit it
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -70,10 +95,10 @@ def redis_database(database_numbers: Iterator[int]) -> int:
 @pytest.fixture
 def redis_url(valkey: EmbeddedValkey, redis_database: int) -> str:
     """For redis-py: an empty database. Keys must begin with ``kms:``."""
-    return valkey.place.url_of(redis_database)
+    return valkey.files.url_of(redis_database)
 
 
 @pytest.fixture
 def broker_url(valkey: EmbeddedValkey, redis_database: int) -> str:
     """For kombu and Celery: the same database as ``redis_url``."""
-    return valkey.place.broker_url_of(redis_database)
+    return valkey.files.broker_url_of(redis_database)

@@ -1,6 +1,6 @@
 """On the path of what a benchmark starts: hides what tests brought into .venv and users do not have.
 
-httpcore loads h2 and structlog loads rich wherever they find them: 60 ms of a start, and 10 MB of a process.
+httpcore2 loads h2 and structlog loads rich wherever they find them: 60 ms of a start, and 10 MB of a process.
 """
 
 import sys

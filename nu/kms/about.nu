@@ -1,4 +1,4 @@
-# What the service, its keys and encrypted files say of themselves.
+# The state of the service, its keys, and the headers of encrypted files.
 
 use complete.nu *
 use inspection.nu [inspected start]
@@ -7,7 +7,7 @@ use text.nu age-bytes
 
 const AT_ONCE_BYTES = 8388608 # what is not an age file as it stands is read whole up to here
 
-# Show what the service does and has done.
+# Show the state and the counters of the service.
 @category kms
 @example "how many jobs wait" { kms status | get queue_depth }
 export def status [
@@ -20,7 +20,7 @@ export def status [
     }) GET /status
 }
 
-# Ask whether the key backend works. A record, whatever the answer; with --fail an error unless it is healthy.
+# Check that the key backend works. Returns a record; with --fail raises an error unless it is healthy.
 @category kms
 @example "go on only if it works" { kms health --fail; kms encrypt-file config.yaml }
 export def health [
@@ -57,9 +57,9 @@ export def keys [
     if $backend == null { $found } else { $found | where backend == $backend }
 }
 
-# Show what an encrypted file says of itself. No key or service is needed, and nothing is verified.
+# Show the header of an encrypted file. No key or service is needed, and nothing is verified.
 @category kms
-@example "a file of any size" { kms inspect config.yaml.enc }
+@example "a file of any size" { kms inspect config.yaml.age }
 @example "a ciphertext" { open --raw secret.b64 | kms inspect | get key_id }
 export def inspect [
     file?: path # the file, instead of what comes through the pipeline

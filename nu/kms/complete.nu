@@ -1,8 +1,8 @@
-# What the Tab key offers. Silence where the service does not answer within 300 ms: it must not hold up typing.
+# Completions. There are none if the service does not answer within 300 ms, so that typing is not delayed.
 
 use service.nu [reach request]
 
-const PATIENCE = 300ms
+const COMPLETE_WITHIN = 300ms
 export const SPECS = [AES_128 AES_256]
 export const STATES = [queued running committing succeeded failed cancelled]
 export const KINDS = [encrypt decrypt rewrap reseal]
@@ -41,5 +41,5 @@ def jobs-where [wanted: closure]: nothing -> record {
 }
 
 def offered [path: string, field: string]: nothing -> list<any> {
-    try { request (reach) GET $path --within $PATIENCE | get body | get $field } catch { [] }
+    try { request (reach) GET $path --within $COMPLETE_WITHIN | get body | get $field } catch { [] }
 }

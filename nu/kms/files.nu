@@ -4,14 +4,14 @@ use complete.nu *
 use transfer.nu convert
 use service.nu reach
 
-# Encrypt a file of any size into SOURCE.enc or --output. The source stays as it is.
+# Encrypt a file of any size into SOURCE.age or --output. The source stays as it is.
 #
 # Up to 1 MiB goes in a single call. A larger file streams through a job, in constant memory. The result is a file that
 # only you can read, and it appears whole or not at all.
 @category kms
 @search-terms seal
-@example "into config.yaml.enc" { kms encrypt-file config.yaml }
-@example "under another name" { kms encrypt-file secrets.json --output secrets.enc --context "env=prod" }
+@example "into config.yaml.age" { kms encrypt-file config.yaml }
+@example "under another name" { kms encrypt-file secrets.json --output secrets.age --context "env=prod" }
 export def encrypt-file [
     source: path # the file
     --output (-o): path # where to write the result
@@ -42,13 +42,13 @@ export def encrypt-file [
     }
 }
 
-# Decrypt a file of any size into its name without .enc or --output, for you alone to read.
+# Decrypt a file of any size into its name without .age or --output, for you alone to read.
 #
 # It goes as `kms encrypt-file` does; nothing is written before the last byte has proven genuine.
 @category kms
 @search-terms open
-@example "into config.yaml" { kms decrypt-file config.yaml.enc }
-@example "under another name" { kms decrypt-file secrets.enc --output secrets.json --context "env=prod" }
+@example "into config.yaml" { kms decrypt-file config.yaml.age }
+@example "under another name" { kms decrypt-file secrets.age --output secrets.json --context "env=prod" }
 export def decrypt-file [
     source: path # the file
     --output (-o): path # where to write the result

@@ -1,18 +1,18 @@
-# A job that was handed in, to its end and its result.
+# Follows a submitted job to its end and fetches its result.
 
 use service.nu [request expect fail download PREFIX]
 
 const FIRST_PAUSE = 100ms
 const SLOWEST_PAUSE = 2sec
-const OUTAGE = 1min # a job outlives its service; whoever waits for it bears a restart
+const OUTAGE = 1min # a job survives a restart of its service, and so does a wait
 const ENDED = [succeeded failed cancelled]
 const WHY = {
-    items_failed: "Items were refused"
-    attempts_exhausted: "The job was given up after its last attempt"
-    record_refused: "The job's record is not as the service wrote it"
+    items_failed: "Items failed"
+    attempts_exhausted: "The job used up its attempts"
+    record_refused: "The stored record of the job was changed"
 }
 
-# The job when it has succeeded. Raises what made it fail, and job_not_finished after `timeout`.
+# Wait until the job succeeds. Raises the error that it failed with, and job_not_finished after `timeout`.
 export def ended [
     at: record
     id: string
@@ -45,7 +45,7 @@ export def ended [
     $job
 }
 
-# To whoever asked, and in a terminal as one line that goes when the job has ended.
+# Report a state to the closure, and in a terminal as a line that is erased when the job ends.
 def tell [job: record, progress?: closure]: nothing -> nothing {
     if $progress != null {
         do $progress $job | ignore
@@ -56,7 +56,7 @@ def tell [job: record, progress?: closure]: nothing -> nothing {
     }
 }
 
-# The job as it stands; null while the service is away and that can be borne.
+# The state of the job; null if the service does not answer and `bear` allows it.
 def look [at: record, id: string, bear: bool]: nothing -> oneof<record, nothing> {
     let answer = try {
         request $at GET (at-job $id)

@@ -1,4 +1,4 @@
-# What an encrypted file says of itself, read without a key; nothing of it is verified.
+# The header of an encrypted file, read without a key and not verified.
 
 use service.nu fail
 

@@ -1,4 +1,4 @@
-# Jobs: what the service does in its own time.
+# Jobs of the service.
 
 use complete.nu *
 use context.nu
@@ -26,7 +26,7 @@ export def "job list" [
     call $at GET $path | get jobs | each {|job| shaped $job }
 }
 
-# Show one job as it stands.
+# Show the state of a job.
 @category kms
 @example "how far is it" { kms job get 0b7c1d2e-4f5a-4b6c-8d7e-9f0a1b2c3d4e | get progress }
 export def "job get" [
@@ -42,9 +42,9 @@ export def "job get" [
     shaped (call $at GET (at-job $id))
 }
 
-# Wait until a job has ended; fail as it failed.
+# Wait until a job ends; fail if it failed.
 #
-# Ctrl-C ends the waiting, not the job. In a terminal its progress is shown; a closure is given each state that is seen.
+# Ctrl-C ends the wait, not the job. A terminal shows the progress; a closure receives each observed state.
 @category kms
 @example "at most an hour, and say how it goes" {
     kms job wait 0b7c1d2e-4f5a-4b6c-8d7e-9f0a1b2c3d4e --timeout 1hr --progress {|job| print $job.state }
@@ -64,7 +64,7 @@ export def "job wait" [
     ended $at $id --timeout $timeout --progress $progress
 }
 
-# Ask for the end of a job: at once if it waits, at its next item or slab if it runs.
+# Cancel a job: immediately if it is queued, at its next item or block if it runs.
 @category kms
 @example "all that still wait" { kms job list --state queued | each {|job| kms job cancel $job.job_id } }
 export def "job cancel" [
@@ -80,7 +80,7 @@ export def "job cancel" [
     shaped (call $at DELETE (at-job $id))
 }
 
-# Give a dead letter all its attempts again.
+# Retry a job that used up its attempts.
 @category kms
 @example "all of them" { kms job list --dead | each {|job| kms job retry $job.job_id } }
 export def "job retry" [
@@ -96,7 +96,7 @@ export def "job retry" [
     shaped (call $at POST $"(at-job $id)/retry")
 }
 
-# Fetch what a job has made: a table of its items, or the bytes of its file.
+# Fetch the result of a job: a table of its items, or the bytes of its file.
 #
 # A row holds `ciphertext` as text in base64, or `plaintext` as text or bytes, or `error`, the code of a refusal. With
 # --output the bytes go to a file that only you can read, whole or not at all, in constant memory.
@@ -126,7 +126,7 @@ export def "job result" [
     }
 }
 
-# Hand in a job: over items from the pipeline, or over files where the service runs.
+# Submit a job over items of the pipeline, or over files on the host of the service.
 #
 # Items are text or bytes, or records with `plaintext` or `ciphertext` and a `context` of their own, up to 10,000 and
 # 16 MiB. Without them the job reads SOURCE and writes TARGET: file:///path or s3://bucket/key, or an absolute path
@@ -167,11 +167,11 @@ export def "job submit" [
         job: [$kind (metadata $kind).span]
     }
     for given in ($items | default []) {
-        handed-in $at $kind $given # `each` would wrap the error of a wrong item into one that says nothing
+        checked-item $at $kind $given # `each` would wrap the error of a wrong item into one that says nothing
     }
     let body = {
         kind: $kind
-        items: (if $items == null { null } else { $items | each {|given| handed-in $at $kind $given } })
+        items: (if $items == null { null } else { $items | each {|given| checked-item $at $kind $given } })
         source: ($source | located)
         target: ($target | located)
         context: (context parsed $at $context)
@@ -189,7 +189,7 @@ export def "job submit" [
 }
 
 # An item as the service takes it.
-def handed-in [at: record, kind: string, given: any]: nothing -> record {
+def checked-item [at: record, kind: string, given: any]: nothing -> record {
     let content = content $given
     if ($content | describe) not-in [string binary] {
         fail $at invalid_request "An item is text, bytes, or a record with plaintext or ciphertext" --blame job

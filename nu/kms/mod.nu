@@ -8,7 +8,7 @@ export use files.nu *
 export use job.nu *
 export use secrets.nu *
 
-# Show what the service does and has done, as `kms status` does.
+# Show the state and the counters of the service, as `kms status` does.
 @category kms
 export def main [
     --url: string # address of the service, instead of $env.KMS_SERVICE_URL

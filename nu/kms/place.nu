@@ -1,4 +1,4 @@
-# Puts a file in its place whole or not at all, for its owner alone to read; knows nothing of what is in it.
+# Writes a file (0600) that appears complete or not at all.
 
 use service.nu fail
 

@@ -89,7 +89,7 @@ def opened [given: record]: binary -> oneof<string, binary, record> {
     if $given.full { $made | update plaintext $plaintext } else { $plaintext }
 }
 
-# Make a random data key: a record with the key in base64, plain and encrypted.
+# Generate a random data key: a record with the key in base64, plain and encrypted.
 @category kms
 @search-terms "data key" envelope
 @example "256 bits" { kms generate-key }
@@ -117,9 +117,9 @@ export def generate-key [
     call $at POST /generate-key --body $body
 }
 
-# Wrap a ciphertext anew, under the current version of its key or under --key-id.
+# Rewrap a ciphertext under the current version of its key, or under --key-id.
 #
-# The payload stays as it is, and whoever could read the old ciphertext still can.
+# The payload is not changed: anyone who could read the old ciphertext can read the new one.
 @category kms
 @search-terms rotate
 @example "after a rotation" { open --raw secret.b64 | kms rewrap --context "env=prod" }

@@ -1,4 +1,4 @@
-# The service as the commands see it: its address and token, one request, and the errors that answers mean.
+# The service: its address and token, one request, and the errors of its answers.
 
 export const PREFIX = "/api/v1/kms"
 const DEFAULT_URL = "http://localhost:8082"
@@ -8,7 +8,7 @@ const ANSWER_WITHIN = 30sec # from the end of a request to the head of its answe
 const KNOWS_NO_PROXY = 114 # the minor version of nu that heeds $env.NO_PROXY; one before it takes no exception
 const PROXIES = [http_proxy HTTP_PROXY https_proxy HTTPS_PROXY all_proxy ALL_PROXY]
 
-# The argument that most likely is to blame for a code; any other is about the service itself.
+# The argument that most likely causes an error code; others concern the service.
 const BLAMED = {
     decrypt_failed: context
     invalid_context: context
@@ -33,25 +33,25 @@ const BLAMED = {
 
 const NEXT = {
     decrypt_failed: "give the --context it was encrypted with; `kms inspect` shows the key it names"
-    not_a_ciphertext: "give what `kms encrypt` or `kms encrypt-file` made"
+    not_a_ciphertext: "give what `kms encrypt` or `kms encrypt-file` wrote"
     invalid_context: 'write it as --context "env=prod,service=api" or --context {env: prod, service: api}'
     context_required: 'add one, as --context "env=prod,service=api"'
     too_large: "use `kms encrypt-file` or `kms decrypt-file`, which take files of any size"
-    body_timeout: "send the body without pauses, or over a faster line"
+    body_timeout: "send the body without pauses, or over a faster connection"
     unauthenticated: "name the file of your token with --token-file or $env.KMS_TOKEN_FILE, or ask for a new one"
     forbidden: "ask the operator for a token whose scope allows this operation, key, context and path"
     unknown_key: "`kms keys` lists the keys you may use; without --key-id it is the default key"
     unknown_job: "`kms job list` shows your jobs"
     data_keys_unsupported: "use a key of another backend, or let the operator allow data keys for this one"
-    result_expired: "hand the job in again, and fetch its result sooner"
+    result_expired: "submit the job again"
     job_not_finished: "wait for it with `kms job wait`"
-    backend_unavailable: "`kms status` says more; it may help to try again"
+    backend_unavailable: "try again later; `kms status` shows more"
     jobs_unavailable: "the service needs Redis and a worker for this: `kms status` says what is missing"
-    rate_limited: "try again in a while"
-    spool_full: "let finished jobs expire, or ask the operator for a larger spool"
+    rate_limited: "try again later"
+    spool_full: "wait until results expire, or ask the operator for a larger spool"
     items_failed: "`kms job result` shows which items and why"
-    attempts_exhausted: "ask the operator what the worker's log says, then `kms job retry`"
-    record_refused: "ask the operator: somebody changed the record, or a worker has another spool key"
+    attempts_exhausted: "ask the operator for the log of the worker, then `kms job retry`"
+    record_refused: "ask the operator: the record was changed, or a worker has another spool key"
     target_exists: "--force overwrites it, --output names another"
     unexpected_answer: "check $env.KMS_SERVICE_URL: is it this service, of the same version?"
     service_unreachable: "is the service up? $env.KMS_SERVICE_URL or --url names its address"
@@ -81,7 +81,7 @@ export def reach [url?: string, token_file?: string, arguments: record = {}, --s
     }
     let token = bearer $at $token_file
     if $parts.scheme == http and not $is_local and not (allows-http) {
-        fail $at in_clear $"Tokens, keys and plaintexts would travel in clear to ($address)"
+        fail $at in_clear $"Tokens, keys and plaintexts would be sent unencrypted to ($address)"
     }
     {
         ...$at
@@ -99,7 +99,7 @@ export def spots [arguments: record]: nothing -> record {
 }
 
 def allows-http []: nothing -> bool {
-    $env.KMS_ALLOW_HTTP? | default "" | into string | str downcase | $in in ["1" "true" "t" "yes" "y" "on"]
+    ($env.KMS_ALLOW_HTTP? | default "" | into string) =~ "(?i)^(1|true|t|yes|y|on)$"
 }
 
 def bearer [at: record, token_file?: string]: nothing -> oneof<string, nothing> {

@@ -6,7 +6,8 @@ use place.nu written
 use service.nu [request expect upload fail]
 use text.nu age-bytes
 
-const SUFFIX = ".enc"
+const SUFFIX = ".age"
+const SUFFIXES = '\.(age|enc)$' # the second is that of 0.1 and 0.2.0
 const SINGLE_BYTES = 1048576 # what the service takes in a single call, unless its settings say otherwise
 const SINGLE_CIPHERTEXT_BYTES = 1114112
 const ARMOR = "-----BEGIN AGE ENCRYPTED FILE-----"
@@ -35,10 +36,10 @@ def named [at: record, kind: string, given: record]: nothing -> string {
         return $"($source)($SUFFIX)"
     }
     let name = $source | path basename
-    if $name == $SUFFIX or not ($name | str ends-with $SUFFIX) {
+    if $name !~ $"^.+($SUFFIXES)" {
         fail $at no_output $"($name) does not end in ($SUFFIX): name the result with --output" --blame source
     }
-    $source | str replace --regex '\.enc$' ""
+    $source | str replace --regex $SUFFIXES ""
 }
 
 # Write the result to the draft. Returns the id of the job, if it took one.

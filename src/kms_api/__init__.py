@@ -1,1 +1,1 @@
-"""The HTTP front: routes turn bodies into calls of ``Kms`` or into jobs, and errors into problems."""
+"""The HTTP API: routes turn bodies into calls of ``Kms`` or into jobs, and errors into problems."""

@@ -1,7 +1,7 @@
-"""Builds the HTTP application: the one function that wires settings, core and routes together."""
+"""Builds the HTTP application from settings, core and routes."""
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final
@@ -12,39 +12,27 @@ from fastapi import FastAPI
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp
 
-from kms_api import routing, ui
-from kms_api.deps import Queue, Service
-from kms_api.errors import problems
-from kms_api.openapi import document, route
-from kms_api.routes import (
-    audit,
-    batch,
-    codec,
-    filekeys,
-    files,
-    intake,
-    jobs,
-    keys,
-    operations,
-    secrets,
-    webhooks,
-)
+from kms_api import problems, routing
+from kms_api.deps import Service
+from kms_api.openapi import document
+from kms_api.routes import audit, batch, files, jobs, keys, operations, secrets, webhooks
+from kms_api.routing import DOCS, FastPath
 from kms_api.transport.admission import Admission, Admitted
 from kms_api.transport.authentication import AuthenticationLayer, AuthLimits, RequestAuthenticator
-from kms_api.transport.client_address import ClientAddress
-from kms_api.transport.fast_path import FastPath
-from kms_api.transport.request_context import RequestContext
+from kms_api.transport.request_context import ClientAddress, RequestContext, Traced
 from kms_api.transport.sessions import Sessions
-from kms_api.transport.tracing import Traced
-from kms_api.ui import actions, runbooks, views
-from kms_api.ui.render import Screen
-from kms_api.vault_api import app as facade
+from kms_api.ui import actions, overview, views
+from kms_api.ui.render import STATIC_FILES, Screen
+from kms_api.vault_api import logins, sys, transit
+from kms_api.vault_api.routing import LOGIN, Routes, VaultApi
 from kms_core.audit.verification.monitor import AuditMonitor
-from kms_core.audit_setup import build_watch
+from kms_core.audit_setup import build_monitor
 from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.auth.rate_limit import Failures, Rate, Requests
 from kms_core.container import Core
 from kms_core.container import build as build_core
+from kms_core.documents.local_copy import CopyPoll
+from kms_core.jobs.hosts.install import InstallWatch
 from kms_core.jobs.store.usage_flush import UsageFlush
 from kms_core.observability import metrics, tracing
 from kms_core.proxies import Proxies
@@ -53,20 +41,26 @@ from kms_core.settings.model import Settings
 from kms_core.settings.redis_urls import is_shared
 from kms_protocol import __version__, wire
 
-_SLAB_THREADS = 8  # of their own: disks may be slow, and must not hold up the threads of other calls
+_SLAB_THREADS = 8  # a separate pool: slow disks must not take the threads of other calls
 
 ROUTERS: Final = tuple(
-    part.router
-    for part in (secrets, filekeys, batch, codec, jobs, files, intake, webhooks, keys, audit, operations)
+    part.router for part in (secrets, batch, jobs, files, webhooks, keys, audit, operations)
 )
-UI: Final = (views.router, actions.router)
-REFERENCE: Final = (route.router,)
+UI: Final = (overview.router, views.router, actions.router)
+REFERENCE: Final = (views.docs,)
 DOCUMENTED: Final = {wire.PREFIX: ROUTERS, "": (operations.probes,)}
-"""What the OpenAPI page is of, by prefix."""
+"""The routers of the OpenAPI document, by prefix."""
+RULES: Final = routing.rules_of((*ROUTERS, operations.probes))
+"""The access rule of each route of the API, by method and path; only probes have no prefix."""
+UI_RULES: Final = routing.rules_of((*UI, *REFERENCE))
+"""Those of the pages."""
+VAULT_ROUTES: Final = Routes((transit.routes, sys.routes, logins.routes))
+PAGES: Final = frozenset({DOCS, "/openapi.json"})
+"""The public documentation, which ``[kms.server] docs`` turns off."""
 
 
 class _App(FastAPI):
-    """Serves our own OpenAPI page in place of the one that FastAPI would make."""
+    """Serves our OpenAPI document instead of FastAPI's."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -74,50 +68,46 @@ class _App(FastAPI):
         return self.openapi_schema
 
 
-def _core(settings: Settings) -> tuple[Core, Queue]:
-    """The core, and whom to ask how many messages wait. Raises ConfigurationError."""
+def _core(settings: Settings) -> Core:
+    """Build the core. Raises ConfigurationError."""
     if is_shared(settings.kms.redis):
-        core = build_core(settings, "api", None)
-        return core, core.desk.store
-    from kms_api import broker  # noqa: PLC0415 -- Celery, of which few installs need the 8 MiB here
+        return build_core(settings, "api", None)
+    from kms_core.jobs.store import broker  # noqa: PLC0415 -- Celery, of which few installs need the 8 MiB here
 
-    queue = broker.connect(settings.kms.redis)
-    return build_core(settings, "api", queue.nudge), queue
+    return build_core(settings, "api", broker.connect(settings.kms.redis).notify)
 
 
 def build(settings: Settings) -> ASGIApp:
-    """The application for these settings. Raises ConfigurationError; touches key files, and no peer."""
+    """The application for these settings. Reads key files, calls no peer. Raises ConfigurationError."""
     traced = settings.kms.traces
     tracing.configure("kms-service", enabled=traced.enabled, endpoint=traced.endpoint)
-    core, queue = _core(settings)
-    watch = build_watch(settings, core.shop.store.redis)
+    core = _core(settings)
+    monitor = build_monitor(settings, core.worker_context.store.redis)
     app = _App(
         title=document.TITLE,
-        lifespan=_with_helpers(core, watch),
+        lifespan=_lifespan_of(core, monitor),
         openapi_url="/openapi.json" if settings.kms.server.docs else None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # a redirected POST would send its secret twice
     )
-    requests = Requests(_paces(settings))
+    requests = Requests(_request_rates(settings))
     app.state.service = Service(
         settings,
         core.kms,
-        core.desk,
-        queue,
-        watch,
+        core.submitter,
+        core.install,
+        monitor,
         time.monotonic(),
         {},
         anyio.CapacityLimiter(settings.kms.server.uploads),
         requests,
         ThreadPoolExecutor(_SLAB_THREADS, "slab"),
-        core.doors.revocations if core.doors else None,
+        core.authenticator,
     )
-    for router in ROUTERS:
-        routing.include(app, router, wire.PREFIX)
-    routing.include(app, operations.probes)
-    for router in (*UI, *(REFERENCE if settings.kms.server.docs else ())):
-        routing.include(app, router)
+    app.state.methods = {}
+    routing.include(app, ROUTERS, wire.PREFIX)
+    routing.include(app, (operations.probes, *UI, *(REFERENCE if settings.kms.server.docs else ())))
     problems.install(app)
     metrics.BUILD_INFO.labels(__version__).set(1)
     metrics.show_weak(SETTINGS, unaccepted(settings))
@@ -125,24 +115,50 @@ def build(settings: Settings) -> ASGIApp:
         Failures(settings.kms.auth.failures_per_minute / settings.kms.server.processes),
         requests,
         MetricsAccess(
-            settings.kms.server.metrics, core.doors, core.kms.policy, Proxies.of(settings.kms.server)
+            settings.kms.server.metrics, core.authenticator, core.kms.policy, Proxies.of(settings.kms.server)
         ),
     )
-    entry = None if core.doors is None else RequestAuthenticator(core.doors, core.kms.trail, limits.failures)
-    sessions = Sessions(settings.state_dir / "run" / "sessions")
-    app.state.screen = Screen(ui.environment(), ui.files(), runbooks.load(), sessions, entry)
-    inner = facade.before(FastPath(app, ROUTERS, wire.PREFIX), app.state.service, core.doors)
-    front = ServerErrorMiddleware(inner, problems.unknown)
-    gate = AuthenticationLayer(front, entry, sessions, limits)
-    edge = RequestContext(gate, settings.kms.server.allowed_hosts, core.kms.trail)
-    admitted = Admitted(edge, Admission.of(settings.kms.server))
-    outer = Traced(admitted) if traced.enabled else admitted
-    proxies = Proxies.of(settings.kms.server)
-    return ClientAddress(outer, proxies) if settings.kms.server.trusted_proxies else outer
+    authenticator = (
+        None
+        if core.authenticator is None
+        else RequestAuthenticator(core.authenticator, core.kms.audit_log, limits.failures)
+    )
+    sessions = Sessions(core.worker_context.store.redis, core.worker_context.store.record_key)
+    app.state.entry = authenticator
+    app.state.screen = Screen.load(sessions, authenticator)
+    layer: ASGIApp = FastPath(app, ROUTERS, wire.PREFIX)
+    if settings.kms.facade.enabled:
+        layer = VaultApi(layer, app, VAULT_ROUTES)
+    layer = ServerErrorMiddleware(layer, problems.unknown)
+    layer = AuthenticationLayer(layer, authenticator, sessions, limits, open_paths(settings.kms.auth.logins))
+    layer = RequestContext(
+        layer, settings.kms.server.allowed_hosts, core.kms.audit_log, settings.kms.server.codec_origins
+    )
+    layer = Admitted(layer, Admission.of(settings.kms.server))
+    if traced.enabled:
+        layer = Traced(layer)
+    if settings.kms.server.trusted_proxies:
+        layer = ClientAddress(layer, Proxies.of(settings.kms.server))
+    return layer
 
 
-def _paces(settings: Settings) -> dict[str, Rate]:
-    """The requests a second of those tenants that have a bound; each of our processes allows its share."""
+def open_paths(logins: Iterable[str] = ()) -> frozenset[str]:
+    """The paths that need no credential; ``logins`` are the mounts of logins."""
+    api = {f"{wire.PREFIX}{path}" for (_, path), rule in routing.rules_of(ROUTERS).items() if rule.open}
+    probes = {path for (_, path), rule in routing.rules_of([operations.probes]).items() if rule.open}
+    pages = {
+        path.replace("{name}", name)
+        for (_, path), rule in UI_RULES.items()
+        if rule.open
+        for name in STATIC_FILES
+    }
+    vault = {route.path for route in VAULT_ROUTES.declared.values() if route.rule.open}
+    vault = vault - {LOGIN} | {LOGIN.replace("{mount}", mount) for mount in logins}
+    return PAGES.union(api, probes, pages, vault)
+
+
+def _request_rates(settings: Settings) -> dict[str, Rate]:
+    """The request rates of tenants that have one, of which each process allows its share."""
     share = 1 / settings.kms.server.processes
     return {
         name: Rate(
@@ -154,20 +170,28 @@ def _paces(settings: Settings) -> dict[str, Rate]:
     }
 
 
-def _with_helpers(core: Core, watch: AuditMonitor) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    """While the application runs, counts go to Redis, and the audit trail is kept in order and read back."""
+def _lifespan_of(core: Core, monitor: AuditMonitor) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Run the periodic threads with the application: usage counts, audit log, and install."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
-        teller = UsageFlush(core.kms.tally, core.shop.store.redis)
-        teller.start()
-        core.keeper.start()
+        flush = UsageFlush(core.kms.usage, core.worker_context.store.redis)
+        flush.start()
+        core.audit_maintenance.start()
+        monitor.start()
+        watch = InstallWatch(core.install)
         watch.start()
+        polls = [CopyPoll(copy) for copy in core.copies]
+        for poll in polls:
+            poll.start()
         yield
+        for poll in polls:
+            poll.stop()
+        monitor.stop()
         watch.stop()
-        await anyio.to_thread.run_sync(teller.stop)
-        await anyio.to_thread.run_sync(core.keeper.stop)
+        await anyio.to_thread.run_sync(flush.stop)
+        await anyio.to_thread.run_sync(core.audit_maintenance.stop)
         await anyio.to_thread.run_sync(tracing.stop)
 
     return lifespan

@@ -1,18 +1,21 @@
-"""What routes share: the built service, the caller's principal, and how a core call is made."""
+"""State shared by routes: the service, the caller of a request, and thread pools for calls that wait."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Final, ParamSpec, Protocol, TypeVar
+from functools import partial
+from typing import Final, ParamSpec, TypeVar
 
 import anyio.to_thread
 from fastapi import Request
 
 from kms_core.age.header import BUNDLE
 from kms_core.audit.verification.monitor import AuditMonitor
+from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import Requests
 from kms_core.auth.revocation import Revocations
+from kms_core.jobs.hosts.install import Install
 from kms_core.jobs.submission.submitter import JobSubmitter
 from kms_core.service import Kms
 from kms_core.settings.model import Settings
@@ -22,22 +25,30 @@ R = TypeVar("R")
 
 INLINE_STANZAS: Final = 32
 INLINE_BYTES: Final = 256 * 1024
-BACKEND_THREADS: Final = 16
-_LOOK_BYTES: Final = 32 * 1024
+_HEADER_BYTES: Final = 32 * 1024
 _BUNDLED: Final = f"-> {BUNDLE} ".encode()
-LOCAL: Final = "local"
-WHO: Final = "kms.who"  # where the gate leaves the principal in a request's scope
+PRINCIPAL: Final = "kms.principal"
+"""The key of a request's principal in its ASGI scope."""
 LOCAL_CALLER: Final = Principal("local")
-"""Everybody, where callers are not authenticated: the start guard keeps others than this machine out."""
-LET_IN: Final = Principal("")
-"""Nobody: the route asks for no credential. The core allows him nothing."""
+"""Every caller of a service without authentication, which only loopback reaches (``check_exposure``)."""
+ANONYMOUS: Final = Principal("")
+"""The caller of a public route, without a credential. The policy allows it nothing."""
 
 
-class Queue(Protocol):
-    """Where messages wait for workers."""
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Threads of one purpose: calls that hang there leave the threads of other pools free."""
 
-    def depths(self) -> dict[tuple[str, str], int]:
-        """How many, by queue and priority. Raises JobsUnavailable."""
+    name: str
+    threads: int = 16
+
+
+AUDIT: Final = Pool("audit")
+LOCAL_BATCHES: Final = Pool("local batch", 4)
+"""Of keys that ask no server. Threads that only compute hinder each other, and calls on the event loop."""
+KEYS: Final = Pool("keys")
+STORE: Final = Pool("store", 40)
+"""Calls that wait for Redis or a local disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,59 +57,74 @@ class Service:
 
     settings: Settings
     kms: Kms
-    desk: JobSubmitter
-    broker: Queue
-    watch: AuditMonitor
+    submitter: JobSubmitter
+    install: Install
+    audit_monitor: AuditMonitor
     started: float
     limiters: dict[str, anyio.CapacityLimiter]
     upload_limiter: anyio.CapacityLimiter
-    """The threads that work on streams of items while these arrive, one for each."""
+    """The threads that parse streams of items while they arrive, one for each stream."""
     requests: Requests
-    """Counts items of batches and jobs, and logins; ``authentication.py`` counts the requests."""
+    """Counts items of batches and jobs, and logins; ``authentication.py`` counts requests."""
     threads: Executor
-    """Where the slabs of files are sealed and opened, written and read."""
-    revocations: Revocations | None
-    """The revocation lists of client certificates, where settings name any."""
+    """The threads that seal, open, write and read the slabs of files."""
+    authenticator: Authenticator | None
+    """None if requests need no credentials."""
 
     @property
-    def blocks(self) -> bool:
-        """Whether any call may wait: on a network, or for its record to be on disk, which many share."""
-        waits_for_disk = self.settings.kms.audit.durability == "fsync"
-        return waits_for_disk or any(key.blocks for key in self.kms.keyring.keys.values())
+    def revocations(self) -> Revocations | None:
+        """The revocation lists of client certificates, if the settings name any."""
+        return self.authenticator.revocations if self.authenticator else None
 
-    def limiter(self, name: str, threads: int = BACKEND_THREADS) -> anyio.CapacityLimiter:
-        """The threads of one backend: while it hangs, calls on others have theirs."""
-        return self.limiters.setdefault(name, anyio.CapacityLimiter(threads))
+    def key_pool(
+        self, tenant: str, key_id: str | None, *, size_bytes: int = 0, file: bytes = b"", seals: bool = False
+    ) -> Pool | None:
+        """The threads for a call on a key; None if it takes microseconds and may run on the event loop.
+
+        A ciphertext names its key in its header: ``file`` is all of it, or its first 32 KiB. ``seals`` says
+        whether the call makes one.
+        """
+        is_large = max(size_bytes, len(file)) > INLINE_BYTES
+        waits_for_disk = self.settings.kms.audit.durability == "fsync"
+        keyring = self.kms.keyring
+        if not (is_large or waits_for_disk or _has_many_stanzas(file)) and (
+            not keyring.blocks or keyring.is_ready(tenant, key_id, file, seals=seals)
+        ):
+            return None
+        return Pool(keyring.waits_on(key_id, file) or "local")
+
+    def batch_pool(self, key_ids: Iterable[str | None], files: Iterable[bytes] = ()) -> Pool:
+        """The threads for many calls at once: those of a backend whose keys they name, or the local ones."""
+        found = self.kms.keyring.waits_on_any(key_ids, files)
+        return Pool(f"batch {found}") if found else LOCAL_BATCHES
+
+    def rotation_pool(self, key_id: str) -> Pool:
+        """The threads for a rotation, which writes files and waits for other processes, or for a network."""
+        return Pool(self.kms.keyring.waits_on(key_id) or KEYS.name)
+
+    async def run(self, pool: Pool | None, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call a function in a thread of ``pool``, or on the event loop if that is None."""
+        if pool is None:
+            return function(*args, **kwargs)
+        limiter = self.limiters.get(pool.name)
+        if limiter is None:
+            limiter = self.limiters[pool.name] = anyio.CapacityLimiter(pool.threads)
+        return await anyio.to_thread.run_sync(partial(function, *args, **kwargs), limiter=limiter)
 
 
 def service(request: Request) -> Service:
-    built: Service = request.app.state.service
-    return built
+    """The service that answers a request."""
+    found: Service = request.app.state.service
+    return found
 
 
 def caller(request: Request) -> Principal:
-    """Who calls, as the gate has found out."""
-    who: Principal = request.scope[WHO]
-    return who
+    """The principal that ``authentication.py`` found for a request."""
+    found: Principal = request.scope[PRINCIPAL]
+    return found
 
 
-async def call(built: Service, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call into the core: inline where that costs microseconds, in a bounded thread where it may wait.
-
-    A call that waits on a network, carries a large body or a header with many stanzas must not hold up the
-    event loop. ``key_id`` among the keywords, and ciphertexts among the arguments, tell which threads.
-    """
-    sizes = [arg for arg in args if isinstance(arg, bytes)]
-    heavy = any(map(_is_heavy, sizes))
-    if not built.blocks and not heavy:
-        return function(*args, **kwargs)
-    key_id = kwargs.get("key_id")
-    waits_on = built.kms.keyring.waits_on(key_id if isinstance(key_id, str) else None, *sizes)
-    limiter = built.limiter(waits_on or LOCAL)
-    return await anyio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=limiter)
-
-
-def _is_heavy(data: bytes) -> bool:
-    """A large body, many stanzas, or a bundle, whose stanzas cannot be counted from outside."""
-    many = data.count(b"\n-> ", 0, _LOOK_BYTES) > INLINE_STANZAS
-    return len(data) > INLINE_BYTES or many or data.find(_BUNDLED, 0, _LOOK_BYTES) >= 0
+def _has_many_stanzas(file: bytes) -> bool:
+    """Return whether a header has many stanzas, or a bundle, whose stanzas cannot be counted from outside."""
+    many = file.count(b"\n-> ", 0, _HEADER_BYTES) > INLINE_STANZAS
+    return many or file.find(_BUNDLED, 0, _HEADER_BYTES) >= 0

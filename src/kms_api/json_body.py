@@ -1,43 +1,62 @@
-"""Bytes to shapes and back: bounded bodies, strict decoding."""
+"""JSON bodies: read within bounds, decoded strictly, and encoded."""
 
+import difflib
 import re
-from collections.abc import Coroutine, Mapping
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import anyio
 import msgspec
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
-from kms_api.deps import WHO
+from kms_api.deps import PRINCIPAL, service
 from kms_api.transport.admission import Budget, Reservation, reservation_of
-from kms_api.transport.unread_body import cycle_of
-from kms_protocol import wire
+from kms_api.transport.connection import cycle_of
+from kms_api.transport.upload import refuse_encoding
+from kms_core.settings.model import LimitsSection
+from kms_protocol import shapes, wire
 from kms_protocol.errors import BodyTimeout, InvalidRequest, TooLarge
 
-T = TypeVar("T", bound=wire.Body)
+T = TypeVar("T", bound=shapes.Body)
+Limit: TypeAlias = Callable[[LimitsSection], int]
 _MOMENT_S: Final = 1.0
-_UNKNOWN_FIELD: Final = "unknown field `"
-_FIELDS: Final = "|".join(
-    sorted({field for shape in wire.Body.__subclasses__() for field in shape.__struct_encode_fields__})
+_NEARLY: Final = 0.75
+"""The ratio of ``difflib`` above which two names of fields are alike."""
+_UNKNOWN_FIELD: Final = re.compile(r"Object contains unknown field `(?:([a-z_]{1,40})`)?")
+_FIELDS: Final = sorted(
+    {field for shape in shapes.Body.__subclasses__() for field in shape.__struct_encode_fields__}
 )
-_PLACE: Final = re.compile(rf" - at `(\$(?:\.(?:{_FIELDS})|\[(?:\d{{1,9}}|\.\.\.)\])+)`\Z")
-_decoders: Final[dict[type[wire.Body], msgspec.json.Decoder[Any]]] = {}
+_PATH: Final = re.compile(rf" - at `(\$(?:\.(?:{'|'.join(_FIELDS)})|\[(?:\d{{1,9}}|\.\.\.)\])+)`\Z")
+_decoders: Final[dict[type[shapes.Body], msgspec.json.Decoder[Any]]] = {}
 
 
-async def read(request: Request, shape: type[T], limit_bytes: int) -> T:
-    """The body as ``shape``. The content type does not matter; a compressed body is refused.
+def most(limits: LimitsSection) -> int:
+    """The bound on most JSON bodies, in bytes."""
+    return limits.json_body_bytes
 
-    Raises TooLarge above ``limit_bytes``, InvalidRequest saying where and why, never with a value.
+
+@dataclass(frozen=True, slots=True)
+class JsonBody(Generic[T]):
+    """Reads bodies of one shape, of at most ``limit`` bytes. The content type does not matter.
+
+    Raises what ``read_bytes`` and ``decode`` raise.
     """
-    return decode(await read_bytes(request, limit_bytes), shape)
+
+    shape: type[T]
+    limit: Limit = most
+
+    async def __call__(self, request: Request) -> T:
+        limit_bytes = self.limit(service(request).settings.kms.limits)
+        return decode(await read_bytes(request, limit_bytes), self.shape)
 
 
 async def read_bytes(request: Request, limit_bytes: int) -> bytes:
     """The raw body, whose bytes count in the budget of JSON bodies until the request ends.
 
-    Raises TooLarge as soon as the body is seen to be above the limit, BodyTimeout if it is not there in
-    time, RateLimited or Unavailable while there is no room for it.
+    Raises InvalidRequest for a compressed body, TooLarge as soon as the limit is exceeded, BodyTimeout if
+    the body does not arrive in time, RateLimited or Unavailable while the budget has no room for it.
     """
     refuse_encoding(request)
     held, cycle = reservation_of(request.scope), cycle_of(request.scope)
@@ -47,7 +66,7 @@ async def read_bytes(request: Request, limit_bytes: int) -> bytes:
     if declared > limit_bytes:
         raise _too_large(limit_bytes)
     body = bytearray()
-    if not request.scope[WHO].name:
+    if not request.scope[PRINCIPAL].name:
         await _read_login(request, held, body, limit_bytes)
         return bytes(body)
     if declared:
@@ -60,7 +79,7 @@ async def read_bytes(request: Request, limit_bytes: int) -> bytes:
 
 
 async def _whole(request: Request, held: Reservation, limit_bytes: int) -> bytes:
-    """A body that has come with its head, as most do."""
+    """A body that arrived together with its headers, as most do."""
     message = await request.receive()
     if message["type"] != "http.request":
         raise ClientDisconnect
@@ -73,9 +92,9 @@ async def _whole(request: Request, held: Reservation, limit_bytes: int) -> bytes
 
 
 async def _read_login(request: Request, held: Reservation, body: bytearray, limit_bytes: int) -> None:
-    """A form of a caller without a credential: it takes a slot unless it is there in a moment.
+    """Read a form of a caller without a credential, which takes a login slot after one second.
 
-    Browsers send head and form apart, and others of their address may hold all its slots.
+    Browsers send headers and form apart, and other callers of their address may hold all its slots.
     """
     with anyio.move_on_after(_MOMENT_S) as moment:
         await _read_into(body, request, limit_bytes, None)
@@ -86,19 +105,19 @@ async def _read_login(request: Request, held: Reservation, body: bytearray, limi
 
 
 async def _in_time(budget: Budget, seconds: float, reading: Coroutine[None, None, None]) -> None:
-    """Raises BodyTimeout if that takes longer."""
+    """Raise BodyTimeout if reading takes longer."""
     try:
         with anyio.fail_after(seconds):
             await reading
     except TimeoutError:
         budget.too_slow()
-        raise BodyTimeout(f"The body was not there after {seconds:.0f} s") from None
+        raise BodyTimeout(f"The body did not arrive within {seconds:.0f} s") from None
 
 
 async def _read_into(
     body: bytearray, request: Request, limit_bytes: int, counted: Reservation | None
 ) -> None:
-    """Append what comes. ``counted`` holds each piece, where the size of all was not told before."""
+    """Append the body. ``counted`` takes each chunk into the budget, if the size was not declared."""
     async for part in request.stream():
         if len(body) + len(part) > limit_bytes:
             raise _too_large(limit_bytes)
@@ -108,17 +127,14 @@ async def _read_into(
 
 
 def _too_large(limit_bytes: int) -> TooLarge:
-    return TooLarge(f"The body is above {limit_bytes} bytes: use the job API")
-
-
-def refuse_encoding(request: Request) -> None:
-    """A compressed body would make size limits meaningless."""
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise InvalidRequest("Content-Encoding is not accepted: send the bytes as they are")
+    return TooLarge(f"The body exceeds {limit_bytes} bytes: use the job API")
 
 
 def decode(body: bytes, shape: type[T]) -> T:
-    """Decode JSON strictly; an empty body means an object with no fields."""
+    """Decode JSON strictly; an empty body is an object without fields.
+
+    Raises InvalidRequest, which names the field and the reason, never a value.
+    """
     decoder = _decoders.get(shape)
     if decoder is None:
         decoder = _decoders[shape] = msgspec.json.Decoder(shape)
@@ -129,29 +145,28 @@ def decode(body: bytes, shape: type[T]) -> T:
     return decoded
 
 
-def answer(shape: wire.Answer, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def answer(shape: shapes.Answer, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a JSON response."""
     return Response(wire.encode(shape), status, headers, media_type="application/json")
 
 
-def why(exc: Exception, shape: type[wire.Body]) -> str:
-    """The decoder's text names places and types; an unknown field is the caller's and not repeated."""
+def why(exc: Exception, shape: type[shapes.Body]) -> str:
+    """The reason why a body is refused: msgspec names fields and types, never a value.
+
+    The name of an unknown field is the caller's: it is repeated only if it is nearly a field of ours.
+    """
     text = str(exc)
-    if _UNKNOWN_FIELD in text:
-        place = _place(text)
-        known = (
-            ""
-            if place
-            else f": the fields of {shape.__name__} are {', '.join(shape.__struct_encode_fields__)}"
-        )
-        return f"Unknown field{place}{known}"
+    path = _PATH.search(text)  # of our own field names: one of the caller's could be shaped like a path
+    at = f" at {path[1]}" if path else ""
+    unknown = _UNKNOWN_FIELD.match(text)
+    if unknown:
+        known = _FIELDS if path else shape.__struct_encode_fields__
+        nearest = difflib.get_close_matches(unknown[1] or "", known, 1, _NEARLY)
+        if nearest:
+            return f"unknown field `{unknown[1]}`{at}; did you mean `{nearest[0]}`?"
+        return f"unknown field{at}" if path else f"unknown field; the fields are {', '.join(known)}"
     if "Invalid enum value" in text:
-        return f"Not one of the allowed values{_place(text)}"
+        return f"Not one of the allowed values{at}"
     if isinstance(exc, UnicodeDecodeError | RecursionError):
         return "The body is not JSON"
     return text
-
-
-def _place(text: str) -> str:
-    """Where in the body, if that is made of our own field names: a caller's could be shaped like a place."""
-    found = _PLACE.search(text)
-    return f" at {found[1]}" if found else ""

@@ -1,45 +1,144 @@
-"""The ``kms-service`` program: load settings, check the exposure, serve alone or as several."""
+"""The ``kms-service`` program: loads settings, takes the ports, and serves as one process or several.
+
+Several processes share the ports of their leader, which starts again those that die. The leader loads
+neither routes nor the core.
+"""
 
 import argparse
 import os
+import shutil
+import socket
 import sys
 from pathlib import Path
+from typing import Final
 
 from kms_core import secure_memory
 from kms_core.observability import logs
+from kms_core.programs.supervisor import Child, supervise
 from kms_core.settings import lint
 from kms_core.settings.load import check_exposure
 from kms_core.settings.load import load as load_settings
-from kms_protocol.errors import EXIT_CONFIGURATION, ConfigurationError
+from kms_core.settings.model import KmsSection, Settings
+from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE, ConfigurationError
+
+_BACKLOG: Final = 2048
+_GRACE_S: Final = 25  # more than a process gives the calls that it is answering
 
 
 def main() -> int:
-    """Run until a signal. Exit codes: 78 wrong configuration, 69 port not free."""
-    arguments = _arguments()
+    """Run until a signal. Exit codes: 78 for wrong settings, 69 for a port that is not free."""
+    arguments = parser().parse_args()
     try:
         secure_memory.forbid_dumps()
         loaded = load_settings(arguments.config, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
         check_exposure(loaded)
-        if not arguments.listener:  # else the leader has told
+        if not arguments.listener:  # else the leader has warned
             lint.warn(loaded)
         if loaded.kms.server.processes > 1 and not arguments.listener:
-            from kms_api.server import supervisor  # noqa: PLC0415 -- a leader serves nothing
+            return _lead(loaded, arguments.config)
+        from kms_core.observability import multiprocess_metrics  # noqa: PLC0415 -- the leader has no metrics
 
-            return supervisor.lead(loaded, arguments.config)
-        from kms_api.server import process  # noqa: PLC0415 -- and needs none of this
+        multiprocess_metrics.share(os.environ)
+        from kms_api.server import process  # noqa: PLC0415 -- and serves no requests
+        from kms_core import key_opening  # noqa: PLC0415 -- it declares metrics
+        from kms_core.redis_client import check_servers  # noqa: PLC0415 -- as above
 
-        return process.serve(loaded, arguments.listener)
+        if arguments.opened_keys is not None:
+            key_opening.inherit(arguments.opened_keys)
+        elif not arguments.listener:
+            key_opening.begin(loaded)
+        check_servers(loaded.kms.redis)
+        inherited = [socket.socket(fileno=number) for number in arguments.listener]
+        return process.serve(loaded, lambda: inherited or listeners(loaded.kms))
     except ConfigurationError as exc:
         sys.stderr.write(f"kms-service: error: {exc.detail}\n")
         return EXIT_CONFIGURATION
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="kms-service", description="The HTTP front of the KMS.")
-    parser.add_argument("--config", type=Path, help="settings file (else KMS_CONFIG, else the usual places)")
-    parser.add_argument("--listener", type=int, action="append", default=[], help=argparse.SUPPRESS)
-    return parser.parse_args()
+def listeners(kms: KmsSection) -> list[socket.socket]:
+    """A listening socket, and a second one if the Vault API has its own port.
+
+    Empty, with the reason on standard error, if a port cannot be taken.
+    """
+    wanted = {kms.port: "KMS_PORT"} | (
+        {} if kms.facade.port is None else {kms.facade.port: "[kms.facade] port"}
+    )
+    taken: list[socket.socket] = []
+    for port, setting in wanted.items():
+        listener = _listen(kms.bind, port)
+        if listener is None:
+            sys.stderr.write(
+                f"kms-service: error: {kms.bind} port {port} cannot be taken: set {setting} (for `kms up`: "
+                f"--port), or find the process that holds it: ss -ltnp\n"
+            )
+            return []
+        taken.append(listener)
+    return taken
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(prog="kms-service", description="The HTTP API of the KMS.")
+    made.add_argument("--config", type=Path, help="settings file (else KMS_CONFIG, else the usual paths)")
+    made.add_argument("--listener", type=int, action="append", default=[], help=argparse.SUPPRESS)
+    made.add_argument("--opened-keys", type=int, help=argparse.SUPPRESS)
+    return made
+
+
+def _listen(bind: str, port: int) -> socket.socket | None:
+    family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((bind, port))
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        return None
+    return listener
+
+
+def _lead(settings: Settings, config: Path | None) -> int:
+    """Run ``[kms.server] processes`` of them until a signal. Returns the exit code (see ``supervise``)."""
+    secure_memory.lock()  # the settings may hold a password; the children tell whether it could be done
+    taken = listeners(settings.kms)
+    if not taken:
+        return EXIT_UNAVAILABLE
+    run_dir = settings.state_dir / "run"
+    metrics = run_dir / f"metrics-{socket.gethostname()}-{settings.kms.port}"
+    shutil.rmtree(metrics, ignore_errors=True)  # counts of killed predecessors would be added again
+    metrics.mkdir(mode=0o700, parents=True)
+    handles = tuple(listener.fileno() for listener in taken)
+    numbers = range(1, settings.kms.server.processes + 1)
+    keys = _opened_keys(settings)
+    children = [_child(number, handles, keys, config, metrics) for number in numbers]
+    return supervise(children, pid_dir=run_dir, on_ready=lambda: None)
+
+
+def _opened_keys(settings: Settings) -> int | None:
+    """The descriptor of the opened key files for the children; None if none is sealed."""
+    from kms_core import key_opening  # noqa: PLC0415 -- few installs have sealed keys
+
+    return key_opening.begin(settings)
+
+
+def _child(
+    number: int, handles: tuple[int, ...], keys: int | None, config: Path | None, metrics: Path
+) -> Child:
+    inherited = [word for handle in handles for word in ("--listener", str(handle))]
+    inherited += () if keys is None else ("--opened-keys", str(keys))
+    name, settings = f"api-{number}", () if config is None else ("--config", str(config))
+    # as ``kms_core.observability.multiprocess_metrics`` reads them, which the leader does not load
+    multiprocess = {"PROMETHEUS_MULTIPROC_DIR": str(metrics), "PROMETHEUS_MULTIPROC_SLOT": name}
+    return Child(
+        name,
+        (sys.executable, "-P", "-m", "kms_api.main", *inherited, *settings),
+        ready=lambda: True,  # the port is open already: callers wait instead of being refused
+        env={**os.environ, **multiprocess},
+        grace_s=_GRACE_S,
+        pass_fds=handles if keys is None else (*handles, keys),
+    )
 
 
 if __name__ == "__main__":

@@ -1,29 +1,50 @@
-"""The route table: what each route asks of a caller. A route without a rule cannot be built.
+"""Routes: what each declares, how it is called, and the fast path to those with a fixed path (ADR 12).
 
-What depends on a key, a context or a path is asked in the core, where these are known: such routes are for
-any ``CALLER``. ``authentication.py`` has found out who calls.
+A route states its path, scope, body and threads once, beside its handler. The scope check, the fast path, the
+public paths and the OpenAPI document derive from that. Permissions that depend on a key, a context or a path
+are checked in the core, where these are known: such routes are for any ``CALLER``.
+
+FastAPI answers what the fast path does not hold: a path with parameters, another method, an unknown path.
 """
 
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
-from typing import Any, ClassVar, Final
+from typing import Any, Final, Generic, TypeAlias, TypeVar, get_type_hints
 
+import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute, APIRouter
+from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from kms_api.deps import LET_IN, WHO, Service
+from kms_api import json_body, problems
+from kms_api.deps import ANONYMOUS, PRINCIPAL, Pool, Service, caller, service
+from kms_api.openapi import describe
 from kms_core import audit
+from kms_core.auth.policy import Principal
+from kms_core.settings.model import LimitsSection
+from kms_protocol import shapes
 from kms_protocol.errors import Forbidden
-from kms_protocol.wire import PREFIX
+
+B = TypeVar("B")
+B_co = TypeVar("B_co", covariant=True)
+A = TypeVar("A")
+E = TypeVar("E", bound=Callable[..., Awaitable[Response]])
+R = TypeVar("R", bound=shapes.Answer | Response)
+UI: Final = "/ui"
+DOCS: Final = "/docs"
+METRICS: Final = "/metrics"
+VAULT: Final = "/v1/"
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """``operation`` must be in a scope of the caller; a route that is ``open`` asks for no credential."""
+    """``operation`` must be in a scope of the caller; an ``open`` route needs no credential."""
 
     operation: str | None = None
     open: bool = False
@@ -34,183 +55,265 @@ CALLER: Final = Rule()
 READ: Final = Rule("jobs:read")
 WRITE: Final = Rule("jobs:write")
 
-RULES: Final[Mapping[tuple[str, str], Rule]] = {
-    ("POST", "/encrypt"): CALLER,
-    ("POST", "/decrypt"): CALLER,
-    ("POST", "/generate-key"): CALLER,
-    ("POST", "/rewrap"): CALLER,
-    ("POST", "/wrap"): CALLER,
-    ("POST", "/unwrap"): CALLER,
-    ("POST", "/batch"): CALLER,
-    ("POST", "/codec/encode"): CALLER,
-    ("POST", "/codec/decode"): CALLER,
-    ("GET", "/keys"): CALLER,
-    ("GET", "/keys/{key_id}"): CALLER,
-    ("POST", "/keys/{key_id}/rotate"): CALLER,
-    ("POST", "/jobs"): WRITE,
-    ("GET", "/jobs"): READ,
-    ("GET", "/jobs/dead"): READ,
-    ("GET", "/jobs/{job_id}"): READ,
-    ("GET", "/jobs/{job_id}/events"): READ,
-    ("GET", "/jobs/{job_id}/result"): READ,
-    ("DELETE", "/jobs/{job_id}"): WRITE,
-    ("POST", "/jobs/{job_id}/cancel"): WRITE,
-    ("POST", "/jobs/{job_id}/retry"): WRITE,
-    ("POST", "/files/encrypt"): WRITE,
-    ("POST", "/files/decrypt"): WRITE,
-    ("GET", "/webhooks/dead"): READ,
-    ("POST", "/webhooks/dead/{delivery_id}/resend"): WRITE,
-    ("GET", "/intake"): WRITE,
-    ("GET", "/audit"): Rule("audit:read"),
-    ("GET", "/status"): Rule("status"),
-    ("GET", "/health"): OPEN,
-    ("GET", "/livez"): OPEN,
-    ("GET", "/readyz"): OPEN,
-    ("GET", "/metrics"): Rule("metrics"),
-}
-UI: Final = "/ui"
-UI_RULES: Final[Mapping[tuple[str, str], Rule]] = {
-    ("GET", "/ui"): CALLER,
-    ("GET", "/ui/jobs"): READ,
-    ("GET", "/ui/jobs/{job_id}"): READ,
-    ("GET", "/ui/jobs/{job_id}/events"): READ,
-    ("POST", "/ui/jobs/{job_id}/cancel"): WRITE,
-    ("POST", "/ui/jobs/{job_id}/retry"): WRITE,
-    ("GET", "/ui/audit"): Rule("audit:read"),
-    ("GET", "/ui/audit/{audit_id}/receipt"): Rule("audit:read"),
-    ("GET", "/ui/keys"): CALLER,
-    ("GET", "/ui/keys/{key_id}/rotate"): CALLER,
-    ("POST", "/ui/keys/{key_id}/rotate"): CALLER,
-    ("GET", "/ui/runbooks"): CALLER,
-    ("GET", "/ui/login"): OPEN,
-    ("POST", "/ui/login"): OPEN,
-    ("POST", "/ui/logout"): CALLER,
-    ("GET", "/ui/static/{name}"): OPEN,
-    ("GET", "/docs"): OPEN,
-}
-"""Pages for people, which are no part of the API: the whole paths, since they have no prefix."""
-_STATIC: Final = ("page.css", "page.js", "icon.svg")
-UI_OPEN: Final = frozenset(
-    path.replace("{name}", name) for (_, path), rule in UI_RULES.items() if rule.open for name in _STATIC
-)
-VAULT: Final = "/v1/"
-_WRITES: Final = ("POST", "PUT")
-VAULT_RULES: Final[Mapping[tuple[str, str], Rule]] = {
-    **{
-        (method, f"{VAULT}{path}"): CALLER
-        for method in _WRITES
-        for path in (
-            "{mount}/encrypt/{name}",
-            "{mount}/decrypt/{name}",
-            "{mount}/rewrap/{name}",
-            "{mount}/datakey/plaintext/{name}",
-            "{mount}/datakey/wrapped/{name}",
-            "{mount}/keys/{name}",
-            "{mount}/keys/{name}/rotate",
-            "{mount}/keys/{name}/config",
-            "auth/token/renew-self",
-            "sys/capabilities-self",
-        )
-    },
-    ("GET", "/v1/{mount}/keys"): CALLER,
-    ("LIST", "/v1/{mount}/keys"): CALLER,
-    ("GET", "/v1/{mount}/keys/{name}"): CALLER,
-    ("DELETE", "/v1/{mount}/keys/{name}"): CALLER,
-    ("GET", "/v1/auth/token/lookup-self"): CALLER,
-    ("GET", "/v1/sys/mounts"): CALLER,
-    ("GET", "/v1/sys/internal/ui/mounts"): CALLER,
-    ("GET", "/v1/sys/internal/ui/mounts/{mount}"): CALLER,
-    ("GET", "/v1/sys/health"): OPEN,
-    ("HEAD", "/v1/sys/health"): OPEN,
-    ("GET", "/v1/sys/seal-status"): OPEN,
-    ("GET", "/v1/sys/init"): OPEN,
-    ("GET", "/v1/sys/leader"): OPEN,
-}
-"""The façade (docs/facade.md), where it is enabled: the whole paths; a mount may have several segments."""
-VAULT_OPEN: Final = frozenset(path for (_, path), rule in VAULT_RULES.items() if rule.open)
-METRICS: Final = "/metrics"
-DOCS: Final = "/docs"
-PAGES: Final = frozenset({DOCS, "/openapi.json"})
-"""The shapes of this API, which are public. ``[kms.server] docs`` says whether there are any."""
-_UNPREFIXED: Final = frozenset({"/livez", "/readyz", METRICS})
-OPEN_PATHS: Final = PAGES | {
-    path if path in _UNPREFIXED else f"{PREFIX}{path}" for (_, path), rule in RULES.items() if rule.open
-}
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[B_co]):
+    """A request to a route and its decoded body, which is None for a route without one."""
+
+    request: Request
+    body: B_co
+
+    @property
+    def service(self) -> Service:
+        return service(self.request)
+
+    @property
+    def caller(self) -> Principal:
+        return caller(self.request)
+
+    @property
+    def limits(self) -> LimitsSection:
+        return self.service.settings.kms.limits
+
+    @property
+    def headers(self) -> Headers:
+        return self.request.headers
+
+    @property
+    def query(self) -> QueryParams:
+        return self.request.query_params
+
+    def key_pool(
+        self, key_id: str | None, *, size_bytes: int = 0, file: bytes = b"", seals: bool = False
+    ) -> Pool | None:
+        """The threads for a call on a key of the caller; see ``Service.key_pool``."""
+        tenant = self.caller.tenant
+        return self.service.key_pool(tenant, key_id, size_bytes=size_bytes, file=file, seals=seals)
+
+    def path(self, name: str) -> str:
+        """The value of a parameter of the path."""
+        found: str = self.request.path_params[name]
+        return found
+
+
+Endpoint: TypeAlias = Callable[[Request], Coroutine[Any, Any, Response]]
+Reader: TypeAlias = Callable[[Request], Awaitable[B]]
+"""Reads and decodes the body of a request."""
+Stream: TypeAlias = Callable[[Call[None]], Awaitable[Response]]
+Threads: TypeAlias = Pool | Callable[[Call[B]], Pool | None] | None
+"""The pool of a handler, or a function that chooses it by key; None for the event loop."""
+
+
+async def no_body(request: Request) -> None:
+    """The reader of a route without a body."""
+    del request
+
+
+def endpoint_of(
+    handler: Callable[[Call[B]], A | Response],
+    read: Reader[B],
+    threads: Threads[B],
+    encode: Callable[[A], Response],
+) -> Endpoint:
+    """A coroutine that reads the body, runs ``handler`` in its threads, and encodes what it returns."""
+
+    async def endpoint(request: Request) -> Response:
+        call = Call(request, await read(request))
+        pool = threads(call) if callable(threads) else threads
+        made = await call.service.run(pool, handler, call)
+        return made if isinstance(made, Response) else encode(made)
+
+    return endpoint
 
 
 class ScopedRoute(APIRoute):
-    """A route that is held to the table, before any of its body is read."""
+    """A route that checks the caller's scope before it reads the body."""
 
-    table: ClassVar = RULES
+    def __init__(self, path: str, endpoint: Callable[..., Any], rule: Rule, **more: Any) -> None:  # noqa: ANN401 -- FastAPI's
+        super().__init__(path, endpoint, **{"response_model": None, **more})
+        self.rules = dict.fromkeys(self.methods or (), rule)
+        """By method; HEAD has the rule of GET."""
+        self.methods = {*self.rules, "HEAD"} if "GET" in self.rules else {*self.rules}  # RFC 9110 §9.3.2
+        self._rule = rule
 
-    def __init__(self, path: str, *args: Any, **more: Any) -> None:  # noqa: ANN401 -- FastAPI's own
-        super().__init__(path, *args, **more)
-        documented = (method for method in self.methods or () if method != "HEAD")
-        self.rules = {method: self.table[method, path] for method in documented}
-        self.methods = _with_head(self.rules)
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler, of whose streams a HEAD gets the headers only."""
+    def get_route_handler(self) -> Endpoint:
+        """FastAPI's handler, and of a stream only the headers for HEAD."""
         handler = super().get_route_handler()
 
         async def answered(request: Request) -> Response:
-            response = await handler(request)
-            if request.method == "HEAD" and isinstance(response, StreamingResponse):
-                return await _headers_of(response)
-            return response
+            return await _without_stream(request, await handler(request))
 
         return answered
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] not in _with_head(self.rules):
-            allowed = sorted(_with_head(method for method, path in self.table if path == self.path))
-            raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": ", ".join(allowed)})
-        self.admit(scope)
+        if scope["method"] not in (self.methods or ()):
+            allowed = ", ".join(sorted(scope["app"].state.methods[self.path]))
+            raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": allowed})
+        self.check_scope(scope)
         await super().handle(scope, receive, send)
 
-    def admit(self, scope: Scope) -> None:
-        """Raises Forbidden for a caller to whom the table does not give this route."""
-        rule = self.rules["GET" if scope["method"] == "HEAD" else scope["method"]]
-        if rule.operation is not None and scope[WHO] is not LET_IN:
-            self._require(scope, rule.operation)
-
-    def _require(self, scope: Scope, operation: str) -> None:
-        built: Service = scope["app"].state.service
+    def check_scope(self, scope: Scope) -> None:
+        """Raise Forbidden, which is recorded, for a caller without a scope for this route."""
+        who: Principal = scope[PRINCIPAL]
+        if self._rule.operation is None or who is ANONYMOUS:
+            return
+        kms = scope["app"].state.service.kms
         try:
-            built.kms.policy.require(scope[WHO], operation)
+            kms.policy.require(who, self._rule.operation)
         except Forbidden as exc:
-            audit.denied(built.kms.trail, scope[WHO], self.path, exc.code)
+            audit.denied(kms.audit_log, who, self.path, exc.code)
             raise
 
 
-def _with_head(methods: Iterable[str]) -> set[str]:
-    """The methods, and HEAD wherever there is GET (RFC 9110 §9.3.2)."""
-    found = set(methods)
-    return found | {"HEAD"} if "GET" in found else found
+class Router(APIRouter):
+    """The routes of one part of the API; ``tag`` names its section of the OpenAPI document."""
+
+    def __init__(self, tag: str, *, prefix: str = "", kind: type[ScopedRoute] = ScopedRoute) -> None:
+        """Routes of another ``kind`` than ScopedRoute are not in the OpenAPI document."""
+        super().__init__(prefix=prefix, tags=[tag], include_in_schema=kind is ScopedRoute)
+        self._kind = kind
+
+    def endpoint(self, method: str, path: str, rule: Rule, **described: Any) -> Callable[[E], E]:  # noqa: ANN401 -- FastAPI's
+        """Declare a coroutine that takes a request, and parameters as FastAPI reads them."""
+
+        def declared(endpoint: E) -> E:
+            shown = {"tags": self.tags, "include_in_schema": self.include_in_schema, **described}
+            self.routes.append(self._kind(self.prefix + path, endpoint, rule, methods=[method], **shown))
+            return endpoint
+
+        return declared
+
+    def stream(self, method: str, path: str, rule: Rule, **described: Any) -> Callable[[Stream], Stream]:  # noqa: ANN401 -- FastAPI's
+        """Declare a coroutine that reads or writes a stream, in threads of its choice."""
+
+        def declared(handler: Stream) -> Stream:
+            async def endpoint(request: Request) -> Response:
+                return await handler(Call(request, None))
+
+            self.endpoint(method, path, rule, description=inspect.getdoc(handler), **described)(endpoint)
+            return handler
+
+        return declared
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        rule: Rule,
+        read: Reader[B],
+        threads: Threads[B],
+        **described: Any,  # noqa: ANN401 -- FastAPI's
+    ) -> Callable[[Callable[[Call[B]], R]], Callable[[Call[B]], R]]:
+        """Declare a function that takes a call and returns an answer, encoded under the first status.
+
+        ``described`` is made by ``describe.described``, or has its arguments (see ``_description``).
+        """
+
+        def declared(handler: Callable[[Call[B]], R]) -> Callable[[Call[B]], R]:
+            shown = described
+            if self.include_in_schema and "openapi_extra" not in described:
+                shown = _description(handler, read, **described)
+            encode = partial(json_body.answer, status=shown.get("status_code", HTTPStatus.OK))
+            endpoint = endpoint_of(handler, read, threads, encode)
+            self.endpoint(method, path, rule, description=inspect.getdoc(handler), **shown)(endpoint)
+            return handler
+
+        return declared
 
 
-async def _headers_of(streamed: StreamingResponse) -> Response:
-    """A response with the status and headers of a stream, which is closed unread."""
-    if isinstance(streamed.body_iterator, AsyncGenerator):
-        await streamed.body_iterator.aclose()
-    response = Response(status_code=streamed.status_code)
-    response.raw_headers = streamed.raw_headers
-    return response
+def _description(
+    handler: Callable[..., object],
+    read: object,
+    *,
+    gives: str = "",
+    operation_id: str = "",
+    **parts: Any,  # noqa: ANN401 -- describe.Parts
+) -> dict[str, Any]:
+    """The part of a route in the OpenAPI document, from its reader and the annotation of what it returns.
+
+    ``gives`` describes the answer of status 200, unless ``answers`` do.
+    """
+    if isinstance(read, json_body.JsonBody):
+        required = any(field.required for field in msgspec.structs.fields(read.shape))
+        parts["body"] = describe.takes(read.shape, required=required)
+        parts["refuses"] = (*describe.BODY, *parts.get("refuses", ()))
+    if gives:
+        parts["answers"] = {HTTPStatus.OK: describe.gives(get_type_hints(handler)["return"], gives)}
+    return describe.described(operation_id or handler.__name__, **parts)
+
+
+async def _without_stream(request: Request, response: Response) -> Response:
+    """The response; to HEAD one with the status and headers of a stream, which is closed unread.
+
+    A stream need not end, and until it does its connection serves no other request.
+    """
+    if request.method != "HEAD" or not isinstance(response, StreamingResponse):
+        return response
+    if isinstance(response.body_iterator, AsyncGenerator):
+        await response.body_iterator.aclose()
+    headers = Response(status_code=response.status_code)
+    headers.raw_headers = response.raw_headers
+    return headers
 
 
 def is_ui(path: str) -> bool:
-    """Whether a path is a page for people."""
+    """Return whether a path is a page for people."""
     return path in {UI, DOCS} or path.startswith(f"{UI}/")
 
 
 def is_vault(path: str) -> bool:
-    """Whether a path is one of the façade, whose callers read another shape of errors."""
+    """Return whether a path is of the Vault API, whose clients read errors in Vault's form."""
     return path.startswith(VAULT)
 
 
-def include(app: FastAPI, router: APIRouter, prefix: str = "") -> None:
-    """Add the routes of a router. Raises TypeError for one that the table does not hold."""
-    for route in router.routes:
+def routes_of(routers: Iterable[APIRouter]) -> list[ScopedRoute]:
+    """Their routes. Raises TypeError for one that states no rule."""
+    found = []
+    for route in (route for router in routers for route in router.routes):
         if not isinstance(route, ScopedRoute):
-            raise TypeError(f"{route}: make its router with route_class=Ruled")
-    app.include_router(router, prefix=prefix)
+            raise TypeError(f"{route}: declare it by a method of routing.Router")
+        found.append(route)
+    return found
+
+
+def rules_of(routers: Iterable[APIRouter]) -> dict[tuple[str, str], Rule]:
+    """The rule of each method and path."""
+    return {
+        (method, route.path): rule for route in routes_of(routers) for method, rule in route.rules.items()
+    }
+
+
+def include(app: FastAPI, routers: Sequence[APIRouter], prefix: str = "") -> None:
+    """Add the routes of routers. Raises TypeError for one that states no rule."""
+    methods: dict[str, set[str]] = app.state.methods
+    for route in routes_of(routers):
+        methods.setdefault(route.path, set()).update(route.methods or ())
+    for router in routers:
+        app.include_router(router, prefix=prefix)
+
+
+class FastPath:
+    """Wraps the application: calls the handlers of routes with a fixed path below ``prefix`` directly."""
+
+    def __init__(self, app: FastAPI, routers: Iterable[APIRouter], prefix: str) -> None:
+        self._app = app
+        self._routes = {
+            (method, prefix + route.path): route
+            for route in routes_of(routers)
+            if "{" not in route.path
+            for method in route.methods or ()
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._routes.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if route is None:
+            await self._app(scope, receive, send)
+            return
+        scope["app"], scope["route"] = self._app, route
+        try:
+            route.check_scope(scope)
+            request = Request(scope, receive, send)
+            answer: Response = await _without_stream(request, await route.endpoint(request))
+        except problems.EXPECTED as exc:
+            answer = problems.answer(exc)
+        await answer(scope, receive, send)

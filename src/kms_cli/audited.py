@@ -1,19 +1,20 @@
-"""What a command changes on this machine goes on record, in the audit trail that the settings name.
+"""Audit records of commands that change something on this machine, in the log that the settings name.
 
-A command is a process of its own, so it has a chain of its own, ``cli-…``, which ends with it.
+A command writes a chain of its own, ``cli-…``, which is closed when the command ends.
 """
 
 import os
 import pwd
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from kms_cli.local import state_redis
+from kms_cli.local import installation
 from kms_core import audit
 from kms_core.audit import AuditLog
 from kms_core.audit_setup import build
@@ -27,40 +28,43 @@ from kms_protocol.errors import ConfigurationError
 ROLE: Final = "cli"
 
 
+def open_sealed(settings: Settings, name: str, sealed: bytes) -> bytes:
+    """Open a sealed audit key. Raises BackendUnavailable, ConfigurationError."""
+    from kms_core import key_opening  # noqa: PLC0415 -- imports all backends, which a plain key does not need
+
+    return key_opening.of_process(settings).open(name, sealed)
+
+
 @contextmanager
 def effect(settings: Settings, operation: str, what: str, tenant: str = DEFAULT_TENANT) -> Iterator[None]:
-    """An intent before a change and its outcome after it; ``what`` is changed, and never a secret.
+    """Record the intent before a change and its outcome after it. ``what`` names the target, never a secret.
 
-    Raises AuditUnavailable, before the change if its intent cannot be written; ConfigurationError.
+    Raises AuditUnavailable (before the change if the intent cannot be written) and ConfigurationError.
     """
-    with log_of(settings) as log, audit.effect(log, operator(tenant), operation, unique(what)):
+    with log_of(settings) as log, audit.effect(log, operator(tenant), operation, audit.effect_name(what)):
         yield
 
 
 @contextmanager
 def log_of(settings: Settings) -> Iterator[AuditLog]:
-    """The chain of this command: begun by its first record, closed at the end. Raises ConfigurationError."""
-    logs.configure("error", json=False)  # stdout is for results, and a second place may be away
-    trail, keeper = build(settings, ROLE, _second_place(settings), stdout=False)
-    keeper.start()
+    """Open the chain of this command, begun by its first record. Raises ConfigurationError."""
+    logs.configure("error", json=False)  # stdout is for results, and Redis may be away
+    opener = partial(open_sealed, settings)
+    log, maintenance = build(settings, ROLE, redis_of(settings), stdout=False, open_sealed=opener)
+    maintenance.start()
     try:
-        yield trail
+        yield log
     finally:
-        keeper.stop()
+        maintenance.stop()
 
 
-def unique(what: str) -> str:
-    """The name of one effect on ``what``."""
-    return f"{what}-{os.urandom(4).hex()}"
+def redis_of(settings: Settings) -> redis.Redis | None:
+    """Return the Redis of the service, without retries; None if only the service can read its password.
 
-
-def _second_place(settings: Settings) -> redis.Redis | None:
-    """Redis, told once, since nobody waits for one that is away; None if its password is the service's alone.
-
-    The chains of the service then bear witness of this one.
+    Without it, this chain is anchored only by the chains of the service.
     """
     try:
-        client = connect(state_redis.section_of(settings, os.environ))
+        client = connect(installation.redis_section(settings, os.environ))
     except ConfigurationError:
         return None
     client.set_retry(Retry(NoBackoff(), 0))
@@ -68,7 +72,7 @@ def _second_place(settings: Settings) -> redis.Redis | None:
 
 
 def operator(tenant: str) -> Principal:
-    """The user of this machine who runs the command, as the kernel knows him."""
+    """Return the user that runs the command, by the name of its uid."""
     uid = os.getuid()
     try:
         name = pwd.getpwuid(uid).pw_name

@@ -1,6 +1,6 @@
-"""The ``kms`` command: finds the subcommand, runs it, and turns whatever ends it into words and an exit code.
+"""The ``kms`` command: runs a subcommand and reports how it ended, as text and as an exit code.
 
-Modules of subcommands are imported when one is used: ``kms --help`` loads none of them.
+The module of a subcommand is imported when the subcommand is used: ``kms --help`` imports none.
 """
 
 import difflib
@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, TextIO, cast
 
 import click
 
@@ -20,92 +20,109 @@ from kms_core import secure_memory
 from kms_protocol import __version__
 from kms_protocol.errors import EXIT_OTHER, EXIT_USAGE, ConfigurationError, KmsError
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 INTERRUPTED: Final = 130
-BROKEN_PIPE: Final = 141  # as a shell shows death by SIGPIPE
+BROKEN_PIPE: Final = 141  # the exit code that a shell reports for SIGPIPE
 TERMINATED: Final = 143
-COMMANDS: Final = {  # name: module, what it does
-    "up": ("local.launch", "Run the whole service on this machine."),
-    "encrypt": ("commands.secrets", "Encrypt stdin; base64 to stdout."),
-    "decrypt": ("commands.secrets", "Decrypt base64 from stdin; plaintext to stdout."),
-    "generate-key": ("commands.secrets", "Make a data key, plain and encrypted."),
-    "rewrap": ("commands.secrets", "Move a ciphertext to the current key, or another."),
+COMPLETION_VARIABLE: Final = "_KMS_COMPLETE"  # set by the completion scripts
+COMMANDS: Final = {  # name: module, help
+    "up": ("local.up", "Run the whole service on this machine."),
+    "encrypt": ("commands.secrets", "Encrypt stdin and print base64."),
+    "decrypt": ("commands.secrets", "Decrypt base64 from stdin."),
+    "generate-key": ("commands.secrets", "Generate a data key, in plaintext and encrypted."),
+    "rewrap": ("commands.secrets", "Rewrap a ciphertext under the current key, or another."),
     "encrypt-file": ("commands.files", "Encrypt a file of any size."),
     "decrypt-file": ("commands.files", "Decrypt a file of any size."),
-    "job": ("commands.jobs", "List, show, follow and cancel jobs."),
-    "keys": ("commands.keys", "List, show and rotate keys."),
-    "status": ("commands.status", "Show what the service does and has done."),
-    "health": ("commands.status", "Ask whether the key backend works."),
-    "rewrap-file": ("commands.rewrap_file", "Move a file of any size to the current key, or another."),
+    "job": ("commands.jobs", "Submit, list, follow and cancel jobs."),
+    "keys": ("commands.service", "List, show and rotate keys."),
+    "status": ("commands.service", "Show the state and the counters of the service."),
+    "health": ("commands.service", "Check that the key backend works."),
+    "rewrap-file": ("commands.rewrap_file", "Rewrap a file under the current key, or another."),
     "seal": ("commands.offline", "Encrypt a file or stdin without a service."),
     "open": ("commands.offline", "Decrypt any age file without a service."),
-    "ssh": ("commands.ssh", "Make and use SSH keys whose private part is sealed."),
-    "run": ("commands.run", "Run a program with sealed values in its environment."),
-    "keygen": ("commands.keygen", "Make an age key pair."),
-    "recipient": ("commands.recipient", "Name a key for age -r, rage and sops."),
-    "identity": ("commands.recipient", "Name a key for age -d -i, rage and sops."),
-    "inspect": ("commands.inspect", "Show what an encrypted file says of itself."),
+    "ssh": ("commands.ssh", "Create and use SSH keys with an encrypted private part."),
+    "run": ("commands.run", "Run a program with decrypted values in its environment."),
+    "keygen": ("commands.keygen", "Generate an age key pair."),
+    "recipient": ("commands.recipient", "Print a recipient for age -r, rage and sops."),
+    "identity": ("commands.recipient", "Print an identity for age -d -i, rage and sops."),
+    "inspect": ("commands.inspect", "Show the header of an encrypted file."),
     "token": ("commands.tokens", "Create, list, rotate and revoke API tokens."),
-    "migrate": ("migrate.command", "Move ciphertexts from Vault, AWS KMS or SOPS into the service."),
-    "audit": ("commands.audit", "Verify and read the audit trail of this machine."),
-    "cosmian": ("commands.cosmian", "Make the keys of the service on a Cosmian KMS server."),
-    "config": ("commands.config", "Check settings."),
+    "migrate": ("migrate.command", "Migrate ciphertexts from Vault, AWS KMS or SOPS."),
+    "audit": ("commands.audit", "Verify and read the audit log of this machine."),
+    "cosmian": ("commands.cosmian", "Create the keys of the service on a Cosmian KMS server."),
+    "backup": ("backup.commands", "Back up the service of this machine to one encrypted file."),
+    "restore": ("backup.commands", "Verify a backup and put it in place."),
+    "config": ("commands.config", "Show, check and begin the settings."),
     "doctor": ("doctor.command", "Check keys, settings and the service."),
-    "messages": ("commands.messages", "List refused messages of kms.submit."),
+    "messages": ("commands.messages", "List rejected messages of kms.submit."),
+    "completion": ("commands.completion", "Print the completion script of a shell."),
+    "help": ("commands.completion", "Show the help of a command."),
 }
 JOB_COMMANDS: Final = {
-    "submit": ("commands.submit", "Hand in a job over files where the service runs."),
+    "submit": ("commands.jobs", "Submit a job over files on the host of the service."),
     "list": ("commands.jobs", "List jobs, newest first."),
     "show": ("commands.jobs", "Show one job."),
-    "wait": ("commands.jobs", "Wait until a job has ended."),
-    "cancel": ("commands.jobs", "Ask for the end of a job."),
+    "wait": ("commands.jobs", "Wait until a job ends."),
+    "cancel": ("commands.jobs", "Cancel a job."),
     "result": ("commands.jobs", "Fetch the result of a job."),
+    "group": ("commands.jobs", "Show a group of jobs."),
+    "release": ("commands.jobs", "Delete the result of an ended job."),
     "dead": ("commands.jobs", "List jobs that used up their attempts."),
-    "retry": ("commands.jobs", "Give a dead letter all its attempts again."),
+    "retry": ("commands.jobs", "Retry a job that used up its attempts."),
 }
 
 CONFIG_COMMANDS: Final = {
-    "lint": ("commands.config", "Tell what the settings allow that is weaker than need be."),
+    "show": ("commands.config", "Show the settings in use, and where each comes from."),
+    "lint": ("commands.config", "List settings that weaken security."),
+    "init": ("commands.config", "Print a settings file to begin with."),
 }
 KEYS_COMMANDS: Final = {
-    "list": ("commands.keys", "List keys, with age and use of the version that seals."),
-    "usage": ("commands.keys", "Show what each version of a key has sealed."),
-    "rotate": ("commands.keys", "Make a new version of a key."),
+    "list": ("commands.service", "List keys, with the age and use of their current version."),
+    "usage": ("commands.service", "Show how much each version of a key has encrypted."),
+    "rotate": ("commands.service", "Create a new version of a key."),
+    "adopt": (
+        "commands.keygen",
+        "Take sealed key files into a document, or go on with one that was put back.",
+    ),
 }
 
 MIGRATE_COMMANDS: Final = {
-    "transit": ("migrate.transit", "From the transit engine of Vault or OpenBao."),
-    "aws": ("migrate.aws", "From AWS KMS."),
-    "sops": ("migrate.sops", "Give SOPS files a key of the service."),
+    "transit": ("migrate.sources", "Migrate from the transit engine of Vault or OpenBao."),
+    "aws": ("migrate.sources", "Migrate from AWS KMS."),
+    "sops": ("migrate.sops", "Add the service as a recipient of SOPS files."),
 }
 
 AUDIT_COMMANDS: Final = {
-    "verify": ("commands.audit", "Check that the trail is whole and unchanged."),
-    "tail": ("commands.audit", "Show the last operations, and follow them."),
-    "receipt": ("commands.audit", "Write a proof that one operation was recorded."),
-    "check-receipt": ("commands.audit", "Check such a proof, anywhere."),
-    "key": ("commands.audit", "Print the public key that checks signatures."),
-    "acknowledge-loss": ("commands.audit", "Put on record that lines are lost for good."),
+    "verify": ("commands.audit_verify", "Check that the log is complete and unchanged."),
+    "tail": ("commands.audit", "Show the last operations, and follow new ones."),
+    "receipt": ("commands.audit", "Write a proof that an operation was recorded."),
+    "check-receipt": ("commands.audit", "Check such a proof on any machine."),
+    "key": ("commands.audit", "Print the public key of the signatures."),
+    "acknowledge-loss": ("commands.audit_verify", "Record that lines are permanently lost."),
 }
 
 TOKEN_COMMANDS: Final = {
-    "create": ("commands.tokens", "Make a token; it is shown once."),
-    "list": ("commands.tokens", "List tokens and what they may do."),
-    "rotate": ("commands.tokens", "Give a token a new secret."),
-    "revoke": ("commands.tokens", "Take a token out, at once."),
+    "create": ("commands.tokens", "Create a token; it is shown once."),
+    "list": ("commands.tokens", "List tokens and their scopes."),
+    "rotate": ("commands.tokens", "Replace the secret of a token."),
+    "revoke": ("commands.tokens", "Revoke a token immediately."),
+    "adopt": ("commands.tokens", "Go on with a document of tokens that was put back."),
 }
 
 SSH_COMMANDS: Final = {
-    "new": ("commands.ssh", "Make a key pair; the private part is sealed at once."),
-    "add": ("commands.ssh", "Hand the private part to the ssh agent, until its end."),
+    "new": ("commands.ssh", "Create a key pair with an encrypted private part."),
+    "add": ("commands.ssh", "Load the private part into the SSH agent until it expires."),
     "open": ("commands.ssh", "Write the private part to a file (0600)."),
-    "list": ("commands.ssh", "Show the keys of a directory, and which have ended."),
+    "list": ("commands.ssh", "List the keys of a directory and their expiry."),
 }
 
-COSMIAN_COMMANDS: Final = {"init-key": ("commands.cosmian", "Make the keys that settings name.")}
+COSMIAN_COMMANDS: Final = {"init-key": ("commands.cosmian", "Create the keys that the settings name.")}
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when used; ``table`` says where they are."""
+    """A group that imports a command when it is used. ``table``: module and help by command name."""
 
     def __init__(self, name: str, table: dict[str, tuple[str, str]], help_: str) -> None:
         super().__init__(
@@ -137,6 +154,8 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         command = self.get_command(ctx, name)
+        if command is None and ctx.resilient_parsing:
+            return None, None, args
         if command is None:
             raise UnknownCommand(name, list(self._table), ctx)
         return name, command, args[1:]
@@ -145,6 +164,19 @@ class LazyGroup(click.Group):
         del ctx
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_) for name, (_, help_) in self._table.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem[str]]":
+        return self.commands_from(incomplete) + click.Command.shell_complete(self, ctx, incomplete)
+
+    def commands_from(self, incomplete: str) -> "list[CompletionItem[str]]":
+        """Return the commands whose names begin so, for a shell. Imports none."""
+        from click.shell_completion import CompletionItem  # noqa: PLC0415 -- only shells ask
+
+        return [
+            CompletionItem(name, help=help_)
+            for name, (_, help_) in self._table.items()
+            if name.startswith(incomplete)
+        ]
 
     def _without_command(self) -> int:
         ctx = click.get_current_context()
@@ -155,7 +187,7 @@ class LazyGroup(click.Group):
 
 
 class UnknownCommand(click.UsageError):
-    """A name that no command has; ``possibilities`` are the nearest."""
+    """An unknown command name. ``possibilities`` holds the most similar known name, if any."""
 
     def __init__(self, name: str, known: Sequence[str], ctx: click.Context) -> None:
         super().__init__(f'unknown command "{name}"', ctx)
@@ -163,7 +195,7 @@ class UnknownCommand(click.UsageError):
 
 
 def group() -> click.Group:
-    """The whole command."""
+    """Return the ``kms`` command with its global options."""
     top = LazyGroup(
         "kms", COMMANDS, "Encrypt, decrypt and run encryption jobs with the key management service."
     )
@@ -173,7 +205,7 @@ def group() -> click.Group:
 
 
 def run(args: Sequence[str] | None = None) -> int:
-    """Run one command line; return its exit code."""
+    """Run one command line (default: ``sys.argv``). Return its exit code."""
     line = sys.argv[1:] if args is None else list(args)
     try:
         code = _invoke(line)
@@ -189,14 +221,17 @@ def run(args: Sequence[str] | None = None) -> int:
         _drop_stdout()
         return BROKEN_PIPE
     except OSError as exc:
-        place = f"{os.fsdecode(exc.filename)}: " if isinstance(exc.filename, str | bytes) else ""
-        terminal.say(f"error: {place}{terminal.plain(exc.strerror or type(exc).__name__)}")
+        terminal.failed_os(exc)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_stdout()
         return EXIT_OTHER
     return code if isinstance(code, int) else 0
 
 
 def _invoke(line: list[str]) -> object:
-    """What ``Group.main`` does, without its own way of ending on a broken pipe and on Ctrl-C."""
+    """Run the command as ``Group.main`` does, but leave broken pipes and Ctrl-C to the caller."""
     top = group()
     try:
         with top.make_context("kms", list(line)) as ctx:
@@ -206,15 +241,33 @@ def _invoke(line: list[str]) -> object:
 
 
 def main() -> NoReturn:
-    """Entry point. SIGTERM ends a command as Ctrl-C does, so that no half-written file stays."""
+    """Entry point. SIGTERM ends a command as Ctrl-C does, so that temporary files are removed."""
     signal.signal(signal.SIGTERM, _terminated)
+    _replace_closed()
     try:
         secure_memory.forbid_dumps()
     except ConfigurationError as exc:
         sys.exit(terminal.failed(exc, as_json=False))
-    code = run()
-    gc.freeze()  # or the interpreter ends by looking for garbage in all it loaded, a fifth of a short command
+    code = _completed() if COMPLETION_VARIABLE in os.environ else run()
+    gc.freeze()  # no collection of all loaded modules at exit, which takes a fifth of a short command
     sys.exit(code)
+
+
+def _replace_closed() -> None:
+    """Open the closed standard streams, which are None: the use of two fails, stderr swallows all."""
+    sys.stdin = sys.stdin or _stand_in(os.O_WRONLY, "r")
+    sys.stdout = sys.stdout or _stand_in(os.O_RDONLY, "w")
+    sys.stderr = sys.stderr or _stand_in(os.O_WRONLY, "w")
+
+
+def _stand_in(flags: int, mode: str) -> TextIO:
+    return cast("TextIO", open(os.open(os.devnull, flags), mode))  # noqa: PTH123 -- for the whole run
+
+
+def _completed() -> int:
+    from kms_cli.commands import completion  # noqa: PLC0415 -- as a command
+
+    return completion.answer(os.environ[COMPLETION_VARIABLE])
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
@@ -223,7 +276,7 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _drop_stdout() -> None:
-    """Nobody reads it any more; without this Python complains once again at exit."""
+    """Point stdout at /dev/null: at exit Python would report what is wrong with it a second time."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,14 +1,34 @@
-"""Options that several commands share; knows no client, so that offline commands start without one."""
+"""Options that several commands share, and output files. Imports no client, which offline commands lack."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, BinaryIO, Final, TypeVar
 
 import click
 import msgspec
 
-from kms_protocol.errors import InvalidContext
+from kms_cli import terminal
+from kms_cli.session import complete_keys
+from kms_core.secure_files import replacing
+from kms_protocol.errors import InvalidContext, InvalidRequest, TargetExists
+from kms_protocol.units import parse_duration, parse_time
 from kms_protocol.wire import PRIORITIES, ContextIn
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def duration(option: str, text: str) -> timedelta:
+    """Read the duration that an option gives. Raises InvalidRequest, naming the option."""
+    try:
+        return parse_duration(text)
+    except ValueError as exc:
+        raise InvalidRequest(f"{option} {exc}") from exc
 
 
 def context_of(ctx: click.Context, parameter: click.Parameter, value: str | None) -> ContextIn:
-    """``key=value,…`` as it is; a JSON object, where a value holds a comma, as a mapping."""
+    """Return the value of a context option: ``key=value,…`` as text, a JSON object as a mapping."""
     del ctx, parameter
     if value is None or not value.startswith("{"):
         return value
@@ -18,12 +38,141 @@ def context_of(ctx: click.Context, parameter: click.Parameter, value: str | None
         raise InvalidContext("The context is not a JSON object of strings") from exc
 
 
+def pairs_of(ctx: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, str] | None:
+    """Return the pairs of an option that is given once for each; None without any."""
+    del ctx
+    if bad := next((text for text in given if "=" not in text), None):
+        raise click.BadParameter(f'"{bad}" is not name=value', param=parameter)
+    return dict(text.split("=", 1) for text in given) or None
+
+
 context_option = click.option(
     "--context", callback=context_of, help="Encryption context, as env=prod,service=api, or a JSON object."
 )
-key_option = click.option("--key-id", help="Key to use instead of the default one.")
-priority_option = click.option(
-    "--priority", type=click.Choice(PRIORITIES), help="Before (high) or after (low) other jobs that wait."
+key_option = click.option(
+    "--key-id", shell_complete=complete_keys, help="Key to use instead of the default one."
 )
-callback_option = click.option("--callback", help="Endpoint of the service's settings to tell how it ends.")
+priority_option = click.option(
+    "--priority", type=click.Choice(PRIORITIES), help="Run before (high) or after (low) other queued jobs."
+)
+callback_option = click.option(
+    "--callback", help="Webhook endpoint, from the settings of the service, to notify at the end."
+)
+label_option = click.option(
+    "--label", "labels", multiple=True, callback=pairs_of, help="Label, as name=value; may be repeated."
+)
+metadata_option = click.option(
+    "--metadata",
+    multiple=True,
+    callback=pairs_of,
+    help="Text for answers and events, as name=value; repeated.",
+)
+
+
+def _moment(ctx: click.Context, parameter: click.Parameter, value: str | None) -> datetime | None:
+    """Return the value of a deadline option: a time, or a duration from now."""
+    del ctx
+    if value is None:
+        return None
+    try:
+        return parse_time(value) if "T" in value else datetime.now(UTC) + parse_duration(value)
+    except ValueError:
+        name = parameter.opts[0]
+        raise InvalidRequest(f"{name} takes a duration, as 30m or 2d, or an RFC 3339 time") from None
+
+
+def _seconds(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    del ctx
+    return None if value is None else int(duration(parameter.opts[0], value).total_seconds())
+
+
+def deadline_options(command: C) -> C:
+    """Add the options of the deadlines of a job."""
+    start = "Fail if it has not started by then: a duration, as 30m, or an RFC 3339 time."
+    run = "Fail if it has not ended by then: a duration, as 12h, or an RFC 3339 time."
+    keep = "Keep the result for so long after its end, as 7d."
+    for name, callback, text in (
+        ("--keep-for", _seconds, keep),
+        ("--run-by", _moment, run),
+        ("--start-by", _moment, start),
+    ):
+        command = click.option(name, callback=callback, help=text)(command)
+    return command
+
+
+STDIO: Final = Path("-")  # stdin or stdout
+
+
+class IsDirectory(click.UsageError):
+    """A directory where a file is needed."""
+
+    hint = "give one file or, on stdin, what tar writes; `kms job submit` takes all files of a directory"
+
+
+class _Source(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401  # click's own
+        if Path(value).is_dir():
+            raise IsDirectory(f'"{value}" is a directory', ctx)
+        return super().convert(value, param, ctx)
+
+
+source_argument = click.argument(
+    "source",
+    metavar="SOURCE",
+    type=_Source(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+)
+output_option = click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    help="Output file (0600); - is stdout.",
+)
 force_option = click.option("--force", "-f", is_flag=True, help="Overwrite the output if it exists.")
+
+
+class OutputExists(TargetExists):
+    """The output file exists."""
+
+    hint = "--force overwrites it, --output names another"
+
+
+@contextlib.contextmanager
+def placed(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
+    """Open ``secure_files.replacing``. Raises OutputExists, and UsageError if its directory is missing."""
+    if target.exists() and not overwrite:
+        raise OutputExists(f"{terminal.printable(str(target))} exists")
+    if not target.parent.is_dir():
+        raise click.UsageError(f'there is no directory "{target.parent}"')
+    try:
+        with replacing(target, overwrite=overwrite) as file:
+            yield file
+    except FileExistsError as exc:
+        raise OutputExists(f"{terminal.printable(str(target))} exists") from exc
+    except OSError as exc:  # of the temporary file, by its name or, once it is open, by none
+        if exc.errno in terminal.OS_HINTS or f"/.{target.name}." in f"/{exc.filename}":
+            exc.filename = str(target)
+        raise
+
+
+def name_of(source: Path) -> str:
+    """Return what messages call an input."""
+    return "stdin" if source == STDIO else str(source)
+
+
+def is_stdout(target: Path | None) -> bool:
+    """Return whether an output is stdout: by default, or because ``-`` names it."""
+    return target is None or target == STDIO
+
+
+@contextlib.contextmanager
+def writing(target: Path | None, *, overwrite: bool) -> Iterator[BinaryIO]:
+    """Open an output: a file as ``placed``, stdout for ``-`` and None. For None a terminal gets only text.
+
+    Raises OutputExists, BinaryOutput, UsageError.
+    """
+    if target is None or target == STDIO:
+        with terminal.stdout(forced=target is not None) as writer:
+            yield writer
+    else:
+        with placed(target, overwrite=overwrite) as file:
+            yield file

@@ -1,13 +1,25 @@
-"""What every command shares: the global options. Knows no client and no settings.
+"""The global options of a run, and the client of the service that they describe.
 
-Global options are taken before and after the name of a command; the later one wins.
+Global options are accepted before and after the name of a command; the later one wins. The client is imported
+by the first ``connect``: commands that need no service start without it.
 """
 
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
+
+from kms_cli import terminal
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from kms_client import Client
+    from kms_protocol import shapes
 
 META: Final = "kms_cli."
 DEFAULT_URL: Final = "http://localhost:8082"  # the client's; known here without loading it
@@ -15,7 +27,7 @@ DEFAULT_URL: Final = "http://localhost:8082"  # the client's; known here without
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The global options of one run."""
+    """The global options of a run."""
 
     url: str = DEFAULT_URL
     token_file: Path | None = None
@@ -26,14 +38,97 @@ class Session:
 
 
 def session() -> Session:
-    """The session of the command that runs."""
+    """Return the global options of the running command."""
     meta = click.get_current_context().meta
     given = {key.removeprefix(META): value for key, value in meta.items() if key.startswith(META)}
     return Session(**given)
 
 
+def is_given(option: str) -> bool:
+    """Return whether a global option was given, or set by its variable."""
+    return META + option in click.get_current_context().meta
+
+
+def use_url(url: str) -> None:
+    """Use this address of the service for the rest of the command."""
+    click.get_current_context().meta[META + "url"] = url
+
+
+def connect(*, retries: int = 2, timeout_s: float = 30.0) -> "Client":
+    """Return a client of the service. Raises ConfigurationError on a wrong or unencrypted address."""
+    from kms_client import Client  # noqa: PLC0415 -- see above
+
+    given = session()
+    return Client(
+        given.url,
+        token_file=given.token_file,
+        allow_http=given.allow_http,
+        retries=retries,
+        timeout_s=timeout_s,
+    )
+
+
+# -- completion in a shell ---------------------------------------------------------------------------
+
+COMPLETION_S: Final = 1.0
+
+
+def complete_keys(
+    ctx: click.Context, parameter: click.Parameter, incomplete: str
+) -> "list[CompletionItem[str]]":
+    """Return the keys of the service whose ids begin so."""
+    del parameter
+    return _offered(ctx, incomplete, lambda kms: [(key.id, key.backend) for key in kms.keys().keys])
+
+
+def complete_jobs(
+    ctx: click.Context, parameter: click.Parameter, incomplete: str
+) -> "list[CompletionItem[str]]":
+    """Return the newest jobs whose ids begin so."""
+    del parameter
+    return _offered(
+        ctx, incomplete, lambda kms: [(job.job_id, f"{job.kind} {job.state}") for job in kms.jobs().jobs]
+    )
+
+
+def _offered(
+    ctx: click.Context, incomplete: str, listed: "Callable[[Client], list[tuple[str, str]]]"
+) -> "list[CompletionItem[str]]":
+    """Return what a service lists; nothing without one that answers soon."""
+    from click.shell_completion import CompletionItem  # noqa: PLC0415 -- only shells ask
+
+    with suppress(Exception), ctx.scope(cleanup=False), connect(retries=0, timeout_s=COMPLETION_S) as kms:
+        return [
+            CompletionItem(terminal.printable(value), help=terminal.printable(text))
+            for value, text in listed(kms)
+            if value.startswith(incomplete)
+        ]
+    return []
+
+
+# -- output ------------------------------------------------------------------------------------------
+
+
+def meter(*, on_stdout: bool = False) -> terminal.Meter:
+    """Return a progress line; hidden with --json, and where results go to the terminal as well."""
+    return terminal.Meter(hidden=session().as_json or (on_stdout and sys.stdout.isatty()))
+
+
+def printed_as_json(answer: "shapes.Answer | Mapping[str, object]") -> bool:
+    """Print an answer as one line of JSON if --json is given. Return whether it was printed."""
+    if not session().as_json:
+        return False
+    if isinstance(answer, Mapping):
+        terminal.record(answer, as_json=True)
+    else:
+        from kms_protocol import wire  # noqa: PLC0415 -- see above
+
+        terminal.result(wire.encode(answer).decode())
+    return True
+
+
 def options(*, after_command: bool) -> list[click.Option]:
-    """Fresh copies of the global options; those after a command read no variables and are not in its help."""
+    """Return new global options; those after a command read no variables and are hidden in its help."""
 
     def option(name: str, help_: str, **more: Any) -> click.Option:  # noqa: ANN401  # click's own parameters
         if after_command:
@@ -54,14 +149,16 @@ def options(*, after_command: bool) -> list[click.Option]:
         option("token-file", "File that holds the bearer token.", envvar="KMS_TOKEN_FILE", type=path),
         option(
             "allow-http",
-            "Let tokens, keys and plaintexts travel in clear to an http:// address.",
+            "Allow tokens, keys and plaintexts to be sent unencrypted to an http:// address.",
             envvar="KMS_ALLOW_HTTP",
             is_flag=True,
             default=None,
         ),
-        option("config", "Settings file, for what runs on this machine.", envvar="KMS_CONFIG", type=path),
-        option("state-dir", "Where the service here keeps its state.", envvar="KMS_STATE_DIR", type=path),
-        option("as-json", "Results as JSON.", is_flag=True, default=None),
+        option("config", "Settings file of the service on this machine.", envvar="KMS_CONFIG", type=path),
+        option(
+            "state-dir", "State directory of the service on this machine.", envvar="KMS_STATE_DIR", type=path
+        ),
+        option("as-json", "Print results as JSON.", is_flag=True, default=None),
     ]
 
 

@@ -1,117 +1,302 @@
-"""How the command speaks: results to stdout, words to stderr, an exit code for each error."""
+"""Output of the command: results on stdout, messages and progress on stderr, an exit code for each error."""
 
+import codecs
+import contextlib
+import errno
+import io
 import json
+import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final, Self, cast
 
-from kms_protocol.errors import EXIT_UNAVAILABLE, EXIT_USAGE, KmsError
+from kms_protocol.errors import EXIT_UNAVAILABLE, EXIT_USAGE, InvalidRequest, KmsError
+from kms_protocol.units import size_text
 
 if TYPE_CHECKING:
     import click
+    from _typeshed import ReadableBuffer
 
-HINTS: Final[Mapping[str, str]] = {
-    "decrypt_failed": 'give the --context it was encrypted with; "kms inspect FILE" shows the key it names',
-    "not_a_ciphertext": 'give what "kms encrypt" or "kms encrypt-file" made',
+HINTS: Final[Mapping[str, str]] = {  # by error code
+    "decrypt_failed": "give the --context it was encrypted with; `kms inspect FILE` shows the key it names",
+    "not_a_ciphertext": "give what `kms encrypt` or `kms encrypt-file` wrote",
     "invalid_context": 'write it as --context "env=prod,service=api"',
+    "invalid_deadline": "give --start-by and --run-by as durations, 30m or 12h, --run-by the longer one",
     "context_required": 'add one, as --context "env=prod,service=api"',
-    "body_timeout": "send the body without pauses, or over a faster line",
-    "too_large": 'use "kms encrypt-file" or "kms decrypt-file", which take files of any size',
+    "body_timeout": "send the body without pauses, or over a faster connection",
+    "too_large": "use `kms encrypt-file` or `kms decrypt-file`, which take files of any size",
     "unauthenticated": "name the file that holds your token with --token-file or KMS_TOKEN_FILE; if you did, "
     "ask the operator for a new one",
     "forbidden": "ask the operator for a token whose scope allows this operation, key, context and path",
     "unknown_key": "check --key-id, or leave it out to use the default key",
-    "unknown_job": '"kms job list" shows your jobs',
-    "result_expired": "hand the job in again, and fetch its result sooner",
-    "job_not_finished": 'wait for it with "kms job wait"',
-    "backend_unavailable": '"kms status" and "kms doctor" say more; it may help to try again',
-    "jobs_unavailable": 'start redis and a worker, or all of it with "kms up"',
-    "audit_unavailable": "make room on the disk of the audit trail, or run this as the user of the service",
-    "unavailable": "it may help to try again in a while",
-    "rate_limited": "try again in a while",
-    "spool_full": "let finished jobs expire, or ask the operator for a larger spool",
-    "items_failed": '"kms job result" shows which items and why',
-    "attempts_exhausted": "ask the operator what the worker's log says",
-    "record_refused": "ask the operator: somebody changed what is stored for the job, or keys differ",
+    "unknown_job": "`kms job list` shows your jobs",
+    "result_expired": "submit the job again",
+    "job_not_finished": "wait for it with `kms job wait`",
+    "backend_unavailable": "try again later; `kms status` and `kms doctor` show more",
+    "jobs_unavailable": "start Redis and a worker, or all of it with `kms up`",
+    "durability_unconfirmed": "try again with the same job id or Idempotency-Key",
+    "audit_unavailable": "free space on the disk of the audit log, or run this as the user of the service",
+    "spool_unavailable": "try again later, and ask the operator about the disk of the spool",
+    "document_outdated": "see docs/hosts.md, and ask who put an older document there",
+    "unavailable": "try again later",
+    "rate_limited": "try again later",
+    "redis_full": "wait until jobs expire, or ask the operator to raise maxmemory of Redis",
+    "redis_read_only": "ask the operator: `kms doctor` shows the state of Redis",
+    "install_mismatch": "ask the operator: `kms doctor` compares Redis and the spool",
+    "rotation_refused": "ask the operator: docs/hosts.md says how to rotate a key on several hosts",
+    "group_complete": "choose another name for the group, or give its full number from the first job on",
+    "result_released": "submit the job again",
+    "spool_quota": "release results with `kms job release`, or wait until they expire",
+    "spool_full": "wait until results expire, or ask the operator for a larger spool",
+    "items_failed": "`kms job result` shows which items and why",
+    "attempts_exhausted": "ask the operator for the log of the worker",
+    "record_refused": "ask the operator: the stored record of the job was changed, or the keys differ",
     "unexpected_answer": "check --url and KMS_SERVICE_URL: is it this service, of the same version",
 }
 
-PUZZLING: Final = frozenset({"internal", "unexpected_answer"})  # the operator will ask for the request id
+OS_HINTS: Final[Mapping[int, str]] = {  # of outputs, by errno
+    errno.ENOSPC: "free space on that disk, or write to another",
+    errno.EDQUOT: "free space of your quota, or write to another disk",
+    errno.EFBIG: "write to another disk, or raise the limit of `ulimit -f`",
+}
+
+WITH_NOTES: Final = frozenset({"internal", "unexpected_answer"})  # the operator will ask for the request id
 
 
 def say(text: str) -> None:
-    """A line of words on stderr."""
-    sys.stderr.write(f"kms: {text}\n")
+    """Print a message on stderr."""
+    lines = "\n".join(map(printable, text.split("\n")))
+    Meter.erase()
+    sys.stderr.write(f"kms: {lines}\n")
     sys.stderr.flush()
 
 
 def result(text: str) -> None:
-    """A line of results on stdout."""
+    """Print a line of results on stdout."""
     sys.stdout.write(f"{text}\n")
 
 
-def record(values: Mapping[str, object], *, as_json: bool) -> None:
-    """Named values: a line each for people, one line of JSON for programs."""
+def shown(text: str) -> None:
+    """Print a line on stdout that names what others may have written."""
+    result(printable(text))
+
+
+def record(values: Mapping[str, object], *, as_json: bool = False) -> None:
+    """Print named values on stdout: one a line, or all as one line of JSON."""
     if as_json:
         result(json.dumps(values, ensure_ascii=False))
         return
     width = max(map(len, values))
     for name, value in values.items():
-        result(f"{name.replace('_', ' '):<{width}}  {_printable(str(value))}")
+        result(f"{name.replace('_', ' '):<{width}}  {printable(str(value))}")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Rows in columns for people, whose terminal obeys control characters; programs ask for JSON."""
-    rows = [[_printable(cell) for cell in row] for row in rows]
+    """Print rows in aligned columns on stdout."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         result("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _printable(text: str) -> str:
-    """Text that a terminal shows and does not obey."""
+def printable(text: str) -> str:
+    """Replace control characters, which a terminal would obey."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def plain(text: str) -> str:
-    """A sentence as the command says it: lower case at the start, no full stop at the end."""
+    """Return a sentence with a lower case start and no full stop, as messages of the command are written."""
     text = text.strip().removesuffix(".")
     if len(text) > 1 and text[0].isupper() and not text[1].isupper():
         return text[0].lower() + text[1:]
     return text
 
 
+def hint_of(error: KmsError) -> str:
+    """Return what to do about an error: its own ``hint``, or that of its code, or an empty text."""
+    return getattr(error, "hint", "") or HINTS.get(error.code, "")
+
+
 def failed(error: KmsError, *, as_json: bool = False) -> int:
-    """Say what went wrong and what to do next; return the exit code."""
-    hint = getattr(error, "hint", "") or HINTS.get(error.code, "")
-    puzzling = error.exit_code == EXIT_UNAVAILABLE or error.code in PUZZLING
-    notes = getattr(error, "__notes__", []) if puzzling else []
+    """Print an error, its hint and its notes on stderr. Return the exit code."""
+    hint = hint_of(error)
+    with_notes = error.exit_code == EXIT_UNAVAILABLE or error.code in WITH_NOTES
+    notes = [n for n in getattr(error, "__notes__", []) if with_notes or n == INCOMPLETE]
     if as_json:
-        words = {"code": error.code, "detail": error.detail, "hint": hint, "notes": notes}
-        sys.stderr.write(json.dumps({"error": words}, ensure_ascii=False) + "\n")
+        shown = {"code": error.code, "detail": error.detail, "hint": hint, "notes": notes}
+        sys.stderr.write(json.dumps({"error": shown}, ensure_ascii=False) + "\n")
         return error.exit_code
     say(f"error: {plain(error.detail)}")
-    if hint:
-        say(f"hint: {hint}")
-    for note in notes:
-        say(f"note: {note}")
+    for label, text in (("hint", hint), *(("note", note) for note in notes)):
+        if text:
+            say(f"{label}: {text}")
     return error.exit_code
 
 
 def misused(error: "click.UsageError") -> int:
-    """Say what is wrong with the command line and what was meant."""
+    """Print what is wrong with the command line, and the most similar name or a hint. Return 2."""
     command = error.ctx.command_path if error.ctx else "kms"
-    meant = getattr(error, "possibilities", None)
-    text = error.message if meant else error.format_message()
+    similar = getattr(error, "possibilities", None)
+    text = error.message if similar else error.format_message()
     say(f"error: {plain(text).replace(chr(39), chr(34))}")
-    say(f'hint: did you mean "{meant[0]}"?' if meant else f'hint: "{command} --help" shows how to use it')
+    hint = getattr(error, "hint", "") or f"`{command} --help` shows how to use it"
+    say(f'hint: did you mean "{similar[0]}"?' if similar else f"hint: {hint}")
     return EXIT_USAGE
 
 
-def size(size_bytes: float) -> str:
-    """Bytes for people: ``1.5 MiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024:  # noqa: PLR2004  # the step between units
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} TiB"
+def failed_os(error: OSError) -> None:
+    """Print an error of the operating system, with the file it names."""
+    path = f"{printable(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
+    text = "stdin or stdout is closed" if error.errno == errno.EBADF else error.strerror
+    say(f"error: {path}{plain(text or type(error).__name__)}")
+    if hint := OS_HINTS.get(error.errno or 0):
+        say(f"hint: {hint}")
+
+
+# -- bytes on stdout ---------------------------------------------------------------------------------
+
+INCOMPLETE: Final = "the output is incomplete: discard what was written"
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_AGE_START: Final = b"age-encryption.org/"
+
+
+class BinaryOutput(InvalidRequest):
+    """Binary data would be written to a terminal, which may obey it."""
+
+    summary = "The output is binary, and stdout is a terminal"
+    exit_code = EXIT_USAGE
+    hint = "name a file with --output, or force it with `--output -`"
+
+
+class Stdout(io.RawIOBase):
+    """Writes bytes to stdout, to a terminal only text unless they were ``forced``. Raises BinaryOutput."""
+
+    def __init__(self, *, forced: bool) -> None:
+        super().__init__()
+        self._text = None if forced or not sys.stdout.isatty() else codecs.getincrementaldecoder("utf-8")()
+        self.begun = False
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        if self._text is not None:
+            self._check(bytes(data), self._text)
+        self.begun = True
+        return sys.stdout.buffer.write(data)
+
+    def flush(self) -> None:
+        sys.stdout.buffer.flush()
+
+    def _check(self, data: bytes, decoder: codecs.IncrementalDecoder) -> None:
+        try:
+            is_text = not _CONTROL.search(decoder.decode(data))
+        except UnicodeDecodeError:
+            is_text = False
+        if not is_text or (not self.begun and data.startswith(_AGE_START)):
+            raise BinaryOutput
+
+
+@contextlib.contextmanager
+def stdout(*, forced: bool) -> Iterator[BinaryIO]:
+    """Open stdout for bytes. If the block fails, the user is told that bytes were written."""
+    writer = Stdout(forced=forced)
+    try:
+        yield cast("BinaryIO", writer)
+        writer.flush()
+    except BrokenPipeError:
+        raise
+    except BaseException as exc:
+        if writer.begun:
+            exc.add_note(INCOMPLETE) if isinstance(exc, KmsError) else say(INCOMPLETE)
+        with contextlib.suppress(OSError):
+            writer.flush()
+        raise
+
+
+def refuse_binary(hint: str = BinaryOutput.hint) -> None:
+    """Raise BinaryOutput if stdout is a terminal."""
+    if sys.stdout.isatty():
+        error = BinaryOutput()
+        error.hint = hint
+        raise error
+
+
+# -- progress ----------------------------------------------------------------------------------------
+
+BAR_COLUMNS: Final = 24
+REDRAW_EVERY_S: Final = 0.1
+
+
+class Meter:
+    """A progress line on stderr, redrawn in place and erased at the end; nothing unless it is a terminal."""
+
+    _is_drawn: ClassVar = False
+
+    def __init__(self, *, hidden: bool = False) -> None:
+        self._shown = sys.stderr.isatty() and not hidden
+        self._drawn_at = 0.0
+        self._label = ""
+        self._began, self._began_at = time.monotonic(), 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.erase()
+
+    @classmethod
+    def erase(cls) -> None:
+        """Erase the line, if one is drawn."""
+        if cls._is_drawn:
+            cls._is_drawn = False
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def show(self, label: str, done: int, total: int | None) -> None:
+        """Draw at most ten times a second. ``done`` and ``total`` are in bytes."""
+        now = time.monotonic()
+        if label != self._label:
+            self._label, self._began, self._began_at, redraw_at = label, now, done, now
+        else:
+            redraw_at = self._drawn_at + REDRAW_EVERY_S
+        if not self._shown or now < redraw_at:
+            return
+        self._drawn_at, Meter._is_drawn = now, True
+        rate = (done - self._began_at) / (now - self._began) if now > self._began else 0.0
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        sys.stderr.write(f"\r\x1b[K{progress_line(label, done, total, rate, columns)}")
+        sys.stderr.flush()
+
+
+def progress_line(label: str, done: int, total: int | None, rate: float, columns: int) -> str:
+    """Return bytes, their rate a second and the time left, and more of what is shorter than ``columns``.
+
+    A rate of 0 is not known yet.
+    """
+    speed = f" {size_text(rate)}/s" if rate > 0 else ""
+    if not total:
+        return (f"{label} {size_text(done)}{speed}" if done else label)[: columns - 1]
+    part = min(1.0, done / total)
+    end = f"{speed} {_clock(max(0, total - done) / rate)} left" if rate > 0 else ""
+    bar = f"[{'#' * round(part * BAR_COLUMNS):.<{BAR_COLUMNS}}]"
+    sizes = f"{size_text(done)} of {size_text(total)}"
+    texts = [
+        f"{label} {bar} {part:4.0%} {sizes}{end}",
+        f"{label} {part:.0%} {sizes}{end}",
+        f"{label} {part:.0%} {size_text(done)}{end}",
+        f"{part:.0%} {size_text(done)}{end}",
+        f"{size_text(done)}{end}",
+    ]
+    return next((text for text in texts if len(text) < columns), texts[-1][: columns - 1])
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -11,7 +11,7 @@ from kms_client.aio import AsyncClient
 from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
 from kms_client.settings import DEFAULT_URL, Options
 from kms_client.sync import Client
-from kms_protocol import errors, wire
+from kms_protocol import admin, errors, wire
 from kms_protocol.errors import KmsError
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Options",
     "ServiceUnreachable",
     "UnexpectedAnswer",
+    "admin",
     "errors",
     "wire",
 ]

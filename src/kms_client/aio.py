@@ -1,41 +1,52 @@
-"""The async client: every method of the service, and the transport that awaits."""
+"""The async client: a method for each call of the service, and the transport for asyncio and trio."""
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import BinaryIO, Self, TypeVar, Unpack
+from typing import BinaryIO, Final, Self, TypeVar, Unpack
 
-import anyio
-import anyio.to_thread
-import httpcore
+import httpcore2
 import msgspec
 
 from kms_client import requests
-from kms_client.engine import Engine
 from kms_client.follow import JobWait
-from kms_client.http_client import AnswerHead, Transport, pool_options, transport_errors
+from kms_client.http_client import (
+    AnswerHead,
+    Download,
+    Engine,
+    Progress,
+    Transport,
+    Upload,
+    pool_options,
+    transport_errors,
+)
 from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
 from kms_client.requests import UploadOptions
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
-from kms_client.transfer import Download, Progress, Upload
-from kms_protocol import wire
-from kms_protocol.errors import JobNotFinished
+from kms_protocol import admin, job_groups, wire
+from kms_protocol.errors import ConfigurationError, JobNotFinished
 from kms_protocol.wire import ContextIn
 
 T = TypeVar("T")
 P = TypeVar("P")
 JobProgress = Callable[[wire.JobOut], None]
+_NO_ANYIO: Final = "AsyncClient needs anyio: install the client with its extra async, or pip install anyio"
 
 
 class AsyncTransport:
-    """Runs on asyncio or trio, whichever the caller does."""
+    """Runs on asyncio or trio, as its caller does. Raises ConfigurationError without anyio, an extra."""
 
     def __init__(self, settings: ClientSettings) -> None:
+        try:
+            import anyio.to_thread  # noqa: PLC0415 -- the sync client works without it
+        except ImportError as exc:
+            raise ConfigurationError(_NO_ANYIO) from exc
+        self._sleep, self._in_thread = anyio.sleep, anyio.to_thread.run_sync
         self._url = settings.url
-        self._pool = httpcore.AsyncConnectionPool(**pool_options(settings))
+        self._pool = httpcore2.AsyncConnectionPool(**pool_options(settings))
 
-    async def open(self, request: httpcore.Request) -> AnswerHead:
+    async def open(self, request: httpcore2.Request) -> AnswerHead:
         with transport_errors(self._url):
             return AnswerHead.of(await self._pool.handle_async_request(request))
 
@@ -47,7 +58,7 @@ class AsyncTransport:
         await answer.raw.aclose()
 
     async def sleep(self, seconds: float) -> None:
-        await anyio.sleep(seconds)
+        await self._sleep(seconds)
 
     async def chunks(self, answer: AnswerHead) -> AsyncGenerator[bytes]:
         with transport_errors(self._url):
@@ -55,22 +66,18 @@ class AsyncTransport:
                 yield chunk
 
     async def call(self, work: Callable[[P], T], given: P) -> T:
-        return await anyio.to_thread.run_sync(work, given)
+        return await self._in_thread(work, given)
 
-    async def body(self, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
-        while piece := await self.call(_next_piece, pieces):
-            yield piece
+    async def body(self, parts: Iterator[bytes]) -> AsyncIterator[bytes]:
+        while part := await self._in_thread(next, parts, b""):
+            yield part
 
     async def shut(self) -> None:
         await self._pool.aclose()
 
 
-def _next_piece(pieces: Iterator[bytes]) -> bytes:
-    return next(pieces, b"")
-
-
 class AsyncClient:
-    """The service from an event loop. Each method raises the KmsError that the answer's ``code`` names.
+    """An async client of the service. Each method raises the KmsError that the ``code`` of an answer names.
 
     >>> async with AsyncClient("https://kms.example.com", token_file="/run/secrets/kms") as kms:
     ...     sealed = await kms.encrypt(b"secret-data", context={"env": "prod"})      # doctest: +SKIP
@@ -82,7 +89,7 @@ class AsyncClient:
 
     @classmethod
     def over(cls, settings: ClientSettings, transport: Transport) -> Self:
-        """A client over a transport of one's own, such as an ASGI app in the same process."""
+        """Return a client over a custom transport, such as an ASGI app in the same process."""
         client = cls.__new__(cls)
         client._engine = Engine(settings, transport)  # noqa: SLF001 - its own class
         return client
@@ -103,13 +110,13 @@ class AsyncClient:
     async def encrypt(
         self, plaintext: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.EncryptOut:
-        """Seal up to 1 MiB (the server's setting; TooLarge above it: use ``upload_encrypt``)."""
+        """Encrypt up to 1 MiB (a setting of the service). Raises TooLarge: use ``upload_encrypt``."""
         return await self._engine.send(requests.encrypt(plaintext, context, key_id))
 
     async def decrypt(
         self, ciphertext: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.DecryptOut:
-        """Open a ciphertext. Raises DecryptFailed for a wrong key, wrong context and damage alike."""
+        """Decrypt a ciphertext. Raises DecryptFailed for a wrong key, a wrong context or damage."""
         return await self._engine.send(requests.decrypt(ciphertext, context, key_id))
 
     async def generate_data_key(
@@ -120,7 +127,7 @@ class AsyncClient:
         key_id: str | None = None,
         without_plaintext: bool = False,
     ) -> wire.GenerateKeyOut:
-        """A random key, plain and sealed. Raises DataKeysUnsupported where the backend hands out none."""
+        """Generate a data key, plain and encrypted. Raises DataKeysUnsupported if the backend has none."""
         return await self._engine.send(
             requests.generate_data_key(spec, context, key_id, without_plaintext=without_plaintext)
         )
@@ -133,88 +140,119 @@ class AsyncClient:
         new_context: ContextIn = None,
         key_id: str | None = None,
     ) -> wire.EncryptOut:
-        """The same payload under the current key, or another; without ``new_context`` the old one stays."""
+        """Rewrap a ciphertext under its current key or ``key_id``; ``new_context`` replaces its context."""
         return await self._engine.send(requests.rewrap(ciphertext, context, new_context, key_id))
 
     async def wrap(
         self, file_key: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.WrapOut:
-        """Wrap the 16-byte file key of an age file of one's own; the answer's stanza goes into its header."""
+        """Wrap the 16-byte file key of an age file. The answer has the stanza for its header."""
         return await self._engine.send(requests.wrap(file_key, context, key_id))
 
     async def unwrap(
         self, stanzas: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.UnwrapOut:
-        """The file key of an age file. Check the header's MAC with it: the service has not seen that."""
+        """Return the file key of an age file. The caller must check the MAC of the header."""
         return await self._engine.send(requests.unwrap(stanzas, context, key_id))
 
     async def batch(self, operation: wire.JobKind, items: Iterable[wire.BatchItem]) -> wire.BatchOut:
-        """Up to 1,000 calls in one; a refused item is an ``error`` in its place, not an exception."""
+        """Send up to 1,000 items in one call. A failed item has an ``error`` in its result."""
         return await self._engine.send(requests.batch(operation, items))
 
-    async def health(self) -> wire.HealthOut:
-        """Whether the active backend works. An unhealthy one is an answer, not an exception."""
+    async def health(self) -> admin.HealthOut:
+        """Return the health of the active backend. An unhealthy backend raises no exception."""
         return await self._engine.send(requests.health())
 
-    async def status(self) -> wire.StatusOut:
-        """Backend, version, uptime, and counts of operations and jobs."""
+    async def status(self) -> admin.StatusOut:
+        """Return backend, version, uptime, and counts of operations and jobs."""
         return await self._engine.send(requests.status())
 
     async def audit(
         self, *, after: str | None = None, limit: int | None = None, **filters: str
-    ) -> wire.AuditOut:
-        """Recorded operations of the caller's tenant, oldest first; ``after`` is the ``next`` of a page.
+    ) -> admin.AuditOut:
+        """Return a page of the audit log of the tenant, oldest first. ``after`` is the ``next`` of a page.
 
         ``filters`` are those of the API: operation, key_id, principal, result, job_id, since and so on.
         """
         return await self._engine.send(requests.audit(after, limit, filters))
 
-    async def keys(self) -> wire.KeysOut:
-        """The keys this caller may see, with their versions."""
+    async def keys(self) -> admin.KeysOut:
+        """Return the keys that the caller may see, with their versions."""
         return await self._engine.send(requests.keys())
 
-    async def key(self, key_id: str) -> wire.KeyOut:
-        """One key, with what its versions have sealed."""
+    async def key(self, key_id: str) -> admin.KeyOut:
+        """Return one key, with the number of encryptions of each version."""
         return await self._engine.send(requests.key(key_id))
 
-    async def rotate(self, key_id: str) -> wire.RotateOut:
-        """Make a new version of a key. Never repeated: without an answer, look with ``key`` what happened."""
+    async def rotate(self, key_id: str) -> admin.RotateOut:
+        """Create a new version of a key. Never retried: if no answer arrives, check with ``key``."""
         return await self._engine.send(requests.rotate(key_id))
 
     # -- jobs ----------------------------------------------------------------------------------------
 
-    async def submit(self, job: wire.JobIn, *, idempotency_key: str | None = None) -> wire.JobAccepted:
-        """Hand in a job; once this returns, the job survives the death of any process."""
-        return await self._engine.send(requests.submit(job, idempotency_key))
+    async def submit(
+        self, job: wire.JobIn, *, idempotency_key: str | None = None, wait_s: int = 0
+    ) -> wire.JobAccepted:
+        """Submit a job. Once this returns, the job survives the end of any process.
 
-    async def job(self, job_id: str) -> wire.JobOut:
-        """The job as it stands. Raises UnknownJob."""
-        return await self._engine.send(requests.job(job_id))
+        With ``wait_s`` (at most 60) this returns once the job has ended, or after so many seconds.
+        """
+        return await self._engine.send(requests.submit(job, idempotency_key, wait_s))
+
+    async def job(self, job_id: str, *, wait_s: int = 0) -> wire.JobOut:
+        """Return the state of a job: now, or at its end if that comes within ``wait_s`` (at most 60) seconds.
+
+        Raises UnknownJob.
+        """
+        return await self._engine.send(requests.job(job_id, wait_s))
+
+    async def many(self, job_ids: Iterable[str]) -> wire.JobsOut:
+        """Return the current states of up to 1,000 jobs in one call."""
+        return await self._engine.send(requests.many(job_ids))
 
     async def jobs(
-        self, *, state: wire.JobState | None = None, limit: int | None = None, cursor: str | None = None
+        self,
+        *,
+        state: wire.JobState | None = None,
+        labels: Mapping[str, str] | None = None,
+        limit: int | None = None,
+        cursor: str | None = None,
     ) -> wire.JobList:
-        """One page; its ``next`` is the cursor of the page after it."""
-        return await self._engine.send(requests.jobs(state, limit, cursor))
+        """Return a page of jobs that have all ``labels``, newest first.
+
+        Its ``next`` is the ``cursor`` of the following page.
+        """
+        return await self._engine.send(requests.jobs(state, labels, limit, cursor))
 
     async def cancel(self, job_id: str) -> wire.JobOut:
-        """Ask for the end of a job. Raises JobCommitting when it is too late."""
+        """Cancel a job. Raises JobCommitting if it is too late."""
         return await self._engine.send(requests.cancel(job_id))
 
+    async def group(self, name: str, *, wait_s: int = 0) -> job_groups.GroupOut:
+        """Return the counts of a group, at its end if that comes within ``wait_s`` (at most 60) seconds.
+
+        Raises UnknownJob.
+        """
+        return await self._engine.send(requests.group(name, wait_s))
+
+    async def release(self, job_id: str) -> wire.JobOut:
+        """Delete the result of an ended job now, which frees its room. Raises JobNotFinished."""
+        return await self._engine.send(requests.release(job_id))
+
     async def dead(self, *, limit: int = 100) -> wire.JobList:
-        """Dead letters: jobs that used up their attempts, newest first."""
+        """Return the jobs that used up their attempts, newest first."""
         return await self._engine.send(requests.dead(limit))
 
     async def retry(self, job_id: str) -> wire.JobOut:
-        """Give a dead letter all its attempts again. Raises JobNotDead for any other job."""
+        """Retry a job that used up its attempts. Raises JobNotDead for any other job."""
         return await self._engine.send(requests.retry(job_id))
 
     async def wait(
         self, job_id: str, *, progress: JobProgress | None = None, timeout_s: float | None = None
     ) -> wire.JobOut:
-        """The job when it has ended, in whichever state; ``progress`` sees every change.
+        """Wait until a job ends in any state. ``progress`` receives each change.
 
-        Raises JobNotFinished after ``timeout_s``, Unavailable when the service is away for a minute.
+        Raises JobNotFinished after ``timeout_s``, Unavailable if the service is unreachable for a minute.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         async with contextlib.aclosing(JobWait(self._engine, job_id, deadline).states()) as states:
@@ -236,7 +274,7 @@ class AsyncClient:
         progress: Progress | None = None,
         **options: Unpack[UploadOptions],
     ) -> wire.JobAccepted:
-        """Send a file of any size in pieces of 1 MiB; ``progress`` gets bytes sent, and in all if known."""
+        """Send a file of any size. ``progress`` receives the bytes sent and the total, if known."""
         return await self._engine.send(
             requests.upload("encrypt", context, key_id, options), Upload(source, progress)
         )
@@ -250,17 +288,17 @@ class AsyncClient:
         progress: Progress | None = None,
         **options: Unpack[UploadOptions],
     ) -> wire.JobAccepted:
-        """As ``upload_encrypt``, for a ciphertext."""
+        """Send a ciphertext of any size, as ``upload_encrypt``."""
         return await self._engine.send(
             requests.upload("decrypt", context, key_id, options), Upload(source, progress)
         )
 
     def result(self, job_id: str) -> AsyncGenerator[bytes]:
-        """The result as it comes (JobNotFinished, ResultExpired); ``download`` survives a broken line."""
+        """Yield the result as it arrives. Raises JobNotFinished, ResultExpired. ``download`` can resume."""
         return self._engine.stream(requests.result(job_id, {}))
 
     async def items(self, job_id: str) -> AsyncGenerator[wire.ItemResult]:
-        """The results of a bulk job in item order; a refused item carries ``error``."""
+        """Yield the results of a bulk job in item order. A failed item has an ``error``."""
         rest = b""
         async with contextlib.aclosing(self.result(job_id)) as chunks:
             async for chunk in chunks:
@@ -270,11 +308,19 @@ class AsyncClient:
         if rest:
             yield _item(rest)
 
-    async def download(self, job_id: str, target: BinaryIO, *, progress: Progress | None = None) -> int:
+    async def download(
+        self,
+        job_id: str,
+        target: BinaryIO,
+        *,
+        progress: Progress | None = None,
+        release: bool = False,
+    ) -> int:
         """Write the result to ``target`` and return its size in bytes.
 
-        A broken connection is resumed by Range where it stopped. Raises ServiceUnreachable when attempts
-        make no headway, or fewer bytes came than the service had named.
+        With ``release`` the service deletes the result once it has been written. A broken connection is
+        resumed by a Range request. Raises ServiceUnreachable if attempts make no progress, or if fewer bytes
+        arrive than the service announced.
         """
         part, idle = Download(target, progress), 0
         while not part.complete:
@@ -284,6 +330,8 @@ class AsyncClient:
             except ServiceUnreachable as exc:
                 idle = 0 if part.offset > before else idle + 1
                 await self._engine.pause(exc, exc.retry_after_s * 2**idle, idle)
+        if release:
+            await self.release(job_id)
         return part.offset
 
 

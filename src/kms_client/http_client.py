@@ -1,96 +1,106 @@
-"""What the client's flows need of a transport, and what httpcore raises as errors of ours; knows no request.
+"""Requests over httpcore2: the transport, bounded retries, and streamed bodies that can be resumed.
 
-The flows (engine.py, watch.py, aio.py) are written once, as coroutines over ``Transport``. The async
-transport (aio.py) really awaits. The sync one (sync.py) has coroutines that never suspend, so ``run``
-finishes each in one step, without an event loop: the sync client is the same code as the async one.
+The code is written once, as coroutines over ``Transport``. The async transport (aio.py) suspends; the sync
+one (sync.py) never does, so ``sync.run`` finishes each coroutine in one step, without an event loop.
 
-httpcore is what httpx is made of, and all of it that is needed here: loading httpx as well would double the
-time that a short command takes to start.
+A retry never repeats an effect: only a ``repeatable`` call is repeated, a submission carries its
+Idempotency-Key, and a streamed body is repeated only if its source can be read again.
+
+httpcore2 is the connection layer of httpx2. Importing httpx2 would double the start-up time of a short
+command.
 """
 
 import contextlib
+import io
+import re
 import ssl
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol, TypedDict, TypeVar
+from http import HTTPStatus
+from typing import BinaryIO, Final, Protocol, TypedDict, TypeVar
+from urllib.parse import urlsplit
 
-import httpcore
+import httpcore2
 
-from kms_client.problems import ServiceUnreachable
+from kms_client.problems import RETRYABLE, Reply, ServiceUnreachable, UnexpectedAnswer, error_of
+from kms_client.requests import ClientRequest
 from kms_client.settings import ClientSettings
+from kms_protocol import __version__
+from kms_protocol.errors import InvalidRequest, KmsError
 
 T = TypeVar("T")
 P = TypeVar("P")
 
-SILENCE_S: Final = 60.0  # whoever was silent for a whole timeout is not asked again at once
-KEPT_S: Final = 5.0  # an idle connection
+SILENCE_S: Final = 60.0  # the wait after a timeout: the service did not answer for a whole one
+KEPT_S: Final = 5.0  # for an idle connection
 BROKEN: Final = (
-    httpcore.NetworkError,
-    httpcore.ProtocolError,
-    httpcore.ProxyError,
-    httpcore.UnsupportedProtocol,
+    httpcore2.NetworkError,
+    httpcore2.ProtocolError,
+    httpcore2.ProxyError,
+    httpcore2.UnsupportedProtocol,
 )
 CA_HINT: Final = "name the authority that signed the server's certificate with SSL_CERT_FILE or ca_file"
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerHead:
-    """The head of an answer; names of headers are in lower case. The body is read with its transport."""
+    """The head of an answer, with header names in lower case. The body is read by the transport."""
 
     status: int
     headers: Mapping[str, str]
-    raw: httpcore.Response = field(repr=False)
+    raw: httpcore2.Response = field(repr=False)
 
     @classmethod
-    def of(cls, raw: httpcore.Response) -> "AnswerHead":
+    def of(cls, raw: httpcore2.Response) -> "AnswerHead":
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in raw.headers}
         return cls(raw.status, headers, raw)
 
 
 class Transport(Protocol):
-    """One connection pool. Whatever httpcore raises becomes an error of ours; see ``transport_errors``."""
+    """One connection pool. Exceptions of httpcore2 are converted by ``transport_errors``."""
 
-    async def open(self, request: httpcore.Request) -> AnswerHead:
-        """Send, and return when the head of the answer has arrived. The caller closes it."""
+    async def open(self, request: httpcore2.Request) -> AnswerHead:
+        """Send a request and return the head of the answer. The caller closes it."""
 
     async def read(self, answer: AnswerHead) -> bytes:
-        """The rest of the body."""
+        """Read the rest of the body."""
 
     def chunks(self, answer: AnswerHead) -> AsyncGenerator[bytes]:
-        """The rest of the body as it comes."""
+        """Yield the rest of the body as it arrives."""
 
     async def close(self, answer: AnswerHead) -> None:
-        """Give the connection back, or drop it when the body was not read to its end."""
+        """Return the connection to the pool, or drop it if the body was not read to its end."""
 
     async def sleep(self, seconds: float) -> None:
-        """Wait, and let others run where there are others."""
+        """Wait without blocking other tasks."""
 
     async def call(self, work: Callable[[P], T], given: P) -> T:
-        """Run blocking file work without stopping the event loop."""
+        """Run blocking file operations without blocking the event loop."""
 
-    def body(self, pieces: Iterator[bytes]) -> Iterator[bytes] | AsyncIterator[bytes]:
-        """A request body of these pieces."""
+    def body(self, parts: Iterator[bytes]) -> Iterator[bytes] | AsyncIterator[bytes]:
+        """Return a request body of these parts."""
 
     async def shut(self) -> None:
         """Close every connection."""
 
 
 class PoolOptions(TypedDict):
-    """What both kinds of pool are made with."""
+    """The options of both kinds of connection pool."""
 
     ssl_context: ssl.SSLContext
-    proxy: httpcore.Proxy | None
+    proxy: httpcore2.Proxy | None
     max_connections: int
     max_keepalive_connections: int
     keepalive_expiry: float
 
 
 def pool_options(settings: ClientSettings) -> PoolOptions:
-    """Raises ConfigurationError if certificates or the proxy cannot be used."""
+    """Return the options of a pool. Raises ConfigurationError for unusable certificates or proxies."""
     proxy = settings.proxy()
     return PoolOptions(
         ssl_context=settings.tls(),
-        proxy=None if proxy is None else httpcore.Proxy(proxy.url, auth=proxy.credentials),
+        proxy=None if proxy is None else httpcore2.Proxy(proxy.url, auth=proxy.credentials),
         max_connections=100,
         max_keepalive_connections=20,
         keepalive_expiry=KEPT_S,
@@ -99,14 +109,256 @@ def pool_options(settings: ClientSettings) -> PoolOptions:
 
 @contextlib.contextmanager
 def transport_errors(url: str) -> Iterator[None]:
-    """Whatever httpcore raises, as an error of ours."""
+    """Convert exceptions of httpcore2 to ServiceUnreachable."""
     try:
         yield
-    except httpcore.ConnectError as exc:
+    except httpcore2.ConnectError as exc:
         if "CERTIFICATE_VERIFY_FAILED" in str(exc):
             raise ServiceUnreachable(f"The certificate of {url} is not trusted", hint=CA_HINT) from exc
         raise ServiceUnreachable(f"Nothing answers at {url}") from exc
-    except httpcore.TimeoutException as exc:
+    except httpcore2.TimeoutException as exc:
         raise ServiceUnreachable(f"No answer from {url} in time", retry_after_s=SILENCE_S) from exc
     except BROKEN as exc:
         raise ServiceUnreachable(f"The connection to {url} broke") from exc
+
+
+# -- streamed bodies ---------------------------------------------------------------------------------
+
+Progress = Callable[[int, int | None], None]
+
+PART_BYTES: Final = 1024 * 1024
+CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", re.ASCII)
+
+
+class Upload:
+    """A source, read from its current position. ``size_bytes`` is None if it is not seekable."""
+
+    def __init__(self, source: BinaryIO, progress: Progress | None) -> None:
+        self._source = source
+        self._progress = progress
+        self._sent = 0
+        self._start: int | None = None
+        self.size_bytes: int | None = None
+        if source.seekable():
+            self._start = source.tell()
+            self.size_bytes = source.seek(0, io.SEEK_END) - self._start
+            source.seek(self._start)
+
+    def parts(self) -> Iterator[bytes]:
+        """Yield the body in parts of at most 1 MiB, up to the size that the file had at first.
+
+        ``progress`` receives the bytes sent and the total, if known. Raises InvalidRequest if the file
+        shrinks, or is a pipe in non-blocking mode.
+        """
+        while part := self._source.read(self._next_bytes()):
+            self._sent += len(part)  # before it is sent: a pipe cannot give it again
+            yield part
+            if self._progress is not None:
+                self._progress(self._sent, self.size_bytes)
+        if part is None:
+            raise InvalidRequest("The source is a pipe in non-blocking mode")
+        if self.size_bytes is not None and self._sent != self.size_bytes:
+            raise InvalidRequest("The source became shorter while it was being sent")
+
+    def _next_bytes(self) -> int:
+        return PART_BYTES if self.size_bytes is None else min(PART_BYTES, self.size_bytes - self._sent)
+
+    def rewind(self) -> bool:
+        """Go back to the start of the body. Return whether it can be sent from there."""
+        if self._start is not None:
+            self._source.seek(self._start)
+            self._sent = 0
+            return True
+        return self._sent == 0
+
+
+class Download:
+    """A target that one answer fills, or several after broken connections (RFC 9110 §14)."""
+
+    def __init__(self, target: BinaryIO, progress: Progress | None) -> None:
+        self._target = target
+        self._progress = progress
+        self._start = target.tell() if target.seekable() else 0
+        self._etag = ""
+        self._total: int | None = None
+        self.offset = 0
+        self.complete = False
+
+    def headers(self) -> Mapping[str, str]:
+        """Return the request headers for the whole result, or for its missing part."""
+        if not self.offset:
+            return {}
+        asked = {"Range": f"bytes={self.offset}-"}
+        return {**asked, "If-Range": self._etag} if self._etag else asked
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> bool:
+        """Accept the head of an answer. Return False if it is a problem."""
+        if status == HTTPStatus.PARTIAL_CONTENT:
+            self._resume(headers)
+        elif status == HTTPStatus.OK:
+            self._restart()
+            length = headers.get("content-length", "")
+            self._total = int(length) if length.isdecimal() else None
+            self._etag = headers.get("etag", "")
+        else:
+            return False
+        return True
+
+    def write(self, data: bytes) -> None:
+        self._target.write(data)
+        self.offset += len(data)
+        if self._progress is not None:
+            self._progress(self.offset, self._total)
+
+    def end(self) -> None:
+        """End an answer. Raises ServiceUnreachable if bytes are missing; the caller then fetches them."""
+        if self._total is not None and self.offset != self._total:
+            raise ServiceUnreachable(f"The result broke off at {self.offset} of {self._total} bytes")
+        self.complete = True
+
+    def _resume(self, headers: Mapping[str, str]) -> None:
+        match = CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
+        if match is None or match[1] is None or int(match[1]) != self.offset:
+            raise UnexpectedAnswer("The service answered with another range than the requested one")
+        if match[2] != "*":
+            self._total = int(match[2])
+
+    def _restart(self) -> None:
+        """Begin a whole answer: the first one, or one of a changed result, which is fetched again."""
+        if self.offset:
+            if not self._target.seekable():
+                raise UnexpectedAnswer(
+                    "The result changed during the transfer, and the target is not seekable"
+                )
+            self._target.seek(self._start)
+            self._target.truncate()
+            self.offset = 0
+
+
+# -- requests and retries -----------------------------------------------------------------------------
+
+
+LONGEST_WAIT_S: Final = 10.0
+_SHORTEST_SILENCE_S: Final = 0.05
+
+
+class Engine:
+    """Sends requests with retries. Raises the KmsError of a problem, ServiceUnreachable without an answer."""
+
+    def __init__(self, settings: ClientSettings, transport: Transport) -> None:
+        self._settings = settings
+        self._always = {
+            "Host": urlsplit(settings.url).netloc,
+            "Accept": "*/*",
+            "Accept-Encoding": "identity",
+            "User-Agent": f"kms-client/{__version__}",
+        }
+        self.transport = transport
+
+    async def send(self, call: ClientRequest[T], upload: Upload | None = None) -> T:
+        """Return the answer, after up to ``retries`` further attempts within ``deadline_s``."""
+        failed, until = 0, self._deadline()
+        while True:
+            try:
+                reply = await self.exchange(call, upload, self._silence_s(until))
+                delay_s = _retry_delay_s(call, reply)
+                if delay_s is None:
+                    return call.read(reply)
+                error: KmsError = error_of(reply)
+            except ServiceUnreachable as exc:
+                error, delay_s = exc, exc.retry_after_s * 2**failed
+            if not call.repeatable or (upload is not None and not upload.rewind()):
+                raise error
+            if time.monotonic() + delay_s >= until:
+                raise error
+            await self.pause(error, delay_s, failed)
+            failed += 1
+
+    def _deadline(self) -> float:
+        """Return the time.monotonic value until which an attempt may begin."""
+        return time.monotonic() + (self._settings.deadline_s or float("inf"))
+
+    def _silence_s(self, until: float) -> float:
+        return max(_SHORTEST_SILENCE_S, min(self._settings.timeout_s, until - time.monotonic()))
+
+    async def pause(self, error: KmsError, delay_s: float, failed: int) -> None:
+        """Wait before another attempt. Raises the error if no attempt is left or the wait is too long."""
+        if failed >= self._settings.retries or delay_s > LONGEST_WAIT_S:
+            raise error
+        await self.transport.sleep(delay_s)
+
+    async def exchange(
+        self, call: ClientRequest[T], upload: Upload | None = None, silence_s: float | None = None
+    ) -> Reply:
+        """Make one attempt and read its whole answer."""
+        async with self.responding(call, upload=upload, silence_s=silence_s) as answer:
+            return await self._reply(answer)
+
+    @contextlib.asynccontextmanager
+    async def responding(
+        self, call: ClientRequest[T], *, upload: Upload | None = None, silence_s: float | None = None
+    ) -> AsyncIterator[AnswerHead]:
+        """Make one attempt and yield the head of its answer, whose body is not read yet."""
+        answer = await self.transport.open(self._request(call, upload, silence_s))
+        try:
+            yield answer
+        finally:
+            await self.transport.close(answer)
+
+    async def stream(self, call: ClientRequest[T]) -> AsyncGenerator[bytes]:
+        """Yield the body of one answer as it arrives."""
+        async with self.responding(call) as answer:
+            if not call.is_answer(answer.status):
+                raise error_of(await self._reply(answer))
+            async with contextlib.aclosing(self.transport.chunks(answer)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def fetch(self, call: ClientRequest[T], part: Download) -> None:
+        """Write the body of one answer to the target. Raises ServiceUnreachable if it is incomplete."""
+        async with self.responding(call) as answer:
+            if not part.begin(answer.status, answer.headers):
+                raise error_of(await self._reply(answer))
+            async with contextlib.aclosing(self.transport.chunks(answer)) as chunks:
+                async for chunk in chunks:
+                    await self.transport.call(part.write, chunk)
+        part.end()
+
+    async def _reply(self, answer: AnswerHead) -> Reply:
+        return Reply(answer.status, answer.headers, await self.transport.read(answer))
+
+    def _request(
+        self, call: ClientRequest[T], upload: Upload | None, silence_s: float | None
+    ) -> httpcore2.Request:
+        settings = self._settings
+        timeout_s = settings.timeout_s
+        timeouts = {
+            "connect": timeout_s,
+            "read": (silence_s or timeout_s) + call.wait_s,
+            "write": timeout_s,
+            "pool": timeout_s,
+        }
+        headers = {**self._always, **call.headers, **_length(call, upload), **settings.authorization()}
+        return httpcore2.Request(
+            call.method,
+            settings.url + call.path,
+            headers=list(headers.items()),
+            content=call.body if upload is None else self.transport.body(upload.parts()),
+            extensions={"timeout": timeouts},
+        )
+
+
+def _length(call: ClientRequest[T], upload: Upload | None) -> dict[str, str]:
+    """Return the header that delimits the body."""
+    if upload is None:
+        return {"Content-Length": str(len(call.body or b""))} if call.method == "POST" else {}
+    if upload.size_bytes is None:
+        return {"Transfer-Encoding": "chunked"}
+    return {"Content-Length": str(upload.size_bytes)}
+
+
+def _retry_delay_s(call: ClientRequest[T], reply: Reply) -> float | None:
+    """Return the seconds to wait before another attempt; None if the answer is final."""
+    if call.is_answer(reply.status) or reply.status not in RETRYABLE:
+        return None
+    return reply.retry_after_s()

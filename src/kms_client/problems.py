@@ -1,8 +1,8 @@
-"""From an answer that is not a success to the error it means; knows no transport.
+"""Errors from answers outside 2xx.
 
-A problem's ``code`` chooses the class of kms_protocol.errors; where two classes share a code, the one deeper
-in the tree. Classes that other modules add (a backend's, the job store's) are not looked at. Codes that this
-version does not know keep their text and become UnexpectedAnswer, or Unavailable when the status says so.
+The ``code`` of a problem selects the class of kms_protocol.errors; if two classes share a code, the one
+deeper in the tree. Subclasses in other modules are ignored. A code that this version does not know keeps its
+text and becomes UnexpectedAnswer, or Unavailable for a retryable status.
 """
 
 import email.utils
@@ -15,10 +15,10 @@ from typing import Final
 
 import msgspec
 
-from kms_protocol import wire
+from kms_protocol import shapes, wire
 from kms_protocol.errors import EXIT_OTHER, KmsError, Unavailable
 
-START_HINT: Final = 'start it with "kms up", or name its address with --url or KMS_SERVICE_URL'
+START_HINT: Final = "start it with `kms up`, or name its address with --url or KMS_SERVICE_URL"
 RETRYABLE: Final = frozenset(
     {
         HTTPStatus.TOO_MANY_REQUESTS,
@@ -31,7 +31,7 @@ DEFAULT_RETRY_AFTER_S: Final = 5.0
 
 
 class ServiceUnreachable(Unavailable):
-    """No answer from the address, or one cut short. ``hint`` says what to try."""
+    """No answer from the address, or a truncated one. ``hint`` says what to do."""
 
     code = "service_unreachable"
     summary = "The service does not answer"
@@ -42,23 +42,23 @@ class ServiceUnreachable(Unavailable):
 
 
 class UnexpectedAnswer(KmsError):
-    """An answer that is not of this API: another server, a proxy, or another version."""
+    """An answer that does not follow this API: from another server, a proxy, or another version."""
 
     code = "unexpected_answer"
-    summary = "The address answered, but not as this service does"
+    summary = "The answer is not one of this service"
     exit_code = EXIT_OTHER
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer. Header names are lower case."""
+    """A whole answer. Header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes = field(repr=False)
 
     def retry_after_s(self) -> float | None:
-        """Seconds of Retry-After (RFC 9110 §10.2.3: a number or a date), if it is there and readable."""
+        """Return the seconds of Retry-After (RFC 9110 §10.2.3: a number or a date); None if unusable."""
         value = self.headers.get("retry-after", "").strip()
         if value.isdecimal():
             return float(value)
@@ -70,27 +70,27 @@ class Reply:
 
 @cache
 def by_code() -> Mapping[str, type[KmsError]]:
-    """Every code of the tree and the class it becomes; children come after parents, so they win."""
+    """Return the error class of each code. A subclass replaces its parent."""
     return {kind.code: kind for kind in tree(KmsError) if kind.__module__ == KmsError.__module__}
 
 
 def tree(top: type[KmsError]) -> Iterator[type[KmsError]]:
-    """The class and all below it, parents first."""
+    """Yield a class and its subclasses, parents first."""
     yield top
     for child in top.__subclasses__():
         yield from tree(child)
 
 
 def failure(code: str, detail: str = "") -> KmsError:
-    """The error of a code, as in a refused item or a failed job."""
+    """Return the error of a code, as in a failed item or a failed job."""
     kind = by_code().get(code)
     return kind(detail) if kind else UnexpectedAnswer(detail or f"The service answered with code {code}")
 
 
 def error_of(reply: Reply) -> KmsError:
-    """The error that an answer outside 2xx means; the request id is added as a note."""
+    """Return the error of an answer outside 2xx, with the request id as a note."""
     try:
-        problem = msgspec.json.decode(reply.body, type=wire.Problem)
+        problem = msgspec.json.decode(reply.body, type=shapes.Problem)
     except wire.NOT_JSON:
         return _not_ours(reply)
     kind = by_code().get(problem.code)
@@ -107,7 +107,5 @@ def error_of(reply: Reply) -> KmsError:
 
 def _not_ours(reply: Reply) -> KmsError:
     if reply.status in RETRYABLE:
-        return Unavailable(f"Something before the service answered {reply.status}: is it running")
-    return UnexpectedAnswer(
-        f"The address answered {reply.status} with something that is not a problem document of this service"
-    )
+        return Unavailable(f"A proxy answered {reply.status}: is the service running")
+    return UnexpectedAnswer(f"The address answered {reply.status} without a problem document of this service")

@@ -1,4 +1,4 @@
-"""Where the service is and how to reach it; knows no request."""
+"""Settings of a client: the address of the service, credentials, timeouts, TLS and proxy."""
 
 import re
 import ssl
@@ -13,29 +13,27 @@ from kms_protocol.tls_client import client_context
 
 DEFAULT_URL: Final = "http://localhost:8082"
 _ADDRESS: Final = "The service address must look like http://host:port or https://host"
-_IN_CLEAR: Final = (
-    "Tokens, keys and plaintexts would travel in clear to {url}: use an https:// address, or allow it with "
-    "allow_http=True (kms --allow-http, KMS_ALLOW_HTTP=1)"
+_UNENCRYPTED: Final = (
+    "Tokens, keys and plaintexts would be sent unencrypted to {url}: use an https:// address, or allow it "
+    "with allow_http=True (kms --allow-http, KMS_ALLOW_HTTP=1)"
 )
 _LOOPBACK: Final = re.compile(r"localhost|::1|127(?:\.(?:25[0-5]|2[0-4]\d|1?\d?\d)){3}", re.ASCII)
 
 
 def is_loopback(host: str | None) -> bool:
-    """Whether a host is written 127.0.0.0/8, ::1 or ``localhost``; other names may resolve to anything."""
+    """Return whether a host is 127.0.0.0/8, ::1 or ``localhost``. Other names may resolve to any address."""
     return host is not None and _LOOPBACK.fullmatch(host) is not None
 
 
 class Options(TypedDict, total=False):
-    """What a client may be told besides the address.
+    """Options of a client besides the address.
 
-    ``token`` is the bearer token itself, ``token_file`` a file that holds it and is read again for each
-    request, so a renewed token is picked up. ``timeout_s`` bounds connecting and each silence of the
-    service, not a whole transfer. ``retries`` counts further attempts after the first, of which none begins
-    when it would end ``deadline_s`` after the call was made; without it ``retries`` alone bounds. ``ca_file``
-    replaces the system's certificate authorities. ``cert_file`` and ``key_file`` (PEM) are a client
-    certificate, for a service that knows its callers by those. ``allow_http`` lets tokens, keys and
-    plaintexts travel over ``http://`` to another machine, and through proxies on the way, where all can read
-    them.
+    ``token`` is a bearer token, ``token_file`` a file that contains one and is read for each request, so that
+    a renewed token is used. ``timeout_s`` limits connecting and each period without data, not a whole
+    transfer. ``retries`` is the number of attempts after the first; none begins later than ``deadline_s``
+    after the call. ``ca_file`` replaces the certificate authorities of the system. ``cert_file`` and
+    ``key_file`` (PEM) are a client certificate. ``allow_http`` allows sending tokens, keys and plaintexts
+    unencrypted over ``http://`` to another machine and through proxies.
     """
 
     token: str | None
@@ -51,9 +49,9 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
-    """Checked options. Raises ConfigurationError on an address that is not http(s)://host.
+    """Checked options. ``of`` raises ConfigurationError for an address that is not http(s)://host.
 
-    So it does on ``http://`` to a host that is not loopback, without ``allow_http``.
+    It also does for ``http://`` to a host that is not loopback, unless ``allow_http`` is set.
     """
 
     url: str
@@ -70,7 +68,7 @@ class ClientSettings:
         token_file, ca_file = options.get("token_file"), options.get("ca_file")
         cert_file, key_file = options.get("cert_file"), options.get("key_file")
         if bool(cert_file) != bool(key_file):
-            raise ConfigurationError("cert_file and key_file belong together: name both")
+            raise ConfigurationError("cert_file and key_file must be given together")
         url = checked_address(url)
         if not options.get("allow_http", False):
             check_encrypted(url)
@@ -86,7 +84,7 @@ class ClientSettings:
         )
 
     def authorization(self) -> dict[str, str]:
-        """The Authorization header, or nothing. Raises ConfigurationError if the token file is unreadable."""
+        """Return the Authorization header, if any. Raises ConfigurationError for an unreadable token."""
         token = self.token
         if token is None and self.token_file is not None:
             try:
@@ -96,18 +94,18 @@ class ClientSettings:
         if not token:
             return {}
         if not (token.isascii() and token.isprintable()) or " " in token:
-            raise ConfigurationError("The token holds characters that no header can carry")
+            raise ConfigurationError("The token contains characters that a header cannot contain")
         return {"Authorization": f"Bearer {token}"}
 
     def proxy(self) -> "Proxy | None":
-        """The proxy of the environment (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY), if one applies.
+        """Return the proxy of the environment (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY), if one applies.
 
-        Never for a service on this machine. Raises ConfigurationError for one that does not speak HTTP.
+        None applies to a service on loopback. Raises ConfigurationError for a proxy that is not HTTP.
         """
         parts = urlsplit(self.url)
         if is_loopback(parts.hostname):
             return None
-        from urllib.request import getproxies, proxy_bypass  # noqa: PLC0415 -- loads much, and rarely matters
+        from urllib.request import getproxies, proxy_bypass  # noqa: PLC0415 -- imports much, and is rarely needed
 
         found = getproxies()
         url = found.get(parts.scheme) or found.get("all")
@@ -116,17 +114,16 @@ class ClientSettings:
         return Proxy.of(url)
 
     def tls(self) -> ssl.SSLContext:
-        """Verification against the system's authorities, or ``ca_file``.
+        """Return a context that verifies servers against ``ca_file`` or the authorities of the system.
 
-        For http:// an empty context, which would verify nothing successfully: loading authorities that
-        are never asked costs 20 ms.
+        For http:// it trusts no authority: loading unused ones takes 20 ms.
         """
         if self.url.startswith("http://"):
             return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context = client_context(self.ca_file, "ca_file")
         if self.certificate is not None:
             try:
-                context.load_cert_chain(*self.certificate, password=lambda: "")  # no terminal is asked
+                context.load_cert_chain(*self.certificate, password=lambda: "")  # never prompt for one
             except (OSError, ssl.SSLError) as exc:
                 raise ConfigurationError(f"Cannot use the certificate {self.certificate[0]}") from exc
         return context
@@ -141,7 +138,7 @@ class Proxy:
 
     @classmethod
     def of(cls, text: str) -> Self:
-        """Without a scheme it is http, as curl takes it. Raises ConfigurationError."""
+        """Parse a proxy; without a scheme it is http, as in curl. Raises ConfigurationError."""
         try:
             parts = urlsplit(text if "://" in text else f"http://{text}")
             address = f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname
@@ -155,17 +152,14 @@ class Proxy:
 
 
 def check_encrypted(url: str) -> None:
-    """Refuse ``http://`` to another machine. Loopback is asked without a proxy (see ``proxy``).
-
-    Raises ConfigurationError.
-    """
+    """Raise ConfigurationError for ``http://`` to another machine. Loopback is never proxied (``proxy``)."""
     parts = urlsplit(url)
     if parts.scheme == "http" and not is_loopback(parts.hostname):
-        raise ConfigurationError(_IN_CLEAR.format(url=url))
+        raise ConfigurationError(_UNENCRYPTED.format(url=url))
 
 
 def checked_address(url: str) -> str:
-    """A service address without a slash at its end. Raises ConfigurationError if it is none."""
+    """Return a service address without its final slash. Raises ConfigurationError for an invalid one."""
     try:
         parts = urlsplit(url)
         usable = url.isascii() and parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0

@@ -5,18 +5,17 @@ event loop, and works inside one as well (where it blocks it, as sync code does)
 """
 
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import BinaryIO, Self, TypeVar, Unpack
 
-import httpcore
+import httpcore2
 
 from kms_client.aio import AsyncClient, JobProgress
-from kms_client.http_client import AnswerHead, pool_options, transport_errors
+from kms_client.http_client import AnswerHead, Progress, pool_options, transport_errors
 from kms_client.requests import UploadOptions
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
-from kms_client.transfer import Progress
-from kms_protocol import wire
+from kms_protocol import admin, job_groups, wire
 from kms_protocol.wire import ContextIn
 
 T = TypeVar("T")
@@ -24,7 +23,7 @@ P = TypeVar("P")
 
 
 def run(work: Coroutine[object, object, T]) -> T:
-    """Finish a coroutine that never suspends."""
+    """Run a coroutine that never suspends, and return its value."""
     try:
         work.send(None)
     except StopIteration as end:
@@ -35,22 +34,14 @@ def run(work: Coroutine[object, object, T]) -> T:
 
 
 def each(items: AsyncGenerator[T]) -> Iterator[T]:
-    """An async generator that never suspends, as an iterator."""
+    """Iterate over an async generator that never suspends."""
     try:
         while True:
-            yield run(_next(items))
+            yield run(items.__anext__())
     except StopAsyncIteration:
         return
     finally:
-        run(_close(items))
-
-
-async def _next(items: AsyncGenerator[T]) -> T:
-    return await anext(items)
-
-
-async def _close(items: AsyncGenerator[T]) -> None:
-    await items.aclose()
+        run(items.aclose())
 
 
 class SyncTransport:
@@ -58,9 +49,9 @@ class SyncTransport:
 
     def __init__(self, settings: ClientSettings) -> None:
         self._url = settings.url
-        self._pool = httpcore.ConnectionPool(**pool_options(settings))
+        self._pool = httpcore2.ConnectionPool(**pool_options(settings))
 
-    async def open(self, request: httpcore.Request) -> AnswerHead:
+    async def open(self, request: httpcore2.Request) -> AnswerHead:
         with transport_errors(self._url):
             return AnswerHead.of(self._pool.handle_request(request))
 
@@ -82,15 +73,15 @@ class SyncTransport:
     async def call(self, work: Callable[[P], T], given: P) -> T:
         return work(given)
 
-    def body(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        return pieces
+    def body(self, parts: Iterator[bytes]) -> Iterator[bytes]:
+        return parts
 
     async def shut(self) -> None:
         self._pool.close()
 
 
 class Client:
-    """The service from ordinary code. AsyncClient has the same methods, and their full descriptions.
+    """A blocking client of the service, with the methods of AsyncClient.
 
     >>> with Client("https://kms.example.com", token_file="/run/secrets/kms") as kms:  # doctest: +SKIP
     ...     sealed = kms.encrypt(b"secret-data", context={"env": "prod"})
@@ -99,6 +90,13 @@ class Client:
     def __init__(self, url: str = DEFAULT_URL, **options: Unpack[Options]) -> None:
         settings = ClientSettings.of(url, options)
         self._api = AsyncClient.over(settings, SyncTransport(settings))
+
+    @classmethod
+    def over(cls, settings: ClientSettings, transport: SyncTransport) -> Self:
+        """Return a client over a custom transport that never suspends."""
+        client = cls.__new__(cls)
+        client._api = AsyncClient.over(settings, transport)  # noqa: SLF001 - its own class
+        return client
 
     def __enter__(self) -> Self:
         return self
@@ -116,13 +114,13 @@ class Client:
     def encrypt(
         self, plaintext: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.EncryptOut:
-        """Seal up to 1 MiB (the server's setting; TooLarge above it: use ``upload_encrypt``)."""
+        """Encrypt up to 1 MiB (a setting of the service). Raises TooLarge: use ``upload_encrypt``."""
         return run(self._api.encrypt(plaintext, context=context, key_id=key_id))
 
     def decrypt(
         self, ciphertext: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.DecryptOut:
-        """Open a ciphertext. Raises DecryptFailed for a wrong key, wrong context and damage alike."""
+        """Decrypt a ciphertext. Raises DecryptFailed for a wrong key, a wrong context or damage."""
         return run(self._api.decrypt(ciphertext, context=context, key_id=key_id))
 
     def generate_data_key(
@@ -133,7 +131,7 @@ class Client:
         key_id: str | None = None,
         without_plaintext: bool = False,
     ) -> wire.GenerateKeyOut:
-        """A random key, plain and sealed. Raises DataKeysUnsupported where the backend hands out none."""
+        """Generate a data key, plain and encrypted. Raises DataKeysUnsupported if the backend has none."""
         return run(
             self._api.generate_data_key(
                 spec, context=context, key_id=key_id, without_plaintext=without_plaintext
@@ -148,82 +146,113 @@ class Client:
         new_context: ContextIn = None,
         key_id: str | None = None,
     ) -> wire.EncryptOut:
-        """The same payload under the current key, or another; without ``new_context`` the old one stays."""
+        """Rewrap a ciphertext under its current key or ``key_id``; ``new_context`` replaces its context."""
         return run(self._api.rewrap(ciphertext, context=context, new_context=new_context, key_id=key_id))
 
     def wrap(self, file_key: bytes, *, context: ContextIn = None, key_id: str | None = None) -> wire.WrapOut:
-        """Wrap the 16-byte file key of an age file of one's own; the answer's stanza goes into its header."""
+        """Wrap the 16-byte file key of an age file. The answer has the stanza for its header."""
         return run(self._api.wrap(file_key, context=context, key_id=key_id))
 
     def unwrap(
         self, stanzas: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.UnwrapOut:
-        """The file key of an age file. Check the header's MAC with it: the service has not seen that."""
+        """Return the file key of an age file. The caller must check the MAC of the header."""
         return run(self._api.unwrap(stanzas, context=context, key_id=key_id))
 
     def batch(self, operation: wire.JobKind, items: Iterable[wire.BatchItem]) -> wire.BatchOut:
-        """Up to 1,000 calls in one; a refused item is an ``error`` in its place, not an exception."""
+        """Send up to 1,000 items in one call. A failed item has an ``error`` in its result."""
         return run(self._api.batch(operation, items))
 
-    def health(self) -> wire.HealthOut:
-        """Whether the active backend works. An unhealthy one is an answer, not an exception."""
+    def health(self) -> admin.HealthOut:
+        """Return the health of the active backend. An unhealthy backend raises no exception."""
         return run(self._api.health())
 
-    def status(self) -> wire.StatusOut:
-        """Backend, version, uptime, and counts of operations and jobs."""
+    def status(self) -> admin.StatusOut:
+        """Return backend, version, uptime, and counts of operations and jobs."""
         return run(self._api.status())
 
-    def audit(self, *, after: str | None = None, limit: int | None = None, **filters: str) -> wire.AuditOut:
-        """Recorded operations of the caller's tenant, oldest first; ``after`` is the ``next`` of a page.
+    def audit(self, *, after: str | None = None, limit: int | None = None, **filters: str) -> admin.AuditOut:
+        """Return a page of the audit log of the tenant, oldest first. ``after`` is the ``next`` of a page.
 
         ``filters`` are those of the API: operation, key_id, principal, result, job_id, since and so on.
         """
         return run(self._api.audit(after=after, limit=limit, **filters))
 
-    def keys(self) -> wire.KeysOut:
-        """The keys this caller may see, with their versions."""
+    def keys(self) -> admin.KeysOut:
+        """Return the keys that the caller may see, with their versions."""
         return run(self._api.keys())
 
-    def key(self, key_id: str) -> wire.KeyOut:
-        """One key, with what its versions have sealed."""
+    def key(self, key_id: str) -> admin.KeyOut:
+        """Return one key, with the number of encryptions of each version."""
         return run(self._api.key(key_id))
 
-    def rotate(self, key_id: str) -> wire.RotateOut:
-        """Make a new version of a key. Never repeated: without an answer, look with ``key`` what happened."""
+    def rotate(self, key_id: str) -> admin.RotateOut:
+        """Create a new version of a key. Never retried: if no answer arrives, check with ``key``."""
         return run(self._api.rotate(key_id))
 
     # -- jobs ----------------------------------------------------------------------------------------
 
-    def submit(self, job: wire.JobIn, *, idempotency_key: str | None = None) -> wire.JobAccepted:
-        """Hand in a job; once this returns, the job survives the death of any process."""
-        return run(self._api.submit(job, idempotency_key=idempotency_key))
+    def submit(
+        self, job: wire.JobIn, *, idempotency_key: str | None = None, wait_s: int = 0
+    ) -> wire.JobAccepted:
+        """Submit a job. Once this returns, the job survives the end of any process.
 
-    def job(self, job_id: str) -> wire.JobOut:
-        """The job as it stands. Raises UnknownJob."""
-        return run(self._api.job(job_id))
+        With ``wait_s`` (at most 60) this returns once the job has ended, or after so many seconds.
+        """
+        return run(self._api.submit(job, idempotency_key=idempotency_key, wait_s=wait_s))
+
+    def job(self, job_id: str, *, wait_s: int = 0) -> wire.JobOut:
+        """Return the state of a job: now, or at its end if that comes within ``wait_s`` (at most 60) seconds.
+
+        Raises UnknownJob.
+        """
+        return run(self._api.job(job_id, wait_s=wait_s))
+
+    def many(self, job_ids: Iterable[str]) -> wire.JobsOut:
+        """Return the current states of up to 1,000 jobs in one call."""
+        return run(self._api.many(job_ids))
 
     def jobs(
-        self, *, state: wire.JobState | None = None, limit: int | None = None, cursor: str | None = None
+        self,
+        *,
+        state: wire.JobState | None = None,
+        labels: Mapping[str, str] | None = None,
+        limit: int | None = None,
+        cursor: str | None = None,
     ) -> wire.JobList:
-        """One page; its ``next`` is the cursor of the page after it."""
-        return run(self._api.jobs(state=state, limit=limit, cursor=cursor))
+        """Return a page of jobs that have all ``labels``, newest first.
+
+        Its ``next`` is the ``cursor`` of the following page.
+        """
+        return run(self._api.jobs(state=state, labels=labels, limit=limit, cursor=cursor))
 
     def cancel(self, job_id: str) -> wire.JobOut:
-        """Ask for the end of a job. Raises JobCommitting when it is too late."""
+        """Cancel a job. Raises JobCommitting if it is too late."""
         return run(self._api.cancel(job_id))
 
+    def group(self, name: str, *, wait_s: int = 0) -> job_groups.GroupOut:
+        """Return the counts of a group, at its end if that comes within ``wait_s`` (at most 60) seconds.
+
+        Raises UnknownJob.
+        """
+        return run(self._api.group(name, wait_s=wait_s))
+
+    def release(self, job_id: str) -> wire.JobOut:
+        """Delete the result of an ended job now, which frees its room. Raises JobNotFinished."""
+        return run(self._api.release(job_id))
+
     def dead(self, *, limit: int = 100) -> wire.JobList:
-        """Dead letters: jobs that used up their attempts, newest first."""
+        """Return the jobs that used up their attempts, newest first."""
         return run(self._api.dead(limit=limit))
 
     def retry(self, job_id: str) -> wire.JobOut:
-        """Give a dead letter all its attempts again. Raises JobNotDead for any other job."""
+        """Retry a job that used up its attempts. Raises JobNotDead for any other job."""
         return run(self._api.retry(job_id))
 
     def wait(
         self, job_id: str, *, progress: JobProgress | None = None, timeout_s: float | None = None
     ) -> wire.JobOut:
-        """The job when it has ended, in whichever state; ``progress`` sees every change."""
+        """Wait until a job ends in any state. ``progress`` receives each change."""
         return run(self._api.wait(job_id, progress=progress, timeout_s=timeout_s))
 
     # -- streams -------------------------------------------------------------------------------------
@@ -237,7 +266,7 @@ class Client:
         progress: Progress | None = None,
         **options: Unpack[UploadOptions],
     ) -> wire.JobAccepted:
-        """Send a file of any size in pieces of 1 MiB; ``progress`` gets bytes sent, and in all if known."""
+        """Send a file of any size. ``progress`` receives the bytes sent and the total, if known."""
         return run(
             self._api.upload_encrypt(source, context=context, key_id=key_id, progress=progress, **options)
         )
@@ -251,19 +280,29 @@ class Client:
         progress: Progress | None = None,
         **options: Unpack[UploadOptions],
     ) -> wire.JobAccepted:
-        """As ``upload_encrypt``, for a ciphertext."""
+        """Send a ciphertext of any size, as ``upload_encrypt``."""
         return run(
             self._api.upload_decrypt(source, context=context, key_id=key_id, progress=progress, **options)
         )
 
     def result(self, job_id: str) -> Iterator[bytes]:
-        """The result as it comes; ``download`` survives a broken line."""
+        """Yield the result as it arrives. Raises JobNotFinished, ResultExpired. ``download`` can resume."""
         return each(self._api.result(job_id))
 
     def items(self, job_id: str) -> Iterator[wire.ItemResult]:
-        """The results of a bulk job in item order; a refused item carries ``error``."""
+        """Yield the results of a bulk job in item order. A failed item has an ``error``."""
         return each(self._api.items(job_id))
 
-    def download(self, job_id: str, target: BinaryIO, *, progress: Progress | None = None) -> int:
-        """Write the result to ``target``, resuming where a connection broke; return its size in bytes."""
-        return run(self._api.download(job_id, target, progress=progress))
+    def download(
+        self,
+        job_id: str,
+        target: BinaryIO,
+        *,
+        progress: Progress | None = None,
+        release: bool = False,
+    ) -> int:
+        """Write the result to ``target``, resuming broken connections. Return its size in bytes.
+
+        With ``release`` the service deletes the result once it has been written.
+        """
+        return run(self._api.download(job_id, target, progress=progress, release=release))

@@ -1,95 +1,314 @@
-"""Builds what API and worker share: keys, service, store and spool, from settings; calls no peer."""
+"""Composition root: builds from settings what the API and the worker share; connects to no peer."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final
+from urllib.parse import quote
 
-from kms_core import keyring
+import redis
+
+from kms_core import key_opening, keyring, stores
 from kms_core.age.header import HeaderLimits
 from kms_core.audit.maintenance import AuditMaintenance
 from kms_core.audit_setup import build as build_audit
-from kms_core.auth import tenants
+from kms_core.auth import authenticator, logins, token_documents, tokens
 from kms_core.auth.authenticator import Authenticator
-from kms_core.auth.authenticator import build as build_doors
 from kms_core.auth.policy import AllowAll, ByScopes, Policy
-from kms_core.backends.age import AgeBackend, KeyFiles
-from kms_core.jobs.execution.runner import WorkerContext
-from kms_core.jobs.model import NotifyWorker, StoreRules
+from kms_core.auth.token_documents import DocumentTokens
+from kms_core.auth.tokens import TokenFile, Tokens
+from kms_core.backends.age import AgeBackend
+from kms_core.documents.local_copy import LocalCopy
+from kms_core.documents.signed import Anchors, SignedDocument
+from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.hosts.install import Facts, Install
+from kms_core.jobs.hosts.notes import Host, HostNotes, SpoolMarks, key_place
+from kms_core.jobs.model import NotifyWorker, ReplicaRules, StoreRules
 from kms_core.jobs.sealed_records import RecordKey
-from kms_core.jobs.storage import buckets
+from kms_core.jobs.storage import buckets, spool_bucket
+from kms_core.jobs.storage.blob_store import BlobStore
+from kms_core.jobs.storage.disk_sync import DiskSync
 from kms_core.jobs.storage.local_paths import Roots
 from kms_core.jobs.storage.locations import Locations, SourceLimits
 from kms_core.jobs.storage.multipart_journal import MultipartJournal
 from kms_core.jobs.storage.spool import Spool
+from kms_core.jobs.storage.spool_folder import SpoolFolder
+from kms_core.jobs.store import replicas
+from kms_core.jobs.store.small_blobs import SmallBlobs
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission import celery_intake, submitter
 from kms_core.jobs.submission.celery_intake import Intake
+from kms_core.jobs.submission.deadlines import DeadlineRules
 from kms_core.jobs.submission.submitter import JobSubmitter
-from kms_core.key_selection import SelectionRules as CallRules
+from kms_core.key_documents import KeyDocument
+from kms_core.key_selection import SelectionRules
+from kms_core.keyring import Keyring
 from kms_core.observability import metrics
 from kms_core.patterns import Pattern
 from kms_core.redis_client import connect
 from kms_core.rotation_limit import RotationLimit
+from kms_core.secure_files import make_folders
 from kms_core.service import Kms
 from kms_core.settings.model import Settings
 from kms_core.settings.validate_auth import auth_files
+from kms_protocol.errors import (
+    BackendUnavailable,
+    JobsUnavailable,
+    PathRefused,
+    Unavailable,
+)
+
+_ASK_S: Final = 1.0
+_SAME_ON_ALL_HOSTS: Final = (
+    "attempts",
+    "deadline_max_s",
+    "durability",
+    "inline_bytes",
+    "input_grace_s",
+    "keep_max_s",
+    "large_job_bytes",
+    "lease_s",
+    "open_jobs",
+    "result_ttl_s",
+    "run_within_s",
+    "stall_s",
+    "start_within_s",
+    "tenant_leases",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    """One process's core."""
+    """The objects of one process. ``authenticator`` is None where requests need no credentials.
+
+    ``copies`` are this host's copies of signed documents: of the tokens, and of keys. The API and the parent
+    of a worker poll them.
+    """
 
     kms: Kms
-    desk: JobSubmitter
-    shop: WorkerContext
-    keeper: AuditMaintenance
-    doors: Authenticator | None
+    submitter: JobSubmitter
+    worker_context: WorkerContext
+    audit_maintenance: AuditMaintenance
+    authenticator: Authenticator | None
+    install: Install
+    copies: tuple[LocalCopy, ...] = ()
 
 
-def build(settings: Settings, process: str, nudge: NotifyWorker | None) -> Core:
-    """The core of a process (``api``, ``worker``). Raises ConfigurationError; an absent Redis is no error.
+def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core:
+    """Build the core of a process (``api`` or ``worker``). Raises ConfigurationError.
 
-    ``nudge`` is None where the broker is the Redis that holds the jobs (``settings_redis.is_shared``).
+    Redis need not be reachable. ``notify`` is None where the broker is the Redis that holds the jobs
+    (``settings.redis_urls.is_shared``).
     """
     section, jobs, limits = settings.kms, settings.kms.jobs, settings.kms.limits
     client = connect(section.redis)
-    trail, keeper = build_audit(settings, process, client)
-    doors = build_doors(settings)
-    ring = keyring.build(settings)
-    metrics.announce({name for key in ring.keys.values() for name in key.names}, jobs.endpoints)
-    kms = Kms(
-        ring,
-        _policy(settings, doors),
-        trail,
-        CallRules(
-            section.require_context,
-            HeaderLimits(limits.sync_header_bytes, limits.sync_stanzas),
-            RotationLimit(section.rotation.max_per_hour, section.rotation.every_days),
-        ),
-    )
-    spool_key = AgeBackend(KeyFiles(jobs.spool_identity_path, strict=settings.is_prod))
-    jobs.spool_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    sealed = key_opening.of_process(settings)
+    audit_log, maintenance = build_audit(settings, process, client, open_sealed=sealed.open)
+    token_copy = _token_copy(settings)
+    tokens_ = token_source(settings, token_copy)
+    keyring_ = keyring.build(settings, sealed)
+    spool_key = AgeBackend(key_opening.own_key(settings, key_opening.SPOOL))
     record_key = RecordKey(spool_key.secrets())
-    spool = Spool(jobs.spool_dir, spool_key, record_key, jobs.spool_max_bytes)
-    store = JobStore(
-        client,
-        record_key,
-        nudge,
-        StoreRules(
-            jobs.lease_s,
-            jobs.attempts,
-            keep_record_s=jobs.result_ttl_s,
-            open_jobs=jobs.open_jobs,
-            tenant_leases=jobs.tenant_leases,
-            large_job_bytes=jobs.large_job_bytes,
-            large_leases=max(1, jobs.concurrency - jobs.reserved_processes),
-            has_several_tenants=tenants.several(settings) if jobs.reserved_processes else lambda: False,
-            tenant_open={
-                name: tenant.open_jobs for name, tenant in section.tenants.items() if tenant.open_jobs
-            },
-            tenant_spool_bytes={
-                name: tenant.spool_bytes for name, tenant in section.tenants.items() if tenant.spool_bytes
-            },
-        ),
+    authenticator_ = authenticator.build(settings, tokens_, record_key.derived(logins.INFO))
+    metrics.announce({name for key in keyring_.keys.values() for name in key.names}, jobs.endpoints)
+    rules = SelectionRules(
+        section.require_context,
+        HeaderLimits(limits.sync_header_bytes, limits.sync_stanzas),
+        RotationLimit(section.rotation.max_per_hour, section.rotation.every_days),
     )
+    kms = Kms(keyring_, _policy(settings, authenticator_), audit_log, rules)
+    blobs = blob_store(settings)
+    install = _install(settings, client, partial(facts_of, settings, keyring_, record_key))
+    for key in keyring_.keys.values():
+        if isinstance(key.native, AgeBackend):
+            key.native.elsewhere = partial(_elsewhere, install, key.key_id)
+    store = JobStore(client, record_key, notify, _store_rules(settings, tokens_))
+    small = SmallBlobs(client, jobs.inline_bytes, lambda: store.has_room)
+    spool = Spool(blobs, spool_key, record_key, jobs.spool_max_bytes, small)
+    locations = Locations(
+        _roots(settings),
+        buckets.build(settings),
+        MultipartJournal(blobs),
+        record_key,
+        blobs,
+        SourceLimits(jobs.source_max_bytes, jobs.source_max_hole_bytes),
+    )
+    submission_rules = submitter.SubmissionRules(
+        DeadlineRules(
+            jobs.start_within_s, jobs.run_within_s, jobs.result_ttl_s, jobs.deadline_max_s, jobs.keep_max_s
+        ),
+        limits.sync_plaintext_bytes,
+        section.require_context,
+        {name: endpoint.tenants for name, endpoint in jobs.endpoints.items()},
+        frozenset(store.rules.resource_leases),
+        install.require,
+    )
+    return Core(
+        kms,
+        JobSubmitter(kms, store, spool, locations, submission_rules),
+        WorkerContext(kms, store, spool, locations, jobs.fanout_files),
+        maintenance,
+        authenticator_,
+        install,
+        (*([token_copy] if token_copy else ()), *_key_copies(keyring_)),
+    )
+
+
+def blob_store(settings: Settings, *, makes: bool = True) -> BlobStore:
+    """Build the place of the spool's blobs; ``makes`` its directory if that is missing.
+
+    Raises ConfigurationError.
+    """
+    jobs = settings.kms.jobs
+    if jobs.spool_bucket:
+        return spool_bucket.build(settings, jobs.spool_bucket)
+    if makes:
+        make_folders(jobs.spool_dir)
+    return SpoolFolder(jobs.spool_dir, DiskSync(jobs.spool_dir, enabled=jobs.durability == "fsync"))
+
+
+def check(settings: Settings) -> None:
+    """Compare this host with Redis and with the hosts that serve.
+
+    Raises ConfigurationError if Redis cannot do what the settings want of its replicas, belongs to another
+    install, or knows a host with another spool. A Redis that does not answer is compared later.
+    """
+    with suppress(redis.RedisError):  # it may come back as another one, and each write is waited for anyway
+        replicas.check(settings.kms.redis)
+    with suppress(JobsUnavailable, redis.RedisError), connect(settings.kms.redis, _ASK_S) as client:
+        client.ping()  # one that does not answer is told of later
+        _install(settings, client).begin()
+    check_documents(settings)
+
+
+def marks(settings: Settings, *, makes: bool = True) -> SpoolMarks:
+    """The marks in the spool, which are durable whatever ``durability`` says. Raises as ``blob_store``."""
+    blobs = blob_store(settings, makes=makes)
+    return SpoolMarks(replace(blobs, sync=DiskSync(blobs.path)) if isinstance(blobs, SpoolFolder) else blobs)
+
+
+def facts(settings: Settings) -> Facts:
+    """Facts that this host would tell others. Raises ConfigurationError, BackendUnavailable."""
+    spool_key = AgeBackend(key_opening.own_key(settings, key_opening.SPOOL))
+    keyring_ = keyring.build(settings, key_opening.of_process(settings))
+    return facts_of(settings, keyring_, RecordKey(spool_key.secrets()))
+
+
+def facts_of(settings: Settings, keyring_: Keyring, record_key: RecordKey) -> Facts:
+    """Facts that this host tells others of itself; none is secret."""
+    natives = {key.key_id: key.native for key in keyring_.keys.values() if isinstance(key.native, AgeBackend)}
+    shared = {f"[kms.jobs] {name}": str(getattr(settings.kms.jobs, name)) for name in _SAME_ON_ALL_HOSTS}
+    shared["spool key"] = record_key.digest(b"hosts").hex()[:16]
+    shared["key ids"] = " ".join(sorted(keyring_.keys))
+    for key_id, native in natives.items():
+        with suppress(BackendUnavailable):
+            shared[f"version of key {key_id}"] = native.current_version()
+    return Facts({key_id: key_place(native.source.private) for key_id, native in natives.items()}, shared)
+
+
+def _install(
+    settings: Settings, client: redis.Redis, facts_: Callable[[], Facts] = lambda: Facts({}, {})
+) -> Install:
+    host = Host.here(settings.state_dir, settings.kms.jobs.spool_dir)
+    return Install(HostNotes(client), marks(settings), host, facts_)
+
+
+def _elsewhere(install: Install, key_id: str, asks: bool) -> list[str]:
+    return install.elsewhere(key_id, asks=asks)
+
+
+def build_intake(settings: Settings, submitter_: JobSubmitter) -> Intake | None:
+    """Build the reader of ``kms.submit`` messages; None without an intake key. Raises ConfigurationError."""
+    jobs, limits = settings.kms.jobs, settings.kms.limits
+    if not jobs.intake_identity_path.exists():
+        return None
+    key = AgeBackend(key_opening.own_key(settings, key_opening.INTAKE))
+    head = HeaderLimits(limits.sync_header_bytes, limits.sync_stanzas)
+    rules = celery_intake.IntakeRules(limits.json_job_bytes, limits.json_job_items, head, jobs.result_ttl_s)
+    tokens_ = token_source(settings, _token_copy(settings))
+    return Intake(key, submitter_, rules, authenticator.build(settings, tokens_))
+
+
+def token_document(settings: Settings, client: redis.Redis | None) -> SignedDocument:
+    """The document of ``[kms.auth] tokens``. Raises ConfigurationError."""
+    spool_key = AgeBackend(key_opening.own_key(settings, key_opening.SPOOL))
+    key = RecordKey(spool_key.secrets()).derived(token_documents.INFO)
+    anchors = Anchors(token_documents.NAME, stores.documents_folder(settings), client, key)
+    place = stores.place_of(settings, settings.kms.auth.tokens or "")
+    return SignedDocument(token_documents.NAME, place, key, anchors)
+
+
+def token_source(settings: Settings, copy: LocalCopy | None) -> Tokens:
+    """The tokens of the settings: of the host's copy of a document, or of the token file."""
+    if copy is not None:
+        return DocumentTokens(copy)
+    return TokenFile(settings.kms.auth.tokens_path, strict=settings.is_prod)
+
+
+def _token_copy(settings: Settings) -> LocalCopy | None:
+    auth = settings.kms.auth
+    if not auth.tokens or auth.mode != "required":
+        return None
+    document = token_document(settings, stores.anchor_client(settings))
+    return LocalCopy(document, stores.documents_folder(settings), auth.max_stale_s)
+
+
+def _key_copies(keyring_: Keyring) -> Iterator[LocalCopy]:
+    for key in keyring_.keys.values():
+        if isinstance(key.native, AgeBackend) and isinstance(key.native.source, KeyDocument):
+            yield key.native.source.copy
+
+
+def check_documents(settings: Settings) -> None:
+    """Raise ConfigurationError if a bucket of signed documents answers and ignores conditional writes.
+
+    A host that may only read the document changes nothing in it.
+    """
+    documents = list(key_opening.documents(settings).values())
+    places = [document.document.place for document in documents]
+    if settings.kms.auth.tokens and settings.kms.auth.mode == "required":
+        places.append(token_document(settings, None).place)
+    for place in places:
+        with suppress(Unavailable, PathRefused):
+            place.check()
+
+
+def _policy(settings: Settings, authenticator_: Authenticator | None) -> Policy:
+    if authenticator_ is None:
+        return AllowAll()
+    tenants = settings.kms.tenants.items()
+    patterns = {name: [Pattern.parse(text) for text in section.keys] for name, section in tenants}
+    return ByScopes(authenticator_, patterns)
+
+
+def _store_rules(settings: Settings, tokens_: Tokens) -> StoreRules:
+    jobs, tenants = settings.kms.jobs, settings.kms.tenants.items()
+    return StoreRules(
+        jobs.lease_s,
+        jobs.attempts,
+        keep_record_s=jobs.result_ttl_s,
+        input_grace_s=jobs.input_grace_s,
+        open_jobs=jobs.open_jobs,
+        tenant_leases=jobs.tenant_leases,
+        large_job_bytes=jobs.large_job_bytes,
+        large_leases=max(1, jobs.concurrency - jobs.reserved_processes),
+        has_several_tenants=tokens.several_tenants(settings, tokens_)
+        if jobs.reserved_processes
+        else lambda: False,
+        tenant_open={name: tenant.open_jobs for name, tenant in tenants if tenant.open_jobs},
+        tenant_spool_bytes={name: tenant.spool_bytes for name, tenant in tenants if tenant.spool_bytes},
+        spool_bytes=jobs.tenant_spool_bytes or 0,
+        resource_leases={quote(name, safe="/:"): most for name, most in jobs.resource_leases.items()},
+        stall_s=jobs.stall_s,
+        stop_s=jobs.stop_s,
+        replicas=ReplicaRules(settings.kms.redis.wait_replicas, settings.kms.redis.wait_ms),
+    )
+
+
+def _roots(settings: Settings) -> Roots:
+    """The directories that jobs may read and write, without the service's own files below them."""
+    section, jobs = settings.kms, settings.kms.jobs
     forbidden = (
         jobs.spool_dir,
         jobs.spool_identity_path,
@@ -97,41 +316,12 @@ def build(settings: Settings, process: str, nudge: NotifyWorker | None) -> Core:
         section.audit.path,
         section.audit.key_path,
         section.audit.signing_key_path,
-        section.age.private_key_path,
-        section.age.public_key_path,
         settings.state_dir / "run",
+        *((section.audit.copies,) if section.audit.copies else ()),
         *(path for _, path, _ in auth_files(settings)),
+        *(path for table in settings.backends.values() for _, path in table.private_files()),
     )
-    for root in jobs.roots:
-        if (
-            root == settings.state_dir.absolute() / "files"
-        ):  # the default in dev; an operator's own root must be there
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    limits_ = SourceLimits(jobs.source_max_bytes, jobs.source_max_hole_bytes)
-    notes = MultipartJournal(jobs.spool_dir / "multipart")
-    places = Locations(Roots(jobs.roots, forbidden), buckets.build(settings), notes, limits_)
-    callbacks = {name: endpoint.tenants for name, endpoint in jobs.endpoints.items()}
-    rules = submitter.SubmissionRules(
-        jobs.result_ttl_s, limits.sync_plaintext_bytes, section.require_context, callbacks
-    )
-    shop = WorkerContext(kms, store, spool, places, jobs.fanout_files)
-    return Core(kms, JobSubmitter(kms, store, spool, places, rules), shop, keeper, doors)
-
-
-def _policy(settings: Settings, doors: Authenticator | None) -> Policy:
-    if doors is None:
-        return AllowAll()
-    tenants = settings.kms.tenants.items()
-    patterns = {name: [Pattern.parse(text) for text in section.keys] for name, section in tenants}
-    return ByScopes(doors, patterns)
-
-
-def build_intake(settings: Settings, desk_: JobSubmitter) -> Intake | None:
-    """What opens ``kms.submit`` messages, or None without an intake key. Raises ConfigurationError."""
-    jobs, limits = settings.kms.jobs, settings.kms.limits
-    if not jobs.intake_identity_path.exists():
-        return None
-    key = AgeBackend(KeyFiles(jobs.intake_identity_path, strict=settings.is_prod))
-    head = HeaderLimits(limits.sync_header_bytes, limits.sync_stanzas)
-    rules = celery_intake.IntakeRules(limits.json_job_bytes, limits.json_job_items, head, jobs.result_ttl_s)
-    return Intake(key, desk_, rules, build_doors(settings))
+    default = settings.state_dir.absolute() / "files"
+    if default in jobs.roots:  # in dev; a root that the operator names must exist
+        default.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Roots(jobs.roots, forbidden)

@@ -1,9 +1,9 @@
-"""When a key is due for a new version, and making it: by age, or by the messages that one version may seal.
+"""Rotates keys that are due: by the age of a version, or by the number of messages that it sealed.
 
-What a new version is with each backend is told in ``docs/backends.md``.
+``docs/backends.md`` says what a new version is in each backend.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final, Literal
@@ -25,9 +25,10 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RotationRules:
-    """``every_days`` 0 means never by age. Above ``budget_messages`` a warning, or a rotation if told so.
+    """A version is due after ``every_days`` (0: never), or above ``budget_messages`` with ``budget_rotates``.
 
-    One AES-GCM key with random nonces may seal 2^32 messages (NIST SP 800-38D §8.3).
+    A used budget is always logged. An AES-GCM key with random nonces may seal 2^32 messages (NIST SP 800-38D
+    §8.3).
     """
 
     every_days: int = 90
@@ -36,13 +37,14 @@ class RotationRules:
 
 
 def rules_of(settings: Settings) -> RotationRules:
+    """The rules in ``[kms.rotation]``."""
     section = settings.kms.rotation
     return RotationRules(section.every_days, section.budget_messages, section.budget_rotates)
 
 
 @dataclass(frozen=True, slots=True)
-class State:
-    """One backend's part of a key: the version in use, when it is due, how much of its budget is spent."""
+class RotationState:
+    """The current version of a key in one backend: when it is due, and the used share of its budget."""
 
     key_id: str
     backend: str
@@ -52,35 +54,36 @@ class State:
     due_at: datetime | None
 
     def due(self, now: datetime, rules: RotationRules) -> Reason | None:
+        """The reason why a rotation is due, or None."""
         if self.due_at is not None and now >= self.due_at:
             return "age"
         return "budget" if rules.budget_rotates and self.budget >= 1 else None
 
 
-def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: RotationRules) -> State:
-    """Raises BackendUnavailable."""
+def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: RotationRules) -> RotationState:
+    """The state of a key in one backend; ``counts`` are usage counts. Raises BackendUnavailable."""
     current = backend.versions()[-1]
     messages, _ = usage.of_version(counts, key.key_id, current.version, backend.name)
     made = current.created_at
     due_at = made + timedelta(days=rules.every_days) if made is not None and rules.every_days else None
-    return State(key.key_id, backend.name, current, messages, messages / rules.budget_messages, due_at)
+    return RotationState(
+        key.key_id, backend.name, current, messages, messages / rules.budget_messages, due_at
+    )
 
 
-def states(ring: Keyring, counts: Mapping[str, int], rules: RotationRules) -> Iterator[State]:
-    """Of every key and every backend that seals; those that do not answer are left out, and logged."""
-    for key in ring.keys.values():
-        for backend in key.sealing:
-            try:
-                yield state_of(key, backend, counts, rules)
-            except KmsError as exc:
-                _log.warning("rotation.unknown", key_id=key.key_id, backend=backend.name, code=exc.code)
+def find_due(keyring: Keyring, counts: Mapping[str, int], rules: RotationRules) -> list[RotationState]:
+    """Set the rotation metrics of all keys, and return the states that are due.
 
-
-def watch(ring: Keyring, counts: Mapping[str, int], rules: RotationRules) -> list[State]:
-    """Tell the metrics; the keys that are due."""
+    A backend that does not answer is logged and left out.
+    """
     now = datetime.now(UTC)
     due = []
-    for state in states(ring, counts, rules):
+    for key, backend in [(each, backend) for each in keyring.keys.values() for backend in each.sealing]:
+        try:
+            state = state_of(key, backend, counts, rules)
+        except KmsError as exc:
+            _log.warning("rotation.unknown", key_id=key.key_id, backend=backend.name, code=exc.code)
+            continue
         labels = (state.key_id, state.backend)
         is_due = state.due(now, rules) is not None
         metrics.KEY_BUDGET.labels(*labels).set(state.budget)
@@ -94,8 +97,8 @@ def watch(ring: Keyring, counts: Mapping[str, int], rules: RotationRules) -> lis
     return due
 
 
-def rotate_due(kms: Kms, due: list[State]) -> None:
-    """One attempt for each key; a failure is told and left to the next time."""
+def rotate_due(kms: Kms, due: list[RotationState]) -> None:
+    """Try once to rotate each key; a failure is logged, counted and retried at the next check."""
     for key_id in dict.fromkeys(state.key_id for state in due):
         try:
             made = kms.rotate(SCHEDULE, key_id)

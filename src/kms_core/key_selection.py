@@ -1,9 +1,9 @@
-"""Which key seals and which one opens: the name in the file, then policy, and only then a backend."""
+"""Selects the key of an operation: by the name in the file, then by policy, and only then with a backend."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from kms_core.age import header
 from kms_core.age.header import Header, HeaderLimits
@@ -13,20 +13,24 @@ from kms_core.auth.policy import Policy, allows
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.http_client import Unreachable
-from kms_core.keyring import Key, Keyring
+from kms_core.keyring import BackendKey, Key, Keyring
 from kms_core.observability import metrics
 from kms_core.operation import Operation
-from kms_core.results import Unwrapped
+from kms_core.results import Origin, Unwrapped
 from kms_core.rotation_limit import RotationLimit
 from kms_protocol.context import Context
-from kms_protocol.errors import ContextRequired, DecryptFailed, ForeignRefused
+from kms_protocol.errors import ContextRequired, DecryptFailed, ForeignRefused, InvalidRequest
 
 R = TypeVar("R")
+_ORIGIN_UNPROVEN: Final = (
+    "The origin of the file cannot be proven without its payload, and this key accepts no such file: "
+    "open it with kms decrypt or kms decrypt-file, which read all of it"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class SelectionRules:
-    """What settings decide about single calls."""
+    """Rules of the settings. ``limits`` are those of headers in memory."""
 
     require_context: bool = False
     limits: HeaderLimits = header.SYNC_LIMITS
@@ -35,110 +39,161 @@ class SelectionRules:
 
 @dataclass(frozen=True, slots=True)
 class KeySelector:
-    """Keys for the operations of ``Kms``; each method notes in the call's record what it found."""
+    """Selects keys for the operations of ``Kms``, and notes in the audit record what it found.
+
+    For a caller without permission, a key is as one that does not exist: each method raises Forbidden or
+    UnknownKey before any backend is called, then BackendUnavailable.
+    """
 
     _keyring: Keyring
     _policy: Policy
-    _trail: AuditWriter
+    _audit_log: AuditWriter
     _rules: SelectionRules
 
-    def moving(
-        self, call: Operation, found: Unwrapped, new_context: Context | None, key_id: str | None, closing: str
-    ) -> tuple[Key, KeyRef]:
-        """Where an opened file goes: its new context and key, by default those it had."""
-        if new_context is not None:
-            call.context = new_context
-            call.record.new_context = self._trail.conceal(call.who.tenant, new_context)
-        call.key_id = key_id or found.key.key_id
-        return self.for_sealing(call, closing)
+    def for_sealing(self, call: Operation, permission: str | None = None) -> Sequence[BackendKey]:
+        """Select the backends and versions that wrap a new file key.
 
-    def rewrapping(
-        self, call: Operation, head: Header, new_context: Context | None, key_id: str | None
-    ) -> tuple[str, str]:
-        """What it takes: the operation alone where key id and context stay: nobody can open more then."""
-        bound = binding.read(head)
-        kept = new_context is None or call.context.is_kept_by(new_context)
-        stays = bound and key_id in {None, bound.key_id} and kept
-        itself = call.record.operation
-        if bound and stays and allows(self._policy, call.who, itself, bound.key_id, call.context):
-            return itself, itself
-        return "decrypt", "encrypt"
-
-    def for_sealing(self, call: Operation, operation: str | None = None) -> tuple[Key, KeyRef]:
+        ``permission`` is the operation that policy must allow, by default that of ``call``. Raises
+        ContextRequired, and InvalidContext for a wrong ``not_after``.
+        """
         if self._rules.require_context and not call.context:
             raise ContextRequired
         call.context.not_after()
-        key = self.key(call, call.key_id, operation)
-        ref = key.ref(call.who.tenant)
-        call.names(ref)
-        return key, ref
+        keys = self.permitted(call, call.key_id, permission).wrapping(call.who.tenant)
+        call.note_key(keys[0][1])
+        return keys
 
-    def unwrap(self, call: Operation, head: Header, operation: str | None = None) -> Unwrapped:
-        """Key choice by the name in the file, then policy, and only then any unwrap."""
+    def for_moving(
+        self, call: Operation, head: Header, new_context: Context | None, key_id: str | None
+    ) -> tuple[Unwrapped, Sequence[BackendKey]]:
+        """Unwrap the file key of a rewrap or reseal, and select the keys that wrap the result.
+
+        Without a new context or key id the result keeps those of the file. Raises as ``unwrap`` and
+        ``for_sealing``, and InvalidRequest for the rewrap of a foreign file.
+        """
+        operation, bound = call.record.operation, binding.read(head)
+        if bound is None and operation == "reseal":
+            call.key_id = key_id
+        opening, closing = "decrypt", "encrypt"
+        kept = new_context is None or call.context.is_kept_by(new_context)
+        if (
+            bound
+            and kept
+            and key_id in {None, bound.key_id}
+            and allows(self._policy, call.who, operation, bound.key_id, call.context)
+        ):  # same key and context: no new reader, so its own permission is enough
+            opening = closing = operation
+        found = self.unwrap(call, head, opening)
+        if found.origin == "foreign" and operation == "rewrap":
+            raise InvalidRequest("A foreign file cannot be rewrapped: decrypt it and encrypt it again")
+        if new_context is not None:
+            call.context = new_context
+            call.record.new_context = self._audit_log.conceal(call.who.tenant, new_context)
+        call.key_id = key_id or found.key.key_id
+        return found, self.for_sealing(call, closing)
+
+    def unwrap(self, call: Operation, head: Header, permission: str | None = None) -> Unwrapped:
+        """Unwrap the file key of a header and verify its MAC, context and origin.
+
+        Raises DecryptFailed, also after the context's ``not_after``; ForeignRefused.
+        """
         bound = binding.read(head)
-        version, origin = (bound.key_version, "service") if bound else ("", "foreign")
-        key = self.key(call, bound.key_id if bound else call.key_id, operation, (version, origin))
         if bound is None:
+            key = self.permitted(call, call.key_id, permission, ("", "foreign"))
             return self._unwrap_foreign(call, head, key)
+        key = self.permitted(call, bound.key_id, permission, (bound.key_version, "service"))
         if call.key_id not in {None, bound.key_id}:
             raise DecryptFailed
-        file_key, ref = by_first(
-            key.openers(call.who.tenant, bound),
+        file_key, ref = _first_answer(
+            key.unwrapping(call.who.tenant, bound),
             lambda backend, ref: sealing.file_key_of(head, backend, ref, context=call.context, bound=bound),
         )
-        call.names(ref)
-        check_not_over(call.context)
+        call.note_key(ref)
+        if bound.wraps:
+            call.note_wraps(wrap.job for wrap in bound.wraps if wrap.backend == ref.backend)
+        _check_not_after(call.context)
         return Unwrapped(file_key, head.nonce, ref, "service")
+
+    def unwrap_stanzas(self, call: Operation, text: bytes) -> Unwrapped:
+        """Unwrap the file key of our stanzas, given as text without their header; the nonce is empty.
+
+        The origin is ``foreign`` where it cannot be proven. Raises DecryptFailed, also without stanzas of
+        ours; ForeignRefused where the key accepts no foreign files.
+        """
+        stanzas = header.unbundled(header.parse_stanzas(text, self._rules.limits), self._rules.limits)
+        call.record.stanzas = binding.stanzas_digest(stanzas)
+        bound = binding.read_stanzas(stanzas)
+        if bound is None or call.key_id not in {None, bound.key_id}:
+            raise DecryptFailed
+        key = self.permitted(call, bound.key_id, None, (bound.key_version, "service"))
+        (file_key, proven), ref = _first_answer(
+            key.unwrapping(call.who.tenant, bound),
+            lambda backend, ref: sealing.unwrap_for_plugin(
+                stanzas, backend, ref, context=call.context, bound=bound
+            ),
+        )
+        origin: Origin = "service" if proven else "foreign"
+        call.note_key(ref, origin)
+        call.note_wraps(wrap.job for wrap in bound.wraps if wrap.backend == ref.backend)
+        _check_not_after(call.context)
+        if not proven and not key.accept_foreign:
+            raise ForeignRefused(_ORIGIN_UNPROVEN)
+        return Unwrapped(file_key, b"", ref, origin)
+
+    def permitted(
+        self,
+        call: Operation,
+        key_id: str | None,
+        permission: str | None = None,
+        named: tuple[str, str] = ("", ""),
+    ) -> Key:
+        """The key of this id, or the default key, if policy allows it.
+
+        ``named`` is the version and origin that a file names, for the audit record of a refusal.
+        """
+        key_id = self._keyring.default.key_id if key_id is None else key_id
+        key = self._keyring.keys.get(key_id)
+        if key is not None:
+            version, origin = named
+            call.note_key(KeyRef(call.who.tenant, key_id, version, key.backend.name), origin)
+        self._policy.require(call.who, permission or call.record.operation, key_id, call.context)
+        return key or self._keyring.named(key_id)
 
     @staticmethod
     def _unwrap_foreign(call: Operation, head: Header, key: Key) -> Unwrapped:
         if not key.accept_foreign:
             raise ForeignRefused
-        if call.context:  # given, and the file binds none
+        if call.context:  # a foreign file is bound to none
             raise DecryptFailed
         native = key.native
         if native is None:
             raise ForeignRefused("The key has no age identities, and a foreign file is for one of those")
         file_key, ref = sealing.foreign_file_key(head, native, key.refs(call.who.tenant))
-        call.names(ref, "foreign")
+        call.note_key(ref, "foreign")
         return Unwrapped(file_key, head.nonce, ref, "foreign")
 
-    def key(
-        self,
-        call: Operation,
-        key_id: str | None,
-        operation: str | None = None,
-        file: tuple[str, str] = ("", ""),
-    ) -> Key:
-        """Policy first: for a caller who may not use it, a key is as one that does not exist.
 
-        ``file`` is version and origin as a file names them. Refusals name these too; no backend is asked yet.
-        """
-        named = self._keyring.default.key_id if key_id is None else key_id
-        if key := self._keyring.keys.get(named):
-            version, origin = file
-            call.names(KeyRef(call.who.tenant, named, version, key.backend.name), origin)
-        self._policy.require(call.who, operation or call.record.operation, named, call.context)
-        return self._keyring.named(named)
-
-
-def check_not_over(context: Context) -> None:
+def _check_not_after(context: Context) -> None:
+    """Raise DecryptFailed after the time that a context names."""
     limit = context.not_after()
     if limit is not None and datetime.now(UTC) > limit:
         raise DecryptFailed
 
 
-def by_first(
-    openers: Iterable[sealing.Wrap], unwrap: Callable[[sealing.Wrapper, KeyRef], R]
+def _first_answer(
+    keys: Iterable[BackendKey], unwrap: Callable[[sealing.Wrapper, KeyRef], R]
 ) -> tuple[R, KeyRef]:
-    """By the first backend that answers. Only silence passes on to the next one, never a refusal."""
-    silent: Unreachable | None = None
-    for backend, ref in openers:
+    """Unwrap with the first backend that answers; only an unreachable one passes on to the next.
+
+    Raises DecryptFailed without a matching key, and else what the last backend raised.
+    """
+    unreachable: Unreachable | None = None
+    for backend, ref in keys:
         try:
             return unwrap(backend, ref), ref
         except NoMatch:
             continue
         except Unreachable as exc:
             metrics.BACKEND_FAILOVERS.labels(ref.backend).inc()
-            silent = exc
-    raise silent or DecryptFailed
+            unreachable = exc
+    raise unreachable or DecryptFailed

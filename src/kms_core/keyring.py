@@ -1,37 +1,59 @@
-"""The keyring: key ids to backends, as settings map them. Callers and ciphertexts name an id, never a URI."""
+"""Maps key ids to backends, as settings say. Callers and ciphertexts name a key id, never a URI."""
 
 import importlib
 import re
-import time
 from binascii import a2b_base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from threading import Thread
 from typing import Final, Protocol, cast
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import structlog
 
-from kms_core.age.header import BUNDLE, BUNDLE_VERSION
-from kms_core.backends import NATIVE, SCHEMES, Backend, KeyMissing, KeyVersion
-from kms_core.envelope.binding import CONTEXT, DEFAULT_KEY_ID, MAX_WRAPS, BoundStanzas, KeyRef
-from kms_core.envelope.sealing import Wrap
+from kms_core.age.header import BUNDLE, BUNDLE_VERSION, b64decode
+from kms_core.backends import NATIVE, SCHEMES, Backend, KeyVersion
+from kms_core.backends.age import AgeBackend
+from kms_core.backends.remote import RemoteBackend, SharingBackend
+from kms_core.backends.wrap_keys import WrapKeys
+from kms_core.envelope.binding import (
+    CONTEXT,
+    DEFAULT_KEY_ID,
+    MAX_WRAPS,
+    PAD,
+    WRAP,
+    BoundStanzas,
+    KeyRef,
+    Wrap,
+)
+from kms_core.envelope.sealed_files import SealedFiles
+from kms_core.sections import BackendSection
 from kms_core.settings.model import Settings
-from kms_protocol.errors import BackendUnavailable, ConfigurationError, UnknownKey
+from kms_protocol.errors import ConfigurationError, DecryptFailed, UnknownKey
+from kms_protocol.units import parse_duration
 
 _NAMED: Final = re.compile(rf"(?:\A|\n)-> {CONTEXT} 1 ([A-Za-z0-9_.-]{{1,80}}) ".encode("ascii"))
 _BUNDLED: Final = re.compile(rf"(?:\A|\n)-> {BUNDLE} {BUNDLE_VERSION}\n([A-Za-z0-9+/\n]*)".encode("ascii"))
-_CHECK_S: Final = 5.0
-_LOOK_BYTES: Final = 32 * 1024
+_SHARED: Final = re.compile(
+    rf"age-encryption\.org/v1\n-> {WRAP} (\S+) (\S+) (\S+) (\S+)\n[^\n]{{64}}\n[^\n]{{22}}\n"
+    rf"-> {CONTEXT} 1 (\S+) (\S+) (\S+)\n[^\n]{{43}}\n(?:-> {PAD} 0+\n\n)?--- ".encode("ascii")
+)
+LONGEST_SHARE_S: Final = 3600.0
+_OPTIONS: Final = frozenset({"seal", "share"})
+_SCANNED_BYTES: Final = 32 * 1024
 _log = structlog.get_logger(__name__)
+
+
+BackendKey = tuple[Backend, KeyRef]
+"""A ``sealing.WrappingKey`` of a backend."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key id and the backends behind it: ``backend`` names the file, ``others`` wrap it too.
+    """A key id and its backends.
 
-    ``retired`` ones only unwrap: what they sealed opens until it has been rewrapped.
+    ``backend`` and ``others`` wrap each new file key, and the file names the version of ``backend``.
+    ``retired`` backends only unwrap the files that they sealed earlier.
     """
 
     key_id: str
@@ -41,37 +63,40 @@ class Key:
     retired: tuple[Backend, ...] = ()
 
     def ref(self, tenant: str) -> KeyRef:
-        """The version that seals now, for this tenant."""
-        return self._ref(tenant, self.backend)
+        """The version that names new files of this tenant."""
+        return KeyRef(tenant, self.key_id, self.backend.current_version(), self.backend.name)
 
     def refs(self, tenant: str) -> Sequence[KeyRef]:
-        """Every version of the native backend, or else of ``backend``, the current one first."""
+        """All versions of the native backend, or else of ``backend``, the current one first."""
         backend = self.native or self.backend
         return [
             KeyRef(tenant, self.key_id, version.version, backend.name)
             for version in reversed(backend.versions())
         ]
 
-    def wraps(self, tenant: str) -> Sequence[Wrap]:
-        """Who else wraps a new file, under which versions."""
-        return [(backend, self._ref(tenant, backend)) for backend in self.others]
+    def wrapping(self, tenant: str) -> Sequence[BackendKey]:
+        """The backends and versions that wrap a new file key; the first names the file."""
+        return [
+            (backend, KeyRef(tenant, self.key_id, backend.current_version(), backend.name))
+            for backend in self.sealing
+        ]
 
     def seals_as(self, tenant: str, bound: BoundStanzas, *, native: bool) -> bool:
-        """Whether a new file would name the same version, and have the same wraps, as this header says.
+        """Return whether a new file would name the same version and have the same wraps as this header.
 
-        ``native``: whether it has a native stanza, which names no version.
+        ``native``: whether the header has a native stanza, which names no version.
         """
-        refs = [self._ref(tenant, backend) for backend in self.sealing]
-        wanted = {(ref.backend, ref.key_id, ref.version) for ref in refs if ref.backend != NATIVE}
+        keys = self.wrapping(tenant)
+        wanted = {(ref.backend, ref.key_id, ref.version) for backend, ref in keys if not backend.native}
         found = {(wrap.backend, wrap.key_id, wrap.version) for wrap in bound.wraps}
-        natives = any(ref.backend == NATIVE for ref in refs)
-        return bound.key_version == refs[0].version and found == wanted and native == natives
+        natives = any(backend.native for backend, _ in keys)
+        return bound.key_version == keys[0][1].version and found == wanted and native == natives
 
-    def openers(self, tenant: str, bound: BoundStanzas) -> Iterator[Wrap]:
-        """Who may unwrap a file of ours, in the order of the settings, each under the version it names.
+    def unwrapping(self, tenant: str, bound: BoundStanzas) -> Iterator[BackendKey]:
+        """The backends and versions that may unwrap a file of ours, in the order of the settings.
 
-        Native stanzas name no version. Where another backend wrapped first, the context stanza holds that
-        one's, and every identity is tried.
+        Native stanzas name no version, so each identity is tried if the context stanza names the version of
+        another backend.
         """
         for backend in self._all:
             versions = [
@@ -79,13 +104,20 @@ class Key:
                 for wrap in bound.wraps
                 if (wrap.backend, wrap.key_id) == (backend.name, self.key_id)
             ]
-            if backend.name == NATIVE:
+            if backend.name == NATIVE and not versions:
                 versions = _native_versions(backend, bound)
             for version in versions:
                 yield backend, KeyRef(tenant, self.key_id, version, backend.name)
 
+    def is_ready(self, tenant: str, wrap: Wrap | None = None) -> bool:
+        """True if a call needs no network to seal a file, or to open one whose only wrap is ``wrap``."""
+        if wrap is None:
+            return all(backend.is_ready(tenant, self.key_id, None) for backend in self.sealing)
+        backends = [backend for backend in self._all if backend.name == wrap.backend]
+        return any(backend.is_ready(tenant, self.key_id, wrap) for backend in backends)
+
     def for_job(self) -> "Key":
-        """The same key for one run of a bulk job (see ``Backend.for_job``)."""
+        """Prepare the key for one run of a bulk job (see ``Backend.for_job``)."""
         return replace(
             self,
             backend=self.backend.for_job(),
@@ -94,53 +126,50 @@ class Key:
         )
 
     def numbers(self) -> Mapping[str, int]:
-        """Its versions, in the order in which they were made, and a number from 1 on for each.
+        """Number the versions from 1 in the order of their creation, by version.
 
-        Where the backend counts versions itself, its numbers are these. Raises BackendUnavailable.
+        A backend that numbers versions itself keeps its numbers. Raises BackendUnavailable.
         """
-        # the names of native versions are hexadecimal digits, which may look like a number
+        # a native version has 8 hexadecimal digits, which may look like a number
         return _numbers(tuple(self.backend.versions()), counts=self.backend.name != NATIVE)
 
     @property
     def sealing(self) -> tuple[Backend, ...]:
-        """Who wraps new files, the one that names them first."""
+        """The backends that wrap new files; the first names them."""
         return (self.backend, *self.others)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its backends."""
+        """The names of all backends."""
         return tuple(backend.name for backend in self._all)
 
     @property
     def native(self) -> Backend | None:
-        """Who may unwrap a file that stock ``age`` made."""
+        """The backend that may unwrap a file that stock ``age`` made."""
         return next((backend for backend in self._all if backend.name == NATIVE), None)
 
     @property
     def blocks(self) -> str | None:
-        """The first backend that waits on a network, if any does."""
+        """The name of the first backend that waits on a network."""
         return next((backend.name for backend in self._all if backend.blocks), None)
 
     @property
     def remote(self) -> tuple[Backend, ...]:
-        """Who waits on a network."""
+        """The backends that wait on a network."""
         return tuple(backend for backend in self._all if backend.blocks)
 
     @property
     def _all(self) -> tuple[Backend, ...]:
         return (*self.sealing, *self.retired)
 
-    def _ref(self, tenant: str, backend: Backend) -> KeyRef:
-        return KeyRef(tenant, self.key_id, backend.current_version(), backend.name)
-
 
 @lru_cache(maxsize=1024)
 def _numbers(versions: tuple[KeyVersion, ...], *, counts: bool) -> Mapping[str, int]:
-    """``counts``: whether names that are numbers mean that the backend counts."""
+    """``counts``: whether the backend numbers its versions itself where their names are numbers."""
     if counts and all(version.version.isdecimal() for version in versions):
         return {version.version: int(version.version) for version in versions}
     dated = [(each.created_at.timestamp(), each) for each in versions if each.created_at]
-    if len(dated) == len(versions):  # else as the backend has them: the one in use is last
+    if len(dated) == len(versions):  # else in the backend's order: the current one last
         versions = tuple(each for _, each in sorted(dated, key=lambda pair: pair[0]))
     return {version.version: number for number, version in enumerate(versions, start=1)}
 
@@ -153,108 +182,168 @@ def _native_versions(backend: Backend, bound: BoundStanzas) -> list[str]:
 
 
 class BackendModule(Protocol):
-    """What each module in ``SCHEMES`` offers."""
+    """The interface of each module in ``SCHEMES`` of keys on a server."""
 
-    def open_key(self, uri: SplitResult | None, settings: Settings) -> Backend:
-        """The key that a URI names; None means the backend's own settings section."""
+    def open_key(self, uri: SplitResult | None, section: BackendSection, *, strict: bool) -> Backend:
+        """Open the key that a URI names; None: the one of the backend's table. ``strict`` is for prod."""
+
+
+class LocalModule(Protocol):
+    """The interface of the module of keys in files."""
+
+    def open_key(
+        self,
+        uri: SplitResult | None,
+        section: BackendSection,
+        *,
+        strict: bool,
+        name: str,
+        sealed: SealedFiles | None,
+    ) -> Backend:
+        """As ``BackendModule.open_key``. A sealed file is opened by ``sealed``, as the key ``name``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Keyring:
-    """All keys of this install."""
+    """The keys of an installation that take calls; ``roots`` are the ids of those that seal key files."""
 
     keys: Mapping[str, Key]
     default: Key
+    roots: frozenset[str] = frozenset()
 
     def named(self, key_id: str | None) -> Key:
-        """The key of this id, or the default. Raises UnknownKey."""
+        """The key of this id, or the default key for None. Raises UnknownKey, also for a root."""
         if key_id is None:
             return self.default
+        if key_id in self.roots:
+            raise UnknownKey(f"The key {key_id} only seals key files of the service and takes no calls")
         try:
             return self.keys[key_id]
         except KeyError:
             raise UnknownKey from None
 
+    @property
+    def blocks(self) -> bool:
+        """Return whether any key waits on a network."""
+        return any(key.blocks for key in self.keys.values())
+
+    def closed(self) -> list[str]:
+        """The ids of keys whose key files cannot be used now: the root that sealed them is away."""
+        return [
+            key_id
+            for key_id, key in self.keys.items()
+            if key.native is not None and not key.native.health_check().healthy
+        ]
+
+    @property
+    def is_late(self) -> bool:
+        """Return whether a document with keys was not read for ten seconds."""
+        natives = (key.native for key in self.keys.values())
+        return any(isinstance(native, AgeBackend) and native.source.is_late for native in natives)
+
     def for_job(self) -> "Keyring":
-        """The same keys for one run of a bulk job."""
+        """Prepare all keys for one run of a bulk job."""
         keys = {key_id: key.for_job() for key_id, key in self.keys.items()}
-        return Keyring(keys, keys[self.default.key_id])
+        return Keyring(keys, keys[self.default.key_id], self.roots)
+
+    def is_ready(self, tenant: str, key_id: str | None, file: bytes, *, seals: bool) -> bool:
+        """Return whether a call is certain to need no network: wrap keys of the server are at hand.
+
+        ``file`` is the ciphertext to open, or empty; ``seals`` says whether the call makes one.
+        """
+        if file:
+            wrap = _shared_wrap(file)
+            key = self.keys.get(wrap.key_id) if wrap else None
+            if key is None or not key.is_ready(tenant, wrap):
+                return False
+            key_id = key_id or key.key_id
+        target = self.default if key_id is None else self.keys.get(key_id)
+        return bool(target and target.is_ready(tenant)) if seals else bool(file)
 
     def waits_on(self, key_id: str | None, *texts: bytes) -> str | None:
-        """The backend over a network that a call may ask, or None: for choosing a thread, nothing else.
+        """The backend over a network that an operation may call, or None; only for choosing a thread pool.
 
-        A ciphertext among ``texts`` names its key, as it will when it is opened; rewrap uses both.
+        Ciphertexts among ``texts`` name keys, without any proof; ``key_id`` is that of the request.
         """
-        found = [name for text in texts for name in _named_in(text)]
+        found = [name for text in texts for name in _key_ids_in(text)]
         named = [self.keys.get(name, self.default) for name in (key_id, *found) if name is not None]
         return next((key.blocks for key in named or [self.default] if key.blocks), None)
 
+    def waits_on_any(self, key_ids: Iterable[str | None], texts: Iterable[bytes]) -> str | None:
+        """The same of many operations at once."""
+        if not self.blocks:
+            return None
+        names = {name or self.default.key_id for name in key_ids}
+        names.update(name for text in texts for name in _key_ids_in(text))
+        named = [self.keys.get(name, self.default) for name in names]
+        return next((key.blocks for key in named if key.blocks), None)
 
-def _named_in(text: bytes) -> Iterator[str]:
-    """The key ids that a ciphertext names, also in a bundle; nothing of it is verified."""
-    inner = (match[1].replace(b"\n", b"") for match in _BUNDLED.finditer(text, 0, _LOOK_BYTES))
+
+def _shared_wrap(file: bytes) -> Wrap | None:
+    """The wrap of a header whose only wrap was sealed under a shared key; None for any other header.
+
+    The whole header must have this form: another part of it could name another backend.
+    """
+    found = _SHARED.match(file)
+    if found is None or found[2] != found[5]:
+        return None
+    backend, key_id, version, job = (part.decode("ascii") for part in found.groups()[:4])
+    try:
+        return Wrap(backend, key_id, version, b"", b64decode(job.encode("ascii")))
+    except DecryptFailed:
+        return None
+
+
+def _key_ids_in(text: bytes) -> Iterator[str]:
+    """The key ids that a ciphertext names, also in a bundle; not verified."""
+    inner = (match[1].replace(b"\n", b"") for match in _BUNDLED.finditer(text, 0, _SCANNED_BYTES))
     for part in (text, *(a2b_base64(base64[: len(base64) // 4 * 4]) for base64 in inner)):
-        if match := _NAMED.search(part, 0, _LOOK_BYTES):
+        if match := _NAMED.search(part, 0, _SCANNED_BYTES):
             yield match[1].decode("ascii")
 
 
-def build(settings: Settings) -> Keyring:
-    """Open every key that settings name. Raises ConfigurationError for a wrong URI, scheme or key file."""
-    default_id = settings.kms.default_key_id or _own_key_id(settings) or DEFAULT_KEY_ID
-    accept_foreign = settings.accept_foreign
-    keys = {key_id: _key(key_id, uris, settings) for key_id, uris in settings.kms.keys.items()}
-    if default_id not in keys:
-        own = _module(settings.active_backend, "the active backend").open_key(None, settings)
-        keys[default_id] = Key(default_id, own, accept_foreign)
-    return Keyring(keys, keys[default_id])
+def build(settings: Settings, sealed: SealedFiles | None = None) -> Keyring:
+    """Open each key that settings name. Raises ConfigurationError for a wrong URI, scheme or key file.
 
-
-def check(settings: Settings) -> None:
-    """Ask each peer for the keys that settings name, before a start. Raises ConfigurationError without one.
-
-    A peer that does not answer within seconds, or not to us, degrades the service and does not stop it.
+    ``sealed`` opens sealed key files; without it they are refused.
     """
-    if settings.used_backends <= {NATIVE}:
-        return
-    asked: dict[str, list[Backend]] = {}
-    for key in build(settings).keys.values():
-        for backend in key.remote:
-            asked.setdefault(backend.name, []).append(backend)
-    missing: list[KeyMissing] = []
-    # daemons: a peer that never answers must not hold up the end of a process either
-    threads = [Thread(target=_ask, args=(each, missing), daemon=True) for each in asked.values()]
-    for thread in threads:
-        thread.start()
-    until = time.monotonic() + _CHECK_S
-    for thread in threads:
-        thread.join(max(0.0, until - time.monotonic()))
-    if missing:
-        raise ConfigurationError(missing[0].detail)
+    default_id, kinds, shared = default_key_id(settings), settings.kms.all_keys, WrapKeys()
+    keys = {
+        key_id: _key(key_id, key.uris, settings, sealed, shared)
+        for key_id, key in kinds.items()
+        if key.use == "data"
+    }
+    if default_id not in keys:
+        own = _open(settings.active_backend, None, settings, default_id, sealed)
+        keys[default_id] = Key(default_id, own, settings.accept_foreign)
+    return Keyring(keys, keys[default_id], frozenset(kinds.keys() - keys.keys()))
 
 
-def _ask(backends: Sequence[Backend], missing: list[KeyMissing]) -> None:
-    """Keys of one peer, one after the other; silence ends it."""
-    for backend in backends:
-        try:
-            backend.versions()
-        except KeyMissing as exc:
-            missing.append(exc)
-        except BackendUnavailable as exc:
-            _log.warning("backend.unavailable", backend=backend.name, reason=exc.detail)
-            return
+def default_key_id(settings: Settings) -> str:
+    """The id of the key for calls that name none."""
+    own_id = settings.backends[settings.active_backend].own_key_id()
+    return settings.kms.default_key_id or own_id or DEFAULT_KEY_ID
 
 
-def _own_key_id(settings: Settings) -> str | None:
-    return settings.kms.cosmian.default_key_id if settings.active_backend == "cosmian" else None
+def roots(settings: Settings) -> Mapping[str, Key]:
+    """Open the keys that seal key files. Raises ConfigurationError, also for one whose own file is sealed."""
+    return {
+        key_id: _key(key_id, key.uris, settings, None, WrapKeys())
+        for key_id, key in settings.kms.all_keys.items()
+        if key.use == "seal"
+    }
 
 
-def _key(key_id: str, uris: str | tuple[str, ...], settings: Settings) -> Key:
-    """One URI, or several: the first names new files, each wraps them, unless it says ``seal=false``."""
+def _key(
+    key_id: str, uris: Sequence[str], settings: Settings, sealed: SealedFiles | None, shared: WrapKeys
+) -> Key:
+    """Open a key of one or more URIs: each wraps new files unless it says ``seal=false``."""
     sealing: list[Backend] = []
     retired: list[Backend] = []
-    for uri in (uris,) if isinstance(uris, str) else uris:
-        rest, seals = _take_seal(key_id, uri)
-        (sealing if seals else retired).append(_from_uri(key_id, rest, settings))
+    for uri in uris:
+        rest, options = _split_options(key_id, uri)
+        backend = _shared(key_id, _from_uri(key_id, rest, settings, sealed), options.get("share"), shared)
+        (retired if options.get("seal") == "false" else sealing).append(backend)
     names = [backend.name for backend in (*sealing, *retired)]
     if not sealing:
         raise ConfigurationError(f"kms.keys.{key_id}: name a URI that encrypts, without seal=false")
@@ -265,26 +354,57 @@ def _key(key_id: str, uris: str | tuple[str, ...], settings: Settings) -> Key:
     return Key(key_id, sealing[0], settings.accept_foreign, tuple(sealing[1:]), tuple(retired))
 
 
-def _take_seal(key_id: str, uri: str) -> tuple[str, bool]:
-    """The URI without its ``seal``, which is ours and no backend's, and what it says."""
+def _split_options(key_id: str, uri: str) -> tuple[str, Mapping[str, str]]:
+    """The URI without the options that no backend reads, ``seal`` and ``share``, and their values."""
     parts = urlsplit(uri)
-    options = parts.query.split("&") if parts.query else []
-    given = [option for option in options if option.startswith("seal=")]
-    if any(option not in {"seal=true", "seal=false"} for option in given) or len(given) > 1:
-        raise ConfigurationError(f"kms.keys.{key_id}: seal is true or false")
-    rest = "&".join(option for option in options if option not in given)
-    return urlunsplit(parts._replace(query=rest)), given != ["seal=false"]
+    pairs = parts.query.split("&") if parts.query else []
+    given = [pair for pair in pairs if pair.partition("=")[0] in _OPTIONS]
+    options = {name: value for name, _, value in (pair.partition("=") for pair in given)}
+    if options.get("seal", "true") not in {"true", "false"} or len(options) != len(given):
+        raise ConfigurationError(f"kms.keys.{key_id}: seal is true or false, and no option is given twice")
+    rest = "&".join(pair for pair in pairs if pair not in given)
+    return urlunsplit(parts._replace(query=rest)), options
 
 
-def _from_uri(key_id: str, uri: str, settings: Settings) -> Backend:
+def _shared(key_id: str, backend: Backend, share: str | None, shared: WrapKeys) -> Backend:
+    """The backend, with wrap keys for many files if its URI says ``share``. Raises ConfigurationError."""
+    if share is None:
+        return backend
+    if not isinstance(backend, RemoteBackend):
+        raise ConfigurationError(
+            f"kms.keys.{key_id}: share is for keys on a server; use native=false for an Age key, which "
+            "shares nothing, since anybody could make a key for its public recipient"
+        )
+    try:
+        life_s = parse_duration(share).total_seconds()
+    except ValueError:
+        life_s = 0.0
+    if not 1 <= life_s <= LONGEST_SHARE_S:
+        raise ConfigurationError(
+            f"kms.keys.{key_id}: share takes 1s to 60m, as share=5m: for so long after the server wrapped or "
+            "unwrapped it, one key serves many files without a call"
+        )
+    return SharingBackend(backend, shared, life_s)
+
+
+def _from_uri(key_id: str, uri: str, settings: Settings, sealed: SealedFiles | None) -> Backend:
     parts = urlsplit(uri)
     if parts.password:
         raise ConfigurationError(f"The URI of key {key_id!r} holds a password: put it into a file instead")
-    return _module(parts.scheme, f"key {key_id!r}").open_key(parts, settings)
-
-
-def _module(scheme: str, where: str) -> BackendModule:
-    if scheme not in SCHEMES:
+    if parts.scheme not in SCHEMES:
         known = ", ".join(sorted(SCHEMES))
-        raise ConfigurationError(f"{where} names the backend {scheme!r}, which is not one of: {known}")
-    return cast("BackendModule", importlib.import_module(SCHEMES[scheme]))
+        raise ConfigurationError(
+            f"key {key_id!r} names the backend {parts.scheme!r}, which is not one of: {known}"
+        )
+    return _open(parts.scheme, parts, settings, key_id, sealed)
+
+
+def _open(
+    scheme: str, uri: SplitResult | None, settings: Settings, key_id: str, sealed: SealedFiles | None
+) -> Backend:
+    section = settings.backends[scheme]
+    module = importlib.import_module(section.MODULE)
+    if scheme == NATIVE:
+        local = cast("LocalModule", module)
+        return local.open_key(uri, section, strict=settings.is_prod, name=key_id, sealed=sealed)
+    return cast("BackendModule", module).open_key(uri, section, strict=settings.is_prod)

@@ -1,16 +1,15 @@
-"""One operation of ``Kms`` under way: its audit record, its count and its time, whatever its end."""
+"""Records each operation of ``Kms`` once: audit record, metrics, usage counters and trace."""
 
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
-
-import msgspec
+from typing import Self
 
 from kms_core import audit
 from kms_core.audit import AuditRecord, AuditWriter
-from kms_core.audit.record import COUNTED
 from kms_core.auth.policy import Principal
+from kms_core.backends.wrap_keys import name_of
+from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef
 from kms_core.observability import metrics, tracing
 from kms_core.observability.usage import UsageCounters
@@ -19,16 +18,71 @@ from kms_protocol.errors import KmsError
 
 
 class Operation:
-    """Who asked for what, its record, and when it began."""
+    """A running operation and its audit record; as a context manager it records its end.
 
-    __slots__ = ("context", "key_id", "record", "started", "who")
+    A class and no generator, which would double the cost of each call.
+    """
+
+    __slots__ = ("_end", "_span", "context", "key_id", "record", "started", "who")
 
     def __init__(
-        self, operation: str, who: Principal, context: Context, key_id: str | None, *, bytes_in: int
+        self, who: Principal, context: Context, key_id: str | None, record: AuditRecord, end: "RecordEnd"
     ) -> None:
         self.started = time.perf_counter()
-        self.who, self.context, self.key_id = who, context, key_id
-        self.record = AuditRecord(
+        self.who, self.context, self.key_id, self.record = who, context, key_id, record
+        self._span, self._end = tracing.span(f"kms.{record.operation}"), end
+
+    def note_key(self, key: KeyRef, origin: str = "") -> None:
+        """Put the key into the record as soon as it is known, so that refusals name it too."""
+        self.record.key_id, self.record.key_version = key.key_id, key.version
+        self.record.backend, self.record.origin = key.backend, origin
+
+    def note_file(self, nonce: bytes) -> str:
+        """Put the id of the file into the record as soon as it is known; returns it."""
+        self.record.file_id = binding.file_id(nonce)
+        return self.record.file_id
+
+    def note_wraps(self, wrapped: Iterable[bytes]) -> None:
+        """Name the shared wrap keys that opened the file, or that sealed the result."""
+        self.record.wrap_key = ",".join(map(name_of, filter(None, wrapped)))
+
+    def __enter__(self) -> Self:
+        self._span.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if exc is None:
+                self._end(self, "ok")
+            elif isinstance(exc, KmsError):
+                self._end(self, exc.code)
+            elif not self.record.stage:
+                self._end(self, KmsError.code)
+        finally:
+            self._span.__exit__(kind, exc, trace)
+
+
+RecordEnd = Callable[[Operation, str], None]
+
+
+class OperationRecorder:
+    """Appends operations to the audit log first, then to metrics and usage counters."""
+
+    def __init__(self, audit_log: AuditWriter, usage: UsageCounters) -> None:
+        self._audit_log = audit_log
+        self._usage = usage
+
+    def recorded(
+        self, operation: str, who: Principal, context: Context, key_id: str | None, *, bytes_in: int = 0
+    ) -> Operation:
+        """Record the operation in the block: one audit record and one count, before its result is returned.
+
+        After ``record_intent`` only success and KmsError are outcomes: after any other exception the effect
+        is unknown, and the intent stays without an outcome. Raises AuditUnavailable in place of a result.
+        """
+        record = AuditRecord(
             operation=operation,
             principal=who.name,
             tenant=who.tenant,
@@ -37,83 +91,30 @@ class Operation:
             job_id=audit.job_id.get(),
             source=audit.source.get(),
             bytes_in=bytes_in,
+            context=self._audit_log.conceal(who.tenant, context),
         )
+        return Operation(who, context, key_id, record, self._append)
 
-    def names(self, key: KeyRef, origin: str = "") -> None:
-        """Note the key, as soon as it is known, so that refusals name it too."""
-        self.record.key_id, self.record.key_version = key.key_id, key.version
-        self.record.backend, self.record.origin = key.backend, origin
+    def record_intent(self, call: Operation) -> None:
+        """Record that an effect outside this process follows; the operation's own record is its outcome.
 
-
-class Recorded:
-    """Entered for the time of a call. A class, since a generator costs every call twice as much."""
-
-    __slots__ = ("_append", "_call", "_span")
-
-    def __init__(self, call: Operation, append: Callable[[Operation, str], None]) -> None:
-        self._call, self._append = call, append
-        self._span = tracing.span(f"kms.{call.record.operation}")
-
-    def __enter__(self) -> Operation:
-        self._span.__enter__()
-        return self._call
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if exc is None:
-                self._append(self._call, "ok")
-            elif isinstance(exc, KmsError):
-                self._append(self._call, exc.code)
-            elif not self._call.record.stage:
-                self._append(self._call, KmsError.code)
-        finally:
-            self._span.__exit__(kind, exc, trace)
-
-
-class OperationRecorder:
-    """Where operations go on record: the audit trail first, then the metrics and the counts."""
-
-    def __init__(self, trail: AuditWriter, tally: UsageCounters) -> None:
-        self._trail = trail
-        self._tally = tally
-
-    def recorded(
-        self, operation: str, who: Principal, context: Context, key_id: str | None, *, bytes_in: int = 0
-    ) -> Recorded:
-        """One audit record and one count per operation, whatever its end; appended before the result.
-
-        Of an effect (``sets_out``) success and a KmsError alone are outcomes: after anything else nobody
-        knows, and an intent without outcome says so. Raises AuditUnavailable: no record, no result.
+        Raises AuditUnavailable.
         """
-        call = Operation(operation, who, context, key_id, bytes_in=bytes_in)
-        call.record.context = self._trail.conceal(who.tenant, context)
-        return Recorded(call, self.append)
+        audit.begin_effect(self._audit_log, call.record, audit.effect_name(call.record.key_id))
 
-    def sets_out(self, call: Operation) -> None:
-        """Put on record that something others see is about to happen; the call's own record is the outcome.
-
-        Raises AuditUnavailable, before the effect.
-        """
-        name = f"{call.record.key_id}-{os.urandom(8).hex()}"
-        self._write(msgspec.structs.replace(call.record, stage="intent", effect=name))
-        call.record.stage, call.record.effect = "outcome", name
-
-    def append(self, call: Operation, result: str) -> None:
-        """The end of a call."""
+    def _append(self, call: Operation, result: str) -> None:
         record = call.record
         seconds = time.perf_counter() - call.started
         record.result, record.duration_us = result, round(seconds * 1e6)
         try:
-            self._write(record)
+            audit.append(self._audit_log, record)
         except KmsError:
             metrics.count_operation(record, "audit_unavailable", seconds)
-            self._tally.note(record, "audit_unavailable")
+            self._usage.note(record, "audit_unavailable")
             tracing.note(operation=record.operation, result="audit_unavailable")
             raise
         metrics.count_operation(record, result, seconds)
-        self._tally.note(record, result)
+        self._usage.note(record, result)
         if tracing.is_on():
             tracing.note(
                 operation=record.operation,
@@ -123,12 +124,3 @@ class OperationRecorder:
                 bytes_out=record.bytes_out,
                 result=result,
             )
-
-    def _write(self, record: AuditRecord) -> None:
-        try:
-            is_record = self._trail.append(record) != COUNTED
-        except KmsError:
-            metrics.AUDIT_EVENTS.labels("failed").inc()
-            raise
-        if is_record:
-            metrics.count_record()

@@ -1,7 +1,7 @@
-"""The client's address behind trusted proxies: X-Forwarded-For, or Forwarded (RFC 7239). Knows no framework.
+"""The client's address behind trusted proxies, from X-Forwarded-For or Forwarded (RFC 7239).
 
-A proxy appends the address that it saw, so a list is read from its right end, past trusted proxies, to the
-first address that is none of theirs. What a client itself has sent stands further left and changes nothing.
+A proxy appends the address of its peer, so a list is read from its right end, past trusted proxies, to the
+first other address. Entries that the client itself has sent are further left and have no effect.
 """
 
 import ipaddress
@@ -20,7 +20,7 @@ _PAIR: Final = re.compile(r'[ \t]*([A-Za-z0-9_-]+)=([^\s",;\\]+|"(?:[^"\\]|\\.)*
 
 
 def collapsed(lines: Sequence[str]) -> list[Network]:
-    """The fewest networks that hold the same addresses. Raises ValueError for a line that is no network."""
+    """The smallest list of networks with the same addresses. Raises ValueError for an invalid network."""
     networks = [ipaddress.ip_network(line) for line in lines]
     four = [network for network in networks if isinstance(network, ipaddress.IPv4Network)]
     six = [network for network in networks if isinstance(network, ipaddress.IPv6Network)]
@@ -28,7 +28,7 @@ def collapsed(lines: Sequence[str]) -> list[Network]:
 
 
 class ProxySettings(Protocol):
-    """The settings that ``Proxies`` is made of, those of ``[kms.server]``."""
+    """The settings of ``[kms.server]`` that ``Proxies`` needs."""
 
     @property
     def trusted_proxies(self) -> Sequence[str]: ...
@@ -38,7 +38,7 @@ class ProxySettings(Protocol):
 
 @dataclass(frozen=True)
 class Proxies:
-    """The networks of trusted proxies, and the name in lower case of the one header that they set."""
+    """The networks of trusted proxies, and the lower-case name of the header that they set."""
 
     networks: tuple[Network, ...]
     header: Literal["x-forwarded-for", "forwarded"]
@@ -48,7 +48,7 @@ class Proxies:
         return cls(tuple(collapsed(server.trusted_proxies)), server.proxy_header)
 
     def trust(self, address: str) -> bool:
-        """Whether the address, as a socket names it, is that of a trusted proxy."""
+        """Return whether a socket's address is that of a trusted proxy."""
         if not self.networks:
             return False
         found = _address(address)
@@ -62,7 +62,7 @@ class Proxies:
         it; where every entry is a trusted proxy, that is the leftmost.
         """
         nearest = peer
-        if len(text) > _MOST_CHARS:  # what is cut off, and the entry that the cut goes through, are unknown
+        if len(text) > _MOST_CHARS:  # the entries that are cut off, wholly or in part, are unknown
             text = f"unknown,{text[-_MOST_CHARS:].partition(',')[2]}"
         entries = _forwarded(text) if self.header == "forwarded" else _forwarded_for(text)
         for number, entry in enumerate(entries):
@@ -80,7 +80,7 @@ class Proxies:
 
 @lru_cache(maxsize=1024)
 def _address(text: str) -> Address | None:
-    """An address; an IPv4 one that is written as IPv6 (``::ffff:…``) as IPv4."""
+    """An address; IPv4 in IPv6 form (``::ffff:…``) becomes IPv4."""
     try:
         found = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -96,7 +96,7 @@ def _node(text: str) -> Address | None:
 
 
 def _forwarded_for(text: str) -> Iterator[str]:
-    """The entries from the right; empty ones are passed over (RFC 9110 §5.6.1)."""
+    """The entries from the right, without empty ones (RFC 9110 §5.6.1)."""
     for entry in reversed(text.split(",")):
         if entry.strip(" \t"):
             yield entry.strip(" \t")
@@ -112,7 +112,7 @@ def _forwarded(text: str) -> Iterator[str | None]:
 def _elements(text: str) -> Iterator[str]:
     """The texts between commas outside quotes, read from the right.
 
-    A quote that the client left open on the left cannot reach into the elements of proxies.
+    An unclosed quote in the client's part, on the left, cannot affect the elements of proxies.
     """
     end, is_quoted = len(text), False
     for at in range(len(text) - 1, -1, -1):

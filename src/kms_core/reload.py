@@ -1,5 +1,6 @@
-"""A value made from files, made again when they change, without delaying the caller for large ones."""
+"""Values read from files, and read again when the files change."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,17 +17,21 @@ Stamp = tuple[tuple[int, ...], ...]
 
 
 def stamp_of(paths: Sequence[Path]) -> Stamp:
-    """A value that changes with the files: device, inode, size and time of each. Raises OSError."""
-    found = (path.stat() for path in paths)
-    return tuple((one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found)
+    """A value that changes when one of the files does. Raises OSError."""
+    return tuple(stamp_of_stat(path.stat()) for path in paths)
+
+
+def stamp_of_stat(found: os.stat_result) -> tuple[int, ...]:
+    """Device, inode, size in bytes and time of the last write (ns) of a file."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class Reloaded(Generic[_T]):
-    """The value of some files. Safe in several threads.
+    """A value read from files. Safe in several threads.
 
-    Files of up to 256 KiB in total are read by the thread that finds them changed; larger ones by a thread
-    of their own, while callers get the value read before. Files that cannot be used leave the value as it
-    is: they are tried again when they change, and once a minute.
+    A caller that finds them changed waits for files of up to 256 KiB in total; larger ones are read in the
+    background, while callers get the previous value. While files cannot be used, the previous value stays:
+    they are read again when they change, and once a minute.
     """
 
     def __init__(
@@ -38,9 +43,9 @@ class Reloaded(Generic[_T]):
         failed: Callable[[Exception], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``done`` and ``failed`` are told of each later reading. ``clock`` gives seconds.
+        """``done`` and ``failed`` are called after each later read. ``clock`` gives seconds.
 
-        Raises what ``read`` does for files that cannot be used: OSError, ValueError or KmsError.
+        Raises as ``read`` for files that cannot be used: OSError, ValueError or KmsError.
         """
         self._paths = tuple(paths)
         self._read, self._done, self._failed, self._clock = read, done, failed, clock
@@ -51,7 +56,7 @@ class Reloaded(Generic[_T]):
         self._value = read()
 
     def current(self) -> _T:
-        """The value that was read last, after looking whether the files have changed."""
+        """The current value; checks whether the files have changed."""
         stamp = self._stamp()
         if self._is_due(stamp):
             with self._lock:
@@ -61,7 +66,7 @@ class Reloaded(Generic[_T]):
         return self._value
 
     def _stamp(self) -> Stamp | None:
-        """None while a file is missing."""
+        """The stamp of the files; None while one is missing."""
         try:
             return stamp_of(self._paths)
         except OSError:

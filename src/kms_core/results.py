@@ -1,4 +1,4 @@
-"""What ``Kms`` answers with: bytes and the key that they have to do with. Secrets are in no ``repr``."""
+"""Results of ``Kms``: bytes and their key. No ``repr`` shows a secret."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,33 +11,36 @@ Origin = Literal["service", "foreign"]
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """A ciphertext and the key that seals it."""
+    """A ciphertext, empty if a file received it, the key that sealed it, and its id (``binding.file_id``)."""
 
     ciphertext: bytes = field(repr=False)
     key: KeyRef
+    file_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A plaintext, the key that opened it, and whether this service made the file."""
+    """A plaintext, empty if a file received it, its key, whether this service sealed it, and its file."""
 
     plaintext: bytes = field(repr=False)
     key: KeyRef
     origin: Origin
+    file_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class DataKey:
-    """Random bytes and the same bytes sealed."""
+    """Random bytes in clear and sealed, and the id of the ciphertext."""
 
     plaintext: bytes = field(repr=False)
     ciphertext: bytes = field(repr=False)
     key: KeyRef
+    file_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class WrappedFileKey:
-    """A file key wrapped for a header that somebody else writes: one stanza, as text."""
+    """A file key wrapped for a header that an age tool writes: one stanza as text."""
 
     stanza: bytes
     key: KeyRef
@@ -45,7 +48,7 @@ class WrappedFileKey:
 
 @dataclass(frozen=True, slots=True)
 class Unwrapped:
-    """The secrets of one file, for the job layer, which moves payloads that do not fit in memory."""
+    """The 16-byte file key and the 16-byte payload nonce of a file, with the key that unwrapped it."""
 
     file_key: bytes = field(repr=False)
     nonce: bytes = field(repr=False)
@@ -59,7 +62,7 @@ class Unwrapped:
 
 @dataclass(frozen=True, slots=True)
 class KeyVersionStatus:
-    """What a header says of its key; ``key_version`` is empty where the backend knows no such version."""
+    """The key that a header names; ``key_version`` is empty where the backend has no such version."""
 
     key_id: str
     key_version: str

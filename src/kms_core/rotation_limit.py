@@ -1,13 +1,13 @@
-"""How many new versions of a key callers may make in an hour.
+"""Limits how many new versions of a key callers make in an hour.
 
-Versions are counted by the creation times that their backend tells, so the limit holds across processes and
-hosts without a counter. A backend that tells none (AWS KMS) is limited by each process. The limit is checked
-before the backend is asked to rotate: of calls at the same moment each process may still let one more pass.
+Counts versions by the creation times that the backend reports, so the limit holds across processes and hosts
+without a shared counter. Each process counts for itself where a backend reports none (AWS KMS). Of rotations
+at the same moment each process may allow one too many.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import pairwise
 from threading import Lock
@@ -27,24 +27,27 @@ class RotationLimit:
     def __init__(
         self, max_per_hour: int = 10, every_days: int = 0, clock: Callable[[], float] = time.time
     ) -> None:
-        """``every_days`` is the schedule's age of a version, 0 for none; ``clock`` gives epoch seconds."""
-        self._most = max_per_hour
+        """``every_days``: the schedule's age of a version, 0 for none. ``clock`` returns epoch seconds."""
+        self._limit = max_per_hour
         self._due_after_s = timedelta(days=every_days).total_seconds() or float("inf")
         self._clock = clock
         self._lock = Lock()
         self._own: dict[str, list[float]] = {}
 
     @contextmanager
-    def spent(self, key: Key, who: Principal) -> Iterator[None]:
-        """Count one rotation, made within; one that fails does not count. Raises RateLimited.
+    def counted(self, key: Key, who: Principal) -> Iterator[None]:
+        """Count the rotation in the block unless it fails. Raises RateLimited above the limit.
 
-        The schedule is neither limited nor counted. A backend that cannot be asked is left out: it would not
-        rotate either.
+        Rotations of the schedule are neither limited nor counted. An unreachable backend is left out: it
+        cannot rotate either.
         """
         if who.credential == INTERNAL:
             yield
             return
-        times = [self._told(versions) for versions in _versions(key)]
+        times: list[list[float]] = []
+        for backend in key.sealing:
+            with suppress(BackendUnavailable):
+                times.append(self._made_by_callers(backend.versions()))
         with self._lock:
             now = self._clock()
             own = [at for at in self._own.get(key.key_id, ()) if at > now - WINDOW_S]
@@ -59,10 +62,10 @@ class RotationLimit:
                 self._own[key.key_id].remove(now)
             raise
 
-    def _told(self, versions: Sequence[KeyVersion]) -> list[float]:
-        """When callers made these versions; neither the first one nor those that were due by age count.
+    def _made_by_callers(self, versions: Sequence[KeyVersion]) -> list[float]:
+        """Creation times of these versions, without the first one and those that were due by age.
 
-        A version of unknown age is taken to be older than the others.
+        A version without a creation time counts as older than the others.
         """
         made = sorted(version.created_at.timestamp() for version in versions if version.created_at)
         first = made[:1] if len(made) < len(versions) else []
@@ -70,17 +73,9 @@ class RotationLimit:
 
     def _check(self, made: Sequence[float], now: float) -> None:
         recent = [at for at in made if at > now - WINDOW_S]
-        if len(recent) >= self._most:
-            wait_s = min(WINDOW_S, recent[-self._most] + WINDOW_S - now)
+        if len(recent) >= self._limit:
+            wait_s = min(WINDOW_S, recent[-self._limit] + WINDOW_S - now)
             raise RateLimited(
-                f"This key has {self._most} new versions within an hour: see [kms.rotation] max_per_hour",
+                f"This key has {self._limit} new versions within an hour: see [kms.rotation] max_per_hour",
                 retry_after_s=wait_s,
             )
-
-
-def _versions(key: Key) -> Iterator[Sequence[KeyVersion]]:
-    for backend in key.sealing:
-        try:
-            yield backend.versions()
-        except BackendUnavailable:
-            continue

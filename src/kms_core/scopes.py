@@ -1,13 +1,13 @@
-"""Scopes: what a credential may do, as one line of text each; knows no caller and no credential.
+"""Scopes: the permissions of a credential, as one line of text each.
 
-A scope is operations, and rules that a call must keep all of:
+A scope names operations, and rules that all must hold for a request:
 
     encrypt,decrypt key=payroll-* context=env=prod,service=*
     encrypt key=backup read=file:///srv/data/ write=file:///srv/sealed/
     jobs:read,jobs:write
 
-A rule that is left out asks for nothing, except that file jobs need ``read`` and ``write``. ``*`` stands for
-any text (``patterns.py``); space, comma and ``%`` are percent-encoded. ``docs/auth.md`` has all of it.
+A missing rule allows everything, but file jobs need ``read`` and ``write``. ``*`` matches any text
+(``patterns.py``); space, comma and ``%`` are percent-encoded. Grammar: docs/auth.md.
 """
 
 import difflib
@@ -31,12 +31,12 @@ KEY_OPERATIONS: Final = (
     "wrap",
     "unwrap",
 )
-"""What is done with a key. ``rewrap`` and ``reseal`` alone keep the key and the context as they are."""
+"""Operations with a key. The scopes ``rewrap`` and ``reseal`` allow no change of key or context."""
 OTHER_OPERATIONS: Final = ("jobs:read", "jobs:write", "audit:read", "status", "metrics")
 OPERATIONS: Final = (*KEY_OPERATIONS, *OTHER_OPERATIONS)
 NOT_IN_STAR: Final = frozenset({"rotate", "wrap", "unwrap", "metrics"})
-"""To be written out: rotation administers keys, a file key in the clear can be forged under for good, and
-metrics tell of every tenant. Tokens are administered on the machine, by no operation of a scope."""
+"""Operations that ``*`` does not include: rotation administers keys, a file key in clear allows forgeries for
+good, and metrics show all tenants. Tokens are administered on the machine, by no operation of a scope."""
 
 Rule = Literal["operation", "key", "context", "read", "write"]
 _KEY: Final = re.compile(r"[A-Za-z0-9_.*-]{1,80}")
@@ -45,9 +45,9 @@ _PREFIX: Final = re.compile(r"(file://|s3://[a-z0-9.-]+)(/.*)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What a caller wants. None is not known yet, and then no rule stands against it.
+    """A requested access. ``key_id`` and ``context`` are None if not known yet; no rule refuses None.
 
-    ``source`` and ``target`` are URLs of a job from file to file; empty means that it is none.
+    ``source`` and ``target`` are the URLs of a job from file to file, empty for other requests.
     """
 
     operation: str
@@ -59,7 +59,7 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """One line of what is allowed, read."""
+    """A parsed scope."""
 
     operations: frozenset[str]
     keys: tuple[Pattern, ...] = ()
@@ -69,7 +69,7 @@ class Scope:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """ValueError, in words for whoever wrote the line, if it does not follow the grammar."""
+        """Parse one line. Raises ValueError, with a text for its author, if it violates the grammar."""
         names, *rules = text.split(" ")
         given: dict[str, list[str]] = {}
         for rule in rules:
@@ -79,7 +79,7 @@ class Scope:
             given.setdefault(name, []).append(value)
         for name in ("key", "context"):
             if len(given.get(name, ())) > 1:
-                raise ValueError(f"{name}= stands twice: separate by commas, or write two scopes")
+                raise ValueError(f"{name}= occurs twice: separate by commas, or write two scopes")
         return cls(
             _operations(names),
             tuple(_key_pattern(key) for value in given.get("key", ()) for key in value.split(",")),
@@ -90,16 +90,16 @@ class Scope:
 
     @property
     def left_out(self) -> frozenset[str]:
-        """Operations that the scope does not hold although it says ``*``; none without a star."""
+        """Operations that a scope with ``*`` does not include; none for a scope without ``*``."""
         everything = set(OPERATIONS) - NOT_IN_STAR
         return NOT_IN_STAR - self.operations if everything <= self.operations else frozenset()
 
     def names_key(self, key_id: str) -> bool:
-        """Whether it allows anything at all with this key."""
+        """Return whether it allows any operation with this key."""
         return bool(self.operations.intersection(KEY_OPERATIONS)) and _is_among(self.keys, key_id)
 
     def missing(self, wanted: Access) -> Rule | None:
-        """The first rule that stands against it, in the order of ``Rule``; None if it is allowed."""
+        """The first rule that refuses the access, in the order of ``Rule``; None if it is allowed."""
         for rule, holds in _CHECKS.items():
             if not holds(self, wanted):
                 return rule
@@ -108,11 +108,11 @@ class Scope:
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Scope:
-    """As ``Scope.parse``, remembered: the same few lines are asked for with every call."""
+    """Parse one line as ``Scope.parse``, cached: each request needs the same few lines."""
     return Scope.parse(text)
 
 
-# -- reading -----------------------------------------------------------------------------------------
+# -- parsing -----------------------------------------------------------------------------------------
 
 
 def _operations(text: str) -> frozenset[str]:
@@ -139,25 +139,25 @@ def _pair(text: str) -> tuple[str, Pattern]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ValueError("context= takes pairs such as env=prod,service=*")
-    # A star that was percent-encoded would become one that matches: there is no need for it.
+    # A percent-encoded star would become a wildcard.
     if "%2a" in value.lower():
-        raise ValueError("a star in a context value cannot be asked for by itself")
+        raise ValueError("a star in a context value is always a wildcard: it cannot be encoded")
     return unquote(key, errors="strict"), Pattern.parse(unquote(value, errors="strict"))
 
 
 def _prefix(text: str) -> str:
-    """A URL of a directory, decoded; whole parts of a path are compared, so it ends with a slash."""
+    """The decoded URL of a directory. Complete path segments are compared, so it ends with a slash."""
     found = _PREFIX.fullmatch(unquote(text, errors="strict"))
     if not found or _has_dots(found[2]):
         raise ValueError("read= and write= take file:///directory/ or s3://bucket/prefix/")
     return f"{found[1]}{found[2].rstrip('/')}/"
 
 
-# -- asking ------------------------------------------------------------------------------------------
+# -- checking ------------------------------------------------------------------------------------------
 
 
 def _is_among(keys: Sequence[Pattern], key_id: str) -> bool:
-    """Whether a rule ``key=`` allows a key; without the rule every key is allowed."""
+    """Return whether a ``key=`` rule allows a key; without the rule all keys are allowed."""
     return not keys or any_matches(keys, key_id)
 
 
@@ -169,13 +169,13 @@ def _context_fits(scope: Scope, wanted: Access) -> bool:
 
 
 def _beneath(prefixes: tuple[str, ...], url: str) -> bool:
-    """``url`` as a caller wrote it. What whoever opens it could read in two ways is beneath nothing."""
+    """True if a URL of a request is beneath a prefix. An ambiguous URL, with ``.`` or ``..``, never is."""
     found = _PREFIX.fullmatch(unquote(url))
     return found is not None and not _has_dots(found[2]) and any(map(found[0].startswith, prefixes))
 
 
 def _has_dots(path: str) -> bool:
-    """Whether a part of the path is empty, ``.`` or ``..``."""
+    """Return whether a segment of the path is empty, ``.`` or ``..``."""
     return path != "/" and not {"", ".", ".."}.isdisjoint(path[1:].removesuffix("/").split("/"))
 
 

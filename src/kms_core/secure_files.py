@@ -1,26 +1,147 @@
-"""Whether a file with a secret can be read by others. Knows no file's content."""
+"""Files that only the user of the service may read: written whole and durably, and checked when read."""
 
+import fcntl
 import os
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
-_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
-_ALL_BUT_GROUP_READ: Final = _OTHERS & ~stat.S_IRGRP
+from kms_protocol.errors import ConfigurationError
+
+OTHERS: Final = stat.S_IRWXO
+GROUP_AND_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 
 
-def open_to_others(path: Path) -> int:
-    """The permission bits (``0o640``) if more than its owner may use the file, else 0. Raises OSError."""
-    found = path.stat()
-    return stat.S_IMODE(found.st_mode) if is_open(found, os.geteuid()) else 0
+@contextmanager
+def replacing(path: Path, *, overwrite: bool = True, locked: bool = False) -> Iterator[BinaryIO]:
+    """A file (0600) that gets the name ``path`` when the block ends without an error.
+
+    It is then complete and on disk, with its name. Without ``overwrite`` an existing file stays, and
+    FileExistsError is raised. ``locked``: the caller excludes other writers, so the temporary file that a
+    killed one left is removed. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.{'tmp' if locked else os.urandom(4).hex()}")
+    if locked:
+        temporary.unlink(missing_ok=True)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb") as file:  # noqa: PTH123 -- a descriptor, not a path
+            yield file
+            file.flush()
+            os.fsync(fd)
+        if overwrite:
+            temporary.replace(path)
+        else:
+            path.hardlink_to(temporary)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, content: bytes, *, locked: bool = False) -> None:
+    """Write a file (0600) durably, in place of an existing one; as ``replacing``. Raises OSError."""
+    with replacing(path, locked=locked) as file:
+        file.write(content)
+
+
+def replace_kept(path: Path, content: bytes) -> None:
+    """Replace a file, or the target of a link, and keep its owner and mode. Raises OSError.
+
+    The caller excludes other writers (``exclusive``).
+    """
+    path = path.resolve(strict=True)
+    old = path.stat()
+    with replacing(path, locked=True) as file:
+        if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+            os.fchown(file.fileno(), old.st_uid, old.st_gid)
+        os.fchmod(file.fileno(), old.st_mode & 0o777)
+        file.write(content)
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Exclude other processes that do the same with this directory. Raises OSError."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def create(path: Path, content: bytes) -> bool:
+    """Write a file (0600) durably; False if the name exists, which stays as it is. Raises OSError.
+
+    Of two processes that create one file at the same time, one succeeds.
+    """
+    try:
+        with replacing(path, overwrite=False) as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
+def sync_folder(path: Path) -> None:
+    """Write the entries of a directory to disk: a file that was created or renamed there keeps its name.
+
+    fsync(2): syncing a file does not sync the directory that names it. Raises OSError.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_folders(path: Path) -> None:
+    """Make a directory (0700) and those above it that are missing, each on disk with its name.
+
+    Raises OSError.
+    """
+    for folder in reversed([each for each in (path, *path.parents) if not each.exists()]):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        sync_folder(folder.parent)
+
+
+# -- permissions ---------------------------------------------------------------------------------------
+
+
+def open_to_others(file: Path | int) -> int:
+    """The permission bits (``0o640``) of a file that others than its owner may use, else 0. Raises OSError.
+
+    ``file`` is a path or a descriptor. Pipes and devices count as private.
+    """
+    found = os.stat(file)  # noqa: PTH116 -- of a descriptor, too
+    mode = stat.S_IMODE(found.st_mode)
+    return mode if stat.S_ISREG(found.st_mode) and is_open(found, os.geteuid()) else 0
 
 
 def is_open(found: os.stat_result, uid: int) -> bool:
-    """Whether others than the process of user ``uid`` may use the file.
+    """Return whether others than the process of user ``uid`` may use the file.
 
-    A file of root that its group may read is private too, to a service that is not root: so it gets a Secret
-    of Kubernetes (``fsGroup``) and a credential of systemd (whose access list shows as the group's bits).
-    PostgreSQL reads its key file by the same rule (``ssl_key_file``).
+    A file of root that its group may read is private too, to a service that is not root: a Secret of
+    Kubernetes (``fsGroup``) is such a file, and a credential of systemd (whose access list shows as the
+    group's bits). PostgreSQL reads its key file by the same rule (``ssl_key_file``).
     """
     handed_by_root = found.st_uid == 0 and uid != 0
-    return bool(found.st_mode & (_ALL_BUT_GROUP_READ if handed_by_root else _OTHERS))
+    return bool(found.st_mode & (GROUP_AND_OTHERS & ~stat.S_IRGRP if handed_by_root else GROUP_AND_OTHERS))
+
+
+def check_secret(
+    path: Path, warn: Callable[..., object], event: str, *, strict: bool, setting: str = ""
+) -> None:
+    """Check that only its owner may use the file of a secret, which ``setting`` names.
+
+    If others may: raises ConfigurationError where ``strict`` holds, else calls ``warn`` (of a logger) with
+    ``event``. Raises OSError.
+    """
+    mode = open_to_others(path)
+    if not mode:
+        return
+    advice = f"{path} can be read by others (mode {mode:04o}): run `chmod 600 {path}`"
+    if strict:
+        raise ConfigurationError(f"{setting}: {advice}" if setting else advice)
+    warn(event, path=str(path), mode=f"{mode:04o}", advice=advice)

@@ -1,8 +1,8 @@
-"""Keeps the memory of a process, which holds keys and plaintext, out of core files, debuggers and swap.
+"""Keeps keys and plaintext in the memory of a process out of core files, debuggers and swap.
 
-Neither protection is for good: an exec makes a process dumpable again (prctl(2)), and memory locks are not
-inherited by a fork (mlockall(2)). So each program calls ``forbid_dumps`` first, and each process of a server
-calls ``lock``, also after a fork. Python itself cannot erase memory.
+An exec makes a process dumpable again (prctl(2)), and a fork does not inherit memory locks (mlockall(2)). So
+each program calls ``forbid_dumps`` first, and each process of a server calls ``lock``, also after a fork.
+Python cannot erase memory.
 """
 
 import ctypes
@@ -26,9 +26,9 @@ ADVICE: Final[Mapping[Obstacle, str]] = {
 
 
 def forbid_dumps() -> None:
-    """Forbid core files, and have the kernel refuse /proc/PID/mem and ptrace to processes of the same user.
+    """Forbid core files, and deny /proc/PID/mem and ptrace to processes of the same user.
 
-    A fork inherits this; an exec undoes the second half. Raises ConfigurationError where it is refused.
+    A fork inherits both; an exec undoes the second. Raises ConfigurationError if the kernel refuses.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform != "linux":
@@ -42,11 +42,10 @@ def forbid_dumps() -> None:
 
 
 def lock() -> Obstacle | None:
-    """Lock all pages of this process, those to come included; None, or what was in the way.
+    """Lock all present and future pages of this process; returns None, or the obstacle.
 
-    Only pages that are used are locked, and take memory (MCL_ONFAULT), but the limit counts all of the
-    address space. So nothing is locked where RLIMIT_MEMLOCK is finite and counts: an allocation or a thread
-    could fail later because of it.
+    Only used pages are locked and take memory (MCL_ONFAULT), but the limit counts the whole address space. So
+    nothing is locked under a finite RLIMIT_MEMLOCK that applies: a later allocation or thread could fail.
     """
     if sys.platform != "linux":
         return "platform"
@@ -61,7 +60,7 @@ def lock() -> Obstacle | None:
 
 
 def may_lock() -> bool:
-    """Whether ``lock`` would lock the memory of a program that this one starts; leaves this one unlocked."""
+    """True if ``lock`` would succeed in a program that this one starts; this process stays unlocked."""
     if sys.platform != "linux":
         return False
     before = resource.getrlimit(resource.RLIMIT_MEMLOCK)

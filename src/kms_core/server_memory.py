@@ -1,4 +1,4 @@
-"""Locks the memory of a server's processes, and says in its log and metrics whether that was possible."""
+"""Locks the memory of a server's processes, and reports the result in log and metrics."""
 
 import structlog
 
@@ -10,7 +10,7 @@ _log = structlog.get_logger(__name__)
 
 
 def protect(*, strict: bool) -> None:
-    """Lock the memory of this process and log what protects it; not locked is a warning if ``strict``."""
+    """Lock the memory of this process and log the result; a failure is a warning if ``strict``."""
     obstacle = lock_again()
     if obstacle is None:
         _log.info("memory.protected", dumpable=False, locked=True)
@@ -20,8 +20,8 @@ def protect(*, strict: bool) -> None:
 
 
 def lock_again() -> Obstacle | None:
-    """Lock the memory of a process that was just forked, which inherits no lock; None, or the obstacle."""
+    """Lock the memory of a forked process, which inherits no lock; returns None, or the obstacle."""
     obstacle = secure_memory.lock()
-    metrics.MEMORY_PROTECTED.labels("no_dumps").set(1)  # else it would not have started
+    metrics.MEMORY_PROTECTED.labels("no_dumps").set(1)  # or the process would not have started
     metrics.MEMORY_PROTECTED.labels("locked").set(obstacle is None)
     return obstacle

@@ -1,293 +1,256 @@
-"""Kms: the one interface to keys. Policy, audit, metrics and key choice happen here, once, for every front.
+"""``Kms``: all operations with keys. Policy, audit, metrics and key selection happen here, for every process.
 
-Knows no HTTP, no queue and no path: files come as open descriptors. Backends do the wrapping, the envelope
-does the format.
+Knows no HTTP, no queue and no path. Backends wrap file keys, ``envelope`` makes the format, ``payload`` moves
+the bytes.
 """
 
 import os
-from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import NoReturn
 
 from kms_core.age import header, stream
 from kms_core.age.header import Header
 from kms_core.audit import AuditWriter
-from kms_core.auth.policy import Policy, Principal
-from kms_core.backends import Health
+from kms_core.auth.policy import Policy, Principal, Remembered
+from kms_core.backends import Health, table_of
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.key_selection import KeySelector, SelectionRules, by_first, check_not_over
+from kms_core.key_selection import KeySelector, SelectionRules
 from kms_core.keyring import Keyring
 from kms_core.observability import metrics
 from kms_core.observability.usage import UsageCounters
 from kms_core.operation import Operation, OperationRecorder
 from kms_core.payload import parallel
-from kms_core.payload.files import RangeSource, RangeTarget
-from kms_core.payload.parallel import STEADY, ParallelOptions
-from kms_core.results import DataKey, KeyVersionStatus, Opened, Origin, Sealed, Unwrapped, WrappedFileKey
+from kms_core.payload.files import RangeSource
+from kms_core.payload.parallel import DEFAULTS, ParallelOptions
+from kms_core.payload.whole import FileToFile, InMemory
+from kms_core.results import DataKey, KeyVersionStatus, Opened, Sealed, Unwrapped, WrappedFileKey
 from kms_protocol.context import Context
-from kms_protocol.errors import (
-    DataKeysUnsupported,
-    DecryptFailed,
-    Forbidden,
-    ForeignRefused,
-    InvalidRequest,
-    KmsError,
-    UnknownKey,
-)
-
-_UNPROVEN: Final = (
-    "Who made the file cannot be proven without its payload, and this key accepts no such file: "
-    "open it with kms decrypt or kms decrypt-file, which see all of it"
-)
+from kms_protocol.errors import DataKeysUnsupported, Forbidden, InvalidRequest, KmsError, UnknownKey
+from kms_protocol.wire import JobKind
 
 
 class Kms:
-    """encrypt, decrypt, rewrap, data keys and health over whatever backends the keyring holds."""
+    """Encryption, decryption, rewrap, data keys and rotation with the keys of a keyring.
+
+    ``who`` is the caller. ``key_id`` None means the default key. Each operation appends one audit record
+    before it returns, and raises AuditUnavailable in place of a result without one. Beside the errors named
+    below operations raise Forbidden, UnknownKey, BackendUnavailable, InvalidContext; those that seal raise
+    ContextRequired.
+
+    ``encrypt``, ``decrypt``, ``rewrap`` and ``reseal`` take bytes, or a ``FileToFile``: its target receives
+    the result, and the bytes of the result are empty.
+    """
 
     def __init__(
         self,
         keyring: Keyring,
         policy: Policy,
-        trail: AuditWriter,
+        audit_log: AuditWriter,
         rules: SelectionRules,
-        tally: UsageCounters | None = None,
+        usage: UsageCounters | None = None,
     ) -> None:
         self.keyring = keyring
-        self.tally = tally or UsageCounters()
+        self.usage = usage or UsageCounters()
         self.policy = policy
-        self.trail = trail
-        self._calls = OperationRecorder(trail, self.tally)
+        self.audit_log = audit_log
+        self._recorder = OperationRecorder(audit_log, self.usage)
         self._rules = rules
-        self._choice = KeySelector(keyring, policy, trail, rules)
+        self._selector = KeySelector(keyring, policy, audit_log, rules)
 
     def encrypt(
-        self, who: Principal, plaintext: bytes, context: Context, *, key_id: str | None = None
+        self, who: Principal, plaintext: bytes | FileToFile, context: Context, *, key_id: str | None = None
     ) -> Sealed:
-        """Seal bytes in memory. Raises ContextRequired, UnknownKey, Forbidden, BackendUnavailable."""
-        with self._calls.recorded("encrypt", who, context, key_id, bytes_in=len(plaintext)) as call:
-            key, ref = self._choice.for_sealing(call)
-            ciphertext = sealing.seal(plaintext, key.backend, ref, context, key.wraps(who.tenant))
-            call.record.bytes_out = len(ciphertext)
-            return Sealed(ciphertext, ref)
+        """Seal a plaintext into an age file."""
+        data = _data(plaintext)
+        with self._recorder.recorded("encrypt", who, context, key_id, bytes_in=data.size) as call:
+            keys = self._selector.for_sealing(call)
+            started = sealing.begin(keys, context, padded=data.size >= sealing.PAD_FROM_BYTES)
+            if started.wrap_keys:
+                call.note_wraps(started.wrap_keys)
+            ciphertext = data.seal(started.head, started.payload_key)
+            call.record.bytes_out = len(started.head) + stream.sealed_size(data.size)
+            return Sealed(ciphertext, keys[0][1], call.note_file(started.nonce))
 
     def decrypt(
-        self, who: Principal, ciphertext: bytes, context: Context, *, key_id: str | None = None
+        self, who: Principal, ciphertext: bytes | FileToFile, context: Context, *, key_id: str | None = None
     ) -> Opened:
-        """Open bytes in memory. Raises NotACiphertext, UnknownKey, Refused, DecryptFailed."""
-        with self._calls.recorded("decrypt", who, context, key_id, bytes_in=len(ciphertext)) as call:
-            head = header.parse(ciphertext, self._rules.limits)
-            found = self._choice.unwrap(call, head)
-            plaintext = sealing.open_(ciphertext, head, found.file_key)
-            call.record.bytes_out = len(plaintext)
-            return Opened(plaintext, found.key, found.origin)
-
-    def generate_data_key(
-        self, who: Principal, size_bytes: int, context: Context, *, key_id: str | None = None
-    ) -> DataKey:
-        """Random bytes, in clear and sealed. Raises DataKeysUnsupported where settings refuse them."""
-        with self._calls.recorded("generate_data_key", who, context, key_id) as call:
-            key, ref = self._choice.for_sealing(call)
-            if not key.backend.data_keys:
-                raise DataKeysUnsupported
-            plaintext = os.urandom(size_bytes)
-            ciphertext = sealing.seal(plaintext, key.backend, ref, context, key.wraps(who.tenant))
-            call.record.bytes_out = len(ciphertext)
-            return DataKey(plaintext, ciphertext, ref)
+        """Open an age file. Raises NotACiphertext, TooLarge, DecryptFailed, ForeignRefused."""
+        data = _data(ciphertext)
+        with self._recorder.recorded("decrypt", who, context, key_id, bytes_in=data.size) as call:
+            head = data.read_header(self._rules.limits)
+            file_id = call.note_file(head.nonce)
+            found = self._selector.unwrap(call, head)
+            plaintext = data.open(head.payload_offset, found.payload_key)
+            call.record.bytes_out = stream.plaintext_size(data.size - head.payload_offset)
+            return Opened(plaintext, found.key, found.origin, file_id)
 
     def rewrap(
         self,
         who: Principal,
-        ciphertext: bytes,
+        ciphertext: bytes | FileToFile,
         context: Context,
         *,
         new_context: Context | None = None,
         key_id: str | None = None,
     ) -> Sealed:
-        """A new header around the same payload; ``new_context=None`` keeps the old (see ``rewrap_file``)."""
-        with self._calls.recorded("rewrap", who, context, None, bytes_in=len(ciphertext)) as call:
-            head = header.parse(ciphertext, self._rules.limits)
-            rewrapped = self._rewrapped(call, head, new_context, key_id)
-            return Sealed(rewrapped.ciphertext + ciphertext[head.size :], rewrapped.key)
+        """Write a new header for the same payload; without ``new_context`` the file keeps its context.
+
+        Revokes no reader: the file key stays the same. Needs decrypt under the old key and encrypt under the
+        new one, or the permission ``rewrap`` where key and context stay. Raises as ``decrypt``, and
+        InvalidRequest for a foreign file: its payload was never bound to an origin.
+        """
+        data = _data(ciphertext)
+        with self._recorder.recorded("rewrap", who, context, None, bytes_in=data.size) as call:
+            head = data.read_header(self._rules.limits)
+            made = self._rewrapped(call, head, new_context, key_id)
+        return Sealed(data.replace_header(head.size, made.ciphertext), made.key, made.file_id)
 
     def reseal(
         self,
         who: Principal,
-        ciphertext: bytes,
+        ciphertext: bytes | FileToFile,
         context: Context,
         *,
         new_context: Context | None = None,
         key_id: str | None = None,
     ) -> Sealed:
-        """The plaintext under a new file key, in memory (see ``reseal_file``)."""
-        with self._calls.recorded("reseal", who, context, None, bytes_in=len(ciphertext)) as call:
-            head = header.parse(ciphertext, self._rules.limits)
-            call.key_id = None if binding.read(head) else key_id
-            opening, closing = self._choice.rewrapping(call, head, new_context, key_id)
-            found = self._choice.unwrap(call, head, opening)
-            key, ref = self._choice.moving(call, found, new_context, key_id, closing)
-            plaintext = sealing.open_(ciphertext, head, found.file_key)
-            resealed = sealing.seal(plaintext, key.backend, ref, call.context, key.wraps(who.tenant))
-            call.record.bytes_out = len(resealed)
-            return Sealed(resealed, ref)
+        """Seal the payload again under a new file key, for a compromised key or a reader who was removed.
 
-    # -- file keys: an age tool makes the header and the payload, its plugin asks here -----------------
+        Permissions and errors as ``rewrap``. A foreign file is accepted where its key accepts those;
+        ``key_id`` names the key that opens it, too.
+        """
+        data = _data(ciphertext)
+        with self._recorder.recorded("reseal", who, context, None, bytes_in=data.size) as call:
+            head = data.read_header(self._rules.limits)
+            call.note_file(head.nonce)
+            found, keys = self._selector.for_moving(call, head, new_context, key_id)
+            payload_bytes = data.size - head.payload_offset
+            padded = stream.plaintext_size(payload_bytes) >= sealing.PAD_FROM_BYTES
+            started = sealing.begin(keys, call.context, padded=padded)
+            call.note_wraps(started.wrap_keys)
+            payload_keys = found.payload_key, started.payload_key
+            resealed = data.reseal(head.payload_offset, payload_keys, started.head)
+            call.record.bytes_out = len(started.head) + payload_bytes
+            call.record.new_file_id = binding.file_id(started.nonce)
+            return Sealed(resealed, keys[0][1], call.record.new_file_id)
+
+    def run(  # noqa: PLR0913 -- the parameters of every operation
+        self,
+        operation: JobKind,
+        who: Principal,
+        data: bytes | FileToFile,
+        context: Context,
+        *,
+        new_context: Context | None = None,
+        key_id: str | None = None,
+    ) -> Sealed | Opened:
+        """Call the operation of this name; ``new_context`` is for ``rewrap`` and ``reseal``."""
+        if operation == "encrypt":
+            return self.encrypt(who, data, context, key_id=key_id)
+        if operation == "decrypt":
+            return self.decrypt(who, data, context, key_id=key_id)
+        move = self.rewrap if operation == "rewrap" else self.reseal
+        return move(who, data, context, new_context=new_context, key_id=key_id)
+
+    def generate_data_key(
+        self, who: Principal, size_bytes: int, context: Context, *, key_id: str | None = None
+    ) -> DataKey:
+        """Random bytes in clear and sealed. Raises DataKeysUnsupported where settings refuse them."""
+        with self._recorder.recorded("generate_data_key", who, context, key_id) as call:
+            keys = self._selector.for_sealing(call)
+            backend, ref = keys[0]
+            if not backend.data_keys:
+                raise DataKeysUnsupported(
+                    f"The {backend.name} backend gives no data keys: set `data_keys = true` under "
+                    f"`[kms.{table_of(backend.name)}]` in the service's kms.toml and restart it"
+                )
+            plaintext = os.urandom(size_bytes)
+            started = sealing.begin(keys, context)
+            call.note_wraps(started.wrap_keys)
+            ciphertext = started.head + stream.seal(started.payload_key, plaintext)
+            call.record.bytes_out = len(ciphertext)
+            return DataKey(plaintext, ciphertext, ref, call.note_file(started.nonce))
+
+    # -- file keys for age plugins: an age tool writes the header and the payload ---------------------
 
     def wrap(
         self, who: Principal, file_key: bytes, context: Context, *, key_id: str | None = None
     ) -> WrappedFileKey:
-        """Wrap a 16-byte file key of the caller's. Raises what ``encrypt`` raises, and InvalidRequest.
+        """Wrap a 16-byte file key of the caller. Raises InvalidRequest for another size.
 
-        The caller can seal under it for ever: this is a permission of its own.
+        A permission of its own: the caller can seal under the file key for good.
         """
-        with self._calls.recorded("wrap", who, context, key_id, bytes_in=len(file_key)) as call:
+        with self._recorder.recorded("wrap", who, context, key_id, bytes_in=len(file_key)) as call:
             if len(file_key) != header.FILE_KEY_BYTES:
                 raise InvalidRequest(f"A file key has {header.FILE_KEY_BYTES} bytes")
-            key, ref = self._choice.for_sealing(call)
-            stanza = sealing.hand_over(file_key, key.backend, ref, context, key.wraps(who.tenant))
-            text = header.render_stanza(stanza)
+            keys = self._selector.for_sealing(call)
+            bundle = sealing.wrap_for_plugin(file_key, keys, context)
+            stanzas = header.unbundled([bundle], header.FILE_LIMITS)
+            call.record.stanzas = binding.stanzas_digest(stanzas)
+            call.note_wraps(binding.wrap_keys_in(stanzas))
+            text = header.render_stanza(bundle)
             call.record.bytes_out = len(text)
-            return WrappedFileKey(text, ref)
+            return WrappedFileKey(text, keys[0][1])
 
     def unwrap(
         self, who: Principal, stanzas: bytes, context: Context, *, key_id: str | None = None
     ) -> Unwrapped:
-        """The file key of stanzas of ours, as text; bare ones of other age tools are not for this.
+        """Unwrap the file key of our stanzas, given as text; the nonce of the result is empty.
 
-        Without its own stanzas beside it, nothing would hold a native one to its context. The answer's nonce
-        is empty, and its origin ``foreign`` where it cannot be proven, if the key accepts such files. Raises
-        what ``decrypt`` raises.
+        Native stanzas without ours are refused: nothing would bind them to a context. Raises as ``decrypt``;
+        the origin is ``foreign`` where it cannot be proven and the key accepts foreign files.
         """
-        with self._calls.recorded("unwrap", who, context, key_id, bytes_in=len(stanzas)) as call:
-            limits = self._rules.limits
-            given = header.unbundled(header.parse_stanzas(stanzas, limits), limits)
-            bound = binding.read_stanzas(given)
-            if bound is None or call.key_id not in {None, bound.key_id}:
-                raise DecryptFailed
-            key = self._choice.key(call, bound.key_id, file=(bound.key_version, "service"))
-            (file_key, proven), ref = by_first(
-                key.openers(who.tenant, bound),
-                lambda backend, ref: sealing.take_over(given, backend, ref, context=context, bound=bound),
-            )
-            origin: Origin = "service" if proven else "foreign"
-            call.names(ref, origin)
-            check_not_over(context)
-            if not proven and not key.accept_foreign:
-                raise ForeignRefused(_UNPROVEN)
-            call.record.bytes_out = len(file_key)
-            return Unwrapped(file_key, b"", ref, origin)
-
-    # -- files: the job layer moves the payload, the header is made and opened here -----------------
-
-    def encrypt_file(  # noqa: PLR0913 -- two files, a key and a context
-        self,
-        who: Principal,
-        source: RangeSource,
-        target: RangeTarget,
-        context: Context,
-        *,
-        key_id: str | None = None,
-        pace: ParallelOptions = STEADY,
-    ) -> KeyRef:
-        """Seal a file into another, in parallel. On any error the target is waste: give it no name.
-
-        Raises what ``encrypt`` raises, and InvalidRequest if the source changes meanwhile, SpoolFull.
-        """
-        with self._calls.recorded("encrypt", who, context, key_id, bytes_in=source.size) as call:
-            key, ref = self._choice.for_sealing(call)
-            padded = source.size >= sealing.PAD_FROM_BYTES
-            others = key.wraps(who.tenant)
-            started = sealing.begin(key.backend, ref, context, padded=padded, others=others)
-            size = len(started.head) + stream.sealed_size(source.size)
-            target.reserve(size)
-            target.write_at(memoryview(started.head), 0)
-            parallel.seal_file(started.payload_key, source, target, len(started.head), pace)
-            call.record.bytes_out = size
-            return ref
-
-    def decrypt_file(  # noqa: PLR0913 -- as encrypt_file
-        self,
-        who: Principal,
-        source: RangeSource,
-        target: RangeTarget | None,
-        context: Context,
-        *,
-        key_id: str | None = None,
-        pace: ParallelOptions = STEADY,
-    ) -> Unwrapped:
-        """Open a file into another, in parallel; with no target, only authenticate all of it.
-
-        The target holds the truth only once this has returned: give it a name then. Raises what ``decrypt``
-        raises, SpoolFull, and what ``pace.check`` raises.
-        """
-        with self._calls.recorded("decrypt", who, context, key_id, bytes_in=source.size) as call:
-            head = header.read_by(source.read_at, header.FILE_LIMITS)
-            found = self._choice.unwrap(call, head)
-            payload = source.tail(head.payload_offset)
-            if target is None:
-                parallel.verify_file(found.payload_key, payload, pace)
-            else:
-                parallel.open_file(found.payload_key, payload, target, pace=pace)
-            call.record.bytes_out = stream.plaintext_size(payload.size)
+        with self._recorder.recorded("unwrap", who, context, key_id, bytes_in=len(stanzas)) as call:
+            found = self._selector.unwrap_stanzas(call, stanzas)
+            call.record.bytes_out = len(found.file_key)
             return found
 
-    def reseal_file(  # noqa: PLR0913 -- two files, two keys, two contexts
+    # -- headers of uploads: the spool holds the payload, which stays as it is ------------------------
+
+    def encrypt_header(
         self,
         who: Principal,
-        source: RangeSource,
-        target: RangeTarget,
-        context: Context,
-        *,
-        new_context: Context | None,
-        key_id: str | None,
-        pace: ParallelOptions = STEADY,
-    ) -> KeyRef:
-        """A new file key and the payload sealed again: for a compromised key, or a reader who was removed.
-
-        Permissions as ``rewrap_file``. A foreign file is taken where its key accepts those; ``key_id`` names
-        the key that opens it, too. The target as in ``decrypt_file``; raises what ``decrypt`` and ``encrypt``
-        raise, SpoolFull, and what ``pace.check`` raises.
-        """
-        with self._calls.recorded("reseal", who, context, None, bytes_in=source.size) as call:
-            head = header.read_by(source.read_at, header.FILE_LIMITS)
-            call.key_id = None if binding.read(head) else key_id
-            opening, closing = self._choice.rewrapping(call, head, new_context, key_id)
-            found = self._choice.unwrap(call, head, opening)
-            key, ref = self._choice.moving(call, found, new_context, key_id, closing)
-            payload = source.tail(head.payload_offset)
-            padded = stream.plaintext_size(payload.size) >= sealing.PAD_FROM_BYTES
-            others = key.wraps(who.tenant)
-            started = sealing.begin(key.backend, ref, call.context, padded=padded, others=others)
-            target.reserve(len(started.head) + payload.size)
-            target.write_at(memoryview(started.head), 0)
-            keys = found.payload_key, started.payload_key
-            parallel.reseal_file(keys, payload, target, len(started.head), pace)
-            call.record.bytes_out = len(started.head) + payload.size
-            return ref
-
-    def adopt_file(
-        self,
-        who: Principal,
-        found: Unwrapped,
+        payload: tuple[bytes, bytes],
         context: Context,
         *,
         size_bytes: int,
         key_id: str | None = None,
     ) -> bytes:
-        """A header for a payload that the spool already sealed: one AEAD pass for an upload, not three."""
-        with self._calls.recorded("encrypt", who, context, key_id, bytes_in=size_bytes) as call:
-            key, ref = self._choice.for_sealing(call)
-            padded = size_bytes >= sealing.PAD_FROM_BYTES
-            return sealing.write_header(
-                found.file_key,
-                found.nonce,
-                key.backend,
-                key=ref,
-                context=context,
-                padded=padded,
-                others=key.wraps(who.tenant),
-            )
+        """The header for a payload that the spool sealed already, under this file key and payload nonce.
 
-    def rewrap_file(  # noqa: PLR0913 -- two keys, two contexts
+        ``size_bytes`` is the size of the plaintext.
+        """
+        with self._recorder.recorded("encrypt", who, context, key_id, bytes_in=size_bytes) as call:
+            keys = self._selector.for_sealing(call)
+            padded = size_bytes >= sealing.PAD_FROM_BYTES
+            started = sealing.begin(keys, context, padded=padded, payload=payload)
+            call.note_wraps(started.wrap_keys)
+            call.note_file(started.nonce)
+            return started.header
+
+    def decrypt_header(
+        self,
+        who: Principal,
+        source: RangeSource,
+        context: Context,
+        *,
+        key_id: str | None = None,
+        options: ParallelOptions = DEFAULTS,
+    ) -> Unwrapped:
+        """Unwrap the file key of a file and authenticate all of its payload; no plaintext is written.
+
+        Raises as ``decrypt``, and what ``options.check`` raises.
+        """
+        with self._recorder.recorded("decrypt", who, context, key_id, bytes_in=source.size) as call:
+            head = header.read_by(source.read_at, header.FILE_LIMITS)
+            call.note_file(head.nonce)
+            found = self._selector.unwrap(call, head)
+            payload = source.tail(head.payload_offset)
+            parallel.verify_file(found.payload_key, payload, options)
+            call.record.bytes_out = stream.plaintext_size(payload.size)
+            return found
+
+    def rewrap_header(  # noqa: PLR0913 -- two keys, two contexts
         self,
         who: Principal,
         head: Header,
@@ -297,122 +260,88 @@ class Kms:
         key_id: str | None,
         size_bytes: int,
     ) -> Sealed:
-        """The new header of a rewrap; ``Sealed.ciphertext`` is the header alone.
-
-        Needs decrypt under the old key and encrypt under the new. It revokes nobody: who had the file key
-        still has it. A foreign file is refused: its payload was never bound to an origin.
-        """
-        with self._calls.recorded("rewrap", who, context, None, bytes_in=size_bytes) as call:
+        """The new header of a ``rewrap``; ``size_bytes`` is the size of the ciphertext."""
+        with self._recorder.recorded("rewrap", who, context, None, bytes_in=size_bytes) as call:
             return self._rewrapped(call, head, new_context, key_id)
 
-    def standing(self, who: Principal, head: Header, key_id: str | None) -> KeyVersionStatus | None:
-        """Which key version a file's header names, and whether a rewrap to ``key_id`` would name the same.
+    # -- keys, permissions and health -----------------------------------------------------------------
 
-        Nothing is opened, so nothing is proven. None for a foreign file. Raises DecryptFailed, UnknownKey.
+    def key_version_status(self, who: Principal, head: Header, key_id: str | None) -> KeyVersionStatus | None:
+        """The key version that a header names, and whether a rewrap to ``key_id`` would name the same.
+
+        Nothing is unwrapped or proven. None for a foreign file. Raises DecryptFailed, UnknownKey.
         """
         bound = binding.read(head)
         if bound is None:
             return None
         if not self.policy.sees(who, bound.key_id):
             raise UnknownKey
-        named, target = self.keyring.named(bound.key_id), self.keyring.named(key_id or bound.key_id)
-        known = any(version.version == bound.key_version for version in named.backend.versions())
+        key, target = self.keyring.named(bound.key_id), self.keyring.named(key_id or bound.key_id)
+        known = any(version.version == bound.key_version for version in key.backend.versions())
         native = any(not stanza.type.startswith(binding.OWN_PREFIX) for stanza in head.stanzas)
         newest = target.key_id == bound.key_id and target.seals_as(who.tenant, bound, native=native)
         return KeyVersionStatus(bound.key_id, bound.key_version if known else "", newest)
 
-    def refused(self, who: Principal, operation: str, context: Context, error: KmsError) -> NoReturn:
-        """Record, and raise, what was refused before a key was known: a file whose header cannot be read."""
-        with self._calls.recorded(operation, who, context, None):
-            raise error
-
-    # -- keys and health ----------------------------------------------------------------------------
-
     def rotate(self, who: Principal, key_id: str) -> KeyRef:
-        """A new version of a key in every backend that seals with it; old versions decrypt.
+        """Make a new version of a key in each backend that seals with it; old versions still decrypt.
 
-        Rotation protects what is sealed from now on: rewrap moves old files, and neither revokes a reader.
-        The audit trail has an intent before it and an outcome after it; where one backend of several fails,
-        the others may have a new version. Raises UnknownKey, Forbidden, BackendUnavailable, RateLimited.
+        Existing files keep their version until a rewrap, and no reader is revoked. The audit log has an
+        intent before and an outcome after; if one of several backends fails, others may have a new version.
+        Raises RateLimited.
         """
-        with self._calls.recorded("rotate", who, Context(), key_id) as call:
-            key = self._choice.key(call, key_id)
-            with self._rules.rotations.spent(key, who):
-                self._calls.sets_out(call)
+        with self._recorder.recorded("rotate", who, Context(), key_id) as call:
+            key = self._selector.permitted(call, key_id)
+            with self._rules.rotations.counted(key, who):
+                self._recorder.record_intent(call)
                 for backend in key.sealing:
                     backend.rotate()
             ref = key.ref(who.tenant)
-            call.names(ref)
+            call.note_key(ref)
             return ref
 
-    def allow(
+    def require(
         self, who: Principal, operation: str, key_id: str | None = None, context: Context | None = None
     ) -> None:
-        """Ask for what is done with no bytes yet: a job, a list. None is not known yet, and not asked for.
+        """Raise Forbidden or UnknownKey, recorded, unless policy allows an operation that is yet to come.
 
-        Raises Forbidden, UnknownKey, and Unavailable if it cannot be told now. Refusals are recorded.
+        A key or context of None is not known yet and not checked. Raises Unavailable if policy cannot be
+        read now.
         """
         try:
             self.policy.require(who, operation, key_id, context)
         except (Forbidden, UnknownKey) as exc:
-            self.refused(who, operation, context or Context(), exc)
+            self.raise_recorded(who, operation, context or Context(), exc)
+
+    def raise_recorded(self, who: Principal, operation: str, context: Context, error: KmsError) -> NoReturn:
+        """Record an operation that was refused before its key was known, and raise ``error``."""
+        with self._recorder.recorded(operation, who, context, None):
+            raise error
 
     def health_check(self) -> Health:
-        """A real wrap and unwrap by the default key's backend."""
+        """Wrap and unwrap once with the backend of the default key."""
         backend = self.keyring.default.backend
         health = backend.health_check()
         metrics.BACKEND_UP.labels(backend.name).set(health.healthy)
         return health
 
     def for_job(self) -> "Kms":
-        """The same service for one run of a bulk job: a peer is asked a few times, not once an item."""
-        return self.with_keyring(self.keyring.for_job())
-
-    def with_keyring(self, keyring: Keyring) -> "Kms":
-        """The same service over other keys."""
-        return Kms(keyring, self.policy, self.trail, self._rules, self.tally)
-
-    def bound(self, who: Principal) -> "BoundKms":
-        """The two-argument form, for a caller that acts as one principal."""
-        return BoundKms(self, who)
+        """The same service for a batch or one run of a job: few calls to remote backends and policy."""
+        policy = Remembered(self.policy)
+        return Kms(self.keyring.for_job(), policy, self.audit_log, self._rules, self.usage)
 
     def _rewrapped(
         self, call: Operation, head: Header, new_context: Context | None, key_id: str | None
     ) -> Sealed:
-        opening, closing = self._choice.rewrapping(call, head, new_context, key_id)
-        found = self._choice.unwrap(call, head, opening)
-        if found.origin == "foreign":
-            raise InvalidRequest("A foreign file cannot be rewrapped: decrypt it and encrypt it anew")
-        key, ref = self._choice.moving(call, found, new_context, key_id, closing)
+        file_id = call.note_file(head.nonce)
+        found, keys = self._selector.for_moving(call, head, new_context, key_id)
         padded = any(stanza.type == binding.PAD for stanza in head.stanzas)
-        rendered = sealing.write_header(
-            found.file_key,
-            found.nonce,
-            key.backend,
-            key=ref,
-            context=call.context,
-            padded=padded,
-            others=key.wraps(call.who.tenant),
-        )
-        call.record.bytes_out = call.record.bytes_in - head.size + len(rendered)
-        return Sealed(rendered, ref)
+        payload = found.file_key, found.nonce
+        started = sealing.begin(keys, call.context, padded=padded, payload=payload)
+        call.note_wraps(started.wrap_keys)
+        made = started.header
+        call.record.bytes_out = call.record.bytes_in - head.size + len(made)
+        return Sealed(made, keys[0][1], file_id)
 
 
-@dataclass(frozen=True, slots=True)
-class BoundKms:
-    """``encrypt(plaintext, context)``, ``decrypt(ciphertext, context)`` and the rest, as one principal."""
-
-    kms: Kms
-    who: Principal
-
-    def encrypt(self, plaintext: bytes, context: Context) -> bytes:
-        return self.kms.encrypt(self.who, plaintext, context).ciphertext
-
-    def decrypt(self, ciphertext: bytes, context: Context) -> bytes:
-        return self.kms.decrypt(self.who, ciphertext, context).plaintext
-
-    def generate_data_key(self, size_bytes: int, context: Context) -> DataKey:
-        return self.kms.generate_data_key(self.who, size_bytes, context)
-
-    def health_check(self) -> bool:
-        return self.kms.health_check().healthy
+def _data(given: bytes | FileToFile) -> InMemory | FileToFile:
+    return given if isinstance(given, FileToFile) else InMemory(given)

@@ -1,5 +1,5 @@
-"""What client and server share: shapes of the API, the encryption context, errors. Knows neither side."""
+"""Code that client and server share: shapes of the API, the encryption context, units, errors."""
 
 from typing import Final
 
-__version__: Final = "0.1.0"
+__version__: Final = "0.2.0"

@@ -1,6 +1,6 @@
-"""The encryption context: pairs of text bound to a ciphertext; parsing and canonical bytes.
+"""The encryption context: key-value pairs that are bound to a ciphertext, and their canonical bytes.
 
-Accepted forms (DESIGN §4): ``env=prod,service=api``, or a mapping where a value holds a comma.
+Accepted forms (docs/design.md, Contexts): ``env=prod,service=api``, or a mapping where a value holds a comma.
 The order of pairs does not matter. ``None``, ``""`` and ``{}`` all mean no context.
 """
 
@@ -12,24 +12,25 @@ from functools import lru_cache
 from typing import Final, Self
 
 from kms_protocol.errors import InvalidContext
+from kms_protocol.units import parse_time
 
 MAX_PAIRS: Final = 64
 MAX_BYTES: Final = 8 * 1024
 RESERVED_PREFIX: Final = "kms:"
 NOT_AFTER: Final = "not_after"
 NUMBER: Final = "kms:transit"
-"""The pair of the Vault façade: the door that it came by, and the number of the key version, as ``v3``."""
-_REPEATED_LENGTH: Final = 256  # what is kept of them stays below a megabyte
+"""The pair that the Vault API adds: its mark, and the number of the key version, as ``v3``."""
+_CACHED_LENGTH: Final = 256  # the cache stays below 1 MiB
 
 
 def length_prefixed(*parts: bytes) -> bytes:
-    """Join parts so that no two lists of parts give the same bytes: each behind its 4-byte length."""
+    """Join parts, each after its 4-byte length, so that different lists give different bytes."""
     return b"".join([len(part).to_bytes(4, "big") + part for part in parts])
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Sorted pairs; equal contexts have equal canonical bytes. Values are secret-ish: not in ``repr``."""
+    """Sorted pairs. Equal contexts have equal canonical bytes. ``repr`` hides values, which may be secret."""
 
     pairs: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     _canonical: bytes = field(init=False, repr=False, compare=False)
@@ -40,29 +41,28 @@ class Context:
 
     @classmethod
     def parse(cls, given: str | Mapping[str, str] | None) -> Self:
-        """Read either form.
+        """Parse either form.
 
-        Raises InvalidContext on a missing ``=``, an empty or repeated key, a control character, a
-        reserved key (``kms:…``), more than 64 pairs or more than 8 KiB in all.
+        Raises InvalidContext for a missing ``=``, an empty or repeated key, a control character, a
+        reserved key (``kms:…``), more than 64 pairs or more than 8 KiB in total.
         """
         if not given:
             return cls()
-        if not isinstance(given, str):
-            return cls._checked(given.items())
-        return cls._repeated(given) if len(given) <= _REPEATED_LENGTH else cls._checked(_split(given))
+        if isinstance(given, str):
+            return cls._cached(given) if len(given) <= _CACHED_LENGTH else cls._checked(_split(given))
+        pairs = tuple(given.items())
+        is_short = sum(len(key) + len(value) for key, value in pairs) <= _CACHED_LENGTH
+        return cls._cached(pairs) if is_short else cls._checked(pairs)
 
     @classmethod
     @lru_cache(maxsize=1024)
-    def _repeated(cls, text: str) -> Self:
-        """Callers say the same context again and again; reading it is a tenth of a seal."""
-        return cls._checked(_split(text))
+    def _cached(cls, given: str | tuple[tuple[str, str], ...]) -> Self:
+        """Parse a context once for repeated calls: parsing takes a tenth of an encryption."""
+        return cls._checked(_split(given) if isinstance(given, str) else given)
 
     @classmethod
     def reserved(cls, pairs: Mapping[str, str]) -> Self:
-        """Pairs of the service's own, which no caller can give by another door.
-
-        Raises InvalidContext above 8 KiB.
-        """
+        """Return a context with reserved keys, which ``parse`` refuses. Raises InvalidContext above 8 KiB."""
         if sum(len(key) + len(value) for key, value in pairs.items()) > MAX_BYTES:
             raise InvalidContext(f"context and associated_data have at most {MAX_BYTES} bytes in base64")
         return cls(tuple(sorted(pairs.items())))
@@ -82,35 +82,32 @@ class Context:
         return cls(tuple(sorted(pairs.items(), key=lambda pair: pair[0].encode())))
 
     def canonical(self) -> bytes:
-        """The bytes that are authenticated: pairs sorted by key, every key and value length-prefixed."""
+        """Return the authenticated bytes: pairs sorted by key, each key and value length-prefixed."""
         return self._canonical
 
     def get(self, key: str) -> str | None:
         return dict(self.pairs).get(key)
 
     def not_after(self) -> datetime | None:
-        """The reserved pair ``not_after``: decrypt refuses after it. InvalidContext if it is no such time.
+        """Return the time of the pair ``not_after``, after which decryption is refused; None without it.
 
-        RFC 3339, with an offset.
+        Raises InvalidContext if the value is not an RFC 3339 time with an offset.
         """
         text = self.get(NOT_AFTER)
         if text is None:
             return None
         try:
-            limit = datetime.fromisoformat(text)
+            return parse_time(text)
         except ValueError as exc:
-            raise InvalidContext("not_after must be an RFC 3339 time, as 2027-01-31T12:00:00Z") from exc
-        if limit.tzinfo is None:
-            raise InvalidContext("not_after needs an offset, as 2027-01-31T12:00:00Z")
-        return limit
+            raise InvalidContext(f"{NOT_AFTER} {exc}") from exc
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys alone, which may be logged; values may not."""
+        """The keys, which may be logged; values may not."""
         return tuple(key for key, _ in self.pairs)
 
     def is_kept_by(self, new: Self) -> bool:
-        """Whether ``new`` opens nowhere else: it has the same pairs, but for the number of a version."""
+        """Return whether ``new`` has the same pairs, except for the number of a key version."""
         both = zip(self.pairs, new.pairs, strict=False)
         return self.keys == new.keys and all(old == now or old[0] == NUMBER for old, now in both)
 
@@ -131,6 +128,8 @@ def _check_pair(key: str, value: str, index: int) -> None:
     if not key:
         raise InvalidContext(f"{where} has an empty key")
     if key.startswith(RESERVED_PREFIX):
-        raise InvalidContext(f"{where} uses a reserved key: keys beginning with 'kms:' are the service's own")
+        raise InvalidContext(
+            f"{where} uses a reserved key: keys that begin with 'kms:' belong to the service"
+        )
     if any(unicodedata.category(char) in {"Cc", "Cs"} for char in key + value):
-        raise InvalidContext(f"{where} holds a control character")
+        raise InvalidContext(f"{where} contains a control character")

@@ -1,24 +1,26 @@
-"""Every error a caller can meet, as one tree; knows no HTTP (see kms_api/errors/problems.py for statuses).
+"""Errors that callers can receive, as one tree. HTTP statuses are in kms_api/problems.py.
 
 KmsError
-├── BadInput            the caller can mend the request
-│   ├── InvalidRequest · InvalidContext · ContextRequired · NotACiphertext · TooLarge
-├── DecryptFailed       wrong key, wrong context, cut, tampered: one answer for every cause
+├── BadInput            the caller can correct the request
+│   ├── InvalidRequest · InvalidContext · InvalidDeadline · ContextRequired · NotACiphertext · TooLarge
+├── DecryptFailed       wrong key, wrong context, truncated, modified: one answer for each cause
 ├── Unauthenticated
 ├── Refused             Forbidden · PathRefused · ForeignRefused
-├── Missing             UnknownKey · UnknownJob · ResultExpired
-├── RecordRefused       what is stored for a job is not what this service wrote
+├── Missing             UnknownKey · UnknownJob · ResultExpired (ResultReleased)
+├── RecordRefused       the stored record of a job was not written by this service
 ├── Conflict            IdempotencyConflict · JobNotFinished · JobCommitting · JobNotDead · TargetExists
+│                       · GroupComplete · RotationRefused
 ├── DataKeysUnsupported
 ├── BodyTimeout         the sender was too slow
-├── Unavailable         the only retryable kind: BackendUnavailable · JobsUnavailable · AuditUnavailable
-│                       · RateLimited
-├── SpoolFull
-├── JobCancelled · JobExpired    ends of a job that are nobody's fault
-└── ConfigurationError  at start only
+├── Unavailable         the only retryable errors: BackendUnavailable · AuditUnavailable · RateLimited
+│                       · SpoolUnavailable · DocumentOutdated
+│                       · JobsUnavailable (RedisFull · RedisReadOnly · WrongInstall · DurabilityUnconfirmed)
+├── SpoolFull           (SpoolQuota)
+├── JobCancelled · JobExpired    ends of a job that are not failures
+└── ConfigurationError  raised at start only
 
-``code`` is API and never changes; the text is for people and may. ``exit_code`` is what the ``kms``
-command returns (sysexits.h).
+``code`` is part of the API and never changes; the text may. ``exit_code`` is the exit code of the ``kms``
+command (sysexits.h).
 """
 
 from typing import ClassVar, Final
@@ -33,10 +35,10 @@ EXIT_CONFIGURATION: Final = 78
 
 
 class KmsError(Exception):
-    """An error with a stable ``code``. Its text never holds plaintext, keys, tokens or context values."""
+    """An error with a stable ``code``. Its text never contains plaintext, keys, tokens or context values."""
 
     code: ClassVar[str] = "internal"
-    summary: ClassVar[str] = "Something went wrong in the service"
+    summary: ClassVar[str] = "The service failed to handle the request"
     exit_code: ClassVar[int] = EXIT_OTHER
 
     def __init__(self, detail: str = "") -> None:
@@ -45,7 +47,7 @@ class KmsError(Exception):
 
 
 class BadInput(KmsError):
-    """The request itself is wrong; sending it again unchanged fails again."""
+    """An invalid request. Sending it again without a change fails again."""
 
     code = "invalid_request"
     summary = "The request is not valid"
@@ -53,18 +55,25 @@ class BadInput(KmsError):
 
 
 class InvalidRequest(BadInput):
-    """A body, header or parameter of the wrong shape."""
+    """A body, header or parameter with the wrong shape."""
 
 
 class InvalidContext(BadInput):
-    """A context that DESIGN §4's grammar does not allow."""
+    """A context outside the grammar of docs/design.md (Contexts)."""
 
     code = "invalid_context"
     summary = "The context is not valid"
 
 
+class InvalidDeadline(BadInput):
+    """A deadline of a job that is over, too far away, or before another one."""
+
+    code = "invalid_deadline"
+    summary = "A deadline of the job is not valid"
+
+
 class ContextRequired(BadInput):
-    """``require_context`` is on and none was given."""
+    """``require_context`` is set and the request has no context."""
 
     code = "context_required"
     summary = "This service requires an encryption context"
@@ -78,14 +87,14 @@ class NotACiphertext(BadInput):
 
 
 class TooLarge(BadInput):
-    """Above a limit of the synchronous path; the job API takes more."""
+    """A body above the limit of a synchronous call. The job API accepts larger ones."""
 
     code = "too_large"
     summary = "The body is above the limit of this call"
 
 
 class DecryptFailed(KmsError):
-    """Wrong key, wrong or missing context, cut, tampered or unknown wrap: deliberately one answer."""
+    """Wrong key, wrong or missing context, truncated or modified data, unknown wrap: one answer by design."""
 
     code = "decrypt_failed"
     summary = "Decryption failed: wrong key, wrong context, or a damaged ciphertext"
@@ -93,9 +102,9 @@ class DecryptFailed(KmsError):
 
 
 class Unauthenticated(KmsError):
-    """No credential, or one that is not known. ``reason`` is for metrics and logs, not for the caller.
+    """A missing or unknown credential. ``reason`` is for metrics and logs, not for the caller.
 
-    ``ends_connection``: the credential is that of the connection, and no request on it can succeed.
+    ``ends_connection``: the credential belongs to the connection, so no request on it can succeed.
     """
 
     code = "unauthenticated"
@@ -109,7 +118,7 @@ class Unauthenticated(KmsError):
 
 
 class Refused(KmsError):
-    """Understood, and not allowed."""
+    """A request that is valid but not allowed."""
 
     code = "forbidden"
     summary = "Not allowed"
@@ -117,53 +126,60 @@ class Refused(KmsError):
 
 
 class Forbidden(Refused):
-    """Policy does not allow this principal to do this."""
+    """An operation that the policy does not allow to this principal."""
 
 
 class PathRefused(Refused):
-    """A path outside the allowed roots, or not a plain file with one link."""
+    """A path outside the allowed roots, or one that is not a regular file with one link."""
 
     code = "path_refused"
     summary = "The path is not a plain file under an allowed root"
 
 
 class ForeignRefused(Refused):
-    """A file without our context stanza, where the key does not accept such files."""
+    """A file without the context stanza, for a key that does not accept such files."""
 
     code = "foreign_refused"
     summary = "The file was not made by this service, and this key does not accept foreign files"
 
 
 class Missing(KmsError):
-    """What was named is not there, or is not for this caller."""
+    """Something that does not exist, or that this caller may not know of."""
 
     code = "unknown"
     summary = "Not found"
 
 
 class UnknownKey(Missing):
-    """No such key id, or not for this caller: one answer."""
+    """An unknown key id, or one that this caller may not use: one answer."""
 
     code = "unknown_key"
     summary = "Unknown key id"
 
 
 class UnknownJob(Missing):
-    """No such job, or not this caller's: one answer."""
+    """An unknown job, or one of another caller: one answer."""
 
     code = "unknown_job"
     summary = "Unknown job"
 
 
 class ResultExpired(Missing):
-    """The result was deleted at its expiry."""
+    """A result that was deleted when it expired."""
 
     code = "result_expired"
     summary = "The result of this job has expired"
 
 
+class ResultReleased(ResultExpired):
+    """A result that was deleted because its reader released it."""
+
+    code = "result_released"
+    summary = "The result of this job was released, and is deleted"
+
+
 class RecordRefused(KmsError):
-    """What is stored for a job, in Redis or in the spool, does not carry this service's MAC."""
+    """A stored job, in Redis or in the spool, without the MAC of this service."""
 
     code = "record_refused"
     summary = (
@@ -173,7 +189,7 @@ class RecordRefused(KmsError):
 
 
 class Conflict(KmsError):
-    """The state of things does not allow this now."""
+    """A request that the current state does not allow."""
 
     code = "conflict"
     summary = "Conflict"
@@ -181,49 +197,63 @@ class Conflict(KmsError):
 
 
 class IdempotencyConflict(Conflict):
-    """The key was used with another body."""
+    """An Idempotency-Key that was used with another body."""
 
     code = "idempotency_conflict"
     summary = "This Idempotency-Key was used with a different request"
 
 
 class JobNotFinished(Conflict):
-    """The result is not there yet."""
+    """A job without a result yet."""
 
     code = "job_not_finished"
     summary = "The job has not finished"
 
 
 class JobCommitting(Conflict):
-    """Too late to cancel: the result is being put in place."""
+    """A cancellation that comes too late: the result is being committed."""
 
     code = "job_committing"
     summary = "The job is committing its result and can no longer be cancelled"
 
 
 class JobNotDead(Conflict):
-    """Only a dead letter (``attempts_exhausted``, ``record_refused``) can be retried."""
+    """A retry of a job that did not end with ``attempts_exhausted`` or ``record_refused``."""
 
     code = "job_not_dead"
-    summary = "Only a dead letter can be retried: a job that ended with attempts_exhausted or record_refused"
+    summary = "Only a job that ended with attempts_exhausted or record_refused can be retried"
+
+
+class GroupComplete(Conflict):
+    """A job for a group that has all its jobs already."""
+
+    code = "group_complete"
+    summary = "This group has all its jobs: choose another name, or a larger number from its first job on"
 
 
 class TargetExists(Conflict):
-    """The target is there and overwriting was not asked for."""
+    """A target that exists, without the request to overwrite it."""
 
     code = "target_exists"
-    summary = "The target exists; ask for overwriting, or name another"
+    summary = "The target exists; set overwrite, or name another"
+
+
+class RotationRefused(Conflict):
+    """A rotation that only one of several hosts would know of."""
+
+    code = "rotation_refused"
+    summary = "Several hosts have files of their own for this key: give all the new identity by hand"
 
 
 class DataKeysUnsupported(KmsError):
-    """The backend hands out no data keys, unless its settings say so."""
+    """A backend that generates no data keys, unless its settings allow it."""
 
     code = "data_keys_unsupported"
-    summary = "This backend hands out no data keys; set data_keys = true in its section to allow them"
+    summary = "This backend gives no data keys; set `data_keys = true` in its table of kms.toml"
 
 
 class Unavailable(KmsError):
-    """Something we need does not answer. The only retryable kind."""
+    """A dependency that does not answer. Only errors of this kind are retryable."""
 
     code = "unavailable"
     summary = "Not available now; try again later"
@@ -235,35 +265,86 @@ class Unavailable(KmsError):
 
 
 class BackendUnavailable(Unavailable):
-    """The key backend does not answer, or its keys cannot be read."""
+    """A key backend that does not answer, or whose keys cannot be read."""
 
     code = "backend_unavailable"
     summary = "The key backend is not available"
 
 
 class JobsUnavailable(Unavailable):
-    """Redis or the broker does not answer."""
+    """Redis or a broker that does not answer."""
 
     code = "jobs_unavailable"
     summary = "Jobs are not available: Redis does not answer"
 
 
+class RedisFull(JobsUnavailable):
+    """Redis has reached ``maxmemory``: jobs run and end, and none is accepted. Nothing was changed."""
+
+    code = "redis_full"
+    summary = "Redis has no memory left: no job is accepted until others expire, or maxmemory is raised"
+
+
+class RedisReadOnly(JobsUnavailable):
+    """Redis takes no writes: it is a replica, has too few replicas, or cannot save. Nothing was changed."""
+
+    code = "redis_read_only"
+    summary = "Redis takes no writes: it is a replica, has too few replicas, or cannot save to its disk"
+
+
+class WrongInstall(JobsUnavailable):
+    """A Redis with jobs of another install, or a spool that is not that of its jobs. Nothing was changed."""
+
+    code = "install_mismatch"
+    summary = "Redis and the spool belong to different installs"
+
+
+class DurabilityUnconfirmed(JobsUnavailable):
+    """A change of a job that Redis has made, and its replicas did not acknowledge in time.
+
+    It may be lost if Redis fails over now. ``job_id`` is empty for what is about no single job.
+    """
+
+    code = "durability_unconfirmed"
+    summary = "Replicas of Redis did not acknowledge this in time"
+
+    def __init__(self, detail: str = "", *, job_id: str = "", withdrawn: bool = False) -> None:
+        what = "The job was taken back and may still run after a fail-over" if withdrawn else "It may be lost"
+        advice = f"{self.summary}. {what}: ask again with the same Idempotency-Key or job id"
+        super().__init__(detail or (advice if job_id else ""))
+        self.job_id = job_id
+
+
 class AuditUnavailable(Unavailable):
-    """The audit record could not be written, so the result is withheld."""
+    """An audit record that could not be written. The result is withheld."""
 
     code = "audit_unavailable"
-    summary = "The audit trail cannot be written, so nothing is answered"
+    summary = "The audit log cannot be written, so no result is returned"
+
+
+class SpoolUnavailable(Unavailable):
+    """A spool whose disk failed, or where something else is in the place of a file."""
+
+    code = "spool_unavailable"
+    summary = "The disk of uploads and results failed"
+
+
+class DocumentOutdated(Unavailable):
+    """A signed document that is older than one that was seen before, or cannot be told from such a one."""
+
+    code = "document_outdated"
+    summary = "A signed document is older than one that was seen before"
 
 
 class RateLimited(Unavailable):
-    """Too many calls for now."""
+    """Too many requests of the caller."""
 
     code = "rate_limited"
     summary = "Too many requests"
 
 
 class BodyTimeout(KmsError):
-    """The body of a request did not arrive within its time, or stopped arriving."""
+    """A request body that did not arrive in time."""
 
     code = "body_timeout"
     summary = "The body of the request did not arrive in time"
@@ -271,29 +352,36 @@ class BodyTimeout(KmsError):
 
 
 class SpoolFull(KmsError):
-    """The disk or quota of the spool is used up."""
+    """A spool whose disk or quota is full."""
 
     code = "spool_full"
-    summary = "The spool has no room for this"
+    summary = "There is no space left for uploads and results"
     exit_code = EXIT_UNAVAILABLE
 
 
+class SpoolQuota(SpoolFull):
+    """A tenant that uses as much of the spool as it may."""
+
+    code = "spool_quota"
+    summary = "Your tenant uses as much of the spool as it may: release results, or wait until they expire"
+
+
 class JobCancelled(KmsError):
-    """The job was cancelled by its owner."""
+    """A job that its owner cancelled."""
 
     code = "cancelled"
     summary = "The job was cancelled"
 
 
 class JobExpired(KmsError):
-    """The job's time ran out before it ended."""
+    """A job that had not ended by its ``run_by``."""
 
     code = "expired"
     summary = "The job expired before it could finish"
 
 
 class ConfigurationError(KmsError):
-    """Wrong settings: the process refuses to start."""
+    """Invalid settings. The process does not start."""
 
     code = "configuration"
     summary = "The configuration is not valid"

@@ -1,21 +1,21 @@
-"""Reads files of settings, keys and credentials: they are small, and a larger one is refused unread."""
+"""Reads small files, such as settings, keys and credentials, with a limit on their size."""
 
 import errno
 from pathlib import Path
 from typing import Final
 
-MOST_BYTES: Final = 1024 * 1024
+MAX_BYTES: Final = 1024 * 1024
 
 
-def read(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """The whole file, which may be a pipe. Raises OSError, EFBIG for one above ``most_bytes``."""
+def read(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """Read a file or pipe. Raises OSError, with EFBIG above ``max_bytes``."""
     with path.open("rb") as file:
-        found = file.read(most_bytes + 1)
-    if len(found) > most_bytes:
-        raise OSError(errno.EFBIG, f"it is above {most_bytes // 1024} KiB", str(path))
+        found = file.read(max_bytes + 1)
+    if len(found) > max_bytes:
+        raise OSError(errno.EFBIG, f"it is above {max_bytes // 1024} KiB", str(path))
     return found
 
 
 def text(path: Path) -> str:
-    """As ``read``, as UTF-8. Raises OSError, UnicodeDecodeError."""
+    """Read a file as UTF-8, with the default limit. Raises OSError, UnicodeDecodeError."""
     return read(path).decode("utf-8")

@@ -1,33 +1,24 @@
-"""The JSON shapes of the REST API, shared by server, client and command; the only home of base64.
+"""JSON shapes of the REST API for callers, shared by server, client and command line.
 
-``bytes`` fields are standard base64, padded (RFC 4648 §4). ``null`` and absent are the same. Unknown
-fields are refused. No shape shows its values in ``repr``, so a body cannot reach a log by accident.
+``admin.py`` has those for operators. ``bytes`` fields are padded standard base64 (RFC 4648 §4). ``null``
+means the same as an absent field. ``repr`` shows no value, which keeps the content of a body out of logs.
 """
 
-from datetime import datetime
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, UnsetType
+
+from kms_protocol.job_groups import GroupIn
+from kms_protocol.shapes import Answer, Body, EndpointName, KeepFor, KeyId, Labels, Metadata, Moment
 
 PREFIX: Final = "/api/v1/kms"
-KEY_ID_PATTERN: Final = "^[A-Za-z0-9_.-]{1,80}(?!\\s)$"
-
-KeyId = Annotated[str, Meta(pattern=KEY_ID_PATTERN)]
-# A UUID (RFC 9562) in lower case, of any version but 5: those name the parts of a job.
-JobId = Annotated[
-    str,
-    Meta(
-        pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[1-46-8][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$",
-        max_length=36,  # $ alone would let a line end pass
-    ),
-]
-EndpointName = Annotated[str, Meta(pattern=KEY_ID_PATTERN)]
 ContextIn = str | dict[str, str] | None
 KeySpec = Literal["AES_128", "AES_256"]
 JobKind = Literal["encrypt", "decrypt", "rewrap", "reseal"]
 JobState = Literal["queued", "running", "committing", "succeeded", "failed", "cancelled"]
 Priority = Literal["high", "normal", "low"]
+Release = Literal["after_fetch"]
 Outcome = Literal["changed", "newest", "foreign", "would_change"]
 Origin = Literal["service", "foreign"]
 PRIORITIES: Final[tuple[Priority, ...]] = ("high", "normal", "low")
@@ -35,58 +26,56 @@ STATES: Final[tuple[JobState, ...]] = ("queued", "running", "committing", "succe
 ENDED: Final = frozenset({"succeeded", "failed", "cancelled"})
 KEY_SPEC_BYTES: Final[dict[str, int]] = {"AES_128": 16, "AES_256": 32}
 
-
-class Shape(Struct, frozen=True, kw_only=True):
-    """Base of every shape: immutable, and silent in ``repr``."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(…)"
-
-    def __rich_repr__(self) -> list[tuple[str, Any]]:  # msgspec would otherwise list every field to rich
-        return []
-
-
-class Body(Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A request body."""
-
-
-class Answer(Shape, frozen=True, kw_only=True):
-    """A response body. Fields that are UNSET do not appear."""
-
-
-# -- single calls ------------------------------------------------------------------------------------
+_CONTEXT: Final = "env=prod,service=api"
+_PLAINTEXT: Final = {"plaintext": "SGVsbG8sIFdvcmxkIQ=="}
+_FILE_KEY: Final = {"file_key": "AAECAwQFBgcICQoLDA0ODw=="}
+_STANZAS: Final = "LT4ga21zLXNlcnZpY2UvYnVuZGxlIDEK"
+_CIPHERTEXT: Final = {"ciphertext": "YWdlLWVuY3J5cHRpb24ub3JnL3YxCg=="}  # the first line of an age file
+_FILE_ID: Final = {"file_id": "5f2c8e0b7a914d36a1c07be2f4d95308"}
+KEY_EXAMPLE: Final = {"key_id": "default", "key_version": "1f0c52b7", "backend": "age"}
 
 
 class EncryptIn(Body, frozen=True, kw_only=True):
+    EXAMPLE: ClassVar = {**_PLAINTEXT, "context": _CONTEXT}
     plaintext: bytes
     context: ContextIn = None
     key_id: KeyId | None = None
 
 
-class EncryptOut(Answer, frozen=True, kw_only=True):
-    ciphertext: bytes
+class UsedKey(Answer, frozen=True, kw_only=True):
+    """The version of a key that sealed or opened something, and its backend."""
+
     key_id: str
     key_version: str
     backend: str
+
+
+class EncryptOut(UsedKey, frozen=True, kw_only=True):
+    """``file_id`` names the file in audit records; a rewrap keeps it."""
+
+    EXAMPLE: ClassVar = {**_CIPHERTEXT, **KEY_EXAMPLE, **_FILE_ID}
+    ciphertext: bytes
+    file_id: str = ""
 
 
 class DecryptIn(Body, frozen=True, kw_only=True):
+    EXAMPLE: ClassVar = {**_CIPHERTEXT, "context": _CONTEXT}
     ciphertext: bytes
     context: ContextIn = None
     key_id: KeyId | None = None
 
 
-class DecryptOut(Answer, frozen=True, kw_only=True):
+class DecryptOut(UsedKey, frozen=True, kw_only=True):
+    EXAMPLE: ClassVar = {**_PLAINTEXT, **KEY_EXAMPLE, "origin": "service", **_FILE_ID}
     plaintext: bytes
-    key_id: str
-    key_version: str
-    backend: str
     origin: Origin
+    file_id: str = ""
 
 
 class GenerateKeyIn(Body, frozen=True, kw_only=True):
-    """A data key: random bytes, sealed like any other plaintext."""
+    """A data key: random bytes, encrypted like any other plaintext."""
 
+    EXAMPLE: ClassVar = {"key_spec": "AES_256"}
     key_spec: KeySpec | None = None
     number_of_bytes: Annotated[int, Meta(ge=1, le=1024)] | None = None
     context: ContextIn = None
@@ -94,59 +83,60 @@ class GenerateKeyIn(Body, frozen=True, kw_only=True):
     without_plaintext: bool | None = None
 
 
-class GenerateKeyOut(Answer, frozen=True, kw_only=True):
+class GenerateKeyOut(UsedKey, frozen=True, kw_only=True):
+    EXAMPLE: ClassVar = {
+        "plaintext": "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=",
+        **_CIPHERTEXT,
+        **KEY_EXAMPLE,
+        "key_spec": "AES_256",
+        **_FILE_ID,
+    }
     plaintext: bytes | UnsetType = UNSET
     ciphertext: bytes
     key_spec: str
-    key_id: str
-    key_version: str
-    backend: str
+    file_id: str = ""
 
 
 class RewrapIn(Body, frozen=True, kw_only=True):
-    """``new_context`` absent keeps the old one; ``key_id`` names the new key (default: the same id)."""
+    """``new_context`` replaces the context; absent keeps it. ``key_id`` is the new key, else the old."""
 
+    EXAMPLE: ClassVar = {**_CIPHERTEXT, "key_id": "default"}
     ciphertext: bytes
     context: ContextIn = None
     new_context: ContextIn = None
     key_id: KeyId | None = None
 
 
-# -- file keys ---------------------------------------------------------------------------------------
-
-
 class WrapIn(Body, frozen=True, kw_only=True):
-    """``file_key``: the 16 random bytes that an age tool has made for one file."""
+    """``file_key``: the 16-byte file key of an age file, made by the caller."""
 
+    EXAMPLE: ClassVar = {**_FILE_KEY, "context": _CONTEXT}
     file_key: bytes
     context: ContextIn = None
     key_id: KeyId | None = None
 
 
-class WrapOut(Answer, frozen=True, kw_only=True):
-    """``stanza``: one, as the text that stands in a header, its last line ended."""
+class WrapOut(UsedKey, frozen=True, kw_only=True):
+    """``stanza``: one recipient stanza as header text, with a line feed at its end."""
 
+    EXAMPLE: ClassVar = {"stanza": _STANZAS, **KEY_EXAMPLE}
     stanza: bytes
-    key_id: str
-    key_version: str
-    backend: str
 
 
 class UnwrapIn(Body, frozen=True, kw_only=True):
-    """``stanzas``: those of a file's header, as text. ``key_id``: refuse a file of another key."""
+    """``stanzas``: the recipient stanzas of a header, as text. ``key_id``: refuse files of any other key."""
 
+    EXAMPLE: ClassVar = {"stanzas": _STANZAS, "context": _CONTEXT}
     stanzas: bytes
     context: ContextIn = None
     key_id: KeyId | None = None
 
 
-class UnwrapOut(Answer, frozen=True, kw_only=True):
-    """``origin`` is ``foreign`` where stanzas alone do not prove that this service wrapped the key."""
+class UnwrapOut(UsedKey, frozen=True, kw_only=True):
+    """``origin`` is ``foreign`` unless the stanzas prove that this service wrapped the key."""
 
+    EXAMPLE: ClassVar = {**_FILE_KEY, **KEY_EXAMPLE, "origin": "service"}
     file_key: bytes
-    key_id: str
-    key_version: str
-    backend: str
     origin: Origin
 
 
@@ -154,7 +144,7 @@ class UnwrapOut(Answer, frozen=True, kw_only=True):
 
 
 class BatchItem(Body, frozen=True, kw_only=True):
-    """One call of a batch: ``plaintext`` for encrypt, ``ciphertext`` for every other."""
+    """One call of a batch: ``plaintext`` for encrypt, ``ciphertext`` for all other operations."""
 
     plaintext: bytes | None = None
     ciphertext: bytes | None = None
@@ -164,6 +154,10 @@ class BatchItem(Body, frozen=True, kw_only=True):
 
 
 class BatchIn(Body, frozen=True, kw_only=True):
+    EXAMPLE: ClassVar = {
+        "operation": "encrypt",
+        "items": [{**_PLAINTEXT, "context": "row=7", "reference": "salary"}],
+    }
     operation: JobKind
     items: Annotated[list[BatchItem], Meta(min_length=1, max_length=1000)]
 
@@ -181,129 +175,59 @@ class BatchResult(Answer, frozen=True, kw_only=True):
     key_version: str | UnsetType = UNSET
     backend: str | UnsetType = UNSET
     origin: Origin | UnsetType = UNSET
+    file_id: str | UnsetType = UNSET
     error: ErrorCode | UnsetType = UNSET
 
 
 class BatchOut(Answer, frozen=True, kw_only=True):
+    EXAMPLE: ClassVar = {
+        "results": [
+            {"index": 0, "reference": "salary", **_CIPHERTEXT, **KEY_EXAMPLE, **_FILE_ID},
+            {"index": 1, "error": {"code": "unknown_key"}},
+        ],
+        "failed": 1,
+    }
     results: list[BatchResult]
     failed: int
 
 
-# -- Temporal ----------------------------------------------------------------------------------------
-
-
-class Payload(Body, frozen=True, kw_only=True):
-    """Temporal's own shape of a value (temporal.api.common.v1.Payload, as JSON)."""
-
-    metadata: dict[str, bytes] = {}
-    data: bytes = b""
-
-
-class CodecIn(Body, frozen=True, kw_only=True):
-    payloads: Annotated[list[Payload], Meta(max_length=1000)] = []
-
-
-class CodecOut(Answer, frozen=True, kw_only=True):
-    payloads: list[Payload]
-
-
-# -- health and status -------------------------------------------------------------------------------
-
-
-class HealthOut(Answer, frozen=True, kw_only=True):
-    status: Literal["healthy", "unhealthy"]
-    backend: str
-    checked_at: str
-
-
-class ReadyOut(Answer, frozen=True, kw_only=True):
-    status: Literal["ready", "not ready"]
-    jobs: Literal["available", "unavailable"]
-    audit: Literal["available", "unavailable"]
-
-
-class KeyVersionOut(Answer, frozen=True, kw_only=True):
-    """``operations`` and ``bytes`` count what this version has sealed, where that is known."""
-
-    version: str
-    created_at: str | None = None
-    operations: int | None = None
-    bytes: int | None = None
-
-
-class KeyOut(Answer, frozen=True, kw_only=True):
-    """``current_version`` is null and ``versions`` are empty while the backend does not answer.
-
-    ``others`` are further backends that wrap every new file of this key. ``rotate_at`` is when a new version
-    is due; ``budget`` is what the version in use has sealed, of what it may: 1.0 is all of it.
-    """
-
-    id: str
-    backend: str
-    current_version: str | None
-    versions: list[KeyVersionOut]
-    default: bool
-    others: list[str] = []
-    rotate_at: str | None = None
-    budget: float | None = None
-
-
-class RotateOut(Answer, frozen=True, kw_only=True):
-    key_id: str
-    key_version: str
-    backend: str
-
-
-class KeysOut(Answer, frozen=True, kw_only=True):
-    keys: list[KeyOut]
-
-
-class OperationCount(Answer, frozen=True, kw_only=True):
-    ok: int
-    failed: int
-
-
-class Operations(Answer, frozen=True, kw_only=True):
-    total: int
-    by: dict[str, OperationCount]
-
-
-class StatusOut(Answer, frozen=True, kw_only=True):
-    backend: str
-    environment: str
-    version: str
-    uptime_s: float
-    operations: Operations
-    jobs: dict[str, int] | None
-    queue_depth: int | None
-    workers: int | None
-    degraded: list[str]
-
-
 # -- jobs --------------------------------------------------------------------------------------------
+
+_JOB: Final = "0192f0c1-7a3e-4c55-9d0a-1f2e3d4c5b6a"
+_JOB_PATH: Final = f"{PREFIX}/jobs/{_JOB}"
+_LINKS: Final = {"self": _JOB_PATH, "result": f"{_JOB_PATH}/result", "events": f"{_JOB_PATH}/events"}
 
 
 class JobItem(Body, frozen=True, kw_only=True):
+    """One item of a job: ``plaintext`` for encrypt, ``ciphertext`` for all other kinds."""
+
     plaintext: bytes | None = None
     ciphertext: bytes | None = None
     context: ContextIn = None
 
 
 class JobIn(Body, frozen=True, kw_only=True):
-    """Bulk ``items``, or a ``source`` and a ``target``.
+    """A job over bulk ``items``, or from a ``source`` to a ``target``.
 
-    These are ``file:///…`` under an allowed root, or ``s3://bucket/key`` in a bucket of the settings.
+    Source and target are ``file:///…`` under an allowed root, or ``s3://bucket/key`` in a configured bucket.
 
-    A ``source`` with ``*`` names many files: ``*`` is any run of characters of a name, ``**`` any number of
-    directories. The ``target`` is then a directory, ending in ``/``; paths below it stay, encrypt appends
-    ``.age``, decrypt takes it away. To rewrap or reseal in place leave ``target`` out and say ``overwrite``.
-    Rewrap and reseal of many files leave those alone that are on the newest key version; ``dry_run`` only
-    counts, ``rate_per_s`` limits files a second, and the job's ``report`` tells what came of it.
+    A ``source`` with ``*`` selects many files: ``*`` matches any characters within a name, ``**`` any number
+    of directories. The ``target`` is then a directory that ends in ``/``. Relative paths are kept; encrypt
+    appends ``.age``, decrypt removes it. To rewrap or reseal in place, omit ``target`` and set ``overwrite``.
+    Rewrap and reseal of many files skip those on the newest key version. ``dry_run`` only counts files,
+    ``rate_per_s`` limits files per second, and ``report`` of the job has the counts.
 
-    ``priority`` is ``normal`` if absent: while a ``high`` job waits no other is begun, and a ``low`` one only
-    if no other waits. ``callback`` names an endpoint of the service's settings, to be told how the job ends.
+    ``priority`` defaults to ``normal``. No other job starts while a ``high`` job waits; a ``low`` job starts
+    only if no other job waits. ``callback`` is a webhook endpoint of the settings, called when the job ends.
+    A job fails if it has not started by ``start_by``, or not ended by ``run_by``. Its result is kept for
+    ``keep_for`` seconds after its end. ``ttl_s``, in seconds from submission, stands for all three.
+    ``release`` ``after_fetch`` deletes the result a minute after it was fetched whole.
+
+    Jobs can be listed by their ``labels``. Answers and events repeat ``labels`` and ``metadata``; neither is
+    for secrets.
     """
 
+    EXAMPLE: ClassVar = {"kind": "encrypt", "items": [_PLAINTEXT]}
     kind: JobKind
     items: list[JobItem] | None = None
     source: str | None = None
@@ -312,32 +236,18 @@ class JobIn(Body, frozen=True, kw_only=True):
     key_id: KeyId | None = None
     context: ContextIn = None
     new_context: ContextIn = None
+    start_by: Moment | None = None
+    run_by: Moment | None = None
+    keep_for: KeepFor | None = None
     ttl_s: Annotated[int, Meta(ge=60, le=30 * 24 * 3600)] | None = None
     dry_run: bool | None = None
     rate_per_s: Annotated[float, Meta(gt=0, le=10_000)] | None = None
     priority: Priority | None = None
     callback: EndpointName | None = None
-
-
-class Submission(Body, frozen=True, kw_only=True):
-    """What a ``kms.submit`` message seals (docs/celery.md): a job, its submitter's id for it, and a term.
-
-    The id makes replays harmless. ``token`` is an API token or a JWT; null where nobody is asked.
-    """
-
-    version: Literal[1]
-    token: Annotated[str, Meta(max_length=4096)] | None = None
-    job_id: JobId
-    expires_at: Annotated[datetime, Meta(tz=True)]
-    job: JobIn
-
-
-class IntakeOut(Answer, frozen=True, kw_only=True):
-    """Whom to seal a ``kms.submit`` message to, and the version of the message that is taken."""
-
-    recipient: str
-    key_version: str
-    version: int
+    release: Release | None = None
+    labels: Labels | None = None
+    metadata: Metadata | None = None
+    group: GroupIn | None = None
 
 
 class JobLinks(Answer, frozen=True, kw_only=True, rename={"self_": "self"}):
@@ -347,6 +257,7 @@ class JobLinks(Answer, frozen=True, kw_only=True, rename={"self_": "self"}):
 
 
 class JobAccepted(Answer, frozen=True, kw_only=True):
+    EXAMPLE: ClassVar = {"job_id": _JOB, "state": "queued", "links": _LINKS}
     job_id: str
     state: JobState
     links: JobLinks
@@ -361,7 +272,7 @@ class JobProgress(Answer, frozen=True, kw_only=True):
 
 
 class OlderVersion(Answer, frozen=True, kw_only=True):
-    """A key version that is not the newest: how many files were found on it, and how many still are."""
+    """An old key version: the number of files found on it, and of those left on it."""
 
     key_id: str
     key_version: str
@@ -370,10 +281,10 @@ class OlderVersion(Answer, frozen=True, kw_only=True):
 
 
 class Report(Answer, frozen=True, kw_only=True):
-    """What a rewrap or reseal of many files has come to, so far or in the end, in files.
+    """Numbers of files of a rewrap or reseal of many files, while it runs or at its end.
 
-    With ``dry_run`` nothing was touched, and ``changed`` says how many would be. ``newest`` and ``foreign``
-    ones are left as they are.
+    With ``dry_run`` no file is changed, and ``changed`` counts those that would be. Files on the ``newest``
+    version and ``foreign`` files are never changed.
     """
 
     dry_run: bool
@@ -384,7 +295,44 @@ class Report(Answer, frozen=True, kw_only=True):
     older: list[OlderVersion]
 
 
+class FailedItem(Answer, frozen=True, kw_only=True):
+    """An item or file that failed: its index in the result, and its error code."""
+
+    index: int
+    code: str
+
+
+class JobError(Answer, frozen=True, kw_only=True):
+    """The reason why a job failed. ``items`` are the first failed items or files, where some did."""
+
+    code: str
+    items: list[FailedItem] | UnsetType = UNSET
+
+
 class JobOut(Answer, frozen=True, kw_only=True):
+    """A job. ``submitter`` is the name of the credential that submitted it.
+
+    ``waits_for`` names a feature that only newer workers have: the job is queued until one takes it.
+
+    ``file_id`` is that of the file that an upload or a single source became, or that it was.
+    ``started_at`` is the time of the first attempt. ``released_at`` is the time from which on the result is
+    deleted because its reader released it.
+    ``cancelling``: it was asked to stop, and a worker may still be at work until the state is ``cancelled``.
+    ``expires_at`` is the time at which the result is deleted; before the end, the latest such time.
+    """
+
+    EXAMPLE: ClassVar = {
+        "job_id": _JOB,
+        "kind": "encrypt",
+        "state": "succeeded",
+        "priority": "normal",
+        "attempt": 1,
+        "progress": {"items": 1, "items_done": 1, "items_failed": 0, "bytes": 5, "bytes_done": 5},
+        "created_at": "2027-01-31T12:00:00.000Z",
+        "expires_at": "2027-02-01T12:00:00.000Z",
+        "error": None,
+        "links": _LINKS,
+    }
     job_id: str
     kind: JobKind
     state: JobState
@@ -393,24 +341,53 @@ class JobOut(Answer, frozen=True, kw_only=True):
     progress: JobProgress
     created_at: str
     expires_at: str
+    start_by: str | UnsetType = UNSET
+    run_by: str | UnsetType = UNSET
+    cancelling: bool | UnsetType = UNSET
     not_before: str | UnsetType = UNSET
-    error: ErrorCode | None = None
+    waits_for: str | UnsetType = UNSET
+    started_at: str | UnsetType = UNSET
+    ended_at: str | UnsetType = UNSET
+    released_at: str | UnsetType = UNSET
+    submitter: str | UnsetType = UNSET
+    key_id: str | UnsetType = UNSET
+    file_id: str | UnsetType = UNSET
+    labels: Labels | UnsetType = UNSET
+    metadata: Metadata | UnsetType = UNSET
+    group: str | UnsetType = UNSET
+    error: JobError | None = None
     report: Report | UnsetType = UNSET
     links: JobLinks
 
 
 class JobList(Answer, frozen=True, kw_only=True):
+    EXAMPLE: ClassVar = {"jobs": [JobOut.EXAMPLE], "next": None}
     jobs: list[JobOut]
     next: str | None = None
 
 
-class ItemResult(Answer, frozen=True, kw_only=True):
-    """One line of a result in NDJSON: an item of a bulk job, or a file of a job over many.
+class JobsIn(Body, frozen=True, kw_only=True):
+    EXAMPLE: ClassVar = {"job_ids": [_JOB]}
+    job_ids: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(min_length=1, max_length=1000)]
 
-    ``outcome`` is that of a rewrap or reseal; a file that was refused has an ``error`` instead.
+
+class JobsOut(Answer, frozen=True, kw_only=True):
+    """The jobs asked for. ``unknown`` are ids of jobs that do not exist for this caller."""
+
+    EXAMPLE: ClassVar = {"jobs": [JobOut.EXAMPLE], "unknown": []}
+    jobs: list[JobOut]
+    unknown: list[str]
+
+
+class ItemResult(Answer, frozen=True, kw_only=True):
+    """One line of an NDJSON result: an item of a bulk job, or a file of a job over many files.
+
+    ``outcome`` is that of a rewrap or reseal; a refused file has an ``error`` instead.
     """
 
+    EXAMPLE: ClassVar = {"index": 0, **_CIPHERTEXT, **_FILE_ID}
     index: int
+    file_id: str | UnsetType = UNSET
     source: str | UnsetType = UNSET
     target: str | UnsetType = UNSET
     outcome: Outcome | UnsetType = UNSET
@@ -419,82 +396,6 @@ class ItemResult(Answer, frozen=True, kw_only=True):
     error: ErrorCode | UnsetType = UNSET
 
 
-class DeliveryOut(Answer, frozen=True, kw_only=True):
-    """A webhook that was given up."""
-
-    delivery_id: str
-    job_id: str
-    endpoint: str
-    state: JobState
-    attempts: int
-    created_at: str
-
-
-class DeliveryList(Answer, frozen=True, kw_only=True):
-    deliveries: list[DeliveryOut]
-
-
-# -- audit -------------------------------------------------------------------------------------------
-
-
-class AuditEvent(Answer, frozen=True, kw_only=True):
-    """One operation, on record (docs/audit.md). Values of contexts are keyed hashes; it has a receipt.
-
-    ``count`` is set where it stands for several denied items of a batch, and for ``audit.read``: so many
-    records were read, by this ``filter``.
-    """
-
-    id: str
-    time: str
-    operation: str
-    stage: str | UnsetType = UNSET
-    effect: str | UnsetType = UNSET
-    route: str | UnsetType = UNSET
-    filter: str | UnsetType = UNSET
-    source: str | UnsetType = UNSET
-    principal: str
-    credential: str
-    request_id: str | UnsetType = UNSET
-    job_id: str | UnsetType = UNSET
-    key_id: str | UnsetType = UNSET
-    key_version: str | UnsetType = UNSET
-    backend: str | UnsetType = UNSET
-    origin: str | UnsetType = UNSET
-    context: dict[str, str] = {}
-    new_context: dict[str, str] | UnsetType = UNSET
-    bytes_in: int
-    bytes_out: int
-    result: str | UnsetType = UNSET
-    duration_us: int
-    count: int | UnsetType = UNSET
-
-
-class AuditOut(Answer, frozen=True, kw_only=True):
-    """Oldest first. ``next`` is always there: it also asks for what is recorded later.
-
-    ``more`` says whether it leads on at once; a page may be short, or empty, and lead on.
-    """
-
-    events: list[AuditEvent]
-    next: str
-    more: bool
-
-
-# -- problems ----------------------------------------------------------------------------------------
-
-
-class Problem(Answer, frozen=True, kw_only=True):
-    """RFC 9457 ``application/problem+json``; ``code`` is stable, ``detail`` is for people."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    code: str
-    request_id: str
-    links: dict[str, str] | UnsetType = UNSET
-
-
 encode: Final = msgspec.json.encode
 NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What decoding raises for bytes that are no JSON of a shape; some are no text, or nested without end."""
+"""Exceptions raised for bytes that are not JSON of a shape, not text, or nested too deeply."""

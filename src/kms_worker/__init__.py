@@ -1,1 +1,1 @@
-"""The Celery worker: takes job ids from the broker, runs jobs with the core, looks after the rest."""
+"""The Celery worker: takes job ids from the broker and runs the jobs; the reaper runs beside it."""

@@ -1,29 +1,36 @@
-"""Builds the Celery application of the worker. Our own messages carry a job id; all else is in the core."""
+"""Builds the Celery application of the worker. Its messages say only that a queue has work."""
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import structlog
-from celery import Celery, signals
+from celery import Celery, Task, signals
+from kombu.entity import Exchange, Queue
 
 from kms_core.container import Core, build_intake
 from kms_core.container import build as build_core
-from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import FILES
+from kms_core.jobs.execution import attendance
+from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.execution.runner import run_next
+from kms_core.jobs.model import Following
+from kms_core.jobs.spec import FILES, QUEUES
 from kms_core.jobs.store import broker
-from kms_core.jobs.store.broker_messages import TASK
 from kms_core.jobs.store.usage_flush import UsageFlush
+from kms_core.jobs.store.wake_up import TASK
 from kms_core.observability import tracing
 from kms_core.redis_client import celery_options
 from kms_core.settings.model import Settings
 from kms_protocol.errors import JobsUnavailable, KmsError
-from kms_worker import kombu_patches, rotation, submit
+from kms_worker import rotation, submit
 from kms_worker.refusals import LogBound, Refusals
 from kms_worker.submit import Pulse
 
 # After so long Redis gives out a kms.submit again whose worker was killed: nothing else brings it back.
 _VISIBILITY_S: Final = 600
+_SLICE_S: Final = 1.0
+_LONG_SLICE_S: Final = 10.0
 _log = structlog.get_logger(__name__)
 _bound: Final = LogBound()
 
@@ -56,7 +63,7 @@ TRANSPORT: Final[dict[str, object]] = {
     "socket_keepalive": True,
     "health_check_interval": 25,
     "global_keyprefix": "kms:",
-    "confirm_publish": True,  # RabbitMQ: a nudge is sent once a majority has it
+    "confirm_publish": True,  # RabbitMQ: a message counts as sent once a majority has it
 }
 
 
@@ -67,51 +74,95 @@ def build(settings: Settings, name: str, pulse: Pulse) -> Celery:
     """
     traced = settings.kms.traces
     tracing.check(enabled=traced.enabled)
-    kombu_patches.install()
     app = Celery("kms-worker", set_as_current=False)
     app.conf.update(CONFIGURATION | celery_options(settings.kms.redis, TRANSPORT))
+    # A wake-up may be lost, so nothing acknowledges it; a submission is kept until it is a job.
+    app.conf.task_queues = [
+        _queue(each, app.conf.task_create_missing_queue_type) for each in (*QUEUES, submit.QUEUE)
+    ]
     signals.setup_logging.connect(_keep_our_logs)
     cores: dict[int, Core] = {}
-    nudge = broker.nudge_through(app, settings.kms.redis)
+    notify = broker.notify_through(app, settings.kms.redis)
 
     def core() -> Core:
         """Each process of the pool has its own connections: nothing is shared across a fork."""
         if os.getpid() not in cores:
             tracing.configure("kms-worker", enabled=traced.enabled, endpoint=traced.endpoint)
-            cores[os.getpid()] = made = build_core(settings, "worker", nudge)
-            teller = UsageFlush(made.kms.tally, made.shop.store.redis)
+            cores[os.getpid()] = made = build_core(settings, "worker", notify)
+            teller = UsageFlush(made.kms.usage, made.worker_context.store.redis)
             teller.start()
-            made.keeper.start()
+            made.audit_maintenance.start()
             signals.worker_process_shutdown.connect(lambda **_: teller.stop(), weak=False)
-            signals.worker_process_shutdown.connect(lambda **_: made.keeper.stop(), weak=False)
+            signals.worker_process_shutdown.connect(lambda **_: made.audit_maintenance.stop(), weak=False)
             signals.worker_process_shutdown.connect(lambda **_: tracing.stop(), weak=False)
         return cores[os.getpid()]
 
-    @app.task(name=TASK)  # type: ignore[untyped-decorator]  # Celery ships no types
-    def run(job_id: str) -> None:
-        _run(job_id, core, name)
+    @app.task(name=TASK, bind=True)  # type: ignore[untyped-decorator]  # Celery ships no types
+    def run(task: Task, job_id: str = "") -> None:
+        queue = (task.request.delivery_info or {}).get("routing_key") or FILES
+        _drain(core, f"{name}/{os.getpid()}", queue, settings.kms.jobs.queues, job_id)
 
     rotation.register(app, core, settings, name)
     submit.register(
         app,
-        lambda: build_intake(settings, core().desk),
+        lambda: build_intake(settings, core().submitter),
         name,
         pulse,
-        lambda: Refusals(lambda: core().shop.store.redis),
+        lambda: Refusals(lambda: core().worker_context.store.redis),
     )
     return app
 
 
-def _run(job_id: str, core: Callable[[], Core], worker: str) -> None:
+def _queue(name: str, kind: str) -> Queue:
+    """A queue as a sender's Celery declares it by itself; on RabbitMQ a difference would be refused."""
+    arguments = None if kind == "classic" else {"x-queue-type": kind}
+    return Queue(name, Exchange(name), name, queue_arguments=arguments, no_ack=name in QUEUES)  # type: ignore[no-untyped-call]  # ships no types
+
+
+def _drain(core: Callable[[], Core], worker: str, queue: str, served: Sequence[str], job_id: str) -> None:
+    """Run jobs until none is ready, for a second at least, or ten if no other message waits for a process.
+
+    Then another wake-up follows. Another host may take that, so it is seldom sent.
+    ``job_id`` is in messages of 0.1, whose jobs are in no set that workers take jobs from.
+    """
+    begun = time.monotonic()
+
+    def goes_on() -> bool:
+        took = time.monotonic() - begun
+        is_over = took > _LONG_SLICE_S or (took > _SLICE_S and attendance.is_wanted(begun))
+        return not is_over and not attendance.is_stopping()
+
+    following = Following(worker, [queue, *(each for each in served if each != queue)], goes_on)
     try:
-        run_job(job_id, core().shop, f"{worker}/{os.getpid()}")
+        core().install.require()
+        worker_context = core().worker_context
+        if job_id:
+            worker_context.store.reap(job_id)
+        woken = True
+        while following.claimed or goes_on():
+            if not _run_next(worker_context, following, woken=woken):
+                return
+            woken = False
+        worker_context.store.drained(worker, queue, served)
     except JobsUnavailable:
-        _log.warning("job.left_to_lease", job_id=job_id)
-    except KmsError as exc:  # a record that is gone, or was not written by this service
-        if count := _bound.passes(exc.code):  # anybody who writes to the broker may send any id
-            _log.warning("job.refused", job_id=job_id, code=exc.code, count=count)
-    except Exception as exc:  # noqa: BLE001 -- the top of the worker: the lease runs out, and attempts are bounded
-        _log.exception("job.crashed", job_id=job_id, error=type(exc).__name__)
+        _log.warning("job.left_to_lease")
+    except Exception as exc:  # noqa: BLE001 -- the top of the worker: another wake-up follows
+        _log.exception("worker.crashed", error=type(exc).__name__)
+
+
+def _run_next(worker_context: WorkerContext, following: Following, *, woken: bool) -> bool:
+    try:
+        return run_next(worker_context, following, woken=woken)
+    except JobsUnavailable:
+        if not following.claimed:  # else Redis may be back for that job
+            raise
+        _log.warning("job.left_to_lease")
+    except KmsError as exc:
+        if count := _bound.passes(exc.code):
+            _log.warning("job.refused", code=exc.code, count=count)
+    except Exception as exc:  # noqa: BLE001 -- of one job: its lease runs out, and attempts are bounded
+        _log.exception("job.crashed", error=type(exc).__name__)
+    return True
 
 
 def _keep_our_logs(**_: object) -> None:

@@ -2,27 +2,77 @@
 
 Celery 5.7 as it is ends on a message whose body is JSON and not a task, and puts it back before: each restart
 ends the same way. Messages from Redis have passed ``kms_worker.elements`` before they get here.
+
+Properties of RabbitMQ's messages are decoded so that no message ends the worker: py-amqp 5 raises out of its
+connection for properties that it cannot decode, and the message comes back at each connection. Here it
+arrives with ``UNREADABLE`` among its headers, or with an empty routing key.
 """
 
+import struct
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import structlog
 from celery.worker import consumer as celery_consumer
+from celery.worker import state
 from kombu import compression
-from kombu.exceptions import ContentDisallowed
+from kombu.exceptions import ContentDisallowed, OperationalError
+from kombu.transport.pyamqp import amqp  # type: ignore[attr-defined]  # the one that kombu uses
 
+from kms_core.jobs.execution import attendance
+from kms_core.jobs.store.wake_up import TASK as RUN
 from kms_worker import elements, messages
 from kms_worker.elements import Checks
-from kms_worker.messages import Malformed, Reason
+from kms_worker.messages import HEADERS, UNREADABLE, Malformed, Reason
 from kms_worker.refusals import LogBound
 from kms_worker.rotation import TASK as KEYS
 from kms_worker.submit import QUEUE as SUBMIT_QUEUE
 from kms_worker.submit import TASK as SUBMIT
 
+_ERRORS: Final = (ValueError, ArithmeticError, OSError, LookupError, RecursionError, struct.error)
+_serialization: Final = amqp.serialization
+_SCALARS: Final = (str, int, float)
+_DELIVER: Final = "sLbss"  # arguments of basic.deliver: consumer, tag, redelivered, exchange, routing key
+
+
+def decode(buf: bytes, offset: int) -> tuple[dict[str, Any], int]:
+    """The properties at ``offset``, and where they end. Of the headers those of use that hold no table."""
+    try:
+        found, end = _serialization.decode_properties_basic(buf, offset)
+    except (*_ERRORS, amqp.exceptions.FrameSyntaxError):
+        return {"application_headers": {UNREADABLE: True}}, len(buf)
+    headers = found.pop("application_headers", {})
+    kept = {name: headers[name] for name in HEADERS if isinstance(headers.get(name), _SCALARS)}
+    return {**found, "application_headers": kept}, end
+
+
+def arguments(kinds: str | bytes, buf: bytes, offset: int) -> tuple[list[Any], int]:
+    """The arguments of a method. Exchange and routing key of a delivery are empty where they are no UTF-8."""
+    try:
+        found, end = _serialization.loads(kinds, buf, offset)
+    except UnicodeDecodeError:
+        if kinds not in {_DELIVER, _DELIVER.encode()}:
+            raise
+        found, _ = _serialization.loads(_DELIVER[:-2], buf, offset)
+        return [*found, "", ""], len(buf)
+    return found, end
+
+
+def install() -> None:
+    """Read all connections of this process so from now on."""
+    _serialization.PROPERTY_CLASSES[amqp.spec.Basic.CLASS_ID] = decode
+    amqp.abstract_channel.loads = arguments
+
+
 Handler = Callable[[Any], object]
+_MOST_NAMED: Final = 1000  # of a few KiB each
+_DIFFERS_S: Final = 5.0
+_SHOWN_CHARS: Final = 200
+_CALLS: Final = frozenset({amqp.spec.Exchange.Declare, amqp.spec.Queue.Declare, amqp.spec.Basic.Consume})
+"""By which the worker begins with a queue."""
 _log = structlog.get_logger(__name__)
 
 
@@ -42,14 +92,29 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
     def connect(self) -> Any:  # noqa: ANN401 -- as above
         """A connection to the broker, on which no key of Redis is in the way of the service's.
 
-        kombu takes messages up again while it connects, so the way is made by a connection of its own.
+        kombu takes messages up again while it connects, so the way is made by a connection of its own. A
+        broker that is away is left to Celery, which tries again; kombu tells of it by OperationalError.
         """
-        with self.app.connection_for_read() as connection, suppress(*connection.connection_errors):
+        with (
+            self.app.connection_for_read() as connection,
+            suppress(OperationalError, *connection.connection_errors),
+        ):
             elements.repair(connection, self._checks)
         return super().connect()
 
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """Tell of a queue or exchange that is not as it should be, and wait: Celery tries again at once."""
+        super().on_connection_error_after_connected(exc)
+        if isinstance(exc, amqp.exceptions.AMQPError) and exc.method_sig in _CALLS:
+            _log.error(
+                "broker.queue_differs",
+                error=str(exc.reply_text)[:_SHOWN_CHARS],
+                hint="delete the queue or exchange, or set broker_queue_type (docs/celery.md)",
+            )
+            time.sleep(_DIFFERS_S)
+
     def create_task_handler(self, *args: Any, **options: Any) -> Handler:  # noqa: ANN401 -- as above
-        """What Celery calls with each message."""
+        """Return the function that Celery calls with each message."""
         handle: Handler = super().create_task_handler(*args, **options)
 
         def checked(message: Any) -> None:  # noqa: ANN401 -- as above
@@ -83,7 +148,7 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
         self._drop(message, "content_type" if isinstance(exc, ContentDisallowed) else "body")
 
     def _accepted(self, message: Any) -> bool:  # noqa: ANN401 -- as above
-        """Whether to hand ``message`` over, of which only the checked part is left. Raises Malformed."""
+        """True if to hand ``message`` over, of which only the checked part is left. Raises Malformed."""
         queue = _queue(message)
         if len(message.body or b"") > messages.most_bytes(queue, self._checks.submit_bytes):
             raise Malformed("too_large")
@@ -92,29 +157,51 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
         found = messages.read(queue, message.headers, content, message.body, redelivered=redelivered)
         if found.task == SUBMIT:
             messages.check_sealed(found)
+        if found.task == RUN and self._is_sated(_MOST_NAMED if any(found.args) else self.pool.num_processes):
+            if not found.resends and not found.args:
+                with suppress(OperationalError, *self.connection_errors, *self.channel_errors):
+                    self._send_copy(message, queue, found.headers() | {"resends": 1})
+            return False
         message.headers, message.body = found.headers(), found.body()
         message.properties = {"priority": (message.properties or {}).get("priority")}
+        if found.task != RUN:
+            attendance.want()
         if redelivered and found.task in {SUBMIT, KEYS}:
             return self._came_back(message, found)
         return True
 
+    @staticmethod
+    def _is_sated(most: int) -> bool:
+        """Return whether ``most`` wake-ups wait for a process; a further one is dropped.
+
+        One for each process does, as each drains all queues of the worker; another worker may have an idle
+        one, so the first that is sated sends a copy. A message of 0.1, which names a
+        job, may be the first to tell of it; beyond the bound the reaper finds it among the open jobs. Nothing
+        is acknowledged, so the broker would send any number into memory.
+        """
+        held = sum(request.name == RUN for request in state.reserved_requests)
+        return bool(held >= most)
+
     def _came_back(self, message: Any, found: messages.CeleryMessage) -> bool:  # noqa: ANN401 -- as above
-        """Count a death by sending a copy with the number; of ``kms.keys`` another comes within a minute."""
-        if found.deaths >= messages.MOST_DEATHS or found.task == KEYS:
+        """Send a copy that counts one more; of ``kms.keys`` another comes within a minute."""
+        if found.resends >= messages.MOST_RESENDS or found.task == KEYS:
             raise Malformed("worker_died")
         if count := self._bound.passes():
-            _log.warning("message.came_back", queue=SUBMIT_QUEUE, deaths=found.deaths, count=count)
+            _log.warning("message.came_back", queue=SUBMIT_QUEUE, resends=found.resends, count=count)
+        self._send_copy(message, SUBMIT_QUEUE, message.headers)
+        message.ack()
+        return False
+
+    def _send_copy(self, message: Any, queue: str, headers: Mapping[str, object]) -> None:  # noqa: ANN401 -- as above
         with self.app.producer_or_acquire() as producer:
             producer.publish(
                 message.body,
                 exchange="",
-                routing_key=SUBMIT_QUEUE,
+                routing_key=queue,
                 content_type=message.content_type,
                 content_encoding=message.content_encoding,
-                headers=message.headers,
+                headers=headers,
             )
-        message.ack()
-        return False
 
     def _hand_over(self, message: Any, handle: Handler) -> None:  # noqa: ANN401 -- as above
         try:
@@ -148,7 +235,7 @@ def _no_decoder(_body: object) -> bytes:
 
 
 def _queue(message: Any) -> str:  # noqa: ANN401 -- as above
-    """Where ``message`` came by, one of a bounded set."""
+    """The queue of ``message``, one of a bounded set."""
     found = (message.delivery_info or {}).get("routing_key")
     return found if isinstance(found, str) and found in messages.TASKS else "other"
 

@@ -1,7 +1,8 @@
 """Elements of the broker's lists on Redis, checked before kombu parses them.
 
 kombu 5.7 lets whatever it cannot parse out of its loop, which ends the worker. What is no message is dropped
-here, and leaves no trace in kombu; what is one, kombu gets in a form of our making.
+here, and leaves no trace in kombu; what is one, kombu gets in a form of our making. Nor does it acknowledge
+what no connection or note is left of.
 """
 
 import os
@@ -12,7 +13,7 @@ import redis as redis_py
 from kombu.connection import Connection
 from kombu.transport import redis
 
-from kms_worker import kombu_patches, messages
+from kms_worker import messages
 from kms_worker.messages import TASKS, Malformed
 from kms_worker.refusals import Refusals
 
@@ -24,12 +25,13 @@ _LISTS: Final = tuple(
 
 _BINDINGS: Final = ("binding", "binding_permanent")
 _MUTEX: Final = "unacked_mutex"
+_MUTEX_S: Final = redis.Channel.unacked_mutex_expire
 _NO_EXPIRY: Final = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Checks:
-    """How elements are checked. ``submit_bytes`` bounds the argument of kms.submit."""
+    """Checks of elements. ``submit_bytes`` bounds the argument of kms.submit."""
 
     refusals: Refusals
     submit_bytes: int
@@ -44,7 +46,7 @@ class Checks:
             return None
 
     def held(self, note: bytes) -> bool:
-        """Whether a worker wrote this note of a message in hand; another is refused."""
+        """Return whether a worker wrote this note of a message in hand; another is refused."""
         try:
             messages.held(note, self.submit_bytes)
         except Malformed as exc:
@@ -66,7 +68,8 @@ class Checks:
                 client.delete(key)
                 queue = key.rsplit(_SEPARATOR, 1)[0]
                 self.refusals.refuse(queue if key in _LISTS else "other", "wrong_type", b"")
-        if client.ttl(f"{client.global_keyprefix}{_MUTEX}") == _NO_EXPIRY:  # kombu always sets one
+        left = client.ttl(f"{client.global_keyprefix}{_MUTEX}")
+        if left == _NO_EXPIRY or left > _MUTEX_S:  # kombu always sets one
             client.delete(_MUTEX)
             self.refusals.refuse("other", "wrong_type", b"")
 
@@ -87,10 +90,26 @@ class CheckedClient(redis.PrefixedStrictRedis):
         return self.checks.element(*found) if command_name == "BRPOP" and found else found
 
 
-class CheckedQoS(kombu_patches.OurQoS):
-    """As ours, but for notes of messages in hand that no worker wrote, or that kombu cannot read: dropped."""
+class CheckedQoS(redis.QoS):
+    """kombu's, which drops notes of unacknowledged messages that no worker wrote, or kombu cannot read."""
 
     checks: ClassVar[Checks]
+
+    def ack(self, delivery_tag: str) -> None:
+        if self._is_noted(delivery_tag):
+            super().ack(delivery_tag)  # type: ignore[no-untyped-call]  # kombu ships no types
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        if self._is_noted(delivery_tag):
+            super().reject(delivery_tag, requeue)  # type: ignore[no-untyped-call]  # as above
+
+    def _is_noted(self, tag: str) -> bool:
+        """Return whether Redis has a note of the message to remove: it has none of wake-ups.
+
+        The message of a connection that was lost is given out again. kombu raises AttributeError for it,
+        which ends a worker.
+        """
+        return tag in self._delivered and self.channel.connection is not None
 
     def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:  # noqa: ANN401 -- as above
         if tag not in self._delivered:
@@ -100,7 +119,7 @@ class CheckedQoS(kombu_patches.OurQoS):
                     self._forget(tag, line)
                     return
         try:
-            super().restore_by_tag(tag, client, leftmost)
+            super().restore_by_tag(tag, client, leftmost)  # type: ignore[no-untyped-call]  # as above
         except (redis_py.ConnectionError, redis_py.TimeoutError):
             raise
         except Exception:  # noqa: BLE001 -- whatever kombu makes of fields that the check passes over

@@ -1,14 +1,15 @@
-"""The ``kms-worker`` program: settings, the Celery worker, and beside it the caretaker and metrics."""
+"""The ``kms-worker`` program: settings, the Celery worker, and beside it the reaper and metrics."""
 
 import argparse
 import os
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
 
 from kms_core import secure_memory
-from kms_core.observability import logs
+from kms_core.observability import logs, multiprocess_metrics
 from kms_core.settings import lint
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
@@ -17,17 +18,30 @@ from kms_protocol.errors import EXIT_CONFIGURATION, ConfigurationError
 
 def main() -> int:
     """Run until a signal. Exit code 78 means wrong configuration."""
+    told: list[int] = []  # signals
+
+    def stop(number: int, _frame: object) -> None:
+        told.append(number)
+        sys.exit(0)  # which is lost in a finalizer: it is told again once it is ready
+
+    signal.signal(signal.SIGTERM, stop)  # until Celery has its own handler: no job is in hand
     try:
         secure_memory.forbid_dumps()
-        loaded = load_settings(_arguments().config, os.environ)
+        loaded = load_settings(parser().parse_args().config, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
         lint.warn(loaded)
-        # prometheus_client chooses its storage when it is imported
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_metrics_folder(loaded))
-        from kms_core import keyring  # noqa: PLC0415 -- and these declare metrics
+        multiprocess_metrics.share({multiprocess_metrics.FOLDER: str(_metrics_folder(loaded))})
+        from celery import signals  # noqa: PLC0415 -- takes long to import
+
+        from kms_core import container, key_opening  # noqa: PLC0415 -- and these declare metrics
         from kms_worker import process  # noqa: PLC0415 -- as above
 
-        keyring.check(loaded)
+        signals.worker_ready.connect(
+            lambda **_: signal.raise_signal(signal.SIGTERM) if told else None, weak=False
+        )
+        key_opening.begin(loaded)
+        key_opening.check(loaded)
+        container.check(loaded)
         return process.run(loaded)
     except ConfigurationError as exc:
         sys.stderr.write(f"kms-worker: error: {exc.detail}\n")
@@ -42,10 +56,11 @@ def _metrics_folder(loaded: Settings) -> Path:
     return folder
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="kms-worker", description="Runs jobs.")
-    parser.add_argument("--config", type=Path, help="settings file (else KMS_CONFIG, else the usual places)")
-    return parser.parse_args()
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(prog="kms-worker", description="Runs jobs.")
+    made.add_argument("--config", type=Path, help="settings file (else KMS_CONFIG, else the usual places)")
+    return made
 
 
 if __name__ == "__main__":

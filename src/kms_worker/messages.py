@@ -1,8 +1,8 @@
 """Checks of broker messages before anything acts on them: Malformed is no message of this service.
 
-Whoever may write to the broker chooses every byte of a message. A message is therefore taken apart here, and
+Write access to the broker decides every byte of a message. A message is therefore taken apart here, and
 only a task name, a task id, one argument and bounded links leave. All other options of Celery (eta, expires,
-timelimit, chain, chord, group, retries, shadow, reply_to and the like) are dropped, obeyed by nobody.
+timelimit, chain, chord, group, retries, shadow, reply_to and the like) are dropped and have no effect.
 """
 
 import binascii
@@ -13,8 +13,8 @@ from typing import Final, Literal
 import msgspec
 
 from kms_core.age.header import VERSION_LINE
-from kms_core.jobs.model import BULK, FILES, MAINTENANCE
-from kms_core.jobs.store.broker_messages import TASK as RUN
+from kms_core.jobs.spec import BULK, FILES, MAINTENANCE
+from kms_core.jobs.store.wake_up import TASK as RUN
 from kms_worker.rotation import TASK as KEYS
 from kms_worker.submit import QUEUE as SUBMIT_QUEUE
 from kms_worker.submit import TASK as SUBMIT
@@ -41,8 +41,8 @@ TASKS: Final[Mapping[str, frozenset[str]]] = {
 }
 """Queues that are consumed, and the tasks that may come by each."""
 MOST_BYTES: Final = 65_536  # of a message that carries a job id or nothing; Celery writes about 1 KiB
-MOST_DEATHS: Final = 2
-HEADERS: Final = ("task", "id", "deaths", "compression")
+MOST_RESENDS: Final = 2  # of a message whose worker died, each time as a copy with their number
+HEADERS: Final = ("task", "id", "resends", "compression")
 """Headers that are looked at."""
 UNREADABLE: Final = "kms-unreadable"
 """A header in place of properties that cannot be decoded."""
@@ -65,18 +65,18 @@ class Malformed(Exception):
 
 
 class CeleryMessage(msgspec.Struct):
-    """What is left of a message: the names of Celery's, and nothing that Celery would obey besides."""
+    """A message after its check: Celery's names, and no other field that Celery would obey."""
 
     task: str
     task_id: str
     args: list[str]
     callbacks: list[dict[str, object]]
     errbacks: list[dict[str, object]]
-    deaths: int
+    resends: int
 
     def headers(self) -> dict[str, object]:
         """Celery's headers. Without ``argsrepr`` Celery would log the argument."""
-        named = {"task": self.task, "id": self.task_id, "deaths": self.deaths}
+        named = {"task": self.task, "id": self.task_id, "resends": self.resends}
         return {"lang": "py", **named, "argsrepr": "-", "kwargsrepr": "-"}
 
     def body(self) -> bytes:
@@ -110,8 +110,8 @@ def read(
         raise Malformed("content_type")
     args, embed = _arguments(task, body)
     callbacks, errbacks = (_links(embed, name) for name in ("callbacks", "errbacks"))
-    deaths = headers.get("deaths")
-    count = deaths if isinstance(deaths, int) and 0 < deaths < MOST_DEATHS else 0
+    resends = headers.get("resends")
+    count = resends if isinstance(resends, int) and 0 < resends < MOST_RESENDS else 0
     return CeleryMessage(task, task_id, args, callbacks, errbacks, count + redelivered)
 
 
@@ -151,16 +151,17 @@ def _arguments(task: str, body: object) -> tuple[list[str], object]:
         if len(embed) > _MOST_EMBED:
             raise Malformed("too_large")
         msgspec.json.decode(named, type=_Empty)
-        args = msgspec.json.decode(raw, type=tuple[()] if task == KEYS else tuple[str])
+        has_one = task == SUBMIT or (task == RUN and bytes(raw) != b"[]")  # a wake-up of 0.1 carries a job id
+        args = list(msgspec.json.decode(raw, type=tuple[str] if has_one else tuple[()]))
         options = msgspec.json.decode(embed)
     except (ValueError, RecursionError):  # of msgspec, and UnicodeDecodeError
         raise Malformed("body") from None
-    if task == RUN and not _JOB_ID.fullmatch(args[0]):
+    if task == RUN and args and not _JOB_ID.fullmatch(args[0]):
         raise Malformed("body")
-    return list(args), options
+    return args, options
 
 
-# -- links of kms.submit: Celery sends them, so they are made anew of what is known to be harmless ---------
+# -- links of kms.submit: Celery sends them, so they are rebuilt from fields known to be harmless ---------
 
 
 def _links(embed: object, name: str) -> list[dict[str, object]]:
@@ -196,7 +197,7 @@ def _is_theirs(name: object) -> bool:
 
 
 def _is_flat(value: object) -> bool:
-    """Whether JSON is neither deep nor long, and has nothing that kombu would turn into an object."""
+    """Return whether JSON is neither deep nor long, and has nothing that kombu would turn into an object."""
     return _depth(value, _MOST_DEPTH) and len(msgspec.json.encode(value)) <= _MOST_LINK_BYTES
 
 
@@ -224,8 +225,7 @@ class _Properties(msgspec.Struct):
 class _TaskHeaders(msgspec.Struct):
     task: object = None
     id: object = None
-    at: object = None
-    deaths: object = None
+    resends: object = None
     compression: object = None
 
 
@@ -249,7 +249,7 @@ _held: Final = msgspec.json.Decoder(tuple[msgspec.Raw, str, str])
 
 
 def envelope(queue: str, element: bytes, tag: str, submit_bytes: int) -> bytes:
-    """An element of a list of ``queue``, written anew so that kombu and Celery find what they expect.
+    """An element of a list of ``queue``, rewritten so that kombu and Celery find what they expect.
 
     ``tag`` becomes its delivery tag. Headers of no use are left out, base64 is undone. Raises Malformed.
     """
@@ -269,9 +269,7 @@ def envelope(queue: str, element: bytes, tag: str, submit_bytes: int) -> bytes:
         raise Malformed("too_large")
     info = {"exchange": "", "routing_key": queue, "redelivered": found.properties.delivery_info.redelivered}
     properties = {"delivery_tag": tag, "delivery_info": info, "priority": _rank(priority)}
-    headers = {"task": found.headers.task, "id": found.headers.id, "deaths": found.headers.deaths}
-    if isinstance(found.headers.at, float | int):
-        headers["at"] = found.headers.at
+    headers = {"task": found.headers.task, "id": found.headers.id, "resends": found.headers.resends}
     kinds = {"content-type": found.content_type, "content-encoding": found.content_encoding}
     return msgspec.json.encode({"body": body, **kinds, "headers": headers, "properties": properties})
 

@@ -14,8 +14,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
 from kms_core.auth.metrics_access import MetricsAccess
-from kms_core.http_server.connections import ConnectionLimits, Connections, Reason
-from kms_core.http_server.host_check import REFUSED, HostCheck, by_name
+from kms_core.http_server.connections import (
+    REFUSED,
+    ConnectionLimits,
+    Connections,
+    HostCheck,
+    Reason,
+    by_name,
+)
 from kms_core.http_server.protocol import HttpProtocol, ProblemResponse
 from kms_core.observability import metrics
 from kms_worker import fork_lock
@@ -124,7 +130,7 @@ class MetricsApp:
         if scheme.lower() != "bearer":
             return False
         async with self._reading:  # a JWT may have to wait for its issuer's keys
-            return await asyncio.to_thread(self._scraping.knows, token.strip())
+            return await asyncio.to_thread(self._scraping.allows, token.strip())
 
 
 def serve(

@@ -1,49 +1,54 @@
-"""One worker process: Celery's parent with its pool, and beside it presence, caretaker, watchdog, metrics."""
+"""One worker process: Celery's parent with its pool, and beside it heartbeat, reaper, watchdog, metrics."""
 
 import gc
+import os
 import socket
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
+# Celery imports these three when they are first used. Two threads that do so at once end the worker, since
+# they import each other in a circle.
+import celery.app.amqp
+import celery.app.control
+import celery.events  # noqa: F401
 from celery import Celery, signals
 from celery.platforms import SecurityWarning
 from celery.worker.consumer import Consumer
 
 from kms_core import server_memory
-from kms_core.audit_setup import build_watch
+from kms_core.audit_setup import build_monitor
 from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.container import build as build_core
 from kms_core.container import build_intake
+from kms_core.documents.local_copy import CopyPoll
 from kms_core.jobs.events import webhook
 from kms_core.jobs.events.dispatcher import WebhookDispatcher
 from kms_core.jobs.events.outbox import Outbox
-from kms_core.jobs.model import QUEUES, QueuePriority
-from kms_core.jobs.recovery.heartbeat import Heartbeat
-from kms_core.jobs.recovery.reaper import Reaper
+from kms_core.jobs.execution import attendance
+from kms_core.jobs.hosts.install import InstallWatch
+from kms_core.jobs.recovery.reaper import Heartbeat, Reaper
 from kms_core.jobs.store import broker
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
+from kms_core.periodic import PeriodicThread
 from kms_core.proxies import Proxies
+from kms_core.redis_client import check_servers
 from kms_core.settings.lint import SETTINGS, unaccepted
 from kms_core.settings.model import Settings
 from kms_worker import app as worker_app
-from kms_worker import elements, fork_lock, metrics_server, properties, rotation, submit
+from kms_worker import consumer as properties
+from kms_worker import elements, fork_lock, metrics_server, rotation, submit
 from kms_worker.consumer import CheckedConsumer, never_decompress
 from kms_worker.elements import Checks
 from kms_worker.refusals import Refusals
+from kms_worker.slots import Slots
 from kms_worker.watchdog import Watchdog
 
 _LEAVE_S: Final = 2.0  # for the last word to Redis; a worker whose Redis is away need not wait for it
-
-
-class _Beside(Protocol):
-    """A thread of the parent, beside the pool."""
-
-    def start(self) -> None: ...
-    def stop(self) -> None: ...
+_EXIT_ORPHAN: Final = 1
 
 
 def run(loaded: Settings) -> int:
@@ -52,37 +57,52 @@ def run(loaded: Settings) -> int:
     # Celery warns of pickle under root; this worker accepts JSON alone.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     name = f"{socket.gethostname()}:{uuid.uuid4().hex[:8]}"
+    check_servers(loaded.kms.redis)
     pulse = submit.Pulse()
     app = worker_app.build(loaded, name, pulse)
-    core = build_core(loaded, "worker", broker.nudge_through(app, loaded.kms.redis))
+    core = build_core(loaded, "worker", broker.notify_through(app, loaded.kms.redis))
     metrics.show_weak(SETTINGS, unaccepted(loaded))
-    jobs, store = loaded.kms.jobs, core.shop.store
-    intake = build_intake(loaded, core.desk)
+    jobs, store = loaded.kms.jobs, core.worker_context.store
+    intake = build_intake(loaded, core.submitter)
     served = (*jobs.queues, *submit.queues(intake))
     refusals = Refusals(lambda: store.redis, beat=pulse.beat)
     consumer = _checking(Checks(refusals, intake.text_length if intake else 0))
 
-    def waiting() -> Mapping[QueuePriority, int]:
-        with app.connection_for_read() as connection:
-            return broker.waiting(connection, (*QUEUES, submit.QUEUE))
-
-    presence = Heartbeat(store, name, working=fork_lock.between_forks)
-    beside: tuple[_Beside, ...] = (
-        presence,  # first, before it consumes: who looks while its first job runs must find a worker
-        Reaper(store, core.shop.spool, name, waiting, working=fork_lock.between_forks),
-        rotation.Clock(app, store, name, working=fork_lock.between_forks),
-        build_watch(loaded, store.redis, working=fork_lock.between_forks),
+    heartbeat = Heartbeat(store, name, jobs.concurrency, jobs.queues, fork_lock=fork_lock.between_forks)
+    beside: tuple[PeriodicThread, ...] = (
+        heartbeat,  # first, before it consumes: who looks while its first job runs must find a worker
+        InstallWatch(core.install, fork_lock=fork_lock.between_forks),
+        Reaper(
+            store,
+            core.worker_context.spool,
+            name,
+            require_install=core.install.require,
+            may_sweep=core.install.may_sweep,
+            fork_lock=fork_lock.between_forks,
+        ),
+        rotation.Clock(app, store, name, fork_lock=fork_lock.between_forks),
+        build_monitor(loaded, store.redis, fork_lock=fork_lock.between_forks),
+        *(CopyPoll(copy, fork_lock.between_forks) for copy in core.copies),
         *_couriers(loaded, store, name),
+        _slots(loaded, store, name),
     )
-    watchdog = Watchdog(served, jobs.watchdog_s, waiting, lambda: min(pulse.idle_s(), store.idle_s(name)))
+    watchdog = Watchdog(
+        served,
+        jobs.watchdog_s,
+        partial(_waiting, app, store),
+        lambda: min(pulse.idle_s(), store.idle_s(name)),
+    )
     server = metrics_server.serve(
         loaded.kms.bind,
         loaded.kms.port + 1,
-        MetricsAccess(loaded.kms.server.metrics, core.doors, core.kms.policy, Proxies.of(loaded.kms.server)),
+        MetricsAccess(
+            loaded.kms.server.metrics, core.authenticator, core.kms.policy, Proxies.of(loaded.kms.server)
+        ),
         loaded.kms.server.allowed_hosts,
     )
     _prepare_children()
-    signals.worker_shutting_down.connect(lambda **_: presence.stop(), weak=False)
+    signals.worker_ready.connect(lambda **_: heartbeat.serve(), weak=False)
+    signals.worker_shutting_down.connect(lambda **_: heartbeat.stop(), weak=False)
     for thread in beside:
         thread.start()
     watchdog.start()
@@ -93,13 +113,32 @@ def run(loaded: Settings) -> int:
             thread.stop()
         if server is not None:
             server.shutdown()
-        presence.join(_LEAVE_S)
+        heartbeat.join(_LEAVE_S)
+
+
+def _slots(loaded: Settings, store: JobStore, name: str) -> Slots:
+    """The watch over the processes of the pool, with which they share when to stop."""
+    shared, jobs = attendance.Attendance(), loaded.kms.jobs
+    attendance.share(shared)
+    slots = Slots(shared, store, name, jobs.concurrency, fork_lock=fork_lock.between_forks)
+    signals.worker_shutting_down.connect(lambda **_: shared.stop_in(jobs.stop_s), weak=False)
+    signals.worker_ready.connect(
+        lambda sender, **_: slots.attach(sender.pool, sender.hub.call_soon, jobs.queues), weak=False
+    )
+    return slots
+
+
+def _waiting(app: Celery, store: JobStore) -> Mapping[str, int]:
+    """Messages of ``kms.submit``, and 1 for each queue with jobs to take. Raises JobsUnavailable."""
+    with app.connection_for_read() as connection:
+        messages = {submit.QUEUE: broker.messages(connection, submit.QUEUE)}
+    return messages | dict.fromkeys(store.queues_to_serve(), 1)
 
 
 def _prepare_children() -> None:
     """Have each forked child lock its memory, and share the pages of what was imported with the parent."""
     fork_lock.install()
-    signals.worker_process_init.connect(_lock_child, weak=False)
+    signals.worker_process_init.connect(partial(_prepare_child, os.getpid()), weak=False)
     gc.collect()
     gc.freeze()  # or the first collection in a child copies them
 
@@ -116,11 +155,18 @@ def _couriers(loaded: Settings, store: JobStore, name: str) -> list[WebhookDispa
     """One, if there is an endpoint that it could deliver to."""
     endpoints = webhook.endpoints(loaded)
     outbox = Outbox(store, endpoints)
-    return [WebhookDispatcher(outbox, endpoints, name, working=fork_lock.between_forks)] if endpoints else []
+    if not endpoints:
+        return []
+    return [WebhookDispatcher(outbox, endpoints, name, fork_lock=fork_lock.between_forks)]
 
 
-def _lock_child(**_: object) -> None:
-    """A fork inherits that it cannot be dumped, and no lock of memory."""
+def _prepare_child(parent: int, **_: object) -> None:
+    """A fork inherits that it cannot be dumped, and no lock of memory.
+
+    Celery has the kernel kill it when its parent ends, which has no effect if the parent has ended by then.
+    """
+    if os.getppid() != parent:
+        os._exit(_EXIT_ORPHAN)
     server_memory.lock_again()
 
 

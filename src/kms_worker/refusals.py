@@ -71,7 +71,7 @@ class Refusals:
 
 @dataclass(slots=True)
 class _Window:
-    """How many lines of a kind were written since ``begin``, and how many events are in none."""
+    """Counts of lines of one kind since ``begin``, and of events that got no line."""
 
     begin: float = -math.inf
     lines: int = 0

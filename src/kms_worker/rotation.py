@@ -4,9 +4,8 @@ The message is lost or late without harm: the next one comes within a minute, an
 lets one attempt an hour happen for a key.
 """
 
-import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Final
 
 import structlog
@@ -14,17 +13,17 @@ from celery import Celery
 
 from kms_core import key_rotation
 from kms_core.container import Core
-from kms_core.jobs.model import MAINTENANCE
+from kms_core.jobs.spec import MAINTENANCE
 from kms_core.jobs.store import usage_flush
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability.usage import together
+from kms_core.periodic import NO_LOCK, PeriodicThread
 from kms_core.settings.model import Settings
 from kms_protocol.errors import JobsUnavailable
 
 TASK: Final = "kms.keys"
 EVERY_S: Final = 60.0
 _ATTEMPT_EVERY_S: Final = 3600.0
-_NOTHING: Final = nullcontext()
 _log = structlog.get_logger(__name__)
 
 
@@ -34,7 +33,9 @@ def register(app: Celery, core: Callable[[], Core], settings: Settings, name: st
     @app.task(name=TASK)  # type: ignore[untyped-decorator]  # Celery ships no types
     def look_after_keys() -> None:
         try:
-            if core().shop.store.once("keys-looked", name, EVERY_S / 2):  # however many messages there are
+            if core().worker_context.store.once(
+                "keys-looked", name, EVERY_S / 2
+            ):  # however many messages there are
                 look_after(core(), key_rotation.rules_of(settings), name)
         except JobsUnavailable:
             _log.warning("rotation.left_to_the_next_time")
@@ -44,14 +45,14 @@ def register(app: Celery, core: Callable[[], Core], settings: Settings, name: st
 
 def look_after(core: Core, rules: key_rotation.RotationRules, owner: str) -> None:
     """Tell the metrics how keys are, and rotate those that are due. Raises JobsUnavailable."""
-    store = core.shop.store
-    counts = together(usage_flush.shared(store.redis), core.kms.tally.peek())
-    due = key_rotation.watch(core.kms.keyring, counts, rules)
+    store = core.worker_context.store
+    counts = together(usage_flush.shared(store.redis), core.kms.usage.peek())
+    due = key_rotation.find_due(core.kms.keyring, counts, rules)
     mine = [state for state in due if store.once(f"rotate:{state.key_id}", owner, _ATTEMPT_EVERY_S)]
     key_rotation.rotate_due(core.kms, mine)
 
 
-class Clock(threading.Thread):
+class Clock(PeriodicThread):
     """Sends the message once a minute, from one worker of all."""
 
     def __init__(
@@ -60,30 +61,16 @@ class Clock(threading.Thread):
         store: JobStore,
         name: str,
         *,
-        working: AbstractContextManager[object] = _NOTHING,
+        fork_lock: AbstractContextManager[object] = NO_LOCK,
         every_s: float = EVERY_S,
     ) -> None:
-        """``working`` is entered for each round: what must not happen meanwhile (a fork) waits for it."""
-        super().__init__(name="rotation-clock", daemon=True)
+        super().__init__("rotation-clock", every_s / 4, failed="rotation.round_failed", fork_lock=fork_lock)
         self._app = app
         self._store = store
         self._owner = name
-        self._working = working
         self._every_s = every_s
-        self._stop_asked = threading.Event()
+        self.wake()  # the first round is at once
 
-    def run(self) -> None:
-        self._round()
-        while not self._stop_asked.wait(self._every_s / 4):
-            self._round()
-
-    def _round(self) -> None:
-        try:
-            with self._working:
-                if self._store.once("keys", self._owner, self._every_s):
-                    self._app.send_task(TASK, queue=MAINTENANCE, argsrepr="-", kwargsrepr="-")
-        except Exception as exc:  # noqa: BLE001 -- a round may fail, the clock may not
-            _log.warning("rotation.round_failed", error=type(exc).__name__)
-
-    def stop(self) -> None:
-        self._stop_asked.set()
+    def round(self) -> None:
+        if self._store.once("keys", self._owner, self._every_s):
+            self._app.send_task(TASK, queue=MAINTENANCE, argsrepr="-", kwargsrepr="-")

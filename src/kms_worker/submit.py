@@ -36,7 +36,7 @@ _log = structlog.get_logger(__name__)
 
 
 class Pulse:
-    """When a process of this worker last took a message, in memory that its children share."""
+    """The time a process of this worker last took a message, in memory shared with its children."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _CLOCK.size)
@@ -52,7 +52,7 @@ class Pulse:
 
 
 def queues(intake: Intake | None) -> tuple[str, ...]:
-    """What a worker consumes besides its own queues."""
+    """The queues that a worker consumes beside its own."""
     if intake is None:
         _log.info("submit.off", advice="make a key at [kms.jobs] intake_identity_path, see docs/celery.md")
         return ()
@@ -113,7 +113,7 @@ def _send_again(app: Celery, request: Context, args: tuple[object, ...]) -> None
             link_error=request.errbacks,
             argsrepr="-",
             kwargsrepr="-",
-            headers={"deaths": request.get("deaths") or 0},
+            headers={"resends": request.get("resends") or 0},
             retry=False,
         )
     except (OperationalError, OSError, AttributeError) as exc:

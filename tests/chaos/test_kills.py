@@ -11,14 +11,15 @@ from typing import cast
 
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import ENDED, PREFIX
-from service import Json, Service, Supervised, b64, core_of, unb64, until
+from support.service import Json, Service, Supervised, b64, core_of, unb64
+from support.waiting import until
 
 SETTINGS = "[kms.jobs]\nlease_s = 2\n"
 LARGE = 96 * 1024 * 1024
 
 
 def store_of(service: Service) -> JobStore:
-    return core_of(service).shop.store
+    return core_of(service).worker_context.store
 
 
 def temporary(service: Service) -> list[Path]:
@@ -35,11 +36,8 @@ def kill_the_pool(service: Service) -> None:
 
 
 def until_writing(service: Service) -> None:
-    """Until a worker writes a target; quicker than ``until``, or it would be done."""
-    deadline = time.monotonic() + 60
-    while not temporary(service):
-        assert time.monotonic() < deadline, service.output("worker")[-3000:]
-        time.sleep(0.001)
+    """Until a worker writes a target; polled quickly, or it would be done."""
+    until(lambda: temporary(service), lambda: service.output("worker")[-3000:], poll_s=0.001)
 
 
 def successes(store: JobStore) -> Counter[str]:

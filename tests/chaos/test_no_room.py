@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from kms_cli.local import up
-from service import PROGRAMS, Service, b64, check_problem, until
-from smalldisk import small_disk
+from support.service import PROGRAMS, Service, b64, check_problem
+from support.small_disk import small_disk
+from support.waiting import until
 
 MIB = 1024 * 1024
 
@@ -26,7 +27,8 @@ def test_taken_port(tmp_path: Path, port: str) -> None:
             done = subprocess.run(argv, env=service.environ, capture_output=True, text=True, check=False)
 
             assert done.returncode == 69
-            assert f"port {service.port} is taken" in done.stderr
+            assert f"port {service.port} cannot be taken" in done.stderr
+            assert "ss -ltnp" in done.stderr
             return
         service.start("api")
         service.spawn("worker")

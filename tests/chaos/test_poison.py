@@ -10,19 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, cast
 
-import httpx
+import httpx2 as httpx
 import pytest
 from celery import Celery
 from kombu.connection import Connection
 from kombu.transport.pyamqp import amqp  # type: ignore[attr-defined]  # the one that kombu uses
 from redis import Redis, ResponseError
 
-import poison
 from kms_core.jobs.store import set_aside
-from poison import QUEUES, Poison
-from rabbits import OnRabbit
-from service import Service, b64, core_of, until
-from submissions import OPTIONS, body, broker_of, seal, whom
+from support import malformed_messages
+from support.celery_messages import OPTIONS, body, broker_of, seal, whom
+from support.malformed_messages import QUEUES, Poison
+from support.rabbitmq import OnRabbit
+from support.service import Service, b64, core_of
+from support.waiting import until
 
 MESSAGES: Final = 1000
 SECRET: Final = "Zeisig-0815"  # a word that no log line may hold
@@ -40,7 +41,19 @@ def poisoned(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service
             yield service.start()
     else:
         with OnRabbit(tmp_path, request.getfixturevalue("rabbit"), settings) as service:
-            yield service.start()
+            service.start()
+            until(lambda: _are_declared(service), "the worker has its queues: what is sent before is lost")
+            yield service
+
+
+def _are_declared(service: Service) -> bool:
+    with line(service) as connection:
+        try:
+            for queue in QUEUES:
+                connection.default_channel.queue_declare(queue, passive=True)
+        except connection.channel_errors:
+            return False
+    return True
 
 
 def line(service: Service) -> Any:  # noqa: ANN401 -- kombu ships no types
@@ -62,10 +75,13 @@ def _named(made: Poison) -> dict[str, Any]:
     return {"headers": made.headers, **kinds}
 
 
-def refused(service: Service) -> float:
-    """Messages that the worker says it refused."""
+def refused(service: Service, reason: str = "") -> float:
+    """Messages that the worker says it refused, for any reason or for this one."""
     text = httpx.get(f"http://127.0.0.1:{service.port + 1}/metrics", trust_env=False).text
-    lines = (line for line in text.splitlines() if line.startswith("kms_messages_refused_total{"))
+    named = f'reason="{reason}"' if reason else ""
+    lines = (
+        line for line in text.splitlines() if line.startswith("kms_messages_refused_total{") and named in line
+    )
     return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
@@ -89,7 +105,7 @@ def waiting(service: Service) -> int:
             return sum(
                 connection.default_channel.queue_declare(q, passive=True).message_count for q in QUEUES
             )
-    redis = core_of(service).shop.store.redis
+    redis = core_of(service).worker_context.store.redis
     return sum(int(redis.llen(f"kms:{queue}")) for queue in QUEUES) + int(redis.hlen("kms:unacked"))
 
 
@@ -99,15 +115,15 @@ def test_worker_that_is_poisoned_a_thousand_times_takes_the_next_job(
     work(poisoned)
     worker, children = poisoned.pid("worker"), poisoned.pool_pids()
     before, sent = resident(worker), 0
-    lists = {queue: list(poison.kinds(queue)) for queue in QUEUES}
+    lists = {queue: list(malformed_messages.kinds(queue)) for queue in QUEUES}
     while sent < MESSAGES:
         for queue, messages in lists.items():
             publish(poisoned, queue, messages)
             sent += len(messages)
     if not isinstance(poisoned, OnRabbit):
-        redis = core_of(poisoned).shop.store.redis
+        redis = core_of(poisoned).worker_context.store.redis
         for queue in QUEUES:
-            elements = list(poison.elements(queue))
+            elements = list(malformed_messages.elements(queue))
             redis.lpush(f"kms:{queue}", *elements)
             sent += len(elements)
     took = work(poisoned)
@@ -129,11 +145,15 @@ def test_nothing_is_decompressed(poisoned: Service) -> None:
     worker = poisoned.pid("worker")
     work(poisoned)
     before = resident(worker)
-    packed = poison.bomb()
+    packed = malformed_messages.bomb()
     assert len(packed) < 500_000
     for queue in ("kms.bulk", "kms.submit"):
         task = "kms.run" if queue == "kms.bulk" else "kms.submit"
-        publish(poisoned, queue, [Poison(packed, poison.headers(task, compression="application/x-gzip"))])
+        publish(
+            poisoned,
+            queue,
+            [Poison(packed, malformed_messages.headers(task, compression="application/x-gzip"))],
+        )
     until(lambda: refused(poisoned) == 2, "both are refused")
 
     assert work(poisoned) < 10
@@ -143,8 +163,8 @@ def test_nothing_is_decompressed(poisoned: Service) -> None:
 
 def test_message_above_its_bound_is_refused_unread(poisoned: Service) -> None:
     huge = b'[["' + b"a" * 40_000_000 + b'"],{},{}]'
-    publish(poisoned, "kms.submit", [Poison(huge, poison.headers("kms.submit"))])
-    publish(poisoned, "kms.bulk", [Poison(huge[:1_000_000], poison.headers())])
+    publish(poisoned, "kms.submit", [Poison(huge, malformed_messages.headers("kms.submit"))])
+    publish(poisoned, "kms.bulk", [Poison(huge[:1_000_000], malformed_messages.headers())])
     until(lambda: refused(poisoned) == 2, "both are refused")
 
     assert poisoned.output("worker").count("too_large") == 2
@@ -152,18 +172,18 @@ def test_message_above_its_bound_is_refused_unread(poisoned: Service) -> None:
 
 
 def test_options_of_celery_are_obeyed_by_nobody(poisoned: Service) -> None:
-    """A job's own nudge, sent by a bare Celery client with all that Celery knows, is a nudge.
+    """A wake-up with a job id, as 0.1 sent it, is a wake-up, whatever options of Celery it has.
 
-    No other runs the job: the caretaker, which would send one, is kept out by its lock.
+    Nothing else runs the job: the reaper, which would send a wake-up, is kept out by its lock.
     """
     poisoned.kill("worker")
-    store = core_of(poisoned).shop.store
+    store = core_of(poisoned).worker_context.store
     until(lambda: store.lock("caretaker", "test", 600), "the caretaker is kept out")
     job_id = poisoned.submit(JOB)
     with line(poisoned) as connection:  # the service's own is taken away: what runs the job is the one below
         connection.default_channel.queue_purge("kms.bulk")
     if not isinstance(poisoned, OnRabbit):
-        store.redis.delete("kms:kms.bulk\x06\x163")
+        store.redis.delete("kms:kms.bulk")
     app = Celery("bare", broker=line(poisoned).as_uri(include_password=True), set_as_current=False)
     app.conf.broker_transport_options = {} if isinstance(poisoned, OnRabbit) else OPTIONS
     app.conf.task_create_missing_queue_type = "quorum"
@@ -176,16 +196,17 @@ def test_options_of_celery_are_obeyed_by_nobody(poisoned: Service) -> None:
 
     poisoned.wait(job_id, "succeeded")
     time.sleep(1)  # in which what was sent would be refused: no worker has such a task
-    assert refused(poisoned) == 0  # neither the chain nor the link was sent
+    # Neither the chain nor the link was sent. The broker may still give out what a killed worker had.
+    assert refused(poisoned, "unknown_task") == 0
     assert SECRET not in poisoned.output("worker")
 
 
 def test_refused_submission_is_set_aside_without_its_content(poisoned: Service) -> None:
-    redis = core_of(poisoned).shop.store.redis
+    redis = core_of(poisoned).worker_context.store.redis
     for argument in (SECRET, seal(whom(poisoned), body(version=2))):
         text = json.dumps([[argument], {}, None]).encode()
-        publish(poisoned, "kms.submit", [Poison(text, poison.headers("kms.submit"))])
-    publish(poisoned, "kms.submit", [Poison(SECRET.encode(), poison.headers("kms.submit"))])
+        publish(poisoned, "kms.submit", [Poison(text, malformed_messages.headers("kms.submit"))])
+    publish(poisoned, "kms.submit", [Poison(SECRET.encode(), malformed_messages.headers("kms.submit"))])
     until(lambda: redis.llen("kms:set_aside") == 3, "all are set aside")
 
     kept = [json.loads(raw) for raw in redis.lrange("kms:set_aside", 0, -1)]
@@ -204,12 +225,14 @@ def test_what_cannot_be_sealed_needs_no_pool_process(poisoned: Service) -> None:
     for pid in children:
         os.kill(pid, signal.SIGSTOP)
     texts = [json.dumps([[argument], {}, None]).encode() for argument in ("%", b64(b"no age file")) * 50]
-    publish(poisoned, "kms.submit", [Poison(text, poison.headers("kms.submit")) for text in texts])
+    publish(
+        poisoned, "kms.submit", [Poison(text, malformed_messages.headers("kms.submit")) for text in texts]
+    )
     until(lambda: refused(poisoned) == len(texts), "all are refused")
     for pid in children:
         os.kill(pid, signal.SIGCONT)
 
-    found = {entry.reason for entry in set_aside.entries(core_of(poisoned).shop.store.redis)}
+    found = {entry.reason for entry in set_aside.entries(core_of(poisoned).worker_context.store.redis)}
     assert found == {"invalid_request", "not_a_ciphertext"}
     assert work(poisoned) < 10
 
@@ -222,7 +245,7 @@ def held_message(service: Service) -> Iterator[str]:
     os.mkfifo(path, 0o600)
     task_id = str(uuid.uuid4())
     text = json.dumps([[seal(recipient, body())], {}, None]).encode()
-    publish(service, "kms.submit", [Poison(text, poison.headers("kms.submit", id=task_id))])
+    publish(service, "kms.submit", [Poison(text, malformed_messages.headers("kms.submit", id=task_id))])
     try:
         yield task_id
     finally:
@@ -232,7 +255,7 @@ def held_message(service: Service) -> Iterator[str]:
 
 def test_message_in_hand_when_its_worker_died_twice_is_set_aside(poisoned: Service) -> None:
     """Children that are killed while they open it."""
-    redis = core_of(poisoned).shop.store.redis
+    redis = core_of(poisoned).worker_context.store.redis
     killed = 0
     deadline = time.monotonic() + 60
     with held_message(poisoned) as task_id:
@@ -250,7 +273,7 @@ def test_message_in_hand_when_its_worker_died_twice_is_set_aside(poisoned: Servi
 
 
 def test_message_in_hand_when_all_of_a_worker_was_killed_twice_is_set_aside(poisoned: Service) -> None:
-    redis = core_of(poisoned).shop.store.redis
+    redis = core_of(poisoned).worker_context.store.redis
     with held_message(poisoned) as task_id:
         for _ in range(2):
             until(lambda: stuck_children(poisoned), "a child has the message")
@@ -280,11 +303,17 @@ def is_stuck(pid: int) -> bool:
 
 
 def start_through_fifo(service: Service) -> None:
-    """Start the worker, whose parent reads the intake key once: it gets it through the FIFO."""
+    """Start the worker, whose parent reads the intake key before it forks: it comes through the FIFO."""
     path = service.settings.kms.jobs.intake_identity_path
+    key, before = path.with_suffix(".kept").read_bytes(), service.output("worker").count(" ready.")
     service.spawn("worker")
-    until(lambda: is_stuck(service.pid("worker")), "the parent reads the intake key")
-    path.write_bytes(path.with_suffix(".kept").read_bytes())
+
+    def is_ready() -> bool:
+        if is_stuck(service.pid("worker")):
+            path.write_bytes(key)
+        return service.output("worker").count(" ready.") > before
+
+    until(is_ready, "the worker is ready")
 
 
 # -- what a client of RabbitMQ can send that no library would ------------------------------------------------
@@ -302,7 +331,7 @@ def test_properties_that_cannot_be_decoded_stop_no_worker(rabbit: str, tmp_path:
         service.start()
         work(service)
         worker, children = service.pid("worker"), service.pool_pids()
-        made = list(poison.unreadable())
+        made = list(malformed_messages.unreadable())
         with line(service) as connection:
             channel = connection.default_channel
             channel.confirm_select()
@@ -356,7 +385,7 @@ def note(unknown: str) -> bytes:
 
 def test_notes_that_kombu_cannot_read_are_dropped(on_redis: Service) -> None:
     """Messages in hand are restored when a worker connects: such a note ended each one that started."""
-    redis = core_of(on_redis).shop.store.redis
+    redis = core_of(on_redis).worker_context.store.redis
     notes = [
         '{"__type__":"decimal","__value__":"abc"}',
         '{"__type__":"datetime","__value__":"x"}',
@@ -376,7 +405,7 @@ def test_notes_that_kombu_cannot_read_are_dropped(on_redis: Service) -> None:
 def test_flood_of_refused_messages_is_work_for_the_watchdog(tmp_path: Path) -> None:
     with Service(tmp_path, "[kms.jobs]\nconcurrency = 1\nwatchdog_s = 5\n") as service:
         service.start()
-        worker, redis = service.pid("worker"), core_of(service).shop.store.redis
+        worker, redis = service.pid("worker"), core_of(service).worker_context.store.redis
         end = time.monotonic() + 15
         while time.monotonic() < end:
             if redis.llen("kms:kms.bulk") < 5_000:
@@ -392,10 +421,10 @@ def test_flood_of_refused_messages_is_work_for_the_watchdog(tmp_path: Path) -> N
 
 def test_messages_that_come_back_are_logged_within_a_bound(on_redis: Service) -> None:
     """Whoever writes to Redis can mark any message as one that came back."""
-    redis = core_of(on_redis).shop.store.redis
+    redis = core_of(on_redis).worker_context.store.redis
     envelope = {
         "body": json.dumps([[b64(b"age-encryption.org/v1\n")], {}, None]),
-        "headers": poison.headers("kms.submit"),
+        "headers": malformed_messages.headers("kms.submit"),
         "content-type": "application/json",
         "content-encoding": "utf-8",
         "properties": {"delivery_info": {"redelivered": True}},
@@ -415,12 +444,21 @@ def value_of(client: Redis, key: str) -> object:
 
 
 @pytest.mark.parametrize(
-    "key", ["unacked_index", "_kombu.binding_permanent.kms.bulk", "unacked_mutex", "unacked"]
+    ("key", "expiry_s"),
+    [
+        ("unacked_index", None),
+        ("_kombu.binding_permanent.kms.bulk", None),
+        ("unacked_mutex", None),
+        ("unacked_mutex", 10**9),
+        ("unacked", None),
+    ],
 )
-def test_keys_of_another_type_keep_no_worker_from_its_start(on_redis: Service, key: str) -> None:
-    redis = core_of(on_redis).shop.store.redis
+def test_keys_of_another_type_keep_no_worker_from_its_start(
+    on_redis: Service, key: str, expiry_s: int | None
+) -> None:
+    redis = core_of(on_redis).worker_context.store.redis
     redis.delete(f"kms:{key}")
-    redis.set(f"kms:{key}", "x")
+    redis.set(f"kms:{key}", "x", ex=expiry_s)
     restarted(on_redis)
 
     assert work(on_redis) < 30

@@ -4,11 +4,14 @@ import uuid
 from collections import Counter
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 
 from kms_cli.local.valkey import runtime_dir
+from kms_core.jobs.spec import BULK
 from kms_protocol.wire import ENDED
-from service import Json, Service, Supervised, b64, check_problem, core_of, until
+from support.frozen_disk import state_of
+from support.service import Json, Service, Supervised, b64, check_problem, core_of
+from support.waiting import until
 
 
 def submitted(service: Service, job: Json) -> str:
@@ -63,7 +66,13 @@ def test_api_and_worker_start_without_redis_and_find_it_later(tmp_path: Path) ->
 
         assert service.decrypt(service.encrypt(b"no need for Redis")) == b"no need for Redis"
         found = service.http.get("/readyz").json()
-        assert found == {"status": "ready", "jobs": "unavailable", "audit": "available"}
+        assert found == {
+            "status": "ready",
+            "jobs": "unavailable",
+            "audit": "available",
+            "keys": "available",
+            "spool": "available",
+        }
         status = service.get("/status").json()
         assert (status["jobs"], status["queue_depth"], status["workers"]) == (None, None, None)
         assert "redis" in status["degraded"]
@@ -103,12 +112,32 @@ def test_redis_that_goes_and_comes_back_costs_no_single_call(tmp_path: Path) -> 
         assert service.wait(before, "succeeded")["progress"]["items_done"] == 1
 
 
+def test_worker_outlives_a_redis_that_is_away_for_longer_than_connecting_may_take(tmp_path: Path) -> None:
+    with Service(tmp_path, "[kms.jobs]\nlease_s = 2\n") as service:
+        service.start()
+        pid = service.pid("worker")
+
+        service.valkey.stop()
+        until(lambda: "Cannot connect" in service.output("worker") or not is_there(pid), "the worker notices")
+        assert is_there(pid), service.output("worker")[-2000:]
+        service.valkey.start()
+
+        service.wait(submitted(service, {"kind": "encrypt", "items": [{"plaintext": ""}]}), "succeeded")
+        assert is_there(pid)
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    return state_of(pid) not in {"", "Z"}
+
+
 def test_message_that_was_lost_is_sent_again(tmp_path: Path) -> None:
     with Service(tmp_path, "[kms.jobs]\nlease_s = 2\n") as service:
         service.start("api")
+        store = core_of(service).worker_context.store
+        store.worker_seen("another", 1, [BULK])
         job_id = service.submit({"kind": "encrypt", "items": [{"plaintext": ""}]})
-        redis = core_of(service).shop.store.redis
-        assert redis.delete("kms:kms.bulk\x06\x163") == 1  # kombu's list of the normal ones
+        assert store.redis.delete("kms:kms.bulk") == 1
 
         service.start("worker")
 

@@ -5,17 +5,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 from kms_core.programs import tether
-from ports import free_port
-from service import CONTEXT, PROGRAMS, Json, Service, b64, until
+from support.ports import free_port
+from support.service import CONTEXT, PROGRAMS, Json, Service, b64
+from support.waiting import until
 
 LARGE_MIB: Final = 96
 ITEMS: Final = {"kind": "encrypt", "items": [{"plaintext": b64(b"x"), "context": CONTEXT}]}
@@ -78,10 +79,8 @@ def hold_in_the_middle(service: Pair) -> tuple[str, str]:
     here = f"file://{service.files}/large"
     job = {"kind": "encrypt", "source": here, "target": f"{here}.{uuid.uuid4()}", "context": CONTEXT}
     job_id = service.submit(job)
-    deadline = time.monotonic() + 60
-    while not list(service.files.glob(".kms-*")):  # quicker than `until`, or it would be done
-        assert time.monotonic() < deadline, service.output("worker", "worker2")
-        time.sleep(0.001)
+    output = partial(service.output, "worker", "worker2")
+    until(lambda: list(service.files.glob(".kms-*")), output, poll_s=0.001)  # quickly, or it would be done
     for name in WORKERS:
         service.signal_pool(name, signal.SIGSTOP)
     return job_id, service.holder()

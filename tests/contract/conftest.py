@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from contract.cosmian_ciphers import ALICE, MALLORY
-from contract.cosmian_double import CosmianDouble
-from contract.rigs import MAKERS, Rig
 from kms_core.backends import Backend
+from support.contract.cosmian_ciphers import ALICE, MALLORY
+from support.contract.cosmian_double import CosmianDouble
+from support.contract.rigs import MAKERS, Rig
 
 
 def _marked(name: str) -> object:

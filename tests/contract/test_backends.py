@@ -8,8 +8,6 @@ from typing import Final
 
 import pytest
 
-from agekms import NO_CONTEXT, ROW, head_of, resigned
-from contract.rigs import Rig
 from kms_core.age import header
 from kms_core.age.header import FILE_KEY_BYTES, Stanza
 from kms_core.age.x25519 import NoMatch
@@ -18,6 +16,8 @@ from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed
+from support.age_kms import NO_CONTEXT, ROW, head_of, resigned
+from support.contract.rigs import Rig
 
 CHUNK: Final = 64 * 1024
 FILE_KEY: Final = bytes(range(FILE_KEY_BYTES))
@@ -30,7 +30,7 @@ def ref(backend: Backend) -> KeyRef:
 
 
 def seal(backend: Backend, plaintext: bytes, context: Context = ROW, key: KeyRef | None = None) -> bytes:
-    return sealing.seal(plaintext, backend, key or ref(backend), context)
+    return sealing.seal(plaintext, [(backend, key or ref(backend))], context)
 
 
 def unseal(backend: Backend, file: bytes, context: Context = ROW, key: KeyRef | None = None) -> bytes:
@@ -138,14 +138,14 @@ def test_who_holds_the_file_key_cannot_bind_anew(
 
 def test_a_file_key_that_is_handed_over_is_bound_as_a_file_is(backend: Backend) -> None:
     key = ref(backend)
-    bundle = sealing.hand_over(FILE_KEY, backend, key, ROW, ())
+    bundle = sealing.wrap_for_plugin(FILE_KEY, [(backend, key)], ROW)
     stanzas = header.unbundled([bundle], header.FILE_LIMITS)
 
-    assert sealing.take_over(stanzas, backend, key, context=ROW) == (FILE_KEY, True)
+    assert sealing.unwrap_for_plugin(stanzas, backend, key, context=ROW) == (FILE_KEY, True)
     with pytest.raises(DecryptFailed):
-        sealing.take_over(stanzas, backend, key, context=NO_CONTEXT)
+        sealing.unwrap_for_plugin(stanzas, backend, key, context=NO_CONTEXT)
     with pytest.raises(DecryptFailed):
-        sealing.take_over(stanzas, backend, replace(key, tenant="other"), context=ROW)
+        sealing.unwrap_for_plugin(stanzas, backend, replace(key, tenant="other"), context=ROW)
 
 
 def test_the_aad_is_authenticated_or_origin_is_proven(backend: Backend) -> None:

@@ -12,25 +12,23 @@ from typing import Final
 
 import pytest
 
-from contract.cosmian_ciphers import (
+from kms_core.backends.cosmian.backend import BULK, CosmianCipher, CosmianKey
+from kms_core.backends.cosmian.server import BATCHES, Protocol
+from kms_core.http_client import Busy, Unreachable
+from kms_protocol.errors import BackendUnavailable, DecryptFailed
+from support.contract.cosmian_ciphers import (
     AAD,
     SECRET,
-    WAIT_S,
     answering,
     cipher_of,
+    configured_key,
     held,
     made,
     settings_of,
-    until,
 )
-from contract.cosmian_double import NEW, OLD, CosmianDouble
-from contract.rig_cosmian import cosmian, new_key, server_url
-from kms_core.backends.cosmian.backend import BULK, CosmianCipher
-from kms_core.backends.cosmian.backend import key_of as key_of_settings
-from kms_core.backends.cosmian.keys import CosmianKey
-from kms_core.backends.cosmian.server import LANES, Protocol
-from kms_core.http_client import Busy, Unreachable
-from kms_protocol.errors import BackendUnavailable, DecryptFailed
+from support.contract.cosmian_double import NEW, OLD, CosmianDouble
+from support.contract.rig_cosmian import cosmian, new_key, server_url
+from support.waiting import WAIT_S, until
 
 # -- dialects ----------------------------------------------------------------------------------------
 
@@ -174,33 +172,33 @@ def test_calls_that_wait_go_in_one_message_and_fail_each_alone(double: CosmianDo
     double.requests.clear()
     with ThreadPoolExecutor(16) as threads:
         first = []
-        for _ in range(LANES):
+        for _ in range(BATCHES):
             came, go_on = held(double)
             first.append((threads.submit(cipher.decrypt, good, "1", AAD), go_on))
             assert came.wait(WAIT_S)
         rest = [threads.submit(cipher.decrypt, each, "1", AAD) for each in (good, bad, good, bad, good)]
-        until(lambda: cipher.key.server.waiting == len(rest))
+        until(lambda: cipher.key.server.waiting == len(rest), "the rest waits")
         for _, go_on in first:
             go_on.set()
 
-        assert [call.result(WAIT_S) for call, _ in first] == [SECRET] * LANES
+        assert [call.result(WAIT_S) for call, _ in first] == [SECRET] * BATCHES
         assert [call.result(WAIT_S) for call in rest[::2]] == [SECRET] * 3
         assert {type(call.exception(WAIT_S)) for call in rest[1::2]} == {DecryptFailed}
-    assert double.messages == [*[1] * LANES, len(rest)]
+    assert double.messages == [*[1] * BATCHES, len(rest)]
 
 
 def test_a_message_that_fails_fails_all_its_calls(double: CosmianDouble) -> None:
     cipher = made(cipher_of(double))
     with ThreadPoolExecutor(16) as threads:
         gates = []
-        for _ in range(LANES):
+        for _ in range(BATCHES):
             came, go_on = held(double)
             threads.submit(cipher.encrypt, SECRET, "1", AAD)
             gates.append(go_on)
             assert came.wait(WAIT_S)
         double.faults.append(answering(500, b"Internal server error"))
         rest = [threads.submit(cipher.encrypt, SECRET, "1", AAD) for _ in range(3)]
-        until(lambda: cipher.key.server.waiting == len(rest))
+        until(lambda: cipher.key.server.waiting == len(rest), "the rest waits")
         for go_on in gates:
             go_on.set()
 
@@ -212,5 +210,5 @@ def test_keys_of_one_server_share_its_messages(double: CosmianDouble) -> None:
     """As ``open_key`` makes them: every key of the settings' section calls through one connection."""
     settings = settings_of(double, {"payroll": "cosmian:payroll", "mail": "cosmian:mail"})
 
-    first, second = (key_of_settings(name, settings) for name in ("payroll", "mail"))
+    first, second = (configured_key(name, settings) for name in ("payroll", "mail"))
     assert first.server is second.server

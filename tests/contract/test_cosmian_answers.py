@@ -15,30 +15,28 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from contract.cosmian_ciphers import (
+from kms_core.backends import KeyMissing
+from kms_core.backends.cosmian.backend import CosmianCipher, CosmianKey
+from kms_core.backends.cosmian.server import BATCHES, CosmianServer
+from kms_core.http_client import Busy, PeerServer, Unreachable
+from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
+from support.contract.cosmian_ciphers import (
     AAD,
     ALICE,
     MALLORY,
     SECRET,
-    WAIT_S,
     answering,
     cipher_of,
+    configured_key,
     held,
     key_of,
     made,
     settings_of,
     versions,
 )
-from contract.cosmian_double import OLD, CosmianDouble, Handler, Json
-from hooks import make_authority
-from kms_core.backends import KeyMissing
-from kms_core.backends.cosmian.backend import CosmianCipher
-from kms_core.backends.cosmian.backend import key_of as key_of_settings
-from kms_core.backends.cosmian.keys import CosmianKey
-from kms_core.backends.cosmian.server import LANES, CosmianServer
-from kms_core.http_client import Busy, Unreachable
-from kms_core.http_client.peer import PeerServer
-from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
+from support.contract.cosmian_double import OLD, CosmianDouble, Handler, Json
+from support.waiting import WAIT_S
+from support.webhooks import make_authority
 
 
 @pytest.mark.parametrize(
@@ -116,7 +114,7 @@ JOSE_SEALED: Final = {"protected": "e30", "iv": "AAAA", "ciphertext": "AAAA", "t
         (403, {"error": "forbidden", "description": "Access denied"}, BackendUnavailable),
         (404, "no such page", BackendUnavailable),
     ],
-    ids=["another header", "trouble inside", "unsupported", "forbidden", "another server"],
+    ids=["another header", "internal error", "unsupported", "forbidden", "another server"],
 )
 def test_answers_of_jose_are_told_apart(
     double: CosmianDouble, status: int, body: object, kind: type[BackendUnavailable]
@@ -156,7 +154,7 @@ def test_an_operation_that_is_refused_leaves_as_an_error_of_ours(
     cipher = made(cipher_of(double))
     double.faults.append(refusing(operation, "Operation_Not_Supported", "Database Error: no more room"))
 
-    with pytest.raises(Busy, match="has trouble inside"):
+    with pytest.raises(Busy, match="has an internal error"):
         cipher.rotate()
 
 
@@ -180,8 +178,8 @@ def test_a_call_that_waits_for_the_next_message_waits_no_longer_than_its_timeout
     server = CosmianServer(PeerServer(double.url, "Cosmian KMS", "kms.cosmian.server_url", 0.5), None)
     cipher = made(CosmianCipher(CosmianKey(server, "payroll")))
     cipher.encrypt(SECRET, "1", AAD)
-    gates = [held(double) for _ in range(LANES)]
-    with server.one_timeout(), ThreadPoolExecutor(LANES) as threads:
+    gates = [held(double) for _ in range(BATCHES)]
+    with server.one_timeout(), ThreadPoolExecutor(BATCHES) as threads:
         calls = [threads.submit(cipher.encrypt, SECRET, "1", AAD) for _ in gates]
         for came, _ in gates:
             assert came.wait(WAIT_S)
@@ -252,7 +250,7 @@ def test_an_api_key_is_read_again_when_its_file_changes(shared: CosmianDouble, t
     with key_of(shared, ALICE).call():
         key_of(shared, ALICE).init()
     settings = settings_of(shared, {}, api_key_file=file)
-    cipher = CosmianCipher(key_of_settings("payroll", settings))
+    cipher = CosmianCipher(configured_key("payroll", settings))
     with pytest.raises(KeyMissing):
         cipher.versions()
     file.write_text(ALICE)
@@ -267,11 +265,11 @@ def test_a_client_certificate_says_who_we_are(double: CosmianDouble, tmp_path: P
     double.tls.verify_mode = ssl.CERT_OPTIONAL
     ca: dict[str, object] = {"ca_file": authority.ca_file}
     named = settings_of(double, {}, **ca, client_cert_file=alice, client_key_file=alice)
-    made(CosmianCipher(key_of_settings("payroll", named)))
+    made(CosmianCipher(configured_key("payroll", named)))
 
     assert {key.owner for key in double.store.keys.values()} == {"alice"}
     with pytest.raises(BackendUnavailable, match="does not accept our credentials"):
-        CosmianCipher(key_of_settings("payroll", settings_of(double, {}, **ca))).versions()
+        CosmianCipher(configured_key("payroll", settings_of(double, {}, **ca))).versions()
 
 
 def self_signed(folder: Path, name: str) -> Path:

@@ -14,11 +14,10 @@ from typing import Final
 
 import pytest
 
-from contract.cosmian_ciphers import AAD, SECRET
-from contract.cosmian_double import OLD
-from contract.rig_cosmian import cosmian, server_url
-from kms_core.backends.cosmian.backend import CosmianCipher
-from kms_core.backends.cosmian.keys import CosmianKey
+from kms_core.backends.cosmian.backend import CosmianCipher, CosmianKey
+from support.contract.cosmian_ciphers import AAD, SECRET
+from support.contract.cosmian_double import OLD
+from support.contract.rig_cosmian import cosmian, server_url
 
 PROGRAM: Final = """
 import asyncio, json, os, sys

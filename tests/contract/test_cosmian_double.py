@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import pytest
 
-from contract.cosmian_double import NEW, OLD, CosmianDouble
-from contract.cosmian_exchanges import Play, load, scenes, shape
+from support.contract.cosmian_double import NEW, OLD, CosmianDouble
+from support.contract.cosmian_exchanges import Play, load, scenes, shape
 
 
 @pytest.mark.parametrize("scene", scenes())

@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import pytest
 
-from contract.cosmian_ciphers import AAD, SECRET, cipher_of, made
-from contract.cosmian_double import NEW, OLD, CosmianDouble
 from kms_core.backends.cosmian.backend import CosmianCipher
+from support.contract.cosmian_ciphers import AAD, SECRET, cipher_of, made
+from support.contract.cosmian_double import NEW, OLD, CosmianDouble
 
 UID: Final = str(uuid.uuid5(uuid.UUID("5d9be8cf-0f4c-4c0d-9e5c-6d6b8f1e7a51"), "payroll/1"))
 HEADER: Final = f'{{"alg":"dir","enc":"A256GCM","kid":"{UID}"}}'

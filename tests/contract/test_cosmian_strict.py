@@ -8,9 +8,9 @@ from typing import Final
 
 import pytest
 
-from contract.cosmian_ciphers import AAD, SECRET, cipher_of, made
-from contract.cosmian_double import CosmianDouble, Handler
 from kms_protocol.errors import BackendUnavailable
+from support.contract.cosmian_ciphers import AAD, SECRET, cipher_of, made
+from support.contract.cosmian_double import CosmianDouble, Handler
 
 ALPHABET: Final = ascii_uppercase + ascii_lowercase + digits + "-_"
 OTHER_HEADER: Final = urlsafe_b64encode(b'{"alg":"dir","enc":"A256GCM","kid":"other"}').rstrip(b"=").decode()

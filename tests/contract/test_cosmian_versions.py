@@ -10,12 +10,16 @@ from uuid import uuid4
 
 import pytest
 
-from contract.cosmian_ciphers import (
+from kms_core.backends import KeyMissing
+from kms_core.backends.cosmian.backend import CosmianCipher, CosmianKey
+from kms_core.backends.cosmian.server import Protocol
+from kms_core.http_client import Unreachable
+from kms_protocol.errors import BackendUnavailable, DecryptFailed
+from support.contract.cosmian_ciphers import (
     AAD,
     ALICE,
     MALLORY,
     SECRET,
-    WAIT_S,
     cipher_of,
     held,
     key_of,
@@ -23,15 +27,10 @@ from contract.cosmian_ciphers import (
     operations,
     versions,
 )
-from contract.cosmian_double import NEW, OLD, CosmianDouble, Handler
-from contract.cosmian_store import Key
-from contract.rig_cosmian import cosmian, server_url
-from kms_core.backends import KeyMissing
-from kms_core.backends.cosmian.backend import CosmianCipher
-from kms_core.backends.cosmian.keys import CosmianKey
-from kms_core.backends.cosmian.server import Protocol
-from kms_core.http_client import Unreachable
-from kms_protocol.errors import BackendUnavailable, DecryptFailed
+from support.contract.cosmian_double import NEW, OLD, CosmianDouble, Handler
+from support.contract.cosmian_store import Key
+from support.contract.rig_cosmian import cosmian, server_url
+from support.waiting import WAIT_S
 
 # -- versions ----------------------------------------------------------------------------------------
 

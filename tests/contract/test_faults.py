@@ -6,17 +6,17 @@ from typing import Final
 
 import pytest
 
-import bao
-from awsservers import calls_to
-from contract import faults
-from contract.cosmian_faults import cosmian_makers
-from contract.faults import CANARY, Fault, answer, faulty
 from kms_core.backends.aws.backend import AwsCipher
 from kms_core.backends.remote import Cipher
 from kms_core.backends.vault.kv import KvCipher
 from kms_core.backends.vault.transit import TransitCipher
 from kms_core.http_client import Busy, Unreachable
 from kms_protocol.errors import BackendUnavailable
+from support import openbao
+from support.aws_servers import calls_to
+from support.contract import faults
+from support.contract.cosmian_faults import cosmian_makers
+from support.contract.faults import CANARY, Fault, answer, faulty
 
 TOKEN: Final = "s.canary-of-ours"
 SECRET: Final = b"canary of a file"
@@ -27,11 +27,11 @@ Maker = Callable[[str, float], Cipher]
 
 
 def make_transit(url: str, timeout_s: float) -> Cipher:
-    return TransitCipher(bao.vault(url, token=TOKEN, timeout_s=timeout_s), "transit", "pay")
+    return TransitCipher(openbao.vault(url, token=TOKEN, timeout_s=timeout_s), "transit", "pay")
 
 
 def make_vault_kv(url: str, timeout_s: float) -> Cipher:
-    return KvCipher(bao.vault(url, token=TOKEN, timeout_s=timeout_s), "secret", "pay")
+    return KvCipher(openbao.vault(url, token=TOKEN, timeout_s=timeout_s), "secret", "pay")
 
 
 def make_awskms(url: str, timeout_s: float) -> Cipher:
@@ -131,8 +131,9 @@ def test_a_slow_server_gets_no_more_than_the_timeout(make: Maker, fault: str, ca
 
         assert kind(error) is Unreachable
         assert f"within {SHORT_S:g} s" in error.detail
-        assert server.hung_up.wait(LONG_S)
-        assert len(server.requests) == 1
+        if server.connections:  # the time may be over before there is one, on a busy machine
+            assert server.hung_up.wait(LONG_S)
+            assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("fault", ["floods", "resets", "cuts"])
@@ -175,7 +176,7 @@ def test_a_busy_server_says_when_to_come_again(make: Maker, header: str, expecte
 def test_a_header_that_http_does_not_allow_is_not_in_the_error() -> None:
     """Settings refuse such a namespace; one that slips through must not be quoted, and neither a token."""
     with faulty(answer(200)) as server:
-        vault = bao.vault(server.url, token=TOKEN, namespace=f"n\r\nX: {CANARY}")
+        vault = openbao.vault(server.url, token=TOKEN, namespace=f"n\r\nX: {CANARY}")
 
         assert (
             "characters that HTTP does not allow" in failure("encrypt", TransitCipher(vault, "t", "k")).detail

@@ -10,9 +10,10 @@ from typing import Final
 import pytest
 import yaml
 
-from artefacts import DEPLOY, OVERLAYS, ROOT, kustomized, run
-from peers import kept
+from support.artefacts import DEPLOY, INSTALLS, ROOT, rendered, run
+from support.programs import BUILD_LIMIT_S, kept
 
+pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)  # the first run installs it
 LOCK: Final = Path(__file__).with_name("checkov.lock")
 INSTALL: Final = """
 set -euo pipefail
@@ -48,9 +49,8 @@ def test_nothing_is_found_but_what_has_a_reason(checkov: Path, tmp_path: Path) -
     judged = tmp_path / "judged"
     judged.mkdir()
     shutil.copy(DEPLOY / "Dockerfile", judged)
-    for name in OVERLAYS:
-        documents = kustomized(name, tmp_path / name)
-        (judged / f"{name}.yaml").write_text(yaml.safe_dump_all(documents))
+    for name in INSTALLS:
+        (judged / f"{name}.yaml").write_text(yaml.safe_dump_all(rendered(name)))
 
     argv = (checkov, "--skip-download", "--framework", "kubernetes", "dockerfile", "--output", "json")
     done = run(*argv, "--directory", judged, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)})

@@ -2,21 +2,28 @@
 
 import json
 import re
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import redis
 
-from artefacts import DEPLOY, ROOT, make_secrets, passes, tool
 from kms_cli.local.valkey import ACCESS
+from kms_core.programs import tether
 from kms_core.settings import lint
 from kms_core.settings.load import check_exposure
 from kms_core.settings.load import load as load_settings
 from kms_protocol.errors import ConfigurationError
 from kms_worker.app import CONFIGURATION
+from support.artefacts import DEPLOY, ROOT, make_secrets, passes, tool
+from support.ports import free_port
+from support.programs import program
+from support.waiting import until
 
 PROFILES: Final = ("openbao", "cosmian")
-SERVICES: Final = ("api", "worker", "valkey", "prometheus", "grafana", *PROFILES)
+SERVICES: Final = ("api", "worker", "valkey", "prometheus", "alertmanager", "grafana", *PROFILES)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +52,7 @@ def test_a_service_may_do_no_more_than_it_must(composed: dict[str, Any], name: s
     assert not service.get("privileged")
     assert {"mem_limit", "cpus", "pids_limit", "stop_grace_period", "restart"} <= service.keys()
     assert re.fullmatch(r"\S+:v?\d[\w.-]*(@sha256:[0-9a-f]{64})?", service["image"]), "a version, not latest"
+    assert re.match(r"(docker|ghcr)\.io/|provisioning/kms-service:", service["image"]), "and whose it is"
     assert all("docker.sock" not in volume["source"] for volume in service.get("volumes", ()))
 
 
@@ -117,6 +125,34 @@ def test_the_service_may_do_at_the_server_what_it_may_at_the_embedded_one(tmp_pa
     assert users[0] == "user default on nopass resetkeys resetchannels -@all +ping"
     assert re.match(r"user kms on #[0-9a-f]{64} resetkeys ", users[1])
     assert rights[1] == " ".join(ACCESS.split()[4:])
+
+
+def test_the_redis_of_the_distribution_takes_the_list_as_the_page_says(tmp_path: Path) -> None:
+    """That of Debian 12 is older than two of its rights, and does not start with a list that has them."""
+    secrets, port = make_secrets(tmp_path), free_port()
+    command = re.search(r"`(sed -i [^`]+ users\.acl)`", (DEPLOY / "README.md").read_text())
+    assert command
+    subprocess.run(["sh", "-c", command[1]], cwd=secrets, check=True)
+    words = ["--bind", "127.0.0.1", "--port", str(port), "--dir", str(tmp_path), "--save", ""]
+    argv = [program("redis-server"), *words, "--aclfile", str(secrets / "users.acl")]
+    with (tmp_path / "log").open("wb") as log:
+        process = tether.spawn(argv, env={}, output=log)
+    try:
+        with redis.Redis(port=port) as anyone:
+            until(lambda: pings(anyone) or process.poll() is not None, "it is up")
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        password = (secrets / "redis_password").read_text()
+        with redis.Redis(port=port, username="kms", password=password) as kms:
+            assert kms.set("kms:a", "1")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def pings(client: redis.Redis) -> bool:
+    with suppress(redis.RedisError):
+        return bool(client.ping())
+    return False
 
 
 def seconds(text: str) -> float:

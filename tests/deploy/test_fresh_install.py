@@ -10,9 +10,9 @@ from typing import Final
 
 import pytest
 
-from artefacts import ROOT, passes, run
-from deploy.wheels import index, lock, make_wheel
-from peers import kept
+from support.artefacts import ROOT, passes, run
+from support.programs import kept
+from support.wheels import index, lock, make_wheel
 
 OLDEST_PIP: Final = Path(__file__).with_name("oldest-pip.lock")
 SOURCED: Final = 'set -euo pipefail; source "$1/scripts/venv.sh"; '
@@ -129,9 +129,9 @@ def test_a_file_whose_hash_is_not_locked_is_refused(
     assert "THESE PACKAGES DO NOT MATCH THE HASHES" in done.stderr
 
 
-def test_the_runtime_installs_with_the_oldest_pip(venv: Path) -> None:
+def test_the_runtime_and_the_project_install_with_the_oldest_pip(venv: Path) -> None:
     install = f'{SOURCED} venv=$2; install_locked -r "$1/requirements.lock" -r "$1/requirements-build.lock"'
-    code = f'{install}; check_complete "$1/requirements.lock"'
+    code = f'{install}; install_project; check_complete "$1/requirements.lock"'
     done = bash(code, ROOT, venv, env=dict(os.environ))
 
     if done.returncode != 0 and not os.environ.get("CI") and "connection" in done.stderr.lower():
@@ -155,17 +155,22 @@ def test_where_no_terminal_is_a_line_now_and_then_says_how_far_it_is() -> None:
 
 
 class Project:
-    """A clone of a small project that has our scripts/venv.sh."""
+    """A clone of a small project and its client that has our scripts/venv.sh."""
 
     def __init__(self, folder: Path, packages: Path, env: dict[str, str]) -> None:
         self.root, self.venv, self.packages = folder, folder / ".venv", packages
         self.env = env | {"PYTHON": sys.executable}
         (folder / "scripts").mkdir(parents=True)
         shutil.copy(ROOT / "scripts/venv.sh", folder / "scripts")
-        (folder / "backend.py").write_text(BACKEND)
         settings = 'requires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
-        (folder / "pyproject.toml").write_text(f"[build-system]\n{settings}")
-        make_wheel(folder / "built", "kms_service", "1.0", "Requires-Dist: c")
+        for each, name in ((folder, "kms_service"), (folder / "client", "kms_service_client")):
+            each.mkdir(exist_ok=True)
+            (each / "backend.py").write_text(BACKEND)
+            (each / "pyproject.toml").write_text(f"[build-system]\n{settings}")
+            make_wheel(each / "built", name, "1.0", "Requires-Dist: c")
+        make_wheel(
+            folder / "built", "kms_service", "1.0", "Requires-Dist: c", "Requires-Dist: kms-service-client"
+        )
         self.lock("", "a", "c")
         self.lock("-build")
         self.lock("-dev", "a", "b", "c")
@@ -225,10 +230,14 @@ def test_what_is_no_longer_locked_is_no_longer_installed(project: Project) -> No
     assert versions(project.venv) == {"a": "1.0", "c": "1.0"}
 
 
-def test_a_dependency_that_is_declared_and_not_locked_is_told_each_time(project: Project) -> None:
+@pytest.mark.parametrize("folder", [".", "client"])
+def test_a_dependency_that_is_declared_and_not_locked_is_told_each_time(
+    project: Project, folder: str
+) -> None:
     project.ready()
-    make_wheel(project.root / "built", "kms_service", "1.0", "Requires-Dist: c", "Requires-Dist: b>=3")
-    with (project.root / "pyproject.toml").open("a") as file:
+    name = "kms_service" if folder == "." else "kms_service_client"
+    make_wheel(project.root / folder / "built", name, "1.0", "Requires-Dist: c", "Requires-Dist: b>=3")
+    with (project.root / folder / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
 
     for _ in range(2):

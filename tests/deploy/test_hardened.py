@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import httpx
+import httpx2 as httpx
 import pytest
 import redis
 import yaml
 
-from artefacts import ROOT, SYSTEMD, as_root, make_secrets
 from kms_cli.local.valkey import find_binary
 from kms_core.programs import tether
-from peers import program
-from ports import free_port
-from sandbox import USER, directives, system_calls
-from service import b64, unb64, until
+from support.artefacts import ROOT, SYSTEMD, as_root, make_secrets
+from support.ports import free_port
+from support.programs import program
+from support.service import b64, unb64
+from support.systemd_sandbox import USER, directives, system_calls
+from support.waiting import until
 
 PYTHON: Final = Path(sys.executable)
 UNITS: Final = {"kms-service": "kms-api.service", "kms-worker": "kms-worker.service"}
@@ -69,7 +70,10 @@ class Deployed:
 
 
 def sandboxed(unit: str, state: Path, *words: object) -> list[str]:
-    return [str(word) for word in (PYTHON, ROOT / "tests/sandbox.py", SYSTEMD / unit, state, "--", *words)]
+    return [
+        str(word)
+        for word in (PYTHON, ROOT / "tests/support/systemd_sandbox.py", SYSTEMD / unit, state, "--", *words)
+    ]
 
 
 def valkey_words(folder: Path, users: Path, port: int) -> list[str]:
@@ -85,7 +89,7 @@ def valkey_words(folder: Path, users: Path, port: int) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _systemd() -> None:
-    program("systemd-analyze")  # expands the sets of system calls for tests/sandbox.py
+    program("systemd-analyze")  # expands the sets of system calls for tests/support/systemd_sandbox.py
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """The Dockerfile: its linter, and that what it names is there."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,10 +13,11 @@ from typing import Final
 import pytest
 from cryptography import x509
 
-from artefacts import DEPLOY, ROOT, passes, tool
-from callers import Authority
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE
-from service import Service, until
+from support.artefacts import DEPLOY, ROOT, as_root, passes, tool
+from support.credentials import Authority
+from support.service import Service
+from support.waiting import until
 
 DOCKERFILE: Final = DEPLOY / "Dockerfile"
 TEXT: Final = DOCKERFILE.read_text()
@@ -48,6 +51,47 @@ def test_what_is_copied_is_let_through_to_the_builder() -> None:
 
     assert copied == allowed
     assert all((ROOT / name).exists() for name in copied)
+
+
+STAND_INS: Final = {
+    "apt-get": "echo http://me:hunter2@mirror.invalid/debian",
+    "unshare": 'shift; exec "$@"',
+    "debootstrap": """
+shift $(($# - 3)) # suite, target and mirror are left
+mkdir -p "$2/etc/apt" "$2/usr/bin" "$2/var/log"
+echo "deb $3 $1 main" >"$2/etc/apt/sources.list"
+echo "from $3" >"$2/var/log/bootstrap.log"
+""",
+    "buildah": """
+case $1 in
+inspect) exit 1 ;;
+add) cp -r "$4" "$HERE/base" ;;
+esac
+""",
+}
+
+
+def test_no_password_of_a_mirror_is_in_the_base(tmp_path: Path) -> None:
+    """debootstrap writes the address of its mirror down. Programs that take minutes are stood in for."""
+    as_root()
+    own, base = tmp_path / "bin", tmp_path / "base"
+    own.mkdir()
+    for name, text in STAND_INS.items():
+        (own / name).write_text(f"#!/bin/sh\n{text}")
+        (own / name).chmod(0o755)
+    more = {"PATH": f"{own}:{os.environ['PATH']}", "HERE": str(tmp_path), "TMPDIR": str(tmp_path)}
+    scripts = tmp_path / "tree/scripts"
+    scripts.mkdir(parents=True)
+    shutil.copy(ROOT / "scripts/image", scripts)
+    shutil.copy(ROOT / "pyproject.toml", scripts.parent)
+    (scripts / "venv.sh").write_text(
+        f"root={scripts.parent} venv={sys.prefix}\nsay() {{ :; }}\nready() {{ :; }}\n"
+    )
+    passes(scripts / "image", env=os.environ | more)
+
+    assert (base / "etc/apt/sources.list").read_text() == "deb http://mirror.invalid/debian trixie main\n"
+    files = [path for path in base.rglob("*") if path.is_file()]
+    assert [path for path in files if b"hunter2" in path.read_bytes()] == []
 
 
 def test_the_image_has_the_pins_of_the_service_and_every_optional_backend() -> None:

@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-from artefacts import ROOT
+from support.artefacts import ROOT
 
 PROGRAM: Final = ROOT / "scripts/images.py"
 DIGEST: Final = "sha256:" + "0123456789abcdef" * 4
@@ -53,6 +53,7 @@ def test_an_image_without_tag_and_digest_is_found(tmp_path: Path, line: str) -> 
     [
         "    image: valkey/valkey:9.1.2@{digest}",
         "    image: provisioning/kms-service",
+        '    image: {{{{ include "kms.image" . }}}}',
         "ARG PYTHON_IMAGE=python:3.13.16-slim-bookworm@{digest}",
         "FROM ${{PYTHON_IMAGE}}",
         "FROM python:3.13@{digest} AS builder\nFROM builder",

@@ -7,13 +7,14 @@ from typing import Final
 
 import pytest
 
-from artefacts import DEPLOY, ROOT, SYSTEMD, make_secrets, passes, run
+from kms_core.backends.cosmian.settings import CosmianSection
 from kms_core.settings.load import check_exposure
 from kms_core.settings.load import load as load_settings
 from kms_protocol.errors import EXIT_CONFIGURATION
 from kms_worker.watchdog import EXIT_DEAF
-from peers import program
-from sandbox import directives
+from support.artefacts import DEPLOY, ROOT, SYSTEMD, make_secrets, passes, run
+from support.programs import program
+from support.systemd_sandbox import directives
 
 UNITS: Final = ("kms-api.service", "kms-worker.service")
 EXPOSURE: Final = 15
@@ -84,7 +85,9 @@ def test_its_settings_name_credentials_that_are_made(tmp_path: Path) -> None:
         assert path is not None
         assert path.parent == Path("/run/credentials/kms-worker.service")
         assert path.name.removeprefix("kms_") in made
-    assert kms.cosmian.api_key_file == Path("/run/credentials/kms-worker.service/kms_cosmian-api-key")
+    assert loaded.backend(CosmianSection).api_key_file == Path(
+        "/run/credentials/kms-worker.service/kms_cosmian-api-key"
+    )
     assert kms.environment == "prod"
     assert "api_key =" not in text
 

@@ -12,13 +12,13 @@ from typing import Final
 
 import msgspec
 
-from fuzz.harness import CORPUS
 from kms_core.audit import chain, query, segments
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import BadReceipt, Receipt
 from kms_core.audit.verification.verify import verify
 from kms_protocol.errors import KmsError
+from support.fuzz.harness import CORPUS
 
 MOST_BYTES: Final = 8 * 1024
 _KEPT: Final = CORPUS / "audit"
@@ -100,7 +100,7 @@ def _read() -> None:
     page = query.page(_PLACE, wanted, None, 5)
     assert len(page.events) <= 5
     query.page(_PLACE, wanted, page.following, 5)
-    segments.tips(_PLACE, KEYS, but="")
+    segments.chain_heads(_PLACE, KEYS, but="")
     for event in newest:
         assert isinstance(query.fields(event), dict)
         try:

@@ -9,9 +9,10 @@ from typing import Final
 
 from starlette.requests import Request
 
-from kms_api.deps import LOCAL_CALLER, WHO
+from kms_api.deps import LOCAL_CALLER, PRINCIPAL
 from kms_api.json_body import decode
-from kms_api.routes.jobs import terms_of_headers
+from kms_api.routes.files import submission_options
+from kms_api.routing import Call
 from kms_client.requests import header_text
 from kms_protocol.context import MAX_BYTES, MAX_PAIRS, Context
 from kms_protocol.errors import InvalidContext, InvalidRequest
@@ -72,9 +73,9 @@ def _body(data: bytes) -> None:
 
 def _header(data: bytes) -> None:
     """Bytes that a server takes as a header's value."""
-    scope = {"type": "http", "headers": [(b"x-kms-context", data)], WHO: LOCAL_CALLER}
+    scope = {"type": "http", "headers": [(b"x-kms-context", data)], PRINCIPAL: LOCAL_CALLER}
     try:
-        context = terms_of_headers(Request(scope), "encrypt").context
+        context = submission_options(Call(Request(scope), None), "encrypt").context
     except (InvalidRequest, InvalidContext):
         return
     _holds(context)
@@ -92,8 +93,8 @@ def _holds(context: Context) -> None:
     if all(_is_plain(text) and "=" not in key for key, value in pairs for text in (key, value)):
         assert Context.parse(",".join(f"{key}={value}" for key, value in pairs)) == context
     value = header_text(dict(pairs)).encode("ascii")
-    scope = {"type": "http", "headers": [(b"x-kms-context", value)], WHO: LOCAL_CALLER}
-    assert terms_of_headers(Request(scope), "encrypt").context == context
+    scope = {"type": "http", "headers": [(b"x-kms-context", value)], PRINCIPAL: LOCAL_CALLER}
+    assert submission_options(Call(Request(scope), None), "encrypt").context == context
     try:
         limit = context.not_after()
     except InvalidContext:

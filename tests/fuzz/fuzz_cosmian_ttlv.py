@@ -6,11 +6,11 @@ from typing import Final
 
 import msgspec
 
-from fuzz.harness import PARTS, parts, read_exactly
 from kms_core.backends.cosmian.kmip import GcmResult, Kmip, Messages, Singles
 from kms_core.backends.cosmian.ttlv import Kind, Node, Refusal, name, octets, refusal, structure, text
-from kms_core.http_client.peer import PeerAnswer, PeerServer
+from kms_core.http_client import PeerAnswer, PeerServer
 from kms_protocol.errors import BackendUnavailable
+from support.fuzz.harness import PARTS, parts, read_exactly
 
 MOST_BYTES: Final = 4 * 1024
 UID: Final = "5d9be8cf-0f4c-4c0d-9e5c-6d6b8f1e7a51"
@@ -49,7 +49,7 @@ class Told:
     def left_s(self) -> float:
         return 1.0
 
-    def late(self) -> BackendUnavailable:
+    def timeout_error(self) -> BackendUnavailable:
         return BackendUnavailable()
 
 

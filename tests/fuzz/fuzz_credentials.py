@@ -16,8 +16,7 @@ from typing import Final
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fuzz.harness import parts
-from kms_api.transport.authentication import shown
+from kms_api.transport.authentication import token_of
 from kms_core import scopes
 from kms_core.auth import jwks, tokens
 from kms_core.auth.authenticator import Authenticator
@@ -25,9 +24,10 @@ from kms_core.auth.jwks import IssuerKey
 from kms_core.auth.jwt_verifier import Jwts, Trusted
 from kms_core.auth.tokens import TokenFile
 from kms_core.scopes import Access
-from kms_core.settings.model import IssuerSection
+from kms_core.settings.auth import IssuerSection
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError, Unauthenticated
+from support.fuzz.harness import parts
 
 MOST_BYTES: Final = 2 * 1024
 ISSUER: Final = "https://id.example.com"
@@ -131,7 +131,7 @@ def _request(data: bytes) -> None:
         tuple(part.strip() for part in line.split(b":", 1)) for line in data.split(b"\n") if b":" in line
     ]
     try:
-        text = shown((name.lower(), value) for name, value in headers)
+        text = token_of((name.lower(), value) for name, value in headers)
         who = _DOORS.principal(text)
     except Unauthenticated as exc:
         assert exc.reason in {
@@ -164,7 +164,7 @@ def _signed(data: bytes) -> None:
     text = b".".join([said, signature]).decode()
     jwts = _jwts()
     try:
-        who = jwts.holder(text)
+        who = jwts.verify_blocking(text)
     except Unauthenticated:
         return
     assert who.tenant == "acme"
@@ -173,7 +173,7 @@ def _signed(data: bytes) -> None:
     assert who.grant.until > time.time()
     assert json.loads(header)["alg"] == "EdDSA"
     assert json.loads(claims)["iss"] == ISSUER
-    assert jwts.holder(text) == who
+    assert jwts.verify_blocking(text) == who
     assert len(list(Authenticator(TokenFile(_FILE), jwts, {}).scopes_of(who))) == len(who.grant.scopes)
 
 

@@ -9,16 +9,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from agekms import ADA, Kept, age_backend, kms_over
 from fuzz.fuzz_header import WORDS as WORDS_OF_HEADERS
 from fuzz.fuzz_header import written
-from fuzz.harness import CORPUS
 from kms_core.age import header, x25519
 from kms_core.age.header import SYNC_LIMITS
 from kms_core.envelope import binding
 from kms_core.results import Opened
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, ForeignRefused, KmsError, NotACiphertext, TooLarge, UnknownKey
+from support.age_kms import ADA, Kept, age_backend, kms_over
+from support.fuzz.harness import CORPUS
 
 MOST_BYTES: Final = 4 * 1024
 WORDS: Final = (*WORDS_OF_HEADERS, b"default", b"other")

@@ -5,7 +5,8 @@ from typing import Final
 
 import msgspec
 
-from kms_api.vault_api import app, models
+from kms_api.app import VAULT_ROUTES
+from kms_api.vault_api import models
 from kms_api.vault_api.service import Extra
 from kms_protocol import wire
 from kms_protocol.context import Context
@@ -13,7 +14,7 @@ from kms_protocol.errors import InvalidContext, InvalidRequest
 
 MOST_BYTES: Final = 2 * 1024
 CANARY: Final = b"cAnArY"
-SHAPES: Final = (models.VaultCall, models.DataKeyIn, models.KeyIn, models.PathsIn, models.Nothing)
+SHAPES: Final = (models.TransitIn, models.DataKeyIn, models.KeyIn, models.PathsIn, models.EmptyIn)
 WORDS: Final = (
     *(f'"{field}":'.encode() for shape in SHAPES for field in shape.__struct_encode_fields__),
     b"vault:v1:",
@@ -60,7 +61,7 @@ def _body(data: bytes) -> None:
             assert CANARY.decode() not in exc.detail, "a refusal repeats what was sent"
             continue
         assert "(…)" in repr(body)
-        if isinstance(body, models.VaultCall):
+        if isinstance(body, models.TransitIn):
             for item in body.batch_input or ():
                 _item(item)
             _bound(body)
@@ -70,7 +71,7 @@ def _body(data: bytes) -> None:
 
 def _item(raw: msgspec.Raw) -> None:
     try:
-        _bound(models.read(raw, models.VaultCall))
+        _bound(models.read(raw, models.TransitIn))
     except InvalidRequest as exc:
         assert CANARY.decode() not in exc.detail, "a refusal repeats what was sent"
 
@@ -89,7 +90,7 @@ def _bound(body: models.BoundFields) -> None:
 
 
 def _path(text: str) -> None:
-    template, names = app.find(text)
+    template, names = VAULT_ROUTES.find(text)
     assert all(value and value in text for value in names.values())
     assert template or not names
 

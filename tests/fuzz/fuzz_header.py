@@ -7,7 +7,7 @@ from kms_core.age import header, scrypt
 from kms_core.age.header import SYNC_LIMITS, VERSION_LINE, Header, HeaderLimits
 from kms_core.envelope import binding
 from kms_protocol.errors import DecryptFailed, NotACiphertext, TooLarge
-from vectors import cctv
+from support import cctv
 
 MOST_BYTES: Final = 8 * 1024
 WORDS: Final = (

@@ -23,7 +23,7 @@ MOST_BYTES: Final = 512
 WORDS: Final = (b"\x00", b"\x00\x00\x00\x01", b"\xff\xff\xff\xff")
 KEY: Final = bytes(range(32))
 SIZES: Final = (0, 1, 100, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 5, 3 * CHUNK)
-_PACE: Final = ParallelOptions(threads=1, slab_chunks=2)
+_OPTIONS: Final = ParallelOptions(threads=1, slab_chunks=2)
 _STEP: Final = 4  # a hand: which one, and three bytes of where
 
 
@@ -79,7 +79,7 @@ def _by_pipe(sealed: bytes, plaintext: bytes) -> bool:
     """What a pipe has released before it fails is a beginning of the plaintext."""
     released = io.BytesIO()
     try:
-        size = streaming.open_pipe(KEY, io.BytesIO(sealed), released, _PACE)
+        size = streaming.open_pipe(KEY, io.BytesIO(sealed), released, _OPTIONS)
     except DecryptFailed:
         assert plaintext.startswith(released.getvalue())
         return False
@@ -94,7 +94,7 @@ def _by_slabs(sealed: bytes, plaintext: bytes) -> bool:
         source.flush()
         try:
             parallel.open_file(
-                KEY, FileRange(source.fileno(), len(sealed)), FileWriter(target.fileno()), pace=_PACE
+                KEY, FileRange(source.fileno(), len(sealed)), FileWriter(target.fileno()), options=_OPTIONS
             )
         except DecryptFailed:
             return False

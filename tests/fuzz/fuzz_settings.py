@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from fuzz.harness import PARTS, parts
 from kms_core.settings.load import load as load_settings
 from kms_protocol.errors import ConfigurationError
+from support.fuzz.harness import PARTS, parts
 
 MOST_BYTES: Final = 2 * 1024
 CANARY: Final = "cAnArY"

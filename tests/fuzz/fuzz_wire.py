@@ -6,14 +6,19 @@ from typing import Final
 import msgspec
 
 from kms_api.json_body import decode
-from kms_protocol import wire
+from kms_protocol import shapes, submit_message, wire
 from kms_protocol.errors import InvalidRequest
 
 MOST_BYTES: Final = 2 * 1024
 CANARY: Final = b"cAnArY"
 SHAPES: Final = tuple(
     sorted(
-        (shape for shape in vars(wire).values() if isinstance(shape, type) and issubclass(shape, wire.Body)),
+        {
+            shape
+            for module in (submit_message, wire)
+            for shape in vars(module).values()
+            if isinstance(shape, type) and issubclass(shape, shapes.Body)
+        },
         key=lambda shape: shape.__name__,
     )
 )

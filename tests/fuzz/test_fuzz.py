@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from fuzz.harness import CORPUS, HERE, NAMES, Harness, inputs
+from support.fuzz.harness import CORPUS, HERE, NAMES, Harness, inputs
 
 SECONDS: Final = "1"
 SEED: Final = "7"
@@ -46,7 +46,7 @@ def run(target: str, work: Path, *more: Path) -> subprocess.CompletedProcess[str
         *("sh", "-c", '"$@"; exit $?', "sh"),  # else it begins at this process's peak of memory
         sys.executable,
         "-m",
-        "fuzz.run",
+        "support.fuzz.run",
         target,
         "--seconds",
         SECONDS,

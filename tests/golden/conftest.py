@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from golden import install, jobs, manifest, redisdump
-from kms_cli.local.valkey import EmbeddedValkey
 from kms_core.container import Core, build
 from kms_core.jobs.store.store import JobStore
-from service import Service
+from support.embedded_valkey import EmbeddedValkey
+from support.golden import install, jobs, manifest, redisdump
+from support.service import Service
 
 
 def _install(folder: Path, redis_url: str) -> Service:
@@ -24,7 +24,7 @@ def _install(folder: Path, redis_url: str) -> Service:
 
 def _core(held: Service) -> Core:
     made = build(held.settings, "test", lambda *_: None)
-    redisdump.loaded(made.shop.store.redis, jobs.DUMP)
+    redisdump.loaded(made.worker_context.store.redis, jobs.DUMP)
     return made
 
 
@@ -43,10 +43,10 @@ def unchanged(
     tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
 ) -> Core:
     """One for all tests that only read."""
-    url = valkey.place.url_of(next(database_numbers))
+    url = valkey.files.url_of(next(database_numbers))
     return _core(_install(tmp_path_factory.mktemp("golden"), url))
 
 
 @pytest.fixture(scope="module")
 def store(unchanged: Core) -> JobStore:
-    return unchanged.shop.store
+    return unchanged.worker_context.store

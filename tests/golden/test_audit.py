@@ -14,18 +14,18 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from golden import expected_service as expected
-from golden import install, make_service, manifest
-from golden.reference import hmac_sha256, names, sha256
 from kms_core.audit import AuditLog, AuditRecord, query
 from kms_core.audit.keys import Concealer, PublicKeys, Signer
-from kms_core.audit.sinks import ANCHORS, COPIES, FolderSink, RedisSink, read_lines
+from kms_core.audit.sinks import ANCHORS, COPIES, FolderSink, RedisSink
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import Receipt
-from kms_core.audit.verification.report import VerificationReport
+from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_protocol.context import Context
-from stores import connect
+from support.golden import expected_service as expected
+from support.golden import install, make_service, manifest
+from support.golden.reference import hmac_sha256, names, sha256
+from support.job_stores import connect
 
 FOLDER: Final = manifest.V1 / "audit"
 LABEL: Final = b"kms-service/audit-checkpoint/1\n"
@@ -60,7 +60,7 @@ def keys() -> PublicKeys:
 
 
 def checked(folder: Path) -> VerificationReport:
-    return verify(folder, keys(), {"here": read_lines(FOLDER / "anchors")})
+    return verify(folder, keys(), {"here": FolderSink(FOLDER / "anchors").lines()})
 
 
 # -- the code of the tree reads it -------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_heads_and_signatures_are_those_of_version_1() -> None:
     assert len(signed) == 9
     for line in signed:
         check_signature(line, public_key())
-    assert len(set(signed) & set(read_lines(FOLDER / "anchors"))) == 6
+    assert len(set(signed) & set(FolderSink(FOLDER / "anchors").lines())) == 6
 
 
 def check_kinds(lines: list[tuple[bytes, dict[str, Any]]]) -> None:

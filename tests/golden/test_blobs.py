@@ -7,14 +7,18 @@ from typing import Any, Final
 import msgspec
 import pytest
 
-from golden import expected_blobs as expected
-from golden import make_blobs, manifest, reference
-from golden.jobs import SECRET
-from golden.manifest import unb64
-from kms_core.backends.age import AgeBackend, KeyFiles
+from kms_core.backends.age import AgeBackend
+from kms_core.backends.key_files import KeyFiles
 from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.spec import UploadJob
+from kms_core.jobs.storage.disk_sync import DiskSync
 from kms_core.jobs.storage.spool import Label, Spool
+from kms_core.jobs.storage.spool_folder import SpoolFolder
 from kms_protocol.errors import RecordRefused
+from support.golden import expected_blobs as expected
+from support.golden import make_blobs, manifest, reference
+from support.golden.jobs import SECRET
+from support.golden.manifest import unb64
 
 HELD: Final[dict[str, Any]] = json.loads(expected.PATH.read_text())
 NAMES: Final = (*expected.AS_THEY_ARE, *expected.SEALED)
@@ -36,12 +40,12 @@ def spool(tmp_path: Path) -> Spool:
     folder.mkdir(parents=True)
     for name in NAMES:
         (folder / name).write_bytes(stored(name))
-    return Spool(folder.parent, key, RecordKey((SECRET,)), 1)
+    return Spool(SpoolFolder(folder.parent, DiskSync(folder.parent)), key, RecordKey((SECRET,)), 1)
 
 
 def label(name: str) -> Label:
     tenant, job_id, role, attempt = expected.names(name)
-    return Label(tenant, job_id, role, int(attempt), ref(name))
+    return Label(tenant, job_id, role, attempt, ref(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -64,8 +68,8 @@ def test_blob_with_macs_is_read(spool: Spool, name: str) -> None:
             assert reader.read(0, reader.size) == expected.PLAIN
 
 
-def test_blob_of_another_name_is_refused(spool: Spool) -> None:
-    folder = spool._directory / expected.JOB_ID  # noqa: SLF001 -- the test stands in for who writes there
+def test_blob_of_another_name_is_refused(spool: Spool, tmp_path: Path) -> None:
+    folder = tmp_path / "spool" / expected.JOB_ID
     (folder / "upload").write_bytes(stored("head.3"))
 
     with pytest.raises(RecordRefused), spool.blob(label("upload")):
@@ -77,7 +81,9 @@ def test_record_names_its_blob() -> None:
     found = msgspec.msgpack.decode(reference.opened_record(SECRET, expected.JOB_ID, sealed))
 
     assert found == expected.RECORD | {"input_ref": ref("upload")}
-    assert RecordKey((SECRET,)).open(expected.JOB_ID, sealed).input_ref == ref("upload")
+    job = RecordKey((SECRET,)).open(expected.JOB_ID, sealed)
+    assert isinstance(job, UploadJob)
+    assert job.input_ref == ref("upload")
 
 
 def test_the_set_is_never_made_again(capsys: pytest.CaptureFixture[str]) -> None:

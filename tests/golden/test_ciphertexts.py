@@ -9,11 +9,6 @@ from typing import Final
 import pyrage
 import pytest
 
-from agekms import kms_over
-from bao import bao
-from golden import backends, manifest, reference
-from golden.manifest import Entry, unb64
-from golden.reference import Names, Stanza
 from kms_api.vault_api import models, service
 from kms_api.vault_api.service import Extra
 from kms_core.age import armor
@@ -21,6 +16,10 @@ from kms_core.auth.policy import Principal
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed
+from support.age_kms import kms_over
+from support.golden import backends, manifest, reference
+from support.golden.manifest import Entry
+from support.golden.reference import Names, Stanza
 
 ENTRIES: Final = manifest.entries()
 PADDED_BYTES: Final = 4096
@@ -206,27 +205,10 @@ def test_remote_wrap_authenticates_version_1s_aad(entry: Entry) -> None:
         key = reference.Names(entry.tenant, key_id, version, scheme)
         aad = reference.wrap_aad(key, context.body)
         if not job:
-            assert _peer_opens(scheme, version, stanza.body, aad) == entry.file_key
+            assert backends.peer_opens(scheme, version, stanza.body, aad) == entry.file_key
             continue
-        secret = _peer_opens(scheme, version, reference.decoded(job[0]), reference.job_aad(key))
+        secret = backends.peer_opens(scheme, version, reference.decoded(job[0]), reference.job_aad(key))
         assert reference.salted_open(secret, b"kms-service/job/1", stanza.body, aad) == entry.file_key
-
-
-def _peer_opens(scheme: str, version: str, wrapped: bytes, aad: bytes) -> bytes:
-    given = manifest.keys()
-    match scheme:
-        case "vault-kv":
-            held = given["vault-kv"][version]
-            return reference.kv_open(unb64(held if isinstance(held, str) else held["key"]), wrapped, aad)
-        case "awskms":
-            return reference.moto_open(unb64(given["awskms"]["keys"][version]), wrapped, aad)
-        case "cosmian":
-            held = given["cosmian"]["versions"][version]
-            return reference.cosmian_open(unb64(held["key"]), held["uid"], wrapped, aad)
-    backends.of("transit")
-    body = {"ciphertext": f"vault:v{version}:{manifest.b64(wrapped)}", "associated_data": manifest.b64(aad)}
-    answer = bao().admin("POST", f"transit/decrypt/{given['transit']['name']}", body)
-    return unb64(answer["data"]["plaintext"])
 
 
 @pytest.mark.parametrize("entry", [one for one in ENTRIES if one.backend == "age-x25519"], ids=_id)

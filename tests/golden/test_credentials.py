@@ -1,4 +1,4 @@
-"""Tokens, sessions, age plugin names, moved ciphertexts and payloads of Temporal, as version 1 left them."""
+"""Tokens, age plugin names, moved ciphertexts and payloads of Temporal, as version 1 left them."""
 
 import base64
 import hashlib
@@ -9,20 +9,17 @@ from typing import Any, Final
 
 import pytest
 
-from golden import expected_service as expected
-from golden import install, manifest, reference
-from golden.manifest import b64
-from kms_api.transport.sessions import Sessions
-from kms_cli.migrate.output import Lines, MovedRecord
+from kms_cli.migrate.pipeline import Lines, MovedRecord
 from kms_cli.plugin.names import PluginTarget
 from kms_core.auth import tokens
-from kms_core.auth.policy import Grant, Principal
 from kms_core.auth.tokens import TokenFile, TokenRequest
 from kms_protocol.context import Context
 from kms_protocol.errors import Unauthenticated
+from support.golden import expected_service as expected
+from support.golden import install, manifest, reference
+from support.golden.manifest import b64
 
 TEXTS: Final[dict[str, str]] = manifest.document("keys/tokens.json")["texts"]
-SESSION: Final[dict[str, str]] = manifest.document("keys/session.json")
 NAMES: Final[list[dict[str, str]]] = manifest.document("plugin.json")
 SAID: Final[list[dict[str, Any]]] = [
     {"key": "payroll", "ctx": {"env": "prod", "größe": "drei"}, "url": "https://kms.example:8443"},
@@ -32,8 +29,6 @@ TARGETS: Final = [
     PluginTarget("payroll", Context.parse({"env": "prod", "größe": "drei"}), "https://kms.example:8443"),
     PluginTarget(None, Context(), None, in_process=True),
 ]
-IN_TIME: Final = 4_100_000_100.0
-LATER: Final = 4_100_000_000.0 + 8 * 3600
 
 
 # -- tokens ------------------------------------------------------------------------------------------
@@ -48,7 +43,7 @@ def token_file(tmp_path: Path) -> TokenFile:
 def test_token_is_known(token_file: TokenFile, text: str) -> None:
     name = text.removesuffix("-new")
     tenant, scopes, _ = expected.TOKENS[name]
-    found = token_file.holder(TEXTS[text])
+    found = token_file.authenticate(TEXTS[text])
 
     assert (found.name, found.tenant, found.scopes) == (name, tenant, scopes)
     assert found.id == TEXTS[text].split("_")[1]
@@ -56,7 +51,7 @@ def test_token_is_known(token_file: TokenFile, text: str) -> None:
 
 def test_expired_token_is_refused_as_expired(token_file: TokenFile) -> None:
     with pytest.raises(Unauthenticated) as caught:
-        token_file.holder(TEXTS["expired"])
+        token_file.authenticate(TEXTS["expired"])
 
     assert caught.value.reason == "expired"
 
@@ -87,28 +82,6 @@ def test_new_token_file_is_of_version_1(tmp_path: Path) -> None:
     assert text.startswith(f"kms_{made.id}_")
     assert token["digests"] == [{"sha256": b64(hashlib.sha256(text.encode()).digest()), "until": None}]
     assert datetime.fromisoformat(token["expires_at"]) > datetime.now(UTC)
-
-
-# -- sessions ----------------------------------------------------------------------------------------
-
-
-def test_session_is_found_by_its_cookie(tmp_path: Path) -> None:
-    folder = manifest.copied("sessions", tmp_path)
-    who = Principal("cert:ops", "acme", "jwt:ci:0a1b", Grant(("status", "jobs:read"), 4_100_000_600.0))
-
-    assert Sessions(folder, clock=lambda: IN_TIME).find(SESSION["session"]) == who
-    assert Sessions(folder, clock=lambda: LATER).find(SESSION["session"]) is None
-
-
-def test_session_rests_under_the_digest_of_its_cookie(tmp_path: Path) -> None:
-    stamping = (manifest.V1 / "sessions/stamping").read_bytes()
-    name = hashlib.sha256(SESSION["session"].encode()).hexdigest()
-    who, until = json.loads((manifest.V1 / "sessions" / name).read_text()).values()
-
-    assert (who["name"], who["tenant"], until) == ("cert:ops", "acme", LATER)
-    assert SESSION["stamp"] == reference.hmac_sha256(stamping, SESSION["session"].encode()).hex()
-    sessions = Sessions(manifest.copied("sessions", tmp_path))
-    assert sessions.is_stamp(SESSION["session"], SESSION["stamp"])
 
 
 # -- names of age plugins ----------------------------------------------------------------------------

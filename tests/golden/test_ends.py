@@ -6,14 +6,14 @@ from typing import Any, Final
 import msgspec
 import pytest
 
-from golden import expected_ends as expected
-from golden import make_ends, reference
-from golden.jobs import SECRET
-from golden.manifest import Json, unb64
 from kms_core.container import Core, build
-from kms_core.jobs.execution import parents
+from kms_core.jobs.execution import runner
 from kms_core.jobs.store.store import JobStore
-from service import Service
+from support.golden import expected_ends as expected
+from support.golden import make_ends, reference
+from support.golden.jobs import SECRET
+from support.golden.manifest import Json, unb64
+from support.service import Service
 
 HELD: Final[Json] = json.loads(expected.PATH.read_text())
 LABELS: Final = {"end": expected.ENDS, "commit": expected.COMMITS, "log": expected.LOGS}
@@ -63,8 +63,8 @@ def store(held: Service) -> JobStore:
     core: Core = build(held.settings, "test", lambda *_: None)
     for name, record in expected.RECORDS.items():
         key = f"kms:job:{record['job_id']}"
-        core.shop.store.redis.hset(key, mapping=fields(name))  # type: ignore[arg-type]  # its stubs want str keys
-    return core.shop.store
+        core.worker_context.store.redis.hset(key, mapping=fields(name))  # type: ignore[arg-type]  # its stubs want str keys
+    return core.worker_context.store
 
 
 def test_signed_ends_are_told(store: JobStore) -> None:
@@ -81,7 +81,7 @@ def test_signed_ends_are_told(store: JobStore) -> None:
 
 def test_whole_is_ended_from_the_signed_ends_of_its_parts(store: JobStore) -> None:
     """Of the part that was given up, the log settles one file of two."""
-    job = parents.end(store.get(expected.WHOLE, "acme"), store)
+    job = runner.end_parent(store.get(expected.WHOLE, "acme"), store)
 
     assert (job.state, job.error, job.items, job.items_failed) == ("failed", "items_failed", 5, 2)
     assert (job.tallies["changed"], job.tallies["found payroll/0a1b2c3d"]) == (3, 3)

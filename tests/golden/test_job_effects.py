@@ -13,21 +13,23 @@ from typing import Any, Final
 import msgspec
 import pytest
 
-from golden import expected_jobs as expected
-from golden import manifest, reference
-from golden.jobs import DUMP, HOOK_SECRET, IDS, SECRET, record
-from golden.manifest import SMALL, unb64
 from kms_core.auth.policy import Principal
 from kms_core.container import Core, build_intake
 from kms_core.jobs.events.outbox import Outbox
 from kms_core.jobs.events.webhook import WebhookEndpoint, WebhookRequest, sign
 from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.deadlines import Deadlines
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import IdempotencyConflict, JobExpired
 from kms_protocol.wire import JobItem
-from service import Service, until
-from submissions import body, in_s, seal
+from support.celery_messages import body, in_s, seal
+from support.golden import expected_jobs as expected
+from support.golden import manifest, reference
+from support.golden.jobs import DUMP, HOOK_SECRET, IDS, SECRET, record
+from support.golden.manifest import SMALL, unb64
+from support.service import Service
+from support.waiting import until
 
 DELIVERIES: Final = uuid.UUID("0b3f4c1e-7f0e-5d51-9d0e-6b6d73686f6b")
 WHO: Final = Principal("local", "default", "none")
@@ -41,12 +43,18 @@ def test_idempotency_key_finds_the_job(core: Core) -> None:
     ttl = next(ttl for ttl in _terms_of_life() if _digest(ttl) == record(IDS["items-encrypt"])["digest"])
     items = [JobItem(plaintext=SMALL), JobItem(plaintext=b"own", context={"env": "archive"})]
     terms = SubmissionOptions(
-        WHO, "encrypt", Context.parse("env=prod,service=api"), None, None, ttl, "golden-1", None, "ci", "high"
+        WHO,
+        "encrypt",
+        Context.parse("env=prod,service=api"),
+        deadlines=Deadlines(ttl_s=ttl),
+        idempotency="golden-1",
+        callback="ci",
+        priority="high",
     )
 
-    assert core.desk.items(terms, items).job_id == IDS["items-encrypt"]
+    assert core.submitter.items(terms, items).job_id == IDS["items-encrypt"]
     with pytest.raises(IdempotencyConflict):
-        core.desk.items(terms, items[:1])
+        core.submitter.items(terms, items[:1])
 
 
 def _terms_of_life() -> Iterator[int]:
@@ -81,7 +89,7 @@ def _intake_recipient() -> str:
 
 def test_message_of_a_workflow_is_known_again(core: Core, held: Service) -> None:
     """By the digest of its job in canonical form, under the label of version 1."""
-    intake = build_intake(held.settings, core.desk)
+    intake = build_intake(held.settings, core.submitter)
     assert intake is not None
     again = body(expected.INTAKE_JOB, job_id=expected.INTAKE_ID, expires_at=in_s(600))
 
@@ -100,7 +108,7 @@ def test_message_of_a_workflow_opens(core: Core, held: Service) -> None:
     """It opened where it is found to have expired: no golden message can be of today."""
     message = _submitted()
     (argument,), _, _ = json.loads(base64.b64decode(message["body"]))
-    intake = build_intake(held.settings, core.desk)
+    intake = build_intake(held.settings, core.submitter)
     assert intake is not None
 
     assert message["headers"]["task"] == "kms.submit"
@@ -137,7 +145,7 @@ def test_delivery_rests_behind_its_mac() -> None:
 
 
 def test_events_in_the_stream_are_delivered_under_the_same_ids(core: Core) -> None:
-    store = core.shop.store
+    store = core.worker_context.store
     store.redis.delete("kms:webhooks:cursor", "kms:webhooks:entries", "kms:webhooks:due:ci")
     outbox = Outbox(store, {"ci": _endpoint()})
     while outbox.take_in():
@@ -177,7 +185,7 @@ def test_message_is_of_version_1(key: str) -> None:
 
 def test_worker_takes_the_messages_and_runs_the_jobs(held: Service, core: Core) -> None:
     """Nothing but the messages tells it of them: the list that the reaper looks at is taken away."""
-    core.shop.store.redis.delete("kms:open")
+    core.worker_context.store.redis.delete("kms:open")
     with held:
         held.start()
         for name in ("upload-encrypt", "upload-decrypt", "upload-rewrap", "split", "intake"):

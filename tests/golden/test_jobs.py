@@ -12,22 +12,25 @@ from typing import Final
 import msgspec
 import pytest
 
-from golden import expected_jobs as expected
-from golden import manifest, reference
-from golden.jobs import BLOBS, IDS, SECRET, fields, is_sealed_by_the_spool, record
-from golden.manifest import SMALL, unb64
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution import results, tree
 from kms_core.jobs.file_patterns import Tree
 from kms_core.jobs.model import part_id
+from kms_core.jobs.spec import ItemsJob, TreePart
+from kms_core.jobs.storage.disk_sync import DiskSync
 from kms_core.jobs.storage.local_paths import temporary_name
 from kms_core.jobs.storage.multipart_journal import MultipartJournal
-from kms_core.jobs.storage.spool import Label
+from kms_core.jobs.storage.spool import NO_ATTEMPT, Label
+from kms_core.jobs.storage.spool_folder import SpoolFolder
 from kms_core.jobs.store.store import JobStore
 from kms_core.s3 import bucket
 from kms_protocol.context import Context
-from service import Service
+from support.golden import expected_jobs as expected
+from support.golden import manifest, reference
+from support.golden.jobs import BLOBS, IDS, SECRET, fields, is_sealed_by_the_spool, record
+from support.golden.manifest import SMALL, unb64
+from support.service import Service
 
 PARTS: Final = uuid.UUID("6f1f3c4e-0d0a-5c0b-9a57-6b6d732d7061")
 WHO: Final = Principal("local", "default", "none")
@@ -78,6 +81,8 @@ def test_counts_and_ends_are_read(store: JobStore) -> None:
     assert part.tallies == {"changed": 1, "found payroll/0a1b2c3d": 1}
     assert (done.items_done, done.bytes_done, done.fence, done.attempt) == (1, 86, 1, 1)
     assert dead.error == "attempts_exhausted"
+    for key in store.lists():  # as a worker does when it starts
+        assert store.trim(key, 0)[0] == 0
     assert [job.job_id for job in store.dead("acme", 10)] == [IDS["dead"]]
     assert {job.job_id for job in store.page("acme", state=None, limit=50, before=None)[0]} == {
         IDS[name]
@@ -112,12 +117,16 @@ def test_parts_have_the_ids_of_version_1(store: JobStore) -> None:
         assert part_id(IDS[name], 0) == first
         assert store.accepted(first).parent == IDS[name]
     part = store.accepted(str(uuid.uuid5(PARTS, f"{IDS['split']}/1")))
+    assert isinstance(part, ItemsJob)
     assert (part.part, part.items, len(part.starts)) == (1, 1, 1)
 
 
 def test_manifest_of_a_campaign_opens(unchanged: Core) -> None:
-    part = unchanged.shop.store.accepted(IDS["campaign-part"])
-    found = [(one.path, one.size_bytes, one.code) for one in tree.entries(part, unchanged.shop.spool)]
+    part = unchanged.worker_context.store.accepted(IDS["campaign-part"])
+    assert isinstance(part, TreePart)
+    found = [
+        (one.path, one.size_bytes, one.code) for one in tree.entries(part, unchanged.worker_context.spool)
+    ]
 
     assert found == [
         ("x/0.age", 100, ""),
@@ -135,7 +144,7 @@ def test_manifest_of_a_campaign_opens(unchanged: Core) -> None:
 def _label(path: Path) -> Label:
     role, _, attempt = path.name.partition(".")
     job_id = path.parent.name
-    return Label(record(job_id)["tenant"], job_id, role, int(attempt or 0))
+    return Label(record(job_id)["tenant"], job_id, role, attempt or NO_ATTEMPT)
 
 
 @pytest.mark.parametrize(
@@ -147,14 +156,14 @@ def test_blob_opens(unchanged: Core, path: Path) -> None:
     secret = manifest.identity_secret("spool")
     file_key = reference.x25519_file_key(secret, native)
     key = reference.Names(label.tenant, "spool", context.args[3], "age")
-    bound = {"attempt": str(label.attempt), "job": label.job_id, "role": label.role}
+    bound = {"attempt": label.attempt, "job": label.job_id, "role": label.role}
     nonce = data[data.index(b"\n--- ") + 49 :][:16]
 
     reference.parsed(data, file_key)
     assert context.body == reference.context_tag(file_key, reference.decoded(context.args[4]), key, bound)
     assert origin.body == reference.origin_tag(SECRET, file_key, nonce, key, bound)
-    with unchanged.shop.spool.blob(label) as blob:
-        assert unchanged.shop.spool.unseal(label, blob.head) == file_key
+    with unchanged.worker_context.spool.blob(label) as blob:
+        assert unchanged.worker_context.spool.unseal(label, blob.head) == file_key
 
 
 def test_every_role_of_a_blob_is_held() -> None:
@@ -162,8 +171,8 @@ def test_every_role_of_a_blob_is_held() -> None:
 
 
 def result_of(core: Core, name: str) -> bytes:
-    store = core.shop.store
-    found = results.of(store.get(IDS[name], "default"), store, core.shop.spool)
+    store = core.worker_context.store
+    found = results.of(store.get(IDS[name], "default"), store, core.worker_context.spool)
     return b"".join(bytes(piece) for piece in found.slabs(0, found.size))
 
 
@@ -178,9 +187,9 @@ def test_results_are_read(unchanged: Core) -> None:
 
 
 def test_note_of_a_multipart_upload_is_found(held: Service) -> None:
-    notes = MultipartJournal(held.spool / "multipart")
+    notes = MultipartJournal(SpoolFolder(held.spool, DiskSync(held.spool)))
 
-    assert notes.find(IDS["object-encrypt"], 1, "s3://archive/in.bin.age") == "upload-1"
+    assert notes.find(IDS["object-encrypt"], "1", "s3://archive/in.bin.age") == "upload-1"
 
 
 def test_names_in_places_of_others_are_those_of_version_1() -> None:

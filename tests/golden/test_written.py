@@ -10,19 +10,20 @@ from typing import Final
 import msgspec
 import pytest
 
-from golden import make, manifest, reference
-from golden.manifest import SMALL
-from golden.reference import Names, Stanza
 from kms_core.age.x25519 import X25519Identity
 from kms_core.backends import KeyVersion
 from kms_core.backends.remote import RemoteBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.jobs.ends import SignedEnd, SignedSplit, spec_digest
-from kms_core.jobs.model import Checkpoint, Commit, JobSpec
+from kms_core.jobs.model import Checkpoint, Commit
 from kms_core.jobs.sealed_records import RecordKey
-from kms_core.jobs.store import broker_messages
+from kms_core.jobs.spec import UploadJob, of_flat
+from kms_core.jobs.store import wake_up
 from kms_protocol.context import Context
+from support.golden import make, manifest, reference
+from support.golden.manifest import SMALL
+from support.golden.reference import Names, Stanza
 
 BOUND: Final[Mapping[str, str]] = {"env": "prod", "größe": "drei"}
 KEY: Final = Names("acme", "payroll", "v-7", "seen")
@@ -35,6 +36,7 @@ class Seen:
     """A peer that hands back what it was asked to wrap, and keeps the AAD."""
 
     name: str = "seen"
+    token_changes: int = 0
     asked: list[tuple[bytes, str, bytes]] = field(default_factory=list)
 
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:
@@ -74,7 +76,7 @@ def context_body(stanza: Stanza, file_key: bytes, key: Names) -> bytes:
 
 
 def test_new_remote_wrap(peer: Seen) -> None:
-    file = sealing.seal(SMALL, RemoteBackend(peer), ref(), Context.parse(BOUND))
+    file = sealing.seal(SMALL, [(RemoteBackend(peer), ref())], Context.parse(BOUND))
     ((file_key, version, aad),) = peer.asked
     wrap, context = opened(file, file_key)
 
@@ -83,7 +85,7 @@ def test_new_remote_wrap(peer: Seen) -> None:
 
 
 def test_new_wrap_of_a_bulk_job(peer: Seen) -> None:
-    file = sealing.seal(SMALL, RemoteBackend(peer).for_job(), ref(), Context.parse(BOUND))
+    file = sealing.seal(SMALL, [(RemoteBackend(peer).for_job(), ref())], Context.parse(BOUND))
     ((job_key, _, aad),) = peer.asked
     wrap, context = reference.unverified_stanzas(file)
     wrap_aad = reference.wrap_aad(KEY, context.body)
@@ -111,7 +113,7 @@ def test_new_origin_with_and_without_nonce(identity: X25519Identity) -> None:
 
 
 def test_new_bundle(peer: Seen) -> None:
-    made = sealing.hand_over(bytes(16), RemoteBackend(peer), ref(), Context.parse(BOUND), [])
+    made = sealing.wrap_for_plugin(bytes(16), [(RemoteBackend(peer), ref())], Context.parse(BOUND))
 
     assert made.args == ("kms-service/bundle", "1")
     assert [one.args[0] for one in reference.stanzas_of(made.body)] == [
@@ -121,7 +123,7 @@ def test_new_bundle(peer: Seen) -> None:
 
 
 def test_new_pad(peer: Seen) -> None:
-    made = sealing.begin(RemoteBackend(peer), ref(), Context.parse(BOUND), padded=True)
+    made = sealing.begin([(RemoteBackend(peer), ref())], Context.parse(BOUND), padded=True)
     pad = reference.parsed(made.head, peer.asked[0][0])[-1]
 
     assert len(made.header) == 4096
@@ -131,13 +133,12 @@ def test_new_pad(peer: Seen) -> None:
 # -- jobs --------------------------------------------------------------------------------------------
 
 
-ACCEPTED: Final = JobSpec(
+ACCEPTED: Final = UploadJob(
     job_id=JOB_ID,
     tenant="acme",
     principal="ada",
     credential="none",
     kind="encrypt",
-    source="upload",
     context=(("env", "prod"),),
     created_at=1.0,
     expires_at=2.0,
@@ -154,6 +155,7 @@ def test_new_record() -> None:
         "principal": "ada",
         "credential": "none",
         "kind": "encrypt",
+        "form": "upload",
         "source": "upload",
         "context": [["env", "prod"]],
         "created_at": 1.0,
@@ -182,7 +184,8 @@ def test_new_jobs_wait_in_the_queues_of_version_1() -> None:
     queues = {"encrypt": "kms.files", "rewrap": "kms.maintenance"}
     for kind, queue in queues.items():
         assert msgspec.structs.replace(ACCEPTED, kind=kind).queue == queue
-    assert msgspec.structs.replace(ACCEPTED, items=1).queue == "kms.bulk"
+    of_items = msgspec.structs.asdict(ACCEPTED) | {"source": "items", "items": 1}
+    assert of_flat(of_items).queue == "kms.bulk"
 
 
 def test_new_commit_and_log() -> None:
@@ -223,21 +226,18 @@ def test_new_bound_records() -> None:
 
 
 def test_new_message() -> None:
-    found = msgspec.json.decode(broker_messages.write(JOB_ID, ("kms.files", "low"), 12.5))
-    tag = found["properties"]["delivery_tag"]
+    found = msgspec.json.decode(wake_up.encode_message("kms.files"))
 
-    assert broker_messages.where(("kms.files", "low")) == "kms:kms.files\x06\x166"
-    assert broker_messages.where(("kms.bulk", "normal")) == "kms:kms.bulk\x06\x163"
-    assert broker_messages.where(("kms.bulk", "high")) == "kms:kms.bulk"
+    assert wake_up.list_key("kms.files") == "kms:kms.files"
     assert found == {
-        "body": f'[["{JOB_ID}"],{{}},null]',
+        "body": "[[],{},null]",
         "content-type": "application/json",
         "content-encoding": "utf-8",
-        "headers": {"task": "kms.run", "id": tag, "at": 12.5},
+        "headers": {"task": "kms.run", "id": "wake-up"},
         "properties": {
-            "delivery_tag": tag,
+            "delivery_tag": "wake-up",
             "delivery_info": {"exchange": "", "routing_key": "kms.files"},
-            "priority": 6,
+            "priority": 0,
         },
     }
 

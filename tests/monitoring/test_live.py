@@ -5,21 +5,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
 import pytest
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 import dashboards
-from bao import bao
-from hooks import Receiver, make_authority, receiving, secret_file, toml
+from kms_core.backends.age_settings import AgeSection
 from kms_core.jobs.execution.runner import run_job
 from kms_core.observability import metrics
-from kms_core.programs import tether
-from peers import program
-from ports import free_port
-from relay import Relay
-from service import CONTEXT, Service, b64, core_of, until
+from support.openbao import bao
+from support.prometheus import Prometheus
+from support.service import CONTEXT, Service, b64, core_of
+from support.tcp_proxy import TcpProxy
+from support.waiting import until
+from support.webhooks import Receiver, make_authority, receiving, secret_file, toml
 
 MONITORING: Final = Path(__file__).parents[2] / "monitoring"
 RULES: Final = [
@@ -29,67 +28,12 @@ RULES: Final = [
     for rule in group["rules"]
 ]
 PANELS: Final = [
-    (f"{board.uid}: {panel.title}", expr)
+    (f"{board.uid}: {panel.title}", dashboards.chosen(expr))
     for board in dashboards.BOARDS
     for panel in (*board.figures, *board.graphs)
     for expr, _ in panel.queries
 ]
 """Panel and query."""
-
-
-class Prometheus:
-    """The real server, over the repository's own rules, with scrapes a second apart."""
-
-    def __init__(self, folder: Path, service: Service) -> None:
-        self._port = free_port()
-        self.alerts_at_work: set[str] = set()
-        config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
-        config["global"] |= {"scrape_interval": "1s", "evaluation_interval": "1s"}
-        config["rule_files"] = [str(MONITORING / "rules/*.yml")]
-        for job, port in zip(config["scrape_configs"], (service.port, service.port + 1), strict=True):
-            del job["dns_sd_configs"]
-            job["static_configs"] = [{"targets": [f"127.0.0.1:{port}"]}]
-        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-        argv = [
-            program("prometheus"),
-            f"--config.file={folder}/prometheus.yml",
-            f"--storage.tsdb.path={folder}/data",
-            f"--web.listen-address=127.0.0.1:{self._port}",
-        ]
-        with (folder / "prometheus.log").open("wb") as log:
-            self._process = tether.spawn(argv, env={"HOME": str(folder)}, output=log)
-        self._http = httpx.Client(base_url=f"http://127.0.0.1:{self._port}/api/v1", trust_env=False)
-        until(self._is_ready, "Prometheus is ready")
-
-    def _is_ready(self) -> bool:
-        try:
-            return self._http.get(f"http://127.0.0.1:{self._port}/-/ready").is_success
-        except httpx.TransportError:
-            return False
-
-    def ask(self, expr: str) -> list[dict[str, Any]]:
-        answer = self._http.get("/query", params={"query": expr})
-        assert answer.is_success, answer.text
-        found: list[dict[str, Any]] = answer.json()["data"]["result"]
-        return found
-
-    def await_scrape(self) -> None:
-        """Rates need work between two scrapes."""
-        before = self._scrapes()
-        until(lambda: self._scrapes() >= before + 2, "two more scrapes")
-
-    def _scrapes(self) -> int:
-        return min(int(found["value"][1]) for found in self.ask('count_over_time(up{job=~"kms-.*"}[10m])'))
-
-    def alerts(self) -> set[str]:
-        """Those that fire."""
-        found = self._http.get("/alerts").json()["data"]["alerts"]
-        return {alert["labels"]["alertname"] for alert in found if alert["state"] == "firing"}
-
-    def stop(self) -> None:
-        self._http.close()
-        self._process.kill()
-        self._process.wait()
 
 
 def at_work(service: Service) -> None:
@@ -108,9 +52,9 @@ def at_work(service: Service) -> None:
     service.submit({"kind": "decrypt", "items": [{"ciphertext": b64(b"not a file")}]})
 
 
-def in_trouble(service: Service, running: Prometheus, relay: Relay, receiver: Receiver) -> None:
+def in_trouble(service: Service, running: Prometheus, relay: TcpProxy, receiver: Receiver) -> None:
     """What nobody hopes to see: a backend that is away, no worker, workers that died, a deaf receiver."""
-    receiver.answers.append(503)
+    receiver.answers.extend([503, 503])  # the wait for the third attempt is longer than a scrape
     job = {"kind": "encrypt", "items": [{"plaintext": ""}], "callback": "ci"}
     service.wait(service.submit(job), "succeeded")
     until(lambda: running.ask("kms_webhook_outbox > 0"), "a delivery waits")
@@ -120,13 +64,16 @@ def in_trouble(service: Service, running: Prometheus, relay: Relay, receiver: Re
         service.post("/encrypt", {"plaintext": b64(b"x"), "key_id": "payroll"})
         service.post("/decrypt", {"ciphertext": sealed})
     service.kill("worker")
-    store, shop = core_of(service).shop.store, core_of(service).shop
+    store, worker_context = core_of(service).worker_context.store, core_of(service).worker_context
     lost, dead = (service.submit({"kind": "encrypt", "items": [{"plaintext": ""}]}) for _ in range(2))
-    assert store.redis.delete("kms:kms.bulk\x06\x163") == 1  # kombu's list of the normal ones
+    store.redis.delete("kms:kms.bulk")  # the wake-ups
     for _ in range(5):
         assert store.claim(dead, "w")
         store.redis.hset(f"kms:job:{dead}", "lease_until", 0)
-    run_job(dead, shop, "w")
+    run_job(dead, worker_context, "w")
+    assert store.claim(lost, "w")
+    store.redis.hset(f"kms:job:{lost}", "lease_until", 0)
+    store.redis.zadd("kms:leased", {lost: 0})
     waiting = service.submit({"kind": "encrypt", "items": [{"plaintext": ""}]})
     running.await_scrape()
     relay.mend()
@@ -140,7 +87,7 @@ def in_trouble(service: Service, running: Prometheus, relay: Relay, receiver: Re
 
 def grow_old(service: Service) -> None:
     """The default key was made years ago."""
-    file = service.settings.kms.age.private_key_path
+    file = service.settings.backend(AgeSection).private_key_path
     file.write_text(re.sub(r"(?m)^# created: \d{4}", "# created: 2020", file.read_text()))
 
 
@@ -149,7 +96,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     """Prometheus after a time of work, some of it with trouble."""
     folder = tmp_path_factory.mktemp("monitored")
     server, token = bao(), folder / "token"
-    relay = Relay(server.port)
+    relay = TcpProxy(server.port)
     token.touch(mode=0o600)
     token.write_text(server.token())
     authority = make_authority(folder)
@@ -159,6 +106,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     with receiving(authority) as receiver:
         settings = (
             '[kms.audit]\nsinks = ["file", "redis"]\n[kms.jobs]\nlease_s = 2\n'
+            '[kms.jobs.resource_leases]\n"bucket:gone" = 4\n'
             f'[kms.jobs.buckets.gone]\nread = [""]\nwrite = [""]\n'
             f'endpoint = "http://127.0.0.1:1"\nallow_http = true\naccess_key_id = "x"\n'
             f'secret_key_file = "{secret}"\n'
@@ -188,7 +136,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
 def now(expr: str) -> str:
     """The expression without what only time can bring: yesterday, and a choice in a menu."""
     expr = re.sub(r" offset \d+[dh]", "", expr)
-    return re.sub(r"\$(backend|kind)", ".*", expr.replace("$__rate_interval", "1m"))
+    return re.sub(r"\$(backend|kind|install|instance)", ".*", expr.replace("$__rate_interval", "1m"))
 
 
 def without_threshold(expr: str) -> str:
@@ -216,20 +164,33 @@ KINDS: Final = {
 }
 DECLARED: Final = KINDS.keys()
 MOVED_ELSEWHERE: Final = {
-    "kms_auth_failures": "integration/test_auth.py",
-    "kms_auth_jwt_work": "integration/test_auth_junk.py",
-    "kms_client_crl_expires_timestamp_seconds": "integration/test_auth_revocation.py",
-    "kms_http_admission_refusals": "integration/test_admission.py",
-    "kms_http_connections_ended": "unit/test_http_protocol.py",
+    "kms_auth_failures": "e2e/test_auth.py",
+    "kms_auth_jwt_work": "e2e/test_auth_flood.py",
+    "kms_background_failures": "kms_core/test_periodic.py",
+    "kms_client_crl_expires_timestamp_seconds": "e2e/test_auth_revocation.py",
+    "kms_http_admission_refusals": "e2e/test_admission.py",
+    "kms_http_connections_ended": "kms_core/http_server/test_protocol.py",
+    "kms_job_stalls": "chaos/test_hung_mount.py",
+    "kms_key_document_age_seconds": "e2e/test_key_documents.py",
     "kms_messages_refused": "chaos/test_poison.py",
     "kms_messages_set_aside": "chaos/test_poison.py",
-    "kms_rate_limited": "integration/test_auth_jobs.py",
-    "kms_spool_blobs_refused": "integration/test_spool_attacks.py",
+    "kms_rate_limited": "e2e/test_auth_jobs.py",
+    "kms_redis_unconfirmed": "peers/test_replicas.py",
+    "kms_spool_blobs_refused": "kms_core/jobs/storage/test_spool_attacks.py",
     "kms_setting_weak": "monitoring/test_weak_settings.py",
+    "kms_tokens_age_seconds": "e2e/test_token_documents.py",
+    "kms_worker_stuck_processes": "chaos/test_hung_mount.py",
 }
 """Metrics of what does not happen here, and the test that moves each."""
-BY_CHANCE: Final = frozenset({"kms_http_bytes_in_flight", "kms_http_slots_in_use"})
-"""Up for the time of a request, which a scrape may miss: integration/test_admission.py moves them."""
+BY_CHANCE: Final = frozenset(
+    {
+        "kms_clock_ahead_seconds",
+        "kms_http_bytes_in_flight",
+        "kms_http_slots_in_use",
+        "kms_job_resource_leases",
+    }
+)
+"""Up for the time of a request or a job, which a scrape may miss; or on either side of zero."""
 
 
 def test_a_service_at_work_is_no_reason_for_an_alert(prometheus: Prometheus) -> None:

@@ -1,6 +1,7 @@
 """Rules, alerts, runbooks and dashboards, checked without a server: by promtool, and by each other."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any, Final
@@ -9,8 +10,8 @@ import pytest
 import yaml
 
 import dashboards
-from kms_api.ui import runbooks
-from peers import program
+from kms_api.ui import render
+from support.programs import program
 
 ROOT: Final = Path(__file__).parents[2]
 MONITORING: Final = ROOT / "monitoring"
@@ -54,11 +55,11 @@ def test_an_alert_has_a_severity_a_summary_and_a_runbook(rule: dict[str, Any]) -
     assert rule["annotations"]["summary"]
     page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
     assert page == "{{ $externalLabels.kms_url }}/ui/runbooks"
-    assert [each.alert for each in runbooks.load() if each.anchor == anchor] == [rule["alert"]]
+    assert [each.alert for each in render.load_runbooks() if each.anchor == anchor] == [rule["alert"]]
 
 
 def test_every_runbook_is_of_an_alert_and_says_something() -> None:
-    books = runbooks.load()
+    books = render.load_runbooks()
 
     assert sorted(each.alert for each in books) == sorted(rule["alert"] for rule in ALERTS)
     assert all(each.paragraphs for each in books)
@@ -128,6 +129,7 @@ def test_grafana_looks_for_dashboards_where_compose_mounts_them_and_lets_nobody_
             "prometheus",
             {"./monitoring/prometheus.yml": "/prometheus.yml", "./monitoring/rules": "/rules"},
         ),
+        ("alertmanager", {"./monitoring/alertmanager.yml": "/alertmanager.yml"}),
         (
             "grafana",
             {
@@ -175,4 +177,30 @@ def test_a_panel_says_its_unit_and_a_dashboard_its_question(uid: str) -> None:
     for panel in made["panels"]:
         assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
         assert panel["title"]
+        assert re.fullmatch(r"\S.{20,}\.", panel["description"]), panel["title"]
     assert len({panel["title"] for panel in made["panels"]}) == len(made["panels"])
+
+
+CHOSEN: Final = 'namespace=~"$install",instance=~"$instance"'
+SERIES: Final = re.compile(r"(?<![\w:$])(?:kms_|process_|scrape_|up\b)\w*")
+
+
+@pytest.mark.parametrize("uid", BOARDS)
+def test_a_menu_chooses_install_and_instance_in_every_panel(uid: str) -> None:
+    made = json.loads(dashboards.render(BOARDS[uid]))
+    menus = {each["name"]: each for each in made["templating"]["list"]}
+
+    for name, label in {"install": "namespace", "instance": "instance"}.items():
+        assert menus[name]["query"].endswith(f", {label})")
+        assert (menus[name]["multi"], menus[name]["includeAll"], menus[name]["allValue"]) == (
+            True,
+            True,
+            ".*",
+        )
+    for panel in made["panels"]:
+        for target in panel["targets"]:
+            bare = re.sub(r"{[^}]*}", lambda found: "{}" if CHOSEN in found[0] else "{all}", target["expr"])
+            bare = re.sub(r"\b(?:by|on) \([^)]*\)", "", bare)
+            for found in SERIES.finditer(bare):
+                assert bare[found.end() :].startswith("{}"), f"{panel['title']}: {target['expr']}"
+            assert SERIES.search(bare) or "all instances" in panel["description"].lower(), panel["title"]

@@ -3,11 +3,12 @@
 import sys
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 
 from kms_core.programs import tether
-from peers import program
-from service import Service, until
+from support.programs import program
+from support.service import Service
+from support.waiting import until
 
 
 def test_one_command_brings_a_prometheus_that_scrapes_both(tmp_path: Path) -> None:

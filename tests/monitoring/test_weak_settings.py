@@ -4,10 +4,10 @@ import json
 import re
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 import pytest
 
-from service import Service
+from support.service import Service
 
 WEAK = """\
 environment = "prod"

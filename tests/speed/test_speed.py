@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import pytest
 
-from speed import budgets
-from speed.growth import TIMES
+from support.speed import budgets
+from support.speed.growth import TIMES
 
 BUDGETS: Final = budgets.read()
 LINEAR: Final = 1.03

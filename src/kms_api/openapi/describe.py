@@ -1,15 +1,22 @@
-"""What a route says of itself on the OpenAPI page: what it takes, what it answers, and how it may refuse.
+"""Descriptions of routes for the OpenAPI document: parameters, bodies, answers and errors.
 
-Knows no route; ``document.py`` makes the page of what routes say here.
+``document.py`` builds the document from them. The routes of jobs are described here.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, TypedDict, Unpack
+from typing import Any, Final, get_args
 
-from kms_api.errors import problems
-from kms_protocol import errors, wire
+from kms_api import problems
+from kms_protocol import errors, job_groups, shapes, wire
 from kms_protocol.context import MAX_BYTES
-from kms_protocol.errors import KmsError
+from kms_protocol.errors import (
+    InvalidRequest,
+    JobCommitting,
+    JobNotDead,
+    KmsError,
+    NotACiphertext,
+    PathRefused,
+)
 
 Json = dict[str, Any]
 JSON: Final = "application/json"
@@ -18,7 +25,7 @@ BINARY: Final = "application/octet-stream"
 EVENTS: Final = "text/event-stream"
 TEXT: Final = "text/plain"
 
-# -- how calls are refused, as groups that routes share ------------------------------------------------
+# -- groups of errors, shared by routes ----------------------------------------------------------------
 
 BODY: Final = (errors.InvalidRequest, errors.TooLarge, errors.BodyTimeout)
 SEALING: Final = (
@@ -35,110 +42,134 @@ OPENING: Final = (
     errors.UnknownKey,
     errors.BackendUnavailable,
 )
-JOBS: Final = (errors.JobsUnavailable,)
+JOBS: Final = (errors.JobsUnavailable, errors.RedisFull, errors.RedisReadOnly)
 ONE_JOB: Final = (*JOBS, errors.UnknownJob)
+ONE_RESULT: Final = (
+    *ONE_JOB,
+    errors.JobNotFinished,
+    errors.ResultExpired,
+    errors.ResultReleased,
+    errors.SpoolUnavailable,
+)
 SUBMITTING: Final = (
     *BODY,
     *JOBS,
     errors.InvalidContext,
+    errors.InvalidDeadline,
     errors.ContextRequired,
     errors.UnknownKey,
+    errors.GroupComplete,
     errors.IdempotencyConflict,
+    errors.DurabilityUnconfirmed,
     errors.RateLimited,
     errors.SpoolFull,
+    errors.SpoolUnavailable,
+    errors.SpoolQuota,
+    errors.WrongInstall,
 )
 
 
-class Parts(TypedDict, total=False):
-    """What an operation consists of. ``answers`` are by status; the first is the one of success."""
+def described(
+    operation_id: str,
+    *,
+    answers: Mapping[int, Json],
+    body: Json | None = None,
+    parameters: Iterable[Json] = (),
+    refuses: Iterable[type[KmsError]] = (),
+) -> Json:
+    """Arguments of a FastAPI route. ``document.page`` reads its ``openapi_extra``.
 
-    body: Json
-    parameters: Iterable[Json]
-    answers: Mapping[int, Json]
-    refuses: Iterable[type[KmsError]]
-
-
-def described(operation_id: str, **parts: Unpack[Parts]) -> Json:
-    """FastAPI's arguments of a route, of which ``openapi_extra`` is for ``document.page``."""
-    answers = parts["answers"]
+    ``answers`` are by status, success first; ``refuses`` are the errors of its own.
+    """
     extra: Json = {
         "responses": {str(status): answer for status, answer in answers.items()},
-        "x-kms-refuses": sorted({*parts.get("refuses", ())}, key=lambda kind: kind.code),
+        "parameters": list(parameters),
+        "requestBody": body,
+        "x-kms-refuses": sorted({*refuses}, key=lambda kind: kind.code),
     }
-    if "parameters" in parts:
-        extra["parameters"] = list(parts["parameters"])
-    if "body" in parts:
-        extra["requestBody"] = parts["body"]
-    return {
-        "openapi_extra": extra,
-        "operation_id": operation_id,
-        "response_model": None,
-        "status_code": next(iter(answers)),
-    }
+    return {"openapi_extra": extra, "operation_id": operation_id, "status_code": next(iter(answers))}
 
 
 # -- bodies --------------------------------------------------------------------------------------------
 
 
-def ref(shape: type[wire.Shape]) -> Json:
+def ref(shape: type[shapes.Shape]) -> Json:
+    """Return a reference to the schema of a shape."""
     return {"$ref": f"#/components/schemas/{shape.__name__}"}
 
 
-def takes(shape: type[wire.Body], example: Json, *, required: bool = True) -> Json:
+def takes(shape: type[shapes.Body], *, required: bool = True) -> Json:
     """A JSON body."""
-    return {"required": required, "content": {JSON: {"schema": ref(shape), "example": example}}}
+    return {"required": required, "content": {JSON: {"schema": ref(shape)}}}
 
 
 BYTES: Final = {"type": "string", "format": "binary"}
-"""Bytes as they are: what OpenAPI 3.0 wrote for them and every generator of clients knows."""
+"""Raw bytes, as in OpenAPI 3.0: all client generators know this form."""
 TAKES_BYTES: Final[Json] = {"required": True, "content": {BINARY: {"schema": BYTES}}}
 
 
-def gives(shape: type[wire.Answer], text: str, *headers: str) -> Json:
+def gives(shape: type[shapes.Answer], text: str, *headers: str) -> Json:
     """A JSON answer."""
     return raw(text, {JSON: {"schema": ref(shape)}}, *headers)
 
 
 def raw(text: str, content: Json, *headers: str) -> Json:
-    """An answer of other media types; ``headers`` are names of those in ``HEADERS``."""
+    """An answer with any media types; ``headers`` are names in ``HEADERS``."""
     return {"description": text, "headers": {name: header_ref(name) for name in headers}, "content": content}
 
 
+def lines(shape: type[shapes.Shape]) -> Json:
+    """Return the schema of NDJSON whose lines have a shape."""
+    return {"type": "string", "contentMediaType": NDJSON, "contentSchema": ref(shape)}
+
+
 def accepted() -> Json:
-    """The answer to every submission."""
-    said = gives(wire.JobAccepted, "The job survives any process from now on", "Location", "Retry-After")
-    return {**said, "links": {name: _of_job(name) for name in ("get_job", "job_result", "cancel_job")}}
+    """The answer to each submission."""
+    answer = gives(
+        wire.JobAccepted, "The job is stored durably", "Location", "Retry-After", "Idempotency-Replayed"
+    )
+    return {**answer, "links": {name: _of_job(name) for name in ("get_job", "job_result", "cancel_job")}}
+
+
+def ended() -> Json:
+    """The answer to a submission with ``?wait=`` whose job has ended.
+
+    Generated clients take all good answers of an operation for one type: it is that of ``accepted``.
+    """
+    answer = gives(wire.JobAccepted, "The job has ended: a JobOut", "Location", "Idempotency-Replayed")
+    answer["content"][JSON]["x-kms-shape"] = ref(wire.JobOut)
+    return answer
 
 
 def _of_job(operation_id: str) -> Json:
     return {"operationId": operation_id, "parameters": {"job_id": "$response.body#/job_id"}}
 
 
-# -- refusals ------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------
 
 
 def codes(refuses: Iterable[type[KmsError]]) -> dict[int, dict[str, str]]:
-    """The codes of each status, and what each means."""
-    found: dict[int, dict[str, str]] = {}
+    """Error codes and their summaries, by status."""
+    by_status: dict[int, dict[str, str]] = {}
     for kind in refuses:
-        found.setdefault(problems.STATUS.get(kind, 500), {})[kind.code] = kind.summary
-    return found
+        by_status.setdefault(problems.answer_of(kind).status, {})[kind.code] = kind.summary
+    return by_status
 
 
-def refusal(status: int, means: Mapping[str, str], *headers: str) -> Json:
-    """Problems of one status; ``x-kms-codes`` are all that it is answered with."""
-    examples = {code: {"summary": text, "value": _problem(status, code)} for code, text in means.items()}
-    text = ". ".join(f"`{code}`: {text}" for code, text in means.items())
-    content = {problems.MEDIA_TYPE: {"schema": ref(wire.Problem), "examples": examples}}
-    return {**raw(text, content, *headers), "x-kms-codes": list(means)}
+def refusal(status: int, summaries: Mapping[str, str], *headers: str) -> Json:
+    """The answer for the errors of one status; ``x-kms-codes`` lists their codes."""
+    examples = {code: {"summary": text, "value": _problem(status, code)} for code, text in summaries.items()}
+    text = ". ".join(f"`{code}`: {text}" for code, text in summaries.items())
+    content = {problems.MEDIA_TYPE: {"schema": ref(shapes.Problem), "examples": examples}}
+    return {**raw(text, content, *headers), "x-kms-codes": list(summaries)}
 
 
 def _problem(status: int, code: str) -> Json:
     return {
         "type": f"urn:kms-service:problem:{code}",
-        "title": "A few words",
+        "title": "A short summary",
         "status": status,
-        "detail": "What to do next",
+        "detail": "The cause and the next step",
         "code": code,
         "request_id": "5f0d6a9c1b7e4d2f8a3c0e9b7d6f5a41",
     }
@@ -148,75 +179,235 @@ def _problem(status: int, code: str) -> Json:
 
 
 def query(name: str, schema: Json, text: str) -> Json:
+    """Return an optional query parameter."""
     return {"name": name, "in": "query", "required": False, "schema": schema, "description": text}
 
 
 def header(name: str, schema: Json, text: str) -> Json:
+    """Return an optional header parameter."""
     return {"name": name, "in": "header", "required": False, "schema": schema, "description": text}
 
 
-def whole(least: int, most: int, default: int) -> Json:
-    return {"type": "integer", "minimum": least, "maximum": most, "default": default}
+def whole(minimum: int, maximum: int, default: int) -> Json:
+    """Return the schema of an integer with bounds and a default."""
+    return {"type": "integer", "minimum": minimum, "maximum": maximum, "default": default}
 
 
+def choice(values: Iterable[str]) -> Json:
+    """Return the schema of a string that is one of some values."""
+    return {"type": "string", "enum": list(values)}
+
+
+MOST_WAIT_S: Final = 60
+WAIT: Final = query(
+    "wait",
+    whole(0, MOST_WAIT_S, 0),
+    "Seconds to wait for the end of the job; the answer comes as soon as it has ended",
+)
 IDEMPOTENCY: Final = header(
     "Idempotency-Key",
     {"type": "string", "maxLength": 256},
-    "A repeated submission with the same key and body is answered with the first one's job",
+    "A repeated submission with the same key and body returns the first job",
 )
+_NAME: Final = {"type": "string", "pattern": shapes.KEY_ID_PATTERN}
+KEY_ID: Final = header("X-KMS-Key-Id", _NAME, "The key id; absent means the default key")
 STREAMED: Final = (
     header(
         "X-KMS-Context",
         {"type": "string", "maxLength": MAX_BYTES * 3},
         "The encryption context: `k=v,…` or a JSON object, percent-encoded UTF-8",
     ),
-    header(
-        "X-KMS-Key-Id",
-        {"type": "string", "pattern": wire.KEY_ID_PATTERN},
-        "The key id; absent means the default key",
-    ),
+    KEY_ID,
     header(
         "X-KMS-Priority",
-        {"enum": list(wire.PRIORITIES)},  # no default: generated clients would send it with every call
-        "Before or after other jobs; absent means normal",
+        choice(wire.PRIORITIES),  # no default: generated clients would always send it
+        "Priority among waiting jobs; absent means normal",
     ),
     header(
         "X-KMS-Callback",
-        {"type": "string", "pattern": wire.KEY_ID_PATTERN},
-        "An endpoint of the service's settings, which is told how the job ends",
+        _NAME,
+        "A webhook endpoint of the settings, called when the job ends",
+    ),
+    header(
+        "X-KMS-Release",
+        choice(get_args(wire.Release)),
+        "Deletes the result a minute after it was fetched whole; absent keeps it until the job expires",
+    ),
+    header(
+        "X-KMS-Labels",
+        {"type": "string", "maxLength": 4096},
+        "Labels by which jobs are listed: `name=value,…`, percent-encoded UTF-8",
+    ),
+    header(
+        "X-KMS-Metadata",
+        {"type": "string", "maxLength": 32768},
+        "Texts that answers and events repeat: a JSON object of strings, percent-encoded UTF-8",
+    ),
+    header(
+        "X-KMS-Start-By",
+        {"type": "string", "maxLength": 64},
+        "The job fails if it has not started by this RFC 3339 time; absent means the default of the service",
+    ),
+    header(
+        "X-KMS-Run-By",
+        {"type": "string", "maxLength": 64},
+        "The job fails if it has not ended by this RFC 3339 time; absent means the default of the service",
+    ),
+    header(
+        "X-KMS-Keep-For",
+        {"type": "integer", "minimum": 60},
+        "Seconds for which the result is kept; absent means the default of the service",
+    ),
+    header(
+        "X-KMS-Group",
+        {"type": "string", "maxLength": 2048},
+        "The group of the job: `GroupIn` as JSON, percent-encoded UTF-8",
     ),
     IDEMPOTENCY,
 )
-"""What a streamed body has no room for; never in the query string, which proxies log."""
+"""Options of streamed bodies. Proxies log query strings, so these are headers."""
+
 
 _SECONDS: Final = {"type": "integer", "minimum": 1}
 _TEXT: Final = {"type": "string"}
 HEADERS: Final[dict[str, Json]] = {
     "X-Request-Id": {
-        "description": "The caller's, if it is 1 to 64 of `A-Za-z0-9_.-`, else a new one",
+        "description": "From the request if it is 1 to 64 of `A-Za-z0-9_.-`, else a new one",
         "required": True,
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
     },
     "X-KMS-Audit-Id": {
-        "description": "The audit record of this call, if it made one: `kms audit receipt` proves it",
+        "description": "The audit record of this call, if any: `kms audit receipt` proves it",
         "schema": _TEXT,
     },
-    "Cache-Control": {"description": "Nothing is kept by caches", "required": True, "schema": _TEXT},
-    "Retry-After": {"description": "Seconds to wait before asking again", "schema": _SECONDS},
+    "Cache-Control": {"description": "Always `no-store`", "required": True, "schema": _TEXT},
+    "Idempotency-Replayed": {
+        "description": "`true` if the job was submitted before, with the same Idempotency-Key",
+        "schema": choice(("true",)),
+    },
+    "Retry-After": {"description": "Seconds until the next attempt", "schema": _SECONDS},
     "Location": {
         "description": "The path of the job",
         "required": True,
         "schema": {"type": "string", "format": "uri-reference"},
     },
-    "WWW-Authenticate": {"description": "Always `Bearer`", "required": True, "schema": {"const": "Bearer"}},
-    "ETag": {"description": "Changes with the bytes of the result; for `If-Range`", "schema": _TEXT},
-    "Accept-Ranges": {"description": "Ranges of bytes", "schema": {"const": "bytes"}},
-    "Content-Range": {"description": "Which bytes, of how many", "schema": _TEXT},
-    "Content-Disposition": {"description": "A browser saves it", "schema": {"const": "attachment"}},
-    "X-Accel-Buffering": {"description": "Proxies pass events on at once", "schema": {"const": "no"}},
+    "WWW-Authenticate": {"description": "Always `Bearer`", "required": True, "schema": choice(("Bearer",))},
+    "ETag": {"description": "Identifies the bytes of the result, for `If-Range`", "schema": _TEXT},
+    "Accept-Ranges": {"description": "Byte ranges are supported", "schema": choice(("bytes",))},
+    "Content-Range": {"description": "The range and the total size in bytes", "schema": _TEXT},
+    "Content-Disposition": {"description": "Browsers save the result", "schema": choice(("attachment",))},
+    "X-KMS-File-Id": {"description": "The id of the one file of an upload", "schema": _TEXT},
+    "X-Accel-Buffering": {"description": "Proxies do not buffer events", "schema": choice(("no",))},
 }
 EVERYWHERE: Final = ("X-Request-Id", "X-KMS-Audit-Id", "Cache-Control")
 
 
 def header_ref(name: str) -> Json:
+    """Return a reference to a response header."""
     return {"$ref": f"#/components/headers/{name}"}
+
+
+PAGE: Final = 100
+MOST: Final = 1000
+
+_JOB: Final = {200: gives(wire.JobOut, "The job")}
+_LIST: Final = {200: gives(wire.JobList, "Jobs, newest first")}
+_LIMIT: Final = query("limit", whole(1, MOST, PAGE), "Maximum number of jobs in the answer")
+_LISTING: Final = (*JOBS, InvalidRequest)
+_CANCELLING: Final = (*ONE_JOB, JobCommitting, errors.DurabilityUnconfirmed)
+_SUBMISSION: Final = takes(wire.JobIn)
+_SUBMISSION["content"][NDJSON] = {
+    "schema": lines(wire.JobItem),
+    "example": '{"plaintext": "SGVsbG8=", "context": "row=7"}\n',
+}
+
+
+def _events(text: str, data: Json, *kinds: str) -> Json:
+    """A stream of events of some kinds, with JSON as data."""
+    event = {
+        "description": "An event. Lines that begin with a colon keep the connection open",
+        "type": "object",
+        "properties": {
+            "id": _TEXT,
+            "event": choice(kinds),
+            "data": {**_TEXT, "contentMediaType": JSON, **data},
+        },
+        "required": ["event", "data"],
+    }
+    return raw(text, {EVENTS: {"schema": event}}, "X-Accel-Buffering")
+
+
+LABEL: Final = query(
+    "label",
+    {"type": "array", "items": {"type": "string"}, "maxItems": shapes.MOST_LABELS},
+    "Only jobs with this label, as `name=value`; repeat it for jobs that have them all",
+)
+SUBMIT: Final = described(
+    "submit_job",
+    body=_SUBMISSION,
+    parameters=(
+        query("kind", choice(get_args(wire.JobKind)), "Kind of a stream of items; a JSON body has its own"),
+        WAIT,
+        *STREAMED,
+    ),
+    answers={202: accepted(), 200: ended()},
+    refuses=(*SUBMITTING, PathRefused, NotACiphertext),
+)
+LIST: Final = described(
+    "list_jobs",
+    parameters=(
+        query("state", choice(wire.STATES), "Only jobs in this state"),
+        LABEL,
+        _LIMIT,
+        query("cursor", {"type": "string"}, "`next` of the previous page"),
+    ),
+    answers=_LIST,
+    refuses=_LISTING,
+)
+DEAD: Final = described("dead_jobs", parameters=(_LIMIT,), answers=_LIST, refuses=_LISTING)
+RETRY: Final = described(
+    "retry_job", answers=_JOB, refuses=(*ONE_JOB, JobNotDead, errors.DurabilityUnconfirmed)
+)
+ONE: Final = described(
+    "get_job",
+    parameters=(WAIT,),
+    answers={200: gives(wire.JobOut, "The job", "Retry-After")},
+    refuses=(*ONE_JOB, InvalidRequest),
+)
+GROUP: Final = described(
+    "get_group",
+    parameters=(WAIT,),
+    answers={200: gives(job_groups.GroupOut, "The group")},
+    refuses=(*ONE_JOB, InvalidRequest),
+)
+MANY: Final = described(
+    "get_jobs",
+    body=takes(wire.JobsIn),
+    answers={200: gives(wire.JobsOut, "The jobs")},
+    refuses=(*BODY, *JOBS),
+)
+CANCEL: Final = described("cancel_job", answers=_JOB, refuses=_CANCELLING)
+RELEASE: Final = described("release_result", answers=_JOB, refuses=(*ONE_RESULT, errors.UnknownKey))
+CANCEL_BY_POST: Final = described("cancel_job_by_post", answers=_JOB, refuses=_CANCELLING)
+ALL_EVENTS: Final = described(
+    "tenant_events",
+    parameters=(
+        LABEL,
+        header("Last-Event-ID", {"type": "string"}, "The id of an event: the stream begins behind it"),
+    ),
+    answers={
+        200: _events(
+            "Events `job` with a CloudEvent (JSON) as data, and `gap` where events were lost",
+            {},
+            "job",
+            "gap",
+        )
+    },
+    refuses=(*JOBS, InvalidRequest),
+)
+_OF_ONE: Final = {"contentSchema": ref(wire.JobOut)}
+JOB_EVENTS: Final = described(
+    "job_events",
+    answers={200: _events("The stream ends when the job ends", _OF_ONE, "progress")},
+    refuses=ONE_JOB,
+)

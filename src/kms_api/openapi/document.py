@@ -1,16 +1,18 @@
-"""The OpenAPI page: made of the route table, of what routes say of themselves, and of the wire's shapes."""
+"""Builds the OpenAPI 3.1 document from the route table, the descriptions of routes and the API's shapes."""
 
 import inspect
+import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
 from fastapi.routing import APIRouter
 
-from kms_api.openapi import describe, examples
+from kms_api.openapi import describe
 from kms_api.openapi.describe import EVERYWHERE, HEADERS, Json
-from kms_api.routing import METRICS, Rule, ScopedRoute
-from kms_protocol import __version__, errors, wire
+from kms_api.routing import METRICS, Rule, ScopedRoute, routes_of
+from kms_protocol import __version__, admin, errors, job_groups, shapes, submit_message, wire
 from kms_protocol.context import MAX_BYTES, MAX_PAIRS
 
 TITLE: Final = "kms-service"
@@ -23,49 +25,51 @@ _CALLERS: Final = (
     errors.RateLimited,
     errors.Unavailable,
 )
-_NOT_FOUND: Final = {"not_found": "No such endpoint: a value in the path holds a slash"}
+_NOT_FOUND: Final = {"not_found": "No such endpoint: a value in the path contains a slash"}
 _OF_STATUS: Final = {401: ("WWW-Authenticate",), 429: ("Retry-After",), 503: ("Retry-After",)}
 _BASE64: Final = "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 _ABOUT: Final = (
-    "Seal and open secrets and files of any size under keys that the service alone holds. Every ciphertext "
-    "is an age v1 file, bound to its encryption context. Bytes in JSON are standard base64, padded. `null` "
-    "and absent mean the same. Every refusal is a problem of RFC 9457 with a stable `code`.\n\n"
-    "One credential for each request, by whichever of the four doors; an install whose `auth.mode` is `none` "
-    "asks for no credential. `x-kms-scope` names what the credential must allow; where it is absent, that "
-    "depends on the key and the context."
+    "Encrypt and decrypt secrets and files of any size with keys that never leave the service. Every "
+    "ciphertext is an age v1 file, bound to its encryption context. Bytes in JSON are padded standard base64."
+    " `null` equals an absent field. Every error is a problem (RFC 9457) with a stable `code`.\n\n"
+    "Each request carries one credential, in any of three headers or as the client certificate of its "
+    "connection, unless `auth.mode` is `none`. `x-kms-scope` is the scope that the credential needs; where "
+    "it is absent, the scope depends on the key and the context."
 )
+_FIRST: Final = (f"{wire.PREFIX}/encrypt", f"{wire.PREFIX}/decrypt")
 _TAGS: Final = {
-    "secrets": "Single calls on bytes, answered at once.",
-    "jobs": "Work that survives: many items, files, whole trees of files.",
-    "files": "Streams of any size, in and out.",
+    "secrets": "Encrypt and decrypt bytes in a single call.",
+    "jobs": "Asynchronous work on many items, on files and on trees of files.",
+    "files": "Uploads and downloads of any size.",
     "keys": "Keys and their versions.",
-    "audit": "What was done, by whom.",
-    "operations": "What operators look at.",
-    "probes": "What orchestrators and Prometheus look at.",
+    "audit": "The audit log.",
+    "operations": "Health and status for operators.",
+    "probes": "Probes and metrics for orchestrators and Prometheus.",
 }
-_TOKEN: Final = "An API token (`kms token create`) or a JWT of a configured issuer"  # noqa: S105 -- words
-_DOORS: Final = {
+_TOKEN: Final = "An API token (`kms token create`) or a JWT of a configured issuer"  # noqa: S105 -- a description
+_METHODS: Final = {
     "bearer": {"type": "http", "scheme": "bearer", "description": _TOKEN},
     "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": _TOKEN},
     "vaultToken": {"type": "apiKey", "in": "header", "name": "X-Vault-Token", "description": _TOKEN},
-    "certificate": {"type": "mutualTLS", "description": "A client certificate that the settings know"},
 }
 
-_SECURITY: Final[list[dict[str, list[str]]]] = [{door: []} for door in _DOORS]
+_SECURITY: Final[list[dict[str, list[str]]]] = [{method: []} for method in _METHODS]
 
 
 def page(routers: Mapping[str, Iterable[APIRouter]]) -> Json:
-    """The whole document of these routers, by the prefix of their paths.
+    """The OpenAPI document of routers, which are given by the prefix of their paths.
 
-    Raises TypeError for a route that is in the schema and does not describe itself.
+    Raises TypeError for a documented route without a description.
     """
     shared: dict[str, Json] = {}
     paths: dict[str, Json] = {}
     for prefix, parts in routers.items():
-        for route in _routes(parts):
-            for method, rule in route.rules.items():
-                made = _operation(route, rule, shared)
-                paths.setdefault(prefix + route.path_format, {})[method.lower()] = made
+        for route in routes_of(parts):
+            for method, rule in route.rules.items() if route.include_in_schema else ():
+                operation = _operation(route, rule, shared)
+                paths.setdefault(prefix + route.path_format, {})[method.lower()] = operation
+    made = schemas()
+    used = _used(made, json.dumps([paths, shared]))
     return {
         "openapi": VERSION,
         "info": {
@@ -73,52 +77,47 @@ def page(routers: Mapping[str, Iterable[APIRouter]]) -> Json:
             "version": __version__,
             "summary": "Encrypt, decrypt and run encryption jobs",
             "description": _ABOUT,
+            "contact": {"name": "Provisioning Team"},
+            "license": {"name": "See NOTICE", "identifier": "LicenseRef-NOTICE"},
         },
         "servers": [{"url": "/"}],
         "security": _SECURITY,
         "tags": [{"name": name, "description": text} for name, text in _TAGS.items()],
-        "paths": dict(sorted(paths.items())),
+        "paths": dict(
+            sorted(paths.items(), key=lambda item: (item[0] not in _FIRST, item[0] != _FIRST[0], item[0]))
+        ),
         "components": {
-            "schemas": schemas(),
+            "schemas": {name: schema for name, schema in made.items() if name in used},
             "responses": dict(sorted(shared.items())),
             "headers": HEADERS,
-            "securitySchemes": _DOORS,
+            "securitySchemes": _METHODS,
         },
     }
 
 
-def _routes(routers: Iterable[APIRouter]) -> Iterator[ScopedRoute]:
-    for router in routers:
-        for route in router.routes:
-            if isinstance(route, ScopedRoute) and route.include_in_schema:
-                yield route
-
-
 def _operation(route: ScopedRoute, rule: Rule, shared: dict[str, Json]) -> Json:
-    said = route.openapi_extra
-    if not said or "x-kms-refuses" not in said:
-        raise TypeError(f"{route.path} says nothing of itself: see describe.py")
+    extra = route.openapi_extra
+    if not extra or "x-kms-refuses" not in extra:
+        raise TypeError(f"{route.path} has no description: see describe.py")
     summary, _, text = route.description.partition("\n\n")
     made: Json = {
         "operationId": route.operation_id,
         "tags": list(route.tags),
-        "summary": " ".join(summary.split()),
+        "summary": " ".join(summary.replace("`", "").split()),
     }
-    if text:
-        made["description"] = text
+    scope = f"Requires the scope `{rule.operation}`." if rule.operation else ""
+    made["description"] = "\n\n".join(filter(None, (text, scope))) or made["summary"]
     if rule.open:
         made["security"] = []
-    elif route.path == METRICS:  # [kms.server] metrics may let Prometheus in without one
+    elif route.path == METRICS:  # without a credential where [kms.server] metrics allows it
         made["security"] = [*_SECURITY, {}]
-    if rule.operation:
-        made["x-kms-scope"] = rule.operation
-    parameters = [*_of_path(route.path_format), *said.get("parameters", ())]
-    if parameters:
-        made["parameters"] = parameters
-    if "requestBody" in said:
-        made["requestBody"] = said["requestBody"]
-    made["responses"] = _responses(route, rule, said, shared)
-    return made
+    made |= {
+        "x-kms-scope": rule.operation,
+        "parameters": [*_of_path(route.path_format), *extra["parameters"]],
+        "requestBody": extra["requestBody"],
+        "responses": _responses(route, rule, extra, shared),
+    }
+    return {name: value for name, value in made.items() if value or name == "security"}
 
 
 def _of_path(path: str) -> Iterator[Json]:
@@ -128,18 +127,18 @@ def _of_path(path: str) -> Iterator[Json]:
             yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 
 
-def _responses(route: ScopedRoute, rule: Rule, said: Json, shared: dict[str, Json]) -> Json:
-    """Its own answers, and each status of a refusal once in the components, for all that share it."""
+def _responses(route: ScopedRoute, rule: Rule, extra: Json, shared: dict[str, Json]) -> Json:
+    """Answers of a route by status. Errors refer to the ``shared`` components, which are extended."""
     everywhere = {name: describe.header_ref(name) for name in EVERYWHERE}
     made = {
         status: {**answer, "headers": everywhere | answer["headers"]}
-        for status, answer in said["responses"].items()
+        for status, answer in extra["responses"].items()
     }
-    found = describe.codes([*said["x-kms-refuses"], *(_ANYONE if rule.open else _CALLERS)])
+    found = describe.codes([*extra["x-kms-refuses"], *(_ANYONE if rule.open else _CALLERS)])
     if "{" in route.path:
         found.setdefault(404, {}).update(_NOT_FOUND)
     for status, means in sorted(found.items()):
-        if str(status) in made:  # a health check's 503 is an answer, and may be a refusal
+        if str(status) in made:  # the 503 of a health check is an answer or an error
             refusal = describe.refusal(status, means)
             made[str(status)] |= {
                 "content": made[str(status)]["content"] | refusal["content"],
@@ -157,64 +156,90 @@ def _responses(route: ScopedRoute, rule: Rule, said: Json, shared: dict[str, Jso
 
 
 def schemas() -> Json:
-    """Every shape of the wire, with examples; what JSON Schema can say of contexts and base64 besides."""
-    shapes = [
-        shape for shape in vars(wire).values() if isinstance(shape, type) and issubclass(shape, wire.Shape)
-    ]
+    """JSON Schemas of all shapes by name, with examples and the grammars of contexts and base64."""
+    named = {
+        shape.__name__: shape
+        for module in (admin, job_groups, shapes, submit_message, wire)
+        for shape in vars(module).values()
+        if isinstance(shape, type) and issubclass(shape, shapes.Shape)
+    }
     template = _REF.format("schemas", "{name}")
-    _, found = msgspec.json.schema_components(shapes, ref_template=template)
-    made: Json = {"Context": _context()}
+    _, found = msgspec.json.schema_components(named.values(), ref_template=template)
+    made: Json = _context()
     for name, schema in sorted(found.items()):
-        if "properties" not in schema:  # the bases of all shapes
-            continue
         fields = {key: _property(name, key, text) for key, text in schema["properties"].items()}
         made[name] = {**schema, "properties": fields}
-        if "description" in schema:  # a docstring, which Python before 3.13 leaves indented
+        if "description" in schema:  # Python before 3.13 leaves docstrings indented
             made[name]["description"] = inspect.cleandoc(schema["description"])
-        if name in examples.OF_SHAPES:
-            made[name]["examples"] = examples.OF_SHAPES[name]
+        if example := named[name].EXAMPLE:
+            made[name]["examples"] = [example]
     return made
+
+
+def _used(made: Json, text: str) -> set[str]:
+    """Names of the schemas that ``text`` refers to, and of those that these refer to."""
+    named = set(re.findall(_REF.format("schemas", r"(\w+)"), text))
+    for name in [*named]:
+        named |= _used(made, json.dumps(made[name]))
+    return named
 
 
 def _property(shape: str, name: str, schema: Json) -> Json:
     if name in {"context", "new_context"} and shape != "AuditEvent":
         return {"$ref": _REF.format("schemas", "Context")}
-    exact: Json = _exact(schema)
-    return exact
+    typed: Json = _typed(schema)
+    return typed
 
 
-def _exact(schema: Any) -> Any:  # noqa: ANN401 -- any JSON
-    """With the alphabet of base64 wherever bytes are."""
+def _typed(schema: Any) -> Any:  # noqa: ANN401 -- any JSON
+    """A schema as generators of clients read it: with a type at each value, and the pattern of base64.
+
+    ``null`` is one more type, not a schema of its own. Empty defaults are left out: fields with one are taken
+    for required.
+    """
     if isinstance(schema, list):
-        return [_exact(each) for each in schema]
+        return [_typed(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {key: _exact(value) for key, value in schema.items()}
-    return made | {"pattern": _BASE64} if made.get("contentEncoding") == "base64" else made
+    made: Json = {key: _typed(value) for key, value in schema.items() if value or key != "default"}
+    if "enum" in made:
+        made.setdefault("type", "string")
+    if made.get("contentEncoding") == "base64":
+        made |= {"format": "byte", "pattern": _BASE64}
+    if "anyOf" in made and made["anyOf"][1:] == [{"type": "null"}] and "type" in made["anyOf"][0]:
+        made.update(made.pop("anyOf")[0])
+        made["type"] = [made["type"], "null"]
+        if "enum" in made:
+            made["enum"].append(None)
+    return made
 
 
 def _context() -> Json:
-    """The grammar of DESIGN §4, but for repeated keys, reserved ones and the sum of bytes."""
+    """Grammar of a context, without the checks for repeated keys and for the total size."""
     pair = r" *(?!kms:)[^\x00-\x20=,\x7f-\x9f][^\x00-\x1f=,\x7f-\x9f]*=[^\x00-\x1f,\x7f-\x9f]*"
     key = r"^(?!kms:)[^\x00-\x1f\x7f-\x9f]+$"
     value = {"type": "string", "pattern": r"^[^\x00-\x1f\x7f-\x9f]*$", "maxLength": MAX_BYTES}
     return {
-        "title": "Context",
-        "description": (
-            f"Pairs that are bound to a ciphertext: as text, or as an object where a value holds a comma. At "
-            f"most {MAX_PAIRS} pairs and {MAX_BYTES} bytes; no key twice. Keys beginning with `kms:` are the "
-            "service's own. `not_after` (RFC 3339) is when decryption ends."
-        ),
-        "anyOf": [
-            {"type": "string", "pattern": f"^({pair}(,{pair})*)?$", "maxLength": MAX_BYTES},
-            {
-                "type": "object",
-                "additionalProperties": value,
-                "propertyNames": {"pattern": key, "maxLength": MAX_BYTES},
-                "maxProperties": MAX_PAIRS,
-            },
-            {"type": "null"},
-        ],
-        "default": None,
-        "examples": ["env=prod,service=api", {"team": "payroll, Berlin"}],
+        "Context": {
+            "title": "Context",
+            "description": (
+                "Key-value pairs bound to a ciphertext, as text or, if a value contains a comma, as an "
+                f"object. At most {MAX_PAIRS} pairs and {MAX_BYTES} bytes. Keys are unique; `kms:` begins "
+                "reserved ones. `not_after` (RFC 3339) is the time at which the ciphertext expires."
+            ),
+            "anyOf": [
+                {"$ref": _REF.format("schemas", "ContextText")},
+                {"$ref": _REF.format("schemas", "ContextPairs")},
+                {"type": "null"},
+            ],
+            "examples": ["env=prod,service=api", {"team": "payroll, Berlin"}],
+        },
+        "ContextPairs": {  # with a property, generators make a class of it; Java has none for a map
+            "type": "object",
+            "properties": {"not_after": value | {"description": "RFC 3339: the ciphertext expires then"}},
+            "additionalProperties": value,
+            "propertyNames": {"pattern": key, "maxLength": MAX_BYTES},
+            "maxProperties": MAX_PAIRS,
+        },
+        "ContextText": {"type": "string", "pattern": f"^({pair}(,{pair})*)?$", "maxLength": MAX_BYTES},
     }

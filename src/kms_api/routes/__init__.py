@@ -1,1 +1,1 @@
-"""One module for each part of the API; each offers ``router``."""
+"""The routes of the API, one module for each part; each has a ``router``."""

@@ -1,24 +1,23 @@
-"""The audit trail of the caller's tenant, page by page, as this install has recorded it."""
+"""The audit log of the caller's tenant, in pages."""
 
-from datetime import UTC, datetime
 from typing import Final
 
-import anyio.to_thread
-from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
-from kms_api import json_body
-from kms_api.deps import caller, service
+from kms_api.deps import AUDIT, Service
 from kms_api.openapi import describe
-from kms_api.routing import ScopedRoute
+from kms_api.routing import Call, Router, Rule, no_body
 from kms_core import audit as records
-from kms_core.audit import query
-from kms_core.audit.query import EventFilter, EventPage, RecordedOperation
-from kms_core.audit.retention import text_of
-from kms_protocol import wire
+from kms_core.audit import copies, query
+from kms_core.audit.chain import text_of
+from kms_core.audit.copies import HostLogs
+from kms_core.audit.query import EventFilter, RecordedOperation
+from kms_protocol import admin
 from kms_protocol.errors import InvalidRequest
+from kms_protocol.units import parse_time
 
-router: Final = APIRouter(tags=["audit"], route_class=ScopedRoute)
+router: Final = Router("audit")
+SCOPE: Final = Rule("audit:read")
 FIELDS: Final = (
     "operation",
     "principal",
@@ -26,15 +25,19 @@ FIELDS: Final = (
     "source",
     "key_id",
     "backend",
+    "wrap_key",
+    "file_id",
+    "new_file_id",
+    "stanzas",
     "request_id",
     "job_id",
     "effect",
 )
-_FILTERS: Final = frozenset({*FIELDS, "result", "since", "until"})
+_FILTERS: Final = frozenset({*FIELDS, "host", "result", "since", "until"})
 _PARAMETERS: Final = _FILTERS | {"after", "limit"}
+_ONE_HOST: Final = "This service reads its own log only: leave out `host` (docs/hosts.md)"
 _PAGE: Final = 100
 _MOST: Final = 1000
-_LIMITER: Final = "audit"
 
 
 _TEXT: Final = {"type": "string"}
@@ -43,29 +46,33 @@ _QUERY: Final = (
     describe.query("after", _TEXT, "`next` of the page before"),
     describe.query("limit", describe.whole(1, _MOST, _PAGE), "Events of this page at most"),
     describe.query("result", _TEXT, "`ok`, `failed` for all others, or an error code"),
+    describe.query("host", _TEXT, "Events of this host, where the service reads the logs of several"),
     describe.query("since", _TIME, "RFC 3339, with an offset"),
     describe.query("until", _TIME, "RFC 3339, with an offset"),
     *(describe.query(name, _TEXT, "Events whose field is exactly this") for name in FIELDS),
 )
 
 
-@router.get(
+@router.call(
+    "GET",
     "/audit",
-    **describe.described(
-        "audit",
-        parameters=_QUERY,
-        answers={200: describe.gives(wire.AuditOut, "A page of events")},
-        refuses=(InvalidRequest,),
-    ),
+    SCOPE,
+    no_body,
+    AUDIT,
+    parameters=_QUERY,
+    gives="A page of events",
+    refuses=(InvalidRequest,),
 )
-async def audit(request: Request) -> Response:
+def audit(call: Call[None]) -> admin.AuditOut:
     """Operations of this tenant, oldest first.
 
     ``after`` is the ``next`` of the page before. Filters: operation, principal, credential, source, key_id,
-    backend, request_id, job_id, effect, result (``ok``, ``failed`` for all others, or an error code), since
-    and until (RFC 3339 with an offset). Each page that is read is on record itself, as ``audit.read``.
+    backend, wrap_key, file_id, new_file_id, stanzas, request_id, job_id, effect, result (``ok``, ``failed``
+    for all others, or an error code), since and until (RFC 3339 with an offset), and host, where the service
+    has copies of the logs of other hosts; ``unread`` then has those that it could not read. Each page read
+    is recorded as ``audit.read``.
     """
-    built, who, given = service(request), caller(request), request.query_params
+    service, who, given = call.service, call.caller, call.query
     if given.keys() - _PARAMETERS:
         raise InvalidRequest(f"The parameters of this call are {', '.join(sorted(_PARAMETERS))}")
     wanted = EventFilter(
@@ -74,22 +81,39 @@ async def audit(request: Request) -> Response:
         since=time_of("since", given.get("since")),
         until=time_of("until", given.get("until")),
     )
-    limit = _limit(given.get("limit"))
-
-    def recorded() -> EventPage:
-        page = query.page(built.settings.kms.audit.path, wanted, given.get("after"), limit)
-        asked = {name: value for name, value in given.items() if name in _FILTERS}
-        records.read(built.kms.trail, who, asked, len(page.events))
-        return page
-
-    page = await anyio.to_thread.run_sync(recorded, limiter=built.limiter(_LIMITER))
+    logs, unread = logs_of(service, given.get("host", ""))
+    page = query.page(logs, wanted, given.get("after"), _limit(given.get("limit")))
+    filters = {name: value for name, value in given.items() if name in _FILTERS}
+    records.read(service.kms.audit_log, who, filters, len(page.events))
     events = [shape(event) for event in page.events]
-    return json_body.answer(wire.AuditOut(events=events, next=page.following, more=page.more))
+    unread = {**unread, **page.unread}
+    return admin.AuditOut(events=events, next=page.following, more=page.more, unread=unread or UNSET)
 
 
-def shape(event: RecordedOperation) -> wire.AuditEvent:
-    return wire.AuditEvent(
+def logs_of(service: Service, host: str = "") -> HostLogs:
+    """The logs that the service reads, of one host if ``host`` names it. Raises InvalidRequest."""
+    section = service.settings.kms.audit
+    logs, unread = found = copies.found(section.path, section.copies)
+    if not host:
+        return found
+    if host not in {*unread, *(each.host for each in logs)}:
+        raise InvalidRequest(f"host is one of {', '.join(hosts(found))}" if hosts(found) else _ONE_HOST)
+    return HostLogs(
+        [each for each in logs if each.host == host],
+        {name: why for name, why in unread.items() if name == host},
+    )
+
+
+def hosts(found: HostLogs) -> list[str]:
+    """The names of the hosts; none where the service reads its own log only."""
+    return [each.host for each in found.logs if each.host]
+
+
+def shape(event: RecordedOperation) -> admin.AuditEvent:
+    """Return the wire form of an operation."""
+    return admin.AuditEvent(
         id=event.id,
+        host=event.host or UNSET,
         time=event.time,
         operation=event.operation,
         stage=event.stage or UNSET,
@@ -105,6 +129,10 @@ def shape(event: RecordedOperation) -> wire.AuditEvent:
         key_version=event.key_version or UNSET,
         backend=event.backend or UNSET,
         origin=event.origin or UNSET,
+        wrap_key=event.wrap_key or UNSET,
+        file_id=event.file_id or UNSET,
+        new_file_id=event.new_file_id or UNSET,
+        stanzas=event.stanzas or UNSET,
         context=event.context,
         new_context=event.new_context or UNSET,
         bytes_in=event.bytes_in,
@@ -125,13 +153,10 @@ def _limit(text: str | None) -> int:
 
 
 def time_of(name: str, text: str | None) -> str:
-    """As records hold it; empty for none. Raises InvalidRequest."""
+    """A time in the form of audit records; empty for none. Raises InvalidRequest."""
     if text is None:
         return ""
     try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        raise InvalidRequest(f"{name} is an RFC 3339 time, as 2027-01-31T12:00:00Z") from None
-    if at.tzinfo is None:
-        raise InvalidRequest(f"{name} needs an offset, as 2027-01-31T12:00:00Z")
-    return text_of(at.astimezone(UTC))
+        return text_of(parse_time(text))
+    except ValueError as exc:
+        raise InvalidRequest(f"{name} {exc}") from exc

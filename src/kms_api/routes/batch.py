@@ -1,101 +1,165 @@
-"""Many single calls in one request: answered at once, each with its own outcome."""
+"""Many single calls in one request: batches, each item with its own outcome, and Temporal's payloads.
 
+The codec server seals workflow data before it reaches Temporal and opens it afterwards. The protocol is
+Temporal's (docs.temporal.io/codec-server): POST of payloads, answered with as many in the same order.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-import anyio.to_thread
-from fastapi import APIRouter, Request, Response
+import msgspec
 from msgspec import UNSET
 
-from kms_api import json_body
-from kms_api.deps import Service, caller, service
+from kms_api.deps import Pool, Service
+from kms_api.json_body import JsonBody
 from kms_api.openapi import describe
-from kms_api.routing import ScopedRoute
+from kms_api.routes.secrets import check_ciphertext, check_plaintext
+from kms_api.routing import CALLER, Call, Router
 from kms_core.auth.policy import Principal
 from kms_core.jobs import authorization, bulk_lines
-from kms_protocol import wire
+from kms_core.results import Opened, Sealed
+from kms_core.service import Kms
+from kms_protocol import shapes, wire
 from kms_protocol.context import Context
-from kms_protocol.errors import KmsError
+from kms_protocol.errors import InvalidRequest, KmsError
 
-router: Final = APIRouter(tags=["secrets"], route_class=ScopedRoute)
-BATCHES: Final = "batch"
-_EXAMPLE: Final = {
-    "operation": "encrypt",
-    "items": [{"plaintext": "SGVsbG8=", "context": "row=7", "reference": "salary"}],
-}
+router: Final = Router("secrets")
 
 
-@router.post(
+@router.call(
+    "POST",
     "/batch",
-    **describe.described(
-        "batch",
-        body=describe.takes(wire.BatchIn, _EXAMPLE),
-        answers={200: describe.gives(wire.BatchOut, "Each item has its own outcome")},
-        refuses=describe.BODY,
-    ),
+    CALLER,
+    JsonBody(wire.BatchIn),
+    lambda call: _pool(call.service, call.body.items),
+    gives="Each item has its own outcome",
 )
-async def batch(request: Request) -> Response:
-    """Up to 1,000 calls of one kind. A refused item has an ``error`` and sinks no other.
+def batch(call: Call[wire.BatchIn]) -> wire.BatchOut:
+    """Up to 1,000 calls of one kind. A refused item has an ``error``; the others are not affected.
 
-    A caller to whom no scope gives the operation is answered 403, as to a single call.
+    A caller without a scope for the operation gets 403, as for a single call.
     """
-    built = service(request)
-    body = await json_body.read(request, wire.BatchIn, built.settings.kms.limits.json_body_bytes)
-    who = caller(request)
-    limiter = built.limiter(BATCHES)
-    return json_body.answer(await anyio.to_thread.run_sync(_run, built, who, body, limiter=limiter))
-
-
-def _run(built: Service, who: Principal, body: wire.BatchIn) -> wire.BatchOut:
-    admit_items(built, who, body.operation, len(body.items))
-    built = replace(built, kms=built.kms.for_job())
-    with built.kms.trail.together():
-        results = [_one(built, who, body.operation, index, item) for index, item in enumerate(body.items)]
+    service, body = call.service, call.body
+    admit_items(service, call.caller, body.operation, len(body.items))
+    service = replace(service, kms=service.kms.for_job())
+    with service.kms.audit_log.together():
+        results = [
+            _one(service, call.caller, body.operation, index, item) for index, item in enumerate(body.items)
+        ]
     return wire.BatchOut(results=results, failed=sum(result.error is not UNSET for result in results))
 
 
-def admit_items(built: Service, who: Principal, operation: wire.JobKind, count: int) -> None:
-    """Ask for a batch as a whole, then count its items; a batch that is denied costs its one request.
+def _pool(service: Service, items: Sequence[wire.BatchItem]) -> Pool:
+    return service.batch_pool((item.key_id for item in items), (item.ciphertext or b"" for item in items))
+
+
+def admit_items(service: Service, who: Principal, operation: wire.JobKind, count: int) -> None:
+    """Authorize a batch as a whole, then count its items; a denied batch counts as one request.
 
     Raises Forbidden, RateLimited, Unavailable, AuditUnavailable. May wait for the disk.
     """
-    authorization.check_batch(built.kms, who, operation)
-    built.requests.take_items(who.tenant, count)
+    authorization.check_batch(service.kms, who, operation)
+    service.requests.take_items(who.tenant, count)
 
 
 def _one(
-    built: Service, who: Principal, operation: wire.JobKind, index: int, item: wire.BatchItem
+    service: Service, who: Principal, operation: wire.JobKind, index: int, item: wire.BatchItem
 ) -> wire.BatchResult:
     reference = item.reference if item.reference is not None else UNSET
-    limit = built.settings.kms.limits.sync_plaintext_bytes
+    limit = service.settings.kms.limits.sync_plaintext_bytes
     try:
         single = wire.JobItem(plaintext=item.plaintext, ciphertext=item.ciphertext, context=item.context)
         bulk_lines.check_item(operation, index, single, limit)
         context = Context.parse(item.context)
-        if operation == "encrypt":
-            sealed = built.kms.encrypt(who, item.plaintext or b"", context, key_id=item.key_id)
-        elif operation != "decrypt":
-            move = built.kms.rewrap if operation == "rewrap" else built.kms.reseal
-            sealed = move(who, item.ciphertext or b"", context, key_id=item.key_id)
-        else:
-            opened = built.kms.decrypt(who, item.ciphertext or b"", context, key_id=item.key_id)
-            return wire.BatchResult(
-                index=index,
-                reference=reference,
-                plaintext=opened.plaintext,
-                key_id=opened.key.key_id,
-                key_version=opened.key.version,
-                backend=opened.key.backend,
-                origin=opened.origin,
-            )
+        data = item.plaintext or item.ciphertext or b""
+        made = service.kms.run(operation, who, data, context, key_id=item.key_id)
     except KmsError as exc:
         return wire.BatchResult(index=index, reference=reference, error=wire.ErrorCode(code=exc.code))
-    key = sealed.key
+    opened = made if isinstance(made, Opened) else None
     return wire.BatchResult(
         index=index,
         reference=reference,
-        ciphertext=sealed.ciphertext,
-        key_id=key.key_id,
-        key_version=key.version,
-        backend=key.backend,
+        plaintext=opened.plaintext if opened else UNSET,
+        ciphertext=made.ciphertext if isinstance(made, Sealed) else UNSET,
+        key_id=made.key.key_id,
+        key_version=made.key.version,
+        backend=made.key.backend,
+        origin=opened.origin if opened else UNSET,
+        file_id=made.file_id,
     )
+
+
+SEALED: Final = b"binary/encrypted"  # Temporal's name for it, by which its own tools know such payloads
+NAMESPACE: Final = "temporal:namespace"
+_NAMESPACE: Final = describe.header(
+    "X-Namespace", {"type": "string"}, f"The Temporal namespace: bound as the context `{NAMESPACE}`"
+)
+
+
+@router.call(
+    "POST",
+    "/codec/encode",
+    CALLER,
+    JsonBody(shapes.CodecIn),
+    lambda call: call.service.batch_pool([call.headers.get("x-kms-key-id")]),
+    parameters=(_NAMESPACE, describe.KEY_ID),
+    gives="As many payloads, in the same order",
+    refuses=describe.SEALING,
+)
+def codec_encode(call: Call[shapes.CodecIn]) -> shapes.CodecOut:
+    """Seal payloads of Temporal. One that cannot be sealed refuses the whole request."""
+    service, who, context = call.service, call.caller, _context(call)
+    key_id = call.headers.get("x-kms-key-id")
+
+    def seal(kms: Kms, payload: shapes.Payload) -> shapes.Payload:
+        plaintext = wire.encode(payload)
+        check_plaintext(call.limits, plaintext)
+        sealed = kms.encrypt(who, plaintext, context, key_id=key_id)
+        metadata = {"encoding": SEALED, "encryption-key-id": sealed.key.key_id.encode()}
+        return shapes.Payload(metadata=metadata, data=sealed.ciphertext)
+
+    if key_id is not None:  # a wrong key id is refused even if there is nothing to seal
+        service.kms.require(who, "encrypt", key_id, context)
+        service.kms.keyring.named(key_id)
+    return _coded(call, seal)
+
+
+@router.call(
+    "POST",
+    "/codec/decode",
+    CALLER,
+    JsonBody(shapes.CodecIn),
+    lambda call: call.service.batch_pool((), (payload.data for payload in call.body.payloads)),
+    parameters=(_NAMESPACE,),
+    gives="As many payloads, in the same order",
+    refuses=describe.OPENING,
+)
+def codec_decode(call: Call[shapes.CodecIn]) -> shapes.CodecOut:
+    """Open payloads that ``/codec/encode`` has sealed; each names its key. Others are returned unchanged."""
+    who, context = call.caller, _context(call)
+
+    def open_(kms: Kms, payload: shapes.Payload) -> shapes.Payload:
+        if payload.metadata.get("encoding") != SEALED:
+            return payload
+        check_ciphertext(call.limits, payload.data)
+        opened = kms.decrypt(who, payload.data, context)
+        try:
+            return msgspec.json.decode(opened.plaintext, type=shapes.Payload)
+        except wire.NOT_JSON:
+            raise InvalidRequest("The plaintext is not a payload of Temporal") from None
+
+    return _coded(call, open_)
+
+
+def _context(call: Call[shapes.CodecIn]) -> Context:
+    namespace = call.headers.get("x-namespace")
+    return Context.parse(None if namespace is None else {NAMESPACE: namespace})
+
+
+def _coded(
+    call: Call[shapes.CodecIn], code: Callable[[Kms, shapes.Payload], shapes.Payload]
+) -> shapes.CodecOut:
+    kms = call.service.kms.for_job()  # calls an unreachable peer a few times, not once a payload
+    with call.service.kms.audit_log.together():
+        return shapes.CodecOut(payloads=[code(kms, payload) for payload in call.body.payloads])

@@ -1,82 +1,107 @@
 """Files of any size: a streamed upload becomes a job, a job's result is a streamed download with ranges."""
 
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import islice
-from typing import Final, TypeVar
+from typing import Final, TypeVar, get_args
+from urllib.parse import unquote
 
+import anyio.from_thread
 import anyio.to_thread
-from fastapi import APIRouter, Request, Response
+import msgspec
+from fastapi import Response
 
-from kms_api import json_body
-from kms_api.deps import Service, caller, service
-from kms_api.errors.problems import problem
+from kms_api.deps import STORE
 from kms_api.openapi import describe
-from kms_api.routes import jobs
-from kms_api.routing import ScopedRoute
-from kms_api.transport import download_writer, streaming
+from kms_api.problems import problem
+from kms_api.routes.job_answers import accepted, wait_of
+from kms_api.routing import READ, WRITE, Call, Router
+from kms_api.transport import download, upload
 from kms_api.transport.admission import reservation_of
 from kms_core import audit
-from kms_core.jobs import authorization
+from kms_core.jobs import authorization, bulk_lines
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.results import Result
 from kms_core.jobs.model import Job
-from kms_core.jobs.storage.spool import UPLOAD, Label
-from kms_core.jobs.submission import submitter
+from kms_core.jobs.submission.deadlines import Deadlines
 from kms_core.jobs.submission.submitter import SubmissionOptions
-from kms_protocol import wire
+from kms_protocol import job_groups, shapes, wire
+from kms_protocol.context import Context
 from kms_protocol.errors import (
     DecryptFailed,
     InvalidRequest,
-    JobNotFinished,
+    JobsUnavailable,
     NotACiphertext,
     RecordRefused,
-    ResultExpired,
+    UnknownJob,
     UnknownKey,
 )
 
 T = TypeVar("T")
-router: Final = APIRouter(tags=["files"], route_class=ScopedRoute)
+W = TypeVar("W", bound=str)
+router: Final = Router("files")
 _RESULT: Final = {
     describe.BINARY: {"schema": describe.BYTES},
-    describe.NDJSON: {"schema": {"type": "string"}, "x-kms-line": describe.ref(wire.ItemResult)},
+    describe.NDJSON: {"schema": describe.lines(wire.ItemResult)},
 }
-_OF_RESULT: Final = ("ETag", "Accept-Ranges", "Content-Disposition")
+KINDS: Final[dict[str, wire.JobKind]] = {kind: kind for kind in get_args(wire.JobKind)}
+_DEADLINES: Final = ("x-kms-start-by", "x-kms-run-by", "x-kms-keep-for")
+RELEASES: Final[tuple[wire.Release, ...]] = get_args(wire.Release)
+OPTION_HEADERS: Final = (
+    "x-kms-context",
+    "x-kms-key-id",
+    "x-kms-priority",
+    "x-kms-callback",
+    "x-kms-release",
+    "x-kms-labels",
+    "x-kms-metadata",
+    *_DEADLINES,
+    "x-kms-group",
+)
+_OF_RESULT: Final = ("ETag", "Accept-Ranges", "Content-Disposition", "X-KMS-File-Id")
 _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
-@router.post(
+@router.stream(
+    "POST",
     "/files/encrypt",
+    WRITE,
     **describe.described(
         "encrypt_file",
         body=describe.TAKES_BYTES,
-        parameters=describe.STREAMED,
-        answers={202: describe.accepted()},
+        parameters=(describe.WAIT, *describe.STREAMED),
+        answers={202: describe.accepted(), 200: describe.ended()},
         refuses=describe.SUBMITTING,
     ),
 )
-async def encrypt(request: Request) -> Response:
+async def encrypt(call: Call[None]) -> Response:
     """Upload plaintext of any size; it is sealed while it arrives. Context in ``X-KMS-Context``."""
-    return await _upload(request, "encrypt")
+    return await _upload(call, "encrypt")
 
 
-@router.post(
+@router.stream(
+    "POST",
     "/files/decrypt",
+    WRITE,
     **describe.described(
         "decrypt_file",
         body=describe.TAKES_BYTES,
-        parameters=describe.STREAMED,
-        answers={202: describe.accepted()},
+        parameters=(describe.WAIT, *describe.STREAMED),
+        answers={202: describe.accepted(), 200: describe.ended()},
         refuses=(*describe.SUBMITTING, NotACiphertext),
     ),
 )
-async def decrypt(request: Request) -> Response:
-    """Upload an age file of any size. The result is there once every chunk has proven genuine."""
-    return await _upload(request, "decrypt")
+async def decrypt(call: Call[None]) -> Response:
+    """Upload an age file of any size. The result exists once every chunk was authenticated."""
+    return await _upload(call, "decrypt")
 
 
-@router.get(
+@router.stream(
+    "GET",
     "/jobs/{job_id}/result",
+    READ,
     **describe.described(
         "job_result",
         parameters=(
@@ -85,75 +110,191 @@ async def decrypt(request: Request) -> Response:
         ),
         answers={
             200: describe.raw("The whole result", _RESULT, *_OF_RESULT),
-            206: describe.raw("The bytes that were asked for", _RESULT, *_OF_RESULT, "Content-Range"),
+            206: describe.raw("The bytes of the range", _RESULT, *_OF_RESULT, "Content-Range"),
             416: describe.refusal(416, {"invalid_request": "No byte in that range"}, "Content-Range"),
         },
-        refuses=(*describe.ONE_JOB, UnknownKey, DecryptFailed, JobNotFinished, ResultExpired, RecordRefused),
+        refuses=(*describe.ONE_RESULT, UnknownKey, DecryptFailed, RecordRefused),
     ),
 )
-async def result(request: Request, job_id: str) -> Response:
+async def result(call: Call[None]) -> Response:
     """The bytes of a file job (with ``Range``), or one JSON line for each item of a bulk job."""
-    job = await jobs.found(request, job_id)
-    held = reservation_of(request.scope)
+    service, held = call.service, reservation_of(call.request.scope)
+    job = await service.run(STORE, service.submitter.store.get, call.path("job_id"), call.caller.tenant)
     await held.wait(held.admission.downloads)
-    download_writer.unlock(request)
-    return await anyio.to_thread.run_sync(_result, service(request), request, job)
+    download.write_without_lock(call.request)
+    return await service.run(STORE, _result, call, job)
 
 
-async def _upload(request: Request, kind: wire.JobKind) -> Response:
-    json_body.refuse_encoding(request)
-    built = service(request)
-    terms = jobs.terms_of_headers(request, kind)
-    declared = int(request.headers.get("content-length") or 0)
-    sink = _received(built, terms, declared)
-    async with jobs.upload_slot(request) as limits:
-        job = await streaming.receive(request, sink, built.threads, limits)
-    return jobs.accepted(job)
+async def _upload(call: Call[None], kind: wire.JobKind) -> Response:
+    wait_s = wait_of(call)
+    sink = call.service.submitter.receive_upload(
+        submission_options(call, kind), int(call.headers.get("content-length") or 0)
+    )
+    async with reservation_of(call.request.scope).upload() as limits:
+        job = await upload.receive(call.request, sink, call.service.threads, limits)
+    return await accepted(call, job, wait_s)
 
 
-def _received(
-    built: Service, terms: SubmissionOptions, declared: int
-) -> Generator[None, streaming.Slab, Job]:
-    """Seal and write what arrives, slab by slab; a broken upload leaves nothing."""
-    built.desk.check(terms)
-    check_room = built.desk.meter(terms, declared)
-    job_id = submitter.new_id()
-    hasher = built.desk.hasher(terms) if terms.idempotency else None
-    label = Label(terms.who.tenant, job_id, UPLOAD)
-    with built.desk.spool.writing(label, sealed=terms.kind == "encrypt", declared_bytes=declared) as out:
-        more = True
-        while more:
-            slab, more = yield
-            out.write(slab, more=more)
-            check_room(out.size)
-            if hasher:
-                hasher.update(slab)
-        if declared and out.size != declared:
-            raise InvalidRequest("The upload ended before its Content-Length")
-        size = out.size
-    return built.desk.upload(terms, job_id, size, hasher.digest() if hasher else b"", out.ref)
+async def submit_stream(call: Call[None]) -> Response:
+    """Submit NDJSON of any length, parsed and sealed in a thread while it arrives."""
+    kind = KINDS.get(call.query.get("kind", ""))
+    if kind is None:
+        raise InvalidRequest(f"POST /jobs?kind= needs one of {', '.join(KINDS)} for a stream of items")
+    service, options, wait_s = call.service, submission_options(call, kind), wait_of(call)
+    async with reservation_of(call.request.scope).upload() as limits:
+        chunks = upload.BodyChunks(call.request, limits)
+
+        def arriving() -> Iterator[bytes]:
+            while chunk := anyio.from_thread.run(chunks.next):
+                yield chunk
+
+        def submit_items() -> Job:
+            service.submitter.check(options, bulk=True)
+            parsed = (
+                bulk_lines.parse_line(index, line) for index, line in enumerate(bulk_lines.lines(arriving()))
+            )
+            return service.submitter.items(options, service.requests.counted(options.who.tenant, parsed))
+
+        job = await anyio.to_thread.run_sync(submit_items, limiter=service.upload_limiter)
+    return await accepted(call, job, wait_s)
 
 
-# -- results ---------------------------------------------------------------------------------------
+def submission_options(call: Call[None], kind: wire.JobKind) -> SubmissionOptions:
+    """The options of a streamed body: in headers, never in the query string, which proxies log."""
+    key_id = call.headers.get("x-kms-key-id")
+    try:
+        text = unquote(call.headers.get("x-kms-context", ""), errors="strict")
+        context = msgspec.json.decode(text, type=dict[str, str]) if text.startswith("{") else text
+    except (UnicodeDecodeError, msgspec.DecodeError):
+        raise InvalidRequest("X-KMS-Context is percent-encoded UTF-8: k=v pairs, or a JSON object") from None
+    return SubmissionOptions(
+        call.caller,
+        kind,
+        Context.parse(context),
+        key_id,
+        deadlines=_deadlines(*(call.headers.get(name) for name in _DEADLINES)),
+        idempotency=idempotency(call),
+        callback=_callback(call.headers.get("x-kms-callback")),
+        priority=_one_of("X-KMS-Priority", call.headers.get("x-kms-priority", "normal"), wire.PRIORITIES),
+        release=_one_of("X-KMS-Release", call.headers.get("x-kms-release", ""), ("", *RELEASES)),
+        labels=_labels(call.headers.get("x-kms-labels", "")),
+        metadata=_metadata(call.headers.get("x-kms-metadata", "")),
+        group=_group(call.headers.get("x-kms-group", "")),
+    )
 
 
-def _result(built: Service, request: Request, job: Job) -> Response:
-    who = caller(request)
-    authorization.check_reader(built.kms, who, built.desk.store.accepted(job.job_id))
-    with audit.recorded(built.kms.trail, who, "job.result", job.job_id):
-        body = results.of(job, built.desk.store, built.desk.spool)
-        return _ranged(request, job, body)
+def _deadlines(start_by: str | None, run_by: str | None, keep_for: str | None) -> Deadlines:
+    try:
+        asked = {"start_by": start_by, "run_by": run_by, "keep_for": keep_for}
+        found = msgspec.convert(
+            {name: text for name, text in asked.items() if text is not None}, _In, strict=False
+        )
+    except msgspec.ValidationError:
+        raise InvalidRequest(
+            "X-KMS-Start-By and X-KMS-Run-By are RFC 3339 times, X-KMS-Keep-For is seconds, 60 or more"
+        ) from None
+    return Deadlines(found.start_by, found.run_by, found.keep_for)
 
 
-def _ranged(request: Request, job: Job, body: Result) -> Response:
-    """200, 206 or 416 (RFC 9110 §14). Several ranges at once are answered with the whole."""
-    etag = f'"{job.job_id}.{job.fence}"'
+class _In(msgspec.Struct):
+    """The headers of deadlines, in the types of ``JobIn``."""
+
+    start_by: shapes.Moment | None = None
+    run_by: shapes.Moment | None = None
+    keep_for: shapes.KeepFor | None = None
+
+
+def idempotency(call: Call[None]) -> str:
+    """Return the Idempotency-Key of a request; empty without one. Raises InvalidRequest."""
+    key = call.headers.get("idempotency-key", "")
+    if len(key) > 256:  # noqa: PLR2004 -- a UUID fits seven times
+        raise InvalidRequest("Idempotency-Key is above 256 characters")
+    return key
+
+
+def _callback(name: str | None) -> str:
+    if name == "":
+        raise InvalidRequest("X-KMS-Callback names an endpoint of the settings: leave it out for none")
+    return name or ""
+
+
+def _one_of(name: str, text: str, known: Sequence[W]) -> W:
+    for each in known:
+        if text == each:
+            return each
+    raise InvalidRequest(f"{name} is one of {', '.join(filter(None, known))}")
+
+
+def _labels(header: str) -> shapes.Labels:
+    return labels_of(part for part in _unquoted("X-KMS-Labels", header).split(",") if part)
+
+
+def labels_of(pairs: Iterable[str]) -> shapes.Labels:
+    """The labels in texts of the form ``name=value``. Raises InvalidRequest."""
+    found = [pair.partition("=") for pair in pairs]
+    try:
+        if all(equals for _, equals, _ in found) and len({name for name, _, _ in found}) == len(found):
+            return msgspec.convert({name: value for name, _, value in found}, shapes.Labels)
+    except msgspec.ValidationError:
+        pass
+    raise InvalidRequest(
+        f"Labels are at most {shapes.MOST_LABELS} of name=value: names of up to 63 of A-Za-z0-9_./- and "
+        "values of up to 128 of A-Za-z0-9_.:/@+-"
+    )
+
+
+def _metadata(header: str) -> shapes.Metadata:
+    try:
+        return msgspec.json.decode(_unquoted("X-KMS-Metadata", header) or "{}", type=shapes.Metadata)
+    except (msgspec.DecodeError, RecursionError):
+        raise InvalidRequest(
+            "X-KMS-Metadata is a percent-encoded JSON object of at most 16 texts of up to 512 characters"
+        ) from None
+
+
+def _group(header: str) -> job_groups.GroupIn | None:
+    if not header:
+        return None
+    try:
+        return msgspec.json.decode(_unquoted("X-KMS-Group", header), type=job_groups.GroupIn)
+    except (msgspec.DecodeError, RecursionError):
+        raise InvalidRequest(
+            'X-KMS-Group is a percent-encoded JSON object: {"name": "run-7", "jobs": 3}'
+        ) from None
+
+
+def _unquoted(name: str, header: str) -> str:
+    try:
+        return unquote(header, errors="strict")
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{name} is percent-encoded UTF-8") from None
+
+
+def _result(call: Call[None], job: Job) -> Response:
+    service, who = call.service, call.caller
+    submitter = service.submitter
+    check_reader(call, job)
+    with audit.recorded(service.kms.audit_log, who, "job.result", job.job_id):
+        return _ranged(call, job, results.of(job, submitter.store, submitter.spool))
+
+
+def check_reader(call: Call[None], job: Job) -> None:
+    """Raise Forbidden unless the caller may fetch, or release, the result of a job."""
+    accepted = call.service.submitter.store.accepted(job.job_id)
+    authorization.check_reader(call.service.kms, call.caller, accepted)
+
+
+def _ranged(call: Call[None], job: Job, body: Result) -> Response:
+    """200, 206 or 416 (RFC 9110 §14). Several ranges are answered with the whole result."""
+    etag = f'"{job.job_id}.{job.result_attempt}"'
     headers = {"ETag": etag, "Accept-Ranges": "bytes", "Content-Disposition": "attachment"}
+    if body.file_id:
+        headers["X-KMS-File-Id"] = body.file_id
     size = body.size
     start, stop, status = 0, size, 200
-    asked = _asked(request.headers.get("range", ""))
-    if asked and request.headers.get("if-range", etag) == etag:
-        start, stop = _bounds(*asked, size=size)
+    wanted = _range_of(call.headers.get("range", ""))
+    if wanted and call.headers.get("if-range", etag) == etag:
+        start, stop = _bounds(*wanted, size=size)
         if start >= stop:
             refusal = problem(416, "invalid_request", f"The result has {size} bytes")
             refusal.headers["Content-Range"] = f"bytes */{size}"
@@ -162,16 +303,24 @@ def _ranged(request: Request, job: Job, body: Result) -> Response:
         status = 206
     media_type = "application/x-ndjson" if body.lines else "application/octet-stream"
     headers["Content-Length"] = str(stop - start)
-    sending = streaming.send(_begun(body.slabs(start, stop)), service(request).threads)
-    made = download_writer.WatchedResponse(sending, status, headers, media_type)
-    made.budget = reservation_of(request.scope).admission.downloads
+    sending = download.send(_begun(body.slabs(start, stop)), call.service.threads)
+    made = download.WatchedResponse(sending, status, headers, media_type)
+    made.budget = reservation_of(call.request.scope).admission.downloads
+    if job.accepted and job.accepted.release and stop > start:
+        made.told = partial(_fetched, call, job, start, size)
     return made
 
 
-def _begun(slabs: Generator[T]) -> Generator[T]:
-    """The same, with two slabs made at once: what is wrong with them is answered as a problem.
+async def _fetched(call: Call[None], job: Job, start: int, size: int, sent: int) -> None:
+    """Note that a reader was sent so many bytes. ``sent`` is below all of them if the answer broke off."""
+    with suppress(JobsUnavailable, UnknownJob):  # then the result stays until it expires
+        await call.service.run(STORE, call.service.submitter.store.fetched, job, start, start + sent, size)
 
-    The first of a ciphertext is its header.
+
+def _begun(slabs: Generator[T]) -> Generator[T]:
+    """The same slabs, two of which are made first: an error in them is answered as a problem.
+
+    The first slab of a ciphertext is its header.
     """
     first = list(islice(slabs, 2))
 
@@ -183,8 +332,8 @@ def _begun(slabs: Generator[T]) -> Generator[T]:
     return rest()
 
 
-def _asked(header: str) -> tuple[str, str] | None:
-    """One range that makes sense, or None: anything else is as if it had not been asked for."""
+def _range_of(header: str) -> tuple[str, str] | None:
+    """The range of a valid header; None for any other, which is ignored."""
     match = _RANGE.fullmatch(header)
     if not match:
         return None

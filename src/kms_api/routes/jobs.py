@@ -1,141 +1,240 @@
-"""Jobs: submit items or file references, look, follow, cancel."""
+"""Jobs: submission of items and file references, state, events, cancellation and retry."""
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
-from typing import Final, get_args
-from urllib.parse import unquote
+from typing import Final
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
-import msgspec
-from fastapi import APIRouter, Request, Response
-from msgspec import UNSET
+from fastapi import Request, Response
 
 from kms_api import json_body
-from kms_api.deps import Service, caller, service
-from kms_api.openapi import describe_jobs
-from kms_api.routing import ScopedRoute
-from kms_api.transport import download_writer
+from kms_api.deps import STORE, Service, caller, service
+from kms_api.openapi import describe
+from kms_api.routes.files import OPTION_HEADERS, check_reader, idempotency, labels_of, submit_stream
+from kms_api.routes.job_answers import POLLS, accepted, awaited, shape, wait_of
+from kms_api.routing import READ, WRITE, Call, Router, no_body
 from kms_api.transport.admission import reservation_of
-from kms_api.transport.transfer_rate import TransferLimits
-from kms_api.transport.upload_reader import Pieces
+from kms_api.transport.download import WatchedResponse
 from kms_core import audit
+from kms_core.age.recipients import version_of
 from kms_core.auth.policy import Principal
-from kms_core.jobs import bulk_lines
-from kms_core.jobs.execution import key_migration
+from kms_core.jobs.events import feed
+from kms_core.jobs.events.groups import group_of
+from kms_core.jobs.execution import results
 from kms_core.jobs.model import Job
+from kms_core.jobs.submission import celery_intake
+from kms_core.jobs.submission.deadlines import Deadlines
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_core.settings.validation import JOB_BODY_FACTOR
-from kms_protocol import wire
+from kms_protocol import submit_message, wire
 from kms_protocol.context import Context
-from kms_protocol.errors import BodyTimeout, InvalidRequest, UnknownJob
+from kms_protocol.errors import BackendUnavailable, InvalidRequest, JobsUnavailable, UnknownJob, UnknownKey
 
-router: Final = APIRouter(tags=["jobs"], route_class=ScopedRoute)
-KINDS: Final[dict[str, wire.JobKind]] = {kind: kind for kind in get_args(wire.JobKind)}
+router: Final = Router("jobs")
+
+
+@router.call(
+    "GET",
+    "/intake",
+    WRITE,
+    no_body,
+    STORE,
+    gives="The recipient of messages",
+    refuses=(UnknownKey, BackendUnavailable),
+)
+def intake(call: Call[None]) -> submit_message.IntakeOut:
+    """The age recipient of ``kms.submit`` messages (Celery); 404 where the service takes none."""
+    recipient = celery_intake.recipient(call.service.settings.kms.jobs.intake_identity_path)
+    return submit_message.IntakeOut(
+        recipient=str(recipient), key_version=version_of(recipient), version=celery_intake.VERSION
+    )
+
+
 _NDJSON: Final = "application/x-ndjson"
-_LOOK_EVERY_S: Final = 0.25
-_LOOK_AT_LEAST_EVERY_S: Final = 1.0
-_SLOWING: Final = 8  # a job that did not change for 8 s is looked at each second
-_EVENT_THREADS: Final = 2  # of all streams together: more would take the interpreter's lock from other calls
+_POLL_S: Final = 0.25
+_MAX_POLL_S: Final = 1.0
+_SLOWING: Final = 8  # a job that did not change for 8 s is polled each second
 _KEEP_ALIVE_S: Final = 15.0
 _DIGITS: Final = 16
-_OF_STREAMS: Final = ("x-kms-context", "x-kms-key-id", "x-kms-priority", "x-kms-callback")
+_read_job: Final = json_body.JsonBody(wire.JobIn, lambda limits: limits.json_job_bytes * JOB_BODY_FACTOR)
 
 
-@router.post("/jobs", **describe_jobs.SUBMIT)
-async def submit(request: Request) -> Response:
+_read_ids: Final = json_body.JsonBody(wire.JobsIn)
+
+
+@router.stream("POST", "/jobs", WRITE, **describe.SUBMIT)
+async def submit(call: Call[None]) -> Response:
     """Bulk items, a file reference, or (as ``application/x-ndjson`` with ``?kind=``) a stream of items."""
-    built = service(request)
-    if request.headers.get("content-type", "").startswith(_NDJSON):
-        job = await _stream_of_items(request, built)
-    else:
-        _refuse_streamed(request)
-        body = await json_body.read(
-            request, wire.JobIn, built.settings.kms.limits.json_job_bytes * JOB_BODY_FACTOR
-        )
-        job = await anyio.to_thread.run_sync(_submit, built, request, body)
-    return accepted(job)
+    if call.headers.get("content-type", "").startswith(_NDJSON):
+        return await submit_stream(call)
+    if "kind" in call.query or any(name in call.headers for name in OPTION_HEADERS):
+        raise InvalidRequest("kind= and X-KMS-… are for a stream of items: a JSON body has fields for these")
+    wait_s = wait_of(call)
+    body = await _read_job(call.request)
+    return await accepted(call, await call.service.run(STORE, _submit, call, body), wait_s)
 
 
-@router.get("/jobs", **describe_jobs.LIST)
-async def listing(
-    request: Request, state: str | None = None, limit: str | None = None, cursor: str | None = None
-) -> Response:
+@router.call("GET", "/jobs", READ, no_body, STORE, **describe.LIST)
+def listing(call: Call[None]) -> wire.JobList:
     """Jobs of this tenant, newest first; ``next`` is the cursor of the following page."""
-    built = service(request)
-    size = _number("limit", limit, describe_jobs.PAGE, range(1, describe_jobs.MOST + 1))
+    state = call.query.get("state")
     if state is not None and state not in wire.STATES:
         raise InvalidRequest(f"state is one of {', '.join(wire.STATES)}")
-    page = built.desk.store.page
-    jobs, following = await anyio.to_thread.run_sync(
-        lambda: page(caller(request).tenant, state=state, limit=size, before=cursor)
+    jobs, following = call.service.submitter.store.page(
+        call.caller.tenant,
+        state=state,
+        limit=_limit(call),
+        before=call.query.get("cursor"),
+        labels=labels_of(call.query.getlist("label")),
     )
-    return json_body.answer(wire.JobList(jobs=[shape(job) for job in jobs], next=following))
+    return wire.JobList(jobs=[shape(job) for job in jobs], next=following)
 
 
-@router.get("/jobs/dead", **describe_jobs.DEAD)
-async def dead(request: Request, limit: str | None = None) -> Response:
-    """Dead letters: jobs that used up their attempts, newest first. ``POST /jobs/{id}/retry`` revives one."""
-    size = _number("limit", limit, describe_jobs.PAGE, range(1, describe_jobs.MOST + 1))
-    found = await anyio.to_thread.run_sync(service(request).desk.store.dead, caller(request).tenant, size)
-    return json_body.answer(wire.JobList(jobs=[shape(job) for job in found]))
+@router.call("GET", "/jobs/dead", READ, no_body, STORE, **describe.DEAD)
+def dead(call: Call[None]) -> wire.JobList:
+    """Jobs that used up their attempts, newest first. ``POST /jobs/{id}/retry`` queues one again."""
+    found = call.service.submitter.store.dead(call.caller.tenant, _limit(call))
+    return wire.JobList(jobs=[shape(job) for job in found])
 
 
-@router.post("/jobs/{job_id}/retry", **describe_jobs.RETRY)
-async def retry(request: Request, job_id: str) -> Response:
-    """Give a dead letter all its attempts again."""
-    job = await anyio.to_thread.run_sync(revive, service(request), caller(request), job_id)
-    return json_body.answer(shape(job))
+@router.call("POST", "/jobs/{job_id}/retry", WRITE, no_body, STORE, **describe.RETRY)
+def retry(call: Call[None]) -> wire.JobOut:
+    """Queue a dead job again, with all its attempts."""
+    return shape(revive(call.service, call.caller, call.path("job_id")))
 
 
-@router.get("/jobs/{job_id}", **describe_jobs.ONE)
-async def one(request: Request, job_id: str) -> Response:
-    """State and progress of one job."""
-    job = await found(request, job_id)
+@router.stream("GET", "/jobs/events", READ, **describe.ALL_EVENTS)
+async def all_events(call: Call[None]) -> Response:
+    """Server-sent events of all jobs of the tenant, as webhooks tell them.
+
+    A stream begins behind the ``Last-Event-ID``, without one at the next event. An event ``gap`` says that
+    events behind that id are lost: list the jobs.
+    """
+    labels, store = labels_of(call.query.getlist("label")), call.service.submitter.store
+    after = call.headers.get("last-event-id")
+    if after is None:
+        batch = feed.FeedBatch([], await call.service.run(STORE, feed.newest, store))
+    else:
+        batch = await call.service.run(STORE, feed.read, store, call.caller.tenant, after, labels)
+    return _streamed(call.request, _all_events(call, batch, labels))
+
+
+@router.stream("GET", "/job-groups/{name}", READ, **describe.GROUP)
+async def group(call: Call[None]) -> Response:
+    """The jobs of a group by state; with ``?wait=`` (seconds) once all have ended, or after that time."""
+    wait_s, name = wait_of(call), call.path("name")
+    found = await call.service.run(STORE, group_of, call.service.submitter.store, call.caller.tenant, name)
+    until, pause_s = anyio.current_time() + wait_s, _POLL_S
+    if wait_s and not found.ended:
+        held = reservation_of(call.request.scope)
+        held.take(held.admission.streams)
+    while not found.ended and (left_s := until - anyio.current_time()) > 0:
+        await anyio.sleep(min(pause_s, left_s))
+        pause_s = min(pause_s * 1.5, _MAX_POLL_S)
+        if await call.request.is_disconnected():
+            break
+        store = call.service.submitter.store
+        found = await call.service.run(POLLS, group_of, store, call.caller.tenant, name)
+    return json_body.answer(found)
+
+
+@router.call("POST", "/jobs/status", READ, _read_ids, STORE, **describe.MANY)
+def many(call: Call[wire.JobsIn]) -> wire.JobsOut:
+    """State and progress of up to 1,000 jobs in one call, in the order asked for."""
+    wanted = list(dict.fromkeys(call.body.job_ids))
+    found = call.service.submitter.store.many(wanted, call.caller.tenant)
+    known = {job.job_id for job in found}
+    unknown = [job_id for job_id in wanted if job_id not in known]
+    return wire.JobsOut(jobs=[shape(job) for job in found], unknown=unknown)
+
+
+@router.stream("GET", "/jobs/{job_id}", READ, **describe.ONE)
+async def one(call: Call[None]) -> Response:
+    """State and progress of one job; with ``?wait=`` (seconds) once it has ended, or after that time."""
+    wait_s = wait_of(call)
+    job = await awaited(call, await found(call.request, call.path("job_id")), wait_s)
     return json_body.answer(shape(job), headers=None if job.ended else {"Retry-After": "1"})
 
 
-@router.delete("/jobs/{job_id}", **describe_jobs.CANCEL)
-async def cancel(request: Request, job_id: str) -> Response:
-    """End a queued job now, a running one at its next item or slab."""
-    job = await anyio.to_thread.run_sync(withdraw, service(request), caller(request), job_id)
-    return json_body.answer(shape(job))
+@router.call("DELETE", "/jobs/{job_id}", WRITE, no_body, STORE, **describe.CANCEL)
+def cancel(call: Call[None]) -> wire.JobOut:
+    """End a queued job now, a running one at its next item or slab: until then it is ``cancelling``."""
+    return shape(withdraw(call.service, call.caller, call.path("job_id")))
 
 
-@router.post("/jobs/{job_id}/cancel", **describe_jobs.CANCEL_BY_POST)
-async def cancel_by_post(request: Request, job_id: str) -> Response:
-    """The same for clients that cannot send DELETE."""
-    return await cancel(request, job_id)
+@router.call("DELETE", "/jobs/{job_id}/result", READ, no_body, STORE, **describe.RELEASE)
+def release(call: Call[None]) -> wire.JobOut:
+    """Delete the result of an ended job now, for those who may fetch it; of a dead job also its input."""
+    store, spool = call.service.submitter.store, call.service.submitter.spool
+    job = job_of(call.service, call.caller, call.path("job_id"))
+    check_reader(call, job)
+    with audit.recorded(call.service.kms.audit_log, call.caller, "job.release", job.job_id):
+        results.release(job, store, spool)
+    return shape(job_of(call.service, call.caller, job.job_id))
 
 
-@router.get("/jobs/{job_id}/events", **describe_jobs.EVENTS)
-async def events(request: Request, job_id: str) -> Response:
+@router.call("POST", "/jobs/{job_id}/cancel", WRITE, no_body, STORE, **describe.CANCEL_BY_POST)
+def cancel_by_post(call: Call[None]) -> wire.JobOut:
+    """Cancel, for clients that cannot send DELETE."""
+    return cancel(call)
+
+
+@router.stream("GET", "/jobs/{job_id}/events", READ, **describe.JOB_EVENTS)
+async def events(call: Call[None]) -> Response:
     """Server-sent events: one ``progress`` per change, the last with the final state."""
-    first = await found(request, job_id)
+    return await events_of(call.request, call.path("job_id"))
+
+
+async def events_of(request: Request, job_id: str) -> Response:
+    """A stream of the events of one job, in a slot of the event streams."""
+    return _streamed(request, _events(request, await found(request, job_id)))
+
+
+def _streamed(request: Request, events: AsyncIterator[bytes]) -> Response:
     held = reservation_of(request.scope)
     held.take(held.admission.streams)
-    made = download_writer.WatchedResponse(
-        _events(request, first), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
-    )
+    made = WatchedResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
     made.budget = held.admission.streams
     return made
 
 
+async def _all_events(
+    call: Call[None], batch: feed.FeedBatch, labels: Mapping[str, str]
+) -> AsyncIterator[bytes]:
+    """The events of a tenant from a batch on. Ends if Redis does not answer: readers come back."""
+    silent_s, store = 0.0, call.service.submitter.store
+    yield b": connected\n\n"
+    while not await call.request.is_disconnected():
+        if batch.is_gapped:
+            yield b"event: gap\ndata: {}\n\n"
+        for event_id, body in batch.events:
+            yield b"id: " + event_id.encode() + b"\nevent: job\ndata: " + body + b"\n\n"
+            silent_s = 0.0
+        if silent_s >= _KEEP_ALIVE_S:
+            yield b": still here\n\n"
+            silent_s = 0.0
+        if not batch.is_full:
+            await anyio.sleep(_POLL_S)
+            silent_s += _POLL_S
+        try:
+            batch = await call.service.run(POLLS, feed.read, store, call.caller.tenant, batch.cursor, labels)
+        except JobsUnavailable:
+            return
+
+
 async def _events(request: Request, job: Job) -> AsyncIterator[bytes]:
-    """The job each time it changed; it is looked at less often the longer it does not."""
-    store, limiter = service(request).desk.store, service(request).limiter("events", _EVENT_THREADS)
-    tenant, quiet_s, silent_s = caller(request).tenant, 0.0, 0.0
+    """The job each time it changed; polled less often the longer it does not change."""
+    run, who, quiet_s, silent_s = service(request).run, caller(request), 0.0, 0.0
     yield _event(job)
     while not job.ended and not await request.is_disconnected():
-        pause_s = min(max(_LOOK_EVERY_S, quiet_s / _SLOWING), _LOOK_AT_LEAST_EVERY_S)
+        pause_s = min(max(_POLL_S, quiet_s / _SLOWING), _MAX_POLL_S)
         await anyio.sleep(pause_s)
         seen = job
         try:
-            job = await anyio.to_thread.run_sync(store.get, job.job_id, tenant, limiter=limiter)
-        except UnknownJob:  # its record has expired, or was changed by others
+            job = await run(POLLS, job_of, service(request), who, job.job_id)
+        except UnknownJob:  # its record has expired, or is not ours any more
             return
         quiet_s, silent_s = quiet_s + pause_s, silent_s + pause_s
         if job != seen:
@@ -150,168 +249,55 @@ def _event(job: Job) -> bytes:
     return b"event: progress\ndata: " + wire.encode(shape(job)) + b"\n\n"
 
 
+def job_of(service: Service, who: Principal, job_id: str) -> Job:
+    """The caller's job of this id. Raises UnknownJob, also for a job of another tenant."""
+    return service.submitter.store.get(job_id, who.tenant)
+
+
 async def found(request: Request, job_id: str) -> Job:
-    """The caller's job of this id; UnknownJob for anybody else's."""
-    return await anyio.to_thread.run_sync(service(request).desk.store.get, job_id, caller(request).tenant)
+    """As ``job_of``, in a thread."""
+    return await service(request).run(STORE, job_of, service(request), caller(request), job_id)
 
 
-def accepted(job: Job) -> Response:
-    """202 with the job's address: from here on it survives any process."""
-    answer = wire.JobAccepted(job_id=job.job_id, state=job.state, links=_links(job))
-    return json_body.answer(answer, 202, {"Location": answer.links.self_, "Retry-After": "1"})
+def revive(service: Service, who: Principal, job_id: str) -> Job:
+    """Retry a dead job, on record in the audit log. Raises JobNotDead, UnknownJob."""
+    with audit.recorded(service.kms.audit_log, who, "job.retry", job_id):
+        return service.submitter.store.retry(job_id, who.tenant, service.settings.kms.jobs.run_within_s)
 
 
-def shape(job: Job) -> wire.JobOut:
-    return wire.JobOut(
-        job_id=job.job_id,
-        kind=job.kind,
-        state=job.state,
-        priority=job.priority,
-        attempt=job.attempt,
-        progress=wire.JobProgress(
-            items=job.items,
-            items_done=job.items_done,
-            items_failed=job.items_failed,
-            bytes=job.bytes,
-            bytes_done=job.bytes_done,
-        ),
-        created_at=_time(job.created_at),
-        expires_at=_time(job.expires_at),
-        not_before=_time(job.not_before) if job.state == "queued" and job.not_before else UNSET,
-        error=wire.ErrorCode(code=job.error) if job.error else None,
-        report=key_migration.report(job),
-        links=_links(job),
-    )
-
-
-def terms_of_headers(request: Request, kind: wire.JobKind) -> SubmissionOptions:
-    """Context and key of a streamed body: in headers, never in the query string, which proxies log."""
-    key_id = request.headers.get("x-kms-key-id")
-    try:
-        text = unquote(request.headers.get("x-kms-context", ""), errors="strict")
-        context = msgspec.json.decode(text, type=dict[str, str]) if text.startswith("{") else text
-    except (UnicodeDecodeError, msgspec.DecodeError):
-        raise InvalidRequest("X-KMS-Context is percent-encoded UTF-8: k=v pairs, or a JSON object") from None
-    return SubmissionOptions(
-        caller(request),
-        kind,
-        Context.parse(context),
-        key_id,
-        idempotency=idempotency(request),
-        callback=_callback(request.headers.get("x-kms-callback")),
-        priority=_priority(request.headers.get("x-kms-priority", "normal")),
-    )
-
-
-def idempotency(request: Request) -> str:
-    key = request.headers.get("idempotency-key", "")
-    if len(key) > 256:  # noqa: PLR2004 -- a UUID fits seven times
-        raise InvalidRequest("Idempotency-Key is above 256 characters")
-    return key
-
-
-def revive(built: Service, who: Principal, job_id: str) -> Job:
-    with audit.recorded(built.kms.trail, who, "job.retry", job_id):
-        return built.desk.store.retry(job_id, who.tenant, built.settings.kms.jobs.result_ttl_s)
-
-
-def withdraw(built: Service, who: Principal, job_id: str) -> Job:
-    with audit.recorded(built.kms.trail, who, "job.cancel", job_id):
-        job = built.desk.store.cancel(job_id, who.tenant)
-    if job.state == "cancelled":
-        built.desk.spool.delete(job.job_id)
+def withdraw(service: Service, who: Principal, job_id: str) -> Job:
+    """Cancel a job, on record in the audit log. Raises JobCommitting, UnknownJob."""
+    with audit.recorded(service.kms.audit_log, who, "job.cancel", job_id):
+        job = service.submitter.store.cancel(job_id, who.tenant)
+    if job.state == "cancelled" and not job.parts:  # else the result says what was done before
+        service.submitter.spool.delete(job.job_id)
     return job
 
 
-def _submit(built: Service, request: Request, body: wire.JobIn) -> Job:
-    new_context = None if body.new_context is None else Context.parse(body.new_context)
-    terms = SubmissionOptions(
-        caller(request),
+def _submit(call: Call[None], body: wire.JobIn) -> Job:
+    service, who = call.service, call.caller
+    options = SubmissionOptions(
+        who,
         body.kind,
         Context.parse(body.context),
         body.key_id,
-        new_context,
-        body.ttl_s,
-        idempotency(request),
+        None if body.new_context is None else Context.parse(body.new_context),
+        Deadlines(body.start_by, body.run_by, body.keep_for, body.ttl_s),
+        idempotency(call),
         callback=body.callback or "",
         priority=body.priority or "normal",
+        release=body.release or "",
+        labels=body.labels or {},
+        metadata=body.metadata or {},
+        group=body.group,
     )
-    most = built.settings.kms.limits.json_job_items
-    return built.desk.submit(terms, body, most, partial(built.requests.take_items, terms.who.tenant))
+    most = service.settings.kms.limits.json_job_items
+    return service.submitter.submit(options, body, most, partial(service.requests.take_items, who.tenant))
 
 
-async def _stream_of_items(request: Request, built: Service) -> Job:
-    """NDJSON of any length: parsed and sealed in a thread, piece by piece, while it arrives."""
-    json_body.refuse_encoding(request)
-    kind = KINDS.get(request.query_params.get("kind", ""))
-    if kind is None:
-        raise InvalidRequest(f"POST /jobs?kind= needs one of {', '.join(KINDS)} for a stream of items")
-    terms = terms_of_headers(request, kind)
-    async with upload_slot(request) as limits:
-        pieces = Pieces(request, limits)
-
-        def arriving() -> Iterator[bytes]:
-            while piece := anyio.from_thread.run(pieces.next):
-                yield piece
-
-        def work() -> Job:
-            built.desk.check(terms, bulk=True)
-            parsed = (
-                bulk_lines.parse_line(index, line) for index, line in enumerate(bulk_lines.lines(arriving()))
-            )
-            return built.desk.items(terms, built.requests.counted(terms.who.tenant, parsed))
-
-        return await anyio.to_thread.run_sync(work, limiter=built.upload_limiter)
-
-
-@asynccontextmanager
-async def upload_slot(request: Request) -> AsyncIterator[TransferLimits]:
-    """A slot for a streamed body, until the request ends, and the pace that its sender must keep.
-
-    Raises RateLimited, Unavailable if none is free in time.
-    """
-    held = reservation_of(request.scope)
-    uploads = held.admission.uploads
-    await held.wait(uploads)
-    try:
-        yield held.admission.transfer
-    except BodyTimeout:
-        uploads.too_slow()
-        raise
-
-
-def _refuse_streamed(request: Request) -> None:
-    """What a body says is never said elsewhere: a context in a header would not be bound to anything."""
-    if "kind" in request.query_params or any(name in request.headers for name in _OF_STREAMS):
-        raise InvalidRequest("kind= and X-KMS-… are for a stream of items: a JSON body says these itself")
-
-
-def _callback(name: str | None) -> str:
-    if name == "":
-        raise InvalidRequest("X-KMS-Callback names an endpoint of the settings: leave it out for none")
-    return name or ""
-
-
-def _priority(text: str) -> wire.Priority:
-    for known in wire.PRIORITIES:
-        if text == known:
-            return known
-    raise InvalidRequest(f"X-KMS-Priority is one of {', '.join(wire.PRIORITIES)}")
-
-
-def _links(job: Job) -> wire.JobLinks:
-    base = f"{wire.PREFIX}/jobs/{job.job_id}"
-    return wire.JobLinks(self_=base, result=f"{base}/result", events=f"{base}/events")
-
-
-def _number(name: str, text: str | None, default: int, allowed: range) -> int:
-    if text is None:
-        return default
-    number = int(text) if text.isascii() and text.isdigit() and len(text) < _DIGITS else -1
-    if number not in allowed:
-        raise InvalidRequest(f"{name} is a number from {allowed[0]} to {allowed[-1]}")
+def _limit(call: Call[None]) -> int:
+    text = call.query.get("limit", str(describe.PAGE))
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < _DIGITS else 0
+    if not 1 <= number <= describe.MOST:
+        raise InvalidRequest(f"limit is a number from 1 to {describe.MOST}")
     return number
-
-
-def _time(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

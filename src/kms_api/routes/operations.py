@@ -1,145 +1,201 @@
-"""What operators look at: health, status, probes and metrics. None of them tells a secret."""
+"""Health, status, probes and metrics. None of them holds a secret."""
 
 import time
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Final, Literal
 
-import anyio.to_thread
-from fastapi import APIRouter, Request, Response
+from fastapi import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from kms_api import json_body
-from kms_api.deps import Service, call, caller, service
+from kms_api.deps import STORE, Service
 from kms_api.openapi import describe
-from kms_api.routing import ScopedRoute
+from kms_api.routing import METRICS, OPEN, Call, Router, Rule, no_body
 from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.store import queue_stats, usage_flush
 from kms_core.observability import metrics, usage
-from kms_protocol import __version__, wire
+from kms_protocol import __version__, admin
 from kms_protocol.errors import AuditUnavailable, JobsUnavailable
+from kms_protocol.units import time_text
 
-router: Final = APIRouter(tags=["operations"], route_class=ScopedRoute)
-probes: Final = APIRouter(tags=["probes"], route_class=ScopedRoute)
+router: Final = Router("operations")
+probes: Final = Router("probes")
+NEARLY_FULL: Final = 0.9
+"""The used part of the spool from which on it is degraded, as for the alert KmsSpoolNearlyFull."""
 _TEXT: Final = {describe.TEXT: {"schema": {"type": "string"}}}
 
 
-@router.get(
+@router.call(
+    "GET",
     "/health",
-    **describe.described(
-        "health",
-        answers={
-            200: describe.gives(wire.HealthOut, "It can"),
-            503: describe.gives(wire.HealthOut, "It cannot"),
-        },
-    ),
+    OPEN,
+    no_body,
+    lambda call: call.key_pool(None),
+    answers={
+        200: describe.gives(admin.HealthOut, "The key works"),
+        503: describe.gives(admin.HealthOut, "The key does not work"),
+    },
 )
-async def health(request: Request) -> Response:
-    """Can the default key wrap and unwrap now? 200 or 503; needs no credential and tells no detail."""
-    built = service(request)
-    found = await call(built, built.kms.health_check)
-    shape = wire.HealthOut(
+def health(call: Call[None]) -> Response:
+    """Tell if the default key can wrap and unwrap now: 200 or 503. Needs no credential."""
+    kms = call.service.kms
+    found = kms.health_check()
+    shape = admin.HealthOut(
         status="healthy" if found.healthy else "unhealthy",
-        backend=built.kms.keyring.default.backend.name,
+        backend=kms.keyring.default.backend.name,
         checked_at=_time(found.checked_at) or "",
     )
     return json_body.answer(shape, 200 if found.healthy else 503)
 
 
-@router.get(
+@router.call(
+    "GET",
     "/status",
-    **describe.described("status", answers={200: describe.gives(wire.StatusOut, "How things are")}),
+    Rule("status"),
+    no_body,
+    STORE,
+    gives="The state of the service",
 )
-async def status(request: Request) -> Response:
-    """Backend, environment, version, what is degraded, and counts of operations and jobs.
+def status(call: Call[None]) -> admin.StatusOut:
+    """Backend, environment, version, degraded parts, and counts of operations and jobs.
 
-    Counts are of the caller's tenant; of all for whoever may read the metrics.
+    Counts are of the caller's tenant, or of all tenants for callers that may read the metrics.
     """
-    return json_body.answer(await anyio.to_thread.run_sync(condition, service(request), caller(request)))
+    return condition(call.service, call.caller)
 
 
-@probes.get(
+@probes.call(
+    "GET",
     "/livez",
-    **describe.described("livez", answers={200: describe.raw("`ok` and a line end", _TEXT)}),
+    OPEN,
+    no_body,
+    None,
+    answers={200: describe.raw("`ok` and a line end", _TEXT)},
 )
-async def livez() -> Response:
-    """The process answers. Depends on nothing else."""
+def livez(call: Call[None]) -> Response:
+    """Tell if the process answers. Depends on nothing else."""
+    del call
     return Response(b"ok\n", media_type="text/plain")
 
 
-@probes.get(
+@probes.call(
+    "GET",
     "/readyz",
-    **describe.described(
-        "readyz",
-        answers={
-            200: describe.gives(wire.ReadyOut, "Ready"),
-            503: describe.gives(wire.ReadyOut, "Not ready"),
-        },
-    ),
+    OPEN,
+    no_body,
+    STORE,
+    answers={
+        200: describe.gives(admin.ReadyOut, "Ready"),
+        503: describe.gives(admin.ReadyOut, "Not ready"),
+    },
 )
-async def readyz(request: Request) -> Response:
-    """Ready to answer single calls? Without Redis still 200; 503 while no audit record can be written."""
-    built = service(request)
-    found = await call(built, built.kms.health_check)
-    jobs = await anyio.to_thread.run_sync(_jobs_word, built)
-    trail = await anyio.to_thread.run_sync(_audit_word, built)
-    ready = found.healthy and trail == "available"
-    shape = wire.ReadyOut(status="ready" if ready else "not ready", jobs=jobs, audit=trail)
+def readyz(call: Call[None]) -> Response:
+    """Tell if single calls can be answered: 503 if no audit record can be written, 200 also without Redis."""
+    service = call.service
+    jobs, audit = service.submitter.store.condition(), _audit_state(service)
+    ready = service.kms.health_check().healthy and audit == "available"
+    shape = admin.ReadyOut(
+        status="ready" if ready else "not ready",
+        jobs=jobs,
+        audit=audit,
+        keys="unavailable" if service.kms.keyring.closed() else "available",
+        spool=_spool_state(service),
+    )
     return json_body.answer(shape, 200 if ready else 503)
 
 
-@probes.get(
-    "/metrics",
-    **describe.described("metrics", answers={200: describe.raw("Metrics", _TEXT)}),
+@probes.call(
+    "GET",
+    METRICS,
+    Rule("metrics"),
+    no_body,
+    STORE,
+    operation_id="metrics",
+    answers={200: describe.raw("Metrics", _TEXT)},
 )
-async def prometheus(request: Request) -> Response:
-    """Prometheus text format. The state of jobs is read from Redis now, once for all API processes."""
-    text = await anyio.to_thread.run_sync(_exposition, service(request))
-    return Response(text, media_type=CONTENT_TYPE_LATEST)
+def prometheus(call: Call[None]) -> Response:
+    """Prometheus text format. The state of jobs is read from Redis at each request."""
+    return Response(_exposition(call.service), media_type=CONTENT_TYPE_LATEST)
 
 
-def condition(built: Service, who: Principal) -> wire.StatusOut:
-    tenant = None if allows(built.kms.policy, who, "metrics") else who.tenant
-    jobs, depth, workers, degraded = None, None, None, []
-    counts = built.kms.tally.peek()
+def condition(service: Service, who: Principal) -> admin.StatusOut:
+    """Return the status of the service, limited to the tenant of a principal without ``metrics``."""
+    tenant = None if allows(service.kms.policy, who, "metrics") else who.tenant
+    jobs, depth, workers, stuck, degraded = None, None, None, 0, []
+    counts = service.kms.usage.peek()
     try:
-        counts = usage.together(usage_flush.shared(built.desk.store.redis), counts)
-        found = queue_stats.survey(built.desk.store, tenant)
-        jobs, workers = found.jobs, found.workers
-        depth = found.jobs["queued"] if tenant else sum(built.broker.depths().values())
+        counts = usage.together(usage_flush.shared(service.submitter.store.redis), counts)
+        found = queue_stats.survey(service.submitter.store, tenant)
+        jobs, workers, stuck = found.jobs, found.workers, found.stuck
+        depth = found.jobs["queued"] if tenant else sum(found.depths.values())
     except JobsUnavailable:
         degraded.append("redis")
-    if workers == 0:
-        degraded.append("workers")
-    if not built.kms.health_check().healthy:
-        degraded.append("backend")
-    degraded += _degraded_audit(built)
-    if built.revocations and not built.revocations.is_current():
+    if (store := service.submitter.store.condition()) in {"full", "read_only"}:
+        degraded.append(f"redis_{store}")
+    if (use := service.submitter.spool.use()).is_away or use.ratio >= NEARLY_FULL:
+        degraded.append("spool")
+    degraded += service.install.condition.degraded
+    worker_states = {"workers": workers == 0, "worker_processes": stuck > 0}
+    degraded += [name for name, is_so in worker_states.items() if is_so]
+    degraded += [*_degraded_keys(service), *_degraded_audit(service)]
+    if service.revocations and not service.revocations.is_current():
         degraded.append("client_crl")
-    return wire.StatusOut(
-        backend=built.kms.keyring.default.backend.name,
-        environment=built.settings.environment,
+    if service.authenticator and not service.authenticator.tokens.is_current():
+        degraded.append("tokens")
+    return admin.StatusOut(
+        backend=service.kms.keyring.default.backend.name,
+        environment=service.settings.environment,
         version=__version__,
-        uptime_s=round(time.monotonic() - built.started, 3),
+        uptime_s=round(time.monotonic() - service.started, 3),
         operations=_operations(usage.operations(counts, tenant)),
         jobs=jobs,
         queue_depth=depth,
         workers=workers,
+        spool=_spool(service, tenant),
+        install=service.install.condition.install_id or None if tenant is None else None,
         degraded=degraded,
     )
 
 
-def _jobs_word(built: Service) -> Literal["available", "unavailable"]:
-    try:
-        built.desk.store.ping()
-    except JobsUnavailable:
+def _spool_state(
+    service: Service,
+) -> Literal["available", "nearly_full", "full", "unavailable", "not_shared"]:
+    use = service.submitter.spool.use()
+    if use.is_away:
         return "unavailable"
-    return "available"
+    if not service.install.condition.is_shared:
+        return "not_shared"
+    full = use.ratio
+    if full >= 1.0:
+        return "full"
+    return "nearly_full" if full >= NEARLY_FULL else "available"
 
 
-def _degraded_audit(built: Service) -> list[str]:
-    found = built.watch.condition
+def _spool(service: Service, tenant: str | None) -> admin.SpoolOut:
+    use, store = service.submitter.spool.use(), service.submitter.store
+    full = round(use.ratio, 3)
+    if tenant is None:
+        return admin.SpoolOut(full=full, used_bytes=use.used_bytes, limit_bytes=use.limit_bytes)
+    try:
+        used = store.spooled_bytes(tenant)
+    except JobsUnavailable:
+        used = None
+    return admin.SpoolOut(full=full, used_bytes=used, limit_bytes=store.rules.spool_bytes_of(tenant) or None)
+
+
+def _degraded_keys(service: Service) -> list[str]:
     states = {
-        "audit": _audit_word(built) == "unavailable",
+        "backend": not service.kms.health_check().healthy,
+        "keys": service.kms.keyring.closed(),
+        "key_documents": service.kms.keyring.is_late,
+    }
+    return [name for name, is_so in states.items() if is_so]
+
+
+def _degraded_audit(service: Service) -> list[str]:
+    found = service.audit_monitor.condition
+    states = {
+        "audit": _audit_state(service) == "unavailable",
         "audit_chain": found.problems,
         "audit_anchors": found.anchors,
         "audit_anchors_away": found.not_compared,
@@ -148,37 +204,40 @@ def _degraded_audit(built: Service) -> list[str]:
     return [name for name, is_so in states.items() if is_so]
 
 
-def _audit_word(built: Service) -> Literal["available", "unavailable"]:
+def _audit_state(service: Service) -> Literal["available", "unavailable"]:
     try:
-        built.kms.trail.check()
+        service.kms.audit_log.check()
     except AuditUnavailable:
         return "unavailable"
     return "available"
 
 
-def _exposition(built: Service) -> bytes:
+def _exposition(service: Service) -> bytes:
     try:
-        queue_stats.tell(queue_stats.survey(built.desk.store))
-        for (queue, priority), depth in built.broker.depths().items():
-            metrics.QUEUE_DEPTH.labels(queue, priority).set(depth)
+        queue_stats.tell(queue_stats.survey(service.submitter.store), service.settings.kms.tenants)
         metrics.REDIS_UP.set(1)
+        metrics.REDIS_WRITABLE.set(service.submitter.store.condition() == "available")
     except JobsUnavailable:
         metrics.REDIS_UP.set(0)
         queue_stats.lost()
-    built.kms.health_check()
+    use = service.submitter.spool.use()
+    metrics.SPOOL_USED.set(use.used_bytes)
+    metrics.SPOOL_LIMIT.set(use.limit_bytes)
+    service.kms.health_check()
     return metrics.exposition()
 
 
 def _time(at: datetime | None) -> str | None:
-    return None if at is None else at.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return None if at is None else time_text(at)
 
 
-def _operations(counts: dict[tuple[str, str], int]) -> wire.Operations:
+def _operations(counts: dict[tuple[str, str], int]) -> admin.Operations:
     by: dict[str, list[int]] = {}
     for (operation, result), count in counts.items():
         sums = by.setdefault(operation, [0, 0])
         sums[result != "ok"] += count
     shapes = {
-        operation: wire.OperationCount(ok=ok, failed=failed) for operation, (ok, failed) in sorted(by.items())
+        operation: admin.OperationCount(ok=ok, failed=failed)
+        for operation, (ok, failed) in sorted(by.items())
     }
-    return wire.Operations(total=sum(map(sum, by.values())), by=shapes)
+    return admin.Operations(total=sum(map(sum, by.values())), by=shapes)

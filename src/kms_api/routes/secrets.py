@@ -1,159 +1,190 @@
-"""Single calls on bytes: encrypt, decrypt, data keys, rewrap."""
+"""Single calls on bytes: encrypt, decrypt, rewrap, data keys, and file keys for age tools."""
 
 from typing import Final
 
-from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
-from kms_api import json_body
-from kms_api.deps import Service, call, caller, service
+from kms_api.deps import Pool
+from kms_api.json_body import JsonBody
 from kms_api.openapi import describe
-from kms_api.routing import ScopedRoute
-from kms_protocol import wire
+from kms_api.routing import CALLER, Call, Router
+from kms_core.results import Sealed
+from kms_core.settings.model import LimitsSection
+from kms_protocol import errors, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import DataKeysUnsupported, InvalidRequest, TooLarge
 
-router: Final = APIRouter(tags=["secrets"], route_class=ScopedRoute)
-_EXAMPLE: Final = {"plaintext": "SGVsbG8sIFdvcmxkIQ==", "context": "env=prod,service=api"}
-_OPENING: Final = {
-    "decrypt": {
-        "operationId": "decrypt",
-        "requestBody": {
-            "ciphertext": "$response.body#/ciphertext",
-            "context": "$request.body#/context",
-        },
-    }
-}
-_A_PART: Final = "YWdlLWVuY3J5cHRpb24ub3JnL3YxCg=="  # of a ciphertext
+router: Final = Router("secrets")
+_WRAP_BYTES: Final = 128 * 1024  # the largest header of a single call, in base64, and a context
 
 
-@router.post(
+def _opening(call: Call[wire.DecryptIn | wire.RewrapIn]) -> Pool | None:
+    seals = isinstance(call.body, wire.RewrapIn)
+    return call.key_pool(call.body.key_id, file=call.body.ciphertext, seals=seals)
+
+
+@router.call(
+    "POST",
+    "/wrap",
+    CALLER,
+    JsonBody(wire.WrapIn, lambda _: _WRAP_BYTES),
+    lambda call: call.key_pool(call.body.key_id, seals=True),
+    gives="Wrapped, as one stanza for the header",
+    refuses=describe.SEALING,
+)
+def wrap(call: Call[wire.WrapIn]) -> wire.WrapOut:
+    """Wrap the 16-byte file key of an age file that the caller makes. A scope must name `wrap`."""
+    body = call.body
+    made = call.service.kms.wrap(call.caller, body.file_key, Context.parse(body.context), key_id=body.key_id)
+    key = made.key
+    return wire.WrapOut(stanza=made.stanza, key_id=key.key_id, key_version=key.version, backend=key.backend)
+
+
+@router.call(
+    "POST",
+    "/unwrap",
+    CALLER,
+    JsonBody(wire.UnwrapIn, lambda _: _WRAP_BYTES),
+    lambda call: call.key_pool(call.body.key_id, file=call.body.stanzas),
+    gives="The file key; the header's MAC is the caller's to check",
+    refuses=(
+        errors.InvalidContext,
+        errors.DecryptFailed,
+        errors.ForeignRefused,
+        errors.UnknownKey,
+        errors.BackendUnavailable,
+    ),
+)
+def unwrap(call: Call[wire.UnwrapIn]) -> wire.UnwrapOut:
+    """The file key of an age file, from the stanzas of its header. A scope must name `unwrap`."""
+    body = call.body
+    found = call.service.kms.unwrap(
+        call.caller, body.stanzas, Context.parse(body.context), key_id=body.key_id
+    )
+    key = found.key
+    return wire.UnwrapOut(
+        file_key=found.file_key,
+        key_id=key.key_id,
+        key_version=key.version,
+        backend=key.backend,
+        origin=found.origin,
+    )
+
+
+@router.call(
+    "POST",
     "/encrypt",
-    **describe.described(
-        "encrypt",
-        body=describe.takes(wire.EncryptIn, _EXAMPLE),
-        answers={200: {**describe.gives(wire.EncryptOut, "Sealed"), "links": _OPENING}},
-        refuses=(*describe.BODY, *describe.SEALING),
-    ),
+    CALLER,
+    JsonBody(wire.EncryptIn),
+    lambda call: call.key_pool(call.body.key_id, size_bytes=len(call.body.plaintext), seals=True),
+    gives="Sealed",
+    refuses=describe.SEALING,
 )
-async def encrypt(request: Request) -> Response:
+def encrypt(call: Call[wire.EncryptIn]) -> wire.EncryptOut:
     """Seal up to 1 MiB. The answer is a complete age file, bound to the context."""
-    built = service(request)
-    body = await json_body.read(request, wire.EncryptIn, built.settings.kms.limits.json_body_bytes)
-    check_plaintext(built, body.plaintext)
+    body = call.body
+    check_plaintext(call.limits, body.plaintext)
     context = Context.parse(body.context)
-    sealed = await call(
-        built, built.kms.encrypt, caller(request), body.plaintext, context, key_id=body.key_id
-    )
-    key = sealed.key
-    return json_body.answer(
-        wire.EncryptOut(
-            ciphertext=sealed.ciphertext, key_id=key.key_id, key_version=key.version, backend=key.backend
-        )
-    )
+    return _sealed(call.service.kms.encrypt(call.caller, body.plaintext, context, key_id=body.key_id))
 
 
-@router.post(
+@router.call(
+    "POST",
     "/decrypt",
-    **describe.described(
-        "decrypt",
-        body=describe.takes(wire.DecryptIn, {"ciphertext": _A_PART, "context": "env=prod,service=api"}),
-        answers={200: describe.gives(wire.DecryptOut, "Opened, and nothing of it was changed")},
-        refuses=(*describe.BODY, *describe.OPENING),
-    ),
+    CALLER,
+    JsonBody(wire.DecryptIn),
+    _opening,
+    gives="The authenticated plaintext",
+    refuses=describe.OPENING,
 )
-async def decrypt(request: Request) -> Response:
+def decrypt(call: Call[wire.DecryptIn]) -> wire.DecryptOut:
     """Open a ciphertext with the context it was sealed with; the file names its key."""
-    built = service(request)
-    body = await json_body.read(request, wire.DecryptIn, built.settings.kms.limits.json_body_bytes)
-    check_ciphertext(built, body.ciphertext)
+    body = call.body
+    check_ciphertext(call.limits, body.ciphertext)
     context = Context.parse(body.context)
-    opened = await call(
-        built, built.kms.decrypt, caller(request), body.ciphertext, context, key_id=body.key_id
-    )
+    opened = call.service.kms.decrypt(call.caller, body.ciphertext, context, key_id=body.key_id)
     key = opened.key
-    return json_body.answer(
-        wire.DecryptOut(
-            plaintext=opened.plaintext,
-            key_id=key.key_id,
-            key_version=key.version,
-            backend=key.backend,
-            origin=opened.origin,
-        )
+    return wire.DecryptOut(
+        plaintext=opened.plaintext,
+        key_id=key.key_id,
+        key_version=key.version,
+        backend=key.backend,
+        origin=opened.origin,
+        file_id=opened.file_id,
     )
 
 
-@router.post(
+@router.call(
+    "POST",
     "/generate-key",
-    **describe.described(
-        "generate_key",
-        body=describe.takes(wire.GenerateKeyIn, {"key_spec": "AES_256"}, required=False),
-        answers={200: describe.gives(wire.GenerateKeyOut, "A new data key")},
-        refuses=(*describe.BODY, *describe.SEALING, DataKeysUnsupported),
-    ),
+    CALLER,
+    JsonBody(wire.GenerateKeyIn),
+    lambda call: call.key_pool(call.body.key_id, seals=True),
+    gives="A new data key",
+    refuses=(*describe.SEALING, DataKeysUnsupported),
 )
-async def generate_key(request: Request) -> Response:
+def generate_key(call: Call[wire.GenerateKeyIn]) -> wire.GenerateKeyOut:
     """A data key: random bytes in clear and sealed, where the key's settings allow it."""
-    built = service(request)
-    body = await json_body.read(request, wire.GenerateKeyIn, built.settings.kms.limits.json_body_bytes)
+    body = call.body
     spec, size = _data_key_size(body)
     context = Context.parse(body.context)
-    made = await call(built, built.kms.generate_data_key, caller(request), size, context, key_id=body.key_id)
-    return json_body.answer(
-        wire.GenerateKeyOut(
-            plaintext=UNSET if body.without_plaintext else made.plaintext,
-            ciphertext=made.ciphertext,
-            key_spec=spec,
-            key_id=made.key.key_id,
-            key_version=made.key.version,
-            backend=made.key.backend,
-        )
+    made = call.service.kms.generate_data_key(call.caller, size, context, key_id=body.key_id)
+    return wire.GenerateKeyOut(
+        plaintext=UNSET if body.without_plaintext else made.plaintext,
+        ciphertext=made.ciphertext,
+        key_spec=spec,
+        key_id=made.key.key_id,
+        key_version=made.key.version,
+        backend=made.key.backend,
+        file_id=made.file_id,
     )
 
 
-@router.post(
+@router.call(
+    "POST",
     "/rewrap",
-    **describe.described(
-        "rewrap",
-        body=describe.takes(wire.RewrapIn, {"ciphertext": _A_PART, "key_id": "default"}),
-        answers={200: describe.gives(wire.EncryptOut, "The same payload under its new header")},
-        refuses=(*describe.BODY, *describe.OPENING, *describe.SEALING),
-    ),
+    CALLER,
+    JsonBody(wire.RewrapIn),
+    _opening,
+    gives="The same payload under its new header",
+    refuses=(*describe.OPENING, *describe.SEALING),
 )
-async def rewrap(request: Request) -> Response:
-    """A new header around the same payload, for another key or context. It revokes nobody."""
-    built = service(request)
-    body = await json_body.read(request, wire.RewrapIn, built.settings.kms.limits.json_body_bytes)
-    check_ciphertext(built, body.ciphertext)
+def rewrap(call: Call[wire.RewrapIn]) -> wire.EncryptOut:
+    """A new header around the same payload, for another key or context. Old copies stay readable."""
+    body = call.body
+    check_ciphertext(call.limits, body.ciphertext)
     context = Context.parse(body.context)
     new_context = None if body.new_context is None else Context.parse(body.new_context)
-    sealed = await call(
-        built,
-        built.kms.rewrap,
-        caller(request),
-        body.ciphertext,
-        context,
-        new_context=new_context,
-        key_id=body.key_id,
-    )
-    key = sealed.key
-    return json_body.answer(
-        wire.EncryptOut(
-            ciphertext=sealed.ciphertext, key_id=key.key_id, key_version=key.version, backend=key.backend
+    return _sealed(
+        call.service.kms.rewrap(
+            call.caller, body.ciphertext, context, new_context=new_context, key_id=body.key_id
         )
     )
 
 
-def check_plaintext(built: Service, plaintext: bytes) -> None:
-    limit = built.settings.kms.limits.sync_plaintext_bytes
+def check_plaintext(limits: LimitsSection, plaintext: bytes) -> None:
+    """Raise TooLarge for a plaintext above the limit of single calls."""
+    limit = limits.sync_plaintext_bytes
     if len(plaintext) > limit:
         raise TooLarge(f"The plaintext is above {limit} bytes: upload it to {wire.PREFIX}/files/encrypt")
 
 
-def check_ciphertext(built: Service, ciphertext: bytes) -> None:
-    limit = built.settings.kms.limits.sync_ciphertext_bytes
+def check_ciphertext(limits: LimitsSection, ciphertext: bytes) -> None:
+    """Raise TooLarge for a ciphertext above the limit of single calls."""
+    limit = limits.sync_ciphertext_bytes
     if len(ciphertext) > limit:
         raise TooLarge(f"The ciphertext is above {limit} bytes: upload it to {wire.PREFIX}/files/decrypt")
+
+
+def _sealed(made: Sealed) -> wire.EncryptOut:
+    key = made.key
+    return wire.EncryptOut(
+        ciphertext=made.ciphertext,
+        key_id=key.key_id,
+        key_version=key.version,
+        backend=key.backend,
+        file_id=made.file_id,
+    )
 
 
 def _data_key_size(body: wire.GenerateKeyIn) -> tuple[str, int]:

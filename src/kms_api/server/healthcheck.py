@@ -1,7 +1,7 @@
 """``python -m kms_api.server.healthcheck [worker]``: whether the API or the worker of this container answers.
 
-Exit code 0 if it does. Alive is all that is asked: whether backends and Redis answer is ``/readyz``'s to say,
-and no reason to restart. Knows the settings alone.
+Exit code 0 if it does. It checks ``/livez`` only: backends or Redis that do not answer (``/readyz``) are no
+reason to restart a container.
 """
 
 import http.client
@@ -20,7 +20,7 @@ _WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- compa
 
 
 def main(words: list[str]) -> int:
-    """0 alive, 69 not, 78 wrong configuration."""
+    """Return 0 if it answers, 69 if not, 78 for wrong settings."""
     try:
         kms = load_settings(None, os.environ).kms
     except ConfigurationError as exc:
@@ -37,7 +37,7 @@ def _answers(kms: KmsSection, *, worker: bool) -> bool:
     host, port = _WILDCARDS.get(kms.bind, kms.bind), kms.port + 1 if worker else kms.port
     if kms.server.tls_cert is None or worker:  # the worker's metrics are plain HTTP
         return _livez(http.client.HTTPConnection(host, port, timeout=_TIMEOUT_S))
-    if kms.server.client_cert == "required":  # and a probe has none: that somebody listens must do
+    if kms.server.client_cert == "required":  # a probe has no certificate: an open port is enough
         with socket.create_connection((host, port), timeout=_TIMEOUT_S):
             return True
     context = ssl._create_unverified_context()  # noqa: S323, SLF001 -- its name is not that of the loopback

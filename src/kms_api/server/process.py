@@ -1,40 +1,172 @@
-"""One process that serves: builds the application and hands it to uvicorn."""
+"""One serving process: uvicorn, its TLS, and the second port of the Vault API."""
 
 import asyncio
 import resource
+import socket
 import ssl
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from socket import socket
+from types import FrameType
 from typing import Any, Final, Literal, cast
 
 import structlog
 import uvicorn
 import uvloop
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kms_api import app
-from kms_api.server import listening_sockets
-from kms_api.server import vault_port as facade
-from kms_api.transport import tls
-from kms_core import keyring, server_memory
+from kms_api import app, problems
+from kms_api.routing import is_vault
+from kms_core import container, key_opening, server_memory
+from kms_core.auth import revocation
+from kms_core.auth.revocation import Lists
 from kms_core.http_server.connections import ConnectionLimits, Connections
 from kms_core.http_server.protocol import HttpProtocol
 from kms_core.proxies import Proxies
+from kms_core.reload import Reloaded
+from kms_core.secure_files import OTHERS
 from kms_core.settings.model import ServerSection, Settings
-from kms_protocol.errors import EXIT_UNAVAILABLE
+from kms_protocol.errors import EXIT_UNAVAILABLE, ConfigurationError
 
-_GRACE_S: Final = 20
-_FREED_BYTES: Final = 4 * 1024 * 1024
-_HANDSHAKE_S: Final = 10.0
-_OTHER_FILES: Final = 256  # files of jobs, keys and logs, and connections to peers
+_WARN_S: Final = 60.0
+_VERIFY: Final = {"optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
 _log = structlog.get_logger(__name__)
 
 
-class HandshakeTimeoutLoop(uvloop.Loop):
-    """An event loop whose TLS servers end a connection without a handshake after 10 seconds (uvloop: 60).
+class RenewedContext:
+    """The TLS context in use, loaded again at a handshake after its files changed.
 
-    Until then a connection is in no protocol of ours, and in no bound of a port.
+    So certificates and revocation lists are renewed under a running service. Invalid files leave the old
+    context in use. While a revocation list is expired, OpenSSL refuses every client certificate.
+    """
+
+    def __init__(self, server: ServerSection) -> None:
+        """Raises OSError, ValueError, ConfigurationError."""
+        self._warned_at = float("-inf")
+        paths = filter(None, (server.tls_cert, server.tls_key, server.client_ca, server.client_crl))
+        self._loaded = Reloaded(
+            tuple(paths),
+            lambda: (revocation.load(server), _context(server)),
+            done=lambda _: _log.info("tls.renewed"),
+            failed=lambda exc: _log.error("tls.not_renewed", error=type(exc).__name__),
+        )
+        _, self.first = self._loaded.current()
+        self.first.sni_callback = self._renew
+
+    def _renew(self, connection: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
+        del name, first
+        lists, current = self._loaded.current()
+        self._warn_if_expired(lists)
+        connection.context = current
+
+    def _warn_if_expired(self, lists: Lists | None) -> None:
+        """Log an expired revocation list, at most once a minute; failed handshakes are not logged."""
+        now = time.time()
+        if lists and not lists.begins <= now < lists.ends and now - self._warned_at > _WARN_S:
+            self._warned_at = now
+            _log.error("tls.client_crl_expired", advice="client certificates are refused; renew client_crl")
+
+
+def server_context(server: ServerSection, *, strict: bool = False) -> ssl.SSLContext | None:
+    """The TLS context; None for plain HTTP. Raises ConfigurationError.
+
+    A key that every user may read is refused if ``strict``, else logged.
+    """
+    if server.tls_cert is None or server.tls_key is None:
+        return None
+    try:
+        if server.tls_key.stat().st_mode & OTHERS:
+            advice = f"every user may read {server.tls_key}: run `chmod 600 {server.tls_key}`"
+            if strict:
+                raise ConfigurationError(f"kms.server.tls_key: {advice}")
+            _log.warning("tls.key_open_to_others", advice=advice)
+        return RenewedContext(server).first
+    except (OSError, ValueError) as exc:  # an SSLError is an OSError
+        why = getattr(exc, "reason", None) or exc.strerror if isinstance(exc, OSError) else "not PEM"
+        raise ConfigurationError(
+            f"kms.server: tls_cert, tls_key or client_ca cannot be used ({why}): expected PEM files, and the "
+            "key of the certificate"
+        ) from exc
+
+
+def _context(server: ServerSection) -> ssl.SSLContext:
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.minimum_version = ssl.TLSVersion.TLSv1_2 if server.client_ca is None else ssl.TLSVersion.TLSv1_3
+    made.set_alpn_protocols(["http/1.1"])
+    no_passphrase = lambda: ""  # noqa: E731 -- refuses an encrypted key, without a question on the terminal
+    made.load_cert_chain(str(server.tls_cert), str(server.tls_key), no_passphrase)
+    if server.client_ca is not None:
+        made.load_verify_locations(server.client_ca)
+        made.verify_mode = _VERIFY[server.client_cert]
+        # A resumed session would not show its certificate again. TLS 1.3 resumes by tickets only; TLS 1.2
+        # also by session ids, which Python cannot turn off.
+        made.num_tickets = 0
+    if server.client_crl is not None:
+        made.load_verify_locations(server.client_crl)
+        made.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN  # a current list of every authority, or no connection
+    return made
+
+
+def vault_paths_only(app: ASGIApp) -> ASGIApp:
+    """The Vault API of an application. Other paths are answered 404."""
+
+    async def layer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not is_vault(scope["path"]):
+            await problems.vault_error(404, _ELSEWHERE)(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return layer
+
+
+async def serve_vault_port(
+    first: uvicorn.Config,
+    listeners: list[socket.socket],
+    second: uvicorn.Config,
+    ports: list[socket.socket],
+) -> None:
+    """Run two servers until a signal, which stops both once their requests are answered."""
+    beside = _Server(second)
+    main = _Server(first, beside)
+    with uvicorn.Server.capture_signals(main):
+        async with asyncio.TaskGroup() as both:
+            both.create_task(beside.serve(ports))
+            await main.serve(listeners)
+            beside.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    """One of two servers, which share the handling of signals."""
+
+    def __init__(self, config: uvicorn.Config, beside: uvicorn.Server | None = None) -> None:
+        super().__init__(config)
+        self._beside = beside
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self._beside is not None:
+            self._beside.handle_exit(sig, frame)
+
+
+_ELSEWHERE: Final = "This port serves only /v1/: the rest of the API is on [kms] port"
+
+
+_GRACE_S: Final = 20
+_COPIES: Final = 15
+_FREED_BYTES: Final = 4 * 1024 * 1024
+_HANDSHAKE_S: Final = 10.0
+_OTHER_FILES: Final = 256  # files of jobs, keys and logs, and connections to peers
+
+
+class HandshakeTimeoutLoop(uvloop.Loop):
+    """An event loop that ends TLS connections without a handshake after 10 seconds (uvloop: 60).
+
+    Until its handshake a connection does not count in the bound on connections.
     """
 
     async def create_server(  # type: ignore[override]  # all of its overloads in one
@@ -47,42 +179,55 @@ class HandshakeTimeoutLoop(uvloop.Loop):
         return await super().create_server(*args, **options)
 
 
-def serve(settings: Settings, inherited: Sequence[int]) -> int:
-    """Serve until a signal, at the sockets that the leader handed down or at our own.
+def serve(settings: Settings, listeners: Callable[[], list[socket.socket]]) -> int:
+    """Serve until a signal. Returns the exit code. Raises ConfigurationError, before ``listeners`` is called.
 
-    Returns the exit code. Raises ConfigurationError, before a port is taken.
+    ``listeners`` are the ports, that of the Vault API second; none if one cannot be taken.
     """
     server_memory.protect(strict=settings.is_prod)
     _keep_freed_slabs()
-    keyring.check(settings)
-    built = app.build(settings)
-    context = tls.context(settings.kms.server, strict=settings.is_prod)
-    listeners = [socket(fileno=number) for number in inherited] or listening_sockets.ports(settings.kms)
-    if not listeners:
+    key_opening.check(settings)
+    container.check(settings)
+    application = app.build(settings)
+    context = server_context(settings.kms.server, strict=settings.is_prod)
+    taken = listeners()
+    if not taken:
         return EXIT_UNAVAILABLE
     limits = _connections(settings.kms.server)
-    config = _config(built, context, limits)
-    sockets = [listening_sockets.eager(each, settings.kms.server.processes) for each in listeners]
+    config = _config(application, context, limits)
+    sockets = [copies_of(each, settings.kms.server.processes) for each in taken]
     if len(sockets) == 1:
         uvicorn.Server(config).run(sockets=sockets[0])
         return 0
-    second = _config(facade.only(built), context, limits, lifespan="off")
+    second = _config(vault_paths_only(application), context, limits, lifespan="off")
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(facade.serve(config, sockets[0], second, sockets[1]))
+        runner.run(serve_vault_port(config, sockets[0], second, sockets[1]))
     return 0
 
 
-def _keep_freed_slabs() -> None:
-    """Have the C library keep some MiB of freed memory: else each slab's pages come anew from the kernel.
+def copies_of(listener: socket.socket, processes: int) -> list[socket.socket]:
+    """The socket, and copies of it if it is served by a single process.
 
-    glibc raises its bounds to the largest mapped block that was ever freed (mallopt(3), M_MMAP_THRESHOLD):
-    here 4 MiB, and twice that for what an arena may hold free. No page of this block is touched.
+    libuv takes one connection from each socket in a turn of the loop. From a single socket, clients that
+    connect at once are accepted one by one between the requests of earlier ones: the last of 64 waited for a
+    second. Several processes need copies less, and share callers more evenly without.
+    """
+    copies = _COPIES if processes == 1 else 0
+    listener.settimeout(0)  # of all copies, other processes' too: a blocking one would hold its loop
+    return [listener, *(listener.dup() for _ in range(copies))]
+
+
+def _keep_freed_slabs() -> None:
+    """Make the C library keep some MiB of freed memory, so that slabs reuse pages.
+
+    glibc raises its bounds to the largest mapped block ever freed (mallopt(3), M_MMAP_THRESHOLD): here 4 MiB,
+    and twice that for the free memory of an arena. No page of this block is touched.
     """
     bytes(_FREED_BYTES)
 
 
 def _connections(server: ServerSection) -> ConnectionLimits:
-    """The bound on connections: of the settings, or what the limit of open files allows, with a warning."""
+    """The bound on connections: that of the settings, lowered to the limit of open files with a warning."""
     wanted = server.connections
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -93,14 +238,14 @@ def _connections(server: ServerSection) -> ConnectionLimits:
 
 
 def _config(
-    built: ASGIApp,
+    application: ASGIApp,
     context: ssl.SSLContext | None,
     limits: ConnectionLimits,
     lifespan: Literal["on", "off"] = "on",
 ) -> uvicorn.Config:
     protocol = partial(HttpProtocol, connections=Connections(limits))
     return uvicorn.Config(
-        built,
+        application,
         loop="kms_api.server.process:HandshakeTimeoutLoop",
         http=cast("type[asyncio.Protocol]", protocol),  # uvicorn only calls it
         ws="none",
@@ -108,7 +253,7 @@ def _config(
         access_log=False,
         log_config=None,
         server_header=False,
-        proxy_headers=False,  # nothing here trusts a forwarded address
+        proxy_headers=False,  # ``ClientAddress`` reads them
         timeout_graceful_shutdown=_GRACE_S,
         lifespan=lifespan,
     )

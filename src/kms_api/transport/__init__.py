@@ -1,1 +1,1 @@
-"""ASGI layers and streamed bodies around every route."""
+"""ASGI layers around every route, and streamed bodies."""

@@ -1,12 +1,14 @@
-"""Bounds on what requests hold: bytes of JSON bodies, uploads, downloads, event streams, unfinished logins.
+"""Budgets of concurrent requests: bytes of JSON bodies, uploads, downloads, event streams, open logins.
 
-Each is a budget of this process, with a bound for a credential, for a tenant and in total. A tenant may hold
-as much as is still free and no more, so one that holds nothing always finds room. A credential at its bound
-waits in a queue of its own or is refused. What a request holds is given back when it ends, however it ends.
+Each budget is of this process, with a bound per credential, per tenant and in total. A tenant may hold at
+most as much as is still free, so a tenant that holds nothing always finds room. A credential at its bound
+waits in its own queue or is refused. A request gives back its amounts when it ends, also by an error.
 """
 
 import asyncio
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal, Self, TypeVar
@@ -14,38 +16,37 @@ from typing import Final, Literal, Self, TypeVar
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from kms_api.deps import LOCAL_CALLER, WHO
-from kms_api.transport.transfer_rate import ReaderWatch, TransferLimits
-from kms_api.transport.unread_body import UnreadBody, cycle_of
+from kms_api.deps import LOCAL_CALLER, PRINCIPAL
+from kms_api.transport.connection import ReaderWatch, TransferLimits, UnreadBody, cycle_of
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import source_of
 from kms_core.observability import buffered_metrics, metrics
 from kms_core.settings.model import ServerSection
-from kms_protocol.errors import KmsError, RateLimited, Unavailable
+from kms_protocol.errors import BodyTimeout, KmsError, RateLimited, Unavailable
 
 K = TypeVar("K")
 
-RESERVATION: Final = "kms.reservation"  # where the layer below leaves what a request holds, in its scope
+RESERVATION: Final = "kms.reservation"  # the key of a request's reservation in its ASGI scope
 QUEUE: Final = 64
-"""How many requests of one credential may wait for room in one budget."""
+"""Requests of one credential that may wait for room in one budget."""
 _RETRY_S: Final = 5.0
 Kind = Literal["json", "upload", "download", "stream", "login"]
 Reason = Literal["credential", "tenant", "total", "deadline"]
 Holder = tuple[str, str]
-"""The tenant and the credential that hold; for callers without a credential the source address, twice."""
+"""The tenant and the credential of a request; the source address twice, if it has no credential."""
 _REASONS: Final[tuple[Reason, ...]] = ("credential", "tenant", "total", "deadline")
 _NOUNS: Final[dict[Kind, str]] = {
-    "json": "bytes of request bodies in work",
-    "upload": "uploads under way",
-    "download": "downloads under way",
-    "stream": "event streams open",
-    "login": "logins under way",
+    "json": "bytes of request bodies",
+    "upload": "uploads",
+    "download": "downloads",
+    "stream": "open event streams",
+    "login": "unfinished logins",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """In bytes for JSON bodies, in requests for everything else."""
+    """In bytes for JSON bodies, else in requests."""
 
     total: int
     per_tenant: int
@@ -60,13 +61,13 @@ class _Waiter:
 
 
 class Budget:
-    """The amount that requests of one kind hold together. Used by the event loop only.
+    """The amounts that requests of one kind hold. Used only on the event loop.
 
-    A holder of None is every caller of a service without authentication: only the total binds it.
+    A holder of None is every caller of a service without authentication: only the total bounds it.
     """
 
     def __init__(self, kind: Kind, bounds: Bounds, wait_s: float = 0.0) -> None:
-        """``wait_s`` is how many seconds a request may wait for room."""
+        """``wait_s`` is the longest wait for room, in seconds."""
         self.kind: Final = kind
         self.held = 0
         self._bounds = bounds
@@ -76,17 +77,17 @@ class Budget:
         self._queues: dict[Holder | None, deque[_Waiter]] = {}
         self._shown = _gauge(kind)
         for reason in _REASONS:
-            metrics.HTTP_REFUSALS.labels(kind, reason)  # begins at zero
+            metrics.HTTP_REFUSALS.labels(kind, reason)  # starts at zero
 
     def take(self, holder: Holder | None, amount: int = 1) -> None:
-        """Hold so much more, now. Raises RateLimited or Unavailable, and then nothing is held."""
+        """Take an amount now. Raises RateLimited or Unavailable, and then takes nothing."""
         reason = self._reason(holder, amount)
         if reason is not None:
-            raise self._refused(reason)
+            raise self._refused_error(reason)
         self._add(holder, amount)
 
     async def wait(self, holder: Holder | None, amount: int = 1) -> None:
-        """The same, once there is room. Raises RateLimited or Unavailable if there is none in time."""
+        """As ``take``, once there is room. Raises RateLimited or Unavailable if there is none in time."""
         reason = self._reason(holder, amount)
         if reason is None:
             self._add(holder, amount)
@@ -94,7 +95,7 @@ class Budget:
         queue = self._queues.setdefault(holder, deque())
         if self._wait_s <= 0 or len(queue) >= QUEUE:
             self._dequeue(holder, None)
-            raise self._refused(reason)
+            raise self._refused_error(reason)
         waiter = _Waiter(holder, amount, asyncio.get_running_loop().create_future())
         queue.append(waiter)
         try:
@@ -104,28 +105,28 @@ class Budget:
             if waiter.admitted.done() and not waiter.admitted.cancelled():  # admitted in the same moment
                 self.give_back(holder, amount)
             self._dequeue(holder, waiter)
-            self._admit()  # the next one may want less
+            self._admit()  # the next waiter may want less
             if isinstance(exc, TimeoutError):
-                raise self._refused(reason) from None
+                raise self._refused_error(reason) from None
             raise
 
     def give_back(self, holder: Holder | None, amount: int = 1) -> None:
-        """Hold so much less, which lets in who waits for it."""
+        """Give back an amount, which admits requests that wait for it."""
         self._add(holder, -amount)
         if self._queues:
             self._admit()
 
     def too_slow(self) -> None:
-        """Count a sender or reader that was given up."""
+        """Count a sender or reader that was cut off."""
         metrics.HTTP_REFUSALS.labels(self.kind, "deadline").inc()
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request holds or waits for anything."""
+        """Return whether no request holds or waits for an amount."""
         return not (self.held or self._tenants or self._credentials or self._queues)
 
     def _reason(self, holder: Holder | None, amount: int) -> Reason | None:
-        """The bound that it would exceed, if any."""
+        """The bound that the amount would exceed, if any."""
         bounds, free = self._bounds, self._bounds.total - self.held
         if holder is not None:
             if self._credentials.get(holder, 0) + amount > bounds.per_credential:
@@ -143,7 +144,7 @@ class Budget:
             _change(self._tenants, holder[0], amount)
 
     def _admit(self) -> None:
-        """Of each credential, as many as fit, in their order."""
+        """Admit waiting requests of each credential in their order, as long as they fit."""
         for holder, queue in list(self._queues.items()):
             while queue and self._reason(holder, queue[0].amount) is None:
                 waiter = queue.popleft()
@@ -160,18 +161,18 @@ class Budget:
             if not queue:
                 del self._queues[holder]
 
-    def _refused(self, reason: Reason) -> KmsError:
-        """The error to raise, which is counted."""
+    def _refused_error(self, reason: Reason) -> KmsError:
+        """The error for a refused request, which is counted."""
         metrics.HTTP_REFUSALS.labels(self.kind, reason).inc()
         noun = _NOUNS[self.kind]
         if reason == "total":
-            return Unavailable(f"The service has as many {noun} as it may", retry_after_s=_RETRY_S)
-        return RateLimited(f"This {reason} has as many {noun} as it may", retry_after_s=_RETRY_S)
+            return Unavailable(f"The service has its maximum of {noun}", retry_after_s=_RETRY_S)
+        return RateLimited(f"This {reason} has its maximum of {noun}", retry_after_s=_RETRY_S)
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """The budgets of a process, and how long bodies may take."""
+    """The budgets of a process, and the time limits of bodies."""
 
     json: Budget
     uploads: Budget
@@ -183,7 +184,7 @@ class Admission:
 
     @classmethod
     def of(cls, server: ServerSection) -> Self:
-        """Those of the settings."""
+        """The budgets and limits of the settings."""
         wait_s = server.admission_wait_s
         return cls(
             Budget(
@@ -221,17 +222,30 @@ class Reservation:
         self._amounts: dict[Budget, int] = {}
 
     def take(self, budget: Budget, amount: int = 1) -> None:
-        """Hold so much more until the request ends. Raises RateLimited, Unavailable."""
+        """Take an amount until the request ends. Raises RateLimited, Unavailable."""
         budget.take(holder_of(self._scope), amount)
         self._amounts[budget] = self._amounts.get(budget, 0) + amount
 
     async def wait(self, budget: Budget, amount: int = 1) -> None:
-        """The same, once there is room. Raises RateLimited, Unavailable."""
+        """As ``take``, once there is room. Raises RateLimited, Unavailable."""
         await budget.wait(holder_of(self._scope), amount)
         self._amounts[budget] = self._amounts.get(budget, 0) + amount
 
+    @asynccontextmanager
+    async def upload(self) -> AsyncIterator[TransferLimits]:
+        """Hold the slot of an upload until the request ends. Yields the pace that its sender must keep.
+
+        Raises RateLimited, Unavailable if no slot is free in time.
+        """
+        await self.wait(self.admission.uploads)
+        try:
+            yield self.admission.transfer
+        except BodyTimeout:
+            self.admission.uploads.too_slow()
+            raise
+
     def release(self) -> None:
-        """Give everything back."""
+        """Give back all amounts."""
         if self._amounts:
             holder = holder_of(self._scope)
             for budget, amount in self._amounts.items():
@@ -240,7 +254,7 @@ class Reservation:
 
 
 class Admitted:
-    """The ASGI layer within which requests hold something: it gives back what they leave.
+    """ASGI middleware that gives each request a reservation, and releases it afterwards.
 
     An answer that leaves part of the body unread ends the connection.
     """
@@ -260,12 +274,12 @@ class Admitted:
         try:
             await self._app(scope, receive, send)
             if cycle is not None and cycle.flow.write_paused:
-                await self._taken(cycle)
+                await self._read_by_peer(cycle)
         finally:
             held.release()
 
-    async def _taken(self, cycle: RequestResponseCycle) -> None:
-        """Until the reader has taken most of the answer, or was too slow for it."""
+    async def _read_by_peer(self, cycle: RequestResponseCycle) -> None:
+        """Wait until the reader has taken most of the answer, or was too slow and is cut off."""
         with ReaderWatch(cycle, self._admission.transfer, self._admission.json.too_slow):
             await cycle.flow.drain()
 
@@ -277,19 +291,19 @@ def reservation_of(scope: Scope) -> Reservation:
 
 
 def holder_of(scope: Scope) -> Holder | None:
-    """Whom the gate has found: JWTs of one subject count together, and strangers by their address."""
-    who: Principal = scope[WHO]
+    """The holder of a request. JWTs of one subject count together, anonymous callers by address."""
+    who: Principal = scope[PRINCIPAL]
     if who is LOCAL_CALLER:
         return None
     if who.name:
         return who.tenant, who.credential if who.grant is None else who.name
     address = source_of(scope["client"][0]) if scope.get("client") else "local"
-    stranger = f"address {address}"  # no tenant's name has a space
-    return stranger, stranger
+    source = f"address {address}"  # no tenant's name has a space
+    return source, source
 
 
 def _change(held: dict[K, int], key: K, amount: int) -> None:
-    """Add to what a key holds; one that holds nothing is forgotten."""
+    """Change the amount of a key, and remove the key at zero."""
     left = held.get(key, 0) + amount
     if left:
         held[key] = left
@@ -298,6 +312,6 @@ def _change(held: dict[K, int], key: K, amount: int) -> None:
 
 
 @lru_cache(maxsize=len(_NOUNS))
-def _gauge(kind: Kind) -> buffered_metrics.BufferedMetrics:
+def _gauge(kind: Kind) -> buffered_metrics.BufferedGauge:
     gauge = metrics.HTTP_BYTES_IN_FLIGHT if kind == "json" else metrics.HTTP_SLOTS
-    return buffered_metrics.BufferedMetrics(gauge.labels(kind))
+    return buffered_metrics.BufferedGauge(gauge.labels(kind))

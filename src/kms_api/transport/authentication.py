@@ -1,166 +1,217 @@
-"""Who calls: the ASGI layer before every route. Nobody passes without a credential, except to what is open.
+"""ASGI middleware that authenticates every request, except those to public paths.
 
-``Authorization: Bearer``, ``X-API-Key`` and ``X-Vault-Token`` are one door, for tokens and JWTs alike; a
-client certificate is the other. The page has sessions besides, which begin with a token and open nothing but
-the page. Requests are counted here too; their items, where they are known (``Service.requests``).
+``Authorization: Bearer``, ``X-API-Key`` and ``X-Vault-Token`` carry tokens and JWTs; the other method is a
+client certificate. The pages for people also have sessions, which begin with a token and are valid for these
+pages only. Requests are counted here, and items of batches and jobs by their routes (``Service.requests``).
 """
 
 import asyncio
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Final
+from itertools import islice
+from typing import Final, ParamSpec, TypeVar
 
+import anyio
+import anyio.to_thread
 import structlog
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kms_api.deps import LET_IN, LOCAL_CALLER, WHO
-from kms_api.errors import problems, vault
-from kms_api.routing import METRICS, OPEN_PATHS, UI, UI_OPEN, VAULT_OPEN, is_ui, is_vault
-from kms_api.transport.sessions import COOKIE, SESSION, Sessions, cookies
+from kms_api import problems
+from kms_api.deps import ANONYMOUS, LOCAL_CALLER, PRINCIPAL
+from kms_api.routing import METRICS, UI, is_ui, is_vault
+from kms_api.transport.sessions import COOKIE, SESSION, Sessions, cookies, is_id
 from kms_core import audit
 from kms_core.audit import AuditWriter
 from kms_core.auth.authenticator import Authenticator
-from kms_core.auth.certificates import PresentedCertificate
 from kms_core.auth.jwks import WAIT_S, KeysPending
 from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import Failures, Requests
+from kms_core.auth.tokens import UnknownToken
 from kms_core.http_server.protocol import CERTIFICATE
 from kms_core.observability import metrics
 from kms_protocol.errors import Forbidden, KmsError, RateLimited, Unauthenticated
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _KEYS: Final = frozenset({b"x-api-key", b"x-vault-token"})
-_NO_CREDENTIAL: Final = OPEN_PATHS | UI_OPEN | VAULT_OPEN
+_COOKIES: Final = 8  # sessions of one request that are looked up
+_LOOK_UPS: Final = 16  # at once: while Redis or a store hangs, they wait for each other only
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class AuthLimits:
-    """How often sources may fail and tenants may ask, and who reads the metrics without a credential."""
+    """Limits of failed attempts and of requests, and access to the metrics without a credential."""
 
     failures: Failures
     requests: Requests
-    scraping: MetricsAccess
+    metrics: MetricsAccess
 
 
 class RequestAuthenticator:
-    """Authenticates requests. Failed attempts are counted by source, logged and recorded, within bounds."""
+    """Authenticates requests. Failed attempts are counted by source, logged and recorded, within limits."""
 
-    def __init__(self, doors: Authenticator, trail: AuditWriter, failures: Failures) -> None:
-        self._doors = doors
-        self._trail = trail
+    def __init__(self, authenticator: Authenticator, audit_log: AuditWriter, failures: Failures) -> None:
+        self._authenticator = authenticator
+        self._audit_log = audit_log
         self._failures = failures
+        self._rereads = anyio.CapacityLimiter(_LOOK_UPS)
+        self._logins = anyio.CapacityLimiter(_LOOK_UPS)  # other tokens do not wait for a review
 
-    async def let_in(self, scope: Scope, token: str | None = None) -> Principal:
-        """The principal of this token, by default that of the request's headers; else of its certificate.
+    async def authenticate(self, scope: Scope, token: str | None = None) -> Principal:
+        """The principal of a token, by default that of the request's headers, or of its client certificate.
 
-        The credential is verified first, so that a good one is never refused for another's failures; only a
-        failed one of a source that failed too often is answered with RateLimited. Raises Unauthenticated,
-        RateLimited; Unavailable if the credential cannot be verified now.
+        The credential is verified first, so a valid one is never refused for the failures of others. Raises
+        Unauthenticated; RateLimited for an invalid one of a source that failed too often; Unavailable if the
+        credential cannot be verified now.
         """
         try:
-            token = shown(scope["headers"]) if token is None else token
-            return await self._authenticated(token, scope.get("state", {}).get(CERTIFICATE))
+            token = token_of(scope["headers"]) if token is None else token
+            certificate = scope.get("state", {}).get(CERTIFICATE)
+            return await self._awaited(self._rereads, self._authenticator.authenticate, token, certificate)
         except Unauthenticated as exc:
-            metrics.AUTH_FAILURES.labels(exc.reason).inc()
-            if exc.reason != "missing":  # a browser, a probe: nothing was guessed
-                self._failed(exc, scope["client"][0] if scope["client"] else "local")
+            self._count_failure(exc, scope)
             raise
 
-    def is_worth(self, who: Principal) -> bool:
-        """Whether the credential was neither revoked nor has expired. Raises Unavailable."""
+    async def verified(self, scope: Scope, verify: Callable[[], T]) -> T:
+        """Return what ``verify`` does, which raises as ``Authenticator.authenticate``. Raises as above."""
         try:
-            self._doors.scopes_of(who)
+            return await self._awaited(self._logins, verify)
+        except Unauthenticated as exc:
+            self._count_failure(exc, scope)
+            raise
+
+    def is_valid(self, who: Principal) -> bool:
+        """Return whether the credential is neither revoked nor expired. Raises Unavailable.
+
+        The time for which jobs may outlast a JWT does not count.
+        """
+        try:
+            self._authenticator.scopes_of(who)
         except Forbidden:
             return False
-        return True
+        until = self._authenticator.until(who)
+        return until is None or time.time() < until
 
-    async def _authenticated(self, token: str, certificate: PresentedCertificate | None) -> Principal:
-        """Wait for an issuer's keys as a coroutine, which holds no thread. Raises as ``let_in``."""
+    async def _awaited(
+        self, threads: anyio.CapacityLimiter, verify: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """As ``verified``. Waits for keys of an issuer as a coroutine, which holds no thread.
+
+        Looks in ``threads`` for a token that may be new: those that are known do not wait for it.
+        """
         try:
-            return self._doors.authenticate(token, certificate)
+            return verify(*args, **kwargs)
+        except UnknownToken as unknown:
+            if unknown.reread is None:
+                raise
+            await anyio.to_thread.run_sync(unknown.reread, limiter=threads)
+            return verify(*args, **kwargs)
         except KeysPending as pending:
             refresh = pending.refresh
         metrics.AUTH_JWT_WORK.labels("key_wait").inc()
         with refresh.joined() as done:
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(done)), WAIT_S)
-        return self._doors.authenticate(token, certificate)
+        return verify(*args, **kwargs)
 
-    def _failed(self, exc: Unauthenticated, source: str) -> None:
-        """Count a failed attempt. Raises RateLimited if its source has failed too often; AuditUnavailable."""
+    def _count_failure(self, exc: Unauthenticated, scope: Scope) -> None:
+        """Count a failed attempt. Raises RateLimited if its source failed too often; AuditUnavailable."""
+        metrics.AUTH_FAILURES.labels(exc.reason).inc()
+        if exc.reason == "missing":  # a browser, a probe: no token was guessed
+            return
+        source = scope["client"][0] if scope["client"] else "local"
         wait_s = self._failures.wait_s(source)
         if wait_s:
             metrics.AUTH_FAILURES.labels("limited").inc()
             raise RateLimited("Too many failed attempts to authenticate from here", retry_after_s=wait_s)
         if self._failures.failed(source):
             _log.warning("auth.refused", reason=exc.reason, source=source)
-            audit.denied(self._trail, None, "", exc.code)
+            audit.denied(self._audit_log, None, "", exc.code)
 
 
 class AuthenticationLayer:
-    """Wraps the application. ``entry`` None: callers are not authenticated."""
+    """Wraps the application. Without an ``authenticator`` every request is of the local caller."""
 
     def __init__(
-        self, app: ASGIApp, entry: RequestAuthenticator | None, sessions: Sessions, limits: AuthLimits
+        self,
+        app: ASGIApp,
+        authenticator: RequestAuthenticator | None,
+        sessions: Sessions,
+        limits: AuthLimits,
+        open_paths: frozenset[str],
     ) -> None:
         self._app = app
-        self._entry = entry
+        self._open_paths = open_paths
+        self._authenticator = authenticator
         self._sessions = sessions
         self._requests = limits.requests
-        self._scraping = limits.scraping
+        self._metrics = limits.metrics
+        self._look_ups = anyio.CapacityLimiter(_LOOK_UPS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                scope[WHO] = await self._who(scope)
+                scope[PRINCIPAL] = await self._caller(scope)
             except KmsError as exc:
                 await _refusal(scope, exc)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    async def _who(self, scope: Scope) -> Principal:
+    async def _caller(self, scope: Scope) -> Principal:
         path = scope["path"]
-        if path in _NO_CREDENTIAL or (path == METRICS and self._may_scrape(scope)):
-            return LET_IN
+        if path in self._open_paths or (path == METRICS and self._may_scrape(scope)):
+            return ANONYMOUS
         who = LOCAL_CALLER
-        if self._entry is not None:
-            who = self._of_session(scope, self._entry) or await self._entry.let_in(scope)
+        if self._authenticator is not None:
+            who = await self._of_session(scope, self._authenticator) or (
+                await self._authenticator.authenticate(scope)
+            )
         elif scope["path"] == METRICS:
             raise Forbidden("Metrics are for callers on this machine: see [kms.server] metrics")
         self._requests.take(who.tenant)
         return who
 
-    def _of_session(self, scope: Scope, entry: RequestAuthenticator) -> Principal | None:
-        """Who has logged in, if this is the page: a session opens nothing else."""
-        if not is_ui(scope["path"]):
+    async def _of_session(self, scope: Scope, authenticator: RequestAuthenticator) -> Principal | None:
+        """The principal of a session, which is valid only for pages. Raises Unavailable."""
+        given = filter(is_id, cookies(scope["headers"], COOKIE)) if is_ui(scope["path"]) else ()
+        if not (ids := list(islice(given, _COOKIES))):
             return None
-        for session in cookies(scope["headers"], COOKIE):
+        found = await anyio.to_thread.run_sync(self._valid, ids, authenticator, limiter=self._look_ups)
+        if found is None:
+            return None
+        scope[SESSION], who = found
+        return who
+
+    def _valid(self, ids: Sequence[str], authenticator: RequestAuthenticator) -> tuple[str, Principal] | None:
+        """The first of these sessions whose credential is valid. Ends those whose credential is not."""
+        for session in ids:
             who = self._sessions.find(session)
-            if who is not None and entry.is_worth(who):
-                scope[SESSION] = session
-                return who
+            if who is not None and authenticator.is_valid(who):
+                return session, who
             if who is not None:
-                self._sessions.end(session)
+                self._sessions.end(session, who)
         return None
 
     def _may_scrape(self, scope: Scope) -> bool:
         address = scope["client"][0] if scope["client"] else None
-        return self._scraping.is_open_to(address, (name.decode("latin-1") for name, _ in scope["headers"]))
+        return self._metrics.is_open_to(address, (name.decode("latin-1") for name, _ in scope["headers"]))
 
 
 def _refusal(scope: Scope, error: KmsError) -> Response:
-    """A browser that has no session is led to where it gets one; everybody else gets a problem."""
+    """A redirect to the login for a browser without a session, else the answer to the error."""
     if isinstance(error, Unauthenticated) and error.reason == "missing" and is_ui(scope["path"]):
         return RedirectResponse(f"{UI}/login", HTTPStatus.SEE_OTHER)
-    answer = vault.answer(error) if is_vault(scope["path"]) else problems.answer(error)
+    answer = problems.vault_answer(error) if is_vault(scope["path"]) else problems.answer(error)
     if isinstance(error, Unauthenticated) and error.ends_connection:
         answer.headers["Connection"] = "close"
     return answer
 
 
-def shown(headers: Iterable[tuple[bytes, bytes]]) -> str:
+def token_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """The token of a request, empty if there is none. Raises Unauthenticated if there are several."""
     found = set()
     for name, value in headers:

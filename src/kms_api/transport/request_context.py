@@ -1,89 +1,173 @@
-"""The outermost ASGI layer: request ids, Host and Origin checks, HTTP metrics. Pure ASGI, no tasks."""
+"""The outermost ASGI middleware: client addresses, traces, request ids, Host and Origin checks, CORS.
+
+Audit records, limits, logs and metrics read the client's address from ``scope["client"]`` and no header.
+"""
 
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 import structlog
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kms_api.deps import WHO
-from kms_api.errors import problems, vault
-from kms_api.routing import is_ui, is_vault
+from kms_api import problems
+from kms_api.deps import PRINCIPAL
+from kms_api.routing import DOCS, is_ui, is_vault
 from kms_core import audit
 from kms_core.audit import AuditWriter
-from kms_core.http_server.host_check import REFUSED, HostCheck, by_name
-from kms_core.observability import metrics
+from kms_core.http_server.connections import REFUSED, HostCheck, by_name
+from kms_core.observability import metrics, tracing
+from kms_core.proxies import Proxies
+from kms_protocol.wire import PREFIX
+
+
+class ClientAddress:
+    """Puts the address that a trusted proxy forwards into the scope, with port 0: headers seldom name one."""
+
+    def __init__(self, app: ASGIApp, proxies: Proxies) -> None:
+        self._app = app
+        self._proxies = proxies
+        self._header = proxies.header.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["client"] and self._proxies.trust(scope["client"][0]):
+            lines = [value.decode("latin-1") for name, value in scope["headers"] if name == self._header]
+            if lines:
+                scope["client"] = self._proxies.client(scope["client"][0], ",".join(lines)), 0
+        await self._app(scope, receive, send)
+
+
+_UNROUTED: Final = "unrouted"
+
+
+class Traced:
+    """Makes a span for each request, within the caller's trace if the request names one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers: Mapping[bytes, bytes] = dict(scope["headers"])
+        given = headers.get(tracing.PARENT.encode(), b"").decode("latin-1")
+        status = 500
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        with tracing.span(scope["method"], "server", given):
+            try:
+                await self._app(scope, receive, answer)
+            finally:
+                method, route = scope["method"], getattr(scope.get("route"), "path", _UNROUTED)
+                tracing.note(f"{method} {route}", method=method, route=route, status=status)
+
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _ANONYMOUS_A_MINUTE: Final = 60
 _HEADERS: Final = ((b"x-content-type-options", b"nosniff"),)
+_POLICY: Final = (
+    b"default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'%s; "
+    b"form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
 _UI_HEADERS: Final = (
     *_HEADERS,
-    (
-        b"content-security-policy",
-        (
-            b"default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; "
-            b"form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-        ),
-    ),
     (b"referrer-policy", b"same-origin"),  # with none at all a browser hides a form's Origin from us, too
     (b"x-frame-options", b"DENY"),
     (b"cross-origin-resource-policy", b"same-origin"),
 )
+_CODEC: Final = frozenset({f"{PREFIX}/codec/encode", f"{PREFIX}/codec/decode"})
+_CODEC_REFUSED: Final = f"{REFUSED}; a page of another site needs its origin in [kms.server] codec_origins"
+_VARY: Final = (b"vary", b"Origin")
+_ASKED_METHOD: Final = b"access-control-request-method"
+_PREFLIGHT: Final = {
+    "access-control-allow-methods": "POST",
+    # as the page sends them: temporalio/ui, src/lib/services/data-encoder.ts
+    "access-control-allow-headers": "Content-Type, X-Namespace, Authorization, Authorization-Extras",
+    "access-control-max-age": "600",
+}
 _log = structlog.get_logger("kms_api.access")
 
 
 class RequestContext:
-    """Wraps the application. ``hosts`` are the names it may be called by; ``*`` allows any."""
+    """Gives each request an id, checks Host and Origin, counts and logs answers, and records denials."""
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str], trail: AuditWriter | None = None) -> None:
-        """``trail`` gets the attempts that are denied before an operation begins."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: Sequence[str],
+        audit_log: AuditWriter | None = None,
+        codec_origins: Sequence[str] = (),
+    ) -> None:
+        """``hosts`` are the accepted host names; ``*`` accepts any.
+
+        Pages of ``codec_origins`` may call the codec server (CORS, Fetch §3.3), without cookies.
+        """
         self._app = app
-        self._trail = trail
-        self._anonymous = _Few()
+        self._audit_log = audit_log
+        self._anonymous = _MinuteLimit()
         self._hosts = HostCheck(hosts)
+        self._codec_origins = frozenset(origin.encode() for origin in codec_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = by_name(scope["headers"])
-        asked = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = asked if _REQUEST_ID.fullmatch(asked) else os.urandom(16).hex()
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         audit.request_id.set(request_id)
         noted = self._noting(scope)
+        is_named, cors = self._cors(scope)
+        judged = {b"host": headers.get(b"host", b"")} if is_named else headers  # its Origin is judged already
         started, status = time.perf_counter(), 500
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = _marked(scope, message["headers"], request_id, noted.audit_id)
+                message["headers"] = _marked(scope, [*message["headers"], *cors], request_id, noted.audit_id)
             await send(message)
 
         metrics.ANSWERING.level += 1
         try:
-            if self._hosts.refuses(headers, scope.get("server")):
-                speak = vault.turned_away if is_vault(scope["path"]) else problems.problem
-                refusal = speak(403, "forbidden", REFUSED)
+            if self._hosts.refuses(judged, scope.get("server")):
+                problem = problems.vault_problem if is_vault(scope["path"]) else problems.problem
+                refusal = problem(403, "forbidden", _CODEC_REFUSED if scope["path"] in _CODEC else REFUSED)
                 await refusal(scope, receive, answer)
+            elif is_named and scope["method"] == "OPTIONS" and _ASKED_METHOD in headers:
+                await Response(status_code=204, headers=_PREFLIGHT)(scope, receive, answer)
             else:
                 await self._app(scope, receive, answer)
         finally:
             metrics.ANSWERING.level -= 1
             _count(scope, status, time.perf_counter() - started)
 
+    def _cors(self, scope: Scope) -> tuple[bool, list[tuple[bytes, bytes]]]:
+        """Return whether a request is of a page that may make it, and the CORS headers of its answer."""
+        if not self._codec_origins or scope["path"] not in _CODEC:
+            return False, []
+        origins = [value for name, value in scope["headers"] if name == b"origin"]
+        if len(origins) != 1 or origins[0] not in self._codec_origins:
+            return False, [_VARY]
+        return True, [_VARY, (b"access-control-allow-origin", origins[0])]
+
     def _noting(self, scope: Scope) -> audit.Noted:
-        """What is recorded for this request, which a denial shall be if nothing else was."""
+        """The audit note of this request: a denial is recorded if no operation was."""
 
         def denied(code: str) -> None:
-            who = scope.get(WHO)
-            if self._trail is not None and ((who and who.name) or self._anonymous.take()):
+            who = scope.get(PRINCIPAL)
+            if self._audit_log is not None and ((who and who.name) or self._anonymous.take()):
                 route = f"{scope['method']} {getattr(scope.get('route'), 'path', 'unrouted')}"
-                audit.denied(self._trail, who, route, code)
+                audit.denied(self._audit_log, who, route, code)
 
         audit.source.set(scope["client"][0] if scope.get("client") else "")
         noted = audit.Noted(denied)
@@ -94,14 +178,16 @@ class RequestContext:
 def _marked(
     scope: Scope, headers: Iterable[tuple[bytes, bytes]], request_id: str, audit_id: str
 ) -> list[tuple[bytes, bytes]]:
-    """The headers of an answer, and those that every answer has."""
+    """The headers of an answer, with those of every answer."""
     marked = [*headers, (b"x-request-id", request_id.encode())]
     if audit_id:
         marked.append((b"x-kms-audit-id", audit_id.encode()))
     if not any(name == b"cache-control" for name, _ in marked):
         marked.append((b"cache-control", b"no-store"))
-    marked.extend(_UI_HEADERS if is_ui(scope["path"]) else _HEADERS)
-    return marked
+    if not is_ui(scope["path"]):
+        return [*marked, *_HEADERS]
+    images = b" data:" if scope["path"] == DOCS else b""  # the icons in the styles of Swagger UI
+    return [*marked, *_UI_HEADERS, (b"content-security-policy", _POLICY % images)]
 
 
 def _count(scope: Scope, status: int, seconds: float) -> None:
@@ -110,8 +196,8 @@ def _count(scope: Scope, status: int, seconds: float) -> None:
     _log.debug("http.request", method=method, route=route, status=status, duration_us=round(seconds * 1e6))
 
 
-class _Few:
-    """A bound on what callers whom nobody knows can have written to a disk: so many records a minute."""
+class _MinuteLimit:
+    """A bound on audit records of anonymous callers, per minute."""
 
     def __init__(self, a_minute: int = _ANONYMOUS_A_MINUTE) -> None:
         self._most = a_minute

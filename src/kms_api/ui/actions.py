@@ -1,39 +1,38 @@
-"""What the page does: log in and out, cancel and retry a job, rotate a key. Every form is stamped."""
+"""Forms of the pages: login, logout, cancel and retry of a job, rotation of a key. Each has a CSRF token."""
 
 from typing import Final
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
-from kms_api.deps import call, caller, service
-from kms_api.errors import problems
+from kms_api import problems
+from kms_api.deps import service
 from kms_api.routes import jobs
-from kms_api.routing import UI
+from kms_api.routing import CALLER, OPEN, UI, WRITE, Call, Router
 from kms_api.transport.authentication import RequestAuthenticator
 from kms_api.transport.sessions import COOKIE, LASTS_S, SESSION, VISITOR, new_id
-from kms_api.ui.render import PageRoute, form, render, screen, stamp_of, to
-from kms_api.ui.views import in_thread
+from kms_api.ui.render import Fields, PageRoute, form, render, screen, stamp_of, to
+from kms_api.ui.views import THREADS
 from kms_core import audit
-from kms_core.auth.policy import Principal
 from kms_protocol.errors import KmsError, RateLimited, Unauthenticated
 
-router: Final = APIRouter(prefix=UI, route_class=PageRoute, include_in_schema=False)
+router: Final = Router("pages", prefix=UI, kind=PageRoute)
 _FORM_S: Final = 3600
 
 
 # -- sessions ------------------------------------------------------------------------------------------
 
 
-@router.get("/login", response_model=None)
+@router.endpoint("GET", "/login", OPEN)
 async def login_page(request: Request) -> Response:
-    """A field for a token; where nobody is asked for one, straight to the page."""
+    """The form for a token; the overview if requests need no credentials."""
     if screen(request).entry is None:
         return to("")
     return _login_page(request)
 
 
-@router.post("/login", response_model=None)
+@router.endpoint("POST", "/login", OPEN)
 async def login(request: Request) -> Response:
-    """A session for whoever the token is. It has a new id: one that somebody else knew is worth nothing."""
+    """Begin a session with a new id for the holder of a token."""
     entry = screen(request).entry
     if entry is None:
         return to("")
@@ -48,32 +47,31 @@ async def login(request: Request) -> Response:
     return answer
 
 
-@router.post("/logout", response_model=None)
-async def logout(request: Request) -> Response:
-    """The end of this session; others of the same person go on."""
-    await form(request)
-    if SESSION in request.scope:
-        with audit.recorded(service(request).kms.trail, caller(request), "session.end", ""):
-            screen(request).sessions.end(request.scope[SESSION])
+@router.call("POST", "/logout", CALLER, form, THREADS)
+def logout(call: Call[Fields]) -> Response:
+    """End this session, and no other of the same principal."""
+    if session := call.request.scope.get(SESSION):
+        with audit.recorded(call.service.kms.audit_log, call.caller, "session.end", ""):
+            screen(call.request).sessions.end(session, call.caller)
     answer = to("/login")
     answer.delete_cookie(COOKIE, UI)
     return answer
 
 
 async def _begin(request: Request, entry: RequestAuthenticator, token: str) -> str:
-    who = await entry.let_in(request.scope, token)
-    service(request).requests.take(who.tenant)  # the gate knew no tenant yet
-    return await in_thread(request, _begun, request, who)
+    who = await entry.authenticate(request.scope, token)
+    service(request).requests.take(who.tenant)  # the tenant was not known before
 
+    def begin() -> str:
+        with audit.recorded(service(request).kms.audit_log, who, "session.begin", ""):
+            return screen(request).sessions.begin(who)
 
-def _begun(request: Request, who: Principal) -> str:
-    with audit.recorded(service(request).kms.trail, who, "session.begin", ""):
-        return screen(request).sessions.begin(who)
+    return await service(request).run(THREADS, begin)
 
 
 def _login_page(request: Request, error: KmsError | None = None) -> Response:
     visitor = new_id()
-    status = 200 if error is None else problems.status_of(error)
+    status = 200 if error is None else problems.answer_of(type(error)).status
     stamp = stamp_of(request, f"visitor {visitor}")
     answer = render(request, "login.html", status, error=error, stamp=stamp)
     if isinstance(error, RateLimited):
@@ -83,7 +81,7 @@ def _login_page(request: Request, error: KmsError | None = None) -> Response:
 
 
 def _set_cookie(request: Request, answer: Response, name: str, value: str, lasts_s: int) -> None:
-    """Never over a connection in clear, if that is how the form came: also where a proxy ends TLS."""
+    """Set a cookie, for TLS only if the form came over TLS, also to a proxy that terminates it."""
     is_tls = request.url.scheme == "https" or request.headers.get("origin", "").startswith("https:")
     answer.set_cookie(name, value, lasts_s, path=UI, secure=is_tls, httponly=True, samesite="strict")
 
@@ -91,26 +89,28 @@ def _set_cookie(request: Request, answer: Response, name: str, value: str, lasts
 # -- jobs and keys ---------------------------------------------------------------------------------------
 
 
-@router.post("/jobs/{job_id}/cancel", response_model=None)
-async def cancel(request: Request, job_id: str) -> Response:
+@router.call("POST", "/jobs/{job_id}/cancel", WRITE, form, THREADS)
+def cancel(call: Call[Fields]) -> Response:
     """As ``POST /jobs/{id}/cancel``."""
-    await form(request)
-    await in_thread(request, jobs.withdraw, service(request), caller(request), job_id)
-    return to(f"/jobs/{job_id}", done="cancelled")
+    job = jobs.withdraw(call.service, call.caller, call.path("job_id"))
+    return to(f"/jobs/{job.job_id}", done="cancelled")
 
 
-@router.post("/jobs/{job_id}/retry", response_model=None)
-async def retry(request: Request, job_id: str) -> Response:
+@router.call("POST", "/jobs/{job_id}/retry", WRITE, form, THREADS)
+def retry(call: Call[Fields]) -> Response:
     """As ``POST /jobs/{id}/retry``."""
-    await form(request)
-    await in_thread(request, jobs.revive, service(request), caller(request), job_id)
-    return to(f"/jobs/{job_id}", done="retried")
+    job = jobs.revive(call.service, call.caller, call.path("job_id"))
+    return to(f"/jobs/{job.job_id}", done="retried")
 
 
-@router.post("/keys/{key_id}/rotate", response_model=None)
-async def rotate(request: Request, key_id: str) -> Response:
+@router.call(
+    "POST",
+    "/keys/{key_id}/rotate",
+    CALLER,
+    form,
+    lambda call: call.service.rotation_pool(call.path("key_id")),
+)
+def rotate(call: Call[Fields]) -> Response:
     """As ``POST /keys/{id}/rotate``."""
-    built = service(request)
-    await form(request)
-    await call(built, built.kms.rotate, caller(request), key_id=key_id)
+    call.service.kms.rotate(call.caller, key_id=call.path("key_id"))
     return to("/keys", done="rotated")

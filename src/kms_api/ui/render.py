@@ -1,51 +1,160 @@
-"""What the routes of the page share: rendering, refusals as pages, and forms that were not forged."""
+"""Rendering of pages: templates and their filters, errors as pages, forms with CSRF tokens, and runbooks.
 
+``runbooks.md`` is Markdown with sections, paragraphs and inline code only.
+"""
+
+import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC
+from functools import partial
 from http import HTTPStatus
-from typing import Any, ClassVar, Final
+from pathlib import Path
+from typing import Any, Final, Self, TypeAlias
 from urllib.parse import parse_qsl, urlencode
 
 import jinja2
 import msgspec
 from fastapi import Request, Response
+from markupsafe import Markup, escape
 from starlette.responses import HTMLResponse, RedirectResponse
 from starlette.types import Receive, Scope, Send
 
-from kms_api import json_body
-from kms_api.deps import WHO, service
-from kms_api.errors import problems
-from kms_api.routing import UI, UI_RULES, ScopedRoute
+from kms_api import json_body, problems
+from kms_api.deps import PRINCIPAL, service
+from kms_api.routing import UI, ScopedRoute
 from kms_api.transport.authentication import RequestAuthenticator
 from kms_api.transport.sessions import SESSION, VISITOR, Sessions, cookie
-from kms_api.ui.runbooks import Runbook
 from kms_core import audit
-from kms_core.auth.policy import Principal
-from kms_protocol import __version__, wire
+from kms_core.auth.policy import Principal, allows
+from kms_protocol import __version__, shapes, wire
 from kms_protocol.errors import Forbidden, InvalidRequest, KmsError
+from kms_protocol.units import age_s, duration_text, parse_time, size_text, time_text
 
+
+def when(text: str) -> str:
+    """Format an RFC 3339 time to the second, in UTC."""
+    return f"{parse_time(text).astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def ago(text: str) -> str:
+    """Format the time between an RFC 3339 time and now."""
+    seconds = age_s(text)
+    return f"{duration_text(seconds)} ago" if seconds >= 0 else f"in {duration_text(-seconds)}"
+
+
+def number(count: int) -> str:
+    """Format a count with thousands separators."""
+    return f"{count:,}"
+
+
+def percent(part: float) -> str:
+    """Format a part of 1.0; a part below one percent is "< 1 %"."""
+    return "< 1 %" if 0 < part < 0.01 else f"{part:.0%}".replace("%", " %")  # noqa: PLR2004 -- one in a hundred
+
+
+def took(seconds: float) -> str:
+    """Format how long a job took, which is often less than a second."""
+    return duration_text(seconds) if seconds >= 1 else f"{seconds * 1000:.0f} ms"
+
+
+def amount(progress: wire.JobProgress) -> str:
+    """Format the progress of a job, as ``page.js`` does while it runs."""
+    if not progress.items:
+        return f"{size_text(progress.bytes_done)} of {size_text(progress.bytes)}"
+    failed = f", {number(progress.items_failed)} refused" if progress.items_failed else ""
+    return f"{number(progress.items_done)} of {number(progress.items)} items{failed}"
+
+
+FILTERS: Final[Mapping[str, Callable[..., str]]] = {
+    **{made.__name__: made for made in (when, ago, number, percent, took, amount)},
+    "span": duration_text,
+    "size": size_text,
+    "utc": time_text,
+}
+
+STATIC_FILES: Final[Mapping[str, str]] = {
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+    "docs.css": "text/css",
+    "docs.js": "text/javascript",
+    "swagger-ui.css.gz": "text/css",
+    "swagger-ui-bundle.js.gz": "text/javascript",
+}
+"""Media types of the files at ``/ui/static/{name}``."""
+STATIC: Final = Path(__file__).with_name("static")
+RUNBOOKS: Final = Path(__file__).with_name("runbooks.md")
+_SECTION: Final = re.compile(r"^## (\w+)$", re.MULTILINE)
+_TOKEN: Final = re.compile(r"`([^`]+)`|\b(Kms[A-Z]\w+)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Runbook:
+    """An alert, the anchor of its section, and paragraphs as HTML."""
+
+    alert: str
+    anchor: str
+    paragraphs: tuple[Markup, ...]
+
+
+def load_runbooks() -> tuple[Runbook, ...]:
+    """Read ``runbooks.md``: sections, paragraphs and inline code. Names of alerts become links."""
+    _, *parts = _SECTION.split(RUNBOOKS.read_text("utf-8"))
+    alerts = parts[::2]
+    return tuple(
+        Runbook(
+            alert,
+            alert.lower(),
+            tuple(_paragraph(each, alerts) for each in body.split("\n\n") if each.strip()),
+        )
+        for alert, body in zip(alerts, parts[1::2], strict=True)
+    )
+
+
+def _paragraph(text: str, alerts: Sequence[str]) -> Markup:
+    def html(found: re.Match[str]) -> str:
+        code, alert = found.groups()
+        if code:
+            return f"<code>{code}</code>"
+        return f'<a href="#{alert.lower()}">{alert}</a>' if alert in alerts else str(alert)
+
+    return Markup(_TOKEN.sub(html, escape(" ".join(text.split()))))  # noqa: S704 -- escaped before
+
+
+Fields: TypeAlias = dict[str, str]
 STAMP: Final = "stamp"
 _FORM_BYTES: Final = 16 * 1024
 _KEPT: Final = ("retry-after", "www-authenticate")
-_ENDED: Final = "The session has ended: log in again"
-_FORGED: Final = "The form is not one of this page, or has been open for too long: load the page again"
+_ENDED: Final = "The session has expired: log in again"
+_FORGED: Final = "The form is not from this page or was open for too long: load the page again"
 
 
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """Built once by ``app.build``. ``entry`` None: callers are not authenticated."""
+    """Templates, runbooks and sessions of an application. ``entry`` None: requests need no credentials."""
 
     templates: jinja2.Environment
-    files: Mapping[str, bytes]
     runbooks: Sequence[Runbook]
     sessions: Sessions
     entry: RequestAuthenticator | None
 
+    @classmethod
+    def load(cls, sessions: Sessions, entry: RequestAuthenticator | None) -> Self:
+        """Read the templates, which escape all values and fail on unknown names, and the runbooks."""
+        templates = jinja2.Environment(
+            loader=jinja2.PackageLoader(__package__ or ""),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        templates.filters |= FILTERS
+        return cls(templates, load_runbooks(), sessions, entry)
+
 
 class PageRoute(ScopedRoute):
-    """A route of the page: in the table of the page's routes, and refusing with a page."""
-
-    table: ClassVar = UI_RULES
+    """A route whose errors are pages."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -61,59 +170,68 @@ class PageRoute(ScopedRoute):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().handle(scope, receive, send)
-        except Forbidden as exc:  # of the table
+        except Forbidden as exc:  # of the scope check
             await refusal(Request(scope), exc)(scope, receive, send)
 
 
 def screen(request: Request) -> Screen:
+    """Return the templates and texts of the pages."""
     found: Screen = request.app.state.screen
     return found
 
 
 def render(request: Request, name: str, status: int = 200, /, **facts: object) -> Response:
-    """A page from a template, which gets these facts and what the frame around every page shows."""
-    built, who = service(request), request.scope[WHO]
+    """A page from a template with the values ``facts`` and those of the frame."""
     frame = {
-        "who": who,
+        "who": request.scope[PRINCIPAL],
+        "may": partial(_may, request),
         "has_session": SESSION in request.scope,
         "stamp": stamp_of(request, _holder(request)),
         "path": request.url.path,
-        "environment": built.settings.environment,
+        "environment": service(request).settings.environment,
         "version": __version__,
         "request_id": audit.request_id.get(),
     }
     return HTMLResponse(screen(request).templates.get_template(name).render(frame | facts), status)
 
 
+def _may(request: Request, operation: str) -> bool:
+    """Return whether to show what needs this operation; while that is unknown, its page says why."""
+    try:
+        return allows(service(request).kms.policy, request.scope[PRINCIPAL], operation)
+    except KmsError:
+        return True
+
+
 def refusal(request: Request, error: KmsError) -> Response:
-    """An error as the problem that it is at the API, on a page; the login, once the session has ended."""
+    """The problem of an error as a page; a redirect to the login if the session has expired."""
     if _has_ended(request):
         return to("/login")
     made = problems.answer(error)
-    problem = msgspec.json.decode(made.body, type=wire.Problem)
+    problem = msgspec.json.decode(made.body, type=shapes.Problem)
     page = render(request, "refused.html", made.status_code, problem=problem)
     page.headers.update({name: made.headers[name] for name in _KEPT if name in made.headers})
     return page
 
 
 def _has_ended(request: Request) -> bool:
-    """Whether the credential of this session expired or was revoked after the gate let the request in."""
+    """Return whether the credential of this session expired or was revoked after authentication."""
     entry = screen(request).entry
-    return SESSION in request.scope and entry is not None and not entry.is_worth(request.scope[WHO])
+    return SESSION in request.scope and entry is not None and not entry.is_valid(request.scope[PRINCIPAL])
 
 
 def to(path: str, **query: str) -> Response:
-    """Where a form leads: a page that may be loaded again."""
+    """Redirect a form to a page, which can be reloaded."""
     return RedirectResponse(f"{UI}{path}" + (f"?{urlencode(query)}" if query else ""), HTTPStatus.SEE_OTHER)
 
 
 def stamp_of(request: Request, holder: str) -> str:
-    """What a form for this holder carries."""
+    """The CSRF token of forms for this holder."""
     return screen(request).sessions.stamp(holder)
 
 
-async def form(request: Request) -> dict[str, str]:
-    """The fields of a form of ours. Raises Forbidden if not stamped for the sender, or too late."""
+async def form(request: Request) -> Fields:
+    """Fields of a form. Raises Forbidden without a valid CSRF token, InvalidRequest."""
     body = await json_body.read_bytes(request, _FORM_BYTES)
     if _has_ended(request):
         raise Forbidden(_ENDED)
@@ -127,10 +245,10 @@ async def form(request: Request) -> dict[str, str]:
 
 
 def _holder(request: Request) -> str:
-    """Whom a form is stamped for: a session; before the login a cookie; else whoever the gate has let in."""
+    """The holder of a form: a session, an authenticated principal, or before the login a cookie."""
     if SESSION in request.scope:
         return f"session {request.scope[SESSION]}"
-    who: Principal = request.scope[WHO]
+    who: Principal = request.scope[PRINCIPAL]
     if who.name:
         return f"caller {who.tenant} {who.credential} {who.name}"
     return f"visitor {cookie(request.scope['headers'], VISITOR)}"

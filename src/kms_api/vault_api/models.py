@@ -1,8 +1,7 @@
-"""The bodies of the façade and its answers, as Vault's clients write and read them.
+"""Bodies and answers of the Vault API, as Vault's clients write and read them.
 
-Read laxly where these clients are lax: ``null`` or nothing for an object, numbers and booleans as strings
-(the ``bao`` command). What is not listed is refused, since a field that is passed over without a word would
-promise something.
+Bodies are decoded as leniently as these clients need: ``null`` or nothing for an object, numbers and booleans
+as strings (the ``bao`` command). An unlisted field is refused, since ignoring it would promise something.
 """
 
 import re
@@ -12,24 +11,28 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
+from starlette.responses import Response
 
 from kms_api import json_body
 from kms_core import audit
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest
-from kms_protocol.wire import Body
+from kms_protocol.shapes import Body
 
+POLICIES: Final = ("kms-service",)
+"""Vault's name for rights, which are scopes here."""
 MAX_ITEMS: Final = 1000
+_HEADER_CHARS: Final = 44 * 1024
 _CIPHERTEXT: Final = re.compile(r"vault:v([1-9][0-9]{0,8}):(.+)", re.ASCII)
 T = TypeVar("T", bound=Body)
 _decoders: Final[dict[type[Body], msgspec.json.Decoder[Any]]] = {}
 
 
 class BoundFields(Body, frozen=True, kw_only=True):
-    """What may bind any call: both are authenticated, and told apart from each other.
+    """The fields of any call; ``context`` and ``associated_data`` are both authenticated, and differ.
 
-    Bytes are base64 here, which ``octets`` decodes: a lax decoder would take the text ``null``, which is
-    base64 too, for nothing, and what was to be bound would not be.
+    Bytes are base64 text, which ``octets`` decodes: the lenient decoder would read the text ``null``, which
+    is base64 too, as nothing, and leave it unbound.
     """
 
     context: str | None = None
@@ -41,23 +44,30 @@ class BoundFields(Body, frozen=True, kw_only=True):
     reference: str | None = None
 
 
-class VaultCall(BoundFields, frozen=True, kw_only=True):
-    """One call, an item of several, or the several."""
+class TransitItem(BoundFields, frozen=True, kw_only=True):
+    """An item of a batch."""
 
     plaintext: str | None = None
     ciphertext: str | None = None
+
+
+class TransitIn(TransitItem, frozen=True, kw_only=True):
+    """One call, or a batch (``batch_input``). ``name`` repeats the key of the path, as in other bodies."""
+
+    name: str | None = None
     batch_input: list[msgspec.Raw] | None = None
     partial_failure_response_code: int | None = None
 
 
 class DataKeyIn(BoundFields, frozen=True, kw_only=True):
-    """A data key; 256 bits if it does not say."""
+    """A data key, of 256 bits by default."""
 
+    name: str | None = None
     bits: int | None = None
 
 
 class KeyIn(Body, frozen=True, kw_only=True):
-    """Of a key that is there: what is asked for may only be what it is."""
+    """Settings of an existing key, which must be those that it has."""
 
     name: str | None = None
     type: str | None = None
@@ -73,37 +83,38 @@ class KeyIn(Body, frozen=True, kw_only=True):
 
 
 class PathsIn(Body, frozen=True, kw_only=True):
-    """Paths to be told the capabilities of; one of both. ``token`` is the caller's own, once more."""
+    """The paths whose capabilities are wanted, in one of both fields. ``token`` repeats the caller's."""
 
     path: str | None = None
     paths: list[str] | None = None
     token: str | None = None
 
 
-class Nothing(Body, frozen=True, kw_only=True):
-    """A call that takes nothing; a renewal may ask for seconds."""
+class EmptyIn(Body, frozen=True, kw_only=True):
+    """A call without fields; a renewal may have ``increment``, in seconds."""
 
+    name: str | None = None
     increment: str | int | None = None
 
 
 class VaultCiphertext(Struct, frozen=True):
-    """What was sealed; a data key has its plaintext beside it."""
+    """A ciphertext; that of a data key comes with the plaintext."""
 
     ciphertext: str
     key_version: int
     plaintext: bytes | UnsetType = UNSET
 
     def __repr__(self) -> str:
-        return "Sealed(…)"
+        return "VaultCiphertext(…)"
 
 
 class VaultPlaintext(Struct, frozen=True):
-    """What was opened."""
+    """A plaintext."""
 
     plaintext: bytes
 
     def __repr__(self) -> str:
-        return "Opened(…)"
+        return "VaultPlaintext(…)"
 
 
 class Item(Struct, frozen=True):
@@ -126,7 +137,7 @@ class Results(Struct, frozen=True):
 
 
 class VaultKey(Struct, frozen=True, kw_only=True):
-    """A key as its record says: ``keys`` are version numbers and Unix seconds."""
+    """A key; ``keys`` maps version numbers to Unix seconds."""
 
     name: str
     keys: dict[str, int]
@@ -148,8 +159,37 @@ class VaultKey(Struct, frozen=True, kw_only=True):
     supports_signing: bool = False
 
 
+class LoginIn(Body, frozen=True, kw_only=True):
+    """A JWT and the name of a role; or a token of this service (``secret_id``) and its name (``role_id``)."""
+
+    role: str | None = None
+    jwt: str | None = None
+    role_id: str | None = None
+    secret_id: str | None = None
+
+
+class VaultAuth(Struct, frozen=True, kw_only=True):
+    """The token that a login hands out: of Vault's type ``batch``, which is neither renewed nor revoked."""
+
+    client_token: str
+    lease_duration: int
+    metadata: dict[str, str]
+    policies: tuple[str, ...] = POLICIES
+    token_policies: tuple[str, ...] = POLICIES
+    accessor: str = ""
+    entity_id: str = ""
+    mfa_requirement: None = None
+    num_uses: int = 0
+    orphan: bool = True
+    renewable: bool = False
+    token_type: str = "batch"  # noqa: S105 -- the name of a kind
+
+    def __repr__(self) -> str:
+        return "VaultAuth(…)"
+
+
 class VaultAnswer(Struct):
-    """What every answer with ``data`` has around it."""
+    """The envelope around ``data``."""
 
     request_id: str
     data: object
@@ -158,16 +198,11 @@ class VaultAnswer(Struct):
     lease_duration: int = 0
     wrap_info: None = None
     warnings: None = None
-    auth: None = None
-
-
-def around(data: object) -> bytes:
-    """The body of an answer."""
-    return wire.encode(VaultAnswer(audit.request_id.get(), data))
+    auth: VaultAuth | None = None
 
 
 def read(body: bytes | msgspec.Raw, shape: type[T]) -> T:
-    """A body, or an item of one. Raises InvalidRequest saying where and why, never with a value."""
+    """A body, or an item of one. Raises InvalidRequest, which names the field and reason, never a value."""
     decoder = _decoders.get(shape)
     if decoder is None:
         decoder = _decoders[shape] = msgspec.json.Decoder(shape | None, strict=False)
@@ -179,7 +214,7 @@ def read(body: bytes | msgspec.Raw, shape: type[T]) -> T:
 
 
 def octets(text: str | None, field: str) -> bytes:
-    """What a field holds in base64, nothing if it is not there. Raises InvalidRequest, naming the field."""
+    """The bytes of a base64 field; empty without it. Raises InvalidRequest, which names the field."""
     try:
         return a2b_base64(text or "", strict_mode=True)
     except ValueError:
@@ -187,7 +222,7 @@ def octets(text: str | None, field: str) -> bytes:
 
 
 def parse(ciphertext: str) -> tuple[int, bytes]:
-    """The version's number and the age file. Raises InvalidRequest in Vault's words."""
+    """The number of the key version, and the age file. Raises InvalidRequest in Vault's words."""
     found = _CIPHERTEXT.fullmatch(ciphertext)
     if found is None:
         raise InvalidRequest("invalid ciphertext: expected vault:v<number>:<base64>")
@@ -197,5 +232,24 @@ def parse(ciphertext: str) -> tuple[int, bytes]:
         raise InvalidRequest("invalid ciphertext: could not decode base64") from None
 
 
+def header_of(ciphertext: str) -> bytes:
+    """The first 32 KiB of the age file of a ciphertext, which hold its header; empty if it is not one."""
+    try:
+        return a2b_base64(ciphertext[:_HEADER_CHARS].rpartition(":")[2])
+    except ValueError:
+        return b""
+
+
 def render(number: int, file: bytes) -> str:
+    """Return a ciphertext in the form of Vault transit: ``vault:v<version>:<base64>``."""
     return f"vault:v{number}:{b64encode(file).decode('ascii')}"
+
+
+def answer(data: object, status: int = 200) -> Response:
+    """An answer in Vault's envelope."""
+    return bare(VaultAnswer(audit.request_id.get(), data), status)
+
+
+def bare(body: object, status: int = 200) -> Response:
+    """An answer without an envelope."""
+    return Response(wire.encode(body), status, media_type="application/json")

@@ -1,8 +1,8 @@
-"""Calls of the façade into ``Kms``: what binds them, and the numbers of key versions.
+"""Calls of the Vault API into ``Kms``: their contexts, and the numbers of key versions.
 
-Every ciphertext of this door is bound to the pair ``kms:transit=v<number>``, and to what was given as
-``context`` and ``associated_data``. No other door can give pairs with such keys, so none opens these files,
-and this one opens none of others. The number rests bound: it stays true whatever becomes of older versions.
+Every ciphertext of this API is bound to the pair ``kms:transit=v<number>``, and to the caller's ``context``
+and ``associated_data``. Other APIs accept no pairs with such keys, so they open none of these files, and this
+one opens none of theirs. The bound number stays true even if older versions are removed.
 """
 
 from base64 import b64encode
@@ -27,9 +27,9 @@ M = TypeVar("M", Sealed, DataKey)
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """What the caller gave to be bound; empty is the same as none.
+    """The caller's data to be bound; empty is the same as none.
 
-    ``number`` is that of the ciphertext's prefix, or the version that shall seal, of which 0 means any.
+    ``number`` is that of the ciphertext's prefix, or of the version that shall seal, where 0 is any.
     """
 
     context: bytes = b""
@@ -40,7 +40,7 @@ class Extra:
         return "Extra(…)"
 
     def bound(self, number: int) -> Context:
-        """With this version. Raises InvalidContext if it is too long."""
+        """The context for this version. Raises InvalidContext if it is too long."""
         if not self.context and not self.associated_data:
             return _bare(number)
         given = {CONTEXT: self.context, ASSOCIATED_DATA: self.associated_data}
@@ -67,20 +67,20 @@ def data_key(kms: Kms, who: Principal, size_bytes: int, extra: Extra, *, key_id:
 
 
 def decrypt(kms: Kms, who: Principal, file: bytes, extra: Extra, *, key_id: str) -> bytes:
-    """The plaintext of a file of this key and this door. Raises what ``Kms.decrypt`` raises."""
+    """The plaintext of a file of this key and this API. Raises what ``Kms.decrypt`` raises."""
     try:
         return kms.decrypt(who, file, extra.bound(extra.number), key_id=key_id).plaintext
     except DecryptFailed as exc:
         if not kms.policy.sees(who, key_id) or key_id not in kms.keyring.keys:
-            raise UnknownKey from exc  # of the name in the path there is more to say
+            raise UnknownKey from exc  # says more: the path names the key
         raise
 
 
 def rewrap(kms: Kms, who: Principal, file: bytes, extra: Extra, *, key_id: str) -> tuple[Sealed, int]:
-    """To the version in use. A file of another key, which ``Kms.rewrap`` would move here, is refused."""
+    """Rewrap to the version in use. Refuses a file of another key, which ``Kms.rewrap`` would accept."""
     old = extra.bound(extra.number)
     if _names_another(file, key_id):
-        kms.refused(who, "rewrap", old, DecryptFailed())
+        kms.raise_recorded(who, "rewrap", old, DecryptFailed())
     return _numbered(
         kms,
         who,
@@ -93,7 +93,7 @@ def rewrap(kms: Kms, who: Principal, file: bytes, extra: Extra, *, key_id: str) 
 def _numbered(
     kms: Kms, who: Principal, extra: Extra, key_id: str, make: Callable[[Context], M]
 ) -> tuple[M, int]:
-    """What was made, bound to the number of the very version that made it."""
+    """The result, bound to the number of the version that made it."""
     for _ in range(_TRIES):
         version, number = _current(kms, who, key_id)
         if number and extra.number not in {0, number}:
@@ -101,14 +101,14 @@ def _numbered(
         made = make(extra.bound(number))
         if made.key.version == version:
             return made, number
-    raise BackendUnavailable("The key is rotated again and again")
+    raise BackendUnavailable("The key was rotated during each of three attempts")
 
 
 def _current(kms: Kms, who: Principal, key_id: str) -> tuple[str, int]:
-    """The version in use and its number; 0 where ``Kms`` is to say why there is none.
+    """The version in use and its number; 0 where ``Kms`` will raise the reason why there is none.
 
-    A caller who may not know of a key learns nothing from how long the answer takes: policy is asked first,
-    of every name, and no backend of an unseen key is.
+    The time of the answer tells nothing of keys that the caller may not see: the policy is checked first, for
+    every name, and the backend of an unseen key is not called.
     """
     sees, key = kms.policy.sees(who, key_id), kms.keyring.keys.get(key_id)
     if key is None or not sees:
@@ -121,7 +121,7 @@ def _current(kms: Kms, who: Principal, key_id: str) -> tuple[str, int]:
 
 
 def _names_another(file: bytes, key_id: str) -> bool:
-    """Whether a file of ours names another key. What cannot be read is for ``Kms`` to refuse."""
+    """Return whether a file of ours names another key. ``Kms`` refuses a file that cannot be read."""
     try:
         bound = binding.read(header.parse(file, header.SYNC_LIMITS))
     except KmsError:
@@ -131,5 +131,5 @@ def _names_another(file: bytes, key_id: str) -> bool:
 
 @lru_cache(maxsize=256)
 def _bare(number: int) -> Context:
-    """Of a call that binds nothing else, which most are."""
+    """The context of a call that binds nothing else, as most calls."""
     return Context.reserved({NUMBER: f"v{number}"})

@@ -1,4 +1,7 @@
-"""What clients ask besides: whether the server is there and open, who they are, what is mounted."""
+"""Keys, health, mounts and the caller's token, as clients of Vault read them.
+
+The keys are those that the settings name. This API makes none and exports none.
+"""
 
 import time
 from collections.abc import Mapping
@@ -7,17 +10,134 @@ from typing import Any, Final
 import msgspec
 from starlette.responses import Response
 
-from kms_api.deps import call
+from kms_api import problems
+from kms_api.deps import KEYS, Pool
+from kms_api.routing import OPEN, Call
+from kms_api.transport.authentication import token_of
 from kms_api.vault_api import models
-from kms_api.vault_api.models import Nothing, PathsIn
-from kms_api.vault_api.request import VaultRequest, answer, bare
+from kms_api.vault_api.models import EmptyIn, KeyIn, PathsIn, VaultKey, answer, bare
+from kms_api.vault_api.routing import Routes
+from kms_api.vault_api.transit import TYPES
 from kms_core import audit
+from kms_core.auth.logins import PREFIX
 from kms_core.auth.policy import allows
+from kms_core.keyring import Key
 from kms_protocol import __version__
-from kms_protocol.errors import AuditUnavailable, InvalidRequest
+from kms_protocol.errors import AuditUnavailable, InvalidRequest, UnknownKey
+from kms_protocol.units import time_text
+
+routes: Final = Routes()
+_DIGITS: Final = 9  # of a number of keys
+_ALWAYS_FALSE: Final = (
+    "derived",
+    "convergent_encryption",
+    "exportable",
+    "allow_plaintext_backup",
+    "deletion_allowed",
+)
+
+
+def _default_pool(call: Call[None]) -> Pool | None:
+    """The threads of the default key."""
+    return call.key_pool(None)
+
+
+def _key_pool(call: Call[object]) -> Pool | None:
+    return call.key_pool(call.path("name"))
+
+
+@routes.read("{mount}/keys", None, methods=("GET", "LIST"))
+def list_keys(call: Call[None]) -> Response:
+    """Names of the keys that the caller may use; ``after`` and ``limit`` as OpenBao has them."""
+    after, limit = call.query.get("after", ""), call.query.get("limit", "")
+    sees, keys = call.service.kms.policy.sees, call.service.kms.keyring.keys
+    found = [name for name in sorted(keys) if name > after and sees(call.caller, name)]
+    if limit.isdecimal():
+        most = int(limit[:_DIGITS])
+        found = found[:most] if most else found
+    return answer({"keys": found}) if found else bare({"errors": []}, 404)
+
+
+@routes.read("{mount}/keys/{name}", KEYS)
+def get_key(call: Call[None]) -> Response | VaultKey:
+    """The record of a key."""
+    try:
+        return _record(call)
+    except UnknownKey as exc:
+        return problems.vault_answer(exc, 404)
+
+
+@routes.write("{mount}/keys/{name}", KeyIn, KEYS)
+def create_key(call: Call[KeyIn]) -> VaultKey:
+    """The record of an existing key with exactly these settings. No key is made."""
+    kind = call.body.type
+    if kind is not None and kind not in TYPES:
+        raise InvalidRequest(f"type: keys here are of type {' or '.join(sorted(TYPES))}")
+    _check_settings(call.body)
+    return _record(call)
+
+
+@routes.write("{mount}/keys/{name}/config", KeyIn, KEYS)
+def configure_key(call: Call[KeyIn]) -> VaultKey:
+    """The record of a key with exactly these settings, which only the operator can change."""
+    _check_settings(call.body)
+    return _record(call)
+
+
+@routes.write(
+    "{mount}/keys/{name}/rotate", EmptyIn, lambda call: call.service.rotation_pool(call.path("name"))
+)
+def rotate_key(call: Call[EmptyIn]) -> VaultKey:
+    """A new version, which seals from now on; old ones decrypt."""
+    call.service.kms.rotate(call.caller, key_id=call.path("name"))
+    return _record(call)
+
+
+@routes.read("{mount}/keys/{name}", None, methods=("DELETE",))
+def delete_key(call: Call[None]) -> Response:
+    """Refuse: keys are not deleted here."""
+    _seen(call)
+    raise InvalidRequest("deletion is not allowed for this key: the operator of the service retires it")
+
+
+def _check_settings(body: KeyIn) -> None:
+    for name in _ALWAYS_FALSE:
+        if getattr(body, name):
+            raise InvalidRequest(f"{name}: keys stay in this service, and none is derived from another")
+    if (body.min_decryption_version or 0) > 1 or body.min_encryption_version or body.key_size:
+        raise InvalidRequest("versions are retired by the operator of the service, in the key's backend")
+    if str(body.auto_rotate_period or "0").strip("0hms"):
+        raise InvalidRequest("auto_rotate_period: the service rotates by [kms.rotation] every_days")
+
+
+def _seen(call: Call[object]) -> Key:
+    key_id = call.path("name")
+    if not call.service.kms.policy.sees(call.caller, key_id):
+        raise UnknownKey
+    return call.service.kms.keyring.named(key_id)
+
+
+def _record(call: Call[object]) -> VaultKey:
+    return shape(_seen(call))
+
+
+def shape(key: Key) -> VaultKey:
+    """The record of a key. A version of unknown age has its number as time, which a rotation changes.
+
+    A version that another process makes during this call is the latest one from the next call on.
+    """
+    numbers = key.numbers()
+    made_at = {version.version: version.created_at for version in key.backend.versions()}
+    times = {
+        str(number): int(at.timestamp()) if (at := made_at.get(version)) else number
+        for version, number in sorted(numbers.items(), key=lambda pair: pair[1])
+    }
+    latest = numbers.get(key.backend.current_version(), max(numbers.values()))
+    return VaultKey(name=key.key_id, keys=times, latest_version=latest)
+
 
 _LAST: Final = 253402300799  # 9999-12-31T23:59:59Z: an issuer of JWTs may say any number
-_NEVER: Final = "0001-01-01T00:00:00Z"  # Go's word for no time
+_NEVER: Final = "0001-01-01T00:00:00Z"  # no time, as Go writes it
 _MOUNT: Final[Mapping[str, Any]] = {
     "type": "transit",
     "description": "keys of kms-service",
@@ -39,9 +159,10 @@ _DATA_KEYS: Final = frozenset({"plaintext", "wrapped"})
 _MAX_PATHS: Final = 100
 
 
-async def health(asked: VaultRequest) -> Response:
-    """200 or 503, which these clients call sealed: whether the default key works and records can be kept."""
-    ready = await _ready(asked)
+@routes.read("sys/health", _default_pool, methods=("GET", "HEAD"), rule=OPEN)
+def health(call: Call[None]) -> Response:
+    """Tell if the default key works and records can be written: 200, or 503, which clients call sealed."""
+    ready = _ready(call)
     return bare(
         {
             "initialized": True,
@@ -59,13 +180,14 @@ async def health(asked: VaultRequest) -> Response:
     )
 
 
-async def seal_status(asked: VaultRequest) -> Response:
-    """The same in other words."""
+@routes.read("sys/seal-status", _default_pool, rule=OPEN)
+def seal_status(call: Call[None]) -> Response:
+    """As ``health``, always with 200."""
     return bare(
         {
             "type": "kms-service",
             "initialized": True,
-            "sealed": not await _ready(asked),
+            "sealed": not _ready(call),
             "t": 1,
             "n": 1,
             "progress": 0,
@@ -81,15 +203,17 @@ async def seal_status(asked: VaultRequest) -> Response:
     )
 
 
-async def init(asked: VaultRequest) -> Response:
-    """It always is."""
-    del asked
+@routes.read("sys/init", None, rule=OPEN)
+def init(call: Call[None]) -> Response:
+    """Always initialized."""
+    del call
     return bare({"initialized": True})
 
 
-async def leader(asked: VaultRequest) -> Response:
-    """Nobody leads: processes are alike."""
-    del asked
+@routes.read("sys/leader", None, rule=OPEN)
+def leader(call: Call[None]) -> Response:
+    """No leader: all processes are alike."""
+    del call
     return bare(
         {
             "ha_enabled": False,
@@ -103,71 +227,87 @@ async def leader(asked: VaultRequest) -> Response:
     )
 
 
-async def mounts(asked: VaultRequest) -> Response:
-    """One, by the name that most clients expect; the façade answers under any other name, too."""
-    del asked
+@routes.read("sys/mounts", None)
+def mounts(call: Call[None]) -> Response:
+    """One mount, by the name that most clients expect; the API answers under any other name, too."""
+    del call
     return _doubled({f"{DEFAULT_MOUNT}/": _MOUNT})
 
 
-async def visible_mounts(asked: VaultRequest) -> Response:
-    """The same for a page."""
-    del asked
+@routes.read("sys/internal/ui/mounts", None)
+def visible_mounts(call: Call[None]) -> Response:
+    """As ``mounts``, for a page."""
+    del call
     return answer({"secret": {f"{DEFAULT_MOUNT}/": _MOUNT}, "auth": {}})
 
 
-async def mount_of(asked: VaultRequest) -> Response:
-    """The mount of a path: everything before what is a path of transit."""
-    parts = asked.names["mount"].strip("/").split("/")
+@routes.read("sys/internal/ui/mounts/{mount}", None)
+def mount_of(call: Call[None]) -> Response:
+    """The mount of a path: everything before a path of transit."""
+    parts = call.path("mount").strip("/").split("/")
     ends = [at for at, part in enumerate(parts) if part in {"keys", "datakey", *_OPERATIONS} and at]
     mount = "/".join(parts[: ends[0]] if ends else parts)
     return answer({**_MOUNT, "path": f"{mount}/"})
 
 
-async def lookup_self(asked: VaultRequest) -> Response:
-    """Who the caller is. The id is the credential's name in the audit trail, not its text."""
-    until = asked.doors.until(asked.who) if asked.doors else None
+@routes.read("auth/token/lookup-self", None)
+def lookup_self(call: Call[None]) -> Response:
+    """The caller. The id is the token itself, which the ``bao`` command stores at its login."""
+    who, authenticator = call.caller, call.service.authenticator
+    until = authenticator.until(who) if authenticator else None
+    made = authenticator.made_at(who) if authenticator else None
     until = None if until is None else min(until, _LAST)
-    now = int(time.time())
+    now, token = int(time.time()), token_of(call.headers.raw)
     return answer(
         {
-            "id": asked.who.credential,
-            "accessor": asked.who.credential,
-            "display_name": asked.who.name,
+            "id": token or who.credential,
+            "accessor": who.credential,
+            "display_name": who.name,
             "entity_id": "",
-            "meta": {"tenant": asked.who.tenant},
+            "meta": {"tenant": who.tenant},
             "policies": ["kms-service"],
             "path": "auth/token/create",
-            "type": "service",
-            "creation_time": 0,
-            "creation_ttl": 0,
+            "type": "batch" if token.startswith(PREFIX) else "service",
+            "creation_time": int(made or 0),
+            "issue_time": _NEVER if made is None else time_text(made),
+            "creation_ttl": int(until - made) if made and until else 0,
             "explicit_max_ttl": 0,
             "num_uses": 0,
             "orphan": True,
             "renewable": False,
-            "expire_time": None if until is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(until)),
+            "expire_time": None if until is None else time_text(until),
             "ttl": 0 if until is None else max(1, int(until) - now),
         }
     )
 
 
-async def renew_self(asked: VaultRequest) -> Response:
-    """Credentials of this service end when they end; clients take this answer for what it says."""
-    await asked.body(Nothing)
+@routes.write("auth/token/renew-self", EmptyIn, None)
+def renew_self(call: Call[EmptyIn]) -> Response:
+    """Refuse: credentials of this service cannot be renewed."""
+    del call
     raise InvalidRequest("lease is not renewable: make a new token, or rotate this one, with kms token")
 
 
-async def capabilities_self(asked: VaultRequest) -> Response:
-    """What the caller may do under each path."""
-    body = await asked.body(PathsIn)
+@routes.write("auth/token/revoke-self", EmptyIn, None)
+def revoke_self(call: Call[EmptyIn]) -> Response:
+    """Refuse: the tokens of logins expire soon, the others are revoked by the operator."""
+    del call
+    raise InvalidRequest("batch tokens cannot be revoked: they expire soon; others are, by kms token revoke")
+
+
+@routes.write("sys/capabilities-self", PathsIn, None)
+def capabilities_self(call: Call[PathsIn]) -> Response:
+    """The operations that the caller may do under each path."""
+    body = call.body
     paths = body.paths or ([body.path] if body.path else [])
     if not 0 < len(paths) <= _MAX_PATHS:
         raise InvalidRequest(f"paths: expected 1 to {_MAX_PATHS}")
-    found = {path: _capabilities(asked, path.strip("/").split("/")) for path in paths}
+    found = {path: _capabilities(call, path.strip("/").split("/")) for path in paths}
     return _doubled({"capabilities": found[paths[0]], **found})
 
 
-def _capabilities(asked: VaultRequest, parts: list[str]) -> list[str]:
-    kms, who = asked.built.kms, asked.who
+def _capabilities(call: Call[PathsIn], parts: list[str]) -> list[str]:
+    kms, who = call.service.kms, call.caller
     match parts:
         case [_, *_, "keys"]:
             return ["list"]
@@ -183,21 +323,20 @@ def _capabilities(asked: VaultRequest, parts: list[str]) -> list[str]:
             return ["deny"]
     allowed = allows(
         kms.policy, who, operation, name
-    )  # asked of every name: equal times for unseen and absent
+    )  # of every name: unseen and absent ones take equal times
     return [can] if allowed and name in kms.keyring.keys else ["deny"]
 
 
 def _doubled(data: Mapping[str, object]) -> Response:
-    """Some answers of Vault have their data at the top, too."""
+    """An answer of Vault that has its data at the top as well."""
     whole = msgspec.structs.asdict(models.VaultAnswer(audit.request_id.get(), data))
     return bare({**whole, **data})
 
 
-async def _ready(asked: VaultRequest) -> bool:
-    built = asked.built
-    found = await call(built, built.kms.health_check)
+def _ready(call: Call[None]) -> bool:
+    kms = call.service.kms
     try:
-        built.kms.trail.check()
+        kms.audit_log.check()
     except AuditUnavailable:
         return False
-    return found.healthy
+    return kms.health_check().healthy

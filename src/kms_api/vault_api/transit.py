@@ -1,111 +1,126 @@
-"""encrypt, decrypt, rewrap and data keys, one or many at a time."""
+"""encrypt, decrypt, rewrap and data keys of the Vault API, one call or a batch."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from http import HTTPStatus
 from typing import Final
 
-import anyio.to_thread
 import msgspec
-from starlette.responses import Response
 
-from kms_api.deps import Service, call
-from kms_api.errors import vault
-from kms_api.routes.batch import BATCHES, admit_items
+from kms_api import problems
+from kms_api.deps import Pool
+from kms_api.routes.batch import admit_items
 from kms_api.routes.secrets import check_ciphertext, check_plaintext
+from kms_api.routing import Call
 from kms_api.vault_api import models, service
-from kms_api.vault_api.models import BoundFields, DataKeyIn, Item, VaultCall, VaultCiphertext, VaultPlaintext
-from kms_api.vault_api.request import VaultRequest, answer
+from kms_api.vault_api.models import (
+    BoundFields,
+    DataKeyIn,
+    Item,
+    TransitIn,
+    TransitItem,
+    VaultCiphertext,
+    VaultPlaintext,
+    answer,
+)
+from kms_api.vault_api.routing import Routes
 from kms_api.vault_api.service import Extra
+from kms_core.auth.policy import Principal
+from kms_core.results import DataKey
+from kms_core.service import Kms
+from kms_core.settings.model import LimitsSection
 from kms_protocol.errors import InvalidRequest, KmsError, TooLarge, Unavailable
 from kms_protocol.wire import JobKind
 
 TYPES: Final = frozenset({"chacha20-poly1305", "aes256-gcm96"})
-"""What may be asked for: what the payload is, and the default of clients, which is as strong."""
+"""Accepted key types: that of the payload, and the default of clients, which is as strong."""
+_NOTHING: Final = Extra()
 _BITS: Final = frozenset({128, 256, 512})
-_CODES: Final = frozenset(range(200, 600)) - {204, 205, 304}  # these have no body to put outcomes into
-Work = Callable[[VaultRequest, VaultCall], Item]
+_CODES: Final = frozenset(range(200, 600)) - {204, 205, 304}  # answers that have no body
+routes: Final = Routes()
 
 
-async def encrypt(asked: VaultRequest) -> Response:
-    """``plaintext`` to ``ciphertext``. A key that is not there is not made."""
-    body = await asked.body(VaultCall)
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """The key of a request and its caller."""
+
+    kms: Kms
+    limits: LimitsSection
+    who: Principal
+    key_id: str
+
+
+Work = Callable[[_Target, TransitItem], VaultCiphertext | VaultPlaintext]
+
+
+def _pool(call: Call[BoundFields]) -> Pool | None:
+    """The threads of the key in the path, for a new ciphertext."""
+    return call.key_pool(call.path("name"), seals=True)
+
+
+def _transit_pool(call: Call[TransitIn], *, seals: bool = True) -> Pool | None:
+    """The threads of batches, or of the key in the path."""
+    body = call.body
     if body.batch_input is not None:
-        return await _many(asked, body, "encrypt", _encrypt_item)
-    plaintext = _plaintext(asked.built, body)
-    sealed, number = await call(
-        asked.built,
-        service.encrypt,
-        asked.built.kms,
-        asked.who,
-        plaintext,
-        _extra(body),
-        key_id=asked.key_id,
+        return call.service.batch_pool([call.path("name")])
+    size = max(len(body.plaintext or ""), len(body.ciphertext or "")) // 4 * 3
+    return call.key_pool(
+        call.path("name"), size_bytes=size, file=models.header_of(body.ciphertext or ""), seals=seals
     )
-    return answer(VaultCiphertext(models.render(number, sealed.ciphertext), number))
 
 
-async def decrypt(asked: VaultRequest) -> Response:
+@routes.write("{mount}/encrypt/{name}", TransitIn, _transit_pool)
+def encrypt(call: Call[TransitIn]) -> object:
+    """``plaintext`` to ``ciphertext``. A key that does not exist is not made."""
+    return _one_or_many(call, "encrypt", _encrypt)
+
+
+@routes.write("{mount}/decrypt/{name}", TransitIn, partial(_transit_pool, seals=False))
+def decrypt(call: Call[TransitIn]) -> object:
     """``ciphertext`` to ``plaintext``; the number in its prefix is authenticated."""
-    body = await asked.body(VaultCall)
-    if body.batch_input is not None:
-        return await _many(asked, body, "decrypt", _decrypt_item)
-    file, extra = _file(asked.built, body)
-    plaintext = await call(
-        asked.built, service.decrypt, asked.built.kms, asked.who, file, extra, key_id=asked.key_id
-    )
-    return answer(VaultPlaintext(plaintext))
+    return _one_or_many(call, "decrypt", _decrypt)
 
 
-async def rewrap(asked: VaultRequest) -> Response:
+@routes.write("{mount}/rewrap/{name}", TransitIn, _transit_pool)
+def rewrap(call: Call[TransitIn]) -> object:
     """The same payload under the version in use, bound as it was."""
-    body = await asked.body(VaultCall)
-    if body.batch_input is not None:
-        return await _many(asked, body, "rewrap", _rewrap_item)
-    file, extra = _file(asked.built, body)
-    sealed, number = await call(
-        asked.built, service.rewrap, asked.built.kms, asked.who, file, extra, key_id=asked.key_id
-    )
-    return answer(VaultCiphertext(models.render(number, sealed.ciphertext), number))
+    return _one_or_many(call, "rewrap", _rewrap)
 
 
-async def data_key(asked: VaultRequest) -> Response:
+@routes.write("{mount}/datakey/plaintext/{name}", DataKeyIn, _pool)
+def data_key(call: Call[DataKeyIn]) -> VaultCiphertext:
     """Random bytes, in clear and sealed."""
-    return await _data_key(asked, in_clear=True)
+    made, number = _data_key(call)
+    return VaultCiphertext(models.render(number, made.ciphertext), number, made.plaintext)
 
 
-async def wrapped_data_key(asked: VaultRequest) -> Response:
-    """Random bytes, sealed alone."""
-    return await _data_key(asked, in_clear=False)
+@routes.write("{mount}/datakey/wrapped/{name}", DataKeyIn, _pool)
+def wrapped_data_key(call: Call[DataKeyIn]) -> VaultCiphertext:
+    """Random bytes, only sealed."""
+    made, number = _data_key(call)
+    return VaultCiphertext(models.render(number, made.ciphertext), number)
 
 
-async def _data_key(asked: VaultRequest, *, in_clear: bool) -> Response:
-    body = await asked.body(DataKeyIn)
-    bits = 256 if body.bits is None else body.bits
+def _data_key(call: Call[DataKeyIn]) -> tuple[DataKey, int]:
+    bits = 256 if call.body.bits is None else call.body.bits
     if bits not in _BITS:
         raise InvalidRequest("bits: expected 128, 256 or 512")
-    made, number = await call(
-        asked.built,
-        service.data_key,
-        asked.built.kms,
-        asked.who,
-        bits // 8,
-        _extra(body),
-        key_id=asked.key_id,
-    )
-    text = models.render(number, made.ciphertext)
-    return answer(
-        VaultCiphertext(text, number, made.plaintext) if in_clear else VaultCiphertext(text, number)
-    )
+    kms, key_id = call.service.kms, call.path("name")
+    return service.data_key(kms, call.caller, bits // 8, _extra(call.body), key_id=key_id)
 
 
-# -- many ----------------------------------------------------------------------------------------------
+def _one_or_many(call: Call[TransitIn], operation: JobKind, work: Work) -> object:
+    """The outcome of one call, or of every item of a batch in order.
 
-
-async def _many(asked: VaultRequest, body: VaultCall, operation: JobKind, work: Work) -> Response:
-    """Every item's outcome, in order; 400 if any was refused, since clients look at the status alone."""
-    items, code = body.batch_input or [], body.partial_failure_response_code
-    if _extra(body) is not _NOTHING:
+    The status of a batch is 400 if an item was refused, since clients look only at the status.
+    """
+    kms = call.service.kms
+    target = _Target(kms, call.limits, call.caller, call.path("name"))
+    items, code = call.body.batch_input, call.body.partial_failure_response_code
+    if items is None:
+        return work(target, call.body)
+    if _extra(call.body) is not _NOTHING:
         raise InvalidRequest(
             "context, associated_data, key_version: write them into each item of batch_input"
         )
@@ -115,8 +130,10 @@ async def _many(asked: VaultRequest, body: VaultCall, operation: JobKind, work: 
         raise TooLarge(f"batch_input has at most {models.MAX_ITEMS} items: send several requests")
     if code is not None and code not in _CODES:
         raise InvalidRequest("partial_failure_response_code: expected 200 to 599, of an answer with a body")
-    limiter = asked.built.limiter(BATCHES)
-    results = await anyio.to_thread.run_sync(_run, asked, items, operation, work, limiter=limiter)
+    admit_items(call.service, call.caller, operation, len(items))
+    in_batch = replace(target, kms=kms.for_job())
+    with kms.audit_log.together():
+        results = [_item(in_batch, item, work) for item in items]
     failed = sum(result.error is not msgspec.UNSET for result in results)
     status: int = HTTPStatus.OK
     if failed:
@@ -124,64 +141,49 @@ async def _many(asked: VaultRequest, body: VaultCall, operation: JobKind, work: 
     return answer(models.Results(results), status)
 
 
-def _run(asked: VaultRequest, items: list[msgspec.Raw], operation: JobKind, work: Work) -> list[Item]:
-    """Raises Unavailable if one item could not be done now: to try all again is harmless."""
-    admit_items(asked.built, asked.who, operation, len(items))
-    built = replace(asked.built, kms=asked.built.kms.for_job())
-    with built.kms.trail.together():
-        return [_one(replace(asked, built=built), item, work) for item in items]
-
-
-def _one(asked: VaultRequest, raw: msgspec.Raw, work: Work) -> Item:
+def _item(target: _Target, raw: msgspec.Raw, work: Work) -> Item:
+    """Raises Unavailable, which refuses the whole batch: to try all of it again is harmless."""
     reference = ""
     try:
-        item = models.read(raw, VaultCall)
+        item = models.read(raw, TransitItem)
         reference = item.reference or ""
-        return msgspec.structs.replace(work(asked, item), reference=reference)
+        return Item(reference, **msgspec.structs.asdict(work(target, item)))
     except Unavailable:
         raise
     except KmsError as exc:
-        return Item(reference, error=vault.text(exc))
+        return Item(reference, error=problems.vault_text(exc))
 
 
-def _encrypt_item(asked: VaultRequest, item: VaultCall) -> Item:
-    plaintext = _plaintext(asked.built, item)
-    sealed, number = service.encrypt(asked.built.kms, asked.who, plaintext, _extra(item), key_id=asked.key_id)
-    return Item(ciphertext=models.render(number, sealed.ciphertext), key_version=number)
-
-
-def _decrypt_item(asked: VaultRequest, item: VaultCall) -> Item:
-    file, extra = _file(asked.built, item)
-    return Item(plaintext=service.decrypt(asked.built.kms, asked.who, file, extra, key_id=asked.key_id))
-
-
-def _rewrap_item(asked: VaultRequest, item: VaultCall) -> Item:
-    file, extra = _file(asked.built, item)
-    sealed, number = service.rewrap(asked.built.kms, asked.who, file, extra, key_id=asked.key_id)
-    return Item(ciphertext=models.render(number, sealed.ciphertext), key_version=number)
-
-
-# -- what was given --------------------------------------------------------------------------------------
-
-
-def _plaintext(built: Service, body: VaultCall) -> bytes:
+def _encrypt(target: _Target, body: TransitItem) -> VaultCiphertext:
     if body.plaintext is None:
         raise InvalidRequest("missing plaintext to encrypt: send it in base64; an empty one as an empty text")
     plaintext = models.octets(body.plaintext, "plaintext")
-    check_plaintext(built, plaintext)
-    return plaintext
+    check_plaintext(target.limits, plaintext)
+    sealed, number = service.encrypt(target.kms, target.who, plaintext, _extra(body), key_id=target.key_id)
+    return VaultCiphertext(models.render(number, sealed.ciphertext), number)
 
 
-def _file(built: Service, body: VaultCall) -> tuple[bytes, Extra]:
+def _decrypt(target: _Target, body: TransitItem) -> VaultPlaintext:
+    file, extra = _file(target, body)
+    return VaultPlaintext(service.decrypt(target.kms, target.who, file, extra, key_id=target.key_id))
+
+
+def _rewrap(target: _Target, body: TransitItem) -> VaultCiphertext:
+    file, extra = _file(target, body)
+    sealed, number = service.rewrap(target.kms, target.who, file, extra, key_id=target.key_id)
+    return VaultCiphertext(models.render(number, sealed.ciphertext), number)
+
+
+def _file(target: _Target, body: TransitItem) -> tuple[bytes, Extra]:
     if not body.ciphertext:
         raise InvalidRequest("missing ciphertext: send what encrypt gave, with its prefix")
     number, file = models.parse(body.ciphertext)
-    check_ciphertext(built, file)
+    check_ciphertext(target.limits, file)
     return file, replace(_extra(body), number=number)
 
 
 def _extra(body: BoundFields) -> Extra:
-    """Raises InvalidRequest for what this service does not do, or would do otherwise than asked."""
+    """Raises InvalidRequest for features that this service lacks, or has in another form."""
     if body.convergent_encryption or body.nonce:
         raise InvalidRequest(
             "convergent encryption is not offered: equal plaintexts would show; leave nonce and "
@@ -195,6 +197,3 @@ def _extra(body: BoundFields) -> Extra:
         return _NOTHING
     context, data = (models.octets(getattr(body, name), name) for name in ("context", "associated_data"))
     return Extra(context, data, body.key_version or 0)
-
-
-_NOTHING: Final = Extra()

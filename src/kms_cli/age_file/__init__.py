@@ -1,1 +1,1 @@
-"""Age files read and written by commands, with no service."""
+"""Age files that commands read and write without a service."""

@@ -1,7 +1,7 @@
-"""Recipients, identities and passphrases as files, arguments and prompts give them; knows no age file."""
+"""Recipients, identities and passphrases from files, arguments and prompts."""
 
 import os
-import stat
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,21 +17,25 @@ from kms_core.age.recipients import Identity, Recipient, parse_identity, parse_r
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding
 from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT, KeyRef
+from kms_core.secure_files import open_to_others
 from kms_protocol.errors import InvalidRequest
+from kms_protocol.units import size_text
 
 LIMIT_BYTES: Final = 1024 * 1024
-OTHERS: Final = 0o077
 TERMINAL: Final = "/dev/tty"
 BACKEND: Final = "age"
 _PEM: Final = "-----BEGIN "
+_PLUGIN_RECIPIENT: Final = re.compile(
+    r"age1[^1]+1"
+)  # Bech32 data has no 1, so the name of a plugin precedes it
 _AGE_FILE: Final = ("age-encryption.org/", "-----BEGIN AGE ENCRYPTED FILE-----")
 
 
 @dataclass(frozen=True, slots=True)
 class Identities:
-    """Private keys as a backend offers them (``sealing.Wrapper``), but without one.
+    """Private keys with the interface of a backend (``sealing.Wrapper``).
 
-    ``native`` is by key version, in the order of the files, of which the last seals; ``ssh`` are pyrage's.
+    ``native`` is by key version, in the order of the files; the last one encrypts. ``ssh`` is for pyrage.
     """
 
     native: Mapping[str, Identity] = field(default_factory=dict, repr=False)
@@ -40,22 +44,23 @@ class Identities:
     def __bool__(self) -> bool:
         return bool(self.native or self.ssh)
 
-    def ref(self, version: str, key_id: str = DEFAULT_KEY_ID) -> KeyRef:
-        """The names that the service gives to this key version."""
-        return KeyRef(DEFAULT_TENANT, key_id, version, BACKEND)
+    def ref(self, version: str, key_id: str = DEFAULT_KEY_ID, tenant: str = DEFAULT_TENANT) -> KeyRef:
+        """Return the reference of a key version, as in the service."""
+        return KeyRef(tenant, key_id, version, BACKEND)
 
     def wrap(self, file_key: bytes, key: KeyRef, aad: bytes) -> Stanza:
-        """A native stanza; the AAD is bound by the origin stanza instead."""
+        """Return a native stanza. The AAD is ignored: the origin stanza binds it."""
         del aad
         return self._named(key).recipient.wrap(file_key)
 
     def unwrap(self, stanza: Stanza, key: KeyRef, aad: bytes) -> bytes:
-        """The 16-byte file key; NoMatch without this key version, or if the stanza is not for it."""
-        del aad
+        """Return the 16-byte file key. Raises NoMatch for an unknown version or a stanza of another key."""
+        if stanza.type == binding.WRAP:
+            return binding.open_age_wrap(self._named(key).secret, stanza, key, aad)
         return self._named(key).unwrap(stanza)
 
     def origin_key(self, key: KeyRef) -> bytes:
-        """The MAC key that proves who sealed a file."""
+        """Return the MAC key of the origin stanza."""
         return binding.origin_key(self._named(key).secret)
 
     def _named(self, key: KeyRef) -> Identity:
@@ -65,49 +70,48 @@ class Identities:
 
 
 def identities(paths: Iterable[Path]) -> Identities:
-    """Age identity files and ssh private keys. Raises InvalidRequest, naming the line that is neither."""
+    """Read age identity files and SSH private keys. Raises InvalidRequest, naming the invalid line."""
     native: dict[str, Identity] = {}
     ssh: list[pyrage.ssh.Identity] = []
     for path in paths:
         text = _text(path)
         if text.startswith(_AGE_FILE):
             raise InvalidRequest(
-                f'{path} is itself encrypted: "kms open -o KEYFILE {path}", then use KEYFILE'
+                f"{path} is itself encrypted: run `kms open -o KEYFILE {path}` and use KEYFILE"
             )
         if text.startswith(_PEM):
             ssh.append(_ssh(path, text))
         else:
             for identity in _identities(path, text):
                 version = version_of(identity.recipient)
-                native.pop(version, None)  # the last one counts
+                native.pop(version, None)  # the last one encrypts
                 native[version] = identity
-        _warn_if_open_to_others(path)
+        _warn_if_readable(path)
     return Identities(native, ssh)
 
 
 def recipients(given: Iterable[str], paths: Iterable[Path]) -> list[Recipient]:
-    """Each recipient once. Raises InvalidRequest, UsageError if classic and post-quantum ones are mixed."""
+    """Read recipients, each once. Raises InvalidRequest, and UsageError for a post-quantum mix."""
     found = [_recipient(text, "-r") for text in given]
     for path in paths:
         listed = [_recipient(line, f"Line {number} of {path}") for number, line in _lines(_text(path))]
         if not listed:
-            raise InvalidRequest(f"{path} holds no recipient")
+            raise InvalidRequest(f"{path} contains no recipient")
         found += listed
     if len({isinstance(recipient, mlkem768x25519.HybridRecipient) for recipient in found}) > 1:
         raise click.UsageError(
             "post-quantum and classic recipients do not mix: the file would be as weak as the classic ones",
-            click.get_current_context(),
         )
     return list({str(recipient): recipient for recipient in found}.values())
 
 
 def passphrase(path: Path | None, *, confirm: bool) -> str:
-    """From a file, without the end of its last line, or from the terminal, whatever stdin is."""
+    """Read a passphrase from a file, without its final newline, or from the terminal."""
     if path is not None:
-        _warn_if_open_to_others(path)
+        _warn_if_readable(path)
         given = _text(path).removesuffix("\n").removesuffix("\r")
         if not given:
-            raise InvalidRequest(f"{path} is empty: a passphrase is needed")
+            raise InvalidRequest(f"{path} is empty and should contain a passphrase")
         return given
     _require_terminal()
     prompted: str = click.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True)
@@ -115,13 +119,12 @@ def passphrase(path: Path | None, *, confirm: bool) -> str:
 
 
 def _require_terminal() -> None:
-    """Without one the prompt would read the passphrase from stdin, where the data is."""
+    """Raise UsageError without a terminal: the prompt would read the data on stdin as a passphrase."""
     try:
         os.close(os.open(TERMINAL, os.O_RDWR | os.O_NOCTTY))
     except OSError as exc:
         raise click.UsageError(
-            "there is no terminal to ask for the passphrase: name a file with --passphrase-file",
-            click.get_current_context(),
+            "there is no terminal for the passphrase prompt: use --passphrase-file",
         ) from exc
 
 
@@ -129,7 +132,7 @@ def _text(path: Path) -> str:
     with path.open("rb") as file:
         data = file.read(LIMIT_BYTES + 1)
     if len(data) > LIMIT_BYTES:
-        raise InvalidRequest(f"{path} is above {terminal.size(LIMIT_BYTES)}: it is no key file")
+        raise InvalidRequest(f"{path} exceeds {size_text(LIMIT_BYTES)} and is not a key file")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as exc:
@@ -150,7 +153,7 @@ def _identities(path: Path, text: str) -> list[Identity]:
         except ValueError as exc:
             raise InvalidRequest(f"Line {number} of {path} is not an age identity ({exc})") from exc
     if not found:
-        raise InvalidRequest(f"{path} holds no identity")
+        raise InvalidRequest(f"{path} contains no identity")
     return found
 
 
@@ -158,6 +161,8 @@ def _recipient(text: str, where: str) -> Recipient:
     try:
         return parse_recipient(text)
     except ValueError as exc:
+        if _PLUGIN_RECIPIENT.match(text):
+            raise InvalidRequest(f"{where} is a plugin recipient: use `age -r`") from exc
         raise InvalidRequest(f"{where} is not an age recipient ({exc})") from exc
 
 
@@ -166,11 +171,10 @@ def _ssh(path: Path, text: str) -> pyrage.ssh.Identity:
         return pyrage.ssh.Identity.from_buffer(text.encode())
     except pyrage.IdentityError as exc:
         raise InvalidRequest(
-            f'{path} is an ssh key that cannot be used: "ssh-keygen -p" takes the passphrase off a copy of it'
+            f"{path} is an unusable SSH key: `ssh-keygen -p` removes the passphrase of a copy"
         ) from exc
 
 
-def _warn_if_open_to_others(path: Path) -> None:
-    mode = path.stat().st_mode
-    if stat.S_ISREG(mode) and mode & OTHERS:
+def _warn_if_readable(path: Path) -> None:
+    if open_to_others(path):
         terminal.say(f"warning: {path} can be read by others: run chmod 600 {path}")

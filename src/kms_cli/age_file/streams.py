@@ -1,4 +1,4 @@
-"""Inputs and outputs of the offline commands: files, pipes, the terminal; knows no key and no header."""
+"""Inputs and outputs of the offline commands: files, pipes and the terminal."""
 
 import contextlib
 import io
@@ -9,13 +9,10 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final
-
-import click
+from typing import TYPE_CHECKING, BinaryIO
 
 from kms_cli import terminal
-from kms_cli.atomic_file import placed
-from kms_cli.progress import Meter
+from kms_cli.options import STDIO, writing
 from kms_core.payload.files import FileRange
 from kms_core.payload.parallel import ParallelOptions
 from kms_protocol.errors import SpoolFull
@@ -23,37 +20,35 @@ from kms_protocol.errors import SpoolFull
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-STDIO: Final = Path("-")
-
 
 class NoRoom(SpoolFull):
-    """The disk of the output is full, and no spool is about."""
+    """The disk of the output is full."""
 
-    hint = "name another place with --output"
+    hint = "name another output with --output"
 
 
 @dataclass(frozen=True, slots=True)
 class InputStream:
-    """An input. ``extent`` is the rest of it where it is a regular file, which threads can read."""
+    """An input. ``file_range`` is its rest in a regular file, which threads can read."""
 
     stream: io.RawIOBase
-    extent: FileRange | None
+    file_range: FileRange | None
 
     @property
     def size(self) -> int | None:
-        return self.extent.size if self.extent else None
+        return self.file_range.size if self.file_range else None
 
 
 @dataclass(frozen=True, slots=True)
 class OutputStream:
-    """An output that takes all it is given. ``fd`` is a new file, not yet in its place, for threads."""
+    """An output. ``fd`` is set for a new file, which threads can write, before it has its name."""
 
     writer: BinaryIO
     fd: int | None
 
 
 class Joined(io.RawIOBase):
-    """Bytes that were read ahead, and then the stream that they were read from."""
+    """A stream with the bytes that were read ahead of it."""
 
     def __init__(self, ahead: bytes, rest: io.RawIOBase) -> None:
         super().__init__()
@@ -77,7 +72,7 @@ class Joined(io.RawIOBase):
 
 @contextlib.contextmanager
 def source(path: Path) -> Iterator[InputStream]:
-    """Open an input; ``-`` is stdin. An empty file is read as a pipe: in /proc it may only look empty."""
+    """Open an input; ``-`` is stdin. An empty file is read as a pipe, since files in /proc have size 0."""
     if path == STDIO and sys.stdin.isatty():
         terminal.say("reading from the terminal, end with Ctrl-D")
     with io.FileIO(sys.stdin.fileno(), closefd=False) if path == STDIO else io.FileIO(path) as stream:
@@ -88,32 +83,24 @@ def source(path: Path) -> Iterator[InputStream]:
 
 
 @contextlib.contextmanager
-def target(path: Path, *, force: bool) -> Iterator[OutputStream]:
-    """Open an output; ``-`` is stdout. A file appears in the end, whole; a pipe or device is written to.
+def target(path: Path | None, *, force: bool) -> Iterator[OutputStream]:
+    """Open an output as ``options.writing``. A file appears complete or not at all; a device is written to.
 
-    Raises TargetExists if a file is there, unless ``force`` replaces it.
+    Raises TargetExists for an existing file, unless ``force`` is set.
     """
-    if path == STDIO:
-        with _flushed(sys.stdout.buffer) as writer:
+    if path is None or path == STDIO:
+        with writing(path, overwrite=force) as writer:
             yield OutputStream(writer, None)
     elif path.exists() and not path.is_file() and not path.is_dir():
         with path.open("wb") as writer:
             yield OutputStream(writer, None)
     else:
-        with _room(), placed(path, overwrite=force) as writer:
+        with _room(), writing(path, overwrite=force) as writer:
             yield OutputStream(writer, writer.fileno())
 
 
-def refuse_terminal(path: Path) -> None:
-    """Raise UsageError if binary would go to the terminal."""
-    if path == STDIO and sys.stdout.isatty():
-        raise click.UsageError(
-            "the result is binary: name a file with -o, or use -a for text", click.get_current_context()
-        )
-
-
 def exactly(stream: io.RawIOBase, size_bytes: int) -> bytes:
-    """So many bytes, fewer at the end. Raises BlockingIOError if the stream is not in blocking mode."""
+    """Read ``size_bytes``, fewer at the end. Raises BlockingIOError for a stream in non-blocking mode."""
     parts: list[bytes] = []
     while size_bytes:
         part = stream.read(size_bytes)
@@ -126,8 +113,8 @@ def exactly(stream: io.RawIOBase, size_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def pace(meter: Meter, label: str, total_bytes: int | None) -> ParallelOptions:
-    """Slab by slab, and shown; threads call it."""
+def with_progress(meter: terminal.Meter, label: str, total_bytes: int | None) -> ParallelOptions:
+    """Return options that show progress in ``meter``. Threads may report it."""
     lock = threading.Lock()
     done_bytes = 0
 
@@ -146,12 +133,3 @@ def _room() -> Iterator[None]:
         yield
     except SpoolFull as exc:
         raise NoRoom(exc.detail) from exc
-
-
-@contextlib.contextmanager
-def _flushed(writer: BinaryIO) -> Iterator[BinaryIO]:
-    """Whatever was released before a failure leaves too."""
-    try:
-        yield writer
-    finally:
-        writer.flush()

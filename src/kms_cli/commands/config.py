@@ -1,41 +1,215 @@
-"""``kms config lint``: what the settings say, without starting anything."""
+"""``kms config``: shows and checks the settings without starting the service, and begins a file."""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final
 
 import click
+import msgspec
 
 from kms_cli import terminal
-from kms_cli.local import machine_settings
+from kms_cli.local import installation
 from kms_cli.main import CONFIG_COMMANDS, LazyGroup
-from kms_cli.session import session
+from kms_cli.session import printed_as_json, session
+from kms_core.backends import SCHEMES, table_of
 from kms_core.settings.lint import Weakness, unaccepted, weaknesses
-from kms_core.settings.load import check_exposure
-from kms_protocol.errors import EXIT_OTHER
+from kms_core.settings.load import check_exposure, find, origins
+from kms_core.settings.model import Settings
+from kms_protocol.errors import EXIT_OTHER, ConfigurationError
 
-config_command = LazyGroup("config", CONFIG_COMMANDS, "Check settings.")
+config_command = LazyGroup("config", CONFIG_COMMANDS, "Show, check and begin the settings.")
+
+_HIDDEN: Final = "(hidden)"
+# A URL of another form is hidden as a whole, since its password may be anywhere: one with an @ in its path.
+_HOST: Final = r"(?:[\w.*-]+|\[[\w:.%]+\])(?::\d{1,5})?"
+_URL: Final = re.compile(
+    rf"(?i)((?:age:|uri:)?[a-z][a-z\d+-]*://)([^/?#@]*@)?((?:{_HOST}(?:,{_HOST})*)?)"
+    r"((?:/(?:[\w.,~+:*/ -]|%2f)*)?)(\?[^#@]*)?(#[^@]*)?"
+)
+_KEY: Final = re.compile(rf"(?i)((?:{'|'.join(SCHEMES)}):)()()((?!//)[\w.,~+:*/ -]*)(\?[^#@]*)?()")
+_HOLDS_URL: Final = re.compile(r"keys\..*|(.*[._])?(url|uri|endpoint|address)")
+_HARMLESS: Final = re.compile(
+    r"(db|virtual_host|master|public|native|mount|share|seal|region|profile)=[\w.,~+:/-]*"
+    r"|([a-z_]*timeout|[a-z_]*interval|heartbeat|max_connections|protocol)=[\d.]*"
+)
+_NAMED: Final = re.compile(r"((?:sentinel_)?(?:username|password)=).*", re.DOTALL)
+_BARE: Final = re.compile(r"[A-Za-z0-9_-]+")
 
 
-@click.command("lint", short_help="Check the settings.")
-def lint_command() -> int:
-    """Read the settings as the service would, and tell what is weaker than need be.
+@click.command("show")
+@click.argument("setting", required=False)
+@click.option("--changed", is_flag=True, help="Leave out settings that have their default.")
+def show_command(setting: str | None, *, changed: bool) -> None:
+    """Print the settings in use as TOML, each with where it comes from. Credentials are hidden.
 
-    What [kms] accept_weak names is shown as accepted, on stderr. Exit code 0 if nothing else is weak, 1 if
-    something is, 78 if the service would not start.
+    With the name of a SETTING, such as redis.broker_url, print its value and nothing else. Without options
+    that name another, the settings are those of the kms up of this user that runs. A default may depend on
+    the environment and the state directory. Settings that are not set are left out.
     """
-    given = session()
-    loaded = machine_settings.settings()
+    running = installation.running(os.environ)
+    environ = installation.environ_of(running, os.environ)
+    origin = origins(session().config, environ, overrides=installation.overrides())
+    loaded = installation.settings(environ)
+    for text, advice in installation.doubts(running, find(session().config, environ)):
+        terminal.say(f"warning: {terminal.plain(text)}: {terminal.plain(advice)}")
+    redis = installation.redis_section(loaded, environ)
+    embedded = {
+        f"redis.{name}"
+        for name in ("url", "broker_url")
+        if getattr(redis, name) != getattr(loaded.kms.redis, name)
+    }
+    place = ""
+    found = _settings(msgspec.structs.replace(loaded, kms=msgspec.structs.replace(loaded.kms, redis=redis)))
+    shown = {_dotted(*names): (names, value) for names, value in found}
+    if setting is not None:
+        terminal.result(_one(shown, setting, origin))
+        return
+    for key, (names, value) in shown.items():
+        table = _dotted("kms", *names[:-1])
+        source = origin(names)
+        if key in embedded or (source in environ and source not in os.environ):
+            source = "kms up, which runs"
+        if changed and source == "default":
+            continue
+        if printed_as_json({"setting": key, "value": value, "from": source}):
+            continue
+        if table != place:
+            terminal.shown(f"[{table}]")
+            place = table
+        terminal.shown(f"{_dotted(names[-1])} = {json.dumps(value, ensure_ascii=False)}  # {source}")
+
+
+def _one(
+    shown: Mapping[str, tuple[Sequence[str], object]], setting: str, origin: Callable[[Sequence[str]], str]
+) -> str:
+    """Return one value as text. Raises UsageError if it is not set, ConfigurationError for a credential."""
+    if setting not in shown:
+        near = difflib.get_close_matches(setting, shown, n=1)
+        raise click.UsageError(f'no setting "{setting}" is set{f", did you mean {near[0]}?" if near else ""}')
+    names, value = shown[setting]
+    if _HIDDEN in str(value):
+        raise ConfigurationError(f"{setting} has a credential, which is not printed: see {origin(names)}")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _settings(settings: Settings) -> Iterator[tuple[Sequence[str], object]]:
+    """The names of keys below ``[kms]`` with their values; those of a table directly after each other."""
+    tables: dict[str, object] = msgspec.to_builtins(settings.kms, enc_hook=str)
+    hidden = {f"{table_of(scheme)}.{shape.CREDENTIAL}" for scheme, shape in SCHEMES.items()}
+    for scheme, section in settings.backends.items():
+        tables[table_of(scheme)] = msgspec.to_builtins(section, enc_hook=str)
+    for names, value in _flat(tables):
+        yield names, _HIDDEN if ".".join(names) in hidden else _redacted(".".join(names), value)
+
+
+def _flat(tables: Mapping[str, object], *above: str) -> Iterator[tuple[Sequence[str], object]]:
+    for name, value in tables.items():
+        if value is not None and not isinstance(value, dict):
+            yield (*above, name), value
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            yield from _flat(value, *above, name)
+
+
+def _dotted(*names: str) -> str:
+    return ".".join(name if _BARE.fullmatch(name) else json.dumps(name, ensure_ascii=False) for name in names)
+
+
+def _redacted(key: str, value: object) -> object:
+    """A value, of a URL the parts that hold no credentials. The path of a receiver may be one."""
+    if isinstance(value, list | tuple):
+        return [_redacted(key, item) for item in value]
+    if not isinstance(value, str) or not ("://" in value or _HOLDS_URL.fullmatch(key)):
+        return value
+    found = _URL.fullmatch(value) or _KEY.fullmatch(value)
+    if found is None:
+        return _HIDDEN
+    scheme, login, hosts, path, query, fragment = found.groups("")
+    if key.startswith(("jobs.endpoints.", "traces.")) and path.strip("/") not in {"", "v1/traces"}:
+        path = f"/{_HIDDEN}"
+    return "".join((
+        f"{scheme}{login and f'{_HIDDEN}@'}{hosts}{path}",
+        query and f"?{'&'.join(map(_option, query[1:].split('&')))}",
+        fragment and f"#{_HIDDEN}",
+    ))  # fmt: skip
+
+
+def _option(text: str) -> str:
+    if _HARMLESS.fullmatch(text):
+        return text
+    named = _NAMED.fullmatch(text)
+    return f"{named[1] if named else ''}{_HIDDEN}"
+
+
+_BEGINNING: Final = {
+    "dev": """\
+# Settings of the service on this machine, for development. `kms config show` prints all of them.
+[kms]
+environment = "dev"       # keys are Age files, made by kms up; authentication is off
+port = 8082
+""",
+    "prod": """\
+# Settings of the service in production. `kms config lint` says what is weak, `kms doctor` what does not work,
+# `kms config show` prints all settings.
+[kms]
+environment = "prod"      # authentication and a context are required
+prod_backend = "transit"  # or cosmian, vault_kv, awskms; age needs allow_age_in_prod = true
+bind = "127.0.0.1"        # behind a proxy on this host; elsewhere set [kms.server] tls_cert and tls_key
+
+[kms.transit]
+address = "https://openbao.example:8200"
+token_file = "/etc/kms-service/transit-token"
+
+[kms.auth]
+mode = "required"         # kms token create makes the first token
+
+[kms.redis]
+url = "rediss://kms@redis.example:6379/0"
+password_file = "/etc/kms-service/redis-password"
+
+[kms.audit]
+durability = "fsync"      # records survive a power cut
+
+[kms.jobs]
+roots = []                # directories that jobs may read and write, such as "/srv/files"
+""",
+}
+
+
+@click.command("init")
+@click.option(
+    "--environment", type=click.Choice(list(_BEGINNING)), default="dev", show_default=True, help="Its use."
+)
+def init_command(environment: str) -> None:
+    """Print a settings file to begin with: ``kms config init > kms.toml``."""
+    terminal.result(_BEGINNING[environment].rstrip("\n"))
+
+
+@click.command("lint")
+def lint_command() -> int:
+    """Read the settings as the service would, and list those that weaken security.
+
+    Those that [kms] accept_weak names are listed as accepted, on stderr. Exit code 0 if there are no others,
+    1 if there are, 78 if the service would not start.
+    """
+    loaded = installation.settings()
     check_exposure(loaded)
-    told = unaccepted(loaded)
+    found = unaccepted(loaded)
     for weakness in weaknesses(loaded):
-        _show(weakness, is_accepted=weakness.setting not in told, as_json=given.as_json)
-    if not told:
-        terminal.say(f"nothing is weaker than need be ({loaded.environment})")
-    return EXIT_OTHER if told else 0
+        _show(weakness, is_accepted=weakness.setting not in found)
+    if not found:
+        terminal.say(f"no setting weakens security ({loaded.environment})")
+    return EXIT_OTHER if found else 0
 
 
-def _show(weakness: Weakness, *, is_accepted: bool, as_json: bool) -> None:
+def _show(weakness: Weakness, *, is_accepted: bool) -> None:
     shown = {"setting": weakness.setting, "risk": weakness.risk, "advice": weakness.advice}
-    if as_json:
-        terminal.record({**shown, "accepted": is_accepted}, as_json=True)
-    elif is_accepted:
+    if printed_as_json({**shown, "accepted": is_accepted}):
+        return
+    if is_accepted:
         terminal.say(f"accepted: {weakness.setting}: {weakness.risk}")
     else:
         terminal.result(f"{weakness.setting}: {weakness.risk}: {weakness.advice}")

@@ -1,36 +1,47 @@
-"""``kms encrypt-file``, ``decrypt-file``: through the job API, and into place whole or not at all."""
+"""``kms encrypt-file``, ``decrypt-file``: files of any size through the job API."""
 
 import contextlib
 import io
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final, Literal, Unpack
+from typing import BinaryIO, Final, Literal, Unpack, cast
 
 import click
 
 from kms_cli import terminal
-from kms_cli.atomic_file import placed
-from kms_cli.options import callback_option, context_option, force_option, key_option, priority_option
-from kms_cli.progress import Meter
-from kms_cli.remote_service import connect
-from kms_cli.session import session
+from kms_cli.age_file import streams
+from kms_cli.options import (
+    STDIO,
+    callback_option,
+    context_option,
+    deadline_options,
+    force_option,
+    is_stdout,
+    key_option,
+    name_of,
+    output_option,
+    priority_option,
+    source_argument,
+    writing,
+)
+from kms_cli.session import connect, meter, printed_as_json
 from kms_client import Client
 from kms_client.problems import failure
 from kms_client.requests import JobOptions
 from kms_core.age import armor
 from kms_protocol.errors import JobCancelled, KmsError, NotACiphertext
+from kms_protocol.units import size_text
 from kms_protocol.wire import ContextIn, JobOut
 
-SUFFIX: Final = ".enc"
+SUFFIX: Final = ".age"
+SUFFIXES: Final = (SUFFIX, ".enc")  # the second is that of 0.1 and 0.2.0
 AGE_START: Final = b"age-encryption.org/"
 LOOK_BYTES: Final = 2048
 
-source_argument = click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-output_option = click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path))
-
 
 class JobFailed(KmsError):
-    """An ending that only jobs have."""
+    """A failure that only jobs have."""
 
     def __init__(self, detail: str, code: str) -> None:
         super().__init__(detail)
@@ -39,24 +50,25 @@ class JobFailed(KmsError):
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One file on its way through the service."""
+    """One file to convert by a job of the service. A target of None is stdout by default."""
 
     kind: Literal["encrypt", "decrypt"]
     source: Path
-    target: Path
+    target: Path | None
     force: bool
     context: ContextIn
     key_id: str | None
     options: JobOptions
 
 
-@click.command("encrypt-file", short_help="Encrypt a file.")
+@click.command("encrypt-file")
 @source_argument
 @output_option
 @context_option
 @key_option
 @priority_option
 @callback_option
+@deadline_options
 @force_option
 def encrypt_file_command(
     source: Path,
@@ -67,18 +79,25 @@ def encrypt_file_command(
     force: bool,
     **options: Unpack[JobOptions],
 ) -> None:
-    """Encrypt SOURCE, of any size, into SOURCE.enc or --output. SOURCE stays as it is."""
-    target = output or source.with_name(source.name + SUFFIX)
-    _run(Transfer("encrypt", source, target, force, context, key_id, options))
+    """Encrypt SOURCE, of any size, to SOURCE.age or --output. SOURCE is not changed.
+
+    The SOURCE - is stdin, and its output is stdout.
+    """
+    if output is None and source == STDIO:
+        terminal.refuse_binary()
+    elif output is None:
+        output = source.with_name(source.name + SUFFIX)
+    _run(Transfer("encrypt", source, output, force, context, key_id, options))
 
 
-@click.command("decrypt-file", short_help="Decrypt a file.")
+@click.command("decrypt-file")
 @source_argument
 @output_option
 @context_option
 @key_option
 @priority_option
 @callback_option
+@deadline_options
 @force_option
 def decrypt_file_command(
     source: Path,
@@ -89,68 +108,93 @@ def decrypt_file_command(
     force: bool,
     **options: Unpack[JobOptions],
 ) -> None:
-    """Decrypt SOURCE, of any size, into the name without .enc or --output, readable by you alone."""
-    if output is None:
-        if source.suffix != SUFFIX or source.name == SUFFIX:
-            raise click.UsageError(f'"{source.name}" does not end in {SUFFIX}: name the result with --output')
+    """Decrypt SOURCE, of any size, to its name without .age or --output, readable only by you.
+
+    The SOURCE - is stdin, and its output is stdout. Nothing is written before the last byte is verified.
+    """
+    if output is None and source != STDIO:
+        if source.suffix not in SUFFIXES:
+            raise click.UsageError(f'"{source.name}" does not end in {SUFFIX}: name the output with --output')
         output = source.with_suffix("")
     _run(Transfer("decrypt", source, output, force, context, key_id, options))
 
 
 def _run(transfer: Transfer) -> None:
+    on_stdout = is_stdout(transfer.target)
+    with connect() as kms, meter(on_stdout=on_stdout) as line:
+        job, size = _placed(transfer, kms, line)
+        _release(kms, job)
+    source = name_of(transfer.source)
+    done = {"source": source, "output": str(transfer.target), "bytes": size, "job_id": job.job_id}
+    if not on_stdout and not printed_as_json(done):
+        target = terminal.printable(str(transfer.target))
+        terminal.say(f"{transfer.kind}ed {terminal.printable(source)} to {target} ({size_text(size)})")
+
+
+def _placed(transfer: Transfer, kms: Client, line: terminal.Meter) -> tuple[JobOut, int]:
+    """Return the job that made the target, which is in place then, and its size in bytes."""
     with (
-        transfer.source.open("rb") as file,
-        placed(transfer.target, overwrite=transfer.force) as target,
-        connect() as kms,
-        Meter() as meter,
+        streams.source(transfer.source) as source,
+        writing(transfer.target, overwrite=transfer.force) as target,
     ):
         upload = kms.upload_encrypt if transfer.kind == "encrypt" else kms.upload_decrypt
         accepted = upload(
-            file if transfer.kind == "encrypt" else _ciphertext(file, transfer.source),
+            cast(
+                "BinaryIO",
+                source.stream if transfer.kind == "encrypt" else _ciphertext(source.stream, transfer),
+            ),
             context=transfer.context,
             key_id=transfer.key_id,
-            progress=lambda done, total: meter.show("sending", done, total),
+            progress=lambda done, total: line.show("sending", done, total),
             **transfer.options,
         )
-        job = ended(kms, accepted.job_id, meter)
-        size = kms.download(
-            job.job_id, target, progress=lambda done, total: meter.show("receiving", done, total)
-        )
-    done = {
-        "source": str(transfer.source),
-        "output": str(transfer.target),
-        "bytes": size,
-        "job_id": job.job_id,
-    }
-    if session().as_json:
-        terminal.record(done, as_json=True)
+        job = ended(kms, accepted.job_id, line)
+        try:
+            size = kms.download(
+                job.job_id, target, progress=lambda done, total: line.show("receiving", done, total)
+            )
+            target.flush()
+        except (BrokenPipeError, terminal.BinaryOutput):
+            _release(kms, job)
+            raise
+        except (KeyboardInterrupt, SystemExit, OSError):
+            output = shlex.quote(str(transfer.target or STDIO))
+            terminal.say(f"the result is kept: `kms job result {job.job_id} -o {output}`")
+            raise
+    return job, size
+
+
+def _release(kms: Client, job: JobOut) -> None:
+    with contextlib.suppress(KmsError):  # an older service releases no results
+        kms.release(job.job_id)
+
+
+def _ciphertext(stream: io.RawIOBase, transfer: Transfer) -> io.IOBase:
+    """Return the age file, without its armor if it has one. Raises NotACiphertext."""
+    start = streams.exactly(stream, LOOK_BYTES)
+    if stream.seekable():
+        stream.seek(-len(start), io.SEEK_CUR)
     else:
-        terminal.say(f"{transfer.kind}ed {transfer.source} to {transfer.target} ({terminal.size(size)})")
-
-
-def _ciphertext(file: BinaryIO, path: Path) -> BinaryIO:
-    """The age file; out of its armor, if it is in one."""
-    start = file.read(LOOK_BYTES)
-    file.seek(0)
+        stream = streams.Joined(start, stream)
     if start.startswith(AGE_START):
-        return file
+        return stream
     if start.lstrip().startswith(armor.BEGIN):
-        return io.BufferedReader(armor.ArmorReader(file))
-    raise NotACiphertext(f"{path} is not an age file")
+        return io.BufferedReader(armor.ArmorReader(cast("io.BufferedReader", stream)))
+    raise NotACiphertext(f"{name_of(transfer.source)} is not an age file")
 
 
-def ended(kms: Client, job_id: str, meter: Meter) -> JobOut:
-    """The job when it has succeeded. Raises what made it fail; Ctrl-C cancels it."""
-    job = followed(kms, job_id, meter)
+def ended(kms: Client, job_id: str, line: terminal.Meter) -> JobOut:
+    """Wait until the job succeeds. Raises the error that it failed with; Ctrl-C cancels the job."""
+    job = followed(kms, job_id, line)
     require_success(job)
     return job
 
 
-def followed(kms: Client, job_id: str, meter: Meter) -> JobOut:
-    """The job when it has ended, however that was; Ctrl-C cancels it."""
+def followed(kms: Client, job_id: str, line: terminal.Meter) -> JobOut:
+    """Wait until the job ends in any state; Ctrl-C cancels the job."""
 
     def show(job: JobOut) -> None:
-        meter.show(job.state, job.progress.bytes_done, job.progress.bytes)
+        line.show(job.state, job.progress.bytes_done, job.progress.bytes)
 
     try:
         return kms.wait(job_id, progress=show)
@@ -161,7 +205,7 @@ def followed(kms: Client, job_id: str, meter: Meter) -> JobOut:
 
 
 def require_success(job: JobOut) -> None:
-    """Raise what a failed or cancelled job means."""
+    """Raise the error of a failed or cancelled job."""
     if job.state == "cancelled":
         raise JobCancelled
     if job.state != "failed":
@@ -169,10 +213,10 @@ def require_success(job: JobOut) -> None:
     match job.error.code if job.error else "internal":
         case "items_failed" as code:
             progress = job.progress
-            raise JobFailed(f"{progress.items_failed} of {progress.items} items were refused", code)
+            raise JobFailed(f"{progress.items_failed} of {progress.items} items failed", code)
         case "attempts_exhausted" as code:
-            raise JobFailed(f"The job was given up, attempts: {job.attempt}", code)
+            raise JobFailed(f"The job used up its attempts ({job.attempt})", code)
         case "record_refused" as code:
-            raise JobFailed("The job's record is not as the service wrote it", code)
+            raise JobFailed("The stored record of the job was changed", code)
         case code:
             raise failure(code)

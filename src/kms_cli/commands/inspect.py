@@ -1,4 +1,4 @@
-"""``kms inspect``: what an encrypted file says of itself, read without a key; nothing of it is verified."""
+"""``kms inspect``: the header of an encrypted file, read without a key and not verified."""
 
 import io
 from pathlib import Path
@@ -10,25 +10,26 @@ from kms_cli import terminal
 from kms_cli.session import session
 from kms_core.age import armor, header, mlkem768x25519, stream, x25519
 from kms_core.age.header import FILE_LIMITS, Header, Stanza
+from kms_core.backends.wrap_keys import name_of
 from kms_core.envelope import binding
 from kms_protocol.errors import DecryptFailed
 
 NATIVE: Final = frozenset({x25519.STANZA_TYPE, mlkem768x25519.STANZA_TYPE})
 LOOK_BYTES: Final = 2048
-PIECE_BYTES: Final = 1024 * 1024
+READ_BYTES: Final = 1024 * 1024
 
 
-@click.command("inspect", short_help="Show what an encrypted file says of itself.")
+@click.command("inspect")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def inspect_command(file: Path) -> None:
-    """Show key, backend, stanzas and sizes of an encrypted FILE. No key is needed; nothing is verified."""
+    """Show key, backend, stanzas and sizes of an encrypted FILE. No key is used and nothing is verified."""
     terminal.record(inspect(file), as_json=session().as_json)
 
 
 def inspect(path: Path) -> dict[str, object]:
-    """Named values, in the order to show them.
+    """Return named values in display order.
 
-    Raises NotACiphertext, TooLarge above 256 KiB of header, DecryptFailed where the grammar is broken.
+    Raises NotACiphertext, TooLarge for a header above 256 KiB, DecryptFailed for a malformed header.
     """
     with path.open("rb") as file:
         armored = file.read(LOOK_BYTES).lstrip().startswith(armor.BEGIN)
@@ -41,12 +42,15 @@ def inspect(path: Path) -> dict[str, object]:
         bound = binding.read(head)
     except DecryptFailed as exc:
         raise DecryptFailed(f"The header of {path} is damaged") from exc
+    shared = ", ".join(name_of(wrap.job) for wrap in bound.wraps if wrap.job) if bound else ""
     named = {"key_id": bound.key_id, "key_version": bound.key_version} if bound else {}
     return {
         "format": "age v1, armored" if armored else "age v1",
         "made_by": "kms-service" if bound else "another age tool",
+        "file_id": binding.file_id(head.nonce),
         **named,
         "backend": _backend(head),
+        **({"wrap_key": shared} if shared else {}),
         "context": "bound" if bound else "none",
         "origin": "claimed" if bound and bound.origin else "none",
         "stanzas": ", ".join(map(_shown, head.stanzas)),
@@ -60,7 +64,7 @@ def _plaintext_bytes(payload_bytes: int) -> object:
     try:
         return stream.plaintext_size(payload_bytes)
     except DecryptFailed:
-        return "impossible: the file is cut"
+        return "impossible: the file is truncated"
 
 
 def _backend(head: Header) -> str:
@@ -75,13 +79,13 @@ def _shown(stanza: Stanza) -> str:
 
 def _exactly(source: io.RawIOBase | io.BufferedReader, size_bytes: int) -> bytes:
     parts = b""
-    while len(parts) < size_bytes and (piece := source.read(size_bytes - len(parts))):
-        parts += piece
+    while len(parts) < size_bytes and (part := source.read(size_bytes - len(parts))):
+        parts += part
     return parts
 
 
 def _rest_bytes(source: io.RawIOBase | io.BufferedReader) -> int:
     size_bytes = 0
-    while piece := source.read(PIECE_BYTES):
-        size_bytes += len(piece)
+    while part := source.read(READ_BYTES):
+        size_bytes += len(part)
     return size_bytes

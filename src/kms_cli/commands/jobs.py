@@ -1,137 +1,207 @@
-"""``kms job``: list, show, wait, cancel, result, dead, retry. ``submit`` is a module of its own."""
+"""``kms job``: submit, list, show, wait, cancel, result, dead, retry."""
 
-import sys
 from pathlib import Path
-from typing import Final, get_args
+from typing import Final, Unpack, get_args
+from urllib.parse import quote
 
 import click
+from msgspec import UNSET
 
 from kms_cli import terminal
-from kms_cli.atomic_file import placed
-from kms_cli.commands.files import output_option, require_success
+from kms_cli.commands.files import followed, require_success
 from kms_cli.main import JOB_COMMANDS, LazyGroup
-from kms_cli.options import force_option
-from kms_cli.progress import Meter
-from kms_cli.remote_service import connect, show
-from kms_cli.session import session
-from kms_protocol.wire import JobList, JobOut, JobState, Report
+from kms_cli.options import (
+    callback_option,
+    context_of,
+    context_option,
+    deadline_options,
+    force_option,
+    is_stdout,
+    key_option,
+    label_option,
+    metadata_option,
+    output_option,
+    priority_option,
+    writing,
+)
+from kms_cli.session import complete_jobs, connect, meter, printed_as_json, session
+from kms_client.requests import JobOptions
+from kms_protocol.job_groups import GroupIn
+from kms_protocol.units import size_text
+from kms_protocol.wire import (
+    ENDED,
+    ContextIn,
+    JobError,
+    JobIn,
+    JobKind,
+    JobList,
+    JobOut,
+    JobState,
+    Release,
+    Report,
+)
 
 STATES: Final = get_args(JobState)
 
-job_command = LazyGroup("job", JOB_COMMANDS, "List, show, follow and cancel jobs.")
-id_argument = click.argument("job_id", metavar="ID")
+job_command = LazyGroup("job", JOB_COMMANDS, "Submit, list, follow and cancel jobs.")
+id_argument = click.argument("job_id", metavar="ID", shell_complete=complete_jobs)
 
 
-@click.command("list", short_help="List jobs.")
+@click.command("list")
 @click.option("--state", type=click.Choice(STATES), help="Only jobs in this state.")
+@label_option
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
-def list_command(state: JobState | None, limit: int) -> None:
-    """List jobs, newest first."""
+def list_command(state: JobState | None, labels: dict[str, str] | None, limit: int) -> None:
+    """List jobs, newest first; with --label those that have all these labels."""
     with connect() as kms:
-        page = kms.jobs(state=state, limit=limit)
+        page = kms.jobs(state=state, labels=labels, limit=limit)
     _rows(page, "no jobs")
     if page.next and not session().as_json:
-        terminal.say(f"there are more: raise --limit, now {limit}")
+        terminal.say(f"there are more jobs: raise --limit (now {limit})")
 
 
-@click.command("dead", short_help="List dead letters.")
+@click.command("dead")
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
 def dead_command(limit: int) -> None:
     """List jobs that used up their attempts, newest first."""
     with connect() as kms:
-        _rows(kms.dead(limit=limit), "no dead letters")
+        _rows(kms.dead(limit=limit), "no jobs used up their attempts")
 
 
-@click.command("retry", short_help="Revive a dead letter.")
+@click.command("retry")
 @id_argument
 def retry_command(job_id: str) -> None:
-    """Give a job that ended with attempts_exhausted or record_refused all its attempts again."""
+    """Retry a job that failed with attempts_exhausted or record_refused; it gets all its attempts again."""
     with connect() as kms:
         show_job(kms.retry(job_id))
 
 
-def _rows(page: JobList, none: str) -> None:
-    if session().as_json:
-        show(page)
+def _rows(page: JobList, if_empty: str) -> None:
+    if printed_as_json(page):
         return
     for job in page.jobs:
         terminal.result(
             f"{job.job_id}  {job.kind:<7}  {job.state:<10}  {job.created_at}  {_progress(job)}".rstrip()
         )
     if not page.jobs:
-        terminal.say(none)
+        terminal.say(if_empty)
 
 
-@click.command("show", short_help="Show a job.")
+@click.command("show")
 @id_argument
 def show_command(job_id: str) -> None:
-    """Show one job as it stands."""
+    """Show the current state of a job."""
     with connect() as kms:
         show_job(kms.job(job_id))
 
 
-@click.command("wait", short_help="Wait for a job.")
+@click.command("wait")
 @id_argument
-@click.option("--timeout", type=click.FloatRange(min=0), help="Seconds to wait at most.")
+@click.option("--timeout", type=click.FloatRange(min=0), help="Maximum number of seconds to wait.")
 def wait_command(job_id: str, timeout: float | None) -> None:
-    """Wait until the job has ended, show it, and fail as it failed. Ctrl-C ends the waiting, not the job."""
-    with connect() as kms, Meter() as meter:
+    """Wait until the job ends, show it, and fail if it failed. Ctrl-C ends the wait, not the job."""
+    with connect() as kms, meter() as line:
         job = kms.wait(
             job_id,
             timeout_s=timeout,
-            progress=lambda job: meter.show(job.state, job.progress.bytes_done, job.progress.bytes),
+            progress=lambda job: line.show(job.state, job.progress.bytes_done, job.progress.bytes),
         )
     show_job(job)
     require_success(job)
 
 
-@click.command("cancel", short_help="Cancel a job.")
+@click.command("cancel")
 @id_argument
 def cancel_command(job_id: str) -> None:
-    """Ask for the end of a job: at once if it waits, at its next item or slab if it runs."""
+    """Cancel a job: immediately if it is queued, at its next item or block if it runs."""
     with connect() as kms:
         show_job(kms.cancel(job_id))
 
 
-@click.command("result", short_help="Fetch a result.")
+@click.command("group")
+@click.argument("name", metavar="GROUP")
+@click.option("--wait", is_flag=True, help="Wait until all jobs of the group have ended.")
+def group_command(name: str, *, wait: bool) -> None:
+    """Show how many jobs of a group are in which state; with --wait once all have ended."""
+    with connect() as kms:
+        found = kms.group(name, wait_s=WAIT_S if wait else 0)
+        while wait and not found.ended:
+            found = kms.group(name, wait_s=WAIT_S)
+    if printed_as_json(found):
+        return
+    terminal.record(
+        {
+            "group": found.name,
+            "jobs": f"{found.submitted} of {found.jobs} submitted",
+            **{state: str(count) for state, count in found.states.items()},
+            "ended": "yes" if found.ended else "no",
+            **({"first failed": ", ".join(found.failed)} if found.failed else {}),
+        }
+    )
+
+
+@click.command("release")
+@id_argument
+def release_command(job_id: str) -> None:
+    """Delete the result of an ended job now, which frees its room in the spool."""
+    with connect() as kms:
+        show_job(kms.release(job_id))
+
+
+@click.command("result")
 @id_argument
 @output_option
 @force_option
-def result_command(job_id: str, output: Path | None, *, force: bool) -> None:
-    """Write the result to stdout or --output: the bytes of a file, or one line of JSON for each item."""
-    with connect() as kms, Meter() as meter:
-        if output is None:
-            kms.download(job_id, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
-            return
-        with placed(output, overwrite=force) as target:
-            kms.download(job_id, target, progress=lambda done, total: meter.show("receiving", done, total))
+@click.option("--release", is_flag=True, help="Delete the result from the service once it is written.")
+def result_command(job_id: str, output: Path | None, *, force: bool, release: bool) -> None:
+    """Write the result to stdout or --output: the bytes of a file, or a line of JSON for each item."""
+    with connect() as kms, meter(on_stdout=is_stdout(output)) as line:
+        with writing(output, overwrite=force) as target:
+            kms.download(job_id, target, progress=lambda done, total: line.show("receiving", done, total))
+        if release:  # the file is in place
+            kms.release(job_id)
 
 
 def show_job(job: JobOut) -> None:
-    """A job, for people or for programs."""
-    if session().as_json:
-        show(job)
+    """Print a job as named values, or as JSON with --json."""
+    if printed_as_json(job):
         return
-    failed = {"error": job.error.code} if job.error else {}
+    failed = {"error": _reason(job.error)} if job.error else {}
+    labels = (
+        {"labels": ", ".join(f"{name}={value}" for name, value in job.labels.items())} if job.labels else {}
+    )
+    times = {"started": job.started_at, "ended": job.ended_at, "released": job.released_at}
     terminal.record(
         {
             "job": job.job_id,
             "kind": job.kind,
             "state": job.state,
             **failed,
-            "progress": _progress(job) or "nothing yet",
+            "progress": _progress(job) or "none",
             **_report(job),
             "attempt": job.attempt,
+            **labels,
+            **({"cancelling": "yes, a worker may still be at work"} if job.cancelling is True else {}),
+            **({"start_by": job.start_by, "run_by": job.run_by} if not _has_ended(job) else {}),
             "created": job.created_at,
+            **{name: at for name, at in times.items() if at},
             "expires": job.expires_at,
         },
-        as_json=False,
     )
 
 
+def _reason(error: JobError) -> str:
+    """Return the code of a failed job, and the first items that failed."""
+    items = error.items or []
+    return error.code + "".join(f", {item.index}: {item.code}" for item in items)
+
+
+def _has_ended(job: JobOut) -> bool:
+    return job.state in ENDED or job.run_by is UNSET
+
+
 def _report(job: JobOut) -> dict[str, str]:
-    """What a campaign has come to."""
+    """Return the counts of a job over many files that rewraps or reseals."""
     found = job.report
     if not isinstance(found, Report):
         return {}
@@ -152,7 +222,115 @@ def _progress(job: JobOut) -> str:
     if progress.items:
         parts.append(f"{progress.items_done} of {progress.items} items")
     if progress.items_failed:
-        parts.append(f"{progress.items_failed} refused")
+        parts.append(f"{progress.items_failed} failed")
     if progress.bytes:
-        parts.append(f"{terminal.size(progress.bytes_done)} of {terminal.size(progress.bytes)}")
+        parts.append(f"{size_text(progress.bytes_done)} of {size_text(progress.bytes)}")
     return ", ".join(parts)
+
+
+def group_in(ctx: click.Context, parameter: click.Parameter, value: str | None) -> GroupIn | None:
+    """Return the group of an option ``NAME=3``; None without one."""
+    del ctx
+    if value is None:
+        return None
+    name, _, count = value.rpartition("=")
+    if not name or not count.isdecimal():
+        raise click.BadParameter(f'"{value}" is not NAME=3', param=parameter)
+    return GroupIn(name=name, jobs=int(count))
+
+
+KINDS: Final = get_args(JobKind)
+WAIT_S: Final = 30
+RELEASES: Final = get_args(Release)
+
+
+@click.command("submit")
+@click.argument("kind", type=click.Choice(KINDS))
+@click.argument("source")
+@click.argument("target", required=False)
+@click.option("--overwrite", is_flag=True, help="Replace existing files; without TARGET the source.")
+@click.option("--new-context", callback=context_of, help="Context to bind instead of --context.")
+@click.option("--dry-run", is_flag=True, help="Many files: count the changes, write nothing.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(0, 10_000, min_open=True),
+    help="Many files: maximum number of files a second.",
+)
+@click.option(
+    "--ttl",
+    type=click.IntRange(60, 30 * 24 * 3600),
+    help="Seconds until the job and its result expire, in place of the deadlines.",
+)
+@click.option("--wait", is_flag=True, help="Wait until the job ends; Ctrl-C cancels it.")
+@context_option
+@key_option
+@priority_option
+@callback_option
+@label_option
+@metadata_option
+@click.option("--release", type=click.Choice(RELEASES), help="Delete the result once it was fetched.")
+@deadline_options
+@click.option("--group", callback=group_in, help="Group and the number of its jobs, as NAME=3.")
+def submit_command(
+    kind: JobKind,
+    source: str,
+    target: str | None,
+    context: ContextIn,
+    key_id: str | None,
+    **options: Unpack["SubmitOptions"],
+) -> None:
+    """Submit a job that reads SOURCE and writes TARGET on the host of the service.
+
+    Both are file:///path, s3://bucket/key, or an absolute path on that host. A SOURCE with * names many
+    files; TARGET is then a directory, with a slash at its end. Quote the * to protect it from your shell.
+    """
+    job = JobIn(
+        kind=kind,
+        source=_url(source),
+        target=None if target is None else _url(target),
+        overwrite=options["overwrite"] or None,
+        key_id=key_id,
+        context=context,
+        new_context=options["new_context"],
+        ttl_s=options["ttl"],
+        dry_run=options["dry_run"] or None,
+        rate_per_s=options["rate"],
+        priority=options.get("priority"),
+        callback=options.get("callback"),
+        release=options["release"],
+        labels=options["labels"],
+        metadata=options["metadata"],
+        start_by=options.get("start_by"),
+        run_by=options.get("run_by"),
+        keep_for=options.get("keep_for"),
+        group=options["group"],
+    )
+    with connect() as kms:
+        accepted = kms.submit(job)
+        if options["wait"]:
+            with meter() as line:
+                found = followed(kms, accepted.job_id, line)
+            show_job(found)
+            require_success(found)
+        elif not printed_as_json(accepted):
+            terminal.result(accepted.job_id)
+
+
+class SubmitOptions(JobOptions):
+    """The options of ``kms job submit`` that other commands lack."""
+
+    overwrite: bool
+    new_context: ContextIn
+    dry_run: bool
+    rate: float | None
+    ttl: int | None
+    wait: bool
+    release: Release | None
+    labels: dict[str, str] | None
+    metadata: dict[str, str] | None
+    group: GroupIn | None
+
+
+def _url(text: str) -> str:
+    """Return an absolute path as a file URL, with its wildcards unquoted; a URL as it is."""
+    return f"file://{quote(text, safe='/*')}" if text.startswith("/") else text

@@ -1,37 +1,52 @@
-"""``kms keygen``: age identities in the format of age-keygen."""
+"""``kms keygen``: age key files in the format of age-keygen."""
 
 import os
-import stat
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
+import msgspec
 
 from kms_cli import terminal
-from kms_cli.local.private_files import create_file
 from kms_core.age import mlkem768x25519, x25519
+from kms_core.age.header import is_age_file
 from kms_core.age.recipients import Recipient, parse_identity
+from kms_core.envelope.sealed_files import RECOVERY
+from kms_core.observability import logs
+from kms_core.secure_files import create, open_to_others
 from kms_protocol import small_files
-from kms_protocol.errors import InvalidRequest, TargetExists
+from kms_protocol.errors import ConfigurationError, InvalidRequest, TargetExists
+from kms_protocol.units import time_text
 
-OTHERS: Final = 0o077
+if TYPE_CHECKING:
+    from kms_core.key_documents import KeyDocument
+    from kms_core.settings.model import Settings
+
+IDENTITY: Final = "kms:identity"
+DOCUMENTS: Final = ("s3://", "file://")
+AUDIT_KEYS: Final = ("kms:audit", "kms:audit-signing")
 
 
 class KeyFileExists(TargetExists):
-    """A key file is never overwritten, not even by force."""
+    """The output file exists. A key file is never overwritten."""
 
-    hint = "name another file: the old key still opens what it encrypted"
+    hint = "name another file: the old key still decrypts its files"
 
 
 @click.command(
     "keygen",
-    short_help="Make an age key pair.",
     epilog="Example: kms keygen -o private.txt && kms keygen -y private.txt > public.txt",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write here (0600), not to stdout.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    help="Write here (0600), not to stdout; with --sealed-by also to the document that the settings name for "
+    "the key: s3://bucket/key.",
+)
 @click.option(
     "-y",
     "convert",
@@ -39,38 +54,187 @@ class KeyFileExists(TargetExists):
     help="Show the recipients of a key file.",
 )
 @click.option("--pq", is_flag=True, help="Post-quantum hybrid (mlkem768x25519, age 1.3 and later).")
-def keygen_command(output: Path | None, convert: Path | None, *, pq: bool) -> None:
-    """Make an age identity in the format of age-keygen, or with -y show the recipients of one."""
-    text = _recipients(convert) if convert else _new_identity(post_quantum=pq)
+@click.option(
+    "--sealed-by",
+    metavar="KEY",
+    help='Seal the file under this key of the settings (use = "seal"), or with kms:identity for '
+    "seal_identity_path.",
+)
+@click.option(
+    "--for",
+    "name",
+    metavar="NAME",
+    help="The key id that the file is for, or kms:spool, kms:intake, kms:audit, kms:audit-signing "
+    "(default: the default key).",
+)
+@click.option("--recovery", multiple=True, metavar="RECIPIENT", help="Seal for this age recipient, too.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Seal this key file instead of a new identity; it may be sealed already.",
+)
+def keygen_command(  # noqa: PLR0913 -- the options of the command
+    *,
+    output: str | None,
+    convert: Path | None,
+    sealed_by: str | None,
+    name: str | None,
+    recovery: tuple[str, ...],
+    source: Path | None,
+    pq: bool,
+) -> None:
+    """Generate an age identity as age-keygen does, or with -y show the recipients of a key file.
+
+    With --sealed-by the file is an age file, which the service opens at start by asking that key.
+    """
+    if sealed_by is None and (recovery or source or (name and not convert)):
+        raise click.UsageError("--for, --recovery and --from are for sealed files: add --sealed-by KEY")
+    if convert:
+        content = _recipients(convert, name)
+    elif sealed_by is None:
+        content = _new_identity(post_quantum=pq)
+    else:
+        content = _sealed(sealed_by, name, recovery, source, output, post_quantum=pq)
+    if content:
+        _put(output, content, is_secret=not convert)
+
+
+def _put(output: str | None, content: bytes, *, is_secret: bool) -> None:
     if output is None:
-        if not convert and _is_open_to_others(sys.stdout.fileno()):
+        if is_secret and open_to_others(sys.stdout.fileno()):
             terminal.say("warning: writing a private key to a file that others can read")
-        sys.stdout.write(text)
-    elif not create_file(output, text):
+        sys.stdout.buffer.write(content)
+    elif output.startswith(DOCUMENTS):
+        raise click.UsageError("Only sealed keys are written to documents: add --sealed-by KEY")
+    elif not create(Path(output), content):
         raise KeyFileExists(f"{output} exists")
 
 
-def _recipients(path: Path) -> str:
-    return "".join(f"{recipient}\n" for recipient in _read(path))
+@click.command("adopt")
+@click.argument("key_id", metavar="KEY")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "--from",
+    "files",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    help="Add the identities of this sealed key file; repeatable.",
+)
+def adopt_command(key_id: str, yes: bool, files: tuple[Path, ...]) -> None:
+    """Make the document of a sealed Age key the newest, with all identities that are known here.
+
+    Those are in the document as it lies there, in the copy of this host, and in the given files. Needed to
+    take key files over, after an old document was put back, and if neither this host nor Redis has seen it.
+    """
+    from kms_cli import audited  # noqa: PLC0415 -- the rest of the service, which takes a second
+
+    settings, document = _document(key_id)
+    if not yes and not click.confirm(f"Make {document.private} the newest document of {key_id}?", err=True):
+        raise click.Abort
+    with audited.effect(settings, "key.adopt", key_id):
+        number = document.adopt(small_files.read(file) for file in files)
+    terminal.say(f"adopted {document.private}: {number} versions of {key_id}")
 
 
-def _new_identity(*, post_quantum: bool) -> str:
+def _document(name: str) -> "tuple[Settings, KeyDocument]":
+    """Return the document of a key. Raises InvalidRequest if the settings name none."""
+    from kms_cli.local import installation  # noqa: PLC0415 -- a plain key needs neither settings nor backends
+    from kms_core import key_opening  # noqa: PLC0415 -- as above
+
+    logs.configure("error", json=False)  # stdout is for results
+    settings = installation.settings()
+    redis = installation.redis_section(settings, os.environ)
+    settings = msgspec.structs.replace(settings, kms=msgspec.structs.replace(settings.kms, redis=redis))
+    found = key_opening.documents(settings)
+    if name not in found:
+        raise InvalidRequest(
+            f"The settings name no document for the key {name}: write age:s3://bucket/key under [kms.keys]"
+        )
+    return settings, found[name]
+
+
+def _sealed(  # noqa: PLR0913 -- the options of the command
+    root: str,
+    name: str | None,
+    recovery: tuple[str, ...],
+    source: Path | None,
+    output: str | None,
+    *,
+    post_quantum: bool,
+) -> bytes:
+    """Return a new identity, or the content of ``source``, sealed for ``name`` under ``root``.
+
+    It is written to the document at ``output``, and nothing is returned, if that is one.
+    """
+    from kms_cli.local import installation  # noqa: PLC0415 -- a plain key needs neither settings nor backends
+    from kms_core import key_opening, keyring  # noqa: PLC0415 -- as above
+
+    settings = installation.settings()
+    sealer, own = key_opening.direct(settings), key_opening.own_files(settings)
+    name = name or keyring.default_key_id(settings)
+    known = (*key_opening.places(settings), *own)
+    if name not in known:
+        raise InvalidRequest(f"The settings have no Age key {name}: --for names one of {', '.join(known)}")
+    if source is not None:
+        content = small_files.read(source)
+        content = sealer.open(name, content) if is_age_file(content) else content
+        if name not in AUDIT_KEYS:
+            list(_parsed(content, source))
+    elif name in AUDIT_KEYS:
+        raise click.UsageError(f"{name}: let the service make it, then seal it with --from {own[name]}")
+    else:
+        content = _new_identity(post_quantum=post_quantum)
+    content = "".join(f"{RECOVERY}{recipient}\n" for recipient in recovery).encode() + content
+    seals = None if root == IDENTITY else root
+    try:
+        if output and output.startswith(DOCUMENTS):
+            _write_document(name, output, content, seals)
+            return b""
+        return sealer.seal(name, content, seals)
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"Cannot seal the key: {exc.detail}") from exc
+
+
+def _write_document(name: str, output: str, content: bytes, root: str | None) -> None:
+    """Make the document of a key. Raises KeyFileExists, and InvalidRequest for another place."""
+    from kms_cli import audited  # noqa: PLC0415 -- as above
+
+    settings, document = _document(name)
+    if str(document.private) != output.removeprefix("file://"):
+        raise InvalidRequest(f"The settings name {document.private} for the key {name}, and not {output}")
+    with audited.effect(settings, "key.create", name):
+        if not document.make(content, root):
+            raise KeyFileExists(f"{output} exists")
+
+
+def _recipients(path: Path, name: str | None) -> bytes:
+    content = small_files.read(path)
+    if is_age_file(content):
+        from kms_cli.local import installation  # noqa: PLC0415 -- as above
+        from kms_core import key_opening, keyring  # noqa: PLC0415 -- as above
+
+        settings = installation.settings()
+        name = name or keyring.default_key_id(settings)
+        try:
+            content = key_opening.direct(settings).open(name, content)
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"{path} cannot be opened: {exc.detail}") from exc
+    return "".join(f"{recipient}\n" for recipient in _parsed(content, path)).encode()
+
+
+def _new_identity(*, post_quantum: bool) -> bytes:
     identity = mlkem768x25519.HybridIdentity.generate() if post_quantum else x25519.X25519Identity.generate()
-    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     sys.stderr.write(f"Public key: {identity.recipient}\n")
-    return f"# created: {created}\n# public key: {identity.recipient}\n{identity.export()}\n"
+    created = time_text(datetime.now(UTC))
+    return f"# created: {created}\n# public key: {identity.recipient}\n{identity.export()}\n".encode()
 
 
-def _read(path: Path) -> Iterator[Recipient]:
-    for number, line in enumerate(small_files.read(path).decode("utf-8", "replace").splitlines(), start=1):
+def _parsed(content: bytes, path: Path) -> Iterator[Recipient]:
+    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         try:
             yield parse_identity(line.strip()).recipient
         except ValueError as exc:
             raise InvalidRequest(f"Line {number} of {path} is not an age identity ({exc})") from exc
-
-
-def _is_open_to_others(handle: int) -> bool:
-    mode = os.fstat(handle).st_mode
-    return stat.S_ISREG(mode) and bool(mode & OTHERS)

@@ -1,32 +1,32 @@
-"""``kms messages``: what was sent to ``kms.submit``, refused and set aside, on the machine of the service."""
+"""``kms messages``: rejected messages of ``kms.submit``, on the machine of the service."""
 
 import os
-from datetime import UTC, datetime
 
 import click
 import msgspec
 
 from kms_cli import audited, terminal
-from kms_cli.local import machine_settings, state_redis
+from kms_cli.local import installation
 from kms_cli.session import session
 from kms_core.jobs.store import set_aside
 from kms_core.jobs.store.set_aside import SetAside
 from kms_core.observability import logs
 from kms_core.redis_client import connect
+from kms_protocol.units import time_text
 
 
-@click.command("messages", short_help="List refused messages of kms.submit.")
-@click.option("--purge", is_flag=True, help="Delete all that are kept, and record it in the audit trail.")
+@click.command("messages")
+@click.option("--purge", is_flag=True, help="Delete all of them, and record it in the audit log.")
 def messages_command(*, purge: bool) -> None:
-    """List messages of kms.submit that were refused, or that a worker died of twice; the newest first.
+    """List messages of kms.submit that were rejected, or that ended two workers, newest first.
 
-    At most 100 are kept, for seven days, in the Redis that the settings name. --json shows their content too,
-    where that is an age file of at most 64 KiB.
+    At most 100 are kept, for seven days, in the Redis of the settings. With --json their content is included,
+    if it is an age file of at most 64 KiB.
     """
     logs.configure("error", json=False)
     given = session()
-    settings = machine_settings.settings()
-    with connect(state_redis.section_of(settings, os.environ)) as client:
+    settings = installation.settings()
+    with connect(installation.redis_section(settings, os.environ)) as client:
         if purge:
             with audited.effect(settings, "messages.purge", "kms.submit"):
                 count = set_aside.purge(client)
@@ -38,13 +38,13 @@ def messages_command(*, purge: bool) -> None:
             _shown(entry) if not given.as_json else msgspec.to_builtins(entry), as_json=given.as_json
         )
     if not found:
-        terminal.say("no message is set aside")
+        terminal.say("there are no rejected messages")
 
 
 def _shown(entry: SetAside) -> dict[str, object]:
     try:
-        at = datetime.fromtimestamp(entry.at, UTC).isoformat(timespec="seconds")
-    except (ValueError, OverflowError, OSError):  # which no worker wrote
+        at = time_text(entry.at)
+    except (ValueError, OverflowError, OSError):  # of a value that no worker wrote
         at = "unknown"
     return {
         "at": at,

@@ -1,6 +1,6 @@
-"""``kms seal`` and ``kms open``: the whole age format with keys at hand, and no service.
+"""``kms seal`` and ``kms open``: age files with local keys, without a service.
 
-A file that ``-o`` names appears complete or not at all; a pipe gets what has been authenticated, in order.
+A file that ``-o`` names appears complete or not at all. A pipe receives authenticated plaintext in order.
 """
 
 import re
@@ -10,24 +10,36 @@ from typing import Final, TypedDict, Unpack
 import click
 
 from kms_cli import terminal
-from kms_cli.age_file import decrypt, encrypt, keys, streams
-from kms_cli.age_file.decrypt import LIMITS, AgeFile, Demand, NotAsBound, NotForThese, PlaintextRange
+from kms_cli.age_file import codec, keys, streams
+from kms_cli.age_file.codec import LIMITS, AgeFile, NotAsBound, NotForThese, PlaintextRange, RequiredBinding
 from kms_cli.age_file.keys import Identities
-from kms_cli.age_file.streams import STDIO, InputStream, OutputStream
-from kms_cli.options import context_option, force_option
-from kms_cli.progress import Meter
-from kms_cli.session import session
+from kms_cli.age_file.streams import InputStream, OutputStream
+from kms_cli.options import context_option, force_option, is_stdout, name_of
+from kms_cli.session import meter, printed_as_json
 from kms_core.age.header import Header
-from kms_core.envelope.binding import DEFAULT_KEY_ID
+from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT
 from kms_core.envelope.sealing import Sealing
-from kms_core.payload.parallel import STEADY, ParallelOptions
+from kms_core.payload.parallel import DEFAULTS, ParallelOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidRequest
-from kms_protocol.wire import KEY_ID_PATTERN, ContextIn
+from kms_protocol.shapes import KEY_ID_PATTERN
+from kms_protocol.units import size_text
+from kms_protocol.wire import ContextIn
 
 KEY_FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 MAX_WORK_FACTOR: Final = 24  # 16 GiB
 
+recipient_option = click.option(
+    "-r", "--recipient", "recipients", multiple=True, help="Recipient, age1…; repeatable."
+)
+recipients_file_option = click.option(
+    "-R",
+    "--recipients-file",
+    "recipients_files",
+    multiple=True,
+    type=KEY_FILE,
+    help="File of recipients, one a line.",
+)
 source_argument = click.argument(
     "source",
     metavar="[IN]",
@@ -39,18 +51,19 @@ output_option = click.option(
     "--output",
     metavar="OUT",
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
-    default="-",
-    help="Write here (0600), not to stdout.",
+    help="Output file (0600) [default: stdout].",
 )
-passphrase_option = click.option("-p", "--passphrase", is_flag=True, help="Ask for a passphrase.")
-passphrase_file_option = click.option("--passphrase-file", type=KEY_FILE, help="Read the passphrase here.")
+passphrase_option = click.option("-p", "--passphrase", is_flag=True, help="Prompt for a passphrase.")
+passphrase_file_option = click.option(
+    "--passphrase-file", type=KEY_FILE, help="File that contains the passphrase."
+)
 
 
 class InOut(TypedDict):
-    """What both commands are given."""
+    """Options of both commands."""
 
     source: Path
-    output: Path
+    output: Path | None
     force: bool
     passphrase: bool
     passphrase_file: Path | None
@@ -58,7 +71,7 @@ class InOut(TypedDict):
 
 
 class SealOptions(InOut):
-    """What ``kms seal`` is given."""
+    """Options of ``kms seal``."""
 
     recipients: tuple[str, ...]
     recipients_files: tuple[Path, ...]
@@ -68,10 +81,11 @@ class SealOptions(InOut):
 
 
 class OpenOptions(InOut):
-    """What ``kms open`` is given."""
+    """Options of ``kms open``."""
 
     identities: tuple[Path, ...]
     break_glass: bool
+    tenant: str
     offset: int | None
     length: int | None
     max_work_factor: int
@@ -79,50 +93,41 @@ class OpenOptions(InOut):
 
 @click.command(
     "seal",
-    short_help="Encrypt without a service.",
     epilog="Example: kms seal -r age1… -o backup.age backup.tar",
 )
-@click.option("-r", "--recipient", "recipients", multiple=True, help="Seal for this recipient, age1….")
-@click.option(
-    "-R",
-    "--recipients-file",
-    "recipients_files",
-    multiple=True,
-    type=KEY_FILE,
-    help="Recipients, one a line.",
-)
+@recipient_option
+@recipients_file_option
 @passphrase_option
 @passphrase_file_option
-@click.option("-i", "--identity", type=KEY_FILE, help="Seal as the service does with this key file.")
+@click.option("-i", "--identity", type=KEY_FILE, help="Encrypt as the service does with this key file.")
 @context_option
-@click.option("--key-id", help=f"With -i: the service's name for the key [default: {DEFAULT_KEY_ID}].")
-@click.option("-a", "--armor", "armored", is_flag=True, help="Write text.")
+@click.option("--key-id", help=f"With -i: key id in the service [default: {DEFAULT_KEY_ID}].")
+@click.option("-a", "--armor", "armored", is_flag=True, help="Write ASCII armor.")
 @output_option
 @force_option
 @source_argument
 def seal_command(**given: Unpack[SealOptions]) -> None:
-    """Encrypt IN, or stdin, into a file that every age tool opens.
+    """Encrypt IN, or stdin, to a file that every age tool can decrypt.
 
-    Either for recipients, or with a passphrase, or with -i as the service would: bound to --context, so that
-    the service opens it too.
+    It is encrypted for recipients, with a passphrase, or with -i as by the service: bound to --context, so
+    that the service can decrypt it too.
     """
-    _check_ways(given)
-    if not given["armored"]:
-        streams.refuse_terminal(given["output"])
+    _check_method(given)
+    if not given["armored"] and given["output"] is None:
+        terminal.refuse_binary("use -a for ASCII armor, name a file with -o, or force it with `-o -`")
     with (
         streams.source(given["source"]) as opened,
         streams.target(given["output"], force=given["force"]) as target,
-        Meter() as meter,
+        meter(on_stdout=is_stdout(given["output"])) as line,
     ):
-        begun, source = _begun(given, opened)
-        seal = encrypt.seal_armored if given["armored"] else encrypt.seal
-        seal(begun, source, target, _pace(meter, "sealing", source, target))
+        begun, source = _sealing(given, opened)
+        seal = codec.seal_armored if given["armored"] else codec.seal
+        seal(begun, source, target, _options(line, "sealing", source, target))
     _report("sealed", given)
 
 
 @click.command(
     "open",
-    short_help="Decrypt without a service.",
     epilog="Example: kms open -i private.txt -o backup.tar backup.age",
 )
 @click.option("-i", "--identity", "identities", multiple=True, type=KEY_FILE, help="Key file, age or ssh.")
@@ -133,66 +138,69 @@ def seal_command(**given: Unpack[SealOptions]) -> None:
     type=click.IntRange(1, MAX_WORK_FACTOR),
     default=LIMITS.scrypt_work_factor,
     show_default=True,
-    help="Highest cost of a passphrase, log2; each step doubles time and memory.",
+    help="Maximum scrypt work factor (log2); each step doubles time and memory.",
 )
 @context_option
-@click.option("--break-glass", is_flag=True, help="Check neither context nor origin.")
-@click.option("--offset", type=click.IntRange(0), help="Start at this byte of the plaintext.")
-@click.option("--length", type=click.IntRange(0), help="Stop after so many bytes.")
+@click.option("--tenant", default=DEFAULT_TENANT, show_default=True, help="Tenant that encrypted it.")
+@click.option("--break-glass", is_flag=True, help="Do not check context and origin.")
+@click.option("--offset", type=click.IntRange(0), help="First byte of the plaintext.")
+@click.option("--length", type=click.IntRange(0), help="Number of bytes.")
 @output_option
 @force_option
 @source_argument
 def open_command(**given: Unpack[OpenOptions]) -> None:
-    """Decrypt IN, or stdin: an age file by whatever tool, armored or not.
+    """Decrypt IN, or stdin: an age file of any tool, armored or not.
 
-    A file that a service sealed needs the --context it was sealed with, and the service's key file.
+    A file of the service needs the --context that it was encrypted with, and the key file of the service.
     """
-    demand = _demand(given)
+    required = _required(given)
     identities = keys.identities(given["identities"])
     with (
         streams.source(given["source"]) as source,
         streams.target(given["output"], force=given["force"]) as target,
-        Meter() as meter,
+        meter(on_stdout=is_stdout(given["output"])) as line,
     ):
-        sealed = decrypt.read(source)
+        sealed = codec.read(source)
         part = _part(given, sealed)
-        key = _key(sealed.head, given, identities, demand)
+        key = _key(sealed.head, given, identities, required)
         if key is None:
-            decrypt.release_by_ssh(sealed, identities, target)
-        elif part and sealed.extent:
-            decrypt.release_part(sealed.extent, key, target, part)
+            codec.release_by_ssh(sealed, identities, target)
+        elif part and sealed.file_range:
+            codec.release_part(sealed.file_range, key, target, part)
         else:
-            decrypt.release(sealed, key, target, _pace(meter, "opening", source, target))
+            codec.release(sealed, key, target, _options(line, "opening", source, target))
     _report("opened", given)
 
 
 # -- seal --------------------------------------------------------------------------------------------
 
 
-def _check_ways(given: SealOptions) -> None:
-    ways = (
+def _check_method(given: SealOptions) -> None:
+    methods = (
         bool(given["recipients"] or given["recipients_files"]),
         given["passphrase"] or given["passphrase_file"] is not None,
         given["identity"] is not None,
     )
-    if sum(ways) != 1:
-        raise _misuse("say for whom: -r and -R, or -p, or -i, and one of them only")
+    if sum(methods) != 1:
+        raise _usage_error(
+            "give recipients (-r, -R), a passphrase (-p) or a key file (-i), and only one of these"
+        )
     if given["identity"] is None and (given["context"] or given["key_id"]):
-        raise _misuse("--context and --key-id go with -i: what else is sealed is bound to nothing")
+        raise _usage_error("--context and --key-id require -i: other files are not bound to a context")
 
 
-def _begun(given: SealOptions, source: InputStream) -> tuple[Sealing, InputStream]:
+def _sealing(given: SealOptions, source: InputStream) -> tuple[Sealing, InputStream]:
     if given["identity"] is not None:
         identities = keys.identities([given["identity"]])
         if not identities.native:
-            raise _misuse("-i of seal takes an age key file, not an ssh key")
-        padded, source = encrypt.is_large(source)
+            raise _usage_error("-i requires an age key file, not an SSH key")
+        padded, source = codec.is_large(source)
         context = Context.parse(given["context"])
-        return encrypt.for_service(identities, _key_id(given), context, padded=padded), source
+        return codec.for_service(identities, _key_id(given), context, padded=padded), source
     if given["recipients"] or given["recipients_files"]:
         recipients = keys.recipients(given["recipients"], given["recipients_files"])
-        return encrypt.for_recipients(recipients), source
-    return encrypt.for_passphrase(keys.passphrase(given["passphrase_file"], confirm=True)), source
+        return codec.for_recipients(recipients), source
+    return codec.for_passphrase(keys.passphrase(given["passphrase_file"], confirm=True)), source
 
 
 def _key_id(given: SealOptions) -> str:
@@ -205,39 +213,39 @@ def _key_id(given: SealOptions) -> str:
 # -- open --------------------------------------------------------------------------------------------
 
 
-def _demand(given: OpenOptions) -> Demand:
+def _required(given: OpenOptions) -> RequiredBinding:
     if not given["break_glass"]:
-        return Demand(Context.parse(given["context"]))
+        return RequiredBinding(Context.parse(given["context"]), tenant=given["tenant"])
     if given["context"]:
-        raise _misuse("--break-glass checks no context: leave out --context")
-    terminal.say("warning: --break-glass: neither the context nor the origin of the file is checked")
-    return Demand(checked=False)
+        raise _usage_error("--break-glass checks no context: leave out --context")
+    terminal.say("warning: --break-glass: context and origin of the file are not checked")
+    return RequiredBinding(checked=False, tenant=given["tenant"])
 
 
 def _part(given: OpenOptions, sealed: AgeFile) -> PlaintextRange | None:
     if given["offset"] is None and given["length"] is None:
         return None
-    if sealed.extent is None:
-        raise _misuse("--offset and --length need a file that is not armored, and not a pipe")
+    if sealed.file_range is None:
+        raise _usage_error("--offset and --length require a file without armor, not a pipe")
     return PlaintextRange(given["offset"] or 0, given["length"])
 
 
-def _key(head: Header, given: OpenOptions, identities: Identities, demand: Demand) -> bytes | None:
-    """The payload key, or None if an ssh key has to do it."""
+def _key(head: Header, given: OpenOptions, identities: Identities, required: RequiredBinding) -> bytes | None:
+    """Return the payload key; None if only an SSH key can decrypt the file."""
     asked = given["passphrase"] or given["passphrase_file"] is not None
-    if decrypt.needs_passphrase(head):
-        if demand.context:
-            raise NotAsBound("A passphrase file is bound to no context: open it without --context")
+    if codec.needs_passphrase(head):
+        if required.context:
+            raise NotAsBound("A file with a passphrase is not bound to a context: leave out --context")
         if identities and not asked:
-            raise _misuse("the file is sealed with a passphrase: open it with -p")
+            raise _usage_error("the file is encrypted with a passphrase: use -p")
         passphrase = keys.passphrase(given["passphrase_file"], confirm=False)
-        return decrypt.by_passphrase(head, passphrase, given["max_work_factor"])
+        return codec.by_passphrase(head, passphrase, given["max_work_factor"])
     if not identities:
-        raise _misuse("the file is sealed for keys: name your key file with -i")
+        raise _usage_error("the file is encrypted for keys: name your key file with -i")
     try:
-        return decrypt.by_identities(head, identities, demand)
+        return codec.by_identities(head, identities, required)
     except NotForThese:
-        if identities.ssh and decrypt.is_for_ssh(head, demand) and given["offset"] is given["length"] is None:
+        if identities.ssh and codec.is_for_ssh(head, required) and given["offset"] is given["length"] is None:
             return None
         raise
 
@@ -245,22 +253,20 @@ def _key(head: Header, given: OpenOptions, identities: Identities, demand: Deman
 # -- both --------------------------------------------------------------------------------------------
 
 
-def _pace(meter: Meter, label: str, source: InputStream, target: OutputStream) -> ParallelOptions:
-    """Progress is for files: what comes out of a pipe shows on its own."""
-    return STEADY if target.fd is None else streams.pace(meter, label, source.size)
+def _options(line: terminal.Meter, label: str, source: InputStream, target: OutputStream) -> ParallelOptions:
+    """Show progress for output files only."""
+    return DEFAULTS if target.fd is None else streams.with_progress(line, label, source.size)
 
 
 def _report(done: str, given: InOut) -> None:
     output = given["output"]
-    if output == STDIO or not output.is_file():
+    if output is None or is_stdout(output) or not output.is_file():
         return
     size_bytes = output.stat().st_size
-    source = "stdin" if given["source"] == STDIO else str(given["source"])
-    if session().as_json:
-        terminal.record({"source": source, "output": str(output), "bytes": size_bytes}, as_json=True)
-    else:
-        terminal.say(f"{done} {source} to {output} ({terminal.size(size_bytes)})")
+    source = name_of(given["source"])
+    if not printed_as_json({"source": source, "output": str(output), "bytes": size_bytes}):
+        terminal.say(f"{done} {source} to {output} ({size_text(size_bytes)})")
 
 
-def _misuse(text: str) -> click.UsageError:
-    return click.UsageError(text, click.get_current_context())
+def _usage_error(text: str) -> click.UsageError:
+    return click.UsageError(text)

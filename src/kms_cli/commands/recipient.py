@@ -1,4 +1,4 @@
-"""``kms recipient``, ``kms identity``: names of a key of the service for ``age``, ``rage`` and ``sops``."""
+"""``kms recipient``, ``kms identity``: name a key of the service for ``age``, ``rage`` and ``sops``."""
 
 import re
 
@@ -7,23 +7,23 @@ import click
 from kms_cli import terminal
 from kms_cli.options import context_option, key_option
 from kms_cli.plugin.names import PluginTarget
-from kms_cli.session import DEFAULT_URL, session
+from kms_cli.session import DEFAULT_URL, printed_as_json, session
 from kms_client.settings import checked_address
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidRequest
-from kms_protocol.wire import KEY_ID_PATTERN, ContextIn
+from kms_protocol.shapes import KEY_ID_PATTERN
+from kms_protocol.wire import ContextIn
 
 in_process_option = click.option(
-    "--in-process", is_flag=True, help="Ask no service: use the keys of KMS_CONFIG on the same machine."
+    "--in-process", is_flag=True, help="Use the keys of KMS_CONFIG on this machine, without a service."
 )
 with_url_option = click.option(
-    "--with-url", is_flag=True, help="Put --url into it; else the plugin takes KMS_SERVICE_URL."
+    "--with-url", is_flag=True, help="Include --url; otherwise the plugin uses KMS_SERVICE_URL."
 )
 
 
 @click.command(
     "recipient",
-    short_help="Name a key for age -r.",
     epilog='Example: age -r "$(kms recipient --context env=prod)" -o backup.age backup.tar',
 )
 @context_option
@@ -33,18 +33,15 @@ with_url_option = click.option(
 def recipient_command(context: ContextIn, key_id: str | None, *, in_process: bool, with_url: bool) -> None:
     """Print a recipient, age1kms1…, with which age tools encrypt for a key of the service.
 
-    It says the key, the context and where to ask. It is no secret: to use it takes a token.
+    It contains the key id, the context and the address. It is not secret: using it requires a token.
     """
     target = _target(context, key_id, in_process=in_process, with_url=with_url)
-    if session().as_json:
-        terminal.record({"recipient": target.recipient()}, as_json=True)
-    else:
+    if not printed_as_json({"recipient": target.recipient()}):
         terminal.result(target.recipient())
 
 
 @click.command(
     "identity",
-    short_help="Name a key for age -d -i.",
     epilog="Example: kms identity --context env=prod > kms.id; age -d -i kms.id backup.age",
 )
 @context_option
@@ -52,14 +49,13 @@ def recipient_command(context: ContextIn, key_id: str | None, *, in_process: boo
 @in_process_option
 @with_url_option
 def identity_command(context: ContextIn, key_id: str | None, *, in_process: bool, with_url: bool) -> None:
-    """Print an identity, AGE-PLUGIN-KMS-1…, with which age tools decrypt what was encrypted in a context.
+    """Print an identity, AGE-PLUGIN-KMS-1…, with which age tools decrypt files of a context.
 
-    It holds no key: the service opens files for whoever has a token that allows "unwrap". Without --key-id
-    it is for files of any key.
+    It contains no key: decryption requires a token that allows "unwrap". Without --key-id it is for files of
+    any key.
     """
     target = _target(context, key_id, in_process=in_process, with_url=with_url)
-    if session().as_json:
-        terminal.record({"identity": target.identity(), "recipient": target.recipient()}, as_json=True)
+    if printed_as_json({"identity": target.identity(), "recipient": target.recipient()}):
         return
     terminal.result(f"# recipient: {target.recipient()}")
     terminal.result(target.identity())
@@ -67,9 +63,7 @@ def identity_command(context: ContextIn, key_id: str | None, *, in_process: bool
 
 def _target(context: ContextIn, key_id: str | None, *, in_process: bool, with_url: bool) -> PluginTarget:
     if in_process and with_url:
-        raise click.UsageError(
-            "--in-process asks no service: leave out --with-url", click.get_current_context()
-        )
+        raise click.UsageError("--in-process uses no service: leave out --with-url")
     if key_id is not None and not re.fullmatch(KEY_ID_PATTERN, key_id):
         raise InvalidRequest("A key id is 1 to 80 of A-Z a-z 0-9 _ . -")
     url = checked_address(session().url or DEFAULT_URL) if with_url else None

@@ -1,36 +1,48 @@
-"""``kms rewrap-file``: a new header through the service; the payload is copied here and never sent."""
+"""``kms rewrap-file``: a new header by the service. The payload is copied on this machine, never sent."""
 
 import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final, TypedDict, Unpack
 
 import click
 
 from kms_cli import terminal
-from kms_cli.atomic_file import OutputExists, placed
-from kms_cli.options import context_of, context_option, force_option, key_option
-from kms_cli.progress import Meter
-from kms_cli.remote_service import connect
-from kms_cli.session import session
+from kms_cli.age_file import streams
+from kms_cli.options import (
+    STDIO,
+    OutputExists,
+    context_of,
+    context_option,
+    force_option,
+    is_stdout,
+    key_option,
+    name_of,
+    output_option,
+    placed,
+    source_argument,
+    writing,
+)
+from kms_cli.session import connect, meter, printed_as_json
 from kms_client.problems import UnexpectedAnswer
 from kms_core.age import header
 from kms_core.age.armor import BEGIN
 from kms_core.age.header import FILE_LIMITS, Header
 from kms_core.envelope import binding
-from kms_core.payload import disk
+from kms_core.payload import files
 from kms_protocol.errors import BadInput, DecryptFailed, InvalidRequest, NotACiphertext
 from kms_protocol.wire import ContextIn, EncryptOut
 
-STEP_BYTES: Final = 64 * 1024 * 1024
-PIECE_BYTES: Final = 1024 * 1024
-NOT_BY_KERNEL: Final = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
+KERNEL_COPY_BYTES: Final = 64 * 1024 * 1024
+COPY_BYTES: Final = 1024 * 1024
+NO_KERNEL_COPY: Final = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
 
 
 class Rewrap(TypedDict):
-    """What ``kms rewrap-file`` is given."""
+    """Options of ``kms rewrap-file``."""
 
     source: Path
     output: Path | None
@@ -42,48 +54,76 @@ class Rewrap(TypedDict):
 
 @click.command(
     "rewrap-file",
-    short_help="Move a file to the current key, another, or another context.",
-    epilog="Example: kms rewrap-file --context env=dev --new-context env=prod -o new.enc old.enc",
+    epilog="Example: kms rewrap-file --context env=dev --new-context env=prod -o new.age old.age",
 )
-@click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the result here."
-)
+@source_argument
+@output_option
 @context_option
-@click.option("--new-context", callback=context_of, help="Bind this instead; without it the old one stays.")
+@click.option("--new-context", callback=context_of, help="Bind this context instead of the old one.")
 @key_option
 @force_option
 def rewrap_file_command(**given: Unpack[Rewrap]) -> None:
-    """Give SOURCE a new header, under the current version of its key or under --key-id.
+    """Rewrap SOURCE under the current version of its key, or under --key-id.
 
-    Only the header is sent to the service. The payload stays as it is, and whoever could read the old file
-    can read the new one. Without --output, --force puts the result in the place of SOURCE.
+    Only the header is sent to the service. The payload is not changed: anyone who could read the old file can
+    read the new one. Without --output, --force replaces SOURCE.
+
+    The SOURCE - is stdin, and its output is stdout.
     """
     source = given["source"]
+    if STDIO in {source, given["output"]}:
+        _piped(source, given)
+        return
     if given["output"] is None and not given["force"]:
         raise OutputExists(f"Without --output the result would replace {source}")
     target = given["output"] or source.resolve()
     with source.open("rb", buffering=0) as file:
         old = _head(source, file.fileno())
-        answer = _asked(os.pread(file.fileno(), old.payload_offset, 0), given)
+        answer = _rewrapped(os.pread(file.fileno(), old.payload_offset, 0), given)
         new = _checked(answer, old)
-        with placed(target, overwrite=given["force"]) as written, Meter() as meter:
+        with placed(target, overwrite=given["force"]) as written, meter() as line:
             if given["output"] is None:
                 _keep_access(file.fileno(), written.fileno())
-            _write(file.fileno(), written, old, answer.ciphertext[: new.size], meter=meter)
+            _write(file.fileno(), written, old, answer.ciphertext[: new.size], line=line)
     _report(source, target, answer)
 
 
+def _piped(source: Path, given: Rewrap) -> None:
+    """Rewrap a stream, or to stdout. The payload is copied as it arrives."""
+    if given["output"] is None:
+        terminal.refuse_binary()
+    with streams.source(source) as opened:
+        start = streams.exactly(opened.stream, FILE_LIMITS.header_bytes + header.NONCE_BYTES)
+        with _armor_named(name_of(source), start):
+            old = header.parse(start, FILE_LIMITS)
+        answer = _rewrapped(start[: old.payload_offset], given)
+        new, to_stdout = _checked(answer, old), is_stdout(given["output"])
+        with writing(given["output"], overwrite=given["force"]) as target, meter(on_stdout=to_stdout) as line:
+            target.write(answer.ciphertext[: new.size])
+            rest, done = streams.Joined(start[old.size :], opened.stream), 0
+            while part := streams.exactly(rest, COPY_BYTES):
+                done += target.write(part)
+                line.show("copying", done, opened.size)
+    if given["output"] and not to_stdout:
+        _report(source, given["output"], answer)
+
+
 def _head(source: Path, fd: int) -> Header:
-    try:
+    with _armor_named(name_of(source), os.pread(fd, len(BEGIN), 0)):
         return header.read(fd, FILE_LIMITS)
+
+
+@contextlib.contextmanager
+def _armor_named(name: str, start: bytes) -> Iterator[None]:
+    try:
+        yield
     except NotACiphertext as exc:
-        if os.pread(fd, len(BEGIN), 0) == BEGIN:
-            raise NotACiphertext(f"{source} is armored: only a binary file has a header to replace") from exc
+        if start.startswith(BEGIN):
+            raise NotACiphertext(f"{name} is armored: only a binary file has a header to replace") from exc
         raise
 
 
-def _asked(head: bytes, given: Rewrap) -> EncryptOut:
+def _rewrapped(head: bytes, given: Rewrap) -> EncryptOut:
     with connect() as kms:
         return kms.rewrap(
             head, context=given["context"], new_context=given["new_context"], key_id=given["key_id"]
@@ -91,50 +131,50 @@ def _asked(head: bytes, given: Rewrap) -> EncryptOut:
 
 
 def _checked(answer: EncryptOut, old: Header) -> Header:
-    """The new header. UnexpectedAnswer unless it is one of the same payload, for the key that was named."""
+    """Return the new header. Raises UnexpectedAnswer unless it fits the payload and the named key."""
     try:
         new = header.parse(answer.ciphertext, FILE_LIMITS)
         bound = binding.read(new)
     except (DecryptFailed, BadInput) as exc:
-        raise UnexpectedAnswer("The service answered with something that is not a header") from exc
+        raise UnexpectedAnswer("The answer of the service is not a header") from exc
     fits = new.nonce == old.nonce and new.payload_offset == len(answer.ciphertext)
     if not fits or bound is None or (bound.key_id, bound.key_version) != (answer.key_id, answer.key_version):
-        raise UnexpectedAnswer("The service answered with the header of another file")
+        raise UnexpectedAnswer("The answer of the service is the header of another file")
     return new
 
 
-def _write(fd: int, written: BinaryIO, old: Header, new: bytes, *, meter: Meter) -> None:
-    """The new header and what follows the old one. Raises InvalidRequest if the source changes meanwhile."""
+def _write(fd: int, written: BinaryIO, old: Header, new: bytes, *, line: terminal.Meter) -> None:
+    """Write the new header and the old payload. Raises InvalidRequest if the source changes."""
     before = os.fstat(fd)
     total = before.st_size - old.size
     target_fd, done = written.fileno(), 0
-    disk.write_all(target_fd, memoryview(new), 0)
+    files.write_all(target_fd, memoryview(new), 0)
     while done < total:
         copied = _copy(fd, target_fd, total - done, old.size + done, len(new) + done)
         if not copied:
             break
         done += copied
-        meter.show("copying", done, total)
+        line.show("copying", done, total)
     after = os.fstat(fd)
     if done < total or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise InvalidRequest("The source changed while it was copied; try again when nothing writes to it")
+        raise InvalidRequest("The source changed while it was copied; try again when no program writes to it")
 
 
 def _copy(fd: int, target_fd: int, size: int, at: int, target_at: int) -> int:
-    """Copy some bytes, inside the kernel (shared, not copied, where the file system can) if it will."""
+    """Copy some bytes, in the kernel if it can (as shared extents on some file systems)."""
     try:
-        if copied := os.copy_file_range(fd, target_fd, min(size, STEP_BYTES), at, target_at):
+        if copied := os.copy_file_range(fd, target_fd, min(size, KERNEL_COPY_BYTES), at, target_at):
             return copied
     except OSError as exc:
-        if exc.errno not in NOT_BY_KERNEL:
+        if exc.errno not in NO_KERNEL_COPY:
             raise
-    piece = os.pread(fd, min(size, PIECE_BYTES), at)
-    disk.write_all(target_fd, memoryview(piece), target_at)
-    return len(piece)
+    data = os.pread(fd, min(size, COPY_BYTES), at)
+    files.write_all(target_fd, memoryview(data), target_at)
+    return len(data)
 
 
 def _keep_access(fd: int, target_fd: int) -> None:
-    """A file that takes the place of another is for the same users."""
+    """Give the file the owner and mode of the file that it replaces."""
     old = os.fstat(fd)
     with contextlib.suppress(PermissionError):
         os.fchown(target_fd, old.st_uid, old.st_gid)
@@ -142,8 +182,8 @@ def _keep_access(fd: int, target_fd: int) -> None:
 
 
 def _report(source: Path, target: Path, answer: EncryptOut) -> None:
-    if session().as_json:
-        key = {"key_id": answer.key_id, "key_version": answer.key_version, "backend": answer.backend}
-        terminal.record({"source": str(source), "output": str(target), **key}, as_json=True)
-    else:
-        terminal.say(f"rewrapped {source} to {target} (key {answer.key_id}, version {answer.key_version})")
+    key = {"key_id": answer.key_id, "key_version": answer.key_version, "backend": answer.backend}
+    if not printed_as_json({"source": name_of(source), "output": str(target), **key}):
+        terminal.say(
+            f"rewrapped {name_of(source)} to {target} (key {answer.key_id}, version {answer.key_version})"
+        )

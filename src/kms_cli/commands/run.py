@@ -1,10 +1,11 @@
-"""``kms run``: a program with sealed values in its environment, and nowhere else.
+"""``kms run``: runs a program with decrypted values in its environment only.
 
-The program replaces this process (execve), so its signals and its exit code are its own, and nothing of ours
-stays in memory.
+The program replaces this process (execve): it receives the signals, its exit code is that of the command, and
+no memory of this process remains.
 """
 
 import binascii
+import io
 import os
 import re
 import signal
@@ -13,30 +14,104 @@ from pathlib import Path
 from typing import Final, NoReturn, TypedDict, Unpack
 
 import click
+import msgspec
+from dotenv.parser import parse_stream
 
 from kms_cli import terminal
-from kms_cli.commands import env_file
 from kms_cli.options import context_option, key_option
-from kms_cli.remote_service import connect
+from kms_cli.session import connect
 from kms_client import Client
 from kms_core.age import armor
 from kms_protocol.errors import InvalidRequest, TooLarge
+from kms_protocol.units import size_text
 from kms_protocol.wire import ContextIn
 
-NOT_EXECUTABLE: Final = 126  # as a shell says it
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_RISKY_NAMES: Final = re.compile(
+    r"LD_.*|DYLD_.*|PATH|HOME|IFS|GCONV_PATH|GLIBC_TUNABLES|MALLOC_.*|OPENSSL_(CONF|ENGINES|MODULES)|KMS_.*"
+    r"|ENV|SHELL|SHELLOPTS|BASH_ENV|BASH_FUNC.*|BASHOPTS|PS4|ZDOTDIR|(GNU)?MAKEFLAGS|MAKEFILES"
+    r"|(.*_)?(EDITOR|PAGER|ASKPASS|(ADD)?OPTS|(PASS)?COMMAND|CMD(_ARGS)?|EXTERNAL_DIFF|RSH|GPG_EXEC|CONNECT_PROG)"
+    r"|.*_((LOAD|LIBRARY|PLUGIN|MODULE)_?PATH|PLUGIN_DIR|(EXTRA_)?MODULES)|FPATH|JAVACMD|PIP_CONFIG_FILE|AWK(LIB)?PATH|ERL_LIBS"
+    r"|ZIPOPT|PYTEST_PLUGINS|SSH_(SK_.*|PKCS11_HELPER)|MANPAGER|HGEDITOR|HGRCPATH|VISUAL|BROWSER|LESS(OPEN|CLOSE|KEY.*)?"
+    r"|SVN_SSH|VIMINIT|EXINIT|PSQLRC|TAR_OPTIONS|GNUPGHOME|CURL_HOME|WGETRC|KRB5_CONFIG|CONTAINERS_CONF.*"
+    r"|GIT_(SSH.*|EXEC_PATH|CONFIG.*|(COMMON_)?DIR|TEMPLATE_DIR)"
+    r"|KUBECONFIG|AWS_(CONFIG|SHARED_CREDENTIALS)_FILE|CLOUDSDK_(CONFIG|PYTHON.*)|DOCKER_CONFIG|VAULT_CONFIG_PATH"
+    r"|HELM_(PLUGINS|.*_HOME)|TF_CLI_.*|AZURE_(CONFIG|EXTENSION)_DIR|XDG_(CONFIG|DATA)_(HOME|DIRS)"
+    r"|ANSIBLE_(CONFIG|LIBRARY|INVENTORY|.*_(PLUGINS|PATH|EXECUTABLE|INTERPRETER|ARGS|FILE))"
+    r"|GO(FLAGS|ENV|ROOT|TOOLCHAIN|AUTH|CACHEPROG)|CC|CXX|(.*_)?(C|CXX|CPP|LD|RUST|RUSTDOC)FLAGS|CMAKE_.*|PKG_CONFIG|GCC_EXEC_PREFIX"
+    r"|COMPILER_PATH|RUSTC.*|RUSTDOC|RUSTUP_.*|CARGO_(HOME|(BUILD|TARGET|ALIAS)_.*)|MAVEN_ARGS|JAVA_HOME"
+    r"|(?i:NPM_CONFIG_(NODE_OPTIONS|SCRIPT_SHELL|PREFIX|(USER|GLOBAL)CONFIG))|YARN_(YARN_PATH|RC_FILENAME)"
+    r"|ERL_[AZ]?FLAGS|R_(PROFILE|ENVIRON).*|GTK_MODULES|QT_PLUGIN_PATH"
+    r"|PYTHON.*|PERL5.*|PERLLIB|RUBY(OPT|LIB)|GEM_(HOME|PATH)|BUNDLE_GEMFILE|NODE_OPTIONS|NODE_PATH"
+    r"|_?JAVA_(TOOL_)?OPTIONS|JDK_JAVA_OPTIONS|CLASSPATH|COR(ECLR)?_.*PROFIL.*|(DOTNET|COMPlus)_GCName"
+    r"|DOTNET_(STARTUP_HOOKS|ROOT|ADDITIONAL_DEPS)|LUA_(INIT|C?PATH).*|PHPRC|PHP_INI_SCAN_DIR"
+)
+"""Known names that select the code that programs load or run, or the service that ``kms`` uses.
+
+Programs have more of them than any list: ``--only`` is what lets none through.
+"""
+
+
+def parse(text: str, where: str) -> dict[str, str]:
+    """Read an environment file: a JSON object of strings, or lines as python-dotenv documents them.
+
+    A value is taken as it is written: ``$`` has no meaning. Raises InvalidRequest, which names ``where`` and
+    the line and never a value, for what is not NAME=value and for a name that is set twice.
+    """
+    if text.lstrip().startswith("{"):
+        try:
+            return msgspec.json.decode(text, type=dict[str, str])
+        except msgspec.DecodeError:
+            raise InvalidRequest(f"{where} is not a JSON object of strings") from None
+    values: dict[str, str] = {}
+    for binding in parse_stream(io.StringIO(text)):
+        name, value, source = binding.key, binding.value, binding.original
+        if name is None and not binding.error:
+            continue  # a comment, or the end
+        line = source.line + source.string[: -len(source.string.lstrip())].count("\n")
+        if not name or value is None or not _NAME.fullmatch(name):
+            raise InvalidRequest(f"Line {line} of {where} is not NAME=value, or does not close a quote")
+        if name in values:
+            raise InvalidRequest(f"Line {line} of {where} sets {name} a second time")
+        values[name] = value
+    return values
+
+
+def check(
+    name: str, value: str, where: str, allowed: frozenset[str], only: frozenset[str] = frozenset()
+) -> None:
+    """Check a variable from an encrypted file, which another user may have written.
+
+    Raises InvalidRequest for a NUL, and for a name that is not in ``only``; if that is empty, for one that is
+    known to select code and is not in ``allowed``.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(f"{where} sets a name that is not valid in a shell")
+    if only and name not in only:
+        raise InvalidRequest(f"{where} sets {name}, which is none of --only: add --only {name} to pass it")
+    if not only and _RISKY_NAMES.fullmatch(name) and name not in allowed:
+        raise InvalidRequest(
+            f"{where} sets {name}, which selects what programs load or run: allow it with --allow {name}"
+        )
+    if "\0" in value:
+        raise InvalidRequest(f"The value of {name} in {where} contains a NUL, which an environment cannot")
+
+
+NOT_EXECUTABLE: Final = 126  # the exit codes of a shell
 NOT_FOUND: Final = 127
 LIMIT_BYTES: Final = 2 * 1024 * 1024
 _AGE: Final = b"age-encryption.org/"
-_SEALED_TEXT: Final = "YWdlLWVuY3J5cHRpb24ub3JnL3Yx"  # how an age file begins in base64
-_IGNORED: Final = ("SIGPIPE", "SIGXFSZ")  # Python ignores them, and a program would inherit that
+_SEALED_TEXT: Final = "YWdlLWVuY3J5cHRpb24ub3JnL3Yx"  # the start of an age file in base64
+_IGNORED: Final = ("SIGPIPE", "SIGXFSZ")  # ignored by Python, which a program would inherit
 
 
 class RunOptions(TypedDict):
-    """What ``kms run`` is given."""
+    """Options of ``kms run``."""
 
     env_files: tuple[Path, ...]
     env: tuple[str, ...]
     allow: tuple[str, ...]
+    only: tuple[str, ...]
     context: ContextIn
     key_id: str | None
     command: tuple[str, ...]
@@ -44,113 +119,122 @@ class RunOptions(TypedDict):
 
 @click.command(
     "run",
-    short_help="Run a program with sealed values.",
-    epilog="Example: kms run --env-file app.env.enc --context env=prod -- ./deploy --all",
+    epilog="Example: kms run --env-file app.env.age --context env=prod -- ./deploy --all",
 )
 @click.option(
     "--env-file",
     "env_files",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="NAME=value lines or a JSON object: sealed as a whole, or with sealed values in it.",
+    help="NAME=value lines or a JSON object: encrypted as a whole, or with encrypted values.",
 )
-@click.option("--env", multiple=True, metavar="NAME=FILE", help="The sealed content of one file.")
-@click.option("--allow", multiple=True, metavar="NAME", help="A name that steers programs, such as PATH.")
+@click.option("--env", multiple=True, metavar="NAME=FILE", help="The decrypted content of one file.")
+@click.option("--allow", multiple=True, metavar="NAME", help="Allow a name that selects code, such as PATH.")
+@click.option(
+    "--only", multiple=True, metavar="NAME", help="Fail for every name but this one and further --only."
+)
 @context_option
 @key_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run_command(**given: Unpack[RunOptions]) -> None:
-    """Open sealed values into the environment of COMMAND, and become it.
+    """Decrypt values into the environment of COMMAND, and run it in place of this process.
 
-    A value in a plain --env-file is opened if it is base64 of an encrypted text, or @FILE, relative to it;
-    any other is taken as it is. Later values win, and all win over those that are set already. Nothing is
-    written to disk, and no value is in any argument. The program leaves no core file.
+    A value in a plain --env-file is decrypted if it is base64 of an encrypted text, or @FILE, relative to the
+    file. Later values override earlier ones and the current environment. Nothing is written to disk, no value
+    is passed as an argument, and the program leaves no core file.
+
+    Well-known names that select code, such as LD_PRELOAD, need --allow. That list is never complete: if
+    others may write the files, name all variables with --only.
     """
+    if given["allow"] and given["only"]:
+        raise click.UsageError("--only names all variables: leave out --allow")
     with connect() as kms:
-        opener = _Opener(kms, given["context"], given["key_id"])
-        values = dict(_values(given, opener))
+        decrypter = _Decrypter(kms, given["context"], given["key_id"])
+        values = dict(_values(given, decrypter))
     if not values:
-        raise click.UsageError("nothing to open: --env-file or --env", click.get_current_context())
-    _become(given["command"], values)
+        raise click.UsageError("no values: give --env-file or --env")
+    _exec(given["command"], values)
 
 
-run_command.allow_interspersed_args = False  # options behind COMMAND are its own
+run_command.allow_interspersed_args = False  # options after COMMAND belong to it
 
 
-class _Opener:
-    """The service, with the context of this run."""
+class _Decrypter:
+    """Decrypts with the service and the context of this run."""
 
     def __init__(self, kms: Client, context: ContextIn, key_id: str | None) -> None:
         self._kms, self._context, self._key_id = kms, context, key_id
 
-    def open(self, ciphertext: bytes, where: str) -> str:
+    def decrypt(self, ciphertext: bytes, where: str) -> str:
         opened = self._kms.decrypt(ciphertext, context=self._context, key_id=self._key_id)
         try:
             return opened.plaintext.decode()
         except UnicodeDecodeError:
-            raise InvalidRequest(f"{where} holds bytes that are no UTF-8 text") from None
+            raise InvalidRequest(f"{where} is not UTF-8 text") from None
 
 
-def _values(given: RunOptions, opener: _Opener) -> Iterator[tuple[str, str]]:
-    allowed = frozenset(given["allow"])
+def _values(given: RunOptions, decrypter: _Decrypter) -> Iterator[tuple[str, str]]:
+    allowed, only = frozenset(given["allow"]), frozenset(given["only"])
     for path in given["env_files"]:
-        for name, value in _of_file(path, opener).items():
-            env_file.check(name, value, str(path), allowed)
+        for name, value in _of_file(path, decrypter).items():
+            check(name, value, str(path), allowed, only)
             yield name, value
     for pair in given["env"]:
         name, equals, file = pair.partition("=")
         if not equals or not file:
-            raise click.UsageError("--env takes NAME=FILE", click.get_current_context())
-        value = _content(Path(file), opener)
-        env_file.check(name, value, "--env", allowed)
+            raise click.UsageError("--env takes NAME=FILE")
+        value = _content(Path(file), decrypter)
+        check(name, value, "--env", allowed, only)
         yield name, value
 
 
-def _of_file(path: Path, opener: _Opener) -> Mapping[str, str]:
-    """The values of an environment file, opened."""
+def _of_file(path: Path, decrypter: _Decrypter) -> Mapping[str, str]:
+    """Return the decrypted values of an environment file."""
     data = _read(path)
     sealed = _ciphertext(data)
     if sealed is not None:
-        return env_file.parse(opener.open(sealed, str(path)), str(path))
+        return parse(decrypter.decrypt(sealed, str(path)), str(path))
     try:
         text = data.decode()
     except UnicodeDecodeError:
         raise InvalidRequest(f"{path} is neither text nor an encrypted file") from None
-    values = env_file.parse(text, str(path))
-    return {name: _opened(name, value, path, opener) for name, value in values.items()}
+    values = parse(text, str(path))
+    return {name: _decrypted(name, value, path, decrypter) for name, value in values.items()}
 
 
-def _opened(name: str, value: str, path: Path, opener: _Opener) -> str:
+def _decrypted(name: str, value: str, path: Path, decrypter: _Decrypter) -> str:
     if value.startswith("@"):
-        return _content(path.parent / value[1:], opener)
+        return _content(path.parent / value[1:], decrypter)
     if not value.startswith(_SEALED_TEXT):
         return value
     sealed = _ciphertext(value.encode())
     if sealed is None:
         raise InvalidRequest(
-            f"The value of {name} in {path} begins as base64 of an encrypted text, and is none"
+            f"The value of {name} in {path} begins as an encrypted text in base64, but is not one"
         )
-    return opener.open(sealed, f"{name} in {path}")
+    return decrypter.decrypt(sealed, f"{name} in {path}")
 
 
-def _content(path: Path, opener: _Opener) -> str:
-    """What a sealed file holds, without the end of its last line."""
+def _content(path: Path, decrypter: _Decrypter) -> str:
+    """Return the decrypted content of a file, without its final newline."""
     sealed = _ciphertext(_read(path))
     if sealed is None:
-        raise InvalidRequest(f"{path} is not an encrypted file: seal it with kms encrypt or kms encrypt-file")
-    return opener.open(sealed, str(path)).removesuffix("\n")
+        raise InvalidRequest(
+            f"{path} is not an encrypted file: encrypt it with kms encrypt or kms encrypt-file"
+        )
+    return decrypter.decrypt(sealed, str(path)).removesuffix("\n")
 
 
 def _read(path: Path) -> bytes:
     with path.open("rb") as file:
         data = file.read(LIMIT_BYTES + 1)
     if len(data) > LIMIT_BYTES:
-        raise TooLarge(f"{path} is above {terminal.size(LIMIT_BYTES)}, which no environment holds")
+        raise TooLarge(f"{path} exceeds {size_text(LIMIT_BYTES)}, more than an environment can hold")
     return data
 
 
 def _ciphertext(data: bytes) -> bytes | None:
-    """An age file out of its armor or base64; None if it is neither."""
+    """Return an age file without its armor or base64; None if the data is not one."""
     if data.startswith(_AGE):
         return data
     if data.lstrip().startswith(armor.BEGIN):
@@ -163,11 +247,11 @@ def _ciphertext(data: bytes) -> bytes | None:
         return None
 
 
-def _become(command: tuple[str, ...], values: Mapping[str, str]) -> NoReturn:
+def _exec(command: tuple[str, ...], values: Mapping[str, str]) -> NoReturn:
     for name in _IGNORED:
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     try:
-        os.execvpe(command[0], command, {**os.environ, **values})  # noqa: S606 -- whoever calls names it
+        os.execvpe(command[0], command, {**os.environ, **values})  # noqa: S606 -- the user names the program
     except FileNotFoundError:
         terminal.say(f"error: {command[0]} is not on the PATH")
         raise SystemExit(NOT_FOUND) from None

@@ -1,64 +1,86 @@
-"""``kms encrypt``, ``decrypt``, ``generate-key``, ``rewrap``: one secret at a time through a pipe."""
+"""``kms encrypt``, ``decrypt``, ``generate-key``, ``rewrap``: one secret from stdin to stdout."""
 
 import binascii
+import contextlib
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Final, Literal
 
 import click
 
 from kms_cli import terminal
-from kms_cli.options import context_of, context_option, key_option
-from kms_cli.remote_service import connect, show
-from kms_cli.session import session
+from kms_cli.options import context_of, context_option, force_option, key_option, output_option, writing
+from kms_cli.session import connect, printed_as_json
 from kms_core.age import armor
 from kms_protocol.errors import InvalidRequest, TooLarge
+from kms_protocol.units import MiB
 from kms_protocol.wire import ContextIn
 
-READ_LIMIT_BYTES: Final = 8 * 1024 * 1024  # above any setting of the single calls; a file goes another way
+READ_LIMIT_BYTES: Final = 8 * MiB  # above what any setting allows in a single call
+USUAL_LIMIT_BYTES: Final = MiB  # of a single call, unless the settings of the service say otherwise
 AGE_LINE: Final = b"age-encryption.org/v1\n"
+
+
+class FromStdin(click.Command):
+    """A command that reads stdin. What it is given as arguments may be the secret, so they are not shown."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as exc:
+            if type(exc) is not click.UsageError:
+                raise
+            raise click.UsageError("arguments are not read: give the input on stdin", ctx) from None
+
+
+class NoCiphertext(InvalidRequest):
+    """Stdin is neither base64 nor an age file."""
+
+    hint = terminal.HINTS["not_a_ciphertext"]
 
 
 @click.command(
     "encrypt",
-    short_help="Encrypt stdin.",
+    cls=FromStdin,
     epilog="Example: printf secret-data | kms encrypt --context env=prod,service=api",
 )
 @context_option
 @key_option
 def encrypt_command(context: ContextIn, key_id: str | None) -> None:
     """Encrypt stdin and write the ciphertext to stdout as one line of base64."""
-    plaintext = _stdin()
-    with connect() as kms:
+    plaintext = _stdin("encrypt-file")
+    with connect() as kms, _size_checked(plaintext, "encrypt-file"):
         sealed = kms.encrypt(plaintext, context=context, key_id=key_id)
-    if session().as_json:
-        show(sealed)
-    else:
+    if not printed_as_json(sealed):
         terminal.result(_base64(sealed.ciphertext))
 
 
-@click.command("decrypt", short_help="Decrypt stdin.")
+@click.command("decrypt", cls=FromStdin)
+@output_option
 @context_option
 @key_option
-def decrypt_command(context: ContextIn, key_id: str | None) -> None:
-    """Decrypt base64, or an age file, from stdin and write the plaintext to stdout, as it was.
+@force_option
+def decrypt_command(output: Path | None, context: ContextIn, key_id: str | None, *, force: bool) -> None:
+    """Decrypt base64, or an age file, from stdin and write the plaintext to stdout unchanged.
 
-    --key-id is needed only for files that another age tool made.
+    A terminal is shown only text, unless --output - is given.
+
+    --key-id is needed only for files of other age tools.
     """
-    ciphertext = _ciphertext(_stdin())
-    with connect() as kms:
+    ciphertext = _ciphertext(_stdin("decrypt-file"))
+    with connect() as kms, _size_checked(ciphertext, "decrypt-file"):
         opened = kms.decrypt(ciphertext, context=context, key_id=key_id)
-    if session().as_json:
-        show(opened)
-    else:
-        sys.stdout.buffer.write(opened.plaintext)
-        sys.stdout.buffer.flush()
+    if output is not None or not printed_as_json(opened):
+        with writing(output, overwrite=force) as target:
+            target.write(opened.plaintext)
 
 
-@click.command("generate-key", short_help="Make a data key.")
+@click.command("generate-key")
 @click.option("--key-spec", type=click.Choice(["AES_128", "AES_256"]), default="AES_256", show_default=True)
 @context_option
 @key_option
-@click.option("--without-plaintext", is_flag=True, help="Give out the encrypted key only.")
+@click.option("--without-plaintext", is_flag=True, help="Return only the encrypted key.")
 def generate_key_command(
     key_spec: Literal["AES_128", "AES_256"],
     context: ContextIn,
@@ -66,46 +88,59 @@ def generate_key_command(
     *,
     without_plaintext: bool,
 ) -> None:
-    """Make a random data key and show it in base64, plain and encrypted."""
+    """Generate a random data key and print it in base64, plain and encrypted."""
     with connect() as kms:
         made = kms.generate_data_key(
             key_spec, context=context, key_id=key_id, without_plaintext=without_plaintext
         )
-    if session().as_json:
-        show(made)
+    if printed_as_json(made):
         return
     plain = {"plaintext": _base64(made.plaintext)} if isinstance(made.plaintext, bytes) else {}
-    terminal.record(
-        {**plain, "ciphertext": _base64(made.ciphertext), "key_spec": made.key_spec}, as_json=False
-    )
+    terminal.record({**plain, "ciphertext": _base64(made.ciphertext), "key_spec": made.key_spec})
 
 
-@click.command("rewrap", short_help="Move a ciphertext to another key or context.")
+@click.command("rewrap", cls=FromStdin)
 @context_option
-@click.option(
-    "--new-context", callback=context_of, help="Bind this context instead; without it the old one stays."
-)
+@click.option("--new-context", callback=context_of, help="Bind this context instead of the old one.")
 @key_option
 def rewrap_command(context: ContextIn, new_context: ContextIn, key_id: str | None) -> None:
-    """Wrap the base64 ciphertext on stdin anew, under the current version of its key or under --key-id.
+    """Rewrap the base64 ciphertext on stdin under the current version of its key, or under --key-id.
 
-    The payload stays as it is, and whoever could read the old ciphertext still can.
+    The payload is not changed: anyone who could read the old ciphertext can read the new one.
     """
-    ciphertext = _ciphertext(_stdin())
-    with connect() as kms:
+    ciphertext = _ciphertext(_stdin("rewrap-file"))
+    with connect() as kms, _size_checked(ciphertext, "rewrap-file"):
         sealed = kms.rewrap(ciphertext, context=context, new_context=new_context, key_id=key_id)
-    if session().as_json:
-        show(sealed)
-    else:
+    if not printed_as_json(sealed):
         terminal.result(_base64(sealed.ciphertext))
 
 
-def _stdin() -> bytes:
+class StdinTooLarge(TooLarge):
+    """More than a single call takes."""
+
+    def __init__(self, limit_bytes: int, command: str) -> None:
+        super().__init__(f"stdin exceeds {limit_bytes // MiB} MiB")
+        self.hint = f"use `kms {command}`, which takes files of any size"
+
+
+@contextlib.contextmanager
+def _size_checked(given: bytes, command: str) -> Iterator[None]:
+    """Name the usual limit where the service refuses what is above it, and ``command`` instead."""
+    try:
+        yield
+    except TooLarge as exc:
+        if len(given) <= USUAL_LIMIT_BYTES:
+            raise
+        raise StdinTooLarge(USUAL_LIMIT_BYTES, command) from exc
+
+
+def _stdin(command: str) -> bytes:
+    """Read stdin. Raises StdinTooLarge above 8 MiB, naming the ``command`` for files."""
     if sys.stdin.isatty():
         terminal.say("reading from the terminal, end with Ctrl-D")
     given = sys.stdin.buffer.read(READ_LIMIT_BYTES + 1)
     if len(given) > READ_LIMIT_BYTES:
-        raise TooLarge(f"stdin is above {terminal.size(READ_LIMIT_BYTES)}")
+        raise StdinTooLarge(READ_LIMIT_BYTES, command)
     return given
 
 
@@ -117,7 +152,7 @@ def _ciphertext(given: bytes) -> bytes:
     try:
         return binascii.a2b_base64(b"".join(given.split()), strict_mode=True)
     except binascii.Error as exc:
-        raise InvalidRequest("stdin is neither base64 nor an age file") from exc
+        raise NoCiphertext("stdin is neither base64 nor an age file") from exc
 
 
 def _base64(data: bytes) -> str:

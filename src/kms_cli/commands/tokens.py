@@ -1,4 +1,4 @@
-"""``kms token``: create, list, rotate and revoke API tokens on the machine where the service keeps them."""
+"""``kms token``: creates, lists, rotates and revokes API tokens, in the service's token file or document."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -9,20 +9,22 @@ from pathlib import Path
 import click
 
 from kms_cli import audited, terminal
-from kms_cli.durations import span
-from kms_cli.local import machine_settings
-from kms_cli.local.private_files import create_file
+from kms_cli.local import installation
 from kms_cli.main import TOKEN_COMMANDS, LazyGroup
-from kms_cli.session import session
+from kms_cli.options import duration
+from kms_cli.session import printed_as_json, session
 from kms_core import scopes
 from kms_core.auth import tokens
 from kms_core.auth.tokens import Token, TokenRequest
+from kms_core.observability import logs
+from kms_core.secure_files import create
 from kms_core.settings.model import Settings
 from kms_protocol.errors import InvalidRequest, TargetExists
+from kms_protocol.units import time_text
 
 token_command = LazyGroup("token", TOKEN_COMMANDS, "Create, list, rotate and revoke API tokens.")
 file_option = click.option(
-    "--file", "file", type=click.Path(path_type=Path), help="Token file, instead of the one of the settings."
+    "--file", "file", type=click.Path(path_type=Path), help="Token file [default: that of the settings]."
 )
 which_argument = click.argument("which", metavar="TOKEN")
 output_option = click.option(
@@ -32,115 +34,152 @@ output_option = click.option(
 
 @click.command(
     "create",
-    short_help="Make a token.",
     epilog="Example: kms token create --name ci --scope 'encrypt,decrypt key=ci-*' --ttl 30d",
 )
-@click.option("--name", required=True, help="Who it is for: the principal in the audit trail.")
+@click.option("--name", required=True, help="Principal of the token, as in the audit log.")
 @click.option("--tenant", default="default", show_default=True)
 @click.option(
-    "--scope", "lines", multiple=True, required=True, help="What it may do; repeatable (docs/auth.md)."
+    "--scope",
+    "lines",
+    multiple=True,
+    required=True,
+    help="Operations that it allows; repeatable (docs/auth.md).",
 )
-@click.option("--ttl", default="90d", show_default=True, help='How long it is valid: 12h, 30d, or "never".')
+@click.option("--ttl", default="90d", show_default=True, help='Lifetime: 12h, 30d, or "never" for no expiry.')
 @output_option
 @file_option
 def create_command(  # noqa: PLR0913, PLR0917 -- one for each option
     name: str, tenant: str, lines: tuple[str, ...], ttl: str, output: Path | None, file: Path | None
 ) -> None:
-    """Make a token and print it. This is the only time that it is shown: the service keeps its hash."""
+    """Create a token and print it. It cannot be shown again: the service stores only its hash."""
     for label, text in (("--name", name), ("--tenant", tenant)):
         if not tokens.NAME.fullmatch(text):
-            raise InvalidRequest(f"{label} takes letters, digits, _ . and -, at most 80")
+            raise InvalidRequest(f"{label} takes at most 80 letters, digits, _ . and -")
     for line in lines:
         _check_scope(line)
-    wish, here = TokenRequest(name, tenant, lines, _ttl(ttl)), _here(file)
+    wish, here = TokenRequest(name, tenant, lines, _ttl(ttl)), _token_file(file)
     _check_free(output)
-    _hand_out("made", *tokens.create(here.path, wish, here.recorded("create")), output)
-    _tell_left_out(lines)
+    _print_token("created", *tokens.create(here.where, wish, here.recorded("create")), output)
+    _note_excluded(lines)
 
 
-@click.command("list", short_help="List tokens.")
+@click.command("list")
 @file_option
 def list_command(file: Path | None) -> None:
-    """List tokens: id, tenant, name, when they expire, and what they may do."""
-    path = _here(file).path
-    found = tokens.read(path) if path.exists() else ()
+    """List tokens: id, tenant, name, expiry and scopes."""
+    here = _token_file(file)
+    found = tokens.listed(here.where)
     if session().as_json:
         for token in found:
             terminal.record(_described(token), as_json=True)
         return
     if not found:
-        terminal.say(f"no tokens in {path}")
+        terminal.say(f"no tokens in {here}")
         return
     terminal.table(("ID", "TENANT", "NAME", "EXPIRES", "SCOPES"), [_row(token) for token in found])
 
 
-@click.command("rotate", short_help="Give a token a new secret.")
+@click.command("rotate")
 @which_argument
 @click.option(
-    "--overlap", default="1h", show_default=True, help="How long the old secret stays valid: 0 or 1h."
+    "--overlap", default="1h", show_default=True, help="Time for which the old secret stays valid: 0 or 1h."
 )
-@click.option("--ttl", help="A new term; else it keeps its own.")
+@click.option("--ttl", help="New lifetime [default: unchanged].")
 @output_option
 @file_option
 def rotate_command(which: str, overlap: str, ttl: str | None, output: Path | None, file: Path | None) -> None:
-    """Make a new secret for a token. Its id, name and scopes stay, and so do its jobs."""
-    kept = timedelta() if overlap == "0" else span("--overlap", overlap)
+    """Replace the secret of a token. Its id, name, scopes and jobs stay."""
+    kept = timedelta() if overlap == "0" else duration("--overlap", overlap)
     renewed = None if ttl is None else _ttl(ttl)
-    here = _here(file)
+    here = _token_file(file)
     _check_free(output)
-    _hand_out("rotated", *tokens.rotate(here.path, which, kept, renewed, here.recorded("rotate")), output)
+    _print_token("rotated", *tokens.rotate(here.where, which, kept, renewed, here.recorded("rotate")), output)
 
 
-@click.command("revoke", short_help="Take a token out.")
+@click.command("revoke")
 @which_argument
 @file_option
 def revoke_command(which: str, file: Path | None) -> None:
-    """Take a token out, at once and for good: its queued jobs end as failed, with the code forbidden."""
-    here = _here(file)
-    _tell("revoked", tokens.revoke(here.path, which, here.recorded("revoke")))
+    """Revoke a token immediately and permanently. Its queued jobs fail with the code forbidden."""
+    here = _token_file(file)
+    _report("revoked", tokens.revoke(here.where, which, here.recorded("revoke")))
+
+
+@click.command("adopt")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "--file", "file", type=click.Path(path_type=Path), help="Add the tokens of this token file to them."
+)
+def adopt_command(yes: bool, file: Path | None) -> None:
+    """Go on with the tokens as they lie at [kms.auth] tokens, also if newer ones were seen before.
+
+    Needed once after the document was put back from a backup, and if neither this host nor Redis has seen it.
+    Tokens that were revoked in a newer document are valid again: revoke them again.
+    """
+    here = _token_file(None)
+    if isinstance(here.where, Path):
+        raise InvalidRequest("The settings name a token file and no document: see [kms.auth] tokens")
+    taken = () if file is None else tokens.read(file)
+    if not yes and not click.confirm(f"Make {here} the newest document of tokens?", err=True):
+        raise click.Abort
+    with audited.effect(here.settings, "token.adopt", str(here)):
+        number = tokens.adopt(here.where, taken)
+    terminal.say(f"adopted {here}: {number} tokens")
 
 
 @dataclass(frozen=True, slots=True)
-class _Here:
-    """The token file, and the settings of the service on this machine, whose trail tells of changes."""
+class _TokenFile:
+    """Place of the tokens, and the settings of the service, whose audit log records the changes."""
 
-    path: Path
+    where: tokens.Where
     settings: Settings
 
-    def recorded(self, change: str) -> tokens.Witness:
-        def witness(token: Token) -> AbstractContextManager[None]:
+    def __str__(self) -> str:
+        return str(self.where if isinstance(self.where, Path) else self.where.place)
+
+    def recorded(self, change: str) -> tokens.Recorder:
+        def record(token: Token) -> AbstractContextManager[None]:
             return audited.effect(self.settings, f"token.{change}", token.id, token.tenant)
 
-        return witness
+        return record
 
 
-def _here(file: Path | None) -> _Here:
-    """``file``, or the one that the settings name."""
-    settings = machine_settings.settings()
+def _token_file(file: Path | None) -> _TokenFile:
+    """Return ``file``, or the document or token file of the settings. Raises ConfigurationError."""
+    settings = installation.settings()
     if file is None and settings.kms.auth.mode != "required":
-        terminal.say('note: the service here asks for no tokens: write mode = "required" under [kms.auth]')
-    return _Here(file or settings.kms.auth.tokens_path, settings)
+        terminal.say('note: this service requires no tokens: set mode = "required" under [kms.auth]')
+    if file is None and settings.kms.auth.tokens:
+        from kms_core import container  # noqa: PLC0415 -- the rest of the service, which takes a second
+
+        logs.configure("error", json=False)  # stdout is for results
+        return _TokenFile(container.token_document(settings, audited.redis_of(settings)), settings)
+    return _TokenFile(file or settings.kms.auth.tokens_path, settings)
+
+
+class TokenFileExists(TargetExists):
+    """The output file exists; a token is not worth overwriting one."""
+
+    hint = "name another file with --output"
 
 
 def _check_free(output: Path | None) -> None:
-    """Before a token is made: its text cannot be shown a second time."""
+    """Raise TokenFileExists before a token is created, whose text cannot be shown again."""
     if output is not None and output.exists():
-        raise TargetExists(f"{output} exists")
+        raise TokenFileExists(f"{output} exists")
 
 
-def _hand_out(done: str, token: Token, text: str, output: Path | None) -> None:
-    _tell(done, token)
+def _print_token(done: str, token: Token, text: str, output: Path | None) -> None:
+    _report(done, token)
     if output is not None:
-        if not create_file(output, f"{text}\n"):
-            raise TargetExists(f"{output} exists, so the token is lost: rotate it")
-    elif session().as_json:
-        terminal.record({**_described(token), "token": text}, as_json=True)
-    else:
+        if not create(output, f"{text}\n".encode()):
+            raise TargetExists(f"{output} was created by another program, so the token is lost: rotate it")
+    elif not printed_as_json({**_described(token), "token": text}):
         terminal.result(text)
 
 
-def _tell(done: str, token: Token) -> None:
-    expires = f", expires {_time(token.expires_at)}" if token.expires_at else ", does not expire"
+def _report(done: str, token: Token) -> None:
+    expires = f", expires {time_text(token.expires_at)}" if token.expires_at else ", does not expire"
     ending = expires if done != "revoked" else ""
     terminal.say(f"{done} token {token.id}: {token.name} of tenant {token.tenant}{ending}")
 
@@ -151,20 +190,16 @@ def _described(token: Token) -> dict[str, object]:
         "name": token.name,
         "tenant": token.tenant,
         "scopes": list(token.scopes),
-        "created_at": _time(token.created_at),
-        "expires_at": _time(token.expires_at) if token.expires_at else None,
+        "created_at": time_text(token.created_at),
+        "expires_at": time_text(token.expires_at) if token.expires_at else None,
     }
 
 
 def _row(token: Token) -> tuple[str, ...]:
-    expires = "never" if token.expires_at is None else _time(token.expires_at)
+    expires = "never" if token.expires_at is None else time_text(token.expires_at)
     if token.has_expired(datetime.now(UTC)):
         expires = "expired"
     return token.id, token.tenant, token.name, expires, " | ".join(token.scopes)
-
-
-def _time(at: datetime) -> str:
-    return at.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _check_scope(line: str) -> None:
@@ -174,16 +209,16 @@ def _check_scope(line: str) -> None:
         raise InvalidRequest(f"--scope: {exc}") from exc
 
 
-def _tell_left_out(lines: Sequence[str]) -> None:
-    """A star sounds like everything, and is not."""
+def _note_excluded(lines: Sequence[str]) -> None:
+    """Name the operations that ``*`` excludes and no scope adds."""
     found = [scopes.parse(line) for line in lines]
     held = frozenset().union(*(scope.operations for scope in found))
     left_out = sorted(frozenset().union(*(scope.left_out for scope in found)) - held)
     if left_out:
         terminal.say(
-            f"note: * does not hold {', '.join(left_out)}: name what is needed, as in *,{left_out[0]}"
+            f"note: * excludes {', '.join(left_out)}: add those that are needed, as in *,{left_out[0]}"
         )
 
 
 def _ttl(text: str) -> timedelta | None:
-    return None if text == "never" else span("--ttl", text)
+    return None if text == "never" else duration("--ttl", text)

@@ -1,11 +1,14 @@
-"""``kms up``: everything on this machine in one command. It prepares and wires; ``supervisor`` runs.
+"""``kms up``: runs the whole service on this machine under ``kms_core.programs.supervisor``.
 
-It makes the state directories, keys for development, an embedded Valkey server where no Redis is named,
-the API and a worker. What they do is theirs: it tells them where things are by the environment.
+It creates the state directories and keys for development, and starts the API, a worker, an embedded Valkey
+server if no Redis is named, and Prometheus from the PATH with ``--monitoring``. The processes are configured
+by their environment.
 """
 
 import http.client
+import json
 import os
+import shutil
 import socket
 import ssl
 import sys
@@ -17,10 +20,14 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
+import click
 from pyrage import x25519
 
 from kms_cli import audited
-from kms_cli.local import machine_settings, private_files, prometheus, valkey
+from kms_cli.local import installation, valkey
+from kms_cli.session import session
+from kms_core import secure_files
+from kms_core.backends.age_settings import AgeSection
 from kms_core.programs.supervisor import Child, RestartPolicy, say, supervise
 from kms_core.settings.load import check_exposure
 from kms_core.settings.load import find as find_settings
@@ -29,18 +36,75 @@ from kms_core.settings.model import Settings
 from kms_core.settings.toml_reader import read_toml
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, Unavailable
+from kms_protocol.units import time_text
 from kms_protocol.wire import PREFIX
 
-API_GRACE_S: Final = 25.0  # it finishes the requests it has within 20
-WORKER_GRACE_S: Final = 40.0  # Celery's pool may take 30 to end a warm shutdown
+RULES: Final = Path(__file__).parents[3] / "monitoring" / "rules"  # in a checkout, from which scripts/up runs
+_PROBE_S: Final = 0.5
+PROMETHEUS_OFFSET: Final = 2  # from the port of the API; the next port is that of the worker
+
+
+def prometheus_port(settings: Settings) -> int:
+    """Return the port of the Prometheus that ``--monitoring`` starts."""
+    return settings.kms.port + PROMETHEUS_OFFSET
+
+
+def prometheus(settings: Settings, host: str, env: Mapping[str, str]) -> Child:
+    """Return Prometheus as a child process. Raises ConfigurationError without the program or the rules."""
+    binary = shutil.which("prometheus", path=env.get("PATH"))
+    if binary is None:
+        raise ConfigurationError("--monitoring needs the program prometheus on the PATH: install it first")
+    if not RULES.is_dir():
+        raise ConfigurationError(
+            "--monitoring needs the folder monitoring/ of a checkout: use scripts/up there"
+        )
+    folder = valkey.private_directory(settings.state_dir / "prometheus")
+    secure_files.write(folder / "prometheus.yml", json.dumps(_configuration(settings, host)).encode())
+    argv = [
+        binary,
+        f"--config.file={folder}/prometheus.yml",
+        f"--storage.tsdb.path={folder}/data",
+        f"--web.listen-address={settings.kms.bind}:{prometheus_port(settings)}",
+        "--log.level=warn",
+    ]
+    return Child("prometheus", argv, ready=lambda: _is_ready(host, prometheus_port(settings)), env=env)
+
+
+def _is_ready(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=_PROBE_S):
+            return True
+    except OSError:
+        return False
+
+
+def _configuration(settings: Settings, host: str) -> dict[str, object]:
+    """Return the configuration, as ``monitoring/prometheus.yml`` but for this service. JSON is valid YAML."""
+    targets = {"kms-api": settings.kms.port, "kms-worker": settings.kms.port + 1}
+    return {
+        "global": {
+            "scrape_interval": "5s",
+            "evaluation_interval": "5s",
+            "external_labels": {"kms_url": f"http://{host}:{settings.kms.port}"},
+        },
+        "rule_files": [str(RULES / "*.yml")],
+        "scrape_configs": [
+            {"job_name": name, "static_configs": [{"targets": [f"{host}:{port}"]}]}
+            for name, port in targets.items()
+        ],
+    }
+
+
+API_GRACE_S: Final = 25.0  # its open requests end within 20 s
+WORKER_GRACE_S: Final = 40.0  # a warm shutdown of Celery's pool may take 30 s
 PROBE_TIMEOUT_S: Final = 0.5
-ANY_ADDRESS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # answered here, not bound
+_ADDRESSES: Final = ("KMS_REDIS_URL", "KMS_BROKER_URL")
 EXAMPLE: Final = '{"plaintext": "c2VjcmV0", "context": "env=dev"}'
 
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
-    """The flags of ``kms up``; None leaves it to the environment, the settings file and the default."""
+    """The options of ``kms up``; None means the environment, the settings file or the default."""
 
     config: Path | None = None
     state_dir: Path | None = None
@@ -49,12 +113,22 @@ class UpOptions:
     monitoring: bool = False
 
 
+@click.command("up")
+@click.option("--bind", help="Address to listen on.", envvar="KMS_BIND")
+@click.option("--port", type=click.IntRange(1, 65534), help="Port to listen on.", envvar="KMS_PORT")
+@click.option("--monitoring", is_flag=True, help="Also run Prometheus from the PATH, two ports above.")
+def up_command(bind: str | None, port: int | None, *, monitoring: bool) -> int:
+    """Run API, worker and an embedded Valkey until Ctrl-C. Missing keys are created for development."""
+    given = session()
+    return run(UpOptions(given.config, given.state_dir, bind, port, monitoring))
+
+
 Programs = Callable[[Settings, Mapping[str, str]], Sequence[Child]]
 
 
 def service_programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Child]:
-    """The API, and a worker, which answers probes on the next port."""
-    host, port = reachable(settings.kms.bind), settings.kms.port
+    """Return the API and a worker, which answers probes on the next port."""
+    host, port = installation.reachable(settings.kms.bind), settings.kms.port
     tls = settings.kms.server.tls_cert is not None
     api, worker = ([sys.executable, "-P", "-m", f"{name}.main"] for name in ("kms_api", "kms_worker"))
     return (
@@ -70,13 +144,13 @@ def run(
     programs: Programs = service_programs,
     pace: RestartPolicy | None = None,
 ) -> int:
-    """Run the service until Ctrl-C or SIGTERM; return the exit code (see ``supervise``).
+    """Run the service until Ctrl-C or SIGTERM. Return the exit code (see ``supervise``).
 
-    ``environ`` defaults to that of the process. Raises, before anything is started: ConfigurationError
-    on wrong settings, Unavailable if a port is taken, Conflict if the state directory is in use.
+    ``environ`` defaults to that of the process. Raises before a process is started: ConfigurationError for
+    wrong settings, PortTaken, Conflict if the state directory is in use.
     """
     env = _environment(options, os.environ if environ is None else environ)
-    machine_settings.tell_found(options.config, env)
+    installation.report_found(options.config, env)
     settings = load_settings(options.config, env)
     check_exposure(settings)
     with ExitStack() as stack:
@@ -86,37 +160,38 @@ def run(
         if settings.environment == "dev" and _lacks_keys(settings):
             with audited.effect(settings, "key.create", "development"):
                 make_dev_keys(settings)
+        stack.enter_context(installation.noted(settings, env))
         servers = _embedded_redis(options, settings, env, stack)
         children = [*servers, *programs(settings, env)]
         if options.monitoring:
-            children.append(prometheus.child(settings, reachable(settings.kms.bind), env))
+            children.append(prometheus(settings, installation.reachable(settings.kms.bind), env))
 
         def announce() -> None:
-            _announce(settings)
+            _announce(settings, {name: env[name] for name in _ADDRESSES if servers and name in env})
             if options.monitoring:
                 say(
-                    f"Prometheus: http://{reachable(settings.kms.bind)}:{prometheus.port_of(settings)}/alerts"
+                    f"Prometheus: http://{installation.reachable(settings.kms.bind)}:{prometheus_port(settings)}/alerts"
                 )
 
-        return supervise(children, pid_dir=run_dir, on_ready=announce, pace=pace)
+        return supervise(children, pid_dir=run_dir, on_ready=announce, policy=pace)
 
 
 def _embedded_redis(
     options: UpOptions, settings: Settings, env: dict[str, str], stack: ExitStack
 ) -> list[Child]:
-    """The Valkey server, unless the user named one; ``env`` gets its addresses, ``stack`` its place."""
+    """Return the Valkey server, unless the user names another, and set its addresses in ``env``."""
     named = _named_servers(options, env)
     if "url" in named:
         return []
-    place = stack.enter_context(valkey.claim(settings.state_dir, env))
-    env["KMS_REDIS_URL"] = place.url_of(0)
+    files = stack.enter_context(valkey.claim(settings.state_dir, env))
+    env["KMS_REDIS_URL"] = files.url_of(0)
     if "broker_url" not in named:
-        env["KMS_BROKER_URL"] = place.broker_url_of(0)
-    return [valkey.child(place, valkey.ValkeyLimits(), env)]
+        env["KMS_BROKER_URL"] = files.broker_url_of(0)
+    return [valkey.child(files, valkey.ValkeyLimits(), env)]
 
 
 def _environment(options: UpOptions, environ: Mapping[str, str]) -> dict[str, str]:
-    """The children's environment: ours, and over it the flags."""
+    """Return the environment of the processes: that of this process, with the options set."""
     flags = {
         "KMS_CONFIG": options.config and str(options.config.absolute()),
         "KMS_STATE_DIR": options.state_dir and str(options.state_dir.absolute()),
@@ -127,7 +202,7 @@ def _environment(options: UpOptions, environ: Mapping[str, str]) -> dict[str, st
 
 
 def _named_servers(options: UpOptions, env: Mapping[str, str]) -> set[str]:
-    """Which of ``[kms.redis] url`` and ``broker_url`` the user gave, by variable or in the file."""
+    """Return which of ``[kms.redis] url`` and ``broker_url`` are set, by a variable or in the file."""
     named = {
         key for key, name in (("url", "KMS_REDIS_URL"), ("broker_url", "KMS_BROKER_URL")) if env.get(name)
     }
@@ -139,18 +214,22 @@ def _named_servers(options: UpOptions, env: Mapping[str, str]) -> set[str]:
 
 
 def _make_directories(state_dir: Path) -> Path:
-    """Make the state directory and what is below it; return the one for pid files."""
+    """Create the state directory and its subdirectories. Return the one for pid files."""
     try:
-        state_dir.mkdir(mode=private_files.DIR_MODE, parents=True, exist_ok=True)
-        (state_dir / "files").mkdir(
-            mode=private_files.DIR_MODE, exist_ok=True
-        )  # the user may open it to others
+        state_dir.mkdir(mode=valkey.DIR_MODE, parents=True, exist_ok=True)
+        (state_dir / "files").mkdir(mode=valkey.DIR_MODE, exist_ok=True)  # the user may change its mode
     except OSError as exc:
         raise ConfigurationError(
-            f"Cannot make the state directory {state_dir}: {exc.strerror}. Name another with --state-dir"
+            f"Cannot create the state directory {state_dir}: {exc.strerror}. Name another with --state-dir"
         ) from exc
-    private_files.directory(state_dir / "log")
-    return private_files.directory(state_dir / "run")
+    valkey.private_directory(state_dir / "log")
+    return valkey.private_directory(state_dir / "run")
+
+
+class PortTaken(Unavailable):
+    """A port of the service is in use by another program, or cannot be bound."""
+
+    hint = "use `kms up --port 8090`, or find the holder: `ss -ltnp`"
 
 
 def _check_ports(settings: Settings, monitoring: bool) -> None:
@@ -159,7 +238,7 @@ def _check_ports(settings: Settings, monitoring: bool) -> None:
     if settings.kms.facade.port is not None:
         uses.append((settings.kms.facade.port, "[kms.facade] port"))
     if monitoring:
-        uses.append((prometheus.port_of(settings), "Prometheus"))
+        uses.append((prometheus_port(settings), "Prometheus"))
     for number, use in uses:
         family = socket.AF_INET6 if ":" in bind else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -167,10 +246,7 @@ def _check_ports(settings: Settings, monitoring: bool) -> None:
             try:
                 probe.bind((bind, number))
             except OSError as exc:
-                raise Unavailable(
-                    f"{bind} port {number}, for {use}, cannot be used: {exc.strerror}. Stop the program that "
-                    "has it, or choose another with --port"
-                ) from exc
+                raise PortTaken(f"{bind} port {number}, for {use}, cannot be used: {exc.strerror}") from exc
 
 
 # -- keys for development ----------------------------------------------------------------------------
@@ -180,64 +256,60 @@ def _lacks_keys(settings: Settings) -> bool:
     kms = settings.kms
     paths = [kms.jobs.spool_identity_path, kms.jobs.intake_identity_path]
     if "age" in settings.used_backends:
-        paths.append(kms.age.public_key_path)
+        paths.append(settings.backend(AgeSection).public_key_path)
     return not all(path.exists() for path in paths)
 
 
 def make_dev_keys(settings: Settings) -> None:
-    """Make an Age key pair, a spool and an intake identity where there are none; touch none that is there."""
-    age = settings.kms.age
+    """Create an Age key pair, a spool identity and an intake identity, unless they exist."""
+    age = settings.backend(AgeSection)
     if "age" in settings.used_backends and not age.public_key_path.exists():
         if make_identity(age.private_key_path):
-            say(f"made a key for development: {age.private_key_path}")
+            say(f"created a key for development: {age.private_key_path}")
         identity = _first_identity(age.private_key_path)
-        private_files.create_file(age.public_key_path, f"{identity.to_public()}\n")
+        secure_files.create(age.public_key_path, f"{identity.to_public()}\n".encode())
     make_identity(settings.kms.jobs.spool_identity_path)
     make_identity(settings.kms.jobs.intake_identity_path)
 
 
 def make_identity(path: Path) -> bool:
-    """Write a new X25519 identity to ``path`` (0600) as ``age-keygen`` would; False if it is there."""
+    """Write a new X25519 identity to ``path`` (0600), as age-keygen. Return False if it exists."""
     if path.exists():
         return False
     identity = x25519.Identity.generate()
-    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    text = f"# created: {created}\n# public key: {identity.to_public()}\n{identity}\n"
+    text = f"# created: {time_text(datetime.now(UTC))}\n# public key: {identity.to_public()}\n{identity}\n"
     try:
-        path.parent.mkdir(mode=private_files.DIR_MODE, parents=True, exist_ok=True)
-        return private_files.create_file(path, text)
+        path.parent.mkdir(mode=valkey.DIR_MODE, parents=True, exist_ok=True)
+        return secure_files.create(path, text.encode())
     except OSError as exc:
         raise ConfigurationError(
-            f"Cannot write the key {path}: {exc.strerror}. With --state-dir, keys are made in that directory"
+            f"Cannot write the key {path}: {exc.strerror}. --state-dir changes its directory"
         ) from exc
 
 
 def _first_identity(path: Path) -> x25519.Identity:
-    lines = small_files.text(path).splitlines()
+    lines = small_files.read(path).decode("utf-8", "replace").splitlines()  # a sealed one is no text
     text = next((line for line in lines if line.startswith("AGE-SECRET-KEY-1")), None)
     if text is None:
-        raise ConfigurationError(f"No X25519 identity in {path}: put its recipient beside it by hand")
+        raise ConfigurationError(
+            f"There is no X25519 identity in {path}: write its recipient to the public key file yourself"
+        )
     return x25519.Identity.from_str(text.strip())
 
 
-# -- being ready -------------------------------------------------------------------------------------
-
-
-def reachable(bind: str) -> str:
-    """The address at which a server bound to ``bind`` answers on this machine."""
-    return ANY_ADDRESS.get(bind, bind)
+# -- readiness ---------------------------------------------------------------------------------------
 
 
 def is_alive(host: str, port: int, *, tls: bool = False) -> bool:
-    """Whether GET /livez answers 200, whoever that is; one that asks for a certificate is alive."""
+    """Return whether GET /livez answers 200. A server that requires a client certificate is alive."""
     connection = http.client.HTTPConnection(host, port, timeout=PROBE_TIMEOUT_S)
     if tls:
-        anybody = ssl._create_unverified_context()  # noqa: S323, SLF001 -- nothing is told to whoever answers
-        connection = http.client.HTTPSConnection(host, port, timeout=PROBE_TIMEOUT_S, context=anybody)
+        unverified = ssl._create_unverified_context()  # noqa: S323, SLF001 -- no secret is sent
+        connection = http.client.HTTPSConnection(host, port, timeout=PROBE_TIMEOUT_S, context=unverified)
     try:
         connection.request("GET", "/livez")
         return connection.getresponse().status == HTTPStatus.OK
-    except http.client.RemoteDisconnected:  # behind a handshake: without a certificate it says no more
+    except http.client.RemoteDisconnected:  # after the handshake: the server requires a certificate
         return tls
     except ssl.SSLError as exc:
         return "CERTIFICATE_REQUIRED" in str(exc)
@@ -247,16 +319,18 @@ def is_alive(host: str, port: int, *, tls: bool = False) -> bool:
         connection.close()
 
 
-def _announce(settings: Settings) -> None:
-    host = reachable(settings.kms.bind)
-    scheme = "http" if settings.kms.server.tls_cert is None else "https"
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.kms.port}"
+def _announce(settings: Settings, embedded: Mapping[str, str]) -> None:
+    """Print the address, what is there, and what to try. ``embedded``: the variables of the own Redis."""
+    url = installation.url_of(settings)
     sys.stdout.write(f"kms: ready {url} (state {settings.state_dir.absolute()})\n")
     sys.stdout.flush()
     credential = ""
     if settings.kms.auth.mode == "required":
-        file = settings.kms.auth.tokens_path
-        say(f"make a token: kms token create --file {file} --name me --scope '*' -o me")
+        file = "" if settings.kms.auth.tokens else f"--file {settings.kms.auth.tokens_path} "
+        say(f"create a token: kms token create {file}--name me --scope '*' -o me")
         credential = ' -H "Authorization: Bearer $(cat me)"'
     say(f"try: curl -s {url}{PREFIX}/encrypt{credential} -H 'Content-Type: application/json' -d '{EXAMPLE}'")
+    say(f"in a browser: {url}/ui" + (f", {url}/docs" if settings.kms.server.docs else ""))
+    if embedded:
+        say("for Celery: export " + " ".join(f"{name}='{value}'" for name, value in embedded.items()))
     say("stop with Ctrl-C")

@@ -1,1 +1,1 @@
-"""``kms migrate``: ciphertexts of other systems moved into the service."""
+"""``kms migrate``: re-encrypts ciphertexts of other systems with the service."""

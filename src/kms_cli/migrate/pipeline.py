@@ -1,43 +1,159 @@
-"""Moving ciphertexts into this service: open a line where it is from, seal it, open that again, keep it.
+"""Migrates ciphertexts: decrypts a line at its source, encrypts it with the service, verifies it, writes it.
 
-Knows neither Vault nor AWS: who opens a line is a ``MigrationSource``. A bad line stops no other; a peer that
-does not answer stops all, and the next run goes on where this one ended.
+A ``MigrationSource`` decrypts lines. An invalid line does not stop the others; a peer that does not answer
+stops the run, and the next run continues after the written lines. Output is lines of JSON, or a file each.
 """
 
+import fcntl
 import hashlib
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, Protocol
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from kms_cli import terminal
-from kms_cli.migrate.output import MovedRecord, Output
+from kms_cli.options import placed
 from kms_client import Client
 from kms_client.problems import failure
 from kms_core.http_client import Busy, Unreachable
 from kms_protocol.errors import (
     BackendUnavailable,
+    Conflict,
     DecryptFailed,
     InvalidRequest,
     KmsError,
     TooLarge,
     Unavailable,
 )
+from kms_protocol.units import size_text
 from kms_protocol.wire import BatchItem, BatchResult, ContextIn
 
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+SUFFIX: Final = ".age"
+
+
+class MovedRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A migrated ciphertext. ``source`` is the SHA-256 of its line."""
+
+    line: int
+    reference: str | None = None
+    source: str
+    ciphertext: bytes  # msgspec writes and reads bytes as base64
+    key_id: str
+    key_version: str
+
+
+class _Done(msgspec.Struct):
+    source: str
+
+
+class Output(Protocol):
+    """A destination of records."""
+
+    def has(self, name: str, source: str) -> bool:
+        """Return whether an earlier run wrote this one. Raises InvalidRequest for an invalid name."""
+
+    def put(self, name: str, record: MovedRecord) -> None:
+        """Write a record."""
+
+    def flush(self) -> None:
+        """Write all records to disk."""
+
+
+class Lines:
+    """Output as one line of JSON for each record."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._done: set[str] = set()
+
+    @classmethod
+    def continued(cls, path: Path) -> "Lines":
+        """Open a file that may contain records. Raises InvalidRequest, Conflict if another run writes it."""
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = os.fdopen(handle, "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            file.close()
+            raise Conflict(f"Another run is writing {path}") from exc
+        lines = cls(file)
+        lines._read_done(path)
+        return lines
+
+    def has(self, name: str, source: str) -> bool:
+        del name
+        return source in self._done
+
+    def put(self, name: str, record: MovedRecord) -> None:
+        del name
+        self._file.write(msgspec.json.encode(record) + b"\n")
+        self._done.add(record.source)
+
+    def flush(self) -> None:
+        self._file.flush()
+        if self._file.seekable():
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read_done(self, path: Path) -> None:
+        """Read the records in the file, and remove an incomplete last line."""
+        complete_bytes = 0
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                self._done.add(msgspec.json.decode(line, type=_Done).source)
+            except msgspec.DecodeError as exc:
+                raise InvalidRequest(
+                    f"Line {number} of {path} was not written by this command: name another file"
+                ) from exc
+            complete_bytes += len(line)
+        self._file.seek(complete_bytes)
+        self._file.truncate()
+
+
+class OutputFolder:
+    """Output as a file for each record, named by its reference or the number of its line."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def has(self, name: str, source: str) -> bool:
+        del source
+        return self._path(name).exists()
+
+    def put(self, name: str, record: MovedRecord) -> None:
+        with placed(self._path(name), overwrite=False) as file:
+            file.write(record.ciphertext)
+
+    def flush(self) -> None:
+        """Each file is complete and on disk when it appears."""
+
+    def _path(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise InvalidRequest("A reference that names a file may only contain letters, digits and _ . -")
+        return self._folder / f"{name}{SUFFIX}"
+
+
 BATCH_LINES: Final = 100
-BATCH_BYTES: Final = 512 * 1024  # of plaintext: a body of the service's API holds four times as much
+BATCH_BYTES: Final = 512 * 1024  # of plaintext, a quarter of the limit of a request body
 LINE_BYTES: Final = 64 * 1024 * 1024
-MOST_TOLD: Final = 50
-GIVE_UP_AFTER: Final = 20  # lines in a row that the source has trouble with: it is the source, not the lines
+MAX_REPORTED: Final = 50
+GIVE_UP_AFTER: Final = 20  # failures of the source in a row
 
 
 @dataclass(frozen=True, slots=True)
 class TargetFields:
-    """What a line says of its place here. ``reference`` is the caller's own name for it, if there is one."""
+    """The target of a line in the service. ``reference`` is the caller's name for it, if any."""
 
     reference: str | None
     context: ContextIn
@@ -45,18 +161,18 @@ class TargetFields:
 
 
 class MigrationSource(Protocol):
-    """Where ciphertexts are now."""
+    """A system that decrypts its ciphertexts."""
 
     def read(self, text: bytes) -> tuple[TargetFields, Callable[[], bytes]]:
-        """One line, and what opens it. Raises InvalidRequest.
+        """Parse a line. Return its target, and a function that decrypts it. Raises InvalidRequest.
 
-        Opening raises DecryptFailed, Unreachable and Busy (after tries enough), BackendUnavailable.
+        The function raises DecryptFailed, BackendUnavailable, and Unreachable or Busy after its retries.
         """
 
 
 @dataclass(frozen=True, slots=True)
-class KnownPlaintext:
-    """A line whose plaintext is known. ``source`` is the SHA-256 of the line as it stands."""
+class DecryptedLine:
+    """A decrypted line. ``source`` is the SHA-256 of the line."""
 
     line: int
     source: str
@@ -70,7 +186,7 @@ class KnownPlaintext:
 
 @dataclass(slots=True)
 class MigrationReport:
-    """How many lines there were, and how they ended."""
+    """The number of lines by outcome."""
 
     lines: int = 0
     moved: int = 0
@@ -78,33 +194,33 @@ class MigrationReport:
     failed: int = 0
 
     def fail(self, where: str, error: KmsError) -> None:
-        """Count, and tell on stderr as long as that helps."""
+        """Count a failure, and print the first 50."""
         self.failed += 1
-        if self.failed <= MOST_TOLD:
+        if self.failed <= MAX_REPORTED:
             terminal.say(f"{where}: {error.code}: {terminal.plain(error.detail)}")
-        if self.failed == MOST_TOLD:
-            terminal.say("further failures are counted only")
+        if self.failed == MAX_REPORTED:
+            terminal.say("further failures are only counted")
 
 
-class Move:
-    """One run. Without a client it is a rehearsal: everything is opened, and nothing is sealed or kept."""
+class Migration:
+    """One run. Without a client it is a dry run, which decrypts all lines and writes nothing."""
 
     def __init__(self, source: MigrationSource, client: Client | None, output: Output) -> None:
         self.report = MigrationReport()
         self._source = source
         self._client = client
         self._output = output
-        self._waiting: list[KnownPlaintext] = []
+        self._waiting: list[DecryptedLine] = []
         self._in_a_row = 0
 
     def run(self, lines: Iterable[bytes]) -> None:
-        """Raises Unavailable where source or service do not answer; what was done by then is kept."""
+        """Migrate lines. Raises Unavailable if source or service do not answer; earlier results are kept."""
         try:
             for number, text in enumerate(map(bytes.strip, lines), start=1):
                 if text:
                     self._line(number, text)
         except (Unreachable, Busy):
-            with suppress(Unavailable):  # the source is away, but the service may not be
+            with suppress(Unavailable):  # the service may answer although the source does not
                 self._flush()
             raise
         self._flush()
@@ -113,7 +229,7 @@ class Move:
         self.report.lines += 1
         try:
             wanted, open_ = self._source.read(text)
-            entry = KnownPlaintext(number, hashlib.sha256(text).hexdigest(), wanted)
+            entry = DecryptedLine(number, hashlib.sha256(text).hexdigest(), wanted)
             if self._output.has(entry.name, entry.source):
                 self.report.already_there += 1
                 return
@@ -141,7 +257,7 @@ class Move:
         self._in_a_row = 0
         return plaintext
 
-    def _take(self, entry: KnownPlaintext) -> None:
+    def _take(self, entry: DecryptedLine) -> None:
         if self._client is None:
             self.report.moved += 1
             return
@@ -155,7 +271,7 @@ class Move:
         if self._client is None or not batch:
             return
         away: Unavailable | None = None
-        for entry, outcome in sealed_and_verified(self._client, batch):
+        for entry, outcome in encrypted_and_verified(self._client, batch):
             if isinstance(outcome, MovedRecord):
                 self._output.put(entry.name, outcome)
                 self.report.moved += 1
@@ -169,21 +285,21 @@ class Move:
 
 
 class NotTheSame(KmsError):
-    """What the service opens is not what it sealed."""
+    """A ciphertext that the service decrypts to another plaintext."""
 
     code = "not_verified"
-    summary = "The service gave back something else than it was given: nothing was kept"
+    summary = "The service decrypted the ciphertext to another plaintext: it was not written"
 
 
-def sealed_and_verified(
-    client: Client, batch: Sequence[KnownPlaintext]
-) -> Iterator[tuple[KnownPlaintext, MovedRecord | KmsError]]:
-    """Seal each entry, open it by the ciphertext alone, and compare. Raises what concerns all of them."""
+def encrypted_and_verified(
+    client: Client, batch: Sequence[DecryptedLine]
+) -> Iterator[tuple[DecryptedLine, MovedRecord | KmsError]]:
+    """Encrypt each entry, decrypt its ciphertext, and compare. Raises errors that concern all entries."""
     asked = [
         BatchItem(plaintext=entry.plaintext, context=entry.wanted.context, key_id=entry.wanted.key_id)
         for entry in batch
     ]
-    good: list[tuple[KnownPlaintext, BatchResult]] = []
+    good: list[tuple[DecryptedLine, BatchResult]] = []
     for entry, result in zip(batch, _results(client, "encrypt", asked), strict=True):
         if isinstance(result, KmsError):
             yield entry, result
@@ -205,7 +321,7 @@ def sealed_and_verified(
 def _results(
     client: Client, operation: Literal["encrypt", "decrypt"], items: Sequence[BatchItem]
 ) -> Sequence[BatchResult | KmsError]:
-    """One for each item. A body above the limit of the service is halved, as long as that helps."""
+    """Return a result for each item. A batch above the limit of the service is split in halves."""
     if not items:
         return []
     try:
@@ -218,7 +334,7 @@ def _results(
     return [result if result.error is UNSET else failure(result.error.code) for result in results]
 
 
-def _record(entry: KnownPlaintext, result: BatchResult) -> MovedRecord:
+def _record(entry: DecryptedLine, result: BatchResult) -> MovedRecord:
     return MovedRecord(
         line=entry.line,
         reference=entry.wanted.reference,
@@ -234,7 +350,7 @@ def _bytes(given: bytes | UnsetType) -> bytes:
 
 
 def lines_of(inputs: Sequence[Path], stdin: BinaryIO) -> Iterator[bytes]:
-    """The lines of all inputs; none, or ``-``, is stdin. Raises InvalidRequest for a line without end."""
+    """Yield the lines of all inputs; none, or ``-``, is stdin. Raises InvalidRequest above 64 MiB a line."""
     for path in inputs or (Path("-"),):
         if path == Path("-"):
             yield from _lines(stdin)
@@ -246,7 +362,5 @@ def lines_of(inputs: Sequence[Path], stdin: BinaryIO) -> Iterator[bytes]:
 def _lines(file: BinaryIO) -> Iterator[bytes]:
     while line := file.readline(LINE_BYTES):
         if len(line) == LINE_BYTES:
-            raise InvalidRequest(
-                f"A line is above {terminal.size(LINE_BYTES)}: expected one ciphertext a line"
-            )
+            raise InvalidRequest(f"A line exceeds {size_text(LINE_BYTES)}: expected one ciphertext a line")
         yield line

@@ -1,8 +1,8 @@
-"""``kms migrate sops``: one more age recipient, the service's, in SOPS files, by the sops program itself.
+"""``kms migrate sops``: adds the age recipient of the service to SOPS files, by the sops program.
 
-sops decrypts with whatever opens the file now, and encrypts it anew, under a new data key, for all its
-recipients and this one. A file is replaced once its plaintext is the same as before and the service has
-opened the data key with nothing but its own key.
+sops decrypts a file with its present keys and encrypts it under a new data key for all its recipients and the
+service. The file is replaced after a check that its plaintext is unchanged and that the service alone can
+decrypt the data key.
 """
 
 import shutil
@@ -18,7 +18,7 @@ from kms_cli.age_file.keys import recipients
 from kms_cli.migrate.command import a_path, show
 from kms_cli.migrate.pipeline import MigrationReport
 from kms_cli.options import key_option
-from kms_cli.remote_service import connect
+from kms_cli.session import connect
 from kms_client import Client
 from kms_core.age import armor
 from kms_protocol.errors import (
@@ -30,54 +30,52 @@ from kms_protocol.errors import (
     NotACiphertext,
 )
 
-DATA_KEY_BYTES: Final = frozenset({32, 33})  # 33: a share, where a file has several key groups
+DATA_KEY_BYTES: Final = frozenset({32, 33})  # 33: a share of a file with several key groups
 _END: Final = b"-----END AGE ENCRYPTED FILE-----"
 
 
 class SopsFailed(KmsError):
-    """sops ended with an error; its own words went to stderr."""
+    """An error of sops, which printed its message on stderr."""
 
     code = "sops_failed"
-    summary = "sops does not do it"
+    summary = "sops failed"
     exit_code = EXIT_BAD_DATA
 
 
 class Sops:
-    """The program."""
+    """The sops program, the service and the recipient to add."""
 
     def __init__(self, client: Client, recipient: str, key_id: str | None) -> None:
         found = shutil.which("sops")
         if found is None:
-            raise ConfigurationError(
-                "There is no sops on the PATH: install it from your system or getsops.io"
-            )
+            raise ConfigurationError("sops is not on the PATH: install it from your system or getsops.io")
         self._program = found
         self._client = client
         self._recipient = recipient
         self._key_id = key_id
 
     def has(self, file: Path) -> bool:
-        """Whether the file names the recipient."""
+        """Return whether the file names the recipient."""
         return self._recipient.encode() in file.read_bytes()
 
     def decrypt(self, file: Path) -> bytes:
-        """The plaintext, by whatever opens the file now."""
+        """Return the plaintext, decrypted with the present keys of the file."""
         return self._run("decrypt", file)
 
     def add_recipient(self, file: Path) -> None:
-        """All of it beside the file, and into its place at the end."""
+        """Add the recipient to a copy, check the copy, and replace the file with it."""
         before = self.decrypt(file)
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=".kms-migrate-") as folder:
-            copy = Path(folder, file.name)  # sops tells formats by the name
+            copy = Path(folder, file.name)  # sops infers the format from the name
             shutil.copy2(file, copy)
             self._run("rotate", "--in-place", "--add-age", self._recipient, copy)
             if self.decrypt(copy) != before:
-                raise SopsFailed("The file would hold something else: it was left as it is")
+                raise SopsFailed("The plaintext would change: the file was not replaced")
             self._check_service(copy)
             copy.replace(file)
 
     def _check_service(self, file: Path) -> None:
-        """Raises DecryptFailed unless the service opens the file's data key by an age recipient."""
+        """Raise DecryptFailed unless the service decrypts the data key of the file."""
         for block in blocks_of(file.read_bytes()):
             try:
                 opened = self._client.decrypt(block, key_id=self._key_id)
@@ -85,19 +83,19 @@ class Sops:
                 continue
             if len(opened.plaintext) in DATA_KEY_BYTES:
                 return
-        raise DecryptFailed("The service does not open it: is this the recipient of its key")
+        raise DecryptFailed("The service cannot decrypt it: is this the recipient of its key")
 
     def _run(self, *words: str | Path) -> bytes:
         done = subprocess.run(
             [self._program, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False
         )
         if done.returncode:
-            raise SopsFailed(f"sops {words[0]} ended with {done.returncode}")
+            raise SopsFailed(f"sops {words[0]} failed with exit code {done.returncode}")
         return done.stdout
 
 
 def blocks_of(text: bytes) -> Iterator[bytes]:
-    """Every age file in a SOPS file: indented in YAML, with escaped line ends in JSON and dotenv."""
+    """Yield the age files in a SOPS file: indented in YAML, with escaped newlines in JSON and dotenv."""
     for begun in text.split(armor.BEGIN)[1:]:
         found, end, _ = begun.partition(_END)
         lines = (armor.BEGIN + found + end).replace(b"\\n", b"\n").split(b"\n")
@@ -107,11 +105,11 @@ def blocks_of(text: bytes) -> Iterator[bytes]:
             continue
 
 
-@click.command("sops", short_help="Give SOPS files a key of the service.")
-@click.option("--recipient", "-r", help="The service's age recipient: age1…")
-@click.option("--recipients-file", "-R", type=a_path, help="File that holds it, as public_key.txt.")
+@click.command("sops")
+@click.option("--recipient", "-r", help="Age recipient of the service: age1…")
+@click.option("--recipients-file", "-R", type=a_path, help="File that contains it, such as public_key.txt.")
 @key_option
-@click.option("--dry-run", is_flag=True, help="Decrypt everything; change nothing.")
+@click.option("--dry-run", is_flag=True, help="Decrypt all files; change nothing.")
 @click.argument(
     "files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False)
 )
@@ -123,14 +121,14 @@ def sops_command(
     *,
     dry_run: bool,
 ) -> int:
-    """Add the service's age recipient to FILES, in place, each verified by sops and by the service.
+    """Add the age recipient of the service to FILES, in place, each verified by sops and by the service.
 
-    sops needs what it needs to decrypt them now. Files that have the recipient already are left alone. Who
-    could read a file still can: remove them with sops afterwards.
+    sops must be able to decrypt them. Files that have the recipient are skipped. The other recipients remain:
+    remove them with sops afterwards.
     """
     added = recipients([recipient] if recipient else [], [recipients_file] if recipients_file else [])
     if len(added) != 1:
-        raise click.UsageError("name one recipient, by -r or -R", click.get_current_context())
+        raise click.UsageError("name one recipient, by -r or -R")
     report = MigrationReport()
     with connect() as client:
         sops = Sops(client, str(added[0]), key_id)

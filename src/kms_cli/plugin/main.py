@@ -1,18 +1,32 @@
-"""The program ``age-plugin-kms``, which age tools start; people have ``kms recipient`` and ``identity``."""
+"""The program ``age-plugin-kms``, started by age tools. It wraps file keys by the service or in process."""
 
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
-from kms_cli.plugin.keys import InProcess, OfService, PluginKeys
 from kms_cli.plugin.names import PluginTarget
-from kms_cli.plugin.protocol import Broken, PluginConnection
-from kms_cli.plugin.state_machines import KeysFor, identity_v1, recipient_v1
-from kms_core import secure_memory
+from kms_cli.plugin.state_machines import (
+    KeysFor,
+    PluginKeys,
+    identity_v1,
+    recipient_v1,
+)
+from kms_client import DEFAULT_URL, Client
+from kms_core import key_opening, keyring, secure_memory
+from kms_core.age.header import FILE_LIMITS
+from kms_core.age.plugin_protocol import Broken, PluginConnection
+from kms_core.audit import AuditRecord
+from kms_core.auth.policy import AllowAll, Principal
+from kms_core.key_selection import SelectionRules
+from kms_core.service import Kms
+from kms_core.settings.load import load as load_settings
+from kms_protocol.context import Context
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_OTHER, EXIT_USAGE, ConfigurationError
 
 MACHINES: Final[Mapping[str, Callable[[PluginConnection, KeysFor], None]]] = {
@@ -22,18 +36,95 @@ MACHINES: Final[Mapping[str, Callable[[PluginConnection, KeysFor], None]]] = {
 FLAG: Final = "--age-plugin="
 USAGE: Final = (
     "age-plugin-kms is started by age, rage, sops and other age tools, which find it on the PATH.\n"
-    "Give them what these print:\n"
+    "Pass the output of these commands to them:\n"
     "  kms recipient --context env=prod    to encrypt:  age -r age1kms1…\n"
     "  kms identity --context env=prod     to decrypt:  age -d -i FILE\n"
 )
 
 
+_YES: Final = frozenset({"1", "true", "t", "yes", "y", "on"})  # the values that the kms command accepts
+LOCAL_USER: Final = Principal("local")
+
+
+class OfService:
+    """Keys of the service. Address and token are from the environment, as for the ``kms`` command.
+
+    A recipient may name another address, but the token is never sent there: the author of a recipient must
+    not obtain tokens.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._url = environ.get("KMS_SERVICE_URL")
+        self._token_file = environ.get("KMS_TOKEN_FILE")
+        self._allow_http = environ.get("KMS_ALLOW_HTTP", "").lower() in _YES
+
+    def wrap(self, file_key: bytes, target: PluginTarget) -> bytes:
+        with self._client(target) as kms:
+            made = kms.wrap(file_key, context=dict(target.context.pairs), key_id=target.key_id)
+        return made.stanza
+
+    def unwrap(self, stanzas: bytes, target: PluginTarget) -> bytes:
+        with self._client(target) as kms:
+            found = kms.unwrap(stanzas, context=dict(target.context.pairs), key_id=target.key_id)
+        return found.file_key
+
+    def _client(self, target: PluginTarget) -> Client:
+        own = (self._url or DEFAULT_URL).rstrip("/")
+        url = target.url or own
+        if self._token_file and url != own:
+            raise ConfigurationError(
+                f"The token in KMS_TOKEN_FILE is for {own}, and this recipient or identity names {url}: "
+                f"if the token may go there, set KMS_SERVICE_URL={url}"
+            )
+        return Client(url, token_file=self._token_file, allow_http=self._allow_http)
+
+
+class InProcess:
+    """Keys of the settings file, in this process, without the policy and the audit log of the service."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        """Load the keys. Raises ConfigurationError. The working directory is ignored (see ``run``)."""
+        named = environ.get("KMS_CONFIG")
+        if named and not Path(named).is_absolute():
+            raise ConfigurationError("An age plugin requires an absolute path in KMS_CONFIG")
+        settings = load_settings(None, environ)
+        rules = SelectionRules(settings.kms.require_context, FILE_LIMITS)
+        keys = keyring.build(settings, key_opening.of_process(settings))
+        self._kms = Kms(keys, AllowAll(), _NoAudit(), rules)
+
+    def wrap(self, file_key: bytes, target: PluginTarget) -> bytes:
+        return self._kms.wrap(LOCAL_USER, file_key, target.context, key_id=target.key_id).stanza
+
+    def unwrap(self, stanzas: bytes, target: PluginTarget) -> bytes:
+        return self._kms.unwrap(LOCAL_USER, stanzas, target.context, key_id=target.key_id).file_key
+
+
+class _NoAudit:
+    """An audit log that discards records: a user with the keys could bypass any log."""
+
+    def append(self, record: AuditRecord) -> str:
+        del record
+        return ""
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def conceal(self, tenant: str, context: Context) -> Mapping[str, str]:
+        del tenant, context
+        return {}
+
+    def check(self) -> None:
+        pass
+
+
 def run(args: Sequence[str], environ: Mapping[str, str]) -> int:
-    """One conversation over stdin and stdout; the exit code."""
+    """Run one state machine over stdin and stdout. Return the exit code."""
     named = [arg.removeprefix(FLAG) for arg in args if arg.startswith(FLAG)]
     machine = MACHINES.get(named[0]) if len(named) == 1 == len(args) else None
     if machine is None:
-        sys.stderr.write(USAGE if not named else f"age-plugin-kms: it does not speak {', '.join(named)}\n")
+        sys.stderr.write(
+            USAGE if not named else f"age-plugin-kms: unknown state machine {', '.join(named)}\n"
+        )
         return EXIT_USAGE
     os.chdir("/")  # "plugins must not make any assumptions about the working directory"
     line = PluginConnection(sys.stdin.buffer, sys.stdout.buffer)
@@ -46,7 +137,7 @@ def run(args: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def main() -> NoReturn:
-    """Entry point. Age ends a plugin by SIGINT when it needs no more of it."""
+    """Entry point. age ends a plugin that it no longer needs by SIGINT."""
     signal.signal(signal.SIGINT, _ended)
     try:
         secure_memory.forbid_dumps()
@@ -55,18 +146,18 @@ def main() -> NoReturn:
         sys.stderr.write(f"age-plugin-kms: {exc.detail}\n")
         code = EXIT_CONFIGURATION
     sys.stderr.flush()
-    os._exit(code)  # stdout may be closed by now, and nothing is left to be written
+    os._exit(code)  # without flushing stdout, which may be closed
 
 
 def _keys(environ: Mapping[str, str]) -> KeysFor:
     @cache
-    def here() -> PluginKeys:
+    def in_process() -> PluginKeys:
         return InProcess(environ)
 
     service = OfService(environ)
 
     def keys_for(target: PluginTarget) -> PluginKeys:
-        return here() if target.in_process else service
+        return in_process() if target.in_process else service
 
     return keys_for
 

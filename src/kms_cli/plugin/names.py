@@ -1,7 +1,7 @@
-"""Recipients ``age1kms1…`` and identities ``AGE-PLUGIN-KMS-1…``: which key, which context, and where to ask.
+"""Recipients ``age1kms1…`` and identities ``AGE-PLUGIN-KMS-1…``: a key, a context, and an address.
 
-Neither holds a secret: the token that opens anything comes from a file (``KMS_TOKEN_FILE``). Both are the
-same data: one byte for the version of the format, then JSON.
+Neither contains a secret: decryption requires a token from a file (``KMS_TOKEN_FILE``). Both encode the same
+data: one byte for the version of the format, then JSON.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from kms_client.settings import checked_address
 from kms_core.age import bech32
 from kms_protocol.context import Context
 from kms_protocol.errors import KmsError
-from kms_protocol.wire import KeyId
+from kms_protocol.shapes import KeyId
 
 RECIPIENT_PREFIX: Final = "age1kms"
 IDENTITY_PREFIX: Final = "AGE-PLUGIN-KMS-"
@@ -22,8 +22,8 @@ _VERSION: Final = b"\x01"
 _LONGEST: Final = 32 * 1024  # characters; a context of 8 KiB fits
 
 
-class _Said(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The JSON, whose names are short since people see its length."""
+class _TargetJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The JSON, with short names to keep recipients short."""
 
     key: KeyId | None = None
     ctx: dict[str, str] = {}
@@ -46,12 +46,12 @@ class PluginTarget:
 
     @classmethod
     def of_recipient(cls, text: str) -> Self:
-        """Raises ValueError, in words for whoever gave it."""
+        """Parse a text. Raises ValueError with a message for its user."""
         return cls._read(text, RECIPIENT_PREFIX)
 
     @classmethod
     def of_identity(cls, text: str) -> Self:
-        """Raises ValueError, in words for whoever gave it."""
+        """Parse a text. Raises ValueError with a message for its user."""
         return cls._read(text, IDENTITY_PREFIX)
 
     def recipient(self) -> str:
@@ -70,17 +70,17 @@ class PluginTarget:
         if not data and wanted == IDENTITY_PREFIX:  # ``age -j kms``: any key, no context
             return cls()
         if data[:1] != _VERSION:
-            raise ValueError("it is of a later version of kms: update kms")
+            raise ValueError("it was made by a later version of kms: update kms")
         try:
-            said = msgspec.json.decode(data[1:], type=_Said)
-            context = Context.parse(said.ctx)
-            url = said.url and checked_address(said.url)
+            content = msgspec.json.decode(data[1:], type=_TargetJson)
+            context = Context.parse(content.ctx)
+            url = content.url and checked_address(content.url)
         except (msgspec.DecodeError, UnicodeDecodeError, KmsError):
             raise ValueError("it is damaged, or was not made by kms") from None
-        if url and said.local:
-            raise ValueError("it names a service and asks for none")
-        return cls(said.key, context, url, said.local)
+        if url and content.local:
+            raise ValueError("it names both a service and the keys in process")
+        return cls(content.key, context, url, content.local)
 
     def _data(self) -> bytes:
-        said = _Said(self.key_id, dict(self.context.pairs), self.url, self.in_process)
-        return _VERSION + msgspec.json.encode(said)
+        content = _TargetJson(self.key_id, dict(self.context.pairs), self.url, self.in_process)
+        return _VERSION + msgspec.json.encode(content)

@@ -1,17 +1,15 @@
 """The two state machines of an age plugin: ``recipient-v1`` wraps file keys, ``identity-v1`` unwraps them.
 
-Source: C2SP age-plugin specification. Who wraps is a parameter. A file for a key of the service, whoever made
-it, names that key: stanzas of other tools, and of keys that no identity names, are passed over in silence.
+Source: C2SP age-plugin specification; "IPC protocol" for the stanzas on stdin and stdout. A file for a key of
+the service names that key: stanzas of other tools, and of keys that no identity names, are ignored.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from kms_cli import terminal
-from kms_cli.plugin.keys import PluginKeys
 from kms_cli.plugin.names import PluginTarget
-from kms_cli.plugin.protocol import Broken, PluginConnection
 from kms_core.age import mlkem768x25519
 from kms_core.age.header import (
     BUNDLE,
@@ -22,38 +20,50 @@ from kms_core.age.header import (
     render_stanza,
     unbundled,
 )
+from kms_core.age.plugin_protocol import Broken, PluginConnection
 from kms_core.envelope import binding
 from kms_protocol.errors import DecryptFailed, KmsError, TooLarge, UnknownKey
 
+
+class PluginKeys(Protocol):
+    """Wraps and unwraps file keys. Stanzas are text, as in a header. Methods raise KmsError."""
+
+    def wrap(self, file_key: bytes, target: PluginTarget) -> bytes:
+        """Return a stanza that wraps the 16 bytes."""
+
+    def unwrap(self, stanzas: bytes, target: PluginTarget) -> bytes:
+        """Return the 16 bytes."""
+
+
 KeysFor = Callable[[PluginTarget], PluginKeys]
 POSTQUANTUM: Final = "postquantum"
-MOST_TRIES: Final = 100
-"""Of one file: each is a call with the caller's token, and whoever writes the header says how many."""
+MAX_ATTEMPTS: Final = 100
+"""The maximum for one file, since the author of its header determines the number of calls."""
 _INDEX_DIGITS: Final = 9
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
-    """An ``error`` command: what it is about (``recipient 0``, ``internal``), and the words."""
+class PluginError:
+    """An ``error`` command: its subject (``recipient 0``, ``internal``) and its text."""
 
     about: tuple[str, ...]
     text: str
 
     @classmethod
-    def of(cls, error: KmsError, *about: str) -> "Trouble":
-        hint = getattr(error, "hint", "") or terminal.HINTS.get(error.code, "")
+    def of(cls, error: KmsError, *about: str) -> "PluginError":
+        hint = terminal.hint_of(error)
         text = terminal.plain(error.detail)
-        said = f"{text} ({hint})" if hint else text
-        # a service that a recipient names is anybody's, and age tools show this in a terminal
-        return cls(about, "".join(char if char.isprintable() else " " for char in said))
+        shown = f"{text} ({hint})" if hint else text
+        # the service may be untrusted, and age tools print this in a terminal
+        return cls(about, "".join(char if char.isprintable() else " " for char in shown))
 
 
 # -- recipient-v1 --------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class _Wanted:
-    """What the age tool asks for in its phase."""
+class _WrapRequest:
+    """The commands of the age tool in its phase."""
 
     given: list[tuple[str, int, str]] = field(default_factory=list)  # kind, index among its kind, text
     file_keys: list[bytes] = field(default_factory=list, repr=False)
@@ -61,76 +71,76 @@ class _Wanted:
 
 
 def recipient_v1(line: PluginConnection, keys_for: KeysFor) -> None:
-    """Wrap every file key for every recipient and identity, or say what stands against it. Raises Broken."""
-    wanted = _wanted(line)
-    stanzas, troubles = _wrapped(wanted, keys_for)
-    if troubles:
-        _complain(line, troubles)
+    """Wrap each file key for each recipient and identity, or report the errors. Raises Broken."""
+    request = _wrap_request(line)
+    stanzas, errors = _wrapped(request, keys_for)
+    if errors:
+        _send_errors(line, errors)
         return
     for file, stanza in stanzas:
         if line.ask("recipient-stanza", str(file), *stanza.args, body=stanza.body) != "ok":
-            raise Broken("the age tool does not take a stanza")
-    if wanted.labels and any(_is_postquantum(stanza) for _, stanza in stanzas):
+            raise Broken("the age tool rejects a stanza")
+    if request.labels and any(_is_postquantum(stanza) for _, stanza in stanzas):
         line.ask("labels", POSTQUANTUM)
     line.done()
 
 
-def _wanted(line: PluginConnection) -> _Wanted:
-    wanted = _Wanted()
+def _wrap_request(line: PluginConnection) -> _WrapRequest:
+    request = _WrapRequest()
     counts = {"recipient": 0, "identity": 0}
     for stanza in line.phase():
         match stanza:
             case Stanza(args=("add-recipient" | "add-identity" as command, text)):
                 kind = command.removeprefix("add-")
-                wanted.given.append((kind, counts[kind], text))
+                request.given.append((kind, counts[kind], text))
                 counts[kind] += 1
             case Stanza(args=("wrap-file-key",), body=body) if len(body) == FILE_KEY_BYTES:
-                wanted.file_keys.append(body)
+                request.file_keys.append(body)
             case Stanza(args=("extension-labels", *_)):
-                wanted.labels = True
+                request.labels = True
             case Stanza(args=("add-recipient" | "add-identity" | "wrap-file-key", *_)):
-                raise Broken(f"{stanza.type} has another shape")
-            case _:  # grease, and what a later version may add
+                raise Broken(f"{stanza.type} is malformed")
+            case _:  # grease, and commands of later versions
                 pass
-    return wanted
+    return request
 
 
 def _targets(
     given: Iterable[tuple[str, int, str]],
-) -> tuple[Mapping[PluginTarget, tuple[str, int]], list[Trouble]]:
-    """Each target once, with who names it first; and those texts that name none."""
+) -> tuple[Mapping[PluginTarget, tuple[str, int]], list[PluginError]]:
+    """Return each target with the first argument that names it, and the errors of invalid ones."""
     targets: dict[PluginTarget, tuple[str, int]] = {}
-    troubles: list[Trouble] = []
+    errors: list[PluginError] = []
     for kind, index, text in given:
         try:
             read = PluginTarget.of_recipient if kind == "recipient" else PluginTarget.of_identity
             targets.setdefault(read(text), (kind, index))
         except ValueError as exc:
-            troubles.append(Trouble((kind, str(index)), f"not usable as {kind}: {exc}"))
-    return targets, troubles
+            errors.append(PluginError((kind, str(index)), f"invalid {kind}: {exc}"))
+    return targets, errors
 
 
-def _wrapped(wanted: _Wanted, keys_for: KeysFor) -> tuple[list[tuple[int, Stanza]], list[Trouble]]:
-    """A stanza, with the index of its file key, for each file key and target; or why there is none."""
-    targets, troubles = _targets(wanted.given)
-    if troubles:
-        return [], troubles
+def _wrapped(request: _WrapRequest, keys_for: KeysFor) -> tuple[list[tuple[int, Stanza]], list[PluginError]]:
+    """Return a stanza and the index of its file key for each key and target, or the errors."""
+    targets, errors = _targets(request.given)
+    if errors:
+        return [], errors
     stanzas: list[tuple[int, Stanza]] = []
     for target, (kind, index) in targets.items():
         try:
             keys = keys_for(target)
-            for file, file_key in enumerate(wanted.file_keys):
+            for file, file_key in enumerate(request.file_keys):
                 stanzas.append((file, parse_stanzas(keys.wrap(file_key, target), FILE_LIMITS)[0]))
         except KmsError as exc:
-            troubles.append(Trouble.of(exc, kind, str(index)))
+            errors.append(PluginError.of(exc, kind, str(index)))
     if len({_is_postquantum(stanza) for _, stanza in stanzas}) > 1:
         text = "post-quantum and classic keys do not mix: the file would be as weak as the classic ones"
-        troubles.append(Trouble(("internal",), text))
-    return stanzas, troubles
+        errors.append(PluginError(("internal",), text))
+    return stanzas, errors
 
 
 def _is_postquantum(stanza: Stanza) -> bool:
-    """Whether nothing but post-quantum stanzas lead to the file key."""
+    """Return whether only post-quantum stanzas wrap the file key."""
     inner = unbundled([stanza], FILE_LIMITS)
     wraps = {each.type for each in inner if each.type not in {binding.CONTEXT, binding.ORIGIN}}
     return wraps == {mlkem768x25519.STANZA_TYPE}
@@ -141,7 +151,7 @@ def _is_postquantum(stanza: Stanza) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class StanzaBundle:
-    """Stanzas of one file that belong together: a bundle, or all that stand outside of any."""
+    """Stanzas of one file that belong together: a bundle, or all stanzas outside of bundles."""
 
     file: int
     stanza: int
@@ -150,17 +160,17 @@ class StanzaBundle:
 
 
 def identity_v1(line: PluginConnection, keys_for: KeysFor) -> None:
-    """Say the file key of every file that an identity opens. Raises Broken."""
-    given, files = _offered(line)
-    targets, troubles = _targets(given)
-    if troubles:
-        _complain(line, troubles)
+    """Return the file key of each file that an identity can decrypt. Raises Broken."""
+    given, files = _received(line)
+    targets, errors = _targets(given)
+    if errors:
+        _send_errors(line, errors)
         return
     for file, stanzas in files.items():
         try:
             parts = list(_parts(file, stanzas))
-        except _Misshapen as exc:
-            _complain(line, [exc.trouble], last=False)
+        except _MalformedHeader as exc:
+            _send_errors(line, [exc.error], last=False)
             continue
         _open_file(line, keys_for, targets, parts)
     line.done()
@@ -172,32 +182,34 @@ def _open_file(
     targets: Mapping[PluginTarget, tuple[str, int]],
     parts: Iterable[StanzaBundle],
 ) -> None:
-    """The first key that an identity gives; else why not, where that is not just another's file."""
-    troubles: list[Trouble] = []
+    """Send the first file key that an identity gives, or the errors unless the file is for other keys."""
+    errors: list[PluginError] = []
     refused: set[str] = set()
     tries = [(part, target) for part in parts for target in targets if target.key_id in {None, part.key_id}]
-    for part, target in tries[:MOST_TRIES]:
+    for part, target in tries[:MAX_ATTEMPTS]:
         try:
             file_key = keys_for(target).unwrap(part.text, target)
         except (DecryptFailed, UnknownKey):
             refused.add(part.key_id)
         except KmsError as exc:
-            troubles.append(Trouble.of(exc, "identity", str(targets[target][1])))
+            errors.append(PluginError.of(exc, "identity", str(targets[target][1])))
         else:
             line.ask("file-key", str(part.file), body=file_key)
             return
-    if len(tries) > MOST_TRIES:
-        text = f"none of the first {MOST_TRIES} wraps opens: give fewer identities, or one with a key id"
-        troubles.append(Trouble(("internal",), text))
-    if troubles:
-        _complain(line, troubles, last=False)
-    elif refused:  # of its context a file says nothing, so another identity may well open it
+    if len(tries) > MAX_ATTEMPTS:
+        text = (
+            f"none of the first {MAX_ATTEMPTS} attempts succeeds: give fewer identities, or one with a key id"
+        )
+        errors.append(PluginError(("internal",), text))
+    if errors:
+        _send_errors(line, errors, last=False)
+    elif refused:  # a file does not name its context, so another identity may decrypt it
         names = ", ".join(sorted(refused))
-        why = f"the file is for key {names}, in another context, past its time or of another service"
+        why = f"the file is for key {names}: in another context, expired, or of another service"
         line.ask("msg", body=why.encode())
 
 
-def _offered(line: PluginConnection) -> tuple[list[tuple[str, int, str]], dict[int, list[Stanza]]]:
+def _received(line: PluginConnection) -> tuple[list[tuple[str, int, str]], dict[int, list[Stanza]]]:
     identities: list[tuple[str, int, str]] = []
     files: dict[int, list[Stanza]] = {}
     for stanza in line.phase():
@@ -206,11 +218,11 @@ def _offered(line: PluginConnection) -> tuple[list[tuple[str, int, str]], dict[i
                 identities.append(("identity", len(identities), text))
             case ("recipient-stanza", index, kind, *args) if _is_index(index):
                 if files and int(index) < max(files):
-                    raise Broken("file indices go back")
+                    raise Broken("file indices decrease")
                 files.setdefault(int(index), []).append(Stanza((kind, *args), stanza.body))
             case ("add-identity" | "recipient-stanza", *_):
-                raise Broken(f"{stanza.type} has another shape")
-            case _:  # grease, and what a later version may add
+                raise Broken(f"{stanza.type} is malformed")
+            case _:  # grease, and commands of later versions
                 pass
     return identities, files
 
@@ -219,14 +231,14 @@ def _is_index(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= _INDEX_DIGITS
 
 
-class _Misshapen(Exception):
+class _MalformedHeader(Exception):
     def __init__(self, file: int, stanza: int) -> None:
-        text = "the file's header is damaged, or of a later version of kms"
-        self.trouble = Trouble(("stanza", str(file), str(stanza)), text)
+        text = "the header is damaged, or of a later version of kms"
+        self.error = PluginError(("stanza", str(file), str(stanza)), text)
 
 
 def _parts(file: int, stanzas: list[Stanza]) -> Iterable[StanzaBundle]:
-    """Raises _Misshapen for stanzas of ours that are none."""
+    """Yield the bundles of a file. Raises _MalformedHeader."""
     outside = [stanza for stanza in stanzas if stanza.type != BUNDLE]
     first = next((place for place, each in enumerate(stanzas) if each.type.startswith(binding.OWN_PREFIX)), 0)
     groups = [(place, [each]) for place, each in enumerate(stanzas) if each.type == BUNDLE]
@@ -234,7 +246,7 @@ def _parts(file: int, stanzas: list[Stanza]) -> Iterable[StanzaBundle]:
         try:
             bound = binding.read_stanzas(unbundled(group, FILE_LIMITS))
         except (DecryptFailed, TooLarge) as exc:
-            raise _Misshapen(file, place) from exc
+            raise _MalformedHeader(file, place) from exc
         if bound is not None:
             yield StanzaBundle(file, place, b"".join(map(render_stanza, group)), bound.key_id)
 
@@ -242,8 +254,8 @@ def _parts(file: int, stanzas: list[Stanza]) -> Iterable[StanzaBundle]:
 # -- both ----------------------------------------------------------------------------------------------
 
 
-def _complain(line: PluginConnection, troubles: Iterable[Trouble], *, last: bool = True) -> None:
-    for trouble in troubles:
-        line.ask("error", *trouble.about, body=trouble.text.encode())
+def _send_errors(line: PluginConnection, errors: Iterable[PluginError], *, last: bool = True) -> None:
+    for error in errors:
+        line.ask("error", *error.about, body=error.text.encode())
     if last:
         line.done()

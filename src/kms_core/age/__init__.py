@@ -1,1 +1,1 @@
-"""The age v1 format (C2SP age.md), with nothing of this service in it."""
+"""The age v1 format (C2SP age.md); nothing here is specific to this service."""

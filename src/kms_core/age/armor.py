@@ -1,7 +1,7 @@
-"""ASCII armor: an age file as text, read strictly; knows nothing of what is inside.
+"""ASCII armor: age files as text, parsed strictly; knows nothing of their content.
 
 Source: C2SP age specification, "ASCII armor": strict PEM (RFC 7468) in lines of 64 columns, padded
-canonical base64, LF or CRLF. Only whitespace may stand around it, at most 1 KiB on either side.
+canonical base64, LF or CRLF. Before and after it only whitespace is allowed, at most 1 KiB each.
 """
 
 import binascii
@@ -20,48 +20,48 @@ _COLUMNS: Final = 64
 _LINE: Final = _COLUMNS + 1
 _LINE_BYTES: Final = 48
 _AROUND: Final = 1024
-_PIECE: Final = 64 * 1024
+_BLOCK_BYTES: Final = 64 * 1024
 
 
 class ByteSource(Protocol):
     """A blocking binary stream."""
 
     def read(self, size: int, /) -> bytes | None:
-        """Some bytes; none at the end."""
+        """Read up to ``size`` bytes; b"" at the end."""
 
 
 class ByteTarget(Protocol):
-    """A binary stream that takes all it is given."""
+    """A binary stream whose ``write`` accepts all bytes."""
 
     def write(self, data: bytes, /) -> object:
         """Write all of ``data``."""
 
 
 def armor(data: bytes) -> bytes:
-    """An age file as text, with LF line ends."""
+    """Armor an age file, with LF line ends."""
     text = io.BytesIO()
     writer = ArmorWriter(text)
-    for start in range(0, len(data), _PIECE):
-        writer.write(data[start : start + _PIECE])
+    for start in range(0, len(data), _BLOCK_BYTES):
+        writer.write(data[start : start + _BLOCK_BYTES])
     writer.finish()
     return text.getvalue()
 
 
 def dearmor(text: bytes) -> bytes:
-    """The age file in an armored text; errors as ``ArmorReader``."""
+    """The age file in an armored text. Raises as ``ArmorReader``."""
     return b"".join(_decoded(io.BytesIO(text)))
 
 
 class ArmorReader(io.RawIOBase):
-    """The age file behind an armored stream, as a raw binary stream.
+    """The age file in an armored stream, as a raw binary stream.
 
-    Reading raises NotACiphertext if no armor begins there, and DecryptFailed on any departure from the
-    format, be it cut short or followed by more than whitespace.
+    Reading raises NotACiphertext without a begin line, and DecryptFailed for any other violation of the
+    format, such as a missing end or trailing data.
     """
 
     def __init__(self, source: ByteSource) -> None:
         super().__init__()
-        self._pieces = _decoded(source)
+        self._blocks = _decoded(source)
         self._rest = b""
 
     def readable(self) -> bool:
@@ -70,17 +70,17 @@ class ArmorReader(io.RawIOBase):
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
         target = memoryview(buffer).cast("B")
         while not self._rest:
-            piece = next(self._pieces, None)
-            if piece is None:
+            block = next(self._blocks, None)
+            if block is None:
                 return 0
-            self._rest = piece
+            self._rest = block
         size = min(len(target), len(self._rest))
         target[:size], self._rest = self._rest[:size], self._rest[size:]
         return size
 
 
 class ArmorWriter:
-    """Armors what is written to it. Without ``finish`` the text has no end, and no reader takes it."""
+    """Armors the bytes written to it. Without ``finish`` the text has no end line, and readers refuse it."""
 
     def __init__(self, target: ByteTarget) -> None:
         self._target = target
@@ -88,7 +88,7 @@ class ArmorWriter:
         self._begun = False
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        """Take all of ``data``; whole lines go out."""
+        """Accept all of ``data``, and write complete lines."""
         self._begin()
         text = self._held + bytes(data)
         whole = len(text) - len(text) % _LINE_BYTES
@@ -97,7 +97,7 @@ class ArmorWriter:
         return memoryview(data).nbytes
 
     def finish(self) -> None:
-        """Write the last line and the end; the target stays open."""
+        """Write the last line and the end line; the target stays open."""
         self._begin()
         self._target.write(b"%b%b\n" % (_lines(self._held), _END))
 
@@ -114,35 +114,35 @@ def _lines(data: bytes) -> bytes:
 
 
 def _decoded(source: ByteSource) -> Iterator[bytes]:
-    pieces = _pieces(source)
-    text = _after_begin(pieces)
+    blocks = _blocks(source)
+    text = _after_begin(blocks)
     while (dash := text.find(b"-")) == -1:
-        whole = max(0, len(text) - 1) // _LINE * _LINE  # a line that ends the text may be the last
+        whole = max(0, len(text) - 1) // _LINE * _LINE  # the last line of the text may be the last of all
         yield _decode_full_lines(text[:whole])
-        piece = next(pieces, None)
-        if piece is None:
+        block = next(blocks, None)
+        if block is None:
             raise DecryptFailed
-        text = text[whole:] + piece
+        text = text[whole:] + block
     yield _decode_last_lines(text[:dash])
-    _check_end(text[dash:], pieces)
+    _check_end(text[dash:], blocks)
 
 
-def _pieces(source: ByteSource) -> Iterator[bytes]:
-    """The text with LF line ends."""
+def _blocks(source: ByteSource) -> Iterator[bytes]:
+    """The blocks of the text, with LF line ends."""
     held = b""
-    while piece := source.read(_PIECE):
-        text = held + piece
+    while block := source.read(_BLOCK_BYTES):
+        text = held + block
         held = text[-1:] if text.endswith(b"\r") else b""
         yield text.removesuffix(held).replace(b"\r\n", b"\n") if b"\r" in text else text
-    if piece is None:
+    if block is None:
         raise BlockingIOError("the stream is not in blocking mode")
     yield held
 
 
-def _after_begin(pieces: Iterator[bytes]) -> bytes:
+def _after_begin(blocks: Iterator[bytes]) -> bytes:
     text = b""
-    for piece in pieces:
-        text += piece
+    for block in blocks:
+        text += block
         if len(text) > _AROUND + len(BEGIN):
             break
     begin = text.lstrip()
@@ -181,9 +181,9 @@ def _decode(text: bytes) -> bytes:
         raise DecryptFailed from exc
 
 
-def _check_end(text: bytes, pieces: Iterator[bytes]) -> None:
-    for piece in pieces:
-        text += piece
+def _check_end(text: bytes, blocks: Iterator[bytes]) -> None:
+    for block in blocks:
+        text += block
         if len(text) > _AROUND + len(_END):
             break
     around = text.removeprefix(_END)

@@ -1,4 +1,4 @@
-"""Bech32 (BIP 173) without its 90-character limit, as age keys use it; knows nothing of keys."""
+"""Bech32 (BIP 173) without its limit of 90 characters, the text form of age keys."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -16,16 +16,16 @@ def encode(prefix: str, data: bytes) -> str:
     lower = prefix.lower()
     values = list(_regroup(data, 8, 5, pad=True))
     checksum = _polymod([*_expand(lower), *values, *[0] * _CHECKSUM_CHARS]) ^ 1
-    values += [(checksum >> 5 * (5 - place)) & 31 for place in range(_CHECKSUM_CHARS)]
+    values += [(checksum >> 5 * (5 - position)) & 31 for position in range(_CHECKSUM_CHARS)]
     text = lower + "1" + "".join(_CHARSET[value] for value in values)
     return text.upper() if prefix.isupper() else text
 
 
 def decode(text: str) -> tuple[str, bytes]:
-    """Return the prefix (in the case given) and the data.
+    """The prefix, in the case of the input, and the data.
 
-    Raises ValueError on mixed case, a bad character, checksum or padding. The text of the error never
-    holds the input: it may be a private key.
+    Raises ValueError for mixed case, a wrong character, checksum or padding. The error's text never contains
+    the input, which may be a private key.
     """
     if text not in (text.lower(), text.upper()):
         raise ValueError("a key has mixed case")
@@ -36,7 +36,7 @@ def decode(text: str) -> tuple[str, bytes]:
     try:
         values = [_VALUES[char] for char in rest]
     except KeyError:
-        raise ValueError("a key holds a character that Bech32 does not use") from None
+        raise ValueError("a key contains a character that Bech32 does not use") from None
     if _polymod([*_expand(prefix), *values]) != 1:
         raise ValueError("a key's checksum is wrong: it was mistyped or cut")
     data = bytes(_regroup(values[:-_CHECKSUM_CHARS], 5, 8, pad=False))
@@ -48,8 +48,8 @@ def _polymod(values: Iterable[int]) -> int:
     for value in values:
         top = checksum >> 25
         checksum = (checksum & 0x1FFFFFF) << 5 ^ value
-        for place, generator in enumerate(_GENERATOR):
-            checksum ^= generator if (top >> place) & 1 else 0
+        for position, generator in enumerate(_GENERATOR):
+            checksum ^= generator if (top >> position) & 1 else 0
     return checksum
 
 

@@ -1,7 +1,7 @@
-"""The textual header of an age v1 file: its strict grammar, in linear time, and its MAC; knows no recipient.
+"""The textual header of an age v1 file: its strict grammar, parsed in linear time, and its MAC.
 
 Source: C2SP age specification, "Header". A header is the version line, one or more stanzas, and the MAC
-line. Everything up to and including ``---`` is authenticated as the bytes that were received.
+line. The MAC covers the received bytes up to and including ``---``. Knows no recipient type.
 """
 
 import binascii
@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from kms_core.age.kdf import hkdf, mac
+from kms_core.age import armor
+from kms_core.age.kdf import hkdf
 from kms_protocol.errors import DecryptFailed, NotACiphertext, TooLarge
 
 VERSION_LINE: Final = b"age-encryption.org/v1\n"
@@ -26,15 +27,20 @@ _MAC_LINE_BYTES: Final = len("--- ") + 43 + 1
 _COLUMNS: Final = 64
 _BASE64: Final = string.ascii_uppercase.encode() + string.ascii_lowercase.encode() + b"0123456789+/"
 _ENDS: Final = ((b"", _BASE64), (b"", b""), (b"==", _BASE64[::16]), (b"=", _BASE64[::4]))
-"""By length modulo 4: the padding left out, and what the last character may be to leave no spare bits."""
+"""By length modulo 4: the omitted padding, and the last characters that leave no spare bits."""
 _ARGUMENTS: Final = re.compile(rb"-> [!-~]+(?: [!-~]+)*")
 _FIRST_READ_BYTES: Final = 4096 + NONCE_BYTES
 _FOOT_BYTES: Final = _MAC_LINE_BYTES + NONCE_BYTES
 
 
+def is_age_file(content: bytes) -> bool:
+    """Return whether content begins as an age file does, armored or not."""
+    return content.startswith((VERSION_LINE, armor.BEGIN))
+
+
 @dataclass(frozen=True, slots=True)
 class HeaderLimits:
-    """What a header may cost: its size in bytes, and its stanzas."""
+    """The largest header that is parsed, in bytes and in stanzas."""
 
     header_bytes: int
     stanzas: int
@@ -58,9 +64,9 @@ class Stanza:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A parsed header and the 16-byte payload nonce behind it. ``signed`` is what the MAC covers.
+    """A parsed header and the 16-byte payload nonce after it. ``signed`` are the bytes that the MAC covers.
 
-    The stanzas of a bundle stand among ``stanzas``, in its place.
+    ``stanzas`` contains the stanzas of a bundle in place of the bundle.
     """
 
     stanzas: tuple[Stanza, ...]
@@ -71,20 +77,20 @@ class Header:
 
     @property
     def payload_offset(self) -> int:
-        """Where the first chunk begins."""
+        """The offset of the first chunk."""
         return self.size + NONCE_BYTES
 
     def check_mac(self, file_key: bytes) -> None:
-        """Raise DecryptFailed unless the MAC over the received bytes fits the file key."""
+        """Raise DecryptFailed unless the MAC is that of the file key."""
         if not hmac.compare_digest(self.mac, _mac(file_key, self.signed)):
             raise DecryptFailed
 
 
 def parse(data: bytes | memoryview, limits: HeaderLimits) -> Header:
-    """Parse the header that ``data`` begins with and the nonce behind it; the payload is not looked at.
+    """Parse the header and the nonce at the start of ``data``; the payload is not read.
 
-    Raises NotACiphertext without the version line, TooLarge above ``limits``, and DecryptFailed on any
-    other departure from the grammar, a missing end or nonce included.
+    Raises NotACiphertext without the version line, TooLarge above ``limits``, and DecryptFailed for any
+    other violation of the grammar, such as a missing end or nonce.
     """
     text = bytes(data[: limits.header_bytes + NONCE_BYTES])
     if not text.startswith(VERSION_LINE):
@@ -104,9 +110,9 @@ def parse(data: bytes | memoryview, limits: HeaderLimits) -> Header:
 
 
 def parse_stanzas(text: bytes, limits: HeaderLimits) -> tuple[Stanza, ...]:
-    """Stanzas alone, each line ended, as they stand in a header.
+    """Parse stanzas without the other lines of a header; each line ends with LF.
 
-    Raises TooLarge above ``limits``, DecryptFailed on any departure from the grammar, and for no stanza.
+    Raises TooLarge above ``limits``, DecryptFailed for any violation of the grammar, and without a stanza.
     """
     if len(text) > limits.header_bytes or text.count(b"\n-> ") >= limits.stanzas:
         raise TooLarge(f"Stanzas are above {limits.header_bytes} bytes or {limits.stanzas} in number")
@@ -116,12 +122,12 @@ def parse_stanzas(text: bytes, limits: HeaderLimits) -> tuple[Stanza, ...]:
 
 
 def bundle(stanzas: Iterable[Stanza]) -> Stanza:
-    """``-> kms-service/bundle 1`` and the stanzas as text: an age plugin returns one for each recipient."""
+    """Make ``-> kms-service/bundle 1`` of stanzas: an age plugin returns one stanza for each recipient."""
     return Stanza((BUNDLE, BUNDLE_VERSION), b"".join(map(render_stanza, stanzas)))
 
 
 def unbundled(stanzas: Iterable[Stanza], limits: HeaderLimits) -> tuple[Stanza, ...]:
-    """The same with those of a bundle in its place; one within a bundle stays, and is known to nobody.
+    """Replace each bundle by its stanzas. A bundle within a bundle stays, and no reader knows its type.
 
     Raises DecryptFailed, TooLarge.
     """
@@ -139,12 +145,12 @@ def unbundled(stanzas: Iterable[Stanza], limits: HeaderLimits) -> tuple[Stanza, 
 
 
 def read(fd: int, limits: HeaderLimits, offset: int = 0) -> Header:
-    """Parse the header of an open file, reading no more than it may have (errors as ``parse``)."""
+    """Parse the header of an open file, reading at most ``limits``. Raises as ``parse``."""
     return read_by(lambda position, length: os.pread(fd, length, offset + position), limits)
 
 
 def read_by(read_at: Callable[[int, int], bytes], limits: HeaderLimits) -> Header:
-    """The same of whatever gives up to ``length`` bytes from ``position`` on, for (position, length)."""
+    """Parse the header of a source, where ``read_at(position, length)`` returns up to ``length`` bytes."""
     start = read_at(0, _FIRST_READ_BYTES)
     if len(start) == _FIRST_READ_BYTES and start.rfind(_FOOTER) not in range(len(start) - _FOOT_BYTES):
         start = read_at(0, limits.header_bytes + NONCE_BYTES)
@@ -158,6 +164,7 @@ def render(stanzas: Iterable[Stanza], file_key: bytes) -> bytes:
 
 
 def render_stanza(stanza: Stanza) -> bytes:
+    """Return the text of a stanza, its body in base64 of 64 columns (C2SP age, "Recipient stanza")."""
     body = b64encode(stanza.body)
     if len(body) < _COLUMNS:
         return f"-> {' '.join(stanza.args)}\n".encode("ascii") + body + b"\n"
@@ -182,7 +189,7 @@ def b64decode(text: bytes) -> bytes:
 
 
 def _mac(file_key: bytes, signed: bytes) -> bytes:
-    return mac(hkdf(file_key, salt=b"", info=b"header"), signed)
+    return hmac.digest(hkdf(file_key, salt=b"", info=b"header"), signed, "sha256")
 
 
 def _stanzas(lines: list[bytes]) -> tuple[Stanza, ...]:

@@ -1,4 +1,4 @@
-"""ML-KEM-768 with X25519: the post-quantum native key type of age 1.3; one stanza in, one file key out.
+"""ML-KEM-768 with X25519: the post-quantum native key type of age 1.3. Each stanza wraps one file key.
 
 Source: C2SP age specification, "The mlkem768x25519 recipient type": HPKE (RFC 9180) in base mode. An
 identity is a 32-byte seed, a recipient 1,216 bytes; a file key is 16 bytes, its wrap 32. A file with such
@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from kms_core.age import bech32
-from kms_core.age.header import Stanza, b64decode, b64encode
-from kms_core.age.x25519 import WRAPPED_BYTES, NoMatch
+from kms_core.age.header import Stanza, b64encode
+from kms_core.age.x25519 import NoMatch, share_of
 from kms_protocol.errors import DecryptFailed
 
 STANZA_TYPE: Final = "mlkem768x25519"
@@ -68,7 +68,7 @@ class HybridRecipient:
 
 @dataclass(frozen=True, slots=True)
 class HybridIdentity:
-    """A private key, ``AGE-SECRET-KEY-PQ-1…``; never shown by ``repr``. Costs 0.2 ms to make: keep it."""
+    """A private key, ``AGE-SECRET-KEY-PQ-1…``; not in ``repr``. Construction takes 0.2 ms: reuse it."""
 
     secret: bytes = field(repr=False)
     recipient: HybridRecipient = field(init=False)
@@ -97,35 +97,26 @@ class HybridIdentity:
         return cls(data)
 
     def export(self) -> str:
-        """The secret as text, for a key file and nothing else."""
+        """The secret as text, only for a key file."""
         return bech32.encode(IDENTITY_PREFIX, self.secret)
 
     def unwrap(self, stanza: Stanza) -> bytes:
-        """The 16-byte file key. NoMatch if the stanza is for another identity, DecryptFailed if malformed.
+        """Unwrap a 16-byte file key. Raises NoMatch for a stanza of another identity, DecryptFailed.
 
         The body's length is checked before anything is decrypted: a longer one is a partitioning oracle.
         """
         if stanza.type != STANZA_TYPE:
             raise NoMatch
-        share = _share(stanza)
+        share = share_of(stanza, _SHARE_BYTES)
         try:
             return _SUITE.decrypt(share + stanza.body, self._key, _INFO)
         except InvalidTag:
-            self._refuse_low_order(share[_MLKEM_CIPHERTEXT_BYTES:])
+            self._check_low_order(share[_MLKEM_CIPHERTEXT_BYTES:])
             raise NoMatch from None
 
-    def _refuse_low_order(self, x25519_share: bytes) -> None:
-        """HPKE reports an all-zero X25519 secret as a wrong tag; for age it is a malformed stanza."""
+    def _check_low_order(self, x25519_share: bytes) -> None:
+        """Raise DecryptFailed for an all-zero X25519 secret, which HPKE reports as a wrong tag."""
         try:
             self._x25519.exchange(X25519PublicKey.from_public_bytes(x25519_share))
         except ValueError as exc:
             raise DecryptFailed from exc
-
-
-def _share(stanza: Stanza) -> bytes:
-    if len(stanza.args) != 2 or len(stanza.body) != WRAPPED_BYTES:  # noqa: PLR2004 -- type and share
-        raise DecryptFailed
-    share = b64decode(stanza.args[1].encode("ascii"))
-    if len(share) != _SHARE_BYTES:
-        raise DecryptFailed
-    return share

@@ -1,4 +1,4 @@
-"""The native key types of age, X25519 and the post-quantum hybrid, by what they have in common."""
+"""The native key types of age: the common interface of X25519 and the post-quantum hybrid."""
 
 import hashlib
 from typing import Protocol
@@ -8,7 +8,7 @@ from kms_core.age.header import Stanza
 
 
 class Identity(Protocol):
-    """What X25519 and the post-quantum hybrid have in common."""
+    """A private key that unwraps file keys."""
 
     @property
     def recipient(self) -> "Recipient": ...
@@ -24,19 +24,19 @@ class Recipient(Protocol):
 
 
 def version_of(recipient: Recipient) -> str:
-    """The key version: first 8 hex digits of SHA-256 over the recipient string."""
+    """The key version: the first 8 hexadecimal digits of SHA-256 over the recipient string."""
     return hashlib.sha256(str(recipient).encode("ascii")).hexdigest()[:8]
 
 
 def parse_identity(text: str) -> Identity:
-    """An identity of either native type; ValueError (without the text) if it is neither."""
+    """Parse an identity of either native type. Raises ValueError, without the text, if it is neither."""
     if text.upper().startswith(mlkem768x25519.IDENTITY_PREFIX):
         return mlkem768x25519.HybridIdentity.parse(text)
     return x25519.X25519Identity.parse(text)
 
 
 def parse_recipient(text: str) -> Recipient:
-    """A recipient of either native type; ValueError (without the text) if it is neither."""
+    """Parse a recipient of either native type. Raises ValueError, without the text, if it is neither."""
     if text.lower().startswith(mlkem768x25519.RECIPIENT_PREFIX + "1"):
         return mlkem768x25519.HybridRecipient.parse(text)
     return x25519.X25519Recipient.parse(text)

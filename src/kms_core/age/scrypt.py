@@ -1,7 +1,7 @@
-"""Passphrase files: the scrypt stanza, made and opened; for the ``kms`` command only, and slow on purpose.
+"""The scrypt stanza of passphrase files. Only the ``kms`` command uses it; it is slow by design.
 
-Source: C2SP age specification, "The scrypt recipient type". A work factor w means N = 2^w, r = 8, p = 1:
-2^w KiB of memory (18: 256 MiB and some 0.9 s). A file key is 16 bytes, its wrap 32.
+Source: C2SP age specification, "The scrypt recipient type". A work factor w means N = 2^w, r = 8, p = 1 and
+2^w KiB of memory (18: 256 MiB, about 0.9 s). A file key has 16 bytes, a wrapped one 32.
 """
 
 import os
@@ -27,9 +27,9 @@ _DECIMAL: Final = re.compile(r"[1-9][0-9]{0,2}", re.ASCII)
 
 
 def stanza_of(stanzas: Sequence[Stanza]) -> Stanza | None:
-    """The stanza of a passphrase file, or None if the header belongs to keys.
+    """The stanza of a passphrase file; None in a header for keys.
 
-    Raises DecryptFailed if it is not alone: a passphrase must not open what others were sent.
+    Raises DecryptFailed beside other stanzas: a passphrase must not open a file that was sent to others.
     """
     found = [stanza for stanza in stanzas if stanza.type == STANZA_TYPE]
     if found and len(stanzas) > 1:
@@ -45,15 +45,18 @@ def wrap(file_key: bytes, passphrase: str, work_factor: int = WORK_FACTOR) -> St
 
 
 def unwrap(stanza: Stanza, passphrase: str, max_work_factor: int = WORK_FACTOR) -> bytes:
-    """The 16-byte file key. NoMatch if the passphrase is wrong, DecryptFailed if malformed or too costly."""
+    """Unwrap a 16-byte file key. Raises NoMatch for a wrong passphrase, DecryptFailed.
+
+    A work factor above ``max_work_factor`` is a DecryptFailed, too.
+    """
     if stanza.type != STANZA_TYPE:
         raise NoMatch
     salt, work_factor = _read(stanza)
     if work_factor > max_work_factor:
-        asked = (
-            f"The file asks for scrypt work factor {work_factor}, above the {max_work_factor} allowed here"
+        raise DecryptFailed(
+            f"The file has scrypt work factor {work_factor}, above the {max_work_factor} allowed; "
+            "each step doubles the memory, 18 takes 256 MiB"
         )
-        raise DecryptFailed(f"{asked}; each step doubles the memory, 18 takes 256 MiB")
     try:
         return ChaCha20Poly1305(_wrap_key(passphrase, salt, work_factor)).decrypt(
             _ZERO_NONCE, stanza.body, None

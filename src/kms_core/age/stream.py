@@ -1,9 +1,9 @@
-"""The age payload in memory: STREAM over ChaCha20-Poly1305; knows no header, file or thread.
+"""The age payload in memory: STREAM with ChaCha20-Poly1305; knows no header, file or thread.
 
-Source: C2SP age specification, "Payload". A payload is cut into chunks of 64 KiB, the last of them shorter
-or not; each is sealed to 16 bytes more, under an 11-byte counter and a byte that marks the last chunk. The
-last chunk is empty only if the whole payload is. All sizes are in bytes and leave out the 16-byte payload
-nonce, which stands between header and chunks.
+Source: C2SP age specification, "Payload". A payload is divided into chunks of 64 KiB, of which the last may
+be shorter. Each sealed chunk is 16 bytes longer; its nonce is an 11-byte counter and a byte that marks the
+last chunk. The last chunk is empty only in an empty payload. Sizes are in bytes and exclude the 16-byte
+payload nonce between header and chunks.
 """
 
 import io
@@ -30,7 +30,7 @@ _ONLY: Final = bytes(_COUNTER) + _LAST
 
 
 def payload_key(file_key: bytes, nonce: bytes) -> bytes:
-    """The 32-byte key of one payload, from the 16-byte file key and the 16-byte payload nonce."""
+    """Derive the 32-byte payload key from the 16-byte file key and the 16-byte payload nonce."""
     return hkdf(file_key, salt=nonce, info=b"payload")
 
 
@@ -40,7 +40,7 @@ def nonce(index: int, *, last: bool) -> bytes:
 
 
 def nonces(first: int, count: int, *, last: bool) -> list[bytes]:
-    """The nonces of ``count`` chunks from ``first`` on; ``last`` says that the payload ends with them."""
+    """The nonces of ``count`` chunks from ``first`` on; with ``last`` the payload ends with them."""
     run = [index.to_bytes(_COUNTER, "big") + _MORE for index in range(first, first + count)]
     if last:
         run[-1] = nonce(first + count - 1, last=True)
@@ -48,17 +48,17 @@ def nonces(first: int, count: int, *, last: bool) -> list[bytes]:
 
 
 def chunk_count(plaintext_size: int) -> int:
-    """How many chunks a plaintext makes; at least one."""
+    """The number of chunks of a plaintext, at least 1."""
     return max(1, -(-plaintext_size // CHUNK))
 
 
 def sealed_size(plaintext_size: int) -> int:
-    """The size of the chunks that seal so many bytes."""
+    """The size of the sealed chunks of a plaintext."""
     return plaintext_size + TAG * chunk_count(plaintext_size)
 
 
 def plaintext_size(sealed_size: int) -> int:
-    """The plaintext behind chunks of this size; DecryptFailed if no payload has it."""
+    """The size of the plaintext of sealed chunks. Raises DecryptFailed if no payload has that size."""
     chunks = -(-sealed_size // SEALED_CHUNK)
     size = sealed_size - TAG * chunks
     if size < 0 or chunk_count(size) != chunks:
@@ -67,7 +67,7 @@ def plaintext_size(sealed_size: int) -> int:
 
 
 def seal(key: bytes, plaintext: Buffer) -> bytes:
-    """Seal a whole payload under its 32-byte payload key, which must never have sealed another."""
+    """Seal a whole payload under its 32-byte payload key, which must not seal any other."""
     aead = ChaCha20Poly1305(key)
     if len(plaintext) <= CHUNK:
         return aead.encrypt(_ONLY, plaintext, None)
@@ -79,15 +79,15 @@ def seal(key: bytes, plaintext: Buffer) -> bytes:
 
 
 def open_(key: bytes, sealed: Buffer) -> bytes:
-    """Open a whole payload; DecryptFailed if it is cut, tampered, or sealed under another key."""
+    """Open a whole payload. Raises DecryptFailed if it is truncated, changed, or sealed under another key."""
     plaintext_size(len(sealed))
     return open_run(ChaCha20Poly1305(key), 0, sealed, last=True)
 
 
 def open_run(aead: ChaCha20Poly1305, first: int, sealed: Buffer, *, last: bool) -> bytes:
-    """Open consecutive chunks of a payload, from number ``first`` on; DecryptFailed unless all are genuine.
+    """Open consecutive chunks from number ``first`` on. Raises DecryptFailed unless all are genuine.
 
-    Nothing of a run that fails is released. The caller answers for the run's size.
+    The caller bounds their size, since all plaintext is held until the last chunk is verified.
     """
     if len(sealed) <= SEALED_CHUNK:
         try:
@@ -104,9 +104,9 @@ def open_run(aead: ChaCha20Poly1305, first: int, sealed: Buffer, *, last: bool) 
 def open_into(
     aead: ChaCha20Poly1305, run: Iterable[bytes], sealed: Iterable[memoryview], plain: Sequence[memoryview]
 ) -> None:
-    """Open chunks into ``plain``, in place or not; if any is forged, clear all of it and raise DecryptFailed.
+    """Open chunks into ``plain``, in place or not. If one is forged, clear ``plain`` and raise DecryptFailed.
 
-    Without the clearing the forged plaintext would stay there: ``decrypt_into`` checks the tag last.
+    ``decrypt_into`` checks the tag last, so forged plaintext would remain there otherwise.
     """
     try:
         deque(map(aead.decrypt_into, run, sealed, repeat(None), plain), 0)
@@ -117,12 +117,12 @@ def open_into(
 
 
 def cut(data: memoryview, width: int) -> list[memoryview]:
-    """Pieces of ``width`` bytes, the last of what remains."""
+    """Views of ``width`` bytes each, the last one of the remaining bytes."""
     return [data[start : start + width] for start in range(0, len(data), width)]
 
 
 def blank(size: int) -> tuple[io.BytesIO, memoryview]:
-    """A buffer to fill whose ``getvalue()`` is then ``bytes`` without another copy."""
+    """A buffer and its writable view; ``getvalue()`` of the buffer returns ``bytes`` without a copy."""
     out = io.BytesIO()
     out.seek(size - 1)
     out.write(b"\x00")

@@ -1,6 +1,6 @@
-"""X25519 recipients and identities: the classic native key type of age; one stanza in, one file key out.
+"""X25519 recipients and identities, the classic native key type of age. Each stanza wraps one file key.
 
-Source: C2SP age specification, "The X25519 recipient type". A file key is 16 bytes, its wrap 32.
+Source: C2SP age specification, "The X25519 recipient type". A file key has 16 bytes, a wrapped one 32.
 """
 
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ _ZERO_NONCE: Final = bytes(12)
 
 
 class NoMatch(DecryptFailed):
-    """The stanza is for somebody else: try the next. Ends as DecryptFailed when none is left."""
+    """The stanza is for another key: try the next. DecryptFailed if none is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class X25519Recipient:
 
 @dataclass(frozen=True, slots=True)
 class X25519Identity:
-    """A private key, ``AGE-SECRET-KEY-1…``; never shown by ``repr``."""
+    """A private key, ``AGE-SECRET-KEY-1…``; not in ``repr``."""
 
     secret: bytes = field(repr=False)
     recipient: X25519Recipient = field(init=False)
@@ -86,17 +86,17 @@ class X25519Identity:
         return cls(data)
 
     def export(self) -> str:
-        """The secret as text, for a key file and nothing else."""
+        """The secret as text, only for a key file."""
         return bech32.encode(IDENTITY_PREFIX, self.secret)
 
     def unwrap(self, stanza: Stanza) -> bytes:
-        """The 16-byte file key. NoMatch if the stanza is for another identity, DecryptFailed if malformed.
+        """Unwrap a 16-byte file key. Raises NoMatch for a stanza of another identity, DecryptFailed.
 
         The body's length is checked before anything is decrypted: a longer one is a partitioning oracle.
         """
         if stanza.type != STANZA_TYPE:
             raise NoMatch
-        share = _share(stanza)
+        share = share_of(stanza, _KEY_BYTES)
         try:
             secret = self._key.exchange(X25519PublicKey.from_public_bytes(share))
         except ValueError as exc:  # a low-order share: the all-zero shared secret
@@ -108,10 +108,11 @@ class X25519Identity:
             raise NoMatch from None
 
 
-def _share(stanza: Stanza) -> bytes:
+def share_of(stanza: Stanza, size: int) -> bytes:
+    """The share of ``size`` bytes in a stanza. Raises DecryptFailed for another shape of share or body."""
     if len(stanza.args) != 2 or len(stanza.body) != WRAPPED_BYTES:  # noqa: PLR2004 -- type and share
         raise DecryptFailed
     share = b64decode(stanza.args[1].encode("ascii"))
-    if len(share) != _KEY_BYTES:
+    if len(share) != size:
         raise DecryptFailed
     return share

@@ -1,11 +1,11 @@
-"""The audit trail: one JSON line per operation, chained, signed, and appended before the result leaves.
+"""The audit log: one JSON line per operation, chained and signed, appended before the result leaves.
 
-A record holds who, what, which key, sizes, the outcome and how long it took; of a context the keys, and the
-values as keyed hashes. If a line cannot be written, AuditUnavailable is raised and the result is withheld.
+A record holds principal, operation, key, sizes, result and duration, and the context: its keys, and keyed
+hashes of its values. If a record cannot be written, AuditUnavailable is raised and the result is withheld.
 
-``record`` is what is written, ``chain`` what binds one line to all before it, ``trail`` the writer,
-``keeper`` what happens beside it (checkpoints in time, anchors, copies, retention). ``verify``, ``receipt``
-and ``reading`` need the files alone. Format and promises: docs/audit.md.
+``record`` has the records, ``chain`` the format of lines, ``log`` the writer, ``maintenance`` its periodic
+work (checkpoints, anchors, copies, retention). ``query`` and ``verification`` need only the files.
+Format and guarantees: docs/audit.md.
 """
 
 from kms_core.audit.log import AuditLog, AuditLogRules
@@ -13,16 +13,19 @@ from kms_core.audit.record import (
     AuditRecord,
     AuditWriter,
     Noted,
+    append,
+    begin_effect,
     denied,
     effect,
+    effect_name,
     identified,
     job_id,
     noted,
     read,
+    record_denial,
     recorded,
     request_id,
     source,
-    turned_away,
 )
 
 __all__ = [
@@ -31,14 +34,17 @@ __all__ = [
     "AuditRecord",
     "AuditWriter",
     "Noted",
+    "append",
+    "begin_effect",
     "denied",
     "effect",
+    "effect_name",
     "identified",
     "job_id",
     "noted",
     "read",
+    "record_denial",
     "recorded",
     "request_id",
     "source",
-    "turned_away",
 ]

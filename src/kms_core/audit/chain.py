@@ -1,17 +1,50 @@
-"""What binds one line to all before it. Pure functions over bytes; docs/audit.md has the same in words.
+"""Lines of an audit chain: their heads, signatures and times. Pure functions over bytes (docs/audit.md).
 
-A line is ``body + ,"head":"<64 hex digits>"}``. Its head is SHA-256(head of the line before ||
-SHA-256(body)), and 32 zero bytes stand before the first line. So the head of a line stands for every byte
-before it, and a proof for one line needs the digests of the lines after it, not the lines.
+A line is ``body + ,"head":"<64 hex digits>"}``. Its head is SHA-256(head of the previous line ||
+SHA-256(body)); the head before the first line is 32 zero bytes. The head of a line therefore commits to
+every byte before it, and a proof for one line needs the digests of later lines only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from datetime import datetime
 from hashlib import sha256
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
+from kms_protocol.units import time_text
 from kms_protocol.wire import NOT_JSON
+
+_SECOND_NS: Final = 1_000_000_000
+
+
+class LineClock:
+    """Times of lines, UTC to the microsecond. They never go back, even if the clock does."""
+
+    def __init__(self, clock: Callable[[], int]) -> None:
+        self._clock = clock
+        self._last = 0
+        self._second, self._text = -1, b""
+
+    def __call__(self) -> tuple[bytes, bytes]:
+        """The time, and a field with the time of the clock if that is a second or more behind."""
+        now = self._clock()
+        at = self._last = max(now, self._last)
+        second, rest = divmod(at, _SECOND_NS)
+        if second != self._second:
+            self._second, self._text = second, _text(second)
+        clock = b'"clock":"%b.%06dZ",' % _parts(now) if at - now >= _SECOND_NS else b""
+        return b"%b.%06dZ" % (self._text, rest // 1000), clock
+
+
+def _parts(at_ns: int) -> tuple[bytes, int]:
+    second, rest = divmod(at_ns, _SECOND_NS)
+    return _text(second), rest // 1000
+
+
+def _text(second: int) -> bytes:
+    return time_text(second)[:-1].encode()
+
 
 ZERO: Final = bytes(32)
 HEAD: Final = b',"head":"'
@@ -30,21 +63,24 @@ RESUMED: Final = "resumed"
 RETIRED: Final = "retired"
 SIGNED: Final = frozenset({CHECKPOINT, ROTATED, CLOSED})
 ENDS: Final = frozenset({ROTATED, CLOSED})
-"""Kinds of the last line of a file: its process writes nothing behind it."""
+"""Kinds of the last line of a segment: its process writes nothing after it."""
+
+
+LineNumber = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class ChainHead(msgspec.Struct, frozen=True, array_like=True):
-    """The last line of a chain, as somebody saw it: number, head (hex), and when its file was opened."""
+    """The last line of a chain as another saw it: number, head (hex), opening time of its segment."""
 
-    seq: int
+    seq: LineNumber
     head: str
     opened: str
 
 
 class ChainLine(msgspec.Struct, frozen=True, kw_only=True):
-    """Any line, as far as readers of chains need it. Operations have no ``kind``."""
+    """The fields of a line that belong to the chain. Lines of operations have no ``kind``."""
 
-    seq: int
+    seq: LineNumber
     chain: str
     time: str
     head: str = ""
@@ -69,7 +105,7 @@ _decode: Final = msgspec.json.Decoder(ChainLine).decode
 
 
 def read(line: bytes) -> ChainLine | None:
-    """A line without its newline, decoded; None if it is not one."""
+    """Decode a line without its newline; None if it is not a line of a chain."""
     try:
         return _decode(line)
     except NOT_JSON:
@@ -77,16 +113,17 @@ def read(line: bytes) -> ChainLine | None:
 
 
 def digest(body: bytes) -> bytes:
+    """Return the SHA-256 of a line's body (32 bytes)."""
     return sha256(body).digest()
 
 
 def head_after(before: bytes, body: bytes) -> bytes:
-    """32 bytes."""
+    """The head (32 bytes) of a line with this body, after a line with the head ``before``."""
     return sha256(before + sha256(body).digest()).digest()
 
 
 def follow(head: bytes, digests: Iterable[bytes]) -> bytes:
-    """The head after further lines, of which only the digests are known."""
+    """The head after further lines, given by the digests of their bodies."""
     for each in digests:
         head = sha256(head + each).digest()
     return head
@@ -99,20 +136,20 @@ def seal(before: bytes, body: bytes) -> tuple[bytes, bytes]:
 
 
 def body_of(line: bytes) -> bytes:
-    """What the head of a line (without newline) is made over."""
+    """The part of a line (without newline) that its head is computed over."""
     return line[:-TAIL_BYTES]
 
 
 def claimed_head(line: bytes) -> bytes | None:
-    """The head that a line says it has; None if it does not end as a line does."""
+    """The head in a line (32 bytes), unchecked; None if the line does not end with one."""
     tail = line[-TAIL_BYTES:]
     if not (tail.startswith(HEAD) and tail.endswith(END) and len(tail) == TAIL_BYTES):
         return None
-    return octets(tail[len(HEAD) : -len(END)].decode("latin-1"))
+    return from_hex(tail[len(HEAD) : -len(END)].decode("latin-1"))
 
 
-def octets(text: str) -> bytes | None:
-    """The bytes that hex digits stand for, in lower case as a trail writes them; None for any other text."""
+def from_hex(text: str) -> bytes | None:
+    """The bytes of lower-case hex digits; None for any other text."""
     try:
         found = bytes.fromhex(text)
     except ValueError:
@@ -121,19 +158,24 @@ def octets(text: str) -> bytes | None:
 
 
 def is_sound(before: bytes, line: bytes) -> bool:
-    """Whether the line says the head that follows from what stands before it."""
+    """Return whether the head in the line is the right one after the head ``before``."""
     return claimed_head(line) == head_after(before, body_of(line))
 
 
 def text_to_sign(unsigned: bytes) -> bytes:
-    """``unsigned`` is the body up to its signature; the head of the line before is in it, as ``previous``."""
+    """The text to sign for a body up to its signature, which has the head before the line as ``previous``."""
     return LABEL + unsigned
 
 
 def parts_of_signed(line: bytes) -> tuple[bytes, str] | None:
-    """The unsigned body and the signature (base64) of a signed line; None if it has none at its end."""
+    """The unsigned body and the signature (base64) of a signed line; None for a line without a signature."""
     body = body_of(line)
     unsigned, rest = body[:-_SIGNED_TAIL], body[-_SIGNED_TAIL:]
     if not rest.startswith(SIGNATURE) or not rest.endswith(b'"'):
         return None
     return unsigned, rest[len(SIGNATURE) : -1].decode("ascii", "replace")
+
+
+def text_of(at: datetime) -> str:
+    """A time in the format of lines (RFC 3339, microseconds, Z)."""
+    return time_text(at, "microseconds")

@@ -1,12 +1,11 @@
-"""The two keys of an audit trail: one hides context values, one signs checkpoints. Made at first start."""
+"""The two keys of an audit log, created at first start: one hides context values, one signs checkpoints."""
 
 import base64
 import hashlib
 import hmac
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, Self
@@ -16,26 +15,29 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from kms_core import secure_files
+from kms_core.age.header import is_age_file
 from kms_core.audit import chain
 from kms_core.audit.chain import ChainLine
-from kms_core.durable import sync_folder
-from kms_core.secure_files import open_to_others
 from kms_protocol import small_files
 from kms_protocol.context import Context, length_prefixed
-from kms_protocol.errors import ConfigurationError
+from kms_protocol.errors import AuditUnavailable, BackendUnavailable, ConfigurationError
 
 KEY_BYTES: Final = 32
-_REPEATED: Final = (
-    1024  # contexts that callers say again and again: what is kept of them stays below a megabyte
-)
+CONCEALING: Final = "kms:audit"
+SIGNING: Final = "kms:audit-signing"
+"""The names under which the two keys may be sealed (``envelope.sealed_files``)."""
+_REPEATED: Final = 1024  # cached contexts, which take less than a megabyte
 _SHORT_BYTES: Final = 256
 _SHOWN: Final = 32  # hex digits of a hash: 128 bits
 _ENDS: Final = "-----END PUBLIC KEY-----\n"
 _log = structlog.get_logger(__name__)
+OpenSealed = Callable[[str, bytes], bytes]
+"""Opens a sealed key file by its name, as ``envelope.sealed_files.SealedFiles.open``."""
 
 
 class Concealer:
-    """HMAC-SHA256 of context values, cut to 128 bits: who knows the key can compare a guess, nobody else."""
+    """HMAC-SHA256 of context values, cut to 128 bits: only a holder of the key can test a guess."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
@@ -43,15 +45,18 @@ class Concealer:
         self._repeated = lru_cache(maxsize=_REPEATED)(self._conceal)
 
     @classmethod
-    def at(cls, path: Path, *, strict: bool = False) -> Self:
-        """The key in a file, made if there is none. Raises ConfigurationError."""
+    def at(cls, path: Path, *, strict: bool = False, open_sealed: OpenSealed | None = None) -> Self:
+        """The key in a file, which is created if it does not exist; ``open_sealed`` opens a sealed one.
+
+        Raises ConfigurationError, AuditUnavailable while the root of a sealed file is away.
+        """
         _make(path, lambda: base64.b64encode(os.urandom(KEY_BYTES)) + b"\n")
         try:
-            key = base64.b64decode(_secret(path, strict=strict), validate=False)
+            key = base64.b64decode(_secret(path, CONCEALING, open_sealed, strict=strict), validate=False)
         except ValueError:
             key = b""
         if len(key) != KEY_BYTES:
-            raise ConfigurationError(f"{path} is not an audit key: move it away, and a new one is made")
+            raise ConfigurationError(f"{path} is not an audit key: move it away, and a new one is created")
         return cls(key)
 
     def conceal(self, tenant: str, context: Context) -> Mapping[str, str]:
@@ -62,7 +67,7 @@ class Concealer:
 
     def _conceal(self, tenant: str, context: Context) -> Mapping[str, str]:
         keyed = self._tenants.get(tenant)
-        if keyed is None:  # of callers known to the service: a handful
+        if keyed is None:  # there are few tenants
             keyed = self._tenants[tenant] = hmac.new(self._key, length_prefixed(tenant.encode()), "sha256")
         hidden = {}
         for name, value in context.pairs:
@@ -77,21 +82,26 @@ class Signer:
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
-        self.public = _raw(key.public_key())
+        self.public = key.public_key().public_bytes_raw()
         self.key_id = key_id(self.public)
         self.known = PublicKeys.of([self.public])
-        """All keys that have signed here."""
+        """This key and all former keys of the file beside it."""
 
     @classmethod
-    def at(cls, path: Path, *, strict: bool = False) -> Self:
-        """The key in a file, made if there is none. Raises ConfigurationError."""
+    def at(cls, path: Path, *, strict: bool = False, open_sealed: OpenSealed | None = None) -> Self:
+        """The key in a file, which is created if it does not exist; ``open_sealed`` opens a sealed one.
+
+        Raises ConfigurationError, AuditUnavailable while the root of a sealed file is away.
+        """
         _make(path, _new_private_key)
         try:
-            key = serialization.load_pem_private_key(_secret(path, strict=strict), None)
+            key = serialization.load_pem_private_key(_secret(path, SIGNING, open_sealed, strict=strict), None)
         except (ValueError, TypeError):
             key = None
         if not isinstance(key, Ed25519PrivateKey):
-            raise ConfigurationError(f"{path} is not an Ed25519 key in PEM: move it away, and one is made")
+            raise ConfigurationError(
+                f"{path} is not an Ed25519 key in PEM: move it away, and a new one is created"
+            )
         made = cls(key)
         made._publish(public_path(path))
         return made
@@ -101,7 +111,7 @@ class Signer:
         return base64.b64encode(self._key.sign(text))
 
     def _publish(self, path: Path) -> None:
-        """Add the public key to those that have signed here: what a former key signed stays verifiable."""
+        """Add the public key to the file of public keys: lines signed by former keys stay verifiable."""
         known = PublicKeys.read(path) if path.exists() else PublicKeys({})
         if self.key_id not in known.keys:
             with _configuring(path), path.open("a") as file:
@@ -110,11 +120,12 @@ class Signer:
 
 
 class PublicKeys:
-    """Keys that a verifier trusts, by their ids."""
+    """Public keys that a verifier trusts, by their ids."""
 
     def __init__(self, keys: Mapping[str, bytes]) -> None:
         self.keys = dict(keys)
         self._loaded: dict[str, Ed25519PublicKey] = {}
+        self._verified: set[tuple[str, bytes, str]] = set()
 
     @classmethod
     def of(cls, raw: Iterable[bytes]) -> Self:
@@ -126,17 +137,14 @@ class PublicKeys:
         with _configuring(path):
             blocks = small_files.read(path).decode("ascii", "replace").split(_ENDS)
         try:
-            keys = [
-                serialization.load_pem_public_key((block + _ENDS).encode())
-                for block in blocks
-                if block.strip()
-            ]
+            load = serialization.load_pem_public_key
+            keys = [load((block + _ENDS).encode()) for block in blocks if block.strip()]
         except ValueError as exc:
             raise ConfigurationError(f"{path} holds no public keys in PEM") from exc
-        return cls.of(_raw(key) for key in keys if isinstance(key, Ed25519PublicKey))
+        return cls.of(key.public_bytes_raw() for key in keys if isinstance(key, Ed25519PublicKey))
 
     def signed(self, line: bytes) -> ChainLine | None:
-        """A signed line (without newline) whose head fits, and whose signature is by a key known here."""
+        """Decode a signed line (without newline); None unless a known key signed it and its head is right."""
         found, parts = chain.read(line), chain.parts_of_signed(line)
         if found is None or parts is None or found.kind not in chain.SIGNED:
             return None
@@ -149,15 +157,20 @@ class PublicKeys:
         return found if good else None
 
     def _verifies(self, key: str, text: bytes, signature: str) -> bool:
-        """Whether a key of this id is known and made this signature (base64)."""
+        """Return whether this is a signature (base64) by a known key of this id."""
         if key not in self.keys:
             return False
+        signed = key, chain.digest(text), signature
+        if signed in self._verified:
+            return True
         if key not in self._loaded:
             self._loaded[key] = Ed25519PublicKey.from_public_bytes(self.keys[key])
         try:
             self._loaded[key].verify(base64.b64decode(signature, validate=True), text)
         except (InvalidSignature, ValueError):
             return False
+        if len(self._verified) < _REPEATED:
+            self._verified.add(signed)
         return True
 
 
@@ -167,6 +180,7 @@ def key_id(public: bytes) -> str:
 
 
 def public_path(private: Path) -> Path:
+    """Return the path of the public key beside a private one."""
     return private.with_suffix(".pub")
 
 
@@ -177,10 +191,6 @@ def pem(public: bytes) -> str:
     return key.public_bytes(serialization.Encoding.PEM, form).decode("ascii")
 
 
-def _raw(key: Ed25519PublicKey) -> bytes:
-    return key.public_bytes_raw()
-
-
 def _new_private_key() -> bytes:
     return Ed25519PrivateKey.generate().private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -188,35 +198,29 @@ def _new_private_key() -> bytes:
 
 
 def _make(path: Path, content: Callable[[], bytes]) -> None:
-    """A private file, whole or not there; of two processes that make it at once, one wins for both."""
+    """Create a private file if it does not exist; of two processes, both use the file of the first."""
     if path.exists():
         return
     with _configuring(path):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        fresh = Path(name)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(content())
-                file.flush()
-                os.fsync(fd)
-            with suppress(FileExistsError):
-                os.link(fresh, path)
-        finally:
-            fresh.unlink()
-        sync_folder(path.parent)
+        secure_files.create(path, content())
 
 
-def _secret(path: Path, *, strict: bool) -> bytes:
+def _secret(path: Path, name: str, open_sealed: OpenSealed | None, *, strict: bool) -> bytes:
+    """The content of a key file; of a sealed one as ``name``."""
     with _configuring(path):
-        mode = open_to_others(path)
         content = small_files.read(path)
-    if mode:
-        advice = f"{path} can be read by others (mode {mode:04o}): run `chmod 600 {path}`"
-        if strict:
-            raise ConfigurationError(advice)
-        _log.warning("key.file_open_to_others", path=str(path), mode=f"{mode:04o}", advice=advice)
-    return content
+        secure_files.check_secret(path, _log.warning, "key.file_open_to_others", strict=strict)
+    if not is_age_file(content):
+        return content
+    if open_sealed is None:
+        raise ConfigurationError(f"The audit key {path} is sealed, and this program opens no sealed keys")
+    try:
+        return open_sealed(name, content)
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"The audit key {path} cannot be opened: {exc.detail}") from exc
+    except BackendUnavailable as exc:
+        raise AuditUnavailable(f"The audit key {path} cannot be opened: {exc.detail}") from exc
 
 
 @contextmanager

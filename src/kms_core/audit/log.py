@@ -1,8 +1,8 @@
-"""The writer: one chain for each process, in files of its own. Nothing is answered before its line is there.
+"""The writer of the audit log: one chain for each process, in segments of its own.
 
-A process never writes to a file that another began: a torn tail stays the end of its file. A file that was
-deleted, moved, cut or written to by others is noticed at the next record, and the chain goes on in the next
-file, which says so.
+A process never writes to a segment of another: a torn last line stays the end of its segment. The next record
+detects that a segment was deleted, moved, truncated or written to by another program; the chain then goes on
+in the next segment, whose first line has the reason.
 """
 
 import os
@@ -18,14 +18,12 @@ import msgspec
 import structlog
 
 from kms_core.audit import chain, segments
-from kms_core.audit.chain import ChainHead
-from kms_core.audit.denials import Denials
-from kms_core.audit.file import SegmentFile
+from kms_core.audit.chain import ChainHead, LineClock
 from kms_core.audit.keys import Concealer, Signer
-from kms_core.audit.record import COUNTED, AuditRecord, noted
-from kms_core.audit.stamp import LineClock
-from kms_core.durable import sync_folder
+from kms_core.audit.record import COUNTED, AuditRecord, Denials, noted
+from kms_core.audit.segments import SegmentFile
 from kms_core.observability import metrics
+from kms_core.secure_files import sync_folder
 from kms_protocol import __version__
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable
@@ -35,14 +33,14 @@ MiB: Final = 1024 * 1024
 _MINUTE_S: Final = 60
 _DAY_S: Final = 24 * 3600
 _ENOUGH_BYTES: Final = 64 * 1024
-_GROUP_LINES: Final = 100  # what may wait for its group: a killed process loses so many, and their results
+_GROUP_LINES: Final = 100  # that may wait in a group: a killed process loses these and their results
 _encode: Final = msgspec.json.encode
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class AuditLogRules:
-    """From settings. A checkpoint is due after so many lines, and so many seconds after an unsigned one."""
+    """Settings of the log. A checkpoint is due after so many unsigned lines, or so many seconds."""
 
     fsync: bool = False
     rotate_bytes: int = 64 * MiB
@@ -51,7 +49,7 @@ class AuditLogRules:
 
 
 class _Group:
-    """What one thread appends together: encoded records that wait, and whether some could not be written."""
+    """Encoded records of one thread that wait to be written together, and the error of an earlier write."""
 
     __slots__ = ("denials", "failed", "waiting")
 
@@ -62,9 +60,9 @@ class _Group:
 
 
 class AuditLog:
-    """The chain of this process. Opens its first file with the first record; may be shared by threads."""
+    """The chain of this process. The first record creates its first segment. Safe in several threads."""
 
-    def __init__(  # noqa: PLR0913 -- where, whose, keys and rules
+    def __init__(  # noqa: PLR0913 -- folder, role, keys and rules
         self,
         folder: Path,
         role: str,
@@ -74,19 +72,19 @@ class AuditLog:
         *,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
-        """``role`` begins the names of files: ``api``, ``worker``. ``clock`` gives ns since the epoch."""
+        """``role`` begins the names of segments: ``api``, ``worker``. ``clock`` gives ns since the epoch."""
         self.folder = folder
         self._concealer = concealer
         self._role = role
         self._signer = signer
         self._rules = rules or AuditLogRules()
-        self._stamp = LineClock(clock)
+        self._line_time = LineClock(clock)
         self._lock = threading.Lock()
         self._thread = threading.local()
         self._begin()
 
     def _begin(self) -> None:
-        """A new chain, of which nothing is written yet."""
+        """Begin a new chain, without a segment yet."""
         self._pid = os.getpid()
         self._chain = ""
         self._file: SegmentFile | None = None
@@ -95,7 +93,8 @@ class AuditLog:
         self._unsigned, self._unsigned_since = 0, 0.0
         self._refused, self._refused_since = 0, ""
         self._opened_at, self._goes_on = 0.0, False
-        self.signed: bytes = b""
+        self.last_signed = b""
+        """The last signed line, with its newline; empty before the first."""
 
     # -- records ------------------------------------------------------------------------------------
 
@@ -131,7 +130,7 @@ class AuditLog:
             raise
 
     def _end(self, group: _Group) -> None:
-        """Who asked for a record that failed may have gone on with the next: the group fails as a whole."""
+        """Write the rest of a group, which fails as a whole: the caller may go on after a failed record."""
         with _counted():
             for record in group.denials.summaries:
                 group.waiting.append(_encode(record)[1:-1])
@@ -144,7 +143,7 @@ class AuditLog:
                 self._sync_all()
 
     def _write(self, records: list[bytes], *, sync: bool) -> str:
-        """Lines one after the other, by one call of the kernel: all or none. The id of the last."""
+        """Write lines by one system call, all or none; the id of the last."""
         try:
             with self._lock:
                 try:
@@ -152,45 +151,45 @@ class AuditLog:
                     self._put(file, *records)
                 except OSError:
                     self._refused += len(records)
-                    self._refused_since = self._refused_since or self._stamp()[0].decode()
+                    self._refused_since = self._refused_since or self._line_time()[0].decode()
                     raise
                 name, size = f"{self._chain}:{self._seq}", file.size
                 if self._unsigned >= self._rules.checkpoint_lines or size >= self._rules.rotate_bytes:
-                    self._tend(file)
+                    self._checkpoint_or_rotate(file)
             if sync:
                 file.sync(size)
         except OSError as exc:
-            raise AuditUnavailable(f"The audit trail cannot be written ({exc.strerror})") from exc
+            raise _cannot_write_error(exc) from exc
         note = noted.get()
         if note is not None:
             note.audit_id = name
         return name
 
     def check(self) -> None:
-        """Also tries to write again, if records could not be: what makes readiness come back."""
+        """As ``AuditWriter.check``; also retries a failed write, so that the service becomes ready again."""
         try:
             with self._lock:
                 self._ready()
             room = os.statvfs(self.folder)
         except OSError as exc:
-            raise AuditUnavailable(f"The audit trail cannot be written ({exc.strerror})") from exc
+            raise _cannot_write_error(exc) from exc
         if room.f_bavail * room.f_frsize < _ENOUGH_BYTES:
-            raise AuditUnavailable("The audit trail cannot be written (its disk is full)")
+            raise AuditUnavailable("The audit log cannot be written (its disk is full)")
 
     @property
-    def place(self) -> tuple[str, int]:
-        """The chain and the number of its newest file; 0 before the first."""
+    def position(self) -> tuple[str, int]:
+        """The chain and the number of its newest segment; 0 before the first."""
         return self._chain, self._number
 
-    # -- what keeps a chain in order ------------------------------------------------------------------
+    # -- checkpoints and segments ---------------------------------------------------------------------
 
-    def tend(self) -> None:
-        """Sign what has waited long enough, and begin a new file each day. Called in time; never raises."""
+    def checkpoint_if_due(self) -> None:
+        """Sign lines that were unsigned for long enough, and begin a new segment each day. Never raises."""
         with suppress(OSError):
             heads: dict[str, ChainHead] = {}
-            if self._is_due():  # read what others have written before anybody has to wait for the lock
+            if self._is_due():  # read other chains before any thread has to wait for the lock
                 recent = time.time() - 2 * self._rules.checkpoint_s - _MINUTE_S
-                heads = segments.tips(self.folder, self._signer.known, but=self._chain, since=recent)
+                heads = segments.chain_heads(self.folder, self._signer.known, but=self._chain, since=recent)
             with self._lock:
                 file = self._file
                 if file is None or self._pid != os.getpid() or not file.is_ours():
@@ -203,8 +202,8 @@ class AuditLog:
     def _is_due(self) -> bool:
         return self._unsigned > 0 and time.monotonic() - self._unsigned_since >= self._rules.checkpoint_s
 
-    def retired(self, before: str, files: int) -> None:
-        """Record that the files opened before a time are about to be removed. Raises AuditUnavailable."""
+    def record_removal(self, before: str, files: int) -> None:
+        """Record that segments opened up to a time will be removed now. Raises AuditUnavailable."""
         fields = {"kind": chain.RETIRED, "before": before, "files": files}
         try:
             with self._lock:
@@ -212,26 +211,26 @@ class AuditLog:
                 self._put(file, _encode(fields)[1:-1])
                 self._sign(file, chain.CHECKPOINT, {})
         except OSError as exc:
-            raise AuditUnavailable(f"The audit trail cannot be written ({exc.strerror})") from exc
+            raise _cannot_write_error(exc) from exc
 
     def close(self) -> None:
-        """The closing record, at a clean stop; never raises. A record after it begins a further file."""
+        """Append the closing line, at a clean stop; never raises. A later record begins a further segment."""
         with suppress(OSError), self._lock:
-            if self._pid == os.getpid() and self._goes_on:  # its last file is full, and is not the end
+            if (
+                self._pid == os.getpid() and self._goes_on
+            ):  # the last segment is full, and has no closing line
                 self._ready()
             file, self._file = self._file, None
             if file is None or self._pid != os.getpid():
                 return
             try:
                 if file.is_ours():
-                    self._sign(
-                        file, chain.CLOSED, segments.tips(self.folder, self._signer.known, but=self._chain)
-                    )
+                    self._sign(file, chain.CLOSED, self._other_heads())
             finally:
                 file.finish(sync=self._rules.fsync)
 
-    def _tend(self, file: SegmentFile) -> None:
-        """The record is there already: what fails here is tried again with the next one."""
+    def _checkpoint_or_rotate(self, file: SegmentFile) -> None:
+        """The record is written already, so an error is ignored: the next record tries again."""
         with suppress(OSError):
             if self._unsigned >= self._rules.checkpoint_lines:
                 self._sign(file, chain.CHECKPOINT, {})
@@ -250,7 +249,7 @@ class AuditLog:
         try:
             file.sync(file.size)
         except OSError as exc:
-            raise AuditUnavailable(f"The audit trail cannot be written ({exc.strerror})") from exc
+            raise _cannot_write_error(exc) from exc
 
     # -- lines, under the lock ------------------------------------------------------------------------
 
@@ -269,7 +268,7 @@ class AuditLog:
         return file
 
     def _open(self, before: SegmentFile | None) -> SegmentFile:
-        """The next file of the chain, or the first of a new one."""
+        """Create the next segment of the chain, or the first of a new one."""
         if before is not None:
             self._file, self._why = None, before.trouble
             before.abandon()
@@ -291,7 +290,7 @@ class AuditLog:
         return file
 
     def _sync_folder(self, file: SegmentFile) -> None:
-        """Or the file's name could be gone after a power cut, and its lines with it."""
+        """Sync the name of a new segment: a power cut could lose it, with its lines."""
         try:
             sync_folder(self.folder)
         except OSError:
@@ -310,16 +309,19 @@ class AuditLog:
         if self._number:
             fields |= {"previous": self._head.hex(), "previous_opened": self._opened}
         else:
-            fields["heads"] = segments.tips(self.folder, self._signer.known, but=self._chain)
+            fields["heads"] = self._other_heads()
         return _encode(fields)[1:-1]
 
+    def _other_heads(self) -> dict[str, ChainHead]:
+        return segments.chain_heads(self.folder, self._signer.known, but=self._chain)
+
     def _new_name(self) -> str:
-        at, _ = self._stamp()
+        at, _ = self._line_time()
         return f"{self._role}-{at.decode().replace('-', '').replace(':', '')}-{self._pid}"
 
     def _put(self, file: SegmentFile, *records: bytes) -> str:
-        """Lines, of one time; that time."""
-        at, clock = self._stamp()
+        """Append lines with the same time; that time."""
+        at, clock = self._line_time()
         begin = b',"chain":"%b","time":"%b",%b' % (self._chain.encode(), at, clock)
         head, lines = self._head, []
         for seq, fields in enumerate(records, start=self._seq + 1):
@@ -333,8 +335,8 @@ class AuditLog:
         return at.decode()
 
     def _sign(self, file: SegmentFile, kind: str, heads: dict[str, ChainHead]) -> None:
-        """A signed line: it stands for all lines before it, and for other chains as far as it saw them."""
-        at, clock = self._stamp()
+        """Append a signed line, which vouches for all lines before it and for the given heads."""
+        at, clock = self._line_time()
         fields = {
             "kind": kind,
             "previous": self._head.hex(),
@@ -353,12 +355,16 @@ class AuditLog:
         line, head = chain.seal(self._head, b'%b%b%b"' % (unsigned, chain.SIGNATURE, signature))
         file.append(line)
         self._seq, self._head, self._unsigned = self._seq + 1, head, 0
-        self.signed = line
+        self.last_signed = line
+
+
+def _cannot_write_error(exc: OSError) -> AuditUnavailable:
+    return AuditUnavailable(f"The audit log cannot be written ({exc.strerror})")
 
 
 @contextmanager
 def _counted() -> Iterator[None]:
-    """What fails after its records were counted as written."""
+    """Count an error of records that were counted as written already."""
     try:
         yield
     except AuditUnavailable:

@@ -1,23 +1,26 @@
-"""Pages of operations out of a trail, in the order of their times, by filter and cursor. Checks no chain.
+"""Pages of recorded operations, in the order of their times, by filter and cursor. Verifies no chain.
 
-A process stamps and writes a record in one go, so a record older than some seconds has none before it that
-is still to come. A cursor says up to when everything has been seen, and of later records how far each chain.
+A process takes the time of a record and writes it in one step, so no record will appear before one that is
+some seconds old. A cursor holds a time before which all records were read, and the last record of each chain
+after it; both for each host, since records of a copy appear later.
 """
 
 import base64
 import heapq
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from itertools import islice, takewhile
+from itertools import islice, repeat, takewhile
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from kms_core.audit import segments
-from kms_core.audit.retention import text_of
+from kms_core.audit import copies, segments
+from kms_core.audit.chain import text_of
+from kms_core.audit.copies import HostLog
 from kms_core.audit.segments import Segment
 from kms_protocol.errors import InvalidRequest
 from kms_protocol.wire import NOT_JSON
@@ -27,10 +30,16 @@ MOST_SCANNED: Final = 20_000
 _NOT_OK: Final = "failed"
 _LONGEST_CURSOR: Final = 16 * 1024
 _LATEST: Final = "9999"
+_BLOCK_BYTES: Final = 8192  # of each chain in memory
+_MOST_SEEN: Final = 100
+"""Chains of copies in a cursor; of more, those with the oldest lines are taken as complete."""
 
 
 class RecordedOperation(msgspec.Struct, frozen=True, kw_only=True):
-    """An operation as it was recorded. Other lines of a chain have none."""
+    """The record of an operation, as read back. Other lines of a chain have a ``kind``.
+
+    ``host`` is the host of its log, empty where only one log is read; it is no field of the record.
+    """
 
     seq: int
     chain: str
@@ -51,6 +60,10 @@ class RecordedOperation(msgspec.Struct, frozen=True, kw_only=True):
     key_version: str = ""
     backend: str = ""
     origin: str = ""
+    wrap_key: str = ""
+    file_id: str = ""
+    new_file_id: str = ""
+    stanzas: str = ""
     context: dict[str, str] = {}
     new_context: dict[str, str] = {}
     bytes_in: int = 0
@@ -58,21 +71,23 @@ class RecordedOperation(msgspec.Struct, frozen=True, kw_only=True):
     result: str = ""
     duration_us: int = 0
     count: int = 0
+    host: str = ""
 
     @property
     def id(self) -> str:
         return f"{self.chain}:{self.seq}"
 
     @property
-    def order(self) -> tuple[str, str, int]:
-        return self.time, self.chain, self.seq
+    def order(self) -> tuple[str, str, str, int]:
+        return self.time, self.host, self.chain, self.seq
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventFilter:
-    """What an event must be. ``equal`` are fields and their values; ``result`` may be ``failed``: any but ok.
+    """Conditions that an event must meet. ``equal`` has fields and their values.
 
-    ``context`` are keyed hashes as records hold them; ``since`` and ``until`` are times as records hold them.
+    ``result`` may be ``failed``, which is any but ``ok``. ``context`` has keyed hashes, ``since`` and
+    ``until`` have times in the format of records.
     """
 
     equal: tuple[tuple[str, str], ...] = ()
@@ -81,27 +96,29 @@ class EventFilter:
     since: str = ""
     until: str = ""
 
-    def takes(self, event: RecordedOperation) -> bool:
-        if any(getattr(event, name) != value for name, value in self.equal):
+    def matches(self, event: RecordedOperation) -> bool:
+        for name, value in self.equal:
+            if getattr(event, name) != value:
+                return False
+        if self.result not in {"", event.result} and (self.result != _NOT_OK or event.result in {"", "ok"}):
             return False
-        if (
-            self.result
-            and event.result != self.result
-            and not (self.result == _NOT_OK and event.result not in {"", "ok"})
-        ):
-            return False
-        if any(event.context.get(name) != value for name, value in self.context):
-            return False
+        for name, value in self.context:
+            if event.context.get(name) != value:
+                return False
         return not self.until or event.time < self.until
 
 
 @dataclass(frozen=True, slots=True)
 class EventPage:
-    """Events, oldest first; ``following`` is the cursor behind them, ``more`` whether it leads on at once."""
+    """Events, oldest first; ``following`` is the cursor after them, ``more`` whether others exist already.
+
+    ``unread`` has the reason for each host whose copy could not be read.
+    """
 
     events: list[RecordedOperation]
     following: str
     more: bool
+    unread: Mapping[str, str]
 
 
 class _SeenLine(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -109,80 +126,149 @@ class _SeenLine(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     time: str
 
 
-class _Cursor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """All before ``time`` has been seen; of what is not older, each chain up to its number."""
+class _Position(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """All records before ``time`` were read, and of later ones those of each chain up to ``seen``."""
 
     time: str = ""
     seen: dict[str, _SeenLine] = {}
+
+
+class _Cursor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The position in this host's log, and those in copies by host."""
+
+    time: str = ""
+    seen: dict[str, _SeenLine] = {}
+    hosts: dict[str, _Position] = {}
 
 
 _event: Final = msgspec.json.Decoder(RecordedOperation).decode
 
 
 def now() -> str:
-    """The time as records hold it."""
+    """The current time in the format of records."""
     return text_of(datetime.now(UTC))
 
 
 def fields(event: RecordedOperation) -> dict[str, object]:
-    """What is known of an event, by name."""
+    """The fields of an event that are not empty, by name."""
     found = {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", {})}
     if not event.count:
         del found["count"]
     return found
 
 
-def page(folder: Path, wanted: EventFilter, after: str | None, limit: int) -> EventPage:
-    """The next events behind a cursor. Raises InvalidRequest for a cursor that no page gave.
+def page(log: Path | Sequence[HostLog], wanted: EventFilter, after: str | None, limit: int) -> EventPage:
+    """The next events after a cursor. Raises InvalidRequest for a cursor that is not from a page.
 
-    A page may hold fewer than ``limit`` events, or none, and lead on: one call reads a bounded part.
+    A page may hold fewer than ``limit`` events although others follow: a call reads a bounded number.
     """
+    logs = _logs(log)
     cursor = _parsed(after) if after else _Cursor(wanted.since)
-    settled = text_of(datetime.now(UTC) - timedelta(seconds=SETTLED_S))
+    positions = {each.host: _position(cursor, each, wanted.since) for each in logs}
+    chains = [(each, files) for each in logs for files in segments.by_chain(each.folder).values()]
+    settled = {each.host: _settled(each, chains) for each in logs}
+    seen = {host: dict(position.seen) for host, position in positions.items()}
+    unread: dict[str, str] = {}
     found: list[RecordedOperation] = []
-    seen, reached, more = dict(cursor.seen), settled, False
-    for scanned, event in enumerate(_merged(folder, cursor)):
+    reached, more = _LATEST, False
+    events = (_events(each, files, positions[each.host], unread) for each, files in chains)
+    for scanned, event in enumerate(heapq.merge(*events, key=lambda each: each.order)):
         if wanted.until and event.time >= wanted.until:
             break
         if len(found) == limit or scanned == MOST_SCANNED:
             more = True
             break
-        seen[event.chain] = _SeenLine(event.seq, event.time)
+        seen[event.host][event.chain] = _SeenLine(event.seq, event.time)
         reached = event.time
-        if wanted.takes(event):
+        if wanted.matches(event):
             found.append(event)
-    upto = max(cursor.time, min(reached, settled) if more else settled)
-    following = _Cursor(upto, {name: last for name, last in seen.items() if last.time >= upto})
-    return EventPage(found, _text(following), more)
+    hosts = dict(cursor.hosts)
+    for each in logs:
+        host = each.host
+        upto = max(positions[host].time, "" if host in unread else settled[host])
+        if more:
+            upto = max(positions[host].time, min(reached, upto))
+        position = _Position(upto, {name: last for name, last in seen[host].items() if last.time >= upto})
+        if each.is_copy:
+            hosts[host] = _bounded(position)
+        else:
+            cursor = _Cursor(position.time, position.seen)
+    return EventPage(found, _text(_Cursor(cursor.time, cursor.seen, hosts)), more, unread)
 
 
-def newest(folder: Path, wanted: EventFilter, limit: int, most: int | None = None) -> list[RecordedOperation]:
-    """The last events, oldest first; of the last ``most`` records, if that is given."""
-    chains = [_backwards(files) for files in segments.by_chain(folder).values()]
+def newest(
+    log: Path | Sequence[HostLog],
+    wanted: EventFilter,
+    limit: int,
+    most: int | None = None,
+    unread: dict[str, str] | None = None,
+) -> list[RecordedOperation]:
+    """The last events, oldest first; of the last ``most`` records only, if that is given.
+
+    Adds to ``unread`` the reason for each host whose copy could not be read.
+    """
+    unread = {} if unread is None else unread
+    chains = [
+        _backwards(each, files, unread)
+        for each in _logs(log)
+        for files in segments.by_chain(each.folder).values()
+    ]
     events = heapq.merge(*chains, key=lambda each: each.order, reverse=True)
     fits = takewhile(lambda event: event.time >= wanted.since, islice(events, most))
-    return list(islice(filter(wanted.takes, fits), limit))[::-1]
+    return list(islice(filter(wanted.matches, fits), limit))[::-1]
 
 
-def _merged(folder: Path, cursor: _Cursor) -> Iterator[RecordedOperation]:
-    chains = (_events(files, cursor) for files in segments.by_chain(folder).values())
-    return heapq.merge(*chains, key=lambda each: each.order)
+def _logs(log: Path | Sequence[HostLog]) -> Sequence[HostLog]:
+    return [HostLog("", log)] if isinstance(log, Path) else log
 
 
-def _events(files: list[Segment], cursor: _Cursor) -> Iterator[RecordedOperation]:
-    """What a chain holds behind the cursor."""
-    if cursor.time and _last_time(files[-1]) < cursor.time:
+def _position(cursor: _Cursor, log: HostLog, since: str) -> _Position:
+    """The position in a log; a host that the cursor does not know is read from ``since`` on."""
+    if log.is_copy:
+        return cursor.hosts.get(log.host) or _Position(since)
+    return _Position(cursor.time, cursor.seen)
+
+
+def _settled(log: HostLog, chains: Sequence[tuple[HostLog, list[Segment]]]) -> str:
+    """The time before which no record will appear any more."""
+    if not log.is_copy:
+        return text_of(datetime.now(UTC) - timedelta(seconds=SETTLED_S))
+    return copies.complete_to(_last_time(files[-1]) for each, files in chains if each is log)
+
+
+def _bounded(position: _Position) -> _Position:
+    last = sorted(position.seen.items(), key=lambda each: each[1].time)[-_MOST_SEEN:]
+    if len(last) == len(position.seen):
+        return position
+    return _Position(max(position.time, last[0][1].time), dict(last))
+
+
+def _events(
+    log: HostLog, files: list[Segment], position: _Position, unread: dict[str, str]
+) -> Iterator[RecordedOperation]:
+    """The operations of a chain after a position."""
+    if position.time and _last_time(files[-1]) < position.time:
         return
-    last = cursor.seen.get(files[0].chain)
-    for segment in _from(files, cursor.time):
-        for line in _lines(segment.path, cursor.time):
-            event = _read(line)
-            if event is not None and (last is None or event.seq > last.seq):
-                yield event
+    last = position.seen.get(files[0].chain)
+    try:
+        for segment in _from(files, position.time):
+            for line in _lines(segment.path, position.time):
+                event = _read(line, log.host)
+                if event is not None and (last is None or event.seq > last.seq):
+                    yield event
+    except OSError as exc:
+        _note(log, exc, unread)
+
+
+def _note(log: HostLog, exc: OSError, unread: dict[str, str]) -> None:
+    """Note that a copy cannot be read; the logs of other hosts are read all the same. Raises ``exc`` else."""
+    if not log.is_copy:
+        raise exc
+    unread[log.host] = f"a file of the copy cannot be read ({exc.strerror})"
 
 
 def _from(files: list[Segment], time: str) -> list[Segment]:
-    """The files but those that another one follows whose lines are not after the time either."""
+    """The segments without those at the beginning that end before the time."""
     first = len(files) - 1
     while first and time:
         opening = files[first].opening()
@@ -193,7 +279,7 @@ def _from(files: list[Segment], time: str) -> list[Segment]:
 
 
 def _last_time(segment: Segment) -> str:
-    """The time of its last line; later than any if that is not known."""
+    """The time of the last line; later than any time if it is not known."""
     try:
         found = segment.path.stat()
     except OSError:
@@ -203,37 +289,53 @@ def _last_time(segment: Segment) -> str:
 
 @lru_cache(maxsize=4096)
 def _last_time_of(segment: Segment, size: int, mtime_ns: int) -> str:
-    """Asked anew only for files that have changed: those of live processes."""
+    """As ``_last_time``; cached for a segment until it changes, which only those of live processes do."""
     del size, mtime_ns
     last = segment.last()
     return last.time if last else _LATEST
 
 
 def _lines(path: Path, time: str) -> Iterator[bytes]:
-    """The whole lines from a time on."""
+    """The whole lines of a segment from a time on, up to one that is too long. Leaves no file open."""
+    rest = bytearray()
     try:
-        with path.open("rb") as file:
-            file.seek(segments.offset_of(file, lambda line: line.time >= time) if time else 0)
-            while (line := file.readline(segments.LONGEST_LINE_BYTES)).endswith(b"\n"):
-                yield line
-    except FileNotFoundError:  # retired meanwhile
+        with segments.opened(path) as file:
+            at = segments.offset_of(file, lambda line: line.time >= time) if time else 0
+        while len(rest) < segments.LONGEST_LINE_BYTES:
+            with segments.opened(path) as file:
+                block = os.pread(file.fileno(), _BLOCK_BYTES, at)
+            if not block:
+                return
+            at += len(block)
+            first, *lines = block.split(b"\n")
+            rest += first
+            if lines:
+                lines[:0], rest = [bytes(rest)], bytearray(lines[-1])
+                lines = [line for line in lines[-2::-1] if line]
+                while lines:  # a caller that pauses holds no line before in memory: it may be a hole
+                    yield lines.pop()
+    except FileNotFoundError:  # it was removed in between
         return
 
 
-def _backwards(files: list[Segment]) -> Iterator[RecordedOperation]:
-    for segment in reversed(files):
-        try:
-            yield from filter(None, map(_read, segments.backwards(segment.path)))
-        except FileNotFoundError:
-            return
+def _backwards(log: HostLog, files: list[Segment], unread: dict[str, str]) -> Iterator[RecordedOperation]:
+    try:
+        for segment in reversed(files):
+            yield from filter(None, map(_read, segments.backwards(segment.path), repeat(log.host)))
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        _note(log, exc, unread)
 
 
-def _read(line: bytes) -> RecordedOperation | None:
-    """None for a line that is none, and for those that are no operations."""
+def _read(line: bytes, host: str) -> RecordedOperation | None:
+    """The operation in a line; None for other lines."""
     try:
         event = _event(line)
     except NOT_JSON:
         return None
+    if event.host != host:  # the line may name another
+        msgspec.structs.force_setattr(event, "host", host)
     return None if event.kind else event
 
 
@@ -248,4 +350,4 @@ def _parsed(text: str) -> _Cursor:
             type=_Cursor,
         )
     except (ValueError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise InvalidRequest("after is what the page before gave as next") from None
+        raise InvalidRequest("`after` must be the `next` of the page before") from None

@@ -1,7 +1,8 @@
-"""What a process says of itself and its operations: the record, and who is asking. Knows no file."""
+"""Audit records: their fields, the functions that append them, and the request that they belong to."""
 
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Final, Literal, Protocol
@@ -20,7 +21,7 @@ logs.identify(request_id=request_id, job_id=job_id)
 
 @contextmanager
 def identified(request: str, job: str = "") -> Iterator[None]:
-    """Name the request and the job in all that is logged and recorded until the block ends."""
+    """Name the request and the job in every log line and audit record until the block ends."""
     tokens = request_id.set(request), job_id.set(job)
     try:
         yield
@@ -38,9 +39,9 @@ DENIALS: Final = frozenset({"unauthenticated", "forbidden", "path_refused", "for
 
 
 class Noted:
-    """What was recorded for one request; threads that work for it share the object.
+    """The last audit record of one request; threads that work for the request share the object.
 
-    ``denied`` records an attempt that is turned away with a code before any operation began.
+    ``denied`` records an attempt that was denied, with its error code, before any operation began.
     """
 
     __slots__ = ("audit_id", "denied")
@@ -55,11 +56,14 @@ noted: Final[ContextVar[Noted | None]] = ContextVar("noted", default=None)
 
 
 class AuditRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One operation. ``result`` is ``ok`` or an error code; time, number and chain are the trail's to add.
+    """One operation. ``result`` is ``ok`` or an error code; the audit log adds time, number and chain.
 
-    ``source`` is the address that the request came from, ``route`` the template of a denied one's path.
-    ``count`` is set where one record stands for several denied items of a batch, and says how many; of a
-    read of the log (``audit.read``) it says how many records were given, and ``filter`` what was asked for.
+    ``source`` is the address that the request came from, ``route`` the template of a denied request's path.
+    ``count`` is the number of denied items of a batch where one record stands for several; in a read of the
+    log (``audit.read``) it is the number of records returned, and ``filter`` the filter of the read.
+    ``file_id`` is the id of the file, ``new_file_id`` that of the result of a reseal, and ``stanzas`` the
+    digest of stanzas without their file (see ``envelope.binding``). ``wrap_key`` names the shared key of the
+    file (see ``backends.wrap_keys``), several with a comma between.
     ``context`` and ``new_context`` hold keyed hashes of the values. An operation with an effect outside the
     service has two records with one ``effect``: the ``intent`` before it and the ``outcome`` after it.
     """
@@ -79,6 +83,10 @@ class AuditRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     key_version: str = ""
     backend: str = ""
     origin: str = ""
+    wrap_key: str = ""
+    file_id: str = ""
+    new_file_id: str = ""
+    stanzas: str = ""
     context: Mapping[str, str] = {}
     new_context: Mapping[str, str] = {}
     bytes_in: int = 0
@@ -89,22 +97,22 @@ class AuditRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class AuditWriter(Protocol):
-    """Where records go."""
+    """Stores audit records."""
 
     def conceal(self, tenant: str, context: Context) -> Mapping[str, str]:
-        """The keys of a context, each with a keyed hash of its value, equal for equal ones of a tenant."""
+        """The keys of a context, each with a keyed hash of its value: equal for equal values of a tenant."""
 
     def append(self, record: AuditRecord) -> str:
-        """Store the record; its id, or nothing where it waits (``together``).
+        """Store the record; returns its id, or an empty text while it waits for its group (``together``).
 
-        ``COUNTED`` for a denial that has no record of its own: those of a group above a bound share one.
-        Raises AuditUnavailable if it may not be there afterwards.
+        Returns ``COUNTED`` for a denial without a record of its own: those of a group above a bound share
+        one. Raises AuditUnavailable if the record may not be stored.
         """
 
     def together(self) -> AbstractContextManager[None]:
-        """Records that this thread appends meanwhile may wait for each other and the disk until the end.
+        """Group the records that this thread appends in the block: they may be written at its end only.
 
-        No result may leave before that. Raises AuditUnavailable at the end if one of them is not there.
+        No result may leave before that. Raises AuditUnavailable at the end if a record could not be stored.
         """
 
     def check(self) -> None:
@@ -112,7 +120,7 @@ class AuditWriter(Protocol):
 
 
 class Who(Protocol):
-    """A principal, as far as a record names it."""
+    """The fields of a principal that a record has."""
 
     @property
     def name(self) -> str: ...
@@ -122,55 +130,87 @@ class Who(Protocol):
     def credential(self) -> str: ...
 
 
-@contextmanager
-def effect(trail: AuditWriter, who: Who, operation: str, name: str) -> Iterator[None]:
-    """An intent before an effect that others see, and its outcome after it.
+def append(log: AuditWriter, record: AuditRecord) -> str:
+    """Store and count a record; its id, as ``AuditWriter.append``. Raises AuditUnavailable."""
+    try:
+        name = log.append(record)
+    except AuditUnavailable:
+        metrics.AUDIT_EVENTS.labels("failed").inc()
+        raise
+    if name != COUNTED:
+        metrics.count_record()
+    return name
 
-    ``name`` says which effect, so that whoever finishes what a killed process began writes the outcome under
-    the same name. Nothing but a KmsError is an outcome: after anything else nobody knows, and an intent
-    without outcome says so. Raises AuditUnavailable, before the effect if the intent cannot be written.
+
+def effect_name(subject: str) -> str:
+    """A unique name for one effect on ``subject``."""
+    return f"{subject}-{os.urandom(8).hex()}"
+
+
+def begin_effect(log: AuditWriter, record: AuditRecord, name: str) -> None:
+    """Append the intent of an effect outside the service, and make ``record`` that of its outcome.
+
+    ``name`` is unique to the effect. The caller appends the outcome once it is known: an intent without an
+    outcome says that it is not. Raises AuditUnavailable, before the effect.
     """
-    _append(trail, _of(who, operation, stage="intent", effect=name))
+    append(log, msgspec.structs.replace(record, stage="intent", effect=name))
+    record.stage, record.effect = "outcome", name
+
+
+@contextmanager
+def effect(log: AuditWriter, who: Who, operation: str, name: str) -> Iterator[None]:
+    """Record the intent of an effect before the block, and its outcome after it.
+
+    A process that finishes the work of a killed one uses the same ``name``. Only success and a KmsError are
+    outcomes. Raises AuditUnavailable, before the effect if the intent cannot be written.
+    """
+    record = _record(who, operation)
+    begin_effect(log, record, name)
+    with _ending(log, record):
+        yield
+
+
+@contextmanager
+def recorded(log: AuditWriter, who: Who, operation: str, job: str) -> Iterator[None]:
+    """Record an operation on a job, with its result. Raises AuditUnavailable: then no answer may leave.
+
+    ``job`` comes from the caller. Text that cannot be the id of a job is left out of the record.
+    """
+    with _ending(log, _record(who, operation, job=job if _JOB_ID.fullmatch(job) else "")):
+        yield
+
+
+@contextmanager
+def _ending(log: AuditWriter, record: AuditRecord) -> Iterator[None]:
+    """Append the record at the end of the block, with ``ok`` or the code of the KmsError as its result."""
+    record.result = OK
     try:
         yield
     except KmsError as exc:
-        _append(trail, _of(who, operation, stage="outcome", effect=name, result=exc.code))
+        record.result = exc.code
+        append(log, record)
         raise
-    _append(trail, _of(who, operation, stage="outcome", effect=name, result=OK))
+    append(log, record)
 
 
-@contextmanager
-def recorded(trail: AuditWriter, who: Who, operation: str, job: str) -> Iterator[None]:
-    """One record of what is done with a job, by how it ends. Raises AuditUnavailable: answer nothing then.
+def read(log: AuditWriter, who: Who, asked: Mapping[str, str], count: int) -> str:
+    """Record a read of the log, before its ``count`` records leave; ``asked`` is the filter.
 
-    ``job`` is what the caller named. If no job can be called so, it is left out: it may be anything.
+    Returns the id of the record. Raises AuditUnavailable: then no record may leave.
     """
-    job = job if _JOB_ID.fullmatch(job) else ""
-    try:
-        yield
-    except KmsError as exc:
-        _append(trail, _of(who, operation, job=job, result=exc.code))
-        raise
-    _append(trail, _of(who, operation, job=job, result=OK))
+    record = _record(who, READ, result=OK)
+    record.filter = "&".join(f"{name}={value}" for name, value in asked.items() if value)[:_MOST_FILTER]
+    record.count = count
+    return append(log, record)
 
 
-def read(trail: AuditWriter, who: Who, asked: Mapping[str, str], count: int) -> str:
-    """Record a read of the log, before the records leave: who, by which filter, and how many there are.
-
-    The id of the record. Raises AuditUnavailable: give no records then.
-    """
-    text = "&".join(f"{name}={value}" for name, value in asked.items() if value)[:_MOST_FILTER]
-    made = msgspec.structs.replace(_of(who, READ, result=OK), filter=text, count=count)
-    return _append(trail, made)
+def denied(log: AuditWriter, who: Who | None, route: str, code: str) -> None:
+    """Record an attempt that was denied before any operation began. ``route`` is a template, never a path."""
+    append(log, _record(who, DENIED, route=route, result=code))
 
 
-def denied(trail: AuditWriter, who: Who | None, route: str, code: str) -> None:
-    """An attempt that was turned away before any operation began. ``route`` is the template, never a path."""
-    _append(trail, _of(who, DENIED, route=route, result=code))
-
-
-def turned_away(code: str) -> None:
-    """Before a request is answered with an error: record a denial that no operation has recorded.
+def record_denial(code: str) -> None:
+    """Record a denial that no operation has recorded, before a request is answered with an error.
 
     Raises AuditUnavailable.
     """
@@ -179,20 +219,11 @@ def turned_away(code: str) -> None:
         note.denied(code)
 
 
-def _of(  # noqa: PLR0913 -- the fields of a record
-    who: Who | None,
-    operation: str,
-    *,
-    stage: Literal["", "intent", "outcome"] = "",
-    effect: str = "",
-    route: str = "",
-    job: str = "",
-    result: str = "",
+def _record(
+    who: Who | None, operation: str, *, route: str = "", job: str = "", result: str = ""
 ) -> AuditRecord:
     return AuditRecord(
         operation=operation,
-        stage=stage,
-        effect=effect,
         route=route,
         source=source.get(),
         principal=who.name if who else "",
@@ -204,11 +235,63 @@ def _of(  # noqa: PLR0913 -- the fields of a record
     )
 
 
-def _append(trail: AuditWriter, record: AuditRecord) -> str:
-    try:
-        name = trail.append(record)
-    except AuditUnavailable:
-        metrics.AUDIT_EVENTS.labels("failed").inc()
-        raise
-    metrics.count_record()
-    return name
+# -- bounds --------------------------------------------------------------------------------------------
+
+MAX_DENIALS: Final = 10
+"""The number of denied items of one batch, or of one part of a bulk job, that have a record each."""
+_OF_ITEMS: Final[dict[str, object]] = {
+    "key_id": "",
+    "key_version": "",
+    "backend": "",
+    "origin": "",
+    "wrap_key": "",
+    "file_id": "",
+    "new_file_id": "",
+    "stanzas": "",
+    "context": {},
+    "new_context": {},
+}
+"""The fields in which items of one batch may differ, and their values in a summary where they do."""
+
+
+class Denials:
+    """The denied items of one batch: the first 10 have a record each, the others one for each result.
+
+    So a batch of denied items, which costs its sender little, takes little disk space.
+    """
+
+    __slots__ = ("_recorded", "_summaries")
+
+    def __init__(self) -> None:
+        self._recorded = 0
+        self._summaries: dict[tuple[str, str], AuditRecord] = {}
+
+    def counts(self, record: AuditRecord) -> bool:
+        """Add a denial above the bound to a summary; False for any other record, which is to be written."""
+        if record.result not in DENIALS:
+            return False
+        self._recorded += 1
+        if self._recorded <= MAX_DENIALS:
+            return False
+        kind = record.operation, record.result
+        summary = self._summaries.get(kind)
+        if summary is None:
+            self._summaries[kind] = msgspec.structs.replace(record, count=1)
+        else:
+            _add(summary, record)
+        return True
+
+    @property
+    def summaries(self) -> Iterable[AuditRecord]:
+        """One record for each operation and result, with the number of its items as ``count``."""
+        return self._summaries.values()
+
+
+def _add(summary: AuditRecord, record: AuditRecord) -> None:
+    """Add sizes and durations of an item; fields that differ between items are emptied."""
+    for name, nothing in _OF_ITEMS.items():
+        if getattr(summary, name) != getattr(record, name):
+            setattr(summary, name, nothing)
+    summary.count += 1
+    summary.bytes_in += record.bytes_in
+    summary.duration_us += record.duration_us

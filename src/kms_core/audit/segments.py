@@ -1,78 +1,221 @@
-"""The files of a trail: ``<chain>.<number>.jsonl``, each written by one process and nobody after it.
+"""Segments: the files ``<chain>.<number>.jsonl`` of an audit log, each written by one process.
 
-A chain is one process's; its files (segments) follow each other. What is read here is read as it is found:
-whether it holds together is for ``verify`` to say.
+The segments of a chain follow each other, and a chain belongs to one process. Functions that read segments
+check nothing: ``verification`` does.
 """
 
+import errno
 import fcntl
 import os
 import re
+import stat
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Self
 
 from kms_core.audit import chain
 from kms_core.audit.chain import ChainHead, ChainLine
 from kms_core.audit.keys import PublicKeys
 
+
+class SegmentFile:
+    """A new segment, written by this process only: whole lines, one sync for the lines of several threads.
+
+    ``trouble`` is the reason why no further line may be written. Lines are written where the previous line of
+    this process ended, so bytes that another program or a full disk left there never begin a line.
+    """
+
+    def __init__(self, path: Path, fd: int, sync: Callable[[int], None] = os.fdatasync) -> None:
+        self.path = path
+        self.size = 0
+        self.trouble = ""
+        self._name = str(path)
+        self._fd = fd
+        self._sync = sync
+        found = os.fstat(fd)
+        self._identity = (found.st_dev, found.st_ino)
+        self._turn = threading.Condition()
+        self._syncing = False
+        self._synced = 0
+        self._closed = False
+
+    @classmethod
+    def create(cls, path: Path, *, sync: Callable[[int], None] = os.fdatasync) -> Self:
+        """Create the file. A lock on it shows readers that its process lives.
+
+        A file that root creates belongs to the owner of the folder, since the service reads all chains.
+        Raises OSError; FileExistsError if the name exists.
+        """
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        if os.geteuid() == 0:
+            owner = path.parent.stat()
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+        with suppress(OSError):  # a file system without locks: readers then take this process for dead
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return cls(path, fd, sync)
+
+    def is_ours(self) -> bool:
+        """True if the name still leads to the file, with the size that it should have. One system call."""
+        if self.trouble:
+            return False
+        try:
+            found = os.stat(self._name)  # noqa: PTH116 -- for every record: pathlib doubles the cost
+        except OSError:
+            self.trouble = "vanished"
+            return False
+        if (found.st_dev, found.st_ino) != self._identity:
+            self.trouble = "vanished"
+        elif found.st_size != self.size:
+            self.trouble = "disturbed"
+        return not self.trouble
+
+    def append(self, line: bytes) -> None:
+        """Append a line. Raises OSError, and removes the part that was written, or sets ``trouble``."""
+        whole = False
+        try:
+            whole = os.pwrite(self._fd, line, self.size) == len(line)
+        finally:
+            if not whole:
+                self._take_back()
+        if not whole:  # the disk filled up in the middle of the line
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.size += len(line)
+
+    def _take_back(self) -> None:
+        try:
+            os.ftruncate(self._fd, self.size)
+        except OSError:
+            self.trouble = "torn"
+
+    def sync(self, size: int) -> None:
+        """Return once the first ``size`` bytes are on disk. Threads that wait share one call of the kernel.
+
+        Raises OSError. After a failed sync the kernel may mark lost pages as clean, so the file is given up.
+        """
+        with self._turn:
+            while self._syncing and self._synced < size:
+                self._turn.wait()
+            if self._synced >= size:
+                return
+            if self.trouble == "unsynced" or self._closed:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            self._syncing, target = True, self.size
+        done = False
+        try:
+            self._sync(self._fd)
+            done = True
+        finally:
+            with self._turn:
+                self._syncing = False
+                if done:
+                    self._synced = target
+                else:
+                    self.trouble = "unsynced"
+                self._turn.notify_all()
+
+    def finish(self, *, sync: bool) -> None:
+        """Close the file after its last line. Raises OSError if lines may not be on disk."""
+        try:
+            if sync:
+                self.sync(self.size)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close the file as it is; waiting calls of ``sync`` fail."""
+        with self._turn:
+            while self._syncing:
+                self._turn.wait()
+            if not self._closed:
+                self._closed = True
+                with suppress(OSError):
+                    os.close(self._fd)
+            self.trouble = self.trouble or "closed"
+
+    def leave_to_parent(self) -> None:
+        """Close the descriptor in a forked process, where the lock may be held by a thread of the parent."""
+        os.close(self._fd)
+
+
 NAME: Final = re.compile(r"([a-z][a-z0-9_]{0,31}-\d{8}T\d{6}\.\d{6}Z-\d{1,10})\.(\d{4,9})\.jsonl")
 CHAIN: Final = re.compile(r"[a-z][a-z0-9_]{0,31}-\d{8}T\d{6}\.\d{6}Z-\d{1,10}")
 LONGEST_LINE_BYTES: Final = 1024 * 1024
-MOST_TIPS: Final = 256
+MAX_HEADS: Final = 256
 _NEAR_END_BYTES: Final = 16 * 1024
+_READ_BYTES: Final = 64 * 1024  # of a hole around a block with data, too
+_ZEROS: Final = re.compile(rb"\0+")
 _SEARCHED_BYTES: Final = 1024 * 1024
+_NOWHERE: Final = frozenset({errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})  # of a broken link
 _SEARCHED_FILES: Final = 4  # of a chain: one that ends without a signed line is rare
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Segment:
-    """One file of a chain, by its name."""
+    """One segment of a chain, by its file name."""
 
     chain: str
     number: int
     path: Path
 
     def opening(self) -> ChainLine | None:
-        """Its first line; None if that is not whole, or the file is gone."""
+        """The first line; None if it is not whole or the file does not exist."""
         with suppress(OSError):
             return chain.read(first_line(self.path))
         return None
 
     def last(self) -> ChainLine | None:
-        """Its last whole line."""
+        """The last whole line."""
         with suppress(OSError):
             return next(map(chain.read, backwards(self.path)), None)
         return None
 
 
+def opened(path: Path) -> BinaryIO:
+    """A file, to be read. Raises OSError for a pipe, which others may have put there since it was listed."""
+    return open(path, "rb", opener=_plain)  # the caller closes it
+
+
+def _plain(path: str, flags: int) -> int:
+    fd = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no plain file")
+    return fd
+
+
 def path_of(folder: Path, name: str, number: int) -> Path:
+    """Return the path of a segment."""
     return folder / f"{name}.{number:04d}.jsonl"
 
 
 def listed(folder: Path) -> list[Segment]:
-    """The segments of a folder, by chain and number. Empty if there is no such folder.
+    """The segments of a folder, by chain and number; none if the folder does not exist.
 
-    What is no plain file is none of them: a pipe would never be read to its end.
+    Only plain files count: a pipe could never be read to its end.
+    """
+    names: list[str] = []
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if is_file(entry)]  # without a call for each
+    found = sorted(filter(None, map(NAME.fullmatch, names)), key=lambda each: (each[1], int(each[2])))
+    return [Segment(each[1], int(each[2]), folder / each[0]) for each in found]
+
+
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a plain file; False for a broken link.
+
+    True for one that is out of reach: reading it says why.
     """
     try:
-        with os.scandir(folder) as entries:  # which knows what is a file without another call for each
-            names = [entry.name for entry in entries if _is_file(entry)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    found = (match for match in map(NAME.fullmatch, names) if match)
-    return sorted(Segment(match[1], int(match[2]), folder / match[0]) for match in found)
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    """False for a link that leads nowhere, too."""
-    with suppress(OSError):
         return entry.is_file()
-    return False
+    except OSError as exc:
+        return exc.errno not in _NOWHERE
 
 
 def by_chain(folder: Path) -> dict[str, list[Segment]]:
+    """Return the segments of a folder by chain, each in order."""
     chains: dict[str, list[Segment]] = {}
     for segment in listed(folder):
         chains.setdefault(segment.chain, []).append(segment)
@@ -80,9 +223,9 @@ def by_chain(folder: Path) -> dict[str, list[Segment]]:
 
 
 def is_live(path: Path) -> bool:
-    """Whether a process of this machine is writing to the file."""
+    """Return whether a process of this machine holds the file open for writing."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -91,13 +234,13 @@ def is_live(path: Path) -> bool:
     return False
 
 
-def tips(folder: Path, keys: PublicKeys, *, but: str, since: float = 0.0) -> dict[str, ChainHead]:
-    """The ends of the other chains, of the 256 that were written to last: their last signed lines.
+def chain_heads(folder: Path, keys: PublicKeys, *, but: str, since: float = 0.0) -> dict[str, ChainHead]:
+    """The heads of the other chains: the last signed line of each of the 256 that were written to last.
 
-    Nothing behind a signed line is named: anybody who can write to the folder may have appended it. A chain
-    without signed lines is named by its first line, after all others. Left out are ends that the first line
-    of a signed chain names already. ``since``: only chains that were written to after that time (seconds
-    since the epoch).
+    Lines after a signed line are not named, since any program that can write to the folder may have appended
+    them. A chain without signed lines is named by line 0, after all others. Heads that the first line
+    of a signed chain names already are left out. ``since``: only chains that were written to after that time
+    (seconds since the epoch).
     """
     written = [
         (_written_at(files[-1].path), files) for name, files in by_chain(folder).items() if name != but
@@ -106,20 +249,20 @@ def tips(folder: Path, keys: PublicKeys, *, but: str, since: float = 0.0) -> dic
     unsigned: dict[str, ChainHead] = {}
     named: set[tuple[str, int]] = set()
     for at, files in sorted(written, key=lambda each: each[0], reverse=True):
-        if at < since or len(signed) == MOST_TIPS:
+        if at < since or len(signed) == MAX_HEADS:
             break
         opening, end = files[0].opening(), _signed_end(files, keys)
         if end is not None:
             signed[files[0].chain] = ChainHead(end.seq, end.head, end.opened)
-            named.update((name, tip.seq) for name, tip in (opening.heads.items() if opening else ()))
-        elif opening is not None:
+            named.update((name, head.seq) for name, head in (opening.heads.items() if opening else ()))
+        elif opening is not None and not opening.seq:
             unsigned[files[0].chain] = ChainHead(opening.seq, opening.head, opening.time)
-    ends = [(name, tip) for name, tip in (signed | unsigned).items() if (name, tip.seq) not in named]
-    return dict(ends[:MOST_TIPS])
+    heads = [(name, head) for name, head in (signed | unsigned).items() if (name, head.seq) not in named]
+    return dict(heads[:MAX_HEADS])
 
 
 def _signed_end(files: Sequence[Segment], keys: PublicKeys) -> ChainLine | None:
-    """The last signed line of a chain, if it is near the end of one of its last files."""
+    """The last signed line of a chain, if it is near the end of one of its last segments."""
     for segment in files[: -_SEARCHED_FILES - 1 : -1]:
         with suppress(OSError):
             found = chain.read(newest_signed(segment.path, keys)[0])
@@ -129,61 +272,98 @@ def _signed_end(files: Sequence[Segment], keys: PublicKeys) -> ChainLine | None:
 
 
 def newest_signed(path: Path, keys: PublicKeys) -> tuple[bytes, int]:
-    """The last line of a file that one of the keys signed, and how many whole lines stand behind it.
+    """The last line of a file that one of the keys signed, and the number of whole lines after it.
 
-    Empty if none is within the last MiB. Raises OSError.
+    The line is empty if there is none in the last MiB. Raises OSError.
     """
-    left, behind = _SEARCHED_BYTES, 0
+    left, after = _SEARCHED_BYTES, 0
     for line in backwards(path):
         if chain.SIGNATURE in line and keys.signed(line):
-            return line, behind
-        behind, left = behind + 1, left - len(line) - 1
+            return line, after
+        after, left = after + 1, left - len(line) - 1
         if left <= 0:
             break
-    return b"", behind
+    return b"", after
 
 
 def _written_at(path: Path) -> float:
-    try:
+    with suppress(OSError):
         return path.stat().st_mtime
-    except OSError:
-        return -1.0
+    return -1.0
 
 
 def backwards(path: Path) -> Iterator[bytes]:
-    """The whole lines of a file, last first, without their newline; a torn tail is passed over.
+    """The whole lines of a file, last first, without their newline; a torn last line is left out.
 
-    They end at a line of more than 1 MiB, which nobody of ours wrote.
+    Stops at a line of more than 2 MiB; the service writes none of more than 1 MiB.
     """
-    with path.open("rb") as file:
-        begin = file.seek(0, os.SEEK_END)
-        tail = b""
-        while begin:
-            begin, end = max(0, begin - _NEAR_END_BYTES), begin
+    begin, tail = path.stat().st_size, b""
+    while begin:
+        begin, end = max(0, begin - max(_NEAR_END_BYTES, len(tail))), begin  # doubled in a long line
+        with opened(path) as file:  # each time: there may be many chains
             tail = os.pread(file.fileno(), end - begin, begin) + tail
-            first, *lines = tail.split(b"\n")
-            if lines:
-                yield from reversed(lines[:-1])
-                tail = first + b"\n"
-            if len(tail) > LONGEST_LINE_BYTES:
-                return
-        if tail.endswith(b"\n"):
-            yield tail[:-1]
+        first, *lines, torn = tail.split(b"\n") if b"\n" in tail else (tail, b"")
+        if len(tail) > _NEAR_END_BYTES:
+            del lines[:-1]  # read again: a caller that pauses holds no holes in memory
+        if lines:
+            begin += len(tail) - len(torn) - sum(map(len, lines)) - len(lines)
+            tail = first = b""
+            while lines:
+                yield lines.pop()
+        elif len(tail) > len(first):
+            tail = first + b"\n"
+        if len(tail) > LONGEST_LINE_BYTES:
+            return
+    if tail.endswith(b"\n"):
+        yield tail[:-1]
+
+
+def lines_of(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file from here on, one at a time, without newlines and empty lines.
+
+    Of a line that is longer than any of the service's, which others wrote, there are pieces of 1 MiB instead.
+    Zero bytes are a line of one, and holes, which may have any length, are left out.
+    """
+    rest = b""
+    while block := file.read(_READ_BYTES):
+        has_zeros = b"\0" in block
+        *lines, rest = (rest + (_ZEROS.sub(b"\n\0\n", block) if has_zeros else block)).split(b"\n")
+        yield from filter(None, lines)
+        if len(rest) >= LONGEST_LINE_BYTES:
+            yield rest
+            rest = b""
+        if has_zeros:
+            try:
+                file.seek(file.tell(), os.SEEK_DATA)
+            except OSError:  # no data follows
+                break
+    if rest:
+        yield rest
+
+
+def holes(fd: int, begin: int, until: int) -> Iterator[tuple[int, int]]:
+    """The holes that begin between two offsets: where each begins, and where data or the end follows."""
+    with suppress(OSError):
+        while begin < until and (hole := os.lseek(fd, begin, os.SEEK_HOLE)) < until:
+            begin = os.fstat(fd).st_size
+            with suppress(OSError):  # no data follows
+                begin = os.lseek(fd, hole, os.SEEK_DATA)
+            yield hole, begin
 
 
 def offset_of(file: BinaryIO, begins: Callable[[ChainLine], bool]) -> int:
-    """Where the first line is for which ``begins`` holds, given that it holds for all after that one.
+    """The offset of the first line for which ``begins`` holds, given that it holds for all later lines.
 
-    The end of the last whole line if there is none. Lines that cannot be read count as those before them.
+    The end of the last whole line if there is none. An unreadable line counts as the line before it.
     """
     low, high = 0, file.seek(0, os.SEEK_END)  # lines that begin in between are undecided
     while low < high:
-        middle = (low + high) // 2
+        middle = (low + high) // 2 if low else 0  # often all lines follow: the first is looked at first
         file.seek(max(0, middle - 1))
         if middle:
-            file.readline()
+            file.readline(LONGEST_LINE_BYTES)
         start = file.tell()
-        raw = file.readline()
+        raw = file.readline(LONGEST_LINE_BYTES)
         if start >= high or not raw.endswith(b"\n"):
             high = middle
             continue
@@ -196,16 +376,16 @@ def offset_of(file: BinaryIO, begins: Callable[[ChainLine], bool]) -> int:
 
 
 def first_line(path: Path) -> bytes:
-    """The first line of a file, without its newline; empty if that is not whole. Raises OSError."""
-    with path.open("rb") as file:
+    """The first line of a file, without its newline; empty if it is not whole. Raises OSError."""
+    with opened(path) as file:
         first = file.readline(LONGEST_LINE_BYTES)
     return first[:-1] if first.endswith(b"\n") else b""
 
 
 def line_of(path: Path, seq: int) -> bytes | None:
-    """The line of this number, without its newline; None if it is not there."""
-    with path.open("rb") as file:
+    """The line with this number, without its newline; None if the file does not have it."""
+    with opened(path) as file:
         file.seek(offset_of(file, lambda line: line.seq >= seq))
-        raw = file.readline()
+        raw = file.readline(LONGEST_LINE_BYTES)
     found = chain.read(raw[:-1]) if raw.endswith(b"\n") else None
     return raw[:-1] if found is not None and found.seq == seq else None

@@ -1,4 +1,4 @@
-"""Second places: where checkpoints are anchored and copies of lines go. None of them holds up a record."""
+"""Audit sinks: stores of anchors (signed lines) and of copies of all lines, beside the log itself."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,8 +8,8 @@ from typing import Final, Protocol, cast
 
 import redis
 
-from kms_core.audit import chain
-from kms_core.durable import sync_folder
+from kms_core.audit import chain, segments
+from kms_core.secure_files import sync_folder
 from kms_protocol.errors import AuditUnavailable
 
 COPIES: Final = "kms:audit:lines"
@@ -23,16 +23,16 @@ Entry = tuple[bytes, dict[bytes, bytes]]
 
 
 class AuditSink(Protocol):
-    """Takes lines (each with its newline), in order. ``name`` is a label of metrics."""
+    """Stores lines (each with its newline), in order. ``name`` is a label of metrics."""
 
     name: str
 
     def put(self, lines: Sequence[bytes]) -> None:
-        """Raises OSError or AuditUnavailable if they may not be there; they are then put again."""
+        """Store the lines. Raises OSError or AuditUnavailable if they may be lost: the caller retries."""
 
 
 class RedisSink:
-    """A stream of bounded length: the oldest entries go."""
+    """A Redis stream of bounded length; the oldest entries are dropped."""
 
     name = "redis"
 
@@ -77,21 +77,19 @@ def line_of(entry: Entry) -> bytes:
 
 @contextmanager
 def _answering() -> Iterator[None]:
-    """Raise AuditUnavailable, which says why, where Redis does not answer a read."""
+    """Raise AuditUnavailable with the reason if Redis does not answer a read."""
     try:
         yield
     except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as exc:
-        raise AuditUnavailable(
-            "Redis does not let this user in: check user and password of [kms.redis]"
-        ) from exc
+        raise AuditUnavailable("Redis refuses this user: check user and password of [kms.redis]") from exc
     except redis.RedisError as exc:
         raise AuditUnavailable("Redis does not answer") from exc
 
 
 class FolderSink:
-    """A second directory, best on another disk or host: a file for each chain, synced.
+    """A directory, best on another disk or host, with a file for each chain. Writes are synced.
 
-    ``unread`` is why a file could not be read when ``lines`` was asked last; empty if all could.
+    ``unread`` is the reason why the last call of ``lines`` could not read a file; empty if it read all.
     """
 
     name = "directory"
@@ -101,7 +99,7 @@ class FolderSink:
         self.unread = ""
 
     def make(self) -> None:
-        """Make the directory (0700), if it is not there. Raises OSError."""
+        """Create the directory (0700) if it does not exist. Raises OSError."""
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def put(self, lines: Sequence[bytes]) -> None:
@@ -112,10 +110,10 @@ class FolderSink:
                 self._append(self.path / f"{found.chain}{ANCHORS_SUFFIX}", line)
 
     def _append(self, path: Path, line: bytes) -> None:
-        """Append durably: also the name of a file that is made here."""
+        """Append durably; the name of a new file is synced, too."""
         is_new = not path.exists()
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        flags |= os.O_NONBLOCK  # a pipe under this name holds nobody up
+        flags |= os.O_NONBLOCK  # or a pipe under this name would block
         fd = os.open(path, flags, 0o600)
         try:
             os.write(fd, line)
@@ -126,12 +124,10 @@ class FolderSink:
             sync_folder(self.path)
 
     def lines(self) -> list[bytes]:
-        """All lines of all files that can be read. Raises AuditUnavailable if the directory is not there."""
-        if not self.path.is_dir():
-            raise AuditUnavailable(f"{self.path} is not there: mount or make it")
+        """All lines of all readable files. Raises AuditUnavailable if the directory cannot be listed."""
         found: list[bytes] = []
         self.unread = ""
-        for file in files_in(self.path, "*.jsonl"):
+        for file in files_in(self.path, ".jsonl"):
             try:
                 found += read_lines(file)
             except OSError as exc:
@@ -140,7 +136,7 @@ class FolderSink:
 
 
 class StdoutSink:
-    """The standard output of this process, for collectors that read it."""
+    """The standard output of this process, for log collectors."""
 
     name = "stdout"
 
@@ -150,12 +146,19 @@ class StdoutSink:
             rest = rest[os.write(1, rest) :]
 
 
-def files_in(folder: Path, pattern: str) -> list[Path]:
-    """The plain files of these names: a pipe would never be read to its end. Raises OSError."""
-    return sorted(path for path in folder.glob(pattern) if path.is_file())
+def files_in(folder: Path, suffix: str) -> list[Path]:
+    """The plain files with a suffix; a pipe could never be read to its end. Raises AuditUnavailable."""
+    try:
+        with os.scandir(folder) as entries:  # glob takes a folder that may not be listed for an empty one
+            named = [entry for entry in entries if entry.name.endswith(suffix)]
+            return sorted(folder / entry.name for entry in named if segments.is_file(entry))
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        raise AuditUnavailable(f"{folder} does not exist: mount or create it") from exc
+    except OSError as exc:
+        raise AuditUnavailable(f"{folder} cannot be read ({exc.strerror})") from exc
 
 
 def read_lines(path: Path) -> list[bytes]:
-    """The lines of a file, or of all files of a directory. Raises OSError."""
-    files = files_in(path, "*.jsonl") if path.is_dir() else [path]
-    return [line for file in files for line in file.read_bytes().split(b"\n") if line]
+    """The lines of a file, without newlines. Raises OSError."""
+    with segments.opened(path) as file:
+        return list(segments.lines_of(file))

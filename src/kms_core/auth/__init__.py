@@ -1,1 +1,1 @@
-"""Authentication and policy: tokens, JWTs and client certificates become a Principal. Knows no HTTP."""
+"""Authentication by tokens, JWTs and client certificates, and the policy. Independent of HTTP."""

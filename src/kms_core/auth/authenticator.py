@@ -1,10 +1,10 @@
-"""The doors: a token, a JWT or a client certificate becomes a Principal, whose worth can be asked for later.
+"""Authentication: the principal of a token, a JWT or a client certificate, and the current scopes of it.
 
-A credential is named ``token:<id>``, ``jwt:<issuer>:<digest>`` or ``cert:<name>:<identity>`` (see
-``PresentedCertificate``). Jobs keep that name: when one runs, the token must be there still, the JWT not
-expired, the certificate's entry in the settings, the certificate neither expired nor revoked, and its
-authorities in the settings. Jobs of earlier versions are named ``cert:<name>`` and are held to the entry
-only.
+A credential is named ``token:<id>``, ``jwt:<issuer>:<digest>``, or ``cert:<name>:<identity>`` (see
+``PresentedCertificate``). After a login with a JWT ``:<role>`` is appended. Jobs keep that name. When a job
+runs, its token must exist, its JWT or login must not be expired and the role be configured, its certificate
+must have an entry in the settings, be neither expired nor revoked, and have authorities that are in the
+settings. Jobs of earlier versions, named ``cert:<name>``, need only the entry.
 """
 
 import time
@@ -13,16 +13,19 @@ from functools import partial
 from typing import Final
 
 from kms_core import scopes
-from kms_core.auth import discovery, revocation, tokens
+from kms_core.auth import jwks, logins, revocation, token_review, tokens
 from kms_core.auth.certificates import PresentedCertificate
 from kms_core.auth.jwks import FileKeys, IssuerKeys, RemoteKeys
 from kms_core.auth.jwt_verifier import Jwts, Trusted
-from kms_core.auth.key_endpoint import fetching
+from kms_core.auth.key_endpoint import fetching, posting
+from kms_core.auth.logins import Logins
 from kms_core.auth.policy import Grant, Principal
 from kms_core.auth.revocation import Revocations
-from kms_core.auth.tokens import TokenFile
+from kms_core.auth.token_review import Reviews
+from kms_core.auth.tokens import TokenFile, Tokens, UnknownToken
 from kms_core.scopes import Scope
-from kms_core.settings.model import CertificateSection, IssuerSection, Settings
+from kms_core.settings.auth import CertificateSection, IssuerSection
+from kms_core.settings.model import Settings
 from kms_core.settings.validate_auth import may_fetch
 from kms_protocol.errors import Forbidden, Unauthenticated
 
@@ -32,63 +35,85 @@ NONE_SHOWN: Final = (
 
 
 class Authenticator:
-    """All ways in. Safe to call from several threads."""
+    """Authenticates by all methods of the settings. Safe in several threads."""
 
     def __init__(
         self,
-        token_file: TokenFile,
+        tokens_: Tokens,
         jwts: Jwts,
         certificates: Mapping[str, CertificateSection],
         revocations: Revocations | None = None,
+        logins_: Logins | None = None,
     ) -> None:
-        """``revocations`` None: there is no authority of client certificates."""
+        """``revocations`` None: no authority of client certificates is configured. ``logins_`` None: none."""
+        self.logins = logins_
         self.revocations = revocations
-        self._tokens = token_file
+        self.tokens = tokens_
         self._jwts = jwts
         self._certificates = certificates
         self._names = {section.subject: name for name, section in certificates.items()}
 
     def authenticate(self, token: str, certificate: PresentedCertificate | None = None) -> Principal:
-        """The principal of this token, or where there is none, of this certificate. Waits for no network.
+        """The principal of a token or, without a token, of a certificate. Does no network access.
 
-        Raises Unauthenticated; KeysPending if keys of the token's issuer are being fetched; Unavailable if
-        the credential cannot be verified now.
+        Raises Unauthenticated, of which UnknownToken may be tried again; KeysPending if keys of the token's
+        issuer are being fetched; Unavailable if the credential cannot be verified now.
         """
         return self._principal(token, certificate, self._jwts.verify)
 
     def principal(self, token: str, certificate: PresentedCertificate | None = None) -> Principal:
-        """As ``authenticate``, but blocks this thread for up to 5 seconds while keys are fetched."""
-        return self._principal(token, certificate, self._jwts.holder)
+        """As ``authenticate``, but blocks this thread for seconds while keys or tokens are fetched."""
+        try:
+            return self._principal(token, certificate, self._jwts.verify_blocking)
+        except UnknownToken as exc:
+            if exc.reread is None:
+                raise
+            exc.reread()
+        return self._principal(token, certificate, self._jwts.verify_blocking)
 
     def _principal(
         self, token: str, certificate: PresentedCertificate | None, of_jwt: Callable[[str], Principal]
     ) -> Principal:
         if token.startswith(tokens.PREFIX):
-            found = self._tokens.holder(token)
+            found = self.tokens.authenticate(token)
             return Principal(found.name, found.tenant, f"token:{found.id}")
+        if self.logins and token.startswith(logins.PREFIX):
+            return self.logins.authenticate(token)
         if token:
             return of_jwt(token)
         if certificate is None:
             raise Unauthenticated(NONE_SHOWN, reason="missing")
-        return self._bearer(certificate)
+        return self._of_certificate(certificate)
 
     def scopes_of(self, who: Principal) -> Iterator[Scope]:
-        """What a credential is worth now. Raises Forbidden if nothing, Unavailable if that cannot be told."""
+        """The current scopes of a credential.
+
+        Raises Forbidden if it is not valid any more; Unavailable if that cannot be verified now.
+        """
         lines = self._lines(who)
         if lines is None:
-            raise Forbidden("The credential was revoked or has expired since this was asked for")
+            raise Forbidden("The credential was revoked or has expired since the request")
         return _parsed(lines)
 
     def until(self, who: Principal) -> float | None:
-        """When a credential ends (epoch seconds), if it is known to. Raises Unavailable."""
+        """The time at which a credential expires (epoch seconds), if it does. Raises Unavailable."""
         kind, _, rest = who.credential.partition(":")
-        if kind != "token":
-            return who.grant.until if who.grant else None
-        token = self._tokens.by_id(rest)
+        until = who.grant.until if who.grant else None
+        if kind == "jwt" and until is not None:
+            return until - self._jwts.grace_s(rest.partition(":")[0])
+        if kind != "token" or until is not None:
+            return until
+        token = self.tokens.by_id(rest)
         return token.expires_at.timestamp() if token and token.expires_at else None
 
-    def _bearer(self, certificate: PresentedCertificate) -> Principal:
-        """TLS has verified the certificate when the connection began, which may be long ago."""
+    def made_at(self, who: Principal) -> float | None:
+        """The time at which a token was made (epoch seconds); None if not known. Raises Unavailable."""
+        kind, _, rest = who.credential.partition(":")
+        token = self.tokens.by_id(rest) if kind == "token" and who.grant is None else None
+        return token.created_at.timestamp() if token else None
+
+    def _of_certificate(self, certificate: PresentedCertificate) -> Principal:
+        """Check again what TLS verified when the connection began, which may be long ago."""
         if time.time() > certificate.until:
             raise Unauthenticated(
                 "The client certificate has expired: connect with a new one",
@@ -113,8 +138,8 @@ class Authenticator:
             f"cert:{name}", self._certificates[name].tenant, credential, Grant((), certificate.until)
         )
 
-    def _of_certificate(self, who: Principal, rest: str) -> Sequence[str] | None:
-        """As ``_lines``. ``rest`` is a name, followed in all but old jobs by a certificate's identity."""
+    def _lines_of_certificate(self, who: Principal, rest: str) -> Sequence[str] | None:
+        """As ``_lines``. ``rest`` is a name, followed by the identity of a certificate except in old jobs."""
         name, _, identity = rest.partition(":")
         section = self._certificates.get(name)
         if section is None or section.tenant != who.tenant:
@@ -126,21 +151,23 @@ class Authenticator:
         return section.scopes
 
     def _lines(self, who: Principal) -> Sequence[str] | None:
-        """The lines of its scopes, or None if it is worth nothing any more."""
+        """The lines of a credential's scopes; None if it is not valid any more."""
         kind, _, rest = who.credential.partition(":")
+        if kind in {"token", "jwt"} and who.grant and time.time() >= who.grant.until:
+            return None
         if kind == "token":
-            token = self._tokens.by_id(rest)
+            token = self.tokens.by_id(rest)
             return token.scopes if token and token.tenant == who.tenant else None
         if kind == "cert":
-            return self._of_certificate(who, rest)
-        issuer = rest.partition(":")[0]
-        if kind == "jwt" and who.grant and self._jwts.trusts(issuer) and time.time() < who.grant.until:
+            return self._lines_of_certificate(who, rest)
+        issuer, _, rest = rest.partition(":")
+        if kind == "jwt" and who.grant and self._jwts.trusts(issuer, rest.partition(":")[2]):
             return who.grant.scopes
         return None
 
 
 def _parsed(lines: Sequence[str]) -> Iterator[Scope]:
-    """A line that a later version wrote and this one does not know allows nothing."""
+    """The scopes in the lines; a line of a later version that this one cannot parse allows nothing."""
     for line in lines:
         try:
             yield scopes.parse(line)
@@ -148,8 +175,11 @@ def _parsed(lines: Sequence[str]) -> Iterator[Scope]:
             continue
 
 
-def build(settings: Settings) -> Authenticator | None:
-    """The doors of the settings; None where callers are not authenticated. Raises ConfigurationError."""
+def build(settings: Settings, tokens_: Tokens | None = None, login_key: bytes = b"") -> Authenticator | None:
+    """The authenticator of the settings; None if they require no credentials. Raises ConfigurationError.
+
+    Tokens are by default those of the token file. Without ``login_key`` no token of a login is accepted.
+    """
     auth = settings.kms.auth
     if auth.mode != "required":
         return None
@@ -157,19 +187,25 @@ def build(settings: Settings) -> Authenticator | None:
     issuers = [
         Trusted(name, section, _keys(name, section, in_dev=in_dev)) for name, section in auth.issuers.items()
     ]
+    known, jwts = tokens_ or TokenFile(auth.tokens_path, strict=settings.is_prod), Jwts(issuers)
     return Authenticator(
-        TokenFile(auth.tokens_path, strict=settings.is_prod),
-        Jwts(issuers),
+        known,
+        jwts,
         auth.certificates,
         revocation.build(settings.kms.server),
+        Logins(login_key, auth, jwts, known) if login_key and auth.logins else None,
     )
 
 
-def _keys(name: str, section: IssuerSection, *, in_dev: bool) -> IssuerKeys:
-    """From a file, from a URL, or from where the issuer itself says that they are."""
+def _keys(name: str, section: IssuerSection, *, in_dev: bool) -> IssuerKeys | Reviews:
+    """The keys of an issuer: from a file, from a URL, or by OpenID Connect Discovery; or its reviews."""
+    if section.review_url is not None and section.review_token_file is not None:
+        url = section.review_url.removesuffix("/") + token_review.PATH
+        post = posting(section.ca_file, f"kms.auth.issuers.{name}.ca_file", url)
+        return Reviews(post, section.review_token_file, section.audience)
     if section.jwks_file is not None:
         return FileKeys(section.jwks_file)
     fetch = fetching(section.ca_file, f"kms.auth.issuers.{name}.ca_file")
     if section.jwks_url is not None:
         return RemoteKeys(partial(fetch, section.jwks_url))
-    return RemoteKeys(discovery.finding(section.issuer, fetch, partial(may_fetch, in_dev=in_dev)))
+    return RemoteKeys(jwks.discovered(section.issuer, fetch, partial(may_fetch, in_dev=in_dev)))

@@ -1,4 +1,4 @@
-"""Names, authorities and expiry of the holder of a verified client certificate."""
+"""Names, authorities and expiry of a verified client certificate."""
 
 import hashlib
 import ssl
@@ -22,7 +22,10 @@ _LABELS: Final[
 
 @dataclass(frozen=True, slots=True)
 class PresentedCertificate:
-    """``subjects`` as settings write them: ``DNS:…``, ``URI:…``, ``email:…`` and ``subject:`` (RFC 4514).
+    """The client certificate of a connection.
+
+    ``subjects`` has its names in the format of the settings: ``DNS:…``, ``URI:…``, ``email:…`` and
+    ``subject:`` (RFC 4514).
 
     ``until`` is in seconds since the epoch: a connection may outlive its certificate. ``identity`` is the
     serial number in hexadecimal digits, the name of its authority (``authority_of``) and the keys of the
@@ -35,7 +38,7 @@ class PresentedCertificate:
 
 
 def of_connection(tls: ssl.SSLObject) -> PresentedCertificate | None:
-    """The client certificate of a connection after its handshake; None if the client has shown none."""
+    """The client certificate of a connection after its handshake; None if the client sent none."""
     der = tls.getpeercert(binary_form=True)
     if der is None:
         return None
@@ -45,7 +48,7 @@ def of_connection(tls: ssl.SSLObject) -> PresentedCertificate | None:
 
 
 def read(der: bytes, authorities: Sequence[bytes] = ()) -> PresentedCertificate:
-    """The names of a certificate that TLS has verified; none of one that cannot be read.
+    """Parse a certificate that TLS has verified; one that cannot be parsed has no names.
 
     ``authorities`` are the certificates (DER) above it in the verified chain, the root last.
     """
@@ -69,7 +72,7 @@ def authority_of(name: x509.Name) -> str:
 def key_of(authority: x509.Certificate) -> str:
     """16 hexadecimal digits of SHA-256 over an authority's public key (SubjectPublicKeyInfo in DER).
 
-    Over the certificate, if the key is of a kind that the library does not know.
+    Over the certificate, if the library does not support the kind of its key.
     """
     try:
         key = authority.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

@@ -1,7 +1,7 @@
-"""The public keys of an issuer of JWTs (JWKS, RFC 7517): from a file or by HTTPS, kept until rollover.
+"""Public keys of issuers of JWTs (JWKS, RFC 7517), from a file or by HTTPS.
 
-Only asymmetric signature keys are taken; each says which algorithms fit it (RFC 8725 §3.1), so that no token
-can choose.
+Only asymmetric signature keys are used. Each key has the algorithms that fit it (RFC 8725 §3.1), so that a
+token cannot choose. The URL of a key set may come from OpenID Connect Discovery 1.0 §4.
 """
 
 import threading
@@ -23,9 +23,43 @@ from jwt.exceptions import PyJWTError
 
 from kms_core.auth import key_endpoint
 from kms_core.observability import metrics
+from kms_core.reload import Stamp, stamp_of
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, Unavailable
 from kms_protocol.wire import NOT_JSON
+
+WELL_KNOWN: Final = "/.well-known/openid-configuration"
+
+
+class _DiscoveryDocument(msgspec.Struct):
+    issuer: str
+    jwks_uri: str
+
+
+def discovered(
+    issuer: str, fetch: Callable[[str], bytes], may_fetch: Callable[[str], bool]
+) -> Callable[[], bytes]:
+    """A function that fetches an issuer's key set by the issuer's URL (OpenID Connect Discovery 1.0 §4).
+
+    It fetches the discovery document each time, and checks that the document names exactly this issuer: a
+    forged document could name forged keys. ``fetch`` GETs a URL, ``may_fetch`` says whether a document may
+    name a URL. The function raises what ``fetch`` does, and ValueError for a wrong document.
+    """
+    address = issuer.removesuffix("/") + WELL_KNOWN
+
+    def fetch_keys() -> bytes:
+        try:
+            document = msgspec.json.decode(fetch(address), type=_DiscoveryDocument)
+        except NOT_JSON as exc:
+            raise ValueError("the discovery document is not JSON with an issuer and a jwks_uri") from exc
+        if document.issuer != issuer:
+            raise ValueError("the discovery document is of another issuer than that of the settings")
+        if not may_fetch(document.jwks_uri):
+            raise ValueError("the discovery document has no https:// URL of keys")
+        return fetch(document.jwks_uri)
+
+    return fetch_keys
+
 
 PublicKeyType = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
 KEEP_S: Final = 600.0
@@ -43,7 +77,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class IssuerKey:
-    """A key that signatures are verified with, and the algorithms that fit it."""
+    """A key for verifying signatures, and the algorithms that fit it."""
 
     kid: str | None
     key: PublicKeyType = field(repr=False)
@@ -51,12 +85,12 @@ class IssuerKey:
 
 
 class IssuerKeys(Protocol):
-    """The keys of one issuer."""
+    """The public keys of one issuer."""
 
     def fitting(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
-        """Those that may have signed, without waiting for a network.
+        """The keys that may have made a signature. Does no network access.
 
-        Raises KeysPending if they are being fetched, Unavailable while none are known.
+        Raises KeysPending while keys are being fetched; Unavailable while none are known.
         """
 
 
@@ -65,11 +99,11 @@ class _KeySet(msgspec.Struct):
 
 
 def parse(data: bytes) -> tuple[IssuerKey, ...]:
-    """The usable keys of a set; others are passed over. ValueError if it is no set or none is usable."""
+    """The usable keys of a set. Raises ValueError if it is not a key set or has none."""
     try:
         found = msgspec.json.decode(data, type=_KeySet).keys
     except NOT_JSON as exc:
-        raise ValueError("this is not a JSON Web Key Set") from exc
+        raise ValueError("not a JSON Web Key Set") from exc
     keys = tuple(_usable(found[:_MOST_KEYS]))
     if not keys:
         raise ValueError("the key set has no RSA, P-256, P-384, P-521 or Ed25519 key for signatures")
@@ -104,12 +138,12 @@ def _algorithms(key: PublicKeyType) -> frozenset[str]:
 
 
 def _fitting(keys: Sequence[IssuerKey], kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
-    """The keys to try for a token, at most 8: without a key id, those that fit its algorithm."""
+    """The keys to try for a token, at most 8: those with its key id, if it has one, and its algorithm."""
     return [key for key in keys if algorithm in key.algorithms and kid in {None, key.kid}][:_MOST_TRIED]
 
 
 class FileKeys:
-    """A key set in a file, read again when it changes."""
+    """A key set in a file, which is read again when it changes."""
 
     def __init__(self, path: Path) -> None:
         """Raises ConfigurationError if it cannot be used."""
@@ -121,24 +155,20 @@ class FileKeys:
 
     def fitting(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
         try:
-            if self._stamped() != self._stamp:
+            if stamp_of([self._path]) != self._stamp:
                 self._stamp, self._keys = self._read()
         except (OSError, ValueError) as exc:
             _log.error("jwks.unreadable", path=str(self._path), reason=str(exc))
             raise Unavailable("The keys of the token's issuer cannot be read") from exc
         return _fitting(self._keys, kid, algorithm)
 
-    def _read(self) -> tuple[tuple[int, ...], tuple[IssuerKey, ...]]:
-        stamp = self._stamped()
+    def _read(self) -> tuple[Stamp, tuple[IssuerKey, ...]]:
+        stamp = stamp_of([self._path])
         return stamp, parse(small_files.read(self._path))
-
-    def _stamped(self) -> tuple[int, ...]:
-        found = self._path.stat()
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class Refresh:
-    """One fetch of an issuer's key set, in a thread of its own. Up to 512 callers may wait for its end."""
+    """One fetch of an issuer's key set, in a thread of its own. Up to 512 callers may wait for it."""
 
     def __init__(self, began: float) -> None:
         """``began`` is a reading of the issuer's clock in seconds."""
@@ -149,9 +179,9 @@ class Refresh:
 
     @contextmanager
     def joined(self) -> Iterator[Future[None]]:
-        """Count the caller as waiting; the future is done when the fetch has ended, well or not.
+        """Count the caller as waiting; the future is done when the fetch has succeeded or failed.
 
-        Raises Unavailable if 512 callers wait already, and in place of a TimeoutError of the body.
+        Raises Unavailable if 512 callers wait already, and in place of a TimeoutError in the block.
         """
         with self._lock:
             if self._waiters >= MOST_WAITERS:
@@ -166,17 +196,17 @@ class Refresh:
                 self._waiters -= 1
 
     def wait(self) -> None:
-        """Block this thread until the fetch has ended, at most 5 seconds. Raises Unavailable."""
+        """Block this thread until the fetch is done, at most 5 seconds. Raises Unavailable."""
         with self.joined() as done:
             done.result(WAIT_S)
 
     def end(self) -> None:
-        """Release the callers that wait."""
+        """Release the waiting callers."""
         self._done.set_result(None)
 
 
 class KeysPending(Unavailable):
-    """A token cannot be verified before ``refresh`` has ended: wait for it and verify once more."""
+    """A token cannot be verified before ``refresh`` is done: wait for it, and verify again."""
 
     def __init__(self, refresh: Refresh) -> None:
         super().__init__(NO_KEYS)
@@ -184,11 +214,11 @@ class KeysPending(Unavailable):
 
 
 class RemoteKeys:
-    """A key set by HTTPS. Answers from what is known and never waits for the issuer itself.
+    """A key set by HTTPS. Uses the keys that are known, and never waits for the issuer.
 
     The set is fetched again in the background when it is 5 minutes old, and for an unknown key id, at most
-    once in 5 seconds. A caller has to wait (KeysPending) only for a key id that is not known, or if the set
-    is older than 10 minutes and no fetch has failed since. While the issuer is away, a set is used for a day.
+    once in 5 seconds. A caller has to wait (KeysPending) only for an unknown key id, or if the set is older
+    than 10 minutes and no fetch has failed since. While fetches fail, a set is used for a day.
     """
 
     def __init__(self, fetch: Callable[[], bytes], *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -213,16 +243,16 @@ class RemoteKeys:
             if not is_late and (not found or (age_s > KEEP_S and not is_failing)):
                 raise KeysPending(refresh)
             is_failing = is_failing or is_late
-        else:  # a fetch may have ended since the first look
+        else:  # a fetch may have succeeded since the first lookup
             found = _fitting(self._keys, kid, algorithm)
         if self._clock() - self._fetched > STALE_S or (not found and is_failing):
             raise Unavailable(NO_KEYS, retry_after_s=AGAIN_S)
         return found
 
     def _refreshing(self, now: float) -> Refresh | None:
-        """The fetch that is under way or begins now; None if the last one ended within 5 seconds.
+        """The current fetch, which begins if there is none; None if the last one ended within 5 seconds.
 
-        There is one thread at most. A fetch whose thread a fork has left behind is given up.
+        At most one thread fetches. A fetch whose thread was lost by a fork is given up.
         """
         with self._lock:
             if self._refresh is not None and self._thread.is_alive():

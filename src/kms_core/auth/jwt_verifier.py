@@ -1,7 +1,7 @@
-"""JWTs (RFC 7519, 8725) of configured issuers become principals, by the claims that settings name.
+"""Verification of JWTs (RFC 7519, RFC 8725) of configured issuers, by the claims that settings name.
 
-What is verified before anything is believed: an asymmetric algorithm that the settings list and that fits the
-issuer's key, signature, issuer, audience, expiry and start. A verified token is remembered for a minute.
+It checks the algorithm (asymmetric, in the settings, and fit for the issuer's key), signature, issuer,
+audience, expiry and start. A verified token is cached for a minute.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -22,12 +23,13 @@ from jwt.exceptions import (
 )
 
 from kms_core import scopes
-from kms_core.auth.jwks import IssuerKeys, KeysPending
+from kms_core.auth.jwks import IssuerKey, IssuerKeys, KeysPending
 from kms_core.auth.policy import Grant, Principal
+from kms_core.auth.token_review import Reviews
 from kms_core.auth.tokens import NAME, REFUSED
 from kms_core.observability import metrics
 from kms_core.patterns import Pattern
-from kms_core.settings.model import IssuerSection
+from kms_core.settings.auth import ClaimGrant, IssuerSection
 from kms_protocol.errors import Unauthenticated
 
 Claims = Mapping[str, object]
@@ -42,11 +44,11 @@ _TYPES: Final = frozenset({"jwt", "at+jwt", "application/at+jwt"})
 
 @dataclass(frozen=True, slots=True)
 class Trusted:
-    """An issuer of the settings, and its keys."""
+    """An issuer of the settings, and its keys, or the reviews that replace them for logins."""
 
     name: str
     section: IssuerSection
-    keys: IssuerKeys
+    keys: IssuerKeys | Reviews
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +58,20 @@ class _SeenToken:
 
 
 class Jwts:
-    """Verifies JWTs. Safe to call from several threads."""
+    """Verifies JWTs. Safe in several threads."""
 
     def __init__(self, issuers: Sequence[Trusted]) -> None:
         self._issuers = {issuer.section.issuer: issuer for issuer in issuers}
-        self._names = frozenset(issuer.name for issuer in issuers)
+        self._sections = {issuer.name: issuer.section for issuer in issuers}
         self._lock = threading.Lock()
         self._seen: OrderedDict[bytes, _SeenToken] = OrderedDict()
 
-    def trusts(self, name: str) -> bool:
-        """Whether an issuer of this name is configured still."""
-        return name in self._names
+    def trusts(self, name: str, role: str = "") -> bool:
+        """Return whether an issuer of this name is configured, with this role if one is given."""
+        section = self._sections.get(name)
+        return section is not None and (not role or role in section.grants)
 
-    def holder(self, text: str) -> Principal:
+    def verify_blocking(self, text: str) -> Principal:
         """As ``verify``, but blocks this thread for up to 5 seconds while an issuer's keys are fetched."""
         try:
             return self.verify(text)
@@ -77,14 +80,12 @@ class Jwts:
         return self.verify(text)
 
     def verify(self, text: str) -> Principal:
-        """The principal of a token, without waiting: what costs least is checked first.
+        """The principal of a token. Does no network access; the cheapest checks come first.
 
         Raises Unauthenticated; KeysPending if the issuer's keys are being fetched; Unavailable if they cannot
         be fetched.
         """
-        if len(text) > MOST_CHARS or not _COMPACT.fullmatch(text):
-            raise Unauthenticated(REFUSED, reason="malformed")
-        digest = hashlib.sha256(text.encode("ascii")).digest()
+        digest = _digest(text)
         who = self._remembered(digest)
         if who is None:
             who, until = self._verified(text, digest)
@@ -94,67 +95,125 @@ class Jwts:
                     self._seen.popitem(last=False)
         return who
 
+    def in_role(self, text: str, name: str, role: str) -> tuple[Principal, float]:
+        """The principal of a token of issuer ``name`` with the scopes of its grant ``role``, and no others.
+
+        Its credential names the role. Also returns the token's expiry. Raises as ``verify``.
+        """
+        digest = _digest(text)
+        issuer, claims = self._checked(text, name)
+        section = issuer.section
+        grant = section.grants.get(role)
+        if grant is None or not _fits(claims, grant):
+            raise Unauthenticated(REFUSED, reason="claims")
+        until = _expiry(claims)
+        allowed = Grant(grant.scopes, until + section.job_grace_s)
+        return _principal(issuer, claims, f"{_credential(issuer, digest)}:{role}", allowed), until
+
+    def grace_s(self, name: str) -> int:
+        """Seconds for which jobs may run after the expiry of a token of this issuer."""
+        section = self._sections.get(name)
+        return section.job_grace_s if section else 0
+
     def _remembered(self, digest: bytes) -> Principal | None:
         seen = self._seen.get(digest)
         return seen.who if seen and time.time() < seen.until else None
 
     def _verified(self, text: str, digest: bytes) -> tuple[Principal, float]:
-        try:
-            header = jwt.get_unverified_header(text)
-            said = jwt.decode(text, options={"verify_signature": False}).get("iss")
-        except (PyJWTError, ValueError) as exc:
-            raise Unauthenticated(REFUSED, reason="malformed") from exc
-        issuer = self._issuers.get(said) if isinstance(said, str) else None
-        if issuer is None:
-            raise Unauthenticated(REFUSED, reason="untrusted")
-        claims = _claims(text, header, issuer)
+        issuer, claims = self._checked(text)
         until = _expiry(claims) + issuer.section.leeway_s
         grant = Grant(tuple(_scopes(claims, issuer.section)), until + issuer.section.job_grace_s)
-        return (
-            Principal(
-                f"{issuer.name}:{_name(claims, issuer.section)}",
-                _tenant(claims, issuer.section),
-                f"jwt:{issuer.name}:{digest.hex()[:16]}",
-                grant,
-            ),
-            until,
-        )
+        return _principal(issuer, claims, _credential(issuer, digest), grant), until
+
+    def _checked(self, text: str, name: str | None = None) -> tuple[Trusted, Claims]:
+        """The issuer of a token, which is ``name`` if that is given, and its claims after all checks."""
+        try:
+            header = jwt.get_unverified_header(text)
+            named = jwt.decode(text, options={"verify_signature": False}).get("iss")
+        except (PyJWTError, ValueError) as exc:
+            raise Unauthenticated(REFUSED, reason="malformed") from exc
+        issuer = self._issuers.get(named) if isinstance(named, str) else None
+        if issuer is None or name not in {None, issuer.name} or (not name and _is_reviewed(issuer)):
+            raise Unauthenticated(REFUSED, reason="untrusted")
+        return issuer, _claims(text, header, issuer)
+
+
+def _digest(text: str) -> bytes:
+    """SHA-256 of a token's text. Raises Unauthenticated for one that is too long or no JWT."""
+    if len(text) > MOST_CHARS or not _COMPACT.fullmatch(text):
+        raise Unauthenticated(REFUSED, reason="malformed")
+    return hashlib.sha256(text.encode("ascii")).digest()
+
+
+def _credential(issuer: Trusted, digest: bytes) -> str:
+    return f"jwt:{issuer.name}:{digest.hex()[:16]}"
+
+
+def _principal(issuer: Trusted, claims: Claims, credential: str, grant: Grant) -> Principal:
+    """The principal of verified claims."""
+    section = issuer.section
+    return Principal(f"{issuer.name}:{_name(claims, section)}", _tenant(claims, section), credential, grant)
 
 
 def _claims(text: str, header: Claims, issuer: Trusted) -> Claims:
-    """The claims, once everything about the token has been verified."""
+    """The claims of a token after all checks. Raises as ``Jwts.verify``."""
     section, algorithm, kid = issuer.section, header.get("alg"), header.get("kid")
     kind = str(header.get("typ", "JWT")).lower()
     if not isinstance(algorithm, str) or algorithm not in section.algorithms or kind not in _TYPES:
         raise Unauthenticated(REFUSED, reason="untrusted")
+    if isinstance(issuer.keys, Reviews):
+        claims = _decoded(text, None, algorithm, section)
+        issuer.keys.check(text, claims.get("sub"))
+        return claims
     for key in issuer.keys.fitting(kid if isinstance(kid, str) else None, algorithm):
         metrics.AUTH_JWT_WORK.labels("signature").inc()
-        try:
-            return jwt.decode(
-                text,
-                key.key,
-                algorithms=[algorithm],
-                issuer=section.issuer,
-                audience=section.audience,
-                leeway=section.leeway_s,
-                options={
-                    "require": ["exp", "iss", "aud", section.principal_claim],
-                    "enforce_minimum_key_length": True,
-                },
-            )
-        except InvalidSignatureError:
-            continue
-        except ExpiredSignatureError as exc:  # the signature holds: this is said to its holder
-            raise Unauthenticated("This token has expired: ask for a new one", reason="expired") from exc
-        except InvalidAudienceError as exc:
-            raise Unauthenticated("This token is for another audience", reason="claims") from exc
-        except PyJWTError as exc:
-            raise Unauthenticated(REFUSED, reason="claims") from exc
+        with suppress(InvalidSignatureError):
+            return _decoded(text, key, algorithm, section)
     raise Unauthenticated(REFUSED, reason="signature")
 
 
+def _is_reviewed(issuer: Trusted) -> bool:
+    return isinstance(issuer.keys, Reviews)
+
+
+def _decoded(text: str, key: IssuerKey | None, algorithm: str, section: IssuerSection) -> Claims:
+    """The claims after all checks, but that of the signature without a key.
+
+    Raises InvalidSignatureError, Unauthenticated.
+    """
+    try:
+        return jwt.decode(
+            text,
+            key.key if key else "",
+            algorithms=[algorithm],
+            issuer=section.issuer,
+            audience=section.audience,
+            leeway=section.leeway_s,
+            options={
+                "require": ["exp", "iss", "aud", section.principal_claim],
+                "enforce_minimum_key_length": True,
+                "verify_signature": key is not None,
+                "verify_aud": True,
+                "verify_exp": True,
+                "verify_iat": True,
+                "verify_iss": True,
+                "verify_jti": True,
+                "verify_nbf": True,
+                "verify_sub": True,
+            },
+        )
+    except InvalidSignatureError:
+        raise
+    except ExpiredSignatureError as exc:  # the signature is right, so the caller holds the token and may know
+        raise Unauthenticated("This token has expired: ask for a new one", reason="expired") from exc
+    except InvalidAudienceError as exc:
+        raise Unauthenticated("This token is for another audience", reason="claims") from exc
+    except PyJWTError as exc:
+        raise Unauthenticated(REFUSED, reason="claims") from exc
+
+
 def _expiry(claims: Claims) -> float:
-    """Seconds since the epoch."""
+    """The expiry in seconds since the epoch."""
     try:
         return float(claims["exp"])  # type: ignore[arg-type]  # PyJWT has read it as a number
     except OverflowError:  # JSON has whole numbers of any size
@@ -169,7 +228,7 @@ def _name(claims: Claims, section: IssuerSection) -> str:
 
 
 def _tenant(claims: Claims, section: IssuerSection) -> str:
-    """The one of the settings, or the one that the token names among those that its issuer may name."""
+    """The tenant of the settings, or the one in the token, which its issuer must be allowed to name."""
     if section.tenant_claim is None:
         return section.tenant
     tenant = claims.get(section.tenant_claim)
@@ -179,19 +238,23 @@ def _tenant(claims: Claims, section: IssuerSection) -> str:
 
 
 def _scopes(claims: Claims, section: IssuerSection) -> Iterator[str]:
-    """Of the settings, for all and for fitting claims; and of the token, where a wrong line is left out."""
+    """The scopes of the settings, for all tokens and for matching claims; and the valid ones in the token."""
     yield from section.scopes
     for grant in section.grants.values():
-        if all(_says(claims.get(claim), text) for claim, text in grant.when.items()):
+        if _fits(claims, grant):
             yield from grant.scopes
-    told = claims.get(section.scopes_claim) if section.scopes_claim else None
-    for text in told[:_MOST_SCOPES] if isinstance(told, list) else ():
+    own = claims.get(section.scopes_claim) if section.scopes_claim else None
+    for text in own[:_MOST_SCOPES] if isinstance(own, list) else ():
         if isinstance(text, str) and _is_scope(text):
             yield text
 
 
-def _says(claim: object, text: str) -> bool:
-    """Whether a claim, or one of a list of them, is as a pattern says."""
+def _fits(claims: Claims, grant: ClaimGrant) -> bool:
+    return all(_matches(claims.get(claim), text) for claim, text in grant.when.items())
+
+
+def _matches(claim: object, text: str) -> bool:
+    """Return whether a claim, or an element of a claim that is a list, matches a pattern."""
     pattern = Pattern.parse(text)
     values = claim if isinstance(claim, list) else [claim]
     return any(isinstance(value, str) and pattern.matches(value) for value in values)

@@ -1,4 +1,4 @@
-"""Who reads the metrics: whoever ``[kms.server] metrics`` lets, and callers whose scope says ``metrics``."""
+"""Access to the metrics: by ``[kms.server] metrics``, and by tokens with the scope ``metrics``."""
 
 import ipaddress
 from collections.abc import Iterable
@@ -16,27 +16,30 @@ _FORWARDED: Final = frozenset({"forwarded", "x-forwarded-for", "x-real-ip", "via
 
 @dataclass(frozen=True, slots=True)
 class MetricsAccess:
-    """``doors`` None: no token is known. A trusted proxy is never on this machine, whatever its address."""
+    """The rule for /metrics. ``authenticator`` None: no token is valid.
+
+    A trusted proxy never counts as this machine, even if its address is a loopback address.
+    """
 
     mode: Literal["loopback", "open", "token"]
-    doors: Authenticator | None
+    authenticator: Authenticator | None
     policy: Policy
     proxies: Proxies
 
     def is_open_to(self, address: str | None, header_names: Iterable[str]) -> bool:
-        """Without a credential: from this machine, unless a proxy says that somebody else asks."""
+        """True if a request needs no credential: it is from this machine, and no proxy forwarded it."""
         if self.mode != "loopback":
             return self.mode == "open"
         if not _is_loopback(address) or (address and self.proxies.trust(address)):
             return False
         return _FORWARDED.isdisjoint(map(str.lower, header_names))
 
-    def knows(self, token: str) -> bool:
-        """Whether this token may read them."""
-        if self.doors is None:
+    def allows(self, token: str) -> bool:
+        """Return whether a token allows to read the metrics. May block for up to 5 seconds."""
+        if self.authenticator is None:
             return False
         try:
-            return allows(self.policy, self.doors.principal(token), "metrics")
+            return allows(self.policy, self.authenticator.principal(token), "metrics")
         except Unauthenticated as exc:
             metrics.AUTH_FAILURES.labels(exc.reason).inc()
         except Unavailable:

@@ -1,6 +1,8 @@
-"""Who may do what: the principal of a call and the rule that is asked before any key is touched."""
+"""Authorization: the principal of a call, and the policy that is checked before any key is used."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -11,15 +13,17 @@ from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden, UnknownKey
 
 INTERNAL: Final = "internal"
-"""The credential of the service's own chores; no caller and no job record can have it."""
-_CHORES: Final = frozenset({"rotate"})
+"""The credential of the service's own operations; no caller and no job record can have it."""
+REMEMBERED_S: Final = 0.5
+_MOST_REMEMBERED: Final = 1000
+_INTERNAL_OPERATIONS: Final = frozenset({"rotate"})
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a credential that cannot be looked up later (a JWT) allows, and until when (epoch seconds).
+    """Scopes and expiry (epoch seconds) of a credential that cannot be looked up later, such as a JWT.
 
-    That of a client certificate has the end alone: its scopes stand in the settings.
+    The grant of a client certificate has no scopes: they are in the settings.
     """
 
     scopes: tuple[str, ...]
@@ -28,9 +32,9 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who calls, and for which tenant. ``credential`` names how they proved it, never the secret.
+    """The caller and its tenant. ``credential`` is the name of the credential, never its secret.
 
-    ``source`` and ``target`` are those of the job from file to file that runs for this principal.
+    ``source`` and ``target`` are the URLs of the file job that runs for this principal.
     """
 
     name: str
@@ -42,23 +46,23 @@ class Principal:
 
 
 class Policy(Protocol):
-    """The rule. Asked in ``Kms``, so REST calls, jobs and the command are all held to it alike."""
+    """Decides which operations are allowed: ``Kms`` checks it for REST calls, jobs and commands alike."""
 
     def require(
         self, who: Principal, operation: str, key_id: str | None = None, context: Context | None = None
     ) -> None:
-        """Return if allowed; None is not known yet, and then no rule stands against it.
+        """Return if the operation is allowed. A ``key_id`` or ``context`` of None is not checked.
 
-        Raises Forbidden, naming the missing rule and no values; UnknownKey for a key that this caller may
-        not know, which is the answer for one that does not exist. Unavailable if that cannot be told now.
+        Raises Forbidden, which names the missing rule and no values; UnknownKey for a key that is not for
+        this caller, as for one that does not exist; Unavailable if the credential cannot be verified now.
         """
 
     def sees(self, who: Principal, key_id: str) -> bool:
-        """Whether this caller may know that the key exists. Raises as ``require``."""
+        """Return whether the caller may know that a key exists. Raises as ``require``."""
 
 
 class AllowAll:
-    """Every operation of a known principal: the rule while callers are not authenticated."""
+    """Allows every operation: the policy while no credentials are required."""
 
     def require(
         self, who: Principal, operation: str, key_id: str | None = None, context: Context | None = None
@@ -73,49 +77,76 @@ class AllowAll:
 
 
 class CredentialStatus(Protocol):
-    """What a credential is worth now."""
+    """Looks up the current scopes of credentials."""
 
     def scopes_of(self, who: Principal) -> Iterable[Scope]:
-        """Raises Forbidden if it was revoked or has expired, Unavailable if that cannot be told now."""
+        """Raises Forbidden if it was revoked or has expired, Unavailable if that cannot be verified now."""
 
 
 _MISSING: Final[Mapping[Rule, str]] = {
-    "operation": "No scope of this credential allows this operation",
-    "context": "This credential allows this operation with this key only in a context that its scope names",
-    "read": "No scope of this credential has a read= prefix that covers the source",
-    "write": "No scope of this credential has a write= prefix that covers the target",
+    "operation": "This {credential} lacks `{operation}`",
+    "context": "This {credential} allows `{operation}` with this key only in a context that its scope names",
+    "read": "This {credential} lacks a read= prefix that covers the source",
+    "write": "This {credential} lacks a write= prefix that covers the target",
 }
 _ORDER: Final[Sequence[Rule | None]] = ("operation", "key", "context", "read", "write")
 
 
 class ByScopes:
-    """Allowed is what one scope of the credential allows, with the keys that its tenant has."""
+    """Allows what one of the credential's scopes allows, with the keys of its tenant."""
 
-    def __init__(self, standing: CredentialStatus, tenants: Mapping[str, Sequence[Pattern]]) -> None:
-        """``tenants``: those that may use some keys only, with patterns of their ids."""
-        self._standing = standing
+    def __init__(self, status: CredentialStatus, tenants: Mapping[str, Sequence[Pattern]]) -> None:
+        """``tenants`` has the tenants that may use only some keys, with patterns of their ids."""
+        self._status = status
         self._tenants = tenants
 
     def require(
         self, who: Principal, operation: str, key_id: str | None = None, context: Context | None = None
     ) -> None:
-        if who.credential == INTERNAL and operation in _CHORES:
+        if who.credential == INTERNAL and operation in _INTERNAL_OPERATIONS:
             return
         wanted = Access(operation, key_id, context, who.source, who.target)
-        found = [scope.missing(wanted) for scope in self._standing.scopes_of(who)]
+        found = [scope.missing(wanted) for scope in self._status.scopes_of(who)]
         nearest = None if None in found else max(found, key=_ORDER.index, default=_ORDER[0])
         if nearest == "key" or (nearest != "operation" and not self._has(who.tenant, key_id)):
             raise UnknownKey
         if nearest:
-            raise Forbidden(_MISSING[nearest])
+            kind = "certificate" if who.credential.startswith("cert:") else "token"
+            raise Forbidden(_MISSING[nearest].format(credential=kind, operation=operation))
 
     def sees(self, who: Principal, key_id: str) -> bool:
-        scopes_ = self._standing.scopes_of(who)
-        return self._has(who.tenant, key_id) and any(scope.names_key(key_id) for scope in scopes_)
+        found = self._status.scopes_of(who)
+        return self._has(who.tenant, key_id) and any(scope.names_key(key_id) for scope in found)
 
     def _has(self, tenant: str, key_id: str | None) -> bool:
         patterns = self._tenants.get(tenant)
         return key_id is None or patterns is None or any_matches(patterns, key_id)
+
+
+class Remembered:
+    """A policy for one batch or one run of a job, which asks another once for equal items.
+
+    What was allowed stays so for half a second; a refusal is asked for each time.
+    """
+
+    def __init__(self, policy: Policy, clock: Callable[[], float] = time.monotonic) -> None:
+        self._policy, self._clock = policy, clock
+        self._allowed: set[tuple[Principal, str, str | None, Context | None]] = set()
+        self._until = -math.inf
+
+    def require(
+        self, who: Principal, operation: str, key_id: str | None = None, context: Context | None = None
+    ) -> None:
+        now, wanted = self._clock(), (who, operation, key_id, context)
+        if now >= self._until or len(self._allowed) >= _MOST_REMEMBERED:
+            self._allowed.clear()
+            self._until = now + REMEMBERED_S
+        if wanted not in self._allowed:
+            self._policy.require(who, operation, key_id, context)
+            self._allowed.add(wanted)
+
+    def sees(self, who: Principal, key_id: str) -> bool:
+        return self._policy.sees(who, key_id)
 
 
 def allows(
@@ -125,7 +156,7 @@ def allows(
     key_id: str | None = None,
     context: Context | None = None,
 ) -> bool:
-    """Whether ``require`` would return. Raises Unavailable if that cannot be told now."""
+    """True if ``require`` would return. Raises Unavailable if the credential cannot be verified now."""
     try:
         policy.require(who, operation, key_id, context)
     except (Forbidden, UnknownKey):

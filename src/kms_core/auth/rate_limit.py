@@ -1,6 +1,6 @@
-"""How often something may happen: token buckets, for failures by source and for requests by tenant.
+"""Rate limits by token buckets: failed authentications by source, and requests by tenant.
 
-Each process counts for itself, in bounded memory; of several that share an address, each allows its share.
+Each process counts for itself, in bounded memory; of several processes at one port, each allows its share.
 """
 
 import ipaddress
@@ -18,11 +18,11 @@ from kms_protocol.errors import RateLimited
 T = TypeVar("T")
 
 MOST_SOURCES: Final = 4096
-_IPV6_BITS: Final = 64  # what one caller is given: addresses within cost him nothing
+_IPV6_BITS: Final = 64  # the network of one caller, who can use any address in it
 DEBT_S: Final = 60.0
-"""How many seconds of its pace a tenant owes at most."""
+"""The highest debt of a tenant, in seconds of its rate."""
 _STEP: Final = 100  # items of a stream that are counted at once
-_ENOUGH: Final = 1 - 1e-9  # of one request: who waits as long as told must not miss it by a rounding
+_ENOUGH: Final = 1 - 1e-9  # of one request: a client that waits as told must not fail by a rounding error
 
 
 @dataclass(slots=True)
@@ -43,15 +43,15 @@ _RECORDS: Final = Rate(10.0, 600.0)
 
 
 class Failures:
-    """Failed attempts by source. The sources that failed last are remembered, at most 4,096 of them.
+    """Failed attempts by source, of the 4,096 sources that failed last.
 
-    Says, too, which failures to log and record: of all sources together 600 at once, and 10 a second.
+    It also bounds the failures that are logged and recorded: 600 at once, and 10 a second, of all sources.
     """
 
     def __init__(
         self, per_minute: float, *, clock: Callable[[], float] = time.monotonic, most: int = MOST_SOURCES
     ) -> None:
-        self._pace = Rate(per_minute / 60, max(1.0, per_minute))
+        self._rate = Rate(per_minute / 60, max(1.0, per_minute))
         self._clock = clock
         self._most = most
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
@@ -60,13 +60,13 @@ class Failures:
     def wait_s(self, address: str) -> float:
         """Seconds until this source may fail again; 0 if it may now."""
         bucket = self._buckets.get(source_of(address))
-        return 0.0 if bucket is None else _wait_s(bucket, self._pace, self._clock())
+        return 0.0 if bucket is None else _wait_s(bucket, self._rate, self._clock())
 
     def failed(self, address: str) -> bool:
-        """Count a failure. Whether it is to be logged and recorded."""
+        """Count a failure; returns whether to log and record it."""
         source, now = source_of(address), self._clock()
-        bucket = self._buckets.pop(source, None) or _Bucket(self._pace.burst, now)
-        _take(bucket, self._pace, now)
+        bucket = self._buckets.pop(source, None) or _Bucket(self._rate.burst, now)
+        _take(bucket, self._rate, now)
         self._buckets[source] = bucket
         if len(self._buckets) > self._most:
             self._buckets.popitem(last=False)
@@ -77,65 +77,65 @@ class Failures:
 
 
 class Requests:
-    """Requests and their items by tenant, where settings bound them. Safe to call from several threads.
+    """Requests and their items by tenant, where settings bound them. Safe in several threads.
 
-    A request is let in while its tenant has one left. Further items of it may be more than are left: the
-    tenant is then in debt, which later requests wait for. So any batch can pass. A debt never exceeds
-    ``DEBT_S`` seconds of the tenant's pace, so that no request shuts a tenant out for longer.
+    A request is allowed while its tenant has one left. Its further items may exceed the rest: the tenant then
+    is in debt, and later requests wait. So every batch is possible. A debt is at most ``DEBT_S`` seconds of
+    the tenant's rate, so that no request blocks a tenant for longer.
     """
 
-    def __init__(self, paces: Mapping[str, Rate], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, rates: Mapping[str, Rate], *, clock: Callable[[], float] = time.monotonic) -> None:
         now = clock()
-        self._paces = paces
+        self._rates = rates
         self._clock = clock
         self._lock = threading.Lock()
-        self._buckets = {tenant: _Bucket(pace.burst, now) for tenant, pace in paces.items()}
+        self._buckets = {tenant: _Bucket(rate.burst, now) for tenant, rate in rates.items()}
 
     def take(self, tenant: str) -> None:
-        """Count a request. Raises RateLimited, with the seconds until the next one is allowed."""
+        """Count a request. Raises RateLimited with the seconds until the next one is allowed."""
         self._spend(tenant, 1, left=_ENOUGH)
 
     def take_items(self, tenant: str, count: int) -> None:
         """Count the items of a request, of which ``take`` has counted one already.
 
-        Raises RateLimited, and counts nothing, while the tenant is in debt: of several batches that were let
-        in together, one may go into debt.
+        Raises RateLimited, and counts nothing, while the tenant is in debt: of several batches that were
+        allowed at the same time, one may go into debt.
         """
         self._spend(tenant, count - 1, left=_ENOUGH - 1)
 
     def counted(self, tenant: str, items: Iterable[T]) -> Iterator[T]:
-        """The items of a stream, as they are; each but the first is counted when it is taken, into debt."""
-        index, told = 0, 0
+        """Yield the items of a stream, and count each but the first when it is taken, into debt."""
+        index, counted = 0, 0
         try:
             for index, item in enumerate(items):
                 yield item
-                if index - told >= _STEP:
-                    self._spend(tenant, index - told)
-                    told = index
+                if index - counted >= _STEP:
+                    self._spend(tenant, index - counted)
+                    counted = index
         finally:
-            self._spend(tenant, index - told)
+            self._spend(tenant, index - counted)
 
     def _spend(self, tenant: str, count: int, *, left: float = -math.inf) -> None:
-        """Take so many, or as many as may be owed, out of a bucket that holds at least ``left``.
+        """Take ``count`` out of a bucket that holds at least ``left``, up to the highest debt.
 
         Raises RateLimited if it holds less.
         """
-        pace = self._paces.get(tenant)
-        if pace is None or count < 1:
+        rate = self._rates.get(tenant)
+        if rate is None or count < 1:
             return
         with self._lock:
             bucket, now = self._buckets[tenant], self._clock()
-            level = _level(bucket, pace, now)
+            level = _level(bucket, rate, now)
             if level >= left:
-                bucket.level, bucket.at = max(level - count, -DEBT_S * pace.per_s), now
+                bucket.level, bucket.at = max(level - count, -DEBT_S * rate.per_s), now
         if level < left:
             metrics.RATE_LIMITED.labels(tenant).inc()
-            wait_s = (1 - level) / pace.per_s
-            raise RateLimited("Your tenant's requests a second are used up", retry_after_s=wait_s)
+            wait_s = (1 - level) / rate.per_s
+            raise RateLimited("Your tenant has used up its requests per second", retry_after_s=wait_s)
 
 
 def source_of(address: str) -> str:
-    """What counts as one source: an IPv4 address, an IPv6 network of 64 bits; other texts as they are."""
+    """The source of an address: an IPv4 address or an IPv6 network of 64 bits; other text is kept."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -147,16 +147,16 @@ def source_of(address: str) -> str:
     return str(found)
 
 
-def _wait_s(bucket: _Bucket, pace: Rate, now: float) -> float:
-    level = _level(bucket, pace, now)
-    return 0.0 if level >= _ENOUGH else (1 - level) / pace.per_s
+def _wait_s(bucket: _Bucket, rate: Rate, now: float) -> float:
+    level = _level(bucket, rate, now)
+    return 0.0 if level >= _ENOUGH else (1 - level) / rate.per_s
 
 
-def _take(bucket: _Bucket, pace: Rate, now: float) -> None:
-    bucket.level = max(0.0, _level(bucket, pace, now) - 1)
+def _take(bucket: _Bucket, rate: Rate, now: float) -> None:
+    bucket.level = max(0.0, _level(bucket, rate, now) - 1)
     bucket.at = now
 
 
-def _level(bucket: _Bucket, pace: Rate, now: float) -> float:
+def _level(bucket: _Bucket, rate: Rate, now: float) -> float:
     """The level of a bucket now; below zero it is in debt."""
-    return min(pace.burst, bucket.level + (now - bucket.at) * pace.per_s)
+    return min(rate.burst, bucket.level + (now - bucket.at) * rate.per_s)

@@ -1,9 +1,8 @@
 """Authorities of client certificates (``[kms.server] client_ca``), and their revocation lists.
 
-TLS checks both in each handshake (``kms_api/transport/tls.py``). What is here checks certificates of
-connections that are open already, and of jobs, and tells when a list (``client_crl``; RFC 5280 §5) has
-expired. Authorities are told apart by their keys: one that was re-keyed has the name of its predecessor.
-Knows no TLS.
+TLS checks both in each handshake (``kms_api/server/process.py``). This module checks certificates of open
+connections and of jobs, and logs when a list (``client_crl``; RFC 5280 §5) has expired. It identifies
+authorities by their keys, since a re-keyed authority keeps its name.
 """
 
 import functools
@@ -38,10 +37,10 @@ _log = structlog.get_logger(__name__)
 class Lists:
     """The authorities of one file, and their revocation lists, each verified with its authority's key.
 
-    ``begins`` and ``ends`` are epoch seconds between which every list is current. ``revoked`` holds serial
-    numbers with the name of their authority (``identity_of``), whichever key has signed the list;
-    ``trusted`` the keys (``key_of``) of authorities that certificates which are not revoked lead to from a
-    root. ``are_complete``: there is a list of every authority.
+    ``begins`` and ``ends`` are epoch seconds between which every list is current. ``revoked`` has the serial
+    numbers of revoked certificates with the name of their authority (``identity_of``), whichever of its keys
+    signed the list. ``trusted`` has the keys (``key_of``) of authorities with a chain of unrevoked
+    certificates to a root. ``are_complete``: every authority has a list.
     """
 
     begins: float
@@ -51,7 +50,7 @@ class Lists:
     are_complete: bool
 
     def is_revoked(self, identity: str) -> bool:
-        """Whether a new connection with this certificate (``Shown.identity``) would be refused."""
+        """Return whether a new connection with this certificate (``PresentedCertificate.identity``) fails."""
         serial, *names = identity.split(":")
         authority, keys = "".join(names[:1]), names[1:]
         if f"{serial}:{authority}" in self.revoked or not keys:
@@ -61,9 +60,9 @@ class Lists:
 
 
 def read(crl: Path | None, ca: Path) -> Lists:
-    """The authorities in ``ca``, and the lists in ``crl``: one of each. Raises OSError, ValueError.
+    """The authorities in ``ca``, and their lists in ``crl``, one of each. Raises OSError, ValueError.
 
-    What was read last is remembered, since several parts of a process ask for the same files.
+    The last result is cached, since several parts of a process read the same files.
     """
     with _reading:
         return _read(crl, ca, stamp_of([ca, crl] if crl else [ca]))
@@ -95,7 +94,7 @@ def _read(crl: Path | None, ca: Path, _stamp: Stamp) -> Lists:
 
 
 def _blocks(data: bytes) -> Iterator[bytes]:
-    """The lists in PEM, each from its first line to its last."""
+    """The PEM blocks of lists in a file."""
     for text in data.split(_BEGIN)[1:]:
         inner, end, _ = text.partition(_END)
         if end:
@@ -103,7 +102,7 @@ def _blocks(data: bytes) -> Iterator[bytes]:
 
 
 def load(server: ServerSection) -> Lists | None:
-    """The lists that the settings name, None without client_ca. Raises ConfigurationError."""
+    """The lists in the settings; None without client_ca. Raises ConfigurationError."""
     if server.client_ca is None:
         return None
     try:
@@ -120,16 +119,16 @@ def load(server: ServerSection) -> Lists | None:
 
 
 class Revocations:
-    """The lists in use, read again when ``client_crl`` or ``client_ca`` changes. Safe in several threads.
+    """The lists in use, which are read again when ``client_crl`` or ``client_ca`` changes. Thread-safe.
 
-    A changed file that cannot be used leaves the lists read before in use, and is logged.
+    While a changed file cannot be used, which is logged, the lists read before stay in use.
     """
 
     def __init__(self, crl: Path | None, ca: Path) -> None:
         """Raises OSError, ValueError."""
         self._file = crl or ca
         self._event = "client_crl" if crl else "client_ca"
-        self._has_told = False
+        self._has_logged = False
         paths = [ca, crl] if crl else [ca]
         self._lists = Reloaded(
             paths, functools.partial(read, crl, ca), done=self._renewed, failed=self._not_read
@@ -138,11 +137,11 @@ class Revocations:
             metrics.CLIENT_CRL_EXPIRES.set(self._lists.current().ends)
 
     def is_current(self) -> bool:
-        """Whether every list is current. The first time that one is not is logged."""
+        """Return whether every list is current. Logs the first time that one is not."""
         return self._is_current(self._lists.current())
 
     def is_revoked(self, identity: str) -> bool:
-        """Whether a certificate or an authority of it is revoked or no longer in ``client_ca``.
+        """Return whether a certificate or an authority of it is revoked or no longer in ``client_ca``.
 
         Raises Unavailable if a list has expired.
         """
@@ -157,13 +156,13 @@ class Revocations:
     def _is_current(self, lists: Lists) -> bool:
         if lists.begins <= time.time() < lists.ends:
             return True
-        if not self._has_told:
-            self._has_told = True
+        if not self._has_logged:
+            self._has_logged = True
             _log.error("client_crl.expired", path=str(self._file))
         return False
 
     def _renewed(self, lists: Lists) -> None:
-        self._has_told = False
+        self._has_logged = False
         if lists.are_complete:
             metrics.CLIENT_CRL_EXPIRES.set(lists.ends)
         _log.info(f"{self._event}.read", revoked=len(lists.revoked))
@@ -174,21 +173,21 @@ class Revocations:
 
 
 def build(server: ServerSection) -> Revocations | None:
-    """What the settings name, kept up to date; None without client_ca. Raises ConfigurationError."""
+    """The revocations of the settings, kept up to date; None without client_ca. Raises ConfigurationError."""
     if load(server) is None or server.client_ca is None:
         return None
     return Revocations(server.client_crl, server.client_ca)
 
 
 def _label(authority: x509.Certificate) -> tuple[str, str]:
-    """Name and key of an authority."""
+    """The name and the key of an authority."""
     return authority_of(authority.subject), key_of(authority)
 
 
 def _newest(
     lists: Iterable[x509.CertificateRevocationList], authorities: Sequence[x509.Certificate]
 ) -> Mapping[tuple[str, str], x509.CertificateRevocationList]:
-    """The newest list of each ``_label``. Raises ValueError for another authority's and a partial one."""
+    """The newest list of each ``_label``. Raises ValueError for a partial list or another authority's."""
     newest: dict[tuple[str, str], x509.CertificateRevocationList] = {}
     for found in lists:
         key = next((_label(one) for one in authorities if _has_signed(one, found)), None)
@@ -212,7 +211,7 @@ def _has_signed(authority: x509.Certificate, found: x509.CertificateRevocationLi
 
 
 def _check_is_whole(found: x509.CertificateRevocationList) -> None:
-    """Refuse delta and indirect lists, which say less or more than their authority's certificates."""
+    """Raise ValueError for delta and indirect lists, which are not complete."""
     for extension in found.extensions:
         value = extension.value
         is_indirect = isinstance(value, x509.IssuingDistributionPoint) and value.indirect_crl
@@ -221,7 +220,7 @@ def _check_is_whole(found: x509.CertificateRevocationList) -> None:
 
 
 def _trusted(authorities: Sequence[x509.Certificate], revoked: frozenset[str]) -> frozenset[str]:
-    """Keys of authorities with a chain of certificates that are not revoked to a root in client_ca."""
+    """The keys of authorities with a chain of unrevoked certificates to a root in client_ca."""
     good = [
         one for one in authorities if identity_of(authority_of(one.issuer), one.serial_number) not in revoked
     ]
@@ -235,7 +234,7 @@ def _trusted(authorities: Sequence[x509.Certificate], revoked: frozenset[str]) -
 
 
 def _is_root(authority: x509.Certificate) -> bool:
-    """Whether a certificate is its own authority's, which OpenSSL decides by names and key identifiers."""
+    """Return whether a certificate is self-issued, by names and key identifiers as OpenSSL decides it."""
     if authority.subject != authority.issuer:
         return False
     extensions = authority.extensions

@@ -1,10 +1,9 @@
-"""API tokens: a file of their digests, read again when it changes, and the changes that commands make to it.
+"""API tokens: authentication by their digests, the file that has these, and changes that commands make.
 
-A token is ``kms_<id>_<secret>``: an id of 10 characters, which names it in the audit trail, and 256 random
-bits. The file holds SHA-256 of the whole text: of so much randomness nothing slower is needed.
+A token is ``kms_<id>_<secret>``: an id of 10 characters, which names it in the audit log, and 256 random
+bits. The file has the SHA-256 of the whole text: random secrets of this size need no slow hash.
 """
 
-import fcntl
 import hashlib
 import hmac
 import os
@@ -12,18 +11,22 @@ import re
 import secrets
 import stat
 from base64 import b32encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Final, Self, TypeAlias
 
 import msgspec
 import structlog
 
-from kms_core.durable import sync_folder
-from kms_core.secure_files import is_open
+from kms_core import secure_files
+from kms_core.documents.places import locked
+from kms_core.documents.signed import SignedDocument
+from kms_core.reload import stamp_of_stat
+from kms_core.secure_files import OTHERS, is_open
+from kms_core.settings.model import Settings
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, Conflict, Missing, Unauthenticated, Unavailable
 from kms_protocol.wire import NOT_JSON
@@ -37,19 +40,18 @@ _SECRET_BYTES: Final = 32
 _NOBODY: Final = bytes(32)
 _MOST_BYTES: Final = 64 * 1024 * 1024
 _WRITABLE: Final = 0o022
-_OPEN_TO_ALL: Final = 0o007
 _log = structlog.get_logger(__name__)
 
 
 class Digest(msgspec.Struct, frozen=True, kw_only=True):
-    """SHA-256 (32 bytes) of a token's text; an old one of a rotated token is valid ``until``."""
+    """SHA-256 (32 bytes) of a token's text; the old text of a rotated token is valid ``until`` a time."""
 
     sha256: bytes
     until: datetime | None = None
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):
-    """One token as it rests: everything but its text."""
+    """A token without its text."""
 
     id: str
     name: str
@@ -69,93 +71,122 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
-    """The content of the file at one moment; ``stamp`` None means that there is no file."""
+class KnownTokens:
+    """The tokens as read last; ``stamp`` is None if their file does not exist."""
 
     stamp: tuple[int, ...] | None
     tokens: Mapping[str, Token] = field(default_factory=dict, repr=False)
     tenants: frozenset[str] = frozenset()
 
+    @classmethod
+    def of(cls, stamp: tuple[int, ...], tokens: Sequence[Token]) -> Self:
+        return cls(stamp, {token.id: token for token in tokens}, frozenset(token.tenant for token in tokens))
 
-class TokenFile:
-    """The reading side. A file that is not there holds no tokens; one that cannot be read lets nobody in."""
 
-    def __init__(self, path: Path, *, strict: bool = False) -> None:
-        """``strict``: a file that every user may read is refused, not only told of."""
-        self._path = path
-        self._name = str(path)
-        self._strict = strict
-        self._read = _Read(())
+class UnknownToken(Unauthenticated):
+    """A token that is not known here. ``reread`` looks for it where it may have just been made, if anywhere.
 
-    def holder(self, text: str) -> Token:
-        """Whose token this is. Raises Unauthenticated, and Unavailable if the file cannot be read."""
+    ``reread`` blocks for seconds, and raises Unavailable.
+    """
+
+    def __init__(self, reread: Callable[[], None] | None = None) -> None:
+        super().__init__(REFUSED, reason="unknown")
+        self.reread = reread
+
+
+class Tokens:
+    """Authenticates by tokens, wherever they are held."""
+
+    def _fresh(self) -> KnownTokens:
+        """The current tokens. Raises Unavailable."""
+        raise NotImplementedError
+
+    def is_current(self) -> bool:
+        """True if changes by other processes are seen."""
+        return True
+
+    def authenticate(self, text: str) -> Token:
+        """The token with this text. Raises Unauthenticated; Unavailable if the tokens cannot be read."""
         match = TEXT.fullmatch(text)
         if match is None:
             raise Unauthenticated(REFUSED, reason="malformed")
-        token, now = self._fresh().tokens.get(match[1]), datetime.now(UTC)
-        digest = hashlib.sha256(text.encode("ascii")).digest()
+        return self.of_digest(match[1], hashlib.sha256(text.encode("ascii")).digest())
+
+    def of_digest(self, token_id: str, digest: bytes) -> Token:
+        """The token of this id whose text has this SHA-256. Raises as ``authenticate``."""
+        token, now = self._fresh().tokens.get(token_id), datetime.now(UTC)
         known = token.digests if token else (Digest(sha256=_NOBODY),)
         fits = [hmac.compare_digest(digest, one.sha256) and _is_current(one, now) for one in known]
         if token is None or not any(fits):
-            raise Unauthenticated(REFUSED, reason="unknown")
-        if token.has_expired(now):  # told to nobody but its holder
+            raise UnknownToken
+        if token.has_expired(now):  # only its holder may know
             raise Unauthenticated("This token has expired: ask for a new one", reason="expired")
         return token
 
     def by_id(self, token_id: str) -> Token | None:
-        """The token of this id, if it is valid now. Raises Unavailable, also where there is no file."""
+        """The token of this id, if it is valid now. Raises Unavailable, also without a file."""
         found = self._fresh()
-        if found.stamp is None:  # of whoever had a token, this must not be taken as a refusal
-            raise Unavailable(f"There is no token file {self._path}")
+        if found.stamp is None:  # which must not end the jobs of existing tokens
+            raise Unavailable("The token file does not exist")
         token = found.tokens.get(token_id)
         return None if token is None or token.has_expired(datetime.now(UTC)) else token
 
     def tenants(self) -> frozenset[str]:
-        """Those that have a token, valid or not. Raises Unavailable if the file cannot be read."""
+        """The tenants with a token, valid or not. Raises Unavailable if the tokens cannot be read."""
         return self._fresh().tenants
 
-    def _fresh(self) -> _Read:
-        """The tokens now: looking at the file costs a microsecond."""
+
+class TokenFile(Tokens):
+    """Reads the token file, again when it changes. A missing file has no tokens; an unreadable one fails."""
+
+    def __init__(self, path: Path, *, strict: bool = False) -> None:
+        """``strict``: a file that every user may read is an error, not only a warning."""
+        self._path = path
+        self._name = str(path)
+        self._strict = strict
+        self._read = KnownTokens(())
+
+    def _fresh(self) -> KnownTokens:
+        """The current tokens; a stat of the file for each call costs a microsecond."""
         try:
-            found = os.stat(self._name)  # noqa: PTH116 -- with each call, and a Path takes half as long again
-            stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+            found = os.stat(self._name)  # noqa: PTH116 -- for each call: a Path takes half as long again
+            stamp = stamp_of_stat(found)
             if stamp != self._read.stamp:
                 self._check(found)
-                all_tokens = read(self._path)
-                tenants = frozenset(token.tenant for token in all_tokens)
-                self._read = self._changed(_Read(stamp, {token.id: token for token in all_tokens}, tenants))
+                before, self._read = self._read, KnownTokens.of(stamp, read(self._path))
+                log_change(before, self._read)
         except FileNotFoundError:
-            self._read = _Read(None)
+            self._read = KnownTokens(None)
         except (OSError, ConfigurationError) as exc:
             _log.error("tokens.unreadable", path=str(self._path), reason=_reason(exc))
             raise Unavailable("The token file cannot be read; the service's log says why") from exc
         return self._read
 
-    def _changed(self, now: _Read) -> _Read:
-        """Tell the log who came and who went: ids are no secrets."""
-        before, after = self._read.tokens.keys(), now.tokens.keys()
-        _log.info("tokens.read", tokens=len(after), new=sorted(after - before), gone=sorted(before - after))
-        return now
-
     def _check(self, found: os.stat_result) -> None:
-        """Whoever can write the file can let himself in."""
+        """Check owner and mode: a program that can write the file can create tokens."""
         mode = stat.S_IMODE(found.st_mode)
         if found.st_uid not in {os.geteuid(), 0} or mode & _WRITABLE:
-            raise ConfigurationError("others may write it: it must be the service's own, with mode 0600")
-        if self._strict and mode & _OPEN_TO_ALL:
+            raise ConfigurationError("others may write it: the service must own it, with mode 0600")
+        if self._strict and mode & OTHERS:
             raise ConfigurationError("every user may read it: run chmod 600 on it")
         if is_open(found, os.geteuid()):
             _log.warning("tokens.open_to_others", path=str(self._path), mode=f"{mode:04o}")
 
 
+def log_change(before: KnownTokens, after: KnownTokens) -> None:
+    """Log the ids of new and removed tokens, which are not secret."""
+    old, new = before.tokens.keys(), after.tokens.keys()
+    _log.info("tokens.read", tokens=len(new), new=sorted(new - old), gone=sorted(old - new))
+
+
 def read(path: Path) -> tuple[Token, ...]:
-    """Every token of the file, valid or not. Raises OSError; ConfigurationError if it is none of ours."""
+    """All tokens of the file, valid or not. Raises OSError; ConfigurationError for another kind of file."""
     try:
         file = msgspec.json.decode(small_files.read(path, _MOST_BYTES), type=_File)
     except NOT_JSON as exc:
         raise ConfigurationError(f"{path} is not a file that kms token wrote") from exc
     if file.version != 1:
-        raise ConfigurationError(f"{path} is of a later version")
+        raise ConfigurationError(f"{path} was written by a later version")
     return file.tokens
 
 
@@ -164,7 +195,7 @@ def read(path: Path) -> tuple[Token, ...]:
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """What a new token shall be. ``ttl`` None means that it does not expire."""
+    """The properties of a new token. ``ttl`` None: it does not expire."""
 
     name: str
     tenant: str
@@ -172,26 +203,58 @@ class TokenRequest:
     ttl: timedelta | None
 
 
-Witness = Callable[
-    [Token], AbstractContextManager[object]
-]  # entered around the moment at which a file changes
+class Revoked(msgspec.Struct, frozen=True, kw_only=True):
+    """A revoked token of a signed document, kept ``until`` the token would have expired; None: always."""
+
+    id: str
+    until: datetime | None = None
 
 
-def _unseen(token: Token) -> AbstractContextManager[object]:
+class TokensBody(msgspec.Struct, kw_only=True):
+    """The tokens of a signed document, while they are changed in place."""
+
+    version: int = 1
+    tokens: list[Token] = []
+    revoked: list[Revoked] = []
+
+    @classmethod
+    def of(cls, body: bytes) -> Self:
+        """The body of a document; empty before the first. Raises ConfigurationError for a later version's."""
+        found = msgspec.json.decode(body, type=cls) if body else cls()
+        if found.version != 1:
+            raise ConfigurationError("The tokens were written by a later version")
+        return found
+
+
+Where: TypeAlias = Path | SignedDocument
+"""The token file, or the signed document that has the tokens."""
+Recorder = Callable[[Token], AbstractContextManager[object]]
+"""Makes a context that is entered while the tokens change, which records the change in the audit log."""
+
+
+def _unrecorded(token: Token) -> AbstractContextManager[object]:
     del token
     return nullcontext()
 
 
-def create(path: Path, wish: TokenRequest, witness: Witness = _unseen) -> tuple[Token, str]:
-    """A new token and its text, which is nowhere afterwards. Raises Conflict if the tenant has the name."""
-    with _changing(path) as draft:
-        tokens, now = draft.tokens, _now()
-        if any((token.name, token.tenant) == (wish.name, wish.tenant) for token in tokens):
+def listed(where: Where) -> tuple[Token, ...]:
+    """All tokens, valid or not. Raises as ``read`` and ``SignedDocument.read``."""
+    if isinstance(where, SignedDocument):
+        return tuple(TokensBody.of(where.read().body).tokens)
+    return read(where) if where.exists() else ()
+
+
+def create(where: Where, wish: TokenRequest, record: Recorder = _unrecorded) -> tuple[Token, str]:
+    """Create a token; returns it with its text, which is not stored. Raises Conflict for a name in use."""
+    now, secret = _now(), secrets.token_urlsafe(_SECRET_BYTES)
+    token_id = b32encode(os.urandom(_ID_BYTES)).decode("ascii").lower().rstrip("=")
+
+    def edit(draft: TokensBody) -> tuple[Token, str]:
+        if any((token.name, token.tenant) == (wish.name, wish.tenant) for token in draft.tokens):
             raise Conflict(
                 f"Tenant {wish.tenant} has a token {wish.name}: rotate or revoke it, or name another"
             )
-        token_id = b32encode(os.urandom(_ID_BYTES)).decode("ascii").lower().rstrip("=")
-        text, digest = _new_text(token_id)
+        text, digest = _new_text(token_id, secret)
         token = Token(
             id=token_id,
             name=wish.name,
@@ -201,55 +264,108 @@ def create(path: Path, wish: TokenRequest, witness: Witness = _unseen) -> tuple[
             expires_at=None if wish.ttl is None else now + wish.ttl,
             digests=(digest,),
         )
-        tokens.append(token)
-        draft.save(token, witness)
+        draft.tokens.append(token)
         return token, text
+
+    return _change(where, edit, record)
 
 
 def rotate(
-    path: Path, which: str, overlap: timedelta, ttl: timedelta | None, witness: Witness = _unseen
+    where: Where, which: str, overlap: timedelta, ttl: timedelta | None, record: Recorder = _unrecorded
 ) -> tuple[Token, str]:
-    """A new text for the same token; the old one is valid for ``overlap``. ``ttl`` None keeps the term."""
-    with _changing(path) as draft:
-        tokens, now = draft.tokens, _now()
-        at = _index(tokens, which)
-        old = tokens[at]
-        text, digest = _new_text(old.id)
+    """Give a token a new text; the old one stays valid for ``overlap``. ``ttl`` None keeps the expiry."""
+    now, secret = _now(), secrets.token_urlsafe(_SECRET_BYTES)
+
+    def edit(draft: TokensBody) -> tuple[Token, str]:
+        at = _index(draft.tokens, which)
+        old = draft.tokens[at]
+        text, digest = _new_text(old.id, secret)
         kept = tuple(
             Digest(sha256=one.sha256, until=min(one.until or now + overlap, now + overlap))
             for one in old.digests
             if overlap and _is_current(one, now)
         )
         expires_at = old.expires_at if ttl is None else now + ttl
-        tokens[at] = msgspec.structs.replace(old, digests=(digest, *kept), expires_at=expires_at)
-        draft.save(tokens[at], witness)
-        return tokens[at], text
+        draft.tokens[at] = msgspec.structs.replace(old, digests=(digest, *kept), expires_at=expires_at)
+        return draft.tokens[at], text
+
+    return _change(where, edit, record)
 
 
-def revoke(path: Path, which: str, witness: Witness = _unseen) -> Token:
-    """Take a token out: no call and no job of its begins afterwards. Raises Missing."""
-    with _changing(path) as draft:
+def revoke(where: Where, which: str, record: Recorder = _unrecorded) -> Token:
+    """Remove a token: none of its calls and jobs starts afterwards. Raises Missing."""
+
+    def edit(draft: TokensBody) -> tuple[Token, str]:
         token = draft.tokens.pop(_index(draft.tokens, which))
-        draft.save(token, witness)
-        return token
+        draft.revoked.append(Revoked(id=token.id, until=token.expires_at))
+        return token, ""
+
+    return _change(where, edit, record)[0]
+
+
+def adopt(document: SignedDocument, taken: Sequence[Token] = ()) -> int:
+    """Go on with the document as it lies at its place, and with these tokens too; returns the number of all.
+
+    Tokens that it has, or that were revoked, are not taken again. Raises as ``SignedDocument.adopt``.
+    """
+    number = 0
+
+    def edit(body: bytes) -> bytes:
+        nonlocal number
+        draft = TokensBody.of(body)
+        known = {token.id for token in draft.tokens} | {revoked.id for revoked in draft.revoked}
+        draft.tokens += [token for token in taken if token.id not in known]
+        number = len(draft.tokens)
+        return msgspec.json.encode(draft)
+
+    document.adopt(edit)
+    return number
+
+
+def _change(
+    where: Where, edit: Callable[[TokensBody], tuple[Token, str]], record: Recorder
+) -> tuple[Token, str]:
+    """Change the tokens. ``edit`` is called again if others changed a document, with the same secrets."""
+    if isinstance(where, Path):
+        secure_files.make_folders(where.parent)
+        with locked(where.with_name(f"{where.name}.lock")):  # against other commands
+            draft = TokensBody(tokens=list(listed(where)))
+            token, text = edit(draft)
+            data = msgspec.json.format(msgspec.json.encode(_File(tokens=tuple(draft.tokens)))) + b"\n"
+            with record(token):
+                secure_files.write(where, data, locked=True)
+            return token, text
+    made: list[tuple[Token, str]] = []
+
+    def edited(body: bytes) -> bytes:
+        draft, now = TokensBody.of(body), _now()
+        made.append(edit(draft))
+        draft.revoked = [one for one in draft.revoked if one.until is None or now < one.until]
+        return msgspec.json.encode(draft)
+
+    before = where.read()
+    edited(before.body)  # which may raise, before anything is recorded
+    with record(made[-1][0]):
+        where.write(before, edited)
+    return made[-1]
 
 
 def _index(tokens: Sequence[Token], which: str) -> int:
-    """By id, or by a name that one tenant has."""
+    """The index of a token by id, name or tenant/name. Raises Conflict for several, Missing for none."""
     found = [
         at
         for at, token in enumerate(tokens)
         if which in {token.id, token.name, f"{token.tenant}/{token.name}"}
     ]
     if len(found) > 1:
-        raise Conflict(f"Several tenants have a token {which}: name it by its id, or as tenant/name")
+        raise Conflict(f"Several tenants have a token {which}: use its id, or tenant/name")
     if not found:
-        raise Missing(f"No token is called {which}; kms token list shows them")
+        raise Missing(f"There is no token {which}: `kms token list` shows all")
     return found[0]
 
 
-def _new_text(token_id: str) -> tuple[str, Digest]:
-    text = f"{PREFIX}{token_id}_{secrets.token_urlsafe(_SECRET_BYTES)}"
+def _new_text(token_id: str, secret: str) -> tuple[str, Digest]:
+    text = f"{PREFIX}{token_id}_{secret}"
     return text, Digest(sha256=hashlib.sha256(text.encode("ascii")).digest())
 
 
@@ -265,40 +381,27 @@ def _reason(exc: Exception) -> str:
     return str(exc.strerror if isinstance(exc, OSError) else exc)
 
 
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """The tokens of a file, to be changed in place, and then saved: whole or not at all."""
+def several_tenants(settings: Settings, tokens: Tokens | None = None) -> Callable[[], bool]:
+    """A function that says whether jobs can come from more than one tenant, by settings and tokens.
 
-    path: Path
-    tokens: list[Token]
+    Without authentication all callers are of one tenant. Unreadable tokens count as several tenants.
+    """
+    kms = settings.kms
+    if kms.auth.mode != "required":
+        return lambda: False
+    named = {
+        *kms.tenants,
+        *(section.tenant for section in kms.auth.certificates.values()),
+        *(name for section in kms.auth.issuers.values() for name in section.tenants or (section.tenant,)),
+    }
+    known = tokens or TokenFile(kms.auth.tokens_path, strict=settings.is_prod)
 
-    def save(self, token: Token, witness: Witness) -> None:
-        """``token`` is the one that has changed."""
-        data = msgspec.json.format(msgspec.json.encode(_File(tokens=tuple(self.tokens)))) + b"\n"
-        with witness(token):
-            _write(self.path, data)
+    def answer() -> bool:
+        if len(named) > 1:
+            return True
+        try:
+            return len(named | known.tenants()) > 1
+        except Unavailable:
+            return True
 
-
-@contextmanager
-def _changing(path: Path) -> Iterator[_Draft]:
-    """One command at a time."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield _Draft(path, list(read(path)) if path.exists() else [])
-    finally:
-        os.close(lock)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path`` (0600) durably. The lock is held, so the temporary name is ours alone."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # of a command that was killed
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with open(handle, "wb") as file:  # noqa: PTH123 -- a handle, not a path
-        file.write(data)
-        file.flush()
-        os.fsync(handle)
-    temporary.replace(path)
-    sync_folder(path.parent)
+    return answer

@@ -1,33 +1,48 @@
-"""Key backends: each wraps 16-byte file keys under keys that it alone holds. One module each, one line here.
+"""Key backends. Each wraps 16-byte file keys under keys that only it holds; ``SCHEMES`` lists them.
 
 A backend knows nothing of callers, HTTP, jobs, audit, retries or other backends. It authenticates the AAD
 that it is given, or proves origin in its own way; it never drops one.
+
+Importing this package loads the tables of the backends and none of their code, since settings need it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from kms_core.envelope.sealing import Wrapper
+from kms_core.backends.age_settings import AgeSection
+from kms_core.backends.aws.settings import AwsKmsSection
+from kms_core.backends.cosmian.settings import CosmianSection
+from kms_core.backends.vault.settings import TransitSection, VaultKvSection
+from kms_core.sections import BackendSection
 from kms_protocol.errors import BackendUnavailable
 
-SCHEMES: Final = {
-    "age": "kms_core.backends.age",
-    "awskms": "kms_core.backends.aws.backend",
-    "cosmian": "kms_core.backends.cosmian.backend",
-    "transit": "kms_core.backends.vault.transit",
-    "vault-kv": "kms_core.backends.vault.kv",
+if TYPE_CHECKING:
+    from kms_core.age.header import Stanza
+    from kms_core.envelope.binding import KeyRef, Wrap
+
+SCHEMES: Final[Mapping[str, type[BackendSection]]] = {
+    "age": AgeSection,
+    "cosmian": CosmianSection,
+    "transit": TransitSection,
+    "vault-kv": VaultKvSection,
+    "awskms": AwsKmsSection,
 }
-"""Scheme of a key URI → module with ``open_key(uri, settings) -> Backend``, imported when a key uses it."""
+"""Scheme of a key URI → the backend's table in ``kms.toml``, which names the module with its code."""
+
+
+def table_of(scheme: str) -> str:
+    """The name of a backend's table below ``[kms]``."""
+    return scheme.replace("-", "_")
 
 
 NATIVE: Final = "age"
-"""The backend whose wraps are native stanzas of the age format, which carry no name."""
+"""The backend that unwraps native stanzas of the age format."""
 
 
 class KeyMissing(BackendUnavailable):
-    """The peer answers, and has no such key: whoever runs the service has to make it, before it starts."""
+    """The server answers and has no such key: an operator has to create it before the service starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +62,26 @@ class KeyVersion:
     created_at: datetime | None = None
 
 
-class Backend(Wrapper, Protocol):
+class Backend(Protocol):
     """One key of one backend. Methods raise BackendUnavailable when the backend cannot be reached or read."""
 
     name: str
-    """``age``, ``cosmian``, ``transit`` or ``awskms``: as it stands in stanzas and metrics."""
+    """The scheme, such as ``age`` or ``vault-kv``: part of stanzas and metrics."""
     blocks: bool
-    """Whether calls wait on a network: the API then makes them in a thread."""
+    """Return whether calls wait on a network; the API runs those in a thread."""
     data_keys: bool
-    """Whether plaintext data keys may be handed out."""
+    """Return whether plaintext data keys may be handed out."""
+    native: bool
+    """Return whether ``wrap`` returns native stanzas of the age format, which carry no name."""
+
+    def wrap(self, file_key: bytes, key: "KeyRef", aad: bytes) -> "Stanza":
+        """Wrap a 16-byte file key. See ``envelope.sealing.Wrapper``, of which every backend is one."""
+
+    def unwrap(self, stanza: "Stanza", key: "KeyRef", aad: bytes) -> bytes:
+        """The file key. Raises NoMatch for the stanza of another key, DecryptFailed for a damaged one."""
+
+    def origin_key(self, key: "KeyRef") -> bytes | None:
+        """The MAC key of the origin stanza, or None where the wrap itself authenticates the AAD."""
 
     def current_version(self) -> str:
         """The version that wraps now."""
@@ -64,10 +90,13 @@ class Backend(Wrapper, Protocol):
         """All versions that unwrap, the current one last."""
 
     def rotate(self) -> KeyVersion:
-        """Make a new version and wrap with it from now on; old ones unwrap."""
+        """Make a new version, which wraps from now on. Old versions still unwrap."""
+
+    def is_ready(self, tenant: str, key_id: str, wrap: "Wrap | None") -> bool:
+        """True if wrapping a new file key, or unwrapping ``wrap``, is certain to need no network now."""
 
     def for_job(self) -> "Backend":
-        """The same key for one run of a bulk job: a peer is then asked a few times, not once an item."""
+        """The same key for one run of a bulk job, with a few calls to a server, not one for each item."""
 
     def health_check(self) -> Health:
-        """Wrap and unwrap once; never raises."""
+        """Wrap and unwrap a random file key. Never raises."""

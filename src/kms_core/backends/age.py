@@ -1,14 +1,22 @@
-"""The Age backend: native identities in local files, offline; reads the files again when they change.
+"""The Age backend: native identities in local files or a shared document, read again when they change.
 
-``private_key`` is an age identity file and may hold several identities; ``public_key`` names the recipient
-in use. A key version is the first 8 hex digits of the SHA-256 of the recipient string. Rotation appends an
-identity and replaces the recipient; running processes pick that up within a second.
+The private file is an age identity file with one or more identities; the public file names the recipient in
+use. A key version is the first 8 hex digits of the SHA-256 of the recipient string.
+
+Rotation appends an identity to the private file, then replaces the recipient, each durably before the next
+step: every reader, also after a crash in between, finds a recipient with its identity. Running processes use
+the new identity within a second.
+
+The private file may be sealed (``envelope.sealed_files``). Its content is then as above. While its root is
+away, each call raises BackendUnavailable; a rotation waits until the other processes opened the new identity.
+The same holds for a document, which has the content of both files.
 """
 
 import math
 import os
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,82 +25,100 @@ from urllib.parse import SplitResult, parse_qs, unquote
 
 import structlog
 
-from kms_core.age import mlkem768x25519
+from kms_core.age import mlkem768x25519, x25519
 from kms_core.age.header import FILE_KEY_BYTES, Stanza
 from kms_core.age.recipients import Identity, Recipient, parse_identity, parse_recipient, version_of
 from kms_core.age.x25519 import NoMatch
 from kms_core.backends import Health, KeyVersion
-from kms_core.backends.age_rotation import append_identity
+from kms_core.backends.age_settings import AgeSection, document_of
+from kms_core.backends.key_files import KeyFiles
 from kms_core.envelope import binding
-from kms_core.envelope.binding import KeyRef
-from kms_core.secure_files import open_to_others
-from kms_core.settings.model import Settings
-from kms_protocol import small_files
-from kms_protocol.errors import BackendUnavailable, ConfigurationError
+from kms_core.envelope.binding import DEFAULT_KEY_ID, KeyRef, Wrap
+from kms_core.envelope.sealed_files import KeySource, NotOpenedYet, SealedFiles
+from kms_core.http_client import Unreachable
+from kms_protocol.errors import BackendUnavailable, ConfigurationError, RotationRefused
+from kms_protocol.units import time_or_none, time_text
 
 RECHECK_S: Final = 0.5
+SOUGHT_EVERY_S: Final = 1.0
+"""An unknown version has the files read again at most so often (s): callers may name any number of them."""
+OPEN_S: Final = 60.0
+"""The longest wait of a rotation for the parent process to open the new identity (s)."""
+_POLL_S: Final = 0.05
 _CREATED: Final = "# created: "
-_MAKE_KEYS: Final = "make a pair with `kms keygen -o {private}` and `kms keygen -y {private} > {public}`"
+_VERSION: Final = re.compile("[0-9a-f]{8}")
+_SEVERAL_HOSTS: Final = (
+    "The hosts {} have files of their own for this key, and would not know its new version: append a new "
+    "identity to the private file of all hosts, then replace the public file on all (docs/hosts.md, Rotation)"
+)
+_UNKNOWN_HERE: Final = (
+    "This host has no identity of the version {}: copy the private file of the hosts {}, which have their own"
+)
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class KeyFiles:
-    """Where a pair lives, and whether open permissions are an error (prod) or a warning (dev).
-
-    Without a public file the last identity of the private one is in use.
-    """
-
-    private: Path
-    public: Path | None = None
-    strict: bool = False
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        return (self.private, self.public) if self.public else (self.private,)
-
-
-@dataclass(frozen=True, slots=True)
 class _KeyFiles:
-    """The content of the two files at one moment."""
+    """The content of the source at one moment."""
 
     identities: dict[str, Identity] = field(repr=False)
     origin_keys: dict[str, bytes] = field(repr=False)
     versions: tuple[KeyVersion, ...]
     current: str
-    stamp: tuple[tuple[int, ...], ...]
+    stamp: object
 
 
 class AgeBackend:
-    """One age key: the identities of one file, of which one is in use for wrapping."""
+    """One age key: the identities of one source, one of which wraps."""
 
     name = "age"
     blocks = False
 
-    def __init__(self, files: KeyFiles, *, data_keys: bool = False, recheck_s: float = RECHECK_S) -> None:
-        """Read both files; ConfigurationError, saying what to do, if that cannot be done.
+    def __init__(
+        self,
+        source: KeySource,
+        *,
+        data_keys: bool = False,
+        native: bool = True,
+        recheck_s: float = RECHECK_S,
+    ) -> None:
+        """Read the source. Raises ConfigurationError, which names the remedy.
 
-        ``recheck_s``: how long the files are taken to be unchanged after a look at them.
+        ``native``: new files get a native stanza, which stock age opens, rather than a wrap under a key
+        derived from the identity, which spares two X25519 multiplications. Both kinds are unwrapped.
+        ``recheck_s``: seconds between two checks whether the source has changed.
         """
         self.data_keys = data_keys
-        self._files = files
+        self.native = native
+        self.elsewhere: Callable[[bool], Sequence[str]] = lambda _: ()
+        """The hosts that have files of their own for this key; with True as Redis tells now."""
+        self.source = source
         self._recheck_s = recheck_s
-        self._keys = _load(files)
+        self._sought = -math.inf
+        self._keys: _KeyFiles | None = None
         self._checked = time.monotonic()
-        self._trouble = ""
+        self._error = ""
+        try:
+            self._keys = _load(source)
+        except BackendUnavailable as exc:
+            self._error = exc.detail
 
     def wrap(self, file_key: bytes, key: KeyRef, aad: bytes) -> Stanza:
-        """A native stanza. The AAD is bound by the origin stanza instead (see ``origin_key``)."""
-        del aad
-        return self._identity(key).recipient.wrap(file_key)
+        """A native stanza, where the origin stanza binds the AAD; with ``native`` off a wrap stanza."""
+        identity = self._identity(key)
+        if self.native:
+            return identity.recipient.wrap(file_key)
+        return binding.age_wrap(identity.secret, file_key, key, aad)
 
     def unwrap(self, stanza: Stanza, key: KeyRef, aad: bytes) -> bytes:
-        """The file key, by the identity of this key version alone; NoMatch, DecryptFailed as the types do."""
-        del aad
-        return self._identity(key).unwrap(stanza)
+        """The file key, by the identity of this key version only. Raises NoMatch, DecryptFailed."""
+        identity = self._identity(key)
+        if stanza.type == binding.WRAP:
+            return binding.open_age_wrap(identity.secret, stanza, key, aad)
+        return identity.unwrap(stanza)
 
     def origin_key(self, key: KeyRef) -> bytes:
-        """The MAC key, derived from the identity, that proves who sealed a file."""
+        """The MAC key, derived from the identity, that proves the origin of a file."""
         keys = self._fresh()
         if key.version not in keys.origin_keys:
             raise NoMatch
@@ -106,112 +132,152 @@ class AgeBackend:
 
     def health_check(self) -> Health:
         """Wrap and unwrap with the current version; unhealthy while changed key files cannot be read."""
-        now, keys = datetime.now(UTC), self._fresh()
+        now = datetime.now(UTC)
+        try:
+            keys = self._fresh()
+        except BackendUnavailable as exc:
+            return Health(healthy=False, checked_at=now, detail=exc.detail)
         identity, probe = keys.identities[keys.current], os.urandom(FILE_KEY_BYTES)
         healthy = identity.unwrap(identity.recipient.wrap(probe)) == probe
-        return Health(healthy=healthy and not self._trouble, checked_at=now, detail=self._trouble)
+        return Health(healthy=healthy and not self._error, checked_at=now, detail=self._error)
 
     def rotate(self) -> KeyVersion:
-        """A new identity of the same type, in use at once here and within a second in other processes."""
+        """A new identity of the same type, in use at once here and within a second in other processes.
+
+        The identity of a sealed file is in use once the other processes have opened it, some seconds later.
+        Raises RotationRefused where hosts have files of their own, BackendUnavailable if nothing was changed
+        or the new identity cannot be used.
+        """
+        if others := self.elsewhere(True):  # noqa: FBT003 -- its only parameter
+            raise RotationRefused(_SEVERAL_HOSTS.format(", ".join(others)))
         keys = self._fresh()
         post_quantum = isinstance(keys.identities[keys.current], mlkem768x25519.HybridIdentity)
-        append_identity(self._files.private, self._files.public, post_quantum=post_quantum)
+        kind = mlkem768x25519.HybridIdentity if post_quantum else x25519.X25519Identity
+        identity = kind.generate()
+        created = time_text(datetime.now(UTC))
+        lines = f"# created: {created}\n# public key: {identity.recipient}\n{identity.export()}\n"
+        if self.source.add(lines.encode()):
+            self._wait_for(version_of(identity.recipient))
+        self.source.use(str(identity.recipient))
         self._checked = -math.inf
         made = self._fresh().versions[-1]
-        if self._trouble:
-            raise BackendUnavailable(f"The age key was rotated, but cannot be read: {self._trouble}")
+        if self._error:
+            raise BackendUnavailable(f"The age key was rotated, but cannot be read: {self._error}")
         return made
 
+    def _wait_for(self, version: str) -> None:
+        """Wait until this process, and then the others, opened a version. Raises BackendUnavailable."""
+        until = time.monotonic() + OPEN_S
+        while version not in self._fresh().identities:
+            if time.monotonic() > until:
+                raise BackendUnavailable(
+                    f"The new identity is in {self.source.private}, but was not opened; the old one stays in "
+                    f"use. Rotate again when the root answers. {self._error}".strip()
+                )
+            time.sleep(_POLL_S)
+            self._checked = -math.inf
+        time.sleep(self.source.publish_s)
+
+    def is_ready(self, tenant: str, key_id: str, wrap: Wrap | None) -> bool:
+        """True: no call waits for a network."""
+        del tenant, key_id, wrap
+        return True
+
     def for_job(self) -> "AgeBackend":
-        """Itself: a wrap costs no call."""
+        """The backend itself, since a wrap needs no call."""
         return self
 
     def secrets(self) -> tuple[bytes, ...]:
-        """A 32-byte MAC key of each version, the current one last: the spool derives its record keys here."""
+        """A 32-byte MAC key of each version, the current one last. The spool derives keys from them."""
         keys = self._fresh()
         return tuple(keys.origin_keys[version.version] for version in keys.versions)
 
     def _identity(self, key: KeyRef) -> Identity:
-        identity = self._fresh().identities.get(key.version)
-        if identity is None:
+        return self._fresh().identities.get(key.version) or self._seek(key.version)
+
+    def _seek(self, version: str) -> Identity:
+        """Read the source again for a version that it did not have.
+
+        Raises NoMatch; Unreachable where another host may have it, and it did not arrive here yet.
+        """
+        now = time.monotonic()
+        if now - self._sought >= SOUGHT_EVERY_S:
+            self._sought = now
+            self._read_again(forced=True)
+        keys = self._fresh()
+        found = keys.identities.get(version)
+        if found is not None:
+            return found
+        if not _VERSION.fullmatch(version):
             raise NoMatch
-        return identity
+        if reason := self.source.behind(keys.stamp):
+            raise Unreachable(reason)
+        if others := self.elsewhere(False):  # noqa: FBT003 -- as above
+            raise Unreachable(_UNKNOWN_HERE.format(version, ", ".join(others)))
+        raise NoMatch
 
     def _fresh(self) -> _KeyFiles:
-        """The keys, read again if the files changed. Bad new files leave the old keys in use, in the open."""
+        """The keys, read again if the files changed. Raises BackendUnavailable if they were never readable.
+
+        Unusable files leave the old keys in use; health reports it.
+        """
         now = time.monotonic()
-        if now - self._checked < self._recheck_s:
-            return self._keys
-        self._checked = now
-        try:
-            if self._trouble or _stamp(self._files) != self._keys.stamp:
-                self._keys = _load(self._files)
-                self._trouble = ""
-                _log.info("key.reloaded", backend=self.name, key_version=self._keys.current)
-        except (ConfigurationError, OSError) as exc:
-            self._trouble = str(exc)
-            _log.warning("key.reload_failed", backend=self.name, reason=self._trouble)
+        if now - self._checked >= self._recheck_s:
+            self._checked = now
+            self._read_again()
+        if self._keys is None:
+            raise BackendUnavailable(self._error)
         return self._keys
 
+    def _read_again(self, *, forced: bool = False) -> None:
+        try:
+            if forced or self._error or self._keys is None or self.source.stamp() != self._keys.stamp:
+                self._keys = _load(self.source)
+                self._error = ""
+                _log.info("key.reloaded", backend=self.name, key_version=self._keys.current)
+        except NotOpenedYet as exc:  # the next check finds it open, and the old keys work until then
+            self._error = self._error if self._keys else exc.detail
+        except (ConfigurationError, BackendUnavailable, OSError) as exc:
+            self._error, before = str(exc), self._error
+            if self._error != before:
+                _log.warning("key.reload_failed", backend=self.name, reason=self._error)
 
-def _stamp(files: KeyFiles) -> tuple[tuple[int, ...], ...]:
-    found = (path.stat() for path in files.paths)
-    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in found)
 
-
-def _load(files: KeyFiles) -> _KeyFiles:
-    stamp, private, public = _read(files)
-    _check_mode(files)
+def _load(source: KeySource) -> _KeyFiles:
+    stamp, identities_, recipient = source.read()
+    identities_text = _text(source, identities_)
     identities: dict[str, Identity] = {}
-    versions: dict[str, KeyVersion] = {}  # an identity that stands twice is one version
+    versions: dict[str, KeyVersion] = {}  # a repeated identity is one version
     current = ""
-    for identity, created in _identities(private, files.private):
+    for identity, created in _identities(identities_text, source.private):
         current = version_of(identity.recipient)
         identities[current] = identity
         versions[current] = KeyVersion(current, created)
-    if files.public:
-        current = version_of(_recipient(public, files.public))
+    if recipient is not None:
+        current = version_of(_recipient(_text(source, recipient), source.public))
         if current not in identities:
             raise ConfigurationError(
-                f"The recipient in {files.public} has no identity in {files.private}: "
-                f"write it anew with `kms keygen -y {files.private} > {files.public}`"
+                f"The recipient in {source.public} has no identity in {source.private}: "
+                f"write it again with `kms keygen -y {source.private} > {source.public}`"
             )
     in_order = sorted(versions.values(), key=lambda version: version.version == current)
     origin_keys = {version: binding.origin_key(identity.secret) for version, identity in identities.items()}
     return _KeyFiles(identities, origin_keys, tuple(in_order), current, stamp)
 
 
-def _read(files: KeyFiles) -> tuple[tuple[tuple[int, ...], ...], str, str]:
-    """Stamp and texts. The stamp comes first: a change in between is read again, never missed."""
+def _text(source: KeySource, content: bytes) -> str:
     try:
-        stamp = _stamp(files)
-        texts = [small_files.text(path) for path in files.paths]
-    except OSError as exc:
-        hint = _MAKE_KEYS.format(private=files.private, public=files.public or "public_key.txt")
-        raise ConfigurationError(
-            f"Cannot read the age key file {exc.filename} ({exc.strerror}): {hint}"
-        ) from exc
+        return content.decode("utf-8")
     except UnicodeDecodeError as exc:
-        raise ConfigurationError(f"The age key files {files.private}, {files.public} are not text") from exc
-    return stamp, texts[0], texts[-1]
+        raise ConfigurationError(f"The age key files {source.private}, {source.public} are not text") from exc
 
 
-def _check_mode(files: KeyFiles) -> None:
-    mode = open_to_others(files.private)
-    if not mode:
-        return
-    advice = f"{files.private} can be read by others (mode {mode:04o}): run `chmod 600 {files.private}`"
-    if files.strict:
-        raise ConfigurationError(advice)
-    _log.warning("key.file_open_to_others", path=str(files.private), mode=f"{mode:04o}", advice=advice)
-
-
-def _identities(text: str, path: Path) -> Iterator[tuple[Identity, datetime | None]]:
+def _identities(text: str, path: Path | str) -> Iterator[tuple[Identity, datetime | None]]:
     created: datetime | None = None
     count = 0
     for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
         if line.startswith(_CREATED):
-            created = _timestamp(line.removeprefix(_CREATED))
+            created = time_or_none(line.removeprefix(_CREATED))
         if not line or line.startswith("#"):
             continue
         try:
@@ -224,7 +290,7 @@ def _identities(text: str, path: Path) -> Iterator[tuple[Identity, datetime | No
         raise ConfigurationError(f"{path} holds no age identity: make one with `kms keygen -o {path}`")
 
 
-def _recipient(text: str, path: Path) -> Recipient:
+def _recipient(text: str, path: Path | str | None) -> Recipient:
     lines = [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
     if len(lines) != 1:
         raise ConfigurationError(f"{path} must hold one recipient (age1…), it holds {len(lines)}")
@@ -234,25 +300,46 @@ def _recipient(text: str, path: Path) -> Recipient:
         raise ConfigurationError(f"{path} does not hold an age recipient ({exc})") from exc
 
 
-def _timestamp(text: str) -> datetime | None:
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        return None
+def open_key(
+    uri: SplitResult | None,
+    section: AgeSection,
+    *,
+    strict: bool,
+    name: str = DEFAULT_KEY_ID,
+    sealed: SealedFiles | None = None,
+) -> AgeBackend:
+    """``age:///path/to/private_key.txt?public=/path/to/public_key.txt``; None means ``[kms.age]``.
+
+    ``age:s3://bucket/key`` is a signed document. With ``native=false`` new files have no native stanza.
+    ``name`` and ``sealed`` are for sealed keys (see ``KeyFiles``).
+    """
+    private, public, native = parts_of(uri, section)
+    source: KeySource
+    if isinstance(private, Path):
+        source = KeyFiles(private, public, strict, name, sealed, section.sealed_only)
+    elif sealed is None:
+        raise ConfigurationError(f"{private} holds a sealed key: a key that seals others may not be")
+    else:
+        source = sealed.document(name, private)
+    return AgeBackend(source, data_keys=section.data_keys, native=native)
 
 
-def open_key(uri: SplitResult | None, settings: Settings) -> AgeBackend:
-    """``age:///path/to/private_key.txt?public=/path/to/public_key.txt``; None means ``[kms.age]``."""
-    age, strict = settings.kms.age, settings.is_prod
+def parts_of(uri: SplitResult | None, section: AgeSection) -> tuple[Path | str, Path | None, bool]:
+    """The private file, or the URL of a document, the public file and ``native`` of a key.
+
+    Raises ConfigurationError.
+    """
     if uri is None:
-        files = KeyFiles(age.private_key_path, age.public_key_path, strict)
-        return AgeBackend(files, data_keys=age.data_keys)
-    options = parse_qs(uri.query, keep_blank_values=True)
-    public_paths = options.pop("public", [])
+        return section.private_key_path, section.public_key_path, True
+    options, document = parse_qs(uri.query, keep_blank_values=True), document_of(uri)
+    public_paths, native = options.pop("public", []), options.pop("native", ["true"])
     stray = uri.netloc or uri.fragment or options or len(public_paths) > 1 or "" in public_paths
-    if stray or not uri.path.startswith("/"):
+    if native not in (["true"], ["false"]):
+        raise ConfigurationError("An age key: native is true, or false for files that stock age cannot open")
+    if stray or not (uri.path.startswith("/") or (document and not public_paths)):
         raise ConfigurationError(
-            "An age key is age:///path/to/private_key.txt?public=/path/to/public_key.txt"
+            "An age key is age:///path/to/private_key.txt?public=/path/to/public_key.txt, or "
+            "age:s3://bucket/key for a document"
         )
     public = Path(public_paths[0]) if public_paths else None
-    return AgeBackend(KeyFiles(Path(unquote(uri.path)), public, strict), data_keys=age.data_keys)
+    return document or Path(unquote(uri.path)), public, native == ["true"]

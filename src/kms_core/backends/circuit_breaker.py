@@ -1,20 +1,23 @@
-"""What stands between us and a peer: a budget of retries, a breaker, and the figures of both.
+"""Calls to a server with a budget of retries, a circuit breaker, and metrics of both. Times are in seconds.
+
+Calls that went in one request fail by one exception, which counts once and costs one retry.
 
 Only ``Unreachable`` opens the breaker: an error that request data can cause would let one caller lock out
-the others. Times are in seconds.
+the others.
 """
 
-import random
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
+from weakref import WeakSet
 
 import structlog
 
 from kms_core.http_client import Busy, Unreachable
 from kms_core.observability import metrics, tracing
+from kms_core.retries import jittered_wait_s
 from kms_protocol.errors import BackendUnavailable, KmsError
 
 T = TypeVar("T")
@@ -24,12 +27,12 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often to try, and when to stop asking.
+    """Bounds of retries, and of the circuit breaker.
 
-    A retry costs one token of a bucket that each call fills by ``budget``: with 0.1, a peer that fails gets
-    a tenth more calls, not three times as many. After ``failures`` calls in a row without an answer nobody
-    asks for ``open_s``; then one call probes, and each probe that fails doubles the pause, up to
-    ``longest_open_s``.
+    A retry costs one token of a bucket that each call fills by ``budget``: with 0.1, a failing server gets a
+    tenth more calls, not three times as many. After ``failures`` consecutive calls without an answer the
+    breaker is open for ``open_s``. Then one call probes the server, and each failed probe doubles the pause,
+    up to ``longest_open_s``.
     """
 
     attempts: int = 3
@@ -42,11 +45,11 @@ class RetryPolicy:
 
 
 class Breaker:
-    """Closed, open, or half open: then one call at a time finds out whether the peer is back."""
+    """A circuit breaker: closed, open, or half open, when one call at a time probes the server."""
 
-    def __init__(self, name: str, patience: RetryPolicy, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, name: str, policy: RetryPolicy, clock: Callable[[], float] = time.monotonic) -> None:
         self._name = name
-        self._patience = patience
+        self._policy = policy
         self._clock = clock
         self._lock = threading.Lock()
         self._failures = 0
@@ -55,7 +58,7 @@ class Breaker:
         self._probing = False
 
     def enter(self) -> None:
-        """Before a call. Raises Unreachable while the breaker is open."""
+        """Begin a call. Raises Unreachable while the breaker is open."""
         with self._lock:
             if not self._pause_s:
                 return
@@ -63,61 +66,63 @@ class Breaker:
             if left <= 0 and not self._probing:
                 self._probing = True
                 return
-            wait = max(left, self._patience.first_wait_s)
+            wait = max(left, self._policy.first_wait_s)
         raise Unreachable(
             f"The {self._name} backend has not answered lately; the next try is in {wait:.0f} s",
             retry_after_s=wait,
         )
 
     def answered(self) -> None:
-        """The peer is there, whatever it said."""
+        """Record an answer, whatever its content."""
         with self._lock:
             closed, self._pause_s = bool(self._pause_s), 0.0
             self._failures, self._probing = 0, False
         if closed:
-            self._tell(is_open=False)
+            self._report(is_open=False)
 
     def failed(self) -> None:
-        """The peer did not answer."""
+        """Record a call without an answer."""
         with self._lock:
             self._failures += 1
-            opened = not self._pause_s and self._failures >= self._patience.failures
+            opened = not self._pause_s and self._failures >= self._policy.failures
             if opened:
-                self._pause_s = self._patience.open_s
+                self._pause_s = self._policy.open_s
             elif self._probing:
-                self._pause_s = min(self._pause_s * 2, self._patience.longest_open_s)
+                self._pause_s = min(self._pause_s * 2, self._policy.longest_open_s)
             if opened or self._probing:
                 self._until = self._clock() + self._pause_s
             self._probing = False
         if opened:
-            self._tell(is_open=True)
+            self._report(is_open=True)
 
     def left(self) -> None:
-        """A call ended without telling anything about the peer: a probe does not stay under way."""
+        """Record a call that ended without information about the server, such as an interrupted probe."""
         with self._lock:
             self._probing = False
 
-    def _tell(self, *, is_open: bool) -> None:
+    def _report(self, *, is_open: bool) -> None:
         metrics.BREAKER_OPEN.labels(self._name).set(is_open)
         log = _log.warning if is_open else _log.info
         log("backend.breaker", backend=self._name, state="open" if is_open else "closed")
 
 
-class Guard:
-    """Calls to one peer: timed, counted, tried again where that is safe and the budget allows."""
+class RetryingCaller:
+    """Calls to one server: timed, counted, and retried where that is safe and the budget allows."""
 
-    def __init__(self, name: str, patience: RetryPolicy) -> None:
+    def __init__(self, name: str, policy: RetryPolicy) -> None:
         self._name = name
-        self._patience = patience
-        self._breaker = Breaker(name, patience)
+        self._policy = policy
+        self._breaker = Breaker(name, policy)
         self._lock = threading.Lock()
-        self._tokens = patience.most_tokens
+        self._tokens = policy.most_tokens
+        self._counted: WeakSet[BackendUnavailable] = WeakSet()
+        self._retried: WeakSet[BackendUnavailable] = WeakSet()
 
     def call(self, operation: str, function: Callable[[], T]) -> T:
-        """A call that may be repeated. Raises what ``function`` raises, and Unreachable while open."""
+        """Call ``function``, with retries. Raises its errors, and Unreachable while the breaker is open."""
         with self._lock:
-            self._tokens = min(self._tokens + self._patience.budget, self._patience.most_tokens)
-        for attempt in range(1, self._patience.attempts):
+            self._tokens = min(self._tokens + self._policy.budget, self._policy.most_tokens)
+        for attempt in range(1, self._policy.attempts):
             try:
                 return self.once(operation, function)
             except (Unreachable, Busy) as exc:
@@ -129,7 +134,7 @@ class Guard:
         return self.once(operation, function)
 
     def once(self, operation: str, function: Callable[[], T]) -> T:
-        """A call that must not be repeated."""
+        """Call ``function`` once, for calls that must not be repeated. Raises as ``call`` does."""
         with tracing.span(f"{self._name} {operation}", "client"):
             return self._once(operation, function)
 
@@ -140,9 +145,10 @@ class Guard:
         try:
             answer = function()
             result = "ok"
-        except Unreachable:
+        except Unreachable as exc:
             result = "unreachable"
-            self._breaker.failed()
+            if self._is_first(exc):
+                self._breaker.failed()
             raise
         except (Busy, BackendUnavailable):
             result = "unavailable"
@@ -163,15 +169,26 @@ class Guard:
             metrics.BACKEND_SECONDS.labels(self._name, operation, result).observe(seconds)
             tracing.note(backend=self._name, operation=operation, result=result)
 
+    def _is_first(self, exc: Unreachable) -> bool:
+        """Return whether no other call of the same request had this error before."""
+        with self._lock:
+            first = exc not in self._counted
+            self._counted.add(exc)
+        return first
+
     def _wait(self, attempt: int, exc: BackendUnavailable) -> float | None:
-        """Seconds until the next try, or None: no budget, or the peer wants more time than a caller has."""
-        wait = self._patience.first_wait_s * 2.0 ** (attempt - 1)
-        if isinstance(exc, Busy):
-            wait = max(wait, exc.retry_after_s)
-        if wait > _LONGEST_WAIT_S:
+        """Seconds until the next attempt. Calls of one request, which have one error, cost one token.
+
+        None without budget, or if the server asks for more than a second.
+        """
+        first = self._policy.first_wait_s
+        asked = exc.retry_after_s if isinstance(exc, Busy) else 0.0
+        if max(first * 2.0 ** (attempt - 1), asked) > _LONGEST_WAIT_S:
             return None
         with self._lock:
-            if self._tokens < 1:
-                return None
-            self._tokens -= 1
-        return wait * random.uniform(0.5, 1.0)  # noqa: S311 -- jitter, no secret
+            if exc not in self._retried:
+                if self._tokens < 1:
+                    return None
+                self._tokens -= 1
+                self._retried.add(exc)
+        return jittered_wait_s(first, attempt, at_least_s=asked)

@@ -1,130 +1,177 @@
-"""What backends over a network have in common: stanzas, versions, retries, the breaker, per-job keys.
+"""The common part of backends on a server: stanzas, versions, retries, circuit breaker, shared wrap keys.
 
-A backend's own module is a ``Cipher``: one key of one peer, that encrypts and decrypts a few bytes under a
-version and an AAD. ``RemoteBackend`` makes a ``Backend`` of it. Knows no settings, policy, audit or protocol.
+A backend's own module is a ``Cipher``: one key of one server, which encrypts and decrypts a few bytes under
+a version and an AAD. ``RemoteBackend`` makes a ``Backend`` of it, and ``SharingBackend`` one that asks the
+server for wrap keys instead of file keys (see ``wrap_keys``).
 """
 
+import math
 import os
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
 import structlog
 
 from kms_core.age.header import FILE_KEY_BYTES, Stanza
-from kms_core.age.x25519 import NoMatch
 from kms_core.backends import Health, KeyVersion
-from kms_core.backends.circuit_breaker import Guard, RetryPolicy
-from kms_core.backends.wrap_key import JobKeys, job_aad, open_
+from kms_core.backends.batching import SingleFlight
+from kms_core.backends.circuit_breaker import RetryingCaller, RetryPolicy
+from kms_core.backends.wrap_keys import SOON_S, WrapKeys, aad_of
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef, Wrap
 from kms_core.http_client import Unreachable
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
 
+RUN_S: Final = 300.0
+"""Seconds that a wrap key of one run of a job serves, where the key does not share by itself."""
+RUN_OPENED: Final = 256
 VERSIONS_FRESH_S: Final = 30.0
 HEALTH_FRESH_S: Final = 2.0
 _log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _ListedVersions:
+    """The versions of the last answer, the state of our credentials, and the time of the question."""
+
+    versions: tuple[KeyVersion, ...] = ()
+    token_changes: int = 0
+    asked_at: float = -math.inf
+
+    def age_s(self) -> float:
+        return time.monotonic() - self.asked_at
+
+
 class Cipher(Protocol):
-    """One key of one peer, over its network protocol; safe to call from several threads at once.
+    """One key of one server, over its network protocol; safe for several threads.
 
-    Secrets are 16 bytes (a file key) or 32 (a job key). A version is what ``KeyRef.version`` allows: 1 to 80
-    of ``A-Za-z0-9_.-``. Every method waits at most the settings' timeout and raises, of our errors alone
-    (the first two are in ``kms_core.backends``):
+    Secrets are 16 bytes (a file key) or 32 (a wrap key). A version is what ``KeyRef.version`` allows: 1 to 80
+    of ``A-Za-z0-9_.-``. Every method waits at most the settings' timeout and raises only these errors (the
+    first two are in ``kms_core.http_client``):
 
-    - ``Unreachable``: no connection, time out, or 502 to 504: tried again, counted by the breaker,
-      and another declared backend may unwrap instead;
-    - ``Busy``: 429, 412, other 5xx, which request data may have caused: tried again, not counted;
-    - ``BackendUnavailable``: credentials refused, key or mount missing, an answer that makes no sense
-      (the wrong server): for the operator, who finds the reason in its text; not tried again;
-    - ``DecryptFailed`` (``decrypt`` alone): the peer says that ciphertext, AAD or version are not right.
+    - ``Unreachable``: no connection, timeout, or 502 to 504. Retried, counted by the circuit breaker, and
+      another backend of the key may unwrap instead;
+    - ``Busy``: 429, 412, other 5xx, which request data may have caused. Retried, not counted;
+    - ``BackendUnavailable``: credentials refused, key or mount missing, an answer of another kind of server.
+      Its text tells the operator the reason. Not retried;
+    - ``DecryptFailed`` (only ``decrypt``): ciphertext, AAD or version are wrong.
     """
 
     name: str
-    """``cosmian``, ``transit``, …: as it stands in stanzas and metrics."""
+    """The backend's scheme: ``cosmian``, ``transit``, …"""
+
+    @property
+    def token_changes(self) -> int:
+        """Number of times that our credentials were replaced; wrap keys do not outlive that."""
 
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:
-        """What the peer makes of ``secret`` under exactly this version, with ``aad`` authenticated."""
+        """Encrypt ``secret`` under exactly this version, with ``aad`` authenticated."""
 
     def decrypt(self, wrapped: bytes, version: str, aad: bytes) -> bytes:
-        """The secret again."""
+        """Decrypt what ``encrypt`` returned."""
 
     def versions(self) -> Sequence[KeyVersion]:
-        """Asks the peer: all versions that decrypt, the one to encrypt with last."""
+        """Ask the server for all versions that decrypt, the one that encrypts last."""
 
     def rotate(self) -> KeyVersion:
-        """Make a new version and encrypt with it from now on. Old ones decrypt. Never repeated blindly."""
+        """Make a new version, which encrypts from now on. Old ones still decrypt. Not retried."""
 
 
 class RemoteBackend:
-    """One key of a peer as a ``Backend``: its wraps authenticate the AAD, so files carry no origin stanza."""
+    """One key of a server as a ``Backend``.
+
+    Its wraps authenticate the AAD, so files need no origin stanza.
+    """
 
     blocks = True
+    native = False
 
-    def __init__(
-        self, cipher: Cipher, *, data_keys: bool = True, patience: RetryPolicy | None = None
-    ) -> None:
-        """Calls no peer: one that is away degrades, it does not stop a start."""
+    def __init__(self, cipher: Cipher, *, data_keys: bool = True, policy: RetryPolicy | None = None) -> None:
+        """Make no call: a server that is down degrades the service and does not stop its start."""
         self.name = cipher.name
         self.data_keys = data_keys
         self._cipher = cipher
-        self._guard = Guard(cipher.name, patience or RetryPolicy())
-        self._lock = threading.Lock()
+        self._caller = RetryingCaller(cipher.name, policy or RetryPolicy())
         self._health: tuple[float, Health] | None = None
         self._health_lock = threading.Lock()
-        self._known: tuple[KeyVersion, ...] = ()
-        self._known_at = 0.0
+        self._known = _ListedVersions()
+        self._asking: SingleFlight[tuple[KeyVersion, ...]] = SingleFlight()
+        self.changes = 0
+        """Number of changes of versions, their states or our credentials; wrap keys outlive none."""
 
     def wrap(self, file_key: bytes, key: KeyRef, aad: bytes) -> Stanza:
         """A ``kms-service/wrap`` stanza. Raises BackendUnavailable."""
         return binding.wrap_stanza(key, self.encrypt(file_key, key, aad))
 
     def unwrap(self, stanza: Stanza, key: KeyRef, aad: bytes) -> bytes:
-        """The file key; NoMatch for a stanza of another backend, key or version."""
-        wrap = ours(stanza, key)
+        """The file key. Raises NoMatch for a stanza of another backend, key or version."""
+        wrap = binding.wrap_of(stanza, key)
         if wrap.job:
-            return open_(self.decrypt(wrap.job, key, job_aad(key)), wrap.body, aad)
+            wrap_key = self.decrypt(wrap.job, key, aad_of(key))
+            return binding.open_file_key(wrap_key, wrap.body, aad, binding.WRAP_KEY_INFO)
         file_key = self.decrypt(wrap.body, key, aad)
         if len(file_key) != FILE_KEY_BYTES:
             raise DecryptFailed
         return file_key
 
     def origin_key(self, key: KeyRef) -> None:
-        """The wrap proves the origin."""
+        """None: the wrap itself authenticates the AAD."""
         del key
 
     def current_version(self) -> str:
-        """The version to wrap with, as the peer said within the last 30 seconds, or last before it went."""
+        """The version that wraps, from the server within the last 30 seconds or, while it is down, before."""
         return self.versions()[-1].version
 
     def versions(self) -> Sequence[KeyVersion]:
-        """Raises BackendUnavailable while the peer has never answered, or no longer has the key."""
-        with self._lock:  # one caller asks, the others wait for its answer
-            if self._known and time.monotonic() - self._known_at < VERSIONS_FRESH_S:
-                return self._known
-            try:
-                self._known = tuple(self._guard.call("versions", self._cipher.versions))
-            except Unreachable:
-                if not self._known:
-                    raise
-                _log.warning("backend.versions_stale", backend=self.name)
-            self._known_at = time.monotonic()
-            if not self._known:
-                raise BackendUnavailable(f"The {self.name} backend has no version of this key")
-            return self._known
+        """All versions. Raises BackendUnavailable if the server never answered, or no longer has the key.
+
+        One thread asks, and the others wait for its answer.
+        """
+        known = self._known
+        if known.versions and known.age_s() < VERSIONS_FRESH_S:
+            return known.versions
+        return self._asking.run("versions", self._ask)
+
+    def _ask(self) -> tuple[KeyVersion, ...]:
+        known, asked_at = self._known, time.monotonic()
+        try:
+            found = tuple(self._caller.call("versions", self._cipher.versions))
+        except Unreachable:
+            if not known.versions:
+                raise
+            _log.warning("backend.versions_stale", backend=self.name)
+            found = known.versions
+        except BackendUnavailable:
+            self.changes += 1
+            raise
+        new = _ListedVersions(found, self._cipher.token_changes, asked_at)
+        if self._known is known:  # else a rotation was faster
+            was = known.versions, known.token_changes
+            self.changes += bool(known.versions) and (found, new.token_changes) != was
+            self._known = new
+        if not found:
+            raise BackendUnavailable(f"The {self.name} backend has no version of this key")
+        return found
+
+    def listed(self, for_s: float) -> Sequence[str]:
+        """The versions of the server's last answer if it is in use for ``for_s`` more, else none. No call."""
+        known = self._known
+        is_fresh = known.age_s() + for_s < VERSIONS_FRESH_S
+        return [each.version for each in known.versions] if is_fresh else []
 
     def rotate(self) -> KeyVersion:
         """A new version, in use at once in this process and within 30 seconds in others."""
-        made = self._guard.once("rotate", self._cipher.rotate)
-        with self._lock:
-            self._known = ()
+        made = self._caller.once("rotate", self._cipher.rotate)
+        self.changes += 1
+        self._known = _ListedVersions()
         return made
 
     def health_check(self) -> Health:
-        """A wrap and an unwrap, each tried once; probes that come together share one answer."""
+        """Wrap and unwrap, without retries. Concurrent checks share one result."""
         with self._health_lock:
             if self._health is None or time.monotonic() - self._health[0] > HEALTH_FRESH_S:
                 found = self._probe()
@@ -135,53 +182,68 @@ class RemoteBackend:
         now, probe = datetime.now(UTC), os.urandom(FILE_KEY_BYTES)
         try:
             version = self.current_version()
-            wrapped = self._guard.once("health", lambda: self._cipher.encrypt(probe, version, b"health"))
-            again = self._guard.once("health", lambda: self._cipher.decrypt(wrapped, version, b"health"))
+            wrapped = self._caller.once("health", lambda: self._cipher.encrypt(probe, version, b"health"))
+            again = self._caller.once("health", lambda: self._cipher.decrypt(wrapped, version, b"health"))
         except KmsError as exc:
             return Health(healthy=False, checked_at=now, detail=exc.detail)
         return Health(healthy=again == probe, checked_at=now, detail="" if again == probe else "wrong answer")
 
-    def for_job(self) -> "JobBackend":
-        """The same key for one run of a bulk job: a few calls to the peer, whatever the number of items."""
-        return JobBackend(self)
+    def for_job(self) -> "SharingBackend":
+        """The same key for one run of a bulk job: a few calls to the server for any number of items."""
+        return SharingBackend(self, WrapKeys(RUN_OPENED), RUN_S)
+
+    def is_ready(self, tenant: str, key_id: str, wrap: Wrap | None) -> bool:
+        """False: each wrap and unwrap asks the server."""
+        del tenant, key_id, wrap
+        return False
 
     def encrypt(self, secret: bytes, key: KeyRef, aad: bytes) -> bytes:
-        """What the peer makes of a file key or a job key."""
+        """Encrypt a file key or a wrap key. Raises BackendUnavailable."""
         try:
-            return self._guard.call("wrap", lambda: self._cipher.encrypt(secret, key.version, aad))
-        except BackendUnavailable:  # perhaps it no longer seals with this version: ask before the next wrap
-            self._known_at = -VERSIONS_FRESH_S
+            return self._caller.call("wrap", lambda: self._cipher.encrypt(secret, key.version, aad))
+        except BackendUnavailable:  # this version may no longer encrypt: ask before the next wrap
+            self._known = replace(self._known, asked_at=-math.inf)
             raise
 
     def decrypt(self, wrapped: bytes, key: KeyRef, aad: bytes) -> bytes:
-        """The file key or job key again."""
-        return self._guard.call("unwrap", lambda: self._cipher.decrypt(wrapped, key.version, aad))
+        """Decrypt a file key or a wrap key. Raises DecryptFailed, BackendUnavailable."""
+        return self._caller.call("unwrap", lambda: self._cipher.decrypt(wrapped, key.version, aad))
 
 
-class JobBackend:
-    """A ``RemoteBackend`` as one run of a bulk job sees it; see ``jobkey``."""
+class SharingBackend:
+    """A ``RemoteBackend`` that asks its server for wrap keys, each for many files; see ``wrap_keys``."""
 
     blocks = True
+    native = False
 
-    def __init__(self, remote: RemoteBackend) -> None:
+    def __init__(self, remote: RemoteBackend, keys: WrapKeys, life_s: float) -> None:
+        """``life_s``: seconds that a wrap key serves after the server wrapped or unwrapped it."""
         self.name, self.data_keys = remote.name, remote.data_keys
         self._remote = remote
-        self._keys = JobKeys(remote)
+        self._keys, self._owner, self._life_s = keys, keys.owner(), life_s
+        self._seen_changes = remote.changes
 
     def wrap(self, file_key: bytes, key: KeyRef, aad: bytes) -> Stanza:
-        """A stanza with a ``job`` argument."""
-        body, job = self._keys.wrap(file_key, key, aad)
-        return binding.wrap_stanza(key, body, job)
+        """A stanza with the wrapped key that sealed ``file_key``. Raises BackendUnavailable."""
+        self._drop_after_change()
+        held = self._keys.sealing(
+            self._owner, key, self._life_s, lambda secret: self._remote.encrypt(secret, key, aad_of(key))
+        )
+        body = binding.seal_file_key(held.secret, file_key, aad, binding.WRAP_KEY_INFO)
+        return binding.wrap_stanza(key, body, held.wrapped)
 
     def unwrap(self, stanza: Stanza, key: KeyRef, aad: bytes) -> bytes:
-        """As ``RemoteBackend.unwrap``; job keys that were opened stay at hand for the run."""
-        wrap = ours(stanza, key)
-        if not wrap.job:
+        """As ``RemoteBackend.unwrap``. An opened wrap key serves only while the server lists its version."""
+        wrap = binding.wrap_of(stanza, key)
+        if not wrap.job or not self._is_listed(key):
             return self._remote.unwrap(stanza, key, aad)
-        return self._keys.unwrap(wrap.body, wrap.job, key, aad)
+        secret = self._keys.opened(
+            self._owner, key, wrap.job, self._life_s, lambda: self._remote.decrypt(wrap.job, key, aad_of(key))
+        )
+        return binding.open_file_key(secret, wrap.body, aad, binding.WRAP_KEY_INFO)
 
     def origin_key(self, key: KeyRef) -> None:
-        """The wrap proves the origin."""
+        """None: the wrap itself authenticates the AAD."""
         del key
 
     def current_version(self) -> str:
@@ -196,15 +258,30 @@ class JobBackend:
     def health_check(self) -> Health:
         return self._remote.health_check()
 
-    def for_job(self) -> "JobBackend":
+    def for_job(self) -> "SharingBackend":
+        """The backend itself: its keys serve jobs and single calls alike."""
         return self
 
+    def is_ready(self, tenant: str, key_id: str, wrap: Wrap | None) -> bool:
+        """Return whether the wrap key is at hand, and stays so for the next second."""
+        listed = self._remote.listed(SOON_S)
+        version = wrap.version if wrap else listed[-1] if listed else ""
+        if version not in listed or self._seen_changes != self._remote.changes:
+            return False
+        key = KeyRef(tenant, key_id, version, self.name)
+        return self._keys.is_ready(self._owner, key, wrap.job if wrap else None)
 
-def ours(stanza: Stanza, key: KeyRef) -> Wrap:
-    """The wrap of this key version. Raises NoMatch for another's, DecryptFailed for a misshapen one."""
-    if stanza.type != binding.WRAP:
-        raise NoMatch
-    wrap = binding.read_wrap(stanza)
-    if (wrap.backend, wrap.key_id, wrap.version) != (key.backend, key.key_id, key.version):
-        raise NoMatch
-    return wrap
+    def _is_listed(self, key: KeyRef) -> bool:
+        """Return whether the server lists the version. Drops the keys if anything changed there since."""
+        try:
+            versions = self._remote.versions()
+        except BackendUnavailable:  # then the server decides about each file
+            versions = ()
+        self._drop_after_change()
+        return any(each.version == key.version for each in versions)
+
+    def _drop_after_change(self) -> None:
+        changes = self._remote.changes
+        if self._seen_changes != changes:
+            self._seen_changes = changes
+            self._keys.drop(self._owner)

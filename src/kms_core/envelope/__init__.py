@@ -1,0 +1,1 @@
+"""The stanzas of the service on top of the age format."""

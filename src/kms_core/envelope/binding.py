@@ -1,9 +1,10 @@
-"""What binds an age file to its context, tenant, key id and origin: our ``kms-service/*`` stanzas.
+"""The ``kms-service/*`` stanzas, which bind an age file to its context, tenant, key id and origin.
 
-Stock age tools ignore these stanzas, and refuse the file when one is removed, changed or moved, since
-the header MAC covers them. Knows no backend: who wraps the file key is a parameter (DESIGN §2).
+Stock age tools ignore these stanzas, but refuse a file from which one was removed, changed or moved: the
+header MAC covers them. Knows no backend; keys are parameters. Format: docs/design.md.
 """
 
+import hashlib
 import hmac
 import os
 import re
@@ -12,8 +13,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from kms_core.age.header import Header, Stanza, b64decode, b64encode, render_stanza
-from kms_core.age.kdf import hkdf, mac
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from kms_core.age.header import FILE_KEY_BYTES, Header, Stanza, b64decode, b64encode, render_stanza
+from kms_core.age.kdf import KEY_BYTES, hkdf
+from kms_core.age.x25519 import NoMatch
 from kms_protocol.context import Context, length_prefixed
 from kms_protocol.errors import DecryptFailed
 
@@ -25,27 +30,35 @@ CONTEXT: Final = "kms-service/context"
 ORIGIN: Final = "kms-service/origin"
 PAD: Final = "kms-service/pad"
 FORMAT_VERSION: Final = "1"
-ORIGIN_HANDED: Final = "2"
-"""The version of an origin stanza that binds no payload nonce: an age plugin is not told any."""
+ORIGIN_WITHOUT_NONCE: Final = "2"
+"""The version of an origin stanza that binds no payload nonce: an age plugin does not receive one."""
 SALT_BYTES: Final = 16
 TAG_BYTES: Final = 32
 MAX_WRAPS: Final = 4  # each may cost a call to a backend
 MAX_WRAP_BYTES: Final = 4096
+ID_DIGITS: Final = 32
+WRAP_KEY_INFO: Final = b"kms-service/job/1"
+AGE_WRAP_INFO: Final = b"kms-service/wrap-age/1"
+_SEAL_SALT_BYTES: Final = 32
+_SEALED_BYTES: Final = _SEAL_SALT_BYTES + FILE_KEY_BYTES + 16
+_SEAL_NONCE: Final = bytes(12)  # each derived key seals once
 _CONTEXT_INFO: Final = b"kms-service/context/1"
 _ORIGIN_INFO: Final = b"kms-service/origin/1"
 _COMMITMENT_INFO: Final = b"kms-service/commitment/1"
-_CONTEXT_BOUND: Final = length_prefixed(_CONTEXT_INFO)
-_MADE: Final = length_prefixed(_ORIGIN_INFO)
-_HANDED: Final = length_prefixed(b"kms-service/origin/2")
-_WRAPPED: Final = length_prefixed(b"kms-service/wrap/1")
+_CONTEXT_LABEL: Final = length_prefixed(_CONTEXT_INFO)
+_ORIGIN_LABEL: Final = length_prefixed(_ORIGIN_INFO)
+_ORIGIN_2_LABEL: Final = length_prefixed(b"kms-service/origin/2")
+_WRAP_LABEL: Final = length_prefixed(b"kms-service/wrap/1")
+_FILE_ID_LABEL: Final = length_prefixed(b"kms-service/file-id/1")
+_STANZAS_LABEL: Final = length_prefixed(b"kms-service/stanzas/1")
 _ONCE: Final = frozenset({CONTEXT, ORIGIN, PAD})
-_ORIGINS: Final = frozenset({(ORIGIN, FORMAT_VERSION), (ORIGIN, ORIGIN_HANDED)})
+_ORIGINS: Final = frozenset({(ORIGIN, FORMAT_VERSION), (ORIGIN, ORIGIN_WITHOUT_NONCE)})
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 
 
 @dataclass(frozen=True, slots=True)
 class KeyRef:
-    """One version of one tenant's key in one backend."""
+    """A version of a tenant's key in a backend."""
 
     tenant: str
     key_id: str
@@ -55,9 +68,9 @@ class KeyRef:
 
 @dataclass(frozen=True, slots=True)
 class Wrap:
-    """A ``kms-service/wrap`` stanza: who wrapped the file key, under which version, and what came out.
+    """A ``kms-service/wrap`` stanza: a backend, a key version, and the file key that it wrapped.
 
-    ``job`` is empty, or a wrapped job key, under which the body then is the file key.
+    ``job`` is empty, or a wrapped job key under which ``body`` is the wrapped file key.
     """
 
     backend: str
@@ -69,7 +82,7 @@ class Wrap:
 
 @dataclass(frozen=True, slots=True)
 class BoundStanzas:
-    """What our stanzas of a header say, read but not yet verified."""
+    """The content of our stanzas in a header, parsed but not verified."""
 
     key_id: str
     key_version: str
@@ -77,19 +90,33 @@ class BoundStanzas:
     salt: bytes
     origin: bytes | None
     wraps: tuple[Wrap, ...] = ()
-    names_nonce: bool = True
+    binds_nonce: bool = True
+
+
+def file_id(nonce: bytes) -> str:
+    """The id of a file: 32 hex digits, derived from its 16-byte payload nonce, which a rewrap keeps.
+
+    A label, and no proof: the maker of a file chooses its nonce.
+    """
+    return hashlib.sha256(_FILE_ID_LABEL + length_prefixed(nonce)).hexdigest()[:ID_DIGITS]
+
+
+def stanzas_digest(stanzas: Sequence[Stanza]) -> str:
+    """The name of stanzas without their file, whose nonce an age plugin does not receive: 32 hex digits."""
+    text = b"".join(map(render_stanza, stanzas))
+    return hashlib.sha256(_STANZAS_LABEL + length_prefixed(text)).hexdigest()[:ID_DIGITS]
 
 
 def read(header: Header) -> BoundStanzas | None:
-    """As ``read_stanzas``, of those in a header."""
+    """Parse our stanzas in a header, as ``read_stanzas``."""
     return read_stanzas(header.stanzas)
 
 
 def read_stanzas(stanzas: Sequence[Stanza]) -> BoundStanzas | None:
-    """Our own among the stanzas of a file, or None for a foreign one (made by stock age).
+    """Parse our stanzas among those of a file; None for a foreign file, made by stock age.
 
-    Raises DecryptFailed if one is of unknown type, version or shape, or stands twice, or if some but not
-    the context stanza are there.
+    Raises DecryptFailed for an unknown type, version or shape, a stanza that occurs twice, and a missing
+    context stanza.
     """
     found: dict[str, Stanza] = {}
     wraps: list[Wrap] = []
@@ -111,13 +138,19 @@ def read_stanzas(stanzas: Sequence[Stanza]) -> BoundStanzas | None:
 
 
 def wrap_stanza(key: KeyRef, body: bytes, job: bytes = b"") -> Stanza:
-    """``-> kms-service/wrap <backend> <key-id> <key-version> [job]`` and what the backend made."""
+    """Make ``-> kms-service/wrap <backend> <key-id> <key-version> [job]`` with ``body`` from the backend."""
     more = (b64encode(job).decode("ascii"),) if job else ()
     return Stanza((WRAP, key.backend, key.key_id, key.version, *more), body)
 
 
+def wrap_keys_in(stanzas: Sequence[Stanza]) -> tuple[bytes, ...]:
+    """The wrapped keys in wrap stanzas that ``wrap_stanza`` made."""
+    shared = [stanza.args[4] for stanza in stanzas if stanza.args[0] == WRAP and stanza.args[4:]]
+    return tuple(b64decode(job.encode("ascii")) for job in shared) if shared else ()
+
+
 def read_wrap(stanza: Stanza) -> Wrap:
-    """Raises DecryptFailed for a stanza of any other shape."""
+    """Parse a wrap stanza. Raises DecryptFailed for another shape."""
     try:
         kind, backend, key_id, version, *job = stanza.args
     except ValueError as exc:
@@ -129,54 +162,104 @@ def read_wrap(stanza: Stanza) -> Wrap:
     return Wrap(backend, key_id, version, stanza.body, wrapped_job)
 
 
+def wrap_of(stanza: Stanza, key: KeyRef) -> Wrap:
+    """Parse the wrap stanza of this key version.
+
+    Raises NoMatch for any other stanza, DecryptFailed for a malformed one.
+    """
+    if stanza.type != WRAP:
+        raise NoMatch
+    wrap = read_wrap(stanza)
+    if (wrap.backend, wrap.key_id, wrap.version) != (key.backend, key.key_id, key.version):
+        raise NoMatch
+    return wrap
+
+
+def seal_file_key(secret: bytes, file_key: bytes, aad: bytes, info: bytes) -> bytes:
+    """Seal a 16-byte file key under HKDF(secret, 32 random bytes): salt and sealed key, 64 bytes.
+
+    ``secret`` has 32 bytes; ``info`` is ``WRAP_KEY_INFO`` or ``AGE_WRAP_INFO``.
+    """
+    salt = os.urandom(_SEAL_SALT_BYTES)
+    return salt + ChaCha20Poly1305(hkdf(secret, salt=salt, info=info)).encrypt(_SEAL_NONCE, file_key, aad)
+
+
+def open_file_key(secret: bytes, body: bytes, aad: bytes, info: bytes) -> bytes:
+    """Open what ``seal_file_key`` returned. Raises DecryptFailed."""
+    if len(body) != _SEALED_BYTES or len(secret) != KEY_BYTES:
+        raise DecryptFailed
+    wrap_key = hkdf(secret, salt=body[:_SEAL_SALT_BYTES], info=info)
+    try:
+        return ChaCha20Poly1305(wrap_key).decrypt(_SEAL_NONCE, body[_SEAL_SALT_BYTES:], aad)
+    except InvalidTag as exc:
+        raise DecryptFailed from exc
+
+
+def age_wrap(secret: bytes, file_key: bytes, key: KeyRef, aad: bytes) -> Stanza:
+    """Make the wrap stanza of an Age key without a native stanza.
+
+    ``secret`` is that of the identity: a recipient is public, so nothing derived from it could prove who
+    made the file.
+    """
+    return wrap_stanza(key, seal_file_key(secret, file_key, aad, AGE_WRAP_INFO))
+
+
+def open_age_wrap(secret: bytes, stanza: Stanza, key: KeyRef, aad: bytes) -> bytes:
+    """Open what ``age_wrap`` returned. Raises NoMatch for the wrap of another key, DecryptFailed."""
+    wrap = wrap_of(stanza, key)
+    if wrap.job:
+        raise DecryptFailed
+    return open_file_key(secret, wrap.body, aad, AGE_WRAP_INFO)
+
+
 def context_stanza(file_key: bytes, key: KeyRef, context: Context) -> Stanza:
-    """``-> kms-service/context 1 <key-id> <key-version> <salt>`` and a 32-byte tag, also for no context."""
+    """Make ``-> kms-service/context 1 <key-id> <key-version> <salt>`` and its 32-byte tag."""
     salt = os.urandom(SALT_BYTES)
     tag = _context_tag(file_key, salt, _names(key.tenant, key.key_id, key.version), context)
     return Stanza((CONTEXT, FORMAT_VERSION, key.key_id, key.version, b64encode(salt).decode("ascii")), tag)
 
 
 def check_context(bound: BoundStanzas, file_key: bytes, tenant: str, context: Context) -> None:
-    """Raise DecryptFailed unless tenant, key id, version and context are those of the sealing."""
+    """Raise DecryptFailed unless the file was sealed with this tenant, key id, version and context."""
     names = _names(tenant, bound.key_id, bound.key_version)
     if not hmac.compare_digest(bound.context.body, _context_tag(file_key, bound.salt, names, context)):
         raise DecryptFailed
 
 
 def origin_key(identity_secret: bytes) -> bytes:
-    """The 32-byte MAC key of an Age identity: who seals with it must hold the identity."""
+    """Derive the 32-byte MAC key of an Age identity: only its holders can make valid origin stanzas."""
     return hkdf(identity_secret, salt=b"", info=_ORIGIN_INFO)
 
 
 def origin_stanza(
     mac_key: bytes, file_key: bytes, nonce: bytes | None, *, key: KeyRef, context: Context
 ) -> Stanza:
-    """``-> kms-service/origin 1`` and a 32-byte tag; version 2 where the nonce is not known."""
+    """Make ``-> kms-service/origin 1`` and a 32-byte tag; version 2 without a nonce."""
     tag = origin_tag(mac_key, file_key, nonce, key=key, context=context)
-    return Stanza((ORIGIN, ORIGIN_HANDED if nonce is None else FORMAT_VERSION), tag)
+    return Stanza((ORIGIN, ORIGIN_WITHOUT_NONCE if nonce is None else FORMAT_VERSION), tag)
 
 
 def origin_tag(
     mac_key: bytes, file_key: bytes, nonce: bytes | None, *, key: KeyRef, context: Context
 ) -> bytes:
-    """The 32 bytes of the origin stanza: an age recipient is public, so the wrap alone proves nothing."""
+    """The 32-byte tag of the origin stanza. Age recipients are public, so a wrap proves no origin."""
     commitment = hkdf(file_key, salt=b"", info=_COMMITMENT_INFO)
     named = _names(key.tenant, key.key_id, key.version)
     if nonce is None:
-        message = _HANDED + named + length_prefixed(context.canonical(), commitment)
+        message = _ORIGIN_2_LABEL + named + length_prefixed(context.canonical(), commitment)
     else:
-        message = _MADE + named + length_prefixed(context.canonical(), nonce, commitment)
+        message = _ORIGIN_LABEL + named + length_prefixed(context.canonical(), nonce, commitment)
     return hmac.digest(mac_key, message, "sha256")
 
 
 def wrap_aad(key: KeyRef, context: Stanza) -> bytes:
-    """What a remote wrap authenticates: names and the context stanza's body, never a context value."""
+    """The AAD of a remote wrap: names and the body of the context stanza, never a context value."""
     named = _names(key.tenant, key.key_id, key.backend, key.version)
-    return _WRAPPED + named + length_prefixed(context.body)
+    return _WRAP_LABEL + named + length_prefixed(context.body)
 
 
 def pad_stanza(rendered: Sequence[Stanza], mac_line_bytes: int, head_bytes: int, multiple: int) -> Stanza:
-    """Filler that brings a header of these stanzas to a multiple of ``multiple`` bytes."""
+    """Make the stanza that pads a header with these stanzas to a multiple of ``multiple`` bytes."""
     taken = head_bytes + sum(len(render_stanza(stanza)) for stanza in rendered) + mac_line_bytes
     smallest = len(render_stanza(Stanza((PAD, "0"), b"")))
     return Stanza((PAD, "0" * (1 + -(taken + smallest) % multiple)), b"")
@@ -184,12 +267,13 @@ def pad_stanza(rendered: Sequence[Stanza], mac_line_bytes: int, head_bytes: int,
 
 def _context_tag(file_key: bytes, salt: bytes, names: bytes, context: Context) -> bytes:
     mac_key = hkdf(file_key, salt=salt, info=_CONTEXT_INFO)
-    return mac(mac_key, _CONTEXT_BOUND + names + length_prefixed(context.canonical()))
+    message = _CONTEXT_LABEL + names + length_prefixed(context.canonical())
+    return hmac.digest(mac_key, message, "sha256")
 
 
 @lru_cache(maxsize=256)
 def _names(*names: str) -> bytes:
-    """Length-prefixed: a handful of keys is named in file after file."""
+    """Length-prefixed names, cached: most files name one of a few keys."""
     return length_prefixed(*(name.encode() for name in names))
 
 
@@ -208,8 +292,8 @@ def _bound(
         raise DecryptFailed
     _check_others(origin, pad)
     tag = origin.body if origin else None
-    handed = origin is not None and origin.args[1] == ORIGIN_HANDED
-    return BoundStanzas(key_id, key_version, context, salt, tag, wraps, names_nonce=not handed)
+    binds_nonce = origin is None or origin.args[1] != ORIGIN_WITHOUT_NONCE
+    return BoundStanzas(key_id, key_version, context, salt, tag, wraps, binds_nonce=binds_nonce)
 
 
 def _check_others(origin: Stanza | None, pad: Stanza | None) -> None:

@@ -1,8 +1,7 @@
-"""Seal and open whole age files: file key, header, context and origin in the right order.
+"""Seals and opens age files with our stanzas: file key, header MAC, context and origin, in this order.
 
-The wrapping key is a parameter (``Wrapper``); this module knows no settings, policy, tenant list or disk.
-Every seal makes a fresh 16-byte file key and a fresh 16-byte payload nonce; no file key is ever used for
-two payloads.
+Knows no settings, policy, tenant list or disk. Every new file gets a random 16-byte file key and a random
+16-byte payload nonce; no file key is used for two payloads.
 """
 
 import hmac
@@ -21,103 +20,104 @@ from kms_protocol.errors import DecryptFailed
 
 PAD_FROM_BYTES: Final = 1024 * 1024
 PADDED_HEADER_BYTES: Final = 4096
-_FOOT_BYTES: Final = len("--- ") + 43 + 1
+_MAC_LINE_BYTES: Final = len("--- ") + 43 + 1
 
 
 class Wrapper(Protocol):
-    """Who wraps file keys: a backend. It authenticates the AAD it is given, or says how origin is proven."""
+    """A backend that wraps file keys. It authenticates the AAD, or proves the origin by ``origin_key``."""
 
     def wrap(self, file_key: bytes, key: KeyRef, aad: bytes) -> Stanza:
         """Wrap a 16-byte file key."""
 
     def unwrap(self, stanza: Stanza, key: KeyRef, aad: bytes) -> bytes:
-        """The file key. NoMatch if the stanza is not for this key, DecryptFailed if it is damaged."""
+        """Unwrap a file key. Raises NoMatch for a stanza of another key, DecryptFailed for a damaged one."""
 
     def origin_key(self, key: KeyRef) -> bytes | None:
-        """The MAC key of the origin stanza, or None where the wrap itself authenticates the AAD."""
+        """The 32-byte MAC key of the origin stanza; None where the wrap itself authenticates the AAD."""
 
 
-Wrap = tuple[Wrapper, KeyRef]
-"""A further wrapper of the same file key, with the name of its own version."""
+WrappingKey = tuple[Wrapper, KeyRef]
+"""A backend, and the version of its key with which it wraps or unwraps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sealing:
-    """A file about to be written: its header, its payload nonce, and the key of its payload."""
+    """The header of a file, its 16-byte payload nonce and its 16-byte file key."""
 
     header: bytes
     nonce: bytes
-    payload_key: bytes = field(repr=False)
+    file_key: bytes = field(repr=False)
+    wrap_keys: tuple[bytes, ...] = ()
+    """The wrapped forms of the shared keys that sealed the file key."""
 
     @property
     def head(self) -> bytes:
-        """What stands before the first chunk: header and nonce."""
+        """The bytes before the first chunk: header and nonce."""
         return self.header + self.nonce
+
+    @property
+    def payload_key(self) -> bytes:
+        """The 32-byte key of the payload."""
+        return stream.payload_key(self.file_key, self.nonce)
 
 
 def begin(
-    wrapper: Wrapper, key: KeyRef, context: Context, *, padded: bool = False, others: Sequence[Wrap] = ()
-) -> Sealing:
-    """Start a new file under a fresh file key. ``padded`` rounds the header to 4 KiB, from 1 MiB on."""
-    drawn = os.urandom(FILE_KEY_BYTES + stream.NONCE)
-    file_key, nonce = drawn[:FILE_KEY_BYTES], drawn[FILE_KEY_BYTES:]
-    rendered = write_header(file_key, nonce, wrapper, key=key, context=context, padded=padded, others=others)
-    return Sealing(rendered, nonce, stream.payload_key(file_key, nonce))
-
-
-def write_header(  # noqa: PLR0913 -- a header binds all of these
-    file_key: bytes,
-    nonce: bytes,
-    wrapper: Wrapper,
-    *,
-    key: KeyRef,
+    keys: Sequence[WrappingKey],
     context: Context,
-    padded: bool,
-    others: Sequence[Wrap] = (),
-) -> bytes:
-    """The header that wraps ``file_key`` for ``key`` and binds context and origin; rewrap writes it too.
+    *,
+    padded: bool = False,
+    payload: tuple[bytes, bytes] | None = None,
+) -> Sealing:
+    """Write the header of a new file, or of a sealed payload whose file key and nonce are given.
 
-    ``others`` wrap the same file key, so that any of them opens the file; the context stanza names ``key``.
+    Each of ``keys`` wraps the file key, so that any of them opens the file; the context stanza names the
+    first. ``padded`` brings the header to a multiple of 4 KiB, for payloads of 1 MiB or more.
     """
-    stanzas = _stanzas(file_key, nonce, [(wrapper, key), *others], context)
+    if payload is None:
+        drawn = os.urandom(FILE_KEY_BYTES + stream.NONCE)
+        payload = drawn[:FILE_KEY_BYTES], drawn[FILE_KEY_BYTES:]
+    file_key, nonce = payload
+    stanzas = _stanzas(file_key, nonce, keys, context)
     if padded:
-        stanzas.append(binding.pad_stanza(stanzas, _FOOT_BYTES, len(VERSION_LINE), PADDED_HEADER_BYTES))
-    return header.render(stanzas, file_key)
+        stanzas.append(binding.pad_stanza(stanzas, _MAC_LINE_BYTES, len(VERSION_LINE), PADDED_HEADER_BYTES))
+    wrap_keys = binding.wrap_keys_in(stanzas)
+    return Sealing(header.render(stanzas, file_key), nonce, file_key, wrap_keys)
 
 
-def hand_over(
-    file_key: bytes, wrapper: Wrapper, key: KeyRef, context: Context, others: Sequence[Wrap]
-) -> Stanza:
-    """A bundle of the same stanzas, for a header and a payload that an age tool makes."""
-    return header.bundle(_stanzas(file_key, None, [(wrapper, key), *others], context))
+def seal(plaintext: bytes, keys: Sequence[WrappingKey], context: Context) -> bytes:
+    """Seal bytes in memory into a complete age v1 file."""
+    started = begin(keys, context, padded=len(plaintext) >= PAD_FROM_BYTES)
+    return started.head + stream.seal(started.payload_key, plaintext)
 
 
-def seal(
-    plaintext: bytes, wrapper: Wrapper, key: KeyRef, context: Context, others: Sequence[Wrap] = ()
-) -> bytes:
-    """Seal in memory; the answer is a complete age v1 file."""
-    sealing = begin(wrapper, key, context, padded=len(plaintext) >= PAD_FROM_BYTES, others=others)
-    return sealing.head + stream.seal(sealing.payload_key, plaintext)
+def wrap_for_plugin(file_key: bytes, keys: Sequence[WrappingKey], context: Context) -> Stanza:
+    """Wrap a file key for a header and a payload that an age tool writes: the stanzas as one bundle."""
+    return header.bundle(_stanzas(file_key, None, keys, context))
 
 
 def file_key_of(
     head: Header, wrapper: Wrapper, key: KeyRef, *, context: Context, bound: BoundStanzas | None = None
 ) -> bytes:
-    """Unwrap and verify: header MAC, then context, then origin. DecryptFailed for every failure alike.
+    """Unwrap the file key and verify header MAC, context and origin. Raises DecryptFailed for every failure.
 
-    ``key`` is the wrapper's own version, and the one in the context stanza, unless the caller chose it by
-    ``bound``, which it read of this header: a file that several backends wrap names the first one's. A wrap
-    that authenticates its AAD needs no origin.
+    Without ``bound`` the context stanza must name this version of ``key``. With ``bound``, which the caller
+    read from this header, it may name the version of another backend that wrapped the file first.
     """
-    bound = _of_key(head.stanzas, key, bound)
-    file_key = _unwrap(head.stanzas, wrapper, key, binding.wrap_aad(key, bound.context))
+    bound, file_key = _unwrap_bound(head.stanzas, wrapper, key, bound)
     head.check_mac(file_key)
     binding.check_context(bound, file_key, key.tenant, context)
     _check_origin(bound, head.nonce, file_key, wrapper, (key, context))
     return file_key
 
 
-def take_over(
+def unwrapped(head: Header, wrapper: Wrapper, key: KeyRef, bound: BoundStanzas) -> bytes:
+    """Unwrap the file key and verify the header MAC, but neither context nor origin: for break-glass."""
+    _, file_key = _unwrap_bound(head.stanzas, wrapper, key, bound)
+    head.check_mac(file_key)
+    return file_key
+
+
+def unwrap_for_plugin(
     stanzas: Sequence[Stanza],
     wrapper: Wrapper,
     key: KeyRef,
@@ -125,22 +125,25 @@ def take_over(
     context: Context,
     bound: BoundStanzas | None = None,
 ) -> tuple[bytes, bool]:
-    """As ``file_key_of``, for an age tool that checks the header MAC itself, and whether origin is proven.
+    """Unwrap the file key for an age tool, which verifies the header MAC; and whether the origin is proven.
 
-    It is not where the origin stanza binds a nonce: that is behind the header, and not handed over.
+    The origin of a file with a native stanza that this service sealed cannot be proven: its origin stanza
+    binds the payload nonce, which an age plugin does not receive. Raises as ``file_key_of``.
     """
-    bound = _of_key(stanzas, key, bound)
-    file_key = _unwrap(stanzas, wrapper, key, binding.wrap_aad(key, bound.context))
+    bound, file_key = _unwrap_bound(stanzas, wrapper, key, bound)
     binding.check_context(bound, file_key, key.tenant, context)
-    if wrapper.origin_key(key) is not None and bound.names_nonce:
-        return file_key, False
+    if bound.binds_nonce and wrapper.origin_key(key) is not None:
+        return file_key, any(wrap.backend == key.backend for wrap in bound.wraps)
     _check_origin(bound, b"", file_key, wrapper, (key, context))
     return file_key, True
 
 
 def foreign_file_key(head: Header, wrapper: Wrapper, keys: Sequence[KeyRef]) -> tuple[bytes, KeyRef]:
-    """Unwrap a file without our stanzas, by trying each key version. Only the header MAC vouches for it."""
-    if scrypt.stanza_of(head.stanzas):  # a passphrase file: only the command, where a person is, opens it
+    """Unwrap the file key of a file without our stanzas, trying each key version; verify the header MAC.
+
+    Raises DecryptFailed, also for a passphrase file: only the ``kms`` command asks for passphrases.
+    """
+    if scrypt.stanza_of(head.stanzas):
         raise DecryptFailed
     for key in keys:
         try:
@@ -153,28 +156,44 @@ def foreign_file_key(head: Header, wrapper: Wrapper, keys: Sequence[KeyRef]) -> 
 
 
 def open_(ciphertext: bytes, head: Header, file_key: bytes) -> bytes:
-    """The plaintext of a file in memory whose file key is known."""
+    """Open the payload of a file in memory. Raises DecryptFailed."""
     payload = memoryview(ciphertext)[head.payload_offset :]
     return stream.open_(stream.payload_key(file_key, head.nonce), payload)
 
 
-def _stanzas(file_key: bytes, nonce: bytes | None, wraps: Sequence[Wrap], context: Context) -> list[Stanza]:
-    """Wraps, context and origin; the context stanza names the key of the first wrap."""
-    bound = binding.context_stanza(file_key, wraps[0][1], context)
-    stanzas = [each.wrap(file_key, ref, binding.wrap_aad(ref, bound)) for each, ref in wraps]
+def _stanzas(
+    file_key: bytes, nonce: bytes | None, keys: Sequence[WrappingKey], context: Context
+) -> list[Stanza]:
+    """The wraps, the context and the origins of a file."""
+    bound = binding.context_stanza(file_key, keys[0][1], context)
+    stanzas = [wrapper.wrap(file_key, key, binding.wrap_aad(key, bound)) for wrapper, key in keys]
     stanzas.append(bound)
-    for each, ref in wraps:
-        mac_key = each.origin_key(ref)
+    for wrapper, key in keys:
+        mac_key = wrapper.origin_key(key)
         if mac_key is not None:
-            stanzas.append(binding.origin_stanza(mac_key, file_key, nonce, key=ref, context=context))
+            stanzas.append(binding.origin_stanza(mac_key, file_key, nonce, key=key, context=context))
     return stanzas
 
 
-def _of_key(stanzas: Sequence[Stanza], key: KeyRef, known: BoundStanzas | None) -> BoundStanzas:
+def _unwrap_bound(
+    stanzas: Sequence[Stanza], wrapper: Wrapper, key: KeyRef, known: BoundStanzas | None
+) -> tuple[BoundStanzas, bytes]:
     bound = known or binding.read_stanzas(stanzas)
     if bound is None or bound.key_id != key.key_id or (known is None and bound.key_version != key.version):
         raise DecryptFailed
-    return bound
+    return bound, _unwrap(stanzas, wrapper, key, binding.wrap_aad(key, bound.context))
+
+
+def _unwrap(stanzas: Sequence[Stanza], wrapper: Wrapper, key: KeyRef, aad: bytes) -> bytes:
+    """Unwrap the first stanza of this key. Raises DecryptFailed if one is malformed, NoMatch without one."""
+    for stanza in stanzas:
+        if stanza.type.startswith(binding.OWN_PREFIX) and stanza.type != binding.WRAP:
+            continue
+        try:
+            return wrapper.unwrap(stanza, key, aad)
+        except NoMatch:
+            continue
+    raise NoMatch
 
 
 def _check_origin(
@@ -184,20 +203,7 @@ def _check_origin(
     mac_key = wrapper.origin_key(key)
     if mac_key is None:  # the wrap authenticates its AAD
         return
-    expected = binding.origin_tag(
-        mac_key, file_key, nonce if bound.names_nonce else None, key=key, context=context
-    )
+    bound_nonce = nonce if bound.binds_nonce else None
+    expected = binding.origin_tag(mac_key, file_key, bound_nonce, key=key, context=context)
     if not hmac.compare_digest(bound.origin or b"", expected):
         raise DecryptFailed
-
-
-def _unwrap(stanzas: Sequence[Stanza], wrapper: Wrapper, key: KeyRef, aad: bytes) -> bytes:
-    """The first stanza that opens. A malformed one fails the file, one for somebody else is passed over."""
-    for stanza in stanzas:
-        if stanza.type.startswith(binding.OWN_PREFIX) and stanza.type != binding.WRAP:
-            continue
-        try:
-            return wrapper.unwrap(stanza, key, aad)
-        except NoMatch:
-            continue
-    raise NoMatch

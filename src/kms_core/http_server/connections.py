@@ -1,32 +1,86 @@
-"""Bounds on the connections of one port, and time limits of heads (slowloris) and of readers that stall."""
+"""Bounds of connections: their number, the time for a request head (slowloris), and stalled readers.
+
+Also checks of Host and Origin, against DNS rebinding and requests by pages of other sites (RFC 9110 §7.2,
+Fetch §3.2).
+"""
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Literal, Protocol
+from urllib.parse import urlsplit
 
 from kms_core.auth.rate_limit import source_of
 from kms_core.observability import metrics
 
-_ROOM: Final = 16  # the part of a port's connections that is closed at once where there is no room
-_AGAIN_S: Final = 0.01
+LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
+REFUSED: Final = (
+    "This Host or Origin is not one that the service is configured for: "
+    "add the name to [kms.server] allowed_hosts, or call it as localhost"
+)
+_OWN_SITES: Final = frozenset({b"same-origin", b"none"})
+
+
+class HostCheck:
+    """The host names of a port: loopback names, its own address, and those of the settings."""
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        """``hosts`` are further names; ``*`` allows any name and any Origin."""
+        self._hosts = frozenset(host.lower() for host in (*LOCAL_HOSTS, *hosts))
+
+    def refuses(self, headers: Mapping[bytes, bytes], server: tuple[str, int | None] | None) -> bool:
+        """Return whether to refuse a request by its headers; ``server`` is the address that it reached.
+
+        A page in the operator's browser must not reach a service that trusts the loopback interface. The
+        address is allowed as a host: no DNS server can forge it, and probes and scrapes in a cluster use it.
+        """
+        if "*" in self._hosts:
+            return False
+        named, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin")
+        try:
+            address = urlsplit(f"//{named}")
+            host = (address.hostname or "") if address.port != 0 and "@" not in named else ""
+            foreign = origin is not None and urlsplit(origin.decode("latin-1")).netloc != named
+        except ValueError:  # a wrong IPv6 address in brackets, or a wrong port
+            return True
+        known = host in self._hosts or (server is not None and host == server[0])
+        return not known or foreign or headers.get(b"sec-fetch-site", b"none") not in _OWN_SITES
+
+
+def by_name(headers: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """The first header of each name. A repeated Host is empty: a proxy may have used the other one.
+
+    RFC 9112 §3.2.
+    """
+    found = dict(reversed(headers))
+    if len(found) < len(headers) and _has_two_hosts(headers):
+        found[b"host"] = b""
+    return found
+
+
+def _has_two_hosts(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    return sum(name == b"host" for name, _ in headers) > 1
+
+
+_EVICTED_PART: Final = 16  # a full port closes this part of its connections at once
+_RETRY_S: Final = 0.01
 
 
 Reason = Literal["malformed", "timeout", "full"]
 
 
 class EvictionClass(IntEnum):
-    """Why a connection may be closed to make room, the first reason first."""
+    """Reasons to close a connection to make room, in the order in which they apply."""
 
     SILENT = 0
     """It never sent a whole request head."""
     IDLE = 1
-    """Every request on it is answered."""
+    """All its requests are answered."""
     UNREAD = 2
-    """Its client does not read an answer."""
+    """Its client does not read a response."""
 
 
 class ClientConnection(Protocol):
@@ -35,11 +89,11 @@ class ClientConnection(Protocol):
     source: str
     """The address of the client as the socket has it; empty for Unix sockets."""
 
-    def standing(self) -> EvictionClass | None:
-        """The reason to close it first; None while a request is worked on."""
+    def eviction_class(self) -> EvictionClass | None:
+        """The reason to close it to make room; None while a request is in progress."""
 
     def progress(self) -> Hashable:
-        """A value that changes while requests come and answers are read; None while one is worked on."""
+        """A value that changes as requests arrive and responses are read; None during a request."""
 
     def end(self) -> None:
         """Close it."""
@@ -57,11 +111,11 @@ def _never(address: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """``most`` connections of a port in one process, and of one source address at most half of them.
+    """``most`` connections of a port in one process, and at most half of them from one source address.
 
-    A connection has ``timeout_s`` seconds, at most twice that, for the head of a request; where
-    ``ends_unread`` holds, it also ends once its client has read nothing of an answer for as long.
-    ``is_proxy`` tells addresses for which the bound by source does not hold.
+    A connection has ``timeout_s`` to twice ``timeout_s`` seconds for the head of a request. With
+    ``ends_unread`` it also ends once its client has read nothing of a response for that time. ``is_proxy``
+    says which addresses are exempt from the bound by source.
     """
 
     most: int = 2048
@@ -73,9 +127,9 @@ class ConnectionLimits:
 class Connections:
     """The open connections of one port in one process.
 
-    Without room the connections of the source that has most of them are closed first, and of one source in
-    the order of ``EvictionClass``, the oldest first. If requests are worked on at all of them, the new
-    connection is refused.
+    To make room, connections of the source with the most connections are closed first, those of one source in
+    the order of ``EvictionClass``, oldest first. If all have a request in progress, the new connection is
+    refused.
     """
 
     def __init__(
@@ -85,10 +139,10 @@ class Connections:
         self.count = count
         self._open: dict[ClientConnection, str] = {}
         self._sources: Counter[str] = Counter()
-        self._next_look = 0.0
+        self._retry_at = 0.0
 
     def opened(self, connection: ClientConnection) -> bool:
-        """Count a connection. False if there is no room for it."""
+        """Count a new connection; False if there is no room for it."""
         source = source_of(connection.source) if connection.source else ""
         if not (self._has_room() and self._has_room_of_source(source)):
             self.count("full")
@@ -115,33 +169,32 @@ class Connections:
         return self._make_room(lambda other: other == source)
 
     def _make_room(self, of: Callable[[str], bool]) -> bool:
-        """Close some at once, so that a flood of connections does not look at all of them for each.
+        """Close several connections at once, so that a flood of new ones does not sort them all each time.
 
-        Where there was none to close, the next look is 10 ms later.
+        If there was none to close, it tries again after 10 ms at the earliest.
         """
         now = time.monotonic()
-        if now < self._next_look:
+        if now < self._retry_at:
             return False
         found = sorted(
-            (-self._sources[source], standing, number, each)
+            (-self._sources[source], reason, number, each)
             for number, (each, source) in enumerate(self._open.items())
-            if of(source) and (standing := each.standing()) is not None
-        )[: max(1, self.limits.most // _ROOM)]
+            if of(source) and (reason := each.eviction_class()) is not None
+        )[: max(1, self.limits.most // _EVICTED_PART)]
         for *_, each in found:
             self.count("full")
             self.closed(each)
             each.end()
         if not found:
-            self._next_look = now + _AGAIN_S
+            self._retry_at = now + _RETRY_S
         return bool(found)
 
 
 class StallTimer:
-    """Ends a connection on which nothing moves: no request begins, no head ends, or no answer is read.
+    """Ends a stalled connection: no request begins, no head is completed, or no response is read.
 
-    It looks every ``timeout_s`` seconds and ends what it found unmoved twice, so requests cost it nothing.
-    uvicorn has a timer for silence after an answer only: a byte every few seconds, or none from the start,
-    escapes that one.
+    It compares ``progress`` every ``timeout_s`` seconds, so requests cost nothing. uvicorn has a timeout only
+    for silence after a response: clients that send a byte every few seconds, or never any, escape it.
     """
 
     def __init__(
@@ -151,17 +204,17 @@ class StallTimer:
         self._connection = connection
         self._connections = connections
         self._seen: Hashable = None
-        self._next = loop.call_later(connections.limits.timeout_s, self._look)
+        self._next = loop.call_later(connections.limits.timeout_s, self._check)
 
     def cancel(self) -> None:
-        """Stop looking."""
+        """Stop the timer."""
         self._next.cancel()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         progress = self._connection.progress()
         if progress is not None and progress == self._seen:
             self._connections.count("timeout")
             self._connection.end()
             return
         self._seen = progress
-        self._next = self._loop.call_later(self._connections.limits.timeout_s, self._look)
+        self._next = self._loop.call_later(self._connections.limits.timeout_s, self._check)

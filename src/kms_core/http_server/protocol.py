@@ -1,11 +1,11 @@
-"""uvicorn's HTTP/1.1 protocol with what it leaves out of RFC 9110 and 9112, and what a KMS needs.
+"""uvicorn's HTTP/1.1 protocol, with rules of RFC 9110 and RFC 9112 that uvicorn leaves out.
 
 - An Upgrade is ignored and the body kept (RFC 9110 §7.8). httptools stops at the head of such a request, and
-  uvicorn would drop the body or read it as the next request.
-- The method LIST of Vault's clients is known, which httptools refuses.
-- A malformed request is answered 400 after the answers of the requests before it.
-- A head has a size and a time limit, and a port has a bound of connections.
-- Each request has the client certificate of its connection in ``scope["state"]``, and there the way to read
+  uvicorn would drop the body or parse it as the next request.
+- The method LIST of Vault's clients is accepted, which httptools refuses.
+- A malformed request is answered 400, after the responses to the requests before it.
+- Request heads are bounded in size and time, and the connections of a port in number.
+- ``scope["state"]`` of a request has the client certificate of its connection, and the objects for reading
   its body without a copy.
 """
 
@@ -34,7 +34,7 @@ BODY: Final = "kms.body"
 HEAD_BYTES: Final = 64 * 1024
 HEADERS: Final = 100
 PIPELINED: Final = 16
-"""The most bytes and headers of a head, and the most requests that wait for the answer of an earlier one."""
+"""The most bytes and headers of a head, and the most requests that wait for an earlier response."""
 _SEARCHED_BYTES: Final = 2048
 _VERSIONS: Final = frozenset({"1.1", "1.0"})
 _BLANK: Final = re.compile(rb"[\r\n]*")
@@ -46,22 +46,22 @@ _MALFORMED: Final = (400, "invalid_request", "The request is malformed (RFC 9112
 _LONG_HEAD: Final = (
     431,
     "invalid_request",
-    "The head of the request is above 64 KiB or 100 headers",
+    "The head of the request exceeds 64 KiB or 100 headers",
 )
-_PIPELINED: Final = (429, "rate_limited", "Too many requests wait for their answers on this connection")
+_PIPELINED: Final = (429, "rate_limited", "Too many requests wait for their responses on this connection")
 _NO_ROOM: Final = (429, "rate_limited", "This port has no room for another connection: try again in a second")
 _MALFORMED_STATUS: Final = frozenset({400, 431})
 
 
 class BodyReader(Protocol):
-    """Takes what comes of a body in place of uvicorn's own buffer."""
+    """Takes the bytes of a body in place of uvicorn's own buffer."""
 
-    def put(self, piece: bytes) -> None:
+    def put(self, chunk: bytes) -> None:
         """Take the next bytes of the body."""
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection. uvicorn makes it; ``connections`` is shared by all of a port."""
+    """One connection, created by uvicorn; all connections of a port share ``connections``."""
 
     inlet: BodyReader | None = None
 
@@ -102,7 +102,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         waiting = (cycle for cycle, _ in self.pipeline)
-        for cycle in filter(None, (self._answering, *waiting)):  # uvicorn tells the last request only
+        for cycle in filter(None, (self._answering, *waiting)):  # uvicorn informs only the last request
             cycle.disconnected = True
             cycle.message_event.set()
         self.pipeline.clear()
@@ -111,20 +111,18 @@ class HttpProtocol(HttpToolsProtocol):
             self._timer.cancel()
 
     def end(self) -> None:
-        """Close the connection, with what its client does not read."""
+        """Close the connection; data that its client does not read is dropped."""
         if self.flow.write_paused:
             self.transport.abort()
         else:
             self.transport.close()
 
-    def standing(self) -> EvictionClass | None:
-        """The reason to close the connection first; None while a request is worked on."""
+    def eviction_class(self) -> EvictionClass | None:
         if self._is_idle():
             return EvictionClass.IDLE if self._requests else EvictionClass.SILENT
         return EvictionClass.UNREAD if self.flow.write_paused else None
 
     def progress(self) -> Hashable:
-        """A value that changes while requests come and answers are read; None while one is worked on."""
         if self._is_idle():
             return self._requests
         if self.flow.write_paused and self._bound.limits.ends_unread:
@@ -136,7 +134,7 @@ class HttpProtocol(HttpToolsProtocol):
         return cycle is None or cycle.response_complete
 
     def _last(self) -> RequestResponseCycle | None:
-        """The last request whose head was complete."""
+        """The last request with a complete head."""
         return self.cycle
 
     # -- what arrives ------------------------------------------------------------------------------
@@ -153,16 +151,16 @@ class HttpProtocol(HttpToolsProtocol):
             self._check_line(data)
 
     def _check_line(self, data: bytes) -> None:
-        """Bound the line that has begun: the parser holds it, and tells of whole lines only."""
+        """Bound the incomplete line, which the parser buffers without calling back."""
         end = data.rfind(b"\n") + 1
         self._line_bytes = len(data) - end + (0 if end else self._line_bytes)
         if self._head_bytes + self._line_bytes > HEAD_BYTES:
             self._refuse(*_LONG_HEAD)
 
     def _may_hold_list(self, data: bytes) -> bool:
-        """Whether a LIST may begin, go on or end in this piece: such a piece is fed request by request.
+        """Return whether a LIST may begin, go on or end in ``data``, which then is fed request by request.
 
-        Large pieces are, too, since that costs less than to search them.
+        Large data is, too, since that costs less than to search it.
         """
         if self._between:
             if self._held:
@@ -172,10 +170,10 @@ class HttpProtocol(HttpToolsProtocol):
         return len(data) > _SEARCHED_BYTES or _LIST in data or data[-1] in _LIST
 
     def _feed_requests(self, data: bytes) -> None:
-        """Feed a piece up to the end of each request in it, where the method of the next one is looked at.
+        """Feed the parser request by request, and check the method of each.
 
-        The end of a chunked body is known to the parser only, so the rest of the piece is fed with it, and a
-        LIST in there is malformed.
+        Only the parser knows the end of a chunked body, so the rest of the data is fed with it, and a LIST in
+        there is malformed.
         """
         self._held = b""
         at, view, end_of_head = 0, memoryview(data), b"\n"
@@ -183,7 +181,7 @@ class HttpProtocol(HttpToolsProtocol):
             if self._between:
                 at, end_of_head = self._begin(data, at), b"\r\n\r\n"
                 continue
-            if self._in_head:  # one that began in an earlier piece is fed line by line: its end may be cut
+            if self._in_head:  # a head that began in earlier data is fed line by line: its end may be split
                 found = data.find(end_of_head, at)
                 end = found + len(end_of_head) if found >= 0 else len(data)
             else:
@@ -192,7 +190,7 @@ class HttpProtocol(HttpToolsProtocol):
             at = end
 
     def _begin(self, data: bytes, at: int) -> int:
-        """Feed the first bytes of the next request; where they end. LIST is fed as GET, and noted."""
+        """Feed the first bytes of the next request, and return where they end. LIST is fed as GET."""
         blank = _BLANK.match(data, at)  # RFC 9112 §2.2
         at = blank.end() if blank else at
         word = data[at : at + len(_LIST)]
@@ -220,7 +218,7 @@ class HttpProtocol(HttpToolsProtocol):
                 return
 
     def _ignore_upgrade(self) -> None:
-        """Give the head that the parser stopped at to a fresh parser, without the Upgrade."""
+        """Feed the head at which the parser stopped to a new parser, without the Upgrade."""
         self._upgrading = False
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
         if method == b"CONNECT":
@@ -237,7 +235,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._feed(b"".join(head))
 
     def _kept_options(self) -> list[bytes]:
-        """The options of the Connection headers but for ``upgrade``."""
+        """The options of the Connection headers, without ``upgrade``."""
         given = [value for name, value in self.headers if name == b"connection"]
         options = [option.strip() for value in given for option in value.split(b",")]
         return [option for option in options if option and option.lower() != b"upgrade"]
@@ -265,7 +263,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.scope["state"][CERTIFICATE] = self._shown
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header. A trailer is dropped: it may not pass for a header (RFC 9110 §6.5.1)."""
+        """Add a header. A trailer is dropped: it must not count as a header (RFC 9110 §6.5.1)."""
         if not self._in_head:
             return
         self._head_bytes += len(name) + len(value)
@@ -310,7 +308,9 @@ class HttpProtocol(HttpToolsProtocol):
         if self._upgrading:
             return
         self._between, cycle = True, self.cycle
-        if not self.parser.should_keep_alive():  # a trailer may say so: the parser takes nothing after it
+        if (
+            not self.parser.should_keep_alive()
+        ):  # a trailer may close the connection: the parser accepts nothing after it
             cycle.keep_alive = False
             if cycle.response_complete:
                 self.transport.close()
@@ -321,7 +321,7 @@ class HttpProtocol(HttpToolsProtocol):
     # -- refusals ----------------------------------------------------------------------------------
 
     def _refuse(self, status: int, code: str, detail: str) -> None:
-        """Refuse a request or connection, after the answers of the requests before it, and close."""
+        """Refuse a request or connection, after the responses to earlier requests, and close."""
         self._refused = True
         if status in _MALFORMED_STATUS:
             self._bound.count("malformed")
@@ -347,7 +347,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._start_asgi_task(self.cycle, answer)
 
     def _last_cycle(self) -> RequestResponseCycle:
-        """The cycle of an answer after which the connection is closed."""
+        """The cycle of a response after which the connection is closed."""
         return RequestResponseCycle(
             scope={"type": "http", "method": "GET"},  # type: ignore[typeddict-item]  # it sends, and reads no more
             transport=self.transport,
@@ -364,7 +364,7 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 class ProblemResponse:
-    """An ASGI application that answers one problem (RFC 9457)."""
+    """An ASGI application that responds with one problem (RFC 9457)."""
 
     def __init__(
         self, status: int, code: str, detail: str, headers: Mapping[bytes, bytes] = NO_HEADERS

@@ -1,1 +1,1 @@
-"""Jobs: work that outlives any process. The record in Redis is the truth, the queue's message a nudge."""
+"""Jobs: work that outlives any process. Redis holds the truth; a broker message only wakes a worker."""

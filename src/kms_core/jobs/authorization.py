@@ -1,4 +1,4 @@
-"""What a job takes to be allowed: asked of its submitter when it is accepted, and again when it runs.
+"""Job authorization, checked at submission and again when the job runs.
 
 A batch is asked for once as a whole. The core asks once more for each file and item, then with the key and
 context that these really have.
@@ -7,7 +7,7 @@ context that these really have.
 from dataclasses import dataclass
 
 from kms_core.auth.policy import Principal, allows
-from kms_core.jobs.model import JobSpec
+from kms_core.jobs.spec import ItemsJob, JobSpec
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden
@@ -27,7 +27,8 @@ class JobAccess:
 
 
 def of(job: JobSpec) -> JobAccess:
-    context = None if job.items and not job.is_tree else job.bound_context
+    """Return the access that a job needs."""
+    context = None if isinstance(job, ItemsJob) else job.bound_context
     return JobAccess(job.kind, job.key_id, context, job.new_bound_context)
 
 
@@ -37,14 +38,14 @@ def check(kms: Kms, who: Principal, asked: JobAccess) -> None:
     Files name the key that opens them, so that of a decrypt job may not be known yet.
     """
     if asked.kind == "encrypt":
-        kms.allow(who, "encrypt", asked.key_id or kms.keyring.default.key_id, asked.context)
+        kms.require(who, "encrypt", asked.key_id or kms.keyring.default.key_id, asked.context)
     elif asked.kind == "decrypt":
-        kms.allow(who, "decrypt", asked.key_id, asked.context)
+        kms.require(who, "decrypt", asked.key_id, asked.context)
     elif asked.new_context is not None or not allows(
         kms.policy, who, asked.kind, asked.key_id, asked.context
     ):  # away from its key or context, or without the right to move what it cannot open
-        kms.allow(who, "decrypt", None, asked.context)
-        kms.allow(who, "encrypt", asked.key_id, asked.new_context or asked.context)
+        kms.require(who, "decrypt", None, asked.context)
+        kms.require(who, "encrypt", asked.key_id, asked.new_context or asked.context)
 
 
 def check_batch(kms: Kms, who: Principal, kind: JobKind) -> None:
@@ -58,16 +59,16 @@ def check_batch(kms: Kms, who: Principal, kind: JobKind) -> None:
         for operation in ("decrypt", "encrypt") if moves else (kind,):
             kms.policy.require(who, operation)
     except Forbidden as exc:
-        kms.refused(who, kind, Context(), exc)
+        kms.raise_recorded(who, kind, Context(), exc)
 
 
 def check_reader(kms: Kms, who: Principal, job: JobSpec) -> None:
     """Results are for their submitter, and for those of the tenant who could have run the job themselves.
 
-    What is not known of the job, since its items or files alone say it, must be allowed whatever it is.
+    Contexts and keys that only its items or files name must be allowed for any value.
     """
     if who.name == job.principal:
         return
-    context = _ANY_CONTEXT if job.items else job.bound_context
+    context = _ANY_CONTEXT if isinstance(job, ItemsJob) else job.bound_context
     key_id = job.key_id or (kms.keyring.default.key_id if job.kind == "encrypt" else "")
-    kms.allow(who, job.kind, key_id, context)
+    kms.require(who, job.kind, key_id, context)

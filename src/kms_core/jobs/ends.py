@@ -1,11 +1,11 @@
-"""How a job ended, as a worker signs it; knows no Redis and no key.
+"""Signed ends of jobs. Depends on neither Redis nor keys.
 
-Others can write any state into a record in Redis. The ends that somebody acts on, ``succeeded`` and
+Others can write any state into a record in Redis. The ends that clients act on, ``succeeded`` and
 ``failed`` with ``items_failed``, therefore count only with the MAC of a worker (``RecordKey.sign_end``).
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -13,6 +13,7 @@ import msgspec
 
 from kms_protocol.wire import JobState
 
+MOST_FAILURES: Final = 10
 ITEMS_FAILED: Final = "items_failed"
 CLOCK_LEEWAY_S: Final = 60.0
 """So far the clocks of machines may be apart where a worker or the API goes by its own."""
@@ -31,16 +32,36 @@ class PlacedTarget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     parts: str = ""
 
 
+Failure = tuple[int, str]
+"""The index of an item or file that failed, and its error code."""
+
+
+class FirstFailures(list[Failure]):
+    """The first ``MOST_FAILURES`` failures of a job."""
+
+    def add(self, index: int, code: str) -> None:
+        """Add a failure, unless there are enough."""
+        if len(self) < MOST_FAILURES:
+            self.append((index, code))
+
+
+SmallBlob = tuple[str, bytes]
+"""A sealed blob that rests in Redis: its name, and the bytes that its file in the spool would have."""
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What an attempt has done, in items and bytes, and what it made."""
+    """The work of an attempt, in items and bytes, and its result; ``blob`` is that, where it is small."""
 
     items_done: int = 0
     items_failed: int = 0
     bytes_done: int = 0
     tallies: Mapping[str, int] = field(default_factory=dict)
+    failures: Sequence[Failure] = ()
     target: PlacedTarget | None = None
     result_digest: bytes = b""
+    blob: SmallBlob | None = None
+    file_id: str = ""
 
     @property
     def progress(self) -> dict[str, int]:
@@ -53,16 +74,19 @@ class Work:
 
 
 class SignedEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one attempt at a job came to.
+    """The outcome of one attempt at a job.
 
     Its MAC is also over the digest of the sealed record, so it counts for no other record of the same id.
     ``result_digest`` is the ref of the result in the spool (``blobs``: the random bytes that its MACs are
-    under, and its size), or SHA-256 over the ends of its parts. ``kept_until`` (seconds
-    since the epoch) is when the record has left Redis by itself: from then on it proves nothing.
+    under, and its size), or SHA-256 over the ends of its parts. ``failures`` are the first items or files
+    that failed. ``file_id`` (``binding.file_id``) is that of the one file of the job, which it made, moved or
+    opened. ``kept_until`` (seconds since the epoch) is when the record has left Redis by itself: from then on
+    it proves nothing.
     """
 
     fence: int
     attempt: int
+    attempt_id: str = ""
     state: JobState
     error: str = ""
     items: int = 0
@@ -72,20 +96,22 @@ class SignedEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     bytes_done: int = 0
     parts: int = 0
     tallies: dict[str, int] = {}
+    failures: tuple[Failure, ...] = ()
     target: PlacedTarget | None = None
     result_digest: bytes = b""
+    file_id: str = ""
     kept_until: float
 
 
 class SignedSplit(msgspec.Struct, frozen=True, kw_only=True):
-    """What a job was cut into: ``digest`` is SHA-256 over the sealed records of its parts, in order."""
+    """The parts of a job: ``digest`` is SHA-256 over their sealed records, in order."""
 
     parts: int
     digest: bytes
 
 
 def needs_proof(state: str, error: str) -> bool:
-    """Whether an end counts only if it is signed: callers read the result, or delete the source, after it."""
+    """True if an end counts only if it is signed: callers read the result, or delete the source, after it."""
     return state == "succeeded" or (state == "failed" and error == ITEMS_FAILED)
 
 

@@ -1,4 +1,4 @@
-"""Sources that name many files: what a pattern means, and where the result of each file goes; opens no file.
+"""URLs of files, and sources that name many files by a pattern. Opens no file.
 
 A source with ``*`` in it is a tree: a directory, a slash, and a pattern of the paths below it.
 
@@ -11,22 +11,34 @@ is the source itself: then each file takes the place of the one it was made from
 """
 
 import os
+import re
+import unicodedata
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Final, Self
 from urllib.parse import quote, unquote_to_bytes
 
 from kms_core.patterns import STAR, Pattern
-from kms_protocol.errors import InvalidRequest
+from kms_protocol.errors import InvalidRequest, PathRefused
 from kms_protocol.wire import JobKind
 
+SCHEME: Final = "file://"
+LOCAL_HOSTS: Final = frozenset({"", "localhost"})  # RFC 8089 §2
+URL_MAX_CHARS: Final = 3 * 4096  # Linux's PATH_MAX, every byte percent-encoded
+TAG: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+TEMPORARY: Final = re.compile(rf"\.kms-{TAG.pattern}\.tmp", re.IGNORECASE)  # some file systems ignore case
+
+_BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_UNPRINTABLE: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 SUFFIX: Final = ".age"
 ANY_DEPTH: Final = "**"
 MOST_PARTS: Final = 64
 States = frozenset[int]
-"""How much of a pattern the directories so far may have matched."""
+"""The numbers of pattern parts that the directories so far may have matched."""
 
 
 def is_tree(source: str) -> bool:
+    """Return whether a source names many files."""
     return "*" in source
 
 
@@ -59,7 +71,7 @@ class Tree:
         return self._closed({0})
 
     def step(self, states: States, name: str) -> States:
-        """What may have been matched with ``name``, a decoded part of a path; empty: nothing below can be."""
+        """The states after ``name``, a decoded part of a path; empty if nothing below can match."""
         after: set[int] = set()
         for state in states:
             if state < len(self.pattern):
@@ -70,15 +82,15 @@ class Tree:
         return self._closed(after)
 
     def is_whole(self, states: States) -> bool:
-        """Whether the path so far is one that the pattern names."""
+        """Return whether the path so far is one that the pattern names."""
         return len(self.pattern) in states
 
     def goes_on(self, states: States) -> bool:
-        """Whether the pattern may name something below."""
+        """Return whether the pattern may name something below."""
         return any(state < len(self.pattern) for state in states)
 
     def names(self, path: str) -> bool:
-        """Whether the pattern names this path below the base, as it stands in a URL."""
+        """Return whether the pattern names this path below the base, as it stands in a URL."""
         states = self.start()
         for part in path.split("/"):
             states = self.step(states, decoded(part))
@@ -99,6 +111,7 @@ def encoded(name: str) -> str:
 
 
 def decoded(part: str) -> str:
+    """Return a name of the file system from a percent-encoded part of a URL."""
     return os.fsdecode(unquote_to_bytes(part))
 
 
@@ -117,3 +130,42 @@ def target_of(kind: JobKind, source: str, target: str, tree: Tree, path: str) ->
 def _name_pattern(part: str) -> Pattern:
     """The pattern of one name: cut before it is decoded, so ``*`` is a wildcard and ``%2A`` a star."""
     return Pattern(tuple(decoded(piece) for piece in part.split(STAR)))
+
+
+def parse_file_url(url: str) -> PurePosixPath:
+    """The absolute path that a ``file:///…`` URL names, percent-decoded once (RFC 8089).
+
+    Raises PathRefused where the path could be read in more than one way: another scheme or host, a query
+    or fragment, ``.``, ``..`` or ``//``, an encoded slash, control characters, bytes that are not UTF-8.
+    The name of a temporary file of this service is refused too: it may hold another job's plaintext.
+    """
+    if len(url) > URL_MAX_CHARS or not url.startswith(SCHEME):
+        raise PathRefused("Expected file:///path/to/file, at most 4096 bytes long")
+    host, slash, rest = url.removeprefix(SCHEME).partition("/")
+    if host not in LOCAL_HOSTS or not slash:
+        raise PathRefused("A file URL names this host: write file:///path, with three slashes")
+    names = path_names(rest)
+    if TEMPORARY.fullmatch(names[-1]):
+        raise PathRefused("This name is kept for the service's own temporary files")
+    return PurePosixPath("/", *names)
+
+
+def path_names(path: str) -> list[str]:
+    """The names of a URL's path, each percent-decoded once. PathRefused if one can be read in two ways."""
+    if {"?", "#"} & set(path) or _BAD_ESCAPE.search(path):
+        raise PathRefused("In a URL write % as %25, ? as %3F and # as %23")
+    return [_decoded(part) for part in path.split("/")]
+
+
+def _decoded(part: str) -> str:
+    try:
+        name = unquote_to_bytes(part).decode()
+    except ValueError as exc:
+        raise PathRefused("A path is written in UTF-8") from exc
+    if name in {"", ".", ".."} or "/" in name:
+        raise PathRefused(
+            "A path has no empty part, no '.' or '..', no encoded slash, and no slash at its end"
+        )
+    if any(unicodedata.category(char) in _UNPRINTABLE for char in name):
+        raise PathRefused("A path has no control characters")
+    return name

@@ -1,59 +1,41 @@
-"""What a job is: the part that was accepted and never changes, and the part that moves. Knows no Redis."""
+"""The model of a job: its state, its attempts and how they end. Does not use Redis."""
 
-import time
+import base64
+import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Final, Literal, Protocol
 
 import msgspec
 from msgspec import Meta
 
-from kms_core.auth.policy import Grant, Principal
-from kms_core.jobs.ends import CLOCK_LEEWAY_S, SignedEnd, Work
-from kms_core.jobs.file_patterns import is_tree
-from kms_protocol.context import Context
-from kms_protocol.errors import JobExpired, KmsError, Unavailable
+from kms_core.jobs.ends import SignedEnd, Work
+from kms_core.jobs.spec import FILES, AnyJob, Seconds
+from kms_protocol.errors import KmsError, PathRefused
 from kms_protocol.wire import ENDED, JobKind, JobState, Priority
 
-BULK: Final = "kms.bulk"
-FILES: Final = "kms.files"
-MAINTENANCE: Final = "kms.maintenance"
-QUEUES: Final = (BULK, FILES, MAINTENANCE)
-"""Queues by what a job costs, so that a worker may serve some of them: items, payloads, headers."""
-MOVING: Final[frozenset[JobKind]] = frozenset({"rewrap", "reseal"})
-"""Kinds that make one ciphertext of another."""
 EXHAUSTED: Final = "attempts_exhausted"
 REFUSED: Final = "record_refused"
 DEAD: Final = frozenset({EXHAUSTED, REFUSED})
-"""How dead letters failed: their workers died, or their record is not as it was written."""
-
-REDIS_STEPS: Final[Mapping[Priority, tuple[int, ...]]] = {"high": (0,), "normal": (3,), "low": (6, 9)}
-"""What kombu calls a priority on Redis: it keeps a list for each step, and takes from the lowest first."""
-AMQP_RANKS: Final[Mapping[Priority, int]] = {"high": 9, "normal": 4, "low": 1}
-"""The same for RabbitMQ: the highest comes first. Quorum queues know two kinds, up to 4 and from 5 on."""
+"""Errors of dead jobs: their workers died, or their record was changed."""
 
 _PARTS: Final = uuid.UUID("6f1f3c4e-0d0a-5c0b-9a57-6b6d732d7061")  # a namespace of our own (RFC 9562 §5.5)
-
-SWEPT: Final = 100
-"""Attempts whose leftovers are looked for, of each file: those before the newest. In Redis any fence may
-stand, and each attempt removes what those before it left."""
 
 MOST: Final = 2**53
 """Above it a number of Redis's scripts is not exact."""
 Count = Annotated[int, Meta(ge=0, le=MOST)]
-Seconds = Annotated[float, Meta(ge=0, lt=1e11)]
-"""Since the epoch; no NaN, and what a date can show."""
+Feature = Annotated[str, Meta(max_length=80)]
+"""A feature that a job needs, and that newer workers have."""
 Code = Annotated[str, Meta(pattern=r"^[a-z0-9_]{0,64}\Z")]
 QueuePriority = tuple[str, Priority]
-"""Where a job waits: a queue, and the priority within it."""
-Fields = Mapping[str, str | int | float | bytes]
+"""A queue, and the priority within it."""
 
 
 class NotifyWorker(Protocol):
-    """Tells some worker of the queue that a job waits. Raises JobsUnavailable."""
+    """Tells some worker that a queue has work. Raises JobsUnavailable."""
 
-    def __call__(self, job_id: str, queue: str, priority: Priority, /) -> None: ...
+    def __call__(self, queue: str, /) -> None: ...
 
 
 class LeaseLost(KmsError):
@@ -63,159 +45,23 @@ class LeaseLost(KmsError):
     summary = "Another worker holds this job"
 
 
-class ClocksApart(Unavailable):
-    """By this machine's clock the job has expired, by Redis's it has not: leave it to another worker."""
+class CommitGone(PathRefused):
+    """A result that was ready has gone: it was in place and others removed it, or it never was."""
 
-    code = "clocks_apart"
-    summary = "The clocks of this machine and of Redis differ"
-
-
-class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the service promised to do. Rests in Redis sealed as one blob; workers act on this alone.
-
-    ``source`` is ``upload``, ``items`` (both in the spool) or a URL, which may name many files (``trees``);
-    ``target`` is empty or a URL. ``starts`` says where in the items each part of some hundred begins; a job
-    that is such a part names its ``parent`` and its number. A part of a job over many files has those lines
-    of the listing ``manifest`` (the fence of the attempt that made it) that lie between its two ``starts``,
-    from the ``first`` on. ``input_ref`` names the blob that it reads, be it upload, items or listing, as it
-    was written (``BlobWriter.ref``). ``callback`` names a webhook endpoint of the settings. ``signed_end``
-    says that it ends with a ``SignedEnd``. Records of 0.1 lack both. ``idempotency`` is the keyed digest (32
-    bytes) of the Idempotency-Key's scope that it was submitted with; empty without a key, and in records of
-    earlier versions. Times are seconds since the epoch.
-    """
-
-    job_id: str
-    tenant: str
-    principal: str
-    credential: str
-    kind: JobKind
-    source: str
-    target: str = ""
-    overwrite: bool = False
-    key_id: str | None = None
-    context: tuple[tuple[str, str], ...] = ()
-    new_context: tuple[tuple[str, str], ...] | None = None
-    items: int = 0
-    size_bytes: int = 0
-    starts: tuple[int, ...] = ()
-    parent: str = ""
-    part: int = 0
-    first: int = 0
-    manifest: int = 0
-    input_ref: bytes = b""
-    dry_run: bool = False
-    rate_per_s: float = 0.0
-    priority: Priority = "normal"
-    callback: str = ""
-    scopes: tuple[str, ...] = ()
-    authorized_until: float = 0.0
-    request_id: str = ""
-    traceparent: str = ""
-    digest: bytes = b""
-    idempotency: bytes = b""
-    signed_end: bool = False
-    created_at: float
-    expires_at: float
-
-    @property
-    def is_expired(self) -> bool:
-        """Whether it has expired by the clock of this machine, with some leeway."""
-        return time.time() > self.expires_at + CLOCK_LEEWAY_S
-
-    def check_expiry(self, redis_now: Callable[[], float]) -> None:
-        """Raise JobExpired if nothing may be put in place for it any more.
-
-        ClocksApart if only this machine's clock says so: a job is not lost because of a clock that is wrong.
-        """
-        if self.is_expired:
-            raise JobExpired if redis_now() > self.expires_at else ClocksApart
-
-    def __repr__(self) -> str:
-        return f"Accepted({self.job_id}, {self.kind})"
-
-    def __rich_repr__(self) -> list[tuple[str, object]]:
-        return [("job_id", self.job_id)]
-
-    @property
-    def owner(self) -> str:
-        """The job that the submitter knows: itself, or the whole that it is a part of."""
-        return self.parent or self.job_id
-
-    @property
-    def is_tree(self) -> bool:
-        """Whether the source names many files; so it does in the parts of such a job."""
-        return is_tree(self.source)
-
-    @property
-    def is_campaign(self) -> bool:
-        """Whether it moves many files to the newest version of their key, and reports on that."""
-        return self.is_tree and self.kind in MOVING
-
-    @property
-    def in_place(self) -> bool:
-        """Whether the result takes the place of its source."""
-        return self.target == self.source
-
-    @property
-    def queue(self) -> str:
-        if self.kind == "rewrap":
-            return MAINTENANCE
-        return BULK if self.items and not self.is_tree else FILES
-
-    @property
-    def lane(self) -> QueuePriority:
-        return self.queue, self.priority
-
-    @property
-    def who(self) -> Principal:
-        """The submitter. Scopes rest here for a JWT alone, which nobody could look up when the job runs."""
-        grant = Grant(self.scopes, self.authorized_until) if self.authorized_until else None
-        files = (self.source, self.target) if "://" in self.source else ("", "")
-        return Principal(self.principal, self.tenant, self.credential, grant, *files)
-
-    @property
-    def spooled_bytes(self) -> int:
-        """What it was accepted with, unless that is elsewhere; results are about as large again."""
-        return 0 if "://" in self.source else self.size_bytes
-
-    @property
-    def work_bytes(self) -> int:
-        """Bytes that a worker reads for it; 0 where it reads headers only, or cuts the job into parts."""
-        uploaded_header = self.source == "upload" and self.kind != "decrypt"
-        will_be_cut = not self.parent and (self.is_tree or len(self.starts) > 1)
-        return 0 if self.dry_run or uploaded_header or will_be_cut else self.size_bytes
-
-    @property
-    def plain(self) -> Fields:
-        """What Redis is told of it in the clear, under the names of ``Job``."""
-        found: Fields = {
-            "tenant": self.tenant,
-            "kind": self.kind,
-            "queue": self.queue,
-            "priority": self.priority,
-            "items": self.items,
-            "bytes": self.size_bytes,
-            "created_at": self.created_at,
-            "expires_at": self.expires_at,
-        }
-        return {**found, "campaign": "dry" if self.dry_run else "wet"} if self.is_campaign else found
-
-    @property
-    def bound_context(self) -> Context:
-        return Context(self.context)
-
-    @property
-    def new_bound_context(self) -> Context | None:
-        return None if self.new_context is None else Context(self.new_context)
+    def __init__(self) -> None:
+        super().__init__("The result was removed or replaced before it was in place: run the job again")
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What is shown of a job: the plain fields of its record, but those of ``JobSpec.plain`` as sealed.
+    """The visible state of a job: plain fields of its record; those of ``JobSpec.plain`` as sealed.
 
     Others may have written plain fields, so each has bounds. Nothing in a Job says what to do.
 
     ``end`` is the verified end of a job that succeeded, or failed with ``items_failed``; its counts are those
     told here. None before the end, for other ends, and for a record of 0.1, whose ends were not signed.
+    ``accepted`` is the opened record; None if this service did not seal it. ``released`` is the time from
+    which on the result is gone because its reader released it, 0 for never. ``is_replayed``: it answers a
+    submission with an Idempotency-Key that was used before.
     """
 
     job_id: str
@@ -225,7 +71,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     queue: str = FILES
     priority: Priority = "normal"
     attempt: Count = 0
+    attempt_id: Code = ""
     fence: Count = 0
+    generation: Count = 0
     items: Count = 0
     items_done: Count = 0
     items_failed: Count = 0
@@ -233,9 +81,15 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     bytes_done: Count = 0
     created_at: Seconds = 0.0
     expires_at: Seconds = 0.0
+    start_by: Seconds = 0.0
+    run_by: Seconds = 0.0
     not_before: Seconds = 0.0
+    started_at: Seconds = 0.0
+    ended_at: Seconds = 0.0
+    released: Seconds = 0.0
     cancel: Count = 0
     error: Code = ""
+    waits_for: Feature = ""
     result: str = ""
     purged: Count = 0
     parts: Count = 0
@@ -244,6 +98,18 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     campaign: Literal["", "dry", "wet"] = ""
     tallies: dict[str, Count] = {}
     end: SignedEnd | None = None
+    accepted: AnyJob | None = None
+    is_replayed: bool = False
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """Labels of the submitter; none of a record that this service did not seal."""
+        return self.accepted.labels if self.accepted else {}
+
+    @property
+    def result_attempt(self) -> str:
+        """The last part of the names of its result in the spool."""
+        return (self.end and self.end.attempt_id) or str(self.fence)
 
     @property
     def ended(self) -> bool:
@@ -251,12 +117,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def parts_ended(self) -> bool:
-        """Whether all its parts have ended, and it is to be ended by a worker."""
+        """Return whether all its parts have ended, and it is to be ended by a worker."""
         return not self.ended and self.parts > 0 and self.parts_left <= 0
-
-    @property
-    def lane(self) -> QueuePriority:
-        return self.queue, self.priority
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True):
@@ -268,10 +130,12 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     Of an object, ``upload`` is the multipart upload, empty where a single write makes it, ``parts`` a digest
     of what was sent, and ``over`` what may be replaced: nothing, ``*``, or the object with this ETag.
     ``mark`` is the object's metadata, by which it is recognised; a commit of 0.1 has none, and its object has
-    the id of the job there.
+    the id of the job there. One of 0.1 has the ``fence`` of its attempt in place of an id. ``file_id`` is as
+    in ``SignedEnd``.
     """
 
-    fence: int
+    attempt_id: str | msgspec.UnsetType = msgspec.UNSET
+    fence: int | msgspec.UnsetType = msgspec.UNSET
     size_bytes: int
     inode: int = 0
     mtime_ns: int = 0
@@ -280,10 +144,16 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     parts: str = ""
     over: str = ""
     mark: str | msgspec.UnsetType = msgspec.UNSET
+    file_id: str | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def attempt_name(self) -> str:
+        """The last part of the name of its temporary file, or of the note of its upload."""
+        return self.attempt_id or str(self.fence)
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a part of a job over many files has come: enough for any worker to go on after a crash.
+    """The progress of a part of a job over many files: enough for any worker to continue after a crash.
 
     ``outcomes`` are indices into ``words``, one for each file that is settled, in order. ``pending`` is the
     commit of the file after those, which ends as ``effect`` once it is in place.
@@ -304,8 +174,13 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
         return Checkpoint(words=words, outcomes=(*self.outcomes, words.index(word)))
 
 
+def new_attempt_id() -> str:
+    """Return 128 random bits as 26 letters and digits (RFC 4648 base32, lower case)."""
+    return base64.b32encode(os.urandom(16)).decode().rstrip("=").lower()
+
+
 def part_id(job_id: str, number: int) -> str:
-    """The id of a part: whoever splits the job, and however often, it is the same."""
+    """The id of a part: the same for every process that splits the job."""
     return str(uuid.uuid5(_PARTS, f"{job_id}/{number}"))
 
 
@@ -314,18 +189,31 @@ def _never() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaRules:
+    """Replicas of Redis that must have a write, on disk, and the milliseconds to wait for them."""
+
+    replicas: int = 0
+    wait_ms: int = 2000
+
+
+@dataclass(frozen=True, slots=True)
 class StoreRules:
     """Seconds and counts of the job layer, from settings.
 
     ``open_jobs`` may wait or run before submissions are turned away; ``tenant_leases`` of one tenant may
-    run at a time. Jobs that read ``large_job_bytes`` or more are large: of one worker they hold at most
+    run at a time. Inputs outlive the end of their job by ``input_grace_s``: Redis may go back behind it in a
+    fail-over. Jobs that read ``large_job_bytes`` or more are large: of one worker they hold at most
     ``large_leases`` processes at a time, while ``has_several_tenants``. ``tenant_open`` (jobs) and
-    ``tenant_spool_bytes`` are of those tenants that have a quota.
+    ``tenant_spool_bytes`` are of those tenants that have a quota of their own, ``spool_bytes`` is that of
+    all others. ``resource_leases`` of jobs that use a resource (``root:/path``,
+    ``bucket:name``, ``backend:name``) may run at a time. An attempt that advances nothing for ``stall_s``
+    loses its lease; ``stop_s`` after a worker was told to stop, attempts go back.
     """
 
     lease_s: float = 30.0
     attempts: int = 5
     keep_record_s: float = 24 * 3600.0
+    input_grace_s: float = 60.0
     open_jobs: int = 100_000
     tenant_leases: int = 1_000
     large_job_bytes: int = 64 * 1024**2
@@ -333,18 +221,29 @@ class StoreRules:
     has_several_tenants: Callable[[], bool] = _never
     tenant_open: Mapping[str, int] = field(default_factory=dict)
     tenant_spool_bytes: Mapping[str, int] = field(default_factory=dict)
+    spool_bytes: int = 0
+    resource_leases: Mapping[str, int] = field(default_factory=dict)
+    stall_s: float = 300.0
+    stop_s: float = 30.0
+    replicas: ReplicaRules = ReplicaRules()
+
+    def spool_bytes_of(self, tenant: str) -> int:
+        """Bytes that a tenant may have in the spool; 0 for any number."""
+        return self.tenant_spool_bytes.get(tenant, self.spool_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One attempt at a job: the accepted part, unsealed, and the fence that makes its effects count.
+    """One attempt at a job: the accepted part, unsealed, and the random id that makes its effects count.
 
-    ``is_large``: it was claimed as a large job, see ``StoreRules``. ``spec`` is the digest of the sealed
-    record.
+    Two attempts never have the same ``attempt_id``, also after Redis has gone back in time. ``fence`` is the
+    number of claims so far, which workers of 0.1 go by. ``is_large``: it was claimed as a large job, see
+    ``StoreRules``. ``spec`` is the digest of the sealed record. ``following``: what its process takes next.
     """
 
-    accepted: JobSpec
+    accepted: AnyJob
     worker: str
+    attempt_id: str
     fence: int
     attempt: int
     waited_s: float
@@ -353,18 +252,20 @@ class Attempt:
     commit: Commit | None = field(default=None)
     log: Checkpoint = field(default_factory=Checkpoint)
     spec: bytes = b""
+    following: "Following | None" = field(default=None, compare=False)
 
     @property
     def bound(self) -> bytes:
-        """What its commit and log are bound to: the sealed record, unless that is of 0.1."""
+        """The bytes that bind its commit and checkpoint: the sealed record, unless that is of 0.1."""
         return self.spec if self.accepted.signed_end else b""
 
-    def end(self, state: JobState, error: str, work: Work, keep_record_s: float) -> SignedEnd:
-        """What this attempt came to, to be signed; ``keep_record_s`` is how long expired records are kept."""
+    def end(self, state: JobState, error: str, work: Work, kept_until: float) -> SignedEnd:
+        """The outcome of this attempt, to be signed; its record is kept until ``kept_until``."""
         job = self.accepted
         return SignedEnd(
             fence=self.fence,
             attempt=self.attempt,
+            attempt_id=self.attempt_id,
             state=state,
             error=error,
             items=job.items,
@@ -373,7 +274,22 @@ class Attempt:
             size_bytes=job.size_bytes,
             bytes_done=work.bytes_done,
             tallies=dict(work.tallies),
+            failures=tuple(work.failures),
             target=work.target,
             result_digest=work.result_digest,
-            kept_until=job.expires_at + keep_record_s,
+            file_id=work.file_id,
+            kept_until=kept_until,
         )
+
+
+@dataclass
+class Following:
+    """The job that a process takes after another: claimed as that ends, if ``is_wanted`` says so then.
+
+    ``queues``: the first comes first. ``claimed``: what the store answered, or nothing yet.
+    """
+
+    worker: str
+    queues: Sequence[str]
+    is_wanted: Callable[[], bool]
+    claimed: "list[Attempt | str | None]" = field(default_factory=list)

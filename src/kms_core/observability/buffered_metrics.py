@@ -1,41 +1,39 @@
-"""What calls have counted and the metrics do not show yet: moving a dozen metrics is a tenth of a small call.
+"""Counts of calls that are not in the metrics yet: moving a dozen metrics takes a tenth of a small call.
 
-A call adds to piles, and whoever collects the metrics of this process finds the piles put onto them. Where
-several processes are scraped together another one may be asked, and this one may be killed: there a call
-settles by itself, unless one did a moment ago, and what is left then is settled within seconds.
+Calls add to buffers, and the buffers are settled (added to the metrics) before the metrics of this process
+are exposed. Where processes are scraped together, another process may answer the scrape, and this one may be
+killed: there a call settles the buffers itself, every 5 ms at most, and the rest is settled within seconds.
 """
 
 import os
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
 from typing import Final
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import Counter, Gauge, Histogram, values
 
-MOMENT_S: Final = 0.005
-"""How often calls settle at most: a busy process is some per mille slower by it."""
+SETTLE_EVERY_S: Final = 0.005
+"""At this rate settling costs a busy process some per mille of its time."""
 
 _lock: Final = threading.Lock()
 _settled_at = 0.0
-_piles: Final[list["CallStats | BufferedMetrics"]] = []
+_buffers: Final[list["CallStats | BufferedGauge"]] = []
 
 
 class CallStats:
-    """Calls of one kind: how many, how long each took in seconds, and sums of something else besides."""
+    """Calls of one kind: their number, the duration of each in seconds, and sums of sizes."""
 
-    __slots__ = ("_bounds", "_buckets", "_count", "_counted", "_duration", "_seconds", "_sizes", "_sums")
+    __slots__ = ("_bounds", "_buckets", "_calls", "_count", "_duration", "_seconds", "_sizes", "_sums")
 
-    def __init__(self, counted: Counter, duration: Histogram | None = None, *sizes: Counter) -> None:
-        self._counted, self._duration, self._sizes = counted, duration, sizes
+    def __init__(self, calls: Counter, duration: Histogram | None = None, *sizes: Counter) -> None:
+        self._calls, self._duration, self._sizes = calls, duration, sizes
         self._bounds: list[float] = list(duration._upper_bounds) if duration else []  # noqa: SLF001 -- no other way
-        self._clear()
-        _piles.append(self)
+        self.clear()
+        _buffers.append(self)
 
     def add(self, seconds: float = 0.0, *sizes: int) -> None:
-        """One call; ``sizes`` in the order of their counters."""
+        """Count one call; ``sizes`` in the order of their counters."""
         with _lock:
             self._count += 1
             if self._bounds:
@@ -45,21 +43,22 @@ class CallStats:
                 self._sums[at] += size
 
     def add_now(self, seconds: float = 0.0, *sizes: int) -> None:
-        """The same, and onto the metrics."""
+        """Count one call, and settle."""
         self.add(seconds, *sizes)
         with _lock:
             self.settle()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Drop the calls that are not settled. The caller holds the lock."""
         self._count, self._seconds = 0, 0.0
         self._buckets = [0] * len(self._bounds)
         self._sums = [0] * len(self._sizes)
 
     def settle(self) -> None:
-        """Under the lock."""
+        """Add the calls to the metrics. The caller holds the lock."""
         if not self._count:
             return
-        self._counted.inc(self._count)
+        self._calls.inc(self._count)
         for counter, size in zip(self._sizes, self._sums, strict=True):
             counter.inc(size)
         if self._duration:
@@ -67,58 +66,52 @@ class CallStats:
             for bucket, count in zip(self._duration._buckets, self._buckets, strict=True):  # noqa: SLF001 -- as above
                 if count:
                     bucket.inc(count)
-        self._clear()
+        self.clear()
 
 
-class BufferedMetrics:
-    """Something that rises and falls with calls, of one event loop: no two threads move it."""
+class BufferedGauge:
+    """A gauge that rises and falls with calls. Only one thread, the event loop's, changes ``level``."""
 
-    __slots__ = ("_gauge", "_shown", "level")
+    __slots__ = ("_gauge", "_settled", "level")
 
     def __init__(self, gauge: Gauge) -> None:
         self._gauge = gauge
-        self.level = self._shown = 0
-        _piles.append(self)
+        self.level = self._settled = 0
+        _buffers.append(self)
 
     def settle(self) -> None:
-        """Under the lock."""
+        """Set the gauge. The caller holds the lock."""
         level = self.level
-        if level != self._shown:
+        if level != self._settled:
             self._gauge.set(level)
-            self._shown = level
+            self._settled = level
+
+    def clear(self) -> None:
+        """Nothing: a level is no count, and holds in a forked process, too."""
 
 
 def settle() -> None:
-    """Put everything counted so far onto the metrics."""
+    """Add everything counted so far to the metrics."""
     with _lock:
-        for pile in _piles:
-            pile.settle()
+        for buffer in _buffers:
+            buffer.settle()
 
 
-def settle_now_and_then() -> None:
-    """The same, if that was not done within ``MOMENT_S``."""
+def settle_if_shared() -> None:
+    """As ``settle``, where metrics are shared with other processes, and at most every 5 ms."""
     global _settled_at  # noqa: PLW0603 -- of the process, as metrics are
     now = time.monotonic()
-    if now - _settled_at > MOMENT_S:
+    if values.ValueClass._multiprocess and now - _settled_at > SETTLE_EVERY_S:  # noqa: SLF001 -- no public name
         settle()
         _settled_at = now
 
 
-class _First(Collector):
-    """Has no metrics of its own: it is asked before those that have."""
-
-    def collect(self) -> Iterable[Metric]:
-        settle()
-        return ()
+def protect_forks() -> None:
+    """Make forked processes begin with empty buffers, and forks wait until no thread holds the lock."""
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_clear)
 
 
-def _forget() -> None:
-    """A forked child has counted nothing yet."""
-    for pile in _piles:
-        if isinstance(pile, CallStats):
-            pile._clear()  # noqa: SLF001 -- of this module
+def _clear() -> None:
+    for buffer in _buffers:
+        buffer.clear()
     _lock.release()
-
-
-REGISTRY.register(_First())
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_forget)

@@ -1,8 +1,8 @@
-"""Logging: one pipeline for our events and our libraries' lines, redacted. Knows no settings.
+"""Logging: one pipeline for events of the service and lines of its libraries, with secrets redacted.
 
-Events, not sentences: ``log.info("key.opened", key_id=…, scheme=…)``. Fields with the names of secrets are
-blanked, bytes appear as their length, and a last pass over the finished line takes out what looks like an
-age identity, a token or a password in a URL, wherever it came from.
+Events have names and fields: ``log.info("key.opened", key_id=…, scheme=…)``. Fields with the names of secrets
+are blanked, and bytes appear as their length. A last pass over the finished line removes text that looks like
+an age identity, a token or a password in a URL.
 """
 
 import logging
@@ -47,15 +47,14 @@ LEVELS: Final = {
     "off": OFF,
 }
 ACCESS: Final = "uvicorn.access"
-TARGETS: Final = {  # the seed's names, which are Rust crates
+TARGETS: Final = {  # names of Rust crates, as of the first version of the service
     "kms_service": ("kms_core", "kms_api", "kms_worker", "kms_client", "kms_cli"),
     "tower_http": (ACCESS,),
 }
 UNLESS_NAMED: Final = {
     ACCESS: logging.WARNING,
     "celery.worker.strategy": logging.WARNING,  # a line for each message; our events have the job's id
-    "httpx": logging.WARNING,
-    "httpcore": logging.WARNING,
+    "httpcore2": logging.WARNING,
 }
 AT_LEAST: Final = {
     "celery.app.trace": logging.WARNING,  # at INFO it prints what a task returns
@@ -64,9 +63,9 @@ AT_LEAST: Final = {
 }
 
 _IDS: Final[dict[str, ContextVar[str]]] = {}
-# A failed look for a password or a JWT would be made again from every place in the same run of characters, so
-# that run is taken as a whole, and looked through once for what else may be in it: time grows with the text.
-_OF_ONE_WORD: Final = r"AGE-SECRET-KEY-[0-9A-Z-]+|kms_[a-z2-7]{10}_[\w-]{43}"
+# A failed match of a password or a JWT would be tried again from every position in the same run of
+# characters. So the whole run is matched, and searched once for other secrets: time is linear in the text.
+_OF_ONE_WORD: Final = r"AGE-SECRET-KEY-[0-9A-Z-]+|kms_[a-z2-7]{10}_[\w-]{43}|kmsl_[\w-]++(?:\.[\w-]*+)?"
 _JWT: Final = r"(?P<word>eyJ[\w-]++)(?P<rest>\.eyJ[\w-]++\.[\w-]*+)?"
 _LOGIN: Final = r"(?<=://)(?P<login>[^/:@\s\"']*+:[^@\s\"']++)(?P<at>(?=@))?"
 _WORDS: Final = re.compile(_OF_ONE_WORD, re.IGNORECASE)
@@ -78,26 +77,26 @@ _IN_TEXT: Final = re.compile(
 
 
 def identify(**ids: ContextVar[str]) -> None:
-    """Put what these variables hold into every line from now on, under these names, where a line has none."""
+    """Add the values of these variables to every later line, as fields with these names."""
     _IDS.update(ids)
 
 
 def get(name: str) -> BoundLogger:
-    """The logger of a module; it may be taken at import, before ``configure``."""
+    """The logger of a module, which may be made before ``configure``."""
     return cast("BoundLogger", structlog.get_logger(name))
 
 
 def configure(level_spec: str, *, json: bool, stream: TextIO | None = None) -> None:
-    """Send every logger of this process to ``stream`` (stderr), as JSON lines or for people.
+    """Write the lines of all loggers to ``stream`` (stderr), as JSON or in a format for people.
 
-    ``level_spec`` as in ``parse_levels``, whose errors it raises. Calling it again replaces the first call.
+    Raises as ``parse_levels`` for its ``level_spec``. A later call replaces the configuration.
     """
     levels = parse_levels(level_spec)
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_formatter(json=json, colors=handler.stream.isatty()))
     for name, logger in logging.root.manager.loggerDict.items():
         if isinstance(logger, logging.Logger) and name.partition(".")[0] in {"uvicorn", "celery"}:
-            logger.handlers.clear()  # theirs would write every line a second time, unredacted
+            logger.handlers.clear()  # or every line would be written a second time, with secrets
             logger.propagate = True
     logging.root.handlers[:] = [handler]
     structlog.configure(
@@ -113,12 +112,12 @@ def configure(level_spec: str, *, json: bool, stream: TextIO | None = None) -> N
 def parse_levels(spec: str) -> dict[str, int]:
     """Logger names to levels; ``""`` is the root.
 
-    The grammar is that of ``RUST_LOG``: directives joined by commas, each a level for all or
-    ``target=level``, for example ``warn,kms_service=debug``. Targets are our packages or any logger's name,
-    with ``::`` or ``.``; ``kms_service`` is all of ours, ``tower_http`` the access log. Levels: trace (as
-    debug), debug, info, warn, error, off. Without a level for all it is info.
+    The grammar is that of ``RUST_LOG``: directives separated by commas, each a level for all loggers or
+    ``target=level``, for example ``warn,kms_service=debug``. A target is the name of a logger, with ``::`` or
+    ``.``; ``kms_service`` stands for all packages of the service, ``tower_http`` for the access log. Levels:
+    trace (as debug), debug, info, warn, error, off. The default is info.
 
-    Raises ConfigurationError on a word that is no level.
+    Raises ConfigurationError for an unknown level.
     """
     named: dict[str, int] = {}
     for number, directive in enumerate(filter(None, map(str.strip, spec.split(","))), start=1):
@@ -135,17 +134,17 @@ def parse_levels(spec: str) -> dict[str, int]:
 
 
 def access_log_wanted() -> bool:
-    """Whether ``configure`` was asked for the access log, which costs time on every request."""
+    """Return whether the access log is on, which costs time on every request."""
     return logging.getLogger(ACCESS).isEnabledFor(logging.INFO)
 
 
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Blank the fields that name a secret, at any depth, and turn bytes into their length."""
+    """Blank fields with the name of a secret, at any depth, and replace bytes by their length."""
     return {name: _redacted(name, value) for name, value in event.items()}
 
 
 def scrub(text: str) -> str:
-    """Take out age identities, bearer tokens and passwords in URLs."""
+    """Remove age identities, bearer tokens and passwords in URLs from a text."""
     return _IN_TEXT.sub(_scrubbed_login, text)
 
 

@@ -14,22 +14,10 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     generate_latest,
-    multiprocess,
-    values,
 )
 
-from kms_core.observability import buffered_metrics
-from kms_core.observability import multiprocess_exposition as exposition_of
+from kms_core.observability import buffered_metrics, multiprocess_metrics
 from kms_protocol import wire
-
-FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
-"""Of the library: the variable names where processes that are scraped together keep their counts."""
-SLOT: Final = "PROMETHEUS_MULTIPROC_SLOT"
-"""Of ours: whose counts this process goes on with. Without it a file for each that ever ran would stay."""
-_slot: Final = os.environ.get(SLOT)
-if _slot:
-    multiprocess.mark_process_dead(_slot)  # type: ignore[no-untyped-call]  # the predecessor's gauges, not counts
-    values.ValueClass = values.MultiProcessValue(lambda: _slot)  # type: ignore[no-untyped-call]  # as above
 
 _FAST: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW: Final = (5e-3, 2e-2, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0)
@@ -82,19 +70,19 @@ HTTP_REFUSALS: Final = Counter(
 )
 AUTH_FAILURES: Final = Counter(
     "kms_auth_failures_total",
-    "Callers that were not let in; reason is missing, malformed, unknown, expired, untrusted, signature, "
-    "claims, certificate, revoked or limited",
+    "Failed authentications; reason is missing, malformed, unknown, expired, untrusted, signature, claims, "
+    "certificate, revoked or limited",
     ["reason"],
 )
 AUTH_JWT_WORK: Final = Counter(
     "kms_auth_jwt_work_total",
-    "Steps of verifying JWTs that cost more than parsing; kind is signature (a check by a public key), "
-    "key_wait (a request that waited for an issuer's keys) or key_fetch (a fetch of a key set)",
+    "Costly steps of verifying JWTs; kind is signature (a check by a public key), key_wait (a request that "
+    "waited for an issuer's keys) or key_fetch (a fetch of a key set)",
     ["kind"],
 )
 CLIENT_CRL_EXPIRES: Final = Gauge(
     "kms_client_crl_expires_timestamp_seconds",
-    "When the first revocation list of [kms.server] client_crl ends (nextUpdate); 0 without one",
+    "Expiry of the first revocation list of [kms.server] client_crl to expire (nextUpdate); 0 without one",
     multiprocess_mode="livemin",
 )
 RATE_LIMITED: Final = Counter(
@@ -103,25 +91,25 @@ RATE_LIMITED: Final = Counter(
 AUDIT_EVENTS: Final = Counter("kms_audit_events_total", "Audit records by outcome of the write", ["result"])
 AUDIT_COPIES: Final = Counter(
     "kms_audit_copies_total",
-    "Audit lines (what is anchors or lines) handed to second places (redis, directory, stdout)",
+    "Audit lines (what is anchors or lines) sent to sinks (place is redis, directory or stdout)",
     ["place", "what", "result"],
 )
 AUDIT_CHAIN_OK: Final = Gauge(
     "kms_audit_chain_ok",
-    "0 once lines of the audit trail were found changed, cut or gone since this process began; "
-    "NaN while it cannot be read",
+    "0 once lines of the audit log were changed, cut or removed while this process ran; "
+    "NaN while the log cannot be read",
     multiprocess_mode="livemostrecent",
 )
 AUDIT_ANCHORS_OK: Final = Gauge(
     "kms_audit_anchors_ok",
-    "1 while the audit trail has what the anchors in a place name, 0 while it lacks some of it or anchors "
+    "1 while the audit log has the lines of the anchors in a sink (place), 0 while it lacks some or anchors "
     "are gone, NaN while they cannot be read",
     ["place"],
     multiprocess_mode="livemostrecent",
 )
 AUDIT_READ_AT: Final = Gauge(
     "kms_audit_read_timestamp_seconds",
-    "When this process last read back what is new in the audit trail",
+    "Time at which this process last read new lines of the audit log back",
     multiprocess_mode="livemostrecent",
 )
 JOBS: Final = Counter("kms_jobs_total", "Jobs that reached a state", ["kind", "state"])
@@ -132,7 +120,9 @@ JOB_WAIT_SECONDS: Final = Histogram(
 JOB_ITEMS: Final = Counter("kms_job_items_total", "Items of bulk jobs by outcome", ["kind", "result"])
 JOB_BYTES: Final = Counter("kms_job_bytes_total", "Payload bytes that jobs have processed", ["kind"])
 JOB_RESUMES: Final = Counter(
-    "kms_job_resumes_total", "Jobs taken up again after a lost lease or message", ["reason"]
+    "kms_job_resumes_total",
+    "Jobs that the reaper made ready again, and wake-ups that could not be sent",
+    ["reason"],
 )
 MESSAGES_REFUSED: Final = Counter(
     "kms_messages_refused_total",
@@ -156,6 +146,9 @@ WEBHOOK_DELIVERIES: Final = Counter(
 )
 WEBHOOK_OUTBOX: Final = Gauge(
     "kms_webhook_outbox", "Webhook deliveries that wait", multiprocess_mode="livemostrecent"
+)
+BACKGROUND_FAILURES: Final = Counter(
+    "kms_background_failures_total", "Failed rounds of threads that repeat their work", ["thread"]
 )
 BACKEND_UP: Final = Gauge(
     "kms_backend_up", "1 if the last health check passed", ["backend"], multiprocess_mode="livemin"
@@ -214,6 +207,25 @@ MESSAGES_SET_ASIDE: Final = Gauge(
 REDIS_MEMORY: Final = Gauge(
     "kms_redis_memory_ratio", "Memory that Redis uses, of what it may", multiprocess_mode="livemostrecent"
 )
+REDIS_WRITABLE: Final = Gauge(
+    "kms_redis_writable",
+    "1 if Redis takes new jobs, 0 while it is full or takes no writes, NaN while it does not answer",
+    multiprocess_mode="livemostrecent",
+)
+SPOOL_USED: Final = Gauge(
+    "kms_spool_used_bytes", "Size of uploads and results in the spool", multiprocess_mode="livemostrecent"
+)
+SPOOL_LIMIT: Final = Gauge(
+    "kms_spool_limit_bytes",
+    "Size that the spool may have: spool_max_bytes, or less if its disk has less room",
+    multiprocess_mode="livemostrecent",
+)
+SPOOL_TENANT: Final = Gauge(
+    "kms_spool_tenant_bytes",
+    "Size of uploads and items of jobs whose results have not expired, by tenant of the settings, or other",
+    ["tenant"],
+    multiprocess_mode="livemostrecent",
+)
 WEAK_SETTING: Final = Gauge(
     "kms_setting_weak",
     "1 for a setting that is weaker than need be, unless [kms] accept_weak names it",
@@ -232,28 +244,72 @@ QUEUE_DEPTH: Final = Gauge(
     ["queue", "priority"],
     multiprocess_mode="livemostrecent",
 )
+STUCK_PROCESSES: Final = Gauge(
+    "kms_worker_stuck_processes",
+    "Processes of workers that hang and cannot be ended: new ones have taken their place",
+    multiprocess_mode="livemostrecent",
+)
+RESOURCE_LEASES: Final = Gauge(
+    "kms_job_resource_leases",
+    "Running jobs that use a root, bucket or backend with a bound ([kms.jobs.resource_leases])",
+    ["resource"],
+    multiprocess_mode="livemostrecent",
+)
+JOB_STALLS: Final = Counter(
+    "kms_job_stalls_total", "Attempts that advanced nothing for stall_s and lost their lease", ["kind"]
+)
 WORKERS: Final = Gauge("kms_workers", "Worker processes seen lately", multiprocess_mode="livemostrecent")
+REDIS_UNCONFIRMED: Final = Counter(
+    "kms_redis_unconfirmed_total",
+    "Changes of jobs that replicas of Redis did not acknowledge within [kms.redis] wait_ms",
+)
 REDIS_UP: Final = Gauge(
     "kms_redis_up", "1 if Redis answered the last scrape", multiprocess_mode="livemostrecent"
+)
+INSTALL_OK: Final = Gauge(
+    "kms_install_ok",
+    "0 while this host differs from others; what is id (of spool and Redis) or spool (the same on all hosts)",
+    ["what"],
+    multiprocess_mode="livemostrecent",
+)
+CLOCK_AHEAD: Final = Gauge(
+    "kms_clock_ahead_seconds",
+    "Seconds that the clock of this host is ahead of Redis's",
+    multiprocess_mode="livemostrecent",
+)
+TOKENS_AGE: Final = Gauge(
+    "kms_tokens_age_seconds",
+    "Seconds since the store of the tokens' document answered; 0 where tokens are in a file",
+    multiprocess_mode="livemax",
+)
+KEY_DOCUMENT_AGE: Final = Gauge(
+    "kms_key_document_age_seconds",
+    "Seconds since the store of a key's document answered",
+    ["key_id"],
+    multiprocess_mode="livemax",
+)
+HOSTS: Final = Gauge(
+    "kms_hosts", "Hosts of this install seen in the last ten seconds", multiprocess_mode="livemostrecent"
 )
 BUILD_INFO: Final = Gauge(
     "kms_build_info", "Always 1; the version is the label", ["version"], multiprocess_mode="livemax"
 )
 
-ANSWERING: Final = buffered_metrics.BufferedMetrics(INFLIGHT)
-"""What ``INFLIGHT`` shows; moved by the event loop alone."""
+ANSWERING: Final = buffered_metrics.BufferedGauge(INFLIGHT)
+"""The level of ``INFLIGHT``; only the event loop changes it."""
 
 
 _FROM_ZERO: Final = {
     AUDIT_EVENTS: ("ok", "failed"),
     KEY_ROTATIONS: ("ok", "failed"),
-    JOB_RESUMES: ("nudge_failed", "queued", "requeued", "committing", "due", "lost", "parts_ended"),
+    JOB_RESUMES: ("notify_failed", "requeued", "committing", "due", "parts_ended"),
+    JOB_STALLS: get_args(wire.JobKind),
     SPOOL_REFUSED: ("upload", "items", "head", "result", "files"),
 }
 
 
 def announce(backends: Iterable[str], endpoints: Iterable[str]) -> None:
-    """Begin at zero what may stay silent for days: its first event is then a rise, which an alert sees."""
+    """Start counters of rare events at zero, so that an alert sees the first event as an increase."""
     for backend in backends:
         BACKEND_RETRIES.labels(backend)
         BACKEND_FAILOVERS.labels(backend)
@@ -277,18 +333,18 @@ def show_weak(settings: Iterable[str], weak: Container[str]) -> None:
 
 
 def exposition() -> bytes:
-    """Everything in Prometheus's text format: of this process, or of all that are scraped together."""
-    folder = os.environ.get(FOLDER)
+    """All metrics in Prometheus's text format: of this process, or of all that are scraped together."""
+    buffered_metrics.settle()
+    folder = os.environ.get(multiprocess_metrics.FOLDER)
     if not folder:
         return generate_latest(REGISTRY)
-    buffered_metrics.settle()
-    one = CollectorRegistry()
-    ProcessCollector(registry=one)  # of the one that answers
-    return exposition_of.text(folder) + generate_latest(one)
+    own = CollectorRegistry()
+    ProcessCollector(registry=own)  # of the process that answers
+    return multiprocess_metrics.text(folder) + generate_latest(own)
 
 
 class _Operation(Protocol):
-    """What is counted of an audit record."""
+    """The fields of an audit record that are counted."""
 
     operation: str
     backend: str
@@ -298,7 +354,7 @@ class _Operation(Protocol):
 
 
 def count_operation(record: _Operation, result: str, seconds: float) -> None:
-    """Count one operation of the core: outcome, time and bytes."""
+    """Count an operation of the core: result, duration and bytes."""
     mode = "job" if record.job_id else "sync"
     calls = _calls(record.operation, record.backend, mode, result)
     add = calls.add_now if record.job_id else calls.add  # a worker's child may be killed at any moment
@@ -307,7 +363,7 @@ def count_operation(record: _Operation, result: str, seconds: float) -> None:
 
 @lru_cache(maxsize=1024)
 def _calls(operation: str, backend: str, mode: str, result: str) -> buffered_metrics.CallStats:
-    """Operations of one kind: looking up the metrics costs more than counting."""
+    """The buffer of operations of one kind, cached: a lookup of the metrics costs more than counting."""
     return buffered_metrics.CallStats(
         OPERATIONS.labels(operation, backend, mode, result),
         OPERATION_SECONDS.labels(operation, backend, mode),
@@ -317,10 +373,9 @@ def _calls(operation: str, backend: str, mode: str, result: str) -> buffered_met
 
 
 def count_answer(route: str, method: str, status: int, seconds: float) -> None:
-    """Count one answer over HTTP."""
+    """Count an HTTP response."""
     _answers(route, method, status).add(seconds)
-    if _slot:
-        buffered_metrics.settle_now_and_then()
+    buffered_metrics.settle_if_shared()
 
 
 @lru_cache(maxsize=1024)
@@ -338,15 +393,3 @@ def count_record() -> None:
 @lru_cache(maxsize=1)
 def _records() -> buffered_metrics.CallStats:
     return buffered_metrics.CallStats(AUDIT_EVENTS.labels("ok"))
-
-
-def operation_counts() -> dict[tuple[str, str], int]:
-    """Operations of this process by (operation, result): what the status endpoint sums."""
-    counts: dict[tuple[str, str], int] = {}
-    buffered_metrics.settle()
-    for metric in OPERATIONS.collect():
-        for sample in metric.samples:
-            if sample.name == "kms_operations_total":
-                at = (sample.labels["operation"], sample.labels["result"])
-                counts[at] = counts.get(at, 0) + int(sample.value)
-    return counts

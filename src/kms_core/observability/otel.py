@@ -1,4 +1,4 @@
-"""Sends the spans of ``tracing`` as OpenTelemetry's, by OTLP over HTTP. Needs the extra ``otel``."""
+"""Exports the spans of ``tracing`` to OpenTelemetry by OTLP over HTTP. Needs the extra ``otel``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ _KINDS: Final = {
     "client": SpanKind.CLIENT,
     "consumer": SpanKind.CONSUMER,
 }
-_NAMES: Final = {  # of HTTP as the semantic conventions have them, ours below kms.
+_NAMES: Final = {  # HTTP attributes by the semantic conventions; all others begin with kms.
     "method": "http.request.method",
     "route": "http.route",
     "status": "http.response.status_code",
@@ -32,7 +32,7 @@ _context: Final = TraceContextTextMapPropagator()
 
 
 class OpenTelemetry:
-    """One process's. ``endpoint`` None leaves it to the ``OTEL_*`` variables, as all else."""
+    """The tracer of one process. ``endpoint`` None: it is in the ``OTEL_*`` variables, as other options."""
 
     def __init__(self, service: str, endpoint: str | None) -> None:
         named = {
@@ -46,7 +46,7 @@ class OpenTelemetry:
 
     @contextmanager
     def span(self, name: str, kind: Kind, parent: str) -> Iterator[object]:
-        """Exceptions pass and are not noted: what they say is for nobody else."""
+        """Exceptions are not recorded: their texts may have secrets."""
         around = _context.extract({PARENT: parent}) if parent else None
         remote = trace.get_current_span(around).get_span_context() if around else None
         links = [Link(remote)] if remote is not None and remote.is_valid and kind == "consumer" else None

@@ -1,7 +1,7 @@
-"""Spans of requests, operations, calls to backends and jobs; nothing, and nothing imported, unless asked for.
+"""Spans of requests, operations, calls to backends, and jobs. Off by default.
 
-What a span may say is the closed set ``SpanDetails``: no text of callers, no context, no message of an error.
-``kms_core.observability.otel`` speaks to OpenTelemetry, and is imported by ``configure`` alone.
+A span has only the attributes of ``SpanDetails``: no text of callers, no context, no error message.
+``configure`` imports ``kms_core.observability.otel``, and OpenTelemetry with it, only if traces are enabled.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _OFF: Final = nullcontext()
 
 
 class SpanDetails(TypedDict, total=False):
-    """All that spans say besides name, kind and time."""
+    """The attributes of spans."""
 
     operation: str
     key_id: str
@@ -34,7 +34,7 @@ class SpanDetails(TypedDict, total=False):
 
 
 class Tracer(Protocol):
-    """What ``kms_core.observability.otel`` has."""
+    """The interface of ``kms_core.observability.otel``."""
 
     def span(self, name: str, kind: Kind, parent: str) -> AbstractContextManager[object]: ...
     def note(self, name: str, notes: SpanDetails) -> None: ...
@@ -46,7 +46,7 @@ _tracer: Tracer | None = None
 
 
 def check(*, enabled: bool) -> None:
-    """Raises ConfigurationError if traces are asked for and cannot be had."""
+    """Raise ConfigurationError if traces are enabled and OpenTelemetry is not installed."""
     if not enabled:
         return
     try:
@@ -55,12 +55,13 @@ def check(*, enabled: bool) -> None:
         there = None
     if not there:
         raise ConfigurationError(
-            "[kms.traces] enabled needs OpenTelemetry: pip install 'kms-service[otel]', or set it to false"
+            "[kms.traces] enabled needs OpenTelemetry: pip install opentelemetry-sdk "
+            "opentelemetry-exporter-otlp-proto-http, or set it to false"
         )
 
 
 def configure(service: str, *, enabled: bool, endpoint: str | None = None) -> None:
-    """Trace this process from now on, if asked for. After a fork, not before: a thread sends the spans.
+    """Begin tracing this process if ``enabled``. Call it after a fork, since a thread exports the spans.
 
     Raises ConfigurationError.
     """
@@ -68,13 +69,13 @@ def configure(service: str, *, enabled: bool, endpoint: str | None = None) -> No
     check(enabled=enabled)
     stop()
     if enabled:
-        from kms_core.observability.otel import OpenTelemetry  # noqa: PLC0415 -- costs time and memory, which others save
+        from kms_core.observability.otel import OpenTelemetry  # noqa: PLC0415 -- costs time and memory only where traces are enabled
 
         _tracer = OpenTelemetry(service, endpoint)
 
 
 def stop() -> None:
-    """Send what waits, for some seconds at most; no spans any more."""
+    """Export the waiting spans, for 5 seconds at most, and end tracing."""
     global _tracer  # noqa: PLW0603 -- as above
     if _tracer is not None:
         _tracer.stop()
@@ -82,26 +83,27 @@ def stop() -> None:
 
 
 def is_on() -> bool:
+    """Return whether spans are recorded."""
     return _tracer is not None
 
 
 def span(name: str, kind: Kind = "inside", parent: str = "") -> AbstractContextManager[object]:
-    """Entered for the time of something. ``parent`` is where it belongs, else the span around it."""
+    """A span, as a context. Its parent is ``parent`` (a ``traceparent``), else the current span."""
     return _OFF if _tracer is None else _tracer.span(name, kind, parent)
 
 
 def note(name: str = "", **notes: Unpack[SpanDetails]) -> None:
-    """Say something of the innermost span; a name replaces its own."""
+    """Set attributes of the current span; a name replaces that of the span."""
     if _tracer is not None:
         _tracer.note(name, notes)
 
 
 def parent() -> str:
-    """Where work belongs that somebody else does: a ``traceparent``, empty outside of spans."""
+    """The ``traceparent`` of the current span, for work of other processes; empty without a span."""
     return "" if _tracer is None else _tracer.parent()
 
 
 def headers() -> Mapping[str, str]:
-    """The same, for a request to a peer."""
+    """The headers with the ``traceparent``, for a request to a peer."""
     found = parent()
     return {PARENT: found} if found else {}

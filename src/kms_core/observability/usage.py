@@ -1,7 +1,7 @@
-"""Counts that outlive processes: operations by outcome, and what each key version has sealed.
+"""Usage counters: operations by result, and messages and bytes sealed by each key version.
 
-Kept in memory, handed to Redis every few seconds (``kms_core.jobs.store.usage_flush``): a call costs no round
-trip, and a process that is killed loses the counts of the last seconds. So they are lower bounds.
+They are counted in memory and flushed to Redis every 2 seconds (``kms_core.jobs.store.usage_flush``), so a
+call needs no round trip. A killed process loses the counts of the last seconds: the sums are lower bounds.
 """
 
 import threading
@@ -15,11 +15,11 @@ OF_TENANT: Final = "tenant"
 MESSAGES: Final = "messages"
 BYTES: Final = "bytes"
 _Kind = tuple[str, ...]
-"""Operation, tenant and result; of a seal the key version besides. Names are made of them once in a while."""
+"""Operation, tenant and result, and the key version of an operation that seals."""
 
 
 class Counted(Protocol):
-    """What is counted of an audit record."""
+    """The fields of an audit record that are counted."""
 
     operation: str
     tenant: str
@@ -30,7 +30,7 @@ class Counted(Protocol):
 
 
 class UsageCounters:
-    """What this process has counted and not yet handed over. Safe to call from several threads."""
+    """The counts of this process that are not flushed yet. Safe in several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -38,7 +38,7 @@ class UsageCounters:
         self._noted: dict[_Kind, list[int]] = {}
 
     def note(self, record: Counted, result: str) -> None:
-        """One operation of the core. A message is one seal under a key version; bytes are its plaintext."""
+        """Count an operation. A message is one seal under a key version; bytes are those of its plaintext."""
         at: _Kind = (record.operation, record.tenant, result)
         if result == "ok" and record.operation in SEALING:
             at = (*at, f"{record.key_id} {record.key_version} {record.backend}")
@@ -50,7 +50,7 @@ class UsageCounters:
             found[1] += record.bytes_in
 
     def _fold(self) -> None:
-        """Give what was noted the names that it is known by to others. Under the lock."""
+        """Add the noted operations to the counts by name. The caller holds the lock."""
         for (operation, tenant, result, *version), (calls, sizes) in self._noted.items():
             self._counts[f"{OPERATIONS} {operation} {result}"] += calls
             self._counts[f"{OF_TENANT} {tenant} {operation} {result}"] += calls
@@ -60,7 +60,7 @@ class UsageCounters:
         self._noted.clear()
 
     def take(self) -> dict[str, int]:
-        """Everything counted since the last time; ``put_back`` if it could not be handed over."""
+        """Remove and return the counts; ``put_back`` returns them if they could not be flushed."""
         with self._lock:
             self._fold()
             taken, self._counts = dict(self._counts), Counter()
@@ -71,14 +71,14 @@ class UsageCounters:
             self._counts.update(counts)
 
     def peek(self) -> dict[str, int]:
-        """What has not been handed over yet."""
+        """The counts that are not flushed yet."""
         with self._lock:
             self._fold()
             return dict(self._counts)
 
 
 def operations(counts: Mapping[str, int], tenant: str | None = None) -> dict[tuple[str, str], int]:
-    """(operation, result) to count; of one tenant, or of all."""
+    """Counts by (operation, result), of one tenant or of all."""
     start = f"{OPERATIONS} " if tenant is None else f"{OF_TENANT} {tenant} "
     found = (field for field in counts if field.startswith(start))
     return {_pair(field.removeprefix(start)): counts[field] for field in found}
@@ -90,7 +90,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def of_version(counts: Mapping[str, int], key_id: str, version: str, backend: str) -> tuple[int, int]:
-    """Messages and plaintext bytes that a key version has sealed."""
+    """The messages and the plaintext bytes that a key version has sealed."""
     name = f"{key_id} {version} {backend}"
     return counts.get(f"{MESSAGES} {name}", 0), counts.get(f"{BYTES} {name}", 0)
 

@@ -1,9 +1,9 @@
-"""Large payloads, sealed, opened and sealed anew by several threads; knows no header, path, object or job.
+"""Seals, opens and reseals large payloads with several threads; knows no header, path, object or job.
 
-A slab is some consecutive chunks (16 of them: 1 MiB). Chunks are independent and every offset is known
-beforehand, so each thread takes the next slab, reads it, works where it lies, and writes it. A slab is
-read once for sealing: if anything goes wrong, the payload is abandoned with its key, never resumed.
-Sizes and offsets are in bytes; those of payloads leave out the 16-byte nonce before the chunks.
+A slab is a number of consecutive chunks (16 chunks: 1 MiB). Chunks are independent and all offsets are known
+in advance: each thread takes the next slab, reads it, works in place and writes it. A slab is read once for
+sealing; after an error the payload and its key are abandoned, never resumed. Sizes and offsets are in bytes
+and exclude the 16-byte nonce before the chunks.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from kms_core.age.stream import (
     plaintext_size,
     sealed_size,
 )
-from kms_core.payload.files import RangeSource, RangeTarget, changed
+from kms_core.payload.files import RangeSource, RangeTarget, source_changed_error
 from kms_protocol.errors import DecryptFailed
 
 SLAB_CHUNKS: Final = 16
@@ -39,11 +39,11 @@ Memory = TypeVar("Memory")
 
 @dataclass(frozen=True, slots=True)
 class ParallelOptions:
-    """How to go through a payload, and who wants to know.
+    """Number of threads, size of a slab, and callbacks, which worker threads call.
 
-    ``progress`` is told the plaintext bytes of each slab done; ``check`` is called before each slab and
-    stops everything by raising. Threads of ours call both. At most 1,024 chunks make a slab (IOV_MAX).
-    More threads than processors are for sources and targets that keep a thread waiting.
+    ``progress`` receives the plaintext bytes of each finished slab. ``check`` runs before each slab and stops
+    the operation by raising. A slab has at most 1,024 chunks (IOV_MAX). More threads than processors help
+    with sources and targets that block.
     """
 
     threads: int = min(2, os.cpu_count() or 1)
@@ -60,12 +60,12 @@ class ParallelOptions:
             self.progress(size)
 
 
-STEADY: Final = ParallelOptions()
+DEFAULTS: Final = ParallelOptions()
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRange:
-    """The part of a payload that fills one slab: its first chunk, plaintext size, and whether it ends it."""
+    """The chunks of one slab: number of the first, plaintext size, and whether they end the payload."""
 
     first: int
     size: int
@@ -85,7 +85,7 @@ class ChunkRange:
 
 
 class Slab:
-    """The memory of one sealing thread, where chunks are sealed in place. Sizes are of plaintext."""
+    """The memory of one sealing thread; chunks are sealed in place. Sizes are those of plaintext."""
 
     __slots__ = ("_aead", "_memory", "_plain", "_sealed")
 
@@ -96,22 +96,22 @@ class Slab:
         self._plain = [chunk[:CHUNK] for chunk in self._sealed]
 
     def plain(self, size: int) -> list[memoryview]:
-        """Where ``size`` bytes of plaintext lie, chunk by chunk."""
+        """Views of the memory for ``size`` bytes of plaintext, one for each chunk."""
         full, rest = divmod(size, CHUNK)
         return self._plain[:full] + ([self._plain[full][:rest]] if rest or not size else [])
 
-    def seal(self, piece: ChunkRange, source: memoryview | None = None) -> memoryview:
-        """Seal what ``plain(piece.size)`` holds, or ``source``, which is one run of that size."""
-        plain = cut(source, CHUNK) if source else self.plain(piece.size)
+    def seal(self, chunks: ChunkRange, source: memoryview | None = None) -> memoryview:
+        """Seal the content of ``plain(chunks.size)``, or ``source``, which has that size."""
+        plain = cut(source, CHUNK) if source else self.plain(chunks.size)
         sealed = self._sealed[: len(plain)]
         sealed[-1] = sealed[-1][: len(plain[-1]) + TAG]
-        run = nonces(piece.first, len(plain), last=piece.last)
+        run = nonces(chunks.first, len(plain), last=chunks.last)
         deque(map(self._aead.encrypt_into, run, plain, repeat(None), sealed), 0)
-        return self._memory[: piece.sealed_size]
+        return self._memory[: chunks.sealed_size]
 
 
 class SealedSlab:
-    """The memory of one opening thread: sealed chunks, and beside them the plaintext in one run."""
+    """The memory of one opening thread: sealed chunks, and separately their contiguous plaintext."""
 
     __slots__ = ("_aead", "_plain", "memory")
 
@@ -120,136 +120,147 @@ class SealedSlab:
         self.memory = memoryview(bytearray(chunks * SEALED_CHUNK))
         self._plain = memoryview(bytearray(chunks * CHUNK))
 
-    def open(self, piece: ChunkRange) -> memoryview:
-        """Open the chunks that ``memory`` begins with; if one is forged, clear all: DecryptFailed."""
-        sealed = cut(self.memory[: piece.sealed_size], SEALED_CHUNK)
-        opened = self._plain[: piece.size]
-        run = nonces(piece.first, len(sealed), last=piece.last)
+    def open(self, chunks: ChunkRange) -> memoryview:
+        """Open the chunks at the start of ``memory``. Raises DecryptFailed, after clearing all plaintext."""
+        sealed = cut(self.memory[: chunks.sealed_size], SEALED_CHUNK)
+        opened = self._plain[: chunks.size]
+        run = nonces(chunks.first, len(sealed), last=chunks.last)
         open_into(self._aead, run, sealed, cut(opened, CHUNK) or [opened])
         return opened
 
 
 def seal_file(
-    key: bytes, source: RangeSource, target: RangeTarget, target_at: int = 0, pace: ParallelOptions = STEADY
+    key: bytes,
+    source: RangeSource,
+    target: RangeTarget,
+    head: bytes = b"",
+    options: ParallelOptions = DEFAULTS,
 ) -> None:
-    """Seal all of ``source`` into chunks at ``target_at``.
+    """Write ``head`` to the target, and behind it the sealed chunks of ``source``.
 
-    Raises InvalidRequest if the source is shorter or longer than its size or changes meanwhile, SpoolFull
-    without room, and what ``pace.check`` raises. The target is then waste, and the key is spent.
+    Raises InvalidRequest if the source changes or does not have its size, SpoolFull, and what
+    ``options.check`` raises. After an error the target is incomplete and the key must not be used again.
     """
     before = source.stamp()
-    target.reserve(target_at + sealed_size(source.size))
+    _write_head(target, head, sealed_size(source.size))
 
-    def step(slab: Slab, piece: ChunkRange) -> None:
-        if not source.read_into(slab.plain(piece.size), piece.plain_at):
-            raise changed()
-        target.write_at(slab.seal(piece), target_at + piece.sealed_at)
+    def step(slab: Slab, chunks: ChunkRange) -> None:
+        if not source.read_into(slab.plain(chunks.size), chunks.plain_at):
+            raise source_changed_error()
+        target.write_at(slab.seal(chunks), len(head) + chunks.sealed_at)
 
-    _work(source.size, partial(Slab, key), step, pace)
+    _work(source.size, partial(Slab, key), step, options)
     if source.stamp() != before:
-        raise changed()
+        raise source_changed_error()
 
 
 def open_file(
-    key: bytes, source: RangeSource, target: RangeTarget, target_at: int = 0, pace: ParallelOptions = STEADY
+    key: bytes, source: RangeSource, target: RangeTarget, options: ParallelOptions = DEFAULTS
 ) -> None:
-    """Open the chunks in ``source`` into a target, which holds the truth only once this has returned.
+    """Open the chunks in ``source`` into a target, which must not be published before this returns.
 
-    A forged slab is never written, but slabs behind it may be: write to what nobody sees. Raises
-    DecryptFailed if any chunk is forged, missing or one too many, SpoolFull without room, and what
-    ``pace.check`` raises.
+    A forged slab is never written, but genuine slabs after it may be. Raises DecryptFailed if a chunk is
+    forged, missing or added, SpoolFull, and what ``options.check`` raises.
     """
     size = plaintext_size(source.size)
-    target.reserve(target_at + size)
+    target.reserve(size)
 
-    def step(slab: SealedSlab, piece: ChunkRange) -> None:
-        target.write_at(_read_open(slab, source, piece), target_at + piece.plain_at)
+    def step(slab: SealedSlab, chunks: ChunkRange) -> None:
+        target.write_at(_read_open(slab, source, chunks), chunks.plain_at)
 
-    _work(size, partial(SealedSlab, key), step, pace)
+    _work(size, partial(SealedSlab, key), step, options)
 
 
 def reseal_file(
     keys: tuple[bytes, bytes],
     source: RangeSource,
     target: RangeTarget,
-    target_at: int = 0,
-    pace: ParallelOptions = STEADY,
+    head: bytes = b"",
+    options: ParallelOptions = DEFAULTS,
 ) -> None:
-    """Open the chunks in ``source`` under the first key and seal them under the second, at ``target_at``.
+    """Write ``head``, and behind it the chunks of ``source``, opened with one key and sealed with the other.
 
-    The plaintext is in memory alone. Errors, and what a target is worth then, as ``open_file``.
+    The plaintext is only in memory. Errors as ``open_file``.
     """
     old, new = keys
     size = plaintext_size(source.size)
-    target.reserve(target_at + source.size)
+    _write_head(target, head, source.size)
 
-    def step(slabs: tuple[SealedSlab, Slab], piece: ChunkRange) -> None:
+    def step(slabs: tuple[SealedSlab, Slab], chunks: ChunkRange) -> None:
         opened, sealed = slabs
-        plain = _read_open(opened, source, piece)
-        for chunk, data in zip(sealed.plain(piece.size), cut(plain, CHUNK), strict=False):  # empty: no cut
+        plain = _read_open(opened, source, chunks)
+        for chunk, data in zip(sealed.plain(chunks.size), cut(plain, CHUNK), strict=False):  # empty: no cut
             chunk[:] = data
-        target.write_at(sealed.seal(piece), target_at + piece.sealed_at)
+        target.write_at(sealed.seal(chunks), len(head) + chunks.sealed_at)
 
-    _work(size, lambda chunks: (SealedSlab(old, chunks), Slab(new, chunks)), step, pace)
+    _work(size, lambda chunks: (SealedSlab(old, chunks), Slab(new, chunks)), step, options)
 
 
 def copy_run(
-    source: RangeSource, target: RangeTarget, target_at: int = 0, pace: ParallelOptions = STEADY
+    source: RangeSource, target: RangeTarget, target_at: int = 0, options: ParallelOptions = DEFAULTS
 ) -> None:
-    """Bytes as they are, to ``target_at``. InvalidRequest if the source ends before its size."""
+    """Copy bytes to ``target_at``. Raises InvalidRequest if the source ends before its size."""
 
-    def step(memory: memoryview, piece: ChunkRange) -> None:
-        data = memory[: piece.size]
-        if not source.read_into([data], piece.plain_at):
-            raise changed()
-        target.write_at(data, target_at + piece.plain_at)
+    def step(memory: memoryview, chunks: ChunkRange) -> None:
+        data = memory[: chunks.size]
+        if not source.read_into([data], chunks.plain_at):
+            raise source_changed_error()
+        target.write_at(data, target_at + chunks.plain_at)
 
-    _work(source.size, lambda chunks: memoryview(bytearray(chunks * CHUNK)), step, pace)
-
-
-def verify_file(key: bytes, source: RangeSource, pace: ParallelOptions = STEADY) -> None:
-    """Authenticate every chunk in ``source`` and write nothing; errors as ``open_file``."""
-
-    def step(slab: SealedSlab, piece: ChunkRange) -> None:
-        _read_open(slab, source, piece)
-
-    _work(plaintext_size(source.size), partial(SealedSlab, key), step, pace)
+    _work(source.size, lambda chunks: memoryview(bytearray(chunks * CHUNK)), step, options)
 
 
-def _read_open(slab: SealedSlab, source: RangeSource, piece: ChunkRange) -> memoryview:
-    if not source.read_into([slab.memory[: piece.sealed_size]], piece.sealed_at):
+def verify_file(key: bytes, source: RangeSource, options: ParallelOptions = DEFAULTS) -> None:
+    """Authenticate all chunks in ``source`` and write nothing. Errors as ``open_file``."""
+
+    def step(slab: SealedSlab, chunks: ChunkRange) -> None:
+        _read_open(slab, source, chunks)
+
+    _work(plaintext_size(source.size), partial(SealedSlab, key), step, options)
+
+
+def _write_head(target: RangeTarget, head: bytes, payload_bytes: int) -> None:
+    target.reserve(len(head) + payload_bytes)
+    if head:
+        target.write_at(memoryview(head), 0)
+
+
+def _read_open(slab: SealedSlab, source: RangeSource, chunks: ChunkRange) -> memoryview:
+    if not source.read_into([slab.memory[: chunks.sealed_size]], chunks.sealed_at):
         raise DecryptFailed
-    return slab.open(piece)
+    return slab.open(chunks)
 
 
 def _work(
     size: int,
     memory: Callable[[int], Memory],
     step: Callable[[Memory, ChunkRange], None],
-    pace: ParallelOptions,
+    options: ParallelOptions,
 ) -> None:
-    """Call ``step`` once for each piece, from several threads; the first error stops them and is raised.
+    """Call ``step`` once for each slab, from several threads; the first error stops them and is raised.
 
-    ``memory`` makes what a thread works in, from the number of chunks in a slab.
+    ``memory`` allocates the memory of a thread for the number of chunks in a slab.
     """
-    chunks = min(pace.slab_chunks, chunk_count(size))
-    width = chunks * CHUNK
+    slab_chunks = min(options.slab_chunks, chunk_count(size))
+    width = slab_chunks * CHUNK
     total = max(1, -(-size // width))
     turns = itertools.count()
     stop = threading.Event()
 
     def run() -> None:
-        slab = memory(chunks)
+        slab = memory(slab_chunks)
         try:
             while not stop.is_set() and (turn := next(turns)) < total:
-                pace.before()
-                piece = ChunkRange(turn * chunks, min(width, size - turn * width), last=turn == total - 1)
-                step(slab, piece)
-                pace.after(piece.size)
+                options.before()
+                chunks = ChunkRange(
+                    turn * slab_chunks, min(width, size - turn * width), last=turn == total - 1
+                )
+                step(slab, chunks)
+                options.after(chunks.size)
         finally:
-            stop.set()  # at the end it stops nobody: every turn has been taken by then
+            stop.set()  # without an error each turn is taken by then
 
-    helpers = min(pace.threads, total) - 1
+    helpers = min(options.threads, total) - 1
     if helpers < 1:
         run()
         return

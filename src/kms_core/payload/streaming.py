@@ -1,11 +1,10 @@
-"""Payloads that pass by once: pipes, sockets and pushed pieces; knows no header, and no offset to return to.
+"""Payloads in order: pushed data, pipes, and ranges of a sealed payload; knows no header.
 
-Opening releases chunks in order and only genuine ones, exactly those that a reader of single chunks
-would have released before it met the fault.
+Opening releases only genuine chunks, in order: of a damaged pipe exactly those before the fault.
 """
 
 import fcntl
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Final, Protocol
 
@@ -13,8 +12,8 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.utils import Buffer
 
-from kms_core.age.stream import CHUNK, SEALED_CHUNK, cut, nonce, plaintext_size
-from kms_core.payload.parallel import SLAB_CHUNKS, STEADY, ChunkRange, ParallelOptions, SealedSlab, Slab
+from kms_core.age.stream import CHUNK, SEALED_CHUNK, chunk_count, cut, nonce, open_run, plaintext_size
+from kms_core.payload.parallel import DEFAULTS, SLAB_CHUNKS, ChunkRange, ParallelOptions, SealedSlab, Slab
 from kms_protocol.errors import DecryptFailed
 
 _BUFFERS: Final = 2
@@ -22,68 +21,69 @@ _PIPE_BYTES: Final = 1024 * 1024
 
 
 class Readable(Protocol):
-    """A blocking binary stream; 0 means its end."""
+    """A blocking binary stream."""
 
     def readinto(self, buffer: memoryview, /) -> int | None:
-        """Read some bytes into ``buffer``."""
+        """Read some bytes into ``buffer``. Returns their number, 0 at the end."""
 
 
 class Writable(Protocol):
-    """A blocking binary stream, which must not keep the view that it is given."""
+    """A blocking binary stream, which must not keep a reference to ``data``."""
 
     def write(self, data: memoryview, /) -> int | None:
-        """Write some of ``data``."""
+        """Write some of ``data``. Returns the number of bytes."""
 
 
 class SlabSealer:
-    """Seals a payload pushed in pieces of any size; a slab waits until it is known not to be the last."""
+    """Seals a payload pushed in parts of any size. A slab is held back until more data follows it."""
 
     def __init__(self, key: bytes, slab_chunks: int = SLAB_CHUNKS) -> None:
         self._key = key
         self._chunks = slab_chunks
         self._held = self._first = self._full = 0
-        self._widen(1)  # most payloads are small, and touching a whole slab would cost them more
+        self._resize(1)  # most payloads are small, and touching a whole slab would cost them more
         self._finished = False
         self.size = 0
 
     def feed(self, data: Buffer, *, more: bool = False) -> Iterator[memoryview]:
-        """Take plaintext; the sealed slabs that are then ready, in order, each until the next is asked for.
+        """Accept plaintext, and yield the finished sealed slabs in order, each valid until the next.
 
-        ``more`` tells for certain that other plaintext follows: whole slabs are then sealed where they lie.
+        ``more`` promises that more plaintext follows: complete slabs are then sealed without a copy. Raises
+        ValueError after ``finish``.
         """
-        self._refuse_if_finished()
+        self._check_unfinished()
         rest = memoryview(data)
         self.size += len(rest)
         while rest:
             if self._held == self._full:
                 yield self._seal()
-                self._widen(self._chunks)
+                self._resize(self._chunks)
             elif not self._held and len(rest) - (not more) >= self._chunks * CHUNK:
-                self._widen(self._chunks)
+                self._resize(self._chunks)
                 yield self._seal(rest[: self._full])
                 rest = rest[self._full :]
             else:
                 rest = rest[self._take(rest) :]
 
     def finish(self) -> bytes:
-        """The last slab, which ends the payload; at least 16 bytes. Nothing can be fed after it."""
-        self._refuse_if_finished()
+        """Seal the last slab, at least 16 bytes. Raises ValueError if called twice."""
+        self._check_unfinished()
         self._finished = True
         return bytes(self._slab.seal(ChunkRange(self._first, self._held, last=True)))
 
     def _take(self, data: memoryview) -> int:
         chunk, start = divmod(self._held, CHUNK)
         taken = min(CHUNK - start, len(data))
-        self._places[chunk][start : start + taken] = data[:taken]
+        self._plain[chunk][start : start + taken] = data[:taken]
         self._held += taken
         return taken
 
-    def _widen(self, chunks: int) -> None:
-        """A slab of this size, if the one in hand, which holds nothing, has another."""
+    def _resize(self, chunks: int) -> None:
+        """Replace the empty slab if it has another size."""
         full = chunks * CHUNK
         if self._full != full:
             self._full, self._slab = full, Slab(self._key, chunks)
-            self._places = self._slab.plain(full)
+            self._plain = self._slab.plain(full)
 
     def _seal(self, source: memoryview | None = None) -> memoryview:
         sealed = self._slab.seal(ChunkRange(self._first, self._full, last=False), source)
@@ -91,38 +91,40 @@ class SlabSealer:
         self._first += self._full // CHUNK
         return sealed
 
-    def _refuse_if_finished(self) -> None:
+    def _check_unfinished(self) -> None:
         if self._finished:
             raise ValueError("the payload is finished: sealing more under its key would reuse a nonce")
 
 
-def seal_pipe(key: bytes, reader: Readable, writer: Writable, pace: ParallelOptions = STEADY) -> int:
-    """Seal what ``reader`` gives until its end; the plaintext's size. ``pace.threads`` has no say here."""
-    _widen(reader, writer)
-    pair = [Slab(key, pace.slab_chunks) for _ in range(_BUFFERS)]
-    full = pace.slab_chunks * CHUNK
+def seal_pipe(key: bytes, reader: Readable, writer: Writable, options: ParallelOptions = DEFAULTS) -> int:
+    """Seal all of ``reader``. Returns the size of the plaintext. ``options.threads`` is ignored."""
+    _enlarge_pipes(reader, writer)
+    pair = [Slab(key, options.slab_chunks) for _ in range(_BUFFERS)]
+    full = options.slab_chunks * CHUNK
     turns = _in_turn(reader, [slab.plain(full) for slab in pair])
     total = 0
     for turn, (size, last) in enumerate(turns):
-        pace.before()
-        _write_all(writer, pair[turn % _BUFFERS].seal(ChunkRange(turn * pace.slab_chunks, size, last=last)))
+        options.before()
+        _write_all(
+            writer, pair[turn % _BUFFERS].seal(ChunkRange(turn * options.slab_chunks, size, last=last))
+        )
         total += size
-        pace.after(size)
+        options.after(size)
     return total
 
 
-def open_pipe(key: bytes, reader: Readable, writer: Writable, pace: ParallelOptions = STEADY) -> int:
-    """Open the chunks that ``reader`` gives until its end; the plaintext's size.
+def open_pipe(key: bytes, reader: Readable, writer: Writable, options: ParallelOptions = DEFAULTS) -> int:
+    """Open all chunks of ``reader``. Returns the size of the plaintext.
 
-    Raises DecryptFailed once the chunks before the fault are written: what was released is genuine but
-    not whole, and the consumer must be told.
+    Raises DecryptFailed after writing the chunks before the fault: they are genuine but incomplete, and the
+    caller must tell the consumer.
     """
-    _widen(reader, writer)
-    pair = [SealedSlab(key, pace.slab_chunks) for _ in range(_BUFFERS)]
+    _enlarge_pipes(reader, writer)
+    pair = [SealedSlab(key, options.slab_chunks) for _ in range(_BUFFERS)]
     total = 0
     for turn, (size, last) in enumerate(_in_turn(reader, [[slab.memory] for slab in pair])):
-        pace.before()
-        slab, first = pair[turn % _BUFFERS], turn * pace.slab_chunks
+        options.before()
+        slab, first = pair[turn % _BUFFERS], turn * options.slab_chunks
         try:
             opened = slab.open(ChunkRange(first, _run_size(first, size, last=last), last=last))
         except DecryptFailed:
@@ -131,28 +133,28 @@ def open_pipe(key: bytes, reader: Readable, writer: Writable, pace: ParallelOpti
             raise
         _write_all(writer, opened)
         total += len(opened)
-        pace.after(len(opened))
+        options.after(len(opened))
     return total
 
 
 def _run_size(first: int, sealed: int, *, last: bool) -> int:
-    """The plaintext in a run of chunks; DecryptFailed if no payload can end so."""
+    """The plaintext size of consecutive chunks. Raises DecryptFailed if no payload can end with them."""
     if last:
         return plaintext_size(first * SEALED_CHUNK + sealed) - first * CHUNK
     return plaintext_size(sealed)
 
 
 def _genuine(aead: ChaCha20Poly1305, first: int, sealed: memoryview, *, last: bool) -> Iterator[bytes]:
-    """What stands before the fault, chunk by chunk.
+    """The plaintext of the chunks before the fault.
 
-    A whole chunk with the wrong mark is genuine too, and the fault lies behind it: data follows a last
-    chunk, or the payload ends after another.
+    A full chunk with the wrong mark is genuine, too, and the fault is after it: data follows the last chunk,
+    or the payload ends after another.
     """
     chunks = cut(sealed, SEALED_CHUNK)
     for index, chunk in enumerate(chunks):
         ends = last and index == len(chunks) - 1
         opened = _try(aead, nonce(first + index, last=ends), chunk)
-        if not opened:  # or empty, which only a whole payload may be
+        if not opened:  # forged, or empty, as only an empty payload may be
             if len(chunk) == SEALED_CHUNK:
                 yield _try(aead, nonce(first + index, last=not ends), chunk)
             return
@@ -166,17 +168,17 @@ def _try(aead: ChaCha20Poly1305, number: bytes, chunk: memoryview) -> bytes:
         return b""
 
 
-def _widen(*streams: Readable | Writable) -> None:
-    """Let pipes hold a slab, so that the other end works on while we do: half again as fast (Linux)."""
+def _enlarge_pipes(*streams: Readable | Writable) -> None:
+    """Enlarge pipe buffers to a slab, so that both ends work at the same time: 50 % faster (Linux)."""
     for stream in streams:
         fileno = getattr(stream, "fileno", None)
-        with suppress(OSError):  # no descriptor, no pipe, or above what the system allows
+        with suppress(OSError):  # no descriptor, no pipe, or above the limit of the system
             if fileno:
                 fcntl.fcntl(fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def _in_turn(reader: Readable, buffers: Sequence[Sequence[memoryview]]) -> Iterator[tuple[int, bool]]:
-    """Fill the buffers in turn; yield of each its size and whether it is the last, once that is known."""
+    """Fill the buffers in turn, and yield the size of each and whether it is the last."""
     full = sum(map(len, buffers[0]))
     turn, size = 0, _fill(reader, buffers[0])
     while True:
@@ -207,7 +209,52 @@ def _write_all(writer: Writable, data: memoryview) -> None:
 
 
 def _blocking(transferred: int | None) -> int:
-    """What was read or written; a stream that has nothing *yet* must not pass for one that has ended."""
+    """The number of transferred bytes. Raises BlockingIOError for a non-blocking stream without data."""
     if transferred is None:
         raise BlockingIOError("the stream is not in blocking mode")
     return transferred
+
+
+class RangeReader:
+    """Reads ranges of a sealed payload. Reads only their chunks, and holds at most 2 MiB. Safe for threads.
+
+    ``read_at(position, length)`` returns sealed bytes as ``RangeSource.read_at``; they must not change. The
+    last chunk is verified first: otherwise a payload truncated between two chunks would pass with a wrong
+    size. Each read verifies the chunks that it reads.
+    """
+
+    def __init__(self, key: bytes, read_at: Callable[[int, int], bytes], sealed_size: int) -> None:
+        """Raise DecryptFailed if no payload has that size, or if its last chunk is forged."""
+        self.size: Final = plaintext_size(sealed_size)
+        self._aead = ChaCha20Poly1305(key)
+        self._read_at = read_at
+        self._sealed_size = sealed_size
+        self._chunks = chunk_count(self.size)
+        self._open(self._chunks - 1, self._chunks)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes from ``offset`` on, fewer at the end. Raises DecryptFailed."""
+        return b"".join(self.slabs(offset, offset + length))
+
+    def slabs(self, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+        """Yield the bytes from ``start`` to before ``stop`` in order, about 1 MiB at a time.
+
+        Raises DecryptFailed at the first slab with a forged chunk, of which nothing is yielded.
+        """
+        stop = self.size if stop is None else min(stop, self.size)
+        if start < 0:
+            raise ValueError("a range starts at 0 or later")
+        while start < stop:
+            first = start // CHUNK
+            base = first * CHUNK
+            end = min(base + SLAB_CHUNKS * CHUNK, stop)
+            yield memoryview(self._open(first, chunk_count(end)))[start - base : end - base]
+            start = end
+
+    def _open(self, first: int, end: int) -> bytes:
+        position = first * SEALED_CHUNK
+        length = min(end * SEALED_CHUNK, self._sealed_size) - position
+        sealed = self._read_at(position, length)
+        if len(sealed) != length:
+            raise DecryptFailed
+        return open_run(self._aead, first, sealed, last=end == self._chunks)

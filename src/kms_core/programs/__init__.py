@@ -1,1 +1,1 @@
-"""Programs that this one starts and keeps running: tied to its life, and started again when they die."""
+"""Child programs: started, tied to the life of this process, and restarted when they die."""

@@ -1,4 +1,4 @@
-"""Keeps child programs running until told to stop; knows nothing of what they do."""
+"""Runs child programs, and restarts them, until a signal to stop."""
 
 import os
 import select
@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Final, Self
 
+from kms_core import secure_files
 from kms_core.programs import tether
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_OTHER, EXIT_UNAVAILABLE
 
@@ -23,9 +24,9 @@ STOP_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 class Child:
     """One program: ``argv`` begins with an absolute path, ``env`` is its whole environment.
 
-    ``ready`` is asked again and again until it is true once; it answers within a second. ``grace_s``
-    lies between SIGTERM and SIGKILL. ``first``: later children start when this one is ready.
-    ``log_path`` takes what it prints, else our standard error does. ``pass_fds`` stay open in it.
+    ``ready`` is called until it returns True; it takes at most a second. ``grace_s`` is the time between
+    SIGTERM and SIGKILL. ``first``: later children start once this one is ready. Its output is appended to
+    ``log_path``, else to the standard error of this process. ``pass_fds`` stay open in it.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """How fast things happen. A child that lived ``steady_s`` is forgiven its earlier deaths."""
+    """Delays and timeouts in seconds. After ``steady_s`` of running, delays begin at the first one again."""
 
     first_delay_s: float = 0.2
     longest_delay_s: float = 10.0
@@ -51,13 +52,13 @@ class RestartPolicy:
 
 
 def say(text: str) -> None:
-    """A line for the user, on standard error."""
+    """Print a line for the user on standard error."""
     sys.stderr.write(f"kms: {text}\n")
     sys.stderr.flush()
 
 
 class Signals:
-    """Requests to stop and deaths of children, as something to wait for. Main thread only."""
+    """Waits for signals to stop and for deaths of children. For the main thread only."""
 
     REPEAT_S: Final = 0.3  # a terminal and a wrapper may both deliver one Ctrl-C
 
@@ -81,25 +82,25 @@ class Signals:
         self._writer.close()
 
     def wait(self, timeout_s: float) -> bool:
-        """Sleep until a signal comes or the time is over; True if somebody asks to stop."""
+        """Wait for a signal, at most ``timeout_s`` seconds; True for a signal to stop."""
         readable, _, _ = select.select([self._reader], [], [], max(0.0, timeout_s))
         return bool(readable) and not STOP_SIGNALS.isdisjoint(self._reader.recv(4096))
 
 
 def _heard(number: int, frame: FrameType | None) -> None:
-    """Do nothing: the byte in the wakeup socket is the message."""
+    """Do nothing: the signal is read from the wakeup socket."""
 
 
 class Supervisor:
-    """One child over its lives: starts it, notices its end, starts it again later and later."""
+    """Runs one child, and restarts it after growing delays."""
 
-    def __init__(self, child: Child, pid_dir: Path, pace: RestartPolicy) -> None:
+    def __init__(self, child: Child, pid_dir: Path, policy: RestartPolicy) -> None:
         self.child = child
         self.was_ready = False
         self.refused = False
         self.start_at = 0.0
-        self._pace = pace
-        self._delay_s = pace.first_delay_s
+        self._policy = policy
+        self._delay_s = policy.first_delay_s
         self._started_at = 0.0
         self._pid_path = pid_dir / f"{child.name}.pid"
         self._process: subprocess.Popen[bytes] | None = None
@@ -109,9 +110,9 @@ class Supervisor:
         return self._process is not None
 
     def tick(self) -> None:
-        """Do what is due: bury, start, ask whether it is ready."""
+        """Reap, start or check the child, as is due."""
         if self._process is not None and self._ended(self._process):
-            self._plan_restart(self._bury(self._process))
+            self._plan_restart(self._reap(self._process))
         elif self._process is None and time.monotonic() >= self.start_at:
             self._start()
         if self._process is not None and not self.was_ready:
@@ -122,16 +123,16 @@ class Supervisor:
             self._process.send_signal(signal.SIGTERM)
 
     def gone(self) -> bool:
-        """Whether the child has ended; what is left of it is buried."""
+        """Return whether the child has ended; reaps it and kills its process group."""
         if self._process is not None and self._ended(self._process):
-            self._bury(self._process)
+            self._reap(self._process)
         return self._process is None
 
     def kill(self) -> None:
-        """End it and all that it started, now."""
+        """Kill the child and its process group."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._bury(self._process)
+            self._reap(self._process)
 
     def _start(self) -> None:
         child = self.child
@@ -142,14 +143,14 @@ class Supervisor:
             if output != tether.OUR_STDERR:
                 os.close(output)
         self._started_at = time.monotonic()
-        _write(self._pid_path, f"{self._process.pid}\n")
+        secure_files.write(self._pid_path, b"%d\n" % self._process.pid, locked=True)
 
     @staticmethod
     def _ended(process: subprocess.Popen[bytes]) -> bool:
-        """Look without reaping: until it is reaped nobody else can get its process group's number."""
+        """True if the process has ended; it is not reaped, so that its process group's number stays taken."""
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-    def _bury(self, process: subprocess.Popen[bytes]) -> int:
+    def _reap(self, process: subprocess.Popen[bytes]) -> int:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         os.killpg(process.pid, signal.SIGKILL)  # pool processes that outlived their parent
         self._process = None
@@ -161,30 +162,18 @@ class Supervisor:
             self.refused = True
             return
         now = time.monotonic()
-        if now - self._started_at >= self._pace.steady_s:
-            self._delay_s = self._pace.first_delay_s
+        if now - self._started_at >= self._policy.steady_s:
+            self._delay_s = self._policy.first_delay_s
         how = f"status {status}" if status >= 0 else signal.Signals(-status).name
         where = f", see {self.child.log_path}" if self.child.log_path else ""
         say(f"{self.child.name} ended with {how}{where}; starting it again in {self._delay_s:g} s")
         self.start_at = now + self._delay_s
-        self._delay_s = min(2 * self._delay_s, self._pace.longest_delay_s)
+        self._delay_s = min(2 * self._delay_s, self._policy.longest_delay_s)
 
 
 def append_only(path: Path) -> int:
-    """A handle that adds to the file at ``path`` (0600); the caller closes it."""
+    """A descriptor that appends to the file at ``path`` (0600); the caller closes it."""
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-
-
-def _write(path: Path, text: str) -> None:
-    """Put ``text`` at ``path`` (0600), whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.unlink(missing_ok=True)
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.write(handle, text.encode())
-    finally:
-        os.close(handle)
-    temporary.replace(path)
 
 
 def supervise(
@@ -192,82 +181,82 @@ def supervise(
     *,
     pid_dir: Path,
     on_ready: Callable[[], None],
-    pace: RestartPolicy | None = None,
+    policy: RestartPolicy | None = None,
 ) -> int:
     """Run ``children`` until SIGINT, SIGTERM or SIGHUP; return the exit code.
 
-    They start in the order given. They stop all at once, those that are ``first`` after the others, each
-    within its grace; a second signal kills. One that ends is started again, unless it exits with 78: a
-    wrong configuration does not mend itself, so everything stops. Call it from the main thread. 0 after a
-    clean stop, 1 after a kill, 69 if not all were ready in time, 78 as said.
+    They start in the given order. They stop at the same time, those that are ``first`` after the others, each
+    within its grace; a second signal kills them. A child that ends is restarted, unless it exits with 78
+    (wrong configuration): then all stop. Call it from the main thread. Returns 0 after a clean stop, 1 after
+    a kill, 69 if not all were ready in time, 78 as said.
     """
-    pace = pace or RestartPolicy()
-    minders = [Supervisor(child, pid_dir, pace) for child in children]
+    policy = policy or RestartPolicy()
+    supervisors = [Supervisor(child, pid_dir, policy) for child in children]
     with Signals() as signals:
         try:
-            code = _watch(minders, signals, on_ready, pace)
-            return _stop(minders, signals, code, pace)
+            code = _watch(supervisors, signals, on_ready, policy)
+            return _stop(supervisors, signals, code, policy)
         finally:
-            for minder in minders:
-                minder.kill()
+            for supervisor in supervisors:
+                supervisor.kill()
 
 
 def _watch(
-    minders: list[Supervisor], signals: Signals, on_ready: Callable[[], None], pace: RestartPolicy
+    supervisors: list[Supervisor], signals: Signals, on_ready: Callable[[], None], policy: RestartPolicy
 ) -> int:
-    deadline = time.monotonic() + pace.start_timeout_s
+    deadline = time.monotonic() + policy.start_timeout_s
     announced = False
     while True:
-        _tick(minders)
-        refused = next((minder.child.name for minder in minders if minder.refused), None)
+        _tick(supervisors)
+        refused = next((supervisor.child.name for supervisor in supervisors if supervisor.refused), None)
         if refused is not None:
-            say(f"error: {refused} refused its configuration, as it says above")
+            say(f"error: {refused} refused its configuration: see its message above")
             return EXIT_CONFIGURATION
-        late = [minder.child.name for minder in minders if not minder.was_ready]
+        late = [supervisor.child.name for supervisor in supervisors if not supervisor.was_ready]
         if not late and not announced:
             announced = True
             on_ready()
         if late and time.monotonic() > deadline:
-            say(f"error: not ready after {pace.start_timeout_s:g} s: {', '.join(late)}")
+            say(f"error: not ready after {policy.start_timeout_s:g} s: {', '.join(late)}")
             return EXIT_UNAVAILABLE
-        if signals.wait(_nap_s(minders, pace)):
+        if signals.wait(_wait_s(supervisors, policy)):
             return 0
 
 
-def _tick(minders: list[Supervisor]) -> None:
-    for minder in minders:
-        minder.tick()
-        if minder.child.first and not minder.was_ready:
+def _tick(supervisors: list[Supervisor]) -> None:
+    for supervisor in supervisors:
+        supervisor.tick()
+        if supervisor.child.first and not supervisor.was_ready:
             return
 
 
-def _nap_s(minders: list[Supervisor], pace: RestartPolicy) -> float:
-    """Until something can be due; deaths wake us anyway."""
-    if not all(minder.was_ready for minder in minders):
-        return pace.poll_s
-    due = [minder.start_at - time.monotonic() for minder in minders if not minder.alive]
-    return min([pace.idle_s, *due])
+def _wait_s(supervisors: list[Supervisor], policy: RestartPolicy) -> float:
+    """The time until the next restart can be due; deaths of children end the wait anyway."""
+    if not all(supervisor.was_ready for supervisor in supervisors):
+        return policy.poll_s
+    due = [supervisor.start_at - time.monotonic() for supervisor in supervisors if not supervisor.alive]
+    return min([policy.idle_s, *due])
 
 
-def _stop(minders: list[Supervisor], signals: Signals, code: int, pace: RestartPolicy) -> int:
+def _stop(supervisors: list[Supervisor], signals: Signals, code: int, policy: RestartPolicy) -> int:
     asked_at = time.monotonic()
     say("stopping; press Ctrl-C again to kill")
-    for together in _by_turns(minders):
-        for minder in together:
-            minder.ask_to_stop()
+    for group in _stop_groups(supervisors):
+        for supervisor in group:
+            supervisor.ask_to_stop()
         asked = time.monotonic()
-        while not all(minder.gone() for minder in together):
-            again = signals.wait(pace.poll_s)
+        while not all(supervisor.gone() for supervisor in group):
+            again = signals.wait(policy.poll_s)
             if again and time.monotonic() - asked_at > Signals.REPEAT_S:
                 return EXIT_OTHER  # the caller kills what is left
-            for minder in together:
-                if minder.alive and time.monotonic() - asked > minder.child.grace_s:
-                    say(f"{minder.child.name} did not stop in {minder.child.grace_s:g} s; killing it")
-                    minder.kill()
+            for supervisor in group:
+                if supervisor.alive and time.monotonic() - asked > supervisor.child.grace_s:
+                    say(f"{supervisor.child.name} did not stop in {supervisor.child.grace_s:g} s; killing it")
+                    supervisor.kill()
     return code
 
 
-def _by_turns(minders: list[Supervisor]) -> list[list[Supervisor]]:
-    """What stops together: all that nobody needs, then each of the ``first`` ones, the last one first."""
-    others = [minder for minder in minders if not minder.child.first]
-    return [others, *([minder] for minder in reversed(minders) if minder.child.first)]
+def _stop_groups(supervisors: list[Supervisor]) -> list[list[Supervisor]]:
+    """Groups that stop group: all but the ``first`` ones, then each of those in reverse order."""
+    others = [supervisor for supervisor in supervisors if not supervisor.child.first]
+    return [others, *([supervisor] for supervisor in reversed(supervisors) if supervisor.child.first)]

@@ -1,8 +1,7 @@
-"""Starts a program that dies with its starter; as a script it is the step between fork and exec.
+"""Starts a program that the kernel kills when its starter dies; run as a script between fork and exec.
 
-It knows nothing of what it starts. Why a step of its own, and not ``preexec_fn``: that runs Python
-between fork and exec, which deadlocks when another thread holds a lock. This file runs after an exec,
-alone in its process, costs 15 ms, and leaves through ``execv``, so the pid does not change.
+``preexec_fn`` would run Python between fork and exec, which deadlocks if another thread holds a lock. This
+script runs after an exec, takes 15 ms, and ends by ``execv``, so that the pid stays the same.
 """
 
 import ctypes
@@ -28,10 +27,10 @@ def spawn(
 ) -> subprocess.Popen[bytes]:
     """Start ``argv`` (its first word an absolute path) in a session of its own.
 
-    The kernel kills it when the *thread* that called this ends (prctl(2), PR_SET_PDEATHSIG): call it
-    from one that lives as long as the program should, normally the main thread. Terminal signals do
-    not reach it; it writes no core dumps and makes files that only this user can read. ``env`` is its
-    whole environment, ``output`` takes what it prints.
+    The kernel kills it when the *thread* that called this ends (prctl(2), PR_SET_PDEATHSIG): call it from a
+    thread that lives as long as the program should, normally the main thread. Terminal signals do not reach
+    it; it writes no core dumps, and only this user can read the files that it creates. ``env`` is its whole
+    environment, ``output`` its standard output and error.
     """
     step = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
     return subprocess.Popen(
@@ -51,13 +50,13 @@ def main() -> None:
     parent, program = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         sys.exit(EXIT_ORPHAN)
-    if os.getppid() != parent:  # it died before the line above took effect
+    if os.getppid() != parent:  # the parent died before the line above took effect
         sys.exit(EXIT_ORPHAN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and an exec would pass that on
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     try:
-        os.execv(program[0], program)  # noqa: S606  # the whole point: become it, without a shell
+        os.execv(program[0], program)  # noqa: S606  # it replaces this process, without a shell
     except OSError as exc:
         sys.exit(f"kms: error: cannot start {program[0]}: {exc.strerror}")
 

@@ -1,1 +1,1 @@
-"""Objects in S3 and what speaks as S3 does: signed requests, ranges, conditions, multipart uploads."""
+"""Objects in S3 and compatible stores: signed requests, ranges, conditions, multipart uploads."""

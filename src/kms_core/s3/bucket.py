@@ -1,29 +1,32 @@
-"""One bucket: objects by range and condition, and multipart uploads; knows no job, prefix or key backend.
+"""One bucket: objects by range and condition, and multipart uploads (Amazon S3 API reference).
 
-Source: Amazon S3 API reference. Conditions are S3's own: ``If-Match``, ``If-None-Match: *``. Errors:
-PathRefused for what the store refuses or has not, Unavailable while it does not answer, InvalidRequest for an
-object that changed. Sizes are in bytes.
+Conditions are ``If-Match`` and ``If-None-Match: *``. Raises PathRefused for a refused request or a missing
+object, Unavailable while the store does not answer, InvalidRequest for an object that changed. Sizes are in
+bytes.
 """
 
+import hashlib
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
 from http import HTTPStatus
 from typing import Final, NamedTuple
 from urllib.parse import quote, unquote_plus
-from xml.sax.saxutils import escape, unescape  # nosec B406  # text to text: nothing is parsed
+from xml.sax.saxutils import escape  # nosec B406  # text to text: nothing is parsed
 
 import structlog
 
-from kms_core.payload.files import changed
-from kms_core.s3.connection import Ask, S3Answer, S3Connection
+from kms_core.payload.files import source_changed_error
+from kms_core.s3.connection import Ask, S3Answer, S3Body, S3Connection, elements, tag
 from kms_protocol.errors import PathRefused
 
 PUT_LIMIT_BYTES: Final = 5 * 1024**3
 LEAST_PART_BYTES: Final = 5 * 1024**2
 MOST_PARTS: Final = 10_000
 MARK: Final = "x-amz-meta-kms-job"
-"""User metadata that says which job made an object, so that whoever finishes the job knows its own work."""
+"""User metadata with the job that wrote an object, so that a later attempt recognises it."""
 
 _CHANGED: Final = frozenset({HTTPStatus.PRECONDITION_FAILED, HTTPStatus.NOT_FOUND})
 _TAKEN: Final = frozenset({HTTPStatus.PRECONDITION_FAILED, HTTPStatus.CONFLICT})
@@ -33,15 +36,46 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ObjectHead:
-    """An object as it is now. ``etag`` changes with every write; ``mark`` names the job that wrote it."""
+    """The current state of an object.
+
+    ``etag`` changes with each write; ``mark`` names the job that wrote it. ``modified`` (seconds since the
+    epoch) and ``age_s`` are by the store's clock; 0 where it tells none.
+    """
 
     size: int
     etag: str
     mark: str
+    modified: float = 0.0
+    age_s: float = 0.0
+
+
+class Listed(NamedTuple):
+    """An object of a listing; ``age_s`` are the seconds since it was written, by the store's clock."""
+
+    key: str
+    size: int
+    age_s: float
+
+
+class Unfinished(NamedTuple):
+    """A multipart upload that was not completed or aborted; ``begun`` is a time (ISO 8601)."""
+
+    key: str
+    upload: str
+    begun: str
+    age_s: float
+
+
+class StoreRefused(PathRefused):
+    """A refused request: the status and the error code of the store's answer."""
+
+    def __init__(self, detail: str, status: int, said: str) -> None:
+        super().__init__(detail)
+        self.status, self.said = status, said
 
 
 class UploadedPart(NamedTuple):
-    """A part of an upload that has arrived; the ETag is without its quotes, which not every answer has."""
+    """An uploaded part; its ETag is without quotes, which some stores omit."""
 
     number: int
     etag: str
@@ -49,7 +83,7 @@ class UploadedPart(NamedTuple):
 
 
 class Completion(Enum):
-    """What became of an upload. TAKEN: a condition did not hold. GONE: completed before, or aborted."""
+    """The result of a completion. TAKEN: the condition did not hold. GONE: completed before, or aborted."""
 
     DONE = "done"
     TAKEN = "taken"
@@ -58,7 +92,7 @@ class Completion(Enum):
 
 @dataclass(frozen=True, slots=True)
 class If:
-    """When a write may happen: always, only if nothing is there, or only over the object with this ETag."""
+    """The condition of a write: none, no existing object, or an existing object with this ETag."""
 
     absent: bool = False
     etag: str = ""
@@ -74,12 +108,13 @@ ALWAYS: Final = If()
 
 
 class Bucket:
-    """A bucket on a line."""
+    """One bucket of an object store."""
 
     def __init__(self, name: str, line: S3Connection, *, path_style: bool) -> None:
         self.name = name
         self.line = line
         self._subdomain, self._base = ("", f"/{name}") if path_style else (name, "")
+        self._wants_md5 = False
 
     # -- objects -------------------------------------------------------------------------------------
 
@@ -92,60 +127,118 @@ class Bucket:
         size = answer.headers.get("content-length", "")
         if not size.isdecimal() or not answer.headers.get("etag"):
             raise self._refusal(answer)
-        return ObjectHead(int(size), answer.headers["etag"], answer.headers.get(MARK, ""))
+        modified = answer.time("last-modified")
+        age_s = max(0.0, answer.time("date") - modified) if modified else 0.0
+        return ObjectHead(int(size), answer.headers["etag"], answer.headers.get(MARK, ""), modified, age_s)
+
+    def is_missing(self, key: str) -> bool:
+        """Return whether the bucket has no such object: ``head`` cannot tell that from a missing bucket.
+
+        Raises StoreRefused if the bucket is missing.
+        """
+        answer = self._ask("GET", key, headers={"Range": "bytes=0-0"})
+        if answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return False
+        if answer.status == HTTPStatus.NOT_FOUND and answer.code == "NoSuchKey":
+            return True
+        self._check(answer)
+        return False
 
     def read_into(self, key: str, etag: str, start: int, views: Sequence[memoryview]) -> None:
-        """Fill the views from ``start`` on, out of the object of this ETag. InvalidRequest if it changed."""
-        size = sum(map(len, views))
-        if not size:
-            return
+        """Fill the views with the bytes from ``start`` on. Raises InvalidRequest if the ETag is another."""
+        if size := sum(map(len, views)):
+            self._check_range(self.line.fetch(self._range(key, etag, start, size), views, self._subdomain))
+
+    def stream(self, key: str, etag: str, start: int, size: int) -> S3Body:
+        """The bytes from ``start`` on, unread; the caller closes it. Raises as ``read_into``."""
+        found = self.line.stream(self._range(key, etag, start, size), size, self._subdomain)
+        if isinstance(found, S3Body):
+            return found
+        self._check_range(found)
+        raise self._refusal(found)
+
+    def _range(self, key: str, etag: str, start: int, size: int) -> Ask:
         headers = {"If-Match": etag, "Range": f"bytes={start}-{start + size - 1}"}
-        answer = self.line.fetch(Ask("GET", self._path(key), headers=headers), views, self._subdomain)
+        return Ask("GET", self._path(key), headers=headers)
+
+    def _check_range(self, answer: S3Answer) -> None:
         if answer.status in _CHANGED or answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            raise changed()
+            raise source_changed_error()
         self._check(answer)
 
+    def get(self, key: str, unless: str = "") -> tuple[bytes | None, str]:
+        """An object of at most 8 MiB, None if it has the ETag ``unless``, and its ETag; empty for none."""
+        answer = self._ask("GET", key, headers={"If-None-Match": unless} if unless else {})
+        if answer.status == HTTPStatus.NOT_MODIFIED:
+            return None, unless
+        if answer.status == HTTPStatus.NOT_FOUND and answer.code == "NoSuchKey":
+            return b"", ""
+        self._check(answer)
+        if not answer.headers.get("etag"):
+            raise self._refusal(answer)
+        return answer.body, answer.headers["etag"]
+
     def put(self, key: str, body: memoryview | bytes, condition: If, mark: str) -> bool:
-        """Write a whole object; False, and nothing is written, if the condition does not hold."""
-        answer = self._ask("PUT", key, headers=condition.headers | {MARK: mark}, body=body)
+        """Write an object. Returns False, and writes nothing, if the condition does not hold."""
+        answer = self._write(key, body, headers=condition.headers | {MARK: mark})
         if _not_held(answer, condition):
             return False
         self._check(answer)
         return True
 
     def keys(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Every key that begins with ``prefix``, with its object's size, in the store's order."""
+        """Each key that begins with ``prefix``, with the size of its object, in the store's order."""
+        return ((found.key, found.size) for found in self.listed(prefix))
+
+    def listed(self, prefix: str) -> Iterator[Listed]:
+        """Each object whose key begins with ``prefix``, in the store's order."""
         query = {"list-type": "2", "prefix": prefix, "encoding-type": "url", "max-keys": "1000"}
         while True:
-            text = self._ask_ok("GET", "", query=query).body.decode("utf-8", "replace")
-            quoted = _tag(text, "EncodingType") == "url"
-            for entry in _elements(text, "Contents"):
-                key = _tag(entry, "Key")
-                yield unquote_plus(key) if quoted else key, int(_tag(entry, "Size"))
-            following = _tag(text, "NextContinuationToken")
-            if _tag(text, "IsTruncated") != "true" or not following:
+            answer = self._check(self._ask("GET", "", query=query))
+            now, text = answer.time("date"), answer.body.decode("utf-8", "replace")
+            quoted = tag(text, "EncodingType") == "url"
+            for entry in elements(text, "Contents"):
+                key = tag(entry, "Key")
+                age_s = _age_s(tag(entry, "LastModified"), now)
+                yield Listed(unquote_plus(key) if quoted else key, int(tag(entry, "Size")), age_s)
+            following = tag(text, "NextContinuationToken")
+            if tag(text, "IsTruncated") != "true" or not following:
                 return
             query["continuation-token"] = following
+
+    def delete(self, key: str) -> None:
+        """Delete an object. Without effect on one that is not there."""
+        answer = self._ask("DELETE", key)
+        if answer.status != HTTPStatus.NOT_FOUND or answer.code == "NoSuchBucket":
+            self._check(answer)
+
+    def setting(self, name: str) -> str | None:
+        """A setting of the bucket (``versioning``, ``object-lock``, ``lifecycle``) as XML.
+
+        None where it has none, or the store does not tell.
+        """
+        answer = self._ask("GET", "", query={name: ""})
+        return answer.body.decode("utf-8", "replace") if answer.ok else None
 
     # -- multipart uploads ---------------------------------------------------------------------------
 
     def begin(self, key: str, mark: str) -> str:
-        """The id of a new upload."""
-        answer = self._ask_ok("POST", key, query={"uploads": ""}, headers={MARK: mark})
-        upload = _tag(answer.body.decode("utf-8", "replace"), "UploadId")
+        """Begin an upload, and return its id."""
+        answer = self._check(self._ask("POST", key, query={"uploads": ""}, headers={MARK: mark}))
+        upload = tag(answer.body.decode("utf-8", "replace"), "UploadId")
         if not upload:
             raise self._refusal(answer)
         return upload
 
     def put_part(self, key: str, upload: str, number: int, body: memoryview) -> UploadedPart:
         query = {"partNumber": str(number), "uploadId": upload}
-        answer = self._ask_ok("PUT", key, query=query, body=body)
+        answer = self._check(self._write(key, body, query=query))
         return UploadedPart(number, answer.headers.get("etag", "").strip('"'), len(body))
 
     def copy_part(self, key: str, upload: str, number: int, run: "Run") -> UploadedPart | None:
-        """A part out of an object on the same line, moved by the store itself. None if it cannot do that.
+        """Have the store copy a part from an object of the same endpoint. None if it cannot.
 
-        InvalidRequest if the object has another ETag by now, where the store looks.
+        Raises InvalidRequest if the object has another ETag, where the store checks that.
         """
         headers = {
             "x-amz-copy-source": quote(f"/{run.bucket}/{run.key}"),
@@ -155,15 +248,15 @@ class Bucket:
         query = {"partNumber": str(number), "uploadId": upload}
         answer = self._ask("PUT", key, query=query, headers=headers, slow=True)
         if answer.status == HTTPStatus.PRECONDITION_FAILED:
-            raise changed()
-        etag = _tag(answer.body.decode("utf-8", "replace"), "ETag").strip('"')
+            raise source_changed_error()
+        etag = tag(answer.body.decode("utf-8", "replace"), "ETag").strip('"')
         if answer.status in _CANNOT or answer.code == "NotImplemented" or (answer.ok and not etag):
             return None
         self._check(answer)
         return UploadedPart(number, etag, run.size)
 
     def complete(self, key: str, upload: str, parts: Sequence[UploadedPart], condition: If) -> Completion:
-        """Make the object out of its parts, all at once."""
+        """Make the object of its parts, atomically."""
         listed = "".join(
             f'<Part><PartNumber>{part.number}</PartNumber><ETag>"{escape(part.etag)}"</ETag></Part>'
             for part in parts
@@ -184,7 +277,7 @@ class Bucket:
         return Completion.DONE
 
     def parts(self, key: str, upload: str) -> list[UploadedPart] | None:
-        """What has arrived of an upload, by number; None if there is no such upload any more."""
+        """The uploaded parts by number; None if the upload no longer exists."""
         found: list[UploadedPart] = []
         query = {"uploadId": upload, "max-parts": "1000"}
         while True:
@@ -193,20 +286,44 @@ class Bucket:
                 return None
             self._check(answer)
             text = answer.body.decode("utf-8", "replace")
-            for entry in _elements(text, "Part"):
-                number, size = int(_tag(entry, "PartNumber")), int(_tag(entry, "Size"))
-                found.append(UploadedPart(number, _tag(entry, "ETag").strip('"'), size))
-            if _tag(text, "IsTruncated") != "true":
+            for entry in elements(text, "Part"):
+                number, size = int(tag(entry, "PartNumber")), int(tag(entry, "Size"))
+                found.append(UploadedPart(number, tag(entry, "ETag").strip('"'), size))
+            if tag(text, "IsTruncated") != "true":
                 return found
             query["part-number-marker"] = str(found[-1].number)
 
+    def uploads(self, key: str) -> Iterator[tuple[str, str]]:
+        """Id and beginning (ISO 8601) of each upload to this key that was not completed or aborted."""
+        return ((found.upload, found.begun) for found in self.unfinished(key) if found.key == key)
+
+    def unfinished(self, prefix: str) -> Iterator[Unfinished]:
+        """Each upload to a key that begins with ``prefix`` and was not completed or aborted.
+
+        MinIO lists those to one whole key only.
+        """
+        query = {"uploads": "", "prefix": prefix, "encoding-type": "url", "max-uploads": "1000"}
+        while True:
+            answer = self._check(self._ask("GET", "", query=query))
+            now, text = answer.time("date"), answer.body.decode("utf-8", "replace")
+            quoted = tag(text, "EncodingType") == "url"
+            for entry in elements(text, "Upload"):
+                name, begun = tag(entry, "Key"), tag(entry, "Initiated")
+                key = unquote_plus(name) if quoted else name
+                yield Unfinished(key, tag(entry, "UploadId"), begun, _age_s(begun, now))
+            following = tag(text, "NextKeyMarker"), tag(text, "NextUploadIdMarker")
+            if tag(text, "IsTruncated") != "true" or not following[0]:
+                return
+            query["key-marker"] = unquote_plus(following[0]) if quoted else following[0]
+            query["upload-id-marker"] = following[1]
+
     def abort(self, key: str, upload: str) -> None:
-        """Throw an upload away; doing it again, or after its completion, changes nothing."""
+        """Abort an upload. Without effect on one that was completed or aborted."""
         answer = self._ask("DELETE", key, query={"uploadId": upload})
         if answer.status != HTTPStatus.NOT_FOUND:
             self._check(answer)
 
-    # -- inside --------------------------------------------------------------------------------------
+    # -- requests ------------------------------------------------------------------------------------
 
     def _path(self, key: str) -> str:
         return f"{self._base}/{quote(key, safe='/~')}"
@@ -224,32 +341,37 @@ class Bucket:
         ask = Ask(method, self._path(key), query or {}, headers or {}, body, slow)
         return self.line.ask(ask, self._subdomain)
 
-    def _ask_ok(
+    def _write(
         self,
-        method: str,
         key: str,
-        *,
-        query: Mapping[str, str],
+        body: memoryview | bytes,
+        query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
-        body: memoryview | bytes = b"",
     ) -> S3Answer:
-        answer = self._ask(method, key, query=query, headers=headers, body=body)
-        self._check(answer)
+        """PUT bytes; with their MD5 once the store refused them without, as under object lock."""
+        answer = None if self._wants_md5 else self._ask("PUT", key, query=query, headers=headers, body=body)
+        if answer is None or answer.status == HTTPStatus.BAD_REQUEST:
+            md5 = b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
+            more = {**(headers or {}), "Content-MD5": md5}
+            answer = self._ask("PUT", key, query=query, headers=more, body=body)
+            self._wants_md5 = self._wants_md5 or answer.ok
         return answer
 
-    def _check(self, answer: S3Answer) -> None:
+    def _check(self, answer: S3Answer) -> S3Answer:
         if not answer.ok:
             raise self._refusal(answer)
+        return answer
 
     def _refusal(self, answer: S3Answer) -> PathRefused:
-        said = f"{answer.status} {answer.code}".rstrip()
-        _log.warning("s3.refused", bucket=self.name, said=said)
-        return PathRefused(_ADVICE.get(answer.status, _OTHER).format(bucket=self.name, said=said))
+        status = f"{answer.status} {answer.code}".rstrip()
+        _log.warning("s3.refused", bucket=self.name, said=status)
+        detail = _ADVICE.get(answer.status, _OTHER).format(bucket=self.name, said=status)
+        return StoreRefused(detail, answer.status, status)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Some bytes of an object."""
+    """A range of bytes of one version of an object."""
 
     bucket: str
     key: str
@@ -265,7 +387,7 @@ _MOVED: Final = (
 _ADVICE: Final[Mapping[int, str]] = {
     HTTPStatus.FORBIDDEN: "The object store refuses this for bucket {bucket} ({said}): "
     "check credentials and policy of [kms.jobs.buckets.{bucket}]",
-    HTTPStatus.NOT_FOUND: "There is nothing at this place, or no bucket {bucket}",
+    HTTPStatus.NOT_FOUND: "No such object, or no bucket {bucket}",
     HTTPStatus.MOVED_PERMANENTLY: _MOVED,
     HTTPStatus.TEMPORARY_REDIRECT: _MOVED,
     HTTPStatus.PERMANENT_REDIRECT: _MOVED,
@@ -273,21 +395,15 @@ _ADVICE: Final[Mapping[int, str]] = {
 
 
 def _not_held(answer: S3Answer, condition: If) -> bool:
-    """S3 answers 412, 409 while another write is under way, and 404 to If-Match where nothing is there."""
+    """True if a condition failed: 412, 409 during another write, or 404 to If-Match without an object."""
     if answer.status in _TAKEN and condition != ALWAYS:
         return True
     return bool(condition.etag) and answer.code == "NoSuchKey"
 
 
-def _tag(text: str, name: str) -> str:
-    """The text of the first element of this name; empty without one."""
-    found = next(_elements(text, name), "")
-    return unescape(found, {"&quot;": '"', "&#34;": '"', "&apos;": "'", "&#39;": "'"})
-
-
-def _elements(text: str, name: str) -> Iterator[str]:
-    """The texts of the elements of this name, none of which holds another; in one pass over the text."""
-    for begun in text.split(f"<{name}>")[1:]:
-        inner, end, _ = begun.partition(f"</{name}>")
-        if end:
-            yield inner
+def _age_s(written: str, now: float) -> float:
+    """Seconds from a time (ISO 8601) to ``now``; 0 if either is unknown."""
+    try:
+        return max(0.0, now - datetime.fromisoformat(written).timestamp()) if now else 0.0
+    except ValueError:
+        return 0.0

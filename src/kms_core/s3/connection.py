@@ -1,31 +1,34 @@
-"""The line to an object store: signed HTTP requests over kept connections, tried again; knows no operation.
+"""Signed HTTP requests to an object store over pooled connections, with retries.
 
-``http.client`` reads a body straight into the memory where a slab is sealed, and lets other threads run
-meanwhile. Nothing of an answer's body gets into an error but the store's own code for it. No proxy, cookie or
-redirect is followed. Safe for threads, and after a fork the child makes connections of its own.
+``http.client`` reads a body straight into the memory where it is encrypted, which takes a quarter of the time
+of httpcore2 (ADR 23). Errors contain nothing of an answer's body except the store's error code. No proxy,
+cookie or redirect is used. Safe for several threads; after a fork the child opens connections of its own.
 """
 
 import hashlib
 import http.client
 import os
-import random
 import re
 import select
 import socket
 import ssl
+import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Final
 from urllib.parse import urlsplit
+from xml.sax.saxutils import unescape  # nosec B406  # text to text: nothing is parsed
 
 import structlog
 
 from kms_core.observability import metrics
+from kms_core.retries import jittered_wait_s
 from kms_core.s3 import sigv4
 from kms_core.s3.sigv4 import Request, Source
 from kms_protocol import __version__
@@ -33,22 +36,36 @@ from kms_protocol.errors import Unavailable
 
 TRIES: Final = 4
 FIRST_WAIT_S: Final = 0.1
-_SLOW: Final = 10  # times the usual patience
+_SLOW: Final = 10  # times the timeout
 ANSWER_BYTES: Final = 8 * 1024 * 1024
-"""More than a page of 1,000 keys of 1 KiB can have."""
+"""Above the size of a page of 1,000 keys of 1 KiB."""
 
 _SEND_BYTES: Final = 1024 * 1024
+_NO_LINGER: Final = struct.pack("ii", 1, 0)
 _CODE: Final = re.compile(rb"<Code>([A-Za-z0-9.]{1,64})</Code>")
 _BROKEN: Final = (OSError, http.client.HTTPException)  # ssl.SSLError and TimeoutError are OSErrors
-_PASSING: Final = frozenset(
+_TEMPORARY: Final = frozenset(
     {"ExpiredToken", "InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
 )
+_Reader = Callable[[http.client.HTTPResponse, http.client.HTTPConnection], bytes | None]
+"""Reads a body; None leaves it, and the connection, to the caller of ``stream``."""
 _log = structlog.get_logger(__name__)
+
+
+class StoreAway(Unavailable):
+    """A store without a usable answer; ``status`` is that of its last one, 0 for none."""
+
+    def __init__(self, detail: str, status: int) -> None:
+        super().__init__(detail)
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
 class S3Endpoint:
-    """Where a bucket is. ``endpoint`` is ``http[s]://host[:port][/prefix]``, checked by the settings."""
+    """Address, region and credentials.
+
+    ``endpoint`` is ``http[s]://host[:port][/prefix]``, already checked.
+    """
 
     endpoint: str
     region: str
@@ -59,7 +76,7 @@ class S3Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request. ``path`` is encoded; ``slow`` says that the store works long before it answers."""
+    """One request. ``path`` is encoded; ``slow`` allows ten times the timeout for the answer."""
 
     method: str
     path: str
@@ -71,7 +88,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class S3Answer:
-    """A status, the headers by lower-case name, and a bounded body; ``code`` is the store's own word."""
+    """Status, headers by lower-case name, body of at most 8 MiB, and the store's error code."""
 
     status: int
     headers: Mapping[str, str]
@@ -83,27 +100,34 @@ class S3Answer:
 
     @property
     def code(self) -> str:
-        """Empty if there is none. A 200 may hold one: some answers begin before their work has ended."""
+        """The error code, or an empty text. A 200 may have one: some answers begin before the work ends."""
         if b"<Error>" not in self.body[:512]:
             return ""
         found = _CODE.search(self.body)
         return found[1].decode() if found else ""
 
+    def time(self, name: str) -> float:
+        """A time of the headers in seconds since the epoch; 0 without one."""
+        try:
+            return parsedate_to_datetime(self.headers.get(name, "")).timestamp()
+        except ValueError:
+            return 0.0
+
     @property
-    def passing(self) -> bool:
-        """Whether it may be another one the next time."""
+    def is_temporary(self) -> bool:
+        """Return whether a retry may succeed: a 5xx other than 501, or a throttling error code."""
         if self.status == HTTPStatus.NOT_IMPLEMENTED:
             return False
-        return self.status >= HTTPStatus.INTERNAL_SERVER_ERROR or self.code in _PASSING
+        return self.status >= HTTPStatus.INTERNAL_SERVER_ERROR or self.code in _TEMPORARY
 
 
 class S3Connection:
-    """One endpoint with one set of credentials."""
+    """One endpoint with one set of credentials. Safe for several threads."""
 
-    def __init__(self, place: S3Endpoint, *, first_wait_s: float = FIRST_WAIT_S) -> None:
-        """Connects to nothing."""
-        url = urlsplit(place.endpoint)
-        self.place = place
+    def __init__(self, endpoint: S3Endpoint, *, first_wait_s: float = FIRST_WAIT_S) -> None:
+        """Make no call."""
+        url = urlsplit(endpoint.endpoint)
+        self.endpoint = endpoint
         self.prefix = url.path.rstrip("/")
         self._host, self._port = url.hostname or "", url.port
         self._secure = url.scheme == "https"
@@ -113,48 +137,57 @@ class S3Connection:
         self._owner = os.getpid()
 
     def ask(self, ask: Ask, subdomain: str = "") -> S3Answer:
-        """The answer, whatever its status below 500. Raises Unavailable when it is not to be had.
+        """Send a request, and return its answer. Raises StoreAway after four attempts without one.
 
-        Everything that is asked may arrive twice, since an answer can be lost.
+        The store may get a request twice, since an answer can be lost.
         """
-        return self._tried(ask, subdomain, _whole)
+        return self._tried(ask, subdomain, lambda response, _: _whole(response))
 
     def fetch(self, ask: Ask, views: Sequence[memoryview], subdomain: str = "") -> S3Answer:
-        """As ``ask``; the body of a 200 or 206 goes into the views, which it must fill exactly."""
+        """As ``ask``, but read the body of a 200 or 206 into the views, which it must fill."""
 
-        def into(response: http.client.HTTPResponse) -> bytes:
-            if response.status not in {HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT}:
+        def into(response: http.client.HTTPResponse, _: http.client.HTTPConnection) -> bytes:
+            if not _has_range(response, sum(map(len, views))):
                 return _whole(response)
-            if response.length != sum(map(len, views)):
-                raise http.client.IncompleteRead(b"")  # its size is not that of the range
             for view in views:
                 _fill(response, view)
             return b""
 
         return self._tried(ask, subdomain, into)
 
-    def _tried(self, ask: Ask, subdomain: str, read: Callable[[http.client.HTTPResponse], bytes]) -> S3Answer:
+    def stream(self, ask: Ask, size: int, subdomain: str = "") -> "S3Answer | S3Body":
+        """As ``ask``, but leave the body of a 200 or 206, of ``size`` bytes, to the caller, who closes it."""
+        bodies: list[S3Body] = []
+
+        def keep(response: http.client.HTTPResponse, connection: http.client.HTTPConnection) -> bytes | None:
+            if not _has_range(response, size):
+                return _whole(response)
+            bodies.append(S3Body(response, connection, self._keep))
+            return None
+
+        answer = self._tried(ask, subdomain, keep)
+        return bodies[0] if bodies else answer
+
+    def _tried(self, ask: Ask, subdomain: str, read: _Reader) -> S3Answer:
         digest = hashlib.sha256(ask.body).hexdigest()
-        trouble = ""
+        problem, status = "", 0
         for number in range(TRIES):
             if number:
-                time.sleep(self._first_wait_s * 4.0 ** (number - 1) * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter
+                time.sleep(jittered_wait_s(self._first_wait_s, number, factor=4.0))
             try:
                 answer = self._once(ask, subdomain, digest, read)
             except _BROKEN as exc:
                 metrics.S3_REQUESTS.labels(ask.method, "broken").inc()
-                trouble = f"does not answer ({type(exc).__name__})"
+                problem, status = f"does not answer ({type(exc).__name__})", 0
                 continue
             metrics.S3_REQUESTS.labels(ask.method, str(answer.status)).inc()
-            if not answer.passing:
+            if not answer.is_temporary:
                 return answer
-            trouble = f"answers {answer.status} {answer.code}".rstrip()
-        _log.warning("s3.unavailable", host=self._host, method=ask.method, trouble=trouble)
-        raise Unavailable(f"The object store at {self._host} {trouble}")
+            problem, status = f"answers {answer.status} {answer.code}".rstrip(), answer.status
+        _log.warning("s3.unavailable", host=self._host, method=ask.method, problem=problem)
+        raise StoreAway(f"The object store at {self._host} {problem}", status)
 
-    def _once(
-        self, ask: Ask, subdomain: str, digest: str, read: Callable[[http.client.HTTPResponse], bytes]
-    ) -> S3Answer:
+    def _once(self, ask: Ask, subdomain: str, digest: str, read: _Reader) -> S3Answer:
         host = f"{subdomain}.{self._host}" if subdomain else self._host
         named = f"[{host}]" if ":" in host else host
         request = Request(
@@ -165,24 +198,21 @@ class S3Connection:
             ask.headers,
             digest,
         )
-        headers = sigv4.sign(request, self.place.credentials(), self.place.region, datetime.now(UTC))
+        headers = sigv4.sign(request, self.endpoint.credentials(), self.endpoint.region, datetime.now(UTC))
         headers |= {"User-Agent": f"kms-service/{__version__}", "Accept-Encoding": "identity"}
         if ask.body or ask.method in {"PUT", "POST"}:
             headers["Content-Length"] = str(len(ask.body))
-        connection = self._connection(host, self.place.timeout_s * (_SLOW if ask.slow else 1))
+        connection = self._connection(host, self.endpoint.timeout_s * (_SLOW if ask.slow else 1))
         try:
             response = _exchange(connection, request, headers, memoryview(ask.body))
-            body = read(response)
-            answer = S3Answer(
-                response.status, {name.lower(): value for name, value in response.getheaders()}, body
-            )
+            body = read(response, connection)
+            headers = {name.lower(): value for name, value in response.getheaders()}
+            answer = S3Answer(response.status, headers, body or b"")
         except BaseException:
-            connection.close()
+            _abort(connection)
             raise
-        if response.will_close or not response.isclosed():
-            connection.close()
-        else:
-            self._keep(connection)
+        if body is not None:
+            S3Body(response, connection, self._keep).close()
         return answer
 
     # -- connections ---------------------------------------------------------------------------------
@@ -199,7 +229,9 @@ class S3Connection:
         if kept:
             kept.close()
         if self._secure:
-            return http.client.HTTPSConnection(host, self._port, timeout=timeout_s, context=self.place.trust)
+            return http.client.HTTPSConnection(
+                host, self._port, timeout=timeout_s, context=self.endpoint.trust
+            )
         return http.client.HTTPConnection(host, self._port, timeout=timeout_s)
 
     def _keep(self, connection: http.client.HTTPConnection) -> None:
@@ -207,11 +239,37 @@ class S3Connection:
             self._idle.append(connection)
 
     def close(self) -> None:
-        """Close what is open. A later request connects again."""
+        """Close all connections. A later request connects again."""
         with self._lock:
             idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
+
+
+@dataclass(frozen=True, slots=True)
+class S3Body:
+    """The body of an answer, read piece by piece."""
+
+    _response: http.client.HTTPResponse
+    _connection: http.client.HTTPConnection
+    _keep: Callable[[http.client.HTTPConnection], None]
+
+    def fill(self, view: memoryview) -> int:
+        """Fill a view; fewer bytes only if the body breaks off."""
+        filled = 0
+        with suppress(*_BROKEN):
+            while filled < len(view) and (got := self._response.readinto(view[filled:])):
+                filled += got
+        return filled
+
+    def close(self) -> None:
+        """Keep the connection for others, if all of the body was read."""
+        response = self._response
+        if response.will_close or not response.isclosed():
+            response.close()
+            self._connection.close()
+        else:
+            self._keep(self._connection)
 
 
 def _exchange(
@@ -221,10 +279,20 @@ def _exchange(
     for name, value in headers.items():
         connection.putheader(name, value)
     connection.endheaders()
-    with suppress(BrokenPipeError, ConnectionResetError):  # a refusal may come before all is sent
+    with suppress(
+        BrokenPipeError, ConnectionResetError
+    ):  # a refusal may arrive before the whole body is sent
         for start in range(0, len(body), _SEND_BYTES):  # each has its own timeout
             connection.send(body[start : start + _SEND_BYTES])
     return connection.getresponse()
+
+
+def _abort(connection: http.client.HTTPConnection) -> None:
+    """Close it, and send nothing that waits: a write that arrives after its retry could follow a deletion."""
+    if connection.sock:
+        with suppress(OSError):
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+    connection.close()
 
 
 def _whole(response: http.client.HTTPResponse) -> bytes:
@@ -232,6 +300,15 @@ def _whole(response: http.client.HTTPResponse) -> bytes:
     if len(body) > ANSWER_BYTES:
         raise http.client.HTTPException("an endless answer")
     return body
+
+
+def _has_range(response: http.client.HTTPResponse, size: int) -> bool:
+    """True if the body is the range that was asked for. Raises IncompleteRead for one of another size."""
+    if response.status not in {HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT}:
+        return False
+    if response.length != size:
+        raise http.client.IncompleteRead(b"")
+    return True
 
 
 def _fill(response: http.client.HTTPResponse, view: memoryview) -> None:
@@ -243,7 +320,21 @@ def _fill(response: http.client.HTTPResponse, view: memoryview) -> None:
 
 
 def _has_ended(connection: socket.socket) -> bool:
-    """Whether the other side hung up, or says what nobody asked for."""
+    """Return whether the server closed the connection, or sent data without a request."""
     poll = select.poll()
     poll.register(connection, select.POLLIN)
     return bool(poll.poll(0))
+
+
+def tag(text: str, name: str) -> str:
+    """The text of the first element of this name, or an empty text."""
+    found = next(elements(text, name), "")
+    return unescape(found, {"&quot;": '"', "&#34;": '"', "&apos;": "'", "&#39;": "'"})
+
+
+def elements(text: str, name: str) -> Iterator[str]:
+    """The texts of the elements of this name, which are not nested; in one pass over the text."""
+    for begun in text.split(f"<{name}>")[1:]:
+        inner, end, _ = begun.partition(f"</{name}>")
+        if end:
+            yield inner

@@ -1,4 +1,4 @@
-"""Objects as payloads come from and go to them: ranges of one version, parts put together; knows no job."""
+"""Objects as sources and targets of payloads: ranges of one version, and multipart uploads."""
 
 import hashlib
 import threading
@@ -7,21 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from kms_core.payload.files import changed
+from kms_core.payload.files import source_changed_error
 from kms_core.s3.bucket import MOST_PARTS, Bucket, Run, UploadedPart
+from kms_core.s3.connection import S3Body
 from kms_protocol.errors import InvalidRequest, PathRefused
 
 PART_BYTES: Final = 8 * 1024 * 1024
-"""Of an object up to 80 GB; larger ones have larger parts, since an upload has at most 10,000 of them."""
+"""Part size of objects up to 80 GB; larger ones have larger parts, since an upload has at most 10,000."""
 
 COPY_BYTES: Final = 256 * 1024 * 1024
-_COPIES: Final = 4  # at a time; the store does the work
+_COPIES: Final = 4  # concurrent; the store does the work
 _MIB: Final = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectReader:
-    """A run of bytes of one version of an object; every read is refused once the object is another."""
+    """A range of one version of an object; reads fail once the object has changed."""
 
     bucket: Bucket
     key: str
@@ -40,6 +41,10 @@ class ObjectReader:
         self.bucket.read_into(self.key, self.etag, self.offset + position, views)
         return True
 
+    def stream(self, position: int, size: int) -> S3Body:
+        """A range, unread; the caller closes it."""
+        return self.bucket.stream(self.key, self.etag, self.offset + position, size)
+
     def stamp(self) -> str:
         return self.etag
 
@@ -47,19 +52,19 @@ class ObjectReader:
         return replace(self, size=self.size - position, offset=self.offset + position)
 
     def head(self, size: int) -> "ObjectReader":
-        """The run's first bytes."""
+        """The first ``size`` bytes of the range."""
         return replace(self, size=size)
 
     def check(self) -> None:
-        """Raise InvalidRequest if the object is another by now: for what was copied unseen."""
+        """Raise InvalidRequest if the object has changed, for copies made by the store."""
         found = self.bucket.head(self.key)
         if found is None or found.etag != self.etag:
-            raise changed()
+            raise source_changed_error()
 
 
 @dataclass(slots=True)
 class _Filling:
-    """A part of which not all bytes have come."""
+    """A part that is not complete yet."""
 
     memory: memoryview
     missing: int
@@ -67,17 +72,17 @@ class _Filling:
 
 @dataclass(slots=True)
 class Assembly:
-    """An object in the making, written at any place by several threads. Nobody sees it before its completion.
+    """An object that several threads write at any position. It is visible only after its completion.
 
-    Bytes wait until their part is whole and are then sent by the thread that brought the last of them, so it
-    holds about two parts for each thread that writes. An object below one part is not sent at all: ``whole``
-    is it. ``begun`` is told the id of the upload before the first part is sent.
+    The thread that writes the last bytes of a part sends it, so memory holds about two parts for each writing
+    thread. An object below one part is not sent; ``whole`` returns it. ``begin`` begins the upload and
+    returns its id, before the first part is sent.
     """
 
     bucket: Bucket
     key: str
     mark: str
-    begun: Callable[[str], object]
+    begin: Callable[[], str]
     size: int = -1
     part_bytes: int = PART_BYTES
     upload: str = ""
@@ -90,12 +95,11 @@ class Assembly:
         if self.size == size:
             return
         if self.size >= 0:
-            raise ValueError("the size of an object in the making was told before, and was another")
+            raise ValueError("the object was given another size before")
         self.size = size
         self.part_bytes = max(PART_BYTES, -(-size // (MOST_PARTS * _MIB)) * _MIB)
         if size > self.part_bytes:
-            self.upload = self.bucket.begin(self.key, self.mark)
-            self.begun(self.upload)
+            self.upload = self.begin()
 
     def write_at(self, data: memoryview, position: int) -> None:
         while data:
@@ -107,13 +111,15 @@ class Assembly:
             data, position = data[len(run) :], position + len(run)
 
     def can_copy(self, source: ObjectReader) -> bool:
-        """Whether the store has both, and what is made has several parts."""
+        """Return whether the store can copy: same endpoint, and an object of several parts."""
         return bool(self.upload) and source.bucket.line is self.bucket.line
 
-    def copy(self, source: ObjectReader, check: Callable[[], object], tell: Callable[[int], object]) -> bool:
-        """Have the store itself copy ``source`` behind the first part, to the end. False if it cannot.
+    def copy(
+        self, source: ObjectReader, check: Callable[[], object], report: Callable[[int], object]
+    ) -> bool:
+        """Have the store copy ``source`` after the first part, to the end. False if it cannot.
 
-        ``check`` is called before each request and stops everything by raising, ``tell`` hears of bytes done.
+        ``check`` is called before each request and may raise to stop; ``report`` gets the bytes of each part.
         """
         run = Run(source.bucket.name, source.key, source.etag, source.offset, source.size)
         width = max(COPY_BYTES, -(-run.size // (MOST_PARTS - 1)))
@@ -121,12 +127,14 @@ class Assembly:
 
         def one(index: int) -> bool:
             check()
-            piece = replace(run, start=run.start + starts[index], size=min(width, run.size - starts[index]))
-            part = self.bucket.copy_part(self.key, self.upload, index + 2, piece)
+            part_range = replace(
+                run, start=run.start + starts[index], size=min(width, run.size - starts[index])
+            )
+            part = self.bucket.copy_part(self.key, self.upload, index + 2, part_range)
             if part is None:
                 return False
             self._sent[part.number] = part
-            tell(part.size)
+            report(part.size)
             return True
 
         if not one(0):
@@ -138,21 +146,21 @@ class Assembly:
         return True
 
     def settle(self) -> None:
-        """Raise InvalidRequest unless all of it has arrived; nothing may be written afterwards."""
-        if self._copied:  # what the store took is the store's word
+        """Raise InvalidRequest unless all bytes were written. Nothing may be written afterwards."""
+        if self._copied:  # the store knows the sizes of copied parts
             self._sent = {part.number: part for part in self.bucket.parts(self.key, self.upload) or ()}
         held = sum(part.size for part in self._sent.values()) if self.upload else len(self.whole)
         if held != self.size or (not self.upload and any(part.missing for part in self._filling.values())):
-            raise InvalidRequest("The object is not whole: run the job again")
+            raise InvalidRequest("The object is incomplete: run the job again")
 
     @property
     def whole(self) -> memoryview:
-        """All of an object that is below one part."""
+        """The bytes of an object below one part."""
         return self._filling[0].memory if self._filling else memoryview(b"")
 
     @property
     def parts(self) -> list[UploadedPart]:
-        """What was sent, by number."""
+        """The uploaded parts, by number."""
         return [self._sent[number] for number in sorted(self._sent)]
 
     def _part(self, number: int) -> _Filling:
@@ -172,6 +180,6 @@ class Assembly:
 
 
 def digest(parts: Sequence[UploadedPart]) -> str:
-    """What tells the parts of an upload from others."""
+    """A digest of the numbers, sizes and ETags of parts."""
     text = "".join(f"{part.number} {part.size} {part.etag}\n" for part in parts)
     return hashlib.sha256(text.encode()).hexdigest()

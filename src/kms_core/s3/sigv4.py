@@ -1,7 +1,7 @@
-"""AWS Signature Version 4 for S3, and where its credentials come from; sends nothing itself.
+"""AWS Signature Version 4 for S3, and the sources of its credentials.
 
-Source: "Signature Calculations for the Authorization Header", Amazon S3 API reference. S3 differs from other
-services: a path is encoded once, and every request carries the digest of its body.
+Source: "Signature Calculations for the Authorization Header", Amazon S3 API reference. Unlike other services,
+S3 encodes a path once and requires the digest of the body in each request.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import structlog
 
-from kms_core.secure_files import open_to_others
+from kms_core.secure_files import check_secret
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, Unavailable
 
@@ -27,7 +27,7 @@ _END: Final = "aws4_request"
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """An access key; ``token`` goes with a temporary one."""
+    """An access key; ``token`` belongs to a temporary one."""
 
     access_key_id: str
     secret_key: str = field(repr=False)
@@ -35,12 +35,15 @@ class Credentials:
 
 
 Source = Callable[[], Credentials]
-"""Gives the credentials of now. Raises Unavailable where there are none."""
+"""Returns the current credentials. Raises Unavailable without any."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is signed. ``path`` is encoded; ``query`` and ``headers`` are not; ``digest`` is of the body."""
+    """A request to sign.
+
+    ``path`` is encoded, ``query`` and ``headers`` are not; ``digest`` is that of the body.
+    """
 
     method: str
     host: str
@@ -51,13 +54,13 @@ class Request:
 
     @property
     def target(self) -> str:
-        """Path and query as they are sent."""
+        """The path and the encoded query."""
         text = encoded(self.query)
         return f"{self.path}?{text}" if text else self.path
 
 
 def sign(request: Request, credentials: Credentials, region: str, now: datetime) -> dict[str, str]:
-    """All headers to send: the given ones, what S3 wants besides, and the signature over them and body."""
+    """All headers to send: the given ones, those that S3 requires, and the signature over all of it."""
     stamp = now.astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
     scope = f"{stamp[:8]}/{region}/{_SERVICE}/{_END}"
     headers = {"Host": request.host, **request.headers}
@@ -83,7 +86,7 @@ def sign(request: Request, credentials: Credentials, region: str, now: datetime)
 
 
 def encoded(query: Mapping[str, str]) -> str:
-    """A query in the order and the form that the signature wants."""
+    """A query in the order and encoding of the signature."""
     return "&".join(f"{quote(name, safe='')}={quote(query[name], safe='')}" for name in sorted(query))
 
 
@@ -91,30 +94,25 @@ def encoded(query: Mapping[str, str]) -> str:
 
 
 def from_file(access_key_id: str, path: Path, setting: str, *, strict: bool) -> Source:
-    """An access key whose secret is the content of a file, read now. ConfigurationError if it cannot be.
+    """An access key whose secret is the content of a file, read now.
 
-    A file that others can read is warned of, and refused if ``strict``.
+    A file that others can read is logged, and refused if ``strict``. Raises ConfigurationError.
     """
     try:
         secret = small_files.text(path).strip()
-        mode = open_to_others(path)
+        check_secret(path, _log.warning, "s3.secret_open_to_others", strict=strict, setting=setting)
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigurationError(f"{setting}: cannot read {path}; check the path and its mode") from exc
     if not secret:
         raise ConfigurationError(f"{setting}: {path} is empty")
-    if mode:
-        advice = f"{setting}: {path} can be read by others (mode {mode:04o}): run `chmod 600 {path}`"
-        if strict:
-            raise ConfigurationError(advice)
-        _log.warning("s3.secret_open_to_others", advice=advice)
     found = Credentials(access_key_id, secret)
     return lambda: found
 
 
-def from_surroundings(setting: str) -> Source:
-    """What AWS tools would use: ``AWS_*`` variables, ``~/.aws``, a role; renewed before it expires.
+def from_environment(setting: str) -> Source:
+    """The credentials that AWS tools find: ``AWS_*`` variables, ``~/.aws``, a role; renewed before expiry.
 
-    ConfigurationError without botocore, which finds them.
+    Raises ConfigurationError without botocore.
     """
     try:
         from botocore.exceptions import BotoCoreError  # noqa: PLC0415 -- of an extra
@@ -122,16 +120,16 @@ def from_surroundings(setting: str) -> Source:
     except ImportError as exc:
         raise ConfigurationError(
             f"{setting}: name an access_key_id and a secret_key_file, or run "
-            "`pip install 'kms-service[aws]'` to use the credentials of the surroundings"
+            "`pip install botocore` to use the credentials of the environment"
         ) from exc
     session = Session()
 
-    def found() -> Credentials:
+    def current() -> Credentials:
         try:
             held = session.get_credentials()
             frozen = held and held.get_frozen_credentials()
         except BotoCoreError as exc:
-            raise Unavailable("The AWS credentials of the surroundings cannot be had now") from exc
+            raise Unavailable("The AWS credentials of the environment are not available now") from exc
         if not frozen or not frozen.access_key or not frozen.secret_key:
             raise Unavailable(
                 f"There are no AWS credentials for {setting}: set access_key_id and secret_key_file, "
@@ -139,4 +137,4 @@ def from_surroundings(setting: str) -> Source:
             )
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token or "")
 
-    return found
+    return current

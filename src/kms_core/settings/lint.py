@@ -1,20 +1,21 @@
-"""Settings that are weaker than need be: one table for ``kms config lint``, doctor, start line and metric."""
+"""Weak settings: one table for ``kms config lint``, ``kms doctor``, the log at start and the metric."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 import structlog
 
 from kms_core import proxies
+from kms_core.backends import SCHEMES, table_of
+from kms_core.backends.age_settings import AgeSection
+from kms_core.sections import WeakValue, is_cleartext, is_loopback
 from kms_core.secure_files import open_to_others
-from kms_core.settings.backends import VaultSection
-from kms_core.settings.model import KmsSection, Settings
-from kms_core.settings.redis_urls import SENTINELS, is_tls, sentinels, split_url
+from kms_core.settings.model import Settings
+from kms_core.settings.redis_urls import CLUSTERS, SENTINELS, cluster_nodes, is_tls, sentinels, split_url
+from kms_core.settings.stores import StoreSection
 from kms_core.settings.toml_reader import nearest
-from kms_core.settings.validate_backends import is_loopback
 from kms_protocol.errors import ConfigurationError
 
 MOST_MESSAGES: Final = 2**32
@@ -28,20 +29,20 @@ Test = Callable[[Settings], bool]
 
 @dataclass(frozen=True, slots=True)
 class Weakness:
-    """A row of the table: ``risk`` says what is at stake, ``advice`` what to write instead.
+    """A row of the table: a test, its risk, and what to write instead.
 
-    ``setting`` is its dotted name, without the names of buckets and the like, so that there are few.
+    ``setting`` is the dotted name of the setting, without the names of buckets and similar entries.
     """
 
     setting: str
     is_weak: Test
     risk: str
     advice: str
-    of_file: bool = False  # the mode of a file, and not the setting itself
+    of_file: bool = False  # about the mode of a file, not the setting itself
 
 
 def weaknesses(settings: Settings) -> Iterator[Weakness]:
-    """The rows of the table that hold for these settings. Values are never quoted."""
+    """The rows of the table that apply to these settings. They contain no values."""
     return (each for each in TABLE if each.is_weak(settings))
 
 
@@ -51,23 +52,23 @@ def unaccepted(settings: Settings) -> frozenset[str]:
 
 
 def check_accepted(settings: Settings) -> None:
-    """Refuse a name in ``accept_weak`` that is not in the table. Raises ConfigurationError."""
+    """Refuse names in ``accept_weak`` that are not in the table. Raises ConfigurationError."""
     for name in settings.kms.accept_weak:
         if name not in SETTINGS:
             raise ConfigurationError(
-                f"kms.accept_weak has a name that kms config lint does not tell{nearest(name, SETTINGS)}"
+                f"kms.accept_weak has a name that kms config lint does not report{nearest(name, SETTINGS)}"
             )
 
 
 def warn(settings: Settings) -> None:
-    """Write a line to the log for each weak setting, and one line for all that are accepted."""
-    weak, told = list(weaknesses(settings)), unaccepted(settings)
+    """Log one line for each weak setting that is not accepted, and one line for all accepted ones."""
+    weak, reported = list(weaknesses(settings)), unaccepted(settings)
     for each in weak:
-        if each.setting in told:
+        if each.setting in reported:
             _log.warning("setting.weak", setting=each.setting, risk=each.risk, advice=each.advice)
-    if len(weak) > len(told):
+    if len(weak) > len(reported):
         _log.info(
-            "setting.weak_accepted", settings=[each.setting for each in weak if each.setting not in told]
+            "setting.weak_accepted", settings=[each.setting for each in weak if each.setting not in reported]
         )
 
 
@@ -80,20 +81,6 @@ def _is_exposed(settings: Settings) -> bool:
 
 def _outside_dev(test: Test) -> Test:
     return lambda settings: settings.environment != "dev" and test(settings)
-
-
-def _is_cleartext(url: str | None) -> bool:
-    """Whether a URL is ``http://`` to another machine."""
-    try:
-        parts = urlsplit(url or "")
-    except ValueError:  # of OpenTelemetry's variables, which are not checked: nothing is sent there
-        return False
-    return parts.scheme == "http" and not is_loopback(parts.hostname or "")
-
-
-def _of(backend: str, test: Callable[[KmsSection], bool]) -> Test:
-    """A test of a backend's section, where that backend is in use."""
-    return lambda settings: backend in settings.used_backends and test(settings.kms)
 
 
 def _has_no_tls(settings: Settings) -> bool:
@@ -112,12 +99,14 @@ def _has_wide_proxies(settings: Settings) -> bool:
 
 
 def _leaves_host(url: str) -> bool:
-    """Whether a server of ``[kms.redis]`` is on another machine."""
+    """Return whether a server of ``[kms.redis]`` is on another machine."""
     parts = split_url("kms.redis.url", url)
     if parts.scheme in _UNIX:
         return False
-    hosts = [host for host, _ in sentinels("", url).hosts] if parts.scheme in SENTINELS else [parts.hostname]
-    return not all(is_loopback(host or "localhost") for host in hosts)
+    if parts.scheme in SENTINELS | CLUSTERS:
+        found = sentinels("", url) if parts.scheme in SENTINELS else cluster_nodes("", url)
+        return not all(is_loopback(host) for host, _ in found.hosts)
+    return not is_loopback(parts.hostname or "localhost")
 
 
 def _is_clear_queue(url: str) -> bool:
@@ -130,14 +119,12 @@ def _is_open_redis(settings: Settings) -> bool:
     return _leaves_host(section.url) and not has_password and section.client_cert_file is None
 
 
-def _is_open_cosmian(kms: KmsSection) -> bool:
-    section = kms.cosmian
-    is_near = is_loopback(urlsplit(section.server_url or "").hostname or "")
-    return not (is_near or section.api_key or section.api_key_file or section.client_cert_file)
-
-
 def _has_clear_bucket(settings: Settings) -> bool:
-    return any(_is_cleartext(bucket.endpoint) for bucket in settings.kms.jobs.buckets.values())
+    return any(is_cleartext(bucket.endpoint) for bucket in settings.kms.jobs.buckets.values())
+
+
+def _spool_store(settings: Settings) -> StoreSection:
+    return settings.kms.jobs.spool_bucket or StoreSection()
 
 
 def _has_no_anchor(settings: Settings) -> bool:
@@ -145,11 +132,15 @@ def _has_no_anchor(settings: Settings) -> bool:
     return not audit.anchor_redis and audit.anchor_dir is None
 
 
-def _readable(setting: str, paths: Callable[[KmsSection], Iterator[Path | None]]) -> Weakness:
-    """The row of files with a secret that others than their owner may use."""
+def _has_plain_keys(settings: Settings) -> bool:
+    return "age" in settings.used_backends and not settings.backend(AgeSection).sealed_only
+
+
+def _readable(setting: str, paths: Callable[[Settings], Iterator[Path | None]]) -> Weakness:
+    """The row for secret files that users other than their owner may read or write."""
     return Weakness(
         setting,
-        lambda settings: any(_is_open(path) for path in paths(settings.kms) if path is not None),
+        lambda settings: any(_is_open(path) for path in paths(settings) if path is not None),
         "other users of this machine can read the secret in the file",
         "chmod 600 the file",
         of_file=True,
@@ -159,27 +150,27 @@ def _readable(setting: str, paths: Callable[[KmsSection], Iterator[Path | None]]
 def _is_open(path: Path) -> bool:
     try:
         return bool(open_to_others(path))
-    except OSError:  # not there yet, or not for this user: others tell
+    except OSError:  # not there yet, or not readable: reported where the file is used
         return False
 
 
-def _vault(name: str, backend: str, section: Callable[[KmsSection], VaultSection]) -> tuple[Weakness, ...]:
-    return (
-        Weakness(
-            f"{name}.address",
-            _of(backend, lambda kms: _is_cleartext(section(kms).address)),
-            "anybody on the way can read the token and file keys",
-            "use https://",
-        ),
-        Weakness(
-            f"{name}.tls_verify",
-            _of(backend, lambda kms: not section(kms).tls_verify),
-            "anybody on the way can read the token and file keys",
-            "name a CA in ca_file",
-        ),
-        _readable(f"{name}.token_file", lambda kms: iter([section(kms).token_file])),
-        _readable(f"{name}.client_key", lambda kms: iter([section(kms).client_key])),
-    )
+def _backend_rows() -> Iterator[Weakness]:
+    """The rows of all backends: weak values of those in use, and secret files that others can read."""
+    for scheme, shape in SCHEMES.items():
+        for value in shape.WEAK_VALUES:
+            yield Weakness(
+                f"{table_of(scheme)}.{value.key}", _in_use(scheme, value), value.risk, value.advice
+            )
+        for key in shape.SECRET_FILES:
+            yield _readable(f"{table_of(scheme)}.{key}", _file_of(scheme, key))
+
+
+def _in_use(scheme: str, value: WeakValue) -> Test:
+    return lambda settings: scheme in settings.used_backends and value.is_weak(settings.backends[scheme])
+
+
+def _file_of(scheme: str, key: str) -> Callable[[Settings], Iterator[Path | None]]:
+    return lambda settings: iter([getattr(settings.backends[scheme], key)])
 
 
 # -- the table ---------------------------------------------------------------------------------------
@@ -194,7 +185,7 @@ _SERVER: Final = (
     Weakness(
         "auth.mode",
         lambda settings: settings.kms.auth.mode == "none" and (_is_exposed(settings) or settings.is_prod),
-        "whoever reaches the port may use every key, unless a proxy stands before it",
+        "every client that reaches the port may use every key, unless a proxy authenticates it",
         'write mode = "required"',
     ),
     Weakness(
@@ -206,98 +197,106 @@ _SERVER: Final = (
     Weakness(
         "server.metrics",
         lambda settings: settings.kms.server.metrics == "open" and _is_exposed(settings),
-        "whoever reaches the ports reads names of keys and tenants, and how much they are used",
+        "every client that reaches the ports can read names of keys and tenants, and their usage",
         'write metrics = "token"',
     ),
     Weakness(
         "server.trusted_proxies",
         _has_wide_proxies,
-        "callers in these networks choose the address that limits and the audit trail see",
+        "callers in these networks choose the address that limits and the audit log use",
         "name the proxies only",
     ),
-    _readable("server.tls_key", lambda kms: iter([kms.server.tls_key])),
-    _readable("auth.tokens_path", lambda kms: iter([kms.auth.tokens_path])),
+    _readable("server.tls_key", lambda settings: iter([settings.kms.server.tls_key])),
+    _readable("auth.tokens_path", lambda settings: iter([settings.kms.auth.tokens_path])),
+    _readable(
+        "auth.issuers.review_token_file",
+        lambda settings: (each.review_token_file for each in settings.kms.auth.issuers.values()),
+    ),
 )
 _PEERS: Final = (
     Weakness(
         "redis.url",
         lambda settings: _is_clear_queue(settings.kms.redis.url),
-        "anybody on the way can read the password, and change jobs and counters",
-        "use rediss:// or sentinels://",
+        "the network can read the password, and change jobs and counters",
+        "use rediss://, sentinels:// or rediss+cluster://",
     ),
     Weakness(
         "redis.broker_url",
         lambda settings: _is_clear_queue(settings.kms.redis.broker_url),
-        "anybody on the way can read the password, and drop or add messages",
+        "the network can read the password, and drop or add messages",
         "use rediss://, sentinels:// or amqps://",
     ),
     Weakness(
         "redis.password",
         _is_open_redis,
-        "whoever reaches Redis can read and delete jobs",
+        "every client that reaches Redis can read and delete jobs",
         "give it a user and a password, or client certificates",
     ),
-    _readable("redis.password_file", lambda kms: iter([kms.redis.password_file])),
-    _readable("redis.client_key_file", lambda kms: iter([kms.redis.client_key_file])),
-    Weakness(
-        "cosmian.server_url",
-        _of("cosmian", lambda kms: _is_cleartext(kms.cosmian.server_url)),
-        "anybody on the way can read the API key and file keys",
-        "use https://",
-    ),
-    Weakness(
-        "cosmian.tls_verify",
-        _of("cosmian", lambda kms: not kms.cosmian.tls_verify),
-        "anybody on the way can read the API key",
-        "name a CA in ca_file",
-    ),
-    Weakness(
-        "cosmian.api_key",
-        _of("cosmian", _is_open_cosmian),
-        "whoever reaches the key server can use its keys",
-        "have it ask for an API key or a client certificate",
-    ),
-    _readable("cosmian.api_key_file", lambda kms: iter([kms.cosmian.api_key_file])),
-    _readable("cosmian.client_key_file", lambda kms: iter([kms.cosmian.client_key_file])),
-    *_vault("transit", "transit", lambda kms: kms.transit),
-    *_vault("vault_kv", "vault-kv", lambda kms: kms.vault_kv),
+    _readable("redis.password_file", lambda settings: iter([settings.kms.redis.password_file])),
+    _readable("redis.client_key_file", lambda settings: iter([settings.kms.redis.client_key_file])),
+    *_backend_rows(),
     Weakness(
         "jobs.buckets.endpoint",
         _has_clear_bucket,
-        "anybody on the way can read plaintexts of jobs",
+        "the network can read plaintexts of jobs",
         "use https://",
     ),
     _readable(
         "jobs.buckets.secret_key_file",
-        lambda kms: (bucket.secret_key_file for bucket in kms.jobs.buckets.values()),
+        lambda settings: (bucket.secret_key_file for bucket in settings.kms.jobs.buckets.values()),
+    ),
+    Weakness(
+        "jobs.spool_bucket.endpoint",
+        lambda settings: is_cleartext(_spool_store(settings).endpoint),
+        "the network can read and change sealed uploads and results",
+        "use https://",
     ),
     _readable(
-        "jobs.endpoints.secret_file", lambda kms: (each.secret_file for each in kms.jobs.endpoints.values())
+        "jobs.spool_bucket.secret_key_file",
+        lambda settings: iter([_spool_store(settings).secret_key_file]),
+    ),
+    _readable(
+        "jobs.endpoints.secret_file",
+        lambda settings: (each.secret_file for each in settings.kms.jobs.endpoints.values()),
     ),
     Weakness(
         "traces.endpoint",
-        lambda settings: settings.kms.traces.enabled and _is_cleartext(settings.kms.traces.endpoint),
-        "anybody on the way can read which keys are used when, and headers with a credential",
+        lambda settings: settings.kms.traces.enabled and is_cleartext(settings.kms.traces.endpoint),
+        "the network can read which keys are used when, and headers with a credential",
         "use https://",
+    ),
+)
+_JOBS: Final = (
+    Weakness(
+        "jobs.durability",
+        lambda settings: settings.kms.jobs.durability == "write",
+        "a power cut loses uploads and results of jobs that were acknowledged",
+        'write durability = "fsync"',
+    ),
+    Weakness(
+        "jobs.input_grace_s",
+        lambda settings: settings.kms.jobs.input_grace_s == 0,
+        "a fail-over of Redis turns bulk jobs that succeeded into failed ones: their items are gone",
+        "write input_grace_s = 60, or more than a replica may lag",
     ),
 )
 _KEYS: Final = (
     Weakness(
         "allow_age_in_prod",
-        _outside_dev(lambda settings: "age" in settings.used_backends),
-        "keys lie in files of this host, and whoever reads one opens all",
-        "use a key server",
+        _outside_dev(_has_plain_keys),
+        "keys are files of this host: a reader of one can decrypt all its data",
+        "seal them (docs/backends.md) and write sealed_only = true under [kms.age], or use a key server",
     ),
     Weakness(
         "require_context",
         _outside_dev(lambda settings: not settings.kms.require_context),
-        "a ciphertext without context opens in any place it is copied to",
+        "a ciphertext without context can be copied anywhere and still decrypts",
         "write require_context = true",
     ),
     Weakness(
         "age.accept_foreign",
         _outside_dev(lambda settings: settings.accept_foreign),
-        "files that others made for the public key are taken for ours",
+        "files that others encrypted to the public key are accepted as ours",
         "write accept_foreign = false",
     ),
     Weakness(
@@ -306,9 +305,8 @@ _KEYS: Final = (
         "nonces of a key that seals more than 2^32 messages may repeat",
         "write at most 4294967296",
     ),
-    _readable("age.private_key_path", lambda kms: iter([kms.age.private_key_path])),
-    _readable("jobs.spool_identity_path", lambda kms: iter([kms.jobs.spool_identity_path])),
-    _readable("jobs.intake_identity_path", lambda kms: iter([kms.jobs.intake_identity_path])),
+    _readable("jobs.spool_identity_path", lambda settings: iter([settings.kms.jobs.spool_identity_path])),
+    _readable("jobs.intake_identity_path", lambda settings: iter([settings.kms.jobs.intake_identity_path])),
 )
 _AUDIT: Final = (
     Weakness(
@@ -320,11 +318,11 @@ _AUDIT: Final = (
     Weakness(
         "audit.anchor_redis",
         _outside_dev(_has_no_anchor),
-        "an older copy of the audit trail in its place is not noticed",
+        "an older copy of the audit log in its place is not noticed",
         "write anchor_redis = true, or name a directory of another disk in anchor_dir",
     ),
-    _readable("audit.key_path", lambda kms: iter([kms.audit.key_path])),
-    _readable("audit.signing_key_path", lambda kms: iter([kms.audit.signing_key_path])),
+    _readable("audit.key_path", lambda settings: iter([settings.kms.audit.key_path])),
+    _readable("audit.signing_key_path", lambda settings: iter([settings.kms.audit.signing_key_path])),
 )
-TABLE: Final = (*_SERVER, *_PEERS, *_KEYS, *_AUDIT)
+TABLE: Final = (*_SERVER, *_PEERS, *_JOBS, *_KEYS, *_AUDIT)
 SETTINGS: Final = tuple(each.setting for each in TABLE)

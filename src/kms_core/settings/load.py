@@ -1,6 +1,6 @@
-"""Settings: found, read once, checked and frozen. Knows no process; the environment is handed in.
+"""Find, read and check the settings.
 
-A flag wins over the environment, the environment over the file, the file over the default.
+Flags take precedence over environment variables, those over the file, and the file over defaults.
 """
 
 import re
@@ -9,10 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from kms_core.settings.buckets import check_buckets
-from kms_core.settings.lint import check_accepted
+from kms_core.backends import SCHEMES, table_of
 from kms_core.settings.model import KmsSection, Settings
-from kms_core.settings.redis_urls import check_redis, for_celery
+from kms_core.settings.redis_urls import for_celery
 from kms_core.settings.toml_reader import (
     FromEnvironment,
     SectionReader,
@@ -24,29 +23,29 @@ from kms_core.settings.toml_reader import (
     table,
     take_unset,
 )
-from kms_core.settings.trust import check_destinations, check_file, check_places, how_to_trust, may_expand
-from kms_core.settings.validate_auth import check_auth
-from kms_core.settings.validate_backends import SECTIONS, check_vaults
-from kms_core.settings.validation import (
-    check_audit,
-    check_awskms,
-    check_backends,
-    check_endpoints,
-    check_environment,
-    check_exposure,
-    check_facade,
-    check_keys,
-    check_roots,
-    check_server,
-    check_variables,
+from kms_core.settings.trust import (
+    check_destinations,
+    check_file,
+    check_restricted_keys,
+    how_to_trust,
+    may_expand,
 )
+from kms_core.settings.validation import check, check_exposure
 from kms_protocol.errors import ConfigurationError
 
-__all__ = ["Settings", "check_exposure", "check_names", "default_state_dir", "find", "found_here", "load"]
+__all__ = [
+    "Settings",
+    "check_exposure",
+    "check_names",
+    "default_state_dir",
+    "find",
+    "found_here",
+    "load",
+    "origins",
+]
 
 SEARCHED: Final = (Path("provisioning/config/kms.toml"), Path("/etc/kms-service/kms.toml"))
 DEFAULT_REDIS_URL: Final = "redis://127.0.0.1:6379/0"
-SEED_AGE_DIR: Final = "~/.config/provisioning/age"
 ALIASES: Final = {"development": "dev", "production": "prod"}
 VARIABLES: Final = {  # where two name one key, the later one wins
     "PROVISIONING_ENV": "environment",
@@ -64,7 +63,7 @@ ELSEWHERE: Final = frozenset(  # read by find, the client
     {"KMS_CONFIG", "KMS_SERVICE_URL", "KMS_TOKEN_FILE", "KMS_ALLOW_HTTP"}
 )
 
-# Kubernetes announces every Service of a namespace in variables: one named "kms" makes KMS_PORT=tcp://….
+# Kubernetes sets variables for each Service of a namespace: one named "kms" gives KMS_PORT=tcp://….
 _URL: Final = r"(?:tcp|udp|sctp)://.+"
 _LINK: Final = re.compile(
     rf"KMS_(?:\w+_)?(?:SERVICE_HOST=[0-9A-Fa-f.:]+"
@@ -74,30 +73,16 @@ _LINK: Final = re.compile(
 )
 
 
-_CHECKS: Final = (
-    check_awskms,
-    check_redis,
-    check_endpoints,
-    check_facade,
-    check_server,
-    check_audit,
-    check_auth,
-    check_buckets,
-    check_roots,
-    check_accepted,
-)
-
-
 def load(
     path: Path | None, environ: Mapping[str, str], *, overrides: Mapping[str, object] = MappingProxyType({})
 ) -> Settings:
     """Read the settings.
 
     ``path`` is the ``--config`` flag. ``overrides`` are the other flags, by their key below ``[kms]``
-    (``port``, ``redis.url``); None means not given. No file is needed. One that nobody named and that is
-    found below the working directory is bound by the rules of ``settings_trust``.
+    (``port``, ``redis.url``); None means not given. The file is optional. One that was found below the
+    working directory, and not named, must obey the rules of ``trust``.
 
-    Raises ConfigurationError, which names the key and what to do, never the value.
+    Raises ConfigurationError, which names the key and the remedy, never the value.
     """
     check_names(environ)
     file, found = find(path, environ), found_here(path, environ)
@@ -110,17 +95,50 @@ def load(
         raise ConfigurationError(f"{exc.detail} [read from {file}]" if file else exc.detail) from exc
 
 
+def origins(
+    path: Path | None, environ: Mapping[str, str], *, overrides: Mapping[str, object] = MappingProxyType({})
+) -> Callable[[Sequence[str]], str]:
+    """A function that says where ``load`` took a key below ``[kms]`` from: a flag, a variable or the file.
+
+    It takes the names of the tables and of the key, which may contain dots, and answers ``default`` for a key
+    that none of them has. Raises ConfigurationError.
+    """
+    file = find(path, environ)
+    document = read_toml(file) if file else {}
+    given = {key for key, value in overrides.items() if value is not None}
+    variables = {key: value.names for key, value in _from_variables(environ).items()}
+
+    def origin(names: Sequence[str]) -> str:
+        found, key = document.get("kms"), ".".join(names)
+        for name in names:
+            found = found.get(name) if isinstance(found, dict) else None
+        if key in given:
+            return f"--{key.replace('_', '-')}"
+        return variables.get(key) or (str(file) if found is not None else "default")
+
+    return origin
+
+
 def find(path: Path | None, environ: Mapping[str, str]) -> Path | None:
-    """The file to read: ``path``, else ``KMS_CONFIG``, else the first of ``SEARCHED`` that is there."""
+    """The file to read: ``path``, else ``KMS_CONFIG``, else the existing one of ``SEARCHED``.
+
+    Raises ConfigurationError if both exist: a file of a repository must not replace those of the machine.
+    """
     if path is not None:
         return path
     if named := environ.get("KMS_CONFIG"):
         return Path(named)
-    return next((known for known in SEARCHED if known.is_file()), None)
+    found = [known for known in SEARCHED if known.is_file()]
+    if len(found) > 1:
+        here, machine = found
+        raise ConfigurationError(
+            f"Both {here} and {machine} exist: name the one to read: --config FILE, or KMS_CONFIG=FILE"
+        )
+    return found[0] if found else None
 
 
 def found_here(path: Path | None, environ: Mapping[str, str]) -> Path | None:
-    """The file to read if it was only found below the working directory, and nobody named it."""
+    """The file to read, if it was found below the working directory and not named."""
     file = find(path, environ)
     is_named = path is not None or bool(environ.get("KMS_CONFIG"))
     return None if is_named or file is None or file.is_absolute() else file
@@ -159,23 +177,25 @@ def _settings(
     variables = Variables(environ) if found is None else Variables(environ, _refusal(found))
     kms = table({"kms": expand(document.get("kms", {}), variables, "kms")}, "kms", "")
     if found is not None:
-        check_places(table(document, "kms", ""), given.keys() | _from_variables(environ).keys(), found)
+        check_restricted_keys(
+            table(document, "kms", ""), given.keys() | _from_variables(environ).keys(), found
+        )
     _lay_over(kms, _from_variables(environ))
     _lay_over(kms, given)
-    own_sections = {"age": "age", "cosmian": "cosmian", "awskms": "awskms", **SECTIONS}
-    unset = {backend: take_unset(table(kms, name, "kms.")) for backend, name in own_sections.items()}
-    literals = {name for name in SECTIONS.values() if isinstance(table(kms, name, "kms.").get("token"), str)}
-    if isinstance(table(kms, "cosmian", "kms.").get("api_key"), str):
-        literals.add("cosmian")
+    tables = {scheme: table(kms, table_of(scheme), "kms.") for scheme in SCHEMES}
+    unset = {scheme: take_unset(given_table) for scheme, given_table in tables.items()}
+    literals = {
+        scheme for scheme, each in tables.items() if isinstance(each.get(SCHEMES[scheme].CREDENTIAL), str)
+    }
     _fill_in(kms, reader, environ)
-    settings = Settings(kms=reader.section(KmsSection, kms, "kms"))
-    check_environment(settings)
-    check_variables(settings, unset)
-    check_keys(settings)
-    check_backends(settings, literals)
-    check_vaults(settings, literals)
-    for check in _CHECKS:
-        check(settings)
+    settings = Settings(
+        kms=reader.section(KmsSection, kms, "kms", elsewhere=[table_of(scheme) for scheme in SCHEMES]),
+        backends={
+            scheme: reader.section(SCHEMES[scheme], each, f"kms.{table_of(scheme)}")
+            for scheme, each in tables.items()
+        },
+    )
+    check(settings, unset, literals)
     if found is not None:
         replaced = given.keys() | _from_variables(environ).keys()
         check_destinations(table(document, "kms", ""), settings, environ, replaced, found)
@@ -183,15 +203,15 @@ def _settings(
 
 
 def _refusal(found: Path) -> Callable[[str, Sequence[str]], str]:
-    """Why a setting of a file that was merely found may not use these variables; empty where it may."""
+    """A function that says why a setting of a found file may not use some variables; empty if it may."""
     reason = (
-        "and addresses, what is sent to them, and names of files take nothing from the environment in a file "
+        "and addresses, values sent to them, and file names take nothing from the environment in a file "
         f"that was only found in the working directory: {how_to_trust(found)}"
     )
     return lambda where, names: "" if may_expand(where, names) else reason
 
 
-def _from_variables(environ: Mapping[str, str]) -> dict[str, object]:
+def _from_variables(environ: Mapping[str, str]) -> dict[str, FromEnvironment]:
     return {
         key: FromEnvironment(value, name)
         for name, key in VARIABLES.items()
@@ -207,7 +227,7 @@ def _lay_over(kms: Tree, values: Mapping[str, object]) -> None:
 
 
 def _fill_in(kms: Tree, reader: SectionReader, environ: Mapping[str, str]) -> None:
-    """Put in the defaults that depend on the environment's name, the state directory or another key."""
+    """Set the defaults that depend on the environment, the state directory or another key."""
     named: str = reader.value(str, kms.get("environment", "dev"), "kms.environment")
     kms["environment"] = environment = ALIASES.get(named.strip().lower(), named.strip().lower())
     kms.setdefault("require_context", environment == "prod")
@@ -216,7 +236,8 @@ def _fill_in(kms: Tree, reader: SectionReader, environ: Mapping[str, str]) -> No
         reader.value(Path, kms["state_dir"], "kms.state_dir") if explicit else default_state_dir(environ)
     )
     kms["state_dir"] = state
-    _fill_age(table(kms, "age", "kms."), f"{state}/age" if explicit else SEED_AGE_DIR, environment)
+    for scheme, shape in SCHEMES.items():
+        shape.fill_in(table(kms, table_of(scheme), "kms."), state if explicit else None, environment)
     _fill_redis(table(kms, "redis", "kms."), reader)
     jobs = table(kms, "jobs", "kms.")
     jobs.setdefault("spool_dir", state / "spool")
@@ -234,7 +255,7 @@ def _fill_in(kms: Tree, reader: SectionReader, environ: Mapping[str, str]) -> No
 
 
 def _traces_endpoint(environ: Mapping[str, str]) -> str | None:
-    """Where OpenTelemetry's own variables send traces.
+    """The address of OpenTelemetry's own variables for traces.
 
     https://opentelemetry.io/docs/specs/otel/protocol/exporter/#endpoint-urls-for-otlphttp
     """
@@ -246,13 +267,7 @@ def _traces_endpoint(environ: Mapping[str, str]) -> str | None:
     )
 
 
-def _fill_age(age: Tree, directory: str, environment: str) -> None:
-    age.setdefault("public_key_path", f"{directory}/public_key.txt")
-    age.setdefault("private_key_path", f"{directory}/private_key.txt")
-    age.setdefault("accept_foreign", environment == "dev")
-
-
 def _fill_redis(redis: Tree, reader: SectionReader) -> None:
-    """The default broker is the same server."""
+    """Set the addresses of Redis; the default broker is the same server."""
     url: str = reader.value(str, redis.setdefault("url", DEFAULT_REDIS_URL), "kms.redis.url")
     redis.setdefault("broker_url", for_celery(url))

@@ -1,34 +1,33 @@
-"""The shape of ``kms.toml``: every key with its type, unit and default. Knows no file and no environment.
+"""The tables of ``kms.toml``: every key with its type, unit and default.
 
-A field without a default is filled in by ``settings.load`` from the environment's name or the state
-directory; ``docs/kms.example.toml`` shows what with. No shape shows its values in ``repr``.
+``settings.load`` fills in fields without a default from the environment's name or the state directory;
+``docs/kms.example.toml`` shows the values.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from msgspec import Meta, field
 
-from kms_core.settings.backends import (
-    AgeSection,
-    AwsKmsSection,
-    CosmianSection,
-    TransitSection,
-    VaultKvSection,
-)
-from kms_core.settings.base import BackendName, GiB, KeyId, KiB, MiB, Positive, Seconds, Section, Timeout
+from kms_core.backends import SCHEMES
+from kms_core.backends.age_settings import AgeSection
+from kms_core.sections import BackendSection, KeyId, Positive, Seconds, Section
+from kms_core.settings.auth import AuthSection
+from kms_core.settings.stores import BucketName, BucketSection, SpoolBucketSection
+from kms_protocol.units import GiB, KiB, MiB
 
-BucketName = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{2,62}(?!\\s)$")]
+if TYPE_CHECKING:
+    BackendName = str
+else:
+    BackendName = Literal[tuple(SCHEMES)]
+_Table = TypeVar("_Table", bound=BackendSection)
 Queue = Literal["kms.bulk", "kms.files", "kms.maintenance"]
 JobState = Literal["queued", "running", "committing", "succeeded", "failed", "cancelled"]
-Algorithm = Literal[  # of JWTs: signatures by a private key, nothing else
-    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"
-]
 Port = Annotated[int, Meta(ge=1, le=65534)]  # the worker's metrics are on port + 1
 
 
 class EnvironmentSection(Section, frozen=True, kw_only=True):
-    """``[kms.environments.<name>]``: an environment besides dev and prod. The guards of prod are prod's."""
+    """``[kms.environments.<name>]``: another environment than dev and prod, without the checks of prod."""
 
     backend: BackendName
 
@@ -37,8 +36,9 @@ class RedisSection(Section, frozen=True, kw_only=True):
     """``[kms.redis]``: job state; ``broker_url`` is Celery's and defaults to the same server.
 
     ``password_file`` holds the password of the user that a URL of Redis or Sentinel names.
-    ``ca_file`` is the authority to trust instead of the system's, where a URL asks for TLS.
-    ``broker_queue_type`` is for RabbitMQ: how queues are declared, by us and by senders of ``kms.submit``.
+    ``ca_file`` is the authority to trust instead of the system's, for URLs with TLS.
+    ``broker_queue_type`` is the type of RabbitMQ queues, the same for senders to ``kms.submit``.
+    ``wait_replicas`` must have a job, a commit and an end on disk before it is told of, within ``wait_ms``.
     """
 
     url: str
@@ -48,55 +48,8 @@ class RedisSection(Section, frozen=True, kw_only=True):
     ca_file: Path | None = None
     client_cert_file: Path | None = None
     client_key_file: Path | None = None
-
-
-class ClaimGrant(Section, frozen=True, kw_only=True):
-    """``[kms.auth.issuers.<name>.grants.<name>]``: scopes of those whose claims are as ``when`` says."""
-
-    when: dict[str, str]
-    scopes: tuple[str, ...]
-
-
-class IssuerSection(Section, frozen=True, kw_only=True):
-    """``[kms.auth.issuers.<name>]``: whose JWTs are let in, and what their claims mean.
-
-    Without ``jwks_url`` and ``jwks_file`` its keys are found by discovery. ``tenants`` bound what
-    ``tenant_claim`` may say. ``job_grace_s`` is how long after its expiry a token's jobs may still run.
-    """
-
-    issuer: Annotated[str, Meta(min_length=1)]
-    audience: Annotated[str, Meta(min_length=1)]
-    jwks_url: str | None = None
-    jwks_file: Path | None = None
-    ca_file: Path | None = None
-    algorithms: Annotated[tuple[Algorithm, ...], Meta(min_length=1)] = ("RS256", "ES256", "EdDSA")
-    leeway_s: Annotated[int, Meta(ge=0, le=300)] = 30
-    principal_claim: str = "sub"
-    tenant: KeyId = "default"
-    tenant_claim: str | None = None
-    tenants: tuple[KeyId, ...] = ()
-    scopes: tuple[str, ...] = ()
-    scopes_claim: str | None = None
-    grants: dict[KeyId, ClaimGrant] = field(default_factory=dict)
-    job_grace_s: Annotated[int, Meta(ge=0, le=30 * 24 * 3600)] = 0
-
-
-class CertificateSection(Section, frozen=True, kw_only=True):
-    """``[kms.auth.certificates.<name>]``: a client certificate, by one of the names that it bears."""
-
-    subject: Annotated[str, Meta(min_length=1)]
-    tenant: KeyId = "default"
-    scopes: tuple[str, ...]
-
-
-class AuthSection(Section, frozen=True, kw_only=True):
-    """``[kms.auth]``: None means that nobody has decided, which is enough on loopback in dev only."""
-
-    mode: Literal["none", "required"] | None = None
-    tokens_path: Path
-    failures_per_minute: Positive = 30
-    issuers: dict[KeyId, IssuerSection] = field(default_factory=dict)
-    certificates: dict[KeyId, CertificateSection] = field(default_factory=dict)
+    wait_replicas: Annotated[int, Meta(ge=0, le=16)] = 0
+    wait_ms: Annotated[int, Meta(ge=1, le=60_000)] = 2000
 
 
 class TenantSection(Section, frozen=True, kw_only=True):
@@ -112,14 +65,16 @@ class TenantSection(Section, frozen=True, kw_only=True):
 class ServerSection(Section, frozen=True, kw_only=True):
     """``[kms.server]``: processes, TLS, names that a Host header may carry besides loopback ones, pages.
 
-    The rest bounds what requests hold, in each process: ``json_bytes`` of JSON bodies in work, ``uploads``,
-    ``downloads`` and event ``streams`` under way, and unfinished ``logins``; and how long bodies may take.
+    Pages of ``codec_origins`` may call the codec server, and nothing else. The other keys bound each process:
+    ``json_bytes`` of JSON bodies in memory, concurrent ``uploads``, ``downloads`` and event ``streams``,
+    unfinished ``logins``, and the duration of bodies.
     ``trusted_proxies`` are addresses and networks whose ``proxy_header`` names the client. ``client_crl``
-    holds a revocation list (PEM) of every authority in ``client_ca``.
+    holds a revocation list (PEM) for each authority in ``client_ca``.
     """
 
     processes: Annotated[int, Meta(ge=1, le=64)] = 1
     allowed_hosts: tuple[str, ...] = ()
+    codec_origins: tuple[str, ...] = ()
     connections: Annotated[int, Meta(ge=16, le=100_000)] = 2048  # of each process and port
     trusted_proxies: tuple[str, ...] = ()
     proxy_header: Literal["x-forwarded-for", "forwarded"] = "x-forwarded-for"
@@ -152,7 +107,7 @@ class ServerSection(Section, frozen=True, kw_only=True):
 
 
 class FacadeSection(Section, frozen=True, kw_only=True):
-    """``[kms.facade]``: Vault's transit API below ``/v1/``, by default in dev alone.
+    """``[kms.facade]``: Vault's transit API below ``/v1/``, by default in dev only.
 
     ``port`` is a second listener for these paths only.
     """
@@ -162,7 +117,7 @@ class FacadeSection(Section, frozen=True, kw_only=True):
 
 
 class LimitsSection(Section, frozen=True, kw_only=True):
-    """``[kms.limits]``: what a request may cost. ``sync_*`` hold for calls answered at once."""
+    """``[kms.limits]``: bounds of a request. ``sync_*`` apply to calls that are answered without a job."""
 
     sync_plaintext_bytes: Positive = 1 * MiB
     sync_ciphertext_bytes: Positive = 1 * MiB + 64 * KiB
@@ -180,7 +135,7 @@ class LimitsSection(Section, frozen=True, kw_only=True):
 class EndpointSection(Section, frozen=True, kw_only=True):
     """``[kms.jobs.endpoints.<name>]``: a receiver of webhooks, which a job names in its ``callback``.
 
-    ``tenants`` are those whose jobs may name it; None is all.
+    ``tenants`` are those whose jobs may name it; None means all.
     """
 
     url: str
@@ -191,30 +146,19 @@ class EndpointSection(Section, frozen=True, kw_only=True):
     ca_file: Path | None = None
 
 
-class BucketSection(Section, frozen=True, kw_only=True):
-    """``[kms.jobs.buckets.<bucket>]``: where a bucket is, as whom to use it, and what jobs may do there.
-
-    ``read`` and ``write`` are prefixes of keys that end in a slash; ``""`` is the whole bucket, and none is
-    nothing. Without an ``access_key_id`` the credentials are those that AWS tools would find.
-    """
-
-    endpoint: str | None = None
-    region: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}(?!\\s)$")] = "us-east-1"  # part of a host name
-    access_key_id: str | None = None
-    secret_key_file: Path | None = None
-    read: tuple[str, ...] = ()
-    write: tuple[str, ...] = ()
-    path_style: bool = True
-    allow_http: bool = False
-    ca_file: Path | None = None
-    timeout_s: Timeout = 60.0
-
-
 class JobsSection(Section, frozen=True, kw_only=True):
-    """``[kms.jobs]``: ``roots`` are the directories that ``file://`` may name; none means no such jobs.
+    """``[kms.jobs]``: ``roots`` are the directories that ``file://`` may name; none disables such jobs.
 
-    Their default is ``files`` in the state directory in dev, and none elsewhere. Jobs that read
+    Inputs stay in the spool for ``input_grace_s`` after the end of their job: Redis may lose that end.
+    The default is ``files`` in the state directory in dev, and none elsewhere. Jobs that read
     ``large_job_bytes`` or more leave ``reserved_processes`` of a worker's ``concurrency`` to other jobs.
+    ``durability``: ``fsync`` waits until files of the spool are on disk, ``write`` leaves them to the kernel.
+    Inputs and results of at most ``inline_bytes``, sealed, rest in Redis instead, where 0.1 finds none.
+    ``tenant_spool_bytes`` is the quota of tenants without one of their own; None means no bound.
+    ``start_within_s`` and ``run_within_s`` (from submission) and ``result_ttl_s`` (from the end) are defaults
+    of a job's deadlines; ``deadline_max_s`` and ``keep_max_s`` bound what a job may ask for. An attempt that
+    advances nothing for ``stall_s`` is ended. A worker that is told to stop hands jobs back after ``stop_s``.
+    ``resource_leases`` bounds the running jobs that use ``root:/path``, ``bucket:name`` or ``backend:name``.
     """
 
     roots: tuple[Path, ...]
@@ -222,12 +166,23 @@ class JobsSection(Section, frozen=True, kw_only=True):
     spool_identity_path: Path
     intake_identity_path: Path
     spool_max_bytes: Positive = 10 * GiB
+    inline_bytes: Annotated[int, Meta(ge=0, le=64 * KiB)] = 0
+    durability: Literal["fsync", "write"] = "fsync"
+    tenant_spool_bytes: Positive | None = None
+    start_within_s: Positive = 86_400
+    run_within_s: Positive = 86_400
+    deadline_max_s: Positive = 30 * 86_400
     result_ttl_s: Positive = 86_400
+    keep_max_s: Positive = 30 * 86_400
     attempts: Positive = 5
     lease_s: Annotated[int, Meta(ge=2)] = 30
+    stall_s: Positive = 300
+    stop_s: Positive = 30
+    input_grace_s: Annotated[int, Meta(ge=0)] = 60
     concurrency: Positive = 2
     open_jobs: Positive = 100_000
     tenant_leases: Positive = 1_000
+    resource_leases: dict[str, Positive] = field(default_factory=dict)
     large_job_bytes: Positive = 64 * MiB
     reserved_processes: Annotated[int, Meta(ge=0)] = 1
     source_max_bytes: Positive = 1024 * GiB
@@ -237,13 +192,29 @@ class JobsSection(Section, frozen=True, kw_only=True):
     watchdog_s: Positive = 120
     endpoints: dict[KeyId, EndpointSection] = field(default_factory=dict)
     buckets: dict[BucketName, BucketSection] = field(default_factory=dict)
+    spool_bucket: SpoolBucketSection | None = None
+
+
+class KeySection(Section, frozen=True, kw_only=True):
+    """``[kms.keys.<id>]``: a key with more than a URI.
+
+    ``use = "seal"``: it seals the key files of the service, and takes no calls.
+    """
+
+    uri: str | tuple[str, ...]
+    use: Literal["data", "seal"] = "data"
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        return (self.uri,) if isinstance(self.uri, str) else self.uri
 
 
 class AuditSection(Section, frozen=True, kw_only=True):
-    """``[kms.audit]``: ``write`` hands each record to the kernel, ``fsync`` waits for the disk.
+    """``[kms.audit]``: durability ``write`` hands each record to the kernel, ``fsync`` waits for the disk.
 
-    ``sinks`` besides the file are copies; ``anchor_*`` are second places for signed checkpoints, one of which
-    is due after so many lines and so many seconds. ``keep_days`` 0 keeps all.
+    ``sinks`` besides the file are copies. ``anchor_*`` keep copies of signed checkpoints, which are written
+    every ``checkpoint_lines`` and ``checkpoint_s``. ``keep_days`` 0 keeps all. ``copies`` has copies of the
+    logs of other hosts (``audit.copies``).
     """
 
     path: Path
@@ -257,12 +228,13 @@ class AuditSection(Section, frozen=True, kw_only=True):
     checkpoint_s: Positive = 10
     anchor_redis: bool = True
     anchor_dir: Path | None = None
+    copies: Path | None = None
 
 
 class RotationSection(Section, frozen=True, kw_only=True):
-    """``[kms.rotation]``: new versions of keys, made by the workers; ``every_days`` 0 means by hand alone.
+    """``[kms.rotation]``: new key versions made by the workers; ``every_days`` 0 disables the schedule.
 
-    ``max_per_hour`` bounds the new versions of each key that callers make.
+    ``max_per_hour`` bounds the versions of each key that callers make.
     """
 
     every_days: Annotated[int, Meta(ge=0)] = 90
@@ -278,14 +250,14 @@ class LogSection(Section, frozen=True, kw_only=True):
     format: Literal["auto", "json", "text"] = "auto"
 
     def as_json(self, *, terminal: bool) -> bool:
-        """Whether to write JSON lines, given whether stderr is a terminal."""
+        """Return whether to write JSON lines, given whether stderr is a terminal."""
         return self.format == "json" or (self.format == "auto" and not terminal)
 
 
 class TracesSection(Section, frozen=True, kw_only=True):
     """``[kms.traces]``: spans to an OTLP receiver; needs the extra ``otel``.
 
-    ``endpoint`` is the whole URL that takes traces by HTTP. All else is OpenTelemetry's own ``OTEL_*``.
+    ``endpoint`` is the URL of the receiver (OTLP over HTTP). Other options are OpenTelemetry's ``OTEL_*``.
     """
 
     enabled: bool = False
@@ -293,9 +265,9 @@ class TracesSection(Section, frozen=True, kw_only=True):
 
 
 class KmsSection(Section, frozen=True, kw_only=True):
-    """``[kms]``, the only table of the file.
+    """``[kms]``, the only table of the file, without the tables of backends (see ``Settings.backends``).
 
-    ``accept_weak`` names settings that ``kms config lint`` tells, and that shall stay as they are.
+    ``accept_weak`` names settings that ``kms config lint`` reports and that are intended.
     """
 
     environment: str
@@ -309,12 +281,7 @@ class KmsSection(Section, frozen=True, kw_only=True):
     allow_age_in_prod: bool = False
     accept_weak: tuple[str, ...] = ()
     environments: dict[str, EnvironmentSection] = field(default_factory=dict)
-    keys: dict[KeyId, str | tuple[str, ...]] = field(default_factory=dict)
-    age: AgeSection
-    cosmian: CosmianSection = field(default_factory=CosmianSection)
-    transit: TransitSection = field(default_factory=TransitSection)
-    vault_kv: VaultKvSection = field(default_factory=VaultKvSection)
-    awskms: AwsKmsSection = field(default_factory=AwsKmsSection)
+    keys: dict[KeyId, str | tuple[str, ...] | KeySection] = field(default_factory=dict)
     redis: RedisSection
     auth: AuthSection
     tenants: dict[KeyId, TenantSection] = field(default_factory=dict)
@@ -330,17 +297,26 @@ class KmsSection(Section, frozen=True, kw_only=True):
     @property
     def key_uris(self) -> tuple[tuple[str, str], ...]:
         """Key id and URI, once for each URI: a key may name several backends."""
-        return tuple(
-            (key_id, uri)
-            for key_id, uris in self.keys.items()
-            for uri in ((uris,) if isinstance(uris, str) else uris)
-        )
+        return tuple((key_id, uri) for key_id, key in self.all_keys.items() for uri in key.uris)
+
+    @property
+    def all_keys(self) -> dict[str, KeySection]:
+        """The keys by id, with those that are written as URIs only."""
+        return {
+            key_id: key if isinstance(key, KeySection) else KeySection(uri=key)
+            for key_id, key in self.keys.items()
+        }
 
 
 class Settings(Section, frozen=True, kw_only=True):
-    """All settings, and what follows from them."""
+    """All settings. ``backends`` are the tables of all backends, by scheme."""
 
     kms: KmsSection
+    backends: dict[str, BackendSection]
+
+    def backend(self, kind: type[_Table]) -> _Table:
+        """The table of one backend."""
+        return next(table for table in self.backends.values() if isinstance(table, kind))
 
     @property
     def environment(self) -> str:
@@ -354,13 +330,9 @@ class Settings(Section, frozen=True, kw_only=True):
     @property
     def active_backend(self) -> BackendName:
         """The backend that the environment chooses."""
-        match self.kms.environment:
-            case "dev":
-                return self.kms.dev_backend
-            case "prod":
-                return self.kms.prod_backend
-            case name:
-                return self.kms.environments[name].backend
+        standard = {"dev": self.kms.dev_backend, "prod": self.kms.prod_backend}
+        name = self.kms.environment
+        return standard[name] if name in standard else self.kms.environments[name].backend
 
     @property
     def used_backends(self) -> frozenset[str]:
@@ -374,5 +346,5 @@ class Settings(Section, frozen=True, kw_only=True):
 
     @property
     def accept_foreign(self) -> bool:
-        """Whether decrypt takes files without our context stanza (made by stock ``age``)."""
-        return self.kms.age.accept_foreign
+        """Return whether decrypt accepts files without our context stanza, made by stock ``age``."""
+        return self.backend(AgeSection).accept_foreign

@@ -1,33 +1,53 @@
-"""Addresses of ``[kms.redis]``: which URLs may stand there, and what one of Sentinel says; connects nowhere.
+"""URLs of ``[kms.redis]``: their checks, and the parts of those with several hosts. Opens no connection.
 
-``sentinel://user:password@host:26379,host:26379/0?master=NAME`` asks Sentinels where the master is;
+``sentinel://user:password@host:26379,host:26379/0?master=NAME`` asks Sentinels for the master's address;
 ``sentinels://`` is the same over TLS, as ``rediss://`` is to ``redis://``. User and password are those of the
-servers; what the Sentinels want themselves stands in ``sentinel_username`` and ``sentinel_password``.
+Redis servers; those of the Sentinels are the options ``sentinel_username`` and ``sentinel_password``.
+
+``redis+cluster://user:password@host:6379,host:6379`` names nodes of a Redis Cluster, ``rediss+cluster://``
+over TLS. A cluster holds the jobs; it cannot be the broker.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
+from kms_core.sections import check_pair
 from kms_core.settings.model import RedisSection, Settings
 from kms_protocol.errors import ConfigurationError
 
-STATE: Final = ("redis", "rediss", "unix", "sentinel", "sentinels")
+STATE: Final = ("redis", "rediss", "unix", "sentinel", "sentinels", "redis+cluster", "rediss+cluster")
 BROKER: Final = ("redis", "rediss", "redis+socket", "sentinel", "sentinels", "amqp", "amqps")
-TLS: Final = frozenset({"rediss", "sentinels", "amqps"})
+TLS: Final = frozenset({"rediss", "sentinels", "rediss+cluster", "amqps"})
 AMQP: Final = frozenset({"amqp", "amqps"})
 SENTINELS: Final = frozenset({"sentinel", "sentinels"})
-PASSWORDS: Final = frozenset({"redis", "rediss", *SENTINELS})
-"""Schemes whose user's password may be in ``password_file``."""
+CLUSTERS: Final = frozenset({"redis+cluster", "rediss+cluster"})
+PASSWORDS: Final = frozenset({"redis", "rediss", *SENTINELS, *CLUSTERS})
+"""Schemes whose password may be in ``password_file``."""
+NO_CLUSTER_BROKER: Final = (
+    "a Redis Cluster cannot be the broker, since Celery uses none: name another Redis or RabbitMQ in "
+    "kms.redis.broker_url (or KMS_BROKER_URL)"
+)
 _SENTINEL_PORT: Final = 26379
+_SENTINEL_FORM: Final = "sentinel://host:26379,host:26379/0?master=mymaster"
+_NODE_PORT: Final = 6379
 _OPTIONS: Final = frozenset({"master", "sentinel_username", "sentinel_password"})
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterNodes:
+    """The parts of a cluster URL. Empty credentials mean none."""
+
+    hosts: tuple[tuple[str, int], ...]
+    username: str = ""
+    password: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Sentinels:
-    """Who knows the master, its name there, and how to enter. Empty strings mean none."""
+    """The parts of a Sentinel URL; ``own_*`` are credentials for the Sentinels. Empty means none."""
 
     hosts: tuple[tuple[str, int], ...]
     master: str
@@ -39,19 +59,19 @@ class Sentinels:
 
 
 def for_celery(url: str) -> str:
-    """A Redis URL as Celery wants it, whose name for a unix socket is another than redis-py's."""
+    """A Redis URL in Celery's form, which names unix sockets differently from redis-py."""
     if not url.startswith("unix://"):
         return url
     return url.replace("unix://", "redis+socket://", 1).replace("?db=", "?virtual_host=", 1)
 
 
 def is_shared(section: RedisSection) -> bool:
-    """Whether the broker is the Redis that holds the jobs, and is entered in the same way."""
+    """Return whether the broker is the Redis that holds the jobs, with the same credentials."""
     return section.broker_url == for_celery(section.url)
 
 
 def check_redis(settings: Settings) -> None:
-    """URLs of a known kind, TLS files only where there is TLS. Raises ConfigurationError, without the URL."""
+    """Refuse unknown URL schemes, and TLS files without TLS. Raises ConfigurationError, without the URL."""
     section = settings.kms.redis
     if ";" in section.broker_url:  # Celery takes a list of brokers; checks here see the first
         raise ConfigurationError("kms.redis.broker_url: one URL belongs there; in a password, ; is %3B")
@@ -60,11 +80,7 @@ def check_redis(settings: Settings) -> None:
         ("kms.redis.broker_url", section.broker_url, BROKER),
     ):
         parts = split_url(where, url)
-        if parts.scheme not in schemes:
-            known = ", ".join(f"{scheme}://" for scheme in schemes)
-            raise ConfigurationError(f"{where}: expected one of {known}")
-        if parts.scheme in SENTINELS:
-            sentinels(where, url)
+        _check_scheme(where, url, parts.scheme, schemes)
         if section.password_file and parts.scheme in PASSWORDS and parts.password:
             raise ConfigurationError(
                 f"{where}: the password is in kms.redis.password_file, or here, and not both"
@@ -76,12 +92,24 @@ def check_redis(settings: Settings) -> None:
     _check_files(section)
 
 
+def _check_scheme(where: str, url: str, scheme: str, schemes: Collection[str]) -> None:
+    if scheme in CLUSTERS - set(schemes):
+        raise ConfigurationError(f"{where}: {NO_CLUSTER_BROKER}")
+    if scheme not in schemes:
+        raise ConfigurationError(f"{where}: expected one of {', '.join(f'{one}://' for one in schemes)}")
+    if scheme in SENTINELS:
+        sentinels(where, url)
+    if scheme in CLUSTERS:
+        cluster_nodes(where, url)
+
+
 def is_tls(url: str) -> bool:
+    """Return whether the scheme of a URL means TLS."""
     return url.partition("://")[0] in TLS
 
 
 def sentinels(where: str, url: str) -> Sentinels:
-    """What a ``sentinel://`` URL says. Raises ConfigurationError, which names ``where`` and never the URL."""
+    """Parse a ``sentinel://`` URL. Raises ConfigurationError, which names ``where`` and never the URL."""
     parts = split_url(where, url)
     login, _, hosts = parts.netloc.rpartition("@")
     username, _, password = login.partition(":")
@@ -94,7 +122,7 @@ def sentinels(where: str, url: str) -> Sentinels:
     if not (database.isascii() and database.isdigit()):
         raise ConfigurationError(f"{where}: the path of a Sentinel URL is the number of a database: /0")
     return Sentinels(
-        hosts=tuple(_hosts(where, hosts)),
+        hosts=tuple(_hosts(where, hosts, _SENTINEL_FORM, _SENTINEL_PORT)),
         master=options["master"][0],
         database=int(database),
         username=unquote(username),
@@ -104,22 +132,33 @@ def sentinels(where: str, url: str) -> Sentinels:
     )
 
 
-def _hosts(where: str, text: str) -> Iterator[tuple[str, int]]:
+def cluster_nodes(where: str, url: str) -> ClusterNodes:
+    """Parse a ``redis+cluster://`` URL. Raises ConfigurationError, which names ``where``, never the URL."""
+    parts = split_url(where, url)
+    if parts.path.strip("/") not in {"", "0"} or parts.query:
+        raise ConfigurationError(f"{where}: a Redis Cluster has only database 0, and its URL no options")
+    login, _, hosts = parts.netloc.rpartition("@")
+    username, _, password = login.partition(":")
+    found = tuple(_hosts(where, hosts, "redis+cluster://host:6379,host:6379", _NODE_PORT))
+    return ClusterNodes(found, unquote(username), unquote(password))
+
+
+def _hosts(where: str, text: str, expected: str, port: int) -> Iterator[tuple[str, int]]:
     for host in text.split(","):
         parts = split_url(where, f"//{host}")
         if not parts.hostname:
-            raise ConfigurationError(f"{where}: expected sentinel://host:26379,host:26379/0?master=mymaster")
-        yield parts.hostname, _port(where, parts) or _SENTINEL_PORT
+            raise ConfigurationError(f"{where}: expected {expected}")
+        yield parts.hostname, _port(where, parts) or port
 
 
 def split_url(where: str, url: str) -> SplitResult:
     """Split a URL of ``[kms.redis]``. Raises ConfigurationError, which names ``where`` and never the URL.
 
-    ``urlsplit`` of patched Pythons, as Debian 12's, refuses an IPv6 address after another host: the hosts of
-    Sentinels are kept from it.
+    Several hosts are cut out first, since ``urlsplit`` of patched Pythons, such as that of Debian
+    12, refuses an IPv6 address after another host.
     """
     scheme, separator, rest = url.partition("://")
-    several = scheme.lower() in SENTINELS
+    several = scheme.lower() in SENTINELS | CLUSTERS
     hosts = re.split(r"[/?#]", rest, maxsplit=1)[0] if several else ""
     try:
         parts = urlsplit(f"{scheme}{separator}{rest.removeprefix(hosts)}")
@@ -143,9 +182,6 @@ def _check_files(section: RedisSection) -> None:
     ]
     if named and not (is_tls(section.url) or is_tls(section.broker_url)):
         raise ConfigurationError(
-            f"kms.redis.{named[0]} is for TLS, and neither URL asks for it: write rediss://, sentinels:// or amqps://"
+            f"kms.redis.{named[0]} is for TLS, and neither URL uses it: write rediss://, sentinels:// or amqps://"
         )
-    if (section.client_cert_file is None) != (section.client_key_file is None):
-        raise ConfigurationError(
-            "kms.redis.client_cert_file and kms.redis.client_key_file belong together: set both"
-        )
+    check_pair("kms.redis", section, "client_cert_file", "client_key_file")

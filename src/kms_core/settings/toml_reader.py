@@ -1,12 +1,12 @@
-"""From a TOML file to typed sections: ``${VAR}``, unknown keys, wrong types. Knows no setting by name.
+"""Convert a TOML file to typed sections: expand ``${VAR}``, refuse unknown keys and wrong types.
 
-Errors say where, what was expected and the nearest known name; never the value found.
+Errors contain the key, the expected type and the nearest known name, never the value.
 """
 
 import difflib
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, get_args, get_origin
@@ -27,7 +27,7 @@ _VARIABLE: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class FromEnvironment:
-    """Text that variables gave, so that ``"8082"`` may stand for a number; ``names`` say which ones."""
+    """Text from the variables ``names``, in which ``"8082"`` may be a number."""
 
     text: str = field(repr=False)
     names: str
@@ -35,14 +35,14 @@ class FromEnvironment:
 
 @dataclass(frozen=True, slots=True)
 class Unset:
-    """A string with ``${VAR}`` that has no value: an error where it is used. ``reason`` ends its text."""
+    """A string with a ``${VAR}`` that has no value, an error only if it is used. ``reason`` ends its text."""
 
     name: str
     reason: str = ""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean "…"?``, or nothing where no known name is near."""
+    """``; did you mean "…"?``, or nothing without a similar name."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f'; did you mean "{close[0]}"?' if close else ""
 
@@ -51,7 +51,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def read_toml(path: Path) -> Tree:
-    """The tables of a TOML file. Raises ConfigurationError naming the file, and the line where it can."""
+    """The tables of a TOML file. Raises ConfigurationError, which names the file and, if known, the line."""
     try:
         return _shallow(tomllib.loads(small_files.text(path)))
     except OSError as exc:
@@ -65,7 +65,7 @@ def read_toml(path: Path) -> Tree:
 
 
 def _shallow(tree: Tree) -> Tree:
-    """ValueError for a tree that is deeper than any setting; dotted keys can nest it without end."""
+    """Refuse a tree that is deeper than any setting, as dotted keys can make it. Raises ValueError."""
     level: list[object] = [tree]
     for _ in range(_MOST_LEVELS):
         level = [
@@ -79,7 +79,7 @@ def _shallow(tree: Tree) -> Tree:
 
 
 def table(tree: Tree, name: str, where: str) -> Tree:
-    """The table ``name`` of ``tree``, made if absent, to be changed in place."""
+    """The table ``name`` of ``tree``, created if absent, for changes in place."""
     found = tree.setdefault(name, {})
     if not isinstance(found, dict):
         raise ConfigurationError(f"{where}{name}: expected a table")
@@ -91,16 +91,16 @@ def table(tree: Tree, name: str, where: str) -> Tree:
 
 @dataclass(frozen=True, slots=True)
 class Variables:
-    """What ``${VAR}`` stands for. ``refusal`` says why a setting may not use some; empty where it may."""
+    """The values of ``${VAR}``. ``refusal`` says why a setting may not use some; empty if it may."""
 
     environ: Mapping[str, str]
     refusal: Callable[[str, Sequence[str]], str] = lambda _where, _names: ""
 
 
 def expand(value: object, variables: Variables, where: str) -> object:
-    """A copy with ``${VAR}`` and ``${VAR:-default}`` replaced in every string; ``$${`` stands for ``${``.
+    """A copy with ``${VAR}`` and ``${VAR:-default}`` replaced in every string; ``$${`` means ``${``.
 
-    An empty variable counts as unset (POSIX ``:-``). What a variable holds is not expanded again.
+    An empty variable counts as unset (POSIX ``:-``). Values are not expanded again.
     """
     if isinstance(value, dict):
         return {name: expand(item, variables, f"{where}.{name}") for name, item in value.items()}
@@ -128,7 +128,7 @@ def _expand_text(text: str, variables: Variables, where: str) -> object:
 
 
 def take_unset(tree: Tree) -> dict[str, Unset]:
-    """Remove what is Unset directly in this table, and return it by its keys."""
+    """Remove the Unset values of this table, and return them by key."""
     unset = {key: value for key, value in tree.items() if isinstance(value, Unset)}
     for key in unset:
         del tree[key]
@@ -136,7 +136,7 @@ def take_unset(tree: Tree) -> dict[str, Unset]:
 
 
 def unset_error(where: str, unset: Unset) -> ConfigurationError:
-    """The error of a setting that needs this value. It never shows what a variable holds."""
+    """The error for a setting that needs this value. It contains no value of a variable."""
     name = unset.name
     reason = unset.reason or f"which is not set: export {name}, or write ${{{name}:-default}}"
     return ConfigurationError(f"{where} uses ${{{name}}}, {reason}")
@@ -147,16 +147,21 @@ def unset_error(where: str, unset: Unset) -> ConfigurationError:
 
 @dataclass(frozen=True, slots=True)
 class SectionReader:
-    """Turns tables into sections, strictly. ``home`` is what ``~`` stands for, where that is known."""
+    """Converts tables to sections, strictly. ``home`` replaces ``~``; None if it is unknown."""
 
     home: str | None
 
-    def section(self, shape: type[Shape], value: object, where: str) -> Shape:
-        """Raises ConfigurationError on an unknown or missing key and on a wrong type."""
+    def section(
+        self, shape: type[Shape], value: object, where: str, *, elsewhere: Collection[str] = ()
+    ) -> Shape:
+        """A table as a section; ``elsewhere`` are known keys that are read by another call.
+
+        Raises ConfigurationError for an unknown or missing key and for a wrong type.
+        """
         fields = {item.encode_name: item for item in msgspec.structs.fields(shape)}
-        given = _as_table(value, where)
+        given = {name: item for name, item in _as_table(value, where).items() if name not in elsewhere}
         for name in given.keys() - fields.keys():
-            raise ConfigurationError(f"{where}.{name} is not a setting{nearest(name, fields)}")
+            raise ConfigurationError(f"{where}.{name} is not a setting{nearest(name, (*fields, *elsewhere))}")
         for name, item in fields.items():
             if item.required and name not in given:
                 raise ConfigurationError(f"{where}.{name} is missing")
@@ -176,6 +181,8 @@ class SectionReader:
                 )
                 for key, item in _as_table(value, where).items()
             }
+        if isinstance(value, Mapping) and (shape := _shape_among(kind)):
+            return self.section(shape, value, where)
         if get_origin(kind) is tuple and isinstance(value, list | tuple):
             return tuple(
                 self.value(get_args(kind)[0], item, f"{where}[{at}]") for at, item in enumerate(value)
@@ -196,7 +203,7 @@ class SectionReader:
             raise ConfigurationError(f"{where}: expected text in UTF-8") from None
 
     def _path(self, _kind: type, value: object) -> Path:
-        """The decoding hook: msgspec gives a ValueError's text to the ValidationError that it raises."""
+        """Decoding hook for paths: msgspec puts the text of a ValueError into its ValidationError."""
         if isinstance(value, Path):
             return value
         if not isinstance(value, str) or not value:
@@ -208,6 +215,12 @@ class SectionReader:
         return Path(self.home, value[2:])
 
 
+def _shape_among(kind: Any) -> type[msgspec.Struct] | None:  # noqa: ANN401 - as above
+    """The section among the members of a union, which a table becomes."""
+    members = (each for each in get_args(kind) if isinstance(each, type))
+    return next((each for each in members if issubclass(each, msgspec.Struct)), None)
+
+
 def _as_table(value: object, where: str) -> Mapping[str, object]:
     if not isinstance(value, Mapping):
         raise ConfigurationError(f"{where}: expected a table")
@@ -215,7 +228,7 @@ def _as_table(value: object, where: str) -> Mapping[str, object]:
 
 
 def _expectation(kind: Any, value: object, message: str) -> str:  # noqa: ANN401 - as above
-    """What was expected, from msgspec's message where that does not quote the value."""
+    """The expected type, from msgspec's message unless that quotes the value."""
     if message.startswith("Expected "):
         return "e" + message[1:].replace("`", "")
     choices = [str(choice) for choice in _choices(kind)]

@@ -1,127 +1,114 @@
-"""Which settings files of the working directory are read, and what they may not decide.
+"""Rules for settings files that were found below the working directory.
 
 A file that the user names (``--config``, ``KMS_CONFIG``) is trusted. One that is only found below the working
-directory may be part of somebody else's repository. It is read only if nobody but this user and root can
-change it, and it sends nothing of the user's elsewhere: neither variables of the environment nor credentials.
+directory may be part of a foreign repository. It is read only if no user except this one and root can change
+it, and it cannot send the user's environment variables or credentials to an address.
 """
 
 import os
 import re
 import stat
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
+from kms_core.backends import SCHEMES, table_of
+from kms_core.sections import DestinationRule, is_loopback
 from kms_core.settings.model import Settings
 from kms_core.settings.toml_reader import Tree
-from kms_core.settings.validate_backends import is_loopback
 from kms_protocol.errors import ConfigurationError
 
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 _MOST_LINKS: Final = 40  # as Linux: path_resolution(7)
 _SENT: Final = (
     "kms.bind",  # a name there is looked up
-    "kms.cosmian.",
-    "kms.transit.",
-    "kms.vault_kv.",
-    "kms.awskms.",
+    *(f"kms.{table_of(scheme)}." for scheme, shape in SCHEMES.items() if shape.DESTINATION),
     "kms.redis.",
     "kms.keys",
     "kms.default_key_id",
     "kms.auth.issuers.",
+    "kms.auth.tokens",
     "kms.jobs.endpoints.",
     "kms.jobs.buckets.",
+    "kms.jobs.spool_bucket.",
     "kms.traces.",
 )
-"""Settings that are addresses, or that are sent to one: names of keys and mounts, tokens, headers."""
+"""Settings that are addresses, or are sent to one: names of keys and mounts, tokens, headers."""
 _OF_ANY_VARIABLE: Final = ("kms.environment", "kms.port", "kms.log.")
-"""Settings that tell nobody what a variable holds."""
-_PLACES: Final = re.compile(r"HOME|XDG_[A-Z_]+")
+"""Settings that do not disclose the value of a variable."""
+_DIRECTORIES: Final = re.compile(r"HOME|XDG_[A-Z_]+")
 _ONLY_NAMED: Final = (
     "accept_weak",
     "state_dir",
     "auth.mode",
     "auth.tokens_path",
+    "auth.tokens",
     "auth.issuers",
     "auth.certificates",
+    "auth.logins",
     "server.client_ca",
     "server.allowed_hosts",
+    "server.codec_origins",
+    "server.trusted_proxies",
+    "server.metrics",
+    "server.tls_cert",
+    "server.tls_key",
     "jobs.roots",
     "jobs.buckets",
     "jobs.spool_dir",
+    "jobs.spool_bucket",
     "jobs.spool_identity_path",
     "jobs.intake_identity_path",
+    "age.seal_identity_path",
     "audit.path",
     "audit.key_path",
     "audit.signing_key_path",
     "audit.keep_days",
+    "audit.checkpoint_s",
+    "audit.checkpoint_lines",
     "audit.anchor_redis",
     "audit.anchor_dir",
+    "audit.copies",
 )
-"""Settings that decide who may call, and which files are read, written and deleted for whom."""
+"""Settings that decide who may call, and which files are read, written and deleted."""
 _SERVERS: Final = ("redis.url", "redis.broker_url", "traces.endpoint")
 _HARMLESS: Final[Mapping[str, object]] = {"auth.mode": "required", "audit.anchor_redis": True}
-"""What a found file may say there; of the others, only what is empty."""
+"""Allowed values of these keys in a found file; the other keys must be empty."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """Keys of a section that decide who receives its ``credentials``.
-
-    ``credentials`` are keys that name a file or a profile, ``variables`` those of the environment that are
-    used unasked.
-    """
-
-    deciding: tuple[str, ...]
-    credentials: tuple[str, ...] = ()
-    variables: tuple[str, ...] = ()
-    always: str = ""
-
-
-_AWS: Final = "the credentials that AWS tools find"
-_VAULT: Final = (_Rule(("address", "tls_verify", "ca_file"), ("token_file", "client_key")),)
-_RULES: Final[Mapping[str, tuple[_Rule, ...]]] = {
-    "cosmian": (
-        _Rule(
-            ("server_url", "tls_verify", "ca_file"),
-            ("api_key_file", "client_key_file"),
-            ("COSMIAN_API_KEY",),
+_RULES: Final[Mapping[str, tuple[DestinationRule, ...]]] = {
+    **{table_of(scheme): (shape.DESTINATION,) for scheme, shape in SCHEMES.items() if shape.DESTINATION},
+    "redis": (
+        DestinationRule(("ca_file",), ("password_file", "client_key_file")),
+        DestinationRule(("ca_file",), (), ("KMS_REDIS_URL", "KMS_BROKER_URL")),
+    ),
+    "endpoints": (DestinationRule(("url", "ca_file"), ("secret_file",)),),
+    "traces": (
+        DestinationRule(
+            ("endpoint",), (), ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
         ),
     ),
-    "transit": _VAULT,
-    "vault_kv": _VAULT,
-    "awskms": (_Rule(("endpoint_url", "ca_file"), ("profile",), always=_AWS),),
-    "redis": (
-        _Rule(("ca_file",), ("password_file", "client_key_file")),
-        _Rule(("ca_file",), (), ("KMS_REDIS_URL", "KMS_BROKER_URL")),
-    ),
-    "endpoints": (_Rule(("url", "ca_file"), ("secret_file",)),),
-    "traces": (
-        _Rule(("endpoint",), (), ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")),
-    ),
 }
-_BACKENDS: Final = {"cosmian": "cosmian", "transit": "transit", "vault_kv": "vault-kv", "awskms": "awskms"}
 
 
 def is_sent(where: str) -> bool:
-    """Whether the value of the setting ``where`` (``kms.redis.url``) is an address, or is sent to one."""
+    """True if the value of the setting ``where`` (``kms.redis.url``) is an address, or is sent to one."""
     return where.startswith(_SENT)
 
 
 def may_expand(where: str, names: Collection[str]) -> bool:
-    """Whether a found file may have these variables in the setting ``where``.
+    """Return whether a found file may use these variables in the setting ``where``.
 
-    What they hold could be sent, or become the name of a file that others see.
+    Their values could be sent to an address, or become the name of a file that others see.
     """
     if where.startswith(_OF_ANY_VARIABLE):
         return True
-    return not is_sent(where) and all(map(_PLACES.fullmatch, names))
+    return not is_sent(where) and all(map(_DIRECTORIES.fullmatch, names))
 
 
 def how_to_trust(file: Path) -> str:
-    """What to type to have a file read as if there were no rule."""
+    """Advice for the user who trusts a file."""
     return f"if you trust it, name it: --config {file.absolute()}, or KMS_CONFIG={file.absolute()}"
 
 
@@ -129,22 +116,22 @@ def how_to_trust(file: Path) -> str:
 
 
 def check_file(file: Path) -> None:
-    """Refuse a file below the working directory that somebody else could have written.
+    """Refuse a file below the working directory that other users could have written.
 
-    The working directory, every folder on the way and the file belong to this process's user or to root, and
-    nobody else may write to them. So do the targets of symbolic links and the folders on the way there. A
-    folder with the sticky bit, as ``/tmp``, may be writable: what others own in it is refused.
+    The working directory, each folder on the path and the file must belong to this process's user or to root,
+    and must not be writable for others; so must the targets of symbolic links and the folders on their paths.
+    A folder with the sticky bit, such as ``/tmp``, may be writable: entries of other users in it are refused.
     Raises ConfigurationError, which says how to trust the file.
     """
     try:
-        for path, found in _on_the_way(file):
+        for path, found in _path_entries(file):
             _check(path, found, file)
     except OSError as exc:
         raise ConfigurationError(f"Cannot read {file}: {exc.strerror}; check the path and its mode") from exc
 
 
-def _on_the_way(file: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """The working directory, and each folder, link and file that the kernel passes on the way to ``file``."""
+def _path_entries(file: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The working directory, and each folder, link and file on the path to ``file``."""
     yield Path.cwd(), Path().stat()
     at, rest, links = Path(), list(reversed(file.parts)), 0
     while rest:
@@ -157,7 +144,7 @@ def _on_the_way(file: Path) -> Iterator[tuple[Path, os.stat_result]]:
         links += 1
         if links > _MOST_LINKS:
             raise ConfigurationError(f"{file} is a circle of symbolic links")
-        rest += reversed(step.readlink().parts)  # a link to an absolute path begins anew: at / "/" is "/"
+        rest += reversed(step.readlink().parts)  # a link to an absolute path starts again: at / "/" is "/"
 
 
 def _check(path: Path, found: os.stat_result, file: Path) -> None:
@@ -174,18 +161,18 @@ def _check(path: Path, found: os.stat_result, file: Path) -> None:
 
 
 def _is_sticky_folder(mode: int) -> bool:
-    """Only the owner of an entry, of the folder, and root may replace the entry."""
+    """Return whether only the owners of an entry and of the folder, and root, may replace the entry."""
     return stat.S_ISDIR(mode) and bool(mode & stat.S_ISVTX)
 
 
 # -- what it says ------------------------------------------------------------------------------------
 
 
-def check_places(document: Tree, given: Collection[str], file: Path) -> None:
-    """Refuse a found file that decides who may call, or whose jobs do what with which files.
+def check_restricted_keys(document: Tree, given: Collection[str], file: Path) -> None:
+    """Refuse a found file that decides who may call, or which files jobs use.
 
-    Its author could have the jobs of a service of his run with the user's rights. ``document`` and ``given``
-    are as in ``check_destinations``. Raises ConfigurationError.
+    Its author could otherwise run jobs with the user's rights. ``document`` and ``given`` are as in
+    ``check_destinations``. Raises ConfigurationError.
     """
     for key in (*_ONLY_NAMED, *_SERVERS):
         value = _value(document, key)
@@ -204,7 +191,7 @@ def _value(document: Tree, key: str) -> object:
 
 
 def _is_on_this_machine(url: str) -> bool:
-    """Whether a server is reached by TCP on loopback; a socket could lie in the repository."""
+    """Return whether a server is reached by TCP on loopback; a unix socket could be in the repository."""
     parts = urlsplit(url)
     schemes = {"redis", "rediss", "amqp", "amqps", "http", "https"}
     return parts.scheme in schemes and is_loopback(parts.hostname or "")
@@ -213,11 +200,11 @@ def _is_on_this_machine(url: str) -> bool:
 def check_destinations(
     document: Tree, settings: Settings, environ: Mapping[str, str], given: Collection[str], file: Path
 ) -> None:
-    """Refuse a section of a found file that decides where a credential goes which it does not hold itself.
+    """Refuse a section of a found file that decides where a credential outside the file is sent.
 
-    It may not choose one of the user's either, since that would be used or sent wherever variables say.
-    ``document`` is ``[kms]`` as the file has it. ``given`` are the keys that flags and variables replace
-    (``cosmian.server_url``). Only backends in use matter. Raises ConfigurationError.
+    It may not select a credential of the user either, since variables could decide where that is sent.
+    ``document`` is ``[kms]`` of the file. ``given`` are the keys that flags and variables replace
+    (``cosmian.server_url``). Only backends in use are checked. Raises ConfigurationError.
     """
     trusted = f"and the file was only found in the working directory: {how_to_trust(file)}"
     for where, kind, section in _sections(document, settings):
@@ -232,23 +219,24 @@ def check_destinations(
             chosen = next((key for key in rule.credentials if key in own), None)
             if chosen:
                 raise ConfigurationError(f"{where}.{chosen} chooses a credential of this user, {trusted}")
-    for key_id, uri in _table(document, "keys").items():
-        if "profile" in parse_qs(urlsplit(str(uri)).query):
+    for key_id, uri in settings.kms.key_uris:
+        if "profile" in parse_qs(urlsplit(uri).query):
             raise ConfigurationError(
                 f"kms.keys.{key_id} chooses a credential of this user by its profile, {trusted}"
             )
 
 
-def _credential(rule: _Rule, own: Tree, environ: Mapping[str, str]) -> str:
+def _credential(rule: DestinationRule, own: Tree, environ: Mapping[str, str]) -> str:
     in_files = (f"the credential of {key}" for key in rule.credentials if key in own)
     in_environment = (name for name in rule.variables if environ.get(name))
     return next(in_files, None) or next(in_environment, None) or rule.always
 
 
 def _sections(document: Tree, settings: Settings) -> Iterator[tuple[str, str, Tree]]:
-    """Where each section of a connection stands, its kind, and what the file says there."""
-    for name in ("cosmian", "transit", "vault_kv", "awskms"):
-        if _BACKENDS[name] in settings.used_backends:
+    """Name, kind and content of each section of the file that describes a connection."""
+    for scheme, shape in SCHEMES.items():
+        if shape.DESTINATION and scheme in settings.used_backends:
+            name = table_of(scheme)
             yield f"kms.{name}", name, _table(document, name)
     yield "kms.redis", "redis", _table(document, "redis")
     endpoints = _table(_table(document, "jobs"), "endpoints")

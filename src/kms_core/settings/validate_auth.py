@@ -1,49 +1,95 @@
-"""What settings may not say of callers: scopes that cannot be read, half a door, a door that nobody minds."""
+"""Checks of the settings for authentication, tenants and TLS of the server."""
 
 import ipaddress
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 from kms_core import proxies, scopes
-from kms_core.settings.model import CertificateSection, IssuerSection, ServerSection, Settings, TenantSection
+from kms_core.sections import check_pair
+from kms_core.settings.auth import CertificateSection, IssuerSection, LoginSection
+from kms_core.settings.model import ServerSection, Settings, TenantSection
 from kms_protocol.errors import ConfigurationError
 
 SUBJECTS: Final = ("DNS:", "URI:", "email:", "subject:")
-_EXPECTED: Final = "https://host[:port]/path; http:// is for loopback in dev alone"
+_NO_MOUNTS: Final = frozenset({"token", ".", ".."})  # of auth/token/lookup-self, and what clients shorten
+_EXPECTED: Final = "https://host[:port]/path; http:// is for loopback in dev only"
 
 
 def check_auth(settings: Settings) -> None:
-    """Refuse settings of callers and tenants that would not do what they say."""
+    """Refuse incomplete and contradictory settings. Raises ConfigurationError."""
     auth, server = settings.kms.auth, settings.kms.server
     if auth.mode != "required":
-        for name in ("issuers", "certificates"):
+        for name in ("issuers", "certificates", "logins"):
             if getattr(auth, name):
                 raise ConfigurationError(
-                    f'kms.auth.{name}: nobody is asked; write mode = "required" under [kms.auth]'
+                    f'kms.auth.{name}: requests need no credentials; write mode = "required" under [kms.auth]'
                 )
-    for name, issuer in auth.issuers.items():
-        _check_issuer(f"kms.auth.issuers.{name}", issuer, in_dev=settings.environment == "dev")
-    if len({issuer.issuer for issuer in auth.issuers.values()}) != len(auth.issuers):
-        raise ConfigurationError("kms.auth.issuers: two sections have the same issuer; name each once")
+    check_document(settings, "kms.auth.tokens", auth.tokens or "")
+    _check_issuers(auth.issuers, in_dev=settings.environment == "dev")
     for name, certificate in auth.certificates.items():
         _check_certificate(f"kms.auth.certificates.{name}", certificate, server)
+    for mount, login in auth.logins.items():
+        _check_login(f"kms.auth.logins.{mount}", mount, login, settings)
     _check_server(server)
     for name, tenant in settings.kms.tenants.items():
         _check_tenant(f"kms.tenants.{name}", tenant)
 
 
+def check_document(settings: Settings, where: str, text: str) -> None:
+    """Require the URL of a signed document: a file, or an object of a bucket with a section.
+
+    ``where`` is its place in the settings. Raises ConfigurationError, also if jobs could reach it.
+    """
+    url = urlsplit(text)
+    if url.scheme == "file" and (url.netloc or not url.path.strip("/") or url.query or url.fragment):
+        raise ConfigurationError(f"{where}: expected file:///path, or s3://bucket/key")
+    if url.scheme != "s3":
+        return
+    section = settings.kms.jobs.buckets.get(url.netloc)
+    if section is None:
+        raise ConfigurationError(
+            f"{where}: add a section [kms.jobs.buckets.{url.netloc}], which says where the bucket is "
+            "and needs no read and no write"
+        )
+    key = url.path.lstrip("/")
+    if not re.fullmatch(r"[A-Za-z0-9_.=-]+(/[A-Za-z0-9_.=-]+)*", key):
+        raise ConfigurationError(f"{where}: expected s3://bucket/key, of letters, digits, / _ . = and -")
+    if {".", ".."}.intersection(key.split("/")):
+        raise ConfigurationError(f"{where}: a part of the key is . or .., which stores read differently")
+    spool = settings.kms.jobs.spool_bucket
+    if spool and spool.bucket == url.netloc and key.startswith(spool.prefix):
+        raise ConfigurationError(f"{where}: it is in the spool of kms.jobs.spool_bucket, name another key")
+    if any(key.startswith(prefix) for prefix in (*section.read, *section.write)):
+        raise ConfigurationError(
+            f"{where}: jobs could read or write it: [kms.jobs.buckets.{url.netloc}] allows its key"
+        )
+
+
 def auth_files(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
-    """What jobs must not reach: name of the setting, path, and whether all below it is private too."""
+    """Files that jobs must not reach: setting, path, and whether all below the path is private too."""
     yield "kms.auth.tokens_path", settings.kms.auth.tokens_path, True
+    yield "kms.state_dir's documents/", settings.state_dir / "documents", True
+    if settings.kms.auth.tokens and settings.kms.auth.tokens.startswith("file:"):
+        yield "kms.auth.tokens", Path(urlsplit(settings.kms.auth.tokens).path), True
     for name, issuer in settings.kms.auth.issuers.items():
-        if issuer.jwks_file:  # whoever writes it can let himself in
+        if issuer.jwks_file:  # a writer of this file could authenticate as any caller
             yield f"kms.auth.issuers.{name}.jwks_file", issuer.jwks_file, True
+        if issuer.review_token_file:
+            yield f"kms.auth.issuers.{name}.review_token_file", issuer.review_token_file, True
     for key in ("tls_cert", "tls_key", "client_ca", "client_crl"):
         path = getattr(settings.kms.server, key)
         if path:
             yield f"kms.server.{key}", path, True
+
+
+def _check_issuers(issuers: Mapping[str, IssuerSection], *, in_dev: bool) -> None:
+    for name, issuer in issuers.items():
+        _check_issuer(f"kms.auth.issuers.{name}", issuer, in_dev=in_dev)
+    if len({issuer.issuer for issuer in issuers.values()}) != len(issuers):
+        raise ConfigurationError("kms.auth.issuers: two sections have the same issuer; name each once")
 
 
 def _check_issuer(where: str, issuer: IssuerSection, *, in_dev: bool) -> None:
@@ -60,7 +106,14 @@ def _check_issuer(where: str, issuer: IssuerSection, *, in_dev: bool) -> None:
 
 
 def _check_keys(where: str, issuer: IssuerSection, *, in_dev: bool) -> None:
-    """A key set has one source: a file, a URL, or what the issuer says of itself."""
+    """Require one source of a key set (a file, a URL, or discovery), or a server that reviews tokens."""
+    check_pair(where, issuer, "review_url", "review_token_file")
+    if issuer.review_url is not None:
+        if issuer.jwks_url is not None or issuer.jwks_file is not None:
+            raise ConfigurationError(f"{where}.review_url: it replaces jwks_url and jwks_file")
+        if not may_fetch(issuer.review_url, in_dev=in_dev) or "?" in issuer.review_url:
+            raise ConfigurationError(f"{where}.review_url: expected {_EXPECTED}")
+        return
     if issuer.jwks_url is not None and issuer.jwks_file is not None:
         raise ConfigurationError(f"{where}: name its keys by jwks_url, or by jwks_file, and not by both")
     if issuer.jwks_url is not None:
@@ -74,7 +127,7 @@ def _check_keys(where: str, issuer: IssuerSection, *, in_dev: bool) -> None:
 
 
 def may_fetch(text: str, *, in_dev: bool) -> bool:
-    """Whether keys may come from a URL: by TLS, or in dev from this machine; without a password in it."""
+    """True if keys may come from a URL: over TLS, or in dev from loopback; without a password in it."""
     try:
         url = urlsplit(text)
         host = url.hostname
@@ -95,9 +148,19 @@ def _check_certificate(where: str, certificate: CertificateSection, server: Serv
     _check_scopes(f"{where}.scopes", certificate.scopes)
 
 
+def _check_login(where: str, mount: str, login: LoginSection, settings: Settings) -> None:
+    if mount in _NO_MOUNTS:
+        raise ConfigurationError(f"{where}: no login can have this name, choose another")
+    if not settings.kms.facade.enabled:
+        raise ConfigurationError(f"{where}: it is a part of the Vault API: set enabled under [kms.facade]")
+    if login.method == "jwt" and login.issuer not in settings.kms.auth.issuers:
+        raise ConfigurationError(f"{where}.issuer: expected the name of a section of [kms.auth.issuers]")
+    if login.method != "jwt" and login.issuer is not None:
+        raise ConfigurationError(f'{where}.issuer: it is for method = "jwt"')
+
+
 def _check_server(server: ServerSection) -> None:
-    if (server.tls_cert is None) != (server.tls_key is None):
-        raise ConfigurationError("kms.server.tls_cert and kms.server.tls_key belong together: set both")
+    check_pair("kms.server", server, "tls_cert", "tls_key")
     if server.client_ca is not None and server.tls_cert is None:
         raise ConfigurationError(
             "kms.server.client_ca: client certificates need TLS; set tls_cert and tls_key"
@@ -110,7 +173,7 @@ def _check_server(server: ServerSection) -> None:
 
 
 def _check_proxies(lines: Sequence[str]) -> None:
-    """Refuse what is no network, and networks that together hold every address."""
+    """Refuse invalid networks, and networks that together contain every address."""
     where = "kms.server.trusted_proxies"
     for index, line in enumerate(lines):
         try:

@@ -1,24 +1,38 @@
-"""What settings may not say together, and where the service may not listen. Reads no file but symlinks."""
+"""Checks of settings that need several keys, and of the address to listen on.
 
+Reads no files except symlinks.
+"""
+
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
-from kms_core.settings.buckets import bucket_files
+from kms_core.backends import SCHEMES, table_of
+from kms_core.backends.age_settings import AgeSection, document_of
+from kms_core.sections import check_address, is_loopback
+from kms_core.settings.lint import check_accepted
 from kms_core.settings.model import Settings
+from kms_core.settings.redis_urls import check_redis
+from kms_core.settings.stores import StoreSection
 from kms_core.settings.toml_reader import Unset, nearest, unset_error
-from kms_core.settings.validate_auth import auth_files
-from kms_core.settings.validate_backends import check_aws_endpoint, is_loopback, secret_files
+from kms_core.settings.validate_auth import auth_files, check_auth, check_document
 from kms_protocol.errors import ConfigurationError
 
 BUILT_IN_ENVIRONMENTS: Final = ("dev", "prod")
 JOB_BODY_FACTOR: Final = 2
-"""Bytes of a JSON job's body for each of ``json_job_bytes``: items are base64, with names around them."""
+"""Bytes of a JSON job's body for each byte of ``json_job_bytes``: items are base64, with names."""
+_ORIGIN: Final = re.compile(
+    r"(?:https://(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:]+\])(?!:443$)"
+    r"|http://(?:localhost|127\.0\.0\.1|\[::1\])(?!:80$))"
+    r"(?::(?:[1-5][0-9]{0,4}|[6-9][0-9]{0,3}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
+)
+"""Origins as browsers send them (RFC 6454 §6.2): in lower case, without the default port."""
 
 
 def check_exposure(settings: Settings) -> None:
-    """Refuse to serve prod, or any address off loopback, while nobody has decided about authentication.
+    """Refuse to serve prod, or an address off loopback, while authentication is undecided.
 
     Raises ConfigurationError. ``localhost`` and loopback addresses count as loopback, other names do not.
     """
@@ -37,8 +51,30 @@ def check_exposure(settings: Settings) -> None:
     )
 
 
+def check(settings: Settings, unset: Mapping[str, Mapping[str, Unset]], literals: Collection[str]) -> None:
+    """Refuse settings that are incomplete, contradictory or unsafe. Raises ConfigurationError.
+
+    ``unset`` are values of backends that lack a variable, by scheme and key; ``literals`` the schemes whose
+    credential is written in the file itself.
+    """
+    check_environment(settings)
+    check_variables(settings, unset)
+    check_keys(settings)
+    check_backends(settings, literals)
+    check_redis(settings)
+    check_endpoints(settings)
+    check_facade(settings)
+    check_server(settings)
+    check_audit(settings)
+    check_auth(settings)
+    check_buckets(settings)
+    check_roots(settings)
+    check_jobs(settings)
+    check_accepted(settings)
+
+
 def check_environment(settings: Settings) -> None:
-    """A misspelt environment must not run with the guards of dev: other names need a section."""
+    """Require a section for other environments: a misspelt prod must not run with the checks of dev."""
     known = (*BUILT_IN_ENVIRONMENTS, *settings.kms.environments)
     for name in BUILT_IN_ENVIRONMENTS:
         if name in settings.kms.environments:
@@ -51,62 +87,32 @@ def check_environment(settings: Settings) -> None:
 
 
 def check_variables(settings: Settings, unset: Mapping[str, Mapping[str, Unset]]) -> None:
-    """``unset``: backend to key to the value that is missing. Only backends in use matter."""
-    for backend in unset.keys() & settings.used_backends:
-        for key, value in unset[backend].items():
-            section = backend.replace("-", "_")
-            raise unset_error(f"kms.{section}.{key}", value)
+    """Refuse ``unset`` values (by scheme and key) of backends in use."""
+    for scheme in unset.keys() & settings.used_backends:
+        for key, value in unset[scheme].items():
+            raise unset_error(f"kms.{table_of(scheme)}.{key}", value)
 
 
 def check_backends(settings: Settings, literals: Collection[str]) -> None:
-    """Age in prod and a Cosmian server without TLS are refused; so is Cosmian without an address.
+    """Refuse age in prod unless it is allowed, and the tables of used backends that their own checks refuse.
 
-    ``literals`` are the sections whose credential stands in the file itself, which prod refuses.
+    ``literals`` are the schemes whose credential is written in the file itself.
     """
-    if settings.is_prod and "age" in settings.used_backends and not settings.kms.allow_age_in_prod:
+    allows_age = settings.kms.allow_age_in_prod or settings.backend(AgeSection).sealed_only
+    if settings.is_prod and "age" in settings.used_backends and not allows_age:
         raise ConfigurationError(
-            "The age backend is in use and the environment is prod: set kms.prod_backend to another one, "
-            "or allow_age_in_prod = true under [kms] if key files on this host are what you want"
+            "The age backend is in use and the environment is prod: seal its keys and write "
+            "sealed_only = true under [kms.age], set kms.prod_backend to another one, or write "
+            "allow_age_in_prod = true under [kms] if plain key files on this host are what you want"
         )
-    if "cosmian" in settings.used_backends:
-        _check_cosmian(settings)
-        if settings.is_prod and "cosmian" in literals:
-            raise ConfigurationError(
-                "kms.cosmian.api_key: a key in the settings themselves is refused in prod; use api_key_file, "
-                'or api_key = "${COSMIAN_API_KEY}"'
-            )
-
-
-def _check_cosmian(settings: Settings) -> None:
-    cosmian = settings.kms.cosmian
-    if not cosmian.server_url:
-        raise ConfigurationError("kms.cosmian.server_url is missing: set it, or export COSMIAN_KMS_URL")
-    url = urlsplit(cosmian.server_url)
-    if url.scheme not in {"http", "https"} or not url.hostname:
-        raise ConfigurationError("kms.cosmian.server_url: expected https://host[:port][/prefix]")
-    if url.username or url.password or url.query or url.fragment:
-        raise ConfigurationError("kms.cosmian.server_url: no user, password, query or fragment belongs there")
-    if settings.is_prod and url.scheme != "https":
-        raise ConfigurationError("kms.cosmian.server_url: http:// is refused in prod; use https://")
-    if settings.is_prod and not cosmian.tls_verify:
-        raise ConfigurationError("kms.cosmian.tls_verify = false is refused in prod; name a CA in ca_file")
-    if cosmian.api_key and cosmian.api_key_file:
-        raise ConfigurationError("kms.cosmian.api_key_file: set it, or api_key, and not both")
-    if (cosmian.client_cert_file is None) != (cosmian.client_key_file is None):
-        raise ConfigurationError(
-            "kms.cosmian.client_cert_file and kms.cosmian.client_key_file belong together: set both"
+    for scheme in SCHEMES.keys() & settings.used_backends:
+        settings.backends[scheme].check(
+            f"kms.{table_of(scheme)}", in_prod=settings.is_prod, has_literal=scheme in literals
         )
-
-
-def check_awskms(settings: Settings) -> None:
-    """Another endpoint than AWS's needs TLS, except on loopback outside prod."""
-    awskms = settings.kms.awskms
-    if "awskms" in settings.used_backends and awskms.endpoint_url is not None:
-        check_aws_endpoint("kms.awskms.endpoint_url", awskms.endpoint_url, in_prod=settings.is_prod)
 
 
 def check_keys(settings: Settings) -> None:
-    """Every key is a URI with a scheme; which schemes there are, the keyring knows."""
+    """Require a scheme in each key URI; the keyring refuses unknown ones."""
     for key_id, uri in settings.kms.key_uris:
         try:
             scheme = urlsplit(uri).scheme
@@ -116,10 +122,18 @@ def check_keys(settings: Settings) -> None:
             raise ConfigurationError(
                 f"kms.keys.{key_id}: expected a URI such as age:///path/to/private_key.txt"
             )
+        if document := document_of(urlsplit(uri)):
+            check_document(settings, f"kms.keys.{key_id}", document)
+    for key_id, key in settings.kms.all_keys.items():
+        if key.use == "seal" and key_id == settings.kms.default_key_id:
+            raise ConfigurationError(
+                f'kms.default_key_id: the key {key_id} seals key files (use = "seal") and takes no calls; '
+                "name another"
+            )
 
 
 def check_endpoints(settings: Settings) -> None:
-    """Webhooks go over TLS; http:// only to this machine, and only in dev."""
+    """Require TLS for webhooks; http:// is for loopback in dev."""
     for name, endpoint in settings.kms.jobs.endpoints.items():
         where = f"kms.jobs.endpoints.{name}.url"
         url = _http_url(endpoint.url)
@@ -128,11 +142,11 @@ def check_endpoints(settings: Settings) -> None:
         if url.username is not None or url.password is not None or url.fragment:
             raise ConfigurationError(f"{where}: no user, password or fragment belongs there")
         if url.scheme == "http" and not (settings.environment == "dev" and is_loopback(url.hostname or "")):
-            raise ConfigurationError(f"{where}: expected https://; http:// is for loopback in dev alone")
+            raise ConfigurationError(f"{where}: expected https://; http:// is for loopback in dev only")
 
 
 def _http_url(text: str) -> SplitResult | None:
-    """The parts of an absolute URL whose name and port can be looked up and called."""
+    """The parts of an absolute URL with a usable host and port, or None."""
     try:
         url = urlsplit(text)
         names_host = bool(url.hostname and url.hostname.encode("idna")) and url.port != 0
@@ -142,11 +156,69 @@ def _http_url(text: str) -> SplitResult | None:
     return url if names_host and visible and url.scheme in {"http", "https"} else None
 
 
+def check_buckets(settings: Settings) -> None:
+    """Refuse incomplete and unsafe sections of buckets. Raises ConfigurationError, which names the key."""
+    for name, section in settings.kms.jobs.buckets.items():
+        where = f"kms.jobs.buckets.{name}"
+        for setting, prefixes in (("read", section.read), ("write", section.write)):
+            _check_prefixes(f"{where}.{setting}", prefixes)
+        _check_store(settings, where, section)
+    _check_spool(settings)
+
+
+def _check_store(settings: Settings, where: str, section: StoreSection) -> None:
+    """Refuse half of the credentials, and an unsafe address."""
+    if (section.access_key_id is None) != (section.secret_key_file is None):
+        raise ConfigurationError(
+            f"{where}.access_key_id and {where}.secret_key_file belong together: set both, or neither "
+            "for the credentials that AWS tools would find"
+        )
+    if section.endpoint is not None:
+        check_address(f"{where}.endpoint", section.endpoint, in_prod=settings.is_prod)
+        _check_http(f"{where}.allow_http", section, in_dev=settings.environment == "dev")
+
+
+def _check_spool(settings: Settings) -> None:
+    """Refuse a bucket of the spool in which jobs could read or write."""
+    spool = settings.kms.jobs.spool_bucket
+    if spool is None:
+        return
+    where = "kms.jobs.spool_bucket"
+    _check_prefixes(f"{where}.url", (spool.prefix,))
+    _check_store(settings, where, spool)
+    bucket = settings.kms.jobs.buckets.get(spool.bucket)
+    for prefix in (*bucket.read, *bucket.write) if bucket else ():
+        if prefix.startswith(spool.prefix) or spool.prefix.startswith(prefix):
+            raise ConfigurationError(
+                f'{where}.url overlaps "{prefix}" of kms.jobs.buckets.{spool.bucket}: jobs could reach the '
+                "uploads and results of others; name another prefix or bucket"
+            )
+
+
+def _check_prefixes(where: str, prefixes: tuple[str, ...]) -> None:
+    for prefix in prefixes:
+        if prefix and (not prefix.endswith("/") or {"", ".", ".."} & set(prefix[:-1].split("/"))):
+            raise ConfigurationError(
+                f'{where}: a prefix ends in a slash and begins with none, as "incoming/"; "" is all of it'
+            )
+
+
+def _check_http(where: str, section: StoreSection, *, in_dev: bool) -> None:
+    """Refuse ``http://``, which discloses plaintext, unless it is allowed and on loopback or in dev."""
+    url = urlsplit(section.endpoint or "")
+    if url.scheme != "http":
+        return
+    if not section.allow_http:
+        raise ConfigurationError(f"{where}: the endpoint is http://; use https://, or set this to true")
+    if not in_dev and not is_loopback(url.hostname or ""):
+        raise ConfigurationError(f"{where}: http:// is for loopback, and for dev; use https://")
+
+
 def check_facade(settings: Settings) -> None:
-    """A port of its own must be one that nobody else of ours takes."""
+    """Refuse a port that the service itself uses already."""
     facade, port = settings.kms.facade, settings.kms.port
     if facade.port is not None and not facade.enabled:
-        raise ConfigurationError("kms.facade.port: nobody would answer there; write enabled = true")
+        raise ConfigurationError("kms.facade.port: nothing would answer there; write enabled = true")
     if facade.port in {port, port + 1}:
         raise ConfigurationError(
             "kms.facade.port: kms.port and the next one, where the worker's metrics are, are taken; "
@@ -155,8 +227,15 @@ def check_facade(settings: Settings) -> None:
 
 
 def check_server(settings: Settings) -> None:
-    """The largest JSON body must fit into each bound on such bodies: it could never be accepted else."""
+    """Require bounds on JSON bodies that hold the largest one, and origins as browsers send them."""
     server, limits = settings.kms.server, settings.kms.limits
+    for index, origin in enumerate(server.codec_origins):
+        if not _ORIGIN.fullmatch(origin):
+            raise ConfigurationError(
+                f"kms.server.codec_origins[{index}]: expected one origin as browsers send it, such as "
+                "https://temporal.example.com or http://localhost:8233: in lower case, without path, final "
+                'slash or default port; http:// is for this machine only, and "*" and "null" are refused'
+            )
     largest = max(limits.json_body_bytes, limits.json_job_bytes * JOB_BODY_FACTOR)
     for name in ("json_bytes", "json_bytes_per_tenant", "json_bytes_per_credential"):
         if getattr(server, name) < largest:
@@ -167,13 +246,13 @@ def check_server(settings: Settings) -> None:
 
 
 def check_audit(settings: Settings) -> None:
-    """The file is the trail; everything else is a copy of it."""
+    """Require the file among the sinks: the others are copies of it."""
     if "file" not in settings.kms.audit.sinks:
-        raise ConfigurationError('kms.audit.sinks: "file" must be among them: the trail itself is there')
+        raise ConfigurationError('kms.audit.sinks: "file" must be among them: the audit log itself is there')
 
 
 def check_roots(settings: Settings) -> None:
-    """No root of file jobs may hold, or lie in, what the service keeps to itself (symlinks followed)."""
+    """Refuse roots of file jobs that overlap private files of the service, with symlinks followed."""
     for index, root in enumerate(settings.kms.jobs.roots):
         where = f"kms.jobs.roots[{index}]"
         if not root.is_absolute():
@@ -187,8 +266,28 @@ def check_roots(settings: Settings) -> None:
                 )
 
 
+def check_jobs(settings: Settings) -> None:
+    """Refuse deadlines above their maximum, and bounds of resources that there are not."""
+    jobs = settings.kms.jobs
+    for name, value, most in (
+        ("start_within_s", jobs.start_within_s, "deadline_max_s"),
+        ("run_within_s", jobs.run_within_s, "deadline_max_s"),
+        ("result_ttl_s", jobs.result_ttl_s, "keep_max_s"),
+    ):
+        if value > getattr(jobs, most):
+            raise ConfigurationError(f"kms.jobs.{name} is above kms.jobs.{most}: raise that, or lower this")
+    known = {f"root:{root}" for root in jobs.roots}
+    known |= {f"bucket:{name}" for name in jobs.buckets}
+    known |= {f"backend:{scheme}" for scheme in settings.used_backends}
+    if unknown := sorted(jobs.resource_leases.keys() - known):
+        raise ConfigurationError(
+            f'kms.jobs.resource_leases has "{unknown[0]}", which is no resource of these settings: '
+            f"there are {', '.join(sorted(known))}"
+        )
+
+
 def _private(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
-    """Name, path, and whether everything below the path is private too."""
+    """Name and path of each private file or directory, and whether all below it is private."""
     kms = settings.kms
     yield "kms.state_dir", kms.state_dir, False  # a root of its own within is what `kms up` makes
     yield "kms.state_dir's run/", kms.state_dir / "run", True
@@ -199,21 +298,27 @@ def _private(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
     yield "kms.audit.key_path", kms.audit.key_path, True
     yield "kms.audit.signing_key_path", kms.audit.signing_key_path, True
     yield from auth_files(settings)
-    yield "kms.age.private_key_path", kms.age.private_key_path, True
-    yield "kms.age.public_key_path", kms.age.public_key_path, True
     for name, endpoint in kms.jobs.endpoints.items():
         yield f"kms.jobs.endpoints.{name}.secret_file", endpoint.secret_file, True
     optional = {
         "kms.audit.anchor_dir": kms.audit.anchor_dir,
-        "kms.cosmian.api_key_file": kms.cosmian.api_key_file,
-        "kms.cosmian.client_key_file": kms.cosmian.client_key_file,
+        "kms.audit.copies": kms.audit.copies,
         "kms.redis.password_file": kms.redis.password_file,
     }
     yield from ((name, path, True) for name, path in optional.items() if path)
-    yield from bucket_files(settings)
-    yield from secret_files(settings)
+    stores: dict[str, StoreSection] = {f"buckets.{name}": each for name, each in kms.jobs.buckets.items()}
+    if kms.jobs.spool_bucket:
+        stores["spool_bucket"] = kms.jobs.spool_bucket
+    files = ((f"kms.jobs.{name}.secret_key_file", store.secret_key_file) for name, store in stores.items())
+    yield from ((name, path, True) for name, path in files if path)
+    for scheme, section in settings.backends.items():
+        yield from ((f"kms.{table_of(scheme)}.{key}", path, True) for key, path in section.private_files())
     for key_id, uri in kms.key_uris:
         parts = urlsplit(uri)
         if parts.scheme == "age":
-            for path in (unquote(parts.path), *parse_qs(parts.query).get("public", ())):
-                yield f"the files of kms.keys.{key_id}", Path(path), True
+            private = unquote(
+                parts.path.removeprefix("file://")
+            )  # a key file, a document, or not of this disk
+            for path in (private, *parse_qs(parts.query).get("public", ())):
+                if path.startswith("/"):
+                    yield f"the files of kms.keys.{key_id}", Path(path), True

@@ -1,7 +1,7 @@
-// Live progress of jobs, over server-sent events. Without this script the pages say the same when loaded.
+// Live progress of jobs by server-sent events. Without this script, pages show the same when reloaded.
 "use strict";
 
-const MOST = 4; // a browser opens six connections to a host over HTTP/1.1, and the reader wants one, too
+const MAX_STREAMS = 4; // browsers open six HTTP/1.1 connections to a host, and page loads need some
 const ENDED = new Set(["succeeded", "failed", "cancelled"]);
 const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
 const news = document.getElementById("news");
@@ -15,39 +15,40 @@ function size(bytes) {
   return unit ? `${bytes.toFixed(1)} ${UNITS[unit]}` : `${bytes} B`;
 }
 
-function amount(progress) { // as ui/filters.py
+function amount(progress) { // as ui/render.py
   if (!progress.items) return `${size(progress.bytes_done)} of ${size(progress.bytes)}`;
   const number = (count) => count.toLocaleString("en");
   const refused = progress.items_failed ? `, ${number(progress.items_failed)} refused` : "";
   return `${number(progress.items_done)} of ${number(progress.items)} items${refused}`;
 }
 
-function follow(place) {
-  const source = new EventSource(place.dataset.events);
-  const state = place.querySelector(".state");
-  const bar = place.querySelector("progress");
-  let told = `${state.textContent} 0`;
+function follow(element) {
+  const source = new EventSource(element.dataset.events);
+  const state = element.querySelector(".state");
+  const bar = element.querySelector("progress");
+  let announced = `${state.textContent} 0`;
 
   source.addEventListener("progress", (event) => {
     const job = JSON.parse(event.data);
-    const done = job.progress.items ? job.progress.items_done : job.progress.bytes_done;
-    const whole = job.progress.items || job.progress.bytes;
+    const done = job.progress.items ? job.progress.items_done - job.progress.items_failed : job.progress.bytes_done;
+    const total = job.progress.items || job.progress.bytes;
     state.textContent = job.state;
     state.dataset.state = job.state;
-    place.querySelector(".amount").textContent = amount(job.progress);
-    if (bar && whole) {
-      bar.max = whole;
+    element.dataset.state = job.state;
+    element.querySelector(".amount").textContent = amount(job.progress);
+    if (bar && total) {
+      bar.max = total;
       bar.value = done;
     }
-    const quarter = whole ? Math.floor((4 * done) / whole) : 0;
-    const tell = `${job.state} ${quarter}`;
-    if (tell !== told) { // a screen reader hears of states and quarters, not of every item
-      told = tell;
-      news.textContent = `Job ${place.dataset.job}: ${job.state}, ${amount(job.progress)}`;
+    const quarter = total ? Math.floor((4 * done) / total) : 0;
+    const announcement = `${job.state} ${quarter}`;
+    if (announcement !== announced) { // screen readers read states and quarters, not each item
+      announced = announcement;
+      news.textContent = `Job ${element.dataset.job}: ${job.state}, ${amount(job.progress)}`;
     }
     if (ENDED.has(job.state)) {
       source.close();
-      if ("reload" in place.dataset) location.replace(location.pathname);
+      if ("reload" in element.dataset) location.replace(location.pathname);
       else next();
     }
   });
@@ -60,8 +61,8 @@ function follow(place) {
 const waiting = Array.from(document.querySelectorAll("[data-events]"));
 
 function next() {
-  const place = waiting.shift();
-  if (place) follow(place);
+  const element = waiting.shift();
+  if (element) follow(element);
 }
 
-for (let count = 0; count < MOST; count += 1) next();
+for (let count = 0; count < MAX_STREAMS; count += 1) next();

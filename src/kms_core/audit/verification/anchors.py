@@ -1,12 +1,13 @@
-"""Compares the log with its anchors: the signed lines that second places keep of it.
+"""Comparison of the log with its anchors, the signed lines in sinks.
 
-An anchor proves that its chain once had a line of this number and head. A log without that line is older
-than the anchor, was cut, or was written anew. An operator who restored a backup acknowledges the loss on
-record (``acknowledged``): anchors of the lost lines are then notes.
+An anchor proves that its chain once had a line with this number and head. A log without that line is older
+than the anchor, was cut, or was rewritten. After restoring a backup, an operator acknowledges the loss in the
+log (``acknowledged``): anchors of the lost lines then are notes.
 """
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +19,7 @@ from kms_core.audit import chain, segments
 from kms_core.audit.chain import ChainLine
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.sinks import ANCHORS_SUFFIX, PAGE, Entry, FolderSink, RedisSink, files_in, line_of
-from kms_core.audit.verification.report import ChainProblem
+from kms_core.audit.verification.scan import ChainProblem
 from kms_core.observability import metrics
 from kms_protocol.errors import AuditUnavailable
 
@@ -28,97 +29,99 @@ MISSING_CHAIN: Final = "missing_chain"
 REWRITTEN: Final = "rewritten"
 LOST: Final = "anchors_lost"
 ACKNOWLEDGED: Final = "audit.acknowledge_loss"
-"""The operation of the record; its effect names the anchor, see ``effect_of``."""
-NONE_OF_THIS_LOG: Final = "it holds no anchor of this log: they were removed, or none was taken yet"
-_FIRST_READ: Final = 10_000  # of a stream, when a process starts: ``kms audit verify`` reads all
+"""The operation of the record; its effect names the lost lines, see ``effect_of``."""
+NONE_OF_THIS_LOG: Final = "it has no anchor of this log: they were removed, or none was written yet"
+_MOST_DIGITS: Final = 19  # of a line number, at most 2^63 - 1
+_FIRST_READ: Final = 10_000  # entries of a stream, when a process starts; ``kms audit verify`` reads all
 _MOST_PROBLEMS: Final = 20
 _NAN: Final = float("nan")
 Losses = Mapping[str, tuple[int, int]]
-"""Lines whose loss is on record: of each chain, the first and the last."""
+"""Lines whose loss was acknowledged: of each chain, the first and the last."""
 _log = structlog.get_logger(__name__)
 
 
 def effect_of(name: str, first: int, last: int) -> str:
-    """What a record of an acknowledged loss names: a chain, and the last and the first line that it lost."""
+    """The effect in the record of an acknowledged loss: the chain, and its last and first lost line."""
     return f"{name}:{last}-{first}"
 
 
 def acknowledged(
     lines: Iterable[ChainLine], known: Losses = MappingProxyType({})
 ) -> dict[str, tuple[int, int]]:
-    """The losses on record, with those ``known`` before. ``lines`` are covered by a signature.
+    """The losses in the given records, added to those ``known``. A signature must cover ``lines``.
 
-    A record of an earlier version names only the last line, and stands for all lines before it.
+    A record of an earlier version names only the last line, and covers all lines before it.
     """
     found = dict(known)
     for line in lines:
+        if line.operation != ACKNOWLEDGED or line.stage != "outcome":
+            continue
         name, _, rest = line.effect.partition(":")
         last, *more = rest.split("-")
         first = more[0] if len(more) > 1 else "0"
-        if line.operation != ACKNOWLEDGED or line.stage != "outcome":
-            continue
-        if last.isdecimal() and first.isdecimal():
+        if last.isdecimal() and first.isdecimal() and max(len(last), len(first)) <= _MOST_DIGITS:
             before = found.get(name, (int(first), int(last)))
             found[name] = min(before[0], int(first)), max(before[1], int(last))
     return found
 
 
 def is_lost(lost: Losses, anchor: ChainLine, last_seq: int) -> bool:
-    """Whether the loss on record covers all lines from the end of a chain (``last_seq``) to the anchor's."""
+    """True if the loss of all lines from a chain's end (``last_seq``) to the anchor's is acknowledged."""
     first, last = lost.get(anchor.chain, (0, -1))
     return first <= last_seq + 1 and anchor.seq <= last
 
 
-def contradiction(code: str, anchor: ChainLine, place: str, last_seq: int) -> ChainProblem:
-    """The problem of a log that lacks what an anchor names; its chain there ends with ``last_seq``."""
-    seen = f"the anchor in {place} names line {anchor.seq}, signed at {anchor.time}"
+def contradiction(code: str, anchor: ChainLine, sink: str, last_seq: int) -> ChainProblem:
+    """The problem of a log without the line of an anchor; its chain in the log ends with ``last_seq``."""
+    seen = f"the anchor in {sink} names line {anchor.seq}, signed at {anchor.time}"
     texts = {
         CUT: f"lines {last_seq + 1} to {anchor.seq} are missing: {seen}, and the log ends at line {last_seq}",
         MISSING_CHAIN: f"a chain of at least {anchor.seq + 1} lines is missing: {seen}",
-        REWRITTEN: f"{seen}, and the log has another there: the chain was written anew",
+        REWRITTEN: f"{seen}, and the log has another line there: the chain was rewritten",
     }
     seq = last_seq + 1 if code == CUT else anchor.seq
-    return ChainProblem(code, texts[code], anchor.chain, seq=seq, anchor=place, anchor_seq=anchor.seq)
+    return ChainProblem(code, texts[code], anchor.chain, seq=seq, anchor=sink, anchor_seq=anchor.seq)
 
 
 # -- while the log is written ------------------------------------------------------------------------
 
 
 class LogState(Protocol):
-    """What the monitor knows of the log: of each chain, number and last line of each segment (``ends``)."""
+    """The log as the monitor has read it."""
 
     folder: Path
 
-    def ends(self) -> Mapping[str, Sequence[tuple[int, int]]]: ...
+    def ends(self) -> Mapping[str, Sequence[tuple[int, int]]]:
+        """Number and last line of each segment, by chain."""
 
     def is_retired(self, opened: str) -> bool:
-        """Whether the segment that was opened then may be gone by a removal on record."""
+        """Return whether a segment that was opened then may be gone by a recorded removal."""
 
     def is_signed(self) -> bool:
-        """Whether the log holds signed lines for which an anchor is due since some time."""
+        """Return whether the log has had signed lines for so long that an anchor is due."""
 
     def lost(self) -> Losses:
-        """What was acknowledged."""
+        """The acknowledged losses."""
 
 
 class _AnchorSource(Protocol):
-    """A place whose anchors are read as they come."""
+    """A sink from which new anchors are read."""
 
     name: str
     text: str
 
     @property
     def damaged(self) -> str:
-        """Why newer anchors may be there that cannot be read; empty for none."""
+        """The reason why newer anchors may exist that cannot be read; empty without one."""
 
     def news(self, keys: PublicKeys) -> tuple[list[bytes], bool]:
-        """Lines since the last call, oldest first; whether older ones have gone. Raises AuditUnavailable."""
+        """New lines, oldest first, and whether older ones are missing. Raises AuditUnavailable."""
 
 
 class _Stream:
-    """Anchors in Redis. An entry that was there two reads ago must still be there.
+    """Anchors in Redis. An entry that existed two reads ago must still exist.
 
-    Those of the last seconds may be lost when a replica takes over from its master.
+    Entries of the last seconds may be lost when a replica takes over.
     """
 
     name, text, damaged = "redis", "Redis", ""
@@ -140,7 +143,7 @@ class _Stream:
         return list(map(line_of, found)), lost
 
     def _from(self, cursor: str) -> list[Entry]:
-        """All entries from this one on."""
+        """All entries from a cursor on."""
         found: list[Entry] = []
         while page := self._stream.after(cursor):
             found += page
@@ -151,7 +154,7 @@ class _Stream:
 
 
 class _Files:
-    """Anchors in a directory: of each file that has changed, the newest that a known key signed."""
+    """Anchors in a directory: the newest one signed by a known key, of each file that has changed."""
 
     name = "directory"
 
@@ -167,13 +170,7 @@ class _Files:
         return next(iter(self._damaged.values()), "")
 
     def news(self, keys: PublicKeys) -> tuple[list[bytes], bool]:
-        try:
-            files = files_in(self._path, f"*{ANCHORS_SUFFIX}")
-            sizes = {path.name: path.stat().st_size for path in files}
-            if not sizes and not self._path.is_dir():
-                raise AuditUnavailable(f"{self._path} is not there: mount or make it")
-        except OSError as exc:
-            raise AuditUnavailable(f"{self._path} cannot be read ({exc.strerror})") from exc
+        sizes = {path.name: self._size(path) for path in files_in(self._path, ANCHORS_SUFFIX)}
         changed = [name for name, size in sizes.items() if size != self._sizes.get(name)]
         wanted = {*changed, *self._unread & sizes.keys()}
         self._unread = set()
@@ -183,27 +180,34 @@ class _Files:
         self._sizes = sizes
         return lines, lost
 
+    def _size(self, path: Path) -> int:
+        """The size of a file; that of one out of reach is as before, and it is read to say why."""
+        with suppress(OSError):
+            return path.stat().st_size
+        self._unread.add(path.name)
+        return self._sizes.get(path.name, 1)
+
     def _newest(self, name: str, keys: PublicKeys) -> bytes:
-        """The newest anchor in a file, or the first if none is near its end; empty if it has none of ours."""
+        """The newest anchor in a file, or the first if none is near its end; empty if it has none."""
         path = self._path / name
         try:
-            line, behind = segments.newest_signed(path, keys)
+            line, after = segments.newest_signed(path, keys)
             first = b"" if line else segments.first_line(path)
-        except OSError as exc:  # the others are compared all the same
+        except OSError as exc:  # other files are compared all the same
             self._unread.add(name)
             self._damaged[name] = f"{path} cannot be read ({exc.strerror})"
             return b""
         begin = chain.read(first)
         is_foreign = begin is not None and begin.kind in chain.SIGNED and begin.key not in keys.keys
         self._damaged.pop(name, None)
-        if (behind or not line) and not is_foreign:
-            self._damaged[name] = f"{path} is damaged: behind its newest anchor stands what is none"
+        if (after or not line) and not is_foreign:
+            self._damaged[name] = f"{path} is damaged: lines after its newest anchor are not anchors"
         return line or first
 
 
 @dataclass(slots=True)
 class _Reader:
-    """One place: the newest anchor of each chain there, and which of them were not yet compared by head."""
+    """One sink: the newest anchor of each chain, and those not yet compared by head (``fresh``)."""
 
     source: _AnchorSource
     newest: dict[str, ChainLine] = field(default_factory=dict)
@@ -215,21 +219,21 @@ class _Reader:
     read_at: float = -EVERY_S
 
     def read(self, keys: PublicKeys) -> None:
-        """What is new, if it is time; each time while the place is away."""
+        """Read new anchors every 30 seconds, and at each call while the sink fails."""
         if not self.away and time.monotonic() - self.read_at < EVERY_S:
             return
         try:
             lines, lost = self.source.news(keys)
         except AuditUnavailable as exc:
-            self._tell_away(exc.detail)
+            self._set_away(exc.detail)
             return
         self.read_at = time.monotonic()
-        self._tell_away("")
+        self._set_away("")
         self.lost = self.lost or lost
         self._note(lines, keys)
 
     def _note(self, lines: Iterable[bytes], keys: PublicKeys) -> None:
-        """Keep the newest anchor of each chain that a known key signed; checks few signatures."""
+        """Keep the newest anchor of each chain with a signature by a known key; checks few signatures."""
         done: set[str] = set()
         for raw in reversed(list(lines)):
             found = chain.read(raw)
@@ -241,8 +245,8 @@ class _Reader:
                 self.fresh.add(found.chain)
                 done.add(found.chain)
 
-    def _tell_away(self, why: str) -> None:
-        """Say once that a place went away or came back."""
+    def _set_away(self, why: str) -> None:
+        """Note why the sink fails; logs when it begins or ceases to fail."""
         if bool(why) != bool(self.away):
             log, event = (_log.warning, "audit.anchors_away") if why else (_log.info, "audit.anchors_back")
             log(event, place=self.source.name, reason=why)
@@ -250,14 +254,14 @@ class _Reader:
 
 
 class AnchorMonitor:
-    """Compares the log with all anchors, at a bounded pace and at a constant cost for each chain.
+    """Compares the log with all anchors, at a bounded rate and at a constant cost for each chain.
 
-    ``read`` comes before the log is read, ``compare`` after it: what an anchor names was in the log before.
+    Call ``read`` before the log is read, and ``compare`` after it: the lines of anchors then are in the log.
     """
 
-    def __init__(self, places: Iterable[RedisSink | FolderSink]) -> None:
+    def __init__(self, sinks: Iterable[RedisSink | FolderSink]) -> None:
         self._readers = [
-            _Reader(_Stream(place) if isinstance(place, RedisSink) else _Files(place)) for place in places
+            _Reader(_Stream(sink) if isinstance(sink, RedisSink) else _Files(sink)) for sink in sinks
         ]
         self.problems: tuple[ChainProblem, ...] = ()
         self.away: dict[str, str] = {}
@@ -265,8 +269,8 @@ class AnchorMonitor:
             metrics.AUDIT_ANCHORS_OK.labels(each.source.name).set(_NAN)
 
     @property
-    def places(self) -> Sequence[str]:
-        """For people."""
+    def sinks(self) -> Sequence[str]:
+        """The sinks of anchors, in words for people."""
         return [each.source.text for each in self._readers]
 
     def read(self, keys: PublicKeys) -> None:
@@ -274,7 +278,7 @@ class AnchorMonitor:
             each.read(keys)
 
     def compare(self, log: LogState, unread: str = "") -> None:
-        """Hold all that was read against the log as it is now; ``unread`` is why some of it is not known."""
+        """Compare the anchors with the log; ``unread`` is the reason why a part of the log is not known."""
         before, ends, lost = self.problems, log.ends(), log.lost()
         found: list[ChainProblem] = []
         self.away = {}
@@ -290,37 +294,34 @@ class AnchorMonitor:
         self.problems = tuple(found)
         for problem in found:
             if problem not in before:
-                _log.error("audit.anchor_ahead", **_told(problem))
+                _log.error(
+                    "audit.anchor_ahead",
+                    code=problem.code,
+                    place=problem.anchor,
+                    chain=problem.chain,
+                    seq=problem.seq,
+                    detail=problem.text,
+                )
 
     def not_compared(self, why: str) -> None:
-        """The log could not be read: what was found before stands, and nothing else is known."""
+        """Note that the log could not be read: earlier problems stay, and nothing else is known."""
         self.away = {each.source.name: each.away or why for each in self._readers}
         for each in self._readers:
             if not any(problem.anchor == each.source.text for problem in self.problems):
                 metrics.AUDIT_ANCHORS_OK.labels(each.source.name).set(_NAN)
 
 
-def _told(problem: ChainProblem) -> dict[str, object]:
-    return {
-        "code": problem.code,
-        "place": problem.anchor,
-        "chain": problem.chain,
-        "seq": problem.seq,
-        "detail": problem.text,
-    }
-
-
 def _gone(reader: _Reader) -> list[ChainProblem]:
     if not reader.lost:
         return []
-    text = f"anchors that were in {reader.source.text} are gone, or older: they were removed or put back"
+    text = f"anchors in {reader.source.text} are gone or older than before: they were removed or restored"
     return [ChainProblem(LOST, text, anchor=reader.source.text)]
 
 
 def _compared(
     reader: _Reader, log: LogState, ends: Mapping[str, Sequence[tuple[int, int]]], lost: Losses
 ) -> Iterable[ChainProblem]:
-    place, reader.unread = reader.source.text, ""
+    sink, reader.unread = reader.source.text, ""
     for name, anchor in list(reader.newest.items()):
         last_seq = ends[name][-1][1] if name in ends else -1
         if last_seq < anchor.seq:
@@ -329,7 +330,7 @@ def _compared(
             if name not in ends and log.is_retired(anchor.opened):
                 del reader.newest[name]
                 continue
-            yield contradiction(CUT if name in ends else MISSING_CHAIN, anchor, place, last_seq)
+            yield contradiction(CUT if name in ends else MISSING_CHAIN, anchor, sink, last_seq)
         elif name in reader.fresh:
             try:
                 has = _has(log, ends[name], anchor)
@@ -338,12 +339,12 @@ def _compared(
                 continue
             reader.fresh.discard(name)
             if not has:
-                reader.rewritten[name] = contradiction(REWRITTEN, anchor, place, last_seq)
+                reader.rewritten[name] = contradiction(REWRITTEN, anchor, sink, last_seq)
     yield from reader.rewritten.values()
 
 
 def _has(log: LogState, ends: Sequence[tuple[int, int]], anchor: ChainLine) -> bool:
-    """Whether the log has the very line of an anchor; also where its segment was retired meanwhile."""
+    """True if the log has the line of an anchor; True for a line in a segment that was just removed."""
     number = next(number for number, seq in ends if seq >= anchor.seq)
     path = segments.path_of(log.folder, anchor.chain, number)
     try:

@@ -1,11 +1,11 @@
-"""Holds the files of a trail against each other, and against what other chains and anchors say of them."""
+"""Compares the segments of a log with each other, with the heads in other chains, and with anchors."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from kms_core.audit import chain, segments
+from kms_core.audit import chain, copies, segments
 from kms_core.audit.chain import ChainHead, ChainLine
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.segments import Segment
@@ -18,28 +18,45 @@ from kms_core.audit.verification.anchors import (
     contradiction,
     is_lost,
 )
-from kms_core.audit.verification.report import ChainProblem, ChainReport, Note, State, VerificationReport
-from kms_core.audit.verification.scan import ScannedSpan
+from kms_core.audit.verification.notes import Lateness, noted, open_ends, unresolved
+from kms_core.audit.verification.scan import (
+    ChainProblem,
+    ChainReport,
+    Note,
+    ScannedSpan,
+    State,
+    VerificationReport,
+)
 
 _INTERVAL_LINES: Final = 1_100
-"""Lines between two signed ones of a chain with the usual settings: 1,000, and those that one batch adds."""
+"""Lines between two signed ones with the default settings: 1,000, and those that one batch adds."""
 Anchors = Mapping[str, Sequence[bytes]]
-"""Signed lines that second places keep, by the name of the place."""
+"""Signed lines by the name of their sink."""
+Files = Sequence[tuple[Segment, ScannedSpan]]
+"""The segments of one chain, in order, each with its scan."""
 
 
 @dataclass(frozen=True, slots=True)
 class _WitnessedHead:
-    """The end of a chain as somebody else saw it: who, and when."""
+    """The head of a chain in a line of another one, ``by``, at a time."""
 
-    tip: ChainHead
+    head: ChainHead
     by: str
     time: str
 
 
-def judge(
-    report: VerificationReport, found: Mapping[Segment, ScannedSpan], anchors: Anchors, keys: PublicKeys
+def crosscheck(
+    report: VerificationReport,
+    found: Mapping[Segment, ScannedSpan],
+    anchors: Anchors,
+    keys: PublicKeys,
+    *,
+    is_copy: bool = False,
 ) -> None:
-    """Fill in the report. Of anchors, only those count that one of ``keys`` has signed."""
+    """Fill in the report. Only anchors with a signature by one of ``keys`` count.
+
+    ``is_copy``: lines that may not have been copied yet are late, not missing.
+    """
     chains: dict[str, list[tuple[Segment, ScannedSpan]]] = {}
     for segment, each in sorted(found.items()):
         chains.setdefault(segment.chain, []).append((segment, each))
@@ -49,51 +66,75 @@ def judge(
         (line.before for each in found.values() for line in each.special if _retires(line, each)), default=""
     )
     seen = _seen(lines)
-    signed_to: dict[str, int] = {}
-    for segment, each in found.items():
-        signed_to[segment.chain] = max(each.signed_seq, signed_to.get(segment.chain, -1))
+    signed_to = {name: max(each.signed_seq for _, each in files) for name, files in chains.items()}
     witnesses = _seen(line for line in lines if line.seq <= signed_to.get(line.chain, -1))
-    log = _log_of(chains, horizon)
+    times = (*(each.last_time for each in found.values()), *(line.time for line in lines))
+    log = _log_of(chains, horizon, copies.complete_to(times) if is_copy else None)
+    heads = {
+        name: [each[name] for each in (witnesses, seen) if name in each and not _waits(log, name, each[name])]
+        for name in seen
+    }
     for name, files in chains.items():
         report.problems += _joints(files, horizon)
         made = _chain_report(name, files)
         report.chains.append(made)
         report.problems += _torn(files, made)
-        report.problems += _behind_ends(files)
+        report.problems += [
+            found.problem_after_end(found.ended_at)
+            for _, found in files
+            if -1 < found.ended_at < found.last_seq
+        ]
         report.notes += _misplaced(files)
         _witness(files, made, witnesses.get(name))
-        if name in seen:
-            report.problems += _held_against(files, made, seen[name], horizon)
-    report.problems += _absent(seen, chains.keys(), horizon)
-    for place, kept in anchors.items():
-        newest = _against_anchors(report, log, place, kept, keys)
-        _bear_witness(report, place, newest)
-        _tell_coverage(report, place, newest, witnesses)
+        report.problems += _first_found(
+            _compared_with_head(files, made, head, horizon) for head in heads.pop(name, ())
+        )
+    for name, missing in heads.items():
+        report.problems += _first_found(_absent(name, head, horizon) for head in missing)
+    for sink, kept in anchors.items():
+        newest = _compared_with_anchors(report, log, sink, kept, keys)
+        for made in report.chains:
+            if made.state == "cut or crashed" and newest.get(made.chain, -1) in _ends(chains, made, is_copy):
+                made.witness = made.witness or f"the anchor in {sink}"
+        _note_coverage(report, sink, newest, witnesses)
+    report.late_since = log.late.since
     report.notes += [
-        *_noted(lines),
-        *_unresolved(each.stages for each in found.values()),
-        *_open_ends(report),
+        *log.late.notes(),
+        *noted(lines),
+        *unresolved(each.stages for each in found.values()),
+        *open_ends(report),
     ]
 
 
 def _retires(line: ChainLine, found: ScannedSpan) -> bool:
-    """Whether a line puts a removal on record; without a signature over it anybody may have written it."""
+    """True if a line records a removal; without a signature over it, any program may have written it."""
     return line.kind == chain.RETIRED and line.seq < found.signed_seq
 
 
 def _is_retired(opened: str, horizon: str) -> bool:
-    """Whether the file that was opened then may be gone by a removal on record."""
+    """Return whether a segment that was opened then may be gone by a recorded removal."""
     return "" < opened <= horizon
 
 
 def _seen(lines: Iterable[ChainLine]) -> dict[str, _WitnessedHead]:
-    """Of each chain, the latest end that another chain names."""
+    """The latest head of each chain in lines of other chains."""
     seen: dict[str, _WitnessedHead] = {}
     for line in lines:
-        for name, tip in line.heads.items():
-            if name not in seen or seen[name].tip.seq < tip.seq:
-                seen[name] = _WitnessedHead(tip, line.chain, line.time)
+        for name, head in line.heads.items():
+            if name not in seen or seen[name].head.seq < head.seq:
+                seen[name] = _WitnessedHead(head, line.chain, line.time)
     return seen
+
+
+def _ends(chains: Mapping[str, Files], made: ChainReport, is_copy: bool) -> set[int]:
+    """The lines whose anchor confirms the end of a chain; in a copy also the last signed one."""
+    goes_on = is_copy and made.last_seq <= _credible(chains[made.chain], made.signed_seq)
+    return {made.last_seq, made.signed_seq} if goes_on else {made.last_seq}
+
+
+def _first_found(checks: Iterable[Iterable[ChainProblem]]) -> list[ChainProblem]:
+    """The problems that the first check with any finds: unsigned heads never replace signed ones."""
+    return next(filter(None, map(list, checks)), [])
 
 
 # -- anchors -----------------------------------------------------------------------------------------
@@ -101,9 +142,10 @@ def _seen(lines: Iterable[ChainLine]) -> dict[str, _WitnessedHead]:
 
 @dataclass(frozen=True, slots=True)
 class _Log:
-    """What anchors are compared with: first and last line of each chain, and the heads of signed lines.
+    """The log as anchors are compared with it: first and last line of each chain, heads of signed lines.
 
-    ``lost`` holds the lines whose loss is on record: of each chain, the first and the last number.
+    ``lost`` has the lines whose loss was acknowledged: of each chain, the first and the last number. ``late``
+    tells which may not have been copied yet.
     """
 
     first: Mapping[str, int]
@@ -111,9 +153,10 @@ class _Log:
     heads: Mapping[tuple[str, int], str]
     lost: Mapping[str, tuple[int, int]]
     horizon: str
+    late: Lateness
 
     def contradicts(self, anchor: ChainLine) -> str:
-        """The code of the problem that the anchor is proof of, if it is genuine; empty for none."""
+        """The code of the problem that the anchor proves, if it is genuine; empty for none."""
         name, seq = anchor.chain, anchor.seq
         if name not in self.last:
             return "" if _is_retired(anchor.opened, self.horizon) else MISSING_CHAIN
@@ -121,15 +164,16 @@ class _Log:
             return CUT
         if seq >= self.first[name]:
             return REWRITTEN
-        # what stands there now names no line before it
+        # the first line of the log now names no line before it
         return "" if _is_retired(anchor.opened, self.horizon) else MISSING_CHAIN
 
 
-def _log_of(chains: Mapping[str, Sequence[tuple[Segment, ScannedSpan]]], horizon: str) -> _Log:
+def _log_of(chains: Mapping[str, Files], horizon: str, complete_to: str | None) -> _Log:
     parts = [found for files in chains.values() for _, found in files]
+    last = {name: max(found.last_seq for _, found in files) for name, files in chains.items()}
     return _Log(
         {name: files[0][1].first_seq for name, files in chains.items()},
-        {name: max(found.last_seq for _, found in files) for name, files in chains.items()},
+        last,
         {
             (line.chain, line.seq): line.head
             for found in parts
@@ -138,21 +182,28 @@ def _log_of(chains: Mapping[str, Sequence[tuple[Segment, ScannedSpan]]], horizon
         },
         acknowledged(line for found in parts for line in found.stages if line.seq < found.signed_seq),
         horizon,
+        Lateness(last, complete_to),
     )
 
 
-def _against_anchors(
-    report: VerificationReport, log: _Log, place: str, kept: Sequence[bytes], keys: PublicKeys
+def _waits(log: _Log, name: str, seen: _WitnessedHead) -> bool:
+    """Return whether the line that another chain names may not have been copied yet."""
+    is_retired = _is_retired(seen.head.opened, log.horizon)
+    return not is_retired and log.late.covers(name, seen.head.seq, seen.time, seen.by)
+
+
+def _compared_with_anchors(
+    report: VerificationReport, log: _Log, sink: str, kept: Sequence[bytes], keys: PublicKeys
 ) -> Mapping[str, int]:
-    """Hold the log against every anchor of one place; the newest of each chain that the log has.
+    """Compare the log with every anchor of a sink; the newest anchor of each chain that the log has.
 
     A signature is checked only where an anchor and the log differ: an equal line was checked in the log.
     """
     newest: dict[str, int] = {}
-    told: set[tuple[str, str]] = set()
+    reported: set[tuple[str, str]] = set()
     parsed = _parsed(kept)
     if len(parsed) < len(kept):
-        text = f"{len(kept) - len(parsed)} lines in {place} are no anchors: they may have been some"
+        text = f"{len(kept) - len(parsed)} lines in {sink} are not anchors: anchors may have been damaged"
         report.notes.append(Note("anchors_damaged", text))
     for raw, anchor in parsed:
         name = anchor.chain
@@ -160,61 +211,57 @@ def _against_anchors(
             newest.setdefault(name, anchor.seq)
             continue
         code = log.contradicts(anchor)
-        if not code or (name, code) in told or keys.signed(raw) is None:
+        if not code or (name, code) in reported or anchor.key not in keys.keys or keys.signed(raw) is None:
             continue
-        told.add((name, code))
-        problem = contradiction(code, anchor, place, log.last.get(name, -1))
+        if log.late.covers(name, anchor.seq, anchor.time, f"the anchor in {sink}"):
+            continue
+        reported.add((name, code))
+        problem = contradiction(code, anchor, sink, log.last.get(name, -1))
         if code != REWRITTEN and is_lost(log.lost, anchor, log.last.get(name, -1)):
-            report.notes.append(Note("acknowledged", f"{problem.text}; the loss is on record", name))
+            report.notes.append(Note("acknowledged", f"{problem.text}; the loss was acknowledged", name))
         else:
             report.problems.append(problem)
     return newest
 
 
 def _parsed(kept: Iterable[bytes]) -> list[tuple[bytes, ChainLine]]:
-    """The anchors of the latest lines first."""
+    """The anchors, those of the latest lines first."""
     read = ((raw, chain.read(raw)) for raw in kept)
     return sorted(((raw, line) for raw, line in read if line), key=lambda each: -each[1].seq)
 
 
-def _bear_witness(report: VerificationReport, place: str, newest: Mapping[str, int]) -> None:
-    for made in report.chains:
-        if made.state == "cut or crashed" and newest.get(made.chain) == made.last_seq:
-            made.witness = made.witness or f"the anchor in {place}"
-
-
-def _tell_coverage(
-    report: VerificationReport, place: str, newest: Mapping[str, int], seen: Mapping[str, _WitnessedHead]
+def _note_coverage(
+    report: VerificationReport, sink: str, newest: Mapping[str, int], seen: Mapping[str, _WitnessedHead]
 ) -> None:
-    """Say what the anchors of a place cannot prove: they are written after the log, and may be removed."""
+    """Note what the anchors of a sink do not prove: they are written after the log, and may be removed."""
     signed = [made for made in report.chains if made.signed_seq >= 0]
-    if signed and not newest and not any(problem.anchor == place for problem in report.problems):
-        report.not_compared[place] = NONE_OF_THIS_LOG
+    if signed and not newest and not any(problem.anchor == sink for problem in report.problems):
+        report.not_compared[sink] = NONE_OF_THIS_LOG
         return
     bare = [made for made in signed if newest.get(made.chain, -1) < _due(made, seen)]
     if bare:
         others = f", and of {len(bare) - 1} other chains" if len(bare) > 1 else ""
         text = (
-            f"{place} has no anchor of its end{others}, and no other chain names it: it was not taken, or "
-            "was removed; whether lines were cut there is not known"
+            f"{sink} has no anchor of its end{others}, and no other chain names it: the anchor was not "
+            "written, or was removed; whether lines were cut there is not known"
         )
         report.notes.append(Note("not_anchored", text, bare[0].chain, bare[0].signed_seq))
 
 
 def _due(made: ChainReport, seen: Mapping[str, _WitnessedHead]) -> int:
-    """The line from which on an anchor should be there: the last signed one, unless another chain saw it.
+    """The line from which on an anchor is due: the last signed one, unless another chain names it.
 
-    Of a chain that is written to, any: the next checkpoint is on its way.
+    Of a chain that is being written, any line: the next checkpoint will be anchored soon.
     """
-    known = made.chain in seen and seen[made.chain].tip.seq >= made.signed_seq
+    known = made.chain in seen and seen[made.chain].head.seq >= made.signed_seq
     return -1 if known else 0 if made.state == "open" else made.signed_seq
 
 
 # -- one chain ---------------------------------------------------------------------------------------
 
 
-def _joints(files: Sequence[tuple[Segment, ScannedSpan]], horizon: str) -> Iterator[ChainProblem]:
-    """Whether the files of a chain are all there and continue each other."""
+def _joints(files: Files, horizon: str) -> Iterator[ChainProblem]:
+    """Problems of missing segments, and of segments that do not continue the one before."""
     first, found = files[0]
     opening = _opening(found)
     if first.number > 1 and not (opening is not None and _is_retired(opening.previous_opened, horizon)):
@@ -223,7 +270,7 @@ def _joints(files: Sequence[tuple[Segment, ScannedSpan]], horizon: str) -> Itera
     for (before, earlier), (segment, later) in pairwise(files):
         if segment.number == before.number:
             yield ChainProblem(
-                "duplicate_file", "two files say they are the same one", segment.chain, segment.path.name
+                "duplicate_file", "two files have the same number", segment.chain, segment.path.name
             )
         elif segment.number > before.number + 1:
             missing = f"files {before.number + 1} to {segment.number - 1} of the chain are missing"
@@ -239,7 +286,7 @@ def _opening(found: ScannedSpan) -> ChainLine | None:
     return next((line for line in found.special if line.kind == chain.OPEN), None)
 
 
-def _chain_report(name: str, files: Sequence[tuple[Segment, ScannedSpan]]) -> ChainReport:
+def _chain_report(name: str, files: Files) -> ChainReport:
     last, found = files[-1]
     return ChainReport(
         chain=name,
@@ -261,8 +308,8 @@ def _state(segment: Segment, found: ScannedSpan) -> State:
     return "open" if segments.is_live(segment.path) else "cut or crashed"
 
 
-def _torn(files: Sequence[tuple[Segment, ScannedSpan]], made: ChainReport) -> Iterator[ChainProblem]:
-    """Half a line at the end of a file is what a crash leaves, unless the chain says it went on or closed."""
+def _torn(files: Files, made: ChainReport) -> Iterator[ChainProblem]:
+    """Problems of torn last lines, but for those that a crash explains or the next segment records."""
     nexts = [_opening(found) for _, found in files[1:]]
     known = [after is not None and after.reason == "torn" for after in nexts]
     for (segment, found), is_known in zip(files, [*known, made.state != "closed"], strict=True):
@@ -276,33 +323,25 @@ def _torn(files: Sequence[tuple[Segment, ScannedSpan]], made: ChainReport) -> It
             )
 
 
-def _behind_ends(files: Sequence[tuple[Segment, ScannedSpan]]) -> Iterator[ChainProblem]:
-    for _, found in files:
-        if -1 < found.ended_at < found.last_seq:
-            yield found.problem_behind_end(found.ended_at)
-
-
-def _misplaced(files: Sequence[tuple[Segment, ScannedSpan]]) -> Iterator[Note]:
+def _misplaced(files: Files) -> Iterator[Note]:
     for segment, _ in files:
         if segment.path.name != segments.path_of(segment.path.parent, segment.chain, segment.number).name:
-            text = f"{segment.path.name} is its file {segment.number}; under this name only verify reads it"
+            text = f"{segment.path.name} is file {segment.number} of the chain; only verify reads this name"
             yield Note("misplaced", text, segment.chain)
 
 
-def _witness(
-    files: Sequence[tuple[Segment, ScannedSpan]], made: ChainReport, seen: _WitnessedHead | None
-) -> None:
-    """Another chain saw the signed end of one that has no closing record, and not much stands behind it."""
+def _witness(files: Files, made: ChainReport, seen: _WitnessedHead | None) -> None:
+    """Set the chain that names the end of one without a closing line as its witness, if that is credible."""
     if seen is None or made.state != "cut or crashed":
         return
-    if made.signed_seq <= seen.tip.seq <= made.last_seq <= _credible(files, made.signed_seq):
+    if made.signed_seq <= seen.head.seq <= made.last_seq <= _credible(files, made.signed_seq):
         made.witness = seen.by
 
 
-def _credible(files: Sequence[tuple[Segment, ScannedSpan]], signed_seq: int) -> int:
-    """The last line that the process of a chain can have written: a checkpoint interval behind a signed one.
+def _credible(files: Files, signed_seq: int) -> int:
+    """The last line that the process of a chain can have written: a checkpoint interval after a signed one.
 
-    Behind a closed end it is the closing line.
+    In a closed chain it is the closing line.
     """
     signed = [
         line
@@ -315,82 +354,31 @@ def _credible(files: Sequence[tuple[Segment, ScannedSpan]], signed_seq: int) -> 
     return signed_seq + max([_INTERVAL_LINES, *(after.seq - line.seq for line, after in pairwise(signed))])
 
 
-def _held_against(
-    files: Sequence[tuple[Segment, ScannedSpan]], made: ChainReport, seen: _WitnessedHead, horizon: str
+def _compared_with_head(
+    files: Files, made: ChainReport, seen: _WitnessedHead, horizon: str
 ) -> Iterator[ChainProblem]:
-    if seen.tip.seq < files[0][1].first_seq and not _is_retired(seen.tip.opened, horizon):
-        missing = f"line {seen.tip.seq} and all before it are missing: {seen.by} saw it at {seen.time}"
-        yield ChainProblem("cut", missing, made.chain, files[0][0].path.name, seen.tip.seq)
+    """The problem of a chain that lacks the line that another chain names."""
+    seq, witness = seen.head.seq, f"{seen.by} named it at {seen.time}"
+    if seq < files[0][1].first_seq and not _is_retired(seen.head.opened, horizon):
+        missing = f"line {seq} and all before it are missing: {witness}"
+        yield ChainProblem("cut", missing, made.chain, files[0][0].path.name, seq)
         return
-    if seen.tip.seq > made.last_seq:
-        missing = (
-            f"lines {made.last_seq + 1} to {seen.tip.seq} are missing: {seen.by} saw them at {seen.time}"
-        )
+    if seq > made.last_seq:
+        missing = f"lines {made.last_seq + 1} to {seq} are missing: {witness}"
         yield ChainProblem("cut", missing, made.chain, files[-1][0].path.name, made.last_seq + 1)
         return
     for segment, found in files:
-        if found.first_seq <= seen.tip.seq <= found.last_seq:
-            line = segments.line_of(segment.path, seen.tip.seq)
-            if line is None or chain.claimed_head(line) != chain.octets(seen.tip.head):
-                text = f"not the line that {seen.by} saw at {seen.time}: the chain was written anew"
-                yield ChainProblem("rewritten", text, made.chain, segment.path.name, seen.tip.seq)
+        if found.first_seq <= seq <= found.last_seq:
+            line = segments.line_of(segment.path, seq)
+            if line is None or chain.claimed_head(line) != chain.from_hex(seen.head.head):
+                text = f"not the line that {seen.by} named at {seen.time}: the chain was rewritten"
+                yield ChainProblem("rewritten", text, made.chain, segment.path.name, seq)
 
 
 # -- all of them -------------------------------------------------------------------------------------
 
 
-def _absent(seen: Mapping[str, _WitnessedHead], there: Iterable[str], horizon: str) -> Iterator[ChainProblem]:
-    for name in seen.keys() - set(there):
-        each = seen[name]
-        if not _is_retired(each.tip.opened, horizon):
-            text = f"a chain of at least {each.tip.seq + 1} lines is missing: {each.by} saw it at {each.time}"
-            yield ChainProblem("missing_chain", text, name)
-
-
-_REASONS: Final = {
-    "vanished": "its file was deleted or moved while it was written to",
-    "disturbed": "its file was cut or written to by another hand",
-    "torn": "the end of a line could not be taken back",
-    "unsynced": "the disk failed to keep its lines",
-}
-
-
-def _noted(lines: Iterable[ChainLine]) -> Iterator[Note]:
-    for line in lines:
-        if line.clock:
-            yield Note("clock_behind", f"the clock said {line.clock} at {line.time}", line.chain, line.seq)
-        if line.kind == chain.RESUMED:
-            text = f"{line.refused} records could not be written before; their operations were refused"
-            yield Note("resumed", text, line.chain, line.seq)
-        elif line.kind == chain.OPEN and line.reason in _REASONS:
-            yield Note(line.reason, _REASONS[line.reason], line.chain, line.seq)
-
-
-def _unresolved(stages: Iterable[Iterable[ChainLine]]) -> Iterator[Note]:
-    """Effects that somebody set out for, and of which nobody has said how they ended."""
-    open_: dict[str, ChainLine] = {}
-    ended: set[str] = set()
-    for line in (line for each in stages for line in each):
-        if line.stage == "outcome":
-            ended.add(line.effect)
-        else:
-            open_[line.effect] = line
-    for name in open_.keys() - ended:
-        line = open_[name]
-        yield Note("no_outcome", f"{line.operation} {name} has no outcome", line.chain, line.seq)
-
-
-def _open_ends(report: VerificationReport) -> Iterator[Note]:
-    for each in report.chains:
-        if each.state == "cut or crashed":
-            seen = f"; {each.witness} found it so" if each.witness else ", and nobody else has seen its end"
-            text = f"the chain has no closing record: cut or crashed{seen}{_unsigned(each)}"
-            yield Note("cut_or_crashed", text, each.chain, each.last_seq)
-
-
-def _unsigned(made: ChainReport) -> str:
-    count = made.last_seq - made.signed_seq
-    if not count:
-        return ""
-    doubt = "whoever can write to the folder may have changed, removed or added some"
-    return f"; its last {count} lines are not signed: {doubt}"
+def _absent(name: str, seen: _WitnessedHead, horizon: str) -> Iterator[ChainProblem]:
+    if not _is_retired(seen.head.opened, horizon):
+        text = f"a chain of at least {seen.head.seq + 1} lines is missing: {seen.by} named it at {seen.time}"
+        yield ChainProblem("missing_chain", text, name)

@@ -1,12 +1,13 @@
-"""A receipt: one line, and the proof that it stands before a signed checkpoint. Shows no other line.
+"""Receipts: one line of the log, with the proof that a signed checkpoint follows it. Shows no other line.
 
-The proof holds the head before the line and the digests of the lines up to the checkpoint. Whoever has the
-public key checks it without the trail and without the service.
+The proof has the head before the line and the digests of the lines up to the checkpoint. The public key is
+enough to check it; neither the log nor the service is needed.
 """
 
 import re
 from collections.abc import Iterator
-from itertools import islice
+from itertools import repeat, takewhile
+from operator import methodcaller
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +24,7 @@ _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``before`` and ``path`` are in hex; ``line`` and ``checkpoint`` as they stand in the file."""
+    """``before`` and ``path`` are in hex; ``line`` and ``checkpoint`` as in the segment."""
 
     version: int
     id: str
@@ -34,27 +35,26 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class UnknownRecord(BadInput):
-    """No record of this id here."""
+    """The folder has no record of this id."""
 
     code = "unknown_record"
     summary = "No record of this id is in this folder"
 
 
 class BadReceipt(BadInput):
-    """The receipt does not prove what it says."""
+    """The receipt does not prove its line."""
 
     code = "bad_receipt"
     summary = "The receipt does not hold"
 
 
 def make(folder: Path, audit_id: str) -> Receipt:
-    """The receipt of a record. Raises UnknownRecord, OSError, AuditUnavailable if no checkpoint follows."""
+    """Make the receipt of a record. Raises UnknownRecord, OSError; AuditUnavailable before a checkpoint."""
     name, _, number = audit_id.rpartition(":")
     if not (segments.CHAIN.fullmatch(name) and _NUMBER.fullmatch(number)):
-        raise UnknownRecord("An audit id is a chain, a colon and a number, as X-KMS-Audit-Id says it")
+        raise UnknownRecord("An audit id is a chain, a colon and a number, as in X-KMS-Audit-Id")
     lines = _lines_from(folder, name, int(number) - 1)
-    before = chain.claimed_head(next(lines, b""))
-    line = next(lines, b"")
+    before, line = chain.claimed_head(next(lines, b"")), next(lines, b"")
     found = chain.read(line)
     if found is None or before is None or found.seq != int(number):
         raise UnknownRecord
@@ -72,15 +72,15 @@ def make(folder: Path, audit_id: str) -> Receipt:
 def _text(line: bytes) -> str:
     try:
         return line.decode()
-    except UnicodeDecodeError:  # no line of ours; its fields that nobody reads were not looked at
+    except UnicodeDecodeError:  # not written by the service
         raise UnknownRecord from None
 
 
 def _to_checkpoint(lines: Iterator[bytes]) -> tuple[list[str], bytes]:
-    """The digests of the lines up to the next signed one, and that one."""
+    """The digests of the lines up to the next signed line, and that line."""
     path: list[str] = []
     for line in lines:
-        found = chain.read(line)
+        found = chain.read(line) if chain.SIGNATURE in line else None
         if found is not None and found.kind in chain.SIGNED:
             return path, line
         path.append(chain.digest(chain.body_of(line)).hex())
@@ -88,29 +88,29 @@ def _to_checkpoint(lines: Iterator[bytes]) -> tuple[list[str], bytes]:
 
 
 def check(receipt: Receipt, keys: PublicKeys) -> ChainLine:
-    """The record, if the receipt proves that a key of ``keys`` has vouched for it. Raises BadReceipt."""
+    """The record, if the receipt proves it by a checkpoint that one of ``keys`` signed. Raises BadReceipt."""
     line, checkpoint = receipt.line.encode(), receipt.checkpoint.encode()
     found, signed = chain.read(line), keys.signed(checkpoint)
     if receipt.version != VERSION or found is None:
-        raise BadReceipt("This is no receipt of version 1")
+        raise BadReceipt("This is not a receipt of version 1")
     if signed is None:
         raise BadReceipt("The checkpoint is not signed by a key that is trusted here")
     try:
         before, path = bytes.fromhex(receipt.before), [bytes.fromhex(each) for each in receipt.path]
     except ValueError:
-        raise BadReceipt("The path is not made of digests") from None
+        raise BadReceipt("The path does not consist of digests") from None
     if receipt.id != f"{found.chain}:{found.seq}" or not chain.is_sound(before, line):
-        raise BadReceipt("The line is not the one that the receipt is for, or was changed")
+        raise BadReceipt("The line is not that of the receipt's id, or was changed")
     reached = chain.follow(bytes.fromhex(found.head), path)
-    place = found.chain, found.seq + len(path) + 1, reached.hex()
-    if place != (signed.chain, signed.seq, signed.previous):
+    if (found.chain, found.seq + len(path) + 1, reached.hex()) != (signed.chain, signed.seq, signed.previous):
         raise BadReceipt("The path does not lead from the line to the checkpoint")
     return found
 
 
 def _lines_from(folder: Path, name: str, seq: int) -> Iterator[bytes]:
-    """The whole lines of a chain from a number on, through its files."""
+    """The whole lines of a chain from a number on."""
     for segment in segments.by_chain(folder).get(name, ()):
-        with segment.path.open("rb") as file:
+        with segments.opened(segment.path) as file:
             file.seek(segments.offset_of(file, lambda line: line.seq >= seq))
-            yield from (line[:-1] for line in islice(file, _MOST_LINES) if line.endswith(b"\n"))
+            lines = map(file.readline, repeat(segments.LONGEST_LINE_BYTES, _MOST_LINES))
+            yield from (line[:-1] for line in takewhile(methodcaller("endswith", b"\n"), lines))

@@ -1,30 +1,121 @@
-"""One pass over a stretch of a file: whether each line is what its head says, and follows the one before.
+"""Scan of one part of a segment (a span): checks head, number and signature of each line.
 
-The heart of ``verify``; runs in several processes, so it takes and gives plain values.
+``verify`` runs it in several processes, so arguments and results are plain values. Also the classes of a
+verification report.
 """
 
 import os
+from binascii import b2a_hex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Literal
 
 from kms_core.audit import chain
 from kms_core.audit.chain import END, HEAD, TAIL_BYTES, ChainLine
 from kms_core.audit.keys import PublicKeys
-from kms_core.audit.verification.report import ChainProblem
+from kms_core.audit.segments import LONGEST_LINE_BYTES, opened
+
+State = Literal["closed", "open", "cut or crashed"]
+Verdict = Literal["intact", "open end", "late", "not compared", "damaged"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChainProblem:
+    """A violation of the chain. ``code`` is stable, ``text`` is for people; ``seq`` -1 means no line.
+
+    ``anchor`` is the sink whose anchor the log contradicts, ``anchor_seq`` the line that the anchor names.
+    """
+
+    code: str
+    text: str
+    chain: str = ""
+    file: str = ""
+    seq: int = -1
+    anchor: str = ""
+    anchor_seq: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """An observation that violates nothing."""
+
+    code: str
+    text: str
+    chain: str = ""
+    seq: int = -1
+
+
+@dataclass(slots=True)
+class ChainReport:
+    """The state of one chain. ``signed_seq`` is its last line with a good signature, -1 if it has none."""
+
+    chain: str
+    files: int
+    lines: int
+    first_seq: int
+    last_seq: int
+    first_time: str
+    last_time: str
+    state: State
+    signed_seq: int
+    witness: str = ""
+
+
+@dataclass(slots=True)
+class VerificationReport:
+    """The result of a verification. ``trusted``: the keys came from elsewhere than the log itself.
+
+    ``not_compared`` has the sinks whose anchors could not be read, each with the reason. ``late_since``: when
+    the first line was named that a copy lacks at its end; empty if it lacks none. ``is_late``: too long ago.
+    """
+
+    trusted: bool
+    lines: int = 0
+    size_bytes: int = 0
+    seconds: float = 0.0
+    chains: list[ChainReport] = field(default_factory=list)
+    problems: list[ChainProblem] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    not_compared: dict[str, str] = field(default_factory=dict)
+    late_since: str = ""
+    is_late: bool = False
+
+    @property
+    def verdict(self) -> Verdict:
+        """``open end``: no violation, but a chain has neither a closing line nor a witness of its end.
+
+        ``not compared``: the log may be older than anchors that could not be read. ``late``: a copy is too
+        old, or was cut.
+        """
+        if self.problems:
+            return "damaged"
+        if self.not_compared:
+            return "not compared"
+        if self.is_late:
+            return "late"
+        return "open end" if self.has_open_end else "intact"
+
+    @property
+    def has_open_end(self) -> bool:
+        """Return whether a chain has neither a closing line nor a witness of its end."""
+        return any(each.state == "cut or crashed" and not each.witness for each in self.chains)
+
 
 _BLOCK_BYTES: Final = 4 * 1024 * 1024
 _TIME_CHARS: Final = len("2026-01-01T00:00:00.000000Z")
-_USUAL: Final = b'","operation":"'  # what follows the time of an operation while the clock runs forward
+_USUAL: Final = b'","operation":"'  # follows the time of an operation while the clock runs forward
 _STAGE: Final = b'"stage":"'
 _MOST_PROBLEMS: Final = 100
+_KEPT_BYTES: Final = LONGEST_LINE_BYTES + 1  # of a longer line
+_TOO_LONG: Final = b"\0"
+"""Replaces a line of more than 1 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Whole lines of one file: bytes ``begin`` to ``end``. ``chain`` is the one that its first line names."""
+    """Whole lines of one segment: bytes ``begin`` to ``end``. ``chain`` is the chain in its first line."""
 
     path: str
     begin: int
@@ -35,7 +126,7 @@ class Span:
 
 @dataclass(slots=True)
 class ScannedSpan:
-    """What a stretch holds. ``before`` and ``head`` are what it continues and how it ends, in hex."""
+    """The result of a scan. ``before`` is the head before the first line, ``head`` the last one (in hex)."""
 
     path: str
     chain: str
@@ -54,29 +145,29 @@ class ScannedSpan:
 
     @property
     def ended_at(self) -> int:
-        """The line that says it is the last one of its file; -1 if none does."""
+        """The number of the line that ends the segment; -1 if there is none."""
         return next(
             (each.seq for each in self.special if each.kind in chain.ENDS and each.chain == self.chain), -1
         )
 
-    def problem_behind_end(self, ended_at: int) -> ChainProblem:
-        """The problem of lines behind the one that ended the file."""
+    def problem_after_end(self, ended_at: int) -> ChainProblem:
+        """The problem of lines after the one that ends the segment."""
         first = max(self.first_seq, ended_at + 1)
         text = (
-            f"{self.last_seq - first + 1} lines behind line {ended_at}, which ends the file: its process "
+            f"{self.last_seq - first + 1} lines after line {ended_at}, which ends the file: its process "
             "wrote none there"
         )
         return ChainProblem("after_closed", text, self.chain, Path(self.path).name, first)
 
 
 def scan(span: Span) -> ScannedSpan:
-    """Read a stretch. Raises OSError."""
-    with Path(span.path).open("rb") as file:
+    """Scan a span. Raises OSError."""
+    with opened(Path(span.path)) as file:
         return _Scan(span, file).run()
 
 
 class _Scan:
-    """``_before`` is the head that the next line continues, ``_expected`` its number; None if not known."""
+    """``_before`` is the head before the next line, ``_expected`` its number; None if it is not known."""
 
     def __init__(self, span: Span, file: BinaryIO) -> None:
         self._span = span
@@ -96,77 +187,93 @@ class _Scan:
         ending = next(filter(None, map(chain.read, reversed(lines))), None)
         if ending is not None:
             found.last_time, found.last_seq, found.head = ending.time, ending.seq, ending.head
+        if self._expected is not None:  # by position: a line may have a second number, or be no JSON
+            found.last_seq, found.head = self._expected - 1, self._before.hex()
         return found
 
     def _blocks(self) -> Iterator[list[bytes]]:
-        """Lines without their newline, many at a time; what follows the last newline is noted as torn."""
+        """Lines without their newline, many at a time; bytes after the last newline count as torn."""
         self._source.seek(self._span.begin)
-        left, rest = self._span.end - self._span.begin, b""
+        left, rest, dropped = self._span.end - self._span.begin, b"", 0
         while left > 0 and (block := self._source.read(min(left, _BLOCK_BYTES))):
             left -= len(block)
             *lines, rest = (rest + block).split(b"\n")
             if lines:
-                yield lines
-        self._found.torn_bytes = len(rest)
+                dropped = 0
+                yield [line if len(line) <= LONGEST_LINE_BYTES else _TOO_LONG for line in lines]
+            dropped += len(rest[_KEPT_BYTES:])
+            rest = rest[:_KEPT_BYTES]
+        if len(rest) == _KEPT_BYTES:
+            self._diagnose(_TOO_LONG, self._before, self._expected)
+        self._found.torn_bytes = len(rest) + dropped
 
     def _begin(self, line: bytes) -> None:
-        """Where the stretch takes up the chain: behind the line before it, or as its opening line says."""
+        """Set number and head before the first line: from the line before the span, or the opening line."""
         found = chain.read(line)
         if found is None:
             return
         self._expected = self._found.first_seq = found.seq
         self._found.first_time = found.time
         if self._span.begin:
-            self._before = _head_before(self._source, self._span.begin)
+            self._before = head_before(Path(self._span.path), self._span.begin)
         elif found.kind != chain.OPEN:
             self._problem(
                 "gap", "the file does not begin with an opening record: its first lines are missing"
             )
             self._expected = None
         elif found.previous:
-            self._before = chain.octets(found.previous) or chain.ZERO
+            self._before = chain.from_hex(found.previous) or chain.ZERO
         self._found.before = self._before.hex()
 
     def _check(self, lines: list[bytes]) -> None:
-        """The hot loop: two hashes and two comparisons a line, and no JSON."""
+        """Check lines by two hashes and two comparisons each, without parsing them: this is the hot loop."""
         before, expected = self._before, self._expected
         middle = b',"chain":"%b","time":"' % self._span.chain.encode()
         for line in lines:
-            head = sha256(before + sha256(line[:-TAIL_BYTES]).digest()).digest()
-            start = b'{"seq":%d%b' % (expected or 0, middle)
-            if not (line.startswith(start) and line.endswith(b"%b%b%b" % (HEAD, head.hex().encode(), END))):
+            if expected is None:
                 before, expected = self._diagnose(line, before, expected)
                 continue
-            at = len(start) + _TIME_CHARS
-            if line[at : at + len(_USUAL)] != _USUAL or _STAGE in line:
-                self._special(line, before)
+            head = sha256(before + sha256(line[:-TAIL_BYTES]).digest()).digest()
+            start = b'{"seq":%d%b' % (expected, middle)
+            if not (line.startswith(start) and line.endswith(b"%b%b%b" % (HEAD, b2a_hex(head), END))):
+                before, expected = self._diagnose(line, before, expected)
+                continue
+            if not line.startswith(_USUAL, len(start) + _TIME_CHARS) or _STAGE in line:
+                self._special(line, before, expected)
             before = head
-            expected = (expected or 0) + 1
+            expected += 1
         self._before, self._expected = before, expected
 
     def _diagnose(self, line: bytes, before: bytes, expected: int | None) -> tuple[bytes, int | None]:
-        """Say what is wrong with a line, and go on from what it claims."""
+        """Report the problem of a line, and go on from the number and head that it has."""
+        if line is _TOO_LONG:
+            self._problem("unreadable", "a line has more than 1 MiB, and is not a record", expected)
+            return before, None
         found, claimed = chain.read(line), chain.claimed_head(line)
         if found is None or claimed is None:
-            self._problem("unreadable", "a line is no record: torn, fused or overwritten", expected)
+            self._problem("unreadable", "a line is not a record: torn, joined or overwritten", expected)
             return before, None
         if found.chain != self._span.chain:
             self._problem("misplaced", f"a line of chain {found.chain}", found.seq)
         elif expected is None or found.seq == expected:
-            if expected is not None and not chain.is_sound(before, line):
+            if expected is not None:  # another head, or another form of the line
                 self._problem("edited", "a line was changed after it was written", found.seq)
         elif found.seq > expected:
             self._problem("gap", f"lines {expected} to {found.seq - 1} are missing", expected)
         else:
-            self._problem("reordered", "a line stands again, or after a later one", found.seq)
+            self._problem("reordered", "a line is repeated, or follows a later one", found.seq)
         if found.kind:
             self._found.special.append(found)
         return claimed, found.seq + 1
 
-    def _special(self, line: bytes, before: bytes) -> None:
-        """A line that is more than an operation, or one half of an effect."""
+    def _special(self, line: bytes, before: bytes, expected: int) -> None:
+        """Keep a line that is not a plain operation: a line of the chain, or an intent or outcome.
+
+        JSON allows a second ``seq`` or ``chain``, by which a line could pass for one before a signature.
+        """
         found = chain.read(line)
-        if found is None:
+        if found is None or (found.seq, found.chain) != (expected, self._span.chain):
+            self._problem("unreadable", "a line is not a record, or has two numbers or chains", expected)
             return
         if found.stage:
             self._found.stages.append(found)
@@ -191,13 +298,8 @@ class _Scan:
             )
 
 
-def _head_before(file: BinaryIO, begin: int) -> bytes:
-    """What the line that ends at ``begin`` says its head is; the stretch before this one checks that."""
-    tail = os.pread(file.fileno(), TAIL_BYTES + 1, max(0, begin - TAIL_BYTES - 1))
-    return chain.claimed_head(tail[:-1]) or chain.ZERO
-
-
 def head_before(path: Path, begin: int) -> bytes:
-    """The same of a file by its name. Raises OSError."""
-    with path.open("rb") as file:
-        return _head_before(file, begin)
+    """The head in the line that ends at ``begin``, unchecked: the scan of the span before checks it."""
+    with opened(path) as file:
+        tail = os.pread(file.fileno(), TAIL_BYTES + 1, max(0, begin - TAIL_BYTES - 1))
+    return chain.claimed_head(tail[:-1]) or chain.ZERO

@@ -1,19 +1,22 @@
-"""The AWS KMS backend: symmetric keys that AWS alone holds, named by alias, key id or ARN.
+"""The AWS KMS backend: symmetric keys that only AWS holds, named by alias, key id or ARN.
 
-**Versions.** AWS can rotate the material inside a key, but no ciphertext tells under which material it was
-made, so nothing could say what still has to be rewrapped. A version here is therefore a KMS key, its
-string that key's id (the same in every region for a multi-Region key), and rotation is a new key under the
-alias. Rotation inside AWS stays possible beside it and is not seen here. What it costs: each version is a
-key that AWS bills and that nobody may delete while files need it. So no schedule makes one: versions have
-no age here, and a new one is made when somebody asks.
+**Versions.** AWS can rotate the material inside a key, but a ciphertext does not name its material, so the
+service could not tell which files still need a rewrap. A version is therefore a KMS key, named by its key id
+(the same in each region for a multi-Region key), and rotation makes a new key under the alias. Rotation
+inside AWS remains possible and is invisible here. AWS bills each version, and it must be kept while files
+need it. So the schedule makes none: versions have no age here.
 
-**History.** The alias ``alias/payroll`` points to the key that encrypts. Earlier ones are those that have an
-alias of the form ``alias/payroll/<their own key id>``: rotation makes it, an operator who moves the alias
-by other means makes it too, and removing it takes the key from the service. A file names its version, so
-this list decides what may open it: any other key that the credentials could use is refused.
+**History.** The alias ``alias/payroll`` points to the key that encrypts. Earlier keys are those with an alias
+of the form ``alias/payroll/<their own key id>``: rotation makes it, an operator who moves the alias by hand
+makes it too, and deleting it removes the key from the service. A file names its version, and this list
+decides which keys may decrypt it: any other key that the credentials could use is refused.
 
-**AAD.** AWS gets one pair of encryption context, whose value is the SHA-256 of the AAD: names and context
-values do not reach CloudTrail.
+**AAD.** AWS gets one pair of encryption context, whose value is the SHA-256 of the AAD, so that names and
+context values do not reach CloudTrail.
+
+**Rotation** needs ``kms:DescribeKey``, ``GetKeyPolicy``, ``ListResourceTags``, ``CreateKey``,
+``TagResource``, ``CreateAlias`` and ``UpdateAlias``. Without these rights an operator makes the key and moves
+the alias by hand; the service notices within half a minute.
 """
 
 import hashlib
@@ -23,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Final
 from urllib.parse import SplitResult, parse_qsl
 from weakref import WeakValueDictionary
@@ -31,11 +35,73 @@ import msgspec
 
 from kms_core.backends import Backend, KeyVersion
 from kms_core.backends.aws.client import AwsEndpoint, AwsKmsClient
-from kms_core.backends.aws.rotation import ALGORITHM, Described, describe, to_new_key
+from kms_core.backends.aws.settings import AwsKmsSection
 from kms_core.backends.remote import RemoteBackend
 from kms_core.http_client import Busy, Unreachable
-from kms_core.settings.model import Settings
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed, InvalidRequest
+
+ALGORITHM: Final = "SYMMETRIC_DEFAULT"  # others do not authenticate a context
+
+
+class Described(msgspec.Struct, rename="pascal"):
+    """``KeyMetadata`` of DescribeKey and CreateKey; ``creation_date`` in seconds since the epoch."""
+
+    arn: str
+    key_id: str
+    creation_date: float = 0.0
+    description: str = ""
+    key_spec: str = ALGORITHM
+    origin: str = "AWS_KMS"
+    multi_region: bool | None = None
+
+
+class _Answer(msgspec.Struct, rename="pascal"):
+    key_metadata: Described
+
+
+class _Policy(msgspec.Struct, rename="pascal"):
+    policy: str
+
+
+class _Tag(msgspec.Struct, rename="pascal"):
+    tag_key: str
+    tag_value: str
+
+
+class _Tags(msgspec.Struct, rename="pascal"):
+    tags: list[_Tag]
+
+
+def describe(calls: AwsKmsClient, key: str) -> Described:
+    """The key behind a key id, an alias or an ARN."""
+    return calls.ask("DescribeKey", {"KeyId": key}, _Answer).key_metadata
+
+
+def to_new_key(calls: AwsKmsClient, alias: str, old: Described) -> KeyVersion:
+    """Make a key with policy, description and tags of the old one, and move the alias to it.
+
+    Grants are not copied, since each was given to one key. Both keys enter the history before the new one
+    encrypts, so that two concurrent rotations lose no key. An error after the new key was made names it.
+    """
+    policy = calls.ask("GetKeyPolicy", {"KeyId": old.arn, "PolicyName": "default"}, _Policy).policy
+    tags = calls.ask("ListResourceTags", {"KeyId": old.arn}, _Tags).tags  # at most 50: one page
+    wanted = {
+        "Policy": policy,
+        "Description": old.description,
+        "Tags": [tag for tag in tags if not tag.tag_key.startswith("aws:")],  # AWS sets those itself
+    }
+    new = calls.ask("CreateKey", wanted, _Answer).key_metadata
+    try:
+        for key_id in (old.key_id, new.key_id):
+            named = {"AliasName": f"{alias}/{key_id}", "TargetKeyId": key_id}
+            calls.tell("CreateAlias", named, done="AlreadyExistsException")
+        calls.tell("UpdateAlias", {"AliasName": alias, "TargetKeyId": new.key_id})
+    except BackendUnavailable as exc:
+        raise BackendUnavailable(
+            f"{exc.detail}. The new key is {new.key_id}: move {alias} to it, or schedule its deletion"
+        ) from exc
+    return KeyVersion(new.key_id, datetime.fromtimestamp(new.creation_date, UTC))
+
 
 CONTEXT_KEY: Final = "kms-service"
 CIPHERTEXT_BYTES: Final = 6144  # what Decrypt takes
@@ -77,9 +143,9 @@ class _Decrypted(msgspec.Struct, rename="pascal"):
 
 @dataclass(frozen=True, slots=True)
 class _AliasKeys:
-    """The keys of a name, as AWS said at ``asked_at``; ``home`` is the ARN of each without its id.
+    """The keys of a name, as AWS answered at ``asked_at``; ``home`` is their common ARN without the key id.
 
-    ``tried_at`` is when AWS was last asked, with or without an answer.
+    ``tried_at`` is the time of the last call, with or without an answer.
     """
 
     home: str = ""
@@ -88,7 +154,10 @@ class _AliasKeys:
     tried_at: float = -math.inf
 
     def settle(self, version: str, now: float) -> bool:
-        """Whether this tells if a key is ours: that it was does for a minute, that it was not does not."""
+        """Return whether this answers if a key is ours.
+
+        A yes is valid for a minute, a no only if it was just asked.
+        """
         return self.tried_at >= now - KEYS_FRESH_S if version in self.ids else self.asked_at >= now
 
 
@@ -96,9 +165,11 @@ class AwsCipher:
     """One key of AWS KMS, or one alias and the keys that it has pointed to. See ``remote.Cipher``."""
 
     name = "awskms"
+    token_changes = 0
+    """Credentials of AWS change all the time, for the same role."""
 
     def __init__(self, calls: AwsKmsClient, key: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """``key`` is an alias (``alias/…``), a key id, or the ARN of either. Asks nobody."""
+        """``key`` is an alias (``alias/…``), a key id, or the ARN of either. Makes no call."""
         self._calls = calls
         self._key = key
         self._alias = parsed(key)["alias"]
@@ -129,7 +200,7 @@ class AwsCipher:
         return answer.plaintext
 
     def versions(self) -> Sequence[KeyVersion]:
-        """One call for the current key, and for an alias one for every hundred aliases of the account."""
+        """The keys of the alias: a call for the current one, and one for each 100 aliases of the account."""
         now = self._clock()
         with self._calls.one_timeout():
             current = self._current()
@@ -142,7 +213,7 @@ class AwsCipher:
         return [KeyVersion(key_id) for key_id in ids]
 
     def rotate(self) -> KeyVersion:
-        """A new key under the alias: eight calls, each with its own timeout. Errors name a key made."""
+        """Make a new key under the alias: eight calls, each with its own timeout. Errors name the new key."""
         if self._alias is None:
             raise InvalidRequest(
                 f"{self._key} is one key, within which AWS rotates: to rotate here, name the key by an alias"
@@ -159,7 +230,7 @@ class AwsCipher:
         return describe(self._calls, self._key)
 
     def _history(self, home: str) -> Iterator[str]:
-        """Ids of the keys that the alias pointed to, in the order that it did."""
+        """Ids of the earlier keys of the alias, in the order of their use."""
         if self._alias is None:
             return
         account = home.removesuffix("key/")
@@ -183,9 +254,9 @@ class AwsCipher:
         raise BackendUnavailable(f"There are over {MOST_PAGES * _PAGE} aliases: name the key by its id")
 
     def _arn(self, version: str) -> str | None:
-        """The ARN of a key of ours, or None. AWS is asked first if it was not lately, or about a new key.
+        """The ARN of a key of ours, or None. Asks AWS for a new key, or if the last answer is a minute old.
 
-        Files choose the version, so those that ask at once share an answer.
+        Concurrent callers share an answer, since files choose the version.
         """
         came = self._clock()
         if not self._keys.settle(version, came):
@@ -201,7 +272,7 @@ class AwsCipher:
         except (Unreachable, Busy):
             if version not in self._keys.ids:
                 raise
-            self._keys = replace(self._keys, tried_at=self._clock())  # what AWS said last still holds
+            self._keys = replace(self._keys, tried_at=self._clock())  # the last answer remains valid
 
 
 def _bound(aad: bytes) -> dict[str, object]:
@@ -224,25 +295,25 @@ def parsed(key: str) -> re.Match[str]:
 _open: Final[WeakValueDictionary[AwsEndpoint, AwsKmsClient]] = WeakValueDictionary()
 
 
-def open_key(uri: SplitResult | None, settings: Settings) -> Backend:
+def open_key(uri: SplitResult | None, section: AwsKmsSection, *, strict: bool) -> Backend:
     """``awskms:alias/name``, ``awskms:<key id or ARN>``; None means ``[kms.awskms]``.
 
     Options: ``region`` (an ARN names its own) and ``profile``. Raises ConfigurationError.
     """
-    section = settings.kms.awskms
+    del strict
     options = _options(uri) if uri else {}
     key = uri.path if uri else section.key_id
     if key is None:
         raise ConfigurationError("kms.awskms.key_id is missing: name an alias, a key id or an ARN")
-    place = AwsEndpoint(
+    endpoint = AwsEndpoint(
         region=parsed(key)["region"] or options.get("region") or section.region,
         endpoint_url=section.endpoint_url,
         profile=options.get("profile") or section.profile,
         ca_file=section.ca_file,
         timeout_s=section.timeout_s,
     )
-    calls = _open.get(place) or AwsKmsClient(place)  # keys of one place share its connections
-    _open[place] = calls
+    calls = _open.get(endpoint) or AwsKmsClient(endpoint)  # keys of one endpoint share its connections
+    _open[endpoint] = calls
     return RemoteBackend(AwsCipher(calls, key), data_keys=section.data_keys)
 
 

@@ -1,9 +1,8 @@
-"""Signed calls to AWS KMS: one POST each, its answer as typed bytes, its errors as ours; knows no key.
+"""Signed calls to AWS KMS: one POST for each, with typed answers and our errors.
 
-Credentials, their renewal, the address of a region and proxies come from botocore, whatever way an operator
-configured them; requests go out through ``Peer``, which bounds an answer in time and size, and no botocore
-client sends them. Protocol: AWS JSON 1.1 (Smithy), signature version 4. No text of an answer gets into an
-error, since AWS quotes requests in some.
+botocore provides credentials and their renewal, the address of a region and proxies. ``Peer`` sends the
+requests, which bounds answers in time and size. Protocol: AWS JSON 1.1 (Smithy), signature version 4. Errors
+contain no text of an answer, since AWS quotes requests in some.
 """
 
 import re
@@ -19,8 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from kms_core.backends import KeyMissing
-from kms_core.http_client import Busy, Unreachable
-from kms_core.http_client.peer import Peer, PeerAnswer, PeerServer, Tls
+from kms_core.http_client import Busy, Peer, PeerAnswer, PeerServer, Tls, Unreachable
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed, KmsError
 
 try:
@@ -33,16 +31,14 @@ try:
     from botocore.session import Session
     from botocore.utils import get_environ_proxies
 except ImportError as exc:
-    raise ConfigurationError(
-        "Keys in AWS KMS need another package: run `pip install 'kms-service[aws]'`"
-    ) from exc
+    raise ConfigurationError("Keys in AWS KMS need another package: run `pip install botocore`") from exc
 
 Shape = TypeVar("Shape")
 Parameters = Mapping[str, object]
 
 
 CIPHERTEXT: Final = frozenset({"InvalidCiphertextException", "IncorrectKeyException"})
-"""Decrypt's words for: not this ciphertext, context or key."""
+"""Codes of Decrypt for a wrong ciphertext, context or key."""
 
 BUSY: Final = frozenset(
     {
@@ -58,7 +54,7 @@ BUSY: Final = frozenset(
         "TooManyRequestsException",
     }
 )
-"""Not now. Those with status 503 mean no answer before their name is looked at."""
+"""Temporary errors. Status 503 counts as no answer, before the code is read."""
 
 _CREDENTIALS: Final = "AWS does not accept these credentials: {} (kms.awskms.profile, or the AWS_* variables)"
 _CREATE: Final = "the new key cannot be made: {}"
@@ -81,7 +77,7 @@ ADVICE: Final[Mapping[str, str]] = MappingProxyType(
         "InvalidClientTokenId": _CREDENTIALS.format("the access key is not known"),
         "InvalidGrantTokenException": "a grant token is not valid",
         "InvalidKeyUsageException": "the key is not for symmetric encryption: name one that is",
-        "InvalidMarkerException": "the list of aliases changed: it is asked for again soon",
+        "InvalidMarkerException": "the list of aliases changed: the service lists them again soon",
         "InvalidSignatureException": _CREDENTIALS.format("check the secret key, the region and the clock"),
         "KMSInvalidStateException": "the key's state does not allow it: `aws kms describe-key` tells which, "
         "and `aws kms cancel-key-deletion` keeps one that waits for its deletion",
@@ -101,7 +97,7 @@ ADVICE: Final[Mapping[str, str]] = MappingProxyType(
         "XksKeyNotFoundException": _CREATE.format("it is in an external key store"),
     }
 )
-"""What an operator can do about it. Never tried again."""
+"""Advice for permanent errors, which are not retried."""
 
 _IAM_REFUSAL: Final = "not authorized to perform"  # IAM User Guide, "access denied error messages"
 _CODE: Final = re.compile(r"[A-Za-z0-9.]{1,80}")
@@ -109,7 +105,7 @@ _CODE: Final = re.compile(r"[A-Za-z0-9.]{1,80}")
 
 @dataclass(frozen=True, slots=True)
 class AwsEndpoint:
-    """Where the keys are and as whom to ask; None leaves a choice to AWS's own configuration."""
+    """Address and credentials; None leaves a choice to AWS's own configuration."""
 
     region: str | None
     endpoint_url: str | None
@@ -130,14 +126,14 @@ class _Problem(msgspec.Struct):
 
 
 class AwsKmsClient:
-    """AWS KMS in one region, asked with one set of credentials; safe to call from several threads."""
+    """AWS KMS in one region with one set of credentials; safe for several threads."""
 
-    def __init__(self, place: AwsEndpoint, session: Session | None = None) -> None:
-        """Reads AWS's configuration files, and asks nobody. Raises ConfigurationError."""
+    def __init__(self, endpoint: AwsEndpoint, session: Session | None = None) -> None:
+        """Read AWS's configuration files, without a call. Raises ConfigurationError."""
         try:
-            self._session = session or _session(place)
-            url, self._region = _address(self._session, place)
-            ca_file = place.ca_file or self._session.get_config_variable("ca_bundle")
+            self._session = session or _session(endpoint)
+            url, self._region = _address(self._session, endpoint)
+            ca_file = endpoint.ca_file or self._session.get_config_variable("ca_bundle")
         except (BotoCoreError, ValueError) as exc:
             raise ConfigurationError(f"kms.awskms: {exc}") from exc
         self._peer = Peer(
@@ -145,7 +141,7 @@ class AwsKmsClient:
                 url,
                 "AWS KMS",
                 "kms.awskms.endpoint_url",
-                place.timeout_s,
+                endpoint.timeout_s,
                 Tls(ca_file=Path(ca_file) if ca_file else None),
                 proxy=get_environ_proxies(url).get(urlsplit(url).scheme),
             )
@@ -154,19 +150,19 @@ class AwsKmsClient:
         self._credentials: Credentials | None = None
 
     def one_timeout(self) -> AbstractContextManager[None]:
-        """The calls of this thread within it share one timeout."""
+        """Bound the calls of this thread within the block by one timeout."""
         return self._peer.one_timeout()
 
     def ask(self, operation: str, parameters: Parameters, shape: type[Shape]) -> Shape:
-        """The answer to one call, within the timeout, which waits for renewed credentials may exceed by one.
+        """Make a call within the timeout; a renewal of credentials may take one more timeout.
 
-        Raises DecryptFailed (Decrypt alone), Unreachable, Busy, BackendUnavailable.
+        Raises DecryptFailed (only Decrypt), Unreachable, Busy, BackendUnavailable.
         """
         answer = self._send(operation, parameters)
         return answer.read(shape)
 
     def tell(self, operation: str, parameters: Parameters, *, done: str = "") -> None:
-        """A call whose answer is empty; ``done`` is an error that means so too. Raises as ``ask`` does."""
+        """Make a call without an answer; the error code ``done`` means success too. Raises as ``ask``."""
         self._send(operation, parameters, done)
 
     def _send(self, operation: str, parameters: Parameters, done: str = "") -> PeerAnswer:
@@ -176,7 +172,7 @@ class AwsKmsClient:
         if not answer.ok:
             problem = answer.read(_Problem)
             if problem.code != done:
-                raise _refusal(operation, parameters.get("KeyId"), problem)
+                raise _call_error(operation, parameters.get("KeyId"), problem)
         return answer
 
     def _signed(self, operation: str, body: bytes) -> dict[str, str]:
@@ -190,7 +186,7 @@ class AwsKmsClient:
         return dict(request.headers.items())
 
     def _identity(self) -> ReadOnlyCredentials:
-        """The credentials to sign with now; botocore renews those that expire."""
+        """Credentials for a signature; botocore renews them."""
         try:
             with self._lock:
                 self._credentials = self._credentials or self._session.get_credentials()
@@ -207,31 +203,31 @@ class AwsKmsClient:
         )
 
 
-def _session(place: AwsEndpoint) -> Session:
-    session = Session(profile=place.profile)
-    patience = Config(
-        connect_timeout=place.timeout_s, read_timeout=place.timeout_s, retries={"total_max_attempts": 1}
+def _session(endpoint: AwsEndpoint) -> Session:
+    session = Session(profile=endpoint.profile)
+    limits = Config(
+        connect_timeout=endpoint.timeout_s, read_timeout=endpoint.timeout_s, retries={"total_max_attempts": 1}
     )
-    session.set_default_client_config(patience)  # for those who give out credentials
+    session.set_default_client_config(limits)  # for the services that issue credentials
     session.get_scoped_config()  # ProfileNotFound
     return session
 
 
-def _address(session: Session, place: AwsEndpoint) -> tuple[str, str]:
-    """URL and region, as botocore knows AWS's partitions. ``AWS_ENDPOINT_URL`` chooses no host here."""
+def _address(session: Session, endpoint: AwsEndpoint) -> tuple[str, str]:
+    """URL and region, from botocore's list of partitions. ``AWS_ENDPOINT_URL`` is ignored."""
     client = session.create_client(
         "kms",
-        region_name=place.region,
-        endpoint_url=place.endpoint_url,
-        aws_access_key_id="none",  # so that it does not go and look for some
+        region_name=endpoint.region,
+        endpoint_url=endpoint.endpoint_url,
+        aws_access_key_id="none",  # prevents a search for some
         aws_secret_access_key="none",  # noqa: S106 -- as above
         config=Config(ignore_configured_endpoint_urls=True),  # type: ignore[call-arg]  # not in its stubs
     )
     return client.meta.endpoint_url, client.meta.region_name
 
 
-def _refusal(operation: str, key: object, problem: _Problem) -> KmsError:
-    """``key`` is its name in the settings or its ARN."""
+def _call_error(operation: str, key: object, problem: _Problem) -> KmsError:
+    """The error for an answer of AWS; ``key`` is its name in the settings or its ARN."""
     code = problem.code
     denied = code.startswith("AccessDenied") and _IAM_REFUSAL not in (problem.message or "")
     if operation == "Decrypt" and (code in CIPHERTEXT or denied):  # AWS calls an unknown key in it denied

@@ -1,8 +1,9 @@
 """KMIP 2.1 operations on a Cosmian KMS server, in the dialects of 5.x and 4.x.
 
-From 5.0 on, operations travel in a RequestMessage, which gives the reason of each failure in a field of its
-own; what several threads ask at once goes in one message. 4.x gets one operation a call, and says in text
-what was wrong. Never BulkData, which drops the AAD. Knows no settings and no versions of keys.
+From 5.0 on, operations are items of a RequestMessage, whose answer has a field for the reason of each
+failure. Concurrent calls are batched: those that arrive while a message is in flight form the next one, and a
+call is sent at once if none is. 4.x gets one operation for each request and describes failures in text.
+BulkData, which drops the AAD, is never used.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from kms_core.backends.cosmian.batcher import Batcher
+from kms_core.backends.batching import Batcher
 from kms_core.backends.cosmian.ttlv import (
     Kind,
     Node,
@@ -26,21 +27,21 @@ from kms_core.backends.cosmian.ttlv import (
     structure,
     text,
 )
-from kms_core.http_client.peer import PeerAnswer
+from kms_core.http_client import PeerAnswer
 from kms_protocol.errors import BackendUnavailable
 
 PATH: Final = "/kmip/2_1"
 _USAGE: Final = 4 + 8  # encrypt and decrypt
-_LONG_AGO: Final = "2020-01-01T00:00:00Z"  # without a past date of activation a key of 5.13 and later rests
+_LONG_AGO: Final = "2020-01-01T00:00:00Z"  # from 5.13 on a key without a past activation date stays PreActive
 _GCM: Final = structure(
     "CryptographicParameters", name("BlockCipherMode", "GCM"), name("CryptographicAlgorithm", "AES")
 )
-_REFUSING: Final = (  # the last is also what a wrong tag gets
+_REFUSING: Final = (  # the last is also the status for a wrong tag
     HTTPStatus.UNAUTHORIZED,
     HTTPStatus.UNPROCESSABLE_ENTITY,
     HTTPStatus.INTERNAL_SERVER_ERROR,
 )
-_PLACE: Final = "UniqueBatchItemID"  # comes back with the answer
+_INDEX: Final = "UniqueBatchItemID"  # returned with the answer
 _HEADER: Final = (
     structure("ProtocolVersion", number("ProtocolVersionMajor", 2), number("ProtocolVersionMinor", 1)),
     name("BatchErrorContinuationOption", "Continue"),
@@ -49,21 +50,21 @@ _HEADER: Final = (
 
 
 class KmipConnection(Protocol):
-    """The connection to the server, as us."""
+    """The connection to the server, with our credentials."""
 
-    def post(self, path: str, body: bytes, judged: Sequence[int] = ()) -> PeerAnswer:
-        """Raises what calls raise; 4xx, and 5xx that are judged, are answered."""
+    def post(self, path: str, body: bytes, expected: Sequence[int] = ()) -> PeerAnswer:
+        """Send a request. Returns 4xx, and 5xx in ``expected``; raises as ``Peer.call`` for others."""
 
     def left_s(self) -> float:
-        """Seconds that this thread's call may still take."""
+        """Seconds left of this thread's call."""
 
-    def late(self) -> BackendUnavailable:
-        """The error for a call whose time is over."""
+    def timeout_error(self) -> BackendUnavailable:
+        """The error for a call that reached its deadline."""
 
 
 @dataclass(frozen=True, slots=True)
 class GcmResult:
-    """What AES-GCM makes of a plaintext: nonce, as many bytes as the plaintext, tag."""
+    """The output of AES-GCM; the ciphertext is as long as the plaintext."""
 
     nonce: bytes
     ciphertext: bytes
@@ -72,7 +73,7 @@ class GcmResult:
 
 @dataclass(frozen=True, slots=True)
 class KeyAttributes:
-    """What the server tells of a key; ``state`` is a name of KMIP's, such as ``Active``."""
+    """Attributes of a key on the server; ``state`` is a KMIP name such as ``Active``."""
 
     state: str
     created: str
@@ -80,48 +81,48 @@ class KeyAttributes:
 
 
 class Sender(Protocol):
-    """How operations get to the server."""
+    """Sends operations to the server."""
 
     def ask(self, operation: Node) -> Node:
-        """The fields of the answer. Raises Refusal, and what calls raise."""
+        """The fields of the answer. Raises Refusal, and the errors of ``Peer.call``."""
 
 
 class Messages:
-    """Operations of 5.0 and later."""
+    """Sends operations to servers from 5.0 on, in batches."""
 
-    def __init__(self, line: KmipConnection, lanes: int) -> None:
+    def __init__(self, line: KmipConnection, batches: int) -> None:
         self._line = line
-        self._coalescer: Batcher[Node, Node] = Batcher(self._send, lanes=lanes)
+        self._batcher: Batcher[Node, Node] = Batcher(self._send, batches=batches)
 
     @property
     def waiting(self) -> int:
-        """How many operations wait for the next message."""
-        return self._coalescer.waiting
+        """Number of operations that wait for the next message."""
+        return self._batcher.waiting
 
     def ask(self, operation: Node) -> Node:
         try:
-            return self._coalescer.call(operation, self._line.left_s())
+            return self._batcher.call(operation, self._line.left_s())
         except TimeoutError:
-            raise self._line.late() from None
+            raise self._line.timeout_error() from None
 
     def _send(self, operations: Sequence[Node]) -> Sequence[Node | Refusal]:
         header = structure("RequestHeader", *_HEADER, number("BatchCount", len(operations)))
-        items = (_item(place, each) for place, each in enumerate(operations))
+        items = (_item(index, each) for index, each in enumerate(operations))
         message = structure("RequestMessage", header, *items)
         answer = self._line.post(PATH, msgspec.json.encode(message))
         if not answer.ok:
-            raise answer.odd()
+            raise answer.unexpected_error()
         found = answer.read(Node)
         outcomes = [node for node in found.fields if node.tag == "BatchItem"]
-        places = [node.octets(_PLACE) for node in outcomes]
-        if found.tag != "ResponseMessage" or places != [bytes([place]) for place in range(len(operations))]:
-            raise answer.odd()  # an answer to another's question would make a file that nobody opens
+        indexes = [node.octets(_INDEX) for node in outcomes]
+        if found.tag != "ResponseMessage" or indexes != [bytes([index]) for index in range(len(operations))]:
+            raise answer.unexpected_error()  # the answer to another request would make an unreadable file
         return [_outcome(each) for each in outcomes]
 
 
-def _item(place: int, operation: Node) -> Node:
+def _item(index: int, operation: Node) -> Node:
     payload = structure("RequestPayload", *operation.fields)
-    return structure("BatchItem", name("Operation", operation.tag), octets(_PLACE, bytes([place])), payload)
+    return structure("BatchItem", name("Operation", operation.tag), octets(_INDEX, bytes([index])), payload)
 
 
 def _outcome(item: Node) -> Node | Refusal:
@@ -132,7 +133,7 @@ def _outcome(item: Node) -> Node | Refusal:
 
 
 class Singles:
-    """Operations of 4.x, one in each call."""
+    """Sends operations to 4.x, one in each request."""
 
     def __init__(self, line: KmipConnection) -> None:
         self._line = line
@@ -145,21 +146,21 @@ class Singles:
             raise Refusal(Kind.BUSY) if within and found.kind is Kind.OTHER else found
         fields = answer.read(Node) if answer.ok else None
         if fields is None or fields.tag != f"{operation.tag}Response":
-            raise answer.odd()
+            raise answer.unexpected_error()
         return fields
 
 
 class Kmip:
-    """Operations by name, whichever way they are sent. Safe to call from several threads."""
+    """KMIP operations. Safe for several threads."""
 
     def __init__(self, sender: Sender, *, old: bool = False) -> None:
-        """``old``: in the dialect of 4.x."""
+        """``old``: use the dialect of 4.x."""
         self._ask = sender.ask
         self._old = old
         self._nonce = "IvCounterNonce" if old else "IVCounterNonce"
 
     def seal(self, uid: str, plaintext: bytes, aad: bytes) -> GcmResult | None:
-        """AES-GCM under a nonce of the server's; None if another key than ``uid`` did it. Raises Refusal."""
+        """Encrypt by AES-GCM, nonce by the server; None if another key than ``uid`` did. Raises Refusal."""
         found = self._ask(
             structure(
                 "Encrypt",
@@ -176,7 +177,7 @@ class Kmip:
         )
 
     def open(self, uid: str, sealed: GcmResult, aad: bytes) -> bytes | None:
-        """The plaintext; None if another key than ``uid`` gave it. Raises Refusal."""
+        """Decrypt; None if another key than ``uid`` did. Raises Refusal."""
         found = self._ask(
             structure(
                 "Decrypt",
@@ -191,7 +192,7 @@ class Kmip:
         return found.octets("Data") if found.text("UniqueIdentifier") == uid else None
 
     def create(self, uid: str, label: str, tag: str) -> None:
-        """A 256-bit AES key that may encrypt and decrypt, and never leaves in clear. Raises Refusal."""
+        """Make a 256-bit AES key for encrypt and decrypt, not exportable in clear. Raises Refusal."""
         attributes = [
             name("CryptographicAlgorithm", "AES"),
             number("CryptographicLength", 256),
@@ -212,21 +213,21 @@ class Kmip:
         )
 
     def locate(self, tag: str) -> list[str]:
-        """The identifiers of at most 1,000 symmetric keys that bear a tag, whoever owns them."""
+        """The identifiers of up to 1,000 symmetric keys with a tag, of any owner."""
         wanted = structure("Attributes", name("ObjectType", "SymmetricKey"), self._tagged(tag))
         found = self._ask(structure("Locate", wanted))
         nested = found.find("UniqueIdentifier") if self._old else found
         return nested.texts("UniqueIdentifier") if nested else []
 
     def attributes(self, uid: str) -> KeyAttributes:
-        """Raises Refusal."""
+        """State, creation time and key set of a key. Raises Refusal."""
         references = (name("AttributeReference", each) for each in ("State", "InitialDate", "RotateName"))
         found = self._ask(structure("GetAttributes", text("UniqueIdentifier", uid), *references))
-        told = found.find("Attributes") or structure("Attributes")
-        return KeyAttributes(told.text("State"), told.text("InitialDate"), told.text("RotateName"))
+        known = found.find("Attributes") or structure("Attributes")
+        return KeyAttributes(known.text("State"), known.text("InitialDate"), known.text("RotateName"))
 
     def _tagged(self, tag: str) -> Node:
-        """The vendor's attribute that holds the tags of a key, as a JSON list."""
+        """The vendor's attribute with the tags of a key, a JSON list."""
         value = f'["{tag}"]'
         fields = (text("VendorIdentification", "cosmian"), text("AttributeName", "tag"))
         if not self._old:

@@ -1,117 +1,247 @@
-"""One Cosmian KMS server: our credentials, the dialect that its version speaks, and which keys are ours.
+"""One Cosmian KMS server: our credentials, the dialect of its version, and the owner of its keys.
 
-The version is asked for at the first call, and again after a failure to reach the server, which may have
-been replaced meanwhile. Knows no versions of keys.
+The version is read at the first call, and again after a failed connection, since the server may have been
+replaced.
+
+5.23 and later also offer AES-GCM as a JWE (RFC 7516) in direct encryption. ``jwe_aad`` is the AAD of such a
+JWE; the service uses it in KMIP as well, so that each dialect decrypts the wraps of the others.
 """
 
+import base64
+import binascii
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Final, Literal
 from urllib.parse import quote
 
-from kms_core.backends.cosmian.jose import Jose, jwe_aad
-from kms_core.backends.cosmian.kmip import GcmResult, Kmip, Messages, Singles
+import msgspec
+
+from kms_core.backends.cosmian.kmip import GcmResult, Kmip, KmipConnection, Messages, Singles
+from kms_core.backends.cosmian.ttlv import Kind, Refusal, refusal
 from kms_core.backends.token_file import FileToken
-from kms_core.http_client import Busy, Unreachable
-from kms_core.http_client.peer import Peer, PeerAnswer, PeerServer
+from kms_core.http_client import Busy, Peer, PeerAnswer, PeerServer, Unreachable
 from kms_protocol.errors import BackendUnavailable
 
+ENCRYPT: Final = "/v1/crypto/encrypt"
+DECRYPT: Final = "/v1/crypto/decrypt"
+_ENCRYPTION: Final = "A256GCM"
+
+
+class _EncryptIn(msgspec.Struct):
+    kid: str
+    data: str
+    aad: str
+    alg: str = "dir"
+    enc: str = _ENCRYPTION
+
+
+class _EncryptOut(msgspec.Struct):
+    protected: str
+    iv: str
+    ciphertext: str
+    tag: str
+
+
+class _DecryptIn(msgspec.Struct):
+    protected: str
+    iv: str
+    ciphertext: str
+    tag: str
+    aad: str
+    encrypted_key: str = ""
+
+
+class _DecryptOut(msgspec.Struct):
+    kid: str
+    data: str
+
+
+class _Error(msgspec.Struct):
+    error: str
+    description: str = ""
+
+
+def jwe_aad(uid: str, aad: bytes) -> bytes:
+    """``BASE64URL(protected header) "." BASE64URL(aad)`` (RFC 7516 §5.1, step 14). ``uid`` is plain ASCII."""
+    return f"{_protected(uid)}.{_b64(aad)}".encode("ascii")
+
+
+class Jose:
+    """AES-GCM over ``/v1/crypto``; safe for several threads."""
+
+    def __init__(self, line: KmipConnection) -> None:
+        self._line = line
+
+    def seal(self, uid: str, plaintext: bytes, aad: bytes) -> GcmResult:
+        """Encrypt under a nonce of the server, with ``jwe_aad(uid, aad)`` authenticated. Raises Refusal."""
+        answer = self._post(ENCRYPT, _EncryptIn(uid, _b64(plaintext), _b64(aad)))
+        found = answer.read(_EncryptOut)
+        if found.protected != _protected(uid):
+            raise answer.unexpected_error()
+        return GcmResult(
+            _octets(found.iv, answer), _octets(found.ciphertext, answer), _octets(found.tag, answer)
+        )
+
+    def open(self, uid: str, sealed: GcmResult, aad: bytes) -> bytes:
+        """Decrypt. Raises Refusal."""
+        body = _DecryptIn(
+            _protected(uid), _b64(sealed.nonce), _b64(sealed.ciphertext), _b64(sealed.tag), _b64(aad)
+        )
+        answer = self._post(DECRYPT, body)
+        return _octets(answer.read(_DecryptOut).data, answer)
+
+    def _post(self, path: str, body: msgspec.Struct) -> PeerAnswer:
+        answer = self._line.post(path, msgspec.json.encode(body))
+        if not answer.ok:
+            raise _refusal(answer)
+        return answer
+
+
+def _refusal(answer: PeerAnswer) -> Refusal:
+    """The meaning of an error code. The text of ``crypto_failure`` tells whether it is a state of the key.
+
+    Raises BackendUnavailable for a body of another shape, such as the 404 of a server without these calls.
+    """
+    found = answer.read(_Error)
+    match found.error:
+        case "not_found":
+            return Refusal(Kind.MISSING)
+        case "forbidden":
+            return Refusal(Kind.DENIED)
+        case "decryption_failed":
+            return Refusal(Kind.CRYPTO)
+        case "crypto_failure" if found.description.startswith("CRYPTO"):
+            return Refusal(Kind.CRYPTO)
+        case _:
+            return refusal(found.description)
+
+
+@lru_cache(maxsize=1024)
+def _protected(uid: str) -> str:
+    return _b64(f'{{"alg":"dir","enc":"{_ENCRYPTION}","kid":"{uid}"}}'.encode("ascii"))
+
+
+def _b64(octets: bytes) -> str:
+    return base64.urlsafe_b64encode(octets).rstrip(b"=").decode("ascii")
+
+
+def _octets(text: str, answer: PeerAnswer) -> bytes:
+    """Base64url without padding (RFC 7515 §2). Raises BackendUnavailable for any other text."""
+    try:
+        octets = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    except (binascii.Error, ValueError):
+        raise answer.unexpected_error() from None
+    if _b64(octets) != text:  # the decoder ignores invalid characters
+        raise answer.unexpected_error()
+    return octets
+
+
 Protocol = Literal["auto", "kmip", "jose"]
-LANES: Final = 2  # a second caller does not wait for the first one's round trip; more gain nothing
+BATCHES: Final = 2  # a second caller does not wait for the first round trip; more gain nothing
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)\.")
 _MESSAGES_FROM: Final = (5, 0)
 _JOSE_FROM: Final = (5, 23)
 
 
 class CosmianServer:
-    """Safe to use from several threads."""
+    """Calls to one server. Safe for several threads."""
 
     def __init__(
-        self, server: PeerServer, token: FileToken | None, protocol: Protocol = "auto", *, lanes: int = LANES
+        self,
+        server: PeerServer,
+        token: FileToken | None,
+        protocol: Protocol = "auto",
+        *,
+        batches: int = BATCHES,
     ) -> None:
-        """Connects to nothing. Raises ConfigurationError if a TLS file cannot be used.
+        """Make no call. Raises ConfigurationError for an unusable TLS file.
 
-        ``lanes``: how many messages of several operations may be under way at a time.
+        ``batches``: how many messages of several operations may be in flight.
         """
         self.where = server.where
         self.section = server.setting.rpartition(".")[0]
-        self._timeout_s = server.timeout_s
         self._peer = Peer(server)
         self._token = token
         self._protocol = protocol
         self._version: tuple[int, int] | None = None
-        self._messages = Messages(self, lanes)
+        self._messages = Messages(self, batches)
         self._new, self._old = Kmip(self._messages), Kmip(Singles(self), old=True)
         self._jose = Jose(self)
 
     def seal(self, uid: str, plaintext: bytes, aad: bytes) -> GcmResult | None:
-        """AES-GCM by key ``uid``, the same in every dialect; None if another key did it. Raises Refusal."""
+        """Encrypt by key ``uid``, the same in each dialect; None if another key did. Raises Refusal."""
         if self._speaks_jose():
             return self._jose.seal(uid, plaintext, aad)
         return self.kmip().seal(uid, plaintext, jwe_aad(uid, aad))
 
     def open(self, uid: str, sealed: GcmResult, aad: bytes) -> bytes | None:
-        """What ``seal`` sealed; None if another key gave it. Raises Refusal."""
+        """Decrypt what ``seal`` returned; None if another key did. Raises Refusal."""
         if self._speaks_jose():
             return self._jose.open(uid, sealed, aad)
         return self.kmip().open(uid, sealed, jwe_aad(uid, aad))
 
     def kmip(self) -> Kmip:
-        """In this server's dialect."""
+        """KMIP operations in this server's dialect."""
         return self._new if self.version() >= _MESSAGES_FROM else self._old
 
     def owns(self, uid: str) -> bool:
-        """Whether a key belongs to the user as whom we appear; others may have lent us theirs."""
+        """Return whether a key belongs to our user; other users may have granted us theirs."""
         answer = self._call("GET", f"/access/list/{quote(uid, safe='')}")
         if not answer.ok and answer.status != HTTPStatus.UNAUTHORIZED:
-            raise answer.odd()
+            raise answer.unexpected_error()
         return answer.ok
 
     def version(self) -> tuple[int, int]:
-        """Major and minor. Raises what calls raise."""
+        """Major and minor version. Raises as ``Peer.call``."""
         if self._version is None:
             answer = self._call("GET", "/version")
             found = _VERSION.match(answer.read(str)) if answer.ok else None
             if found is None:
-                raise answer.odd()
+                raise answer.unexpected_error()
             self._version = int(found[1]), int(found[2])
         return self._version
 
     @property
     def waiting(self) -> int:
-        """How many operations wait for the next message to the server."""
+        """Number of operations that wait for the next message."""
         return self._messages.waiting
 
+    @property
+    def token_changes(self) -> int:
+        """Number of times that our token was replaced."""
+        return self._token.changes if self._token else 0
+
     def one_timeout(self) -> AbstractContextManager[None]:
-        """The calls of this thread within it share one timeout."""
+        """Bound the calls of this thread within the block by one timeout."""
         return self._peer.one_timeout()
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close all connections."""
         self._peer.close()
 
     # -- for the dialects ----------------------------------------------------------------------------
 
-    def post(self, path: str, body: bytes, judged: Sequence[int] = ()) -> PeerAnswer:
-        """One request as us; 4xx, and 5xx that are judged, are answered."""
-        return self._call("POST", path, body, judged)
+    def post(self, path: str, body: bytes, expected: Sequence[int] = ()) -> PeerAnswer:
+        """Send a request with our credentials. Returns 4xx, and 5xx in ``expected``."""
+        return self._call("POST", path, body, expected)
 
     def left_s(self) -> float:
         """Seconds left of ``one_timeout``."""
         return self._peer.left_s()
 
-    def late(self) -> Unreachable:
-        """The error for a call whose time is over."""
-        return Unreachable(f"No answer from {self.where} within {self._timeout_s:g} s")
+    def timeout_error(self) -> Unreachable:
+        """The error for a call that reached its deadline."""
+        return self._peer.server.timeout_error()
 
     def _call(
-        self, method: str, path: str, body: bytes | None = None, judged: Sequence[int] = ()
+        self, method: str, path: str, body: bytes | None = None, expected: Sequence[int] = ()
     ) -> PeerAnswer:
         headers = {"Authorization": f"Bearer {self._token.current()}"} if self._token else {}
         try:
-            answer = self._peer.call(method, path, body, headers=headers, judged=judged)
+            answer = self._peer.call(method, path, body, headers=headers, expected=expected)
         except Unreachable:
             self._version = None
             raise

@@ -1,8 +1,7 @@
-"""TTLV in JSON as Cosmian KMS reads and writes it, and the reasons for which it refuses an operation.
+"""TTLV in JSON in the form of Cosmian KMS, and the reasons of its refusals.
 
-A node is ``{"tag", "type", "value"}``, in that order: the server reads a stream, and takes a value whose type
-it does not know yet for a structure. Structures in answers of 5.x have no type. Bytes are in hex, in either
-case. Knows no operation and no connection.
+A node is ``{"tag", "type", "value"}``, in that order: the server parses a stream, and treats a value before
+its type as a structure. Structures in answers of 5.x have no type. Bytes are hexadecimal, in either case.
 """
 
 import re
@@ -17,18 +16,18 @@ _REASONS: Final = r"^(?:Operation_Not_Supported: )?"
 
 
 class Kind(Enum):
-    """Why an operation was refused."""
+    """The reason of a refused operation."""
 
     MISSING = "no such key"
     STATE = "the key is in a state that does not allow it"
     DENIED = "the key is not ours to use"
     CRYPTO = "ciphertext, tag or AAD are not right"
     EXISTS = "the identifier is taken"
-    BUSY = "trouble inside the server"
+    BUSY = "an internal error of the server"
     OTHER = "something else"
 
 
-_KINDS: Final = tuple(  # the first that fits; anchored where an identifier could say such a thing
+_KINDS: Final = tuple(  # the first match; anchored where an identifier could contain such a text
     (re.compile(pattern), kind)
     for pattern, kind in (
         (r" is in state (?P<state>\w+) but operation requires ", Kind.STATE),
@@ -43,7 +42,7 @@ _KINDS: Final = tuple(  # the first that fits; anchored where an identifier coul
 
 
 class Refusal(KmsError):
-    """An operation was refused; ``state`` is the key's, where that is why. Stays within this backend."""
+    """A refused operation; ``state`` is that of the key, if it is the reason. Internal to this backend."""
 
     def __init__(self, kind: Kind, state: str = "") -> None:
         super().__init__(kind.value)
@@ -52,7 +51,7 @@ class Refusal(KmsError):
 
 
 def refusal(words: str) -> Refusal:
-    """What the server's words mean: ``<reason>: <message>`` of an item, or the body of an error."""
+    """The refusal for a text of the server: ``<reason>: <message>`` of an item, or the body of an error."""
     for pattern, kind in _KINDS:
         if found := pattern.search(words):
             return Refusal(kind, found.groupdict().get("state") or "")
@@ -80,7 +79,7 @@ class Node(msgspec.Struct, frozen=True):
         return node.value if node and isinstance(node.value, str) else ""
 
     def texts(self, tag: str) -> list[str]:
-        """All texts under a tag that repeats."""
+        """The texts of all fields with this tag."""
         return [node.value for node in self.fields if node.tag == tag and isinstance(node.value, str)]
 
     def octets(self, tag: str) -> bytes:
@@ -92,10 +91,12 @@ class Node(msgspec.Struct, frozen=True):
 
 
 def structure(tag: str, *fields: Node) -> Node:
+    """Return a Structure."""
     return Node(tag, "Structure", list(fields))
 
 
 def text(tag: str, value: str) -> Node:
+    """Return a TextString."""
     return Node(tag, "TextString", value)
 
 
@@ -105,17 +106,20 @@ def name(tag: str, value: str) -> Node:
 
 
 def number(tag: str, value: int) -> Node:
+    """Return an Integer."""
     return Node(tag, "Integer", value)
 
 
 def flag(tag: str, *, value: bool) -> Node:
+    """Return a Boolean."""
     return Node(tag, "Boolean", value)
 
 
 def date(tag: str, value: str) -> Node:
-    """A moment in RFC 3339."""
+    """A time in RFC 3339."""
     return Node(tag, "DateTime", value)
 
 
 def octets(tag: str, value: bytes) -> Node:
+    """Return a ByteString."""
     return Node(tag, "ByteString", value.hex().upper())

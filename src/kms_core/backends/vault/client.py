@@ -1,8 +1,7 @@
-"""One OpenBao or Vault server as its secrets engines are called: our token, the namespace, its errors.
+"""Calls to the secrets engines of one OpenBao or Vault server: token, namespace and errors.
 
-A token of limited life is renewed at half of it, by the call that comes then and needs no thread. So a
-process that is never called lets its token lapse; a file that an agent keeps fresh has no such gap. Knows
-no secrets engine and no settings but the section that both engines share.
+A token with a limited lifetime is renewed at half of it, within the next call, without a thread. A process
+without calls lets its token expire; a file that an agent keeps fresh avoids that.
 """
 
 import math
@@ -21,9 +20,8 @@ import msgspec
 import structlog
 
 from kms_core.backends.token_file import FileToken
-from kms_core.http_client import Busy, Unreachable
-from kms_core.http_client.peer import Peer, PeerAnswer, PeerServer, Tls
-from kms_core.settings.backends import VaultSection as Section
+from kms_core.backends.vault.settings import VaultSection as Section
+from kms_core.http_client import Busy, Peer, PeerAnswer, PeerServer, Tls, Unreachable
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError
 
 PRODUCT: Final = "OpenBao or Vault"
@@ -36,7 +34,7 @@ _log = structlog.get_logger(__name__)
 
 
 class EngineAnswer(msgspec.Struct, Generic[Data]):
-    """What every answer of an engine is wrapped in."""
+    """The envelope of every answer of an engine."""
 
     data: Data
 
@@ -62,7 +60,7 @@ class _Renewed(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class _Life:
-    """What is known of a token: when to look at it again, whether it can be renewed, what was left then."""
+    """A token's lifetime: next check, whether it is renewable, and seconds left at the last check."""
 
     token: str = field(default="", repr=False)
     due: float = math.inf
@@ -71,7 +69,7 @@ class _Life:
 
 
 class VaultClient:
-    """Calls to one server. Safe to use from several threads."""
+    """Calls to one server. Safe for several threads."""
 
     def __init__(
         self,
@@ -82,20 +80,20 @@ class VaultClient:
     ) -> None:
         self.server = server
         self._peer = Peer(server)
-        self._token = token
+        self.token = token
         self._namespace = {"X-Vault-Namespace": namespace} if namespace else {}
         self._clock = clock
         self._renewing = threading.Lock()
         self._life = _Life()
 
     def call(self, method: str, path: str, document: object = None) -> PeerAnswer:
-        """One request, and with it, when that is due, the renewal of our token, within one timeout.
+        """Send one request, and renew our token if that is due, within one timeout.
 
-        ``path`` is what follows ``/v1/``, quoted. Raises Unreachable, Busy, BackendUnavailable (our token
-        or its policy). Other statuses are for the engine to judge.
+        ``path`` is the quoted part after ``/v1/``. Raises Unreachable, Busy, BackendUnavailable (our token
+        or its policy). The engine interprets other statuses.
         """
         with self.one_timeout():
-            token = self._token.current()
+            token = self.token.current()
             answer = self._send(token, method, path, document)
             if answer.status == HTTPStatus.FORBIDDEN:
                 raise self._forbidden(answer, path)
@@ -103,14 +101,18 @@ class VaultClient:
         return answer
 
     def one_timeout(self) -> AbstractContextManager[None]:
-        """The calls of this thread within it share one timeout."""
+        """Bound the calls of this thread within the block by one timeout."""
         return self._peer.one_timeout()
 
+    def left_s(self) -> float:
+        """Seconds left of ``one_timeout`` in this thread. Raises Unreachable if there are none."""
+        return self._peer.left_s()
+
     def close(self) -> None:
-        """Close what is open."""
+        """Close all connections."""
         self._peer.close()
 
-    def no_engine(self, answer: PeerAnswer, mount: str, enable: str) -> BackendUnavailable | None:
+    def engine_error(self, answer: PeerAnswer, mount: str, enable: str) -> BackendUnavailable | None:
         """The error for a 404 that means the mount or the namespace; None if it means the item."""
         words, where = said(answer), self.server.where
         if "namespace" in words:
@@ -127,7 +129,7 @@ class VaultClient:
     def _send(self, token: str, method: str, path: str, document: object) -> PeerAnswer:
         body = None if document is None else msgspec.json.encode(document)
         headers = {"X-Vault-Token": token, "X-Vault-Request": "true", **self._namespace}
-        answer = self._peer.call(method, f"/v1/{path}", body, headers=headers, judged=_SEALED)
+        answer = self._peer.call(method, f"/v1/{path}", body, headers=headers, expected=_SEALED)
         if answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
             raise self._sealed(answer)
         return answer
@@ -147,7 +149,7 @@ class VaultClient:
     # -- the token's life ---------------------------------------------------------------------------
 
     def _renew_when_due(self, token: str) -> None:
-        """Never fails the call that it goes with; one thread does it while others go on."""
+        """Renew the token in one thread, without failing its call, while other threads continue."""
         if not self._is_due(token) or not self._renewing.acquire(blocking=False):
             return
         try:
@@ -166,18 +168,18 @@ class VaultClient:
         except (Unreachable, Busy) as exc:
             _log.warning("token.not_renewed", reason=exc.detail)
             return replace(life, due=now + TRY_AGAIN_S)
-        except KmsError as exc:  # the policy has no lookup-self, or the token cannot be renewed any more
+        except KmsError as exc:  # the policy lacks lookup-self, or the token is no longer renewable
             _log.warning("token.not_renewed", reason=exc.detail)
             return _Life(token)
         if not left_s:
             return _Life(token)  # it never expires
-        if not renewable or left_s < life.left_s:  # near the end of what renewals can give
+        if not renewable or left_s < life.left_s:  # near the end of its maximum lifetime
             _log.warning("token.expires", in_s=left_s, advice=f"put a new one into {self.section}.token_file")
         due = now + max(left_s / 2, SHORTEST_S) if renewable else math.inf
         return _Life(token, due, renewable, left_s)
 
     def _look_up(self, token: str) -> tuple[float, bool]:
-        """Seconds left (0: for ever), and whether it can be renewed."""
+        """Seconds left (0: no expiry), and whether the token is renewable."""
         answer = self._send(token, "GET", "auth/token/lookup-self", None)
         if not answer.ok:
             raise BackendUnavailable(f"{self.server.where} does not say how long our token lasts")
@@ -192,15 +194,15 @@ class VaultClient:
 
 
 def said(answer: PeerAnswer) -> str:
-    """The server's error words in lower case, for telling cases apart, never for showing.
+    """The server's error text in lower case, to distinguish cases. Never shown.
 
-    Raises BackendUnavailable if the answer is not of the shape that OpenBao, Vault and RustyVault give.
+    Raises BackendUnavailable for an answer in another form than that of OpenBao, Vault and RustyVault.
     """
     if answer.status == HTTPStatus.NOT_FOUND and not answer.body:
         return ""  # RustyVault, for an item that is not there
     found = answer.read(_Words)
     if found.errors is None and found.error is None and found.data is None:
-        raise answer.odd()
+        raise answer.unexpected_error()
     return " ".join((*(found.errors or ()), found.error or "")).lower()
 
 
@@ -226,7 +228,7 @@ _open: Final[WeakValueDictionary[tuple[Section, bool], VaultClient]] = WeakValue
 
 
 def connect(section: Section, name: str, *, strict: bool) -> VaultClient:
-    """The server of a settings section (``name`` is as in ``kms.transit``); keys share it while in use."""
+    """The server of a settings section (``name`` is as in ``kms.transit``); keys share it."""
     found = _open.get((section, strict))
     if found is None:
         found = _open[section, strict] = _connect(section, name, strict=strict)

@@ -1,17 +1,17 @@
-"""A wrapping key of ours kept as a secret of a KV engine: for RustyVault, and a Vault without transit.
+"""The vault-kv backend: our wrapping key as a secret of a KV engine, for servers without transit.
 
-Weaker than transit: whoever reads the secret holds the key, this process holds it too, and the server's
-audit shows reads of the secret, not unwraps. The secret is one document, ``{"1": "<base64 of 32 bytes>"}``,
-with an entry for each version; the highest wraps, and an entry that is removed revokes what it wrapped.
-Keys stay in memory for ``cache_s`` (default a minute): so long does a removal take to be noticed, and so
-long do calls go on without the server. When that time is over, a server that does not answer fails calls.
+Weaker than transit: every reader of the secret has the key, this process included, and the server's audit log
+shows reads of the secret, not unwraps. The secret is one document, ``{"1": "<base64 of 32 bytes>"}``, with an
+entry for each version. The highest version wraps; removing an entry revokes its wraps. Keys stay in memory
+for ``cache_s`` (60 seconds by default): a removal takes effect after that time, and calls succeed that long
+while the server is down.
 
-A first version is made by an operator, or by ``rotate``, never by the way: a path with a typing error would
-quietly get a key. On KV version 2 each write checks that nobody else wrote (CAS), so a race makes one key.
-KV version 1, all that RustyVault has, cannot check; there the service never writes.
+An operator or ``rotate`` makes the first version; a read never does, since a mistyped path would get a key
+unnoticed. On KV version 2 each write is a check-and-set, so that concurrent writers make one key. KV version
+1, the only one of RustyVault, has no such check, and the service never writes there.
 
 A wrap is a salt of 32 bytes, and ChaCha20-Poly1305 with the AAD under HKDF-SHA256(wrapping key, salt): no
-nonce can repeat, however many files one version wraps. 64 bytes for a file key.
+nonce can repeat for any number of files. 64 bytes for a file key.
 """
 
 import os
@@ -33,9 +33,8 @@ from kms_core.age.kdf import hkdf
 from kms_core.backends import KeyMissing, KeyVersion
 from kms_core.backends.remote import RemoteBackend
 from kms_core.backends.vault.client import EngineAnswer, VaultClient, connect, located, path_of, said
-from kms_core.http_client import Busy, Unreachable
-from kms_core.http_client.peer import PeerAnswer
-from kms_core.settings.model import Settings
+from kms_core.backends.vault.settings import VaultKvSection
+from kms_core.http_client import Busy, PeerAnswer, Unreachable
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed
 
 KEY_BYTES: Final = 32
@@ -46,7 +45,7 @@ _VERSION: Final = re.compile(r"[1-9][0-9]{0,8}")
 
 
 class _Key(msgspec.Struct, omit_defaults=True):
-    """One version as ``rotate`` writes it; an operator may write the base64 alone."""
+    """One version as ``rotate`` writes it; an operator may write only the base64."""
 
     key: bytes
     created_at: datetime | None = None
@@ -57,7 +56,7 @@ class _Metadata(msgspec.Struct):
 
 
 class _Secret(msgspec.Struct):
-    """``GET <mount>/data/<path>`` of KV version 2; on version 1 that is a path like any other."""
+    """``GET <mount>/data/<path>`` of KV version 2; on version 1 that is an ordinary path."""
 
     data: msgspec.Raw = msgspec.Raw(b"null")
     metadata: _Metadata | None = None
@@ -65,7 +64,7 @@ class _Secret(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class _Document:
-    """The secret at one moment. ``cas`` is the number that a write must name to follow it."""
+    """The secret at one time. ``cas`` is the version that the next write must name."""
 
     keys: Mapping[int, _Key] = field(repr=False)
     cas: int
@@ -86,7 +85,7 @@ class KvCipher:
         kv_version: Literal[1, 2] = 2,
         cache_s: float = 60.0,
     ) -> None:
-        """``mount`` and ``path`` as the operator writes them. Raises ConfigurationError; calls nobody."""
+        """``mount`` and ``path`` as the operator writes them. Raises ConfigurationError; makes no call."""
         self._vault = vault
         self._mount = path_of(mount, "The mount of a vault-kv key")
         self._path = path_of(path, "The path of a vault-kv key")
@@ -96,7 +95,7 @@ class KvCipher:
         self._document: _Document | None = None
 
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:
-        """Salt and sealed secret, 48 bytes more than the secret."""
+        """Salt and sealed secret: 48 bytes more than the secret."""
         key = self._key(version)
         if key is None:
             raise self._error(f"has no version {version}")
@@ -104,7 +103,7 @@ class KvCipher:
         return salt + _aead(key, salt).encrypt(_NONCE, secret, aad)
 
     def decrypt(self, wrapped: bytes, version: str, aad: bytes) -> bytes:
-        """The secret again."""
+        """Decrypt what ``encrypt`` returned."""
         key = self._key(version)
         if key is None:
             raise DecryptFailed
@@ -113,14 +112,18 @@ class KvCipher:
         except InvalidTag as exc:
             raise DecryptFailed from exc
 
+    @property
+    def token_changes(self) -> int:
+        return self._vault.token.changes
+
     def versions(self) -> Sequence[KeyVersion]:
-        """All of the document, read at this moment."""
+        """All versions of the document, read now."""
         return _versions(self._read(time.monotonic()))
 
     def rotate(self) -> KeyVersion:
-        """Add a version, or make the first. Where somebody else did so meanwhile, theirs is the answer.
+        """Add a version, or make the first. Returns the version of a concurrent writer if there is one.
 
-        Each of its three calls has a timeout of its own, so that an unclear outcome can still be looked at.
+        Each of its three calls has its own timeout, so that an unclear outcome can still be checked.
         """
         if not self._checks:
             raise self._error("is on a KV version 1 mount, where a write could undo another: add one by hand")
@@ -134,13 +137,16 @@ class KvCipher:
                 raise
         after = self._read(time.monotonic())
         if number not in after.keys:
-            raise self._error("was changed by somebody else meanwhile; try again")
+            raise self._error("was changed by another writer; try again")
         return _versions(after)[-1]
 
     # -- the document -------------------------------------------------------------------------------
 
     def _key(self, version: str) -> bytes | None:
-        """The key of a version; one not known yet may have been made by another process just now."""
+        """The key of a version.
+
+        Reads the document again for an unknown one, which another process may have made.
+        """
         if not _VERSION.fullmatch(version):
             return None
         number, now = int(version), time.monotonic()
@@ -152,9 +158,9 @@ class KvCipher:
         return found.key if found else None
 
     def _read(self, since: float, *, may_be_absent: bool = False) -> _Document:
-        """The document as it is in memory, if it was read since then, or as the server has it.
+        """The document in memory if it was read after ``since``, else the one on the server.
 
-        One caller asks; those that wait for it take what came of that, and their time goes on meanwhile.
+        One thread asks; threads that wait for it share its result.
         """
         with self._vault.one_timeout(), self._lock:
             document = self._document
@@ -165,7 +171,7 @@ class KvCipher:
             return document
 
     def _ask(self) -> _Document:
-        """Under the lock. A server that is away leaves us the keys for their time; one that refuses, not."""
+        """Read the document; needs the lock. Keys stay while the server is down, not if it refuses."""
         try:
             document = self._fetch(time.monotonic())
         except (Unreachable, Busy):
@@ -182,7 +188,7 @@ class KvCipher:
             return self._absent(answer, now)
         if not answer.ok:
             said(answer)
-            raise answer.odd()
+            raise answer.unexpected_error()
         if not self._checks:
             return _Document(self._keys(answer.read(EngineAnswer[msgspec.Raw]).data), 0, now)
         secret = answer.read(EngineAnswer[_Secret]).data
@@ -194,10 +200,10 @@ class KvCipher:
         if not self._checks and b"versioned K/V" in answer.body:
             raise self._error(f"is on a mount of KV version 2: set {self._vault.section}.kv_version = 2")
         if b'"deletion_time"' in answer.body:
-            raise self._error("was deleted: bring it back with `bao kv undelete`, or write it anew there")
+            raise self._error("was deleted: bring it back with `bao kv undelete`, or write it again")
         kind = "kv-v2" if self._checks else "kv"
         enable = f"bao secrets enable -path={self._mount} {kind}"
-        error = self._vault.no_engine(answer, self._mount, enable)
+        error = self._vault.engine_error(answer, self._mount, enable)
         if error:
             raise error
         return _Document({}, 0, now)
@@ -214,13 +220,16 @@ class KvCipher:
         return {int(name): key for name, key in keys.items()}
 
     def _write(self, keys: Mapping[int, _Key], cas: int) -> None:
-        """A write that is refused because another came first is no error here: the reading after it tells."""
+        """Write the document.
+
+        A failed check-and-set is no error: the next read shows the other writer's version.
+        """
         data = {str(number): keys[number] for number in sorted(keys)}
         answer = self._vault.call("POST", self._url, {"options": {"cas": cas}, "data": data})
         if answer.ok or (answer.status == HTTPStatus.BAD_REQUEST and "check-and-set" in said(answer)):
             return
         said(answer)
-        raise answer.odd()
+        raise answer.unexpected_error()
 
     @property
     def _url(self) -> str:
@@ -245,15 +254,14 @@ def _aead(key: bytes, salt: bytes) -> ChaCha20Poly1305:
     return ChaCha20Poly1305(hkdf(key, salt=salt, info=_INFO))
 
 
-def open_key(uri: SplitResult | None, settings: Settings) -> RemoteBackend:
+def open_key(uri: SplitResult | None, section: VaultKvSection, *, strict: bool) -> RemoteBackend:
     """``vault-kv:<path>`` or ``vault-kv:<path>?mount=<mount>``; None means ``path`` of ``[kms.vault_kv]``."""
-    section = settings.kms.vault_kv
     mount, path = section.mount, section.path
     if uri is not None:
         usage = "A vault-kv key is vault-kv:<path>, or vault-kv:<path>?mount=<mount>"
         mount, path = located(uri, mount, usage)
     if path is None:
         raise ConfigurationError("kms.vault_kv.path is missing: name the secret that holds the wrapping key")
-    vault = connect(section, "kms.vault_kv", strict=settings.is_prod)
+    vault = connect(section, "kms.vault_kv", strict=strict)
     cipher = KvCipher(vault, mount, path, kv_version=section.kv_version, cache_s=section.cache_s)
     return RemoteBackend(cipher, data_keys=section.data_keys)

@@ -1,15 +1,16 @@
-"""The transit engine of OpenBao or Vault: the server wraps file keys, its key never leaves it.
+"""The transit backend on OpenBao or Vault: the server wraps file keys, and its key never leaves it.
 
-What is stored of ``vault:v<version>:<base64>`` is the decoded base64 alone (nonce, ciphertext, tag; 44 bytes
-for a file key under AES-GCM): the version stands in the stanza, and decryption puts the prefix before it
-again. The AAD always goes as ``associated_data``. It never goes as ``context``, which transit ignores
-without a word for keys that are not derived; keys that are derived, or of a type without AEAD, are refused.
+A wrap is the decoded base64 of ``vault:v<version>:<base64>`` (nonce, ciphertext, tag; 44 bytes for a file key
+under AES-GCM). The stanza holds the version, and decryption restores the prefix. The AAD is sent as
+``associated_data``, never as ``context``, which transit silently ignores for keys that are not derived.
+Derived keys, and types without AEAD, are refused.
 """
 
 import base64
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from http import HTTPStatus
 from typing import Final, NoReturn
 from urllib.parse import SplitResult
@@ -18,24 +19,25 @@ import msgspec
 import structlog
 
 from kms_core.backends import KeyMissing, KeyVersion
+from kms_core.backends.batching import Batcher
 from kms_core.backends.remote import RemoteBackend
 from kms_core.backends.vault.client import EngineAnswer, VaultClient, connect, located, path_of, said
-from kms_core.http_client import Busy, Unreachable
-from kms_core.http_client.peer import PeerAnswer
-from kms_core.settings.model import Settings
-from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed
+from kms_core.backends.vault.settings import TransitSection
+from kms_core.http_client import Busy, PeerAnswer, Unreachable
+from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed, KmsError
 
 TYPES: Final = frozenset({"aes128-gcm96", "aes256-gcm96", "chacha20-poly1305", "xchacha20-poly1305"})
-_NAME: Final = re.compile(r"\w(?:[\w.-]*\w)?", re.ASCII)  # as the engine has it
+_NAME: Final = re.compile(r"\w(?:[\w.-]*\w)?", re.ASCII)  # the rule of the engine
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,8}")  # "0" would mean 1, "01" too
 _LAST_SECOND: Final = 253_402_300_800  # the year 10000
+BATCHES: Final = 2  # requests in flight for each key and operation
 _NO_UPSERT: Final = "none"
-"""A key type that is none: encrypt would otherwise make a key that is absent, where our policy allows it."""
+"""An invalid key type: encrypt would otherwise create a missing key, where our policy allows it."""
 
 _DAMAGED: Final = ("message authentication failed", "invalid ciphertext", "disallowed by policy")
 _ABSENT: Final = "is not there: make it with `bao write -f {path}`"
 _DELETED: Final = "is deleted: restore it with `bao write -f {path}/soft-delete-restore`"
-_REFUSALS: Final = (  # the first whose words the server says; the last for anything else
+_REFUSALS: Final = (  # the first whose text is in the answer; the last for any other
     ("key not found", _ABSENT),
     ("unknown key type", _ABSENT),
     ("soft-deleted", _DELETED),
@@ -45,24 +47,39 @@ _REFUSALS: Final = (  # the first whose words the server says; the last for anyt
 _log = structlog.get_logger(__name__)
 
 
-class _Encrypt(msgspec.Struct):
+class _Encrypt(msgspec.Struct, omit_defaults=True):
     plaintext: bytes  # msgspec writes and reads bytes as base64
     associated_data: bytes
     key_version: int
-    type: str = _NO_UPSERT
+    type: str = ""  # for a call of its own
+    reference: str = ""  # for an item of a batch, where it comes back with the outcome
 
 
-class _Decrypt(msgspec.Struct):
+class _Decrypt(msgspec.Struct, omit_defaults=True):
     ciphertext: str
     associated_data: bytes
+    reference: str = ""
 
 
-class _Ciphertext(msgspec.Struct):
-    ciphertext: str
+Item = _Encrypt | _Decrypt
 
 
-class _Plaintext(msgspec.Struct):
-    plaintext: bytes
+class _Batch(msgspec.Struct, omit_defaults=True):
+    batch_input: Sequence[Item]
+    type: str = ""
+
+
+class _ItemOutcome(msgspec.Struct):
+    """The answer to one item, alone or in a batch; ``reference`` is empty where the server returns none."""
+
+    ciphertext: str = ""
+    plaintext: bytes | None = None
+    error: str = ""
+    reference: str = ""
+
+
+class _Results(msgspec.Struct, frozen=True):
+    batch_results: list[_ItemOutcome] | None = None
 
 
 class _Record(msgspec.Struct):
@@ -79,13 +96,17 @@ class _Record(msgspec.Struct):
     allow_plaintext_backup: bool = False
 
 
+class _BatchAnswer(msgspec.Struct):
+    data: _Results = _Results()
+
+
 class TransitCipher:
-    """One key of one mount."""
+    """One key of one mount. Calls that wait while a request is in flight form the next (``batch_input``)."""
 
     name = "transit"
 
     def __init__(self, vault: VaultClient, mount: str, key: str) -> None:
-        """``mount`` and ``key`` as the operator writes them. Raises ConfigurationError; calls nobody."""
+        """``mount`` and ``key`` as the operator writes them. Raises ConfigurationError; makes no call."""
         self._vault = vault
         self._mount = path_of(mount, "The mount of a transit key")
         if not _NAME.fullmatch(key):
@@ -94,37 +115,38 @@ class TransitCipher:
             )
         self._key = key
         self._warned = False
+        self._encrypts: Batcher[Item, _ItemOutcome] = Batcher(partial(self._send, "encrypt"), batches=BATCHES)
+        self._decrypts: Batcher[Item, _ItemOutcome] = Batcher(partial(self._send, "decrypt"), batches=BATCHES)
 
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:
-        """Under exactly this version, or not at all."""
+        """Encrypt under exactly this version. Raises BackendUnavailable if that is not possible."""
         if not _VERSION.fullmatch(version):
             raise self._error(f"has no version {version}")
-        document = _Encrypt(secret, aad, int(version))
-        answer = self._vault.call("POST", f"{self._mount}/encrypt/{self._key}", document)
-        if not answer.ok:
-            self._refused(answer)
-        return _raw(answer.read(EngineAnswer[_Ciphertext]).data.ciphertext, version, answer)
+        found = self._ask(self._encrypts, _Encrypt(secret, aad, int(version)))
+        return self._raw(found.ciphertext, version)
 
     def decrypt(self, wrapped: bytes, version: str, aad: bytes) -> bytes:
-        """The secret again."""
+        """Decrypt what ``encrypt`` returned."""
         if not _VERSION.fullmatch(version):
             raise DecryptFailed
-        document = _Decrypt(f"vault:v{version}:{base64.b64encode(wrapped).decode('ascii')}", aad)
-        answer = self._vault.call("POST", f"{self._mount}/decrypt/{self._key}", document)
-        if answer.status == HTTPStatus.BAD_REQUEST and any(word in said(answer) for word in _DAMAGED):
-            raise DecryptFailed
-        if not answer.ok:
-            self._refused(answer)
-        return answer.read(EngineAnswer[_Plaintext]).data.plaintext
+        ciphertext = f"vault:v{version}:{base64.b64encode(wrapped).decode('ascii')}"
+        plaintext = self._ask(self._decrypts, _Decrypt(ciphertext, aad)).plaintext
+        if plaintext is None:
+            raise self._vault.server.unexpected_error("no plaintext")
+        return plaintext
+
+    @property
+    def token_changes(self) -> int:
+        return self._vault.token.changes
 
     def versions(self) -> Sequence[KeyVersion]:
-        """Those that the server still decrypts, the latest last."""
+        """The versions that the server still decrypts, the latest last."""
         return _versions(self._record())
 
     def rotate(self) -> KeyVersion:
-        """Ask for a new version once; where the outcome is unclear, look whether there is one.
+        """Request a new version once. If the outcome is unclear, check whether there is one.
 
-        Each of its three calls has a timeout of its own, so that there is time to look.
+        Each of its three calls has its own timeout, so that there is time for the check.
         """
         before = self._record().latest_version
         try:
@@ -139,6 +161,70 @@ class TransitCipher:
             record = self._record()
         return _versions(record)[-1]
 
+    # -- calls of several threads in one request --------------------------------------------------------
+
+    def _ask(self, batcher: "Batcher[Item, _ItemOutcome]", item: Item) -> _ItemOutcome:
+        with self._vault.one_timeout():
+            try:
+                return batcher.call(item, self._vault.left_s())
+            except TimeoutError:
+                raise self._vault.server.timeout_error() from None
+
+    def _send(self, operation: str, items: Sequence[Item]) -> Sequence[_ItemOutcome | KmsError]:
+        """Send items in one request. One that the server refuses as a whole is sent again item by item.
+
+        So no caller's ciphertext can fail the calls of others.
+        """
+        if len(items) == 1:
+            return [self._send_one(operation, items[0])]
+        try:
+            found = self._send_batch(operation, items)
+        except Busy:
+            found = None
+        return found or self._send_each(operation, items)
+
+    def _send_each(self, operation: str, items: Sequence[Item]) -> Sequence[_ItemOutcome | KmsError]:
+        outcomes: list[_ItemOutcome | KmsError] = []
+        for item in items:
+            try:
+                outcomes.append(self._send_one(operation, item))
+            except Unreachable as exc:
+                return outcomes + [exc] * (len(items) - len(outcomes))
+            except KmsError as exc:
+                outcomes.append(exc)
+        return outcomes
+
+    def _send_one(self, operation: str, item: Item) -> _ItemOutcome:
+        if isinstance(item, _Encrypt):
+            item = msgspec.structs.replace(item, type=_NO_UPSERT)
+        answer = self._vault.call("POST", f"{self._mount}/{operation}/{self._key}", item)
+        if answer.ok:
+            return answer.read(EngineAnswer[_ItemOutcome]).data
+        if answer.status != HTTPStatus.BAD_REQUEST:
+            self._refused(answer)
+        raise self._refusal(operation, said(answer))
+
+    def _send_batch(self, operation: str, items: Sequence[Item]) -> Sequence[_ItemOutcome | KmsError] | None:
+        """The outcome of each item; None for an answer without outcomes."""
+        numbered = [msgspec.structs.replace(item, reference=str(n)) for n, item in enumerate(items)]
+        document = _Batch(numbered, _NO_UPSERT if operation == "encrypt" else "")
+        answer = self._vault.call("POST", f"{self._mount}/{operation}/{self._key}", document)
+        if not answer.ok and answer.status != HTTPStatus.BAD_REQUEST:
+            self._refused(answer)
+        found = answer.read(_BatchAnswer).data.batch_results
+        if found is None:
+            return None
+        same = [each.reference in {"", item.reference} for each, item in zip(found, numbered, strict=False)]
+        if len(found) != len(numbered) or not all(same):
+            raise answer.unexpected_error()  # the outcome of another item would make an unreadable file
+        return [self._refusal(operation, each.error.lower()) if each.error else each for each in found]
+
+    def _refusal(self, operation: str, words: str) -> KmsError:
+        """The meaning of the text of a 400."""
+        if operation == "decrypt" and any(word in words for word in _DAMAGED):
+            return DecryptFailed()
+        return self._error(next(text for word, text in _REFUSALS if word in words))
+
     def _record(self) -> _Record:
         answer = self._vault.call("GET", f"{self._mount}/keys/{self._key}")
         if not answer.ok:
@@ -146,7 +232,7 @@ class TransitCipher:
         record = answer.read(EngineAnswer[_Record]).data
         self._check(record)
         if record.latest_version not in record.keys:
-            raise answer.odd()
+            raise answer.unexpected_error()
         return record
 
     def _check(self, record: _Record) -> None:
@@ -162,14 +248,25 @@ class TransitCipher:
             _log.warning("key.exportable", backend=self.name, key=self._path, advice=make)
 
     def _refused(self, answer: PeerAnswer) -> NoReturn:
-        """Raise for an answer that is not 2xx and does not mean a damaged wrap."""
+        """Raise for an answer other than 2xx that does not mean a damaged wrap."""
         words = said(answer)
         if answer.status == HTTPStatus.NOT_FOUND:
             enable = f"bao secrets enable -path={self._mount} transit"
-            raise self._vault.no_engine(answer, self._mount, enable) or self._error(_ABSENT)
+            raise self._vault.engine_error(answer, self._mount, enable) or self._error(_ABSENT)
         if answer.status != HTTPStatus.BAD_REQUEST:
-            raise answer.odd()
-        raise self._error(next(text for word, text in _REFUSALS if word in words))
+            raise answer.unexpected_error()
+        raise self._refusal("", words)
+
+    def _raw(self, ciphertext: str, version: str) -> bytes:
+        """The bytes after the prefix of exactly this version. Raises BackendUnavailable for another text."""
+        before, prefix, text = ciphertext.partition(f"vault:v{version}:")
+        try:
+            raw = base64.b64decode(text, validate=True)
+        except ValueError:
+            raw = b""
+        if before or not prefix or not raw:
+            raise self._vault.server.unexpected_error("a ciphertext of another form")
+        return raw
 
     def _error(self, text: str) -> BackendUnavailable:
         kind = KeyMissing if text is _ABSENT else BackendUnavailable
@@ -178,18 +275,6 @@ class TransitCipher:
     @property
     def _path(self) -> str:
         return f"{self._mount}/keys/{self._key}"
-
-
-def _raw(ciphertext: str, version: str, answer: PeerAnswer) -> bytes:
-    """What stands after the prefix of exactly this version; else the answer is another server's."""
-    before, prefix, text = ciphertext.partition(f"vault:v{version}:")
-    try:
-        raw = base64.b64decode(text, validate=True)
-    except ValueError:
-        raise answer.odd() from None
-    if before or not prefix or not raw:
-        raise answer.odd()
-    return raw
 
 
 def _versions(record: _Record) -> list[KeyVersion]:
@@ -207,9 +292,8 @@ def _moment(seconds: object) -> datetime | None:
     return datetime.fromtimestamp(seconds, UTC)
 
 
-def open_key(uri: SplitResult | None, settings: Settings) -> RemoteBackend:
+def open_key(uri: SplitResult | None, section: TransitSection, *, strict: bool) -> RemoteBackend:
     """``transit:<key>``, or ``transit:<key>?mount=<mount>``; None means ``key_name`` of ``[kms.transit]``."""
-    section = settings.kms.transit
     mount, key = section.mount, section.key_name
     if uri is not None:
         mount, key = located(
@@ -217,5 +301,5 @@ def open_key(uri: SplitResult | None, settings: Settings) -> RemoteBackend:
         )
     if key is None:
         raise ConfigurationError("kms.transit.key_name is missing: name the key that the service uses")
-    vault = connect(section, "kms.transit", strict=settings.is_prod)
+    vault = connect(section, "kms.transit", strict=strict)
     return RemoteBackend(TransitCipher(vault, mount, key), data_keys=section.data_keys)

@@ -1,13 +1,12 @@
-"""The courier: a thread of the worker's parent that delivers webhooks; a short lock lets one act at a time.
+"""Webhook dispatcher: a thread of the worker's parent. A lock lets one process deliver at a time.
 
 Requests run in a small pool and touch the network alone. All else (Redis, metrics, logs) happens in the one
 thread, round by round, and between forks.
 """
 
-import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Final
 
 import redis
@@ -18,16 +17,17 @@ from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.events.webhook import DeliveryOutcome, WebhookEndpoint
 from kms_core.jobs.store.redis_keys import is_of_the_record
 from kms_core.observability import metrics
+from kms_core.periodic import NO_LOCK, PeriodicThread
+from kms_protocol.errors import DurabilityUnconfirmed
 
 EVERY_S: Final = 0.5
 PER_ENDPOINT: Final = 4  # requests at a time: a slow receiver must not hold up the others
 _MOST_THREADS: Final = 32
 _LOCK_S: Final = 5.0
-_NOTHING: Final = nullcontext()
 _log = structlog.get_logger(__name__)
 
 
-class WebhookDispatcher(threading.Thread):
+class WebhookDispatcher(PeriodicThread):
     """One round every half second, and whenever an answer has come."""
 
     def __init__(
@@ -36,42 +36,21 @@ class WebhookDispatcher(threading.Thread):
         endpoints: Mapping[str, WebhookEndpoint],
         name: str,
         *,
-        working: AbstractContextManager[object] = _NOTHING,
+        fork_lock: AbstractContextManager[object] = NO_LOCK,
     ) -> None:
-        """``working`` is entered for each round: what must not happen meanwhile (a fork) waits for it."""
-        super().__init__(name="courier", daemon=True)
+        super().__init__("webhooks", EVERY_S, failed="courier.round_failed", fork_lock=fork_lock)
         self._outbox = outbox
         self._endpoints = endpoints
         self._owner = name
-        self._working = working
-        self._stop_asked = False
-        self._wake = threading.Event()
-        self._more = False
         threads = min(_MOST_THREADS, PER_ENDPOINT * (len(endpoints) + 1))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="webhook")
         self._in_hand: dict[Future[DeliveryOutcome], Delivery] = {}
 
     def run(self) -> None:
-        while not self._stop_asked:
-            self._wake.wait(0 if self._more else EVERY_S)
-            self._wake.clear()
-            self._guarded()
+        super().run()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        wait(self._in_hand, webhook.TOTAL_S)
-        self._guarded()
-
-    def stop(self) -> None:
-        """Start no further request; what is under way is settled when answered, or sent again by another."""
-        self._stop_asked = True
-        self._wake.set()
-
-    def _guarded(self) -> None:
-        self._more = False
-        try:
-            with self._working:
-                self.round()
-        except Exception as exc:  # noqa: BLE001 -- a round may fail, the courier may not
-            _log.warning("courier.round_failed", error=type(exc).__name__)
+        wait(self._in_hand, webhook.TOTAL_S)  # without the fork lock: a receiver may be slow
+        self.attempt(self.round)
 
     def round(self) -> None:
         """Settle what was answered; with the lock, take in events and send what is due."""
@@ -80,10 +59,11 @@ class WebhookDispatcher(threading.Thread):
                 with self._mending():
                     self._settle(self._in_hand[future], _outcome(future))
             del self._in_hand[future]
-        if self._stop_asked or not self._outbox.store.lock("courier", self._owner, _LOCK_S):
+        if self.stopping or not self._outbox.store.lock("courier", self._owner, _LOCK_S):
             return
-        with self._mending():
-            self._more = self._outbox.take_in()
+        with self._mending(), suppress(DurabilityUnconfirmed):
+            if self._outbox.take_in():
+                self.wake()
         with self._mending():
             for name in self._outbox.endpoints():
                 with self._mending():
@@ -109,7 +89,7 @@ class WebhookDispatcher(threading.Thread):
         for delivery in [found for found in due if found.delivery_id not in under_way][:free]:
             future = self._pool.submit(self._send, delivery)
             self._in_hand[future] = delivery
-            future.add_done_callback(lambda _: self._wake.set())
+            future.add_done_callback(lambda _: self.wake())
 
     def _send(self, delivery: Delivery) -> DeliveryOutcome:
         """In a thread of the pool. An endpoint without a section may get one: until then it has failed."""

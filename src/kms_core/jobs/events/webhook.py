@@ -1,9 +1,12 @@
-"""Webhooks: endpoints from settings, the event that is sent, its signature and the request; knows no Redis.
+"""Webhooks: endpoints from settings, the event, its signature and the request. Does not use Redis.
 
 One POST for one event: a CloudEvents 1.0 JSON body in structured mode, signed (``sign``). The endpoint's name
 is resolved once for each request, every address found is checked, and the connection goes to those addresses
 while TLS and ``Host`` keep the name: a name that changes its address in between changes nothing. No redirect
 is followed and no body is read.
+
+Addresses are checked against the special-purpose registries of IANA (RFC 6890), and those at which clouds
+serve metadata and credentials to a machine, as their vendors publish them.
 """
 
 import hashlib
@@ -12,34 +15,86 @@ import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
-import httpcore
+import httpcore2
 import msgspec
 import structlog
 
-from kms_core.jobs.events.addresses import Address, is_of_host, is_public
+from kms_core.http_client import DeadlineTransport
 from kms_core.jobs.model import Job
-from kms_core.secure_files import open_to_others
+from kms_core.sections import is_loopback
+from kms_core.secure_files import check_secret
 from kms_core.settings.model import EndpointSection as Section
 from kms_core.settings.model import Settings
-from kms_core.settings.validate_backends import is_loopback
-from kms_protocol import __version__, small_files, wire
+from kms_protocol import __version__, job_groups, small_files, wire
 from kms_protocol.errors import ConfigurationError
 from kms_protocol.tls_client import client_context
+from kms_protocol.units import time_text
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_GLOBAL_UNICAST: Final = ipaddress.ip_network("2000::/3")  # all that IANA has given out (RFC 4291 §2.4)
+_NOT_PUBLIC: Final = tuple(
+    ipaddress.ip_network(text)
+    for text in (  # beyond `is_global`, whose list differs between Pythons
+        "100.64.0.0/10",  # RFC 6598; 100.100.100.200 is Alibaba's metadata
+        "192.0.0.0/24",  # RFC 6890
+        "192.88.99.0/24",  # the relays of 6to4, RFC 7526
+        "2001::/23",  # RFC 2928, with Teredo
+        "2002::/16",  # 6to4, RFC 3056: holds an IPv4 address
+        "3fff::/20",  # RFC 9637
+    )
+)
+_OF_HOSTS: Final = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        "169.254.0.0/16",  # metadata of most clouds; AWS: credentials of containers and pods
+        "fe80::/10",
+        "168.63.129.16/32",  # Azure: the host, which takes POSTs
+        "100.100.100.200/32",  # Alibaba
+        "192.0.0.192/32",  # Oracle
+        "fd00:ec2::/32",  # AWS: ::254 metadata, ::23 credentials of pods
+        "fd20:ce::254/128",  # Google
+        "fd00:42::42/128",  # Scaleway
+        "fd00:c1::a9fe:a9fe/128",  # Oracle
+    )
+)
+
+
+def is_public(address: Address) -> bool:
+    """True if an address is one of the open internet; those that hold another (tunnels, NAT64) are not."""
+    address = _unmapped(address)
+    if is_of_host(address) or any(address in network for network in _NOT_PUBLIC):
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address not in _GLOBAL_UNICAST:
+        return False
+    return address.is_global and not (address.is_multicast or address.is_reserved)
+
+
+def is_of_host(address: Address) -> bool:
+    """Return whether the address is link-local or a cloud metadata service. No webhook is sent there."""
+    address = _unmapped(address)
+    return any(address in network for network in _OF_HOSTS)
+
+
+def _unmapped(address: Address) -> Address:
+    """The IPv4 address that ``::ffff:a.b.c.d`` stands for (RFC 4291 §2.5.5.2), without a zone."""
+    if isinstance(address, ipaddress.IPv6Address):
+        return address.ipv4_mapped or ipaddress.IPv6Address(int(address))
+    return address
+
 
 CONTENT_TYPE: Final = "application/cloudevents+json"
 SOURCE: Final = f"{wire.PREFIX}/jobs"
 SECRET_BYTES: Final = 32
 CONNECT_S: Final = 2.0
 TOTAL_S: Final = 10.0
-_READ_BYTES: Final = 4096
 _MAKE: Final = "make one with `(umask 077; openssl rand -hex 32 > {path})`"
 _log = structlog.get_logger(__name__)
 
@@ -57,7 +112,7 @@ class WebhookEndpoint:
     tls: ssl.SSLContext | None = field(default=None, repr=False)
 
     def is_for(self, tenant: str) -> bool:
-        """Whether jobs of a tenant may name it."""
+        """Return whether jobs of a tenant may name it."""
         return self.tenants is None or tenant in self.tenants
 
     def allows(self, address: Address) -> bool:
@@ -67,7 +122,7 @@ class WebhookEndpoint:
 
 
 class EventData(msgspec.Struct, frozen=True, kw_only=True):
-    """What happened to which job; the same words as ``GET /jobs/{id}``."""
+    """The job and its transition, in the terms of ``GET /jobs/{id}``."""
 
     job_id: str
     kind: wire.JobKind
@@ -75,6 +130,8 @@ class EventData(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int
     error: wire.ErrorCode | None
     progress: wire.JobProgress
+    labels: Mapping[str, str] | msgspec.UnsetType = msgspec.UNSET
+    metadata: Mapping[str, str] | msgspec.UnsetType = msgspec.UNSET
 
 
 class CloudEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,7 +144,7 @@ class CloudEvent(msgspec.Struct, frozen=True, kw_only=True):
     subject: str
     time: str
     datacontenttype: str = "application/json"
-    data: EventData
+    data: EventData | job_groups.GroupOut
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +158,7 @@ class WebhookRequest:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryOutcome:
-    """How a request ended; ``reason`` is a word for logs, such as ``http_500`` or ``address_refused``."""
+    """The outcome of a request; ``reason`` is for logs, such as ``http_500`` or ``address_refused``."""
 
     result: Literal["delivered", "gone", "failed"]
     reason: str = ""
@@ -115,10 +172,10 @@ _FAILURES: Final[Mapping[type[Exception], str]] = {  # the first that fits
     ConfigurationError: "secret_unreadable",
     AddressRefused: "address_refused",
     socket.gaierror: "name_not_found",
-    httpcore.TimeoutException: "timeout",
-    httpcore.ConnectError: "connect_failed",
-    httpcore.NetworkError: "connection_broken",
-    httpcore.ProtocolError: "connection_broken",
+    httpcore2.TimeoutException: "timeout",
+    httpcore2.ConnectError: "connect_failed",
+    httpcore2.NetworkError: "connection_broken",
+    httpcore2.ProtocolError: "connection_broken",
 }
 _KINDS: Final = tuple(_FAILURES)
 
@@ -135,7 +192,8 @@ def endpoints(settings: Settings) -> dict[str, WebhookEndpoint]:
 def _endpoint(section: Section, settings: Settings, name: str) -> WebhookEndpoint:
     url = urlsplit(section.url)
     read_secret(section.secret_file)
-    _check_mode(section.secret_file, strict=settings.is_prod)
+    event = "webhook.secret_open_to_others"
+    check_secret(section.secret_file, _log.warning, event, strict=settings.is_prod)
     ca_setting = f"kms.jobs.endpoints.{name}.ca_file"
     tls = client_context(section.ca_file, ca_setting) if url.scheme == "https" else None
     return WebhookEndpoint(
@@ -165,22 +223,19 @@ def read_secret(path: Path) -> bytes:
     return secret
 
 
-def _check_mode(path: Path, *, strict: bool) -> None:
-    mode = open_to_others(path)
-    if not mode:
-        return
-    advice = f"{path} can be read by others (mode {mode:04o}): run `chmod 600 {path}`"
-    if strict:
-        raise ConfigurationError(advice)
-    _log.warning("webhook.secret_open_to_others", path=str(path), mode=f"{mode:04o}", advice=advice)
-
-
 # -- what is sent ------------------------------------------------------------------------------------
+
+
+def group_body(event_id: str, group: job_groups.GroupOut, at: float) -> bytes:
+    """The body for the end of a group; ``at`` in seconds since the epoch."""
+    moment = time_text(at, "milliseconds")
+    event = CloudEvent(id=event_id, type="kms.group.ended", subject=group.name, time=moment, data=group)
+    return msgspec.json.encode(event)
 
 
 def event_body(delivery_id: str, job: Job, at: float) -> bytes:
     """The body for a job as one event found it; ``at`` in seconds since the epoch."""
-    moment = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    moment = time_text(at, "milliseconds")
     data = EventData(
         job_id=job.job_id,
         kind=job.kind,
@@ -194,6 +249,8 @@ def event_body(delivery_id: str, job: Job, at: float) -> bytes:
             bytes=job.bytes,
             bytes_done=job.bytes_done,
         ),
+        labels=job.labels or msgspec.UNSET,
+        metadata=(job.accepted.metadata if job.accepted else None) or msgspec.UNSET,
     )
     event = CloudEvent(
         id=delivery_id, type=f"kms.job.{job.state}", subject=job.job_id, time=moment, data=data
@@ -246,9 +303,10 @@ def resolve(endpoint: WebhookEndpoint) -> list[Address]:
 def _status(endpoint: WebhookEndpoint, message: WebhookRequest, deadline: float) -> int:
     headers = _headers(read_secret(endpoint.secret_file), message)
     timeouts = {"connect": CONNECT_S, "read": TOTAL_S, "write": TOTAL_S, "pool": TOTAL_S}
-    network = _Pinned(resolve(endpoint), deadline)
+    network = DeadlineTransport([str(address) for address in resolve(endpoint)])
     with (
-        httpcore.ConnectionPool(ssl_context=endpoint.tls, network_backend=network) as pool,
+        network.until(deadline),
+        httpcore2.ConnectionPool(ssl_context=endpoint.tls, network_backend=network) as pool,
         pool.stream(
             "POST",
             endpoint.url,
@@ -266,67 +324,3 @@ def _judged(status: int) -> DeliveryOutcome:
     if HTTPStatus(200) <= status < HTTPStatus.MULTIPLE_CHOICES:
         return DeliveryOutcome("delivered")
     return DeliveryOutcome("failed", f"http_{status}")
-
-
-class _Pinned(httpcore.SyncBackend):
-    """Connects to the addresses that were checked, in their order, whatever host is asked for."""
-
-    def __init__(self, addresses: Sequence[Address], deadline: float) -> None:
-        self._addresses = addresses
-        self._deadline = deadline
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.NetworkStream:
-        del host
-        last: httpcore.ConnectError | httpcore.ConnectTimeout | None = None
-        for address in self._addresses:
-            left = _left(timeout, self._deadline)
-            try:
-                stream = super().connect_tcp(str(address), port, left, local_address, socket_options)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as exc:
-                last = exc
-            else:
-                return _BoundedConnection(stream, self._deadline)
-        raise last or httpcore.ConnectError
-
-
-class _BoundedConnection(httpcore.NetworkStream):
-    """A connection that ends at a deadline, however slowly the other side drips."""
-
-    def __init__(self, stream: httpcore.NetworkStream, deadline: float) -> None:
-        self._stream = stream
-        self._deadline = deadline
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(min(max_bytes, _READ_BYTES), _left(timeout, self._deadline))
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, _left(timeout, self._deadline))
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,
-    ) -> httpcore.NetworkStream:
-        left = _left(timeout, self._deadline)
-        return _BoundedConnection(self._stream.start_tls(ssl_context, server_hostname, left), self._deadline)
-
-    def get_extra_info(self, info: str) -> object:
-        return self._stream.get_extra_info(info)
-
-
-def _left(timeout: float | None, deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise httpcore.ReadTimeout
-    return left if timeout is None else min(timeout, left)

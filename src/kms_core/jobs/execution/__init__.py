@@ -1,1 +1,1 @@
-"""What a worker does with one job, by kind."""
+"""Execution of jobs in a worker, by kind of job."""

@@ -9,7 +9,8 @@ import msgspec
 
 from kms_core.age import header
 from kms_core.age.header import FILE_LIMITS
-from kms_core.jobs.model import Job, JobSpec
+from kms_core.jobs.model import Job
+from kms_core.jobs.spec import FileJob, JobSpec
 from kms_core.jobs.storage.locations import Locations
 from kms_core.service import Kms
 from kms_protocol import wire
@@ -29,7 +30,7 @@ _SHOWN: Final[tuple[Shown, ...]] = (CHANGED, NEWEST, FOREIGN, DUE)
 
 @dataclass(frozen=True, slots=True)
 class FileOutcome:
-    """What came of one file; ``version`` is ``<key id>/<key version>`` as it was found, if it was."""
+    """The outcome of one file; ``version`` is ``<key id>/<key version>`` as it was found, if it was."""
 
     word: str
     version: str = ""
@@ -49,13 +50,13 @@ class FileOutcome:
 
     def shown(self, job: JobSpec) -> Shown | msgspec.UnsetType:
         """As the result of a campaign has it."""
-        if not job.is_campaign:
+        if not job.campaign:
             return msgspec.UNSET
         return next((word for word in _SHOWN if word == self.word), msgspec.UNSET)
 
 
-def look(kms: Kms, places: Locations, file: JobSpec) -> FileOutcome:
-    """Whether a file is to be moved: ``would_change`` if so. Reads its header, and opens nothing with a key.
+def look(kms: Kms, places: Locations, file: FileJob) -> FileOutcome:
+    """True if a file is to be moved: ``would_change`` if so. Reads its header, and opens nothing with a key.
 
     A new context can be seen in no header, so with one every file is to be moved. Raises NotACiphertext,
     DecryptFailed, UnknownKey, and what opening the file raises.
@@ -64,14 +65,14 @@ def look(kms: Kms, places: Locations, file: JobSpec) -> FileOutcome:
         try:
             head = header.read_by(source.reader.read_at, FILE_LIMITS)
         except KmsError as exc:
-            kms.refused(file.who, file.kind, file.bound_context, exc)
-    standing = kms.standing(file.who, head, file.key_id)
-    if standing is None:
+            kms.raise_recorded(file.who, file.kind, file.bound_context, exc)
+    status = kms.key_version_status(file.who, head, file.key_id)
+    if status is None:
         return FileOutcome(FOREIGN)
-    if standing.newest and file.new_context is None:
+    if status.newest and file.new_context is None:
         return FileOutcome(NEWEST)
-    older = standing.key_version and not standing.newest
-    return FileOutcome(DUE, f"{standing.key_id}/{standing.key_version}" if older else "")
+    older = status.key_version and not status.newest
+    return FileOutcome(DUE, f"{status.key_id}/{status.key_version}" if older else "")
 
 
 class OutcomeCounts:
@@ -92,13 +93,13 @@ class OutcomeCounts:
             self._words[_LEFT + outcome.version] += outcome.word != CHANGED
 
     def counts(self, job: JobSpec) -> dict[str, int]:
-        """How many files ended so, and by version found and left; only a campaign has any."""
+        """Counts of files by outcome, and by version found and left; empty for other jobs."""
         told = (*_SHOWN, *(name for name in self._words if name.startswith((_FOUND, _LEFT))))
-        return {name: self._words[name] for name in told} if job.is_campaign else {}
+        return {name: self._words[name] for name in told} if job.campaign else {}
 
 
 def report(job: Job) -> wire.Report | msgspec.UnsetType:
-    """What a campaign has done so far, over the parts that have ended; UNSET for other jobs."""
+    """Progress of a key migration over its ended parts; UNSET for other jobs."""
     if not job.campaign:
         return msgspec.UNSET
     tallies = job.tallies

@@ -9,23 +9,26 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Protocol, Self
 
 import structlog
 
-from kms_core.jobs.ends import PlacedTarget, Work
+from kms_core.jobs.ends import FirstFailures, PlacedTarget, SmallBlob, Work
+from kms_core.jobs.execution import attendance
 from kms_core.jobs.model import Attempt, Commit, LeaseLost
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
 from kms_protocol.errors import JobsUnavailable, KmsError, Unavailable
 
 _TELL_EVERY_S: Final = 0.5
+_DEAF_S: Final = 5.0  # from the time at which attempts are to stop until they are stopped
 _log = structlog.get_logger(__name__)
 
 
 class Held(Protocol):
-    """What work on one file asks of its lease."""
+    """The part of a lease that work on one file uses."""
 
     @property
     def claim(self) -> Attempt: ...
@@ -50,11 +53,24 @@ class FoundLarge(Unavailable):
         self.work_bytes = work_bytes
 
 
+class HandedBack(Unavailable):
+    """The worker stops: the attempt goes back to the queue as if it had not begun."""
+
+    code = "handed_back"
+    summary = "The worker stops, and hands the job back"
+
+
 class Commits(Protocol):
-    """Where a commit is recorded before it happens."""
+    """Records a commit before it happens."""
 
     def committing(self, claim: Attempt, commit: Commit) -> None:
         """From here on any worker may finish it. Raises LeaseLost, JobCancelled, JobsUnavailable."""
+
+    def withdraw(self, claim: Attempt) -> None:
+        """Take it back, if it could put nothing in place. Raises LeaseLost."""
+
+    def confirm(self, job_id: str) -> None:
+        """Raises DurabilityUnconfirmed if replicas may not have a commit that was recorded."""
 
     def now(self) -> float:
         """The clock that all jobs go by, in seconds since the epoch. Raises JobsUnavailable."""
@@ -64,7 +80,8 @@ class Lease:
     """Held while a job runs. ``check`` raises LeaseLost or JobCancelled, from whichever thread asks.
 
     The work sets what the signed end tells beside its counts: ``target``, if it wrote one, ``tallies`` of a
-    campaign, and ``result_digest`` of the result that it left in the spool.
+    campaign, ``result_digest`` of the result that it left in the spool, ``blob``, which a small one is, and
+    ``file_id`` of its one file.
     """
 
     def __init__(self, store: JobStore, claim: Attempt) -> None:
@@ -76,8 +93,12 @@ class Lease:
         self.target: PlacedTarget | None = None
         self.tallies: Mapping[str, int] = {}
         self.result_digest = b""
+        self.file_id = ""
+        self.blob: SmallBlob | None = None
+        self.failures = FirstFailures()
         self._trouble: KmsError | None = None
-        self._held_until = time.monotonic() + store.rules.lease_s
+        self._moved_at = time.monotonic()
+        self._held_until = self._moved_at + store.rules.lease_s
         self.every_s = min(_TELL_EVERY_S, store.rules.lease_s / 3)
 
     def __enter__(self) -> Self:
@@ -95,10 +116,11 @@ class Lease:
             metrics.JOB_ITEMS.labels(done, "failed").inc(self._failed)
 
     def check(self) -> None:
-        """Raise if this attempt must stop: another worker took over, or the owner cancelled."""
+        """Raise if this attempt must stop: another worker took over, the owner cancelled, time is over."""
+        self._moved_at = time.monotonic()
         if self._trouble is not None:
             raise self._trouble
-        if time.monotonic() > self._held_until:
+        if self._moved_at > self._held_until:
             raise LeaseLost
 
     def admit(self, size_bytes: int) -> None:
@@ -110,6 +132,7 @@ class Lease:
     def advance(self, size_bytes: int) -> None:
         with self._lock:
             self._bytes += size_bytes
+            self._moved_at = time.monotonic()
 
     def item(self, size_bytes: int = 0, *, failed: bool) -> None:
         """Tell of an item done, and of its bytes."""
@@ -117,6 +140,7 @@ class Lease:
             self._bytes += size_bytes
             self._items += 1
             self._failed += failed
+            self._moved_at = time.monotonic()
 
     def resume(self, *, items: int, failed: int, size_bytes: int) -> None:
         """Count what earlier attempts did for good."""
@@ -128,20 +152,33 @@ class Lease:
 
     @property
     def work(self) -> Work:
-        """What has been done so far."""
+        """The work done so far."""
         items, failed, size_bytes = self._before
         return Work(
             items_done=items + self._items,
             items_failed=failed + self._failed,
             bytes_done=size_bytes + self._bytes,
             tallies=self.tallies,
+            failures=self.failures,
             target=self.target,
             result_digest=self.result_digest,
+            file_id=self.file_id,
+            blob=self.blob,
         )
 
     def renew(self) -> None:
-        """Extend it, unless it is lost: that ``check`` tells. It may still be told when the work is over."""
+        """Extend it, unless it is lost: that ``check`` tells. It may still be told when the work is over.
+
+        An attempt that advances nothing for ``stall_s`` loses it, and its process ends. Once the worker must
+        stop, ``check`` tells; an attempt that does not hear it is handed back, and its process ends.
+        """
         asked = time.monotonic()
+        if asked - self._moved_at > self._store.rules.stall_s:
+            self._stall(asked - self._moved_at)
+        elif attendance.stops_at() <= asked and self._trouble is None:
+            self._trouble = HandedBack()
+        elif attendance.stops_at() + _DEAF_S <= asked:
+            self._hand_back()
         try:
             self._store.renew(self.claim, self.work.progress)
             self._held_until = asked + self._store.rules.lease_s
@@ -150,23 +187,64 @@ class Lease:
         except KmsError as exc:
             self._trouble = exc
 
+    def _stall(self, idle_s: float) -> None:
+        job = self.claim.accepted
+        self._trouble = LeaseLost()
+        resources: list[str] = []
+        with suppress(JobsUnavailable):  # then the lease runs out
+            resources = self._store.stalled(self.claim)
+        metrics.JOB_STALLS.labels(job.kind).inc()
+        _log.error("job.stalled", job_id=job.job_id, idle_s=round(idle_s), resources=resources)
+        attendance.leave(attendance.Stall(os.getpid(), job.job_id, resources))
+
+    def _hand_back(self) -> None:
+        """The work does not look at ``check``. A commit that has begun is finished by any worker."""
+        _log.warning("job.handed_back", job_id=self.claim.accepted.job_id, heard=False)
+        with suppress(LeaseLost, JobsUnavailable):
+            self._store.defer(self.claim, 0, counts=False, away=False)
+        attendance.leave(None)
+
+
+class Chore:
+    """Work on files without a lease, such as tidying: a process in which it hangs ends as well."""
+
+    every_s: Final = 1.0
+
+    def __init__(self, store: JobStore, job_id: str) -> None:
+        self._job_id, self._stall_s, self._since = job_id, store.rules.stall_s, time.monotonic()
+
+    def __enter__(self) -> Self:
+        _pacemaker(os.getpid()).add(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _pacemaker(os.getpid()).remove(self)
+
+    def renew(self) -> None:
+        """End the process if the work has not ended after ``stall_s``."""
+        if time.monotonic() - self._since > self._stall_s:
+            _log.error("job.stalled", job_id=self._job_id, idle_s=round(self._stall_s), resources=[])
+            attendance.leave(attendance.Stall(os.getpid(), self._job_id, []))
+
 
 class _Pacemaker:
     """Renews leases when they are due, in a thread that sleeps in between. One for each process."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._due: dict[Lease, float] = {}
+        self._due: dict[Lease | Chore, float] = {}
         self._wakes_at = -math.inf
         threading.Thread(target=self._run, name="leases", daemon=True).start()
 
-    def add(self, lease: Lease) -> None:
+    def add(self, lease: Lease | Chore) -> None:
         with self._changed:
             self._due[lease] = due = time.monotonic() + lease.every_s
             if due < self._wakes_at:
                 self._changed.notify()
 
-    def remove(self, lease: Lease) -> None:
+    def remove(self, lease: Lease | Chore) -> None:
         with self._changed:
             self._due.pop(lease, None)
 
@@ -178,14 +256,14 @@ class _Pacemaker:
                 except Exception as exc:  # noqa: BLE001 -- a lease may run out, the thread may not end
                     _log.exception("lease.renewal_failed", error=type(exc).__name__)
 
-    def _await_due(self) -> list[Lease]:
+    def _await_due(self) -> list[Lease | Chore]:
         with self._changed:
             while True:
                 now = time.monotonic()
                 due = [lease for lease, at in self._due.items() if at <= now]
                 if due:
                     self._due |= {lease: now + lease.every_s for lease in due}
-                    self._wakes_at = -math.inf  # what is added meanwhile is seen before the next sleep
+                    self._wakes_at = -math.inf  # an addition from now on is seen before the next sleep
                     return due
                 self._wakes_at = min(self._due.values(), default=math.inf)
                 self._changed.wait(None if math.isinf(self._wakes_at) else self._wakes_at - now)

@@ -8,14 +8,16 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from kms_core.envelope import binding
 from kms_core.jobs import bulk_lines
 from kms_core.jobs.ends import needs_proof
 from kms_core.jobs.execution import bulk_items, tree, upload
-from kms_core.jobs.model import REFUSED, Job, JobSpec
+from kms_core.jobs.model import DEAD, REFUSED, Job
+from kms_core.jobs.spec import AnyJob, FileJob, TreeJob, TreePart, UploadJob
 from kms_core.jobs.storage.spool import Label, Spool
 from kms_core.jobs.store.store import JobStore
 from kms_protocol import wire
-from kms_protocol.errors import JobNotFinished, RecordRefused, ResultExpired, UnknownJob
+from kms_protocol.errors import JobNotFinished, RecordRefused, ResultExpired, ResultReleased, UnknownJob
 
 _SLAB_BYTES: Final = 1024 * 1024
 
@@ -34,10 +36,11 @@ class ResultChunk(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Pieces end to end."""
+    """Pieces end to end. ``file_id`` is that of the one file of an upload (see ``binding.file_id``)."""
 
     pieces: Sequence[ResultChunk]
     lines: bool = False
+    file_id: str = ""
 
     @property
     def size(self) -> int:
@@ -56,54 +59,83 @@ class Result:
 def of(job: Job, store: JobStore, spool: Spool) -> Result:
     """The result of this job.
 
-    Raises JobNotFinished, ResultExpired, UnknownJob for a forged record, RecordRefused for an end, or a file
-    of the spool, that is not the job's.
+    Raises JobNotFinished, ResultExpired, ResultReleased, UnknownJob for a forged record, RecordRefused for an
+    end, or a file of the spool, that is not the job's.
     """
     accepted = _ended(job, store)
-    if accepted.target and not accepted.is_tree:
-        raise ResultExpired("The result of this job is the file that it was told to write")
-    if accepted.items or accepted.is_tree:
+    _check_target(accepted)
+    if not isinstance(accepted, UploadJob):
         return Result(list(_lines(job, accepted, store, spool)), lines=True)
-    head = Label(job.tenant, job.job_id, upload.HEAD, job.fence, _ref(job))
+    head = Label(job.tenant, job.job_id, upload.HEAD, job.result_attempt, _ref(job))
+    label = upload.upload_label(accepted)
+    with spool.blob(label) as blob:  # its nonce is that of the ciphertext, before and after the job
+        file_id = binding.file_id(blob.head.nonce)
     if accepted.kind == "decrypt":
-        return Result([_Opened.of(spool, upload.upload_label(accepted), head)])
-    return Result([_head(spool, head), _Payload.of(spool, upload.upload_label(accepted))])
+        return Result([_Opened.of(spool, label, head)], file_id=file_id)
+    return Result([_head(spool, head), _Payload.of(spool, label)], file_id=file_id)
 
 
-def _ended(job: Job, store: JobStore) -> JobSpec:
+def release(job: Job, store: JobStore, spool: Spool) -> None:
+    """Delete the result of an ended job now; of a dead one all that it has, so that it cannot be retried.
+
+    Doing it again changes nothing. Raises JobNotFinished, UnknownJob; ResultExpired if it has no result.
+    """
+    if not job.released and job.error not in DEAD:
+        _check_target(_ended(job, store))
+    store.release(job)
+    if spool.delete(job.job_id):
+        store.purged(job.job_id)
+
+
+def _check_target(accepted: AnyJob) -> None:
+    if isinstance(accepted, FileJob):
+        raise ResultExpired("The result of this job is the file that it was told to write")
+
+
+def _ended(job: Job, store: JobStore) -> AnyJob:
     """The sealed part of a job whose result may be read. Raises as ``of``."""
     if not job.ended:
         raise JobNotFinished
-    if job.purged or job.state == "cancelled":
+    if job.released and job.released <= store.now():
+        raise ResultReleased
+    if job.purged or (job.state == "cancelled" and not job.parts):
         raise ResultExpired
     if job.error == REFUSED:
         raise RecordRefused
     accepted = store.accepted(job.job_id)
     if accepted.tenant != job.tenant:  # Redis was tampered with: the sealed part is right
         raise UnknownJob
-    if accepted.signed_end and job.end is None:  # it failed, or is told so: what rests there was not signed
+    if job.state == "cancelled" and not isinstance(accepted, TreeJob):  # nothing of it was put in place
         raise ResultExpired
+    if (
+        accepted.signed_end and job.end is None and job.state != "cancelled"
+    ):  # it failed, or Redis says so: its files have no signature
+        raise ResultExpired(f"This job failed (`{job.error}`); it has no result")
     return accepted
 
 
 def _ref(job: Job) -> bytes:
-    """What the result of a job, or of a part, was written as; empty where a worker of 0.1 ended it."""
+    """The reference of the result of a job or part; empty where a worker of 0.1 ended it."""
     return job.end.result_digest if job.end else b""
 
 
-def _lines(job: Job, accepted: JobSpec, store: JobStore, spool: Spool) -> Iterator[ResultChunk]:
-    if not job.parts and accepted.is_tree:
+def _lines(job: Job, accepted: AnyJob, store: JobStore, spool: Spool) -> Iterator[ResultChunk]:
+    if not job.parts and isinstance(accepted, TreeJob):
         return  # no file was named
     if not job.parts:
-        yield _Opened.of(spool, bulk_items.result_label(job.tenant, job.job_id, 0, job.fence, _ref(job)))
+        yield _Opened.of(
+            spool, bulk_items.result_label(job.tenant, job.job_id, 0, job.result_attempt, _ref(job))
+        )
         return
     for number, part in enumerate(store.parts_as_ended(job)):
         if needs_proof(part.job.state, part.job.error):
-            label = bulk_items.result_label(job.tenant, job.job_id, number, part.job.fence, _ref(part.job))
+            label = bulk_items.result_label(
+                job.tenant, job.job_id, number, part.job.result_attempt, _ref(part.job)
+            )
             yield _Opened.of(spool, label)
         elif part.accepted is None:
             raise RecordRefused
-        elif accepted.is_tree:
+        elif isinstance(part.accepted, TreePart):
             entries = tree.entries(part.accepted, spool)
             yield _literal(tree.lines(part.accepted, entries, part.log, part.job.error))
         else:

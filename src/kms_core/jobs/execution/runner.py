@@ -1,161 +1,298 @@
-"""Runs one job once: claim, work, finish. Running the same job twice changes nothing the second time."""
+"""Runs one job once: claim, work, finish. Running the same job twice changes nothing the second time.
 
-import random
-from collections.abc import Iterator
+The worker that ends the last part of a job verifies the ends of all parts and signs that of the parent. A
+part that succeeded, or whose items failed, counts with its signed end. Of a part that was given up, the files
+in its signed checkpoint count as done, and all others as failed.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Final
 
 import structlog
 
 from kms_core import audit
 from kms_core.jobs import authorization
-from kms_core.jobs.ends import ITEMS_FAILED, PlacedTarget
-from kms_core.jobs.execution import bulk_items, one_file, parents, tree, upload
-from kms_core.jobs.execution.lease import FoundLarge, Lease
+from kms_core.jobs.bulk_lines import PART_ITEMS
+from kms_core.jobs.ends import (
+    ITEMS_FAILED,
+    MOST_FAILURES,
+    Failure,
+    FirstFailures,
+    SignedEnd,
+    SignedSplit,
+    needs_proof,
+    spec_digest,
+)
+from kms_core.jobs.execution import bulk_items, one_file, tree, upload
+from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.execution.key_migration import FileOutcome, OutcomeCounts
+from kms_core.jobs.execution.lease import Chore, FoundLarge, HandedBack, Lease
 from kms_core.jobs.execution.tree import Paced
 from kms_core.jobs.file_patterns import Tree
-from kms_core.jobs.model import DEAD, Attempt, Job, JobSpec, LeaseLost
-from kms_core.jobs.storage.locations import Locations
-from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Label, Spool
+from kms_core.jobs.model import REFUSED, Attempt, Following, Job, LeaseLost
+from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.spec import AnyJob, FileJob, ItemsJob, JobSpec, TreeJob, TreePart, UploadJob
+from kms_core.jobs.store.reader import ParentRecord, PartRecord, parts_digest
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics, tracing
+from kms_core.retries import jittered_wait_s
 from kms_core.service import Kms
 from kms_protocol.errors import (
+    DurabilityUnconfirmed,
     JobCancelled,
     JobsUnavailable,
     KmsError,
-    PathRefused,
     RecordRefused,
+    RedisFull,
     Unavailable,
+    UnknownJob,
 )
 from kms_protocol.wire import JobState
+
+
+def end_parent(job: Job, store: JobStore) -> Job:
+    """End a job whose parts have all ended, and answer with it as it is told from now on.
+
+    ``record_refused`` if a part cannot prove how it ended, or is not the one that the job was cut into. A
+    worker that does so at the same time comes to the same. Raises JobsUnavailable, UnknownJob.
+    """
+    record = store.parent_record(job.job_id)
+    try:
+        found = _end_of(job, record, store)
+    except UnknownJob:
+        found = SignedEnd(fence=job.fence, attempt=job.attempt, state="failed", error=REFUSED, kept_until=0.0)
+    store.end_parent(job, found, spec_digest(record.sealed))
+    return store.get(job.job_id, job.tenant)
+
+
+def _end_of(job: Job, record: ParentRecord, store: JobStore) -> SignedEnd:
+    accepted = store.record_key.open(job.job_id, record.sealed)
+    split = _split(job, accepted, record, store.record_key)
+    sums, specs = _Sums(), hashlib.sha256()
+    for part in store.parts_of(job.job_id, split.parts):
+        sums.add(part)
+        specs.update(part.sealed)
+    if split.digest and specs.digest() != split.digest:
+        raise UnknownJob("The parts of this job are not those that it was cut into")
+    kept_until = accepted.result_until(store.now()) + store.rules.keep_record_s
+    return sums.end(job, split.parts, kept_until)
+
+
+def _split(job: Job, accepted: AnyJob, record: ParentRecord, key: RecordKey) -> SignedSplit:
+    """The split of the job; for a split by 0.1, only Redis knows the number of parts."""
+    if not record.split and not accepted.signed_end:
+        return SignedSplit(parts=job.parts, digest=b"")
+    return key.open_split(job.job_id, record.split, spec_digest(record.sealed))
+
+
+class _Sums:
+    """Counts over the parts of a job, and a digest of how each ended."""
+
+    def __init__(self) -> None:
+        self._items = self._failed = self._bytes = 0
+        self._tallies: Counter[str] = Counter()
+        self._failures = FirstFailures()
+        self._marks: list[bytes] = []
+
+    def add(self, part: PartRecord) -> None:
+        """Count one part. UnknownJob if it has not ended, or cannot prove how."""
+        job = part.job
+        if part.is_unproven or not job.ended:
+            raise UnknownJob("A part of this job cannot prove how it ended")
+        self._marks.append(part.mark)
+        if needs_proof(job.state, job.error):
+            self._count(job.items, job.items_failed, job.bytes, job.tallies)
+            self._fail(job.end.failures if job.end else ())
+            return
+        given_up = part.accepted
+        if given_up is None:
+            raise UnknownJob("A part of this job was not sealed by this service")
+        settled = [FileOutcome.parse(word) for word in part.log.settled]
+        tally = OutcomeCounts(settled)
+        first = given_up.first if isinstance(given_up, TreePart) else 0
+        first += given_up.part * PART_ITEMS if isinstance(given_up, ItemsJob) else 0
+        codes = [each.code for each in settled] + [job.error] * min(
+            given_up.items - len(settled), MOST_FAILURES
+        )
+        self._fail((first + at, code) for at, code in enumerate(codes) if code)
+        failed = given_up.items - tally.done
+        self._count(given_up.items, failed, given_up.size_bytes, tally.counts(given_up))
+
+    def _fail(self, failures: Iterable[Failure]) -> None:
+        for index, code in failures:
+            self._failures.add(index, code)
+
+    def _count(self, items: int, failed: int, size_bytes: int, tallies: dict[str, int]) -> None:
+        self._items += items
+        self._failed += failed
+        self._bytes += size_bytes
+        self._tallies.update(tallies)
+
+    def end(self, job: Job, parts: int, kept_until: float) -> SignedEnd:
+        """The end of the whole."""
+        return SignedEnd(
+            fence=job.fence,
+            attempt=job.attempt,
+            attempt_id=job.attempt_id,
+            state="failed" if self._failed else "succeeded",
+            error=ITEMS_FAILED if self._failed else "",
+            items=self._items,
+            items_done=self._items,
+            items_failed=self._failed,
+            size_bytes=self._bytes,
+            bytes_done=self._bytes,
+            parts=parts,
+            tallies=dict(self._tallies),
+            failures=tuple(self._failures),
+            result_digest=parts_digest(self._marks),
+            kept_until=kept_until,
+        )
+
 
 _FIRST_DELAY_S: Final = 1.0
 _LONGEST_DELAY_S: Final = 60.0
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerContext:
-    """What a worker works with."""
-
-    kms: Kms
-    store: JobStore
-    spool: Spool
-    places: Locations
-    fanout_files: int = 100_000
-
-
-def run_job(job_id: str, shop: WorkerContext, worker: str) -> None:
-    """Claim the job and bring it to an end, unless somebody else holds it or it has ended.
+def run_job(job_id: str, worker_context: WorkerContext, worker: str) -> None:
+    """Claim the job and bring it to an end, unless another attempt holds it or it has ended.
 
     Raises JobsUnavailable when Redis is gone; the lease then runs out and the job is taken up again.
     """
-    claim = shop.store.claim(job_id, worker)
+    claim = worker_context.store.claim(job_id, worker)
     if claim is None:
-        _tidy(shop.store.accepted(job_id), shop)  # it may just have been closed
-        return
+        _tidy(worker_context.store.accepted(job_id), worker_context)  # it may just have been closed
+    else:
+        run_claimed(claim, worker_context)
+
+
+def run_next(worker_context: WorkerContext, following: Following, *, woken: bool) -> bool:
+    """Bring the next job to an end: the one that ``following`` has claimed already, or another.
+
+    Returns False if none is ready. Raises as ``run_job``.
+    """
+    if following.claimed:
+        found = following.claimed.pop()
+    else:
+        first, *_ = queues = following.queues
+        found = worker_context.store.next(following.worker, first, queues, woken=woken)
+    if found is None:
+        return False
+    if isinstance(found, str):
+        with suppress(UnknownJob):  # its record is gone, or was not written by this service
+            run_job(found, worker_context, following.worker)
+    elif isinstance(found.accepted, ItemsJob | UploadJob):  # what is left of them is soon removed
+        run_claimed(replace(found, following=following), worker_context)
+    else:
+        run_claimed(found, worker_context)
+    return True
+
+
+def run_claimed(claim: Attempt, worker_context: WorkerContext) -> None:
+    """Bring a claimed job to an end. Raises as ``run_job``."""
     job = claim.accepted
     with audit.identified(job.request_id, job.owner):
-        _run_claimed(claim, shop)
+        _run(claim, worker_context)
 
 
-def _run_claimed(claim: Attempt, shop: WorkerContext) -> None:
+def _run(claim: Attempt, worker_context: WorkerContext) -> None:
     job = claim.accepted
     if claim.attempt == 1 and not claim.deferrals:
         metrics.JOB_WAIT_SECONDS.labels(job.kind).observe(max(0.0, claim.waited_s))
-    _log.info("job.claimed", job_id=job.job_id, kind=job.kind, attempt=claim.attempt, fence=claim.fence)
+    _log.info(
+        "job.claimed", job_id=job.job_id, kind=job.kind, attempt=claim.attempt, attempt_id=claim.attempt_id
+    )
     with tracing.span(f"job {job.kind}", "consumer", job.traceparent):
         tracing.note(kind=job.kind, attempt=claim.attempt)
         with metrics.JOB_SECONDS.labels(job.kind).time():
-            _attempt(claim, shop)
+            _attempt(claim, worker_context)
 
 
-def _attempt(claim: Attempt, shop: WorkerContext) -> None:
-    job, store = claim.accepted, shop.store
+def _attempt(claim: Attempt, worker_context: WorkerContext) -> None:
+    job, store = claim.accepted, worker_context.store
     try:
-        if claim.commit is None:  # what is committing has been done
-            authorization.check(shop.kms, job.who, authorization.of(job))
-        if parts := _parts(claim, shop):
+        if claim.commit is None and not isinstance(job, FileJob):  # that asks once it has to do the work
+            authorization.check(worker_context.kms, job.who, authorization.of(job))
+        if parts := _parts(claim, worker_context):
             store.split(claim, parts)
             return
         with Lease(store, claim) as lease:
-            code = _work(lease, shop)
+            code = _work(lease, worker_context)
         state: JobState = "failed" if code else "succeeded"
         store.finish(claim, state, code, lease.work)
         _log.info("job.finished", job_id=job.job_id, state=state, code=code)
     except LeaseLost:
-        _log.warning("job.lease_lost", job_id=job.job_id, fence=claim.fence)
-    except JobsUnavailable:
-        raise
+        _log.warning("job.lease_lost", job_id=job.job_id, attempt_id=claim.attempt_id)
     except Unavailable as exc:
         _defer(claim, store, exc)
     except KmsError as exc:
-        _end_badly(claim, shop, exc)
+        _end_badly(claim, worker_context, exc)
     else:
-        _tidy(job, shop, None if job.parent else _ended(claim, state, code))
+        _tidy(job, worker_context, None if job.parent else _ended(claim, state, code))
 
 
-def _parts(claim: Attempt, shop: WorkerContext) -> list[JobSpec]:
-    """What the job is to be cut into; nothing, if it is small, or a part itself, or names no file."""
+def _parts(claim: Attempt, worker_context: WorkerContext) -> Sequence[JobSpec]:
+    """The parts to split the job into; none if it is small, is a part itself, or names no file."""
     job = claim.accepted
-    if job.parent or not (job.is_tree or len(job.starts) > 1):
-        return []
-    if not job.is_tree:
+    if isinstance(job, ItemsJob) and len(job.starts) > 1:
         return bulk_items.parts(job)
-    with Lease(shop.store, claim) as lease:
-        return tree.plan(lease, shop.spool, shop.places.files(Tree.parse(job.source)), shop.fanout_files)
+    if not isinstance(job, TreeJob) or isinstance(job, TreePart):
+        return []
+    listed = worker_context.places.files(Tree.parse(job.source))
+    with Lease(worker_context.store, claim) as lease:
+        return tree.plan(lease, job, worker_context.spool, listed, worker_context.fanout_files)
 
 
 def _ended(claim: Attempt, state: JobState, code: str) -> Job:
-    """What Redis would say now, without asking."""
+    """The job as Redis holds it now, without a request."""
     job = claim.accepted
-    return Job(
-        job_id=job.job_id, tenant=job.tenant, kind=job.kind, state=state, error=code, fence=claim.fence
-    )
+    return Job(job_id=job.job_id, tenant=job.tenant, kind=job.kind, state=state, error=code)
 
 
-def _tidy(job: JobSpec, shop: WorkerContext, whole: Job | None = None) -> None:
-    """Remove what an ended job needs no more: items, half-written targets; all of it if cancelled."""
-    whole = whole or shop.store.get(job.owner, job.tenant)
+def _tidy(job: JobSpec, worker_context: WorkerContext, whole: Job | None = None) -> None:
+    """Remove what an ended job needs no more: items, half-written targets; all of it if cancelled.
+
+    The list of a cancelled job over many files stays: its result says which of them were done.
+    """
+    with Chore(worker_context.store, job.job_id):
+        _tidy_files(job, worker_context, whole or worker_context.store.get(job.owner, job.tenant))
+
+
+def _tidy_files(job: JobSpec, worker_context: WorkerContext, whole: Job) -> None:
     if whole.parts_ended:
-        whole = parents.end(whole, shop.store)
-    if job.is_tree:
-        if job.parent:
-            tree.abandon(job, shop.store.part(job.job_id), shop.spool, shop.places, shop.store)
-    elif whole.ended and job.target:
-        with suppress(PathRefused):
-            one_file.sweep(job.job_id, job.target, whole.fence, shop.places)
-    if whole.state == "cancelled":
-        shop.spool.delete(job.owner)
-    elif whole.ended and whole.error not in DEAD and job.source == ITEMS:  # a dead letter may be retried
-        shop.spool.discard(Label(job.tenant, job.owner, ITEMS))
+        whole = end_parent(whole, worker_context.store)
+    if isinstance(job, TreePart):
+        tree.abandon(job, worker_context.store.part(job.job_id), worker_context)
+    elif whole.ended and isinstance(job, FileJob):
+        worker_context.places.sweep({job.job_id: job.target})
+    if whole.state == "cancelled" and not (isinstance(job, TreeJob) and whole.parts):
+        worker_context.spool.delete(job.owner)
 
 
-def _work(lease: Lease, shop: WorkerContext) -> str:
+def _work(lease: Lease, worker_context: WorkerContext) -> str:
     """Do what was accepted; an error code if the job's result is readable but not whole."""
-    job = lease.claim.accepted
-    if job.source == ITEMS:
-        with _refusal_recorded(job, shop.kms):
-            bulk_items.run(lease, shop.kms, shop.spool)
-        return ITEMS_FAILED if lease.failed_items else ""
-    if job.is_tree:
-        if job.parent:
-            with _refusal_recorded(job, shop.kms):
-                tree.run(lease, shop.kms, shop.store, shop.spool, shop.places)
-        return ITEMS_FAILED if lease.failed_items else ""
-    if job.source == UPLOAD:
-        upload.run(lease, shop.kms, shop.spool)
-        return ""
-    commit = one_file.run(lease, shop.kms, shop.store, shop.places)
-    lease.target = PlacedTarget(
-        size_bytes=commit.size_bytes,
-        inode=commit.inode,
-        mtime_ns=commit.mtime_ns,
-        parts=commit.parts,
-    )
-    return ""
+    job, context = lease.claim.accepted, worker_context
+    match job:
+        case ItemsJob():
+            with _refusal_recorded(job, context.kms):
+                bulk_items.run(lease, job, context.kms, context.spool)
+        case TreePart():
+            with _refusal_recorded(job, context.kms):
+                tree.run(lease, job, context)
+        case UploadJob():
+            upload.run(lease, job, context.kms, context.spool)
+        case FileJob():
+            marks = context.places.marks(job.job_id, lease.claim.spec, job.source)
+            target = context.places.target(job.target, job.job_id, marks, overwrite=job.overwrite)
+            work = one_file.FileWork(job, target, context.kms, context.places)
+            lease.target, lease.file_id = work.run(lease, context.store)
+        case TreeJob():
+            pass  # it names no file
+    return ITEMS_FAILED if lease.failed_items else ""
 
 
 @contextmanager
@@ -164,33 +301,44 @@ def _refusal_recorded(job: JobSpec, kms: Kms) -> Iterator[None]:
     try:
         yield
     except RecordRefused as exc:
-        kms.refused(job.who, job.kind, job.bound_context, exc)
+        kms.raise_recorded(job.who, job.kind, job.bound_context, exc)
 
 
 def _defer(claim: Attempt, store: JobStore, exc: Unavailable) -> None:
-    """A peer that is away costs the job time, not an attempt; so does its pace, or a grown source."""
+    """A peer that is away costs the job time, not an attempt; so does its pace, or a grown source.
+
+    Raises ``exc`` again if that peer is a Redis that does not answer: nothing can be noted. One that is full
+    has no room for parts, and may have later.
+    """
+    if isinstance(exc, JobsUnavailable) and not isinstance(exc, DurabilityUnconfirmed | RedisFull):
+        raise exc
     if isinstance(exc, Paced):
         store.defer(claim, exc.retry_after_s, counts=False, away=False)
+        return
+    if isinstance(exc, HandedBack):
+        with suppress(LeaseLost):
+            store.defer(claim, 0, counts=False, away=False)
+        _log.info("job.handed_back", job_id=claim.accepted.job_id, heard=True)
         return
     if isinstance(exc, FoundLarge):
         store.defer(claim, 0, counts=False, away=False, work_bytes=exc.work_bytes)
         return
-    delay = min(_LONGEST_DELAY_S, max(exc.retry_after_s, _FIRST_DELAY_S) * 2.0**claim.deferrals)
-    delay *= random.uniform(0.5, 1.0)  # noqa: S311 -- jitter, no secret
+    first = max(exc.retry_after_s, _FIRST_DELAY_S)
+    delay = jittered_wait_s(first, claim.deferrals + 1, at_most_s=_LONGEST_DELAY_S)
     try:
         store.defer(claim, delay, counts=False)
-    except LeaseLost:  # or it is committing: then its lease runs out, and whoever claims it next finishes it
-        _log.warning("job.left_to_lease", job_id=claim.accepted.job_id, code=exc.code)
+    except LeaseLost:
+        _log.warning("job.lease_lost", job_id=claim.accepted.job_id, attempt_id=claim.attempt_id)
     else:
         _log.warning("job.deferred", job_id=claim.accepted.job_id, code=exc.code, delay_s=round(delay, 1))
 
 
-def _end_badly(claim: Attempt, shop: WorkerContext, exc: KmsError) -> None:
+def _end_badly(claim: Attempt, worker_context: WorkerContext, exc: KmsError) -> None:
     state: JobState = "cancelled" if isinstance(exc, JobCancelled) else "failed"
-    shop.store.finish(claim, state, exc.code)
+    worker_context.store.finish(claim, state, exc.code)
     job: JobSpec = claim.accepted
     if job.parent:
-        _tidy(job, shop)
-    elif exc.code not in DEAD:  # a dead letter may be retried
-        shop.spool.delete(job.job_id)
+        _tidy(job, worker_context)
+    elif state == "cancelled":
+        worker_context.spool.delete(job.job_id)
     _log.info("job.finished", job_id=job.job_id, state=state, code=exc.code)

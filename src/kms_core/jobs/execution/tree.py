@@ -3,13 +3,14 @@
 The whole lists its files into a manifest that is sealed in the spool, and becomes parts, which are jobs of
 their own (docs/adr/0006). What appears later is not in it. A part takes its files one after another. Each
 goes through the protocol of ``files`` as if it were a job, only that its commit record rests in the part's
-log: whoever takes the part over knows which files are done, and finishes the one that was about to appear.
+checkpoint: the next attempt knows which files are done, and finishes a recorded commit.
 """
 
 import math
+import secrets
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -17,16 +18,16 @@ import msgspec
 
 from kms_core.jobs import bulk_lines
 from kms_core.jobs.execution import bulk_items, key_migration, one_file
+from kms_core.jobs.execution.context import WorkerContext
 from kms_core.jobs.execution.key_migration import FileOutcome
 from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.file_patterns import Tree, target_of
-from kms_core.jobs.model import Attempt, Checkpoint, Commit, Job, JobSpec, LeaseLost, part_id
-from kms_core.jobs.storage.locations import Locations
+from kms_core.jobs.model import Attempt, Checkpoint, Commit, Job, LeaseLost, part_id
+from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, TreeJob, TreePart
+from kms_core.jobs.storage.local import ListedFile
+from kms_core.jobs.storage.locations import JobTarget
 from kms_core.jobs.storage.spool import Label, Spool
-from kms_core.jobs.storage.tree_walk import ListedFile
 from kms_core.jobs.store.redis_keys import TALLY
-from kms_core.jobs.store.store import JobStore
-from kms_core.service import Kms
 from kms_protocol import wire
 from kms_protocol.errors import JobCancelled, JobExpired, KmsError, TooLarge, Unavailable
 
@@ -36,6 +37,7 @@ PART_BYTES: Final = 1024**3
 BURST_S: Final = 5.0  # of files that a paced part takes at once
 PATIENCE: Final = 8  # deferrals, some minutes, until a file that cannot be read is given up
 _SHORT_S: Final = 0.5
+_MOST_NUMBER: Final = 2**63 - 1  # of a manifest; 0.1 reads no text there
 _decode: Final = msgspec.json.Decoder(ListedFile).decode
 
 
@@ -49,14 +51,14 @@ class Paced(Unavailable):
 # -- the whole -------------------------------------------------------------------------------------------
 
 
-def plan(lease: Lease, spool: Spool, listed: Iterable[ListedFile], most: int) -> list[JobSpec]:
+def plan(lease: Lease, job: TreeJob, spool: Spool, listed: Iterable[ListedFile], most: int) -> list[TreePart]:
     """Write the manifest; the parts of some hundred files, or 1 GiB, that make up the job.
 
     Raises TooLarge for more than ``most`` files, SpoolFull, and what listing them raises.
     """
-    job, fence = lease.claim.accepted, lease.claim.fence
+    number = secrets.randbelow(_MOST_NUMBER) + 1
     cuts = [_Cut()]
-    with spool.writing(Label(job.tenant, job.job_id, MANIFEST, fence)) as out:
+    with spool.writing(Label(job.tenant, job.job_id, MANIFEST, str(number))) as out:
         for found in listed:
             lease.check()
             if cuts[-1].first + cuts[-1].files == most:
@@ -67,8 +69,8 @@ def plan(lease: Lease, spool: Spool, listed: Iterable[ListedFile], most: int) ->
             cuts[-1].files += 1
             cuts[-1].size_bytes += found.size_bytes
             cuts[-1].end = out.size
-    job = msgspec.structs.replace(job, manifest=fence, input_ref=out.ref)
-    return [_part(job, number, cut) for number, cut in enumerate(cuts) if cut.files]
+    listing = {"manifest": number, "input_ref": out.ref, "parent_spec": lease.claim.spec}
+    return [_part(job, listing, number, cut) for number, cut in enumerate(cuts) if cut.files]
 
 
 @dataclass(slots=True)
@@ -85,36 +87,40 @@ class _Cut:
         return self.files == PART_FILES or (self.files > 0 and self.size_bytes + more_bytes > PART_BYTES)
 
 
-def _part(job: JobSpec, number: int, cut: _Cut) -> JobSpec:
-    return msgspec.structs.replace(
-        job,
-        job_id=part_id(job.job_id, number),
-        parent=job.job_id,
-        part=number,
-        first=cut.first,
-        items=cut.files,
-        starts=(cut.begin, cut.end),
-        size_bytes=cut.size_bytes,
-        digest=b"",
-    )
+def _part(job: TreeJob, listing: Mapping[str, object], number: int, cut: _Cut) -> TreePart:
+    fields = msgspec.structs.asdict(job) | {
+        **listing,
+        "job_id": part_id(job.job_id, number),
+        "parent": job.job_id,
+        "part": number,
+        "first": cut.first,
+        "items": cut.files,
+        "starts": (cut.begin, cut.end),
+        "size_bytes": cut.size_bytes,
+        **NOT_OF_PARTS,
+    }
+    return TreePart(**fields)
 
 
 # -- a part ----------------------------------------------------------------------------------------------
 
 
-def run(lease: Lease, kms: Kms, store: JobStore, spool: Spool, places: Locations) -> None:
+def run(lease: Lease, job: TreePart, context: WorkerContext) -> None:
     """Settle what the log leaves of a part's files, then write the result lines of all.
 
     Raises Paced and Unavailable, once the log is stored: the part is then taken up where it stopped.
     """
-    job = lease.claim.accepted
-    found = entries(job, spool)
-    work = _Part(lease, kms.for_job(), store, places, found)
+    found = entries(job, context.spool)
+    work = _Part(lease, job, context, found)
+    work.sweep()
     work.settle_all()
-    label = bulk_items.result_label(job.tenant, job.owner, job.part, lease.claim.fence)
-    with spool.writing(label) as out:
+    label = bulk_items.result_label(job.tenant, job.owner, job.part, lease.claim.attempt_id)
+    with context.spool.writing(label) as out:
         for line in lines(job, found, work.log):
             out.write(wire.encode(line) + b"\n")
+    for index, settled in enumerate(map(FileOutcome.parse, work.log.settled), start=job.first):
+        if settled.code:
+            lease.failures.add(index, settled.code)
     lease.tallies = work.tallies
     lease.result_digest = out.ref
 
@@ -122,11 +128,9 @@ def run(lease: Lease, kms: Kms, store: JobStore, spool: Spool, places: Locations
 class _Part:
     """One attempt at a part."""
 
-    def __init__(
-        self, lease: Lease, kms: Kms, store: JobStore, places: Locations, found: list[ListedFile]
-    ) -> None:
-        self._lease, self._kms, self.store, self._places = lease, kms, store, places
-        self._job = lease.claim.accepted
+    def __init__(self, lease: Lease, job: TreePart, context: WorkerContext, found: list[ListedFile]) -> None:
+        self._lease, self._job = lease, job
+        self._kms, self.store, self._places = context.kms.for_job(), context.store, context.places
         self._tree = Tree.parse(self._job.source)
         self._found = found
         self._granted = 0
@@ -144,15 +148,34 @@ class _Part:
     def tallies(self) -> dict[str, int]:
         return self._tally.counts(self._job)
 
+    def sweep(self) -> None:
+        """Remove what other attempts have ready, or left when they were killed, beside the files to come."""
+        if self._job.dry_run:
+            return
+        targets, own = _targets(self._job, self._found, self.log), {self._lease.claim.attempt_id}
+        self._lease.check()
+        if self.log.pending:
+            first = next(iter(targets))
+            self._places.sweep({first: targets.pop(first)}, own | {self.log.pending.attempt_name})
+        self._places.sweep(targets, own)
+
     def settle_all(self) -> None:
         if self.log.pending:
             self._settle(self._finish(self.log.pending, FileOutcome.parse(self.log.effect)))
             self._step(self.log)
         for index in range(len(self.log.outcomes), len(self._found)):
-            self._lease.check()
+            self._look_up()
             self._keep_pace(len(self._found) - index)
             self._settle(self._one(index))
         self._step(self.log)
+
+    def _look_up(self) -> None:
+        """Raise if the work must stop; what is settled is stored first if the part goes back to the queue."""
+        try:
+            self._lease.check()
+        except Unavailable:
+            self._step(self.log)
+            raise
 
     def _settle(self, outcome: FileOutcome) -> None:
         self.log = self.log.adding(str(outcome))
@@ -182,18 +205,18 @@ class _Part:
         version = ""
         try:
             file = self._file(index)
-            if self._job.is_campaign:
+            effect = FileOutcome(key_migration.CHANGED if self._job.campaign else key_migration.DONE)
+            target = self._target(file)
+            if not self._job.dry_run and target.recognised():
+                return effect
+            if self._job.campaign:
                 outcome = key_migration.look(self._kms, self._places, file)
                 version = outcome.version
                 if outcome.word != key_migration.DUE or self._job.dry_run:
                     return outcome
             self._make_room(file.target)
-            effect = FileOutcome(
-                key_migration.CHANGED if self._job.is_campaign else key_migration.DONE, version
-            )
-            one_file.run(
-                _FileLease(self._lease, self._claim(file)), self._kms, _Commits(self, effect), self._places
-            )
+            effect = replace(effect, version=version)
+            self._run(file, target, effect)
         except (LeaseLost, JobCancelled, JobExpired):
             raise
         except Unavailable as exc:
@@ -205,9 +228,9 @@ class _Part:
 
     def _finish(self, commit: Commit, effect: FileOutcome) -> FileOutcome:
         """Put in place what a worker that died had ready."""
-        claim = self._claim(self._file(len(self.log.outcomes)), commit)
         try:
-            one_file.run(_FileLease(self._lease, claim), self._kms, _Commits(self, effect), self._places)
+            file = self._file(len(self.log.outcomes))
+            self._run(file, self._target(file), effect, commit)
         except (LeaseLost, JobCancelled, JobExpired, Unavailable):
             raise
         except KmsError as exc:
@@ -215,17 +238,26 @@ class _Part:
         return effect
 
     def _bear(self, exc: Unavailable) -> None:
-        """What is away will come back. But one file that the disk cannot give must not hold up the others."""
+        """Retry what is unavailable; but one unreadable file must not hold up the others."""
         if type(exc) is not Unavailable or self._deferrals < PATIENCE:
             self._step(self.log)
             raise exc
         self._deferrals = 0
 
-    def _file(self, index: int) -> JobSpec:
+    def _file(self, index: int) -> FileJob:
         return file_job(self._job, self._tree, self._found[index].path, index)
 
-    def _claim(self, file: JobSpec, commit: Commit | None = None) -> Attempt:
-        return replace(self._lease.claim, accepted=file, commit=commit)
+    def _target(self, file: FileJob) -> JobTarget:
+        spec = self._job.parent_spec or self._lease.claim.spec
+        marks = self._places.marks(self._job.owner, spec, file.source)
+        return self._places.target(file.target, file.job_id, marks, overwrite=file.overwrite)
+
+    def _run(
+        self, file: FileJob, target: JobTarget, effect: FileOutcome, commit: Commit | None = None
+    ) -> None:
+        lease = _FileLease(self._lease, replace(self._lease.claim, accepted=file, commit=commit))
+        work = one_file.FileWork(file, target, self._kms, self._places, is_one_of_many=True)
+        work.run(lease, _Commits(self, effect))
 
     def _make_room(self, target: str) -> None:
         above = target.rpartition("/")[0]
@@ -233,8 +265,8 @@ class _Part:
             self._places.make_parents(target)
             self._made.add(above)
 
-    def record(self, commit: Commit, effect: FileOutcome) -> None:
-        """From here on whoever has the part finishes this commit."""
+    def record(self, commit: Commit | None, effect: FileOutcome) -> None:
+        """From here on, any attempt at the part finishes this commit."""
         words = self.log
         self._step(Checkpoint(words=words.words, outcomes=words.outcomes, pending=commit, effect=str(effect)))
 
@@ -250,34 +282,39 @@ class _FileLease:
 
 
 class _Commits:
-    """Where the commit of one file is recorded: in the log of its part."""
+    """Records the commit of one file in the checkpoint of its part."""
 
     def __init__(self, part: _Part, effect: FileOutcome) -> None:
         self._part = part
         self._effect = effect
         self.now = part.store.now
+        self.confirm = part.store.confirm
 
     def committing(self, claim: Attempt, commit: Commit) -> None:
         claim.accepted.check_expiry(self.now)
         self._part.record(commit, self._effect)
 
+    def withdraw(self, claim: Attempt) -> None:
+        del claim
+        self._part.record(None, self._effect)
 
-def file_job(part: JobSpec, tree: Tree, path: str, index: int) -> JobSpec:
+
+def file_job(part: TreePart, tree: Tree, path: str, index: int) -> FileJob:
     """One file of a part as a job from file to file; its id makes the name of its temporary file its own."""
-    return msgspec.structs.replace(
-        part,
-        job_id=str(uuid.uuid5(uuid.UUID(part.job_id), str(index))),
-        parent=part.owner,
-        source=tree.base + path,
-        target=target_of(part.kind, part.source, part.target, tree, path),
-        items=0,
-        starts=(),
+    fields = {name: getattr(part, name) for name in FileJob.__struct_fields__}
+    return FileJob(
+        **fields
+        | {
+            "job_id": str(uuid.uuid5(uuid.UUID(part.job_id), str(index))),
+            "source": tree.base + path,
+            "target": target_of(part.kind, part.source, part.target, tree, path),
+        }
     )
 
 
-def entries(part: JobSpec, spool: Spool) -> list[ListedFile]:
+def entries(part: TreePart, spool: Spool) -> list[ListedFile]:
     """The files of a part, as they were listed. Raises ResultExpired once the job was cancelled."""
-    label = Label(part.tenant, part.owner, MANIFEST, part.manifest, part.input_ref)
+    label = Label(part.tenant, part.owner, MANIFEST, str(part.manifest), part.input_ref)
     with spool.opened(label) as reader:
         return [_decode(line) for line in bulk_lines.lines(reader.slabs(*part.starts))]
 
@@ -286,7 +323,7 @@ def entries(part: JobSpec, spool: Spool) -> list[ListedFile]:
 
 
 def lines(
-    part: JobSpec, found: list[ListedFile], log: Checkpoint, code: str = ""
+    part: TreePart, found: list[ListedFile], log: Checkpoint, code: str = ""
 ) -> Iterator[wire.ItemResult]:
     """A line for each file of a part; ``code`` is why those that the log does not settle have no outcome."""
     tree = Tree.parse(part.source)
@@ -303,15 +340,19 @@ def lines(
         )
 
 
-def abandon(part: JobSpec, state: Job, spool: Spool, places: Locations, store: JobStore) -> None:
+def abandon(part: TreePart, state: Job, context: WorkerContext) -> None:
     """Remove the temporary files that killed attempts at a part left, if no attempt will follow."""
     if not state.ended or state.state == "succeeded" or state.error == "items_failed":
         return
     try:
-        found, log = entries(part, spool), store.log_of(part.job_id)
+        found, log = entries(part, context.spool), context.store.log_of(part.job_id)
     except KmsError:
         return
+    context.places.sweep(_targets(part, found, log))
+
+
+def _targets(part: TreePart, found: list[ListedFile], log: Checkpoint) -> dict[str, str]:
+    """The targets of the files that the log does not settle, by the ids of their jobs."""
     tree = Tree.parse(part.source)
-    for index in range(len(log.outcomes), len(found)):
-        file = file_job(part, tree, found[index].path, index)
-        one_file.sweep(file.job_id, file.target, state.fence + 1, places)
+    files = (file_job(part, tree, found[at].path, at) for at in range(len(log.outcomes), len(found)))
+    return {file.job_id: file.target for file in files}

@@ -1,76 +1,141 @@
-"""Looks after jobs while workers come and go: leases that ran out, lost messages, expired results.
+"""The reaper, which takes up jobs that are due and deletes expired results, and the heartbeat of a worker.
 
-Runs in the parent of each worker; a short lock in Redis lets one of them act at a time.
+Both run in the parent of each worker; a lock of some seconds lets one reaper act at a time.
 """
 
-import threading
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from itertools import takewhile
 from typing import Final
 
 import structlog
 
-from kms_core.jobs.model import QueuePriority
+from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.storage.spool import Spool
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
+from kms_core.periodic import NO_LOCK, PeriodicThread
+from kms_protocol import __version__
+from kms_protocol.errors import JobsUnavailable
 
-EVERY_S: Final = 1.0
-_LOCK_S: Final = 10.0
-_LOOK_AGAIN_S: Final = 10.0
-_SWEEP_EVERY: Final = 600
-_TRIM_EVERY: Final = 10
-_ORPHAN_AGE_S: Final = 3600.0
-_WANT_A_MESSAGE: Final = frozenset({"requeued", "committing", "due", "lost", "parts_ended"})
-_NOTHING: Final = nullcontext()
+HEARTBEAT_EVERY_S: Final = 1.0
 _log = structlog.get_logger(__name__)
 
 
-class Reaper(threading.Thread):
-    """One round a second. ``waiting`` asks the broker: queued jobs are nudged again if their lane is empty.
+class Heartbeat(PeriodicThread):
+    """Records once a second that this worker lives, and how many processes serve which queues.
 
-    Where the broker's lists are in the same Redis, also if their lane holds later messages alone.
+    It serves none before ``serve``: another worker would get the wake-ups that are sent for its processes.
+    Nothing else is done here, so nothing can delay it; ``stop`` takes the worker off the list. A worker that
+    was killed is on the list for ``maintenance.WORKER_SEEN_S`` at most.
     """
 
     def __init__(
         self,
         store: JobStore,
+        name: str,
+        processes: int,
+        queues: Sequence[str],
+        *,
+        fork_lock: AbstractContextManager[object] = NO_LOCK,
+    ) -> None:
+        super().__init__("heartbeat", HEARTBEAT_EVERY_S, failed="worker.unsaid", fork_lock=fork_lock)
+        self._store = store
+        self._owner = name
+        self._processes = processes
+        self._queues = queues
+        self._about = f"{__version__} {time.time():.0f}"
+        self._serves = False
+
+    def start(self) -> None:
+        """Record it now, in this thread, and from then on in a thread of its own."""
+        self.attempt(self.round)
+        super().start()
+
+    def serve(self) -> None:
+        """Record that the worker takes messages from now on, and wake it for jobs that are ready."""
+        self._serves = True
+        self.attempt(self._begin)
+
+    def _begin(self) -> None:
+        self.round()
+        self._store.wake(*self._queues)
+
+    def round(self) -> None:
+        served = self._queues if self._serves else ()
+        self._store.worker_seen(self._owner, self._processes, served, self._about)
+
+    def finish(self) -> None:
+        try:
+            self._store.worker_left(self._owner)
+        except JobsUnavailable:
+            _log.warning("worker.left_unsaid")  # it leaves the list by itself
+
+
+EVERY_S: Final = 1.0
+_LOCK_S: Final = 10.0
+_SWEEP_EVERY: Final = 600
+_LOOK_EVERY: Final = 10
+_INPUTS_EVERY: Final = 5
+TRIM_EVERY: Final = 60
+_FEW: Final = 5
+_MANY: Final = 1000
+_BATCHES: Final = 5  # of inputs in one round
+_ORPHAN_AGE_S: Final = 3600.0
+_TAKEN_UP: Final = frozenset({"requeued", "committing", "due", "parts_ended"})
+
+
+class Reaper(PeriodicThread):
+    """One round a second: takes up jobs that are due, wakes idle processes, deletes expired results."""
+
+    def __init__(  # noqa: PLR0913 -- each is a part of its own
+        self,
+        store: JobStore,
         spool: Spool,
         name: str,
-        waiting: Callable[[], Mapping[QueuePriority, int]],
         *,
-        working: AbstractContextManager[object] = _NOTHING,
+        require_install: Callable[[], None] = lambda: None,
+        may_sweep: Callable[[], bool] = lambda: True,
+        fork_lock: AbstractContextManager[object] = NO_LOCK,
     ) -> None:
-        """``working`` is entered for each round: what must not happen meanwhile (a fork) waits for it."""
-        super().__init__(name="caretaker", daemon=True)
+        """``require_install`` raises WrongInstall where spool and Redis do not belong together.
+
+        ``may_sweep`` says whether files of jobs that Redis does not know are orphans.
+        """
+        self._may_sweep = may_sweep
+        super().__init__("reaper", EVERY_S, failed="caretaker.round_failed", fork_lock=fork_lock)
+        self._require_install = require_install
         self._store = store
         self._spool = spool
         self._owner = name
-        self._waiting = waiting
-        self._working = working
-        self._stop_asked = threading.Event()
         self._rounds = 0
         self._failing: set[str] = set()
-        self._trimmed: dict[str, int] = {}
-
-    def run(self) -> None:
-        while not self._stop_asked.wait(EVERY_S):
-            try:
-                with self._working:
-                    if self._store.lock("caretaker", self._owner, min(_LOCK_S, self._store.rules.lease_s)):
-                        self.round()
-            except Exception as exc:  # noqa: BLE001 -- a round may fail, the caretaker may not
-                _log.warning("caretaker.round_failed", error=type(exc).__name__)
-
-    def stop(self) -> None:
-        self._stop_asked.set()
+        self._trimmed: dict[str, tuple[int, int]] = {}  # the rank to go on at, and how many were dropped
+        self._adopted = 0
+        self._newer = 0
+        self._adopted_all = False
+        self._indexed_all = False
+        self._trims = True
 
     def round(self) -> None:
-        """Take up what is due, delete what has expired, and now and then trim lists and sweep orphans."""
+        self._require_install()
+        if self._store.lock("caretaker", self._owner, min(_LOCK_S, self._store.rules.lease_s)):
+            self.reap()
+
+    def reap(self) -> None:
+        """Take up due jobs, wake workers, delete inputs and results; at times trim lists, sweep orphans."""
         self._step(self._take_up_due)
+        self._step(self._adopt)
+        self._step(self._wake_workers)
+        if self._rounds % _INPUTS_EVERY == 0:
+            self._step(self._delete_inputs)
         self._step(self._delete_expired)
-        if self._rounds % _TRIM_EVERY == 0:
+        if self._rounds % TRIM_EVERY == 0 or self._trims:
             self._step(self._trim)
+        if self._rounds % _LOOK_EVERY == 0:
+            self._step(self._tell_of_newer)
+            self._store.condition()  # notes how full Redis is, for workers
         if self._rounds % _SWEEP_EVERY == 0:
             self._step(self._sweep)
         self._rounds += 1
@@ -86,33 +151,67 @@ class Reaper(threading.Thread):
         else:
             self._failing.discard(step.__name__)
 
+    def _adopt(self) -> None:
+        """All open jobs after the start, a thousand a round; then some now and then."""
+        if not self._adopted_all or self._rounds % _LOOK_EVERY == 0:
+            self._adopted = self._store.adopt(self._adopted, _FEW if self._adopted_all else _MANY)
+            self._adopted_all |= self._adopted == 0
+
     def _take_up_due(self) -> None:
         due = self._store.due()
-        if due:
-            waiting = self._waiting()
-            reaped = self._store.reap_all(due, _LOOK_AGAIN_S, self._store.oldest())
-            for job_id, (found, lane) in zip(due, reaped, strict=True):
-                if found in _WANT_A_MESSAGE or (found == "queued" and not waiting.get(lane)):
-                    self._take_up(job_id, found, lane)
+        for job_id, found in zip(due, self._store.reap_all(due), strict=True):
+            if found in _TAKEN_UP:
+                metrics.JOB_RESUMES.labels(found).inc()
+                _log.info("job.taken_up", job_id=job_id, reason=found)
+
+    def _wake_workers(self) -> None:
+        self._store.wake(*QUEUES)
+
+    def _delete_inputs(self) -> None:
+        for _ in range(_BATCHES):
+            found = self._store.with_input()
+            removed = list(takewhile(self._is_removed(self._spool.discard_input), found))
+            self._store.inputs_removed(removed)
+            if not found or removed != found:
+                return
 
     def _delete_expired(self) -> None:
-        for job_id in self._store.expired():
-            self._spool.delete(job_id)
-            if self._store.purged(job_id):  # a worker tidies what they may have left beside the target
-                self._store.nudge(job_id, self._store.lane_of(job_id))
+        for job_id in takewhile(self._is_removed(self._spool.delete), self._store.expired()):
+            self._store.purged(job_id)
 
-    def _take_up(self, job_id: str, found: str, lane: QueuePriority) -> None:
-        self._store.nudge(job_id, lane)
-        metrics.JOB_RESUMES.labels(found).inc()
-        _log.info("job.taken_up", job_id=job_id, reason=found)
+    def _is_removed(self, remove: Callable[[str], bool]) -> Callable[[str], bool]:
+        """False while the bucket of the spool does not answer: another host, or a later round, removes it."""
+        return lambda job_id: remove(job_id) or not self._spool.store.is_away
 
     def _trim(self) -> None:
-        """The next ids of each list of jobs: those whose record has expired go."""
-        for key in self._store.lists():
-            self._trimmed[key] = self._store.trim(key, self._trimmed.get(key, 0))
+        """Trim the next ids of each list: many while some are dropped, or jobs of 0.1 are not indexed yet.
+
+        The oldest are looked at each time, since most jobs expire in order; of open jobs some at any rank:
+        all have records, but for what others wrote. While some are dropped, each round trims.
+        """
+        open_ = self._store.open_lists()
+        for key in open_:
+            count = _MANY if self._trimmed.get(key, (0, 0))[1] else _FEW
+            self._trimmed[key] = self._store.trim(key, -1, count)
+        lists = self._store.lists()
+        for key in lists:
+            begin, dropped = self._trimmed.get(key, (0, 0))
+            if self._indexed_all and begin and not dropped and self._store.trim(key, 0, _FEW)[1]:
+                begin, dropped = 0, _FEW
+            count = _MANY if dropped or not self._indexed_all else _FEW
+            self._trimmed[key] = self._store.trim(key, begin, count)
+        self._indexed_all |= not any(self._trimmed[key][0] for key in lists)
+        self._trims = not self._indexed_all or any(self._trimmed[key][1] for key in (*open_, *lists))
+
+    def _tell_of_newer(self) -> None:
+        count = self._store.for_newer_workers()
+        if count != self._newer:
+            _log.warning("jobs.wait_for_newer_workers", count=count)
+        self._newer = count
 
     def _sweep(self) -> None:
         """Folders that no record names: an upload broken off by a kill, a record that expired."""
-        for job_id in self._spool.folders(_ORPHAN_AGE_S):
+        for job_id in self._spool.folders(_ORPHAN_AGE_S) if self._may_sweep() else ():
             if not self._store.exists(job_id) and self._spool.delete(job_id):
                 _log.info("spool.swept", job_id=job_id)
+        self._spool.sweep()

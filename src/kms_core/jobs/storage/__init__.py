@@ -1,1 +1,1 @@
-"""Where jobs read and write: local files, buckets and the spool."""
+"""Storage that jobs read and write: local files, buckets and the spool."""

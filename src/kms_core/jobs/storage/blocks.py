@@ -6,7 +6,6 @@ so no block can be changed, moved, left out or added unnoticed. Sizes and positi
 content, unless they are called stored. Knows no name, job or header.
 """
 
-import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,8 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kms_core.age import stream
-from kms_core.payload import disk
+from kms_core.jobs.storage.blob_store import BlobSink
+from kms_core.payload.files import RangeSource
 from kms_protocol.errors import RecordRefused, SpoolFull
 
 BLOCK: Final = 128 * 1024
@@ -31,14 +31,14 @@ def stored_size(size: int) -> int:
 
 
 class BlockWriter:
-    """Writes one file front to back. ``size`` counts the content so far.
+    """Writes one blob front to back. ``size`` counts the content so far.
 
     The MACs wait in memory until the end: 128 KiB for each GiB.
     """
 
-    def __init__(self, fd: int, key: bytes, room: int) -> None:
-        """``key`` has 32 bytes and was never used before; the file may take ``room`` bytes."""
-        self._fd = fd
+    def __init__(self, sink: BlobSink, key: bytes, room: int) -> None:
+        """``key`` has 32 bytes and was never used before; the blob may take ``room`` bytes."""
+        self._sink = sink
         self._gmac = AESGCM(key)
         self._room = room
         self._tags = bytearray()
@@ -47,16 +47,16 @@ class BlockWriter:
 
     @property
     def stored(self) -> int:
-        """Bytes that the file has, or will have, on the disk."""
+        """Bytes that the blob has, or will have, with its MACs."""
         return stored_size(self.size)
 
     def write(self, data: memoryview) -> None:
-        """Write some content. Raises SpoolFull."""
+        """Write some content. Raises SpoolFull, SpoolUnavailable."""
         if stored_size(self.size + len(data)) > self._room:
             raise SpoolFull(
-                "The spool's limit is reached: wait for results to expire, or raise spool_max_bytes"
+                "Uploads and results use all of spool_max_bytes: wait until results expire, or raise it"
             )
-        disk.write_all(self._fd, data, self.size)
+        self._sink.write_at(data, self.size)
         self.size += len(data)
         if self._held:
             taken = BLOCK - len(self._held)
@@ -70,10 +70,10 @@ class BlockWriter:
         self._held = bytearray(data[len(data) - rest :])
 
     def finish(self) -> None:
-        """Write the MACs. Raises SpoolFull."""
+        """Write the MACs. Raises SpoolFull, SpoolUnavailable."""
         if self._held:
             self._tag([self._held])
-        disk.write_all(self._fd, memoryview(self._tags), self.size)
+        self._sink.write_at(memoryview(self._tags), self.size)
 
     def _tag(self, blocks: Sequence[bytearray | memoryview]) -> None:
         run = _nonces(len(self._tags) // TAG, len(blocks))
@@ -84,20 +84,20 @@ class BlockWriter:
 class BlockReader:
     """The content of such a file from ``offset`` on; safe for threads.
 
-    Blocks are verified after they are read into memory, so a change of the file meanwhile is noticed.
+    Blocks are verified after they are read into memory, so a change of the file during the read is noticed.
     """
 
-    fd: int
+    source: RangeSource
     size: int
     gmac: AESGCM = field(repr=False)
     offset: int = 0
 
     @classmethod
-    def of(cls, fd: int, key: bytes, size: int) -> "BlockReader":
-        """All of an open file. Raises RecordRefused if it has not the size that such content has."""
-        if os.fstat(fd).st_size != stored_size(size):
+    def of(cls, source: RangeSource, key: bytes, size: int) -> "BlockReader":
+        """All of an open blob. Raises RecordRefused if it has not the size that such content has."""
+        if source.size != stored_size(size):
             raise RecordRefused
-        return cls(fd, size, AESGCM(key))
+        return cls(source, size, AESGCM(key))
 
     def read_at(self, position: int, length: int) -> bytes:
         """Up to ``length`` bytes; fewer only at the end. Raises RecordRefused for a changed block."""
@@ -146,7 +146,7 @@ class BlockReader:
     def _read(self, blocks: Sequence[memoryview], first: int) -> None:
         tags = memoryview(bytearray(TAG * len(blocks)))
         tags_at = self.offset + self.size + TAG * first
-        if not disk.read_into(self.fd, blocks, first * BLOCK) or not disk.read_into(self.fd, [tags], tags_at):
+        if not self.source.read_into(blocks, first * BLOCK) or not self.source.read_into([tags], tags_at):
             raise RecordRefused
         run = _nonces(first, len(blocks))
         try:

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
 
-from kms_core.jobs.storage.local_paths import parts
-from kms_core.s3 import sigv4
+from kms_core.jobs.file_patterns import path_names
+from kms_core.s3 import conditions
 from kms_core.s3.bucket import Bucket
-from kms_core.s3.connection import S3Connection, S3Endpoint
-from kms_core.settings.model import BucketSection as Section
+from kms_core.s3.connection import S3Connection
 from kms_core.settings.model import Settings
+from kms_core.stores import line_of
 from kms_protocol.errors import PathRefused
-from kms_protocol.tls_client import client_context
 
 SCHEME: Final = "s3://"
 KEY_MAX_BYTES: Final = 1024
+_PROBE: Final = ".kms-probe"
 _ELSEWHERE: Final = "[kms.jobs.buckets] allows no such object for {}"
 
 
@@ -37,6 +37,7 @@ class Buckets:
 
     def __init__(self, allowed: Mapping[str, Allowed]) -> None:
         self._allowed = dict(allowed)
+        self._checked: set[str] = set()
 
     def reading(self, url: str) -> tuple[Bucket, str]:
         """Bucket and key of an object that jobs may read; asks no store. Raises PathRefused."""
@@ -54,21 +55,38 @@ class Buckets:
             raise PathRefused(_ELSEWHERE.format("writing"))
         return found.bucket, key
 
+    def require_conditions(self, url: str) -> None:
+        """Try whether the store of an object that a job writes honours conditions, once for each bucket.
+
+        By an object ``.kms-probe`` beneath the prefix where jobs may write. Raises PathRefused if it ignores
+        any: a target could not appear once, as by ``writing``, Unavailable.
+        """
+        bucket, key = self.writing(url)
+        if bucket.name in self._checked:
+            return
+        prefix = next(each for each in self._allowed[bucket.name].write if key.startswith(each))
+        if found := conditions.ignored(bucket, prefix + _PROBE, uploads=True):
+            raise PathRefused(
+                f"Bucket {bucket.name} ignores {' and '.join(found)}, so a write could replace another one: "
+                "use a store with conditional writes, or another target with overwrite (docs/s3.md)"
+            )
+        self._checked.add(bucket.name)
+
     def listing(self, url_prefix: str) -> Iterator[tuple[str, int]]:
         """URL and size in bytes of every object beneath ``s3://bucket/`` or ``s3://bucket/folder/``.
 
-        In the order of keys; the empty objects that stand for folders are left out. A URL may still be
+        In the order of keys; empty objects that stand for folders, and probes, are left out. A URL may yet be
         refused by ``reading``, if its key could be read in two ways. Raises PathRefused, Unavailable.
         """
         name, slash, path = url_prefix.removeprefix(SCHEME).partition("/")
         if not url_prefix.startswith(SCHEME) or not slash or (path and not path.endswith("/")):
             raise PathRefused("Expected s3://bucket/ or s3://bucket/folder/, with a slash at its end")
-        prefix = "/".join(parts(path[:-1])) + "/" if path else ""
+        prefix = "/".join(path_names(path[:-1])) + "/" if path else ""
         found = self._allowed.get(name)
         if found is None or not prefix.startswith(found.read):
             raise PathRefused(_ELSEWHERE.format("reading"))
         for key, size in found.bucket.keys(prefix):
-            if size or not key.endswith("/"):
+            if (size or not key.endswith("/")) and key.rpartition("/")[2] != _PROBE:
                 yield f"{SCHEME}{name}/{quote(key)}", size
 
     def close(self) -> None:
@@ -86,7 +104,7 @@ def parse(url: str) -> tuple[str, str]:
     name, slash, path = url.removeprefix(SCHEME).partition("/")
     if not url.startswith(SCHEME) or not name or not slash:
         raise PathRefused("Expected s3://bucket/key")
-    key = "/".join(parts(path))
+    key = "/".join(path_names(path))
     if len(key.encode()) > KEY_MAX_BYTES:
         raise PathRefused(f"A key has at most {KEY_MAX_BYTES} bytes")
     return name, key
@@ -103,21 +121,9 @@ def build(settings: Settings) -> Buckets:
         # On one line an object is copied by the store itself, from bucket to bucket.
         same = (section.endpoint, section.region, section.access_key_id, section.secret_key_file)
         line = lines.setdefault(
-            (*same, section.ca_file, section.timeout_s), _line(name, section, strict=settings.is_prod)
+            (*same, section.ca_file, section.timeout_s),
+            line_of(f"kms.jobs.buckets.{name}", section, strict=settings.is_prod),
         )
         bucket = Bucket(name, line, path_style=section.path_style)
         allowed[name] = Allowed(bucket, section.read, section.write)
     return Buckets(allowed)
-
-
-def _line(name: str, section: Section, *, strict: bool) -> S3Connection:
-    where = f"kms.jobs.buckets.{name}"
-    endpoint = section.endpoint or f"https://s3.{section.region}.amazonaws.com"
-    if section.access_key_id and section.secret_key_file:
-        credentials = sigv4.from_file(
-            section.access_key_id, section.secret_key_file, f"{where}.secret_key_file", strict=strict
-        )
-    else:
-        credentials = sigv4.from_surroundings(where)
-    trust = client_context(section.ca_file, f"{where}.ca_file") if endpoint.startswith("https:") else None
-    return S3Connection(S3Endpoint(endpoint, section.region, credentials, trust, section.timeout_s))

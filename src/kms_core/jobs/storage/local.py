@@ -1,23 +1,108 @@
-"""Sources and targets that are files beneath the roots: ``locations`` over ``local_paths``."""
+"""Sources and targets that are files beneath the roots, and the files below a directory that a pattern names.
+
+Each directory is opened by its name in the one above, never through a symbolic link. Nothing outside the root
+is seen, even if directories are exchanged during the walk.
+"""
 
 import os
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
-from kms_core.jobs.model import SWEPT, Commit
+import msgspec
+
+from kms_core.jobs.ends import PlacedTarget
+from kms_core.jobs.file_patterns import TEMPORARY, States, Tree, encoded
+from kms_core.jobs.model import Commit
+from kms_core.jobs.storage.commit_marks import CommitMarks
 from kms_core.jobs.storage.local_paths import (
+    DIRECTORY,
     OpenSource,
     Placement,
     Roots,
     TemporaryFile,
-    keep_access,
+    file_errors,
     temporary_name,
 )
-from kms_core.payload.files import FileRange, FileWriter, RangeSource, changed
+from kms_core.payload.files import FileRange, FileWriter, RangeSource, source_changed_error
 from kms_core.payload.parallel import ParallelOptions, copy_run
-from kms_protocol.errors import KmsError
+from kms_protocol.errors import KmsError, PathRefused, TooLarge
+
+MOST_DEPTH: Final = 128  # a descriptor is open for each
+
+
+class ListedFile(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One file of a job over many: its path below the base as in a URL, and its size when it was listed.
+
+    ``code`` says why there is nothing to work on: a directory that may not be read stands for what is in it.
+    """
+
+    path: str
+    size_bytes: int = 0
+    code: str = ""
+
+
+def walk(roots: Roots, tree: Tree) -> Iterator[ListedFile]:
+    """Regular files in the order of their names' bytes, each directory in its place among them.
+
+    Links, and what is neither file nor directory, are passed over. Raises PathRefused if the base is no
+    directory beneath a root, TooLarge below 128 directories, Unavailable.
+    """
+    with roots.directory(tree.base) as top:
+        yield from _below(tree, _Place(top, "", tree.start(), 0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """An open directory: its path below the base, and what of the pattern it may have matched."""
+
+    fd: int
+    path: str
+    states: States
+    depth: int
+
+
+def _below(tree: Tree, place: _Place) -> Iterator[ListedFile]:
+    if place.depth == MOST_DEPTH:
+        raise TooLarge(f"There are more than {MOST_DEPTH} directories in one another")
+    with file_errors(), os.scandir(place.fd) as entries:
+        found = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+    for entry in found:
+        states = tree.step(place.states, entry.name)
+        path = place.path + encoded(entry.name)
+        if entry.is_dir(follow_symlinks=False):
+            if tree.goes_on(states):
+                yield from _inside(tree, place, entry.name, states)
+        elif entry.is_file(follow_symlinks=False) and tree.is_whole(states) and not _is_ours(entry.name):
+            yield ListedFile(path, _size(entry))
+
+
+def _inside(tree: Tree, place: _Place, name: str, states: States) -> Iterator[ListedFile]:
+    path = f"{place.path}{encoded(name)}/"
+    try:
+        with file_errors():
+            inner = os.open(name, DIRECTORY, dir_fd=place.fd)
+    except PathRefused as exc:
+        yield ListedFile(path, code=exc.code)
+        return
+    try:
+        yield from _below(tree, _Place(inner, path, states, place.depth + 1))
+    finally:
+        os.close(inner)
+
+
+def _is_ours(name: str) -> bool:
+    return TEMPORARY.fullmatch(name) is not None
+
+
+def _size(entry: "os.DirEntry[str]") -> int:
+    try:
+        return entry.stat(follow_symlinks=False).st_size
+    except FileNotFoundError:  # opening it will raise the error
+        return 0
+
 
 _COPY_BYTES: Final = 8 * 1024 * 1024
 
@@ -54,35 +139,35 @@ class RootedPending:
 
     file: TemporaryFile
     target: "RootedTarget"
-    fence: int
+    attempt_id: str
 
     @property
     def writer(self) -> FileWriter:
         return FileWriter(self.file.fd)
 
-    def copy(self, reader: RangeSource, at: int, pace: ParallelOptions) -> None:
+    def copy(self, reader: RangeSource, at: int, options: ParallelOptions) -> None:
         """Put the rest of a target, from ``at`` on; by reflink or in the kernel, where that can be."""
         if not isinstance(reader, FileRange):
-            copy_run(reader, self.writer, at, pace)
+            copy_run(reader, self.writer, at, options)
             return
         done = 0
         while done < reader.size:
-            pace.before()
+            options.before()
             step = min(_COPY_BYTES, reader.size - done)
             copied = os.copy_file_range(reader.fd, self.file.fd, step, reader.offset + done, at + done)
             if not copied:
-                raise changed()
+                raise source_changed_error()
             done += copied
-            pace.after(copied)
+            options.after(copied)
 
     def settle(self, source: object, *, in_place: bool) -> Commit:
         """Make what was written durable and describe it; nothing may be written afterwards."""
         replaced = source.file if in_place and isinstance(source, RootedSource) else None
         if replaced:
-            keep_access(replaced.fd, self.file.fd)
-        placed = self.file.settle()
+            _keep_access(replaced.fd, self.file.fd)
+        placed = self.file.settle(lambda fd: self.target.marks.put(fd, self.attempt_id, self.target.url))
         return Commit(
-            fence=self.fence,
+            attempt_id=self.attempt_id,
             inode=placed.inode,
             size_bytes=placed.size_bytes,
             mtime_ns=placed.mtime_ns,
@@ -108,46 +193,68 @@ class RootedPending:
 
 @dataclass(frozen=True, slots=True)
 class RootedTarget:
-    """Where the result of a job goes, and how it gets there."""
+    """The target file of a job."""
 
     url: str
     job_id: str
     overwrite: bool
     roots: Roots
+    marks: CommitMarks
 
-    def prepare(self, fence: int, room_bytes: int = 0) -> RootedPending:
+    def recognised(self) -> PlacedTarget | None:
+        """Return what this job has put in place, if that is there now. Raises Unavailable."""
+        with suppress(PathRefused):  # the attempt itself will say what is wrong
+            if found := self.roots.is_marked(self.url, lambda fd: self.marks.is_on(fd, self.url)):
+                return PlacedTarget(size_bytes=found.size_bytes, inode=found.inode, mtime_ns=found.mtime_ns)
+        return None
+
+    def prepare(self, attempt_id: str, room_bytes: int = 0) -> RootedPending:
         """Begin an attempt. Raises TargetExists, PathRefused, SpoolFull if there is no room for so much."""
         file = self.roots.prepare(
-            self.url, tag(self.job_id, fence), overwrite=self.overwrite, room_bytes=room_bytes
+            self.url, tag(self.job_id, attempt_id), overwrite=self.overwrite, room_bytes=room_bytes
         )
-        return RootedPending(file, self, fence)
+        return RootedPending(file, self, attempt_id)
 
     def finish(self, commit: Commit) -> bool:
-        """Put the file in place; doing it again changes nothing. Raises TargetExists, PathRefused."""
+        """Put the file in place; doing it again changes nothing. Raises as ``Roots.finish``."""
         self.roots.finish(self._placement(commit), overwrite=self.overwrite)
         return True
 
     def is_placed(self, commit: Commit) -> bool:
-        """Whether the file of this commit is in place. Raises PathRefused, Unavailable."""
+        """Return whether the file of this commit is in place. Raises PathRefused, Unavailable."""
         return self.roots.is_placed(self._placement(commit))
 
     def _placement(self, commit: Commit) -> Placement:
-        temporary = temporary_name(tag(self.job_id, commit.fence))
+        temporary = temporary_name(tag(self.job_id, commit.attempt_name))
         return Placement(
             self.url, temporary, commit.inode, commit.size_bytes, commit.mtime_ns, commit.replaces
         )
 
     def give_up(self, commit: Commit) -> None:
-        """The commit was refused: its file is in nobody's way."""
-        self.roots.discard(self.url, temporary_name(tag(self.job_id, commit.fence)))
+        """Remove the temporary file of a refused commit."""
+        self.roots.discard(self.url, temporary_name(tag(self.job_id, commit.attempt_name)))
 
-    def sweep(self, fence: int) -> None:
-        """Remove what attempts before this fence left beside the target when they were killed."""
-        earlier = range(max(1, fence - SWEPT), fence)
+
+def sweep(roots: Roots, targets: Mapping[str, str], keep: Collection[str]) -> None:
+    """Remove temporary files of jobs, by id, beside their targets, but for those of the attempts ``keep``.
+
+    Each directory is read once.
+    """
+    beside = {url.rpartition("/")[0]: url for url in targets.values()}
+    for url in beside.values():
         with suppress(KmsError):  # the attempt itself will say what is wrong with the directory
-            self.roots.discard(self.url, *(temporary_name(tag(self.job_id, each)) for each in earlier))
+            roots.sweep(url, lambda job_id, attempt: job_id in targets and attempt not in keep)
 
 
-def tag(job_id: str, fence: int) -> str:
-    """What differs in every attempt of every job."""
-    return f"{job_id}-{fence}"
+def tag(job_id: str, attempt: str) -> str:
+    """A text that differs in every attempt of every job."""
+    return f"{job_id}-{attempt}"
+
+
+def _keep_access(source_fd: int, target_fd: int) -> None:
+    """Owner and mode of a file for the one that takes its place. PathRefused if that is not allowed."""
+    found, made = os.fstat(source_fd), os.fstat(target_fd)
+    with file_errors():
+        if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
+            os.fchown(target_fd, found.st_uid, found.st_gid)
+        os.fchmod(target_fd, found.st_mode & 0o777)

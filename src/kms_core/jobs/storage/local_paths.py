@@ -1,24 +1,23 @@
 """Files that jobs name by ``file://``: opened once beneath an allowed root, put in place once. Knows no job.
 
 Every path is walked from its root by directory descriptors, a component at a time and without following
-symbolic links (DESIGN §8), so what was checked is what is used. A target appears complete or not at all:
+symbolic links (docs/design.md), so what was checked is what is used. A target appears complete or not at all:
 ``prepare`` makes a temporary file beside it, ``settle`` describes it in plain data, and ``finish`` puts it
-in place from that description, in any process and any number of times (CONTRACT, Job states).
+in place from that description, in any process and any number of times (docs/design.md, Jobs).
 """
 
 import errno
 import os
-import re
 import stat
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Final, NamedTuple, Self
-from urllib.parse import unquote_to_bytes
 
+from kms_core.jobs.file_patterns import TAG, TEMPORARY, parse_file_url
+from kms_core.jobs.model import CommitGone
 from kms_protocol.errors import (
     ConfigurationError,
     InvalidRequest,
@@ -28,20 +27,12 @@ from kms_protocol.errors import (
     Unavailable,
 )
 
-SCHEME: Final = "file://"
-LOCAL_HOSTS: Final = frozenset({"", "localhost"})  # RFC 8089 §2
-URL_MAX_CHARS: Final = 3 * 4096  # Linux's PATH_MAX, every byte percent-encoded
-TAG: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
-TEMPORARY: Final = re.compile(rf"\.kms-{TAG.pattern}\.tmp", re.IGNORECASE)  # some file systems ignore case
-
-_BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
-_UNPRINTABLE: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_SOURCE: Final = (
-    os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-)  # no wait for a FIFO
+_SOURCE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # no FIFO waits
 _TEMPORARY: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_BEGIN: Final = ".kms-"
+_END: Final = ".tmp"
 _NOT_PLAIN: Final = "The path must be that of a regular file with one link, and no part of it a symbolic link"
 _REFUSALS: Final = {
     errno.ENOENT: "There is nothing at this path: create the file, or for a target its directory, first",
@@ -53,48 +44,9 @@ _REFUSALS: Final = {
 } | dict.fromkeys((errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EMLINK), _NOT_PLAIN)
 
 
-def parse(url: str) -> PurePosixPath:
-    """The absolute path that a ``file:///…`` URL names, percent-decoded once (RFC 8089).
-
-    Raises PathRefused where the path could be read in more than one way: another scheme or host, a query
-    or fragment, ``.``, ``..`` or ``//``, an encoded slash, control characters, bytes that are not UTF-8.
-    The name of a temporary file of this service is refused too: it may hold another job's plaintext.
-    """
-    if len(url) > URL_MAX_CHARS or not url.startswith(SCHEME):
-        raise PathRefused("Expected file:///path/to/file, at most 4096 bytes long")
-    host, slash, rest = url.removeprefix(SCHEME).partition("/")
-    if host not in LOCAL_HOSTS or not slash:
-        raise PathRefused("A file URL names this host: write file:///path, with three slashes")
-    names = parts(rest)
-    if TEMPORARY.fullmatch(names[-1]):
-        raise PathRefused("This name is kept for the service's own temporary files")
-    return PurePosixPath("/", *names)
-
-
-def parts(path: str) -> list[str]:
-    """The names of a URL's path, each percent-decoded once. PathRefused if one can be read in two ways."""
-    if {"?", "#"} & set(path) or _BAD_ESCAPE.search(path):
-        raise PathRefused("In a URL write % as %25, ? as %3F and # as %23")
-    return [_decoded(part) for part in path.split("/")]
-
-
-def _decoded(part: str) -> str:
-    try:
-        name = unquote_to_bytes(part).decode()
-    except ValueError as exc:
-        raise PathRefused("A path is written in UTF-8") from exc
-    if name in {"", ".", ".."} or "/" in name:
-        raise PathRefused(
-            "A path has no empty part, no '.' or '..', no encoded slash, and no slash at its end"
-        )
-    if any(unicodedata.category(char) in _UNPRINTABLE for char in name):
-        raise PathRefused("A path has no control characters")
-    return name
-
-
 @contextmanager
 def file_errors() -> Iterator[None]:
-    """Turns what the kernel says into errors of ours; for whoever reads a source or writes a target, too.
+    """Turns OSErrors into errors of the service; also used to read a source and to write a target.
 
     SpoolFull for a full disk or quota, PathRefused for what the caller can mend, else Unavailable.
     """
@@ -105,13 +57,11 @@ def file_errors() -> Iterator[None]:
             raise SpoolFull("The disk or quota of the target has no room for this") from exc
         if text := _REFUSALS.get(exc.errno or 0):
             raise PathRefused(text) from exc
-        raise Unavailable(
-            f"The file system answered {errno.errorcode.get(exc.errno or 0, 'an error')}"
-        ) from exc
+        raise Unavailable(f"The file system answered {errno.errorcode.get(exc.errno or 0)}") from exc
 
 
 class FileIdentity(NamedTuple):
-    """Which file it is, and its last change."""
+    """The identity of a file and its last change."""
 
     device: int
     inode: int
@@ -180,12 +130,18 @@ class TemporaryFile:
     dir_fd: int
     fd: int
 
-    def settle(self) -> Placement:
-        """Make what was written durable and describe it; nothing may be written afterwards."""
+    def settle(self, mark: Callable[[int], object]) -> Placement:
+        """Make what was written durable and describe it; nothing may be written afterwards.
+
+        ``mark`` marks the open file as it is; again if making it durable has changed its time, as on NFS.
+        """
         with file_errors():
-            os.fsync(self.fd)
+            marked = None
+            while marked != (found := os.fstat(self.fd)).st_mtime_ns:
+                marked = found.st_mtime_ns
+                mark(self.fd)
+                os.fsync(self.fd)
             os.fsync(self.dir_fd)
-            found = os.fstat(self.fd)
         return Placement(self.url, self.temporary, found.st_ino, found.st_size, found.st_mtime_ns)
 
     def discard(self) -> None:
@@ -203,20 +159,11 @@ class TemporaryFile:
         os.close(self.dir_fd)
 
 
-def keep_access(source_fd: int, target_fd: int) -> None:
-    """Owner and mode of a file for the one that takes its place. PathRefused if that is not allowed."""
-    found, made = os.fstat(source_fd), os.fstat(target_fd)
-    with file_errors():
-        if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
-            os.fchown(target_fd, found.st_uid, found.st_gid)
-        os.fchmod(target_fd, found.st_mode & 0o777)
-
-
 def temporary_name(tag: str) -> str:
     """``tag`` (letters, digits, ``_``, ``-``; at most 64) differs in every attempt of every job."""
     if not TAG.fullmatch(tag):
         raise ValueError("a tag is 1 to 64 letters, digits, _ and -")
-    return f".kms-{tag}.tmp"
+    return f"{_BEGIN}{tag}{_END}"
 
 
 class Roots:
@@ -235,6 +182,11 @@ class Roots:
     def check(self, url: str) -> None:
         """Raises PathRefused unless the URL is well-formed and beneath a root. Looks at no file."""
         self._locate(url)
+
+    def root_of(self, url: str) -> str:
+        """The root that a URL is beneath, or is, as the settings name it. Raises PathRefused."""
+        root, _ = self._locate(url.removesuffix("/"), itself=True)
+        return str(next(named for named, found in self._roots if found == root))
 
     def check_directory(self, url: str) -> None:
         """The same for a directory, which ends in a slash and may be a root itself."""
@@ -300,35 +252,56 @@ class Roots:
     def finish(self, placement: Placement, *, overwrite: bool) -> None:
         """Put the file in place; once it is there, doing it again changes nothing.
 
-        Raises TargetExists if something else took the name, PathRefused if the temporary file is gone or
-        another and the target is not the file described.
+        Raises TargetExists if something else took the name, CommitGone if the temporary file is gone or
+        another and the target is not the file described, PathRefused.
         """
         _check_temporary(placement.temporary)
         with self._parent(placement.url) as (dir_fd, name):
             if _is(placement, placement.temporary, dir_fd):
                 _place(placement, name, dir_fd, overwrite=overwrite)
             if not _is(placement, name, dir_fd):
-                raise PathRefused(
-                    "The result was removed or replaced before it was in place: run the job again"
-                )
+                raise CommitGone
             os.fsync(dir_fd)
 
     def is_placed(self, placement: Placement) -> bool:
-        """Whether the target is the file described. Raises PathRefused, Unavailable."""
+        """Return whether the target is the file described. Raises PathRefused, Unavailable."""
         with self._parent(placement.url) as (dir_fd, name):
             return _is(placement, name, dir_fd)
 
-    def discard(self, url: str, *temporaries: str) -> None:
-        """Remove what attempts that died left beside their target; nothing there is fine."""
-        for temporary in temporaries:
-            _check_temporary(temporary)
+    def is_marked(self, url: str, is_on: Callable[[int], bool]) -> FileIdentity | None:
+        """The target, if it is a regular file and ``is_on`` says of it, open, that it is marked.
+
+        None also if it may not be read. Raises PathRefused, Unavailable.
+        """
+        with self._parent(url) as (dir_fd, name):
+            try:
+                fd = os.open(name, _SOURCE, dir_fd=dir_fd)
+            except OSError:
+                return None
+            try:
+                found = os.fstat(fd)
+                return FileIdentity.of(found) if stat.S_ISREG(found.st_mode) and is_on(fd) else None
+            finally:
+                os.close(fd)
+
+    def discard(self, url: str, temporary: str) -> None:
+        """Remove the temporary file of a target, if it is there."""
+        _check_temporary(temporary)
+        with self._parent(url) as (dir_fd, _), suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=dir_fd)
+
+    def sweep(self, url: str, is_left: Callable[[str, str], bool]) -> None:
+        """Remove temporary files beside a target of which ``is_left`` says so, given job id and attempt."""
         with self._parent(url) as (dir_fd, _):
-            for temporary in temporaries:
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary, dir_fd=dir_fd)
+            for name in os.listdir(dir_fd):  # noqa: PTH208 -- a descriptor
+                if name.startswith(_BEGIN) and TEMPORARY.fullmatch(name):
+                    job_id, _, attempt = name.removeprefix(_BEGIN).removesuffix(_END).rpartition("-")
+                    if is_left(job_id, attempt):
+                        with suppress(FileNotFoundError):
+                            os.unlink(name, dir_fd=dir_fd)
 
     def _locate(self, url: str, *, itself: bool = False) -> tuple[Path, tuple[str, ...]]:
-        path = parse(url)
+        path = parse_file_url(url)
         for written, real in self._roots:
             for form in (written, real):
                 if (itself or path != form) and path.is_relative_to(form):
@@ -414,7 +387,7 @@ def _is(placement: Placement, name: str, dir_fd: int) -> bool:
 
 
 def _place(placement: Placement, name: str, dir_fd: int, *, overwrite: bool) -> None:
-    """Another process may be doing the same: whoever comes second finds nothing left to do."""
+    """Another process may do the same: the second one finds nothing left to do."""
     if not _is(placement, name, dir_fd):
         with suppress(FileNotFoundError):
             _give_name(placement, name, dir_fd, overwrite=overwrite)
@@ -423,7 +396,7 @@ def _place(placement: Placement, name: str, dir_fd: int, *, overwrite: bool) -> 
 
 
 def _check_same(replaces: tuple[int, int, int] | None, name: str, dir_fd: int) -> None:
-    """What somebody else wrote or removed since the source was read is theirs to keep."""
+    """Refuse to replace a file that was changed or removed since the source was read."""
     found = _found(name, dir_fd)
     if replaces and (not found or (found.st_ino, found.st_size, found.st_mtime_ns) != replaces):
         raise TargetExists("The source is another file by now: run the job again when nothing writes to it")

@@ -1,25 +1,31 @@
-"""Where jobs read and write: the same seams over files beneath the roots and over objects in buckets.
+"""Locations that jobs read and write: one interface over files beneath the roots and objects in buckets.
 
-What differs between them is how a target that nobody sees yet is made, and how it is put in place; the work
+They differ in how an invisible target is made, and how it is put in place; the work
 in between (``jobs/execution/one_file.py``) knows neither.
 """
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol, Self
+from urllib.parse import quote
 
+from kms_core.jobs.ends import PlacedTarget
 from kms_core.jobs.file_patterns import Tree
 from kms_core.jobs.model import Commit
+from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.spec import FileJob, TreeJob
+from kms_core.jobs.storage import local
+from kms_core.jobs.storage.blob_store import BlobStore
 from kms_core.jobs.storage.buckets import SCHEME, Buckets
-from kms_core.jobs.storage.local import RootedSource, RootedTarget
+from kms_core.jobs.storage.commit_marks import CommitMarks
+from kms_core.jobs.storage.local import ListedFile, RootedSource, RootedTarget, walk
 from kms_core.jobs.storage.local_paths import Roots, file_errors
 from kms_core.jobs.storage.multipart_journal import MultipartJournal
 from kms_core.jobs.storage.s3 import ObjectSource, ObjectTarget
-from kms_core.jobs.storage.tree_walk import ListedFile, walk
 from kms_core.payload.files import RangeSource, RangeTarget
 from kms_core.payload.parallel import ParallelOptions
 from kms_protocol.errors import KmsError, PathRefused, TooLarge
@@ -50,11 +56,11 @@ class JobSource(Open, Protocol):
 
 
 class PendingTarget(Open, Protocol):
-    """A target in the making, which nobody sees."""
+    """A target in the making, not yet visible."""
 
     @property
     def writer(self) -> RangeTarget: ...
-    def copy(self, reader: RangeSource, at: int, pace: ParallelOptions) -> None:
+    def copy(self, reader: RangeSource, at: int, options: ParallelOptions) -> None:
         """Write all of ``reader`` from ``at`` on, to the end of the target, as cheaply as it can be done."""
 
     def settle(self, source: JobSource, *, in_place: bool) -> Commit:
@@ -73,7 +79,10 @@ class PendingTarget(Open, Protocol):
 class JobTarget(Protocol):
     """The place of a job's result."""
 
-    def prepare(self, fence: int, room_bytes: int = 0) -> PendingTarget:
+    def recognised(self) -> PlacedTarget | None:
+        """Return what an attempt at this job has put in place, if that is there now. Raises Unavailable."""
+
+    def prepare(self, attempt_id: str, room_bytes: int = 0) -> PendingTarget:
         """Begin an attempt whose result will have about ``room_bytes``.
 
         Raises TargetExists, PathRefused, SpoolFull, Unavailable.
@@ -82,22 +91,20 @@ class JobTarget(Protocol):
     def finish(self, commit: Commit) -> bool:
         """Put in place what a commit describes; once it is there, doing it again changes nothing.
 
-        False if the work must be done again for that. Raises TargetExists, PathRefused, Unavailable.
+        False if the work must be done again for that. Raises TargetExists, CommitGone, PathRefused,
+        Unavailable.
         """
 
     def is_placed(self, commit: Commit) -> bool:
-        """Whether what a commit describes is in place. Raises PathRefused, Unavailable."""
+        """Return whether what a commit describes is in place. Raises PathRefused, Unavailable."""
 
     def give_up(self, commit: Commit) -> None:
         """Remove what a commit would have put in place; what is in place stays. Raises PathRefused."""
 
-    def sweep(self, fence: int) -> None:
-        """Remove what attempts before this fence left when they were killed."""
-
 
 @dataclass(frozen=True, slots=True)
 class SourceLimits:
-    """How many bytes a source may have, and how many of those may be holes, for which the disk holds nothing.
+    """Bounds of a source in bytes: its size, and how much of it may be holes, which take no room on the disk.
 
     A hole costs its maker nothing and its reader as much as data: a result has no holes.
     """
@@ -151,7 +158,15 @@ class Locations:
     roots: Roots
     buckets: Buckets
     notes: MultipartJournal
+    key: RecordKey
+    spool: BlobStore
     limits: SourceLimits = SourceLimits()
+
+    def resource(self, url: str) -> str:
+        """The root or bucket of a URL, as ``root:/path`` or ``bucket:name``. Raises PathRefused."""
+        if url.startswith(SCHEME):
+            return f"bucket:{url.removeprefix(SCHEME).partition('/')[0]}"
+        return f"root:{quote(self.roots.root_of(url))}"
 
     def check(self, url: str) -> None:
         """Raises PathRefused unless jobs may write there. Looks at nothing."""
@@ -159,6 +174,22 @@ class Locations:
             self.buckets.writing(url)
         else:
             self.roots.check(url)
+
+    def admit(self, job: FileJob | TreeJob) -> int:
+        """The size of a job's source in bytes, 0 of many files: asked before it is accepted.
+
+        Raises what would fail for certain: PathRefused, TooLarge, SpoolFull, Unavailable.
+        """
+        if isinstance(job, TreeJob):
+            self.check_base(Tree.parse(job.source).base)
+            if not job.in_place:
+                self.check_directory(job.target)
+            return 0
+        self.check(job.target)
+        with self.open_source(job.source) as opened:
+            if job.kind != "rewrap":  # a file system may move a payload without copying it
+                self.check_room(job.target, opened.size_bytes)
+            return opened.size_bytes
 
     def open_source(self, url: str) -> JobSource:
         """Raises PathRefused if it is not there or not allowed, TooLarge above ``limits``, Unavailable."""
@@ -182,11 +213,27 @@ class Locations:
             with suppress(PathRefused):  # its directory may be made before the job runs
                 self.roots.check_room(url, size_bytes)
 
-    def target(self, url: str, job_id: str, *, overwrite: bool) -> JobTarget:
+    def marks(self, job_id: str, spec: bytes, source: str) -> CommitMarks:
+        """The marks of a job, as its submitter knows it, on what it makes of a source.
+
+        ``spec`` is the digest of its sealed record.
+        """
+        return CommitMarks(self.key, job_id, spec, source, self.spool)
+
+    def target(self, url: str, job_id: str, marks: CommitMarks, *, overwrite: bool) -> JobTarget:
         """The place of a job's result; looks at nothing."""
         if url.startswith(SCHEME):
-            return ObjectTarget(url, job_id, overwrite, self.buckets, self.notes)
-        return RootedTarget(url, job_id, overwrite, self.roots)
+            return ObjectTarget(url, job_id, overwrite, self.buckets, self.notes, marks)
+        return RootedTarget(url, job_id, overwrite, self.roots, marks)
+
+    def sweep(self, targets: Mapping[str, str], keep: Collection[str] = ()) -> None:
+        """Remove temporary files and uploads of jobs, by id, but for those of the attempts ``keep``.
+
+        ``targets`` are their targets. What cannot be removed now is left to a later call.
+        """
+        files = {job_id: url for job_id, url in targets.items() if not url.startswith(SCHEME)}
+        local.sweep(self.roots, files, keep)
+        self.notes.sweep(self.buckets, targets, keep)
 
     def check_base(self, url: str) -> None:
         """Raises PathRefused unless jobs may read what is below this URL, which ends in a slash."""
@@ -209,7 +256,7 @@ class Locations:
             self.roots.make_parents(url)
 
     def files(self, tree: Tree) -> Iterator[ListedFile]:
-        """What a pattern names, in a fixed order. Raises PathRefused, TooLarge, Unavailable."""
+        """List the files of a pattern, in a fixed order. Raises PathRefused, TooLarge, Unavailable."""
         if not tree.base.startswith(SCHEME):
             yield from walk(self.roots, tree)
             return
@@ -221,5 +268,5 @@ class Locations:
 
 
 def is_remote(url: str) -> bool:
-    """Whether reading or writing there keeps a thread waiting more than working."""
+    """Return whether reading or writing there keeps a thread waiting more than working."""
     return url.startswith(SCHEME)

@@ -1,50 +1,122 @@
-"""Notes of multipart uploads under way, so that the next attempt can throw away what a killed one left.
+"""Notes of multipart uploads: a store keeps the parts of an upload, and does not tell whose they are.
 
-A store keeps the parts of an upload that nobody completes, and does not tell whose it is. A note is a small
-file beside the spool's folders, ``multipart/<job id>.<fence>.<digest of the target>``, written before the
-first part and removed with the upload. An upload whose note is lost (a kill between two requests) has no
-parts.
+A note is a small blob in the spool, ``multipart/<job id>.<attempt>.<digest of the target>``. It
+is written empty before the upload begins, then holds its id, and goes with it. Any later attempt finds the
+notes of its job, also of attempts that Redis has forgotten. An upload whose note is empty (a kill between two
+requests) has no parts, and is found by listing the uploads to its key.
 """
 
 import hashlib
-import os
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
-from kms_core.jobs.storage import plain_files
-from kms_core.payload import disk
-from kms_protocol.errors import RecordRefused, ResultExpired
+from kms_core.jobs.storage.blob_store import BlobStore
+from kms_core.jobs.storage.buckets import SCHEME, Buckets
+from kms_protocol.errors import KmsError, RecordRefused, ResultExpired
 
+_FOLDER: Final = "multipart"
 _LONGEST: Final = 4096
+_NAME: Final = re.compile(r"(.+)\.([a-z0-9]+)\.([0-9a-f]{32})")
+_LEEWAY_S: Final = 60.0
+"""So far the clock of a store may be off."""
+
+
+@dataclass(frozen=True, slots=True)
+class UploadNote:
+    """One attempt's note of ``at`` (seconds since the epoch); ``upload`` is empty until that has begun."""
+
+    job_id: str
+    attempt: str
+    place: str
+    upload: str
+    at: float
 
 
 class MultipartJournal:
     """One note for each attempt and target. Shared by all workers of an install, as the spool is."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, store: BlobStore) -> None:
+        self._store = store
 
-    def add(self, job_id: str, fence: int, url: str, upload: str) -> None:
-        """Note an upload. Raises SpoolFull, RecordRefused if something else is in its place."""
-        name = self._name(job_id, fence, url)
-        with plain_files.create(self._directory, f"{name}.tmp") as fd:
-            disk.write_all(fd, memoryview(upload.encode("ascii")), 0)
-            (self._directory / f"{name}.tmp").rename(self._directory / name)
+    def intend(self, job_id: str, attempt: str, url: str) -> None:
+        """Note that an upload will begin. Raises SpoolFull, RecordRefused for what is no plain file there."""
+        self._store.put(_FOLDER, self._name(job_id, attempt, url), b"", durable=False)
 
-    def find(self, job_id: str, fence: int, url: str) -> str | None:
+    def add(self, job_id: str, attempt: str, url: str, upload: str) -> None:
+        """Note an upload that has begun. Raises as ``intend``, SpoolUnavailable."""
+        self._store.put(_FOLDER, self._name(job_id, attempt, url), upload.encode("ascii"), durable=True)
+
+    def find(self, job_id: str, attempt: str, url: str) -> str | None:
         """The upload that was noted for this attempt."""
-        try:
-            with plain_files.open_(self._directory, self._name(job_id, fence, url)) as fd:
-                return os.pread(fd, _LONGEST, 0).decode("ascii", "replace")
-        except (ResultExpired, RecordRefused):
-            return None
+        with suppress(ResultExpired, RecordRefused):
+            return self._read(self._name(job_id, attempt, url)).upload
+        return None
 
-    def forget(self, job_id: str, fence: int, url: str) -> None:
+    def forget(self, job_id: str, attempt: str, url: str) -> None:
         """The upload is no more. Doing it twice is no error."""
         with suppress(ResultExpired, RecordRefused):
-            plain_files.remove(self._directory, self._name(job_id, fence, url))
+            self._store.remove(_FOLDER, self._name(job_id, attempt, url))
+
+    def sweep(self, buckets: Buckets, targets: Mapping[str, str], keep: Collection[str]) -> None:
+        """Abort the uploads of jobs, by id, to their targets, but for those of the attempts ``keep``.
+
+        What cannot be aborted now is left to a later call.
+        """
+        places = {job_id: _place(url) for job_id, url in targets.items() if url.startswith(SCHEME)}
+        if not places:
+            return
+        found = list(self._notes(set(places.values())))
+        for note in found:
+            if places.get(note.job_id) != note.place or note.attempt in keep:
+                continue
+            url = targets[note.job_id]
+            with suppress(KmsError):
+                if _abort(buckets, url, note, [other for other in found if other is not note]):
+                    self.forget(note.job_id, note.attempt, url)
+
+    def _notes(self, places: set[str]) -> Iterator[UploadNote]:
+        with suppress(ResultExpired, RecordRefused):
+            for name in self._store.names(_FOLDER):
+                if (matched := _NAME.fullmatch(name)) and matched[3] in places:
+                    with suppress(ResultExpired, RecordRefused):
+                        yield self._read(name)
+
+    def _read(self, name: str) -> UploadNote:
+        job_id, attempt, place = name.rsplit(".", 2)
+        note = self._store.get(_FOLDER, name, _LONGEST)
+        return UploadNote(job_id, attempt, place, note.data.decode("ascii", "replace"), note.at)
 
     @staticmethod
-    def _name(job_id: str, fence: int, url: str) -> str:
-        return f"{job_id}.{fence}.{hashlib.sha256(url.encode()).hexdigest()[:32]}"
+    def _name(job_id: str, attempt: str, url: str) -> str:
+        return f"{job_id}.{attempt}.{_place(url)}"
+
+
+def _place(url: str) -> str:
+    return hashlib.sha256(url.encode()).hexdigest()[:32]
+
+
+def _abort(buckets: Buckets, url: str, note: UploadNote, others: list[UploadNote]) -> bool:
+    """Abort the upload of a note. False if it cannot be told which one that is, while another begins."""
+    bucket, key = buckets.writing(url)
+    if note.upload:
+        bucket.abort(key, note.upload)
+        return True
+    same = [other for other in others if other.place == note.place]
+    if not all(other.upload for other in same):
+        return False
+    named = {other.upload for other in same}
+    for upload, begun in list(bucket.uploads(key)):
+        if upload not in named and _is_after(begun, note.at) and not bucket.parts(key, upload):
+            bucket.abort(key, upload)
+    return True
+
+
+def _is_after(begun: str, at: float) -> bool:
+    try:
+        return datetime.fromisoformat(begun).timestamp() >= at - _LEEWAY_S
+    except ValueError:
+        return False

@@ -12,23 +12,30 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from kms_core.payload import disk
+from kms_core.payload import files
 from kms_protocol.errors import RecordRefused, ResultExpired
 
 _MOST_LEVELS: Final = 10_000
 _IN_PLACE: Final = frozenset(
     (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO, errno.EACCES, errno.EPERM)
 )
-"""What the kernel says where no plain file of ours is found under a name."""
+"""The errors of the kernel where a name holds no plain file of the service."""
+
+
+class NewFile(NamedTuple):
+    """Descriptors of an open file and of its folder."""
+
+    fd: int
+    folder_fd: int
 
 
 @contextmanager
-def create(folder: Path, name: str) -> Iterator[int]:
+def create(folder: Path, name: str) -> Iterator[NewFile]:
     """A new file (0600); removed again if the block fails, and so is its folder, unless that holds more."""
     with ExitStack() as stack:
-        with disk.room(), _refusing():
+        with files.full_disk_as_error(), _refusing():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             at = _folder_fd(folder, stack)
             _unlink(name, at)  # left by a crash in the middle of this very attempt
@@ -36,7 +43,7 @@ def create(folder: Path, name: str) -> Iterator[int]:
             fd = os.open(name, flags, 0o600, dir_fd=at)
             stack.callback(os.close, fd)
         try:
-            yield fd
+            yield NewFile(fd, at)
         except BaseException:
             _unlink(name, at)
             with suppress(OSError):
@@ -56,6 +63,12 @@ def open_(folder: Path, name: str) -> Iterator[int]:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise RecordRefused
         yield fd
+
+
+def names(folder: Path) -> list[str]:
+    """Names in a folder. Raises ResultExpired, RecordRefused."""
+    with ExitStack() as stack:
+        return os.listdir(_folder_fd(folder, stack))
 
 
 def remove(folder: Path, name: str) -> None:

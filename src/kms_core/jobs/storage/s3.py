@@ -1,33 +1,31 @@
-"""Jobs to and from objects: a source pinned to one version, a target that appears once, whoever finishes it.
+"""Jobs to and from objects: a source pinned to one version, a target that appears once, by any worker.
 
 A large target is a multipart upload, which any worker can complete: the commit names it and what its parts
 are. A small one is a single write, of bytes that die with the worker: then the work is done again, and the
-condition on the write lets only the first of several attempts through. The metadata of an object has the id
-of its job and 128 random bits of the attempt, which the signed commit has too: so a worker that finds the
-place taken recognises the work of this commit, and takes no other object for it.
+condition on the write lets only the first of several attempts through. The metadata of an object is the mark
+of its attempt (``commit_marks``): so a job recognises its own object, and takes no other for it.
 """
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
 
 import msgspec
 
-from kms_core.jobs.model import SWEPT, Commit
+from kms_core.jobs.ends import PlacedTarget
+from kms_core.jobs.model import Commit, CommitGone
 from kms_core.jobs.storage.buckets import Buckets
+from kms_core.jobs.storage.commit_marks import CommitMarks
 from kms_core.jobs.storage.multipart_journal import MultipartJournal
 from kms_core.payload.files import RangeSource
 from kms_core.payload.parallel import ParallelOptions, copy_run
-from kms_core.s3.bucket import ALWAYS, Completion, If, UploadedPart
+from kms_core.s3.bucket import ALWAYS, Completion, If, ObjectHead, UploadedPart
 from kms_core.s3.multipart import Assembly, ObjectReader, digest
 from kms_protocol.errors import KmsError, PathRefused, TargetExists, Unavailable
 
-_LOST: Final = "The result was removed or replaced before it was in place: run the job again"
 _ANY: Final = "*"
-_MARK_BYTES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,30 +64,31 @@ class ObjectPending:
 
     writer: Assembly
     target: "ObjectTarget"
-    fence: int
+    attempt_id: str
     there: str
 
-    def copy(self, reader: RangeSource, at: int, pace: ParallelOptions) -> None:
+    def copy(self, reader: RangeSource, at: int, options: ParallelOptions) -> None:
         """Put the rest of a target, from ``at`` on, out of ``reader``; by the store itself where it can."""
         if isinstance(reader, ObjectReader) and self.writer.can_copy(reader):
             lead = self.writer.part_bytes - at
-            copy_run(reader.head(lead), self.writer, at, pace)
+            copy_run(reader.head(lead), self.writer, at, options)
             reader, at = reader.tail(lead), self.writer.part_bytes
-            if self.writer.copy(reader, pace.before, pace.after):
+            if self.writer.copy(reader, options.before, options.after):
                 return
-        copy_run(reader, self.writer, at, pace)
+        copy_run(reader, self.writer, at, options)
 
     def settle(self, source: object, *, in_place: bool) -> Commit:
         """Describe what will be put in place; nothing may be written afterwards."""
         self.writer.settle()
         over = self.there
         if in_place and isinstance(source, ObjectSource):
+            self.target.buckets.require_conditions(self.target.url)
             over = source.reader.etag
         elif self.target.overwrite and self.writer.upload:  # it is put in place once, whatever is there
             over = _ANY
         parts = digest(self.writer.parts) if self.writer.upload else ""
         return Commit(
-            fence=self.fence,
+            attempt_id=self.attempt_id,
             size_bytes=self.writer.size,
             upload=self.writer.upload,
             parts=parts,
@@ -106,7 +105,7 @@ class ObjectPending:
 
     def discard(self) -> None:
         """Throw away what was sent. What cannot be now, the next attempt does."""
-        self.target.abort(self.fence, self.writer.upload)
+        self.target.abort(self.attempt_id, self.writer.upload)
 
     def __enter__(self) -> Self:
         return self
@@ -118,35 +117,51 @@ class ObjectPending:
 
 @dataclass(frozen=True, slots=True)
 class ObjectTarget:
-    """Where the result of a job goes, and how it gets there."""
+    """The target object of a job."""
 
     url: str
     job_id: str
     overwrite: bool
     buckets: Buckets
     notes: MultipartJournal
+    marks: CommitMarks
+    _seen: list[ObjectHead | None] = field(default_factory=list)
 
-    def prepare(self, fence: int, room_bytes: int = 0) -> ObjectPending:
+    def recognised(self) -> PlacedTarget | None:
+        """The object of this job, if that is what is there now. Raises Unavailable."""
+        with suppress(PathRefused):  # the attempt itself will say what is wrong
+            bucket, key = self.buckets.writing(self.url)
+            self._seen[:] = [found := self._seen[0] if self._seen else bucket.head(key)]
+            if found and self.marks.is_ours(found.mark, self.url):
+                return PlacedTarget(size_bytes=found.size)
+        return None
+
+    def prepare(self, attempt_id: str, room_bytes: int = 0) -> ObjectPending:
         """Begin an attempt. Raises TargetExists if something is there already, PathRefused, Unavailable."""
         del room_bytes  # a store does not tell how much it takes
         bucket, key = self.buckets.writing(self.url)
-        found = bucket.head(key)
+        found = self._seen.pop() if self._seen else bucket.head(key)
         if found and not self.overwrite:
             raise TargetExists
+        if not self.overwrite:
+            self.buckets.require_conditions(self.url)
+        mark = self.marks.sign(attempt_id, self.url)
 
-        def begun(upload: str) -> None:
-            self.notes.add(self.job_id, fence, self.url, upload)
+        def begin() -> str:
+            self.notes.intend(self.job_id, attempt_id, self.url)
+            upload = bucket.begin(key, mark)
+            self.notes.add(self.job_id, attempt_id, self.url, upload)
+            return upload
 
-        mark = f"{self.job_id}/{os.urandom(_MARK_BYTES).hex()}"
-        writer = Assembly(bucket, key, mark, begun)
-        return ObjectPending(writer, self, fence, found.etag if found else "")
+        writer = Assembly(bucket, key, mark, begin)
+        return ObjectPending(writer, self, attempt_id, found.etag if found else "")
 
     def finish(self, commit: Commit) -> bool:
         """Put it in place; once it is there, doing it again changes nothing.
 
         False if it is not there and cannot be without the bytes, which died with their worker. Raises
-        TargetExists if somebody else took the place, PathRefused if what was to be put there is gone,
-        Unavailable.
+        TargetExists if another writer took the name, CommitGone if what was to be put there is gone,
+        PathRefused, Unavailable.
         """
         if not commit.upload:
             return self.is_placed(commit)
@@ -155,7 +170,7 @@ class ObjectTarget:
         return True
 
     def is_placed(self, commit: Commit) -> bool:
-        """Whether the object of this commit is in place. Raises PathRefused, Unavailable."""
+        """Return whether the object of this commit is in place. Raises PathRefused, Unavailable."""
         bucket, key = self.buckets.writing(self.url)
         found = bucket.head(key)
         return found is not None and found.mark == self._mark(commit)
@@ -166,11 +181,11 @@ class ObjectTarget:
         end = Completion.GONE
         if parts is not None:
             if digest(parts) != commit.parts:
-                raise PathRefused(_LOST)
+                raise CommitGone
             end = bucket.complete(key, commit.upload, parts, _condition(commit))
         if end is not Completion.DONE:
             self._must_be_ours(commit, end)
-        self.notes.forget(self.job_id, commit.fence, self.url)
+        self.notes.forget(self.job_id, commit.attempt_name, self.url)
 
     def put(self, commit: Commit, whole: memoryview) -> None:
         """Write a small object."""
@@ -179,13 +194,8 @@ class ObjectTarget:
             self._must_be_ours(commit, Completion.TAKEN)
 
     def give_up(self, commit: Commit) -> None:
-        """The commit was refused: its upload is in nobody's way."""
-        self.abort(commit.fence, commit.upload)
-
-    def sweep(self, fence: int) -> None:
-        """Throw away the uploads of attempts before this fence."""
-        for earlier in range(max(1, fence - SWEPT), fence):
-            self.abort(earlier, self.notes.find(self.job_id, earlier, self.url) or "")
+        """Abort the upload of a refused commit."""
+        self.abort(commit.attempt_name, commit.upload)
 
     def _mark(self, commit: Commit) -> str:
         return self.job_id if commit.mark is msgspec.UNSET else commit.mark
@@ -196,18 +206,18 @@ class ObjectTarget:
         if found and found.mark == self._mark(commit):
             return
         if end is Completion.GONE:
-            raise PathRefused(_LOST)
+            raise CommitGone
         if found is None and not self.overwrite:
             raise Unavailable("The object store is busy with another write to the target")
         raise TargetExists("Something else was written to the target while the job ran")
 
-    def abort(self, fence: int, upload: str) -> None:
+    def abort(self, attempt: str, upload: str) -> None:
         """Throw away an upload and its note. What cannot be now is left to a later call."""
         with suppress(KmsError):
             if upload:
                 bucket, key = self.buckets.writing(self.url)
                 bucket.abort(key, upload)
-                self.notes.forget(self.job_id, fence, self.url)
+                self.notes.forget(self.job_id, attempt, self.url)
 
 
 def _condition(commit: Commit) -> If:

@@ -1,8 +1,9 @@
-"""The spool: uploads, items and results of jobs on a local disk, sealed under the spool key; knows no Redis.
+"""The spool: uploads, items and results of jobs, sealed under the spool key.
 
-``<spool>/<job id>/<name>``, 0600 in 0700. A blob is an age file of the spool identity, whose context names
+They rest by job id and name in a directory or a bucket (``BlobStore``), or small ones in Redis
+(``SmallBlobStore``), byte for byte the same. A blob is an age file of the spool identity, whose context names
 tenant, job, role and attempt. Two exceptions hold no plaintext either: an upload that is to be decrypted
-rests as the ciphertext that it is, and ``head.<fence>`` is the header of a result whose payload is the
+rests as the ciphertext that it is, and ``head.<attempt>`` is the header of a result whose payload is the
 upload's own. MACs (``blocks``) bind each blob to its name and to the one time that it was written:
 ``BlobWriter.ref``, in the sealed record or the signed end of the job, opens this blob and no other.
 """
@@ -10,47 +11,51 @@ upload's own. MACs (``blocks``) bind each blob to its name and to the one time t
 import math
 import os
 import re
-import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
-from cryptography.utils import Buffer
 
 from kms_core.age import header, stream
-from kms_core.age.header import FILE_LIMITS, VERSION_LINE, Header
+from kms_core.age.header import FILE_LIMITS, Header
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.jobs.sealed_records import RecordKey
-from kms_core.jobs.storage import plain_files
-from kms_core.jobs.storage.blocks import BlockReader, BlockWriter
+from kms_core.jobs.storage.blob_store import BlobSink, BlobStore
+from kms_core.jobs.storage.blob_writer import WRITE_ID_BYTES, BlobWriter, GrowingWriter, NewBlob
+from kms_core.jobs.storage.blocks import BlockReader
 from kms_core.observability import metrics
 from kms_core.payload.files import FileRange, RangeSource
-from kms_core.payload.ranges import RangeReader
-from kms_core.payload.streaming import SlabSealer
+from kms_core.payload.streaming import RangeReader
 from kms_protocol.context import Context
 from kms_protocol.errors import (
     DecryptFailed,
-    NotACiphertext,
+    KmsError,
     RecordRefused,
     ResultExpired,
     SpoolFull,
-    Unavailable,
+    SpoolUnavailable,
 )
+from kms_protocol.units import size_text
 
 UPLOAD: Final = "upload"
 ITEMS: Final = "items"
+NO_ATTEMPT: Final = "0"
+"""Of blobs that the submitter wrote."""
+
+_RESULTS: Final = ("head.", "result")
 _SPOOL_KEY_ID: Final = "spool"
 _JOB_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _MAC_LABEL: Final = b"blob"
-_WRITE_ID_BYTES: Final = 16
-_SIZE_BYTES: Final = 8
-_USAGE_CACHE_S: Final = 5.0
+MOST_SMALL_BYTES: Final = 64 * 1024
+"""The most that ``inline_bytes`` may ever have been: larger blobs are not looked for in Redis."""
+
+_ASK_AGAIN_S: Final = 2.0
 _USAGE_REST: Final = 50  # a count is good for so many times the time it took: it costs 2 % of a process
 _IN_THE_WAY: Final = (
     "Something else is in the spool where a file of the service is to be; see the service's log"
@@ -60,7 +65,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What a blob is; bound to it as its context, and in its MACs.
+    """The meaning of a blob, bound to it as its context and in its MACs.
 
     ``ref`` is what ``BlobWriter.ref`` was once it was written; empty for a blob of 0.1, which has no MACs.
     """
@@ -68,29 +73,47 @@ class Label:
     tenant: str
     job_id: str
     role: str
-    attempt: int = 0
+    attempt: str = NO_ATTEMPT
     ref: bytes = field(default=b"", compare=False)
 
     @property
     def name(self) -> str:
-        return f"{self.role}.{self.attempt}" if self.attempt else self.role
+        return self.role if self.attempt == NO_ATTEMPT else f"{self.role}.{self.attempt}"
 
     @property
     def context(self) -> Context:
-        return Context((("attempt", str(self.attempt)), ("job", self.job_id), ("role", self.role)))
+        return Context((("attempt", self.attempt), ("job", self.job_id), ("role", self.role)))
 
     @property
     def texts(self) -> tuple[bytes, ...]:
-        """What the key of its MACs is derived from, besides the random part of ``ref``."""
-        return tuple(text.encode() for text in (self.tenant, self.job_id, self.role, str(self.attempt)))
+        """The texts that the key of its MACs is derived from, beside the random part of ``ref``."""
+        return tuple(text.encode() for text in (self.tenant, self.job_id, self.role, self.attempt))
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolUse:
+    """Bytes in the spool, and bytes that fit: the setting, or less if the disk has less room.
+
+    ``is_away``: what holds them does not answer.
+    """
+
+    used_bytes: int
+    limit_bytes: int
+    is_away: bool = False
+
+    @property
+    def ratio(self) -> float:
+        """The used part, 1.0 for all."""
+        return min(1.0, self.used_bytes / self.limit_bytes) if self.limit_bytes > 0 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """An open age file, verified as it is read, and its parsed header."""
+    """An open age file, verified as it is read, and its parsed header; ``is_small``: it is in Redis."""
 
     file: RangeSource
     head: Header
+    is_small: bool = False
 
     @property
     def payload(self) -> RangeSource:
@@ -103,84 +126,84 @@ class Blob:
         return stream.plaintext_size(self.payload.size)
 
 
-class BlobWriter:
-    """Writes one blob front to back, sealed or as it is. ``size`` counts what was given."""
-
-    def __init__(self, out: BlockWriter, write_id: bytes, sealing_: sealing.Sealing | None) -> None:
-        self._out = out
-        self._write_id = write_id
-        self._sealer = SlabSealer(sealing_.payload_key) if sealing_ else None
-        self._start = b""
-        self.size = 0
-        if sealing_:
-            out.write(memoryview(sealing_.head))
-
-    def write(self, data: Buffer, *, more: bool = False) -> None:
-        """Take some bytes; ``more`` tells for certain that others follow, which saves a copy of large ones.
-
-        Raises SpoolFull; NotACiphertext if an unsealed blob begins as something else.
-        """
-        self.size += len(memoryview(data))
-        if self._sealer:
-            for slab in self._sealer.feed(data, more=more):
-                self._out.write(slab)
-            return
-        if len(self._start) < len(VERSION_LINE):
-            self._start += bytes(memoryview(data)[: len(VERSION_LINE)])
-            if not self._start.startswith(VERSION_LINE[: len(self._start)]):
-                raise NotACiphertext
-        self._out.write(memoryview(data))
-
-    def finish(self) -> None:
-        """Write what is held back. The blob is whole afterwards."""
-        if self._sealer:
-            self._out.write(memoryview(self._sealer.finish()))
-        elif len(self._start) < len(VERSION_LINE):
-            raise NotACiphertext
-        self._out.finish()
+class SmallBlobStore(Protocol):
+    """Holds blobs that need no file; ``jobs/store/small_blobs`` does."""
 
     @property
-    def ref(self) -> bytes:
-        """Of a finished blob: 16 random bytes, and the size of its content in 8 (big-endian)."""
-        return self._write_id + self._out.size.to_bytes(_SIZE_BYTES, "big")
-
-    @property
-    def stored(self) -> int:
-        """Bytes on the disk."""
-        return self._out.stored
+    def most_bytes(self) -> int: ...
+    def get(self, job_id: str, name: str) -> bytes | None: ...
+    def names(self, job_id: str) -> list[str]: ...
+    def remove(self, job_id: str, name: str) -> None: ...
+    def delete(self, job_id: str) -> None: ...
 
 
 class Spool:
-    """The directory and its keys. Shared by the API and all workers of an install."""
+    """The blobs and their keys. Shared by the API and all workers of an install."""
 
-    def __init__(self, directory: Path, key: AgeBackend, record_key: RecordKey, max_bytes: int) -> None:
-        self._directory = directory
+    def __init__(
+        self,
+        store: BlobStore,
+        key: AgeBackend,
+        record_key: RecordKey,
+        max_bytes: int,
+        small: SmallBlobStore | None = None,
+    ) -> None:
+        self.store = store
+        self._small = small
         self._key = key
         self._record_key = record_key
         self._max_bytes = max_bytes
         self._used = (-math.inf, 0)  # when to count again, and what there is
+        self._counting = 0  # the process that has a thread for it
+        self._ask_again = 0.0  # when to look whether a bucket that is away is back
 
     @contextmanager
-    def writing(self, label: Label, *, sealed: bool = True, declared_bytes: int = 0) -> Iterator[BlobWriter]:
-        """A new blob; removed again if the block fails.
+    def writing(
+        self, label: Label, *, sealed: bool = True, declared_bytes: int = 0, may_be_small: bool = False
+    ) -> Iterator[BlobWriter]:
+        """A new blob, durable under its name when the block ends; removed again if the block fails.
 
-        Raises SpoolFull, at once if it cannot fit; Unavailable while something else is in its place.
+        ``may_be_small``: a blob that may rest in Redis is not written; the caller stores ``BlobWriter.small``
+        with the record or the end of the job.
+        Raises SpoolFull, at once if it cannot fit; SpoolUnavailable while something else is in its place, or
+        if the disk fails.
         """
-        room = self._max_bytes - self._used_bytes()
-        if declared_bytes > min(room, self._free_bytes()):
-            raise SpoolFull
-        write_id = os.urandom(_WRITE_ID_BYTES)
+        used = self._used_bytes(wait=not self.store.is_remote or self._used[0] == -math.inf)
+        room = self._max_bytes - used
+        if declared_bytes > room:
+            raise SpoolFull(
+                f"Uploads and results use {size_text(used)} of {size_text(self._max_bytes)}: wait until "
+                "results expire, or raise [kms.jobs] spool_max_bytes"
+            )
+        if declared_bytes > self.store.free_bytes():
+            raise SpoolFull("The disk of uploads and results has no room for this upload")
+        write_id = os.urandom(WRITE_ID_BYTES)
         with ExitStack() as stack:
-            try:
-                fd = stack.enter_context(plain_files.create(self._folder(label.job_id), label.name))
-            except RecordRefused as exc:
-                _log.error("spool.in_the_way", job_id=label.job_id, role=label.role)
-                raise Unavailable(_IN_THE_WAY) from exc
-            out = BlockWriter(fd, self._mac_key(label, write_id), room)
+            new = NewBlob(stack, lambda: self._create(label, declared_bytes))
+            most = self._small.most_bytes if self._small and may_be_small else 0
+            if declared_bytes >= most:
+                new.move()
+            out = GrowingWriter(new, self._mac_key(label, write_id), room, most)
             writer = BlobWriter(out, write_id, self._begin(label) if sealed else None)
             yield writer
             writer.finish()
-            self._used = (self._used[0], self._used[1] + writer.stored)
+            if most and not new.is_moved:
+                writer.small = label.name, new.content
+            else:
+                new.finish()
+                self._used = (self._used[0], self._used[1] + writer.stored)
+
+    @contextmanager
+    def _create(self, label: Label, declared_bytes: int) -> Iterator[BlobSink]:
+        with ExitStack() as stack:
+            try:
+                sink = stack.enter_context(
+                    self.store.create(_folder(label.job_id), label.name, declared_bytes)
+                )
+            except RecordRefused as exc:
+                _log.error("spool.in_the_way", job_id=label.job_id, role=label.role)
+                raise SpoolUnavailable(_IN_THE_WAY) from exc
+            yield sink
 
     @contextmanager
     def blob(self, label: Label) -> Iterator[Blob]:
@@ -190,14 +213,30 @@ class Spool:
         when a part of it is read, if it is not the one that ``label.ref`` names.
         """
         try:
-            with plain_files.open_(self._folder(label.job_id), label.name) as fd:
-                file = self._reader(fd, label)
-                yield Blob(file, header.read_by(file.read_at, FILE_LIMITS))
+            with self._open(label) as (source, is_small):
+                file = self._reader(source, label)
+                yield Blob(file, header.read_by(file.read_at, FILE_LIMITS), is_small)
         except RecordRefused:
             role = label.role.rstrip("0123456789")
             _log.error("spool.blob_refused", job_id=label.job_id, role=role, attempt=label.attempt)
             metrics.SPOOL_REFUSED.labels(role).inc()
             raise
+
+    @contextmanager
+    def _open(self, label: Label) -> Iterator[tuple[RangeSource, bool]]:
+        small = None
+        if self._small and label.ref and _size_in(label.ref) <= MOST_SMALL_BYTES:
+            small = self._small.get(label.job_id, label.name)
+        if small is None:
+            with self.store.open(_folder(label.job_id), label.name) as source:
+                yield source, False
+            return
+        fd = os.memfd_create("blob", os.MFD_CLOEXEC)
+        try:
+            os.write(fd, small)
+            yield FileRange(fd, len(small)), True
+        finally:
+            os.close(fd)
 
     @contextmanager
     def opened(self, label: Label, head: Label | None = None) -> Iterator[RangeReader]:
@@ -225,74 +264,102 @@ class Spool:
 
     def header_for(self, label: Label, file_key: bytes, nonce: bytes) -> bytes:
         """A spool header around a payload that was sealed elsewhere: how a decrypted result rests sealed."""
-        return sealing.write_header(
-            file_key, nonce, self._key, key=self.ref(label), context=label.context, padded=False
-        )
+        return self._begin(label, (file_key, nonce)).header
 
     def discard(self, label: Label) -> None:
         """One blob, when nothing needs it any more."""
-        with suppress(ResultExpired, RecordRefused):
-            plain_files.remove(self._folder(label.job_id), label.name)
+        self._remove(label.job_id, label.name)
 
-    def delete(self, job_id: str) -> bool:
-        """Everything of one job; whether it is gone. Doing it twice is no error; what is no id has none."""
+    def _remove(self, job_id: str, name: str) -> None:
+        if self._small:
+            self._small.remove(job_id, name)
+        with suppress(ResultExpired, RecordRefused):
+            self.store.remove(_folder(job_id), name)
+
+    def discard_input(self, job_id: str) -> bool:
+        """Remove the input of an ended job, but not an upload whose payload is that of the result.
+
+        Returns whether it is gone.
+        """
+        names = self._small.names(job_id) if self._small else []
+        with suppress(ResultExpired, RecordRefused):
+            names += self.store.names(_folder(job_id))
+        if any(name.startswith(_RESULTS) for name in names):
+            self._remove(job_id, ITEMS)
+            return True
+        return not names or self.delete(job_id)
+
+    def delete(self, job_id: str, *, in_redis: bool = True) -> bool:
+        """Delete all of one job, or its files alone. Return whether it is gone; what is no id has nothing."""
+        if self._small and in_redis:
+            self._small.delete(job_id)
         with suppress(ResultExpired):
-            if not plain_files.remove_folder(self._folder(job_id)):
+            if not self.store.remove_folder(_folder(job_id)):
                 _log.warning("spool.not_deleted", job_id=job_id)
                 return False
         return True
 
     def folders(self, older_than_s: float) -> Iterator[str]:
         """Job ids of folders that nothing has changed for so long: candidates for the sweep of orphans."""
-        limit = time.time() - older_than_s
-        with os.scandir(self._directory) as entries:
-            for entry in entries:
-                if _JOB_ID.fullmatch(entry.name) and entry.stat(follow_symlinks=False).st_mtime < limit:
-                    yield entry.name
+        return (name for name in self.store.folders(older_than_s) if _JOB_ID.fullmatch(name))
+
+    def sweep(self) -> None:
+        """Remove what writers that were killed left unfinished, and no name shows."""
+        self.store.sweep()
 
     def ref(self, label: Label) -> KeyRef:
         """The spool key's version in use."""
         return KeyRef(label.tenant, _SPOOL_KEY_ID, self._key.current_version(), self._key.name)
 
-    def _begin(self, label: Label) -> sealing.Sealing:
-        return sealing.begin(self._key, self.ref(label), label.context)
+    def _begin(self, label: Label, payload: tuple[bytes, bytes] | None = None) -> sealing.Sealing:
+        return sealing.begin([(self._key, self.ref(label))], label.context, payload=payload)
 
     def _mac_key(self, label: Label, write_id: bytes) -> bytes:
         return self._record_key.digest(_MAC_LABEL, *label.texts, write_id)
 
-    def _reader(self, fd: int, label: Label) -> RangeSource:
+    def _reader(self, source: RangeSource, label: Label) -> RangeSource:
         if not label.ref:
-            return FileRange(fd, os.fstat(fd).st_size)
-        write_id, size = label.ref[:_WRITE_ID_BYTES], label.ref[_WRITE_ID_BYTES:]
-        return BlockReader.of(fd, self._mac_key(label, write_id), int.from_bytes(size, "big"))
+            return source
+        write_id = label.ref[:WRITE_ID_BYTES]
+        return BlockReader.of(source, self._mac_key(label, write_id), _size_in(label.ref))
 
-    def _folder(self, job_id: str) -> Path:
-        if not _JOB_ID.fullmatch(job_id):
-            raise ResultExpired
-        return self._directory / job_id
+    def use(self) -> SpoolUse:
+        """The bytes that the spool has and may have. Does not wait for a bucket: it has the last count."""
+        used = self._used_bytes(wait=not self.store.is_remote)
+        return SpoolUse(used, min(self._max_bytes, used + self.store.free_bytes()), self.store.is_away)
 
-    def _free_bytes(self) -> int:
-        return shutil.disk_usage(self._directory).free
-
-    def _used_bytes(self) -> int:
-        """The spool's size: counted anew every few seconds or more seldom, and our own writes since then."""
-        begun = time.monotonic()
-        if begun >= self._used[0]:
-            size = _size(self._directory)
-            ended = time.monotonic()
-            self._used = (ended + max(_USAGE_CACHE_S, _USAGE_REST * (ended - begun)), size)
+    def _used_bytes(self, *, wait: bool) -> int:
+        """The spool's size in bytes: counted every few seconds at most, plus our writes since then."""
+        now = time.monotonic()
+        if now >= self._used[0] or (self.store.is_away and now >= self._ask_again):
+            if wait:
+                self._count()
+            elif self._counting != os.getpid():
+                self._counting, self._ask_again = os.getpid(), now + _ASK_AGAIN_S
+                threading.Thread(target=self._count_aside, name="spool-use", daemon=True).start()
         return self._used[1]
 
+    def _count(self) -> None:
+        begun = time.monotonic()
+        size = self.store.used_bytes()
+        ended = time.monotonic()
+        self._used = (ended + max(self.store.usage_cache_s, _USAGE_REST * (ended - begun)), size)
 
-def _size(folder: str | Path) -> int:
-    """Bytes of all files below; what is deleted meanwhile, or cannot be looked at, counts for nothing."""
-    total, folders = 0, [folder]
-    while folders:
-        with suppress(OSError), os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                with suppress(OSError):
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
-                    else:
-                        total += entry.stat(follow_symlinks=False).st_size
-    return total
+    def _count_aside(self) -> None:
+        try:
+            self._count()
+        except KmsError:
+            self._used = (time.monotonic() + self.store.usage_cache_s, self._used[1])
+        finally:
+            self._counting = 0
+
+
+def _size_in(ref: bytes) -> int:
+    """The size of the content that ``BlobWriter.ref`` tells."""
+    return int.from_bytes(ref[WRITE_ID_BYTES:], "big")
+
+
+def _folder(job_id: str) -> str:
+    if not _JOB_ID.fullmatch(job_id):
+        raise ResultExpired
+    return job_id

@@ -1,17 +1,20 @@
-"""The looking-after side of the job store: what is due, what has expired, who is alive; unseals nothing."""
+"""Store operations of the reaper and of workers' threads: due jobs, expired ones, wake-ups, heartbeats.
+
+Nothing here opens a sealed record.
+"""
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 import redis
 import structlog
 
-from kms_core.jobs.model import QUEUES, REDIS_STEPS, QueuePriority
-from kms_core.jobs.store import broker_messages, claim_script, part_scripts, scripts
+from kms_core.jobs.model import Attempt, Job, NotifyWorker, QueuePriority, StoreRules
+from kms_core.jobs.spec import QUEUES
+from kms_core.jobs.store import wake_up
 from kms_core.jobs.store.redis_keys import (
     PREFIX,
     answered,
@@ -19,37 +22,115 @@ from kms_core.jobs.store.redis_keys import (
     is_of_the_record,
     job_key,
     number,
+    raise_for,
     redis_errors,
 )
-from kms_protocol.wire import PRIORITIES, Priority
+from kms_core.jobs.store.replicas import ReplicaWait
+from kms_core.jobs.store.scripts import SCRIPTS
+from kms_core.observability import metrics
+from kms_protocol.errors import DurabilityUnconfirmed, JobsUnavailable, RedisFull, RedisReadOnly
+from kms_protocol.wire import ENDED, PRIORITIES
 
 WORKER_SEEN_S: Final = 5.0
-"""So long a worker that says nothing counts as alive: five words of it, which it says once a second."""
+"""A silent worker counts as alive for so many seconds: five heartbeats."""
+DUE: Final = ("leased", "delayed", "expiring")
+"""Sets of open jobs by when to look at them: leases, delays, expiries."""
+ANY_KEY: Final = f"{PREFIX}open"
+"""The key of scripts that are about no job: all keys are in one slot."""
+FULL: Final = 0.95
+"""The used part of Redis's memory from which on no job is accepted: accepted ones can run and end."""
+StoreCondition = Literal["available", "unavailable", "full", "read_only"]
+_CONDITION_KEPT_S: Final = 1.0
 _CLOCK_KEPT_S: Final = 10.0
 _REAPED_AT_ONCE: Final = 200  # some milliseconds, in which Redis does nothing else
 _TENANTS: Final = f"{PREFIX}tenants"
 _WORKERS: Final = f"{PREFIX}workers"
+_INPUTS: Final = f"{PREFIX}inputs"
 _DEAD: Final = f"{PREFIX}dead"
 _log = structlog.get_logger(__name__)
-_NONE: Final[Mapping[QueuePriority, float]] = MappingProxyType({})
 Script = Callable[..., list[bytes]]
 
 
 class StoreMaintenance:
-    """What the caretaker asks and tells; JobStore inherits it. Raises JobsUnavailable when Redis is gone."""
+    """JobStore inherits it. All raise JobsUnavailable without Redis."""
 
-    def __init__(self, client: redis.Redis) -> None:
+    def __init__(self, client: redis.Redis, rules: StoreRules, notify: NotifyWorker | None) -> None:
+        """Without ``notify``, the broker's lists are in this Redis, and scripts push wake-ups there."""
         self.redis = client
-        self._clock = (0.0, -math.inf)  # what Redis's said, and when by ours
-        self._run: dict[str, Script] = {
-            name: client.register_script(getattr(module, name))
-            for module in (scripts, claim_script, part_scripts)
-            for name in module.NAMES
-        }
+        self.rules = rules
+        self._notify = notify
+        self._condition: tuple[float, StoreCondition] = (-math.inf, "unavailable")
+        self.has_room = True
+        """Return whether less than half of the memory was used at the last ``ping`` or claim."""
+        self._clock = (0.0, -math.inf)  # the time of Redis, and when that was read by ours
+        self._waits = ReplicaWait(client, rules.replicas)
+        self._run: dict[str, Script] = {name: client.register_script(text) for name, text in SCRIPTS.items()}
 
-    def ping(self) -> None:
-        """Raise JobsUnavailable if Redis does not answer."""
-        self._ask_clock()
+    def script(self, name: str) -> Script:
+        """A script of ``lua``, to be called with keys and arguments."""
+        return self._run[name]
+
+    def run_confirmed(self, name: str, job_id: str, given: Sequence[Any], *, waits: bool = True) -> None:
+        """Run a script of one job. Raises LeaseLost, JobCancelled, DurabilityUnconfirmed."""
+        with redis_errors():
+            (word, *_), confirmed = self._waits.run(
+                self._run[name], [job_key(job_id)], [job_id, *given], waits=waits
+            )
+        raise_for(word)
+        if not confirmed:
+            raise DurabilityUnconfirmed(job_id=job_id)
+
+    def unconfirmed_error(
+        self, found: Job | None, keys: Sequence[str], job_id: str, sealed: bytes
+    ) -> DurabilityUnconfirmed:
+        """The error for a submission that replicas did not acknowledge.
+
+        A new job is taken back, if no worker has started it. ``found`` is one that was there before.
+        """
+        if found:
+            return DurabilityUnconfirmed(job_id=found.job_id)
+        with redis_errors():
+            word = self._run["withdraw"](keys, [job_id, sealed])[0]
+        return DurabilityUnconfirmed(job_id=job_id, withdrawn=word == b"withdrawn")
+
+    def confirm(self, job_id: str = "") -> None:
+        """Return once Redis and its replicas have on disk what Redis held a moment ago.
+
+        Raises DurabilityUnconfirmed, with the job that is asked about.
+        """
+        with redis_errors():
+            confirmed = self._waits.confirm()
+        if not confirmed:
+            raise DurabilityUnconfirmed(job_id=job_id)
+
+    def ping(self, *, write: bool = False) -> None:
+        """Raise JobsUnavailable if Redis does not answer, RedisReadOnly if it takes no writes, RedisFull.
+
+        It counts as full from ``FULL`` on. Without any memory left it refuses the script.
+        """
+        with redis_errors():
+            seconds, *found = self._run["probe"]([ANY_KEY], ["", int(write), FULL])
+        if not found:
+            raise RedisFull
+        self._clock = (int(seconds) + int(found[0]) / 1e6, time.monotonic())
+        self.has_room = bool(found[1])
+
+    def condition(self) -> StoreCondition:
+        """Return whether jobs can be submitted: found out by a write, once a second at most."""
+        at, known = self._condition
+        if time.monotonic() - at < _CONDITION_KEPT_S:
+            return known
+        known = "available"
+        try:
+            self.ping(write=True)
+        except RedisFull:
+            known = "full"
+        except RedisReadOnly:
+            known = "read_only"
+        except JobsUnavailable:
+            known = "unavailable"
+        self._condition = (time.monotonic(), known)
+        return known
 
     def now(self) -> float:
         """Redis's clock, in seconds since the epoch: which all jobs go by; those of machines may be off."""
@@ -63,124 +144,194 @@ class StoreMaintenance:
         self._clock = (seconds + micro / 1e6, time.monotonic())
         return self._clock[0]
 
+    # -- wake-ups -------------------------------------------------------------------------------------
+
+    def wake(self, *queues: str) -> None:
+        """Send as many wake-ups for each queue as it has ready jobs and idle processes."""
+        given = [part for queue in queues for part in (queue, *self.wake_up(queue))]
+        with redis_errors():
+            counts = self._run["wake"]([ANY_KEY], ["", *given])
+        for queue, count in zip(queues, counts, strict=True):
+            self.notify(queue, int(count))
+
+    def wake_up(self, queue: str) -> tuple[str, bytes]:
+        """The list for a wake-up, and the wake-up; both empty if the broker is elsewhere."""
+        if self._notify is not None:
+            return "", b""
+        return wake_up.list_key(queue), wake_up.encode_message(queue)
+
+    def notify(self, queue: str, count: int) -> None:
+        """Send wake-ups where the broker is elsewhere. A lost one costs seconds: the reaper sends another."""
+        try:
+            for _ in range(count):
+                if self._notify is not None:
+                    self._notify(queue)
+        except JobsUnavailable:
+            metrics.JOB_RESUMES.labels("notify_failed").inc()
+
+    def drained(self, worker: str, queue: str, served: Sequence[str]) -> None:
+        """Note that a process takes no more jobs for now; another wake-up is sent if jobs are ready."""
+        with redis_errors():
+            count = self._run["drained"]([ANY_KEY], ["", worker, queue, *self.wake_up(queue), *served])[0]
+        self.notify(queue, int(count))
+
+    # -- the reaper -----------------------------------------------------------------------------------
+
     def due(self, limit: int = 1000) -> list[str]:
-        """Open jobs that should be looked at: leases run out, delays over, messages perhaps lost."""
-        return self._first(f"{PREFIX}open", limit)
+        """Open jobs to look at: leases that ran out, delays that are over, queued jobs that expired."""
+        return list(dict.fromkeys(name for key in DUE for name in self._first(f"{PREFIX}{key}", limit)))
 
-    def reap(self, job_id: str, next_look_s: float) -> str:
-        """Requeue a job whose lease ran out.
+    def reap(self, job_id: str) -> str:
+        """Look after one open job (``reap.lua``). Returns what was done, or its state."""
+        return self.reap_all([job_id])[0]
 
-        The answer is the state found, ``requeued``, ``due`` for a deferred job, which has no message, or
-        ``lost`` for one whose message must have been.
-        """
-        return self.reap_all([job_id], next_look_s)[0][0]
-
-    def reap_all(
-        self, job_ids: Sequence[str], next_look_s: float, oldest: Mapping[QueuePriority, float] = _NONE
-    ) -> list[tuple[str, QueuePriority]]:
-        """The same for many, in few writes to Redis's disk; and where each waits.
-
-        ``oldest`` says since when the oldest message of a lane waits, where that is known. A record that no
-        script can read is answered as ``unreadable``, and looked at again as late as others.
-        """
-        found: list[list[bytes]] = []
-        lanes = [word for lane, at in oldest.items() for word in (" ".join(lane), at)]
+    def reap_all(self, job_ids: Sequence[str]) -> list[str]:
+        """Look after many. A record that no script can read is ``unreadable``, and leaves the sets."""
+        found: list[bytes] = []
         with redis_errors():
             for start in range(0, len(job_ids), _REAPED_AT_ONCE):
                 pipeline = self.redis.pipeline(transaction=False)
                 some = job_ids[start : start + _REAPED_AT_ONCE]
                 for job_id in some:
-                    self._run["REAP"]([job_key(job_id)], [job_id, next_look_s, *lanes], client=pipeline)
+                    given = [job_id, self.rules.large_job_bytes, self.rules.keep_record_s]
+                    self._run["reap"]([job_key(job_id)], given, client=pipeline)
                 answers = zip(some, pipeline.execute(raise_on_error=False), strict=True)
-                found += [self._reaped(job_id, answer, next_look_s) for job_id, answer in answers]
-        return [(word.decode(errors="replace"), _lane(rest)) for word, *rest in found]
+                found += [self._reaped(job_id, answer) for job_id, answer in answers]
+        return [word.decode(errors="replace") for word in found]
 
-    def _reaped(self, job_id: str, answer: list[bytes] | Exception, next_look_s: float) -> list[bytes]:
+    def _reaped(self, job_id: str, answer: list[bytes] | Exception) -> bytes:
         if not isinstance(answer, Exception):
-            return answer
+            return answer[0]
         if not is_of_the_record(answer):
             raise answer
-        self.redis.zadd(f"{PREFIX}open", {job_id: self.now() + next_look_s}, xx=True)
+        for key in DUE:
+            self.redis.zrem(f"{PREFIX}{key}", job_id)
         _log.warning("job.unreadable", job_id=job_id)
-        return [b"unreadable"]
+        return b"unreadable"
 
-    def post(self, job_ids: Sequence[str], lane: QueuePriority) -> None:
-        """Put messages into a list of the broker that is in this Redis."""
-        now = self.now()
-        messages = (broker_messages.write(job_id, lane, now) for job_id in job_ids)
-        self.shared(self.redis.lpush, broker_messages.where(lane), *messages)
+    def adopt(self, begin: int, count: int = 1000) -> int:
+        """Look after ``count`` open jobs from a rank on. Returns the rank to go on at; 0 at the end.
 
-    def depths(self) -> dict[tuple[str, str], int]:
-        """How many messages wait, by queue and priority, if the broker is in this Redis.
-
-        A list of a wrong type has none, here and in ``oldest``: it may be that no worker serves its queue.
+        Jobs of an older version, or those whose sets were lost, are in no set that workers take jobs from.
         """
-        pipeline = self.redis.pipeline(transaction=False)
-        for lane in broker_messages.LANES:
-            for step in REDIS_STEPS[lane[1]]:
-                pipeline.llen(broker_messages.where(lane, step))
-        with redis_errors():
-            found = iter(pipeline.execute(raise_on_error=False))
-        return {
-            lane: sum(answered(next(found)) or 0 for _ in REDIS_STEPS[lane[1]])
-            for lane in broker_messages.LANES
-        }
+        found: list[bytes] = self.shared(self.redis.zrange, ANY_KEY, begin, begin + count - 1)
+        self.reap_all([raw.decode() for raw in found if raw.isascii()])
+        return begin + count if len(found) == count else 0
 
-    def oldest(self) -> dict[QueuePriority, float]:
-        """Since when the oldest message of each lane in this Redis waits; 0 for one that does not say."""
+    def depths(self) -> dict[QueuePriority, int]:
+        """The number of ready jobs by queue and priority."""
+        return {lane: count for lane, (count, _) in self.waiting().items()}
+
+    def queues_to_serve(self) -> set[str]:
+        """The queues with jobs that a worker could take: ready ones, of a tenant that is not at its cap."""
+        with redis_errors():
+            return {queue for queue in QUEUES if self.redis.exists(f"{PREFIX}active:{queue}")}
+
+    def oldest(self) -> float:
+        """The time since when the oldest ready job waits, in seconds since the epoch; now if none does."""
+        return min((since for count, since in self.waiting().values() if count), default=self.now())
+
+    def waiting(self) -> Mapping[QueuePriority, tuple[int, float]]:
+        """The number of ready jobs, and since when the oldest waits."""
+        lanes: list[QueuePriority] = [(queue, priority) for queue in QUEUES for priority in PRIORITIES]
         with redis_errors():
             pipeline = self.redis.pipeline(transaction=False)
-            for lane in broker_messages.LANES:
-                pipeline.lrange(broker_messages.where(lane), -1, -1)
-            found = zip(
-                broker_messages.LANES, map(answered, pipeline.execute(raise_on_error=False)), strict=True
-            )
-            return {lane: broker_messages.written_at(last[0]) for lane, last in found if last}
+            for queue, priority in lanes:
+                pipeline.zcard(f"{PREFIX}waiting:{queue}:{priority}")
+                pipeline.zrange(f"{PREFIX}waiting:{queue}:{priority}", 0, 0, withscores=True)
+            found = list(map(answered, pipeline.execute(raise_on_error=False)))
+        counts, firsts = found[::2], found[1::2]
+        return {
+            lane: (int(count or 0), first[0][1] if first else math.inf)
+            for lane, count, first in zip(lanes, counts, firsts, strict=True)
+        }
+
+    def for_newer_workers(self) -> int:
+        """The number of open jobs that wait for a worker of a newer version."""
+        return int(self.shared(self.redis.zcard, f"{PREFIX}newer"))
 
     def expired(self, limit: int = 1000) -> list[str]:
         """Ended jobs whose results are to be deleted."""
         return self._first(f"{PREFIX}ended", limit)
 
-    def _first(self, key: str, limit: int) -> list[str]:
-        """Members of a sorted set whose time has come. Takes out what is no text: others put it there."""
-        ids: list[bytes] = self.shared(self.redis.zrangebyscore, key, 0, self.now(), start=0, num=limit)
+    def _first(self, key: str, limit: int, ago_s: float = 0.0) -> list[str]:
+        """Members of a sorted set whose time came ``ago_s`` ago. Takes out what is no text: others' junk."""
+        ids: list[bytes] = self.shared(
+            self.redis.zrangebyscore, key, 0, self.now() - ago_s, start=0, num=limit
+        )
         junk = [raw for raw in ids if not raw.isascii()]
         if junk:
             with redis_errors():
                 self.redis.zrem(key, *junk)
         return [raw.decode() for raw in ids if raw.isascii()]
 
-    def purged(self, job_id: str) -> bool:
-        """Note that the result is gone; the record itself expires later. Whether attempts may have died."""
+    def with_input(self, limit: int = 1000) -> list[str]:
+        """Jobs that ended ``input_grace_s`` ago, and whose input is to be removed from the spool."""
+        ids = self._first(_INPUTS, limit, self.rules.input_grace_s)
+        with redis_errors():
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipeline.hget(job_key(job_id), "state")
+            states = [answered(one) for one in pipeline.execute(raise_on_error=False)]
+        gone = [one for one, state in zip(ids, states, strict=True) if (state or b"").decode() not in ENDED]
+        if gone:
+            with redis_errors():
+                self.redis.zrem(_INPUTS, *gone)
+        return [job_id for job_id in ids if job_id not in gone]
+
+    def inputs_removed(self, job_ids: Sequence[str]) -> None:
+        """Note that the inputs of these ended jobs are in the spool no more."""
+        with redis_errors():
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id in job_ids:
+                self._run["input_removed"]([job_key(job_id)], [job_id], client=pipeline)
+            list(map(answered, pipeline.execute(raise_on_error=False)))
+
+    def purged(self, job_id: str) -> None:
+        """Note that the result is gone; the record itself expires later."""
         with redis_errors():
             try:
-                fence = self._run["PURGED"]([job_key(job_id)], [job_id])[0]
+                self._run["purged"]([job_key(job_id)], [job_id])
             except redis.ResponseError as exc:
                 if not is_of_the_record(exc):
                     raise
                 self.redis.zrem(f"{PREFIX}ended", job_id)
                 _log.warning("job.unreadable", job_id=job_id)
-                return False
-        return number(fence) > 1
+
+    def tenants(self) -> list[str]:
+        """The tenants that have jobs; names that none has are left out."""
+        found: set[bytes] = self.shared(self.redis.smembers, _TENANTS)
+        return sorted(raw.decode() for raw in found if raw.isascii())
+
+    def open_lists(self) -> list[str]:
+        """The keys of the lists of open jobs: of all, and of each tenant."""
+        return [ANY_KEY, *(f"{PREFIX}open:{name}" for name in self.tenants())]
 
     def lists(self) -> list[str]:
-        """The keys of the lists of jobs, one for each tenant and one of dead letters: they never expire."""
-        tenants: set[bytes] = self.shared(self.redis.smembers, _TENANTS)
-        return [_DEAD, *sorted(f"{PREFIX}tenant:{raw.decode(errors='replace')}" for raw in tenants)]
+        """The keys of the lists of jobs, which never expire: of each tenant, and of dead jobs."""
+        tenants = self.tenants()
+        by_state = [f"{PREFIX}state:{name}:{state}" for name in tenants for state in sorted(ENDED)]
+        dead = [f"{PREFIX}dead:{name}" for name in tenants]
+        return [_DEAD, *dead, *by_state, *(f"{PREFIX}tenant:{name}" for name in tenants)]
 
-    def trim(self, key: str, begin: int, count: int = 1000) -> int:
-        """Drop the ids of expired records among ``count`` of a list; where to go on, 0 once at its end.
+    def trim(self, key: str, begin: int, count: int = 1000) -> tuple[int, int]:
+        """Drop the ids of expired records among ``count`` of a list, and index those of jobs of 0.1.
 
-        What is no list is deleted: nobody here made it, and nothing can be added to it.
+        Returns the rank to go on at, 0 at the end of the list, and the number of ids that were dropped. A
+        ``begin`` below 0 is any rank, and none to go on at.
+
+        A key that is no list is deleted: the service did not make it, and nothing can be added to it.
         """
-        owner = key.removeprefix(f"{PREFIX}tenant:")
+        list_of = f"{PREFIX}tenant:"
+        owner = key.removeprefix(list_of) if key.startswith(list_of) else ""
         with redis_errors():
             if self.drop_wrong(self.redis.zcard, key):
-                return 0
-            return int(self._run["TRIM"]([key, _TENANTS], [begin, count, owner])[0])
+                return 0, 0
+            following, dropped = self._run["trim"]([key, _TENANTS], [begin, count, owner, int(key == _DEAD)])
+        return int(following), int(dropped)
 
     def shared(self, ask: Callable[..., Any], key: str, *given: object, **named: object) -> Any:  # noqa: ANN401 -- each command has its own
-        """What Redis answers about a key that many jobs share; ``drop_wrong`` goes first where it must."""
+        """Ask Redis about a key that many jobs share; a value of a wrong type is dropped first."""
         with redis_errors():
             asked = partial(ask, key, *given, **named)
             try:
@@ -202,12 +353,6 @@ class StoreMaintenance:
             return True
         return False
 
-    def lane_of(self, job_id: str) -> QueuePriority:
-        """Where a job waits; what is not one of ours counts as the first queue, and normal."""
-        with redis_errors():
-            found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "queue", "priority"))
-        return _lane(found)
-
     def idle_s(self, worker: str) -> float:
         """Seconds since this worker claimed or renewed anything; infinite if it never did."""
         with redis_errors():
@@ -219,49 +364,50 @@ class StoreMaintenance:
             return bool(self.redis.exists(job_key(job_id)))
 
     def lock(self, name: str, owner: str, seconds: float) -> bool:
-        """A short lock for one caretaker at a time; its holder renews it by calling again."""
-        with redis_errors():
-            key, milliseconds = f"{PREFIX}lock:{name}", int(seconds * 1000)
-            if self._is_first(key, owner, milliseconds):
-                return True
-            if self.redis.get(key) == owner.encode():
-                self.redis.pexpire(key, milliseconds)
-                return True
-        return False
+        """Take the lock that lets one reaper work at a time; its holder renews it by calling again."""
+        return self._locked(f"{PREFIX}lock:{name}", owner, seconds, renew=True)
 
     def once(self, name: str, owner: str, seconds: float) -> bool:
-        """Whether nobody has done this within so many seconds."""
-        with redis_errors():
-            return self._is_first(f"{PREFIX}once:{name}", owner, int(seconds * 1000))
+        """Return whether this was last done more than so many seconds ago, by any process."""
+        return self._locked(f"{PREFIX}once:{name}", owner, seconds, renew=False)
 
-    def _is_first(self, key: str, owner: str, milliseconds: int) -> bool:
-        """Whether the key was free: then it is the owner's for so long."""
-        if self.redis.set(key, owner, nx=True, px=milliseconds):
-            return True
-        left = self.redis.pttl(key)
-        if left == -1 or left > milliseconds:  # nobody here holds it so long
-            self.redis.pexpire(key, milliseconds)
-        return False
-
-    def worker_seen(self, worker: str) -> None:
-        """It lives, and so it will for some seconds."""
-        now = self.now()
-        self.shared(self.redis.zadd, _WORKERS, {worker: now})
+    def _locked(self, key: str, owner: str, seconds: float, *, renew: bool) -> bool:
         with redis_errors():
-            self.redis.zremrangebyscore(_WORKERS, 0, now - 10 * WORKER_SEEN_S)
+            return bool(self._run["lock"]([key], [owner, int(seconds * 1000), int(renew)])[0])
+
+    def worker_seen(self, worker: str, processes: int, queues: Sequence[str], about: str = "") -> None:
+        """Note that a worker lives, its processes, their queues, and its version and when it started."""
+        with redis_errors():
+            given = [worker, processes, WORKER_SEEN_S, self.rules.lease_s, about, *queues]
+            self._run["worker_seen"]([_WORKERS], given)
 
     def worker_left(self, worker: str) -> None:
-        """It takes no more jobs."""
+        """Note that a worker takes no more jobs."""
+        self.worker_seen(worker, 0, ())
+
+    def stalled(self, claim: Attempt) -> list[str]:
+        """Take the lease from an attempt that advances nothing; its worker leaves its roots alone.
+
+        Returns the resources that it uses.
+        """
+        job_id, rules = claim.accepted.job_id, self.rules
+        given = [
+            job_id,
+            claim.attempt_id,
+            claim.worker,
+            rules.stall_s,
+            rules.large_job_bytes,
+            rules.keep_record_s,
+        ]
         with redis_errors():
-            self.redis.zrem(_WORKERS, worker)
+            found = self._run["stalled"]([job_key(job_id)], given)
+        return found[1].decode(errors="replace").split()
+
+    def stuck(self, worker: str, processes: int, seconds: float, resources: Sequence[str]) -> None:
+        """Note the processes of a worker that cannot be ended, and have it leave these resources alone."""
+        with redis_errors():
+            self._run["stuck"]([ANY_KEY], ["", worker, processes, seconds, *resources])
 
     def workers(self) -> int:
-        """How many live; one that was killed counts for ``WORKER_SEEN_S``."""
+        """The number of live workers; a killed one counts for ``WORKER_SEEN_S``."""
         return int(self.shared(self.redis.zcount, _WORKERS, self.now() - WORKER_SEEN_S, "+inf"))
-
-
-def _lane(found: Sequence[bytes | None]) -> QueuePriority:
-    """Queue and priority as a record has them; what is not one of ours counts as the first, and normal."""
-    queue, priority = ([(raw or b"").decode(errors="replace") for raw in found] + ["", ""])[:2]
-    known: Priority = next((name for name in PRIORITIES if name == priority), "normal")
-    return (queue if queue in QUEUES else QUEUES[0]), known

@@ -1,81 +1,125 @@
-"""A look at all open jobs and at Redis itself, for metrics and status; changes nothing."""
+"""Counts of open jobs, and figures of Redis, for metrics and status; changes nothing. O(t) in the tenants."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
+from kms_core.jobs.model import QueuePriority
 from kms_core.jobs.store import set_aside
-from kms_core.jobs.store.redis_keys import PREFIX, answered, job_key, number, redis_errors
+from kms_core.jobs.store.redis_keys import PREFIX, answered, number, redis_errors
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
 
+OTHER: Final = "other"
 STATES: Final = ("queued", "running", "committing")
-MOST_JOBS: Final = 10_000
-_FIELDS: Final = ("state", "created_at", "not_before", "parent", "tenant")
+NEWER: Final = "for_newer_workers"
+"""The value of ``state`` for jobs that wait for a newer worker; they are queued, too."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """``jobs`` by state, without the parts of others; over at most 10,000 open ones. Times in seconds.
+    """``jobs`` by state, without the parts of others; ``depths`` are ready jobs by queue and priority.
 
-    ``oldest_queued_s`` is since when the oldest job waits that could run; ``memory`` is what Redis uses of
-    what it may (0 where nothing limits it).
+    ``spooled`` are bytes of uploads and items by tenant. ``oldest_queued_s`` is the age in seconds of the
+    oldest job that could run; ``memory`` is the share of its limit that Redis uses (0 without a limit).
+    ``stuck`` processes of workers cannot be ended; ``leases`` are of the resources that have a bound.
+    ``newer`` jobs wait for a worker of a newer version.
     """
 
     jobs: dict[str, int]
+    depths: dict[QueuePriority, int]
     oldest_queued_s: float
     dead: int
     set_aside: int
     workers: int
     memory: float
+    spooled: dict[str, int]
+    stuck: int = 0
+    leases: Mapping[str, int] = field(default_factory=dict)
+    newer: int = 0
 
 
 def survey(store: JobStore, tenant: str | None = None) -> QueueStats:
-    """Of all jobs, or of those of one tenant; ``dead``, ``set_aside`` and ``memory`` are always of all.
-
-    Raises JobsUnavailable.
-    """
+    """Statistics of all jobs; ``jobs`` of one tenant, if one is named. Raises JobsUnavailable."""
+    tenants = [tenant] if tenant is not None else store.tenants()
+    bounded = list(store.rules.resource_leases)
     with redis_errors():
-        now = store.now()
-        ids: list[bytes] = store.shared(store.redis.zrange, f"{PREFIX}open", 0, MOST_JOBS - 1)
         pipeline = store.redis.pipeline(transaction=False)
-        for raw in ids:
-            pipeline.hmget(job_key(raw.decode(errors="replace")), *_FIELDS)
+        for name in tenants:
+            for state in STATES:
+                pipeline.zcard(f"{PREFIX}state:{name}:{state}")
+        for name in tenants:
+            pipeline.hget(f"{PREFIX}spooled:{name}", "sum")
         pipeline.zcard(f"{PREFIX}dead")
         set_aside.count(pipeline)
         pipeline.info("memory")
-        *rows, dead, aside, memory = [answered(one) for one in pipeline.execute(raise_on_error=False)]
-    jobs = dict.fromkeys(STATES, 0)
-    oldest = now
-    for state, created_at, not_before, parent, owner in filter(None, rows):
-        if tenant is not None and owner != tenant.encode():
-            continue
-        name = (state or b"").decode(errors="replace")
-        if name in jobs and not parent:
-            jobs[name] += 1
-        if name == "queued" and number(not_before) <= now:
-            oldest = min(oldest, number(created_at, now))
-    return QueueStats(jobs, now - oldest, int(dead or 0), int(aside or 0), store.workers(), _share(memory))
+        pipeline.hgetall(f"{PREFIX}stuck")
+        for resource in bounded:
+            pipeline.zcount(f"{PREFIX}used:{resource}", store.now(), "+inf")
+        answers = [answered(one) for one in pipeline.execute(raise_on_error=False)]
+    leases = dict(
+        zip(bounded, (int(one or 0) for one in answers[len(answers) - len(bounded) :]), strict=True)
+    )
+    *counts, dead, aside, memory, stuck = answers[: len(answers) - len(bounded)]
+    of_states = counts[: len(tenants) * len(STATES)]
+    jobs = {
+        state: sum(int(one or 0) for one in of_states[at :: len(STATES)]) for at, state in enumerate(STATES)
+    }
+    sums = {name: int(number(one)) for name, one in zip(tenants, counts[len(of_states) :], strict=True)}
+    waits = max(0.0, store.now() - store.oldest())
+    return QueueStats(
+        jobs,
+        store.depths(),
+        waits,
+        int(dead or 0),
+        int(aside or 0),
+        store.workers(),
+        _share(memory),
+        sums,
+        sum(int(number(one)) for one in (stuck or {}).values()),
+        leases,
+        store.for_newer_workers(),
+    )
 
 
-def tell(found: QueueStats) -> None:
-    """Put it into the metrics."""
+def tell(found: QueueStats, tenants: Container[str]) -> None:
+    """Put it into the metrics; sizes of all tenants but ``tenants`` are one sum, which is named other."""
+    sizes = Counter({OTHER: 0})
+    for name, size_bytes in found.spooled.items():
+        sizes[name if name in tenants else OTHER] += size_bytes
+    for name, size_bytes in sizes.items():
+        metrics.SPOOL_TENANT.labels(name).set(size_bytes)
     for state, count in found.jobs.items():
         metrics.JOBS_IN_STATE.labels(state).set(count)
+    metrics.JOBS_IN_STATE.labels(NEWER).set(found.newer)
+    for (queue, priority), depth in found.depths.items():
+        metrics.QUEUE_DEPTH.labels(queue, priority).set(depth)
     metrics.OLDEST_QUEUED.set(found.oldest_queued_s)
     metrics.DEAD_LETTERS.set(found.dead)
     metrics.MESSAGES_SET_ASIDE.set(found.set_aside)
     metrics.WORKERS.set(found.workers)
     metrics.REDIS_MEMORY.set(found.memory)
+    metrics.STUCK_PROCESSES.set(found.stuck)
+    for resource, count in found.leases.items():
+        metrics.RESOURCE_LEASES.labels(resource).set(count)
 
 
 def lost() -> None:
     """Redis does not answer: a figure of yesterday would look like one of now."""
-    gauges = (metrics.OLDEST_QUEUED, metrics.DEAD_LETTERS, metrics.WORKERS, metrics.REDIS_MEMORY)
-    for gauge in (*gauges, metrics.MESSAGES_SET_ASIDE, *map(metrics.JOBS_IN_STATE.labels, STATES)):
+    gauges = (
+        metrics.OLDEST_QUEUED,
+        metrics.DEAD_LETTERS,
+        metrics.WORKERS,
+        metrics.REDIS_MEMORY,
+        metrics.REDIS_WRITABLE,
+        metrics.STUCK_PROCESSES,
+    )
+    for gauge in (*gauges, metrics.MESSAGES_SET_ASIDE, *map(metrics.JOBS_IN_STATE.labels, (*STATES, NEWER))):
         gauge.set(float("nan"))
-    for family in metrics.QUEUE_DEPTH.collect():  # the lanes that the broker told of
-        for sample in family.samples:
-            metrics.QUEUE_DEPTH.labels(**sample.labels).set(float("nan"))
+    for told in (metrics.QUEUE_DEPTH, metrics.RESOURCE_LEASES):  # those told of before
+        for sample in (sample for family in told.collect() for sample in family.samples):
+            told.labels(**sample.labels).set(float("nan"))
 
 
 def _share(memory: dict[str, int]) -> float:

@@ -17,23 +17,34 @@ import redis
 import structlog
 
 from kms_core.jobs.ends import CLOCK_LEEWAY_S, SignedEnd, needs_proof, spec_digest
-from kms_core.jobs.model import REFUSED, Checkpoint, Fields, Job, JobSpec, StoreRules, part_id
+from kms_core.jobs.model import REFUSED, Checkpoint, Job, NotifyWorker, StoreRules, part_id
 from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.spec import AnyJob, Fields, JobSpec, TreeJob
 from kms_core.jobs.store.maintenance import StoreMaintenance
 from kms_core.jobs.store.redis_keys import (
     PREFIX,
     Cursor,
     answered,
     job_key,
+    number,
     reading,
     record_errors,
     redis_errors,
 )
-from kms_protocol.errors import RecordRefused, UnknownJob
+from kms_protocol.errors import JobNotFinished, RecordRefused, SpoolQuota, UnknownJob
+from kms_protocol.units import size_text
+from kms_protocol.wire import STATES
 
+MOST_SEEN: Final = 5000
+"""Jobs that one page of a list looks at."""
+MOST_GROUPED: Final = 10_000
+_GROUP: Final = b"group"
+_LABEL: Final = b"label"
+_LABEL_BYTES: Final = 16
 MOST_PARTS: Final = 100_000  # in Redis anything may stand
+FETCHED_S: Final = 60.0
+"""So long a fetched result stays: its reader resumes, if the last bytes that were sent did not arrive."""
 _AT_ONCE: Final = 200
-_DEAD_SCAN: Final = 10_000
 _log = structlog.get_logger(__name__)
 
 
@@ -53,7 +64,7 @@ class PartRecord:
     """
 
     job: Job
-    accepted: JobSpec | None
+    accepted: AnyJob | None
     sealed: bytes
     log: Checkpoint
     mark: bytes
@@ -61,12 +72,13 @@ class PartRecord:
 
 
 class JobReader(StoreMaintenance):
-    """One job, a tenant's list, the sealed parts. JobStore inherits it; all raise JobsUnavailable."""
+    """One job, a tenant's list, sealed parts, results. JobStore inherits it; all raise JobsUnavailable."""
 
-    def __init__(self, client: redis.Redis, record_key: RecordKey, rules: StoreRules) -> None:
-        super().__init__(client)
+    def __init__(
+        self, client: redis.Redis, record_key: RecordKey, rules: StoreRules, notify: NotifyWorker | None
+    ) -> None:
+        super().__init__(client, rules, notify)
         self.record_key = record_key
-        self.rules = rules
 
     def get(self, job_id: str, tenant: str) -> Job:
         """One job of this tenant; UnknownJob for another's too, and for parts."""
@@ -88,20 +100,43 @@ class JobReader(StoreMaintenance):
             raise UnknownJob
         return job
 
-    def _sealed(self, job_id: str, raw: Mapping[bytes, bytes]) -> JobSpec | None:
+    def _sealed(self, job_id: str, raw: Mapping[bytes, bytes]) -> AnyJob | None:
         """The sealed part of a record; None if this service did not seal it."""
         try:
             return self.record_key.open(job_id, raw.get(b"sealed", b""))
         except UnknownJob:
             return None
 
+    def release(self, job: Job) -> None:
+        """Let go of the result of an ended job, which is gone at once. Raises JobNotFinished, UnknownJob.
+
+        What lies in the spool is the caller's to delete; the reaper does it if the caller dies first.
+        """
+        if self._let_go(job, 0.0) == b"open":
+            raise JobNotFinished
+
+    def fetched(self, job: Job, start: int, stop: int, size: int) -> None:
+        """Note that bytes of the result were sent, from ``start`` to before ``stop`` of ``size``.
+
+        Once all were, from the first on, the result is released after ``FETCHED_S``. Raises UnknownJob.
+        """
+        self._let_go(job, FETCHED_S, start, stop, size)
+
+    def _let_go(self, job: Job, delay_s: float, *sent: int) -> bytes:
+        _, sealed = self.seen(job.job_id, job.tenant)
+        with redis_errors():
+            word = self._run["release"]([job_key(job.job_id)], [job.job_id, sealed, delay_s, *sent])[0]
+        if word == b"gone":
+            raise UnknownJob
+        return word
+
     def part(self, job_id: str) -> Job:
-        """A part of a job, for the service's own eyes: nobody may look at, cancel or retry it by itself."""
+        """A part of a job, internal to the service: clients cannot get, cancel or retry it by itself."""
         with record_errors():
             raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
         return self.told(job_id, raw, self._sealed(job_id, raw))
 
-    def accepted(self, job_id: str) -> JobSpec:
+    def accepted(self, job_id: str) -> AnyJob:
         """The sealed part of a job, opened. UnknownJob if it is not there or was not sealed by us."""
         with record_errors():
             sealed = cast("bytes | None", self.redis.hget(job_key(job_id), "sealed"))
@@ -109,33 +144,101 @@ class JobReader(StoreMaintenance):
             raise UnknownJob
         return self.record_key.open(job_id, sealed)
 
-    def page(
-        self, tenant: str, *, state: str | None, limit: int, before: str | None
-    ) -> tuple[list[Job], str | None]:
-        """Newest first. The cursor names the last one seen: what comes or goes meanwhile moves nothing.
+    def states(self, tenant: str) -> Mapping[str, int]:
+        """The number of listed jobs of a tenant by state; records that expired just now may be among them."""
+        with redis_errors():
+            pipeline = self.redis.pipeline(transaction=False)
+            for state in STATES:
+                pipeline.zcard(f"{PREFIX}state:{tenant}:{state}")
+            counts = map(answered, pipeline.execute(raise_on_error=False))
+        return {state: int(count or 0) for state, count in zip(STATES, counts, strict=True)}
 
-        Raises InvalidRequest for a cursor that is not one.
+    def page(
+        self,
+        tenant: str,
+        *,
+        state: str | None,
+        limit: int,
+        before: str | None,
+        labels: Mapping[str, str] | None = None,
+    ) -> tuple[list[Job], str | None]:
+        """Newest first. The cursor names the last one seen: jobs that come or go between pages move nothing.
+
+        ``labels`` are those that each job has. A page has fewer jobs than ``limit`` at the end of the list,
+        and where ``MOST_SEEN`` jobs were looked at. Raises InvalidRequest for a cursor that is not one.
         """
         at = Cursor.parse(before) if before else Cursor.newest()
+        wanted = (labels or {}).items()
+        key, seen = self._shortest(tenant, state, dict(wanted)), 0
         found: list[Job] = []
         while True:
-            older = self._older(tenant, at, limit)
+            older = self._older(key, at, limit)
             for at, raw in zip(older, self._records([at.job_id for at in older]), strict=True):
                 job = self._listed(at.job_id, tenant, raw)
-                if job and state in {None, job.state}:
+                if job and state in {None, job.state} and wanted <= job.labels.items():
                     found.append(job)
                 if len(found) == limit:
                     return found, str(at)
             if not older:
                 return found, None
+            seen += len(older)
+            if seen >= MOST_SEEN:
+                return found, str(at)
 
-    def _older(self, tenant: str, at: Cursor, count: int) -> list[Cursor]:
+    def _shortest(self, tenant: str, state: str | None, labels: Mapping[str, str]) -> str:
+        """The key of the shortest list that has all jobs of this state with these labels."""
+        if not labels:
+            return f"{PREFIX}state:{tenant}:{state}" if state else f"{PREFIX}tenant:{tenant}"
+        keys = [f"{PREFIX}label:{digest}" for digest in self.label_digests(tenant, labels)]
+        if state:
+            keys.append(f"{PREFIX}state:{tenant}:{state}")
+        return min(keys, key=lambda key: int(self.shared(self.redis.zcard, key)))
+
+    def label_digests(self, tenant: str, labels: Mapping[str, str]) -> list[str]:
+        """The names of the lists of jobs with these labels: keyed digests, which tell Redis nothing."""
+        texts = ((tenant, *label) for label in sorted(labels.items()))
+        digests = (self.record_key.digest(_LABEL, *map(str.encode, each)) for each in texts)
+        return [digest[:_LABEL_BYTES].hex() for digest in digests]
+
+    def index_fields(self, accepted: JobSpec, resources: Sequence[str]) -> dict[str, str]:
+        """The fields of a record by which the scripts keep its lists, as far as it has them."""
+        group = ""
+        if accepted.group:
+            group = f"{self.group_digest(accepted.tenant, accepted.group)} {accepted.group_jobs}"
+        labels = self.label_digests(accepted.tenant, accepted.labels)
+        found = {"labels": " ".join(labels), "resources": " ".join(resources), "group": group}
+        return {name: value for name, value in found.items() if value}
+
+    def group_digest(self, tenant: str, name: str) -> str:
+        """The name of the list of a group's jobs, keyed as those of labels are."""
+        digest = self.record_key.digest(_GROUP, tenant.encode(), name.encode())
+        return digest[:_LABEL_BYTES].hex()
+
+    def group(self, tenant: str, name: str) -> list[Job]:
+        """The jobs of a group as they are told, by age; those that did not name it are none of it.
+
+        Raises UnknownJob if there is none.
+        """
+        key = f"{PREFIX}group:{self.group_digest(tenant, name)}"
+        raw: list[bytes] = self.shared(self.redis.zrange, key, 0, MOST_GROUPED - 1)
+        jobs = self.many([each.decode(errors="replace") for each in raw], tenant)
+        found = [job for job in jobs if job.accepted and job.accepted.group == name]
+        if not found:
+            raise UnknownJob("No job of this group is known")
+        return found
+
+    def many(self, job_ids: Sequence[str], tenant: str) -> list[Job]:
+        """Those of these jobs that are the tenant's, in the order asked for."""
+        jobs = (self._listed(*each) for each in zip(job_ids, repeat(tenant), self._records(job_ids)))
+        return list(filter(None, jobs))
+
+    def _older(self, key: str, at: Cursor, count: int) -> list[Cursor]:
         """The next jobs behind a cursor; none only at the end of the list."""
         start = 0
         while True:
             rows: list[tuple[bytes, float]] = self.shared(
                 self.redis.zrevrangebyscore,
-                f"{PREFIX}tenant:{tenant}",
+                key,
                 at.created_at,
                 "-inf",
                 start,
@@ -150,18 +253,36 @@ class JobReader(StoreMaintenance):
     def _listed(self, job_id: str, tenant: str, raw: Mapping[bytes, bytes]) -> Job | None:
         try:
             return self._owned(job_id, tenant, raw)
-        except UnknownJob:  # it has expired: the caretaker takes it out of the list; or it is none of ours
+        except UnknownJob:  # it has expired and the reaper takes it out of the list, or it is foreign
             return None
+
+    def spool_room(self, tenant: str) -> int | None:
+        """Bytes that a tenant may still upload, None without a quota. ``submit`` has the last word."""
+        most = self.rules.spool_bytes_of(tenant)
+        return max(0, most - self.spooled_bytes(tenant)) if most else None
+
+    def spooled_bytes(self, tenant: str) -> int:
+        """Bytes of uploads and items of a tenant's jobs whose results have not expired."""
+        used: bytes | None = self.shared(self.redis.hget, f"{PREFIX}spooled:{tenant}", "sum")
+        return int(number(used))
+
+    def quota_error(self, tenant: str) -> SpoolQuota:
+        """The error of a tenant whose quota of the spool is spent, which says what to do."""
+        used, most = self.spooled_bytes(tenant), self.rules.spool_bytes_of(tenant)
+        return SpoolQuota(
+            f"Your tenant has {size_text(used)} of at most {size_text(most)} in the spool: release fetched "
+            "results (`kms job release`, or DELETE of the result), or wait until they expire"
+        )
 
     def dead(self, tenant: str, limit: int) -> list[Job]:
         """Dead letters of this tenant, newest first."""
-        found: list[bytes] = self.shared(self.redis.zrevrange, f"{PREFIX}dead", 0, _DEAD_SCAN - 1)
+        found: list[bytes] = self.shared(self.redis.zrevrange, f"{PREFIX}dead:{tenant}", 0, 2 * limit - 1)
         ids = [raw.decode(errors="replace") for raw in found]
         jobs = (self._listed(*each) for each in zip(ids, repeat(tenant), self._records(ids)))
         return list(islice(filter(None, jobs), limit))
 
     def log_of(self, job_id: str) -> Checkpoint:
-        """How far a part came. UnknownJob if that was not written by us."""
+        """The checkpoint of a part. Raises UnknownJob if it was not signed by the service."""
         with record_errors():
             found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "log", "sealed"))
         log, sealed = [value or b"" for value in found]
@@ -176,7 +297,7 @@ class JobReader(StoreMaintenance):
         return self.record_key.open_log(job_id, log)
 
     def parent_record(self, job_id: str) -> ParentRecord:
-        """What the end of a job in parts is made from; fields that are not there are empty."""
+        """The fields from which the end of a parent job is made; missing fields are empty."""
         with record_errors():
             found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "sealed", "split"))
         return ParentRecord(*[value or b"" for value in found])
@@ -228,9 +349,14 @@ class JobReader(StoreMaintenance):
         is_unproven = job.error == REFUSED and raw.get(b"error") != REFUSED.encode()
         return PartRecord(job, accepted, sealed, found, spec_digest(mark), is_unproven)
 
-    def told(self, job_id: str, raw: Mapping[bytes, bytes], accepted: JobSpec | None) -> Job:
+    def told(self, job_id: str, raw: Mapping[bytes, bytes], accepted: AnyJob | None) -> Job:
         """The fields of a record as a Job, its end verified. UnknownJob where they are not those of a job."""
         job = reading(job_id, raw, _sure(accepted) if accepted else {})
+        if accepted:
+            job = msgspec.structs.replace(job, accepted=accepted)
+        if accepted and job.ended_at:
+            expires_at = accepted.result_until(job.ended_at)
+            job = msgspec.structs.replace(job, expires_at=expires_at if job.ended else accepted.expires_at)
         if not needs_proof(job.state, job.error):
             return job
         sealed = raw.get(b"sealed", b"")
@@ -250,7 +376,7 @@ class JobReader(StoreMaintenance):
         return end if time.time() <= end.kept_until + CLOCK_LEEWAY_S else None
 
     def is_kept(self, accepted: JobSpec) -> bool:
-        """Whether its record can still be in Redis by itself; an older one was put back."""
+        """Return whether its record can still be in Redis by itself; an older one was put back."""
         return time.time() <= accepted.expires_at + self.rules.keep_record_s + CLOCK_LEEWAY_S
 
 
@@ -262,8 +388,8 @@ def parts_digest(marks: Iterable[bytes]) -> bytes:
 def _sure(accepted: JobSpec) -> Fields:
     """The fields of a Job that its sealed part decides; a listing says how much many files are."""
     found = {"campaign": "", **accepted.plain, "parent": accepted.parent}
-    counted = accepted.is_tree and not accepted.parent
-    return {name: value for name, value in found.items() if not (counted and name in {"items", "bytes"})}
+    counted = {"items", "bytes"} if isinstance(accepted, TreeJob) and not accepted.parent else set()
+    return {name: value for name, value in found.items() if name not in counted}
 
 
 def _as_signed(job: Job, end: SignedEnd) -> Job:

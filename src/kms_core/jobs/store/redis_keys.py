@@ -1,31 +1,44 @@
-"""What is said to Redis: names of keys, and what its answers mean. Knows no script and no connection."""
+"""Names of keys in Redis, and the decoding of its answers."""
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
 import msgspec
 import redis
 import structlog
 
-from kms_core.jobs.model import MOST, Fields, Job, LeaseLost
-from kms_protocol.errors import InvalidRequest, JobCancelled, JobsUnavailable, UnknownJob
+from kms_core.jobs.model import MOST, Job, LeaseLost
+from kms_core.jobs.spec import Fields
+from kms_protocol.errors import (
+    InvalidRequest,
+    JobCancelled,
+    JobExpired,
+    JobsUnavailable,
+    RedisFull,
+    RedisReadOnly,
+    UnknownJob,
+)
 
 PREFIX: Final = "kms:"
 TALLY: Final = "tally:"  # of a campaign: fields of its parts that are summed up in the whole
 _OF_THE_RECORD: Final = ("WRONGTYPE", "is not an integer", "is not a valid float")
+_DERIVED: Final = frozenset({"job_id", "tallies", "end", "accepted", "is_replayed"})
+_NO_WRITES: Final = ("NOREPLICAS", "MISCONF")
 _CURSOR: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)-([0-9a-f-]{36})")
 _log = structlog.get_logger(__name__)
+_T = TypeVar("_T")
 
 
 def job_key(job_id: str) -> str:
+    """Return the key of a job's record."""
     return f"{PREFIX}job:{job_id}"
 
 
 def busy_key(worker: str) -> str:
-    """Where a worker's last sign of work stands; ``worker`` is ``<its name>/<pid of the child>``."""
+    """The key of a worker's last sign of work; ``worker`` is ``<its name>/<pid of the child>``."""
     return f"{PREFIX}busy:{worker.partition('/')[0]}"
 
 
@@ -62,7 +75,7 @@ def reading(job_id: str, raw: Mapping[bytes, bytes], sure: Fields) -> Job:
 
     Raises UnknownJob if another field has a value that no script of the service writes.
     """
-    names = {name.encode(): name for name in Job.__struct_fields__ if name != "end"}
+    names = {name.encode(): name for name in Job.__struct_fields__ if name not in _DERIVED}
     known = {names[name]: value.decode(errors="replace") for name, value in raw.items() if name in names}
     tallies = {
         name.decode(errors="replace").removeprefix(TALLY): value.decode(errors="replace")
@@ -85,14 +98,17 @@ def number(raw: bytes | None, default: float = 0.0) -> float:
 
 
 def raise_for(word: bytes) -> None:
+    """Raise LeaseLost, JobCancelled or JobExpired for the word of a script that stands for it."""
     if word == b"lost":
         raise LeaseLost
     if word == b"cancel":
         raise JobCancelled
+    if word == b"expired":
+        raise JobExpired
 
 
 def is_of_the_record(exc: Exception) -> bool:
-    """Whether Redis answered so because of a key or a field that others wrote; else it is Redis's own."""
+    """True if Redis answered so because of a key or a field that others wrote; else it is Redis's own."""
     return any(word in str(exc) for word in _OF_THE_RECORD)
 
 
@@ -105,13 +121,39 @@ def answered(answer: Any) -> Any:  # noqa: ANN401 -- each command has its own
     return None
 
 
+def asked(client: redis.Redis, key: str, ask: Callable[[], _T]) -> _T:
+    """An answer about a key; what others wrote there, of a wrong type, is deleted first.
+
+    Raises as ``redis_errors``.
+    """
+    with redis_errors():
+        try:
+            return ask()
+        except redis.ResponseError as exc:
+            if not is_of_the_record(exc):
+                raise
+            client.delete(key)
+            return ask()
+
+
 @contextmanager
 def redis_errors() -> Iterator[None]:
+    """Turn errors of Redis into JobsUnavailable; RedisFull, RedisReadOnly where it refused to write."""
     try:
         yield
     except redis.RedisError as exc:
         _log.warning("redis.failed", error=type(exc).__name__)
-        raise JobsUnavailable from exc
+        kind = refusal_of(exc)
+        raise kind from exc
+
+
+def refusal_of(exc: redis.RedisError) -> type[JobsUnavailable]:
+    """The error of the service for one of Redis."""
+    if isinstance(exc, redis.exceptions.OutOfMemoryError):
+        return RedisFull
+    if isinstance(exc, redis.exceptions.ReadOnlyError) or str(exc).startswith(_NO_WRITES):
+        return RedisReadOnly
+    return JobsUnavailable
 
 
 @contextmanager

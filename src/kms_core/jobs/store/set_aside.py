@@ -45,7 +45,7 @@ _decode: Final = msgspec.json.Decoder(SetAside).decode
 
 
 def describe(at: float, reason: str, task_id: str, message: bytes | str) -> SetAside:
-    """What is kept of ``message``: the argument of the task, or bytes of no known form."""
+    """The stored description of ``message``: the argument of the task, or bytes of no known form."""
     raw = message if isinstance(message, bytes) else message.encode()
     sealed = isinstance(message, str) and message.startswith(_AGE) and len(message) <= MOST_CONTENT
     kept = message if isinstance(message, str) and sealed else None
@@ -72,7 +72,7 @@ def _add(client: redis.Redis, raw: bytes) -> bool:
 
 
 def count(client: redis.Redis) -> int:
-    """How many are kept; in a pipeline the answer comes with the others."""
+    """Count the messages kept; in a pipeline the answer comes with the others."""
     return _or_none(lambda: client.llen(_KEY)) or 0
 
 
@@ -92,7 +92,7 @@ def purge(client: redis.Redis) -> int:
 
 
 def _or_none(ask: Callable[[], _T]) -> _T | None:
-    """What Redis answers; None where others put something else than a list at the key."""
+    """The answer of Redis; None where the key holds something else than a list."""
     try:
         return ask()
     except redis.ResponseError as exc:

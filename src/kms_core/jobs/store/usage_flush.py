@@ -1,44 +1,35 @@
-"""The teller: a thread that hands the counts of its process to Redis and the metrics every few seconds."""
+"""Adds the usage counts of a process to those in Redis, and its buffered metrics to the metrics."""
 
-import threading
 from collections.abc import Mapping
 from typing import Final, cast
 
 import redis
-import structlog
 
 from kms_core.jobs.store.redis_keys import PREFIX, number, record_errors, redis_errors
-from kms_core.jobs.store.scripts import LIBRARY
+from kms_core.jobs.store.scripts import SCRIPTS
 from kms_core.observability import buffered_metrics
 from kms_core.observability.usage import UsageCounters
+from kms_core.periodic import PeriodicThread
 from kms_protocol.errors import JobsUnavailable, UnknownJob
 
 EVERY_S: Final = 2.0
 _KEY: Final = f"{PREFIX}tally"
-_ADD: Final = (
-    LIBRARY
-    + """
--- KEYS: counts   ARGV: name, how many more, ...
-for i = 1, #ARGV, 2 do add(KEYS[1], ARGV[i], ARGV[i + 1]) end
-"""
-)
-_log = structlog.get_logger(__name__)
 
 
 def add(client: redis.Redis, counts: Mapping[str, int]) -> None:
     """Add to the counts that all processes share; they live as long as Redis's data do. JobsUnavailable.
 
-    What others wrote in their place counts as 0.
+    A foreign value in their place counts as 0.
     """
     if not counts:
         return
     flat = [part for pair in counts.items() for part in pair]
     with redis_errors():
-        client.register_script(_ADD)([_KEY], flat)
+        client.register_script(SCRIPTS["add_counts"])([_KEY], flat)
 
 
 def shared(client: redis.Redis) -> dict[str, int]:
-    """What all processes have counted and handed over. Raises JobsUnavailable."""
+    """The counts that all processes have flushed. Raises JobsUnavailable."""
     try:
         with record_errors():
             found = cast("dict[bytes, bytes]", client.hgetall(_KEY))
@@ -47,33 +38,24 @@ def shared(client: redis.Redis) -> dict[str, int]:
     return {name.decode(errors="replace"): int(number(count)) for name, count in found.items()}
 
 
-class UsageFlush(threading.Thread):
-    """While Redis is away the counts are kept, and handed over when it is back."""
+class UsageFlush(PeriodicThread):
+    """Flushes the counts every 2 seconds, and a last time when stopped; without Redis they are kept."""
 
-    def __init__(self, tally: UsageCounters, client: redis.Redis) -> None:
-        super().__init__(name="teller", daemon=True)
-        self._tally = tally
+    def __init__(self, counters: UsageCounters, client: redis.Redis) -> None:
+        super().__init__("usage-flush", EVERY_S, failed="tally.lost")
+        self._counters = counters
         self._client = client
-        self._stop_asked = threading.Event()
 
-    def run(self) -> None:
-        while not self._stop_asked.wait(EVERY_S):
-            self.hand_over()
-        self.hand_over()
-
-    def stop(self) -> None:
-        """Hand over a last time, waiting a little at most."""
-        self._stop_asked.set()
-        if self.is_alive():
-            self.join(EVERY_S)
-
-    def hand_over(self) -> None:
-        """Once; never raises."""
+    def round(self) -> None:
         buffered_metrics.settle()
-        counts = self._tally.take()
+        counts = self._counters.take()
         try:
             add(self._client, counts)
         except JobsUnavailable:
-            self._tally.put_back(counts)
-        except Exception as exc:  # noqa: BLE001 -- the counts may be wrong, the thread may not end
-            _log.warning("tally.lost", error=type(exc).__name__)
+            self._counters.put_back(counts)
+
+    def finish(self) -> None:
+        self.round()
+
+    def stop(self, wait_s: float = EVERY_S) -> None:
+        super().stop(wait_s)

@@ -1,7 +1,7 @@
 """The intake: sealed messages of workflows that have no HTTP become jobs; knows no Celery (docs/celery.md).
 
 A message is an age file to the intake recipient, made by any age tool. The recipient is public, so a message
-proves nothing about who sent it: the token in it does. Where callers are not authenticated, whoever may write
+proves nothing about who sent it: the token in it does. Where callers are not authenticated, write access
 to the broker may submit, as principal ``celery``.
 """
 
@@ -23,9 +23,10 @@ from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
+from kms_core.jobs.submission.deadlines import Deadlines
 from kms_core.jobs.submission.submitter import ClientJobId, JobSubmitter, SubmissionOptions
 from kms_core.observability import metrics
-from kms_protocol import small_files, wire
+from kms_protocol import small_files, submit_message, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import (
     BackendUnavailable,
@@ -46,7 +47,7 @@ _WHO: Final = Principal("celery")
 _LOCK_S: Final = 120.0  # far above the time that the largest message takes to reach the spool
 _SKEW_S: Final = 60
 _DIGEST_LABEL: Final = b"kms.submit"
-_decode: Final = msgspec.json.Decoder(wire.Submission).decode
+_decode: Final = msgspec.json.Decoder(submit_message.Submission).decode
 _encode: Final = msgspec.json.Encoder(order="sorted").encode
 
 
@@ -57,7 +58,7 @@ class IntakeRules:
     message_bytes: int
     items: int
     header: HeaderLimits
-    result_ttl_s: int
+    keep_for_s: int
 
     @property
     def text_length(self) -> int:
@@ -67,7 +68,7 @@ class IntakeRules:
 
 
 class Intake:
-    """Opens messages with the intake identity and hands their jobs to the desk."""
+    """Opens messages with the intake identity and submits their jobs."""
 
     def __init__(
         self, key: AgeBackend, desk: JobSubmitter, rules: IntakeRules, doors: Authenticator | None = None
@@ -88,13 +89,13 @@ class Intake:
 
         Taking a message again changes nothing. Raises Unavailable or SpoolFull where trying again may help;
         any other KmsError is final: DecryptFailed, NotACiphertext, TooLarge, InvalidRequest, JobExpired,
-        Unauthenticated, IdempotencyConflict for another job of this id, and what the desk refuses.
+        Unauthenticated, IdempotencyConflict for another job of this id, and the errors of the submitter.
         """
         asked = self._read(message)
         with audit.identified(asked.job_id):
             return self._accept(asked, worker)
 
-    def _accept(self, asked: wire.Submission, worker: str) -> str:
+    def _accept(self, asked: submit_message.Submission, worker: str) -> str:
         who = self._who(asked)
         store = self._desk.store
         named = ClientJobId(asked.job_id, store.record_key.digest(_DIGEST_LABEL, _encode(_given(asked.job))))
@@ -106,7 +107,7 @@ class Intake:
             self._desk.submit(self._terms(asked, named, who), asked.job, self._rules.items)
         return asked.job_id
 
-    def _who(self, asked: wire.Submission) -> Principal:
+    def _who(self, asked: submit_message.Submission) -> Principal:
         if self._doors is None:
             return _WHO
         try:
@@ -114,10 +115,10 @@ class Intake:
         except Unauthenticated as exc:
             metrics.AUTH_FAILURES.labels(exc.reason).inc()
             raise
-        self._desk.allow(who, "jobs:write")
+        self._desk.require(who, "jobs:write")
         return who
 
-    def _read(self, message: object) -> wire.Submission:
+    def _read(self, message: object) -> submit_message.Submission:
         """Open, decode and judge a message by itself; its values are in no error's text."""
         if not isinstance(message, str):
             raise InvalidRequest("The one argument of kms.submit is the base64 text of an age file")
@@ -155,10 +156,14 @@ class Intake:
             raise IdempotencyConflict("A different job has this job_id: choose a new one for each job")
         return True
 
-    def _terms(self, asked: wire.Submission, named: ClientJobId, who: Principal) -> SubmissionOptions:
+    def _terms(
+        self, asked: submit_message.Submission, named: ClientJobId, who: Principal
+    ) -> SubmissionOptions:
         """The record must outlive the message, else a late replay would run the job again."""
-        job, wanted_s = asked.job, asked.job.ttl_s or self._rules.result_ttl_s
+        job = asked.job
         needed_s = math.ceil(_left_s(asked)) + _SKEW_S - int(self._desk.store.rules.keep_record_s)
+        keep_for_s = max(job.keep_for or self._rules.keep_for_s, needed_s)
+        deadlines = Deadlines(job.start_by, job.run_by, keep_for_s)
         new_context = None if job.new_context is None else Context.parse(job.new_context)
         return SubmissionOptions(
             who,
@@ -166,15 +171,19 @@ class Intake:
             Context.parse(job.context),
             job.key_id,
             new_context,
-            max(wanted_s, needed_s),
+            Deadlines(ttl_s=max(job.ttl_s, needed_s)) if job.ttl_s else deadlines,
             named=named,
             callback=job.callback or "",
             priority=job.priority or "normal",
+            release=job.release or "",
+            labels=job.labels or {},
+            metadata=job.metadata or {},
+            group=job.group,
         )
 
 
 def recipient(path: Path) -> Recipient:
-    """Whom to seal messages to: the recipient of the last identity in the file, which is not kept.
+    """The recipient to seal messages to: that of the last identity in the file, which is not kept in memory.
 
     Raises UnknownKey if there is no file, BackendUnavailable if it cannot be read or holds no identity.
     """
@@ -189,7 +198,7 @@ def recipient(path: Path) -> Recipient:
 
 def schema() -> dict[str, object]:
     """The JSON schema of a message, as published in docs/schemas."""
-    found = msgspec.json.schema(wire.Submission)
+    found = msgspec.json.schema(submit_message.Submission)
     for shape in found["$defs"].values():  # docstrings, which Python takes the indentation from since 3.13
         if "description" in shape:
             shape["description"] = inspect.cleandoc(shape["description"])
@@ -197,10 +206,10 @@ def schema() -> dict[str, object]:
 
 
 def _given(job: wire.JobIn) -> dict[str, object]:
-    """What a job says. Fields that it leaves out, and those of later versions, do not count."""
+    """The fields that a job sets. Missing fields and those of later versions do not count."""
     fields = {name: getattr(job, name) for name in job.__struct_fields__}
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _left_s(asked: wire.Submission) -> float:
+def _left_s(asked: submit_message.Submission) -> float:
     return (asked.expires_at - datetime.now(UTC)).total_seconds()

@@ -1,14 +1,14 @@
-"""The accepting side of jobs: checks what is asked for, stores it as an immutable record; knows no HTTP.
+"""Submission of jobs: checks a request and stores it as an immutable record. Does not use HTTP.
 
-What a worker would refuse for certain is refused here, before a byte is uploaded: an unknown key, a missing
+A request that every worker would refuse is refused here, before a byte is uploaded: an unknown key, a missing
 context, a path outside the roots.
 """
 
 import hmac
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Final
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Self, TypeVar
 
 import msgspec
 
@@ -16,17 +16,92 @@ from kms_core import audit
 from kms_core.auth.policy import Principal
 from kms_core.jobs import authorization, bulk_lines
 from kms_core.jobs.authorization import JobAccess
-from kms_core.jobs.file_patterns import is_tree
-from kms_core.jobs.model import Job, JobSpec
+from kms_core.jobs.ends import SmallBlob
+from kms_core.jobs.file_patterns import Tree, is_tree
+from kms_core.jobs.model import Job
+from kms_core.jobs.spec import MOVING, FileJob, FilesJob, ItemsJob, JobSpec, TreeJob, UploadJob
+from kms_core.jobs.storage.blob_writer import BlobWriter
 from kms_core.jobs.storage.locations import Locations
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Label, Spool
-from kms_core.jobs.store.store import SHED_S, JobStore
-from kms_core.jobs.submission.references import Reference
-from kms_core.observability import tracing
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.deadlines import DeadlineRules, Deadlines
+from kms_core.observability import metrics, tracing
 from kms_core.service import Kms
-from kms_protocol import wire
+from kms_protocol import job_groups, wire
 from kms_protocol.context import Context
-from kms_protocol.errors import ContextRequired, IdempotencyConflict, InvalidRequest, RateLimited, TooLarge
+from kms_protocol.errors import (
+    ContextRequired,
+    GroupComplete,
+    IdempotencyConflict,
+    InvalidDeadline,
+    InvalidRequest,
+    RateLimited,
+    RedisFull,
+    RedisReadOnly,
+    SpoolQuota,
+    TooLarge,
+)
+
+_Spec = TypeVar("_Spec", bound=JobSpec)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """One file, or many (``tree``). ``target`` is the source itself for files that are replaced."""
+
+    source: str
+    target: str
+    overwrite: bool = False
+    dry_run: bool = False
+    rate_per_s: float = 0.0
+
+    @classmethod
+    def of(cls, body: wire.JobIn) -> Self:
+        """Raises InvalidRequest for fields that do not go together."""
+        source = body.source or ""
+        target = source if body.target is None else body.target
+        found = cls(source, target, bool(body.overwrite), bool(body.dry_run), body.rate_per_s or 0.0)
+        if is_tree(source):
+            found.check_many(body.kind)
+        elif found.dry_run or found.rate_per_s:
+            raise InvalidRequest("dry_run and rate_per_s are for a source that names many files, with *")
+        if body.target is None:
+            found.check_in_place(body.kind)
+        return found
+
+    @property
+    def form(self) -> Callable[..., FileJob | TreeJob]:
+        return TreeJob if is_tree(self.source) else FileJob
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """Fields of a specification that say the same."""
+        found: dict[str, object] = {"source": self.source, "target": self.target, "overwrite": self.overwrite}
+        many = {"dry_run": self.dry_run, "rate_per_s": self.rate_per_s}
+        return found | many if is_tree(self.source) else found
+
+    @property
+    def text(self) -> str:
+        """All of it, to tell one request from another."""
+        rest = f"\n{self.dry_run} {self.rate_per_s}" if self.dry_run or self.rate_per_s else ""
+        return f"{self.source}\n{self.target}\n{self.overwrite}{rest}"
+
+    def check_many(self, kind: wire.JobKind) -> None:
+        Tree.parse(self.source)
+        if self.dry_run and kind not in MOVING:
+            raise InvalidRequest("dry_run is for rewrap and reseal")
+        if self.target == self.source:
+            self.check_in_place(kind)
+        elif not self.target.endswith("/") or "*" in self.target:
+            raise InvalidRequest("The target of many files is a directory: end it with a slash, and no star")
+
+    def check_in_place(self, kind: wire.JobKind) -> None:
+        if kind not in MOVING:
+            raise InvalidRequest(
+                "Give items, or source and target; to upload a file use /files/encrypt or /files/decrypt"
+            )
+        if not self.overwrite and not self.dry_run:
+            raise InvalidRequest("A job without a target replaces its source: say so with overwrite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +114,35 @@ class ClientJobId:
 
 @dataclass(frozen=True, slots=True)
 class SubmissionOptions:
-    """What every job is asked for with."""
+    """Options that every kind of job has."""
 
     who: Principal
     kind: wire.JobKind
     context: Context
     key_id: str | None = None
     new_context: Context | None = None
-    ttl_s: int | None = None
+    deadlines: Deadlines = field(default_factory=Deadlines)
     idempotency: str = ""
     named: ClientJobId | None = None
     callback: str = ""
     priority: wire.Priority = "normal"
+    release: wire.Release | Literal[""] = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    group: job_groups.GroupIn | None = None
+
+    @property
+    def told(self) -> dict[str, object]:
+        """Options that workers do not go by, as fields of a ``JobSpec``, as far as they were given."""
+        found: dict[str, object] = {
+            "release": self.release,
+            "labels": dict(self.labels),
+            "metadata": dict(self.metadata),
+        }
+        if self.group:
+            found |= {"group": self.group.name, "group_jobs": self.group.jobs}
+            found["group_callback"] = self.group.callback or ""
+        return {name: value for name, value in found.items() if value}
 
     def job_id(self) -> str:
         """The submitter's, or a new one each time."""
@@ -70,20 +162,27 @@ class SubmissionOptions:
 
 @dataclass(frozen=True, slots=True)
 class SubmissionRules:
-    """Limits of acceptance, from settings. ``callbacks``: whose each endpoint is; None is everybody's."""
+    """Limits of acceptance, from settings.
 
-    result_ttl_s: int
+    ``callbacks``: whose each endpoint is; None is everybody's. ``bounded``: resources whose use is bounded.
+    ``require_install`` raises WrongInstall where spool and Redis do not belong together.
+    """
+
+    deadlines: DeadlineRules
     item_bytes: int
     require_context: bool
     callbacks: Mapping[str, Collection[str] | None] = field(default_factory=dict)
+    bounded: Collection[str] = ()
+    require_install: Callable[[], None] = lambda: None
 
     def knows(self, callback: str, tenant: str) -> bool:
-        """Whether a tenant may name it. Another tenant's endpoint is as one that does not exist."""
+        """Return whether a tenant may name it. Another tenant's endpoint is as one that does not exist."""
         tenants = self.callbacks.get(callback, ())
         return tenants is None or tenant in tenants
 
 
 def new_id() -> str:
+    """Return a random job id (UUID version 4)."""
     return str(uuid.uuid4())
 
 
@@ -99,49 +198,60 @@ class JobSubmitter:
         self._places = places
         self._rules = rules
 
-    def check(self, terms: SubmissionOptions, *, bulk: bool = False) -> None:
+    def check(self, options: SubmissionOptions, *, bulk: bool = False) -> None:
         """Raise what would fail for certain: Forbidden, UnknownKey, ContextRequired, JobsUnavailable, ….
 
         Items of a bulk job may bring contexts of their own, so there each is asked for its own, later.
         """
-        asked = JobAccess(terms.kind, terms.key_id, None if bulk else terms.context, terms.new_context)
-        authorization.check(self._kms, terms.who, asked)
-        self._kms.keyring.named(terms.key_id)
-        sealing = terms.kind == "encrypt" or terms.new_context is not None
-        context = terms.context if terms.new_context is None else terms.new_context
+        asked = JobAccess(
+            options.kind, options.key_id, None if bulk else options.context, options.new_context
+        )
+        authorization.check(self._kms, options.who, asked)
+        self._kms.keyring.named(options.key_id)
+        sealing = options.kind == "encrypt" or options.new_context is not None
+        context = options.context if options.new_context is None else options.new_context
         if self._rules.require_context and sealing and not context and not bulk:
             raise ContextRequired
-        if terms.callback and not self._rules.knows(terms.callback, terms.who.tenant):
-            raise InvalidRequest("callback names no endpoint for your tenant: see [kms.jobs.endpoints]")
+        group = options.group.callback if options.group else None
+        for callback in filter(None, (options.callback, group)):
+            if not self._rules.knows(callback, options.who.tenant):
+                raise InvalidRequest("callback names no endpoint for your tenant: see [kms.jobs.endpoints]")
+        options.deadlines.fields(self.store.now(), self._rules.deadlines)
         self.store.ping()
+        self._rules.require_install()
 
-    def meter(self, terms: SubmissionOptions, declared_bytes: int = 0) -> Callable[[int], None]:
-        """To be told the size so far of what arrives: raises RateLimited above the tenant's quota."""
-        room = self.store.spool_room(terms.who.tenant)
+    def meter(self, options: SubmissionOptions, declared_bytes: int = 0) -> Callable[[int], None]:
+        """To be told the size so far of what arrives: raises SpoolQuota above the tenant's quota."""
+        room = self.store.spool_room(options.who.tenant)
 
         def check(size_bytes: int) -> None:
             if room is not None and size_bytes > room:
-                raise RateLimited("Your tenant has as much in the spool as it may", retry_after_s=SHED_S)
+                metrics.RATE_LIMITED.labels(options.who.tenant).inc()
+                raise self.store.quota_error(options.who.tenant)
 
         check(declared_bytes)
         return check
 
-    def allow(self, who: Principal, operation: str) -> None:
-        """Raise Forbidden unless the caller may do this at all."""
-        self._kms.allow(who, operation)
+    def require(self, who: Principal, operation: str) -> None:
+        """Raise Forbidden unless a scope of the caller allows the operation."""
+        self._kms.require(who, operation)
 
-    def hasher(self, terms: SubmissionOptions) -> hmac.HMAC:
+    def hasher(self, options: SubmissionOptions) -> hmac.HMAC:
         """A keyed digest of what is asked for; the body is fed to it as it arrives."""
-        new = b"-" if terms.new_context is None else b"+" + terms.new_context.canonical()
-        asked = (terms.kind.encode(), terms.context.canonical(), (terms.key_id or "").encode(), new)
-        rest = [str(terms.ttl_s or ""), terms.callback]
-        if terms.priority != "normal":  # what was asked for before there were priorities keeps its digest
-            rest.append(terms.priority)
+        new = b"-" if options.new_context is None else b"+" + options.new_context.canonical()
+        asked = (options.kind.encode(), options.context.canonical(), (options.key_id or "").encode(), new)
+        rest = [str(options.deadlines.ttl_s or ""), options.callback]
+        if options.priority != "normal":  # what was asked for before there were priorities keeps its digest
+            rest.append(options.priority)
+        if told := options.told:
+            rest.append(msgspec.json.encode(told, order="sorted").decode())
+        if options.deadlines.text:
+            rest.append(f"deadlines {options.deadlines.text}")
         return self.store.record_key.hasher(*asked, *(part.encode() for part in rest))
 
     def submit(
         self,
-        terms: SubmissionOptions,
+        options: SubmissionOptions,
         body: wire.JobIn,
         most_items: int,
         charge: Callable[[int], None] | None = None,
@@ -150,36 +260,62 @@ class JobSubmitter:
 
         ``charge`` is told the number of items once the caller may submit them, and may raise.
         """
-        self.check(terms, bulk=body.items is not None)
+        self.check(options, bulk=body.items is not None)
         if body.items is not None and body.source is None and body.target is None:
             check_count(len(body.items), most_items)
             if charge is not None:
                 charge(len(body.items))
-            return self.items(terms, body.items)
+            return self.items(options, body.items)
         if body.items is None and body.source is not None:
-            asked = Reference.of(body)
-            return self.many(terms, asked) if is_tree(asked.source) else self._one(terms, asked)
+            return self.files(options, Reference.of(body))
         raise InvalidRequest(
             "Give items, or source and target; to upload a file use /files/encrypt or /files/decrypt"
         )
 
-    def upload(
-        self, terms: SubmissionOptions, job_id: str, size_bytes: int, digest: bytes, ref: bytes
-    ) -> Job:
-        """A job over an upload that has arrived whole; ``ref`` is that of its blob."""
-        fields = {"size_bytes": size_bytes, "input_ref": ref}
-        return self._submit(terms, job_id, source=UPLOAD, digest=digest, **fields)
+    def receive_upload(
+        self, options: SubmissionOptions, declared_bytes: int
+    ) -> Generator[None, tuple[memoryview, bool], Job]:
+        """Seal and write an upload slab by slab, then submit its job; a broken upload leaves nothing.
 
-    def items(self, terms: SubmissionOptions, items: Iterable[wire.JobItem]) -> Job:
+        Each slab comes with whether more follow; ``declared_bytes`` is 0 for an unknown size. Raises as
+        ``check``, and InvalidRequest, SpoolFull.
+        """
+        self.check(options)
+        check_room = self.meter(options, declared_bytes)
+        job_id = new_id()
+        hasher = self.hasher(options) if options.idempotency else None
+        label = Label(options.who.tenant, job_id, UPLOAD)
+        seals = options.kind == "encrypt"
+        with self.spool.writing(label, sealed=seals, declared_bytes=declared_bytes, may_be_small=True) as out:
+            more = True
+            while more:
+                slab, more = yield
+                out.write(slab, more=more)
+                check_room(out.size)
+                if hasher:
+                    hasher.update(slab)
+            if declared_bytes and out.size != declared_bytes:
+                raise InvalidRequest("The upload ended before its Content-Length")
+            size = out.size
+        return self.upload(options, job_id, size, hasher.digest() if hasher else b"", out)
+
+    def upload(
+        self, options: SubmissionOptions, job_id: str, size_bytes: int, digest: bytes, out: BlobWriter
+    ) -> Job:
+        """A job over an upload that ``out`` wrote whole."""
+        job = self._spec(UploadJob, options, job_id, digest, size_bytes=size_bytes, input_ref=out.ref)
+        return self._store(options, job, out.small)
+
+    def items(self, options: SubmissionOptions, items: Iterable[wire.JobItem]) -> Job:
         """A bulk job; its items go to the spool one by one. Raises InvalidRequest, TooLarge, SpoolFull."""
-        job_id = terms.job_id()
-        hasher = self.hasher(terms)
+        job_id = options.job_id()
+        hasher = self.hasher(options)
         starts: list[int] = []
         count = 0
-        check_room = self.meter(terms)
-        with self.spool.writing(Label(terms.who.tenant, job_id, ITEMS)) as out:
+        check_room = self.meter(options)
+        with self.spool.writing(Label(options.who.tenant, job_id, ITEMS), may_be_small=True) as out:
             for index, item in enumerate(items):
-                bulk_lines.check_item(terms.kind, index, item, self._rules.item_bytes)
+                bulk_lines.check_item(options.kind, index, item, self._rules.item_bytes)
                 if index % bulk_lines.PART_ITEMS == 0:
                     starts.append(out.size)
                 line = wire.encode(item) + b"\n"
@@ -190,106 +326,90 @@ class JobSubmitter:
             if not count:
                 raise InvalidRequest("A bulk job needs at least one item")
             size = out.size
-        return self._submit(
-            terms,
-            job_id,
-            source=ITEMS,
-            items=count,
-            size_bytes=size,
-            starts=tuple(starts),
-            input_ref=out.ref,
-            digest=hasher.digest(),
-        )
+        fields = {"items": count, "size_bytes": size, "starts": tuple(starts), "input_ref": out.ref}
+        job = self._spec(ItemsJob, options, job_id, hasher.digest(), **fields)
+        return self._store(options, job, out.small)
 
-    def reference(self, terms: SubmissionOptions, source: str, target: str, *, overwrite: bool) -> Job:
-        """A job from file to file under the roots. Raises Forbidden, PathRefused, TargetExists, …."""
-        return self._one(terms, Reference(source, target, overwrite))
+    def files(self, options: SubmissionOptions, asked: Reference) -> Job:
+        """A job over one file, or over all that a pattern names: a worker lists those.
 
-    def _one(self, terms: SubmissionOptions, asked: Reference) -> Job:
-        self._check_files(terms, asked)
-        self._places.check(asked.target)
-        with self._places.open_source(asked.source) as opened:
-            if terms.kind != "rewrap":  # a file system may move a payload without copying it
-                self._places.check_room(asked.target, opened.size_bytes)
-            return self._submit_files(terms, asked, size_bytes=opened.size_bytes)
-
-    def many(self, terms: SubmissionOptions, asked: Reference) -> Job:
-        """A job over all files that a pattern names; a worker lists them. Raises Forbidden, PathRefused."""
-        self._check_files(terms, asked)
-        self._places.check_base(asked.tree.base)
-        if not asked.in_place:
-            self._places.check_directory(asked.target)
-        return self._submit_files(terms, asked, dry_run=asked.dry_run, rate_per_s=asked.rate_per_s)
-
-    def _check_files(self, terms: SubmissionOptions, asked: Reference) -> None:
-        who = replace(terms.who, source=asked.source, target=asked.target)
-        authorization.check(
-            self._kms, who, JobAccess(terms.kind, terms.key_id, terms.context, terms.new_context)
-        )
-
-    def _submit_files(self, terms: SubmissionOptions, asked: Reference, **fields: object) -> Job:
-        hasher = self.hasher(terms)
+        Raises Forbidden, PathRefused, TargetExists, ….
+        """
+        hasher = self.hasher(options)
         hasher.update(asked.text.encode())
-        return self._submit(
-            terms,
-            terms.job_id(),
-            source=asked.source,
-            target=asked.target,
-            overwrite=asked.overwrite,
-            digest=hasher.digest(),
+        job = self._spec(asked.form, options, options.job_id(), hasher.digest(), **asked.fields)
+        authorization.check(self._kms, job.who, authorization.of(job))
+        return self._store(options, msgspec.structs.replace(job, size_bytes=self._places.admit(job)))
+
+    def _spec(
+        self,
+        form: Callable[..., _Spec],
+        options: SubmissionOptions,
+        job_id: str,
+        digest: bytes,
+        **fields: object,
+    ) -> _Spec:
+        """The accepted specification; ``fields`` are those that this kind of job has."""
+        now, who, new_context = self.store.now(), options.who, options.new_context
+        try:
+            times = options.deadlines.fields(now, self._rules.deadlines)
+        except InvalidDeadline:  # it passed while the input arrived
+            self.spool.delete(job_id)
+            raise
+        return form(
+            job_id=job_id,
+            tenant=who.tenant,
+            principal=who.name,
+            credential=who.credential,
+            scopes=who.grant.scopes if who.grant else (),
+            authorized_until=who.grant.until if who.grant else 0.0,
+            kind=options.kind,
+            key_id=options.key_id,
+            context=options.context.pairs,
+            new_context=None if new_context is None else new_context.pairs,
+            callback=options.callback,
+            priority=options.priority,
+            request_id=audit.request_id.get(),
+            traceparent=tracing.parent(),
+            signed_end=True,
+            digest=options.named.digest if options.named else digest,
+            created_at=now,
+            **times,
+            **options.told,
             **fields,
         )
 
-    def _submit(
-        self, terms: SubmissionOptions, job_id: str, *, source: str, digest: bytes, **fields: object
-    ) -> Job:
-        now = self.store.now()
-        new_context = terms.new_context
-        accepted = msgspec.convert(
-            {
-                "job_id": job_id,
-                "tenant": terms.who.tenant,
-                "principal": terms.who.name,
-                "credential": terms.who.credential,
-                "scopes": terms.who.grant.scopes if terms.who.grant else (),
-                "authorized_until": terms.who.grant.until if terms.who.grant else 0.0,
-                "kind": terms.kind,
-                "source": source,
-                "key_id": terms.key_id,
-                "context": terms.context.pairs,
-                "new_context": None if new_context is None else new_context.pairs,
-                "callback": terms.callback,
-                "priority": terms.priority,
-                "request_id": audit.request_id.get(),
-                "traceparent": tracing.parent(),
-                "signed_end": True,
-                "digest": terms.named.digest if terms.named else digest,
-                "created_at": now,
-                "expires_at": now + (terms.ttl_s or self._rules.result_ttl_s),
-                **fields,
-            },
-            JobSpec,
-        )
-        route = f"files/{terms.kind}" if source == UPLOAD else "jobs"
-        scope = terms.idempotency_scope(route) if terms.idempotency else ""
+    def _store(self, options: SubmissionOptions, accepted: JobSpec, blob: SmallBlob | None = None) -> Job:
+        job_id = accepted.job_id
+        route = f"files/{options.kind}" if isinstance(accepted, UploadJob) else "jobs"
+        scope = options.idempotency_scope(route) if options.idempotency else ""
         try:
-            with audit.recorded(self._kms.trail, terms.who, "job.submit", job_id):
-                job = self.store.submit(accepted, idempotency=scope)
-        except (
-            IdempotencyConflict,
-            RateLimited,
-        ):  # after JobsUnavailable the record may be there: the sweep decides
+            with audit.recorded(self._kms.audit_log, options.who, "job.submit", job_id):
+                job = self.store.submit(accepted, scope, self._resources(accepted), blob)
+        except (GroupComplete, IdempotencyConflict, RateLimited, SpoolQuota):
             self.spool.delete(job_id)
             raise
+        except (RedisFull, RedisReadOnly):  # nothing was stored; a job that a client named may be there
+            if options.named is None:
+                self.spool.delete(job_id, in_redis=False)
+            raise
+        # after any other JobsUnavailable the record may be there: the sweep decides
         if job.job_id != job_id:  # an earlier submission with this key: keep that one
             self.spool.delete(job_id)
+            job = msgspec.structs.replace(job, is_replayed=True)
         return job
 
-
-MAX_JSON_HINT: Final = "stream application/x-ndjson to POST /jobs?kind=… instead"
+    def _resources(self, job: JobSpec) -> list[str]:
+        """The roots of a job, and those of its buckets and backends whose use is bounded."""
+        found: dict[str, None] = {}
+        if isinstance(job, FilesJob):
+            source = Tree.parse(job.source).base if isinstance(job, TreeJob) else job.source
+            found = dict.fromkeys(self._places.resource(url) for url in (source, job.target))
+        found |= dict.fromkeys(f"backend:{name}" for name in self._kms.keyring.named(job.key_id).names)
+        return [name for name in found if name.startswith("root:") or name in self._rules.bounded]
 
 
 def check_count(count: int, limit: int) -> None:
     """The item limit of a JSON submission."""
     if count > limit:
-        raise TooLarge(f"More than {limit} items: {MAX_JSON_HINT}")
+        raise TooLarge(f"More than {limit} items: stream application/x-ndjson to POST /jobs?kind=… instead")

@@ -1,0 +1,74 @@
+"""Prints the tests of what changed since the last commit, one path a line; of the last commit if nothing did.
+
+A module is tested by the files of its folder in ``tests`` that carry its name or import it, a test by itself.
+Other files are judged by ``tests/repository``. ``scripts/test --changed`` runs what this prints.
+"""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[1]
+TESTS: Final = Path("tests")
+REPOSITORY: Final = TESTS / "repository"
+
+
+def changed() -> list[Path]:
+    """Paths from the top of the repository. Raises CalledProcessError without git."""
+    found = _git("diff", "--name-only", "HEAD") + _git("ls-files", "--others", "--exclude-standard")
+    return [Path(name) for name in found or _git("diff", "--name-only", "HEAD~1")]
+
+
+def affected_by(path: Path) -> set[Path]:
+    """The test files to run for a changed file, which may be gone."""
+    if path.parts[0] == "src" and path.suffix:
+        return set(_of_module(path.relative_to("src")))
+    if path.name == "conftest.py":
+        return {path.parent}
+    if path.parts[0] == "tests" and path.suffix == ".py":
+        return {path} if path.name.startswith("test_") else set(_importing(path))
+    return {REPOSITORY}
+
+
+def _of_module(module: Path) -> Iterator[Path]:
+    folder = TESTS / module.parent
+    while not (ROOT / folder).is_dir():
+        folder = folder.parent
+    files = sorted((ROOT / folder).glob("test_*.py"))
+    imports = _imports(module.with_suffix(""))
+    own = [each for each in files if _is_named(each, module.stem) or imports.search(each.read_text("utf-8"))]
+    yield from (each.relative_to(ROOT) for each in own or files)
+
+
+def _importing(helper: Path) -> Iterator[Path]:
+    """Tests beside a helper, and unit tests of the packages that import it."""
+    imports = _imports(helper.relative_to(TESTS).with_suffix(""))
+    for package in ("kms_*", helper.parts[1]):
+        for each in ROOT.glob(f"tests/{package}/**/test_*.py"):
+            if imports.search(each.read_text("utf-8")):
+                yield each.relative_to(ROOT)
+
+
+def _is_named(test: Path, module: str) -> bool:
+    return f"{test.stem}_".startswith(f"test_{module}_")
+
+
+def _imports(module: Path) -> re.Pattern[str]:
+    """The module imported by its full name, or from its package by its own."""
+    dotted, package = ".".join(module.parts), ".".join(module.parent.parts)
+    return re.compile(
+        rf"^\s*(?:from|import) {dotted}\b|^from {package} import [^\n]*\b{module.name}\b", re.MULTILINE
+    )
+
+
+def _git(*words: str) -> list[str]:
+    argv = ["git", *words]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+if __name__ == "__main__":
+    for found in sorted(set().union(*map(affected_by, changed()))):
+        if (ROOT / found).exists():
+            print(found)  # noqa: T201 -- a program

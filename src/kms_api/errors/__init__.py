@@ -1,1 +1,0 @@
-"""Error answers: RFC 9457 problems, and Vault's form."""

@@ -1,0 +1,236 @@
+"""Answers to errors: RFC 9457 problems, and for the Vault API ``{"errors": […]}``.
+
+Vault's clients retry 412, 429 and 5xx. So they get 400, 403, 404, 405, 408 or 413 for faults of the caller,
+and 503 for conditions that may pass.
+"""
+
+import http
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+import structlog
+from fastapi import FastAPI, Request, Response
+from msgspec import UNSET
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from kms_core import audit
+from kms_protocol import errors, shapes, wire
+from kms_protocol.errors import KmsError
+
+MEDIA_TYPE: Final = "application/problem+json"
+EXPECTED: Final = (KmsError, HTTPException, ClientDisconnect)
+"""Errors that are no fault of the service."""
+AWAY: Final = "The key backend is not available; the log of the service says why, by this request id"
+_NO_KEY: Final = "no such key for this caller; encrypting makes none here, the operator adds it to [kms.keys]"
+_WRONG_INPUT: Final = "wrong key, version prefix, context or associated_data, or a damaged ciphertext"
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorStatus:
+    """The status of an error. ``vault_status`` is that of the Vault API, if another one.
+
+    Some of Vault's clients tell errors apart by Vault's words, which come before the detail.
+    """
+
+    status: int
+    vault_status: int = 0
+    vault_words: str = ""
+    vault_detail: str = ""
+
+
+ANSWERS: Final[Mapping[type[KmsError], ErrorStatus]] = {
+    errors.BadInput: ErrorStatus(422),
+    errors.InvalidRequest: ErrorStatus(422, 400),
+    errors.InvalidContext: ErrorStatus(422, 400),
+    errors.InvalidDeadline: ErrorStatus(422),
+    errors.ContextRequired: ErrorStatus(422, 400),
+    errors.NotACiphertext: ErrorStatus(422, 400, "invalid ciphertext"),
+    errors.TooLarge: ErrorStatus(413),
+    errors.DecryptFailed: ErrorStatus(400, 400, "cipher: message authentication failed", _WRONG_INPUT),
+    errors.Unauthenticated: ErrorStatus(401, 403, "permission denied"),
+    errors.Refused: ErrorStatus(403),
+    errors.Forbidden: ErrorStatus(403, 403, "permission denied"),
+    errors.PathRefused: ErrorStatus(403),
+    errors.ForeignRefused: ErrorStatus(403, 400, "invalid ciphertext"),
+    errors.Missing: ErrorStatus(404),
+    errors.UnknownKey: ErrorStatus(404, 400, "encryption key not found", _NO_KEY),
+    errors.UnknownJob: ErrorStatus(404),
+    errors.ResultExpired: ErrorStatus(410),
+    errors.ResultReleased: ErrorStatus(410),
+    errors.RecordRefused: ErrorStatus(410),
+    errors.Conflict: ErrorStatus(409),
+    errors.IdempotencyConflict: ErrorStatus(409),
+    errors.JobNotFinished: ErrorStatus(409),
+    errors.JobCommitting: ErrorStatus(409),
+    errors.JobNotDead: ErrorStatus(409),
+    errors.GroupComplete: ErrorStatus(409),
+    errors.TargetExists: ErrorStatus(409),
+    errors.RotationRefused: ErrorStatus(409, 400),
+    errors.DataKeysUnsupported: ErrorStatus(501, 400),
+    errors.BodyTimeout: ErrorStatus(408),
+    errors.Unavailable: ErrorStatus(503),
+    errors.BackendUnavailable: ErrorStatus(503, 503, "unavailable"),
+    errors.JobsUnavailable: ErrorStatus(503),
+    errors.RedisFull: ErrorStatus(503),
+    errors.RedisReadOnly: ErrorStatus(503),
+    errors.WrongInstall: ErrorStatus(503),
+    errors.DurabilityUnconfirmed: ErrorStatus(503),
+    errors.AuditUnavailable: ErrorStatus(503),
+    errors.SpoolUnavailable: ErrorStatus(503),
+    errors.DocumentOutdated: ErrorStatus(503),
+    errors.RateLimited: ErrorStatus(429),
+    errors.SpoolFull: ErrorStatus(507),
+    errors.SpoolQuota: ErrorStatus(507),
+    errors.JobCancelled: ErrorStatus(409),
+    errors.JobExpired: ErrorStatus(410),
+    errors.ConfigurationError: ErrorStatus(500),
+}
+_BY_CODE: Final = {kind.code: made for kind, made in ANSWERS.items()}
+_ROUTING: Final = {
+    404: ("not_found", "No such endpoint; see /docs"),
+    405: ("method_not_allowed", "This endpoint has other methods; see /docs"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReply:
+    """The content of an answer to an error. ``detail`` is ours, never a value of the caller."""
+
+    answer: ErrorStatus
+    code: str
+    detail: str
+    title: str = ""
+    links: Mapping[str, str] | None = None
+    job_id: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class _VaultErrors(msgspec.Struct):
+    errors: list[str]
+
+
+def install(app: FastAPI) -> None:
+    """ErrorStatus every error of the application as a problem."""
+    for kind in EXPECTED:
+        app.add_exception_handler(kind, _expected)
+    app.add_exception_handler(Exception, unknown)
+
+
+def answer_of(kind: type[KmsError]) -> ErrorStatus:
+    """The answer to a kind of error, by default that of its parent, which a backend may have extended."""
+    return next((ANSWERS[each] for each in kind.__mro__ if each in ANSWERS), ErrorStatus(500))
+
+
+def answer(error: Exception) -> Response:
+    """The problem for one of ``EXPECTED``, with its headers."""
+    return _problem(_recorded(_refusal(error)))
+
+
+def problem(status: int, code: str, detail: str) -> Response:
+    """A problem that has no error."""
+    return _problem(_recorded(ErrorReply(ErrorStatus(status), code, detail)))
+
+
+def vault_answer(error: Exception, status: int = 0) -> Response:
+    """The answer of the Vault API to one of ``EXPECTED``; ``status`` replaces the usual one."""
+    return _vault(_recorded(_refusal(error)), status)
+
+
+def vault_problem(status: int, code: str, detail: str) -> Response:
+    """As ``problem``, for the Vault API."""
+    return _vault(_recorded(ErrorReply(_BY_CODE.get(code, ErrorStatus(status)), code, detail)))
+
+
+def vault_error(status: int, text: str) -> Response:
+    """An answer of the Vault API that concerns no caller, and is not recorded."""
+    return Response(wire.encode(_VaultErrors([text])), status, media_type="application/json")
+
+
+def vault_text(error: KmsError) -> str:
+    """The text for one item of a batch of the Vault API."""
+    detail = AWAY if isinstance(error, errors.BackendUnavailable) else error.detail
+    return _vault_text(answer_of(type(error)), detail)
+
+
+def retry_after(error: errors.Unavailable) -> str:
+    """The wait in whole seconds, rounded up and at least 1."""
+    return str(max(1, math.ceil(error.retry_after_s)))
+
+
+async def unknown(request: Request, exc: Exception) -> Response:
+    """The problem for a fault of the service, which is logged."""
+    del request
+    _log.error("request.crashed", error=type(exc).__name__)
+    return problem(500, KmsError.code, KmsError.summary)
+
+
+async def _expected(request: Request, exc: Exception) -> Response:
+    del request
+    return answer(exc)
+
+
+def _refusal(error: Exception) -> ErrorReply:
+    if isinstance(error, HTTPException):
+        code, detail = _ROUTING.get(error.status_code, (errors.InvalidRequest.code, "Refused"))
+        return ErrorReply(ErrorStatus(error.status_code), code, detail, headers=error.headers or {})
+    if isinstance(error, ClientDisconnect):  # the caller is gone and reads no answer
+        return ErrorReply(
+            ErrorStatus(400), errors.InvalidRequest.code, "The connection ended before the body did"
+        )
+    known = error if isinstance(error, KmsError) else KmsError()
+    _log.debug("request.refused", code=known.code)
+    links, headers, detail = None, {}, known.detail
+    if isinstance(known, errors.TooLarge):
+        links = {"jobs": f"{wire.PREFIX}/jobs", "files": f"{wire.PREFIX}/files/encrypt"}
+    if isinstance(known, errors.BackendUnavailable):  # its text names servers and settings of ours
+        _log.warning("backend.unavailable", reason=detail)
+        detail = AWAY
+    if isinstance(known, errors.Unavailable):
+        headers["Retry-After"] = retry_after(known)
+    if isinstance(known, errors.Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    job_id = known.job_id if isinstance(known, errors.DurabilityUnconfirmed) else ""
+    return ErrorReply(answer_of(type(known)), known.code, detail, known.summary, links, job_id, headers)
+
+
+def _recorded(refusal: ErrorReply) -> ErrorReply:
+    """The refusal, once a denial is recorded; AuditUnavailable if that fails."""
+    try:
+        audit.record_denial(refusal.code)
+    except errors.AuditUnavailable as exc:
+        return _refusal(exc)
+    return refusal
+
+
+def _problem(refusal: ErrorReply) -> Response:
+    status = refusal.answer.status
+    body = shapes.Problem(
+        type=f"urn:kms-service:problem:{refusal.code}",
+        title=refusal.title or http.HTTPStatus(status).phrase,
+        status=status,
+        detail=refusal.detail,
+        code=refusal.code,
+        request_id=audit.request_id.get(),
+        links=dict(refusal.links) if refusal.links else UNSET,
+        job_id=refusal.job_id or UNSET,
+    )
+    return Response(wire.encode(body), status, refusal.headers, media_type=MEDIA_TYPE)
+
+
+def _vault(refusal: ErrorReply, status: int = 0) -> Response:
+    made = refusal.answer
+    shown = vault_error(status or made.vault_status or made.status, _vault_text(made, refusal.detail))
+    shown.headers.update(
+        {name: value for name, value in refusal.headers.items() if name in {"Retry-After", "Allow"}}
+    )
+    return shown
+
+
+def _vault_text(made: ErrorStatus, detail: str) -> str:
+    detail = made.vault_detail or detail
+    return f"{made.vault_words}: {detail}" if made.vault_words else detail

@@ -1,0 +1,172 @@
+"""uvicorn's side of a request: the pace of its peer, and answers that leave a body unread."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol, Self
+
+import anyio
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from kms_core.http_server.protocol import BODY
+from kms_core.settings.model import ServerSection
+
+LINGER_S: Final = 2.0
+"""Seconds for which the rest of a body is read and dropped after the answer: to close at once may destroy the
+answer before the sender reads it (RFC 9112 §9.6)."""
+
+
+class BodySink(Protocol):
+    """Takes the bytes of a body from the protocol."""
+
+    def put(self, data: bytes) -> None:
+        """Take the bytes of one read of the socket."""
+
+
+class Connection(Protocol):
+    """Bytes of a body go to ``inlet``, if there is one, instead of uvicorn's buffer."""
+
+    inlet: BodySink | None
+    flow: FlowControl
+
+
+@dataclass(frozen=True, slots=True)
+class TransferLimits:
+    """At least ``bytes_per_s`` on average after ``grace_s`` seconds, and a byte every ``stall_s`` seconds."""
+
+    grace_s: float
+    bytes_per_s: int
+    stall_s: float
+
+    @classmethod
+    def of(cls, server: ServerSection) -> Self:
+        """The limits of the settings."""
+        return cls(server.transfer_grace_s, server.transfer_bytes_per_s, server.transfer_stall_s)
+
+    @property
+    def check_s(self) -> float:
+        """Seconds between two checks of a transfer, short enough for each of the limits."""
+        return min(1.0, self.grace_s / 4, self.stall_s / 4)
+
+
+class TransferRate:
+    """The pace of one transfer. Only time in which the service waits for its peer counts."""
+
+    __slots__ = ("_clock", "_limits", "_moved", "_quiet_s", "_waited_s", "_waiting_since")
+
+    def __init__(self, limits: TransferLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._moved = 0
+        self._quiet_s = self._waited_s = 0.0
+        self._waiting_since = clock()
+
+    def wait(self) -> None:
+        """Start to count time: the service waits for its peer from now on."""
+        self._waiting_since = self._clock()
+
+    def left_s(self, moved: int) -> float:
+        """Seconds until the peer is too slow if nothing moves; 0 or less once it is.
+
+        ``moved`` is the number of bytes since the beginning. Time counts since ``wait``, or the last call.
+        """
+        limits, now = self._limits, self._clock()
+        spent_s, self._waiting_since = now - self._waiting_since, now
+        self._waited_s += spent_s
+        self._quiet_s = 0.0 if moved > self._moved else self._quiet_s + spent_s
+        self._moved = moved
+        due_s = max(limits.grace_s, moved / limits.bytes_per_s)
+        return min(limits.stall_s - self._quiet_s, due_s - self._waited_s)
+
+
+class ReaderWatch:
+    """Aborts the connection of an answer whose reader is slower than ``limits`` allow, while entered.
+
+    Only time in which bytes wait for the reader counts. ``too_slow`` is called before the connection ends.
+    """
+
+    def __init__(
+        self, cycle: RequestResponseCycle, limits: TransferLimits, too_slow: Callable[[], None]
+    ) -> None:
+        self.written = 0
+        """Bytes handed to the transport, counted by the caller, including those that wait at the start."""
+        self._transport = cycle.transport
+        self._check_s = limits.check_s
+        self._rate = TransferRate(limits)
+        self._too_slow = too_slow
+        self._next: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> Self:
+        self.written = self._transport.get_write_buffer_size()
+        self._schedule()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._next is not None:
+            self._next.cancel()
+
+    def _schedule(self) -> None:
+        self._next = asyncio.get_running_loop().call_later(self._check_s, self._check)
+
+    def _check(self) -> None:
+        waiting = self._transport.get_write_buffer_size()
+        if not waiting:
+            self._rate.wait()
+        elif self._rate.left_s(self.written - waiting) <= 0:
+            self._next = None
+            self._too_slow()
+            self._transport.abort()
+            return
+        self._schedule()
+
+
+class UnreadBody:
+    """Sends the answer to a request whose body is still arriving.
+
+    An answer that leaves part of the body unread ends the connection: otherwise the sender could go on for as
+    long as it likes, and a proxy might take the rest for another request.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, release: Callable[[], None]) -> None:
+        """``release`` gives back the budgets of the request; called before the rest is dropped."""
+        self._connection: Connection
+        self._cycle: RequestResponseCycle
+        self._connection, self._cycle = scope["state"][BODY]
+        self._receive = receive
+        self._send = send
+        self._release = release
+        self._lingers = False
+
+    async def send(self, message: Message) -> None:
+        """Pass on a message of the application."""
+        if message["type"] == "http.response.start":
+            if self._cycle.more_body:
+                self._lingers = not self._cycle.waiting_for_100_continue  # else nothing was sent yet
+                others = [pair for pair in message["headers"] if pair[0].lower() != b"connection"]
+                message["headers"] = [*others, (b"connection", b"close")]
+            await self._send(message)
+        elif self._lingers and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            self._release()
+            await self._drop_rest()
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        else:
+            await self._send(message)
+
+    async def _drop_rest(self) -> None:
+        self._connection.inlet = None
+        with anyio.move_on_after(LINGER_S):
+            while self._cycle.more_body and not self._cycle.disconnected:
+                await self._receive()
+
+
+def cycle_of(scope: Scope) -> RequestResponseCycle | None:
+    """Uvicorn's state of a request; None under another server."""
+    found = scope.get("state", {}).get(BODY)
+    if found is None:
+        return None
+    cycle: RequestResponseCycle = found[1]
+    return cycle

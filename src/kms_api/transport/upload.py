@@ -1,0 +1,221 @@
+"""Bodies of any size on their way in: a thread works on one slab while the event loop fills the next.
+
+A slow or silent sender holds no thread.
+"""
+
+import asyncio
+import contextvars
+import mmap
+from collections.abc import Callable, Generator
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
+
+import anyio
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from kms_api.transport.connection import Connection, TransferLimits, TransferRate
+from kms_core.http_server.protocol import BODY
+from kms_protocol.errors import BodyTimeout, InvalidRequest
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+Slab = tuple[memoryview, bool]
+"""Bytes, and whether more follow. Valid until the next slab is requested."""
+_SLAB_BYTES: Final = 1024 * 1024
+_SLOW: Final = "The body came too slowly, or stopped arriving"
+
+
+def refuse_encoding(request: Request) -> None:
+    """Raise InvalidRequest for a compressed body, which would make size limits meaningless."""
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise InvalidRequest("Content-Encoding is not accepted: send the bytes as they are")
+
+
+async def receive(
+    request: Request, sink: Generator[None, Slab, T], threads: Executor, limits: TransferLimits
+) -> T:
+    """Send a body to ``sink`` slab by slab, in threads. Returns what the sink returns after the last slab.
+
+    The sink starts before the body is read, and is closed if that breaks off. Raises what the sink raises,
+    InvalidRequest for a compressed body, ClientDisconnect, and BodyTimeout for a sender slower than
+    ``limits``.
+    """
+    refuse_encoding(request)
+    worker = Worker(threads)
+    try:
+        await outcome(await worker.begin(next, sink))
+        reader = UploadReader(request, limits)
+        slab, other = (memoryview(mmap.mmap(-1, _SLAB_BYTES)) for _ in range(2))  # pages cost once filled
+        while (filled := await reader.fill(slab)).more:
+            await worker.begin(sink.send, (slab, True))
+            slab, other = other, slab
+        return await outcome(await worker.begin(_last, sink, slab[: filled.size]))
+    finally:
+        await worker.close(sink)
+
+
+def _last(sink: Generator[None, Slab, T], slab: memoryview) -> T:
+    try:
+        sink.send((slab, False))
+    except StopIteration as ended:
+        returned: T = ended.value
+        return returned
+    raise RuntimeError("the sink wants more than the last slab")
+
+
+class Worker:
+    """Runs one call at a time in the threads of a pool, each in the context that this was made in."""
+
+    def __init__(self, threads: Executor) -> None:
+        self._threads = threads
+        self._context = contextvars.copy_context()
+        self._latest: asyncio.Future[Any] | None = None
+
+    async def begin(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
+        """Start a call once the one before has ended. Raises what that one raised."""
+        if self._latest:
+            await outcome(self._latest)
+        run = partial(self._context.run, function, *args, **kwargs)
+        call = asyncio.get_running_loop().run_in_executor(self._threads, run)
+        self._latest = call
+        return call
+
+    async def close(self, generator: Generator[object, Any, object]) -> None:
+        """Close the generator that the calls went through, once none of them is in it any more."""
+        with anyio.CancelScope(shield=True):
+            if self._latest:
+                await asyncio.wait([self._latest])
+                self._latest.exception()  # was raised before, unless the body broke off for another reason
+            await asyncio.get_running_loop().run_in_executor(self._threads, generator.close)
+
+
+async def outcome(call: asyncio.Future[R]) -> R:
+    """The result of a call, which is not cancelled with its caller. Raises what the call raised."""
+    if not call.done():
+        await asyncio.wait([call])
+    return call.result()
+
+
+class Filled(NamedTuple):
+    """The outcome of filling a slab: the bytes in it, and whether more follow. It is full if they do."""
+
+    size: int
+    more: bool
+
+
+class UploadReader:
+    """Reads a body straight into slabs, with one wake-up and one copy for each slab.
+
+    ``Request.stream`` wakes a task for each read of the socket, and copies its bytes three times. Reads ahead
+    by no more than one read of the socket.
+    """
+
+    def __init__(self, request: Request, limits: TransferLimits) -> None:
+        """``limits`` are the pace that the sender must keep."""
+        self._receive = request.receive
+        self._check_s = limits.check_s
+        self._rate = TransferRate(limits)
+        self._connection: Connection
+        self._cycle: RequestResponseCycle
+        self._connection, self._cycle = request.scope["state"][BODY]
+        self._rest = bytearray()  # arrived, but did not fit
+        self._slab = memoryview(b"")
+        self._held = 0
+        self._filled = 0  # in slabs before this one
+        self._started = False
+
+    async def fill(self, slab: memoryview) -> Filled:
+        """Fill a slab, unless the body ends before.
+
+        Raises ClientDisconnect if the body breaks off, BodyTimeout if the sender is too slow.
+        """
+        self._filled += self._held
+        self._slab, self._held = slab, 0
+        self._rate.wait()
+        rest, self._rest = self._rest, bytearray()
+        self._put(memoryview(rest))
+        if not self._started:
+            await self._start()
+        while self._cycle.more_body and not self._rest:
+            if self._cycle.disconnected:
+                raise ClientDisconnect
+            self._cycle.message_event.clear()
+            self._connection.flow.resume_reading()
+            await self._woken()
+        return Filled(self._held, more=bool(self._rest))
+
+    def put(self, data: bytes) -> None:
+        """Take bytes from the protocol, which stops reading at the first byte that does not fit."""
+        if self._cycle.response_complete:
+            return  # the request was refused: the rest is dropped
+        self._put(memoryview(data))
+        if self._rest:
+            self._connection.flow.pause_reading()
+            self._cycle.message_event.set()
+
+    def _put(self, data: memoryview) -> None:
+        size = min(len(data), len(self._slab) - self._held)
+        self._slab[self._held : self._held + size] = data[:size]
+        self._held += size
+        self._rest += data[size:]
+
+    async def _start(self) -> None:
+        """Take the first bytes from uvicorn, which also answers ``Expect: 100-continue``."""
+        self._started = True
+        message = None
+        while message is None:
+            with anyio.move_on_after(self._check_s):
+                message = await self._receive()
+            self._check()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        self._put(memoryview(message["body"]))
+        if self._cycle.more_body:
+            self._connection.inlet = self
+
+    async def _woken(self) -> None:
+        """Wait until the slab is full, or the body has ended or broken off."""
+        while not self._cycle.message_event.is_set():
+            with anyio.move_on_after(self._check_s):
+                await self._cycle.message_event.wait()
+            self._check()
+
+    def _check(self) -> None:
+        if self._rate.left_s(self._filled + self._held) <= 0:
+            raise BodyTimeout(_SLOW)
+
+
+class BodyChunks:
+    """Reads a body in the chunks that the socket gives, for a thread that reads one after the other."""
+
+    def __init__(self, request: Request, limits: TransferLimits) -> None:
+        """``limits`` are the pace that the sender must keep. Raises InvalidRequest for a compressed body."""
+        refuse_encoding(request)
+        self._receive = request.receive
+        self._check_s = limits.check_s
+        self._rate = TransferRate(limits)
+        self._moved = 0
+        self._has_ended = False
+
+    async def next(self) -> bytes:
+        """The next bytes; empty at the end. Raises ClientDisconnect, BodyTimeout for a slow sender."""
+        self._rate.wait()
+        while not self._has_ended:
+            message = None
+            with anyio.move_on_after(self._check_s):
+                message = await self._receive()
+            if message is not None:
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                self._has_ended = not message["more_body"]
+                self._moved += len(message["body"])
+            if self._rate.left_s(self._moved) <= 0:
+                raise BodyTimeout(_SLOW)
+            if message is not None and message["body"]:
+                chunk: bytes = message["body"]
+                return chunk
+        return b""

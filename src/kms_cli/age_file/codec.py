@@ -1,0 +1,303 @@
+"""Encrypts and decrypts age files with local keys, without a service.
+
+Native stanzas and scrypt are handled by kms_core.age. Files with SSH stanzas are decrypted by pyrage if their
+header is valid and small, since pyrage parses headers in quadratic time.
+"""
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Final, cast
+
+import pyrage
+
+from kms_cli.age_file.keys import BACKEND, Identities
+from kms_cli.age_file.streams import InputStream, Joined, OutputStream, exactly
+from kms_core.age import armor, header, scrypt, stream
+from kms_core.age.armor import ArmorWriter
+from kms_core.age.header import FILE_KEY_BYTES, FILE_LIMITS, Header, Stanza
+from kms_core.age.recipients import Recipient
+from kms_core.age.x25519 import NoMatch
+from kms_core.envelope import binding, sealing
+from kms_core.envelope.sealing import PAD_FROM_BYTES, Sealing
+from kms_core.payload import parallel, streaming
+from kms_core.payload.files import FileRange, FileWriter
+from kms_core.payload.parallel import ParallelOptions
+from kms_core.payload.streaming import RangeReader
+from kms_core.settings.model import LimitsSection
+from kms_protocol.context import Context
+from kms_protocol.errors import DecryptFailed, InvalidRequest, TooLarge
+
+LIMITS: Final = LimitsSection()
+_AGE: Final = b"age-encryption.org/"
+_SSH: Final = "ssh-"
+_START_BYTES: Final = FILE_LIMITS.header_bytes + header.NONCE_BYTES
+
+
+class NotForThese(DecryptFailed):
+    """No identity or passphrase decrypts the file, or its header was changed."""
+
+    hint = "`kms inspect FILE` shows what it was encrypted for"
+
+
+class NotAsBound(DecryptFailed):
+    """The file is bound to another context or origin, or its header was changed."""
+
+    hint = "give exactly the --context it was encrypted with; --break-glass skips the check"
+
+
+class Damaged(DecryptFailed):
+    """An authentic header and a damaged payload. The written plaintext is authentic but incomplete."""
+
+    summary = "The file is damaged: it was truncated or changed after it was encrypted"
+    hint = "restore it from its source"
+
+
+class HeaderTooLarge(TooLarge):
+    """A header above the limit, valid or not."""
+
+    hint = "if you trust the file, decrypt it with the age command"
+
+
+@dataclass(frozen=True, slots=True)
+class AgeFile:
+    """An age file without armor, with its parsed header. ``file_range`` is its payload in a regular file."""
+
+    head: Header
+    file_range: FileRange | None
+    start: bytes = field(repr=False)
+    rest: io.RawIOBase = field(repr=False)
+
+    @property
+    def whole(self) -> Joined:
+        """The file from its first byte. It can be read once, either here or by ``payload``."""
+        return Joined(self.start, self.rest)
+
+    @property
+    def payload(self) -> Joined:
+        """The file from its first chunk. It can be read once."""
+        return Joined(self.start[self.head.payload_offset :], self.rest)
+
+
+@dataclass(frozen=True, slots=True)
+class RequiredBinding:
+    """The context that a file must be bound to. Without ``checked``, context and origin are not checked.
+
+    ``tenant`` is bound too; without ``checked`` only files without native stanzas need it.
+    """
+
+    context: Context = field(default_factory=Context, repr=False)
+    checked: bool = True
+    tenant: str = binding.DEFAULT_TENANT
+
+
+@dataclass(frozen=True, slots=True)
+class PlaintextRange:
+    """A range of the plaintext in bytes; without a length, up to the end."""
+
+    offset: int = 0
+    length: int | None = None
+
+
+def read(given: InputStream) -> AgeFile:
+    """Read a header, armored or not. Raises NotACiphertext, HeaderTooLarge, DecryptFailed."""
+    start, rest, file_range = exactly(given.stream, _START_BYTES), given.stream, given.file_range
+    if not start.startswith(_AGE):
+        rest, file_range = armor.ArmorReader(cast("io.BufferedIOBase", Joined(start, rest))), None
+        start = exactly(rest, _START_BYTES)
+    try:
+        head = header.parse(start, FILE_LIMITS)
+    except TooLarge as exc:
+        raise HeaderTooLarge(exc.detail) from exc
+    at = head.payload_offset
+    payload = file_range and file_range.tail(at)
+    return AgeFile(head, payload, start, rest)
+
+
+def needs_passphrase(head: Header) -> bool:
+    """Return whether the file has a passphrase. Raises DecryptFailed if it has other stanzas as well."""
+    return scrypt.stanza_of(head.stanzas) is not None
+
+
+def by_passphrase(head: Header, passphrase: str, max_work_factor: int) -> bytes:
+    """Return the payload key. Raises NotForThese, and DecryptFailed above the work factor."""
+    try:
+        file_key = scrypt.unwrap(head.stanzas[0], passphrase, max_work_factor)
+    except NoMatch:
+        raise NotForThese("The passphrase is wrong") from None
+    except MemoryError:
+        raise NotForThese(
+            "The work factor of the passphrase requires more memory than is available"
+        ) from None
+    head.check_mac(file_key)
+    return stream.payload_key(file_key, head.nonce)
+
+
+def by_identities(head: Header, identities: Identities, required: RequiredBinding) -> bytes:
+    """Return the payload key after checking MAC, context and origin. Raises NotForThese, NotAsBound."""
+    bound = binding.read(head) if required.checked else None
+    if bound is not None:
+        key = identities.ref(bound.key_version, bound.key_id, required.tenant)
+        file_key = _bound_file_key(head, identities, key, required)
+        return stream.payload_key(file_key, head.nonce)
+    if required.context:
+        raise NotAsBound("The file is not bound to a context: leave out --context")
+    keys = [identities.ref(version) for version in identities.native]
+    try:
+        if any(stanza.args[:2] == (binding.WRAP, BACKEND) for stanza in head.stanzas):
+            file_key = _unchecked_file_key(head, identities, required.tenant)
+        else:
+            file_key, _ = sealing.foreign_file_key(head, identities, keys)
+    except NotForThese:
+        raise
+    except DecryptFailed as exc:
+        raise NotForThese("None of the identities decrypts the file, or its header is damaged") from exc
+    return stream.payload_key(file_key, head.nonce)
+
+
+def _unchecked_file_key(head: Header, identities: Identities, tenant: str) -> bytes:
+    """Unwrap a file that has no native stanza and check its MAC only. Raises DecryptFailed, NotForThese."""
+    bound = binding.read(head)
+    wraps = [wrap for wrap in bound.wraps if wrap.backend == BACKEND] if bound else []
+    if not bound or not wraps:
+        raise DecryptFailed
+    key = identities.ref(wraps[0].version, wraps[0].key_id, tenant)
+    try:
+        return sealing.unwrapped(head, identities, key, bound)
+    except NoMatch:
+        raise
+    except DecryptFailed as exc:
+        raise NotForThese(f"The file is not of the tenant {tenant} (--tenant), or was changed") from exc
+
+
+def _bound_file_key(
+    head: Header, identities: Identities, key: binding.KeyRef, required: RequiredBinding
+) -> bytes:
+    if key.version not in identities.native:
+        raise NotForThese(
+            f"The file names key version {key.version}, and none of the identities is this version"
+        )
+    try:
+        file_key = sealing.file_key_of(head, identities, key, context=required.context)
+    except NoMatch as exc:
+        raise NotForThese("None of the identities decrypts the file") from exc
+    except DecryptFailed as exc:
+        raise NotAsBound from exc
+    limit = required.context.not_after()
+    if limit is not None and datetime.now(UTC) > limit:
+        raise NotAsBound("The time of not_after in its context has passed")
+    return file_key
+
+
+# -- the payload -------------------------------------------------------------------------------------
+
+
+def release(sealed: AgeFile, key: bytes, target: OutputStream, options: ParallelOptions) -> None:
+    """Write the plaintext; to a pipe only authenticated chunks, in order. Raises Damaged."""
+    with _damaged():
+        if sealed.file_range and target.fd is not None:
+            parallel.open_file(key, sealed.file_range, FileWriter(target.fd), options)
+        else:
+            streaming.open_pipe(key, sealed.payload, target.writer, options)
+
+
+def release_part(file_range: FileRange, key: bytes, target: OutputStream, part: PlaintextRange) -> None:
+    """Write a range; only its chunks and the last one are read. Raises Damaged."""
+    with _damaged():
+        reader = RangeReader(key, file_range.read_at, file_range.size)
+        stop = None if part.length is None else part.offset + part.length
+        for slab in reader.slabs(part.offset, stop):
+            target.writer.write(slab)
+
+
+@contextmanager
+def _damaged() -> Iterator[None]:
+    try:
+        yield
+    except DecryptFailed as exc:
+        raise Damaged from exc
+
+
+# -- files with SSH stanzas --------------------------------------------------------------------------
+
+
+def is_for_ssh(head: Header, required: RequiredBinding) -> bool:
+    """Return whether an SSH key may decrypt it: not a bound file, since pyrage cannot check the binding."""
+    is_bound = required.checked and binding.read(head) is not None
+    return not is_bound and any(stanza.type.startswith(_SSH) for stanza in head.stanzas)
+
+
+def release_by_ssh(sealed: AgeFile, identities: Identities, target: OutputStream) -> None:
+    """Write the plaintext by pyrage. Raises HeaderTooLarge for a header above 8 KiB, NotForThese, Damaged."""
+    if sealed.head.size > LIMITS.pyrage_header_bytes:
+        raise HeaderTooLarge(
+            f"The header is above {LIMITS.pyrage_header_bytes} bytes, the limit for SSH identities"
+        )
+    try:
+        pyrage.decrypt_io(sealed.whole, target.writer, list(identities.ssh))
+    except pyrage.DecryptError as exc:
+        raise NotForThese("None of the SSH keys decrypts the file, or its header is damaged") from exc
+    except OSError as exc:
+        if exc.errno is None:  # errors of pyrage have no number, those of the system have one
+            raise Damaged from exc
+        raise
+
+
+# -- encryption ---------------------------------------------------------------------------------------
+
+
+def for_recipients(recipients: Sequence[Recipient]) -> Sealing:
+    """Begin an age file for recipients. Raises InvalidRequest if its header would exceed 256 KiB."""
+    file_key = os.urandom(FILE_KEY_BYTES)
+    begun = _age_sealing(file_key, [recipient.wrap(file_key) for recipient in recipients])
+    if len(begun.header) > FILE_LIMITS.header_bytes or len(recipients) > FILE_LIMITS.stanzas:
+        raise InvalidRequest(f"{len(recipients)} recipients exceed the limit of a header")
+    return begun
+
+
+def for_passphrase(passphrase: str) -> Sealing:
+    """Begin an age file for a passphrase. scrypt takes about 0.9 s and 256 MiB."""
+    file_key = os.urandom(FILE_KEY_BYTES)
+    return _age_sealing(file_key, [scrypt.wrap(file_key, passphrase)])
+
+
+def for_service(identities: Identities, key_id: str, context: Context, *, padded: bool) -> Sealing:
+    """Begin a file as the Age backend of the service does, with the last of these identities.
+
+    Raises InvalidContext for an invalid ``not_after``.
+    """
+    context.not_after()  # raises now rather than at decryption
+    key = identities.ref(list(identities.native)[-1], key_id)
+    return sealing.begin([(identities, key)], context, padded=padded)
+
+
+def seal_armored(begun: Sealing, given: InputStream, target: OutputStream, options: ParallelOptions) -> None:
+    """Write head and payload in ASCII armor."""
+    writer = ArmorWriter(target.writer)
+    writer.write(begun.head)
+    streaming.seal_pipe(begun.payload_key, given.stream, writer, options)
+    writer.finish()
+
+
+def seal(begun: Sealing, given: InputStream, target: OutputStream, options: ParallelOptions) -> None:
+    """Write head and payload, by threads between files. Raises InvalidRequest if the source changes."""
+    if given.file_range and target.fd is not None:
+        parallel.seal_file(begun.payload_key, given.file_range, FileWriter(target.fd), begun.head, options)
+        return
+    target.writer.write(begun.head)
+    streaming.seal_pipe(begun.payload_key, given.stream, target.writer, options)
+
+
+def is_large(given: InputStream) -> tuple[bool, InputStream]:
+    """Return whether an input has 1 MiB or more, which pads the header, and the input to read from."""
+    if given.file_range:
+        return given.file_range.size >= PAD_FROM_BYTES, given
+    ahead = exactly(given.stream, PAD_FROM_BYTES)
+    return len(ahead) >= PAD_FROM_BYTES, InputStream(Joined(ahead, given.stream), None)
+
+
+def _age_sealing(file_key: bytes, stanzas: Sequence[Stanza]) -> Sealing:
+    return Sealing(header.render(stanzas, file_key), os.urandom(stream.NONCE), file_key)

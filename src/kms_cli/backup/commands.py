@@ -1,0 +1,255 @@
+"""``kms backup`` and ``kms restore``."""
+
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import click
+
+from kms_cli import terminal
+from kms_cli.age_file import codec, keys, streams
+from kms_cli.age_file.codec import RequiredBinding
+from kms_cli.backup.archive import ArchiveReader, ArchiveWriter, Entry, Manifest
+from kms_cli.backup.sources import SETTINGS, InstalledFiles
+from kms_cli.commands.offline import KEY_FILE, recipient_option, recipients_file_option
+from kms_cli.options import STDIO, OutputExists, force_option
+from kms_cli.session import printed_as_json, session
+from kms_core.secure_files import make_folders, sync_folder
+from kms_protocol import __version__, small_files
+from kms_protocol.errors import DecryptFailed, TargetExists
+from kms_protocol.units import size_text, time_text
+
+_MOUNTED: Final = frozenset({"lost+found"})
+
+
+class NotEmpty(TargetExists):
+    """The state directory to restore to has files."""
+
+    hint = "name an empty or new directory with --to; --force renames the old one and keeps it"
+
+
+@click.command("backup", epilog="Example: kms backup -r age1… -o kms-backup.age")
+@recipient_option
+@recipients_file_option
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    required=True,
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    help="Output file (0600), or - for stdout.",
+)
+@click.option("--without-spool", is_flag=True, help="Leave out uploads, items and results of jobs.")
+@force_option
+def backup_command(
+    recipients: tuple[str, ...],
+    recipients_files: tuple[Path, ...],
+    output: Path,
+    *,
+    without_spool: bool,
+    force: bool,
+) -> None:
+    """Back up keys, settings, tokens, audit log, jobs and spool of this machine to one age file.
+
+    The service may run. The file decrypts all that the keys of the service do: keep its identity elsewhere.
+    """
+    from kms_cli import audited  # noqa: PLC0415 -- the rest of the service, which takes a second
+    from kms_cli.local import installation  # noqa: PLC0415 -- as above
+    from kms_core.settings.load import find  # noqa: PLC0415 -- as above
+
+    if not recipients and not recipients_files:
+        raise click.UsageError("name who can restore it: -r age1…, or -R FILE (`kms keygen` makes a key)")
+    begun = codec.for_recipients(keys.recipients(recipients, recipients_files))
+    settings = installation.settings()
+    if output != STDIO and output.absolute().is_relative_to(settings.state_dir.absolute()):
+        raise click.UsageError("a backup in the state directory is lost with it: name another directory")
+    if output.exists() and not force:
+        raise OutputExists(f"{output} exists")
+    config = find(session().config, os.environ)
+    files = InstalledFiles(settings, os.environ, config, with_spool=not without_spool)
+    with (
+        audited.effect(settings, "backup.create", str(output)),
+        streams.target(output, force=force) as target,
+    ):
+        began, made_at = time.monotonic(), datetime.now(UTC)
+        writer = ArchiveWriter(begun, target.writer)
+        for source in files.all():
+            writer.add(source, files.origins.get(source.name, ""))
+        took_s = time.monotonic() - began
+        manifest = Manifest(
+            service=__version__,
+            made_at=made_at,
+            host=socket.gethostname(),
+            install_id=_install_id(settings.kms.jobs.spool_dir),
+            state_dir=str(settings.state_dir.absolute()),
+            files=tuple(writer.files),
+            left_out=tuple(files.notes),
+        )
+        writer.finish(manifest)
+    grace_s = settings.kms.jobs.input_grace_s
+    if took_s > grace_s and not without_spool:
+        terminal.say(
+            f"warning: this took {took_s:.0f} s, longer than [kms.jobs] input_grace_s ({grace_s} s): inputs "
+            "of jobs that ended since may be missing. Raise it above the time of a backup"
+        )
+    _report(f"backed up to {output} in {took_s:.1f} s", manifest)
+
+
+def _install_id(spool: Path) -> str:
+    try:
+        return small_files.read(spool / "hosts/install", 4096).decode("ascii", "replace").strip()
+    except OSError:
+        return ""
+
+
+@click.command("restore", epilog="Example: kms restore kms-backup.age -i key.txt --to /var/lib/kms-service")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "-i",
+    "--identity",
+    "identities",
+    multiple=True,
+    required=True,
+    type=KEY_FILE,
+    help="Age key file; repeatable.",
+)
+@click.option(
+    "--to",
+    "folder",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="New state directory.",
+)
+@click.option("--check", "only_check", is_flag=True, help="Verify all of FILE, and restore nothing.")
+@click.option(
+    "--force", "-f", is_flag=True, help="Rename a state directory that has files, and take its place."
+)
+def restore_command(
+    file: Path, identities: tuple[Path, ...], folder: Path | None, *, only_check: bool, force: bool
+) -> None:
+    """Verify FILE, a backup of `kms backup`, and put it in place as the state directory DIR.
+
+    Run it as the user of the service, while the service does not run.
+    """
+    folder = folder or session().state_dir
+    if folder is None and not only_check:
+        raise click.UsageError("name the new state directory with --to DIR, or verify only with --check")
+    known = keys.identities(identities)
+    with streams.source(file) as source:
+        sealed = codec.read(source)
+        key = codec.by_identities(sealed.head, known, RequiredBinding())
+        try:
+            reader = ArchiveReader(sealed, key)
+            if folder is None or only_check:
+                for entry in reader.entries():
+                    for _ in entry.content:
+                        """It is verified by being read."""
+                folder = None
+            else:
+                _place(reader, folder.absolute(), force=force)
+        except DecryptFailed as exc:
+            raise codec.Damaged from exc
+    manifest = reader.verified
+    if folder is None:
+        _report(f"{file} is complete and unchanged: a backup of {_origin(manifest)}", manifest)
+        return
+    _report(f"restored the backup of {_origin(manifest)} to {folder}", manifest)
+    _tell_next(manifest, folder.absolute())
+
+
+def _place(reader: ArchiveReader, folder: Path, *, force: bool) -> None:
+    """Write all of an archive beside ``folder``, and rename it once it is verified.
+
+    A mount point cannot be renamed: there each name is, from a folder within. Raises NotEmpty.
+    """
+    is_mount = folder.is_mount()
+    names = (
+        {path.name for path in folder.iterdir()} - (_MOUNTED if is_mount else set())
+        if folder.exists()
+        else set()
+    )
+    if names and (is_mount or not force):
+        raise NotEmpty(f"{folder} is not empty")
+    owner = folder.stat() if folder.exists() else None
+    make_folders(folder.parent)
+    with _temporary(folder if is_mount else folder.parent, folder.name) as made:
+        for entry in reader.entries():
+            _write(made, entry)
+        if owner is not None and os.geteuid() == 0:
+            for path in (made, *made.rglob("*")):
+                os.chown(path, owner.st_uid, owner.st_gid)
+        os.sync()
+        if is_mount:
+            for path in made.iterdir():
+                path.rename(folder / path.name)
+        else:
+            if names:
+                kept = folder.with_name(f"{folder.name}.replaced-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+                folder.rename(kept)
+                terminal.say(f"kept what was there as {kept}")
+            made.rename(folder)
+    sync_folder(folder if is_mount else folder.parent)
+
+
+@contextmanager
+def _temporary(parent: Path, name: str) -> Iterator[Path]:
+    """A folder (0700) that is removed unless it was renamed."""
+    made = parent / f".{name}.restoring-{os.urandom(4).hex()}"
+    made.mkdir(mode=0o700)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _write(folder: Path, entry: Entry) -> None:
+    path = folder / entry.name
+    for above in reversed(Path(entry.name).parents):  # mkdir gives no mode to parents
+        (folder / above).mkdir(mode=0o700, exist_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:  # noqa: PTH123 -- a descriptor, not a path
+        file.writelines(entry.content)
+    os.utime(path, (entry.mtime, entry.mtime))
+
+
+def _origin(manifest: Manifest) -> str:
+    return f"{time_text(manifest.made_at)} of {manifest.host}"
+
+
+def _report(done: str, manifest: Manifest) -> None:
+    if printed_as_json(
+        {
+            "made_at": time_text(manifest.made_at),
+            "host": manifest.host,
+            "install": manifest.install_id,
+            "files": len(manifest.files),
+            "bytes": manifest.size,
+            "left_out": list(manifest.left_out),
+        }
+    ):
+        return
+    terminal.say(f"{done}: {len(manifest.files)} files, {size_text(manifest.size)}")
+    for note in manifest.left_out:
+        terminal.say(f"not included: {note}")
+
+
+def _tell_next(manifest: Manifest, folder: Path) -> None:
+    age_s = max(0.0, (datetime.now(UTC) - manifest.made_at).total_seconds())
+    terminal.say(
+        f"warning: this is the state of {age_s / 3600:.1f} hours ago. Tokens that were revoked since are "
+        "valid again: revoke them once more. Key versions made since are not in it"
+    )
+    for file in manifest.files:
+        if file.origin and file.name != SETTINGS and file.origin != str(folder / file.name):
+            terminal.say(f"{folder / file.name} was {file.origin}: the settings may name it there")
+    config = f" --config {folder / SETTINGS}" if (folder / SETTINGS).exists() else ""
+    terminal.say(f"next: start the service with{config} --state-dir {folder}, for example `kms up`")
+    terminal.say(
+        f"then: kms doctor{config} --state-dir {folder}; kms audit verify{config} --state-dir {folder}"
+    )

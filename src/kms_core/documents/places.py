@@ -1,0 +1,123 @@
+"""Places of a document: a file, or an object in a bucket, each written by compare-and-set only."""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol
+
+from kms_core import secure_files
+from kms_core.s3 import conditions
+from kms_core.s3.bucket import Bucket, If
+from kms_protocol import small_files
+from kms_protocol.errors import ConfigurationError
+
+MOST_BYTES: Final = 4 * 1024 * 1024
+
+
+class Content(NamedTuple):
+    """The bytes at a place, None if they are those of the tag that the caller knows."""
+
+    data: bytes | None
+    tag: str
+
+
+class Place(Protocol):
+    """One place. A tag names what lies there and changes with each write; it is empty if nothing does."""
+
+    def read(self, unless: str = "") -> Content:
+        """The content; ``unless`` is a tag that the caller knows. Raises OSError and what stores raise."""
+
+    def write(self, data: bytes, tag: str) -> bool:
+        """Replace the content of this tag. Returns False, and writes nothing, if there is another.
+
+        Raises as ``read``; the outcome is then unknown.
+        """
+
+    def check(self) -> None:
+        """Raise ConfigurationError if the place ignores conditions; others as ``write``."""
+
+
+class FilePlace:
+    """A file (0600) that processes of one host share, written under a lock."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def read(self, unless: str = "") -> Content:
+        try:
+            data = small_files.read(self._path, MOST_BYTES)
+        except FileNotFoundError:
+            return Content(b"", "")
+        tag = hashlib.sha256(data).hexdigest()
+        return Content(None if tag == unless else data, tag)
+
+    def write(self, data: bytes, tag: str) -> bool:
+        secure_files.make_folders(self._path.parent)
+        with locked(self._path.with_name(f"{self._path.name}.lock")):
+            if self.read().tag != tag:
+                return False
+            secure_files.write(self._path, data, locked=True)
+            return True
+
+    def check(self) -> None:
+        """A file has a lock."""
+
+
+class ObjectPlace:
+    """An object, written with ``If-Match`` by its ETag, the first time with ``If-None-Match``."""
+
+    def __init__(self, bucket: Bucket, key: str) -> None:
+        self.bucket = bucket
+        self._key = key
+        self._is_checked = False
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket.name}/{self._key}"
+
+    def read(self, unless: str = "") -> Content:
+        return Content(*self.bucket.get(self._key, unless))
+
+    def write(self, data: bytes, tag: str) -> bool:
+        return self.bucket.put(self._key, data, If(etag=tag) if tag else If(absent=True), "document")
+
+    def check(self) -> None:
+        """Try conditional writes that must fail, and one that must not, on an object beside the document.
+
+        It stays, so that this needs no right to delete. Once for each process.
+        """
+        if self._is_checked:
+            return
+        probe = f"{self._key}.probe"
+        ignored = conditions.ignored(self.bucket, probe, uploads=False)
+        found = self.bucket.head(probe)  # whatever others put there
+        known = If(etag=found.etag if found else "")
+        if ignored or not self.bucket.put(probe, conditions.PROBE, known, conditions.MARK):
+            raise ConfigurationError(
+                f"{self}: this bucket ignores {' and '.join(ignored) or 'the ETag'} on writes, so two hosts "
+                "could overwrite each other's changes: use a store with conditional writes (docs/hosts.md)"
+            )
+        self._is_checked = True
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a file, which is created.
+
+    Yields False, without the lock, if others have it and ``wait`` is False. Raises OSError.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(lock)

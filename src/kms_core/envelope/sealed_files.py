@@ -1,0 +1,297 @@
+"""Key files of the service that are age files themselves: sealed under a root, opened by it.
+
+A root is a key of the service (``use = "seal"``): then our stanzas bind the file to its name, such as
+``payroll`` or ``kms:spool``, under a tenant and a context that no caller can give. Or it is the identities of
+one file, native ones or those of age plugins: then any age tool can make and open it.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol
+
+from kms_core.age import armor, header, stream
+from kms_core.age.header import FILE_KEY_BYTES, SYNC_LIMITS, Header, Stanza
+from kms_core.age.plugin_identity import PREFIX, PluginIdentity
+from kms_core.age.recipients import Identity, Recipient, parse_identity, parse_recipient
+from kms_core.age.x25519 import NoMatch
+from kms_core.envelope import binding, sealing
+from kms_core.envelope.binding import BoundStanzas, KeyRef
+from kms_core.envelope.sealing import WrappingKey
+from kms_protocol import small_files
+from kms_protocol.context import Context
+from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed, TooLarge
+
+TENANT: Final = "kms:sealed"
+"""The tenant of sealed files; the names of tenants in settings and tokens have no colon."""
+NAME: Final = "kms:sealed"
+"""The pair of the context, whose value is the name of the file; callers may use no key with this prefix."""
+RECOVERY: Final = "# recovery: "
+"""Begins a line of the content that names a recipient, for which the file is sealed as well."""
+_RECOVERY_LINE: Final = re.compile(rb"^# recovery: ([!-~]+)$", re.MULTILINE)
+
+
+class NotOpenedYet(BackendUnavailable):
+    """The process that opens sealed files has not seen this one yet: try again in a second."""
+
+
+class StoredKeys(NamedTuple):
+    """The identities, opened, and the recipient in use, None for the last identity. ``stamp`` names both."""
+
+    stamp: object
+    identities: bytes
+    recipient: bytes | None
+
+
+class KeySource(Protocol):
+    """A place of identities, which are added before they are used.
+
+    ``private`` and ``public`` name it in messages. ``publish_s`` is the wait (s) before an identity that was
+    added is used: twice the time in which all processes read a change.
+    """
+
+    @property
+    def private(self) -> Path | str: ...
+    @property
+    def public(self) -> Path | str | None: ...
+    @property
+    def publish_s(self) -> float: ...
+
+    def stamp(self) -> object:
+        """A value that changes with the content. Raises OSError, BackendUnavailable."""
+
+    def read(self) -> StoredKeys:
+        """The content. Raises ConfigurationError, BackendUnavailable, OSError."""
+
+    def add(self, block: bytes) -> bool:
+        """Append lines with an identity. Returns True if processes must open it before it is used.
+
+        Nothing is written if the old content cannot be opened. Raises OSError, BackendUnavailable.
+        """
+
+    def use(self, recipient: str) -> None:
+        """Have new files sealed for a recipient whose identity was added. Raises as ``add``."""
+
+    def behind(self, stamp: object) -> str:
+        """The reason why the content of this stamp may lack a version that seals; empty if it cannot."""
+
+    @property
+    def is_late(self) -> bool:
+        """True if changes by other hosts were not read for ten seconds."""
+
+
+class SealedFiles(Protocol):
+    """Opens and seals key files by their names: a key id, or ``kms:`` and one of the service's own."""
+
+    def open(self, name: str, sealed: bytes) -> bytes:
+        """The content of a sealed file.
+
+        Raises BackendUnavailable while the root cannot be asked, ConfigurationError if it does not open it.
+        """
+
+    def seal_again(self, name: str, content: bytes, sealed: bytes) -> bytes:
+        """Seal new content under the root of ``sealed``. Raises as ``open``."""
+
+    def document(self, name: str, url: str) -> KeySource:
+        """The identities of the Age key ``name`` in a signed document. Raises ConfigurationError."""
+
+
+class RootKey(Protocol):
+    """A key that seals files (see ``keyring.Key``)."""
+
+    def wrapping(self, tenant: str) -> Sequence[WrappingKey]: ...
+    def unwrapping(self, tenant: str, bound: BoundStanzas) -> Iterator[WrappingKey]: ...
+
+
+SealingIdentity = Identity | PluginIdentity
+
+
+def read_identities(path: Path) -> list[SealingIdentity]:
+    """The identities of a file, native or of plugins. Raises ConfigurationError, which names the line."""
+    try:
+        lines = small_files.text(path).splitlines()
+    except OSError as exc:
+        raise ConfigurationError(
+            f"The identity that opens sealed keys, {path}, cannot be read ({exc.strerror}): "
+            "check kms.age.seal_identity_path"
+        ) from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigurationError(
+            f"{path} is not text: kms.age.seal_identity_path names age identities"
+        ) from exc
+    found: list[SealingIdentity] = []
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line or line.startswith("#"):
+            continue
+        try:
+            found.append(PluginIdentity.parse(line) if line.startswith(PREFIX) else parse_identity(line))
+        except ValueError as exc:
+            raise ConfigurationError(f"Line {number} of {path} is not an age identity ({exc})") from exc
+    if not found:
+        raise ConfigurationError(f"{path} holds no age identity: kms.age.seal_identity_path needs one")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _RecoveryRecipient:
+    """A recipient as a ``sealing.Wrapper`` that only wraps."""
+
+    recipient: Recipient
+
+    def wrap(self, file_key: bytes, key: KeyRef, aad: bytes) -> Stanza:
+        del key, aad
+        return self.recipient.wrap(file_key)
+
+    def unwrap(self, stanza: Stanza, key: KeyRef, aad: bytes) -> bytes:
+        del stanza, key, aad
+        raise NoMatch
+
+    def origin_key(self, key: KeyRef) -> None:
+        del key
+
+
+Documents = Callable[[str, str, "FileSealer", SealedFiles | None], KeySource]
+"""Opens a document: name, URL, what seals it, and what opened it in another process, None for none."""
+
+
+class FileSealer:
+    """Seals and opens key files in this process, with a call to the root for each."""
+
+    def __init__(
+        self,
+        roots: Callable[[], Mapping[str, RootKey]],
+        identities: Callable[[], Sequence[SealingIdentity]],
+        documents: Documents | None = None,
+    ) -> None:
+        """``roots`` are the keys that seal, ``identities`` those of ``[kms.age] seal_identity_path``.
+
+        Both are called when they are needed, and may raise ConfigurationError. ``documents`` opens documents
+        with keys.
+        """
+        self._roots, self._identities, self._documents = roots, identities, documents
+
+    def open(self, name: str, sealed: bytes) -> bytes:
+        """As ``SealedFiles.open``."""
+        try:
+            data = armor.dearmor(sealed) if sealed.startswith(armor.BEGIN) else sealed
+            head = header.parse(data, SYNC_LIMITS)
+            bound = binding.read(head)
+            file_key = self._opened(head) if bound is None else self._unwrapped(name, head, bound)
+            return sealing.open_(data, head, file_key)
+        except NoMatch:
+            raise ConfigurationError(
+                "it is sealed for none of the identities in kms.age.seal_identity_path: name the right ones, "
+                "or seal it again for one of them"
+            ) from None
+        except (DecryptFailed, TooLarge):
+            raise ConfigurationError(
+                f"it was not sealed as {name}, or by another root, or it is damaged: put the right file "
+                f"there, or make one with `kms keygen --sealed-by KEY --for {name}`"
+            ) from None
+
+    def seal(self, name: str, content: bytes, root: str | None) -> bytes:
+        """Seal content under the root key ``root``; None: for the first of the identities.
+
+        It is sealed for the recipients of its recovery lines as well. Raises as ``SealedFiles.open``.
+        """
+        recovery = [_RecoveryRecipient(recipient) for recipient in recoveries(content)]
+        if root is None:
+            file_key = os.urandom(FILE_KEY_BYTES)
+            stanzas = [each.recipient.wrap(file_key) for each in recovery]
+            stanzas += _wraps(self._identities()[0], file_key)
+            nonce = os.urandom(stream.NONCE)
+            head = header.render(stanzas, file_key) + nonce
+            return head + stream.seal(stream.payload_key(file_key, nonce), content)
+        keys = list(self._root(root).wrapping(TENANT))
+        unused = keys[0][1]  # a recovery recipient is no key of ours
+        return sealing.seal(content, [*keys, *((each, unused) for each in recovery)], _context(name))
+
+    def seal_again(self, name: str, content: bytes, sealed: bytes) -> bytes:
+        """As ``SealedFiles.seal_again``."""
+        return self.seal(name, content, root_of(sealed))
+
+    def document(self, name: str, url: str, opened: SealedFiles | None = None) -> KeySource:
+        """As ``SealedFiles.document``. Its content is opened by ``opened``, and sealed by this one."""
+        if self._documents is None:
+            raise ConfigurationError(f"{url} cannot be read: this program reads no documents")
+        return self._documents(name, url, self, opened)
+
+    def _root(self, key_id: str) -> RootKey:
+        try:
+            return self._roots()[key_id]
+        except KeyError:
+            raise ConfigurationError(
+                f"the settings have no key {key_id} that seals: write [kms.keys.{key_id}] with its uri and "
+                'use = "seal"'
+            ) from None
+
+    def _unwrapped(self, name: str, head: Header, bound: BoundStanzas) -> bytes:
+        """The file key, from the first backend of the root that answers."""
+        away: BackendUnavailable | None = None
+        for backend, ref in self._root(bound.key_id).unwrapping(TENANT, bound):
+            try:
+                return sealing.file_key_of(head, backend, ref, context=_context(name), bound=bound)
+            except NoMatch:
+                continue
+            except BackendUnavailable as exc:
+                away = exc
+        raise away or DecryptFailed
+
+    def _opened(self, head: Header) -> bytes:
+        """The file key, from the first identity that opens a stanza."""
+        away: BackendUnavailable | None = None
+        for identity in self._identities():
+            try:
+                file_key = _first(identity, head.stanzas)
+            except NoMatch:
+                continue
+            except BackendUnavailable as exc:
+                away = exc
+            else:
+                head.check_mac(file_key)
+                return file_key
+        raise away or NoMatch
+
+
+def root_of(sealed: bytes) -> str | None:
+    """The root key that a sealed file names, not verified; None for one that is sealed for identities.
+
+    Raises ConfigurationError if its header is damaged.
+    """
+    try:
+        data = armor.dearmor(sealed) if sealed.startswith(armor.BEGIN) else sealed
+        bound = binding.read(header.parse(data, SYNC_LIMITS))
+    except (DecryptFailed, TooLarge):
+        raise ConfigurationError("its header is damaged: put a backup in its place") from None
+    return bound.key_id if bound else None
+
+
+def recoveries(content: bytes) -> list[Recipient]:
+    """The recipients of the recovery lines. Raises ConfigurationError for one that is no age recipient."""
+    try:
+        return [parse_recipient(text.decode("ascii")) for text in _RECOVERY_LINE.findall(content)]
+    except ValueError as exc:
+        raise ConfigurationError(f"a recovery line names no age recipient ({exc})") from exc
+
+
+def _context(name: str) -> Context:
+    return Context.reserved({NAME: name})
+
+
+def _first(identity: SealingIdentity, stanzas: Iterable[Stanza]) -> bytes:
+    if isinstance(identity, PluginIdentity):
+        return identity.unwrap_first(list(stanzas))
+    for stanza in stanzas:
+        try:
+            return identity.unwrap(stanza)
+        except NoMatch:
+            continue
+    raise NoMatch
+
+
+def _wraps(identity: SealingIdentity, file_key: bytes) -> list[Stanza]:
+    if isinstance(identity, PluginIdentity):
+        return identity.wrap(file_key)
+    return [identity.recipient.wrap(file_key)]

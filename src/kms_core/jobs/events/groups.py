@@ -1,0 +1,48 @@
+"""Groups of jobs: counted for their submitter, and told once all jobs have ended.
+
+The number of jobs is in the sealed record of each. So write access to Redis can hide jobs, and then the group
+does not end; it cannot have a group told as ended with fewer jobs, or with other ends than were signed.
+"""
+
+from collections import Counter
+from typing import Final
+
+from kms_core.jobs.events import transitions
+from kms_core.jobs.events.transitions import Transition
+from kms_core.jobs.events.webhook import group_body
+from kms_core.jobs.spec import AnyJob
+from kms_core.jobs.store.store import JobStore
+from kms_protocol import job_groups
+
+_MOST_FAILED: Final = 10
+
+
+def group_of(store: JobStore, tenant: str, name: str) -> job_groups.GroupOut:
+    """A group of a tenant as its jobs are told. Raises UnknownJob, JobsUnavailable."""
+    jobs = store.group(tenant, name)
+    sizes = {job.accepted.group_jobs for job in jobs if job.accepted}
+    most = max(sizes)
+    return job_groups.GroupOut(
+        name=name,
+        jobs=most,
+        submitted=len(jobs),
+        states=dict(Counter(job.state for job in jobs)),
+        ended=len(jobs) >= most and all(job.ended for job in jobs),
+        failed=[job.job_id for job in jobs if job.ended and job.state != "succeeded"][:_MOST_FAILED],
+    )
+
+
+def ended(
+    store: JobStore, accepted: AnyJob, seen: Transition
+) -> tuple[str, job_groups.GroupOut, bytes] | None:
+    """The end of a group: its event id, the group and the event's body; None if not all jobs have ended.
+
+    ``accepted`` is the job that ended last. Raises UnknownJob, JobsUnavailable.
+    """
+    if not accepted.group:
+        return None
+    found = group_of(store, accepted.tenant, accepted.group)
+    if not found.ended:
+        return None
+    event_id = transitions.group_event_id(seen)
+    return event_id, found, group_body(event_id, found, seen.at)

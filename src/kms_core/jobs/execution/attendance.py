@@ -1,0 +1,116 @@
+"""State that a process that runs jobs shares with its parent: when to stop, what waits, and that it hangs.
+
+The parent makes both before it forks. Without them (in the API, in tests) nothing stops a process.
+"""
+
+import math
+import mmap
+import os
+import signal
+import struct
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+
+_CLOCK: Final = struct.Struct("d")
+_WANTED: Final = _CLOCK.size  # behind the time to stop
+_MOST_BYTES: Final = 4096  # PIPE_BUF: so much is written to a pipe in one piece
+_MOST_RESOURCES: Final = 8
+
+
+class Stall(msgspec.Struct, frozen=True):
+    """A process that hangs in a job, and the resources that the job uses."""
+
+    pid: int
+    job_id: str
+    resources: list[str]
+
+
+class Attendance:
+    """Memory and a pipe that a parent shares with the processes that it forks."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 2 * _CLOCK.size)
+        _CLOCK.pack_into(self._memory, 0, math.inf)
+        _CLOCK.pack_into(self._memory, _WANTED, -math.inf)
+        self._reads, self._writes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def stop_in(self, seconds: float) -> None:
+        """Have attempts that still run by then handed back."""
+        _CLOCK.pack_into(self._memory, 0, time.monotonic() + seconds)
+
+    @property
+    def stops_at(self) -> float:
+        """The time of ``time.monotonic`` at which attempts are to stop; infinite if none was set."""
+        (at,) = _CLOCK.unpack_from(self._memory)
+        return float(at)
+
+    def want(self) -> None:
+        """Note that a message waits which is no wake-up."""
+        _CLOCK.pack_into(self._memory, _WANTED, time.monotonic())
+
+    @property
+    def wanted_at(self) -> float:
+        """The time of ``time.monotonic`` of the last note."""
+        (at,) = _CLOCK.unpack_from(self._memory, _WANTED)
+        return float(at)
+
+    def announce(self, stall: Stall) -> None:
+        """Tell the parent that this process hangs."""
+        line = msgspec.json.encode(Stall(stall.pid, stall.job_id, stall.resources[:_MOST_RESOURCES])) + b"\n"
+        os.write(self._writes, line[-_MOST_BYTES:])
+
+    def stalls(self) -> Iterator[Stall]:
+        """Announcements since the last call."""
+        try:
+            lines = os.read(self._reads, 16 * _MOST_BYTES).splitlines()
+        except BlockingIOError:
+            return
+        for line in lines:
+            try:
+                yield msgspec.json.decode(line, type=Stall)
+            except msgspec.DecodeError:
+                continue
+
+
+_shared: list[Attendance] = []
+
+
+def share(found: Attendance) -> None:
+    """Use it in this process, and in those that it forks."""
+    _shared[:] = [found]
+
+
+def stops_at() -> float:
+    """As ``Attendance.stops_at``; infinite where nothing is shared."""
+    return _shared[0].stops_at if _shared else math.inf
+
+
+def is_wanted(since: float) -> bool:
+    """True if a message other than a wake-up came after ``since``: it may wait for this process."""
+    return bool(_shared) and _shared[0].wanted_at >= since
+
+
+def want() -> None:
+    """Note such a message, in the parent."""
+    if _shared:
+        _shared[0].want()
+
+
+def is_stopping() -> bool:
+    """Return whether the worker has been told to stop: no further job is begun."""
+    return not math.isinf(stops_at())
+
+
+def leave(stall: Stall | None) -> None:
+    """End this process now, from any thread; the parent is told first of a stall.
+
+    A thread that waits for a disk in the kernel (state D) keeps the process until the disk answers.
+    """
+    if not _shared:
+        return
+    if stall is not None:
+        _shared[0].announce(stall)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,228 @@
+"""The spool in a bucket: one object for each blob, ``<prefix><folder>/<name>``, byte for byte as its file.
+
+An answered write is durable. A blob appears whole or not at all: below one part it is one PUT, above it a
+multipart upload. Writes ask for a free name (``If-None-Match: *``) where the store knows that. The spool's
+errors are raised in place of the store's; after a call without an answer others fail at once for a second,
+and for up to 8 after several.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Final
+
+import structlog
+
+from kms_core.jobs.storage.blob_store import SpoolNote
+from kms_core.s3.bucket import ALWAYS, Bucket, ObjectHead, StoreRefused
+from kms_core.s3.connection import StoreAway
+from kms_core.s3.multipart import ObjectReader
+from kms_core.s3.read_ahead import ReadAhead
+from kms_core.s3.streams import BufferPool, StreamedObject
+from kms_core.settings.model import Settings
+from kms_core.settings.stores import SpoolBucketSection as Section
+from kms_core.stores import line_of
+from kms_protocol.errors import (
+    InvalidRequest,
+    KmsError,
+    RecordRefused,
+    ResultExpired,
+    SpoolFull,
+    SpoolUnavailable,
+    Unavailable,
+)
+
+WHERE: Final = "kms.jobs.spool_bucket"
+UNFINISHED_S: Final = 86_400.0
+"""So old is a multipart upload of a writer that was killed: one that goes on looks the same."""
+
+_USAGE_CACHE_S: Final = 30.0
+_AWAY_S: Final = 1.0
+_LONGEST_AWAY_S: Final = 8.0
+_ROOM_BYTES: Final = 1 << 62  # a store does not tell how much it takes
+_FULL_CODES: Final = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded")
+_FULL: Final = (
+    "The bucket of uploads and results takes no more: wait until results expire, or raise its quota"
+)
+_AWAY: Final = "The bucket of uploads and results does not answer: try again later"
+_REFUSED: Final = (
+    "The bucket of uploads and results refuses this ({said}): the operator checks [kms.jobs.spool_bucket], "
+    "the policy of the bucket and the clock, and kms doctor"
+)
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class ObjectSink:
+    """A new object of the spool."""
+
+    out: StreamedObject
+    spool: "SpoolBucket"
+
+    def write_at(self, data: memoryview, position: int) -> None:
+        with self.spool.errors(goes_on=True):
+            self.out.write_at(data, position)
+
+    def finish(self) -> None:
+        with self.spool.errors(goes_on=True):
+            self.out.finish()
+
+
+@dataclass(slots=True)
+class SpoolBucket:
+    """A bucket as ``BlobStore``. ``prefix`` is empty or ends in a slash."""
+
+    bucket: Bucket
+    prefix: str
+    pool: BufferPool
+    usage_cache_s: float = _USAGE_CACHE_S
+    is_remote: bool = True
+    _no_answer: bool = field(default=False, init=False)
+    _away_s: float = field(default=_AWAY_S, init=False)
+    _away_until: float = field(default=0.0, init=False)
+
+    @property
+    def is_away(self) -> bool:
+        """Return whether it does not answer, or is not asked: a write that goes on may have an answer."""
+        return self._no_answer or time.monotonic() < self._away_until
+
+    @contextmanager
+    def create(self, folder: str, name: str, declared_bytes: int = 0) -> Iterator[ObjectSink]:
+        self.check()  # nothing is read of an upload that cannot be kept
+        mark = f"spool/{os.urandom(16).hex()}"
+        with closing(
+            StreamedObject(self.bucket, self._key(folder, name), mark, self.pool, declared_bytes)
+        ) as out:
+            try:
+                yield ObjectSink(out, self)
+            except BaseException:
+                out.discard()
+                raise
+
+    @contextmanager
+    def open(self, folder: str, name: str) -> Iterator[ReadAhead]:
+        with self.errors():
+            key = self._key(folder, name)
+            found = self._found(key)
+            source = ObjectReader(self.bucket, key, found.etag, found.size)
+        with closing(ReadAhead(source, self.pool, lambda exc: self._read_error(source.key, exc))) as reader:
+            yield reader
+
+    def put(self, folder: str, name: str, data: bytes, *, durable: bool) -> None:
+        del durable  # it is
+        with self.errors():
+            self.bucket.put(self._key(folder, name), data, ALWAYS, "spool")
+
+    def get(self, folder: str, name: str, most_bytes: int) -> SpoolNote:
+        key = self._key(folder, name)
+        with self.errors():
+            found = self._found(key)
+            data = ObjectReader(self.bucket, key, found.etag, found.size).read_at(0, most_bytes)
+            return SpoolNote(data, found.modified or time.time())
+
+    def names(self, folder: str, young_s: float = math.inf) -> list[str]:
+        prefix = self._key(folder, "")
+        with self.errors():
+            found = [each.key for each in self.bucket.listed(prefix) if each.age_s <= young_s]
+        return [key.removeprefix(prefix) for key in found]
+
+    def remove(self, folder: str, name: str) -> None:
+        with self.errors():
+            self.bucket.delete(self._key(folder, name))
+
+    def remove_folder(self, folder: str) -> bool:
+        try:
+            with self.errors():
+                for found in list(self.bucket.listed(self._key(folder, ""))):
+                    self.bucket.delete(found.key)
+        except SpoolUnavailable:
+            return False
+        return True
+
+    def folders(self, older_than_s: float) -> Iterator[str]:
+        youngest: dict[str, float] = {}
+        with self.errors():
+            for found in self.bucket.listed(self.prefix):
+                folder = found.key.removeprefix(self.prefix).partition("/")[0]
+                youngest[folder] = min(found.age_s, youngest.get(folder, found.age_s))
+        return (folder for folder, age_s in youngest.items() if age_s > older_than_s)
+
+    def sweep(self) -> None:
+        with self.errors():
+            for found in list(self.bucket.unfinished(self.prefix)):
+                if found.age_s > UNFINISHED_S:
+                    self.bucket.abort(found.key, found.upload)
+                    _log.info("spool.upload_aborted")
+
+    def used_bytes(self) -> int:
+        with self.errors():
+            return sum(found.size for found in self.bucket.listed(self.prefix))
+
+    def free_bytes(self) -> int:
+        return _ROOM_BYTES
+
+    @contextmanager
+    def errors(self, *, goes_on: bool = False) -> Iterator[None]:
+        """Raise SpoolUnavailable and SpoolFull in place of the store's errors.
+
+        ``goes_on``: it asks the store also while others get no answer.
+        """
+        if not goes_on:
+            self.check()
+        try:
+            yield
+        except (StoreRefused, Unavailable) as exc:
+            raise self._error(exc) from exc
+        self._no_answer, self._away_s = False, _AWAY_S
+
+    def check(self) -> None:
+        """Raise SpoolUnavailable for some time after a call without an answer."""
+        if time.monotonic() < self._away_until:
+            raise SpoolUnavailable(_AWAY)
+
+    def _error(self, exc: StoreRefused | Unavailable) -> KmsError:
+        said = exc.said if isinstance(exc, StoreRefused) else ""
+        full = isinstance(exc, StoreRefused | StoreAway) and exc.status == HTTPStatus.INSUFFICIENT_STORAGE
+        if full or said.endswith(_FULL_CODES):
+            return SpoolFull(_FULL)
+        if said:
+            return SpoolUnavailable(_REFUSED.format(said=said))
+        if isinstance(exc, StoreAway):
+            self._no_answer, self._away_until = True, time.monotonic() + self._away_s
+            self._away_s = min(2 * self._away_s, _LONGEST_AWAY_S)
+            return SpoolUnavailable(_AWAY)
+        return exc if isinstance(exc, SpoolUnavailable) else SpoolUnavailable(exc.detail)
+
+    def _read_error(self, key: str, exc: KmsError) -> KmsError:
+        """The error of a read: ResultExpired if the object is gone, RecordRefused if it is another."""
+        if isinstance(exc, StoreRefused | Unavailable):
+            return self._error(exc)
+        if not isinstance(exc, InvalidRequest):
+            return exc
+        with self.errors():
+            return ResultExpired() if self.bucket.head(key) is None else RecordRefused()
+
+    def _found(self, key: str) -> ObjectHead:
+        found = self.bucket.head(key)
+        if found is None:
+            if self.bucket.is_missing(key):
+                raise ResultExpired
+            raise Unavailable(_AWAY)
+        return found
+
+    def _key(self, folder: str, name: str) -> str:
+        return f"{self.prefix}{folder}/{name}"
+
+
+def build(settings: Settings, section: Section) -> SpoolBucket:
+    """The bucket of ``[kms.jobs.spool_bucket]``; reads files of secrets, connects to nothing.
+
+    Raises ConfigurationError.
+    """
+    line = line_of(WHERE, section, strict=settings.is_prod)
+    bucket = Bucket(section.bucket, line, path_style=section.path_style)
+    return SpoolBucket(bucket, section.prefix, BufferPool(section.buffer_bytes))

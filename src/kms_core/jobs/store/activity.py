@@ -1,0 +1,242 @@
+"""Workers and what they do, queues, and the jobs of the last hours, for the pages; changes nothing.
+
+All reads are bounded: none costs more where there are more jobs. Any user of this Redis can write what is
+read here, so texts are cut, and a job is told of only after the store has verified whose it is.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from kms_core.jobs.spec import QUEUES
+from kms_core.jobs.store.maintenance import WORKER_SEEN_S
+from kms_core.jobs.store.redis_keys import PREFIX, answered, job_key, number, redis_errors
+from kms_core.jobs.store.store import JobStore
+from kms_protocol.wire import STATES, Priority
+
+MOST_WORKERS: Final = 100
+MOST_LEASES: Final = 200
+SAMPLE: Final = 5
+"""The jobs of each interval whose durations are looked at."""
+_MOST_CHARS: Final = 120
+_YEAR_10000: Final = 253_402_300_800.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerActivity:
+    """A worker as Redis knows it.
+
+    ``silent_s`` is the time since its last heartbeat; None for one that was told to stop and has jobs left.
+    ``started`` is in seconds since the epoch. ``version`` and ``started`` are empty for workers of 0.1.
+    ``jobs`` are the ids of jobs that it runs, of a part that of the whole. ``stuck`` of its processes cannot
+    be ended. It takes no job that uses a resource in ``left_alone``: attempts hung there.
+    """
+
+    name: str
+    silent_s: float | None
+    processes: int = 0
+    queues: tuple[str, ...] = ()
+    version: str = ""
+    started: float = 0.0
+    stuck: int = 0
+    left_alone: tuple[str, ...] = ()
+    jobs: tuple[str, ...] = ()
+
+    @property
+    def is_live(self) -> bool:
+        return self.silent_s is not None and self.silent_s <= WORKER_SEEN_S
+
+    @property
+    def state(self) -> str:
+        if self.silent_s is None:
+            return "stopping"
+        if not self.is_live:
+            return "not seen"
+        return ("working" if self.jobs else "idle") if self.queues else "starting"
+
+
+@dataclass(frozen=True, slots=True)
+class QueueActivity:
+    """A queue: processes that serve it, and jobs that run.
+
+    ``waiting`` has for each priority the number of ready jobs, and for how long the oldest waits, in seconds.
+    """
+
+    name: str
+    processes: int
+    running: int
+    waiting: Mapping[Priority, tuple[int, float]]
+
+    @property
+    def count(self) -> int:
+        """Ready jobs."""
+        return sum(count for count, _ in self.waiting.values())
+
+    @property
+    def oldest_s(self) -> float:
+        return max(age_s for _, age_s in self.waiting.values())
+
+    @property
+    def is_unserved(self) -> bool:
+        """True if jobs wait and no worker takes them."""
+        return not self.processes and self.count > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """``has_more``: there are more workers or running jobs than are told of.
+
+    ``results`` of ended jobs are kept, and the next one expires at ``expires`` (seconds since the epoch).
+    """
+
+    workers: list[WorkerActivity]
+    queues: list[QueueActivity]
+    has_more: bool
+    results: int
+    expires: float
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Jobs submitted from ``start`` on, in seconds since the epoch, by the state that they are in now.
+
+    ``waited_s`` and ``ran_s`` are means over the newest ``SAMPLE`` of those that succeeded; None without any.
+    """
+
+    start: float
+    counts: Mapping[str, int]
+    waited_s: float | None
+    ran_s: float | None
+
+
+def read(store: JobStore) -> Activity:
+    """All tenants' activity. Raises JobsUnavailable."""
+    now = store.now()
+    with redis_errors():
+        pipeline = store.redis.pipeline(transaction=False)
+        pipeline.zrevrange(f"{PREFIX}workers", 0, MOST_WORKERS - 1, withscores=True)
+        pipeline.zrangebyscore(f"{PREFIX}leased", now, "+inf", 0, MOST_LEASES)
+        pipeline.zcard(f"{PREFIX}ended")
+        pipeline.zrange(f"{PREFIX}ended", 0, 0, withscores=True)
+        seen, leased, ended, first = map(answered, pipeline.execute(raise_on_error=False))
+        seen, leased = seen or [], leased or []
+        pipeline = store.redis.pipeline(transaction=False)
+        for name, _ in seen:
+            pipeline.hget(f"{PREFIX}slots", name)
+            pipeline.hget(f"{PREFIX}stuck", name)
+            pipeline.zrangebyscore(f"{PREFIX}stalls:{_text(name)}", now, "+inf", 0, SAMPLE)
+        for job_id in leased:
+            pipeline.hmget(job_key(_text(job_id)), "worker", "parent", "parts", "queue")
+        found = [answered(one) for one in pipeline.execute(raise_on_error=False)]
+    notes, records = found[: 3 * len(seen)], found[3 * len(seen) :]
+    held, running = _leases(leased, records)
+    workers = [
+        _worker(name, _age(now, at), notes[3 * rank : 3 * rank + 3], held.pop(_text(name), ()))
+        for rank, (name, at) in enumerate(seen)
+    ]
+    workers += [WorkerActivity(name, None, jobs=tuple(jobs)) for name, jobs in held.items()]
+    has_more = len(seen) == MOST_WORKERS or len(leased) == MOST_LEASES
+    queues = _queues(store, workers, running)
+    workers.sort(key=lambda each: each.name)
+    return Activity(workers, queues, has_more, ended or 0, _time(first[0][1]) if first else 0.0)
+
+
+def _leases(
+    leased: Sequence[bytes], records: Sequence[Sequence[bytes | None] | None]
+) -> tuple[dict[str, Sequence[str]], Counter[str]]:
+    """The jobs that each worker runs, and the number of them in each queue; a job in parts runs in these."""
+    held, running = defaultdict(list), Counter[str]()
+    for job_id, record in zip(leased, records, strict=True):
+        worker, parent, parts, queue = record or (None,) * 4
+        if worker and not parts:
+            held[_text(worker).partition("/")[0]].append(_text(parent or job_id))
+            running[_text(queue or b"")] += 1
+    return dict(held), running
+
+
+def _worker(name: bytes, silent_s: float, notes: Sequence[object], jobs: Sequence[str]) -> WorkerActivity:
+    note, stuck, left_alone = notes
+    words = _text(note).split() if isinstance(note, bytes) else []
+    version, started = ([each for each in words[1:] if each not in QUEUES] + ["", ""])[:2]
+    return WorkerActivity(
+        _text(name),
+        silent_s,
+        max(0, int(number(words[0].encode()))) if words else 0,
+        tuple(each for each in words if each in QUEUES),
+        version,
+        _time(number(started.encode())),
+        max(0, int(number(stuck))) if isinstance(stuck, bytes) else 0,
+        tuple(map(_text, left_alone)) if isinstance(left_alone, list) else (),
+        tuple(jobs),
+    )
+
+
+def _queues(
+    store: JobStore, workers: Sequence[WorkerActivity], running: Mapping[str, int]
+) -> list[QueueActivity]:
+    now, ready = store.now(), store.waiting()
+    return [
+        QueueActivity(
+            queue,
+            sum(each.processes for each in workers if each.is_live and queue in each.queues),
+            running[queue],
+            {
+                priority: (count, _age(now, since))
+                for (of, priority), (count, since) in ready.items()
+                if of == queue
+            },
+        )
+        for queue in QUEUES
+    ]
+
+
+def intervals(store: JobStore, tenant: str, every_s: int, count: int) -> list[Interval]:
+    """The last intervals of so many seconds, the oldest first; the last one is not over.
+
+    Raises JobsUnavailable. Lists of jobs are by submission, and a job stays in them for a day after its end.
+    """
+    last = int(store.now()) // every_s * every_s
+    starts = [last - every_s * back for back in reversed(range(count))]
+    with redis_errors():
+        pipeline = store.redis.pipeline(transaction=False)
+        for start in starts:
+            for state in STATES:
+                pipeline.zcount(f"{PREFIX}state:{tenant}:{state}", start, f"({start + every_s}")
+            key = f"{PREFIX}state:{tenant}:succeeded"
+            pipeline.zrevrangebyscore(key, f"({start + every_s}", start, 0, SAMPLE)
+        found = [answered(one) for one in pipeline.execute(raise_on_error=False)]
+        rows = [found[at : at + len(STATES) + 1] for at in range(0, len(found), len(STATES) + 1)]
+        pipeline = store.redis.pipeline(transaction=False)
+        for *_, ids in rows:
+            for job_id in ids or ():
+                pipeline.hmget(job_key(_text(job_id)), "created_at", "started_at", "ended_at")
+        times = map(answered, pipeline.execute(raise_on_error=False))
+        spans = [list(filter(None, (_spans(next(times)) for _ in ids or ()))) for *_, ids in rows]
+    return [
+        Interval(
+            start,
+            {state: int(each or 0) for state, each in zip(STATES, row, strict=False)},
+            *(sum(each) / len(of) for each in zip(*of, strict=True)) if of else (None, None),
+        )
+        for start, row, of in zip(starts, rows, spans, strict=True)
+    ]
+
+
+def _spans(record: Sequence[bytes | None] | None) -> tuple[float, float] | None:
+    """For how long a job waited and ran, in seconds; None unless its record says so."""
+    created, started, ended = (number(one) for one in record or (None,) * 3)
+    return (started - created, ended - started) if 0 < created <= started <= ended else None
+
+
+def _time(at: float) -> float:
+    """Seconds since the epoch; 0 for a time that no calendar has."""
+    return at if 0 < at < _YEAR_10000 else 0.0
+
+
+def _age(now: float, since: float) -> float:
+    return min(max(0.0, now - since), now)
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode(errors="replace")[:_MOST_CHARS]

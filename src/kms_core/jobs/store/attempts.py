@@ -1,0 +1,279 @@
+"""Attempts at jobs, as Redis holds them: claim, renew, commit, finish, put off."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import msgspec
+import redis
+import structlog
+
+from kms_core.jobs.ends import SignedEnd, SignedSplit, Work, needs_proof, spec_digest
+from kms_core.jobs.model import (
+    REFUSED,
+    Attempt,
+    Checkpoint,
+    Commit,
+    Following,
+    Job,
+    NotifyWorker,
+    StoreRules,
+    new_attempt_id,
+)
+from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.spec import ClocksApart, Fields, JobSpec, RecordTooNew, TreePart
+from kms_core.jobs.store import small_blobs
+from kms_core.jobs.store.maintenance import ANY_KEY
+from kms_core.jobs.store.reader import JobReader
+from kms_core.jobs.store.redis_keys import PREFIX, TALLY, busy_key, job_key, number, raise_for, redis_errors
+from kms_core.observability import metrics
+from kms_protocol.errors import JobExpired, UnknownJob
+from kms_protocol.wire import JobState
+
+_MOST_DEFERRALS: Final = 10  # delays are longest by then; in Redis anything may stand
+_log = structlog.get_logger(__name__)
+Asked = tuple[list[str], list[Any]]
+"""Keys and arguments of a script."""
+
+
+class AttemptStore(JobReader):
+    """The worker's side of ``JobStore``: one script each, all safe to repeat."""
+
+    def __init__(
+        self, client: redis.Redis, record_key: RecordKey, notify: NotifyWorker | None, rules: StoreRules
+    ) -> None:
+        """Without ``notify``, the broker's lists are in this Redis, and scripts push wake-ups there."""
+        super().__init__(client, record_key, rules, notify)
+        self._bounds = msgspec.json.encode(rules.resource_leases)
+
+    def claim(self, job_id: str, worker: str) -> Attempt | None:
+        """Take this job.
+
+        None if it ended, is leased to a live worker, is not due, or is capped: that costs no attempt.
+        """
+        found = self._claim(job_id, worker, "", ())
+        return found if isinstance(found, Attempt) else None
+
+    def next(self, worker: str, queue: str, served: Sequence[str], *, woken: bool) -> Attempt | str | None:
+        """Take the next job for a process of a worker; jobs of ``queue`` come first.
+
+        The id of a job where that wants a hand only: to be tidied, or to be ended after its parts. None if no
+        job is ready in the queues ``served``. ``woken``: a wake-up for ``queue`` brought the process here.
+        """
+        others = [each for each in served if each != queue]
+        return self._claim("", worker, queue if woken else "", [queue, *others])
+
+    def _claim(self, job_id: str, worker: str, woken: str, queues: Sequence[str]) -> Attempt | str | None:
+        attempt_id = new_attempt_id()
+        with redis_errors():
+            answer = self._run["claim"](*self._asked(job_id, worker, woken, attempt_id, queues))
+        return self._found_by(worker, attempt_id, answer)
+
+    def _asked(self, job_id: str, worker: str, woken: str, attempt_id: str, queues: Sequence[str]) -> Asked:
+        rules = self.rules
+        most_large = rules.large_leases if rules.has_several_tenants() else 0
+        given = [job_id, worker, rules.lease_s, rules.attempts, rules.keep_record_s, rules.tenant_leases]
+        given += [rules.large_job_bytes, most_large, self._bounds, woken, attempt_id, rules.stall_s, *queues]
+        return [job_key(job_id) if job_id else ANY_KEY, busy_key(worker)], given
+
+    def _found_by(self, worker: str, attempt_id: str, answer: Sequence[bytes]) -> Attempt | str | None:
+        word, *rest = answer
+        name = rest[0].decode(errors="replace") if rest else ""
+        if word == b"closed":
+            metrics.JOBS.labels("any", rest[1].decode()).inc()
+        if word != b"claimed":
+            return name or None
+        try:
+            claim = self._claimed(name, worker, attempt_id, rest[1:])
+        except RecordTooNew as exc:  # its plain fields did not say so
+            self._run["put_aside"]([job_key(name)], [name, attempt_id, exc.feature])
+            return name
+        except UnknownJob:
+            self._close(name, attempt_id, REFUSED)
+            return name
+        return claim if claim.commit or self._is_in_time(claim) else name
+
+    def _is_in_time(self, claim: Attempt) -> bool:
+        """True if a claimed job is in time; else close it, or leave it to a worker whose clock is right."""
+        job_id = claim.accepted.job_id
+        try:
+            claim.accepted.check_expiry(self.now)
+        except JobExpired as exc:
+            self._close(job_id, claim.attempt_id, exc.code)
+        except ClocksApart as exc:
+            _log.error("job.clocks_apart", job_id=job_id, ahead_s=round(time.time() - self.now()))
+            self.defer(claim, exc.retry_after_s, counts=False, away=False)
+        else:
+            return True
+        return False
+
+    def _claimed(self, job_id: str, worker: str, attempt_id: str, answer: Sequence[bytes]) -> Attempt:
+        fence, attempt, sealed, commit, waited, deferrals, log, is_large, has_room = answer
+        self.has_room = bool(int(has_room))
+        key, spec = self.record_key, spec_digest(sealed or b"")
+        claim = Attempt(
+            accepted=key.open(job_id, sealed or b""),
+            worker=worker,
+            attempt_id=attempt_id,
+            fence=int(fence),
+            attempt=int(attempt),
+            waited_s=float(waited),
+            deferrals=int(min(max(number(deferrals), 0), _MOST_DEFERRALS)),
+            is_large=bool(int(is_large)),
+            spec=spec,
+        )
+        return replace(
+            claim,
+            commit=key.open_commit(job_id, commit, claim.bound) if commit else None,
+            log=key.open_log(job_id, log, claim.bound) if log else Checkpoint(),
+        )
+
+    def _close(self, job_id: str, attempt_id: str, code: str) -> None:
+        """End a job that no attempt can do: its record is not as we wrote it, or has expired by our clock."""
+        _log.error("job.closed", job_id=job_id, code=code)
+        with redis_errors():
+            given = [job_id, attempt_id, "failed", code, self.rules.keep_record_s, job_id]
+            self._run["finish"]([job_key(job_id)], given + small_blobs.counted(None))
+        metrics.JOBS.labels("any", "failed").inc()
+
+    def renew(self, claim: Attempt, progress: Fields) -> None:
+        """Extend the lease and tell progress.
+
+        Raises LeaseLost if another attempt holds the job, JobCancelled if it is to stop.
+        """
+        flat = [part for pair in progress.items() for part in pair] or ["worker_seen", 1]
+        with redis_errors():
+            word = self._run["renew"](
+                [job_key(claim.accepted.job_id), busy_key(claim.worker)],
+                [claim.accepted.job_id, claim.attempt_id, self.rules.lease_s, *flat],
+            )[0]
+        raise_for(word)
+
+    def split(self, claim: Attempt, parts: Sequence[JobSpec]) -> None:
+        """Turn the job into the parent of these parts in one step, and notify workers for each."""
+        job_id = claim.accepted.job_id
+        sealed = [self.record_key.seal(part) for part in parts]
+        split = SignedSplit(parts=len(parts), digest=spec_digest(*sealed))
+        flat = [
+            field
+            for part, record in zip(parts, sealed, strict=True)
+            for field in (part.job_id, record, part.items, part.size_bytes, part.work_bytes)
+        ]
+        queue, signed = claim.accepted.queue, self.record_key.sign_split(job_id, split, claim.spec)
+        given = [job_id, claim.attempt_id, signed, self.rules.large_job_bytes, *self.wake_up(queue), *flat]
+        with redis_errors():
+            word, *count = self._run["split"]([job_key(job_id)], given)
+        raise_for(word)
+        self.notify(queue, int(count[0]))
+
+    def end_parent(self, job: Job, end: SignedEnd, spec: bytes) -> None:
+        """End a job all of whose parts have ended, as cancelled if its owner has asked for that.
+
+        Doing it again, or in two workers, changes nothing.
+        """
+        fields: dict[str, int | bytes] = {"parts_left": 0}
+        if needs_proof(end.state, end.error):
+            fields |= {"items_done": end.items_done, "items_failed": end.items_failed}
+            fields["bytes_done"] = end.bytes_done
+            fields |= {f"{TALLY}{name}": number for name, number in end.tallies.items()}
+            fields["end"] = self.record_key.sign_end(job.job_id, end, spec)
+        flat = [part for pair in fields.items() for part in pair]
+        given = [job.job_id, job.attempt_id, end.state, end.error, self.rules.keep_record_s, *flat]
+        with redis_errors():
+            (word, *_), _ = self._waits.run(self._run["end_parent"], [job_key(job.job_id)], given)
+        if word in {b"finished", b"cancelled"}:
+            state = end.state if word == b"finished" else "cancelled"
+            metrics.JOBS.labels(job.kind, state).inc()
+
+    def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
+        """Note how far a part has come.
+
+        Raises LeaseLost if another attempt holds the job, JobCancelled if it is to stop, and
+        DurabilityUnconfirmed for a commit that replicas did not acknowledge.
+        """
+        job_id = claim.accepted.job_id
+        flat = [part for pair in counts.items() for part in pair]
+        given = [claim.attempt_id, self.record_key.sign_log(job_id, log, claim.bound), *flat]
+        self.run_confirmed("step", job_id, given, waits=log.pending is not None)
+
+    def pace(self, job: TreePart, wanted: int) -> tuple[int, float]:
+        """The number of files that may be started now; if none, the seconds until ``wanted`` may be."""
+        with redis_errors():
+            _, granted, wait_s = self._run["pace"](
+                [job_key(job.job_id), f"{PREFIX}pace:{job.owner}"], [job.job_id, wanted, job.rate_per_s]
+            )
+        return int(granted), float(wait_s)
+
+    def committing(self, claim: Attempt, commit: Commit) -> None:
+        """Record the commit: any worker may finish it now, and it cannot be cancelled.
+
+        Raises JobExpired, DurabilityUnconfirmed if replicas did not acknowledge it.
+        """
+        claim.accepted.check_expiry(self.now)
+        self._commit(claim, self.record_key.sign_commit(claim.accepted.job_id, commit, claim.bound))
+
+    def withdraw(self, claim: Attempt) -> None:
+        """Take back a commit that could put nothing in place: the job runs. Raises LeaseLost."""
+        self._commit(claim, b"")
+
+    def _commit(self, claim: Attempt, signed: bytes) -> None:
+        self.run_confirmed("committing", claim.accepted.job_id, [claim.attempt_id, signed])
+
+    def finish(self, claim: Attempt, state: JobState, code: str = "", work: Work | None = None) -> None:
+        """End the job, signed where the end needs a proof.
+
+        Only the attempt that holds the job can; raises LeaseLost otherwise. An end that replicas do not
+        acknowledge stands, and its events wait (``events/outbox.py``).
+        """
+        job_id, keep_s = claim.accepted.job_id, self.rules.keep_record_s
+        fields: dict[str, int | bytes] = {**work.progress} if work else {}
+        if needs_proof(state, code):
+            kept_until = claim.accepted.result_until(self.now()) + keep_s
+            end = claim.end(state, code, work or Work(), kept_until)
+            fields["end"] = self.record_key.sign_end(job_id, end, claim.spec)
+        flat = [part for pair in fields.items() for part in pair]
+        with redis_errors():
+            blob = small_blobs.counted(work.blob if work else None)
+            given = [job_id, claim.attempt_id, state, code, keep_s, claim.accepted.owner, *blob, *flat]
+            word = self._finish([job_key(job_id)], given, claim.following)
+        raise_for(word)
+        if not claim.accepted.parent:
+            metrics.JOBS.labels(claim.accepted.kind, state).inc()
+
+    def _finish(self, keys: Sequence[str], given: Sequence[Any], following: Following | None) -> bytes:
+        if following is None or not following.is_wanted():
+            return self._waits.run(self._run["finish"], keys, given)[0][0]
+        attempt_id = new_attempt_id()
+        asked = self._asked("", following.worker, "", attempt_id, following.queues)
+        first, second = (self._run["finish"], keys, given), (self._run["claim"], *asked)
+        answer, claimed = self._waits.run_both(first, second)
+        if claimed is not None:
+            following.claimed.append(self._found_by(following.worker, attempt_id, claimed))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer[0]
+
+    def defer(
+        self,
+        claim: Attempt,
+        delay_s: float,
+        *,
+        counts: bool,
+        away: bool = True,
+        work_bytes: int | None = None,
+    ) -> None:
+        """Back to the queue, not before ``delay_s`` seconds; ``counts`` says whether the attempt counts.
+
+        A job that is committing keeps its commit, which the next attempt finishes. Raises LeaseLost.
+
+        ``away``: something does not answer, and the next delay will be longer. ``work_bytes`` is what the
+        job turned out to read, for the next claim.
+        """
+        job_id = claim.accepted.job_id
+        found = "" if work_bytes is None else work_bytes
+        large = self.rules.large_job_bytes
+        given = [job_id, claim.attempt_id, delay_s, int(not counts), int(away), found, large]
+        with redis_errors():
+            word = self._run["defer"]([job_key(job_id)], given)[0]
+        raise_for(word)

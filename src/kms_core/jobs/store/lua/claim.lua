@@ -1,0 +1,221 @@
+#!lua flags=allow-oom
+-- Give a process its next job: the oldest of the tenant with the least virtual time, or the one that is named.
+-- O(log n) for each tenant and class that is passed over because all that it has ready is capped.
+-- KEYS: job, or any key of jobs where none is named; busy sign of the worker
+-- ARGV: id or '', worker, lease_s, most attempts, keep_s, most leases of a tenant, bytes of a large job, most
+--   large jobs on this worker (0: any), most leases of each resource as JSON, queue of the wake-up that is
+--   followed or '', id of the new attempt, seconds for which a worker leaves alone what stalled there, queues
+--   that the worker serves, of which the first comes first
+-- Answers `none`; `chore` and a job that wants a hand; `closed`, a job, its state and code; `claimed` and the
+-- job; or why the job that was named is not to be had.
+local worker, tenant_cap, large_cap, attempt_id = ARGV[2], tonumber(ARGV[6]), tonumber(ARGV[8]), ARGV[11]
+local large, bounds = large_key(worker), cjson.decode(ARGV[9])
+local longest_s = 2 * tonumber(ARGV[3])  -- of a lease, also where clocks of servers differ
+
+local function may_be_large()
+  if large_cap <= 0 then return true end
+  return lasting(large, longest_s) < large_cap
+end
+
+local function is_capped(tenant)
+  return lasting(leases_key(tenant), longest_s) >= tenant_cap
+end
+
+-- The first resource of a class that has as many leases as it may.
+local function full_resource(class)
+  for _, resource in ipairs(resources_of(class)) do
+    if bounds[resource] and lasting(used_key(resource), longest_s) >= bounds[resource] then return resource end
+  end
+end
+
+local stalls = {}
+
+-- Whether this worker leaves a class alone: an attempt at one of its resources stalled there. After a while
+-- one attempt at a time is made, until one succeeds.
+local function is_stalled(class)
+  for _, resource in ipairs(resources_of(class)) do
+    if stalls[resource] then
+      if stalls[resource] > now then return true end
+      local probed_s = number(redis.call('ZSCORE', probes_key(worker), resource)) - now
+      if probed_s > 0 and probed_s < longest_s then return true end
+    end
+  end
+  return false
+end
+
+local function read_stalls()
+  redis.call('ZREMRANGEBYSCORE', stalls_key(worker), now + tonumber(ARGV[12]) + 60, '+inf')  -- others wrote it
+  local found = redis.call('ZRANGE', stalls_key(worker), 0, -1, 'WITHSCORES')
+  for i = 1, #found, 2 do stalls[found[i]] = tonumber(found[i + 1]) end
+end
+
+-- The first job with the lowest rank, and its class; nil if a tenant has none that may run.
+local function best_of(queue, tenant)
+  local found, lowest, seen, found_in
+  for _, class in ipairs(redis.call('SMEMBERS', sizes_key(queue, tenant))) do
+    local first = redis.call('ZRANGE', ready_key(queue, tenant, class), 0, 0, 'WITHSCORES')
+    local full = first[1] and full_resource(class)
+    if not first[1] then
+      shut_class(queue, tenant, class)
+    elseif full then
+      redis.call('SADD', blocked_key(full), queue .. ' ' .. tenant .. ' ' .. class)
+      shut_class(queue, tenant, class)
+    else
+      seen = true
+      if (not lowest or tonumber(first[2]) < lowest) and not is_stalled(class)
+        and (string.sub(class, 1, 5) == 'small' or may_be_large()) then
+        found, lowest, found_in = first[1], tonumber(first[2]), class
+      end
+    end
+  end
+  return found, seen, found_in
+end
+
+local MOST_LEAD_S = 3600
+local MOST_S = 1000000000000  -- above it short leases are lost in rounding: time begins again
+
+-- Note that a tenant is chosen at its virtual time. Others may have written any: it counts as an hour of leases
+-- before the floor at most, and those that are further ahead as an hour after it.
+local function note_choice(queue, tenant, found)
+  local active, floor, at = active_key(queue), number(redis.call('GET', P .. 'floor:' .. queue)), number(found)
+  if math.max(math.abs(floor), math.abs(at)) >= MOST_S then floor, at = 0, 0 end
+  at = math.max(at, floor - MOST_LEAD_S)
+  if at ~= tonumber(found) then redis.call('ZADD', active, at, tenant) end
+  floor = math.max(floor, at)
+  redis.call('SET', P .. 'floor:' .. queue, floor)
+  for _, other in ipairs(redis.call('ZRANGEBYSCORE', active, floor + MOST_LEAD_S + 1, '+inf', 'LIMIT', 0, 100)) do
+    redis.call('ZADD', active, floor + MOST_LEAD_S, other)
+  end
+end
+
+local function choose(queue)
+  local at = 0
+  while true do
+    local tenants = redis.call('ZRANGE', active_key(queue), at, at + 15, 'WITHSCORES')
+    if #tenants == 0 then return nil end
+    for i = 1, #tenants, 2 do
+      local tenant = tenants[i]
+      if is_capped(tenant) then
+        deactivate(queue, tenant)
+        redis.call('SADD', capped_key(tenant), queue)
+      else
+        local name, seen, class = best_of(queue, tenant)
+        if name then
+          note_choice(queue, tenant, tenants[i + 1])
+          return name, tenant, class
+        end
+        if seen then at = at + 1 else deactivate(queue, tenant) end
+      end
+    end
+  end
+end
+
+-- Try to claim one job. Answers a list that begins with a word.
+local function try(key, name, named)
+  local f = record(key)
+  if not f.state then return {'gone'} end
+  if f.state ~= 'queued' and f.state ~= 'running' and f.state ~= 'committing' then return {'ended'} end
+  if parts_ended(key) then return {'parts_ended'} end
+  local g = redis.call('HMGET', key, 'lease_until', 'not_before', 'cancel', 'sealed', 'commit', 'deferrals', 'log')
+  if f.state ~= 'queued' and number(g[1]) > now then return {'leased'} end
+  if f.state == 'queued' and number(g[2]) > now then
+    redis.call('ZADD', P .. 'delayed', number(g[2]), name)
+    return {'early'}
+  end
+  local feature = lacks(g[4], f.needs)
+  if feature then
+    if f.state ~= 'running' then put_aside(key, name, f, feature) end  -- else its lease has run out: see REAP
+    return {'newer'}
+  end
+  job, id = key, name
+  local fence, attempt = number(redis.call('HGET', key, 'fence')), number(f.attempt)
+  for _, found in ipairs({ fence, attempt }) do
+    if found < 0 or found > 2147483648 or found % 1 ~= 0 then  -- which no script of the service came to
+      redis.call('HSET', key, 'fence', 1, 'attempt', 0)
+      finish(f, 'failed', 'record_refused', tonumber(ARGV[5]))
+      return {'closed', name, 'failed', 'record_refused'}
+    end
+  end
+  fence = fence + 1
+  local size = size_of(f, ARGV[7])
+  if f.state ~= 'committing' then
+    local code, final = '', 'failed'
+    if g[3] == '1' or parent_stopped(f.parent) then code, final = 'cancelled', 'cancelled'
+    elseif expiry(f) then code = expiry(f)
+    elseif attempt >= tonumber(ARGV[4]) then code = 'attempts_exhausted' end
+    if code ~= '' then
+      redis.call('HSET', key, 'fence', fence)
+      finish(f, final, code, tonumber(ARGV[5]))
+      return {'closed', name, final, code}
+    end
+    if named and is_capped(f.tenant) then return {'capped'} end
+    if named and size == 'large' and not may_be_large() then return {'capped'} end
+    if named and (full_resource(f.resources) or is_stalled(f.resources)) then return {'capped'} end
+    attempt = attempt + 1
+  end
+  local is_commit = f.state == 'committing'
+  local lease_until = is_commit and now + tonumber(ARGV[3]) or lease_end(f, tonumber(ARGV[3]))
+  unready(name, f)
+  redis.call('ZREM', P .. 'expiring', name)
+  redis.call('HSET', key, 'attempt_id', attempt_id, 'fence', fence, 'attempt_fence', fence, 'attempt', attempt,
+    'lease_until', lease_until, 'worker', worker, 'paid_until', now + 0.01)
+  if not is_commit then
+    redis.call('HSETNX', key, 'started_at', now)
+    become(key, name, f, 'running', 'bytes_done', 0, 'items_done', 0, 'items_failed', 0)
+  end
+  redis.call('HDEL', key, 'waits_for')
+  charge(f.queue, f.tenant, 0.01)
+  redis.call('ZADD', P .. 'leased', lease_until, name)
+  redis.call('ZADD', leases_key(f.tenant), lease_until, name)
+  for _, resource in ipairs(resources_of(f.resources)) do
+    if bounds[resource] then redis.call('ZADD', used_key(resource), lease_until, name) end
+    if stalls[resource] then
+      redis.call('ZADD', probes_key(worker), lease_until, resource)
+      redis.call('EXPIRE', probes_key(worker), 3600)
+    end
+  end
+  if size == 'large' then
+    redis.call('ZADD', large, lease_until, name)
+    redis.call('EXPIRE', large, 3600)
+  end
+  f.attempt = string.format('%.0f', attempt)
+  if not is_commit then event(f, name, 'running', '') end
+  return {'claimed', name, fence, attempt, g[4], is_commit and g[5] or '', tostring(now - number(f.created_at)),
+    g[6] or 0, g[7] or '', size == 'large' and 1 or 0, 1 - redis.call('EXISTS', P .. 'half')}
+end
+
+redis.call('SET', KEYS[2], now, 'EX', 3600)
+read_stalls()
+if id ~= '' then return try(job, id, true) end
+for _, name in ipairs(redis.call('ZRANGE', P .. 'chores', 0, 15)) do
+  local f = redis.call('HMGET', P .. 'job:' .. name, 'state', 'resources')
+  if not is_stalled(f[2] or '') then
+    redis.call('ZREM', P .. 'chores', name)
+    if f[1] then return {'chore', name} end  -- else its record is gone
+  end
+end
+if ARGV[10] ~= '' then  -- the first job of some: renewals keep the note
+  redis.call('ZPOPMIN', wakes_key(ARGV[10]))
+  for i = 13, #ARGV do
+    redis.call('ZADD', draining_key(ARGV[i]), now + tonumber(ARGV[3]), worker)
+    redis.call('EXPIRE', draining_key(ARGV[i]), 3600)
+  end
+end
+for i = 13, #ARGV do
+  for count = 1, 100 do
+    local name, tenant, class = choose(ARGV[i])
+    if not name then break end
+    unlist(name, ARGV[i], tenant, class)  -- where it was found, whatever its record says
+    local found = try(P .. 'job:' .. name, name, false)
+    if found[1] == 'claimed' or found[1] == 'closed' then return found end
+    local f = record(P .. 'job:' .. name)
+    f.queue, f.tenant = ARGV[i], tenant
+    unready(name, f)
+    for priority in pairs(PENALTY_S) do
+      redis.call('ZREM', P .. 'waiting:' .. ARGV[i] .. ':' .. priority, name)
+    end
+    if count == 100 then return {'chore', name} end  -- others wrote so many: the process comes again at once
+  end
+end
+for i = 13, #ARGV do redis.call('ZREM', draining_key(ARGV[i]), worker) end
+return {'none'}

@@ -1,0 +1,20 @@
+#!lua flags=allow-oom
+-- Record a commit before it happens, or take it back. Repeating it changes nothing. O(log n).
+-- KEYS: job   ARGV: id, attempt id, commit record, or '' to take it back
+local ours, state, cancel = held(ARGV[2])
+if not ours then return {'lost'} end
+local f = record(job)
+if ARGV[3] == '' then
+  if state == 'committing' then become(job, id, f, 'running', 'commit', '') end
+  return {'running'}
+end
+if state == 'committing' then
+  if redis.call('HGET', job, 'commit') ~= ARGV[3] then return {'lost'} end
+  redis.call('HSET', job, 'commit', ARGV[3])
+  return {'committing'}
+end
+if cancel then return {'cancel'} end
+if f.run_by <= now then return {'expired'} end  -- by this clock, whatever that of the worker says
+become(job, id, f, 'committing', 'commit', ARGV[3])
+event(f, id, 'committing', '')
+return {'committing'}

@@ -1,0 +1,500 @@
+-- Shared by all scripts of jobs. P is the prefix of every key, as the client has it: on a cluster it carries a
+-- hash tag, so that all keys are in one slot.
+-- `job` and `id` are the first key and argument of a script about one job.
+--
+-- Sets, besides the record of each job at `job:<id>`:
+--   open                        all jobs that have not ended, parts too: the bound of all open jobs
+--   open:<t>, spooled:<t>       those of a tenant by expiry, and their sizes, for its quotas
+--   leased                      running and committing jobs by the end of their lease
+--   delayed                     queued jobs that may not run yet, by when they may
+--   expiring                    queued jobs by their expiry
+--   ready:<q>:<t>:<class>       queued jobs that may run, by rank; a class is small or large, and the resources
+--   sizes:<q>:<t>               the classes of which a tenant has ready jobs in a queue that may be chosen
+--   waiting:<q>:<priority>      ready jobs by since when: depth and age of a queue
+--   active:<q>, spent:<q>       tenants with and without ready jobs, by virtual time; floor:<q> is its minimum
+--   capped:<t>                  queues in which a tenant waits for one of its own leases to end
+--   used:<r>, blocked:<r>       leases of jobs that use a resource; queue, tenant and class of those that wait
+--   stalls:<w>, probes:<w>      resources that a worker leaves alone, by until when; its one attempt at each
+--   stuck                       processes of each worker that cannot be ended
+--   group:<digest>              jobs of a group by age; group-open:<digest> those that have not ended
+--   state:<t>:<state>           jobs of a tenant by age; tenant:<t> has all of them
+--   label:<digest>              jobs with a label by age; the digest is keyed, over tenant, name and value
+--   running:<t>, large:<w>      leases of a tenant, and of large jobs on a worker
+--   ended, dead, dead:<t>       results by expiry; dead jobs, and those of a tenant
+--   inputs                      ended jobs whose input is still in the spool, by when they ended
+--   chores                      jobs that want a worker's hand: to be tidied, or to be ended after their parts
+--   wakes:<q>, draining:<q>     wake-ups under way, and processes that take jobs; capacity:<q> counts processes
+--   newer                       open jobs that a worker put aside for one of a newer version, by when
+--   events                      a stream with one record for each transition
+--   sessions:<t>                sessions of the pages by age; session:<digest> is the sealed record of one
+--
+-- Fields that a script always writes may be missing or junk all the same: others may have Redis.
+local P = string.match(KEYS[1], '^{?kms}?:')
+local server = redis
+local redis = { pcall = server.pcall }
+
+-- redis.call of all scripts of jobs. A key of a wrong type, or a sum that is no number, was written by
+-- others, and what stood there is lost: it is deleted. A script that stops halfway leaves jobs half done.
+function redis.call(...)
+  local answer, _, key, field = server.pcall(...), ...
+  if type(answer) ~= 'table' or not answer.err then return answer end
+  if string.find(answer.err, 'WRONGTYPE') then
+    server.call('DEL', key)
+    server.log(server.LOG_WARNING, 'kms: deleted a key of a wrong type: ' .. key)
+  elseif string.find(answer.err, 'hash value is not') or string.find(answer.err, 'overflow') then
+    server.call('HDEL', key, field)
+  end
+  return server.call(...)  -- raises any other error
+end
+
+local clock = redis.call('TIME')
+local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
+local job, id = KEYS[1], ARGV[1]
+
+local PENALTY_S = { high = 0, normal = 600, low = 3600 }
+local QUEUES = { ['kms.bulk'] = true, ['kms.files'] = true, ['kms.maintenance'] = true }
+local STATES = { queued = true, running = true, committing = true, succeeded = true, failed = true,
+  cancelled = true }
+local WAKE_S = 2
+local MOST_CHARS = 4096  -- of a list in a record: others may have written any number
+local EXPIRY_S = 3  -- in which a worker ends an attempt that runs for too long, before others may
+
+local function number(text)
+  local found = tonumber(text) or 0
+  return math.abs(found) <= 9007199254740992 and found or 0  -- which NaN is not
+end
+
+-- HINCRBY fails where a field is no integer, which would end a script halfway: such a field counts as 0.
+local function add(key, field, more)
+  local sum = number(redis.call('HGET', key, field)) + number(more)
+  redis.call('HSET', key, field, string.format('%.0f', sum))
+  return sum
+end
+
+local FIELDS = { 'state', 'tenant', 'queue', 'priority', 'created_at', 'parent', 'kind', 'generation', 'attempt',
+  'expires_at', 'work_bytes', 'labels', 'group', 'start_by', 'run_by', 'keep_for', 'started_at', 'resources',
+  'needs' }
+
+-- The fields of a record that transitions go by. Junk counts as the first queue, and normal.
+local function record(key)
+  local found, f = redis.call('HMGET', key, unpack(FIELDS)), {}
+  for i, name in ipairs(FIELDS) do f[name] = found[i] or nil end
+  f.tenant = f.tenant or ''
+  if not QUEUES[f.queue] then f.queue = 'kms.bulk' end
+  if not PENALTY_S[f.priority] then f.priority = 'normal' end
+  f.run_by = number(f.run_by) > 0 and number(f.run_by) or number(f.expires_at)  -- 0.1 knew one term only
+  f.start_by = number(f.start_by) > 0 and number(f.start_by) or f.run_by
+  return f
+end
+
+-- The features that workers of this version know: those of records, and those that a job may name.
+local KNOWN = {@KNOWN@}
+local RECORD_VERSION = 1
+
+-- What a job needs that this version does not know, from its sealed record and its field; nil if nothing.
+-- The first byte of a record is its version, up to 15: other bytes are no record's, and refused as such.
+local function lacks(sealed, needs)
+  local version = string.byte(sealed or '', 1) or 0
+  if version > RECORD_VERSION and version < 16 then return 'record-' .. version end
+  for name in string.gmatch(needs or '', '[%w_.-]+') do
+    if not KNOWN[name] then return name end
+  end
+end
+
+-- An end has one id, however often Redis comes to it: after a fail-over a job may end again.
+local ENDED = { succeeded = true, failed = true, cancelled = true, ended = true }
+-- `what` is job, or group for the end of the group that a job was the last of.
+local function event(f, name, state, code, what)
+  if f.parent then return end  -- of a job in parts, only the parent is told
+  local generation = string.format('%.0f', number(f.generation))
+  local fields = { 'specversion', '1.0',
+    'type', 'kms.' .. (what or 'job') .. '.' .. state, 'source', '/api/v1/kms/jobs', 'subject', name,
+    'id', name .. '.' .. generation .. '.' .. state .. (ENDED[state] and '' or '.' .. clock[1] .. clock[2]),
+    'time', tostring(now), 'tenant', f.tenant, 'kind', f.kind or '', 'attempt', f.attempt or '0',
+    'code', code }
+  local function append()
+    local answer = redis.pcall('XADD', P .. 'events', 'MAXLEN', '~', 100000, '*', unpack(fields))
+    return type(answer) == 'table' and answer.err or ''
+  end
+  -- A script must not stop halfway because of its event. What is no stream, or one whose ids are used up,
+  -- was not made by a script of the service, and takes no event ever again: it goes.
+  local failed = append()
+  if string.find(failed, 'WRONGTYPE') or string.find(failed, 'exhausted') then
+    redis.call('DEL', P .. 'events')
+    append()
+  end
+end
+
+-- -- the index by tenant and state ---------------------------------------------------------------------
+
+local function state_key(f, state)
+  return P .. 'state:' .. f.tenant .. ':' .. state
+end
+
+-- Set the state of a job, in its record and in the index. `f.state` is the one before.
+local function become(key, name, f, state, ...)
+  redis.call('HSET', key, 'state', state, ...)
+  if not f.parent and f.state ~= state then
+    if f.state then redis.call('ZREM', state_key(f, f.state), name) end
+    redis.call('ZADD', state_key(f, state), number(f.created_at), name)
+  end
+  f.state = state
+end
+
+local function outlive(key, until_s)  -- let a list of jobs live until then, at least
+  if now + redis.call('TTL', key) < until_s then redis.call('EXPIREAT', key, math.ceil(until_s)) end
+end
+
+-- The group that a job is in, by a keyed digest, and the number of its jobs; nil without one.
+local function group_of(f)
+  local digest, size = string.match(f.group or '', '^(%x+) (%d+)$')
+  return digest, tonumber(size)
+end
+
+-- Put an open job into its group, or take one out that has ended. The group ends with its last open job.
+local function index_group(name, f, is_open, until_s)
+  local digest, size = group_of(f)
+  if not digest then return end
+  local all, open = P .. 'group:' .. digest, P .. 'group-open:' .. digest
+  redis.call('ZADD', all, number(f.created_at), name)
+  redis.call(is_open and 'SADD' or 'SREM', open, name)
+  outlive(all, until_s)
+  outlive(open, until_s)
+  return not is_open and redis.call('ZCARD', all) >= size and redis.call('EXISTS', open) == 0
+end
+
+-- Put a job into the indices of its labels, which live until the last record that they ever had has expired.
+-- Each addition looks at some members, so that records that expired before are at most a third of an index.
+local function index_labels(name, f, until_s)
+  for digest in string.gmatch(string.sub(f.labels or '', 1, MOST_CHARS), '%x+') do
+    local key = P .. 'label:' .. digest
+    redis.call('ZADD', key, number(f.created_at), name)
+    local count = redis.call('ZCARD', key)
+    for step = 1, 3 do
+      local rank = (tonumber(clock[2]) + step * 7919) % count
+      local old = redis.call('ZRANGE', key, rank, rank)[1]
+      if old and redis.call('EXISTS', P .. 'job:' .. old) == 0 then redis.call('ZREM', key, old) end
+    end
+    outlive(key, until_s)
+  end
+end
+
+-- -- terms ---------------------------------------------------------------------------------------------
+
+-- The time at which a queued job expires: it must start in time, and end in time once it has started.
+local function waits_until(f)
+  return number(f.started_at) > 0 and f.run_by or math.min(f.start_by, f.run_by)
+end
+
+-- Why a job may not be worked on any more; nil if it may.
+local function expiry(f)
+  if f.run_by <= now then return 'expired' end
+  if number(f.started_at) <= 0 and f.start_by <= now then return 'not_started' end
+end
+
+-- The end of a lease from now on: soon after the time by which the job must have ended.
+local function lease_end(f, lease_s)
+  return math.min(now + lease_s, math.max(now, f.run_by) + EXPIRY_S)
+end
+
+-- -- the choice of the next job ------------------------------------------------------------------------
+
+local function active_key(queue) return P .. 'active:' .. queue end
+local function spent_key(queue) return P .. 'spent:' .. queue end
+local function sizes_key(queue, tenant) return P .. 'sizes:' .. queue .. ':' .. tenant end
+local function ready_key(queue, tenant, size) return P .. 'ready:' .. queue .. ':' .. tenant .. ':' .. size end
+local function waiting_key(f) return P .. 'waiting:' .. f.queue .. ':' .. f.priority end
+local function leases_key(tenant) return P .. 'running:' .. (tenant or '') end
+local function capped_key(tenant) return P .. 'capped:' .. tenant end
+
+-- A tenant that becomes active starts at its own virtual time, but not before the least active one.
+local function activate(queue, tenant)
+  local active = active_key(queue)
+  if redis.call('ZSCORE', active, tenant) then return end
+  local own = number(redis.call('ZSCORE', spent_key(queue), tenant))
+  local least = redis.call('ZRANGE', active, 0, 0, 'WITHSCORES')
+  local floor = number(redis.call('GET', P .. 'floor:' .. queue))
+  redis.call('ZADD', active, math.max(own, floor, number(least[2])), tenant)
+  redis.call('ZREM', spent_key(queue), tenant)
+end
+
+local function deactivate(queue, tenant)
+  local at = redis.call('ZSCORE', active_key(queue), tenant)
+  if not at then return end
+  redis.call('ZREM', active_key(queue), tenant)
+  redis.call('ZADD', spent_key(queue), at, tenant)
+  redis.call('ZREMRANGEBYSCORE', spent_key(queue), '-inf', number(redis.call('GET', P .. 'floor:' .. queue)))
+end
+
+-- Charge a tenant for lease time, in seconds.
+local function charge(queue, tenant, seconds)
+  local key = redis.call('ZSCORE', active_key(queue), tenant) and active_key(queue) or spent_key(queue)
+  redis.call('ZADD', key, number(redis.call('ZSCORE', key, tenant)) + seconds, tenant)
+end
+
+-- Charge for the lease of a job up to now. A claim has paid for its first moments already.
+local function charge_lease(key, f)
+  local paid = number(redis.call('HGET', key, 'paid_until'))
+  if paid > 0 and now > paid then
+    charge(f.queue, f.tenant, math.min(now - paid, 3600))
+    redis.call('HSET', key, 'paid_until', now)
+  end
+end
+
+local function size_of(f, large_bytes)
+  return number(f.work_bytes) >= tonumber(large_bytes) and 'large' or 'small'
+end
+
+-- The class of a job: its size, and the roots, buckets and backends that it uses.
+local function class_of(f, size)
+  return f.resources and size .. ' ' .. f.resources or size
+end
+
+-- One word at a time: a pattern of a word with a colon takes quadratic time, in which Redis does nothing else.
+local function resources_of(class)
+  local found = {}
+  for name in string.gmatch(string.sub(class or '', 1, MOST_CHARS), '%S+') do
+    if string.find(name, '.:.') then table.insert(found, name) end
+  end
+  return found
+end
+
+local function used_key(resource) return P .. 'used:' .. resource end
+local function blocked_key(resource) return P .. 'blocked:' .. resource end
+
+-- Let a class of jobs be chosen, or no more for now.
+local function open_class(queue, tenant, class)
+  redis.call('SADD', sizes_key(queue, tenant), class)
+  activate(queue, tenant)
+end
+
+local function shut_class(queue, tenant, class)
+  redis.call('SREM', sizes_key(queue, tenant), class)
+  if redis.call('EXISTS', sizes_key(queue, tenant)) == 0 then deactivate(queue, tenant) end
+end
+
+-- Let those classes be chosen again that waited for a resource. O(k) in their number.
+local function unblock(resource)
+  for _, entry in ipairs(redis.call('SMEMBERS', blocked_key(resource))) do
+    local queue, tenant, class = string.match(entry, '^(%S+) (%S+) (.+)$')
+    if queue and redis.call('EXISTS', ready_key(queue, tenant, class)) == 1 then open_class(queue, tenant, class) end
+  end
+  redis.call('DEL', blocked_key(resource))
+end
+
+local function unlist(name, queue, tenant, class)
+  local set = ready_key(queue, tenant, class)
+  if redis.call('ZREM', set, name) == 1 and redis.call('EXISTS', set) == 0 then shut_class(queue, tenant, class) end
+end
+
+-- Take a job out of the choice.
+local function unready(name, f)
+  for _, size in ipairs({ 'small', 'large' }) do unlist(name, f.queue, f.tenant, class_of(f, size)) end
+  redis.call('ZREM', waiting_key(f), name)
+end
+
+-- Put a new job into the choice. Its rank is its age; a priority is worth so many seconds of age.
+local function offer(name, f, large_bytes)
+  local class = class_of(f, size_of(f, large_bytes))
+  redis.call('ZADD', ready_key(f.queue, f.tenant, class), number(f.created_at) + PENALTY_S[f.priority], name)
+  open_class(f.queue, f.tenant, class)
+  redis.call('ZADD', waiting_key(f), now, name)
+end
+
+-- Put a job into the choice, whatever set it is in.
+local function ready(name, f, large_bytes)
+  unready(name, f)
+  redis.call('ZREM', P .. 'delayed', name)
+  redis.call('ZREM', P .. 'leased', name)
+  offer(name, f, large_bytes)
+end
+
+-- Leave a job to workers of a newer version, for want of a feature.
+local function put_aside(key, name, f, feature)
+  unready(name, f)
+  redis.call('ZREM', P .. 'leased', name)
+  redis.call('ZREM', P .. 'delayed', name)
+  redis.call('HSET', key, 'waits_for', feature)
+  redis.call('ZADD', P .. 'newer', now, name)
+end
+
+-- Take out of a set that is by when its members end those that have ended, and those that end later than any
+-- can: others wrote them.
+local function drop_ended(key, most_s)
+  redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
+  redis.call('ZREMRANGEBYSCORE', key, now + most_s, '+inf')
+end
+
+-- The number of members of such a set that last.
+local function lasting(key, most_s)
+  drop_ended(key, most_s)
+  return redis.call('ZCARD', key)
+end
+
+-- -- wake-ups ------------------------------------------------------------------------------------------
+
+local function wakes_key(queue) return P .. 'wakes:' .. queue end
+local function draining_key(queue) return P .. 'draining:' .. queue end
+
+-- Whether a queue has jobs that may run: ready ones, of a tenant that is not at its cap.
+local function has_choice(queue)
+  return redis.call('EXISTS', active_key(queue)) == 1
+end
+
+local function capacity(queue)
+  return number(redis.call('GET', P .. 'capacity:' .. queue))
+end
+
+local function ready_jobs(queue)
+  local found = 0
+  for priority in pairs(PENALTY_S) do
+    found = found + redis.call('ZCARD', P .. 'waiting:' .. queue .. ':' .. priority)
+  end
+  return found
+end
+
+-- Processes that would take a wake-up for a queue.
+local function idle(queue)
+  local processes = capacity(queue)
+  if processes == 0 then return 0 end
+  redis.call('ZREMRANGEBYSCORE', draining_key(queue), 0, now)
+  return math.max(0, processes - lasting(wakes_key(queue), WAKE_S + 1) - redis.call('ZCARD', draining_key(queue)))
+end
+
+-- Note up to `most` wake-ups, and push them where the broker is in this Redis. Answers how many others are
+-- to send. `list` is empty where the broker is elsewhere.
+local function wake(queue, most, list, message)
+  local count = math.min(most, idle(queue))
+  for i = 1, count do
+    redis.call('ZADD', wakes_key(queue), now + WAKE_S, clock[1] .. clock[2] .. '.' .. i)
+    if list ~= '' then redis.call('LPUSH', list, message) end
+  end
+  return list == '' and count or 0
+end
+
+-- -- leases and ends -----------------------------------------------------------------------------------
+
+local function large_key(worker)  -- of a worker, whose name ends before the pid of its child
+  return P .. 'large:' .. string.match(worker or '', '^[^/]*')
+end
+
+local function stalls_key(worker) return P .. 'stalls:' .. string.match(worker or '', '^[^/]*') end
+local function probes_key(worker) return P .. 'probes:' .. string.match(worker or '', '^[^/]*') end
+
+local function release(f, name)  -- the lease of a job is over
+  local worker = redis.call('HGET', P .. 'job:' .. name, 'worker') or ''
+  redis.call('ZREM', P .. 'leased', name)
+  redis.call('ZREM', leases_key(f.tenant), name)
+  redis.call('ZREM', large_key(worker), name)
+  for _, resource in ipairs(resources_of(f.resources)) do
+    redis.call('ZREM', used_key(resource), name)
+    redis.call('ZREM', probes_key(worker), resource)
+    unblock(resource)
+  end
+  local capped = redis.call('SMEMBERS', capped_key(f.tenant))
+  for _, queue in ipairs(capped) do
+    if redis.call('EXISTS', sizes_key(queue, f.tenant)) == 1 then activate(queue, f.tenant) end
+  end
+  if capped[1] then redis.call('DEL', capped_key(f.tenant)) end
+end
+
+local function quota_key(tenant)  -- the open jobs of a tenant by expiry, without their parts
+  return P .. 'open:' .. (tenant or '')
+end
+
+-- The input of a job is in the spool no more: it counts no longer for its tenant's quota.
+local function unspool(tenant, name)
+  local spooled = P .. 'spooled:' .. (tenant or '')
+  local size = redis.call('HGET', spooled, name)
+  if not size then return end
+  redis.call('HDEL', spooled, name)
+  add(spooled, 'sum', -number(size))
+end
+
+local function close(key, name, f, state, code, keep_s)
+  charge_lease(key, f)
+  if f.state ~= 'running' then unready(name, f) end  -- which the claim of a running job did
+  redis.call('ZREM', P .. 'delayed', name)
+  redis.call('ZREM', P .. 'expiring', name)
+  become(key, name, f, state, 'error', code, 'lease_until', 0, 'ended_at', now)
+  redis.call('HDEL', key, 'waits_for')
+  redis.call('ZREM', P .. 'newer', name)
+  redis.call('ZREM', P .. 'open', name)
+  redis.call('ZREM', quota_key(f.tenant), name)
+  if state == 'succeeded' then
+    for _, resource in ipairs(resources_of(f.resources)) do
+      redis.call('ZREM', stalls_key(redis.call('HGET', key, 'worker') or ''), resource)
+    end
+  end
+  if state == 'cancelled' then unspool(f.tenant, name) end
+  if code ~= 'attempts_exhausted' and code ~= 'record_refused' and redis.call('HEXISTS', key, 'spooled') == 1 then
+    redis.call('ZADD', P .. 'inputs', now, name)
+  end
+  release(f, name)
+  local expires = number(f.expires_at)
+  if number(f.keep_for) > 0 then expires = math.min(expires, now + number(f.keep_for)) end
+  if expires <= 0 then expires = now end
+  redis.call('ZADD', P .. 'ended', expires, name)
+  redis.call('EXPIREAT', key, math.floor(expires + keep_s))
+  redis.call('EXPIREAT', P .. 'blobs:' .. name, math.floor(expires + keep_s))
+  index_labels(name, f, expires + keep_s)
+  f.attempt = redis.call('HGET', key, 'attempt')
+  event(f, name, state, code)
+  if index_group(name, f, false, expires + keep_s) then event(f, name, 'ended', '', 'group') end
+end
+
+-- A part that ends counts for its parent's progress: of a part that was given up, what it had settled well
+-- still counts. After the last one a worker verifies the ends of all and ends the parent (END_PARENT); if
+-- it dies, REAP makes that a chore.
+local function count(parent, state, code)
+  local whole = P .. 'job:' .. parent
+  if redis.call('HGET', whole, 'state') ~= 'running' then return end
+  local f = redis.call('HMGET', job, 'items', 'items_failed', 'bytes', 'settled')
+  local failed = number(f[1]) - number(f[4])
+  if state == 'succeeded' or code == 'items_failed' then failed = f[2] or 0 end
+  add(whole, 'items_done', f[1])
+  add(whole, 'items_failed', failed)
+  add(whole, 'bytes_done', f[3])
+  local all = redis.call('HGETALL', job)
+  for i = 1, #all, 2 do
+    if string.sub(all[i], 1, 6) == 'tally:' then add(whole, all[i], all[i + 1]) end
+  end
+  if add(whole, 'parts_left', -1) > 0 then return end
+  redis.call('HSET', whole, 'lease_until', now + 5)
+  redis.call('ZADD', P .. 'leased', now + 5, parent)
+end
+
+local function finish(f, state, code, keep_s)
+  close(job, id, f, state, code, keep_s)
+  if f.parent then count(f.parent, state, code)
+  elseif code == 'attempts_exhausted' or code == 'record_refused' then
+    redis.call('ZADD', P .. 'dead', now, id)
+    redis.call('ZADD', P .. 'dead:' .. f.tenant, now, id)
+  end
+end
+
+local function parts_ended(key)
+  local f = redis.call('HMGET', key, 'parts', 'parts_left')
+  return f[1] and number(f[2]) <= 0
+end
+
+local function parent_stopped(parent)
+  if not parent then return false end
+  local w = redis.call('HMGET', P .. 'job:' .. parent, 'state', 'cancel')
+  return w[1] ~= 'running' or w[2] == '1'
+end
+
+-- Whether the attempt of this id holds the job; its state; whether it is to stop. Attempts of 0.1 have no id:
+-- their claim shows in the fence, the number of claims.
+local function held(attempt_id)
+  local f = redis.call('HMGET', job, 'state', 'attempt_id', 'cancel', 'parent', 'fence', 'attempt_fence')
+  local ours = (f[1] == 'running' or f[1] == 'committing') and f[2] == attempt_id and f[5] == f[6]
+  return ours, f[1], f[3] == '1' or parent_stopped(f[4])
+end
+
+-- End a job that no attempt holds, or one that is fenced off now; a worker tidies what it left.
+local function end_unheld(f, state, code, keep_s)
+  add(job, 'fence', 1)
+  finish(f, state, code, keep_s)
+  redis.call('ZADD', P .. 'chores', now, id)
+end

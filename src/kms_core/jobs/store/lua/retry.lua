@@ -1,0 +1,36 @@
+#!lua
+-- Give a dead job all its attempts again. O(log n).
+-- KEYS: job   ARGV: id, sealed record of the job that is meant, new sealed record, the attempt of an end that
+--   was found unproven, or '-', tenant, bytes of a large job, field, value, ... of its new times and generation
+-- A job that was split into parts is split again.
+local g = redis.call('HMGET', job, 'state', 'error', 'sealed', 'attempt_id', 'released')
+local dead = g[1] == 'failed' and (g[2] == 'attempts_exhausted' or g[2] == 'record_refused')
+local signs = g[1] == 'succeeded' or (g[1] == 'failed' and g[2] == 'items_failed')
+local unproven = signs and ARGV[4] == (g[4] or '')
+if g[3] ~= ARGV[2] or g[5] or not (dead or unproven) then return {'not dead'} end
+for _, name in ipairs(redis.call('HKEYS', job)) do
+  if string.sub(name, 1, 6) == 'tally:' then redis.call('HDEL', job, name) end
+end
+redis.call('HDEL', job, 'parts', 'parts_left', 'split', 'end', 'cancel', 'purged', 'started_at', 'ended_at')
+redis.call('HSET', job, unpack(ARGV, 7))
+local f = record(job)
+redis.call('ZREM', P .. 'dead', id)
+redis.call('ZREM', P .. 'dead:' .. f.tenant, id)
+redis.call('ZREM', state_key(f, f.state), id)
+redis.call('HSET', job, 'tenant', ARGV[5])
+f.tenant = ARGV[5]
+become(job, id, f, 'queued', 'error', '', 'attempt', 0, 'not_before', 0, 'sealed', ARGV[3])
+add(job, 'fence', 1)
+redis.call('PERSIST', job)
+redis.call('PERSIST', P .. 'blobs:' .. id)
+redis.call('ZREM', P .. 'dead:' .. f.tenant, id)
+redis.call('ZREM', P .. 'ended', id)
+redis.call('ZREM', P .. 'inputs', id)
+redis.call('ZADD', P .. 'open', now, id)
+redis.call('ZADD', P .. 'expiring', waits_until(f), id)
+redis.call('ZADD', quota_key(f.tenant), f.run_by, id)
+index_labels(id, f, number(f.expires_at) + 3600)
+index_group(id, f, true, number(f.expires_at) + 3600)
+ready(id, f, ARGV[6])
+event(record(job), id, 'queued', 'retried')
+return {'queued'}

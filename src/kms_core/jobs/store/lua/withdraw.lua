@@ -1,0 +1,15 @@
+#!lua flags=allow-oom
+-- Take back a job that no worker has started, as if it had not been submitted. O(log n).
+-- KEYS: job, tenant list, idempotency (optional)   ARGV: id, sealed record
+local f = record(job)
+if f.state ~= 'queued' or number(redis.call('HGET', job, 'fence')) > 0 or redis.call('HGET', job, 'sealed') ~= ARGV[2] then
+  return {'started'}
+end
+close(job, id, f, 'cancelled', 'durability_unconfirmed', 0)
+redis.call('ZREM', state_key(f, 'cancelled'), id)
+redis.call('ZREM', P .. 'ended', id)
+for digest in string.gmatch(string.sub(f.labels or '', 1, MOST_CHARS), '%x+') do redis.call('ZREM', P .. 'label:' .. digest, id) end
+redis.call('ZREM', KEYS[2], id)
+if KEYS[3] then redis.call('DEL', KEYS[3]) end
+redis.call('DEL', job, P .. 'blobs:' .. id)
+return {'withdrawn'}

@@ -1,0 +1,56 @@
+"""Small blobs of the spool in Redis, beside the record of their job: such a job needs no file of its own.
+
+The scripts that submit and end a job store its blobs with the record. They leave with it.
+"""
+
+from collections.abc import Callable
+from typing import cast
+
+import redis
+
+from kms_core.jobs.ends import SmallBlob
+from kms_core.jobs.store.redis_keys import PREFIX, asked, redis_errors
+
+
+class SmallBlobs:
+    """Sealed blobs by job and name. Raises JobsUnavailable, RedisFull.
+
+    ``has_room`` says whether Redis has memory for more of them.
+    """
+
+    def __init__(self, client: redis.Redis, most_bytes: int, has_room: Callable[[], bool]) -> None:
+        self._client, self._most_bytes, self._has_room = client, most_bytes, has_room
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes that a new blob may have to rest here; 0 while Redis has little room."""
+        return self._most_bytes if self._has_room() else 0
+
+    def get(self, job_id: str, name: str) -> bytes | None:
+        """A blob; None if it is not here."""
+        key = _key(job_id)
+        return cast("bytes | None", asked(self._client, key, lambda: self._client.hget(key, name)))
+
+    def names(self, job_id: str) -> list[str]:
+        """The names of the blobs of a job."""
+        key = _key(job_id)
+        found = cast("list[bytes]", asked(self._client, key, lambda: self._client.hkeys(key)))
+        return [name.decode(errors="replace") for name in found]
+
+    def remove(self, job_id: str, name: str) -> None:
+        key = _key(job_id)
+        asked(self._client, key, lambda: self._client.hdel(key, name))
+
+    def delete(self, job_id: str) -> None:
+        """Remove all blobs of a job."""
+        with redis_errors():
+            self._client.unlink(_key(job_id))
+
+
+def counted(blob: SmallBlob | None) -> list[int | str | bytes]:
+    """A blob as arguments of a script, behind their number."""
+    return [2, *blob] if blob else [0]
+
+
+def _key(job_id: str) -> str:
+    return f"{PREFIX}blobs:{job_id}"

@@ -1,0 +1,138 @@
+"""Building blocks for the tables of ``kms.toml``: base classes, shared types, and checks of addresses."""
+
+import ipaddress
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+from urllib.parse import urlsplit
+
+from msgspec import Meta, Struct
+
+from kms_protocol.errors import ConfigurationError
+
+KeyId = Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]{1,80}(?!\\s)$")]
+Positive = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0, le=3600)]
+Timeout = Annotated[float, Meta(gt=0, le=120)]
+
+
+class Section(Struct, frozen=True, kw_only=True):
+    """A table of the file. Immutable, and without values in ``repr``, since URLs and API keys are secrets."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(…)"
+
+    def __rich_repr__(self) -> list[tuple[str, object]]:  # msgspec would otherwise list every field to rich
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class WeakValue:
+    """A value of a backend's table that ``kms config lint`` reports, with its risk and what to do."""
+
+    key: str
+    is_weak: Callable[[Any], bool]
+    risk: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationRule:
+    """Keys of a table that decide who receives its ``credentials``.
+
+    ``credentials`` are keys that name a file or a profile, ``variables`` those of the environment that are
+    used by default, ``always`` a credential that needs no key.
+    """
+
+    deciding: tuple[str, ...]
+    credentials: tuple[str, ...] = ()
+    variables: tuple[str, ...] = ()
+    always: str = ""
+
+
+class BackendSection(Section, frozen=True, kw_only=True):
+    """The table of a backend: ``[kms.<scheme>]``, with ``_`` in place of ``-``.
+
+    A subclass declares its keys, and replaces those of the following attributes that differ.
+    """
+
+    MODULE: ClassVar[str]
+    """Module with ``open_key(uri, section, strict=...)``, imported when a key uses the backend."""
+    CREDENTIAL: ClassVar[str] = ""
+    """Key with a credential that prod accepts from a variable only."""
+    SECRET_FILES: ClassVar[tuple[str, ...]] = ()
+    """Keys of files that only their owner may read. Jobs cannot reach them."""
+    CERTIFICATE: ClassVar[str] = ""
+    """Key of our client certificate, whose expiry ``kms doctor`` reports."""
+    WEAK_VALUES: ClassVar[tuple[WeakValue, ...]] = ()
+    DESTINATION: ClassVar[DestinationRule | None] = None
+    """Set if the backend is a server."""
+
+    @classmethod
+    def fill_in(cls, table: dict[str, object], state_dir: Path | None, environment: str) -> None:
+        """Set defaults that depend on the state directory (None: not configured) or the environment."""
+
+    def check(self, where: str, *, in_prod: bool, has_literal: bool) -> None:
+        """Refuse missing and unsafe values of a backend in use. Raises ConfigurationError.
+
+        ``where`` is the table's name in errors, ``has_literal`` whether CREDENTIAL is written in the file.
+        """
+
+    def own_key_id(self) -> str | None:
+        """The id of the key that the backend itself provides, where it has one."""
+        return None
+
+    def private_files(self) -> Iterator[tuple[str, Path]]:
+        """Keys and paths of files that jobs must not reach."""
+        paths = ((key, getattr(self, key)) for key in self.SECRET_FILES)
+        yield from ((key, path) for key, path in paths if path)
+
+
+# -- addresses ---------------------------------------------------------------------------------------
+
+
+def check_address(where: str, address: str | None, *, in_prod: bool) -> None:
+    """Refuse anything but ``http[s]://host[:port][/prefix]``, and ``http://`` in prod."""
+    if address is None:
+        raise ConfigurationError(f"{where} is missing")
+    try:
+        url = urlsplit(address)
+        fits = address.startswith(("https://", "http://")) and url.hostname and url.port != 0
+    except ValueError:  # its text quotes the URL
+        fits = False
+    if not fits or not address.isascii() or not address.isprintable() or " " in address:
+        raise ConfigurationError(f"{where}: expected https://host[:port][/prefix]")
+    if "@" in address or "?" in address or "#" in address:
+        raise ConfigurationError(f"{where}: no user, password, query or fragment belongs there")
+    if in_prod and not address.startswith("https:"):
+        raise ConfigurationError(f"{where}: http:// is refused in prod; use https://")
+
+
+def check_pair(where: str, section: Section, first: str, second: str) -> None:
+    """Refuse one of two keys without the other."""
+    if (getattr(section, first) is None) != (getattr(section, second) is None):
+        raise ConfigurationError(f"{where}.{first} and {where}.{second} belong together: set both")
+
+
+def check_verified(where: str, *, tls_verify: bool, in_prod: bool) -> None:
+    """Refuse unverified TLS in prod."""
+    if in_prod and not tls_verify:
+        raise ConfigurationError(f"{where}.tls_verify = false is refused in prod; name a CA in ca_file")
+
+
+def is_cleartext(url: str | None) -> bool:
+    """Return whether a URL is ``http://`` to another machine."""
+    try:
+        parts = urlsplit(url or "")
+    except ValueError:  # of OpenTelemetry's variables, which are not checked: nothing is sent there
+        return False
+    return parts.scheme == "http" and not is_loopback(parts.hostname or "")
+
+
+def is_loopback(host: str) -> bool:
+    """True if ``host`` is a loopback address or ``localhost``; other names may resolve to any address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,61 @@
+"""Connections to the object stores that settings name, and the signed documents in them."""
+
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+import msgspec
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from kms_core.documents.places import FilePlace, ObjectPlace, Place
+from kms_core.redis_client import connect
+from kms_core.s3 import sigv4
+from kms_core.s3.bucket import Bucket
+from kms_core.s3.connection import S3Connection, S3Endpoint
+from kms_core.settings.model import Settings
+from kms_core.settings.stores import StoreSection
+from kms_protocol.tls_client import client_context
+
+_TIMEOUT_S: Final = 2.0
+_REDIS_S: Final = 1.0
+
+
+def line_of(where: str, section: StoreSection, *, strict: bool) -> S3Connection:
+    """The line to the store of a section, ``where`` in the settings. Raises ConfigurationError."""
+    endpoint = section.endpoint or f"https://s3.{section.region}.amazonaws.com"
+    if section.access_key_id and section.secret_key_file:
+        credentials = sigv4.from_file(
+            section.access_key_id, section.secret_key_file, f"{where}.secret_key_file", strict=strict
+        )
+    else:
+        credentials = sigv4.from_environment(where)
+    trust = client_context(section.ca_file, f"{where}.ca_file") if endpoint.startswith("https:") else None
+    return S3Connection(S3Endpoint(endpoint, section.region, credentials, trust, section.timeout_s))
+
+
+def documents_folder(settings: Settings) -> Path:
+    """The folder of this host's copies and anchors."""
+    return settings.state_dir.absolute() / "documents"
+
+
+def place_of(settings: Settings, url: str) -> Place:
+    """The place at ``file:///path`` or ``s3://bucket/key``, which settings have checked.
+
+    Each answer of a store may take two seconds at most. Raises ConfigurationError.
+    """
+    parts = urlsplit(url)
+    if parts.scheme != "s3":
+        return FilePlace(Path(parts.path))
+    section = settings.kms.jobs.buckets[parts.netloc]
+    section = msgspec.structs.replace(section, timeout_s=min(_TIMEOUT_S, section.timeout_s))
+    line = line_of(f"kms.jobs.buckets.{parts.netloc}", section, strict=settings.is_prod)
+    return ObjectPlace(Bucket(parts.netloc, line, path_style=section.path_style), parts.path.lstrip("/"))
+
+
+def anchor_client(settings: Settings) -> redis.Redis:
+    """A client of Redis that gives up after a second: a poll must not wait for it."""
+    client = connect(settings.kms.redis, timeout_s=_REDIS_S)
+    client.set_retry(Retry(NoBackoff(), 0))
+    return client

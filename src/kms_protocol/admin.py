@@ -1,0 +1,253 @@
+"""JSON shapes of the REST API for operators: health, status, keys, undelivered webhooks and the audit log."""
+
+from typing import ClassVar, Final, Literal
+
+from msgspec import UNSET, UnsetType, field
+
+from kms_protocol.shapes import Answer
+from kms_protocol.wire import KEY_EXAMPLE, JobState
+
+
+class HealthOut(Answer, frozen=True, kw_only=True):
+    """Result of a wrap and an unwrap with the default key, at most some seconds old."""
+
+    EXAMPLE: ClassVar = {"status": "healthy", "backend": "age", "checked_at": "2027-01-31T12:00:00Z"}
+    status: Literal["healthy", "unhealthy"]
+    backend: str
+    checked_at: str
+
+
+class ReadyOut(Answer, frozen=True, kw_only=True):
+    """Readiness, and whether jobs can be submitted, audit records written and all local keys used.
+
+    ``jobs`` is ``full`` while Redis has no memory left, ``read_only`` while it takes no writes. ``spool`` is
+    ``nearly_full`` from 90 % on, ``unavailable`` while its bucket does not answer, and ``not_shared`` while
+    another host has another spool.
+    """
+
+    EXAMPLE: ClassVar = {
+        "status": "ready",
+        "jobs": "available",
+        "audit": "available",
+        "keys": "available",
+        "spool": "available",
+    }
+    status: Literal["ready", "not ready"]
+    jobs: Literal["available", "unavailable", "full", "read_only"]
+    audit: Literal["available", "unavailable"]
+    keys: Literal["available", "unavailable"]
+    spool: Literal["available", "nearly_full", "full", "unavailable", "not_shared"]
+
+
+# -- keys --------------------------------------------------------------------------------------------
+
+
+class KeyVersionOut(Answer, frozen=True, kw_only=True):
+    """A key version. ``operations`` and ``bytes`` count its encryptions; null if unknown."""
+
+    version: str
+    created_at: str | None = None
+    operations: int | None = None
+    bytes: int | None = None
+
+
+class KeyOut(Answer, frozen=True, kw_only=True):
+    """A key. While its backend does not answer, ``current_version`` is null and ``versions`` is empty.
+
+    ``others`` are further backends that wrap each new file of this key. ``rotate_at`` is the due time of the
+    next version. ``budget`` is the used part of the encryptions allowed for the current version: 1.0 is all.
+    """
+
+    EXAMPLE: ClassVar = {
+        "id": "default",
+        "backend": "age",
+        "current_version": "1f0c52b7",
+        "versions": [{"version": "1f0c52b7", "created_at": None, "operations": 12, "bytes": 4096}],
+        "default": True,
+        "others": [],
+        "rotate_at": None,
+        "budget": 0.0,
+    }
+    id: str
+    backend: str
+    current_version: str | None
+    versions: list[KeyVersionOut]
+    default: bool
+    others: list[str] = field(default_factory=list)
+    rotate_at: str | None = None
+    budget: float | None = None
+
+
+class RotateOut(Answer, frozen=True, kw_only=True):
+    """The new version of a key."""
+
+    EXAMPLE: ClassVar = KEY_EXAMPLE
+    key_id: str
+    key_version: str
+    backend: str
+
+
+class KeysOut(Answer, frozen=True, kw_only=True):
+    """The keys that the caller may use."""
+
+    EXAMPLE: ClassVar = {"keys": [KeyOut.EXAMPLE]}
+    keys: list[KeyOut]
+
+
+# -- status ------------------------------------------------------------------------------------------
+
+
+class OperationCount(Answer, frozen=True, kw_only=True):
+    """Numbers of successful and of failed calls."""
+
+    ok: int
+    failed: int
+
+
+class Operations(Answer, frozen=True, kw_only=True):
+    """Numbers of calls, in total and by operation."""
+
+    total: int
+    by: dict[str, OperationCount]
+
+
+class SpoolOut(Answer, frozen=True, kw_only=True):
+    """The use of the spool: ``full`` is the used part of all of it, 1.0 at its end.
+
+    The bytes are those of the caller's tenant, with its quota (null for none), or of all for callers that may
+    read the metrics.
+    """
+
+    full: float
+    used_bytes: int | None
+    limit_bytes: int | None
+
+
+class StatusOut(Answer, frozen=True, kw_only=True):
+    """Status of the service. ``jobs`` counts by state; it is null, as is all else unknown, without Redis.
+
+    ``degraded`` names the parts that do not work as they should. A service of 0.1 has no ``spool``.
+    ``install`` is the id of the install, for callers that may read the metrics.
+    """
+
+    EXAMPLE: ClassVar = {
+        "backend": "age",
+        "environment": "prod",
+        "version": "0.2.0",
+        "uptime_s": 86400.5,
+        "operations": {"total": 13, "by": {"encrypt": {"ok": 12, "failed": 1}}},
+        "jobs": {"queued": 0, "running": 1, "committing": 0},
+        "queue_depth": 0,
+        "workers": 2,
+        "spool": {"full": 0.25, "used_bytes": 2684354560, "limit_bytes": 10737418240},
+        "install": "9f86d081884c7d659a2feaa0c55ad015",
+        "degraded": [],
+    }
+    backend: str
+    environment: str
+    version: str
+    uptime_s: float
+    operations: Operations
+    jobs: dict[str, int] | None
+    queue_depth: int | None
+    workers: int | None
+    spool: SpoolOut | None = None
+    install: str | None = None
+    degraded: list[str]
+
+
+# -- webhooks ----------------------------------------------------------------------------------------
+
+
+class DeliveryOut(Answer, frozen=True, kw_only=True):
+    """A webhook delivery that failed for good."""
+
+    EXAMPLE: ClassVar = {
+        "delivery_id": "5f0d6a9c1b7e4d2f8a3c0e9b7d6f5a41",
+        "job_id": "0192f0c1-7a3e-4c55-9d0a-1f2e3d4c5b6a",
+        "endpoint": "orchestrator",
+        "state": "succeeded",
+        "attempts": 20,
+        "created_at": "2027-01-31T12:00:00.000Z",
+    }
+    delivery_id: str
+    job_id: str
+    endpoint: str
+    state: JobState
+    attempts: int
+    created_at: str
+
+
+class DeliveryList(Answer, frozen=True, kw_only=True):
+    """Webhook deliveries that failed for good, newest first."""
+
+    EXAMPLE: ClassVar = {"deliveries": [DeliveryOut.EXAMPLE]}
+    deliveries: list[DeliveryOut]
+
+
+# -- audit log ---------------------------------------------------------------------------------------
+
+_EVENT: Final = {
+    "id": "5b1d2c3a-api:42",
+    "time": "2027-01-31T12:00:00.000000Z",
+    "operation": "encrypt",
+    "principal": "ada",
+    "credential": "token:7f3a",
+    **KEY_EXAMPLE,
+    "context": {"env": "c0ffee"},
+    "bytes_in": 5,
+    "bytes_out": 420,
+    "result": "ok",
+    "duration_us": 180,
+}
+
+
+class AuditEvent(Answer, frozen=True, kw_only=True):
+    """A recorded operation (docs/audit.md). Context values are keyed hashes. The event has a receipt.
+
+    ``count`` is the number of denied items of a batch that the event stands for, or of the records read by an
+    ``audit.read`` with this ``filter``. ``host`` is there if the service reads the logs of several hosts.
+    """
+
+    id: str
+    host: str | UnsetType = UNSET
+    time: str
+    operation: str
+    stage: str | UnsetType = UNSET
+    effect: str | UnsetType = UNSET
+    route: str | UnsetType = UNSET
+    filter: str | UnsetType = UNSET
+    source: str | UnsetType = UNSET
+    principal: str
+    credential: str
+    request_id: str | UnsetType = UNSET
+    job_id: str | UnsetType = UNSET
+    key_id: str | UnsetType = UNSET
+    key_version: str | UnsetType = UNSET
+    backend: str | UnsetType = UNSET
+    origin: str | UnsetType = UNSET
+    wrap_key: str | UnsetType = UNSET
+    file_id: str | UnsetType = UNSET
+    new_file_id: str | UnsetType = UNSET
+    stanzas: str | UnsetType = UNSET
+    context: dict[str, str] = field(default_factory=dict)
+    new_context: dict[str, str] | UnsetType = UNSET
+    bytes_in: int
+    bytes_out: int
+    result: str | UnsetType = UNSET
+    duration_us: int
+    count: int | UnsetType = UNSET
+
+
+class AuditOut(Answer, frozen=True, kw_only=True):
+    """A page of the audit log, oldest first. ``next`` is always set; later events continue from it.
+
+    ``more`` is true if further events exist now. A page can be short or empty although ``more`` is true.
+    ``unread`` has the hosts whose logs could not be read, each with the reason.
+    """
+
+    EXAMPLE: ClassVar = {"events": [_EVENT], "next": "5b1d2c3a-api:42", "more": False}
+    events: list[AuditEvent]
+    next: str
+    more: bool
+    unread: dict[str, str] | UnsetType = UNSET

@@ -1,0 +1,153 @@
+"""Processes of the pool that hang: they are killed, and those that cannot be ended are replaced.
+
+A process that waits for a disk in the kernel (state D) ends when the disk answers. Until then its worker
+leaves the roots alone that it hangs on, another process takes its place, and status, metrics and log say so.
+"""
+
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import structlog
+
+from kms_core.jobs.execution.attendance import Attendance, Stall
+from kms_core.jobs.store.store import JobStore
+from kms_core.periodic import NO_LOCK, PeriodicThread
+
+EVERY_S: Final = 1.0
+_LAST_S: Final = 10.0  # after the time at which attempts are handed back
+_HELD_S: Final = 15.0  # what hangs is left alone for so long after each round
+_log = structlog.get_logger(__name__)
+
+
+class ProcessPool(Protocol):
+    """The pool of a Celery worker. ``info["processes"]`` are the pids of all, ending ones too."""
+
+    num_processes: int
+    info: Mapping[str, Any]
+
+    def grow(self, n: int) -> None:
+        """Have ``n`` more processes."""
+
+    def shrink(self, n: int) -> None:
+        """End ``n`` idle processes. Raises ValueError if all are busy."""
+
+
+@dataclass
+class _Stuck:
+    stall: Stall
+    pidfd: int
+    rounds: int = 0
+    replaced: bool = False
+
+
+class Slots(PeriodicThread):
+    """Watches the processes of a worker that announced that they hang.
+
+    ``in_loop`` calls a function in the thread that owns the pool. At most ``most`` processes are replaced.
+    """
+
+    def __init__(
+        self,
+        attendance: Attendance,
+        store: JobStore,
+        name: str,
+        most: int,
+        *,
+        fork_lock: AbstractContextManager[object] = NO_LOCK,
+    ) -> None:
+        super().__init__("slots", EVERY_S, failed="slots.round_failed", fork_lock=fork_lock)
+        self._attendance, self._store, self._owner, self._most = attendance, store, name, most
+        self._queues: Sequence[str] = ()
+        self._pids: frozenset[int] = frozenset()
+        self._stuck: list[_Stuck] = []
+        self._surplus = 0
+        self._told = 0
+        self._in_loop: Callable[[Callable[[], None]], object] | None = None
+        self._pool: ProcessPool | None = None
+
+    def attach(
+        self, pool: ProcessPool, in_loop: Callable[[Callable[[], None]], object], queues: Sequence[str]
+    ) -> None:
+        """Give it the pool, once there is one, and the queues whose jobs that takes."""
+        self._queues = queues
+        self._pids = frozenset(pool.info["processes"])
+        self._pool, self._in_loop = pool, in_loop
+
+    def round(self) -> None:
+        for stall in self._attendance.stalls():
+            with suppress(ProcessLookupError):
+                self._stuck.append(_Stuck(stall, os.pidfd_open(stall.pid)))
+                os.kill(stall.pid, signal.SIGKILL)
+        self._drop_ended()
+        for one in self._stuck:
+            one.rounds += 1
+            if one.rounds == 2 or (one.rounds > 2 and not one.replaced):  # noqa: PLR2004 -- it had time to end
+                self._replace(one)
+        self._give_back()
+        self._forget_ended()
+        self._tell()
+        if self._stuck and time.monotonic() > self._attendance.stops_at + _LAST_S:
+            _log.warning("worker.left_stuck_processes", pids=[one.stall.pid for one in self._stuck])
+            os._exit(os.EX_OK)  # the pool would wait for them
+
+    def _drop_ended(self) -> None:
+        for one in [one for one in self._stuck if _has_ended(one.pidfd)]:
+            self._stuck.remove(one)
+            os.close(one.pidfd)
+            if one.rounds > 1:
+                _log.info("worker.process_ended", pid=one.stall.pid, job_id=one.stall.job_id)
+            self._surplus += one.replaced
+
+    def _replace(self, one: _Stuck) -> None:
+        if one.rounds == 2:  # noqa: PLR2004 -- as above
+            resources = one.stall.resources
+            _log.error(
+                "worker.process_stuck", pid=one.stall.pid, job_id=one.stall.job_id, resources=resources
+            )
+        replaced = sum(each.replaced for each in self._stuck)
+        if self._pool is not None and self._in_loop is not None and replaced < self._most:
+            pool = self._pool
+            one.replaced = True
+            self._in_loop(lambda: pool.grow(1))
+
+    def _give_back(self) -> None:
+        """End as many idle processes as were started for others that have ended by now."""
+        if self._surplus and self._pool is not None and self._in_loop is not None:
+            self._in_loop(self._shrink)
+
+    def _shrink(self) -> None:
+        pool = self._pool
+        if not self._surplus or pool is None or len(pool.info["processes"]) > pool.num_processes:
+            return  # one is still ending, and would be chosen again
+        with suppress(ValueError):  # all are busy: in the next round
+            pool.shrink(1)
+            self._surplus -= 1
+
+    def _forget_ended(self) -> None:
+        """Have others woken: a process that was killed left the note that it takes jobs."""
+        if self._pool is None:
+            return
+        pids = frozenset(self._pool.info["processes"])
+        for pid in self._pids - pids:
+            for queue in self._queues:
+                self._store.drained(f"{self._owner}/{pid}", queue, self._queues)
+        self._pids = pids
+
+    def _tell(self) -> None:
+        hanging = [one for one in self._stuck if one.rounds > 1]
+        if hanging or self._told:
+            resources = {name for one in hanging for name in one.stall.resources}
+            self._store.stuck(self._owner, len(hanging), _HELD_S, sorted(resources))
+            self._told = len(hanging)
+
+
+def _has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))

@@ -1,0 +1,112 @@
+"""A file system that hangs takes the processes that work on it, in the open, and nothing else.
+
+The long form has many more jobs on it and beside it, while it hangs for a minute.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from support.frozen_disk import FrozenDisk, frozen_disk, state_of
+from support.long_form import IS_LONG, RUNS
+from support.service import Service, b64
+from support.waiting import until
+
+HUNG: Final = 40 if IS_LONG else 3
+OTHERS: Final = 400 if IS_LONG else 1
+SETTINGS: Final = """
+[kms.jobs]
+roots = ["{disk}", "{files}"]
+stall_s = 3
+stop_s = 2
+lease_s = 5
+concurrency = 2
+"""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[FrozenDisk]:
+    with frozen_disk(tmp_path / "disk") as found:
+        yield found
+
+
+@pytest.fixture
+def install(tmp_path: Path, disk: FrozenDisk) -> Iterator[Service]:
+    files = tmp_path / "other"
+    files.mkdir()
+    with Service(tmp_path, SETTINGS.format(disk=disk.folder, files=files)) as service:
+        service.files = files
+        for folder in (disk.folder, files):
+            for number in range(max(HUNG, OTHERS)):
+                (folder / f"{number}").write_bytes(b"content")
+        yield service.start()
+
+
+def submit(service: Service, folder: Path, number: int) -> str:
+    source, target = (f"file://{folder}/{number}{end}" for end in ("", ".age"))
+    return service.submit({"kind": "encrypt", "source": source, "target": target})
+
+
+def degraded(service: Service) -> list[str]:
+    found: list[str] = service.http.get("/api/v1/kms/status").json()["degraded"]
+    return found
+
+
+@pytest.mark.timeout(1800 if IS_LONG else 180)
+@pytest.mark.parametrize("run", RUNS)
+def test_a_hung_mount_takes_no_other_queue_with_it(install: Service, disk: FrozenDisk, run: int) -> None:
+    """More jobs on it than processes: all others go on, and those on it are done once it is back."""
+    with disk.frozen():
+        hung = [submit(install, disk.folder, number) for number in range(HUNG)]
+        until(lambda: len(stuck(install)) == 2, "both processes hang")
+        before = stuck(install)
+        for number in range(OTHERS):
+            other = submit(install, install.files, number)
+            items = install.submit({"kind": "encrypt", "items": [{"plaintext": b64(b"x")}]})
+            assert install.wait(items)["state"] == "succeeded", f"run {run}"
+            assert install.wait(other)["state"] == "succeeded", f"run {run}"
+        until(lambda: "worker_processes" in degraded(install), "status says so")
+        assert set(before) <= set(stuck(install)), "they cannot be ended, and hold nothing else"
+        assert "kms_worker_stuck_processes 2.0" in install.http.get("/metrics").text
+        output = install.output("worker")
+        assert output.count("worker.process_stuck") == 2
+        assert "job.stalled" in output  # each counts in kms_job_stalls_total
+        assert len(stuck(install)) == 2, "no third process was lost to it"
+        for job_id in hung:
+            assert install.job(job_id)["state"] == "queued"
+
+    for job_id in hung:
+        found = install.wait(job_id)
+        assert (found["state"], found["attempt"] <= 3) == ("succeeded", True)
+    until(lambda: degraded(install) == [], "all is well")
+    until(lambda: len(install.pool_pids()) == 2, "as many processes as before")
+
+
+def stuck(service: Service) -> list[int]:
+    return [pid for pid in service.pool_pids() if state_of(pid) == "D"]
+
+
+def test_cancel_and_run_by_hold_for_a_job_that_hangs(install: Service, disk: FrozenDisk) -> None:
+    with disk.frozen():
+        job_id = submit(install, disk.folder, 0)
+        until(lambda: stuck(install), "it hangs")
+
+        answer = install.http.delete(f"/api/v1/kms/jobs/{job_id}").json()
+        assert (answer["state"], answer["cancelling"]) == ("running", True)
+
+        assert install.wait(job_id)["state"] == "cancelled"
+    assert not (disk.folder / "0.age").exists()
+
+
+def test_a_worker_whose_process_hangs_can_be_stopped(install: Service, disk: FrozenDisk) -> None:
+    with disk.frozen():
+        job_id = submit(install, disk.folder, 0)
+        until(lambda: stuck(install), "it hangs")
+
+        assert install.stop("worker") == 0
+
+        assert install.job(job_id)["state"] == "queued"
+    install.start("worker")
+    assert install.wait(job_id)["state"] == "succeeded"

@@ -1,0 +1,167 @@
+"""Hosts without a shared disk, while the lines between them are cut.
+
+One seed, three in the long form; ``KMS_STORM_SEED`` repeats one.
+"""
+
+import os
+import random
+import secrets
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, cast
+
+import pytest
+
+from kms_core.jobs.recovery import reaper
+from kms_core.jobs.storage import spool_bucket
+from kms_protocol.errors import EXIT_CONFIGURATION
+from support import redis_servers
+from support.chaos.cut_lines import CutLines
+from support.chaos.fleet import CLIENTS, EVERYWHERE, Fleet, Machine, fleet
+from support.chaos.job_checks import JobChecks
+from support.chaos.job_mix import ObjectBook
+from support.chaos.load import Load
+from support.long_form import RUNS
+from support.network_hosts import network
+from support.service import PROGRAMS, Service, core_of
+from support.waiting import until
+
+JOBS: Final = 300
+SENDERS: Final = 4
+SCALE: Final = 0.3
+PATIENCE_S: Final = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was found: no ``faults``, or one line each."""
+
+    faults: Sequence[str]
+    facts: Mapping[str, object]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", RUNS)
+def test_every_job_ends_once_whichever_line_is_cut(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seed = int(os.environ.get("KMS_STORM_SEED") or secrets.randbelow(1_000_000)) + number
+    monkeypatch.setattr(reaper, "_ORPHAN_AGE_S", 0.0)  # the time that passes until orphans are swept
+    monkeypatch.setattr(spool_bucket, "UNFINISHED_S", 0.0)
+    with capsys.disabled():
+        print(f"\nmany hosts: seed {seed}")  # noqa: T201 -- a failure must be repeatable
+
+    verdict = _run(tmp_path, seed)
+
+    with capsys.disabled():
+        print(f"many hosts: {verdict.facts}")  # noqa: T201
+    assert not verdict.faults, "\n".join(verdict.faults[:40])
+
+
+def _run(folder: Path, seed: int) -> Verdict:
+    begun = time.monotonic()
+    with fleet(folder, seed) as hosts:
+        core = core_of(hosts)
+        book = ObjectBook(hosts.launch(), core, seed, scale=SCALE, bucket=hosts.shared.files)
+        crowd = Load(hosts, book, JOBS, SENDERS, seed, most=0, token=hosts.token)
+        cuts = CutLines(hosts, book, crowd, seed)
+        _cut(hosts, crowd, cuts, seed)
+        judge = JobChecks(hosts, crowd, lambda: hosts.shared.files.births("out/"), room_was_short=False)
+        judge.wait(PATIENCE_S)
+        judge.hear()
+        judge.expire()
+        reaper.Reaper(core.worker_context.store, core.worker_context.spool, "judge").reap()
+        judge.spool_is_empty()
+        facts = {
+            "seconds": round(time.monotonic() - begun),
+            "jobs": len(crowd.tickets),
+            "states": dict(judge.states),
+            "claims": Counter(_claims(hosts, ticket.job_id) for ticket in crowd.tickets),
+            "claims of cut jobs": [_claims(hosts, job_id) for job_id in cuts.cut_jobs],
+            "crossed": hosts.spread.crossed,
+            "glimpses": len(crowd.glimpses),
+            "revoked_s": [round(each, 1) for each in cuts.revoked_s],
+            "took": cuts.took,
+        }
+        faults = [
+            *cuts.faults,
+            *judge.faults,
+            *(f"ended by itself: {end}" for end in hosts.ends),
+            *(f"left in Redis: {key!r}" for key in hosts.admin.keys("kms:blobs:*")),
+            *(f"no worker was cut from {job_id}" for job_id in cuts.cut_jobs if _claims(hosts, job_id) < 2),
+        ]
+        cast("spool_bucket.SpoolBucket", core.worker_context.spool.store).bucket.line.close()
+        for machine in hosts.machines.values():
+            machine.stop(machine.program)
+    return Verdict([*faults, *hosts.search()], facts)
+
+
+def _cut(hosts: Fleet, crowd: Load, cuts: CutLines, seed: int) -> None:
+    """All faults, in the order of the seed; jobs arrive before, during and after each."""
+    rng = random.Random(seed + 1)  # noqa: S311 -- repeatable, no secret
+    names = list(cuts.blows)
+    rng.shuffle(names)
+    crowd.start()
+    for number, name in enumerate(names, start=1):
+        share = JOBS * number // len(names)
+        after = len(crowd.tickets) + rng.randrange(JOBS // len(names) // 2)
+        crowd.most = share
+        while len(crowd.tickets) < after and crowd.busy:
+            hosts.tend()
+            time.sleep(0.05)
+        cuts.strike(name)
+        hosts.tend()
+    crowd.most = JOBS
+    while crowd.busy:
+        hosts.tend()
+        time.sleep(0.1)
+    crowd.close()
+
+
+def _claims(hosts: Fleet, job_id: str) -> int:
+    """How many attempts a job had."""
+    return int(cast("bytes | None", hosts.admin.hget(f"kms:job:{job_id}", "fence")) or 0)
+
+
+OWN_DISK: Final = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"')
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_two_disks_at_one_path_are_no_spool_of_two_hosts(tmp_path: Path, program: str) -> None:
+    """Each has the same path and the same keys, and a disk of its own there."""
+    (spool := tmp_path / "spool").mkdir(mode=0o700)
+    settings = f'bind = "{EVERYWHERE}"\n[kms.auth]\nmode = "none"\n[kms.jobs]\nspool_dir = "{spool}"\n'
+    with (
+        network(2, [CLIENTS]) as hosts,
+        redis_servers.server(tmp_path / "redis", None, bind=EVERYWHERE) as redis,
+        Service(tmp_path / "keys", settings, redis.url()) as keys,
+    ):
+        first, second = (
+            Machine(
+                tmp_path / name,
+                replace(host, enter=(*host.enter, *OWN_DISK, str(spool))),
+                settings,
+                redis.url(host=host.lines[CLIENTS].us),
+                keys,
+            )
+            for name, host in zip(("api1", f"{program}2"), hosts, strict=True)
+        )
+        with first, second:
+            first.spawn("api")
+            until(lambda: first.is_up, "the first host is up")
+            done = subprocess.run(
+                second.argv(program),
+                env=second.environ,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+            )
+            assert done.returncode == EXIT_CONFIGURATION, done.stderr
+            assert "spool_not_shared" in done.stderr
+            assert "host1" in done.stderr
+            assert first.is_up

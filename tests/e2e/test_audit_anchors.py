@@ -1,0 +1,262 @@
+"""Anchors that settings name, from outside: command, doctor, status and metrics tell of an older log."""
+
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from support.audit_logs import Place
+from support.redis_servers import PASSWORD, sentinel, server
+from support.service import Service
+from support.waiting import until
+from support.webhooks import make_authority
+
+NO_REDIS: Final = "unix:///nonexistent.sock"
+EAGER: Final = "[kms.audit]\ncheckpoint_s = 1\n"
+
+
+def kms(service: Service, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-P", "-m", "kms_cli.main", *args]
+    return subprocess.run(
+        argv, env=service.environ | environ, capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def verified(service: Service, *args: str) -> tuple[int, dict[str, Any]]:
+    done = kms(service, "audit", "verify", "--json", *args)
+    return done.returncode, json.loads(done.stdout)
+
+
+def doctor(service: Service) -> tuple[str, str]:
+    """Level and text of what the doctor says of anchors."""
+    lines = [json.loads(line) for line in kms(service, "doctor", "--json").stdout.splitlines()]
+    (found,) = [line for line in lines if line["subject"] == "audit anchors"]
+    return found["level"], found["text"]
+
+
+def degraded(service: Service) -> list[str]:
+    found: list[str] = service.get("/status").json()["degraded"]
+    return found
+
+
+def run_once(service: Service, plaintext: bytes) -> None:
+    """A process that records an operation and closes its chain."""
+    service.start("api")
+    service.encrypt(plaintext)
+    service.stop("api")
+
+
+class Copy:
+    def __init__(self, service: Service) -> None:
+        self._folder, self._at = service.state / "audit", service.state.parent / "copy"
+        shutil.copytree(self._folder, self._at)
+
+    def put_back(self) -> None:
+        shutil.rmtree(self._folder)
+        shutil.copytree(self._at, self._folder)
+
+
+@pytest.fixture(params=["redis", "directory"])
+def own(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) -> Iterator[Service]:
+    """A service with anchors in one place, whose log may be hurt."""
+    text = EAGER
+    if request.param == "directory":
+        text += f'anchor_redis = false\nanchor_dir = "{tmp_path}/second"\n'
+    with Service(tmp_path, text, redis=redis_url) as running:
+        yield running
+
+
+def test_a_log_put_back_while_nothing_runs_is_found_by_all(own: Service) -> None:
+    run_once(own, b"old")
+    older = Copy(own)
+    run_once(own, b"new")
+    assert verified(own)[1]["verdict"] == "intact"
+    assert doctor(own)[0] == "ok"
+    older.put_back()
+
+    code, report = verified(own)
+    assert (code, report["verdict"]) == (65, "damaged")
+    assert [problem["code"] for problem in report["problems"]] == ["missing_chain"]
+    assert "kms audit acknowledge-loss" in kms(own, "audit", "verify").stderr
+    level, text = doctor(own)
+    assert (level, "missing_chain" in text) == ("FAIL", True)
+    assert verified(own, "--no-anchors")[0] == 0, "without anchors nothing tells"
+
+    own.start("api")
+    until(lambda: "audit_anchors" in degraded(own), "the service says so")
+    place = "directory" if (own.state.parent / "second").exists() else "redis"
+    assert f'kms_audit_anchors_ok{{place="{place}"}} 0.0' in own.http.get("/metrics").text
+    assert "audit.anchor_ahead" in own.output("api")
+    assert "KmsAuditOlderThanAnchors" in own.http.get("/ui").text
+    assert own.http.get("/readyz").status_code == 200, "it still takes records"
+
+
+def test_a_log_that_is_too_young_to_be_compared_is_not_called_compared(
+    tmp_path: Path, redis_url: str
+) -> None:
+    with Service(tmp_path, "[kms.audit]\ncheckpoint_s = 3600\n", redis=redis_url) as own:
+        own.start("api")
+        own.encrypt(b"first")
+        level, text = doctor(own)
+        assert (level, "nothing was compared yet" in text, "due 3600 s after" in text) == ("ok", True, True)
+        own.stop("api")
+        assert "has the records" in doctor(own)[1]
+
+
+def test_a_log_put_back_while_the_service_runs_is_found(own: Service) -> None:
+    run_once(own, b"old")
+    older = Copy(own)
+    run_once(own, b"new")
+    own.start("api")
+    own.encrypt(b"more")
+    assert "audit_anchors" not in degraded(own)
+    older.put_back()
+
+    until(lambda: "audit_anchors" in degraded(own), "the service says so")
+
+
+def test_a_worker_tells_too(own: Service) -> None:
+    run_once(own, b"old")
+    older = Copy(own)
+    run_once(own, b"new")
+    older.put_back()
+    own.start("worker")
+
+    metrics = f"http://127.0.0.1:{own.port + 1}/metrics"
+    until(lambda: "} 0.0" in line_of(own.http.get(metrics).text, "kms_audit_anchors_ok"), "it says so")
+
+
+def line_of(text: str, name: str) -> str:
+    return next((line for line in text.splitlines() if line.startswith(name)), "")
+
+
+def test_a_loss_is_acknowledged_on_record(own: Service) -> None:
+    run_once(own, b"old")
+    older = Copy(own)
+    run_once(own, b"new")
+    older.put_back()
+    shown = kms(own, "audit", "acknowledge-loss")
+    assert (shown.returncode, "is missing" in shown.stdout) == (1, True)
+    lost = shown.stdout.partition(":")[0]
+    assert kms(own, "audit", "acknowledge-loss", "worker-x").returncode == 65
+    own.start("api")
+    until(lambda: "audit_anchors" in degraded(own), "the service says so")
+
+    done = kms(own, "audit", "acknowledge-loss", "--all")
+    assert (done.returncode, lost in done.stdout) == (0, True), done.stderr
+    until(lambda: "audit_anchors" not in degraded(own), "the loss is known")
+    code, report = verified(own)
+    assert (code, report["verdict"]) == (0, "intact")
+    assert "acknowledged" in [note["code"] for note in report["notes"]]
+    lines = [line for line in Place(own.state).operations() if line["operation"] == "audit.acknowledge_loss"]
+    assert [line["stage"] for line in lines] == ["intent", "outcome"]
+    assert {line["principal"] for line in lines} == {pwd.getpwuid(os.getuid()).pw_name}
+    assert {line["effect"].partition(":")[0] for line in lines} == {lost}
+    again = kms(own, "audit", "acknowledge-loss", "--all")
+    assert (again.returncode, "every line" in again.stderr) == (0, True)
+
+
+def test_of_two_places_the_later_anchor_says_what_is_lost(tmp_path: Path, redis_url: str) -> None:
+    """The directory took no anchor of the end of a chain."""
+    with Service(tmp_path, f'{EAGER}anchor_dir = "{tmp_path}/second"\n', redis=redis_url) as own:
+        run_once(own, b"old")
+        older = Copy(own)
+        own.start("api")
+        own.encrypt(b"new")
+        until(lambda: len(list((tmp_path / "second").iterdir())) > 1, "a checkpoint is anchored")
+        own.stop("api")
+        file = max((tmp_path / "second").iterdir())
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join(lines[:1]))
+        older.put_back()
+
+        assert kms(own, "audit", "acknowledge-loss", "--all").returncode == 0
+        assert verified(own)[1]["verdict"] == "intact"
+        (line,) = [each for each in Place(own.state).operations() if each.get("stage") == "intent"]
+        last = json.loads(lines[-1])
+        assert str(line["effect"]).startswith(f"{last['chain']}:{last['seq']}-0-")
+        assert len(lines) > 1
+
+
+def test_anchors_that_cannot_be_read_are_no_intact_log(tmp_path: Path) -> None:
+    """Nothing is compared: the command says why, and does not end with 0."""
+    with Service(tmp_path, EAGER, redis=NO_REDIS) as own:
+        run_once(own, b"x")
+        code, report = verified(own)
+        assert (code, report["verdict"], report["problems"]) == (69, "not compared", [])
+        assert report["not_compared"] == {"Redis": "Redis does not answer"}
+        assert "not compared with the anchors in Redis" in kms(own, "audit", "verify").stdout
+        assert verified(own, "--no-anchors")[0] == 0
+        assert doctor(own)[0] == "warn"
+        refused = kms(own, "audit", "acknowledge-loss", "--all")
+        assert (refused.returncode, "loss is unknown" in refused.stderr) == (69, True)
+
+        own.start("api")
+        until(lambda: "audit_anchors_away" in degraded(own), "the service says so")
+        assert 'kms_audit_anchors_ok{place="redis"} NaN' in own.http.get("/metrics").text
+        assert "audit.anchors_away" in own.output("api")
+
+
+def test_a_service_that_starts_without_its_anchors_compares_them_later(tmp_path: Path) -> None:
+    text = f'{EAGER}anchor_redis = false\nanchor_dir = "{tmp_path}/second"\n'
+    with Service(tmp_path, text, redis=NO_REDIS) as own:
+        run_once(own, b"old")
+        older = Copy(own)
+        run_once(own, b"new")
+        older.put_back()
+        (tmp_path / "second").rename(tmp_path / "unmounted")
+        (tmp_path / "second").touch()
+        own.start("api")
+        until(lambda: "audit_anchors_away" in degraded(own), "it says that nothing is compared")
+        (tmp_path / "second").unlink()
+        (tmp_path / "unmounted").rename(tmp_path / "second")
+
+        until(lambda: "audit_anchors" in degraded(own), "it compares")
+        assert "audit_anchors_away" not in degraded(own)
+
+
+def test_the_embedded_server_of_kms_up_is_asked_where_settings_name_none(tmp_path: Path) -> None:
+    with Service(tmp_path, EAGER) as own:
+        run_once(own, b"old")
+        older = Copy(own)
+        run_once(own, b"new")
+        older.put_back()
+        unnamed = {name: text for name, text in own.environ.items() if name != "KMS_REDIS_URL"}
+        argv = [sys.executable, "-P", "-m", "kms_cli.main", "audit", "verify"]
+        found = subprocess.run(argv, env=unnamed, capture_output=True, text=True, check=False)
+        assert (found.returncode, "missing_chain" in found.stdout) == (65, True), found.stdout
+
+        own.valkey.stop()
+        away = subprocess.run(argv, env=unnamed, capture_output=True, text=True, check=False)
+        assert away.returncode == 0
+        assert "kms up does not run on this machine" in away.stderr
+
+
+def test_redis_by_sentinel_over_tls_with_a_password_file(tmp_path: Path) -> None:
+    authority = make_authority(tmp_path)
+    (tmp_path / "password").write_text(PASSWORD)
+    with (
+        server(tmp_path / "redis", authority) as master,
+        sentinel(tmp_path / "sentinel", authority, master.port) as watcher,
+    ):
+        section = f'[kms.redis]\nca_file = "{authority.ca_file}"\npassword_file = "{tmp_path}/password"\n'
+        url = f"sentinels://kms@localhost:{watcher.port}/0?master=mymaster&sentinel_password=sentinel"
+        with Service(tmp_path / "kms", section + EAGER, url) as own:
+            run_once(own, b"old")
+            older = Copy(own)
+            run_once(own, b"new")
+            assert verified(own)[1]["verdict"] == "intact"
+            older.put_back()
+
+            assert verified(own)[0] == 65
+            (tmp_path / "password").write_text("guessed")
+            code, report = verified(own)
+            assert (code, list(report["not_compared"])) == (69, ["Redis"])
+            assert doctor(own)[0] == "warn"

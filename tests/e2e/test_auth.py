@@ -1,0 +1,430 @@
+"""Who is let in and what to: real processes, requests as curl makes them, tokens as kms token makes them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from kms_api import app
+from kms_api.routes.operations import probes
+from kms_api.routing import ScopedRoute
+from kms_core.auth import tokens
+from kms_core.scopes import OPERATIONS
+from kms_protocol.wire import PREFIX
+from support.credentials import REQUIRED, Guarded, bearer
+from support.embedded_valkey import EmbeddedValkey
+from support.service import CONTEXT, Service, b64, check_problem
+from support.waiting import until
+
+ALL: Final = ",".join(operation for operation in OPERATIONS if operation not in {"metrics", "unwrap"})
+SETTINGS: Final = (
+    f"{REQUIRED}failures_per_minute = 1000\n[kms.age]\ndata_keys = true\n"
+    "[kms.tenants.acme]\nkeys = ['default', 'pay-*']\n"
+    '[kms.keys]\npay-1 = "age://{keys}/private_key.txt?public={keys}/public_key.txt"\n'
+)
+
+
+def with_keys(folder: Path, settings: str = SETTINGS) -> str:
+    """The settings, with a second key: the files are the first one's, the id is another."""
+    return settings.replace("{keys}", str(folder / "state" / "age"))
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> Iterator[Guarded]:
+    """An API and a worker that ask everybody."""
+    folder = tmp_path_factory.mktemp("guarded")
+    url = valkey.files.url_of(next(database_numbers))
+    with Guarded(folder, with_keys(folder), url) as running:
+        yield running.start()
+
+
+# -- credentials, and routes that there are --------------------------------------------------------------
+# Which call needs which permission: tests/kms_api/test_permissions.py.
+
+PARTS: Final = (*app.ROUTERS, probes)
+OPEN_PATHS: Final = [path for path in app.open_paths() if not path.startswith(("/v1/", "/ui"))]
+
+
+def served() -> set[tuple[str, str]]:
+    """Every route of the application as it is built."""
+    routes = [route for part in PARTS for route in part.routes]
+    return {
+        (method, route.path) for route in routes if isinstance(route, ScopedRoute) for method in route.rules
+    }
+
+
+def test_every_route_states_its_scope() -> None:
+    assert served() == app.RULES.keys()
+    assert all(isinstance(route, ScopedRoute) for part in PARTS for route in part.routes)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer x"},
+        {"Authorization": "Basic dTpw"},
+        {"X-API-Key": "kms_aaaaaaaaaa_" + "A" * 43},
+        {"X-Vault-Token": "a.b.c"},
+    ],
+    ids=["none", "empty", "odd", "basic", "unknown", "jwt"],
+)
+def test_a_refusal_says_how_to_authenticate(guarded: Guarded, headers: dict[str, str]) -> None:
+    for path in ("/status", "/jobs", "/keys/default"):
+        answer = guarded.get(path, headers=headers)
+
+        check_problem(answer, 401, "unauthenticated")
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.headers["cache-control"] == "no-store"
+
+
+def test_what_items_and_files_name_is_asked_for_in_the_core(guarded: Guarded) -> None:
+    asked = {"plaintext": "aGk=", "context": "a=b"}
+    sealed = guarded.post("/encrypt", asked, headers=guarded.token("encrypt")).json()["ciphertext"]
+    body = {"ciphertext": sealed, "context": "a=b"}
+    some = guarded.token("encrypt,rewrap key=default")
+    batch = {"operation": "decrypt", "items": [body, body]}
+
+    check_problem(guarded.post("/decrypt", body, headers=some), 403, "forbidden")
+    check_problem(guarded.post("/rewrap", body | {"key_id": "pay-1"}, headers=some), 403, "forbidden")
+    assert guarded.post("/rewrap", body, headers=some).status_code == 200
+    check_problem(guarded.post("/batch", batch, headers=some), 403, "forbidden")
+    elsewhere = guarded.token("decrypt context=env=prod")
+    results = guarded.post("/batch", batch, headers=elsewhere).json()["results"]
+    assert [result["error"]["code"] for result in results] == ["forbidden"] * 2
+    assert guarded.post("/decrypt", body, headers=guarded.token("decrypt")).status_code == 200
+
+
+def test_a_path_that_is_no_route_tells_nothing_to_strangers(guarded: Guarded) -> None:
+    for path in (
+        "/",
+        "/nope",
+        f"{PREFIX}/nope",
+        f"{PREFIX}/encrypt/",
+        f"{PREFIX}//encrypt",
+        "/livez/",
+        "/LIVEZ",
+    ):
+        check_problem(guarded.http.get(path), 401, "unauthenticated")
+    assert guarded.http.get("/nope", headers=guarded.token("status")).status_code == 404
+
+
+@pytest.mark.parametrize("path", sorted(OPEN_PATHS))
+def test_what_is_open_needs_no_credential_and_minds_none(guarded: Guarded, path: str) -> None:
+    assert guarded.http.get(path).status_code == 200
+    assert guarded.http.get(path, headers=bearer("stolen")).status_code == 200
+    assert guarded.http.get(path).headers["cache-control"] == "no-store"
+
+
+# -- tokens --------------------------------------------------------------------------------------------
+
+
+def kms(service: Guarded, *args: str) -> str:
+    """The command, as an operator runs it beside the service."""
+    argv = [sys.executable, "-P", "-m", "kms_cli.main", "token", *args]
+    done = subprocess.run(argv, env=service.environ, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def curl(service: Service, path: str, *args: str) -> tuple[int, dict[str, object]]:
+    argv = ["curl", "-s", "-w", "\n%{http_code}", *args, f"{service.url}{PREFIX}{path}"]
+    body, _, status = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.rpartition("\n")
+    return int(status), json.loads(body)
+
+
+@pytest.mark.parametrize(
+    "header", ["Authorization: Bearer {}", "authorization: bearer {}", "X-API-Key: {}", "X-Vault-Token: {}"]
+)
+def test_a_token_by_hand(guarded: Guarded, header: str, tmp_path: Path) -> None:
+    name = tmp_path.name.replace("_", "-")[-60:]
+    text = kms(guarded, "create", "--name", name, "--scope", "encrypt context=env=*")
+    body = ["-d", '{"plaintext": "aGk=", "context": "env=prod"}', "-H", header.format(text)]
+
+    status, answer = curl(guarded, "/encrypt", *body)
+    assert (status, answer["key_id"]) == (200, "default")
+    kms(guarded, "revoke", name)
+    status, answer = curl(guarded, "/encrypt", *body)
+    assert (status, answer["code"]) == (401, "unauthenticated")
+
+
+def test_a_rotated_token_works_by_both_secrets_and_then_by_one(guarded: Guarded) -> None:
+    old = kms(guarded, "create", "--name", "rotating", "--scope", "status")
+    new = kms(guarded, "rotate", "rotating", "--overlap", "1h")
+    assert [guarded.get("/status", headers=bearer(text)).status_code for text in (old, new)] == [200, 200]
+    newest = kms(guarded, "rotate", "rotating", "--overlap", "0")
+
+    statuses = [guarded.get("/status", headers=bearer(text)).status_code for text in (old, new, newest)]
+    assert statuses == [401, 401, 200]
+
+
+def test_an_expired_token_says_so(guarded: Guarded) -> None:
+    _, text = guarded.make("status", ttl=-timedelta(hours=1))
+    answer = guarded.get("/status", headers=bearer(text))
+
+    check_problem(answer, 401, "unauthenticated")
+    assert "expired" in answer.json()["detail"]
+
+
+def test_several_credentials_are_none(guarded: Guarded) -> None:
+    one, two = guarded.make("status")[1], guarded.make("status")[1]
+    both = guarded.get("/status", headers={**bearer(one), "X-API-Key": two})
+    twice = guarded.get("/status", headers={**bearer(one), "X-API-Key": one})
+    listed = guarded.get(
+        "/status", headers=[("Authorization", f"Bearer {one}"), ("Authorization", f"Bearer {two}")]
+    )
+
+    check_problem(both, 401, "unauthenticated")
+    check_problem(listed, 401, "unauthenticated")
+    assert twice.status_code == 200
+
+
+def test_a_token_file_that_cannot_be_read_is_no_refusal(tmp_path: Path) -> None:
+    with Guarded(tmp_path, redis="unix:///nonexistent.sock") as own:
+        own.start("api")
+        headers = own.token("status")
+        good = own.token_file.read_bytes()
+        own.token_file.write_bytes(b"{")
+        answer = own.get("/status", headers=headers)
+        own.token_file.write_bytes(good)
+
+        check_problem(answer, 503, "unavailable")
+        assert answer.headers["retry-after"]
+        assert own.get("/status", headers=headers).status_code == 200
+
+
+def test_what_a_refusal_says_helps_and_betrays_nothing(guarded: Guarded) -> None:
+    headers = guarded.token("encrypt key=pay-* context=env=prod")
+    asked = {"plaintext": "aGk=", "context": CONTEXT}
+    none = guarded.post("/encrypt", asked)
+    key = guarded.post("/encrypt", asked, headers=headers)
+    absent = guarded.post("/encrypt", asked | {"key_id": "no-such-key"}, headers=headers)
+    context = guarded.post("/encrypt", asked | {"key_id": "pay-1", "context": "env=test"}, headers=headers)
+
+    check_problem(none, 401, "unauthenticated")
+    assert "Authorization: Bearer" in none.json()["detail"]
+    for answer in (key, absent):
+        check_problem(answer, 404, "unknown_key")
+    assert {key.json()["detail"]} == {absent.json()["detail"]}
+    check_problem(context, 403, "forbidden")
+    assert "context" in context.json()["detail"]
+    assert "prod" not in context.text
+    assert guarded.post("/encrypt", asked | {"key_id": "pay-1"}, headers=headers).status_code == 200
+
+
+def command(service: Guarded, token: str | None, folder: Path) -> tuple[int, str, str]:
+    """``kms encrypt`` with this token in ``KMS_TOKEN_FILE``."""
+    env = {"PATH": service.environ["PATH"], "HOME": "/nonexistent", "KMS_SERVICE_URL": service.url}
+    if token is not None:
+        (folder / "token").write_text(f"{token}\n")
+        env["KMS_TOKEN_FILE"] = str(folder / "token")
+    argv = [sys.executable, "-P", "-m", "kms_cli.main", "encrypt", "--context", "env=test"]
+    done = subprocess.run(argv, env=env, input="secret", capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_sends_its_token_and_says_what_to_do_without(guarded: Guarded, tmp_path: Path) -> None:
+    good, weak = guarded.make("encrypt")[1], guarded.make("encrypt context=env=prod")[1]
+    code, out, _ = command(guarded, good, tmp_path)
+    assert (code, out[:8]) == (0, "YWdlLWVu")
+
+    for token, word in (
+        (None, "KMS_TOKEN_FILE"),
+        ("stolen", "ask the operator"),
+        (weak, "whose scope allows"),
+    ):
+        code, out, err = command(guarded, token, tmp_path)
+        assert (code, out) == (77, "")
+        assert word in err
+        assert token is None or token not in err
+
+
+# -- failed attempts -----------------------------------------------------------------------------------
+
+
+def failures(service: Service, reason: str) -> float:
+    wanted = f'kms_auth_failures_total{{reason="{reason}"}} '
+    lines = service.http.get("/metrics").text.splitlines()
+    return sum(float(line.removeprefix(wanted)) for line in lines if line.startswith(wanted))
+
+
+def test_guessing_is_limited_counted_and_keeps_nobody_else_out(tmp_path: Path) -> None:
+    settings = f"{REQUIRED}failures_per_minute = 10\n"
+    with Guarded(tmp_path, settings, "unix:///nonexistent.sock") as own:
+        own.start("api")
+        good = own.token("status")
+        answers = [own.get("/status", headers=bearer(f"kms_{'a' * 10}_{n:043d}")) for n in range(30)]
+        codes = [answer.status_code for answer in answers]
+
+        assert codes[:10] == [401] * 10
+        assert set(codes[15:]) == {429}
+        check_problem(answers[-1], 429, "rate_limited")
+        assert int(answers[-1].headers["retry-after"]) >= 1
+        assert own.get("/status", headers=good).status_code == 200
+        assert own.get("/status").status_code == 401
+        assert own.http.get("/livez").status_code == 200
+        assert failures(own, "unknown") == 30
+        assert failures(own, "limited") == codes.count(429)
+        assert failures(own, "missing") == 1
+        assert own.output("api").count("auth.refused") == codes.count(401)
+
+
+def test_jwts_that_nobody_issued_are_limited_too(tmp_path: Path) -> None:
+    with Guarded(tmp_path, f"{REQUIRED}failures_per_minute = 3\n", "unix:///nonexistent.sock") as own:
+        own.start("api")
+        codes = [own.get("/status", headers=bearer(f"e30.e3{n:02d}.c2ln")).status_code for n in range(12)]
+
+        assert codes[:3] == [401] * 3
+        assert set(codes[6:]) == {429}
+
+
+# -- metrics, pages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "here", "proxied"), [("loopback", 200, 401), ("open", 200, 200), ("token", 401, 401)]
+)
+def test_metrics_are_for_whom_settings_say(tmp_path: Path, mode: str, here: int, proxied: int) -> None:
+    settings = f'{REQUIRED}[kms.server]\nmetrics = "{mode}"\ndocs = false\n'
+    with Guarded(tmp_path, settings) as own:
+        own.start()
+        token, other = own.token("metrics"), own.token("status")
+        worker = f"http://127.0.0.1:{own.port + 1}/metrics"
+        for url in ("/metrics", worker):
+            assert own.http.get(url).status_code == here
+            assert own.http.get(url, headers={"X-Forwarded-For": "10.0.0.1"}).status_code == proxied
+            assert own.http.get(url, headers={"Forwarded": "for=10.0.0.1", **token}).status_code == 200
+        if mode == "token":
+            assert own.http.get("/metrics", headers=other).status_code == 403
+            assert own.http.get(worker, headers=other).status_code == 401
+        assert own.http.get("/docs", headers=token).status_code == 404
+        assert own.http.get("/openapi.json", headers=token).status_code == 404
+        assert own.http.get(f"http://127.0.0.1:{own.port + 1}/livez").status_code == 200
+
+
+def test_without_authentication_bare_curls_work_and_tokens_are_not_minded(service: Service) -> None:
+    asked = ("-d", '{"plaintext": "aGk=", "context": "env=prod"}')
+
+    assert curl(service, "/encrypt", *asked)[0] == 200
+    assert curl(service, "/encrypt", *asked, "-H", "Authorization: Bearer stolen")[0] == 200
+    assert curl(service, "/jobs")[0] == 200
+    assert service.http.get("/metrics", headers={"X-Forwarded-For": "10.0.0.1"}).status_code == 403
+
+
+# -- tenants -------------------------------------------------------------------------------------------
+
+
+def test_two_tenants_see_nothing_of_each_other(guarded: Guarded) -> None:
+    """Each does everything; then each looks at everything, by every route that shows something."""
+    acme, web = (guarded.token(ALL, tenant=tenant) for tenant in ("acme", "web"))
+    body = {"plaintext": b64(b"of acme"), "context": "a=b"}
+    sealed = guarded.post("/encrypt", body, headers=acme).json()["ciphertext"]
+    job = {"kind": "encrypt", "items": [{"plaintext": b64(b"of acme")}], "context": "a=b"}
+    job_id = guarded.post("/jobs", job, headers=acme).json()["job_id"]
+    until(
+        lambda: guarded.get(f"/jobs/{job_id}", headers=acme).json()["state"] == "succeeded", "the job of acme"
+    )
+
+    stranger = guarded.post("/decrypt", {"ciphertext": sealed, "context": "a=b"}, headers=web)
+    check_problem(stranger, 400, "decrypt_failed")
+    for method, path in [
+        ("GET", f"/jobs/{job_id}"),
+        ("GET", f"/jobs/{job_id}/result"),
+        ("GET", f"/jobs/{job_id}/events"),
+        ("DELETE", f"/jobs/{job_id}"),
+        ("POST", f"/jobs/{job_id}/cancel"),
+        ("POST", f"/jobs/{job_id}/retry"),
+    ]:
+        theirs = guarded.http.request(method, PREFIX + path, headers=web)
+        absent = guarded.http.request(method, PREFIX + path.replace(job_id, "0" * 8), headers=web)
+        check_problem(theirs, 404, "unknown_job")
+        assert theirs.json()["detail"] == absent.json()["detail"]
+    for path in ("/jobs", "/jobs/dead", "/jobs?state=succeeded"):
+        assert guarded.get(path, headers=web).json()["jobs"] == []
+    assert [found["job_id"] for found in guarded.get("/jobs", headers=acme).json()["jobs"]] == [job_id]
+    assert guarded.get("/webhooks/dead", headers=web).json()["deliveries"] == []
+
+    until(lambda: "encrypt" in operations(guarded, acme), "the counts of acme")
+    assert operations(guarded, web).get("encrypt") is None
+    assert guarded.get("/status", headers=web).json()["jobs"] == {"queued": 0, "running": 0, "committing": 0}
+    audited = {event["principal"] for event in guarded.get("/audit", headers=web).json()["events"]}
+    assert audited
+    assert not audited & {
+        event["principal"] for event in guarded.get("/audit", headers=acme).json()["events"]
+    }
+    keys = {name: keys_of(guarded, headers) for name, headers in (("acme", acme), ("web", web))}
+    assert keys == {"acme": ["default", "pay-1"], "web": ["default", "pay-1"]}
+
+
+def operations(service: Service, headers: dict[str, str]) -> dict[str, object]:
+    found: dict[str, object] = service.get("/status", headers=headers).json()["operations"]["by"]
+    return found
+
+
+def keys_of(service: Service, headers: dict[str, str]) -> list[str]:
+    return [key["id"] for key in service.get("/keys", headers=headers).json()["keys"]]
+
+
+def test_a_caller_sees_the_keys_that_he_may_use(guarded: Guarded) -> None:
+    mine = guarded.token("encrypt key=pay-*")
+
+    assert keys_of(guarded, mine) == ["pay-1"]
+    assert keys_of(guarded, guarded.token("jobs:read,status")) == []
+    assert guarded.get("/keys/pay-1", headers=mine).status_code == 200
+    for key_id in ("default", "no-such-key"):
+        check_problem(guarded.get(f"/keys/{key_id}", headers=mine), 404, "unknown_key")
+
+
+def test_counts_of_all_tenants_are_for_those_who_read_the_metrics(guarded: Guarded) -> None:
+    plain, operator = guarded.token("encrypt,status"), guarded.token("encrypt,status,metrics")
+    guarded.post(
+        "/encrypt", {"plaintext": "aGk=", "context": "a=b"}, headers=guarded.token("encrypt", tenant="third")
+    )
+
+    until(lambda: "encrypt" in operations(guarded, operator), "the counts of all")
+    versions = [
+        guarded.get("/keys/default", headers=headers).json()["versions"][-1].get("operations")
+        for headers in (plain, operator)
+    ]
+    assert versions[0] is None
+    assert versions[1] is not None
+
+
+# -- nothing of a token stays --------------------------------------------------------------------------
+
+
+def test_no_token_is_found_where_the_service_writes(tmp_path: Path) -> None:
+    settings = f'{REQUIRED}[kms.log]\nlevel = "debug"\n'
+    with Guarded(tmp_path, settings) as own:
+        own.start()
+        texts = [own.make(ALL)[1] for _ in range(3)]
+        job = {"kind": "encrypt", "items": [{"plaintext": "aGk="}], "context": "a=b"}
+        job_id = own.post("/jobs", job, headers=bearer(texts[0])).json()["job_id"]
+        until(
+            lambda: own.get(f"/jobs/{job_id}", headers=bearer(texts[0])).json()["state"] == "succeeded",
+            "its end",
+        )
+        answers = [
+            own.post("/encrypt", {"plaintext": texts[1]}, headers={"X-API-Key": texts[1]}),
+            own.get(f"/jobs/{texts[2]}", headers={"X-Vault-Token": texts[2]}),
+            own.get("/jobs", params={"cursor": texts[2]}, headers=bearer(texts[2])),
+            own.get("/status", headers=bearer(texts[0] + "x")),
+            own.get("/status", headers={**bearer(texts[0]), "X-API-Key": texts[1]}),
+        ]
+        tokens.revoke(own.token_file, texts[0][4:14])
+        answers.append(own.get("/status", headers=bearer(texts[0])))
+        rest = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+        assert {answer.status_code for answer in answers} == {401, 404, 422}
+        for text in texts:
+            secret = text[15:]
+            assert not [answer.text for answer in answers if secret in answer.text]
+            assert not [path for path, data in rest.items() if secret.encode() in data]
+        assert any(texts[0][4:14].encode() in data for path, data in rest.items() if "audit" in str(path))

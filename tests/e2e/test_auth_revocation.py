@@ -1,0 +1,354 @@
+"""Client certificates that are revoked or expire: new connections, open ones, and jobs."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+
+from kms_api.server import process
+from kms_core.auth import revocation
+from kms_core.auth.authenticator import Authenticator
+from kms_core.auth.authenticator import build as build_doors
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.submission.submitter import SubmissionOptions
+from kms_core.settings.model import ServerSection
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import ConfigurationError, Forbidden, Unauthenticated, Unavailable
+from kms_protocol.wire import PREFIX
+from support.credentials import Authority, Pair, bearer, shown
+from support.ports import free_port
+from support.revocation import EXPIRED, NAME, Revoking
+from support.service import check_problem, core_of
+from support.waiting import until
+
+
+def test_a_revoked_certificate_ends_its_connection_and_gets_no_other(tmp_path: Path) -> None:
+    with Revoking(tmp_path).start("api") as own:
+        revoked, other = own.builder(), own.builder("other")
+        with own.client(revoked) as http, own.client(other) as beside:
+            assert http.get(f"{PREFIX}/status").status_code == 200
+            assert beside.get(f"{PREFIX}/status").status_code == 200
+            own.put(own.clients.crl(revoked.cert))
+            answer = http.get(f"{PREFIX}/status")
+
+            check_problem(answer, 401, "unauthenticated")
+            assert "revoked" in answer.json()["detail"]
+            assert answer.headers["connection"] == "close"
+            with pytest.raises(httpx.TransportError):  # the client connects again and is not let in
+                http.get(f"{PREFIX}/status")
+            assert beside.get(f"{PREFIX}/status").status_code == 200
+        assert own.status(other).status_code == 200
+        with pytest.raises(httpx.TransportError):
+            own.status(revoked)
+        own.put(own.clients.crl())  # a list that revokes it no more: it was on hold
+        assert own.status(revoked).status_code == 200
+
+
+@pytest.mark.parametrize("at", ["main", "own"])
+def test_the_vault_api_ends_the_connection_of_a_revoked_certificate(tmp_path: Path, at: str) -> None:
+    port = free_port()
+    with Revoking(tmp_path, more=f"[kms.facade]\nenabled = true\nport = {port}\n").start("api") as own:
+        builder = own.builder()
+        url = f"https://localhost:{own.port if at == 'main' else port}/v1/auth/token/lookup-self"
+        with own.client(builder) as http:
+            assert http.get(url).status_code == 200
+            own.put(own.clients.crl(builder.cert))
+            answer = http.get(url)
+
+            assert answer.status_code == 403
+            assert answer.headers["connection"] == "close"
+            with pytest.raises(httpx.TransportError):
+                http.get(url)
+
+
+def test_an_expired_certificate_ends_its_connection(tmp_path: Path) -> None:
+    """Asked all the time, since uvicorn closes a connection that is silent for five seconds."""
+    with (
+        Revoking(tmp_path).start("api") as own,
+        own.client(own.builder(lasts=timedelta(seconds=6))) as http,
+    ):
+        answers = [http.get(f"{PREFIX}/status")]
+        assert answers[0].status_code == 200
+
+        def is_refused() -> bool:
+            answers.append(http.get(f"{PREFIX}/status"))
+            return answers[-1].is_error
+
+        until(is_refused, "the refusal")
+
+        check_problem(answers[-1], 401, "unauthenticated")
+        assert "expired" in answers[-1].json()["detail"]
+        assert answers[-1].headers["connection"] == "close"
+        with pytest.raises(httpx.TransportError):
+            http.get(f"{PREFIX}/status")
+
+
+def test_a_bad_token_does_not_end_the_connection_of_a_good_certificate(tmp_path: Path) -> None:
+    with Revoking(tmp_path).start("api") as own, own.client(own.builder()) as http:
+        answer = http.get(f"{PREFIX}/status", headers=bearer("kms_bad"))
+
+        check_problem(answer, 401, "unauthenticated")
+        assert "connection" not in answer.headers
+        assert http.get(f"{PREFIX}/status").status_code == 200
+
+
+def test_an_expired_list_lets_no_certificate_in_and_tokens_work(tmp_path: Path) -> None:
+    with Revoking(tmp_path).start("api") as own:
+        builder, token = own.builder(), own.token("status", "metrics")
+        with own.client(builder) as http:
+            assert http.get(f"{PREFIX}/status").status_code == 200
+            own.put(own.clients.crl(lasts=EXPIRED))
+
+            check_problem(http.get(f"{PREFIX}/status"), 503, "unavailable")
+            with pytest.raises(httpx.TransportError):
+                own.status(builder)
+            assert "client_crl" in own.status(headers=token).json()["degraded"]
+            with own.client() as plain:
+                text = plain.get("/metrics", headers=token).text
+            line = text.partition("\nkms_client_crl_expires_timestamp_seconds ")[2]
+            assert 0 < float(line.partition("\n")[0]) < time.time()
+            assert "client_crl.expired" in own.output("api")
+            assert "tls.client_crl_expired" in own.output("api")
+            own.put(own.clients.crl())
+
+            assert http.get(f"{PREFIX}/status").status_code == 200
+        assert own.status(builder).status_code == 200
+        assert "client_crl" not in own.status(headers=token).json()["degraded"]
+
+
+@pytest.mark.parametrize("kind", ["another authority", "no PEM", "gone", "delta", "forged"])
+def test_a_new_list_that_cannot_be_used_leaves_the_old_one_in_use(tmp_path: Path, kind: str) -> None:
+    with Revoking(tmp_path).start("api") as own:
+        revoked, good = own.builder(), own.builder("good")
+        own.put(own.clients.crl(revoked.cert))
+        with own.client(good) as http:
+            assert http.get(f"{PREFIX}/status").status_code == 200
+            if kind == "gone":
+                own.crl.unlink()
+            else:
+                own.put(unusable(own, tmp_path)[kind])
+
+            assert http.get(f"{PREFIX}/status").status_code == 200
+        assert own.status(good).status_code == 200
+        with pytest.raises(httpx.TransportError):
+            own.status(revoked)
+        assert "tls.not_renewed" in own.output("api")
+        assert "client_crl.not_read" in own.output("api")
+
+
+def unusable(own: Revoking, folder: Path) -> dict[str, bytes]:
+    name = "a CA for tests"  # of the same name, with another key
+    return {
+        "another authority": Authority(folder / "other", "another CA").crl(),
+        "no PEM": b"no PEM",
+        "delta": own.clients.crl(delta=True),
+        "forged": Authority(folder / "forger", name).crl(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["another authority", "no PEM", "gone", "delta", "forged", "one is missing"])
+def test_a_list_that_cannot_be_used_stops_the_start_and_says_what_to_do(tmp_path: Path, kind: str) -> None:
+    own = Revoking(tmp_path)
+    server = own.settings.kms.server
+    if kind == "gone":
+        own.crl.unlink()
+    elif kind == "one is missing":
+        more = Authority(tmp_path / "more", "one more CA").ca_file.read_bytes()
+        own.clients.ca_file.write_bytes(own.clients.ca_file.read_bytes() + more)
+    else:
+        own.put(unusable(own, tmp_path)[kind])
+
+    for start in (lambda: process.server_context(server), lambda: build_doors(own.settings)):
+        with pytest.raises(ConfigurationError, match=r"kms\.server\.client_crl.*leave client_crl out"):
+            start()
+
+
+@pytest.mark.parametrize("revoked", ["leaf", "intermediate"])
+def test_every_certificate_of_the_chain_is_checked(tmp_path: Path, revoked: str) -> None:
+    """Root and intermediate in client_ca, a list of each."""
+    with Revoking(tmp_path) as own:
+        middle = Authority(tmp_path / "middle", "an intermediate CA", own.clients)
+        own.clients.ca_file.write_bytes(own.clients.ca_file.read_bytes() + middle.ca_file.read_bytes())
+        own.put(own.clients.crl() + middle.crl())
+        own.start("api")
+        pair = middle.issue("leaf", NAME)
+        with own.client(pair) as http:
+            assert http.get(f"{PREFIX}/status").status_code == 200
+            if revoked == "leaf":
+                own.put(own.clients.crl() + middle.crl(pair.cert))
+            else:
+                own.put(own.clients.crl(middle.ca_file) + middle.crl())
+
+            check_problem(http.get(f"{PREFIX}/status"), 401, "unauthenticated")
+            with pytest.raises(httpx.TransportError):
+                own.status(pair)
+
+
+@pytest.mark.parametrize("has_lists", [True, False])
+def test_an_authority_removed_from_client_ca_takes_its_connections_with_it(
+    tmp_path: Path, has_lists: bool
+) -> None:
+    with Revoking(tmp_path, has_lists=has_lists) as own:
+        first = own.clients.ca_file.read_bytes()
+        other = Authority(tmp_path / "other")  # re-keyed: of the same name
+        second = other.ca_file.read_bytes()
+        own.trust(first, second)
+        own.put(own.clients.crl() + other.crl())
+        own.start("api")
+        with own.client(own.builder()) as http, own.client(other.issue("good", NAME)) as beside:
+            assert http.get(f"{PREFIX}/status").status_code == 200
+            assert beside.get(f"{PREFIX}/status").status_code == 200
+            own.trust(second)
+            own.put(other.crl())
+            answer = http.get(f"{PREFIX}/status")
+
+            check_problem(answer, 401, "unauthenticated")
+            assert "no longer in client_ca" in answer.json()["detail"]
+            assert answer.headers["connection"] == "close"
+            assert beside.get(f"{PREFIX}/status").status_code == 200
+
+
+def test_without_lists_a_client_may_send_the_intermediate_of_its_certificate(tmp_path: Path) -> None:
+    with Revoking(tmp_path, has_lists=False).start("api") as own:
+        middle = Authority(tmp_path / "middle", "an intermediate CA", own.clients)
+        pair = middle.issue("leaf", NAME)
+        pair.cert.write_bytes(pair.cert.read_bytes() + middle.ca_file.read_bytes())
+
+        assert own.status(pair).status_code == 200
+
+
+def test_of_several_lists_of_an_authority_the_newest_counts(tmp_path: Path) -> None:
+    own = Revoking(tmp_path)
+    builder = own.builder()
+    old, new = own.clients.crl(builder.cert, lasts=EXPIRED), own.clients.crl()
+    for text in (old + new, new + old):
+        own.put(text)
+        lists = revocation.load(own.settings.kms.server)
+        assert lists
+        assert lists.revoked == frozenset()
+        assert lists.ends > time.time()
+
+
+def test_revocation_is_looked_up_by_authority_and_number(tmp_path: Path) -> None:
+    own = Revoking(tmp_path)
+    builder = own.builder()
+    identity = shown(builder, own.clients).identity
+    number, authority, key = identity.split(":")
+    own.put(own.clients.crl(builder.cert))
+    found = revocation.build(own.settings.kms.server)
+
+    assert found
+    assert found.is_revoked(identity)
+    assert not found.is_revoked(f"{number}:{'0' * 16}:{key}")
+    assert not found.is_revoked(f"{number}0:{authority}:{key}")
+    assert revocation.build(ServerSection(docs=True)) is None
+
+
+# -- jobs ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def install(tmp_path: Path, redis_url: str) -> Revoking:
+    return Revoking(tmp_path, redis_url)
+
+
+@pytest.fixture
+def core(install: Revoking) -> Core:
+    return core_of(install)
+
+
+def holder(install: Revoking, core: Core, lasts: timedelta = timedelta(days=1)) -> tuple[Principal, Pair]:
+    """The principal of a new certificate, as a request on its connection is."""
+    pair = install.builder(lasts=lasts)
+    assert core.authenticator
+    return core.authenticator.authenticate("", shown(pair, install.clients)), pair
+
+
+def submit(core: Core, who: Principal) -> Callable[[], tuple[str, str]]:
+    """Submit a job; the result runs it and tells state and error."""
+    job_id = core.submitter.items(
+        SubmissionOptions(who, "encrypt", Context.parse("row=1")), [wire.JobItem(plaintext=b"x")]
+    ).job_id
+
+    def end() -> tuple[str, str]:
+        run_job(job_id, core.worker_context, "w")
+        job = core.worker_context.store.get(job_id, who.tenant)
+        return job.state, job.error
+
+    return end
+
+
+def test_a_job_of_a_good_certificate_runs(install: Revoking, core: Core) -> None:
+    who, _ = holder(install, core)
+
+    assert who.credential.startswith("cert:builder:")
+    assert submit(core, who)() == ("succeeded", "")
+
+
+def test_a_queued_job_of_a_revoked_certificate_ends_as_forbidden(install: Revoking, core: Core) -> None:
+    who, pair = holder(install, core)
+    end = submit(core, who)
+    install.put(install.clients.crl(pair.cert))
+
+    assert end() == ("failed", "forbidden")
+
+
+def test_a_queued_job_of_an_authority_removed_from_client_ca_ends_as_forbidden(
+    install: Revoking, core: Core
+) -> None:
+    end = submit(core, holder(install, core)[0])
+    other = Authority(install.crl.parent / "other")
+    install.trust(other.ca_file.read_bytes())
+    install.put(other.crl())
+
+    assert end() == ("failed", "forbidden")
+
+
+def test_a_queued_job_of_an_expired_certificate_ends_as_forbidden(install: Revoking, core: Core) -> None:
+    who, _ = holder(install, core, timedelta(seconds=3))
+    end = submit(core, who)
+    time.sleep(3.5)
+
+    assert end() == ("failed", "forbidden")
+
+
+def test_while_the_list_is_expired_jobs_wait(install: Revoking, core: Core) -> None:
+    who, _ = holder(install, core)
+    end = submit(core, who)
+    install.put(install.clients.crl(lasts=EXPIRED))
+    assert end()[0] == "queued"
+    install.put(install.clients.crl())
+    until(lambda: end() == ("succeeded", ""), "the job runs after the list was renewed")
+
+
+def test_a_job_that_an_earlier_version_accepted_is_held_to_its_entry(core: Core) -> None:
+    """Its credential names no certificate and has no end."""
+    old = Principal("cert:builder", "default", "cert:builder")
+    gone = Principal("cert:gone", "default", "cert:gone")
+    doors = core.authenticator
+    assert isinstance(doors, Authenticator)
+
+    assert submit(core, old)() == ("succeeded", "")
+    with pytest.raises(Forbidden):
+        doors.scopes_of(gone)
+
+
+def test_a_certificate_is_refused_by_what_is_wrong_with_it(install: Revoking, core: Core) -> None:
+    who, pair = holder(install, core)
+    certificate = shown(pair, install.clients)
+    assert core.authenticator
+    assert list(core.authenticator.scopes_of(who))
+    assert core.authenticator.until(who) == certificate.until
+    install.put(install.clients.crl(pair.cert))
+    with pytest.raises(Unauthenticated) as caught:
+        core.authenticator.authenticate("", certificate)
+    assert (caught.value.reason, caught.value.ends_connection) == ("revoked", True)
+    install.put(install.clients.crl(lasts=EXPIRED))
+    with pytest.raises(Unavailable):
+        core.authenticator.authenticate("", certificate)

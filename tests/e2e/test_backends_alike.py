@@ -1,0 +1,199 @@
+"""The same calls, commands and jobs on every backend, by settings alone; a file that moves between them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from kms_core.envelope import binding
+from support.age_kms import head_of
+from support.aws_servers import ACCESS_KEY, SECRET_KEY
+from support.aws_servers import moto as aws
+from support.contract.rig_cosmian import cosmian, new_key, server_url
+from support.openbao import bao, kv
+from support.service import CONTEXT, Service, b64, unb64
+
+DATA: Final = bytes(range(256)) * 8000  # 2 MB: two slabs
+ITEMS: Final = 600  # two parts
+OTHER: Final = "env=other"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A backend: the settings that choose it, the URI of the same key, its name in stanzas."""
+
+    section: str
+    uri: str
+    name: str
+
+
+def age(folder: Path) -> Place:
+    return Place('dev_backend = "age"\n', f"age://{folder}/state/age/private_key.txt", "age")
+
+
+def cosmian_place(folder: Path) -> Place:
+    del folder
+    url = server_url()
+    key = new_key(cosmian(url)).name
+    section = f'dev_backend = "cosmian"\n[kms.cosmian]\nserver_url = "{url}"\ndefault_key_id = "{key}"\n'
+    return Place(section, f"cosmian:{key}", "cosmian")
+
+
+def transit(folder: Path) -> Place:
+    server = bao()
+    token = folder / "transit-token"
+    key = server.new_key()
+    section = (
+        f'dev_backend = "transit"\n[kms.transit]\naddress = "{server.url}"\ntoken_file = "{token}"\n'
+        f'key_name = "{key}"\n'
+    )
+    token.touch(mode=0o600)
+    token.write_text(server.token())
+    return Place(section, f"transit:{key}", "transit")
+
+
+def vault_kv(folder: Path) -> Place:
+    server = bao()
+    token = folder / "kv-token"
+    token.touch(mode=0o600)
+    token.write_text(server.token())
+    path = f"kms/{server.new_key()}"
+    kv(server, path).rotate()  # makes the first version
+    section = (
+        f'dev_backend = "vault-kv"\n[kms.vault_kv]\naddress = "{server.url}"\ntoken_file = "{token}"\n'
+        f'path = "{path}"\n'
+    )
+    return Place(section, f"vault-kv:{path}", "vault-kv")
+
+
+def awskms(folder: Path) -> Place:
+    del folder
+    server = aws()
+    alias = server.new_alias()
+    section = (
+        f'dev_backend = "awskms"\n[kms.awskms]\nkey_id = "{alias}"\nregion = "us-east-1"\n'
+        f'endpoint_url = "{server.url}"\n'
+    )
+    return Place(section, f"awskms:{alias}", "awskms")
+
+
+PLACES: Final[dict[str, Callable[[Path], Place]]] = {
+    "age": age,
+    "cosmian": cosmian_place,
+    "transit": transit,
+    "vault-kv": vault_kv,
+    "awskms": awskms,
+}
+
+
+class Install(Service):
+    """With the credentials that AWS tools take from the environment."""
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return super().environ | {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+
+
+@pytest.fixture(params=list(PLACES))
+def install(
+    request: pytest.FixtureRequest, tmp_path: Path, redis_url: str
+) -> Iterator[tuple[Install, Place]]:
+    place = PLACES[request.param](tmp_path)
+    with Install(tmp_path, place.section, redis_url) as running:
+        yield running.start(), place
+
+
+def kms(service: Service, *words: str, given: bytes = b"") -> bytes:
+    """The command, as a user of this service runs it."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "kms_cli.main", *words],
+        env=service.environ | {"KMS_SERVICE_URL": service.url},
+        input=given,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+def test_calls_commands_and_jobs_are_the_same_everywhere(install: tuple[Install, Place]) -> None:
+    service, place = install
+    first = service.post("/encrypt", {"plaintext": b64(b"salary"), "context": CONTEXT}).json()
+    ciphertext = unb64(first["ciphertext"])
+    assert first["backend"] == place.name
+    assert service.decrypt(ciphertext) == b"salary"
+    refused = service.post("/decrypt", {"ciphertext": b64(ciphertext), "context": OTHER})
+    assert refused.json()["code"] == "decrypt_failed"
+
+    text = kms(service, "encrypt", "--context", OTHER, given=b"by command")
+    assert kms(service, "decrypt", "--context", OTHER, given=text) == b"by command"
+
+    (service.files / "plain").write_bytes(DATA)
+    reference = {"source": f"file://{service.files}/plain", "target": f"file://{service.files}/sealed"}
+    back = {"source": f"file://{service.files}/sealed", "target": f"file://{service.files}/back"}
+    service.wait(service.submit({"kind": "encrypt", "context": CONTEXT, **reference}), "succeeded")
+    service.wait(service.submit({"kind": "decrypt", "context": CONTEXT, **back}), "succeeded")
+    assert (service.files / "back").read_bytes() == DATA
+
+    items = [{"plaintext": b64(b"%d" % n), "context": f"row={n}"} for n in range(ITEMS)]
+    done = service.wait(service.submit({"kind": "encrypt", "items": items}), "succeeded")
+    sealed = [json.loads(line) for line in service.result(done["job_id"]).splitlines()]
+    again = [{"ciphertext": row["ciphertext"], "context": f"row={row['index']}"} for row in sealed]
+    done = service.wait(service.submit({"kind": "decrypt", "items": again}), "succeeded")
+    opened = [json.loads(line) for line in service.result(done["job_id"]).splitlines()]
+    assert [unb64(row["plaintext"]) for row in opened] == [b"%d" % n for n in range(ITEMS)]
+
+
+def test_rotation_and_rewrap_are_the_same_everywhere(install: tuple[Install, Place]) -> None:
+    service, _ = install
+    first = service.post("/encrypt", {"plaintext": b64(b"salary"), "context": CONTEXT}).json()
+    made = service.post(f"/keys/{first['key_id']}/rotate").json()
+    second = service.post("/rewrap", {"ciphertext": first["ciphertext"], "context": CONTEXT}).json()
+
+    assert made["key_version"] == second["key_version"] != first["key_version"]
+    for answer in (first, second):
+        assert service.decrypt(unb64(answer["ciphertext"])) == b"salary"
+
+
+def test_a_file_moves_from_age_to_every_backend_and_back_with_its_payload_untouched(
+    tmp_path: Path, redis_url: str
+) -> None:
+    """Each step wraps the same file key anew, and the bytes of the payload stay where they are."""
+    places = {name: make(tmp_path) for name, make in PLACES.items()}
+    sections = "".join(place.section.partition("\n")[2] for place in places.values())
+    keys = "".join(f'{name} = "{place.uri}"\n' for name, place in places.items())
+    with Install(tmp_path, f"{sections}[kms.keys]\n{keys}", redis_url) as service:
+        service.start()
+        folder = service.files
+        (folder / "0").write_bytes(DATA)
+        job = {"kind": "encrypt", "key_id": "age", "context": CONTEXT}
+        job |= {"source": f"file://{folder}/0", "target": f"file://{folder}/at-age"}
+        service.wait(service.submit(job), "succeeded")
+        steps = ["at-age"]
+        for name in (*list(places)[1:], "age"):
+            job = {"kind": "rewrap", "key_id": name, "context": CONTEXT}
+            job |= {
+                "source": f"file://{folder}/{steps[-1]}",
+                "target": f"file://{folder}/{len(steps)}-{name}",
+            }
+            service.wait(service.submit(job), "succeeded")
+            steps.append(f"{len(steps)}-{name}")
+        files = [(folder / step).read_bytes() for step in steps]
+        for step in steps:
+            job = {"kind": "decrypt", "context": CONTEXT, "source": f"file://{folder}/{step}"}
+            service.wait(service.submit({**job, "target": f"file://{folder}/{step}.out"}), "succeeded")
+            assert (folder / f"{step}.out").read_bytes() == DATA, step
+
+    payloads = {file[head_of(file).size :] for file in files}
+    assert len(payloads) == 1
+    wraps = [binding.read(head_of(file)) for file in files]
+    assert [[wrap.backend for wrap in bound.wraps] for bound in wraps if bound] == [
+        [],
+        *([name] for name in list(places)[1:]),
+        [],
+    ]

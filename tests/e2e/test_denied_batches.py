@@ -1,0 +1,134 @@
+"""Batches of callers that may do nothing of the kind: refused as a whole, as a single call, on one record."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import httpx2 as httpx
+import pytest
+
+from support.credentials import REQUIRED, Guarded
+from support.embedded_valkey import EmbeddedValkey
+from support.service import CONTEXT, b64, check_problem
+
+ITEMS: Final = 1000
+BOUND: Final = 10
+FACADE: Final = "[kms.facade]\nenabled = true\n"
+PLAIN: Final = {"plaintext": b64(b"a")}
+ANY: Final = {"ciphertext": b64(b"a")}
+LACKING: Final = {
+    "encrypt": ("decrypt", "rewrap,reseal", "metrics"),
+    "decrypt": ("encrypt", "rewrap", "jobs:read"),
+    "rewrap": ("encrypt", "decrypt", "reseal"),
+    "reseal": ("encrypt", "decrypt", "rewrap"),
+}
+"""Scopes that allow no call of the operation, whatever its key and context."""
+ENOUGH: Final = {
+    "encrypt": ("encrypt key=else",),
+    "decrypt": ("decrypt context=env=prod",),
+    "rewrap": ("rewrap key=else", "decrypt,encrypt"),
+    "reseal": ("reseal", "encrypt,decrypt key=else"),
+}
+"""Scopes that allow some, so that items are asked for one by one."""
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> Iterator[Guarded]:
+    """One API process; no worker runs."""
+    redis = valkey.files.url_of(next(database_numbers))
+    with Guarded(tmp_path_factory.mktemp("denied"), f"{REQUIRED}{FACADE}", redis) as running:
+        yield running.start("api")
+
+
+def lines_of(guarded: Guarded, answer: httpx.Response) -> list[dict[str, object]]:
+    """The records of a request, in the order of the trail."""
+    name = answer.headers["x-request-id"]
+    found: list[dict[str, object]] = []
+    for path in sorted((guarded.state / "audit").glob("*.jsonl")):
+        found += [
+            line for line in map(json.loads, Path(path).read_bytes().splitlines()) if "operation" in line
+        ]
+    return [line for line in found if line.get("request_id") == name]
+
+
+def batch(guarded: Guarded, operation: str, headers: dict[str, str]) -> httpx.Response:
+    item = PLAIN if operation == "encrypt" else ANY
+    return guarded.post("/batch", {"operation": operation, "items": [item] * ITEMS}, headers=headers)
+
+
+def of_vault(guarded: Guarded, operation: str, headers: dict[str, str]) -> httpx.Response:
+    item = PLAIN if operation == "encrypt" else {"ciphertext": "vault:v1:AAAA"}
+    url = f"{guarded.url}/v1/transit/{operation}/default"
+    return httpx.put(url, json={"batch_input": [item] * ITEMS}, headers=headers, trust_env=False)
+
+
+def check_one_record(guarded: Guarded, answer: httpx.Response, operation: str) -> None:
+    (line,) = lines_of(guarded, answer)
+    assert (line["operation"], line["result"]) == (operation, "forbidden")
+    assert str(line["credential"]).startswith("token:")
+    assert answer.headers["x-kms-audit-id"] == f"{line['chain']}:{line['seq']}"
+
+
+@pytest.mark.parametrize(("operation", "scope"), [(of, one) for of, all_ in LACKING.items() for one in all_])
+def test_a_batch_that_no_scope_allows_is_refused_as_a_whole(
+    guarded: Guarded, operation: str, scope: str
+) -> None:
+    answer = batch(guarded, operation, guarded.token(scope))
+
+    check_problem(answer, 403, "forbidden")
+    check_one_record(guarded, answer, operation)
+
+
+@pytest.mark.parametrize(
+    ("operation", "scope"), [(of, one) for of, all_ in LACKING.items() if of != "reseal" for one in all_]
+)
+def test_one_of_vault_is_refused_as_a_whole(guarded: Guarded, operation: str, scope: str) -> None:
+    answer = of_vault(guarded, operation, guarded.token(scope))
+
+    assert answer.status_code == 403
+    assert answer.json()["errors"][0].startswith("permission denied")
+    check_one_record(guarded, answer, operation)
+
+
+@pytest.mark.parametrize(("operation", "scope"), [(of, one) for of, all_ in ENOUGH.items() for one in all_])
+def test_where_a_scope_allows_some_each_item_has_its_outcome(
+    guarded: Guarded, operation: str, scope: str
+) -> None:
+    answer = batch(guarded, operation, guarded.token(scope))
+
+    assert answer.status_code == 200
+    assert answer.json()["failed"] == ITEMS
+
+
+def test_items_of_a_key_that_no_scope_names_are_counted_and_allowed_ones_told(guarded: Guarded) -> None:
+    allowed = {**PLAIN, "context": CONTEXT, "key_id": "default"}
+    items = [{**PLAIN, "key_id": "else"}] * 500 + [allowed] * 50
+    answer = guarded.post(
+        "/batch", {"operation": "encrypt", "items": items}, headers=guarded.token("encrypt key=default")
+    )
+    lines = lines_of(guarded, answer)
+
+    assert answer.json()["failed"] == 500
+    assert [line["result"] for line in lines].count("ok") == 50
+    assert [line.get("count") for line in lines if line["result"] != "ok"] == [None] * BOUND + [500 - BOUND]
+
+
+def test_items_of_vault_with_such_a_key_are_counted(guarded: Guarded) -> None:
+    answer = of_vault(guarded, "encrypt", guarded.token("encrypt key=else"))
+
+    assert answer.status_code == 400
+    assert len(answer.json()["data"]["batch_results"]) == ITEMS
+    lines = lines_of(guarded, answer)
+    assert [line.get("count") for line in lines] == [None] * BOUND + [ITEMS - BOUND]
+    assert {line["result"] for line in lines} == {"unknown_key"}
+
+
+def test_the_audit_log_tells_the_count(guarded: Guarded) -> None:
+    answer = batch(guarded, "encrypt", guarded.token("encrypt key=else"))
+    wanted = {"request_id": answer.headers["x-request-id"], "limit": "500"}
+    found = guarded.get("/audit", params=wanted, headers=guarded.token("audit:read")).json()["events"]
+
+    assert [event.get("count") for event in found] == [None] * BOUND + [ITEMS - BOUND]

@@ -1,0 +1,105 @@
+"""What protects the memory of a service at work: each of its processes, and what it says of that."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+
+from kms_core import secure_memory
+from support import without_mlock
+from support.embedded_valkey import EmbeddedValkey
+from support.service import Service
+from support.waiting import until
+
+
+@pytest.fixture(scope="module")
+def install(
+    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> Iterator[Service]:
+    """Two API processes and a worker of two."""
+    redis = valkey.files.url_of(next(database_numbers))
+    folder = tmp_path_factory.mktemp("memory")
+    settings = "jobs.concurrency = 2\nserver.processes = 2\n[kms.log]\nlevel = 'info'\nformat = 'json'\n"
+    with Service(folder, settings, redis) as made:
+        yield made.start()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def locked_kib(pid: int) -> int:
+    try:
+        found = re.search(r"^VmLck:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
+
+
+def protected(service: Service) -> dict[str, dict[str, float]]:
+    ports = {"api": service.port, "worker": service.port + 1}
+    return {name: _protected(port) for name, port in ports.items()}
+
+
+def _protected(port: int) -> dict[str, float]:
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+    found = re.findall(r'^kms_memory_protected\{kind="(\w+)"\} (\S+)$', text, re.MULTILINE)
+    return {kind: float(value) for kind, value in found}
+
+
+@pytest.mark.skipif(not secure_memory.may_lock(), reason="memory cannot be locked here")
+def test_every_process_of_a_server_locks_its_memory(install: Service) -> None:
+    """Locks are not inherited: each of them has to ask, and so does a child that takes the place of one."""
+    api, worker = install.pid("api"), install.pid("worker")
+    until(lambda: len(install.pool_pids()) == 2, "the pool")
+    everybody = [api, *children(api), worker, *install.pool_pids()]
+    assert len(everybody) == 6
+    for pid in everybody:
+        until(lambda pid=pid: locked_kib(pid) > 0, f"{pid} locks")  # type: ignore[misc]  # mypy#12557
+
+    before = set(install.pool_pids())
+    os.kill(min(before), signal.SIGKILL)
+    until(lambda: len(set(install.pool_pids()) - before) == 1, "another child")
+    (new,) = set(install.pool_pids()) - before
+    until(lambda: locked_kib(new) > 0, "it locks")
+    until(
+        lambda: protected(install) == {name: {"no_dumps": 1.0, "locked": 1.0} for name in ("api", "worker")},
+        "metrics say so",
+    )
+    for name in ("api", "worker"):
+        assert '"event":"memory.protected"' in re.sub(r"\s", "", install.output(name))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes capabilities away")
+def test_a_server_that_may_not_lock_says_so_and_works(
+    tmp_path: Path, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> None:
+    redis = valkey.files.url_of(next(database_numbers))
+    settings = "[kms.log]\nlevel = 'info'\nformat = 'json'\n"
+    with Service(tmp_path, settings, redis) as service, (tmp_path / "log").open("wb") as log:
+        argv = without_mlock.words(sys.executable, "-P", "-m", "kms_api.main")
+        with subprocess.Popen(argv, env=service.environ | {"KMS_REDIS_URL": redis}, stderr=log) as api:
+            try:
+                until(lambda: _answers(service.port), "it answers")
+                service.encrypt(b"x" * 10_000)
+                assert locked_kib(api.pid) == 0
+                assert _protected(service.port) == {"no_dumps": 1.0, "locked": 0.0}
+            finally:
+                api.kill()
+        said = (tmp_path / "log").read_text()
+        (line,) = (line for line in said.splitlines() if "memory.protected" in line)
+        assert '"limit"' in line
+        assert "LimitMEMLOCK=infinity" in line
+
+
+def _answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/livez", trust_env=False).is_success
+    except httpx.TransportError:
+        return False

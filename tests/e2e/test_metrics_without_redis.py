@@ -1,0 +1,46 @@
+"""Figures that Redis has, while it does not answer: not known, and never those of before."""
+
+from pathlib import Path
+
+import pytest
+
+from support.service import Service
+
+GAUGES = (
+    "kms_jobs_oldest_queued_seconds",
+    "kms_dead_letters",
+    "kms_messages_set_aside",
+    "kms_workers",
+    "kms_worker_stuck_processes",
+    "kms_redis_memory_ratio",
+    'kms_jobs_in_state{state="queued"}',
+    'kms_jobs_in_state{state="running"}',
+    'kms_jobs_in_state{state="committing"}',
+)
+
+
+def gauge(service: Service, name: str) -> str:
+    lines = service.http.get("/metrics").text.splitlines()
+    (found,) = [line.removeprefix(f"{name} ") for line in lines if line.startswith(f"{name} ")]
+    return found
+
+
+@pytest.mark.parametrize("name", GAUGES)
+def test_a_figure_that_cannot_be_read_is_not_a_number(strict: Service, name: str) -> None:
+    """A zero would end an alert; an old figure would look like one of now."""
+    assert gauge(strict, name) == "NaN"
+    assert gauge(strict, "kms_redis_up") == "0.0"
+
+
+def test_figures_are_known_while_redis_answers(service: Service) -> None:
+    assert all(float(gauge(service, name)) >= 0 for name in GAUGES)
+
+
+def test_depths_of_queues_are_not_those_of_before(tmp_path: Path) -> None:
+    name = 'kms_queue_depth{priority="normal",queue="kms.files"}'
+    with Service(tmp_path) as service:
+        service.start("api")
+        assert gauge(service, name) == "0.0"
+        service.valkey.stop()
+
+        assert gauge(service, name) == "NaN"

@@ -1,0 +1,147 @@
+"""``[kms.server] processes``: several of them answer at one port, and callers cannot tell."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+
+from support.credentials import REQUIRED, Guarded
+from support.embedded_valkey import EmbeddedValkey
+from support.service import CONTEXT, Service, b64
+from support.waiting import until
+
+SEALING = {"plaintext": b64(b"x"), "context": CONTEXT}
+
+
+@pytest.fixture(scope="module")
+def pair(
+    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> Iterator[Service]:
+    with Service(
+        tmp_path_factory.mktemp("pair"),
+        "server.processes = 2\n",
+        valkey.files.url_of(next(database_numbers)),
+    ) as service:
+        yield service.start("api")
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def serving(service: Service) -> list[int]:
+    """The processes that answer by now, not the leader."""
+    return [pid for pid in children(service.pid("api")) if "kms_api.main" in command(pid)]
+
+
+def command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def sealed(service: Service) -> float:
+    """The operations that /metrics tells of, whichever process is asked."""
+    text = service.http.get("/metrics").text
+    found = re.findall(
+        r'^kms_operations_total\{.*operation="encrypt".*result="ok".*\} (\S+)$', text, re.MULTILINE
+    )
+    return sum(map(float, found))
+
+
+def ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_counts_are_of_all_processes_and_only_grow_also_when_one_is_killed(pair: Service) -> None:
+    until(lambda: len(serving(pair)) == 2, "two processes")
+    told = []
+    for round_ in range(3):
+        for _ in range(20):  # a connection each: any process may take it
+            assert httpx.post(f"{pair.url}/api/v1/kms/encrypt", json=SEALING, timeout=60).status_code == 200
+        told.append(sealed(pair))
+        if round_ == 1:
+            before = serving(pair)
+            os.kill(before[0], signal.SIGKILL)
+            until(lambda before=before: len(set(serving(pair)) - set(before)) == 1, "a new one")  # type: ignore[misc]
+    assert [later - earlier for earlier, later in pairwise(told)] == [20, 20]
+    files = sorted(path.name for path in (pair.state / "run").glob("metrics-*/counter_*"))
+    assert files == ["counter_api-1.db", "counter_api-2.db"]
+
+
+def test_a_login_holds_whichever_process_answers(
+    tmp_path: Path, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> None:
+    redis = valkey.files.url_of(next(database_numbers))
+    with Guarded(tmp_path, f"server.processes = 2\n{REQUIRED}", redis=redis) as service:
+        service.start("api")
+        with httpx.Client(base_url=service.url, trust_env=False, timeout=60) as browser:
+            page = browser.get("/ui/login").text
+            stamp = page.partition('name="stamp" value="')[2].partition('"')[0]
+            form = {"stamp": stamp, "token": service.make("*")[1]}
+            assert browser.post("/ui/login", data=form).headers["location"] == "/ui"
+            cookies = dict(browser.cookies)
+        answers = []
+        for _ in range(20):
+            with httpx.Client(base_url=service.url, trust_env=False, timeout=60, cookies=cookies) as fresh:
+                answers.append(fresh.get("/ui").status_code)
+        assert answers == [200] * 20
+
+
+def test_a_stop_ends_all_and_a_killed_leader_leaves_nobody(
+    tmp_path: Path, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> None:
+    with Service(tmp_path, "server.processes = 2\n", valkey.files.url_of(next(database_numbers))) as service:
+        service.start("api")
+        until(lambda: len(serving(service)) == 2, "two processes")
+        pids = serving(service)
+        assert service.stop("api") == 0
+        assert all(map(ended, pids))
+
+        service.start("api")
+        until(lambda: len(serving(service)) == 2, "two processes again")
+        pids = serving(service)
+        os.kill(service.pid("api"), signal.SIGKILL)
+        until(lambda: all(map(ended, pids)), "nobody serves for a leader who is dead")
+
+
+def test_a_wrong_configuration_ends_the_leader_too(tmp_path: Path) -> None:
+    service = Service(tmp_path, "server.processes = 2\n", "redis://127.0.0.1:1/0")
+    wrong = {**service.environ, "KMS_STATE_DIR": str(tmp_path / "none")}
+    service.config.write_text(
+        service.config.read_text() + '[kms.age]\nprivate_key_path = "/nonexistent/key"\n'
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "kms_api.main"], env=wrong, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 78
+    assert "/nonexistent/key" in done.stderr
+
+
+def test_processes_end_with_a_worker_that_is_killed_while_it_starts_them(
+    tmp_path: Path, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> None:
+    """Each holds the pipes of the others open, so none would read the end of its own."""
+    url = valkey.files.url_of(next(database_numbers))
+    with Service(tmp_path, "[kms.jobs]\nconcurrency = 2\n", url) as service:
+        service.spawn("worker")
+        until(lambda: len(service.pool_pids()) == 2, "they are there", poll_s=0.001)
+        pids = service.pool_pids()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(service.pid("worker"), signal.SIGKILL)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+        until(lambda: all(map(ended, pids)), "both have ended")

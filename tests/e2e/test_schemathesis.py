@@ -1,0 +1,82 @@
+"""Schemathesis explores a live service from its OpenAPI document, with credentials and with none.
+
+It makes up requests that fit the document and others that do not, follows links from answer to request, and
+holds every answer to the document: no 5xx, no status, media type, shape, header or problem code that is not
+there. ``KMS_EXPLORE_EXAMPLES=500`` makes as many for each operation, for hours of a night.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from support.credentials import REQUIRED, Guarded
+from support.embedded_valkey import EmbeddedValkey
+from support.service import Service
+
+TESTS: Final = Path(__file__).parent.parent
+EXAMPLES: Final = os.environ.get("KMS_EXPLORE_EXAMPLES", "2")
+LONGEST_S: Final = 170 if EXAMPLES == "2" else 12 * 3600
+DATA_KEYS: Final = "[kms.age]\ndata_keys = true\n"  # else 501, which is no fault
+TRIES: Final = "failures_per_minute = 100_000\n"  # it tries wrong credentials
+
+
+@pytest.fixture(scope="module")
+def open_to_all(
+    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> Iterator[Service]:
+    url = valkey.files.url_of(next(database_numbers))
+    with Service(tmp_path_factory.mktemp("open"), DATA_KEYS, url) as running:
+        yield running.start()
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> Iterator[Guarded]:
+    url = valkey.files.url_of(next(database_numbers))
+    with Guarded(tmp_path_factory.mktemp("guarded"), DATA_KEYS + REQUIRED + TRIES, url) as running:
+        yield running.start()
+
+
+def explored(service: Service, folder: Path, *options: str) -> str:
+    """What schemathesis reports; fails if it found anything."""
+    program = Path(sys.executable).parent / "schemathesis"
+    config = TESTS / "support/schemathesis/schemathesis.toml"
+    argv: list[str | Path] = [program, "--config-file", config, "run", TESTS.parent / "docs/openapi.json"]
+    done = subprocess.run(
+        [*argv, "--url", service.url, "--max-examples", EXAMPLES, *options],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+        timeout=LONGEST_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr
+    return done.stdout
+
+
+@pytest.mark.timeout(LONGEST_S + 10)
+def test_service_answers_as_documented_to_whoever_has_a_token(guarded: Guarded, tmp_path: Path) -> None:
+    every = guarded.token("*", "wrap,unwrap,rotate")["Authorization"]
+
+    report = explored(guarded, tmp_path, "--header", f"Authorization: {every}")
+
+    assert "Coverage" in report
+    assert "Stateful" in report
+
+
+@pytest.mark.timeout(LONGEST_S + 10)
+def test_service_answers_as_documented_where_nobody_is_asked(open_to_all: Service, tmp_path: Path) -> None:
+    explored(open_to_all, tmp_path, "--phases", "examples,stateful", "--exclude-checks", "ignored_auth")
+
+
+def test_exploration_notices_an_answer_that_is_not_documented(open_to_all: Service, tmp_path: Path) -> None:
+    """Without the token that the document asks for, an open install answers 200."""
+    with pytest.raises(AssertionError, match="API accepts requests without authentication"):
+        explored(open_to_all, tmp_path, "--include-path", "/api/v1/kms/status", "--phases", "coverage")

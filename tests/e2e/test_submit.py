@@ -1,0 +1,185 @@
+"""Sealed Celery messages against the real thing: a bare Celery client, pyrage or age, a broker, a worker."""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import redis
+from celery import Celery
+from kombu.connection import Connection
+
+from kms_core.jobs.submission import celery_intake
+from support.celery_messages import JOB, OPTIONS, PLAIN, body, broker_of, decrypted, results, seal, send, whom
+from support.embedded_valkey import EmbeddedValkey
+from support.programs import program
+from support.service import B64_CANARY, CANARY, Service, b64, core_of
+from support.waiting import until
+
+connect: Final[Any] = Connection  # kombu ships no types
+
+
+def received(service: Service, queue: str) -> list[Any]:
+    """The arguments of the one message that arrives in a queue of the workflow's own."""
+    connection = connect(broker_of(service), transport_options=OPTIONS)
+    with connection, connection.SimpleQueue(queue) as simple:
+        message = simple.get(timeout=60)
+        message.ack()
+        args: list[Any] = message.payload[0]
+        return args
+
+
+def test_bulk_items_make_the_round_trip(service: Service) -> None:
+    asked = body(JOB | {"items": [{"plaintext": b64(text.encode())} for text in PLAIN]})
+    message = seal(whom(service), asked)
+    for _ in range(3):
+        send(service, message)
+    job_id = str(asked["job_id"])
+    until(lambda: service.get(f"/jobs/{job_id}").status_code == 200, "a worker has taken the message")
+    service.wait(job_id, "succeeded")
+
+    ciphertexts = [line["ciphertext"] for line in results(service, job_id)]
+    assert decrypted(service, ciphertexts, "env=prod") == PLAIN
+
+
+def test_stock_age_makes_a_message(service: Service) -> None:
+    asked = body()
+    command = [program("age"), "-r", whom(service)]
+    sealed = subprocess.run(command, input=json.dumps(asked).encode(), capture_output=True, check=True)
+    send(service, base64.b64encode(sealed.stdout).decode())
+
+    until(
+        lambda: service.get(f"/jobs/{asked['job_id']}").status_code == 200, "a worker has taken the message"
+    )
+    service.wait(str(asked["job_id"]), "succeeded")
+
+
+def test_link_fires_with_the_job_id_when_the_message_is_taken(service: Service) -> None:
+    asked, queue = body(), f"workflow-{uuid.uuid4()}"
+    app = Celery(set_as_current=False)
+    link = app.signature("workflow.taken", queue=queue)
+    send(
+        service, seal(whom(service), asked), link=link, link_error=app.signature("workflow.not", queue=queue)
+    )
+
+    assert received(service, queue) == [asked["job_id"]]
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_link_error_fires_with_the_task_id_when_it_is_refused(service: Service, *, sealed: bool) -> None:
+    queue = f"workflow-{uuid.uuid4()}"
+    app = Celery(set_as_current=False)
+    link = app.signature("workflow.taken", queue=queue)
+    error = app.signature("workflow.not", queue=queue)
+    message = seal(whom(service), body(version=2)) if sealed else "%"
+    task_id = send(service, message, link=link, link_error=error)
+
+    assert received(service, queue) == [task_id]
+
+
+def test_intake_serves_the_recipient_and_nothing_else(service: Service) -> None:
+    path = service.settings.kms.jobs.intake_identity_path
+    answer = service.get("/intake")
+
+    assert answer.json().keys() == {"recipient", "key_version", "version"}
+    assert answer.json()["recipient"] == str(celery_intake.recipient(path))
+    assert answer.json()["version"] == 1
+    assert oct(path.stat().st_mode & 0o777) == "0o600"
+
+
+def test_intake_without_a_key_is_404_and_with_one_again_it_answers(strict: Service, tmp_path: Path) -> None:
+    path = strict.settings.kms.jobs.intake_identity_path
+    path.rename(tmp_path / "intake.key")
+    without = strict.get("/intake")
+    (tmp_path / "intake.key").rename(path)
+
+    assert (without.status_code, without.json()["code"]) == (404, "unknown_key")
+    assert strict.get("/intake").status_code == 200
+
+
+# -- what nobody may see -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service whose Redis nobody else writes to: all that it was ever told is in its log on disk."""
+    with Service(tmp_path_factory.mktemp("own"), '[kms.log]\nlevel = "debug"\n') as running:
+        yield running.start()
+
+
+def told_to_redis(service: Service) -> bytes:
+    return b"".join(
+        path.read_bytes() for path in service.valkey.files.data_dir.rglob("*aof*") if path.is_file()
+    )
+
+
+def test_redis_and_logs_see_no_plaintext(own: Service) -> None:
+    asked = body()
+    send(own, seal(whom(own), asked))
+    until(lambda: own.get(f"/jobs/{asked['job_id']}").status_code == 200, "a worker has taken the message")
+    own.wait(str(asked["job_id"]), "succeeded")
+
+    told, logged = told_to_redis(own), own.output()
+    assert b"kms.submit" in told
+    assert "submit.accepted" in logged
+    for secret in (CANARY, B64_CANARY, "env=prod"):
+        assert secret.encode() not in told
+        assert secret not in logged
+
+
+def test_the_argument_is_not_logged_whatever_it_is(own: Service) -> None:
+    word = "Zeisig-0815"  # sent in the open: it is in Redis, which the other canary never is
+    sealed = seal(whom(own), body(token=word, version=2))
+    for message in (word, {word: 1}, sealed):
+        send(own, message)
+    until(lambda: own.output("worker").count("submit.refused") >= 2, "two are refused by the intake")
+    until(lambda: "message.refused" in own.output("worker"), "one before")
+
+    logged = own.output()
+    assert word not in logged
+    assert sealed[:40] not in logged
+    assert "invalid_request" in logged
+
+
+# -- when something is away --------------------------------------------------------------------------------
+
+
+def test_a_message_waits_for_the_store_and_is_taken_once(
+    tmp_path: Path, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> None:
+    broker = valkey.files.broker_url_of(next(database_numbers))
+    with Service(tmp_path, f'[kms.redis]\nbroker_url = "{broker}"\n') as service:
+        service.start()
+        asked = body()
+        message = seal(whom(service), asked)
+        os.kill(service.valkey.pid, signal.SIGKILL)
+        send(service, message)
+        until(lambda: service.output("worker").count("submit.postponed") >= 2, "the message has come back")
+        service.valkey.start()
+        job_id = str(asked["job_id"])
+        until(lambda: service.get(f"/jobs/{job_id}").status_code == 200, "a worker has taken the message")
+        service.wait(job_id, "succeeded")
+
+        assert service.output("worker").count("submit.accepted") == 1
+        assert "Traceback" not in service.output("worker")
+
+
+def test_a_worker_without_a_key_leaves_the_messages_and_says_so_once(tmp_path: Path, redis_url: str) -> None:
+    with Service(tmp_path, "", redis_url) as service:
+        recipient = str(celery_intake.recipient(service.settings.kms.jobs.intake_identity_path))
+        service.settings.kms.jobs.intake_identity_path.unlink()
+        service.start("worker")
+        send(service, seal(recipient, body()))
+        store = core_of(service).submitter.store
+        until(lambda: store.workers() == 1, "the worker is at work")
+        time.sleep(1.0)  # in which it would take the message
+
+        assert redis.Redis.from_url(redis_url).llen("kms:kms.submit") == 1
+        assert service.output("worker").count("submit.off") == 1

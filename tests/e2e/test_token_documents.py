@@ -1,0 +1,307 @@
+"""Tokens of several hosts that share a bucket and Redis, and no disk."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Final, cast
+
+import httpx2 as httpx
+import pytest
+
+from kms_core import container, redis_client
+from kms_core.auth import tokens
+from kms_core.auth.tokens import Token, TokenRequest
+from kms_core.documents.places import ObjectPlace
+from kms_core.documents.signed import SignedDocument
+from kms_core.s3.connection import S3Connection
+from support import object_stores
+from support.credentials import DAY, Guarded, bearer
+from support.embedded_valkey import EmbeddedValkey
+from support.object_stores import Seen, TestBucket, Way
+from support.service import CONTEXT, b64
+from support.waiting import until
+
+STALE_S: Final = 6.0
+KEY: Final = "state/tokens"
+LINES: Final[list[S3Connection]] = []
+SECRET: Final = {"plaintext": b64(b"x"), "context": CONTEXT}
+
+
+@dataclass
+class Store:
+    """A bucket behind a proxy, which can take it away from all hosts or answer nothing."""
+
+    bucket: TestBucket
+    way: Way
+    spool: Path
+    is_away: bool = False
+    gets: list[float] = field(default_factory=list)
+
+    def settings(self, folder: Path) -> str:
+        secret = folder / "secret"
+        secret.write_text(object_stores.SECRET)
+        secret.chmod(0o600)
+        return (
+            f'[kms.jobs]\nspool_dir = "{self.spool}"\n'
+            f'[kms.auth]\nmode = "required"\ntokens = "s3://{self.bucket.name}/{KEY}"\n'
+            f"max_stale_s = {STALE_S}\n"
+            f'[kms.jobs.buckets.{self.bucket.name}]\nendpoint = "{self.way.url}"\nallow_http = true\n'
+            f'access_key_id = "{object_stores.ACCESS_KEY}"\nsecret_key_file = "{secret}"\n'
+        )
+
+    def meddle(self, seen: Seen) -> int | None:
+        if seen.name == "GetObject":
+            self.gets.append(time.monotonic())
+        return 503 if self.is_away else None
+
+
+class Host(Guarded):
+    """A host with a state directory of its own and the spool key of all."""
+
+    def __init__(self, folder: Path, store: Store, redis: str, like: "Host | None" = None) -> None:
+        folder.mkdir()
+        super().__init__(folder, store.settings(folder), redis)
+        if like:
+            shutil.copy(like.state / "spool.key", self.state / "spool.key")
+            shutil.copytree(like.state / "age", self.state / "age", dirs_exist_ok=True)
+
+    @cached_property
+    def document(self) -> SignedDocument:
+        settings = self.settings
+        made = container.token_document(settings, redis_client.connect(settings.kms.redis))
+        LINES.append(cast("ObjectPlace", made.place).bucket.line)
+        return made
+
+    def make(self, *scopes: str, tenant: str = "default", ttl: timedelta | None = DAY) -> tuple[Token, str]:
+        return tokens.create(self.document, TokenRequest(f"t{time.monotonic_ns()}", tenant, scopes, ttl))
+
+    def status_of(self, text: str) -> int:
+        return self.post("/encrypt", SECRET, headers=bearer(text)).status_code
+
+    def kms(self, *words: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-P", "-m", "kms_cli.main", *words]
+        return subprocess.run(argv, env=self.environ, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    """No connection of this process is left open."""
+    yield
+    for line in LINES:
+        line.close()
+
+
+@pytest.fixture(scope="module")
+def redis_of_all(valkey: EmbeddedValkey, database_numbers: Iterator[int]) -> str:
+    return valkey.files.url_of(next(database_numbers))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    weed = object_stores.weed()
+    with Way(weed) as way:
+        made = Store(weed.new(), way, tmp_path_factory.mktemp("shared") / "spool")
+        way.meddle = made.meddle
+        yield made
+
+
+@pytest.fixture(scope="module")
+def hosts(
+    tmp_path_factory: pytest.TempPathFactory, store: Store, redis_of_all: str
+) -> Iterator[tuple[Host, Host]]:
+    folder = tmp_path_factory.mktemp("hosts")
+    one = Host(folder / "one", store, redis_of_all)
+    two = Host(folder / "two", store, redis_of_all, one)
+    with one, two:
+        one.start("api")
+        two.start()
+        yield one, two
+
+
+def test_a_new_token_is_accepted_everywhere_at_once(hosts: tuple[Host, Host]) -> None:
+    one, two = hosts
+    for _ in range(3):
+        _, text = one.make("*")
+        assert (two.status_of(text), one.status_of(text)) == (200, 200)
+
+
+def test_a_rotated_token_is_accepted_everywhere_at_once(hosts: tuple[Host, Host]) -> None:
+    one, two = hosts
+    token, old = one.make("*")
+    assert two.status_of(old) == 200
+    _, new = tokens.rotate(one.document, token.id, timedelta(hours=1), None)
+
+    assert (two.status_of(new), two.status_of(old)) == (200, 200)
+
+
+def test_a_revoked_token_is_refused_everywhere_within_five_seconds(hosts: tuple[Host, Host]) -> None:
+    one, two = hosts
+    token, text = one.make("*")
+    assert [host.status_of(text) for host in hosts] == [200, 200]
+    tokens.revoke(one.document, token.id)
+    revoked_at = time.monotonic()
+
+    until(lambda: [host.status_of(text) for host in hosts] == [401, 401], "it is refused everywhere")
+    assert time.monotonic() - revoked_at < 5
+    assert two.get("/keys", headers=bearer(text)).json()["code"] == "unauthenticated"
+
+
+def test_a_job_of_a_new_token_runs_on_another_host(hosts: tuple[Host, Host]) -> None:
+    """The worker of host two may hear of the job before it hears of the token."""
+    one, two = hosts
+    headers = one.token("*")
+    answer = one.post("/jobs", {"kind": "encrypt", "items": [SECRET]}, headers=headers)
+    assert answer.status_code == 202, answer.text
+    job = f"/jobs/{answer.json()['job_id']}"
+
+    until(lambda: two.get(job, headers=headers).json()["state"] not in {"queued", "running"}, "it ends")
+    assert two.get(job, headers=headers).json()["state"] == "succeeded"
+
+
+def test_a_host_asks_the_store_once_a_second(hosts: tuple[Host, Host], store: Store) -> None:
+    """Host one has one process that polls, host two has two."""
+    del hosts
+    store.gets.clear()
+    time.sleep(6)
+    assert 6 <= len(store.gets) <= 16
+
+
+def test_an_unknown_token_costs_the_store_two_requests_a_second(
+    hosts: tuple[Host, Host], store: Store
+) -> None:
+    _, two = hosts
+    store.gets.clear()
+    begun = time.monotonic()
+    answers = {two.status_of(f"kms_{'a' * 10}_{'A' * 43}") for _ in range(8)}
+    assert answers == {401}
+    assert len(store.gets) <= (time.monotonic() - begun) * (2 + 2) + 3
+
+
+def test_while_the_store_is_away_tokens_work_until_the_copy_is_too_old(
+    hosts: tuple[Host, Host], store: Store
+) -> None:
+    one, two = hosts
+    _, text = one.make("*")
+    assert two.status_of(text) == 200
+    store.is_away = True
+    try:
+        away_at = time.monotonic()
+        assert two.status_of(text) == 200
+        unknown = two.post("/encrypt", SECRET, headers=bearer(f"kms_{'b' * 10}_{'A' * 43}"))
+        assert (unknown.status_code, unknown.json()["code"]) == (503, "unavailable")
+        seen = set[int]()
+        while time.monotonic() < away_at + STALE_S + 2:
+            seen.add(two.status_of(text))
+            time.sleep(0.2)
+        assert seen == {200, 503}, "never 401"
+        last = two.post("/encrypt", SECRET, headers=bearer(text))
+        assert (last.status_code, last.json()["code"]) == (503, "unavailable")
+        assert int(last.headers["retry-after"]) >= 1
+        assert age_s(two) > STALE_S / 2
+    finally:
+        store.is_away = False
+    until(lambda: two.status_of(text) == one.status_of(text) == 200, "they answer again")
+    until(lambda: age_s(two) < STALE_S / 2, "the worker reads it again")
+
+
+def age_s(host: Host) -> float:
+    text = httpx.get(f"http://127.0.0.1:{host.port + 1}/metrics", trust_env=False).text
+    return max(map(float, re.findall(r"^kms_tokens_age_seconds(?:{.*})? (\S+)$", text, re.MULTILINE)))
+
+
+def test_status_says_that_the_tokens_are_late_before_none_is_accepted(
+    hosts: tuple[Host, Host], store: Store, redis_of_all: str, tmp_path: Path
+) -> None:
+    one, two = hosts
+    _, text = one.make("*")
+    with Host(tmp_path / "patient", store, redis_of_all, one) as host:
+        host.config.write_text(
+            host.config.read_text().replace(f"max_stale_s = {STALE_S}", "max_stale_s = 60")
+        )
+        host.start("api")
+
+        def is_late() -> bool:
+            answer = host.get("/status", headers=bearer(text))
+            assert answer.status_code == 200, answer.text
+            return "tokens" in answer.json()["degraded"]
+
+        until(lambda: host.status_of(text) == 200, "the tokens are read")
+        until(lambda: not is_late(), "they are fresh")
+        store.is_away = True
+        try:
+            until(is_late, "the tokens are late")
+            assert host.status_of(text) == 200
+        finally:
+            store.is_away = False
+        until(lambda: not is_late(), "they are read again")
+    until(lambda: two.status_of(text) == one.status_of(text) == 200, "the other hosts answer again")
+
+
+def test_an_old_document_that_is_put_back_revives_no_token(
+    hosts: tuple[Host, Host], store: Store, redis_of_all: str, tmp_path: Path
+) -> None:
+    one, two = hosts
+    token, text = one.make("*")
+    _, kept = one.make("*")
+    past = store.bucket.get(KEY)
+    tokens.revoke(one.document, token.id)
+    until(lambda: [host.status_of(text) for host in hosts] == [401, 401], "it is revoked on both")
+    newest = store.bucket.get(KEY)
+    store.bucket.put(KEY, past)
+    try:
+        time.sleep(2.5)
+        assert {one.status_of(text), two.status_of(text)} <= {401, 503}
+        assert two.status_of(kept) == 200, "the copy is newer"
+        until(lambda: "was seen before" in two.output("api"), "it is said")
+        done = one.kms("token", "list")
+        assert done.returncode == 69, done.stderr
+        assert "kms token adopt" in done.stderr
+        with Host(tmp_path / "three", store, redis_of_all, one) as three:
+            three.start("api")
+            assert three.status_of(text) == 503, "a new host asks Redis"
+    finally:
+        store.bucket.put(KEY, newest)
+    until(lambda: one.status_of(kept) == two.status_of(kept) == 200, "the newest one is back")
+    assert two.status_of(text) == 401
+
+
+def test_the_command_works_on_the_document(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    one, two = hosts
+    file = tmp_path / "token"
+    made = one.kms("token", "create", "--name", "by-command", "--scope", "*", "-o", str(file))
+    assert made.returncode == 0, made.stderr
+    assert two.status_of(file.read_text().strip()) == 200
+    listed = two.kms("--json", "token", "list")
+    assert "by-command" in {json.loads(line)["name"] for line in listed.stdout.splitlines()}, listed
+    assert two.kms("token", "revoke", "by-command").returncode == 0
+    until(lambda: one.status_of(file.read_text().strip()) == 401, "it is revoked")
+
+
+def test_tokens_of_a_file_are_taken_over(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    one, two = hosts
+    path = tmp_path / "tokens.json"
+    _, text = tokens.create(path, TokenRequest("of-the-file", "default", ("*",), DAY))
+
+    done = one.kms("token", "adopt", "--yes", "--file", str(path))
+    assert done.returncode == 0, done.stderr
+    assert two.status_of(text) == 200
+
+
+def test_a_document_tells_no_token(hosts: tuple[Host, Host], store: Store) -> None:
+    """Read access to the bucket, or to the state directory, gives nothing to log in with."""
+    one, two = hosts
+    _, text = one.make("*")
+    secret = text.split("_", 2)[2].encode()
+    assert two.status_of(text) == 200
+    copies = [path.read_bytes() for path in (two.state / "documents").iterdir()]
+    assert not [data for data in (store.bucket.get(KEY), *copies) if secret in data]
+    assert {path.stat().st_mode & 0o777 for path in (two.state / "documents").iterdir()} == {0o600}
+    assert (two.state / "documents").stat().st_mode & 0o777 == 0o700

@@ -1,0 +1,516 @@
+"""Logins of the Vault API: what is handed out, for how long, and confusions that get nothing."""
+
+import base64
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import httpx2 as httpx
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from kms_core.auth import tokens
+from kms_protocol.errors import Unauthenticated
+from support.credentials import ISSUER, Issuer, bearer, claims, serving
+from support.openbao import ROOT_TOKEN, bao
+from support.service import core_of
+from support.vault_logins import CLUSTER, DEPLOY, HELLO, TTL_S, Logins, deploy, flux
+
+
+@dataclass
+class World:
+    """The service and its issuers; ``keys_of`` counts requests for keys that tokens name."""
+
+    service: Logins
+    corp: Issuer
+    cluster: Issuer
+    elsewhere: Issuer
+    url: str
+
+    def secret(self, tenant: str = "acme", ttl: timedelta | None = None) -> tuple[tokens.Token, str]:
+        return self.service.make("encrypt,decrypt key=default", tenant=tenant, ttl=ttl)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    corp, cluster, elsewhere = Issuer(), Issuer(), Issuer()
+    corp.rollover("corp-1", "RS256")
+    cluster.rollover("cluster-1", "RS256")
+    elsewhere.rollover("corp-1", "RS256")
+    with ExitStack() as held:
+        urls = [held.enter_context(serving(issuer)) for issuer in (corp, cluster, elsewhere)]
+        service = held.enter_context(Logins(tmp_path_factory.mktemp("logins"), urls[0], urls[1]))
+        yield World(service.start("api"), corp, cluster, elsewhere, urls[2])
+
+
+# -- what is handed out --------------------------------------------------------------------------------
+
+
+def test_a_role_gives_its_scopes_and_no_others(world: World) -> None:
+    body = deploy(world.corp, groups=["ops"], kms_scopes=["*"])
+    auth = world.service.auth("jwt", body)
+    token = auth["client_token"]
+    as_ops = world.service.auth("jwt", {**body, "role": "ops"})["client_token"]
+
+    assert auth["metadata"] == {"role": "deploy", "tenant": "acme"}
+    assert auth["lease_duration"] == TTL_S
+    assert world.service.encrypts(token) == 200
+    assert world.service.encrypts(as_ops) == 403
+    assert world.service.get("/status", headers=bearer(token)).status_code == 403
+    assert world.service.get("/status", headers=bearer(str(body["jwt"]))).status_code == 200
+    assert world.service.get("/audit", headers=bearer(as_ops)).status_code == 200
+
+
+def test_a_token_of_a_login_is_of_the_tenant_that_was_brought(world: World) -> None:
+    acme, web = (
+        world.service.auth("jwt", deploy(world.corp, org=org))["client_token"] for org in ("acme", "web")
+    )
+    secret = world.secret("web")[1]
+    named = {"role_id": "web/" + tokens.read(world.service.token_file)[-1].name, "secret_id": secret}
+    by_secret = world.service.auth("approle", named)["client_token"]
+    sealed = world.service.call(acme, "transit/encrypt/default", HELLO).json()["data"]["ciphertext"]
+    opened = [
+        world.service.call(token, "transit/decrypt/default", {"ciphertext": sealed}).status_code
+        for token in (acme, web, by_secret)
+    ]
+
+    assert opened == [200, 400, 400]
+
+
+def test_a_token_lasts_no_longer_than_what_was_brought(world: World) -> None:
+    now = int(time.time())
+    short = world.service.auth("jwt", deploy(world.corp, exp=now + 60))
+    token, secret = world.secret(ttl=timedelta(seconds=90))
+    of_secret = world.service.auth("approle", {"role_id": token.name, "secret_id": secret})
+    looked = world.service.call(short["client_token"], "auth/token/lookup-self", method="GET").json()["data"]
+
+    assert 0 < short["lease_duration"] <= 60
+    assert 0 < of_secret["lease_duration"] <= 90
+    assert 0 < looked["ttl"] <= 60
+    assert world.service.log_in("jwt", deploy(world.corp, exp=now - 2)).status_code == 403  # in the leeway
+
+
+def test_a_token_ends_with_the_secret_that_it_came_from(world: World) -> None:
+    path = world.service.token_file
+    for end in (
+        lambda name: tokens.revoke(path, name),
+        lambda name: tokens.rotate(path, name, timedelta(0), None),
+    ):
+        token, secret = world.secret()
+        body = {"role_id": token.id, "secret_id": secret}
+        short = world.service.auth("approle", body)["client_token"]
+        assert world.service.encrypts(short) == 200
+        end(token.name)
+        assert world.service.encrypts(short) == 403
+        assert world.service.log_in("approle", body).status_code == 403
+
+
+def test_another_process_of_the_install_takes_the_token(world: World, tmp_path: Path) -> None:
+    token, secret = world.secret()
+    texts = [
+        world.service.auth("jwt", deploy(world.corp))["client_token"],
+        world.service.auth("approle", {"role_id": token.name, "secret_id": secret})["client_token"],
+    ]
+    other = core_of(world.service).authenticator
+    elsewhere = core_of(Logins(tmp_path / "other", world.url, world.url)).authenticator
+    assert other
+    assert elsewhere
+    found = [other.authenticate(text) for text in texts]
+
+    assert [(who.name, who.tenant) for who in found] == [("corp:ada", "acme"), (token.name, "acme")]
+    for text in texts:
+        with pytest.raises(Unauthenticated):
+            elsewhere.authenticate(text)
+
+
+def test_a_login_is_recorded_by_what_was_brought(world: World) -> None:
+    body = deploy(world.corp, sub="recorded")
+    token, secret = world.secret()
+    world.service.auth("jwt", body)
+    world.service.auth("approle", {"role_id": token.name, "secret_id": secret})
+    digest = hashlib.sha256(str(body["jwt"]).encode()).hexdigest()[:16]
+    seen = [
+        {name: record[name] for name in ("principal", "tenant", "credential", "result")}
+        for path in world.service.settings.kms.audit.path.glob("*.jsonl")
+        for line in path.read_text().splitlines()
+        if (record := json.loads(line)).get("operation") == "login"
+    ]
+
+    assert {
+        "principal": "corp:recorded",
+        "tenant": "acme",
+        "credential": f"jwt:corp:{digest}:deploy",
+        "result": "ok",
+    } in seen
+    assert {
+        "principal": token.name,
+        "tenant": "acme",
+        "credential": f"token:{token.id}",
+        "result": "ok",
+    } in seen
+
+
+def test_the_walk_of_a_cluster_operator(world: World) -> None:
+    """As External Secrets and agents walk: log in, look at the token, use it, log in again at its end."""
+    auth = world.service.auth("kubernetes", flux(world.cluster))
+    token = auth["client_token"]
+    looked = world.service.call(token, "auth/token/lookup-self", method="GET").json()["data"]
+    renewed = world.service.call(token, "auth/token/renew-self", {"increment": "1h"})
+    sealed = world.service.call(token, "transit/encrypt/default", HELLO).json()["data"]
+    opened = world.service.call(token, "transit/decrypt/default", {"ciphertext": sealed["ciphertext"]})
+    revoked = world.service.call(token, "auth/token/revoke-self", {})
+
+    assert (auth["renewable"], auth["token_type"]) == (False, "batch")
+    assert (looked["type"], looked["renewable"]) == ("batch", False)
+    assert (renewed.status_code, revoked.status_code) == (400, 400)
+    assert opened.json()["data"] == HELLO
+    assert world.service.encrypts(token) == 200
+
+
+# -- confusions ----------------------------------------------------------------------------------------
+
+Attempt = tuple[str, object] | tuple[str, object, dict[str, str]]
+Make = Callable[[World], Attempt]
+
+
+def resigned(
+    issuer: Issuer, header: dict[str, object], payload: bytes | None = None, kid: str = "corp-1"
+) -> str:
+    """A token with another header or a payload as it stands, signed by the issuer's own key."""
+    key, _ = issuer.keys[kid]
+    assert isinstance(key, RSAPrivateKey)
+    body = json.dumps(claims(**DEPLOY)).encode() if payload is None else payload
+    parts = [b64url(json.dumps({"alg": "RS256", "kid": kid, "typ": "JWT", **header}).encode()), b64url(body)]
+    signing = ".".join(parts)
+    signature = jwt.algorithms.RSAAlgorithm(jwt.algorithms.RSAAlgorithm.SHA256).sign(signing.encode(), key)
+    return f"{signing}.{b64url(signature)}"
+
+
+def public_pem(issuer: Issuer) -> bytes:
+    return issuer.keys["corp-1"][0].public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def b64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def unsigned(world: World) -> Attempt:
+    del world
+    parts = [b64url(b'{"alg":"none","kid":"corp-1"}'), b64url(json.dumps(claims(**DEPLOY)).encode())]
+    return "jwt", {"role": "deploy", "jwt": f"{'.'.join(parts)}."}
+
+
+def by_the_public_key(world: World) -> Attempt:
+    """HS256 with the text of the public key as the secret."""
+    parts = [b64url(b'{"alg":"HS256","kid":"corp-1"}'), b64url(json.dumps(claims(**DEPLOY)).encode())]
+    tag = hmac.digest(public_pem(world.corp), ".".join(parts).encode(), "sha256")
+    return "jwt", {"role": "deploy", "jwt": ".".join([*parts, b64url(tag)])}
+
+
+def of(**changes: object) -> Make:
+    """A good JWT but for these claims, at its mount."""
+    return lambda world: ("jwt", deploy(world.corp, **changes))
+
+
+def headed(**header: object) -> Make:
+    return lambda world: ("jwt", {"role": "deploy", "jwt": resigned(world.corp, header)})
+
+
+def paid(text: str) -> Make:
+    """A payload as it stands; ``…`` is the rest of a good one."""
+
+    def make(world: World) -> Attempt:
+        rest = json.dumps(claims(**DEPLOY))[1:-1]
+        return "jwt", {"role": "deploy", "jwt": resigned(world.corp, {}, text.replace("…", rest).encode())}
+
+    return make
+
+
+def role(name: object, mount: str = "jwt") -> Make:
+    return lambda world: (mount, {**deploy(world.corp), "role": name})
+
+
+def in_path(mount: str) -> Make:
+    return lambda world: (mount, deploy(world.corp))
+
+
+def with_header(name: str, value: str) -> Make:
+    return lambda world: ("jwt", deploy(world.corp), {name: value})
+
+
+def account(**changes: object) -> Make:
+    return lambda world: ("kubernetes", flux(world.cluster, **changes))
+
+
+def again(world: World) -> Attempt:
+    return "jwt", {"role": "deploy", "jwt": world.service.auth("jwt", deploy(world.corp))["client_token"]}
+
+
+def secret_again(world: World) -> Attempt:
+    token, secret = world.secret()
+    body = {"role_id": token.name, "secret_id": secret}
+    return "approle", {**body, "secret_id": world.service.auth("approle", body)["client_token"]}
+
+
+def secret_of_another(world: World) -> Attempt:
+    return "approle", {"role_id": world.secret()[0].name, "secret_id": world.secret()[1]}
+
+
+def secret_of_another_tenant(world: World) -> Attempt:
+    token, secret = world.secret("web")
+    return "approle", {"role_id": f"acme/{token.name}", "secret_id": secret}
+
+
+def secret_used_up(world: World) -> Attempt:
+    """The text of a secret before it was replaced."""
+    token, secret = world.secret()
+    tokens.rotate(world.service.token_file, token.id, timedelta(0), None)
+    return "approle", {"role_id": token.name, "secret_id": secret}
+
+
+def secret_expired(world: World) -> Attempt:
+    token, secret = world.secret(ttl=timedelta(seconds=-1))
+    return "approle", {"role_id": token.name, "secret_id": secret}
+
+
+def kms_token(world: World) -> Attempt:
+    return "jwt", {"role": "deploy", "jwt": world.secret()[1]}
+
+
+def jwt_as_secret(world: World) -> Attempt:
+    return "approle", {"role_id": "deploy", "secret_id": deploy(world.corp)["jwt"]}
+
+
+def at_the_mount_of_another_issuer(world: World) -> Attempt:
+    return "kubernetes", deploy(world.corp, sub="system:serviceaccount:deploy:a")
+
+
+def by_a_stranger(world: World) -> Attempt:
+    return "jwt", deploy(world.elsewhere)
+
+
+def key_of_the_other_issuer(world: World) -> Attempt:
+    """Right in all but its key, which is the other issuer's, by its own name."""
+    text = resigned(world.cluster, {}, json.dumps(claims(**DEPLOY)).encode(), "cluster-1")
+    return "jwt", {"role": "deploy", "jwt": text}
+
+
+def own_keys(name: str) -> Make:
+    """The header names the stranger's keys: an address must not be fetched, and a key not be used."""
+
+    def make(world: World) -> Attempt:
+        value = {"jku": world.url, "x5u": world.url, "jwk": json.loads(world.elsewhere.jwks)["keys"][0]}[name]
+        return "jwt", {"role": "deploy", "jwt": resigned(world.elsewhere, {name: value})}
+
+    return make
+
+
+LATER: Final = 4_000_000_000
+CONFUSIONS: Final[dict[str, tuple[int, Make]]] = {
+    "algorithm none": (403, unsigned),
+    "HS256 by the public key": (403, by_the_public_key),
+    "algorithm in other case": (403, headed(alg="rs256")),
+    "an algorithm that is not configured": (403, headed(alg="RS512")),
+    "another issuer's key by its id": (403, key_of_the_other_issuer),
+    "a stranger's key by the issuer's id": (403, by_a_stranger),
+    "a critical header": (403, headed(crit=["exp"], exp=LATER)),
+    "an unencoded payload": (403, headed(crit=["b64"], b64=False)),
+    "a type of another kind": (403, headed(typ="logout+jwt")),
+    "an address of keys": (403, own_keys("jku")),
+    "an address of certificates": (403, own_keys("x5u")),
+    "a key in the header": (403, own_keys("jwk")),
+    "issuer with more behind it": (403, of(iss=f"{ISSUER}.evil.example.com")),
+    "issuer with a slash": (403, of(iss=f"{ISSUER}/")),
+    "issuer as a list": (403, of(iss=[ISSUER])),
+    "no issuer": (403, of(iss=None)),
+    "another audience": (403, of(aud="vault")),
+    "audiences without ours": (403, of(aud=["vault", "kms-service-2"])),
+    "no audience": (403, of(aud=None)),
+    "audience as an object": (403, of(aud={"kms-service": True})),
+    "expired": (403, of(exp=int(time.time()) - 3600)),
+    "no expiry": (403, of(exp=None)),
+    "expiry as text": (403, of(exp="never")),
+    "expiry without end": (403, paid('{…, "exp": 1e999}')),
+    "not before the future": (403, of(nbf=LATER)),
+    "issued far ahead": (403, of(iat=LATER)),
+    "no subject": (403, of(sub=None)),
+    "a bound claim is missing": (403, of(ref=None)),
+    "a bound claim of another value": (403, of(repository="evil/acme/infra")),
+    "a bound claim in other case": (403, of(repository="ACME/infra")),
+    "a bound claim that looks alike": (403, of(repository="аcme/infra")),  # noqa: RUF001 -- a Cyrillic letter
+    "a bound claim as a list of others": (403, of(ref=["refs/heads/dev", "main"])),
+    "a bound claim as an object": (403, of(ref={"refs/heads/main": "refs/heads/main"})),
+    "a bound claim nested": (403, of(repository=None, claims={"repository": "acme/infra"})),
+    "a bound claim twice, the last one wrong": (403, paid('{…, "ref": "refs/heads/dev"}')),
+    "another tenant": (403, of(org="evil")),
+    "a tenant in other case": (403, of(org="Acme")),
+    "an element of a list as tenant": (403, of(org=["acme"])),
+    "a huge token": (403, of(pad="x" * 9000)),
+    "a payload that is no object": (403, paid("[…]")),
+    "role of another mount": (403, role("flux")),
+    "role unknown": (403, role("nope")),
+    "role in other case": (403, role("Deploy")),
+    "role with a space": (403, role("deploy ")),
+    "role that looks alike": (403, role("dеploy")),  # noqa: RUF001 -- a Cyrillic letter
+    "role of other claims": (403, role("ops")),
+    "no role": (400, role(None)),
+    "role as a list": (400, role(["deploy"])),
+    "no token": (400, lambda _: ("jwt", {"role": "deploy"})),
+    "unknown fields": (400, lambda world: ("jwt", {**deploy(world.corp), "policies": ["root"]})),
+    "no JSON": (400, lambda _: ("jwt", b"role=deploy")),
+    "a body that is a list": (400, lambda _: ("jwt", [])),
+    "a mount that is off": (403, in_path("oidc")),
+    "a mount in other case": (403, in_path("JWT")),
+    "a mount by its parent": (403, in_path("x%2F..%2Fjwt")),
+    "a mount with a slash": (403, in_path("jwt%2F")),
+    "a mount of tokens": (403, in_path("token")),
+    "at the mount of another issuer": (403, at_the_mount_of_another_issuer),
+    "a namespace of another tenant": (403, with_header("X-Vault-Namespace", "web")),
+    "a wrapped answer": (400, with_header("X-Vault-Wrap-TTL", "60")),
+    "a service account of another namespace": (403, account(sub="system:serviceaccount:flux-system2:a")),
+    "a service account whose name has ours": (
+        403,
+        account(sub="system:serviceaccount:x:system:serviceaccount:flux-system:a"),
+    ),
+    "a user of the cluster": (403, account(sub="system:admin")),
+    "a service account for the API server": (403, account(aud=CLUSTER)),
+    "a token of this service as a JWT": (403, kms_token),
+    "a JWT as a secret id": (403, jwt_as_secret),
+    "a token of a login as a JWT": (403, again),
+    "a token of a login as a secret id": (403, secret_again),
+    "a secret id of another role": (403, secret_of_another),
+    "a secret id of another tenant": (403, secret_of_another_tenant),
+    "a secret id that was replaced": (403, secret_used_up),
+    "a secret id that expired": (403, secret_expired),
+    "no secret id": (400, lambda _: ("approle", {"role_id": "ci"})),
+}
+
+
+@pytest.mark.parametrize(("status", "make"), CONFUSIONS.values(), ids=CONFUSIONS)
+def test_a_confusion_hands_out_nothing(world: World, status: int, make: Make) -> None:
+    mount, body, *headers = make(world)
+    asked = world.elsewhere.asked
+    answer = world.service.log_in(mount, body, *headers)
+
+    assert (answer.status_code, list(answer.json())) == (status, ["errors"]), answer.text
+    assert world.elsewhere.asked == asked
+    if isinstance(body, dict):
+        secrets = [text for text in body.values() if isinstance(text, str) and len(text) > 20]
+        assert not any(text in answer.text for text in secrets)
+
+
+def test_the_table_would_see_a_login(world: World) -> None:
+    """The makers of the table give good attempts where nothing is changed."""
+    rest = [of(), headed(), paid("{…}"), role("deploy"), account(), with_header("X-Vault-Namespace", "acme")]
+    rest += [of(aud=["x", "kms-service"]), of(ref=["x", "refs/heads/main"]), of(repository="acme/")]
+
+    assert [world.service.log_in(*make(world)).status_code for make in rest] == [200] * len(rest)
+
+
+def test_an_edited_token_is_refused(world: World) -> None:
+    text = world.service.auth("jwt", deploy(world.corp))["client_token"]
+    head, _, tag = text.removeprefix("kmsl_").partition(".")
+    raw = base64.urlsafe_b64decode(head + "==")
+    edits = [
+        f"kmsl_{b64url(raw.replace(b'acme', b'web!'))}.{tag}",
+        f"kmsl_{b64url(raw + b'x')}.{tag}",
+        *(f"kmsl_{head}.{tag[:at]}{'A' if tag[at] != 'A' else 'B'}{tag[at + 1 :]}" for at in range(len(tag))),
+        f"kmsl_{head}",
+        f"kmsl_{head}.",
+        f"{text}=",
+        text.replace("kmsl_", "kmsl-"),
+        text.removeprefix("kmsl_"),
+    ]
+
+    assert [world.service.encrypts(each) for each in edits] == [403] * len(edits)
+    assert world.service.encrypts(text) == 200
+
+
+# -- limits --------------------------------------------------------------------------------------------
+
+
+def test_failed_logins_are_limited_as_other_attempts_and_good_ones_pass(tmp_path: Path) -> None:
+    issuer, thief = Issuer(), Issuer()
+    for each in (issuer, thief):
+        each.rollover("corp-1", "RS256")
+    with serving(issuer) as url, Logins(tmp_path, url, url, failures=1) as service:
+        service.start("api")
+        failed = [service.log_in("jwt", deploy(thief)) for _ in range(3)]
+        good = service.log_in("jwt", deploy(issuer))
+        records = "".join(path.read_text() for path in service.settings.kms.audit.path.glob("*.jsonl"))
+
+    assert [answer.status_code for answer in failed] == [403, 429, 429]
+    assert all("Retry-After" in answer.headers for answer in failed[1:])
+    assert good.status_code == 200
+    assert records.count('"result":"unauthenticated"') == 1
+
+
+# -- the real one --------------------------------------------------------------------------------------
+
+
+def test_answers_have_the_shape_of_the_real_one(world: World) -> None:
+    """For a role with tokens of the type ``batch``; what is refused is refused there, too."""
+    server = bao()
+    pem = public_pem(world.corp)
+    server.admin("POST", "sys/auth/jwt", {"type": "jwt"})
+    server.admin(
+        "POST", "auth/jwt/config", {"jwt_validation_pubkeys": [pem.decode()], "bound_issuer": ISSUER}
+    )
+    batch = {"token_type": "batch", "token_ttl": TTL_S, "token_policies": ["kms"]}
+    bound = {"repository": "acme/infra", "ref": "refs/heads/main"}
+    server.admin(
+        "POST",
+        "auth/jwt/role/deploy",
+        {"role_type": "jwt", "user_claim": "sub", "bound_audiences": ["kms-service"], "bound_claims": bound}
+        | batch,
+    )
+    server.admin("POST", "sys/auth/approle", {"type": "approle"})
+    server.admin("POST", "auth/approle/role/ci", batch)
+    role_id = server.admin("GET", "auth/approle/role/ci/role-id")["data"]["role_id"]
+    secret_id = server.admin("POST", "auth/approle/role/ci/secret-id", {})["data"]["secret_id"]
+    token, secret = world.secret()
+    bodies = {
+        "jwt": (deploy(world.corp), deploy(world.corp)),
+        "approle": (
+            {"role_id": token.name, "secret_id": secret},
+            {"role_id": role_id, "secret_id": secret_id},
+        ),
+    }
+    with httpx.Client(base_url=f"{server.url}/v1/", trust_env=False) as theirs:
+        for mount, (own, real) in bodies.items():
+            one, other = world.service.log_in(mount, own), theirs.post(f"auth/{mount}/login", json=real)
+            assert (one.status_code, other.status_code) == (200, 200), other.text
+            assert kinds(one.json()) == kinds(other.json())
+            tokens_ = [answer.json()["auth"]["client_token"] for answer in (one, other)]
+            for method, path in (
+                ("GET", "lookup-self"),
+                ("POST", "renew-self"),
+                ("POST", "revoke-self"),
+            ):
+                mine = world.service.call(tokens_[0], f"auth/token/{path}", method=method)
+                seen = theirs.request(method, f"auth/token/{path}", headers={"X-Vault-Token": tokens_[1]})
+                assert mine.status_code == seen.status_code, (path, seen.text)
+                if seen.status_code == 200:
+                    assert mine.json()["data"].keys() >= seen.json()["data"].keys() - {"issue_time"}
+                    assert mine.json()["data"]["type"] == seen.json()["data"]["type"]
+        for body in (deploy(world.corp, ref="x"), deploy(world.elsewhere), deploy(world.corp, aud="x")):
+            assert theirs.post("auth/jwt/login", json=body).status_code >= 400
+            assert world.service.log_in("jwt", body).status_code >= 400
+    server.admin("DELETE", "sys/auth/jwt", token=ROOT_TOKEN)
+    server.admin("DELETE", "sys/auth/approle", token=ROOT_TOKEN)
+
+
+def kinds(found: Any, where: str = "") -> set[str]:  # noqa: ANN401 -- JSON
+    """The names of members and the kinds of their values; what metadata holds is each server's."""
+    if not isinstance(found, dict) or where.endswith("metadata"):
+        return {f"{where} {type(found).__name__}"}
+    return {one for name, value in found.items() for one in kinds(value, f"{where}.{name}")}

@@ -1,0 +1,142 @@
+"""The façade's own port: its TLS, its end, and what settings may not say of it."""
+
+import http.client
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Final
+
+import httpx2 as httpx
+import pytest
+from cryptography import x509
+
+from kms_cli.local import up
+from kms_core.settings.load import load
+from support.credentials import Authority, Guarded
+from support.ports import free_port
+from support.service import Service, b64
+from support.vault_api import NO_REDIS
+from support.waiting import until
+
+BODY: Final = b'{"plaintext": "aGVsbG8="}'
+
+
+class Secured(Guarded):
+    """An install that serves HTTPS at both ports, and knows a client by its certificate."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.clients = Authority(folder / "clients")
+        self.servers = Authority(folder / "servers", "a CA of servers")
+        pair = self.servers.issue("server", x509.DNSName("localhost"), server=True)
+        settings = (
+            f'[kms.auth]\nmode = "required"\n[kms.auth.certificates.builder]\n'
+            f'subject = "DNS:builder.example.com"\nscopes = ["encrypt key=default"]\n'
+            f'[kms.server]\ntls_cert = "{pair.cert}"\ntls_key = "{pair.key}"\n'
+            f'client_ca = "{self.clients.ca_file}"\n[kms.facade]\nport = {port}\n'
+        )
+        super().__init__(folder, settings, NO_REDIS)
+
+    def _answers(self, name: str, port: int) -> bool:
+        assert self._processes[name].poll() is None, f"{name} ended:\n{self.output(name)}"
+        return up.is_alive("127.0.0.1", port, tls=True)
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def test_both_ports_speak_tls_and_know_certificates(tmp_path: Path) -> None:
+    port = free_port()
+    with Secured(tmp_path, port).start("api") as service:
+        builder = service.clients.issue("builder", x509.DNSName("builder.example.com"))
+        answers = []
+        for at in (service.port, port):
+            for pair in (builder, None):
+                with httpx.Client(verify=service.servers.context(pair), trust_env=False) as client:
+                    answers.append(
+                        client.put(f"https://localhost:{at}/v1/transit/encrypt/default", content=BODY)
+                    )
+
+    assert [answer.status_code for answer in answers] == [200, 403] * 2
+    assert answers[3].json()["errors"][0].startswith("permission denied")
+
+
+@pytest.mark.parametrize("at", ["main", "own"])
+def test_a_signal_ends_both_ports_and_what_they_had_begun_is_finished(tmp_path: Path, at: str) -> None:
+    port = free_port()
+    with Service(tmp_path, f"[kms.facade]\nport = {port}\n", NO_REDIS) as service:
+        service.start("api")
+        begun = http.client.HTTPConnection("127.0.0.1", service.port if at == "main" else port, timeout=30)
+        begun.putrequest("PUT", "/v1/transit/encrypt/default")
+        begun.putheader("Content-Length", str(len(BODY)))
+        begun.endheaders(BODY[:5])
+        metrics = "kms_inflight 2.0"  # this one, and the one that asks
+        until(lambda: metrics in service.http.get("/metrics").text, "the request is on its way")
+        service.http.close()
+
+        os.kill(service.pid("api"), signal.SIGTERM)
+        until(lambda: not (listens(service.port) or listens(port)), "both ports are closed")
+        begun.send(BODY[5:])
+        answer = begun.getresponse()
+
+        assert answer.status == 200
+        assert answer.read()
+        begun.close()
+        assert service.stop("api") == -signal.SIGTERM
+        assert "Traceback" not in service.output("api")
+
+
+def test_a_backend_that_is_away_is_worth_another_try_and_its_address_is_told_to_nobody(
+    tmp_path: Path,
+) -> None:
+    settings = '[kms.transit]\naddress = "http://127.0.0.1:9"\ntoken = "t"\n[kms.keys]\naway = "transit:k"\n'
+    body = {"plaintext": b64(b"x")}
+    with Service(tmp_path, settings, NO_REDIS) as service:
+        service.start("api")
+        answers = [
+            service.http.put("/v1/transit/encrypt/away", json=body),
+            service.http.put("/v1/transit/encrypt/away", json={"batch_input": [body]}),
+            service.http.get("/v1/transit/keys/away"),
+        ]
+        here = service.http.put("/v1/transit/encrypt/default", json=body)
+
+    for answer in answers:
+        assert (answer.status_code, list(answer.json())) == (503, ["errors"])
+        assert answer.json()["errors"][0].startswith("unavailable: ")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert "127.0.0.1" not in answer.text
+    assert here.status_code == 200
+
+
+def test_without_the_facade_there_is_no_such_path(tmp_path: Path) -> None:
+    with Service(tmp_path, "[kms.facade]\nenabled = false\n", NO_REDIS) as service:
+        service.start("api")
+        for path in ("transit/encrypt/default", "sys/health"):
+            assert service.http.post(f"/v1/{path}", json={"plaintext": b64(b"x")}).status_code == 404
+
+
+@pytest.mark.parametrize(("environment", "enabled"), [("dev", True), ("prod", False), ("staging", False)])
+def test_the_facade_is_there_by_default_in_dev_alone(tmp_path: Path, environment: str, enabled: bool) -> None:
+    (tmp_path / "kms.toml").write_text(
+        f'[kms]\nenvironment = "{environment}"\nprod_backend = "age"\nallow_age_in_prod = true\n'
+        '[kms.environments.staging]\nbackend = "age"\n'
+    )
+
+    assert load(tmp_path / "kms.toml", {"HOME": str(tmp_path)}).kms.facade.enabled is enabled
+
+
+def test_a_connection_without_a_handshake_ends(tmp_path: Path) -> None:
+    """uvloop would hold it for a minute, and no bound of the port counts it."""
+    with Secured(tmp_path, free_port()).start("api") as service:
+        begun = time.monotonic()
+        with socket.create_connection(("127.0.0.1", service.port), 50) as silent:
+            said = silent.recv(1)
+
+    assert said == b""
+    assert time.monotonic() - begun < 40

@@ -1,0 +1,500 @@
+"""Webhooks of jobs, from the event in Redis to a real HTTPS receiver: told at the end, and never lost."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+import httpx2 as httpx
+import msgspec
+import pytest
+
+from kms_core.container import Core
+from kms_core.jobs.events.dispatcher import WebhookDispatcher
+from kms_core.jobs.events.outbox import Delivery, Outbox
+from kms_core.jobs.events.webhook import WebhookEndpoint, WebhookRequest, post, sign
+from kms_core.jobs.spec import JobSpec
+from kms_core.jobs.store.store import JobStore
+from kms_core.observability import metrics
+from kms_protocol import wire
+from kms_protocol.wire import JobState
+from support.credentials import REQUIRED, Guarded
+from support.embedded_valkey import EmbeddedValkey
+from support.job_stores import LONG, TENANT, claimed, store_of
+from support.ports import free_port
+from support.service import CANARY, CONTEXT, Service, b64, check_problem, core_of
+from support.waiting import until
+from support.webhooks import (
+    SECRET,
+    Authority,
+    Receiver,
+    end,
+    endpoint,
+    every,
+    make_authority,
+    receiving,
+    secret_file,
+    taken_in,
+    toml,
+)
+
+ITEMS = {"kind": "encrypt", "context": CONTEXT, "items": [{"plaintext": b64(CANARY.encode())}]}
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return make_authority(tmp_path_factory.mktemp("ca"))
+
+
+@pytest.fixture
+def receiver(authority: Authority) -> Iterator[Receiver]:
+    with receiving(authority) as found:
+        yield found
+
+
+@pytest.fixture
+def store(core: Core) -> JobStore:
+    return store_of(core, LONG, [])
+
+
+@pytest.fixture
+def ci(tmp_path: Path, receiver: Receiver, authority: Authority) -> WebhookEndpoint:
+    return endpoint(tmp_path, receiver.url(), authority)
+
+
+@contextmanager
+def courier(store: JobStore, endpoints: Mapping[str, WebhookEndpoint], name: str = "w1") -> Iterator[None]:
+    running = WebhookDispatcher(Outbox(store, endpoints), endpoints, name)
+    running.start()
+    try:
+        yield
+    finally:
+        running.stop()
+        running.join()
+
+
+def ids(receiver: Receiver) -> list[str]:
+    return [request.headers["X-KMS-Delivery"] for request in receiver.requests]
+
+
+def subjects(receiver: Receiver) -> list[str]:
+    return [json.loads(request.body)["subject"] for request in receiver.requests]
+
+
+def settled(outbox: Outbox) -> bool:
+    """Whether every event was taken in and every delivery was answered."""
+    newest = outbox.store.redis.xrevrange("kms:events", count=1)
+    cursor = outbox.store.redis.get("kms:webhooks:cursor")
+    return cursor == newest[0][0] and outbox.size() == 0  # type: ignore[index]  # sync client
+
+
+# -- told at the end -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [("succeeded", ""), ("failed", "items_failed"), ("cancelled", "cancelled")]
+)
+def test_each_end_is_told_once(
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, state: JobState, code: str
+) -> None:
+    job_id = end(store, state, code)
+    with courier(store, {"ci": ci}), courier(store, {"ci": ci}, "w2"):
+        until(lambda: settled(Outbox(store, {"ci": ci})), "the delivery")
+
+    [request] = receiver.requests
+    event = json.loads(request.body)
+    assert (event["type"], event["subject"]) == (f"kms.job.{state}", job_id)
+    assert event["id"] == request.headers["X-KMS-Delivery"]
+    assert event["data"]["error"] == ({"code": code} if code else None)
+    assert event["data"]["progress"]["bytes_done"] == 5
+    assert CANARY.encode() not in request.body
+
+
+def test_the_signature_verifies_and_a_changed_body_does_not(
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
+) -> None:
+    end(store)
+    with courier(store, {"ci": ci}):
+        until(lambda: receiver.requests, "a request")
+
+    [request] = receiver.requests
+    stamp, given = int(request.headers["X-KMS-Timestamp"]), request.headers["X-KMS-Signature"]
+    message = WebhookRequest(request.headers["X-KMS-Delivery"], request.headers["X-KMS-Job"], request.body)
+    tampered = WebhookRequest(
+        message.delivery_id, message.job_id, request.body.replace(b"succeeded", b"cancelled")
+    )
+    assert given == sign(SECRET, stamp, message)
+    assert given not in {sign(SECRET, stamp, tampered), sign(SECRET, stamp + 1, message)}
+    assert abs(time.time() - stamp) < 60
+
+
+def test_only_the_endpoints_states_are_told(
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, tmp_path: Path
+) -> None:
+    chatty = endpoint(tmp_path, ci.url, None, tls=ci.tls, events=frozenset({"queued", "running", "failed"}))
+    end(store)
+    with courier(store, {"ci": chatty}):
+        until(lambda: settled(Outbox(store, {"ci": chatty})), "the deliveries")
+
+    told = {json.loads(request.body)["type"] for request in receiver.requests}
+    assert told == {"kms.job.queued", "kms.job.running"}
+
+
+def test_a_queued_event_of_a_deferred_job_is_no_error(
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, tmp_path: Path
+) -> None:
+    chatty = endpoint(tmp_path, ci.url, None, tls=ci.tls, events=frozenset({"queued"}))
+    claim = claimed(store, callback="ci")
+    store.defer(claim, 60, counts=False)
+    with courier(store, {"ci": chatty}):
+        until(lambda: settled(Outbox(store, {"ci": chatty})), "the deliveries")
+
+    assert len(set(ids(receiver))) == 2
+    assert [json.loads(request.body)["data"]["error"] for request in receiver.requests] == [None, None]
+
+
+def test_more_events_than_one_batch(store: JobStore, ci: WebhookEndpoint, receiver: Receiver) -> None:
+    for _ in range(260):
+        end(store, callback="")
+    job_id = end(store)
+    with courier(store, {"ci": ci}):
+        until(lambda: receiver.requests, "the delivery")
+
+    assert set(subjects(receiver)) == {job_id}
+    assert len(set(ids(receiver))) == 1, "read twice, as a record and as an event, it is one delivery"
+
+
+# -- sent again ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [500, (307, "/elsewhere"), 404], ids=["500", "redirect", "404"])
+def test_a_refusal_is_tried_again_with_the_same_id_and_body(
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, answer: int | tuple[int, str]
+) -> None:
+    receiver.answers = [answer]
+    end(store)
+    with courier(store, {"ci": ci}):
+        until(lambda: settled(Outbox(store, {"ci": ci})), "the delivery")
+
+    first, second = receiver.requests
+    assert (first.path, first.body) == (second.path, second.body)
+    assert first.headers["X-KMS-Delivery"] == second.headers["X-KMS-Delivery"]
+
+
+def test_a_receiver_that_comes_up_later_is_told(
+    store: JobStore, authority: Authority, tmp_path: Path
+) -> None:
+    port = free_port()
+    ci = {"ci": endpoint(tmp_path, f"https://localhost:{port}/", authority)}
+    outbox = Outbox(store, ci)
+    end(store)
+    with courier(store, ci):
+        until(lambda: any(found.attempts for found in every(outbox)), "a failed attempt")
+        with receiving(authority, port) as receiver:
+            until(lambda: settled(outbox), "the delivery")
+
+    assert len(receiver.requests) == 1
+
+
+def test_410_drops_the_delivery(store: JobStore, ci: WebhookEndpoint, receiver: Receiver) -> None:
+    receiver.answers = [410]
+    end(store)
+    outbox = Outbox(store, {"ci": ci})
+    with courier(store, {"ci": ci}):
+        until(lambda: settled(outbox), "the end of the delivery")
+
+    assert (len(receiver.requests), outbox.dead()) == (1, [])
+
+
+def test_an_endpoint_that_this_worker_does_not_know_yet_waits(
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
+) -> None:
+    job_id = end(store)
+    with courier(store, {}):
+        until(lambda: any(found.attempts for found in every(Outbox(store, {}))), "a failed attempt")
+    with courier(store, {"ci": ci}, "w2"):
+        until(lambda: receiver.requests, "the delivery")
+
+    assert subjects(receiver) == [job_id]
+
+
+def test_a_slow_receiver_does_not_hold_up_another(
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, authority: Authority, tmp_path: Path
+) -> None:
+    released = Event()
+    with receiving(authority) as slow:
+        slow.slowly = released.wait
+        (tmp_path / "slow").mkdir()
+        endpoints = {"ci": ci, "slow": endpoint(tmp_path / "slow", slow.url(), authority)}
+        stuck = [end(store, callback="slow") for _ in range(9)]
+        job_id = end(store)
+        with courier(store, endpoints):
+            until(lambda: receiver.requests, "the delivery to the quick one")
+            assert len(slow.requests) <= 4
+            released.set()
+            until(lambda: settled(Outbox(store, endpoints)), "the others")
+
+    assert subjects(receiver) == [job_id]
+    assert sorted(subjects(slow)) == sorted(stuck)
+
+
+def test_deliveries_are_counted(store: JobStore, ci: WebhookEndpoint, receiver: Receiver) -> None:
+    def counts() -> list[float]:
+        found = metrics.WEBHOOK_DELIVERIES.collect()
+        values = {
+            tuple(s.labels.values()): s.value
+            for metric in found
+            for s in metric.samples
+            if s.name.endswith("_total")
+        }
+        return [values.get(("ci", result), 0.0) for result in ("delivered", "retried", "gone")]
+
+    before = counts()
+    receiver.answers = [503, 204, 410]
+    end(store)
+    with courier(store, {"ci": ci}):
+        until(lambda: settled(Outbox(store, {"ci": ci})), "the delivery")
+        end(store)
+        until(lambda: len(receiver.requests) == 3 and settled(Outbox(store, {"ci": ci})), "the other")
+
+    assert [after - then for after, then in zip(counts(), before, strict=True)] == [1, 1, 1]
+
+
+# -- never lost ----------------------------------------------------------------------------------------
+
+
+def test_killed_between_taking_in_and_sending(
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
+) -> None:
+    end(store)
+    _, delivery = taken_in(store, {"ci": ci})
+    with courier(store, {"ci": ci}, "w2"):
+        until(lambda: settled(Outbox(store, {"ci": ci})), "the delivery")
+
+    assert ids(receiver) == [delivery.delivery_id]
+
+
+def test_killed_between_the_answer_and_settling_sends_the_same_again(
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
+) -> None:
+    end(store)
+    _, delivery = taken_in(store, {"ci": ci})
+    post(ci, delivery.message)
+    with courier(store, {"ci": ci}, "w2"):
+        until(lambda: settled(Outbox(store, {"ci": ci})), "the delivery")
+
+    assert ids(receiver) == [delivery.delivery_id] * 2
+    assert receiver.requests[0].body == receiver.requests[1].body
+
+
+def given_up(store: JobStore, endpoints: Mapping[str, WebhookEndpoint]) -> tuple[Outbox, Delivery]:
+    """A delivery that has failed for a day."""
+    outbox, delivery = taken_in(store, endpoints)
+    assert outbox.put_off(msgspec.structs.replace(delivery, attempts=19)) is None
+    [dead] = outbox.dead()
+    return outbox, dead
+
+
+def test_delivery_that_was_given_up_is_sent_again_when_asked_and_once(
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
+) -> None:
+    end(store)
+    outbox, dead = given_up(store, {"ci": ci})
+
+    assert [outbox.resend(dead), outbox.resend(dead)] == [True, False]
+    with courier(store, {"ci": ci}):
+        until(lambda: settled(outbox), "the delivery")
+
+    assert ids(receiver) == [dead.delivery_id]
+    assert outbox.dead() == []
+
+
+def test_delivery_that_is_sent_again_has_all_its_attempts(store: JobStore, ci: WebhookEndpoint) -> None:
+    end(store)
+    outbox, dead = given_up(store, {"ci": ci})
+    outbox.resend(msgspec.structs.replace(dead))
+
+    [again] = outbox.due("ci", 10)
+
+    assert (again.attempts, again.delivery_id, again.body) == (0, dead.delivery_id, dead.body)
+    assert outbox.put_off(again) is not None
+
+
+# -- the whole service -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def told(
+    tmp_path_factory: pytest.TempPathFactory,
+    valkey: EmbeddedValkey,
+    database_numbers: Iterator[int],
+    authority: Authority,
+) -> Iterator[tuple[Service, Receiver]]:
+    """API and worker, and a receiver that they know as ``ci``."""
+    folder = tmp_path_factory.mktemp("told")
+    url = valkey.files.url_of(next(database_numbers))
+    with receiving(authority) as receiver:
+        section = toml("ci", receiver, authority, secret_file(folder))
+        with Service(folder / "install", section, url) as service:
+            yield service.start(), receiver
+
+
+def test_submitted_jobs_are_told_by_the_worker(told: tuple[Service, Receiver]) -> None:
+    service, receiver = told
+    jobs = [
+        service.submit(ITEMS | {"callback": "ci"}),
+        service.upload("encrypt", b"secret", CONTEXT, X_KMS_Callback="ci"),
+    ]
+    silent = service.submit(ITEMS)
+    for job_id in (*jobs, silent):
+        service.wait(job_id, "succeeded")
+    until(lambda: set(jobs) <= set(subjects(receiver)), "both deliveries")
+
+    assert sorted(found for found in subjects(receiver) if found in {*jobs, silent}) == sorted(jobs)
+    assert (
+        'kms_webhook_deliveries_total{endpoint="ci",result="delivered"}'
+        in service.http.get(f"http://127.0.0.1:{service.port + 1}/metrics").text
+    )
+
+
+def test_a_killed_worker_loses_no_delivery(told: tuple[Service, Receiver]) -> None:
+    service, receiver = told
+    released = Event()
+    receiver.slowly = released.wait
+    try:
+        job_id = service.submit(ITEMS | {"callback": "ci"})
+        until(lambda: job_id in subjects(receiver), "the first request")
+        service.kill("worker")
+    finally:
+        released.set()
+        service.start("worker")
+    until(lambda: subjects(receiver).count(job_id) == 2, "the second request")
+
+    assert len({ids(receiver)[at] for at, found in enumerate(subjects(receiver)) if found == job_id}) == 1
+
+
+def test_dead_deliveries_are_listed_and_sent_again_by_the_api(
+    told: tuple[Service, Receiver], authority: Authority, tmp_path: Path
+) -> None:
+    service, receiver = told
+    store = core_of(service).worker_context.store
+    job_id = service.submit(ITEMS | {"callback": "ci"})
+    service.wait(job_id, "succeeded")
+    outbox = Outbox(store, {"ci": endpoint(tmp_path, receiver.url(), authority)})
+    until(lambda: job_id in subjects(receiver) and settled(outbox), "the first delivery")
+    first = ids(receiver)[subjects(receiver).index(job_id)]
+    lost = Delivery(
+        delivery_id=first,
+        endpoint="ci",
+        job_id=job_id,
+        state="succeeded",
+        body=receiver.requests[subjects(receiver).index(job_id)].body,
+        created_at=0.0,
+        attempts=19,
+    )
+    stranger = end(store_of(core_of(service), LONG, []), callback="ci", tenant="theirs")
+    outbox.put_off(lost)
+    outbox.put_off(msgspec.structs.replace(lost, job_id=stranger, delivery_id="stranger"))
+
+    listed = service.get("/webhooks/dead").json()["deliveries"]
+    answer = service.post(f"/webhooks/dead/{first}/resend")
+    until(lambda: subjects(receiver).count(job_id) == 2, "the second delivery")
+
+    assert [(found["delivery_id"], found["job_id"], found["attempts"]) for found in listed] == [
+        (first, job_id, 20)
+    ]
+    assert (answer.status_code, answer.json()["endpoint"]) == (202, "ci")
+    assert CANARY not in answer.text
+    for name in (first, "stranger", "no"):
+        check_problem(service.post(f"/webhooks/dead/{name}/resend"), 404, "unknown")
+
+
+# -- endpoints of tenants --------------------------------------------------------------------------------
+
+
+def test_an_endpoint_of_one_tenant_is_for_another_as_if_it_were_not_there(
+    tmp_path: Path, redis_url: str, authority: Authority
+) -> None:
+    with receiving(authority) as receiver:
+        secret = secret_file(tmp_path)
+        settings = REQUIRED + "".join(
+            toml(name, receiver, authority, secret, more)
+            for name, more in {
+                "acme": "tenants = ['acme']",
+                "both": "tenants = ['acme', 'web']",
+                "all": "",
+            }.items()
+        )
+        with Guarded(tmp_path / "install", settings, redis_url) as service:
+            service.start("api")
+            scopes = "encrypt,jobs:write,jobs:read"
+            headers = {tenant: service.token(scopes, tenant=tenant) for tenant in ("acme", "web")}
+
+            def ask(tenant: str, name: str) -> httpx.Response:
+                return service.post("/jobs", ITEMS | {"callback": name}, headers=headers[tenant])
+
+            def upload(tenant: str, name: str) -> httpx.Response:
+                more = {**headers[tenant], "X-KMS-Callback": name, "X-KMS-Context": CONTEXT}
+                return service.post("/files/encrypt", content=b"x", headers=more)
+
+            for way in (ask, upload):
+                taken = {(tenant, name) for tenant in headers for name in ("acme", "both", "all")} - {
+                    ("web", "acme")
+                }
+                answers = [way(*pair) for pair in taken]
+                assert [answer.text for answer in answers if answer.status_code != 202] == []
+                foreign, unknown = way("web", "acme"), way("web", "none")
+                check_problem(foreign, 422, "invalid_request")
+                assert foreign.json() | {"request_id": ""} == unknown.json() | {"request_id": ""}
+
+
+def test_what_was_accepted_for_a_tenant_that_may_no_longer_is_not_told(
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
+) -> None:
+    """Before it was taken in, after it was, and when it is sent again."""
+    end(store)
+    outbox, dead = given_up(store, {"ci": ci})
+    assert outbox.resend(dead)
+    end(store)
+    outbox.take_in()
+    end(store)
+    assert (outbox.size(), settled(outbox)) == (2, False)
+    with courier(store, {"ci": replace(ci, tenants=frozenset({"others"}))}):
+        until(lambda: settled(outbox), "nothing is left")
+
+    assert receiver.requests == []
+    with courier(store, {"ci": replace(ci, tenants=frozenset({TENANT}))}):
+        job_id = end(store)
+        until(lambda: subjects(receiver) == [job_id], "a job of the tenant is told")
+
+
+@pytest.mark.parametrize("name", ["other", "https://evil.example/", "a b", "x" * 81, ""])
+def test_a_callback_that_is_no_endpoint_is_refused(told: tuple[Service, Receiver], name: str) -> None:
+    check_problem(told[0].post("/jobs", ITEMS | {"callback": name}), 422, "invalid_request")
+
+
+def test_an_unknown_callback_of_an_upload_is_refused(told: tuple[Service, Receiver]) -> None:
+    answer = told[0].post(
+        "/files/encrypt", content=b"x", headers={"X-KMS-Callback": "other", "X-KMS-Context": CONTEXT}
+    )
+
+    check_problem(answer, 422, "invalid_request")
+
+
+def test_the_callback_is_in_the_sealed_part_alone() -> None:
+    fields = {field.name for field in msgspec.structs.fields(wire.JobOut)}
+
+    assert "callback" in {field.name for field in msgspec.structs.fields(JobSpec)}
+    assert "callback" not in fields
+
+
+def test_another_callback_is_another_request_to_idempotency(told: tuple[Service, Receiver]) -> None:
+    service, _ = told
+    service.submit(ITEMS | {"callback": "ci"}, Idempotency_Key="webhooks-1")
+
+    check_problem(
+        service.post("/jobs", ITEMS, headers={"Idempotency-Key": "webhooks-1"}), 409, "idempotency_conflict"
+    )

@@ -1,0 +1,77 @@
+"""The example in examples/workflow, as its README runs it, against a real service."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from kms_core.jobs.submission import celery_intake
+from kms_protocol.wire import PREFIX
+from support.celery_messages import JOB, broker_of, decrypted
+from support.service import CANARY, Service, b64
+
+ROOT: Final = Path(__file__).parents[2]
+EXAMPLE: Final = ROOT / "examples/workflow/submit.py"
+
+
+def run_example(service: Service, job: object, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", str(EXAMPLE), "-", "--broker", broker_of(service), *options],
+        input=json.dumps(job),
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_example_stands_alone() -> None:
+    assert "import kms" not in EXAMPLE.read_text()
+    assert "from kms" not in EXAMPLE.read_text()
+
+
+@pytest.mark.parametrize("by_events", [False, True], ids=["by HTTP", "by events"])
+def test_the_example_brings_items_home(service: Service, *, by_events: bool) -> None:
+    events = ("--events", service.settings.kms.redis.url) if by_events else ()
+    ran = run_example(service, JOB, "--service", service.url, *events)
+
+    assert ran.returncode == 0, ran.stderr
+    ciphertext = json.loads(ran.stdout)["ciphertext"]
+    assert decrypted(service, [ciphertext], "env=prod") == [CANARY]
+
+
+def test_the_example_needs_no_http(service: Service) -> None:
+    (service.files / "report.txt").write_text(CANARY)
+    job = {
+        "kind": "encrypt",
+        "source": f"file://{service.files}/report.txt",
+        "target": f"file://{service.files}/report.age",
+        "context": "env=prod",
+    }
+    recipient = str(celery_intake.recipient(service.settings.kms.jobs.intake_identity_path))
+    ran = run_example(service, job, "--recipient", recipient, "--events", service.settings.kms.redis.url)
+
+    assert ran.returncode == 0, ran.stderr
+    sealed = (service.files / "report.age").read_bytes()
+    assert decrypted(service, [b64(sealed)], "env=prod") == [CANARY]
+
+
+def test_the_example_tells_a_failure(service: Service) -> None:
+    job = {"kind": "decrypt", "items": [{"ciphertext": b64(b"no ciphertext")}]}
+    ran = run_example(service, job, "--service", service.url)
+
+    assert ran.returncode == 1
+    assert "failed items_failed" in ran.stderr
+    assert json.loads(ran.stdout)["error"]["code"] == "not_a_ciphertext"
+
+
+def test_the_documents_say_what_there_is(service: Service) -> None:
+    text = (ROOT / "docs/celery.md").read_text()
+
+    assert f"GET {PREFIX}/intake" in text
+    assert service.get("/intake").status_code == 200

@@ -1,0 +1,217 @@
+import re
+from collections.abc import Mapping, Sequence
+
+import httpx2 as httpx
+import pytest
+from fastapi import FastAPI, Response
+from prometheus_client import REGISTRY
+from starlette.types import Message, Receive, Scope, Send
+
+from kms_api import problems
+from kms_api.routing import is_ui
+from kms_api.transport.request_context import RequestContext
+from kms_core import audit
+from kms_core.http_server.connections import by_name
+from kms_protocol.errors import UnknownJob
+
+CANARY = "kanarienvogel"
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=["asyncio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def application() -> FastAPI:
+    app = FastAPI()
+    problems.install(app)
+
+    @app.get("/things/{thing}")
+    async def thing(thing: str) -> Response:
+        del thing
+        return Response(audit.request_id.get())
+
+    @app.get("/cached")
+    async def cached() -> Response:
+        return Response(headers={"Cache-Control": "max-age=60"})
+
+    @app.get("/refused")
+    async def refused() -> Response:
+        raise UnknownJob
+
+    @app.get("/crash")
+    async def crash() -> Response:
+        raise ZeroDivisionError
+
+    return app
+
+
+async def get(
+    path: str = "/things/1", headers: Mapping[str, str] | None = None, hosts: Sequence[str] = ()
+) -> httpx.Response:
+    transport = httpx.ASGITransport(RequestContext(application(), hosts), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8082") as client:
+        return await client.get(path, headers=headers)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "evil.example:8082"},
+        {"Host": "127.0.0.1.evil.example"},
+        {"Host": "localhost@evil.example"},
+        {"Host": "evil@localhost"},
+        {"Host": "localhost:99999999999"},
+        {"Host": "localhost.evil.example"},
+        {"Host": ""},
+        {"Host": "["},
+        {"Host": "[::1"},
+        {"Host": "[zz]"},
+        {"Host": "a/b?c#d"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": ""},
+        {"Origin": "http://["},
+        {"Origin": "http://127.0.0.1:9999"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Sec-Fetch-Site": "Anything"},
+    ],
+    ids=str,
+)
+async def test_foreign_page_or_name_is_refused(headers: Mapping[str, str]) -> None:
+    answer = await get(headers=headers)
+
+    assert answer.status_code == 403
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["code"] == "forbidden"
+    assert "allowed_hosts" in answer.json()["detail"]
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+    assert "evil" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "localhost"},
+        {"Host": "LocalHost:8082"},
+        {"Host": "127.0.0.1:1"},
+        {"Host": "[::1]:8082"},
+        {"Origin": "http://127.0.0.1:8082"},
+        {"Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "none"},
+    ],
+    ids=str,
+)
+async def test_own_page_and_local_names_are_let_in(headers: Mapping[str, str]) -> None:
+    assert (await get(headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize("hosts", [("localhost", "evil.example"), ("evil.example", "localhost")], ids=str)
+async def test_two_hosts_are_none(hosts: tuple[str, str]) -> None:
+    transport = httpx.ASGITransport(RequestContext(application(), []))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8082") as client:
+        answer = await client.get("/things/1", headers=[("Host", host) for host in hosts])
+
+    assert answer.status_code == 403
+
+
+@pytest.mark.parametrize("name", [b"origin", b"sec-fetch-site", b"x-request-id"])
+async def test_of_headers_of_one_name_the_first_counts(name: bytes) -> None:
+    assert by_name([(b"host", b"h"), (name, b"first"), (name, b"second")])[name] == b"first"
+
+
+@pytest.mark.parametrize(
+    ("path", "is_page"),
+    [("/ui", True), ("/ui/", True), ("/ui/jobs", True), ("/uix", False), ("/ui-jobs", False)],
+)
+async def test_pages_are_below_ui(path: str, *, is_page: bool) -> None:
+    """A session's cookie opens pages only."""
+    assert is_ui(path) is is_page
+
+
+async def test_the_address_that_was_reached_is_let_in_and_no_other() -> None:
+    transport = httpx.ASGITransport(RequestContext(application(), []))
+    async with httpx.AsyncClient(transport=transport, base_url="http://10.0.0.7:8082") as client:
+        reached = await client.get("/things/1")
+        others = [
+            await client.get("/things/1", headers={"Host": host}) for host in ("10.0.0.8:8082", "pod.example")
+        ]
+
+    assert reached.status_code == 200
+    assert [answer.status_code for answer in others] == [403, 403]
+
+
+async def test_configured_name_is_let_in_and_no_other() -> None:
+    assert (await get(headers={"Host": "KMS.internal:443"}, hosts=["kms.Internal"])).status_code == 200
+    assert (await get(headers={"Host": "kms.other"}, hosts=["kms.internal"])).status_code == 403
+
+
+async def test_star_lets_any_name_in() -> None:
+    assert (await get(headers={"Host": "any.example"}, hosts=["*"])).status_code == 200
+
+
+@pytest.mark.parametrize("given", ["a", "Req_1.2-3", "x" * 64], ids=["short", "marks", "long"])
+async def test_request_id_of_the_caller_is_kept(given: str) -> None:
+    answer = await get(headers={"X-Request-Id": given})
+
+    assert answer.headers["x-request-id"] == answer.text == given
+
+
+@pytest.mark.parametrize("given", ["", "x" * 65, CANARY + " x", CANARY + "\t", CANARY + '"'], ids=repr)
+async def test_request_id_that_is_no_word_is_replaced(given: str) -> None:
+    answer = await get(headers={"X-Request-Id": given})
+
+    assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"])
+    assert answer.text == answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("path", ["/things/1", "/refused", "/none"], ids=str)
+async def test_answers_are_neither_stored_nor_guessed_at(path: str) -> None:
+    answer = await get(path)
+
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+async def test_route_may_say_otherwise_about_storing() -> None:
+    assert (await get("/cached")).headers["cache-control"] == "max-age=60"
+
+
+@pytest.mark.parametrize(
+    ("path", "route", "status"),
+    [
+        (f"/things/{CANARY}", "/things/{thing}", "200"),
+        (f"/{CANARY}", "unrouted", "404"),
+        ("/crash", "/crash", "500"),
+    ],
+    ids=["template", "unrouted", "crash"],
+)
+async def test_requests_are_counted_by_template_never_by_path(path: str, route: str, status: str) -> None:
+    labels = {"route": route, "method": "GET", "status": status}
+    before = REGISTRY.get_sample_value("kms_http_requests_total", labels) or 0
+
+    await get(path)
+
+    assert REGISTRY.get_sample_value("kms_http_requests_total", labels) == before + 1
+    assert REGISTRY.get_sample_value("kms_inflight") == 0
+
+
+async def test_other_protocols_pass_untouched() -> None:
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        del receive, send
+        seen.append(scope["type"])
+
+    async def receive() -> Message:
+        return {"type": "lifespan.startup"}
+
+    async def send(message: Message) -> None:
+        del message
+
+    await RequestContext(app, ())({"type": "lifespan"}, receive, send)
+
+    assert seen == ["lifespan"]

@@ -1,0 +1,175 @@
+"""``kms backup`` and ``kms restore`` as an operator runs them, without a service."""
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kms_cli.local.up import make_dev_keys
+from kms_core.settings.load import load
+from support.cli.offline import Done, Workspace, workspace
+from support.programs import program
+from support.small_disk import small_disk
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Workspace:
+    """A workspace with an install in ``state`` and a file of 3 MB in its spool."""
+    made = workspace(tmp_path)
+    make_dev_keys(load(None, {"KMS_STATE_DIR": str(tmp_path / "state"), "HOME": str(tmp_path)}))
+    (tmp_path / "state/spool/job").mkdir(parents=True)
+    made.write("state/spool/job/input", os.urandom(3_000_000))
+    return made
+
+
+def backup(place: Workspace, *more: str) -> Done:
+    words = ("backup", "-r", place.recipient, "-o", place.path("b.age"), *more)
+    return place.kms(*words, KMS_STATE_DIR=place.path("state"))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the plain files below a folder, except for what ``kms backup`` adds to the audit log."""
+    found = ((path, str(path.relative_to(folder))) for path in folder.rglob("*") if path.is_file())
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path, name in found
+        if not name.startswith(("audit/", "kms-backup.json", ".", "audit."))
+    }
+
+
+def test_stock_age_and_tar_open_a_backup(place: Workspace) -> None:
+    assert backup(place).returncode == 0
+    opened = place.folder / "opened"
+    opened.mkdir()
+    key, file = str(place.key), place.path("b.age")
+    decrypted = subprocess.run([program("age"), "-d", "-i", key, file], capture_output=True, check=True)
+    subprocess.run([program("tar"), "-x", "-C", str(opened)], input=decrypted.stdout, check=True)
+
+    assert digests(opened) == digests(place.folder / "state")
+    assert place.kms("restore", "b.age", "-i", "key.txt", "--to", "new").returncode == 0
+    assert digests(place.folder / "new") == digests(opened)
+
+
+def test_a_backup_by_stdout_is_the_same(place: Workspace) -> None:
+    words = ("backup", "-r", place.recipient, "-o", "-")
+    place.write("b.age", place.made(*words, KMS_STATE_DIR=place.path("state")))
+
+    assert place.kms("restore", "b.age", "-i", "key.txt", "--check").returncode == 0
+
+
+def test_without_a_recipient_there_is_no_backup(place: Workspace) -> None:
+    done = place.kms("backup", "-o", "b.age", KMS_STATE_DIR=place.path("state"))
+
+    assert done.returncode == 2
+    assert b"-r age1" in done.stderr
+    assert not place.has("b.age")
+
+
+def test_a_file_is_not_overwritten_unasked(place: Workspace) -> None:
+    place.write("b.age", b"mine")
+
+    assert backup(place).returncode == 73
+    assert place.read("b.age") == b"mine"
+    assert backup(place, "--force").returncode == 0
+    assert (place.folder / "b.age").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_backup_is_not_put_into_what_it_backs_up(place: Workspace) -> None:
+    done = backup(place, "-o", place.path("state/b.age"))
+
+    assert done.returncode == 2
+    assert not place.has("state/b.age")
+
+
+def test_a_backup_that_fails_leaves_no_file(place: Workspace) -> None:
+    with small_disk(place.folder / "disk", 1_000_000):
+        done = backup(place, "-o", place.path("disk/b.age"))
+
+        assert done.returncode != 0
+        assert list((place.folder / "disk").iterdir()) == []
+
+
+def test_a_restore_to_a_full_disk_leaves_nothing(place: Workspace) -> None:
+    assert backup(place).returncode == 0
+    with small_disk(place.folder / "disk", 1_000_000) as disk:
+        for target in (disk, disk / "below"):
+            done = place.kms("restore", "b.age", "-i", "key.txt", "--to", str(target))
+
+            assert done.returncode == 1
+            assert b"no space left" in done.stderr
+            assert list(disk.iterdir()) == []
+
+
+def test_a_mount_point_is_filled_and_never_replaced(place: Workspace) -> None:
+    assert backup(place).returncode == 0
+    with small_disk(place.folder / "disk", 20_000_000) as disk:
+        (disk / "lost+found").mkdir()
+        assert place.kms("restore", "b.age", "-i", "key.txt", "--to", str(disk)).returncode == 0
+        assert digests(disk) == digests(place.folder / "state")
+
+        assert place.kms("restore", "b.age", "-i", "key.txt", "--to", str(disk), "--force").returncode == 73
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to another user")
+def test_root_restores_for_the_owner_of_the_folder(place: Workspace) -> None:
+    assert backup(place).returncode == 0
+    (place.folder / "new").mkdir()
+    os.chown(place.folder / "new", 4711, 4712)
+
+    assert place.kms("restore", "b.age", "-i", "key.txt", "--to", "new").returncode == 0
+    found = [place.folder / "new", *(place.folder / "new").rglob("*")]
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in found} == {(4711, 4712)}
+
+
+def test_a_restore_needs_a_target(place: Workspace) -> None:
+    assert backup(place).returncode == 0
+    done = place.kms("restore", "b.age", "-i", "key.txt")
+
+    assert done.returncode == 2
+    assert b"--to DIR" in done.stderr
+
+
+def test_what_is_not_included_is_said_by_both(place: Workspace) -> None:
+    made = backup(place)
+    assert b"not included: Redis, which is not the embedded Valkey" in made.stderr
+    checked = place.kms("restore", "b.age", "-i", "key.txt", "--check", "--json")
+    assert b'"left_out": ["Redis, which is not the embedded Valkey' in checked.stdout
+
+
+def at(place: Workspace, folder: str, *words: str, code: int = 0) -> bytes:
+    """What a command says that reads ``kms.toml`` and the state directory ``folder``."""
+    variables = {"KMS_CONFIG": place.path("kms.toml"), "KMS_STATE_DIR": place.path(folder)}
+    done = place.kms(*words, given=b"", **variables)
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_token_that_was_revoked_since_comes_back_and_is_told(place: Workspace) -> None:
+    """Nothing but the file knows of a revocation, so the operator has to."""
+    place.write("kms.toml", b"[kms]\n")
+    at(place, "state", "token", "create", "--name", "ci", "--scope", "encrypt", "-o", place.path("ci"))
+    assert backup(place).returncode == 0
+    token = json.loads(at(place, "state", "token", "list", "--json").splitlines()[0])["id"].encode()
+    at(place, "state", "token", "revoke", token.decode())
+    assert token not in at(place, "state", "token", "list")
+
+    done = place.kms("restore", "b.age", "-i", "key.txt", "--to", "new")
+
+    assert token in at(place, "new", "token", "list")
+    assert b"Tokens that were revoked since are valid again" in done.stderr
+
+
+def test_a_restored_audit_log_is_older_than_its_anchors(place: Workspace) -> None:
+    """What was recorded since the backup is missing, and anchors elsewhere tell so."""
+    anchors = f'anchor_redis = false\nanchor_dir = "{place.path("anchors")}"\n'
+    place.write("kms.toml", f"[kms]\n[kms.audit]\n{anchors}".encode())
+    at(place, "state", "backup", "-r", place.recipient, "-o", place.path("b.age"))
+    at(place, "state", "audit", "verify")
+
+    assert place.kms("restore", "b.age", "-i", "key.txt", "--to", "new").returncode == 0
+
+    assert (place.folder / "new/kms.toml").read_text().endswith(anchors)
+    assert b"damaged" in at(place, "new", "audit", "verify", code=65)

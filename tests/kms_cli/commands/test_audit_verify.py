@@ -1,0 +1,46 @@
+"""``kms audit verify`` of several hosts tells of a log that is not there."""
+
+import subprocess
+from pathlib import Path
+
+from support.audit_logs import Place
+from support.cli.fixtures import BIN, environment
+
+TIMEOUT_S = 60
+NOT_READ = 69
+
+
+def verified(home: Path, *folders: Path) -> subprocess.CompletedProcess[str]:
+    """With settings of a host that reads copies, and has no log yet."""
+    (home / "copies").mkdir()
+    settings = home / "kms.toml"
+    settings.write_text(f'[kms.audit]\npath = "{home / "own"}"\ncopies = "{home / "copies"}"\n')
+    return subprocess.run(
+        [BIN / "kms", "--config", settings, "audit", "verify", *folders],
+        env=environment(home),
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def test_of_named_directories_one_without_a_log_is_not_called_intact(tmp_path: Path) -> None:
+    there, none = Place(tmp_path / "there"), tmp_path / "none"
+    there.at.mkdir()
+    there.written(2)
+    none.mkdir()
+    ran = verified(tmp_path, there.folder, none)
+
+    assert f"none: there is no audit log in {none}\n" in ran.stdout
+    assert ran.stdout.splitlines()[-1] == "not read: 2 hosts"
+    assert ran.returncode == NOT_READ
+
+
+def test_a_host_without_a_log_of_its_own_is_told(tmp_path: Path) -> None:
+    """Nothing tells one that is new from one whose log is gone, except anchors."""
+    ran = verified(tmp_path)
+
+    assert f"there is no audit log in {tmp_path / 'own'} yet\n" in ran.stderr
+    assert ran.returncode == 0

@@ -1,0 +1,288 @@
+"""``kms config``: what it shows, and from where; weak settings, which ``kms doctor`` tells too."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from kms_cli.main import run
+
+WEAK = """
+[kms]
+accept_weak = ["server.allowed_hosts"]
+[kms.server]
+allowed_hosts = ["*"]
+[kms.redis]
+url = "rediss://me:hunter2@redis.invalid/0"
+broker_url = "amqp://me:hunter2@broker.invalid"
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KMS_CONFIG", raising=False)
+    file = tmp_path / "kms.toml"
+    file.write_text(WEAK)
+    return file
+
+
+def test_a_weak_setting_ends_with_1(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["config", "lint", "--config", str(config)]) == 1
+
+    out, err = capsys.readouterr()
+    assert out.startswith("redis.broker_url: the network can read the password")
+    assert out.count("\n") == 1
+    assert "accepted: server.allowed_hosts: " in err
+    assert "hunter2" not in out + err
+
+
+def test_what_is_accepted_ends_with_0(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(WEAK.replace('"server', '"redis.broker_url", "server'))
+
+    assert run(["config", "lint", "--config", str(config)]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_json_has_all_and_says_which_are_accepted(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(["config", "lint", "--config", str(config), "--json"])
+
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {record["setting"]: record["accepted"] for record in records} == {
+        "server.allowed_hosts": True,
+        "redis.broker_url": False,
+    }
+    assert all(record["risk"] and record["advice"] for record in records)
+
+
+def test_doctor_warns_of_what_is_not_accepted(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(["doctor", "--config", str(config)])
+
+    weak = [line for line in capsys.readouterr().out.splitlines() if line.split()[1] == "weak"]
+    assert len(weak) == 1
+    assert weak[0].startswith("warn  weak          redis.broker_url: ")
+
+
+SHOWN = """
+[kms]
+port = 9001
+[kms.redis]
+url = "rediss://me:hunter2@redis.invalid/0"
+broker_url = "sentinel://a.invalid/0?master=m&sentinel_password=hunter2"
+[kms.cosmian]
+api_key = "hunter2"
+[kms.tenants.a-b]
+keys = ["x*"]
+"""
+
+
+def test_settings_are_shown_with_where_they_come_from(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_text(SHOWN)
+    monkeypatch.setenv("KMS_BIND", "127.0.0.2")
+    state = config.parent / "state"
+
+    words = ["config", "show", "--changed", "--config", str(config), "--state-dir", str(state)]
+    assert run(words) == 0
+    out = capsys.readouterr().out
+
+    assert out.splitlines() == [
+        "[kms]",
+        'bind = "127.0.0.2"  # KMS_BIND',
+        f"port = 9001  # {config}",
+        f'state_dir = "{state}"  # --state-dir',
+        "[kms.redis]",
+        f'url = "rediss://(hidden)@redis.invalid/0"  # {config}',
+        f'broker_url = "sentinel://a.invalid/0?master=m&sentinel_password=(hidden)"  # {config}',
+        "[kms.tenants.a-b]",
+        f'keys = ["x*"]  # {config}',
+        "[kms.cosmian]",
+        f'api_key = "(hidden)"  # {config}',
+    ]
+    tomllib.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("amqp://me:hunter2#a/b?c@broker.invalid//", "(hidden)"),
+        ("amqp://me:#hunter2@broker.invalid//", "(hidden)"),
+        ("rediss://a.invalid/0?access_token=hunter2&db=1", "rediss://a.invalid/0?(hidden)&db=1"),
+        ("rediss://a.invalid/0?password=hunt@er2&db=1", "(hidden)"),
+        ("rediss://b:a@a.invalid/0?db=1&password=hunt@er2", "(hidden)"),
+        ("rediss://a.invalid/0?password=hunt#er2", "rediss://a.invalid/0?password=(hidden)#(hidden)"),
+        ("rediss://a.invalid/0?pass%77ord=hunter2&db=1", "rediss://a.invalid/0?(hidden)&db=1"),
+        ("rediss://a.invalid/0?sig=hunter2", "rediss://a.invalid/0?(hidden)"),
+        ("rediss://a.invalid/0?a=b&pwd=hunter2", "rediss://a.invalid/0?(hidden)&(hidden)"),
+        ("rediss://a.invalid/0?password=x&hunter2", "rediss://a.invalid/0?password=(hidden)&(hidden)"),
+        ("rediss://a.invalid/0?password=x&hunter2=y", "rediss://a.invalid/0?password=(hidden)&(hidden)"),
+        ("rediss://a.invalid/0?password=x\\nhunter2", "rediss://a.invalid/0?password=(hidden)"),
+        ("rediss://a.invalid/0?hunter2", "rediss://a.invalid/0?(hidden)"),
+        ("rediss://a.invalid/0?db=1%26password=hunter2", "rediss://a.invalid/0?(hidden)"),
+        ("rediss://a.invalid/0#hunter2", "rediss://a.invalid/0#(hidden)"),
+        ("rediss://a.invalid/0&password=hunter2", "(hidden)"),
+        ("rediss://me:hunt\\ner2@a.invalid/0", "rediss://(hidden)@a.invalid/0"),
+        ("rediss://me:hunter2@a.invalid@b.invalid/0", "(hidden)"),
+        ("rediss://me:hunter2?token=@a.invalid/0", "(hidden)"),
+        ("rediss://me:hunter2/0", "(hidden)"),
+        ("rediss://:hunter2/0", "(hidden)"),
+        ("amqp:me:hunter2@a.invalid", "(hidden)"),
+        ("rediss://me:hunter2@[::1]:6379/0", "rediss://(hidden)@[::1]:6379/0"),
+        ("redis+socket:///run/redis.sock?virtual_host=1", "redis+socket:///run/redis.sock?virtual_host=1"),
+        ("amqps://me:hunter2@a.invalid:5671/%2Fkms", "amqps://(hidden)@a.invalid:5671/%2Fkms"),
+        (
+            "rediss://a.invalid/0?socket_timeout=2.5&protocol=3&max_connections=hunter2",
+            "rediss://a.invalid/0?socket_timeout=2.5&protocol=3&(hidden)",
+        ),
+        (
+            "sentinel://me:hunter2@a.invalid:26379,[::1]/0?master=m&sentinel%5Fpassword=hunter2",
+            "sentinel://(hidden)@a.invalid:26379,[::1]/0?master=m&(hidden)",
+        ),
+    ],
+)  # fmt: skip
+def test_of_a_url_only_known_parts_are_shown(
+    config: Path, url: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some of these connect; of others, which do not, just then the settings are looked at, and passed on."""
+    config.write_text(f'[kms.redis]\nbroker_url = "{url}"\n')
+
+    assert run(["config", "show", "--changed", "--config", str(config)]) == 0
+
+    assert capsys.readouterr().out.splitlines()[-1] == f'broker_url = "{shown}"  # {config}'
+
+
+ADDRESSES = """
+[kms.keys]
+one = "age:///srv/a.txt?public=/srv/b.txt&native=false"
+other = [
+    "transit:orders?mount=m&share=5m",
+    "awskms:arn:aws:kms:eu-1:111122223333:key/1?region=x&token=hunter2",
+]
+third = "age:file:///srv/keys/invoices"
+[kms.transit]
+address = "https://vault.invalid"
+token = "hunter2"
+[kms.cosmian]
+server_url = "https://me:hunter2@cosmian.invalid"
+[kms.jobs.endpoints.chat]
+url = "https://hooks.invalid/services/hunter2?sig=hunter2"
+secret_file = "/srv/secret"
+[kms.tenants.a]
+keys = ["ci@example.com"]
+"""
+
+
+def test_addresses_of_all_kinds_are_shown_without_credentials(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(ADDRESSES)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "me:hunter2@traces.invalid")
+
+    assert run(["config", "show", "--config", str(config), "--json"]) == 0
+
+    out = capsys.readouterr().out
+    assert "hunter2" not in out
+    shown = {record["setting"]: record["value"] for record in map(json.loads, out.splitlines())}
+    assert shown["keys.one"] == "age:///srv/a.txt?public=/srv/b.txt&native=false"
+    assert shown["keys.other"] == [
+        "transit:orders?mount=m&share=5m",
+        "awskms:arn:aws:kms:eu-1:111122223333:key/1?region=x&(hidden)",
+    ]
+    assert shown["keys.third"] == "age:file:///srv/keys/invoices"
+    assert shown["cosmian.server_url"] == "https://(hidden)@cosmian.invalid"
+    assert shown["jobs.endpoints.chat.url"] == "https://hooks.invalid/(hidden)?(hidden)"
+    assert shown["tenants.a.keys"] == ["ci@example.com"]
+    assert shown["traces.endpoint"] == "(hidden)"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://a.invalid/receiver/v1/otlp/hunter2/v1/traces", "https://a.invalid/(hidden)"),
+        ("http://a.invalid:4318/v1/traces", "http://a.invalid:4318/v1/traces"),
+    ],
+)
+def test_the_path_of_a_receiver_of_spans_may_be_its_credential(
+    config: Path, url: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(f'[kms.traces]\nendpoint = "{url}"\n')
+
+    assert run(["config", "show", "--changed", "--config", str(config)]) == 0
+
+    assert capsys.readouterr().out.splitlines()[-1] == f'endpoint = "{shown}"  # {config}'
+
+
+NAMED = """
+[kms.keys]
+"pay.roll" = "age:/srv/payroll.txt"
+[kms.tenants."acme.example"]
+open_jobs = 7
+[kms.jobs]
+roots = ["/srv/nas.old"]
+[kms.jobs.resource_leases]
+"root:/srv/nas.old" = 2
+[kms.jobs.buckets."a.b"]
+read = ["in/"]
+"""
+
+
+def test_names_with_dots_are_shown_with_where_they_come_from(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(NAMED)
+
+    assert run(["config", "show", "--changed", "--config", str(config)]) == 0
+
+    out = capsys.readouterr().out
+    assert tomllib.loads(out) == tomllib.loads(NAMED)
+    assert out.count(f"  # {config}\n") == 5
+
+
+def test_one_setting_is_its_value_and_nothing_else(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text('[kms]\nport = 9001\n[kms.redis]\nbroker_url = "amqps://broker.invalid//"\n')
+    words = ["config", "show", "--config", str(config)]
+
+    assert [run([*words, name]) for name in ("redis.broker_url", "port", "jobs.roots")] == [0, 0, 0]
+    assert capsys.readouterr().out.splitlines()[:2] == ["amqps://broker.invalid//", "9001"]
+    assert run([*words, "redis.broker"]) == 2
+    assert 'no setting "redis.broker" is set, did you mean redis.broker_url?' in capsys.readouterr().err
+
+
+def test_one_setting_with_a_credential_is_refused_and_its_place_named(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a script ``(hidden)`` would be taken for the password."""
+    assert run(["config", "show", "--config", str(config), "redis.broker_url"]) == 78
+
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"redis.broker_url has a credential, which is not printed: see {config}" in err
+    assert "hunter2" not in err
+
+
+def test_all_settings_are_shown_as_toml_and_as_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text("[kms]\nport = 9001\n")
+
+    assert run(["config", "show", "--config", str(config)]) == 0
+    shown = tomllib.loads(capsys.readouterr().out)
+    assert shown["kms"]["port"] == 9001
+    assert shown["kms"]["limits"]["sync_plaintext_bytes"] == 1024 * 1024
+    assert shown["kms"]["server"]["docs"] is True
+
+    assert run(["config", "show", "--config", str(config), "--json"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {"setting": "port", "value": 9001, "from": str(config)} in records
+    assert {"setting": "jobs.lease_s", "value": shown["kms"]["jobs"]["lease_s"], "from": "default"} in records
+
+
+@pytest.mark.parametrize("environment", ["dev", "prod"])
+def test_a_file_to_begin_with_has_no_weak_setting(
+    config: Path, environment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["config", "init", "--environment", environment]) == 0
+    config.write_text(capsys.readouterr().out)
+
+    assert run(["config", "lint", "--config", str(config)]) == 0
+    assert capsys.readouterr() == ("", f"kms: no setting weakens security ({environment})\n")

@@ -1,0 +1,308 @@
+"""``-`` as the source and the output of file commands: pipes of any size, and what a terminal is shown."""
+
+import base64
+import hashlib
+import signal
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import BinaryIO, Final, cast
+
+import pytest
+
+from support.cli.at_terminal import at_terminal
+from support.cli.fixtures import BIN, Place, environment
+from support.contract_server import ContractServer
+from support.waiting import WAIT_S
+
+KMS: Final = str(BIN / "kms")
+MIB: Final = 1024 * 1024
+BINARY: Final = bytes(range(256))
+REFUSED: Final = "kms: error: the output is binary, and stdout is a terminal\n"
+FORCE: Final = "kms: hint: name a file with --output, or force it with `--output -`\n"
+
+
+@pytest.fixture
+def env(stand_in: ContractServer, tmp_path: Path) -> dict[str, str]:
+    return environment(tmp_path, KMS_SERVICE_URL=stand_in.url)
+
+
+def kms(
+    env: dict[str, str], *words: str, given: bytes = b"", folder: Path | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    command = [KMS, *words]
+    return subprocess.run(
+        command, cwd=folder, env=env, input=given, capture_output=True, timeout=WAIT_S, check=False
+    )
+
+
+def slabs(count: int) -> Iterator[bytes]:
+    for number in range(count):
+        yield hashlib.shake_128(number.to_bytes(4, "big")).digest(64) * (MIB // 64)
+
+
+def test_a_pipe_of_any_size_takes_constant_memory_and_no_disk(real_service: Place, tmp_path: Path) -> None:
+    """``ulimit`` bounds a process to 96 MiB of memory, and kills one that writes a byte to a file."""
+    count = 160
+    url = environment(tmp_path, KMS_SERVICE_URL=real_service.url, PYTHONDONTWRITEBYTECODE="1")
+
+    def started(command: str, stdin: int) -> subprocess.Popen[bytes]:
+        line = f"ulimit -f 0 -d 98304; exec kms {command} --context env=prod"
+        return subprocess.Popen(["bash", "-c", line], env=url, stdin=stdin, stdout=subprocess.PIPE)
+
+    sealing = started("encrypt-file -", subprocess.PIPE)
+    source, sealed = cast("BinaryIO", sealing.stdin), cast("BinaryIO", sealing.stdout)
+    opening = started("decrypt-file -", sealed.fileno())
+    sealed.close()
+
+    def feed() -> None:
+        with source:
+            for slab in slabs(count):
+                source.write(slab)
+
+    feeder, digest = Thread(target=feed), hashlib.sha256()
+    feeder.start()
+    with cast("BinaryIO", opening.stdout) as opened:
+        while part := opened.read(MIB):
+            digest.update(part)
+    feeder.join()
+
+    expected = hashlib.sha256()
+    for slab in slabs(count):
+        expected.update(slab)
+    assert digest.digest() == expected.digest()
+    assert [process.wait(WAIT_S) for process in (sealing, opening)] == [0, 0]
+
+
+def test_a_slow_sender_of_a_pipe_is_sent_on_at_once(env: dict[str, str], stand_in: ContractServer) -> None:
+    """A service closes connections on which nothing arrives: less than a MiB must not wait for more."""
+    with subprocess.Popen([KMS, "encrypt-file", "-"], env=env, stdin=-1, stdout=-1) as running:
+        source = cast("BinaryIO", running.stdin)
+        for _ in range(3):
+            source.write(b"some")
+            source.flush()
+        source.close()
+        sealed = cast("BinaryIO", running.stdout).read()
+
+    assert running.returncode == 0
+    assert stand_in.seen[0].headers["transfer-encoding"] == "chunked"
+    assert stand_in.open(sealed, None) == b"some" * 3
+
+
+def test_a_file_on_stdin_is_sent_with_its_length_and_once_more_if_needed(
+    env: dict[str, str], stand_in: ContractServer, tmp_path: Path
+) -> None:
+    stand_in.faults.dropped = 1
+    (tmp_path / "in").write_bytes(b"head" + BINARY)
+    line = f"read -rN 4; {KMS} encrypt-file -"  # bash reads its bytes and no more of a file
+    with (tmp_path / "in").open("rb") as given:
+        done = subprocess.run(["bash", "-c", line], env=env, stdin=given, capture_output=True, check=True)
+
+    assert [seen.headers["content-length"] for seen in stand_in.seen[:2]] == [str(len(BINARY))] * 2
+    assert stand_in.open(done.stdout, None) == BINARY
+
+
+@pytest.mark.parametrize("armored", [False, True])
+def test_an_age_file_on_a_pipe_is_decrypted(
+    env: dict[str, str], stand_in: ContractServer, tmp_path: Path, *, armored: bool
+) -> None:
+    sealed = stand_in.seal(BINARY * 4096, None)
+    if armored:
+        body = base64.encodebytes(sealed).replace(b"\n", b"")
+        lines = b"\n".join(body[at : at + 64] for at in range(0, len(body), 64))
+        sealed = b"-----BEGIN AGE ENCRYPTED FILE-----\n%s\n-----END AGE ENCRYPTED FILE-----\n" % lines
+    done = kms(env, "decrypt-file", "-", given=sealed)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, BINARY * 4096, b"")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_age_file_is_not_sent(env: dict[str, str], stand_in: ContractServer) -> None:
+    done = kms(env, "decrypt-file", "-", given=BINARY)
+
+    assert (done.returncode, done.stdout) == (65, b"")
+    assert b"kms: error: stdin is not an age file\n" in done.stderr
+    assert not stand_in.seen
+
+
+@pytest.mark.parametrize("command", ["decrypt-file -", "job result job-1", "job result job-1 -o -"])
+def test_a_result_that_breaks_off_is_told_as_incomplete(
+    env: dict[str, str], stand_in: ContractServer, command: str
+) -> None:
+    sealed = stand_in.seal(BINARY * 4 * 4096, None)
+    kms(env, "decrypt-file", "-", given=sealed)
+    stand_in.faults.cuts, stand_in.faults.changes = 1, True
+    done = kms(env, *command.split(), given=sealed)
+
+    assert done.returncode == 1
+    assert done.stdout == BINARY * 2 * 4096
+    assert b"kms: note: the output is incomplete: discard what was written\n" in done.stderr
+
+
+@pytest.mark.parametrize("size", [1, 4 * MIB])
+def test_a_full_disk_behind_stdout_is_told(env: dict[str, str], stand_in: ContractServer, size: int) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [KMS, "encrypt-file", "-"], env=env, input=b"x" * size, stdout=full, stderr=-1, check=False
+        )
+
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines() == [
+        "kms: the result is kept: `kms job result job-1 -o -`",
+        "kms: the output is incomplete: discard what was written",
+        "kms: error: no space left on device",
+        "kms: hint: free space on that disk, or write to another",
+    ]
+    assert stand_in.jobs
+
+
+def test_a_file_that_cannot_be_written_is_named_and_its_result_kept(
+    env: dict[str, str], stand_in: ContractServer, tmp_path: Path
+) -> None:
+    """A limit on the size of files fails as a full disk does, and needs no root."""
+    (tmp_path / "in").write_bytes(b"x" * 4 * MIB)
+    line = "ulimit -f 100; exec kms encrypt-file in -o 'a name'"
+    env["PYTHONDONTWRITEBYTECODE"] = "1"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, check=False)
+
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines() == [
+        "kms: the result is kept: `kms job result job-1 -o 'a name'`",
+        "kms: error: a name: file too large",
+        "kms: hint: write to another disk, or raise the limit of `ulimit -f`",
+    ]
+    assert list(stand_in.jobs) == ["job-1"]
+    assert [found.name for found in tmp_path.iterdir()] == ["in"]
+    assert kms(env, "job", "result", "job-1", "-o", "a name", folder=tmp_path).returncode == 0
+
+
+def test_a_file_name_cannot_forge_a_message(
+    env: dict[str, str], stand_in: ContractServer, tmp_path: Path
+) -> None:
+    (tmp_path / "in\nkms: forged").write_bytes(b"x")
+    done = kms(env, "encrypt-file", "in\nkms: forged", folder=tmp_path)
+    again = kms(env, "encrypt-file", "in\nkms: forged", folder=tmp_path)
+
+    report = "kms: encrypted in?kms: forged to in?kms: forged.age"
+    assert done.stderr.decode().startswith(report)
+    assert again.stderr.decode().startswith("kms: error: in?kms: forged.age exists\n")
+    assert stand_in.jobs
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)], ids=" ".join)
+def test_decrypt_writes_a_file(
+    env: dict[str, str], stand_in: ContractServer, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    sealed = stand_in.seal(BINARY, None)
+    done = kms(env, "decrypt", "-o", "out", *words, given=sealed, folder=tmp_path)
+    again = kms(env, "decrypt", "-o", "out", *words, given=sealed, folder=tmp_path)
+
+    assert (done.returncode, done.stdout, (tmp_path / "out").read_bytes()) == (0, b"", BINARY)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o600
+    assert again.returncode == 73
+
+
+def test_an_interrupted_transfer_says_what_is_in_the_pipe(
+    env: dict[str, str], stand_in: ContractServer
+) -> None:
+    stand_in.faults.stalls = True
+    with subprocess.Popen([KMS, "encrypt-file", "-"], env=env, stdin=-1, stdout=-1, stderr=-1) as running:
+        source, pipe = cast("BinaryIO", running.stdin), cast("BinaryIO", running.stdout)
+        source.write(b"x" * 4 * MIB)
+        source.close()
+        pipe.read(MIB)
+        running.send_signal(signal.SIGINT)
+        pipe.read()
+        said = cast("BinaryIO", running.stderr).read()
+    stand_in.faults.stalls = False
+
+    assert running.returncode == 130
+    assert b"kms: the output is incomplete: discard what was written\n" in said
+    assert b"kms: the result is kept: `kms job result job-1 -o -`\n" in said
+
+
+def test_a_ciphertext_that_is_refused_leaves_the_pipe_empty(
+    env: dict[str, str], stand_in: ContractServer
+) -> None:
+    done = kms(env, "decrypt-file", "-", "--context", "env=dev", given=stand_in.seal(BINARY, "env=prod"))
+
+    assert (done.returncode, done.stdout) == (65, b"")
+    assert b"kms: error: decryption failed" in done.stderr
+
+
+def test_a_reader_that_goes_away_leaves_no_result(env: dict[str, str], stand_in: ContractServer) -> None:
+    with subprocess.Popen([KMS, "encrypt-file", "-"], env=env, stdin=-1, stdout=-1, stderr=-1) as running:
+        source, pipe = cast("BinaryIO", running.stdin), cast("BinaryIO", running.stdout)
+        source.write(b"x" * 4 * MIB)
+        source.close()
+        pipe.read(10)
+        pipe.close()
+        said = cast("BinaryIO", running.stderr).read()
+
+    assert (running.returncode, said) == (141, b"")
+    assert [(seen.method, seen.path) for seen in stand_in.seen][-1] == (
+        "DELETE",
+        "/api/v1/kms/jobs/job-1/result",
+    )
+
+
+# -- terminals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["encrypt-file -", "rewrap-file -"])
+def test_a_ciphertext_goes_to_a_terminal_only_if_asked(
+    env: dict[str, str], stand_in: ContractServer, tmp_path: Path, command: str
+) -> None:
+    code, shown = at_terminal(f"echo secret | {KMS} {command}", tmp_path, env)
+
+    assert (code, shown) == (2, REFUSED + FORCE)
+    assert not stand_in.seen
+
+
+def test_a_pipe_gets_bytes_and_no_report(env: dict[str, str], stand_in: ContractServer) -> None:
+    for output in ([], ["-o", "-"]):
+        done = kms(env, "encrypt-file", "-", *output, "--json", given=BINARY)
+        assert (done.returncode, done.stderr, stand_in.open(done.stdout, None)) == (0, b"", BINARY)
+
+
+@pytest.mark.parametrize(
+    "command", ["decrypt-file -", "decrypt-file sealed -o -", "decrypt", "decrypt -o -"], ids=str
+)
+def test_text_is_shown_on_a_terminal(
+    env: dict[str, str], stand_in: ContractServer, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "sealed").write_bytes(stand_in.seal("Zoë: 1\n\t👩‍👩‍👧\n".encode(), None))
+
+    assert at_terminal(f"{KMS} {command} < sealed", tmp_path, env) == (0, "Zoë: 1\n\t👩‍👩‍👧\n")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [BINARY, b"\x1b]0;owned\x07", b"text \xff", b"\xc2\x9b2J", b"a\0"],
+    ids=["all", "escape", "no-utf-8", "c1", "nul"],
+)
+@pytest.mark.parametrize("command", ["decrypt-file -", "decrypt", "job result job-1", "open -i key -"])
+def test_what_is_no_text_is_kept_from_a_terminal(
+    env: dict[str, str], stand_in: ContractServer, tmp_path: Path, command: str, data: bytes
+) -> None:
+    key = tmp_path / "key"
+    key.touch(0o600)
+    key.write_text(str(stand_in.identity))
+    sealed = stand_in.seal(data, None)
+    kms(env, "decrypt-file", "-", given=sealed)
+    if command.startswith("open"):
+        sealed = kms(env, "seal", "-r", str(stand_in.identity.to_public()), given=data).stdout
+    (tmp_path / "sealed").write_bytes(sealed)
+
+    assert at_terminal(f"{KMS} {command} < sealed", tmp_path, env) == (2, REFUSED + FORCE)
+
+
+def test_binary_data_goes_to_a_terminal_if_asked(
+    env: dict[str, str], stand_in: ContractServer, tmp_path: Path
+) -> None:
+    (tmp_path / "sealed").write_bytes(stand_in.seal(b"\x1b[1m\0", None))
+
+    for command in ("decrypt -o -", "decrypt-file - -o -", "job result job-1 -o -"):
+        assert at_terminal(f"{KMS} {command} < sealed", tmp_path, env) == (0, "\x1b[1m\0")

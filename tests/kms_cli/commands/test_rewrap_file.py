@@ -1,0 +1,250 @@
+"""``kms rewrap-file``: only the header travels, the payload is copied, the target is absent or complete."""
+
+import base64
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
+
+import pytest
+
+from kms_core.age import header
+from kms_core.age.header import FILE_LIMITS, Header
+from support.cli.fixtures import Place
+from support.cli.offline import Done, Workspace, workspace
+
+MIB = 1024 * 1024
+OLD, NEW = "env=dev", "env=prod"
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture(name="workspace")
+def a_desk(tmp_path: Path) -> Workspace:
+    return workspace(tmp_path)
+
+
+@dataclass(frozen=True)
+class Near:
+    """A workspace beside a running service, whose key it may read."""
+
+    workspace: Workspace
+    place: Place
+
+    @property
+    def key(self) -> str:
+        return str(self.place.state_dir / "age" / "private_key.txt")
+
+    def seal(self, name: str, size: int, context: str = OLD) -> bytes:
+        plaintext = os.urandom(size)
+        self.workspace.made("seal", "-i", self.key, "--context", context, "-o", name, given=plaintext)
+        return plaintext
+
+    def open(self, name: str, context: str) -> bytes:
+        return self.workspace.made("open", "-i", self.key, "--context", context, name)
+
+    def rewrap(self, *args: str, given: bytes = b"") -> Done:
+        return self.workspace.kms("rewrap-file", *args, given=given, KMS_SERVICE_URL=self.place.url)
+
+
+@pytest.fixture
+def near(workspace: Workspace, real_service: Place) -> Near:
+    return Near(workspace, real_service)
+
+
+def head_of(file: bytes) -> Header:
+    return header.parse(file, FILE_LIMITS)
+
+
+@pytest.mark.parametrize("size", [0, 1, MIB - 1, MIB, 5 * MIB + 3])
+def test_the_context_changes_and_the_payload_does_not(near: Near, size: int) -> None:
+    plaintext = near.seal("old", size)
+    done = near.rewrap("--context", OLD, "--new-context", NEW, "-o", "new", "old")
+    old, new = near.workspace.read("old"), near.workspace.read("new")
+
+    assert done.returncode == 0, done.stderr
+    assert b"kms: rewrapped old to new (key default, version " in done.stderr
+    assert head_of(new).signed != head_of(old).signed
+    assert new[head_of(new).size :] == old[head_of(old).size :]
+    assert (head_of(new).size == 4096) == (size >= MIB)
+    assert near.open("new", NEW) == plaintext
+    assert near.open("old", OLD) == plaintext
+    assert near.workspace.names() == {"key.txt", "old", "new"}
+
+
+def test_without_a_new_context_the_old_one_stays(near: Near) -> None:
+    plaintext = near.seal("old", 1000)
+    done = near.rewrap("--json", "--context", OLD, "-o", "new", "old")
+
+    assert json.loads(done.stdout)["key_id"] == "default"
+    assert near.open("new", OLD) == plaintext
+
+
+def test_only_force_takes_the_place_of_the_source_and_keeps_its_mode(near: Near) -> None:
+    plaintext = near.seal("old", 1000)
+    (near.workspace.folder / "old").chmod(0o640)
+    before = near.workspace.read("old")
+    refused = near.rewrap("--context", OLD, "--new-context", NEW, "old")
+
+    assert refused.returncode == 73
+    assert near.workspace.read("old") == before
+    done = near.rewrap("--force", "--context", OLD, "--new-context", NEW, "old")
+    assert done.returncode == 0, done.stderr
+    assert near.open("old", NEW) == plaintext
+    assert (near.workspace.folder / "old").stat().st_mode & 0o777 == 0o640
+    assert near.workspace.names() == {"key.txt", "old"}
+
+
+def test_a_link_stays_a_link_to_what_was_rewrapped(near: Near) -> None:
+    plaintext = near.seal("old", 1000)
+    (near.workspace.folder / "link").symlink_to("old")
+    done = near.rewrap("--force", "--context", OLD, "--new-context", NEW, "link")
+
+    assert done.returncode == 0, done.stderr
+    assert (near.workspace.folder / "link").is_symlink()
+    assert near.open("old", NEW) == plaintext
+
+
+def test_an_existing_target_is_replaced_by_force_only(near: Near) -> None:
+    plaintext = near.seal("old", 1000)
+    near.workspace.write("new", b"precious")
+
+    assert near.rewrap("--context", OLD, "-o", "new", "old").returncode == 73
+    assert near.workspace.read("new") == b"precious"
+    assert near.rewrap("-f", "--context", OLD, "-o", "new", "old").returncode == 0
+    assert near.open("new", OLD) == plaintext
+
+
+def test_a_wrong_context_is_refused_and_nothing_is_written(near: Near) -> None:
+    near.seal("old", 1000)
+    done = near.rewrap("--context", NEW, "-o", "new", "old")
+
+    assert done.returncode == 65
+    assert near.workspace.names() == {"key.txt", "old"}
+
+
+def test_a_file_of_stock_age_gets_no_origin_by_rewrapping(near: Near) -> None:
+    near.workspace.made("seal", "-r", near.workspace.recipient, "-o", "old", given=b"salary")
+    done = near.rewrap("-o", "new", "old")
+
+    assert done.returncode == 65
+    assert not near.workspace.has("new")
+
+
+def test_an_armored_file_has_no_header_to_replace(workspace: Workspace) -> None:
+    workspace.made("seal", "-a", "-i", "key.txt", "-o", "old", given=b"salary")
+    done = workspace.kms("rewrap-file", "-o", "new", "old")
+    piped = workspace.kms("rewrap-file", "-", given=workspace.read("old"))
+
+    assert (done.returncode, piped.returncode, piped.stdout) == (65, 65, b"")
+    assert b"old is armored" in done.stderr
+    assert b"stdin is armored" in piped.stderr
+
+
+@pytest.mark.parametrize("size", [0, MIB, 5 * MIB + 3])
+@pytest.mark.parametrize("words", [("-",), ("old", "-o", "-"), ("-", "-o", "new")], ids=" ".join)
+def test_a_pipe_is_rewrapped_while_it_arrives(near: Near, size: int, words: tuple[str, ...]) -> None:
+    plaintext = near.seal("old", size)
+    old = near.workspace.read("old")
+    done = near.rewrap("--context", OLD, "--new-context", NEW, *words, given=old)
+    if "new" not in words:
+        near.workspace.write("new", done.stdout)
+    new = near.workspace.read("new")
+
+    assert done.returncode == 0, done.stderr
+    assert new[head_of(new).size :] == old[head_of(old).size :]
+    assert near.open("new", NEW) == plaintext
+    assert (b"rewrapped stdin to new" in done.stderr) == ("new" in words)
+
+
+def test_a_pipe_that_is_refused_writes_nothing(near: Near) -> None:
+    near.seal("old", 1000)
+    done = near.rewrap("--context", NEW, "-", given=near.workspace.read("old"))
+
+    assert (done.returncode, done.stdout) == (65, b"")
+
+
+@pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="it takes a second file system")
+def test_the_payload_goes_to_another_file_system(near: Near) -> None:
+    plaintext = near.seal("old", 3 * MIB + 5)
+    with TemporaryDirectory(dir=SHARED_MEMORY) as folder:
+        target = f"{folder}/new"
+        done = near.rewrap("--context", OLD, "--new-context", NEW, "-o", target, "old")
+
+        assert done.returncode == 0, done.stderr
+        assert near.open(target, NEW) == plaintext
+
+
+# -- a service that is not to be trusted ------------------------------------------------------------
+
+
+@dataclass
+class Liar:
+    """Answers every rewrap with the same bytes, and keeps what it was sent."""
+
+    answer: bytes
+    seen: list[bytes] = field(default_factory=list)
+    url: str = ""
+
+
+@contextmanager
+def answering(liar: Liar) -> Iterator[Liar]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            liar.seen.append(self.rfile.read(int(self.headers["Content-Length"])))
+            sealed = base64.b64encode(liar.answer).decode()
+            key = {"key_id": "default", "key_version": "0a1b2c3d", "backend": "age"}
+            body = json.dumps({"ciphertext": sealed, **key}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the name in http.server
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        liar.url = f"http://127.0.0.1:{server.server_port}"
+        thread = Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield liar
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("lie", ["another file", "no context", "payload", "text", "nothing"])
+def test_the_header_of_another_file_is_not_written(workspace: Workspace, lie: str) -> None:
+    other = workspace.made("seal", "-i", "key.txt", given=b"another")
+    plain = workspace.made("seal", "-r", workspace.recipient, given=b"another")
+    own = workspace.made("seal", "-i", "key.txt", given=bytes(MIB))
+    workspace.write("old", own)
+    answers = {
+        "another file": other[: head_of(other).payload_offset],
+        "no context": plain[: head_of(plain).size] + head_of(own).nonce,
+        "payload": own,
+        "text": b"salary",
+        "nothing": b"",
+    }
+    with answering(Liar(answers[lie])) as service:
+        done = workspace.kms("rewrap-file", "-o", "new", "old", KMS_SERVICE_URL=service.url)
+
+    assert done.returncode == 1
+    assert workspace.names() == {"key.txt", "old"}
+    assert len(service.seen) == 1
+
+
+def test_the_service_gets_the_header_and_nonce_and_nothing_of_the_payload(workspace: Workspace) -> None:
+    own = workspace.made("seal", "-i", "key.txt", given=bytes(MIB))
+    workspace.write("old", own)
+    with answering(Liar(b"")) as service:
+        workspace.kms("rewrap-file", "-o", "new", "old", KMS_SERVICE_URL=service.url)
+
+    sent = base64.b64decode(json.loads(service.seen[0])["ciphertext"])
+    assert sent == own[: head_of(own).payload_offset]

@@ -1,0 +1,292 @@
+"""Which service ``kms doctor`` checks, and whose settings ``kms config show`` prints: those of what runs."""
+
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Final
+
+import pytest
+
+from support.cli.fixtures import BIN, environment
+from support.ports import free_port
+from support.programs import tied
+from support.service import Service
+from support.waiting import WAIT_S
+
+TIMEOUT_S: Final = 60
+PASSWORD: Final = "hunter2"
+
+
+@dataclass(frozen=True)
+class User:
+    """A user with a home and a directory for sockets, as a login gives them."""
+
+    home: Path
+
+    def environ(self, **more: str) -> dict[str, str]:
+        return environment(self.home, XDG_RUNTIME_DIR=str(self.home / "r"), **more)
+
+    @contextmanager
+    def up(
+        self, state: Path | None, port: int, cwd: Path | None = None, **more: str
+    ) -> Iterator[subprocess.Popen[str]]:
+        """A real ``kms up`` in another terminal."""
+        named = [] if state is None else ["--state-dir", state]
+        command = tied(BIN / "kms", "up", *named, "--port", port)
+        log = self.home / f"{port}.log"
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(
+                command, env=self.environ(**more), cwd=cwd, stdout=subprocess.PIPE, stderr=stderr, text=True
+            )
+        try:
+            ready = process.stdout.readline() if process.stdout else ""
+            assert ready.startswith("kms: ready"), log.read_text()
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=WAIT_S)
+
+    def kms(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [BIN / "kms", *arguments],
+            env=self.environ(**more),
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+
+    def doctor(self, *arguments: str, **more: str) -> "Told":
+        ran = self.kms("doctor", "--json", *arguments, **more)
+        assert not ran.stderr
+        return Told([json.loads(line) for line in ran.stdout.splitlines()], ran.returncode)
+
+
+@dataclass(frozen=True)
+class Told:
+    lines: list[dict[str, str]]
+    exit_code: int
+
+    def of(self, subject: str, level: str) -> list[str]:
+        return [
+            f"{line['text']}: {line['next']}"
+            for line in self.lines
+            if (line["subject"], line["level"]) == (subject, level)
+        ]
+
+
+@pytest.fixture
+def user(tmp_path: Path) -> User:
+    return user_at(tmp_path)
+
+
+def user_at(home: Path) -> User:
+    (home / "r").mkdir(mode=0o700)
+    return User(home)
+
+
+@dataclass(frozen=True)
+class Two:
+    """Two ``kms up`` of one user; ``last`` was started after ``first``."""
+
+    user: User
+    first: tuple[Path, int]
+    last: tuple[Path, int]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
+    home = tmp_path_factory.mktemp("two")
+    given = Two(user_at(home), (home / "first", free_port()), (home / "last", free_port()))
+    with ExitStack() as stack:
+        stack.enter_context(given.user.up(*given.first))
+        stack.enter_context(given.user.up(*given.last))
+        yield given
+
+
+def test_without_options_it_is_the_kms_up_that_runs(user: User) -> None:
+    port, state = free_port(), user.home / "elsewhere"
+    with user.up(state, port):
+        told, shown = user.doctor(), user.kms("config", "show", "--changed")
+        url = user.kms("config", "show", "redis.url")
+    after, none = user.doctor(), user.kms("config", "show", "redis.url")
+
+    assert told.lines[0]["subject"] == "target"
+    assert told.of("target", "ok") == [f"http://127.0.0.1:{port}, state {state}: kms up runs it: "]
+    assert told.exit_code == 0
+    assert f"http://127.0.0.1:{port} answers" in told.of("service", "ok")[0]
+    assert f"{port} by the API" in told.of("ports", "ok")[0]
+    assert told.of("redis", "ok")[0].startswith(f"{user.home}/r/kms-")
+    assert shown.stdout.splitlines()[:3] == [
+        "[kms]",
+        f"port = {port}  # kms up, which runs",
+        f'state_dir = "{state}"  # kms up, which runs',
+    ]
+    assert url.stdout.startswith(f"unix://{user.home}/r/kms-")
+    default = user.home / ".local/state/kms-service"
+    assert after.of("target", "ok") == [f"http://127.0.0.1:8082, state {default}: kms up does not run it: "]
+    assert none.stdout == "redis://127.0.0.1:6379/0\n"
+    assert list((user.home / "r").iterdir()) == []
+
+
+def test_a_default_state_directory_is_not_taken_for_a_named_one(user: User) -> None:
+    """With a named one the Age keys are in it, not where tools look for them."""
+    port = free_port()
+    with user.up(None, port):
+        told = user.doctor()
+        assert "warning" not in user.kms("token", "list").stderr
+
+    assert (
+        f"http://127.0.0.1:{port}, state {user.home}/.local/state/kms-service: " in told.of("target", "ok")[0]
+    )
+    assert told.of("private key", "ok") == [f"{user.home}/.config/provisioning/age/private_key.txt: "]
+    assert told.exit_code == 0
+
+
+def test_a_kms_up_that_was_killed_does_not_run(user: User) -> None:
+    with user.up(user.home / "elsewhere", free_port()) as process:
+        process.kill()
+        process.wait(WAIT_S)
+
+        assert len(list((user.home / "r").glob("kms-*/up.json"))) == 1
+        assert "kms up does not run it" in user.doctor().of("target", "ok")[0]
+
+
+def test_of_two_it_takes_the_newest_and_says_how_to_name_the_other(two: Two) -> None:
+    (other, _), (state, port) = two.first, two.last
+    told = two.user.doctor()
+    shown = two.user.kms("config", "show", "port")
+
+    assert told.of("target", "ok") == [f"http://127.0.0.1:{port}, state {state}: kms up runs it: "]
+    doubt = f"kms up runs 2 times, this is {state}: for another: --state-dir {other}"
+    assert told.of("target", "warn") == [doubt]
+    assert shown.stdout == f"{port}\n"
+    assert shown.stderr == f"kms: warning: {doubt}\n"
+
+
+@pytest.mark.parametrize("by", ["state", "url", "port"])
+def test_of_two_a_name_takes_one_without_doubt(two: Two, by: str) -> None:
+    state, port = two.first
+    variables = {
+        "state": {"KMS_STATE_DIR": str(state)},
+        "url": {"KMS_SERVICE_URL": f"http://localhost:{port}"},
+        "port": {"KMS_PORT": str(port)},
+    }
+    told = two.user.doctor(**variables[by])
+    shown = two.user.kms("config", "show", "state_dir", **variables[by])
+
+    assert f":{port}, state {state}: kms up runs it" in told.of("target", "ok")[0]
+    assert told.of("target", "warn") == []
+    assert told.exit_code == 0
+    assert (shown.stdout, shown.stderr) == (f"{state}\n", "")
+
+
+@pytest.mark.parametrize("words", [("token", "list"), ("config", "lint"), ("messages",)])
+def test_a_command_about_another_state_than_what_runs_says_so(two: Two, words: tuple[str, ...]) -> None:
+    """Or a backup would be one of an install that nobody uses."""
+    said = two.user.kms(*words).stderr
+    named = two.user.kms(*words, "--state-dir", str(two.first[0])).stderr
+
+    default = two.user.home / ".local/state/kms-service"
+    warning = f"kms: warning: this is about {default}, and kms up runs with another: --state-dir "
+    assert said.count("warning: this is about") == 1
+    assert f"{warning}{two.last[0]}\n" in said
+    assert "warning: this is about" not in named
+
+
+def test_a_service_of_another_install_than_the_state_fails(two: Two) -> None:
+    told = two.user.doctor("--state-dir", str(two.first[0]), "--url", f"http://127.0.0.1:{two.last[1]}")
+
+    assert "is of another install" in told.of("target", "FAIL")[0]
+    assert "--state-dir" in told.of("target", "FAIL")[0]
+    assert told.exit_code == 78
+
+
+def test_what_only_kms_up_has_in_its_environment_is_named_and_not_shown(user: User, redis_url: str) -> None:
+    secret = redis_url.replace("?", f"?client_name={PASSWORD}&")
+    with user.up(user.home / "elsewhere", free_port(), KMS_REDIS_URL=secret):
+        told = user.doctor()
+        shown = user.kms("config", "show", "redis.url")
+        same = user.doctor(KMS_REDIS_URL=secret)
+        noted = [path.read_text() for path in (user.home / "r").glob("kms-*/*")]
+
+    assert told.of("target", "warn") == [
+        "kms up runs with KMS_REDIS_URL, this command without: set the same here"
+    ]
+    assert "KMS_REDIS_URL" in shown.stderr
+    assert same.of("target", "warn") == []
+    assert len(noted) == 1
+    assert PASSWORD not in f"{told.lines}{noted}"
+
+
+def test_a_file_that_kms_up_found_is_named_and_not_trusted(user: User) -> None:
+    folder, port = user.home / "repository", free_port()
+    file = folder / "provisioning/config/kms.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"[kms]\nport = {port}\nrequire_context = true\n")
+    with user.up(user.home / "elsewhere", port, cwd=folder):
+        told = user.doctor()
+
+    assert told.of("target", "warn") == [
+        f"kms up read {file}, in its working directory: run this command there"
+    ]
+    assert told.of("settings", "ok") == ["defaults, no file, environment dev: "]
+    assert f"http://127.0.0.1:{port} answers" in told.of("service", "ok")[0]
+
+
+class Listener(BaseHTTPRequestHandler):
+    """Answers nothing of use, and keeps the credentials that it gets."""
+
+    got: Final[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        self.got.append(self.headers["Authorization"])
+        self.send_error(404)
+
+    def log_message(self, format: str, *args: object) -> None: ...  # noqa: A002 -- the base's
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_no_token_goes_to_an_address_that_only_a_found_file_names(user: User, *, is_named: bool) -> None:
+    """The file may be of a repository that is not the user's."""
+    Listener.got.clear()
+    token = user.home / "token"
+    token.write_text(f"{PASSWORD}\n")
+    token.chmod(0o600)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        file = user.home / "provisioning/config/kms.toml"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"[kms]\nport = {server.server_port}\n")
+        named = {"KMS_CONFIG": str(file)} if is_named else {}
+        told = user.doctor("--token-file", str(token), **named)
+        server.shutdown()
+
+    assert (f"Bearer {PASSWORD}" in Listener.got) == is_named
+    refused = f"the token is not sent to http://127.0.0.1:{server.server_port}"
+    assert any(refused in text for text in told.of("service", "FAIL")) != is_named
+
+
+def test_without_kms_up_it_is_the_address_of_the_settings(tmp_path: Path) -> None:
+    install = Service(tmp_path, redis="unix:///nonexistent/valkey.sock")
+    ran = subprocess.run(
+        [BIN / "kms", "doctor"], env=install.environ, capture_output=True, text=True, check=False
+    )
+
+    first, last = ran.stdout.splitlines()[0], ran.stdout.splitlines()[-1]
+    assert first.startswith(f"ok    target        http://127.0.0.1:{install.port}, state {install.state}: ")
+    assert f"nothing answers at http://127.0.0.1:{install.port}" in last
+
+
+def test_a_service_on_another_machine_is_named_first(user: User) -> None:
+    told = user.doctor(KMS_SERVICE_URL="https://kms.invalid:9")
+
+    assert told.lines[0]["text"] == "https://kms.invalid:9, on another machine: this one is not checked"
+    assert [line["subject"] for line in told.lines] == ["target", "service"]

@@ -1,0 +1,145 @@
+"""Output of the command: names that others wrote are shown as text."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Final
+
+import click
+import pytest
+
+from kms_cli import terminal
+from kms_cli.commands import audit, audit_verify
+from kms_core.audit.query import RecordedOperation
+from kms_core.audit.verification.scan import ChainProblem, Note, VerificationReport
+from support.cli.at_terminal import at_terminal
+from support.cli.fixtures import environment
+from support.contract_server import ContractServer
+
+HOSTILE = "\x1b]0;owned\x07\x9b2J\r\u202e"
+
+
+def test_records_that_others_wrote_are_shown_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """A program that can write to an audit folder, or to a copy, chooses all texts of its lines."""
+    event = RecordedOperation(seq=1, chain=HOSTILE, time=HOSTILE, principal=HOSTILE, operation=HOSTILE)
+    problem, note = ChainProblem("misplaced", HOSTILE, HOSTILE), Note("late", HOSTILE, HOSTILE)
+    with click.Context(audit.tail_command):
+        audit._line(event)  # noqa: SLF001 -- what the commands print with
+        audit_verify._show_findings(VerificationReport(trusted=True, problems=[problem], notes=[note]))  # noqa: SLF001 -- as above
+
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert (out + err).replace("\n", "").isprintable()
+    assert "owned" in out
+
+
+def test_hosts_that_others_named_are_shown_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Any user of Redis can write the note of a host; a copy of a log can have any name."""
+    hosts = [audit_verify._Host(HOSTILE, None), audit_verify._Host(HOSTILE, None, why=HOSTILE)]  # noqa: SLF001 -- as above
+    with click.Context(audit_verify.verify_command):
+        audit_verify._show_hosts(hosts, {HOSTILE: HOSTILE})  # noqa: SLF001 -- as above
+
+    out, err = capsys.readouterr()
+    assert (out + err).replace("\n", "").isprintable()
+    assert out.count("owned") == 5
+
+
+def test_messages_keep_their_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.say("one\ntwo")
+    assert capsys.readouterr().err == "kms: one\ntwo\n"
+
+
+# -- progress ----------------------------------------------------------------------------------------
+
+GIB: Final = 1024**3
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (120, "sending [######..................]  25% 1.0 GiB of 4.0 GiB 100.0 MiB/s 0:31 left"),
+        (79, "sending 25% 1.0 GiB of 4.0 GiB 100.0 MiB/s 0:31 left"),
+        (50, "sending 25% 1.0 GiB 100.0 MiB/s 0:31 left"),
+        (40, "25% 1.0 GiB 100.0 MiB/s 0:31 left"),
+        (30, "1.0 GiB 100.0 MiB/s 0:31 left"),
+        (10, "1.0 GiB 1"),
+    ],
+)
+def test_a_progress_line_has_bytes_rate_and_time_left_in_any_width(columns: int, line: str) -> None:
+    assert terminal.progress_line("sending", GIB, 4 * GIB, 100 * 1024**2, columns) == line
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "rate", "line"),
+    [
+        (0, None, 0.0, "queued"),
+        (3 * 1024**2, None, 1024.0, "queued 3.0 MiB 1.0 KiB/s"),
+        (0, 10, 0.0, "queued [........................]   0% 0 B of 10 B"),
+        (12, 10, 2.0, "queued [########################] 100% 12 B of 10 B 2 B/s 0:00 left"),
+        (
+            0,
+            36_000_000,
+            1000.0,
+            "queued [........................]   0% 0 B of 34.3 MiB 1000 B/s 10:00:00 left",
+        ),
+    ],
+)
+def test_what_is_unknown_is_left_out_of_a_progress_line(
+    done: int, total: int | None, rate: float, line: str
+) -> None:
+    assert terminal.progress_line("queued", done, total, rate, 80) == line
+
+
+@pytest.mark.parametrize("label", ["receiving", "committing"])
+@pytest.mark.parametrize("exponent", range(51))
+def test_forty_columns_hold_bytes_rate_and_time_left(label: str, exponent: int) -> None:
+    done, total = 2**exponent - 1, 2**51
+    line = terminal.progress_line(label, done, total, total / 359_999, 40)
+
+    assert len(line) < 40
+    assert re.search(r"\d (B|[KMGT]iB) .*/s \d+:\d\d:\d\d left$", line)
+
+
+def drawn(shown: str) -> list[str]:
+    """The lines that were drawn, one above the other."""
+    return [text for text in shown.split("\r\x1b[K") if text]
+
+
+def test_a_transfer_at_a_terminal_is_drawn_in_its_width_and_erased(
+    stand_in: ContractServer, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 4_000_000)
+    env = environment(tmp_path, KMS_SERVICE_URL=stand_in.url)
+    code, shown = at_terminal("kms encrypt-file file", tmp_path, env, columns=40)
+    *lines, report = drawn(shown)
+
+    assert (code, report) == (0, "kms: encrypted file to file.age (3.8 MiB)\n")
+    assert {"sending", "receiving"} <= {line.split()[0] for line in lines}
+    assert all(0 < len(line) < 40 and line.isprintable() for line in lines)
+    assert shown.count("\n") == 1
+
+
+def test_a_message_replaces_the_progress_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted download says what is kept while its line is drawn."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((80, 24)))
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+    with terminal.Meter() as line:
+        line.show("sending", 0, None)
+        terminal.say("one")
+        terminal.say("two")
+
+    assert capsys.readouterr().err == "\r\x1b[Ksending\r\x1b[Kkms: one\nkms: two\n"
+
+
+@pytest.mark.parametrize("words", ["encrypt-file file --json", "encrypt-file file 2> said"])
+def test_no_progress_is_drawn_for_programs(stand_in: ContractServer, tmp_path: Path, words: str) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 4_000_000)
+    env = environment(tmp_path, KMS_SERVICE_URL=stand_in.url)
+    code, shown = at_terminal(f"kms {words}; code=$?; cat said 2> /dev/null; exit $code", tmp_path, env)
+
+    assert code == 0
+    assert "\x1b" not in shown

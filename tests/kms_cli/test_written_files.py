@@ -1,0 +1,57 @@
+"""Files that commands leave behind are on the disk when the command says so: keys, tokens, results."""
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kms_cli.migrate.pipeline import Lines
+from kms_cli.options import placed
+from kms_core import secure_files
+from support.disk_trace import recorded
+
+
+def create(path: Path) -> None:
+    assert secure_files.create(path, b"AGE-SECRET-KEY-1")
+
+
+def replace(path: Path) -> None:
+    secure_files.write(path, b"AGE-SECRET-KEY-1")
+
+
+def place(path: Path) -> None:
+    with placed(path, overwrite=False) as file:
+        file.write(b"AGE-SECRET-KEY-1")
+
+
+def place_over(path: Path) -> None:
+    path.write_bytes(b"older")
+    with placed(path, overwrite=True) as file:
+        file.write(b"AGE-SECRET-KEY-1")
+
+
+@pytest.mark.parametrize("write", [create, replace, place, place_over])
+def test_a_file_is_private_and_survives_a_power_cut(
+    write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = recorded(monkeypatch)
+    path = tmp_path / "out.txt"
+    write(path)
+
+    assert path.read_bytes() == b"AGE-SECRET-KEY-1"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [found.name for found in tmp_path.iterdir()] == ["out.txt"]
+    disk.assert_survives(path)
+
+
+def test_records_of_a_migration_are_on_the_disk_before_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = recorded(monkeypatch)
+    path = tmp_path / "out.ndjson"
+    with path.open("w+b") as file:
+        file.write(b"{}\n")
+        Lines(file).flush()
+
+        assert disk.synced_bytes[path.stat().st_ino] == 3

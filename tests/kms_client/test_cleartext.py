@@ -1,0 +1,244 @@
+"""Nothing travels in clear to another machine unless its user says so: directly, by proxy or by redirect."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+from kms_cli.main import run
+from kms_cli.plugin.main import OfService
+from kms_cli.plugin.names import PluginTarget
+from kms_client import AsyncClient, Client, UnexpectedAnswer
+from kms_protocol.context import Context
+from kms_protocol.errors import ConfigurationError, KmsError
+
+TOKEN = "canary-77aa"
+FILE_KEY = bytes(range(16))
+PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY")
+OTHER_MACHINES = [
+    "http://kms.internal",
+    "http://10.0.0.1:8082",
+    "http://0.0.0.0:8082",
+    "http://127.0.0.1.example.com",
+    "http://127.1",
+    "http://127.0.0.999",
+    "http://localhost.example.com",
+    "http://localhost.",
+    "http://[::ffff:127.0.0.1]:8082",
+    "http://[::2]",
+    "HTTP://kms.internal",
+]
+HERE = [
+    "http://localhost:1",
+    "http://LOCALHOST:1",
+    "http://127.0.0.1:1",
+    "http://127.255.0.9:1",
+    "http://[::1]:1",
+]
+Make = Callable[..., Client | AsyncClient]
+
+
+class Heard:
+    """A server that keeps what it hears on each connection, and gives one answer."""
+
+    def __init__(self, listener: socket.socket, answer: bytes) -> None:
+        self._listener, self._answer = listener, answer
+        self.requests: list[bytes] = []
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    def listen(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                with connection:
+                    connection.settimeout(5)
+                    self.requests.append(connection.recv(65536))
+                    connection.sendall(self._answer)
+
+
+@contextlib.contextmanager
+def hearing(answer: bytes = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n") -> Iterator[Heard]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        heard = Heard(listener, answer)
+        thread = threading.Thread(target=heard.listen, daemon=True)
+        thread.start()
+        yield heard
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+
+
+@pytest.fixture(autouse=True)
+def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    file.chmod(0o600)
+    return file
+
+
+def ask(kind: Make, url: str, **options: object) -> None:
+    """One call with a client of this kind."""
+    if kind is Client:
+        with Client(url, retries=0, **options) as kms:  # type: ignore[arg-type]  # Options, passed through
+            kms.status()
+        return
+
+    async def call() -> None:
+        async with AsyncClient(url, retries=0, **options) as kms:  # type: ignore[arg-type]  # as above
+            await kms.status()
+
+    anyio.run(call)
+
+
+both = pytest.mark.parametrize("kind", [Client, AsyncClient])
+
+
+@both
+@pytest.mark.parametrize("url", OTHER_MACHINES)
+def test_a_token_is_refused_to_another_machine(kind: Make, url: str, token_file: Path) -> None:
+    for options in ({"token": TOKEN}, {"token_file": token_file}):
+        with pytest.raises(ConfigurationError, match=r"unencrypted.*https://.*allow_http") as caught:
+            kind(url, **options)
+        assert TOKEN not in str(caught.value)
+
+
+@both
+@pytest.mark.parametrize("url", [*HERE, "https://kms.internal"])
+def test_a_token_is_allowed_here_and_by_tls(kind: Make, url: str) -> None:
+    kind(url, token=TOKEN)
+
+
+@both
+@pytest.mark.parametrize("url", OTHER_MACHINES)
+def test_without_a_token_it_is_refused_too_unless_the_user_says_so(kind: Make, url: str) -> None:
+    kind(url, token=TOKEN, allow_http=True)
+    kind(url, allow_http=True)
+    with pytest.raises(ConfigurationError, match=r"unencrypted.*https://.*allow_http"):
+        kind(url)
+
+
+@both
+def test_no_proxy_hears_a_token_for_this_machine(kind: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hearing() as proxy, hearing() as service:
+        for name in ("http_proxy", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+        for host in ("127.0.0.1", "127.0.0.9", "localhost"):
+            with contextlib.suppress(KmsError):
+                ask(kind, service.url.replace("127.0.0.1", host), token=TOKEN)
+
+    assert proxy.requests == []
+    assert any(TOKEN.encode() in each for each in service.requests)
+
+
+@both
+def test_a_proxy_hears_it_only_when_its_user_says_so(kind: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hearing() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        with pytest.raises(ConfigurationError):
+            ask(kind, "http://kms.invalid", token=TOKEN)
+        assert proxy.requests == []
+        with contextlib.suppress(KmsError):
+            ask(kind, "http://kms.invalid", token=TOKEN, allow_http=True)
+
+    assert TOKEN.encode() in proxy.requests[0]
+
+
+@both
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed(kind: Make, status: int) -> None:
+    with hearing() as other:
+        moved = (
+            f"HTTP/1.1 {status} x\r\nLocation: {other.url}/\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        )
+        with hearing(moved.encode()) as service, pytest.raises(UnexpectedAnswer):
+            ask(kind, service.url, token=TOKEN)
+
+    assert other.requests == []
+
+
+SENDS_A_SECRET: dict[str, Callable[[str, Path], object]] = {
+    "client": lambda url, _: Client(url, retries=0).wrap(FILE_KEY),
+    "async client": lambda url, _: anyio.run(AsyncClient(url, retries=0).encrypt, FILE_KEY),
+    "plugin, own service": lambda url, _: OfService({"KMS_SERVICE_URL": url}).wrap(
+        FILE_KEY, PluginTarget(None, Context())
+    ),
+    "plugin, service of the recipient": lambda url, _: OfService({}).wrap(
+        FILE_KEY, PluginTarget(None, Context(), url)
+    ),
+    "command": lambda url, file: run(["encrypt-file", str(file), "--url", url]),
+    "migrate": lambda url, file: run(
+        [
+            "migrate",
+            "transit",
+            "--vault-token-file",
+            str(file),
+            "--key",
+            "k",
+            "--vault-address",
+            url,
+            str(file),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("send", SENDS_A_SECRET.values(), ids=SENDS_A_SECRET)
+def test_no_byte_leaves_without_a_token_either(
+    send: Callable[[str, Path], object], token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hearing() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        with contextlib.suppress(ConfigurationError):  # as the client refuses; commands end with 78
+            assert send("http://kms.invalid", token_file) == 78
+
+    assert proxy.requests == []
+
+
+# -- command, plugin, migration ----------------------------------------------------------------------
+
+
+def test_the_command_refuses_unless_told(token_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["status", "--url", "http://kms.invalid", "--token-file", str(token_file)]
+
+    assert run(line) == 78
+    assert "--allow-http" in capsys.readouterr().err
+    assert run([*line, "--allow-http"]) == 69  # nothing answers there
+
+
+def test_a_variable_tells_the_command(token_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = ["status", "--url", "http://kms.invalid", "--token-file", str(token_file)]
+
+    monkeypatch.setenv("KMS_ALLOW_HTTP", "0")
+    assert run(line) == 78
+    monkeypatch.setenv("KMS_ALLOW_HTTP", "1")
+    assert run(line) == 69
+
+
+@pytest.mark.parametrize(
+    ("said", "allowed"), [({}, False), ({"KMS_ALLOW_HTTP": "0"}, False), ({"KMS_ALLOW_HTTP": "1"}, True)]
+)
+def test_the_age_plugin_refuses_unless_told(token_file: Path, said: dict[str, str], *, allowed: bool) -> None:
+    keys = OfService({"KMS_SERVICE_URL": "http://kms.invalid", "KMS_TOKEN_FILE": str(token_file), **said})
+
+    with pytest.raises(KmsError) as caught:
+        keys.wrap(bytes(16), PluginTarget(None, Context()))
+
+    assert isinstance(caught.value, ConfigurationError) is not allowed
+
+
+def test_a_migration_refuses_to_send_the_other_token(
+    token_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["migrate", "transit", "--vault-token-file", str(token_file), "--key", "k", "--vault-address"]
+
+    assert run([*line, "http://vault.invalid:8200"]) == 78
+    assert "sent unencrypted to http://vault.invalid:8200" in capsys.readouterr().err

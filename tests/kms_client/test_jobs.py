@@ -1,0 +1,109 @@
+import math
+import uuid
+
+import pytest
+
+from kms_client import Client
+from kms_protocol import errors, wire
+from support.contract_server import ContractServer
+
+
+def requests(server: ContractServer, path: str, method: str = "POST") -> list[dict[str, str]]:
+    return [dict(seen.headers) for seen in server.seen if path in seen.path and seen.method == method]
+
+
+def bulk_job() -> wire.JobIn:
+    return wire.JobIn(kind="encrypt", items=[wire.JobItem(plaintext=b"a"), wire.JobItem(plaintext=b"b")])
+
+
+def test_submit_repeats_one_idempotency_key(kms: Client, server: ContractServer) -> None:
+    server.faults.dropped = 1
+
+    accepted = kms.submit(bulk_job())
+
+    keys = {headers["idempotency-key"] for headers in requests(server, "/jobs")}
+    assert (len(server.seen), len(keys)) == (2, 1)
+    assert uuid.UUID(keys.pop()).version == 4
+    assert accepted.links.self_.endswith(accepted.job_id)
+
+
+def test_two_submits_have_two_idempotency_keys(kms: Client) -> None:
+    assert kms.submit(bulk_job()).job_id != kms.submit(bulk_job()).job_id
+
+
+@pytest.mark.parametrize("way", ["events", "polling", "broken events"])
+def test_wait_sees_the_end(kms: Client, server: ContractServer, way: str) -> None:
+    server.faults.events = way != "polling"
+    server.faults.broken_events = 2 if way == "broken events" else 0
+    server.faults.steps_s = math.inf  # the job stays queued until it is seen, however late that is
+    seen: list[str] = []
+
+    def progress(job: wire.JobOut) -> None:
+        seen.append(job.state)
+        server.faults.steps_s = 0.05
+
+    job = kms.wait(kms.submit(bulk_job()).job_id, progress=progress)
+
+    assert job.state == "succeeded"
+    assert seen[-1] == "succeeded"
+    assert len(set(seen)) > 1
+
+
+def test_wait_outlives_a_restart(kms: Client, server: ContractServer) -> None:
+    job_id = kms.submit(bulk_job()).job_id
+    server.faults.busy, server.faults.dropped = 2, 2
+
+    assert kms.wait(job_id).state == "succeeded"
+
+
+def test_wait_has_an_end(kms: Client, server: ContractServer) -> None:
+    server.faults.steps_s = 100
+
+    with pytest.raises(errors.JobNotFinished):
+        kms.wait(kms.submit(bulk_job()).job_id, timeout_s=0.3)
+
+
+def test_wait_for_an_unknown_job(kms: Client) -> None:
+    with pytest.raises(errors.UnknownJob):
+        kms.wait("no-such-job")
+
+
+def test_jobs_are_listed_by_page(kms: Client) -> None:
+    for _ in range(3):
+        kms.submit(bulk_job())
+
+    first = kms.jobs(limit=2)
+
+    assert len(first.jobs) == 2
+    assert len(kms.jobs(limit=2, cursor=first.next).jobs) == 1
+    assert kms.jobs(state="cancelled").jobs == []
+
+
+def test_cancel(kms: Client, server: ContractServer) -> None:
+    server.faults.steps_s = 100
+
+    assert kms.cancel(kms.submit(bulk_job()).job_id).state == "cancelled"
+
+
+def test_bulk_results_come_item_by_item(kms: Client) -> None:
+    job_id = kms.submit(bulk_job()).job_id
+    kms.wait(job_id)
+
+    items = list(kms.items(job_id))
+
+    assert [item.index for item in items] == [0, 1]
+    assert kms.decrypt(bytes(items[1].ciphertext or b"")).plaintext == b"b"
+
+
+def test_result_before_the_end(kms: Client, server: ContractServer) -> None:
+    server.faults.steps_s = 100
+
+    with pytest.raises(errors.JobNotFinished):
+        list(kms.result(kms.submit(bulk_job()).job_id))
+
+
+def test_odd_job_ids_stay_in_their_place(kms: Client, server: ContractServer) -> None:
+    with pytest.raises(errors.UnknownJob):
+        kms.job("../status?x")
+
+    assert server.seen[-1].path.endswith("/jobs/..%2Fstatus%3Fx")

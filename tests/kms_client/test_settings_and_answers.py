@@ -1,0 +1,159 @@
+import io
+from contextlib import closing
+from typing import Any, cast
+
+import anyio.from_thread
+import httpcore2
+import pytest
+
+from kms_client import Client, UnexpectedAnswer, requests
+from kms_client.follow import EventParser, ServerSentEvent
+from kms_client.http_client import transport_errors
+from kms_client.problems import Reply, by_code, error_of, failure, tree
+from kms_client.settings import ClientSettings, Proxy
+from kms_protocol import errors, shapes, wire
+from kms_protocol.context import Context
+from kms_protocol.errors import KmsError
+from support.contract_server import ContractServer
+
+MIB = 1024 * 1024
+
+
+@pytest.mark.parametrize("code", sorted({kind.code for kind in tree(KmsError)}))
+def test_every_code_becomes_its_class(code: str) -> None:
+    core = [kind for kind in tree(KmsError) if kind.__module__ == "kms_protocol.errors" and kind.code == code]
+    body = wire.encode(
+        shapes.Problem(type="urn:x", title="t", status=418, detail="why", code=code, request_id="r-9")
+    )
+
+    error = error_of(Reply(418, {}, body))
+
+    assert type(error) is (core[-1] if core else UnexpectedAnswer)
+    assert error.detail == "why"
+    assert error.__notes__ == ["request id r-9"]
+
+
+def test_classes_that_share_a_code_give_the_deeper_one() -> None:
+    assert by_code()["invalid_request"] is errors.InvalidRequest
+    assert by_code()["forbidden"] is errors.Forbidden
+
+
+def test_unknown_code_keeps_its_text() -> None:
+    error = failure("items_failed")
+
+    assert isinstance(error, UnexpectedAnswer)
+    assert "items_failed" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(502, errors.Unavailable), (404, UnexpectedAnswer), (500, UnexpectedAnswer)]
+)
+def test_answers_of_others_are_told_from_ours(status: int, kind: type[KmsError]) -> None:
+    assert type(error_of(Reply(status, {}, b"<html>"))) is kind
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("7", 7.0), ("", None), ("soon", None), ("Tue, 24 Nov 2020 00:00:00 GMT", 0.0)],
+    ids=["seconds", "absent", "nonsense", "date in the past"],
+)
+def test_retry_after_is_read(value: str, expected: float | None) -> None:
+    assert Reply(503, {"retry-after": value}, b"").retry_after_s() == expected
+
+
+def finished(kms: Client, accepted: wire.JobAccepted) -> str:
+    kms.wait(accepted.job_id)
+    return accepted.job_id
+
+
+def test_events_in_any_pieces() -> None:
+    text = b": hi\r\nid: 4\r\nevent: running\r\ndata: {\r\ndata: }\r\n\r\ndata: x\n\n\nevent: unfinished\n"
+    expected = [ServerSentEvent("running", "{\n}"), ServerSentEvent("message", "x")]
+
+    for size in range(1, len(text)):
+        parser = EventParser()
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+
+        assert [event for piece in pieces for event in parser.feed(piece)] == expected
+        assert parser.last_id == "4"
+
+
+def test_endless_line_is_not_kept() -> None:
+    parser = EventParser()
+
+    with pytest.raises(UnexpectedAnswer):
+        list(parser.feed(b"x" * (MIB + 1)))
+
+
+def test_sync_client_works_inside_an_event_loop(server: ContractServer) -> None:
+    async def inside() -> str:
+        with Client(server.url) as kms:
+            return kms.status().version
+
+    assert anyio.run(inside) == "0.1.0"
+
+
+def test_abandoned_result_gives_its_connection_back(server: ContractServer) -> None:
+    with Client(server.url) as kms:
+        job_id = finished(kms, kms.upload_encrypt(io.BytesIO(b"x" * MIB)))
+        with closing(cast("Any", kms.result(job_id))) as chunks:
+            next(chunks)
+
+        assert kms.status().version == "0.1.0"
+
+
+def test_secrets_are_not_shown(server: ContractServer) -> None:
+    call = requests.encrypt(b"plain", "env=prod", None)
+    settings = ClientSettings.of(server.url, {"token": "tok-123"})
+
+    assert "cGxhaW4" not in repr(call)
+    assert "tok-123" not in repr(settings)
+    assert Context.parse("env=prod").keys == ("env",)
+
+
+def raised_by_httpcore() -> list[type[Exception]]:
+    known = [
+        kind for kind in vars(httpcore2).values() if isinstance(kind, type) and issubclass(kind, Exception)
+    ]
+    return [kind for kind in known if kind is not httpcore2.ConnectionNotAvailable]  # its pool keeps that one
+
+
+@pytest.mark.parametrize("kind", raised_by_httpcore(), ids=lambda kind: kind.__name__)
+def test_whatever_httpcore_raises_becomes_ours(kind: type[Exception]) -> None:
+    with pytest.raises(KmsError), transport_errors("http://h"):
+        raise kind("x")
+
+
+@pytest.mark.parametrize(
+    ("environ", "url", "expected"),
+    [
+        ({}, "https://kms.example.com", None),
+        ({"HTTPS_PROXY": "http://p:3128"}, "https://kms.example.com", Proxy("http://p:3128")),
+        ({"HTTPS_PROXY": "p:3128"}, "https://kms.example.com", Proxy("http://p:3128")),
+        ({"HTTPS_PROXY": "http://u:%40@p"}, "https://kms.example.com", Proxy("http://p", ("u", "@"))),
+        ({"ALL_PROXY": "https://p"}, "http://kms.example.com", Proxy("https://p")),
+        ({"HTTP_PROXY": "http://p"}, "https://kms.example.com", None),
+        ({"HTTPS_PROXY": "http://p", "NO_PROXY": "example.com"}, "https://kms.example.com", None),
+        ({"ALL_PROXY": "http://p"}, "http://localhost:8082", None),
+    ],
+    ids=["none", "https", "no scheme", "credentials", "all", "other scheme", "not for it", "loopback"],
+)
+def test_proxy_is_that_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], url: str, expected: Proxy | None
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name.lower(), value)
+
+    assert ClientSettings.of(url, {"allow_http": True}).proxy() == expected
+
+
+@pytest.mark.parametrize("proxy", ["socks5://p:1080", "http://", "http://p:port", "http://[p"])
+def test_proxy_of_another_kind_is_told_of(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("https_proxy", proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+
+    with pytest.raises(errors.ConfigurationError, match="proxy"):
+        ClientSettings.of("https://kms.example.com", {}).proxy()

@@ -1,0 +1,163 @@
+import io
+import os
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pytest
+
+from kms_client import Client, ServiceUnreachable
+from kms_client.http_client import Upload
+from kms_protocol import errors, wire
+from support.contract_server import ContractServer
+
+MIB = 1024 * 1024
+
+
+def requests(server: ContractServer, path: str, method: str = "POST") -> list[dict[str, str]]:
+    return [dict(seen.headers) for seen in server.seen if path in seen.path and seen.method == method]
+
+
+class Pipe(io.RawIOBase):
+    """A source that cannot be rewound."""
+
+    def __init__(self, data: bytes) -> None:
+        self._inner = io.BytesIO(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401  # typeshed's WriteableBuffer
+        return self._inner.readinto(buffer)
+
+
+def finished(kms: Client, accepted: wire.JobAccepted) -> str:
+    kms.wait(accepted.job_id)
+    return accepted.job_id
+
+
+def fetched(kms: Client, job_id: str) -> bytes:
+    target = io.BytesIO()
+    size = kms.download(job_id, target)
+
+    assert size == len(target.getvalue())
+    return target.getvalue()
+
+
+def test_file_round_trip_with_progress(kms: Client, server: ContractServer) -> None:
+    plaintext = bytes(range(256)) * 10_000
+    sent: list[tuple[int, int | None]] = []
+    job_id = finished(
+        kms,
+        kms.upload_encrypt(io.BytesIO(plaintext), context={"a": "1,2"}, progress=lambda *at: sent.append(at)),
+    )
+
+    again = finished(kms, kms.upload_decrypt(io.BytesIO(fetched(kms, job_id)), context={"a": "1,2"}))
+
+    assert fetched(kms, again) == plaintext
+    assert [at[0] for at in sent] == [MIB, 2 * MIB, len(plaintext)]
+    assert requests(server, "/files/encrypt")[0]["content-length"] == str(len(plaintext))
+
+
+def test_idempotency_key_of_an_upload_may_be_the_callers(kms: Client, server: ContractServer) -> None:
+    kms.upload_encrypt(io.BytesIO(b"x"), idempotency_key="mine", priority="high")
+
+    sent = requests(server, "/files/encrypt")[0]
+    assert (sent["idempotency-key"], sent["x-kms-priority"]) == ("mine", "high")
+
+
+def test_pipe_is_sent_without_a_length(kms: Client, server: ContractServer) -> None:
+    source = cast("BinaryIO", io.BufferedReader(Pipe(b"x" * 3 * MIB)))
+    job_id = finished(kms, kms.upload_encrypt(source, key_id="default"))
+
+    headers = requests(server, "/files/encrypt")[0]
+    assert (headers["transfer-encoding"], headers["x-kms-key-id"]) == ("chunked", "default")
+    assert server.open(fetched(kms, job_id), None) == b"x" * 3 * MIB
+
+
+def test_file_is_sent_again_from_where_it_stood(kms: Client, server: ContractServer) -> None:
+    server.faults.dropped = 1
+    source = io.BytesIO(b"head" + b"x" * MIB)
+    source.seek(4)
+
+    kms.upload_encrypt(source)
+
+    keys = {headers["idempotency-key"] for headers in requests(server, "/files/encrypt")}
+    assert len(keys) == 1
+    assert [len(seen.body) for seen in server.seen] == [MIB, MIB]
+
+
+def test_pipe_is_not_sent_twice(kms: Client, server: ContractServer) -> None:
+    server.faults.dropped = 1
+
+    with pytest.raises(ServiceUnreachable):
+        kms.upload_encrypt(cast("BinaryIO", io.BufferedReader(Pipe(b"x"))))
+
+    assert len(server.seen) == 1
+
+
+def test_a_pipe_whose_first_part_was_read_is_not_sent_from_its_second() -> None:
+    """A connection that breaks while a part is sent leaves the generator where it yielded that part."""
+    upload = Upload(cast("BinaryIO", io.BufferedReader(Pipe(b"x" * 2 * MIB))), None)
+    next(upload.parts())
+
+    assert not upload.rewind()
+
+
+def test_a_pipe_without_data_is_not_taken_for_one_that_ended(kms: Client, server: ContractServer) -> None:
+    """In non-blocking mode a read of an open pipe returns None."""
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    with io.FileIO(reading) as source, pytest.raises(errors.InvalidRequest, match="non-blocking"):
+        kms.upload_encrypt(source)
+    os.close(writing)
+
+    assert not server.jobs
+
+
+def test_shrinking_file_is_noticed(kms: Client, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 3 * MIB)
+
+    def cut(*_: object) -> None:
+        source.truncate(MIB)
+
+    with path.open("rb+") as source, pytest.raises(errors.InvalidRequest, match="became shorter"):
+        kms.upload_encrypt(source, progress=cut)
+
+
+def test_cut_download_is_resumed(kms: Client, server: ContractServer) -> None:
+    job_id = finished(kms, kms.upload_encrypt(io.BytesIO(b"x" * MIB)))
+    server.faults.cuts = 3
+
+    assert server.open(fetched(kms, job_id), None) == b"x" * MIB
+
+    asked = requests(server, "/result", "GET")
+    assert ["range" in headers for headers in asked] == [False, True, True, True]
+    assert asked[1]["if-range"].startswith('"')
+
+
+def test_result_that_changed_is_taken_anew(kms: Client, server: ContractServer) -> None:
+    job_id = finished(kms, kms.upload_encrypt(io.BytesIO(b"x" * MIB)))
+    server.faults.cuts, server.faults.changes = 1, True
+
+    assert fetched(kms, job_id) == server.jobs[job_id].body
+
+
+def test_download_gives_up_without_headway(kms: Client, server: ContractServer) -> None:
+    job_id = finished(kms, kms.upload_encrypt(io.BytesIO(b"x")))
+    server.faults.dropped = 99
+
+    with pytest.raises(ServiceUnreachable):
+        kms.download(job_id, io.BytesIO())
+
+    assert server.faults.dropped > 90
+
+
+@pytest.mark.parametrize("kind", ["encrypt", "decrypt"])
+def test_upload_names_its_priority_and_callback(kms: Client, server: ContractServer, kind: str) -> None:
+    upload = kms.upload_encrypt if kind == "encrypt" else kms.upload_decrypt
+    upload(io.BytesIO(b"x"), priority="low", callback="ci")
+    upload(io.BytesIO(b"x"), priority=None)
+
+    named, plain = (seen.headers for seen in server.seen)
+    assert (named["x-kms-priority"], named["x-kms-callback"]) == ("low", "ci")
+    assert not {"x-kms-priority", "x-kms-callback"} & plain.keys()

@@ -1,0 +1,216 @@
+"""Laws of the chain, over trails and damages made up: what is done to one is found, and nothing else is."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kms_core.audit import AuditLog, AuditLogRules
+from kms_core.audit.keys import Concealer, PublicKeys, Signer
+from kms_core.audit.verification.scan import VerificationReport
+from kms_core.audit.verification.verify import verify
+from support.audit_logs import codes, record
+
+MEMORY: Final = Path("/dev/shm")  # trails wait for their folder, and there are hundreds
+LAW: Final = settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+CONTEXTS: Final = st.dictionaries(
+    st.sampled_from(["env", "row", "ü"]), st.text("0123456789abcdef", max_size=8)
+)
+NAMES: Final = st.text(max_size=12)
+STAGES: Final = st.sampled_from(["", "", "", "intent", "outcome"])
+RECORDS: Final = st.lists(st.tuples(NAMES, CONTEXTS, STAGES), min_size=1, max_size=8)
+RULES: Final = st.builds(
+    AuditLogRules, checkpoint_lines=st.integers(1, 6), rotate_bytes=st.sampled_from([600, 2000, 1 << 20])
+)
+TRAILS: Final = st.lists(st.tuples(RULES, RECORDS), min_size=1, max_size=3)
+Plan = list[tuple[AuditLogRules, list[tuple[str, dict[str, str], str]]]]
+
+
+@pytest.fixture(scope="module")
+def signer(tmp_path_factory: pytest.TempPathFactory) -> Signer:
+    return Signer.at(tmp_path_factory.mktemp("keys") / "signing.key")
+
+
+class Written:
+    """A folder of one closed chain for each entry of a plan, and the last signed line of each."""
+
+    def __init__(self, folder: Path, plan: Plan, signer: Signer) -> None:
+        self.folder = folder
+        self.keys = PublicKeys.of([signer.public])
+        self.anchors: list[bytes] = []
+        for rules, records in plan:
+            trail = AuditLog(folder, "api", Concealer(bytes(32)), signer, rules)
+            for number, (name, context, stage) in enumerate(records):
+                effect = f"e{number}" if stage else ""
+                trail.append(record(principal=name, context=context, stage=stage, effect=effect))
+            trail.close()
+            self.anchors.append(trail.last_signed.removesuffix(b"\n"))
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(self.folder.iterdir())
+
+    def verified(self, *, anchored: bool = True) -> VerificationReport:
+        return verify(self.folder, self.keys, {"here": self.anchors} if anchored and self.anchors else {})
+
+
+@contextmanager
+def written(plan: Plan, signer: Signer) -> Iterator[Written]:
+    folder = Path(tempfile.mkdtemp(prefix="kms-chain-", dir=MEMORY if MEMORY.is_dir() else None))
+    try:
+        yield Written(folder, plan, signer)
+    finally:
+        shutil.rmtree(folder)
+
+
+# -- damages -----------------------------------------------------------------------------------------
+
+Pick = Callable[[int], int]
+"""A number below the given one."""
+
+
+def lines_of(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def edit(trail: Written, pick: Pick) -> None:
+    """One byte becomes another."""
+    path = trail.files[pick(len(trail.files))]
+    data = bytearray(path.read_bytes())
+    data[pick(len(data))] ^= 1 + pick(255)
+    path.write_bytes(bytes(data))
+
+
+def remove_lines(trail: Written, pick: Pick) -> None:
+    path = trail.files[pick(len(trail.files))]
+    lines = lines_of(path)
+    at = pick(len(lines))
+    del lines[at : at + 1 + pick(3)]
+    path.write_bytes(b"".join(lines))
+
+
+def swap_lines(trail: Written, pick: Pick) -> None:
+    """Within a file, or between two."""
+    one, other = trail.files[pick(len(trail.files))], trail.files[pick(len(trail.files))]
+    places = [(path, number) for path in dict.fromkeys((one, other)) for number in range(len(lines_of(path)))]
+    (path, at), (path_2, at_2) = places[pick(len(places))], places[pick(len(places))]
+    if (path, at) == (path_2, at_2):
+        path_2, at_2 = next(place for place in places if place != (path, at))
+    line, line_2 = lines_of(path)[at], lines_of(path_2)[at_2]
+    for where, number, instead in ((path, at, line_2), (path_2, at_2, line)):
+        lines = lines_of(where)
+        lines[number] = instead
+        where.write_bytes(b"".join(lines))
+
+
+def repeat_line(trail: Written, pick: Pick) -> None:
+    """Somewhere in the same file or in another one."""
+    source, target = trail.files[pick(len(trail.files))], trail.files[pick(len(trail.files))]
+    lines, stray = lines_of(target), lines_of(source)
+    lines.insert(pick(len(lines) + 1), stray[pick(len(stray))])
+    target.write_bytes(b"".join(lines))
+
+
+def put_in(trail: Written, pick: Pick) -> None:
+    """A line that was never written, or an empty one."""
+    path = trail.files[pick(len(trail.files))]
+    lines = lines_of(path)
+    lines.insert(pick(len(lines) + 1), (b"\n", b"{}\n", b'{"seq":1}\n', b"\xff\n")[pick(4)])
+    path.write_bytes(b"".join(lines))
+
+
+def cut(trail: Written, pick: Pick) -> None:
+    """The end of a file, from any byte on."""
+    path = trail.files[pick(len(trail.files))]
+    data = path.read_bytes()
+    path.write_bytes(data[: pick(len(data))])
+
+
+def remove_file(trail: Written, pick: Pick) -> None:
+    trail.files[pick(len(trail.files))].unlink()
+
+
+def copy_file(trail: Written, pick: Pick) -> None:
+    path = trail.files[pick(len(trail.files))]
+    shutil.copy(path, path.with_name(f"copy-of-{path.name}"))
+
+
+def fuse_files(trail: Written, pick: Pick) -> None:
+    """The lines of one file behind those of another, as if it went on."""
+    path = trail.files[pick(len(trail.files))]
+    path.write_bytes(path.read_bytes() + trail.files[pick(len(trail.files))].read_bytes())
+
+
+DAMAGES: Final = (
+    edit,
+    remove_lines,
+    swap_lines,
+    repeat_line,
+    put_in,
+    cut,
+    remove_file,
+    copy_file,
+    fuse_files,
+)
+
+
+# -- laws --------------------------------------------------------------------------------------------
+
+
+@LAW
+@given(TRAILS)
+def test_a_trail_that_nobody_touched_is_not_accused(signer: Signer, plan: Plan) -> None:
+    with written(plan, signer) as trail:
+        reports = [trail.verified(anchored=anchored) for anchored in (True, False)]
+        report = reports[0]
+
+        assert [(each.verdict, codes(each)) for each in reports] == [("intact", [])] * len(reports)
+        assert [chain.state for chain in report.chains] == ["closed"] * len(plan)
+        assert all(chain.signed_seq == chain.last_seq for chain in report.chains)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_chain_that_stops_when_its_file_has_just_become_full_is_closed(signer: Signer, count: int) -> None:
+    """The last record ends the file; the closing line begins another one."""
+    with written([(AuditLogRules(rotate_bytes=1), [("ada", {}, "")] * count)], signer) as trail:
+        report = trail.verified(anchored=False)
+
+        assert (report.verdict, report.chains[0].state) == ("intact", "closed")
+        assert len(trail.files) == count + 1
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@LAW
+@given(TRAILS, st.data())
+def test_whatever_is_done_to_an_anchored_trail_is_found(
+    signer: Signer, damage: Callable[[Written, Pick], None], plan: Plan, data: st.DataObject
+) -> None:
+    with written(plan, signer) as trail:
+        damage(trail, lambda below: data.draw(st.integers(0, below - 1)))
+
+        assert trail.verified().verdict == "damaged"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [edit, remove_lines, swap_lines, repeat_line, put_in, cut, copy_file, fuse_files],
+    ids=lambda damage: damage.__name__,
+)
+@LAW
+@given(TRAILS, st.data())
+def test_without_anchors_no_damaged_trail_is_called_intact(
+    signer: Signer, damage: Callable[[Written, Pick], None], plan: Plan, data: st.DataObject
+) -> None:
+    """What nobody else has seen may be cut at its end without contradiction; that is told as an open end."""
+    with written(plan, signer) as trail:
+        damage(trail, lambda below: data.draw(st.integers(0, below - 1)))
+
+        assert trail.verified(anchored=False).verdict in {"damaged", "open end"}

@@ -1,0 +1,120 @@
+"""Denied items of one batch: how many have a record each, and what the record of the others says."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import pytest
+from prometheus_client import REGISTRY
+
+from kms_core.audit import query
+from kms_core.audit.query import EventFilter
+from kms_core.auth.policy import AllowAll, Principal
+from kms_protocol.context import Context
+from kms_protocol.errors import KmsError, UnknownKey
+from support.age_kms import kms_over
+from support.audit_logs import Line, Place, codes, record
+from support.memory_kms import memory_backend
+
+BOUND: Final = 10
+DENIED: Final = ("unauthenticated", "forbidden", "path_refused", "foreign_refused", "unknown_key")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def batch(place: Place, *records: Mapping[str, object]) -> list[Line]:
+    """The lines of one batch; fails if the trail cannot be verified."""
+    trail = place.trail()
+    with trail.together():
+        for fields in records:
+            trail.append(record(1, **fields))
+    trail.close()
+    assert not codes(place.verified())
+    return place.operations()
+
+
+@pytest.mark.parametrize("result", DENIED)
+def test_denials_above_the_bound_are_one_record(place: Place, result: str) -> None:
+    lines = batch(place, *[{"result": result, "bytes_in": 3, "duration_us": 2}] * 1000)
+
+    assert [line.get("count") for line in lines] == [None] * BOUND + [1000 - BOUND]
+    assert {(line["result"], line["operation"], line["principal"]) for line in lines} == {
+        (result, "encrypt", "ada-1")
+    }
+    assert (lines[-1]["bytes_in"], lines[-1]["duration_us"]) == (3 * 990, 2 * 990)
+
+
+def test_at_the_bound_each_denial_has_its_record(place: Place) -> None:
+    lines = batch(place, *[{"result": "forbidden"}] * BOUND)
+
+    assert [line.get("count") for line in lines] == [None] * BOUND
+
+
+@pytest.mark.parametrize("result", ["ok", "decrypt_failed", "not_a_ciphertext", "backend_unavailable"])
+def test_what_is_no_denial_keeps_its_own_record(place: Place, result: str) -> None:
+    lines = batch(place, *[{"result": "forbidden"}] * 20, *[{"result": result}] * 300)
+
+    assert [line["result"] for line in lines].count(result) == 300
+    assert lines[-1]["count"] == 20 - BOUND
+
+
+def test_results_are_counted_apart_and_share_the_bound(place: Place) -> None:
+    lines = batch(place, *[{"result": "forbidden"}, {"result": "unknown_key"}] * 50)
+
+    assert len(lines) == BOUND + 2
+    assert [(line["result"], line["count"]) for line in lines[BOUND:]] == [
+        ("forbidden", 45),
+        ("unknown_key", 45),
+    ]
+
+
+def test_only_what_all_have_in_common_is_told_of_them(place: Place) -> None:
+    same = {"result": "forbidden", "key_id": "payroll", "context": {"env": "1f"}, "backend": "age"}
+    lines = batch(place, *[same] * 15, *[same | {"key_id": "other", "context": {"env": "2f"}}] * 15)
+
+    assert lines[0].items() >= same.items()
+    assert lines[-1]["count"] == 20
+    assert lines[-1]["backend"] == "age"
+    assert {"key_id", "context"}.isdisjoint(lines[-1])
+
+
+def test_each_batch_has_a_bound_of_its_own_and_single_calls_have_none(place: Place) -> None:
+    trail = place.trail()
+    for _ in range(2):
+        with trail.together():
+            for _ in range(12):
+                trail.append(record(result="forbidden"))
+    for _ in range(30):
+        trail.append(record(result="forbidden"))
+
+    counts = [line.get("count") for line in place.operations()]
+    assert counts == ([None] * BOUND + [2]) * 2 + [None] * 30
+
+
+def test_queries_find_it_with_its_count(place: Place) -> None:
+    batch(place, *[{"result": "forbidden"}] * 25)
+    page = query.page(place.folder, EventFilter(result="failed"), None, 100)
+
+    assert [event.count for event in page.events] == [0] * BOUND + [15]
+    assert query.fields(page.events[-1])["count"] == 15
+    assert "count" not in query.fields(page.events[0])
+
+
+def lines_counted() -> float:
+    return REGISTRY.get_sample_value("kms_audit_events_total", {"result": "ok"}) or 0
+
+
+def test_the_metric_counts_the_records_that_are_written(place: Place) -> None:
+    kms = kms_over(memory_backend()[0], policy=AllowAll(), trail=place.trail())
+    before = lines_counted()
+    with kms.audit_log.together():
+        for _ in range(40):
+            with pytest.raises(KmsError) as caught:
+                kms.encrypt(Principal("ada"), b"", Context(), key_id="absent")
+            assert type(caught.value) is UnknownKey
+
+    assert len(place.operations()) == BOUND + 1
+    assert lines_counted() - before == BOUND + 1

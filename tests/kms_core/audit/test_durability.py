@@ -1,0 +1,115 @@
+"""What has to be on disk before it counts: files, and the entries of the directories that name them."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kms_core.audit import AuditLogRules
+from kms_core.audit.keys import Concealer, Signer
+from kms_core.audit.segments import SegmentFile
+from kms_core.audit.sinks import FolderSink
+from kms_core.auth import tokens
+from kms_core.auth.tokens import TokenRequest
+from support.audit_logs import Place, record
+
+Event = tuple[str, str, int]
+"""A call, the path that it is about, and the size of the file then, in bytes (of a directory 0)."""
+
+
+def named(fd: int) -> Path:
+    return Path(f"/proc/self/fd/{fd}").readlink()
+
+
+class Calls:
+    """The calls of this process that put files and their names on disk, in order."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.made: list[Event] = []
+        for name in ("fsync", "fdatasync"):
+            patch.setattr(os, name, self._syncing(getattr(os, name)))
+        for name in ("replace", "link"):
+            patch.setattr(os, name, self._naming(name, getattr(os, name)))
+
+    def _syncing(self, call: Callable[[int], None]) -> Callable[[int], None]:
+        def recorded(fd: int) -> None:
+            call(fd)
+            path = named(fd)
+            self.made.append(("sync", path.name, 0 if path.is_dir() else os.fstat(fd).st_size))
+
+        return recorded
+
+    def _naming(self, name: str, call: Callable[..., None]) -> Callable[..., None]:
+        def recorded(source: Any, target: Any, **more: Any) -> None:  # noqa: ANN401 -- as os has it
+            call(source, target, **more)
+            self.made.append((name, Path(target).name, 0))
+
+        return recorded
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+@pytest.mark.parametrize("make", [Concealer.at, Signer.at], ids=["hiding", "signing"])
+def test_an_audit_key_is_on_disk_before_it_is_used(
+    tmp_path: Path, calls: Calls, make: Callable[[Path], object]
+) -> None:
+    """Values that were hidden, and lines that were signed, with a key that a power cut takes are lost."""
+    make(tmp_path / "made.key")
+    (first, second, third) = calls.made
+    size = (tmp_path / "made.key").stat().st_size
+
+    assert (first[0], first[2]) == ("sync", size)
+    assert first[1].startswith(".made.key.")
+    assert second == ("link", "made.key", 0)
+    assert third == ("sync", tmp_path.name, 0)
+
+
+def test_tokens_are_on_disk_before_anybody_is_told(tmp_path: Path, calls: Calls) -> None:
+    """A revoked token that comes back after a power cut lets somebody in."""
+    path = tmp_path / "tokens.json"
+    tokens.create(path, TokenRequest(name="ci", tenant="default", scopes=("status",), ttl=None))
+    (first, second, third) = calls.made
+
+    assert (first[0], first[2]) == ("sync", path.stat().st_size)
+    assert first[1].startswith(".tokens.json.")
+    assert second == ("replace", "tokens.json", 0)
+    assert third == ("sync", tmp_path.name, 0)
+
+
+def test_the_end_of_a_log_is_on_disk_when_it_is_closed(
+    tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = SegmentFile.create
+    monkeypatch.setattr(SegmentFile, "create", lambda path: create(path, sync=os.fdatasync))
+    place = Place(tmp_path)
+    log = place.trail(AuditLogRules(fsync=True))
+    log.append(record(1))
+    calls.made.clear()
+    log.close()
+    (file,) = place.files()
+
+    assert calls.made == [("sync", file.name, file.stat().st_size)]
+
+
+def test_a_new_file_of_anchors_keeps_its_name(tmp_path: Path, calls: Calls) -> None:
+    place = Place(tmp_path)
+    log = place.trail()
+    log.append(record(1))
+    log.close()
+    anchors = FolderSink(tmp_path / "anchors")
+    calls.made.clear()
+    anchors.put([log.last_signed])
+    anchors.put([log.last_signed])
+    (file,) = (tmp_path / "anchors").iterdir()
+    size = len(log.last_signed)
+
+    assert calls.made == [
+        ("sync", file.name, size),
+        ("sync", "anchors", 0),
+        ("sync", file.name, 2 * size),
+    ]

@@ -1,0 +1,356 @@
+"""The writer of the audit trail: lines, keys, chains of several processes, times and checkpoints."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from kms_core import audit
+from kms_core.audit import AuditLogRules, chain
+from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
+from kms_core.auth.policy import Principal
+from kms_protocol.context import Context
+from kms_protocol.errors import ConfigurationError
+from support.audit_logs import Place, notes, record
+
+APPEND_MANY = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from support.audit_logs import Place, record
+
+trail = Place(Path(sys.argv[1])).trail(role=sys.argv[2])
+trail.append(record(0))
+sys.stdin.read()  # both begin at once
+for number in range(1, 300):
+    trail.append(record(number))
+trail.close()
+"""
+TESTS = str(Path(__file__).parents[2])
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+# -- lines -------------------------------------------------------------------------------------------
+
+
+def test_a_record_is_one_line_and_its_id_names_it(place: Place) -> None:
+    trail = place.trail()
+    ids = [trail.append(record(1)), trail.append(record(2))]
+    lines = place.operations()
+
+    assert [line["principal"] for line in lines] == ["ada-1", "ada-2"]
+    assert ids == [f"{line['chain']}:{line['seq']}" for line in lines]
+
+
+def test_what_is_not_known_is_left_out(place: Place) -> None:
+    place.written(1)
+
+    known = {"operation", "principal", "tenant", "credential", "result"}
+    assert place.operations()[0].keys() == {"seq", "chain", "time", "head", *known}
+
+
+def test_a_line_break_in_a_name_does_not_begin_a_line(place: Place) -> None:
+    name = 'ada\n{"principal":"eve","head":"'
+    place.trail().append(record(principal=name))
+
+    assert place.principals() == [name]
+
+
+def test_files_and_keys_are_private(place: Place) -> None:
+    path = place.written(1)
+
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE((place.at / "audit.key").stat().st_mode) == 0o600
+    assert stat.S_IMODE(place.signing_key.stat().st_mode) == 0o600
+
+
+def test_the_time_of_a_line_is_utc_to_the_microsecond(place: Place) -> None:
+    before = datetime.now(UTC).replace(microsecond=0)
+    place.written(1)
+    text = str(place.operations()[0]["time"])
+
+    assert len(text) == len("2026-11-24T16:00:00.000000Z")
+    assert before <= datetime.fromisoformat(text) <= datetime.now(UTC)
+
+
+def test_each_line_stands_for_all_before_it(place: Place) -> None:
+    raw = place.written(3).read_bytes().splitlines()
+    head = chain.ZERO
+    for line in raw:
+        assert chain.is_sound(head, line)
+        head = bytes.fromhex(json.loads(line)["head"])
+
+    assert [json.loads(line)["seq"] for line in raw] == [0, 1, 2, 3, 4]
+
+
+def test_the_note_of_a_request_gets_the_id(place: Place) -> None:
+    note = audit.Noted()
+    token = audit.noted.set(note)
+    try:
+        name = place.trail().append(record())
+    finally:
+        audit.noted.reset(token)
+
+    assert note.audit_id == name
+
+
+# -- context values ----------------------------------------------------------------------------------
+
+
+def test_context_values_are_keyed_hashes(place: Place) -> None:
+    trail = place.trail()
+    one = trail.conceal("acme", Context.parse("row=7,patient=ada"))
+    again = place.trail().conceal("acme", Context.parse("row=7,patient=bob"))
+
+    assert one.keys() == {"row", "patient"}
+    assert one["row"] == again["row"]
+    assert one["patient"] != again["patient"]
+    assert all(len(value) == 32 for value in one.values())
+
+
+def test_tenants_and_installs_have_hashes_of_their_own(tmp_path: Path) -> None:
+    context = Context.parse("row=7")
+    trail, other = Place(tmp_path / "a").trail(), Place(tmp_path / "b").trail()
+
+    found = {trail.conceal("acme", context)["row"], trail.conceal("umbrella", context)["row"]}
+    assert len(found | {other.conceal("acme", context)["row"]}) == 3
+
+
+def test_a_hash_cannot_be_moved_between_key_and_value(place: Place) -> None:
+    trail = place.trail()
+
+    assert (
+        trail.conceal("t", Context((("ab", "c"),)))["ab"] != trail.conceal("t", Context((("a", "bc"),)))["a"]
+    )
+
+
+# -- keys --------------------------------------------------------------------------------------------
+
+
+def test_keys_are_made_once(place: Place) -> None:
+    first = Signer.at(place.signing_key).public
+
+    assert Signer.at(place.signing_key).public == first
+    assert list(place.keys().keys.values()) == [first]
+
+
+def test_processes_that_start_at_once_agree_on_keys(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: Signer.at(tmp_path / "k.key").public, range(16)))
+        hidden = list(pool.map(lambda _: Concealer.at(tmp_path / "a.key"), range(16)))
+
+    assert len(set(made)) == 1
+    assert len({each.conceal("t", Context((("a", "b"),)))["a"] for each in hidden}) == 1
+    assert {path.suffix for path in tmp_path.iterdir()} == {".key", ".pub"}
+
+
+def test_what_a_former_key_signed_stays_verifiable(place: Place) -> None:
+    place.written(2)
+    place.signing_key.unlink()
+    place.written(2)
+
+    assert len(place.keys().keys) == 2
+    assert place.verified().verdict == "intact"
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"AAAA"])
+def test_a_broken_key_file_is_a_wrong_configuration(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(content)
+    path.chmod(0o600)
+
+    with pytest.raises(ConfigurationError, match=str(path)):
+        Concealer.at(path)
+    with pytest.raises(ConfigurationError, match=str(path)):
+        Signer.at(path)
+
+
+def test_keys_open_to_others_are_refused_in_prod(place: Place) -> None:
+    place.trail()
+    for path, kind in ((place.at / "audit.key", Concealer), (place.signing_key, Signer)):
+        path.chmod(0o644)
+        kind.at(path)
+
+        with pytest.raises(ConfigurationError, match="chmod 600"):
+            kind.at(path, strict=True)
+
+
+def test_a_file_that_holds_no_public_key_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "k.pub"
+    path.write_text("nonsense")
+
+    with pytest.raises(ConfigurationError, match="no public keys"):
+        PublicKeys.read(path)
+    with pytest.raises(ConfigurationError, match="cannot be used"):
+        PublicKeys.read(public_path(tmp_path / "absent.key"))
+
+
+# -- several writers ---------------------------------------------------------------------------------
+
+
+def test_two_processes_have_a_chain_each(place: Place) -> None:
+    place.trail()  # makes the keys
+    start, gun = os.pipe()
+    writers = [
+        subprocess.Popen([sys.executable, "-c", APPEND_MANY, str(place.at), role, TESTS], stdin=start)
+        for role in ("api", "worker")
+    ]
+    os.close(start)
+    os.close(gun)
+    for writer in writers:
+        writer.wait()
+
+    assert [writer.returncode for writer in writers] == [0, 0]
+    for role in ("api", "worker"):
+        names = [line["principal"] for line in place.operations() if line["chain"].startswith(role)]
+        assert names == [f"ada-{number}" for number in range(300)]
+    assert place.verified().verdict == "intact"
+
+
+def test_threads_share_a_chain(place: Place) -> None:
+    trail = place.trail(AuditLogRules(checkpoint_lines=7))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: trail.append(record(number)), range(200)))
+    trail.close()
+
+    assert set(place.principals()) == {f"ada-{number}" for number in range(200)}
+    assert place.verified().verdict == "intact"
+
+
+def test_a_forked_child_begins_a_chain_of_its_own(place: Place) -> None:
+    trail = place.trail()
+    trail.append(record(1))
+    child = os.fork()
+    if not child:
+        trail.append(record(2))
+        trail.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    trail.append(record(3))
+    trail.close()
+
+    assert len({line["chain"] for line in place.lines()}) == 2
+    assert sorted(place.principals()) == ["ada-1", "ada-2", "ada-3"]
+    assert place.verified().verdict == "intact"
+
+
+def test_the_first_line_names_the_ends_of_the_others(place: Place) -> None:
+    place.written(3)
+    before = place.lines()[-1]
+    place.written(1)
+    (opening,) = [line for line in place.lines() if line.get("heads") and line["kind"] == "open"]
+
+    assert opening["heads"][before["chain"]][:2] == [before["seq"], before["head"]]
+
+
+def test_an_end_that_somebody_has_named_is_not_named_again(place: Place) -> None:
+    for _ in range(4):
+        place.written(1)
+    openings = [line for line in place.lines() if line.get("kind") == "open"]
+
+    assert [len(line["heads"]) for line in openings] == [0, 1, 1, 1]
+
+
+# -- the clock ---------------------------------------------------------------------------------------
+
+
+def test_times_never_go_back_and_a_clock_that_did_is_told(place: Place) -> None:
+    at = [1_900_000_000_000_000_000]
+    trail = place.trail(clock=lambda: at[0])
+    trail.append(record(1))
+    at[0] -= 3600 * 1_000_000_000
+    trail.append(record(2))
+    at[0] += 7200 * 1_000_000_000
+    trail.append(record(3))
+    trail.close()
+    first, second, third = place.operations()
+
+    assert first["time"] == second["time"] < third["time"]
+    assert second["clock"] == "2030-03-17T16:46:40.000000Z"
+    assert "clock" not in third
+    assert place.verified().verdict == "intact"
+    assert notes(place.verified()) == ["clock_behind"]
+
+
+# -- rotation and checkpoints --------------------------------------------------------------------------
+
+
+def test_a_chain_goes_on_in_further_files(place: Place) -> None:
+    place.written(80, AuditLogRules(rotate_bytes=4096))
+
+    assert len(place.files()) > 3
+    assert [line["seq"] for line in place.lines()] == list(range(len(place.lines())))
+    assert all(path.stat().st_size < 4096 + 1500 for path in place.files())
+    assert place.verified().verdict == "intact"
+
+
+def test_a_checkpoint_stands_after_so_many_lines(place: Place) -> None:
+    trail = place.trail(AuditLogRules(checkpoint_lines=5))
+    for number in range(23):
+        trail.append(record(number))
+    kinds = [line.get("kind", "") for line in place.lines()]
+
+    assert kinds.count("checkpoint") == 4
+    assert place.verified().chains[0].signed_seq == max(
+        number for number, kind in enumerate(kinds) if kind == "checkpoint"
+    )
+
+
+def test_a_checkpoint_stands_some_time_after_a_line(place: Place) -> None:
+    trail = place.trail(AuditLogRules(checkpoint_s=0))
+    trail.append(record(1))
+    trail.checkpoint_if_due()
+    trail.checkpoint_if_due()
+
+    assert [line.get("kind") for line in place.lines()] == ["open", None, "checkpoint"]
+
+
+def test_a_checkpoint_in_time_names_the_live_chains(place: Place) -> None:
+    trail, other = (place.trail(AuditLogRules(checkpoint_s=0), role=role) for role in ("api", "worker"))
+    trail.append(record(1))
+    other.append(record(2))
+    other.checkpoint_if_due()
+    other.append(record(3))
+    trail.checkpoint_if_due()
+    checkpoint = place.files()[0].read_bytes().splitlines()[-1]
+
+    opening, _, signed, _ = map(json.loads, place.files()[1].read_bytes().splitlines())
+    end = [2, signed["head"], opening["time"]]
+    assert json.loads(checkpoint)["heads"] == {other.position[0]: end}
+
+
+def test_a_record_after_the_closing_one_begins_a_further_file(place: Place) -> None:
+    trail = place.trail()
+    trail.append(record(1))
+    trail.close()
+    trail.append(record(2))
+    trail.close()
+
+    assert place.principals() == ["ada-1", "ada-2"]
+    assert len(place.files()) == 2
+    assert place.verified().verdict == "intact"
+
+
+def test_a_process_that_recorded_nothing_leaves_nothing(place: Place) -> None:
+    place.trail().close()
+
+    assert not place.folder.exists()
+
+
+def test_a_filter_is_recorded_up_to_500_characters(place: Place) -> None:
+    """A caller chooses it, and each page of the log leaves a line with it."""
+    trail = place.trail()
+    audit.read(trail, Principal("ada"), {"principal": "x" * 2_000}, 1)
+
+    assert place.operations()[-1]["filter"] == "principal=" + "x" * 490

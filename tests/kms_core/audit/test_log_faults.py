@@ -1,0 +1,458 @@
+"""Full disks, files that go away, kills: what is left of an audit trail, and what is noticed."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kms_core.audit import AuditLogRules
+from kms_core.audit.segments import SegmentFile
+from kms_protocol.errors import AuditUnavailable
+from support.audit_logs import Place, codes, notes, record, room_for
+from support.small_disk import small_disk
+
+APPEND_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from support.audit_logs import Place, record
+
+trail = Place(Path(sys.argv[1])).trail()
+for number in range(1, 4):
+    trail.append(record(number))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+TESTS = str(Path(__file__).parents[2])
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+# -- disks that are full -----------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_up_within_a_line_leaves_no_part_of_it(place: Place) -> None:
+    trail = place.trail()
+    trail.append(record(1))
+    (path,) = place.files()
+    size = path.stat().st_size
+    with room_for(size + 20), pytest.raises(AuditUnavailable, match=r"No space left|File too large"):
+        trail.append(record(2))
+
+    assert path.stat().st_size == size
+
+
+def test_a_full_disk_is_an_error_for_as_long_as_it_is_full(place: Place) -> None:
+    trail = place.trail()
+    with room_for(20):
+        for _ in range(3):
+            with pytest.raises(AuditUnavailable):
+                trail.append(record())
+            with pytest.raises(AuditUnavailable):
+                trail.check()
+
+    assert not place.files()
+
+
+def test_a_chain_goes_on_after_a_full_disk_and_says_what_was_refused(place: Place) -> None:
+    trail = place.trail()
+    trail.append(record(1))
+    with room_for(place.files()[0].stat().st_size + 20):
+        for _ in range(3):
+            with pytest.raises(AuditUnavailable):
+                trail.append(record(2))
+    trail.append(record(3))
+    trail.close()
+    (told,) = [line for line in place.lines() if line.get("kind") == "resumed"]
+
+    assert place.principals() == ["ada-1", "ada-3"]
+    assert told["refused"] == 3
+    assert place.verified().verdict == "intact"
+    assert notes(place.verified()) == ["resumed"]
+
+
+def test_a_check_is_green_again_once_there_is_room(place: Place) -> None:
+    trail = place.trail()
+    with room_for(20):
+        with pytest.raises(AuditUnavailable):
+            trail.append(record())
+        with pytest.raises(AuditUnavailable):
+            trail.check()
+
+    trail.check()
+    assert [line["kind"] for line in place.lines()] == ["open", "resumed"]
+
+
+def test_a_checkpoint_without_room_costs_no_record(place: Place) -> None:
+    trail = place.trail(AuditLogRules(checkpoint_lines=4))
+    trail.append(record(1))
+    trail.append(record(2))
+    (path,) = place.files()
+    line = len(path.read_bytes().splitlines()[-1])
+    with room_for(path.stat().st_size + line + 10):
+        trail.append(record(3))  # and now a checkpoint would be due
+    trail.append(record(4))
+    trail.close()
+
+    assert place.principals() == ["ada-1", "ada-2", "ada-3", "ada-4"]
+    assert place.verified().verdict == "intact"
+
+
+def test_a_disk_that_is_really_full(place: Place) -> None:
+    with small_disk(place.folder, 64 * 1024):
+        trail = place.trail()
+        with pytest.raises(AuditUnavailable, match="No space left"):
+            deque(map(trail.append, map(record, range(1000))), maxlen=0)
+        with pytest.raises(AuditUnavailable):
+            trail.check()
+        report = place.verified()
+        assert not codes(report)
+        filler = place.files()[0]
+        assert filler.read_bytes().endswith(b"}\n")
+
+
+# -- files that go away ------------------------------------------------------------------------------
+
+
+def test_a_deleted_file_is_noticed_at_the_next_record(place: Place) -> None:
+    trail = place.trail()
+    trail.append(record(1))
+    place.files()[0].unlink()
+    trail.append(record(2))
+
+    assert place.principals() == ["ada-2"]
+    assert place.lines()[0]["reason"] == "vanished"
+    assert codes(place.verified()) == ["missing_file"]
+
+
+def test_a_file_put_in_its_place_is_not_taken_for_it(place: Place) -> None:
+    trail = place.trail()
+    trail.append(record(1))
+    path = place.files()[0]
+    shutil.copy(path, place.at / "copy")
+    (place.at / "copy").replace(path)
+    trail.append(record(2))
+    trail.close()
+
+    assert len(place.files()) == 2
+    assert place.principals() == ["ada-1", "ada-2"]
+    assert not codes(place.verified())
+    assert notes(place.verified()) == ["vanished"]
+
+
+def test_a_moved_file_gets_no_more_lines(place: Place) -> None:
+    trail = place.trail()
+    trail.append(record(1))
+    moved = place.files()[0].rename(place.at / "moved.jsonl")
+    size = moved.stat().st_size
+    trail.append(record(2))
+
+    assert moved.stat().st_size == size
+    assert place.principals() == ["ada-2"]
+
+
+def test_a_file_renamed_in_its_folder_is_still_found(place: Place) -> None:
+    trail = place.trail()
+    trail.append(record(1))
+    place.files()[0].rename(place.folder / "old.jsonl.1")
+    trail.append(record(2))
+    trail.close()
+    report = place.verified()
+
+    assert not codes(report)
+    assert notes(report) == ["misplaced", "vanished"]
+
+
+@pytest.mark.parametrize("change", ["cut", "emptied", "written to", "begun a line in"])
+def test_a_file_that_another_hand_changed_is_left_as_it_is(place: Place, change: str) -> None:
+    trail = place.trail()
+    trail.append(record(1))
+    trail.append(record(2))
+    path = place.files()[0]
+    with path.open("r+b") as file:
+        if change in {"cut", "emptied"}:
+            file.truncate(0 if change == "emptied" else path.stat().st_size - 30)
+        else:
+            file.seek(0, os.SEEK_END)
+            file.write(b'{"seq":9}\n' if change == "written to" else b'{"seq":9')
+    left = path.read_bytes()
+    trail.append(record(3))
+    trail.close()
+
+    assert path.read_bytes() == left
+    assert place.files()[1].read_bytes().count(b"ada-3") == 1
+    assert place.verified().verdict == "damaged"
+    assert "disturbed" in notes(place.verified())
+
+
+def test_a_deleted_folder_is_made_again(place: Place) -> None:
+    trail = place.trail()
+    trail.append(record(1))
+    place.files()[0].unlink()
+    place.folder.rmdir()
+    trail.append(record(2))
+
+    assert place.principals() == ["ada-2"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_error_until_it_is_gone(place: Place) -> None:
+    trail = place.trail()
+    place.folder.touch()
+    with pytest.raises(AuditUnavailable):
+        trail.append(record(1))
+    place.folder.unlink()
+    trail.append(record(2))
+
+    assert place.principals() == ["ada-2"]
+
+
+def test_no_descriptor_is_left_behind(place: Place) -> None:
+    trail = place.trail()
+    trail.append(record())
+    before = open_descriptors()
+    for _ in range(5):
+        place.files()[-1].unlink()
+        trail.append(record())
+
+    assert open_descriptors() == before
+
+
+# -- crashes -----------------------------------------------------------------------------------------
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def killed(place: Place) -> Path:
+    place.trail()  # makes the keys
+    died = subprocess.run([sys.executable, "-c", APPEND_AND_DIE, str(place.at), TESTS], check=False)
+    assert died.returncode == -signal.SIGKILL
+    return place.files()[-1]
+
+
+def test_a_killed_process_has_lost_no_line(place: Place) -> None:
+    killed(place)
+
+    assert place.principals() == ["ada-1", "ada-2", "ada-3"]
+
+
+def test_a_torn_tail_is_never_the_beginning_of_a_line(place: Place) -> None:
+    path = killed(place)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 40)
+    torn = path.read_bytes()
+    place.written(2)
+    report = place.verified()
+
+    assert path.read_bytes() == torn
+    assert not codes(report)
+    assert report.verdict == "intact"
+    assert notes(report) == ["cut_or_crashed"]
+
+
+# -- durability --------------------------------------------------------------------------------------
+
+
+def test_fsync_writes_the_same(place: Place) -> None:
+    place.written(3, AuditLogRules(fsync=True, rotate_bytes=4096))
+
+    assert place.principals() == ["ada-1", "ada-2", "ada-3"]
+    assert place.verified().verdict == "intact"
+
+
+def test_lines_that_wait_while_the_disk_is_busy_share_the_next_sync(tmp_path: Path) -> None:
+    busy, free, calls = threading.Event(), threading.Event(), []
+
+    def sync(fd: int) -> None:
+        calls.append(fd)
+        busy.set()
+        assert free.wait(60)
+
+    file = SegmentFile.create(tmp_path / "file", sync=sync)
+    file.append(b"first\n")
+    with ThreadPoolExecutor(9) as pool:
+        waiting = [pool.submit(file.sync, file.size)]
+        assert busy.wait(60)
+        for number in range(8):
+            file.append(b"%d\n" % number)
+            waiting.append(pool.submit(file.sync, file.size))
+        free.set()
+        for each in waiting:
+            each.result(60)
+
+    assert len(calls) == 2
+
+
+def test_a_file_that_another_hand_changed_gets_no_checkpoint(place: Place) -> None:
+    trail = place.trail(AuditLogRules(checkpoint_s=0))
+    trail.append(record(1))
+    (file,) = place.files()
+    with file.open("ab") as out:
+        out.write(b"x" * 2_000)
+    content = file.read_bytes()
+    trail.checkpoint_if_due()
+
+    assert file.read_bytes() == content
+    trail.append(record(2))
+    assert place.verified().chains[0].files == 2
+
+
+def test_a_disk_without_room_for_records_is_told_before_one_fails(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trail = place.trail()
+    trail.check()
+    room = os.statvfs(place.folder)
+    monkeypatch.setattr("kms_core.audit.log._ENOUGH_BYTES", 2 * room.f_bavail * room.f_frsize)
+
+    with pytest.raises(AuditUnavailable, match="disk is full"):
+        trail.check()
+
+
+def test_a_line_is_not_on_disk_if_the_sync_that_it_waits_for_fails(tmp_path: Path) -> None:
+    """And the disk is not asked again: a kernel may call pages clean that it lost."""
+    calls = []
+
+    def sync(fd: int) -> None:
+        calls.append(fd)
+        raise OSError(5, "broken", str(fd))
+
+    file = SegmentFile.create(tmp_path / "file", sync=sync)
+    file.append(b"first\n")
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"broken|Input/output"):
+            file.sync(file.size)
+
+    assert not file.is_ours()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("rules", [AuditLogRules(), AuditLogRules(fsync=True)], ids=["write", "fsync"])
+def test_a_batch_whose_records_are_not_written_is_an_error(place: Place, rules: AuditLogRules) -> None:
+    trail = place.trail(rules)
+    trail.append(record(0))
+
+    def batch() -> None:
+        with trail.together():
+            trail.append(record(1))
+            os.close(descriptor_of(place.files()[0]))  # the disk is gone
+
+    with pytest.raises(AuditUnavailable):
+        batch()
+    trail.append(record(2))
+    assert [line.get("reason", line.get("refused")) for line in place.lines()[-3:]] == ["torn", 1, None]
+
+
+@pytest.mark.parametrize("rules", [AuditLogRules(), AuditLogRules(fsync=True)], ids=["write", "fsync"])
+def test_a_batch_that_goes_on_after_a_record_that_failed_is_an_error_at_its_end(
+    place: Place, rules: AuditLogRules
+) -> None:
+    trail = place.trail(rules)
+    trail.append(record(0))
+    failed = []
+
+    def batch() -> None:
+        with trail.together():
+            os.close(descriptor_of(place.files()[0]))  # the disk is gone
+            for number in range(250):
+                try:
+                    trail.append(record(number))
+                except AuditUnavailable:
+                    failed.append(number)
+
+    with pytest.raises(AuditUnavailable):
+        batch()
+    assert failed == [99]  # what came later is in the next file
+    assert [line["refused"] for line in place.lines() if "refused" in line] == [100]
+    assert len(place.lines()) == len(["open", "0", "open", "resumed"]) + 150
+
+
+def test_records_of_a_batch_are_one_write_and_a_chain(place: Place) -> None:
+    trail = place.trail(AuditLogRules())
+    with trail.together():
+        ids = [trail.append(record(number)) for number in range(30)]
+        assert not place.folder.exists()
+    trail.append(record(30))
+    trail.close()
+
+    assert ids == [""] * 30
+    assert place.principals() == [f"ada-{number}" for number in range(31)]
+    assert len({line["time"] for line in place.operations()[:30]}) == 1
+    assert not codes(place.verified())
+
+
+def test_an_intent_does_not_wait_for_the_records_of_its_batch(place: Place) -> None:
+    trail = place.trail()
+    with trail.together():
+        trail.append(record(1))
+        trail.append(record(2, stage="intent", effect="x"))
+        written = place.principals()
+
+    assert written == ["ada-2"]
+    assert place.principals() == ["ada-2", "ada-1"]
+
+
+def descriptor_of(path: Path) -> int:
+    links = Path("/proc/self/fd").iterdir()
+    return next(int(link.name) for link in links if link.exists() and link.samefile(path))
+
+
+def test_a_folder_that_cannot_be_synced_is_an_error_and_the_chain_goes_on(place: Place) -> None:
+    trail = place.trail(AuditLogRules(fsync=True))
+    trail.append(record(1))
+    path = place.files()[0]
+    path.rename(place.at / "moved")
+    with no_descriptor_but(descriptor_of(place.at / "moved")), pytest.raises(AuditUnavailable):
+        trail.append(record(2))
+    (place.at / "moved").rename(path)
+    trail.append(record(3))
+    trail.close()
+
+    assert place.principals() == ["ada-1", "ada-3"]
+    assert not codes(place.verified())
+    assert {"vanished", "unsynced"} <= set(notes(place.verified()))
+
+
+@contextmanager
+def no_descriptor_but(number: int) -> Iterator[None]:
+    """This process can open one file, in the place of that one, and no second."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 -- a Path for each could not be closed
+    filler = [os.open(os.devnull, os.O_RDONLY) for _ in range(max(used))]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(*filler, number) + 1, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for each in filler:
+            os.close(each)
+
+
+def test_threads_that_wait_for_the_disk_all_come_back(place: Place) -> None:
+    trail = place.trail(AuditLogRules(fsync=True, rotate_bytes=8192))
+    barrier = threading.Barrier(8)
+
+    def work(first: int) -> None:
+        barrier.wait()
+        for number in range(first, first + 20):
+            trail.append(record(number))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(0, 160, 20)))
+    trail.close()
+
+    assert len(set(place.principals())) == 160
+    assert place.verified().verdict == "intact"

@@ -1,0 +1,132 @@
+"""Receipts: one line proven by a signed checkpoint, without the trail."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kms_core.audit import AuditLogRules
+from kms_core.audit.keys import PublicKeys, Signer
+from kms_core.audit.verification import receipt
+from kms_core.audit.verification.receipt import BadReceipt, Receipt, UnknownRecord
+from kms_protocol.errors import AuditUnavailable
+from support.audit_logs import Place, record
+from support.holes import small_peak, with_hole
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+@pytest.fixture
+def ids(place: Place) -> list[str]:
+    trail = place.trail(AuditLogRules(checkpoint_lines=10, rotate_bytes=8192))
+    made = [trail.append(record(number)) for number in range(60)]
+    trail.close()
+    return made
+
+
+def test_every_record_has_a_receipt_that_holds(place: Place, ids: list[str]) -> None:
+    for number, name in enumerate(ids):
+        made = receipt.make(place.folder, name)
+
+        assert json.loads(made.line)["principal"] == f"ada-{number}"
+        proven = receipt.check(made, place.keys())
+        assert f"{proven.chain}:{proven.seq}" == name
+
+
+def test_a_receipt_shows_no_other_record(place: Place, ids: list[str]) -> None:
+    made = receipt.make(place.folder, ids[20])
+
+    assert msgspec.json.encode(made).count(b"ada-") == 1
+    assert made.path
+
+
+def test_a_receipt_outlives_the_trail(place: Place, ids: list[str]) -> None:
+    text = msgspec.json.encode(receipt.make(place.folder, ids[3]))
+    for path in place.files():
+        path.unlink()
+
+    assert receipt.check(msgspec.json.decode(text, type=Receipt), place.keys()).seq == 4
+
+
+def test_a_line_without_a_later_checkpoint_has_to_wait(place: Place) -> None:
+    trail = place.trail()
+    name = trail.append(record())
+    with pytest.raises(AuditUnavailable, match="ask again"):
+        receipt.make(place.folder, name)
+    trail.close()
+
+    assert receipt.check(receipt.make(place.folder, name), place.keys()).seq == 1
+
+
+def test_the_checkpoint_may_stand_in_the_next_file(place: Place) -> None:
+    trail = place.trail()
+    name = trail.append(record(1))
+    path = place.files()[0]
+    path.rename(path.with_name("moved"))  # no checkpoint ends this file
+    trail.append(record(2))
+    trail.close()
+    path.with_name("moved").rename(path)
+
+    assert receipt.check(receipt.make(place.folder, name), place.keys()).seq == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "x",
+        "api-20260101T000000.000000Z-1:5",
+        "../../etc/passwd:1",
+        "{chain}:999",
+        "{chain}:-1",
+        "{chain}:1x",
+    ],
+)
+def test_an_unknown_id_has_none(place: Place, ids: list[str], name: str) -> None:
+    with pytest.raises(UnknownRecord):
+        receipt.make(place.folder, name.replace("{chain}", ids[0].partition(":")[0]))
+
+
+CHANGES: dict[str, Callable[[Receipt], dict[str, object]]] = {
+    "line": lambda made: {"line": made.line.replace("ada-", "eve-")},
+    "no line": lambda _: {"line": "nonsense"},
+    "id": lambda made: {"id": made.id.replace(":5", ":6")},
+    "before": lambda _: {"before": "00" * 32},
+    "digest": lambda made: {"path": ["00" * 32, *made.path[1:]]},
+    "shorter path": lambda made: {"path": made.path[1:]},
+    "no hex": lambda made: {"path": ["zz", *made.path[1:]]},
+    "checkpoint": lambda made: {"checkpoint": made.checkpoint.replace('"seq":10', '"seq":11')},
+    "line as checkpoint": lambda made: {"checkpoint": made.line},
+    "version": lambda _: {"version": 2},
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_changed_receipt_does_not_hold(place: Place, ids: list[str], field: str) -> None:
+    made = receipt.make(place.folder, ids[4])
+    changed = msgspec.structs.replace(made, **CHANGES[field](made))
+    assert receipt.check(made, place.keys()).seq == 5
+    assert changed != made
+
+    with pytest.raises(BadReceipt):
+        receipt.check(changed, place.keys())
+
+
+def test_a_receipt_needs_a_key_that_is_trusted(place: Place, ids: list[str], tmp_path: Path) -> None:
+    other = PublicKeys.of([Signer.at(tmp_path / "other.key").public])
+
+    with pytest.raises(BadReceipt, match="not signed by a key"):
+        receipt.check(receipt.make(place.folder, ids[0]), other)
+
+
+def test_a_hole_behind_a_line_takes_no_memory(place: Place) -> None:
+    name = place.trail().append(record())
+    with_hole(place.files()[0])
+
+    with small_peak(), pytest.raises(AuditUnavailable):
+        receipt.make(place.folder, name)

@@ -1,0 +1,605 @@
+"""A log or an anchor that cannot be read hides nothing else, and is never called compared."""
+
+import math
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, cast
+
+import pytest
+from prometheus_client import REGISTRY
+
+from kms_cli.local import installation
+from kms_core.audit import AuditLogRules, chain, maintenance
+from kms_core.audit.chain import ChainLine
+from kms_core.audit.keys import PublicKeys, Signer
+from kms_core.audit.maintenance import AuditMaintenance
+from kms_core.audit.sinks import FolderSink
+from kms_core.audit.verification import anchors
+from kms_core.audit.verification.monitor import AuditMonitor
+from kms_core.settings.model import Settings
+from kms_protocol.units import MiB
+from support.audit_logs import Place, notes, record
+from support.holes import islands, small_peak, with_hole
+from support.waiting import WAIT_S
+
+NOBODY: Final = 65534
+MARK: Final = b'"kind":"retired"'
+EAGER: Final = AuditLogRules(checkpoint_s=0)
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anchors are read at each look."""
+    monkeypatch.setattr(anchors, "EVERY_S", 0.0)
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    """Below a directory that other users may enter, as they may not enter that of pytest."""
+    at = Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR", "/tmp")))
+    at.chmod(0o777)
+    yield Place(at)
+    shutil.rmtree(at)
+
+
+@contextmanager
+def unprivileged(place: Place) -> Iterator[None]:
+    """As a user for whom file modes count; root may read everything."""
+    if os.geteuid():
+        yield
+        return
+    for path in place.at.rglob("*"):
+        os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def kept(place: Place) -> FolderSink:
+    return FolderSink(place.at / "anchors")
+
+
+def chain_of(place: Place, role: str, count: int = 3) -> Path:
+    """A closed chain with anchors of a checkpoint and of its end; its file."""
+    trail = place.trail(EAGER, role=role)
+    keeper = AuditMaintenance(trail, [kept(place)])
+    for number in range(count):
+        trail.append(record(number))
+    keeper.round()
+    trail.close()
+    keeper.round()
+    return next(file for file in place.files() if file.name.startswith(role))
+
+
+def watching(place: Place) -> AuditMonitor:
+    return AuditMonitor(place.folder, place.signing_key, [kept(place)])
+
+
+def found(watch: AuditMonitor) -> list[str]:
+    watch.round()
+    return [problem.code for problem in watch.condition.anchors]
+
+
+def metric(name: str, **labels: str) -> float:
+    value = REGISTRY.get_sample_value(name, labels)
+    assert value is not None
+    return value
+
+
+def compared() -> float:
+    return metric("kms_audit_anchors_ok", place="directory")
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:2]))
+
+
+# -- the log -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_first", [True, False], ids=["at the first look", "later"])
+def test_a_file_that_cannot_be_read_hides_no_cut_of_another(place: Place, *, at_first: bool) -> None:
+    first, second = chain_of(place, "api"), chain_of(place, "worker")
+    watch = watching(place)
+    if not at_first:
+        assert found(watch) == []
+    cut(second)
+    first.touch()
+    first.chmod(0)
+    with unprivileged(place):
+        assert sorted(found(watch)) == (["cut", "missing_chain"] if at_first else ["cut"])
+    assert compared() == 0
+    assert first.name in watch.condition.unread
+
+
+@pytest.mark.parametrize("at_first", [True, False], ids=["at the first look", "later"])
+def test_a_directory_in_place_of_a_file_hides_no_cut_of_another(place: Place, *, at_first: bool) -> None:
+    first, second = chain_of(place, "api"), chain_of(place, "worker")
+    watch = watching(place)
+    if not at_first:
+        assert found(watch) == []
+    cut(second)
+    first.unlink()
+    first.mkdir()
+
+    assert sorted(found(watch)) == ["cut", "missing_chain"]
+    assert compared() == 0
+
+
+def test_a_file_that_cannot_be_read_is_not_called_compared_until_it_can(place: Place) -> None:
+    file = chain_of(place, "api")
+    watch = watching(place)
+    assert (found(watch), compared(), watch.condition.unread) == ([], 1, "")
+    read_at = watch.condition.read_at
+    file.touch()
+    file.chmod(0)
+    with unprivileged(place):
+        assert found(watch) == []
+        assert math.isnan(compared())
+        assert math.isnan(metric("kms_audit_chain_ok"))
+        assert "Permission denied" in watch.condition.unread
+        assert watch.condition.not_compared == {"directory": watch.condition.unread}
+        assert watch.condition.read_at == metric("kms_audit_read_timestamp_seconds") == read_at
+        file.chmod(0o600)
+
+        assert found(watch) == []
+    assert (compared(), metric("kms_audit_chain_ok")) == (1, 1)
+    assert (watch.condition.unread, watch.condition.not_compared) == ("", {})
+    assert watch.condition.read_at > read_at
+
+
+def test_an_anchor_whose_line_cannot_be_read_is_compared_once_it_can(place: Place) -> None:
+    """The file itself has not changed since it was read."""
+    trail = place.trail(EAGER)
+    keeper = AuditMaintenance(trail, [kept(place)])
+    trail.append(record(1))
+    trail.close()
+    watch = watching(place)
+    watch.round()
+    (file,) = place.files()
+    keeper.round()
+    file.chmod(0)
+    with unprivileged(place):
+        assert found(watch) == []
+        assert math.isnan(compared())
+        assert "Permission denied" in watch.condition.not_compared["directory"]
+        file.chmod(0o600)
+
+        assert found(watch) == []
+        assert compared() == 1
+
+
+@pytest.mark.parametrize("what", ["folder", "keys"])
+def test_a_look_that_fails_is_not_called_compared(place: Place, what: str) -> None:
+    chain_of(place, "api")
+    watch = watching(place)
+    assert (found(watch), compared()) == ([], 1)
+    taken = place.folder if what == "folder" else place.at / "signing.pub"
+    taken.chmod(0)
+    with unprivileged(place):
+        assert found(watch) == []
+        assert math.isnan(compared())
+        assert math.isnan(metric("kms_audit_chain_ok"))
+        assert "Permission denied" in watch.condition.unread
+        assert watch.condition.not_compared == {"directory": watch.condition.unread}
+        taken.chmod(0o700)
+
+        assert (found(watch), compared(), watch.condition.unread) == ([], 1, "")
+
+
+def test_a_look_that_fails_takes_back_no_contradiction(place: Place) -> None:
+    cut(chain_of(place, "api"))
+    watch = watching(place)
+    assert (found(watch), compared()) == (["cut"], 0)
+    (place.at / "signing.pub").rename(place.at / "elsewhere")
+
+    assert (found(watch), compared()) == (["cut"], 0)
+
+
+def test_a_missing_file_is_told_although_another_cannot_be_read(place: Place) -> None:
+    """Removals on record are searched in all files; one that cannot be read excuses nothing."""
+    first, second = chain_of(place, "api"), chain_of(place, "worker")
+    watch = watching(place)
+    assert found(watch) == []
+    second.unlink()
+    first.touch()
+    first.chmod(0)
+    with unprivileged(place):
+        assert found(watch) == ["missing_chain"]
+        assert maintenance.removal_horizon(place.folder, place.keys()) == ""
+    assert [problem.code for problem in watch.condition.problems] == ["missing_file"]
+
+
+def test_the_latest_removal_counts_wherever_it_is_on_record(place: Place) -> None:
+    """The file that was written to last holds an earlier one."""
+    first, second = place.trail(), place.trail(role="worker")
+    first.append(record(1))
+    first.record_removal("2026-01-01T00:00:00.000000Z", 1)
+    second.append(record(1))
+    second.record_removal("2026-02-01T00:00:00.000000Z", 1)
+    first.append(record(2))
+
+    assert maintenance.removal_horizon(place.folder, place.keys()) == "2026-02-01T00:00:00.000000Z"
+
+
+def test_a_removal_in_a_line_of_any_length_takes_no_memory(place: Place) -> None:
+    log = place.trail()
+    log.append(record(1))
+    log.record_removal("2026-01-01T00:00:00.000000Z", 1)
+    with_hole(place.files()[0], b'"kind":"retired"\n{}\n')
+
+    with small_peak():
+        assert maintenance.removal_horizon(place.folder, place.keys()) == "2026-01-01T00:00:00.000000Z"
+
+
+@pytest.mark.parametrize(
+    ("hole_bytes", "behind"),
+    [(2**40, b"\n"), (2**29, MARK * 512 + b"\n"), (0, MARK * 2**19 + b"\n")],
+    ids=["terabyte", "marks behind a hole", "marks in one line"],
+)
+def test_a_search_for_removals_takes_little_time(place: Place, hole_bytes: int, behind: bytes) -> None:
+    """For each mark the ends of its line are looked for, and a hole costs whoever makes it nothing."""
+    log = place.trail()
+    log.append(record(1))
+    log.record_removal("2026-01-01T00:00:00.000000Z", 1)
+    with_hole(place.files()[0], behind, hole_bytes)
+    began = time.process_time()
+
+    assert maintenance.removal_horizon(place.folder, place.keys()) == "2026-01-01T00:00:00.000000Z"
+    assert time.process_time() - began < WAIT_S / 10
+
+
+def test_a_file_that_is_cut_while_it_is_searched_ends_no_process(place: Place) -> None:
+    """A look at a page of a map that is gone would, by SIGBUS."""
+    file = chain_of(place, "api")
+    keys = place.keys()
+    file.write_bytes((MARK + b"\n") * 2**17)
+
+    class Cutting(PublicKeys):
+        def signed(self, line: bytes) -> ChainLine | None:
+            os.truncate(file, 0)
+            return super().signed(line)
+
+    assert maintenance.removal_horizon(place.folder, Cutting(keys.keys)) == ""
+
+
+def test_a_hole_in_a_file_of_anchors_takes_no_memory(place: Place) -> None:
+    """What is behind it is read all the same, and the hole is no anchor."""
+    chain_of(place, "api")
+    file = next(kept(place).path.iterdir())
+    anchors = kept(place).lines()
+    with_hole(file, b"\n" + file.read_bytes(), 2**40)
+
+    with small_peak():
+        lines = kept(place).lines()
+    assert [line for line in lines if line.startswith(b"{")] == 2 * anchors
+    assert len(lines) > 2 * len(anchors)
+
+
+def test_blocks_between_holes_in_a_file_of_anchors_take_no_memory(place: Place) -> None:
+    chain_of(place, "api")
+    file, anchors = next(kept(place).path.iterdir()), kept(place).lines()
+    islands(file, 64, MiB)
+
+    with small_peak():
+        lines = kept(place).lines()
+    assert lines[: len(anchors)] == anchors
+    assert len(lines) > len(anchors)
+
+
+def test_what_cannot_be_read_is_told_once(place: Place) -> None:
+    """Another file has the name, and cannot be read, look after look."""
+    file = chain_of(place, "api")
+    watch = watching(place)
+    assert found(watch) == []
+    file.unlink()
+    file.touch()
+    file.chmod(0)
+    with unprivileged(place):
+        for _ in range(3):
+            watch.round()
+
+    assert [problem.code for problem in watch.condition.problems] == ["cut"]
+
+
+def test_a_file_whose_opening_is_not_known_is_excused_by_no_removal(place: Place) -> None:
+    trail = place.trail()
+    trail.append(record(1))
+    trail.record_removal("2999-01-01T00:00:00.000000Z", 1)
+    watch = watching(place)
+    watch.round()
+
+    assert watch.is_retired("2026-01-01T00:00:00.000000Z")
+    assert not watch.is_retired("")
+
+
+# -- anchors -----------------------------------------------------------------------------------------
+
+
+def anchor_file(place: Place, role: str) -> Path:
+    return next((place.at / "anchors").glob(f"{role}-*"))
+
+
+def forged(file: Path, count: int) -> bytes:
+    """Lines like the last of a file of anchors, of later numbers, which no key signed."""
+    last = file.read_bytes().splitlines()[-1]
+    read = chain.read(last)
+    assert read is not None
+    begin = b'{"seq":%d,' % read.seq
+    return b"".join(
+        last.replace(begin, b'{"seq":%d,' % (read.seq + 1 + number)) + b"\n" for number in range(count)
+    )
+
+
+JUNK: Final[dict[str, Callable[[Path], bytes]]] = {
+    "text": lambda _: b"nonsense\n",
+    "many lines": lambda _: b"{}\n" * 5_000,
+    "forged": lambda file: forged(file, 20),
+    "empty lines": lambda _: b"\n" * 100_000,
+}
+MUCH: Final[dict[str, Callable[[Path], bytes]]] = {
+    "lines of more than a MiB": lambda _: b"nonsense\n" * 200_000,
+    "no line": lambda _: b"x" * 3 * 1024 * 1024,
+}
+
+
+@pytest.mark.parametrize("name", JUNK)
+@pytest.mark.parametrize("at_first", [True, False], ids=["at the first look", "later"])
+def test_what_stands_behind_an_anchor_does_not_hide_it(place: Place, name: str, *, at_first: bool) -> None:
+    file = chain_of(place, "api", 5)
+    anchored = anchor_file(place, "api")
+    watch = watching(place)
+    if not at_first:
+        assert (found(watch), watch.condition.not_compared) == ([], {})
+    with anchored.open("ab") as out:
+        out.write(JUNK[name](anchored))
+
+    assert found(watch) == []
+    assert "is damaged" in watch.condition.not_compared["directory"]
+    assert math.isnan(compared())
+    cut(file)
+    assert (found(watch), compared()) == (["cut"], 0)
+    (problem,) = watch.condition.anchors
+    assert problem.anchor_seq == 7, "the newest anchor counts"
+
+
+@pytest.mark.parametrize("name", MUCH)
+def test_behind_a_mib_of_junk_the_first_anchor_counts(place: Place, name: str) -> None:
+    file = chain_of(place, "api", 5)
+    anchored = anchor_file(place, "api")
+    with anchored.open("ab") as out:
+        out.write(MUCH[name](anchored))
+    watch = watching(place)
+    assert found(watch) == []
+    assert "is damaged" in watch.condition.not_compared["directory"]
+    cut(file)
+
+    assert found(watch) == ["cut"]
+    assert watch.condition.anchors[0].anchor_seq == 6
+
+
+def test_a_file_of_junk_alone_is_damaged(place: Place) -> None:
+    chain_of(place, "api")
+    (place.at / "anchors" / "api-20260101T000000.000000Z-1.anchors.jsonl").write_bytes(b"nonsense\n")
+    watch = watching(place)
+
+    assert found(watch) == []
+    assert "is damaged" in watch.condition.not_compared["directory"]
+
+
+def lock(file: Path) -> None:
+    file.write_bytes(b"nonsense\n")
+    file.chmod(0)
+
+
+NO_ANCHORS: Final[dict[str, Callable[[Path], None]]] = {
+    "directory": lambda file: file.mkdir(),
+    "pipe": os.mkfifo,
+    "link": lambda file: file.symlink_to("a" * 300),
+    "locked": lock,
+}
+
+
+@pytest.mark.parametrize("kind", NO_ANCHORS)
+@pytest.mark.parametrize("at_first", [True, False], ids=["at the first look", "later"])
+def test_what_is_no_file_of_anchors_hides_no_other(place: Place, kind: str, *, at_first: bool) -> None:
+    file = chain_of(place, "api")
+    watch = watching(place)
+    if not at_first:
+        assert found(watch) == []
+    stray = place.at / "anchors" / "api-20260101T000000.000000Z-1.anchors.jsonl"
+    NO_ANCHORS[kind](stray)
+    cut(file)
+    folder = kept(place)
+    with unprivileged(place):
+        assert (found(watch), compared()) == (["cut"], 0)
+        assert [problem.code for problem in place.verified(*folder.lines()).problems] == ["cut"]
+        told = [folder.unread, watch.condition.not_compared.get("directory", "")]
+        assert told == ([f"{stray} cannot be read (Permission denied)"] * 2 if kind == "locked" else ["", ""])
+        read = installation.named_anchors(cast("Settings", None), [str(folder.path)])
+    assert set(read.lines) == {str(folder.path)}
+    assert len(read.lines[str(folder.path)]) > 1
+    assert list(read.failed) == ([str(folder.path)] if kind == "locked" else [])
+
+
+def test_a_link_that_leads_nowhere_does_not_end_a_verification(place: Place) -> None:
+    file = chain_of(place, "api")
+    place.folder.joinpath("api.jsonl").symlink_to("a" * 300)
+    cut(file)
+
+    assert [problem.code for problem in place.verified(*kept(place).lines()).problems] == ["cut"]
+
+
+@contextmanager
+def out_of_reach(file: Path) -> Iterator[None]:
+    """A link is in its place, and the file is in a directory that the user may not enter."""
+    away = file.parent.parent / "away"
+    away.mkdir()
+    file.rename(away / file.name)
+    file.symlink_to(away / file.name)
+    away.chmod(0)
+    yield
+    away.chmod(0o700)
+
+
+def test_a_log_with_a_file_out_of_reach_is_not_called_intact(place: Place) -> None:
+    """It is the newest, which no other names."""
+    chain_of(place, "api")
+    with out_of_reach(chain_of(place, "worker")):
+        watch = watching(place)
+        with unprivileged(place):
+            with pytest.raises(PermissionError):
+                place.verified()
+            watch.round()
+
+    assert "Permission denied" in watch.condition.unread
+
+
+def test_a_file_of_anchors_out_of_reach_is_told_of_and_hides_no_other(place: Place) -> None:
+    first, second = chain_of(place, "api"), chain_of(place, "worker")
+    anchored = kept(place).path / f"{second.name.partition('.00')[0]}.anchors.jsonl"
+    cut(first)
+    with out_of_reach(anchored):
+        watch, read = watching(place), kept(place)
+        with unprivileged(place):
+            assert found(watch) == ["cut"]
+            lines = read.lines()
+
+    assert f"{anchored} cannot be read (Permission denied)" in watch.condition.not_compared["directory"]
+    assert (read.unread, lines != []) == (f"{anchored} cannot be read (Permission denied)", True)
+
+
+@pytest.mark.parametrize("mode", [0, 0o300, 0o400])
+def test_a_folder_of_anchors_that_cannot_be_read_is_told_of(place: Place, mode: int) -> None:
+    """Its anchors are not compared: an older copy of the log would pass."""
+    cut(chain_of(place, "api"))
+    folder = kept(place)
+    folder.path.chmod(mode)
+    with unprivileged(place):
+        watch = watching(place)
+        assert found(watch) == []
+        read = installation.named_anchors(cast("Settings", None), [str(folder.path)])
+    folder.path.chmod(0o700)
+
+    assert "cannot be read (Permission denied)" in watch.condition.not_compared["directory"]
+    assert ["cannot be read (Permission denied)" in why for why in read.failed.values()] == [True]
+
+
+def test_a_file_of_anchors_that_can_be_read_again_is_compared(place: Place) -> None:
+    """It has not changed."""
+    file = chain_of(place, "api")
+    anchored = anchor_file(place, "api")
+    anchored.chmod(0)
+    watch = watching(place)
+    with unprivileged(place):
+        assert found(watch) == []
+        assert "Permission denied" in watch.condition.not_compared["directory"]
+        anchored.chmod(0o600)
+        cut(file)
+
+        assert (found(watch), watch.condition.not_compared) == (["cut"], {})
+
+
+def test_a_pipe_in_place_of_a_file_of_anchors_holds_nobody_up(place: Place) -> None:
+    trail = place.trail(EAGER)
+    keeper = AuditMaintenance(trail, [kept(place)])
+    trail.append(record(0))
+    keeper.round()
+    anchored = anchor_file(place, "api")
+    anchored.unlink()
+    os.mkfifo(anchored)
+    trail.append(record(1))
+    beside = threading.Thread(target=keeper.round, daemon=True)
+    beside.start()
+    beside.join(10)
+
+    assert not beside.is_alive()
+    trail.close()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_anchors_that_are_no_plain_file_are_told_of_and_not_waited_for(tmp_path: Path, kind: str) -> None:
+    named = tmp_path / "named.anchors.jsonl"
+    pipe = named if kind == "pipe" else tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if kind == "link":
+        named.symlink_to(pipe)
+    read: list[installation.AnchorLines] = []
+
+    def look() -> None:
+        read.append(installation.named_anchors(cast("Settings", None), [str(named)]))
+
+    beside = threading.Thread(target=look, daemon=True)
+    beside.start()
+    beside.join(10)
+
+    assert [each.failed for each in read] == [{str(named): "it cannot be read (it is no plain file)"}]
+
+
+def test_the_next_anchor_ends_it(place: Place) -> None:
+    trail = place.trail(EAGER)
+    keeper = AuditMaintenance(trail, [kept(place)])
+    trail.append(record(1))
+    keeper.round()
+    with anchor_file(place, "api").open("ab") as out:
+        out.write(b"nonsense\n")
+    watch = watching(place)
+    watch.round()
+    assert watch.condition.not_compared
+    trail.append(record(2))
+    keeper.round()
+
+    assert (found(watch), watch.condition.not_compared, compared()) == ([], {}, 1)
+
+
+def test_an_empty_file_and_one_of_another_install_are_not_damaged(place: Place) -> None:
+    (place.at / "other").mkdir()
+    other = Place(place.at / "other")
+    chain_of(other, "worker")
+    shutil.copytree(other.at / "anchors", place.at / "anchors")
+    chain_of(place, "api")
+    (place.at / "anchors" / "api-20260101T000000.000000Z-1.anchors.jsonl").touch()
+    watch = watching(place)
+
+    assert (found(watch), watch.condition.not_compared, compared()) == ([], {}, 1)
+
+
+def test_a_search_in_junk_takes_no_time(place: Place) -> None:
+    """Each forged line looks like a signed one."""
+    chain_of(place, "api")
+    anchored = anchor_file(place, "api")
+    with anchored.open("ab") as out:
+        out.write(forged(anchored, 20_000))
+    watch = watching(place)
+    begin = time.monotonic()
+    watch.round()
+
+    assert time.monotonic() - begin < 5
+    assert watch.condition.not_compared
+
+
+def test_verification_notes_lines_that_are_no_anchors(place: Place) -> None:
+    chain_of(place, "api")
+    assert notes(place.verified(*kept(place).lines())) == []
+    with anchor_file(place, "api").open("ab") as out:
+        out.write(b"nonsense\n{\n")
+    report = place.verified(*kept(place).lines())
+
+    assert (report.verdict, notes(report)) == ("intact", ["anchors_damaged"])
+    assert "2 lines in here" in report.notes[0].text
+
+
+def test_signer_knows_all_keys_that_signed_here(place: Place) -> None:
+    first = Signer.at(place.signing_key)
+    place.signing_key.unlink()
+    second = Signer.at(place.signing_key)
+
+    assert {*second.known.keys} == {first.key_id, second.key_id} == {*Signer.at(place.signing_key).known.keys}

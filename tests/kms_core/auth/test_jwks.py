@@ -1,0 +1,200 @@
+"""Keys of an issuer are fetched once for all who need them, and only those wait who do."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import jwt
+import pytest
+
+from kms_core.auth import jwks
+from kms_core.auth.jwks import KeysPending, RemoteKeys
+from kms_core.auth.jwt_verifier import Jwts, Trusted
+from kms_core.observability import metrics
+from kms_core.settings.auth import IssuerSection as Section
+from kms_protocol.errors import Unauthenticated, Unavailable
+from support.credentials import AUDIENCE, Issuer, claims
+from support.waiting import until
+
+OTHER = "https://other.example.com"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Endpoint:
+    """A key endpoint that can hang (``open`` is cleared) or be away."""
+
+    def __init__(self, issuer: Issuer) -> None:
+        self.issuer, self.count, self.away = issuer, 0, False
+        self.open = threading.Event()
+        self.open.set()
+
+    def __call__(self) -> bytes:
+        self.count += 1
+        assert self.open.wait(60)
+        if self.away:
+            raise OSError("away")
+        return self.issuer.jwks
+
+
+class World:
+    """Two issuers and the verifier that trusts both."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.issuers = {"corp": Issuer(), "other": Issuer()}
+        for issuer in self.issuers.values():
+            issuer.rollover("one")
+        self.endpoints = {name: Endpoint(issuer) for name, issuer in self.issuers.items()}
+        self.jwts = Jwts([self._trusted("corp", "https://id.example.com"), self._trusted("other", OTHER)])
+
+    def _trusted(self, name: str, url: str) -> Trusted:
+        section = Section(issuer=url, audience=AUDIENCE, jwks_url="-")
+        return Trusted(name, section, RemoteKeys(self.endpoints[name], clock=self.clock))
+
+    def junk(self, kid: str) -> str:
+        """A token of the first issuer by a key that the issuer does not have."""
+        thief = self.issuers["other"].keys["one"][0]
+        return jwt.encode(claims(), thief, "ES256", {"kid": kid})
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World()
+    yield made
+    for endpoint in made.endpoints.values():
+        endpoint.open.set()
+
+
+def fetched(kind: str = "key_fetch") -> float:
+    value: float = metrics.AUTH_JWT_WORK.labels(kind)._value.get()  # noqa: SLF001 -- the library shows none
+    return value
+
+
+def test_a_hanging_endpoint_delays_only_tokens_that_need_it(world: World) -> None:
+    corp, other = world.issuers.values()
+    world.jwts.verify_blocking(corp.token())
+    world.endpoints["corp"].open.clear()
+    world.clock.now += jwks.AGAIN_S
+    with pytest.raises(KeysPending):
+        world.jwts.verify(world.junk("x"))
+
+    assert world.jwts.verify(corp.token(sub="eve")).name == "corp:eve"  # the key is known
+    assert world.jwts.verify_blocking(other.token(iss=OTHER)).name == "other:ada"
+    world.clock.now += jwks.KEEP_S + 1  # also when the set is old and its fetch is late
+    assert world.jwts.verify(corp.token(sub="bob")).name == "corp:bob"
+
+
+def test_one_fetch_serves_all_who_wait(world: World) -> None:
+    corp, endpoint = world.issuers["corp"], world.endpoints["corp"]
+    endpoint.open.clear()
+    found: list[str] = []
+
+    def call(number: int) -> None:
+        found.append(world.jwts.verify_blocking(corp.token(sub=f"ada{number}")).name)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    until(lambda: endpoint.count, "the fetch has begun")
+    endpoint.open.set()
+    for thread in threads:
+        thread.join()
+
+    assert sorted(found) == sorted(f"corp:ada{number}" for number in range(20))
+    assert endpoint.count == 1
+
+
+def test_so_many_wait_for_one_issuer_and_no_more(world: World) -> None:
+    world.endpoints["corp"].open.clear()
+    with pytest.raises(KeysPending) as caught:
+        world.jwts.verify(world.junk("x"))
+    with ExitStack() as waiting:
+        for _ in range(512):
+            waiting.enter_context(caught.value.refresh.joined())
+
+        with pytest.raises(Unavailable), caught.value.refresh.joined():
+            pytest.fail("the 513th waits")
+    with caught.value.refresh.joined():
+        pass
+
+
+def test_junk_with_any_key_id_costs_one_fetch_and_no_signature_check(world: World) -> None:
+    world.jwts.verify_blocking(world.issuers["corp"].token())
+    world.clock.now += jwks.AGAIN_S
+    before = fetched(), fetched("signature")
+    for number in range(200):
+        with pytest.raises(Unauthenticated) as caught:
+            world.jwts.verify_blocking(world.junk(f"kid{number}"))
+        assert caught.value.reason == "signature"
+
+    assert (fetched() - before[0], fetched("signature") - before[1]) == (1, 0)
+
+
+def test_an_unknown_key_id_is_no_refusal_while_the_issuer_is_away(world: World) -> None:
+    corp, endpoint = world.issuers["corp"], world.endpoints["corp"]
+    world.jwts.verify_blocking(corp.token())
+    corp.rollover("two")
+    endpoint.away = True
+    world.clock.now += jwks.AGAIN_S
+    for _ in range(3):  # the first one waits for the fetch that fails
+        with pytest.raises(Unavailable):
+            world.jwts.verify_blocking(corp.token())
+    assert endpoint.count == 2
+    endpoint.away = False
+    world.clock.now += jwks.AGAIN_S
+
+    assert world.jwts.verify_blocking(corp.token()).name == "corp:ada"
+
+
+def test_a_set_is_fetched_before_it_is_old_and_no_caller_waits(world: World) -> None:
+    corp, endpoint = world.issuers["corp"], world.endpoints["corp"]
+    world.jwts.verify_blocking(corp.token())
+    world.clock.now += jwks.KEEP_S / 2 + 1
+
+    assert world.jwts.verify(corp.token(sub="eve")).name == "corp:eve"
+    until(lambda: endpoint.count == 2, "the fetch in the background")
+
+
+def test_a_fetch_that_does_not_end_is_the_only_one_and_no_caller_waits_for_it(world: World) -> None:
+    corp, endpoint = world.issuers["corp"], world.endpoints["corp"]
+    endpoint.open.clear()
+    with pytest.raises(KeysPending):
+        world.jwts.verify(corp.token())
+    world.clock.now += jwks.WAIT_S + 1
+    for _ in range(3):
+        with pytest.raises(Unavailable) as caught:
+            world.jwts.verify(corp.token())
+        assert not isinstance(caught.value, KeysPending)
+        world.clock.now += 60
+    assert endpoint.count == 1
+    endpoint.open.set()
+    until(lambda: not any(thread.name == "jwks" for thread in threading.enumerate()), "the end of the fetch")
+
+    assert world.jwts.verify_blocking(corp.token()).name == "corp:ada"
+
+
+def test_a_token_without_a_key_id_is_tried_with_eight_keys(world: World) -> None:
+    corp = world.issuers["corp"]
+    for number in range(20):
+        corp.rollover(f"k{number}")
+    world.jwts.verify_blocking(corp.token("one"))
+    before = fetched("signature")
+    with pytest.raises(Unauthenticated):
+        world.jwts.verify(jwt.encode(claims(), world.issuers["other"].keys["one"][0], "ES256"))
+
+    assert fetched("signature") - before == 8
+
+
+@pytest.mark.parametrize("text", ["a.b", "a.b.c.d", ".b.c", "a..c", "a=.b.c", "a. b.c", "ä.b.c", "a" * 9000])
+def test_what_has_not_the_shape_of_a_jwt_is_refused_before_it_is_parsed(world: World, text: str) -> None:
+    with pytest.raises(Unauthenticated) as caught:
+        world.jwts.verify(text)
+
+    assert caught.value.reason == "malformed"

@@ -1,0 +1,488 @@
+"""JWTs: who is let in, and every way in which a token may be wrong (RFC 8725)."""
+
+import base64
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import jwt
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from kms_core.auth import jwks
+from kms_core.auth.authenticator import Authenticator
+from kms_core.auth.jwks import FileKeys, RemoteKeys
+from kms_core.auth.jwt_verifier import Jwts, Trusted
+from kms_core.auth.policy import ByScopes, Principal, allows
+from kms_core.auth.tokens import TokenFile
+from kms_core.observability import metrics
+from kms_core.scopes import NOT_IN_STAR
+from kms_core.settings.auth import CertificateSection, ClaimGrant
+from kms_core.settings.auth import IssuerSection as Section
+from kms_protocol.errors import ConfigurationError, Unauthenticated, Unavailable
+from support.credentials import AUDIENCE, ISSUER, Issuer, claims, public_jwk
+
+LEEWAY_S: Final = 5
+Change = Callable[[Issuer], str]
+
+
+def section(**changes: Any) -> Section:  # noqa: ANN401 -- fields of the section
+    plain = Section(
+        issuer=ISSUER, audience=AUDIENCE, jwks_url="-", leeway_s=LEEWAY_S, scopes_claim="kms_scopes"
+    )
+    return msgspec.structs.replace(plain, **changes)
+
+
+@pytest.fixture
+def issuer() -> Issuer:
+    made = Issuer()
+    made.rollover("one")
+    return made
+
+
+def door(issuer: Issuer, **changes: Any) -> Jwts:  # noqa: ANN401 -- as above
+    return Jwts([Trusted("corp", section(**changes), RemoteKeys(lambda: issuer.jwks))])
+
+
+def reason(jwts: Jwts, token: str) -> str:
+    with pytest.raises(Unauthenticated) as caught:
+        jwts.verify_blocking(token)
+    assert "ada" not in str(caught.value)
+    return caught.value.reason
+
+
+# -- let in ----------------------------------------------------------------------------------------------
+
+
+def test_a_token_becomes_a_principal(issuer: Issuer) -> None:
+    who = door(issuer).verify_blocking(issuer.token())
+
+    assert (who.name, who.tenant) == ("corp:ada", "default")
+    assert who.credential.startswith("jwt:corp:")
+    assert who.grant is not None
+    assert who.grant.scopes == ("encrypt,decrypt", "jobs:read,jobs:write", "status")
+    assert who.grant.until == pytest.approx(time.time() + 600 + LEEWAY_S, abs=30)
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "PS384", "ES256", "EdDSA"])
+def test_signatures_by_a_private_key_are_taken(algorithm: str) -> None:
+    issuer = Issuer()
+    issuer.rollover("k", algorithm)
+
+    assert door(issuer, algorithms=(algorithm,)).verify_blocking(issuer.token()).name == "corp:ada"
+
+
+def test_a_remembered_token_costs_no_second_signature_check(issuer: Issuer) -> None:
+    jwts, token = door(issuer), issuer.token()
+    jwts.verify_blocking(token)
+    before = work("signature")
+    for _ in range(10):
+        jwts.verify(token)
+    again = work("signature")
+    jwts.verify(issuer.token(sub="eve"))
+
+    assert (again - before, work("signature") - again) == (0, 1)
+
+
+def work(kind: str) -> float:
+    """Costly steps of this kind that this process has done."""
+    value: float = metrics.AUTH_JWT_WORK.labels(kind)._value.get()  # noqa: SLF001 -- the library shows none
+    return value
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "expected"),
+    [
+        ({"scopes": ("status",), "scopes_claim": None}, {}, ("status",)),
+        ({"scopes_claim": None}, {}, ()),
+        ({}, {"kms_scopes": "encrypt"}, ()),
+        ({}, {"kms_scopes": ["encrypt", "no such", 7, "decrypt key=a"]}, ("encrypt", "decrypt key=a")),
+        ({}, {"kms_scopes": ["encrypt"] * 300}, ("encrypt",) * 64),
+    ],
+    ids=["settings", "nobody's", "text", "odd", "many"],
+)
+def test_scopes_are_of_settings_and_of_the_token(
+    issuer: Issuer, changes: dict[str, Any], said: dict[str, Any], expected: tuple[str, ...]
+) -> None:
+    who = door(issuer, **changes).verify_blocking(issuer.token(**said))
+
+    assert who.grant is not None
+    assert who.grant.scopes == expected
+
+
+STARS: Final[dict[str, dict[str, Any]]] = {
+    "all callers": {"scopes": ("*",), "scopes_claim": None},
+    "grants": {"grants": {"g": ClaimGrant(when={"sub": "*"}, scopes=("*",))}, "scopes_claim": None},
+    "a claim": {},
+}
+
+
+@pytest.mark.parametrize("source", [*STARS, "certificate"])
+def test_a_star_is_not_everything_wherever_it_stands(issuer: Issuer, tmp_path: Path, source: str) -> None:
+    jwts = door(issuer, **STARS.get(source, {}))
+    builder = CertificateSection(subject="DNS:builder", scopes=("*",))
+    policy = ByScopes(Authenticator(TokenFile(tmp_path / "none"), jwts, {"builder": builder}), {})
+    who = Principal("cert:builder", credential="cert:builder")
+    if source != "certificate":
+        who = jwts.verify_blocking(issuer.token(kms_scopes=["*"]))
+
+    assert allows(policy, who, "encrypt", "k")
+    assert allows(policy, who, "audit:read")
+    assert {"rotate", "wrap", "unwrap", "metrics"} == NOT_IN_STAR
+    assert [operation for operation in sorted(NOT_IN_STAR) if allows(policy, who, operation, "k")] == []
+
+
+@pytest.mark.parametrize(
+    ("said", "granted"),
+    [
+        ({"repository": "acme/infra", "groups": ["dev", "ops"]}, True),
+        ({"repository": "acme/other", "groups": ["ops"]}, True),
+        ({"repository": "evil/infra", "groups": ["ops"]}, False),
+        ({"repository": "evil/acme/infra", "groups": ["ops"]}, False),
+        ({"repository": "acme/infra", "groups": ["ops-not"]}, False),
+        ({"repository": "acme/infra", "groups": "not-ops"}, False),
+        ({"repository": "acme/infra", "groups": ["dev"]}, False),
+        ({"repository": "acme/infra", "groups": "ops"}, True),
+        ({"repository": ["acme/infra"], "groups": [["ops"]]}, False),
+        ({"repository": "acme/infra"}, False),
+        ({"repository": 7, "groups": {"ops": 1}}, False),
+    ],
+    ids=str,
+)
+def test_a_grant_is_for_those_whose_claims_fit(
+    issuer: Issuer, said: dict[str, Any], *, granted: bool
+) -> None:
+    grant = ClaimGrant(when={"repository": "acme/*", "groups": "ops"}, scopes=("rotate",))
+    who = door(issuer, grants={"ops": grant}, scopes_claim=None).verify_blocking(issuer.token(**said))
+
+    assert who.grant is not None
+    assert who.grant.scopes == (("rotate",) if granted else ())
+
+
+@pytest.mark.parametrize(
+    ("said", "tenant"),
+    [
+        ({"org": "web"}, "web"),
+        ({"org": "evil"}, None),
+        ({"org": 7}, None),
+        ({}, None),
+        ({"org": ["web"]}, None),
+    ],
+    ids=str,
+)
+def test_a_token_names_a_tenant_among_those_of_its_issuer(
+    issuer: Issuer, said: dict[str, Any], tenant: str | None
+) -> None:
+    jwts = door(issuer, tenant_claim="org", tenants=("web", "payments"))
+    token = issuer.token(**said)
+    if tenant is None:
+        assert reason(jwts, token) == "claims"
+    else:
+        assert jwts.verify_blocking(token).tenant == tenant
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "x" * 201, 7, None, ["ada"]], ids=repr)
+def test_a_name_is_a_line_of_text(issuer: Issuer, name: object) -> None:
+    assert reason(door(issuer, principal_claim="email"), issuer.token(email=name)) == "claims"
+
+
+# -- not let in ------------------------------------------------------------------------------------------
+
+
+def spliced(
+    token: str, header: dict[str, object] | None = None, body: dict[str, object] | None = None
+) -> str:
+    """A token whose parts were exchanged without the key."""
+    parts = token.split(".")
+    for at, part in enumerate((header, body)):
+        if part is not None:
+            parts[at] = b64url(json.dumps(part).encode())
+    return ".".join(parts)
+
+
+def b64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def unsigned(issuer: Issuer) -> str:
+    del issuer
+    return jwt.encode(claims(), "", "none")
+
+
+def hmac_by_public_key(issuer: Issuer) -> str:
+    """The public key, which everybody has, taken for a shared secret."""
+    public = issuer.keys["one"][0].public_key()
+    pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    parts = ({"alg": "HS256", "kid": "one"}, claims())
+    body = ".".join(b64url(json.dumps(part).encode()) for part in parts)
+    return f"{body}.{b64url(hmac.digest(pem, body.encode(), hashlib.sha256))}"
+
+
+def own_key_in_header(issuer: Issuer) -> str:
+    del issuer
+    thief = Issuer()
+    thief.rollover("one")
+    key, algorithm = thief.keys["one"]
+    return jwt.encode(claims(), key, algorithm, headers={"kid": "one", "jwk": public_jwk(key, "one")})
+
+
+def other_key(issuer: Issuer) -> str:
+    del issuer
+    thief = Issuer()
+    thief.rollover("one")
+    return thief.token()
+
+
+WRONG: Final[dict[str, tuple[Change, str]]] = {
+    "unsigned": (unsigned, "untrusted"),
+    "hmac": (hmac_by_public_key, "untrusted"),
+    "own key": (own_key_in_header, "signature"),
+    "other key": (other_key, "signature"),
+    "unknown kid": (
+        lambda issuer: jwt.encode(claims(), issuer.keys["one"][0], "ES256", {"kid": "two"}),
+        "signature",
+    ),
+    "algorithm": (lambda issuer: spliced(issuer.token(), {"alg": "ES384", "kid": "one"}), "untrusted"),
+    "algorithm of another key": (
+        lambda issuer: spliced(issuer.token(), {"alg": "RS256", "kid": "one"}),
+        "signature",
+    ),
+    "algorithm none": (lambda issuer: spliced(issuer.token(), {"alg": "None", "kid": "one"}), "untrusted"),
+    "no algorithm": (lambda issuer: spliced(issuer.token(), {"kid": "one"}), "untrusted"),
+    "list of algorithms": (lambda issuer: spliced(issuer.token(), {"alg": ["ES256"]}), "untrusted"),
+    "critical": (
+        lambda issuer: jwt.encode(claims(), issuer.keys["one"][0], "ES256", {"crit": ["x"], "x": 1}),
+        "malformed",
+    ),
+    "type": (
+        lambda issuer: jwt.encode(claims(), issuer.keys["one"][0], "ES256", {"typ": "dpop+jwt"}),
+        "untrusted",
+    ),
+    "claims exchanged": (lambda issuer: spliced(issuer.token(), None, claims(sub="root")), "signature"),
+    "no signature": (lambda issuer: issuer.token().rpartition(".")[0] + ".", "signature"),
+    "issuer": (lambda issuer: issuer.token(iss="https://id.example.com/"), "untrusted"),
+    "issuers": (lambda issuer: issuer.token(iss=[ISSUER]), "untrusted"),
+    "no issuer": (lambda issuer: issuer.token(iss=None), "untrusted"),
+    "audience": (lambda issuer: issuer.token(aud="another"), "claims"),
+    "audience prefix": (lambda issuer: issuer.token(aud=AUDIENCE + "x"), "claims"),
+    "no audience": (lambda issuer: issuer.token(aud=None), "claims"),
+    "no subject": (lambda issuer: issuer.token(sub=None), "claims"),
+    "expired": (lambda issuer: issuer.token(exp=int(time.time()) - LEEWAY_S - 60), "expired"),
+    "no expiry": (lambda issuer: issuer.token(exp=None), "claims"),
+    "expiry of text": (lambda issuer: issuer.token(exp="never"), "malformed"),
+    "endless expiry": (lambda issuer: issuer.token(exp=1e400), "malformed"),
+    "not yet": (lambda issuer: issuer.token(nbf=int(time.time()) + 600), "claims"),
+    "issued later": (lambda issuer: issuer.token(iat=int(time.time()) + 600), "claims"),
+    "large": (lambda issuer: issuer.token(pad="x" * 10_000), "malformed"),
+    "two parts": (lambda issuer: issuer.token().rpartition(".")[0], "malformed"),
+    "no JSON": (lambda _: "e30.bm8.c2ln", "malformed"),
+    "empty parts": (lambda _: "..", "malformed"),
+    "no text": (lambda _: "\udcff.\udcff.\udcff", "malformed"),
+}
+
+
+@pytest.mark.parametrize(("chars", "taken"), [(8192, True), (8193, False)])
+def test_a_token_is_8192_characters_long_at_most(issuer: Issuer, chars: int, *, taken: bool) -> None:
+    pad = next(size for size in range(8000) if len(issuer.token(pad="x" * size)) >= chars)
+    token = issuer.token(pad="x" * pad)
+    assert len(token) in {chars, chars + 1}
+
+    if taken:
+        assert door(issuer).verify_blocking(token).name == "corp:ada"
+    else:
+        assert reason(door(issuer), token) == "malformed"
+
+
+@pytest.mark.parametrize("grace_s", [0, 900])
+def test_jobs_of_a_token_may_run_for_its_grace(issuer: Issuer, grace_s: int) -> None:
+    expiry = int(time.time()) + 60
+    who = door(issuer, job_grace_s=grace_s).verify_blocking(issuer.token(exp=expiry))
+
+    assert who.grant
+    assert who.grant.until == expiry + LEEWAY_S + grace_s
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_token_lets_nobody_in(issuer: Issuer, name: str) -> None:
+    make, why = WRONG[name]
+
+    assert reason(door(issuer), make(issuer)) in {why, "claims" if why == "malformed" else why}
+
+
+def test_clocks_may_differ_a_little(issuer: Issuer) -> None:
+    now = int(time.time())
+    jwts = door(issuer)
+
+    assert jwts.verify_blocking(issuer.token(exp=now - 1)).name == "corp:ada"
+    assert jwts.verify_blocking(issuer.token(nbf=now + 2, iat=now + 2)).name == "corp:ada"
+
+
+def test_one_issuer_does_not_speak_for_another(issuer: Issuer) -> None:
+    other = Issuer()
+    other.rollover("one")
+    jwts = Jwts(
+        [
+            Trusted("corp", section(), RemoteKeys(lambda: issuer.jwks)),
+            Trusted("ci", section(issuer="https://ci.example.com"), RemoteKeys(lambda: other.jwks)),
+        ]
+    )
+
+    assert jwts.verify_blocking(other.token(iss="https://ci.example.com")).name == "ci:ada"
+    assert reason(jwts, other.token()) == "signature"
+    assert jwts.trusts("ci")
+    assert not jwts.trusts("gone")
+
+
+def test_a_weak_key_is_no_key(issuer: Issuer) -> None:
+    weak = rsa.generate_private_key(65537, 1024)  # noqa: S505 -- it shall be refused
+    issuer.keys = {"weak": (weak, "RS256")}
+    with pytest.warns(UserWarning, match="below"):
+        token = issuer.token()
+
+    assert reason(door(issuer), token) in {"claims", "signature"}
+
+
+# -- keys ------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Fetched:
+    """A JWKS over a network that can be cut."""
+
+    def __init__(self, issuer: Issuer) -> None:
+        self.issuer, self.count, self.away = issuer, 0, False
+
+    def __call__(self) -> bytes:
+        self.count += 1
+        if self.away:
+            raise OSError("away")
+        return self.issuer.jwks
+
+
+def who(jwts: Jwts, token: str) -> Principal:
+    return jwts.verify_blocking(token)
+
+
+def remote(issuer: Issuer) -> tuple[RemoteKeys, Fetched, Clock]:
+    fetched, clock = Fetched(issuer), Clock()
+    return RemoteKeys(fetched, clock=clock), fetched, clock
+
+
+def test_keys_are_fetched_once_and_again_for_a_key_that_is_new(issuer: Issuer) -> None:
+    keys, fetched, clock = remote(issuer)
+    jwts = Jwts([Trusted("corp", section(), keys)])
+    for number in range(5):
+        who(jwts, issuer.token(sub=f"ada{number}"))
+    assert fetched.count == 1
+    issuer.rollover("two")
+    clock.now += jwks.AGAIN_S
+
+    assert who(jwts, issuer.token()).name == "corp:ada"
+    assert who(jwts, issuer.token("one", sub="eve")).name == "corp:eve"
+    assert fetched.count == 2
+
+
+def test_a_key_that_the_issuer_took_away_signs_no_more(issuer: Issuer) -> None:
+    keys, _, clock = remote(issuer)
+    jwts = Jwts([Trusted("corp", section(), keys)])
+    old = issuer.token("one", sub="eve")
+    who(jwts, issuer.token())
+    issuer.rollover("two", keep=False)
+    clock.now += jwks.KEEP_S + 1
+
+    assert reason(jwts, old) == "signature"
+
+
+def test_a_flood_of_unknown_keys_is_not_passed_on(issuer: Issuer) -> None:
+    keys, fetched, _ = remote(issuer)
+    jwts = Jwts([Trusted("corp", section(), keys)])
+    for number in range(100):
+        token = jwt.encode(claims(), issuer.keys["one"][0], "ES256", {"kid": f"x{number}"})
+        assert reason(jwts, token) == "signature"
+
+    assert fetched.count == 1
+
+
+def test_while_the_issuer_is_away_its_keys_are_used_for_a_day(issuer: Issuer) -> None:
+    keys, fetched, clock = remote(issuer)
+    jwts = Jwts([Trusted("corp", section(), keys)])
+    who(jwts, issuer.token())
+    fetched.away = True
+    clock.now += jwks.STALE_S - 1
+    assert who(jwts, issuer.token(sub="eve")).name == "corp:eve"
+    clock.now += 10
+
+    with pytest.raises(Unavailable):
+        jwts.verify_blocking(issuer.token(sub="late"))
+
+
+def test_an_issuer_that_was_never_reached_is_no_refusal(issuer: Issuer) -> None:
+    keys, fetched, clock = remote(issuer)
+    fetched.away = True
+    jwts = Jwts([Trusted("corp", section(), keys)])
+    token = issuer.token()
+    with pytest.raises(Unavailable):
+        jwts.verify_blocking(token)
+    fetched.away = False
+    clock.now += jwks.AGAIN_S
+
+    assert who(jwts, token).name == "corp:ada"
+
+
+def test_a_key_file_is_read_again_when_it_changes(issuer: Issuer, tmp_path: Path) -> None:
+    file = tmp_path / "jwks.json"
+    file.write_bytes(issuer.jwks)
+    jwts = Jwts([Trusted("corp", section(), FileKeys(file))])
+    assert who(jwts, issuer.token()).name == "corp:ada"
+    issuer.rollover("two", keep=False)
+    file.write_bytes(issuer.jwks)
+
+    assert who(jwts, issuer.token(sub="eve")).name == "corp:eve"
+    file.write_bytes(b"{}")
+    with pytest.raises(Unavailable):
+        jwts.verify_blocking(issuer.token(sub="late"))
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{}", b'{"keys": []}', b'{"keys": [{"kty": "oct", "k": "AA"}]}']
+)
+def test_a_key_file_without_keys_is_refused_at_the_start(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "jwks.json"
+    if content is not None:
+        file.write_bytes(content)
+
+    with pytest.raises(ConfigurationError):
+        FileKeys(file)
+
+
+def test_keys_for_other_things_are_passed_over(issuer: Issuer) -> None:
+    issuer.rollover("two", "RS256")
+    known = json.loads(issuer.jwks)["keys"]
+    odd = [
+        {"kty": "oct", "k": "AAAA", "kid": "shared"},
+        {**known[0], "use": "enc", "kid": "enc"},
+        {**known[0], "alg": "ES384", "kid": "wrong"},
+        {"kty": "EC", "crv": "secp256k1", "x": known[0]["x"], "y": known[0]["y"], "kid": "curve"},
+        {"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA", "kid": "point"},
+        {"kty": "AKP", "alg": "ML-DSA-65", "pub": "AA", "kid": "later"},
+        {},
+    ]
+    found = jwks.parse(json.dumps({"keys": [*odd, *known]}).encode())
+
+    usable = {key.kid: key.algorithms for key in found if key.algorithms}
+    assert usable["one"] == {"ES256"}
+    assert usable["two"] >= {"RS256", "PS512"}
+    assert usable.keys() <= {"one", "two"}

@@ -1,0 +1,327 @@
+"""The token file: what rests there, who is let in by it, and commands that change it at once."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kms_core.auth import tokens
+from kms_core.auth.tokens import Token, TokenFile, TokenRequest
+from kms_protocol.errors import ConfigurationError, Conflict, Missing, Unauthenticated, Unavailable
+
+HOUR = timedelta(hours=1)
+NONE = timedelta()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "tokens.json"
+
+
+def wish(name: str = "ci", tenant: str = "default", ttl: timedelta | None = HOUR) -> TokenRequest:
+    return TokenRequest(name, tenant, ["encrypt key=ci-*", "jobs:read"], ttl)
+
+
+def reason(file: TokenFile, text: str) -> str:
+    with pytest.raises(Unauthenticated) as caught:
+        file.authenticate(text)
+    assert not text or text not in str(caught.value)
+    return caught.value.reason
+
+
+def lets_in(file: TokenFile, text: str) -> bool:
+    return bool(file.authenticate(text).id)
+
+
+def edit(path: Path, change: Callable[[Token], Token]) -> None:
+    """What an operator's hand could do to the file."""
+    document = json.loads(path.read_text())
+    changed = [change(msgspec.convert(token, Token, strict=False)) for token in document["tokens"]]
+    path.write_bytes(msgspec.json.encode({"version": 1, "tokens": changed}))
+
+
+# -- being let in ----------------------------------------------------------------------------------------
+
+
+def test_a_token_lets_its_holder_in(path: Path) -> None:
+    token, text = tokens.create(path, wish())
+    found = TokenFile(path).authenticate(text)
+
+    assert (found.id, found.name, found.tenant) == (token.id, "ci", "default")
+    assert found.scopes == ("encrypt key=ci-*", "jobs:read")
+
+
+def test_a_token_has_256_random_bits_behind_its_id(path: Path) -> None:
+    texts = [tokens.create(path, wish(f"t{number}"))[1] for number in range(20)]
+
+    assert all(tokens.TEXT.fullmatch(text) for text in texts)
+    assert len({text[15:] for text in texts}) == 20
+    assert len(texts[0][15:]) * 6 >= 256
+
+
+def test_the_text_of_a_token_rests_nowhere(path: Path) -> None:
+    _, text = tokens.create(path, wish())
+    rests = b"".join(file.read_bytes() for file in path.parent.iterdir())
+
+    assert text.encode() not in rests
+    assert text[15:].encode() not in rests
+
+
+def test_files_are_the_owners_alone(path: Path) -> None:
+    tokens.create(path, wish())
+
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in path.parent.iterdir()} == {
+        "tokens.json": "0o600",
+        "tokens.json.lock": "0o600",
+    }
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda _: "", "malformed"),
+        (lambda _: "kms_", "malformed"),
+        (lambda text: text + "x", "malformed"),
+        (lambda text: text + "\n", "malformed"),
+        (lambda text: text.upper(), "malformed"),
+        (lambda text: text[:-1] + ("A" if text[-1] != "A" else "B"), "unknown"),
+        (lambda text: text[:15] + "A" * 43, "unknown"),
+        (lambda text: "kms_aaaaaaaaaa" + text[14:], "unknown"),
+    ],
+    ids=["empty", "prefix", "longer", "line-end", "upper", "last", "secret", "id"],
+)
+def test_another_text_lets_nobody_in(path: Path, change: Callable[[str], str], why: str) -> None:
+    _, text = tokens.create(path, wish())
+
+    assert reason(TokenFile(path), change(text)) == why
+
+
+def test_the_secret_of_one_token_is_not_that_of_another(path: Path) -> None:
+    (one, first), (_, second) = tokens.create(path, wish("a")), tokens.create(path, wish("b"))
+
+    assert reason(TokenFile(path), second[:15].replace(second[4:14], one.id) + second[15:]) == "unknown"
+    assert lets_in(TokenFile(path), first)
+
+
+def test_a_token_that_expired_says_so_to_its_holder_alone(path: Path) -> None:
+    _, text = tokens.create(path, wish())
+    past = datetime.now(UTC) - HOUR
+    edit(path, lambda token: msgspec.structs.replace(token, expires_at=past))
+    file = TokenFile(path)
+
+    assert reason(file, text) == "expired"
+    assert reason(file, text[:15] + "A" * 43) == "unknown"
+
+
+def test_a_token_may_last_for_ever(path: Path) -> None:
+    _, text = tokens.create(path, wish(ttl=None))
+
+    assert TokenFile(path).authenticate(text).expires_at is None
+
+
+# -- changes ---------------------------------------------------------------------------------------------
+
+
+def test_changes_are_seen_at_once_without_a_restart(path: Path) -> None:
+    file = TokenFile(path)
+    _, text = tokens.create(path, wish())
+    assert lets_in(file, text)
+    tokens.revoke(path, "ci")
+
+    assert reason(file, text) == "unknown"
+
+
+def test_a_revoked_name_is_free_again(path: Path) -> None:
+    first, _ = tokens.create(path, wish())
+    tokens.revoke(path, first.id)
+    second, _ = tokens.create(path, wish())
+
+    assert first.id != second.id
+
+
+def test_names_are_used_once_in_each_tenant(path: Path) -> None:
+    tokens.create(path, wish())
+    tokens.create(path, wish(tenant="other"))
+
+    with pytest.raises(Conflict):
+        tokens.create(path, wish())
+    with pytest.raises(Conflict, match="Several"):
+        tokens.revoke(path, "ci")
+    assert tokens.revoke(path, "other/ci").tenant == "other"
+
+
+def test_who_is_not_there_cannot_be_revoked(path: Path) -> None:
+    with pytest.raises(Missing):
+        tokens.revoke(path, "ci")
+
+
+def test_a_rotated_token_keeps_its_id_and_both_secrets_for_a_while(path: Path) -> None:
+    token, old = tokens.create(path, wish())
+    rotated, new = tokens.rotate(path, "ci", HOUR, None)
+    file = TokenFile(path)
+
+    assert rotated.id == token.id == file.authenticate(new).id == file.authenticate(old).id
+    assert rotated.expires_at == token.expires_at
+
+
+def test_a_token_rotated_without_overlap_has_one_secret(path: Path) -> None:
+    _, old = tokens.create(path, wish())
+    _, new = tokens.rotate(path, "ci", NONE, None)
+
+    assert lets_in(TokenFile(path), new)
+    assert reason(TokenFile(path), old) == "unknown"
+
+
+def test_an_old_secret_ends_with_its_overlap(path: Path) -> None:
+    _, old = tokens.create(path, wish())
+    _, new = tokens.rotate(path, "ci", HOUR, None)
+    past = datetime.now(UTC) - HOUR
+
+    def lapse(token: Token) -> Token:
+        digests = tuple(
+            msgspec.structs.replace(digest, until=past if digest.until else None) for digest in token.digests
+        )
+        return msgspec.structs.replace(token, digests=digests)
+
+    edit(path, lapse)
+    assert reason(TokenFile(path), old) == "unknown"
+    assert lets_in(TokenFile(path), new)
+
+
+def test_rotating_again_extends_no_old_secret(path: Path) -> None:
+    tokens.create(path, wish())
+    once, _ = tokens.rotate(path, "ci", HOUR, None)
+    twice, _ = tokens.rotate(path, "ci", 24 * HOUR, None)
+
+    assert [digest.until for digest in twice.digests[2:]] == [once.digests[1].until]
+
+
+def test_rotating_without_an_overlap_keeps_no_old_digest(path: Path) -> None:
+    tokens.create(path, wish())
+    tokens.rotate(path, "ci", HOUR, None)
+    token, text = tokens.rotate(path, "ci", NONE, None)
+
+    assert [digest.sha256 for digest in token.digests] == [sha256(text.encode()).digest()]
+
+
+def test_a_token_is_valid_until_the_second_in_which_it_expires(path: Path) -> None:
+    token, _ = tokens.create(path, wish())
+
+    assert token.expires_at is not None
+    assert token.has_expired(token.expires_at)
+    assert not token.has_expired(token.expires_at - timedelta(microseconds=1))
+
+
+def test_rotating_may_give_a_new_term(path: Path) -> None:
+    token, _ = tokens.create(path, wish())
+    rotated, _ = tokens.rotate(path, token.id, NONE, 3 * HOUR)
+
+    assert rotated.expires_at is not None
+    assert token.expires_at is not None
+    assert rotated.expires_at > token.expires_at
+
+
+def test_commands_that_run_at_once_lose_nothing(path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from kms_core.auth import tokens; "
+        "[tokens.create(Path(sys.argv[1]), tokens.TokenRequest(f'{sys.argv[2]}-{n}', 'default', ['encrypt'],"
+        " None))"
+        " "
+        "for n in range(5)]"
+    )
+    commands = [
+        subprocess.Popen([sys.executable, "-c", script, str(path), f"command{number}"]) for number in range(3)
+    ]
+
+    assert [command.wait(60) for command in commands] == [0] * 3
+    assert len({token.name for token in tokens.read(path)}) == 15
+
+
+def test_a_command_that_was_killed_leaves_the_file_as_it_was(path: Path) -> None:
+    _, text = tokens.create(path, wish())
+    (path.parent / ".tokens.json.tmp").write_text("half a fi")
+    tokens.create(path, wish("next"))
+
+    assert lets_in(TokenFile(path), text)
+    assert not (path.parent / ".tokens.json.tmp").exists()
+
+
+# -- a file that cannot be believed ------------------------------------------------------------------------
+
+
+def test_without_a_file_nobody_is_let_in_and_nobody_is_judged(path: Path, tmp_path: Path) -> None:
+    _, text = tokens.create(tmp_path / "elsewhere.json", wish())
+
+    assert reason(TokenFile(path), text) == "unknown"
+    with pytest.raises(Unavailable):
+        TokenFile(path).by_id(text[4:14])
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"version": 2}', b'{"tokens": [{"id": "x"}]}'], ids=repr
+)
+def test_a_file_of_another_make_lets_nobody_in(path: Path, content: bytes) -> None:
+    _, text = tokens.create(path, wish())
+    path.write_bytes(content)
+
+    with pytest.raises(Unavailable):
+        TokenFile(path).authenticate(text)
+    with pytest.raises(ConfigurationError):
+        tokens.read(path)
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_a_file_that_others_may_write_lets_nobody_in(path: Path, mode: int) -> None:
+    _, text = tokens.create(path, wish())
+    path.chmod(mode)
+
+    with pytest.raises(Unavailable):
+        TokenFile(path).authenticate(text)
+
+
+def test_a_file_that_all_may_read_is_refused_where_it_matters(path: Path) -> None:
+    _, text = tokens.create(path, wish())
+    path.chmod(0o604)
+
+    assert lets_in(TokenFile(path), text)
+    with pytest.raises(Unavailable):
+        TokenFile(path, strict=True).authenticate(text)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_file_of_somebody_else_lets_nobody_in(path: Path) -> None:
+    _, text = tokens.create(path, wish())
+    os.chown(path, 12345, -1)
+
+    with pytest.raises(Unavailable):
+        TokenFile(path).authenticate(text)
+
+
+def test_a_file_that_is_mended_lets_in_again(path: Path) -> None:
+    _, text = tokens.create(path, wish())
+    file, good = TokenFile(path), path.read_bytes()
+    path.write_bytes(b"junk")
+    with pytest.raises(Unavailable):
+        file.authenticate(text)
+    path.write_bytes(good)
+
+    assert lets_in(file, text)
+
+
+def test_a_token_is_found_by_its_id_while_it_is_valid(path: Path) -> None:
+    token, _ = tokens.create(path, wish())
+    file = TokenFile(path)
+    assert file.by_id(token.id) == token
+    past = datetime.now(UTC) - HOUR
+    edit(path, lambda one: msgspec.structs.replace(one, expires_at=past))
+
+    assert file.by_id(token.id) is None
+    assert file.by_id("nobody") is None

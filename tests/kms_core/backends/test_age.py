@@ -1,0 +1,298 @@
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import pyrage
+import pytest
+from structlog.testing import capture_logs
+
+from kms_core.age import mlkem768x25519, x25519
+from kms_core.age.recipients import parse_identity, parse_recipient, version_of
+from kms_core.age.x25519 import NoMatch
+from kms_core.backends.age import AgeBackend
+from kms_core.backends.key_files import KeyFiles
+from kms_core.envelope.binding import KeyRef
+from kms_protocol.errors import ConfigurationError
+from support.age_kms import NativeIdentity, age_backend, write_identities, write_pair
+
+FIRST: Final = x25519.X25519Identity.generate()
+SECOND: Final = x25519.X25519Identity.generate()
+HYBRID: Final = mlkem768x25519.HybridIdentity.generate()
+FILE_KEY: Final = bytes(range(16))
+
+
+def pair(directory: Path, private: str, public: str | None = None) -> KeyFiles:
+    files = KeyFiles(directory / "private_key.txt", directory / "public_key.txt")
+    write_identities(files.private)
+    files.private.write_bytes(private.encode())
+    (directory / "public_key.txt").write_text(f"{FIRST.recipient}\n" if public is None else public)
+    return files
+
+
+def opened(files: KeyFiles) -> AgeBackend:
+    return AgeBackend(files, recheck_s=0)
+
+
+def refusal(files: KeyFiles) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        AgeBackend(files)
+    return caught.value.detail
+
+
+def versions_of(backend: AgeBackend) -> list[str]:
+    return [version.version for version in backend.versions()]
+
+
+def opens(backend: AgeBackend, identity: NativeIdentity) -> bool:
+    key = KeyRef("acme", "k", version_of(identity.recipient), backend.name)
+    try:
+        return backend.unwrap(identity.recipient.wrap(FILE_KEY), key, b"") == FILE_KEY
+    except NoMatch:
+        return False
+
+
+# -- key files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{first}\n",
+        "{first}",
+        "# created: 2026-11-24T16:00:00Z\n# public key: age1…\n{first}\n",
+        "\n\n  {first}  \n\n#{second}\n",
+        "# created: 2026-11-24T16:00:00Z\r\n{first}\r\n",
+        "{first}\n{first}\n",
+        "{lower}\n",
+    ],
+    ids=["one line", "no line break", "as age-keygen writes", "blanks", "CRLF", "twice", "lower case"],
+)
+def test_an_identity_file_is_read_as_age_reads_it(tmp_path: Path, text: str) -> None:
+    words = {"first": FIRST.export(), "second": SECOND.export(), "lower": FIRST.export().lower()}
+    backend = opened(pair(tmp_path, text.format(**words)))
+
+    assert versions_of(backend) == [version_of(FIRST.recipient)]
+    assert opens(backend, FIRST)
+    assert backend.health_check().healthy
+
+
+def test_several_identities_open_and_the_recipient_says_which_seals(tmp_path: Path) -> None:
+    backend = opened(write_pair(tmp_path, FIRST, HYBRID, SECOND, current=HYBRID))
+
+    assert backend.current_version() == version_of(HYBRID.recipient)
+    assert versions_of(backend) == [version_of(one.recipient) for one in (FIRST, SECOND, HYBRID)]
+    assert [opens(backend, one) for one in (FIRST, SECOND, HYBRID)] == [True] * 3
+
+
+def test_without_a_recipient_file_the_last_identity_seals(tmp_path: Path) -> None:
+    files = replace(write_pair(tmp_path, FIRST, SECOND, FIRST), public=None)
+
+    assert opened(files).current_version() == version_of(FIRST.recipient)
+    assert versions_of(opened(files)) == [version_of(SECOND.recipient), version_of(FIRST.recipient)]
+
+
+def test_a_version_is_the_digest_of_the_recipient() -> None:
+    identity = x25519.X25519Identity(bytes(32))
+
+    assert str(identity.recipient) == "age19ljhmg68e43yx9fgm2k9lwefquc0la5y4lzvlshdjzv47kxt8d6qr9vf4p"
+    assert version_of(identity.recipient) == "0087f1a8"
+
+
+def test_the_time_of_making_is_read(tmp_path: Path) -> None:
+    text = f"# created: 2026-11-24T16:00:00+01:00\n{FIRST.export()}\n# created: today\n{SECOND.export()}\n"
+    backend = opened(pair(tmp_path, text, f"{SECOND.recipient}"))
+
+    assert [version.created_at for version in backend.versions()] == [
+        datetime(2026, 11, 24, 15, tzinfo=UTC),
+        None,
+    ]
+
+
+def test_a_time_belongs_to_the_next_identity_only(tmp_path: Path) -> None:
+    text = f"# created: 2026-11-24T16:00:00Z\n{FIRST.export()}\n{SECOND.export()}\n"
+    backend = opened(pair(tmp_path, text, f"{SECOND.recipient}"))
+
+    assert backend.versions()[-1].created_at is None
+
+
+def test_a_recipient_file_may_have_comments(tmp_path: Path) -> None:
+    backend = opened(pair(tmp_path, FIRST.export(), f"# in use\n\n {FIRST.recipient} \r\n"))
+
+    assert backend.current_version() == version_of(FIRST.recipient)
+
+
+@pytest.mark.parametrize("identity", [FIRST, HYBRID], ids=["x25519", "hybrid"])
+def test_both_native_types_parse(identity: NativeIdentity) -> None:
+    assert parse_identity(identity.export()) == identity
+    assert parse_recipient(str(identity.recipient)) == identity.recipient
+    assert parse_identity(identity.export().lower()) == identity
+
+
+# -- refusals ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["private_key.txt", "public_key.txt"])
+def test_a_missing_file_is_named_with_the_way_to_make_it(tmp_path: Path, name: str) -> None:
+    files = write_pair(tmp_path, FIRST)
+    (tmp_path / name).unlink()
+
+    assert refusal(files) == (
+        f"Cannot read the age key file {tmp_path / name} (No such file or directory): make a pair with "
+        f"`kms keygen -o {files.private}` and `kms keygen -y {files.private} > {files.public}`"
+    )
+
+
+def test_a_missing_file_without_a_public_one_is_named_too(tmp_path: Path) -> None:
+    assert "kms keygen -y" in refusal(KeyFiles(tmp_path / "gone"))
+
+
+def test_a_directory_is_no_key_file(tmp_path: Path) -> None:
+    assert "(Is a directory)" in refusal(KeyFiles(tmp_path))
+
+
+def test_a_binary_file_is_no_key_file(tmp_path: Path) -> None:
+    files = write_pair(tmp_path, FIRST)
+    files.private.write_bytes(b"\xff\xfe" + os.urandom(40))
+
+    assert refusal(files).endswith("are not text")
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "\n\n"], ids=["empty", "comment", "blank"])
+def test_a_file_without_identities_is_refused(tmp_path: Path, text: str) -> None:
+    files = pair(tmp_path, text)
+
+    assert refusal(files) == (
+        f"{files.private} holds no age identity: make one with `kms keygen -o {files.private}`"
+    )
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text[:-1],
+        lambda text: text + "Q",
+        lambda text: text.replace("AGE", "Age"),
+        lambda text: text[:30] + text[31:],
+        lambda text: text + " # mine",
+        lambda text: "AGE-PLUGIN-YUBIKEY-" + text[16:],
+        lambda text: "AGE-SECRET-KEY-PQ-" + text[15:],
+        lambda text: "-----BEGIN OPENSSH PRIVATE KEY-----" + text[16:],
+    ],
+    ids=["cut", "longer", "case", "hole", "comment behind", "plugin", "wrong type", "ssh"],
+)
+def test_a_malformed_identity_is_named_by_its_line_and_never_quoted(
+    tmp_path: Path, spoil: Callable[[str], str]
+) -> None:
+    text = spoil(FIRST.export())
+    files = pair(tmp_path, f"# created: 2026-11-24T16:00:00Z\n{SECOND.export()}\n\n{text}\n")
+    said = refusal(files)
+
+    assert said.startswith(f"Line 4 of {files.private} is not an age identity (")
+    assert not any(text[start : start + 12] in said for start in range(16, len(text) - 12))
+
+
+def test_a_recipient_without_its_identity_is_refused(tmp_path: Path) -> None:
+    files = write_pair(tmp_path, FIRST, current=SECOND)
+
+    assert refusal(files) == (
+        f"The recipient in {files.public} has no identity in {files.private}: "
+        f"write it again with `kms keygen -y {files.private} > {files.public}`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "must hold one recipient (age1…), it holds 0"),
+        (f"{FIRST.recipient}\n{SECOND.recipient}\n", "must hold one recipient (age1…), it holds 2"),
+        (str(FIRST.recipient)[:-1], "does not hold an age recipient (a key's checksum is wrong"),
+        (FIRST.export(), "does not hold an age recipient (not an X25519 recipient: it should look like"),
+        ("age1pq1hunter2", "does not hold an age recipient ("),
+        ("ssh-ed25519 AAAA", "does not hold an age recipient (a key has mixed case"),
+    ],
+    ids=["empty", "two", "cut", "an identity", "hybrid, malformed", "ssh"],
+)
+def test_a_recipient_file_holds_one_recipient(tmp_path: Path, text: str, said: str) -> None:
+    files = pair(tmp_path, FIRST.export(), text)
+    refused = refusal(files)
+
+    assert refused.startswith(f"{files.public} {said}")
+    assert FIRST.export() not in refused
+
+
+# -- permissions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o666, 0o610], ids=oct)
+def test_a_private_file_open_to_others_is_refused_in_prod(tmp_path: Path, mode: int) -> None:
+    files = write_pair(tmp_path, FIRST)
+    files.private.chmod(mode)
+
+    assert refusal(replace(files, strict=True)) == (
+        f"{files.private} can be read by others (mode {mode:04o}): run `chmod 600 {files.private}`"
+    )
+
+
+def test_a_private_file_open_to_others_is_a_warning_in_dev(tmp_path: Path) -> None:
+    files = write_pair(tmp_path, FIRST)
+    files.private.chmod(0o644)
+    with capture_logs() as logs:
+        AgeBackend(files)
+
+    assert [(line["event"], line["log_level"], line["mode"]) for line in logs] == [
+        ("key.file_open_to_others", "warning", "0644")
+    ]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o700], ids=oct)
+def test_a_private_file_is_fine(tmp_path: Path, mode: int) -> None:
+    files = write_pair(tmp_path, FIRST)
+    files.private.chmod(mode)
+    with capture_logs() as logs:
+        AgeBackend(replace(files, strict=True))
+
+    assert logs == []
+
+
+def test_the_public_file_may_be_open(tmp_path: Path) -> None:
+    files = write_pair(tmp_path, FIRST)
+    (tmp_path / "public_key.txt").chmod(0o666)
+
+    assert AgeBackend(replace(files, strict=True)).health_check().healthy
+
+
+# -- what hangs on identities ------------------------------------------------------------------------
+
+
+def test_secrets_are_those_of_all_versions_the_current_last(tmp_path: Path) -> None:
+    backend = opened(write_pair(tmp_path, FIRST, SECOND, current=FIRST))
+    key = KeyRef("acme", "k", version_of(FIRST.recipient), "age")
+
+    assert len(set(backend.secrets())) == 2
+    assert backend.secrets()[-1] == backend.origin_key(key)
+
+
+def test_health_is_found_by_doing(tmp_path: Path) -> None:
+    before = datetime.now(UTC)
+    health = age_backend(tmp_path, FIRST).health_check()
+
+    assert health.healthy
+    assert before <= health.checked_at <= datetime.now(UTC)
+
+
+def test_keys_of_another_implementation_serve(tmp_path: Path) -> None:
+    theirs = pyrage.x25519.Identity.generate()
+    backend = opened(pair(tmp_path, f"{theirs}\n", f"{theirs.to_public()}\n"))
+
+    assert backend.health_check().healthy
+
+
+def test_nothing_secret_is_shown(tmp_path: Path) -> None:
+    shown = repr(age_backend(tmp_path, FIRST, HYBRID).__dict__)
+
+    assert FIRST.export() not in shown
+    assert repr(FIRST.secret) not in shown
+    assert repr(HYBRID.secret) not in shown

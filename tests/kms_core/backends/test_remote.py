@@ -1,0 +1,98 @@
+"""What all backends over a network share: versions that are asked for seldom, wraps, and keys of jobs."""
+
+from typing import Final
+
+import pytest
+
+from kms_core.age.x25519 import NoMatch
+from kms_core.backends.remote import RemoteBackend
+from kms_core.envelope import binding
+from kms_core.envelope.binding import KeyRef
+from kms_core.http_client import Busy
+from kms_protocol.errors import BackendUnavailable, DecryptFailed
+from support.memory_kms import NO_RETRIES, MemoryCipher, memory_backend
+
+KEY: Final = KeyRef("acme", "payroll", "1", "memory")
+AAD: Final = b"names and context"
+FILE_KEY: Final = bytes(range(16))
+
+
+class Wrong(MemoryCipher):
+    """A peer that decrypts to something else."""
+
+    def decrypt(self, wrapped: bytes, version: str, aad: bytes) -> bytes:
+        return super().decrypt(wrapped, version, aad)[::-1]
+
+
+def test_a_peer_is_asked_for_versions_once_in_a_while() -> None:
+    backend, cipher = memory_backend()
+    for _ in range(10):
+        assert backend.current_version() == "1"
+
+    assert cipher.calls["versions"] == 1
+
+
+@pytest.mark.parametrize("trouble", [BackendUnavailable("no such version"), Busy("later")])
+def test_versions_are_asked_for_again_after_a_wrap_that_failed(trouble: BackendUnavailable) -> None:
+    backend, cipher = memory_backend()
+    backend.versions()
+    cipher.trouble = trouble
+    with pytest.raises(BackendUnavailable):
+        backend.wrap(FILE_KEY, KEY, AAD)
+    cipher.trouble = None
+    backend.versions()
+
+    assert cipher.calls["versions"] == 2
+
+
+def test_a_new_version_is_in_use_at_once() -> None:
+    backend, _ = memory_backend()
+    assert backend.current_version() == "1"
+    assert backend.rotate().version == "2"
+
+    assert backend.current_version() == "2"
+
+
+def test_what_is_no_file_key_is_not_handed_out() -> None:
+    """A peer wraps 32-byte keys of jobs, too: one in the place of a file key opens nothing."""
+    backend, cipher = memory_backend()
+    stanza = binding.wrap_stanza(KEY, cipher.encrypt(bytes(32), "1", AAD))
+
+    with pytest.raises(DecryptFailed):
+        backend.unwrap(stanza, KEY, AAD)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        KeyRef("acme", "other", "1", "memory"),
+        KeyRef("acme", "payroll", "2", "memory"),
+        KeyRef("acme", "payroll", "1", "elsewhere"),
+    ],
+    ids=["key", "version", "backend"],
+)
+def test_a_wrap_of_another_name_is_for_somebody_else(other: KeyRef) -> None:
+    backend, cipher = memory_backend()
+    stanza = backend.wrap(FILE_KEY, KEY, AAD)
+
+    with pytest.raises(NoMatch):
+        backend.unwrap(stanza, other, AAD)
+    assert not cipher.calls["decrypt"]
+
+
+def test_a_peer_that_answers_wrong_is_not_healthy() -> None:
+    health = RemoteBackend(Wrong(), policy=NO_RETRIES).health_check()
+
+    assert (health.healthy, health.detail) == (False, "wrong answer")
+    assert memory_backend()[0].health_check().healthy
+
+
+def test_what_a_job_wraps_opens_by_a_single_call_and_the_reverse() -> None:
+    backend, _ = memory_backend()
+    job = backend.for_job()
+    by_job, by_call = job.wrap(FILE_KEY, KEY, AAD), backend.wrap(FILE_KEY, KEY, AAD)
+
+    for opener in (backend, job, backend.for_job()):
+        assert opener.unwrap(by_job, KEY, AAD) == opener.unwrap(by_call, KEY, AAD) == FILE_KEY
+        with pytest.raises(DecryptFailed):
+            opener.unwrap(by_job, KEY, b"another context")

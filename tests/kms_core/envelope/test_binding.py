@@ -1,0 +1,269 @@
+from dataclasses import replace
+from typing import Final
+
+import pytest
+
+from kms_core.age import header
+from kms_core.age.header import VERSION_LINE, Header, Stanza
+from kms_core.envelope import binding
+from kms_core.envelope.binding import CONTEXT, ORIGIN, PAD, WRAP, BoundStanzas, KeyRef
+from kms_protocol.context import Context
+from kms_protocol.errors import DecryptFailed
+from support.age_kms import NO_CONTEXT, ROW, head_of
+
+FILE_KEY: Final = bytes(range(16))
+NONCE: Final = bytes(range(16, 32))
+MAC_KEY: Final = b"m" * 32
+KEY: Final = KeyRef("acme", "payroll", "0a1b2c3d", "age")
+SALT: Final = "AAAAAAAAAAAAAAAAAAAAAA"
+NATIVE: Final = Stanza(("X25519", "share"), bytes(32))
+BOUND: Final = Stanza((CONTEXT, "1", "payroll", "0a1b2c3d", SALT), bytes(32))
+MADE: Final = Stanza((ORIGIN, "1"), bytes(32))
+FILLER: Final = Stanza((PAD, "000"), b"")
+
+
+def bound_by(context: Stanza) -> BoundStanzas:
+    bound = binding.read(head(NATIVE, context))
+    assert bound
+    return bound
+
+
+def head(*stanzas: Stanza) -> Header:
+    return head_of(header.render(stanzas, FILE_KEY) + NONCE)
+
+
+# -- what our stanzas say ----------------------------------------------------------------------------
+
+
+def test_a_file_without_our_stanzas_is_foreign() -> None:
+    assert binding.read(head(NATIVE, Stanza(("kms-service",), b""), Stanza(("x-grease", "1"), b""))) is None
+
+
+def test_names_are_read() -> None:
+    bound = binding.read(head(NATIVE, BOUND, MADE, FILLER))
+
+    assert bound is not None
+    assert (bound.key_id, bound.key_version, bound.origin) == ("payroll", "0a1b2c3d", MADE.body)
+
+
+@pytest.mark.parametrize(
+    "stanzas",
+    [(BOUND,), (BOUND, MADE), (NATIVE, BOUND), (BOUND, Stanza((WRAP, "transit", "payroll", "1"), bytes(48)))],
+    ids=["alone", "with origin", "with native", "with wrap"],
+)
+def test_origin_and_pad_may_be_absent(stanzas: tuple[Stanza, ...]) -> None:
+    assert binding.read(head(*stanzas)) is not None
+
+
+@pytest.mark.parametrize(
+    "stanzas",
+    [
+        (BOUND, BOUND),
+        (BOUND, MADE, MADE),
+        (BOUND, FILLER, FILLER),
+        (MADE,),
+        (FILLER,),
+        (Stanza((WRAP, "transit", "payroll", "1"), bytes(48)),),
+        (BOUND, Stanza(("kms-service/", "1"), b"")),
+        (BOUND, Stanza(("kms-service/other", "1"), b"")),
+        (BOUND, Stanza(("kms-service/context2", "1"), b"")),
+        (BOUND, Stanza(("kms-service/Context", *BOUND.args[1:]), bytes(32))),
+        (Stanza(("kms-service/context/1", *BOUND.args[1:]), bytes(32)),),
+    ],
+    ids=[
+        "context twice", "origin twice", "pad twice", "origin alone", "pad alone", "wrap alone", "no name",
+        "unknown", "unknown, alike", "case", "unknown alone",
+    ],
+)  # fmt: skip
+def test_unknown_doubled_and_orphaned_stanzas_are_refused(stanzas: tuple[Stanza, ...]) -> None:
+    with pytest.raises(DecryptFailed):
+        binding.read(head(NATIVE, *stanzas))
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        replace(BOUND, args=BOUND.args[:4]),
+        replace(BOUND, args=(*BOUND.args, "x")),
+        replace(BOUND, args=(CONTEXT,)),
+        replace(BOUND, args=(CONTEXT, "2", *BOUND.args[2:])),
+        replace(BOUND, args=(CONTEXT, "01", *BOUND.args[2:])),
+        replace(BOUND, args=(CONTEXT, "1", "pay/roll", "0a1b2c3d", SALT)),
+        replace(BOUND, args=(CONTEXT, "1", "p" * 81, "0a1b2c3d", SALT)),
+        replace(BOUND, args=(CONTEXT, "1", "payroll", "transit://x", SALT)),
+        replace(BOUND, args=(CONTEXT, "1", "payroll", "v" * 81, SALT)),
+        replace(BOUND, args=(CONTEXT, "1", "payroll", "0a1b2c3d", SALT[:-1])),
+        replace(BOUND, args=(CONTEXT, "1", "payroll", "0a1b2c3d", SALT[:-2])),
+        replace(BOUND, args=(CONTEXT, "1", "payroll", "0a1b2c3d", SALT + "AA")),
+        replace(BOUND, args=(CONTEXT, "1", "payroll", "0a1b2c3d", SALT + "==")),
+        replace(BOUND, body=b""),
+        replace(BOUND, body=bytes(31)),
+        replace(BOUND, body=bytes(33)),
+    ],
+    ids=[
+        "no salt", "argument too many", "no arguments", "version 2", "version 01", "key id", "long key id",
+        "key version", "long key version", "cut salt", "short salt", "long salt", "padded salt", "no tag",
+        "short tag", "long tag",
+    ],
+)  # fmt: skip
+def test_a_context_stanza_of_another_shape_is_refused(context: Stanza) -> None:
+    with pytest.raises(DecryptFailed):
+        binding.read(head(NATIVE, context, MADE))
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        replace(MADE, args=(ORIGIN,)),
+        replace(MADE, args=(ORIGIN, "3")),
+        replace(MADE, args=(ORIGIN, "1", "x")),
+        replace(MADE, body=b""),
+        replace(MADE, body=bytes(31)),
+        replace(MADE, body=bytes(33)),
+    ],
+    ids=["no version", "version 2", "argument too many", "no tag", "short tag", "long tag"],
+)
+def test_an_origin_stanza_of_another_shape_is_refused(origin: Stanza) -> None:
+    with pytest.raises(DecryptFailed):
+        binding.read(head(NATIVE, BOUND, origin))
+
+
+@pytest.mark.parametrize(
+    "pad",
+    [
+        Stanza((PAD,), b""),
+        Stanza((PAD, "1"), b""),
+        Stanza((PAD, "0001"), b""),
+        Stanza((PAD, "0", "0"), b""),
+        Stanza((PAD, "0"), b"x"),
+    ],
+    ids=["no filler", "one", "not all zero", "two", "body"],
+)
+def test_a_pad_stanza_carries_nothing(pad: Stanza) -> None:
+    with pytest.raises(DecryptFailed):
+        binding.read(head(NATIVE, BOUND, MADE, pad))
+
+
+# -- tags --------------------------------------------------------------------------------------------
+
+OTHERS: Final = pytest.mark.parametrize(
+    ("names", "context"),
+    [
+        ({"tenant": "evil"}, ROW),
+        ({"key_id": "other"}, ROW),
+        ({"version": "0"}, ROW),
+        ({"tenant": "acmepayroll", "key_id": ""}, ROW),
+        ({}, NO_CONTEXT),
+        ({}, Context.parse("row=8")),
+        ({}, Context.parse("row=7,x=")),
+    ],
+    ids=["tenant", "key id", "version", "shifted", "no context", "other", "extra"],
+)
+
+
+def test_the_context_of_the_sealing_fits() -> None:
+    bound = bound_by(binding.context_stanza(FILE_KEY, KEY, ROW))
+
+    binding.check_context(bound, FILE_KEY, KEY.tenant, ROW)
+
+
+@OTHERS
+def test_no_other_context_or_name_fits(names: dict[str, str], context: Context) -> None:
+    key = replace(KEY, **names)
+    tag = binding.context_stanza(FILE_KEY, KEY, ROW)
+    bound = replace(bound_by(tag), key_id=key.key_id, key_version=key.version)
+
+    with pytest.raises(DecryptFailed):
+        binding.check_context(bound, FILE_KEY, key.tenant, context)
+
+
+def test_no_other_file_key_fits() -> None:
+    bound = bound_by(binding.context_stanza(FILE_KEY, KEY, ROW))
+
+    with pytest.raises(DecryptFailed):
+        binding.check_context(bound, bytes(16), KEY.tenant, ROW)
+
+
+def test_one_context_looks_different_in_every_file() -> None:
+    """Equal tags would tell which files share a context."""
+    stanzas = [binding.context_stanza(FILE_KEY, KEY, ROW) for _ in range(2)]
+
+    assert stanzas[0].args != stanzas[1].args
+    assert stanzas[0].body != stanzas[1].body
+
+
+@OTHERS
+def test_origin_binds_context_and_names(names: dict[str, str], context: Context) -> None:
+    tag = binding.origin_tag(MAC_KEY, FILE_KEY, NONCE, key=KEY, context=ROW)
+
+    assert tag != binding.origin_tag(MAC_KEY, FILE_KEY, NONCE, key=replace(KEY, **names), context=context)
+
+
+@pytest.mark.parametrize(
+    ("mac_key", "file_key", "nonce"),
+    [(b"x" * 32, FILE_KEY, NONCE), (MAC_KEY, bytes(16), NONCE), (MAC_KEY, FILE_KEY, bytes(16))],
+    ids=["identity", "file key", "payload nonce"],
+)
+def test_origin_binds_identity_file_key_and_nonce(mac_key: bytes, file_key: bytes, nonce: bytes) -> None:
+    tag = binding.origin_tag(MAC_KEY, FILE_KEY, NONCE, key=KEY, context=ROW)
+
+    assert tag == binding.origin_tag(MAC_KEY, FILE_KEY, NONCE, key=KEY, context=ROW)
+    assert tag != binding.origin_tag(mac_key, file_key, nonce, key=KEY, context=ROW)
+
+
+def test_every_identity_has_an_origin_key_of_its_own() -> None:
+    assert binding.origin_key(bytes(32)) != binding.origin_key(b"\x01" * 32)
+    assert binding.origin_key(bytes(32)) != bytes(32)
+
+
+@pytest.mark.parametrize("field", ["tenant", "key_id", "version", "backend"])
+def test_a_remote_wrap_authenticates_each_name(field: str) -> None:
+    """Under one and the same stanza, whose salt is drawn: two stanzas always differ."""
+    bound = binding.context_stanza(FILE_KEY, KEY, ROW)
+
+    assert binding.wrap_aad(KEY, bound) == binding.wrap_aad(replace(KEY), bound)
+    assert binding.wrap_aad(replace(KEY, **{field: "other"}), bound) != binding.wrap_aad(KEY, bound)
+
+
+def test_a_remote_wrap_authenticates_the_context_tag() -> None:
+    """And no argument of the stanza: the tag binds salt, names and context."""
+    other = Stanza(BOUND.args, b"\1" + bytes(31))
+
+    assert binding.wrap_aad(KEY, BOUND) != binding.wrap_aad(KEY, other)
+
+
+def test_names_of_a_remote_wrap_do_not_run_together() -> None:
+    one, other = replace(KEY, tenant="ac", key_id="me"), replace(KEY, tenant="a", key_id="cme")
+
+    assert binding.wrap_aad(one, BOUND) != binding.wrap_aad(other, BOUND)
+
+
+def test_no_context_value_leaves_with_a_wrap() -> None:
+    context = Context.parse("patient=hunter2")
+
+    assert b"hunter2" not in binding.wrap_aad(KEY, binding.context_stanza(FILE_KEY, KEY, context))
+
+
+@pytest.mark.parametrize(("size", "taken"), [(0, False), (1, True), (4096, True), (4097, False)])
+def test_a_remote_wrap_is_4096_bytes_at_most(size: int, *, taken: bool) -> None:
+    stanza = Stanza((WRAP, "transit", "payroll", "1"), bytes(size))
+    if taken:
+        assert len(binding.read_wrap(stanza).body) == size
+        return
+
+    with pytest.raises(DecryptFailed):
+        binding.read_wrap(stanza)
+
+
+# -- padding -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("taken", [*range(3970, 3990), 100, 4096, 8190, 20_000])
+def test_filler_rounds_a_header_up(taken: int) -> None:
+    spare = taken - len(header.render([Stanza(("x",), b"")], FILE_KEY))
+    stanza = Stanza(("x" * max(1, 1 + spare),), b"")
+    pad = binding.pad_stanza([stanza], len("--- ") + 43 + 1, len(VERSION_LINE), 4096)
+    rendered = header.render([stanza, pad], FILE_KEY)
+
+    assert len(rendered) % 4096 == 0
+    assert len(rendered) - len(header.render([stanza], FILE_KEY)) < 4096 + len("-> kms-service/pad 0\n\n")

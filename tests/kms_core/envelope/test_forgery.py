@@ -1,0 +1,248 @@
+"""What somebody can do who holds a recipient, a file or a file key, and no identity: nothing that opens."""
+
+import os
+from pathlib import Path
+from typing import Final
+
+import pyrage
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kms_core.age import armor, header, stream, x25519
+from kms_core.age.header import Stanza
+from kms_core.age.recipients import version_of
+from kms_core.backends.age import AgeBackend
+from kms_core.envelope import binding
+from kms_core.envelope.binding import KeyRef
+from kms_core.service import Kms
+from kms_protocol.context import Context
+from kms_protocol.errors import DecryptFailed, ForeignRefused, KmsError, NotACiphertext, UnknownKey
+from support.age_kms import (
+    ADA,
+    NO_CONTEXT,
+    ROW,
+    age_backend,
+    file_key_of,
+    head_of,
+    kms_over,
+    resigned,
+    stanza_of,
+    write_pair,
+)
+
+IDENTITY: Final = x25519.X25519Identity.generate()
+OTHER: Final = x25519.X25519Identity.generate()
+PROPERTY: Final = settings(max_examples=200, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory: pytest.TempPathFactory) -> AgeBackend:
+    return age_backend(tmp_path_factory.mktemp("age"), IDENTITY)
+
+
+@pytest.fixture(scope="module")
+def kms(backend: AgeBackend, tmp_path_factory: pytest.TempPathFactory) -> Kms:
+    return kms_over(backend, {"payroll": age_backend(tmp_path_factory.mktemp("payroll"), OTHER)})
+
+
+@pytest.fixture(scope="module")
+def sealed(kms: Kms) -> bytes:
+    return kms.encrypt(ADA, b"salary", ROW).ciphertext
+
+
+def forged(key: KeyRef, context: Context, *more: Stanza) -> bytes:
+    """A file with any names and context, by somebody who knows the recipient alone."""
+    file_key, nonce = os.urandom(16), os.urandom(16)
+    stanzas = [IDENTITY.recipient.wrap(file_key), binding.context_stanza(file_key, key, context), *more]
+    return (
+        header.render(stanzas, file_key) + nonce + stream.seal(stream.payload_key(file_key, nonce), b"forged")
+    )
+
+
+def foreign(plaintext: bytes = b"theirs", *recipients: x25519.X25519Recipient) -> bytes:
+    """A file of another implementation."""
+    named = [pyrage.x25519.Recipient.from_str(str(one)) for one in (*recipients, IDENTITY.recipient)]
+    file: bytes = pyrage.encrypt(plaintext, named)
+    return file
+
+
+# -- forged files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", [NO_CONTEXT, ROW], ids=["no context", "context"])
+@pytest.mark.parametrize("origin", ["none", "random", "blank", "of another identity", "lifted"])
+def test_a_recipient_is_not_enough_to_make_a_file(
+    kms: Kms, backend: AgeBackend, sealed: bytes, context: Context, origin: str
+) -> None:
+    key = kms.keyring.default.ref("acme")
+    by_another = binding.origin_tag(
+        binding.origin_key(OTHER.secret), os.urandom(16), os.urandom(16), key=key, context=context
+    )
+    bodies = {"random": os.urandom(32), "blank": bytes(32), "of another identity": by_another}
+    stanzas = {kind: [Stanza((binding.ORIGIN, "1"), body)] for kind, body in bodies.items()}
+    stanzas |= {"none": [], "lifted": [stanza_of(sealed, binding.ORIGIN)]}
+    file = forged(key, context, *stanzas[origin])
+
+    assert backend.unwrap(head_of(file).stanzas[0], key, b"")
+    with pytest.raises(DecryptFailed):
+        kms.decrypt(ADA, file, context)
+    with pytest.raises(DecryptFailed):
+        kms.rewrap(ADA, file, context)
+
+
+@pytest.mark.parametrize("origin", ["none", "lifted"])
+@pytest.mark.parametrize(
+    "secret", ["recipient", "ephemeral exchange", "of another identity", "random", "lifted"]
+)
+def test_a_recipient_is_not_enough_to_make_a_wrap(kms: Kms, tmp_path: Path, secret: str, origin: str) -> None:
+    """``native=false``: all that can be derived from the public recipient opens nothing."""
+    genuine = kms_over(AgeBackend(write_pair(tmp_path, IDENTITY), native=False))
+    lifted = genuine.encrypt(ADA, b"salary", ROW).ciphertext
+    key, file_key = kms.keyring.default.ref("acme"), os.urandom(16)
+    bound = binding.context_stanza(file_key, key, ROW)
+    aad, public = binding.wrap_aad(key, bound), IDENTITY.recipient.public
+    exchanged = X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
+    secrets = {
+        "recipient": public,
+        "ephemeral exchange": exchanged,
+        "of another identity": OTHER.secret,
+        "random": os.urandom(32),
+    }
+    if secret == "lifted":
+        wrap = stanza_of(lifted, binding.WRAP)
+    else:
+        wrap = binding.age_wrap(secrets[secret], file_key, key, aad)
+    more = [stanza_of(lifted, binding.ORIGIN)] if origin == "lifted" else []
+    nonce = os.urandom(16)
+    head = header.render([wrap, bound, *more], file_key) + nonce
+    file = head + stream.seal(stream.payload_key(file_key, nonce), b"forged")
+
+    assert genuine.decrypt(ADA, lifted, ROW).plaintext == b"salary"
+    for service in (kms, genuine):
+        for call in (service.decrypt, service.rewrap, service.reseal):
+            with pytest.raises(DecryptFailed):
+                call(ADA, file, ROW)
+
+
+def test_a_job_key_for_the_recipient_opens_nothing(kms: Kms) -> None:
+    """Anybody can wrap a key for a recipient, so an Age key takes none in place of the identity."""
+    key, file_key, job_key = kms.keyring.default.ref("acme"), os.urandom(16), os.urandom(32)
+    bound = binding.context_stanza(file_key, key, ROW)
+    for info in (binding.WRAP_KEY_INFO, binding.AGE_WRAP_INFO):
+        body = binding.seal_file_key(job_key, file_key, binding.wrap_aad(key, bound), info)
+        wrapped = header.render_stanza(IDENTITY.recipient.wrap(job_key[:16]))
+        wrap = binding.wrap_stanza(key, body, wrapped)
+        with pytest.raises(DecryptFailed):
+            kms.decrypt(ADA, header.render([wrap, bound], file_key) + bytes(16), ROW)
+
+
+def test_the_file_key_of_a_file_is_not_enough_to_bind_it_anew(kms: Kms, sealed: bytes) -> None:
+    file_key, other = file_key_of(sealed, IDENTITY), Context.parse("row=8")
+    bound = binding.context_stanza(file_key, kms.keyring.default.ref("acme"), other)
+    stanzas = [bound if stanza.type == binding.CONTEXT else stanza for stanza in head_of(sealed).stanzas]
+
+    with pytest.raises(DecryptFailed):
+        kms.decrypt(ADA, resigned(sealed, stanzas, file_key), other)
+
+
+def test_a_file_without_its_stanzas_is_foreign_and_has_no_context(kms: Kms, sealed: bytes) -> None:
+    """With the file key our stanzas come off; what is left then has no origin, and the answer says so."""
+    file_key = file_key_of(sealed, IDENTITY)
+    bare = resigned(sealed, head_of(sealed).stanzas[:1], file_key)
+
+    assert kms.decrypt(ADA, bare, NO_CONTEXT).origin == "foreign"
+    with pytest.raises(DecryptFailed):
+        kms.decrypt(ADA, bare, ROW)
+
+
+# -- foreign files -----------------------------------------------------------------------------------
+
+
+def test_a_foreign_file_opens_by_the_default_key_and_says_so(kms: Kms) -> None:
+    opened = kms.decrypt(ADA, foreign(), NO_CONTEXT)
+
+    assert (opened.plaintext, opened.origin, opened.key.key_id) == (b"theirs", "foreign", "default")
+
+
+def test_a_foreign_file_opens_by_a_named_key(kms: Kms) -> None:
+    file = foreign(b"theirs", OTHER.recipient)
+
+    assert kms.decrypt(ADA, file, NO_CONTEXT, key_id="payroll").key.key_id == "payroll"
+
+
+def test_a_foreign_file_for_another_key_does_not_open(kms: Kms) -> None:
+    with pytest.raises(DecryptFailed):
+        kms.decrypt(ADA, foreign(), NO_CONTEXT, key_id="payroll")
+
+
+def test_a_foreign_file_opens_by_an_old_version(tmp_path: Path) -> None:
+    rotated = kms_over(age_backend(tmp_path, IDENTITY, OTHER))
+    opened = rotated.decrypt(ADA, foreign(), NO_CONTEXT)
+
+    assert opened.plaintext == b"theirs"
+    assert opened.key.version == version_of(IDENTITY.recipient)
+
+
+def test_a_foreign_file_has_no_context(kms: Kms) -> None:
+    with pytest.raises(DecryptFailed):
+        kms.decrypt(ADA, foreign(), ROW)
+
+
+def test_a_foreign_file_is_refused_where_the_key_says_so(backend: AgeBackend, sealed: bytes) -> None:
+    strict = kms_over(backend, accept_foreign=False)
+
+    with pytest.raises(ForeignRefused):
+        strict.decrypt(ADA, foreign(), NO_CONTEXT)
+    with pytest.raises(ForeignRefused):
+        strict.decrypt(ADA, foreign(), ROW)
+    assert strict.decrypt(ADA, sealed, ROW).origin == "service"
+
+
+def test_a_passphrase_file_is_not_even_tried(kms: Kms) -> None:
+    stanza = Stanza(("scrypt", "bBjlhJVYZeE4aqUdmtRHfw", "30"), bytes(32))
+
+    with pytest.raises(DecryptFailed):
+        kms.decrypt(ADA, header.render([stanza], bytes(16)) + bytes(32), NO_CONTEXT)
+
+
+def test_armor_is_for_the_command(kms: Kms, sealed: bytes) -> None:
+    with pytest.raises(NotACiphertext):
+        kms.decrypt(ADA, armor.armor(sealed), ROW)
+
+
+# -- edits -------------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(st.data())
+def test_no_edit_gets_past_the_service(kms: Kms, sealed: bytes, data: st.DataObject) -> None:
+    """UnknownKey alone tells edits apart: of the key id, which is in clear and chosen by the editor."""
+    place = data.draw(st.integers(0, len(sealed) - 1))
+    gone, put = data.draw(st.integers(0, 3)), data.draw(st.binary(max_size=3))
+    edited = sealed[:place] + put + sealed[place + gone :]
+    if edited == sealed:
+        return
+    for context in (ROW, NO_CONTEXT):
+        with pytest.raises((DecryptFailed, NotACiphertext, UnknownKey)):
+            kms.decrypt(ADA, edited, context)
+
+
+@PROPERTY
+@given(st.binary(max_size=200), st.booleans())
+def test_nothing_but_our_errors_leaves_the_service(kms: Kms, data: bytes, headed: bool) -> None:
+    for call in (kms.decrypt, kms.rewrap):
+        with pytest.raises(KmsError):
+            call(ADA, header.VERSION_LINE * headed + data, ROW)
+
+
+# -- keys are fresh ----------------------------------------------------------------------------------
+
+
+def test_no_operation_uses_a_file_key_twice(kms: Kms) -> None:
+    files = [kms.encrypt(ADA, b"", ROW).ciphertext for _ in range(100)]
+    files += [kms.generate_data_key(ADA, 32, ROW).ciphertext for _ in range(100)]
+
+    assert len({file_key_of(file, IDENTITY) for file in files}) == 200
+    assert len({head_of(file).nonce for file in files}) == 200

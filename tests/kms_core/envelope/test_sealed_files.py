@@ -1,0 +1,236 @@
+"""Key files sealed under a root: what opens them, and what may not stand in their place."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from kms_core.age import armor, x25519
+from kms_core.age.header import Stanza, is_age_file
+from kms_core.backends.age import AgeBackend
+from kms_core.envelope import sealing
+from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.sealed_files import (
+    RECOVERY,
+    TENANT,
+    FileSealer,
+    SealingIdentity,
+    read_identities,
+    root_of,
+)
+from kms_core.keyring import Key
+from kms_protocol.context import Context
+from kms_protocol.errors import BackendUnavailable, ConfigurationError, InvalidContext
+from support import programs, sealing_plugin
+from support.age_kms import age_backend, stanza_of, types_of, with_stanzas, write_identities
+
+CONTENT: Final = b"AGE-SECRET-KEY-1TEST\n"
+
+
+class Away(AgeBackend):
+    """A root that does not answer."""
+
+    def __init__(self, backend: AgeBackend) -> None:
+        self.__dict__.update(backend.__dict__)
+
+    def unwrap(self, stanza: Stanza, key: KeyRef, aad: bytes) -> bytes:
+        del stanza, key, aad
+        raise BackendUnavailable("the root is away")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> AgeBackend:
+    return age_backend(tmp_path / "root", x25519.X25519Identity.generate())
+
+
+def sealer(root: AgeBackend, *identities: SealingIdentity, key_id: str = "root") -> FileSealer:
+    return FileSealer(lambda: {key_id: Key(key_id, root)}, lambda: identities)
+
+
+def refusal(opener: FileSealer, name: str, sealed: bytes) -> str:
+    with pytest.raises(ConfigurationError) as raised:
+        opener.open(name, sealed)
+    return raised.value.detail
+
+
+def test_a_root_opens_what_it_sealed(root: AgeBackend) -> None:
+    sealed = sealer(root).seal("payroll", CONTENT, "root")
+
+    assert sealer(root).open("payroll", sealed) == CONTENT
+    assert sealer(root).open("payroll", armor.armor(sealed)) == CONTENT
+    assert (is_age_file(sealed), root_of(sealed), root_of(armor.armor(sealed))) == (True, "root", "root")
+    assert CONTENT not in sealed
+
+
+def test_a_file_for_another_key_is_refused(root: AgeBackend) -> None:
+    sealed = sealer(root).seal("payroll", CONTENT, "root")
+
+    assert "was not sealed as hr" in refusal(sealer(root), "hr", sealed)
+    assert "was not sealed as kms:spool" in refusal(sealer(root), "kms:spool", sealed)
+
+
+def test_a_file_of_another_tenant_is_refused(root: AgeBackend) -> None:
+    """Made with every right of a caller: the root's own key id, and the very context."""
+    ref = KeyRef("acme", "root", root.current_version(), root.name)
+    theirs = sealing.seal(CONTENT, [(root, ref)], Context.reserved({"kms:sealed": "payroll"}))
+
+    assert "was not sealed as payroll" in refusal(sealer(root), "payroll", theirs)
+
+
+def test_a_file_in_another_context_is_refused(root: AgeBackend) -> None:
+    ref = KeyRef(TENANT, "root", root.current_version(), root.name)
+    other = sealing.seal(CONTENT, [(root, ref)], Context.parse("sealed=payroll"))
+
+    assert "was not sealed as payroll" in refusal(sealer(root), "payroll", other)
+
+
+def test_no_caller_gives_that_context_or_tenant() -> None:
+    with pytest.raises(InvalidContext):
+        Context.parse("kms:sealed=payroll")
+    assert ":" in TENANT  # KeyId, the type of tenants in settings and tokens, has none
+
+
+def test_another_root_under_the_same_name_is_refused(root: AgeBackend, tmp_path: Path) -> None:
+    sealed = sealer(root).seal("payroll", CONTENT, "root")
+    other = age_backend(tmp_path / "other", x25519.X25519Identity.generate())
+
+    assert "by another root" in refusal(sealer(other), "payroll", sealed)
+
+
+def test_a_key_that_does_not_seal_is_no_root(root: AgeBackend) -> None:
+    sealed = sealer(root).seal("payroll", CONTENT, "root")
+
+    assert '[kms.keys.root] with its uri and use = "seal"' in refusal(
+        sealer(root, key_id="other"), "payroll", sealed
+    )
+
+
+@pytest.mark.parametrize("at", [0, 30, 100, -1])
+def test_a_damaged_file_is_refused(root: AgeBackend, at: int) -> None:
+    sealed = bytearray(sealer(root).seal("payroll", CONTENT, "root"))
+    sealed[at] ^= 1
+    if not is_age_file(bytes(sealed)):
+        return
+
+    with pytest.raises(ConfigurationError):
+        sealer(root).open("payroll", bytes(sealed))
+
+
+def test_a_stanza_of_another_file_is_refused(root: AgeBackend) -> None:
+    first, second = (sealer(root).seal(name, CONTENT, "root") for name in ("payroll", "hr"))
+    mixed = with_stanzas(first, [stanza_of(second, kind) for kind in types_of(second)])
+
+    assert "was not sealed" in refusal(sealer(root), "payroll", mixed)
+
+
+def test_a_root_that_is_away_is_no_refusal(root: AgeBackend) -> None:
+    sealed = sealer(root).seal("payroll", CONTENT, "root")
+
+    with pytest.raises(BackendUnavailable, match="the root is away"):
+        sealer(Away(root)).open("payroll", sealed)
+
+
+def test_a_recovery_recipient_opens_it_with_stock_age(root: AgeBackend, tmp_path: Path) -> None:
+    offline = x25519.X25519Identity.generate()
+    content = f"{RECOVERY}{offline.recipient}\n".encode() + CONTENT
+    sealed = sealer(root).seal("payroll", content, "root")
+    again = sealer(root).seal_again("payroll", content + b"more\n", sealed)
+    write_identities(tmp_path / "offline.txt", offline)
+
+    for file, expected in ((sealed, content), (again, content + b"more\n")):
+        opened = subprocess.run(
+            [programs.program("age"), "-d", "-i", str(tmp_path / "offline.txt")],
+            input=file,
+            capture_output=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        assert opened == expected
+        assert sealer(root).open("payroll", file) == expected
+
+
+def test_a_recovery_line_that_names_no_recipient_is_refused(root: AgeBackend) -> None:
+    with pytest.raises(ConfigurationError, match="recovery line"):
+        sealer(root).seal("payroll", b"# recovery: age1nobody\n", "root")
+
+
+# -- identities --------------------------------------------------------------------------------------
+
+
+def test_stock_age_seals_for_an_identity(tmp_path: Path, root: AgeBackend) -> None:
+    credential = x25519.X25519Identity.generate()
+    sealed = subprocess.run(
+        [programs.program("age"), "-a", "-r", str(credential.recipient)],
+        input=CONTENT,
+        capture_output=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    write_identities(tmp_path / "credential", x25519.X25519Identity.generate(), credential)
+    opener = sealer(root, *read_identities(tmp_path / "credential"))
+
+    assert (root_of(sealed), opener.open("payroll", sealed)) == (None, CONTENT)
+    assert opener.open("payroll", sealer(root, credential).seal("payroll", CONTENT, None)) == CONTENT
+    assert "none of the identities" in refusal(
+        sealer(root, x25519.X25519Identity.generate()), "payroll", sealed
+    )
+
+
+def test_a_changed_header_is_refused(root: AgeBackend) -> None:
+    credential = x25519.X25519Identity.generate()
+    sealed = sealer(root, credential).seal("payroll", CONTENT, None)
+    more = with_stanzas(sealed, [stanza_of(sealed, "X25519"), Stanza(("another",), b"")])
+
+    assert "damaged" in refusal(sealer(root, credential), "payroll", more)
+
+
+def test_a_plugin_opens_and_seals(tmp_path: Path, root: AgeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{sealing_plugin.install(tmp_path / 'bin')}:{os.environ['PATH']}")
+    identities = tmp_path / "identities"
+    identities.write_text(f"# of a token\n{sealing_plugin.identity()}\n")
+    opener = sealer(root, *read_identities(identities))
+    sealed = opener.seal("payroll", CONTENT, None)
+
+    assert opener.open("payroll", sealed) == CONTENT
+    opened = subprocess.run(
+        [programs.program("age"), "-d", "-i", str(identities)],
+        input=sealed,
+        capture_output=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    assert opened == CONTENT
+
+
+def test_a_plugin_with_a_wrong_file_key_is_refused(
+    tmp_path: Path, root: AgeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{sealing_plugin.install(tmp_path / 'bin')}:{os.environ['PATH']}")
+    for mode in ("good", "other-key"):
+        (tmp_path / mode).write_text(sealing_plugin.identity(mode))
+    sealed = sealer(root, *read_identities(tmp_path / "good")).seal("payroll", CONTENT, None)
+
+    assert "damaged" in refusal(sealer(root, *read_identities(tmp_path / "other-key")), "payroll", sealed)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no age identity"),
+        ("# nothing\n", "holds no age identity"),
+        ("\nhello\n", "Line 2"),
+        ("AGE-PLUGIN-X-1QQQQ", "Line 1"),
+    ],
+)
+def test_a_file_without_identities_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "identities").write_text(text)
+
+    with pytest.raises(ConfigurationError, match=said):
+        read_identities(tmp_path / "identities")
+
+
+def test_a_missing_file_of_identities_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"kms\.age\.seal_identity_path"):
+        read_identities(tmp_path / "gone")

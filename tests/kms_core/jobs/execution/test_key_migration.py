@@ -1,0 +1,390 @@
+"""Campaigns: many files moved to the newest version of their key; what is left alone, what is reported."""
+
+import json
+import os
+import time
+from dataclasses import fields
+from itertools import count
+from pathlib import Path
+
+import pyrage
+import pytest
+
+from kms_api.routes.job_answers import shape
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution import results
+from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.execution.tree import PATIENCE
+from kms_core.jobs.model import Attempt, Checkpoint, Commit, Job, part_id
+from kms_core.jobs.spec import Fields, TreePart
+from kms_core.jobs.storage.locations import JobSource, Locations
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import SubmissionOptions
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import Unavailable
+from support.job_stores import TENANT, forge
+
+WHO = Principal("local")
+CONTEXT = Context.parse("env=test")
+FILES = ("a", "b/c", "b/d")
+
+
+@pytest.fixture
+def root(core: Core, tmp_path: Path) -> Path:
+    """Three files on the first version of the key; the key has a newer one by now."""
+    folder = tmp_path / "state" / "files" / "tree"
+    for name in FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(sealed(core, name.encode()))
+    rotate(core)
+    return folder
+
+
+def sealed(core: Core, plaintext: bytes) -> bytes:
+    return core.kms.encrypt(WHO, plaintext, CONTEXT).ciphertext
+
+
+def rotate(core: Core) -> str:
+    return core.kms.rotate(WHO, "default").version
+
+
+def newest(core: Core) -> str:
+    return core.kms.keyring.default.ref(TENANT).version
+
+
+def start(
+    core: Core, root: Path, kind: wire.JobKind = "rewrap", new: str | None = None, **more: object
+) -> str:
+    fields: dict[str, object] = {"source": f"file://{root}/**", "overwrite": True} | more
+    body = wire.JobIn(kind=kind, **fields)  # type: ignore[arg-type]  # fields by name
+    terms = SubmissionOptions(WHO, kind, CONTEXT, new_context=None if new is None else Context.parse(new))
+    job_id = core.submitter.submit(terms, body, 10).job_id
+    run_job(job_id, core.worker_context, "w")
+    return job_id
+
+
+def run(core: Core, root: Path, kind: wire.JobKind = "rewrap", **more: object) -> str:
+    job_id = start(core, root, kind, **more)  # type: ignore[arg-type]  # a new context is text
+    for number in range(now(core, job_id).parts):
+        run_job(part_id(job_id, number), core.worker_context, "w")
+    return job_id
+
+
+def now(core: Core, job_id: str) -> Job:
+    return core.worker_context.store.get(job_id, TENANT)
+
+
+def report(core: Core, job_id: str) -> dict[str, object]:
+    told: dict[str, object] = json.loads(wire.encode(shape(now(core, job_id))))["report"]
+    return told
+
+
+def outcomes(core: Core, job_id: str, root: Path) -> dict[str, str]:
+    found = results.of(now(core, job_id), core.worker_context.store, core.worker_context.spool)
+    told = [json.loads(line) for line in b"".join(found.slabs(0, found.size)).splitlines()]
+    return {
+        line["source"].removeprefix(f"file://{root}/"): line.get("outcome") or line["error"]["code"]
+        for line in told
+    }
+
+
+def version(core: Core, path: Path) -> str:
+    return core.kms.decrypt(WHO, path.read_bytes(), CONTEXT).key.version
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def payload(data: bytes) -> bytes:
+    return data[data.index(b"\n--- ") + 49 :]
+
+
+# -- in place ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rewrap", "reseal"])
+def test_tree_is_moved_in_place_and_again_is_left_alone(core: Core, root: Path, kind: wire.JobKind) -> None:
+    first, before = version(core, root / "a"), tree(root)
+
+    job_id = run(core, root, kind)
+    moved = tree(root)
+    again = run(core, root, kind)
+
+    assert outcomes(core, job_id, root) == dict.fromkeys(FILES, "changed")
+    assert report(core, job_id) == {
+        "dry_run": False, "changed": 3, "newest": 0, "foreign": 0, "failed": 0,
+        "older": [{"key_id": "default", "key_version": first, "found": 3, "left": 0}],
+    }  # fmt: skip
+    assert now(core, job_id).state == "succeeded"
+    assert {name: core.kms.decrypt(WHO, data, CONTEXT).plaintext for name, data in moved.items()} == {
+        name: name.encode() for name in FILES
+    }
+    assert {version(core, root / name) for name in FILES} == {newest(core)} != {first}
+    same = [payload(before[name]) == payload(moved[name]) for name in FILES]
+    assert same == [kind == "rewrap"] * 3
+    assert outcomes(core, again, root) == dict.fromkeys(FILES, "newest")
+    assert report(core, again) == report(core, again) | {"changed": 0, "newest": 3, "older": []}
+    assert tree(root) == moved
+
+
+def states(root: Path) -> dict[Path, tuple[int, int, bytes]]:
+    """Inode, time of the last change in ns, and content of each file; reading changes its access time."""
+    found = ((path, path.stat(), path.read_bytes()) for path in root.rglob("*") if path.is_file())
+    return {path: (stat.st_ino, stat.st_mtime_ns, content) for path, stat, content in found}
+
+
+def test_dry_run_counts_by_version_and_touches_nothing(core: Core, root: Path) -> None:
+    first = version(core, root / "a")
+    second = newest(core)
+    (root / "b" / "d").write_bytes(sealed(core, b"second"))
+    rotate(core)
+    (root / "new").write_bytes(sealed(core, b"third"))
+    (root / "text").write_bytes(b"no age file")
+    before = states(root)
+
+    job_id = run(core, root, dry_run=True, overwrite=None)
+
+    assert report(core, job_id) == {
+        "dry_run": True, "changed": 3, "newest": 1, "foreign": 0, "failed": 1,
+        "older": sorted(
+            [
+                {"key_id": "default", "key_version": first, "found": 2, "left": 2},
+                {"key_id": "default", "key_version": second, "found": 1, "left": 1},
+            ],
+            key=lambda one: str(one["key_version"]),
+        ),
+    }  # fmt: skip
+    assert outcomes(core, job_id, root) == {
+        "a": "would_change", "b/c": "would_change", "b/d": "would_change",
+        "new": "newest", "text": "not_a_ciphertext",
+    }  # fmt: skip
+    assert states(root) == before
+
+
+def test_what_fails_and_what_is_foreign_is_told_and_left(core: Core, root: Path, tmp_path: Path) -> None:
+    first = version(core, root / "a")
+    recipient = (tmp_path / "state" / "age" / "public_key.txt").read_text().split()[-1]
+    foreign = pyrage.encrypt(b"x", [pyrage.x25519.Recipient.from_str(recipient)])
+    (root / "foreign").write_bytes(foreign)
+    (root / "b" / "c").write_bytes(core.kms.encrypt(WHO, b"x", Context.parse("other=1")).ciphertext)
+    damaged = bytearray((root / "a").read_bytes())
+    at = damaged.index(b"\n--- ") + 8
+    damaged[at] = ord("B" if damaged[at] == ord("A") else "A")  # still base64: a header that names its key
+    (root / "a").write_bytes(damaged)
+    (root / "junk").write_bytes(b"age-encryption.org/v1\njunk")
+
+    job_id = run(core, root)
+
+    assert outcomes(core, job_id, root) == {
+        "a": "decrypt_failed", "b/c": "newest", "b/d": "changed",
+        "foreign": "foreign", "junk": "decrypt_failed",
+    }  # fmt: skip
+    assert report(core, job_id) == {
+        "dry_run": False, "changed": 1, "newest": 1, "foreign": 1, "failed": 2,
+        "older": [{"key_id": "default", "key_version": first, "found": 2, "left": 1}],
+    }  # fmt: skip
+    assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "items_failed")
+    assert (root / "foreign").read_bytes() == foreign
+    assert (root / "a").read_bytes() == damaged
+
+
+def test_new_context_moves_every_file(core: Core, root: Path) -> None:
+    run(core, root)
+
+    job_id = run(core, root, new="env=prod")
+
+    assert outcomes(core, job_id, root) == dict.fromkeys(FILES, "changed")
+    assert report(core, job_id)["older"] == []
+    assert core.kms.decrypt(WHO, (root / "a").read_bytes(), Context.parse("env=prod")).plaintext == b"a"
+
+
+def test_campaign_may_leave_its_source_and_write_elsewhere(core: Core, root: Path) -> None:
+    before = tree(root)
+    out = root.parent / "out"
+
+    job_id = run(core, root, target=f"file://{out}/", overwrite=None)
+
+    assert now(core, job_id).state == "succeeded"
+    assert tree(root) == before
+    assert {version(core, out / name) for name in FILES} == {newest(core)}
+
+
+def test_file_keeps_its_owner_and_mode_in_place(core: Core, root: Path) -> None:
+    (root / "a").chmod(0o640)
+    if os.getuid() == 0:
+        os.chown(root / "a", 12345, 54321)
+    before = (root / "a").stat()
+
+    run(core, root)
+
+    after = (root / "a").stat()
+    assert after.st_ino != before.st_ino
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+
+
+class Interloper(JobStore):
+    """Somebody else writes to the source once its commit is recorded."""
+
+    path: Path
+    replaced: bool
+
+    def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
+        super().step(claim, log, counts)
+        if log.pending:
+            self._write()
+
+    def committing(self, claim: Attempt, commit: Commit) -> None:
+        super().committing(claim, commit)
+        self._write()
+
+    def _write(self) -> None:
+        if self.replaced:
+            self.path.write_bytes(b"written meanwhile")
+        else:
+            self.path.unlink()
+
+
+@pytest.mark.parametrize("replaced", [True, False], ids=["changed", "removed"])
+@pytest.mark.parametrize("many", [True, False], ids=["of-many", "one"])
+def test_file_that_somebody_changes_meanwhile_is_theirs(
+    core: Core, root: Path, *, replaced: bool, many: bool
+) -> None:
+    found = core.worker_context.store
+    store = Interloper(found.redis, found.record_key, lambda *_: None, found.rules)
+    store.path, store.replaced = root / "a", replaced
+    worker_context = WorkerContext(core.kms, store, core.worker_context.spool, core.worker_context.places)
+
+    if many:
+        job_id = start(core, root, source=f"file://{root}/a*")
+        run_job(part_id(job_id, 0), worker_context, "w")
+        assert outcomes(core, job_id, root) == {"a": "target_exists"}
+    else:
+        body = wire.JobIn(kind="rewrap", source=f"file://{root}/a", overwrite=True)
+        job_id = core.submitter.submit(SubmissionOptions(WHO, "rewrap", CONTEXT), body, 10).job_id
+        run_job(job_id, worker_context, "w")
+        assert now(core, job_id).error == "target_exists"
+
+    assert (root / "a").exists() == replaced
+    assert not replaced or (root / "a").read_bytes() == b"written meanwhile"
+    assert not [path for path in root.iterdir() if path.name.startswith(".")]
+
+
+# -- pace ----------------------------------------------------------------------------------------------------
+
+
+def test_paced_job_gives_its_place_away_between_bursts(core: Core, root: Path) -> None:
+    for number in range(9):
+        (root / f"f{number}").write_bytes(sealed(core, b"x"))
+    job_id = start(core, root, rate_per_s=1.0, dry_run=True)
+    part = part_id(job_id, 0)
+    done = []
+    for _ in count():
+        run_job(part, core.worker_context, "w")
+        found = core.worker_context.store.part(part)
+        done.append(found.items_done)
+        if found.state != "queued":
+            break
+        assert found.not_before > time.time()
+        assert core.worker_context.store.claim(part, "w") is None
+        forge(core.worker_context.store, part, not_before="0")
+
+    assert now(core, job_id).state == "succeeded"
+    assert report(core, job_id)["changed"] == 3
+    assert len(done) == 3  # twelve files, five at a time
+    assert core.worker_context.store.part(part).attempt == 1
+
+
+def test_paced_job_that_is_cancelled_ends_at_once(core: Core, root: Path) -> None:
+    job_id = start(core, root, rate_per_s=0.001)
+    part = part_id(job_id, 0)
+    run_job(part, core.worker_context, "w")
+    assert core.worker_context.store.part(part).not_before > time.time() + 60
+
+    core.worker_context.store.cancel(job_id, TENANT)
+
+    asked = now(core, job_id)
+    assert (asked.state, asked.cancel) == ("running", 1), "a worker may be at work"
+    run_job(part, core.worker_context, "w")
+    assert now(core, job_id).state == "cancelled"
+
+
+def test_cancelled_job_tells_what_it_has_put_in_place(core: Core, root: Path) -> None:
+    job_id = start(core, root, rate_per_s=0.001)
+    part = part_id(job_id, 0)
+    run_job(part, core.worker_context, "w")
+
+    core.worker_context.store.cancel(job_id, TENANT)
+    run_job(part, core.worker_context, "w")
+
+    context = core.worker_context
+    found = results.of(now(core, job_id), context.store, context.spool)
+    lines = [json.loads(line) for line in b"".join(found.slabs(0, found.size)).splitlines()]
+    assert len(lines) == len(FILES)
+    done = [line for line in lines if "error" not in line]
+    assert len(done) == 1
+    assert {line["error"]["code"] for line in lines if line not in done} == {"cancelled"}
+    assert report(core, job_id)[done[0]["outcome"]] == 1
+
+
+def test_parts_share_one_pace(core: Core, root: Path) -> None:
+    job_id = start(core, root, rate_per_s=0.5)
+    job = core.worker_context.store.accepted(part_id(job_id, 0))
+    assert isinstance(job, TreePart)
+
+    first = core.worker_context.store.pace(job, 3)
+    second = core.worker_context.store.pace(job, 3)
+    third = core.worker_context.store.pace(job, 3)
+
+    assert first == (3, 0.0)
+    assert second[0] == 0
+    assert second[1] > 5
+    assert third == (3, 0.0)  # what was waited for
+
+
+def test_a_pace_that_others_wrote_holds_up_no_part(core: Core, root: Path) -> None:
+    job_id = start(core, root, rate_per_s=0.5)
+    store = core.worker_context.store
+    job = store.accepted(part_id(job_id, 0))
+    assert isinstance(job, TreePart)
+    store.redis.set(f"kms:pace:{job.owner}", 9e12)
+
+    assert store.pace(job, 3) == (3, 0.0)
+    assert store.redis.ttl(f"kms:pace:{job.owner}") < 60
+
+
+# -- what is away --------------------------------------------------------------------------------------------
+
+
+class Unreadable(Locations):
+    """One file lies on a bad block."""
+
+    def open_source(self, url: str) -> JobSource:
+        if url.endswith("/b/c"):
+            raise Unavailable("The file system answered EIO")
+        return super().open_source(url)
+
+
+def test_file_that_the_disk_cannot_give_is_given_up_in_the_end_and_holds_up_no_other(
+    core: Core, root: Path
+) -> None:
+    found = core.worker_context.places
+    worker_context = WorkerContext(
+        core.kms,
+        core.worker_context.store,
+        core.worker_context.spool,
+        Unreadable(*(getattr(found, one.name) for one in fields(found))),
+    )
+    job_id = start(core, root)
+    part = part_id(job_id, 0)
+    for _ in range(PATIENCE):
+        run_job(part, worker_context, "w")
+        assert core.worker_context.store.part(part).state == "queued"
+        forge(core.worker_context.store, part, not_before="0")
+
+    run_job(part, worker_context, "w")
+
+    assert outcomes(core, job_id, root) == {"a": "changed", "b/c": "unavailable", "b/d": "changed"}

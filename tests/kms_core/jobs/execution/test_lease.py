@@ -1,0 +1,119 @@
+"""The lease of an attempt: renewed by progress, ended with its process, handed back by a stopping worker."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Final
+
+import pytest
+
+from kms_core.container import Core
+from kms_core.jobs.execution import attendance
+from kms_core.jobs.execution.attendance import Attendance, Stall
+from kms_core.jobs.execution.lease import Chore, HandedBack, Lease
+from kms_core.jobs.model import LeaseLost, StoreRules
+from kms_core.jobs.store.store import JobStore
+from support.job_stores import COMMIT, TENANT, claimed, store_of
+from support.waiting import until
+
+BRISK: Final = StoreRules(lease_s=0.6, attempts=3, stall_s=0.8)
+
+
+@pytest.fixture
+def store(core: Core) -> JobStore:
+    return store_of(core, BRISK)
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Attendance:
+    """As a worker's parent shares it; forked children of a test use it too."""
+    found = Attendance()
+    monkeypatch.setattr(attendance, "_shared", [found])
+    return found
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run it in a forked process; the status as ``waitpid`` gives it, 0 if it came to its end."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+def test_an_attempt_that_advances_keeps_its_lease(store: JobStore) -> None:
+    claim = claimed(store)
+    with Lease(store, claim) as lease:
+        for _ in range(10):
+            time.sleep(0.2)
+            lease.advance(1)
+
+    store.finish(claim, "succeeded")
+
+
+def test_an_attempt_that_advances_nothing_loses_its_lease(store: JobStore) -> None:
+    claim = claimed(store)
+    with Lease(store, claim):
+        until(lambda: store.get(claim.accepted.job_id, TENANT).state == "queued", "it is taken away")
+        with pytest.raises(LeaseLost):
+            store.finish(claim, "succeeded")
+    assert store.get(claim.accepted.job_id, TENANT).attempt == 1
+
+
+def test_its_process_ends_and_its_parent_is_told(store: JobStore, shared: Attendance) -> None:
+    claim = claimed(store)
+
+    def hang() -> None:
+        store.redis.connection_pool.disconnect()
+        with Lease(store, claim):
+            time.sleep(60)
+
+    assert os.WTERMSIG(in_child(hang)) == signal.SIGKILL
+    told: list[Stall] = list(shared.stalls())
+    assert [stall.job_id for stall in told] == [claim.accepted.job_id]
+    assert list(shared.stalls()) == []
+
+
+def test_a_chore_that_hangs_ends_its_process(store: JobStore, shared: Attendance) -> None:
+    def hang() -> None:
+        with Chore(store, "some job"):
+            time.sleep(60)
+
+    assert os.WTERMSIG(in_child(hang)) == signal.SIGKILL
+    assert [stall.job_id for stall in shared.stalls()] == ["some job"]
+
+
+def test_a_worker_that_stops_tells_its_attempts(core: Core, shared: Attendance) -> None:
+    store = store_of(core, StoreRules(lease_s=0.6))
+    with Lease(store, claimed(store)) as lease:
+        time.sleep(1)
+        lease.check()
+        shared.stop_in(0)
+        assert attendance.is_stopping()
+        with pytest.raises(HandedBack):
+            until(lease.check, "it is told")
+
+
+@pytest.mark.parametrize("commits", [False, True])
+def test_an_attempt_that_does_not_hear_it_is_handed_back(
+    core: Core, shared: Attendance, monkeypatch: pytest.MonkeyPatch, *, commits: bool
+) -> None:
+    monkeypatch.setattr("kms_core.jobs.execution.lease._DEAF_S", 0.5)
+    store = store_of(core, StoreRules(lease_s=5))
+    claim = claimed(store)
+    if commits:
+        store.committing(claim, COMMIT)
+
+    def hang() -> None:
+        store.redis.connection_pool.disconnect()
+        shared.stop_in(0)
+        with Lease(store, claim):
+            time.sleep(60)
+
+    assert os.WTERMSIG(in_child(hang)) == signal.SIGKILL
+    found = store.get(claim.accepted.job_id, TENANT)
+    assert (found.state, found.attempt) == (("committing", 1) if commits else ("queued", 0))
+    assert list(shared.stalls()) == [], "it hangs because it was to stop"

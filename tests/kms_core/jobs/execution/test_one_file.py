@@ -1,0 +1,428 @@
+"""What a worker does with a job from file to file: each way to die in the middle, and what is left behind."""
+
+import contextvars
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from kms_core import audit
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.model import Job
+from kms_core.jobs.storage.local_paths import OpenSource, Roots
+from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
+from kms_protocol.context import Context
+from kms_protocol.errors import JobsUnavailable, PathRefused
+from kms_protocol.wire import JobItem, JobKind
+from support.failing_store import MOMENTS, Killed, stumbling
+from support.job_stores import SHORT, TENANT, forge, lapse, store_of
+
+WHO = Principal("local")
+CONTEXT = Context.parse("env=test")
+DATA = bytes(range(256)) * 10_000  # 2.5 MB: three slabs
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """The root of file jobs of ``core``."""
+    folder = tmp_path / "state" / "files"
+    (folder / "in").write_bytes(DATA)
+    return folder
+
+
+@pytest.fixture
+def worker_context(core: Core) -> WorkerContext:
+    """A worker with short leases."""
+    return WorkerContext(
+        core.kms, store_of(core, SHORT, []), core.worker_context.spool, core.worker_context.places
+    )
+
+
+def submit(core: Core, kind: JobKind, source: Path, target: Path, *, overwrite: bool = False) -> str:
+    new = Context.parse("env=new") if kind == "rewrap" else None
+    terms = SubmissionOptions(WHO, kind, CONTEXT, new_context=new)
+    return core.submitter.files(
+        terms, Reference(f"file://{source}", f"file://{target}", overwrite=overwrite)
+    ).job_id
+
+
+def now(core: Core, job_id: str) -> Job:
+    return core.worker_context.store.get(job_id, TENANT)
+
+
+def done(core: Core, kind: JobKind, source: Path, target: Path, *, overwrite: bool = False) -> Job:
+    job_id = submit(core, kind, source, target, overwrite=overwrite)
+    run_job(job_id, core.worker_context, "w")
+    return now(core, job_id)
+
+
+def taken_up(worker_context: WorkerContext, job_id: str) -> Job:
+    """The job after its worker died and another has had its turn."""
+    lapse()
+    worker_context.store.reap(job_id)
+    run_job(job_id, worker_context, "w2")
+    return worker_context.store.get(job_id, TENANT)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def opened(core: Core, path: Path, context: Context = CONTEXT) -> bytes:
+    return core.kms.decrypt(WHO, path.read_bytes(), context).plaintext
+
+
+# -- what is logged ----------------------------------------------------------------------------------------
+
+
+def identified() -> tuple[str, str]:
+    return audit.request_id.get(), audit.job_id.get()
+
+
+def test_lines_after_a_job_do_not_carry_its_ids(core: Core, files: Path) -> None:
+    def run(*, missing: bool) -> tuple[str, tuple[str, str]]:
+        job_id = submit(core, "encrypt", files / "in", files / "out")
+        if missing:
+            (files / "in").unlink()
+        run_job(job_id, core.worker_context, "w")
+        return now(core, job_id).state, identified()
+
+    assert contextvars.Context().run(partial(run, missing=False)) == ("succeeded", ("", ""))
+    assert contextvars.Context().run(partial(run, missing=True)) == ("failed", ("", ""))
+
+
+def test_lines_after_a_job_that_was_cut_off_do_not_carry_its_ids(core: Core, files: Path) -> None:
+    def run() -> tuple[str, str]:
+        job_id = submit(core, "encrypt", files / "in", files / "out")
+        with pytest.raises(Killed):
+            run_job(job_id, stumbling(core, "finish", after=False), "w")
+        return identified()
+
+    assert contextvars.Context().run(run) == ("", "")
+
+
+# -- there and back ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, 1_048_576, 3_000_001], ids=str)
+def test_file_goes_there_and_back(core: Core, files: Path, size: int) -> None:
+    data = os.urandom(size)
+    (files / "in").write_bytes(data)
+
+    sealed = done(core, "encrypt", files / "in", files / "sealed")
+    back = done(core, "decrypt", files / "sealed", files / "back")
+
+    assert (sealed.state, sealed.bytes_done, back.state) == ("succeeded", size, "succeeded")
+    assert (files / "back").read_bytes() == data
+    assert names(files) == {"in", "sealed", "back"}
+    assert {path.stat().st_mode & 0o777 for path in (files / "sealed", files / "back")} == {0o600}
+
+
+def file_id(path: Path) -> str:
+    """The id of a file, from its nonce: in an age file the 16 bytes after the line of the header's MAC."""
+    data = path.read_bytes()
+    mac_line = data.index(b"\n", data.index(b"\n--- ") + 1)
+    label = b"kms-service/file-id/1"
+    parts = [len(part).to_bytes(4, "big") + part for part in (label, data[mac_line + 1 :][:16])]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
+
+
+@pytest.mark.parametrize("kind", ["encrypt", "decrypt", "rewrap", "reseal"])
+def test_job_names_the_file_that_it_made_or_opened(core: Core, files: Path, kind: JobKind) -> None:
+    done(core, "encrypt", files / "in", files / "sealed")
+    job = done(core, kind, files / ("in" if kind == "encrypt" else "sealed"), files / "out")
+
+    assert job.end
+    assert job.end.file_id == file_id(files / ("sealed" if kind == "decrypt" else "out"))
+    assert (job.end.file_id == file_id(files / "sealed")) is (kind in {"decrypt", "rewrap"})
+
+
+def test_rewrap_is_a_new_header_around_the_same_payload(core: Core, files: Path) -> None:
+    done(core, "encrypt", files / "in", files / "sealed")
+
+    assert done(core, "rewrap", files / "sealed", files / "moved").state == "succeeded"
+
+    before, after = (files / "sealed").read_bytes(), (files / "moved").read_bytes()
+    assert opened(core, files / "moved", Context.parse("env=new")) == DATA
+    assert before[-len(DATA) :] == after[-len(DATA) :]
+    assert before[:2000] != after[:2000]
+
+
+def test_target_that_exists_is_left_alone(core: Core, files: Path) -> None:
+    (files / "out").write_bytes(b"precious")
+
+    job = done(core, "encrypt", files / "in", files / "out")
+
+    assert (job.state, job.error) == ("failed", "target_exists")
+    assert (files / "out").read_bytes() == b"precious"
+    assert names(files) == {"in", "out"}
+
+
+def test_overwriting_replaces_and_may_replace_the_source(core: Core, files: Path) -> None:
+    (files / "out").write_bytes(b"old")
+
+    assert done(core, "encrypt", files / "in", files / "out", overwrite=True).state == "succeeded"
+    assert done(core, "encrypt", files / "in", files / "in", overwrite=True).state == "succeeded"
+
+    assert opened(core, files / "out") == opened(core, files / "in") == DATA
+    assert names(files) == {"in", "out"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.symlink_to("/etc/hostname"),
+        lambda path: path.hardlink_to(path.with_name("in")),
+        lambda path: path.mkdir(),
+        os.mkfifo,
+        lambda _path: None,
+    ],
+    ids=["symlink", "hardlink", "folder", "fifo", "nothing"],
+)
+def test_source_that_is_no_plain_file_is_refused(
+    core: Core, files: Path, make: Callable[[Path], None]
+) -> None:
+    make(files / "odd")
+
+    with pytest.raises(PathRefused):
+        submit(core, "encrypt", files / "odd", files / "out")
+
+
+def test_source_that_becomes_a_link_after_submission_is_refused(core: Core, files: Path) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+    (files / "in").unlink()
+    (files / "in").symlink_to("/etc/hostname")
+
+    run_job(job_id, core.worker_context, "w")
+
+    assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "path_refused")
+    assert names(files) == {"in"}
+
+
+@pytest.mark.parametrize(
+    "place", ["keys", "spool.key", "spool/x", "audit/x", "../outside", "files/../spool.key"]
+)
+def test_path_outside_the_roots_is_refused(core: Core, files: Path, place: str) -> None:
+    for source, target in ((files / "in", files.parent / place), (files.parent / place, files / "out")):
+        with pytest.raises(PathRefused):
+            submit(core, "encrypt", source, target)
+
+
+class Meddling(Roots):
+    """Whoever opens a source here finds that somebody else writes to it."""
+
+    def open_source(self, url: str) -> OpenSource:
+        found = super().open_source(url)
+        with Path(url.removeprefix("file://")).open("ab") as file:
+            file.write(b"more")
+        return found
+
+
+def test_source_that_changes_meanwhile_fails_the_job(core: Core, files: Path) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+
+    places = replace(core.worker_context.places, roots=Meddling([files]))
+    run_job(
+        job_id, WorkerContext(core.kms, core.worker_context.store, core.worker_context.spool, places), "w"
+    )
+
+    assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "invalid_request")
+    assert names(files) == {"in"}
+
+
+@pytest.mark.parametrize("at", [-1, 1_500_000, 100], ids=["last", "middle", "header"])
+def test_damaged_file_leaves_no_target(core: Core, files: Path, at: int) -> None:
+    done(core, "encrypt", files / "in", files / "sealed")
+    damaged = bytearray((files / "sealed").read_bytes())
+    damaged[at] ^= 1
+    (files / "sealed").write_bytes(damaged)
+
+    job = done(core, "decrypt", files / "sealed", files / "out")
+
+    assert (job.state, job.error) == ("failed", "decrypt_failed")
+    assert names(files) == {"in", "sealed"}
+
+
+# -- killed in the middle ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("death", MOMENTS, ids=["-".join(moment) for moment in MOMENTS])
+@pytest.mark.parametrize("how", ["encrypt", "encrypt over", "decrypt", "decrypt over"])
+def test_job_of_a_killed_worker_is_finished_once(
+    core: Core, worker_context: WorkerContext, files: Path, death: tuple[str, str], how: str
+) -> None:
+    kind: JobKind = "encrypt" if how.startswith("encrypt") else "decrypt"
+    overwrite, (moment, step) = how.endswith("over"), death
+    done(core, "encrypt", files / "in", files / "sealed")
+    source = files / ("in" if kind == "encrypt" else "sealed")
+    if overwrite:
+        (files / "out").write_bytes(b"old")
+    job_id = submit(core, kind, source, files / "out", overwrite=overwrite)
+
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(core, step, after=moment == "after"), "w1")
+    placed = (files / "out").stat() if step == "finish" else None
+    job = taken_up(worker_context, job_id)
+
+    assert (job.state, job.error) == ("succeeded", "")
+    assert (opened(core, files / "out") if kind == "encrypt" else (files / "out").read_bytes()) == DATA
+    assert names(files) == {"in", "sealed", "out"}
+    if placed:
+        assert (files / "out").stat().st_ino == placed.st_ino
+    assert job.end
+    assert job.end.file_id == file_id(files / ("out" if kind == "encrypt" else "sealed"))
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["unheard", "heard"])
+def test_redis_lost_at_the_commit_costs_nothing(
+    core: Core, worker_context: WorkerContext, files: Path, *, after: bool
+) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+
+    with pytest.raises(JobsUnavailable):
+        run_job(job_id, stumbling(core, "committing", after=after, error=JobsUnavailable()), "w1")
+    job = taken_up(worker_context, job_id)
+
+    assert job.state == "succeeded"
+    assert opened(core, files / "out") == DATA
+    assert names(files) == {"in", "out"}
+
+
+def test_finishing_twice_changes_nothing(core: Core, files: Path) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+    run_job(job_id, core.worker_context, "w1")
+    first = (files / "out").stat()
+    (files / "in").write_bytes(b"other")
+
+    run_job(job_id, core.worker_context, "w2")
+
+    assert (files / "out").stat() == first
+    assert names(files) == {"in", "out"}
+
+
+def test_target_taken_before_the_finish_is_left_alone(
+    core: Core, worker_context: WorkerContext, files: Path
+) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(core, "committing", after=True), "w1")
+    (files / "out").write_bytes(b"somebody else's")
+
+    job = taken_up(worker_context, job_id)
+
+    assert (job.state, job.error) == ("failed", "target_exists")
+    assert (files / "out").read_bytes() == b"somebody else's"
+    assert names(files) == {"in", "out"}
+
+
+def test_result_that_was_exchanged_before_the_finish_is_not_put_in_place(
+    core: Core, worker_context: WorkerContext, files: Path
+) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(core, "committing", after=True), "w1")
+    (temporary,) = files.glob(".kms-*")
+    data = temporary.read_bytes()
+    temporary.rename(files / "kept")
+    temporary.write_bytes(data)
+
+    job = taken_up(worker_context, job_id)
+
+    assert (job.state, job.error) == ("failed", "path_refused")
+    assert "out" not in names(files)
+
+
+def test_worker_that_was_overtaken_has_no_effect(
+    core: Core, worker_context: WorkerContext, files: Path
+) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+
+    def overtake(step: str) -> None:
+        if step == "committing":
+            forge(worker_context.store, job_id, lease_until="0")
+            run_job(job_id, worker_context, "w2")
+
+    slow = stumbling(core, "nothing", after=False)
+    setattr(slow.store, "before", overtake)  # noqa: B010 -- a hook of the double
+    run_job(job_id, slow, "w1")
+
+    assert (now(core, job_id).state, now(core, job_id).fence) == ("succeeded", 2)
+    assert opened(core, files / "out") == DATA
+    assert names(files) == {"in", "out"}
+
+
+def test_half_written_result_is_never_put_in_place_by_a_forged_commit(
+    core: Core, worker_context: WorkerContext, files: Path
+) -> None:
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(core, "committing", after=False), "w1")
+    (temporary,) = files.glob(".kms-*")
+    found = temporary.stat()
+    forged = f'{{"fence":1,"inode":{found.st_ino},"size_bytes":{found.st_size},"mtime_ns":0}}'
+    forge(worker_context.store, job_id, state="committing", commit=forged, lease_until="0")
+
+    run_job(job_id, worker_context, "w2")
+
+    assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "record_refused")
+    assert names(files) == {"in"}
+
+
+# -- other kinds ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_bulk_job_of_a_killed_worker_has_one_result(
+    core: Core, worker_context: WorkerContext, *, after: bool
+) -> None:
+    items = [JobItem(plaintext=b"%d" % number) for number in range(20)]
+    job_id = core.submitter.items(SubmissionOptions(WHO, "encrypt", CONTEXT), items).job_id
+
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(core, "finish", after=after), "w1")
+    job = taken_up(worker_context, job_id)
+
+    assert (job.state, job.items_done, job.items_failed) == ("succeeded", 20, 0)
+
+
+def test_outage_costs_time_and_no_attempt(core: Core, files: Path) -> None:
+    audit = files.parent / "audit"
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+    audit.rename(files.parent / "kept")
+    audit.write_text("a file where the folder of the trail should be")
+
+    for _ in range(10):
+        run_job(job_id, core.worker_context, "w")
+        assert (now(core, job_id).state, now(core, job_id).attempt) == ("queued", 0)
+        assert now(core, job_id).not_before > 0
+        assert names(files) == {"in"}
+        forge(core.worker_context.store, job_id, not_before="0")
+    audit.unlink()
+    run_job(job_id, core.worker_context, "w")
+
+    assert (now(core, job_id).state, now(core, job_id).attempt) == ("succeeded", 1)
+
+
+def test_a_job_waits_longer_each_time_up_to_a_minute(core: Core, files: Path) -> None:
+    """From 5 s on twice as long each time, of which the upper half is random."""
+    audit = files.parent / "audit"
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+    audit.rename(files.parent / "kept")
+    audit.write_text("a file where the folder of the trail should be")
+    store = core.worker_context.store
+    waits: list[float] = []
+    for _ in range(10):
+        run_job(job_id, core.worker_context, "w")
+        waits.append(now(core, job_id).not_before - store.now())
+        forge(store, job_id, not_before="0")
+
+    for number, wait in enumerate(waits):
+        longest = min(60, 5 * 2**number)
+        assert longest / 2 - 2 < wait <= longest + 0.5

@@ -1,0 +1,64 @@
+"""What a worker refuses before it knows a key is recorded all the same: a header that nobody can read."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.model import part_id
+from kms_core.jobs.storage.spool import UPLOAD, Label
+from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
+from kms_protocol import wire
+from kms_protocol.context import Context
+from support.job_stores import TENANT
+
+WHO = Principal("local")
+JUNK = {"not_a_ciphertext": b"no age file", "decrypt_failed": b"age-encryption.org/v1\njunk"}
+
+
+def recorded(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted((folder / "state" / "audit").rglob("*")):
+        if path.is_file():
+            for line in path.read_bytes().splitlines():
+                if line.startswith(b"{"):
+                    yield json.loads(line)
+
+
+@pytest.mark.parametrize("code", JUNK)
+@pytest.mark.parametrize("pattern", ["in", "i*"], ids=["one", "many"])
+@pytest.mark.parametrize("kind", ["rewrap", "reseal", "decrypt"])
+def test_file_whose_header_cannot_be_read(
+    core: Core, tmp_path: Path, kind: wire.JobKind, pattern: str, code: str
+) -> None:
+    root = tmp_path / "state" / "files"
+    (root / "in").write_bytes(JUNK[code])
+    target = f"file://{root}/out" + ("/" if "*" in pattern else "")
+    body = wire.JobIn(kind=kind, source=f"file://{root}/{pattern}", target=target)
+    job_id = core.submitter.submit(SubmissionOptions(WHO, kind, Context()), body, 10).job_id
+
+    for name in (job_id, part_id(job_id, 0)) if "*" in pattern else (job_id,):
+        run_job(name, core.worker_context, "w")
+
+    assert core.worker_context.store.get(job_id, TENANT).state == "failed"
+    found = [line for line in recorded(tmp_path) if line.get("operation") == kind]
+    assert [(line["result"], line["job_id"], line["principal"]) for line in found] == [
+        (code, job_id, "local")
+    ]
+
+
+def test_upload_whose_header_cannot_be_read(core: Core, tmp_path: Path) -> None:
+    job_id = new_id()
+    with core.submitter.spool.writing(Label(TENANT, job_id, UPLOAD), sealed=False) as out:
+        out.write(JUNK["decrypt_failed"])
+    core.submitter.upload(SubmissionOptions(WHO, "decrypt", Context()), job_id, 10, b"", out)
+
+    run_job(job_id, core.worker_context, "w")
+
+    assert core.worker_context.store.get(job_id, TENANT).error == "decrypt_failed"
+    found = [line for line in recorded(tmp_path) if line.get("operation") == "decrypt"]
+    assert [(line["result"], line["job_id"]) for line in found] == [("decrypt_failed", job_id)]

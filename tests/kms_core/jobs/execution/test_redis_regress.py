@@ -1,0 +1,540 @@
+"""Jobs after Redis has gone back in time: attempts that are not confused, ends that are recognised."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.events.outbox import Outbox
+from kms_core.jobs.events.webhook import WebhookEndpoint
+from kms_core.jobs.execution import results
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.model import Job, LeaseLost, part_id
+from kms_core.jobs.recovery.reaper import Reaper
+from kms_core.jobs.storage.commit_marks import ATTRIBUTE
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import Forbidden
+from kms_protocol.wire import JobKind
+from support.embedded_valkey import unrestricted
+from support.failing_store import interrupted
+from support.job_stores import COMMIT, LONG, TENANT, accepted, claimed, connect, forge, spool_folder, store_of
+from support.redis_regress import Snapshot
+
+WHO = Principal("local")
+CONTEXT = Context.parse("env=test")
+NEW = Context.parse("env=new")
+DATA = os.urandom(300_000)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with unrestricted(tmp_path_factory.mktemp("valkey")) as url:
+        yield url
+
+
+@pytest.fixture
+def redis_url(server: str) -> str:
+    """That of ``core``."""
+    connect(server).flushall()
+    return server
+
+
+@pytest.fixture
+def store(core: Core) -> JobStore:
+    return store_of(core, LONG, [])
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """The root of file jobs of ``core``."""
+    return tmp_path / "state" / "files"
+
+
+def snapshot(core: Core) -> Snapshot:
+    return Snapshot.of(core.worker_context.store.redis)
+
+
+def run(core: Core, job_id: str) -> Job:
+    run_job(job_id, core.worker_context, "w/1")
+    return core.worker_context.store.get(job_id, TENANT)
+
+
+def file_job(core: Core, kind: JobKind, source: Path, target: Path, *, overwrite: bool = False) -> str:
+    terms = SubmissionOptions(WHO, kind, CONTEXT, new_context=NEW if kind == "reseal" else None)
+    return core.submitter.files(terms, Reference(source.as_uri(), target.as_uri(), overwrite)).job_id
+
+
+def identity(path: Path) -> tuple[int, int]:
+    return path.stat().st_ino, path.stat().st_mtime_ns
+
+
+def opened(core: Core, path: Path, context: Context = CONTEXT) -> bytes:
+    return core.kms.decrypt(WHO, path.read_bytes(), context).plaintext
+
+
+# -- attempts ----------------------------------------------------------------------------------------------
+
+
+def test_two_attempts_of_the_same_number_are_not_confused(core: Core, store: JobStore) -> None:
+    job_id = store.submit(accepted()).job_id
+    before = snapshot(core)
+    first = store.claim(job_id, "w/1")
+    before.restore()
+    second = store.claim(job_id, "w/2")
+    assert first
+    assert second
+
+    assert (first.attempt, first.fence) == (second.attempt, second.fence)
+    assert first.attempt_id != second.attempt_id
+    powerless: list[Callable[[], None]] = [
+        lambda: store.renew(first, {"bytes_done": 99}),
+        lambda: store.committing(first, COMMIT),
+        lambda: store.withdraw(first),
+        lambda: store.split(first, []),
+        lambda: store.defer(first, 1, counts=True),
+        lambda: store.finish(first, "succeeded"),
+    ]
+    for effect in powerless:
+        with pytest.raises(LeaseLost):
+            effect()
+    store.finish(second, "succeeded")
+    assert store.get(job_id, TENANT).state == "succeeded"
+
+
+def test_attempt_ids_have_128_random_bits(store: JobStore) -> None:
+    ids = {claimed(store).attempt_id for _ in range(50)}
+
+    assert len(ids) == 50
+    assert all(len(each) == 26 and each.isalnum() for each in ids)  # 5 bits a character: 130
+
+
+def test_attempt_of_0_1_takes_a_job_over_and_the_newer_one_is_powerless(store: JobStore) -> None:
+    """Its claim raises the fence, and knows no attempt id."""
+    claim = claimed(store)
+    forge(store, claim.accepted.job_id, fence=str(claim.fence + 1))
+
+    with pytest.raises(LeaseLost):
+        store.renew(claim, {})
+    with pytest.raises(LeaseLost):
+        store.finish(claim, "succeeded")
+
+
+def test_commit_that_is_taken_back_leaves_a_running_job(store: JobStore) -> None:
+    claim = claimed(store)
+    store.committing(claim, COMMIT)
+
+    for _ in range(2):
+        store.withdraw(claim)
+
+    assert store.get(claim.accepted.job_id, TENANT).state == "running"
+    store.defer(claim, 0, counts=False)
+    again = store.claim(claim.accepted.job_id, "w/2")
+    assert again
+    assert again.commit is None
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["create", "overwrite"])
+def test_zombie_of_a_lost_time_puts_nothing_in_place(core: Core, files: Path, *, overwrite: bool) -> None:
+    """It has recorded its commit in a Redis that is no more, and is about to rename."""
+    (files / "in").write_bytes(DATA)
+    job_id = file_job(core, "encrypt", files / "in", files / "out", overwrite=overwrite)
+    before, placed = snapshot(core), []
+
+    def regress() -> None:
+        before.restore()
+        assert run(core, job_id).state == "succeeded"
+        placed.append(identity(files / "out"))
+
+    run_job(job_id, interrupted(core, "committing", regress, after=True), "zombie/1")
+
+    assert core.worker_context.store.get(job_id, TENANT).state == "succeeded"
+    assert [identity(files / "out")] == placed
+    assert opened(core, files / "out") == DATA
+    assert {path.name for path in files.iterdir()} == {"in", "out"}
+
+
+def test_attempt_whose_result_a_zombie_has_swept_does_it_again(core: Core, files: Path) -> None:
+    (files / "in").write_bytes(DATA)
+    job_id = file_job(core, "encrypt", files / "in", files / "out")
+
+    def sweep() -> None:
+        core.worker_context.places.sweep({job_id: (files / "out").as_uri()}, {"z" * 26})
+
+    run_job(job_id, interrupted(core, "committing", sweep, after=True), "w/1")
+    waiting = core.worker_context.store.get(job_id, TENANT)
+    assert (waiting.state, waiting.attempt, (files / "out").exists()) == ("queued", 0, False)
+    forge(core.worker_context.store, job_id, not_before="0")
+
+    assert run(core, job_id).state == "succeeded"
+    assert opened(core, files / "out") == DATA
+
+
+def test_temporary_files_of_all_attempts_but_its_own_are_removed(core: Core, files: Path) -> None:
+    """Those of other jobs stay, and so does what only looks like one."""
+    (files / "in").write_bytes(DATA)
+    job_id = file_job(core, "encrypt", files / "in", files / "out")
+    left = [f".kms-{job_id}-{attempt}.tmp" for attempt in ("1", "a" * 26, "b" * 26)]
+    others = [f".kms-{'0' * 8}{job_id[8:]}-1.tmp", f".kms-{job_id}.tmp", f"{job_id}-1.tmp"]
+    for name in left + others:
+        (files / name).write_bytes(b"half")
+
+    assert run(core, job_id).state == "succeeded"
+    assert {path.name for path in files.iterdir()} == {"in", "out", *others}
+
+
+# -- ends --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["create", "overwrite", "in place"])
+@pytest.mark.parametrize("lost", ["nothing", "source"])
+def test_file_that_is_in_place_is_recognised_and_stays(core: Core, files: Path, how: str, lost: str) -> None:
+    (files / "in").write_bytes(DATA)
+    source, target, kind = files / "in", files / "out", "encrypt"
+    if how == "overwrite":
+        target.write_bytes(b"old")
+    if how == "in place":
+        run(core, file_job(core, "encrypt", source, target))
+        source, kind = target, "reseal"
+    job_id = file_job(core, kind, source, target, overwrite=how != "create")  # type: ignore[arg-type]  # a kind
+    before = snapshot(core)
+    assert run(core, job_id).state == "succeeded"
+    placed = identity(target)
+    before.restore()
+    if lost == "source" and how != "in place":
+        source.unlink()  # by a client that was told that the job has succeeded
+
+    job = run(core, job_id)
+
+    assert (job.state, job.error) == ("succeeded", "")
+    assert job.end
+    assert job.end.target
+    assert (job.end.target.inode, job.end.target.mtime_ns) == placed == identity(target)
+    assert opened(core, target, NEW if how == "in place" else CONTEXT) == DATA
+    assert not list(files.glob(".kms-*"))
+
+
+class Denied:
+    """Allows nothing."""
+
+    def require(
+        self, who: Principal, operation: str, key_id: str | None = None, context: Context | None = None
+    ) -> None:
+        del who, operation, key_id, context
+        raise Forbidden
+
+    def sees(self, who: Principal, key_id: str) -> bool:
+        del who, key_id
+        return False
+
+
+def test_end_without_its_record_is_recognised_where_the_permission_has_gone(core: Core, files: Path) -> None:
+    (files / "in").write_bytes(DATA)
+    job_id = file_job(core, "encrypt", files / "in", files / "out")
+    before = snapshot(core)
+    assert run(core, job_id).state == "succeeded"
+    before.restore()
+    core.kms.policy = Denied()
+
+    assert run(core, job_id).state == "succeeded"
+
+
+@pytest.mark.parametrize("how", ["create", "overwrite", "in place"])
+def test_files_of_a_job_over_many_are_recognised(core: Core, files: Path, how: str) -> None:
+    """The job is split again, into parts that are sealed anew; a file has come before all others."""
+    (files / "in").mkdir()
+    for name in ("b", "c"):
+        (files / "in" / name).write_bytes(DATA + name.encode())
+    source, target, kind = (files / "in").as_uri() + "/*", (files / "out").as_uri() + "/", "encrypt"
+    if how == "in place":
+        run_many(core, many(core, "encrypt", source, target))
+        source, target, kind = f"{target}*", f"{target}*", "reseal"
+    job_id = many(core, kind, source, target, overwrite=how != "create")  # type: ignore[arg-type]  # a kind
+    before = snapshot(core)
+    assert run_many(core, job_id).state == "succeeded"
+    placed = {path.name: identity(path) for path in (files / "out").iterdir()}
+    before.restore()
+    if how != "in place":
+        (files / "in" / "a").write_bytes(DATA)
+
+    job = run_many(core, job_id)
+
+    assert (job.state, job.items_failed) == ("succeeded", 0)
+    assert {name: identity(files / "out" / name) for name in placed} == placed
+
+
+def many(core: Core, kind: JobKind, source: str, target: str, *, overwrite: bool = False) -> str:
+    terms = SubmissionOptions(WHO, kind, CONTEXT, new_context=NEW if kind == "reseal" else None)
+    body = wire.JobIn(kind=kind, source=source, target=target, overwrite=overwrite)
+    return core.submitter.submit(terms, body, 100).job_id
+
+
+def run_many(core: Core, job_id: str) -> Job:
+    run(core, job_id)
+    run_job(part_id(job_id, 0), core.worker_context, "w/1")
+    return core.worker_context.store.get(job_id, TENANT)
+
+
+def test_two_sources_of_one_target_are_not_taken_for_each_other(core: Core, files: Path) -> None:
+    (files / "in").mkdir()
+    for name in ("x", "x.age"):
+        (files / "in" / name).write_bytes(core.kms.encrypt(WHO, DATA, CONTEXT).ciphertext)
+
+    source, target = (files / "in").as_uri() + "/*", (files / "out").as_uri() + "/"
+    job = run_many(core, many(core, "decrypt", source, target))
+
+    assert (job.state, job.items_done, job.items_failed) == ("failed", 2, 1)
+
+
+def forged_copy(path: Path, other: Path) -> None:
+    """The same bytes and attributes, in another inode."""
+    shutil.copy2(path, other)
+    other.replace(path)
+
+
+def touched(path: Path, other: Path) -> None:
+    del other
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def rewritten(path: Path, other: Path) -> None:
+    del other
+    at = path.stat().st_mtime_ns
+    path.write_bytes(path.read_bytes()[:-1])
+    os.utime(path, ns=(at, at))
+
+
+def unmarked(path: Path, other: Path) -> None:
+    del other
+    os.removexattr(path, ATTRIBUTE)
+
+
+def marked_for_another(path: Path, other: Path) -> None:
+    del other
+    mark = os.getxattr(path, ATTRIBUTE)
+    os.setxattr(path, ATTRIBUTE, mark[:-1] + (b"0" if mark[-1:] != b"0" else b"1"))
+
+
+@pytest.mark.parametrize("change", [forged_copy, touched, rewritten, unmarked, marked_for_another])
+def test_other_file_of_that_name_is_not_recognised(
+    core: Core, files: Path, tmp_path: Path, change: Callable[[Path, Path], None]
+) -> None:
+    (files / "in").write_bytes(DATA)
+    job_id = file_job(core, "encrypt", files / "in", files / "out")
+    before = snapshot(core)
+    assert run(core, job_id).state == "succeeded"
+    before.restore()
+    change(files / "out", tmp_path / "other")
+    found = identity(files / "out")
+
+    job = run(core, job_id)
+
+    assert (job.state, job.error) == ("failed", "target_exists")
+    assert identity(files / "out") == found
+
+
+def test_result_of_another_job_is_not_recognised(core: Core, files: Path) -> None:
+    (files / "in").write_bytes(DATA)
+    assert run(core, file_job(core, "encrypt", files / "in", files / "out")).state == "succeeded"
+
+    job = run(core, file_job(core, "encrypt", files / "in", files / "out"))
+
+    assert (job.state, job.error) == ("failed", "target_exists")
+
+
+def test_note_takes_the_place_of_a_mark_where_there_are_no_attributes(
+    core: Core, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def setxattr(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "as on vfat")
+
+    monkeypatch.setattr(os, "setxattr", setxattr)
+    (files / "in").write_bytes(DATA)
+    job_id = file_job(core, "encrypt", files / "in", files / "out")
+    before = snapshot(core)
+    assert run(core, job_id).state == "succeeded"
+    placed = identity(files / "out")
+    assert os.listxattr(files / "out") == []
+    before.restore()
+
+    assert run(core, job_id).state == "succeeded"
+    assert identity(files / "out") == placed
+    before.restore()
+    touched(files / "out", files)
+    assert run(core, job_id).error == "target_exists"
+
+
+def test_end_is_told_once_however_often_the_job_ends(core: Core, store: JobStore) -> None:
+    endpoint = WebhookEndpoint("http://127.0.0.1:9/", Path("/nonexistent"), wire.ENDED)
+    claim = claimed(store, callback="ci")
+    before, ids = snapshot(core), []
+    for _ in range(2):
+        before.restore()
+        store.finish(claim, "failed", "decrypt_failed")
+        outbox = Outbox(store, {"ci": endpoint})
+        while outbox.take_in():
+            pass
+        ids.append([one.delivery_id for one in outbox.due("ci", 10)])
+
+    assert ids[0] == ids[1]
+    assert len(ids[0]) == 1
+
+
+def test_ends_of_two_generations_have_different_ids(store: JobStore) -> None:
+    claim = claimed(store, callback="ci")
+    job_id, ids = claim.accepted.job_id, set()
+    for generation in (0, 1, 2):
+        store.finish(claim, "failed", "attempts_exhausted")
+        found: Any = store.redis.xrevrange("kms:events", count=1)
+        ids.add(found[0][1][b"id"])
+        assert store.get(job_id, TENANT).generation == generation
+        store.retry(job_id, TENANT, 60)
+        claim = store.claim(job_id, "w/1")  # type: ignore[assignment]  # it is queued
+    assert ids == {f"{job_id}.{generation}.failed".encode() for generation in (0, 1, 2)}
+
+
+# -- the spool ---------------------------------------------------------------------------------------------
+
+
+def bulk(core: Core, kind: JobKind = "encrypt") -> str:
+    terms = SubmissionOptions(WHO, kind, CONTEXT)
+    items = [wire.JobItem(plaintext=b"one"), wire.JobItem(plaintext=b"two")]
+    return core.submitter.items(terms, items).job_id
+
+
+def upload(core: Core, kind: JobKind, data: bytes) -> str:
+    receiving = core.submitter.receive_upload(SubmissionOptions(WHO, kind, CONTEXT), len(data))
+    next(receiving)
+    try:
+        receiving.send((memoryview(data), False))
+    except StopIteration as ended:
+        return ended.value.job_id  # type: ignore[no-any-return]  # a Job
+    raise AssertionError("the upload goes on")
+
+
+def result(core: Core, job_id: str) -> bytes:
+    context = core.worker_context
+    found = results.of(context.store.get(job_id, TENANT), context.store, context.spool)
+    return b"".join(bytes(piece) for piece in found.slabs(0, found.size))
+
+
+def roles(core: Core, job_id: str) -> set[str]:
+    """What rests of a job, in the spool or in Redis."""
+    folder = spool_folder(core) / job_id
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    small = cast("list[bytes]", core.worker_context.store.redis.hkeys(f"kms:blobs:{job_id}"))
+    names |= {raw.decode() for raw in small}
+    return {name.partition(".")[0] for name in names}
+
+
+def reap(core: Core, grace_s: float) -> None:
+    found = core.worker_context.store
+    store = JobStore(found.redis, found.record_key, lambda _: None, replace(LONG, input_grace_s=grace_s))
+    Reaper(store, core.worker_context.spool, "w").reap()
+
+
+@pytest.mark.parametrize("make", [bulk, lambda core: upload(core, "encrypt", DATA)], ids=["items", "upload"])
+def test_job_over_the_spool_ends_well_again(core: Core, make: Callable[[Core], str]) -> None:
+    job_id = make(core)
+    before = snapshot(core)
+    assert run(core, job_id).state == "succeeded"
+    first = result(core, job_id)
+    reap(core, 60)
+    before.restore()
+
+    assert run(core, job_id).state == "succeeded"
+    assert len(result(core, job_id)) == len(first)
+    reap(core, 0)
+    assert len(result(core, job_id)) == len(first)
+    assert "items" not in roles(core, job_id)
+
+
+def test_end_that_was_told_before_is_still_whole_after_a_run_of_a_lost_time(core: Core) -> None:
+    """The end that Redis comes back to names the blob of its own attempt, which no other has written to."""
+    job_id = bulk(core)
+    before = snapshot(core)
+    run(core, job_id)
+    first, ended = result(core, job_id), snapshot(core)
+    before.restore()
+    run(core, job_id)
+    assert result(core, job_id) != first
+
+    ended.restore()
+
+    assert result(core, job_id) == first
+
+
+def test_run_that_fails_deletes_no_result(core: Core) -> None:
+    job_id = upload(core, "encrypt", DATA)
+    before = snapshot(core)
+    run(core, job_id)
+    first, ended = result(core, job_id), snapshot(core)
+    before.restore()
+    core.kms.policy = Denied()
+    assert run(core, job_id).error == "forbidden"
+    reap(core, 0)
+    ended.restore()
+
+    assert result(core, job_id) == first
+
+
+@pytest.mark.parametrize(
+    ("make", "kept"),
+    [
+        (bulk, {"result0"}),
+        (lambda core: upload(core, "encrypt", DATA), {"upload", "head"}),
+        (lambda core: upload(core, "decrypt", b"age-encryption.org/v1\nno file of age"), set()),
+    ],
+    ids=["items", "upload", "failed upload"],
+)
+def test_inputs_outlive_the_end_by_the_grace(core: Core, make: Callable[[Core], str], kept: set[str]) -> None:
+    job_id = make(core)
+    (given,) = roles(core, job_id)
+    assert run(core, job_id).ended
+
+    reap(core, 60)
+    assert given in roles(core, job_id)
+    assert core.worker_context.store.redis.zscore("kms:inputs", job_id)
+
+    reap(core, 0)
+    assert roles(core, job_id) == kept
+    assert not core.worker_context.store.redis.exists("kms:inputs")
+
+
+def test_input_of_a_job_that_has_not_ended_stays(core: Core) -> None:
+    job_id = bulk(core)
+    core.worker_context.store.redis.zadd("kms:inputs", {job_id: 1})
+
+    reap(core, 0)
+
+    assert roles(core, job_id) == {"items"}
+    assert not core.worker_context.store.redis.exists("kms:inputs")
+
+
+@pytest.mark.parametrize("code", ["attempts_exhausted", "record_refused"])
+def test_input_of_a_dead_job_stays_for_its_retry(core: Core, code: str) -> None:
+    job_id = bulk(core)
+    claim = core.worker_context.store.claim(job_id, "w/1")
+    assert claim
+    core.worker_context.store.finish(claim, "failed", code)
+
+    reap(core, 0)
+
+    assert roles(core, job_id) == {"items"}
+
+
+def test_cancelled_job_keeps_nothing(core: Core) -> None:
+    job_id = bulk(core)
+    core.worker_context.store.cancel(job_id, TENANT)
+    run_job(job_id, core.worker_context, "w/1")
+
+    assert roles(core, job_id) == set()

@@ -1,0 +1,62 @@
+"""Items under a new file key: the same plaintext, another payload, and an old key that opens nothing new."""
+
+import json
+from typing import Any
+
+import pytest
+
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_protocol.context import Context
+from support.service import Service, b64, unb64
+
+WHO = Principal("local")
+CONTEXT = Context.parse("env=prod")
+
+
+def payload(sealed: bytes) -> bytes:
+    return sealed[sealed.index(b"\n--- ") + 49 :]
+
+
+def results(service: Service, job_id: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in service.result(job_id).splitlines()]
+
+
+@pytest.mark.parametrize("path", ["/jobs", "/batch"])
+def test_resealed_items_have_another_payload_and_the_same_plaintext(service: Service, path: str) -> None:
+    old = [service.encrypt(b"%d" % number, "env=prod") for number in range(3)]
+    items = [{"ciphertext": b64(sealed), "context": "env=prod"} for sealed in old]
+    items.append({"ciphertext": b64(old[0]), "context": "env=test"})
+    if path == "/jobs":
+        job_id = service.submit({"kind": "reseal", "items": items})
+        service.wait(job_id, "failed")
+        told = results(service, job_id)
+    else:
+        told = service.post(path, {"operation": "reseal", "items": items}).json()["results"]
+
+    new = [unb64(one["ciphertext"]) for one in told[:3]]
+    assert [service.decrypt(sealed, "env=prod") for sealed in new] == [b"0", b"1", b"2"]
+    assert not {payload(sealed) for sealed in old} & {payload(sealed) for sealed in new}
+    assert told[3]["error"] == {"code": "decrypt_failed"}
+
+
+def test_items_go_to_a_new_context(service: Service) -> None:
+    old = service.encrypt(b"x", "env=prod")
+    item = {"ciphertext": b64(old), "context": "env=prod"}
+
+    job_id = service.submit({"kind": "reseal", "items": [item], "new_context": "env=test"})
+    service.wait(job_id, "succeeded")
+
+    assert service.decrypt(unb64(results(service, job_id)[0]["ciphertext"]), "env=test") == b"x"
+
+
+def test_key_of_the_old_file_does_not_open_the_new_one(core: Core) -> None:
+    old = core.kms.encrypt(WHO, b"secret", CONTEXT).ciphertext
+    core.kms.rotate(WHO, "default")
+
+    moved = core.kms.rewrap(WHO, old, CONTEXT)
+    resealed = core.kms.reseal(WHO, old, CONTEXT)
+
+    assert payload(moved.ciphertext) == payload(old) != payload(resealed.ciphertext)
+    assert moved.key.version == resealed.key.version != core.kms.decrypt(WHO, old, CONTEXT).key.version
+    assert core.kms.decrypt(WHO, resealed.ciphertext, CONTEXT).plaintext == b"secret"

@@ -1,0 +1,543 @@
+"""The id of an install, the proof of a shared spool, and clocks: two hosts in one process, over one Redis."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Thread
+from typing import cast
+
+import msgspec
+import pytest
+import redis
+
+from kms_core.jobs.hosts import notes as notes_module
+from kms_core.jobs.hosts.install import Facts, Install
+from kms_core.jobs.hosts.notes import LIVE_S, Host, HostNote, HostNotes, SpoolMarks
+from kms_core.jobs.storage.blob_store import SpoolNote
+from kms_core.jobs.storage.disk_sync import DiskSync
+from kms_core.jobs.storage.spool_folder import SpoolFolder
+from kms_protocol.errors import ConfigurationError, JobsUnavailable, SpoolFull, SpoolUnavailable, WrongInstall
+from support.embedded_valkey import EmbeddedValkey
+
+AWAY = "unix:///nonexistent/valkey.sock"
+
+
+@dataclass
+class Machine:
+    """One host: a spool of its own or of another, its clock, and the time since its start."""
+
+    url: str
+    spool: Path
+    name: str
+    ahead_s: float = 0.0
+    passed_s: float = 0.0
+    key_place: str = ""
+    made: list[Install] = field(default_factory=list)
+
+    @property
+    def redis(self) -> redis.Redis:
+        return redis.Redis.from_url(self.url)
+
+    def process(self) -> Install:
+        self.spool.mkdir(exist_ok=True)
+        marks = SpoolMarks(SpoolFolder(self.spool, DiskSync(self.spool)))
+        notes = HostNotes(self.redis, lambda: time.time() + self.ahead_s)
+        facts = Facts({"orders": self.key_place} if self.key_place else {}, {"spool key": "1"})
+        return Install(
+            notes,
+            marks,
+            Host(self.name, f"host-{self.name}"),
+            lambda: facts,
+            lambda: time.monotonic() + self.passed_s,
+        )
+
+    def started(self) -> Install:
+        found = self.process()
+        found.begin()
+        found.round()
+        return found
+
+
+@pytest.fixture
+def client(redis_url: str) -> redis.Redis:
+    return redis.Redis.from_url(redis_url)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, redis_url: str) -> Callable[..., Machine]:
+    def make(name: str, spool: str = "spool", **more: float | str) -> Machine:
+        return Machine(redis_url, tmp_path / spool, name, **more)  # type: ignore[arg-type]  # by name
+
+    return make
+
+
+Make = Callable[..., Machine]
+
+
+def write_id(spool: Path, install_id: bytes) -> None:
+    (spool / "hosts").mkdir(parents=True, exist_ok=True)
+    (spool / "hosts/install").write_bytes(install_id)
+
+
+def keep_serving(monkeypatch: pytest.MonkeyPatch, *others: Install) -> None:
+    """Other hosts go on with their rounds while one waits for them."""
+
+    def pause(seconds: float) -> None:
+        assert seconds < 1
+        for other in others:
+            other.round()
+
+    monkeypatch.setattr(time, "sleep", pause)
+
+
+# -- the id ----------------------------------------------------------------------------------------------
+
+
+def test_first_start_makes_one_id_in_both_places(machine: Make, client: redis.Redis, tmp_path: Path) -> None:
+    found = machine("a").started().condition
+    assert len(found.install_id) == 32
+    assert (
+        client.get("kms:install")
+        == found.install_id.encode()
+        == (tmp_path / "spool/hosts/install").read_bytes()
+    )
+    assert (tmp_path / "spool/hosts/install").stat().st_mode & 0o777 == 0o600
+    assert found.degraded == []
+
+
+def test_ids_that_differ_refuse_the_start(machine: Make) -> None:
+    machine("a").started()
+    other = machine("b", "other")
+    write_id(other.spool, b"0" * 32)
+    with pytest.raises(ConfigurationError, match=r"install_mismatch.*delete the key kms:install"):
+        other.started()
+
+
+def test_emptied_redis_gets_the_id_of_the_spool(machine: Make, client: redis.Redis) -> None:
+    before = machine("a").started()
+    client.delete("kms:install", "kms:hosts")
+    assert machine("a").started().condition.install_id == before.condition.install_id
+    client.delete("kms:install")
+    before.round()  # and while it runs
+    assert client.get("kms:install") == before.condition.install_id.encode()
+
+
+def test_redis_that_is_new_sweeps_no_files_of_jobs_for_a_day(machine: Make, client: redis.Redis) -> None:
+    found = machine("a").started()
+    assert found.may_sweep()  # the first start
+    client.delete("kms:install")
+    found.round()
+    assert not found.may_sweep()
+    client.persist("kms:install:new")
+    assert found.may_sweep(), "others wrote it"
+    client.expire("kms:install:new", 10**9)
+    assert found.may_sweep(), "others wrote it"
+    found.round()
+    client.delete("kms:install")
+    found.round()
+    assert 86_000 < int(str(client.ttl("kms:install:new"))) <= 86_400
+
+
+def test_two_installs_with_one_spool_are_told_and_delete_nothing(
+    machine: Make, valkey: EmbeddedValkey, database_numbers: Iterator[int], tmp_path: Path
+) -> None:
+    """A copy of the settings with another Redis, which was empty and so took the id of the spool."""
+    hosts = machine("a"), machine("b")
+    hosts[1].url = valkey.files.url_of(next(database_numbers))
+    first, second = (each.started() for each in hosts)
+    for passed_s in (601, 662):
+        for host, install in zip(hosts, (first, second), strict=True):
+            host.passed_s = passed_s
+            install.round()
+            assert not install.may_sweep()
+    assert first.condition.degraded == second.condition.degraded == ["install"]
+    assert (first.condition.strangers, second.condition.strangers) == (("host-b",), ("host-a",))
+    first.require()  # jobs go on: their blobs have names of their own
+
+    long_ago = time.time() - 1_900
+    os.utime(tmp_path / "spool/hosts/host-b", (long_ago, long_ago))
+    hosts[0].passed_s = 723
+    first.round()
+    assert first.condition.degraded == []
+    assert first.may_sweep()
+
+
+def test_hosts_of_one_install_are_no_strangers(machine: Make, client: redis.Redis) -> None:
+    """Also one that starts, whose mark is there before its note, and one that ended a moment ago."""
+    host = machine("a")
+    found = host.started()
+    machine("ended").started()
+    marks = SpoolMarks(SpoolFolder(host.spool, DiskSync(host.spool)))
+    marks.create_host("b", "host-b")
+    host.passed_s = 601
+    found.round()
+    assert not found.may_sweep()
+    client.hset("kms:hosts", "b", msgspec.json.encode(HostNote("b", "host-b", time.time())))
+    host.passed_s = 662
+    found.round()
+    assert found.condition.degraded == []
+    assert found.may_sweep()
+
+
+def test_new_spool_without_jobs_takes_the_id_of_redis(
+    machine: Make, client: redis.Redis, tmp_path: Path
+) -> None:
+    client.set("kms:install", "1" * 32)
+    assert machine("a").started().condition.install_id == "1" * 32
+    assert (tmp_path / "spool/hosts/install").read_bytes() == b"1" * 32
+
+
+@pytest.mark.parametrize("jobs", ["kms:open", "kms:ended"])
+def test_new_spool_is_refused_while_jobs_need_the_old_one(
+    machine: Make, client: redis.Redis, jobs: str
+) -> None:
+    client.set("kms:install", "1" * 32)
+    client.zadd(jobs, {"0192f0c1-7a3e-4c55-9d0a-1f2e3d4c5b6a": 1.0})
+    with pytest.raises(
+        ConfigurationError, match="install_mismatch: the spool has no install id, and Redis has 1 jobs"
+    ):
+        machine("a").started()
+    client.delete("kms:install")  # as the error says
+    assert machine("a").started().condition.wrong == ""
+
+
+def test_processes_that_start_together_agree(machine: Make) -> None:
+    first, second = machine("a").process(), machine("a").process()
+    first.begin()
+    second.begin()
+    assert first.condition.install_id == second.condition.install_id
+
+
+def test_redis_that_is_away_is_compared_later(tmp_path: Path, machine: Make, redis_url: str) -> None:
+    found = Machine(AWAY, tmp_path / "spool", "a").process()
+    with pytest.raises(JobsUnavailable):
+        found.begin()
+    with pytest.raises(JobsUnavailable):
+        found.require()
+    machine("b", "other").started()
+    write_id(tmp_path / "spool", b"2" * 32)
+    back = Machine(redis_url, tmp_path / "spool", "a").process()
+    with pytest.raises(WrongInstall, match="belongs to the install 2222"):
+        back.require()
+    back.round()
+    assert "install" in back.condition.degraded
+
+
+def test_require_notices_another_redis_within_seconds(machine: Make, client: redis.Redis) -> None:
+    host = machine("a")
+    found = host.started()
+    found.require()
+    client.set("kms:install", "3" * 32)
+    host.passed_s = 5
+    with pytest.raises(WrongInstall):
+        found.require()
+
+
+def test_full_disk_does_not_prevent_the_start(machine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SpoolFull
+
+    monkeypatch.setattr(SpoolFolder, "put", full)
+    found = machine("a").started()
+    assert (found.condition.wrong, found.condition.is_shared) == ("", True)
+
+
+# -- the proof of a shared spool -----------------------------------------------------------------------------
+
+
+def test_hosts_with_one_spool_start(machine: Make) -> None:
+    first, second, third = (machine(name).started() for name in "abc")
+    for each in (first, second, third):
+        each.round()
+        assert each.condition.degraded == []
+        assert len(each.condition.others) == 2
+
+
+def test_host_with_another_spool_refuses_to_start(machine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = machine("a").started()
+    keep_serving(monkeypatch, first)
+    with pytest.raises(ConfigurationError, match=r"spool_not_shared: .* the one that host host-a uses"):
+        machine("b", "other").started()
+    assert first.condition.degraded == []
+    assert first.condition.others == {}
+
+
+def test_copy_of_the_spool_is_another_spool(
+    machine: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It has the id, and the marks of hosts that started before it was made."""
+    first = machine("a").started()
+    other = machine("b", "copy")
+    write_id(other.spool, (tmp_path / "spool/hosts/install").read_bytes())
+    keep_serving(monkeypatch, first)
+    with pytest.raises(ConfigurationError, match="spool_not_shared"):
+        other.started()
+
+
+def test_starts_once_the_other_host_is_gone(
+    machine: Make, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine("a").started()
+    slept: list[float] = []
+
+    def pause(seconds: float) -> None:
+        slept.append(seconds)
+        for name in ("a", "a starting"):
+            raw = cast("bytes", client.hget("kms:hosts", name))
+            note = msgspec.json.decode(raw, type=HostNote)
+            old = msgspec.structs.replace(note, seen=note.seen - LIVE_S)  # as if so much time had passed
+            client.hset("kms:hosts", name, msgspec.json.encode(old))
+
+    monkeypatch.setattr(time, "sleep", pause)
+    machine("b", "other").started()
+    assert len(slept) == 1
+
+
+def test_spools_that_part_while_hosts_run_degrade_both(machine: Make, tmp_path: Path) -> None:
+    hosts = machine("a"), machine("b")
+    first, second = (each.started() for each in hosts)
+    (tmp_path / "spool/hosts/host-b").unlink()
+    for each in hosts:
+        each.passed_s = 61
+    first.round()
+    assert first.condition.degraded == []  # a file system of a network may show it late
+    for each in hosts:
+        each.passed_s = 72
+    first.round()
+    second.round()
+    assert first.condition.degraded == ["spool_not_shared"]
+    assert second.condition.degraded == ["spool_not_shared"]
+    (tmp_path / "spool/hosts/host-b").write_text("host-b")
+    for each in hosts:
+        each.passed_s = 83
+    first.round()
+    second.round()
+    assert first.condition.degraded == second.condition.degraded == []
+
+
+def test_host_is_told_by_others_that_its_spool_is_another(machine: Make, client: redis.Redis) -> None:
+    found = machine("a").started()
+    now = time.time()
+    client.hset("kms:hosts", "b", msgspec.json.encode(HostNote("b", "host-b", now, missing=("a",))))
+    found.round()
+    assert found.condition.degraded == ["spool_not_shared"]
+
+
+def test_directory_that_is_not_mounted_any_more_is_noticed(machine: Make, tmp_path: Path) -> None:
+    host = machine("a")
+    found = host.started()
+    (tmp_path / "spool").rename(tmp_path / "gone")
+    (tmp_path / "spool").mkdir()
+    for host.passed_s in (11, 72, 700):
+        found.round()
+        assert found.condition.degraded == ["spool_not_shared"]
+    assert list((tmp_path / "spool").iterdir()) == []
+
+
+DEEP = b'{"id":"x","name":"x","seen":1,"more":' + b"[" * 10_000 + b"]" * 10_000 + b"}"
+LONG_NAME = msgspec.json.encode(HostNote("x", "x" * 81, time.time()))
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"{}", b"\xff", b'{"id": 1}', b'{"id":"x","name":"x","seen":1e300}', DEEP, LONG_NAME]
+)
+def test_junk_in_redis_is_left_out(machine: Make, client: redis.Redis, junk: bytes) -> None:
+    client.hset("kms:hosts", "x", junk)
+    assert machine("a").started().condition.degraded == []
+    assert not client.hexists("kms:hosts", "x")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "../b", ""])
+def test_note_of_a_host_that_can_have_no_mark_is_left_out(
+    machine: Make, client: redis.Redis, name: str
+) -> None:
+    client.hset("kms:hosts", "x", msgspec.json.encode(HostNote(name, "x", time.time())))
+    found = machine("a").started()
+    assert (found.condition.degraded, found.condition.others) == ([], {})
+
+
+def test_any_number_of_notes_costs_a_round_few_looks(
+    machine: Make, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = machine("a").started()
+    notes = [HostNote(f"b{number}", "x", time.time() + 8) for number in range(1000)]
+    client.hset("kms:hosts", mapping={note.id: msgspec.json.encode(note) for note in notes})
+    looks: list[str] = []
+
+    def look(_: SpoolMarks, host_id: str) -> bool:
+        looks.append(host_id)
+        return False
+
+    monkeypatch.setattr(SpoolMarks, "lacks_host", look)
+    found.round()
+    assert 100 <= len(looks) < 110
+
+
+def test_more_notes_than_hosts_can_be_are_deleted(machine: Make, client: redis.Redis) -> None:
+    """They are not live, and would be read by each process in each round for two days."""
+    found = machine("a").started()
+    notes = [HostNote(f"b{number}", "x", time.time() + 86_000) for number in range(11_000)]
+    client.hset("kms:hosts", mapping={note.id: msgspec.json.encode(note) for note in notes})
+    found.round()
+    assert client.hkeys("kms:hosts") == [b"a"]
+
+
+def test_marks_are_read_of_some_unknown_hosts_only(
+    machine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = machine("a")
+    found = host.started()
+    machine("b").started()
+    for number in range(1000):
+        (tmp_path / f"spool/hosts/host-x{number}").write_text("x")
+    get, reads = SpoolFolder.get, []
+
+    def read(self: SpoolFolder, folder: str, name: str, most_bytes: int) -> SpoolNote:
+        reads.append(name)
+        return get(self, folder, name, most_bytes)
+
+    monkeypatch.setattr(SpoolFolder, "get", read)
+    host.passed_s = 601
+    found.round()
+    assert not found.may_sweep()
+    assert 100 <= len(reads) < 110
+    reads.clear()
+    for number in range(1000):
+        (tmp_path / f"spool/hosts/host-x{number}").unlink()
+    host.passed_s = 662
+    assert found.may_sweep()
+    assert "host-b" not in reads
+
+
+def test_no_call_waits_for_a_look_at_marks(machine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may put any number of marks into the spool, and a bucket takes time for each."""
+    host = machine("a")
+    found = host.started()
+
+    def require() -> None:
+        found.require()
+        required.set()
+
+    required = Event()
+
+    def users(*_: object) -> dict[str, str]:
+        host.passed_s = 700
+        Thread(target=require, daemon=True).start()
+        required.wait(20)
+        return {}
+
+    monkeypatch.setattr(SpoolMarks, "users", users)
+    host.passed_s = 601
+    found.round()
+    assert required.is_set()
+
+
+def test_key_of_a_wrong_type_is_replaced(machine: Make, client: redis.Redis) -> None:
+    client.set("kms:hosts", "junk")
+    client.rpush("kms:install", "junk")
+    found = machine("a").started()
+    assert client.hexists("kms:hosts", "a")
+    assert client.get("kms:install") == found.condition.install_id.encode()
+
+
+def test_empty_id_is_replaced(machine: Make, client: redis.Redis) -> None:
+    found = machine("a").started()
+    client.set("kms:install", "")
+    found.round()
+    assert client.get("kms:install") == found.condition.install_id.encode()
+    assert found.condition.degraded == []
+
+
+def test_link_in_the_place_of_a_mark_is_not_followed(machine: Make, tmp_path: Path) -> None:
+    (tmp_path / "spool/hosts").mkdir(parents=True)
+    (tmp_path / "secret").write_bytes(b"4" * 32)
+    (tmp_path / "spool/hosts/install").symlink_to(tmp_path / "secret")
+    assert machine("a").started().condition.install_id == ""
+    assert (tmp_path / "secret").read_bytes() == b"4" * 32
+
+
+def test_spool_that_does_not_answer_is_not_taken_for_another(
+    machine: Make, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = machine("a"), machine("b")
+    first, second = (each.started() for each in hosts)
+    before = first.condition.install_id
+    get = SpoolFolder.get
+
+    def away(*_: object) -> None:
+        raise SpoolUnavailable
+
+    monkeypatch.setattr(SpoolFolder, "get", away)
+    client.delete("kms:install")
+    for passed_s in (61, 72, 83):
+        for each in hosts:
+            each.passed_s = passed_s
+        first.round()
+        second.round()
+        assert first.condition.degraded == second.condition.degraded == []
+    third = machine("c").process()
+    third.begin()
+    assert client.get("kms:install") is None
+    monkeypatch.setattr(SpoolFolder, "get", get)
+    first.round()
+    assert client.get("kms:install") == before.encode()
+
+
+# -- clocks and keys -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "degraded"), [(0.0, []), (1.0, []), (3.0, ["clock"]), (-3600.0, ["clock"])]
+)
+def test_clock_is_compared_with_that_of_redis(machine: Make, ahead_s: float, degraded: list[str]) -> None:
+    far, near = machine("a", ahead_s=ahead_s).started(), machine("b").started()
+    assert far.condition.degraded == near.condition.degraded == degraded
+    assert abs(far.condition.ahead_s - ahead_s) < 0.5
+    assert abs(near.condition.ahead_s) < 0.5
+
+
+def test_other_hosts_with_files_of_their_own(machine: Make) -> None:
+    first = machine("a", key_place="one").started()
+    same, other = machine("b", key_place="one").started(), machine("c", key_place="two").started()
+    assert first.elsewhere("orders", asks=True) == ["host-c"]
+    assert same.elsewhere("orders", asks=True) == ["host-c"]
+    assert other.elsewhere("orders", asks=True) == ["host-a", "host-b"]
+    assert first.elsewhere("bills", asks=True) == []
+
+
+def test_any_number_of_other_hosts_is_named_by_a_few(machine: Make, client: redis.Redis) -> None:
+    first, now = machine("a", key_place="one").started(), time.time()
+    notes = [HostNote(f"b{number}", f"b{number}", now, key_places={"orders": "x"}) for number in range(100)]
+    client.hset("kms:hosts", mapping={note.id: msgspec.json.encode(note) for note in notes})
+    assert 1 <= len(first.elsewhere("orders", asks=True)) <= 10
+
+
+def test_watched_process_does_not_ask_redis_for_each_call(machine: Make) -> None:
+    first = machine("a", key_place="one").started()
+    first.is_watched = True
+    machine("b", key_place="two").started()
+    assert first.elsewhere("orders", asks=False) == []
+    first.round()
+    assert first.elsewhere("orders", asks=False) == ["host-b"]
+
+
+def test_host_is_its_machine_its_state_and_its_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = tmp_path / "a", tmp_path / "b"
+    one.mkdir()
+    other.mkdir()
+    first = Host.here(one, one)
+    assert Host.here(one, one) == first
+    assert Host.here(other, one).id != first.id
+    assert Host.here(one, other).id != first.id
+    monkeypatch.setattr(notes_module, "_BOOT_ID", tmp_path / "boot")
+    (tmp_path / "boot").write_text("another")
+    assert Host.here(one, one).id != first.id
+
+
+def test_upgrade_with_open_jobs_makes_an_id(machine: Make, client: redis.Redis) -> None:
+    client.zadd("kms:open", {"0192f0c1-7a3e-4c55-9d0a-1f2e3d4c5b6a": 1.0})
+    found = machine("a").started()
+    assert found.condition.wrong == ""
+    assert client.get("kms:install") == found.condition.install_id.encode()

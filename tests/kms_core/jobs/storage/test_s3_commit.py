@@ -1,0 +1,461 @@
+"""An object as a target appears once and whole: each way to die or be overtaken on the way there."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.model import Commit
+from kms_core.jobs.storage.commit_marks import CommitMarks
+from kms_protocol.errors import JobsUnavailable, PathRefused, TargetExists
+from kms_protocol.wire import JobKind
+from support.failing_store import MOMENTS, Killed, interrupted, stumbling
+from support.job_stores import SHORT, TENANT, forge, lapse, record, store_of
+from support.object_jobs import Bench
+from support.object_stores import Seen, Way
+from support.waiting import until
+
+MiB = 1024 * 1024
+SMALL, LARGE = MiB, 9 * MiB  # one write; two parts of an upload
+SIZES = {"small": SMALL, "large": LARGE}
+MOMENT_IDS = ["-".join(moment) for moment in MOMENTS]
+
+
+@pytest.mark.parametrize("death", MOMENTS, ids=MOMENT_IDS)
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("how", ["encrypt", "decrypt over", "rewrap", "reseal in place"])
+def test_job_of_a_killed_worker_is_finished_once(
+    bench: Bench, death: tuple[str, str], size: int, how: str
+) -> None:
+    data, bucket = os.urandom(size), bench.bucket
+    word, _, rest = how.partition(" ")
+    kind: JobKind = {"encrypt": "encrypt", "decrypt": "decrypt", "rewrap": "rewrap"}.get(word, "reseal")  # type: ignore[assignment]  # dict.get widens literals
+    source, target = bucket.put("in", data), bucket.url("out/target")
+    if kind != "encrypt":
+        bench.ok("encrypt", source, bucket.url("out/sealed"))
+        source = bucket.url("out/sealed")
+    if rest == "over":
+        bucket.put("out/target", b"old")
+    if rest == "in place":
+        target = source
+    key = target.removeprefix(bucket.url(""))
+    job_id = bench.submit(kind, source, target, overwrite=bool(rest))
+    moment, step = death
+
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(bench.core, step, after=moment == "after"), "w1")
+    placed = bucket.etag(key) if step == "finish" else None
+    job = bench.taken_up(job_id)
+
+    assert (job.state, job.error) == ("succeeded", "")
+    assert (bucket.get(key) if kind == "decrypt" else bench.by_age(bucket.get(key))) == data
+    assert bench.nothing_left()
+    assert placed in {None, bucket.etag(key)}
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("after", [False, True], ids=["unheard", "heard"])
+def test_redis_lost_at_the_commit_costs_nothing(bench: Bench, size: int, *, after: bool) -> None:
+    data, bucket = os.urandom(size), bench.bucket
+    job_id = bench.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
+
+    with pytest.raises(JobsUnavailable):
+        run_job(job_id, stumbling(bench.core, "committing", after=after, error=JobsUnavailable()), "w1")
+    job = bench.taken_up(job_id)
+
+    assert job.state == "succeeded"
+    assert bench.by_age(bucket.get("out/x")) == data
+    assert bench.nothing_left()
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("death", MOMENTS[:3], ids=MOMENT_IDS[:3])
+@pytest.mark.parametrize("overwrite", [False, True], ids=["create", "over"])
+def test_worker_that_was_overtaken_has_no_effect(
+    bench: Bench, size: int, death: tuple[str, str], *, overwrite: bool
+) -> None:
+    """It stops at a moment, another brings the job to its end, and then it goes on."""
+    data, bucket = os.urandom(size), bench.bucket
+    job_id = bench.submit("encrypt", bucket.put("in", data), bucket.url("out/x"), overwrite=overwrite)
+    if overwrite:
+        bucket.put("out/x", b"old")
+    written: list[str | None] = []
+
+    def is_overtaken() -> bool:
+        forge(bench.core.worker_context.store, job_id, lease_until="0")
+        return bench.run(job_id).state == "succeeded"
+
+    def overtake() -> None:
+        until(is_overtaken, "another has brought it to its end")  # a renewal may come between the two steps
+        written.append(bucket.etag("out/x"))
+
+    moment, step = death
+    run_job(job_id, interrupted(bench.core, step, overtake, after=moment == "after"), "w1")
+
+    assert (bench.now(job_id).state, bench.now(job_id).fence) == ("succeeded", 2)
+    assert written == [bucket.etag("out/x")]
+    assert bench.by_age(bucket.get("out/x")) == data
+    assert bench.nothing_left()
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_running_a_finished_job_again_changes_nothing(bench: Bench, size: int) -> None:
+    bucket = bench.bucket
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
+    bench.run(job_id)
+    first = bucket.etag("out/x")
+    bucket.put("in", b"other")
+
+    bench.run(job_id)
+
+    assert bucket.etag("out/x") == first
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_target_taken_before_the_finish_is_left_alone(bench: Bench, size: int) -> None:
+    bucket = bench.bucket
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
+    taken = interrupted(bench.core, "committing", lambda: bucket.put("out/x", b"somebody else's"), after=True)
+
+    run_job(job_id, taken, "w1")
+
+    assert (bench.now(job_id).state, bench.now(job_id).error) == ("failed", "target_exists")
+    assert bucket.get("out/x") == b"somebody else's"
+    assert bench.nothing_left()
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_target_taken_while_its_worker_was_dead_is_left_alone(bench: Bench, size: int) -> None:
+    bucket = bench.bucket
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(bench.core, "committing", after=True), "w1")
+    bucket.put("out/x", b"somebody else's")
+
+    job = bench.taken_up(job_id)
+
+    assert (job.state, job.error) == ("failed", "target_exists")
+    assert bucket.get("out/x") == b"somebody else's"
+    assert bench.nothing_left()
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_source_that_was_written_to_is_not_replaced_by_its_result(bench: Bench, size: int) -> None:
+    bucket = bench.bucket
+    bench.ok("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
+    job_id = bench.submit("reseal", bucket.url("out/x"), bucket.url("out/x"), overwrite=True)
+    written = interrupted(
+        bench.core, "committing", lambda: bucket.put("out/x", b"somebody else's"), after=True
+    )
+
+    run_job(job_id, written, "w1")
+
+    assert (bench.now(job_id).state, bench.now(job_id).error) == ("failed", "target_exists")
+    assert bucket.get("out/x") == b"somebody else's"
+    assert bench.nothing_left()
+
+
+def test_upload_that_was_aborted_before_the_finish_is_told(bench: Bench) -> None:
+    bucket = bench.bucket
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(bench.core, "committing", after=True), "w1")
+    admin = bucket.store.admin
+    for upload in admin.list_multipart_uploads(Bucket=bucket.name)["Uploads"]:
+        admin.abort_multipart_upload(Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"])
+
+    job = bench.taken_up(job_id)
+
+    assert (job.state, job.error) == ("failed", "path_refused")
+    assert bucket.keys() == {"in"}
+
+
+def test_parts_that_were_exchanged_before_the_finish_are_not_put_in_place(bench: Bench) -> None:
+    bucket = bench.bucket
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(bench.core, "committing", after=True), "w1")
+    admin = bucket.store.admin
+    (upload,) = admin.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
+    admin.upload_part(
+        Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"], PartNumber=1, Body=bytes(8 * MiB)
+    )
+
+    job = bench.taken_up(job_id)
+
+    assert (job.state, job.error) == ("failed", "path_refused")
+    assert bucket.keys() == {"in"}
+    assert bench.nothing_left()
+
+
+def impatient(bench: Bench) -> WorkerContext:
+    """A worker with short leases."""
+    return replace(bench.core.worker_context, store=store_of(bench.core, SHORT, []))
+
+
+def cancelled(bench: Bench, job_id: str) -> None:
+    bench.core.worker_context.store.reap(job_id)
+    bench.core.worker_context.store.cancel(job_id, "default")
+
+
+def gone(bench: Bench, _job_id: str) -> None:
+    """Its source is gone, so the next attempt fails before it begins."""
+    bench.bucket.store.admin.delete_object(Bucket=bench.bucket.name, Key="in")
+
+
+@pytest.mark.parametrize("end", [cancelled, gone])
+def test_upload_of_a_killed_attempt_is_aborted_however_the_job_ends(
+    bench: Bench, end: Callable[[Bench, str], None]
+) -> None:
+    bucket = bench.bucket
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(bench.core, "committing", after=False), "w1")
+    assert bucket.uploads() == ["out/x"]
+    lapse()
+    end(bench, job_id)
+
+    job = bench.taken_up(job_id)
+
+    assert job.ended
+    assert bucket.etag("out/x") is None
+    assert bench.nothing_left()
+
+
+def test_upload_that_cannot_be_aborted_now_is_aborted_by_the_next_attempt(watched: Bench, way: Way) -> None:
+    bucket = watched.bucket
+    job_id = watched.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
+
+    def away(seen: Seen) -> int | None:
+        return 503 if seen.name in {"AbortMultipartUpload", "UploadPart"} else None
+
+    way.meddle = away
+    assert watched.run(job_id).state == "queued"
+    assert bucket.uploads() == ["out/x"]
+    way.meddle = lambda _: None
+    forge(watched.core.worker_context.store, job_id, not_before="0")
+
+    assert watched.run(job_id).state == "succeeded"
+    assert watched.nothing_left()
+
+
+def test_store_that_is_away_at_the_commit_holds_it_up_and_no_more(watched: Bench, way: Way) -> None:
+    data, bucket = os.urandom(LARGE), watched.bucket
+    job_id = watched.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
+    way.meddle = lambda seen: 503 if seen.name == "CompleteMultipartUpload" else None
+    run_job(job_id, impatient(watched), "w1")
+    assert watched.now(job_id).state == "committing"
+    way.meddle = lambda _: None
+
+    job = watched.taken_up(job_id)
+
+    assert job.state == "succeeded"
+    assert watched.by_age(bucket.get("out/x")) == data
+    assert watched.nothing_left()
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_another_write_under_way_holds_the_commit_up_and_no_more(watched: Bench, way: Way, size: int) -> None:
+    """S3 answers 409 then, and nothing may be there in the end."""
+    data, bucket = os.urandom(size), watched.bucket
+    job_id = watched.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
+    way.meddle = lambda seen: 409 if "if-none-match" in seen.headers else None
+    run_job(job_id, impatient(watched), "w1")
+    assert watched.now(job_id).state == "committing"
+    way.meddle = lambda _: None
+
+    job = watched.taken_up(job_id)
+
+    assert job.state == "succeeded"
+    assert watched.by_age(bucket.get("out/x")) == data
+    assert watched.nothing_left()
+
+
+def test_cancelled_job_leaves_nothing(watched: Bench, way: Way) -> None:
+    bucket = watched.bucket
+    job_id = watched.submit("reseal", _sealed(watched), bucket.url("out/x"))
+
+    def cancel(seen: Seen) -> None:
+        if seen.name == "UploadPart":
+            watched.core.worker_context.store.cancel(job_id, "default")
+
+    way.meddle = cancel
+    job = watched.run(job_id)
+
+    assert job.state == "cancelled"
+    assert bucket.keys() == {"in", "out/sealed"}
+    assert watched.nothing_left()
+
+
+def _sealed(bench: Bench) -> str:
+    target = bench.bucket.url("out/sealed")
+    bench.ok("encrypt", bench.bucket.put("in", bytes(2 * LARGE)), target)
+    return target
+
+
+def marks(bench: Bench) -> CommitMarks:
+    return bench.core.worker_context.places.marks("a-job", b"spec", "s3://bucket/in")
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["create", "over"])
+def test_of_two_attempts_that_write_a_small_object_the_first_wins(bench: Bench, *, overwrite: bool) -> None:
+    """Neither notices that it has lost its lease."""
+    bucket, places = bench.bucket, bench.core.worker_context.places
+    source = places.open_source(bucket.put("in", b"source"))
+    if overwrite:
+        bucket.put("out/x", b"old")
+    target = places.target(bucket.url("out/x"), "a-job", marks(bench), overwrite=overwrite)
+    attempts = [target.prepare(attempt_id) for attempt_id in ("one", "two")]
+    for attempt, data in zip(attempts, (b"first", b"second"), strict=True):
+        attempt.writer.reserve(len(data))
+        attempt.writer.write_at(memoryview(data), 0)
+    commit = attempts[0].settle(source, in_place=False)
+
+    assert not target.finish(commit)
+    attempts[0].finish(commit)
+    attempts[1].finish(commit)
+
+    assert bucket.get("out/x") == b"first"
+    assert target.finish(commit)
+
+
+def test_an_upload_is_completed_once_and_a_late_completion_replaces_nothing(bench: Bench) -> None:
+    bucket, places = bench.bucket, bench.core.worker_context.places
+    source = places.open_source(bucket.put("in", b"source"))
+    target = places.target(bucket.url("out/x"), "a-job", marks(bench), overwrite=True)
+    attempt = target.prepare("one")
+    attempt.writer.reserve(LARGE)
+    attempt.writer.write_at(memoryview(bytes(LARGE)), 0)
+    commit = attempt.settle(source, in_place=False)
+    attempt.finish(commit)
+
+    assert target.finish(commit)
+    bucket.put("out/x", b"somebody else's")
+    with pytest.raises(PathRefused):
+        attempt.finish(commit)
+    assert bucket.get("out/x") == b"somebody else's"
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_commit_that_is_put_back_after_its_expiry_writes_no_object(
+    bench: Bench, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small object would be made anew, since its bytes died with their worker."""
+    bucket, store, clock = bench.bucket, bench.core.worker_context.store, time.time
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(bench.core, "committing", after=True), "w1")
+    dump = record(store, job_id)
+    assert bench.taken_up(job_id).state == "succeeded"
+    bucket.store.admin.delete_object(Bucket=bucket.name, Key="out/x")
+    store.redis.delete(f"kms:job:{job_id}")
+    forge(store, job_id, **{name.decode(): value for name, value in dump.items()})
+    forge(store, job_id, lease_until="0", expires_at=str(clock() + 10 * 86_400))
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: clock() + 2 * 86_400)
+        patched.setattr(store, "now", lambda: clock() + 2 * 86_400)
+        run_job(job_id, bench.core.worker_context, "w3")
+
+    assert store.get(job_id, TENANT).state == "failed"
+    assert bucket.keys() == {"in"}
+
+
+def test_upload_of_an_expired_commit_is_not_completed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket, store, clock = bench.bucket, bench.core.worker_context.store, time.time
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"), overwrite=True)
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(bench.core, "committing", after=True), "w1")
+    bucket.put("out/x", b"written later, by somebody else")
+    forge(store, job_id, lease_until="0", expires_at=str(clock() + 10 * 86_400))
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: clock() + 2 * 86_400)
+        patched.setattr(store, "now", lambda: clock() + 2 * 86_400)
+        run_job(job_id, bench.core.worker_context, "w2")
+
+    assert (bench.now(job_id).state, bench.now(job_id).error) == ("failed", "expired")
+    assert bucket.get("out/x") == b"written later, by somebody else"
+    assert bench.nothing_left()
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_object_that_was_put_in_place_in_time_is_recognised_after_the_expiry(
+    bench: Bench, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker died between the last request and the end."""
+    bucket, store, clock = bench.bucket, bench.core.worker_context.store, time.time
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(bench.core, "finish", after=False), "w1")
+    placed, ahead_s = bucket.etag("out/x"), store.accepted(job_id).expires_at - clock() + 70
+    forge(store, job_id, lease_until="0")
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: clock() + ahead_s)
+        patched.setattr(store, "now", lambda: clock() + ahead_s)
+        run_job(job_id, bench.core.worker_context, "w2")
+
+    assert bench.now(job_id).state == "succeeded"
+    assert bucket.etag("out/x") == placed
+    assert bench.nothing_left()
+
+
+# -- whose object it is --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("own", [False, True], ids=["id of the job", "another attempt's"])
+def test_object_that_others_marked_is_not_taken_for_the_result(bench: Bench, size: int, *, own: bool) -> None:
+    """A writer to the bucket can read the marks of objects that are there."""
+    bucket = bench.bucket
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
+    with pytest.raises(Killed):
+        run_job(job_id, stumbling(bench.core, "committing", after=True), "w1")
+    marked(bench, f"{job_id}/{bytes(16).hex()}" if own else job_id)
+
+    job = bench.taken_up(job_id)
+
+    assert (job.state, job.error) == ("failed", "target_exists")
+    assert bucket.get("out/x") == b"by somebody else"
+    assert bench.nothing_left()
+
+
+def marked(bench: Bench, mark: str) -> None:
+    """An object of somebody else with this mark at the target."""
+    name, body = bench.bucket.name, b"by somebody else"
+    bench.bucket.store.admin.put_object(Bucket=name, Key="out/x", Body=body, Metadata={"kms-job": mark})
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_attempt_does_not_take_the_object_of_another_for_its_own(bench: Bench, size: int) -> None:
+    bucket, places = bench.bucket, bench.core.worker_context.places
+    source = places.open_source(bucket.put("in", b"source"))
+    target = places.target(bucket.url("out/x"), "a-job", marks(bench), overwrite=False)
+    attempts = [target.prepare(attempt_id) for attempt_id in ("one", "two")]
+    commits = []
+    for attempt in attempts:
+        attempt.writer.reserve(size)
+        attempt.writer.write_at(memoryview(os.urandom(size)), 0)
+        commits.append(attempt.settle(source, in_place=False))
+    attempts[0].finish(commits[0])
+    first = bucket.get("out/x")
+
+    assert [target.is_placed(commit) for commit in commits] == [True, False]
+    with pytest.raises(TargetExists):
+        attempts[1].finish(commits[1])
+    target.give_up(commits[1])
+    assert bucket.get("out/x") == first
+    assert not bucket.uploads()
+
+
+def test_object_of_an_older_version_is_recognised_by_the_id_of_its_job(bench: Bench) -> None:
+    """Its commit has no mark."""
+    target = bench.core.worker_context.places.target(
+        bench.bucket.url("out/x"), "a-job", marks(bench), overwrite=False
+    )
+    for mark, is_its_own in (("a-job", True), (f"a-job/{bytes(16).hex()}", False)):
+        marked(bench, mark)
+
+        assert target.is_placed(Commit(fence=1, size_bytes=3)) is is_its_own

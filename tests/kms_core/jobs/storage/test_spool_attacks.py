@@ -1,0 +1,502 @@
+"""Who can write to the spool, and has no key and no Redis: each change ends with a coded error, none with
+another document. A real API, and the worker's code over the same install, step by step."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import httpx2 as httpx
+import pytest
+
+from kms_core.age import header, stream
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.envelope import sealing
+from kms_core.jobs.execution import upload
+from kms_core.jobs.execution.lease import Held
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.model import Job, part_id
+from kms_core.jobs.storage.spool import UPLOAD, Label
+from kms_core.jobs.submission.submitter import ClientJobId, Reference, SubmissionOptions
+from kms_core.observability import metrics
+from kms_core.payload.parallel import ParallelOptions
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.wire import PREFIX
+from support.embedded_valkey import EmbeddedValkey
+from support.failing_store import Killed, stumbling
+from support.job_stores import forge, lapse
+from support.service import Service, b64, check_problem, core_of
+
+MIB: Final = 1024 * 1024
+MINE: Final = Principal("local")
+THEIRS: Final = Principal("mallory", "theirs")
+CONTEXT: Final = "env=prod"
+REFUSED: Final = ("failed", "record_refused")
+
+
+@dataclass(frozen=True)
+class Install:
+    """An API process, and a core that does what a worker does when a test says so."""
+
+    service: Service
+    core: Core
+
+    def folder(self, job_id: str) -> Path:
+        return self.service.spool / job_id
+
+    def run(self, job_id: str) -> Job:
+        run_job(job_id, self.core.worker_context, "w")
+        for number in range(self.core.worker_context.store.part(job_id).parts):
+            run_job(part_id(job_id, number), self.core.worker_context, "w")
+        return self.core.worker_context.store.part(job_id)
+
+    def download(self, job_id: str, **headers: str) -> httpx.Response:
+        return self.service.get(f"/jobs/{job_id}/result", headers=headers)
+
+
+@pytest.fixture(scope="module")
+def install(
+    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> Iterator[Install]:
+    url = valkey.files.url_of(next(database_numbers))
+    with Service(tmp_path_factory.mktemp("attacked"), "[kms.jobs]\ninline_bytes = 0\n", url) as running:
+        running.start("api")
+        yield Install(running, core_of(running))
+
+
+# -- jobs ----------------------------------------------------------------------------------------------
+
+
+def _upload(install: Install, who: Principal, kind: wire.JobKind, body: bytes) -> str:
+    core, terms = install.core, SubmissionOptions(who, kind, Context.parse(CONTEXT))
+    job_id = terms.job_id()
+    with core.submitter.spool.writing(Label(who.tenant, job_id, UPLOAD), sealed=kind == "encrypt") as out:
+        out.write(body)
+    return core.submitter.upload(terms, job_id, len(body), b"", out).job_id
+
+
+def encrypt(install: Install, who: Principal, document: bytes) -> str:
+    return _upload(install, who, "encrypt", document)
+
+
+def decrypt(install: Install, who: Principal, document: bytes) -> str:
+    return _upload(install, who, "decrypt", sealed(install, who, document))
+
+
+def rewrap(install: Install, who: Principal, document: bytes) -> str:
+    return _upload(install, who, "rewrap", sealed(install, who, document))
+
+
+def items(install: Install, who: Principal, document: bytes) -> str:
+    return _items(install, who, document, 2)
+
+
+def split_items(install: Install, who: Principal, document: bytes) -> str:
+    return _items(install, who, document, 501)
+
+
+def _items(install: Install, who: Principal, document: bytes, count: int) -> str:
+    lines = [wire.JobItem(ciphertext=sealed(install, who, document))] * count
+    return install.core.submitter.items(
+        SubmissionOptions(who, "decrypt", Context.parse(CONTEXT)), lines
+    ).job_id
+
+
+def sealed(install: Install, who: Principal, document: bytes) -> bytes:
+    return install.core.kms.encrypt(who, document, Context.parse(CONTEXT)).ciphertext
+
+
+Make = Callable[[Install, Principal, bytes], str]
+KINDS: Final[list[Make]] = [encrypt, decrypt, rewrap, items, split_items]
+
+
+def tree(install: Install, who: Principal, document: bytes) -> str:
+    """A job over the files of a folder of its own; its result tells of them by name."""
+    root = install.service.files / uuid.uuid4().hex
+    for number in range(2):
+        (root / "in").mkdir(parents=True, exist_ok=True)
+        (root / f"in/{document.decode()}-{number}").write_bytes(document)
+    (root / "out").mkdir()
+    asked = Reference(f"file://{root}/in/*", f"file://{root}/out/", overwrite=False)
+    return install.core.submitter.files(
+        SubmissionOptions(who, "encrypt", Context.parse(CONTEXT)), asked
+    ).job_id
+
+
+# -- what is exchanged ---------------------------------------------------------------------------------
+
+
+def blob(folder: Path, role: str) -> Path:
+    """The file of a role: ``upload`` and ``items``, or a result, whose name ends with its attempt."""
+    (found,) = [path for path in folder.iterdir() if path.name.partition(".")[0] == role]
+    return found
+
+
+def _whole(mine: Path, theirs: Path) -> None:
+    _copy(mine, theirs, ("",))
+
+
+def _inputs(mine: Path, theirs: Path) -> None:
+    _copy(mine, theirs, ("upload", "items"))
+
+
+def _heads(mine: Path, theirs: Path) -> None:
+    _copy(mine, theirs, ("head", "result", "files"))
+
+
+def _copy(mine: Path, theirs: Path, roles: tuple[str, ...]) -> None:
+    for path in theirs.iterdir():
+        if path.name.startswith(roles):
+            role = path.name.partition(".")[0]
+            shutil.copyfile(path, next(mine.glob(f"{role}.*"), mine / path.name))
+
+
+Exchange = Callable[[Path, Path], None]
+
+
+@pytest.mark.parametrize("who", [MINE, THEIRS], ids=["same-tenant", "other-tenant"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_of_another_job_are_refused(install: Install, kind: Make, who: Principal) -> None:
+    job_id, other = kind(install, MINE, b"mine"), kind(install, who, b"other")
+    _whole(install.folder(job_id), install.folder(other))
+
+    ended = install.run(job_id)
+
+    if ended.parts:  # its parts end so
+        assert (ended.state, ended.error, ended.items_failed) == ("failed", "items_failed", 501)
+        lines = install.download(job_id).text.splitlines()
+        assert {json.loads(line)["error"]["code"] for line in lines} == {"record_refused"}
+    else:
+        assert (ended.state, ended.error) == REFUSED
+        check_problem(install.download(job_id), 410, "record_refused")
+    assert install.run(other).state == "succeeded"
+
+
+@pytest.mark.parametrize("who", [MINE, THEIRS], ids=["same-tenant", "other-tenant"])
+@pytest.mark.parametrize("exchange", [_whole, _inputs, _heads], ids=["folders", "inputs", "results"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_of_another_job_are_refused(
+    install: Install, kind: Make, exchange: Exchange, who: Principal
+) -> None:
+    job_id, other = kind(install, MINE, b"mine"), kind(install, who, b"other")
+    assert {install.run(one).state for one in (job_id, other)} == {"succeeded"}
+    exchange(install.folder(job_id), install.folder(other))
+
+    answer = install.download(job_id)
+
+    if exchange is _inputs and kind in {items, split_items}:  # which have no inputs by then
+        assert {json.loads(line)["plaintext"] for line in answer.text.splitlines()} == {b64(b"mine")}
+    else:
+        check_problem(answer, 410, "record_refused")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_result_of_a_job_that_is_told_as_failed_is_not_handed_out(install: Install, kind: Make) -> None:
+    """Without its signed end nothing says what was written: files would be read as those of 0.1 are."""
+    job_id = kind(install, MINE, b"mine")
+    assert install.run(job_id).state == "succeeded"
+    forge(install.core.worker_context.store, job_id, state="failed", error="decrypt_failed")
+
+    check_problem(install.download(job_id), 410, "result_expired")
+
+
+def test_listing_of_another_job_is_refused(install: Install) -> None:
+    job_id, other = tree(install, MINE, b"mine"), tree(install, MINE, b"other")
+    for one in (job_id, other):
+        run_job(one, install.core.worker_context, "w")  # lists and cuts
+    _heads(install.folder(job_id), install.folder(other))
+
+    ended = install.run(job_id)
+
+    assert (ended.state, ended.error) == ("failed", "items_failed")
+    check_problem(install.download(job_id), 410, "record_refused")
+    assert install.run(other).state == "succeeded"
+
+
+def test_result_lines_of_another_tree_are_refused(install: Install) -> None:
+    job_id, other = tree(install, MINE, b"mine"), tree(install, MINE, b"other")
+    assert {install.run(one).state for one in (job_id, other)} == {"succeeded"}
+    shutil.copyfile(blob(install.folder(other), "result0"), blob(install.folder(job_id), "result0"))
+
+    check_problem(install.download(job_id), 410, "record_refused")
+
+
+def test_results_of_parts_are_not_exchanged(install: Install) -> None:
+    job_id = split_items(install, MINE, b"mine")
+    assert install.run(job_id).state == "succeeded"
+    first, second = (blob(install.folder(job_id), f"result{number}") for number in range(2))
+    first.rename(first.with_suffix(".kept"))
+    second.rename(first)
+    first.with_suffix(".kept").rename(second)
+
+    check_problem(install.download(job_id), 410, "record_refused")
+
+
+def test_head_of_an_earlier_attempt_is_refused(install: Install) -> None:
+    job_id = encrypt(install, MINE, b"mine")
+    dying = stumbling(install.core, "finish", after=False)
+    with pytest.raises(Killed):
+        run_job(job_id, dying, "w1")
+    lapse()
+    run_job(job_id, install.core.worker_context, "w2")
+    folder = install.folder(job_id)
+
+    assert install.download(job_id).status_code == 200
+    earlier, later = sorted(folder.glob("head.*"), key=lambda path: path.stat().st_mtime)
+    shutil.copyfile(earlier, later)
+    check_problem(install.download(job_id), 410, "record_refused")
+
+
+@pytest.mark.parametrize("run_first", [True, False], ids=["its-result", "its-items"])
+def test_an_earlier_life_of_a_job_id_is_refused(install: Install, tmp_path: Path, *, run_first: bool) -> None:
+    core, job_id = install.core, str(uuid.uuid4())
+
+    def live(document: bytes) -> None:
+        terms = SubmissionOptions(
+            MINE, "decrypt", Context.parse(CONTEXT), named=ClientJobId(job_id, document * 8)
+        )
+        core.submitter.items(terms, [wire.JobItem(ciphertext=sealed(install, MINE, document))])
+
+    live(b"past")
+    if run_first:
+        assert install.run(job_id).state == "succeeded"
+    shutil.copytree(install.folder(job_id), tmp_path / "kept")
+    core.worker_context.store.redis.delete(f"kms:job:{job_id}")  # as it goes when it has expired
+    core.submitter.spool.delete(job_id)
+    live(b"mine")
+    if run_first:
+        assert install.run(job_id).state == "succeeded"
+    _whole(install.folder(job_id), tmp_path / "kept")
+
+    if not run_first:
+        ended = install.run(job_id)
+        assert (ended.state, ended.error) == REFUSED
+    check_problem(install.download(job_id), 410, "record_refused")
+
+
+# -- what is damaged -----------------------------------------------------------------------------------
+
+
+def _flip(at: int) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+
+    return change
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def _extend(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+def _empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def _link(path: Path) -> None:
+    kept = path.with_name("kept")
+    path.rename(kept)
+    path.symlink_to(kept)
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _linked_folder(path: Path) -> None:
+    kept = path.parent.with_name(f"kept-{path.parent.name}")
+    path.parent.rename(kept)
+    path.parent.symlink_to(kept)
+
+
+DAMAGES: Final[dict[str, Callable[[Path], None]]] = {
+    "version line": _flip(0),
+    "stanza": _flip(30),
+    "payload": _flip(-30),
+    "MAC": _flip(-1),
+    "cut": _cut,
+    "extended": _extend,
+    "empty": _empty,
+    "symbolic link": _link,
+    "pipe": _pipe,
+    "directory": _directory,
+    "linked folder": _linked_folder,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("kind", [encrypt, decrypt, items])
+def test_damaged_input_is_refused(install: Install, kind: Make, damage: Callable[[Path], None]) -> None:
+    job_id = kind(install, MINE, b"mine")
+    damage(next(install.folder(job_id).iterdir()))
+
+    ended = install.run(job_id)
+
+    assert (ended.state, ended.error) == REFUSED
+    check_problem(install.download(job_id), 410, "record_refused")
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("role", ["upload", "head", "result0"])
+def test_damaged_result_is_refused(install: Install, role: str, damage: Callable[[Path], None]) -> None:
+    job_id = (items if role == "result0" else encrypt)(install, MINE, b"mine")
+    assert install.run(job_id).state == "succeeded"
+    damage(blob(install.folder(job_id), role))
+
+    check_problem(install.download(job_id), 410, "record_refused")
+
+
+@pytest.mark.parametrize("kind", [encrypt, decrypt, rewrap])
+def test_damage_in_the_first_slab_is_answered_as_a_problem(install: Install, kind: Make) -> None:
+    job_id = kind(install, MINE, bytes(500_000))
+    assert install.run(job_id).state == "succeeded"
+    _flip(400_000)(install.folder(job_id) / "upload")
+
+    check_problem(install.download(job_id), 410, "record_refused")
+
+
+def test_upload_changed_while_it_is_read_is_refused(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decrypt job that has begun: a slab further on is exchanged for one of the same file key."""
+    job_id = decrypt(install, MINE, os.urandom(8 * MIB))
+    path = install.folder(job_id) / "upload"
+    turns = iter(range(1000))
+
+    def options(lease: Held) -> ParallelOptions:
+        def check() -> None:
+            if next(turns) == 2:
+                with path.open("r+b") as file:
+                    os.pwrite(file.fileno(), b"x", 7 * MIB)
+
+        return ParallelOptions(progress=lease.advance, check=check)
+
+    monkeypatch.setattr(upload, "options", options)
+    ended = install.run(job_id)
+
+    assert (ended.state, ended.error) == REFUSED
+    assert next(turns) > 2
+
+
+@pytest.mark.parametrize("has_run", [False, True], ids=["queued", "succeeded"])
+def test_maker_of_a_file_cannot_exchange_it_afterwards(install: Install, *, has_run: bool) -> None:
+    """He knows its file key, so that another payload of his opens as well: only the MACs tell."""
+    ciphertext, key = sealed(install, MINE, b"mine!"), install.core.kms.keyring.default
+    head = header.parse(ciphertext, header.FILE_LIMITS)
+    context = Context.parse(CONTEXT)
+    file_key = sealing.file_key_of(head, key.backend, key.ref("default"), context=context)
+    other = stream.seal(stream.payload_key(file_key, head.nonce), b"other")
+    job_id = _upload(install, MINE, "decrypt", ciphertext)
+    if has_run:
+        assert install.run(job_id).state == "succeeded"
+    path = install.folder(job_id) / "upload"
+    path.write_bytes(ciphertext[: head.payload_offset] + other + path.read_bytes()[len(ciphertext) :])
+
+    if not has_run:
+        ended = install.run(job_id)
+        assert (ended.state, ended.error) == REFUSED
+    check_problem(install.download(job_id), 410, "record_refused")
+
+
+@pytest.mark.parametrize("kind", ["encrypt", "decrypt"])
+def test_damage_far_behind_breaks_the_download_off(install: Install, kind: wire.JobKind) -> None:
+    """What came before it is genuine; who resumes the download is told why it ended."""
+    document = os.urandom(6 * MIB)
+    job_id = {"encrypt": encrypt, "decrypt": decrypt}[kind](install, MINE, document)
+    assert install.run(job_id).state == "succeeded"
+    whole = install.download(job_id).content
+    path = install.folder(job_id) / "upload"
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), bytes(8), 5 * MIB)
+    received = bytearray()
+
+    with pytest.raises(httpx.RemoteProtocolError):
+        _receive(install, job_id, received)
+
+    assert len(received) < 5 * MIB + 5000  # the head of a result is longer than that of its upload
+    assert whole.startswith(bytes(received))
+    resumed = install.download(job_id, Range=f"bytes={5 * MIB + 5000}-")
+    check_problem(resumed, 410, "record_refused")
+    assert install.download(job_id, Range="bytes=0-99").content == whole[:100]
+
+
+def _receive(install: Install, job_id: str, received: bytearray) -> None:
+    with install.service.http.stream("GET", f"{PREFIX}/jobs/{job_id}/result") as answer:
+        for piece in answer.iter_raw():
+            received += piece
+
+
+# -- how it is told ------------------------------------------------------------------------------------
+
+
+def test_a_refused_input_is_told_once(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    job_id = items(install, MINE, b"mine")
+    _flip(-1)(install.folder(job_id) / "items")
+    before = _counted("items")
+    capsys.readouterr()
+
+    install.run(job_id)
+
+    assert capsys.readouterr().out.count("spool.blob_refused") == 1
+    assert _counted("items") == before + 1
+    assert _audited(install, job_id)["result"] == "record_refused"
+    assert [job.job_id for job in install.core.worker_context.store.dead("default", 100)].count(job_id) == 1
+
+
+def test_a_refused_result_is_told_once(install: Install) -> None:
+    job_id = encrypt(install, MINE, b"mine")
+    install.run(job_id)
+    _flip(-1)(blob(install.folder(job_id), "head"))
+
+    check_problem(install.download(job_id), 410, "record_refused")
+
+    told = [line for line in install.service.output("api").splitlines() if job_id in line]
+    assert sum("spool.blob_refused" in line for line in told) == 1
+    assert _audited(install, job_id)["result"] == "record_refused"
+
+
+def test_a_dead_letter_whose_file_is_put_back_runs(install: Install) -> None:
+    job_id = decrypt(install, MINE, b"mine")
+    path = install.folder(job_id) / "upload"
+    before = path.read_bytes()
+    _cut(path)
+    assert install.run(job_id).error == "record_refused"
+
+    path.write_bytes(before)
+    install.core.worker_context.store.retry(job_id, "default", 60)
+
+    assert install.run(job_id).state == "succeeded"
+    assert install.download(job_id).content == b"mine"
+
+
+def _counted(role: str) -> float:
+    """``kms_spool_blobs_refused_total`` of this process."""
+    return float(metrics.SPOOL_REFUSED.labels(role)._value.get())  # noqa: SLF001 -- the library has no other way
+
+
+def _audited(install: Install, job_id: str) -> dict[str, str]:
+    """The last audit record of a job."""
+    lines = [
+        line
+        for path in (install.service.state / "audit").glob("*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    found = [json.loads(line) for line in lines if job_id in line]
+    return max(found, key=lambda record: record["time"])

@@ -1,0 +1,401 @@
+"""The spool in a bucket whose server fails: a coded error for each, nothing left, nothing lost."""
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from pyrage import x25519
+
+from kms_core.backends.age import AgeBackend
+from kms_core.backends.key_files import KeyFiles
+from kms_core.jobs.hosts.install import mismatch
+from kms_core.jobs.hosts.notes import SpoolMarks
+from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.storage import spool_bucket
+from kms_core.jobs.storage.spool import UPLOAD, Label, Spool
+from kms_core.jobs.storage.spool_bucket import SpoolBucket
+from kms_core.s3 import streams
+from kms_core.s3.multipart import PART_BYTES
+from kms_core.s3.streams import BufferPool
+from kms_protocol.errors import ResultExpired, SpoolFull, SpoolUnavailable
+from support import blob_stores, object_stores
+from support.blob_stores import PREFIX
+from support.object_stores import ObjectStore, Seen, TestBucket, Way
+from support.ports import free_port
+
+JOB = "11111111-1111-1111-1111-111111111111"
+KEY = f"{PREFIX}{JOB}/upload"
+LABEL = Label("default", JOB, UPLOAD)
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> AgeBackend:
+    path = tmp_path / "spool.key"
+    path.write_text(str(x25519.Identity.generate()))
+    path.chmod(0o600)
+    return AgeBackend(KeyFiles(path))
+
+
+@pytest.fixture(scope="module")
+def server() -> ObjectStore:
+    return object_stores.moto()
+
+
+@pytest.fixture
+def bucket(server: ObjectStore) -> TestBucket:
+    return server.new()
+
+
+@pytest.fixture
+def way(server: ObjectStore) -> Iterator[Way]:
+    with Way(server) as way:
+        yield way
+
+
+@pytest.fixture
+def store(bucket: TestBucket, way: Way) -> Iterator[SpoolBucket]:
+    store = blob_stores.spool_bucket(bucket, way.url)
+    yield store
+    store.bucket.line.close()
+
+
+@pytest.fixture
+def spool(store: SpoolBucket, key: AgeBackend) -> Spool:
+    spool = Spool(store, key, RecordKey(key.secrets()), 1024 * MIB)
+    spool.store.used_bytes()
+    return spool
+
+
+def write(spool: Spool, *pieces: bytes) -> Label:
+    with spool.writing(LABEL) as out:
+        for piece in pieces:
+            out.write(piece)
+    return replace(LABEL, ref=out.ref)
+
+
+def read(spool: Spool, at: Label) -> bytes:
+    with spool.opened(at) as reader:
+        return b"".join(reader.slabs())
+
+
+def test_small_blob_is_one_put_and_read_by_two_requests(spool: Spool, way: Way) -> None:
+    spool.use()
+    write(spool, b"the first counts what is there")
+    spool.delete(JOB)
+    del way.seen[:]
+
+    written = write(spool, bytes(100_000))
+    assert way.names == ["PutObject"]
+    assert way.seen[0].headers["if-none-match"] == "*"
+    del way.seen[:]
+
+    assert read(spool, written) == bytes(100_000)
+    assert way.names == ["HeadObject", "GetObject"]
+    assert way.seen[1].headers["if-match"]
+
+
+def test_large_blob_takes_few_requests(spool: Spool, way: Way) -> None:
+    data = os.urandom(64 * MIB)
+    written = write(spool, *(data[at : at + MIB] for at in range(0, len(data), MIB)))
+    assert way.names.count("UploadPart") == 9
+    del way.seen[:]
+
+    assert read(spool, written) == data
+    assert len(way.names) <= 8
+
+
+@pytest.mark.parametrize("size", [1000, 20 * MIB], ids=["one-put", "parts"])
+@pytest.mark.parametrize("lost", ["PutObject", "CompleteMultipartUpload", "UploadPart"])
+def test_write_whose_answer_is_lost_is_recognised(
+    spool: Spool, bucket: TestBucket, way: Way, lost: str, size: int
+) -> None:
+    left = [lost]
+
+    def lose_once(seen: Seen) -> int | None:
+        if seen.name not in left:
+            return None
+        left.clear()
+        return 0
+
+    way.meddle = lose_once
+    data = os.urandom(size)
+    written = write(spool, data)
+
+    assert read(spool, written) == data
+    assert (bucket.keys(), bucket.uploads()) == ({KEY}, [])
+
+
+@pytest.mark.parametrize("size", [1000, 20 * MIB], ids=["one-put", "parts"])
+def test_all_answers_lost_leave_nothing_and_the_upload_is_refused(
+    spool: Spool, bucket: TestBucket, way: Way, size: int
+) -> None:
+    gone = {"PutObject", "CompleteMultipartUpload"}
+    way.meddle = lambda seen: 0 if seen.name in gone else None
+
+    with pytest.raises(SpoolUnavailable):
+        write(spool, bytes(size))
+
+    assert (bucket.keys(), bucket.uploads()) == (set(), [])
+
+
+FAILURES = {
+    "away": (503, SpoolUnavailable, "does not answer"),
+    "full": (507, SpoolFull, "takes no more"),
+    "read-only": (403, SpoolUnavailable, "refuses this (403)"),
+    "elsewhere": (301, SpoolUnavailable, "refuses this (301)"),
+}
+
+
+@pytest.mark.parametrize("size", [1000, 20 * MIB], ids=["one-put", "parts"])
+@pytest.mark.parametrize(("status", "error", "text"), FAILURES.values(), ids=FAILURES)
+def test_bucket_that_takes_nothing_is_a_coded_error(  # noqa: PLR0913, PLR0917 -- a table
+    spool: Spool,
+    bucket: TestBucket,
+    way: Way,
+    size: int,
+    status: int,
+    error: type[SpoolUnavailable | SpoolFull],
+    text: str,
+) -> None:
+    writes = {"PutObject", "UploadPart"}
+    way.meddle = lambda seen: status if seen.name in writes else None
+
+    with pytest.raises(error, match=".*" + text.replace("(", r"\(").replace(")", r"\)")):
+        write(spool, bytes(size))
+    way.meddle = lambda _: None
+
+    assert (bucket.keys(), bucket.uploads()) == (set(), [])
+
+
+def test_bucket_that_is_away_fails_calls_at_once_and_comes_back(spool: Spool, way: Way) -> None:
+    written = write(spool, b"x")
+    way.meddle = lambda _: 503
+    with pytest.raises(SpoolUnavailable):
+        read(spool, written)
+    assert spool.use().is_away
+    asked = len(way.seen)
+
+    with pytest.raises(SpoolUnavailable):
+        read(spool, written)
+    with pytest.raises(SpoolUnavailable), spool.writing(Label("default", JOB, "head", "1")):
+        pytest.fail("nothing may be read of it")
+    assert len(way.seen) == asked
+    way.meddle = lambda _: None
+    time.sleep(1.1)
+
+    assert read(spool, written) == b"x"
+    assert not spool.use().is_away
+
+
+def test_deleting_while_the_bucket_is_away_says_so(spool: Spool, bucket: TestBucket, way: Way) -> None:
+    write(spool, b"x")
+    way.meddle = lambda _: 503
+
+    assert not spool.delete(JOB)
+    with pytest.raises(SpoolUnavailable):
+        spool.discard_input(JOB)
+    assert bucket.keys() == {KEY}
+
+
+def test_bucket_that_is_not_asked_is_away_although_a_write_goes_on(spool: Spool, way: Way) -> None:
+    """The reaper waits for a bucket that is away; what it took for a refusal would stay for days."""
+    with spool.writing(Label("default", JOB, "head", "1")) as out:
+        out.write(b"x")
+        way.meddle = lambda _: 503
+        assert not spool.delete(JOB)
+        way.meddle = lambda _: None
+
+    assert not spool.delete(JOB)  # nothing is asked yet
+    assert spool.store.is_away
+
+
+def test_missing_bucket_is_no_expired_result(spool: Spool, server: ObjectStore, store: SpoolBucket) -> None:
+    """HEAD tells neither a missing bucket from a missing object; a job must not end for the first."""
+    with pytest.raises(ResultExpired):
+        read(spool, LABEL)
+    with pytest.raises(ResultExpired):
+        store.get("hosts", "install", 100)
+    server.admin.delete_bucket(Bucket=store.bucket.name)
+
+    with pytest.raises(SpoolUnavailable):
+        read(spool, LABEL)
+    with pytest.raises(SpoolUnavailable):
+        store.get("hosts", "install", 100)
+
+
+def test_store_without_conditions_is_written_without(spool: Spool, way: Way) -> None:
+    way.meddle = lambda seen: 501 if "if-none-match" in seen.headers else None
+
+    assert read(spool, write(spool, b"x")) == b"x"
+
+
+def test_store_that_ignores_conditions_keeps_what_each_attempt_wrote(
+    spool: Spool, bucket: TestBucket, way: Way
+) -> None:
+    def ignore(seen: Seen) -> None:
+        seen.headers.pop("if-none-match", None)
+
+    way.meddle = ignore
+    labels = [Label("default", JOB, "result", attempt) for attempt in ("1", "2")]
+    written = [replace(label, ref=_result(spool, label)) for label in labels]
+
+    assert [read(spool, label) for label in written] == [b"result.1", b"result.2"]
+    assert bucket.keys() == {f"{PREFIX}{JOB}/result.1", f"{PREFIX}{JOB}/result.2"}
+
+
+def _result(spool: Spool, label: Label) -> bytes:
+    with spool.writing(label) as out:
+        out.write(label.name.encode())
+    return out.ref
+
+
+@pytest.mark.parametrize("kept", ["versioning", "object lock"])
+def test_bucket_that_keeps_what_is_deleted_works(server: ObjectStore, key: AgeBackend, kept: str) -> None:
+    """Blobs are written, read, replaced and deleted; older versions stay and are not counted."""
+    bucket = TestBucket(server, f"kept-{uuid.uuid4()}")
+    server.admin.create_bucket(Bucket=bucket.name, ObjectLockEnabledForBucket=kept == "object lock")
+    server.admin.put_bucket_versioning(Bucket=bucket.name, VersioningConfiguration={"Status": "Enabled"})
+    if kept == "object lock":
+        server.admin.put_object_lock_configuration(
+            Bucket=bucket.name,
+            ObjectLockConfiguration={
+                "ObjectLockEnabled": "Enabled",
+                "Rule": {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}},
+            },
+        )
+    store = blob_stores.spool_bucket(bucket)
+    spool = Spool(store, key, RecordKey(key.secrets()), 1024 * MIB)
+
+    for data in (b"x", os.urandom(20 * MIB)):
+        written = write(spool, data)
+        assert read(spool, written) == data
+        assert spool.delete(JOB)
+        with pytest.raises(ResultExpired):
+            read(spool, written)
+    assert read(spool, write(spool, b"again")) == b"again"
+
+    assert store.used_bytes() < MIB
+    assert len(server.admin.list_object_versions(Bucket=bucket.name)["Versions"]) == 3
+    store.bucket.line.close()
+
+
+def test_two_installs_in_one_prefix_are_told_apart(store: SpoolBucket) -> None:
+    """The id that was first stays, and a host whose Redis has another is refused."""
+    first, second = SpoolMarks(store), SpoolMarks(store)
+    first.create_id("1" * 32)
+    second.create_id("2" * 32)
+
+    assert second.install_id() == "1" * 32
+    assert mismatch(second.install_id(), "2" * 32).startswith("install_mismatch: ")
+    assert not mismatch(first.install_id(), "1" * 32)
+
+
+def test_two_writers_of_one_name_have_one_winner(spool: Spool, bucket: TestBucket) -> None:
+    seconds: list[Label] = []
+
+    def overtaken() -> None:
+        with spool.writing(LABEL) as first:
+            first.write(b"first")
+            seconds.append(write(spool, b"second"))
+
+    with pytest.raises(SpoolUnavailable, match="Another process"):
+        overtaken()
+
+    assert read(spool, seconds[0]) == b"second"
+    assert bucket.keys() == {KEY}
+
+
+def test_parts_of_a_writer_that_was_killed_are_swept_after_a_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = object_stores.weed().new()  # moto says that all uploads began in 2010
+    store = blob_stores.spool_bucket(bucket)
+    store.bucket.begin(KEY, "mark")
+    other = store.bucket.begin("elsewhere", "mark")
+    store.sweep()
+    assert sorted(bucket.uploads()) == ["elsewhere", KEY]
+
+    monkeypatch.setattr(spool_bucket, "UNFINISHED_S", -1.0)
+    store.sweep()
+
+    assert bucket.uploads() == ["elsewhere"]
+    store.bucket.abort("elsewhere", other)
+    store.bucket.line.close()
+
+
+# -- buffers -------------------------------------------------------------------------------------------
+
+
+def test_uploads_share_the_buffers_that_the_settings_name(key: AgeBackend, bucket: TestBucket) -> None:
+    store = blob_stores.spool_bucket(bucket, buffer_bytes=16 * MIB)
+    spool = Spool(store, key, RecordKey(key.secrets()), 1024 * MIB)
+    labels = [Label("default", JOB, "result", str(number)) for number in range(3)]
+    with spool.writing(labels[0]) as first, spool.writing(labels[1]) as second:
+        first.write(bytes(200_000))
+        second.write(bytes(200_000))
+        assert store.pool.used == 16 * MIB
+
+        with pytest.raises(SpoolUnavailable, match="buffer_bytes"), spool.writing(labels[2]) as third:
+            third.write(bytes(200_000))
+
+    assert store.pool.used == 0
+    with spool.writing(labels[2], declared_bytes=100_000) as third:
+        third.write(bytes(100_000))
+        assert store.pool.used < 2 * MIB
+    with spool.opened(replace(labels[2], ref=third.ref)) as reader:
+        assert b"".join(reader.slabs()) == bytes(100_000)
+        assert 0 < store.pool.used < MIB
+    assert store.pool.used == 0
+    store.bucket.line.close()
+
+
+def test_waiting_for_buffers_ends_when_another_gives_them_back() -> None:
+    pool = BufferPool(10, wait_s=20.0)
+    threading.Timer(0.2, pool.give, (pool.take(10),)).start()
+
+    pool.take(10)
+
+    assert not pool.take_now(1)
+
+
+def test_child_has_buffers_of_its_own() -> None:
+    pool = BufferPool(10, wait_s=0.1)
+    pool.take(10)
+    pid = os.fork()
+    if not pid:
+        pool.take(10)
+        os._exit(7)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert pool.used == 10
+
+
+def test_parts_grow_so_that_ten_thousand_suffice(monkeypatch: pytest.MonkeyPatch, bucket: TestBucket) -> None:
+    assert sum(PART_BYTES << (number // streams.GROW_EVERY) for number in range(10_000)) > 5 * 1024**4
+    monkeypatch.setattr(streams, "PART_BYTES", 5 * MIB)
+    monkeypatch.setattr(streams, "GROW_EVERY", 1)
+    store = blob_stores.spool_bucket(bucket)
+    data = os.urandom(20 * MIB)
+
+    with store.create(JOB, "upload") as sink:
+        for at in range(0, len(data), MIB):
+            sink.write_at(memoryview(data)[at : at + MIB], at)
+        sink.finish()
+
+    assert bucket.get(KEY) == data
+    assert store.pool.used == 0
+    store.bucket.line.close()
+
+
+def test_unreachable_store_is_told_in_time(bucket: TestBucket) -> None:
+    store = blob_stores.spool_bucket(bucket, f"http://127.0.0.1:{free_port()}")
+    begun = time.monotonic()
+
+    with pytest.raises(SpoolUnavailable, match="does not answer"):
+        store.names(JOB)
+
+    assert time.monotonic() - begun < 5

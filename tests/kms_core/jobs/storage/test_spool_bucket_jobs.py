@@ -1,0 +1,261 @@
+"""Jobs whose spool is a bucket that fails: each submission is answered by a code, no job is lost."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from kms_core.container import Core
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.model import Job
+from kms_core.jobs.recovery import reaper
+from kms_core.jobs.recovery.reaper import Reaper
+from kms_core.jobs.storage.spool_bucket import SpoolBucket
+from support import object_stores
+from support.blob_stores import PREFIX
+from support.embedded_valkey import EmbeddedValkey
+from support.job_stores import TENANT, remove_inputs
+from support.object_stores import Meddle, Seen, TestBucket, Way
+from support.service import CONTEXT, Service, b64, check_problem, core_of
+from support.waiting import until
+
+MIB = 1024 * 1024
+ITEM = {"kind": "encrypt", "items": [{"plaintext": b64(b"x" * 1000)}], "context": CONTEXT}
+ORPHAN = f"{PREFIX}99999999-9999-4999-9999-999999999999/upload"
+
+
+@dataclass(frozen=True)
+class Install:
+    """An API process, and a core that works when a test says so; both reach their bucket by ``way``."""
+
+    service: Service
+    core: Core
+    bucket: TestBucket
+    way: Way
+
+    def run(self, job_id: str) -> Job:
+        run_job(job_id, self.core.worker_context, "w")
+        return self.core.worker_context.store.get(job_id, TENANT)
+
+    def back(self) -> None:
+        """The bucket answers again, and calls are made again."""
+        self.way.meddle = lambda _: None
+        until(lambda: self.service.http.get("/readyz").json()["spool"] == "available", "the bucket is back")
+        store = self.core.worker_context.spool.store
+        assert isinstance(store, SpoolBucket)
+        until(lambda: not _is_refused(store.check), "the worker asks again")
+
+
+def _is_refused(check: Callable[[], object]) -> bool:
+    try:
+        check()
+    except Exception:  # noqa: BLE001 -- whatever it says
+        return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, redis_of_module: str) -> Iterator[Install]:
+    folder = tmp_path_factory.mktemp("install")
+    bucket = object_stores.moto().new()
+    secret = folder / "secret"
+    secret.write_text(object_stores.SECRET)
+    secret.chmod(0o600)
+    with Way(bucket.store) as way:
+        settings = (
+            f'[kms.jobs.spool_bucket]\nurl = "s3://{bucket.name}/{PREFIX}"\nendpoint = "{way.url}"\n'
+            f'allow_http = true\naccess_key_id = "{object_stores.ACCESS_KEY}"\nsecret_key_file = "{secret}"\n'
+        )
+        with Service(folder, settings, redis_of_module) as service:
+            service.start("api")
+            core = core_of(service)
+            yield Install(service, core, bucket, way)
+            store = core.worker_context.spool.store
+            assert isinstance(store, SpoolBucket)
+            store.bucket.line.close()
+
+
+@pytest.fixture(scope="module")
+def redis_of_module(valkey: EmbeddedValkey, database_numbers: Iterator[int]) -> str:
+    return valkey.files.url_of(next(database_numbers))
+
+
+@pytest.fixture
+def install(shared: Install) -> Iterator[Install]:
+    yield shared
+    shared.back()
+
+
+def on(status: int, *names: str) -> Meddle:
+    """Answer requests of these names, or all."""
+    return lambda seen: status if not names or seen.name in names else None
+
+
+def submitted(install: Install, size: int = 300_000) -> tuple[str, bytes]:
+    data = os.urandom(size)
+    return install.service.upload("encrypt", data, CONTEXT), data
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "code"),
+    [
+        (503, 503, "spool_unavailable"),
+        (507, 507, "spool_full"),
+        (403, 503, "spool_unavailable"),
+        (301, 503, "spool_unavailable"),
+    ],
+    ids=["away", "full", "read-only", "elsewhere"],
+)
+def test_submission_is_refused_with_a_code_and_leaves_no_job(
+    install: Install, status: int, answer: int, code: str
+) -> None:
+    before = install.service.get("/jobs").json()["jobs"]
+    install.way.meddle = on(status, "PutObject", "CreateMultipartUpload")
+
+    headers = {"X-KMS-Context": CONTEXT}
+    for size in (1000, 9 * MIB):
+        body = install.service.post("/files/encrypt", content=bytes(size), headers=headers)
+        check_problem(body, answer, code)
+    check_problem(install.service.post("/jobs", ITEM), answer, code)
+
+    assert install.service.get("/jobs").json()["jobs"] == before
+
+
+def test_bucket_that_is_away_is_told_and_defers_jobs_without_an_attempt(install: Install) -> None:
+    job_id, data = submitted(install)
+    install.way.meddle = on(503)
+    job = install.run(job_id)
+
+    assert (job.state, job.attempt) == ("queued", 0)
+    check_problem(install.service.post("/jobs", ITEM), 503, "spool_unavailable")
+    assert install.service.http.get("/readyz").status_code == 200
+    assert install.service.http.get("/readyz").json()["spool"] == "unavailable"
+    assert "spool" in install.service.get("/status").json()["degraded"]
+    install.back()
+    until(lambda: install.core.worker_context.store.reap(job_id) != "deferred", "it is due")
+    until(lambda: install.run(job_id).state == "succeeded", "the job ends")
+
+    sealed = install.service.result(job_id)
+    again = install.service.upload("decrypt", sealed, CONTEXT)
+    assert install.run(again).state == "succeeded"
+    assert install.service.result(again) == data
+
+
+def test_result_waits_for_the_bucket_and_is_expired_only_without_its_objects(install: Install) -> None:
+    job_id, _ = submitted(install)
+    assert install.run(job_id).state == "succeeded"
+    install.way.meddle = on(503)
+    check_problem(install.service.get(f"/jobs/{job_id}/result"), 503, "spool_unavailable")
+    install.back()
+    assert install.service.result(job_id)
+    store = install.core.worker_context.spool.store
+
+    store.remove_folder(job_id)
+
+    check_problem(install.service.get(f"/jobs/{job_id}/result"), 410, "result_expired")
+
+
+def test_worker_that_cannot_write_its_result_defers_the_job(install: Install) -> None:
+    job_id, _ = submitted(install)
+    install.way.meddle = on(403, "PutObject")
+
+    job = install.run(job_id)
+
+    assert (job.state, job.attempt) == ("queued", 0)
+
+
+def test_input_stays_until_the_bucket_takes_its_deletion(install: Install) -> None:
+    job_id = install.service.submit(ITEM)
+    assert install.run(job_id).state == "succeeded"
+    install.way.meddle = on(503)
+    remove_inputs(install.core)
+    assert f"{PREFIX}{job_id}/items" in install.bucket.keys()  # noqa: SIM118 -- no dict
+    install.back()
+
+    remove_inputs(install.core)
+
+    assert [key for key in install.bucket.keys() if job_id in key] != []  # noqa: SIM118 -- as above
+    assert f"{PREFIX}{job_id}/items" not in install.bucket.keys()  # noqa: SIM118 -- as above
+
+
+def test_what_an_ended_job_left_stays_listed_until_the_bucket_takes_its_deletion(install: Install) -> None:
+    done, cancelled = install.service.submit(ITEM), install.service.submit(ITEM)
+    assert install.run(done).state == "succeeded"
+    install.core.worker_context.store.redis.zadd("kms:ended", {done: 1})
+
+    def left() -> set[str]:
+        keys = sorted(install.bucket.keys())
+        return {job_id for key in keys for job_id in (done, cancelled) if job_id in key}
+
+    install.way.meddle = on(503, "DELETE")
+    install.service.post(f"/jobs/{cancelled}/cancel")
+    remove_inputs(install.core)
+    assert left() == {done, cancelled}
+    install.back()
+
+    def is_removed() -> bool:
+        remove_inputs(install.core)
+        return not left()
+
+    until(is_removed, "a later round removes both")
+
+
+def test_orphans_are_swept_and_objects_of_jobs_stay(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, _ = submitted(install)
+    install.bucket.put(ORPHAN, b"left by a kill")
+    install.bucket.put("elsewhere/99999999-9999-4999-9999-999999999999/upload", b"not ours")
+    time.sleep(2.1)
+    context = install.core.worker_context
+
+    Reaper(context.store, context.spool, "r").reap()
+    assert ORPHAN in install.bucket.keys()  # noqa: SIM118 -- no dict
+    monkeypatch.setattr(reaper, "_ORPHAN_AGE_S", 1.0)
+    Reaper(context.store, context.spool, "r").reap()
+
+    keys = install.bucket.keys()
+    assert ORPHAN not in keys
+    assert {f"{PREFIX}{job_id}/upload", "elsewhere/99999999-9999-4999-9999-999999999999/upload"} <= keys
+
+
+def test_upload_of_unknown_size_that_breaks_off_leaves_nothing(install: Install) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(20):
+            yield os.urandom(MIB)
+        raise ConnectionError
+
+    before = install.bucket.keys()
+    with pytest.raises(ConnectionError):
+        install.service.upload("encrypt", chunks(), CONTEXT)
+
+    until(lambda: not install.bucket.uploads(), "the upload was aborted")
+    assert install.bucket.keys() == before
+
+
+def test_small_job_takes_few_requests(install: Install) -> None:
+    install.run(install.service.submit(ITEM))  # the first write of a process counts what is there
+    del install.way.seen[:]
+
+    job_id = install.service.submit(ITEM)
+    assert install.run(job_id).state == "succeeded"
+    assert install.service.result(job_id)
+
+    names = [name for name in install.way.names if name != "ListObjects"]  # that is of the count
+    read = ["HeadObject", "GetObject"]
+    assert names == ["PutObject", *read, "PutObject", *read, *read]
+
+
+def test_slow_bucket_loses_nothing(install: Install) -> None:
+    def slow(seen: Seen) -> None:
+        time.sleep(0.1 if seen.name in {"UploadPart", "PutObject", "GetObject"} else 0)
+
+    install.way.meddle = slow
+    job_id, data = submitted(install, 20 * MIB)
+    assert install.run(job_id).state == "succeeded"
+    again = install.service.upload("decrypt", install.service.result(job_id), CONTEXT)
+    assert install.run(again).state == "succeeded"
+
+    assert install.service.result(again) == data

@@ -1,0 +1,204 @@
+"""Workers, queues and the jobs of the last hours, as the pages are told of them."""
+
+import time
+
+import pytest
+import redis
+
+from kms_core.container import Core
+from kms_core.jobs.spec import BULK, FILES, QUEUES
+from kms_core.jobs.store import activity
+from kms_core.jobs.store.activity import QueueActivity, WorkerActivity
+from kms_core.jobs.store.store import JobStore
+from kms_protocol.units import duration_text, time_text
+from kms_protocol.wire import JobState
+from support.job_stores import LONG, TENANT, accepted, claimed, forge, store_of
+
+HOUR_S = 3600
+
+
+@pytest.fixture
+def store(core: Core) -> JobStore:
+    return store_of(core, LONG)
+
+
+def only_worker(store: JobStore) -> WorkerActivity:
+    (found,) = activity.read(store).workers
+    return found
+
+
+def queue(store: JobStore, name: str) -> QueueActivity:
+    return {each.name: each for each in activity.read(store).queues}[name]
+
+
+def test_worker_is_told_with_version_slots_and_the_jobs_that_it_runs(store: JobStore) -> None:
+    store.worker_seen("host:aa", 4, QUEUES, "9.9.1 1700000000")
+    claim = claimed(store, "host:aa/71")
+
+    found = only_worker(store)
+    assert (found.name, found.state, found.processes, found.version) == ("host:aa", "working", 4, "9.9.1")
+    assert (found.started, set(found.queues)) == (1_700_000_000, set(QUEUES))
+    assert found.jobs == (claim.accepted.job_id,)
+    assert (queue(store, FILES).running, queue(store, FILES).processes) == (1, 4)
+    assert (queue(store, BULK).running, queue(store, BULK).processes) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("queues", "state", "version"), [((), "starting", ""), ((BULK,), "idle", "")], ids=["starting", "idle"]
+)
+def test_worker_without_jobs_is_starting_until_it_serves_queues(
+    store: JobStore, queues: tuple[str, ...], state: str, version: str
+) -> None:
+    store.worker_seen("host:aa", 2, queues)  # as a worker of 0.1 does
+
+    found = only_worker(store)
+    assert (found.state, found.version, found.started) == (state, version, 0)
+
+
+def test_killed_worker_is_not_seen_and_serves_no_queue(store: JobStore) -> None:
+    store.worker_seen("host:aa", 4, QUEUES)
+    assert not queue(store, FILES).is_unserved
+    store.submit(accepted())
+    store.redis.zadd("kms:workers", {"host:aa": time.time() - 60})
+
+    found = only_worker(store)
+    assert found.state == "not seen"
+    assert found.silent_s == pytest.approx(60, abs=5)
+    assert queue(store, FILES).is_unserved
+    assert (queue(store, FILES).count, queue(store, FILES).processes) == (1, 0)
+
+
+def test_worker_that_was_told_to_stop_is_told_until_its_jobs_end(store: JobStore) -> None:
+    store.worker_seen("host:aa", 4, QUEUES)
+    claim = claimed(store, "host:aa/71")
+    store.worker_left("host:aa")
+    assert (only_worker(store).state, only_worker(store).jobs) == ("stopping", (claim.accepted.job_id,))
+
+    store.finish(claim, "succeeded")
+    assert activity.read(store).workers == []
+    assert activity.read(store).results == 1
+
+
+def test_processes_that_hang_and_what_a_worker_leaves_alone_are_told(store: JobStore) -> None:
+    store.worker_seen("host:aa", 4, QUEUES)
+    store.stuck("host:aa", 2, 600, ["root:/srv/archive"])
+
+    assert (only_worker(store).stuck, only_worker(store).left_alone) == (2, ("root:/srv/archive",))
+
+
+def test_part_counts_for_its_whole_and_a_whole_uses_no_slot(store: JobStore) -> None:
+    store.worker_seen("host:aa", 4, QUEUES)
+    whole, part = claimed(store, "host:aa/71"), claimed(store, "host:aa/72")
+    forge(store, whole.accepted.job_id, parts="1")
+    forge(store, part.accepted.job_id, parent=whole.accepted.job_id)
+
+    assert only_worker(store).jobs == (whole.accepted.job_id,)
+
+
+def test_waiting_jobs_are_told_by_priority_with_the_age_of_the_oldest(store: JobStore) -> None:
+    old, _ = store.submit(accepted(priority="high")), store.submit(accepted(priority="low"))
+    store.redis.zadd(f"kms:waiting:{FILES}:high", {old.job_id: time.time() - 900})
+
+    found = queue(store, FILES)
+    assert {priority: count for priority, (count, _) in found.waiting.items()} == {
+        "high": 1,
+        "normal": 0,
+        "low": 1,
+    }
+    assert found.oldest_s == pytest.approx(900, abs=5)
+
+
+def test_what_others_wrote_into_redis_ends_no_page(store: JobStore) -> None:
+    store.redis.zadd("kms:workers", {b"\xff" * 500: time.time()})
+    store.redis.hset("kms:slots", b"\xff" * 500, "many kms.bulk 1 2 3")
+    store.redis.zadd("kms:leased", {b"\xff": time.time() + 600, b"x": time.time() + 600})
+    store.redis.set("kms:job:x", "no hash")
+    for key in ("kms:stuck", "kms:ended", f"kms:state:{TENANT}:failed", f"kms:state:{TENANT}:succeeded"):
+        store.redis.set(key, "of another type")
+
+    assert len(only_worker(store).name) <= 120
+    assert [each.counts["failed"] for each in activity.intervals(store, TENANT, 60, 2)] == [0, 0]
+
+
+@pytest.mark.parametrize("number", ["-inf", "inf", "-9e15", "9e15", "1e300"])
+def test_times_that_no_calendar_has_are_not_told(store: JobStore, number: str) -> None:
+    """A page writes all of them."""
+    store.worker_seen("host:aa", 4, QUEUES, f"9.9.1 {number}")
+    store.redis.hset("kms:slots", "host:bb", f"{number} {BULK} 9.9.1 {number}")
+    store.redis.hset("kms:stuck", "host:bb", number)
+    store.redis.zadd("kms:workers", {"host:bb": float(number)})
+    store.redis.zadd("kms:ended", {"x": float(number)})
+    store.redis.zadd(f"kms:waiting:{BULK}:high", {"x": float(number)})
+
+    found = activity.read(store)
+    for at in (found.expires, *(each.started for each in found.workers)):
+        assert time_text(at)[:2] in {"19", "20"}
+    for age_s in (queue(store, BULK).oldest_s, *(each.silent_s or 0.0 for each in found.workers)):
+        assert int(duration_text(age_s).split()[0]) >= 0
+    assert queue(store, BULK).processes >= 4
+
+
+# -- the last hours ----------------------------------------------------------------------------------------
+
+
+def submitted(store: JobStore, hours_ago: float, **changes: object) -> str:
+    """A job of that age, at the middle of an hour."""
+    at = time.time() // HOUR_S * HOUR_S + HOUR_S / 2 - hours_ago * HOUR_S
+    return store.submit(accepted(created_at=at, expires_at=time.time() + HOUR_S, **changes)).job_id
+
+
+def ended(store: JobStore, job_id: str, state: JobState = "succeeded", code: str = "") -> None:
+    claim = store.claim(job_id, "w")
+    assert claim
+    store.finish(claim, state, code)
+
+
+def test_job_counts_in_the_interval_of_its_submission_and_by_its_state(store: JobStore) -> None:
+    ended(store, submitted(store, 5), "failed", "decrypt_failed")
+    ended(store, submitted(store, 5))
+    ended(store, submitted(store, 3), "failed", "decrypt_failed")
+    store.cancel(submitted(store, 2), TENANT)
+    submitted(store, 1)
+    submitted(store, 1, tenant="another")
+    submitted(store, 30)  # too old
+
+    found = activity.intervals(store, TENANT, HOUR_S, 6)
+    told = [{state: count for state, count in each.counts.items() if count} for each in found]
+    assert told == [{"failed": 1, "succeeded": 1}, {}, {"failed": 1}, {"cancelled": 1}, {"queued": 1}, {}]
+    assert [each.start for each in found] == [found[0].start + HOUR_S * number for number in range(6)]
+    assert found[-1].start <= time.time() < found[-1].start + HOUR_S
+
+
+def test_durations_are_means_of_the_newest_five_that_succeeded(store: JobStore) -> None:
+    for number in range(7):  # the two oldest took an hour
+        job_id = submitted(store, 2 - number / 1000)
+        ended(store, job_id)
+        at = float(store.redis.hget(f"kms:job:{job_id}", "created_at") or 0)
+        waited_s, ran_s = (2, 8) if number >= 2 else (HOUR_S, HOUR_S)
+        forge(store, job_id, started_at=str(at + waited_s), ended_at=str(at + waited_s + ran_s))
+
+    first, *_, last = activity.intervals(store, TENANT, HOUR_S, 3)
+    assert first.waited_s == pytest.approx(2)
+    assert first.ran_s == pytest.approx(8)
+    assert (last.waited_s, last.ran_s) == (None, None)
+
+
+def commands(client: redis.Redis) -> int:
+    """The calls of commands that this Redis had."""
+    stats: dict[str, dict[str, int]] = client.info("commandstats")
+    return sum(each["calls"] for name, each in stats.items() if name != "cmdstat_info")
+
+
+def test_ten_times_as_many_jobs_cost_no_more_reads(store: JobStore) -> None:
+    """Nothing else calls this Redis: the store is without processes."""
+    costs, count = [], 0
+    for many in (10, 100):
+        while count < many:
+            ended(store, submitted(store, 1))
+            count += 1
+        before = commands(store.redis)
+        activity.intervals(store, TENANT, HOUR_S, 24)
+        activity.read(store)
+        costs.append(commands(store.redis) - before)
+
+    assert costs[0] == costs[1]

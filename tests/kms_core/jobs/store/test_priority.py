@@ -1,0 +1,120 @@
+"""Priority: what is taken first, where each job waits, and that no job is forgotten behind others."""
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.bulk_lines import PART_ITEMS
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.model import Attempt
+from kms_core.jobs.spec import BULK, QUEUES
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import SubmissionOptions
+from kms_protocol.context import Context
+from kms_protocol.wire import PRIORITIES, JobItem
+from support.job_stores import LONG, TENANT, accepted, forge, store_of
+from support.service import Service, check_problem, core_of
+
+ONE = {"kind": "encrypt", "items": [{"plaintext": ""}]}
+
+
+@pytest.fixture
+def store(core: Core) -> JobStore:
+    return store_of(core, LONG)
+
+
+def started(service: Service) -> list[str]:
+    """Jobs in the order in which a worker began them."""
+    stream = core_of(service).worker_context.store.redis.xrange("kms:events")
+    told = cast("list[tuple[bytes, dict[bytes, bytes]]]", stream)
+    return [fields[b"subject"].decode() for _, fields in told if fields[b"type"] == b"kms.job.running"]
+
+
+def test_high_job_behind_200_low_ones_is_begun_before_them(tmp_path: Path) -> None:
+    with Service(tmp_path, "[kms.jobs]\nconcurrency = 2\n") as service:
+        service.start("api")
+        low = [service.submit(ONE | {"priority": "low"}) for _ in range(200)]
+        normal = [service.submit(ONE) for _ in range(5)]
+        high = service.submit(ONE | {"priority": "high"})
+        service.start("worker")
+        for job_id in (*low, *normal, high):
+            service.wait(job_id, "succeeded")
+
+        order = started(service)
+        assert order.index(high) < 2  # two processes begin at once
+        assert max(order.index(job_id) for job_id in normal) < 8
+        assert len(order) == 206
+
+
+def test_depth_counts_every_priority(idle: Service) -> None:
+    before = idle.get("/status").json()["queue_depth"]
+
+    jobs = [idle.submit(ONE | {"priority": priority}) for priority in (*PRIORITIES, None)]
+
+    assert idle.get("/status").json()["queue_depth"] == before + 4
+    exposed = idle.http.get("/metrics").text
+    depths = core_of(idle).worker_context.store.depths()
+    assert depths[BULK, "normal"] >= 2
+    for priority in PRIORITIES:
+        assert (
+            f'kms_queue_depth{{priority="{priority}",queue="kms.bulk"}} {depths[BULK, priority]}.0' in exposed
+        )
+    assert [idle.job(job_id)["priority"] for job_id in jobs] == ["high", "normal", "low", "normal"]
+
+
+@pytest.mark.parametrize("path", ["/files/encrypt", "/jobs?kind=encrypt"])
+def test_streamed_job_has_its_priority_in_a_header(idle: Service, path: str) -> None:
+    headers = {"Content-Type": "application/x-ndjson", "X-KMS-Priority": "low"}
+    body = b'{"plaintext": ""}'
+
+    job_id = idle.post(path, content=body, headers=headers).json()["job_id"]
+
+    assert idle.job(job_id)["priority"] == "low"
+    check_problem(
+        idle.post(path, content=body, headers=headers | {"X-KMS-Priority": "9"}), 422, "invalid_request"
+    )
+
+
+def test_priority_tells_requests_apart(idle: Service) -> None:
+    key = {"Idempotency-Key": "priority"}
+    first = idle.post("/jobs", ONE, headers=key).json()["job_id"]
+
+    assert idle.post("/jobs", ONE | {"priority": "normal"}, headers=key).json()["job_id"] == first
+    check_problem(idle.post("/jobs", ONE | {"priority": "low"}, headers=key), 409, "idempotency_conflict")
+
+
+def test_parts_inherit_the_priority_and_so_does_a_retry(core: Core, store: JobStore) -> None:
+    items = [JobItem(plaintext=b"x")] * (PART_ITEMS + 1)
+    terms = SubmissionOptions(Principal("local"), "encrypt", Context.parse("a=1"), priority="low")
+    job_id = core.submitter.items(terms, items).job_id
+    assert store.depths()[BULK, "low"] == 1
+
+    run_job(job_id, core.worker_context, "w")
+
+    assert store.depths()[BULK, "low"] == sum(store.depths().values()) == 2
+    forge(store, job_id, state="failed", error="attempts_exhausted")
+    store.retry(job_id, TENANT, 60)
+    assert store.depths()[BULK, "low"] == 3
+
+
+def test_forged_priority_and_queue_of_a_queued_job_change_nothing(store: JobStore) -> None:
+    job = store.submit(accepted(priority="high", source="items", items=1))
+    forge(store, job.job_id, priority="highest", queue="celery")
+
+    assert store.depths()[BULK, "high"] == 1
+    claim = store.next("w/1", BULK, QUEUES, woken=False)
+    assert isinstance(claim, Attempt)
+    assert claim.accepted.priority == "high"
+
+
+def test_a_worker_takes_jobs_of_the_queues_that_settings_name(tmp_path: Path, redis_url: str) -> None:
+    with Service(tmp_path, '[kms.jobs]\nqueues = ["kms.bulk"]\n', redis_url) as service:
+        service.start()
+        others = service.upload("encrypt", b"x")
+        for _ in range(5):
+            service.wait(service.submit({"kind": "encrypt", "items": [{"plaintext": ""}]}), "succeeded")
+
+        assert service.job(others)["state"] == "queued"

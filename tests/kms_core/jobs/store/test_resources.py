@@ -1,0 +1,217 @@
+"""Bounds of roots, buckets and backends, and roots that a worker leaves alone; over a real Valkey."""
+
+from collections.abc import Sequence
+from typing import Final, cast
+
+import pytest
+
+from kms_core.container import Core
+from kms_core.jobs.model import Attempt, LeaseLost, StoreRules
+from kms_core.jobs.spec import BULK, QUEUES, JobSpec
+from kms_core.jobs.store import queue_stats
+from kms_core.jobs.store.store import JobStore
+from support.job_stores import COMMIT, LONG, TENANT, accepted, store_of
+from support.waiting import until
+
+NAS: Final = "root:/srv/nas"
+DISK: Final = "root:/srv/disk"
+BUCKET: Final = "bucket:archive"
+
+
+def rules(**changes: object) -> StoreRules:
+    return StoreRules(**{"lease_s": 600.0, "attempts": 3, **changes})  # type: ignore[arg-type]  # as named
+
+
+def submit(store: JobStore, resources: Sequence[str], **changes: object) -> str:
+    found: JobSpec = accepted(**{"items": 1, "source": "items", **changes})
+    return store.submit(found, resources=resources).job_id
+
+
+def attempt(store: JobStore, worker: str = "w/1") -> Attempt | None:
+    found = store.next(worker, BULK, QUEUES, woken=False)
+    assert not isinstance(found, str)
+    return found
+
+
+def taken(store: JobStore, worker: str = "w/1") -> str | None:
+    found = attempt(store, worker)
+    return found.accepted.job_id if found else None
+
+
+def test_a_full_resource_blocks_nothing_behind_it(core: Core) -> None:
+    store = store_of(core, rules(resource_leases={NAS: 1}))
+    nas = [submit(store, [NAS]) for _ in range(3)]
+    others = [submit(store, [DISK]), submit(store, []), submit(store, [NAS], tenant="other")]
+
+    assert [taken(store), taken(store), taken(store), taken(store)] == [nas[0], others[0], others[1], None]
+
+
+def test_it_is_chosen_again_when_a_lease_ends(core: Core) -> None:
+    store = store_of(core, rules(resource_leases={NAS: 1}))
+    first, second = (submit(store, [NAS], tenant=tenant) for tenant in ("a", "b"))
+    held = attempt(store)
+    assert held
+    assert taken(store) is None
+
+    store.finish(held, "succeeded")
+
+    assert {held.accepted.job_id, taken(store)} == {first, second}
+
+
+def test_a_killed_worker_does_not_hold_it_for_ever(core: Core) -> None:
+    store = store_of(core, rules(resource_leases={NAS: 1}, lease_s=0.3))
+    for _ in range(2):
+        submit(store, [NAS])
+    attempt(store)
+    assert taken(store) is None
+
+    until(store.due, "the lease has run out")
+    store.reap_all(store.due())
+
+    assert taken(store)
+
+
+def test_a_job_holds_each_resource_that_it_uses(core: Core) -> None:
+    store = store_of(core, rules(resource_leases={BUCKET: 1, "backend:aws": 2}))
+    submit(store, [NAS, BUCKET, "backend:aws"])
+    submit(store, [NAS, BUCKET])
+    last = submit(store, ["backend:aws"])
+    attempt(store)
+
+    assert [taken(store), taken(store)] == [last, None]
+    assert queue_stats.survey(store).leases == {BUCKET: 1, "backend:aws": 2}
+
+
+def test_what_waits_for_a_bound_wakes_nobody(core: Core) -> None:
+    woken: list[str] = []
+    store = store_of(core, rules(resource_leases={NAS: 1}), woken)
+    for _ in range(20):
+        submit(store, [NAS])
+    attempt(store)
+    assert taken(store) is None
+    store.worker_seen("w", 4, QUEUES)
+
+    store.wake(BULK)
+    assert woken == []
+    assert store.depths()[BULK, "normal"] == 19
+
+    submit(store, [DISK])
+    assert woken == [BULK]
+
+
+def test_parts_use_what_their_job_uses(core: Core) -> None:
+    store = store_of(core, rules(resource_leases={NAS: 1}))
+    submit(store, [NAS], source="file:///srv/nas/*", items=0)
+    whole = attempt_of_files(store)
+    parts = [
+        accepted(parent=whole.accepted.job_id, source="file:///srv/nas/*", part=number, items=1)
+        for number in range(2)
+    ]
+
+    store.split(whole, parts)
+
+    assert attempt_of_files(store).accepted.parent == whole.accepted.job_id
+    assert store.next("w/1", "kms.files", QUEUES, woken=False) is None
+
+
+def attempt_of_files(store: JobStore) -> Attempt:
+    found = store.next("w/1", "kms.files", QUEUES, woken=False)
+    assert isinstance(found, Attempt)
+    return found
+
+
+@pytest.mark.parametrize("junk", ["", "x", "root:/srv/nas kms.bulk", "\x00 : "])
+def test_junk_in_a_record_names_no_resource(core: Core, junk: str) -> None:
+    store = store_of(core, rules(resource_leases={NAS: 1}))
+    job_id = submit(store, [NAS])
+    store.redis.hset(f"kms:job:{job_id}", "resources", junk)
+    store.redis.sadd(f"kms:blocked:{NAS}", "junk", "a b", f"kms.bulk {TENANT} small")
+    store.reap(job_id)
+
+    for _ in range(3):
+        found = attempt(store)
+        if found:
+            store.finish(found, "succeeded")
+    assert store.get(job_id, TENANT).state == "succeeded"
+
+
+# -- attempts that advance nothing -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(core: Core) -> JobStore:
+    return store_of(core, rules(stall_s=0.5))
+
+
+def test_a_stalled_attempt_loses_its_lease_and_its_root(store: JobStore) -> None:
+    first, second, other = submit(store, [NAS]), submit(store, [NAS]), submit(store, [DISK])
+    held = attempt(store)
+    assert held
+
+    assert store.stalled(held) == [NAS]
+
+    assert store.get(first, TENANT).state == "queued"
+    assert store.get(first, TENANT).attempt == 1, "an attempt that hangs counts"
+    with pytest.raises(LeaseLost):
+        store.finish(held, "succeeded")
+    assert [taken(store), taken(store)] == [other, None], "this worker leaves the root alone"
+    assert {taken(store, "another/1"), taken(store, "another/1")} == {first, second}
+
+
+def test_after_a_while_one_attempt_is_made(store: JobStore) -> None:
+    for _ in range(4):
+        submit(store, [NAS])
+    held = attempt(store)
+    assert held
+    store.stalled(held)
+
+    found: list[Attempt] = []
+
+    def tries() -> bool:
+        again = attempt(store)
+        found.extend([again] if again else [])
+        return bool(again)
+
+    until(tries, "it tries again")
+    assert taken(store) is None, "one at a time"
+
+    store.finish(found[0], "succeeded")
+    assert taken(store)
+    assert taken(store), "it works again"
+
+
+def test_what_a_process_hangs_on_is_left_alone(store: JobStore) -> None:
+    submit(store, [NAS])
+
+    store.stuck("w", 1, 60, [NAS, BUCKET])
+
+    assert taken(store) is None
+    assert queue_stats.survey(store).stuck == 1
+    store.stuck("w", 0, 60, [])
+    assert queue_stats.survey(store).stuck == 0
+
+
+def test_a_worker_that_left_has_no_stuck_process(core: Core) -> None:
+    store = store_of(core, LONG)
+    store.worker_seen("w", 1, QUEUES)
+    store.stuck("w", 2, 60, [])
+
+    store.worker_left("w")
+
+    assert queue_stats.survey(store).stuck == 0
+
+
+def test_a_commit_that_hangs_is_finished_by_another_worker(store: JobStore) -> None:
+    job_id = submit(store, [NAS])
+    held = attempt(store)
+    assert held
+    store.committing(held, COMMIT)
+
+    store.stalled(held)
+
+    assert store.get(job_id, TENANT).state == "committing"
+    newest = cast("list[tuple[bytes, dict[bytes, bytes]]]", store.redis.xrevrange("kms:events", count=1))
+    assert newest[0][1][b"type"] == b"kms.job.committing", "it is not queued again"
+    again = attempt(store, "another/1")
+    assert again
+    assert again.commit == COMMIT

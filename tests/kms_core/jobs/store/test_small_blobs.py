@@ -1,0 +1,308 @@
+"""Small inputs and results in Redis: no file of the spool, the same bindings, gone with their job."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, cast
+
+import pytest
+
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.execution import results
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.model import Job
+from kms_core.jobs.recovery.reaper import Reaper
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission import submitter
+from kms_core.jobs.submission.submitter import SubmissionOptions
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import JobNotDead, RecordRefused, ResultExpired, ResultReleased
+from support.job_stores import LONG, TENANT, lapse, spool_folder, store_of
+from support.service import CANARY, Service, core_of, unb64
+
+OPTIONS: Final = SubmissionOptions(Principal("local"), "encrypt", Context())
+LIMIT: Final = 16 * 1024
+
+
+@pytest.fixture
+def core(tmp_path: Path, redis_url: str) -> Core:
+    return core_of(Service(tmp_path, f"[kms.jobs]\ninline_bytes = {LIMIT}\n", redis_url))
+
+
+def bulk(core: Core, *texts: bytes, options: SubmissionOptions = OPTIONS) -> str:
+    return core.submitter.items(options, [wire.JobItem(plaintext=text) for text in texts]).job_id
+
+
+def upload(core: Core, data: bytes) -> str:
+    receiving = core.submitter.receive_upload(OPTIONS, 0)
+    next(receiving)
+    try:
+        receiving.send((memoryview(data), False))
+    except StopIteration as ended:
+        return cast("Job", ended.value).job_id
+    raise AssertionError("the upload goes on")
+
+
+def done(core: Core, job_id: str) -> Job:
+    run_job(job_id, core.worker_context, "w/1")
+    return core.worker_context.store.get(job_id, TENANT)
+
+
+def result(core: Core, job_id: str) -> bytes:
+    context = core.worker_context
+    found = results.of(context.store.get(job_id, TENANT), context.store, context.spool)
+    return b"".join(bytes(piece) for piece in found.slabs(0, found.size))
+
+
+def small(core: Core, job_id: str) -> dict[str, bytes]:
+    """The blobs of a job in Redis, by role."""
+    found = cast("dict[bytes, bytes]", core.worker_context.store.redis.hgetall(f"kms:blobs:{job_id}"))
+    return {name.decode().partition(".")[0]: data for name, data in found.items()}
+
+
+def on_disk(core: Core, job_id: str) -> set[str]:
+    folder = spool_folder(core) / job_id
+    return {path.name.partition(".")[0] for path in folder.iterdir()} if folder.exists() else set()
+
+
+def reap(core: Core, grace_s: float) -> None:
+    found = core.worker_context.store
+    store = JobStore(found.redis, found.record_key, lambda _: None, replace(LONG, input_grace_s=grace_s))
+    Reaper(store, core.worker_context.spool, "w").reap()
+
+
+# -- where blobs rest -----------------------------------------------------------------------------------
+
+
+def test_small_job_needs_no_file(core: Core) -> None:
+    job_id = bulk(core, b"one", b"two")
+
+    assert small(core, job_id).keys() == {"items"}
+    assert done(core, job_id).state == "succeeded"
+    assert small(core, job_id).keys() == {"items", "result0"}
+    assert not on_disk(core, job_id)
+    sealed = [unb64(json.loads(line)["ciphertext"]) for line in result(core, job_id).splitlines()]
+    opened = [core.kms.decrypt(OPTIONS.who, each, Context()).plaintext for each in sealed]
+    assert opened == [b"one", b"two"]
+
+
+def test_small_upload_needs_no_file(core: Core) -> None:
+    job_id = upload(core, b"x" * 1000)
+
+    assert done(core, job_id).state == "succeeded"
+    assert small(core, job_id).keys() == {"upload", "head"}
+    assert not on_disk(core, job_id)
+    assert core.kms.decrypt(OPTIONS.who, result(core, job_id), Context()).plaintext == b"x" * 1000
+
+
+def test_large_blobs_are_files(core: Core) -> None:
+    job_id = bulk(core, bytes(LIMIT))
+
+    assert on_disk(core, job_id) == {"items"}
+    assert done(core, job_id).state == "succeeded"
+    assert on_disk(core, job_id) == {"items", "result0"}
+    assert not small(core, job_id)
+    assert result(core, job_id)
+
+
+def test_result_may_be_large_where_its_input_is_small(core: Core) -> None:
+    """An age file of a few bytes has some hundred."""
+    job_id = bulk(core, *[b"x"] * 60)
+
+    assert small(core, job_id).keys() == {"items"}
+    assert done(core, job_id).state == "succeeded"
+    assert on_disk(core, job_id) == {"result0"}
+    assert len(result(core, job_id).splitlines()) == 60
+
+
+@pytest.mark.parametrize("size", [15_000, 15_900, 16_400, 100_000])
+def test_both_parts_of_a_result_rest_together(core: Core, size: int) -> None:
+    job_id = upload(core, bytes(size))
+
+    assert done(core, job_id).state == "succeeded"
+    places = [set(small(core, job_id)), on_disk(core, job_id)]
+    assert sorted(places, key=len) == [set(), {"upload", "head"}]
+    assert core.kms.decrypt(OPTIONS.who, result(core, job_id), Context()).plaintext == bytes(size)
+
+
+def test_blobs_go_to_the_disk_while_redis_has_little_room(core: Core) -> None:
+    """Which a submission finds out when it is checked, and a worker by its claim."""
+    before = bulk(core, b"x")
+    core.worker_context.store.redis.set("kms:half", "1", ex=60)
+    core.submitter.check(OPTIONS)
+    later = bulk(core, b"x")
+
+    assert on_disk(core, later) == {"items"}
+    for job_id in (before, later):
+        assert done(core, job_id).state == "succeeded"
+        assert "result0" in on_disk(core, job_id)
+        assert result(core, job_id)
+    assert not small(core, later)
+
+
+def test_none_is_in_redis_by_default(tmp_path: Path, redis_url: str) -> None:
+    core = core_of(Service(tmp_path / "none", "", redis_url))
+    job_id = bulk(core, b"x")
+
+    assert done(core, job_id).state == "succeeded"
+    assert on_disk(core, job_id) == {"items", "result0"}
+    assert not small(core, job_id)
+
+
+def test_a_process_that_keeps_none_there_reads_those_of_others(
+    core: Core, tmp_path: Path, redis_url: str
+) -> None:
+    """Hosts may differ in ``inline_bytes``, and it may be set back to 0 while jobs wait."""
+    other = core_of(Service(tmp_path, "", redis_url))
+    waiting, ended = bulk(core, b"one"), bulk(core, b"two")
+    done(core, ended)
+
+    assert done(other, waiting).state == "succeeded"
+    assert on_disk(other, waiting) == {"result0"}
+    assert small(other, waiting).keys() == {"items"}
+    assert result(core, waiting)
+    assert result(other, ended)
+    other.worker_context.spool.delete(ended)
+    assert small(core, ended) == {}
+
+
+def test_nothing_of_the_plaintext_rests_in_redis(core: Core) -> None:
+    job_id = bulk(core, CANARY.encode())
+    done(core, job_id)
+
+    assert not any(CANARY.encode() in data for data in small(core, job_id).values())
+
+
+# -- what others may do to them -------------------------------------------------------------------------
+
+
+def test_input_of_another_job_is_refused(core: Core) -> None:
+    mine, other = bulk(core, b"mine"), bulk(core, b"other")
+    core.worker_context.store.redis.hset(f"kms:blobs:{mine}", "items", small(core, other)["items"])
+
+    job = done(core, mine)
+
+    assert (job.state, job.error) == ("failed", "record_refused")
+
+
+@pytest.mark.parametrize("damage", ["changed", "shorter", "longer", "gone"])
+def test_damaged_result_is_refused(core: Core, damage: str) -> None:
+    job_id = bulk(core, b"x")
+    done(core, job_id)
+    redis = core.worker_context.store.redis
+    (name,) = [raw for raw in cast("list[bytes]", redis.hkeys(f"kms:blobs:{job_id}")) if b"result" in raw]
+    data = small(core, job_id)["result0"]
+    changed = {
+        "changed": data[:-1] + bytes([data[-1] ^ 1]),
+        "shorter": data[:-1],
+        "longer": data + b"\0",
+        "gone": b"",
+    }
+    if damage == "gone":
+        redis.hdel(f"kms:blobs:{job_id}", name)
+    else:
+        redis.hset(f"kms:blobs:{job_id}", name, changed[damage])
+
+    with pytest.raises(ResultExpired if damage == "gone" else RecordRefused):
+        result(core, job_id)
+
+
+def test_an_earlier_result_of_the_same_job_is_refused(core: Core) -> None:
+    """Of another attempt, under the name of the one that ended the job."""
+    job_id, redis = bulk(core, b"x"), core.worker_context.store.redis
+    other = bulk(core, b"y")
+    done(core, job_id)
+    done(core, other)
+    (name,) = [raw for raw in cast("list[bytes]", redis.hkeys(f"kms:blobs:{job_id}")) if b"result" in raw]
+    redis.hset(f"kms:blobs:{job_id}", name, small(core, other)["result0"])
+
+    with pytest.raises(RecordRefused):
+        result(core, job_id)
+
+
+def test_blobs_of_a_wrong_type_keep_no_input_of_others(core: Core) -> None:
+    first, second = bulk(core, b"x"), bulk(core, b"y")
+    done(core, first)
+    core.worker_context.store.redis.set(f"kms:blobs:{first}", "junk")
+    done(core, second)
+
+    with pytest.raises(ResultExpired):
+        result(core, first)
+    core.worker_context.store.redis.set(f"kms:blobs:{first}", "junk")
+    reap(core, 0)
+
+    assert small(core, second).keys() == {"result0"}
+
+
+# -- when they go ---------------------------------------------------------------------------------------
+
+
+def test_input_goes_after_the_grace_and_the_result_stays(core: Core) -> None:
+    job_id = bulk(core, b"x")
+    done(core, job_id)
+
+    reap(core, 60)
+    assert small(core, job_id).keys() == {"items", "result0"}
+    reap(core, 0)
+
+    assert small(core, job_id).keys() == {"result0"}
+    assert result(core, job_id)
+
+
+def test_released_result_is_gone(core: Core) -> None:
+    job_id = bulk(core, b"x")
+    context = core.worker_context
+    results.release(done(core, job_id), context.store, context.spool)
+
+    assert not small(core, job_id)
+    with pytest.raises(ResultReleased):
+        result(core, job_id)
+
+
+def test_cancelled_job_leaves_nothing(core: Core) -> None:
+    job_id = bulk(core, b"x")
+    core.worker_context.store.cancel(job_id, TENANT)
+    reap(core, 0)
+    core.worker_context.spool.delete(job_id)
+
+    assert not small(core, job_id)
+
+
+def test_blobs_leave_with_the_record(core: Core) -> None:
+    job_id, redis = bulk(core, b"x"), core.worker_context.store.redis
+    assert redis.ttl(f"kms:blobs:{job_id}") == -1
+    done(core, job_id)
+
+    left = [redis.pttl(f"kms:{what}:{job_id}") for what in ("job", "blobs")]
+    assert left[0] > 0
+    assert abs(left[1] - left[0]) < 1000
+
+
+def test_nothing_rests_of_a_job_that_was_not_accepted(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    named, second = replace(OPTIONS, idempotency="a key"), submitter.new_id()
+    first = bulk(core, b"x", options=named)
+    monkeypatch.setattr(submitter, "new_id", lambda: second)
+
+    assert bulk(core, b"x", options=named) == first
+    assert not small(core, second)
+    assert small(core, first)
+
+
+def test_dead_job_is_retried_with_its_input(core: Core) -> None:
+    job_id = bulk(core, b"x")
+    store = store_of(core, replace(LONG, attempts=1, lease_s=0.2), [])
+    assert store.claim(job_id, "w/1")
+    lapse()
+    store.reap(job_id)
+    assert store.claim(job_id, "w/1") is None
+    assert store.get(job_id, TENANT).error == "attempts_exhausted"
+    reap(core, 0)
+
+    store.retry(job_id, TENANT, 600)
+
+    assert core.worker_context.store.redis.ttl(f"kms:blobs:{job_id}") == -1
+    assert done(core, job_id).state == "succeeded"
+    with pytest.raises(JobNotDead):
+        store.retry(job_id, TENANT, 600)

@@ -1,0 +1,574 @@
+"""The job store over a real Valkey: submission, leases, fences, ends, cancellation, commits."""
+
+import time
+from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import pairwise
+
+import msgspec
+import pytest
+
+from kms_core.auth.policy import Principal
+from kms_core.container import Core
+from kms_core.jobs.ends import Work
+from kms_core.jobs.execution.lease import Lease
+from kms_core.jobs.model import Attempt, Job, LeaseLost, part_id
+from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.spec import BULK, FILES, MAINTENANCE
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.deadlines import Deadlines
+from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import (
+    IdempotencyConflict,
+    InvalidRequest,
+    JobCancelled,
+    JobCommitting,
+    JobNotDead,
+    UnknownJob,
+)
+from support.job_stores import (
+    COMMIT,
+    LONG,
+    SHORT,
+    TENANT,
+    accepted,
+    claimed,
+    connect,
+    forge,
+    lapse,
+    record,
+    state,
+    store_of,
+)
+from support.service import CANARY
+from support.waiting import until
+
+
+@pytest.fixture
+def store(core: Core) -> JobStore:
+    return store_of(core, LONG)
+
+
+@pytest.fixture
+def brief(core: Core) -> JobStore:
+    return store_of(core, SHORT)
+
+
+# -- submitting ------------------------------------------------------------------------------------------
+
+
+def test_accepted_job_is_what_a_worker_gets(store: JobStore) -> None:
+    job = accepted(key_id="k", overwrite=True, new_context=(("a", "b"),))
+
+    reading = store.submit(job)
+    claim = store.claim(job.job_id, "w1")
+
+    assert (reading.state, reading.attempt, reading.tenant) == ("queued", 0, TENANT)
+    assert claim
+    assert claim.accepted == store.accepted(job.job_id) == job
+    assert (claim.fence, claim.attempt, claim.commit) == (1, 1, None)
+
+
+def test_nothing_of_the_request_can_be_read_in_redis(store: JobStore) -> None:
+    job = store.submit(accepted(source=f"file:///{CANARY}"), idempotency=f"key {CANARY}")
+
+    assert CANARY.encode() not in b"".join([*record(store, job.job_id), *record(store, job.job_id).values()])
+    assert not store.redis.exists(f"kms:idem:key {CANARY}")
+
+
+def test_one_idempotency_key_is_one_job(store: JobStore) -> None:
+    first = store.submit(accepted(digest=b"same"), idempotency="scope key")
+    again = store.submit(accepted(digest=b"same"), idempotency="scope key")
+    other = store.submit(accepted(digest=b"same"), idempotency="scope other")
+
+    assert again.job_id == first.job_id != other.job_id
+    with pytest.raises(IdempotencyConflict):
+        store.submit(accepted(digest=b"other"), idempotency="scope key")
+
+
+@pytest.mark.parametrize("other", ["digest", "tenant", "key", "no key", "expired", "forged", "none"])
+def test_an_entry_of_an_idempotency_key_names_no_other_job(store: JobStore, other: str) -> None:
+    """Its value is not signed: the sealed record of the job must be that of the same request."""
+    changes: dict[str, dict[str, object]] = {
+        "digest": {"digest": b"other"},
+        "tenant": {"tenant": "theirs"},
+        "expired": {"expires_at": time.time() - 61},
+    }
+    named = store.submit(
+        accepted(**{"digest": b"same"} | changes.get(other, {})),
+        idempotency={"key": "scope other", "no key": ""}.get(other, "scope key"),
+    )
+    job_id = new_id() if other == "none" else named.job_id
+    entry = f"kms:idem:{store.record_key.digest(b'scope key').hex()}"
+    store.redis.set(entry, f"{job_id} {b'same'.hex()}")
+    if other == "forged":
+        forge(store, job_id, sealed=RecordKey((b"k" * 32,)).seal(accepted(job_id=job_id, digest=b"same")))
+
+    with pytest.raises(IdempotencyConflict) as refused:
+        store.submit(accepted(digest=b"same"), idempotency="scope key")
+    assert ("with another key" in str(refused.value)) == (other not in {"digest", "key", "no key"})
+
+
+def test_an_idempotency_key_of_an_earlier_version_finds_its_job(store: JobStore) -> None:
+    """Its record does not say with which key it was submitted."""
+    job = store.submit(accepted(digest=b"same"), idempotency="scope key")
+    earlier = msgspec.structs.replace(store.accepted(job.job_id), idempotency=b"", signed_end=False)
+    forge(store, job.job_id, sealed=store.record_key.seal(earlier))
+
+    assert store.submit(accepted(digest=b"same"), idempotency="scope key").job_id == job.job_id
+
+
+def test_idempotency_outlasts_the_end_of_the_job(store: JobStore) -> None:
+    job = store.submit(accepted(digest=b"same"), idempotency="scope key")
+    claim = store.claim(job.job_id, "w1")
+    assert claim
+    store.finish(claim, "succeeded")
+
+    assert store.submit(accepted(digest=b"same"), idempotency="scope key").state == "succeeded"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "decrypt"},
+        {"context": Context.parse("a=2")},
+        {"key_id": "other"},
+        {"new_context": Context.parse("b=1")},
+        {"new_context": Context()},
+        {"deadlines": Deadlines(ttl_s=60)},
+        {"deadlines": Deadlines(keep_for_s=60)},
+        {"deadlines": Deadlines(run_by=datetime(2999, 1, 1, tzinfo=UTC))},
+    ],
+    ids="-".join,
+)
+def test_whatever_is_asked_for_tells_requests_apart(core: Core, change: dict[str, object]) -> None:
+    terms = SubmissionOptions(Principal("local"), "encrypt", Context.parse("a=1"), idempotency="key")
+
+    same, other = core.submitter.hasher(replace(terms)), core.submitter.hasher(replace(terms, **change))  # type: ignore[arg-type]  # any field
+
+    assert core.submitter.hasher(terms).digest() == same.digest() != other.digest()
+
+
+ITEM = wire.JobItem(plaintext=b"x")
+
+
+def terms_of(name: str, key: str) -> SubmissionOptions:
+    return SubmissionOptions(Principal(name), "encrypt", Context.parse("a=1"), idempotency=key)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("ada", "jobs nightly"), ("ada jobs", "nightly")),
+        (("ada jobs", "jobs nightly"), ("ada jobs jobs", "nightly")),
+        (("ada b", "nightly"), ("ada", "b jobs nightly")),
+        (("a b\0c", "nightly"), ("c", "a b nightly")),
+    ],
+)
+def test_callers_have_idempotency_keys_of_their_own(
+    core: Core, one: tuple[str, str], other: tuple[str, str]
+) -> None:
+    """The subject of a JWT may hold spaces, and so may a key."""
+    first, second = (core.submitter.items(terms_of(*caller), [ITEM]) for caller in (one, other))
+    again = [core.submitter.items(terms_of(*caller), [ITEM]) for caller in (one, other)]
+
+    assert first.job_id != second.job_id
+    assert [job.job_id for job in again] == [first.job_id, second.job_id]
+
+
+def test_routes_have_idempotency_keys_of_their_own() -> None:
+    for name in ("ada", "ada jobs"):
+        terms = terms_of(name, "key")
+        assert len({terms.idempotency_scope(route) for route in ("jobs", "files/encrypt")}) == 2
+
+
+def test_job_of_another_tenant_is_unknown(store: JobStore) -> None:
+    job = store.submit(accepted(tenant="theirs"))
+
+    for look in (store.get, store.cancel):
+        with pytest.raises(UnknownJob):
+            look(job.job_id, TENANT)
+    with pytest.raises(UnknownJob):
+        store.retry(job.job_id, TENANT, 60)
+    assert store.page(TENANT, state=None, limit=10, before=None) == ([], None)
+    assert store.get(job.job_id, "theirs").state == "queued"
+
+
+class Late(JobStore):
+    """Of which every look is followed at once by another tenant's taking the id."""
+
+    def seen(self, job_id: str, tenant: str) -> tuple[Job, bytes]:
+        found = super().seen(job_id, tenant)
+        theirs = accepted(job_id=job_id, tenant="theirs")
+        forge(self, job_id, tenant="theirs", sealed=self.record_key.seal(theirs))
+        return found
+
+
+@pytest.mark.parametrize("error", ["", "attempts_exhausted"])
+def test_job_that_changes_hands_after_the_look_stays_as_it_is(store: JobStore, error: str) -> None:
+    job = store.submit(accepted())
+    if error:
+        forge(store, job.job_id, state="failed", error=error)
+    late = copy(store)
+    late.__class__ = Late
+    acts: list[Callable[[], Job]] = [
+        lambda: late.cancel(job.job_id, TENANT),
+        lambda: late.retry(job.job_id, TENANT, 60),
+    ]
+    mine = record(store, job.job_id)
+    for act in acts:
+        forge(store, job.job_id, tenant=TENANT, sealed=mine[b"sealed"])
+        with pytest.raises(UnknownJob):
+            act()
+        after = record(store, job.job_id)
+        assert after == mine | {name: after[name] for name in (b"tenant", b"sealed")}
+        assert after[b"tenant"] == b"theirs"
+
+
+def test_pages_are_newest_first_and_complete(store: JobStore) -> None:
+    now = time.time()
+    ids = [store.submit(accepted(created_at=now + number)).job_id for number in range(25)]
+    for job_id in ids[::5]:
+        store.cancel(job_id, TENANT)
+
+    seen: list[str] = []
+    cursor: str | None = None
+    while True:
+        jobs, cursor = store.page(TENANT, state=None, limit=7, before=cursor)
+        seen += [job.job_id for job in jobs]
+        if cursor is None:
+            break
+    cancelled, _ = store.page(TENANT, state="cancelled", limit=100, before=None)
+
+    assert seen == ids[::-1]
+    assert [job.job_id for job in cancelled] == ids[::5][::-1]
+    assert {name: count for name, count in store.states(TENANT).items() if count} == {
+        "queued": 20,
+        "cancelled": 5,
+    }
+
+
+def test_pages_stay_complete_when_records_expire_and_others_come_in_between(store: JobStore) -> None:
+    now = time.time()
+    ids = [store.submit(accepted(created_at=now + number)).job_id for number in range(12)]
+    same = [store.submit(accepted(created_at=now - 1)).job_id for _ in range(5)]
+    seen: list[str] = []
+    cursor: str | None = None
+    for round_ in range(20):
+        jobs, cursor = store.page(TENANT, state=None, limit=3, before=cursor)
+        seen += [job.job_id for job in jobs]
+        if cursor is None:
+            break
+        store.redis.delete(f"kms:job:{seen[-1]}")  # expired
+        store.submit(accepted(created_at=now + 100 + round_))
+
+    assert seen == ids[::-1] + sorted(same, reverse=True)
+
+
+@pytest.mark.parametrize("cursor", ["3", "1-", "-1", "x", "1764010.5-", "nan-" + "0" * 36, "1-" + "G" * 36])
+def test_cursor_that_no_page_gave_is_refused(store: JobStore, cursor: str) -> None:
+    with pytest.raises(InvalidRequest):
+        store.page(TENANT, state=None, limit=3, before=cursor)
+
+
+# -- leases ----------------------------------------------------------------------------------------------
+
+
+def test_a_worker_takes_jobs_of_the_queues_that_it_serves_only(store: JobStore) -> None:
+    job = store.submit(accepted())
+
+    assert job.queue == FILES
+    assert store.next("w/1", BULK, (BULK, MAINTENANCE), woken=False) is None
+    assert store.next("w/1", FILES, (FILES,), woken=False)
+
+
+def test_leased_job_is_nobody_else_s(store: JobStore) -> None:
+    claim = claimed(store)
+
+    assert store.claim(claim.accepted.job_id, "w2") is None
+    store.renew(claim, {"bytes_done": 7})
+    assert store.get(claim.accepted.job_id, TENANT).bytes_done == 7
+
+
+def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(brief: JobStore, store: JobStore) -> None:
+    old = claimed(brief)
+    lapse()
+    new = store.claim(old.accepted.job_id, "w2")
+    assert new
+    powerless: list[Callable[[], None]] = [
+        lambda: store.renew(old, {"bytes_done": 99}),
+        lambda: store.committing(old, COMMIT),
+        lambda: store.finish(old, "succeeded"),
+        lambda: store.defer(old, 1, counts=True),
+        lambda: store.split(old, []),
+    ]
+
+    assert (new.fence, new.attempt) == (2, 2)
+    for effect in powerless:
+        with pytest.raises(LeaseLost):
+            effect()
+    found = store.get(old.accepted.job_id, TENANT)
+    assert (found.state, found.fence, found.bytes_done) == ("running", 2, 0)
+    store.finish(new, "succeeded")
+    assert state(store, new) == "succeeded"
+
+
+def test_lapsed_lease_that_nobody_took_is_still_held(brief: JobStore) -> None:
+    claim = claimed(brief)
+    lapse()
+
+    brief.renew(claim, {})
+
+    assert brief.claim(claim.accepted.job_id, "w2") is None
+
+
+def test_heartbeat_keeps_a_lease(brief: JobStore) -> None:
+    claim = claimed(brief)
+    with Lease(brief, claim) as lease:
+        for _ in range(5):
+            lapse()
+            lease.check()
+            assert brief.claim(claim.accepted.job_id, "w2") is None
+
+
+def test_heartbeat_notices_that_the_job_was_taken(brief: JobStore, store: JobStore) -> None:
+    claim = claimed(brief)
+    forge(brief, claim.accepted.job_id, lease_until="0")
+    assert store.claim(claim.accepted.job_id, "w2")
+
+    with Lease(brief, claim) as lease, pytest.raises(LeaseLost):
+        until(lease.check, "the loss is noticed")
+
+
+def test_heartbeat_notices_cancellation(store: JobStore) -> None:
+    claim = claimed(store)
+    store.cancel(claim.accepted.job_id, TENANT)
+
+    with Lease(store, claim) as lease, pytest.raises(JobCancelled):
+        until(lease.check, "the cancellation is noticed")
+
+
+def test_worker_without_redis_stops_when_its_lease_is_over(core: Core, brief: JobStore) -> None:
+    claim = claimed(brief)
+    away = JobStore(
+        connect("unix:///nonexistent.sock"), core.worker_context.store.record_key, lambda *_: None, SHORT
+    )
+
+    with Lease(away, claim) as lease, pytest.raises(LeaseLost):
+        until(lease.check, "the lease is over")
+
+
+# -- ends --------------------------------------------------------------------------------------------------
+
+
+def test_job_ends_once(store: JobStore) -> None:
+    claim = claimed(store)
+    store.finish(claim, "failed", "decrypt_failed", Work(bytes_done=5))
+
+    with pytest.raises(LeaseLost):
+        store.finish(claim, "succeeded")
+    with pytest.raises(LeaseLost):
+        store.renew(claim, {})
+    found = store.get(claim.accepted.job_id, TENANT)
+    assert (found.state, found.error, found.bytes_done) == ("failed", "decrypt_failed", 5)
+    assert store.claim(claim.accepted.job_id, "w2") is None
+    assert store.due() == []
+
+
+def test_attempts_are_counted_and_end(brief: JobStore) -> None:
+    job_id = claimed(brief).accepted.job_id
+    fences = [1]
+    for _ in range(SHORT.attempts - 1):
+        lapse()
+        claim = brief.claim(job_id, "w")
+        assert claim
+        fences.append(claim.fence)
+    lapse()
+
+    assert brief.claim(job_id, "w") is None
+    found = brief.get(job_id, TENANT)
+    assert (found.state, found.error, found.attempt) == ("failed", "attempts_exhausted", SHORT.attempts)
+    assert all(later > earlier for earlier, later in pairwise([*fences, found.fence]))
+
+
+def test_deferral_costs_time_and_no_attempt(store: JobStore) -> None:
+    claim = claimed(store)
+    job_id = claim.accepted.job_id
+    for number in range(10):
+        store.defer(claim, 0.01, counts=False)
+        time.sleep(0.02)
+        again = store.claim(job_id, "w")
+        assert again
+        assert (again.attempt, again.deferrals) == (1, number + 1)
+        claim = again
+
+    store.defer(claim, 600, counts=False)
+    assert store.claim(job_id, "w") is None
+    assert job_id not in store.due()
+    found = store.get(job_id, TENANT)
+    assert found.state == "queued"
+    assert found.not_before > time.time() + 500
+
+
+def test_deferral_may_count(store: JobStore) -> None:
+    claim = claimed(store)
+
+    store.defer(claim, 0, counts=True)
+
+    again = store.claim(claim.accepted.job_id, "w")
+    assert again
+    assert again.attempt == 2
+
+
+def test_expired_job_is_not_begun(store: JobStore) -> None:
+    job = store.submit(accepted(expires_at=time.time() - 1))
+
+    assert store.claim(job.job_id, "w") is None
+    assert store.redis.hget(f"kms:job:{job.job_id}", "error") in {b"expired", None}
+
+
+def test_job_that_is_split_twice_is_split_once(store: JobStore) -> None:
+    claim = claimed(store, source="items", items=2)
+    parts = [
+        msgspec.structs.replace(claim.accepted, job_id=part_id(claim.accepted.job_id, number), parent="x")
+        for number in (0, 1)
+    ]
+    store.split(claim, parts)
+    held = store.claim(parts[0].job_id, "w")
+    assert held
+
+    store.split(claim, parts)  # the answer to the first was lost, and the client asked again
+
+    store.renew(held, {})
+    store.finish(held, "succeeded")
+
+
+def test_renewal_that_comes_late_does_not_put_a_lease_on_a_job_in_parts(store: JobStore) -> None:
+    claim = claimed(store, source="items", items=1)
+    part = msgspec.structs.replace(claim.accepted, job_id=part_id(claim.accepted.job_id, 0), parent="x")
+    store.split(claim, [part])
+    before = record(store, claim.accepted.job_id)
+
+    store.renew(claim, {"items_done": 7})
+
+    assert record(store, claim.accepted.job_id) == before
+
+
+def test_expired_result_is_listed_for_deletion_and_noted(store: JobStore) -> None:
+    claim = claimed(store, expires_at=time.time() + 1)
+    store.finish(claim, "succeeded")
+    until(lambda: store.expired() == [claim.accepted.job_id], "the result has expired")
+
+    store.purged(claim.accepted.job_id)
+
+    assert store.expired() == []
+    assert store.get(claim.accepted.job_id, TENANT).purged == 1
+
+
+# -- cancelling -------------------------------------------------------------------------------------------
+
+
+def test_queued_job_is_cancelled_at_once(store: JobStore) -> None:
+    job = store.submit(accepted())
+
+    assert store.cancel(job.job_id, TENANT).state == "cancelled"
+    assert store.claim(job.job_id, "w") is None
+    assert store.cancel(job.job_id, TENANT).state == "cancelled"
+
+
+def test_running_job_is_asked_to_stop(store: JobStore) -> None:
+    claim = claimed(store)
+
+    assert store.cancel(claim.accepted.job_id, TENANT).state == "running"
+    with pytest.raises(JobCancelled):
+        store.renew(claim, {})
+    with pytest.raises(JobCancelled):
+        store.committing(claim, COMMIT)
+    store.finish(claim, "cancelled", "cancelled")
+    assert state(store, claim) == "cancelled"
+
+
+def test_cancelled_job_whose_worker_died_is_not_begun_again(brief: JobStore) -> None:
+    claim = claimed(brief)
+    brief.cancel(claim.accepted.job_id, TENANT)
+    lapse()
+
+    assert brief.claim(claim.accepted.job_id, "w2") is None
+    assert state(brief, claim) == "cancelled"
+
+
+def test_committing_job_cannot_be_cancelled(store: JobStore) -> None:
+    claim = claimed(store)
+    store.committing(claim, COMMIT)
+
+    with pytest.raises(JobCommitting):
+        store.cancel(claim.accepted.job_id, TENANT)
+    store.renew(claim, {})
+    store.finish(claim, "succeeded")
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])
+def test_ended_job_stays_as_it_ended(store: JobStore, end: wire.JobState) -> None:
+    claim = claimed(store)
+    store.finish(claim, end, "" if end == "succeeded" else "some_code")
+
+    assert store.cancel(claim.accepted.job_id, TENANT).state == end
+    with pytest.raises(JobNotDead):
+        store.retry(claim.accepted.job_id, TENANT, 60)
+
+
+# -- committing -------------------------------------------------------------------------------------------
+
+
+def test_commit_said_twice_is_said_once(store: JobStore) -> None:
+    claim = claimed(store)
+
+    store.committing(claim, COMMIT)
+    store.committing(claim, COMMIT)
+
+    with pytest.raises(LeaseLost):
+        store.committing(claim, msgspec.structs.replace(COMMIT, inode=3))
+    assert state(store, claim) == "committing"
+
+
+def test_commit_is_handed_to_whoever_comes_next(brief: JobStore) -> None:
+    claim = claimed(brief)
+    brief.committing(claim, COMMIT)
+    for number in range(2, 2 + 2 * SHORT.attempts):  # a commit has no limit of attempts
+        lapse()
+        assert brief.reap(claim.accepted.job_id) == "committing"
+        again = brief.claim(claim.accepted.job_id, "w")
+        assert again
+        assert (again.commit, again.attempt, again.fence) == (COMMIT, 1, number)
+
+
+def test_commit_of_an_attempt_that_is_handed_back_is_for_any_worker_at_once(store: JobStore) -> None:
+    """A worker that stops between recording its commit and putting the target in place."""
+    claim = claimed(store)
+    store.committing(claim, COMMIT)
+
+    store.defer(claim, 0, counts=False, away=False)
+    with pytest.raises(LeaseLost):
+        store.renew(claim, {})  # of a thread that has not heard
+    again = store.next("w2", claim.accepted.queue, (claim.accepted.queue,), woken=False)
+
+    assert isinstance(again, Attempt)
+    assert (again.commit, again.attempt) == (COMMIT, 1)
+
+
+def test_commit_that_replicas_may_not_have_waits_for_them(store: JobStore) -> None:
+    claim = claimed(store)
+    job_id = claim.accepted.job_id
+    store.committing(claim, COMMIT)
+
+    store.defer(claim, 0.3, counts=False)
+    assert store.next("w2", claim.accepted.queue, (claim.accepted.queue,), woken=False) is None
+    until(lambda: store.reap(job_id) == "committing", "its time has come")
+    again = store.next("w2", claim.accepted.queue, (claim.accepted.queue,), woken=False)
+
+    assert isinstance(again, Attempt)
+    assert (again.commit, again.deferrals) == (COMMIT, 1)

@@ -1,0 +1,405 @@
+"""The intake by itself: what is no message is refused for good, before Redis or the disk are asked."""
+
+import base64
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pyrage
+import pytest
+import redis
+from celery import Celery
+from celery.exceptions import Ignore, Reject
+from kombu.connection import Connection
+from pyrage import x25519
+
+from kms_core.age import header, mlkem768x25519, stream
+from kms_core.backends.age import AgeBackend
+from kms_core.backends.key_files import KeyFiles
+from kms_core.container import build_intake
+from kms_core.envelope import sealing
+from kms_core.envelope.binding import KeyRef
+from kms_core.jobs.submission import celery_intake
+from kms_core.jobs.submission.celery_intake import Intake
+from kms_protocol.context import Context
+from kms_protocol.errors import (
+    BackendUnavailable,
+    ConfigurationError,
+    DecryptFailed,
+    InvalidRequest,
+    JobExpired,
+    JobsUnavailable,
+    KmsError,
+    NotACiphertext,
+    TooLarge,
+    UnknownKey,
+)
+from kms_worker import submit
+from kms_worker.refusals import Refusals
+from support.celery_messages import JOB, body, in_s, seal
+from support.service import B64_CANARY, CANARY, Service, core_of
+
+SCHEMA: Final = Path(__file__).parents[4] / "docs/schemas/kms.submit.v1.json"
+LIMIT: Final = 4000
+WORKER: Final = "worker/1"
+connect: Final[Any] = Connection  # kombu ships no types
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    """An install whose Redis is away: only what asks nobody can be decided."""
+    return Service(tmp_path, f"[kms.limits]\njson_job_bytes = {LIMIT}\n", "unix:///nonexistent/valkey.sock")
+
+
+@pytest.fixture
+def path(service: Service) -> Path:
+    return service.settings.kms.jobs.intake_identity_path
+
+
+@pytest.fixture
+def recipient(path: Path) -> str:
+    return str(celery_intake.recipient(path))
+
+
+def opened(service: Service) -> Intake:
+    made = build_intake(service.settings, core_of(service).submitter)
+    assert made is not None
+    return made
+
+
+@pytest.fixture
+def desk(service: Service) -> Intake:
+    return opened(service)
+
+
+def refusal(desk: Intake, message: object, error: type[KmsError]) -> None:
+    with pytest.raises(error) as caught:
+        desk.accept(message, WORKER)
+    assert type(caught.value) is error
+    assert CANARY not in str(caught.value)
+    assert B64_CANARY not in str(caught.value)
+
+
+def taken(desk: Intake, message: str) -> None:
+    """Nothing is wrong with the message: next, Redis is asked."""
+    refusal(desk, message, JobsUnavailable)
+
+
+def test_a_message_made_by_pyrage_opens(desk: Intake, recipient: str) -> None:
+    taken(desk, seal(recipient, body()))
+
+
+def test_one_of_several_recipients_may_be_the_service(desk: Intake, recipient: str) -> None:
+    other = str(x25519.Identity.generate().to_public())
+
+    taken(desk, seal(other, body(), [recipient]))
+
+
+@pytest.mark.parametrize(
+    "message", [None, 7, b"x", ["x"], {"x": "y"}], ids=["null", "int", "bytes", "list", "dict"]
+)
+def test_an_argument_that_is_no_text_is_refused(desk: Intake, message: object) -> None:
+    refusal(desk, message, InvalidRequest)
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        (CANARY, InvalidRequest),
+        ("Kanarienvögel", InvalidRequest),
+        ("YWdl\n", InvalidRequest),
+        ("", NotACiphertext),
+        (B64_CANARY, NotACiphertext),
+        (base64.b64encode(header.VERSION_LINE).decode(), DecryptFailed),
+    ],
+    ids=["not base64", "not ascii", "line end", "empty", "not age", "header only"],
+)
+def test_what_is_no_age_file_is_refused(desk: Intake, message: str, error: type[KmsError]) -> None:
+    refusal(desk, message, error)
+
+
+def test_a_message_to_somebody_else_is_refused(desk: Intake) -> None:
+    refusal(desk, seal(str(x25519.Identity.generate().to_public()), body()), DecryptFailed)
+
+
+def test_a_message_under_a_passphrase_is_refused(desk: Intake) -> None:
+    sealed = pyrage.passphrase.encrypt(json.dumps(body()).encode(), "hunter2")
+
+    refusal(desk, base64.b64encode(sealed).decode(), DecryptFailed)
+
+
+def test_a_ciphertext_of_the_service_is_no_message(desk: Intake, path: Path) -> None:
+    backend = AgeBackend(KeyFiles(path))
+    key = KeyRef("default", "intake", backend.current_version(), backend.name)
+    sealed = sealing.seal(json.dumps(body()).encode(), [(backend, key)], Context())
+
+    refusal(desk, base64.b64encode(sealed).decode(), DecryptFailed)
+
+
+@pytest.mark.parametrize("at", [30, 80, -1, -20], ids=["stanza", "stanza body", "tag", "payload"])
+def test_a_tampered_message_is_refused(desk: Intake, recipient: str, at: int) -> None:
+    sealed = bytearray(base64.b64decode(seal(recipient, body())))
+    sealed[at] ^= 1
+
+    refusal(desk, base64.b64encode(sealed).decode(), DecryptFailed)
+
+
+@pytest.mark.parametrize("left", [-1, -40, 60], ids=["a byte", "more than a tag", "nearly all"])
+def test_a_cut_message_is_refused(desk: Intake, recipient: str, left: int) -> None:
+    sealed = base64.b64decode(seal(recipient, body()))[:left]
+
+    refusal(desk, base64.b64encode(sealed).decode(), DecryptFailed)
+
+
+# -- size ---------------------------------------------------------------------------------------------
+
+
+def padded(size: int) -> bytes:
+    """A message of so many bytes of JSON."""
+    return json.dumps(body()).encode().ljust(size)
+
+
+@pytest.mark.parametrize(("size", "error"), [(LIMIT, JobsUnavailable), (LIMIT + 1, TooLarge)], ids=str)
+def test_json_is_bounded_to_the_byte(desk: Intake, recipient: str, size: int, error: type[KmsError]) -> None:
+    refusal(desk, seal(recipient, padded(size)), error)
+
+
+def test_text_is_bounded_before_it_is_decoded(desk: Intake) -> None:
+    refusal(desk, "\N{SNOWMAN}" * 1_000_000, TooLarge)
+
+
+@pytest.mark.parametrize("size", [65, 500], ids=["stanzas", "bytes"])
+def test_headers_are_bounded(desk: Intake, recipient: str, size: int) -> None:
+    refusal(desk, seal(recipient, b"", [recipient] * size), TooLarge)
+
+
+# -- shape --------------------------------------------------------------------------------------------
+
+
+def changed_item(**fields: object) -> Mapping[str, object]:
+    return JOB | {"items": [{"plaintext": B64_CANARY, **fields}]}
+
+
+NOT_AS_DESCRIBED: Final[dict[str, bytes | dict[str, object]]] = {
+    "not JSON": CANARY.encode(),
+    "not UTF-8": b'{"version": 1, "token": "\xff"}',
+    "empty": b"",
+    "array": b"[]",
+    "deep": b"[" * 2000,
+    "more behind it": json.dumps(body()).encode() + b"{}",
+    "unknown field": body(canary=CANARY),
+    "unknown field of the job": body(JOB | {CANARY: 1}),
+    "unknown field of an item": body(changed_item(canary=CANARY)),
+    "no version": {name: value for name, value in body().items() if name != "version"},
+    "no term": {name: value for name, value in body().items() if name != "expires_at"},
+    "other version": body(version=2),
+    "version as text": body(version="1"),
+    "null id": body(job_id=None),
+    "id in capitals": body(job_id=str(uuid.uuid4()).upper()),
+    "id with a line end": body(job_id=f"{uuid.uuid4()}\n"),
+    "id of a part": body(job_id=str(uuid.uuid5(uuid.NAMESPACE_URL, "x"))),
+    "id as a path": body(job_id="../../../../etc/passwd"),
+    "time without zone": body(expires_at="2030-01-01T00:00:00"),
+    "time as number": body(expires_at=1_900_000_000),
+    "time as words": body(expires_at="tomorrow"),
+    "token of another type": body(token=7),
+    "unknown kind": body(JOB | {"kind": "sign"}),
+    "key id as a path": body(JOB | {"key_id": "../x"}),
+    "item that is not base64": body(changed_item(plaintext=CANARY)),
+}
+
+
+@pytest.mark.parametrize("content", NOT_AS_DESCRIBED.values(), ids=NOT_AS_DESCRIBED)
+def test_what_the_schema_does_not_describe_is_refused(
+    desk: Intake, recipient: str, content: bytes | dict[str, object]
+) -> None:
+    refusal(desk, seal(recipient, content), InvalidRequest)
+
+
+@pytest.mark.parametrize(
+    ("expires_at", "error"),
+    [
+        (-1, JobExpired),
+        (-1e9, JobExpired),
+        (30, JobsUnavailable),
+        (24 * 3600 - 5, JobsUnavailable),
+        (24 * 3600 + 5, InvalidRequest),
+        (1e10, InvalidRequest),
+    ],
+    ids=["just over", "long over", "soon", "a day", "more than a day", "centuries"],
+)
+def test_a_message_has_a_term_of_a_day(
+    desk: Intake, recipient: str, expires_at: float, error: type[KmsError]
+) -> None:
+    refusal(desk, seal(recipient, body(expires_at=in_s(expires_at))), error)
+
+
+@pytest.mark.parametrize("expires_at", ["0001-01-01T00:00:00+23:59", "0001-01-01T00:00:00Z"])
+def test_the_first_day_of_time_is_over(desk: Intake, recipient: str, expires_at: str) -> None:
+    refusal(desk, seal(recipient, body(expires_at=expires_at)), JobExpired)
+
+
+@pytest.mark.parametrize("token", ["", "kms_0123456789"])
+def test_without_authentication_a_token_is_not_looked_at(desk: Intake, recipient: str, token: str) -> None:
+    taken(desk, seal(recipient, body(token=token)))
+
+
+def test_an_absent_token_is_null(desk: Intake, recipient: str) -> None:
+    content = body()
+    del content["token"]
+
+    taken(desk, seal(recipient, content))
+
+
+def test_the_published_schema_is_the_shape() -> None:
+    assert json.loads(SCHEMA.read_text()) == celery_intake.schema(), (
+        f"write json.dumps({celery_intake.__name__}.schema(), indent=2) and a line end to {SCHEMA}"
+    )
+
+
+# -- the key ------------------------------------------------------------------------------------------
+
+
+def test_after_a_rotation_old_and_new_messages_open(service: Service, path: Path, recipient: str) -> None:
+    with path.open("a") as file:
+        file.write(f"# the new one\n{x25519.Identity.generate()}\n\n")
+    rotated = str(celery_intake.recipient(path))
+    desk = opened(service)
+
+    assert rotated != recipient
+    for one in (recipient, rotated):
+        taken(desk, seal(one, body()))
+
+
+def test_the_key_may_be_a_post_quantum_one(service: Service, path: Path) -> None:
+    path.write_text(mlkem768x25519.HybridIdentity.generate().export())
+    whom = celery_intake.recipient(path)
+    file_key, nonce = os.urandom(16), os.urandom(16)
+    payload = stream.seal(stream.payload_key(file_key, nonce), json.dumps(body()).encode())
+    sealed = header.render([whom.wrap(file_key)], file_key) + nonce + payload
+
+    assert str(whom).startswith("age1pq1")
+    taken(opened(service), base64.b64encode(sealed).decode())
+
+
+def test_without_a_key_there_is_no_intake(service: Service, path: Path) -> None:
+    path.unlink()
+
+    assert build_intake(service.settings, core_of(service).submitter) is None
+    with pytest.raises(UnknownKey):
+        celery_intake.recipient(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# nothing\n", "hunter2\n", "\x00"], ids=["empty", "comment", "word", "zero"]
+)
+def test_a_broken_key_is_told_and_not_shown(service: Service, path: Path, text: str) -> None:
+    path.write_text(text)
+
+    with pytest.raises(BackendUnavailable) as caught:
+        celery_intake.recipient(path)
+    with pytest.raises(ConfigurationError):
+        build_intake(service.settings, core_of(service).submitter)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_key_that_others_can_read_is_refused_in_prod(tmp_path: Path) -> None:
+    prod = "environment = 'prod'\nprod_backend = 'age'\nallow_age_in_prod = true\nauth.mode = 'none'\n"
+    service = Service(tmp_path, "", "unix:///nonexistent/valkey.sock")
+    core = core_of(service)
+    service.config.write_text(f"[kms]\n{prod}")
+    service.settings.kms.jobs.intake_identity_path.chmod(0o644)
+
+    with pytest.raises(ConfigurationError, match="chmod 600"):
+        build_intake(service.settings, core.submitter)
+
+
+# -- the task -----------------------------------------------------------------------------------------
+
+
+def task(
+    build: Callable[[], Intake | None], broker: str = "redis+socket:///nonexistent"
+) -> Callable[..., str]:
+    app = Celery(set_as_current=False, broker=broker)
+    submit.register(app, build, "worker", submit.Pulse(), lambda: Refusals(no_redis))
+    found: Callable[..., str] = app.tasks[submit.TASK]
+    return found
+
+
+def no_redis() -> redis.Redis:
+    raise JobsUnavailable
+
+
+def test_a_good_message_goes_back_to_the_queue_while_redis_and_broker_are_away(
+    desk: Intake, recipient: str
+) -> None:
+    with pytest.raises(Reject) as caught:
+        task(lambda: desk)(seal(recipient, body()))
+
+    assert caught.value.requeue
+
+
+def test_a_good_message_is_sent_again_while_redis_is_away(desk: Intake, recipient: str) -> None:
+    message = seal(recipient, body())
+    with pytest.raises(Ignore):
+        task(lambda: desk, "memory://again")(message)
+
+    with connect("memory://again") as connection, connection.SimpleQueue("kms.submit") as simple:
+        assert simple.get(timeout=10).payload[0] == [message]
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [((), {}), (("a", "b"), {}), (("a",), {"b": 1}), ((), {"message": "a"})],
+    ids=["none", "two", "more by name", "by name"],
+)
+def test_the_task_takes_one_argument(desk: Intake, args: tuple[str, ...], named: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequest):
+        task(lambda: desk)(*args, **named)
+
+
+def test_a_refusal_leaves_the_process_without_its_text(desk: Intake) -> None:
+    with pytest.raises(NotACiphertext) as caught:
+        task(lambda: desk)(B64_CANARY)
+
+    assert caught.value.__suppress_context__
+    assert caught.value.detail == NotACiphertext.summary
+
+
+def test_what_nobody_foresaw_does_not_come_back() -> None:
+    def broken() -> Intake:
+        raise ZeroDivisionError(CANARY)
+
+    with pytest.raises(KmsError) as caught:
+        task(broken)("x")
+
+    assert type(caught.value) is KmsError
+
+
+def test_a_key_that_cannot_be_read_costs_no_message() -> None:
+    def broken() -> Intake:
+        raise ConfigurationError
+
+    with pytest.raises(Reject) as caught:
+        task(broken)("x")
+
+    assert caught.value.requeue
+
+
+def test_a_worker_without_a_key_serves_no_messages(desk: Intake) -> None:
+    assert submit.queues(None) == ()
+    assert submit.queues(desk) == ("kms.submit",)
+    with pytest.raises(UnknownKey):
+        task(lambda: None)("x")
+
+
+def test_the_pulse_beats_when_a_message_is_taken() -> None:
+    pulse = submit.Pulse()
+    assert pulse.idle_s() == float("inf")
+
+    pulse.beat()
+
+    assert pulse.idle_s() < 60

@@ -1,0 +1,268 @@
+"""Deadlines of a job: what a submission asks for, what holds until its end, when its result goes."""
+
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import msgspec
+import pytest
+
+from kms_core.container import Core
+from kms_core.jobs.execution.lease import Lease
+from kms_core.jobs.model import Attempt, Checkpoint, Job, LeaseLost
+from kms_core.jobs.spec import BULK, QUEUES
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.deadlines import DeadlineRules, Deadlines
+from kms_core.jobs.submission.submitter import SubmissionOptions
+from kms_protocol.context import Context
+from kms_protocol.errors import InvalidDeadline, JobExpired
+from kms_protocol.wire import JobItem
+from support.job_stores import COMMIT, LONG, TENANT, accepted, record, store_of
+from support.object_jobs import WHO
+from support.waiting import until
+
+NOW: Final = 1_900_000_000.0
+RULES: Final = DeadlineRules(600, 3_600, 7_200, 30 * 86_400, 86_400)
+
+
+def at(seconds: float) -> datetime:
+    return datetime.fromtimestamp(NOW + seconds, UTC)
+
+
+def fields(start_by: float, run_by: float, keep_for_s: float) -> dict[str, float]:
+    return {
+        "start_by": NOW + start_by,
+        "run_by": NOW + run_by,
+        "keep_for_s": keep_for_s,
+        "expires_at": NOW + run_by + keep_for_s,
+    }
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        (Deadlines(), fields(600, 3_600, 7_200)),
+        (Deadlines(start_by=at(60)), fields(60, 3_600, 7_200)),
+        (Deadlines(start_by=at(5_000)), fields(5_000, 5_000, 7_200)),
+        (Deadlines(run_by=at(60)), fields(60, 60, 7_200)),
+        (Deadlines(run_by=at(7_000)), fields(600, 7_000, 7_200)),
+        (Deadlines(start_by=at(10), run_by=at(20), keep_for_s=60), fields(10, 20, 60)),
+        (Deadlines(keep_for_s=60), fields(600, 3_600, 60)),
+    ],
+    ids=str,
+)
+def test_what_is_not_asked_for_has_a_default(asked: Deadlines, found: dict[str, float]) -> None:
+    assert asked.fields(NOW, RULES) == found
+
+
+def test_the_term_of_old_clients_is_all_three() -> None:
+    found = Deadlines(ttl_s=60).fields(NOW, RULES)
+
+    assert found == {"start_by": NOW + 60, "run_by": NOW + 60, "expires_at": NOW + 60}
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (Deadlines(start_by=at(-1)), "start_by is in the past"),
+        (Deadlines(run_by=at(0)), "run_by is in the past"),
+        (Deadlines(start_by=at(20), run_by=at(10)), "run_by is before start_by"),
+        (Deadlines(run_by=at(31 * 86_400)), "deadline_max_s"),
+        (Deadlines(start_by=at(31 * 86_400)), "deadline_max_s"),
+        (Deadlines(keep_for_s=86_401), "keep_max_s"),
+        (Deadlines(ttl_s=60, keep_for_s=60), "ttl_s stands for"),
+        (Deadlines(ttl_s=60, run_by=at(60)), "ttl_s stands for"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_wrong_deadlines_are_refused_and_nothing_is_stored(core: Core, asked: Deadlines, told: str) -> None:
+    with pytest.raises(InvalidDeadline, match=told):
+        asked.fields(NOW, RULES)
+
+    past = Deadlines(run_by=datetime.now(UTC) - timedelta(seconds=5))
+    with pytest.raises(InvalidDeadline):
+        submitted(core, past)
+    assert list(core.worker_context.spool.folders(0)) == []
+    assert core.worker_context.store.page("default", state=None, limit=5, before=None) == ([], None)
+
+
+# -- while a job waits and runs --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(core: Core) -> JobStore:
+    return store_of(core, LONG)
+
+
+def submitted(core: Core, asked: Deadlines) -> Job:
+    terms = SubmissionOptions(WHO, "encrypt", Context.parse("a=1"), deadlines=asked)
+    return core.submitter.items(terms, [JobItem(plaintext=b"x")])
+
+
+def job(store: JobStore, **times: float) -> str:
+    now = time.time()
+    terms = {"start_by": now + 600, "run_by": now + 600, "keep_for_s": 60.0}
+    terms |= {name: now + value if name.endswith("_by") else value for name, value in times.items()}
+    found = accepted(items=1, source="items", expires_at=terms["run_by"] + terms["keep_for_s"], **terms)
+    return store.submit(found).job_id
+
+
+def attempt(store: JobStore) -> Attempt:
+    found = store.next("w/1", BULK, QUEUES, woken=False)
+    assert isinstance(found, Attempt)
+    return found
+
+
+def ended(store: JobStore, job_id: str) -> tuple[str, str]:
+    found = store.get(job_id, TENANT)
+    return found.state, found.error
+
+
+def test_a_job_that_does_not_start_in_time_fails_without_a_worker(store: JobStore) -> None:
+    job_id = job(store, start_by=0.3)
+
+    until(store.due, "its time to start is over")
+
+    assert store.reap_all(store.due()) == ["expired"]
+    assert ended(store, job_id) == ("failed", "not_started")
+
+
+def test_a_worker_does_not_start_it_late(store: JobStore) -> None:
+    job_id = job(store, start_by=0.2)
+    time.sleep(0.3)
+
+    assert store.next("w/1", BULK, QUEUES, woken=False) == job_id
+    assert ended(store, job_id) == ("failed", "not_started")
+
+
+def test_a_job_that_has_started_may_go_on(store: JobStore) -> None:
+    job_id = job(store, start_by=0.3)
+    store.defer(attempt(store), 0, counts=False)
+    time.sleep(0.4)
+
+    assert store.due() == []
+    store.finish(attempt(store), "succeeded")
+    assert ended(store, job_id) == ("succeeded", "")
+
+
+def test_a_running_job_hears_that_its_time_is_over(store: JobStore) -> None:
+    job(store, run_by=0.4)
+    claim = attempt(store)
+    with Lease(store, claim) as lease, pytest.raises(JobExpired):
+        until(lease.check, "the lease tells")
+
+
+def test_a_job_whose_worker_hears_nothing_ends_all_the_same(store: JobStore) -> None:
+    """Its lease of 600 s is over three seconds after ``run_by``."""
+    job_id = job(store, run_by=0.2)
+    claim = attempt(store)
+
+    until(store.due, "its time is over")
+
+    assert store.reap_all(store.due()) == ["expired"]
+    assert ended(store, job_id) == ("failed", "expired")
+    with pytest.raises(LeaseLost):
+        store.finish(claim, "succeeded")
+
+
+def test_nothing_is_put_in_place_late() -> None:
+    spec = accepted(run_by=time.time() - 61, start_by=time.time() - 61)
+
+    with pytest.raises(JobExpired):
+        spec.check_expiry(time.time)
+
+
+# -- afterwards ------------------------------------------------------------------------------------------
+
+
+def test_a_result_is_kept_from_the_end_on(store: JobStore) -> None:
+    job_id = job(store, keep_for_s=60)
+    store.finish(attempt(store), "succeeded")
+
+    found = store.get(job_id, TENANT)
+
+    assert found.expires_at == pytest.approx(time.time() + 60, abs=5)
+    assert found.end
+    assert found.end.kept_until == pytest.approx(found.expires_at + LONG.keep_record_s, abs=5)
+    assert store.redis.zscore("kms:ended", job_id) == pytest.approx(found.expires_at, abs=1)
+    assert store.redis.ttl(f"kms:job:{job_id}") == pytest.approx(60 + LONG.keep_record_s, abs=5)
+
+
+def test_a_job_of_an_old_client_is_kept_from_its_submission_on(store: JobStore) -> None:
+    spec = accepted(items=1, source="items")
+    job_id = store.submit(spec).job_id
+    store.finish(attempt(store), "succeeded")
+
+    assert store.get(job_id, TENANT).expires_at == spec.expires_at
+    assert store.redis.zscore("kms:ended", job_id) == pytest.approx(spec.expires_at, abs=1)
+
+
+def test_the_end_of_a_job_cannot_be_forged_to_keep_it(store: JobStore) -> None:
+    job_id = job(store, keep_for_s=60)
+    store.finish(attempt(store), "succeeded")
+    store.redis.hset(f"kms:job:{job_id}", mapping={"ended_at": time.time() + 1e6, "expires_at": 1e10})
+
+    assert store.get(job_id, TENANT).expires_at <= time.time() + 661
+
+
+def test_a_repeated_submission_finds_a_job_whose_run_by_is_over(core: Core) -> None:
+    store = core.worker_context.store
+    spec = msgspec.structs.replace(
+        accepted(items=1, source="items"), run_by=time.time() - 100, start_by=time.time() - 100
+    )
+    job_id = store.submit(spec, idempotency="a key").job_id
+
+    again = store.submit(msgspec.structs.replace(spec, job_id=accepted().job_id), idempotency="a key")
+
+    assert again.job_id == job_id
+
+
+def test_a_record_of_an_old_version_has_one_term(store: JobStore) -> None:
+    job_id = job(store)
+    for name in ("start_by", "run_by", "keep_for", "started_at"):
+        store.redis.hdel(f"kms:job:{job_id}", name)
+    store.redis.hset(f"kms:job:{job_id}", "expires_at", time.time() - 1)
+
+    assert store.next("w/1", BULK, QUEUES, woken=False) == job_id
+    assert record(store, job_id)[b"error"] == b"expired"
+
+
+# -- clocks that are wrong -------------------------------------------------------------------------------
+
+
+def test_a_worker_whose_clock_is_a_day_behind_puts_nothing_in_place_late(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job(store, run_by=0.3)
+    claim = attempt(store)
+    part_id = job(store, run_by=0.3)
+    part = attempt(store)
+    assert part.accepted.job_id == part_id
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() - 86_400)
+    time.sleep(0.4)
+
+    with pytest.raises(JobExpired):
+        store.committing(claim, COMMIT)
+    with pytest.raises(JobExpired):
+        store.step(part, Checkpoint(words=("x",), outcomes=(0,)), {})
+
+
+def test_a_worker_whose_clock_is_a_day_ahead_leaves_jobs_to_others(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = job(store)
+    with monkeypatch.context() as wrong:
+        wrong.setattr(time, "time", lambda real=time.time: real() + 86_400)
+        assert store.next("w/1", BULK, QUEUES, woken=False) == job_id
+        assert store.get(job_id, TENANT).state == "queued"
+    store.redis.hset(f"kms:job:{job_id}", "not_before", 0)
+    store.reap(job_id)
+
+    assert attempt(store).attempt == 1
+
+
+def test_a_submission_goes_by_the_clock_of_redis(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_by = datetime.now(UTC) + timedelta(minutes=5)
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() + 86_400)
+
+    assert submitted(core, Deadlines(run_by=run_by)).state == "queued"

@@ -1,0 +1,221 @@
+"""Messages become jobs: once, under their submitter's name, and as the desk would accept them over HTTP."""
+
+import contextlib
+import contextvars
+import threading
+from pathlib import Path
+from typing import Final
+
+import pytest
+import redis
+
+from kms_core import audit
+from kms_core.container import Core, build_intake
+from kms_core.jobs.store.queue_stats import survey
+from kms_core.jobs.submission import celery_intake
+from kms_core.jobs.submission.celery_intake import Intake
+from kms_protocol.errors import (
+    ConfigurationError,
+    IdempotencyConflict,
+    InvalidRequest,
+    JobsUnavailable,
+    PathRefused,
+    TooLarge,
+    UnknownKey,
+)
+from support.celery_messages import JOB, PLAIN, body, in_s, seal
+from support.service import CANARY, Service, b64, core_of
+
+
+@pytest.fixture
+def install(tmp_path: Path, redis_url: str) -> Service:
+    return Service(tmp_path, "", redis_url)
+
+
+@pytest.fixture
+def core(install: Service) -> Core:
+    return core_of(install)
+
+
+@pytest.fixture
+def recipient(install: Service) -> str:
+    return str(celery_intake.recipient(install.settings.kms.jobs.intake_identity_path))
+
+
+def opened(install: Service, core: Core) -> Intake:
+    made = build_intake(install.settings, core.submitter)
+    assert made is not None
+    return made
+
+
+@pytest.fixture
+def desk(install: Service, core: Core) -> Intake:
+    return opened(install, core)
+
+
+def content(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file of a job: its inode and what is in it."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "hosts"]
+    return {str(path): (path.stat().st_ino, path.read_bytes()) for path in files}
+
+
+def test_a_message_becomes_a_job_of_the_submitters_name(desk: Intake, core: Core, recipient: str) -> None:
+    asked = body()
+    job_id = desk.accept(seal(recipient, asked), "worker/1")
+    accepted = core.submitter.store.accepted(job_id)
+
+    assert job_id == asked["job_id"]
+    assert (accepted.principal, accepted.tenant, accepted.credential) == ("celery", "default", "none")
+    assert (accepted.kind, accepted.items, accepted.context) == ("encrypt", 1, (("env", "prod"),))
+    assert accepted.request_id == job_id
+    assert core.submitter.store.get(job_id, "default").state == "queued"
+
+
+def test_lines_after_a_message_do_not_carry_its_id(desk: Intake, recipient: str) -> None:
+    def run(asked: dict[str, object]) -> str:
+        with contextlib.suppress(PathRefused):
+            desk.accept(seal(recipient, asked), "worker/1")
+        return audit.request_id.get()
+
+    refused = body() | {"job": {"kind": "encrypt", "source": "file:///etc/passwd", "target": "file:///etc/x"}}
+    assert contextvars.Context().run(run, body()) == ""
+    assert contextvars.Context().run(run, refused) == ""
+
+
+def test_a_replay_changes_nothing(desk: Intake, core: Core, install: Service, recipient: str) -> None:
+    message = seal(recipient, body())
+    job_id = desk.accept(message, "worker/1")
+    before, job = content(install.spool), core.submitter.store.get(job_id, "default")
+
+    for worker in ("worker/1", "worker/2"):
+        assert desk.accept(message, worker) == job_id
+    assert content(install.spool) == before
+    assert core.submitter.store.get(job_id, "default") == job
+    assert survey(core.submitter.store).jobs["queued"] == 1
+
+
+def test_a_message_sealed_anew_is_a_replay_too(desk: Intake, core: Core, recipient: str) -> None:
+    asked = body(JOB | {"context": {"b": "2", "a": "1"}})
+    again = asked | {"expires_at": in_s(900), "job": JOB | {"context": {"a": "1", "b": "2"}}}
+
+    assert desk.accept(seal(recipient, asked), "worker/1") == desk.accept(seal(recipient, again), "worker/2")
+    assert survey(core.submitter.store).jobs["queued"] == 1
+
+
+OTHERS: Final = {
+    "item": JOB | {"items": [{"plaintext": b64(b"other")}]},
+    "context": JOB | {"context": "env=dev"},
+    "new context": JOB | {"new_context": "env=dev"},
+    "kind": {"kind": "decrypt", "items": [{"ciphertext": b64(b"x")}]},
+    "term of the result": JOB | {"ttl_s": 60},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_another_job_under_a_used_id_is_refused(
+    desk: Intake, core: Core, install: Service, recipient: str, other: dict[str, object]
+) -> None:
+    asked = body()
+    job_id = desk.accept(seal(recipient, asked), "worker/1")
+    before, accepted = content(install.spool), core.submitter.store.accepted(job_id)
+
+    with pytest.raises(IdempotencyConflict):
+        desk.accept(seal(recipient, asked | {"job": other}), "worker/1")
+    assert content(install.spool) == before
+    assert core.submitter.store.accepted(job_id) == accepted
+
+
+def test_a_replay_does_not_revive_what_has_ended(desk: Intake, core: Core, recipient: str) -> None:
+    message = seal(recipient, body())
+    job_id = desk.accept(message, "worker/1")
+    core.submitter.store.cancel(job_id, "default")
+
+    assert desk.accept(message, "worker/1") == job_id
+    assert core.submitter.store.get(job_id, "default").state == "cancelled"
+
+
+def test_the_record_outlives_the_message(tmp_path: Path, redis_url: str) -> None:
+    install = Service(tmp_path, "[kms.jobs]\nresult_ttl_s = 60\n", redis_url)
+    core = core_of(install)
+    recipient = str(celery_intake.recipient(install.settings.kms.jobs.intake_identity_path))
+    asked = body(JOB | {"ttl_s": 60}, expires_at=in_s(3600))
+    job_id = opened(install, core).accept(seal(recipient, asked), "worker/1")
+    core.submitter.store.cancel(job_id, "default")
+    client = redis.Redis.from_url(redis_url)
+
+    assert int(str(client.ttl(f"kms:job:{job_id}"))) > 3600
+
+
+def test_a_message_in_other_hands_is_left_to_them(desk: Intake, core: Core, recipient: str) -> None:
+    asked = body()
+    core.submitter.store.lock(f"submit:{asked['job_id']}", "worker/2", 60)
+
+    with pytest.raises(JobsUnavailable):
+        desk.accept(seal(recipient, asked), "worker/1")
+    assert not core.submitter.store.exists(str(asked["job_id"]))
+
+
+def test_many_workers_at_once_make_one_whole_job(install: Service, recipient: str) -> None:
+    items = [{"plaintext": b64(text.encode())} for text in PLAIN]
+    asked = body(JOB | {"items": items})
+    message = seal(recipient, asked)
+    outcomes: list[str] = []
+
+    def take(number: int) -> None:
+        try:
+            outcomes.append(opened(install, core_of(install)).accept(message, f"worker/{number}"))
+        except JobsUnavailable:
+            outcomes.append("again")
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    job_id = str(asked["job_id"])
+
+    assert job_id in outcomes
+    assert set(outcomes) <= {job_id, "again"}
+    assert survey(core_of(install).submitter.store).jobs["queued"] == 1
+    assert core_of(install).submitter.store.accepted(job_id).items == len(PLAIN)
+
+
+REFUSED: Final = {
+    "unknown key": (JOB | {"key_id": "payroll"}, UnknownKey),
+    "upload": ({"kind": "encrypt"}, InvalidRequest),
+    "items and source": (JOB | {"source": "file:///x", "target": "file:///y"}, InvalidRequest),
+    "no item": (JOB | {"items": []}, InvalidRequest),
+    "item of another kind": (JOB | {"kind": "decrypt"}, InvalidRequest),
+    "too many items": (JOB | {"items": [{"plaintext": ""}] * 10_001}, TooLarge),
+    "outside": ({"kind": "encrypt", "source": "file:///etc/passwd", "target": "file:///tmp/x"}, PathRefused),
+}
+
+
+@pytest.mark.parametrize(("job", "error"), REFUSED.values(), ids=REFUSED)
+def test_what_the_service_would_refuse_over_http_is_refused(
+    desk: Intake, install: Service, recipient: str, job: dict[str, object], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        desk.accept(seal(recipient, body(job)), "worker/1")
+    assert content(install.spool) == {}
+
+
+def test_no_job_may_reach_the_key(install: Service, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    install.config.write_text(
+        f'[kms]\n[kms.jobs]\nroots = ["{root}"]\nintake_identity_path = "{root}/intake.key"\n'
+    )
+
+    with pytest.raises(ConfigurationError, match=r"overlaps kms\.jobs\.intake_identity_path"):
+        _ = install.settings
+
+
+def test_a_replay_needs_no_source_any_more(desk: Intake, install: Service, recipient: str) -> None:
+    source = install.files / "a.txt"
+    source.write_text(CANARY)
+    job = {"kind": "encrypt", "source": f"file://{source}", "target": f"file://{source}.age"}
+    message = seal(recipient, body(job))
+    job_id = desk.accept(message, "worker/1")
+    source.unlink()
+
+    assert desk.accept(message, "worker/1") == job_id

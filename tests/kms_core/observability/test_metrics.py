@@ -1,0 +1,78 @@
+"""Metrics choose their storage when a process says so, and by no import."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+from kms_core.observability import multiprocess_metrics
+
+IMPORT: Final = """
+import os, threading
+from unittest import mock
+from prometheus_client import REGISTRY, values
+hooks = mock.patch("os.register_at_fork").start()
+before = dict(os.environ), values.ValueClass, list(REGISTRY._collector_to_names), threading.active_count()
+from kms_core.observability import buffered_metrics, multiprocess_metrics
+assert before == (
+    dict(os.environ), values.ValueClass, list(REGISTRY._collector_to_names), threading.active_count()
+)
+from kms_core.observability import metrics
+assert before[:2] == (dict(os.environ), values.ValueClass), "the collectors are the declared metrics"
+assert threading.active_count() == before[3]
+assert not hooks.called
+"""
+SHARE: Final = """
+import os
+from kms_core.observability import multiprocess_metrics
+multiprocess_metrics.share(os.environ)
+from kms_core.observability import metrics
+metrics.WORKERS.set(3)
+metrics.JOBS.labels("encrypt", "failed").inc()
+print(metrics.exposition().decode())
+"""
+LATE: Final = """
+import os
+from kms_core.observability import metrics, multiprocess_metrics
+multiprocess_metrics.share(os.environ)
+"""
+
+
+def run(program: str, folder: Path | None = None, slot: str = "") -> subprocess.CompletedProcess[str]:
+    named = {"PATH": "/usr/bin:/bin"}
+    if folder:
+        named[multiprocess_metrics.FOLDER] = str(folder)
+    if slot:
+        named[multiprocess_metrics.SLOT] = slot
+    return subprocess.run(
+        [sys.executable, "-c", program], env=named, capture_output=True, text=True, check=False
+    )
+
+
+def test_an_import_changes_nothing(tmp_path: Path) -> None:
+    (left := tmp_path / "gauge_livesum_api-1.db").touch()  # of a predecessor
+
+    assert run(IMPORT).stderr == ""
+    assert run("import kms_core.observability.multiprocess_metrics", tmp_path, "api-1").stderr == ""
+    assert list(tmp_path.iterdir()) == [left]
+
+
+def test_a_process_in_a_slot_goes_on_with_counts_and_drops_gauges(tmp_path: Path) -> None:
+    run(SHARE, tmp_path, "api-1")
+    (tmp_path / "gauge_livesum_api-1.db").write_bytes(b"of a predecessor")
+    page = run(SHARE, tmp_path, "api-1").stdout
+
+    assert 'kms_jobs_total{kind="encrypt",state="failed"} 2.0' in page
+    assert "kms_workers 3.0" in page
+
+
+def test_a_process_without_a_slot_has_files_of_its_own(tmp_path: Path) -> None:
+    run(SHARE, tmp_path)
+    page = run(SHARE, tmp_path).stdout
+
+    assert 'kms_jobs_total{kind="encrypt",state="failed"} 2.0' in page
+    assert len(list(tmp_path.glob("counter_*.db"))) == 2
+
+
+def test_metrics_that_are_declared_already_cannot_be_shared_any_more(tmp_path: Path) -> None:
+    assert "metrics are declared already" in run(LATE, tmp_path).stderr

@@ -1,0 +1,63 @@
+"""Whole reads where the system gives less than was asked for, and room reserved the way a disk likes."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from kms_core.payload import files
+
+SHORT = Path("/proc/crypto")  # the kernel gives it a page at a time
+MIB = 1024 * 1024
+
+
+@pytest.mark.skipif(not SHORT.exists() or len(SHORT.read_bytes()) < 8192, reason="needs a long /proc/crypto")
+def test_short_reads_are_completed() -> None:
+    whole = SHORT.read_bytes()
+    views = [memoryview(bytearray(5000)), memoryview(bytearray(3000))]
+    with SHORT.open("rb", buffering=0) as file:
+        assert os.preadv(file.fileno(), [bytearray(8000)], 100) < 8000
+        assert files.read_into_at(file.fileno(), views, 100)
+        assert not files.read_into_at(file.fileno(), [memoryview(bytearray(5000))] * 2, len(whole) - 9000)
+
+    assert b"".join(views) == whole[100:8100]
+
+
+@pytest.mark.parametrize("folder", [Path("/dev/shm"), Path(__file__).parent], ids=["memory", "disk"])
+def test_reserving_grows_a_file_and_never_shrinks_it(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.pwrite(file.fileno(), b"header", 0)
+        files.reserve_bytes(file.fileno(), 4 * MIB)
+        grown = os.fstat(file.fileno())
+        files.reserve_bytes(file.fileno(), 2 * MIB)
+
+        assert grown.st_size == os.fstat(file.fileno()).st_size == 4 * MIB
+        assert os.pread(file.fileno(), 8, 0) == b"header\0\0"
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system in memory")
+def test_pages_of_memory_are_not_filled_beforehand() -> None:
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        files.reserve_bytes(file.fileno(), 4 * MIB)
+
+        assert os.fstat(file.fileno()).st_blocks == 0
+
+
+def test_small_files_are_left_to_grow() -> None:
+    with tempfile.TemporaryFile() as file:
+        files.reserve_bytes(file.fileno(), MIB - 1)
+
+        assert os.fstat(file.fileno()).st_size == 0
+
+
+def test_a_file_on_no_mount_is_reserved_too() -> None:
+    with os.fdopen(os.memfd_create("unnamed"), "r+b") as file:
+        files.reserve_bytes(file.fileno(), 2 * MIB)
+
+        assert os.fstat(file.fileno()).st_size == 2 * MIB
+
+
+def test_trouble_that_is_not_lack_of_room_keeps_its_name() -> None:
+    with Path("/dev/null").open("rb") as unwritable, pytest.raises(OSError, match="Bad file descriptor"):
+        files.write_all(unwritable.fileno(), memoryview(b"x"), 0)

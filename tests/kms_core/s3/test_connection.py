@@ -1,0 +1,341 @@
+"""The line to an object store: what is tried again, what is told, and what becomes of connections."""
+
+import http.client
+import os
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, Run, UploadedPart
+from kms_core.s3.connection import TRIES, Ask, S3Connection, S3Endpoint
+from kms_core.s3.sigv4 import Credentials
+from kms_protocol.errors import PathRefused, Unavailable
+from support.webhooks import Authority, make_authority
+
+Reply = tuple[int, dict[str, str], bytes] | None
+ERROR = b'<?xml version="1.0"?>\n<Error><Code>%s</Code><Message>about secret-key</Message></Error>'
+
+
+class Script:
+    """A server that gives these replies, the last of them for ever; None hangs up instead."""
+
+    def __init__(self, replies: list[Reply], authority: Authority | None = None) -> None:
+        self.replies = replies
+        self.asked: list[tuple[str, str, dict[str, str], bytes]] = []
+        self.connections: set[int] = set()
+        script = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                """Nothing."""
+
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length") or 0))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                script.asked.append((self.command, self.path, headers, body))
+                script.connections.add(self.client_address[1])
+                reply = script.replies.pop(0) if len(script.replies) > 1 else script.replies[0]
+                if reply is None:
+                    self.close_connection = True
+                    return
+                status, more, content = reply
+                self.send_response_only(status)
+                for name, value in ({"Content-Length": str(len(content))} | more).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content if self.command != "HEAD" else b"")
+
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815 -- the library's names
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        if authority:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(authority.chain)
+            self.server.socket = context.wrap_socket(
+                self.server.socket, server_side=True, do_handshake_on_connect=False
+            )
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
+        self.thread.start()
+        self.line = S3Connection(
+            S3Endpoint(f"http://127.0.0.1:{self.server.server_address[1]}", "r", _credentials, None, 5.0),
+            first_wait_s=0.001,
+        )
+        self.bucket = Bucket("b", self.line, path_style=True)
+
+    def close(self) -> None:
+        self.line.close()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+def _credentials() -> Credentials:
+    return Credentials("AKID", "secret-key")
+
+
+@pytest.fixture
+def script() -> Iterator[Script]:
+    made = Script([(200, {}, b"")])
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        None,
+        (500, {}, b""),
+        (503, {}, ERROR % b"SlowDown"),
+        (200, {}, ERROR % b"InternalError"),
+        (409, {}, ERROR % b"OperationAborted"),
+        (400, {}, ERROR % b"RequestTimeout"),
+    ],
+    ids=["hung-up", "500", "slow-down", "error-in-200", "aborted", "timeout"],
+)
+def test_what_may_pass_is_tried_again(script: Script, trouble: Reply) -> None:
+    script.replies = [trouble, trouble, (200, {}, b"fine")]
+
+    assert script.line.ask(Ask("PUT", "/b/k", body=b"data")).body == b"fine"
+    assert [body for *_, body in script.asked] == [b"data"] * 3
+
+
+@pytest.mark.parametrize("trouble", [None, (503, {}, b"secret-key")], ids=["hung-up", "503"])
+def test_what_does_not_pass_is_unavailable_and_not_quoted(script: Script, trouble: Reply) -> None:
+    script.replies = [trouble]
+
+    with pytest.raises(Unavailable) as told:
+        script.line.ask(Ask("GET", "/b/k"))
+    assert len(script.asked) == TRIES
+    assert "secret-key" not in str(told.value)
+
+
+@pytest.mark.parametrize("status", [403, 404, 412, 501])
+def test_an_answer_is_not_asked_for_twice(script: Script, status: int) -> None:
+    script.replies = [(status, {}, b"")]
+
+    assert script.line.ask(Ask("GET", "/b/k")).status == status
+    assert len(script.asked) == 1
+
+
+def test_a_body_fills_the_views_one_after_another(script: Script) -> None:
+    script.replies = [(206, {}, bytes(range(10)))]
+    views = [memoryview(bytearray(4)), memoryview(bytearray(6))]
+
+    script.line.fetch(Ask("GET", "/b/k"), views)
+
+    assert [bytes(view) for view in views] == [bytes(range(4)), bytes(range(4, 10))]
+
+
+@pytest.mark.parametrize(
+    "short",
+    [(206, {}, b"12345"), (206, {"Content-Length": "10"}, b"12345"), (200, {}, b"12345678901")],
+    ids=["less", "cut", "more"],
+)
+def test_a_body_of_another_size_is_no_answer(script: Script, short: Reply) -> None:
+    if short and short[1]:
+        script.replies = [short, (206, {}, b"abcdefghij")]
+        view = memoryview(bytearray(10))
+        script.server.RequestHandlerClass.timeout = 1  # type: ignore[attr-defined]  # hangs up on who waits
+        script.line.fetch(Ask("GET", "/b/k"), [view])
+        assert bytes(view) == b"abcdefghij"
+        return
+    script.replies = [short]
+
+    with pytest.raises(Unavailable):
+        script.line.fetch(Ask("GET", "/b/k"), [memoryview(bytearray(10))])
+
+
+def test_connections_are_kept(script: Script) -> None:
+    for _ in range(5):
+        script.line.ask(Ask("GET", "/b/k"))
+
+    assert len(script.connections) == 1
+
+
+def test_a_connection_that_the_store_closed_is_not_used(script: Script) -> None:
+    script.replies = [(200, {"Connection": "close"}, b""), (200, {}, b"")]
+    for _ in range(2):
+        script.line.ask(Ask("POST", "/b/k"))
+
+    assert len(script.asked) == 2
+
+
+def test_a_child_makes_connections_of_its_own(script: Script) -> None:
+    script.line.ask(Ask("GET", "/b/k"))
+    child = os.fork()
+    if not child:
+        status = script.line.ask(Ask("GET", "/b/k")).status
+        os._exit(status == http.client.OK)
+    _, status = os.waitpid(child, 0)
+    script.line.ask(Ask("GET", "/b/k"))
+
+    assert os.waitstatus_to_exitcode(status) == 1
+    assert len(script.connections) == 2
+
+
+def test_a_virtual_host_is_named_and_signed(script: Script) -> None:
+    port = script.server.server_address[1]
+    with closing(S3Connection(S3Endpoint(f"http://1:{port}", "r", _credentials, None, 5.0))) as line:
+        Bucket("127.0.0", line, path_style=False).put("a b", b"", ALWAYS, "job")  # a name that needs no DNS
+
+    ((_, path, headers, _),) = script.asked
+    assert (path, headers["host"]) == ("/a%20b", f"127.0.0.1:{port}")
+
+
+def test_a_bucket_elsewhere_is_told_with_its_setting(script: Script) -> None:
+    script.replies = [(301, {"Location": "http://127.0.0.1:1/"}, ERROR % b"PermanentRedirect")]
+
+    with pytest.raises(PathRefused, match=r"\[kms\.jobs\.buckets\.b\]"):
+        script.bucket.head("k")
+    assert len(script.asked) == 1
+
+
+def test_a_completion_that_fails_late_is_no_completion(script: Script) -> None:
+    script.replies = [(200, {}, b"\n " + ERROR % b"InvalidPart")]
+
+    with pytest.raises(PathRefused, match="InvalidPart"):
+        script.bucket.complete("k", "u", [UploadedPart(1, "e", 1)], ALWAYS)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "end"),
+    [(412, b"PreconditionFailed", Completion.TAKEN), (404, b"NoSuchUpload", Completion.GONE)],
+)
+def test_a_completion_ends_in_three_ways(script: Script, status: int, code: bytes, end: Completion) -> None:
+    script.replies = [(status, {}, ERROR % code)]
+
+    assert script.bucket.complete("k", "u", [UploadedPart(1, "e", 1)], If(absent=True)) is end
+    _, _, headers, body = script.asked[0]
+    assert headers["if-none-match"] == "*"
+    assert b'<PartNumber>1</PartNumber><ETag>"e"</ETag>' in body
+
+
+def test_a_listing_goes_on_to_its_end(script: Script) -> None:
+    page = (
+        b"<ListBucketResult><EncodingType>url</EncodingType><IsTruncated>%s</IsTruncated>%s"
+        b"<NextContinuationToken>a&amp;b</NextContinuationToken></ListBucketResult>"
+    )
+    entry = b"<Contents><Key>%s</Key><Size>%d</Size></Contents>"
+    script.replies = [
+        (200, {}, page % (b"true", entry % (b"in/a+b%2Bc", 3) + entry % (b"in/d", 4))),
+        (200, {}, page % (b"false", entry % (b"in/e", 5))),
+    ]
+
+    assert list(script.bucket.keys("in/")) == [("in/a b+c", 3), ("in/d", 4), ("in/e", 5)]
+    assert "continuation-token=a%26b" in script.asked[1][1]
+    assert "prefix=in%2F" in script.asked[1][1]
+
+
+def test_parts_are_listed_to_their_end(script: Script) -> None:
+    page = b"<ListPartsResult><IsTruncated>%s</IsTruncated>%s</ListPartsResult>"
+    part = b"<Part><PartNumber>%d</PartNumber><ETag>&quot;e&quot;</ETag><Size>7</Size></Part>"
+    script.replies = [
+        (200, {}, page % (b"true", part % 1 + part % 2)),
+        (200, {}, page % (b"false", part % 3)),
+    ]
+
+    assert script.bucket.parts("k", "u") == [UploadedPart(number, "e", 7) for number in (1, 2, 3)]
+    assert "part-number-marker=2" in script.asked[1][1]
+
+
+def test_a_store_that_ignores_a_copy_is_found_out(script: Script) -> None:
+    script.replies = [(200, {"ETag": '"of-nothing"'}, b"")]
+
+    assert script.bucket.copy_part("k", "u", 2, Run("b", "ü +", '"e"', 5, 10)) is None
+    _, _, headers, _ = script.asked[0]
+    assert headers["x-amz-copy-source"] == "/b/%C3%BC%20%2B"
+    assert headers["x-amz-copy-source-range"] == "bytes=5-14"
+
+
+def test_an_endless_answer_is_cut(script: Script) -> None:
+    script.replies = [(200, {}, bytes(9 * 1024 * 1024))]
+
+    with pytest.raises(Unavailable):
+        script.line.ask(Ask("GET", "/b/k"))
+
+
+def test_a_connection_that_ended_while_it_was_kept_is_not_used(script: Script) -> None:
+    script.replies = [(200, {"Connection": "keep-alive"}, b"")]
+    script.line.ask(Ask("POST", "/b/k"))
+    (kept,) = script.line._idle  # noqa: SLF001 -- what the store does to it cannot be timed
+    kept.sock.shutdown(socket.SHUT_RDWR)
+    script.line.ask(Ask("POST", "/b/k"))
+
+    assert len(script.asked) == 2
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_tls_is_for_a_name_under_an_authority_that_is_trusted(tmp_path: Path, *, trusted: bool) -> None:
+    authority = make_authority(tmp_path)
+    trust = ssl.create_default_context(cafile=authority.ca_file if trusted else None)
+    script = Script([(200, {}, b"fine")], authority)
+    try:
+        for host, known in (("localhost", trusted), ("127.0.0.1", False)):
+            url = f"https://{host}:{script.server.server_address[1]}"
+            with closing(
+                S3Connection(S3Endpoint(url, "r", _credentials, trust, 5.0), first_wait_s=0.001)
+            ) as line:
+                if known:
+                    assert line.ask(Ask("GET", "/b/k")).body == b"fine"
+                else:
+                    with pytest.raises(Unavailable, match="SSLCertVerificationError"):
+                        line.ask(Ask("GET", "/b/k"))
+    finally:
+        script.close()
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"ETag": '"e"', "Content-Length": "many"}], ids=["no-etag", "no-size"]
+)
+def test_an_object_without_size_or_tag_is_none_to_work_on(script: Script, headers: dict[str, str]) -> None:
+    script.replies = [(200, headers, b"")]
+
+    with pytest.raises(PathRefused):
+        script.bucket.head("k")
+
+
+def test_an_upload_without_an_id_is_none(script: Script) -> None:
+    with pytest.raises(PathRefused):
+        script.bucket.begin("k", "job")
+
+
+@pytest.mark.parametrize("status", [204, 404])
+def test_an_upload_that_is_gone_is_aborted_already(script: Script, status: int) -> None:
+    script.replies = [(status, {}, b"")]
+
+    script.bucket.abort("k", "u")
+    assert script.asked[0][:2] == ("DELETE", "/b/k?uploadId=u")
+
+
+def test_request_without_an_answer_arrives_no_later() -> None:
+    """A write that is tried again, and then deleted, must not come after the deletion."""
+    body = bytes(512 * 1024)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        line = S3Connection(S3Endpoint(url, "r", _credentials, None, 0.2), first_wait_s=0.001)
+        with pytest.raises(Unavailable):
+            line.ask(Ask("PUT", "/b/k", body=body))
+
+        for _ in range(TRIES):
+            with server.accept()[0] as connection:
+                assert len(_read_all(connection)) < len(body)
+
+
+def _read_all(connection: socket.socket) -> bytes:
+    """All that arrives, until the other side ends or resets the connection."""
+    found = b""
+    connection.settimeout(5)
+    with suppress(ConnectionResetError):
+        while data := connection.recv(65536):
+            found += data
+    return found

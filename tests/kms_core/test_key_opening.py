@@ -1,0 +1,239 @@
+"""The process that opens sealed key files: when it asks a root, and what the other processes see."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from kms_core import key_opening, keyring
+from kms_core.age import x25519
+from kms_core.envelope.sealed_files import FileSealer, NotOpenedYet
+from kms_core.key_opening import KeyOpener
+from kms_core.keyring import Key
+from kms_core.settings.load import load
+from kms_core.settings.model import Settings
+from kms_core.shared_secrets import SharedSecrets
+from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError, UnknownKey
+from support.age_kms import age_backend, write_identities
+
+CONTENT: Final = b"AGE-SECRET-KEY-1TEST\n"
+
+
+class Counted(FileSealer):
+    """A sealer that counts its openings and fails while there is ``trouble``."""
+
+    def __init__(self, root: Key) -> None:
+        super().__init__(lambda: {"root": root}, list)
+        self.calls: list[str] = []
+        self.trouble: KmsError | None = None
+
+    def open(self, name: str, sealed: bytes) -> bytes:
+        self.calls.append(name)
+        if self.trouble:
+            raise self.trouble
+        return super().open(name, sealed)
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def sealer(tmp_path: Path) -> Counted:
+    return Counted(Key("root", age_backend(tmp_path / "root", x25519.X25519Identity.generate())))
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def opener(
+    folder: Path, sealer: FileSealer, *names: str, clock: Callable[[], float] = time.monotonic
+) -> tuple[KeyOpener, SharedSecrets]:
+    memory = SharedSecrets.create()
+    paths = {name: folder / name for name in names}
+    for name, path in paths.items():
+        path.write_bytes(sealer.seal(name, CONTENT + name.encode(), "root"))
+    return KeyOpener(paths, sealer, memory, look_s=0.01, clock=clock), memory
+
+
+def reader(memory: SharedSecrets, sealer: FileSealer) -> key_opening.InheritedFiles:
+    return key_opening.InheritedFiles(memory, sealer)
+
+
+def test_a_file_is_opened_once_until_it_changes(tmp_path: Path, sealer: Counted) -> None:
+    thread, memory = opener(tmp_path, sealer, "a", "b")
+    for _ in range(5):
+        thread.round()
+
+    assert sealer.calls == ["a", "b"]
+    sealed = (tmp_path / "a").read_bytes()
+    assert reader(memory, sealer).open("a", sealed) == CONTENT + b"a"
+
+    (tmp_path / "a").write_bytes(sealer.seal("a", b"later", "root"))
+    changed = (tmp_path / "a").read_bytes()
+    inherited = reader(memory, sealer)
+    with pytest.raises(NotOpenedYet):
+        inherited.open("a", changed)
+    thread.round()
+    assert inherited.open("a", changed) == b"later"
+    assert sealer.calls == ["a", "b", "a"]
+    assert memory.generation() == 2, "nothing is written without a change"
+
+
+def test_failures_are_retried_ever_more_rarely(tmp_path: Path, sealer: Counted, clock: Clock) -> None:
+    thread, memory = opener(tmp_path, sealer, "a", clock=clock)
+    sealer.trouble = BackendUnavailable("the root is away")
+    for _ in range(600):  # five minutes
+        thread.round()
+        clock.now += 0.5
+    sealed = (tmp_path / "a").read_bytes()
+
+    assert 7 <= len(sealer.calls) <= 15
+    with pytest.raises(BackendUnavailable, match="the root is away"):
+        reader(memory, sealer).open("a", sealed)
+
+    sealer.trouble = None
+    clock.now += 120
+    thread.round()
+    assert reader(memory, sealer).open("a", sealed) == CONTENT + b"a"
+
+
+def test_a_new_file_is_not_kept_waiting(tmp_path: Path, sealer: Counted, clock: Clock) -> None:
+    thread, memory = opener(tmp_path, sealer, "a", clock=clock)
+    sealer.trouble = BackendUnavailable("away")
+    for _ in range(8):
+        thread.round()
+        clock.now += 60
+    sealer.trouble = None
+    thread.round()
+    (tmp_path / "a").write_bytes(sealer.seal("a", b"mended", "root"))
+    thread.round()
+
+    assert reader(memory, sealer).open("a", (tmp_path / "a").read_bytes()) == b"mended"
+
+
+def test_a_refusal_stops_the_start_and_names_the_file(tmp_path: Path, sealer: Counted) -> None:
+    thread, _ = opener(tmp_path, sealer, "a", "b")
+    (tmp_path / "a").write_bytes((tmp_path / "b").read_bytes())
+
+    with pytest.raises(ConfigurationError) as raised:
+        thread.begin()
+    assert str(tmp_path / "a") in raised.value.detail
+    assert "was not sealed as a" in raised.value.detail
+
+
+def test_an_exchanged_file_is_refused_while_running(tmp_path: Path, sealer: Counted) -> None:
+    thread, memory = opener(tmp_path, sealer, "a", "b")
+    thread.round()
+    (tmp_path / "a").write_bytes((tmp_path / "b").read_bytes())
+    thread.round()
+
+    with pytest.raises(ConfigurationError, match="was not sealed as a"):
+        reader(memory, sealer).open("a", (tmp_path / "b").read_bytes())
+    assert reader(memory, sealer).open("b", (tmp_path / "b").read_bytes()) == CONTENT + b"b"
+
+
+def test_the_start_waits_for_keys_of_the_service_only(tmp_path: Path, sealer: Counted, clock: Clock) -> None:
+    sealed = sealer.seal("kms:spool", CONTENT, "root")
+    sealer.trouble = BackendUnavailable("away")
+
+    def until_the_third_try() -> float:
+        clock.now += 1
+        tries = sealer.calls.count("kms:spool")
+        sealer.trouble = None if tries >= 3 else sealer.trouble
+        return clock.now
+
+    thread, memory = opener(tmp_path, sealer, "a", "kms:spool", clock=until_the_third_try)
+    (tmp_path / "kms:spool").write_bytes(sealed)
+    thread.begin()
+    thread.stop(5)
+
+    assert sealer.calls.count("kms:spool") == 4
+    assert reader(memory, sealer).open("kms:spool", sealed) == CONTENT
+
+
+def test_the_start_does_not_wait_for_other_keys(tmp_path: Path, sealer: Counted) -> None:
+    thread, memory = opener(tmp_path, sealer, "a")
+    sealer.trouble = BackendUnavailable("away")
+    thread.begin()
+    thread.stop(5)
+
+    with pytest.raises(BackendUnavailable):
+        reader(memory, sealer).open("a", (tmp_path / "a").read_bytes())
+
+
+def test_no_repr_shows_content(tmp_path: Path, sealer: Counted) -> None:
+    thread, _ = opener(tmp_path, sealer, "a")
+    thread.round()
+
+    assert "SECRET" not in repr(thread.found)
+    assert "SECRET" not in repr(sealer)
+
+
+# -- settings ----------------------------------------------------------------------------------------
+
+
+def settings_of(folder: Path, text: str) -> Settings:
+    (folder / "kms.toml").write_text(text)
+    return load(folder / "kms.toml", {"HOME": str(folder), "KMS_STATE_DIR": str(folder / "state")})
+
+
+def test_the_files_that_may_be_sealed_have_names(tmp_path: Path) -> None:
+    text = (
+        '[kms.keys]\npayroll = ["age:///p?public=/q&seal=false", "transit:p"]\n'
+        'root = { uri = "age:///r", use = "seal" }\nhr = { uri = "age:///h" }\n'
+        '[kms.transit]\naddress = "http://localhost"\ntoken = "${T:-x}"\n'
+    )
+    found = settings_of(tmp_path, text)
+
+    assert {str(path) for path in key_opening.key_files(found).values()} == {
+        "/p",
+        "/h",
+        f"{tmp_path}/state/age/private_key.txt",
+    }
+    assert set(key_opening.own_files(found)) == {"kms:spool", "kms:intake", "kms:audit", "kms:audit-signing"}
+    assert key_opening.sealed_files(found) == {}
+
+
+def test_a_root_is_no_default_key(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"kms\.default_key_id"):
+        settings_of(tmp_path, '[kms]\ndefault_key_id = "r"\nkeys.r = { uri = "age:///r", use = "seal" }\n')
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ('{ uri = "age:///r", use = "other" }', r"kms\.keys\.r\.use: expected one of data, seal"),
+        ('{ uri = "age:///r", usage = "seal" }', r"kms\.keys\.r\.usage is not a setting"),
+        ('{ use = "seal" }', r"kms\.keys\.r\.uri is missing"),
+        ("7", r"kms\.keys\.r: expected"),
+        ('{ uri = "seal" }', r"kms\.keys\.r: expected a URI"),
+    ],
+)
+def test_other_tables_of_keys_are_refused(tmp_path: Path, value: str, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        settings_of(tmp_path, f"[kms.keys]\nr = {value}\n")
+
+
+def test_roots_are_not_among_the_keys(tmp_path: Path) -> None:
+    folder = tmp_path / "state" / "age"
+    age_backend(folder, x25519.X25519Identity.generate())
+    write_identities(tmp_path / "r", x25519.X25519Identity.generate())
+    ring = keyring.build(
+        settings_of(tmp_path, f'[kms.keys]\nr = {{ uri = "age://{tmp_path}/r", use = "seal" }}\n')
+    )
+
+    assert (set(ring.keys), set(ring.roots)) == ({"default"}, {"r"})
+    assert ring.for_job().roots == {"r"}
+    with pytest.raises(UnknownKey, match="takes no calls"):
+        ring.named("r")

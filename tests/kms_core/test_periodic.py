@@ -1,0 +1,113 @@
+"""A periodic thread: rounds at intervals, failures that do not end it, one last step, no round in a fork."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import pytest
+from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
+
+from kms_core.observability import buffered_metrics
+from kms_core.periodic import NO_LOCK, PeriodicThread
+
+WAIT_S = 30.0
+
+
+class Counting(PeriodicThread):
+    """Counts its rounds; the second one fails."""
+
+    def __init__(
+        self, interval_s: float = 0.001, *, fork_lock: AbstractContextManager[object] = NO_LOCK
+    ) -> None:
+        super().__init__("counting", interval_s, failed="counting.failed", fork_lock=fork_lock)
+        self.rounds = 0
+        self.is_finished = False
+
+    def round(self) -> None:
+        self.rounds += 1
+        if self.rounds == 2:
+            raise ValueError("the second round")
+
+    def finish(self) -> None:
+        self.is_finished = True
+
+
+@pytest.fixture
+def counting() -> Iterator[Counting]:
+    made = Counting()
+    yield made
+    made.stop(WAIT_S)
+
+
+def until_rounds(thread: Counting, number: int) -> None:
+    end = time.monotonic() + WAIT_S
+    while thread.rounds < number:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def failures() -> float:
+    buffered_metrics.settle()
+    return REGISTRY.get_sample_value("kms_background_failures_total", {"thread": "counting"}) or 0.0
+
+
+def test_a_failed_round_is_logged_and_counted_and_not_the_last(counting: Counting) -> None:
+    before = failures()
+    with capture_logs() as logs:
+        counting.start()
+        until_rounds(counting, 4)
+
+    assert [(line["event"], line["error"]) for line in logs] == [("counting.failed", "ValueError")]
+    assert failures() == before + 1
+
+
+def test_rounds_that_go_on_failing_are_logged_once_a_minute() -> None:
+    thread = Counting()
+
+    def fail() -> None:
+        raise OSError
+
+    with capture_logs() as logs:
+        for _ in range(3):
+            thread.attempt(fail)
+        thread.attempt(thread.finish)
+        thread.attempt(fail)
+
+    assert [line["event"] for line in logs] == [
+        "counting.failed"
+    ] * 2  # a success in between begins a new row
+
+
+def test_a_stopped_thread_finishes_and_ends(counting: Counting) -> None:
+    counting.start()
+    counting.stop(WAIT_S)
+
+    assert counting.is_finished
+    assert not counting.is_alive()
+
+
+def test_a_thread_that_is_woken_does_not_wait_for_its_interval() -> None:
+    thread = Counting(3600.0)
+    thread.wake()
+    thread.start()
+    until_rounds(thread, 1)
+    thread.wake()
+    until_rounds(thread, 2)
+    thread.stop(WAIT_S)
+
+    assert not thread.is_alive()
+
+
+def test_no_round_runs_while_the_fork_lock_is_held() -> None:
+    lock = threading.Lock()
+    thread = Counting(fork_lock=lock)
+    with lock:
+        thread.start()
+        time.sleep(0.05)
+        assert thread.rounds == 0
+    until_rounds(thread, 1)
+    thread.stop(WAIT_S)
+
+    assert thread.is_finished

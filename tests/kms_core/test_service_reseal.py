@@ -1,0 +1,223 @@
+"""Resealing: a new file key around the same plaintext, for bytes in files; who may, and what is recorded."""
+
+import os
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Final
+
+import pytest
+
+from kms_core.age import stream, x25519
+from kms_core.age.header import render
+from kms_core.age.stream import CHUNK, SEALED_CHUNK
+from kms_core.auth.policy import Principal
+from kms_core.envelope import sealing
+from kms_core.payload.files import FileRange, FileWriter
+from kms_core.payload.parallel import ParallelOptions, copy_run, reseal_file
+from kms_core.payload.whole import FileToFile
+from kms_core.service import Kms
+from kms_protocol.context import Context
+from kms_protocol.errors import DecryptFailed, Forbidden, ForeignRefused, InvalidRequest, KmsError
+from support.age_kms import ADA, NO_CONTEXT, ROW, Kept, age_backend, file_key_of, head_of, kms_over
+
+MiB: Final = 1024 * 1024
+IDENTITY: Final = x25519.X25519Identity.generate()
+PAYROLL: Final = x25519.X25519Identity.generate()
+OTHER: Final = Context.parse("row=8")
+KEYS: Final = (bytes(range(32)), bytes(range(32, 64)))
+SIZES: Final = [0, 1, CHUNK, CHUNK + 1, 16 * CHUNK, 40 * CHUNK - 3]
+
+
+class Allowing:
+    """Only these pairs of operation and key id."""
+
+    def __init__(self, *pairs: tuple[str, str]) -> None:
+        self.pairs = pairs
+
+    def require(
+        self, who: Principal, operation: str, key_id: str | None = None, context: Context | None = None
+    ) -> None:
+        del who, context
+        if (operation, key_id) not in self.pairs:
+            raise Forbidden
+
+    def sees(self, who: Principal, key_id: str) -> bool:
+        del who
+        return any(known == key_id for _, known in self.pairs)
+
+
+@pytest.fixture
+def trail() -> Kept:
+    return Kept()
+
+
+@pytest.fixture
+def kms(tmp_path: Path, trail: Kept) -> Kms:
+    payroll = age_backend(tmp_path / "payroll", PAYROLL)
+    return kms_over(age_backend(tmp_path / "default", IDENTITY), {"payroll": payroll}, trail=trail)
+
+
+def resealed(
+    kms: Kms, sealed: bytes, context: Context = ROW, *, new: Context | None = None, key_id: str | None = None
+) -> bytes:
+    with TemporaryFile(buffering=0) as source, TemporaryFile(buffering=0) as target:
+        source.write(sealed)
+        extent = FileRange(source.fileno(), len(sealed))
+        onto = FileWriter(target.fileno())
+        kms.reseal(ADA, FileToFile(extent, onto), context, new_context=new, key_id=key_id)
+        return os.pread(target.fileno(), 2 * len(sealed) + 8192, 0)
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK, MiB - 1, MiB, 3 * MiB + 1])
+def test_the_plaintext_stays_and_nothing_else(kms: Kms, size: int) -> None:
+    plaintext = os.urandom(size)
+    sealed = kms.encrypt(ADA, plaintext, ROW).ciphertext
+    moved = resealed(kms, sealed)
+
+    assert kms.decrypt(ADA, moved, ROW).plaintext == plaintext
+    assert file_key_of(moved, IDENTITY) != file_key_of(sealed, IDENTITY)
+    assert head_of(moved).nonce != head_of(sealed).nonce
+    assert (head_of(moved).size == sealing.PADDED_HEADER_BYTES) == (size >= MiB)
+
+
+def test_it_may_go_to_another_key_and_context(kms: Kms) -> None:
+    moved = resealed(kms, kms.encrypt(ADA, b"salary", ROW).ciphertext, new=OTHER, key_id="payroll")
+
+    opened = kms.decrypt(ADA, moved, OTHER)
+    assert (opened.plaintext, opened.key.key_id) == (b"salary", "payroll")
+    with pytest.raises(DecryptFailed):
+        kms.decrypt(ADA, moved, ROW)
+
+
+def test_one_record_names_the_operation_and_where_it_went(kms: Kms, trail: Kept) -> None:
+    sealed = kms.encrypt(ADA, bytes(100), ROW).ciphertext
+    moved = resealed(kms, sealed, key_id="payroll")
+
+    assert [result for result in trail.results if result[0] != "encrypt"] == [("reseal", "ok")]
+    line = trail.lines[-1]
+    assert (line["key_id"], line["bytes_in"], line["bytes_out"]) == ("payroll", len(sealed), len(moved))
+
+
+@pytest.mark.parametrize("at", [0, 40, -1], ids=["first line", "header", "payload"])
+def test_a_damaged_file_is_refused_and_recorded(kms: Kms, trail: Kept, at: int) -> None:
+    sealed = bytearray(kms.encrypt(ADA, b"salary", ROW).ciphertext)
+    sealed[at] ^= 1
+
+    with pytest.raises(KmsError) as refusal:
+        resealed(kms, bytes(sealed))
+    assert trail.results[-1] == ("reseal", refusal.value.code)
+
+
+def test_a_wrong_context_is_refused(kms: Kms) -> None:
+    sealed = kms.encrypt(ADA, b"salary", ROW).ciphertext
+
+    for wrong in (OTHER, NO_CONTEXT):
+        with pytest.raises(DecryptFailed):
+            resealed(kms, sealed, wrong)
+
+
+def foreign_file(identity: x25519.X25519Identity) -> bytes:
+    file_key = os.urandom(16)
+    head = render([identity.recipient.wrap(file_key)], file_key) + bytes(16)
+    return head + stream.seal(stream.payload_key(file_key, bytes(16)), b"theirs")
+
+
+def test_a_foreign_file_becomes_one_of_ours(kms: Kms) -> None:
+    for identity, key_id in ((IDENTITY, None), (PAYROLL, "payroll")):
+        moved = resealed(kms, foreign_file(identity), NO_CONTEXT, new=ROW, key_id=key_id)
+
+        opened = kms.decrypt(ADA, moved, ROW)
+        assert (opened.plaintext, opened.origin) == (b"theirs", "service")
+
+
+def test_a_foreign_file_is_refused_where_its_key_takes_none(tmp_path: Path) -> None:
+    kms = kms_over(age_backend(tmp_path, IDENTITY), accept_foreign=False)
+
+    with pytest.raises(ForeignRefused):
+        resealed(kms, foreign_file(IDENTITY), NO_CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "key_id", "fine"),
+    [
+        ([("decrypt", "default"), ("encrypt", "default")], None, True),
+        ([("reseal", "default")], None, True),
+        ([("rewrap", "default")], None, False),
+        ([("decrypt", "default")], None, False),
+        ([("encrypt", "default")], None, False),
+        ([("reseal", "default"), ("reseal", "payroll")], "payroll", False),
+        ([("decrypt", "default"), ("encrypt", "payroll")], "payroll", True),
+    ],
+)
+def test_it_takes_both_rights_or_its_own_where_the_key_stays(
+    tmp_path: Path, allowed: list[tuple[str, str]], key_id: str | None, *, fine: bool
+) -> None:
+    backends = age_backend(tmp_path / "a", IDENTITY), {"payroll": age_backend(tmp_path / "b", PAYROLL)}
+    sealed = kms_over(*backends).encrypt(ADA, b"salary", ROW).ciphertext
+    kms = kms_over(*backends, policy=Allowing(*allowed))
+    if fine:
+        assert resealed(kms, sealed, key_id=key_id)
+        return
+
+    with pytest.raises(Forbidden):
+        resealed(kms, sealed, key_id=key_id)
+
+
+# -- slabs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ParallelOptions(), ParallelOptions(threads=1, slab_chunks=1), ParallelOptions(threads=3, slab_chunks=3)],
+)
+@pytest.mark.parametrize("size", SIZES)
+def test_chunks_are_those_of_the_new_key(size: int, options: ParallelOptions) -> None:
+    plaintext = os.urandom(size)
+    with TemporaryFile(buffering=0) as source, TemporaryFile(buffering=0) as target:
+        source.write(b"abc" + (sealed := stream.seal(KEYS[0], plaintext)))
+        reseal_file(
+            KEYS, FileRange(source.fileno(), len(sealed), 3), FileWriter(target.fileno()), bytes(216), options
+        )
+        found = os.pread(target.fileno(), 216 + len(sealed) + 1, 0)
+
+    assert found == bytes(216) + stream.seal(KEYS[1], plaintext)
+
+
+@pytest.mark.parametrize("chunk", [0, 5, 8])
+def test_a_forged_chunk_is_refused_and_never_sealed(chunk: int) -> None:
+    sealed = bytearray(stream.seal(KEYS[0], b"s" * (8 * CHUNK + 9)))
+    sealed[chunk * SEALED_CHUNK + 2] ^= 1
+    with TemporaryFile(buffering=0) as source, TemporaryFile(buffering=0) as target:
+        source.write(sealed)
+        with pytest.raises(DecryptFailed):
+            reseal_file(
+                KEYS,
+                FileRange(source.fileno(), len(sealed)),
+                FileWriter(target.fileno()),
+                options=ParallelOptions(slab_chunks=1),
+            )
+        written = os.pread(target.fileno(), len(sealed), 0)
+
+    assert not any(written[chunk * SEALED_CHUNK : (chunk + 1) * SEALED_CHUNK])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_run_is_copied_as_it_is(size: int) -> None:
+    data = os.urandom(size)
+    with TemporaryFile(buffering=0) as source, TemporaryFile(buffering=0) as target:
+        source.write(b"abc" + data)
+        copy_run(
+            FileRange(source.fileno(), size, 3),
+            FileWriter(target.fileno()),
+            7,
+            ParallelOptions(slab_chunks=2),
+        )
+
+        assert os.pread(target.fileno(), size + 8, 0) == (bytes(7) + data if size else b"")
+
+
+def test_a_run_that_ends_early_is_refused() -> None:
+    with TemporaryFile(buffering=0) as source, TemporaryFile(buffering=0) as target:
+        source.write(bytes(10))
+        with pytest.raises(InvalidRequest):
+            copy_run(FileRange(source.fileno(), 11), FileWriter(target.fileno()))

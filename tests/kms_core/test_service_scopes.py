@@ -1,0 +1,240 @@
+"""What a credential's scopes decide in the service: operation, key and context, and what refusals tell."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from kms_core.age import x25519
+from kms_core.auth.policy import INTERNAL, ByScopes, Principal, allows
+from kms_core.backends.age import AgeBackend
+from kms_core.patterns import Pattern
+from kms_core.scopes import Scope
+from kms_core.service import Kms
+from kms_protocol.context import Context
+from kms_protocol.errors import DecryptFailed, Forbidden, KmsError, Unavailable, UnknownKey
+from support.age_kms import NO_CONTEXT, ROW, Kept, age_backend, kms_over
+
+WHO: Final = Principal("ada", "acme", "token:x")
+ROOT: Final = Principal("root", "acme", "token:root")
+OTHER: Final = Context.parse("row=8")
+
+
+class Stands:
+    """What credentials are worth, by name; one that is not here is worth nothing."""
+
+    def __init__(self, *lines: str) -> None:
+        self.lines = {WHO.credential: lines, ROOT.credential: ("*",)}
+        self.away = False
+
+    def scopes_of(self, who: Principal) -> Iterable[Scope]:
+        if self.away:
+            raise Unavailable
+        if who.credential not in self.lines:
+            raise Forbidden
+        return [Scope.parse(line) for line in self.lines[who.credential]]
+
+
+@pytest.fixture
+def backends(tmp_path: Path) -> dict[str, AgeBackend]:
+    names = ("default", "pay-1", "pay-2")
+    return {name: age_backend(tmp_path / name, x25519.X25519Identity.generate()) for name in names}
+
+
+def kms(backends: dict[str, AgeBackend], *lines: str, trail: Kept | None = None) -> Kms:
+    others = {name: backend for name, backend in backends.items() if name != "default"}
+    return kms_over(backends["default"], others, policy=ByScopes(Stands(*lines), {}), trail=trail)
+
+
+def refused(error: type[KmsError], call: Callable[[], object]) -> str:
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    return caught.value.detail
+
+
+# -- keys: unknown and forbidden are one answer ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key_id", ["default", "pay-2", "no-such-key"])
+def test_a_key_that_is_not_for_the_caller_is_as_one_that_does_not_exist(
+    backends: dict[str, AgeBackend], key_id: str
+) -> None:
+    service = kms(backends, "encrypt,decrypt,generate_data_key,rotate key=pay-1")
+    calls: list[Callable[[], object]] = [
+        lambda: service.encrypt(WHO, b"x", ROW, key_id=key_id),
+        lambda: service.generate_data_key(WHO, 32, ROW, key_id=key_id),
+        lambda: service.rotate(WHO, key_id),
+    ]
+
+    assert {refused(UnknownKey, call) for call in calls} == {UnknownKey.summary}
+
+
+@pytest.mark.parametrize("key_id", ["pay-1", "no-such-key"])
+def test_a_missing_operation_says_nothing_of_the_key(backends: dict[str, AgeBackend], key_id: str) -> None:
+    service = kms(backends, "decrypt key=pay-1")
+
+    text = refused(Forbidden, lambda: service.encrypt(WHO, b"x", ROW, key_id=key_id))
+    assert text == "This token lacks `encrypt`"
+
+
+@pytest.mark.parametrize("key_id", ["pay-1", "pay-77"])
+def test_a_wrong_context_says_nothing_of_the_key(backends: dict[str, AgeBackend], key_id: str) -> None:
+    service = kms(backends, "encrypt key=pay-* context=row=8")
+
+    assert "context" in refused(Forbidden, lambda: service.encrypt(WHO, b"x", ROW, key_id=key_id))
+
+
+def test_a_file_names_its_key_and_that_one_is_asked_for(backends: dict[str, AgeBackend]) -> None:
+    service = kms(backends, "decrypt key=pay-1")
+    mine = service.encrypt(ROOT, b"x", ROW, key_id="pay-1").ciphertext
+    theirs = service.encrypt(ROOT, b"x", ROW, key_id="pay-2").ciphertext
+
+    assert service.decrypt(WHO, mine, ROW).plaintext == b"x"
+    refused(UnknownKey, lambda: service.decrypt(WHO, theirs, ROW))
+    refused(UnknownKey, lambda: service.decrypt(WHO, theirs, ROW, key_id="pay-1"))
+
+
+def test_the_default_key_is_a_key_like_any(backends: dict[str, AgeBackend]) -> None:
+    service = kms(backends, "encrypt key=pay-1")
+
+    refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW))
+
+
+# -- contexts --------------------------------------------------------------------------------------------
+
+
+def test_who_is_held_to_a_context_must_give_it(backends: dict[str, AgeBackend]) -> None:
+    service = kms(backends, "encrypt,decrypt context=row=7")
+    sealed = service.encrypt(WHO, b"x", ROW).ciphertext
+    foreign = service.encrypt(ROOT, b"x", NO_CONTEXT).ciphertext
+    other = service.encrypt(ROOT, b"x", OTHER).ciphertext
+
+    assert service.decrypt(WHO, sealed, ROW).plaintext == b"x"
+    for context in (NO_CONTEXT, OTHER):
+        refused(Forbidden, lambda context=context: service.encrypt(WHO, b"x", context))  # type: ignore[misc]  # default argument
+        refused(Forbidden, lambda context=context: service.decrypt(WHO, sealed, context))  # type: ignore[misc]  # as above
+    refused(DecryptFailed, lambda: service.decrypt(WHO, foreign, ROW))
+    refused(DecryptFailed, lambda: service.decrypt(WHO, other, ROW))
+
+
+def test_one_scope_must_allow_all_of_it(backends: dict[str, AgeBackend]) -> None:
+    service = kms(
+        backends, "encrypt key=pay-1 context=row=7", "decrypt key=pay-2", "encrypt key=pay-2 context=row=8"
+    )
+
+    assert service.encrypt(WHO, b"x", ROW, key_id="pay-1").key.key_id == "pay-1"
+    refused(Forbidden, lambda: service.encrypt(WHO, b"x", ROW, key_id="pay-2"))
+    refused(Forbidden, lambda: service.encrypt(WHO, b"x", OTHER, key_id="pay-1"))
+
+
+# -- moving without opening ----------------------------------------------------------------------------------
+
+
+def test_rewrap_alone_moves_a_file_that_the_caller_cannot_open(backends: dict[str, AgeBackend]) -> None:
+    service = kms(backends, "rewrap key=pay-1")
+    sealed = service.encrypt(ROOT, b"x", ROW, key_id="pay-1").ciphertext
+    moved = service.rewrap(WHO, sealed, ROW).ciphertext
+
+    assert service.decrypt(ROOT, moved, ROW).plaintext == b"x"
+    refused(Forbidden, lambda: service.decrypt(WHO, sealed, ROW))
+
+
+@pytest.mark.parametrize(
+    ("key_id", "new_context"),
+    [("pay-2", None), (None, OTHER), ("pay-2", OTHER)],
+    ids=["key", "context", "both"],
+)
+def test_rewrap_alone_takes_a_file_nowhere_else(
+    backends: dict[str, AgeBackend], key_id: str | None, new_context: Context | None
+) -> None:
+    service = kms(backends, "rewrap", "decrypt,encrypt key=pay-2")
+    sealed = service.encrypt(ROOT, b"x", ROW, key_id="pay-1").ciphertext
+
+    with pytest.raises((Forbidden, UnknownKey)):
+        service.rewrap(WHO, sealed, ROW, new_context=new_context, key_id=key_id)
+
+
+def test_rewrap_to_elsewhere_needs_decrypt_there_and_encrypt_here(backends: dict[str, AgeBackend]) -> None:
+    service = kms(backends, "decrypt key=pay-1", "encrypt key=pay-2 context=row=8")
+    sealed = service.encrypt(ROOT, b"x", ROW, key_id="pay-1").ciphertext
+    moved = service.rewrap(WHO, sealed, ROW, new_context=OTHER, key_id="pay-2").ciphertext
+
+    assert service.decrypt(ROOT, moved, OTHER).key.key_id == "pay-2"
+    refused(Forbidden, lambda: service.rewrap(WHO, sealed, ROW, key_id="pay-2"))
+    refused(UnknownKey, lambda: service.rewrap(WHO, sealed, ROW, new_context=OTHER))
+
+
+# -- tenants, chores, credentials ----------------------------------------------------------------------------
+
+
+def test_a_tenant_has_the_keys_that_settings_give_it(backends: dict[str, AgeBackend]) -> None:
+    others = {name: backend for name, backend in backends.items() if name != "default"}
+    policy = ByScopes(Stands("*"), {"acme": [Pattern.parse("pay-1")]})
+    service = kms_over(backends["default"], others, policy=policy)
+
+    assert service.encrypt(WHO, b"x", ROW, key_id="pay-1").key.key_id == "pay-1"
+    refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW, key_id="pay-2"))
+    refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW, key_id="no-such-key"))
+    assert [key for key in backends if policy.sees(WHO, key)] == ["pay-1"]
+
+
+@pytest.mark.parametrize("pattern", ["pay", "ay-1", "pay-1x", "p*y", "*-2"])
+def test_a_pattern_of_a_tenant_stands_for_whole_key_ids(
+    backends: dict[str, AgeBackend], pattern: str
+) -> None:
+    policy = ByScopes(Stands("*"), {"acme": [Pattern.parse(pattern)]})
+    others = {name: backend for name, backend in backends.items() if name != "default"}
+    service = kms_over(backends["default"], others, policy=policy)
+
+    refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW, key_id="pay-1"))
+    assert not policy.sees(WHO, "pay-1")
+
+
+def test_the_service_itself_rotates_and_nothing_else(backends: dict[str, AgeBackend]) -> None:
+    chore = Principal("rotation-schedule", credential=INTERNAL)
+    service = kms(backends)
+    service.rotate(chore, "pay-1")
+
+    refused(Forbidden, lambda: service.encrypt(chore, b"x", ROW))
+    refused(Forbidden, lambda: service.generate_data_key(chore, 32, ROW))
+
+
+@pytest.mark.parametrize("credential", ["none", "", "token:gone", "internal:x", "INTERNAL"])
+def test_a_credential_that_is_worth_nothing_allows_nothing(
+    backends: dict[str, AgeBackend], credential: str
+) -> None:
+    nobody = Principal("root", "acme", credential)
+
+    refused(Forbidden, lambda: kms(backends, "*").encrypt(nobody, b"x", ROW))
+
+
+def test_what_cannot_be_told_now_is_no_refusal(backends: dict[str, AgeBackend]) -> None:
+    stands = Stands("*")
+    stands.away = True
+    service = kms_over(backends["default"], policy=ByScopes(stands, {}))
+
+    refused(Unavailable, lambda: service.encrypt(WHO, b"x", ROW))
+    with pytest.raises(Unavailable):
+        allows(service.policy, WHO, "encrypt")
+
+
+def test_refusals_are_recorded_with_the_key_and_without_values(backends: dict[str, AgeBackend]) -> None:
+    trail = Kept()
+    service = kms(backends, "encrypt key=pay-1 context=row=8", trail=trail)
+    for key_id in ("pay-1", "pay-2", "no-such-key"):
+        with pytest.raises((Forbidden, UnknownKey)):
+            service.encrypt(WHO, b"hunter2", ROW, key_id=key_id)
+    with pytest.raises(Forbidden):
+        service.require(WHO, "jobs:write")
+
+    assert trail.results == [
+        ("encrypt", "forbidden"),
+        ("encrypt", "unknown_key"),
+        ("encrypt", "unknown_key"),
+        ("jobs:write", "forbidden"),
+    ]
+    assert [line.get("key_id") for line in trail.lines] == ["pay-1", "pay-2", None, None]
+    assert {line["credential"] for line in trail.lines} == {"token:x"}
+    assert "hunter2" not in str(trail.lines)

@@ -1,0 +1,337 @@
+"""The page for operators in a real browser: its policy holds, its script runs, its colours can be read."""
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Literal
+
+import pytest
+
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.model import new_attempt_id
+from kms_core.jobs.recovery.reaper import Heartbeat
+from kms_core.jobs.spec import QUEUES
+from kms_protocol.wire import PREFIX
+from support.chromium import Chromium, chromium
+from support.credentials import Guarded
+from support.embedded_valkey import EmbeddedValkey
+from support.service import CONTEXT, Service, b64, core_of
+from support.waiting import until
+
+Scheme = Literal["dark", "light"]
+ITEMS: Final = [{"plaintext": b64(b"x"), "context": CONTEXT}] * 40
+CONTRAST: Final = 4.5  # WCAG 2.2, 1.4.3
+# The lowest contrast of any text of the page, and of any bar of a chart, with what is behind it (WCAG 2.2,
+# relative luminance).
+LOWEST: Final = """
+(() => {
+  const light = (colour) => colour.match(/[\\d.]+/g).slice(0, 3).map((part) => part / 255)
+    .map((part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, part, at) => sum + part * [0.2126, 0.7152, 0.0722][at], 0);
+  const behind = (place) => {
+    for (; place; place = place.parentElement) {
+      const colour = getComputedStyle(place).backgroundColor;
+      if (colour !== "rgba(0, 0, 0, 0)") return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const contrast = (colour, place) => {
+    const [one, two] = [light(colour), light(behind(place))];
+    return (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
+  };
+  const lowest = [21, 21];
+  for (const place of document.querySelectorAll("body *")) {
+    const own = Array.from(place.childNodes).some((node) => node.nodeType === 3 && node.data.trim());
+    if (!own || !place.getClientRects().length || place.closest("option, datalist")) continue;
+    lowest[0] = Math.min(lowest[0], contrast(getComputedStyle(place).color, place));
+  }
+  for (const place of document.querySelectorAll(".chart rect:not(.whole)")) {
+    lowest[1] = Math.min(lowest[1], contrast(getComputedStyle(place).fill, place.closest(".chart")));
+  }
+  return lowest;
+})()
+"""
+GRAPHICS: Final = 3.0  # WCAG 2.2, 1.4.11
+RESOURCES: Final = "performance.getEntriesByType('resource').map((each) => new URL(each.name).origin)"
+HIDDEN: Final = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> Iterator[Guarded]:
+    """An API that asks everybody; no worker runs, so that jobs stay queued."""
+    folder = tmp_path_factory.mktemp("ui-browser")
+    with Guarded(folder, redis=valkey.files.url_of(next(database_numbers))) as running:
+        yield running.start("api")
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Chromium]:
+    with chromium(tmp_path) as started:
+        yield started
+
+
+def pictures(tmp_path: Path) -> Path:
+    """Where pictures go: to be looked at, a folder of the environment; else nowhere that stays."""
+    folder = Path(os.environ.get("KMS_TEST_PICTURES", tmp_path / "pictures"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_contrast(browser: Chromium, name: str) -> None:
+    text, bars = browser.evaluate(LOWEST)
+    assert text >= CONTRAST, f"text of {name}"
+    assert bars >= GRAPHICS, f"charts of {name}"
+
+
+def seen(browser: Chromium, folder: Path, name: str) -> None:
+    """Take a picture in each colour, wide and narrow, and check what can be measured of it."""
+    schemes: tuple[Scheme, ...] = ("dark", "light")
+    for scheme in schemes:
+        browser.appear(scheme)
+        browser.picture(folder / f"{name}-{scheme}.png")
+        check_contrast(browser, f"{name} in {scheme}")
+    for width in (400, 360):
+        browser.resize(width, 740)
+        browser.picture(folder / f"{name}-{width}.png")
+        assert browser.evaluate(HIDDEN) <= 0, f"{name} does not fit a window of {width} pixels"
+    browser.resize(1280, 900)
+
+
+def test_every_page_looks_right_in_dark_and_light_and_keeps_its_policy(
+    guarded: Guarded, browser: Chromium, tmp_path: Path
+) -> None:
+    folder, token = pictures(tmp_path), guarded.make("*,metrics,rotate")[1]
+    admin = guarded.token("*")
+    job = {"kind": "encrypt", "items": ITEMS}
+    made = [guarded.post("/jobs", job, headers=admin).json()["job_id"] for _ in range(6)]
+    guarded.post(f"/jobs/{made[0]}/cancel", headers=admin)
+    guarded.post("/decrypt", {"ciphertext": b64(b"no age file")}, headers=admin)
+    guarded.post("/encrypt", {"plaintext": "aGk=", "context": "<b>=1"}, headers=admin)
+
+    browser.open(f"{guarded.url}/ui")
+    assert browser.evaluate("location.pathname") == "/ui/login"
+    seen(browser, folder, "login")
+    browser.evaluate(f"document.getElementById('token').value = {token!r}")
+    browser.submit("form.login")
+    assert browser.evaluate("location.pathname") == "/ui"
+    assert browser.evaluate("document.cookie") == ""
+    pages = {"": "overview", "/jobs": "jobs", f"/jobs/{made[1]}": "job", "/audit?period=all": "audit"}
+    pages |= {
+        "/workers": "workers",
+        "/keys": "keys",
+        "/keys/default/rotate": "rotate",
+        "/jobs/none": "refused",
+        "/runbooks": "runbooks",
+    }
+    for path, name in pages.items():
+        browser.open(f"{guarded.url}/ui{path}")
+        seen(browser, folder, name)
+
+    expected = f"{guarded.url}/ui/jobs/none"  # the status of the page that refuses, on purpose
+    assert [said for said in browser.complaints if expected not in said] == []
+    browser.evaluate("document.body.setAttribute('style', 'color: red')")
+    browser.evaluate(
+        "document.body.append(Object.assign(document.createElement('style'), {textContent: '*{}'}))"
+    )
+    until(lambda: browser.evaluate("1") and len(browser.complaints) > 1, "a breach of the policy is noticed")
+
+
+def test_api_viewer_shows_encrypt_and_decrypt_first_and_tries_a_call(
+    idle: Service, browser: Chromium, tmp_path: Path
+) -> None:
+    folder, shown = (
+        pictures(tmp_path),
+        "Array.from(document.querySelectorAll('.opblock-summary-path'), (p) => p.dataset.path)",
+    )
+    browser.open(f"{idle.url}/docs")
+    until(lambda: browser.evaluate(shown), "the API is shown")
+    assert browser.evaluate(shown)[:2] == [f"{PREFIX}/encrypt", f"{PREFIX}/decrypt"]
+    seen(browser, folder, "docs")
+
+    for button in (".opblock-summary-control", ".try-out__btn", ".btn.execute"):
+        until(lambda button=button: browser.evaluate(f"!!document.querySelector('{button}')"), button)  # type: ignore[misc]
+        browser.evaluate(f"document.querySelector('{button}').click()")
+    status = "document.querySelector('.live-responses-table tbody .response-col_status')?.textContent"
+    until(lambda: browser.evaluate(status) == "200", "the call is answered")
+    seen(browser, folder, "docs-tried")
+    assert browser.complaints == []
+
+
+def test_progress_and_the_end_of_a_job_appear_without_loading_the_page_again(
+    idle: Service, browser: Chromium
+) -> None:
+    job_id = idle.submit({"kind": "encrypt", "items": ITEMS})
+    browser.open(f"{idle.url}/ui/jobs")
+    browser.evaluate("window.loaded = 'once'")
+    row = f"document.querySelector('[href$=\"{job_id}\"]').closest('tr')"
+    assert browser.evaluate(f"{row}.querySelector('.state').textContent") == "queued"
+
+    run_job(job_id, core_of(idle).worker_context, "w")
+    until(lambda: browser.evaluate(f"{row}.querySelector('.state').textContent") == "succeeded", "its end")
+    assert browser.evaluate(f"{row}.querySelector('.amount').textContent") == "40 of 40 items"
+    assert browser.evaluate(f"{row}.querySelector('progress').position") == 1
+    assert browser.evaluate("window.loaded") == "once"
+    assert browser.complaints == []
+
+
+@contextmanager
+def paused(pids: Sequence[int]) -> Iterator[None]:
+    """Processes that do nothing until the block ends."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_progress_of_many_large_jobs_arrives_while_others_call(
+    service: Service, browser: Chromium, tmp_path: Path
+) -> None:
+    items = [{"plaintext": b64(b"x" * 2_000), "context": CONTEXT}] * 2_000
+    states = "Array.from(document.querySelectorAll('[data-events] .state'), (place) => place.textContent)"
+    with paused(service.pool_pids()):  # the jobs would have ended before a busy machine shows the page
+        ids = [service.submit({"kind": "encrypt", "items": items}) for _ in range(6)]
+        browser.open(f"{service.url}/ui/jobs")
+        browser.evaluate("window.loaded = 'once'")
+        assert len(browser.evaluate(states)) >= len(ids)
+
+    seen(browser, pictures(tmp_path), "jobs-under-load")
+    until(lambda: service.encrypt(b"x") and set(browser.evaluate(states)) == {"succeeded"}, "they all end")
+    assert browser.evaluate("window.loaded") == "once"
+    assert browser.complaints == []
+    assert all(service.job(job_id)["progress"]["items_done"] == 2_000 for job_id in ids)
+
+
+def test_the_end_of_a_job_is_told_aloud_and_the_keyboard_reaches_the_button_in_sight(
+    guarded: Guarded, browser: Chromium
+) -> None:
+    token = guarded.make("*,rotate")[1]
+    job = {"kind": "encrypt", "items": ITEMS}
+    job_id = guarded.post("/jobs", job, headers=guarded.token("*")).json()["job_id"]
+    browser.open(f"{guarded.url}/ui/login")
+    browser.evaluate(f"document.getElementById('token').value = {token!r}")
+    browser.submit("form.login")
+    browser.open(f"{guarded.url}/ui/jobs")
+
+    guarded.post(f"/jobs/{job_id}/cancel", headers=guarded.token("*"))
+    heard = "document.getElementById('news').textContent"
+    until(lambda: browser.evaluate(heard).startswith(f"Job {job_id}: cancelled"), "it is told aloud")
+    browser.open(f"{guarded.url}/ui/keys/default/rotate")
+    for _ in range(30):
+        browser.call("Input.dispatchKeyEvent", type="keyDown", key="Tab", code="Tab", windowsVirtualKeyCode=9)
+        browser.call("Input.dispatchKeyEvent", type="keyUp", key="Tab", code="Tab", windowsVirtualKeyCode=9)
+        if browser.evaluate("document.activeElement.textContent.trim()") == "Rotate default":
+            break
+    assert browser.evaluate("document.activeElement.tagName") == "BUTTON"
+    assert browser.evaluate("getComputedStyle(document.activeElement).outlineWidth") == "3px"
+
+
+# -- workers, queues and charts ------------------------------------------------------------------------------
+
+BARS: Final = "document.querySelectorAll('.plot g rect:not(.whole)')"
+TEXT: Final = "document.querySelector('main').textContent.replace(/\\s+/g, ' ')"
+
+
+@pytest.fixture
+def busy(guarded: Guarded) -> Iterator[tuple[str, str]]:
+    """The token of a tenant with jobs of each state, and the host of a worker that runs one of them."""
+    core, admin = core_of(guarded), guarded.token("*", tenant="busy")
+    store, job = core.worker_context.store, {"kind": "encrypt", "items": ITEMS}
+
+    def submitted(body: object) -> str:
+        return str(guarded.post("/jobs", body, headers=admin).json()["job_id"])
+
+    bad = {"kind": "decrypt", "items": [{"ciphertext": b64(b"no age file")}]}
+    for body in (bad, job, job):
+        run_job(submitted(body), core.worker_context, "w")
+    guarded.post(f"/jobs/{submitted(job)}/cancel", headers=admin)
+    host = f"host-{new_attempt_id()[:8]}"  # the jobs of the test before have their leases still
+    heartbeat = Heartbeat(store, f"{host}:aa", 2, QUEUES)
+    heartbeat.start()
+    heartbeat.serve()
+    assert store.claim(submitted(job), f"{host}:aa/7")
+    submitted(job)
+    yield guarded.make("*,metrics,rotate", tenant="busy")[1], host
+    heartbeat.stop()
+    heartbeat.join()
+
+
+def lose_a_worker(guarded: Guarded) -> None:
+    """A worker that Redis heard of for the last time ten seconds ago."""
+    store = core_of(guarded).worker_context.store
+    store.redis.zadd("kms:workers", {"host-2:bb": store.now() - 10})
+
+
+def press(browser: Chromium, key: str, code: int) -> None:
+    """Press a key, and let it go."""
+    given = {"key": key, "code": key, "windowsVirtualKeyCode": code} | (
+        {"text": "\r"} if key == "Enter" else {}
+    )
+    for kind in ("keyDown", "keyUp"):
+        browser.call("Input.dispatchKeyEvent", type=kind, **given)
+
+
+def reach(browser: Chromium, label: str) -> None:
+    """Press the Tab key, from the top of the page, until what has this text has the focus, which is seen."""
+    browser.evaluate("document.querySelector('.skip').focus()")
+    for _ in range(80):
+        press(browser, "Tab", 9)
+        if browser.evaluate("document.activeElement.textContent.trim()") == label:
+            assert browser.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+            return
+    raise AssertionError(f"the keyboard does not reach {label}")
+
+
+def follow(browser: Chromium, label: str, expected: str) -> None:
+    """Follow a link by the keyboard, and check what can be measured of its page."""
+    reach(browser, label)
+    before = browser.evaluate("performance.timeOrigin")
+    press(browser, "Enter", 13)
+    loaded = f"performance.timeOrigin !== {before} && document.readyState === 'complete'"
+    until(lambda: browser.evaluate(loaded), f"{label} is loaded")
+    origin = browser.evaluate("location.origin")
+    assert browser.evaluate("location.pathname + location.search") == expected
+    assert set(browser.evaluate(RESOURCES)) == {origin}
+    check_contrast(browser, label)
+    assert browser.evaluate(HIDDEN) <= 0, f"{label} is too wide"
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
+)
+def test_keyboard_leads_through_the_charts_to_workers_and_keys(
+    guarded: Guarded, browser: Chromium, busy: tuple[str, str], width: int, scheme: Scheme
+) -> None:
+    token, host = busy
+    browser.resize(width, 900)
+    browser.appear(scheme)
+    browser.open(f"{guarded.url}/ui/login")
+    browser.evaluate(f"document.getElementById('token').value = {token!r}")
+    lose_a_worker(guarded)
+    browser.submit("form.login")
+    assert "Worker host-2:bb ended without a word" in browser.evaluate(TEXT)
+
+    follow(browser, "hour", "/ui?period=1h")
+    drawn = browser.evaluate(f"Array.from({BARS}, (each) => each.classList[0])")
+    assert {"failed", "succeeded", "cancelled", "open"} <= set(drawn)
+    heights = browser.evaluate(f"Array.from({BARS}, (each) => each.getBoundingClientRect().height)")
+    assert min(heights) >= 1
+    table = "document.querySelector('.chart details')"
+    assert not browser.evaluate(f"{table}.open")
+    reach(browser, "Jobs by time of submission as a table")
+    press(browser, "Enter", 13)
+    until(lambda: browser.evaluate(f"{table}.open"), "the table opens")
+    check_contrast(browser, "the table of a chart")
+
+    lose_a_worker(guarded)
+    follow(browser, "Workers", "/ui/workers")
+    assert f"{host} aa working 1 of 2 slots in use" in browser.evaluate(TEXT)
+    assert "host-2 bb not seen" in browser.evaluate(TEXT)
+    follow(browser, "Keys", "/ui/keys")
+    assert browser.complaints == []

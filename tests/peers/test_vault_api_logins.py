@@ -1,0 +1,110 @@
+"""The ``bao`` command, its agent and hvac log in, and call with what they got."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import hvac
+import pytest
+
+from kms_core.auth import tokens
+from kms_core.programs.tether import spawn
+from support.credentials import Issuer, serving
+from support.openbao import binary
+from support.service import b64
+from support.vault_api import run
+from support.vault_logins import Logins, deploy, flux
+from support.waiting import until
+
+AGENT: Final = """
+vault {{ address = "{url}" }}
+auto_auth {{
+  method "{method}" {{
+    mount_path = "auth/{method}"
+    config = {{ {config} }}
+  }}
+  sink "file" {{ config = {{ path = "{sink}" }} }}
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def corp() -> Issuer:
+    made = Issuer()
+    made.rollover("corp-1", "RS256")
+    return made
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, corp: Issuer) -> Iterator[Logins]:
+    """Both issuers have the same keys."""
+    with serving(corp) as url, Logins(tmp_path_factory.mktemp("logins"), url, url) as running:
+        yield running.start("api")
+
+
+def test_the_bao_command_logs_in_and_encrypts(service: Logins, corp: Issuer, tmp_path: Path) -> None:
+    environ = {"BAO_ADDR": service.url, "HOME": str(tmp_path)}
+    said = [f"{name}={value}" for name, value in deploy(corp).items()]
+    token = run([binary(), "write", "-field=token", "auth/jwt/login", *said], environ, tmp_path).stdout
+    call = [binary(), "write", "-format=json", "transit/encrypt/default", f"plaintext={b64(b'hello')}"]
+    sealed = json.loads(run(call, {**environ, "BAO_TOKEN": token}, tmp_path).stdout)["data"]["ciphertext"]
+    call = [binary(), "write", "-field=plaintext", "transit/decrypt/default", f"ciphertext={sealed}"]
+    refused = run([binary(), "write", "auth/jwt/login", said[1], "role=ops"], environ, tmp_path, check=False)
+
+    assert run(call, {**environ, "BAO_TOKEN": token}, tmp_path).stdout == b64(b"hello")
+    assert (refused.returncode, "permission denied" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("method", ["approle", "jwt", "kubernetes"])
+def test_hvac_logs_in_and_encrypts(service: Logins, corp: Issuer, method: str) -> None:
+    client = hvac.Client(url=service.url)
+    match method:
+        case "approle":
+            token, secret = service.make("encrypt,decrypt key=default")
+            made = client.auth.approle.login(token.name, secret)
+        case "jwt":
+            made = client.auth.jwt.jwt_login("deploy", deploy(corp)["jwt"])
+        case _:
+            made = client.auth.kubernetes.login("flux", flux(corp)["jwt"])
+    client.token = made["auth"]["client_token"]  # jwt_login and kubernetes may leave it to the caller
+
+    transit = client.secrets.transit
+    sealed = transit.encrypt_data("default", b64(b"hello"))["data"]["ciphertext"]
+    assert transit.decrypt_data("default", sealed)["data"]["plaintext"] == b64(b"hello")
+    assert client.lookup_token()["data"]["type"] == "batch"
+    client.adapter.close()
+
+
+@pytest.mark.parametrize("method", ["approle", "jwt", "kubernetes"])
+def test_an_agent_logs_in(service: Logins, corp: Issuer, tmp_path: Path, method: str) -> None:
+    files = {name: tmp_path / name for name in ("role", "secret", "sink")}
+    secret = str({"jwt": deploy, "kubernetes": flux}.get(method, deploy)(corp)["jwt"])
+    config = {
+        "jwt": f'role = "deploy", path = "{files["secret"]}", remove_jwt_after_reading = false',
+        "kubernetes": f'role = "flux", token_path = "{files["secret"]}"',
+        "approle": (
+            f'role_id_file_path = "{files["role"]}", secret_id_file_path = "{files["secret"]}", '
+            "remove_secret_id_file_after_reading = false"
+        ),
+    }[method]
+    if method == "approle":
+        token, secret = service.make("encrypt,decrypt key=default")
+        files["role"].write_text(token.name)
+    files["secret"].write_text(secret)
+    (tmp_path / "agent.hcl").write_text(
+        AGENT.format(url=service.url, method=method, config=config, sink=files["sink"])
+    )
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        argv = [binary(), "agent", f"-config={tmp_path / 'agent.hcl'}"]
+        agent = spawn(argv, env={"HOME": str(tmp_path)}, output=output)
+    try:
+        until(files["sink"].exists, "the agent has a token")
+        short = files["sink"].read_text()
+    finally:
+        agent.kill()
+        agent.wait()
+
+    assert tokens.PREFIX not in short
+    assert service.encrypts(short) == 200, log.read_text()

@@ -1,0 +1,86 @@
+"""``scripts/structure.py``: each bound is broken once in a small tree, and found."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[2]
+BOUNDS: Final[dict[str, Any]] = {
+    "modules": 9,
+    "code_lines": 99,
+    "module_lines": 40,
+    "small_module_lines": 5,
+    "words": ["anew", "nudges?"],
+    "alone": {},
+}
+
+
+@pytest.fixture
+def structure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, over an empty tree."""
+    spec = importlib.util.spec_from_file_location("structure", ROOT / "scripts/structure.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "structure", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "SOURCE", tmp_path)
+    return module
+
+
+def found(structure: ModuleType, files: dict[str, str], **bounds: object) -> list[str]:
+    for name, text in files.items():
+        path = structure.SOURCE / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    read = [structure.read(path) for path in sorted(structure.SOURCE.rglob("*.py"))]
+    return list(structure.problems(read, BOUNDS | bounds))
+
+
+def test_a_good_tree_has_no_problem(structure: ModuleType) -> None:
+    files = {"a": '"""Reads files."""\n\nX = 1\n', "p/__init__": '"""Empty."""\n'}
+    assert found(structure, files) == []
+
+
+def test_code_lines_are_those_without_blanks_comments_and_docstrings(structure: ModuleType) -> None:
+    path = structure.SOURCE / "a.py"
+    path.write_text('"""One.\n\nTwo."""\n\n# three\nX = [\n    1,\n]\nY = """\n-- in SQL\n"""\n"""Of Y."""\n')
+
+    assert structure.read(path).code_lines == 6
+
+
+@pytest.mark.parametrize(
+    ("files", "bounds", "problem"),
+    [
+        ({"a": "X = 1\n", "b": "Y = 1\n"}, {"modules": 1}, "2 modules, at most 1"),
+        ({"a": "X = 1\nY = 2\n"}, {"code_lines": 1}, "2 code lines, at most 1"),
+        ({"a": "\n" * 41 + "X = 1\n"}, {}, "a: 42 lines, at most 40"),
+        ({"a": "class A: ...\n", "b": "class A: ...\n"}, {}, "class A: 2 classes have this name"),
+        ({"a": "X = 1\n", "b": "import a\n"}, {}, "a: 1 code lines, used by b only"),
+        ({"p/a": "X = 1\n", "p/b": "def f():\n    from p.a import X\n"}, {}, "p.a: 1 code lines"),
+        ({"a": "X = 1\n"}, {"alone": {"b": "why"}}, "alone: b needs no reason any more"),
+        ({"a": '"""Made anew."""\nX = 1\n'}, {}, "a.py:1: 'anew' is no word of this project"),
+        ({"a": 'def f():\n    """One.\n\n    Two nudges."""\n'}, {}, "a.py:4: 'nudges' is no word"),
+        ({"a": "X = 1  # anew\n"}, {}, "a.py:1: 'anew' is no word"),
+        ({"a": 'def f():\n    """What it does."""\n'}, {}, "a.py:2: a docstring begins with"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_each_bound_is_held(
+    structure: ModuleType, files: dict[str, str], bounds: dict[str, object], problem: str
+) -> None:
+    [only] = found(structure, files, **bounds)
+    assert only.startswith(problem)
+
+
+def test_a_reason_lets_a_small_module_stand_alone(structure: ModuleType) -> None:
+    assert found(structure, {"a": "X = 1\n", "b": "import a\n"}, alone={"a": "a program"}) == []
+
+
+def test_a_text_that_is_no_docstring_may_say_anything(structure: ModuleType) -> None:
+    assert found(structure, {"a": 'X = "anew, What?"\n'}) == []

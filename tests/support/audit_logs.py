@@ -1,0 +1,109 @@
+"""Audit trails in a temporary folder: their keys, their lines, and hands that damage them."""
+
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kms_core.audit import AuditLog, AuditLogRules, AuditRecord
+from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
+from kms_core.audit.verification.scan import VerificationReport
+from kms_core.audit.verification.verify import verify
+
+Line = dict[str, Any]
+
+
+def record(number: int = 0, **fields: Any) -> AuditRecord:  # noqa: ANN401 -- the fields of a record
+    return AuditRecord(
+        **(
+            {
+                "operation": "encrypt",
+                "principal": f"ada-{number}",
+                "tenant": "acme",
+                "credential": "test",
+                "result": "ok",
+            }
+            | fields
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder for a trail, and keys beside it."""
+
+    at: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.at / "audit"
+
+    @property
+    def signing_key(self) -> Path:
+        return self.at / "signing.key"
+
+    def trail(
+        self,
+        rules: AuditLogRules | None = None,
+        *,
+        role: str = "api",
+        clock: Callable[[], int] = time.time_ns,
+    ) -> AuditLog:
+        concealer, signer = Concealer.at(self.at / "audit.key"), Signer.at(self.signing_key)
+        return AuditLog(self.folder, role, concealer, signer, rules, clock=clock)
+
+    def written(self, count: int, rules: AuditLogRules | None = None, *, close: bool = True) -> Path:
+        """A trail of so many records; its (last) file."""
+        trail = self.trail(rules)
+        for number in range(1, count + 1):
+            trail.append(record(number))
+        if close:
+            trail.close()
+        return self.files()[-1]
+
+    def files(self) -> list[Path]:
+        return sorted(self.folder.iterdir())
+
+    def lines(self) -> list[Line]:
+        """Every line of every file, in order; fails on one that is not JSON."""
+        return [json.loads(line) for file in self.files() for line in file.read_bytes().splitlines()]
+
+    def operations(self) -> list[Line]:
+        return [line for line in self.lines() if "operation" in line]
+
+    def principals(self) -> list[str]:
+        return [str(line["principal"]) for line in self.operations()]
+
+    def keys(self) -> PublicKeys:
+        return PublicKeys.read(public_path(self.signing_key))
+
+    def verified(self, *anchors: bytes, processes: int = 1) -> VerificationReport:
+        return verify(self.folder, self.keys(), {"here": anchors} if anchors else {}, processes=processes)
+
+
+def codes(report: VerificationReport) -> list[str]:
+    return [problem.code for problem in report.problems]
+
+
+def notes(report: VerificationReport) -> list[str]:
+    return [note.code for note in report.notes]
+
+
+def rewrite(path: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
+    """Change the lines of a file, in place."""
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+
+
+@contextmanager
+def room_for(size_bytes: int) -> Iterator[None]:
+    """No file of this process may grow beyond a size: how a full disk looks to a writer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

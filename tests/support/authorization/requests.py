@@ -1,0 +1,294 @@
+"""A good request for each row of docs/authorization.md, made anew each time: only the caller is left open."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from kms_protocol.wire import JobKind
+from support.authorization.application import CONTEXT, OTHER_CONTEXT, Application
+from support.service import b64
+
+KEY: Final = "pay-1"
+NEW: Final = "new-1"
+ROTATED: Final = "turn-1"
+_PLAIN: Final = b64(b"seventeen")
+_FILE_KEY: Final = b64(bytes(range(16)))
+
+
+@dataclass(frozen=True)
+class Ask:
+    """``rules`` are what a scope says of the key (and context) in each role of the table.
+
+    ``passes`` are error codes of an answer to a caller who is allowed: what is wrong then is the call.
+    ``has_context``: the call carries ``CONTEXT``, to which ``context=`` of a scope is held.
+    """
+
+    path: str
+    body: object = None
+    data: bytes | None = None
+    form: Mapping[str, str] | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    rules: Mapping[str, str] = field(default_factory=lambda: {"key": f"key={KEY}"})
+    passes: frozenset[str] = frozenset()
+    has_context: bool = False
+
+
+Make = Callable[[Application], Ask]
+API: Final = "/api/v1/kms"
+MOVED: Final = {"old": f"key={KEY}", "new": f"key={NEW}"}
+REBOUND: Final = {"old": f"key={KEY} context={CONTEXT}", "new": f"key={KEY} context={OTHER_CONTEXT}"}
+
+
+def _on_key(path: str, **body: object) -> Make:
+    """A call that names its key and its context."""
+    return lambda _: Ask(API + path, {"key_id": KEY, "context": CONTEXT, **body}, has_context=True)
+
+
+def _sealed(application: Application) -> dict[str, object]:
+    return {"ciphertext": b64(application.sealed(KEY)), "context": CONTEXT}
+
+
+def _opening(path: str, rules: Mapping[str, str] | None = None, **more: object) -> Make:
+    """A call on a ciphertext, which names its key."""
+    return lambda application: Ask(
+        API + path,
+        {**_sealed(application), **more},
+        rules=rules or {"key": f"key={KEY}"},
+        has_context=rules is None,
+    )
+
+
+def _batch(operation: str, rules: Mapping[str, str] | None = None, **more: object) -> Make:
+    def make(application: Application) -> Ask:
+        item = {"plaintext": _PLAIN, "context": CONTEXT, "key_id": KEY} | more
+        if operation != "encrypt":
+            item = {**_sealed(application), **more}
+        body = {"operation": operation, "items": [item]}
+        rules_ = rules or {"key": f"key={KEY}"}
+        return Ask(f"{API}/batch", body, rules=rules_, has_context=rules is None)
+
+    return make
+
+
+def _payload(data: bytes, encoding: bytes) -> dict[str, object]:
+    return {"payloads": [{"metadata": {"encoding": b64(encoding)}, "data": b64(data)}]}
+
+
+def _items(kind: str, **more: object) -> Make:
+    def make(application: Application) -> Ask:
+        item = {"plaintext": _PLAIN} if kind == "encrypt" else {"ciphertext": b64(application.sealed(KEY))}
+        body = {"kind": kind, "items": [item], "context": CONTEXT, "key_id": KEY, **more}
+        key = f"key={more.get('key_id', KEY)}"
+        return Ask(f"{API}/jobs", body, rules={"key": key, "new": f"{key} context={OTHER_CONTEXT}"})
+
+    return make
+
+
+def _files(kind: str, source: str = "in/one", **more: object) -> Make:
+    def make(application: Application) -> Ask:
+        target = application.new_target(is_folder="*" in source)
+        files = {"source": application.url(source), "target": target}
+        body = {"kind": kind, "context": CONTEXT, "key_id": KEY, **files, **more}
+        rules = {"key": f"key={KEY}", "new": f"key={KEY} context={OTHER_CONTEXT}"}
+        return Ask(f"{API}/jobs", body, rules=rules, has_context="new_context" not in more)
+
+    return make
+
+
+def _upload(kind: str) -> Make:
+    def make(application: Application) -> Ask:
+        data = b"seventeen" if kind == "encrypt" else application.sealed(KEY)
+        headers = {"X-KMS-Context": CONTEXT, "X-KMS-Key-Id": KEY}
+        return Ask(f"{API}/files/{kind}", data=data, headers=headers, has_context=True)
+
+    return make
+
+
+def _stream(application: Application) -> Ask:
+    del application
+    line = b'{"plaintext":"aGk="}\n'
+    headers = {"Content-Type": "application/x-ndjson", "X-KMS-Context": CONTEXT, "X-KMS-Key-Id": KEY}
+    return Ask(f"{API}/jobs?kind=encrypt", data=line, headers=headers)
+
+
+def _plain(path: str, *passes: str, **more: object) -> Make:
+    return lambda _: Ask(path, passes=frozenset(passes), **more)  # type: ignore[arg-type]  # as ``Ask`` has them
+
+
+def _job(path: str, *, dead: bool = False, over: bool = False, form: bool = False) -> Make:
+    """A call on a job that is queued, or that has ended in one of these ways."""
+
+    def make(application: Application) -> Ask:
+        job_id = application.job(dead=dead, over=over)
+        return Ask(path.replace("{job_id}", job_id), form={} if form else None)
+
+    return make
+
+
+def _result(kind: JobKind, *, own: bool) -> Make:
+    def make(application: Application) -> Ask:
+        job_id = application.job(kind, KEY, owner=application.caller if own else None)
+        return Ask(f"{API}/jobs/{job_id}/result", passes=frozenset({"job_not_finished"}))
+
+    return make
+
+
+def _login(application: Application) -> Ask:
+    stamp, cookie = application.visitor()
+    return Ask(
+        "/ui/login", form={"token": application.everything, "stamp": stamp}, headers={"Cookie": cookie}
+    )
+
+
+_TURN: Final = {"key": f"key={ROTATED}"}
+CALLS: Final[dict[tuple[str, str, str], Make]] = {
+    ("POST", f"{API}/encrypt", ""): _on_key("/encrypt", plaintext=_PLAIN),
+    ("POST", f"{API}/decrypt", ""): _opening("/decrypt"),
+    ("POST", f"{API}/generate-key", ""): _on_key("/generate-key"),
+    ("POST", f"{API}/rewrap", "same key and context"): _opening("/rewrap"),
+    ("POST", f"{API}/rewrap", "to another key"): _opening("/rewrap", MOVED, key_id=NEW),
+    ("POST", f"{API}/rewrap", "to another context"): _opening("/rewrap", REBOUND, new_context=OTHER_CONTEXT),
+    ("POST", f"{API}/wrap", ""): _on_key("/wrap", file_key=_FILE_KEY),
+    ("POST", f"{API}/unwrap", ""): lambda application: Ask(
+        f"{API}/unwrap", {"stanzas": application.wrapped(KEY), "context": CONTEXT}, has_context=True
+    ),
+    ("POST", f"{API}/batch", "encrypt"): _batch("encrypt"),
+    ("POST", f"{API}/batch", "decrypt"): _batch("decrypt"),
+    ("POST", f"{API}/batch", "rewrap, same key"): _batch("rewrap"),
+    ("POST", f"{API}/batch", "rewrap, to another key"): _batch("rewrap", MOVED, key_id=NEW),
+    ("POST", f"{API}/batch", "reseal, same key"): _batch("reseal"),
+    ("POST", f"{API}/batch", "reseal, to another key"): _batch("reseal", MOVED, key_id=NEW),
+    ("POST", f"{API}/codec/encode", ""): lambda _: Ask(
+        f"{API}/codec/encode", _payload(b"1", b"json/plain"), headers={"X-KMS-Key-Id": KEY}
+    ),
+    ("POST", f"{API}/codec/decode", ""): lambda application: Ask(
+        f"{API}/codec/decode", _payload(application.encoded(KEY), b"binary/encrypted")
+    ),
+    ("GET", f"{API}/keys", ""): _plain(f"{API}/keys"),
+    ("GET", f"{API}/keys/{{key_id}}", ""): _plain(f"{API}/keys/{KEY}"),
+    ("POST", f"{API}/keys/{{key_id}}/rotate", ""): _plain(f"{API}/keys/{ROTATED}/rotate", rules=_TURN),
+    ("POST", f"{API}/jobs", "items, encrypt"): _items("encrypt"),
+    ("POST", f"{API}/jobs", "items, decrypt"): _items("decrypt"),
+    ("POST", f"{API}/jobs", "items, rewrap"): _items("rewrap"),
+    ("POST", f"{API}/jobs", "items, rewrap to another context"): _items("rewrap", new_context=OTHER_CONTEXT),
+    ("POST", f"{API}/jobs", "items, reseal"): _items("reseal"),
+    ("POST", f"{API}/jobs", "items, reseal to another context"): _items("reseal", new_context=OTHER_CONTEXT),
+    ("POST", f"{API}/jobs", "items as a stream"): _stream,
+    ("POST", f"{API}/jobs", "file to file, encrypt"): _files("encrypt"),
+    ("POST", f"{API}/jobs", "file to file, decrypt"): _files("decrypt", "in/one.age"),
+    ("POST", f"{API}/jobs", "file to file, rewrap"): _files("rewrap", "in/one.age"),
+    ("POST", f"{API}/jobs", "file to file, reseal to another context"): _files(
+        "reseal", "in/one.age", new_context=OTHER_CONTEXT
+    ),
+    ("POST", f"{API}/jobs", "many files, encrypt"): _files("encrypt", "in/*"),
+    ("POST", f"{API}/files/encrypt", ""): _upload("encrypt"),
+    ("POST", f"{API}/files/decrypt", ""): _upload("decrypt"),
+    ("GET", f"{API}/jobs", ""): _plain(f"{API}/jobs"),
+    ("GET", f"{API}/jobs/dead", ""): _plain(f"{API}/jobs/dead"),
+    ("GET", f"{API}/jobs/events", ""): _plain(  # answered at once: the stream has no end
+        f"{API}/jobs/events", "invalid_request", headers={"Last-Event-ID": "none"}
+    ),
+    ("GET", f"{API}/job-groups/{{name}}", ""): lambda application: Ask(
+        f"{API}/job-groups/{application.group()}"
+    ),
+    ("POST", f"{API}/jobs/status", ""): lambda application: Ask(
+        f"{API}/jobs/status", {"job_ids": [application.job()]}
+    ),
+    ("GET", f"{API}/jobs/{{job_id}}", ""): _job(f"{API}/jobs/{{job_id}}"),
+    ("GET", f"{API}/jobs/{{job_id}}/events", ""): _job(f"{API}/jobs/{{job_id}}/events", over=True),
+    ("GET", f"{API}/jobs/{{job_id}}/result", "the caller's own job"): _result("encrypt", own=True),
+    ("GET", f"{API}/jobs/{{job_id}}/result", "another caller's encrypt job"): _result("encrypt", own=False),
+    ("GET", f"{API}/jobs/{{job_id}}/result", "another caller's decrypt job"): _result("decrypt", own=False),
+    ("DELETE", f"{API}/jobs/{{job_id}}/result", "the caller's own job"): _result("encrypt", own=True),
+    ("DELETE", f"{API}/jobs/{{job_id}}/result", "another caller's decrypt job"): _result(
+        "decrypt", own=False
+    ),
+    ("DELETE", f"{API}/jobs/{{job_id}}", ""): _job(f"{API}/jobs/{{job_id}}"),
+    ("POST", f"{API}/jobs/{{job_id}}/cancel", ""): _job(f"{API}/jobs/{{job_id}}/cancel"),
+    ("POST", f"{API}/jobs/{{job_id}}/retry", ""): _job(f"{API}/jobs/{{job_id}}/retry", dead=True),
+    ("GET", f"{API}/webhooks/dead", ""): _plain(f"{API}/webhooks/dead"),
+    ("POST", f"{API}/webhooks/dead/{{delivery_id}}/resend", ""): lambda application: Ask(
+        f"{API}/webhooks/dead/{application.given_up()}/resend"
+    ),
+    ("GET", f"{API}/intake", ""): _plain(f"{API}/intake"),
+    ("GET", f"{API}/audit", ""): _plain(f"{API}/audit"),
+    ("GET", f"{API}/status", ""): _plain(f"{API}/status"),
+    ("GET", "/metrics", "from elsewhere"): _plain("/metrics"),
+    ("GET", f"{API}/health", ""): _plain(f"{API}/health"),
+    ("GET", "/livez", ""): _plain("/livez"),
+    ("GET", "/readyz", ""): _plain("/readyz"),
+    ("GET", "/docs", ""): _plain("/docs"),
+    ("GET", "/openapi.json", ""): _plain("/openapi.json"),
+    ("GET", "/ui", ""): _plain("/ui"),
+    ("GET", "/ui/jobs", ""): _plain("/ui/jobs"),
+    ("GET", "/ui/jobs/{job_id}", ""): _job("/ui/jobs/{job_id}"),
+    ("GET", "/ui/jobs/{job_id}/events", ""): _job("/ui/jobs/{job_id}/events", over=True),
+    ("POST", "/ui/jobs/{job_id}/cancel", ""): _job("/ui/jobs/{job_id}/cancel", form=True),
+    ("POST", "/ui/jobs/{job_id}/retry", ""): _job("/ui/jobs/{job_id}/retry", dead=True, form=True),
+    ("GET", "/ui/audit", ""): _plain("/ui/audit"),
+    ("GET", "/ui/audit/{audit_id}/receipt", ""): lambda application: Ask(
+        f"/ui/audit/{application.audit_id()}/receipt"
+    ),
+    ("GET", "/ui/workers", ""): _plain("/ui/workers"),
+    ("GET", "/ui/keys", ""): _plain("/ui/keys"),
+    ("GET", "/ui/keys/{key_id}/rotate", ""): _plain(f"/ui/keys/{KEY}/rotate"),
+    ("POST", "/ui/keys/{key_id}/rotate", ""): _plain(f"/ui/keys/{ROTATED}/rotate", rules=_TURN, form={}),
+    ("GET", "/ui/runbooks", ""): _plain("/ui/runbooks"),
+    ("GET", "/ui/login", ""): _plain("/ui/login"),
+    ("POST", "/ui/login", "with a good token"): _login,
+    ("POST", "/ui/logout", ""): _plain("/ui/logout", form={}),
+    ("GET", "/ui/static/{name}", ""): _plain("/ui/static/page.css"),
+}
+
+
+# -- the Vault API -------------------------------------------------------------------------------------
+
+
+def _vault(path: str, *, many: bool = False, opens: bool = False, **body: object) -> Make:
+    def make(application: Application) -> Ask:
+        item = {"ciphertext": application.of_vault(KEY)} if opens else body
+        return Ask(f"/v1/transit/{path}/{KEY}", {"batch_input": [item]} if many else item)
+
+    return make
+
+
+_MOUNT: Final = "/v1/{mount}"
+_WRITTEN: Final[dict[tuple[str, str], Make]] = {
+    (f"{_MOUNT}/encrypt/{{name}}", ""): _vault("encrypt", plaintext=_PLAIN),
+    (f"{_MOUNT}/encrypt/{{name}}", "batch_input"): _vault("encrypt", many=True, plaintext=_PLAIN),
+    (f"{_MOUNT}/decrypt/{{name}}", ""): _vault("decrypt", opens=True),
+    (f"{_MOUNT}/decrypt/{{name}}", "batch_input"): _vault("decrypt", opens=True, many=True),
+    (f"{_MOUNT}/rewrap/{{name}}", ""): _vault("rewrap", opens=True),
+    (f"{_MOUNT}/rewrap/{{name}}", "batch_input"): _vault("rewrap", opens=True, many=True),
+    (f"{_MOUNT}/datakey/plaintext/{{name}}", ""): _vault("datakey/plaintext"),
+    (f"{_MOUNT}/datakey/wrapped/{{name}}", ""): _vault("datakey/wrapped"),
+    (f"{_MOUNT}/keys/{{name}}", ""): _vault("keys"),
+    (f"{_MOUNT}/keys/{{name}}/rotate", ""): _plain(f"/v1/transit/keys/{ROTATED}/rotate", rules=_TURN),
+    (f"{_MOUNT}/keys/{{name}}/config", ""): _plain(f"/v1/transit/keys/{KEY}/config"),
+    ("/v1/auth/token/renew-self", ""): _plain("/v1/auth/token/renew-self", "lease is not renewable"),
+    ("/v1/auth/token/revoke-self", ""): _plain("/v1/auth/token/revoke-self", "cannot be revoked"),
+    ("/v1/auth/{mount}/login", "with a good JWT"): lambda application: Ask(
+        "/v1/auth/jwt/login", {"role": "all", "jwt": application.issuer.token()}
+    ),
+    ("/v1/sys/capabilities-self", ""): _plain("/v1/sys/capabilities-self", body={"path": "transit/keys"}),
+}
+CALLS.update({(method, *row): make for row, make in _WRITTEN.items() for method in ("POST", "PUT")})
+CALLS.update(
+    {
+        ("GET", f"{_MOUNT}/keys", ""): _plain("/v1/transit/keys", "[]"),
+        ("LIST", f"{_MOUNT}/keys", ""): _plain("/v1/transit/keys", "[]"),
+        ("GET", f"{_MOUNT}/keys/{{name}}", ""): _plain(f"/v1/transit/keys/{KEY}"),
+        ("DELETE", f"{_MOUNT}/keys/{{name}}", ""): _plain(
+            f"/v1/transit/keys/{KEY}", "deletion is not allowed"
+        ),
+        ("GET", "/v1/auth/token/lookup-self", ""): _plain("/v1/auth/token/lookup-self"),
+        ("GET", "/v1/sys/mounts", ""): _plain("/v1/sys/mounts"),
+        ("GET", "/v1/sys/internal/ui/mounts", ""): _plain("/v1/sys/internal/ui/mounts"),
+        ("GET", "/v1/sys/internal/ui/mounts/{mount}", ""): _plain("/v1/sys/internal/ui/mounts/transit"),
+        ("GET", "/v1/sys/health", ""): _plain("/v1/sys/health"),
+        ("HEAD", "/v1/sys/health", ""): _plain("/v1/sys/health"),
+        ("GET", "/v1/sys/seal-status", ""): _plain("/v1/sys/seal-status"),
+        ("GET", "/v1/sys/init", ""): _plain("/v1/sys/init"),
+        ("GET", "/v1/sys/leader", ""): _plain("/v1/sys/leader"),
+    }
+)

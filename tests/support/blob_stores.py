@@ -1,0 +1,88 @@
+"""Places for the spool, for tests that hold for each: a directory, and buckets of real servers."""
+
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from kms_core.jobs.storage.blob_store import BlobStore
+from kms_core.jobs.storage.disk_sync import DiskSync
+from kms_core.jobs.storage.spool_bucket import SpoolBucket
+from kms_core.jobs.storage.spool_folder import SpoolFolder
+from kms_core.s3.bucket import Bucket
+from kms_core.s3.connection import S3Connection, S3Endpoint
+from kms_core.s3.sigv4 import Credentials
+from kms_core.s3.streams import BufferPool
+from support import object_stores
+from support.object_stores import ACCESS_KEY, SECRET, TestBucket
+
+PREFIX: Final = "the/spool/"
+MIB: Final = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Place:
+    """A store of blobs, and the ways of others to it."""
+
+    store: BlobStore
+    files: Callable[[], dict[str, bytes]]
+    """All that rests there, by folder and name."""
+    change: Callable[[str, bytes], object]
+    """Write content in place of that of a blob."""
+    unfinished: Callable[[], list[str]]
+    """What writers left that no name shows."""
+    close: Callable[[], object] = lambda: None
+
+
+def of_folder(path: Path) -> Place:
+    store = SpoolFolder(path, DiskSync(path))
+
+    def files() -> dict[str, bytes]:
+        found = (each for each in path.rglob("*") if each.is_file())
+        return {str(each.relative_to(path)): each.read_bytes() for each in found}
+
+    def change(name: str, data: bytes) -> None:
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(data)
+
+    return Place(store, files, change, list)
+
+
+def connection(url: str, access_key: str = ACCESS_KEY, timeout_s: float = 20.0) -> S3Connection:
+    endpoint = S3Endpoint(url, "us-east-1", lambda: Credentials(access_key, SECRET), None, timeout_s)
+    return S3Connection(endpoint, first_wait_s=0.01)
+
+
+def spool_bucket(bucket: TestBucket, url: str = "", buffer_bytes: int = 64 * MIB) -> SpoolBucket:
+    """The spool in a bucket, behind another address if one is given."""
+    line = connection(url or bucket.store.url)
+    return SpoolBucket(
+        Bucket(bucket.name, line, path_style=True), PREFIX, BufferPool(buffer_bytes, wait_s=0.5)
+    )
+
+
+def of_bucket(bucket: TestBucket) -> Place:
+    def files() -> dict[str, bytes]:
+        return {key.removeprefix(PREFIX): bucket.get(key) for key in bucket.keys()}  # noqa: SIM118 -- no dict
+
+    def change(name: str, data: bytes) -> None:
+        bucket.put(PREFIX + name, data)
+
+    store = spool_bucket(bucket)
+    return Place(store, files, change, bucket.uploads, store.bucket.line.close)
+
+
+def make(kind: str, folder: Path) -> Place:
+    """A new place of a kind: ``folder``, ``moto``, ``weed`` or ``minio``."""
+    if kind == "folder":
+        path = folder / f"spool-{uuid.uuid4()}"
+        path.mkdir(0o700)
+        return of_folder(path)
+    store = {"moto": object_stores.moto, "weed": object_stores.weed, "minio": object_stores.minio}[kind]()
+    return of_bucket(store.new())
+
+
+KINDS: Final = ("folder", "moto", "weed", *(["minio"] if shutil.which("minio") else []))
+"""MinIO takes minutes to build: it takes part where it is on the PATH."""

@@ -1,0 +1,159 @@
+"""What each route is asked for with, full of secrets: a good body for each, by the route."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from support.canary.service import CanaryService
+from support.service import b64
+
+Route = tuple[str, str]
+Body = Callable[[CanaryService], Mapping[str, object] | None]
+
+
+def nothing(install: CanaryService) -> None:
+    del install
+
+
+def items(install: CanaryService) -> dict[str, object]:
+    return {"plaintext": b64(install.plaintext.encode()), "context": install.context}
+
+
+def sealed(install: CanaryService) -> dict[str, object]:
+    return {"ciphertext": install.sealed(), "context": install.context}
+
+
+def wrapped(install: CanaryService) -> dict[str, object]:
+    made = install.api(
+        "POST", "/wrap", {"file_key": b64(install.secrets["file key"]), "context": install.context}
+    )
+    return {"stanzas": made["stanza"], "context": install.context}
+
+
+def payloads(install: CanaryService) -> dict[str, object]:
+    return {
+        "payloads": [{"metadata": {"encoding": b64(b"json/plain")}, "data": b64(install.plaintext.encode())}]
+    }
+
+
+def for_vault(install: CanaryService) -> dict[str, object]:
+    data = b64(install.value.encode())
+    return {"plaintext": b64(install.plaintext.encode()), "context": data, "associated_data": data}
+
+
+def of_vault(install: CanaryService) -> dict[str, object]:
+    made = install.ask("POST", "/v1/transit/encrypt/default", for_vault(install)).json()["data"]
+    return {**for_vault(install), "ciphertext": made["ciphertext"]} | {"plaintext": None}
+
+
+CALLS: Final[dict[Route, Body]] = {
+    ("POST", "/encrypt"): items,
+    ("POST", "/decrypt"): sealed,
+    ("POST", "/generate-key"): lambda install: {"context": install.context},
+    ("POST", "/rewrap"): lambda install: {**sealed(install), "new_context": {"now": install.value}},
+    ("POST", "/wrap"): lambda install: {
+        "file_key": b64(install.secrets["file key"]),
+        "context": install.context,
+    },
+    ("POST", "/unwrap"): wrapped,
+    ("POST", "/batch"): lambda install: {"operation": "decrypt", "items": [sealed(install)] * 3},
+    ("POST", "/codec/encode"): payloads,
+    ("POST", "/codec/decode"): lambda install: install.api("POST", "/codec/encode", payloads(install)),
+    ("POST", "/jobs"): lambda install: {"kind": "encrypt", "items": [items(install)], "callback": "hook"},
+    ("POST", "/jobs/status"): lambda install: {
+        "job_ids": [install.job_of({"kind": "encrypt", "items": [items(install)]})["job_id"]]
+    },
+    **dict.fromkeys(
+        [
+            ("POST", "/files/encrypt"),
+            ("POST", "/files/decrypt"),
+            ("GET", "/keys"),
+            ("GET", "/keys/{key_id}"),
+            ("POST", "/keys/{key_id}/rotate"),
+            ("GET", "/jobs"),
+            ("GET", "/jobs/dead"),
+            ("GET", "/jobs/{job_id}"),
+            ("GET", "/jobs/{job_id}/events"),
+            ("GET", "/jobs/{job_id}/result"),
+            ("DELETE", "/jobs/{job_id}/result"),
+            ("GET", "/job-groups/{name}"),
+            ("GET", "/jobs/events"),
+            ("DELETE", "/jobs/{job_id}"),
+            ("POST", "/jobs/{job_id}/cancel"),
+            ("POST", "/jobs/{job_id}/retry"),
+            ("GET", "/webhooks/dead"),
+            ("POST", "/webhooks/dead/{delivery_id}/resend"),
+            ("GET", "/intake"),
+            ("GET", "/audit"),
+            ("GET", "/status"),
+            ("GET", "/health"),
+            ("GET", "/livez"),
+            ("GET", "/readyz"),
+            ("GET", "/metrics"),
+        ],
+        nothing,
+    ),
+}
+_VAULT_BODIES: Final[dict[str, Body]] = {
+    "encrypt": for_vault,
+    "decrypt": of_vault,
+    "rewrap": of_vault,
+    "{mount}": lambda install: {"role_id": install.root.split("_")[1], "secret_id": install.root},
+    "datakey": lambda install: {**for_vault(install), "plaintext": None},
+}
+VAULT_CALLS: Final[dict[Route, Body]] = {
+    (method, f"/v1/{path}"): _VAULT_BODIES.get(path.split("/")[1], lambda _: {})
+    for method in ("POST", "PUT")
+    for path in (
+        "{mount}/encrypt/{name}",
+        "{mount}/decrypt/{name}",
+        "{mount}/rewrap/{name}",
+        "{mount}/datakey/plaintext/{name}",
+        "{mount}/datakey/wrapped/{name}",
+        "{mount}/keys/{name}",
+        "{mount}/keys/{name}/rotate",
+        "{mount}/keys/{name}/config",
+        "auth/token/renew-self",
+        "auth/token/revoke-self",
+        "auth/{mount}/login",
+        "sys/capabilities-self",
+    )
+} | dict.fromkeys(
+    [
+        ("GET", "/v1/{mount}/keys"),
+        ("LIST", "/v1/{mount}/keys"),
+        ("GET", "/v1/{mount}/keys/{name}"),
+        ("DELETE", "/v1/{mount}/keys/{name}"),
+        ("GET", "/v1/auth/token/lookup-self"),
+        ("GET", "/v1/sys/mounts"),
+        ("GET", "/v1/sys/internal/ui/mounts"),
+        ("GET", "/v1/sys/internal/ui/mounts/{mount}"),
+        ("GET", "/v1/sys/health"),
+        ("HEAD", "/v1/sys/health"),
+        ("GET", "/v1/sys/init"),
+        ("GET", "/v1/sys/seal-status"),
+        ("GET", "/v1/sys/leader"),
+    ],
+    nothing,
+)
+UI_CALLS: Final[tuple[Route, ...]] = (
+    ("GET", "/ui/login"),
+    ("POST", "/ui/login"),
+    ("GET", "/ui"),
+    ("GET", "/ui/jobs"),
+    ("GET", "/ui/jobs/{job_id}"),
+    ("GET", "/ui/jobs/{job_id}/events"),
+    ("POST", "/ui/jobs/{job_id}/cancel"),
+    ("POST", "/ui/jobs/{job_id}/retry"),
+    ("GET", "/ui/audit"),
+    ("GET", "/ui/audit/{audit_id}/receipt"),
+    ("GET", "/ui/workers"),
+    ("GET", "/ui/keys"),
+    ("GET", "/ui/keys/{key_id}/rotate"),
+    ("POST", "/ui/keys/{key_id}/rotate"),
+    ("GET", "/ui/runbooks"),
+    ("GET", "/docs"),
+    ("GET", "/ui/static/{name}"),
+    ("POST", "/ui/logout"),
+)
+PARAMETER: Final = re.compile(r"\{(\w+)\}")

@@ -1,0 +1,201 @@
+"""The verdict on a storm: what was promised of every job, and what may be left of none."""
+
+import hashlib
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Final, cast
+
+import httpx2 as httpx
+
+from kms_core.jobs.model import Job
+from kms_core.jobs.store.store import JobStore
+from kms_protocol.errors import UnknownJob
+from kms_protocol.wire import ENDED
+from support.canary.secrets import forms
+from support.chaos.cluster import Tended
+from support.chaos.job_mix import NO_ROOM
+from support.chaos.load import Load, Ticket
+from support.service import CANARY, core_of
+from support.waiting import until
+
+TENANT: Final = "default"
+NEXT: Final[Mapping[str, frozenset[str]]] = {
+    "": frozenset({"queued"}),
+    "queued": frozenset({"queued", "running", "failed", "cancelled"}),  # ended by the one who would begin
+    "running": frozenset({"queued", "running", "committing", *ENDED}),
+    "committing": frozenset({"succeeded", "failed"}),
+    "succeeded": frozenset(),
+    "failed": frozenset(),
+    "cancelled": frozenset(),
+}
+"""Which state may follow which in the stream of events; nothing is retried by hand here."""
+
+
+class JobChecks:
+    """Collects ``faults``; ``room_was_short`` allows jobs to have failed for want of room.
+
+    ``births`` says how often each name of a target was put in place.
+    """
+
+    def __init__(
+        self, cluster: Tended, crowd: Load, births: Callable[[], Mapping[str, int]], *, room_was_short: bool
+    ) -> None:
+        self.faults: list[str] = [*crowd.troubles]
+        self.states: Counter[str] = Counter()
+        self.losses = 0
+        self._cluster = cluster
+        self._crowd = crowd
+        self._births = births
+        self._store: JobStore = core_of(cluster).worker_context.store
+        self._room_was_short = room_was_short
+
+    def wait(self, patience_s: float) -> None:
+        """Until every job has ended; those that have not after so long are lost."""
+        deadline = time.monotonic() + patience_s
+        for ticket in self._crowd.tickets:
+            while not (job := self._job(ticket)).ended and time.monotonic() < deadline:
+                self._cluster.tend()
+                time.sleep(0.05)
+            self.losses += not job.ended
+            if not job.ended:
+                self.faults.append(f"LOST: {self._told(ticket)}")
+
+    def hear(self) -> None:
+        """Everything that can be said while the results are there."""
+        for ticket in self._crowd.tickets:
+            self.states[self._job(ticket).state] += 1
+            try:
+                self._hear_one(ticket)
+            except (AssertionError, KeyError, ValueError) as exc:
+                self.faults.append(f"{self._told(ticket)}: {type(exc).__name__} {exc}")
+        self.faults += self._strays()
+        self.faults += self._events()
+        self.faults += self._glimpses()
+        self.faults += self._twice_born()
+
+    def _hear_one(self, ticket: Ticket) -> None:
+        order, job = ticket.order, self._job(ticket)
+        assert len(ticket.ids) == 1, f"asked under one key, told {ticket.ids}"
+        if job.state == "cancelled":
+            assert order.manner == "cancel", "cancelled by nobody"
+            self._nothing_of(ticket)
+        elif self._room_was_short and job.error == NO_ROOM:
+            self._nothing_of(ticket)
+        elif job.error == "items_failed" and (order.refused or self._room_was_short):
+            order.check(self._cluster.result(ticket.job_id))
+        else:
+            assert (job.state, order.refused) == ("succeeded", 0), "it ended otherwise than it should"
+            order.check(order.target.read_bytes() if order.target else self._cluster.result(ticket.job_id))
+
+    def _nothing_of(self, ticket: Ticket) -> None:
+        target = ticket.order.target
+        gone = target is None or not target.exists() or target.read_bytes() == b"old"
+        assert gone, "a job that did not succeed has a target"
+
+        def left() -> list[str]:
+            return [path for path in self._cluster.spooled() if ticket.job_id in path]
+
+        until(lambda: not left(), lambda: f"nothing in the spool: {left()}")
+
+    def _strays(self) -> Iterator[str]:
+        """A job that nobody was told of would be one that was accepted twice."""
+        known = {job_id for ticket in self._crowd.tickets for job_id in ticket.ids}
+        raw = cast("list[bytes]", self._store.redis.zrange(f"kms:tenant:{TENANT}", 0, -1))
+        yield from (
+            f"job {job_id.decode()} was asked for by nobody" for job_id in raw if job_id.decode() not in known
+        )
+
+    def _events(self) -> Iterator[str]:
+        stream = cast("list[tuple[bytes, dict[bytes, bytes]]]", self._store.redis.xrange("kms:events"))
+        seen: defaultdict[str, list[str]] = defaultdict(list)
+        for _, fields in stream:
+            seen[fields[b"subject"].decode()].append(fields[b"type"].decode().removeprefix("kms.job."))
+        for job_id, states in seen.items():
+            steps = zip(["", *states], states, strict=False)
+            if any(after not in NEXT[before] for before, after in steps):
+                yield f"job {job_id} went through {' '.join(states)}"
+        for ticket in self._crowd.tickets:
+            if seen[ticket.job_id][-1:] != [self._job(ticket).state]:
+                yield f"{self._told(ticket)}: the stream's last word is {seen[ticket.job_id][-1:]}"
+
+    def _glimpses(self) -> Iterator[str]:
+        """What was read while work went on is what is there in the end."""
+        wanted = defaultdict(list)
+        for glimpse in self._crowd.glimpses:
+            wanted[glimpse.job_id].append(glimpse)
+        for job_id, glimpses in wanted.items():
+            answer = self._cluster.get(f"/jobs/{job_id}/result")
+            whole = answer.content if answer.status_code == httpx.codes.OK else b""
+            for one in glimpses:
+                if hashlib.sha256(whole[one.start : one.start + one.size]).digest() != one.digest:
+                    yield f"job {job_id}: bytes {one.start} to {one.start + one.size} were others before"
+
+    def _twice_born(self) -> Iterator[str]:
+        """A target gets its name once, however many attempts there were."""
+        births = self._births()
+        for ticket in self._crowd.tickets:
+            target = ticket.order.target
+            expected = ticket.order.replaces + (self._job(ticket).state == "succeeded")
+            if target and (count := births.get(target.name, 0)) != expected:
+                yield f"{self._told(ticket)}: its target was put in place {count} times"
+
+    # -- afterwards ----------------------------------------------------------------------------------
+
+    def expire(self) -> None:
+        """Nothing is in anybody's hands; then time passes, and nothing is left of any job but its record."""
+        redis, files = self._store.redis, self._cluster.files
+        self._await("no lease is left", lambda: not redis.zcard(f"kms:running:{TENANT}"))
+        self._await("nothing is open", lambda: not redis.zcard("kms:open"))
+        self.faults += [
+            f"open: {self._record(raw.decode())}"
+            for raw in cast("list[bytes]", redis.zrange("kms:open", 0, 9))
+        ]
+        ended = cast("list[bytes]", redis.zrange("kms:ended", 0, -1))
+        if ended:
+            redis.zadd("kms:ended", dict.fromkeys(ended, 1.0))
+        self._await("the results are deleted", lambda: not redis.zcard("kms:ended"))
+        self._await("no temporary file is left", lambda: not list(files.glob(".kms-*")))
+
+    def _await(self, what: str, fact: Callable[[], object]) -> None:
+        try:
+            until(fact, what)
+        except AssertionError as exc:
+            self.faults.append(str(exc))
+
+    def spool_is_empty(self) -> None:
+        """After the sweep of orphans: uploads that an API took with it into the grave."""
+        self._await("the spool is empty", lambda: self._cluster.spooled() == [])
+        if left := self._cluster.spooled():
+            self.faults.append(f"left in the spool: {left[:10]}")
+
+    def search(self, folder: Path) -> None:
+        """The canary is nowhere but where the user pointed."""
+        wanted = list(forms(CANARY))
+        for path in folder.rglob("*"):
+            if not path.is_file() or self._cluster.files in path.parents:
+                continue
+            data = path.read_bytes()
+            if any(form in data for form in wanted):
+                self.faults.append(f"the canary sings in {path}")
+
+    # -- words ---------------------------------------------------------------------------------------
+
+    def _job(self, ticket: Ticket) -> Job:
+        try:
+            return self._store.get(ticket.job_id, TENANT)
+        except UnknownJob:
+            return Job(job_id=ticket.job_id, tenant=TENANT, kind="encrypt", state="queued", error="no record")
+
+    def _record(self, job_id: str) -> str:
+        fields = cast("dict[bytes, bytes]", self._store.redis.hgetall(f"kms:job:{job_id}"))
+        return f"{job_id} { ({name: value for name, value in fields.items() if name != b'sealed'}) }"
+
+    def _told(self, ticket: Ticket) -> str:
+        job = self._job(ticket)
+        order = ticket.order
+        return (
+            f"{order.name} ({order.manner}) {job.job_id} {job.state} {job.error} "
+            f"attempt {job.attempt} fence {job.fence} parts {job.parts}"
+        )

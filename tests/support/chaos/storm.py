@@ -1,0 +1,226 @@
+"""A storm over a whole install: mixed jobs, while everything that can die does, at random points of a seed.
+
+Real processes, a real Valkey (AOF ``always``) on a unix socket, nothing but 127.0.0.1, and bounded: as many
+orders and blows as the plan says, each wait with its end. ``chaos.orders`` says what is asked for,
+``chaos.weather`` what goes wrong, ``chaos.judge`` what must hold afterwards.
+"""
+
+import os
+import random
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from support.chaos.cluster import Cluster, Peer, small_disk
+from support.chaos.fault_injection import FaultInjection
+from support.chaos.inotify_counter import Births
+from support.chaos.job_checks import JobChecks
+from support.chaos.job_mix import Book
+from support.chaos.load import Load
+from support.frozen_disk import MIB, disk_or_none
+from support.service import core_of
+
+SETTINGS: Final = """
+[kms.jobs]
+lease_s = 2
+attempts = 50
+stall_s = 4
+watchdog_s = 30
+spool_dir = "{spool}"
+"""
+_CRASHES: Final = ("api 1", "worker 1")  # others: a start without its key
+_PAST_S: Final = 2 * 3600.0
+_CUT: Final = (b'"reason": "requeued"', b'"reason": "committing"', b'"event": "job.stalled"')
+"""In a worker's log: an attempt lost its lease while it worked or put its file in place, or it hung."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much of everything. ``blows`` are counts by name; ``outage_s`` is how long the key is away.
+
+    ``files_mib`` is the size of the disk of sources and targets, ``least_cut`` how many attempts must be cut.
+    """
+
+    jobs: int
+    workers: int
+    senders: int
+    scale: float
+    outage_s: float
+    patience_s: float
+    files_mib: int
+    least_cut: int
+    blows: Mapping[str, int]
+
+
+SHORT: Final = Plan(
+    jobs=60,
+    workers=2,
+    senders=4,
+    scale=0.5,
+    outage_s=2.0,
+    patience_s=90.0,
+    files_mib=1024,
+    least_cut=0,
+    blows={
+        "child": 2,
+        "worker": 1,
+        "api": 1,
+        "valkey": 1,
+        "all": 1,
+        "flood": 1,
+        "echo": 2,
+        "clock": 1,
+        "full": 1,
+        "outage": 1,
+        "freeze": 1,
+        "hang": 1,
+        "roll": 1,
+        "cut": 1,
+        "silence": 1,
+    },
+)
+LONG: Final = Plan(
+    jobs=1000,
+    workers=3,
+    senders=6,
+    scale=0.5,
+    outage_s=30.0,
+    patience_s=600.0,
+    files_mib=16 * 1024,
+    least_cut=200,
+    blows={
+        "child": 210,
+        "worker": 20,
+        "api": 15,
+        "valkey": 15,
+        "all": 5,
+        "flood": 3,
+        "echo": 20,
+        "clock": 2,
+        "full": 3,
+        "outage": 1,
+        "freeze": 5,
+        "hang": 5,
+        "roll": 2,
+        "cut": 1,
+        "silence": 1,
+    },
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a storm was, and what was found: no ``faults``, or one line each."""
+
+    seed: int
+    seconds: float
+    jobs: int
+    losses: int
+    cut: int
+    struck: Mapping[str, int]
+    states: Mapping[str, int]
+    ends: Mapping[str, int]
+    glimpses: int
+    faults: Sequence[str]
+
+    def row(self) -> str:
+        """A line of the table in benchmarks/RESULTS.md."""
+        struck, states = (
+            ", ".join(f"{name} {count}" for name, count in sorted(which.items()))
+            for which in (self.struck, self.states)
+        )
+        counts = (self.cut, self.losses, len(self.faults), round(self.seconds))
+        cells = (self.seed, self.jobs, struck, states, *counts)
+        return f"| {' | '.join(map(str, cells))} |"
+
+
+def run(folder: Path, plan: Plan, seed: int) -> Verdict:
+    """One storm, from the first process to the last search. Call it from the main thread."""
+    begun = time.monotonic()
+    with small_disk(folder / "disk") as disk, closing(Peer(folder / "peer")) as peer:
+        (state := folder / "state").mkdir(mode=0o700)
+        spool = disk or state / "spool"
+        with (
+            disk_or_none(state / "files", plan.files_mib * MIB) as files,
+            Cluster(folder, SETTINGS.format(spool=spool), plan.workers, peer) as cluster,
+        ):
+            cluster.spool, cluster.disk = spool, files
+            judge, faults, crowd = _rage(cluster.launch(), plan, seed, has_disk=disk is not None)
+        judge.search(folder)  # Valkey has written its last
+        judge.faults += [f"ended by itself: {end}" for end in _CRASHES if cluster.ends[end]]
+    return Verdict(
+        seed=seed,
+        seconds=time.monotonic() - begun,
+        jobs=len(crowd.tickets),
+        losses=judge.losses,
+        cut=_cut(cluster),
+        struck=faults.struck,
+        states=judge.states,
+        ends=cluster.ends,
+        glimpses=len(crowd.glimpses),
+        faults=judge.faults,
+    )
+
+
+def _rage(
+    cluster: Cluster, plan: Plan, seed: int, *, has_disk: bool
+) -> tuple[JobChecks, FaultInjection, Load]:
+    crowd = Load(
+        cluster, Book(cluster, core_of(cluster), seed, scale=plan.scale), plan.jobs, plan.senders, seed
+    )
+    faults = FaultInjection(cluster, crowd, random.Random(seed), outage_s=plan.outage_s)  # noqa: S311 -- repeatable
+    with Births(cluster.files) as births:
+        crowd.start()
+        impossible = {name for name, disk in (("full", has_disk), ("hang", cluster.disk)) if not disk}
+        _blow(faults, crowd, cluster, _forecast(plan, seed, impossible))
+        while crowd.busy:
+            cluster.tend()
+            time.sleep(0.1)
+        crowd.close()
+        cluster.calm()
+        judge = JobChecks(cluster, crowd, lambda: births.count, room_was_short="full" in faults.struck)
+        judge.wait(plan.patience_s)
+        judge.hear()
+        judge.expire()
+        _sweep(cluster)
+        judge.spool_is_empty()
+    return judge, faults, crowd
+
+
+def _cut(cluster: Cluster) -> int:
+    """How many attempts did not get to their end: killed, frozen for longer than a lease, or hung."""
+    logs = b"".join((cluster.logs / f"{name}.log").read_bytes() for name in cluster.workers)
+    return sum(logs.count(word) for word in _CUT)
+
+
+def _forecast(plan: Plan, seed: int, impossible: Collection[str]) -> list[tuple[int, str]]:
+    """Blows, and how many jobs were accepted before each."""
+    rng = random.Random(seed + 1)  # noqa: S311 -- repeatable, no secret
+    names = [name for name, count in plan.blows.items() for _ in range(count) if name not in impossible]
+    rng.shuffle(names)
+    return list(zip(sorted(rng.randrange(plan.jobs * 9 // 10) for _ in names), names, strict=True))
+
+
+def _blow(faults: FaultInjection, crowd: Load, cluster: Cluster, forecast: Sequence[tuple[int, str]]) -> None:
+    """The load does not run ahead: each blow has jobs to meet."""
+    for after, name in forecast:
+        crowd.most = max(after, len(crowd.tickets)) + crowd.count // len(forecast)
+        while crowd.busy and len(crowd.tickets) < after:
+            cluster.tend()
+            time.sleep(0.02)
+        faults.strike(name)
+        cluster.tend()
+    crowd.most = sys.maxsize
+
+
+def _sweep(cluster: Cluster) -> None:
+    """Orphans are swept when they are an hour old: they are now, and a worker that starts looks at once."""
+    past = time.time() - _PAST_S
+    for path in cluster.spool.iterdir():
+        os.utime(path, (past, past))
+    for name in cluster.workers:
+        cluster.again(name)

@@ -1,0 +1,81 @@
+"""One rig for each kind of backend: a key of it, and the means to rotate, break and mend it.
+
+A new backend adds a class and a line in ``MAKERS``; every law of the contract then holds it too.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+from kms_core.age import mlkem768x25519, x25519
+from kms_core.backends import Backend
+from support.age_kms import age_backend, write_identities, write_recipient
+from support.contract.rig_aws import make_aws
+from support.contract.rig_cosmian import make_cosmian, make_cosmian_4, make_cosmian_jose
+from support.contract.rig_vault import make_transit, make_vault_kv
+
+
+class Rig(Protocol):
+    """A backend under test."""
+
+    @property
+    def backend(self) -> Backend:
+        """One key."""
+
+    @property
+    def other(self) -> Backend:
+        """Another key of the same kind."""
+
+    def rotate(self) -> None:
+        """Make a new version of the key, by the means that an operator has."""
+
+    def break_it(self) -> None:
+        """Take away what the key depends on."""
+
+    def mend(self) -> None:
+        """Give it back."""
+
+
+class AgeRig:
+    """Key files in a directory of their own."""
+
+    def __init__(
+        self, directory: Path, kind: type[x25519.X25519Identity | mlkem768x25519.HybridIdentity]
+    ) -> None:
+        self._kind = kind
+        self._private = directory / "private_key.txt"
+        self._public = directory / "public_key.txt"
+        self._identities = [kind.generate()]
+        self.backend: Backend = age_backend(directory, *self._identities)
+        self.other: Backend = age_backend(directory / "other", kind.generate())
+
+    def rotate(self) -> None:
+        self._identities.append(self._kind.generate())
+        write_identities(self._private, *self._identities)
+        write_recipient(self._public, self._identities[-1])
+
+    def break_it(self) -> None:
+        self._private.unlink()
+
+    def mend(self) -> None:
+        write_identities(self._private, *self._identities)
+
+
+def make_age(directory: Path) -> Rig:
+    return AgeRig(directory, x25519.X25519Identity)
+
+
+def make_age_hybrid(directory: Path) -> Rig:
+    return AgeRig(directory, mlkem768x25519.HybridIdentity)
+
+
+MAKERS: Final[dict[str, Callable[[Path], Rig]]] = {
+    "age": make_age,
+    "age-hybrid": make_age_hybrid,
+    "awskms": make_aws,
+    "cosmian": make_cosmian,
+    "cosmian-jose": make_cosmian_jose,
+    "cosmian-4": make_cosmian_4,
+    "transit": make_transit,
+    "vault-kv": make_vault_kv,
+}

@@ -1,0 +1,137 @@
+"""A Valkey server for tests: the embedded server of ``kms up``, without a supervisor."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final, Self
+
+from kms_cli.local.valkey import ValkeyFiles, ValkeyLimits, answer, child, claim, find_binary
+from kms_core.programs import tether
+from kms_core.programs.supervisor import append_only
+from kms_protocol.errors import Conflict, Unavailable
+from support.waiting import until
+
+POLL_S: Final = 0.002
+DYING_S: Final = 1.0  # between a SIGKILL and the end of the process
+
+
+class EmbeddedValkey:
+    """A server for a ``with`` block, without a supervisor.
+
+    ``start`` after the server died starts it again with the same data and address. Start it from a thread
+    that lives as long as the server should (see ``tether.spawn``).
+    """
+
+    def __init__(
+        self, state_dir: Path, *, limits: ValkeyLimits | None = None, environ: Mapping[str, str] | None = None
+    ) -> None:
+        self._state_dir = state_dir
+        self._limits = limits or ValkeyLimits()
+        self._environ = environ or {}
+        self._stack = ExitStack()
+        self._files: ValkeyFiles | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def files(self) -> ValkeyFiles:
+        """The files of the server. Raises Unavailable if it was not started."""
+        if self._files is None:
+            raise Unavailable("The embedded Valkey server is not started")
+        return self._files
+
+    @property
+    def url(self) -> str:
+        return self.files.url_of(0)
+
+    @property
+    def broker_url(self) -> str:
+        return self.files.broker_url_of(0)
+
+    @property
+    def pid(self) -> int:
+        """The process id, also after the server died. Raises Unavailable if it was not started."""
+        if self._process is None:
+            raise Unavailable("The embedded Valkey server is not started")
+        return self._process.pid
+
+    def start(self, *, timeout_s: float = 10.0) -> Self:
+        """Start the server and wait until it answers (about 0.06 s; loading data does not count).
+
+        Raises Unavailable with the end of the server's log if it ends or does not answer, Conflict if the
+        state directory is in use, ConfigurationError as ``claim`` and ``find_binary``.
+        """
+        if self._process is not None and not _has_ended(self._process, DYING_S):
+            raise Conflict("The embedded Valkey server is already running")
+        if self._files is None:
+            self._files = self._stack.enter_context(claim(self._state_dir, self._environ))
+        server = child(self._files, self._limits, self._environ)
+        output = append_only(self._files.log_path)
+        try:
+            self._process = tether.spawn(server.argv, env={}, output=output, pass_fds=server.pass_fds)
+        finally:
+            os.close(output)
+        try:
+            _wait(self._process, self._files, timeout_s)
+        except Unavailable:
+            self.stop()
+            raise
+        return self
+
+    def stop(self, *, grace_s: float = 10.0) -> None:
+        """SIGTERM, after ``grace_s`` SIGKILL; then give up the state directory. Twice is once."""
+        if self._process is not None:
+            self._process.terminate()
+            if not _has_ended(self._process, grace_s):
+                self._process.kill()
+                self._process.wait()
+        self._process = self._files = None
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _has_ended(process: subprocess.Popen[bytes], wait_s: float) -> bool:
+    try:
+        process.wait(wait_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _wait(process: subprocess.Popen[bytes], files: ValkeyFiles, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not (reply := answer(files.socket_path)).startswith(b"+PONG"):
+        if process.poll() is not None:
+            raise Unavailable(f"valkey-server ended with status {process.returncode}: {_log_tail(files)}")
+        if reply.startswith(b"-LOADING"):
+            deadline = time.monotonic() + timeout_s
+        if time.monotonic() > deadline:
+            raise Unavailable(f"valkey-server did not answer in {timeout_s:g} s: {_log_tail(files)}")
+        time.sleep(POLL_S)
+
+
+def _log_tail(files: ValkeyFiles) -> str:
+    """Return the last three lines of the log of the server, and its path."""
+    lines = files.log_path.read_text(errors="replace")[-2048:].splitlines()[-3:]
+    return " / ".join(line.strip() for line in lines if line.strip()) + f" (log: {files.log_path})"
+
+
+@contextmanager
+def unrestricted(folder: Path) -> Iterator[str]:
+    """The URL of a server whose user may list and dump keys, which that of the embedded one may not."""
+    socket = folder / "valkey.sock"
+    argv = [str(find_binary(os.environ)), "--port", "0", "--unixsocket", str(socket), "--dir", str(folder)]
+    process = tether.spawn([*argv, "--save", ""], env={}, output=subprocess.DEVNULL)
+    try:
+        until(socket.exists, "a Valkey server")
+        yield f"unix://{socket}?db=0"
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,94 @@
+"""Job stores and jobs for tests: short leases, long ones, and what an intruder in Redis can do."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import redis
+
+from kms_core import redis_client
+from kms_core.container import Core
+from kms_core.jobs.model import Attempt, Commit, StoreRules
+from kms_core.jobs.recovery.reaper import Reaper
+from kms_core.jobs.spec import AnyJob, of_flat
+from kms_core.jobs.storage.spool_folder import SpoolFolder
+from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import new_id
+from kms_core.settings.model import RedisSection
+from support.service import CANARY
+
+TENANT = "default"
+SHORT = StoreRules(
+    lease_s=0.5, attempts=3
+)  # a busy machine may keep a process from its heartbeat for a while
+LONG = StoreRules(lease_s=600, attempts=3)
+COMMIT = Commit(attempt_id="a" * 26, inode=2, size_bytes=3, mtime_ns=4)
+
+
+def connect(url: str) -> redis.Redis:
+    """A client as the service makes it."""
+    return redis_client.connect(RedisSection(url=url, broker_url=url))
+
+
+def store_of(core: Core, rules: StoreRules, woken: list[str] | None = None) -> JobStore:
+    """The core's store with other rules; the queues of its wake-ups are noted."""
+    found = core.worker_context.store
+    return JobStore(found.redis, found.record_key, ([] if woken is None else woken).append, rules)
+
+
+def spool_folder(core: Core) -> Path:
+    """The directory of the core's spool, to see and change what rests there."""
+    store = core.worker_context.spool.store
+    assert isinstance(store, SpoolFolder)
+    return store.path
+
+
+def accepted(**changes: object) -> AnyJob:
+    """A job of the kind that its fields have: an upload, if they do not say."""
+    now = time.time()
+    fields = {
+        "job_id": new_id(),
+        "tenant": TENANT,
+        "principal": "local",
+        "credential": "none",
+        "kind": "encrypt",
+        "source": "items" if {"items", "parent"} & changes.keys() else "upload",
+        "context": (("where", CANARY),),
+        "signed_end": True,
+        "created_at": now,
+        "expires_at": now + 3600,
+    }
+    return of_flat(fields | changes)
+
+
+def claimed(store: JobStore, worker: str = "w1", **changes: object) -> Attempt:
+    job = store.submit(accepted(**changes))
+    claim = store.claim(job.job_id, worker)
+    assert claim
+    return claim
+
+
+def state(store: JobStore, claim: Attempt) -> str:
+    return store.get(claim.accepted.job_id, TENANT).state
+
+
+def record(store: JobStore, job_id: str) -> dict[bytes, bytes]:
+    found: dict[bytes, bytes] = store.redis.hgetall(f"kms:job:{job_id}")  # type: ignore[assignment]  # sync client
+    return found
+
+
+def forge(store: JobStore, job_id: str, **fields: str | bytes) -> None:
+    """What somebody with access to Redis can do."""
+    store.redis.hset(f"kms:job:{job_id}", mapping=fields)  # type: ignore[arg-type]  # its stubs want str keys in Any
+
+
+def lapse() -> None:
+    """Let a lease of ``SHORT`` run out."""
+    time.sleep(SHORT.lease_s + 0.1)
+
+
+def remove_inputs(core: Core) -> None:
+    """Have the reaper remove the inputs of all jobs that have ended, as after their grace."""
+    store = core.worker_context.store
+    store.rules = dataclasses.replace(store.rules, input_grace_s=0.0)
+    Reaper(store, core.worker_context.spool, "r").reap()

@@ -1,0 +1,91 @@
+"""What others made and tests compare with: a missing program skips at home and fails in CI."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from kms_core.programs import tether
+
+_CACHE: Final = Path(__file__).parents[2] / ".cache"
+_GO: Final = {  # module, version, folder of the command. All of them build with Go 1.24, as Debian 13 has it
+    "helm": ("helm.sh/helm/v3", "v3.19.4", "cmd/helm"),
+    "alertmanager": ("github.com/prometheus/alertmanager", "v0.28.1", "cmd/alertmanager"),
+    "amtool": ("github.com/prometheus/alertmanager", "v0.28.1", "cmd/amtool"),
+}
+BUILD_LIMIT_S: Final = 1200
+"""For the first test that needs a program of ``built_with_go``: it compiles some thousand packages."""
+
+
+def program(name: str) -> str:
+    """The path of a program on the PATH, or of a server where Debian puts those."""
+    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
+    if found:
+        return found
+    if os.environ.get("CI"):
+        pytest.fail(f"{name} is not on the PATH, and CI must not skip what compares with it")
+    pytest.skip(f"{name} is not on the PATH")
+
+
+def built_with_go(name: str) -> str:
+    """The path of a program that Debian has not, or has too old. Built once, by ``go install``."""
+    module, version, command = _GO[name]
+    with kept(f"{name}-{version}") as home:
+        if not (home / name).exists():
+            go = program("go")
+            done = subprocess.run(
+                [go, "install", f"{module}/{command}@{version}"],
+                cwd=home,
+                env=os.environ | {"GOBIN": str(home), "GOWORK": "off", "CGO_ENABLED": "0"},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                (pytest.fail if os.environ.get("CI") else pytest.skip)(
+                    f"{name} cannot be built: {done.stderr}"
+                )
+    return str(home / name)
+
+
+def tied(*argv: object) -> list[str]:
+    """The command of a program that dies with this process, even where that is killed (``tether``)."""
+    return [sys.executable, "-I", "-S", tether.__file__, str(os.getpid()), *map(str, argv)]
+
+
+@contextmanager
+def kept(name: str) -> Iterator[Path]:
+    """The folder ``.cache/<name>``, for one test process at a time: others wait while the first fetches."""
+    folder = _CACHE / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (_CACHE / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+@contextmanager
+def store_of_images() -> Iterator[dict[str, str]]:
+    """A kept store of images beside that of the machine, for one test process at a time: its variables.
+
+    It is outside of the tree, since it has devices and files of other users. What killed runs left goes.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kms-service"
+    home.mkdir(parents=True, exist_ok=True)
+    settings = home / "storage.conf"
+    with (home / "images.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        settings.write_text(
+            f'[storage]\ndriver = "vfs"\ngraphroot = "{home}/images"\nrunroot = "{home}/images-run"\n'
+        )
+        store = {"CONTAINERS_STORAGE_CONF": str(settings)}
+        subprocess.run(
+            [program("buildah"), "rm", "--all"], env=os.environ | store, check=True, capture_output=True
+        )
+        yield store

@@ -1,0 +1,56 @@
+"""Installs whose key files are sealed by a key of OpenBao, and the ``kms`` command beside them."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+from support.openbao import Bao, bao
+from support.service import Service
+
+ROOT: Final = """
+[kms.transit]
+address = "{address}"
+token = "{token}"
+timeout_s = {timeout_s}
+[kms.keys]
+root = {{ uri = "transit:{key}", use = "seal" }}
+"""
+
+
+def root_settings(
+    server: Bao | None = None, key: str = "", *, address: str = "", token: str = "", timeout_s: float = 5.0
+) -> str:
+    """Settings below ``[kms]`` with the key ``root``, which seals; ``[kms.keys]`` is the last table."""
+    server = server or bao()
+    return ROOT.format(
+        address=address or server.url,
+        token=token or server.token(),
+        key=key or server.new_key(),
+        timeout_s=timeout_s,
+    )
+
+
+def kms(service: Service, *words: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the ``kms`` command with the settings of an install."""
+    argv = [sys.executable, "-P", "-m", "kms_cli.main", *words]
+    return subprocess.run(argv, env=service.environ, capture_output=True, check=False, timeout=120)
+
+
+def ok(service: Service, *words: str) -> bytes:
+    """The output of a ``kms`` command that succeeds."""
+    done = kms(service, *words)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+def seal(service: Service, name: str, path: Path, *more: str, root: str = "root") -> None:
+    """Seal a key file in its place, as an operator does before the first start."""
+    made = path.with_name(f"{path.name}.sealed")
+    ok(service, "keygen", "--sealed-by", root, "--for", name, "--from", str(path), "-o", str(made), *more)
+    made.replace(path)
+
+
+def age_file(service: Service) -> Path:
+    """The private file of the default key."""
+    return service.state / "age" / "private_key.txt"

@@ -1,0 +1,324 @@
+"""The service for tests: a Valkey server, the API and a worker as real processes over one state directory.
+
+``service`` is one for the whole session: do not stop, kill or fill it. A test that wants to hurt something,
+or wants other settings, makes its own ``Service``. ``core_of`` is the same core in this process, for tests
+that stand in the middle of a job.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, cast
+
+import httpx2 as httpx
+import pytest
+from redis.exceptions import ConnectionError as RedisAway
+
+from kms_cli.local import up
+from kms_cli.local.valkey import runtime_dir
+from kms_core.container import Core
+from kms_core.container import build as build_core
+from kms_core.jobs.model import NotifyWorker
+from kms_core.programs import tether
+from kms_core.redis_client import connect
+from kms_core.settings.load import load as load_settings
+from kms_core.settings.model import Settings
+from kms_protocol.wire import ENDED, PREFIX
+from support import openapi_check
+from support.embedded_valkey import EmbeddedValkey
+from support.ports import free_port, is_of
+from support.waiting import WAIT_S, until
+
+STOP_S: Final = 60.0
+CANARY: Final = "Kanarienvogel-4711"  # sent where a secret may be; it must not come back or be found
+B64_CANARY: Final = b64encode(CANARY.encode()).decode()
+CONTEXT: Final = "env=prod,service=api"
+Json = dict[str, Any]
+PROGRAMS: Final = {"api": "kms_api.main", "worker": "kms_worker.main"}
+
+
+def b64(data: bytes) -> str:
+    return b64encode(data).decode()
+
+
+def unb64(text: str) -> bytes:
+    return b64decode(text, validate=True)
+
+
+class Service:
+    """One install. ``settings`` is TOML below the ``[kms]`` table; ``redis`` a URL, else its own server."""
+
+    def __init__(self, folder: Path, settings: str = "", redis: str | None = None) -> None:
+        self.state = folder / "state"
+        self.files = self.state / "files"
+        self.spool = self.state / "spool"
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.logs = folder / "output"
+        self.config = folder / "kms.toml"
+        self.valkey = EmbeddedValkey(self.state)
+        self._redis = redis
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        for made in (folder, self.state, self.files, self.logs):
+            made.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.config.write_text(f"[kms]\n{settings}")
+        up.make_dev_keys(self.settings)
+        hooks = {"response": [self._check]}
+        self.http = httpx.Client(base_url=self.url, timeout=WAIT_S, trust_env=False, event_hooks=hooks)
+
+    def _check(self, answer: httpx.Response) -> None:
+        if answer.request.url.port == self.port:  # the worker's metrics are another server's
+            openapi_check.check(answer)
+
+    @property
+    def environ(self) -> dict[str, str]:
+        named = {
+            "KMS_CONFIG": str(self.config),
+            "KMS_STATE_DIR": str(self.state),
+            "KMS_PORT": str(self.port),
+        }
+        if self._redis:
+            named["KMS_REDIS_URL"] = self._redis
+        return {"HOME": "/nonexistent", "PATH": os.environ["PATH"], "TMPDIR": str(self.logs), **named}
+
+    @property
+    def settings(self) -> Settings:
+        return load_settings(None, self.environ)
+
+    # -- processes ---------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        if not self._redis:
+            self._redis = self.valkey.start().url
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.http.close()
+        for name in list(self._processes):  # a warm shutdown takes seconds, and is a test of its own
+            self.kill(name)
+        self.valkey.stop()
+
+    def start(self, *names: str) -> Self:
+        """Start ``api``, ``worker`` (both, if none is named) and wait until they answer."""
+        for name in names or PROGRAMS:
+            self.spawn(name)
+        for name in names or PROGRAMS:
+            port = self.port + (name == "worker")
+            until(lambda name=name, port=port: self._answers(name, port), f"{name} is up")  # type: ignore[misc]
+        return self
+
+    def spawn(self, name: str) -> None:
+        """Start ``api`` or ``worker``, and wait for nothing."""
+        argv = [sys.executable, "-P", "-m", PROGRAMS[name]]
+        with (self.logs / f"{name}.log").open("ab") as output:
+            self._processes[name] = tether.spawn(argv, env=self.environ, output=output)
+
+    def _answers(self, name: str, port: int) -> bool:
+        assert self._processes[name].poll() is None, f"{name} ended:\n{self.output(name)}"
+        return up.is_alive("127.0.0.1", port) and is_of(port, self._processes[name].pid)
+
+    def pid(self, name: str) -> int:
+        return self._processes[name].pid
+
+    def pool_pids(self) -> list[int]:
+        """The worker's pool processes."""
+        children = Path(f"/proc/{self.pid('worker')}/task/{self.pid('worker')}/children")
+        return [int(pid) for pid in children.read_text().split()]
+
+    def kill(self, name: str) -> None:
+        """End a process and all that it started, at once, as the supervisor would find it."""
+        process = self._processes.pop(name)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def stop(self, name: str) -> int:
+        """SIGTERM; the exit status."""
+        self._processes[name].terminate()
+        status = self._processes[name].wait(STOP_S)
+        del self._processes[name]
+        return status
+
+    def output(self, *names: str) -> str:
+        """What the processes printed."""
+        return "".join(
+            path.read_text() for name in names or PROGRAMS if (path := self.logs / f"{name}.log").exists()
+        )
+
+    # -- calls -------------------------------------------------------------------------------------
+
+    def get(self, path: str, **more: Any) -> httpx.Response:  # noqa: ANN401 -- httpx's own keywords
+        return self.http.get(f"{PREFIX}{path}", **more)
+
+    def post(self, path: str, body: object = None, **more: Any) -> httpx.Response:  # noqa: ANN401 -- as above
+        if body is not None:
+            more["json"] = body
+        return self.http.post(f"{PREFIX}{path}", **more)
+
+    def encrypt(self, plaintext: bytes, context: object = CONTEXT) -> bytes:
+        answer = self.post("/encrypt", {"plaintext": b64(plaintext), "context": context})
+        assert answer.status_code == 200, answer.text
+        return unb64(answer.json()["ciphertext"])
+
+    def decrypt(self, ciphertext: bytes, context: object = CONTEXT) -> bytes:
+        answer = self.post("/decrypt", {"ciphertext": b64(ciphertext), "context": context})
+        assert answer.status_code == 200, answer.text
+        return unb64(answer.json()["plaintext"])
+
+    def submit(self, job: Mapping[str, object], **headers: str) -> str:
+        answer = self.post("/jobs", job, headers=_dashed(headers))
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["job_id"])
+
+    def upload(self, kind: str, body: bytes | Iterable[bytes], context: str = "", **headers: str) -> str:
+        headers = _dashed(headers) | ({"X-KMS-Context": context} if context else {})
+        answer = self.post(f"/files/{kind}", content=body, headers=headers)
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["job_id"])
+
+    def job(self, job_id: str) -> Json:
+        answer = self.get(f"/jobs/{job_id}")
+        assert answer.status_code == 200, answer.text
+        found: Json = answer.json()
+        return found
+
+    def wait(self, job_id: str, state: str | None = None) -> Json:
+        """The job, once it has ended (as ``state``, if that is given)."""
+        until(lambda: self.job(job_id)["state"] in ENDED, f"the end of job {job_id}")
+        found = self.job(job_id)
+        assert state in {None, found["state"]}, f"{found}\n{self.output('worker')[-2000:]}"
+        return found
+
+    def result(self, job_id: str) -> bytes:
+        answer = self.get(f"/jobs/{job_id}/result")
+        assert answer.status_code == 200, answer.text
+        return answer.content
+
+    def audited(self, **filters: str) -> list[Json]:
+        """All audited operations: a page reads a bounded part of the log, and may be empty before its end."""
+        found: list[Json] = []
+        page: Json = {"more": True}
+        while page["more"]:
+            after = {"after": page["next"]} if "next" in page else {}
+            answer = self.get("/audit", params={"limit": "1000", **filters, **after})
+            assert answer.status_code == 200, answer.text
+            page = answer.json()
+            found += page["events"]
+        return found
+
+    def spooled(self) -> list[str]:
+        """What rests in the spool, by path, and what of jobs that are listed rests in Redis.
+
+        The install id and the marks of hosts are left out.
+        """
+        walk = os.walk(self.spool)
+        found = (Path(folder, name) for folder, folders, names in walk for name in (*folders, *names))
+        paths = (str(path.relative_to(self.spool)) for path in found)
+        return sorted({*(path for path in paths if path.partition("/")[0] != "hosts"), *self._small_blobs()})
+
+    def _small_blobs(self) -> Iterator[str]:
+        if not self._redis:
+            return
+        with suppress(RedisAway), connect(self.settings.kms.redis) as client:
+            lists = [b"kms:tenant:" + tenant for tenant in cast("set[bytes]", client.smembers("kms:tenants"))]
+            ids = [raw.decode() for key in lists for raw in cast("list[bytes]", client.zrange(key, 0, -1))]
+            for job_id in ids:
+                names = cast("list[bytes]", client.hkeys(f"kms:blobs:{job_id}"))
+                yield from [job_id] * bool(names)
+                yield from (f"{job_id}/{name.decode()}" for name in names)
+
+
+class Supervised(Service):
+    """The same install run by ``kms up``, which starts again what dies."""
+
+    _up: subprocess.Popen[bytes]
+
+    def __enter__(self) -> Self:
+        argv = [sys.executable, "-P", "-m", "kms_cli.main", "up"]
+        with (self.logs / "up.log").open("ab") as output:
+            self._up = tether.spawn(argv, env=self.environ, output=output)
+        until(lambda: "kms: ready" in self.output("up"), "kms up is ready")
+        self._redis = f"unix://{runtime_dir(self.state, self.environ)}/valkey.sock?db=0"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.http.close()
+        self._up.terminate()
+        try:
+            self._up.wait(STOP_S)
+        finally:
+            self._up.kill()
+
+    def pid(self, name: str) -> int:
+        """Of ``api``, ``worker`` or ``valkey``, once it has one."""
+        path = self.state / "run" / f"{name}.pid"
+        until(path.exists, f"a pid file of {name}")
+        return int(path.read_text())
+
+    def kill(self, name: str) -> None:
+        """Kill one process, and wait until another runs in its place."""
+        before = self.pid(name)
+        os.kill(before, signal.SIGKILL)
+        until(lambda: self.pid(name) != before, f"another {name}")
+
+
+def _dashed(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+def check_problem(answer: httpx.Response, status: int, code: str) -> None:
+    """A refusal as docs/contract.md describes it, which echoes nothing."""
+    problem = answer.json()
+    assert (answer.status_code, problem["code"]) == (status, code), problem
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert problem.keys() >= {"type", "title", "status", "detail", "code", "request_id"}
+    assert problem["status"] == status
+    assert problem["request_id"] == answer.headers["x-request-id"]
+    assert CANARY not in answer.text
+    assert B64_CANARY not in answer.text
+
+
+def core_of(service: Service, notify: NotifyWorker = lambda _: None) -> Core:
+    """The core of an install in this process, with keys, spool and store; by default no worker is woken."""
+    return build_core(service.settings, "test", notify)
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey) -> Iterator[Service]:
+    """A running service with default settings, for the whole session."""
+    with Service(tmp_path_factory.mktemp("service"), redis=valkey.url) as running:
+        yield running.start()
+
+
+@pytest.fixture(scope="session")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """An API that allows less than the default; there is no Redis."""
+    settings = "require_context = true\n[kms.age]\naccept_foreign = false\n"
+    with Service(tmp_path_factory.mktemp("strict"), settings, "unix:///nonexistent/valkey.sock") as running:
+        yield running.start("api")
+
+
+@pytest.fixture(scope="session")
+def idle(
+    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> Iterator[Service]:
+    """An API whose jobs stay queued, since no worker runs, with a spool of 1 MiB and no data keys."""
+    url = valkey.files.url_of(next(database_numbers))
+    settings = "[kms.jobs]\nspool_max_bytes = 1_048_576\n[kms.age]\ndata_keys = false\n"
+    with Service(tmp_path_factory.mktemp("idle"), settings, url) as running:
+        yield running.start("api")
+
+
+@pytest.fixture
+def core(tmp_path: Path, redis_url: str) -> Core:
+    """A core without processes, on an empty database: what a worker is made of, to be driven step by step."""
+    return core_of(Service(tmp_path, "[kms.jobs]\nlease_s = 2\n", redis_url))

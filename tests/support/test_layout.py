@@ -1,0 +1,40 @@
+"""The layout of the tests: helpers are in this package, unit tests lie where their module lies."""
+
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+TESTS: Final = Path(__file__).parents[1]
+SUPPORT: Final = TESTS / "support"
+SOURCE: Final = TESTS.parent / "src"
+INDEX: Final = (SUPPORT / "README.md").read_text("utf-8")
+MODULES: Final = sorted(TESTS.rglob("*.py"))
+PACKAGES: Final = sorted(path.name for path in SOURCE.iterdir() if path.is_dir())
+
+
+def is_test(path: Path) -> bool:
+    is_fuzz_target = path.parent.name == "fuzz" and path.name.startswith("fuzz_")
+    return path.name.startswith("test_") or path.name == "conftest.py" or is_fuzz_target
+
+
+def test_no_helper_is_outside_the_package() -> None:
+    outside = [path for path in MODULES if not path.is_relative_to(SUPPORT) and not is_test(path)]
+
+    assert [str(path.relative_to(TESTS)) for path in outside] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_folders_of_a_package_are_those_of_its_sources(package: str) -> None:
+    folders = {path.parent.relative_to(TESTS) for path in (TESTS / package).rglob("test_*.py")}
+
+    assert sorted(str(folder) for folder in folders if not (SOURCE / folder).is_dir()) == []
+
+
+def test_each_helper_is_in_the_index() -> None:
+    helpers = [
+        path.relative_to(SUPPORT) for path in MODULES if path.is_relative_to(SUPPORT) and not is_test(path)
+    ]
+    named = {f"`{path.name}`" if len(path.parts) == 1 else f"`{path.parts[0]}/" for path in helpers}
+
+    assert sorted(name for name in named if name not in INDEX) == []

@@ -1,0 +1,31 @@
+"""Waits for a fact. One bound for every wait of the tests, which no healthy machine reaches, however busy."""
+
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Final
+
+WAIT_S: Final = 120.0  # below the timeout of a test, so that a wait can say what it waited for
+POLL_S: Final = 0.05
+_TAIL: Final = 3000  # characters of a log
+
+
+def until(fact: Callable[[], object], what: str | Callable[[], str], *, poll_s: float = POLL_S) -> None:
+    """Wait until ``fact`` is true. Raises AssertionError that says ``what``: a text, or a function of one."""
+    deadline = time.monotonic() + WAIT_S
+    while not fact():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not in {WAIT_S:.0f} s: {what if isinstance(what, str) else what()}")
+        time.sleep(poll_s)
+
+
+def until_up(
+    process: subprocess.Popen[bytes], is_up: Callable[[], object], log: Callable[[], str] = str
+) -> None:
+    """Wait until a server is up. Raises AssertionError with the end of its log if it is not, or has ended."""
+
+    def fact() -> object:
+        assert process.poll() is None, f"ended with {process.returncode}:\n{log()[-_TAIL:]}"
+        return is_up()
+
+    until(fact, lambda: f"the start of {process.args!r}\n{log()[-_TAIL:]}")

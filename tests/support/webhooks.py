@@ -1,0 +1,251 @@
+"""Receivers of webhooks for tests: a real HTTPS server under a CA of our own, and endpoints that name it."""
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Final, cast
+
+import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from kms_core.jobs.ends import Work
+from kms_core.jobs.events.outbox import Delivery, Outbox
+from kms_core.jobs.events.webhook import WebhookEndpoint
+from kms_core.jobs.store.store import JobStore
+from kms_core.settings.load import Settings
+from kms_core.settings.load import load as load_settings
+from kms_protocol.wire import JobState
+from support.job_stores import TENANT, claimed
+
+SECRET: Final = b"0123456789abcdef0123456789abcdef"
+PATH: Final = "/hooks/kms?from=kms"
+ENTRIES: Final = "kms:webhooks:entries"
+Answer = int | tuple[int, str]  # a status, or a status and a Location
+
+
+@dataclass(frozen=True)
+class Authority:
+    """A CA and one certificate of it, for ``localhost`` alone."""
+
+    ca_file: Path
+    chain: Path
+
+
+def make_authority(folder: Path) -> Authority:
+    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a CA for tests")])
+    now = datetime.now(UTC)
+
+    def builder(name: x509.Name, public: ec.EllipticCurvePublicKey, *, ca: bool) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder(issuer, name, public, x509.random_serial_number())
+            .not_valid_before(now - timedelta(hours=1))
+            .not_valid_after(now + timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
+            )
+        )
+
+    may = dict.fromkeys(
+        (
+            "digital_signature",
+            "content_commitment",
+            "key_encipherment",
+            "data_encipherment",
+            "key_agreement",
+            "crl_sign",
+            "encipher_only",
+            "decipher_only",
+        ),
+        False,
+    )
+    root = (
+        builder(issuer, ca_key.public_key(), ca=True)
+        .add_extension(x509.KeyUsage(key_cert_sign=True, **may), critical=True)  # strict readers want it
+        .sign(ca_key, hashes.SHA256())
+    )
+    leaf = (
+        builder(x509.Name([]), key.public_key(), ca=False)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=True)
+        .sign(ca_key, hashes.SHA256())
+    )
+    made = Authority(folder / "ca.pem", folder / "chain.pem")
+    made.ca_file.write_bytes(root.public_bytes(Encoding.PEM))
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    made.chain.write_bytes(private + leaf.public_bytes(Encoding.PEM))
+    return made
+
+
+@dataclass(frozen=True)
+class Request:
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass
+class Receiver:
+    """What came, and what to answer: ``answers`` in turn, then 204. ``slowly`` runs before each answer."""
+
+    port: int
+    requests: list[Request] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    names: list[str | None] = field(default_factory=list)  # as asked for by SNI
+    slowly: Callable[[], object] = lambda: None
+
+    def url(self, host: str = "localhost", scheme: str = "https") -> str:
+        return f"{scheme}://{host}:{self.port}{PATH}"
+
+
+@contextmanager
+def receiving(authority: Authority | None, port: int = 0) -> Iterator[Receiver]:
+    """A receiver on 127.0.0.1, over TLS if there is an authority."""
+    found = Receiver(port)
+    context = _server_context(authority, found) if authority else None
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            found.requests.append(Request(self.path, dict(self.headers.items()), body))
+            found.slowly()
+            answer = found.answers.pop(0) if found.answers else 204
+            status, location = answer if isinstance(answer, tuple) else (answer, "")
+            self.send_response(status)
+            if location:
+                self.send_header("Location", location)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class names it so
+            del format, args
+
+    class Server(ThreadingHTTPServer):
+        def get_request(self) -> tuple[socket.socket, object]:
+            plain, address = super().get_request()
+            if context is None:
+                return plain, address
+            return context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False), address
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            """A client that does not trust us hangs up: no words on that."""
+
+    server = Server(("127.0.0.1", port), Handler)
+    found.port = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _server_context(authority: Authority, found: Receiver) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(authority.chain)
+
+    def note(_connection: object, name: str | None, _context: object) -> None:
+        found.names.append(name)
+
+    context.sni_callback = note
+    return context
+
+
+def secret_file(folder: Path, secret: bytes = SECRET + b"\n", mode: int = 0o600) -> Path:
+    path = folder / "hook.secret"
+    path.touch(0o600)
+    path.write_bytes(secret)
+    path.chmod(mode)
+    return path
+
+
+def endpoint(folder: Path, url: str, authority: Authority | None, **changes: object) -> WebhookEndpoint:
+    """An endpoint that may be on this machine, unless the changes say otherwise."""
+    fields: dict[str, object] = {
+        "url": url,
+        "secret_file": secret_file(folder),
+        "events": frozenset({"succeeded", "failed", "cancelled"}),
+        "allow_private": True,
+        "tls": ssl.create_default_context(cafile=authority.ca_file) if authority else None,
+    }
+    return WebhookEndpoint(**(fields | changes))  # type: ignore[arg-type]  # fields by name
+
+
+def toml(name: str, receiver: Receiver, authority: Authority, secret: Path, more: str = "") -> str:
+    """The section of an endpoint for a settings file."""
+    return (
+        f"[kms.jobs.endpoints.{name}]\nurl = '{receiver.url()}'\nsecret_file = '{secret}'\n"
+        f"ca_file = '{authority.ca_file}'\n{more}\n"
+    )
+
+
+def load_endpoint(folder: Path, body: str, environment: str = "dev") -> Settings:
+    """Settings with one endpoint, ``ci``, of this body."""
+    text = f"[kms]\nenvironment = '{environment}'\n[kms.environments.staging]\nbackend = 'age'\n"
+    file = folder / "kms.toml"
+    file.write_text(text + f"[kms.jobs.endpoints.ci]\n{body}")
+    return load_settings(file, {"HOME": str(folder), "COSMIAN_KMS_URL": "https://kms.test"})
+
+
+@contextmanager
+def dripping() -> Iterator[int]:
+    """The port of a server that answers a byte every 20 ms, and never all."""
+    stopped = threading.Event()
+
+    def serve(listener: socket.socket) -> None:
+        pieces = chain([b"HTTP/1.1 200 OK\r\nX: "], repeat(b"x"))
+        with listener.accept()[0] as peer:
+            while not stopped.is_set():
+                try:
+                    peer.sendall(next(pieces))
+                except OSError:
+                    return
+                time.sleep(0.02)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        stopped.set()
+        thread.join()
+
+
+# -- jobs that tell of their end -----------------------------------------------------------------------
+
+
+def end(
+    store: JobStore, state: JobState = "succeeded", code: str = "", callback: str = "ci", tenant: str = TENANT
+) -> str:
+    """A job that has run to its end; its id."""
+    claim = claimed(store, callback=callback, tenant=tenant)
+    store.finish(claim, state, code, Work(bytes_done=5))
+    return claim.accepted.job_id
+
+
+def taken_in(store: JobStore, endpoints: Mapping[str, WebhookEndpoint]) -> tuple[Outbox, Delivery]:
+    """An outbox with one delivery, as a courier leaves it that is killed before it sends."""
+    outbox = Outbox(store, endpoints)
+    outbox.take_in()
+    [delivery] = outbox.due("ci", 10)
+    return outbox, delivery
+
+
+def every(outbox: Outbox) -> list[Delivery]:
+    """Everything in the outbox, due or not."""
+    raw = cast("dict[bytes, bytes]", outbox.store.redis.hgetall(ENTRIES))
+    return [msgspec.msgpack.decode(entry[32:], type=Delivery) for entry in raw.values()]
