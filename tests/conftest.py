@@ -1,11 +1,13 @@
 """The real server that tests of jobs run against: one for the session, an empty database for each test."""
 
 import gc
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any, Final
 
+import hypothesis
 import pytest
 import structlog
 from prometheus_client import REGISTRY, Metric
@@ -17,6 +19,7 @@ from support.embedded_valkey import EmbeddedValkey
 
 # plugins: tests/support/README.md says what each is for
 pytest_plugins = [
+    "support.tiers",
     "support.ci_skips",
     "support.cleanup",
     "support.service",
@@ -37,12 +40,20 @@ class _SettleFirst(Collector):
 
 
 REGISTRY.register(_SettleFirst())
+READ_BY_TESTS: Final = ("KMS_LONG", "KMS_STORM_SEED", "KMS_EXPLORE_EXAMPLES", "KMS_TEST_PICTURES")
 DATABASES: Final = 10_000  # tests of one session; an unused one costs nothing
 
 
-for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
-    if signal.getsignal(_number) is signal.SIG_IGN:  # as a shell script leaves them in its background:
-        signal.signal(_number, _handler)  # programs that tests start would inherit it
+# What differs between shells, CI and users, and what programs that tests start would inherit:
+for _number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+    signal.signal(_number, signal.SIG_DFL)  # a launcher in the background has them ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+os.umask(0o022)
+for _name in list(os.environ):
+    if _name.startswith(("AWS_", "KMS_")) and _name not in READ_BY_TESTS:
+        del os.environ[_name]
+hypothesis.settings.load_profile("ci")  # the same examples each time, and no deadline
 
 
 @pytest.fixture(scope="session", autouse=True)

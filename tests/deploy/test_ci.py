@@ -1,4 +1,4 @@
-""".ci/run installs every program that tests ask for: a missing one fails there, and skips at home."""
+""".ci/all installs every program that tests ask for: a missing one fails there, and skips at home."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ ROOT: Final = Path(__file__).parents[2]
 TESTS: Final = ROOT / "tests"
 ASKED: Final = re.compile(r'\b(?:program|which)\(f?"([a-z-]+)')
 OF_PYTHON: Final = {"bao", "sops", "weed"}  # packages of requirements-dev.lock bring these
-BROUGHT: Final = {  # with a program that .ci/run names
+BROUGHT: Final = {  # with a program that .ci/all names
     "age-keygen": "age",
     "epmd": "rabbitmq-server",
     "java": "javac",
@@ -25,7 +25,7 @@ OF_DEBIAN: Final = {"bash", "mount", "tar"}  # on every system
 
 def test_ci_installs_what_tests_ask_for() -> None:
     asked = {name for path in TESTS.rglob("*.py") for name in ASKED.findall(path.read_text("utf-8"))}
-    installed = set(re.findall(r"^needs (\S+)", (ROOT / ".ci/run").read_text("utf-8"), re.MULTILINE))
+    installed = set(re.findall(r"^needs (\S+)", (ROOT / ".ci/all").read_text("utf-8"), re.MULTILINE))
 
     assert len(asked) > 20
     needed = {BROUGHT.get(name, name) for name in asked - OF_PYTHON - OF_DEBIAN - OPTIONAL}

@@ -1,0 +1,241 @@
+"""Runs a tier of the tests, or a part of one, and what failed once more, alone.
+
+A test that fails beside others and passes alone in a new process is flaky: it is printed and noted in
+``.cache/flaky.jsonl``, and the run is green. A test that fails twice, more failures than a few, or a run that
+ends early makes it red.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[1]
+CACHE: Final = ROOT / ".cache"
+PARTS: Final = ("e2e", "peers", "chaos", "deploy", "monitoring", "fuzz", "speed", "others")
+PYTEST: Final = (sys.executable, "-m", "pytest")
+SIDE_BY_SIDE: Final = ("--numprocesses=2", "--dist=loadscope")
+TIMED_OUT: Final = 124  # as timeout(1)
+USAGE: Final = """\
+scripts/test                    the first tier: what every change must pass
+scripts/test PART [PART …]      parts of the second tier: e2e peers chaos deploy monitoring fuzz speed others
+scripts/test --all              the first tier, then each part of the second
+scripts/test --changed [REV]    the tests near what changed since REV (HEAD)
+scripts/test --repeat N PATH    the same tests N times, beside two busy loops
+scripts/test PATH …             paths and options of pytest, as they are
+
+--strict, with --all or a part: a missing program fails instead of skipping its tests
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of pytest: its name, arguments, limit in seconds, and the most failures that run again."""
+
+    name: str
+    words: tuple[str, ...]
+    limit_s: float
+    retried: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How many tests passed, failed, and failed once but passed alone; whether the run is green."""
+
+    passed: int
+    failed: int
+    flaky: int
+    is_green: bool
+
+    def __str__(self) -> str:
+        noted = f", {self.flaky} flaky" if self.flaky else ""
+        return f"{self.passed} passed, {self.failed} failed{noted}"
+
+
+FIRST: Final = Run("first tier", ("--tier=1", "-p", "no:randomly", *SIDE_BY_SIDE), 15 * 60, 3)
+
+
+def second(part: str) -> Run:
+    """A part of the second tier, in random order."""
+    where = () if part == "others" else (f"tests/{part}",)
+    return Run(part, (f"--tier={part}", *SIDE_BY_SIDE, *where), 60 * 60, 10)
+
+
+def run(asked: Run) -> Outcome:
+    """Run the tests, then alone those that failed."""
+    begun = time.monotonic()
+    CACHE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="tests-", dir=CACHE) as name:
+        folder = Path(name)
+        code = _pytest(asked, folder, "together")
+        failures = _failures(folder)
+        counts = _counts(folder / "together.xml")
+        passed = counts["tests"] - counts["skipped"] - len(failures)
+        say(f"{asked.name}: {counts['skipped']} skipped, {time.monotonic() - begun:.0f} s")
+        if code == 0:
+            return Outcome(passed, 0, 0, is_green=True)
+        if reason := _final(code, failures, asked.retried):
+            say(f"{asked.name}: red: {reason}")
+            return Outcome(passed, max(1, len(failures)), 0, is_green=False)
+        say(f"{asked.name}: {len(failures)} failed; they run again alone")
+        alone = "--numprocesses=0", "--last-failed", "--last-failed-no-failures=none", "-p", "no:randomly"
+        again = Run(asked.name, asked.words + alone, asked.limit_s, 0)
+        is_flaky = _pytest(again, folder, "alone") == 0
+        still = [] if is_flaky else _failures(folder)
+        flaky = [each for each in failures if each not in still]
+        _note(flaky, folder / "together.xml", time.monotonic() - begun)
+        failed = 0 if is_flaky else max(1, len(still))
+        return Outcome(passed + len(flaky), failed, len(flaky), is_flaky)
+
+
+def _final(code: int, failures: list[str], retried: int) -> str:
+    """Why nothing is run again, if so."""
+    if code != 1:
+        return f"pytest ended with {code}"
+    if not failures:
+        return "no failed test is named"
+    if len(failures) > retried:
+        return f"{len(failures)} failed, which is more than {retried}"
+    if broken := [each for each in failures if "::" not in each]:
+        return f"not collected: {' '.join(broken)}"
+    return ""
+
+
+def _pytest(asked: Run, folder: Path, name: str) -> int:
+    """Run pytest in a process group of its own, and end all of it at the limit or at a signal."""
+    reports = f"--junitxml={folder}/{name}.xml", f"--under-way={folder}", "-o", f"cache_dir={folder}/cache"
+    process = subprocess.Popen([*PYTEST, *reports, *asked.words], cwd=ROOT, start_new_session=True)
+    with _forwarded(process):
+        try:
+            return process.wait(asked.limit_s)
+        except subprocess.TimeoutExpired:
+            say(f"{asked.name}: not done in {asked.limit_s:.0f} s; under way:")
+            for each in sorted(folder.glob("under-way-*")):
+                say(f"  {each.read_text('utf-8')}")
+            os.killpg(process.pid, signal.SIGABRT)  # faulthandler prints where each process is
+            time.sleep(5)
+            return TIMED_OUT
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@contextmanager
+def _forwarded(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP reach pytest, which ends in its way."""
+    kept = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        kept[number] = signal.signal(number, lambda *_: os.killpg(process.pid, signal.SIGINT))
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _failures(folder: Path) -> list[str]:
+    """The ids of the tests that failed last."""
+    found = folder / "cache/v/cache/lastfailed"
+    return sorted(json.loads(found.read_text("utf-8"))) if found.exists() else []
+
+
+def _counts(report: Path) -> dict[str, int]:
+    suite = ET.parse(report).getroot().find("testsuite") if report.exists() else None  # noqa: S314 -- pytest's
+    return {name: 0 if suite is None else int(suite.get(name, 0)) for name in ("tests", "skipped")}
+
+
+def _note(flaky: list[str], report: Path, after_s: float) -> None:
+    """Print flaky tests with their first failure, and add them to ``.cache/flaky.jsonl``."""
+    if not flaky:
+        return
+    said = _texts(report)
+    argv = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    with (CACHE / "flaky.jsonl").open("a", encoding="utf-8") as notes:
+        for test in flaky:
+            text = next((text for name, text in said.items() if test.endswith(name)), "")
+            say(f"flaky: {test}: failed beside others, passed alone; the first failure:\n{text}")
+            noted = {"test": test, "commit": commit, "at": time.time(), "after_s": after_s}
+            print(json.dumps(noted | {"load": os.getloadavg(), "failure": text}), file=notes)
+
+
+def _texts(report: Path) -> dict[str, str]:
+    """What each failure said, by the name of its test."""
+    cases = ET.parse(report).getroot().iter("testcase")  # noqa: S314 -- pytest's
+    found = {}
+    for case in cases:
+        for failure in (*case.findall("failure"), *case.findall("error")):
+            found[f"::{case.get('name')}"] = failure.text or ""
+    return found
+
+
+def repeat(times: int, words: list[str]) -> bool:
+    """Run the tests again and again while two other processes keep the processors busy."""
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        codes = [
+            subprocess.run([*PYTEST, "-q", *words], cwd=ROOT, check=False).returncode for _ in range(times)
+        ]
+    finally:
+        for each in burners:
+            each.kill()
+    say(f"{codes.count(0)} of {times} runs passed")
+    return not any(codes)
+
+
+def say(text: str) -> None:
+    print(f"kms: {text}", file=sys.stderr, flush=True)  # noqa: T201 -- a program
+
+
+def run_all(runs: list[Run]) -> bool:
+    """Run each, print a line for each and the sum as the last one."""
+    outcomes = [run(each) for each in runs]
+    for asked, outcome in zip(runs, outcomes, strict=True):
+        say(f"{asked.name}: {outcome}")
+    passed, failed = (sum(getattr(each, name) for each in outcomes) for name in ("passed", "failed"))
+    print(f"{passed} passed, {failed} failed", flush=True)  # noqa: T201 -- a program
+    return all(each.is_green for each in outcomes)
+
+
+def changed(since: str) -> list[str]:
+    argv = [sys.executable, "scripts/changed_tests.py", since]
+    found = subprocess.run(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    if not found:
+        sys.exit("kms: error: no test belongs to what changed")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(usage=USAGE, allow_abbrev=False)
+    parser.add_argument("--all", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--strict", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--changed", nargs="?", const="HEAD", metavar="REV", help=argparse.SUPPRESS)
+    parser.add_argument("--repeat", type=int, metavar="N", help=argparse.SUPPRESS)
+    asked, words = parser.parse_known_args()
+    subprocess.run([sys.executable, "-m", "compileall", "-q", "src", "tests"], cwd=ROOT, check=False)
+    if asked.strict:
+        os.environ["CI"] = "true"
+    if asked.repeat:
+        sys.exit(not repeat(asked.repeat, words))
+    if asked.changed:
+        os.execv(PYTEST[0], [*PYTEST, "--tier=1", *words, *changed(asked.changed)])  # noqa: S606 -- no shell
+    if words and not set(words) <= set(PARTS):
+        os.execv(PYTEST[0], [*PYTEST, *words])  # noqa: S606 -- as above
+    parts = PARTS if asked.all else tuple(words)
+    runs = [second(part) for part in parts]
+    sys.exit(not run_all([FIRST, *runs] if asked.all or not runs else runs))
+
+
+if __name__ == "__main__":
+    main()
