@@ -7,7 +7,7 @@ from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.model import Attempt
 from kms_core.jobs.spec import FILES, QUEUES, Fields
 from kms_core.jobs.store.store import JobStore
-from support.job_stores import LONG, SHORT, TENANT, accepted, claimed, lapse, store_of
+from support.job_stores import LONG, TENANT, accepted, claimed, lapse, store_of
 from support.waiting import until
 
 
@@ -31,9 +31,9 @@ def test_job_that_ends_while_the_caretaker_looks_at_it_stays_ended(store: JobSto
 
 
 def test_cancelled_job_that_had_an_attempt_is_tidied_by_a_worker(core: Core) -> None:
-    store = store_of(core, SHORT)
+    store = store_of(core, LONG)
     job_id = claimed(store).accepted.job_id
-    lapse()
+    lapse(store)
     store.reap(job_id)
 
     store.cancel(job_id, TENANT)
@@ -42,9 +42,9 @@ def test_cancelled_job_that_had_an_attempt_is_tidied_by_a_worker(core: Core) -> 
 
 
 def test_expired_job_that_had_attempts_is_tidied_by_a_worker(core: Core) -> None:
-    store = store_of(core, SHORT, [])
+    store = store_of(core, LONG, [])
     once, twice = (claimed(store).accepted.job_id for _ in range(2))
-    lapse()
+    lapse(store)
     claim = store.claim(twice, "w2")
     assert claim
     store.finish(claim, "succeeded")
@@ -75,8 +75,8 @@ class Breaking(JobStore):
 
 
 def test_renewal_that_breaks_does_not_end_the_thread_that_renews(core: Core) -> None:
-    found = store_of(core, SHORT, [])
-    store = Breaking(found.redis, found.record_key, lambda *_: None, SHORT)
+    found = store_of(core, LONG, [])
+    store = Breaking(found.redis, found.record_key, lambda *_: None, LONG)
 
     with Lease(store, claimed(store)):
         until(lambda: store.renewals > 2, "it goes on")

@@ -9,7 +9,7 @@ from kms_core.jobs.execution.context import WorkerContext
 from kms_core.jobs.model import Attempt, Commit
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import JobState
-from support.job_stores import SHORT
+from support.job_stores import LONG
 
 MOMENTS = [(moment, step) for step in ("committing", "finish") for moment in ("before", "after")]
 
@@ -52,6 +52,6 @@ def interrupted(core: Core, step: str, what: Callable[[], object], *, after: boo
             what()
 
     found = core.worker_context.store
-    store = StumblingStore(found.redis, found.record_key, lambda *_: None, SHORT)
+    store = StumblingStore(found.redis, found.record_key, lambda *_: None, LONG)
     setattr(store, "after" if after else "before", meet)
     return replace(core.worker_context, store=store)

@@ -1,4 +1,4 @@
-"""Job stores and jobs for tests: short leases, long ones, and what an intruder in Redis can do."""
+"""Job stores and jobs for tests: leases that run out, and what an intruder in Redis can do."""
 
 import dataclasses
 import time
@@ -18,9 +18,6 @@ from kms_core.settings.model import RedisSection
 from support.service import CANARY
 
 TENANT = "default"
-SHORT = StoreRules(
-    lease_s=0.5, attempts=3
-)  # a busy machine may keep a process from its heartbeat for a while
 LONG = StoreRules(lease_s=600, attempts=3)
 COMMIT = Commit(attempt_id="a" * 26, inode=2, size_bytes=3, mtime_ns=4)
 
@@ -82,9 +79,21 @@ def forge(store: JobStore, job_id: str, **fields: str | bytes) -> None:
     store.redis.hset(f"kms:job:{job_id}", mapping=fields)  # type: ignore[arg-type]  # its stubs want str keys in Any
 
 
-def lapse() -> None:
-    """Let a lease of ``SHORT`` run out."""
-    time.sleep(SHORT.lease_s + 0.1)
+def lapse(store: JobStore) -> None:
+    """Let every lease in the store's database have run out, as after the death of its worker."""
+    past = time.time() - 1
+    held: list[bytes] = store.redis.zrange("kms:leased", 0, -1)  # type: ignore[assignment]  # sync client
+    for name in held:
+        job_id = name.decode()
+        fields = record(store, job_id)
+        forge(store, job_id, lease_until=str(past))
+        worker = fields.get(b"worker", b"").partition(b"/")[0]
+        resources = fields.get(b"resources", b"").split()
+        leases = [b"leased", b"running:" + fields[b"tenant"], b"large:" + worker]
+        for key in (*leases, *(b"used:" + each for each in resources)):
+            store.redis.zadd(b"kms:" + key, {name: past}, xx=True)
+        for each in resources:
+            store.redis.zadd(b"kms:probes:" + worker, {each: past}, xx=True)
 
 
 def remove_inputs(core: Core) -> None:

@@ -16,11 +16,10 @@ from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.wire import JobKind
 from support import object_stores
-from support.job_stores import SHORT, TENANT, store_of
+from support.job_stores import LONG, TENANT, lapse, store_of
 from support.object_stores import ObjectStore, TestBucket, Way
 from support.programs import program
 from support.service import Service, core_of
-from support.waiting import until
 
 WHO = Principal("local")
 CONTEXT = Context.parse("env=test")
@@ -62,9 +61,10 @@ class Bench:
     def taken_up(self, job_id: str, worker_context: WorkerContext | None = None) -> Job:
         """The job after its worker died, or deferred it, and another has had its turn."""
         worker_context = worker_context or replace(
-            self.core.worker_context, store=store_of(self.core, SHORT, [])
+            self.core.worker_context, store=store_of(self.core, LONG, [])
         )
-        until(lambda: worker_context.store.reap(job_id) != "leased", "nobody holds it")
+        lapse(worker_context.store)
+        worker_context.store.reap(job_id)
         run_job(job_id, worker_context, "w2")
         return self.now(job_id)
 

@@ -21,7 +21,7 @@ from kms_protocol.errors import JobsUnavailable, KmsError, Unavailable
 from kms_protocol.wire import JobIn, JobItem
 from support.embedded_valkey import EmbeddedValkey
 from support.failing_store import stumbling
-from support.job_stores import COMMIT, SHORT, TENANT, accepted, forge, record, spool_folder, store_of
+from support.job_stores import COMMIT, LONG, TENANT, accepted, forge, record, spool_folder, store_of
 from support.record_fields import FIELDS, MISSING, put
 from support.service import Service, core_of
 
@@ -64,7 +64,7 @@ def test_every_call_answers_whatever_a_field_holds(busy: Core, field: str) -> No
     root = spool_folder(busy).parent / "files"
     root.mkdir(exist_ok=True)
     (root / "in").write_bytes(b"salary")
-    store = store_of(busy, SHORT, [])
+    store = store_of(busy, LONG, [])
     worker_context = replace(busy.worker_context, store=store)
     away = stumbling(busy, "committing", after=False, error=Unavailable())
     terms = SubmissionOptions(Principal("local"), "encrypt", Context.parse("env=test"))
@@ -99,7 +99,7 @@ def test_jobs_in_parts_answer_whatever_a_field_holds(busy: Core, whose: str, fie
     root = spool_folder(busy).parent / "files" / "many"
     root.mkdir(exist_ok=True, parents=True)
     (root / "in").write_bytes(b"salary")
-    store = store_of(busy, SHORT, [])
+    store = store_of(busy, LONG, [])
     worker_context = replace(busy.worker_context, store=store)
     terms = SubmissionOptions(Principal("local"), "reseal", Context.parse("env=test"))
     body = JobIn(kind="reseal", source=f"{root.as_uri()}/*", target=f"{root.as_uri()}/*", overwrite=True)
@@ -138,7 +138,7 @@ def test_fence_that_no_attempt_had_costs_a_part_no_search_for_its_leftovers(busy
 @pytest.mark.parametrize("field", ["fence", "attempt"])
 def test_count_that_no_worker_came_to_ends_its_job_as_refused(core: Core, field: str, value: bytes) -> None:
     """It stays a dead letter, which may be retried."""
-    store = store_of(core, SHORT, [])
+    store = store_of(core, LONG, [])
     job_id = core.submitter.items(
         SubmissionOptions(Principal("local"), "encrypt", Context.parse("env=test")), [JobItem(plaintext=b"x")]
     ).job_id
@@ -153,7 +153,7 @@ def test_count_that_no_worker_came_to_ends_its_job_as_refused(core: Core, field:
 
 
 def test_deferrals_that_nobody_counted_delay_a_job_by_a_minute_at_most(core: Core) -> None:
-    store = store_of(core, SHORT, [])
+    store = store_of(core, LONG, [])
     job_id = store.submit(accepted()).job_id
     forge(store, job_id, deferrals="5000")
     claim = store.claim(job_id, "w/1")

@@ -22,7 +22,7 @@ from kms_protocol.context import Context
 from kms_protocol.errors import JobsUnavailable, PathRefused
 from kms_protocol.wire import JobItem, JobKind
 from support.failing_store import MOMENTS, Killed, stumbling
-from support.job_stores import SHORT, TENANT, forge, lapse, store_of
+from support.job_stores import LONG, TENANT, forge, lapse, store_of
 
 WHO = Principal("local")
 CONTEXT = Context.parse("env=test")
@@ -41,7 +41,7 @@ def files(tmp_path: Path) -> Path:
 def worker_context(core: Core) -> WorkerContext:
     """A worker with short leases."""
     return WorkerContext(
-        core.kms, store_of(core, SHORT, []), core.worker_context.spool, core.worker_context.places
+        core.kms, store_of(core, LONG, []), core.worker_context.spool, core.worker_context.places
     )
 
 
@@ -65,7 +65,7 @@ def done(core: Core, kind: JobKind, source: Path, target: Path, *, overwrite: bo
 
 def taken_up(worker_context: WorkerContext, job_id: str) -> Job:
     """The job after its worker died and another has had its turn."""
-    lapse()
+    lapse(worker_context.store)
     worker_context.store.reap(job_id)
     run_job(job_id, worker_context, "w2")
     return worker_context.store.get(job_id, TENANT)

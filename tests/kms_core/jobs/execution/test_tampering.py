@@ -20,7 +20,6 @@ from kms_protocol.wire import JobItem
 from support.job_stores import (
     COMMIT,
     LONG,
-    SHORT,
     TENANT,
     accepted,
     claimed,
@@ -39,7 +38,7 @@ def store(core: Core) -> JobStore:
 
 @pytest.fixture
 def brief(core: Core) -> JobStore:
-    return store_of(core, SHORT)
+    return store_of(core, LONG)
 
 
 def bulk(core: Core, context: str) -> str:

@@ -22,7 +22,7 @@ from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidRequest, JobsUnavailable, PathRefused
 from kms_protocol.wire import JobState
-from support.job_stores import SHORT, TENANT, forge, lapse, remove_inputs, spool_folder, store_of
+from support.job_stores import LONG, TENANT, forge, lapse, remove_inputs, spool_folder, store_of
 
 WHO = Principal("local")
 CONTEXT = Context.parse("env=test")
@@ -68,13 +68,13 @@ def root(tmp_path: Path) -> Path:
 def worker_context(core: Core) -> WorkerContext:
     """A worker with short leases."""
     return WorkerContext(
-        core.kms, store_of(core, SHORT, []), core.worker_context.spool, core.worker_context.places
+        core.kms, store_of(core, LONG, []), core.worker_context.spool, core.worker_context.places
     )
 
 
 def stumbling(core: Core, at: int, *, after: bool, error: BaseException | None = None) -> WorkerContext:
     found = core.worker_context.store
-    store = StumblingStore(found.redis, found.record_key, lambda *_: None, SHORT)
+    store = StumblingStore(found.redis, found.record_key, lambda *_: None, LONG)
     store.at, store.after, store.error = at, after, error or Killed()
     return WorkerContext(core.kms, store, core.worker_context.spool, core.worker_context.places)
 
@@ -292,11 +292,11 @@ def test_listing_that_was_cut_off_is_made_anew_and_what_comes_later_is_not_in_it
     with pytest.raises(Killed):
         run_job(job_id, stumbling(core, 0, after=False), "w1")  # before it was split
     fill(root / "in", b=b"2")
-    lapse()
+    lapse(worker_context.store)
     run_job(job_id, worker_context, "w2")
     fill(root / "in", c=b"3")
     for _ in range(2):
-        lapse()
+        lapse(worker_context.store)
         worker_context.store.reap(job_id)
         work(worker_context, job_id)
 
@@ -361,7 +361,7 @@ def test_part_of_a_killed_worker_is_finished_and_each_file_is_done_once(  # noqa
         run_job(part, stumbling(core, at, after=after), "w1")
     before = {path.name: path.stat().st_ino for path in (root / "out").glob("*.age")}
     settled = len(core.worker_context.store.log_of(part).outcomes)
-    lapse()
+    lapse(worker_context.store)
     worker_context.store.reap(part)
     run_job(part, worker_context, "w2")
 
@@ -390,7 +390,7 @@ def test_redis_lost_in_the_middle_of_a_part_costs_nothing(
 
     with pytest.raises(JobsUnavailable):
         run_job(part_id(job_id, 0), stumbling(core, at, after=after, error=JobsUnavailable()), "w1")
-    lapse()
+    lapse(worker_context.store)
     run_job(part_id(job_id, 0), worker_context, "w2")
 
     assert now(core, job_id).state == "succeeded"
@@ -413,7 +413,7 @@ def test_worker_that_was_overtaken_in_the_middle_has_no_effect(
             super().step(claim, log, counts)
 
     found = core.worker_context.store
-    slow = Slow(found.redis, found.record_key, lambda *_: None, SHORT)
+    slow = Slow(found.redis, found.record_key, lambda *_: None, LONG)
     run_job(part, WorkerContext(core.kms, slow, core.worker_context.spool, core.worker_context.places), "w1")
 
     assert now(core, job_id).state == "succeeded"
@@ -424,14 +424,14 @@ def test_worker_that_was_overtaken_in_the_middle_has_no_effect(
 def test_part_that_comes_further_each_time_is_no_dead_letter(
     core: Core, worker_context: WorkerContext, root: Path
 ) -> None:
-    names = [f"f{number}" for number in range(SHORT.attempts + 3)]
+    names = [f"f{number}" for number in range(LONG.attempts + 3)]
     fill(root / "in", **dict.fromkeys(names, b"x"))
     job_id = submit(core, "encrypt", url(root / "in", "*"), url(root / "out"))
     run_job(job_id, worker_context, "w")
     for _ in names:
         with pytest.raises(Killed):
             run_job(part_id(job_id, 0), stumbling(core, 1, after=False), "w1")
-        lapse()
+        lapse(worker_context.store)
     run_job(part_id(job_id, 0), worker_context, "w2")
 
     assert (now(core, job_id).state, now(core, job_id).items_failed) == ("succeeded", 0)
@@ -445,10 +445,10 @@ def test_part_that_kills_every_worker_ends_and_tells_what_was_done(
     job_id = submit(core, "encrypt", url(root / "in", "*"), url(root / "out"))
     run_job(job_id, worker_context, "w")
     part = part_id(job_id, 0)
-    for at in (2, 1, *[0] * (SHORT.attempts - 1)):  # at c, at c once b is in place, at c
+    for at in (2, 1, *[0] * (LONG.attempts - 1)):  # at c, at c once b is in place, at c
         with pytest.raises(Killed):
             run_job(part, stumbling(core, at, after=False), "w1")
-        lapse()
+        lapse(worker_context.store)
     run_job(part, worker_context, "w2")
 
     job = now(core, job_id)
@@ -498,7 +498,7 @@ def test_cancelled_job_keeps_what_was_done_and_leaves_nothing_else(
         run_job(part_id(job_id, 0), stumbling(core, 1, after=True), "w1")
 
     core.worker_context.store.cancel(job_id, TENANT)
-    lapse()
+    lapse(worker_context.store)
     run_job(part_id(job_id, 0), worker_context, "w2")
 
     assert now(core, job_id).state == "cancelled"

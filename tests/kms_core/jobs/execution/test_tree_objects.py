@@ -14,7 +14,7 @@ from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.errors import PathRefused
-from support.job_stores import SHORT, lapse, store_of
+from support.job_stores import LONG, lapse, store_of
 from support.object_jobs import CONTEXT, WHO, Bench
 
 PLAIN: Final = {"a.csv": b"1", "b/c d.csv": b"22", "b/ü%?*.csv": b"", "b/x.txt": b"no"}
@@ -115,18 +115,18 @@ def test_part_over_objects_of_a_killed_worker_is_finished(bench: Bench, at: int,
     core = bench.core
     run_job(job_id, core.worker_context, "w")
     found = core.worker_context.store
-    stumbling = Stumbling(found.redis, found.record_key, lambda *_: None, SHORT)
+    stumbling = Stumbling(found.redis, found.record_key, lambda *_: None, LONG)
     with pytest.raises(Killed):
         run_job(
             part_id(job_id, 0),
             WorkerContext(core.kms, stumbling, core.worker_context.spool, core.worker_context.places),
             "w1",
         )
-    lapse()
+    lapse(found)
     run_job(
         part_id(job_id, 0),
         WorkerContext(
-            core.kms, store_of(core, SHORT, []), core.worker_context.spool, core.worker_context.places
+            core.kms, store_of(core, LONG, []), core.worker_context.spool, core.worker_context.places
         ),
         "w2",
     )

@@ -14,7 +14,7 @@ from kms_core.jobs.storage.spool import Label
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import JobsUnavailable
-from support.job_stores import LONG, SHORT, TENANT, accepted, claimed, lapse, state, store_of
+from support.job_stores import LONG, TENANT, accepted, claimed, lapse, state, store_of
 from support.waiting import until
 
 
@@ -25,7 +25,7 @@ def store(core: Core) -> JobStore:
 
 @pytest.fixture
 def brief(core: Core) -> JobStore:
-    return store_of(core, SHORT)
+    return store_of(core, LONG)
 
 
 def reaper_of(core: Core, store: JobStore) -> Reaper:
@@ -34,7 +34,7 @@ def reaper_of(core: Core, store: JobStore) -> Reaper:
 
 def test_reaper_requeues_what_a_dead_worker_held(core: Core, brief: JobStore) -> None:
     claim = claimed(brief)
-    lapse()
+    lapse(brief)
 
     reaper_of(core, brief).reap()
 

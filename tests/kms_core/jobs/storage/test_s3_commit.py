@@ -14,7 +14,7 @@ from kms_core.jobs.storage.commit_marks import CommitMarks
 from kms_protocol.errors import JobsUnavailable, PathRefused, TargetExists
 from kms_protocol.wire import JobKind
 from support.failing_store import MOMENTS, Killed, interrupted, stumbling
-from support.job_stores import SHORT, TENANT, forge, lapse, record, store_of
+from support.job_stores import LONG, TENANT, forge, lapse, record, store_of
 from support.object_jobs import Bench
 from support.object_stores import Seen, Way
 from support.waiting import until
@@ -194,7 +194,7 @@ def test_parts_that_were_exchanged_before_the_finish_are_not_put_in_place(bench:
 
 def impatient(bench: Bench) -> WorkerContext:
     """A worker with short leases."""
-    return replace(bench.core.worker_context, store=store_of(bench.core, SHORT, []))
+    return replace(bench.core.worker_context, store=store_of(bench.core, LONG, []))
 
 
 def cancelled(bench: Bench, job_id: str) -> None:
@@ -216,7 +216,7 @@ def test_upload_of_a_killed_attempt_is_aborted_however_the_job_ends(
     with pytest.raises(Killed):
         run_job(job_id, stumbling(bench.core, "committing", after=False), "w1")
     assert bucket.uploads() == ["out/x"]
-    lapse()
+    lapse(bench.core.worker_context.store)
     end(bench, job_id)
 
     job = bench.taken_up(job_id)

@@ -243,7 +243,7 @@ def test_head_of_an_earlier_attempt_is_refused(install: Install) -> None:
     dying = stumbling(install.core, "finish", after=False)
     with pytest.raises(Killed):
         run_job(job_id, dying, "w1")
-    lapse()
+    lapse(install.core.worker_context.store)
     run_job(job_id, install.core.worker_context, "w2")
     folder = install.folder(job_id)
 

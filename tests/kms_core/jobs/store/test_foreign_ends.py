@@ -12,7 +12,7 @@ from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store.queue_stats import survey
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import RateLimited, RedisFull
-from support.job_stores import LONG, SHORT, TENANT, accepted, store_of
+from support.job_stores import LONG, TENANT, accepted, store_of
 
 FAR: Final = 9e12
 ENDS: Final = (FAR, -1.0)
@@ -81,7 +81,7 @@ def test_a_root_that_others_call_stalled_is_used(core: Core, key: str) -> None:
 
 
 def test_a_redis_that_others_call_full_is_not(core: Core) -> None:
-    store = store_of(core, SHORT, [])
+    store = store_of(core, LONG, [])
     store.redis.set("kms:full", 1)
     store.ping()
     assert store.condition() == "available"
@@ -94,7 +94,7 @@ def test_a_redis_that_others_call_full_is_not(core: Core) -> None:
 @pytest.mark.parametrize("expiry_ms", [None, 10**9])
 def test_memory_is_looked_at_whatever_others_call_looked_at(core: Core, expiry_ms: int | None) -> None:
     """Redis would be filled until it refuses every write; and small blobs would never rest in it."""
-    store = store_of(core, SHORT, [])
+    store = store_of(core, LONG, [])
     for name in ("kms:probed", "kms:half"):
         store.redis.set(name, 1, px=expiry_ms)
 

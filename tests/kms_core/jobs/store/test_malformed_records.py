@@ -16,7 +16,7 @@ from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import UnknownJob
 from support.embedded_valkey import EmbeddedValkey
-from support.job_stores import COMMIT, LONG, SHORT, TENANT, accepted, forge, lapse, record, store_of
+from support.job_stores import COMMIT, LONG, TENANT, accepted, forge, lapse, record, store_of
 from support.record_fields import FIELDS, MISSING, put
 from support.service import Service, core_of
 
@@ -183,7 +183,7 @@ def test_a_key_of_a_wrong_type_is_no_job_and_hides_none(install: Install) -> Non
 
 
 def test_a_list_of_dead_letters_of_a_wrong_type_counts_none(core: Core) -> None:
-    store = store_of(core, SHORT, [])
+    store = store_of(core, LONG, [])
     store.submit(accepted())
     store.redis.set("kms:dead", "no list")
 
@@ -192,7 +192,7 @@ def test_a_list_of_dead_letters_of_a_wrong_type_counts_none(core: Core) -> None:
 
 @pytest.mark.parametrize("broken", ["wrong type", "last id"])
 def test_a_stream_of_events_that_takes_none_costs_no_job(core: Core, broken: str) -> None:
-    store = store_of(core, SHORT, [])
+    store = store_of(core, LONG, [])
     claim = store.claim(store.submit(accepted()).job_id, "w1")
     assert claim
     store.redis.delete("kms:events")
@@ -350,11 +350,11 @@ def test_a_long_list_of_labels_is_one_of_a_bounded_length(core: Core) -> None:
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_junk_record_keeps_the_caretaker_from_no_other(core: Core, field: str) -> None:
-    store = store_of(core, SHORT, [])
+    store = store_of(core, LONG, [])
     jobs = [store.submit(accepted()).job_id for _ in range(len(JUNK) + 1)]
     for job_id in jobs:
         assert store.claim(job_id, "w1")
-    lapse()
+    lapse(store)
     *victims, good = jobs
     for value, job_id in zip(JUNK, victims, strict=True):
         put(store, job_id, field, value)
@@ -365,13 +365,13 @@ def test_a_junk_record_keeps_the_caretaker_from_no_other(core: Core, field: str)
 
 
 def test_members_that_are_no_jobs_keep_the_caretaker_from_no_other(core: Core) -> None:
-    store = store_of(core, SHORT, [])
+    store = store_of(core, LONG, [])
     good, ended = store.submit(accepted()).job_id, store.submit(accepted()).job_id
     assert store.claim(good, "w1")
     assert store.claim(ended, "w1")
     store.redis.hset(f"kms:job:{ended}", mapping={"state": "failed", "fence": "nan"})
     store.redis.zadd("kms:ended", {ended: 3})
-    lapse()
+    lapse(store)
     store.redis.set("kms:job:text", "no hash")
     for key in ("kms:leased", "kms:ended"):
         store.redis.zadd(key, {b"\xff": 1})
@@ -388,6 +388,6 @@ def test_members_that_are_no_jobs_keep_the_caretaker_from_no_other(core: Core) -
 
 
 def test_a_redis_that_refuses_is_no_junk_record(core: Core) -> None:
-    store = store_of(core, SHORT, [])
+    store = store_of(core, LONG, [])
     with pytest.raises(redis.ResponseError):
         store._reaped("id", redis.ResponseError("MISCONF Redis is configured to save"))  # noqa: SLF001

@@ -10,7 +10,7 @@ from kms_core.jobs.model import Attempt, LeaseLost, StoreRules
 from kms_core.jobs.spec import BULK, QUEUES, JobSpec
 from kms_core.jobs.store import queue_stats
 from kms_core.jobs.store.store import JobStore
-from support.job_stores import COMMIT, LONG, TENANT, accepted, store_of
+from support.job_stores import COMMIT, LONG, TENANT, accepted, lapse, store_of
 from support.waiting import until
 
 NAS: Final = "root:/srv/nas"
@@ -59,13 +59,13 @@ def test_it_is_chosen_again_when_a_lease_ends(core: Core) -> None:
 
 
 def test_a_killed_worker_does_not_hold_it_for_ever(core: Core) -> None:
-    store = store_of(core, rules(resource_leases={NAS: 1}, lease_s=0.3))
+    store = store_of(core, rules(resource_leases={NAS: 1}))
     for _ in range(2):
         submit(store, [NAS])
     attempt(store)
     assert taken(store) is None
 
-    until(store.due, "the lease has run out")
+    lapse(store)
     store.reap_all(store.due())
 
     assert taken(store)

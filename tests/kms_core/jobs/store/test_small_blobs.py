@@ -292,9 +292,9 @@ def test_nothing_rests_of_a_job_that_was_not_accepted(core: Core, monkeypatch: p
 
 def test_dead_job_is_retried_with_its_input(core: Core) -> None:
     job_id = bulk(core, b"x")
-    store = store_of(core, replace(LONG, attempts=1, lease_s=0.2), [])
+    store = store_of(core, replace(LONG, attempts=1), [])
     assert store.claim(job_id, "w/1")
-    lapse()
+    lapse(store)
     store.reap(job_id)
     assert store.claim(job_id, "w/1") is None
     assert store.get(job_id, TENANT).error == "attempts_exhausted"

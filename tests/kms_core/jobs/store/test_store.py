@@ -14,7 +14,7 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.ends import Work
 from kms_core.jobs.execution.lease import Lease
-from kms_core.jobs.model import Attempt, Job, LeaseLost, part_id
+from kms_core.jobs.model import Attempt, Job, LeaseLost, StoreRules, part_id
 from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.spec import BULK, FILES, MAINTENANCE
 from kms_core.jobs.store.store import JobStore
@@ -33,7 +33,6 @@ from kms_protocol.errors import (
 from support.job_stores import (
     COMMIT,
     LONG,
-    SHORT,
     TENANT,
     accepted,
     claimed,
@@ -54,8 +53,9 @@ def store(core: Core) -> JobStore:
 
 
 @pytest.fixture
-def brief(core: Core) -> JobStore:
-    return store_of(core, SHORT)
+def beating(core: Core) -> JobStore:
+    """A store whose leases are renewed six times a second."""
+    return store_of(core, StoreRules(lease_s=0.5))
 
 
 # -- submitting ------------------------------------------------------------------------------------------
@@ -294,9 +294,9 @@ def test_leased_job_is_nobody_else_s(store: JobStore) -> None:
     assert store.get(claim.accepted.job_id, TENANT).bytes_done == 7
 
 
-def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(brief: JobStore, store: JobStore) -> None:
-    old = claimed(brief)
-    lapse()
+def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(store: JobStore) -> None:
+    old = claimed(store)
+    lapse(store)
     new = store.claim(old.accepted.job_id, "w2")
     assert new
     powerless: list[Callable[[], None]] = [
@@ -317,30 +317,34 @@ def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(brief: JobSto
     assert state(store, new) == "succeeded"
 
 
-def test_lapsed_lease_that_nobody_took_is_still_held(brief: JobStore) -> None:
-    claim = claimed(brief)
-    lapse()
+def test_lapsed_lease_that_nobody_took_is_still_held(store: JobStore) -> None:
+    claim = claimed(store)
+    lapse(store)
 
-    brief.renew(claim, {})
+    store.renew(claim, {})
 
-    assert brief.claim(claim.accepted.job_id, "w2") is None
+    assert store.claim(claim.accepted.job_id, "w2") is None
 
 
-def test_heartbeat_keeps_a_lease(brief: JobStore) -> None:
-    claim = claimed(brief)
-    with Lease(brief, claim) as lease:
-        for _ in range(5):
-            lapse()
+def test_heartbeat_keeps_a_lease(beating: JobStore) -> None:
+    claim = claimed(beating)
+
+    def lease_until() -> bytes:
+        return record(beating, claim.accepted.job_id)[b"lease_until"]
+
+    with Lease(beating, claim) as lease:
+        for _ in range(3):
+            before = lease_until()
+            until(lambda before=before: lease_until() != before, "it is renewed")  # type: ignore[misc]
             lease.check()
-            assert brief.claim(claim.accepted.job_id, "w2") is None
 
 
-def test_heartbeat_notices_that_the_job_was_taken(brief: JobStore, store: JobStore) -> None:
-    claim = claimed(brief)
-    forge(brief, claim.accepted.job_id, lease_until="0")
+def test_heartbeat_notices_that_the_job_was_taken(beating: JobStore, store: JobStore) -> None:
+    claim = claimed(beating)
+    forge(beating, claim.accepted.job_id, lease_until="0")
     assert store.claim(claim.accepted.job_id, "w2")
 
-    with Lease(brief, claim) as lease, pytest.raises(LeaseLost):
+    with Lease(beating, claim) as lease, pytest.raises(LeaseLost):
         until(lease.check, "the loss is noticed")
 
 
@@ -352,10 +356,11 @@ def test_heartbeat_notices_cancellation(store: JobStore) -> None:
         until(lease.check, "the cancellation is noticed")
 
 
-def test_worker_without_redis_stops_when_its_lease_is_over(core: Core, brief: JobStore) -> None:
-    claim = claimed(brief)
+def test_worker_without_redis_stops_when_its_lease_is_over(core: Core, store: JobStore) -> None:
+    claim = claimed(store)
+    rules = StoreRules(lease_s=0.5)
     away = JobStore(
-        connect("unix:///nonexistent.sock"), core.worker_context.store.record_key, lambda *_: None, SHORT
+        connect("unix:///nonexistent.sock"), core.worker_context.store.record_key, lambda *_: None, rules
     )
 
     with Lease(away, claim) as lease, pytest.raises(LeaseLost):
@@ -379,19 +384,19 @@ def test_job_ends_once(store: JobStore) -> None:
     assert store.due() == []
 
 
-def test_attempts_are_counted_and_end(brief: JobStore) -> None:
-    job_id = claimed(brief).accepted.job_id
+def test_attempts_are_counted_and_end(store: JobStore) -> None:
+    job_id = claimed(store).accepted.job_id
     fences = [1]
-    for _ in range(SHORT.attempts - 1):
-        lapse()
-        claim = brief.claim(job_id, "w")
+    for _ in range(LONG.attempts - 1):
+        lapse(store)
+        claim = store.claim(job_id, "w")
         assert claim
         fences.append(claim.fence)
-    lapse()
+    lapse(store)
 
-    assert brief.claim(job_id, "w") is None
-    found = brief.get(job_id, TENANT)
-    assert (found.state, found.error, found.attempt) == ("failed", "attempts_exhausted", SHORT.attempts)
+    assert store.claim(job_id, "w") is None
+    found = store.get(job_id, TENANT)
+    assert (found.state, found.error, found.attempt) == ("failed", "attempts_exhausted", LONG.attempts)
     assert all(later > earlier for earlier, later in pairwise([*fences, found.fence]))
 
 
@@ -492,13 +497,13 @@ def test_running_job_is_asked_to_stop(store: JobStore) -> None:
     assert state(store, claim) == "cancelled"
 
 
-def test_cancelled_job_whose_worker_died_is_not_begun_again(brief: JobStore) -> None:
-    claim = claimed(brief)
-    brief.cancel(claim.accepted.job_id, TENANT)
-    lapse()
+def test_cancelled_job_whose_worker_died_is_not_begun_again(store: JobStore) -> None:
+    claim = claimed(store)
+    store.cancel(claim.accepted.job_id, TENANT)
+    lapse(store)
 
-    assert brief.claim(claim.accepted.job_id, "w2") is None
-    assert state(brief, claim) == "cancelled"
+    assert store.claim(claim.accepted.job_id, "w2") is None
+    assert state(store, claim) == "cancelled"
 
 
 def test_committing_job_cannot_be_cancelled(store: JobStore) -> None:
@@ -535,13 +540,13 @@ def test_commit_said_twice_is_said_once(store: JobStore) -> None:
     assert state(store, claim) == "committing"
 
 
-def test_commit_is_handed_to_whoever_comes_next(brief: JobStore) -> None:
-    claim = claimed(brief)
-    brief.committing(claim, COMMIT)
-    for number in range(2, 2 + 2 * SHORT.attempts):  # a commit has no limit of attempts
-        lapse()
-        assert brief.reap(claim.accepted.job_id) == "committing"
-        again = brief.claim(claim.accepted.job_id, "w")
+def test_commit_is_handed_to_whoever_comes_next(store: JobStore) -> None:
+    claim = claimed(store)
+    store.committing(claim, COMMIT)
+    for number in range(2, 2 + 2 * LONG.attempts):  # a commit has no limit of attempts
+        lapse(store)
+        assert store.reap(claim.accepted.job_id) == "committing"
+        again = store.claim(claim.accepted.job_id, "w")
         assert again
         assert (again.commit, again.attempt, again.fence) == (COMMIT, 1, number)
 
