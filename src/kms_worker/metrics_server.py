@@ -1,10 +1,10 @@
-"""The worker's ``/metrics`` and ``/livez``, served by the parent for all its children."""
+"""The worker's ``/metrics``, ``/livez`` and ``/readyz``, served by the parent for all its children."""
 
 import asyncio
 import socket
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final, cast
 
@@ -30,6 +30,7 @@ _LIMITS: Final = ConnectionLimits(most=64, timeout_s=10, ends_unread=True)
 _STOP_S: Final = 2
 _FORK_S: Final = 0.5
 _BACKLOG: Final = 128
+_TEXT: Final = b"text/plain; charset=utf-8"
 _log = structlog.get_logger(__name__)
 
 
@@ -63,10 +64,13 @@ class MetricsServer:
 
 
 class MetricsApp:
-    """The ASGI application: two paths, GET and HEAD."""
+    """The ASGI application: three paths, GET and HEAD. ``/readyz`` answers 503 until ``is_ready``."""
 
-    def __init__(self, scraping: MetricsAccess, allowed_hosts: Sequence[str]) -> None:
+    def __init__(
+        self, scraping: MetricsAccess, allowed_hosts: Sequence[str], is_ready: Callable[[], bool]
+    ) -> None:
         self._scraping = scraping
+        self._is_ready = is_ready
         self._hosts = HostCheck(allowed_hosts)
         self._reading = asyncio.Semaphore()
         self._next: asyncio.Task[bytes] | None = None
@@ -79,17 +83,18 @@ class MetricsApp:
             refusal = ProblemResponse(401, "unauthenticated", "See [kms.server] metrics")
         if refusal is not None:
             await refusal(scope, receive, send)
-        elif scope["path"] == "/livez":
-            await _send(send, b"text/plain; charset=utf-8", b"ok\n")
+        elif scope["path"] in {"/livez", "/readyz"}:
+            well = scope["path"] == "/livez" or self._is_ready()
+            await _send(send, _TEXT, b"ok\n" if well else b"takes no jobs\n", 200 if well else 503)
         else:
             await _send(send, CONTENT_TYPE_LATEST.encode(), await self._read())
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> "ProblemResponse | None":
-        """The refusal of a request for anything but these two paths."""
+        """The refusal of a request for anything but these paths."""
         if self._hosts.refuses(headers, scope.get("server")):
             return ProblemResponse(403, "forbidden", REFUSED)
-        if scope["path"] not in {"/metrics", "/livez"}:
-            return ProblemResponse(404, "not_found", "This port has /metrics and /livez")
+        if scope["path"] not in {"/metrics", "/livez", "/readyz"}:
+            return ProblemResponse(404, "not_found", "This port has /metrics, /livez and /readyz")
         if scope["method"] not in {"GET", "HEAD"}:
             return ProblemResponse(405, "method_not_allowed", "Send GET or HEAD", {b"allow": b"GET, HEAD"})
         return None
@@ -133,9 +138,7 @@ class MetricsApp:
             return await asyncio.to_thread(self._scraping.allows, token.strip())
 
 
-def serve(
-    bind: str, port: int, scraping: MetricsAccess, allowed_hosts: Sequence[str] = ()
-) -> MetricsServer | None:
+def serve(bind: str, port: int, app: MetricsApp) -> MetricsServer | None:
     """Serve until ``shutdown``. A taken port costs the metrics, not the jobs, and is logged."""
     listener = socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -146,15 +149,15 @@ def serve(
         listener.close()
         _log.warning("metrics.not_served", port=port, reason=exc.strerror)
         return None
-    return MetricsServer(listener, MetricsApp(scraping, allowed_hosts))
+    return MetricsServer(listener, app)
 
 
-async def _send(send: Send, content_type: bytes, body: bytes) -> None:
+async def _send(send: Send, content_type: bytes, body: bytes, status: int = 200) -> None:
     headers = [
         (b"content-type", content_type),
         (b"content-length", b"%d" % len(body)),
         (b"cache-control", b"no-store"),
         (b"x-content-type-options", b"nosniff"),
     ]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -21,8 +21,8 @@ from celery.worker.consumer import Consumer
 from kms_core import server_memory
 from kms_core.audit_setup import build_monitor
 from kms_core.auth.metrics_access import MetricsAccess
+from kms_core.container import Core, build_intake
 from kms_core.container import build as build_core
-from kms_core.container import build_intake
 from kms_core.documents.local_copy import CopyPoll
 from kms_core.jobs.events import webhook
 from kms_core.jobs.events.dispatcher import WebhookDispatcher
@@ -43,6 +43,7 @@ from kms_worker import consumer as properties
 from kms_worker import elements, fork_lock, metrics_server, rotation, submit
 from kms_worker.consumer import CheckedConsumer, never_decompress
 from kms_worker.elements import Checks
+from kms_worker.metrics_server import MetricsApp, MetricsServer
 from kms_worker.refusals import Refusals
 from kms_worker.slots import Slots
 from kms_worker.watchdog import Watchdog
@@ -92,14 +93,7 @@ def run(loaded: Settings) -> int:
         partial(_waiting, app, store),
         lambda: min(pulse.idle_s(), store.idle_s(name)),
     )
-    server = metrics_server.serve(
-        loaded.kms.bind,
-        loaded.kms.port + 1,
-        MetricsAccess(
-            loaded.kms.server.metrics, core.authenticator, core.kms.policy, Proxies.of(loaded.kms.server)
-        ),
-        loaded.kms.server.allowed_hosts,
-    )
+    server = _serve_metrics(loaded, core, heartbeat.serves)
     _prepare_children()
     signals.worker_ready.connect(lambda **_: heartbeat.serve(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: heartbeat.stop(), weak=False)
@@ -114,6 +108,13 @@ def run(loaded: Settings) -> int:
         if server is not None:
             server.shutdown()
         heartbeat.join(_LEAVE_S)
+
+
+def _serve_metrics(loaded: Settings, core: Core, is_ready: Callable[[], bool]) -> MetricsServer | None:
+    settings, policy = loaded.kms.server, core.kms.policy
+    scraping = MetricsAccess(settings.metrics, core.authenticator, policy, Proxies.of(settings))
+    app = MetricsApp(scraping, settings.allowed_hosts, is_ready)
+    return metrics_server.serve(loaded.kms.bind, loaded.kms.port + 1, app)
 
 
 def _slots(loaded: Settings, store: JobStore, name: str) -> Slots:

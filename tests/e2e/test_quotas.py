@@ -197,15 +197,6 @@ def test_a_login_counts_against_the_tenant_of_its_credential(guarded: Guarded) -
     assert log_in(guarded, guarded.make("*", tenant="web")[1]).status_code == 303
 
 
-def test_refusals_are_told_by_tenant(guarded: Guarded) -> None:
-    acme = guarded.token("*", tenant="debt")
-    batch(guarded, acme, 20)
-    for _ in range(3):
-        wait_s(batch(guarded, acme, 1))
-
-    assert 'kms_rate_limited_total{tenant="debt"} 3.0' in guarded.http.get("/metrics").text
-
-
 # -- rotation ----------------------------------------------------------------------------------------------
 
 

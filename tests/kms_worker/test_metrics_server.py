@@ -1,7 +1,8 @@
-"""The worker's metrics port: how often the metrics are read."""
+"""The worker's metrics port: how often the metrics are read, and when it is ready."""
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Final
 
 import pytest
@@ -22,6 +23,11 @@ SCOPE: Final = {
     "server": ("127.0.0.1", 9091),
     "client": ("127.0.0.1", 40000),
 }
+
+
+def _app(is_ready: Callable[[], bool]) -> MetricsApp:
+    access = MetricsAccess("open", None, AllowAll(), Proxies.of(ServerSection(docs=True)))
+    return MetricsApp(access, (), is_ready)
 
 
 async def _scraped(app: MetricsApp) -> bytes:
@@ -54,7 +60,7 @@ def test_scrapes_that_wait_share_one_reading_that_began_after_them(monkeypatch: 
         return b"%d" % number
 
     async def scrapes() -> list[bytes]:
-        app = MetricsApp(MetricsAccess("open", None, AllowAll(), Proxies.of(ServerSection(docs=True))), ())
+        app = _app(lambda: True)
         first = asyncio.create_task(_scraped(app))
         await asyncio.to_thread(begun.wait, 30)
         others = [asyncio.create_task(_scraped(app)) for _ in range(SCRAPES)]
@@ -66,3 +72,15 @@ def test_scrapes_that_wait_share_one_reading_that_began_after_them(monkeypatch: 
     monkeypatch.setattr(metrics, "exposition", exposition)
 
     assert asyncio.run(scrapes()) == [b"1", *[b"2"] * (SCRAPES - 1)]
+
+
+@pytest.mark.parametrize(("ready", "status"), [(False, 503), (True, 200)])
+def test_a_worker_is_ready_once_it_takes_jobs(ready: bool, status: int) -> None:
+    sent: list[dict[str, object]] = []
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    asyncio.run(_app(lambda: ready)(SCOPE | {"path": "/readyz"}, None, send))  # type: ignore[arg-type]  # as above
+
+    assert sent[0]["status"] == status

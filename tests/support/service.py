@@ -123,7 +123,8 @@ class Service:
 
     def _answers(self, name: str, port: int) -> bool:
         assert self._processes[name].poll() is None, f"{name} ended:\n{self.output(name)}"
-        return up.is_alive("127.0.0.1", port) and is_of(port, self._processes[name].pid)
+        path = "/readyz" if name == "worker" else "/livez"
+        return up.is_alive("127.0.0.1", port, path=path) and is_of(port, self._processes[name].pid)
 
     def pid(self, name: str) -> int:
         return self._processes[name].pid

@@ -120,11 +120,6 @@ class Budget:
         """Count a sender or reader that was cut off."""
         metrics.HTTP_REFUSALS.labels(self.kind, "deadline").inc()
 
-    @property
-    def is_idle(self) -> bool:
-        """Return whether no request holds or waits for an amount."""
-        return not (self.held or self._tenants or self._credentials or self._queues)
-
     def _reason(self, holder: Holder | None, amount: int) -> Reason | None:
         """The bound that the amount would exceed, if any."""
         bounds, free = self._bounds, self._bounds.total - self.held

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final
@@ -131,9 +132,10 @@ def service_programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Chi
     host, port = installation.reachable(settings.kms.bind), settings.kms.port
     tls = settings.kms.server.tls_cert is not None
     api, worker = ([sys.executable, "-P", "-m", f"{name}.main"] for name in ("kms_api", "kms_worker"))
+    answers, takes_jobs = partial(is_alive, tls=tls), partial(is_alive, path="/readyz")
     return (
-        Child("api", api, ready=lambda: is_alive(host, port, tls=tls), env=env, grace_s=API_GRACE_S),
-        Child("worker", worker, ready=lambda: is_alive(host, port + 1), env=env, grace_s=WORKER_GRACE_S),
+        Child("api", api, ready=lambda: answers(host, port), env=env, grace_s=API_GRACE_S),
+        Child("worker", worker, ready=lambda: takes_jobs(host, port + 1), env=env, grace_s=WORKER_GRACE_S),
     )
 
 
@@ -300,14 +302,14 @@ def _first_identity(path: Path) -> x25519.Identity:
 # -- readiness ---------------------------------------------------------------------------------------
 
 
-def is_alive(host: str, port: int, *, tls: bool = False) -> bool:
-    """Return whether GET /livez answers 200. A server that requires a client certificate is alive."""
+def is_alive(host: str, port: int, *, tls: bool = False, path: str = "/livez") -> bool:
+    """Return whether GET of the path answers 200. A server that requires a client certificate is alive."""
     connection = http.client.HTTPConnection(host, port, timeout=PROBE_TIMEOUT_S)
     if tls:
         unverified = ssl._create_unverified_context()  # noqa: S323, SLF001 -- no secret is sent
         connection = http.client.HTTPSConnection(host, port, timeout=PROBE_TIMEOUT_S, context=unverified)
     try:
-        connection.request("GET", "/livez")
+        connection.request("GET", path)
         return connection.getresponse().status == HTTPStatus.OK
     except http.client.RemoteDisconnected:  # after the handshake: the server requires a certificate
         return tls

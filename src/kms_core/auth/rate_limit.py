@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from kms_core.observability import metrics
 from kms_protocol.errors import RateLimited
 
 T = TypeVar("T")
@@ -129,7 +128,6 @@ class Requests:
             if level >= left:
                 bucket.level, bucket.at = max(level - count, -DEBT_S * rate.per_s), now
         if level < left:
-            metrics.RATE_LIMITED.labels(tenant).inc()
             wait_s = (1 - level) / rate.per_s
             raise RateLimited("Your tenant has used up its requests per second", retry_after_s=wait_s)
 

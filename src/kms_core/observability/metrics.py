@@ -85,9 +85,6 @@ CLIENT_CRL_EXPIRES: Final = Gauge(
     "Expiry of the first revocation list of [kms.server] client_crl to expire (nextUpdate); 0 without one",
     multiprocess_mode="livemin",
 )
-RATE_LIMITED: Final = Counter(
-    "kms_rate_limited_total", "Requests above a tenant's quota; tenant is one of the settings", ["tenant"]
-)
 AUDIT_EVENTS: Final = Counter("kms_audit_events_total", "Audit records by outcome of the write", ["result"])
 AUDIT_COPIES: Final = Counter(
     "kms_audit_copies_total",

@@ -94,8 +94,8 @@ spec:
             {{- include "kms.env" $root | nindent 12 }}
           ports:
             - {name: {{ .port }}, containerPort: {{ .number }}}
-          {{- /* Not /readyz: a lost key server would take away every replica at once, and what works without it. A lost
-                 backend or Redis is no reason to restart either. */}}
+          {{- /* Not /readyz of the API: a lost key server would take away every replica at once, and what works without
+                 it. A lost backend or Redis is no reason to restart either. A worker is ready once it takes jobs. */}}
           startupProbe: # the key server may be slow to answer the first check
             httpGet: {path: /livez, port: {{ .port }}, scheme: {{ .scheme }}}
             periodSeconds: 2
@@ -106,7 +106,7 @@ spec:
             timeoutSeconds: 5
             failureThreshold: 6
           readinessProbe:
-            httpGet: {path: /livez, port: {{ .port }}, scheme: {{ .scheme }}}
+            httpGet: {path: {{ eq .component "worker" | ternary "/readyz" "/livez" }}, port: {{ .port }}, scheme: {{ .scheme }}}
             periodSeconds: 5
             timeoutSeconds: 5
             failureThreshold: 2

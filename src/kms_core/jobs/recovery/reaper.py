@@ -58,6 +58,10 @@ class Heartbeat(PeriodicThread):
         self._serves = True
         self.attempt(self._begin)
 
+    def serves(self) -> bool:
+        """Return whether the worker takes messages: from ``serve`` until ``stop``."""
+        return self._serves and not self.stopping
+
     def _begin(self) -> None:
         self.round()
         self._store.wake(*self._queues)

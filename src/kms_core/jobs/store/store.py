@@ -104,7 +104,6 @@ class JobStore(AttemptStore):
             return GroupComplete()
         if word == b"full":
             return RateLimited("Too many jobs wait already; submit again later", retry_after_s=SHED_S)
-        metrics.RATE_LIMITED.labels(tenant).inc()
         if word == b"quota":
             return RateLimited("Your tenant has as many open jobs as it may", retry_after_s=SHED_S)
         return self.quota_error(tenant)

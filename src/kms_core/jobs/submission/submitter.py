@@ -25,7 +25,7 @@ from kms_core.jobs.storage.locations import Locations
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Label, Spool
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.deadlines import DeadlineRules, Deadlines
-from kms_core.observability import metrics, tracing
+from kms_core.observability import tracing
 from kms_core.service import Kms
 from kms_protocol import job_groups, wire
 from kms_protocol.context import Context
@@ -226,7 +226,6 @@ class JobSubmitter:
 
         def check(size_bytes: int) -> None:
             if room is not None and size_bytes > room:
-                metrics.RATE_LIMITED.labels(options.who.tenant).inc()
                 raise self.store.quota_error(options.who.tenant)
 
         check(declared_bytes)
