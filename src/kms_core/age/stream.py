@@ -7,8 +7,10 @@ payload nonce between header and chunks.
 """
 
 import io
+import traceback
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Final
 
@@ -71,10 +73,9 @@ def seal(key: bytes, plaintext: Buffer) -> bytes:
     aead = ChaCha20Poly1305(key)
     if len(plaintext) <= CHUNK:
         return aead.encrypt(_ONLY, plaintext, None)
-    source, out, target = memoryview(plaintext), *blank(sealed_size(len(plaintext)))
-    run = nonces(0, chunk_count(len(plaintext)), last=True)
-    with target:
-        deque(map(aead.encrypt_into, run, cut(source, CHUNK), repeat(None), cut(target, SEALED_CHUNK)), 0)
+    source, run = cut(memoryview(plaintext), CHUNK), nonces(0, chunk_count(len(plaintext)), last=True)
+    with blank(sealed_size(len(plaintext))) as (out, target):
+        deque(map(aead.encrypt_into, run, source, repeat(None), cut(target, SEALED_CHUNK)), 0)
     return out.getvalue()
 
 
@@ -95,8 +96,7 @@ def open_run(aead: ChaCha20Poly1305, first: int, sealed: Buffer, *, last: bool) 
         except InvalidTag as exc:
             raise DecryptFailed from exc
     source = cut(memoryview(sealed), SEALED_CHUNK)
-    out, target = blank(len(sealed) - TAG * len(source))
-    with target:
+    with blank(len(sealed) - TAG * len(source)) as (out, target):
         open_into(aead, nonces(first, len(source), last=last), source, cut(target, CHUNK))
     return out.getvalue()
 
@@ -121,9 +121,17 @@ def cut(data: memoryview, width: int) -> list[memoryview]:
     return [data[start : start + width] for start in range(0, len(data), width)]
 
 
-def blank(size: int) -> tuple[io.BytesIO, memoryview]:
-    """A buffer and its writable view; ``getvalue()`` of the buffer returns ``bytes`` without a copy."""
-    out = io.BytesIO()
-    out.seek(size - 1)
-    out.write(b"\x00")
-    return out, out.getbuffer()
+@contextmanager
+def blank(size: int) -> Iterator[tuple[io.BytesIO, memoryview]]:
+    """A buffer and its writable view; ``getvalue()`` of the buffer returns ``bytes`` without a copy.
+
+    An exception passes without the locals of its frames: a view in them would keep the buffer exported, which
+    the garbage collector reports or, in CPython 3.12.0 and 3.12.1, dies of (python/cpython#111049).
+    """
+    out = io.BytesIO(bytes(size))
+    with out.getbuffer() as view:
+        try:
+            yield out, view
+        except BaseException as exc:
+            traceback.clear_frames(exc.__traceback__)
+            raise

@@ -125,3 +125,15 @@ def test_forged_plaintext_is_cleared_from_its_buffer() -> None:
             ChaCha20Poly1305(KEY), run, stream.cut(sealed, SEALED_CHUNK), stream.cut(buffer, CHUNK)
         )
     assert not any(buffer)
+
+
+def test_an_exception_that_is_kept_keeps_no_view_of_a_buffer() -> None:
+    def fail(view: memoryview) -> None:
+        held = view[:3]
+        raise DecryptFailed(str(len(held)))
+
+    with pytest.raises(DecryptFailed) as kept, stream.blank(8) as (out, view):
+        fail(view)
+
+    assert kept.value.detail == "3"
+    out.truncate(0)  # raises BufferError while it is exported

@@ -104,8 +104,7 @@ class BlockReader:
         length = min(length, self.size - position)
         if length <= 0:
             return b""
-        out, view = stream.blank(length)
-        with view:
+        with stream.blank(length) as (out, view):
             self._fill(view, self.offset + position)
         return out.getvalue()
 
