@@ -88,7 +88,8 @@ def moto() -> AwsServer:
 def ministack() -> AwsServer:
     port = free_port()
     hypercorn = str(Path(sys.executable).with_name("hypercorn"))
-    return started([hypercorn, "ministack.app:app", "-b", f"127.0.0.1:{port}"], port)
+    argv = [hypercorn, "ministack.app:app", "--workers", "0", "-b", f"127.0.0.1:{port}"]  # in one process
+    return started(argv, port)
 
 
 def started(argv: list[str], port: int) -> AwsServer:

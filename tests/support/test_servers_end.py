@@ -13,9 +13,11 @@ from support.waiting import until
 TESTS: Final = Path(__file__).parents[1]
 INSTALL: Final = """
 import pathlib, time
+from support.aws_servers import ministack
 from support.service import Service
 
 def test_that_is_killed(tmp_path):
+    ministack()
     with Service(tmp_path) as service:
         service.start()
         pathlib.Path("running").touch()
@@ -48,7 +50,8 @@ def killed(folder: Path, test: str, *plugins: str) -> None:
     options = ["-p", "no:cacheprovider", "--basetemp", str(folder / "own")]
     named = [word for plugin in plugins for word in ("-p", plugin)]
     command = [sys.executable, "-m", "pytest", "-q", *named, *options, "test_killed.py"]
-    environ = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent / 'src'}"}
+    named_to_all = {"STARTED_IN": str(folder / "own")}  # whatever the tests start inherits it
+    environ = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent / 'src'}"} | named_to_all
     with subprocess.Popen(command, cwd=folder, env=environ) as running:
         until((folder / "running").exists, "the test runs")
         assert len(related(folder / "own")) >= 2
