@@ -103,6 +103,9 @@ def test_the_exit_code_is_that_of_the_program(toolbench: Bench, words: tuple[str
     assert refused(toolbench, "--env", "S=s.enc", *words)[0] == code
 
 
+ORDINARY: Final = (1 << 31) - 1  # glibc's posix_spawn ignores signal 32, its own, and Python 3.13 uses that
+
+
 def test_a_program_finds_signals_as_a_shell_leaves_them(toolbench: Bench) -> None:
     """Python ignores SIGPIPE; a program that inherits that does not end when its reader does."""
     sealed(toolbench, SECRET, "s.enc")
@@ -110,7 +113,7 @@ def test_a_program_finds_signals_as_a_shell_leaves_them(toolbench: Bench) -> Non
         "run", "--context", ENV, "--env", "S=s.enc", "grep", "SigIgn", "/proc/self/status"
     )
 
-    assert int(printed.split()[1], 16) == 0
+    assert int(printed.split()[1], 16) & ORDINARY == 0
 
 
 def test_names_that_steer_programs_are_refused(toolbench: Bench) -> None:
