@@ -1,11 +1,13 @@
-"""Prints the tests of what changed since the last commit, one path a line; of the last commit if nothing did.
+"""Prints the tests of what changed since a commit (HEAD), one path a line; of the last commit if nothing did.
 
-A module is tested by the files of its folder in ``tests`` that carry its name or import it, a test by itself.
+A module is tested by the files of its folder in ``tests`` that carry its name or that of the folder, or
+import it; a test by itself.
 Other files are judged by ``tests/repository``. ``scripts/test --changed`` runs what this prints.
 """
 
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -15,9 +17,9 @@ TESTS: Final = Path("tests")
 REPOSITORY: Final = TESTS / "repository"
 
 
-def changed() -> list[Path]:
-    """Paths from the top of the repository. Raises CalledProcessError without git."""
-    found = _git("diff", "--name-only", "HEAD") + _git("ls-files", "--others", "--exclude-standard")
+def changed(since: str) -> list[Path]:
+    """Paths from the top of the repository. Raises CalledProcessError without git, or such a commit."""
+    found = _git("diff", "--name-only", since) + _git("ls-files", "--others", "--exclude-standard")
     return [Path(name) for name in found or _git("diff", "--name-only", "HEAD~1")]
 
 
@@ -38,7 +40,13 @@ def _of_module(module: Path) -> Iterator[Path]:
         folder = folder.parent
     files = sorted((ROOT / folder).glob("test_*.py"))
     imports = _imports(module.with_suffix(""))
-    own = [each for each in files if _is_named(each, module.stem) or imports.search(each.read_text("utf-8"))]
+    own = [
+        each
+        for each in files
+        if _is_named(each, module.stem)
+        or _is_named(each, module.parent.name)
+        or imports.search(each.read_text("utf-8"))
+    ]
     yield from (each.relative_to(ROOT) for each in own or files)
 
 
@@ -69,6 +77,6 @@ def _git(*words: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    for found in sorted(set().union(*map(affected_by, changed()))):
+    for found in sorted(set().union(*map(affected_by, changed(*sys.argv[1:] or ["HEAD"])))):
         if (ROOT / found).exists():
             print(found)  # noqa: T201 -- a program

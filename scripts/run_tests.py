@@ -68,12 +68,18 @@ FIRST: Final = Run("first tier", ("--tier=1", "-p", "no:randomly", *SIDE_BY_SIDE
 def second(part: str) -> Run:
     """A part of the second tier, in random order."""
     where = () if part == "others" else (f"tests/{part}",)
-    return Run(part, (f"--tier={part}", *SIDE_BY_SIDE, *where), 60 * 60, 10)
+    return Run(part, (f"--tier={part}", "-rs", *SIDE_BY_SIDE, *where), 60 * 60, 10)
 
 
 def run(asked: Run) -> Outcome:
-    """Run the tests, then alone those that failed."""
+    """Run the tests, then alone those that failed, and print a line of what came of it."""
     begun = time.monotonic()
+    outcome = _run(asked, begun)
+    say(f"{asked.name}: {outcome} in {time.monotonic() - begun:.0f} s")
+    return outcome
+
+
+def _run(asked: Run, begun: float) -> Outcome:
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="tests-", dir=CACHE) as name:
         folder = Path(name)
@@ -81,7 +87,8 @@ def run(asked: Run) -> Outcome:
         failures = _failures(folder)
         counts = _counts(folder / "together.xml")
         passed = counts["tests"] - counts["skipped"] - len(failures)
-        say(f"{asked.name}: {counts['skipped']} skipped, {time.monotonic() - begun:.0f} s")
+        if counts["skipped"]:
+            say(f"{asked.name}: {counts['skipped']} skipped: a program is missing, see the reasons above")
         if code == 0:
             return Outcome(passed, 0, 0, is_green=True)
         if reason := _final(code, failures, asked.retried):
@@ -201,8 +208,9 @@ def say(text: str) -> None:
 def run_all(runs: list[Run]) -> bool:
     """Run each, print a line for each and the sum as the last one."""
     outcomes = [run(each) for each in runs]
-    for asked, outcome in zip(runs, outcomes, strict=True):
-        say(f"{asked.name}: {outcome}")
+    if len(runs) > 1:
+        for asked, outcome in zip(runs, outcomes, strict=True):
+            say(f"{asked.name}: {outcome}")
     passed, failed = (sum(getattr(each, name) for each in outcomes) for name in ("passed", "failed"))
     print(f"{passed} passed, {failed} failed", flush=True)  # noqa: T201 -- a program
     return all(each.is_green for each in outcomes)
