@@ -72,3 +72,17 @@ def test_nothing_says_to_install_a_name_that_no_registry_has() -> None:
     ]
 
     assert found == []
+
+
+@pytest.mark.parametrize(
+    ("link", "holds"),
+    [
+        ("client/src", "kms_client"),
+        ("deploy/helm/kms-service/files/dashboards", "kms-jobs.json"),
+        ("deploy/helm/kms-service/files/rules", "slo.yml"),
+    ],
+)
+def test_what_is_packed_twice_is_linked(link: str, holds: str) -> None:
+    """A copy of the tree may turn links into files with their targets, which silently pack nothing."""
+    assert (ROOT / link).is_symlink()
+    assert (ROOT / link / holds).exists()
