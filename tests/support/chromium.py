@@ -6,11 +6,12 @@ Source of the words: https://chromedevtools.github.io/devtools-protocol/. A brow
 import json
 import os
 import select
+import shutil
 import subprocess
 import time
 from base64 import b64decode
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -151,6 +152,8 @@ def chromium(folder: Path, environ: Mapping[str, str] | None = None) -> Iterator
         try:
             yield Chromium(command_in, answer_out)
         finally:
+            with suppress(FileNotFoundError):  # its socket is in /tmp, and its directory stays there
+                shutil.rmtree((folder / "profile/SingletonSocket").readlink().parent, ignore_errors=True)
             process.terminate()
             process.wait(WAIT_S)
             os.close(command_in)

@@ -4,9 +4,11 @@
 """
 
 import atexit
+import errno
 import functools
 import http.client
 import json
+import socket
 import subprocess
 import sys
 import tempfile
@@ -186,6 +188,7 @@ def start_weed(
     if config is None:
         config = folder / "s3.json"
         config.write_text(json.dumps({"identities": _IDENTITIES}))
+    remove_dead_sockets()
     (folder / ".seaweedfs").mkdir()  # every bucket grows volumes of its own, seven at a time unless told so
     (folder / ".seaweedfs" / "master.toml").write_text("[master.volume_growth]\ncopy_1 = 1\n")
     ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
@@ -241,6 +244,15 @@ def _stop(server: subprocess.Popen[bytes], folder: Path) -> None:
     server.kill()
     server.wait()
     subprocess.run(["rm", "-rf", folder], check=False)
+    remove_dead_sockets()
+
+
+def remove_dead_sockets() -> None:
+    """Remove the sockets that killed SeaweedFS servers left in /tmp, the only place they know."""
+    for path in Path("/tmp").glob("seaweedfs-*.sock"):
+        with socket.socket(socket.AF_UNIX) as line, suppress(OSError):
+            if line.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink()
 
 
 # -- a way to a store that breaks ----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-WAIT_S: Final = 120.0  # below the timeout of a test, so that a wait can say what it waited for
+WAIT_S: Final = 90.0  # below half of the timeout of a test, so that two waits can say what they waited for
 POLL_S: Final = 0.05
 _TAIL: Final = 3000  # characters of a log
 
