@@ -140,15 +140,21 @@ def _pytest(asked: Run, folder: Path, name: str) -> int:
 
 @contextmanager
 def _forwarded(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP reach pytest, which ends in its way."""
-    kept = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        kept[number] = signal.signal(number, lambda *_: os.killpg(process.pid, signal.SIGINT))
+    """Ctrl-C, SIGTERM and SIGHUP reach pytest, which ends in its way; then this ends too."""
+    told: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        told.append(number)
+        os.killpg(process.pid, signal.SIGINT)
+
+    kept = {each: signal.signal(each, forward) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+        if told:
+            sys.exit(128 + told[0])
 
 
 def _failures(folder: Path) -> list[str]:
