@@ -24,7 +24,7 @@ ROOT: Final = Path(__file__).parents[1]
 CACHE: Final = ROOT / ".cache"
 PARTS: Final = ("e2e", "peers", "chaos", "deploy", "monitoring", "fuzz", "speed", "others")
 PYTEST: Final = (sys.executable, "-m", "pytest")
-SIDE_BY_SIDE: Final = ("--numprocesses=2", "--dist=loadscope")
+FILES_AT_A_TIME: Final = ("--dist=loadscope", "--numprocesses")
 TIMED_OUT: Final = 124  # as timeout(1)
 USAGE: Final = """\
 scripts/test                    the first tier: what every change must pass
@@ -62,13 +62,13 @@ class Outcome:
         return f"{self.passed} passed, {self.failed} failed{noted}"
 
 
-FIRST: Final = Run("first tier", ("--tier=1", "-p", "no:randomly", *SIDE_BY_SIDE), 15 * 60, 3)
+FIRST: Final = Run("first tier", ("--tier=1", "-p", "no:randomly", *FILES_AT_A_TIME, "2"), 15 * 60, 3)
 
 
 def second(part: str) -> Run:
-    """A part of the second tier, in random order."""
+    """A part of the second tier, in random order; four files at a time, since its tests mostly wait."""
     where = () if part == "others" else (f"tests/{part}",)
-    return Run(part, (f"--tier={part}", "-rs", *SIDE_BY_SIDE, *where), 60 * 60, 10)
+    return Run(part, (f"--tier={part}", "-rs", *FILES_AT_A_TIME, "4", *where), 60 * 60, 10)
 
 
 def run(asked: Run) -> Outcome:
