@@ -35,6 +35,7 @@ class Release(Service):
     """An install whose processes run the code in ``source``, or that of the tree."""
 
     source: Path | None = None
+    worker_probe = "/livez"  # the worker of 0.1 has no other
 
     @property
     def environ(self) -> dict[str, str]:

@@ -54,6 +54,8 @@ def unb64(text: str) -> bytes:
 class Service:
     """One install. ``settings`` is TOML below the ``[kms]`` table; ``redis`` a URL, else its own server."""
 
+    worker_probe = "/readyz"
+
     def __init__(self, folder: Path, settings: str = "", redis: str | None = None) -> None:
         self.state = folder / "state"
         self.files = self.state / "files"
@@ -123,7 +125,7 @@ class Service:
 
     def _answers(self, name: str, port: int) -> bool:
         assert self._processes[name].poll() is None, f"{name} ended:\n{self.output(name)}"
-        path = "/readyz" if name == "worker" else "/livez"
+        path = self.worker_probe if name == "worker" else "/livez"
         return up.is_alive("127.0.0.1", port, path=path) and is_of(port, self._processes[name].pid)
 
     def pid(self, name: str) -> int:
