@@ -62,6 +62,7 @@ def test_api_and_worker_start_without_redis_and_find_it_later(tmp_path: Path) ->
     state = tmp_path / "state"
     url = f"unix://{runtime_dir(state, {})}/valkey.sock?db=0"
     with Service(tmp_path, "[kms.jobs]\nlease_s = 2\n", url) as service:
+        service.worker_probe = "/livez"  # it takes no jobs yet
         service.start()
 
         assert service.decrypt(service.encrypt(b"no need for Redis")) == b"no need for Redis"

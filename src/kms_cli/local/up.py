@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final
@@ -132,10 +131,9 @@ def service_programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Chi
     host, port = installation.reachable(settings.kms.bind), settings.kms.port
     tls = settings.kms.server.tls_cert is not None
     api, worker = ([sys.executable, "-P", "-m", f"{name}.main"] for name in ("kms_api", "kms_worker"))
-    answers, takes_jobs = partial(is_alive, tls=tls), partial(is_alive, path="/readyz")
     return (
-        Child("api", api, ready=lambda: answers(host, port), env=env, grace_s=API_GRACE_S),
-        Child("worker", worker, ready=lambda: takes_jobs(host, port + 1), env=env, grace_s=WORKER_GRACE_S),
+        Child("api", api, ready=lambda: is_alive(host, port, tls=tls), env=env, grace_s=API_GRACE_S),
+        Child("worker", worker, ready=lambda: is_alive(host, port + 1), env=env, grace_s=WORKER_GRACE_S),
     )
 
 
