@@ -174,7 +174,6 @@ MOVED_ELSEWHERE: Final = {
     "kms_key_document_age_seconds": "e2e/test_key_documents.py",
     "kms_messages_refused": "chaos/test_poison.py",
     "kms_messages_set_aside": "chaos/test_poison.py",
-    "kms_rate_limited": "e2e/test_auth_jobs.py",
     "kms_redis_unconfirmed": "peers/test_replicas.py",
     "kms_spool_blobs_refused": "kms_core/jobs/storage/test_spool_attacks.py",
     "kms_setting_weak": "monitoring/test_weak_settings.py",
