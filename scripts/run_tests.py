@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET  # nosec B405
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,13 @@ CACHE: Final = ROOT / ".cache"
 PARTS: Final = ("e2e", "peers", "chaos", "deploy", "monitoring", "fuzz", "speed", "others")
 PYTEST: Final = (sys.executable, "-m", "pytest")
 FILES_AT_A_TIME: Final = ("--dist=loadscope", "--numprocesses")
+LONGEST_FIRST: Final = "--no-loadscope-reorder"  # in the order of tests/support/tiers.py
+AT_ONCE: Final = 5
 TIMED_OUT: Final = 124  # as timeout(1)
 USAGE: Final = """\
 scripts/test                    the first tier: what every change must pass
 scripts/test PART [PART …]      parts of the second tier: e2e peers chaos deploy monitoring fuzz speed others
-scripts/test --all              the first tier, then each part of the second
+scripts/test --all              the first tier, then the second
 scripts/test --changed [REV]    the tests near what changed since REV (HEAD)
 scripts/test --repeat N PATH    the same tests N times, beside two busy loops
 scripts/test PATH …             paths and options of pytest, as they are
@@ -65,10 +67,11 @@ class Outcome:
 FIRST: Final = Run("first tier", ("--tier=1", "-p", "no:randomly", *FILES_AT_A_TIME, "2"), 15 * 60, 3)
 
 
-def second(part: str) -> Run:
-    """A part of the second tier, in random order; four files at a time, since its tests mostly wait."""
-    where = () if part == "others" else (f"tests/{part}",)
-    return Run(part, (f"--tier={part}", "-rs", *FILES_AT_A_TIME, "4", *where), 60 * 60, 10)
+def second(parts: Sequence[str]) -> Run:
+    """Parts of the second tier, in random order; several files at a time, since its tests mostly wait."""
+    where = () if "others" in parts else tuple(f"tests/{part}" for part in parts)
+    words = (f"--tier={','.join(parts)}", "-rs", LONGEST_FIRST, *FILES_AT_A_TIME, str(AT_ONCE), *where)
+    return Run("second tier" if len(parts) == len(PARTS) else " ".join(parts), words, 60 * 60, 10)
 
 
 def run(asked: Run) -> Outcome:
@@ -248,9 +251,9 @@ def main() -> None:
         os.execv(PYTEST[0], [*PYTEST, "--tier=1", *words, *changed(asked.changed)])  # noqa: S606 -- no shell
     if words and not set(words) <= set(PARTS):
         os.execv(PYTEST[0], [*PYTEST, *words])  # noqa: S606 -- as above
-    parts = PARTS if asked.all else tuple(words)
-    runs = [second(part) for part in parts]
-    sys.exit(not run_all([FIRST, *runs] if asked.all or not runs else runs))
+    if asked.all:
+        sys.exit(not run_all([FIRST, second(PARTS)]))
+    sys.exit(not run_all([second(words) if words else FIRST]))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,15 @@ _GO: Final = {  # module, version, folder of the command. All of them build with
     "alertmanager": ("github.com/prometheus/alertmanager", "v0.28.1", "cmd/alertmanager"),
     "amtool": ("github.com/prometheus/alertmanager", "v0.28.1", "cmd/amtool"),
 }
+_TOGETHER: Final = {  # a program, and the one that .ci/all names for the same package
+    "age-keygen": "age",
+    "epmd": "rabbitmq-server",
+    "java": "javac",
+    "promtool": "prometheus",
+    "ssh-agent": "ssh-add",
+    "ssh-keygen": "ssh-add",
+    "unshare": "nsenter",
+}
 BUILD_LIMIT_S: Final = 1200
 """For the first test that needs a program of ``built_with_go``: it compiles some thousand packages."""
 
@@ -31,7 +40,16 @@ def program(name: str) -> str:
         return found
     if os.environ.get("CI"):
         pytest.fail(f"{name} is not on the PATH, and CI must not skip what compares with it")
-    pytest.skip(f"{name} is not on the PATH: .ci/all installs it")
+    pytest.skip(f"{name} is not on the PATH{install(name)}")
+
+
+def install(name: str) -> str:
+    """How to install a program, as the end of a sentence: what ``.ci/all`` says of it, or nothing."""
+    lines = (_CACHE.parent / ".ci/all").read_text("utf-8").splitlines()
+    asked = (line.partition("#")[0].split() for line in lines if line.startswith("needs "))
+    packages = {command: " ".join(names) for _, command, *names in asked}
+    found = packages.get(_TOGETHER.get(name, name))
+    return f": apt-get install {found}" if found else ""
 
 
 def built_with_go(name: str) -> str:

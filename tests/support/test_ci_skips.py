@@ -9,6 +9,7 @@ from typing import Final
 import pytest
 
 from support.ci_skips import ALLOWED
+from support.programs import program
 
 TESTS: Final = Path(__file__).parents[1]
 PROGRAM: Final = """
@@ -49,3 +50,15 @@ def test_a_skip_is_a_failure_in_ci(tmp_path: Path, ci: str, counts: str) -> None
     done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert done.stdout.splitlines()[-1].startswith(counts), done.stdout
+
+
+@pytest.mark.parametrize(("name", "says"), [("age-keygen", ": apt-get install age"), ("minio", "")])
+def test_a_skip_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, name: str, says: str) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CI", raising=False)
+
+    with pytest.raises(pytest.skip.Exception) as skipped:
+        program(name)
+
+    # /usr/sbin is searched as well: neither program is ever there
+    assert skipped.value.msg == f"{name} is not on the PATH{says}"

@@ -3,7 +3,6 @@
 import os
 import re
 import select
-import shutil
 import socket
 import subprocess
 import time
@@ -19,6 +18,7 @@ from kms_client import Client
 from support.cli.fixtures import BIN, environment
 from support.contract_server import ContractServer
 from support.ports import free_port
+from support.programs import program
 from support.waiting import WAIT_S
 
 KMS: Final = str(BIN / "kms")
@@ -54,8 +54,7 @@ def env(stand_in: ContractServer, tmp_path: Path) -> dict[str, str]:
 def shell(request: pytest.FixtureRequest, env: dict[str, str], tmp_path: Path) -> Iterator["Terminal"]:
     """The terminal of a shell that waits for its first line."""
     command, setup = SHELLS[request.param]
-    if not shutil.which(command[0]):
-        pytest.skip(f"{command[0]} is not on the PATH")
+    program(command[0])
     ours, theirs = os.openpty()
     with subprocess.Popen(
         ["setsid", "--ctty", "--wait", *command],
@@ -105,8 +104,7 @@ def test_the_tab_key_completes_in_a_shell(shell: Terminal) -> None:
 
 
 def test_fish_completes(env: dict[str, str], tmp_path: Path) -> None:
-    if not shutil.which("fish"):
-        pytest.skip("fish is not on the PATH")
+    program("fish")
     for typed, completed in LINES.items():
         script = 'kms completion fish | source; complete --do-complete "kms $typed"'
         command = ["fish", "--no-config", "-c", script]
