@@ -1,9 +1,9 @@
 """Reads the log back while it is written: new lines must follow known ones, and no segment may disappear.
 
 It complements ``verify``. It begins near the end of each segment and remembers how each ended, so a change of
-the log while the service runs is detected within seconds, even by a holder of the signing key. It reads at
-most a MiB of a segment at a time: earlier changes, those far from the end of a segment, and those among
-thousands of lines a second are left to ``kms audit verify``.
+the log while the service runs is detected within seconds, even by a holder of the signing key. It reads the
+last MiB of a segment each time that it changed: earlier changes, those far from the end of a segment, and
+those among thousands of lines a second are left to ``kms audit verify``.
 """
 
 import time
@@ -42,7 +42,7 @@ class Condition:
     is acknowledged. ``not_compared`` has the sinks whose anchors cannot be compared, with the reason.
     ``unread`` is the reason why the log or a segment could not be read in the last round; empty if it could.
     ``read_at`` is the time of the last complete round in seconds since the epoch, 0 before the first;
-    ``newest`` the time of the newest line read (RFC 3339), ``lines`` the number of lines read.
+    ``newest`` the time of the newest line read (RFC 3339), ``lines`` the number of lines it read.
     """
 
     problems: tuple[ChainProblem, ...] = ()
@@ -169,9 +169,11 @@ class AuditMonitor(PeriodicThread):
         due = text_of(datetime.now(UTC) - _ANCHORED_WITHIN)
         for part in parts:
             self._signed = self._signed or (part.signed_seq >= 0 and part.first_time < due)
-            losses = self._losses.pop(part.path, []) + [line for line in part.stages if acknowledged([line])]
-            self._lost = acknowledged((line for line in losses if line.seq < part.signed_seq), self._lost)
-            if waiting := [line for line in losses if line.seq >= part.signed_seq]:
+            losses = {line.seq: line for line in self._losses.pop(part.path, [])}
+            losses |= {line.seq: line for line in part.stages if acknowledged([line])}
+            signed = (line for seq, line in losses.items() if seq < part.signed_seq)
+            self._lost = acknowledged(signed, self._lost)
+            if waiting := [line for seq, line in losses.items() if seq >= part.signed_seq]:
                 self._losses[part.path] = waiting
 
     # -- the log itself -----------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ class AuditMonitor(PeriodicThread):
             kept,
             before.read_at if unread else now,
             max([before.newest, *(part.last_time for part in parts)]),
-            before.lines + sum(part.lines for part in parts),
+            sum(part.lines for part in parts),
             self._anchors.problems,
             self._anchors.away,
             unread,
@@ -200,7 +202,7 @@ class AuditMonitor(PeriodicThread):
     def _read(
         self, segment: Segment, keys: dict[str, bytes], parts: list[ScannedSpan]
     ) -> Iterator[ChainProblem]:
-        """Read new lines of a segment; if it changed and did not grow, all lines read before."""
+        """Read a segment that changed: its last MiB, with lines read before, which may have been edited."""
         at, known = (segment.chain, segment.number), self._known.get((segment.chain, segment.number))
         stat = segment.path.stat()
         if known and (stat.st_ino, stat.st_size, stat.st_ctime_ns) == (
@@ -219,9 +221,9 @@ class AuditMonitor(PeriodicThread):
         if not part.lines:
             return
         before = known or (None if begin else self._known.get((segment.chain, segment.number - 1)))
-        if before and not _follows(part, begin, before, known):
+        if before and not _follows(part, before, known):
             yield _problem("rewritten", "its lines have changed", segment, before.seq)
-        ended_at = known.ended_at if known and begin >= known.end else part.ended_at
+        ended_at = max(part.ended_at, known.ended_at if known else -1)
         if -1 < ended_at < part.last_seq:
             yield part.problem_after_end(ended_at)
         opening = None if known else segment.opening()
@@ -229,12 +231,12 @@ class AuditMonitor(PeriodicThread):
             stat.st_ino,
             stat.st_size,
             stat.st_ctime_ns,
-            known.begin if known and begin <= known.end else begin,
+            begin,
             stat.st_size - part.torn_bytes,
             part.last_seq,
             part.head,
             known.opened if known else (opening.time if opening else ""),
-            max(ended_at, part.ended_at),
+            ended_at,
         )
 
     def _missing(self, there: Iterable[Segment]) -> list[ChainProblem]:
@@ -261,10 +263,8 @@ def _horizons(parts: Iterable[ScannedSpan]) -> Iterator[str]:
 
 
 def _begin(path: Path, size: int, known: _Known | None) -> int:
-    """The offset to read from: after the known lines, or the first line in the last MiB."""
-    begin = 0
-    if known is not None:
-        begin = known.end if size > known.end else known.begin
+    """The offset to read from: that of the last time, or the first line in the last MiB."""
+    begin = known.begin if known else 0
     if size - begin <= _MOST_BYTES:
         return begin
     with segments.opened(path) as file:
@@ -273,12 +273,10 @@ def _begin(path: Path, size: int, known: _Known | None) -> int:
         return file.tell()
 
 
-def _follows(part: ScannedSpan, begin: int, before: _Known, known: _Known | None) -> bool:
-    """Return whether lines continue the known ones, or end as before if they were read again."""
-    if known is None or begin == known.end:
+def _follows(part: ScannedSpan, before: _Known, known: _Known | None) -> bool:
+    """Return whether lines continue those of the segment before, or the known ones are there."""
+    if known is None:
         return (part.first_seq, part.before) == (before.seq + 1, before.head)
-    if begin < known.end:
-        return (part.last_seq, part.head) == (known.seq, known.head)
     return head_before(Path(part.path), known.end).hex() == known.head
 
 
