@@ -205,7 +205,7 @@ _EVENT: Final = {
 class AuditEvent(Answer, frozen=True, kw_only=True):
     """A recorded operation (docs/audit.md). Context values are keyed hashes. The event has a receipt.
 
-    ``count`` is the number of denied items of a batch that the event stands for, or of the records read by an
+    ``count`` is the number of failed items of a batch that the event stands for, or of the records read by an
     ``audit.read`` with this ``filter``. ``host`` is there if the service reads the logs of several hosts.
     """
 

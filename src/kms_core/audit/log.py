@@ -20,7 +20,7 @@ import structlog
 from kms_core.audit import chain, segments
 from kms_core.audit.chain import ChainHead, LineClock
 from kms_core.audit.keys import Concealer, Signer
-from kms_core.audit.record import COUNTED, AuditRecord, Denials, noted
+from kms_core.audit.record import COUNTED, AuditRecord, FailedItems, noted
 from kms_core.audit.segments import SegmentFile
 from kms_core.observability import metrics
 from kms_core.secure_files import sync_folder
@@ -51,12 +51,12 @@ class AuditLogRules:
 class _Group:
     """Encoded records of one thread that wait to be written together, and the error of an earlier write."""
 
-    __slots__ = ("denials", "failed", "waiting")
+    __slots__ = ("failed", "failed_items", "waiting")
 
     def __init__(self) -> None:
         self.waiting: list[bytes] = []
         self.failed: AuditUnavailable | None = None
-        self.denials = Denials()
+        self.failed_items = FailedItems()
 
 
 class AuditLog:
@@ -105,7 +105,7 @@ class AuditLog:
         group: _Group | None = getattr(self._thread, "group", None)
         if group is None or record.stage:  # an effect must not come before its intent
             return self._write([_encode(record)[1:-1]], sync=self._rules.fsync)
-        if group.denials.counts(record):
+        if group.failed_items.counts(record):
             return COUNTED
         group.waiting.append(_encode(record)[1:-1])
         if len(group.waiting) >= _GROUP_LINES:
@@ -132,7 +132,7 @@ class AuditLog:
     def _end(self, group: _Group) -> None:
         """Write the rest of a group, which fails as a whole: the caller may go on after a failed record."""
         with _counted():
-            for record in group.denials.summaries:
+            for record in group.failed_items.summaries:
                 group.waiting.append(_encode(record)[1:-1])
                 metrics.count_record()
             if group.waiting:

@@ -59,7 +59,7 @@ class AuditRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One operation. ``result`` is ``ok`` or an error code; the audit log adds time, number and chain.
 
     ``source`` is the address that the request came from, ``route`` the template of a denied request's path.
-    ``count`` is the number of denied items of a batch where one record stands for several; in a read of the
+    ``count`` is the number of failed items of a batch where one record stands for several; in a read of the
     log (``audit.read``) it is the number of records returned, and ``filter`` the filter of the read.
     ``file_id`` is the id of the file, ``new_file_id`` that of the result of a reseal, and ``stanzas`` the
     digest of stanzas without their file (see ``envelope.binding``). ``wrap_key`` names the shared key of the
@@ -105,7 +105,7 @@ class AuditWriter(Protocol):
     def append(self, record: AuditRecord) -> str:
         """Store the record; returns its id, or an empty text while it waits for its group (``together``).
 
-        Returns ``COUNTED`` for a denial without a record of its own: those of a group above a bound share
+        Returns ``COUNTED`` for a failure without a record of its own: those of a group above a bound share
         one. Raises AuditUnavailable if the record may not be stored.
         """
 
@@ -237,8 +237,8 @@ def _record(
 
 # -- bounds --------------------------------------------------------------------------------------------
 
-MAX_DENIALS: Final = 10
-"""The number of denied items of one batch, or of one part of a bulk job, that have a record each."""
+MOST_FAILED: Final = 10
+"""The number of failed items of one batch, or of one part of a bulk job, that have a record each."""
 _OF_ITEMS: Final[dict[str, object]] = {
     "key_id": "",
     "key_version": "",
@@ -254,10 +254,10 @@ _OF_ITEMS: Final[dict[str, object]] = {
 """The fields in which items of one batch may differ, and their values in a summary where they do."""
 
 
-class Denials:
-    """The denied items of one batch: the first 10 have a record each, the others one for each result.
+class FailedItems:
+    """The failed items of one batch: the first 10 have a record each, the others one for each result.
 
-    So a batch of denied items, which costs its sender little, takes little disk space.
+    So a batch of such items, which costs its sender little, takes little disk space.
     """
 
     __slots__ = ("_recorded", "_summaries")
@@ -267,11 +267,11 @@ class Denials:
         self._summaries: dict[tuple[str, str], AuditRecord] = {}
 
     def counts(self, record: AuditRecord) -> bool:
-        """Add a denial above the bound to a summary; False for any other record, which is to be written."""
-        if record.result not in DENIALS:
+        """Add a failure above the bound to a summary; False for any other record, which is to be written."""
+        if record.result == OK:
             return False
         self._recorded += 1
-        if self._recorded <= MAX_DENIALS:
+        if self._recorded <= MOST_FAILED:
             return False
         kind = record.operation, record.result
         summary = self._summaries.get(kind)

@@ -65,9 +65,11 @@ def check_batch(kms: Kms, who: Principal, kind: JobKind) -> None:
 def check_reader(kms: Kms, who: Principal, job: JobSpec) -> None:
     """Results are for their submitter, and for those of the tenant who could have run the job themselves.
 
-    Contexts and keys that only its items or files name must be allowed for any value.
+    A token that has the name of a revoked one is not its submitter. Contexts and keys that only its items or
+    files name must be allowed for any value.
     """
-    if who.name == job.principal:
+    is_other_token = who.credential.startswith("token:") and who.credential != job.credential
+    if who.name == job.principal and not is_other_token:
         return
     context = _ANY_CONTEXT if isinstance(job, ItemsJob) else job.bound_context
     key_id = job.key_id or (kms.keyring.default.key_id if job.kind == "encrypt" else "")

@@ -94,6 +94,12 @@ class Caller:
     tenant: str = "default"
     certificate: PresentedCertificate | None = None
 
+    @property
+    def credential(self) -> str:
+        """The name of its token, if it has one."""
+        found = tokens.TEXT.fullmatch(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        return f"token:{found[1]}" if found else "none"
+
 
 class Application:
     """One install with an application, its keys, files and callers."""
@@ -305,7 +311,7 @@ class Application:
         else:
             item = wire.JobItem(ciphertext=self.sealed("pay-1"))
         terms = SubmissionOptions(
-            Principal(by.name, "default", "token:x"), kind, Context.parse(CONTEXT), key_id
+            Principal(by.name, "default", by.credential), kind, Context.parse(CONTEXT), key_id
         )
         job_id = desk.items(terms, [item]).job_id
         if dead:

@@ -15,7 +15,7 @@ import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -65,6 +65,16 @@ _OF_HOSTS: Final = tuple(
         "fd00:c1::a9fe:a9fe/128",  # Oracle
     )
 )
+_HOLD_IPV4: Final = tuple(  # in their last 32 bits
+    ipaddress.ip_network(text)
+    for text in (
+        "::/96",  # IPv4-compatible, RFC 4291 §2.5.5.1
+        "::ffff:0:0/96",  # IPv4-mapped, RFC 4291 §2.5.5.2
+        "::ffff:0:0:0/96",  # IPv4-translated, RFC 2765 §2.1
+        "64:ff9b::/96",  # NAT64, RFC 6052 §2.1
+        "64:ff9b:1::/48",  # NAT64 of one network, RFC 8215
+    )
+)
 
 
 def is_public(address: Address) -> bool:
@@ -78,9 +88,22 @@ def is_public(address: Address) -> bool:
 
 
 def is_of_host(address: Address) -> bool:
-    """Return whether the address is link-local or a cloud metadata service. No webhook is sent there."""
+    """Return whether the address is link-local or a cloud metadata service. No webhook is sent there.
+
+    So are IPv6 addresses that a translator or a tunnel would take there.
+    """
+    return any(found in network for found in _ends_at(address) for network in _OF_HOSTS)
+
+
+def _ends_at(address: Address) -> Iterator[Address]:
+    """The address without a zone, and the IPv4 addresses to which a packet for it may go."""
     address = _unmapped(address)
-    return any(address in network for network in _OF_HOSTS)
+    yield address
+    if isinstance(address, ipaddress.IPv6Address):
+        if any(address in network for network in _HOLD_IPV4):
+            yield ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if address.sixtofour:  # RFC 3056
+            yield address.sixtofour
 
 
 def _unmapped(address: Address) -> Address:

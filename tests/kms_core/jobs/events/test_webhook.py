@@ -73,6 +73,12 @@ OF_HOSTS = [
     "fd20:ce::254",
     "fe80::1",
     "fe80::a9fe:a9fe%eth0",
+    "::a9fe:a9fe",
+    "::ffff:0:a9fe:a9fe",
+    "64:ff9b::a9fe:a9fe",
+    "64:ff9b:1::a9fe:a9fe",
+    "2002:a9fe:a9fe::1",
+    "2002:6464:64c8::1",
 ]
 """Where clouds and links answer for one machine."""
 
@@ -101,7 +107,6 @@ FORBIDDEN = [
     "::ffff:0:7f00:1",
     "64:ff9b::7f00:1",
     "64:ff9b::101:101",
-    "64:ff9b:1::a9fe:a9fe",
     "100::1",
     "2001:0:1::1",
     "2001:20::1",
@@ -141,6 +146,7 @@ def test_metadata_of_a_cloud_is_refused_whatever_is_allowed(tmp_path: Path, addr
     assert not found.allows(ipaddress.ip_address(address))
     assert found.allows(ipaddress.ip_address("10.0.0.1"))
     assert found.allows(ipaddress.ip_address("fd00:ec3::254"))
+    assert found.allows(ipaddress.ip_address("64:ff9b::10.0.0.1"))
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])

@@ -1,0 +1,65 @@
+"""Who may read the result of a job."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from kms_core.age import x25519
+from kms_core.auth.policy import ByScopes, Principal
+from kms_core.jobs import authorization
+from kms_core.jobs.spec import UploadJob
+from kms_core.scopes import Scope
+from kms_core.service import Kms
+from kms_protocol.errors import Forbidden
+from support.age_kms import age_backend, kms_over
+
+READS: Final = "jobs:read"
+
+
+class Credentials:
+    """Credentials that read jobs, and those that also decrypt."""
+
+    def scopes_of(self, who: Principal) -> Iterable[Scope]:
+        return [Scope.parse("jobs:read,decrypt" if who.name == "root" else READS)]
+
+
+@pytest.fixture
+def kms(tmp_path: Path) -> Kms:
+    backend = age_backend(tmp_path, x25519.X25519Identity.generate())
+    return kms_over(backend, policy=ByScopes(Credentials(), {}))
+
+
+def job(credential: str) -> UploadJob:
+    return UploadJob(
+        job_id="1",
+        tenant="acme",
+        principal="ada",
+        credential=credential,
+        kind="decrypt",
+        created_at=0.0,
+        expires_at=0.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("made_with", "asked_with"),
+    [
+        ("token:abc", "token:abc"),
+        ("jwt:corp:0123", "jwt:corp:4567"),  # which changes with each login
+        ("cert:ada:1:f0", "cert:ada:2:f0"),
+        ("none", "none"),
+    ],
+)
+def test_a_submitter_reads_the_result(kms: Kms, made_with: str, asked_with: str) -> None:
+    authorization.check_reader(kms, Principal("ada", "acme", asked_with), job(made_with))
+
+
+def test_a_token_with_the_name_of_another_one_is_not_the_submitter(kms: Kms) -> None:
+    with pytest.raises(Forbidden):
+        authorization.check_reader(kms, Principal("ada", "acme", "token:def"), job("token:abc"))
+
+
+def test_a_caller_who_could_have_run_the_job_reads_the_result(kms: Kms) -> None:
+    authorization.check_reader(kms, Principal("root", "acme", "token:root"), job("token:abc"))
