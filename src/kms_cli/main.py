@@ -56,7 +56,6 @@ COMMANDS: Final = {  # name: module, help
     "restore": ("backup.commands", "Verify a backup and put it in place."),
     "config": ("commands.config", "Show, check and begin the settings."),
     "doctor": ("doctor.command", "Check keys, settings and the service."),
-    "messages": ("commands.messages", "List rejected messages of kms.submit."),
     "completion": ("commands.completion", "Print the completion script of a shell."),
     "help": ("commands.completion", "Show the help of a command."),
 }

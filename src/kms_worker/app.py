@@ -24,7 +24,7 @@ from kms_core.redis_client import celery_options
 from kms_core.settings.model import Settings
 from kms_protocol.errors import JobsUnavailable, KmsError
 from kms_worker import rotation, submit
-from kms_worker.refusals import LogBound, Refusals
+from kms_worker.refusals import LogBound
 from kms_worker.submit import Pulse
 
 # After so long Redis gives out a kms.submit again whose worker was killed: nothing else brings it back.
@@ -108,7 +108,6 @@ def build(settings: Settings, name: str, pulse: Pulse) -> Celery:
         lambda: build_intake(settings, core().submitter),
         name,
         pulse,
-        lambda: Refusals(lambda: core().worker_context.store.redis),
     )
     return app
 

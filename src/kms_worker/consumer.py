@@ -1,70 +1,61 @@
 """Celery's consumer, which hands over checked messages only; all others are acknowledged and dropped.
 
 Celery 5.7 as it is ends on a message whose body is JSON and not a task, and puts it back before: each restart
-ends the same way. Messages from Redis have passed ``kms_worker.elements`` before they get here.
-
-Properties of RabbitMQ's messages are decoded so that no message ends the worker: py-amqp 5 raises out of its
-connection for properties that it cannot decode, and the message comes back at each connection. Here it
-arrives with ``UNREADABLE`` among its headers, or with an empty routing key.
+ends the same way.
 """
 
-import struct
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
-import msgspec
 import structlog
 from celery.worker import consumer as celery_consumer
 from celery.worker import state
 from kombu import compression
 from kombu.exceptions import ContentDisallowed, OperationalError
+from kombu.transport import redis
 from kombu.transport.pyamqp import amqp  # type: ignore[attr-defined]  # the one that kombu uses
 
 from kms_core.jobs.execution import attendance
 from kms_core.jobs.store.wake_up import TASK as RUN
-from kms_worker import elements, messages
-from kms_worker.elements import Checks
-from kms_worker.messages import HEADERS, UNREADABLE, Malformed, Reason
-from kms_worker.refusals import LogBound
+from kms_worker import messages
+from kms_worker.messages import Malformed, Reason
+from kms_worker.refusals import LogBound, Refusals
 from kms_worker.rotation import TASK as KEYS
 from kms_worker.submit import QUEUE as SUBMIT_QUEUE
 from kms_worker.submit import TASK as SUBMIT
 
-_ERRORS: Final = (ValueError, ArithmeticError, OSError, LookupError, RecursionError, struct.error)
-_serialization: Final = amqp.serialization
-_SCALARS: Final = (str, int, float)
-_DELIVER: Final = "sLbss"  # arguments of basic.deliver: consumer, tag, redelivered, exchange, routing key
 
+class AcknowledgingQoS(redis.QoS):
+    """kombu's record of messages in hand, which acknowledges only those that Redis has a note of.
 
-def decode(buf: bytes, offset: int) -> tuple[dict[str, Any], int]:
-    """The properties at ``offset``, and where they end. Of the headers those of use that hold no table."""
-    try:
-        found, end = _serialization.decode_properties_basic(buf, offset)
-    except (*_ERRORS, amqp.exceptions.FrameSyntaxError):
-        return {"application_headers": {UNREADABLE: True}}, len(buf)
-    headers = found.pop("application_headers", {})
-    kept = {name: headers[name] for name in HEADERS if isinstance(headers.get(name), _SCALARS)}
-    return {**found, "application_headers": kept}, end
+    Redis has none of wake-ups. The message of a connection that was lost is given out again: kombu raises
+    AttributeError when it is acknowledged, which ends a worker.
+    """
 
+    def ack(self, delivery_tag: str) -> None:
+        if self._is_noted(delivery_tag):
+            super().ack(delivery_tag)  # type: ignore[no-untyped-call]  # kombu ships no types
 
-def arguments(kinds: str | bytes, buf: bytes, offset: int) -> tuple[list[Any], int]:
-    """The arguments of a method. Exchange and routing key of a delivery are empty where they are no UTF-8."""
-    try:
-        found, end = _serialization.loads(kinds, buf, offset)
-    except UnicodeDecodeError:
-        if kinds not in {_DELIVER, _DELIVER.encode()}:
-            raise
-        found, _ = _serialization.loads(_DELIVER[:-2], buf, offset)
-        return [*found, "", ""], len(buf)
-    return found, end
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        if self._is_noted(delivery_tag):
+            super().reject(delivery_tag, requeue)  # type: ignore[no-untyped-call]  # as above
+
+    def _is_noted(self, tag: str) -> bool:
+        return tag in self._delivered and self.channel.connection is not None
 
 
 def install() -> None:
-    """Read all connections of this process so from now on."""
-    _serialization.PROPERTY_CLASSES[amqp.spec.Basic.CLASS_ID] = decode
-    amqp.abstract_channel.loads = arguments
+    """Have kombu, in this process, acknowledge so, and fail at every message that is marked as compressed."""
+    redis.Channel.QoS = AcknowledgingQoS
+    registry: Any = compression  # kombu ships no types
+    for name in registry.encoders():
+        registry.register(registry.get_encoder(name)[0], _no_decoder, name)
+
+
+def _no_decoder(_body: object) -> bytes:
+    raise Malformed("compressed")
 
 
 Handler = Callable[[Any], object]
@@ -82,25 +73,14 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
     def __init__(
         self,
         *args: Any,  # noqa: ANN401 -- Celery's own
-        checks: Checks,
+        refusals: Refusals,
+        submit_bytes: int,
         **options: Any,  # noqa: ANN401 -- as above
     ) -> None:
-        self._checks = checks
+        """``submit_bytes`` bounds the argument of kms.submit."""
+        self._refusals, self._submit_bytes = refusals, submit_bytes
         self._bound = LogBound()
         super().__init__(*args, **options)
-
-    def connect(self) -> Any:  # noqa: ANN401 -- as above
-        """A connection to the broker, on which no key of Redis is in the way of the service's.
-
-        kombu takes messages up again while it connects, so the way is made by a connection of its own. A
-        broker that is away is left to Celery, which tries again; kombu tells of it by OperationalError.
-        """
-        with (
-            self.app.connection_for_read() as connection,
-            suppress(OperationalError, *connection.connection_errors),
-        ):
-            elements.repair(connection, self._checks)
-        return super().connect()
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Tell of a queue or exchange that is not as it should be, and wait: Celery tries again at once."""
@@ -150,7 +130,7 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
     def _accepted(self, message: Any) -> bool:  # noqa: ANN401 -- as above
         """True if to hand ``message`` over, of which only the checked part is left. Raises Malformed."""
         queue = _queue(message)
-        if len(message.body or b"") > messages.most_bytes(queue, self._checks.submit_bytes):
+        if len(message.body or b"") > messages.most_bytes(queue, self._submit_bytes):
             raise Malformed("too_large")
         redelivered = bool((message.delivery_info or {}).get("redelivered"))
         content = (message.content_type, message.content_encoding)
@@ -213,37 +193,14 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
             self._drop(message, "crashed")
 
     def _drop(self, message: Any, reason: Reason) -> None:  # noqa: ANN401 -- as above
-        body, headers = message.body or b"", message.headers
-        task_id = headers.get("id") if isinstance(headers, Mapping) else ""
-        told = body if reason == "too_large" else _argument(body)
+        task_id = message.headers.get("id") if isinstance(message.headers, Mapping) else ""
         event = "submit.refused" if reason in {"invalid_request", "not_a_ciphertext"} else "message.refused"
-        named = task_id if isinstance(task_id, str) else ""
-        self._checks.refusals.refuse(_queue(message), reason, told, named, event)
+        self._refusals.refuse(_queue(message), reason, task_id, event)
         if not message.acknowledged:
             message.ack()
-
-
-def never_decompress() -> None:
-    """Make kombu fail, in this process, at every message that is marked as compressed."""
-    registry: Any = compression  # kombu ships no types
-    for name in registry.encoders():
-        registry.register(registry.get_encoder(name)[0], _no_decoder, name)
-
-
-def _no_decoder(_body: object) -> bytes:
-    raise Malformed("compressed")
 
 
 def _queue(message: Any) -> str:  # noqa: ANN401 -- as above
     """The queue of ``message``, one of a bounded set."""
     found = (message.delivery_info or {}).get("routing_key")
     return found if isinstance(found, str) and found in messages.TASKS else "other"
-
-
-def _argument(body: bytes | str) -> bytes | str:
-    """The one argument in ``body``; all of it, if that is no JSON of this shape."""
-    try:
-        args, _, _ = msgspec.json.decode(body, type=tuple[tuple[str], msgspec.Raw, msgspec.Raw])
-    except (ValueError, RecursionError):
-        return body
-    return args[0]

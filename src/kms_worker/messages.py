@@ -1,11 +1,10 @@
-"""Checks of broker messages before anything acts on them: Malformed is no message of this service.
+"""Checks of broker messages before Celery acts on them: Malformed is no message of this service.
 
-Write access to the broker decides every byte of a message. A message is therefore taken apart here, and
-only a task name, a task id, one argument and bounded links leave. All other options of Celery (eta, expires,
-timelimit, chain, chord, group, retries, shadow, reply_to and the like) are dropped and have no effect.
+A producer chooses task, arguments and options. Of a message only a task name, a task id, one argument and
+bounded links are kept. All other options of Celery (eta, expires, timelimit, chain, chord, group, retries,
+shadow, reply_to and the like) are dropped and have no effect.
 """
 
-import binascii
 import re
 from collections.abc import Mapping
 from typing import Final, Literal
@@ -15,15 +14,14 @@ import msgspec
 from kms_core.age.header import VERSION_LINE
 from kms_core.jobs.spec import BULK, FILES, MAINTENANCE
 from kms_core.jobs.store.wake_up import TASK as RUN
+from kms_worker.refusals import TASK_ID
 from kms_worker.rotation import TASK as KEYS
 from kms_worker.submit import QUEUE as SUBMIT_QUEUE
 from kms_worker.submit import TASK as SUBMIT
 
 Reason = Literal[
     "too_large",  # above the bound of its queue; not parsed
-    "envelope",  # on Redis: not what kombu writes
     "headers",  # no table, or an id that is none
-    "wrong_type",  # on Redis: a key of the broker's that is no list
     "compressed",  # never decompressed
     "content_type",  # not JSON in UTF-8
     "unknown_task",  # no task of that queue
@@ -42,16 +40,11 @@ TASKS: Final[Mapping[str, frozenset[str]]] = {
 """Queues that are consumed, and the tasks that may come by each."""
 MOST_BYTES: Final = 65_536  # of a message that carries a job id or nothing; Celery writes about 1 KiB
 MOST_RESENDS: Final = 2  # of a message whose worker died, each time as a copy with their number
-HEADERS: Final = ("task", "id", "resends", "compression")
-"""Headers that are looked at."""
-UNREADABLE: Final = "kms-unreadable"
-"""A header in place of properties that cannot be decoded."""
 _MOST_EMBED: Final = 262_144  # bytes of Celery's options, of which links are read
 _MOST_LINKS: Final = 8
 _MOST_LINK_BYTES: Final = 8192
 _MOST_DEPTH: Final = 16
 _JOB_ID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
-_TASK_ID: Final = re.compile(r"[\x21-\x7e]{1,255}", re.ASCII)
 _NAME: Final = re.compile(r"[\w.:@-]{1,200}", re.ASCII)
 _OURS: Final = ("kms.", "celery.")
 
@@ -97,14 +90,14 @@ def read(
 
     Raises Malformed.
     """
-    if not isinstance(headers, Mapping) or UNREADABLE in headers:
+    if not isinstance(headers, Mapping):
         raise Malformed("headers")
     if headers.get("compression"):
         raise Malformed("compressed")
     task, task_id = headers.get("task"), headers.get("id")
     if not isinstance(task, str) or task not in TASKS.get(queue, ()):
         raise Malformed("unknown_task")
-    if not isinstance(task_id, str) or not _TASK_ID.fullmatch(task_id):
+    if not isinstance(task_id, str) or not TASK_ID.fullmatch(task_id):
         raise Malformed("headers")
     if not _is_json(content):
         raise Malformed("content_type")
@@ -207,99 +200,3 @@ def _depth(value: object, left: int) -> bool:
     if isinstance(value, list):
         return left > 0 and all(_depth(one, left - 1) for one in value)
     return True
-
-
-# -- Redis: a list may hold anything, which kombu would take for an envelope of its own --------------------
-
-
-class _Delivery(msgspec.Struct):
-    redelivered: bool = False
-
-
-class _Properties(msgspec.Struct):
-    body_encoding: str | None = None
-    priority: object = None
-    delivery_info: _Delivery = msgspec.field(default_factory=_Delivery)
-
-
-class _TaskHeaders(msgspec.Struct):
-    task: object = None
-    id: object = None
-    resends: object = None
-    compression: object = None
-
-
-class _Envelope(
-    msgspec.Struct, rename={"content_type": "content-type", "content_encoding": "content-encoding"}
-):
-    body: str
-    properties: _Properties
-    headers: _TaskHeaders
-    content_type: str
-    content_encoding: str
-
-
-class _Body(msgspec.Struct):
-    body: msgspec.Raw = msgspec.Raw()
-
-
-_bodies: Final = msgspec.json.Decoder(_Body)
-_envelopes: Final = msgspec.json.Decoder(_Envelope)
-_held: Final = msgspec.json.Decoder(tuple[msgspec.Raw, str, str])
-
-
-def envelope(queue: str, element: bytes, tag: str, submit_bytes: int) -> bytes:
-    """An element of a list of ``queue``, rewritten so that kombu and Celery find what they expect.
-
-    ``tag`` becomes its delivery tag. Headers of no use are left out, base64 is undone. Raises Malformed.
-    """
-    most = most_bytes(queue, submit_bytes)
-    if len(element) > most * 4 // 3 + MOST_BYTES:
-        raise Malformed("too_large")
-    try:
-        if len(element) - len(_bodies.decode(element).body) > MOST_BYTES:
-            raise Malformed("too_large")
-        found = _envelopes.decode(element)
-    except (ValueError, RecursionError):
-        raise Malformed("envelope") from None
-    if found.headers.compression:
-        raise Malformed("compressed")
-    body, priority = _decoded(found), found.properties.priority
-    if len(body) > most:
-        raise Malformed("too_large")
-    info = {"exchange": "", "routing_key": queue, "redelivered": found.properties.delivery_info.redelivered}
-    properties = {"delivery_tag": tag, "delivery_info": info, "priority": _rank(priority)}
-    headers = {"task": found.headers.task, "id": found.headers.id, "resends": found.headers.resends}
-    kinds = {"content-type": found.content_type, "content-encoding": found.content_encoding}
-    return msgspec.json.encode({"body": body, **kinds, "headers": headers, "properties": properties})
-
-
-def _decoded(found: _Envelope) -> str:
-    """The body as text: JSON is UTF-8."""
-    encoding = found.properties.body_encoding
-    if encoding is None or encoding.lower() == "utf-8":
-        return found.body
-    if encoding != "base64":
-        raise Malformed("envelope")
-    try:
-        return binascii.a2b_base64(found.body.encode(), strict_mode=True).decode()
-    except ValueError:
-        raise Malformed("envelope") from None
-
-
-def _rank(priority: object) -> int:
-    return priority if type(priority) is int and 0 <= priority <= 9 else 0  # noqa: PLR2004 -- kombu's steps
-
-
-def held(element: bytes, submit_bytes: int) -> str:
-    """The queue that kombu's note of a message in hand would be put back into. Raises Malformed."""
-    if len(element) > most_bytes(SUBMIT_QUEUE, submit_bytes) * 4 // 3 + MOST_BYTES:
-        raise Malformed("too_large")
-    try:
-        raw, exchange, queue = _held.decode(element)
-    except (ValueError, RecursionError):
-        raise Malformed("envelope") from None
-    if exchange or queue not in TASKS:
-        raise Malformed("envelope")
-    envelope(queue, bytes(raw), "", submit_bytes)
-    return queue

@@ -39,10 +39,7 @@ from kms_core.redis_client import check_servers
 from kms_core.settings.lint import SETTINGS, unaccepted
 from kms_core.settings.model import Settings
 from kms_worker import app as worker_app
-from kms_worker import consumer as properties
-from kms_worker import elements, fork_lock, metrics_server, rotation, submit
-from kms_worker.consumer import CheckedConsumer, never_decompress
-from kms_worker.elements import Checks
+from kms_worker import consumer, fork_lock, metrics_server, rotation, submit
 from kms_worker.metrics_server import MetricsApp, MetricsServer
 from kms_worker.refusals import Refusals
 from kms_worker.slots import Slots
@@ -66,8 +63,12 @@ def run(loaded: Settings) -> int:
     jobs, store = loaded.kms.jobs, core.worker_context.store
     intake = build_intake(loaded, core.submitter)
     served = (*jobs.queues, *submit.queues(intake))
-    refusals = Refusals(lambda: store.redis, beat=pulse.beat)
-    consumer = _checking(Checks(refusals, intake.text_length if intake else 0))
+    consumer.install()
+    checked = partial(
+        consumer.CheckedConsumer,
+        refusals=Refusals(pulse.beat),
+        submit_bytes=intake.text_length if intake else 0,
+    )
 
     heartbeat = Heartbeat(store, name, jobs.concurrency, jobs.queues, fork_lock=fork_lock.between_forks)
     beside: tuple[PeriodicThread, ...] = (
@@ -101,7 +102,7 @@ def run(loaded: Settings) -> int:
         thread.start()
     watchdog.start()
     try:
-        return _consume(app, name, jobs.concurrency, served, consumer)
+        return _consume(app, name, jobs.concurrency, served, checked)
     finally:
         for thread in beside:
             thread.stop()
@@ -142,14 +143,6 @@ def _prepare_children() -> None:
     signals.worker_process_init.connect(partial(_prepare_child, os.getpid()), weak=False)
     gc.collect()
     gc.freeze()  # or the first collection in a child copies them
-
-
-def _checking(checks: Checks) -> Callable[..., Consumer]:
-    """A consumer whose messages are checked, as those of every channel of this process."""
-    never_decompress()
-    elements.install(checks)
-    properties.install()
-    return partial(CheckedConsumer, checks=checks)
 
 
 def _couriers(loaded: Settings, store: JobStore, name: str) -> list[WebhookDispatcher]:

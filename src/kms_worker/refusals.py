@@ -1,22 +1,20 @@
-"""Refused broker messages: counted, logged within bounds, and set aside if they were submissions."""
+"""Refused broker messages: counted, and logged within bounds."""
 
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-import redis
 import structlog
 
-from kms_core.jobs.store import set_aside
 from kms_core.observability import metrics
-from kms_protocol.errors import JobsUnavailable
 
+TASK_ID: Final = re.compile(r"[\x21-\x7e]{1,255}", re.ASCII)
 LOG_WINDOW_S: Final = 60.0
 LOG_LINES: Final = 3
 """Lines of a kind in a window; the next line after says how many were left out."""
-_KEEP_AGAIN_S: Final = 10.0  # after Redis did not answer: refusing must stay fast without it
 _log = structlog.get_logger(__name__)
 
 
@@ -36,37 +34,22 @@ class Refusals:
     """Those of one process."""
 
     def __init__(
-        self,
-        client: Callable[[], redis.Redis],
-        clock: Callable[[], float] = time.monotonic,
-        beat: Callable[[], None] = lambda: None,
+        self, beat: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """``client`` is asked for the Redis of jobs when a message is to be set aside.
-
-        ``beat`` is called for each message: to refuse one is work.
-        """
-        self._client = client
+        """``beat`` is called for each message: to refuse one is work."""
         self._beat = beat
-        self._clock = clock
         self._bound = LogBound(clock)
-        self._keep_from = 0.0
 
-    def refuse(
-        self, queue: str, code: str, message: bytes | str, task_id: str = "", event: str = "message.refused"
-    ) -> None:
-        """Record that ``message`` is dropped for ``code``, a word of a bounded set. Raises nothing."""
+    def refuse(self, queue: str, code: str, task_id: object = "", event: str = "message.refused") -> None:
+        """Record that a message was dropped for ``code``, a word of a bounded set.
+
+        The sender chose ``task_id``: it is logged if it is a printable text without spaces.
+        """
         self._beat()
         metrics.MESSAGES_REFUSED.labels(queue, code).inc()
         if count := self._bound.passes(queue, code):
-            _log.warning(event, queue=queue, code=code, count=count)
-        if queue == set_aside.QUEUE and self._clock() >= self._keep_from:
-            self._keep(set_aside.describe(time.time(), code, task_id, message))
-
-    def _keep(self, entry: set_aside.SetAside) -> None:
-        try:
-            set_aside.add(self._client(), entry)
-        except JobsUnavailable:
-            self._keep_from = self._clock() + _KEEP_AGAIN_S
+            named = task_id if isinstance(task_id, str) and TASK_ID.fullmatch(task_id) else ""
+            _log.warning(event, queue=queue, code=code, count=count, task_id=named)
 
 
 @dataclass(slots=True)

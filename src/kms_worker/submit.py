@@ -16,7 +16,6 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Reject
 from kombu.exceptions import OperationalError
 
-from kms_core.jobs.store import set_aside
 from kms_core.jobs.submission.celery_intake import Intake
 from kms_protocol.errors import (
     ConfigurationError,
@@ -29,7 +28,7 @@ from kms_protocol.errors import (
 from kms_worker.refusals import Refusals
 
 TASK: Final = "kms.submit"
-QUEUE: Final = set_aside.QUEUE
+QUEUE: Final = "kms.submit"
 _PAUSE_S: Final = 2.0
 _CLOCK: Final = struct.Struct("d")
 _log = structlog.get_logger(__name__)
@@ -64,17 +63,15 @@ def register(
     build: Callable[[], Intake | None],
     worker: str,
     pulse: Pulse,
-    refusals: Callable[[], Refusals],
 ) -> None:
-    """Add the task. ``build`` and ``refusals`` are called once in each process of the worker."""
+    """Add the task. ``build`` is called once in each process of the worker."""
     logging.getLogger("celery.app.trace").addFilter(_is_news)
     logging.getLogger("celery.pool").addFilter(_above_debug)
     intakes = functools.cache(lambda _process: build())
-    of_process = functools.cache(lambda _process: refusals())
+    of_process = functools.cache(lambda _process: Refusals())
 
-    def _refused(code: str, task: Task, args: tuple[object, ...]) -> None:
-        text = args[0] if args and isinstance(args[0], str) else ""
-        of_process(os.getpid()).refuse(QUEUE, code, text, task.request.id or "", "submit.refused")
+    def _refused(code: str, task: Task) -> None:
+        of_process(os.getpid()).refuse(QUEUE, code, task.request.id, "submit.refused")
 
     @app.task(name=TASK, bind=True, throws=(KmsError,), shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
     def submit(task: Task, *args: object, **named: object) -> str:
@@ -88,12 +85,12 @@ def register(
             _send_again(app, task.request, args)
             raise Ignore from None  # links do not fire
         except KmsError as exc:
-            _refused(exc.code, task, args)
+            _refused(exc.code, task)
             raise type(exc) from None  # its class alone leaves the process, no text
         except Exception as exc:  # noqa: BLE001 -- the top of the worker: the message must not come back
             # Its class alone: text and traceback may hold the argument.
             _log.error("submit.crashed", error=type(exc).__name__)
-            _refused("crashed", task, args)
+            _refused("crashed", task)
             raise KmsError from None
 
 

@@ -14,10 +14,7 @@ import httpx2 as httpx
 import pytest
 from celery import Celery
 from kombu.connection import Connection
-from kombu.transport.pyamqp import amqp  # type: ignore[attr-defined]  # the one that kombu uses
-from redis import Redis, ResponseError
 
-from kms_core.jobs.store import set_aside
 from support import malformed_messages
 from support.celery_messages import OPTIONS, body, broker_of, seal, whom
 from support.malformed_messages import QUEUES, Poison
@@ -120,12 +117,6 @@ def test_worker_that_is_poisoned_a_thousand_times_takes_the_next_job(
         for queue, messages in lists.items():
             publish(poisoned, queue, messages)
             sent += len(messages)
-    if not isinstance(poisoned, OnRabbit):
-        redis = core_of(poisoned).worker_context.store.redis
-        for queue in QUEUES:
-            elements = list(malformed_messages.elements(queue))
-            redis.lpush(f"kms:{queue}", *elements)
-            sent += len(elements)
     took = work(poisoned)
     until(lambda: refused(poisoned) >= sent, "all are refused")
     after = work(poisoned)
@@ -201,21 +192,19 @@ def test_options_of_celery_are_obeyed_by_nobody(poisoned: Service) -> None:
     assert SECRET not in poisoned.output("worker")
 
 
-def test_refused_submission_is_set_aside_without_its_content(poisoned: Service) -> None:
-    redis = core_of(poisoned).worker_context.store.redis
-    for argument in (SECRET, seal(whom(poisoned), body(version=2))):
+def test_refused_submission_leaves_nothing_but_its_task_id(poisoned: Service) -> None:
+    for number, argument in enumerate((SECRET, seal(whom(poisoned), body(version=2)))):
         text = json.dumps([[argument], {}, None]).encode()
-        publish(poisoned, "kms.submit", [Poison(text, malformed_messages.headers("kms.submit"))])
+        headers = malformed_messages.headers("kms.submit", id=f"sent-{number}")
+        publish(poisoned, "kms.submit", [Poison(text, headers)])
     publish(poisoned, "kms.submit", [Poison(SECRET.encode(), malformed_messages.headers("kms.submit"))])
-    until(lambda: redis.llen("kms:set_aside") == 3, "all are set aside")
+    until(lambda: refused(poisoned) == 3, "all are refused")
 
-    kept = [json.loads(raw) for raw in redis.lrange("kms:set_aside", 0, -1)]
-    assert sorted(one["reason"] for one in kept) == ["body", "invalid_request", "invalid_request"]
-    assert sum(one["message"] is not None for one in kept) == 1  # the age file
-    assert SECRET not in str(kept)
-    assert SECRET not in poisoned.output("worker")
-    exposed = httpx.get(f"{poisoned.url}/metrics", trust_env=False).text
-    assert "kms_messages_set_aside 3.0" in exposed
+    assert (refused(poisoned, "invalid_request"), refused(poisoned, "body")) == (2, 1)
+    told = poisoned.output("worker")
+    assert "sent-0" in told
+    assert "sent-1" in told
+    assert SECRET not in told
 
 
 def test_what_cannot_be_sealed_needs_no_pool_process(poisoned: Service) -> None:
@@ -232,8 +221,7 @@ def test_what_cannot_be_sealed_needs_no_pool_process(poisoned: Service) -> None:
     for pid in children:
         os.kill(pid, signal.SIGCONT)
 
-    found = {entry.reason for entry in set_aside.entries(core_of(poisoned).worker_context.store.redis)}
-    assert found == {"invalid_request", "not_a_ciphertext"}
+    assert refused(poisoned, "invalid_request") == refused(poisoned, "not_a_ciphertext") == 50
     assert work(poisoned) < 10
 
 
@@ -253,26 +241,25 @@ def held_message(service: Service) -> Iterator[str]:
         kept.rename(path)
 
 
-def test_message_in_hand_when_its_worker_died_twice_is_set_aside(poisoned: Service) -> None:
+def test_message_in_hand_when_its_worker_died_twice_is_dropped(poisoned: Service) -> None:
     """Children that are killed while they open it."""
-    redis = core_of(poisoned).worker_context.store.redis
     killed = 0
     deadline = time.monotonic() + 60
     with held_message(poisoned) as task_id:
-        while not redis.llen("kms:set_aside"):
+        while not refused(poisoned, "worker_died"):
             assert time.monotonic() < deadline, poisoned.output("worker")
             if stuck := stuck_children(poisoned):
                 os.kill(stuck[0], signal.SIGKILL)
                 killed += 1
             time.sleep(0.1)
 
-    entry = json.loads(redis.lrange("kms:set_aside", 0, 0)[0])
-    assert (entry["reason"], entry["task_id"], killed) == ("worker_died", task_id, 2)
+    assert killed == 2
+    assert task_id in poisoned.output("worker")
     assert waiting(poisoned) == 0
     assert work(poisoned) < 10
 
 
-def test_message_in_hand_when_all_of_a_worker_was_killed_twice_is_set_aside(poisoned: Service) -> None:
+def test_message_in_hand_when_all_of_a_worker_was_killed_twice_is_dropped(poisoned: Service) -> None:
     redis = core_of(poisoned).worker_context.store.redis
     with held_message(poisoned) as task_id:
         for _ in range(2):
@@ -281,12 +268,11 @@ def test_message_in_hand_when_all_of_a_worker_was_killed_twice_is_set_aside(pois
             for tag in cast("list[bytes]", redis.zrange("kms:unacked_index", 0, -1)):
                 redis.zadd("kms:unacked_index", {tag: 1})  # as if ten minutes had gone by
             start_through_fifo(poisoned)
-        until(lambda: redis.llen("kms:set_aside"), "it is set aside")
+        until(lambda: refused(poisoned, "worker_died"), "it is dropped")
     time.sleep(1)  # a second copy would be refused, too, or taken
 
-    kept = [json.loads(raw) for raw in redis.lrange("kms:set_aside", 0, -1)]
-    assert [(entry["reason"], entry["task_id"]) for entry in kept] == [("worker_died", task_id)]
     assert refused(poisoned) == 1
+    assert task_id in poisoned.output("worker")
     assert waiting(poisoned) == 0
     assert "submit.accepted" not in poisoned.output("worker")
     assert poisoned.output("worker").count("message.came_back") == 1
@@ -316,48 +302,7 @@ def start_through_fifo(service: Service) -> None:
     until(is_ready, "the worker is ready")
 
 
-# -- what a client of RabbitMQ can send that no library would ------------------------------------------------
-
-
-class Raw(amqp.Message):  # type: ignore[misc]  # ships no types
-    """A message whose properties are the bytes given."""
-
-    def _serialize_properties(self) -> bytes:
-        return bytes(self.raw)
-
-
-def test_properties_that_cannot_be_decoded_stop_no_worker(rabbit: str, tmp_path: Path) -> None:
-    with OnRabbit(tmp_path, rabbit, "[kms.jobs]\nconcurrency = 2\n") as service:
-        service.start()
-        work(service)
-        worker, children = service.pid("worker"), service.pool_pids()
-        made = list(malformed_messages.unreadable())
-        with line(service) as connection:
-            channel = connection.default_channel
-            channel.confirm_select()
-            for queue in QUEUES:
-                for properties in made:
-                    message = Raw(b"x")
-                    message.raw = properties
-                    channel.basic_publish_confirm(message, routing_key=queue)
-            channel.exchange_declare("elsewhere", "fanout", auto_delete=False)
-            channel.queue_bind("kms.bulk", "elsewhere")
-            channel.basic_publish_confirm(amqp.Message(b"x"), exchange="elsewhere", routing_key=b"\xff")
-            channel.exchange_delete("elsewhere")
-        took = work(service)
-        sent = len(QUEUES) * len(made) + 1
-        until(lambda: refused(service) >= sent, "all are refused")
-        time.sleep(1)  # whatever came back would come again at once
-
-        assert refused(service) == sent
-        assert took < 1
-        assert (service.pid("worker"), service.pool_pids()) == (worker, children)
-        assert waiting(service) == 0
-        assert "Traceback" not in service.output("worker")
-        assert service.output("worker").count("came_back") == 0
-
-
-# -- what a writer to Redis itself can leave there -----------------------------------------------------------
+# -- many messages on Redis -----------------------------------------------------------
 
 
 @pytest.fixture
@@ -366,40 +311,19 @@ def on_redis(tmp_path: Path) -> Iterator[Service]:
         yield service.start()
 
 
-def restarted(service: Service) -> None:
-    service.kill("worker")
-    service.spawn("worker")
-
-
-def note(unknown: str) -> bytes:
-    """A message in hand as a worker notes it, and a field of which kombu makes what it wants."""
+def element(queue: str, task: str, **info: object) -> bytes:
+    """A message as kombu puts it into a list of Redis."""
     envelope = {
-        "body": b64(b'[["x"], {}, {}]'),
-        "headers": {"task": "kms.run", "id": "i"},
+        "body": json.dumps([[b64(b"age-encryption.org/v1\n")], {}, None]),
+        "headers": malformed_messages.headers(task),
         "content-type": "application/json",
         "content-encoding": "utf-8",
-        "properties": {"body_encoding": "base64"},
+        "properties": {
+            "delivery_tag": str(uuid.uuid4()),
+            "delivery_info": {"exchange": "", "routing_key": queue, **info},
+        },
     }
-    return f'[{json.dumps(envelope)[:-1]},"x":{unknown}}},"","kms.bulk"]'.encode()
-
-
-def test_notes_that_kombu_cannot_read_are_dropped(on_redis: Service) -> None:
-    """Messages in hand are restored when a worker connects: such a note ended each one that started."""
-    redis = core_of(on_redis).worker_context.store.redis
-    notes = [
-        '{"__type__":"decimal","__value__":"abc"}',
-        '{"__type__":"datetime","__value__":"x"}',
-        "1" * 6000,
-    ]
-    for tag, unknown in enumerate(notes):
-        redis.hset("kms:unacked", str(tag), note(unknown))
-        redis.zadd("kms:unacked_index", {str(tag): 1})
-    restarted(on_redis)
-
-    assert work(on_redis) < 30
-    until(lambda: not redis.hlen("kms:unacked"), "the notes are gone")
-    assert not redis.zcard("kms:unacked_index")
-    assert "Traceback" not in on_redis.output("worker")
+    return json.dumps(envelope).encode()
 
 
 def test_flood_of_refused_messages_is_work_for_the_watchdog(tmp_path: Path) -> None:
@@ -409,7 +333,7 @@ def test_flood_of_refused_messages_is_work_for_the_watchdog(tmp_path: Path) -> N
         end = time.monotonic() + 15
         while time.monotonic() < end:
             if redis.llen("kms:kms.bulk") < 5_000:
-                redis.lpush("kms:kms.bulk", *[b"junk"] * 5_000)
+                redis.lpush("kms:kms.bulk", *[element("kms.bulk", "kms.nothing")] * 5_000)
             assert service.output("worker").count("worker.deaf") == 0
             time.sleep(0.01)
         redis.delete("kms:kms.bulk")
@@ -420,46 +344,9 @@ def test_flood_of_refused_messages_is_work_for_the_watchdog(tmp_path: Path) -> N
 
 
 def test_messages_that_come_back_are_logged_within_a_bound(on_redis: Service) -> None:
-    """Whoever writes to Redis can mark any message as one that came back."""
     redis = core_of(on_redis).worker_context.store.redis
-    envelope = {
-        "body": json.dumps([[b64(b"age-encryption.org/v1\n")], {}, None]),
-        "headers": malformed_messages.headers("kms.submit"),
-        "content-type": "application/json",
-        "content-encoding": "utf-8",
-        "properties": {"delivery_info": {"redelivered": True}},
-    }
-    redis.lpush("kms:kms.submit", *[json.dumps(envelope)] * 20)
-    until(lambda: redis.llen("kms:set_aside") == 20, "all are refused by the pool")
+    for _ in range(20):
+        redis.lpush("kms:kms.submit", element("kms.submit", "kms.submit", redelivered=True))
+    until(lambda: refused(on_redis) == 20, "all are refused by the pool")
 
     assert on_redis.output("worker").count("message.came_back") == 3
-
-
-def value_of(client: Redis, key: str) -> object:
-    """The text at a key; None where there is none, or something else than a text."""
-    try:
-        return client.get(key)
-    except ResponseError:
-        return None
-
-
-@pytest.mark.parametrize(
-    ("key", "expiry_s"),
-    [
-        ("unacked_index", None),
-        ("_kombu.binding_permanent.kms.bulk", None),
-        ("unacked_mutex", None),
-        ("unacked_mutex", 10**9),
-        ("unacked", None),
-    ],
-)
-def test_keys_of_another_type_keep_no_worker_from_its_start(
-    on_redis: Service, key: str, expiry_s: int | None
-) -> None:
-    redis = core_of(on_redis).worker_context.store.redis
-    redis.delete(f"kms:{key}")
-    redis.set(f"kms:{key}", "x", ex=expiry_s)
-    restarted(on_redis)
-
-    assert work(on_redis) < 30
-    assert value_of(redis, f"kms:{key}") != b"x"

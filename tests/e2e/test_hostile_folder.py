@@ -43,7 +43,6 @@ READ_SETTINGS = (
     "audit receipt",
     "audit key",
     "audit acknowledge-loss",
-    "messages",
     "token create",
     "token list",
     "token rotate",

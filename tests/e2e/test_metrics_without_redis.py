@@ -9,7 +9,6 @@ from support.service import Service
 GAUGES = (
     "kms_jobs_oldest_queued_seconds",
     "kms_dead_letters",
-    "kms_messages_set_aside",
     "kms_workers",
     "kms_worker_stuck_processes",
     "kms_redis_memory_ratio",

@@ -1,6 +1,5 @@
 """Broker messages as the worker takes them apart: what is left of them, and what is refused."""
 
-import base64
 import json
 import logging
 import tracemalloc
@@ -16,10 +15,9 @@ from kombu.entity import Exchange, Queue
 from structlog.testing import capture_logs
 
 from kms_core.jobs.spec import BULK, FILES, MAINTENANCE
-from kms_core.jobs.store import broker, set_aside, wake_up
-from kms_protocol.errors import JobsUnavailable
-from kms_worker import elements, messages
-from kms_worker.elements import Checks
+from kms_core.jobs.store import broker, wake_up
+from kms_worker import messages
+from kms_worker.consumer import AcknowledgingQoS
 from kms_worker.messages import Malformed
 from kms_worker.refusals import Refusals
 from support import malformed_messages
@@ -28,7 +26,6 @@ from support.waiting import until
 
 JSON: Final = ("application/json", "utf-8")
 JOB: Final = str(uuid.uuid4())
-SUBMIT_BYTES: Final = 1000
 connect: Final[Any] = Connection  # kombu ships no types
 
 
@@ -43,25 +40,11 @@ def submission(embed: object = None, **headers: object) -> malformed_messages.Po
     )
 
 
-def unpack(queue: str, element: bytes) -> messages.CeleryMessage:
-    """Both checks, as a worker on Redis makes them."""
-    found = json.loads(messages.envelope(queue, element, "tag", SUBMIT_BYTES))
-    kinds = (found["content-type"], found["content-encoding"])
-    return messages.read(queue, found["headers"], kinds, found["body"], redelivered=False)
-
-
 @pytest.mark.parametrize("queue", malformed_messages.QUEUES)
 def test_what_is_no_message_is_refused(queue: str) -> None:
     for made in malformed_messages.kinds(queue):
         with pytest.raises(Malformed):
             read(queue, made)
-
-
-@pytest.mark.parametrize("queue", malformed_messages.QUEUES)
-def test_what_is_no_envelope_is_refused_or_holds_no_message(queue: str) -> None:
-    for element in malformed_messages.elements(queue):
-        with pytest.raises(Malformed):
-            unpack(queue, element)
 
 
 def test_headers_that_are_no_table_are_refused() -> None:
@@ -94,12 +77,12 @@ def test_what_celery_sends_is_a_message_without_its_options() -> None:
     }
 
 
-def test_message_of_the_service_itself_passes_both_checks() -> None:
-    element = wake_up.encode_message(BULK)
-    found = json.loads(messages.envelope(BULK, element, "tag", 0))
+def test_message_of_the_service_itself_is_one() -> None:
+    element = json.loads(wake_up.encode_message(BULK))
+    kinds = (element["content-type"], element["content-encoding"])
+    found = messages.read(BULK, element["headers"], kinds, element["body"], redelivered=False)
 
-    assert found["properties"]["delivery_tag"] == "tag"
-    assert unpack(BULK, element).args == []
+    assert (found.task, found.args) == ("kms.run", [])
 
 
 def test_task_of_another_queue_is_refused() -> None:
@@ -166,29 +149,17 @@ def test_resends_are_those_before_and_this_one(
     assert read("kms.submit", submission(**headers), redelivered=redelivered).resends == expected
 
 
-def test_body_is_bounded_before_it_is_parsed() -> None:
-    text = base64.b64encode(b"[" + b" " * 200_000 + b"]").decode()
-    element = json.dumps({"body": text, "properties": {"body_encoding": "base64"}}).encode()
-
-    with pytest.raises(Malformed, match="too_large"):
-        messages.envelope(BULK, element, "tag", SUBMIT_BYTES)
+def test_only_a_submission_may_be_long() -> None:
     assert messages.most_bytes("kms.submit", 10) - messages.most_bytes(BULK, 10) == 10
 
 
 LONG: Final = 4_000_000
 EMPTY: Final = "[" + "[]," * (LONG // 3) + "1]"  # each costs a list of 56 bytes
-ENVELOPE: Final = '{"body":%s,"content-type":"application/json","content-encoding":"utf-8",%s}'
 GREEDY: Final = {
     "arguments": '[["' + '","'.join(map(str, range(LONG // 9))) + '"],{},null]',
     "named arguments": '[["x"],{' + ",".join(f'"{one}":1' for one in range(LONG // 9)) + "},null]",
     "a tree for an argument": f"[[{EMPTY}],{{}},null]",
     "options": f'[["x"],{{}},{EMPTY}]',
-}
-GREEDY_ENVELOPES: Final = {
-    "task": ENVELOPE % ('"x"', f'"headers":{{"task":{EMPTY}}},"properties":{{}}'),
-    "priority": ENVELOPE % ('"x"', f'"headers":{{}},"properties":{{"priority":{EMPTY}}}'),
-    "another field": ENVELOPE % ('"x"', f'"headers":{{}},"properties":{{}},"x":{EMPTY}'),
-    "body": ENVELOPE % (EMPTY, '"headers":{},"properties":{}'),
 }
 
 
@@ -210,13 +181,6 @@ def test_a_body_builds_no_value_that_is_not_used(name: str) -> None:
     assert peak(lambda: read("kms.submit", made)) < 1_000_000
 
 
-@pytest.mark.parametrize("name", GREEDY_ENVELOPES)
-def test_an_envelope_builds_no_value_that_is_not_used(name: str) -> None:
-    element = GREEDY_ENVELOPES[name].encode()
-
-    assert peak(lambda: messages.envelope("kms.submit", element, "tag", LONG)) < 1_000_000
-
-
 # -- on Redis -------------------------------------------------------------------------------------------
 
 
@@ -226,36 +190,14 @@ def line(redis_url: str) -> redis.Redis:
 
 
 @pytest.fixture
-def checked(line: redis.Redis) -> Iterator[Checks]:
+def acknowledging() -> Iterator[None]:
     """Channels of kombu as a worker has them, for one test."""
-    from kombu.transport import redis as transport  # noqa: PLC0415 -- what is changed, and put back
-
-    before = (transport.PrefixedStrictRedis, transport.Channel.QoS)
-    checks = Checks(Refusals(lambda: line), SUBMIT_BYTES)
-    elements.install(checks)
-    yield checks
-    vars(transport)["PrefixedStrictRedis"], transport.Channel.QoS = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kombu.transport.redis.Channel.QoS", AcknowledgingQoS)
+        yield
 
 
-def test_key_of_another_type_makes_room(checked: Checks, line: redis.Redis, broker_url: str) -> None:
-    line.set("kms:kms.bulk", "x")
-    line.set("kms:kms.submit\x06\x163", "x")
-    line.set("kms:unacked", "x")
-    line.set("kms:unacked_index", "x")
-    line.set("kms:_kombu.binding.kms.files", "x")
-    line.lpush("kms:kms.files", b"kept")
-    with connect(broker_url, transport_options=OPTIONS) as connection:
-        elements.repair(connection, checked)
-
-    assert line.llen("kms:kms.files") == 1
-    assert not line.exists("kms:kms.bulk", "kms:kms.submit\x06\x163", "kms:unacked", "kms:unacked_index")
-    assert not line.exists("kms:_kombu.binding.kms.files")
-
-
-def test_messages_are_counted_past_a_key_of_another_type(
-    checked: Checks, line: redis.Redis, broker_url: str
-) -> None:
-    del checked
+def test_messages_are_counted_past_a_key_of_another_type(line: redis.Redis, broker_url: str) -> None:
     line.set("kms:kms.bulk", "x")
     line.lpush("kms:kms.bulk\x06\x163", b"a", b"b")
     line.lpush("kms:kms.files", b"c")
@@ -263,29 +205,6 @@ def test_messages_are_counted_past_a_key_of_another_type(
         found = [broker.messages(connection, queue) for queue in (BULK, FILES)]
 
     assert found == [2, 1]
-
-
-def test_notes_of_messages_in_hand_that_no_worker_wrote_are_dropped(
-    checked: Checks, line: redis.Redis, broker_url: str
-) -> None:
-    del checked
-    envelope = json.loads(wake_up.encode_message(BULK))
-    elsewhere = [
-        json.dumps([envelope, "", "kms:job:x"]),
-        json.dumps([envelope, "x", BULK]),
-        json.dumps([[], "", BULK]),
-    ]
-    junk: list[str | bytes] = [*elsewhere, b"\xff", "[]", "1"]
-    notes: dict[Any, Any] = {str(at): note for at, note in enumerate(junk)}
-    notes["good"] = json.dumps([envelope, "", BULK])
-    line.hset("kms:unacked", mapping=notes)
-    line.zadd("kms:unacked_index", dict.fromkeys(notes, 1.0))
-    with connect(broker_url, transport_options=OPTIONS) as connection:
-        connection.default_channel.qos.restore_visible(num=100)
-
-    assert line.hlen("kms:unacked") == 0
-    assert line.zcard("kms:unacked_index") == 0
-    assert line.llen("kms:kms.bulk") == 1
 
 
 def received(connection: Any, queue: str, *, no_ack: bool) -> Any:  # noqa: ANN401 -- kombu ships no types
@@ -306,10 +225,10 @@ def broker_queue(name: str) -> Queue:
 
 @pytest.mark.parametrize("settle", ["ack_log_error", "reject_log_error"])
 def test_message_of_a_connection_that_was_lost_is_given_out_again(
-    checked: Checks, line: redis.Redis, broker_url: str, settle: str
+    acknowledging: None, line: redis.Redis, broker_url: str, settle: str
 ) -> None:
     """As of a task that ends when Redis has been away: kombu's AttributeError would end the worker."""
-    del checked
+    del acknowledging
     line.lpush("kms:kms.maintenance", wake_up.encode_message(MAINTENANCE))
     with connect(broker_url, transport_options=OPTIONS) as connection:
         message = received(connection, MAINTENANCE, no_ack=False)
@@ -321,9 +240,9 @@ def test_message_of_a_connection_that_was_lost_is_given_out_again(
 
 
 def test_message_is_settled_once_it_is_acknowledged(
-    checked: Checks, line: redis.Redis, broker_url: str
+    acknowledging: None, line: redis.Redis, broker_url: str
 ) -> None:
-    del checked
+    del acknowledging
     line.lpush("kms:kms.maintenance", wake_up.encode_message(MAINTENANCE))
     with connect(broker_url, transport_options=OPTIONS) as connection:
         received(connection, MAINTENANCE, no_ack=False).ack()
@@ -331,8 +250,10 @@ def test_message_is_settled_once_it_is_acknowledged(
         assert line.hlen("kms:unacked") == line.zcard("kms:unacked_index") == 0
 
 
-def test_wake_up_costs_nothing_to_acknowledge(checked: Checks, line: redis.Redis, broker_url: str) -> None:
-    del checked
+def test_wake_up_costs_nothing_to_acknowledge(
+    acknowledging: None, line: redis.Redis, broker_url: str
+) -> None:
+    del acknowledging
     line.lpush("kms:kms.bulk", wake_up.encode_message(BULK))
     with connect(broker_url, transport_options=OPTIONS) as connection:
         message = received(connection, BULK, no_ack=True)
@@ -342,60 +263,32 @@ def test_wake_up_costs_nothing_to_acknowledge(checked: Checks, line: redis.Redis
         assert line.info("commandstats").get("cmdstat_hdel", {}).get("calls", 0) == before
 
 
-# -- what is said and kept ------------------------------------------------------------------------------
-
-
-def no_redis() -> redis.Redis:
-    raise JobsUnavailable
+# -- what is said ------------------------------------------------------------------------------
 
 
 def test_log_is_bounded_and_says_what_it_left_out() -> None:
     now = [0.0]
-    refusals = Refusals(no_redis, lambda: now[0])
+    refusals = Refusals(clock=lambda: now[0])
     with capture_logs() as lines:
         for _ in range(100):
-            refusals.refuse(BULK, "body", b"x")
+            refusals.refuse(BULK, "body", "id-1")
         now[0] = 60.0
-        refusals.refuse(BULK, "body", b"x")
+        refusals.refuse(BULK, "body", "id-1")
 
     assert [line["count"] for line in lines] == [1, 1, 1, 98]
+    assert {line["task_id"] for line in lines} == {"id-1"}
+
+
+@pytest.mark.parametrize("task_id", ["a b", "\x1b[2J", "i" * 256, 7, None])
+def test_a_task_id_that_is_none_is_not_logged(task_id: object) -> None:
+    with capture_logs() as lines:
+        Refusals().refuse("kms.submit", "body", task_id)
+
+    assert [line["task_id"] for line in lines] == [""]
 
 
 def test_refusing_is_a_sign_of_work() -> None:
     beats: list[str] = []
-    Refusals(no_redis, beat=lambda: beats.append("")).refuse(BULK, "body", b"x")
+    Refusals(lambda: beats.append("")).refuse(BULK, "body")
 
     assert len(beats) == 1
-
-
-@pytest.mark.parametrize("made", [b"x", None])
-def test_what_is_set_aside_needs_no_list_of_others(line: redis.Redis, made: bytes | None) -> None:
-    """A key of another type in place of the list, or junk in it."""
-    if made:
-        line.set("kms:set_aside", made)
-    else:
-        line.hset("kms:set_aside", "x", "x")
-    assert set_aside.entries(line) == []
-    Refusals(lambda: line).refuse("kms.submit", "body", b"y")
-
-    assert [entry.reason for entry in set_aside.entries(line)] == ["body"]
-    line.delete("kms:set_aside")
-    line.set("kms:set_aside", "x")
-    assert set_aside.purge(line) == 0
-    assert not line.exists("kms:set_aside")
-
-
-def test_list_of_what_was_set_aside_is_bounded_and_purged(line: redis.Redis) -> None:
-    sealed = base64.b64encode(b"age-encryption.org/v1\n").decode()
-    for number in range(set_aside.MOST + 5):
-        set_aside.add(line, set_aside.describe(number, "body", "id", sealed))
-    set_aside.add(line, set_aside.describe(0, "body", "id", "in the open"))
-    set_aside.add(line, set_aside.describe(0, "body", "id", sealed + "A" * set_aside.MOST_CONTENT))
-    line.lpush("kms:set_aside", b"junk", b'{"x":' + b"[" * 100_000)
-
-    found = set_aside.entries(line)
-    assert len(found) == set_aside.MOST - 2
-    assert [entry.message for entry in found[:3]] == [None, None, sealed]
-    assert 0 < int(line.ttl("kms:set_aside")) <= set_aside.KEPT_S
-    assert set_aside.purge(line) == set_aside.MOST + 2
-    assert set_aside.entries(line) == []

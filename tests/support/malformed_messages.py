@@ -1,7 +1,6 @@
 """Broker messages that are none, as somebody with the broker's URL can send them: one of each kind."""
 
 import json
-import struct
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -68,40 +67,8 @@ def kinds(queue: str) -> Iterator[Poison]:
         yield Poison(b"[]", headers(task, **far))
 
 
-def elements(queue: str) -> Iterator[bytes]:
-    """Elements of a list of Redis that kombu would have to take for messages."""
-    envelope = {"body": "W10=", "headers": headers(), "content-type": "application/json"}
-    envelope |= {"content-encoding": "utf-8", "properties": {"delivery_tag": "t", "body_encoding": "base64"}}
-    yield from (b"", b"junk", b"\xff\x00", b"[]", b"{}", b"null", b"1", b'"x"', b"[" * 100_000)
-    yield b'{"a":' * 20_000 + b"1" + b"}" * 20_000
-    for name in ("body", "headers", "properties", "content-type", "content-encoding"):
-        yield json.dumps({key: value for key, value in envelope.items() if key != name}).encode()
-        for other in OTHERS:
-            yield json.dumps(envelope | {name: other}).encode()
-    for encoding in (*OTHERS, "base64", "rot13"):
-        properties = {"body_encoding": encoding, "delivery_info": "x", "priority": "x"}
-        yield json.dumps(envelope | {"body": "%%%", "properties": properties}).encode()
-    yield json.dumps(envelope | {"body": "A" * 300_000}).encode() if queue != "kms.submit" else b"~"
-
-
 def bomb() -> bytes:
     """382 KiB that a worker would make 394 MB of."""
     packer = zlib.compressobj()
     spaces = b" " * 1_000_000
     return packer.compress(b"[") + b"".join(packer.compress(spaces) for _ in range(394)) + packer.flush()
-
-
-def unreadable() -> Iterator[bytes]:
-    """Properties of AMQP 0-9-1 (flags, then values) that RabbitMQ passes on and py-amqp cannot decode."""
-    yield struct.pack(">HB", 0x8000, 2) + b"\xff\xfe"  # the content type is no UTF-8
-    yield struct.pack(">HBB", 0x0400, 1, 0xFF)  # nor is the correlation id
-    yield struct.pack(">HB", 0x8000, 3) + b"\xed\xa0\x80"  # half of a surrogate pair, which py-amqp lets pass
-    table = b""
-    for _ in range(3000):
-        table = b"\x01aF" + struct.pack(">I", len(table)) + table
-    yield _headers(table)
-    yield _headers(b"\x01aT" + struct.pack(">Q", 2**63 - 1))  # a time after the year 9999
-
-
-def _headers(table: bytes) -> bytes:
-    return struct.pack(">HI", 0x2000, len(table)) + table

@@ -13,7 +13,7 @@ from kms_cli.doctor import Finding, Level
 from kms_cli.local import installation
 from kms_cli.local.up import is_alive
 from kms_core.jobs.model import ReplicaRules
-from kms_core.jobs.store import replicas, set_aside
+from kms_core.jobs.store import replicas
 from kms_core.jobs.store.redis_keys import PREFIX
 from kms_core.redis_client import check_servers, connect
 from kms_core.settings.model import RedisSection, Settings
@@ -51,7 +51,6 @@ def _redis(section: RedisSection, *, named: bool) -> Iterator[Finding]:
             yield from _replicas(client, section)
             yield _memory(client.info("memory"))
             yield _clock(ahead_s)
-            yield from _messages(set_aside.count(client))
             yield from _newer(int(client.zcard(f"{PREFIX}newer")))
     except ConfigurationError as exc:
         yield Finding("FAIL", "redis", exc.detail)
@@ -182,12 +181,6 @@ def _newer(count: int) -> Iterator[Finding]:
     if count:
         text = f"{count} jobs were submitted by a newer version, and wait for a worker of that version"
         yield Finding("warn", "jobs", text, "update the workers, or start one of that version")
-
-
-def _messages(count: int) -> Iterator[Finding]:
-    if count:
-        text = f"{count} messages of kms.submit were rejected and are kept"
-        yield Finding("warn", "messages", text, "kms messages lists them, kms messages --purge deletes them")
 
 
 def _broker(url: str) -> Finding:

@@ -196,11 +196,6 @@ OLDEST_QUEUED: Final = Gauge(
 DEAD_LETTERS: Final = Gauge(
     "kms_dead_letters", "Jobs that used up their attempts", multiprocess_mode="livemostrecent"
 )
-MESSAGES_SET_ASIDE: Final = Gauge(
-    "kms_messages_set_aside",
-    "Messages of kms.submit that were refused and are kept for operators: kms messages",
-    multiprocess_mode="livemostrecent",
-)
 REDIS_MEMORY: Final = Gauge(
     "kms_redis_memory_ratio", "Memory that Redis uses, of what it may", multiprocess_mode="livemostrecent"
 )

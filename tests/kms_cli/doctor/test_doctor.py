@@ -24,7 +24,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from kms_cli.doctor.machine import MAX_VERIFIED_BYTES
 from kms_cli.local import valkey
-from kms_core.jobs.store import set_aside
 from kms_core.programs import tether
 from support import without_mlock
 from support.cli.fixtures import BIN
@@ -515,30 +514,3 @@ def test_the_page_explains_every_line() -> None:
 
     assert len(told) > 20
     assert {name for row in rows for name in re.findall("`(.*?)`", row)} == told
-
-
-def test_messages_that_were_set_aside_are_listed_and_purged(tmp_path: Path) -> None:
-    with Service(tmp_path) as service:
-        client = redis.Redis.from_url(service.valkey.url)
-        sealed = "YWdlLWVuY3J5cHRpb24ub3JnL3Yx" + "QUJD"
-        set_aside.add(client, set_aside.describe(0, "worker_died", "id-1", sealed))
-        hostile = '{"at":1e300,"reason":"\\u001b[2J","task_id":"a\\u009b2J","size":1,"digest":"b\\n\\u202e"}'
-        client.rpush("kms:set_aside", hostile)
-        environ = {"KMS_REDIS_URL": service.valkey.url}
-        told = command(service, "messages", **environ)
-        with_content = command(service, "messages", "--json", **environ)
-        found = doctor(service, **environ)
-        purged = command(service, "messages", "--purge", **environ)
-        none = command(service, "messages", **environ)
-
-    assert "1970-01-01T00:00:00Z" in told.stdout
-    assert "worker_died" in told.stdout
-    assert "id-1" in told.stdout
-    assert sealed not in told.stdout
-    assert "unknown" in told.stdout
-    assert "?[2J" in told.stdout
-    assert not set(told.stdout) & set("\x1b\x9b\u202e")
-    assert json.loads(with_content.stdout.splitlines()[0])["message"] == sealed
-    assert "kms messages" in found.at("messages", "warn")
-    assert (purged.returncode, "2 deleted" in purged.stderr) == (0, True)
-    assert "there are no rejected messages" in none.stderr

@@ -188,7 +188,7 @@ def test_of_two_a_name_takes_one_without_doubt(two: Two, by: str) -> None:
     assert (shown.stdout, shown.stderr) == (f"{state}\n", "")
 
 
-@pytest.mark.parametrize("words", [("token", "list"), ("config", "lint"), ("messages",)])
+@pytest.mark.parametrize("words", [("token", "list"), ("config", "lint")])
 def test_a_command_about_another_state_than_what_runs_says_so(two: Two, words: tuple[str, ...]) -> None:
     """Or a backup would be one of an install that nobody uses."""
     said = two.user.kms(*words).stderr

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kms_core.jobs.model import QueuePriority
-from kms_core.jobs.store import set_aside
 from kms_core.jobs.store.redis_keys import PREFIX, answered, number, redis_errors
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
@@ -31,7 +30,6 @@ class QueueStats:
     depths: dict[QueuePriority, int]
     oldest_queued_s: float
     dead: int
-    set_aside: int
     workers: int
     memory: float
     spooled: dict[str, int]
@@ -52,7 +50,6 @@ def survey(store: JobStore, tenant: str | None = None) -> QueueStats:
         for name in tenants:
             pipeline.hget(f"{PREFIX}spooled:{name}", "sum")
         pipeline.zcard(f"{PREFIX}dead")
-        set_aside.count(pipeline)
         pipeline.info("memory")
         pipeline.hgetall(f"{PREFIX}stuck")
         for resource in bounded:
@@ -61,7 +58,7 @@ def survey(store: JobStore, tenant: str | None = None) -> QueueStats:
     leases = dict(
         zip(bounded, (int(one or 0) for one in answers[len(answers) - len(bounded) :]), strict=True)
     )
-    *counts, dead, aside, memory, stuck = answers[: len(answers) - len(bounded)]
+    *counts, dead, memory, stuck = answers[: len(answers) - len(bounded)]
     of_states = counts[: len(tenants) * len(STATES)]
     jobs = {
         state: sum(int(one or 0) for one in of_states[at :: len(STATES)]) for at, state in enumerate(STATES)
@@ -73,7 +70,6 @@ def survey(store: JobStore, tenant: str | None = None) -> QueueStats:
         store.depths(),
         waits,
         int(dead or 0),
-        int(aside or 0),
         store.workers(),
         _share(memory),
         sums,
@@ -97,7 +93,6 @@ def tell(found: QueueStats, tenants: Container[str]) -> None:
         metrics.QUEUE_DEPTH.labels(queue, priority).set(depth)
     metrics.OLDEST_QUEUED.set(found.oldest_queued_s)
     metrics.DEAD_LETTERS.set(found.dead)
-    metrics.MESSAGES_SET_ASIDE.set(found.set_aside)
     metrics.WORKERS.set(found.workers)
     metrics.REDIS_MEMORY.set(found.memory)
     metrics.STUCK_PROCESSES.set(found.stuck)
@@ -115,7 +110,7 @@ def lost() -> None:
         metrics.REDIS_WRITABLE,
         metrics.STUCK_PROCESSES,
     )
-    for gauge in (*gauges, metrics.MESSAGES_SET_ASIDE, *map(metrics.JOBS_IN_STATE.labels, (*STATES, NEWER))):
+    for gauge in (*gauges, *map(metrics.JOBS_IN_STATE.labels, (*STATES, NEWER))):
         gauge.set(float("nan"))
     for told in (metrics.QUEUE_DEPTH, metrics.RESOURCE_LEASES):  # those told of before
         for sample in (sample for family in told.collect() for sample in family.samples):

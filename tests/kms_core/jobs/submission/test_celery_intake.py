@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import pyrage
 import pytest
-import redis
 from celery import Celery
 from celery.exceptions import Ignore, Reject
 from kombu.connection import Connection
@@ -38,7 +37,6 @@ from kms_protocol.errors import (
     UnknownKey,
 )
 from kms_worker import submit
-from kms_worker.refusals import Refusals
 from support.celery_messages import JOB, body, in_s, seal
 from support.service import B64_CANARY, CANARY, Service, core_of
 
@@ -324,13 +322,9 @@ def task(
     build: Callable[[], Intake | None], broker: str = "redis+socket:///nonexistent"
 ) -> Callable[..., str]:
     app = Celery(set_as_current=False, broker=broker)
-    submit.register(app, build, "worker", submit.Pulse(), lambda: Refusals(no_redis))
+    submit.register(app, build, "worker", submit.Pulse())
     found: Callable[..., str] = app.tasks[submit.TASK]
     return found
-
-
-def no_redis() -> redis.Redis:
-    raise JobsUnavailable
 
 
 def test_a_good_message_goes_back_to_the_queue_while_redis_and_broker_are_away(
