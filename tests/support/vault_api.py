@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -71,7 +72,10 @@ class Facade(Guarded):
             text,
             re.MULTILINE,
         )
-        return {status: int(count) for status, count in counts}
+        found = Counter[str]()
+        for status, count in counts:  # of each method
+            found[status] += int(count)
+        return found
 
     def cli(
         self, *words: str, token: str = "", check: bool = True, **more: str

@@ -91,7 +91,7 @@ def lines(given: Given) -> dict[str, Line]:
     }
     found |= {f"job {name}": ([given.job_id], b"") for name in ("show", "wait", "cancel", "retry")}
     bare = (
-        "keys list|token list|messages|audit verify|audit key|cosmian init-key|config init|config lint"
+        "keys list|token list|audit verify|audit key|cosmian init-key|config init|config lint"
         "|config show|doctor|status"
     )
     return found | dict.fromkeys((*bare.split("|"), "health"), ([], b""))
