@@ -28,6 +28,7 @@ from support.service import Service
 REQUIRED: Final = '[kms.auth]\nmode = "required"\n'
 EVERYTHING: Final = "*"
 DAY: Final = timedelta(days=1)
+HOUR: Final = timedelta(hours=1)
 AUDIENCE: Final = "kms-service"
 ISSUER: Final = "https://id.example.com"
 _numbers: Final = count(1)
@@ -229,11 +230,13 @@ class Authority:
         pair.cert.write_bytes(self._signed(name, key, extensions, lasts).public_bytes(Encoding.PEM))
         return pair
 
-    def crl(self, *revoked: Path, lasts: timedelta = DAY, delta: bool = False) -> bytes:
-        """A list (PEM) that revokes the certificates in these files."""
+    def crl(
+        self, *revoked: Path, lasts: timedelta = DAY, ago: timedelta = HOUR, delta: bool = False
+    ) -> bytes:
+        """A list (PEM) of some time ago that revokes the certificates in these files."""
         now = datetime.now(UTC)
         made = x509.CertificateRevocationListBuilder(self._name)
-        made = made.last_update(min(now, now + lasts) - timedelta(hours=1)).next_update(now + lasts)
+        made = made.last_update(min(now, now + lasts) - ago).next_update(now + lasts)
         for path in revoked:
             serial = x509.load_pem_x509_certificate(path.read_bytes()).serial_number
             entry = x509.RevokedCertificateBuilder(serial, now - timedelta(minutes=1))

@@ -83,6 +83,13 @@ def test_each_list_of_authorities_of_one_name_must_be_current(site: Site, is_old
     assert not found.is_current()
 
 
+def test_a_list_that_begins_later_is_not_current(site: Site) -> None:
+    found = site.lists()
+    site.put(site.new.crl(ago=timedelta(hours=-1)), site.old.crl())
+
+    assert not found.is_current()
+
+
 def removed(site: Site, name: str) -> tuple[str, str]:
     """Identities of an authority that a test then removes from client_ca, and of one that stays."""
     other = Authority(site.folder / "other", name)

@@ -69,10 +69,11 @@ def test_origin_and_pad_may_be_absent(stanzas: tuple[Stanza, ...]) -> None:
         (BOUND, Stanza(("kms-service/context2", "1"), b"")),
         (BOUND, Stanza(("kms-service/Context", *BOUND.args[1:]), bytes(32))),
         (Stanza(("kms-service/context/1", *BOUND.args[1:]), bytes(32)),),
+        (BOUND, *(Stanza((WRAP, f"transit-{number}", "payroll", "1"), bytes(48)) for number in range(5))),
     ],
     ids=[
         "context twice", "origin twice", "pad twice", "origin alone", "pad alone", "wrap alone", "no name",
-        "unknown", "unknown, alike", "case", "unknown alone",
+        "unknown", "unknown, alike", "case", "unknown alone", "five wraps",
     ],
 )  # fmt: skip
 def test_unknown_doubled_and_orphaned_stanzas_are_refused(stanzas: tuple[Stanza, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Who may read the result of a job."""
+"""Who may submit a job, and who may read its result."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,20 +9,25 @@ import pytest
 from kms_core.age import x25519
 from kms_core.auth.policy import ByScopes, Principal
 from kms_core.jobs import authorization
+from kms_core.jobs.authorization import JobAccess
 from kms_core.jobs.spec import UploadJob
 from kms_core.scopes import Scope
 from kms_core.service import Kms
+from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden
 from support.age_kms import age_backend, kms_over
 
 READS: Final = "jobs:read"
 
 
+SCOPES: Final = {"root": "jobs:read,decrypt", "mover": "reseal", "owner": "encrypt,decrypt"}
+
+
 class Credentials:
-    """Credentials that read jobs, and those that also decrypt."""
+    """Credentials that read jobs, and some that may do more."""
 
     def scopes_of(self, who: Principal) -> Iterable[Scope]:
-        return [Scope.parse("jobs:read,decrypt" if who.name == "root" else READS)]
+        return [Scope.parse(SCOPES.get(who.name, READS))]
 
 
 @pytest.fixture
@@ -63,3 +68,17 @@ def test_a_token_with_the_name_of_another_one_is_not_the_submitter(kms: Kms) -> 
 
 def test_a_caller_who_could_have_run_the_job_reads_the_result(kms: Kms) -> None:
     authorization.check_reader(kms, Principal("root", "acme", "token:root"), job("token:abc"))
+
+
+@pytest.mark.parametrize("new_context", [None, Context.parse("row=8")])
+def test_a_move_to_another_context_needs_the_rights_to_open_and_to_seal(
+    kms: Kms, new_context: Context | None
+) -> None:
+    asked = JobAccess("reseal", None, Context.parse("row=7"), new_context)
+    authorization.check(kms, Principal("owner", "acme", "token:a"), asked)
+    mover = Principal("mover", "acme", "token:b")
+    if new_context is None:
+        authorization.check(kms, mover, asked)
+    else:
+        with pytest.raises(Forbidden):
+            authorization.check(kms, mover, asked)

@@ -9,6 +9,7 @@ import redis
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
+from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.store.queue_stats import survey
@@ -219,6 +220,16 @@ def test_job_is_seen_and_cancelled_by_the_tenant_of_its_sealed_record(store: Job
     assert record(store, job.job_id)[b"state"] == b"queued"
     if not parent:
         assert store.cancel(job.job_id, TENANT).state == "cancelled"
+
+
+def test_result_of_a_record_that_was_exchanged_since_it_was_looked_at_is_refused(core: Core) -> None:
+    store = core.worker_context.store
+    job_id = bulk(core, "a=1")
+    run_job(job_id, core.worker_context, "w")
+    seen = msgspec.structs.replace(store.get(job_id, TENANT), tenant="other")
+
+    with pytest.raises(UnknownJob):
+        results.of(seen, store, core.worker_context.spool)
 
 
 def test_job_whose_plain_tenant_was_changed_is_retried_by_its_owner(store: JobStore) -> None:
