@@ -577,3 +577,15 @@ def test_commit_that_replicas_may_not_have_waits_for_them(store: JobStore) -> No
 
     assert isinstance(again, Attempt)
     assert (again.commit, again.deferrals) == (COMMIT, 1)
+
+
+def test_a_dead_job_whose_result_was_released_is_not_retried(core: Core) -> None:
+    """Its input may be gone."""
+    store = store_of(core, LONG)
+    claim = claimed(store)
+    job_id = claim.accepted.job_id
+    store.finish(claim, "failed", "attempts_exhausted")
+    store.release(store.get(job_id, TENANT))
+
+    with pytest.raises(JobNotDead):
+        store.retry(job_id, TENANT, 60)
