@@ -26,8 +26,7 @@ class TcpProxy:
 
     def cut(self) -> None:
         self._is_cut = True
-        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-        self._listener.close()
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts; the port stays bound
         self._accepting.join()
         with self._lock:
             for each in self._open:
@@ -37,7 +36,7 @@ class TcpProxy:
     def mend(self) -> None:
         """Nothing happens if it is whole."""
         if self._is_cut:
-            self._listener = socket.create_server(("127.0.0.1", self.port))
+            self._listener.listen()
             self._start()
 
     def _start(self) -> None:
