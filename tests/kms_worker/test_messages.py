@@ -15,7 +15,7 @@ from kombu.entity import Exchange, Queue
 from structlog.testing import capture_logs
 
 from kms_core.jobs.spec import BULK, FILES, MAINTENANCE
-from kms_core.jobs.store import broker, wake_up
+from kms_core.jobs.store import wake_up
 from kms_worker import messages
 from kms_worker.consumer import AcknowledgingQoS
 from kms_worker.messages import Malformed
@@ -195,16 +195,6 @@ def acknowledging() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kombu.transport.redis.Channel.QoS", AcknowledgingQoS)
         yield
-
-
-def test_messages_are_counted_past_a_key_of_another_type(line: redis.Redis, broker_url: str) -> None:
-    line.set("kms:kms.bulk", "x")
-    line.lpush("kms:kms.bulk\x06\x163", b"a", b"b")
-    line.lpush("kms:kms.files", b"c")
-    with connect(broker_url, transport_options=OPTIONS) as connection:
-        found = [broker.messages(connection, queue) for queue in (BULK, FILES)]
-
-    assert found == [2, 1]
 
 
 def received(connection: Any, queue: str, *, no_ack: bool) -> Any:  # noqa: ANN401 -- kombu ships no types

@@ -4,18 +4,16 @@ Requests run in a small pool and touch the network alone. All else (Redis, metri
 thread, round by round, and between forks.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Final
 
-import redis
 import structlog
 
 from kms_core.jobs.events import webhook
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.events.webhook import DeliveryOutcome, WebhookEndpoint
-from kms_core.jobs.store.redis_keys import is_of_the_record
 from kms_core.observability import metrics
 from kms_core.periodic import NO_LOCK, PeriodicThread
 from kms_protocol.errors import DurabilityUnconfirmed
@@ -56,29 +54,16 @@ class WebhookDispatcher(PeriodicThread):
         """Settle what was answered; with the lock, take in events and send what is due."""
         for future in [future for future in self._in_hand if future.done()]:
             if not future.cancelled():
-                with self._mending():
-                    self._settle(self._in_hand[future], _outcome(future))
+                self._settle(self._in_hand[future], _outcome(future))
             del self._in_hand[future]
         if self.stopping or not self._outbox.store.lock("courier", self._owner, _LOCK_S):
             return
-        with self._mending(), suppress(DurabilityUnconfirmed):
+        with suppress(DurabilityUnconfirmed):
             if self._outbox.take_in():
                 self.wake()
-        with self._mending():
-            for name in self._outbox.endpoints():
-                with self._mending():
-                    self._send_due(name)
+        for name in self._outbox.endpoints():
+            self._send_due(name)
         metrics.WEBHOOK_OUTBOX.set(self._outbox.size())
-
-    @contextmanager
-    def _mending(self) -> Iterator[None]:
-        """For what fails because of keys that others wrote: they go, and the next round tries again."""
-        try:
-            yield
-        except redis.ResponseError as exc:
-            if not is_of_the_record(exc):
-                raise
-            self._outbox.mend()
 
     def _send_due(self, name: str) -> None:
         under_way = {held.delivery_id for held in self._in_hand.values() if held.endpoint == name}

@@ -10,7 +10,7 @@ from typing import Final, cast
 
 from kms_core.jobs.events import groups, transitions
 from kms_core.jobs.events.webhook import event_body
-from kms_core.jobs.store.redis_keys import PREFIX
+from kms_core.jobs.store.redis_keys import PREFIX, redis_errors
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import InvalidRequest, UnknownJob
 
@@ -35,8 +35,9 @@ class FeedBatch:
 
 def newest(store: JobStore) -> str:
     """The id of the last event of all; ``START`` if there was none. Raises JobsUnavailable."""
-    last = cast("list[tuple[bytes, Fields]]", store.shared(store.redis.xrevrange, _EVENTS, count=1))
-    return last[0][0].decode(errors="replace") if last else START
+    with redis_errors():
+        last = cast("list[tuple[bytes, Fields]]", store.redis.xrevrange(_EVENTS, count=1))
+    return last[0][0].decode() if last else START
 
 
 def read(store: JobStore, tenant: str, after: str, labels: Mapping[str, str]) -> FeedBatch:
@@ -47,19 +48,19 @@ def read(store: JobStore, tenant: str, after: str, labels: Mapping[str, str]) ->
     place = transitions.place(after.encode())
     if place is None:
         raise InvalidRequest("Last-Event-ID is the id of an event of this stream")
-    first = cast("list[tuple[bytes, Fields]]", store.shared(store.redis.xrange, _EVENTS, count=1))
+    with redis_errors():
+        first = cast("list[tuple[bytes, Fields]]", store.redis.xrange(_EVENTS, count=1))
+        batch = cast(
+            "list[tuple[bytes, Fields]]", store.redis.xrange(_EVENTS, min=f"({after}", count=_AT_ONCE)
+        )
     oldest = transitions.place(first[0][0]) if first else None
     is_gapped = after != START and oldest is not None and oldest > place
-    batch = cast(
-        "list[tuple[bytes, Fields]]",
-        store.shared(store.redis.xrange, _EVENTS, min=f"({after}", count=_AT_ONCE),
-    )
     found = [
-        (raw.decode(errors="replace"), body)
+        (raw.decode(), body)
         for raw, fields in batch
         if fields.get(b"tenant") == tenant.encode() and (body := _body(store, tenant, fields, labels))
     ]
-    cursor = batch[-1][0].decode(errors="replace") if batch else after
+    cursor = batch[-1][0].decode() if batch else after
     return FeedBatch(found, cursor, len(batch) == _AT_ONCE, is_gapped)
 
 

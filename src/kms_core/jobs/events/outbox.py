@@ -32,7 +32,7 @@ from kms_core.jobs.events import groups, transitions
 from kms_core.jobs.events.transitions import Transition
 from kms_core.jobs.events.webhook import WebhookEndpoint, WebhookRequest, event_body
 from kms_core.jobs.spec import AnyJob, JobSpec
-from kms_core.jobs.store.redis_keys import job_key, record_errors
+from kms_core.jobs.store.redis_keys import job_key
 from kms_core.jobs.store.store import JobStore
 from kms_core.retries import jittered_wait_s
 from kms_protocol import wire
@@ -128,18 +128,6 @@ class Outbox:
             transitions.place(last[0][0]) or (0, 0)
         )
 
-    def mend(self) -> None:
-        """Delete the keys whose values have a type that the service never writes: their users would fail."""
-        ours = self._redis
-        self.store.drop_wrong(ours.get, _CURSOR)
-        self.store.drop_wrong(ours.hlen, _ENTRIES)
-        self.store.drop_wrong(ours.scard, _ENDPOINTS)
-        self.store.drop_wrong(ours.llen, _DEAD)
-        self.store.drop_wrong(ours.xlen, _EVENTS)
-        self.store.drop_wrong(ours.zcard, _ENDED)
-        for name in {*self._endpoints, *self.endpoints()}:
-            self.store.drop_wrong(ours.zcard, _due(name))
-
     def _put(self, cursor: bytes, moved: bytes, seen: Iterable[Transition | None]) -> None:
         """Store what follows from these transitions and move the cursor, unless another process moved it."""
         flat = [
@@ -226,11 +214,7 @@ class Outbox:
 
     def _of_record(self, job_id: str) -> Transition | None:
         names = ("state", "generation", "fence", "attempt", "error", "ended_at")
-        try:
-            with record_errors():
-                found = cast("list[bytes | None]", self._redis.hmget(job_key(job_id), *names))
-        except UnknownJob:
-            return None
+        found = cast("list[bytes | None]", self._redis.hmget(job_key(job_id), *names))
         state, generation, fence, attempt, code, at = [
             (value or b"").decode(errors="replace") for value in found
         ]

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Final, Self, cast
 
@@ -18,7 +17,7 @@ import msgspec
 import redis
 
 from kms_core.jobs.storage.blob_store import BlobStore
-from kms_core.jobs.store.redis_keys import PREFIX, asked, redis_errors
+from kms_core.jobs.store.redis_keys import PREFIX, redis_errors
 from kms_protocol.errors import RecordRefused, ResultExpired, SpoolFull, SpoolUnavailable
 
 LIVE_S: Final = 10.0
@@ -27,7 +26,6 @@ INSTALL: Final = f"{PREFIX}install"
 HOSTS: Final = f"{PREFIX}hosts"
 _NEW: Final = f"{PREFIX}install:new"
 FORGET_S: Final = 86_400.0
-_MOST_NOTES: Final = 10_000
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _ID_CHARS: Final = 16
 _IDS: Final = re.compile(r"[A-Za-z0-9-]{1,64}")  # in the names of marks
@@ -115,9 +113,8 @@ class HostNotes:
 
     def install_id(self) -> str | None:
         """The install id in Redis."""
-        found = cast("bytes | None", self._asked(INSTALL, lambda: self._redis.get(INSTALL)))
-        if found == b"":  # others wrote it, and no id could take its place
-            self._asked(INSTALL, lambda: self._redis.delete(INSTALL))
+        with redis_errors():
+            found = cast("bytes | None", self._redis.get(INSTALL))
         return found.decode(errors="replace")[:_SHOWN_CHARS] if found else None
 
     def offer_install_id(self, install_id: str) -> None:
@@ -131,18 +128,19 @@ class HostNotes:
             self._redis.set(_NEW, 1, ex=int(FORGET_S))
 
     def is_new_redis(self) -> bool:
-        """Return whether that was noted; without an expiry, or with a later one, others wrote it."""
+        """Return whether that was noted."""
         with redis_errors():
-            return 0 < self._redis.ttl(_NEW) <= FORGET_S
+            return bool(self._redis.exists(_NEW))
 
     def jobs(self) -> int:
         """The number of open jobs, and of those whose results are kept."""
-        keys = (f"{PREFIX}open", f"{PREFIX}ended")
-        return sum(cast("int", self._asked(key, partial(self._redis.zcard, key))) for key in keys)
+        with redis_errors():
+            return int(self._redis.zcard(f"{PREFIX}open")) + int(self._redis.zcard(f"{PREFIX}ended"))
 
     def write(self, note: HostNote) -> None:
         field = note.id if note.serving else f"{note.id} starting"
-        self._asked(HOSTS, lambda: self._redis.hset(HOSTS, field, msgspec.json.encode(note).decode()))
+        with redis_errors():
+            self._redis.hset(HOSTS, field, msgspec.json.encode(note).decode())
 
     def withdraw(self, host: Host) -> None:
         """Take back the note of a start."""
@@ -170,14 +168,8 @@ class HostNotes:
                 self._redis.hdel(HOSTS, *old)
 
     def _all(self) -> Mapping[bytes, bytes]:
-        """All notes. Of too many others wrote most: all are deleted, and each host writes its own again."""
-        if cast("int", self._asked(HOSTS, lambda: self._redis.hlen(HOSTS))) > _MOST_NOTES:
-            with redis_errors():
-                self._redis.delete(HOSTS)
-        return cast("dict[bytes, bytes]", self._asked(HOSTS, lambda: self._redis.hgetall(HOSTS)))
-
-    def _asked(self, key: str, ask: Callable[[], object]) -> object:
-        return asked(self._redis, key, ask)
+        with redis_errors():
+            return cast("dict[bytes, bytes]", self._redis.hgetall(HOSTS))
 
 
 def _decoded(raw: bytes) -> HostNote | None:

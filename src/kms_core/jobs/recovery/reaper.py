@@ -190,13 +190,9 @@ class Reaper(PeriodicThread):
     def _trim(self) -> None:
         """Trim the next ids of each list: many while some are dropped, or jobs of 0.1 are not indexed yet.
 
-        The oldest are looked at each time, since most jobs expire in order; of open jobs some at any rank:
-        all have records, but for what others wrote. While some are dropped, each round trims.
+        The oldest are looked at each time, since most jobs expire in order. While some are dropped, each
+        round trims.
         """
-        open_ = self._store.open_lists()
-        for key in open_:
-            count = _MANY if self._trimmed.get(key, (0, 0))[1] else _FEW
-            self._trimmed[key] = self._store.trim(key, -1, count)
         lists = self._store.lists()
         for key in lists:
             begin, dropped = self._trimmed.get(key, (0, 0))
@@ -205,7 +201,7 @@ class Reaper(PeriodicThread):
             count = _MANY if dropped or not self._indexed_all else _FEW
             self._trimmed[key] = self._store.trim(key, begin, count)
         self._indexed_all |= not any(self._trimmed[key][0] for key in lists)
-        self._trims = not self._indexed_all or any(self._trimmed[key][1] for key in (*open_, *lists))
+        self._trims = not self._indexed_all or any(self._trimmed[key][1] for key in lists)
 
     def _tell_of_newer(self) -> None:
         count = self._store.for_newer_workers()

@@ -11,7 +11,7 @@ from typing import Final
 
 from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store.maintenance import WORKER_SEEN_S
-from kms_core.jobs.store.redis_keys import PREFIX, answered, job_key, number, redis_errors
+from kms_core.jobs.store.redis_keys import PREFIX, job_key, number, redis_errors
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import STATES, Priority
 
@@ -119,8 +119,7 @@ def read(store: JobStore) -> Activity:
         pipeline.zrangebyscore(f"{PREFIX}leased", now, "+inf", 0, MOST_LEASES)
         pipeline.zcard(f"{PREFIX}ended")
         pipeline.zrange(f"{PREFIX}ended", 0, 0, withscores=True)
-        seen, leased, ended, first = map(answered, pipeline.execute(raise_on_error=False))
-        seen, leased = seen or [], leased or []
+        seen, leased, ended, first = pipeline.execute()
         pipeline = store.redis.pipeline(transaction=False)
         for name, _ in seen:
             pipeline.hget(f"{PREFIX}slots", name)
@@ -128,7 +127,7 @@ def read(store: JobStore) -> Activity:
             pipeline.zrangebyscore(f"{PREFIX}stalls:{_text(name)}", now, "+inf", 0, SAMPLE)
         for job_id in leased:
             pipeline.hmget(job_key(_text(job_id)), "worker", "parent", "parts", "queue")
-        found = [answered(one) for one in pipeline.execute(raise_on_error=False)]
+        found = pipeline.execute()
     notes, records = found[: 3 * len(seen)], found[3 * len(seen) :]
     held, running = _leases(leased, records)
     workers = [
@@ -205,13 +204,13 @@ def intervals(store: JobStore, tenant: str, every_s: int, count: int) -> list[In
                 pipeline.zcount(f"{PREFIX}state:{tenant}:{state}", start, f"({start + every_s}")
             key = f"{PREFIX}state:{tenant}:succeeded"
             pipeline.zrevrangebyscore(key, f"({start + every_s}", start, 0, SAMPLE)
-        found = [answered(one) for one in pipeline.execute(raise_on_error=False)]
+        found = pipeline.execute()
         rows = [found[at : at + len(STATES) + 1] for at in range(0, len(found), len(STATES) + 1)]
         pipeline = store.redis.pipeline(transaction=False)
         for *_, ids in rows:
             for job_id in ids or ():
                 pipeline.hmget(job_key(_text(job_id)), "created_at", "started_at", "ended_at")
-        times = map(answered, pipeline.execute(raise_on_error=False))
+        times = iter(pipeline.execute())
         spans = [list(filter(None, (_spans(next(times)) for _ in ids or ()))) for *_, ids in rows]
     return [
         Interval(

@@ -74,7 +74,7 @@ class AttemptStore(JobReader):
         rules = self.rules
         most_large = rules.large_leases if rules.has_several_tenants() else 0
         given = [job_id, worker, rules.lease_s, rules.attempts, rules.keep_record_s, rules.tenant_leases]
-        given += [rules.large_job_bytes, most_large, self._bounds, woken, attempt_id, rules.stall_s, *queues]
+        given += [rules.large_job_bytes, most_large, self._bounds, woken, attempt_id, *queues]
         return [job_key(job_id) if job_id else ANY_KEY, busy_key(worker)], given
 
     def _found_by(self, worker: str, attempt_id: str, answer: Sequence[bytes]) -> Attempt | str | None:

@@ -1,16 +1,14 @@
 """The broker as Celery's producer: sends wake-ups where the broker is not the Redis of the jobs."""
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from celery import Celery
 from kombu.connection import Connection
 from kombu.exceptions import OperationalError
 from kombu.transport import redis
-from redis.exceptions import ResponseError
 
 from kms_core.jobs.model import NotifyWorker
-from kms_core.jobs.store.redis_keys import is_of_the_record
 from kms_core.jobs.store.wake_up import TASK
 from kms_core.redis_client import celery_options
 from kms_core.settings.model import RedisSection
@@ -72,7 +70,7 @@ def messages(connection: Connection, queue: str) -> int:
         channel = connection.default_channel
         if isinstance(channel, redis.Channel):  # its queue_declare forgets the key prefix
             with channel.conn_or_acquire() as client:
-                return sum(_length_of_list(client, _list(channel, queue, step)) for step in _STEPS)
+                return sum(int(client.llen(_list(channel, queue, step))) for step in _STEPS)
         return _length_of_queue(connection, queue)
     except (*connection.connection_errors, *connection.channel_errors, OperationalError, OSError) as exc:
         raise JobsUnavailable from exc
@@ -80,16 +78,6 @@ def messages(connection: Connection, queue: str) -> int:
 
 def _list(channel: redis.Channel, queue: str, step: int) -> str:
     return str(channel._q_for_pri(queue, step))  # type: ignore[no-untyped-call]  # noqa: SLF001 -- kombu offers the sum alone
-
-
-def _length_of_list(client: Any, key: str) -> int:  # noqa: ANN401 -- kombu ships no types
-    """The length of the list ``key``; 0 where others put something else there, which workers delete."""
-    try:
-        return int(client.llen(key))
-    except ResponseError as exc:
-        if not is_of_the_record(exc):
-            raise
-        return 0
 
 
 def _length_of_queue(connection: Connection, queue: str) -> int:

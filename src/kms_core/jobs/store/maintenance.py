@@ -6,7 +6,6 @@ Nothing here opens a sealed record.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Final, Literal, cast
 
 import redis
@@ -17,9 +16,8 @@ from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store import wake_up
 from kms_core.jobs.store.redis_keys import (
     PREFIX,
-    answered,
     busy_key,
-    is_of_the_record,
+    is_unreadable,
     job_key,
     number,
     raise_for,
@@ -202,7 +200,7 @@ class StoreMaintenance:
     def _reaped(self, job_id: str, answer: list[bytes] | Exception) -> bytes:
         if not isinstance(answer, Exception):
             return answer[0]
-        if not is_of_the_record(answer):
+        if not is_unreadable(answer):
             raise answer
         for key in DUE:
             self.redis.zrem(f"{PREFIX}{key}", job_id)
@@ -214,8 +212,9 @@ class StoreMaintenance:
 
         Jobs of an older version, or those whose sets were lost, are in no set that workers take jobs from.
         """
-        found: list[bytes] = self.shared(self.redis.zrange, ANY_KEY, begin, begin + count - 1)
-        self.reap_all([raw.decode() for raw in found if raw.isascii()])
+        with redis_errors():
+            found = cast("list[bytes]", self.redis.zrange(ANY_KEY, begin, begin + count - 1))
+        self.reap_all([raw.decode() for raw in found])
         return begin + count if len(found) == count else 0
 
     def depths(self) -> dict[QueuePriority, int]:
@@ -239,31 +238,27 @@ class StoreMaintenance:
             for queue, priority in lanes:
                 pipeline.zcard(f"{PREFIX}waiting:{queue}:{priority}")
                 pipeline.zrange(f"{PREFIX}waiting:{queue}:{priority}", 0, 0, withscores=True)
-            found = list(map(answered, pipeline.execute(raise_on_error=False)))
+            found = pipeline.execute()
         counts, firsts = found[::2], found[1::2]
         return {
-            lane: (int(count or 0), first[0][1] if first else math.inf)
+            lane: (int(count), first[0][1] if first else math.inf)
             for lane, count, first in zip(lanes, counts, firsts, strict=True)
         }
 
     def for_newer_workers(self) -> int:
         """The number of open jobs that wait for a worker of a newer version."""
-        return int(self.shared(self.redis.zcard, f"{PREFIX}newer"))
+        with redis_errors():
+            return int(self.redis.zcard(f"{PREFIX}newer"))
 
     def expired(self, limit: int = 1000) -> list[str]:
         """Ended jobs whose results are to be deleted."""
         return self._first(f"{PREFIX}ended", limit)
 
     def _first(self, key: str, limit: int, ago_s: float = 0.0) -> list[str]:
-        """Members of a sorted set whose time came ``ago_s`` ago. Takes out what is no text: others' junk."""
-        ids: list[bytes] = self.shared(
-            self.redis.zrangebyscore, key, 0, self.now() - ago_s, start=0, num=limit
-        )
-        junk = [raw for raw in ids if not raw.isascii()]
-        if junk:
-            with redis_errors():
-                self.redis.zrem(key, *junk)
-        return [raw.decode() for raw in ids if raw.isascii()]
+        """Members of a sorted set whose time came ``ago_s`` ago."""
+        with redis_errors():
+            ids = self.redis.zrangebyscore(key, 0, self.now() - ago_s, start=0, num=limit)
+        return [raw.decode() for raw in cast("list[bytes]", ids)]
 
     def with_input(self, limit: int = 1000) -> list[str]:
         """Jobs that ended ``input_grace_s`` ago, and whose input is to be removed from the spool."""
@@ -272,7 +267,7 @@ class StoreMaintenance:
             pipeline = self.redis.pipeline(transaction=False)
             for job_id in ids:
                 pipeline.hget(job_key(job_id), "state")
-            states = [answered(one) for one in pipeline.execute(raise_on_error=False)]
+            states = pipeline.execute()
         gone = [one for one, state in zip(ids, states, strict=True) if (state or b"").decode() not in ENDED]
         if gone:
             with redis_errors():
@@ -285,27 +280,17 @@ class StoreMaintenance:
             pipeline = self.redis.pipeline(transaction=False)
             for job_id in job_ids:
                 self._run["input_removed"]([job_key(job_id)], [job_id], client=pipeline)
-            list(map(answered, pipeline.execute(raise_on_error=False)))
+            pipeline.execute()
 
     def purged(self, job_id: str) -> None:
         """Note that the result is gone; the record itself expires later."""
         with redis_errors():
-            try:
-                self._run["purged"]([job_key(job_id)], [job_id])
-            except redis.ResponseError as exc:
-                if not is_of_the_record(exc):
-                    raise
-                self.redis.zrem(f"{PREFIX}ended", job_id)
-                _log.warning("job.unreadable", job_id=job_id)
+            self._run["purged"]([job_key(job_id)], [job_id])
 
     def tenants(self) -> list[str]:
         """The tenants that have jobs; names that none has are left out."""
-        found: set[bytes] = self.shared(self.redis.smembers, _TENANTS)
-        return sorted(raw.decode() for raw in found if raw.isascii())
-
-    def open_lists(self) -> list[str]:
-        """The keys of the lists of open jobs: of all, and of each tenant."""
-        return [ANY_KEY, *(f"{PREFIX}open:{name}" for name in self.tenants())]
+        with redis_errors():
+            return sorted(raw.decode() for raw in cast("set[bytes]", self.redis.smembers(_TENANTS)))
 
     def lists(self) -> list[str]:
         """The keys of the lists of jobs, which never expire: of each tenant, and of dead jobs."""
@@ -317,41 +302,13 @@ class StoreMaintenance:
     def trim(self, key: str, begin: int, count: int = 1000) -> tuple[int, int]:
         """Drop the ids of expired records among ``count`` of a list, and index those of jobs of 0.1.
 
-        Returns the rank to go on at, 0 at the end of the list, and the number of ids that were dropped. A
-        ``begin`` below 0 is any rank, and none to go on at.
-
-        A key that is no list is deleted: the service did not make it, and nothing can be added to it.
+        Returns the rank to go on at, 0 at the end of the list, and the number of ids that were dropped.
         """
         list_of = f"{PREFIX}tenant:"
         owner = key.removeprefix(list_of) if key.startswith(list_of) else ""
         with redis_errors():
-            if self.drop_wrong(self.redis.zcard, key):
-                return 0, 0
             following, dropped = self._run["trim"]([key, _TENANTS], [begin, count, owner, int(key == _DEAD)])
         return int(following), int(dropped)
-
-    def shared(self, ask: Callable[..., Any], key: str, *given: object, **named: object) -> Any:  # noqa: ANN401 -- each command has its own
-        """Ask Redis about a key that many jobs share; a value of a wrong type is dropped first."""
-        with redis_errors():
-            asked = partial(ask, key, *given, **named)
-            try:
-                return asked()
-            except redis.ResponseError:
-                if not self.drop_wrong(lambda _: asked(), key):
-                    raise
-                return asked()
-
-    def drop_wrong(self, read: Callable[[str], object], key: str) -> bool:
-        """Delete a key that ``read`` finds to be of a wrong type, which others wrote; whether it was."""
-        try:
-            read(key)
-        except redis.ResponseError as exc:
-            if not is_of_the_record(exc):
-                raise
-            self.redis.delete(key)
-            _log.warning("redis.wrong_type_deleted", key=key)
-            return True
-        return False
 
     def idle_s(self, worker: str) -> float:
         """Seconds since this worker claimed or renewed anything; infinite if it never did."""
@@ -378,7 +335,7 @@ class StoreMaintenance:
     def worker_seen(self, worker: str, processes: int, queues: Sequence[str], about: str = "") -> None:
         """Note that a worker lives, its processes, their queues, and its version and when it started."""
         with redis_errors():
-            given = [worker, processes, WORKER_SEEN_S, self.rules.lease_s, about, *queues]
+            given = [worker, processes, WORKER_SEEN_S, about, *queues]
             self._run["worker_seen"]([_WORKERS], given)
 
     def worker_left(self, worker: str) -> None:
@@ -410,4 +367,5 @@ class StoreMaintenance:
 
     def workers(self) -> int:
         """The number of live workers; a killed one counts for ``WORKER_SEEN_S``."""
-        return int(self.shared(self.redis.zcount, _WORKERS, self.now() - WORKER_SEEN_S, "+inf"))
+        with redis_errors():
+            return int(self.redis.zcount(_WORKERS, self.now() - WORKER_SEEN_S, "+inf"))

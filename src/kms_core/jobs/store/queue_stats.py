@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kms_core.jobs.model import QueuePriority
-from kms_core.jobs.store.redis_keys import PREFIX, answered, number, redis_errors
+from kms_core.jobs.store.redis_keys import PREFIX, redis_errors
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
 
@@ -54,26 +54,22 @@ def survey(store: JobStore, tenant: str | None = None) -> QueueStats:
         pipeline.hgetall(f"{PREFIX}stuck")
         for resource in bounded:
             pipeline.zcount(f"{PREFIX}used:{resource}", store.now(), "+inf")
-        answers = [answered(one) for one in pipeline.execute(raise_on_error=False)]
-    leases = dict(
-        zip(bounded, (int(one or 0) for one in answers[len(answers) - len(bounded) :]), strict=True)
-    )
+        answers = pipeline.execute()
+    leases = dict(zip(bounded, (int(one) for one in answers[len(answers) - len(bounded) :]), strict=True))
     *counts, dead, memory, stuck = answers[: len(answers) - len(bounded)]
     of_states = counts[: len(tenants) * len(STATES)]
-    jobs = {
-        state: sum(int(one or 0) for one in of_states[at :: len(STATES)]) for at, state in enumerate(STATES)
-    }
-    sums = {name: int(number(one)) for name, one in zip(tenants, counts[len(of_states) :], strict=True)}
+    jobs = {state: sum(int(one) for one in of_states[at :: len(STATES)]) for at, state in enumerate(STATES)}
+    sums = {name: int(one or 0) for name, one in zip(tenants, counts[len(of_states) :], strict=True)}
     waits = max(0.0, store.now() - store.oldest())
     return QueueStats(
         jobs,
         store.depths(),
         waits,
-        int(dead or 0),
+        int(dead),
         store.workers(),
         _share(memory),
         sums,
-        sum(int(number(one)) for one in (stuck or {}).values()),
+        sum(int(one) for one in stuck.values()),
         leases,
         store.for_newer_workers(),
     )

@@ -24,11 +24,8 @@ from kms_core.jobs.store.maintenance import StoreMaintenance
 from kms_core.jobs.store.redis_keys import (
     PREFIX,
     Cursor,
-    answered,
     job_key,
-    number,
     reading,
-    record_errors,
     redis_errors,
 )
 from kms_protocol.errors import JobNotFinished, RecordRefused, SpoolQuota, UnknownJob
@@ -41,7 +38,6 @@ MOST_GROUPED: Final = 10_000
 _GROUP: Final = b"group"
 _LABEL: Final = b"label"
 _LABEL_BYTES: Final = 16
-MOST_PARTS: Final = 100_000  # in Redis anything may stand
 FETCHED_S: Final = 60.0
 """So long a fetched result stays: its reader resumes, if the last bytes that were sent did not arrive."""
 _AT_ONCE: Final = 200
@@ -86,7 +82,7 @@ class JobReader(StoreMaintenance):
 
     def seen(self, job_id: str, tenant: str) -> tuple[Job, bytes]:
         """The same, and its sealed record, for scripts that are to change this job only."""
-        with record_errors():
+        with redis_errors():
             raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
         return self._owned(job_id, tenant, raw), raw.get(b"sealed", b"")
 
@@ -132,13 +128,13 @@ class JobReader(StoreMaintenance):
 
     def part(self, job_id: str) -> Job:
         """A part of a job, internal to the service: clients cannot get, cancel or retry it by itself."""
-        with record_errors():
+        with redis_errors():
             raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
         return self.told(job_id, raw, self._sealed(job_id, raw))
 
     def accepted(self, job_id: str) -> AnyJob:
         """The sealed part of a job, opened. UnknownJob if it is not there or was not sealed by us."""
-        with record_errors():
+        with redis_errors():
             sealed = cast("bytes | None", self.redis.hget(job_key(job_id), "sealed"))
         if sealed is None:
             raise UnknownJob
@@ -150,8 +146,8 @@ class JobReader(StoreMaintenance):
             pipeline = self.redis.pipeline(transaction=False)
             for state in STATES:
                 pipeline.zcard(f"{PREFIX}state:{tenant}:{state}")
-            counts = map(answered, pipeline.execute(raise_on_error=False))
-        return {state: int(count or 0) for state, count in zip(STATES, counts, strict=True)}
+            counts = pipeline.execute()
+        return {state: int(count) for state, count in zip(STATES, counts, strict=True)}
 
     def page(
         self,
@@ -192,7 +188,8 @@ class JobReader(StoreMaintenance):
         keys = [f"{PREFIX}label:{digest}" for digest in self.label_digests(tenant, labels)]
         if state:
             keys.append(f"{PREFIX}state:{tenant}:{state}")
-        return min(keys, key=lambda key: int(self.shared(self.redis.zcard, key)))
+        with redis_errors():
+            return min(keys, key=lambda key: int(self.redis.zcard(key)))
 
     def label_digests(self, tenant: str, labels: Mapping[str, str]) -> list[str]:
         """The names of the lists of jobs with these labels: keyed digests, which tell Redis nothing."""
@@ -220,8 +217,9 @@ class JobReader(StoreMaintenance):
         Raises UnknownJob if there is none.
         """
         key = f"{PREFIX}group:{self.group_digest(tenant, name)}"
-        raw: list[bytes] = self.shared(self.redis.zrange, key, 0, MOST_GROUPED - 1)
-        jobs = self.many([each.decode(errors="replace") for each in raw], tenant)
+        with redis_errors():
+            raw = cast("list[bytes]", self.redis.zrange(key, 0, MOST_GROUPED - 1))
+        jobs = self.many([each.decode() for each in raw], tenant)
         found = [job for job in jobs if job.accepted and job.accepted.group == name]
         if not found:
             raise UnknownJob("No job of this group is known")
@@ -236,16 +234,10 @@ class JobReader(StoreMaintenance):
         """The next jobs behind a cursor; none only at the end of the list."""
         start = 0
         while True:
-            rows: list[tuple[bytes, float]] = self.shared(
-                self.redis.zrevrangebyscore,
-                key,
-                at.created_at,
-                "-inf",
-                start,
-                count,
-                withscores=True,
-            )
-            older = [one for row in rows if (one := Cursor.of(*row)) and one < at]
+            with redis_errors():
+                found = self.redis.zrevrangebyscore(key, at.created_at, "-inf", start, count, withscores=True)
+            rows = cast("list[tuple[bytes, float]]", found)
+            older = [one for name, score in rows if (one := Cursor(score, name.decode())) < at]
             if older or not rows:
                 return older
             start += len(rows)
@@ -263,8 +255,8 @@ class JobReader(StoreMaintenance):
 
     def spooled_bytes(self, tenant: str) -> int:
         """Bytes of uploads and items of a tenant's jobs whose results have not expired."""
-        used: bytes | None = self.shared(self.redis.hget, f"{PREFIX}spooled:{tenant}", "sum")
-        return int(number(used))
+        with redis_errors():
+            return int(self.redis.hget(f"{PREFIX}spooled:{tenant}", "sum") or 0)
 
     def quota_error(self, tenant: str) -> SpoolQuota:
         """The error of a tenant whose quota of the spool is spent, which says what to do."""
@@ -276,14 +268,15 @@ class JobReader(StoreMaintenance):
 
     def dead(self, tenant: str, limit: int) -> list[Job]:
         """Dead letters of this tenant, newest first."""
-        found: list[bytes] = self.shared(self.redis.zrevrange, f"{PREFIX}dead:{tenant}", 0, 2 * limit - 1)
-        ids = [raw.decode(errors="replace") for raw in found]
+        with redis_errors():
+            found = cast("list[bytes]", self.redis.zrevrange(f"{PREFIX}dead:{tenant}", 0, 2 * limit - 1))
+        ids = [raw.decode() for raw in found]
         jobs = (self._listed(*each) for each in zip(ids, repeat(tenant), self._records(ids)))
         return list(islice(filter(None, jobs), limit))
 
     def log_of(self, job_id: str) -> Checkpoint:
         """The checkpoint of a part. Raises UnknownJob if it was not signed by the service."""
-        with record_errors():
+        with redis_errors():
             found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "log", "sealed"))
         log, sealed = [value or b"" for value in found]
         return self._log(job_id, log, sealed) if log else Checkpoint()
@@ -298,7 +291,7 @@ class JobReader(StoreMaintenance):
 
     def parent_record(self, job_id: str) -> ParentRecord:
         """The fields from which the end of a parent job is made; missing fields are empty."""
-        with record_errors():
+        with redis_errors():
             found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "sealed", "split"))
         return ParentRecord(*[value or b"" for value in found])
 
@@ -315,7 +308,7 @@ class JobReader(StoreMaintenance):
 
     def parts_of(self, job_id: str, count: int) -> Iterator[PartRecord]:
         """The parts of a job in order. UnknownJob where one is not there."""
-        ids = [part_id(job_id, number) for number in range(min(count, MOST_PARTS))]
+        ids = [part_id(job_id, number) for number in range(count)]
         yield from map(self._part, ids, self._records(ids))
 
     def _records(self, ids: Sequence[str]) -> Iterator[dict[bytes, bytes]]:
@@ -325,7 +318,7 @@ class JobReader(StoreMaintenance):
                 pipeline = self.redis.pipeline(transaction=False)
                 for name in ids[start : start + _AT_ONCE]:
                     pipeline.hgetall(job_key(name))
-                found = [answered(one) or {} for one in pipeline.execute(raise_on_error=False)]
+                found = pipeline.execute()
             yield from found
 
     def parts_as_ended(self, job: Job) -> list[PartRecord]:

@@ -2,15 +2,15 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple, Self, TypeVar
+from typing import Final, NamedTuple, Self
 
 import msgspec
 import redis
 import structlog
 
-from kms_core.jobs.model import MOST, Job, LeaseLost
+from kms_core.jobs.model import Job, LeaseLost
 from kms_core.jobs.spec import Fields
 from kms_protocol.errors import (
     InvalidRequest,
@@ -24,12 +24,10 @@ from kms_protocol.errors import (
 
 PREFIX: Final = "kms:"
 TALLY: Final = "tally:"  # of a campaign: fields of its parts that are summed up in the whole
-_OF_THE_RECORD: Final = ("WRONGTYPE", "is not an integer", "is not a valid float")
 _DERIVED: Final = frozenset({"job_id", "tallies", "end", "accepted", "is_replayed"})
 _NO_WRITES: Final = ("NOREPLICAS", "MISCONF")
 _CURSOR: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)-([0-9a-f-]{36})")
 _log = structlog.get_logger(__name__)
-_T = TypeVar("_T")
 
 
 def job_key(job_id: str) -> str:
@@ -60,12 +58,6 @@ class Cursor(NamedTuple):
             raise InvalidRequest("cursor is what the page before gave as next")
         return cls(float(found[1]), found[2])
 
-    @classmethod
-    def of(cls, member: bytes, score: float) -> Self | None:
-        """The place of a member of that list; None for one that no script of ours put there."""
-        at = cls(score, member.decode(errors="replace"))
-        return at if _CURSOR.fullmatch(str(at)) else None
-
     def __str__(self) -> str:
         return f"{self.created_at!r}-{self.job_id}"
 
@@ -73,7 +65,7 @@ class Cursor(NamedTuple):
 def reading(job_id: str, raw: Mapping[bytes, bytes], sure: Fields) -> Job:
     """The plain fields as a Job, but for those in ``sure``.
 
-    Raises UnknownJob if another field has a value that no script of the service writes.
+    Raises UnknownJob if another field has a value that cannot be read.
     """
     names = {name.encode(): name for name in Job.__struct_fields__ if name not in _DERIVED}
     known = {names[name]: value.decode(errors="replace") for name, value in raw.items() if name in names}
@@ -89,12 +81,8 @@ def reading(job_id: str, raw: Mapping[bytes, bytes], sure: Fields) -> Job:
 
 
 def number(raw: bytes | None, default: float = 0.0) -> float:
-    """A number as Redis holds it; ``default`` where there is none, or one that no script of ours wrote."""
-    try:
-        found = float(raw or b"")
-    except ValueError:
-        return default
-    return found if abs(found) <= MOST else default  # which NaN is not either
+    """A number as Redis holds it; ``default`` where there is none."""
+    return float(raw) if raw else default
 
 
 def raise_for(word: bytes) -> None:
@@ -107,33 +95,10 @@ def raise_for(word: bytes) -> None:
         raise JobExpired
 
 
-def is_of_the_record(exc: Exception) -> bool:
-    """True if Redis answered so because of a key or a field that others wrote; else it is Redis's own."""
-    return any(word in str(exc) for word in _OF_THE_RECORD)
-
-
-def answered(answer: Any) -> Any:  # noqa: ANN401 -- each command has its own
-    """An answer from a pipeline; None of a key that others wrote. Raises other errors of Redis."""
-    if not isinstance(answer, Exception):
-        return answer
-    if not is_of_the_record(answer):
-        raise answer
-    return None
-
-
-def asked(client: redis.Redis, key: str, ask: Callable[[], _T]) -> _T:
-    """An answer about a key; what others wrote there, of a wrong type, is deleted first.
-
-    Raises as ``redis_errors``.
-    """
-    with redis_errors():
-        try:
-            return ask()
-        except redis.ResponseError as exc:
-            if not is_of_the_record(exc):
-                raise
-            client.delete(key)
-            return ask()
+def is_unreadable(exc: Exception) -> bool:
+    """True if a script failed because of what a record holds; else Redis refused it."""
+    text = str(exc)
+    return type(exc) is redis.ResponseError and "@user_script" in text and not text.startswith(_NO_WRITES)
 
 
 @contextmanager
@@ -154,15 +119,3 @@ def refusal_of(exc: redis.RedisError) -> type[JobsUnavailable]:
     if isinstance(exc, redis.exceptions.ReadOnlyError) or str(exc).startswith(_NO_WRITES):
         return RedisReadOnly
     return JobsUnavailable
-
-
-@contextmanager
-def record_errors() -> Iterator[None]:
-    """As ``redis_errors``, but UnknownJob where something else than a record is at the key of one."""
-    with redis_errors():
-        try:
-            yield
-        except redis.ResponseError as exc:
-            if not is_of_the_record(exc):
-                raise
-            raise UnknownJob from exc

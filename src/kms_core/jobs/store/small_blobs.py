@@ -9,7 +9,7 @@ from typing import cast
 import redis
 
 from kms_core.jobs.ends import SmallBlob
-from kms_core.jobs.store.redis_keys import PREFIX, asked, redis_errors
+from kms_core.jobs.store.redis_keys import PREFIX, redis_errors
 
 
 class SmallBlobs:
@@ -28,18 +28,17 @@ class SmallBlobs:
 
     def get(self, job_id: str, name: str) -> bytes | None:
         """A blob; None if it is not here."""
-        key = _key(job_id)
-        return cast("bytes | None", asked(self._client, key, lambda: self._client.hget(key, name)))
+        with redis_errors():
+            return cast("bytes | None", self._client.hget(_key(job_id), name))
 
     def names(self, job_id: str) -> list[str]:
         """The names of the blobs of a job."""
-        key = _key(job_id)
-        found = cast("list[bytes]", asked(self._client, key, lambda: self._client.hkeys(key)))
-        return [name.decode(errors="replace") for name in found]
+        with redis_errors():
+            return [name.decode() for name in cast("list[bytes]", self._client.hkeys(_key(job_id)))]
 
     def remove(self, job_id: str, name: str) -> None:
-        key = _key(job_id)
-        asked(self._client, key, lambda: self._client.hdel(key, name))
+        with redis_errors():
+            self._client.hdel(_key(job_id), name)
 
     def delete(self, job_id: str) -> None:
         """Remove all blobs of a job."""

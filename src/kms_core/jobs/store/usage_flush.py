@@ -5,22 +5,19 @@ from typing import Final, cast
 
 import redis
 
-from kms_core.jobs.store.redis_keys import PREFIX, number, record_errors, redis_errors
+from kms_core.jobs.store.redis_keys import PREFIX, redis_errors
 from kms_core.jobs.store.scripts import SCRIPTS
 from kms_core.observability import buffered_metrics
 from kms_core.observability.usage import UsageCounters
 from kms_core.periodic import PeriodicThread
-from kms_protocol.errors import JobsUnavailable, UnknownJob
+from kms_protocol.errors import JobsUnavailable
 
 EVERY_S: Final = 2.0
 _KEY: Final = f"{PREFIX}tally"
 
 
 def add(client: redis.Redis, counts: Mapping[str, int]) -> None:
-    """Add to the counts that all processes share; they live as long as Redis's data do. JobsUnavailable.
-
-    A foreign value in their place counts as 0.
-    """
+    """Add to the counts that all processes share; they live as long as Redis's data do. JobsUnavailable."""
     if not counts:
         return
     flat = [part for pair in counts.items() for part in pair]
@@ -30,12 +27,9 @@ def add(client: redis.Redis, counts: Mapping[str, int]) -> None:
 
 def shared(client: redis.Redis) -> dict[str, int]:
     """The counts that all processes have flushed. Raises JobsUnavailable."""
-    try:
-        with record_errors():
-            found = cast("dict[bytes, bytes]", client.hgetall(_KEY))
-    except UnknownJob:  # no table
-        return {}
-    return {name.decode(errors="replace"): int(number(count)) for name, count in found.items()}
+    with redis_errors():
+        found = cast("dict[bytes, bytes]", client.hgetall(_KEY))
+    return {name.decode(): int(count) for name, count in found.items()}
 
 
 class UsageFlush(PeriodicThread):

@@ -9,10 +9,9 @@ import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.events.dispatcher import WebhookDispatcher
-from kms_core.jobs.events.outbox import GIVE_UP_S, MOST_ATTEMPTS, Delivery, Outbox
-from kms_core.jobs.events.webhook import DeliveryOutcome, WebhookEndpoint
+from kms_core.jobs.events.outbox import GIVE_UP_S, MOST_ATTEMPTS, Outbox
+from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import new_id
 from support.job_stores import LONG, accepted, claimed, forge, store_of
 from support.waiting import until
 from support.webhooks import ENTRIES, end, endpoint, every, receiving, taken_in
@@ -286,46 +285,3 @@ def test_a_cursor_at_the_end_or_of_a_stream_that_has_gone_stays(store: JobStore,
 
     assert store.redis.get("kms:webhooks:cursor") == cursor
     assert outbox.size() == 0
-
-
-def test_an_event_that_names_a_key_of_a_wrong_type_is_passed_over(
-    store: JobStore, ci: WebhookEndpoint
-) -> None:
-    wrong = new_id()
-    store.redis.set(f"kms:job:{wrong}", "no hash")
-    store.redis.zadd("kms:ended", {wrong: 1})
-    event = {"type": "kms.job.succeeded", "subject": wrong, "id": f"{wrong}.1.x", "time": "1", "attempt": "1"}
-    store.redis.xadd("kms:events", event | {"code": ""})  # type: ignore[arg-type]
-    good = end(store)
-    outbox = Outbox(store, {"ci": ci})
-    outbox.take_in()
-
-    assert [delivery.job_id for delivery in every(outbox)] == [good]
-
-
-KEYS = ("due:ci", "due:aa", "cursor", "entries", "endpoints", "dead")
-
-
-@pytest.mark.parametrize("key", [*(f"kms:webhooks:{key}" for key in KEYS), "kms:events"])
-def test_a_key_of_a_wrong_type_stops_the_courier_for_a_round(
-    store: JobStore, ci: WebhookEndpoint, monkeypatch: pytest.MonkeyPatch, key: str
-) -> None:
-    store.redis.sadd("kms:webhooks:endpoints", "aa", "ci")
-    end(store)
-    store.redis.delete(key)
-    store.redis.execute_command(*(("SADD", key, "x") if key.endswith("cursor") else ("SET", key, "x")))  # type: ignore[no-untyped-call]  # untyped there
-    outbox = Outbox(store, {"ci": ci})
-    courier = WebhookDispatcher(outbox, {"ci": ci}, "me")
-    sent: list[str] = []
-
-    def send(delivery: Delivery) -> DeliveryOutcome:
-        sent.append(delivery.job_id)
-        return DeliveryOutcome("failed", "here")
-
-    monkeypatch.setattr(courier, "_send", send)
-    last = ""
-    for number in range(4):
-        last = last or (end(store) if number == 1 else "")
-        courier.round()
-
-    until(lambda: last in sent, "the later job is told")

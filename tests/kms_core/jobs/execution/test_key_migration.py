@@ -345,17 +345,6 @@ def test_parts_share_one_pace(core: Core, root: Path) -> None:
     assert third == (3, 0.0)  # what was waited for
 
 
-def test_a_pace_that_others_wrote_holds_up_no_part(core: Core, root: Path) -> None:
-    job_id = start(core, root, rate_per_s=0.5)
-    store = core.worker_context.store
-    job = store.accepted(part_id(job_id, 0))
-    assert isinstance(job, TreePart)
-    store.redis.set(f"kms:pace:{job.owner}", 9e12)
-
-    assert store.pace(job, 3) == (3, 0.0)
-    assert store.redis.ttl(f"kms:pace:{job.owner}") < 60
-
-
 # -- what is away --------------------------------------------------------------------------------------------
 
 

@@ -130,13 +130,6 @@ def test_redis_that_is_new_sweeps_no_files_of_jobs_for_a_day(machine: Make, clie
     client.delete("kms:install")
     found.round()
     assert not found.may_sweep()
-    client.persist("kms:install:new")
-    assert found.may_sweep(), "others wrote it"
-    client.expire("kms:install:new", 10**9)
-    assert found.may_sweep(), "others wrote it"
-    found.round()
-    client.delete("kms:install")
-    found.round()
     assert 86_000 < int(str(client.ttl("kms:install:new"))) <= 86_400
 
 
@@ -375,15 +368,6 @@ def test_any_number_of_notes_costs_a_round_few_looks(
     assert 100 <= len(looks) < 110
 
 
-def test_more_notes_than_hosts_can_be_are_deleted(machine: Make, client: redis.Redis) -> None:
-    """They are not live, and would be read by each process in each round for two days."""
-    found = machine("a").started()
-    notes = [HostNote(f"b{number}", "x", time.time() + 86_000) for number in range(11_000)]
-    client.hset("kms:hosts", mapping={note.id: msgspec.json.encode(note) for note in notes})
-    found.round()
-    assert client.hkeys("kms:hosts") == [b"a"]
-
-
 def test_marks_are_read_of_some_unknown_hosts_only(
     machine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,22 +416,6 @@ def test_no_call_waits_for_a_look_at_marks(machine: Make, monkeypatch: pytest.Mo
     host.passed_s = 601
     found.round()
     assert required.is_set()
-
-
-def test_key_of_a_wrong_type_is_replaced(machine: Make, client: redis.Redis) -> None:
-    client.set("kms:hosts", "junk")
-    client.rpush("kms:install", "junk")
-    found = machine("a").started()
-    assert client.hexists("kms:hosts", "a")
-    assert client.get("kms:install") == found.condition.install_id.encode()
-
-
-def test_empty_id_is_replaced(machine: Make, client: redis.Redis) -> None:
-    found = machine("a").started()
-    client.set("kms:install", "")
-    found.round()
-    assert client.get("kms:install") == found.condition.install_id.encode()
-    assert found.condition.degraded == []
 
 
 def test_link_in_the_place_of_a_mark_is_not_followed(machine: Make, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from kms_core.jobs.spec import BULK, FILES, QUEUES
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.activity import QueueActivity, WorkerActivity
 from kms_core.jobs.store.store import JobStore
-from kms_protocol.units import duration_text, time_text
 from kms_protocol.wire import JobState
 from support.job_stores import LONG, TENANT, accepted, claimed, forge, store_of
 
@@ -106,36 +105,6 @@ def test_waiting_jobs_are_told_by_priority_with_the_age_of_the_oldest(store: Job
         "low": 1,
     }
     assert found.oldest_s == pytest.approx(900, abs=5)
-
-
-def test_what_others_wrote_into_redis_ends_no_page(store: JobStore) -> None:
-    store.redis.zadd("kms:workers", {b"\xff" * 500: time.time()})
-    store.redis.hset("kms:slots", b"\xff" * 500, "many kms.bulk 1 2 3")
-    store.redis.zadd("kms:leased", {b"\xff": time.time() + 600, b"x": time.time() + 600})
-    store.redis.set("kms:job:x", "no hash")
-    for key in ("kms:stuck", "kms:ended", f"kms:state:{TENANT}:failed", f"kms:state:{TENANT}:succeeded"):
-        store.redis.set(key, "of another type")
-
-    assert len(only_worker(store).name) <= 120
-    assert [each.counts["failed"] for each in activity.intervals(store, TENANT, 60, 2)] == [0, 0]
-
-
-@pytest.mark.parametrize("number", ["-inf", "inf", "-9e15", "9e15", "1e300"])
-def test_times_that_no_calendar_has_are_not_told(store: JobStore, number: str) -> None:
-    """A page writes all of them."""
-    store.worker_seen("host:aa", 4, QUEUES, f"9.9.1 {number}")
-    store.redis.hset("kms:slots", "host:bb", f"{number} {BULK} 9.9.1 {number}")
-    store.redis.hset("kms:stuck", "host:bb", number)
-    store.redis.zadd("kms:workers", {"host:bb": float(number)})
-    store.redis.zadd("kms:ended", {"x": float(number)})
-    store.redis.zadd(f"kms:waiting:{BULK}:high", {"x": float(number)})
-
-    found = activity.read(store)
-    for at in (found.expires, *(each.started for each in found.workers)):
-        assert time_text(at)[:2] in {"19", "20"}
-    for age_s in (queue(store, BULK).oldest_s, *(each.silent_s or 0.0 for each in found.workers)):
-        assert int(duration_text(age_s).split()[0]) >= 0
-    assert queue(store, BULK).processes >= 4
 
 
 # -- the last hours ----------------------------------------------------------------------------------------

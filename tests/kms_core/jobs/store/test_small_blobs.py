@@ -222,20 +222,6 @@ def test_an_earlier_result_of_the_same_job_is_refused(core: Core) -> None:
         result(core, job_id)
 
 
-def test_blobs_of_a_wrong_type_keep_no_input_of_others(core: Core) -> None:
-    first, second = bulk(core, b"x"), bulk(core, b"y")
-    done(core, first)
-    core.worker_context.store.redis.set(f"kms:blobs:{first}", "junk")
-    done(core, second)
-
-    with pytest.raises(ResultExpired):
-        result(core, first)
-    core.worker_context.store.redis.set(f"kms:blobs:{first}", "junk")
-    reap(core, 0)
-
-    assert small(core, second).keys() == {"result0"}
-
-
 # -- when they go ---------------------------------------------------------------------------------------
 
 

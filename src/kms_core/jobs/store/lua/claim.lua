@@ -4,27 +4,25 @@
 -- KEYS: job, or any key of jobs where none is named; busy sign of the worker
 -- ARGV: id or '', worker, lease_s, most attempts, keep_s, most leases of a tenant, bytes of a large job, most
 --   large jobs on this worker (0: any), most leases of each resource as JSON, queue of the wake-up that is
---   followed or '', id of the new attempt, seconds for which a worker leaves alone what stalled there, queues
---   that the worker serves, of which the first comes first
+--   followed or '', id of the new attempt, queues that the worker serves, of which the first comes first
 -- Answers `none`; `chore` and a job that wants a hand; `closed`, a job, its state and code; `claimed` and the
 -- job; or why the job that was named is not to be had.
 local worker, tenant_cap, large_cap, attempt_id = ARGV[2], tonumber(ARGV[6]), tonumber(ARGV[8]), ARGV[11]
 local large, bounds = large_key(worker), cjson.decode(ARGV[9])
-local longest_s = 2 * tonumber(ARGV[3])  -- of a lease, also where clocks of servers differ
 
 local function may_be_large()
   if large_cap <= 0 then return true end
-  return lasting(large, longest_s) < large_cap
+  return lasting(large) < large_cap
 end
 
 local function is_capped(tenant)
-  return lasting(leases_key(tenant), longest_s) >= tenant_cap
+  return lasting(leases_key(tenant)) >= tenant_cap
 end
 
 -- The first resource of a class that has as many leases as it may.
 local function full_resource(class)
   for _, resource in ipairs(resources_of(class)) do
-    if bounds[resource] and lasting(used_key(resource), longest_s) >= bounds[resource] then return resource end
+    if bounds[resource] and lasting(used_key(resource)) >= bounds[resource] then return resource end
   end
 end
 
@@ -36,15 +34,13 @@ local function is_stalled(class)
   for _, resource in ipairs(resources_of(class)) do
     if stalls[resource] then
       if stalls[resource] > now then return true end
-      local probed_s = number(redis.call('ZSCORE', probes_key(worker), resource)) - now
-      if probed_s > 0 and probed_s < longest_s then return true end
+      if number(redis.call('ZSCORE', probes_key(worker), resource)) > now then return true end
     end
   end
   return false
 end
 
 local function read_stalls()
-  redis.call('ZREMRANGEBYSCORE', stalls_key(worker), now + tonumber(ARGV[12]) + 60, '+inf')  -- others wrote it
   local found = redis.call('ZRANGE', stalls_key(worker), 0, -1, 'WITHSCORES')
   for i = 1, #found, 2 do stalls[found[i]] = tonumber(found[i + 1]) end
 end
@@ -71,21 +67,10 @@ local function best_of(queue, tenant)
   return found, seen, found_in
 end
 
-local MOST_LEAD_S = 3600
-local MOST_S = 1000000000000  -- above it short leases are lost in rounding: time begins again
-
--- Note that a tenant is chosen at its virtual time. Others may have written any: it counts as an hour of leases
--- before the floor at most, and those that are further ahead as an hour after it.
-local function note_choice(queue, tenant, found)
-  local active, floor, at = active_key(queue), number(redis.call('GET', P .. 'floor:' .. queue)), number(found)
-  if math.max(math.abs(floor), math.abs(at)) >= MOST_S then floor, at = 0, 0 end
-  at = math.max(at, floor - MOST_LEAD_S)
-  if at ~= tonumber(found) then redis.call('ZADD', active, at, tenant) end
-  floor = math.max(floor, at)
-  redis.call('SET', P .. 'floor:' .. queue, floor)
-  for _, other in ipairs(redis.call('ZRANGEBYSCORE', active, floor + MOST_LEAD_S + 1, '+inf', 'LIMIT', 0, 100)) do
-    redis.call('ZADD', active, floor + MOST_LEAD_S, other)
-  end
+-- Note the virtual time of a tenant that is chosen: none becomes active before it.
+local function note_choice(queue, at)
+  local floor = number(redis.call('GET', P .. 'floor:' .. queue))
+  if tonumber(at) > floor then redis.call('SET', P .. 'floor:' .. queue, at) end
 end
 
 local function choose(queue)
@@ -101,7 +86,7 @@ local function choose(queue)
       else
         local name, seen, class = best_of(queue, tenant)
         if name then
-          note_choice(queue, tenant, tenants[i + 1])
+          note_choice(queue, tenants[i + 1])
           return name, tenant, class
         end
         if seen then at = at + 1 else deactivate(queue, tenant) end
@@ -129,13 +114,6 @@ local function try(key, name, named)
   end
   job, id = key, name
   local fence, attempt = number(redis.call('HGET', key, 'fence')), number(f.attempt)
-  for _, found in ipairs({ fence, attempt }) do
-    if found < 0 or found > 2147483648 or found % 1 ~= 0 then  -- which no script of the service came to
-      redis.call('HSET', key, 'fence', 1, 'attempt', 0)
-      finish(f, 'failed', 'record_refused', tonumber(ARGV[5]))
-      return {'closed', name, 'failed', 'record_refused'}
-    end
-  end
   fence = fence + 1
   local size = size_of(f, ARGV[7])
   if f.state ~= 'committing' then
@@ -196,26 +174,22 @@ for _, name in ipairs(redis.call('ZRANGE', P .. 'chores', 0, 15)) do
 end
 if ARGV[10] ~= '' then  -- the first job of some: renewals keep the note
   redis.call('ZPOPMIN', wakes_key(ARGV[10]))
-  for i = 13, #ARGV do
+  for i = 12, #ARGV do
     redis.call('ZADD', draining_key(ARGV[i]), now + tonumber(ARGV[3]), worker)
     redis.call('EXPIRE', draining_key(ARGV[i]), 3600)
   end
 end
-for i = 13, #ARGV do
+for i = 12, #ARGV do
   for count = 1, 100 do
     local name, tenant, class = choose(ARGV[i])
     if not name then break end
-    unlist(name, ARGV[i], tenant, class)  -- where it was found, whatever its record says
-    local found = try(P .. 'job:' .. name, name, false)
-    if found[1] == 'claimed' or found[1] == 'closed' then return found end
-    local f = record(P .. 'job:' .. name)
-    f.queue, f.tenant = ARGV[i], tenant
-    unready(name, f)
+    unlist(name, ARGV[i], tenant, class)
+    local is_readable, found = pcall(try, P .. 'job:' .. name, name, false)
+    if is_readable and (found[1] == 'claimed' or found[1] == 'closed') then return found end
     for priority in pairs(PENALTY_S) do
       redis.call('ZREM', P .. 'waiting:' .. ARGV[i] .. ':' .. priority, name)
     end
-    if count == 100 then return {'chore', name} end  -- others wrote so many: the process comes again at once
   end
 end
-for i = 13, #ARGV do redis.call('ZREM', draining_key(ARGV[i]), worker) end
+for i = 12, #ARGV do redis.call('ZREM', draining_key(ARGV[i]), worker) end
 return {'none'}

@@ -27,61 +27,31 @@
 --   newer                       open jobs that a worker put aside for one of a newer version, by when
 --   events                      a stream with one record for each transition
 --   sessions:<t>                sessions of the pages by age; session:<digest> is the sealed record of one
---
--- Fields that a script always writes may be missing or junk all the same: others may have Redis.
 local P = string.match(KEYS[1], '^{?kms}?:')
-local server = redis
-local redis = { pcall = server.pcall }
-
--- redis.call of all scripts of jobs. A key of a wrong type, or a sum that is no number, was written by
--- others, and what stood there is lost: it is deleted. A script that stops halfway leaves jobs half done.
-function redis.call(...)
-  local answer, _, key, field = server.pcall(...), ...
-  if type(answer) ~= 'table' or not answer.err then return answer end
-  if string.find(answer.err, 'WRONGTYPE') then
-    server.call('DEL', key)
-    server.log(server.LOG_WARNING, 'kms: deleted a key of a wrong type: ' .. key)
-  elseif string.find(answer.err, 'hash value is not') or string.find(answer.err, 'overflow') then
-    server.call('HDEL', key, field)
-  end
-  return server.call(...)  -- raises any other error
-end
-
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
 local job, id = KEYS[1], ARGV[1]
 
 local PENALTY_S = { high = 0, normal = 600, low = 3600 }
 local QUEUES = { ['kms.bulk'] = true, ['kms.files'] = true, ['kms.maintenance'] = true }
-local STATES = { queued = true, running = true, committing = true, succeeded = true, failed = true,
-  cancelled = true }
 local WAKE_S = 2
-local MOST_CHARS = 4096  -- of a list in a record: others may have written any number
 local EXPIRY_S = 3  -- in which a worker ends an attempt that runs for too long, before others may
 
-local function number(text)
-  local found = tonumber(text) or 0
-  return math.abs(found) <= 9007199254740992 and found or 0  -- which NaN is not
-end
+local function number(text) return tonumber(text) or 0 end  -- of a field that may be missing
 
--- HINCRBY fails where a field is no integer, which would end a script halfway: such a field counts as 0.
 local function add(key, field, more)
-  local sum = number(redis.call('HGET', key, field)) + number(more)
-  redis.call('HSET', key, field, string.format('%.0f', sum))
-  return sum
+  return redis.call('HINCRBY', key, field, string.format('%d', number(more)))
 end
 
 local FIELDS = { 'state', 'tenant', 'queue', 'priority', 'created_at', 'parent', 'kind', 'generation', 'attempt',
   'expires_at', 'work_bytes', 'labels', 'group', 'start_by', 'run_by', 'keep_for', 'started_at', 'resources',
   'needs' }
 
--- The fields of a record that transitions go by. Junk counts as the first queue, and normal.
+-- The fields of a record that transitions go by.
 local function record(key)
   local found, f = redis.call('HMGET', key, unpack(FIELDS)), {}
   for i, name in ipairs(FIELDS) do f[name] = found[i] or nil end
-  f.tenant = f.tenant or ''
-  if not QUEUES[f.queue] then f.queue = 'kms.bulk' end
-  if not PENALTY_S[f.priority] then f.priority = 'normal' end
+  f.tenant, f.queue, f.priority = f.tenant or '', f.queue or 'kms.bulk', f.priority or 'normal'
   f.run_by = number(f.run_by) > 0 and number(f.run_by) or number(f.expires_at)  -- 0.1 knew one term only
   f.start_by = number(f.start_by) > 0 and number(f.start_by) or f.run_by
   return f
@@ -112,17 +82,7 @@ local function event(f, name, state, code, what)
     'id', name .. '.' .. generation .. '.' .. state .. (ENDED[state] and '' or '.' .. clock[1] .. clock[2]),
     'time', tostring(now), 'tenant', f.tenant, 'kind', f.kind or '', 'attempt', f.attempt or '0',
     'code', code }
-  local function append()
-    local answer = redis.pcall('XADD', P .. 'events', 'MAXLEN', '~', 100000, '*', unpack(fields))
-    return type(answer) == 'table' and answer.err or ''
-  end
-  -- A script must not stop halfway because of its event. What is no stream, or one whose ids are used up,
-  -- was not made by a script of the service, and takes no event ever again: it goes.
-  local failed = append()
-  if string.find(failed, 'WRONGTYPE') or string.find(failed, 'exhausted') then
-    redis.call('DEL', P .. 'events')
-    append()
-  end
+  redis.call('XADD', P .. 'events', 'MAXLEN', '~', 100000, '*', unpack(fields))
 end
 
 -- -- the index by tenant and state ---------------------------------------------------------------------
@@ -166,7 +126,7 @@ end
 -- Put a job into the indices of its labels, which live until the last record that they ever had has expired.
 -- Each addition looks at some members, so that records that expired before are at most a third of an index.
 local function index_labels(name, f, until_s)
-  for digest in string.gmatch(string.sub(f.labels or '', 1, MOST_CHARS), '%x+') do
+  for digest in string.gmatch(f.labels or '', '%x+') do
     local key = P .. 'label:' .. digest
     redis.call('ZADD', key, number(f.created_at), name)
     local count = redis.call('ZCARD', key)
@@ -253,7 +213,7 @@ end
 -- One word at a time: a pattern of a word with a colon takes quadratic time, in which Redis does nothing else.
 local function resources_of(class)
   local found = {}
-  for name in string.gmatch(string.sub(class or '', 1, MOST_CHARS), '%S+') do
+  for name in string.gmatch(class or '', '%S+') do
     if string.find(name, '.:.') then table.insert(found, name) end
   end
   return found
@@ -318,16 +278,9 @@ local function put_aside(key, name, f, feature)
   redis.call('ZADD', P .. 'newer', now, name)
 end
 
--- Take out of a set that is by when its members end those that have ended, and those that end later than any
--- can: others wrote them.
-local function drop_ended(key, most_s)
+-- The number of members that last, of a set that is by when they end.
+local function lasting(key)
   redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
-  redis.call('ZREMRANGEBYSCORE', key, now + most_s, '+inf')
-end
-
--- The number of members of such a set that last.
-local function lasting(key, most_s)
-  drop_ended(key, most_s)
   return redis.call('ZCARD', key)
 end
 
@@ -358,7 +311,7 @@ local function idle(queue)
   local processes = capacity(queue)
   if processes == 0 then return 0 end
   redis.call('ZREMRANGEBYSCORE', draining_key(queue), 0, now)
-  return math.max(0, processes - lasting(wakes_key(queue), WAKE_S + 1) - redis.call('ZCARD', draining_key(queue)))
+  return math.max(0, processes - lasting(wakes_key(queue)) - redis.call('ZCARD', draining_key(queue)))
 end
 
 -- Note up to `most` wake-ups, and push them where the broker is in this Redis. Answers how many others are

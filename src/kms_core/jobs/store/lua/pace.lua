@@ -7,7 +7,6 @@ if granted > 0 then
   return {'go', granted, '0'}
 end
 local begin = math.max(now, number(redis.call('GET', KEYS[2])))
-if begin > now + 86400 + 1000 * ARGV[2] / ARGV[3] then begin = now end  -- others wrote it
 local following = begin + ARGV[2] / ARGV[3]
 redis.call('SET', KEYS[2], string.format('%.6f', following), 'EX', math.ceil(following - now) + 1)
 if begin <= now then return {'go', ARGV[2], '0'} end

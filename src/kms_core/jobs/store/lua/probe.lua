@@ -4,12 +4,7 @@
 -- Answers `full` before the memory is used up: what is left is for the broker, and for jobs to run and end;
 -- else the time, and 1 if less than half of the memory is used: small blobs may rest in Redis.
 -- Memory is looked at twice a second at most.
--- A mark that lasts for longer than it can, or without end, was written by others.
-local function lasts(mark, most_ms)
-  local left = redis.call('PTTL', P .. mark)
-  return left > 0 and left <= most_ms
-end
-if ARGV[2] == '1' or not lasts('probed', 500) then
+if ARGV[2] == '1' or redis.call('EXISTS', P .. 'probed') == 0 then
   redis.call('SET', P .. 'probed', now, 'PX', 500)
   local memory = redis.call('INFO', 'memory')
   local used, most = string.match(memory, 'used_memory:(%d+)'), number(string.match(memory, 'maxmemory:(%d+)'))
@@ -18,10 +13,5 @@ if ARGV[2] == '1' or not lasts('probed', 500) then
   end
   if most > 0 and number(used) > most / 2 then redis.call('SET', P .. 'half', now, 'PX', 15000) end
 end
-if lasts('full', 1000) then return {'full'} end
-local half = redis.call('PTTL', P .. 'half')  -- below 0 without an expiry or a mark
-if half == -1 or half > 60000 then
-  redis.call('DEL', P .. 'half')
-  half = -2
-end
-return {clock[1], clock[2], half > 0 and 0 or 1}
+if redis.call('EXISTS', P .. 'full') == 1 then return {'full'} end
+return {clock[1], clock[2], 1 - redis.call('EXISTS', P .. 'half')}

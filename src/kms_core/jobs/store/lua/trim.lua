@@ -1,11 +1,10 @@
 #!lua flags=allow-oom
 -- Drop the ids of expired records from a part of a list, and index those that a worker of 0.1 stored or ended.
 -- O(n log n) in the ids looked at.
--- KEYS: a list of jobs, the tenants   ARGV: the rank to begin at, below 0 for any, how many to look at, the tenant
---   whose list it is or '', 1 if it is the list of all dead jobs
--- Answers the rank to go on at, 0 at the end or after any, and how many ids were dropped.
+-- KEYS: a list of jobs, the tenants   ARGV: the rank to begin at, how many to look at, the tenant whose list it is
+--   or '', 1 if it is the list of all dead jobs
+-- Answers the rank to go on at, 0 at the end, and how many ids were dropped.
 local begin, most, owner = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
-if begin < 0 then begin = tonumber(clock[2]) % math.max(1, redis.call('ZCARD', KEYS[1]) - most + 1) end
 local listed = redis.call('ZRANGE', KEYS[1], begin, begin + most - 1, 'WITHSCORES')
 local following = begin
 for i = 1, #listed, 2 do
@@ -15,7 +14,7 @@ for i = 1, #listed, 2 do
   else
     following = following + 1
     local f = record(key)
-    if owner ~= '' and STATES[f.state] and not f.parent then
+    if owner ~= '' and f.state and not f.parent then
       redis.call('ZADD', state_key({ tenant = owner }, f.state), number(f.created_at), name)
     elseif ARGV[4] == '1' then
       redis.call('ZADD', P .. 'dead:' .. f.tenant, score, name)
@@ -24,5 +23,5 @@ for i = 1, #listed, 2 do
 end
 if owner ~= '' and redis.call('EXISTS', KEYS[1], quota_key(owner)) == 0 then redis.call('SREM', KEYS[2], owner) end
 local dropped = #listed / 2 - (following - begin)
-if tonumber(ARGV[1]) < 0 or #listed < 2 * most then following = 0 end
+if #listed < 2 * most then following = 0 end
 return {following, dropped}

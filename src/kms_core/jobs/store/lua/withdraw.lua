@@ -8,7 +8,7 @@ end
 close(job, id, f, 'cancelled', 'durability_unconfirmed', 0)
 redis.call('ZREM', state_key(f, 'cancelled'), id)
 redis.call('ZREM', P .. 'ended', id)
-for digest in string.gmatch(string.sub(f.labels or '', 1, MOST_CHARS), '%x+') do redis.call('ZREM', P .. 'label:' .. digest, id) end
+for digest in string.gmatch(f.labels or '', '%x+') do redis.call('ZREM', P .. 'label:' .. digest, id) end
 redis.call('ZREM', KEYS[2], id)
 if KEYS[3] then redis.call('DEL', KEYS[3]) end
 redis.call('DEL', job, P .. 'blobs:' .. id)

@@ -2,8 +2,8 @@
 -- Note that a worker lives, and look at jobs that wait for a newer version: each worker does, as it may be the
 -- only one that can. Count the processes that serve each queue where this worker has changed, or the last
 -- count, by any worker, is three seconds old. O(w) in the number of their processes.
--- KEYS: workers   ARGV: worker, its processes, seconds after which a silent worker is gone, lease_s, its version and
---   when it started or '', its queues
+-- KEYS: workers   ARGV: worker, its processes, seconds after which a silent worker is gone, its version and when it
+--   started or '', its queues
 local slots = P .. 'slots'
 -- Twenty of the jobs that waited for a newer version: those that this one can do are due. The clock draws
 -- them, since workers that take turns at a list would each look at the same ones again.
@@ -17,10 +17,9 @@ for _, name in ipairs(redis.call('ZRANGE', P .. 'newer', first, first + 19)) do
   end
 end
 if tonumber(ARGV[2]) > 0 then
-  local serves = ARGV[2] .. ' ' .. table.concat(ARGV, ' ', 6) .. ' ' .. ARGV[5]
+  local serves = ARGV[2] .. ' ' .. table.concat(ARGV, ' ', 5) .. ' ' .. ARGV[4]
   local is_new = redis.call('ZADD', KEYS[1], now, id) == 1
-  local left = redis.call('PTTL', P .. 'capacity:kms.bulk')
-  local is_fresh = left > 7000 and left <= 10000
+  local is_fresh = redis.call('PTTL', P .. 'capacity:kms.bulk') > 7000
   if is_fresh and not is_new and redis.call('HGET', slots, id) == serves then return {'seen'} end
   redis.call('HSET', slots, id, serves)
 else
@@ -29,7 +28,6 @@ else
   redis.call('HDEL', P .. 'stuck', id)
 end
 redis.call('ZREMRANGEBYSCORE', KEYS[1], 0, now - 10 * tonumber(ARGV[3]))
-redis.call('ZREMRANGEBYSCORE', KEYS[1], now + 10 * tonumber(ARGV[3]), '+inf')
 local alive = {}
 for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - tonumber(ARGV[3]), '+inf')) do
   alive[name] = true
@@ -48,10 +46,9 @@ for _, name in ipairs(redis.call('HKEYS', P .. 'stuck')) do
 end
 for queue in pairs(QUEUES) do
   local processes = redis.call('ZRANGE', draining_key(queue), 0, -1)
-  if processes[1] then drop_ended(draining_key(queue), 2 * tonumber(ARGV[4])) end
   for _, process in ipairs(processes) do
     if not alive[string.match(process, '^[^/]*')] then redis.call('ZREM', draining_key(queue), process) end
   end
-  redis.call('SET', P .. 'capacity:' .. queue, math.min(capacity[queue] or 0, 100000), 'EX', 10)
+  redis.call('SET', P .. 'capacity:' .. queue, capacity[queue] or 0, 'EX', 10)
 end
 return {'seen'}
