@@ -42,7 +42,6 @@ COMMANDS: Final = {  # name: module, help
     "rewrap-file": ("commands.rewrap_file", "Rewrap a file under the current key, or another."),
     "seal": ("commands.offline", "Encrypt a file or stdin without a service."),
     "open": ("commands.offline", "Decrypt any age file without a service."),
-    "ssh": ("commands.ssh", "Create and use SSH keys with an encrypted private part."),
     "run": ("commands.run", "Run a program with decrypted values in its environment."),
     "keygen": ("commands.keygen", "Generate an age key pair."),
     "recipient": ("commands.recipient", "Print a recipient for age -r, rage and sops."),
@@ -108,13 +107,6 @@ TOKEN_COMMANDS: Final = {
     "rotate": ("commands.tokens", "Replace the secret of a token."),
     "revoke": ("commands.tokens", "Revoke a token immediately."),
     "adopt": ("commands.tokens", "Go on with a document of tokens that was put back."),
-}
-
-SSH_COMMANDS: Final = {
-    "new": ("commands.ssh", "Create a key pair with an encrypted private part."),
-    "add": ("commands.ssh", "Load the private part into the SSH agent until it expires."),
-    "open": ("commands.ssh", "Write the private part to a file (0600)."),
-    "list": ("commands.ssh", "List the keys of a directory and their expiry."),
 }
 
 COSMIAN_COMMANDS: Final = {"init-key": ("commands.cosmian", "Create the keys that the settings name.")}
