@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Final
 
-from kms_core.age import header, scrypt
+from kms_core.age import header
 from kms_core.age.header import SYNC_LIMITS, VERSION_LINE, Header, HeaderLimits
 from kms_core.envelope import binding
 from kms_protocol.errors import DecryptFailed, NotACiphertext, TooLarge
@@ -51,9 +51,8 @@ def written(head: Header) -> bytes:
 
 
 def _bound(head: Header) -> None:
-    """Our own stanzas, if there are any, and a passphrase."""
+    """Our own stanzas, if there are any."""
     try:
-        scrypt.stanza_of(head.stanzas)
         bound = binding.read(head)
     except DecryptFailed:
         return

@@ -1,7 +1,6 @@
-"""Encrypts and decrypts age files with local keys, without a service.
+"""Encrypts and decrypts age files with local age keys, without a service.
 
-Native stanzas and scrypt are handled by kms_core.age. Files with SSH stanzas are decrypted by pyrage if their
-header is valid and small, since pyrage parses headers in quadratic time.
+Passphrases and SSH keys are left to stock ``age``.
 """
 
 import io
@@ -12,11 +11,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final, cast
 
-import pyrage
-
 from kms_cli.age_file.keys import BACKEND, Identities
 from kms_cli.age_file.streams import InputStream, Joined, OutputStream, exactly
-from kms_core.age import armor, header, scrypt, stream
+from kms_core.age import armor, header, stream
 from kms_core.age.armor import ArmorWriter
 from kms_core.age.header import FILE_KEY_BYTES, FILE_LIMITS, Header, Stanza
 from kms_core.age.recipients import Recipient
@@ -27,13 +24,10 @@ from kms_core.payload import parallel, streaming
 from kms_core.payload.files import FileRange, FileWriter
 from kms_core.payload.parallel import ParallelOptions
 from kms_core.payload.streaming import RangeReader
-from kms_core.settings.model import LimitsSection
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, InvalidRequest, TooLarge
 
-LIMITS: Final = LimitsSection()
 _AGE: Final = b"age-encryption.org/"
-_SSH: Final = "ssh-"
 _START_BYTES: Final = FILE_LIMITS.header_bytes + header.NONCE_BYTES
 
 
@@ -70,11 +64,6 @@ class AgeFile:
     file_range: FileRange | None
     start: bytes = field(repr=False)
     rest: io.RawIOBase = field(repr=False)
-
-    @property
-    def whole(self) -> Joined:
-        """The file from its first byte. It can be read once, either here or by ``payload``."""
-        return Joined(self.start, self.rest)
 
     @property
     def payload(self) -> Joined:
@@ -117,27 +106,10 @@ def read(given: InputStream) -> AgeFile:
     return AgeFile(head, payload, start, rest)
 
 
-def needs_passphrase(head: Header) -> bool:
-    """Return whether the file has a passphrase. Raises DecryptFailed if it has other stanzas as well."""
-    return scrypt.stanza_of(head.stanzas) is not None
-
-
-def by_passphrase(head: Header, passphrase: str, max_work_factor: int) -> bytes:
-    """Return the payload key. Raises NotForThese, and DecryptFailed above the work factor."""
-    try:
-        file_key = scrypt.unwrap(head.stanzas[0], passphrase, max_work_factor)
-    except NoMatch:
-        raise NotForThese("The passphrase is wrong") from None
-    except MemoryError:
-        raise NotForThese(
-            "The work factor of the passphrase requires more memory than is available"
-        ) from None
-    head.check_mac(file_key)
-    return stream.payload_key(file_key, head.nonce)
-
-
 def by_identities(head: Header, identities: Identities, required: RequiredBinding) -> bytes:
     """Return the payload key after checking MAC, context and origin. Raises NotForThese, NotAsBound."""
+    if any(stanza.type == sealing.SCRYPT for stanza in head.stanzas):
+        raise NotForThese("The file is encrypted with a passphrase: use `age -d`")
     bound = binding.read(head) if required.checked else None
     if bound is not None:
         key = identities.ref(bound.key_version, bound.key_id, required.tenant)
@@ -221,31 +193,6 @@ def _damaged() -> Iterator[None]:
         raise Damaged from exc
 
 
-# -- files with SSH stanzas --------------------------------------------------------------------------
-
-
-def is_for_ssh(head: Header, required: RequiredBinding) -> bool:
-    """Return whether an SSH key may decrypt it: not a bound file, since pyrage cannot check the binding."""
-    is_bound = required.checked and binding.read(head) is not None
-    return not is_bound and any(stanza.type.startswith(_SSH) for stanza in head.stanzas)
-
-
-def release_by_ssh(sealed: AgeFile, identities: Identities, target: OutputStream) -> None:
-    """Write the plaintext by pyrage. Raises HeaderTooLarge for a header above 8 KiB, NotForThese, Damaged."""
-    if sealed.head.size > LIMITS.pyrage_header_bytes:
-        raise HeaderTooLarge(
-            f"The header is above {LIMITS.pyrage_header_bytes} bytes, the limit for SSH identities"
-        )
-    try:
-        pyrage.decrypt_io(sealed.whole, target.writer, list(identities.ssh))
-    except pyrage.DecryptError as exc:
-        raise NotForThese("None of the SSH keys decrypts the file, or its header is damaged") from exc
-    except OSError as exc:
-        if exc.errno is None:  # errors of pyrage have no number, those of the system have one
-            raise Damaged from exc
-        raise
-
-
 # -- encryption ---------------------------------------------------------------------------------------
 
 
@@ -256,12 +203,6 @@ def for_recipients(recipients: Sequence[Recipient]) -> Sealing:
     if len(begun.header) > FILE_LIMITS.header_bytes or len(recipients) > FILE_LIMITS.stanzas:
         raise InvalidRequest(f"{len(recipients)} recipients exceed the limit of a header")
     return begun
-
-
-def for_passphrase(passphrase: str) -> Sealing:
-    """Begin an age file for a passphrase. scrypt takes about 0.9 s and 256 MiB."""
-    file_key = os.urandom(FILE_KEY_BYTES)
-    return _age_sealing(file_key, [scrypt.wrap(file_key, passphrase)])
 
 
 def for_service(identities: Identities, key_id: str, context: Context, *, padded: bool) -> Sealing:

@@ -1,14 +1,12 @@
-"""Recipients, identities and passphrases from files, arguments and prompts."""
+"""Recipients and identities from files and arguments."""
 
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import click
-import pyrage
 
 from kms_cli import terminal
 from kms_core.age import mlkem768x25519
@@ -22,7 +20,6 @@ from kms_protocol.errors import InvalidRequest
 from kms_protocol.units import size_text
 
 LIMIT_BYTES: Final = 1024 * 1024
-TERMINAL: Final = "/dev/tty"
 BACKEND: Final = "age"
 _PEM: Final = "-----BEGIN "
 _PLUGIN_RECIPIENT: Final = re.compile(
@@ -35,14 +32,13 @@ _AGE_FILE: Final = ("age-encryption.org/", "-----BEGIN AGE ENCRYPTED FILE-----")
 class Identities:
     """Private keys with the interface of a backend (``sealing.Wrapper``).
 
-    ``native`` is by key version, in the order of the files; the last one encrypts. ``ssh`` is for pyrage.
+    ``native`` is by key version, in the order of the files; the last one encrypts.
     """
 
     native: Mapping[str, Identity] = field(default_factory=dict, repr=False)
-    ssh: Sequence[pyrage.ssh.Identity] = field(default=(), repr=False)
 
     def __bool__(self) -> bool:
-        return bool(self.native or self.ssh)
+        return bool(self.native)
 
     def ref(self, version: str, key_id: str = DEFAULT_KEY_ID, tenant: str = DEFAULT_TENANT) -> KeyRef:
         """Return the reference of a key version, as in the service."""
@@ -70,24 +66,23 @@ class Identities:
 
 
 def identities(paths: Iterable[Path]) -> Identities:
-    """Read age identity files and SSH private keys. Raises InvalidRequest, naming the invalid line."""
+    """Read age identity files. Raises InvalidRequest, naming the invalid line."""
     native: dict[str, Identity] = {}
-    ssh: list[pyrage.ssh.Identity] = []
     for path in paths:
         text = _text(path)
         if text.startswith(_AGE_FILE):
             raise InvalidRequest(
-                f"{path} is itself encrypted: run `kms open -o KEYFILE {path}` and use KEYFILE"
+                f"{path} is itself encrypted: run `age -d -o KEYFILE {path}` and use KEYFILE"
             )
         if text.startswith(_PEM):
-            ssh.append(_ssh(path, text))
-        else:
-            for identity in _identities(path, text):
-                version = version_of(identity.recipient)
-                native.pop(version, None)  # the last one encrypts
-                native[version] = identity
-        _warn_if_readable(path)
-    return Identities(native, ssh)
+            raise InvalidRequest(f"{path} is no age key; SSH keys: `age -d -i {path}`")
+        for identity in _identities(path, text):
+            version = version_of(identity.recipient)
+            native.pop(version, None)  # the last one encrypts
+            native[version] = identity
+        if open_to_others(path):
+            terminal.say(f"warning: {path} can be read by others: run chmod 600 {path}")
+    return Identities(native)
 
 
 def recipients(given: Iterable[str], paths: Iterable[Path]) -> list[Recipient]:
@@ -103,29 +98,6 @@ def recipients(given: Iterable[str], paths: Iterable[Path]) -> list[Recipient]:
             "post-quantum and classic recipients do not mix: the file would be as weak as the classic ones",
         )
     return list({str(recipient): recipient for recipient in found}.values())
-
-
-def passphrase(path: Path | None, *, confirm: bool) -> str:
-    """Read a passphrase from a file, without its final newline, or from the terminal."""
-    if path is not None:
-        _warn_if_readable(path)
-        given = _text(path).removesuffix("\n").removesuffix("\r")
-        if not given:
-            raise InvalidRequest(f"{path} is empty and should contain a passphrase")
-        return given
-    _require_terminal()
-    prompted: str = click.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True)
-    return prompted
-
-
-def _require_terminal() -> None:
-    """Raise UsageError without a terminal: the prompt would read the data on stdin as a passphrase."""
-    try:
-        os.close(os.open(TERMINAL, os.O_RDWR | os.O_NOCTTY))
-    except OSError as exc:
-        raise click.UsageError(
-            "there is no terminal for the passphrase prompt: use --passphrase-file",
-        ) from exc
 
 
 def _text(path: Path) -> str:
@@ -164,17 +136,3 @@ def _recipient(text: str, where: str) -> Recipient:
         if _PLUGIN_RECIPIENT.match(text):
             raise InvalidRequest(f"{where} is a plugin recipient: use `age -r`") from exc
         raise InvalidRequest(f"{where} is not an age recipient ({exc})") from exc
-
-
-def _ssh(path: Path, text: str) -> pyrage.ssh.Identity:
-    try:
-        return pyrage.ssh.Identity.from_buffer(text.encode())
-    except pyrage.IdentityError as exc:
-        raise InvalidRequest(
-            f"{path} is an unusable SSH key: `ssh-keygen -p` removes the passphrase of a copy"
-        ) from exc
-
-
-def _warn_if_readable(path: Path) -> None:
-    if open_to_others(path):
-        terminal.say(f"warning: {path} can be read by others: run chmod 600 {path}")

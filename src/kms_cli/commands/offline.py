@@ -1,4 +1,4 @@
-"""``kms seal`` and ``kms open``: age files with local keys, without a service.
+"""``kms seal`` and ``kms open``: age files with local age keys, without a service.
 
 A file that ``-o`` names appears complete or not at all. A pipe receives authenticated plaintext in order.
 """
@@ -11,12 +11,10 @@ import click
 
 from kms_cli import terminal
 from kms_cli.age_file import codec, keys, streams
-from kms_cli.age_file.codec import LIMITS, AgeFile, NotAsBound, NotForThese, PlaintextRange, RequiredBinding
-from kms_cli.age_file.keys import Identities
+from kms_cli.age_file.codec import AgeFile, PlaintextRange, RequiredBinding
 from kms_cli.age_file.streams import InputStream, OutputStream
 from kms_cli.options import context_option, force_option, is_stdout, name_of
 from kms_cli.session import meter, printed_as_json
-from kms_core.age.header import Header
 from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT
 from kms_core.envelope.sealing import Sealing
 from kms_core.payload.parallel import DEFAULTS, ParallelOptions
@@ -27,7 +25,6 @@ from kms_protocol.units import size_text
 from kms_protocol.wire import ContextIn
 
 KEY_FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
-MAX_WORK_FACTOR: Final = 24  # 16 GiB
 
 recipient_option = click.option(
     "-r", "--recipient", "recipients", multiple=True, help="Recipient, age1…; repeatable."
@@ -53,10 +50,6 @@ output_option = click.option(
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
     help="Output file (0600) [default: stdout].",
 )
-passphrase_option = click.option("-p", "--passphrase", is_flag=True, help="Prompt for a passphrase.")
-passphrase_file_option = click.option(
-    "--passphrase-file", type=KEY_FILE, help="File that contains the passphrase."
-)
 
 
 class InOut(TypedDict):
@@ -65,8 +58,6 @@ class InOut(TypedDict):
     source: Path
     output: Path | None
     force: bool
-    passphrase: bool
-    passphrase_file: Path | None
     context: ContextIn
 
 
@@ -88,7 +79,6 @@ class OpenOptions(InOut):
     tenant: str
     offset: int | None
     length: int | None
-    max_work_factor: int
 
 
 @click.command(
@@ -97,8 +87,6 @@ class OpenOptions(InOut):
 )
 @recipient_option
 @recipients_file_option
-@passphrase_option
-@passphrase_file_option
 @click.option("-i", "--identity", type=KEY_FILE, help="Encrypt as the service does with this key file.")
 @context_option
 @click.option("--key-id", help=f"With -i: key id in the service [default: {DEFAULT_KEY_ID}].")
@@ -109,8 +97,8 @@ class OpenOptions(InOut):
 def seal_command(**given: Unpack[SealOptions]) -> None:
     """Encrypt IN, or stdin, to a file that every age tool can decrypt.
 
-    It is encrypted for recipients, with a passphrase, or with -i as by the service: bound to --context, so
-    that the service can decrypt it too.
+    It is encrypted for recipients, or with -i as by the service: bound to --context, so that the service can
+    decrypt it too.
     """
     _check_method(given)
     if not given["armored"] and given["output"] is None:
@@ -130,16 +118,7 @@ def seal_command(**given: Unpack[SealOptions]) -> None:
     "open",
     epilog="Example: kms open -i private.txt -o backup.tar backup.age",
 )
-@click.option("-i", "--identity", "identities", multiple=True, type=KEY_FILE, help="Key file, age or ssh.")
-@passphrase_option
-@passphrase_file_option
-@click.option(
-    "--max-work-factor",
-    type=click.IntRange(1, MAX_WORK_FACTOR),
-    default=LIMITS.scrypt_work_factor,
-    show_default=True,
-    help="Maximum scrypt work factor (log2); each step doubles time and memory.",
-)
+@click.option("-i", "--identity", "identities", multiple=True, type=KEY_FILE, help="Key file.")
 @context_option
 @click.option("--tenant", default=DEFAULT_TENANT, show_default=True, help="Tenant that encrypted it.")
 @click.option("--break-glass", is_flag=True, help="Do not check context and origin.")
@@ -149,11 +128,14 @@ def seal_command(**given: Unpack[SealOptions]) -> None:
 @force_option
 @source_argument
 def open_command(**given: Unpack[OpenOptions]) -> None:
-    """Decrypt IN, or stdin: an age file of any tool, armored or not.
+    """Decrypt IN, or stdin: a file of any age tool for an age key, armored or not.
 
-    A file of the service needs the --context that it was encrypted with, and the key file of the service.
+    A file of the service needs the --context that it was encrypted with, and the key file of the service. For
+    passphrases and SSH keys use age.
     """
     required = _required(given)
+    if not given["identities"]:
+        raise click.UsageError("name your key file with -i; for a passphrase use `age -d`")
     identities = keys.identities(given["identities"])
     with (
         streams.source(given["source"]) as source,
@@ -162,10 +144,8 @@ def open_command(**given: Unpack[OpenOptions]) -> None:
     ):
         sealed = codec.read(source)
         part = _part(given, sealed)
-        key = _key(sealed.head, given, identities, required)
-        if key is None:
-            codec.release_by_ssh(sealed, identities, target)
-        elif part and sealed.file_range:
+        key = codec.by_identities(sealed.head, identities, required)
+        if part and sealed.file_range:
             codec.release_part(sealed.file_range, key, target, part)
         else:
             codec.release(sealed, key, target, _options(line, "opening", source, target))
@@ -176,14 +156,9 @@ def open_command(**given: Unpack[OpenOptions]) -> None:
 
 
 def _check_method(given: SealOptions) -> None:
-    methods = (
-        bool(given["recipients"] or given["recipients_files"]),
-        given["passphrase"] or given["passphrase_file"] is not None,
-        given["identity"] is not None,
-    )
-    if sum(methods) != 1:
+    if bool(given["recipients"] or given["recipients_files"]) == (given["identity"] is not None):
         raise _usage_error(
-            "give recipients (-r, -R), a passphrase (-p) or a key file (-i), and only one of these"
+            "give recipients (-r, -R) or a key file (-i), not both; for a passphrase use `age -p`"
         )
     if given["identity"] is None and (given["context"] or given["key_id"]):
         raise _usage_error("--context and --key-id require -i: other files are not bound to a context")
@@ -192,15 +167,10 @@ def _check_method(given: SealOptions) -> None:
 def _sealing(given: SealOptions, source: InputStream) -> tuple[Sealing, InputStream]:
     if given["identity"] is not None:
         identities = keys.identities([given["identity"]])
-        if not identities.native:
-            raise _usage_error("-i requires an age key file, not an SSH key")
         padded, source = codec.is_large(source)
         context = Context.parse(given["context"])
         return codec.for_service(identities, _key_id(given), context, padded=padded), source
-    if given["recipients"] or given["recipients_files"]:
-        recipients = keys.recipients(given["recipients"], given["recipients_files"])
-        return codec.for_recipients(recipients), source
-    return codec.for_passphrase(keys.passphrase(given["passphrase_file"], confirm=True)), source
+    return codec.for_recipients(keys.recipients(given["recipients"], given["recipients_files"])), source
 
 
 def _key_id(given: SealOptions) -> str:
@@ -228,26 +198,6 @@ def _part(given: OpenOptions, sealed: AgeFile) -> PlaintextRange | None:
     if sealed.file_range is None:
         raise _usage_error("--offset and --length require a file without armor, not a pipe")
     return PlaintextRange(given["offset"] or 0, given["length"])
-
-
-def _key(head: Header, given: OpenOptions, identities: Identities, required: RequiredBinding) -> bytes | None:
-    """Return the payload key; None if only an SSH key can decrypt the file."""
-    asked = given["passphrase"] or given["passphrase_file"] is not None
-    if codec.needs_passphrase(head):
-        if required.context:
-            raise NotAsBound("A file with a passphrase is not bound to a context: leave out --context")
-        if identities and not asked:
-            raise _usage_error("the file is encrypted with a passphrase: use -p")
-        passphrase = keys.passphrase(given["passphrase_file"], confirm=False)
-        return codec.by_passphrase(head, passphrase, given["max_work_factor"])
-    if not identities:
-        raise _usage_error("the file is encrypted for keys: name your key file with -i")
-    try:
-        return codec.by_identities(head, identities, required)
-    except NotForThese:
-        if identities.ssh and codec.is_for_ssh(head, required) and given["offset"] is given["length"] is None:
-            return None
-        raise
 
 
 # -- both --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from kms_core.age import header, scrypt, stream
+from kms_core.age import header, stream
 from kms_core.age.header import FILE_KEY_BYTES, VERSION_LINE, Header, Stanza
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding
@@ -18,6 +18,7 @@ from kms_core.envelope.binding import BoundStanzas, KeyRef
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed
 
+SCRYPT: Final = "scrypt"  # the stanza of a file with a passphrase
 PAD_FROM_BYTES: Final = 1024 * 1024
 PADDED_HEADER_BYTES: Final = 4096
 _MAC_LINE_BYTES: Final = len("--- ") + 43 + 1
@@ -141,9 +142,9 @@ def unwrap_for_plugin(
 def foreign_file_key(head: Header, wrapper: Wrapper, keys: Sequence[KeyRef]) -> tuple[bytes, KeyRef]:
     """Unwrap the file key of a file without our stanzas, trying each key version; verify the header MAC.
 
-    Raises DecryptFailed, also for a passphrase file: only the ``kms`` command asks for passphrases.
+    Raises DecryptFailed, also if any stanza is of a passphrase: the sender would choose its cost.
     """
-    if scrypt.stanza_of(head.stanzas):
+    if any(stanza.type == SCRYPT for stanza in head.stanzas):
         raise DecryptFailed
     for key in keys:
         try:

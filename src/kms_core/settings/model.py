@@ -126,8 +126,6 @@ class LimitsSection(Section, frozen=True, kw_only=True):
     file_stanzas: Positive = 4096
     sync_header_bytes: Positive = 32 * KiB
     sync_stanzas: Positive = 64
-    pyrage_header_bytes: Annotated[int, Meta(ge=1, le=64 * KiB)] = 8 * KiB  # it parses in quadratic time
-    scrypt_work_factor: Annotated[int, Meta(ge=1, le=24)] = 18  # log2; 24 takes 16 GiB
     json_job_items: Positive = 10_000
     json_job_bytes: Positive = 16 * MiB
 

@@ -13,7 +13,7 @@ import pytest
 from kms_core.age import armor, mlkem768x25519
 from kms_core.age.header import FILE_LIMITS, parse
 from support.cli.fixtures import BIN
-from support.cli.offline import SSH_KEYS, Workspace, workspace, write_key, write_ssh_key
+from support.cli.offline import Workspace, workspace, write_key
 from support.programs import kept, program
 
 MIB = 1024 * 1024
@@ -209,34 +209,6 @@ def test_the_key_of_somebody_else_opens_nothing(workspace: Workspace) -> None:
     assert other.names() == {"key.txt"}
 
 
-@pytest.mark.parametrize("kind", SSH_KEYS)
-@pytest.mark.parametrize("size", [0, 1, 65536, MIB + 1])
-def test_an_ssh_key_opens_what_was_sealed_for_it(workspace: Workspace, kind: str, size: int) -> None:
-    plaintext = os.urandom(size)
-    sealed = age(workspace, "-r", write_ssh_key(workspace, kind), given=plaintext)
-
-    assert workspace.made("open", "-i", "key.txt", "-i", "ssh", given=sealed) == plaintext
-    assert file_to_file(workspace, ["open", "-i", "ssh"], sealed) == plaintext
-
-
-def test_pyrage_never_sees_a_large_header(workspace: Workspace) -> None:
-    others = [pyrage.x25519.Identity.generate().to_public() for _ in range(100)]
-    recipient = pyrage.ssh.Recipient.from_str(write_ssh_key(workspace))
-    done = workspace.kms("open", "-i", "ssh", given=pyrage.encrypt(b"salary", [*others, recipient]))
-
-    assert done.returncode == 65
-    assert b"above 8192 bytes" in done.stderr
-
-
-@pytest.mark.parametrize("cut", [1, 70_000])
-def test_a_cut_file_for_an_ssh_key_is_refused(workspace: Workspace, cut: int) -> None:
-    sealed = age(workspace, "-r", write_ssh_key(workspace), given=bytes(200_000))
-    done = workspace.kms("open", "-i", "ssh", "-o", "out", given=sealed[:-cut])
-
-    assert (done.returncode, workspace.has("out")) == (65, False)
-    assert b"damaged" in done.stderr
-
-
 def test_a_key_that_others_can_read_is_used_with_a_warning(workspace: Workspace) -> None:
     sealed = workspace.made("seal", "-r", workspace.recipient, given=b"salary")
     workspace.key.chmod(0o644)
@@ -244,6 +216,20 @@ def test_a_key_that_others_can_read_is_used_with_a_warning(workspace: Workspace)
 
     assert done.stdout == b"salary"
     assert b"warning: key.txt can be read by others" in done.stderr
+
+
+def test_passphrases_and_ssh_keys_are_left_to_stock_age(workspace: Workspace) -> None:
+    sealed = pyrage.passphrase.encrypt(b"salary", "hunter2")
+    workspace.write("ssh", b"-----BEGIN OPENSSH PRIVATE KEY-----\n")
+    by_key = workspace.kms("open", "-i", "key.txt", "-o", "out", given=sealed)
+    without = workspace.kms("open", "-o", "out", given=sealed)
+    by_ssh = workspace.kms("open", "-i", "ssh", "-o", "out", given=sealed)
+
+    assert (by_key.returncode, without.returncode, by_ssh.returncode) == (65, 2, 65)
+    assert b"encrypted with a passphrase: use `age -d`" in by_key.stderr
+    assert b"for a passphrase use `age -d`" in without.stderr
+    assert b"SSH keys: `age -d -i ssh`" in by_ssh.stderr
+    assert not workspace.has("out")
 
 
 # -- files -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from kms_core.age import stream
 from kms_core.age.header import FILE_LIMITS, parse
 from support.cli.fixtures import BIN, environment
-from support.cli.offline import Workspace, workspace, write_ssh_key
+from support.cli.offline import Workspace, workspace
 from support.programs import program
 from support.waiting import WAIT_S, until
 
@@ -169,18 +169,16 @@ def started(workspace: Workspace, *args: str) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
 )
-@pytest.mark.parametrize("verb", ["seal", "open", "ssh"])
+@pytest.mark.parametrize("verb", ["seal", "open"])
 def test_an_interruption_leaves_no_file(
     workspace: Workspace, verb: str, number: signal.Signals, code: int
 ) -> None:
     ways = {
         "seal": ["seal", "-r", workspace.recipient],
         "open": ["open", "-i", "key.txt"],
-        "ssh": ["open", "-i", "ssh"],
     }
-    recipient = write_ssh_key(workspace) if verb == "ssh" else workspace.recipient
     age = subprocess.run(
-        [program("age"), "-r", recipient], input=bytes(2**21), capture_output=True, check=True
+        [program("age"), "-r", workspace.recipient], input=bytes(2**21), capture_output=True, check=True
     )
     before = workspace.names()
     with started(workspace, *ways[verb], "-o", "out") as running:

@@ -305,7 +305,7 @@ NO_VALUE_WEAKENS = {  # why no value of these settings is told
         server.admission_wait_s server.transfer_grace_s server.transfer_bytes_per_s
         server.transfer_stall_s limits.sync_plaintext_bytes limits.sync_ciphertext_bytes
         limits.json_body_bytes limits.file_header_bytes limits.file_stanzas limits.sync_header_bytes
-        limits.sync_stanzas limits.pyrage_header_bytes limits.scrypt_work_factor
+        limits.sync_stanzas
         limits.json_job_items limits.json_job_bytes jobs.concurrency jobs.open_jobs
         jobs.tenant_leases jobs.tenant_spool_bytes jobs.large_job_bytes jobs.reserved_processes
         jobs.source_max_bytes

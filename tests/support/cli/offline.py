@@ -1,23 +1,14 @@
 """The command with keys at hand, run as users run it: files, pipes and what became of them."""
 
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from kms_core.age import mlkem768x25519, x25519
 from support.cli.fixtures import BIN, environment
 
 TIMEOUT_S: Final = 120
-SSH_KEYS: Final[dict[str, Callable[[], Ed25519PrivateKey | RSAPrivateKey]]] = {
-    "ed25519": Ed25519PrivateKey.generate,
-    "rsa": lambda: generate_private_key(65537, 2048),
-}
 Done = subprocess.CompletedProcess[bytes]
 
 
@@ -80,12 +71,3 @@ def workspace(folder: Path) -> Workspace:
 def write_key(path: Path, *identities: x25519.X25519Identity | mlkem768x25519.HybridIdentity) -> None:
     path.touch(mode=0o600)
     path.write_text("".join(f"{identity.export()}\n" for identity in identities))
-
-
-def write_ssh_key(workspace: Workspace, kind: str = "ed25519") -> str:
-    """Write an ssh private key to ``ssh``; its public line."""
-    key = SSH_KEYS[kind]()
-    path = workspace.folder / "ssh"
-    path.touch(mode=0o600)
-    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
