@@ -115,7 +115,10 @@ def build(settings: Settings) -> ASGIApp:
         Failures(settings.kms.auth.failures_per_minute / settings.kms.server.processes),
         requests,
         MetricsAccess(
-            settings.kms.server.metrics, core.authenticator, core.kms.policy, Proxies.of(settings.kms.server)
+            settings.kms.server.metrics,
+            core.authenticator,
+            core.kms.policy,
+            Proxies.of(settings.kms.server.trusted_proxies),
         ),
     )
     authenticator = (
@@ -138,7 +141,7 @@ def build(settings: Settings) -> ASGIApp:
     if traced.enabled:
         layer = Traced(layer)
     if settings.kms.server.trusted_proxies:
-        layer = ClientAddress(layer, Proxies.of(settings.kms.server))
+        layer = ClientAddress(layer, Proxies.of(settings.kms.server.trusted_proxies))
     return layer
 
 

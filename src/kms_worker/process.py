@@ -113,7 +113,9 @@ def run(loaded: Settings) -> int:
 
 def _serve_metrics(loaded: Settings, core: Core, is_ready: Callable[[], bool]) -> MetricsServer | None:
     settings, policy = loaded.kms.server, core.kms.policy
-    scraping = MetricsAccess(settings.metrics, core.authenticator, policy, Proxies.of(settings))
+    scraping = MetricsAccess(
+        settings.metrics, core.authenticator, policy, Proxies.of(settings.trusted_proxies)
+    )
     app = MetricsApp(scraping, settings.allowed_hosts, is_ready)
     return metrics_server.serve(loaded.kms.bind, loaded.kms.port + 1, app)
 

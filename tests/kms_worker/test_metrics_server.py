@@ -11,7 +11,6 @@ from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.auth.policy import AllowAll
 from kms_core.observability import metrics
 from kms_core.proxies import Proxies
-from kms_core.settings.model import ServerSection
 from kms_worker.metrics_server import MetricsApp
 
 SCRAPES: Final = 50
@@ -26,7 +25,7 @@ SCOPE: Final = {
 
 
 def _app(is_ready: Callable[[], bool]) -> MetricsApp:
-    access = MetricsAccess("open", None, AllowAll(), Proxies.of(ServerSection(docs=True)))
+    access = MetricsAccess("open", None, AllowAll(), Proxies.of(()))
     return MetricsApp(access, (), is_ready)
 
 

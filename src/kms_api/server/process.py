@@ -234,7 +234,7 @@ def _connections(server: ServerSection) -> ConnectionLimits:
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, max(1, hard - _OTHER_FILES))
     if allowed < wanted:
         _log.warning("server.few_open_files", connections=allowed, wanted=wanted, limit=hard)
-    return ConnectionLimits(allowed, is_proxy=Proxies.of(server).trust)
+    return ConnectionLimits(allowed, is_proxy=Proxies.of(server.trusted_proxies).trust)
 
 
 def _config(

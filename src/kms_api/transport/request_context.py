@@ -30,11 +30,12 @@ class ClientAddress:
     def __init__(self, app: ASGIApp, proxies: Proxies) -> None:
         self._app = app
         self._proxies = proxies
-        self._header = proxies.header.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["client"] and self._proxies.trust(scope["client"][0]):
-            lines = [value.decode("latin-1") for name, value in scope["headers"] if name == self._header]
+            lines = [
+                value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"
+            ]
             if lines:
                 scope["client"] = self._proxies.client(scope["client"][0], ",".join(lines)), 0
         await self._app(scope, receive, send)

@@ -68,7 +68,7 @@ class ServerSection(Section, frozen=True, kw_only=True):
     Pages of ``codec_origins`` may call the codec server, and nothing else. The other keys bound each process:
     ``json_bytes`` of JSON bodies in memory, concurrent ``uploads``, ``downloads`` and event ``streams``,
     unfinished ``logins``, and the duration of bodies.
-    ``trusted_proxies`` are addresses and networks whose ``proxy_header`` names the client. ``client_crl``
+    ``trusted_proxies`` are addresses and networks whose X-Forwarded-For names the client. ``client_crl``
     holds a revocation list (PEM) for each authority in ``client_ca``.
     """
 
@@ -77,7 +77,6 @@ class ServerSection(Section, frozen=True, kw_only=True):
     codec_origins: tuple[str, ...] = ()
     connections: Annotated[int, Meta(ge=16, le=100_000)] = 2048  # of each process and port
     trusted_proxies: tuple[str, ...] = ()
-    proxy_header: Literal["x-forwarded-for", "forwarded"] = "x-forwarded-for"
     tls_cert: Path | None = None
     tls_key: Path | None = None
     client_ca: Path | None = None

@@ -20,7 +20,6 @@ from kms_api.vault_api.routing import check_headers
 from kms_core.auth.policy import Principal
 from kms_core.jobs.sealed_records import RecordKey
 from kms_core.proxies import Proxies
-from kms_core.settings.model import ServerSection
 from kms_protocol.errors import Forbidden, InvalidRequest, Unauthenticated
 from support.job_stores import connect
 
@@ -70,7 +69,7 @@ async def test_what_has_no_address_of_a_client_is_passed_on_as_it_is() -> None:
         del receive, send
         passed.append(dict(scope))
 
-    trusting = ClientAddress(app, Proxies.of(ServerSection(trusted_proxies=("10.0.0.0/8",), docs=True)))
+    trusting = ClientAddress(app, Proxies.of(("10.0.0.0/8",)))
     header = [(b"x-forwarded-for", b"203.0.113.9")]
     unix = {"type": "http", "client": None, "headers": header}
     proxied = {"type": "http", "client": ("10.0.0.1", 4711), "headers": header}

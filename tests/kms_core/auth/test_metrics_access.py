@@ -23,7 +23,9 @@ def test_good_tokens_read_the_metrics_beside_a_hundred_times_as_many_bad_ones(tm
     settings = load(config, {"HOME": str(tmp_path)})
     doors = build(settings)
     assert doors
-    scraping = MetricsAccess("token", doors, ByScopes(doors, {}), Proxies.of(settings.kms.server))
+    scraping = MetricsAccess(
+        "token", doors, ByScopes(doors, {}), Proxies.of(settings.kms.server.trusted_proxies)
+    )
     before = metrics.AUTH_FAILURES.labels("signature")._value.get()  # noqa: SLF001 -- the library shows none
     known = []
     for number in range(1000):

@@ -296,7 +296,7 @@ NO_VALUE_WEAKENS = {  # why no value of these settings is told
         vault_kv.path vault_kv.kv_version vault_kv.cache_s auth.failures_per_minute auth.max_stale_s
         tenants.*.keys
         tenants.*.requests_per_s tenants.*.burst tenants.*.open_jobs tenants.*.spool_bytes
-        server.processes server.connections server.proxy_header server.client_ca server.client_crl
+        server.processes server.connections server.client_ca server.client_crl
         server.client_cert server.json_bytes server.json_bytes_per_tenant
         server.json_bytes_per_credential server.json_body_s server.uploads server.uploads_per_tenant
         server.uploads_per_credential server.downloads server.downloads_per_tenant

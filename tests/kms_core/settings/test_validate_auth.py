@@ -84,7 +84,6 @@ def read(tmp_path: Path, text: str, **environ: str) -> Settings:
         ("[kms.server]\ntrusted_proxies = ['0.0.0.0/0']\n", "this trusts every address"),
         ("[kms.server]\ntrusted_proxies = ['10.0.0.0/8', '::/0']\n", "this trusts every address"),
         ("[kms.server]\ntrusted_proxies = ['0.0.0.0/1', '128.0.0.0/1']\n", "this trusts every address"),
-        ("[kms.server]\nproxy_header = 'x-real-ip'\n", "kms.server.proxy_header"),
         ("[kms.server]\ntls_cert = '/t/c'\n", "belong together"),
         ("[kms.server]\ntls_key = '/t/c'\n", "belong together"),
         ("[kms.server]\nclient_ca = '/t/c'\n", "need TLS"),
