@@ -20,6 +20,9 @@ class TcpProxy:
         self._open: set[socket.socket] = set()
         self._start()
 
+    def __del__(self) -> None:
+        self._listener.close()
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
