@@ -10,7 +10,6 @@ from typing import Any, Final
 import pytest
 import redis
 
-from kms_cli.local.valkey import ACCESS
 from kms_core.programs import tether
 from kms_core.settings import lint
 from kms_core.settings.load import check_exposure
@@ -116,15 +115,6 @@ def test_secrets_are_private_and_made_once(tmp_path: Path) -> None:
         "users.acl",
     }
     assert (tmp_path / "s").stat().st_mode & 0o077 == 0
-
-
-def test_the_service_may_do_at_the_server_what_it_may_at_the_embedded_one(tmp_path: Path) -> None:
-    users = (make_secrets(tmp_path) / "users.acl").read_text().splitlines()
-    rights = [" ".join(line.split()[4:]) for line in users]
-
-    assert users[0] == "user default on nopass resetkeys resetchannels -@all +ping"
-    assert re.match(r"user kms on #[0-9a-f]{64} resetkeys ", users[1])
-    assert rights[1] == " ".join(ACCESS.split()[4:])
 
 
 def test_the_redis_of_the_distribution_takes_the_list_as_the_page_says(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ folder = pathlib.Path(sys.argv[1])
 if sys.stdin.read():
     sys.exit()  # pytest ended by itself: it keeps what it wants to keep
 from kms_cli.local.valkey import runtime_dir
-for access_list in folder.rglob("valkey/users.acl"):
-    shutil.rmtree(runtime_dir(access_list.parents[1], {}), ignore_errors=True)
+for lock in folder.rglob("valkey/lock"):
+    shutil.rmtree(runtime_dir(lock.parents[1], {}), ignore_errors=True)
 for line in pathlib.Path("/proc/self/mounts").read_text().splitlines():
     if line.split()[1].startswith(f"{folder}/"):
         subprocess.run(["umount", "-l", line.split()[1]])

@@ -1,4 +1,4 @@
-"""A Valkey server for tests: the embedded server of ``kms up``, without a supervisor."""
+"""A Valkey server for tests: that of ``kms up`` without a supervisor, with the access list of deployments."""
 
 import os
 import subprocess
@@ -14,6 +14,9 @@ from kms_core.programs.supervisor import append_only
 from kms_protocol.errors import Conflict, Unavailable
 from support.waiting import until
 
+ACCESS_LIST: Final = Path(__file__).parents[2] / "deploy" / "valkey" / "users.acl"
+RIGHTS: Final = ACCESS_LIST.read_text().partition("user kms on #PASSWORD_SHA256 ")[2].strip()
+"""The rights of the service, as the access list writes them."""
 POLL_S: Final = 0.002
 DYING_S: Final = 1.0  # between a SIGKILL and the end of the process
 
@@ -68,9 +71,13 @@ class EmbeddedValkey:
         if self._files is None:
             self._files = self._stack.enter_context(claim(self._state_dir, self._environ))
         server = child(self._files, self._limits, self._environ)
+        access_list = self._files.data_dir / "users.acl"
+        access_list.write_text(f"user default on nopass {RIGHTS}\n")
+        access_list.chmod(0o600)
+        argv = [*server.argv, "--aclfile", str(access_list)]
         output = append_only(self._files.log_path)
         try:
-            self._process = tether.spawn(server.argv, env={}, output=output, pass_fds=server.pass_fds)
+            self._process = tether.spawn(argv, env={}, output=output, pass_fds=server.pass_fds)
         finally:
             os.close(output)
         try:

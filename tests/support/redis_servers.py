@@ -16,8 +16,9 @@ from urllib.parse import quote
 
 import redis
 
-from kms_cli.local.valkey import ACCESS, find_binary
+from kms_cli.local.valkey import find_binary
 from kms_core.programs import tether
+from support.embedded_valkey import RIGHTS
 from support.ports import free_port
 from support.programs import program
 from support.waiting import until_up
@@ -53,13 +54,13 @@ def server(
     appends: bool = True,
     bind: str = "127.0.0.1",
 ) -> Iterator[Server]:
-    """A server with the user ``kms``, who may do what the embedded server's user may.
+    """A server with the user ``kms``, who has the rights of a deployment.
 
     ``appends``: with an append-only file, as a server of jobs should have it. It listens at ``bind``.
     """
     folder.mkdir()
     secret = hashlib.sha256(PASSWORD.encode()).hexdigest()
-    ours = ACCESS.replace("user default on nopass", f"user kms on #{secret}")
+    ours = f"user kms on #{secret} {RIGHTS}\n"
     if authority:
         for newer in ("+client|setinfo ", "+waitaof "):  # of 7.2; Debian 12 has 7.0, and clients do without
             ours = ours.replace(newer, "")

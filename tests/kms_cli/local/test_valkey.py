@@ -1,5 +1,4 @@
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from kms_cli.local.valkey import ValkeyFiles, ValkeyLimits
 from kms_core.programs import tether
 from kms_protocol.errors import ConfigurationError, Conflict, Unavailable
 from support.embedded_valkey import EmbeddedValkey
-from support.programs import tied
+from support.programs import program, tied
 from support.waiting import WAIT_S, until
 
 
@@ -215,22 +214,9 @@ def test_full_server_refuses_and_forgets_nothing(tmp_path: Path) -> None:
         assert client.get("kms:first") == b"1"
 
 
-def redis_server() -> str | None:
-    """Debian's, where it is new enough for the access list (7.2)."""
-    found = shutil.which("redis-server")
-    if found is None:
-        return None
-    said = subprocess.run([found, "--version"], check=True, capture_output=True, text=True).stdout
-    version = [int(part) for part in said.partition("v=")[2].split()[0].split(".")]
-    return found if version >= [7, 2] else None
-
-
 def test_data_moves_to_redis_and_back(tmp_path: Path) -> None:
-    other = redis_server()
-    if other is None:
-        pytest.skip("no redis-server 7.2 on the PATH")
     ours = valkey.find_binary({})
-    for binary in (ours, Path(other), ours):
+    for binary in (ours, Path(program("redis-server")), ours):
         with valkey.claim(tmp_path, {}) as place, client_of(place.url_of(0)) as client:
             process = start_binary(binary, place)
             client.incr("kms:starts")
