@@ -48,7 +48,7 @@ COMMANDS: Final = {  # name: module, help
     "identity": ("commands.recipient", "Print an identity for age -d -i, rage and sops."),
     "inspect": ("commands.inspect", "Show the header of an encrypted file."),
     "token": ("commands.tokens", "Create, list, rotate and revoke API tokens."),
-    "migrate": ("migrate.command", "Migrate ciphertexts from Vault, AWS KMS or SOPS."),
+    "migrate": ("commands.migrate", "Migrate ciphertexts from Vault, AWS KMS or SOPS."),
     "audit": ("commands.audit", "Verify and read the audit log of this machine."),
     "cosmian": ("commands.cosmian", "Create the keys of the service on a Cosmian KMS server."),
     "backup": ("backup.commands", "Back up the service of this machine to one encrypted file."),
@@ -87,9 +87,9 @@ KEYS_COMMANDS: Final = {
 }
 
 MIGRATE_COMMANDS: Final = {
-    "transit": ("migrate.sources", "Migrate from the transit engine of Vault or OpenBao."),
-    "aws": ("migrate.sources", "Migrate from AWS KMS."),
-    "sops": ("migrate.sops", "Add the service as a recipient of SOPS files."),
+    "transit": ("commands.migrate", "Migrate from the transit engine of Vault or OpenBao."),
+    "aws": ("commands.migrate", "Migrate from AWS KMS."),
+    "sops": ("commands.migrate_sops", "Add the service as a recipient of SOPS files."),
 }
 
 AUDIT_COMMANDS: Final = {

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pytest
 
-from kms_cli.migrate.pipeline import Lines, MovedRecord
+from kms_cli.commands.migrate_output import MovedRecord, continued
 from kms_cli.plugin.names import PluginTarget
 from kms_core.auth import tokens
 from kms_core.auth.tokens import TokenFile, TokenRequest
@@ -113,10 +113,9 @@ def test_plugin_names_are_of_version_1(number: int) -> None:
 def test_move_goes_on_where_an_earlier_version_ended(tmp_path: Path) -> None:
     path = manifest.copied("migrated.jsonl", tmp_path)
     before = path.read_bytes()
-    lines = Lines.continued(path)
-
-    assert [lines.has("", f"{number:064x}") for number in (1, 2, 3)] == [True, True, False]
-    lines.close()
+    records = [MovedRecord(line=number, source=f"{number:064x}") for number in (1, 2, 3)]
+    with continued(path) as lines:
+        assert list(map(lines.has, records)) == [True, True, False]
     assert path.read_bytes() == before
 
 
@@ -127,10 +126,8 @@ def test_moved_lines_are_of_version_1(tmp_path: Path) -> None:
         {"line": 1, "reference": "invoice-7", "source": f"{1:064x}", **common},
         {"line": 2, "source": f"{2:064x}", **common},
     ]
-    lines = Lines.continued(tmp_path / "new.jsonl")
-    lines.put("", MovedRecord(line=2, source=f"{2:064x}", ciphertext=file, **expected.MOVED_TO))
-    lines.flush()
-    lines.close()
+    with continued(tmp_path / "new.jsonl") as lines:
+        lines.put([MovedRecord(line=2, source=f"{2:064x}", ciphertext=file, **expected.MOVED_TO)])
 
     assert list(map(json.loads, (manifest.V1 / "migrated.jsonl").read_bytes().splitlines())) == by_hand
     assert json.loads((tmp_path / "new.jsonl").read_bytes()) == by_hand[1]

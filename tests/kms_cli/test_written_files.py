@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kms_cli.migrate.pipeline import Lines
+from kms_cli.commands.migrate_output import Lines, MovedRecord
 from kms_cli.options import placed
 from kms_core import secure_files
 from support.disk_trace import recorded
@@ -51,7 +51,6 @@ def test_records_of_a_migration_are_on_the_disk_before_it_goes_on(
     disk = recorded(monkeypatch)
     path = tmp_path / "out.ndjson"
     with path.open("w+b") as file:
-        file.write(b"{}\n")
-        Lines(file).flush()
+        Lines(file).put([MovedRecord(line=1, source="00", ciphertext=b"age")])
 
-        assert disk.synced_bytes[path.stat().st_ino] == 3
+        assert disk.synced_bytes[path.stat().st_ino] == path.stat().st_size > 0

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from kms_cli.migrate.pipeline import Lines, MovedRecord
+from kms_cli.commands.migrate_output import MovedRecord, continued
 from kms_cli.plugin.names import PluginTarget
 from kms_core import audit
 from kms_core.audit.keys import Concealer, Signer
@@ -121,14 +121,17 @@ def _plugin(path: Path) -> None:
 
 
 def _migrated(path: Path) -> None:
-    out, file = Lines.continued(path), manifest.entry("age-x25519/small-bound").file
-    for number, name in enumerate(expected.MOVED, start=1):
-        source = f"{number:064x}"
-        out.put(
-            "", MovedRecord(line=number, reference=name, source=source, ciphertext=file, **expected.MOVED_TO)
-        )
-    out.flush()
-    out.close()
+    file = manifest.entry("age-x25519/small-bound").file
+    with continued(path) as out:
+        for number, name in enumerate(expected.MOVED, start=1):
+            source = f"{number:064x}"
+            out.put(
+                [
+                    MovedRecord(
+                        line=number, reference=name, source=source, ciphertext=file, **expected.MOVED_TO
+                    )
+                ]
+            )
 
 
 def _codec(path: Path, scratch: Path) -> None:

@@ -34,7 +34,7 @@ BATCHES: Final = 2  # requests in flight for each key and operation
 _NO_UPSERT: Final = "none"
 """An invalid key type: encrypt would otherwise create a missing key, where our policy allows it."""
 
-_DAMAGED: Final = ("message authentication failed", "invalid ciphertext", "disallowed by policy")
+DAMAGED: Final = ("message authentication failed", "invalid ciphertext", "disallowed by policy")
 _ABSENT: Final = "is not there: make it with `bao write -f {path}`"
 _DELETED: Final = "is deleted: restore it with `bao write -f {path}/soft-delete-restore`"
 _REFUSALS: Final = (  # the first whose text is in the answer; the last for any other
@@ -221,7 +221,7 @@ class TransitCipher:
 
     def _refusal(self, operation: str, words: str) -> KmsError:
         """The meaning of the text of a 400."""
-        if operation == "decrypt" and any(word in words for word in _DAMAGED):
+        if operation == "decrypt" and any(word in words for word in DAMAGED):
             return DecryptFailed()
         return self._error(next(text for word, text in _REFUSALS if word in words))
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 
-from kms_cli.migrate.sops import blocks_of
+from kms_cli.commands.migrate_sops import blocks_of
 from kms_core.age import armor, x25519
 from support.cli.fixtures import BIN, Place, environment
 from support.cli.migrate import Ran, Workspace, report

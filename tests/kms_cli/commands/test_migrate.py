@@ -101,6 +101,7 @@ def test_lines_of_json_bring_what_transit_bound_and_what_we_shall_bind(
             "ciphertext": in_transit(vault, derived, b"derived", context=b64(b"tenant")),
             "key": derived,
             "context": b64(b"tenant"),
+            "associated_data": None,
             "new_context": "tenant=acme",
         },
         in_transit(vault, plain, b"bare"),
@@ -133,16 +134,18 @@ def test_bad_lines_are_told_and_stop_nothing(workspace: Workspace, vault: Bao) -
         {"ciphertext": good, "key": "nokey"},
         bound,
         b"\xff\xfe",
+        {"ciphertext": good, "new_key_id": "no key?"},
+        b'{"ciphertext":' + b"[" * 100_000,
         in_transit(vault, key, b"last"),
     ]
 
     done = from_vault(workspace, vault.url, "--key", key, "-o", "out", workspace.write("in", lines))
 
     assert done.returncode == 65
-    assert report(done) == {"lines": 10, "moved": 2, "already_there": 0, "failed": 8}
+    assert report(done) == {"lines": 12, "moved": 2, "already_there": 0, "failed": 10}
     assert [workspace.opened(record) for record in workspace.records("out")] == [b"good", b"last"]
     told = [line.split(b": ")[1] for line in done.stderr.splitlines()]
-    assert told == [b"line %d" % number for number in (2, 3, 5, 6, 7, 8, 9, 10)]
+    assert told == [b"line %d" % number for number in (2, 3, 5, 6, 7, 8, 9, 10, 11, 12)]
     assert good.encode() not in done.stderr
 
 
@@ -198,6 +201,18 @@ def test_a_token_that_is_refused_is_not_tried_on_every_line(workspace: Workspace
     assert not workspace.records("out")
 
 
+def test_lines_before_the_end_of_a_run_are_kept(workspace: Workspace, vault: Bao) -> None:
+    key = vault.new_key()
+    first, last = in_transit(vault, key, b"first"), in_transit(vault, key, b"last")
+    lines = [first, *[{"ciphertext": first, "key": "nokey", "reference": f"{n}"} for n in range(20)], last]
+
+    done = from_vault(workspace, vault.url, "--key", key, "-o", "out", workspace.write("in", lines))
+
+    assert done.returncode == 69
+    assert report(done) == {"lines": 21, "moved": 1, "already_there": 0, "failed": 19}
+    assert [workspace.opened(record) for record in workspace.records("out")] == [b"first"]
+
+
 def test_a_service_that_is_away_ends_the_run(workspace: Workspace, vault: Bao) -> None:
     key = vault.new_key()
     given = workspace.write("in", [in_transit(vault, key, b"x")])
@@ -247,14 +262,15 @@ def test_a_file_for_each_ciphertext_is_named_by_its_reference(workspace: Workspa
         {"ciphertext": in_transit(vault, key, b"named"), "reference": "db.password"},
         in_transit(vault, key, b"unnamed"),
         {"ciphertext": in_transit(vault, key, b"evil"), "reference": "../evil"},
+        {"ciphertext": in_transit(vault, key, b"another"), "reference": "db.password"},
     ]
     first = from_vault(
         workspace, vault.url, "--key", key, "--output-dir", "out", workspace.write("in", lines)
     )
     again = from_vault(workspace, vault.url, "--key", key, "--output-dir", "out", "in")
 
-    assert (first.returncode, report(first)["moved"], report(first)["failed"]) == (65, 2, 1)
-    assert report(again)["already_there"] == 2
+    assert (first.returncode, report(first)["moved"], report(first)["failed"]) == (65, 2, 2)
+    assert (again.returncode, report(again)["already_there"], report(again)["failed"]) == (65, 2, 2)
     assert {path.name for path in (workspace.folder / "out").iterdir()} == {"db.password.age", "line-2.age"}
     assert (
         workspace.kms("decrypt", given=(workspace.folder / "out/db.password.age").read_bytes()).stdout
@@ -343,13 +359,14 @@ def test_a_command_that_cannot_work_ends_before_it_begins(
     assert not (workspace.folder / "o").exists()
 
 
-def test_an_output_of_something_else_is_left_alone(workspace: Workspace, vault: Bao) -> None:
-    (workspace.folder / "out").write_text("precious notes\n")
+@pytest.mark.parametrize("notes", ["precious notes\n", "precious notes", '{"precious": "notes"}'])
+def test_an_output_of_something_else_is_left_alone(workspace: Workspace, vault: Bao, notes: str) -> None:
+    (workspace.folder / "out").write_text(notes)
 
     done = from_vault(workspace, vault.url, "--key", "k", "-o", "out", given=b"vault:v1:AAAA")
 
     assert done.returncode == 65
-    assert (workspace.folder / "out").read_text() == "precious notes\n"
+    assert (workspace.folder / "out").read_text() == notes
 
 
 # -- AWS KMS -----------------------------------------------------------------------------------------

@@ -1,0 +1,382 @@
+"""``kms migrate``: re-encrypts ciphertexts of Vault's transit engine and of AWS KMS, one on each line.
+
+A line is decrypted by the other system and encrypted by the service, which then decrypts the result: it is
+written only if that returns the same plaintext. An invalid line does not stop the others. A system that does
+not answer stops the run, and the next run continues after the written lines.
+"""
+
+import binascii
+import contextlib
+import functools
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar
+
+import click
+import msgspec
+from msgspec import UNSET
+from msgspec.structs import fields, replace
+
+from kms_cli.commands.migrate_output import Folder, Lines, MigrationReport, MovedRecord, continued
+from kms_cli.main import MIGRATE_COMMANDS, LazyGroup
+from kms_cli.options import STDIO, context_of, context_option, key_option
+from kms_cli.session import connect, session
+from kms_client import Client
+from kms_client.problems import failure
+from kms_client.settings import check_encrypted
+from kms_core.backends.aws.settings import check_endpoint
+from kms_core.backends.circuit_breaker import RetryingCaller, RetryPolicy
+from kms_core.backends.vault import client as vault
+from kms_core.backends.vault.settings import TransitSection
+from kms_core.backends.vault.transit import DAMAGED
+from kms_core.http_client import Busy, Unreachable
+from kms_core.observability import logs
+from kms_core.sections import check_address
+from kms_protocol import errors, wire
+from kms_protocol.context import Context
+from kms_protocol.errors import InvalidRequest, KmsError
+from kms_protocol.shapes import KeyId
+from kms_protocol.units import size_text
+
+migrate_command = LazyGroup(
+    "migrate", MIGRATE_COMMANDS, "Migrate ciphertexts of other systems to the service."
+)
+BATCH_LINES: Final = 100
+BATCH_BYTES: Final = 512 * 1024  # of plaintext, a quarter of the limit of a request body
+LINE_BYTES: Final = 64 * 1024 * 1024
+GIVE_UP_AFTER: Final = 20  # failures of the other system in a row
+AWS_TIMEOUT_S: Final = 10.0
+a_path: Final = click.Path(path_type=Path)
+
+
+class NotTheSame(KmsError):
+    """A ciphertext that the service decrypts to another plaintext."""
+
+    code = "not_verified"
+    summary = "The service decrypted the ciphertext to another plaintext: it was not written"
+
+
+# -- input -------------------------------------------------------------------------------------------
+
+
+class SourceLine(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A line of input: a ciphertext, what it needs, and the name, context and key of its result.
+
+    A field without a value has that of the option of its name.
+    """
+
+    reference: str | None = None
+    context: wire.ContextIn = msgspec.field(name="new_context", default=None)
+    key_id: KeyId | None = msgspec.field(name="new_key_id", default=None)
+
+    def parameters(self, *names: str) -> dict[str, object]:
+        """Return the fields of these names in JSON that are not empty, with bytes in base64."""
+        document = msgspec.to_builtins(self)
+        return {name: document[name] for name in names if document[name]}
+
+
+L = TypeVar("L", bound=SourceLine)
+C = TypeVar("C", bound=Callable[..., object])
+
+
+def read_line(text: bytes, shape: type[L], options: Mapping[str, object]) -> L:
+    """Read JSON, or only a ciphertext. Raises InvalidRequest, which does not quote the line."""
+    name = next(each.encode_name for each in fields(shape) if each.required)
+    defaults = {each.encode_name: options.get(each.name) for each in fields(shape)}
+    try:
+        document = text if text.startswith(b"{") else msgspec.json.encode({name: text.decode("ascii")})
+        given = msgspec.json.decode(document, type=dict[str, object])
+        known = {key: value for key, value in given.items() if value is not None}
+        return msgspec.convert(defaults | known, shape)
+    except wire.NOT_JSON as exc:
+        reason = str(exc) if isinstance(exc, msgspec.ValidationError) else "it is not JSON, nor ASCII"
+        raise InvalidRequest(f"Expected a ciphertext, or JSON with {name}: {reason}") from exc
+
+
+def lines_of(inputs: Sequence[Path]) -> Iterator[bytes]:
+    """Yield the lines of all inputs; none, or ``-``, is stdin. Raises InvalidRequest above 64 MiB a line."""
+    for path in inputs or (STDIO,):
+        with contextlib.nullcontext(sys.stdin.buffer) if path == STDIO else path.open("rb") as file:
+            while line := file.readline(LINE_BYTES):
+                if len(line) == LINE_BYTES:
+                    raise InvalidRequest(f"A line exceeds {size_text(LINE_BYTES)}: expected a ciphertext")
+                yield line
+
+
+# -- migration ---------------------------------------------------------------------------------------
+
+Item = tuple[MovedRecord, wire.BatchItem]
+
+
+@dataclass(slots=True)
+class Migration(Generic[L]):
+    """One run. ``decrypt`` raises DecryptFailed, BackendUnavailable, and Unreachable and Busy after retries.
+
+    Without a client it is a dry run, which decrypts all lines and writes nothing.
+    """
+
+    read: Callable[[bytes], L]
+    decrypt: Callable[[L], bytes]
+    client: Client | None
+    output: Lines | Folder
+    report: MigrationReport = field(default_factory=MigrationReport)
+
+    def run(self, lines: Iterable[bytes]) -> None:
+        """Migrate lines. Raises Unavailable if source or service do not answer; earlier results are kept."""
+        for batch in _batches(self._decrypted(lines)):
+            if self.client is None:
+                self.report.moved += len(batch)
+            else:
+                self._encrypt(self.client, batch)
+
+    def _decrypted(self, lines: Iterable[bytes]) -> Iterator[Item]:
+        """Decrypt the lines that are not in the output. Raises Unreachable, Busy."""
+        in_a_row = 0
+        for number, text in enumerate(map(bytes.strip, lines), start=1):
+            if not text:
+                continue
+            self.report.lines += 1
+            try:
+                line, source = self.read(text), hashlib.sha256(text).hexdigest()
+                record = MovedRecord(line=number, reference=line.reference, source=source)
+                if self.output.has(record):
+                    self.report.already_there += 1
+                    continue
+                plaintext = self.decrypt(line)
+            except (Unreachable, Busy):
+                raise
+            except KmsError as exc:
+                in_a_row = in_a_row + 1 if isinstance(exc, errors.BackendUnavailable) else 0
+                if in_a_row == GIVE_UP_AFTER:
+                    raise Unreachable(f"{exc.detail} (of {GIVE_UP_AFTER} lines in a row)") from exc
+                self.report.fail(f"line {number}", exc)
+            else:
+                in_a_row = 0
+                yield record, wire.BatchItem(plaintext=plaintext, context=line.context, key_id=line.key_id)
+
+    def _encrypt(self, client: Client, batch: Sequence[Item]) -> None:
+        """Encrypt, decrypt the ciphertexts, and write those that return the same plaintext.
+
+        Raises Unavailable, after the others are written and reported, if the service cannot process some now.
+        """
+        given = {record.line: item for record, item in batch}
+        again: list[Item] = []
+        good: list[MovedRecord] = []
+        failed: list[tuple[int, KmsError]] = []
+        for record, made in _processed(client, "encrypt", batch, failed):
+            done = replace(
+                record, ciphertext=made.ciphertext, key_id=made.key_id, key_version=made.key_version
+            )
+            again.append((done, wire.BatchItem(ciphertext=done.ciphertext, context=given[done.line].context)))
+        for record, opened in _processed(client, "decrypt", again, failed):
+            if opened.plaintext == given[record.line].plaintext:
+                good.append(record)
+            else:
+                failed.append((record.line, NotTheSame()))
+        self.output.put(good)
+        self.report.moved += len(good)
+        for line, error in sorted(failed, key=lambda each: isinstance(each[1], errors.Unavailable)):
+            if isinstance(error, errors.Unavailable):
+                raise error
+            self.report.fail(f"line {line}", error)
+
+
+def _batches(items: Iterable[Item]) -> Iterator[Sequence[Item]]:
+    """Group items for a request each. What came before an error is yielded before it is raised."""
+    batch: list[Item] = []
+    size = 0
+    try:
+        for record, item in items:
+            size += len(item.plaintext or b"")
+            if len(batch) == BATCH_LINES or (batch and size > BATCH_BYTES):
+                yield batch
+                batch, size = [], len(item.plaintext or b"")
+            batch.append((record, item))
+    except (Unreachable, Busy):
+        yield batch
+        raise
+    yield batch
+
+
+def _processed(
+    client: Client, operation: wire.JobKind, items: Sequence[Item], failed: list[tuple[int, KmsError]]
+) -> Iterator[tuple[MovedRecord, wire.BatchResult]]:
+    """Yield the results of the service, and add its errors to ``failed`` with the numbers of their lines.
+
+    A batch above the limit of the service is sent item by item.
+    """
+    try:
+        results = client.batch(operation, [item for _, item in items]).results if items else []
+    except errors.TooLarge as exc:
+        if len(items) == 1:
+            failed.append((items[0][0].line, exc))
+        else:
+            for item in items:
+                yield from _processed(client, operation, [item], failed)
+        return
+    for (record, _), result in zip(items, results, strict=True):
+        if result.error is UNSET:
+            yield record, result
+        else:
+            failed.append((record.line, failure(result.error.code)))
+
+
+def migrate(shape: type[L], decrypt: Callable[[L], bytes], given: Mapping[str, Any]) -> int:
+    """Migrate the inputs and show the report. Return the exit code. Raises Unavailable after the report."""
+    output, folder, dry_run = given["output"], given["output_dir"], given["dry_run"]
+    if output and folder:
+        raise click.UsageError("give --output or --output-dir, not both")
+    caller = RetryingCaller("migrate", RetryPolicy())
+    with contextlib.ExitStack() as stack:
+        client = None if dry_run else stack.enter_context(connect())
+        target: Lines | Folder = Folder(folder) if folder else Lines(sys.stdout.buffer)
+        if output and not dry_run:
+            target = stack.enter_context(continued(output))
+        read = functools.partial(read_line, shape=shape, options=given)
+        moving = Migration(read, lambda line: caller.call("unwrap", lambda: decrypt(line)), client, target)
+        try:
+            moving.run(lines_of(given["inputs"]))
+        finally:
+            code = moving.report.show(dry_run=dry_run, on_stdout=bool(dry_run or output or folder))
+    return code
+
+
+def line_options(command: C) -> C:
+    """Add the options of the commands that migrate lines."""
+    folder = click.Path(path_type=Path, file_okay=False, exists=True)
+    appended = "Append lines of JSON to this file, and skip lines that it contains."
+    each = "Write a file for each ciphertext: REFERENCE.age, or line-NUMBER.age."
+    for option in (
+        key_option,
+        context_option,
+        click.option("--dry-run", is_flag=True, help="Decrypt all lines; encrypt and write nothing."),
+        click.option("--output-dir", type=folder, help=each),
+        click.option("--output", "-o", type=a_path, help=appended),
+        click.argument("inputs", nargs=-1, type=a_path),
+    ):
+        command = option(command)
+    return command
+
+
+# -- transit -----------------------------------------------------------------------------------------
+
+
+class TransitLine(SourceLine, kw_only=True):
+    """An item of the ``batch_input`` of transit."""
+
+    ciphertext: str
+    vault_context: bytes | None = msgspec.field(name="context", default=None)
+    associated_data: bytes | None = None
+    key: str | None = None
+
+
+class _PlaintextAnswer(msgspec.Struct):
+    plaintext: bytes
+
+
+def base64(text: str) -> bytes:
+    """Return the value of an option in base64."""
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError as exc:
+        raise click.BadParameter("expected base64") from exc
+
+
+@click.command("transit")
+@click.option("--vault-address", required=True, help="https://host:port of the server.")
+@click.option("--vault-token-file", required=True, type=a_path, help="File that holds a token for it.")
+@click.option("--vault-namespace", help="Namespace of the mount.")
+@click.option("--vault-ca-file", type=a_path, help="Trust only the certificate authorities in this file.")
+@click.option("--mount", default="transit", show_default=True, help="Path of the engine.")
+@click.option("--key", help="Name of the key in transit.")
+@click.option("--vault-context", type=base64, help="Context of a derived key, in base64.")
+@click.option("--associated-data", type=base64, help="Associated data, in base64.")
+@line_options
+def transit_command(**given: Any) -> int:  # noqa: ANN401 -- click's own
+    """Decrypt ciphertexts with transit, encrypt them with the service, and verify each by decrypting it.
+
+    A line of INPUTS, or of stdin, is vault:v1:… or JSON: ciphertext, and optionally context and
+    associated_data (base64, as in transit's batch_input), key, reference, new_context, new_key_id. --context
+    and --key-id are those of the service, for lines without them.
+    """
+    logs.configure("warn", json=False)  # warnings of the backend appear on stderr
+    Context.parse(given["context"])
+    check_address("--vault-address", given["vault_address"], in_prod=False)
+    if not session().allow_http:
+        check_encrypted(given["vault_address"])
+    names = ("address", "token_file", "namespace", "ca_file")
+    section = TransitSection(**{name: given[f"vault_{name}"] for name in names})
+    engine = vault.connect(section, "vault", strict=False)
+    mount = vault.path_of(given["mount"], "--mount")
+    return migrate(TransitLine, lambda line: _by_transit(engine, mount, line), given)
+
+
+def _by_transit(engine: vault.VaultClient, mount: str, line: TransitLine) -> bytes:
+    if line.key is None:
+        raise InvalidRequest("There is no key: give --key, or key in the line")
+    path = f"{mount}/decrypt/{vault.path_of(line.key, 'The name of a transit key')}"
+    answer = engine.call("POST", path, line.parameters("ciphertext", "context", "associated_data"))
+    if answer.ok:
+        return answer.read(vault.EngineAnswer[_PlaintextAnswer]).data.plaintext
+    told = vault.said(answer)
+    if any(word in told for word in DAMAGED):
+        raise errors.DecryptFailed
+    enable = f"bao secrets enable -path={mount} transit"
+    raise engine.engine_error(answer, mount, enable) or errors.BackendUnavailable(
+        f"{engine.server.where} rejects it at {path}: check the key, and its context if it is derived"
+    )
+
+
+# -- AWS KMS -----------------------------------------------------------------------------------------
+
+
+class AwsLine(SourceLine, kw_only=True):
+    """The parameters of Decrypt. Its context is that of the service too, unless another is given."""
+
+    ciphertext_blob: bytes = msgspec.field(name="CiphertextBlob")
+    encryption_context: dict[str, str] | None = msgspec.field(name="EncryptionContext", default=None)
+    aws_key: str | None = msgspec.field(name="KeyId", default=None)
+
+    def __post_init__(self) -> None:
+        if self.context is None:
+            self.context = self.encryption_context
+
+
+class _DecryptAnswer(msgspec.Struct, rename="pascal"):
+    plaintext: bytes
+
+
+@click.command("aws")
+@click.option("--region", help="Region of the keys.")
+@click.option("--profile", help="Profile of ~/.aws/config.")
+@click.option("--endpoint-url", help="Address instead of that of the region.")
+@click.option("--aws-ca-file", type=a_path, help="Trust only the certificate authorities in this file.")
+@click.option("--aws-key", help="Required key of the ciphertexts: its ARN, id or alias.")
+@click.option("--encryption-context", callback=context_of, help="Context in AWS, written as --context.")
+@line_options
+def aws_command(**given: Any) -> int:  # noqa: ANN401 -- click's own
+    """Decrypt ciphertexts with AWS KMS, encrypt them with the service, and verify each by decrypting it.
+
+    A line of INPUTS, or of stdin, is a CiphertextBlob in base64 or JSON: CiphertextBlob, and optionally
+    EncryptionContext, KeyId, reference, new_context, new_key_id. Without --context or new_context, the
+    encryption context of AWS becomes the context in the service.
+    """
+    from kms_core.backends.aws.client import AwsEndpoint, AwsKmsClient  # noqa: PLC0415 -- botocore is optional
+
+    logs.configure("warn", json=False)  # warnings of the backend appear on stderr
+    Context.parse(given["context"])
+    given["encryption_context"] = dict(Context.parse(given["encryption_context"]).pairs) or None
+    if given["endpoint_url"]:
+        check_endpoint("--endpoint-url", given["endpoint_url"], in_prod=False)
+    names = ("region", "endpoint_url", "profile", "aws_ca_file")
+    region, url, profile, ca_file = (given[name] for name in names)
+    kms = AwsKmsClient(AwsEndpoint(region, url, profile, ca_file, AWS_TIMEOUT_S))
+
+    def decrypt(line: AwsLine) -> bytes:
+        asked = line.parameters("CiphertextBlob", "EncryptionContext", "KeyId")
+        return kms.ask("Decrypt", asked, _DecryptAnswer).plaintext
+
+    return migrate(AwsLine, decrypt, given)

@@ -1,1 +1,0 @@
-"""``kms migrate``: re-encrypts ciphertexts of other systems with the service."""
