@@ -15,7 +15,7 @@ from typing import Final
 from kms_core import secure_memory
 from kms_core.observability import logs
 from kms_core.programs.supervisor import Child, supervise
-from kms_core.settings import lint
+from kms_core.settings import files, lint
 from kms_core.settings.load import check_exposure
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import KmsSection, Settings
@@ -30,13 +30,15 @@ def main() -> int:
     arguments = parser().parse_args()
     try:
         secure_memory.forbid_dumps()
-        loaded = load_settings(arguments.config, os.environ)
+        file = files.for_server(arguments.config, os.environ)
+        loaded = load_settings(file, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
         check_exposure(loaded)
         if not arguments.listener:  # else the leader has warned
             lint.warn(loaded)
+            files.write_note(file, os.environ)
         if loaded.kms.server.processes > 1 and not arguments.listener:
-            return _lead(loaded, arguments.config)
+            return _lead(loaded, file)
         from kms_core.observability import multiprocess_metrics  # noqa: PLC0415 -- the leader has no metrics
 
         multiprocess_metrics.share(os.environ)

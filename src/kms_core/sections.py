@@ -37,20 +37,6 @@ class WeakValue:
     advice: str
 
 
-@dataclass(frozen=True, slots=True)
-class DestinationRule:
-    """Keys of a table that decide who receives its ``credentials``.
-
-    ``credentials`` are keys that name a file or a profile, ``variables`` those of the environment that are
-    used by default, ``always`` a credential that needs no key.
-    """
-
-    deciding: tuple[str, ...]
-    credentials: tuple[str, ...] = ()
-    variables: tuple[str, ...] = ()
-    always: str = ""
-
-
 class BackendSection(Section, frozen=True, kw_only=True):
     """The table of a backend: ``[kms.<scheme>]``, with ``_`` in place of ``-``.
 
@@ -66,8 +52,6 @@ class BackendSection(Section, frozen=True, kw_only=True):
     CERTIFICATE: ClassVar[str] = ""
     """Key of our client certificate, whose expiry ``kms doctor`` reports."""
     WEAK_VALUES: ClassVar[tuple[WeakValue, ...]] = ()
-    DESTINATION: ClassVar[DestinationRule | None] = None
-    """Set if the backend is a server."""
 
     @classmethod
     def fill_in(cls, table: dict[str, object], state_dir: Path | None, environment: str) -> None:

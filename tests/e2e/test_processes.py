@@ -80,6 +80,18 @@ def test_counts_are_of_all_processes_and_only_grow_also_when_one_is_killed(pair:
     assert files == ["counter_api-1.db", "counter_api-2.db"]
 
 
+def test_programs_note_which_settings_they_read(
+    tmp_path: Path, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+) -> None:
+    """For the commands of this machine."""
+    with Service(tmp_path, "server.processes = 2\n", valkey.files.url_of(next(database_numbers))) as service:
+        note = service.state / "run/config"
+        for name in ("api", "worker"):
+            service.start(name)
+            assert note.read_text() == f"{service.config}\n"
+            note.unlink()
+
+
 def test_a_login_holds_whichever_process_answers(
     tmp_path: Path, valkey: EmbeddedValkey, database_numbers: Iterator[int]
 ) -> None:

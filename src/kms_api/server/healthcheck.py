@@ -11,6 +11,7 @@ import ssl
 import sys
 from typing import Final
 
+from kms_core.settings import files
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import KmsSection
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE, ConfigurationError
@@ -22,15 +23,19 @@ _WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- compa
 def main(words: list[str]) -> int:
     """Return 0 if it answers, 69 if not, 78 for wrong settings."""
     try:
-        kms = load_settings(None, os.environ).kms
+        kms = load_settings(files.for_command(None, os.environ, None, _say), os.environ).kms
     except ConfigurationError as exc:
-        sys.stderr.write(f"kms_api.server.healthcheck: error: {exc.detail}\n")
+        _say(f"error: {exc.detail}")
         return EXIT_CONFIGURATION
     try:
         alive = _answers(kms, worker="worker" in words)
     except (OSError, http.client.HTTPException):
         alive = False
     return 0 if alive else EXIT_UNAVAILABLE
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"kms_api.server.healthcheck: {text}\n")
 
 
 def _answers(kms: KmsSection, *, worker: bool) -> bool:

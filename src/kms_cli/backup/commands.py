@@ -61,7 +61,6 @@ def backup_command(
     """
     from kms_cli import audited  # noqa: PLC0415 -- the rest of the service, which takes a second
     from kms_cli.local import installation  # noqa: PLC0415 -- as above
-    from kms_core.settings.load import find  # noqa: PLC0415 -- as above
 
     if not recipients and not recipients_files:
         raise click.UsageError("name who can restore it: -r age1…, or -R FILE (`kms keygen` makes a key)")
@@ -71,7 +70,7 @@ def backup_command(
         raise click.UsageError("a backup in the state directory is lost with it: name another directory")
     if output.exists() and not force:
         raise OutputExists(f"{output} exists")
-    config = find(session().config, os.environ)
+    config = installation.settings_file(os.environ)
     files = InstalledFiles(settings, os.environ, config, with_spool=not without_spool)
     with (
         audited.effect(settings, "backup.create", str(output)),

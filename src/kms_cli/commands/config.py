@@ -13,10 +13,10 @@ import msgspec
 from kms_cli import terminal
 from kms_cli.local import installation
 from kms_cli.main import CONFIG_COMMANDS, LazyGroup
-from kms_cli.session import printed_as_json, session
+from kms_cli.session import printed_as_json
 from kms_core.backends import SCHEMES, table_of
 from kms_core.settings.lint import Weakness, unaccepted, weaknesses
-from kms_core.settings.load import check_exposure, find, origins
+from kms_core.settings.load import check_exposure, origins
 from kms_core.settings.model import Settings
 from kms_protocol.errors import EXIT_OTHER, ConfigurationError
 
@@ -51,9 +51,10 @@ def show_command(setting: str | None, *, changed: bool) -> None:
     """
     running = installation.running(os.environ)
     environ = installation.environ_of(running, os.environ)
-    origin = origins(session().config, environ, overrides=installation.overrides())
+    file = installation.settings_file(environ)
+    origin = origins(file, environ, overrides=installation.overrides())
     loaded = installation.settings(environ)
-    for text, advice in installation.doubts(running, find(session().config, environ)):
+    for text, advice in installation.doubts(running):
         terminal.say(f"warning: {terminal.plain(text)}: {terminal.plain(advice)}")
     redis = installation.redis_section(loaded, environ)
     embedded = {

@@ -29,18 +29,16 @@ from kms_cli.doctor.machine import (
 )
 from kms_cli.doctor.peers import ports, queue
 from kms_cli.local import installation
-from kms_cli.session import DEFAULT_URL, Session, connect, is_given, printed_as_json, session, use_url
+from kms_cli.session import Session, connect, is_given, printed_as_json, session, use_url
 from kms_client import admin
 from kms_client.settings import is_loopback
 from kms_core import container, key_opening, keyring
 from kms_core.documents.signed import Version
 from kms_core.envelope.sealed_files import root_of
 from kms_core.settings.lint import unaccepted, weaknesses
-from kms_core.settings.load import check_exposure, found_here
-from kms_core.settings.load import find as find_settings
+from kms_core.settings.load import check_exposure
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
-from kms_core.settings.trust import how_to_trust
 from kms_protocol import small_files
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError, Unavailable
 
@@ -77,21 +75,15 @@ def _findings() -> Iterator[Finding]:
         yield from _service(given, elsewhere=True)
         return
     running = installation.running(os.environ)
-    environ, own_id, found = installation.environ_of(running, os.environ), None, None
+    environ, own_id = installation.environ_of(running, os.environ), None
     try:
-        settings = load_settings(given.config, environ, overrides=installation.overrides())
+        file = installation.settings_file(environ)
+        settings = load_settings(file, environ, overrides=installation.overrides())
         if not is_given("url"):
             use_url(installation.url_of(settings))
-            usual = {
-                DEFAULT_URL,
-                f"http://127.0.0.1:{urlsplit(DEFAULT_URL).port}",
-                *(up.url for up in running),
-            }
-            found = None if session().url in usual else found_here(given.config, environ)
-        file = find_settings(given.config, environ)
         how = "kms up runs it" if running else "kms up does not run it"
         yield Finding("ok", "target", f"{session().url}, state {settings.state_dir.absolute()}: {how}")
-        for text, advice in installation.doubts(running, file):
+        for text, advice in installation.doubts(running):
             yield Finding("warn", "target", text, advice)
         yield Finding("ok", "settings", f"{_source(file)}, environment {settings.environment}")
         check_exposure(settings)
@@ -101,13 +93,7 @@ def _findings() -> Iterator[Finding]:
         yield from _machine(settings)
         with suppress(KmsError, OSError):
             own_id = container.marks(settings, makes=False).install_id()
-    if found and given.token_file:
-        text = (
-            f"the token is not sent to {session().url}, which {found}, found in the working directory, names"
-        )
-        yield Finding("FAIL", "service", text, how_to_trust(found), away=True)
-    else:
-        yield from _service(session(), elsewhere=False, own_id=own_id)
+    yield from _service(session(), elsewhere=False, own_id=own_id)
 
 
 def _show(finding: Finding) -> None:

@@ -23,7 +23,8 @@ from kms_cli.session import DEFAULT_URL, is_given, session
 from kms_core.audit.sinks import ANCHORS, FolderSink, RedisSink, read_lines
 from kms_core.audit.verification.scan import Note, VerificationReport
 from kms_core.redis_client import connect
-from kms_core.settings.load import DEFAULT_REDIS_URL, found_here
+from kms_core.settings import files
+from kms_core.settings.load import DEFAULT_REDIS_URL
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import RedisSection, Settings
 from kms_core.settings.redis_urls import for_celery
@@ -52,15 +53,14 @@ _UNTOLD: Final = ("KMS_REDIS_URL", "KMS_BROKER_URL", "COSMIAN_KMS_URL", "COSMIAN
 class Running(msgspec.Struct, frozen=True):
     """The note of a ``kms up`` that runs. It holds no secret.
 
-    ``environ`` are variables with which a command reads the same settings. ``found`` is the settings file
-    that it found in its working directory, ``others`` are the names of the further variables that it has.
+    ``environ`` are variables with which a command reads the same settings, ``others`` the names of the
+    further ones that it has.
     """
 
     started: float
     url: str
     state_dir: str
     environ: dict[str, str]
-    found: str | None
     others: list[str]
 
 
@@ -68,7 +68,6 @@ class Running(msgspec.Struct, frozen=True):
 def noted(settings: Settings, environ: Mapping[str, str]) -> Iterator[None]:
     """Keep a note of this ``kms up`` where its embedded server has its socket, locked while it runs."""
     folder = valkey.private_directory(valkey.runtime_dir(settings.state_dir, environ))
-    found = found_here(None, environ)
     told = {name: environ[name] for name in _SETTLED if environ.get(name)}
     told |= {name: str(Path(environ[name]).absolute()) for name in _PATHS if environ.get(name)}
     note = Running(
@@ -76,7 +75,6 @@ def noted(settings: Settings, environ: Mapping[str, str]) -> Iterator[None]:
         url_of(settings),
         str(settings.state_dir.absolute()),
         told,
-        str(found.absolute()) if found else None,
         [name for name in _UNTOLD if environ.get(name)],
     )
     handle = os.open(folder / _NOTE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -107,17 +105,12 @@ def running(environ: Mapping[str, str]) -> list[Running]:
     return sorted(notes, key=lambda note: (_port(note.url) != _port(DEFAULT_URL), -note.started))
 
 
-def doubts(running: Sequence[Running], file: Path | None) -> Iterator[tuple[str, str]]:
-    """Yield why the settings of this command may not be those of ``kms up``, each with what to do about it.
-
-    ``file`` is the settings file that this command reads.
-    """
+def doubts(running: Sequence[Running]) -> Iterator[tuple[str, str]]:
+    """Yield why the settings of this command may not be those of ``kms up``, each with what to do."""
     if len(running) > 1:
         others = " or ".join(f"--state-dir {each.state_dir}" for each in running[1:])
         yield f"kms up runs {len(running)} times, this is {running[0].state_dir}", f"for another: {others}"
     for each in running[:1]:
-        if each.found and (file is None or str(file.absolute()) != each.found):
-            yield f"kms up read {each.found}, in its working directory", "run this command there"
         if unset := [name for name in each.others if not os.environ.get(name)]:
             yield f"kms up runs with {', '.join(unset)}, this command without", "set the same here"
 
@@ -301,12 +294,10 @@ def _noting(found: AnchorLines, source: str, hint: str = "") -> Iterator[None]:
 def settings(environ: Mapping[str, str] | None = None) -> Settings:
     """Read the settings as the service would, with the global options. Raises ConfigurationError.
 
-    Prints a message if the file was found in the working directory, and a warning if ``kms up`` runs, but not
-    with these settings.
+    Prints which settings files are passed over, and a warning if ``kms up`` runs with other settings.
     """
-    given, environ = session(), os.environ if environ is None else environ
-    report_found(given.config, environ)
-    loaded = load_settings(given.config, environ, overrides=overrides())
+    environ = os.environ if environ is None else environ
+    loaded = load_settings(settings_file(environ), environ, overrides=overrides())
     _warn_of_another(loaded.state_dir, running(environ))
     return loaded
 
@@ -327,8 +318,13 @@ def overrides() -> Mapping[str, object]:
     return {"state_dir": state_dir and str(state_dir)}
 
 
-def report_found(config: Path | None, environ: Mapping[str, str]) -> None:
-    """Print the path of a settings file that no option or variable named but that was found."""
-    found = found_here(config, environ)
-    if found is not None:
-        terminal.say(f"settings: {terminal.plain(str(found.absolute()))}, found in the working directory")
+def settings_file(environ: Mapping[str, str]) -> Path | None:
+    """Return the settings file of this command, and print once which others are passed over."""
+    given, said = session(), click.get_current_context().meta.setdefault("said of settings files", set())
+
+    def say(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            terminal.say(text)
+
+    return files.for_command(given.config, environ, given.state_dir, say)

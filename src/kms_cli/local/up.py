@@ -23,15 +23,16 @@ from typing import Final
 import click
 from pyrage import x25519
 
-from kms_cli import audited
+from kms_cli import audited, terminal
 from kms_cli.local import installation, valkey
 from kms_cli.session import session
 from kms_core import secure_files
 from kms_core.backends.age_settings import AgeSection
 from kms_core.programs.supervisor import Child, RestartPolicy, say, supervise
+from kms_core.settings.files import for_server
 from kms_core.settings.load import check_exposure
-from kms_core.settings.load import find as find_settings
 from kms_core.settings.load import load as load_settings
+from kms_core.settings.load import named as named_file
 from kms_core.settings.model import Settings
 from kms_core.settings.toml_reader import read_toml
 from kms_protocol import small_files
@@ -150,8 +151,7 @@ def run(
     wrong settings, PortTaken, Conflict if the state directory is in use.
     """
     env = _environment(options, os.environ if environ is None else environ)
-    installation.report_found(options.config, env)
-    settings = load_settings(options.config, env)
+    settings = load_settings(None, env)
     check_exposure(settings)
     with ExitStack() as stack:
         run_dir = _make_directories(settings.state_dir)
@@ -161,7 +161,7 @@ def run(
             with audited.effect(settings, "key.create", "development"):
                 make_dev_keys(settings)
         stack.enter_context(installation.noted(settings, env))
-        servers = _embedded_redis(options, settings, env, stack)
+        servers = _embedded_redis(settings, env, stack)
         children = [*servers, *programs(settings, env)]
         if options.monitoring:
             children.append(prometheus(settings, installation.reachable(settings.kms.bind), env))
@@ -176,11 +176,9 @@ def run(
         return supervise(children, pid_dir=run_dir, on_ready=announce, policy=pace)
 
 
-def _embedded_redis(
-    options: UpOptions, settings: Settings, env: dict[str, str], stack: ExitStack
-) -> list[Child]:
+def _embedded_redis(settings: Settings, env: dict[str, str], stack: ExitStack) -> list[Child]:
     """Return the Valkey server, unless the user names another, and set its addresses in ``env``."""
-    named = _named_servers(options, env)
+    named = _named_servers(env)
     if "url" in named:
         return []
     files = stack.enter_context(valkey.claim(settings.state_dir, env))
@@ -191,9 +189,12 @@ def _embedded_redis(
 
 
 def _environment(options: UpOptions, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of the processes: that of this process, with the options set."""
+    """Return the environment of the processes: that of this process, with the options and the file set."""
+    file = for_server(options.config, environ)
+    if file and file != named_file(options.config, environ):
+        terminal.say(f"settings: {file}")
     flags = {
-        "KMS_CONFIG": options.config and str(options.config.absolute()),
+        "KMS_CONFIG": file and str(file.absolute()),
         "KMS_STATE_DIR": options.state_dir and str(options.state_dir.absolute()),
         "KMS_BIND": options.bind,
         "KMS_PORT": options.port and str(options.port),
@@ -201,12 +202,12 @@ def _environment(options: UpOptions, environ: Mapping[str, str]) -> dict[str, st
     return {**environ, **{name: value for name, value in flags.items() if value}}
 
 
-def _named_servers(options: UpOptions, env: Mapping[str, str]) -> set[str]:
+def _named_servers(env: Mapping[str, str]) -> set[str]:
     """Return which of ``[kms.redis] url`` and ``broker_url`` are set, by a variable or in the file."""
     named = {
         key for key, name in (("url", "KMS_REDIS_URL"), ("broker_url", "KMS_BROKER_URL")) if env.get(name)
     }
-    file = find_settings(options.config, env)
+    file = named_file(None, env)
     match read_toml(file) if file else {}:
         case {"kms": {"redis": {**keys}}}:
             named |= {str(key) for key in keys}

@@ -25,6 +25,7 @@ from kms_core.audit import AuditRecord
 from kms_core.auth.policy import AllowAll, Principal
 from kms_core.key_selection import SelectionRules
 from kms_core.service import Kms
+from kms_core.settings import files
 from kms_core.settings.load import load as load_settings
 from kms_protocol.context import Context
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_OTHER, EXIT_USAGE, ConfigurationError
@@ -87,7 +88,7 @@ class InProcess:
         named = environ.get("KMS_CONFIG")
         if named and not Path(named).is_absolute():
             raise ConfigurationError("An age plugin requires an absolute path in KMS_CONFIG")
-        settings = load_settings(None, environ)
+        settings = load_settings(files.for_command(None, environ, None, _say), environ)
         rules = SelectionRules(settings.kms.require_context, FILE_LIMITS)
         keys = keyring.build(settings, key_opening.of_process(settings))
         self._kms = Kms(keys, AllowAll(), _NoAudit(), rules)
@@ -131,7 +132,7 @@ def run(args: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         machine(line, _keys(environ))
     except Broken as exc:
-        sys.stderr.write(f"age-plugin-kms: {exc}\n")
+        _say(str(exc))
         return EXIT_OTHER
     return 0
 
@@ -143,10 +144,14 @@ def main() -> NoReturn:
         secure_memory.forbid_dumps()
         code = run(sys.argv[1:], os.environ)
     except ConfigurationError as exc:
-        sys.stderr.write(f"age-plugin-kms: {exc.detail}\n")
+        _say(exc.detail)
         code = EXIT_CONFIGURATION
     sys.stderr.flush()
     os._exit(code)  # without flushing stdout, which may be closed
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"age-plugin-kms: {text}\n")
 
 
 def _keys(environ: Mapping[str, str]) -> KeysFor:

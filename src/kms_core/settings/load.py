@@ -1,4 +1,4 @@
-"""Find, read and check the settings.
+"""Read and check the settings. ``settings.files`` says which file is read.
 
 Flags take precedence over environment variables, those over the file, and the file over defaults.
 """
@@ -16,19 +16,11 @@ from kms_core.settings.toml_reader import (
     FromEnvironment,
     SectionReader,
     Tree,
-    Variables,
     expand,
     nearest,
     read_toml,
     table,
     take_unset,
-)
-from kms_core.settings.trust import (
-    check_destinations,
-    check_file,
-    check_restricted_keys,
-    how_to_trust,
-    may_expand,
 )
 from kms_core.settings.validation import check, check_exposure
 from kms_protocol.errors import ConfigurationError
@@ -38,13 +30,11 @@ __all__ = [
     "check_exposure",
     "check_names",
     "default_state_dir",
-    "find",
-    "found_here",
     "load",
+    "named",
     "origins",
 ]
 
-SEARCHED: Final = (Path("provisioning/config/kms.toml"), Path("/etc/kms-service/kms.toml"))
 DEFAULT_REDIS_URL: Final = "redis://127.0.0.1:6379/0"
 ALIASES: Final = {"development": "dev", "production": "prod"}
 VARIABLES: Final = {  # where two name one key, the later one wins
@@ -59,7 +49,7 @@ VARIABLES: Final = {  # where two name one key, the later one wins
     "KMS_REDIS_URL": "redis.url",
     "KMS_BROKER_URL": "redis.broker_url",
 }
-ELSEWHERE: Final = frozenset(  # read by find, the client
+ELSEWHERE: Final = frozenset(  # read by named, the client
     {"KMS_CONFIG", "KMS_SERVICE_URL", "KMS_TOKEN_FILE", "KMS_ALLOW_HTTP"}
 )
 
@@ -78,19 +68,16 @@ def load(
 ) -> Settings:
     """Read the settings.
 
-    ``path`` is the ``--config`` flag. ``overrides`` are the other flags, by their key below ``[kms]``
-    (``port``, ``redis.url``); None means not given. The file is optional. One that was found below the
-    working directory, and not named, must obey the rules of ``trust``.
+    ``path`` is the settings file, else ``KMS_CONFIG`` names it; without either there is none. ``overrides``
+    are flags, by their key below ``[kms]`` (``port``, ``redis.url``); None means not given.
 
     Raises ConfigurationError, which names the key and the remedy, never the value.
     """
     check_names(environ)
-    file, found = find(path, environ), found_here(path, environ)
+    file = named(path, environ)
     given = {key: value for key, value in overrides.items() if value is not None}
-    if found is not None:
-        check_file(found)
     try:
-        return _settings(read_toml(file) if file else {}, environ, given, found)
+        return _settings(read_toml(file) if file else {}, environ, given)
     except ConfigurationError as exc:
         raise ConfigurationError(f"{exc.detail} [read from {file}]" if file else exc.detail) from exc
 
@@ -103,7 +90,7 @@ def origins(
     It takes the names of the tables and of the key, which may contain dots, and answers ``default`` for a key
     that none of them has. Raises ConfigurationError.
     """
-    file = find(path, environ)
+    file = named(path, environ)
     document = read_toml(file) if file else {}
     given = {key for key, value in overrides.items() if value is not None}
     variables = {key: value.names for key, value in _from_variables(environ).items()}
@@ -119,29 +106,9 @@ def origins(
     return origin
 
 
-def find(path: Path | None, environ: Mapping[str, str]) -> Path | None:
-    """The file to read: ``path``, else ``KMS_CONFIG``, else the existing one of ``SEARCHED``.
-
-    Raises ConfigurationError if both exist: a file of a repository must not replace those of the machine.
-    """
-    if path is not None:
-        return path
-    if named := environ.get("KMS_CONFIG"):
-        return Path(named)
-    found = [known for known in SEARCHED if known.is_file()]
-    if len(found) > 1:
-        here, machine = found
-        raise ConfigurationError(
-            f"Both {here} and {machine} exist: name the one to read: --config FILE, or KMS_CONFIG=FILE"
-        )
-    return found[0] if found else None
-
-
-def found_here(path: Path | None, environ: Mapping[str, str]) -> Path | None:
-    """The file to read, if it was found below the working directory and not named."""
-    file = find(path, environ)
-    is_named = path is not None or bool(environ.get("KMS_CONFIG"))
-    return None if is_named or file is None or file.is_absolute() else file
+def named(path: Path | None, environ: Mapping[str, str]) -> Path | None:
+    """``path``, else the settings file that ``KMS_CONFIG`` names."""
+    return path or (Path(environ["KMS_CONFIG"]) if environ.get("KMS_CONFIG") else None)
 
 
 def check_names(environ: Mapping[str, str]) -> None:
@@ -168,18 +135,11 @@ def _is_link(name: str, value: str) -> bool:
     return _LINK.fullmatch(f"{name}={value}") is not None
 
 
-def _settings(
-    document: Tree, environ: Mapping[str, str], given: Mapping[str, object], found: Path | None
-) -> Settings:
+def _settings(document: Tree, environ: Mapping[str, str], given: Mapping[str, object]) -> Settings:
     for name in document.keys() - {"kms"}:
         raise ConfigurationError(f"[{name}] is not a setting: everything is below [kms]")
     reader = SectionReader(environ.get("HOME"))
-    variables = Variables(environ) if found is None else Variables(environ, _refusal(found))
-    kms = table({"kms": expand(document.get("kms", {}), variables, "kms")}, "kms", "")
-    if found is not None:
-        check_restricted_keys(
-            table(document, "kms", ""), given.keys() | _from_variables(environ).keys(), found
-        )
+    kms = table({"kms": expand(document.get("kms", {}), environ, "kms")}, "kms", "")
     _lay_over(kms, _from_variables(environ))
     _lay_over(kms, given)
     tables = {scheme: table(kms, table_of(scheme), "kms.") for scheme in SCHEMES}
@@ -196,19 +156,7 @@ def _settings(
         },
     )
     check(settings, unset, literals)
-    if found is not None:
-        replaced = given.keys() | _from_variables(environ).keys()
-        check_destinations(table(document, "kms", ""), settings, environ, replaced, found)
     return settings
-
-
-def _refusal(found: Path) -> Callable[[str, Sequence[str]], str]:
-    """A function that says why a setting of a found file may not use some variables; empty if it may."""
-    reason = (
-        "and addresses, values sent to them, and file names take nothing from the environment in a file "
-        f"that was only found in the working directory: {how_to_trust(found)}"
-    )
-    return lambda where, names: "" if may_expand(where, names) else reason
 
 
 def _from_variables(environ: Mapping[str, str]) -> dict[str, FromEnvironment]:

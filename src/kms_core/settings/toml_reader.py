@@ -6,7 +6,7 @@ Errors contain the key, the expected type and the nearest known name, never the 
 import difflib
 import re
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, get_args, get_origin
@@ -23,6 +23,12 @@ _MOST_LEVELS: Final = 16
 _VARIABLE: Final = re.compile(
     r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|(?P<bad>\$\{)"
 )
+_STOCK_AGE: Final = "stock age opens files with passphrases and SSH keys"
+REMOVED: Final[Mapping[str, str]] = {
+    "kms.limits.pyrage_header_bytes": _STOCK_AGE,
+    "kms.limits.scrypt_work_factor": _STOCK_AGE,
+}
+"""Settings of earlier versions, each with what takes its place, which the error says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +41,9 @@ class FromEnvironment:
 
 @dataclass(frozen=True, slots=True)
 class Unset:
-    """A string with a ``${VAR}`` that has no value, an error only if it is used. ``reason`` ends its text."""
+    """A string with a ``${VAR}`` that has no value, an error only if it is used."""
 
     name: str
-    reason: str = ""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -89,33 +94,23 @@ def table(tree: Tree, name: str, where: str) -> Tree:
 # -- variables ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Variables:
-    """The values of ``${VAR}``. ``refusal`` says why a setting may not use some; empty if it may."""
-
-    environ: Mapping[str, str]
-    refusal: Callable[[str, Sequence[str]], str] = lambda _where, _names: ""
-
-
-def expand(value: object, variables: Variables, where: str) -> object:
+def expand(value: object, environ: Mapping[str, str], where: str) -> object:
     """A copy with ``${VAR}`` and ``${VAR:-default}`` replaced in every string; ``$${`` means ``${``.
 
     An empty variable counts as unset (POSIX ``:-``). Values are not expanded again.
     """
     if isinstance(value, dict):
-        return {name: expand(item, variables, f"{where}.{name}") for name, item in value.items()}
+        return {name: expand(item, environ, f"{where}.{name}") for name, item in value.items()}
     if isinstance(value, list):
-        return [expand(item, variables, f"{where}[{index}]") for index, item in enumerate(value)]
-    return _expand_text(value, variables, where) if isinstance(value, str) else value
+        return [expand(item, environ, f"{where}[{index}]") for index, item in enumerate(value)]
+    return _expand_text(value, environ, where) if isinstance(value, str) else value
 
 
-def _expand_text(text: str, variables: Variables, where: str) -> object:
-    found, environ = list(_VARIABLE.finditer(text)), variables.environ
+def _expand_text(text: str, environ: Mapping[str, str], where: str) -> object:
+    found = list(_VARIABLE.finditer(text))
     if any(match["bad"] for match in found):
         raise ConfigurationError(f"{where}: write ${{NAME}} or ${{NAME:-default}}, and $${{ for a plain ${{")
     names = [match["name"] for match in found if match["name"]]
-    if names and (reason := variables.refusal(where, names)):
-        return Unset(names[0], reason)
     for match in found:
         if match["name"] and match["default"] is None and not environ.get(match["name"]):
             return Unset(match["name"])
@@ -138,8 +133,9 @@ def take_unset(tree: Tree) -> dict[str, Unset]:
 def unset_error(where: str, unset: Unset) -> ConfigurationError:
     """The error for a setting that needs this value. It contains no value of a variable."""
     name = unset.name
-    reason = unset.reason or f"which is not set: export {name}, or write ${{{name}:-default}}"
-    return ConfigurationError(f"{where} uses ${{{name}}}, {reason}")
+    return ConfigurationError(
+        f"{where} uses ${{{name}}}, which is not set: export {name}, or write ${{{name}:-default}}"
+    )
 
 
 # -- types -------------------------------------------------------------------------------------------
@@ -161,6 +157,8 @@ class SectionReader:
         fields = {item.encode_name: item for item in msgspec.structs.fields(shape)}
         given = {name: item for name, item in _as_table(value, where).items() if name not in elsewhere}
         for name in given.keys() - fields.keys():
+            if instead := REMOVED.get(f"{where}.{name}"):
+                raise ConfigurationError(f"{where}.{name} is no longer a setting: {instead}")
             raise ConfigurationError(f"{where}.{name} is not a setting{nearest(name, (*fields, *elsewhere))}")
         for name, item in fields.items():
             if item.required and name not in given:

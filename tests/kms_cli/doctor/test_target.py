@@ -6,9 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Final
 
 import pytest
@@ -226,52 +224,30 @@ def test_what_only_kms_up_has_in_its_environment_is_named_and_not_shown(user: Us
     assert PASSWORD not in f"{told.lines}{noted}"
 
 
-def test_a_file_that_kms_up_found_is_named_and_not_trusted(user: User) -> None:
+def test_what_kms_up_found_is_read_by_commands_elsewhere(user: User) -> None:
+    """Also after it has ended. No code of its working directory is imported."""
     folder, port = user.home / "repository", free_port()
-    file = folder / "provisioning/config/kms.toml"
+    file, marker = folder / "provisioning/config/kms.toml", folder / "imported"
     file.parent.mkdir(parents=True)
-    file.write_text(f"[kms]\nport = {port}\nrequire_context = true\n")
-    with user.up(user.home / "elsewhere", port, cwd=folder):
-        told = user.doctor()
+    file.write_text("[kms]\nrequire_context = true\n")
+    for name in ("kms_api", "kms_worker", "kms_core", "msgspec"):
+        (folder / f"{name}.py").write_text(f"open({str(marker)!r}, 'w')")
+    shown = ("config", "show", "require_context")
+    with user.up(None, port, cwd=folder):
+        told, named, running = user.doctor(), user.doctor("--config", str(file)), user.kms(*shown)
+        said = (user.home / f"{port}.log").read_text()
+    ended = user.kms(*shown)
+    file.unlink()
+    gone = user.kms(*shown)
 
-    assert told.of("target", "warn") == [
-        f"kms up read {file}, in its working directory: run this command there"
-    ]
-    assert told.of("settings", "ok") == ["defaults, no file, environment dev: "]
-    assert f"http://127.0.0.1:{port} answers" in told.of("service", "ok")[0]
-
-
-class Listener(BaseHTTPRequestHandler):
-    """Answers nothing of use, and keeps the credentials that it gets."""
-
-    got: Final[list[str | None]] = []
-
-    def do_GET(self) -> None:
-        self.got.append(self.headers["Authorization"])
-        self.send_error(404)
-
-    def log_message(self, format: str, *args: object) -> None: ...  # noqa: A002 -- the base's
-
-
-@pytest.mark.parametrize("is_named", [False, True])
-def test_no_token_goes_to_an_address_that_only_a_found_file_names(user: User, *, is_named: bool) -> None:
-    """The file may be of a repository that is not the user's."""
-    Listener.got.clear()
-    token = user.home / "token"
-    token.write_text(f"{PASSWORD}\n")
-    token.chmod(0o600)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        file = user.home / "provisioning/config/kms.toml"
-        file.parent.mkdir(parents=True)
-        file.write_text(f"[kms]\nport = {server.server_port}\n")
-        named = {"KMS_CONFIG": str(file)} if is_named else {}
-        told = user.doctor("--token-file", str(token), **named)
-        server.shutdown()
-
-    assert (f"Bearer {PASSWORD}" in Listener.got) == is_named
-    refused = f"the token is not sent to http://127.0.0.1:{server.server_port}"
-    assert any(refused in text for text in told.of("service", "FAIL")) != is_named
+    assert f"kms: settings: {file}\n" in said
+    assert told.of("settings", "ok") == [f"read from {file}, environment dev: "]
+    assert "kms up runs it" in named.of("target", "ok")[0], "it handed on KMS_CONFIG"
+    assert (running.stdout, running.stderr) == ("true\n", "")
+    assert (ended.stdout, ended.stderr) == ("true\n", "")
+    assert not marker.exists()
+    assert gone.returncode == 78
+    assert f"{file}, which the service read last, is gone" in gone.stderr
 
 
 def test_without_kms_up_it_is_the_address_of_the_settings(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from kms_core.backends import SCHEMES, table_of
 from kms_core.backends.age_settings import AgeSection
 from kms_core.backends.cosmian.settings import CosmianSection
 from kms_core.sections import Section
-from kms_core.settings.load import VARIABLES, find, load
+from kms_core.settings.load import VARIABLES, load
 from kms_core.settings.model import KmsSection, Settings
+from kms_core.settings.toml_reader import REMOVED
 from kms_protocol import shapes
 from kms_protocol.errors import ConfigurationError
 
@@ -167,15 +168,15 @@ def test_tilde_without_home_is_refused() -> None:
 # -- search and precedence ---------------------------------------------------------------------------
 
 
-def test_search_order(tmp_path: Path) -> None:
-    flag, named = tmp_path / "flag.toml", tmp_path / "named.toml"
-    found = Path("provisioning/config/kms.toml")
-    found.parent.mkdir(parents=True)
-    found.touch()
+def test_only_a_named_file_is_read(tmp_path: Path) -> None:
+    here, file = Path("provisioning/config/kms.toml"), tmp_path / "named.toml"
+    here.parent.mkdir(parents=True)
+    here.write_text("[kms]\nport = 9001")
+    file.write_text("[kms]\nport = 9002")
 
-    assert find(flag, {"KMS_CONFIG": str(named)}) == flag
-    assert find(None, {"KMS_CONFIG": str(named)}) == named
-    assert find(None, {"KMS_CONFIG": ""}) == found
+    assert load(None, HOME | {"KMS_CONFIG": ""}).kms.port == 8082
+    assert load(None, HOME | {"KMS_CONFIG": str(file)}).kms.port == 9002
+    assert load(here, HOME | {"KMS_CONFIG": str(file)}).kms.port == 9001
 
 
 @pytest.mark.parametrize("how", ["flag", "variable"])
@@ -332,6 +333,13 @@ def test_wrong_settings_are_refused_by_path_and_never_echoed(tmp_path: Path, tex
     assert message in detail
     assert str(tmp_path / "kms.toml") in detail
     assert "secret" not in detail
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_removed_setting_is_refused_with_what_takes_its_place(tmp_path: Path, name: str) -> None:
+    section, _, key = name.rpartition(".")
+
+    assert f"{name} is no longer a setting: {REMOVED[name]}" in refusal(tmp_path, f"[{section}]\n{key} = 1")
 
 
 def test_wrong_variables_are_named_and_never_echoed() -> None:

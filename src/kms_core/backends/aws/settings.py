@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlsplit
 
-from kms_core.sections import BackendSection, DestinationRule, Timeout, check_address, is_loopback
+from kms_core.sections import BackendSection, Timeout, check_address, is_loopback
 from kms_protocol.errors import ConfigurationError
 
 
@@ -15,9 +15,6 @@ class AwsKmsSection(BackendSection, frozen=True, kw_only=True):
     """
 
     MODULE: ClassVar = "kms_core.backends.aws.backend"
-    DESTINATION: ClassVar = DestinationRule(
-        ("endpoint_url", "ca_file"), ("profile",), always="the credentials that AWS tools find"
-    )
 
     key_id: str | None = None
     region: str | None = None

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
 from kms_core import sections
-from kms_core.sections import BackendSection, DestinationRule, Timeout, WeakValue
+from kms_core.sections import BackendSection, Timeout, WeakValue
 from kms_protocol.errors import ConfigurationError
 
 
@@ -40,9 +40,6 @@ class CosmianSection(BackendSection, frozen=True, kw_only=True):
             "every client that reaches the key server can use its keys",
             "require an API key or a client certificate there",
         ),
-    )
-    DESTINATION: ClassVar = DestinationRule(
-        ("server_url", "tls_verify", "ca_file"), ("api_key_file", "client_key_file"), ("COSMIAN_API_KEY",)
     )
 
     server_url: str | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Final, Literal
 from msgspec import Meta
 
 from kms_core import sections
-from kms_core.sections import BackendSection, DestinationRule, Timeout, WeakValue
+from kms_core.sections import BackendSection, Timeout, WeakValue
 from kms_protocol.errors import ConfigurationError
 
 _NAMESPACE: Final = re.compile(r"[\w.~-]+(?:/[\w.~-]+)*/?", re.ASCII)
@@ -23,9 +23,6 @@ class VaultSection(BackendSection, frozen=True, kw_only=True):
     WEAK_VALUES: ClassVar = (
         WeakValue("address", lambda section: sections.is_cleartext(section.address), _RISK, "use https://"),
         WeakValue("tls_verify", lambda section: not section.tls_verify, _RISK, "name a CA in ca_file"),
-    )
-    DESTINATION: ClassVar = DestinationRule(
-        ("address", "tls_verify", "ca_file"), ("token_file", "client_key")
     )
 
     address: str | None = None
