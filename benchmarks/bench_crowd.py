@@ -70,7 +70,6 @@ class Crowded:
     port: int
     shot: Shot
     token: str
-    queued: str
     result: str
 
     def head(self, method: str, path: str, *lines: str) -> bytes:
@@ -91,7 +90,7 @@ def _bodies(at: Crowded) -> Kind:
 
 
 def _streams(at: Crowded) -> Kind:
-    return Kind(200, at.head("GET", f"{PREFIX}/jobs/{at.queued}/events"))
+    return Kind(200, at.head("GET", f"{PREFIX}/jobs/events"))
 
 
 def _readers(at: Crowded) -> Kind:
@@ -237,7 +236,7 @@ def crowd(at: Crowded, kinds: Sequence[Kind]) -> Iterator[Members]:
 
 @contextmanager
 def crowded(folder: Path) -> Iterator[Crowded]:
-    """The service with a token of each tenant, a job that waits, and a large result."""
+    """The service with a token of each tenant, and a large result."""
     state, port, config = folder / "state", running.free_port(), folder / "kms.toml"
     config.write_text(_SETTINGS)
     state.mkdir()
@@ -252,8 +251,8 @@ def crowded(folder: Path) -> Iterator[Crowded]:
         shot = Shot(f"{url}{PREFIX}/encrypt", body, {"Authorization": f"Bearer {good}"})
         with httpx.Client(base_url=url + PREFIX, timeout=WAIT_S, trust_env=False) as client:
             client.headers["Authorization"] = f"Bearer {bad}"
-            result, queued = _result(client), _queued(client)
-        yield Crowded(port, shot, bad, queued, result)
+            result = _result(client)
+        yield Crowded(port, shot, bad, result)
 
 
 def _result(client: httpx.Client) -> str:
@@ -266,12 +265,6 @@ def _result(client: httpx.Client) -> str:
             raise RuntimeError("the job did not end")
         time.sleep(0.05)
     return job_id
-
-
-def _queued(client: httpx.Client) -> str:
-    """The id of a job that stays open as long as the benchmark lasts: no worker serves its queue."""
-    job = {"kind": "encrypt", "items": [{"plaintext": ""}], "context": CONTEXT}
-    return str(client.post("/jobs", json=job).raise_for_status().json()["job_id"])
 
 
 if __name__ == "__main__":

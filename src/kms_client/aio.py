@@ -1,8 +1,10 @@
 """The async client: a method for each call of the service, and the transport for asyncio and trio."""
 
 import contextlib
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import BinaryIO, Final, Self, TypeVar, Unpack
 
@@ -10,7 +12,6 @@ import httpcore2
 import msgspec
 
 from kms_client import requests
-from kms_client.follow import JobWait
 from kms_client.http_client import (
     AnswerHead,
     Download,
@@ -25,12 +26,18 @@ from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
 from kms_client.requests import UploadOptions
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
 from kms_protocol import admin, job_groups, wire
-from kms_protocol.errors import ConfigurationError, JobNotFinished
+from kms_protocol.errors import ConfigurationError, JobNotFinished, Unavailable
 from kms_protocol.wire import ContextIn
 
 T = TypeVar("T")
 P = TypeVar("P")
 JobProgress = Callable[[wire.JobOut], None]
+_LONG_POLL_S: Final = 30.0
+_SHORT_POLL_S: Final = 1.0  # of a caller that shows the progress
+_WAITED: Final = 0.9  # an answer after this part of its wait is not early
+_FIRST_POLL_S: Final = 0.1
+_SLOWEST_POLL_S: Final = 2.0
+OUTAGE_S: Final = 60.0  # a job survives a restart of its service, and so does a wait
 _NO_ANYIO: Final = "AsyncClient needs anyio: install the client with its extra async, or pip install anyio"
 
 
@@ -74,6 +81,63 @@ class AsyncTransport:
 
     async def shut(self) -> None:
         await self._pool.aclose()
+
+
+@dataclass(slots=True)
+class JobWait:
+    """A wait for the end of a job by requests that wait; ``until`` is a time.monotonic value.
+
+    A service without waits (0.1), or without room for one more, answers at once and is polled.
+    """
+
+    engine: Engine
+    job_id: str
+    until: float
+    _pause_s: float = 0.0
+    _unreachable_since: float | None = None
+
+    async def end(self, progress: JobProgress | None) -> wire.JobOut:
+        """Return the job at its end. ``progress`` receives each change that a poll finds.
+
+        Raises JobNotFinished, Unavailable after a minute without the service, and UnknownJob immediately.
+        """
+        seen: wire.JobOut | None = None
+        while True:
+            left_s = self.until - time.monotonic()
+            try:
+                job = await self._poll(min(left_s, _LONG_POLL_S if progress is None else _SHORT_POLL_S))
+            except Unavailable as exc:
+                self._tolerate(exc)
+            else:
+                if progress is not None and job != seen:
+                    progress(job)
+                if job.state in wire.ENDED:
+                    return job
+                seen = job
+            if left_s <= 0:
+                raise JobNotFinished("The job has not finished in the time given")
+            await self.engine.transport.sleep(max(0.0, min(self._pause_s, self.until - time.monotonic())))
+
+    async def _poll(self, longest_s: float) -> wire.JobOut:
+        """Return the state of the job. After a failure this does not wait: a proxy may cut waits short."""
+        wait_s = 0 if self._unreachable_since else max(0, int(longest_s))
+        call, begun = requests.job(self.job_id, wait_s), time.monotonic()
+        reply = await self.engine.exchange(call, silence_s=self.engine.silence_s(self.until - wait_s))
+        job = call.read(reply)
+        self._unreachable_since = None
+        if wait_s and time.monotonic() - begun > wait_s * _WAITED:
+            self._pause_s = 0.0
+        else:
+            grown_s = min(self._pause_s * 1.5 or _FIRST_POLL_S, _SLOWEST_POLL_S)
+            self._pause_s = reply.retry_after_s() or grown_s
+        return job
+
+    def _tolerate(self, error: Unavailable) -> None:
+        now = time.monotonic()
+        self._unreachable_since = self._unreachable_since or now
+        if now - self._unreachable_since > OUTAGE_S:
+            raise error
+        self._pause_s = min(error.retry_after_s, _SLOWEST_POLL_S)
 
 
 class AsyncClient:
@@ -250,18 +314,12 @@ class AsyncClient:
     async def wait(
         self, job_id: str, *, progress: JobProgress | None = None, timeout_s: float | None = None
     ) -> wire.JobOut:
-        """Wait until a job ends in any state. ``progress`` receives each change.
+        """Wait until a job ends in any state. ``progress`` receives changes, about once a second.
 
         Raises JobNotFinished after ``timeout_s``, Unavailable if the service is unreachable for a minute.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        async with contextlib.aclosing(JobWait(self._engine, job_id, deadline).states()) as states:
-            async for job in states:
-                if progress is not None:
-                    progress(job)
-                if job.state in wire.ENDED:
-                    return job
-        raise JobNotFinished("The job has not finished in the time given")
+        until = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        return await JobWait(self._engine, job_id, until).end(progress)
 
     # -- streams -------------------------------------------------------------------------------------
 

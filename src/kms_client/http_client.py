@@ -260,7 +260,7 @@ class Engine:
         failed, until = 0, self._deadline()
         while True:
             try:
-                reply = await self.exchange(call, upload, self._silence_s(until))
+                reply = await self.exchange(call, upload, self.silence_s(until))
                 delay_s = _retry_delay_s(call, reply)
                 if delay_s is None:
                     return call.read(reply)
@@ -278,7 +278,8 @@ class Engine:
         """Return the time.monotonic value until which an attempt may begin."""
         return time.monotonic() + (self._settings.deadline_s or float("inf"))
 
-    def _silence_s(self, until: float) -> float:
+    def silence_s(self, until: float) -> float:
+        """Return the seconds without data after which an attempt fails, so that it ends at ``until``."""
         return max(_SHORTEST_SILENCE_S, min(self._settings.timeout_s, until - time.monotonic()))
 
     async def pause(self, error: KmsError, delay_s: float, failed: int) -> None:

@@ -251,11 +251,6 @@ def jobs(
     return ClientRequest("GET", f"{PREFIX}/jobs{_query(given)}", wire.JobList)
 
 
-def events(job_id: str) -> ClientRequest[bytes]:
-    """GET /jobs/{job_id}/events."""
-    return ClientRequest("GET", job_path(job_id, "/events"), bytes, headers={"Accept": "text/event-stream"})
-
-
 def result(job_id: str, headers: Mapping[str, str]) -> ClientRequest[bytes]:
     """GET /jobs/{job_id}/result."""
     return ClientRequest("GET", job_path(job_id, "/result"), bytes, headers=headers)

@@ -252,7 +252,7 @@ class Client:
     def wait(
         self, job_id: str, *, progress: JobProgress | None = None, timeout_s: float | None = None
     ) -> wire.JobOut:
-        """Wait until a job ends in any state. ``progress`` receives each change."""
+        """Wait until a job ends in any state. ``progress`` receives changes, about once a second."""
         return run(self._api.wait(job_id, progress=progress, timeout_s=timeout_s))
 
     # -- streams -------------------------------------------------------------------------------------

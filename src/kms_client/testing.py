@@ -130,8 +130,6 @@ class FakeService:
     def answer(self, request: httpcore2.Request) -> httpcore2.Response:
         """Answer a request of a client. Raises the KmsError of a problem."""
         path, _, query = request.url.target.decode().removeprefix(wire.PREFIX).partition("?")
-        if path.endswith("/events"):
-            return httpcore2.Response(404)  # the client then asks for the state
         route = f"{request.method.decode()} {_NAMED.sub('*', path)}"
         if route not in self._calls:
             raise NotImplementedError(f"FakeService does not answer {route}")
@@ -336,6 +334,6 @@ def _ended(kind: str, counts: tuple[int, int, int], error: Json | None, more: Js
         **dict.fromkeys(("expires_at", "start_by", "run_by"), time_text(now + _KEPT_S, _PRECISION)),
         "submitter": "local",
         "error": error,
-        "links": {"self": path, "result": f"{path}/result", "events": f"{path}/events"},
+        "links": {"self": path, "result": f"{path}/result"},
         **{name: value for name, value in more.items() if value},
     }

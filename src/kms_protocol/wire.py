@@ -195,7 +195,7 @@ class BatchOut(Answer, frozen=True, kw_only=True):
 
 _JOB: Final = "0192f0c1-7a3e-4c55-9d0a-1f2e3d4c5b6a"
 _JOB_PATH: Final = f"{PREFIX}/jobs/{_JOB}"
-_LINKS: Final = {"self": _JOB_PATH, "result": f"{_JOB_PATH}/result", "events": f"{_JOB_PATH}/events"}
+_LINKS: Final = {"self": _JOB_PATH, "result": f"{_JOB_PATH}/result"}
 
 
 class JobItem(Body, frozen=True, kw_only=True):
@@ -253,7 +253,6 @@ class JobIn(Body, frozen=True, kw_only=True):
 class JobLinks(Answer, frozen=True, kw_only=True, rename={"self_": "self"}):
     self_: str
     result: str
-    events: str
 
 
 class JobAccepted(Answer, frozen=True, kw_only=True):

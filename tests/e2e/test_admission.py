@@ -348,22 +348,37 @@ def test_unfinished_logins_need_no_credential_and_hold_little(crowded: Guarded, 
 
 
 def test_event_streams_of_one_token(crowded: Guarded, bad: dict[str, str], good: dict[str, str]) -> None:
+    path = f"{PREFIX}/jobs/events"
+    with peers(crowded, 200, path, bad) as senders:
+        statuses = Counter(peer.begun() for peer in senders)
+        assert used(crowded, "stream") == BOUNDS["stream"]
+        calls_of_the_other(crowded, good)
+        with peers(crowded, 5, path, good) as others:
+            assert [peer.begun() for peer in others] == [200] * 5
+    assert statuses == {200: BOUNDS["stream"], 429: 200 - BOUNDS["stream"]}
+    until(lambda: used(crowded, "stream") == 0, "streams end with their readers")
+
+
+def test_waits_of_one_token(crowded: Guarded, bad: dict[str, str], good: dict[str, str]) -> None:
+    """They share the slots of event streams; one without a slot is answered at once."""
+
     def waiting(who: dict[str, str]) -> str:
         body = {"kind": "encrypt", "items": [{"plaintext": ""}], "context": "only=this"}
         answer = crowded.post("/jobs", body, headers=who)
         assert answer.status_code == 202, answer.text
-        return f"{PREFIX}/jobs/{answer.json()['job_id']}/events"
+        return f"{PREFIX}/jobs/{answer.json()['job_id']}?wait=60"
 
-    crowded.kill("worker")  # so that jobs stay queued, and their streams open
+    crowded.kill("worker")  # so that jobs stay queued, and waits open
     try:
-        with peers(crowded, 200, waiting(bad), bad) as senders:
-            statuses = Counter(peer.begun() for peer in senders)
-            assert used(crowded, "stream") == BOUNDS["stream"]
+        path = waiting(bad)
+        with peers(crowded, BOUNDS["stream"], path, bad):
+            until(lambda: used(crowded, "stream") == BOUNDS["stream"], "they wait")
+            job = crowded.http.get(path, headers=bad, timeout=20)
+            assert (job.json()["state"], job.headers["retry-after"]) == ("queued", "1")
             calls_of_the_other(crowded, good)
-            with peers(crowded, 5, waiting(good), good) as others:
-                assert [peer.begun() for peer in others] == [200] * 5
-        assert statuses == {200: BOUNDS["stream"], 429: 200 - BOUNDS["stream"]}
-        until(lambda: used(crowded, "stream") == 0, "streams end with their readers")
+            with peers(crowded, 5, waiting(good), good):
+                until(lambda: used(crowded, "stream") == BOUNDS["stream"] + 5, "the other waits too")
+        until(lambda: used(crowded, "stream") == 0, "waits end with their callers")
     finally:
         crowded.start("worker")
 

@@ -1,4 +1,4 @@
-"""Jobs over HTTP: bulk items and file references, what is listed and told, events, cancellation, retries."""
+"""Jobs over HTTP: bulk items and file references, what is listed and told, cancellation, retries."""
 
 import json
 import os
@@ -8,11 +8,12 @@ from itertools import pairwise
 
 import pytest
 
+from kms_client import Client
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Attempt, part_id
 from kms_core.jobs.spec import BULK
-from kms_protocol.wire import ENDED, PREFIX
+from kms_protocol.wire import ENDED, PREFIX, JobOut
 from support.service import CANARY, Json, Service, b64, check_problem, core_of, unb64
 from support.waiting import until
 
@@ -340,20 +341,15 @@ def test_listing_by_state(idle: Service) -> None:
     assert job_id not in {job["job_id"] for job in idle.get("/jobs?state=queued&limit=1000").json()["jobs"]}
 
 
-def test_events_tell_each_change_and_end_with_the_job(service: Service) -> None:
+def test_client_that_waits_sees_each_change_and_the_end(service: Service) -> None:
     job_id = service.submit({"kind": "encrypt", "items": [{"plaintext": b64(bytes(1000))}] * 3000})
-    with service.http.stream("GET", f"{PREFIX}/jobs/{job_id}/events") as answer:
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        told = [
-            json.loads(line.removeprefix("data: "))
-            for line in answer.iter_lines()
-            if line.startswith("data: ")
-        ]
+    told: list[JobOut] = []
+    with Client(service.url) as kms:
+        assert kms.wait(job_id, progress=told.append) == told[-1]
 
-    assert told[-1]["state"] == "succeeded"
-    assert all(event["job_id"] == job_id for event in told)
-    assert all(event["state"] not in ENDED for event in told[:-1])
-    assert all(a["progress"]["items_done"] <= b["progress"]["items_done"] for a, b in pairwise(told))
+    assert told[-1].state == "succeeded"
+    assert all(job.state not in ENDED for job in told[:-1])
+    assert all(a.progress.items_done <= b.progress.items_done for a, b in pairwise(told))
 
 
 # -- cancelling and retrying

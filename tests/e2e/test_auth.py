@@ -337,7 +337,7 @@ def test_two_tenants_see_nothing_of_each_other(guarded: Guarded) -> None:
     for method, path in [
         ("GET", f"/jobs/{job_id}"),
         ("GET", f"/jobs/{job_id}/result"),
-        ("GET", f"/jobs/{job_id}/events"),
+        ("GET", f"/jobs/{job_id}?wait=1"),
         ("DELETE", f"/jobs/{job_id}"),
         ("POST", f"/jobs/{job_id}/cancel"),
         ("POST", f"/jobs/{job_id}/retry"),

@@ -426,7 +426,7 @@ def test_path_with_a_slash_too_many_is_not_redirected(service: Service, path: st
     "job_id",
     ["x", "..", "%2e%2e%2fetc", "00000000-0000-0000-0000-000000000000", "a" * 300, "%00", "lock:caretaker"],
 )
-@pytest.mark.parametrize("path", ["", "/result", "/events"])
+@pytest.mark.parametrize("path", ["", "/result", "?wait=1"])
 def test_unknown_job_is_nobody_s(service: Service, job_id: str, path: str) -> None:
     answer = service.get(f"/jobs/{job_id}{path}")
 

@@ -3,6 +3,8 @@
 import json
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -256,6 +258,30 @@ def test_failed_files_are_named_by_their_line_of_the_result(service: Service) ->
     assert lines[1]["source"].endswith("/b")
 
 
+def test_waits_and_event_streams_end_when_the_api_stops(tmp_path: Path, redis_url: str) -> None:
+    """A wait is answered with the state of the job: callers need not tell a stop from a broken connection."""
+    with Service(tmp_path, redis=redis_url) as service, ThreadPoolExecutor() as pool:
+        job_id = service.start("api").submit(job_of(group={"name": "of-two", "jobs": 2}))
+        waits = [
+            pool.submit(service.get, f"/{path}?wait=60") for path in (f"jobs/{job_id}", "job-groups/of-two")
+        ]
+        stream = pool.submit(service.get, "/jobs/events")
+        until(lambda: stream_slots(service) == 3, "all wait")
+
+        begun = time.monotonic()
+        service.stop("api")
+        assert time.monotonic() - begun < 10
+        assert [answer.result().status_code for answer in waits] == [200, 200]
+        assert waits[0].result().json()["state"] == "queued"
+        assert stream.result().text.startswith(": connected")
+
+
+def stream_slots(service: Service) -> float:
+    text = service.http.get("/metrics").text
+    line = next(line for line in text.splitlines() if line.startswith('kms_http_slots_in_use{kind="stream"'))
+    return float(line.split()[-1])
+
+
 def test_wait_does_not_outlive_its_caller(idle: Service) -> None:
     """A caller that goes away gives its slot back."""
     job_id = idle.submit(job_of())
@@ -263,10 +289,4 @@ def test_wait_does_not_outlive_its_caller(idle: Service) -> None:
         with pytest.raises(Exception, match="timed out"):
             idle.http.get(f"{PREFIX}/jobs/{job_id}?wait=60", timeout=0.3)
 
-    def slots() -> str:
-        text = idle.http.get(f"{idle.url}/metrics").text
-        return next(
-            line for line in text.splitlines() if line.startswith('kms_http_slots_in_use{kind="stream"')
-        )
-
-    until(lambda: float(slots().split()[-1]) == 0, "the slots to be given back")
+    until(lambda: stream_slots(idle) == 0, "the slots to be given back")

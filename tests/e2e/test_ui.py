@@ -1,7 +1,6 @@
 """The page for operators, as a browser without scripts meets it: real processes, forms as they are sent."""
 
 import html
-import json
 import re
 import shutil
 import socket
@@ -456,19 +455,18 @@ def test_a_key_is_rotated_after_it_was_confirmed(guarded: Guarded) -> None:
     assert f"{before} decrypts" in page
 
 
-def test_progress_is_streamed_to_the_page(guarded: Guarded) -> None:
+def test_page_reads_the_state_of_a_job_as_the_api_tells_it(guarded: Guarded) -> None:
     job_id = submitted(guarded)
     browser = browser_of(guarded)
     browser.get("/ui")
-    with browser.http.stream("GET", f"/ui/jobs/{job_id}/events") as answer:
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        states = []
-        for line in answer.iter_lines():
-            if line.startswith("data: "):
-                states.append(json.loads(line.removeprefix("data: "))["state"])
-                if states == ["queued"]:
-                    assert browser.send(f"/ui/jobs/{job_id}/cancel").status_code == 303
-    assert states == ["queued", "cancelled"]
+    before = browser.get(f"/ui/jobs/{job_id}/state?wait=1")
+    assert before.json() == guarded.get(f"/jobs/{job_id}", headers=guarded.token("*")).json()
+    assert (before.json()["state"], before.headers["retry-after"]) == ("queued", "1")
+
+    assert browser.send(f"/ui/jobs/{job_id}/cancel").status_code == 303
+    assert browser.get(f"/ui/jobs/{job_id}/state?wait=60").json()["state"] == "cancelled"
+    browser.send("/ui/logout")
+    assert browser.get(f"/ui/jobs/{job_id}/state").status_code == 303
 
 
 # -- who sees what -------------------------------------------------------------------------------------------
@@ -483,7 +481,7 @@ def test_jobs_of_other_tenants_are_unseen(guarded: Guarded) -> None:
     unknown = browser.get(f"/ui/jobs/{job_id}")
     assert unknown.status_code == 404
     assert words(unknown).split("Code")[0] == words(browser.get("/ui/jobs/0")).split("Code")[0]
-    assert browser.get(f"/ui/jobs/{job_id}/events").status_code == 404
+    assert browser.get(f"/ui/jobs/{job_id}/state").status_code == 404
     assert browser.send(f"/ui/jobs/{job_id}/cancel").status_code == 404
     assert job_id not in browser.get("/ui/audit?operation=job.submit").text
     assert (

@@ -1,8 +1,9 @@
-"""An end that no worker signed, as every place that tells of jobs tells it: REST, events, pages, webhooks."""
+"""An end that no worker signed, as every place that tells of jobs tells it: REST, waits, pages, webhooks."""
 
 import json
-import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
@@ -13,7 +14,6 @@ from kms_core.jobs.events.dispatcher import WebhookDispatcher
 from kms_core.jobs.events.outbox import Outbox
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import REFUSED
-from kms_protocol.wire import PREFIX
 from support.job_stores import accepted, forge
 from support.service import CONTEXT, Json, Service, b64, core_of
 from support.waiting import until
@@ -58,26 +58,15 @@ def test_status_and_list_tell_it_as_refused(idle: Service, forged: str) -> None:
     assert forged not in listed(idle, "&state=succeeded")
 
 
-def test_stream_of_events_tells_it_as_refused(idle: Service, forged: str) -> None:
-    told = events(idle, forged)
+def test_wait_that_sees_it_tells_it_as_refused(idle: Service, core: Core) -> None:
+    job_id = idle.submit(ITEMS)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(idle.get, f"/jobs/{job_id}?wait=30")
+        time.sleep(0.3)  # longer than the request takes to arrive
+        forge(core.worker_context.store, job_id, state="succeeded")
+        told = waiting.result().json()
 
-    assert [(event["state"], event["error"]) for event in told] == [("failed", ERROR)]
-
-
-def events(idle: Service, job_id: str) -> list[Json]:
-    with idle.http.stream("GET", f"{PREFIX}/jobs/{job_id}/events") as answer:
-        return [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
-
-
-def test_stream_that_is_read_meanwhile_tells_it_as_refused(idle: Service, core: Core) -> None:
-    job_id, told = idle.submit(ITEMS), list[Json]()
-    reading = threading.Thread(target=lambda: told.extend(events(idle, job_id)))
-    reading.start()
-    forge(core.worker_context.store, job_id, state="succeeded")
-    reading.join(30)
-
-    assert told[-1]["error"] == ERROR
-    assert all(event["state"] != "succeeded" for event in told)
+    assert (told["state"], told["error"]) == ("failed", ERROR)
 
 
 def test_result_of_it_is_not_given(idle: Service, core: Core) -> None:

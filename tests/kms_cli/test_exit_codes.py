@@ -31,7 +31,7 @@ def test_interrupted_transfer_leaves_no_file_and_no_job(
     with subprocess.Popen(
         [KMS, "encrypt-file", "file"], cwd=tmp_path, env=env, stderr=subprocess.PIPE
     ) as running:
-        until(lambda: any(seen.path.endswith("/events") for seen in stand_in.seen), "it follows the job")
+        until(lambda: any("/jobs/job-1?wait=" in seen.path for seen in stand_in.seen), "it follows the job")
 
         running.send_signal(number)
         _, said = running.communicate(timeout=WAIT_S)

@@ -1,9 +1,10 @@
 import math
+import time
 import uuid
 
 import pytest
 
-from kms_client import Client
+from kms_client import Client, ServiceUnreachable, aio
 from kms_protocol import errors, wire
 from support.contract_server import ContractServer
 
@@ -31,10 +32,9 @@ def test_two_submits_have_two_idempotency_keys(kms: Client) -> None:
     assert kms.submit(bulk_job()).job_id != kms.submit(bulk_job()).job_id
 
 
-@pytest.mark.parametrize("way", ["events", "polling", "broken events"])
-def test_wait_sees_the_end(kms: Client, server: ContractServer, way: str) -> None:
-    server.faults.events = way != "polling"
-    server.faults.broken_events = 2 if way == "broken events" else 0
+@pytest.mark.parametrize("is_new", [True, False], ids=["waits", "polling"])
+def test_wait_sees_the_end(kms: Client, server: ContractServer, *, is_new: bool) -> None:
+    server.faults.waits = is_new
     server.faults.steps_s = math.inf  # the job stays queued until it is seen, however late that is
     seen: list[str] = []
 
@@ -45,8 +45,47 @@ def test_wait_sees_the_end(kms: Client, server: ContractServer, way: str) -> Non
     job = kms.wait(kms.submit(bulk_job()).job_id, progress=progress)
 
     assert job.state == "succeeded"
-    assert seen[-1] == "succeeded"
-    assert len(set(seen)) > 1
+    assert (seen[0], seen[-1]) == ("queued", "succeeded")
+
+
+@pytest.mark.parametrize(("is_new", "most"), [(True, 1), (False, 8)], ids=["waits", "polling"])
+def test_wait_asks_seldom(kms: Client, server: ContractServer, *, is_new: bool, most: int) -> None:
+    """Once where the service waits; where it answers at once, less often the longer it takes."""
+    server.faults.waits, server.faults.steps_s = is_new, 0.3
+
+    kms.wait(kms.submit(bulk_job()).job_id)
+
+    assert len(requests(server, "/jobs/", "GET")) <= most
+
+
+def test_progress_tells_each_state_once(kms: Client, server: ContractServer) -> None:
+    server.faults.waits, server.faults.steps_s = False, 0.3
+    seen: list[str] = []
+
+    kms.wait(kms.submit(bulk_job()).job_id, progress=lambda job: seen.append(job.state))
+
+    assert len(seen) == len(set(seen)) < len(requests(server, "/jobs/", "GET"))
+
+
+def test_wait_outlives_a_proxy_that_cuts_waits(
+    kms: Client, server: ContractServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aio, "OUTAGE_S", 0.3)
+    monkeypatch.setattr(aio, "_SLOWEST_POLL_S", 0.1)
+    server.faults.cut_waits, server.faults.steps_s = True, 0.3
+
+    assert kms.wait(kms.submit(bulk_job()).job_id).state == "succeeded"
+
+
+def test_wait_ends_with_an_outage(
+    kms: Client, server: ContractServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aio, "OUTAGE_S", 0.3)
+    job_id = kms.submit(bulk_job()).job_id
+    server.faults.dropped = 1000
+
+    with pytest.raises(ServiceUnreachable):
+        kms.wait(job_id)
 
 
 def test_wait_outlives_a_restart(kms: Client, server: ContractServer) -> None:
@@ -61,6 +100,23 @@ def test_wait_has_an_end(kms: Client, server: ContractServer) -> None:
 
     with pytest.raises(errors.JobNotFinished):
         kms.wait(kms.submit(bulk_job()).job_id, timeout_s=0.3)
+
+
+@pytest.mark.parametrize("timeout_s", [0, 1.2])
+def test_no_poll_outlasts_the_time_given(kms: Client, server: ContractServer, timeout_s: float) -> None:
+    server.faults.steps_s = 100
+    job_id, begun = kms.submit(bulk_job()).job_id, time.monotonic()
+
+    with pytest.raises(errors.JobNotFinished):
+        kms.wait(job_id, timeout_s=timeout_s)
+
+    assert timeout_s <= time.monotonic() - begun < timeout_s + 0.5
+
+
+def test_job_that_has_ended_needs_no_time(kms: Client, server: ContractServer) -> None:
+    server.faults.steps_s = 0
+
+    assert kms.wait(kms.submit(bulk_job()).job_id, timeout_s=0).state == "succeeded"
 
 
 def test_wait_for_an_unknown_job(kms: Client) -> None:

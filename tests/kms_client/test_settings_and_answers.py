@@ -7,7 +7,6 @@ import httpcore2
 import pytest
 
 from kms_client import Client, UnexpectedAnswer, requests
-from kms_client.follow import EventParser, ServerSentEvent
 from kms_client.http_client import transport_errors
 from kms_client.problems import Reply, by_code, error_of, failure, tree
 from kms_client.settings import ClientSettings, Proxy
@@ -64,25 +63,6 @@ def test_retry_after_is_read(value: str, expected: float | None) -> None:
 def finished(kms: Client, accepted: wire.JobAccepted) -> str:
     kms.wait(accepted.job_id)
     return accepted.job_id
-
-
-def test_events_in_any_pieces() -> None:
-    text = b": hi\r\nid: 4\r\nevent: running\r\ndata: {\r\ndata: }\r\n\r\ndata: x\n\n\nevent: unfinished\n"
-    expected = [ServerSentEvent("running", "{\n}"), ServerSentEvent("message", "x")]
-
-    for size in range(1, len(text)):
-        parser = EventParser()
-        pieces = [text[at : at + size] for at in range(0, len(text), size)]
-
-        assert [event for piece in pieces for event in parser.feed(piece)] == expected
-        assert parser.last_id == "4"
-
-
-def test_endless_line_is_not_kept() -> None:
-    parser = EventParser()
-
-    with pytest.raises(UnexpectedAnswer):
-        list(parser.feed(b"x" * (MIB + 1)))
 
 
 def test_sync_client_works_inside_an_event_loop(server: ContractServer) -> None:

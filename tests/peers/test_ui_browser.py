@@ -175,6 +175,12 @@ def test_progress_and_the_end_of_a_job_appear_without_loading_the_page_again(
     assert browser.evaluate(f"{row}.querySelector('.amount').textContent") == "40 of 40 items"
     assert browser.evaluate(f"{row}.querySelector('progress').position") == 1
     assert browser.evaluate("window.loaded") == "once"
+
+    job_id = idle.submit({"kind": "encrypt", "items": ITEMS})
+    browser.open(f"{idle.url}/ui/jobs/{job_id}")
+    browser.evaluate("window.loaded = 'once'")
+    run_job(job_id, core_of(idle).worker_context, "w")
+    until(lambda: browser.evaluate("window.loaded || 'again'") == "again", "its own page is loaded again")
     assert browser.complaints == []
 
 
@@ -194,7 +200,7 @@ def test_progress_of_many_large_jobs_arrives_while_others_call(
     service: Service, browser: Chromium, tmp_path: Path
 ) -> None:
     items = [{"plaintext": b64(b"x" * 2_000), "context": CONTEXT}] * 2_000
-    states = "Array.from(document.querySelectorAll('[data-events] .state'), (place) => place.textContent)"
+    states = "Array.from(document.querySelectorAll('[data-poll] .state'), (place) => place.textContent)"
     with paused(service.pool_pids()):  # the jobs would have ended before a busy machine shows the page
         ids = [service.submit({"kind": "encrypt", "items": items}) for _ in range(6)]
         browser.open(f"{service.url}/ui/jobs")

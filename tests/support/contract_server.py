@@ -22,7 +22,7 @@ import pyrage
 from kms_protocol import errors
 from kms_protocol.context import Context
 from kms_protocol.errors import KmsError
-from kms_protocol.wire import PREFIX, ContextIn
+from kms_protocol.wire import ENDED, PREFIX, ContextIn
 
 KEY: Final = {"key_id": "default", "key_version": "0a1b2c3d", "backend": "age"}
 SYNC_LIMIT_BYTES: Final = 1024 * 1024
@@ -52,8 +52,8 @@ class Faults:
     cuts: int = 0
     stalls: bool = False
     changes: bool = False
-    events: bool = True
-    broken_events: int = 0
+    waits: bool = True
+    cut_waits: bool = False
     unhealthy: bool = False
     token: str = ""
     job_error: str = ""
@@ -149,7 +149,7 @@ class ContractServer:
 
 def links(job_id: str) -> dict[str, str]:
     path = f"{PREFIX}/jobs/{job_id}"
-    return {"self": path, "result": f"{path}/result", "events": f"{path}/events"}
+    return {"self": path, "result": f"{path}/result"}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -198,10 +198,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.service.faults.foreign_answer:
             self.answer(200, b"<html>welcome to nginx</html>", {"Content-Type": "text/html"})
             return
-        if match := re.fullmatch(r"/jobs/([^/]+)(/result|/events)?", path):
+        if match := re.fullmatch(r"/jobs/([^/]+)(/result)?", path):
             handle: Callable[[str], None] = {
                 "/result": self.result,
-                "/events": self.events,
                 "": self.cancel if self.command == "DELETE" else self.job,
             }[match[2] or ""]
             handle(unquote(match[1]))
@@ -302,6 +301,13 @@ class Handler(BaseHTTPRequestHandler):
         self.json(self.service.accept(job, self.headers["Idempotency-Key"]), 202)
 
     def job(self, job_id: str) -> None:
+        faults, wait_s = self.service.faults, int(parse_qs(urlsplit(self.path).query).get("wait", "0")[0])
+        if wait_s and faults.cut_waits:
+            self.answer(504, b"", {})
+            return
+        until = time.monotonic() + (wait_s if faults.waits else 0)
+        while time.monotonic() < until and self.service.shown(job_id)["state"] not in ENDED:
+            time.sleep(0.01)
         self.json(self.service.shown(job_id))
 
     def cancel(self, job_id: str) -> None:
@@ -335,24 +341,6 @@ class Handler(BaseHTTPRequestHandler):
                 self.service.jobs[job_id].body = body[::-1]
             return
         self.answer(206 if start else 200, body[start:], head)
-
-    def events(self, job_id: str) -> None:
-        faults = self.service.faults
-        if not faults.events:
-            raise errors.UnknownJob
-        self.answer(200, b"", {"Content-Type": "text/event-stream", "Connection": "close"})
-        self.close_connection = True
-        self.wfile.write(b": welcome\n\n")
-        state: object = None
-        while state not in {"succeeded", "failed", "cancelled"}:
-            shown = self.service.shown(job_id)
-            if shown["state"] != state:
-                state = shown["state"]
-                self.wfile.write(f"event: {state}\ndata: {json.dumps(shown)}\n\n".encode())
-                if faults.broken_events:
-                    faults.broken_events -= 1
-                    return
-            time.sleep(0.01)
 
     # -- bytes ---------------------------------------------------------------------------------------
 

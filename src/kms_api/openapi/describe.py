@@ -322,21 +322,16 @@ _SUBMISSION["content"][NDJSON] = {
 }
 
 
-def _events(text: str, data: Json, *kinds: str) -> Json:
-    """A stream of events of some kinds, with JSON as data."""
-    event = {
-        "description": "An event. Lines that begin with a colon keep the connection open",
-        "type": "object",
-        "properties": {
-            "id": _TEXT,
-            "event": choice(kinds),
-            "data": {**_TEXT, "contentMediaType": JSON, **data},
-        },
-        "required": ["event", "data"],
-    }
-    return raw(text, {EVENTS: {"schema": event}}, "X-Accel-Buffering")
-
-
+_EVENT: Final[Json] = {
+    "description": "An event. Lines that begin with a colon keep the connection open",
+    "type": "object",
+    "properties": {
+        "id": _TEXT,
+        "event": choice(("job", "gap")),
+        "data": {**_TEXT, "contentMediaType": JSON},
+    },
+    "required": ["event", "data"],
+}
 LABEL: Final = query(
     "label",
     {"type": "array", "items": {"type": "string"}, "maxItems": shapes.MOST_LABELS},
@@ -396,18 +391,11 @@ ALL_EVENTS: Final = described(
         header("Last-Event-ID", {"type": "string"}, "The id of an event: the stream begins behind it"),
     ),
     answers={
-        200: _events(
+        200: raw(
             "Events `job` with a CloudEvent (JSON) as data, and `gap` where events were lost",
-            {},
-            "job",
-            "gap",
+            {EVENTS: {"schema": _EVENT}},
+            "X-Accel-Buffering",
         )
     },
     refuses=(*JOBS, InvalidRequest),
-)
-_OF_ONE: Final = {"contentSchema": ref(wire.JobOut)}
-JOB_EVENTS: Final = described(
-    "job_events",
-    answers={200: _events("The stream ends when the job ends", _OF_ONE, "progress")},
-    refuses=ONE_JOB,
 )

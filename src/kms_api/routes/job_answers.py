@@ -1,5 +1,6 @@
 """Answers about jobs: their wire form, the answer to a submission, and long polls (``?wait=``)."""
 
+import time
 from typing import Final
 
 import anyio
@@ -11,6 +12,7 @@ from kms_api.deps import Pool
 from kms_api.openapi import describe
 from kms_api.routing import Call
 from kms_api.transport.admission import reservation_of
+from kms_api.transport.connection import should_end
 from kms_core.jobs.execution import key_migration
 from kms_core.jobs.model import Job
 from kms_protocol import wire
@@ -39,7 +41,7 @@ async def awaited(call: Call[None], job: Job, wait_s: int) -> Job:
     """The job at its end, or as it is after ``wait_s`` seconds.
 
     A wait holds the slot of an event stream and nothing else of the request. It ends early if there is none,
-    if the caller goes away, or while Redis does not answer.
+    if the caller goes away, if the server stops, or while Redis does not answer.
     """
     if job.ended or not wait_s:
         return job
@@ -49,11 +51,11 @@ async def awaited(call: Call[None], job: Job, wait_s: int) -> Job:
         held.take(held.admission.streams)
     except Unavailable:
         return job
-    store, until, pause_s = call.service.submitter.store, anyio.current_time() + wait_s, _FIRST_S
+    store, until = call.service.submitter.store, anyio.current_time() + wait_s
     while (left_s := until - anyio.current_time()) > 0 and not job.ended:
+        pause_s = min(max(_FIRST_S, (time.time() - job.created_at) / 2), _SLOWEST_S)  # half its age
         await anyio.sleep(min(pause_s, left_s))
-        pause_s = min(pause_s * 1.5, _SLOWEST_S)
-        if await call.request.is_disconnected():
+        if should_end(call.request.scope):
             break
         try:
             job = await call.service.run(POLLS, store.get, job.job_id, job.tenant)
@@ -80,7 +82,7 @@ async def accepted(call: Call[None], job: Job, wait_s: int = 0) -> Response:
 def links(job: Job) -> wire.JobLinks:
     """Return the links of a job."""
     base = f"{wire.PREFIX}/jobs/{job.job_id}"
-    return wire.JobLinks(self_=base, result=f"{base}/result", events=f"{base}/events")
+    return wire.JobLinks(self_=base, result=f"{base}/result")
 
 
 def shape(job: Job) -> wire.JobOut:

@@ -1,21 +1,20 @@
-"""Jobs: submission of items and file references, state, events, cancellation and retry."""
+"""Jobs: submission of items and file references, state, waits, events, cancellation and retry."""
 
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from typing import Final
 
 import anyio
-import anyio.from_thread
-import anyio.to_thread
-from fastapi import Request, Response
+from fastapi import Response
 
 from kms_api import json_body
-from kms_api.deps import STORE, Service, caller, service
+from kms_api.deps import STORE, Service
 from kms_api.openapi import describe
 from kms_api.routes.files import OPTION_HEADERS, check_reader, idempotency, labels_of, submit_stream
 from kms_api.routes.job_answers import POLLS, accepted, awaited, shape, wait_of
 from kms_api.routing import READ, WRITE, Call, Router, no_body
 from kms_api.transport.admission import reservation_of
+from kms_api.transport.connection import should_end
 from kms_api.transport.download import WatchedResponse
 from kms_core import audit
 from kms_core.age.recipients import version_of
@@ -30,7 +29,7 @@ from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_core.settings.validation import JOB_BODY_FACTOR
 from kms_protocol import submit_message, wire
 from kms_protocol.context import Context
-from kms_protocol.errors import BackendUnavailable, InvalidRequest, JobsUnavailable, UnknownJob, UnknownKey
+from kms_protocol.errors import BackendUnavailable, InvalidRequest, JobsUnavailable, UnknownKey
 
 router: Final = Router("jobs")
 
@@ -54,8 +53,7 @@ def intake(call: Call[None]) -> submit_message.IntakeOut:
 
 _NDJSON: Final = "application/x-ndjson"
 _POLL_S: Final = 0.25
-_MAX_POLL_S: Final = 1.0
-_SLOWING: Final = 8  # a job that did not change for 8 s is polled each second
+_MAX_POLL_S: Final = 1.0  # each poll of a group reads all its jobs
 _KEEP_ALIVE_S: Final = 15.0
 _DIGITS: Final = 16
 _read_job: Final = json_body.JsonBody(wire.JobIn, lambda limits: limits.json_job_bytes * JOB_BODY_FACTOR)
@@ -118,25 +116,54 @@ async def all_events(call: Call[None]) -> Response:
         batch = feed.FeedBatch([], await call.service.run(STORE, feed.newest, store))
     else:
         batch = await call.service.run(STORE, feed.read, store, call.caller.tenant, after, labels)
-    return _streamed(call.request, _all_events(call, batch, labels))
+    held = reservation_of(call.request.scope)
+    held.take(held.admission.streams)
+    told = _all_events(call, batch, labels)
+    made = WatchedResponse(told, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+    made.budget = held.admission.streams
+    return made
+
+
+async def _all_events(
+    call: Call[None], batch: feed.FeedBatch, labels: Mapping[str, str]
+) -> AsyncIterator[bytes]:
+    """The events of a tenant from a batch on. Ends if Redis does not answer: readers come back."""
+    silent_s, store = 0.0, call.service.submitter.store
+    yield b": connected\n\n"
+    while not should_end(call.request.scope):
+        if batch.is_gapped:
+            yield b"event: gap\ndata: {}\n\n"
+        for event_id, body in batch.events:
+            yield b"id: " + event_id.encode() + b"\nevent: job\ndata: " + body + b"\n\n"
+            silent_s = 0.0
+        if silent_s >= _KEEP_ALIVE_S:
+            yield b": still here\n\n"
+            silent_s = 0.0
+        if not batch.is_full:
+            await anyio.sleep(_POLL_S)
+            silent_s += _POLL_S
+        try:
+            batch = await call.service.run(POLLS, feed.read, store, call.caller.tenant, batch.cursor, labels)
+        except JobsUnavailable:
+            return
 
 
 @router.stream("GET", "/job-groups/{name}", READ, **describe.GROUP)
 async def group(call: Call[None]) -> Response:
     """The jobs of a group by state; with ``?wait=`` (seconds) once all have ended, or after that time."""
-    wait_s, name = wait_of(call), call.path("name")
-    found = await call.service.run(STORE, group_of, call.service.submitter.store, call.caller.tenant, name)
-    until, pause_s = anyio.current_time() + wait_s, _POLL_S
+    wait_s = wait_of(call)
+    look = partial(group_of, call.service.submitter.store, call.caller.tenant, call.path("name"))
+    found = await call.service.run(STORE, look)
     if wait_s and not found.ended:
         held = reservation_of(call.request.scope)
         held.take(held.admission.streams)
+    until, pause_s = anyio.current_time() + wait_s, _POLL_S
     while not found.ended and (left_s := until - anyio.current_time()) > 0:
         await anyio.sleep(min(pause_s, left_s))
         pause_s = min(pause_s * 1.5, _MAX_POLL_S)
-        if await call.request.is_disconnected():
+        if should_end(call.request.scope):
             break
-        store = call.service.submitter.store
-        found = await call.service.run(POLLS, group_of, store, call.caller.tenant, name)
+        found = await call.service.run(POLLS, look)
     return json_body.answer(found)
 
 
@@ -154,7 +181,8 @@ def many(call: Call[wire.JobsIn]) -> wire.JobsOut:
 async def one(call: Call[None]) -> Response:
     """State and progress of one job; with ``?wait=`` (seconds) once it has ended, or after that time."""
     wait_s = wait_of(call)
-    job = await awaited(call, await found(call.request, call.path("job_id")), wait_s)
+    found = await call.service.run(STORE, job_of, call.service, call.caller, call.path("job_id"))
+    job = await awaited(call, found, wait_s)
     return json_body.answer(shape(job), headers=None if job.ended else {"Retry-After": "1"})
 
 
@@ -181,82 +209,9 @@ def cancel_by_post(call: Call[None]) -> wire.JobOut:
     return cancel(call)
 
 
-@router.stream("GET", "/jobs/{job_id}/events", READ, **describe.JOB_EVENTS)
-async def events(call: Call[None]) -> Response:
-    """Server-sent events: one ``progress`` per change, the last with the final state."""
-    return await events_of(call.request, call.path("job_id"))
-
-
-async def events_of(request: Request, job_id: str) -> Response:
-    """A stream of the events of one job, in a slot of the event streams."""
-    return _streamed(request, _events(request, await found(request, job_id)))
-
-
-def _streamed(request: Request, events: AsyncIterator[bytes]) -> Response:
-    held = reservation_of(request.scope)
-    held.take(held.admission.streams)
-    made = WatchedResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
-    made.budget = held.admission.streams
-    return made
-
-
-async def _all_events(
-    call: Call[None], batch: feed.FeedBatch, labels: Mapping[str, str]
-) -> AsyncIterator[bytes]:
-    """The events of a tenant from a batch on. Ends if Redis does not answer: readers come back."""
-    silent_s, store = 0.0, call.service.submitter.store
-    yield b": connected\n\n"
-    while not await call.request.is_disconnected():
-        if batch.is_gapped:
-            yield b"event: gap\ndata: {}\n\n"
-        for event_id, body in batch.events:
-            yield b"id: " + event_id.encode() + b"\nevent: job\ndata: " + body + b"\n\n"
-            silent_s = 0.0
-        if silent_s >= _KEEP_ALIVE_S:
-            yield b": still here\n\n"
-            silent_s = 0.0
-        if not batch.is_full:
-            await anyio.sleep(_POLL_S)
-            silent_s += _POLL_S
-        try:
-            batch = await call.service.run(POLLS, feed.read, store, call.caller.tenant, batch.cursor, labels)
-        except JobsUnavailable:
-            return
-
-
-async def _events(request: Request, job: Job) -> AsyncIterator[bytes]:
-    """The job each time it changed; polled less often the longer it does not change."""
-    run, who, quiet_s, silent_s = service(request).run, caller(request), 0.0, 0.0
-    yield _event(job)
-    while not job.ended and not await request.is_disconnected():
-        pause_s = min(max(_POLL_S, quiet_s / _SLOWING), _MAX_POLL_S)
-        await anyio.sleep(pause_s)
-        seen = job
-        try:
-            job = await run(POLLS, job_of, service(request), who, job.job_id)
-        except UnknownJob:  # its record has expired, or is not ours any more
-            return
-        quiet_s, silent_s = quiet_s + pause_s, silent_s + pause_s
-        if job != seen:
-            yield _event(job)
-            quiet_s = silent_s = 0.0
-        elif silent_s >= _KEEP_ALIVE_S:
-            yield b": still here\n\n"
-            silent_s = 0.0
-
-
-def _event(job: Job) -> bytes:
-    return b"event: progress\ndata: " + wire.encode(shape(job)) + b"\n\n"
-
-
 def job_of(service: Service, who: Principal, job_id: str) -> Job:
     """The caller's job of this id. Raises UnknownJob, also for a job of another tenant."""
     return service.submitter.store.get(job_id, who.tenant)
-
-
-async def found(request: Request, job_id: str) -> Job:
-    """As ``job_of``, in a thread."""
-    return await service(request).run(STORE, job_of, service(request), caller(request), job_id)
 
 
 def revive(service: Service, who: Principal, job_id: str) -> Job:

@@ -170,3 +170,9 @@ def cycle_of(scope: Scope) -> RequestResponseCycle | None:
         return None
     cycle: RequestResponseCycle = found[1]
     return cycle
+
+
+def should_end(scope: Scope) -> bool:
+    """Return whether a wait or an endless answer should end: the caller has gone, or the server stops."""
+    connection, cycle = scope["state"][BODY]
+    return bool(connection.stopping or cycle.disconnected)

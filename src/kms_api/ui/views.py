@@ -121,10 +121,10 @@ def job(call: Call[None]) -> Response:
     )
 
 
-@router.stream("GET", "/jobs/{job_id}/events", READ)
-async def events(call: Call[None]) -> Response:
-    """The events of a job as at the API, which accepts no session cookie."""
-    return await jobs.events_of(call.request, call.path("job_id"))
+@router.stream("GET", "/jobs/{job_id}/state", READ)
+async def job_state(call: Call[None]) -> Response:
+    """The job as JSON, with ``?wait=`` (seconds), as at the API, which accepts no session cookie."""
+    return await jobs.one(call)
 
 
 # -- audit ---------------------------------------------------------------------------------------------

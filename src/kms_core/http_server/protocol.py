@@ -64,6 +64,8 @@ class HttpProtocol(HttpToolsProtocol):
     """One connection, created by uvicorn; all connections of a port share ``connections``."""
 
     inlet: BodyReader | None = None
+    stopping = False
+    """The server stops: a request that waits for something should be answered now."""
 
     def __init__(
         self,
@@ -109,6 +111,10 @@ class HttpProtocol(HttpToolsProtocol):
         self._bound.closed(self)
         if self._timer is not None:
             self._timer.cancel()
+
+    def shutdown(self) -> None:
+        self.stopping = True
+        super().shutdown()
 
     def end(self) -> None:
         """Close the connection; data that its client does not read is dropped."""

@@ -195,7 +195,6 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
         f"{API}/jobs/status", {"job_ids": [application.job()]}
     ),
     ("GET", f"{API}/jobs/{{job_id}}", ""): _job(f"{API}/jobs/{{job_id}}"),
-    ("GET", f"{API}/jobs/{{job_id}}/events", ""): _job(f"{API}/jobs/{{job_id}}/events", over=True),
     ("GET", f"{API}/jobs/{{job_id}}/result", "the caller's own job"): _result("encrypt", own=True),
     ("GET", f"{API}/jobs/{{job_id}}/result", "another caller's encrypt job"): _result("encrypt", own=False),
     ("GET", f"{API}/jobs/{{job_id}}/result", "another caller's decrypt job"): _result("decrypt", own=False),
@@ -222,7 +221,7 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
     ("GET", "/ui", ""): _plain("/ui"),
     ("GET", "/ui/jobs", ""): _plain("/ui/jobs"),
     ("GET", "/ui/jobs/{job_id}", ""): _job("/ui/jobs/{job_id}"),
-    ("GET", "/ui/jobs/{job_id}/events", ""): _job("/ui/jobs/{job_id}/events", over=True),
+    ("GET", "/ui/jobs/{job_id}/state", ""): _job("/ui/jobs/{job_id}/state"),
     ("POST", "/ui/jobs/{job_id}/cancel", ""): _job("/ui/jobs/{job_id}/cancel", form=True),
     ("POST", "/ui/jobs/{job_id}/retry", ""): _job("/ui/jobs/{job_id}/retry", dead=True, form=True),
     ("GET", "/ui/audit", ""): _plain("/ui/audit"),

@@ -1,7 +1,10 @@
-// Live progress of jobs by server-sent events. Without this script, pages show the same when reloaded.
+// Live progress of jobs by long polls. Without this script, pages show the same when reloaded.
 "use strict";
 
-const MAX_STREAMS = 4; // browsers open six HTTP/1.1 connections to a host, and page loads need some
+const AT_ONCE = 4; // browsers open six HTTP/1.1 connections to a host, and page loads need some
+const WAIT_S = 2; // of a poll that finds no end
+const PAUSE_S = 5; // after a poll that failed
+const PASSING = new Set([429, 502, 503, 504]);
 const ENDED = new Set(["succeeded", "failed", "cancelled"]);
 const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
 const news = document.getElementById("news");
@@ -22,14 +25,23 @@ function amount(progress) { // as ui/render.py
   return `${number(progress.items_done)} of ${number(progress.items)} items${refused}`;
 }
 
-function follow(element) {
-  const source = new EventSource(element.dataset.events);
+// The job, at its end or after WAIT_S; null if the service cannot tell now, undefined if it will not tell.
+async function poll(path) {
+  try {
+    const answer = await fetch(`${path}?wait=${WAIT_S}`, { redirect: "manual" });
+    if (answer.ok) return await answer.json();
+    return PASSING.has(answer.status) ? null : undefined;
+  } catch {
+    return null;
+  }
+}
+
+async function follow(element) {
   const state = element.querySelector(".state");
   const bar = element.querySelector("progress");
   let announced = `${state.textContent} 0`;
 
-  source.addEventListener("progress", (event) => {
-    const job = JSON.parse(event.data);
+  function show(job) {
     const done = job.progress.items ? job.progress.items_done - job.progress.items_failed : job.progress.bytes_done;
     const total = job.progress.items || job.progress.bytes;
     state.textContent = job.state;
@@ -46,23 +58,24 @@ function follow(element) {
       announced = announcement;
       news.textContent = `Job ${element.dataset.job}: ${job.state}, ${amount(job.progress)}`;
     }
-    if (ENDED.has(job.state)) {
-      source.close();
-      if ("reload" in element.dataset) location.replace(location.pathname);
-      else next();
-    }
-  });
-  source.addEventListener("error", () => {
-    if (source.readyState === EventSource.CLOSED) next();
-  });
-  addEventListener("pagehide", () => source.close());
+  }
+
+  for (;;) {
+    const begun = Date.now();
+    const job = await poll(element.dataset.poll);
+    if (job === undefined) return;
+    if (job) show(job);
+    if (job && ENDED.has(job.state)) break;
+    const rest = begun + 1000 * (job ? WAIT_S : PAUSE_S) - Date.now(); // an answer may come without a wait
+    await new Promise((resume) => setTimeout(resume, rest));
+  }
+  if ("reload" in element.dataset) location.replace(location.pathname);
 }
 
-const waiting = Array.from(document.querySelectorAll("[data-events]"));
+const waiting = Array.from(document.querySelectorAll("[data-poll]"));
 
-function next() {
-  const element = waiting.shift();
-  if (element) follow(element);
+async function next() {
+  while (waiting.length) await follow(waiting.shift());
 }
 
-for (let count = 0; count < MAX_STREAMS; count += 1) next();
+for (let count = 0; count < AT_ONCE; count += 1) next();
