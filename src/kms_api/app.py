@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from kms_api import problems, routing
 from kms_api.deps import Service
 from kms_api.openapi import document
-from kms_api.routes import audit, batch, files, jobs, keys, operations, secrets, webhooks
+from kms_api.routes import audit, batch, files, jobs, keys, operations, secrets
 from kms_api.routing import DOCS, FastPath
 from kms_api.transport.admission import Admission, Admitted
 from kms_api.transport.authentication import AuthenticationLayer, AuthLimits, RequestAuthenticator
@@ -43,8 +43,10 @@ from kms_protocol import __version__, wire
 
 _SLAB_THREADS = 8  # a separate pool: slow disks must not take the threads of other calls
 
-ROUTERS: Final = tuple(
-    part.router for part in (secrets, batch, jobs, files, webhooks, keys, audit, operations)
+ROUTERS: Final = (
+    *(part.router for part in (secrets, batch, jobs, files)),
+    operations.webhooks,
+    *(part.router for part in (keys, audit, operations)),
 )
 UI: Final = (overview.router, views.router, actions.router)
 REFERENCE: Final = (views.docs,)

@@ -360,7 +360,7 @@ def test_secrets_rest_nowhere_but_where_the_user_pointed(install: CanaryService)
     assert everything_found(install, pids) == []
     assert [path for path in install.allowed() if stat.S_IMODE(path.stat().st_mode) != 0o600] == []
     told_to_redis = b"".join(path.read_bytes() for path in (install.state / "valkey").rglob("*.aof"))
-    assert b"kms:webhooks:entries" in told_to_redis, "all that Redis was ever told stands there in plain"
+    assert b"kms:webhooks:due:hook" in told_to_redis, "all that Redis was ever told stands there in plain"
     assert b"REDIS0" not in told_to_redis
     for name in ("api", "worker"):
         install.stop(name)

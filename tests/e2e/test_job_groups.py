@@ -165,8 +165,6 @@ def test_end_is_delivered_to_the_endpoint_of_the_group(core: Core) -> None:
     jobs = [store.submit(accepted(**member("g", 2))).job_id for _ in range(2)]
     for job_id in jobs:
         end(store, job_id)
-    while outbox.take_in():
-        pass
 
     (delivery,) = outbox.due("orchestrator", 10)
     body = json.loads(delivery.body)

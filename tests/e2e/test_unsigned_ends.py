@@ -17,7 +17,7 @@ from kms_core.jobs.model import REFUSED
 from support.job_stores import accepted, forge
 from support.service import CONTEXT, Json, Service, b64, core_of
 from support.waiting import until
-from support.webhooks import Authority, Receiver, endpoint, make_authority, receiving
+from support.webhooks import DUE, Authority, Receiver, endpoint, event_entry, make_authority, receiving
 
 ITEMS = {"kind": "encrypt", "context": CONTEXT, "items": [{"plaintext": b64(b"x")}]}
 ERROR = {"code": "record_refused"}
@@ -119,12 +119,11 @@ def test_webhook_of_it_is_never_a_success(
     job_id = store.submit(accepted(callback="ci")).job_id
     if is_ended:
         forge(store, job_id, state="succeeded")
-    event = {"type": "kms.job.succeeded", "subject": job_id, "id": f"{job_id}.1.succeeded.1", "code": ""}
-    store.redis.xadd("kms:events", event | {"time": "1", "attempt": "1"})  # type: ignore[arg-type]  # invariant dict
+    store.redis.zadd(DUE, {event_entry(job_id): time.time()})
     outbox, other = Outbox(store, {"ci": ci}), store.submit(accepted(callback="ci")).job_id
     claim = store.claim(other, "w/1")
     assert claim
-    store.finish(claim, "succeeded")  # what is told after the forged event
+    store.finish(claim, "succeeded")  # which is told after the forged event
     courier = WebhookDispatcher(outbox, {"ci": ci}, "w1")
     courier.start()
     try:

@@ -5,19 +5,14 @@ The worker's test lets processes of the tree run the golden jobs from the golden
 
 import base64
 import json
-import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core, build_intake
-from kms_core.jobs.events.outbox import Outbox
-from kms_core.jobs.events.webhook import WebhookEndpoint, WebhookRequest, sign
-from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.events.webhook import WebhookRequest, sign
 from kms_core.jobs.submission.deadlines import Deadlines
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
@@ -31,9 +26,7 @@ from support.golden.manifest import SMALL, unb64
 from support.service import Service
 from support.waiting import until
 
-DELIVERIES: Final = uuid.UUID("0b3f4c1e-7f0e-5d51-9d0e-6b6d73686f6b")
 WHO: Final = Principal("local", "default", "none")
-EVERYTHING: Final = frozenset({"queued", "running", "succeeded", "failed", "cancelled"})
 
 
 # -- submitted again ---------------------------------------------------------------------------------
@@ -117,42 +110,6 @@ def test_message_of_a_workflow_opens(core: Core, held: Service) -> None:
 
 
 # -- webhooks ----------------------------------------------------------------------------------------
-
-
-def _endpoint() -> WebhookEndpoint:
-    return WebhookEndpoint("http://127.0.0.1:9/", Path("/nonexistent"), EVERYTHING)
-
-
-def test_outbox_opens(store: JobStore) -> None:
-    outbox = Outbox(store, {"ci": _endpoint()})
-    (due,), (dead,) = outbox.due("ci", 10), outbox.dead()
-
-    names = {"done-upload-encrypt": (due, "succeeded"), "told": (dead, "failed")}
-    for name, (delivery, state) in names.items():
-        assert delivery.delivery_id == str(uuid.uuid5(DELIVERIES, f"{IDS[name]}/1/{state}"))
-        assert (delivery.job_id, delivery.state, delivery.endpoint) == (IDS[name], state, "ci")
-        event = json.loads(delivery.body)
-        assert (event["type"], event["source"]) == (f"kms.job.{state}", "/api/v1/kms/jobs")
-    assert (due.attempts, dead.attempts) == (0, 20)
-
-
-def test_delivery_rests_behind_its_mac() -> None:
-    ((delivery_id, text),) = DUMP["kms:webhooks:entries"]["value"].items()
-    entry = unb64(text)
-
-    assert entry[:32] == reference.digest(SECRET, b"webhook-delivery", entry[32:])
-    assert msgspec.msgpack.decode(entry[32:])["delivery_id"] == delivery_id
-
-
-def test_events_in_the_stream_are_delivered_under_the_same_ids(core: Core) -> None:
-    store = core.worker_context.store
-    store.redis.delete("kms:webhooks:cursor", "kms:webhooks:entries", "kms:webhooks:due:ci")
-    outbox = Outbox(store, {"ci": _endpoint()})
-    while outbox.take_in():
-        pass
-
-    found = {one.delivery_id for one in outbox.due("ci", 50)}
-    assert found >= {str(uuid.uuid5(DELIVERIES, f"{IDS['done-upload-encrypt']}/1/succeeded"))}
 
 
 def test_signature_of_a_delivery_is_that_of_version_1() -> None:

@@ -31,7 +31,7 @@ from support.job_stores import TENANT, claimed
 
 SECRET: Final = b"0123456789abcdef0123456789abcdef"
 PATH: Final = "/hooks/kms?from=kms"
-ENTRIES: Final = "kms:webhooks:entries"
+DUE: Final = "kms:webhooks:due:ci"
 Answer = int | tuple[int, str]  # a status, or a status and a Location
 
 
@@ -237,15 +237,37 @@ def end(
     return claim.accepted.job_id
 
 
-def taken_in(store: JobStore, endpoints: Mapping[str, WebhookEndpoint]) -> tuple[Outbox, Delivery]:
-    """An outbox with one delivery, as a courier leaves it that is killed before it sends."""
+def waiting(store: JobStore, endpoints: Mapping[str, WebhookEndpoint]) -> tuple[Outbox, Delivery]:
+    """An outbox with one delivery, as a worker leaves it that is killed before it sends."""
     outbox = Outbox(store, endpoints)
-    outbox.take_in()
     [delivery] = outbox.due("ci", 10)
     return outbox, delivery
 
 
 def every(outbox: Outbox) -> list[Delivery]:
-    """Everything in the outbox, due or not."""
-    raw = cast("dict[bytes, bytes]", outbox.store.redis.hgetall(ENTRIES))
-    return [msgspec.msgpack.decode(entry[32:], type=Delivery) for entry in raw.values()]
+    """Everything in the outbox that is to be sent, due or not."""
+    found = []
+    for name in outbox.endpoints():
+        entries = cast("list[bytes]", outbox.store.redis.zrange(f"kms:webhooks:due:{name}", 0, -1))
+        found += [each for entry in entries if (each := outbox.delivery(name, entry))]
+    return found
+
+
+def hasten(store: JobStore) -> None:
+    """Let everything that waits for ``ci`` be due."""
+    for entry in cast("list[bytes]", store.redis.zrange(DUE, 0, -1)):
+        store.redis.zadd(DUE, {entry: 0})
+
+
+def event_entry(job_id: str, state: str = "succeeded", **changes: str) -> bytes:
+    """An entry of the outbox as a script writes it, or as somebody with access to Redis may."""
+    event = {
+        "type": f"kms.job.{state}",
+        "subject": job_id,
+        "id": f"{job_id}.0.{state}",
+        "time": str(time.time()),
+        "tenant": TENANT,
+        "attempt": "1",
+        "code": "",
+    }
+    return msgspec.json.encode([text for pair in (event | changes).items() for text in pair])

@@ -1,4 +1,4 @@
-"""Health, status, probes and metrics. None of them holds a secret."""
+"""Health, status, probes, metrics, and webhooks that were given up. None of them holds a secret."""
 
 import time
 from datetime import datetime
@@ -10,16 +10,19 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from kms_api import json_body
 from kms_api.deps import STORE, Service
 from kms_api.openapi import describe
-from kms_api.routing import METRICS, OPEN, Call, Router, Rule, no_body
+from kms_api.routing import METRICS, OPEN, READ, WRITE, Call, Router, Rule, no_body
 from kms_core.auth.policy import Principal, allows
+from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.store import queue_stats, usage_flush
+from kms_core.jobs.store.redis_keys import redis_errors
 from kms_core.observability import metrics, usage
 from kms_protocol import __version__, admin
-from kms_protocol.errors import AuditUnavailable, JobsUnavailable
+from kms_protocol.errors import AuditUnavailable, JobsUnavailable, Missing
 from kms_protocol.units import time_text
 
 router: Final = Router("operations")
 probes: Final = Router("probes")
+webhooks: Final = Router("jobs", prefix="/webhooks")
 NEARLY_FULL: Final = 0.9
 """The used part of the spool from which on it is degraded, as for the alert KmsSpoolNearlyFull."""
 _TEXT: Final = {describe.TEXT: {"schema": {"type": "string"}}}
@@ -241,3 +244,59 @@ def _operations(counts: dict[tuple[str, str], int]) -> admin.Operations:
         for operation, (ok, failed) in sorted(by.items())
     }
     return admin.Operations(total=sum(map(sum, by.values())), by=shapes)
+
+
+# -- webhooks ---------------------------------------------------------------------------------------
+
+
+@webhooks.call(
+    "GET",
+    "/dead",
+    READ,
+    no_body,
+    STORE,
+    gives="Deliveries given up",
+    refuses=describe.JOBS,
+)
+def dead_deliveries(call: Call[None]) -> admin.DeliveryList:
+    """Deliveries given up after 20 attempts or a day, newest first; the last 1,000 are kept."""
+    _, found = _given_up(call)
+    return admin.DeliveryList(deliveries=[_shape(each) for each in found])
+
+
+@webhooks.call(
+    "POST",
+    "/dead/{delivery_id}/resend",
+    WRITE,
+    no_body,
+    STORE,
+    answers={202: describe.gives(admin.DeliveryOut, "The delivery, which is sent again")},
+    refuses=(*describe.JOBS, Missing),
+)
+def resend_delivery(call: Call[None]) -> admin.DeliveryOut:
+    """Send a delivery again, with all its attempts and the same ``X-KMS-Delivery``."""
+    outbox, found = _given_up(call)
+    for delivery in found:
+        if delivery.delivery_id == call.path("delivery_id"):
+            with redis_errors():
+                if outbox.resend(delivery):
+                    return _shape(delivery)
+    raise Missing("No delivery of this id was given up; GET /webhooks/dead lists them")
+
+
+def _given_up(call: Call[None]) -> tuple[Outbox, list[Delivery]]:
+    """The outbox, and the deliveries of the caller's tenant that were given up."""
+    outbox = Outbox(call.service.submitter.store, {})
+    with redis_errors():
+        return outbox, [each for each in outbox.dead() if each.tenant == call.caller.tenant]
+
+
+def _shape(delivery: Delivery) -> admin.DeliveryOut:
+    return admin.DeliveryOut(
+        delivery_id=delivery.delivery_id,
+        job_id=delivery.job_id,
+        endpoint=delivery.endpoint,
+        state=delivery.state,
+        attempts=delivery.attempts,
+        created_at=time_text(delivery.created_at, "milliseconds"),
+    )

@@ -19,7 +19,7 @@ from kms_protocol.context import Context
 from kms_protocol.errors import JobNotDead
 from kms_protocol.wire import JobState
 from support.job_stores import LONG, TENANT, accepted, claimed, forge, record, store_of
-from support.webhooks import end, endpoint, every
+from support.webhooks import DUE, end, endpoint, event_entry
 
 WHO = Principal("local")
 CONTEXT = Context.parse("env=test")
@@ -286,24 +286,15 @@ def ci(tmp_path: Path) -> WebhookEndpoint:
 
 def deliveries(store: JobStore, ci: WebhookEndpoint) -> list[tuple[str, str, str | None]]:
     """Type, id and code of the events that would be sent."""
-    outbox = Outbox(store, {"ci": ci})
-    outbox.take_in()
-    bodies = [msgspec.json.decode(delivery.body) for delivery in every(outbox)]
+    bodies = [msgspec.json.decode(delivery.body) for delivery in Outbox(store, {"ci": ci}).due("ci", 10)]
     return [(body["type"], body["id"], (body["data"]["error"] or {}).get("code")) for body in bodies]
 
 
 def forge_event(
-    store: JobStore, job_id: str, state: str = "succeeded", code: str = "", fence: int = 1
+    store: JobStore, job_id: str, state: str = "succeeded", code: str = "", generation: int = 0
 ) -> None:
-    event = {
-        "type": f"kms.job.{state}",
-        "subject": job_id,
-        "id": f"{job_id}.{fence}.{state}.1",
-        "time": str(time.time()),
-        "attempt": "1",
-        "code": code,
-    }
-    store.redis.xadd("kms:events", event)  # type: ignore[arg-type]  # its stubs want an invariant dict
+    event_id = f"{job_id}.{generation}.{state}"
+    store.redis.zadd(DUE, {event_entry(job_id, state, id=event_id, code=code): time.time()})
 
 
 @pytest.mark.parametrize("before", ["queued", "running"])
@@ -337,26 +328,7 @@ def test_forged_success_of_a_failed_job_is_not_told(store: JobStore, ci: Webhook
 
 def test_repeated_event_has_the_id_of_the_first(store: JobStore, ci: WebhookEndpoint) -> None:
     job_id = end(store)
-    for fence in (2, 3):
-        forge_event(store, job_id, fence=fence)
+    for generation in (2, 3):
+        forge_event(store, job_id, generation=generation)
 
-    [(kind, _, _)] = deliveries(store, ci)
-    assert kind == "kms.job.succeeded"
-
-
-def test_forged_record_in_a_cut_stream_is_told_as_refused(store: JobStore, ci: WebhookEndpoint) -> None:
-    end(store)
-    outbox = Outbox(store, {"ci": ci})
-    outbox.take_in()
-    for delivery in every(outbox):
-        outbox.remove(delivery)
-    job_id = store.submit(accepted(callback="ci")).job_id
-    at = time.time() + 1
-    forge(store, job_id, state="succeeded", ended_at=str(at))
-    store.redis.zadd("kms:ended", {job_id: at + 60})
-    store.redis.xtrim("kms:events", maxlen=0)
-    end(store)
-    outbox.take_in()
-
-    found = {delivery.job_id: delivery.state for delivery in every(outbox)}
-    assert found[job_id] == "failed"
+    assert len(set(deliveries(store, ci))) == 1

@@ -247,7 +247,7 @@ class Application:
         return (
             redis.hgetall(job_key(job[0])) if job else {},
             redis.zcard("kms:open"),
-            redis.llen("kms:webhooks:dead"),
+            redis.zcard("kms:webhooks:given_up"),
             (self.install.state / "age/turned.txt").read_bytes(),
             sorted(path.name for path in (self.files / "out").iterdir()),
         )
@@ -332,8 +332,11 @@ class Application:
             created_at=time.time(),
             attempts=MOST_ATTEMPTS,
             tenant="default",
+            entry=number.encode(),
         )
-        assert Outbox(self._core.worker_context.store, {}).put_off(delivery) is None
+        store = self._core.worker_context.store
+        store.redis.zadd("kms:webhooks:due:ci", {number: 0})
+        assert Outbox(store, {}).put_off(delivery) is None
         return number
 
     @cache  # noqa: B019 -- as above

@@ -280,8 +280,6 @@ class _Maker:
         )
         self._store.finish(claim, "failed", "decrypt_failed")
         outbox = Outbox(self._store, {"ci": endpoint})
-        while outbox.take_in():
-            pass
         given_up = next(one for one in outbox.due("ci", 10) if one.job_id == self.ids["told"])
         outbox.put_off(msgspec.structs.replace(given_up, attempts=19))
 

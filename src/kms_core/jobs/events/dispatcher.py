@@ -51,7 +51,7 @@ class WebhookDispatcher(PeriodicThread):
         self.attempt(self.round)
 
     def round(self) -> None:
-        """Settle what was answered; with the lock, take in events and send what is due."""
+        """Settle what was answered; with the lock, send what is due."""
         for future in [future for future in self._in_hand if future.done()]:
             if not future.cancelled():
                 self._settle(self._in_hand[future], _outcome(future))
@@ -59,19 +59,13 @@ class WebhookDispatcher(PeriodicThread):
         if self.stopping or not self._outbox.store.lock("courier", self._owner, _LOCK_S):
             return
         with suppress(DurabilityUnconfirmed):
-            if self._outbox.take_in():
-                self.wake()
-        for name in self._outbox.endpoints():
-            self._send_due(name)
+            for name in self._outbox.endpoints():
+                self._send_due(name)
         metrics.WEBHOOK_OUTBOX.set(self._outbox.size())
 
     def _send_due(self, name: str) -> None:
-        under_way = {held.delivery_id for held in self._in_hand.values() if held.endpoint == name}
-        free = PER_ENDPOINT - len(under_way)
-        if free <= 0:
-            return
-        due = self._outbox.due(name, PER_ENDPOINT + free)
-        for delivery in [found for found in due if found.delivery_id not in under_way][:free]:
+        under_way = {held.entry for held in self._in_hand.values() if held.endpoint == name}
+        for delivery in self._outbox.due(name, PER_ENDPOINT - len(under_way), under_way):
             future = self._pool.submit(self._send, delivery)
             self._in_hand[future] = delivery
             future.add_done_callback(lambda _: self.wake())

@@ -4,12 +4,12 @@ Each event is told as webhooks tell it: an end that needs a proof as it was sign
 stream, so that a reader goes on behind the last one it has.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, cast
 
-from kms_core.jobs.events import groups, transitions
-from kms_core.jobs.events.webhook import event_body
+from kms_core.jobs.events import transitions
 from kms_core.jobs.store.redis_keys import PREFIX, redis_errors
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import InvalidRequest, UnknownJob
@@ -17,6 +17,7 @@ from kms_protocol.errors import InvalidRequest, UnknownJob
 START: Final = "0-0"
 _EVENTS: Final = f"{PREFIX}events"
 _AT_ONCE: Final = 500
+_STREAM_ID: Final = re.compile(rb"([0-9]{1,20})-([0-9]{1,20})")
 Fields = Mapping[bytes, bytes]
 
 
@@ -45,7 +46,7 @@ def read(store: JobStore, tenant: str, after: str, labels: Mapping[str, str]) ->
 
     Raises InvalidRequest for what is no such id, JobsUnavailable.
     """
-    place = transitions.place(after.encode())
+    place = _place(after.encode())
     if place is None:
         raise InvalidRequest("Last-Event-ID is the id of an event of this stream")
     with redis_errors():
@@ -53,30 +54,31 @@ def read(store: JobStore, tenant: str, after: str, labels: Mapping[str, str]) ->
         batch = cast(
             "list[tuple[bytes, Fields]]", store.redis.xrange(_EVENTS, min=f"({after}", count=_AT_ONCE)
         )
-    oldest = transitions.place(first[0][0]) if first else None
+    oldest = _place(first[0][0]) if first else None
     is_gapped = after != START and oldest is not None and oldest > place
     found = [
         (raw.decode(), body)
         for raw, fields in batch
-        if fields.get(b"tenant") == tenant.encode() and (body := _body(store, tenant, fields, labels))
+        if fields.get(b"tenant") == tenant.encode() and (body := _body(store, fields, labels))
     ]
     cursor = batch[-1][0].decode() if batch else after
     return FeedBatch(found, cursor, len(batch) == _AT_ONCE, is_gapped)
 
 
-def _body(store: JobStore, tenant: str, fields: Fields, labels: Mapping[str, str]) -> bytes:
+def _place(raw: bytes) -> tuple[int, int] | None:
+    """An id of a stream, to be compared; None for what is none."""
+    found = _STREAM_ID.fullmatch(raw)
+    if not found or max(place := (int(found[1]), int(found[2]))) >= 2**64:
+        return None
+    return place
+
+
+def _body(store: JobStore, fields: Fields, labels: Mapping[str, str]) -> bytes:
     """An event as JSON; empty for one that is not told."""
-    transition = transitions.of_event(fields)
-    if transition is None:
-        return b""
+    text = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}
+    transition = transitions.of_event(text)
     try:
-        job = store.get(transition.job_id, tenant)
-        if transition.is_group:
-            found = groups.ended(store, job.accepted, transition) if job.accepted else None
-            return found[2] if found and labels.items() <= job.labels.items() else b""
-    except UnknownJob:  # its record has expired, or was not sealed by this service
+        found = transition and transitions.told(store, transition)
+    except UnknownJob:  # its record has expired, or is not the tenant's
         return b""
-    seen = transitions.verified(transition, job)
-    if seen is None or not labels.items() <= job.labels.items():
-        return b""
-    return event_body(seen.delivery_id, transitions.as_seen(job, seen), seen.at)
+    return found.body if found and labels.items() <= found.job.labels.items() else b""

@@ -7,10 +7,6 @@ does not end; it cannot have a group told as ended with fewer jobs, or with othe
 from collections import Counter
 from typing import Final
 
-from kms_core.jobs.events import transitions
-from kms_core.jobs.events.transitions import Transition
-from kms_core.jobs.events.webhook import group_body
-from kms_core.jobs.spec import AnyJob
 from kms_core.jobs.store.store import JobStore
 from kms_protocol import job_groups
 
@@ -30,19 +26,3 @@ def group_of(store: JobStore, tenant: str, name: str) -> job_groups.GroupOut:
         ended=len(jobs) >= most and all(job.ended for job in jobs),
         failed=[job.job_id for job in jobs if job.ended and job.state != "succeeded"][:_MOST_FAILED],
     )
-
-
-def ended(
-    store: JobStore, accepted: AnyJob, seen: Transition
-) -> tuple[str, job_groups.GroupOut, bytes] | None:
-    """The end of a group: its event id, the group and the event's body; None if not all jobs have ended.
-
-    ``accepted`` is the job that ended last. Raises UnknownJob, JobsUnavailable.
-    """
-    if not accepted.group:
-        return None
-    found = group_of(store, accepted.tenant, accepted.group)
-    if not found.ended:
-        return None
-    event_id = transitions.group_event_id(seen)
-    return event_id, found, group_body(event_id, found, seen.at)

@@ -1,117 +1,133 @@
-"""Transitions of jobs as events: read from the stream or from a record, and verified before they are told."""
+"""Transitions of jobs as events: read as the scripts wrote them, told as the records of their jobs have them.
 
-import re
+An end that needs a proof (``ends.needs_proof``) is told as it was signed: as ``failed`` with
+``record_refused`` if the record claims it without a proof, and not at all before the job has ended.
+"""
+
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 import structlog
 from msgspec import Meta
 
 from kms_core.jobs.ends import needs_proof
+from kms_core.jobs.events import groups
+from kms_core.jobs.events.webhook import event_body, group_body
 from kms_core.jobs.model import REFUSED, Job
+from kms_core.jobs.store.store import JobStore
 from kms_protocol import wire
 
-_STREAM_ID: Final = re.compile(rb"([0-9]{1,20})-([0-9]{1,20})")
 _IDS: Final = uuid.UUID("0b3f4c1e-7f0e-5d51-9d0e-6b6d73686f6b")  # a namespace of our own (RFC 9562 §5.5)
 GROUP_ENDED: Final = "kms.group.ended"
-"""The event of a group whose jobs have all ended; its subject in the stream is the last of them."""
+"""The event of a group whose jobs have all ended; its subject in Redis is the last of them."""
 _log = structlog.get_logger(__name__)
 
 
 class Transition(msgspec.Struct, frozen=True, kw_only=True):
-    """One event of a job, as the stream or the job's record tells it."""
+    """One event as Redis has it. ``at`` is in seconds since the epoch."""
 
     job_id: str
+    tenant: str
     state: wire.JobState
-    event_id: Annotated[str, Meta(max_length=200)] = ""
-    generation: Annotated[str, Meta(pattern=r"^g?[0-9]{1,20}\Z")]
+    event_id: Annotated[str, Meta(max_length=200)]
+    generation: Annotated[str, Meta(pattern=r"^[0-9]{1,20}\Z")]
     attempt: int
     code: str
-    is_group: bool = False
+    is_group: bool
     at: Annotated[float, Meta(ge=0, lt=1e11)]
 
     @property
     def delivery_id(self) -> str:
         """A job ends once in each generation; other states come again, each with an event id of its own."""
-        name = f"{self.generation}/{self.state}" if self.state in wire.ENDED else self.event_id
+        name = self.event_id
+        if self.is_group:
+            name = f"g{self.generation}/group"
+        elif self.state in wire.ENDED:
+            name = f"g{self.generation}/{self.state}"
         return str(uuid.uuid5(_IDS, f"{self.job_id}/{name}"))
 
-
-def place(raw: bytes) -> tuple[int, int] | None:
-    """An id of a stream, to be compared; None for what is none."""
-    found = _STREAM_ID.fullmatch(raw)
-    if not found or max(place := (int(found[1]), int(found[2]))) >= 2**64:
-        return None
-    return place
+    @property
+    def is_claim(self) -> bool:
+        """Return whether it is an end that counts only with a proof."""
+        return not self.is_group and needs_proof(self.state, self.code)
 
 
-def of_event(fields: Mapping[bytes, bytes]) -> Transition | None:
-    """A record of the stream; None, and a line in the log, if a script of ours did not write it."""
-    text = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}
-    job_id, is_group = text.get("subject", ""), text.get("type") == GROUP_ENDED
-    found = read(
-        job_id=job_id,
-        state="succeeded" if is_group else text.get("type", "").removeprefix("kms.job."),
-        event_id=text.get("id", ""),
-        generation=_generation(text.get("id", "").removeprefix(f"{job_id}.")),
-        attempt=text.get("attempt", ""),
-        code=text.get("code", ""),
-        at=text.get("time", ""),
-    )
-    return msgspec.structs.replace(found, is_group=True) if found and is_group else found
+class ToldEvent(NamedTuple):
+    """An event as receivers get it: ``body`` is a CloudEvent. Of a group, ``job`` is the last to end."""
+
+    event_id: str
+    job: Job
+    state: wire.JobState
+    body: bytes
 
 
-def _generation(rest: str) -> str:
-    """That of an event id behind the job id; of events of 0.1, which has a time at its end, the fence."""
-    generation, *others = rest.split(".")
-    return generation if len(others) > 1 else f"g{generation}"
-
-
-def read(**fields: str) -> Transition | None:
-    """A transition of these texts; None, and a line in the log, for values that no script writes."""
+def of_entry(entry: bytes) -> Transition | None:
+    """The event of an entry of the outbox, which has names and values in turn, as JSON; None as below."""
     try:
-        return msgspec.convert(fields, Transition, strict=False)
+        texts = msgspec.json.decode(entry, type=list[str])
+    except msgspec.DecodeError:
+        return None
+    return of_event(dict(zip(texts[::2], texts[1::2], strict=False)))
+
+
+def of_event(fields: Mapping[str, str]) -> Transition | None:
+    """The event of these fields; None, and a line in the log, if a script of ours did not write them."""
+    job_id, event_id, kind = (fields.get(name, "") for name in ("subject", "id", "type"))
+    found = {
+        "job_id": job_id,
+        "tenant": fields.get("tenant", ""),
+        "state": "succeeded" if kind == GROUP_ENDED else kind.removeprefix("kms.job."),
+        "event_id": event_id,
+        "generation": event_id.removeprefix(f"{job_id}.").partition(".")[0],
+        "attempt": fields.get("attempt", ""),
+        "code": fields.get("code", ""),
+        "is_group": kind == GROUP_ENDED,
+        "at": fields.get("time", ""),
+    }
+    try:
+        return msgspec.convert(found, Transition, strict=False)
     except msgspec.ValidationError:
-        _log.warning("webhook.event_unreadable", job_id=fields["job_id"])
+        _log.warning("webhook.event_unreadable", job_id=job_id)
         return None
 
 
-def is_claim(transition: Transition) -> bool:
-    """Return whether it is an end that counts only with a proof."""
-    return needs_proof(transition.state, transition.code)
+def told(store: JobStore, transition: Transition) -> ToldEvent | None:
+    """An event as the verified record of its job has it; None for one that the record does not confirm.
+
+    Raises UnknownJob if there is no such record, JobsUnavailable.
+    """
+    job = store.get(transition.job_id, transition.tenant)
+    if transition.is_group:
+        return _group_told(store, job, transition)
+    seen = _verified(transition, job)
+    if seen is None:
+        return None
+    code = seen.code if seen.state in wire.ENDED else ""  # other codes than an end's are no errors
+    job = msgspec.structs.replace(job, state=seen.state, attempt=seen.attempt, error=code)
+    return ToldEvent(seen.delivery_id, job, seen.state, event_body(seen.delivery_id, job, seen.at))
 
 
-def verified(transition: Transition, job: Job) -> Transition | None:
-    """An event as it is told; None for an end that the record of the job does not have."""
-    if not is_claim(transition):
+def _verified(transition: Transition, job: Job) -> Transition | None:
+    if not transition.is_claim:
         return transition
     refused = job.ended and job.error == REFUSED
     if not refused and (job.state, job.error) != (transition.state, transition.code):
         _log.warning("webhook.event_refused", job_id=transition.job_id, state=transition.state)
         return None
     return msgspec.structs.replace(
-        transition,
-        state=job.state,
-        code=job.error,
-        generation=_generation_of(job, transition),
-        attempt=job.attempt,
+        transition, state=job.state, code=job.error, generation=str(job.generation), attempt=job.attempt
     )
 
 
-def _generation_of(job: Job, transition: Transition) -> str:
-    """That of an ended job; the fence if a worker of 0.1 ended it."""
-    of_old = not transition.generation.startswith("g") and not (job.end and job.end.attempt_id)
-    return str(job.fence) if of_old else f"g{job.generation}"
-
-
-def as_seen(job: Job, transition: Transition) -> Job:
-    """The job as it was at the transition; it may have moved on. Other codes than an end's are no errors."""
-    code = transition.code if transition.state in wire.ENDED else ""
-    return msgspec.structs.replace(job, state=transition.state, attempt=transition.attempt, error=code)
-
-
-def group_event_id(transition: Transition) -> str:
-    """The id of the end of a group, by the last job to end: the same however often it is read."""
-    return str(uuid.uuid5(_IDS, f"{transition.job_id}/{transition.generation}/group"))
+def _group_told(store: JobStore, job: Job, transition: Transition) -> ToldEvent | None:
+    """The end of the group of a job; None if not all of its jobs have ended."""
+    if not job.accepted or not job.accepted.group:
+        return None
+    group = groups.group_of(store, job.tenant, job.accepted.group)
+    if not group.ended:
+        return None
+    state: wire.JobState = "failed" if group.failed else "succeeded"
+    event_id = transition.delivery_id
+    return ToldEvent(event_id, job, state, group_body(event_id, group, transition.at))

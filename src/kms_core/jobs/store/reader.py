@@ -198,12 +198,13 @@ class JobReader(StoreMaintenance):
         return [digest[:_LABEL_BYTES].hex() for digest in digests]
 
     def index_fields(self, accepted: JobSpec, resources: Sequence[str]) -> dict[str, str]:
-        """The fields of a record by which the scripts keep its lists, as far as it has them."""
+        """The fields of a record by which the scripts keep lists and the outbox, as far as it has them."""
         group = ""
         if accepted.group:
             group = f"{self.group_digest(accepted.tenant, accepted.group)} {accepted.group_jobs}"
         labels = self.label_digests(accepted.tenant, accepted.labels)
         found = {"labels": " ".join(labels), "resources": " ".join(resources), "group": group}
+        found |= {"callback": accepted.callback, "group_callback": accepted.group_callback}
         return {name: value for name, value in found.items() if value}
 
     def group_digest(self, tenant: str, name: str) -> str:

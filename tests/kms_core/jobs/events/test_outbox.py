@@ -1,4 +1,4 @@
-"""The outbox: what couriers that die or overlap, a cut stream and an intruder in Redis leave in it."""
+"""The outbox: what workers that die or overlap, and an intruder in Redis, leave in it."""
 
 import time
 from pathlib import Path
@@ -12,9 +12,12 @@ from kms_core.jobs.events.dispatcher import WebhookDispatcher
 from kms_core.jobs.events.outbox import GIVE_UP_S, MOST_ATTEMPTS, Outbox
 from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.store.store import JobStore
+from kms_protocol.errors import DurabilityUnconfirmed
 from support.job_stores import LONG, accepted, claimed, forge, store_of
 from support.waiting import until
-from support.webhooks import ENTRIES, end, endpoint, every, receiving, taken_in
+from support.webhooks import DUE, end, endpoint, event_entry, every, hasten, receiving, waiting
+
+GIVEN_UP = "kms:webhooks:given_up"
 
 
 @pytest.fixture
@@ -36,8 +39,8 @@ def ci(tmp_path: Path) -> WebhookEndpoint:
 def test_other_jobs_are_not_told(store: JobStore, ci: WebhookEndpoint, changes: dict[str, str]) -> None:
     store.finish(claimed(store, **changes), "succeeded")
     outbox = Outbox(store, {"ci": ci})
-    outbox.take_in()
 
+    assert outbox.due("ci", 10) == []
     assert outbox.size() == 0
 
 
@@ -50,48 +53,77 @@ def test_a_delivery_that_always_fails_ends_as_dead(
     store: JobStore, ci: WebhookEndpoint, changes: dict[str, float]
 ) -> None:
     end(store)
-    outbox, delivery = taken_in(store, {"ci": ci})
+    outbox, delivery = waiting(store, {"ci": ci})
 
     assert outbox.put_off(msgspec.structs.replace(delivery, **changes)) is None
     assert outbox.size() == 0
     assert [found.delivery_id for found in outbox.dead()] == [delivery.delivery_id]
 
 
-def test_events_that_are_read_twice_make_one_delivery(store: JobStore, ci: WebhookEndpoint) -> None:
-    end(store)
-    outbox, delivery = taken_in(store, {"ci": ci})
-    outbox.take_in()
-    store.redis.delete("kms:webhooks:cursor")
-    outbox.take_in()
-
-    assert [found.delivery_id for found in every(outbox)] == [delivery.delivery_id]
-
-
-def test_a_stream_that_was_cut_is_made_up_for(store: JobStore, ci: WebhookEndpoint) -> None:
+def test_other_states_are_passed_over_and_leave(store: JobStore, ci: WebhookEndpoint) -> None:
+    """Also where more of them come first than may be sent at a time."""
+    for _ in range(5):
+        claimed(store, callback="ci")
+    ended = [end(store) for _ in range(3)]
     outbox = Outbox(store, {"ci": ci})
-    old = end(store)
-    time.sleep(0.002)
-    end(store)  # of the same millisecond as the cursor: told again
-    outbox.take_in()
-    for delivery in every(outbox):
-        outbox.remove(delivery)
-    missed = [end(store), end(store, "failed", "decrypt_failed")]
-    store.redis.xtrim("kms:events", maxlen=0)
-    last = end(store)
-    outbox.take_in()
+    first = outbox.due("ci", 2)
+    rest = outbox.due("ci", 2, [found.entry for found in first])
 
-    found = {delivery.job_id: delivery.state for delivery in every(outbox)}
-    assert found.items() >= {missed[0]: "succeeded", missed[1]: "failed", last: "succeeded"}.items()
-    assert old not in found
+    assert [found.job_id for found in (*first, *rest)] == ended
+    assert outbox.size() == 3
 
 
-def test_whoever_settles_late_leaves_nothing_behind(store: JobStore, ci: WebhookEndpoint) -> None:
+def test_the_stream_that_others_read_is_not_needed(store: JobStore, ci: WebhookEndpoint) -> None:
+    job_id = end(store)
+    store.redis.delete("kms:events")
+
+    assert waiting(store, {"ci": ci})[1].job_id == job_id
+
+
+def test_an_end_that_redis_did_not_confirm_waits(
+    store: JobStore, ci: WebhookEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unconfirmed() -> None:
+        raise DurabilityUnconfirmed
+
+    job_id = end(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "confirm", unconfirmed)
+        with pytest.raises(DurabilityUnconfirmed):
+            waiting(store, {"ci": ci})
+
+    assert waiting(store, {"ci": ci})[1].job_id == job_id
+
+
+def test_settling_late_leaves_nothing_behind(store: JobStore, ci: WebhookEndpoint) -> None:
     end(store)
-    outbox, delivery = taken_in(store, {"ci": ci})
+    outbox, delivery = waiting(store, {"ci": ci})
     outbox.remove(delivery)
     outbox.put_off(delivery)
+    outbox.put_off(msgspec.structs.replace(delivery, attempts=MOST_ATTEMPTS))
 
-    assert outbox.size() == 0
+    assert (outbox.size(), outbox.dead()) == (0, [])
+
+
+def test_a_delivery_that_failed_outlives_the_record(store: JobStore, ci: WebhookEndpoint) -> None:
+    """Records may be kept for a shorter time than attempts are made."""
+    job_id = end(store)
+    outbox, first = waiting(store, {"ci": ci})
+    outbox.put_off(first)
+    store.redis.delete(f"kms:job:{job_id}")
+    hasten(store)
+
+    [second] = outbox.due("ci", 10)
+    assert (second.delivery_id, second.body, second.attempts) == (first.delivery_id, first.body, 1)
+
+
+def test_entries_that_no_worker_sends_are_bounded(store: JobStore) -> None:
+    store.redis.zadd(DUE, {"old": time.time() - 7 * 86400 - 60, "young": time.time() - 7 * 86400 + 60})
+    end(store)
+
+    entries = cast("list[bytes]", store.redis.zrange(DUE, 0, -1))
+    assert b"young" in entries
+    assert b"old" not in entries
 
 
 # -- what an intruder in Redis can do --------------------------------------------------------------------
@@ -101,21 +133,19 @@ def test_whoever_settles_late_leaves_nothing_behind(store: JobStore, ci: Webhook
 def test_a_delivery_that_is_put_back_after_its_time_is_not_sent(
     store: JobStore, tmp_path: Path, late_s: float
 ) -> None:
-    """Its time ends when all attempts are over, and what an outage of the courier may take."""
+    """Its time ends when all attempts are over, and what an outage of the workers may take."""
     end(store)
     with receiving(None) as receiver:
         ci = endpoint(tmp_path, receiver.url(scheme="http"), None)
-        outbox, delivery = taken_in(store, {"ci": ci})
+        outbox, delivery = waiting(store, {"ci": ci})
         outbox.remove(delivery)
-        signed_at = time.time() - 24 * 3600 - LONG.keep_record_s - late_s
-        body = msgspec.msgpack.encode(msgspec.structs.replace(delivery, created_at=signed_at))
-        entry = store.record_key.digest(b"webhook-delivery", body) + body
-        store.redis.hset(ENTRIES, delivery.delivery_id, entry)
-        store.redis.zadd("kms:webhooks:due:ci", {delivery.delivery_id: 0})
-        courier = WebhookDispatcher(outbox, {"ci": ci}, "me")
+        made_at = time.time() - 24 * 3600 - LONG.keep_record_s - late_s
+        plain = msgspec.msgpack.encode(msgspec.structs.replace(delivery, created_at=made_at, entry=b""))
+        store.redis.zadd(DUE, {store.record_key.seal_as(b"kms-service/webhook-delivery/1", b"", plain): 0})
+        dispatcher = WebhookDispatcher(outbox, {"ci": ci}, "me")
 
         def settled() -> bool:
-            courier.round()
+            dispatcher.round()
             return outbox.size() == 0
 
         until(settled, "the delivery is sent or given up")
@@ -131,104 +161,95 @@ def test_an_event_of_a_record_that_was_put_back_after_its_time_is_not_told(
     long_ago = time.time() - LONG.keep_record_s - 61
     old = accepted(job_id=job_id, callback="ci", expires_at=long_ago)
     forge(store, job_id, sealed=store.record_key.seal(old))
-    outbox = Outbox(store, {"ci": ci})
-    outbox.take_in()
 
-    assert [delivery.job_id for delivery in every(outbox)] == [kept]
+    assert waiting(store, {"ci": ci})[1].job_id == kept
 
 
-@pytest.mark.parametrize("forged", ["other endpoint", "own entry", "other id"])
-def test_an_entry_that_the_service_did_not_write_is_not_sent(
-    store: JobStore, ci: WebhookEndpoint, forged: str
+@pytest.mark.parametrize("is_sealed", [False, True], ids=["event", "sealed"])
+def test_an_entry_of_another_endpoint_is_not_sent(
+    store: JobStore, ci: WebhookEndpoint, *, is_sealed: bool
 ) -> None:
+    """The sealed part of a record, or the sealed delivery, names the endpoint."""
     end(store)
-    outbox, delivery = taken_in(store, {"ci": ci, "other": ci})
-    entry = store.redis.hget(ENTRIES, delivery.delivery_id)
-    name, delivery_id = "ci", delivery.delivery_id
-    if forged == "own entry":
-        changed = msgspec.structs.replace(delivery, body=b"{}")
-        store.redis.hset(ENTRIES, delivery_id, bytes(32) + msgspec.msgpack.encode(changed))
-    elif forged == "other id":
-        delivery_id = "7b0e1c9a-0000-5000-8000-000000000001"
-        store.redis.hset(ENTRIES, delivery_id, entry)
-        store.redis.delete("kms:webhooks:due:ci")
-    else:
-        name = "other"
-    store.redis.zadd(f"kms:webhooks:due:{name}", {delivery_id: 0})
+    outbox, delivery = waiting(store, {"ci": ci, "other": ci})
+    if is_sealed:
+        outbox.put_off(delivery)
+    for entry in cast("list[bytes]", store.redis.zrange(DUE, 0, -1)):
+        store.redis.zadd("kms:webhooks:due:other", {entry: 0})
 
-    assert outbox.due(name, 10) == []
-    assert not store.redis.zscore(f"kms:webhooks:due:{name}", delivery_id)
+    assert outbox.due("other", 10) == []
+    assert not store.redis.exists("kms:webhooks:due:other")
 
 
-def test_a_record_cannot_be_given_a_callback(store: JobStore, ci: WebhookEndpoint) -> None:
-    job_id = end(store, callback="")
-    forge(store, job_id, callback="ci", sealed=store.record_key.seal(accepted(callback="ci")))
-    outbox = Outbox(store, {"ci": ci})
-    outbox.take_in()
+def test_a_delivery_that_the_service_did_not_seal_is_not_sent(store: JobStore, ci: WebhookEndpoint) -> None:
+    end(store)
+    outbox, delivery = waiting(store, {"ci": ci})
+    outbox.remove(delivery)
+    outbox_entry = b"\x01" + msgspec.msgpack.encode(delivery)
+    store.redis.zadd(DUE, {outbox_entry: 0, b"junk": 0, b"": 0})
+    store.redis.zadd(GIVEN_UP, {outbox_entry: 0, b"junk": 0, b"": 0})
 
+    assert outbox.due("ci", 10) == outbox.dead() == []
     assert outbox.size() == 0
 
 
+def test_a_record_cannot_be_given_a_callback(store: JobStore, ci: WebhookEndpoint) -> None:
+    claim = claimed(store)
+    forge(store, claim.accepted.job_id, callback="ci", group_callback="ci")
+    store.finish(claim, "succeeded")
+    outbox = Outbox(store, {"ci": ci})
+
+    assert outbox.endpoints() == ["ci"]
+    assert outbox.due("ci", 10) == []
+
+
 @pytest.mark.parametrize(
-    "fields",
+    "changes",
     [
-        {},
         {"type": "kms.job.done"},
         {"time": "nan"},
         {"time": "1e300"},
         {"attempt": "x"},
-        {"id": b"\xff"},
+        {"id": "x" * 300},
         {"subject": "gone"},
+        {"tenant": "theirs"},
+        {"type": "kms.group.ended"},
     ],
-    ids=["empty", "state", "nan", "late", "attempt", "bytes", "gone"],
+    ids=["state", "nan", "late", "attempt", "id", "gone", "tenant", "group"],
 )
 def test_an_event_that_no_script_wrote_is_passed_over(
-    store: JobStore, ci: WebhookEndpoint, fields: dict[str, str | bytes]
+    store: JobStore, ci: WebhookEndpoint, changes: dict[str, str]
 ) -> None:
     first = end(store)
-    event = {
-        "type": "kms.job.succeeded",
-        "subject": first,
-        "id": f"{first}.7.x",
-        "time": "1",
-        "attempt": "1",
-        "code": "",
-    }
-    store.redis.xadd("kms:events", event | fields if fields else {"a": "b"})  # type: ignore[arg-type]
+    junk = (event_entry(first, **changes), b"[1]", b'["a"]', b"[\xff")
+    store.redis.zadd(DUE, dict.fromkeys(junk, time.time()))
     last = end(store)
     outbox = Outbox(store, {"ci": ci})
-    outbox.take_in()
 
-    assert {delivery.job_id for delivery in every(outbox)} == {first, last}
+    assert [delivery.job_id for delivery in outbox.due("ci", 10)] == [first, last]
     assert outbox.size() == 2
 
 
-def test_a_record_that_does_not_decode_stops_nobody(store: JobStore, ci: WebhookEndpoint) -> None:
+def test_a_record_that_does_not_decode_stops_no_other(store: JobStore, ci: WebhookEndpoint) -> None:
     broken, good = end(store), end(store)
     forge(store, broken, attempt="many")
-    outbox = Outbox(store, {"ci": ci})
-    outbox.take_in()
 
-    assert [delivery.job_id for delivery in every(outbox)] == [good]
-
-
-def test_without_events_there_is_nothing_to_do(store: JobStore, ci: WebhookEndpoint) -> None:
-    outbox = Outbox(store, {"ci": ci})
-
-    assert (outbox.take_in(), outbox.endpoints(), outbox.size()) == (False, [], 0)
+    assert waiting(store, {"ci": ci})[1].job_id == good
 
 
 def test_the_newest_thousand_of_dead_deliveries_are_kept(store: JobStore, ci: WebhookEndpoint) -> None:
     end(store)
-    outbox, delivery = taken_in(store, {"ci": ci})
-    outbox.put_off(msgspec.structs.replace(delivery, delivery_id="first", attempts=MOST_ATTEMPTS))
-    store.redis.lpush("kms:webhooks:dead", *(f"entry {number}" for number in range(999)))
-    assert [found.delivery_id for found in outbox.dead()] == ["first"]
+    end(store)
+    outbox = Outbox(store, {"ci": ci})
+    first, last = (msgspec.structs.replace(each, attempts=MOST_ATTEMPTS) for each in outbox.due("ci", 10))
+    outbox.put_off(first)
+    store.redis.zadd(GIVEN_UP, {f"entry {number}": time.time() for number in range(999)})
+    assert [found.delivery_id for found in outbox.dead()] == [first.delivery_id]
 
-    outbox.put_off(msgspec.structs.replace(delivery, delivery_id="last", attempts=MOST_ATTEMPTS))
+    outbox.put_off(last)
 
-    assert [found.delivery_id for found in outbox.dead()] == ["last"]
-    assert store.redis.llen("kms:webhooks:dead") == 1000
+    assert [found.delivery_id for found in outbox.dead()] == [last.delivery_id]
+    assert store.redis.zcard(GIVEN_UP) == 1000
 
 
 def test_events_that_nobody_reads_are_bounded(store: JobStore) -> None:
@@ -244,44 +265,12 @@ def test_events_that_nobody_reads_are_bounded(store: JobStore) -> None:
     assert newest[0][1][b"type"] == b"kms.job.succeeded"
 
 
-@pytest.mark.parametrize(
-    "cursor",
-    [b"junk", b"\xff", b"", b"1-", b"99999999999999-0", b"18446744073709551615-0", b"9" * 400 + b"-0"],
-    ids=["junk", "bytes", "empty", "half", "later", "last", "huge"],
-)
-def test_a_cursor_that_no_courier_wrote_is_the_start(
-    store: JobStore, ci: WebhookEndpoint, cursor: bytes
-) -> None:
-    told, waits = end(store), end(store)
+def test_every_waiting_delivery_is_counted(store: JobStore, ci: WebhookEndpoint) -> None:
     outbox = Outbox(store, {"ci": ci})
-    outbox.take_in()
-    before = {delivery.job_id: delivery.delivery_id for delivery in every(outbox)}
-    [first] = [delivery for delivery in every(outbox) if delivery.job_id == told]
-    outbox.remove(first)
-    store.redis.set("kms:webhooks:cursor", cursor)
-    last = end(store)
-    for _ in range(2):
-        outbox.take_in()
-
-    found = every(outbox)
-    assert sorted(delivery.job_id for delivery in found) == sorted((told, waits, last))
-    assert before.items() <= {delivery.job_id: delivery.delivery_id for delivery in found}.items(), (
-        "what is told again is told under the same id"
-    )
-    assert store.redis.get("kms:webhooks:cursor") != cursor
-
-
-def test_a_cursor_at_the_end_or_of_a_stream_that_has_gone_stays(store: JobStore, ci: WebhookEndpoint) -> None:
+    assert (outbox.endpoints(), outbox.size(), every(outbox)) == ([], 0, [])
     end(store)
-    outbox = Outbox(store, {"ci": ci})
-    outbox.take_in()
-    for delivery in every(outbox):
-        outbox.remove(delivery)
-    cursor = store.redis.get("kms:webhooks:cursor")
-    store.redis.xtrim("kms:events", maxlen=0)
-    assert not outbox.take_in()
-    store.redis.delete("kms:events")
-    assert not outbox.take_in()
+    end(store, callback="other")
+    for name in ("ci", "other"):
+        outbox.due(name, 10)
 
-    assert store.redis.get("kms:webhooks:cursor") == cursor
-    assert outbox.size() == 0
+    assert (outbox.endpoints(), outbox.size()) == (["ci", "other"], 2)

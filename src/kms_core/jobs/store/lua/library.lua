@@ -26,6 +26,7 @@
 --   wakes:<q>, draining:<q>     wake-ups under way, and processes that take jobs; capacity:<q> counts processes
 --   newer                       open jobs that a worker put aside for one of a newer version, by when
 --   events                      a stream with one record for each transition
+--   webhooks:due:<endpoint>     events for an endpoint by when to send them; webhooks:endpoints names all that have any
 --   sessions:<t>                sessions of the pages by age; session:<digest> is the sealed record of one
 local P = string.match(KEYS[1], '^{?kms}?:')
 local clock = redis.call('TIME')
@@ -45,7 +46,7 @@ end
 
 local FIELDS = { 'state', 'tenant', 'queue', 'priority', 'created_at', 'parent', 'kind', 'generation', 'attempt',
   'expires_at', 'work_bytes', 'labels', 'group', 'start_by', 'run_by', 'keep_for', 'started_at', 'resources',
-  'needs' }
+  'needs', 'callback', 'group_callback' }
 
 -- The fields of a record that transitions go by.
 local function record(key)
@@ -73,7 +74,8 @@ end
 
 -- An end has one id, however often Redis comes to it: after a fail-over a job may end again.
 local ENDED = { succeeded = true, failed = true, cancelled = true, ended = true }
--- `what` is job, or group for the end of the group that a job was the last of.
+-- `what` is job, or group for the end of the group that a job was the last of. An endpoint that the job names gets
+-- an entry in its set; what no worker has sent for a week leaves that.
 local function event(f, name, state, code, what)
   if f.parent then return end  -- of a job in parts, only the parent is told
   local generation = string.format('%.0f', number(f.generation))
@@ -83,6 +85,12 @@ local function event(f, name, state, code, what)
     'time', tostring(now), 'tenant', f.tenant, 'kind', f.kind or '', 'attempt', f.attempt or '0',
     'code', code }
   redis.call('XADD', P .. 'events', 'MAXLEN', '~', 100000, '*', unpack(fields))
+  local endpoint = what == 'group' and f.group_callback or not what and f.callback
+  if not endpoint then return end
+  local due = P .. 'webhooks:due:' .. endpoint
+  redis.call('ZREMRANGEBYSCORE', due, 0, now - 604800)
+  redis.call('ZADD', due, now, cjson.encode(fields))
+  redis.call('SADD', P .. 'webhooks:endpoints', endpoint)
 end
 
 -- -- the index by tenant and state ---------------------------------------------------------------------
