@@ -70,7 +70,7 @@ async def read_bytes(request: Request, limit_bytes: int) -> bytes:
         await _read_login(request, held, body, limit_bytes)
         return bytes(body)
     if declared:
-        await held.wait(held.admission.json, declared)
+        held.take(held.admission.json, declared)
     counted = None if declared else held
     await _in_time(
         held.admission.json, held.admission.body_s, _read_into(body, request, limit_bytes, counted)

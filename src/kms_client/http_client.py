@@ -12,6 +12,7 @@ command.
 
 import contextlib
 import io
+import random
 import re
 import ssl
 import time
@@ -239,6 +240,7 @@ class Download:
 
 
 LONGEST_WAIT_S: Final = 10.0
+SPREAD: Final = 1.5  # waits are up to this much longer: callers that were refused together come apart
 _SHORTEST_SILENCE_S: Final = 0.05
 
 
@@ -269,7 +271,7 @@ class Engine:
                 error, delay_s = exc, exc.retry_after_s * 2**failed
             if not call.repeatable or (upload is not None and not upload.rewind()):
                 raise error
-            if time.monotonic() + delay_s >= until:
+            if time.monotonic() + delay_s * SPREAD >= until:
                 raise error
             await self.pause(error, delay_s, failed)
             failed += 1
@@ -286,7 +288,7 @@ class Engine:
         """Wait before another attempt. Raises the error if no attempt is left or the wait is too long."""
         if failed >= self._settings.retries or delay_s > LONGEST_WAIT_S:
             raise error
-        await self.transport.sleep(delay_s)
+        await self.transport.sleep(delay_s * random.uniform(1, SPREAD))  # noqa: S311 - no secret
 
     async def exchange(
         self, call: ClientRequest[T], upload: Upload | None = None, silence_s: float | None = None
@@ -306,18 +308,34 @@ class Engine:
         finally:
             await self.transport.close(answer)
 
+    @contextlib.asynccontextmanager
+    async def answering(self, call: ClientRequest[T]) -> AsyncIterator[AnswerHead]:
+        """As ``responding``, but raises the KmsError of a problem. A refusal for now is retried."""
+        failed = 0
+        while True:
+            async with self.responding(call) as answer:
+                if call.is_answer(answer.status):
+                    yield answer
+                    return
+                reply = await self._reply(answer)
+            delay_s = _retry_delay_s(call, reply)
+            if delay_s is None:
+                raise error_of(reply)
+            await self.pause(error_of(reply), delay_s, failed)
+            failed += 1
+
     async def stream(self, call: ClientRequest[T]) -> AsyncGenerator[bytes]:
         """Yield the body of one answer as it arrives."""
-        async with self.responding(call) as answer:
-            if not call.is_answer(answer.status):
-                raise error_of(await self._reply(answer))
-            async with contextlib.aclosing(self.transport.chunks(answer)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+        async with (
+            self.answering(call) as answer,
+            contextlib.aclosing(self.transport.chunks(answer)) as chunks,
+        ):
+            async for chunk in chunks:
+                yield chunk
 
     async def fetch(self, call: ClientRequest[T], part: Download) -> None:
         """Write the body of one answer to the target. Raises ServiceUnreachable if it is incomplete."""
-        async with self.responding(call) as answer:
+        async with self.answering(call) as answer:
             if not part.begin(answer.status, answer.headers):
                 raise error_of(await self._reply(answer))
             async with contextlib.aclosing(self.transport.chunks(answer)) as chunks:

@@ -34,7 +34,6 @@ BOUNDS: Final = {"json": 64 * MIB, "upload": 16, "download": 16, "stream": 64, "
 """The defaults for one credential, or one address."""
 SETTINGS: Final = f"""{REQUIRED}
 [kms.server]
-admission_wait_s = 0.5
 json_body_s = {BODY_S}
 transfer_grace_s = {GRACE_S}
 transfer_bytes_per_s = 4096

@@ -14,7 +14,7 @@ from kms_core.audit import query
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import UnknownRecord
 from kms_core.auth import jwks, tokens
-from kms_core.auth.jwks import discovered
+from kms_core.auth.jwks import discover
 from kms_core.settings.load import load as load_settings
 from kms_protocol import admin, wire
 from kms_protocol.errors import ConfigurationError
@@ -98,10 +98,8 @@ def test_a_strange_key_set_is_none(data: bytes) -> None:
 
 
 def test_a_discovery_document_that_is_nested_without_end_is_none() -> None:
-    find = discovered("https://id.example.com", lambda _: NESTED, lambda _: True)
-
     with pytest.raises(ValueError, match="discovery document"):
-        find()
+        discover("https://id.example.com", lambda _: NESTED, lambda _: True)
 
 
 def test_an_answer_that_is_nested_without_end_is_not_one_of_this_api() -> None:

@@ -6,7 +6,9 @@ from typing import Any, BinaryIO, cast
 import pytest
 
 from kms_client import Client, ServiceUnreachable
-from kms_client.http_client import Upload
+from kms_client.http_client import Engine, Upload
+from kms_client.settings import ClientSettings
+from kms_client.sync import run
 from kms_protocol import errors, wire
 from support.contract_server import ContractServer
 
@@ -140,6 +142,44 @@ def test_result_that_changed_is_taken_anew(kms: Client, server: ContractServer) 
     server.faults.cuts, server.faults.changes = 1, True
 
     assert fetched(kms, job_id) == server.jobs[job_id].body
+
+
+@pytest.mark.parametrize("how", ["download", "result"])
+def test_a_result_that_is_refused_for_now_is_asked_for_again(
+    kms: Client, server: ContractServer, how: str
+) -> None:
+    job_id = finished(kms, kms.upload_encrypt(io.BytesIO(b"x" * MIB)))
+    server.faults.busy = 2
+
+    data = fetched(kms, job_id) if how == "download" else b"".join(kms.result(job_id))
+    assert data == server.jobs[job_id].body
+    assert len(requests(server, "/result", "GET")) == 3
+
+
+def test_a_result_that_is_refused_again_and_again_is_given_up(kms: Client, server: ContractServer) -> None:
+    job_id = finished(kms, kms.upload_encrypt(io.BytesIO(b"x")))
+    server.faults.busy = 99
+
+    with pytest.raises(errors.JobsUnavailable):
+        kms.download(job_id, io.BytesIO())
+    assert len(requests(server, "/result", "GET")) == 3
+
+
+def test_callers_that_are_refused_together_do_not_come_back_together() -> None:
+    class Clock:
+        def __init__(self) -> None:
+            self.slept: list[float] = []
+
+        async def sleep(self, seconds: float) -> None:
+            self.slept.append(seconds)
+
+    clock = Clock()
+    engine = Engine(ClientSettings("http://localhost"), cast("Any", clock))
+    for _ in range(100):
+        run(engine.pause(errors.RateLimited(), 5.0, 0))
+
+    assert all(5.0 <= seconds <= 7.5 for seconds in clock.slept)
+    assert max(clock.slept) - min(clock.slept) > 1.0
 
 
 def test_download_gives_up_without_headway(kms: Client, server: ContractServer) -> None:

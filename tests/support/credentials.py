@@ -21,8 +21,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from kms_core.auth import certificates, tokens
+from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.certificates import PresentedCertificate
-from kms_core.auth.tokens import Token, TokenRequest
+from kms_core.auth.jwt_verifier import Jwts
+from kms_core.auth.policy import Principal
+from kms_core.auth.tokens import Token, TokenFile, TokenRequest
 from support.service import Service
 
 REQUIRED: Final = '[kms.auth]\nmode = "required"\n'
@@ -112,6 +115,11 @@ def claims(**changes: object) -> dict[str, object]:
         "kms_scopes": ["encrypt,decrypt", "jobs:read,jobs:write", "status"],
     } | changes
     return {name: value for name, value in whole.items() if value is not None}
+
+
+def verified(jwts: Jwts, text: str) -> Principal:
+    """The principal of a JWT, after one look-up if that is needed."""
+    return Authenticator(TokenFile(Path("/nonexistent")), jwts, {}).principal(text)
 
 
 def public_jwk(key: PrivateKey, kid: str) -> dict[str, Any]:

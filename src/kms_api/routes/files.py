@@ -120,7 +120,7 @@ async def result(call: Call[None]) -> Response:
     """The bytes of a file job (with ``Range``), or one JSON line for each item of a bulk job."""
     service, held = call.service, reservation_of(call.request.scope)
     job = await service.run(STORE, service.submitter.store.get, call.path("job_id"), call.caller.tenant)
-    await held.wait(held.admission.downloads)
+    held.take(held.admission.downloads)
     download.write_without_lock(call.request)
     return await service.run(STORE, _result, call, job)
 
@@ -130,7 +130,7 @@ async def _upload(call: Call[None], kind: wire.JobKind) -> Response:
     sink = call.service.submitter.receive_upload(
         submission_options(call, kind), int(call.headers.get("content-length") or 0)
     )
-    async with reservation_of(call.request.scope).upload() as limits:
+    with reservation_of(call.request.scope).upload() as limits:
         job = await upload.receive(call.request, sink, call.service.threads, limits)
     return await accepted(call, job, wait_s)
 
@@ -141,7 +141,7 @@ async def submit_stream(call: Call[None]) -> Response:
     if kind is None:
         raise InvalidRequest(f"POST /jobs?kind= needs one of {', '.join(KINDS)} for a stream of items")
     service, options, wait_s = call.service, submission_options(call, kind), wait_of(call)
-    async with reservation_of(call.request.scope).upload() as limits:
+    with reservation_of(call.request.scope).upload() as limits:
         chunks = upload.BodyChunks(call.request, limits)
 
         def arriving() -> Iterator[bytes]:

@@ -1,17 +1,16 @@
 """Budgets of concurrent requests: bytes of JSON bodies, uploads, downloads, event streams, open logins.
 
 Each budget is of this process, with a bound per credential, per tenant and in total. A tenant may hold at
-most as much as is still free, so a tenant that holds nothing always finds room. A credential at its bound
-waits in its own queue or is refused. A request gives back its amounts when it ends, also by an error.
+most as much as is still free, so a tenant that holds nothing always finds room. A request beyond a bound is
+refused at once (ADR 45). A request gives back its amounts when it ends, also by an error.
 """
 
-import asyncio
-from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Literal, Self, TypeVar
+from typing import Final, Literal, Self
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -24,11 +23,7 @@ from kms_core.observability import buffered_metrics, metrics
 from kms_core.settings.model import ServerSection
 from kms_protocol.errors import BodyTimeout, KmsError, RateLimited, Unavailable
 
-K = TypeVar("K")
-
 RESERVATION: Final = "kms.reservation"  # the key of a request's reservation in its ASGI scope
-QUEUE: Final = 64
-"""Requests of one credential that may wait for room in one budget."""
 _RETRY_S: Final = 5.0
 Kind = Literal["json", "upload", "download", "stream", "login"]
 Reason = Literal["credential", "tenant", "total", "deadline"]
@@ -44,37 +39,18 @@ _NOUNS: Final[dict[Kind, str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """In bytes for JSON bodies, else in requests."""
-
-    total: int
-    per_tenant: int
-    per_credential: int
-
-
-@dataclass(slots=True, eq=False)
-class _Waiter:
-    holder: Holder | None
-    amount: int
-    admitted: asyncio.Future[None]
-
-
 class Budget:
     """The amounts that requests of one kind hold. Used only on the event loop.
 
     A holder of None is every caller of a service without authentication: only the total bounds it.
     """
 
-    def __init__(self, kind: Kind, bounds: Bounds, wait_s: float = 0.0) -> None:
-        """``wait_s`` is the longest wait for room, in seconds."""
+    def __init__(self, kind: Kind, total: int, per_tenant: int, per_credential: int) -> None:
+        """The bounds are in bytes for JSON bodies, else in requests."""
         self.kind: Final = kind
         self.held = 0
-        self._bounds = bounds
-        self._wait_s = wait_s
-        self._tenants: dict[str, int] = {}
-        self._credentials: dict[Holder, int] = {}
-        self._queues: dict[Holder | None, deque[_Waiter]] = {}
+        self._total, self._per_tenant, self._per_credential = total, per_tenant, per_credential
+        self._amounts = Counter[str | Holder]()  # by tenant, and by tenant and credential
         self._shown = _gauge(kind)
         for reason in _REASONS:
             metrics.HTTP_REFUSALS.labels(kind, reason)  # starts at zero
@@ -86,35 +62,9 @@ class Budget:
             raise self._refused_error(reason)
         self._add(holder, amount)
 
-    async def wait(self, holder: Holder | None, amount: int = 1) -> None:
-        """As ``take``, once there is room. Raises RateLimited or Unavailable if there is none in time."""
-        reason = self._reason(holder, amount)
-        if reason is None:
-            self._add(holder, amount)
-            return
-        queue = self._queues.setdefault(holder, deque())
-        if self._wait_s <= 0 or len(queue) >= QUEUE:
-            self._dequeue(holder, None)
-            raise self._refused_error(reason)
-        waiter = _Waiter(holder, amount, asyncio.get_running_loop().create_future())
-        queue.append(waiter)
-        try:
-            async with asyncio.timeout(self._wait_s):
-                await waiter.admitted
-        except BaseException as exc:
-            if waiter.admitted.done() and not waiter.admitted.cancelled():  # admitted in the same moment
-                self.give_back(holder, amount)
-            self._dequeue(holder, waiter)
-            self._admit()  # the next waiter may want less
-            if isinstance(exc, TimeoutError):
-                raise self._refused_error(reason) from None
-            raise
-
     def give_back(self, holder: Holder | None, amount: int = 1) -> None:
-        """Give back an amount, which admits requests that wait for it."""
+        """Give back an amount."""
         self._add(holder, -amount)
-        if self._queues:
-            self._admit()
 
     def too_slow(self) -> None:
         """Count a sender or reader that was cut off."""
@@ -122,39 +72,22 @@ class Budget:
 
     def _reason(self, holder: Holder | None, amount: int) -> Reason | None:
         """The bound that the amount would exceed, if any."""
-        bounds, free = self._bounds, self._bounds.total - self.held
+        free = self._total - self.held
         if holder is not None:
-            if self._credentials.get(holder, 0) + amount > bounds.per_credential:
+            if self._amounts[holder] + amount > self._per_credential:
                 return "credential"
-            tenant = self._tenants.get(holder[0], 0) + amount
-            if tenant > bounds.per_tenant or (free >= amount and tenant > free):
+            tenant = self._amounts[holder[0]] + amount
+            if tenant > self._per_tenant or (free >= amount and tenant > free):
                 return "tenant"
         return None if amount <= free else "total"
 
     def _add(self, holder: Holder | None, amount: int) -> None:
         self.held += amount
         self._shown.level += amount
-        if holder is not None:
-            _change(self._credentials, holder, amount)
-            _change(self._tenants, holder[0], amount)
-
-    def _admit(self) -> None:
-        """Admit waiting requests of each credential in their order, as long as they fit."""
-        for holder, queue in list(self._queues.items()):
-            while queue and self._reason(holder, queue[0].amount) is None:
-                waiter = queue.popleft()
-                if not waiter.admitted.done():
-                    self._add(holder, waiter.amount)
-                    waiter.admitted.set_result(None)
-            self._dequeue(holder, None)
-
-    def _dequeue(self, holder: Holder | None, waiter: _Waiter | None) -> None:
-        queue = self._queues.get(holder)
-        if queue is not None:
-            if waiter is not None and waiter in queue:
-                queue.remove(waiter)
-            if not queue:
-                del self._queues[holder]
+        for key in (holder, holder[0]) if holder is not None else ():
+            self._amounts[key] += amount
+            if not self._amounts[key]:
+                del self._amounts[key]
 
     def _refused_error(self, reason: Reason) -> KmsError:
         """The error for a refused request, which is counted."""
@@ -180,27 +113,14 @@ class Admission:
     @classmethod
     def of(cls, server: ServerSection) -> Self:
         """The budgets and limits of the settings."""
-        wait_s = server.admission_wait_s
         return cls(
+            Budget("json", server.json_bytes, server.json_bytes_per_tenant, server.json_bytes_per_credential),
+            Budget("upload", server.uploads, server.uploads_per_tenant, server.uploads_per_credential),
             Budget(
-                "json",
-                Bounds(server.json_bytes, server.json_bytes_per_tenant, server.json_bytes_per_credential),
-                wait_s,
+                "download", server.downloads, server.downloads_per_tenant, server.downloads_per_credential
             ),
-            Budget(
-                "upload",
-                Bounds(server.uploads, server.uploads_per_tenant, server.uploads_per_credential),
-                wait_s,
-            ),
-            Budget(
-                "download",
-                Bounds(server.downloads, server.downloads_per_tenant, server.downloads_per_credential),
-                wait_s,
-            ),
-            Budget(
-                "stream", Bounds(server.streams, server.streams_per_tenant, server.streams_per_credential)
-            ),
-            Budget("login", Bounds(server.logins, server.logins_per_address, server.logins_per_address)),
+            Budget("stream", server.streams, server.streams_per_tenant, server.streams_per_credential),
+            Budget("login", server.logins, server.logins_per_address, server.logins_per_address),
             server.json_body_s,
             TransferLimits.of(server),
         )
@@ -221,18 +141,13 @@ class Reservation:
         budget.take(holder_of(self._scope), amount)
         self._amounts[budget] = self._amounts.get(budget, 0) + amount
 
-    async def wait(self, budget: Budget, amount: int = 1) -> None:
-        """As ``take``, once there is room. Raises RateLimited, Unavailable."""
-        await budget.wait(holder_of(self._scope), amount)
-        self._amounts[budget] = self._amounts.get(budget, 0) + amount
-
-    @asynccontextmanager
-    async def upload(self) -> AsyncIterator[TransferLimits]:
+    @contextmanager
+    def upload(self) -> Iterator[TransferLimits]:
         """Hold the slot of an upload until the request ends. Yields the pace that its sender must keep.
 
-        Raises RateLimited, Unavailable if no slot is free in time.
+        Raises RateLimited, Unavailable if no slot is free.
         """
-        await self.wait(self.admission.uploads)
+        self.take(self.admission.uploads)
         try:
             yield self.admission.transfer
         except BodyTimeout:
@@ -295,15 +210,6 @@ def holder_of(scope: Scope) -> Holder | None:
     address = source_of(scope["client"][0]) if scope.get("client") else "local"
     source = f"address {address}"  # no tenant's name has a space
     return source, source
-
-
-def _change(held: dict[K, int], key: K, amount: int) -> None:
-    """Change the amount of a key, and remove the key at zero."""
-    left = held.get(key, 0) + amount
-    if left:
-        held[key] = left
-    else:
-        del held[key]
 
 
 @lru_cache(maxsize=len(_NOUNS))

@@ -5,13 +5,14 @@ client certificate. The pages for people also have sessions, which begin with a 
 pages only. Requests are counted here, and items of batches and jobs by their routes (``Service.requests``).
 """
 
-import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from itertools import islice
-from typing import Final, ParamSpec, TypeVar
+from typing import Final, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -26,7 +27,7 @@ from kms_api.transport.sessions import COOKIE, SESSION, Sessions, cookies, is_id
 from kms_core import audit
 from kms_core.audit import AuditWriter
 from kms_core.auth.authenticator import Authenticator
-from kms_core.auth.jwks import WAIT_S, KeysPending
+from kms_core.auth.jwks import KeysPending
 from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import Failures, Requests
@@ -35,11 +36,10 @@ from kms_core.http_server.protocol import CERTIFICATE
 from kms_core.observability import metrics
 from kms_protocol.errors import Forbidden, KmsError, RateLimited, Unauthenticated
 
-P = ParamSpec("P")
 T = TypeVar("T")
 _KEYS: Final = frozenset({b"x-api-key", b"x-vault-token"})
 _COOKIES: Final = 8  # sessions of one request that are looked up
-_LOOK_UPS: Final = 16  # at once: while Redis or a store hangs, they wait for each other only
+_LOOK_UPS: Final = 16  # at once: while Redis, a store or an issuer hangs, they wait for each other only
 _log = structlog.get_logger(__name__)
 
 
@@ -59,28 +59,37 @@ class RequestAuthenticator:
         self._authenticator = authenticator
         self._audit_log = audit_log
         self._failures = failures
-        self._rereads = anyio.CapacityLimiter(_LOOK_UPS)
-        self._logins = anyio.CapacityLimiter(_LOOK_UPS)  # other tokens do not wait for a review
+        self._look_ups = defaultdict[object, anyio.CapacityLimiter](
+            partial(anyio.CapacityLimiter, _LOOK_UPS)
+        )  # by source
 
     async def authenticate(self, scope: Scope, token: str | None = None) -> Principal:
         """The principal of a token, by default that of the request's headers, or of its client certificate.
 
-        The credential is verified first, so a valid one is never refused for the failures of others. Raises
-        Unauthenticated; RateLimited for an invalid one of a source that failed too often; Unavailable if the
-        credential cannot be verified now.
+        Raises as ``verified``.
         """
-        try:
-            token = token_of(scope["headers"]) if token is None else token
-            certificate = scope.get("state", {}).get(CERTIFICATE)
-            return await self._awaited(self._rereads, self._authenticator.authenticate, token, certificate)
-        except Unauthenticated as exc:
-            self._count_failure(exc, scope)
-            raise
+
+        def verify() -> Principal:
+            shown = token_of(scope["headers"]) if token is None else token
+            return self._authenticator.authenticate(shown, scope.get("state", {}).get(CERTIFICATE))
+
+        return await self.verified(scope, verify)
 
     async def verified(self, scope: Scope, verify: Callable[[], T]) -> T:
-        """Return what ``verify`` does, which raises as ``Authenticator.authenticate``. Raises as above."""
+        """Return what ``verify`` does, which raises as ``Authenticator.authenticate``, after one look-up.
+
+        The credential is verified first, so a valid one is never refused for the failures of others. Those
+        that are known wait for no look-up. Raises Unauthenticated; RateLimited for an invalid one of a source
+        that failed too often; Unavailable if the credential cannot be verified now.
+        """
         try:
-            return await self._awaited(self._logins, verify)
+            try:
+                return verify()
+            except (UnknownToken, KeysPending) as exc:
+                if exc.look_up is None:
+                    raise
+                await anyio.to_thread.run_sync(exc.look_up, limiter=self._look_ups[exc.source])
+            return verify()
         except Unauthenticated as exc:
             self._count_failure(exc, scope)
             raise
@@ -96,27 +105,6 @@ class RequestAuthenticator:
             return False
         until = self._authenticator.until(who)
         return until is None or time.time() < until
-
-    async def _awaited(
-        self, threads: anyio.CapacityLimiter, verify: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """As ``verified``. Waits for keys of an issuer as a coroutine, which holds no thread.
-
-        Looks in ``threads`` for a token that may be new: those that are known do not wait for it.
-        """
-        try:
-            return verify(*args, **kwargs)
-        except UnknownToken as unknown:
-            if unknown.reread is None:
-                raise
-            await anyio.to_thread.run_sync(unknown.reread, limiter=threads)
-            return verify(*args, **kwargs)
-        except KeysPending as pending:
-            refresh = pending.refresh
-        metrics.AUTH_JWT_WORK.labels("key_wait").inc()
-        with refresh.joined() as done:
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(done)), WAIT_S)
-        return verify(*args, **kwargs)
 
     def _count_failure(self, exc: Unauthenticated, scope: Scope) -> None:
         """Count a failed attempt. Raises RateLimited if its source failed too often; AuditUnavailable."""

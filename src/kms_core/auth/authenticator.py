@@ -8,16 +8,15 @@ settings. Jobs of earlier versions, named ``cert:<name>``, need only the entry.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final
 
 from kms_core import scopes
-from kms_core.auth import jwks, logins, revocation, token_review, tokens
+from kms_core.auth import jwks, logins, revocation, tokens
 from kms_core.auth.certificates import PresentedCertificate
-from kms_core.auth.jwks import FileKeys, IssuerKeys, RemoteKeys
+from kms_core.auth.jwks import FileKeys, IssuerKeys, KeysPending, RemoteKeys
 from kms_core.auth.jwt_verifier import Jwts, Trusted
-from kms_core.auth.key_endpoint import fetching, posting
 from kms_core.auth.logins import Logins
 from kms_core.auth.policy import Grant, Principal
 from kms_core.auth.revocation import Revocations
@@ -28,6 +27,7 @@ from kms_core.settings.auth import CertificateSection, IssuerSection
 from kms_core.settings.model import Settings
 from kms_core.settings.validate_auth import may_fetch
 from kms_protocol.errors import Forbidden, Unauthenticated
+from kms_protocol.tls_client import client_context
 
 NONE_SHOWN: Final = (
     "No credential was sent: send a token as Authorization: Bearer (kms: --token-file or KMS_TOKEN_FILE)"
@@ -56,34 +56,29 @@ class Authenticator:
     def authenticate(self, token: str, certificate: PresentedCertificate | None = None) -> Principal:
         """The principal of a token or, without a token, of a certificate. Does no network access.
 
-        Raises Unauthenticated, of which UnknownToken may be tried again; KeysPending if keys of the token's
-        issuer are being fetched; Unavailable if the credential cannot be verified now.
+        Raises Unauthenticated; Unavailable if the credential cannot be verified now. After ``look_up`` of an
+        UnknownToken or KeysPending it may be.
         """
-        return self._principal(token, certificate, self._jwts.verify)
-
-    def principal(self, token: str, certificate: PresentedCertificate | None = None) -> Principal:
-        """As ``authenticate``, but blocks this thread for seconds while keys or tokens are fetched."""
-        try:
-            return self._principal(token, certificate, self._jwts.verify_blocking)
-        except UnknownToken as exc:
-            if exc.reread is None:
-                raise
-            exc.reread()
-        return self._principal(token, certificate, self._jwts.verify_blocking)
-
-    def _principal(
-        self, token: str, certificate: PresentedCertificate | None, of_jwt: Callable[[str], Principal]
-    ) -> Principal:
         if token.startswith(tokens.PREFIX):
             found = self.tokens.authenticate(token)
             return Principal(found.name, found.tenant, f"token:{found.id}")
         if self.logins and token.startswith(logins.PREFIX):
             return self.logins.authenticate(token)
         if token:
-            return of_jwt(token)
+            return self._jwts.verify(token)
         if certificate is None:
             raise Unauthenticated(NONE_SHOWN, reason="missing")
         return self._of_certificate(certificate)
+
+    def principal(self, token: str) -> Principal:
+        """The principal of a token. Raises as ``authenticate``, and may block for seconds for one look-up."""
+        try:
+            return self.authenticate(token)
+        except (UnknownToken, KeysPending) as exc:
+            if exc.look_up is None:
+                raise
+            exc.look_up()
+        return self.authenticate(token)
 
     def scopes_of(self, who: Principal) -> Iterator[Scope]:
         """The current scopes of a credential.
@@ -199,13 +194,15 @@ def build(settings: Settings, tokens_: Tokens | None = None, login_key: bytes = 
 
 def _keys(name: str, section: IssuerSection, *, in_dev: bool) -> IssuerKeys | Reviews:
     """The keys of an issuer: from a file, from a URL, or by OpenID Connect Discovery; or its reviews."""
+    where = f"kms.auth.issuers.{name}"
     if section.review_url is not None and section.review_token_file is not None:
-        url = section.review_url.removesuffix("/") + token_review.PATH
-        post = posting(section.ca_file, f"kms.auth.issuers.{name}.ca_file", url)
-        return Reviews(post, section.review_token_file, section.audience)
+        server = jwks.issuer_at(section.review_url, section.ca_file, f"{where}.review_url")
+        return Reviews(server, section.review_token_file, section.audience)
     if section.jwks_file is not None:
         return FileKeys(section.jwks_file)
-    fetch = fetching(section.ca_file, f"kms.auth.issuers.{name}.ca_file")
+    client_context(section.ca_file, f"{where}.ca_file")  # an unusable file is refused at the start
+    setting = f"{where}.{'issuer' if section.jwks_url is None else 'jwks_url'}"
+    fetch = partial(jwks.fetch, ca_file=section.ca_file, setting=setting)
     if section.jwks_url is not None:
         return RemoteKeys(partial(fetch, section.jwks_url))
-    return RemoteKeys(jwks.discovered(section.issuer, fetch, partial(may_fetch, in_dev=in_dev)))
+    return RemoteKeys(partial(jwks.discover, section.issuer, fetch, partial(may_fetch, in_dev=in_dev)))

@@ -7,11 +7,13 @@ token cannot choose. The URL of a key set may come from OpenID Connect Discovery
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
+from urllib.parse import urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
 
 import msgspec
 import structlog
@@ -21,14 +23,39 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt import PyJWK
 from jwt.exceptions import PyJWTError
 
-from kms_core.auth import key_endpoint
+from kms_core.http_client import Peer, PeerServer, Tls
 from kms_core.observability import metrics
 from kms_core.reload import Stamp, stamp_of
 from kms_protocol import small_files
-from kms_protocol.errors import ConfigurationError, Unavailable
+from kms_protocol.errors import ConfigurationError, KmsError, Unavailable
 from kms_protocol.wire import NOT_JSON
 
 WELL_KNOWN: Final = "/.well-known/openid-configuration"
+_WITHIN_S: Final = 10.0
+
+
+def issuer_at(url: str, ca_file: Path | None, setting: str) -> Peer:
+    """The server at a URL, by the proxy of the environment. ``setting`` is the key of the URL.
+
+    A call takes at most 10 seconds, without the lookup of the host's name. Raises ConfigurationError for a
+    ``ca_file`` that cannot be used.
+    """
+    parts, proxies = urlsplit(url), getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy_bypass(parts.hostname or ""):
+        proxy = None
+    return Peer(PeerServer(urlunsplit(parts), "the issuer", setting, _WITHIN_S, Tls(ca_file=ca_file), proxy))
+
+
+def fetch(url: str, ca_file: Path | None, setting: str) -> bytes:
+    """GET a URL: no redirects, at most 1 MiB. Raises as ``issuer_at`` and ``Peer.call``; ValueError."""
+    parts = urlsplit(url)
+    with closing(issuer_at(f"{parts.scheme}://{parts.netloc}", ca_file, setting)) as issuer:
+        path = f"{parts.path or '/'}?{parts.query}".removesuffix("?")
+        answer = issuer.call("GET", path, headers={"Accept-Encoding": "identity"})
+    if not answer.ok:
+        raise answer.unexpected_error()
+    return answer.body
 
 
 class _DiscoveryDocument(msgspec.Struct):
@@ -36,29 +63,23 @@ class _DiscoveryDocument(msgspec.Struct):
     jwks_uri: str
 
 
-def discovered(
-    issuer: str, fetch: Callable[[str], bytes], may_fetch: Callable[[str], bool]
-) -> Callable[[], bytes]:
-    """A function that fetches an issuer's key set by the issuer's URL (OpenID Connect Discovery 1.0 §4).
+def discover(issuer: str, fetch: Callable[[str], bytes], may_fetch: Callable[[str], bool]) -> bytes:
+    """Fetch an issuer's key set by the issuer's URL (OpenID Connect Discovery 1.0 §4).
 
-    It fetches the discovery document each time, and checks that the document names exactly this issuer: a
-    forged document could name forged keys. ``fetch`` GETs a URL, ``may_fetch`` says whether a document may
-    name a URL. The function raises what ``fetch`` does, and ValueError for a wrong document.
+    The discovery document must name exactly this issuer: a forged document could name forged keys. ``fetch``
+    GETs a URL, ``may_fetch`` says whether a document may name a URL. Raises what ``fetch`` does; ValueError
+    for a wrong document.
     """
-    address = issuer.removesuffix("/") + WELL_KNOWN
-
-    def fetch_keys() -> bytes:
-        try:
-            document = msgspec.json.decode(fetch(address), type=_DiscoveryDocument)
-        except NOT_JSON as exc:
-            raise ValueError("the discovery document is not JSON with an issuer and a jwks_uri") from exc
-        if document.issuer != issuer:
-            raise ValueError("the discovery document is of another issuer than that of the settings")
-        if not may_fetch(document.jwks_uri):
-            raise ValueError("the discovery document has no https:// URL of keys")
-        return fetch(document.jwks_uri)
-
-    return fetch_keys
+    try:
+        text = fetch(issuer.removesuffix("/") + WELL_KNOWN)
+        document = msgspec.json.decode(text, type=_DiscoveryDocument)
+    except NOT_JSON as exc:
+        raise ValueError("the discovery document is not JSON with an issuer and a jwks_uri") from exc
+    if document.issuer != issuer:
+        raise ValueError("the discovery document is of another issuer than that of the settings")
+    if not may_fetch(document.jwks_uri):
+        raise ValueError("the discovery document has no https:// URL of keys")
+    return fetch(document.jwks_uri)
 
 
 PublicKeyType = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
@@ -66,7 +87,6 @@ KEEP_S: Final = 600.0
 AGAIN_S: Final = 5.0
 STALE_S: Final = 24 * 3600.0
 WAIT_S: Final = 5.0
-MOST_WAITERS: Final = 512
 NO_KEYS: Final = "The keys of the token's issuer cannot be fetched"
 _MOST_KEYS: Final = 64
 _MOST_TRIED: Final = 8
@@ -167,54 +187,17 @@ class FileKeys:
         return stamp, parse(small_files.read(self._path))
 
 
-class Refresh:
-    """One fetch of an issuer's key set, in a thread of its own. Up to 512 callers may wait for it."""
-
-    def __init__(self, began: float) -> None:
-        """``began`` is a reading of the issuer's clock in seconds."""
-        self.began = began
-        self._done: Future[None] = Future()
-        self._lock = threading.Lock()
-        self._waiters = 0
-
-    @contextmanager
-    def joined(self) -> Iterator[Future[None]]:
-        """Count the caller as waiting; the future is done when the fetch has succeeded or failed.
-
-        Raises Unavailable if 512 callers wait already, and in place of a TimeoutError in the block.
-        """
-        with self._lock:
-            if self._waiters >= MOST_WAITERS:
-                raise Unavailable(NO_KEYS, retry_after_s=AGAIN_S)
-            self._waiters += 1
-        try:
-            yield self._done
-        except TimeoutError:
-            raise Unavailable(NO_KEYS, retry_after_s=AGAIN_S) from None
-        finally:
-            with self._lock:
-                self._waiters -= 1
-
-    def wait(self) -> None:
-        """Block this thread until the fetch is done, at most 5 seconds. Raises Unavailable."""
-        with self.joined() as done:
-            done.result(WAIT_S)
-
-    def end(self) -> None:
-        """Release the waiting callers."""
-        self._done.set_result(None)
-
-
 class KeysPending(Unavailable):
-    """A token cannot be verified before ``refresh`` is done: wait for it, and verify again."""
+    """A token cannot be verified before ``look_up`` returns, which blocks for up to 5 seconds."""
 
-    def __init__(self, refresh: Refresh) -> None:
-        super().__init__(NO_KEYS)
-        self.refresh = refresh
+    def __init__(self, look_up: Callable[[], None], source: object) -> None:
+        """``source``: as of ``UnknownToken``."""
+        super().__init__(NO_KEYS, retry_after_s=AGAIN_S)
+        self.look_up, self.source = look_up, source
 
 
 class RemoteKeys:
-    """A key set by HTTPS. Uses the keys that are known, and never waits for the issuer.
+    """A key set by HTTPS. Uses the keys that are known, and does no network access in the caller's thread.
 
     The set is fetched again in the background when it is 5 minutes old, and for an unknown key id, at most
     once in 5 seconds. A caller has to wait (KeysPending) only for an unknown key id, or if the set is older
@@ -225,10 +208,9 @@ class RemoteKeys:
         self._fetch = fetch
         self._clock = clock
         self._lock = threading.Lock()
-        self._refresh: Refresh | None = None
         self._thread = threading.Thread()
         self._keys: tuple[IssuerKey, ...] = ()
-        self._fetched = self._tried = float("-inf")
+        self._fetched = self._began = self._ended = float("-inf")
         self._is_failing = False
 
     def fitting(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
@@ -236,48 +218,39 @@ class RemoteKeys:
         age_s = now - self._fetched
         if found and age_s <= KEEP_S / 2:
             return found
-        refresh = self._refreshing(now)
-        is_failing = self._is_failing
-        if refresh is not None:
-            is_late = now - refresh.began > WAIT_S
-            if not is_late and (not found or (age_s > KEEP_S and not is_failing)):
-                raise KeysPending(refresh)
-            is_failing = is_failing or is_late
-        else:  # a fetch may have succeeded since the first lookup
-            found = _fitting(self._keys, kid, algorithm)
-        if self._clock() - self._fetched > STALE_S or (not found and is_failing):
+        is_fetching = self._is_fetching(now)
+        is_late = is_fetching and now - self._began >= WAIT_S
+        if is_fetching and not is_late and (not found or (age_s > KEEP_S and not self._is_failing)):
+            raise KeysPending(partial(self._wait, now + WAIT_S), self)
+        found = _fitting(self._keys, kid, algorithm)  # a fetch may have ended since the first lookup
+        if self._clock() - self._fetched > STALE_S or (not found and (is_late or self._is_failing)):
             raise Unavailable(NO_KEYS, retry_after_s=AGAIN_S)
         return found
 
-    def _refreshing(self, now: float) -> Refresh | None:
-        """The current fetch, which begins if there is none; None if the last one ended within 5 seconds.
+    def _is_fetching(self, now: float) -> bool:
+        """Return whether a fetch runs. One begins here, unless the last one ended within 5 seconds.
 
-        At most one thread fetches. A fetch whose thread was lost by a fork is given up.
+        At most one thread fetches. A fetch whose thread was lost by a fork counts as ended.
         """
         with self._lock:
-            if self._refresh is not None and self._thread.is_alive():
-                return self._refresh
-            if now - self._tried < AGAIN_S:
-                return None
-            self._is_failing = self._is_failing or self._refresh is not None
-            self._refresh = refresh = Refresh(now)
-            self._thread = threading.Thread(target=self._run, args=(refresh,), name="jwks", daemon=True)
-            self._thread.start()
-            return refresh
+            if not self._thread.is_alive() and now - self._ended >= AGAIN_S:
+                self._began = now
+                self._thread = threading.Thread(target=self._run, name="jwks", daemon=True)
+                self._thread.start()
+            return self._thread.is_alive()
 
-    def _run(self, refresh: Refresh) -> None:
+    def _wait(self, until: float) -> None:
+        """Block until the fetch has ended, at most until a time of the clock."""
+        self._thread.join(max(0.0, until - self._clock()))
+
+    def _run(self) -> None:
         metrics.AUTH_JWT_WORK.labels("key_fetch").inc()
         is_failing = True
         try:
             self._keys = parse(self._fetch())
             self._fetched = self._clock()
             is_failing = False
-        except key_endpoint.ERRORS as exc:
-            reason = str(exc) if isinstance(exc, ValueError) else ""
-            _log.warning("jwks.not_fetched", error=type(exc).__name__, reason=reason)
+        except (KmsError, OSError, ValueError) as exc:
+            _log.warning("jwks.not_fetched", error=type(exc).__name__, reason=str(exc))
         finally:
-            with self._lock:
-                self._is_failing, self._tried = is_failing, self._clock()
-                if self._refresh is refresh:
-                    self._refresh = None
-            refresh.end()
+            self._is_failing, self._ended = is_failing, self._clock()

@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import jwt
@@ -23,7 +23,7 @@ from jwt.exceptions import (
 )
 
 from kms_core import scopes
-from kms_core.auth.jwks import IssuerKey, IssuerKeys, KeysPending
+from kms_core.auth.jwks import IssuerKey, IssuerKeys
 from kms_core.auth.policy import Grant, Principal
 from kms_core.auth.token_review import Reviews
 from kms_core.auth.tokens import NAME, REFUSED
@@ -51,12 +51,6 @@ class Trusted:
     keys: IssuerKeys | Reviews
 
 
-@dataclass(frozen=True, slots=True)
-class _SeenToken:
-    who: Principal = field(repr=False)
-    until: float
-
-
 class Jwts:
     """Verifies JWTs. Safe in several threads."""
 
@@ -64,20 +58,12 @@ class Jwts:
         self._issuers = {issuer.section.issuer: issuer for issuer in issuers}
         self._sections = {issuer.name: issuer.section for issuer in issuers}
         self._lock = threading.Lock()
-        self._seen: OrderedDict[bytes, _SeenToken] = OrderedDict()
+        self._seen: OrderedDict[bytes, tuple[Principal, float]] = OrderedDict()
 
     def trusts(self, name: str, role: str = "") -> bool:
         """Return whether an issuer of this name is configured, with this role if one is given."""
         section = self._sections.get(name)
         return section is not None and (not role or role in section.grants)
-
-    def verify_blocking(self, text: str) -> Principal:
-        """As ``verify``, but blocks this thread for up to 5 seconds while an issuer's keys are fetched."""
-        try:
-            return self.verify(text)
-        except KeysPending as pending:
-            pending.refresh.wait()
-        return self.verify(text)
 
     def verify(self, text: str) -> Principal:
         """The principal of a token. Does no network access; the cheapest checks come first.
@@ -86,13 +72,14 @@ class Jwts:
         be fetched.
         """
         digest = _digest(text)
-        who = self._remembered(digest)
-        if who is None:
-            who, until = self._verified(text, digest)
-            with self._lock:
-                self._seen[digest] = _SeenToken(who, min(until, time.time() + _REMEMBER_S))
-                if len(self._seen) > _MOST_REMEMBERED:
-                    self._seen.popitem(last=False)
+        seen = self._seen.get(digest)
+        if seen is not None and time.time() < seen[1]:
+            return seen[0]
+        who, until = self._verified(text, digest)
+        with self._lock:
+            self._seen[digest] = who, min(until, time.time() + _REMEMBER_S)
+            if len(self._seen) > _MOST_REMEMBERED:
+                self._seen.popitem(last=False)
         return who
 
     def in_role(self, text: str, name: str, role: str) -> tuple[Principal, float]:
@@ -115,10 +102,6 @@ class Jwts:
         section = self._sections.get(name)
         return section.job_grace_s if section else 0
 
-    def _remembered(self, digest: bytes) -> Principal | None:
-        seen = self._seen.get(digest)
-        return seen.who if seen and time.time() < seen.until else None
-
     def _verified(self, text: str, digest: bytes) -> tuple[Principal, float]:
         issuer, claims = self._checked(text)
         until = _expiry(claims) + issuer.section.leeway_s
@@ -133,7 +116,8 @@ class Jwts:
         except (PyJWTError, ValueError) as exc:
             raise Unauthenticated(REFUSED, reason="malformed") from exc
         issuer = self._issuers.get(named) if isinstance(named, str) else None
-        if issuer is None or name not in {None, issuer.name} or (not name and _is_reviewed(issuer)):
+        is_reviewed = issuer is not None and isinstance(issuer.keys, Reviews)
+        if issuer is None or name not in {None, issuer.name} or (not name and is_reviewed):
             raise Unauthenticated(REFUSED, reason="untrusted")
         return issuer, _claims(text, header, issuer)
 
@@ -170,10 +154,6 @@ def _claims(text: str, header: Claims, issuer: Trusted) -> Claims:
         with suppress(InvalidSignatureError):
             return _decoded(text, key, algorithm, section)
     raise Unauthenticated(REFUSED, reason="signature")
-
-
-def _is_reviewed(issuer: Trusted) -> bool:
-    return isinstance(issuer.keys, Reviews)
 
 
 def _decoded(text: str, key: IssuerKey | None, algorithm: str, section: IssuerSection) -> Claims:

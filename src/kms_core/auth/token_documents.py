@@ -26,13 +26,13 @@ class DocumentTokens(Tokens):
         self._held: tuple[Version, KnownTokens, frozenset[str]] = (Version(), KnownTokens((0,)), frozenset())
 
     def of_digest(self, token_id: str, digest: bytes) -> Token:
-        """As for a file; a token that was not revoked and is unknown so far raises UnknownToken to reread."""
+        """As for a file; one that was not revoked and is unknown so far raises UnknownToken to look up."""
         try:
             return super().of_digest(token_id, digest)
         except UnknownToken:
             if token_id in self._revoked():
                 raise
-        raise UnknownToken(self._copy.reread)
+        raise UnknownToken(self._copy.reread, self)
 
     def by_id(self, token_id: str) -> Token | None:
         """As for a file. Blocks for a token that is unknown and was not revoked: it may be new."""

@@ -12,11 +12,10 @@ from typing import Final, Literal
 import msgspec
 import structlog
 
-from kms_core.auth import key_endpoint
 from kms_core.auth.tokens import REFUSED, UnknownToken
+from kms_core.http_client import Peer
 from kms_protocol import small_files
-from kms_protocol.errors import Unauthenticated, Unavailable
-from kms_protocol.wire import NOT_JSON
+from kms_protocol.errors import BackendUnavailable, Unauthenticated, Unavailable
 
 PATH: Final = "/apis/authentication.k8s.io/v1/tokenreviews"
 AWAY: Final = "The API server that reviews this token does not answer as it should"
@@ -24,8 +23,6 @@ AGAIN_S: Final = 5.0
 _KEEP_S: Final = 60.0
 _MOST_KEPT: Final = 4096
 _log = structlog.get_logger(__name__)
-Post = Callable[[bytes, str], bytes]
-"""Sends a body with a bearer token, and returns the answer's. Raises one of ``key_endpoint.ERRORS``."""
 
 
 class _User(msgspec.Struct):
@@ -49,22 +46,22 @@ class Reviews:
     """Reviews tokens for one audience, and remembers accepted ones for a minute. Safe in several threads."""
 
     def __init__(
-        self, post: Post, token_file: Path, audience: str, clock: Callable[[], float] = time.monotonic
+        self, server: Peer, token_file: Path, audience: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """``token_file`` has the token of the reviewer, and is read for each review."""
-        self._post, self._token_file, self._audience, self._clock = post, token_file, audience, clock
+        """``token_file`` has the token of the reviewer for ``server``, and is read for each review."""
+        self._server, self._token_file, self._audience, self._clock = server, token_file, audience, clock
         self._lock = threading.Lock()
         self._accepted: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
 
     def check(self, text: str, subject: object) -> None:
         """Return if the API server has accepted a token as this user. Does no network access.
 
-        Raises Unauthenticated for another user; UnknownToken, whose ``reread`` asks the API server, before.
+        Raises Unauthenticated for another user; UnknownToken, whose look-up asks the API server, before.
         """
         digest = hashlib.sha256(text.encode("ascii")).digest()
         username, until = self._accepted.get(digest, ("", 0.0))
         if self._clock() >= until:
-            raise UnknownToken(partial(self._review, text, digest))
+            raise UnknownToken(partial(self._review, text, digest), self)
         if username != subject:
             raise Unauthenticated(REFUSED, reason="review")
 
@@ -77,8 +74,12 @@ class Reviews:
         }
         try:
             own = small_files.read(self._token_file).decode("ascii").strip()
-            status = msgspec.json.decode(self._post(msgspec.json.encode(asked), own), type=_Review).status
-        except (*key_endpoint.ERRORS, *NOT_JSON) as exc:
+            headers = {"Authorization": f"Bearer {own}"}
+            answer = self._server.call("POST", PATH, msgspec.json.encode(asked), headers=headers)
+            if not answer.ok:
+                raise answer.unexpected_error()
+            status = answer.read(_Review).status
+        except (BackendUnavailable, OSError, ValueError) as exc:
             _log.warning("token_review.failed", error=type(exc).__name__)
             raise Unavailable(AWAY, retry_after_s=AGAIN_S) from exc
         # An API server that knows no audiences leaves them out, and has accepted any.

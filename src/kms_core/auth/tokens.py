@@ -84,14 +84,15 @@ class KnownTokens:
 
 
 class UnknownToken(Unauthenticated):
-    """A token that is not known here. ``reread`` looks for it where it may have just been made, if anywhere.
+    """A token that is not known here. ``look_up`` looks for it where it may be known, if anywhere.
 
-    ``reread`` blocks for seconds, and raises Unavailable.
+    ``look_up`` blocks for seconds, and raises Unavailable or Unauthenticated. Look-ups at one ``source`` may
+    wait for each other.
     """
 
-    def __init__(self, reread: Callable[[], None] | None = None) -> None:
+    def __init__(self, look_up: Callable[[], None] | None = None, source: object = None) -> None:
         super().__init__(REFUSED, reason="unknown")
-        self.reread = reread
+        self.look_up, self.source = look_up, source
 
 
 class Tokens:

@@ -76,8 +76,8 @@ AUTH_FAILURES: Final = Counter(
 )
 AUTH_JWT_WORK: Final = Counter(
     "kms_auth_jwt_work_total",
-    "Costly steps of verifying JWTs; kind is signature (a check by a public key), key_wait (a request that "
-    "waited for an issuer's keys) or key_fetch (a fetch of a key set)",
+    "Costly steps of verifying JWTs; kind is signature (a check by a public key) or key_fetch (a fetch of a "
+    "key set)",
     ["kind"],
 )
 CLIENT_CRL_EXPIRES: Final = Gauge(

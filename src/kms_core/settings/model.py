@@ -99,7 +99,6 @@ class ServerSection(Section, frozen=True, kw_only=True):
     streams_per_credential: Positive = 64
     logins: Positive = 64
     logins_per_address: Positive = 8
-    admission_wait_s: Annotated[float, Meta(ge=0, le=120)] = 10.0
     transfer_grace_s: Seconds = 30.0
     transfer_bytes_per_s: Positive = 4 * KiB
     transfer_stall_s: Seconds = 60.0

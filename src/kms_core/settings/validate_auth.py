@@ -15,7 +15,7 @@ from kms_protocol.errors import ConfigurationError
 
 SUBJECTS: Final = ("DNS:", "URI:", "email:", "subject:")
 _NO_MOUNTS: Final = frozenset({"token", ".", ".."})  # of auth/token/lookup-self, and what clients shorten
-_EXPECTED: Final = "https://host[:port]/path; http:// is for loopback in dev only"
+_EXPECTED: Final = "https://host[:port]/path in ASCII; http:// is for loopback in dev only"
 
 
 def check_auth(settings: Settings) -> None:
@@ -127,7 +127,7 @@ def _check_keys(where: str, issuer: IssuerSection, *, in_dev: bool) -> None:
 
 
 def may_fetch(text: str, *, in_dev: bool) -> bool:
-    """True if keys may come from a URL: over TLS, or in dev from loopback; without a password in it."""
+    """True if keys may come from a URL: in ASCII, over TLS or in dev from loopback, without a password."""
     try:
         url = urlsplit(text)
         host = url.hostname
@@ -135,7 +135,7 @@ def may_fetch(text: str, *, in_dev: bool) -> bool:
         return False
     loopback = in_dev and host in {"127.0.0.1", "::1", "localhost"}
     secure = url.scheme == "https" or (url.scheme == "http" and loopback)
-    return bool(host) and secure and url.username is None and not url.fragment
+    return bool(host) and secure and url.username is None and not url.fragment and text.isascii()
 
 
 def _check_certificate(where: str, certificate: CertificateSection, server: ServerSection) -> None:

@@ -1,4 +1,4 @@
-"""Budgets: who is refused and who waits at each bound, what others still get, and that nothing is kept."""
+"""Budgets: who is refused at each bound, what others still get, and that nothing is kept."""
 
 import asyncio
 import random
@@ -10,12 +10,10 @@ from typing import Final
 import pytest
 
 from kms_api.deps import ANONYMOUS, LOCAL_CALLER, PRINCIPAL
-from kms_api.transport.admission import QUEUE, Bounds, Budget, Holder, holder_of
+from kms_api.transport.admission import Budget, Holder, holder_of
 from kms_core.auth.policy import Grant, Principal
 from kms_protocol.errors import KmsError, RateLimited, Unavailable
-from support.waiting import WAIT_S
 
-SHORT_S: Final = 0.2
 ANN: Final = ("acme", "token:ann")
 ALF: Final = ("acme", "token:alf")
 BOB: Final = ("blue", "token:bob")
@@ -27,13 +25,13 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def budget(total: int, tenant: int, credential: int, wait_s: float = SHORT_S) -> Budget:
-    return Budget("upload", Bounds(total, tenant, credential), wait_s)
+def budget(total: int, tenant: int, credential: int) -> Budget:
+    return Budget("upload", total, tenant, credential)
 
 
 def is_idle(of: Budget) -> bool:
-    """Whether no request holds or waits for an amount, and nothing is kept of those that did."""
-    return not (of.held or of._tenants or of._credentials or of._queues)  # noqa: SLF001 -- what is kept
+    """Whether no request holds an amount, and nothing is kept of those that did."""
+    return not (of.held or of._amounts)  # noqa: SLF001 -- what is kept
 
 
 def taken(of: Budget, holder: Holder | None, amount: int = 1) -> int:
@@ -153,131 +151,29 @@ def test_callers_that_nobody_asks_have_no_bound_of_their_own() -> None:
     assert holder(LOCAL_CALLER) is None
 
 
-# -- waiting -------------------------------------------------------------------------------------------
+# -- refusals -------------------------------------------------------------------------------------------
 
 
-async def test_one_that_waits_is_let_in_by_what_is_given_back() -> None:
-    of = budget(8, 4, 1, WAIT_S)
-    await of.wait(ANN)
-    waiting = asyncio.create_task(of.wait(ANN))
-    await asyncio.sleep(0)
-    assert not waiting.done()
-    of.give_back(ANN)
-
-    await waiting
-    of.give_back(ANN)
-    assert is_idle(of)
-
-
-async def test_a_queue_of_one_credential_holds_up_no_other() -> None:
-    of = budget(64, 32, 1, WAIT_S)
-    await of.wait(ANN)
-    waiting = [asyncio.create_task(of.wait(ANN)) for _ in range(10)]
-    await asyncio.sleep(0)
-
-    async with asyncio.timeout(WAIT_S):
-        await of.wait(ALF)
-        await of.wait(BOB)
-    for task in waiting:
-        task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
-    assert of.held == 3
-
-
-async def test_one_that_waits_first_and_has_no_room_yet_holds_up_no_other() -> None:
-    of = budget(3, 3, 1, WAIT_S)
-    await of.wait(ANN)
-    assert taken(of, None) == 2
-    first, second = asyncio.create_task(of.wait(ANN)), asyncio.create_task(of.wait(BOB))
-    await asyncio.sleep(0)
-    of.give_back(None)
-
-    async with asyncio.timeout(WAIT_S):
-        await second
-    assert not first.done()
-    first.cancel()
-    await asyncio.gather(first, return_exceptions=True)
-
-
-async def test_waiting_ends_with_the_refusal_that_it_would_have_been() -> None:
+async def test_a_refusal_says_when_to_come_again_and_takes_nothing() -> None:
     of = budget(8, 4, 1)
-    await of.wait(ANN)
+    of.take(ANN)
 
-    with pytest.raises(RateLimited, match="credential"):
-        await of.wait(ANN)
-    of.give_back(ANN)
-    assert is_idle(of)
-
-
-async def test_those_who_wait_are_let_in_in_their_order() -> None:
-    of, order = budget(8, 4, 1, WAIT_S), []
-
-    async def one(number: int) -> None:
-        await of.wait(ANN)
-        order.append(number)
-        of.give_back(ANN)
-
-    await of.wait(ANN)
-    tasks = [asyncio.create_task(one(number)) for number in range(10)]
-    await asyncio.sleep(0)
-    of.give_back(ANN)
-    await asyncio.gather(*tasks)
-
-    assert order == list(range(10))
-    assert is_idle(of)
-
-
-async def test_a_queue_has_an_end() -> None:
-    of = budget(8, 4, 1, WAIT_S)
-    await of.wait(ANN)
-    waiting = [asyncio.create_task(of.wait(ANN)) for _ in range(QUEUE)]
-    await asyncio.sleep(0)
-
-    refused = asyncio.create_task(of.wait(ANN))
-    await asyncio.sleep(0)
-    assert refused.done(), "it is refused at once, and waits for nothing"
-    assert isinstance(refused.exception(), RateLimited)
-    for task in waiting:
-        task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
-
-
-async def test_one_that_wants_less_is_let_in_once_the_one_before_it_gives_up() -> None:
-    of = budget(100, 100, 10, WAIT_S)
-    await of.wait(ANN, 8)
-    large, small = asyncio.create_task(of.wait(ANN, 9)), asyncio.create_task(of.wait(ANN, 3))
-    await asyncio.sleep(0)
-    small_before = small.done()
-    of.give_back(ANN, 1)
-    large.cancel()
-    await asyncio.gather(large, return_exceptions=True)
-
-    async with asyncio.timeout(WAIT_S):
-        await small
-    assert not small_before
-    of.give_back(ANN, 10)
-    assert is_idle(of)
-
-
-async def test_one_that_is_cancelled_as_it_is_let_in_keeps_nothing() -> None:
-    of = budget(8, 4, 1, WAIT_S)
-    await of.wait(ANN)
-    waiting = asyncio.create_task(of.wait(ANN))
-    await asyncio.sleep(0)
-    of.give_back(ANN)  # lets it in
-    waiting.cancel()  # before it has run
-    await asyncio.gather(waiting, return_exceptions=True)
-
-    assert is_idle(of)
+    for _ in range(100):
+        with pytest.raises(RateLimited, match="credential") as refused:
+            of.take(ANN)
+        assert refused.value.retry_after_s > 0
+    of.take(ALF)
+    of.take(BOB)
+    assert of.held == 3
 
 
 async def test_nothing_is_kept_by_a_thousand_that_end_in_any_way() -> None:
     rng = random.Random(4711)  # noqa: S311 -- repeatable, no secret
-    of = budget(20, 10, 5, SHORT_S)
+    of = budget(20, 10, 5)
 
     async def one(holder: Holder | None, work: Callable[[], Awaitable[None]]) -> None:
         amount = rng.randint(1, 3)
-        await of.wait(holder, amount)
+        of.take(holder, amount)
         try:
             assert of.held <= 20
             await work()

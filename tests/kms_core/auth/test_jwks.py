@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
 
 import jwt
 import pytest
@@ -13,7 +12,7 @@ from kms_core.auth.jwt_verifier import Jwts, Trusted
 from kms_core.observability import metrics
 from kms_core.settings.auth import IssuerSection as Section
 from kms_protocol.errors import Unauthenticated, Unavailable
-from support.credentials import AUDIENCE, Issuer, claims
+from support.credentials import AUDIENCE, Issuer, claims, verified
 from support.waiting import until
 
 OTHER = "https://other.example.com"
@@ -79,14 +78,14 @@ def fetched(kind: str = "key_fetch") -> float:
 
 def test_a_hanging_endpoint_delays_only_tokens_that_need_it(world: World) -> None:
     corp, other = world.issuers.values()
-    world.jwts.verify_blocking(corp.token())
+    verified(world.jwts, corp.token())
     world.endpoints["corp"].open.clear()
     world.clock.now += jwks.AGAIN_S
     with pytest.raises(KeysPending):
         world.jwts.verify(world.junk("x"))
 
     assert world.jwts.verify(corp.token(sub="eve")).name == "corp:eve"  # the key is known
-    assert world.jwts.verify_blocking(other.token(iss=OTHER)).name == "other:ada"
+    assert verified(world.jwts, other.token(iss=OTHER)).name == "other:ada"
     world.clock.now += jwks.KEEP_S + 1  # also when the set is old and its fetch is late
     assert world.jwts.verify(corp.token(sub="bob")).name == "corp:bob"
 
@@ -97,7 +96,7 @@ def test_one_fetch_serves_all_who_wait(world: World) -> None:
     found: list[str] = []
 
     def call(number: int) -> None:
-        found.append(world.jwts.verify_blocking(corp.token(sub=f"ada{number}")).name)
+        found.append(verified(world.jwts, corp.token(sub=f"ada{number}")).name)
 
     threads = [threading.Thread(target=call, args=(number,)) for number in range(20)]
     for thread in threads:
@@ -111,27 +110,48 @@ def test_one_fetch_serves_all_who_wait(world: World) -> None:
     assert endpoint.count == 1
 
 
-def test_so_many_wait_for_one_issuer_and_no_more(world: World) -> None:
+def test_no_caller_waits_longer_than_five_seconds(world: World) -> None:
     world.endpoints["corp"].open.clear()
     with pytest.raises(KeysPending) as caught:
         world.jwts.verify(world.junk("x"))
-    with ExitStack() as waiting:
-        for _ in range(512):
-            waiting.enter_context(caught.value.refresh.joined())
+    world.clock.now += jwks.WAIT_S  # while it waited for a thread
 
-        with pytest.raises(Unavailable), caught.value.refresh.joined():
-            pytest.fail("the 513th waits")
-    with caught.value.refresh.joined():
-        pass
+    caught.value.look_up()  # returns at once
+    with pytest.raises(Unavailable) as late:
+        world.jwts.verify(world.junk("x"))
+    assert not isinstance(late.value, KeysPending)
+
+
+def test_a_set_that_was_not_used_for_long_is_fetched_before_it_is_believed(world: World) -> None:
+    corp = world.issuers["corp"]
+    verified(world.jwts, corp.token())
+    world.endpoints["corp"].open.clear()
+    world.clock.now += jwks.KEEP_S + 1
+
+    with pytest.raises(KeysPending):
+        world.jwts.verify(corp.token(sub="eve"))
+
+
+def test_an_error_that_is_not_foreseen_begins_no_flood_of_fetches(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = world.endpoints["corp"]
+    monkeypatch.setattr(jwks, "parse", lambda _: 1 / 0)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    for number in range(20):
+        with pytest.raises(Unavailable):
+            verified(world.jwts, world.junk(f"kid{number}"))
+
+    assert endpoint.count == 1
 
 
 def test_junk_with_any_key_id_costs_one_fetch_and_no_signature_check(world: World) -> None:
-    world.jwts.verify_blocking(world.issuers["corp"].token())
+    verified(world.jwts, world.issuers["corp"].token())
     world.clock.now += jwks.AGAIN_S
     before = fetched(), fetched("signature")
     for number in range(200):
         with pytest.raises(Unauthenticated) as caught:
-            world.jwts.verify_blocking(world.junk(f"kid{number}"))
+            verified(world.jwts, world.junk(f"kid{number}"))
         assert caught.value.reason == "signature"
 
     assert (fetched() - before[0], fetched("signature") - before[1]) == (1, 0)
@@ -139,27 +159,42 @@ def test_junk_with_any_key_id_costs_one_fetch_and_no_signature_check(world: Worl
 
 def test_an_unknown_key_id_is_no_refusal_while_the_issuer_is_away(world: World) -> None:
     corp, endpoint = world.issuers["corp"], world.endpoints["corp"]
-    world.jwts.verify_blocking(corp.token())
+    verified(world.jwts, corp.token())
     corp.rollover("two")
     endpoint.away = True
     world.clock.now += jwks.AGAIN_S
     for _ in range(3):  # the first one waits for the fetch that fails
         with pytest.raises(Unavailable):
-            world.jwts.verify_blocking(corp.token())
+            verified(world.jwts, corp.token())
     assert endpoint.count == 2
     endpoint.away = False
     world.clock.now += jwks.AGAIN_S
 
-    assert world.jwts.verify_blocking(corp.token()).name == "corp:ada"
+    assert verified(world.jwts, corp.token()).name == "corp:ada"
 
 
 def test_a_set_is_fetched_before_it_is_old_and_no_caller_waits(world: World) -> None:
     corp, endpoint = world.issuers["corp"], world.endpoints["corp"]
-    world.jwts.verify_blocking(corp.token())
+    verified(world.jwts, corp.token())
+    endpoint.open.clear()
     world.clock.now += jwks.KEEP_S / 2 + 1
 
-    assert world.jwts.verify(corp.token(sub="eve")).name == "corp:eve"
+    for name in ("eve", "bob"):
+        assert world.jwts.verify(corp.token(sub=name)).name == f"corp:{name}"
     until(lambda: endpoint.count == 2, "the fetch in the background")
+
+
+def test_no_caller_with_a_known_key_waits_for_an_issuer_that_is_away(world: World) -> None:
+    corp, endpoint = world.issuers["corp"], world.endpoints["corp"]
+    verified(world.jwts, corp.token())
+    endpoint.away = True
+    world.clock.now += jwks.KEEP_S + 1
+    assert verified(world.jwts, corp.token(sub="eve")).name == "corp:eve"  # waits for the fetch that fails
+    endpoint.open.clear()
+    world.clock.now += jwks.AGAIN_S
+
+    assert world.jwts.verify(corp.token(sub="bob")).name == "corp:bob"
+    until(lambda: endpoint.count == 3, "another fetch in the background")
 
 
 def test_a_fetch_that_does_not_end_is_the_only_one_and_no_caller_waits_for_it(world: World) -> None:
@@ -177,14 +212,14 @@ def test_a_fetch_that_does_not_end_is_the_only_one_and_no_caller_waits_for_it(wo
     endpoint.open.set()
     until(lambda: not any(thread.name == "jwks" for thread in threading.enumerate()), "the end of the fetch")
 
-    assert world.jwts.verify_blocking(corp.token()).name == "corp:ada"
+    assert verified(world.jwts, corp.token()).name == "corp:ada"
 
 
 def test_a_token_without_a_key_id_is_tried_with_eight_keys(world: World) -> None:
     corp = world.issuers["corp"]
     for number in range(20):
         corp.rollover(f"k{number}")
-    world.jwts.verify_blocking(corp.token("one"))
+    verified(world.jwts, corp.token("one"))
     before = fetched("signature")
     with pytest.raises(Unauthenticated):
         world.jwts.verify(jwt.encode(claims(), world.issuers["other"].keys["one"][0], "ES256"))

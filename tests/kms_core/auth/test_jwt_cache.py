@@ -10,7 +10,7 @@ from kms_core.auth.jwks import RemoteKeys
 from kms_core.auth.jwt_verifier import Jwts, Trusted
 from kms_core.settings.auth import IssuerSection as Section
 from kms_protocol.errors import Unauthenticated
-from support.credentials import AUDIENCE, ISSUER, Issuer
+from support.credentials import AUDIENCE, ISSUER, Issuer, verified
 
 MOST_REMEMBERED: Final = 4096
 MOST_CHARS: Final = 8192
@@ -36,14 +36,14 @@ def signatures() -> float:
 
 def reason(jwts: Jwts, token: str) -> str:
     with pytest.raises(Unauthenticated) as caught:
-        jwts.verify_blocking(token)
+        verified(jwts, token)
     return caught.value.reason
 
 
 def test_a_remembered_token_expires_when_it_says(issuer: Issuer, jwts: Jwts) -> None:
     expiry = int(time.time()) + 2
     token = issuer.token(exp=expiry)
-    assert jwts.verify_blocking(token).name == "corp:ada"
+    assert verified(jwts, token).name == "corp:ada"
     while time.time() < expiry:
         time.sleep(0.05)
 
@@ -53,15 +53,15 @@ def test_a_remembered_token_expires_when_it_says(issuer: Issuer, jwts: Jwts) -> 
 def test_the_oldest_of_too_many_tokens_is_forgotten(issuer: Issuer, jwts: Jwts) -> None:
     tokens = [issuer.token(sub=f"ada{number}") for number in range(MOST_REMEMBERED + 2)]
     for token in tokens:
-        jwts.verify_blocking(token)
-    verified = signatures()
+        verified(jwts, token)
+    checked = signatures()
 
     for token in tokens[2:]:
-        jwts.verify_blocking(token)
-    assert signatures() == verified
+        verified(jwts, token)
+    assert signatures() == checked
     for token in tokens[:2]:
-        jwts.verify_blocking(token)
-    assert signatures() == verified + 2
+        verified(jwts, token)
+    assert signatures() == checked + 2
 
 
 def test_a_token_has_a_longest_length(issuer: Issuer, jwts: Jwts) -> None:
@@ -71,5 +71,5 @@ def test_a_token_has_a_longest_length(issuer: Issuer, jwts: Jwts) -> None:
     longest, longer = issuer.token(pad="x" * (room - 3)), issuer.token(pad="x" * (room + 6))
     assert MOST_CHARS - 8 <= len(longest) <= MOST_CHARS < len(longer)
 
-    assert jwts.verify_blocking(longest).name == "corp:ada"
+    assert verified(jwts, longest).name == "corp:ada"
     assert reason(jwts, longer) == "malformed"

@@ -26,7 +26,7 @@ from kms_core.scopes import NOT_IN_STAR
 from kms_core.settings.auth import CertificateSection, ClaimGrant
 from kms_core.settings.auth import IssuerSection as Section
 from kms_protocol.errors import ConfigurationError, Unauthenticated, Unavailable
-from support.credentials import AUDIENCE, ISSUER, Issuer, claims, public_jwk
+from support.credentials import AUDIENCE, ISSUER, Issuer, claims, public_jwk, verified
 
 LEEWAY_S: Final = 5
 Change = Callable[[Issuer], str]
@@ -52,7 +52,7 @@ def door(issuer: Issuer, **changes: Any) -> Jwts:  # noqa: ANN401 -- as above
 
 def reason(jwts: Jwts, token: str) -> str:
     with pytest.raises(Unauthenticated) as caught:
-        jwts.verify_blocking(token)
+        verified(jwts, token)
     assert "ada" not in str(caught.value)
     return caught.value.reason
 
@@ -61,7 +61,7 @@ def reason(jwts: Jwts, token: str) -> str:
 
 
 def test_a_token_becomes_a_principal(issuer: Issuer) -> None:
-    who = door(issuer).verify_blocking(issuer.token())
+    who = verified(door(issuer), issuer.token())
 
     assert (who.name, who.tenant) == ("corp:ada", "default")
     assert who.credential.startswith("jwt:corp:")
@@ -75,12 +75,12 @@ def test_signatures_by_a_private_key_are_taken(algorithm: str) -> None:
     issuer = Issuer()
     issuer.rollover("k", algorithm)
 
-    assert door(issuer, algorithms=(algorithm,)).verify_blocking(issuer.token()).name == "corp:ada"
+    assert verified(door(issuer, algorithms=(algorithm,)), issuer.token()).name == "corp:ada"
 
 
 def test_a_remembered_token_costs_no_second_signature_check(issuer: Issuer) -> None:
     jwts, token = door(issuer), issuer.token()
-    jwts.verify_blocking(token)
+    verified(jwts, token)
     before = work("signature")
     for _ in range(10):
         jwts.verify(token)
@@ -110,7 +110,7 @@ def work(kind: str) -> float:
 def test_scopes_are_of_settings_and_of_the_token(
     issuer: Issuer, changes: dict[str, Any], said: dict[str, Any], expected: tuple[str, ...]
 ) -> None:
-    who = door(issuer, **changes).verify_blocking(issuer.token(**said))
+    who = verified(door(issuer, **changes), issuer.token(**said))
 
     assert who.grant is not None
     assert who.grant.scopes == expected
@@ -130,7 +130,7 @@ def test_a_star_is_not_everything_wherever_it_stands(issuer: Issuer, tmp_path: P
     policy = ByScopes(Authenticator(TokenFile(tmp_path / "none"), jwts, {"builder": builder}), {})
     who = Principal("cert:builder", credential="cert:builder")
     if source != "certificate":
-        who = jwts.verify_blocking(issuer.token(kms_scopes=["*"]))
+        who = verified(jwts, issuer.token(kms_scopes=["*"]))
 
     assert allows(policy, who, "encrypt", "k")
     assert allows(policy, who, "audit:read")
@@ -159,7 +159,7 @@ def test_a_grant_is_for_those_whose_claims_fit(
     issuer: Issuer, said: dict[str, Any], *, granted: bool
 ) -> None:
     grant = ClaimGrant(when={"repository": "acme/*", "groups": "ops"}, scopes=("rotate",))
-    who = door(issuer, grants={"ops": grant}, scopes_claim=None).verify_blocking(issuer.token(**said))
+    who = verified(door(issuer, grants={"ops": grant}, scopes_claim=None), issuer.token(**said))
 
     assert who.grant is not None
     assert who.grant.scopes == (("rotate",) if granted else ())
@@ -184,7 +184,7 @@ def test_a_token_names_a_tenant_among_those_of_its_issuer(
     if tenant is None:
         assert reason(jwts, token) == "claims"
     else:
-        assert jwts.verify_blocking(token).tenant == tenant
+        assert verified(jwts, token).tenant == tenant
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "x" * 201, 7, None, ["ada"]], ids=repr)
@@ -294,7 +294,7 @@ def test_a_token_is_8192_characters_long_at_most(issuer: Issuer, chars: int, *, 
     assert len(token) in {chars, chars + 1}
 
     if taken:
-        assert door(issuer).verify_blocking(token).name == "corp:ada"
+        assert verified(door(issuer), token).name == "corp:ada"
     else:
         assert reason(door(issuer), token) == "malformed"
 
@@ -302,7 +302,7 @@ def test_a_token_is_8192_characters_long_at_most(issuer: Issuer, chars: int, *, 
 @pytest.mark.parametrize("grace_s", [0, 900])
 def test_jobs_of_a_token_may_run_for_its_grace(issuer: Issuer, grace_s: int) -> None:
     expiry = int(time.time()) + 60
-    who = door(issuer, job_grace_s=grace_s).verify_blocking(issuer.token(exp=expiry))
+    who = verified(door(issuer, job_grace_s=grace_s), issuer.token(exp=expiry))
 
     assert who.grant
     assert who.grant.until == expiry + LEEWAY_S + grace_s
@@ -319,8 +319,8 @@ def test_clocks_may_differ_a_little(issuer: Issuer) -> None:
     now = int(time.time())
     jwts = door(issuer)
 
-    assert jwts.verify_blocking(issuer.token(exp=now - 1)).name == "corp:ada"
-    assert jwts.verify_blocking(issuer.token(nbf=now + 2, iat=now + 2)).name == "corp:ada"
+    assert verified(jwts, issuer.token(exp=now - 1)).name == "corp:ada"
+    assert verified(jwts, issuer.token(nbf=now + 2, iat=now + 2)).name == "corp:ada"
 
 
 def test_one_issuer_does_not_speak_for_another(issuer: Issuer) -> None:
@@ -333,7 +333,7 @@ def test_one_issuer_does_not_speak_for_another(issuer: Issuer) -> None:
         ]
     )
 
-    assert jwts.verify_blocking(other.token(iss="https://ci.example.com")).name == "ci:ada"
+    assert verified(jwts, other.token(iss="https://ci.example.com")).name == "ci:ada"
     assert reason(jwts, other.token()) == "signature"
     assert jwts.trusts("ci")
     assert not jwts.trusts("gone")
@@ -373,7 +373,7 @@ class Fetched:
 
 
 def who(jwts: Jwts, token: str) -> Principal:
-    return jwts.verify_blocking(token)
+    return verified(jwts, token)
 
 
 def remote(issuer: Issuer) -> tuple[RemoteKeys, Fetched, Clock]:
@@ -426,7 +426,7 @@ def test_while_the_issuer_is_away_its_keys_are_used_for_a_day(issuer: Issuer) ->
     clock.now += 10
 
     with pytest.raises(Unavailable):
-        jwts.verify_blocking(issuer.token(sub="late"))
+        verified(jwts, issuer.token(sub="late"))
 
 
 def test_an_issuer_that_was_never_reached_is_no_refusal(issuer: Issuer) -> None:
@@ -435,7 +435,7 @@ def test_an_issuer_that_was_never_reached_is_no_refusal(issuer: Issuer) -> None:
     jwts = Jwts([Trusted("corp", section(), keys)])
     token = issuer.token()
     with pytest.raises(Unavailable):
-        jwts.verify_blocking(token)
+        verified(jwts, token)
     fetched.away = False
     clock.now += jwks.AGAIN_S
 
@@ -453,7 +453,7 @@ def test_a_key_file_is_read_again_when_it_changes(issuer: Issuer, tmp_path: Path
     assert who(jwts, issuer.token(sub="eve")).name == "corp:eve"
     file.write_bytes(b"{}")
     with pytest.raises(Unavailable):
-        jwts.verify_blocking(issuer.token(sub="late"))
+        verified(jwts, issuer.token(sub="late"))
 
 
 @pytest.mark.parametrize(

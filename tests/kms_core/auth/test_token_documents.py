@@ -53,8 +53,8 @@ def test_a_new_token_is_found_by_reading_again(document: SignedDocument, known: 
     with pytest.raises(UnknownToken) as caught:
         known.authenticate(text)
 
-    assert caught.value.reread
-    caught.value.reread()
+    assert caught.value.look_up
+    caught.value.look_up()
     assert known.authenticate(text) == token
     assert known.by_id(token.id) == token
     assert known.tenants() == {"acme"}
@@ -86,7 +86,7 @@ def test_a_revoked_token_leaves_a_tombstone_until_it_would_have_expired(
     assert datetime.fromisoformat(found[long.id] or "") == long.expires_at
     with pytest.raises(UnknownToken) as caught:
         known.authenticate(text)
-    assert caught.value.reread is None, "it was revoked: nothing newer is looked for"
+    assert caught.value.look_up is None, "it was revoked: nothing newer is looked for"
     assert known.by_id(long.id) is None
 
 

@@ -168,6 +168,10 @@ def test_a_review_that_does_not_accept_refuses(cluster: Cluster, said: dict[str,
 GOOD: Final = {"authenticated": True, "user": {"username": FLUX}, "audiences": [AUDIENCE]}
 AWAY: Final[dict[str, tuple[int, object]]] = {
     "no rights": (403, {"kind": "Status"}),
+    "a review in an error": (
+        403,
+        {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "status": GOOD},
+    ),
     "an error of the server": (500, {}),
     "no content": (200, b""),
     "no JSON": (201, b"<html>"),
@@ -189,7 +193,7 @@ AWAY: Final[dict[str, tuple[int, object]]] = {
         },
     ),
     "a redirect": (302, {}),
-    "a large answer": (201, b" " * 300_000),
+    "a large answer": (201, b" " * 1_100_000),
 }
 
 

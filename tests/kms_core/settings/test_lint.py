@@ -302,7 +302,7 @@ NO_VALUE_WEAKENS = {  # why no value of these settings is told
         server.uploads_per_credential server.downloads server.downloads_per_tenant
         server.downloads_per_credential server.streams server.streams_per_tenant
         server.streams_per_credential server.logins server.logins_per_address
-        server.admission_wait_s server.transfer_grace_s server.transfer_bytes_per_s
+        server.transfer_grace_s server.transfer_bytes_per_s
         server.transfer_stall_s limits.sync_plaintext_bytes limits.sync_ciphertext_bytes
         limits.json_body_bytes limits.file_header_bytes limits.file_stanzas limits.sync_header_bytes
         limits.sync_stanzas

@@ -37,6 +37,7 @@ def read(tmp_path: Path, text: str, **environ: str) -> Settings:
         (REQUIRED + ISSUER + "jwks_url = 'http://id/keys'\n", "expected https://"),
         (REQUIRED + ISSUER + "jwks_url = 'https://u:hunter2@id/keys'\n", "expected https://"),
         (REQUIRED + ISSUER + "jwks_url = 'file:///keys'\n", "expected https://"),
+        (REQUIRED + ISSUER + "jwks_url = 'https://bücher.example/keys'\n", "in ASCII"),
         (REQUIRED + ISSUER + "jwks_url = 'https://[hunter2'\n", "expected https://"),
         (REQUIRED + ISSUER + KEYS + "algorithms = ['HS256']\n", "kms.auth.issuers.corp.algorithms"),
         (REQUIRED + ISSUER + KEYS + "algorithms = ['none']\n", "kms.auth.issuers.corp.algorithms"),

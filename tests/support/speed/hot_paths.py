@@ -61,7 +61,7 @@ class Install:
         self._core = core_of(install, broker.connect(install.settings.kms.redis).notify)
         self._kms, doors = self._core.kms, self._core.authenticator
         assert doors
-        self._who = doors.principal(self._token.removeprefix("Bearer "), None)
+        self._who = doors.principal(self._token.removeprefix("Bearer "))
         self._context = Context.parse(CONTEXT)
         self.backend = self._kms.keyring.default.backend
         self.ref = self._kms.keyring.default.ref(self._who.tenant)
