@@ -43,6 +43,8 @@ KMS_URL: Final = "http://localhost:8082"
 RUNBOOKS: Final = "${kms_url}/ui/runbooks"
 BACKEND: Final = 'backend=~"$backend"'
 KIND: Final = 'kind=~"$kind"'
+OPERATIONS: Final = "kms_operation_duration_seconds_count"
+REQUESTS: Final = "kms_http_request_duration_seconds_count"
 API: Final = 'route!~"/livez|/readyz|/metrics|/docs|/openapi.json|unrouted"'
 ONE: Final = 'namespace=~"$install",instance=~"$instance"'
 """What the menus of install and instance choose; ``.*`` also matches a series without namespace."""
@@ -145,13 +147,13 @@ OVERVIEW: Final = Board(
     (
         Panel(
             "Operations",
-            [(per("operation", "kms_operations_total"), "{{operation}}")],
+            [(per("operation", OPERATIONS), "{{operation}}")],
             "ops",
             tells="Calls and items of jobs a second, by what they do with keys.",
         ),
         Panel(
             "Refusals and failures by code",
-            [(per("result", "kms_operations_total", 'result!="ok"'), "{{result}}")],
+            [(per("result", OPERATIONS, 'result!="ok"'), "{{result}}")],
             "ops",
             tells="By error code; those that end in unavailable are ours, others the caller's.",
         ),
@@ -356,7 +358,7 @@ KEYS: Final = Board(
             "Operations by backend",
             [
                 (
-                    per("backend, operation", "kms_operations_total", BACKEND),
+                    per("backend, operation", OPERATIONS, BACKEND),
                     "{{backend}} {{operation}}",
                 )
             ],
@@ -396,7 +398,7 @@ KEYS: Final = Board(
             tells="Calls a second that were repeated, and those that another backend of the key answered.",
         ),
     ),
-    choose={"backend": "kms_operations_total"},
+    choose={"backend": OPERATIONS},
 )
 TRUST: Final = Board(
     "kms-trust",
@@ -422,13 +424,13 @@ TRUST: Final = Board(
         ),
         figure(
             "Refused calls",
-            'sum(rate(kms_http_requests_total{status=~"401|403"}[5m])) or vector(0)',
+            f'sum(rate({REQUESTS}{{status=~"401|403"}}[5m])) or vector(0)',
             "reqps",
             tells="Answers 401 and 403 a second. Five times yesterday's: KmsRefusalsSpike.",
         ),
         figure(
             "Decrypts that fail",
-            'sum(rate(kms_operations_total{operation="decrypt", result="decrypt_failed"}[5m])) or vector(0)',
+            f'sum(rate({OPERATIONS}{{operation="decrypt", result="decrypt_failed"}}[5m])) or vector(0)',
             "ops",
             tells="A second: a wrong context, key or file, or an attack. The audit log has the callers.",
         ),
@@ -449,7 +451,7 @@ TRUST: Final = Board(
             "Refused, by route",
             [
                 (
-                    per("route, status", "kms_http_requests_total", 'status=~"401|403|429"'),
+                    per("route, status", REQUESTS, 'status=~"401|403|429"'),
                     "{{status}} {{route}}",
                 )
             ],
@@ -460,7 +462,7 @@ TRUST: Final = Board(
             "Decrypts by outcome",
             [
                 (
-                    per("result", "kms_operations_total", 'operation="decrypt"'),
+                    per("result", OPERATIONS, 'operation="decrypt"'),
                     "{{result}}",
                 )
             ],
@@ -470,8 +472,8 @@ TRUST: Final = Board(
         Panel(
             "Decrypts, today and a week ago",
             [
-                ('sum(rate(kms_operations_total{operation="decrypt"}[30m]))', "today"),
-                ('sum(rate(kms_operations_total{operation="decrypt"}[30m] offset 7d))', "a week ago"),
+                (f'sum(rate({OPERATIONS}{{operation="decrypt"}}[30m]))', "today"),
+                (f'sum(rate({OPERATIONS}{{operation="decrypt"}}[30m] offset 7d))', "a week ago"),
             ],
             "ops",
             tells="A second. Ten times those of last week: KmsDecryptSpike.",
@@ -480,7 +482,7 @@ TRUST: Final = Board(
             "Bad requests",
             [
                 (
-                    per("route, status", "kms_http_requests_total", 'status=~"400|404|409|413|422"'),
+                    per("route, status", REQUESTS, 'status=~"400|404|409|413|422"'),
                     "{{status}} {{route}}",
                 )
             ],
@@ -574,7 +576,7 @@ RUNTIME: Final = Board(
             "Requests by route",
             [
                 (
-                    per("route, method", "kms_http_requests_total", API),
+                    per("route, method", REQUESTS, API),
                     "{{method}} {{route}}",
                 )
             ],

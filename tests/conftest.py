@@ -3,18 +3,15 @@
 import gc
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from typing import Any, Final
 
 import hypothesis
 import pytest
 import structlog
-from prometheus_client import REGISTRY, Metric
-from prometheus_client.registry import Collector
 
 from kms_cli.local.valkey import ValkeyLimits
-from kms_core.observability import buffered_metrics
 from support.embedded_valkey import EmbeddedValkey
 
 # plugins: tests/support/README.md says what each is for
@@ -31,15 +28,6 @@ pytest_plugins = [
 ]
 
 
-class _SettleFirst(Collector):
-    """Settles the buffered metrics before a test reads any."""
-
-    def collect(self) -> Iterable[Metric]:
-        buffered_metrics.settle()
-        return ()
-
-
-REGISTRY.register(_SettleFirst())
 READ_BY_TESTS: Final = ("KMS_LONG", "KMS_STORM_SEED", "KMS_EXPLORE_EXAMPLES", "KMS_TEST_PICTURES")
 DATABASES: Final = 10_000  # tests of one session; an unused one costs nothing
 

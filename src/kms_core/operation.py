@@ -14,7 +14,7 @@ from kms_core.envelope.binding import KeyRef
 from kms_core.observability import metrics, tracing
 from kms_core.observability.usage import UsageCounters
 from kms_protocol.context import Context
-from kms_protocol.errors import KmsError
+from kms_protocol.errors import AuditUnavailable, KmsError
 
 
 class Operation:
@@ -106,21 +106,18 @@ class OperationRecorder:
         record = call.record
         seconds = time.perf_counter() - call.started
         record.result, record.duration_us = result, round(seconds * 1e6)
+        counted = AuditUnavailable.code
         try:
             audit.append(self._audit_log, record)
-        except KmsError:
-            metrics.count_operation(record, "audit_unavailable", seconds)
-            self._usage.note(record, "audit_unavailable")
-            tracing.note(operation=record.operation, result="audit_unavailable")
-            raise
-        metrics.count_operation(record, result, seconds)
-        self._usage.note(record, result)
-        if tracing.is_on():
+            counted = result
+        finally:
+            metrics.count_operation(record, counted, seconds)
+            self._usage.note(record, counted)
             tracing.note(
                 operation=record.operation,
                 key_id=record.key_id,
                 backend=record.backend,
                 bytes_in=record.bytes_in,
                 bytes_out=record.bytes_out,
-                result=result,
+                result=counted,
             )

@@ -9,8 +9,6 @@ from typing import Final
 
 import structlog
 
-from kms_core.observability import buffered_metrics, metrics
-
 NO_LOCK: Final = nullcontext()
 _LOG_AGAIN_S: Final = 60.0
 
@@ -19,7 +17,7 @@ class PeriodicThread(threading.Thread):
     """Calls ``round`` every ``interval_s`` seconds, 10 % more or less, until ``stop``.
 
     Subclasses define ``round``, and ``finish`` for work after the last round. An exception ends a round, not
-    the thread: it is counted, and logged as the event ``failed``, once a minute while rounds go on failing.
+    the thread: it is logged as the event ``failed``, once a minute while rounds go on failing.
     ``fork_lock`` is held during each round, so that a fork that waits for it copies no lock of a round.
     """
 
@@ -37,7 +35,6 @@ class PeriodicThread(threading.Thread):
         self._wake = threading.Event()
         self._log = structlog.get_logger(type(self).__module__)
         self._log_at = 0.0
-        self._failures = buffered_metrics.CallStats(metrics.BACKGROUND_FAILURES.labels(name))
 
     def round(self) -> None:
         """The repeated work. May raise."""
@@ -55,12 +52,11 @@ class PeriodicThread(threading.Thread):
         self.attempt(self.finish)
 
     def attempt(self, work: Callable[[], None]) -> None:
-        """Call ``work`` under the fork lock; an exception is logged and counted, not raised."""
+        """Call ``work`` under the fork lock; an exception is logged, not raised."""
         with self._fork_lock:
             try:
                 work()
             except Exception as exc:  # noqa: BLE001 -- a round may fail, the thread may not
-                self._failures.add()
                 if time.monotonic() >= self._log_at:
                     self._log_at = time.monotonic() + _LOG_AGAIN_S
                     self._log.warning(self._failed, error=type(exc).__name__)

@@ -3,7 +3,6 @@
 import asyncio
 import socket
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final, cast
@@ -19,16 +18,13 @@ from kms_core.http_server.connections import (
     ConnectionLimits,
     Connections,
     HostCheck,
-    Reason,
     by_name,
 )
 from kms_core.http_server.protocol import HttpProtocol, ProblemResponse
 from kms_core.observability import metrics
-from kms_worker import fork_lock
 
 _LIMITS: Final = ConnectionLimits(most=64, timeout_s=10, ends_unread=True)
 _STOP_S: Final = 2
-_FORK_S: Final = 0.5
 _BACKLOG: Final = 128
 _TEXT: Final = b"text/plain; charset=utf-8"
 _log = structlog.get_logger(__name__)
@@ -38,7 +34,7 @@ class MetricsServer:
     """An HTTP server in a thread of its own."""
 
     def __init__(self, listener: socket.socket, app: "MetricsApp") -> None:
-        protocol = partial(HttpProtocol, connections=Connections(_LIMITS, app.count_ended))
+        protocol = partial(HttpProtocol, connections=Connections(_LIMITS))
         config = uvicorn.Config(
             app,
             http=cast("type[asyncio.Protocol]", protocol),  # uvicorn only calls it
@@ -74,7 +70,6 @@ class MetricsApp:
         self._hosts = HostCheck(allowed_hosts)
         self._reading = asyncio.Semaphore()
         self._next: asyncio.Task[bytes] | None = None
-        self._ended: Counter[Reason] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = by_name(scope["headers"])
@@ -99,13 +94,6 @@ class MetricsApp:
             return ProblemResponse(405, "method_not_allowed", "Send GET or HEAD", {b"allow": b"GET, HEAD"})
         return None
 
-    def count_ended(self, reason: Reason) -> None:
-        """Note a connection that was ended. It is counted with the next scrape, when no child is forked.
-
-        A child would inherit the lock that all metrics share as taken.
-        """
-        self._ended[reason] += 1
-
     async def _read(self) -> bytes:
         """The metrics as they are from now on: requests that wait at the same time share one reading."""
         if self._next is None:
@@ -115,17 +103,7 @@ class MetricsApp:
     async def _read_when_free(self) -> bytes:
         async with self._reading:
             self._next = None  # what is asked from here on is for the next reading
-            return await asyncio.to_thread(self._exposition)
-
-    def _exposition(self) -> bytes:
-        if fork_lock.between_forks.acquire(timeout=_FORK_S):
-            try:
-                while self._ended:
-                    reason, number = self._ended.popitem()
-                    metrics.HTTP_CONNECTIONS_ENDED.labels(reason).inc(number)
-            finally:
-                fork_lock.between_forks.release()
-        return metrics.exposition()
+            return await asyncio.to_thread(metrics.exposition)
 
     async def _may_scrape(self, scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
         address = scope["client"][0] if scope["client"] else None

@@ -3,6 +3,7 @@
 import gc
 import os
 import socket
+import threading
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from celery import Celery, signals
 from celery.platforms import SecurityWarning
 from celery.worker.consumer import Consumer
 
-from kms_core import server_memory
+from kms_core import secure_memory, server_memory
 from kms_core.audit_setup import build_monitor
 from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.container import Core, build_intake
@@ -39,7 +40,7 @@ from kms_core.redis_client import check_servers
 from kms_core.settings.lint import SETTINGS, unaccepted
 from kms_core.settings.model import Settings
 from kms_worker import app as worker_app
-from kms_worker import consumer, fork_lock, metrics_server, rotation, submit
+from kms_worker import consumer, metrics_server, rotation, submit
 from kms_worker.metrics_server import MetricsApp, MetricsServer
 from kms_worker.refusals import Refusals
 from kms_worker.slots import Slots
@@ -47,6 +48,12 @@ from kms_worker.watchdog import Watchdog
 
 _LEAVE_S: Final = 2.0  # for the last word to Redis; a worker whose Redis is away need not wait for it
 _EXIT_ORPHAN: Final = 1
+_between_forks: Final = threading.Lock()
+"""Held by each thread of the parent while it works, and by the parent while it forks.
+
+A forked process copies a lock that a thread holds as taken, for good, such as that of the metrics. Celery's
+parent forks a process whenever one died, while periodic threads run beside it.
+"""
 
 
 def run(loaded: Settings) -> int:
@@ -70,21 +77,21 @@ def run(loaded: Settings) -> int:
         submit_bytes=intake.text_length if intake else 0,
     )
 
-    heartbeat = Heartbeat(store, name, jobs.concurrency, jobs.queues, fork_lock=fork_lock.between_forks)
+    heartbeat = Heartbeat(store, name, jobs.concurrency, jobs.queues, fork_lock=_between_forks)
     beside: tuple[PeriodicThread, ...] = (
         heartbeat,  # first, before it consumes: who looks while its first job runs must find a worker
-        InstallWatch(core.install, fork_lock=fork_lock.between_forks),
+        InstallWatch(core.install, fork_lock=_between_forks),
         Reaper(
             store,
             core.worker_context.spool,
             name,
             require_install=core.install.require,
             may_sweep=core.install.may_sweep,
-            fork_lock=fork_lock.between_forks,
+            fork_lock=_between_forks,
         ),
-        rotation.Clock(app, store, name, fork_lock=fork_lock.between_forks),
-        build_monitor(loaded, store.redis, fork_lock=fork_lock.between_forks),
-        *(CopyPoll(copy, fork_lock.between_forks) for copy in core.copies),
+        rotation.Clock(app, store, name, fork_lock=_between_forks),
+        build_monitor(loaded, store.redis, fork_lock=_between_forks),
+        *(CopyPoll(copy, _between_forks) for copy in core.copies),
         *_couriers(loaded, store, name),
         _slots(loaded, store, name),
     )
@@ -124,7 +131,7 @@ def _slots(loaded: Settings, store: JobStore, name: str) -> Slots:
     """The watch over the processes of the pool, with which they share when to stop."""
     shared, jobs = attendance.Attendance(), loaded.kms.jobs
     attendance.share(shared)
-    slots = Slots(shared, store, name, jobs.concurrency, fork_lock=fork_lock.between_forks)
+    slots = Slots(shared, store, name, jobs.concurrency, fork_lock=_between_forks)
     signals.worker_shutting_down.connect(lambda **_: shared.stop_in(jobs.stop_s), weak=False)
     signals.worker_ready.connect(
         lambda sender, **_: slots.attach(sender.pool, sender.hub.call_soon, jobs.queues), weak=False
@@ -141,7 +148,11 @@ def _waiting(app: Celery, store: JobStore) -> Mapping[str, int]:
 
 def _prepare_children() -> None:
     """Have each forked child lock its memory, and share the pages of what was imported with the parent."""
-    fork_lock.install()
+    os.register_at_fork(
+        before=_between_forks.acquire,
+        after_in_parent=_between_forks.release,
+        after_in_child=_between_forks.release,
+    )
     signals.worker_process_init.connect(partial(_prepare_child, os.getpid()), weak=False)
     gc.collect()
     gc.freeze()  # or the first collection in a child copies them
@@ -153,7 +164,7 @@ def _couriers(loaded: Settings, store: JobStore, name: str) -> list[WebhookDispa
     outbox = Outbox(store, endpoints)
     if not endpoints:
         return []
-    return [WebhookDispatcher(outbox, endpoints, name, fork_lock=fork_lock.between_forks)]
+    return [WebhookDispatcher(outbox, endpoints, name, fork_lock=_between_forks)]
 
 
 def _prepare_child(parent: int, **_: object) -> None:
@@ -163,7 +174,7 @@ def _prepare_child(parent: int, **_: object) -> None:
     """
     if os.getppid() != parent:
         os._exit(_EXIT_ORPHAN)
-    server_memory.lock_again()
+    secure_memory.lock()
 
 
 def _bear_early_deaths(sender: Consumer, **_: object) -> None:

@@ -260,15 +260,6 @@ def test_refusals_are_problems_at_the_worker(install: Install) -> None:
     assert (posted.status_code, json.loads(posted.content)["code"]) == (405, "method_not_allowed")
 
 
-def test_malformed_requests_are_counted_at_every_port(install: Install) -> None:
-    for port in PORTS:
-        ask(install.number(port), MALFORMED["bare-lf"])
-    for number in (install.port, install.port + 1):
-        text = httpx.get(f"http://127.0.0.1:{number}/metrics", trust_env=False).text
-
-        assert re.search(r'^kms_http_connections_ended_total\{reason="malformed"\} [1-9]', text, re.MULTILINE)
-
-
 @pytest.mark.parametrize("port", PORTS)
 def test_requests_that_wait_and_are_never_read_leave_room_for_others(install: Install, port: str) -> None:
     """At the worker's port 64 such connections once kept the probe out until they were closed.

@@ -52,7 +52,9 @@ def sealed(service: Service) -> float:
     """The operations that /metrics tells of, whichever process is asked."""
     text = service.http.get("/metrics").text
     found = re.findall(
-        r'^kms_operations_total\{.*operation="encrypt".*result="ok".*\} (\S+)$', text, re.MULTILINE
+        r'^kms_operation_duration_seconds_count\{.*operation="encrypt".*result="ok".*\} (\S+)$',
+        text,
+        re.MULTILINE,
     )
     return sum(map(float, found))
 

@@ -20,7 +20,7 @@ from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
 from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
-from kms_core.observability import buffered_metrics, metrics
+from kms_core.observability import metrics
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable
@@ -154,9 +154,8 @@ def resigned(file: bytes, stanzas: Iterable[Stanza], file_key: bytes) -> bytes:
 
 def operation_counts() -> dict[tuple[str, str], int]:
     """Operations of this process by (operation, result)."""
-    buffered_metrics.settle()
     counts: Counter[tuple[str, str]] = Counter()
-    for sample in (sample for metric in metrics.OPERATIONS.collect() for sample in metric.samples):
-        if sample.name == "kms_operations_total":
+    for sample in (sample for metric in metrics.OPERATION_SECONDS.collect() for sample in metric.samples):
+        if sample.name == "kms_operation_duration_seconds_count":
             counts[sample.labels["operation"], sample.labels["result"]] += int(sample.value)
     return dict(counts)

@@ -68,7 +68,8 @@ class Facade(Guarded):
         """How often which status was the answer to an operation, until now."""
         text = self.http.get("/metrics", headers={"X-Vault-Token": self.root}).text
         counts = re.findall(
-            rf'^kms_http_requests_total{{.*route="/v1/{{mount}}/{operation}/{{name}}",status="(\d+)"}} (\d+)',
+            r"^kms_http_request_duration_seconds_count"
+            rf'{{.*route="/v1/{{mount}}/{operation}/{{name}}",status="(\d+)"}} (\d+)',
             text,
             re.MULTILINE,
         )

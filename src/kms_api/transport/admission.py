@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Final, Literal, Self
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -19,7 +18,7 @@ from kms_api.deps import LOCAL_CALLER, PRINCIPAL
 from kms_api.transport.connection import ReaderWatch, TransferLimits, UnreadBody, cycle_of
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import source_of
-from kms_core.observability import buffered_metrics, metrics
+from kms_core.observability import metrics
 from kms_core.settings.model import ServerSection
 from kms_protocol.errors import BodyTimeout, KmsError, RateLimited, Unavailable
 
@@ -51,7 +50,8 @@ class Budget:
         self.held = 0
         self._total, self._per_tenant, self._per_credential = total, per_tenant, per_credential
         self._amounts = Counter[str | Holder]()  # by tenant, and by tenant and credential
-        self._shown = _gauge(kind)
+        gauge = metrics.HTTP_BYTES_IN_FLIGHT if kind == "json" else metrics.HTTP_SLOTS
+        self._shown = gauge.labels(kind)
         for reason in _REASONS:
             metrics.HTTP_REFUSALS.labels(kind, reason)  # starts at zero
 
@@ -83,7 +83,7 @@ class Budget:
 
     def _add(self, holder: Holder | None, amount: int) -> None:
         self.held += amount
-        self._shown.level += amount
+        self._shown.inc(amount)
         for key in (holder, holder[0]) if holder is not None else ():
             self._amounts[key] += amount
             if not self._amounts[key]:
@@ -210,9 +210,3 @@ def holder_of(scope: Scope) -> Holder | None:
     address = source_of(scope["client"][0]) if scope.get("client") else "local"
     source = f"address {address}"  # no tenant's name has a space
     return source, source
-
-
-@lru_cache(maxsize=len(_NOUNS))
-def _gauge(kind: Kind) -> buffered_metrics.BufferedGauge:
-    gauge = metrics.HTTP_BYTES_IN_FLIGHT if kind == "json" else metrics.HTTP_SLOTS
-    return buffered_metrics.BufferedGauge(gauge.labels(kind))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 import structlog
+from opentelemetry.trace import SpanKind
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -64,7 +65,7 @@ class Traced:
                 status = message["status"]
             await send(message)
 
-        with tracing.span(scope["method"], "server", given):
+        with tracing.span(scope["method"], SpanKind.SERVER, given):
             try:
                 await self._app(scope, receive, answer)
             finally:
@@ -138,7 +139,7 @@ class RequestContext:
                 message["headers"] = _marked(scope, [*message["headers"], *cors], request_id, noted.audit_id)
             await send(message)
 
-        metrics.ANSWERING.level += 1
+        metrics.INFLIGHT.inc()
         try:
             if self._hosts.refuses(judged, scope.get("server")):
                 problem = problems.vault_problem if is_vault(scope["path"]) else problems.problem
@@ -149,7 +150,7 @@ class RequestContext:
             else:
                 await self._app(scope, receive, answer)
         finally:
-            metrics.ANSWERING.level -= 1
+            metrics.INFLIGHT.dec()
             _count(scope, status, time.perf_counter() - started)
 
     def _cors(self, scope: Scope) -> tuple[bool, list[tuple[bytes, bytes]]]:
@@ -193,7 +194,7 @@ def _marked(
 
 def _count(scope: Scope, status: int, seconds: float) -> None:
     route, method = getattr(scope.get("route"), "path", "unrouted"), scope["method"]
-    metrics.count_answer(route, method, status, seconds)
+    metrics.answer_seconds(route, method, str(status)).observe(seconds)
     _log.debug("http.request", method=method, route=route, status=status, duration_us=round(seconds * 1e6))
 
 

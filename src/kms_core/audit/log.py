@@ -134,7 +134,7 @@ class AuditLog:
         with _counted():
             for record in group.failed_items.summaries:
                 group.waiting.append(_encode(record)[1:-1])
-                metrics.count_record()
+                metrics.AUDIT_RECORD.inc()
             if group.waiting:
                 self._hand_over(group)
             if group.failed:

@@ -138,7 +138,7 @@ def append(log: AuditWriter, record: AuditRecord) -> str:
         metrics.AUDIT_EVENTS.labels("failed").inc()
         raise
     if name != COUNTED:
-        metrics.count_record()
+        metrics.AUDIT_RECORD.inc()
     return name
 
 

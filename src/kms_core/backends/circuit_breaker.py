@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 from weakref import WeakSet
 
 import structlog
+from opentelemetry.trace import SpanKind
 
 from kms_core.http_client import Busy, Unreachable
 from kms_core.observability import metrics, tracing
@@ -135,7 +136,7 @@ class RetryingCaller:
 
     def once(self, operation: str, function: Callable[[], T]) -> T:
         """Call ``function`` once, for calls that must not be repeated. Raises as ``call`` does."""
-        with tracing.span(f"{self._name} {operation}", "client"):
+        with tracing.span(f"{self._name} {operation}", SpanKind.CLIENT):
             return self._once(operation, function)
 
     def _once(self, operation: str, function: Callable[[], T]) -> T:

@@ -10,11 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 from urllib.parse import urlsplit
 
 from kms_core.auth.rate_limit import source_of
-from kms_core.observability import metrics
 
 LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
 REFUSED: Final = (
@@ -69,9 +68,6 @@ _EVICTED_PART: Final = 16  # a full port closes this part of its connections at 
 _RETRY_S: Final = 0.01
 
 
-Reason = Literal["malformed", "timeout", "full"]
-
-
 class EvictionClass(IntEnum):
     """Reasons to close a connection to make room, in the order in which they apply."""
 
@@ -97,11 +93,6 @@ class ClientConnection(Protocol):
 
     def end(self) -> None:
         """Close it."""
-
-
-def count(reason: Reason) -> None:
-    """Count a connection that the service ended."""
-    metrics.HTTP_CONNECTIONS_ENDED.labels(reason).inc()
 
 
 def _never(address: str) -> bool:
@@ -132,11 +123,8 @@ class Connections:
     refused.
     """
 
-    def __init__(
-        self, limits: ConnectionLimits | None = None, count: Callable[[Reason], None] = count
-    ) -> None:
+    def __init__(self, limits: ConnectionLimits | None = None) -> None:
         self.limits: Final = ConnectionLimits() if limits is None else limits
-        self.count = count
         self._open: dict[ClientConnection, str] = {}
         self._sources: Counter[str] = Counter()
         self._retry_at = 0.0
@@ -145,7 +133,6 @@ class Connections:
         """Count a new connection; False if there is no room for it."""
         source = source_of(connection.source) if connection.source else ""
         if not (self._has_room() and self._has_room_of_source(source)):
-            self.count("full")
             return False
         self._open[connection] = source
         self._sources[source] += 1
@@ -182,7 +169,6 @@ class Connections:
             if of(source) and (reason := each.eviction_class()) is not None
         )[: max(1, self.limits.most // _EVICTED_PART)]
         for *_, each in found:
-            self.count("full")
             self.closed(each)
             each.end()
         if not found:
@@ -213,7 +199,6 @@ class StallTimer:
     def _check(self) -> None:
         progress = self._connection.progress()
         if progress is not None and progress == self._seen:
-            self._connections.count("timeout")
             self._connection.end()
             return
         self._seen = progress

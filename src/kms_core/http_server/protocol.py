@@ -50,7 +50,6 @@ _LONG_HEAD: Final = (
 )
 _PIPELINED: Final = (429, "rate_limited", "Too many requests wait for their responses on this connection")
 _NO_ROOM: Final = (429, "rate_limited", "This port has no room for another connection: try again in a second")
-_MALFORMED_STATUS: Final = frozenset({400, 431})
 
 
 class BodyReader(Protocol):
@@ -329,8 +328,6 @@ class HttpProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, code: str, detail: str) -> None:
         """Refuse a request or connection, after the responses to earlier requests, and close."""
         self._refused = True
-        if status in _MALFORMED_STATUS:
-            self._bound.count("malformed")
         headers = {b"connection": b"close"}
         if status == HTTPStatus.TOO_MANY_REQUESTS:
             headers[b"retry-after"] = b"1"

@@ -4,7 +4,7 @@ import os
 from collections.abc import Container, Iterable
 from functools import lru_cache
 from itertools import product
-from typing import Final, Protocol, get_args
+from typing import Final, get_args
 
 from prometheus_client import (
     REGISTRY,
@@ -15,41 +15,31 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.multiprocess import MultiProcessCollector
 
-from kms_core.observability import buffered_metrics, multiprocess_metrics
+from kms_core.observability import multiprocess_metrics
+from kms_core.observability.usage import Counted
 from kms_protocol import wire
 
 _FAST: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW: Final = (5e-3, 2e-2, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0)
 
-OPERATIONS: Final = Counter(
-    "kms_operations_total",
-    "Operations by outcome; result is ok or an error code",
-    ["operation", "backend", "mode", "result"],
-)
 OPERATION_SECONDS: Final = Histogram(
     "kms_operation_duration_seconds",
-    "Time of an operation in the core",
-    ["operation", "backend", "mode"],
+    "Time of an operation in the core; result is ok or an error code",
+    ["operation", "backend", "mode", "result"],
     buckets=_FAST,
 )
 PAYLOAD_BYTES: Final = Counter(
     "kms_payload_bytes_total", "Plaintext and ciphertext bytes", ["operation", "direction"]
 )
-HTTP_REQUESTS: Final = Counter(
-    "kms_http_requests_total",
-    "HTTP requests; route is the template below /api/v1/kms, never the path",
-    ["route", "method", "status"],
-)
 HTTP_SECONDS: Final = Histogram(
-    "kms_http_request_duration_seconds", "Time until the answer was sent", ["route", "method"], buckets=_FAST
+    "kms_http_request_duration_seconds",
+    "Time until the answer was sent; route is the template below /api/v1/kms, never the path",
+    ["route", "method", "status"],
+    buckets=_FAST,
 )
 INFLIGHT: Final = Gauge("kms_inflight", "HTTP requests being answered", multiprocess_mode="livesum")
-HTTP_CONNECTIONS_ENDED: Final = Counter(
-    "kms_http_connections_ended_total",
-    "Connections that the service ended: reason is malformed, timeout (of a head or a reader) or full",
-    ["reason"],
-)
 HTTP_BYTES_IN_FLIGHT: Final = Gauge(
     "kms_http_bytes_in_flight",
     "Bytes of JSON bodies that are being read or worked on; kind is json",
@@ -144,9 +134,6 @@ WEBHOOK_DELIVERIES: Final = Counter(
 WEBHOOK_OUTBOX: Final = Gauge(
     "kms_webhook_outbox", "Webhook deliveries that wait", multiprocess_mode="livemostrecent"
 )
-BACKGROUND_FAILURES: Final = Counter(
-    "kms_background_failures_total", "Failed rounds of threads that repeat their work", ["thread"]
-)
 BACKEND_UP: Final = Gauge(
     "kms_backend_up", "1 if the last health check passed", ["backend"], multiprocess_mode="livemin"
 )
@@ -224,12 +211,6 @@ WEAK_SETTING: Final = Gauge(
     ["setting"],
     multiprocess_mode="livemax",
 )
-MEMORY_PROTECTED: Final = Gauge(
-    "kms_memory_protected",
-    "1 if all processes have it; kind is no_dumps (no core file or debugger) or locked (never in swap)",
-    ["kind"],
-    multiprocess_mode="livemin",
-)
 QUEUE_DEPTH: Final = Gauge(
     "kms_queue_depth",
     "Messages waiting for a worker; priority is any where the broker does not tell",
@@ -286,11 +267,11 @@ HOSTS: Final = Gauge(
 BUILD_INFO: Final = Gauge(
     "kms_build_info", "Always 1; the version is the label", ["version"], multiprocess_mode="livemax"
 )
-
-ANSWERING: Final = buffered_metrics.BufferedGauge(INFLIGHT)
-"""The level of ``INFLIGHT``; only the event loop changes it."""
-
-
+AUDIT_RECORD: Final = AUDIT_EVENTS.labels("ok")
+answer_seconds: Final = lru_cache(maxsize=1024)(HTTP_SECONDS.labels)
+"""``HTTP_SECONDS`` by labels: a lookup in the metric takes as long as counting."""
+_operation_seconds: Final = lru_cache(maxsize=1024)(OPERATION_SECONDS.labels)
+_payload_bytes: Final = lru_cache(maxsize=1024)(PAYLOAD_BYTES.labels)
 _FROM_ZERO: Final = {
     AUDIT_EVENTS: ("ok", "failed"),
     KEY_ROTATIONS: ("ok", "failed"),
@@ -326,62 +307,19 @@ def show_weak(settings: Iterable[str], weak: Container[str]) -> None:
 
 def exposition() -> bytes:
     """All metrics in Prometheus's text format: of this process, or of all that are scraped together."""
-    buffered_metrics.settle()
     folder = os.environ.get(multiprocess_metrics.FOLDER)
     if not folder:
         return generate_latest(REGISTRY)
-    own = CollectorRegistry()
-    ProcessCollector(registry=own)  # of the process that answers
-    return multiprocess_metrics.text(folder) + generate_latest(own)
+    multiprocess_metrics.forget_dead(folder)
+    shared = CollectorRegistry()
+    MultiProcessCollector(shared, folder)  # type: ignore[no-untyped-call]  # untyped there
+    ProcessCollector(registry=shared)  # of the process that answers
+    return generate_latest(shared)
 
 
-class _Operation(Protocol):
-    """The fields of an audit record that are counted."""
-
-    operation: str
-    backend: str
-    job_id: str
-    bytes_in: int
-    bytes_out: int
-
-
-def count_operation(record: _Operation, result: str, seconds: float) -> None:
+def count_operation(record: Counted, result: str, seconds: float) -> None:
     """Count an operation of the core: result, duration and bytes."""
     mode = "job" if record.job_id else "sync"
-    calls = _calls(record.operation, record.backend, mode, result)
-    add = calls.add_now if record.job_id else calls.add  # a worker's child may be killed at any moment
-    add(seconds, record.bytes_in, record.bytes_out)
-
-
-@lru_cache(maxsize=1024)
-def _calls(operation: str, backend: str, mode: str, result: str) -> buffered_metrics.CallStats:
-    """The buffer of operations of one kind, cached: a lookup of the metrics costs more than counting."""
-    return buffered_metrics.CallStats(
-        OPERATIONS.labels(operation, backend, mode, result),
-        OPERATION_SECONDS.labels(operation, backend, mode),
-        PAYLOAD_BYTES.labels(operation, "in"),
-        PAYLOAD_BYTES.labels(operation, "out"),
-    )
-
-
-def count_answer(route: str, method: str, status: int, seconds: float) -> None:
-    """Count an HTTP response."""
-    _answers(route, method, status).add(seconds)
-    buffered_metrics.settle_if_shared()
-
-
-@lru_cache(maxsize=1024)
-def _answers(route: str, method: str, status: int) -> buffered_metrics.CallStats:
-    return buffered_metrics.CallStats(
-        HTTP_REQUESTS.labels(route, method, str(status)), HTTP_SECONDS.labels(route, method)
-    )
-
-
-def count_record() -> None:
-    """Count one audit record that was written."""
-    _records().add()
-
-
-@lru_cache(maxsize=1)
-def _records() -> buffered_metrics.CallStats:
-    return buffered_metrics.CallStats(AUDIT_EVENTS.labels("ok"))
+    _operation_seconds(record.operation, record.backend, mode, result).observe(seconds)
+    _payload_bytes(record.operation, "in").inc(record.bytes_in)
+    _payload_bytes(record.operation, "out").inc(record.bytes_out)

@@ -14,8 +14,6 @@ OPERATIONS: Final = "operations"
 OF_TENANT: Final = "tenant"
 MESSAGES: Final = "messages"
 BYTES: Final = "bytes"
-_Kind = tuple[str, ...]
-"""Operation, tenant and result, and the key version of an operation that seals."""
 
 
 class Counted(Protocol):
@@ -26,7 +24,9 @@ class Counted(Protocol):
     backend: str
     key_id: str
     key_version: str
+    job_id: str
     bytes_in: int
+    bytes_out: int
 
 
 class UsageCounters:
@@ -35,34 +35,20 @@ class UsageCounters:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._noted: dict[_Kind, list[int]] = {}
 
     def note(self, record: Counted, result: str) -> None:
         """Count an operation. A message is one seal under a key version; bytes are those of its plaintext."""
-        at: _Kind = (record.operation, record.tenant, result)
-        if result == "ok" and record.operation in SEALING:
-            at = (*at, f"{record.key_id} {record.key_version} {record.backend}")
         with self._lock:
-            found = self._noted.get(at)
-            if found is None:
-                found = self._noted[at] = [0, 0]
-            found[0] += 1
-            found[1] += record.bytes_in
-
-    def _fold(self) -> None:
-        """Add the noted operations to the counts by name. The caller holds the lock."""
-        for (operation, tenant, result, *version), (calls, sizes) in self._noted.items():
-            self._counts[f"{OPERATIONS} {operation} {result}"] += calls
-            self._counts[f"{OF_TENANT} {tenant} {operation} {result}"] += calls
-            for name in version:
-                self._counts[f"{MESSAGES} {name}"] += calls
-                self._counts[f"{BYTES} {name}"] += sizes
-        self._noted.clear()
+            self._counts[f"{OPERATIONS} {record.operation} {result}"] += 1
+            self._counts[f"{OF_TENANT} {record.tenant} {record.operation} {result}"] += 1
+            if result == "ok" and record.operation in SEALING:
+                version = f"{record.key_id} {record.key_version} {record.backend}"
+                self._counts[f"{MESSAGES} {version}"] += 1
+                self._counts[f"{BYTES} {version}"] += record.bytes_in
 
     def take(self) -> dict[str, int]:
         """Remove and return the counts; ``put_back`` returns them if they could not be flushed."""
         with self._lock:
-            self._fold()
             taken, self._counts = dict(self._counts), Counter()
         return taken
 
@@ -73,7 +59,6 @@ class UsageCounters:
     def peek(self) -> dict[str, int]:
         """The counts that are not flushed yet."""
         with self._lock:
-            self._fold()
             return dict(self._counts)
 
 

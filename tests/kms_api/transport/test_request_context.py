@@ -191,11 +191,11 @@ async def test_route_may_say_otherwise_about_storing() -> None:
 )
 async def test_requests_are_counted_by_template_never_by_path(path: str, route: str, status: str) -> None:
     labels = {"route": route, "method": "GET", "status": status}
-    before = REGISTRY.get_sample_value("kms_http_requests_total", labels) or 0
+    before = REGISTRY.get_sample_value("kms_http_request_duration_seconds_count", labels) or 0
 
     await get(path)
 
-    assert REGISTRY.get_sample_value("kms_http_requests_total", labels) == before + 1
+    assert REGISTRY.get_sample_value("kms_http_request_duration_seconds_count", labels) == before + 1
     assert REGISTRY.get_sample_value("kms_inflight") == 0
 
 

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import pytest
 import uvicorn
-from prometheus_client import REGISTRY
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
@@ -234,13 +233,8 @@ async def test_an_upgrade_that_is_ignored_is_not_seen_and_other_options_are() ->
     assert headers["connection"] == "close"
 
 
-def ended(reason: str) -> float:
-    return REGISTRY.get_sample_value("kms_http_connections_ended_total", {"reason": reason}) or 0.0
-
-
 @pytest.mark.parametrize("sent", MALFORMED.values(), ids=list(MALFORMED))
 async def test_malformed_requests_are_refused_and_the_connection_is_closed(sent: bytes) -> None:
-    before = ended("malformed")
     async with served() as server:
         for pieces in ([sent], [sent[:9], sent[9:]]):
             client = await server.connect()
@@ -250,7 +244,6 @@ async def test_malformed_requests_are_refused_and_the_connection_is_closed(sent:
             assert (status, headers["connection"]) == (400, "close")
             assert headers["content-type"] == "application/problem+json"
             assert problem["code"] == "invalid_request"
-    assert ended("malformed") == before + 2
 
 
 async def test_what_is_malformed_is_refused_after_the_answers_before_it() -> None:
@@ -309,7 +302,7 @@ async def test_every_request_of_a_lost_connection_is_told() -> None:
 
 @pytest.mark.parametrize("first", [b"", BEGUN, b"LIS"], ids=["silent", "dripping", "list"])
 async def test_a_connection_without_a_request_ends_and_one_with_a_slow_answer_does_not(first: bytes) -> None:
-    go, before = asyncio.Event(), ended("timeout")
+    go = asyncio.Event()
 
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
         await go.wait()
@@ -327,7 +320,6 @@ async def test_a_connection_without_a_request_ends_and_one_with_a_slow_answer_do
         go.set()
         status, _, _ = await patient.answer()
 
-    assert ended("timeout") == before + 1
     assert end.exception() or end.result() == b""
     assert status == 200
 
@@ -470,14 +462,14 @@ async def test_a_client_that_reads_nothing_makes_room_and_ends_where_limits_say(
         await send({"type": "http.response.body", "body": b""})
 
     limits = ConnectionLimits(timeout_s=0.05, ends_unread=ends_unread)
-    before = ended("timeout")
     async with served(large, Connections(limits)) as server:
         client = await server.connect()
         client.writer.write(INNER)
         await asyncio.sleep(0.3)
         reason = client.protocol.eviction_class()
+        has_ended = client.protocol.transport.is_closing()
 
-    assert ended("timeout") - before == (1 if ends_unread else 0)
+    assert has_ended == ends_unread
     assert ends_unread or reason is EvictionClass.UNREAD
 
 

@@ -1,11 +1,13 @@
-"""Metrics choose their storage when a process says so, and by no import."""
+"""Metrics choose their storage when a process says so, and by no import; processes that ended in a scrape."""
 
 import subprocess
 import sys
 from pathlib import Path
 from typing import Final
 
-from kms_core.observability import multiprocess_metrics
+from prometheus_client import Gauge
+
+from kms_core.observability import metrics, multiprocess_metrics
 
 IMPORT: Final = """
 import os, threading
@@ -13,7 +15,7 @@ from unittest import mock
 from prometheus_client import REGISTRY, values
 hooks = mock.patch("os.register_at_fork").start()
 before = dict(os.environ), values.ValueClass, list(REGISTRY._collector_to_names), threading.active_count()
-from kms_core.observability import buffered_metrics, multiprocess_metrics
+from kms_core.observability import multiprocess_metrics
 assert before == (
     dict(os.environ), values.ValueClass, list(REGISTRY._collector_to_names), threading.active_count()
 )
@@ -29,6 +31,13 @@ multiprocess_metrics.share(os.environ)
 from kms_core.observability import metrics
 metrics.WORKERS.set(3)
 metrics.JOBS.labels("encrypt", "failed").inc()
+print(metrics.exposition().decode())
+"""
+READ: Final = """
+import os
+from kms_core.observability import multiprocess_metrics
+multiprocess_metrics.share(os.environ)
+from kms_core.observability import metrics
 print(metrics.exposition().decode())
 """
 LATE: Final = """
@@ -72,6 +81,25 @@ def test_a_process_without_a_slot_has_files_of_its_own(tmp_path: Path) -> None:
 
     assert 'kms_jobs_total{kind="encrypt",state="failed"} 2.0' in page
     assert len(list(tmp_path.glob("counter_*.db"))) == 2
+
+
+def test_a_process_that_ended_is_in_counts_and_in_no_gauge(tmp_path: Path) -> None:
+    run(SHARE, tmp_path)
+    page = run(READ, tmp_path).stdout
+
+    assert 'kms_jobs_total{kind="encrypt",state="failed"} 1.0' in page
+    assert "kms_workers 3.0" not in page
+
+
+def test_gauges_of_several_processes_are_one_figure() -> None:
+    """In other modes the library shows one series for each process id."""
+    modes = {
+        found._multiprocess_mode.removeprefix("live")  # noqa: SLF001 -- no other way to ask
+        for found in vars(metrics).values()
+        if isinstance(found, Gauge)
+    }
+
+    assert modes <= {"sum", "min", "max", "mostrecent"}
 
 
 def test_metrics_that_are_declared_already_cannot_be_shared_any_more(tmp_path: Path) -> None:

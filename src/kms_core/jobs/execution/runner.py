@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Final
 
 import structlog
+from opentelemetry.trace import SpanKind
 
 from kms_core import audit
 from kms_core.jobs import authorization
@@ -206,7 +207,7 @@ def _run(claim: Attempt, worker_context: WorkerContext) -> None:
     _log.info(
         "job.claimed", job_id=job.job_id, kind=job.kind, attempt=claim.attempt, attempt_id=claim.attempt_id
     )
-    with tracing.span(f"job {job.kind}", "consumer", job.traceparent):
+    with tracing.span(f"job {job.kind}", SpanKind.CONSUMER, job.traceparent):
         tracing.note(kind=job.kind, attempt=claim.attempt)
         with metrics.JOB_SECONDS.labels(job.kind).time():
             _attempt(claim, worker_context)

@@ -1,4 +1,4 @@
-"""Adds the usage counts of a process to those in Redis, and its buffered metrics to the metrics."""
+"""Adds the usage counts of a process to those in Redis."""
 
 from collections.abc import Mapping
 from typing import Final, cast
@@ -7,7 +7,6 @@ import redis
 
 from kms_core.jobs.store.redis_keys import PREFIX, redis_errors
 from kms_core.jobs.store.scripts import SCRIPTS
-from kms_core.observability import buffered_metrics
 from kms_core.observability.usage import UsageCounters
 from kms_core.periodic import PeriodicThread
 from kms_protocol.errors import JobsUnavailable
@@ -41,7 +40,6 @@ class UsageFlush(PeriodicThread):
         self._client = client
 
     def round(self) -> None:
-        buffered_metrics.settle()
         counts = self._counters.take()
         try:
             add(self._client, counts)
