@@ -502,10 +502,10 @@ TRUST: Final = Board(
             tells="How long ago each process last checked what is new in the trail.",
         ),
         Panel(
-            "Audit lines to second places",
-            [(per("place, what, result", "kms_audit_copies_total"), "{{place}} {{what}} {{result}}")],
+            "Audit anchors to second places",
+            [(per("place, result", "kms_audit_anchors_total"), "{{place}} {{result}}")],
             "ops",
-            tells="Lines and anchors a second that went to stdout, Redis or a directory.",
+            tells="Anchors a second that went to Redis or a directory.",
         ),
         Panel(
             "What could be stronger",

@@ -50,7 +50,7 @@ def log_of(settings: Settings) -> Iterator[AuditLog]:
     """Open the chain of this command, begun by its first record. Raises ConfigurationError."""
     logs.configure("error", json=False)  # stdout is for results, and Redis may be away
     opener = partial(open_sealed, settings)
-    log, maintenance = build(settings, ROLE, redis_of(settings), stdout=False, open_sealed=opener)
+    log, maintenance = build(settings, ROLE, redis_of(settings), open_sealed=opener)
     maintenance.start()
     try:
         yield log

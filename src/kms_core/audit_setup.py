@@ -1,34 +1,24 @@
 """Builds the audit log of a process, its maintenance, its monitor and the sinks, from settings."""
 
 from contextlib import AbstractContextManager, suppress
-from typing import Final
 
 import redis
 
 from kms_core.audit.keys import Concealer, OpenSealed, Signer
 from kms_core.audit.log import AuditLog, AuditLogRules
 from kms_core.audit.maintenance import AuditMaintenance
-from kms_core.audit.sinks import ANCHORS, COPIES, AuditSink, FolderSink, RedisSink, StdoutSink
+from kms_core.audit.sinks import FolderSink, RedisSink
 from kms_core.audit.verification.monitor import AuditMonitor
 from kms_core.periodic import NO_LOCK
 from kms_core.settings.model import Settings
 
-_STDOUT: Final = "stdout"
-_REDIS: Final = "redis"
-
 
 def build(
-    settings: Settings,
-    role: str,
-    client: redis.Redis | None,
-    *,
-    stdout: bool = True,
-    open_sealed: OpenSealed | None = None,
+    settings: Settings, role: str, client: redis.Redis | None, *, open_sealed: OpenSealed | None = None
 ) -> tuple[AuditLog, AuditMaintenance]:
     """Create the keys and the directory of anchors if they do not exist. Raises ConfigurationError.
 
-    ``client`` None: no sink in Redis. ``stdout`` False: standard output is not a sink, since the program
-    prints results there. ``open_sealed`` opens sealed key files.
+    ``client`` None: no sink in Redis. ``open_sealed`` opens sealed key files.
     """
     section, strict = settings.kms.audit, settings.is_prod
     rules = AuditLogRules(
@@ -45,12 +35,7 @@ def build(
         if isinstance(sink, FolderSink):
             with suppress(OSError):  # the maintenance retries, and logs the failure
                 sink.make()
-    sinks: list[AuditSink] = []
-    if stdout and _STDOUT in section.sinks:
-        sinks.append(StdoutSink())
-    if client and _REDIS in section.sinks:
-        sinks.append(RedisSink(client, COPIES))
-    return audit_log, AuditMaintenance(audit_log, anchors, sinks, section.keep_days)
+    return audit_log, AuditMaintenance(audit_log, anchors, section.keep_days)
 
 
 def anchor_sinks(settings: Settings, client: redis.Redis | None) -> list[RedisSink | FolderSink]:
@@ -58,7 +43,7 @@ def anchor_sinks(settings: Settings, client: redis.Redis | None) -> list[RedisSi
     section = settings.kms.audit
     sinks: list[RedisSink | FolderSink] = []
     if client and section.anchor_redis:
-        sinks.append(RedisSink(client, ANCHORS))
+        sinks.append(RedisSink(client))
     if section.anchor_dir is not None:
         sinks.append(FolderSink(section.anchor_dir))
     return sinks

@@ -119,15 +119,6 @@ def test_a_change_whose_outcome_could_not_be_recorded_is_seen(install: Guarded) 
     assert note.endswith("has no outcome")
 
 
-def test_records_of_the_command_are_no_results_of_it(tmp_path: Path) -> None:
-    """Copies on stdout are those of services; a command's stdout is for its result."""
-    install = Guarded(tmp_path, f'[kms.audit]\nsinks = ["file", "stdout"]\n{REQUIRED}', NO_REDIS)
-    done = kms(install, "create", "--name", "ci", "--scope", "status")
-
-    assert done.stdout.startswith("kms_")
-    assert done.stdout.count("\n") == 1
-
-
 def test_the_password_of_redis_may_be_for_the_service_alone(tmp_path: Path) -> None:
     """As systemd hands it on; only the anchor is missing then, and the service's chains bear witness."""
     text = f'[kms.redis]\nurl = "redis://kms@127.0.0.1:1/0"\npassword_file = "{tmp_path}/none"\n{REQUIRED}'

@@ -105,7 +105,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     secret.write_text("unused")
     with receiving(authority) as receiver:
         settings = (
-            '[kms.audit]\nsinks = ["file", "redis"]\n[kms.jobs]\nlease_s = 2\n'
+            "[kms.jobs]\nlease_s = 2\n"
             '[kms.jobs.resource_leases]\n"bucket:gone" = 4\n'
             f'[kms.jobs.buckets.gone]\nread = [""]\nwrite = [""]\n'
             f'endpoint = "http://127.0.0.1:1"\nallow_http = true\naccess_key_id = "x"\n'

@@ -81,8 +81,13 @@ class Place:
     def keys(self) -> PublicKeys:
         return PublicKeys.read(public_path(self.signing_key))
 
-    def verified(self, *anchors: bytes, processes: int = 1) -> VerificationReport:
-        return verify(self.folder, self.keys(), {"here": anchors} if anchors else {}, processes=processes)
+    def verified(self, *anchors: bytes) -> VerificationReport:
+        return verify(self.folder, self.keys(), {"here": anchors} if anchors else {})
+
+
+def chain_name(trail: AuditLog) -> str:
+    """The name of the chain that a trail has begun."""
+    return trail._chain  # noqa: SLF001
 
 
 def codes(report: VerificationReport) -> list[str]:

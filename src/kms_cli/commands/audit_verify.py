@@ -1,6 +1,5 @@
 """``kms audit verify``: checks the log of this machine, copies, and the logs of several hosts."""
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -101,17 +100,11 @@ class _Host:
     show_default=True,
     help="The copy of a host's log may be so much older than its anchors.",
 )
-@click.option(
-    "--processes",
-    type=click.IntRange(1, 64),
-    help="Maximum number of processes [default: one for each processor].",
-)
-def verify_command(  # noqa: PLR0913 -- one for each option
+def verify_command(
     folders: Sequence[Path],
     public_key: Path | None,
     sources: Sequence[str],
     max_late: str,
-    processes: int | None,
     *,
     no_anchors: bool,
 ) -> int:
@@ -132,7 +125,7 @@ def verify_command(  # noqa: PLR0913 -- one for each option
         logs, unread = copies.found(section.path, section.copies)
         if folders:
             logs, unread = list(reading.logs_in(folders)), {}
-        hosts = [_checked(log, public_key, found, late, processes) for log in logs]
+        hosts = [_checked(log, public_key, found, late) for log in logs]
         hosts += [_Host(name, why=why) for name, why in unread.items()]
         if folders or no_anchors:
             return _show_hosts(hosts, {})
@@ -142,7 +135,7 @@ def verify_command(  # noqa: PLR0913 -- one for each option
     copy = copies.HostLog("", where.absolute())
     is_copy = bool(folders) and copy.keys_path.is_file()
     keys = reading.keys_of(public_key or (copy.keys_path if is_copy else None))
-    report = _verified(where, keys, found, processes, late if is_copy else None)
+    report = _verified(where, keys, found, late if is_copy else None)
     if not report.chains and not report.problems:
         terminal.say(f"there is no audit log in {where}")
         return EXIT_BAD_DATA
@@ -164,7 +157,6 @@ def acknowledge_loss_command(chains: Sequence[str], *, every: bool) -> int:
         reading.folder_of(None),
         reading.keys_of(None),
         installation.configured_anchors(installation.settings()),
-        None,
     )
     if report.not_compared:
         raise Unavailable(f"Anchors cannot be read, so the loss is unknown: {_reasons(report)}")
@@ -204,9 +196,7 @@ def _known_hosts() -> Sequence[str]:
     return ()
 
 
-def _checked(
-    log: copies.HostLog, trusted: Path | None, found: AnchorLines, late: timedelta, processes: int | None
-) -> _Host:
+def _checked(log: copies.HostLog, trusted: Path | None, found: AnchorLines, late: timedelta) -> _Host:
     """Verify the log of one host. ``trusted``: a file of keys in place of that beside the copy."""
     path = trusted or (log.keys_path if log.is_copy else None)
     why = copies.trouble(log.folder) if log.is_copy else ""
@@ -216,7 +206,7 @@ def _checked(
         return _Host(log.host, why=why)
     try:
         keys = reading.keys_of(path)
-        report = _verified(log.folder, keys, found, processes, late if log.is_copy else None)
+        report = _verified(log.folder, keys, found, late if log.is_copy else None)
     except OSError as exc:
         return _Host(log.host, why=f"it cannot be read ({exc.strerror})")
     except ConfigurationError as exc:
@@ -288,7 +278,6 @@ def _verified(
     where: Path,
     keys: PublicKeys | None,
     found: AnchorLines,
-    processes: int | None,
     max_late: timedelta | None = None,
 ) -> VerificationReport:
     with meter() as line:
@@ -296,7 +285,6 @@ def _verified(
             where,
             keys,
             found.lines,
-            processes=processes or os.cpu_count() or 1,
             progress=lambda done, total: line.show("verifying", done, total),
             max_late=max_late,
         )

@@ -282,7 +282,6 @@ def _verified(settings: Settings) -> Iterator[Finding]:
         section.path,
         PublicKeys.read(own) if own.exists() else None,
         found.lines,
-        processes=os.cpu_count() or 1,
     )
     found.note_in(report)
     yield _chain(report)

@@ -20,7 +20,7 @@ import msgspec
 from kms_cli import terminal
 from kms_cli.local import valkey
 from kms_cli.session import DEFAULT_URL, is_given, session
-from kms_core.audit.sinks import ANCHORS, FolderSink, RedisSink, read_lines
+from kms_core.audit.sinks import FolderSink, RedisSink, read_lines
 from kms_core.audit.verification.scan import Note, VerificationReport
 from kms_core.redis_client import connect
 from kms_core.settings import files
@@ -280,7 +280,7 @@ def _from_folder(found: AnchorLines, path: Path) -> None:
 def _from_redis(found: AnchorLines, settings: Settings) -> None:
     section = redis_section(settings, os.environ)
     with _noting(found, _REDIS, "" if is_named(section) else _NO_SERVER):
-        found.lines[_REDIS] = RedisSink(connect(section), ANCHORS).lines()
+        found.lines[_REDIS] = RedisSink(connect(section)).lines()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ A record holds principal, operation, key, sizes, result and duration, and the co
 hashes of its values. If a record cannot be written, AuditUnavailable is raised and the result is withheld.
 
 ``record`` has the records, ``chain`` the format of lines, ``log`` the writer, ``maintenance`` its periodic
-work (checkpoints, anchors, copies, retention). ``query`` and ``verification`` need only the files.
+work (checkpoints, anchors, retention). ``query`` and ``verification`` need only the files.
 Format and guarantees: docs/audit.md.
 """
 

@@ -176,11 +176,6 @@ class AuditLog:
         if room.f_bavail * room.f_frsize < _ENOUGH_BYTES:
             raise AuditUnavailable("The audit log cannot be written (its disk is full)")
 
-    @property
-    def position(self) -> tuple[str, int]:
-        """The chain and the number of its newest segment; 0 before the first."""
-        return self._chain, self._number
-
     # -- checkpoints and segments ---------------------------------------------------------------------
 
     def checkpoint_if_due(self) -> None:

@@ -1,18 +1,16 @@
-"""Periodic work of an audit log, in a thread: checkpoints, anchors, copies, removal of old segments.
+"""Periodic work of an audit log, in a thread: checkpoints, anchors, removal of old segments.
 
 No record waits for this work, and the chain is sound without it. Segments are removed in the order in which
 they were opened, so one time (the horizon) says which are gone, and the last record of a removal replaces all
 earlier ones.
 """
 
-import errno
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 
@@ -87,8 +85,6 @@ def _signed_removal(before: bytes, line: bytes, following: bytes, keys: PublicKe
 EVERY_S: Final = 1.0
 _STOP_S: Final = 2.0
 _REMOVE_EVERY_S: Final = 3600.0
-_READ_BYTES: Final = 1024 * 1024
-_GONE: Final = frozenset({errno.ENOENT, errno.EINVAL})  # the latter for what is no file any more
 _log = structlog.get_logger(__name__)
 
 
@@ -99,21 +95,17 @@ class AuditMaintenance(PeriodicThread):
         self,
         audit_log: AuditLog,
         anchors: Sequence[AuditSink] = (),
-        copies: Sequence[AuditSink] = (),
         keep_days: int = 0,
     ) -> None:
         """``keep_days`` 0 keeps all segments."""
         super().__init__("audit-maintenance", EVERY_S, failed="audit.round_failed")
         self._audit_log = audit_log
-        self._feeds = [
-            *(_Feed(sink, "anchors", _LastSigned(audit_log)) for sink in anchors),
-            *(_Feed(sink, "lines", _AllLines(audit_log)) for sink in copies),
-        ]
+        self._feeds = [_AnchorFeed(sink, audit_log) for sink in anchors]
         self._keep_days = keep_days
         self._removed_at = -_REMOVE_EVERY_S
 
     def stop(self, wait_s: float = _STOP_S) -> None:
-        """Close the chain, and wait at most ``wait_s`` seconds for its last lines to reach the sinks."""
+        """Close the chain, and wait at most ``wait_s`` seconds for its last anchor to reach the sinks."""
         self._audit_log.close()
         super().stop(wait_s)
 
@@ -125,7 +117,7 @@ class AuditMaintenance(PeriodicThread):
             self._remove_old()
 
     def finish(self) -> None:
-        """Send waiting lines to all sinks."""
+        """Send the newest anchor to all sinks."""
         for feed in self._feeds:
             feed.send()
 
@@ -141,89 +133,30 @@ class AuditMaintenance(PeriodicThread):
         _log.info("audit.retired", files=len(gone), before=horizon)
 
 
-class _LineSource(Protocol):
-    """Lines for a sink."""
+class _AnchorFeed:
+    """Sends the last signed line to a sink, again each time until the sink takes it.
 
-    def waiting(self) -> list[bytes]:
-        """The next lines, each with its newline; the same lines until ``sent``."""
+    The last one vouches for all lines before it, so that older ones need not be sent.
+    """
 
-    def sent(self) -> None:
-        """Mark the lines that ``waiting`` returned last as stored."""
-
-
-class _Feed:
-    """Sends the lines of a source to a sink; lines that a sink does not take are sent again next time."""
-
-    def __init__(self, sink: AuditSink, what: str, source: _LineSource) -> None:
+    def __init__(self, sink: AuditSink, audit_log: AuditLog) -> None:
         self._sink = sink
-        self._what = what
-        self._source = source
+        self._audit_log = audit_log
+        self._sent = b""
         self._works = True
 
     def send(self) -> None:
-        """Send all waiting lines. Logs when the sink begins or ceases to fail."""
-        works = True
-        while works and (lines := self._source.waiting()):
-            try:
-                self._sink.put(lines)
-                self._source.sent()
-            except (OSError, AuditUnavailable):
-                works = False
-            result = "ok" if works else "failed"
-            metrics.AUDIT_COPIES.labels(self._sink.name, self._what, result).inc(len(lines))
+        """Send the line if it is new. Logs when the sink begins or ceases to fail."""
+        line, works = self._audit_log.last_signed, True
+        if line == self._sent:
+            return
+        try:
+            self._sink.put(line)
+            self._sent = line
+        except (OSError, AuditUnavailable):
+            works = False
+        metrics.AUDIT_ANCHORS.labels(self._sink.name, "ok" if works else "failed").inc()
         if works != self._works:
             self._works = works
             log, event = (_log.info, "audit.place_back") if works else (_log.warning, "audit.place_away")
-            log(event, place=self._sink.name, what=self._what)
-
-
-class _LastSigned:
-    """The last signed line: it vouches for all lines before it, so that older ones need not be sent."""
-
-    def __init__(self, audit_log: AuditLog) -> None:
-        self._audit_log = audit_log
-        self._waiting = self._sent = b""
-
-    def waiting(self) -> list[bytes]:
-        self._waiting = self._audit_log.last_signed
-        return [self._waiting] if self._waiting != self._sent else []
-
-    def sent(self) -> None:
-        self._sent = self._waiting
-
-
-class _AllLines:
-    """Every line once, read back from the segments, which buffer the lines while a sink fails."""
-
-    def __init__(self, audit_log: AuditLog) -> None:
-        self._audit_log = audit_log
-        self._chain, self._number, self._offset, self._read_bytes = "", 0, 0, 0
-
-    def waiting(self) -> list[bytes]:
-        name, newest = self._audit_log.position
-        if newest and name != self._chain:
-            self._chain, self._number, self._offset = name, 1, 0
-        while self._number:
-            lines = self._read()
-            self._read_bytes = len(lines)
-            if lines:
-                return [line + b"\n" for line in lines.split(b"\n")[:-1]]
-            if self._number >= newest:
-                break
-            self._number, self._offset = self._number + 1, 0
-        return []
-
-    def sent(self) -> None:
-        self._offset += self._read_bytes
-
-    def _read(self) -> bytes:
-        """Whole lines from the offset on; empty at the end, or if the segment is gone."""
-        path = segments.path_of(self._audit_log.folder, self._chain, self._number)
-        try:
-            with segments.opened(path) as file:
-                data = os.pread(file.fileno(), _READ_BYTES, self._offset)
-        except OSError as exc:
-            if exc.errno in _GONE:
-                return b""
-            raise
-        return data[: data.rfind(b"\n") + 1]
+            log(event, place=self._sink.name)

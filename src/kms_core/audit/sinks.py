@@ -1,7 +1,7 @@
-"""Audit sinks: stores of anchors (signed lines) and of copies of all lines, beside the log itself."""
+"""Audit sinks: stores of anchors, the signed lines of the log, beside the log itself."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Protocol, cast
@@ -12,23 +12,21 @@ from kms_core.audit import chain, segments
 from kms_core.secure_files import sync_folder
 from kms_protocol.errors import AuditUnavailable
 
-COPIES: Final = "kms:audit:lines"
 ANCHORS: Final = "kms:audit:anchors"
-_MOST_LINES: Final = 1_000_000
 _MOST_ANCHORS: Final = 100_000
-PAGE: Final = 1_000
+_PAGE: Final = 1_000
 _FIELD: Final = "line"
 ANCHORS_SUFFIX: Final = ".anchors.jsonl"
 Entry = tuple[bytes, dict[bytes, bytes]]
 
 
 class AuditSink(Protocol):
-    """Stores lines (each with its newline), in order. ``name`` is a label of metrics."""
+    """Stores anchors, in order. ``name`` is a label of metrics."""
 
     name: str
 
-    def put(self, lines: Sequence[bytes]) -> None:
-        """Store the lines. Raises OSError or AuditUnavailable if they may be lost: the caller retries."""
+    def put(self, line: bytes) -> None:
+        """Store a line with its newline. Raises OSError or AuditUnavailable if it may be lost."""
 
 
 class RedisSink:
@@ -36,38 +34,32 @@ class RedisSink:
 
     name = "redis"
 
-    def __init__(self, client: redis.Redis, key: str) -> None:
+    def __init__(self, client: redis.Redis) -> None:
         self._client = client
-        self._key = key
-        self._most = _MOST_ANCHORS if key == ANCHORS else _MOST_LINES
 
-    def put(self, lines: Sequence[bytes]) -> None:
+    def put(self, line: bytes) -> None:
         try:
-            with self._client.pipeline(transaction=False) as pipe:
-                for line in lines:
-                    pipe.xadd(self._key, {_FIELD: line.rstrip(b"\n")}, maxlen=self._most, approximate=True)
-                pipe.execute()
+            self._client.xadd(ANCHORS, {_FIELD: line.rstrip(b"\n")}, maxlen=_MOST_ANCHORS, approximate=True)
         except redis.RedisError as exc:
             raise AuditUnavailable from exc
 
     def lines(self) -> list[bytes]:
         """All lines in the stream, oldest first. Raises AuditUnavailable."""
-        found: list[bytes] = []
-        cursor = "-"
-        while page := self.after(cursor):
-            found += map(line_of, page)
-            cursor = f"({page[-1][0].decode()}"
-        return found
+        return list(map(line_of, self.entries()))
 
-    def after(self, cursor: str, count: int = PAGE) -> list[Entry]:
-        """Entries from a cursor (the ``min`` of XRANGE) on. Raises AuditUnavailable."""
+    def entries(self, cursor: str = "-") -> list[Entry]:
+        """All entries from a cursor (the ``min`` of XRANGE) on, oldest first. Raises AuditUnavailable."""
+        found: list[Entry] = []
         with _answering():
-            return cast("list[Entry]", self._client.xrange(self._key, min=cursor, count=count))
+            while page := cast("list[Entry]", self._client.xrange(ANCHORS, min=cursor, count=_PAGE)):
+                found += page
+                cursor = f"({page[-1][0].decode()}"
+        return found
 
     def newest(self, count: int) -> list[Entry]:
         """The last entries, oldest first. Raises AuditUnavailable."""
         with _answering():
-            return cast("list[Entry]", self._client.xrevrange(self._key, count=count))[::-1]
+            return cast("list[Entry]", self._client.xrevrange(ANCHORS, count=count))[::-1]
 
 
 def line_of(entry: Entry) -> bytes:
@@ -102,12 +94,11 @@ class FolderSink:
         """Create the directory (0700) if it does not exist. Raises OSError."""
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def put(self, lines: Sequence[bytes]) -> None:
+    def put(self, line: bytes) -> None:
         self.make()
-        for line in lines:
-            found = chain.read(line.rstrip(b"\n"))
-            if found is not None:
-                self._append(self.path / f"{found.chain}{ANCHORS_SUFFIX}", line)
+        found = chain.read(line.rstrip(b"\n"))
+        if found is not None:
+            self._append(self.path / f"{found.chain}{ANCHORS_SUFFIX}", line)
 
     def _append(self, path: Path, line: bytes) -> None:
         """Append durably; the name of a new file is synced, too."""
@@ -133,17 +124,6 @@ class FolderSink:
             except OSError as exc:
                 self.unread = self.unread or f"{file} cannot be read ({exc.strerror})"
         return found
-
-
-class StdoutSink:
-    """The standard output of this process, for log collectors."""
-
-    name = "stdout"
-
-    def put(self, lines: Sequence[bytes]) -> None:
-        rest = memoryview(b"".join(lines))
-        while rest:
-            rest = rest[os.write(1, rest) :]
 
 
 def files_in(folder: Path, suffix: str) -> list[Path]:

@@ -76,10 +76,10 @@ CLIENT_CRL_EXPIRES: Final = Gauge(
     multiprocess_mode="livemin",
 )
 AUDIT_EVENTS: Final = Counter("kms_audit_events_total", "Audit records by outcome of the write", ["result"])
-AUDIT_COPIES: Final = Counter(
-    "kms_audit_copies_total",
-    "Audit lines (what is anchors or lines) sent to sinks (place is redis, directory or stdout)",
-    ["place", "what", "result"],
+AUDIT_ANCHORS: Final = Counter(
+    "kms_audit_anchors_total",
+    "Anchors of the audit log sent to sinks (place is redis or directory), by outcome",
+    ["place", "result"],
 )
 AUDIT_CHAIN_OK: Final = Gauge(
     "kms_audit_chain_ok",

@@ -208,16 +208,15 @@ class KeySection(Section, frozen=True, kw_only=True):
 class AuditSection(Section, frozen=True, kw_only=True):
     """``[kms.audit]``: durability ``write`` hands each record to the kernel, ``fsync`` waits for the disk.
 
-    ``sinks`` besides the file are copies. ``anchor_*`` keep copies of signed checkpoints, which are written
-    every ``checkpoint_lines`` and ``checkpoint_s``. ``keep_days`` 0 keeps all. ``copies`` has copies of the
-    logs of other hosts (``audit.copies``).
+    ``anchor_*`` keep copies of signed checkpoints, which are written every ``checkpoint_lines`` and
+    ``checkpoint_s``. ``keep_days`` 0 keeps all. ``copies`` has copies of the logs of other hosts
+    (``audit.copies``).
     """
 
     path: Path
     key_path: Path
     signing_key_path: Path
     durability: Literal["write", "fsync"] = "write"
-    sinks: tuple[Literal["file", "stdout", "redis"], ...] = ("file",)
     rotate_bytes: Annotated[int, Meta(ge=4 * KiB)] = 64 * MiB
     keep_days: Annotated[int, Meta(ge=0)] = 365
     checkpoint_lines: Positive = 1_000

@@ -65,7 +65,6 @@ def check(settings: Settings, unset: Mapping[str, Mapping[str, Unset]], literals
     check_endpoints(settings)
     check_facade(settings)
     check_server(settings)
-    check_audit(settings)
     check_auth(settings)
     check_buckets(settings)
     check_roots(settings)
@@ -243,12 +242,6 @@ def check_server(settings: Settings) -> None:
                 f"kms.server.{name}: expected at least {largest}, the largest JSON body that [kms.limits] "
                 "allows (json_body_bytes, or twice json_job_bytes): raise the one, or lower the other"
             )
-
-
-def check_audit(settings: Settings) -> None:
-    """Require the file among the sinks: the others are copies of it."""
-    if "file" not in settings.kms.audit.sinks:
-        raise ConfigurationError('kms.audit.sinks: "file" must be among them: the audit log itself is there')
 
 
 def check_roots(settings: Settings) -> None:

@@ -103,8 +103,8 @@ def test_a_new_file_of_anchors_keeps_its_name(tmp_path: Path, calls: Calls) -> N
     log.close()
     anchors = FolderSink(tmp_path / "anchors")
     calls.made.clear()
-    anchors.put([log.last_signed])
-    anchors.put([log.last_signed])
+    anchors.put(log.last_signed)
+    anchors.put(log.last_signed)
     (file,) = (tmp_path / "anchors").iterdir()
     size = len(log.last_signed)
 

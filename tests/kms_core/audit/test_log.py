@@ -17,7 +17,7 @@ from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
 from kms_core.auth.policy import Principal
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError
-from support.audit_logs import Place, notes, record
+from support.audit_logs import Place, chain_name, notes, record
 
 APPEND_MANY = """
 import sys
@@ -327,7 +327,7 @@ def test_a_checkpoint_in_time_names_the_live_chains(place: Place) -> None:
 
     opening, _, signed, _ = map(json.loads, place.files()[1].read_bytes().splitlines())
     end = [2, signed["head"], opening["time"]]
-    assert json.loads(checkpoint)["heads"] == {other.position[0]: end}
+    assert json.loads(checkpoint)["heads"] == {chain_name(other): end}
 
 
 def test_a_record_after_the_closing_one_begins_a_further_file(place: Place) -> None:

@@ -1,12 +1,7 @@
-"""What happens beside a trail: anchors and copies reach second places, now or when those are back."""
+"""What happens beside a trail: anchors reach second places, now or when those are back."""
 
 import json
-import os
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,9 +9,9 @@ import redis
 
 from kms_core.audit import AuditLogRules
 from kms_core.audit.maintenance import AuditMaintenance
-from kms_core.audit.sinks import ANCHORS, COPIES, FolderSink, RedisSink
+from kms_core.audit.sinks import FolderSink, RedisSink
 from kms_protocol.errors import AuditUnavailable
-from support.audit_logs import Place, codes, record, rewrite
+from support.audit_logs import Place, chain_name, codes, record, rewrite
 
 EAGER = AuditLogRules(checkpoint_s=0)
 DAY_NS = 24 * 3600 * 1_000_000_000
@@ -31,10 +26,10 @@ class Shelf:
         self.lines: list[bytes] = []
         self.away = False
 
-    def put(self, lines: Sequence[bytes]) -> None:
+    def put(self, line: bytes) -> None:
         if self.away:
             raise AuditUnavailable
-        self.lines += lines
+        self.lines.append(line)
 
 
 @pytest.fixture
@@ -42,79 +37,29 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-def whole(place: Place) -> bytes:
-    return b"".join(path.read_bytes() for path in place.files())
-
-
-def test_every_line_is_copied_once_through_all_files(place: Place) -> None:
+def test_a_place_that_was_away_gets_the_newest_anchor_when_it_is_back(place: Place) -> None:
     shelf, trail = Shelf(), place.trail(AuditLogRules(rotate_bytes=4096))
-    keeper = AuditMaintenance(trail, copies=[shelf])
-    keeper.round()
-    for number in range(80):
-        trail.append(record(number))
-        if number % 7 == 0:
-            keeper.round()
-    trail.close()
-    keeper.round()
-
-    assert b"".join(shelf.lines) == whole(place)
-
-
-def test_lines_where_two_pieces_meet_are_copied_whole(place: Place) -> None:
-    """A piece is a MiB."""
-    trail, shelf = place.trail(), Shelf()
-    keeper = AuditMaintenance(trail, copies=[shelf])
-    for _ in range(25):
-        trail.append(record(principal="x" * 100_000))
-    trail.close()
-    keeper.round()
-
-    assert b"".join(shelf.lines) == whole(place)
-
-
-def test_a_place_that_was_away_gets_everything_when_it_is_back(place: Place) -> None:
-    shelf, trail = Shelf(), place.trail(AuditLogRules(rotate_bytes=4096))
-    keeper = AuditMaintenance(trail, anchors=[shelf], copies=[other := Shelf()])
-    shelf.away = other.away = True
+    keeper = AuditMaintenance(trail, anchors=[shelf])
+    shelf.away = True
     for number in range(40):
         trail.append(record(number))
         keeper.round()
-    shelf.away = other.away = False
+    shelf.away = False
     trail.close()
     keeper.round()
 
-    assert b"".join(other.lines) == whole(place)
     assert [json.loads(line)["kind"] for line in shelf.lines] == ["closed"]
-
-
-def test_a_pipe_in_place_of_a_file_stops_nothing(place: Place) -> None:
-    """To open one lasts until somebody writes to it, and the chain has gone on in another file by then."""
-    shelf, trail = Shelf(), place.trail(AuditLogRules(rotate_bytes=4096))
-    for number in range(40):
-        trail.append(record(number))
-    first, *others = place.files()
-    first.rename(place.at / "taken")
-    os.mkfifo(first)
-    keeper = AuditMaintenance(trail, copies=[shelf])
-    reader = threading.Thread(target=keeper.round, daemon=True)
-    reader.start()
-    reader.join(timeout=10)
-    if reader.is_alive():
-        os.close(os.open(first, os.O_WRONLY | os.O_NONBLOCK))
-        pytest.fail("it waits for a writer")
-
-    assert b"".join(shelf.lines) == b"".join(path.read_bytes() for path in others)
 
 
 def test_one_place_that_is_away_holds_up_no_other(place: Place) -> None:
     away, there = Shelf(), Shelf()
     away.away = True
-    trail = place.trail()
-    keeper = AuditMaintenance(trail, copies=[away, there])
+    trail = place.trail(EAGER)
+    keeper = AuditMaintenance(trail, anchors=[away, there])
     trail.append(record())
     keeper.round()
 
-    assert len(there.lines) == 2
+    assert len(there.lines) == 1
 
 
 def test_new_checkpoints_are_anchored_once(place: Place) -> None:
@@ -153,7 +98,7 @@ def test_the_folder_of_anchors_is_private(place: Place) -> None:
 
 
 def test_anchors_in_redis_tell_of_a_cut(place: Place, redis_url: str) -> None:
-    stream = RedisSink(redis.Redis.from_url(redis_url), ANCHORS)
+    stream = RedisSink(redis.Redis.from_url(redis_url))
     trail = place.trail(EAGER)
     keeper = AuditMaintenance(trail, anchors=[stream])
     for number in range(10):
@@ -166,50 +111,16 @@ def test_anchors_in_redis_tell_of_a_cut(place: Place, redis_url: str) -> None:
     assert "cut" in codes(place.verified(*stream.lines()))
 
 
-def test_copies_in_redis_are_the_lines(place: Place, redis_url: str) -> None:
-    stream = RedisSink(redis.Redis.from_url(redis_url), COPIES)
-    trail = place.trail()
-    keeper = AuditMaintenance(trail, copies=[stream])
-    for number in range(10):
-        trail.append(record(number))
-    keeper.round()
-
-    assert b"\n".join(stream.lines()) + b"\n" == whole(place)
-
-
 def test_without_redis_nothing_is_held_up(place: Place) -> None:
-    stream = RedisSink(redis.Redis.from_url("unix:///nonexistent/valkey.sock"), ANCHORS)
+    stream = RedisSink(redis.Redis.from_url("unix:///nonexistent/valkey.sock"))
     trail = place.trail(EAGER)
-    keeper = AuditMaintenance(trail, anchors=[stream], copies=[stream])
+    keeper = AuditMaintenance(trail, anchors=[stream])
     trail.append(record())
     keeper.round()
 
     assert place.principals() == ["ada-0"]
     with pytest.raises(AuditUnavailable):
         stream.lines()
-
-
-TO_STDOUT = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from kms_core.audit.maintenance import AuditMaintenance
-from kms_core.audit.sinks import StdoutSink
-from support.audit_logs import Place, record
-
-trail = Place(Path(sys.argv[1])).trail()
-keeper = AuditMaintenance(trail, copies=[StdoutSink()])
-trail.append(record(1))
-trail.close()
-keeper.round()
-"""
-
-
-def test_copies_on_stdout_are_the_lines(place: Place) -> None:
-    argv = [sys.executable, "-c", TO_STDOUT, str(place.at), str(Path(__file__).parents[2])]
-    done = subprocess.run(argv, stdout=subprocess.PIPE, check=True)
-
-    assert done.stdout == whole(place)
 
 
 @pytest.mark.parametrize(("keep_days", "left"), [(0, 2), (20, 1)])
@@ -237,7 +148,7 @@ def test_what_cannot_be_recorded_is_not_removed(place: Place) -> None:
     place.signing_key.unlink()
     path = place.files()[-1]
     path.unlink()
-    (place.folder / f"{trail.position[0]}.0002.jsonl").touch()  # the name of its next file is taken
+    (place.folder / f"{chain_name(trail)}.0002.jsonl").touch()  # the name of its next file is taken
     with pytest.raises(AuditUnavailable):
         AuditMaintenance(trail, keep_days=20).round()
 

@@ -310,7 +310,7 @@ NO_VALUE_WEAKENS = {  # why no value of these settings is told
         jobs.tenant_leases jobs.tenant_spool_bytes jobs.large_job_bytes jobs.reserved_processes
         jobs.source_max_bytes
         jobs.source_max_hole_bytes jobs.fanout_files jobs.queues jobs.watchdog_s
-        jobs.buckets.*.timeout_s audit.path audit.sinks audit.rotate_bytes audit.keep_days
+        jobs.buckets.*.timeout_s audit.path audit.rotate_bytes audit.keep_days
         audit.checkpoint_lines
     """,
     "told by another row": """

@@ -60,7 +60,8 @@ def audit_log(folder: Path, state: Path) -> None:
     ids = [_append(api, number, anchors) for number in range(expected.API_RECORDS)]
     api.close()
     _retiring(trail("worker"), anchors)
-    FolderSink(folder / "anchors").put(anchors)
+    for line in anchors:
+        FolderSink(folder / "anchors").put(line)
     made = receipt.make(folder / "log", ids[-3])
     (folder / "receipt.json").write_bytes(msgspec.json.encode(made) + b"\n")
 

@@ -28,7 +28,7 @@ from kms_core.payload.files import FileRange, FileWriter
 from kms_core.payload.parallel import ParallelOptions
 from kms_protocol.context import Context
 from kms_protocol.wire import PREFIX
-from support.audit_logs import Place, record
+from support.audit_logs import Place, chain_name, record
 from support.credentials import REQUIRED, Guarded
 from support.service import core_of
 from support.speed.counting import Function
@@ -148,7 +148,7 @@ def _reads(place: Place) -> dict[str, Function]:
     trail, keys = place.trail(), place.keys()
     for number in range(LINES):
         trail.append(record(number, stage="" if number % 10 else "outcome"))
-    first = f"{trail.position[0]}:1"
+    first = f"{chain_name(trail)}:1"
     trail.close()
     tenant = EventFilter(equal=(("tenant", "acme"),))
     return {

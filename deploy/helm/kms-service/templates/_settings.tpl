@@ -47,10 +47,6 @@ jobs:
     {{ . }}:
       {{- include "kms.bucket" $ | nindent 6 }}
   {{- end }}
-{{- if eq .Values.persistence.kind "none" }}
-audit:
-  sinks: [file, stdout, redis]
-{{- end }}
 log:
   format: json
 {{- end }}

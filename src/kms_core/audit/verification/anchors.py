@@ -5,36 +5,28 @@ than the anchor, was cut, or was rewritten. After restoring a backup, an operato
 log (``acknowledged``): anchors of the lost lines then are notes.
 """
 
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 
 from kms_core.audit import chain, segments
 from kms_core.audit.chain import ChainLine
 from kms_core.audit.keys import PublicKeys
-from kms_core.audit.sinks import ANCHORS_SUFFIX, PAGE, Entry, FolderSink, RedisSink, files_in, line_of
+from kms_core.audit.sinks import ANCHORS_SUFFIX, FolderSink, RedisSink, files_in, line_of
 from kms_core.audit.verification.scan import ChainProblem
-from kms_core.observability import metrics
 from kms_protocol.errors import AuditUnavailable
 
-EVERY_S: Final = 30.0
 CUT: Final = "cut"
 MISSING_CHAIN: Final = "missing_chain"
 REWRITTEN: Final = "rewritten"
-LOST: Final = "anchors_lost"
 ACKNOWLEDGED: Final = "audit.acknowledge_loss"
 """The operation of the record; its effect names the lost lines, see ``effect_of``."""
 NONE_OF_THIS_LOG: Final = "it has no anchor of this log: they were removed, or none was written yet"
 _MOST_DIGITS: Final = 19  # of a line number, at most 2^63 - 1
 _FIRST_READ: Final = 10_000  # entries of a stream, when a process starts; ``kms audit verify`` reads all
-_MOST_PROBLEMS: Final = 20
-_NAN: Final = float("nan")
 Losses = Mapping[str, tuple[int, int]]
 """Lines whose loss was acknowledged: of each chain, the first and the last."""
 _log = structlog.get_logger(__name__)
@@ -83,39 +75,7 @@ def contradiction(code: str, anchor: ChainLine, sink: str, last_seq: int) -> Cha
     return ChainProblem(code, texts[code], anchor.chain, seq=seq, anchor=sink, anchor_seq=anchor.seq)
 
 
-# -- while the log is written ------------------------------------------------------------------------
-
-
-class LogState(Protocol):
-    """The log as the monitor has read it."""
-
-    folder: Path
-
-    def ends(self) -> Mapping[str, Sequence[tuple[int, int]]]:
-        """Number and last line of each segment, by chain."""
-
-    def is_retired(self, opened: str) -> bool:
-        """Return whether a segment that was opened then may be gone by a recorded removal."""
-
-    def is_signed(self) -> bool:
-        """Return whether the log has had signed lines for so long that an anchor is due."""
-
-    def lost(self) -> Losses:
-        """The acknowledged losses."""
-
-
-class _AnchorSource(Protocol):
-    """A sink from which new anchors are read."""
-
-    name: str
-    text: str
-
-    @property
-    def damaged(self) -> str:
-        """The reason why newer anchors may exist that cannot be read; empty without one."""
-
-    def news(self, keys: PublicKeys) -> tuple[list[bytes], bool]:
-        """New lines, oldest first, and whether older ones are missing. Raises AuditUnavailable."""
+# -- reading them again and again ---------------------------------------------------------------------
 
 
 class _Stream:
@@ -124,7 +84,7 @@ class _Stream:
     Entries of the last seconds may be lost when a replica takes over.
     """
 
-    name, text, damaged = "redis", "Redis", ""
+    text, damaged = "Redis", ""
 
     def __init__(self, stream: RedisSink) -> None:
         self._stream = stream
@@ -133,7 +93,7 @@ class _Stream:
     def news(self, keys: PublicKeys) -> tuple[list[bytes], bool]:
         del keys
         begin = self._settled or self._last
-        found = self._from(begin) if begin else self._stream.newest(_FIRST_READ)
+        found = self._stream.entries(begin) if begin else self._stream.newest(_FIRST_READ)
         first = found[0][0].decode() if found else ""
         lost = bool(begin) and (not found or (bool(self._settled) and first != begin))
         if lost:
@@ -142,28 +102,15 @@ class _Stream:
         self._last = found[-1][0].decode() if found else ""
         return list(map(line_of, found)), lost
 
-    def _from(self, cursor: str) -> list[Entry]:
-        """All entries from a cursor on."""
-        found: list[Entry] = []
-        while page := self._stream.after(cursor):
-            found += page
-            cursor = f"({page[-1][0].decode()}"
-            if len(page) < PAGE:
-                break
-        return found
-
 
 class _Files:
-    """Anchors in a directory: the newest one signed by a known key, of each file that has changed."""
-
-    name = "directory"
+    """Anchors in a directory: the newest that a known key signed, of each file that changed or is damaged."""
 
     def __init__(self, folder: FolderSink) -> None:
         self._path = folder.path
         self.text = str(folder.path)
         self._sizes: dict[str, int] = {}
         self._damaged: dict[str, str] = {}
-        self._unread: set[str] = set()
 
     @property
     def damaged(self) -> str:
@@ -171,10 +118,10 @@ class _Files:
 
     def news(self, keys: PublicKeys) -> tuple[list[bytes], bool]:
         sizes = {path.name: self._size(path) for path in files_in(self._path, ANCHORS_SUFFIX)}
-        changed = [name for name, size in sizes.items() if size != self._sizes.get(name)]
-        wanted = {*changed, *self._unread & sizes.keys()}
-        self._unread = set()
         self._damaged = {name: why for name, why in self._damaged.items() if name in sizes}
+        wanted = [
+            name for name, size in sizes.items() if size != self._sizes.get(name) or name in self._damaged
+        ]
         lines = [self._newest(name, keys) for name in wanted if sizes[name]]
         lost = any(sizes.get(name, 0) < size for name, size in self._sizes.items())
         self._sizes = sizes
@@ -182,10 +129,11 @@ class _Files:
 
     def _size(self, path: Path) -> int:
         """The size of a file; that of one out of reach is as before, and it is read to say why."""
-        with suppress(OSError):
+        try:
             return path.stat().st_size
-        self._unread.add(path.name)
-        return self._sizes.get(path.name, 1)
+        except OSError as exc:
+            self._damaged[path.name] = f"{path} cannot be read ({exc.strerror})"
+            return self._sizes.get(path.name, 1)
 
     def _newest(self, name: str, keys: PublicKeys) -> bytes:
         """The newest anchor in a file, or the first if none is near its end; empty if it has none."""
@@ -194,7 +142,6 @@ class _Files:
             line, after = segments.newest_signed(path, keys)
             first = b"" if line else segments.first_line(path)
         except OSError as exc:  # other files are compared all the same
-            self._unread.add(name)
             self._damaged[name] = f"{path} cannot be read ({exc.strerror})"
             return b""
         begin = chain.read(first)
@@ -205,154 +152,42 @@ class _Files:
         return line or first
 
 
-@dataclass(slots=True)
-class _Reader:
-    """One sink: the newest anchor of each chain, and those not yet compared by head (``fresh``)."""
+class AnchorReader:
+    """Reads the anchors of a sink repeatedly, and keeps the newest line of each chain (``newest``).
 
-    source: _AnchorSource
-    newest: dict[str, ChainLine] = field(default_factory=dict)
-    fresh: set[str] = field(default_factory=set)
-    rewritten: dict[str, ChainProblem] = field(default_factory=dict)
-    away: str = ""
-    unread: str = ""
-    lost: bool = False
-    read_at: float = -EVERY_S
-
-    def read(self, keys: PublicKeys) -> None:
-        """Read new anchors every 30 seconds, and at each call while the sink fails."""
-        if not self.away and time.monotonic() - self.read_at < EVERY_S:
-            return
-        try:
-            lines, lost = self.source.news(keys)
-        except AuditUnavailable as exc:
-            self._set_away(exc.detail)
-            return
-        self.read_at = time.monotonic()
-        self._set_away("")
-        self.lost = self.lost or lost
-        self._note(lines, keys)
-
-    def _note(self, lines: Iterable[bytes], keys: PublicKeys) -> None:
-        """Keep the newest anchor of each chain with a signature by a known key; checks few signatures."""
-        done: set[str] = set()
-        for raw in reversed(list(lines)):
-            found = chain.read(raw)
-            if found is None or found.chain in done:
-                continue
-            before = self.newest.get(found.chain)
-            if (before is None or before.seq < found.seq) and keys.signed(raw):
-                self.newest[found.chain] = found
-                self.fresh.add(found.chain)
-                done.add(found.chain)
-
-    def _set_away(self, why: str) -> None:
-        """Note why the sink fails; logs when it begins or ceases to fail."""
-        if bool(why) != bool(self.away):
-            log, event = (_log.warning, "audit.anchors_away") if why else (_log.info, "audit.anchors_back")
-            log(event, place=self.source.name, reason=why)
-        self.away = why
-
-
-class AnchorMonitor:
-    """Compares the log with all anchors, at a bounded rate and at a constant cost for each chain.
-
-    Call ``read`` before the log is read, and ``compare`` after it: the lines of anchors then are in the log.
+    ``name`` is the label of the sink in metrics, ``text`` is for people. ``lost`` is True once anchors are
+    gone that were there before.
     """
 
-    def __init__(self, sinks: Iterable[RedisSink | FolderSink]) -> None:
-        self._readers = [
-            _Reader(_Stream(sink) if isinstance(sink, RedisSink) else _Files(sink)) for sink in sinks
-        ]
-        self.problems: tuple[ChainProblem, ...] = ()
-        self.away: dict[str, str] = {}
-        for each in self._readers:
-            metrics.AUDIT_ANCHORS_OK.labels(each.source.name).set(_NAN)
+    def __init__(self, sink: RedisSink | FolderSink) -> None:
+        self._source: _Stream | _Files = _Stream(sink) if isinstance(sink, RedisSink) else _Files(sink)
+        self._seqs: dict[str, int] = {}
+        self._away = ""
+        self.name, self.text = sink.name, self._source.text
+        self.newest: dict[str, bytes] = {}
+        self.lost = False
 
     @property
-    def sinks(self) -> Sequence[str]:
-        """The sinks of anchors, in words for people."""
-        return [each.source.text for each in self._readers]
+    def unread(self) -> str:
+        """The reason why newer anchors may exist that could not be read; empty without one."""
+        return self._away or self._source.damaged
 
     def read(self, keys: PublicKeys) -> None:
-        for each in self._readers:
-            each.read(keys)
-
-    def compare(self, log: LogState, unread: str = "") -> None:
-        """Compare the anchors with the log; ``unread`` is the reason why a part of the log is not known."""
-        before, ends, lost = self.problems, log.ends(), log.lost()
-        found: list[ChainProblem] = []
-        self.away = {}
-        for each in self._readers:
-            problems = [*_gone(each), *_compared(each, log, ends, lost)][:_MOST_PROBLEMS]
-            why = each.away or each.source.damaged or unread or each.unread
-            if not why and not each.newest and log.is_signed():
-                why = NONE_OF_THIS_LOG
-            if why:
-                self.away[each.source.name] = why
-            metrics.AUDIT_ANCHORS_OK.labels(each.source.name).set(0 if problems else _NAN if why else 1)
-            found += problems
-        self.problems = tuple(found)
-        for problem in found:
-            if problem not in before:
-                _log.error(
-                    "audit.anchor_ahead",
-                    code=problem.code,
-                    place=problem.anchor,
-                    chain=problem.chain,
-                    seq=problem.seq,
-                    detail=problem.text,
-                )
-
-    def not_compared(self, why: str) -> None:
-        """Note that the log could not be read: earlier problems stay, and nothing else is known."""
-        self.away = {each.source.name: each.away or why for each in self._readers}
-        for each in self._readers:
-            if not any(problem.anchor == each.source.text for problem in self.problems):
-                metrics.AUDIT_ANCHORS_OK.labels(each.source.name).set(_NAN)
-
-
-def _gone(reader: _Reader) -> list[ChainProblem]:
-    if not reader.lost:
-        return []
-    text = f"anchors in {reader.source.text} are gone or older than before: they were removed or restored"
-    return [ChainProblem(LOST, text, anchor=reader.source.text)]
-
-
-def _compared(
-    reader: _Reader, log: LogState, ends: Mapping[str, Sequence[tuple[int, int]]], lost: Losses
-) -> Iterable[ChainProblem]:
-    sink, reader.unread = reader.source.text, ""
-    for name, anchor in list(reader.newest.items()):
-        last_seq = ends[name][-1][1] if name in ends else -1
-        if last_seq < anchor.seq:
-            if is_lost(lost, anchor, last_seq):
+        """Read new anchors; logs when the sink begins or ceases to fail."""
+        try:
+            lines, lost = self._source.news(keys)
+            why = ""
+        except AuditUnavailable as exc:
+            lines, lost, why = [], False, exc.detail
+        if bool(why) != bool(self._away):
+            log, event = (_log.warning, "audit.anchors_away") if why else (_log.info, "audit.anchors_back")
+            log(event, place=self.name, reason=why)
+        self._away, self.lost = why, self.lost or lost
+        done: set[str] = set()
+        for raw in reversed(lines):  # of each chain, one signature is checked
+            found = chain.read(raw)
+            if found is None or found.chain in done or found.seq <= self._seqs.get(found.chain, -1):
                 continue
-            if name not in ends and log.is_retired(anchor.opened):
-                del reader.newest[name]
-                continue
-            yield contradiction(CUT if name in ends else MISSING_CHAIN, anchor, sink, last_seq)
-        elif name in reader.fresh:
-            try:
-                has = _has(log, ends[name], anchor)
-            except OSError as exc:
-                reader.unread = f"a file of {name} cannot be read ({exc.strerror})"
-                continue
-            reader.fresh.discard(name)
-            if not has:
-                reader.rewritten[name] = contradiction(REWRITTEN, anchor, sink, last_seq)
-    yield from reader.rewritten.values()
-
-
-def _has(log: LogState, ends: Sequence[tuple[int, int]], anchor: ChainLine) -> bool:
-    """True if the log has the line of an anchor; True for a line in a segment that was just removed."""
-    number = next(number for number, seq in ends if seq >= anchor.seq)
-    path = segments.path_of(log.folder, anchor.chain, number)
-    try:
-        line = segments.line_of(path, anchor.seq)
-    except FileNotFoundError:
-        return True
-    if line is None:
-        opening = segments.Segment(anchor.chain, number, path).opening()
-        is_before = opening is not None and opening.seq > anchor.seq
-        return is_before and log.is_retired(anchor.opened)
-    return line.endswith(chain.HEAD + anchor.head.encode() + chain.END)
+            if keys.signed(raw):
+                self.newest[found.chain], self._seqs[found.chain] = raw, found.seq
+                done.add(found.chain)

@@ -1,6 +1,6 @@
 """Compares the segments of a log with each other, with the heads in other chains, and with anchors."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -45,37 +45,58 @@ class _WitnessedHead:
     time: str
 
 
-def crosscheck(
+@dataclass(slots=True)
+class Removals:
+    """Recorded removals: segments opened up to the time ``horizon`` may be gone.
+
+    ``search`` finds that time in all of the log, where only a part of it was scanned.
+    """
+
+    horizon: str = ""
+    search: Callable[[], str] = str
+    _searched: str = ""
+
+    def cover(self, opened: str) -> bool:
+        """Return whether a segment opened at a time may be gone; False for no time. Raises OSError."""
+        if opened > max(self.horizon, self._searched):
+            self.horizon, self._searched = max(self.horizon, self.search()), opened
+        return "" < opened <= self.horizon
+
+
+def crosscheck(  # noqa: PLR0913 -- a log, its keys and anchors; and what is known of it
     report: VerificationReport,
     found: Mapping[Segment, ScannedSpan],
     anchors: Anchors,
     keys: PublicKeys,
+    removals: Removals,
     *,
     is_copy: bool = False,
+    unread: Collection[str] = (),
 ) -> None:
     """Fill in the report. Only anchors with a signature by one of ``keys`` count.
 
-    ``is_copy``: lines that may not have been copied yet are late, not missing.
+    ``is_copy``: lines that may not have been copied yet are late, not missing. ``unread`` are chains of
+    which a segment is not known. Raises OSError.
     """
     chains: dict[str, list[tuple[Segment, ScannedSpan]]] = {}
     for segment, each in sorted(found.items()):
         chains.setdefault(segment.chain, []).append((segment, each))
         report.problems += each.problems
     lines = [line for each in found.values() for line in each.special]
-    horizon = max(
-        (line.before for each in found.values() for line in each.special if _retires(line, each)), default=""
-    )
+    retired = (line.before for each in found.values() for line in each.special if _retires(line, each))
+    removals.horizon = max((removals.horizon, *retired))
     seen = _seen(lines)
     signed_to = {name: max(each.signed_seq for _, each in files) for name, files in chains.items()}
     witnesses = _seen(line for line in lines if line.seq <= signed_to.get(line.chain, -1))
     times = (*(each.last_time for each in found.values()), *(line.time for line in lines))
-    log = _log_of(chains, horizon, copies.complete_to(times) if is_copy else None)
+    log = _log_of(chains, removals, copies.complete_to(times) if is_copy else None)
     heads = {
         name: [each[name] for each in (witnesses, seen) if name in each and not _waits(log, name, each[name])]
         for name in seen
     }
     for name, files in chains.items():
-        report.problems += _joints(files, horizon)
+        if name not in unread:
+            report.problems += _joints(files, removals)
         made = _chain_report(name, files)
         report.chains.append(made)
         report.problems += _torn(files, made)
@@ -87,10 +108,10 @@ def crosscheck(
         report.notes += _misplaced(files)
         _witness(files, made, witnesses.get(name))
         report.problems += _first_found(
-            _compared_with_head(files, made, head, horizon) for head in heads.pop(name, ())
+            _compared_with_head(files, made, head, removals) for head in heads.pop(name, ())
         )
     for name, missing in heads.items():
-        report.problems += _first_found(_absent(name, head, horizon) for head in missing)
+        report.problems += _first_found(_absent(name, head, removals) for head in missing)
     for sink, kept in anchors.items():
         newest = _compared_with_anchors(report, log, sink, kept, keys)
         for made in report.chains:
@@ -98,6 +119,7 @@ def crosscheck(
                 made.witness = made.witness or f"the anchor in {sink}"
         _note_coverage(report, sink, newest, witnesses)
     report.late_since = log.late.since
+    report.lines = sum(each.lines for each in found.values())
     report.notes += [
         *log.late.notes(),
         *noted(lines),
@@ -109,11 +131,6 @@ def crosscheck(
 def _retires(line: ChainLine, found: ScannedSpan) -> bool:
     """True if a line records a removal; without a signature over it, any program may have written it."""
     return line.kind == chain.RETIRED and line.seq < found.signed_seq
-
-
-def _is_retired(opened: str, horizon: str) -> bool:
-    """Return whether a segment that was opened then may be gone by a recorded removal."""
-    return "" < opened <= horizon
 
 
 def _seen(lines: Iterable[ChainLine]) -> dict[str, _WitnessedHead]:
@@ -142,54 +159,59 @@ def _first_found(checks: Iterable[Iterable[ChainProblem]]) -> list[ChainProblem]
 
 @dataclass(frozen=True, slots=True)
 class _Log:
-    """The log as anchors are compared with it: first and last line of each chain, heads of signed lines.
+    """The log as anchors are compared with it: its chains, and the last line of each.
 
-    ``lost`` has the lines whose loss was acknowledged: of each chain, the first and the last number. ``late``
-    tells which may not have been copied yet.
+    ``heads`` has those of signed lines, not all where only a part of the log was scanned. ``lost`` has the
+    lines whose loss was acknowledged: of each chain, the first and the last number. ``late`` tells which may
+    not have been copied yet.
     """
 
-    first: Mapping[str, int]
+    chains: Mapping[str, Files]
     last: Mapping[str, int]
     heads: Mapping[tuple[str, int], str]
     lost: Mapping[str, tuple[int, int]]
-    horizon: str
+    removals: Removals
     late: Lateness
 
     def contradicts(self, anchor: ChainLine) -> str:
         """The code of the problem that the anchor proves, if it is genuine; empty for none."""
         name, seq = anchor.chain, anchor.seq
-        if name not in self.last:
-            return "" if _is_retired(anchor.opened, self.horizon) else MISSING_CHAIN
-        if seq > self.last[name]:
+        if seq > self.last.get(name, seq):
             return CUT
-        if seq >= self.first[name]:
+        if name in self.chains and seq >= self.chains[name][0][1].first_seq:
             return REWRITTEN
         # the first line of the log now names no line before it
-        return "" if _is_retired(anchor.opened, self.horizon) else MISSING_CHAIN
+        return "" if self.removals.cover(anchor.opened) else MISSING_CHAIN
+
+    def has(self, anchor: ChainLine) -> bool:
+        """Return whether an anchor's line is in a part of the log that was not scanned. Raises OSError."""
+        for segment, found in self.chains[anchor.chain]:
+            if found.first_seq <= anchor.seq <= found.last_seq and anchor.seq not in found.heads:
+                head = chain.claimed_head(segments.line_of(segment.path, anchor.seq) or b"") or b""
+                found.heads[anchor.seq] = head.hex()
+            if found.heads.get(anchor.seq) == anchor.head:
+                return True
+        return False
 
 
-def _log_of(chains: Mapping[str, Files], horizon: str, complete_to: str | None) -> _Log:
+def _log_of(chains: Mapping[str, Files], removals: Removals, complete_to: str | None) -> _Log:
     parts = [found for files in chains.values() for _, found in files]
     last = {name: max(found.last_seq for _, found in files) for name, files in chains.items()}
     return _Log(
-        {name: files[0][1].first_seq for name, files in chains.items()},
+        chains,
         last,
-        {
-            (line.chain, line.seq): line.head
-            for found in parts
-            for line in found.special
-            if line.kind in chain.SIGNED
-        },
+        {(found.chain, seq): head for found in parts for seq, head in found.heads.items()},
         acknowledged(line for found in parts for line in found.stages if line.seq < found.signed_seq),
-        horizon,
+        removals,
         Lateness(last, complete_to),
     )
 
 
 def _waits(log: _Log, name: str, seen: _WitnessedHead) -> bool:
     """Return whether the line that another chain names may not have been copied yet."""
-    is_retired = _is_retired(seen.head.opened, log.horizon)
-    return not is_retired and log.late.covers(name, seen.head.seq, seen.time, seen.by)
+    return not log.removals.cover(seen.head.opened) and log.late.covers(
+        name, seen.head.seq, seen.time, seen.by
+    )
 
 
 def _compared_with_anchors(
@@ -212,6 +234,9 @@ def _compared_with_anchors(
             continue
         code = log.contradicts(anchor)
         if not code or (name, code) in reported or anchor.key not in keys.keys or keys.signed(raw) is None:
+            continue
+        if code == REWRITTEN and log.has(anchor):
+            newest.setdefault(name, anchor.seq)
             continue
         if log.late.covers(name, anchor.seq, anchor.time, f"the anchor in {sink}"):
             continue
@@ -260,11 +285,11 @@ def _due(made: ChainReport, seen: Mapping[str, _WitnessedHead]) -> int:
 # -- one chain ---------------------------------------------------------------------------------------
 
 
-def _joints(files: Files, horizon: str) -> Iterator[ChainProblem]:
+def _joints(files: Files, removals: Removals) -> Iterator[ChainProblem]:
     """Problems of missing segments, and of segments that do not continue the one before."""
     first, found = files[0]
     opening = _opening(found)
-    if first.number > 1 and not (opening is not None and _is_retired(opening.previous_opened, horizon)):
+    if first.number > 1 and not (opening is not None and removals.cover(opening.previous_opened)):
         missing = f"file {first.number - 1} of the chain and all before it are missing"
         yield ChainProblem("missing_file", missing, first.chain)
     for (before, earlier), (segment, later) in pairwise(files):
@@ -355,11 +380,11 @@ def _credible(files: Files, signed_seq: int) -> int:
 
 
 def _compared_with_head(
-    files: Files, made: ChainReport, seen: _WitnessedHead, horizon: str
+    files: Files, made: ChainReport, seen: _WitnessedHead, removals: Removals
 ) -> Iterator[ChainProblem]:
     """The problem of a chain that lacks the line that another chain names."""
     seq, witness = seen.head.seq, f"{seen.by} named it at {seen.time}"
-    if seq < files[0][1].first_seq and not _is_retired(seen.head.opened, horizon):
+    if seq < files[0][1].first_seq and not removals.cover(seen.head.opened):
         missing = f"line {seq} and all before it are missing: {witness}"
         yield ChainProblem("cut", missing, made.chain, files[0][0].path.name, seq)
         return
@@ -378,7 +403,7 @@ def _compared_with_head(
 # -- all of them -------------------------------------------------------------------------------------
 
 
-def _absent(name: str, seen: _WitnessedHead, horizon: str) -> Iterator[ChainProblem]:
-    if not _is_retired(seen.head.opened, horizon):
+def _absent(name: str, seen: _WitnessedHead, removals: Removals) -> Iterator[ChainProblem]:
+    if not removals.cover(seen.head.opened):
         text = f"a chain of at least {seen.head.seq + 1} lines is missing: {seen.by} named it at {seen.time}"
         yield ChainProblem("missing_chain", text, name)

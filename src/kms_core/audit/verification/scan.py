@@ -1,7 +1,6 @@
 """Scan of one part of a segment (a span): checks head, number and signature of each line.
 
-``verify`` runs it in several processes, so arguments and results are plain values. Also the classes of a
-verification report.
+Also the classes of a verification report.
 """
 
 import os
@@ -126,7 +125,10 @@ class Span:
 
 @dataclass(slots=True)
 class ScannedSpan:
-    """The result of a scan. ``before`` is the head before the first line, ``head`` the last one (in hex)."""
+    """The result of a scan. ``before`` is the head before the first line, ``head`` the last one (in hex).
+
+    ``end`` is the offset behind the last whole line. ``heads`` has those of signed lines, by number.
+    """
 
     path: str
     chain: str
@@ -135,10 +137,12 @@ class ScannedSpan:
     last_seq: int = -1
     before: str = ""
     head: str = ""
+    end: int = 0
     torn_bytes: int = 0
     signed_seq: int = -1
     first_time: str = ""
     last_time: str = ""
+    heads: dict[int, str] = field(default_factory=dict)
     problems: list[ChainProblem] = field(default_factory=list)
     special: list[ChainLine] = field(default_factory=list)
     stages: list[ChainLine] = field(default_factory=list)
@@ -189,6 +193,7 @@ class _Scan:
             found.last_time, found.last_seq, found.head = ending.time, ending.seq, ending.head
         if self._expected is not None:  # by position: a line may have a second number, or be no JSON
             found.last_seq, found.head = self._expected - 1, self._before.hex()
+        found.end = self._span.end - found.torn_bytes
         return found
 
     def _blocks(self) -> Iterator[list[bytes]]:
@@ -263,7 +268,7 @@ class _Scan:
         else:
             self._problem("reordered", "a line is repeated, or follows a later one", found.seq)
         if found.kind:
-            self._found.special.append(found)
+            self._keep(found)
         return claimed, found.seq + 1
 
     def _special(self, line: bytes, before: bytes, expected: int) -> None:
@@ -278,9 +283,14 @@ class _Scan:
         if found.stage:
             self._found.stages.append(found)
         if found.kind or found.clock:
-            self._found.special.append(found)
+            self._keep(found)
         if found.kind in chain.SIGNED:
             self._signature(line, found, before)
+
+    def _keep(self, found: ChainLine) -> None:
+        self._found.special.append(found)
+        if found.kind in chain.SIGNED and found.chain == self._span.chain:
+            self._found.heads[found.seq] = found.head
 
     def _signature(self, line: bytes, found: ChainLine, before: bytes) -> None:
         if found.key not in self._keys.keys:

@@ -7,32 +7,43 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from kms_core.audit import chain, segments
+import msgspec
+
+from kms_core.audit import chain, maintenance, segments
 from kms_core.audit.keys import KEY_BYTES, PublicKeys
 from kms_core.audit.segments import Segment
-from kms_core.audit.verification.crosscheck import Anchors, crosscheck
-from kms_core.audit.verification.scan import ChainProblem, ScannedSpan, Span, VerificationReport, scan
+from kms_core.audit.verification.anchors import ACKNOWLEDGED
+from kms_core.audit.verification.crosscheck import Anchors, Removals, crosscheck
+from kms_core.audit.verification.scan import (
+    ChainProblem,
+    ScannedSpan,
+    Span,
+    VerificationReport,
+    head_before,
+    scan,
+)
 
 SPAN_BYTES: Final = 16 * 1024 * 1024
-_ONE_PROCESS_BYTES: Final = 2 * SPAN_BYTES
 _TOO_LONG: Final = segments.LONGEST_LINE_BYTES + 1
 _UNFINISHED: Final = re.compile(rf"\.{segments.NAME.pattern}\.[A-Za-z0-9]{{6}}")
 """The name of a file that rsync receives."""
+_LASTING: Final = frozenset({chain.OPEN, chain.RETIRED, *chain.ENDS})
+"""Kinds of lines that count for as long as their segment exists."""
+_MOST_PROBLEMS: Final = 100
 
 
-def verify(  # noqa: PLR0913 -- log, keys and anchors; and how
+def verify(
     folder: Path,
     keys: PublicKeys | None = None,
     anchors: Anchors = MappingProxyType({}),
     *,
-    processes: int = 1,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     max_late: timedelta | None = None,
 ) -> VerificationReport:
@@ -45,16 +56,22 @@ def verify(  # noqa: PLR0913 -- log, keys and anchors; and how
     """
     started = time.perf_counter()
     files = list(_identified(folder))
-    trusted = keys is not None
+    report = VerificationReport(trusted=keys is not None)
     keys = keys or PublicKeys.of(_own_keys(files))
-    report = VerificationReport(trusted=trusted)
     report.size_bytes = sum(segment.path.stat().st_size for segment in files)
-    parts = _scanned(files, keys, processes, lambda done: progress(done, report.size_bytes))
-    found = {segment: _joined(parts[str(segment.path)]) for segment in files}
-    crosscheck(report, found, anchors, keys, is_copy=max_late is not None)
+    done = 0
+
+    def scanned(span: Span) -> ScannedSpan:
+        nonlocal done
+        found, done = scan(span), done + span.end - span.begin
+        progress(done, report.size_bytes)
+        return found
+
+    spans = {segment: list(_spans(segment, keys.keys)) for segment in files}  # all sizes before any line
+    found = {segment: _joined(map(scanned, each)) for segment, each in spans.items()}
+    crosscheck(report, found, anchors, keys, Removals(), is_copy=max_late is not None)
     if max_late is not None and report.late_since:
         report.is_late = report.late_since <= chain.text_of(datetime.now(UTC) - max_late)
-    report.lines = sum(each.lines for each in found.values())
     report.seconds = round(time.perf_counter() - started, 3)
     return report
 
@@ -83,25 +100,121 @@ def _own_keys(files: Iterable[Segment]) -> Iterator[bytes]:
             yield key
 
 
+# -- again and again ---------------------------------------------------------------------------------
+
+_Stamp = tuple[int, int, int]
+"""Inode, size, and time of the last inode change, which no program can set, unlike that of the write."""
+
+
+class Verifier:
+    """Verifies the log of a folder repeatedly. Scans of segments are kept until those change.
+
+    Of each segment its first line and its last ``tail_bytes`` are scanned: ``verify`` scans all of it. The
+    end that an earlier verification found must still be there, so a change of the log since then is detected,
+    even by a holder of the signing key. ``unread`` is the reason why a segment could not be read; empty if
+    all could.
+    """
+
+    def __init__(self, folder: Path, tail_bytes: int) -> None:
+        self.unread = ""
+        self._folder = folder
+        self._tail_bytes = tail_bytes
+        self._known: dict[Segment, tuple[_Stamp, ScannedSpan]] = {}
+        self._removals = Removals()
+
+    def verify(self, keys: PublicKeys, anchors: Anchors) -> VerificationReport:
+        """Verify the log as ``verify`` does, but for the heads in other chains. Raises OSError."""
+        self.unread, report = "", VerificationReport(trusted=True)
+        self._removals.search = partial(maintenance.removal_horizon, self._folder, keys)
+        files = segments.listed(self._folder)
+        found: dict[Segment, ScannedSpan] = {}
+        unread: set[str] = set()
+        for segment in files:
+            try:
+                report.problems += self._scan(segment, keys)
+            except FileNotFoundError:
+                continue  # removed since it was listed; the next verification checks that this was recorded
+            except OSError as exc:  # other segments are verified all the same
+                self.unread = self.unread or f"{segment.path} cannot be read ({exc.strerror})"
+            if segment in self._known:
+                found[segment] = self._known[segment][1]
+            else:
+                unread.add(segment.chain)
+        crosscheck(report, found, anchors, keys, self._removals, unread=unread)
+        report.problems += self._missing(files)
+        return report
+
+    def _scan(self, segment: Segment, keys: PublicKeys) -> Iterator[ChainProblem]:
+        """Scan a segment that has changed; problems of the lines that were known before."""
+        stat = segment.path.stat()
+        stamp = (stat.st_ino, stat.st_size, stat.st_ctime_ns)
+        before, known = self._known.get(segment, (None, None))
+        if before == stamp:
+            return
+        if known and stat.st_size < known.end:
+            yield _changed("cut", "the file was truncated or replaced", segment, known)
+            known = None
+        elif known and known.head and head_before(segment.path, known.end).hex() != known.head:
+            yield _changed("rewritten", "its lines have changed", segment, known)
+            known = None
+        self._known[segment] = stamp, _condensed(self._scanned(segment, stat.st_size, keys, known))
+
+    def _scanned(
+        self, segment: Segment, size: int, keys: PublicKeys, known: ScannedSpan | None
+    ) -> ScannedSpan:
+        """Scan all of a short segment. Of a long one its end, behind what is known or its first line."""
+        path = str(segment.path)
+        begin, first_end = 0, 0
+        if size > self._tail_bytes:
+            with segments.opened(segment.path) as file:
+                first_end = len(file.readline(_TOO_LONG))
+                begin = max(first_end, size - self._tail_bytes)
+                if begin > first_end:
+                    file.seek(begin)
+                    begin += len(line) if (line := file.readline(_TOO_LONG)).endswith(b"\n") else 0
+        tail = scan(Span(path, begin, size, segment.chain, keys.keys))
+        if not begin:
+            return tail
+        first = known or scan(Span(path, 0, first_end, segment.chain, keys.keys))
+        return _with_tail(first, tail)
+
+    def _missing(self, files: Sequence[Segment]) -> Iterator[ChainProblem]:
+        """Problems of segments at the end of a chain that are gone without a record of their removal."""
+        last = {segment.chain: segment.number for segment in files}
+        for segment in sorted(self._known.keys() - set(files)):
+            _, known = self._known.pop(segment)
+            opened = next((line.time for line in known.special if line.kind == chain.OPEN), "")
+            if segment.number > last.get(segment.chain, -1) and not self._removals.cover(opened):
+                yield _changed("missing_file", "the file was removed", segment, known)
+
+
+def _changed(code: str, text: str, segment: Segment, known: ScannedSpan) -> ChainProblem:
+    return ChainProblem(code, text, segment.chain, segment.path.name, known.last_seq)
+
+
+def _with_tail(first: ScannedSpan, tail: ScannedSpan) -> ScannedSpan:
+    """The end of a segment, behind lines of it that were scanned before, maybe with others between them."""
+    problems = list(dict.fromkeys((*first.problems, *tail.problems)))[:_MOST_PROBLEMS]
+    if not tail.lines:
+        return replace(first, problems=problems, torn_bytes=tail.torn_bytes)
+    tail.problems = problems
+    tail.special = [*(line for line in first.special if line.seq < tail.first_seq), *tail.special]
+    tail.stages = [*(line for line in first.stages if line.seq < tail.first_seq), *tail.stages]
+    tail.first_seq, tail.first_time, tail.before = first.first_seq, first.first_time, first.before
+    tail.signed_seq = max(first.signed_seq, tail.signed_seq)
+    return tail
+
+
+def _condensed(found: ScannedSpan) -> ScannedSpan:
+    """Drop what is not needed until the segment changes: a process keeps this of every segment."""
+    special = [line for line in found.special[:-1] if line.kind in _LASTING] + found.special[-1:]
+    found.special = [msgspec.structs.replace(line, heads={}) for line in special]
+    found.stages = [line for line in found.stages if line.operation == ACKNOWLEDGED]
+    found.heads = dict(sorted(found.heads.items())[-1:])
+    return found
+
+
 # -- reading -----------------------------------------------------------------------------------------
-
-
-def _scanned(
-    files: Sequence[Segment], keys: PublicKeys, processes: int, progress: Callable[[int], None]
-) -> dict[str, list[ScannedSpan]]:
-    """The scanned spans of each segment, in order."""
-    spans = [span for segment in files for span in _spans(segment, keys.keys)]
-    parts: dict[str, list[ScannedSpan]] = {str(segment.path): [] for segment in files}
-    size, done = sum(span.end - span.begin for span in spans), 0
-    with ExitStack() as stack:
-        run: Callable[[Callable[[Span], ScannedSpan], Sequence[Span]], Iterable[ScannedSpan]] = map
-        if processes > 1 and size > _ONE_PROCESS_BYTES:
-            run = stack.enter_context(ProcessPoolExecutor(processes)).map
-        for span, found in zip(spans, run(scan, spans), strict=True):
-            parts[span.path].append(found)
-            done += span.end - span.begin
-            progress(done)
-    return parts
 
 
 def _spans(segment: Segment, keys: Mapping[str, bytes]) -> Iterator[Span]:
@@ -122,7 +235,7 @@ def _spans(segment: Segment, keys: Mapping[str, bytes]) -> Iterator[Span]:
             begin = following
 
 
-def _joined(parts: Sequence[ScannedSpan]) -> ScannedSpan:
+def _joined(parts: Iterable[ScannedSpan]) -> ScannedSpan:
     """The spans of one segment as one, after a check that they follow each other."""
     whole = ScannedSpan("", "")
     for part in parts:
@@ -136,6 +249,7 @@ def _joined(parts: Sequence[ScannedSpan]) -> ScannedSpan:
             whole.last_seq, whole.head, whole.last_time = part.last_seq, part.head, part.last_time
         whole.signed_seq = max(whole.signed_seq, part.signed_seq)
         whole.torn_bytes = part.torn_bytes
+        whole.heads |= part.heads
         whole.problems += part.problems
         whole.special += part.special
         whole.stages += part.stages

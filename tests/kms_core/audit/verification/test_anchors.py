@@ -22,18 +22,12 @@ from kms_core.audit.verification.monitor import AuditMonitor
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_core.auth.policy import Principal
-from support.audit_logs import Place, codes, notes, record
+from support.audit_logs import Place, chain_name, codes, notes, record
 
 EAGER: Final = AuditLogRules(checkpoint_s=0)
 DAY_NS: Final = 24 * 3600 * 1_000_000_000
 AnchorPlace = RedisSink | FolderSink
 KINDS: Final = ("directory", "redis")
-
-
-@pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anchors are read at each look."""
-    monkeypatch.setattr(anchors, "EVERY_S", 0.0)
 
 
 @pytest.fixture
@@ -46,7 +40,7 @@ def kept(request: pytest.FixtureRequest, place: Place) -> AnchorPlace:
     """Where anchors are."""
     if request.param == "directory":
         return FolderSink(place.at / "anchors")
-    return RedisSink(redis.Redis.from_url(request.getfixturevalue("redis_url")), ANCHORS)
+    return RedisSink(redis.Redis.from_url(request.getfixturevalue("redis_url")))
 
 
 class Writer:
@@ -151,7 +145,7 @@ def test_an_older_copy_is_found_while_the_service_runs(
     older.put_back()
     assert found(watch) == ["cut"]
     (problem,) = watch.condition.anchors
-    assert (problem.chain, problem.seq, problem.anchor_seq) == (writer.trail.position[0], 5, 9)
+    assert (problem.chain, problem.seq, problem.anchor_seq) == (chain_name(writer.trail), 5, 9)
     assert "the log ends at line 4" in problem.text
     assert ok(kept) == 0
 
@@ -254,7 +248,7 @@ def test_a_line_in_place_of_a_whole_chain_is_found(
     other.write()
     other.close()
 
-    assert found(watching(place, kept)) == ["rewritten"]
+    assert found(watching(place, kept)) == ["missing_chain"]
     assert set(codes(verified(place, kept))) >= {"missing_file", "missing_chain"}
 
 
@@ -396,7 +390,7 @@ def test_forged_anchors_count_for_nothing_and_hide_none(
     forged = genuine.replace(b'"seq":4,', b'"seq":400,')
     assert forged != genuine
     watch = watching(place, kept)
-    kept.put([forged])
+    kept.put(forged)
     assert found(watch) == []
     older = Older(place)
     writer.write()
@@ -427,9 +421,9 @@ def test_a_loss_on_record_is_a_note(place: Place, kept: AnchorPlace, writer: Wri
     watch = watching(place, kept)
     assert found(watch) == ["cut"]
 
-    acknowledge(place, writer.trail.position[0], 8)
+    acknowledge(place, chain_name(writer.trail), 8)
     assert found(watch) == ["cut"], "line 9 is not among those"
-    acknowledge(place, writer.trail.position[0], 9)
+    acknowledge(place, chain_name(writer.trail), 9)
     assert found(watch) == found(watching(place, kept)) == []
     report = verified(place, kept)
     assert (report.verdict, codes(report)) == ("intact", [])
@@ -444,7 +438,7 @@ def test_a_larger_loss_than_the_one_on_record_is_told_again(
     writer.write()
     writer.close()
     older.put_back()
-    acknowledge(place, writer.trail.position[0], 9, first=5)
+    acknowledge(place, chain_name(writer.trail), 9, first=5)
     watch = watching(place, kept)
     assert found(watch) == []
     assert verified(place, kept).verdict == "intact"
@@ -452,7 +446,7 @@ def test_a_larger_loss_than_the_one_on_record_is_told_again(
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:3]))
 
     assert found(watch) == found(watching(place, kept)) == by_anchors(place, kept) == ["cut"]
-    acknowledge(place, writer.trail.position[0], 9, first=3)
+    acknowledge(place, chain_name(writer.trail), 9, first=3)
     assert found(watch) == found(watching(place, kept)) == by_anchors(place, kept) == []
     file.unlink()
     assert found(watch) == by_anchors(place, kept) == ["missing_chain"]
@@ -470,7 +464,7 @@ def test_a_record_of_a_loss_without_its_first_line_stands_for_all_before_the_las
     writer.close()
     place.files()[0].unlink()
     log = place.trail(role="cli")
-    with audit.effect(log, Principal("root"), anchors.ACKNOWLEDGED, f"{writer.trail.position[0]}:5-12345678"):
+    with audit.effect(log, Principal("root"), anchors.ACKNOWLEDGED, f"{chain_name(writer.trail)}:5-12345678"):
         pass
     log.close()
 
@@ -498,7 +492,7 @@ def test_lines_written_anew_are_no_loss_that_can_be_acknowledged(
 ) -> None:
     writer.close()
     written_anew(place.files()[0], Signer.at(place.signing_key))
-    acknowledge(place, writer.trail.position[0], 100)
+    acknowledge(place, chain_name(writer.trail), 100)
 
     assert found(watching(place, kept)) == ["rewritten"]
     assert codes(verified(place, kept)) == ["rewritten"]
@@ -511,7 +505,7 @@ def test_a_loss_counts_once_its_record_is_signed(place: Place, kept: AnchorPlace
     older.put_back()
     watch = watching(place, kept)
     log = place.trail(role="cli")
-    name = f"{anchors.effect_of(writer.trail.position[0], 5, 9)}-1f"
+    name = f"{anchors.effect_of(chain_name(writer.trail), 5, 9)}-1f"
     with audit.effect(log, Principal("root"), anchors.ACKNOWLEDGED, name):
         pass
     assert found(watch) == ["cut"]
@@ -545,7 +539,7 @@ def test_a_place_that_cannot_be_read_is_said_and_compared_when_it_is_back(place:
 
 
 def test_redis_that_does_not_answer_is_said(place: Place) -> None:
-    kept = RedisSink(redis.Redis.from_url("unix:///nonexistent/valkey.sock"), ANCHORS)
+    kept = RedisSink(redis.Redis.from_url("unix:///nonexistent/valkey.sock"))
     place.written(3)
     watch = watching(place, kept)
 
@@ -576,7 +570,7 @@ def test_the_last_seconds_that_a_failover_loses_are_no_alarm_and_more_is(
     place: Place, redis_url: str
 ) -> None:
     client = redis.Redis.from_url(redis_url)
-    kept = RedisSink(client, ANCHORS)
+    kept = RedisSink(client)
     writer, watch = Writer(place, kept), watching(place, kept)
     for _ in range(3):
         writer.write()
@@ -607,6 +601,16 @@ def test_a_place_without_anchors_of_a_signed_log_is_not_compared(
     assert (report.verdict, list(report.not_compared)) == ("not compared", ["there"])
 
 
+def test_a_young_log_without_anchors_is_compared(place: Place, kept: AnchorPlace, redis_url: str) -> None:
+    """The first anchor follows the first checkpoint."""
+    emptied(place, redis_url)
+    place.written(3)
+    watch = watching(place, kept)
+
+    assert found(watch) == []
+    assert (watch.condition.not_compared, ok(kept)) == ({}, 1)
+
+
 def test_an_end_that_has_no_anchor_is_noted(place: Place, kept: AnchorPlace) -> None:
     Writer(place, kept).write()
     place.written(3)
@@ -628,33 +632,10 @@ def test_anchors_older_than_the_log_are_no_contradiction(
 # -- at what cost ------------------------------------------------------------------------------------
 
 
-def test_looks_within_half_a_minute_do_not_ask_again(
-    place: Place, redis_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(anchors, "EVERY_S", 30.0)
-    asked = []
-
-    class Counting(RedisSink):
-        def after(self, cursor: str, count: int = 1) -> list[tuple[bytes, dict[bytes, bytes]]]:
-            asked.append(cursor)
-            return super().after(cursor, count)
-
-        def newest(self, count: int) -> list[tuple[bytes, dict[bytes, bytes]]]:
-            asked.append("")
-            return super().newest(count)
-
-    kept = Counting(redis.Redis.from_url(redis_url), ANCHORS)
-    Writer(place, kept).write()
-    watch = watching(place, kept)
-    for _ in range(5):
-        assert found(watch) == []
-
-    assert asked == [""]
-
-
 def test_an_anchor_is_compared_with_its_line_once(
     place: Place, kept: AnchorPlace, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The line is looked for in a file unless it is the last signed one, which the look has read."""
     searched: list[int] = []
     genuine = segments.line_of
 
@@ -663,20 +644,36 @@ def test_an_anchor_is_compared_with_its_line_once(
         return genuine(path, seq)
 
     monkeypatch.setattr(segments, "line_of", counted)
+    writer.trail.append(record(4))
+    writer.trail.checkpoint_if_due()  # not anchored yet
     watch = watching(place, kept)
     for _ in range(5):
         assert found(watch) == []
     writer.write()
     assert found(watch) == []
 
-    assert searched == [4, 8]
+    assert searched == [4]
+
+
+def test_a_line_that_only_looks_like_that_of_an_anchor_is_none(
+    place: Place, kept: AnchorPlace, writer: Writer
+) -> None:
+    """The log was written anew, and its last signed line is later than the anchor."""
+    writer.trail.append(record(4))
+    writer.close()
+    kept_lines = kept.lines()
+    written_anew(place.files()[0], Signer.at(place.signing_key))
+    other = FolderSink(place.at / "first only")
+    other.put(kept_lines[0] + b"\n")
+
+    assert found(watching(place, other)) == ["rewritten"]
 
 
 def test_only_the_newest_anchors_of_a_stream_are_read_at_first(
     place: Place, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(anchors, "_FIRST_READ", 2)
-    kept = RedisSink(redis.Redis.from_url(redis_url), ANCHORS)
+    kept = RedisSink(redis.Redis.from_url(redis_url))
     writer = Writer(place, kept)
     for _ in range(4):
         writer.write()

@@ -11,11 +11,11 @@ from kms_core.audit import AuditLogRules, chain, segments
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.maintenance import AuditMaintenance
 from kms_core.audit.sinks import FolderSink
-from kms_core.audit.verification import monitor, scan, verify
+from kms_core.audit.verification import scan, verify
 from kms_core.audit.verification.anchors import ACKNOWLEDGED, acknowledged
 from kms_core.audit.verification.monitor import AuditMonitor
 from kms_protocol.units import MiB
-from support.audit_logs import Place, codes, notes, record, rewrite
+from support.audit_logs import Place, chain_name, codes, notes, record, rewrite
 from support.holes import islands, with_hole
 
 SMALL: Final = AuditLogRules(checkpoint_lines=5)
@@ -43,7 +43,7 @@ def anchored(place: Place, anchors: FolderSink, count: int) -> Path:
     for number in range(count):
         log.append(record(number))
     log.close()
-    anchors.put([log.last_signed])
+    anchors.put(log.last_signed)
     return place.files()[-1]
 
 
@@ -218,14 +218,14 @@ def test_an_unsigned_head_excuses_no_missing_chain(place: Place) -> None:
     for number in range(3):
         lost.append(record(number))
     lost.close()
-    gone = next(file for file in place.files() if lost.position[0] in file.name)
+    gone = next(file for file in place.files() if chain_name(lost) in file.name)
     log = place.trail(role="worker")
     log.append(record(1))
     AuditMaintenance(log, keep_days=20).round()
     log.close()
     gone.unlink()
     assert codes(place.verified()) == ["missing_chain"]
-    heads = f'"heads":{{"{lost.position[0]}":[99,"{"00" * 32}","2020-01-01T00:00:00.000000Z"]}}'
+    heads = f'"heads":{{"{chain_name(lost)}":[99,"{"00" * 32}","2020-01-01T00:00:00.000000Z"]}}'
     put_chain(place, (0, f"{opening()[1]},{heads}"))
 
     assert codes(place.verified()) == ["missing_chain"]
@@ -294,13 +294,13 @@ def test_a_round_that_fails_is_reported_and_does_not_end_the_monitor(
         raise ZeroDivisionError
 
     watch = Watched(place.folder, place.signing_key)
-    monkeypatch.setattr(monitor, "scan", broken)
+    monkeypatch.setattr(verify, "scan", broken)
     watch.start()
     try:
         wait_for(failed)
         assert "ZeroDivisionError" in watch.condition.unread
         assert watch.condition.read_at == 0
-        monkeypatch.setattr(monitor, "scan", real)
+        monkeypatch.setattr(verify, "scan", real)
         watch.wake()
         wait_for(good)
         assert (watch.condition.unread, watch.condition.lines) == ("", 5)

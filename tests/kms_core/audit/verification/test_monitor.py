@@ -11,13 +11,15 @@ import pytest
 from prometheus_client import REGISTRY
 
 from kms_core.audit import AuditLog, AuditLogRules, chain, segments
+from kms_core.audit.verification import verify
 from kms_core.audit.verification.monitor import AuditMonitor
+from kms_core.audit.verification.scan import ScannedSpan, Span, scan
 from kms_protocol.units import MiB
 from support.audit_logs import Place, record
 from support.holes import small_peak, with_hole
 
 MANY: Final = 5_000
-"""Records of more than a MiB: the first look does not read all of them."""
+"""Records of more than a MiB: a look does not read all of them."""
 
 
 @pytest.fixture
@@ -61,9 +63,7 @@ def test_a_trail_that_grows_and_rotates_holds(place: Place, trail: AuditLog, wat
 
     assert codes(watch) == set()
     assert len(place.files()) > 3
-    assert {name: files[-1][1] for name, files in watch.ends().items()} == {
-        line["chain"]: line["seq"] for line in place.lines()
-    }
+    assert watch.condition.lines == len(place.lines())
     assert watch.condition.newest == max(str(line["time"]) for line in place.lines())
     assert watch.condition.read_at > 0
     assert REGISTRY.get_sample_value("kms_audit_chain_ok") == 1
@@ -94,6 +94,44 @@ def test_of_many_new_lines_the_last_are_read_and_the_old_ones_must_still_be_ther
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join((lines[0], *lines[2:])))
     assert codes(watch) & {"rewritten", "cut"}
+
+
+def test_lines_behind_an_end_far_above_the_last_mib_are_found(place: Place) -> None:
+    """Only the end that was known before tells that its process wrote no more."""
+    file = place.written(3)
+    watch = AuditMonitor(place.folder, place.signing_key)
+    assert codes(watch) == set()
+    line = file.read_bytes().splitlines()[-1]
+    head, found = chain.claimed_head(line), chain.read(line)
+    assert head
+    assert found
+    body, lines = chain.body_of(file.read_bytes().splitlines()[1]), []
+    for seq in range(found.seq + 1, MANY):
+        sealed, head = chain.seal(head, body.replace(b'"seq":1,', b'"seq":%d,' % seq))
+        lines.append(sealed)
+    with file.open("ab") as end:
+        end.write(b"".join(lines))
+
+    assert codes(watch) == {"after_closed"}
+    assert watch.condition.lines < MANY - 1
+
+
+def test_segments_that_have_not_changed_are_not_read_again(
+    place: Place, trail: AuditLog, watch: AuditMonitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = place.written(3)
+    scanned: list[str] = []
+
+    def counted(span: Span) -> ScannedSpan:
+        scanned.append(span.path)
+        return scan(span)
+
+    monkeypatch.setattr(verify, "scan", counted)
+    assert codes(watch) == codes(watch) == set()
+    assert scanned == [str(others)]
+    trail.append(record(11))
+    assert codes(watch) == set()
+    assert scanned == [str(others), str(place.files()[0])]
 
 
 def edited(file: Path) -> None:
@@ -211,8 +249,21 @@ def test_half_a_line_at_the_end_is_read_once_it_is_whole(
     file.write_bytes(whole)
 
     assert codes(watch) == set()
-    (files,) = watch.ends().values()
-    assert files[-1][1] == place.lines()[-1]["seq"]
+    assert watch.condition.newest == place.lines()[-1]["time"]
+
+
+def test_a_segment_that_is_just_begun_is_read_once_it_has_a_line(place: Place, trail: AuditLog) -> None:
+    while len(place.files()) < 2:
+        trail.append(record())
+    file = place.files()[-1]
+    whole = file.read_bytes()
+    file.write_bytes(b"")
+    watch = AuditMonitor(place.folder, place.signing_key)
+    assert codes(watch) == set()
+    file.write_bytes(whole)
+
+    assert codes(watch) == set()
+    assert watch.condition.lines == len(place.lines())
 
 
 def test_a_file_that_grows_while_it_is_looked_at_takes_no_memory(place: Place, watch: AuditMonitor) -> None:
@@ -228,7 +279,7 @@ def test_a_file_that_grows_while_it_is_looked_at_takes_no_memory(place: Place, w
 
     with pytest.MonkeyPatch.context() as patch, small_peak():
         patch.setattr(Path, "stat", stat)
-        assert codes(watch) == set()
+        assert codes(watch) == {"unreadable"}
 
 
 def test_a_pipe_that_takes_the_place_of_a_file_stops_nothing(place: Place, watch: AuditMonitor) -> None:

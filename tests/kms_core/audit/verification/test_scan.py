@@ -11,7 +11,7 @@ from kms_core.audit import AuditLogRules, chain, segments
 from kms_core.audit.keys import PublicKeys, Signer
 from kms_core.audit.verification.monitor import AuditMonitor
 from kms_core.audit.verification.scan import VerificationReport
-from support.audit_logs import Place, codes, notes, record, rewrite
+from support.audit_logs import Place, chain_name, codes, notes, record, rewrite
 
 SMALL: Final = AuditLogRules(checkpoint_lines=5)
 LATER: Final = "2999-01-01T00:00:00.000000Z"
@@ -115,7 +115,7 @@ def test_unsigned_lines_in_a_further_file_behind_a_closed_end_are_no_intact_log(
     assert place.verified().verdict == "intact"
     path.write_bytes(content)
     for file in place.files():
-        if not file.name.startswith(f"{trail.position[0]}."):
+        if not file.name.startswith(f"{chain_name(trail)}."):
             file.unlink()
     place.written(1)
 
@@ -302,7 +302,7 @@ def test_a_chain_without_signed_lines_is_named_by_its_first(place: Place) -> Non
     for number in range(3):
         trail.append(record(number))
 
-    assert tips(place) == {trail.position[0]: 0}
+    assert tips(place) == {chain_name(trail): 0}
 
 
 def test_the_signed_end_may_be_in_the_file_before(place: Place) -> None:
@@ -312,7 +312,7 @@ def test_the_signed_end_may_be_in_the_file_before(place: Place) -> None:
     trail.append(record(2))
 
     assert len(place.files()) == 2
-    assert tips(place) == {trail.position[0]: 2}
+    assert tips(place) == {chain_name(trail): 2}
 
 
 def test_an_end_signed_by_a_former_key_is_named(place: Place) -> None:

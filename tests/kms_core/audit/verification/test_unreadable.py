@@ -20,7 +20,7 @@ from kms_core.audit.chain import ChainLine
 from kms_core.audit.keys import PublicKeys, Signer
 from kms_core.audit.maintenance import AuditMaintenance
 from kms_core.audit.sinks import FolderSink
-from kms_core.audit.verification import anchors
+from kms_core.audit.verification.crosscheck import Removals
 from kms_core.audit.verification.monitor import AuditMonitor
 from kms_core.settings.model import Settings
 from kms_protocol.units import MiB
@@ -31,12 +31,6 @@ from support.waiting import WAIT_S
 NOBODY: Final = 65534
 MARK: Final = b'"kind":"retired"'
 EAGER: Final = AuditLogRules(checkpoint_s=0)
-
-
-@pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anchors are read at each look."""
-    monkeypatch.setattr(anchors, "EVERY_S", 0.0)
 
 
 @pytest.fixture
@@ -118,6 +112,25 @@ def test_a_file_that_cannot_be_read_hides_no_cut_of_another(place: Place, *, at_
         assert sorted(found(watch)) == (["cut", "missing_chain"] if at_first else ["cut"])
     assert compared() == 0
     assert first.name in watch.condition.unread
+
+
+def test_a_segment_that_cannot_be_read_is_not_called_missing(place: Place) -> None:
+    trail = place.trail(AuditLogRules(rotate_bytes=4096))
+    for number in range(60):
+        trail.append(record(number))
+    trail.close()
+    first, middle, *_ = place.files()
+    first.chmod(0)
+    middle.chmod(0)
+    watch = watching(place)
+    with unprivileged(place):
+        watch.round()
+        assert watch.condition.problems == ()
+        assert "Permission denied" in watch.condition.unread
+        for file in (first, middle):
+            file.chmod(0o600)
+        watch.round()
+    assert (watch.condition.problems, watch.condition.unread) == ((), "")
 
 
 @pytest.mark.parametrize("at_first", [True, False], ids=["at the first look", "later"])
@@ -310,15 +323,11 @@ def test_what_cannot_be_read_is_told_once(place: Place) -> None:
     assert [problem.code for problem in watch.condition.problems] == ["cut"]
 
 
-def test_a_file_whose_opening_is_not_known_is_excused_by_no_removal(place: Place) -> None:
-    trail = place.trail()
-    trail.append(record(1))
-    trail.record_removal("2999-01-01T00:00:00.000000Z", 1)
-    watch = watching(place)
-    watch.round()
+def test_a_file_whose_opening_is_not_known_is_excused_by_no_removal() -> None:
+    removals = Removals("2999-01-01T00:00:00.000000Z")
 
-    assert watch.is_retired("2026-01-01T00:00:00.000000Z")
-    assert not watch.is_retired("")
+    assert removals.cover("2026-01-01T00:00:00.000000Z")
+    assert not removals.cover("")
 
 
 # -- anchors -----------------------------------------------------------------------------------------

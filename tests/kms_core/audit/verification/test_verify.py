@@ -17,7 +17,7 @@ from kms_core.audit import AuditLogRules, chain, maintenance
 from kms_core.audit.keys import PublicKeys, Signer
 from kms_core.audit.sinks import FolderSink
 from kms_core.audit.verification.verify import SPAN_BYTES, verify
-from support.audit_logs import Place, codes, notes, record, rewrite
+from support.audit_logs import Place, chain_name, codes, notes, record, rewrite
 
 Change = Callable[[list[bytes]], list[bytes]]
 SMALL = AuditLogRules(checkpoint_lines=5)
@@ -87,8 +87,7 @@ def test_another_key_does_not_fit(place: Place, tmp_path: Path) -> None:
     assert codes(verify(place.folder, PublicKeys.of([other]))) == ["unknown_key"]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_large_trail_is_read_in_stretches(place: Place, processes: int) -> None:
+def test_a_large_trail_is_read_in_stretches(place: Place) -> None:
     place.trail()
     name = "x" * 100_000  # few lines, many bytes
     trail = place.trail(AuditLogRules(rotate_bytes=1 << 30))
@@ -96,12 +95,7 @@ def test_a_large_trail_is_read_in_stretches(place: Place, processes: int) -> Non
         trail.append(record(principal=name))
     trail.close()
     seen: list[tuple[int, int]] = []
-    report = verify(
-        place.folder,
-        place.keys(),
-        processes=processes,
-        progress=lambda done, total: seen.append((done, total)),
-    )
+    report = verify(place.folder, place.keys(), progress=lambda done, total: seen.append((done, total)))
 
     assert report.verdict == "intact"
     assert report.lines == 402
@@ -307,7 +301,7 @@ def test_a_chain_written_anew_after_another_saw_it_does_not_pass(place: Place) -
         forged.append(record(number))
     forged.close()
     new = place.files()[-1]
-    text = new.read_bytes().replace(forged.position[0].encode(), original["chain"].encode())
+    text = new.read_bytes().replace(chain_name(forged).encode(), original["chain"].encode())
     path.write_bytes(b"".join(resealed(text.splitlines(keepends=True), begin=0)))
     new.unlink()
 
@@ -319,7 +313,7 @@ def anchored(place: Place, count: int) -> tuple[Path, FolderSink]:
     for number in range(count):
         trail.append(record(number))
     anchors = FolderSink(place.at / "anchors")
-    anchors.put([trail.last_signed])
+    anchors.put(trail.last_signed)
     trail.close()
     return place.files()[-1], anchors
 
