@@ -125,7 +125,7 @@ def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core
             key.native.elsewhere = partial(_elsewhere, install, key.key_id)
     store = JobStore(client, record_key, notify, _store_rules(settings, tokens_))
     small = SmallBlobs(client, jobs.inline_bytes, lambda: store.has_room)
-    spool = Spool(blobs, spool_key, record_key, jobs.spool_max_bytes, small)
+    spool = Spool(blobs, spool_key, jobs.spool_max_bytes, small)
     locations = Locations(
         _roots(settings),
         buckets.build(settings),

@@ -250,19 +250,19 @@ class Kms:
             call.record.bytes_out = stream.plaintext_size(payload.size)
             return found
 
-    def rewrap_header(  # noqa: PLR0913 -- two keys, two contexts
+    def rewrap_header(
         self,
         who: Principal,
-        head: Header,
+        source: RangeSource,
         context: Context,
         *,
         new_context: Context | None,
         key_id: str | None,
-        size_bytes: int,
-    ) -> Sealed:
-        """The new header of a ``rewrap``; ``size_bytes`` is the size of the ciphertext."""
-        with self._recorder.recorded("rewrap", who, context, None, bytes_in=size_bytes) as call:
-            return self._rewrapped(call, head, new_context, key_id)
+    ) -> tuple[Sealed, bytes]:
+        """The new header of a file, and its payload nonce, which stays. Raises as ``rewrap``."""
+        with self._recorder.recorded("rewrap", who, context, None, bytes_in=source.size) as call:
+            head = header.read_by(source.read_at, header.FILE_LIMITS)
+            return self._rewrapped(call, head, new_context, key_id), head.nonce
 
     # -- keys, permissions and health -----------------------------------------------------------------
 

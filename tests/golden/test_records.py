@@ -38,7 +38,8 @@ def test_record_opens_as_its_kind(name: str) -> None:
     found = RecordKey((SECRET,)).open(wanted["job_id"], unb64(HELD[name]))
 
     assert type(found) is FORMS[name]
-    assert msgspec.json.encode(found, order="sorted") == msgspec.json.encode(wanted, order="sorted")
+    known = {field: value for field, value in wanted.items() if field != "signed_end"}  # all are, by now
+    assert msgspec.json.encode(found, order="sorted") == msgspec.json.encode(known, order="sorted")
     assert (found.queue, found.owner) == (expected.QUEUES[name], wanted.get("parent", wanted["job_id"]))
 
 

@@ -5,6 +5,7 @@ The other tests read what is stored. A label or a version that only the writing 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -12,16 +13,25 @@ import pytest
 
 from kms_core.age.x25519 import X25519Identity
 from kms_core.backends import KeyVersion
+from kms_core.backends.age import AgeBackend
+from kms_core.backends.key_files import KeyFiles
 from kms_core.backends.remote import RemoteBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.jobs.ends import SignedEnd, SignedSplit, spec_digest
+from kms_core.jobs.events.webhook import WebhookRequest, sign
 from kms_core.jobs.model import Checkpoint, Commit
 from kms_core.jobs.sealed_records import RecordKey
-from kms_core.jobs.spec import UploadJob, of_flat
+from kms_core.jobs.spec import ItemsJob, UploadJob
+from kms_core.jobs.storage.disk_sync import DiskSync
+from kms_core.jobs.storage.local_paths import temporary_name
+from kms_core.jobs.storage.spool import Label, Spool
+from kms_core.jobs.storage.spool_folder import SpoolFolder
 from kms_core.jobs.store import wake_up
+from kms_core.s3 import bucket
 from kms_protocol.context import Context
 from support.golden import make, manifest, reference
+from support.golden.jobs import SECRET as SPOOL_SECRET
 from support.golden.manifest import SMALL
 from support.golden.reference import Names, Stanza
 
@@ -184,27 +194,55 @@ def test_new_jobs_wait_in_the_queues_of_version_1() -> None:
     queues = {"encrypt": "kms.files", "rewrap": "kms.maintenance"}
     for kind, queue in queues.items():
         assert msgspec.structs.replace(ACCEPTED, kind=kind).queue == queue
-    of_items = msgspec.structs.asdict(ACCEPTED) | {"source": "items", "items": 1}
-    assert of_flat(of_items).queue == "kms.bulk"
+    of_items = msgspec.structs.asdict(ACCEPTED) | {"source": "items", "items": 1, "starts": (0,)}
+    del of_items["input_ref"]
+    assert ItemsJob(**of_items).queue == "kms.bulk"
 
 
-def test_new_commit_and_log() -> None:
-    key = RecordKey((SECRET, bytes(32)))  # the first secret makes digests, so that a rotation changes none
-    commit = key.sign_commit(JOB_ID, Commit(fence=1, size_bytes=2))
-    log = key.sign_log(JOB_ID, Checkpoint(words=("done",), outcomes=(0,)))
+def test_new_digest() -> None:
+    """Of the first secret, so that a rotation changes none."""
+    key = RecordKey((SECRET, bytes(32)))
 
-    assert msgspec.json.decode(reference.opened_signed(SECRET, b"commit", JOB_ID, commit))["size_bytes"] == 2
-    assert msgspec.msgpack.decode(reference.opened_signed(SECRET, b"log", JOB_ID, log))["words"] == ["done"]
     assert key.digest(b"a", b"bc") == reference.digest(SECRET, b"a", b"bc")
 
 
+def test_new_blob(tmp_path: Path) -> None:
+    """An age file of the spool identity, bound to its names and to the id of its writing."""
+    key = AgeBackend(KeyFiles(manifest.copied("keys/spool.txt", tmp_path)))
+    spool = Spool(SpoolFolder(tmp_path, DiskSync(tmp_path)), key, 1 << 30)
+    with spool.writing(Label("acme", JOB_ID, "head", "3")) as out:
+        out.write(SMALL)
+    data = (tmp_path / JOB_ID / "head.3").read_bytes()
+    native, context, origin = reference.unverified_stanzas(data)
+    file_key = reference.x25519_file_key(manifest.identity_secret("spool"), native)
+    names = Names("acme", "spool", context.args[3], "age")
+    bound = {"attempt": "3", "job": JOB_ID, "role": "head", "write": out.ref.hex()}
+    nonce = data[data.index(b"\n--- ") + 49 :][:16]
+
+    assert reference.opened_file(data, file_key) == SMALL
+    assert context.body == reference.context_tag(file_key, reference.decoded(context.args[4]), names, bound)
+    assert origin.body == reference.origin_tag(SPOOL_SECRET, file_key, nonce, names, bound)
+
+
+def test_signature_of_a_delivery_is_that_of_version_1() -> None:
+    message = WebhookRequest("d-1", "j-1", b'{"a":1}')
+    expected_mac = reference.hmac_sha256(SECRET, b'1700000000.d-1.j-1.{"a":1}').hex()
+
+    assert sign(SECRET, 1_700_000_000, message) == f"v1={expected_mac}"
+
+
+def test_names_in_places_of_others_are_those_of_version_1() -> None:
+    assert bucket.MARK == "x-amz-meta-kms-job"
+    assert temporary_name("a-1") == ".kms-a-1.tmp"
+
+
 def test_new_bound_records() -> None:
-    """Of a record that says ``signed_end``: commit, log, list of parts and end are bound to it."""
+    """Commit, log, list of parts and end are bound to the sealed record."""
     key = RecordKey((SECRET, bytes(32)))
-    sealed = key.seal(msgspec.structs.replace(ACCEPTED, signed_end=True))
+    sealed = key.seal(ACCEPTED)
     spec, end = spec_digest(sealed), SignedEnd(fence=1, attempt=2, state="succeeded", kept_until=3.0)
     made = {
-        b"commit": key.sign_commit(JOB_ID, Commit(fence=1, size_bytes=2), spec),
+        b"commit": key.sign_commit(JOB_ID, Commit(attempt_id="a", size_bytes=2), spec),
         b"log": key.sign_log(JOB_ID, Checkpoint(words=("done",), outcomes=(0,)), spec),
         b"split": key.sign_split(JOB_ID, SignedSplit(parts=1, digest=spec_digest(b"ab", b"c")), spec),
         b"end": key.sign_end(JOB_ID, end, spec),
@@ -213,7 +251,6 @@ def test_new_bound_records() -> None:
         label: reference.opened_bound(SECRET, label, JOB_ID, sealed, signed) for label, signed in made.items()
     }
 
-    assert msgspec.msgpack.decode(reference.opened_record(bytes(32), JOB_ID, sealed))["signed_end"] is True
     assert msgspec.json.decode(bodies[b"commit"])["size_bytes"] == 2
     assert msgspec.msgpack.decode(bodies[b"log"])["words"] == ["done"]
     assert msgspec.msgpack.decode(bodies[b"split"]) == {"parts": 1, "digest": reference.sha256(b"abc")}

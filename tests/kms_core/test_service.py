@@ -344,8 +344,12 @@ def test_a_header_is_made_for_a_payload_that_is_there(kms: Kms) -> None:
 def test_rewrapping_a_file_makes_a_header_alone(kms: Kms) -> None:
     sealed = kms.encrypt(ADA, b"salary", ROW).ciphertext
     head = head_of(sealed)
-    moved = kms.rewrap_header(ADA, head, ROW, new_context=None, key_id="payroll", size_bytes=len(sealed))
+    with TemporaryFile(buffering=0) as source:
+        source.write(sealed)
+        file = FileRange(source.fileno(), len(sealed))
+        moved, nonce = kms.rewrap_header(ADA, file, ROW, new_context=None, key_id="payroll")
 
+    assert nonce == head.nonce
     assert kms.decrypt(ADA, moved.ciphertext + sealed[head.size :], ROW).plaintext == b"salary"
 
 

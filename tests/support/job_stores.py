@@ -2,15 +2,18 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import redis
 
 from kms_core import redis_client
 from kms_core.container import Core
+from kms_core.jobs.file_patterns import is_tree
 from kms_core.jobs.model import Attempt, Commit, StoreRules
 from kms_core.jobs.recovery.reaper import Reaper
-from kms_core.jobs.spec import AnyJob, of_flat
+from kms_core.jobs.spec import AnyJob
 from kms_core.jobs.storage.spool_folder import SpoolFolder
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
@@ -51,11 +54,18 @@ def accepted(**changes: object) -> AnyJob:
         "kind": "encrypt",
         "source": "items" if {"items", "parent"} & changes.keys() else "upload",
         "context": (("where", CANARY),),
-        "signed_end": True,
         "created_at": now,
         "expires_at": now + 3600,
     }
-    return of_flat(fields | changes)
+    return _of(fields | changes)
+
+
+def _of(fields: Mapping[str, object]) -> AnyJob:
+    source = str(fields["source"])
+    form = source if source in {"upload", "items"} else "file"
+    if is_tree(source):
+        form = "tree_part" if fields.get("parent") else "tree"
+    return msgspec.convert({"target": "", "items": 0, "starts": (), **fields, "form": form}, AnyJob)  # type: ignore[no-any-return]  # a union
 
 
 def claimed(store: JobStore, worker: str = "w1", **changes: object) -> Attempt:

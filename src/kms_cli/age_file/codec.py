@@ -179,7 +179,7 @@ def release(sealed: AgeFile, key: bytes, target: OutputStream, options: Parallel
 def release_part(file_range: FileRange, key: bytes, target: OutputStream, part: PlaintextRange) -> None:
     """Write a range; only its chunks and the last one are read. Raises Damaged."""
     with _damaged():
-        reader = RangeReader(key, file_range.read_at, file_range.size)
+        reader = RangeReader(key, file_range)
         stop = None if part.length is None else part.offset + part.length
         for slab in reader.slabs(part.offset, stop):
             target.writer.write(slab)

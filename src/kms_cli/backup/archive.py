@@ -138,7 +138,7 @@ class ArchiveReader:
         """Raise NotABackup for a file with armor, DecryptFailed for a truncated one."""
         if sealed.file_range is None:
             raise NotABackup("A backup is a file without armor, and no pipe")
-        self._plain = RangeReader(key, sealed.file_range.read_at, sealed.file_range.size)
+        self._plain = RangeReader(key, sealed.file_range)
         self._manifest: Manifest | None = None
 
     @property

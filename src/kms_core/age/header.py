@@ -33,6 +33,12 @@ _FIRST_READ_BYTES: Final = 4096 + NONCE_BYTES
 _FOOT_BYTES: Final = _MAC_LINE_BYTES + NONCE_BYTES
 
 
+def check_start(content: memoryview) -> None:
+    """Raise NotACiphertext unless content begins as an age file without armor."""
+    if not bytes(content[: len(VERSION_LINE)]).startswith(VERSION_LINE):
+        raise NotACiphertext
+
+
 def is_age_file(content: bytes) -> bool:
     """Return whether content begins as an age file does, armored or not."""
     return content.startswith((VERSION_LINE, armor.BEGIN))

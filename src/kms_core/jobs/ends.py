@@ -77,8 +77,8 @@ class SignedEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The outcome of one attempt at a job.
 
     Its MAC is also over the digest of the sealed record, so it counts for no other record of the same id.
-    ``result_digest`` is the ref of the result in the spool (``blobs``: the random bytes that its MACs are
-    under, and its size), or SHA-256 over the ends of its parts. ``failures`` are the first items or files
+    ``result_digest`` is the random id of the writing of the result (``BlobWriter.ref``), or SHA-256 over the
+    ends of its parts. ``failures`` are the first items or files
     that failed. ``file_id`` (``binding.file_id``) is that of the one file of the job, which it made, moved or
     opened. ``kept_until`` (seconds since the epoch) is when the record has left Redis by itself: from then on
     it proves nothing.

@@ -58,7 +58,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     Others may have written plain fields, so each has bounds. Nothing in a Job says what to do.
 
     ``end`` is the verified end of a job that succeeded, or failed with ``items_failed``; its counts are those
-    told here. None before the end, for other ends, and for a record of 0.1, whose ends were not signed.
+    told here. None before the end, and for other ends.
     ``accepted`` is the opened record; None if this service did not seal it. ``released`` is the time from
     which on the result is gone because its reader released it, 0 for never. ``is_replayed``: it answers a
     submission with an Idempotency-Key that was used before.
@@ -129,13 +129,11 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
 
     Of an object, ``upload`` is the multipart upload, empty where a single write makes it, ``parts`` a digest
     of what was sent, and ``over`` what may be replaced: nothing, ``*``, or the object with this ETag.
-    ``mark`` is the object's metadata, by which it is recognised; a commit of 0.1 has none, and its object has
-    the id of the job there. One of 0.1 has the ``fence`` of its attempt in place of an id. ``file_id`` is as
-    in ``SignedEnd``.
+    ``mark`` is the object's metadata, by which it is recognised. ``attempt_id`` is the last part of the name
+    of its temporary file, or of the note of its upload. ``file_id`` is as in ``SignedEnd``.
     """
 
-    attempt_id: str | msgspec.UnsetType = msgspec.UNSET
-    fence: int | msgspec.UnsetType = msgspec.UNSET
+    attempt_id: str
     size_bytes: int
     inode: int = 0
     mtime_ns: int = 0
@@ -143,13 +141,8 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     upload: str = ""
     parts: str = ""
     over: str = ""
-    mark: str | msgspec.UnsetType = msgspec.UNSET
-    file_id: str | msgspec.UnsetType = msgspec.UNSET
-
-    @property
-    def attempt_name(self) -> str:
-        """The last part of the name of its temporary file, or of the note of its upload."""
-        return self.attempt_id or str(self.fence)
+    mark: str = ""
+    file_id: str = ""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -238,7 +231,8 @@ class Attempt:
 
     Two attempts never have the same ``attempt_id``, also after Redis has gone back in time. ``fence`` is the
     number of claims so far, which workers of 0.1 go by. ``is_large``: it was claimed as a large job, see
-    ``StoreRules``. ``spec`` is the digest of the sealed record. ``following``: what its process takes next.
+    ``StoreRules``. ``spec`` is the digest of the sealed record, which binds its commit and checkpoint.
+    ``following``: what its process takes next.
     """
 
     accepted: AnyJob
@@ -253,11 +247,6 @@ class Attempt:
     log: Checkpoint = field(default_factory=Checkpoint)
     spec: bytes = b""
     following: "Following | None" = field(default=None, compare=False)
-
-    @property
-    def bound(self) -> bytes:
-        """The bytes that bind its commit and checkpoint: the sealed record, unless that is of 0.1."""
-        return self.spec if self.accepted.signed_end else b""
 
     def end(self, state: JobState, error: str, work: Work, kept_until: float) -> SignedEnd:
         """The outcome of this attempt, to be signed; its record is kept until ``kept_until``."""

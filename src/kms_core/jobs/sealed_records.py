@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from kms_core.age.kdf import KEY_BYTES, hkdf
 from kms_core.jobs.ends import SignedEnd, SignedSplit
 from kms_core.jobs.model import Checkpoint, Commit
-from kms_core.jobs.spec import AnyJob, JobSpec, RecordTooNew, check_needs, of_flat, unreadable_error
+from kms_core.jobs.spec import AnyJob, JobSpec, RecordTooNew, check_needs, unreadable_error
 from kms_protocol.errors import UnknownJob
 
 _decode: Final[Callable[[bytes], AnyJob]] = msgspec.msgpack.Decoder(AnyJob).decode
@@ -68,23 +68,22 @@ class RecordKey:
         """A key for another use, of the oldest secret: hosts that have not got a new one yet have it too."""
         return hkdf(self._secrets[0], salt=b"", info=info)
 
-    def sign_commit(self, job_id: str, commit: Commit, spec: bytes = b"") -> bytes:
+    def sign_commit(self, job_id: str, commit: Commit, spec: bytes) -> bytes:
         """A commit record as it rests in Redis: behind a MAC, or others could have a file put in place.
 
-        ``spec`` is the digest of the sealed record, so that it counts for no other record of this id; empty
-        for a record of 0.1.
+        ``spec`` is the digest of the sealed record, so that it counts for no other record of this id.
         """
         return self._signed(_COMMIT, job_id, spec, msgspec.json.encode(commit))
 
-    def open_commit(self, job_id: str, signed: bytes, spec: bytes = b"") -> Commit:
+    def open_commit(self, job_id: str, signed: bytes, spec: bytes) -> Commit:
         """The commit record. UnknownJob if it was not written here for this job id and sealed record."""
         return msgspec.json.decode(self._verified(_COMMIT, job_id, spec, signed), type=Commit)
 
-    def sign_log(self, job_id: str, log: Checkpoint, spec: bytes = b"") -> bytes:
+    def sign_log(self, job_id: str, log: Checkpoint, spec: bytes) -> bytes:
         """Sign the checkpoint of a part for Redis, as a commit record is."""
         return self._signed(_LOG, job_id, spec, msgspec.msgpack.encode(log))
 
-    def open_log(self, job_id: str, signed: bytes, spec: bytes = b"") -> Checkpoint:
+    def open_log(self, job_id: str, signed: bytes, spec: bytes) -> Checkpoint:
         """The log of a part. UnknownJob if it was not written here for this job id and sealed record."""
         return msgspec.msgpack.decode(self._verified(_LOG, job_id, spec, signed), type=Checkpoint)
 
@@ -114,8 +113,7 @@ class RecordKey:
         return body
 
     def _tag(self, label: bytes, job_id: str, spec: bytes, body: bytes) -> bytes:
-        bound = (spec,) if spec else ()
-        return self.digest(label, job_id.encode(), *bound, body)
+        return self.digest(label, job_id.encode(), spec, body)
 
     def digest(self, *parts: bytes) -> bytes:
         """A keyed digest of 32 bytes: a plain one of a short secret could be guessed."""
@@ -137,12 +135,8 @@ class RecordKey:
 def _decoded(plain: bytes) -> AnyJob:
     try:
         return check_needs(_decode(plain))
-    except msgspec.ValidationError:
-        fields = msgspec.msgpack.decode(plain)
-    if isinstance(fields, dict) and "form" not in fields:
-        with suppress(msgspec.ValidationError):
-            return check_needs(of_flat(fields))
-    raise unreadable_error(fields)
+    except msgspec.ValidationError as exc:
+        raise unreadable_error(msgspec.msgpack.decode(plain)) from exc
 
 
 SECRET_BYTES: Final = KEY_BYTES

@@ -9,7 +9,6 @@ from msgspec import Meta
 
 from kms_core.auth.policy import Grant, Principal
 from kms_core.jobs.ends import CLOCK_LEEWAY_S
-from kms_core.jobs.file_patterns import is_tree
 from kms_protocol.context import Context
 from kms_protocol.errors import JobExpired, Unavailable, UnknownJob
 from kms_protocol.wire import JobKind, Priority, Release
@@ -55,10 +54,9 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     """Fields that every kind of job has. Stored in Redis sealed as one blob; workers act only on it.
 
     ``size_bytes`` is the size of its input; 0 of a tree until it is listed. ``callback`` names a webhook
-    endpoint of the settings. ``signed_end`` says that it ends with a ``SignedEnd``, as all do since 0.2.
-    ``generation`` counts how often it was retried after it was dead.
+    endpoint of the settings. ``generation`` counts how often it was retried after it was dead.
     ``idempotency`` is the keyed digest (32 bytes) of the Idempotency-Key's scope that it was submitted with;
-    empty without a key, and in records of earlier versions. ``release`` says when the result is deleted
+    empty without a key. ``release`` says when the result is deleted
     before it expires. Parts have neither that nor labels, metadata and group. ``needs`` names features
     that a worker must know, or leave the job to a newer one. Times are seconds since the epoch.
 
@@ -84,7 +82,6 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     traceparent: str = ""
     digest: bytes = b""
     idempotency: bytes = b""
-    signed_end: bool = False
     needs: tuple[str, ...] = ()
     release: Release | Literal[""] = ""
     labels: dict[str, str] = msgspec.field(default_factory=dict)
@@ -344,15 +341,3 @@ def unreadable_error(fields: object) -> UnknownJob:
         if isinstance(found := fields.get(field), str) and found not in known:
             return RecordTooNew(f"{field}-{found[:64]}")
     return UnknownJob("The record of this job has values that no version writes")
-
-
-def of_flat(fields: Mapping[str, object]) -> AnyJob:
-    """A specification from fields that do not say their kind, as records of 0.1 hold them.
-
-    Fields that had their default are missing there. Raises msgspec.ValidationError.
-    """
-    source = str(fields.get("source", ""))
-    form = source if source in {"upload", "items"} else "file"
-    if is_tree(source):
-        form = "tree_part" if fields.get("parent") else "tree"
-    return msgspec.convert({"target": "", "items": 0, "starts": (), **fields, "form": form}, AnyJob)  # type: ignore[no-any-return]  # a union

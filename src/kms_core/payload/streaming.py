@@ -3,21 +3,33 @@
 Opening releases only genuine chunks, in order: of a damaged pipe exactly those before the fault.
 """
 
+import copy
 import fcntl
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.utils import Buffer
 
-from kms_core.age.stream import CHUNK, SEALED_CHUNK, chunk_count, cut, nonce, open_run, plaintext_size
+from kms_core.age.stream import (
+    CHUNK,
+    SEALED_CHUNK,
+    TAG,
+    chunk_count,
+    cut,
+    nonce,
+    open_into,
+    plaintext_size,
+)
+from kms_core.payload.files import RangeSource
 from kms_core.payload.parallel import DEFAULTS, SLAB_CHUNKS, ChunkRange, ParallelOptions, SealedSlab, Slab
 from kms_protocol.errors import DecryptFailed
 
 _BUFFERS: Final = 2
 _PIPE_BYTES: Final = 1024 * 1024
+_KEPT: Final = 4  # chunks: threads that work on neighbouring slabs share one
 
 
 class Readable(Protocol):
@@ -216,45 +228,104 @@ def _blocking(transferred: int | None) -> int:
 
 
 class RangeReader:
-    """Reads ranges of a sealed payload. Reads only their chunks, and holds at most 2 MiB. Safe for threads.
+    """Reads ranges of a sealed payload, as a ``RangeSource`` of its plaintext.
 
-    ``read_at(position, length)`` returns sealed bytes as ``RangeSource.read_at``; they must not change. The
+    Reads only their chunks, and holds at most 2 MiB. Safe for threads. The payload must not change. The
     last chunk is verified first: otherwise a payload truncated between two chunks would pass with a wrong
-    size. Each read verifies the chunks that it reads.
+    size. Each read verifies the chunks that it reads, and raises DecryptFailed if one is forged.
     """
 
-    def __init__(self, key: bytes, read_at: Callable[[int, int], bytes], sealed_size: int) -> None:
+    def __init__(self, key: bytes, payload: RangeSource) -> None:
         """Raise DecryptFailed if no payload has that size, or if its last chunk is forged."""
-        self.size: Final = plaintext_size(sealed_size)
+        self.size = self._total = plaintext_size(payload.size)
+        self.sealed_size: Final = payload.size
         self._aead = ChaCha20Poly1305(key)
-        self._read_at = read_at
-        self._sealed_size = sealed_size
-        self._chunks = chunk_count(self.size)
-        self._open(self._chunks - 1, self._chunks)
+        self._payload = payload
+        self._offset = 0
+        self._kept: tuple[tuple[int, memoryview], ...] = ()
+        last = chunk_count(self._total) - 1
+        self._open(last, memoryview(bytearray(SEALED_CHUNK)), memoryview(bytearray(CHUNK)))
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Up to ``length`` bytes from ``offset`` on, fewer at the end. Raises DecryptFailed."""
-        return b"".join(self.slabs(offset, offset + length))
+    def tail(self, position: int) -> Self:
+        """The range from ``position`` on."""
+        found = copy.copy(self)
+        found.size, found._offset = self.size - position, self._offset + position  # noqa: SLF001 -- of this class
+        return found
+
+    def stamp(self) -> None:
+        """Nothing: each read finds a change of what it reads."""
+
+    def read_at(self, position: int, length: int) -> bytes:
+        """Up to ``length`` bytes from ``position`` on, fewer at the end."""
+        return b"".join(self.slabs(position, position + length))
+
+    def read_into(self, views: Sequence[memoryview], position: int) -> bool:
+        """Fill the views one after another from ``position`` on; False if the range ends before."""
+        if position + sum(map(len, views)) > self.size:
+            return False
+        for view in views:
+            self._fill(view, self._offset + position)
+            position += len(view)
+        return True
 
     def slabs(self, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
         """Yield the bytes from ``start`` to before ``stop`` in order, about 1 MiB at a time.
 
-        Raises DecryptFailed at the first slab with a forged chunk, of which nothing is yielded.
+        Of a slab with a forged chunk nothing is yielded.
         """
-        stop = self.size if stop is None else min(stop, self.size)
         if start < 0:
             raise ValueError("a range starts at 0 or later")
-        while start < stop:
-            first = start // CHUNK
-            base = first * CHUNK
-            end = min(base + SLAB_CHUNKS * CHUNK, stop)
-            yield memoryview(self._open(first, chunk_count(end)))[start - base : end - base]
-            start = end
+        stop = self.size if stop is None else min(stop, self.size)
+        for low, high in _runs(self._offset + start, self._offset + stop, SLAB_CHUNKS * CHUNK):
+            opened = memoryview(bytearray(high - low))
+            self._fill(opened, low)
+            yield opened
 
-    def _open(self, first: int, end: int) -> bytes:
-        position = first * SEALED_CHUNK
-        length = min(end * SEALED_CHUNK, self._sealed_size) - position
-        sealed = self._read_at(position, length)
-        if len(sealed) != length:
+    def sealed_slabs(self, start: int, stop: int) -> Iterator[memoryview]:
+        """Yield bytes of the payload as it is, ``sealed_size`` in all, after their chunks were verified."""
+        plain = memoryview(bytearray(CHUNK))
+        for low, high in _runs(start, min(stop, self.sealed_size), SLAB_CHUNKS * SEALED_CHUNK):
+            first, end = low // SEALED_CHUNK, -(-high // SEALED_CHUNK)
+            base = first * SEALED_CHUNK
+            sealed = memoryview(bytearray(min(end * SEALED_CHUNK, self.sealed_size) - base))
+            for at, chunk in enumerate(cut(sealed, SEALED_CHUNK), start=first):
+                self._open(at, chunk, plain)
+            yield sealed[low - base : high - base]
+
+    def _fill(self, view: memoryview, start: int) -> None:
+        """Fill a view with the plaintext from ``start`` on, chunk by chunk.
+
+        The last chunks of which a part was read are kept: what is read next often begins in one.
+        """
+        sealed = memoryview(bytearray(SEALED_CHUNK))
+        while view:
+            at, skipped = divmod(start, CHUNK)
+            if not skipped and len(view) >= min(CHUNK, self._total - start):
+                taken = self._open(at, sealed, view)
+            else:
+                opened = dict(self._kept).get(at)
+                if opened is None:
+                    opened = memoryview(bytearray(min(CHUNK, self._total - at * CHUNK)))
+                    self._open(at, sealed, opened)
+                    self._kept = (*self._kept[1 - _KEPT :], (at, opened))
+                part = opened[skipped : skipped + len(view)]
+                taken = len(part)
+                view[:taken] = part
+            view, start = view[taken:], start + taken
+
+    def _open(self, at: int, sealed: memoryview, plain: memoryview) -> int:
+        """Read a chunk into the start of ``sealed`` and open it into that of ``plain``. Returns its size."""
+        size = min(CHUNK, self._total - at * CHUNK)
+        if not self._payload.read_into([sealed[: size + TAG]], at * SEALED_CHUNK):
             raise DecryptFailed
-        return open_run(self._aead, first, sealed, last=end == self._chunks)
+        last = (at + 1) * SEALED_CHUNK >= self.sealed_size
+        open_into(self._aead, [nonce(at, last=last)], [sealed[: size + TAG]], [plain[:size]])
+        return size
+
+
+def _runs(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+    """Cut a range at the multiples of ``width``."""
+    while start < stop:
+        end = min(start - start % width + width, stop)
+        yield start, end
+        start = end

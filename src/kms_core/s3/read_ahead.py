@@ -2,7 +2,6 @@
 
 import copy
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -21,8 +20,6 @@ _GAP_BYTES: Final = 4 * 1024 * 1024  # kept for threads that are behind others
 _LATE_BYTES: Final = 16 * 1024 * 1024  # such threads read by themselves
 _SPANS: Final = 3
 _ENDS: Final = 8
-_EDGES: Final = 4
-_EDGE_BYTES: Final = 128 * 1024
 
 
 class ObjectStream:
@@ -74,8 +71,6 @@ class _Ahead:
     """Of the last ranges, by their ends."""
     spans: list[tuple[int, memoryview]] = field(default_factory=list)
     """Kept ranges; the one that was used last is the last."""
-    edges: deque[tuple[int, memoryview]] = field(default_factory=lambda: deque(maxlen=_EDGES))
-    """First and last views of reads: the reads before and after share these blocks."""
     stream: ObjectStream | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -141,18 +136,15 @@ class ReadAhead:
                     self._note(position, sum(map(len, views)))
                     return
                 rest, position = rest[got:], position + got
-            if number in {0, len(views) - 1} and len(view) <= _EDGE_BYTES:
-                self._ahead.edges.append((position - len(view), memoryview(bytes(view))))
 
     def _copied(self, view: memoryview, position: int) -> int:
         """Copy bytes that are kept; their number."""
         spans = self._ahead.spans
-        for number, (start, data) in enumerate((*spans, *self._ahead.edges)):
+        for number, (start, data) in enumerate(spans):
             if start <= position < start + len(data):
                 run = data[position - start :][: len(view)]
                 view[: len(run)] = run
-                if number < len(spans):
-                    spans.append(spans.pop(number))
+                spans.append(spans.pop(number))
                 return len(run)
         return 0
 

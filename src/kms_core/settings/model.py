@@ -149,7 +149,7 @@ class JobsSection(Section, frozen=True, kw_only=True):
     The default is ``files`` in the state directory in dev, and none elsewhere. Jobs that read
     ``large_job_bytes`` or more leave ``reserved_processes`` of a worker's ``concurrency`` to other jobs.
     ``durability``: ``fsync`` waits until files of the spool are on disk, ``write`` leaves them to the kernel.
-    Inputs and results of at most ``inline_bytes``, sealed, rest in Redis instead, where 0.1 finds none.
+    Inputs and results of at most ``inline_bytes``, sealed, rest in Redis instead.
     ``tenant_spool_bytes`` is the quota of tenants without one of their own; None means no bound.
     ``start_within_s`` and ``run_within_s`` (from submission) and ``result_ttl_s`` (from the end) are defaults
     of a job's deadlines; ``deadline_max_s`` and ``keep_max_s`` bound what a job may ask for. An attempt that

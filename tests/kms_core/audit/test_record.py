@@ -59,8 +59,9 @@ def adopted(kms: Kms, sealed: bytes) -> None:
 
 
 def header_of_a_file(kms: Kms, sealed: bytes) -> None:
-    head = head_of(sealed)
-    kms.rewrap_header(ADA, head, SECRET, new_context=None, key_id=None, size_bytes=len(sealed))
+    with TemporaryFile(buffering=0) as source:
+        source.write(sealed)
+        kms.rewrap_header(ADA, FileRange(source.fileno(), len(sealed)), SECRET, new_context=None, key_id=None)
 
 
 GOOD: Final[dict[str, tuple[str, Call]]] = {

@@ -14,7 +14,6 @@ from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
-from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import JobNotDead
 from kms_protocol.wire import JobState
@@ -183,36 +182,6 @@ def test_record_that_is_there_longer_than_it_is_kept_is_refused(
     assert told(store, job_id) == ("succeeded", "")
     monkeypatch.setattr(time, "time", lambda: until + 61)
     assert told(store, job_id) == REFUSED
-
-
-# -- records of 0.1 ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("state", "code"), CLAIMS)
-def test_record_of_an_earlier_version_is_told_as_before(store: JobStore, state: str, code: str) -> None:
-    job_id = store.submit(accepted(signed_end=False)).job_id
-    forge(store, job_id, state=state, error=code, items_done="1")
-    job = store.get(job_id, TENANT)
-
-    assert told(store, job_id) == (state, code)
-    assert (job.end, job.items_done) == (None, 1)
-
-
-def test_record_of_an_earlier_version_does_not_last_forever(store: JobStore) -> None:
-    long_ago = time.time() - store.rules.keep_record_s - 120
-    job_id = store.submit(accepted(signed_end=False, expires_at=time.time() + 60)).job_id
-    sealed = store.record_key.seal(accepted(job_id=job_id, signed_end=False, expires_at=long_ago))
-    forge(store, job_id, state="succeeded", sealed=sealed)
-
-    assert told(store, job_id) == REFUSED
-
-
-def test_submissions_are_marked(core: Core) -> None:
-    """The mark is in the sealed part, so that nobody can pass a job off as one of 0.1."""
-    items = [wire.JobItem(plaintext=b"x")]
-    job_id = core.submitter.items(SubmissionOptions(WHO, "encrypt", CONTEXT), items).job_id
-
-    assert core.worker_context.store.accepted(job_id).signed_end
 
 
 # -- retries -----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -21,30 +21,54 @@ class Store:
         self.sealed = sealed
         self.asked: list[tuple[int, int]] = []
 
+    @property
+    def size(self) -> int:
+        return len(self.sealed)
+
     def read_at(self, position: int, length: int) -> bytes:
-        self.asked.append((position, length))
         return self.sealed[position : position + length]
 
+    def read_into(self, views: Sequence[memoryview], position: int) -> bool:
+        self.asked.append((position, sum(map(len, views))))
+        for view in views:
+            data = self.read_at(position, len(view))
+            view[: len(data)] = data
+            position += len(view)
+        return position <= self.size
+
+    def stamp(self) -> None:
+        """Nothing: it does not change."""
+
+    def tail(self, position: int) -> "Store":
+        return Store(self.sealed[position:])
+
     def reader(self) -> RangeReader:
-        return RangeReader(KEY, self.read_at, len(self.sealed))
+        return RangeReader(KEY, self)
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK, CHUNK + 1, 40 * CHUNK + 17])
 def test_any_range_is_that_of_the_plaintext(size: int) -> None:
     plaintext = os.urandom(size)
-    reader = Store(stream.seal(KEY, plaintext)).reader()
+    sealed = stream.seal(KEY, plaintext)
+    reader = Store(sealed).reader()
     chance = random.Random(size)  # noqa: S311 -- a repeatable choice of ranges
 
     assert reader.size == size
     for _ in range(50):
         start, length = chance.randrange(size + 2), chance.randrange(3 * CHUNK)
-        assert reader.read(start, length) == plaintext[start : start + length]
+        assert reader.read_at(start, length) == plaintext[start : start + length]
+        assert b"".join(reader.sealed_slabs(start, start + length)) == sealed[start : start + length]
+        tail = reader.tail(min(start, size))
+        assert (tail.size, tail.read_at(3, length)) == (
+            max(0, size - start),
+            plaintext[start:][3 : 3 + length],
+        )
 
 
 def test_slabs_come_in_order_and_small() -> None:
     plaintext = os.urandom(40 * CHUNK + 17)
     sealed = stream.seal(KEY, plaintext)
-    whole = list(RangeReader(KEY, Store(sealed).read_at, len(sealed)).slabs())
+    whole = list(Store(sealed).reader().slabs())
     part = list(Store(sealed).reader().slabs(100, 39 * CHUNK))
 
     assert b"".join(whole) == plaintext
@@ -55,11 +79,11 @@ def test_slabs_come_in_order_and_small() -> None:
 def test_only_the_chunks_touched_are_read() -> None:
     store = Store(stream.seal(KEY, bytes(40 * CHUNK)))
     reader = store.reader()
-    reader.read(5 * CHUNK - 10, 20)
-    reader.read(7, 0)
-    reader.read(40 * CHUNK, 10)
+    reader.read_at(5 * CHUNK - 10, 20)
+    reader.read_at(7, 0)
+    reader.read_at(40 * CHUNK, 10)
 
-    assert store.asked == [(39 * SEALED_CHUNK, SEALED_CHUNK), (4 * SEALED_CHUNK, 2 * SEALED_CHUNK)]
+    assert store.asked == [(at * SEALED_CHUNK, SEALED_CHUNK) for at in (39, 4, 5)]
 
 
 @pytest.mark.parametrize("size", [0, 10, SEALED_CHUNK, 2 * SEALED_CHUNK, 2 * SEALED_CHUNK + 50])
@@ -76,9 +100,11 @@ def forged(chunk: int) -> Callable[[bytes], bytes]:
 def test_a_forged_chunk_spoils_the_ranges_that_touch_it() -> None:
     reader = Store(forged(2)(stream.seal(KEY, bytes(5 * CHUNK)))).reader()
 
-    assert reader.read(0, 2 * CHUNK) == bytes(2 * CHUNK)
-    with pytest.raises(DecryptFailed):
-        reader.read(0, 2 * CHUNK + 1)
+    assert reader.read_at(0, 2 * CHUNK) == bytes(2 * CHUNK)
+    assert len(b"".join(reader.sealed_slabs(0, 2 * SEALED_CHUNK))) == 2 * SEALED_CHUNK
+    for read in (reader.slabs(0, 2 * CHUNK + 1), reader.sealed_slabs(0, 2 * SEALED_CHUNK + 1)):
+        with pytest.raises(DecryptFailed):
+            next(read)
 
 
 @pytest.mark.parametrize("kept", [SEALED_CHUNK + 5, 2 * SEALED_CHUNK], ids=["a part", "whole chunks"])
@@ -88,9 +114,9 @@ def test_a_source_that_gives_less_is_refused(kept: int) -> None:
     store.sealed = store.sealed[:kept]
 
     with pytest.raises(DecryptFailed):
-        reader.read(0, 3 * CHUNK)
+        reader.read_at(0, 3 * CHUNK)
 
 
 def test_no_range_starts_before_the_file() -> None:
     with pytest.raises(ValueError, match="starts at 0"):
-        Store(stream.seal(KEY, b"abc")).reader().read(-1, 2)
+        Store(stream.seal(KEY, b"abc")).reader().read_at(-1, 2)

@@ -85,16 +85,6 @@ def test_object_is_read_by_ranges_that_grow(reader: ReadAhead, way: Way) -> None
     assert asked(way) == [256 * 1024, MIB, 4 * MIB, 16 * MIB, len(DATA) - 21 * MIB - 256 * 1024]
 
 
-def test_reads_that_share_a_block_take_no_more_requests(reader: ReadAhead, way: Way) -> None:
-    """Slabs of sealed chunks end inside a block, which the next read has as its first."""
-    starts = range(0, len(DATA) - 9 * BLOCK, 8 * BLOCK)
-
-    for start in starts:
-        assert read(reader, start, start + 9 * BLOCK) == DATA[start : start + 9 * BLOCK]
-
-    assert len(way.seen) == 5
-
-
 def test_last_blocks_are_looked_at_without_an_end_of_the_stream(reader: ReadAhead, way: Way) -> None:
     for start in range(0, 30 * MIB, MIB):
         assert read(reader, start, start + MIB) == DATA[start : start + MIB]

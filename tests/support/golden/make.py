@@ -6,7 +6,7 @@ holds, and never again. A later format has a set of its own (README.md).
 
 import sys
 
-from support.golden import make_ciphertexts, make_jobs, make_keys, make_service
+from support.golden import make_ciphertexts, make_keys, make_service
 from support.golden.manifest import V1
 
 
@@ -16,7 +16,6 @@ def main() -> int:
         return 1
     make_keys.make(V1 / "keys")
     make_ciphertexts.make(V1 / "ciphertexts")
-    make_jobs.make(V1 / "jobs")
     make_service.make(V1)
     return 0
 

@@ -279,36 +279,8 @@ def digest(secret: bytes, *parts: bytes, rest: bytes = b"") -> bytes:
     return hmac_sha256(derived(secret, b"kms-service/job-digest/1"), message)
 
 
-def opened_signed(secret: bytes, label: bytes, job_id: str, signed: bytes) -> bytes:
-    """A commit or a log: MAC (32 bytes) and body."""
-    if signed[:32] != digest(secret, label, job_id.encode(), signed[32:]):
-        raise Broken
-    return signed[32:]
-
-
 def opened_bound(secret: bytes, label: bytes, job_id: str, sealed: bytes, signed: bytes) -> bytes:
-    """The same of a record that says ``signed_end``, and its end: the MAC is also over SHA-256(sealed)."""
+    """What is signed of a job, behind its MAC, which is also over SHA-256 of the sealed record."""
     if signed[:32] != digest(secret, label, job_id.encode(), sha256(sealed), signed[32:]):
         raise Broken
     return signed[32:]
-
-
-BLOCK_BYTES: Final = 128 * 1024
-
-
-def blob_content(secret: bytes, bound: tuple[str, ...], ref: bytes, stored: bytes) -> bytes:
-    """The content of a blob of the spool, before its MACs: AES-256-GMAC over each block, 16 bytes each.
-
-    ``bound`` are tenant, job, role and attempt; ``ref`` is 16 random bytes and the size of the content in 8.
-    """
-    size = int.from_bytes(ref[16:], "big")
-    content, macs = stored[:size], stored[size:]
-    gmac = AESGCM(digest(secret, b"blob", *(text.encode() for text in bound), ref[:16]))
-    starts = range(0, size, BLOCK_BYTES)
-    made = b"".join(
-        gmac.encrypt((start // BLOCK_BYTES).to_bytes(12, "big"), b"", content[start : start + BLOCK_BYTES])
-        for start in starts
-    )
-    if len(content) != size or macs != made:
-        raise Broken
-    return content

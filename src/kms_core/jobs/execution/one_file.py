@@ -71,7 +71,7 @@ class FileWork:
     def _sweep(self, lease: Held, commit: Commit | None = None) -> None:
         """Remove what other attempts have ready, or left when they were killed: they put it nowhere."""
         lease.check()  # a worker that lost its lease leaves the rest to its successor
-        keep = {commit.attempt_name} if commit else set()
+        keep = {commit.attempt_id} if commit else set()
         if not self.is_one_of_many:
             self.places.sweep({self.job.job_id: self.job.target}, {lease.claim.attempt_id} | keep)
 
@@ -80,7 +80,7 @@ class FileWork:
     ) -> None:
         job, target = self.job, self.target
         try:
-            with audit.effect(self.kms.audit_log, job.who, "commit", f"{job.job_id}-{commit.attempt_name}"):
+            with audit.effect(self.kms.audit_log, job.who, "commit", f"{job.job_id}-{commit.attempt_id}"):
                 if pending:
                     pending.finish(commit)
                 elif not _finish_begun(job, commit, target, store):
@@ -118,7 +118,7 @@ def _placed(commit: Commit) -> tuple[PlacedTarget, str]:
     target = PlacedTarget(
         size_bytes=commit.size_bytes, inode=commit.inode, mtime_ns=commit.mtime_ns, parts=commit.parts
     )
-    return target, commit.file_id or ""
+    return target, commit.file_id
 
 
 def _finish_begun(job: FileJob, commit: Commit, target: JobTarget, store: Commits) -> bool:

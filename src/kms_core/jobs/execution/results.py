@@ -1,14 +1,15 @@
 """The result of an ended job as bytes of a known size, any run of which can be read; knows no HTTP.
 
-A result is pieces laid end to end: a header and the payload of the upload, an opened spool blob, or the
+A result is pieces laid end to end: a header and the payload of the upload, an opened payload, or the
 result lines of every part of a bulk job.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Final, Protocol
+from functools import partial
+from typing import Protocol, Self
 
-from kms_core.envelope import binding
 from kms_core.jobs import bulk_lines
 from kms_core.jobs.ends import needs_proof
 from kms_core.jobs.execution import bulk_items, tree, upload
@@ -16,10 +17,9 @@ from kms_core.jobs.model import DEAD, REFUSED, Job
 from kms_core.jobs.spec import AnyJob, FileJob, TreeJob, TreePart, UploadJob
 from kms_core.jobs.storage.spool import Label, Spool
 from kms_core.jobs.store.store import JobStore
+from kms_core.payload.streaming import RangeReader
 from kms_protocol import wire
 from kms_protocol.errors import JobNotFinished, RecordRefused, ResultExpired, ResultReleased, UnknownJob
-
-_SLAB_BYTES: Final = 1024 * 1024
 
 
 class ResultChunk(Protocol):
@@ -66,13 +66,12 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
     _check_target(accepted)
     if not isinstance(accepted, UploadJob):
         return Result(list(_lines(job, accepted, store, spool)), lines=True)
-    head = Label(job.tenant, job.job_id, upload.HEAD, job.result_attempt, _ref(job))
-    label = upload.upload_label(accepted)
-    with spool.blob(label) as blob:  # its nonce is that of the ciphertext, before and after the job
-        file_id = binding.file_id(blob.head.nonce)
-    if accepted.kind == "decrypt":
-        return Result([_Opened.of(spool, label, head)], file_id=file_id)
-    return Result([_head(spool, head), _Payload.of(spool, label)], file_id=file_id)
+    label = Label(job.tenant, job.job_id, upload.HEAD, job.result_attempt, _ref(job))
+    with spool.opened(label) as content:
+        head = content.read_at(0, content.size)
+    payload = _Stored.of(partial(upload.payload, accepted, head, spool), is_sealed=accepted.kind == "encrypt")
+    pieces: list[ResultChunk] = [payload] if accepted.kind == "decrypt" else [_Literal(head), payload]
+    return Result(pieces, file_id=upload.file_id(head))
 
 
 def release(job: Job, store: JobStore, spool: Spool) -> None:
@@ -108,14 +107,14 @@ def _ended(job: Job, store: JobStore) -> AnyJob:
     if job.state == "cancelled" and not isinstance(accepted, TreeJob):  # nothing of it was put in place
         raise ResultExpired
     if (
-        accepted.signed_end and job.end is None and job.state != "cancelled"
+        job.end is None and job.state != "cancelled"
     ):  # it failed, or Redis says so: its files have no signature
         raise ResultExpired(f"This job failed (`{job.error}`); it has no result")
     return accepted
 
 
 def _ref(job: Job) -> bytes:
-    """The reference of the result of a job or part; empty where a worker of 0.1 ended it."""
+    """The reference of the result of a job or part; empty of one without a signed end."""
     return job.end.result_digest if job.end else b""
 
 
@@ -123,16 +122,15 @@ def _lines(job: Job, accepted: AnyJob, store: JobStore, spool: Spool) -> Iterato
     if not job.parts and isinstance(accepted, TreeJob):
         return  # no file was named
     if not job.parts:
-        yield _Opened.of(
-            spool, bulk_items.result_label(job.tenant, job.job_id, 0, job.result_attempt, _ref(job))
-        )
+        label = bulk_items.result_label(job.tenant, job.job_id, 0, job.result_attempt, _ref(job))
+        yield _Stored.of(partial(spool.opened, label))
         return
     for number, part in enumerate(store.parts_as_ended(job)):
         if needs_proof(part.job.state, part.job.error):
             label = bulk_items.result_label(
                 job.tenant, job.job_id, number, part.job.result_attempt, _ref(part.job)
             )
-            yield _Opened.of(spool, label)
+            yield _Stored.of(partial(spool.opened, label))
         elif part.accepted is None:
             raise RecordRefused
         elif isinstance(part.accepted, TreePart):
@@ -165,49 +163,20 @@ class _Literal:
 
 
 @dataclass(frozen=True, slots=True)
-class _Payload:
-    """The sealed payload of an upload, as it lies."""
+class _Stored:
+    """Content that is read from the spool; ``is_sealed``: its sealed chunks, as they rest."""
 
-    spool: Spool
-    label: Label
+    opened: Callable[[], AbstractContextManager[RangeReader]]
+    is_sealed: bool
     size: int
 
     @classmethod
-    def of(cls, spool: Spool, label: Label) -> "_Payload":
-        with spool.blob(label) as blob:
-            return cls(spool, label, blob.payload.size)
-
-    def slabs(self, start: int, stop: int) -> Generator[bytes]:
-        with self.spool.blob(self.label) as blob:
-            at, end = (blob.head.payload_offset + position for position in (start, stop))
-            while at < end:
-                slab = blob.file.read_at(at, min(_SLAB_BYTES - at % _SLAB_BYTES, end - at))  # whole blocks
-                if not slab:
-                    raise ResultExpired
-                yield slab
-                at += len(slab)
-
-
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    """The plaintext of a blob, whose file key is sealed in its own header, or in that of ``head``."""
-
-    spool: Spool
-    label: Label
-    head: Label | None
-    size: int
-
-    @classmethod
-    def of(cls, spool: Spool, label: Label, head: Label | None = None) -> "_Opened":
-        with spool.blob(label) as blob:
-            return cls(spool, label, head, blob.plaintext_bytes)
+    def of(
+        cls, opened: Callable[[], AbstractContextManager[RangeReader]], *, is_sealed: bool = False
+    ) -> Self:
+        with opened() as reader:
+            return cls(opened, is_sealed, reader.sealed_size if is_sealed else reader.size)
 
     def slabs(self, start: int, stop: int) -> Generator[memoryview]:
-        with self.spool.opened(self.label, self.head) as reader:
-            yield from reader.slabs(start, stop)
-
-
-def _head(spool: Spool, label: Label) -> _Literal:
-    """A blob that is a header and a nonce, and nothing else."""
-    with spool.blob(label) as blob:
-        return _Literal(blob.file.read_at(0, blob.head.payload_offset))
+        with self.opened() as reader:
+            yield from (reader.sealed_slabs if self.is_sealed else reader.slabs)(start, stop)

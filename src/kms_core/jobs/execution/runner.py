@@ -24,7 +24,6 @@ from kms_core.jobs.ends import (
     Failure,
     FirstFailures,
     SignedEnd,
-    SignedSplit,
     needs_proof,
     spec_digest,
 )
@@ -35,8 +34,7 @@ from kms_core.jobs.execution.lease import Chore, FoundLarge, HandedBack, Lease
 from kms_core.jobs.execution.tree import Paced
 from kms_core.jobs.file_patterns import Tree
 from kms_core.jobs.model import REFUSED, Attempt, Following, Job, LeaseLost
-from kms_core.jobs.sealed_records import RecordKey
-from kms_core.jobs.spec import AnyJob, FileJob, ItemsJob, JobSpec, TreeJob, TreePart, UploadJob
+from kms_core.jobs.spec import FileJob, ItemsJob, JobSpec, TreeJob, TreePart, UploadJob
 from kms_core.jobs.store.reader import ParentRecord, PartRecord, parts_digest
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics, tracing
@@ -72,22 +70,15 @@ def end_parent(job: Job, store: JobStore) -> Job:
 
 def _end_of(job: Job, record: ParentRecord, store: JobStore) -> SignedEnd:
     accepted = store.record_key.open(job.job_id, record.sealed)
-    split = _split(job, accepted, record, store.record_key)
+    split = store.record_key.open_split(job.job_id, record.split, spec_digest(record.sealed))
     sums, specs = _Sums(), hashlib.sha256()
     for part in store.parts_of(job.job_id, split.parts):
         sums.add(part)
         specs.update(part.sealed)
-    if split.digest and specs.digest() != split.digest:
+    if specs.digest() != split.digest:
         raise UnknownJob("The parts of this job are not those that it was cut into")
     kept_until = accepted.result_until(store.now()) + store.rules.keep_record_s
     return sums.end(job, split.parts, kept_until)
-
-
-def _split(job: Job, accepted: AnyJob, record: ParentRecord, key: RecordKey) -> SignedSplit:
-    """The split of the job; for a split by 0.1, only Redis knows the number of parts."""
-    if not record.split and not accepted.signed_end:
-        return SignedSplit(parts=job.parts, digest=b"")
-    return key.open_split(job.job_id, record.split, spec_digest(record.sealed))
 
 
 class _Sums:

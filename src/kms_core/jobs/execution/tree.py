@@ -156,7 +156,7 @@ class _Part:
         self._lease.check()
         if self.log.pending:
             first = next(iter(targets))
-            self._places.sweep({first: targets.pop(first)}, own | {self.log.pending.attempt_name})
+            self._places.sweep({first: targets.pop(first)}, own | {self.log.pending.attempt_id})
         self._places.sweep(targets, own)
 
     def settle_all(self) -> None:

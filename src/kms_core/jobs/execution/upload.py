@@ -1,20 +1,24 @@
-"""Jobs over an uploaded file: the payload stays in place, only the header is replaced.
+"""Jobs over an uploaded file: the payload stays in place, and the result of the job is a new head for it.
 
 Encrypt: the upload already rests sealed under the spool key, so its file key is wrapped for the target key.
-Decrypt: every chunk is authenticated, then the file key is wrapped for the spool, and the download opens it.
-Either way a result is ``head.<attempt id>`` followed by the payload of ``upload``.
+The result is that header and the payload of the blob as it rests. Other uploads are the content of theirs.
+Decrypt: every chunk is authenticated; the head is the file key, with which a download opens the payload.
+Rewrap: the head is the new header of the same payload. Every head ends with the payload nonce of the file.
 """
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Final
 
+from kms_core.age import header, stream
 from kms_core.envelope import binding
 from kms_core.jobs.execution.lease import Held, Lease
 from kms_core.jobs.spec import UploadJob
 from kms_core.jobs.storage.spool import UPLOAD, Blob, Label, Spool
 from kms_core.payload.parallel import ParallelOptions
+from kms_core.payload.streaming import RangeReader
 from kms_core.service import Kms
-from kms_protocol.errors import DecryptFailed, InvalidRequest, NotACiphertext, RecordRefused, TooLarge
+from kms_protocol.errors import InvalidRequest, RecordRefused
 
 HEAD: Final = "head"
 
@@ -30,13 +34,14 @@ def run(lease: Lease, job: UploadJob, kms: Kms, spool: Spool) -> None:
     with ExitStack() as stack:
         try:
             blob = stack.enter_context(spool.blob(upload_label(job)))
-        except (NotACiphertext, DecryptFailed, TooLarge, RecordRefused) as exc:
+        except RecordRefused as exc:
             kms.raise_recorded(job.who, job.kind, job.bound_context, exc)
-        head = work(lease, job, kms, spool, blob)
-        with spool.writing(_head_label(lease), sealed=False, may_be_small=blob.is_small) as out:
-            out.write(head + blob.head.nonce)
+        head = work(lease, job, kms, blob)
+        label = Label(job.tenant, job.job_id, HEAD, lease.claim.attempt_id)
+        with spool.writing(label, may_be_small=blob.is_small) as out:
+            out.write(head)
         lease.blob = out.small
-        lease.result_digest, lease.file_id = out.ref, binding.file_id(blob.head.nonce)
+        lease.result_digest, lease.file_id = out.ref, file_id(head)
 
 
 def upload_label(job: UploadJob) -> Label:
@@ -44,9 +49,28 @@ def upload_label(job: UploadJob) -> Label:
     return Label(job.tenant, job.job_id, UPLOAD, ref=job.input_ref)
 
 
-def _head_label(lease: Lease) -> Label:
-    job = lease.claim.accepted
-    return Label(job.tenant, job.job_id, HEAD, lease.claim.attempt_id)
+def file_id(head: bytes) -> str:
+    """The id of the file of a head (see ``binding.file_id``)."""
+    return binding.file_id(head[-stream.NONCE :])
+
+
+@contextmanager
+def payload(job: UploadJob, head: bytes, spool: Spool) -> Iterator[RangeReader]:
+    """Reader of the result of a job behind its header; of a decrypted one, which has none, all of it.
+
+    That of an encrypted one is the reader's payload, sealed. Raises ResultExpired; RecordRefused and
+    DecryptFailed, now or when a part of it is read.
+    """
+    with spool.opened(upload_label(job)) as content:
+        if job.kind == "encrypt":
+            yield content
+            return
+        sealed = content.tail(header.read_by(content.read_at, header.FILE_LIMITS).payload_offset)
+        if job.kind == "rewrap":
+            yield sealed
+            return
+        file_key, nonce = head[: header.FILE_KEY_BYTES], head[header.FILE_KEY_BYTES :]
+        yield RangeReader(stream.payload_key(file_key, nonce), sealed)
 
 
 def options(lease: Held) -> ParallelOptions:
@@ -54,30 +78,25 @@ def options(lease: Held) -> ParallelOptions:
     return ParallelOptions(progress=lease.advance, check=lease.check)
 
 
-def _encrypt(lease: Lease, job: UploadJob, kms: Kms, spool: Spool, blob: Blob) -> bytes:
-    file_key = spool.unseal(upload_label(job), blob.head)
-    size = blob.plaintext_bytes
+def _encrypt(lease: Lease, job: UploadJob, kms: Kms, blob: Blob) -> bytes:
+    size = blob.content.size
     lease.advance(size)
-    payload = file_key, blob.head.nonce
-    return kms.encrypt_header(job.who, payload, job.bound_context, size_bytes=size, key_id=job.key_id)
+    made = kms.encrypt_header(
+        job.who, (blob.file_key, blob.nonce), job.bound_context, size_bytes=size, key_id=job.key_id
+    )
+    return made + blob.nonce
 
 
-def _decrypt(lease: Lease, job: UploadJob, kms: Kms, spool: Spool, blob: Blob) -> bytes:
+def _decrypt(lease: Lease, job: UploadJob, kms: Kms, blob: Blob) -> bytes:
     found = kms.decrypt_header(
-        job.who, blob.file, job.bound_context, key_id=job.key_id, options=options(lease)
+        job.who, blob.content, job.bound_context, key_id=job.key_id, options=options(lease)
     )
-    return spool.header_for(_head_label(lease), found.file_key, found.nonce)
+    return found.file_key + found.nonce
 
 
-def _rewrap(lease: Lease, job: UploadJob, kms: Kms, spool: Spool, blob: Blob) -> bytes:
-    del spool
-    moved = kms.rewrap_header(
-        job.who,
-        blob.head,
-        job.bound_context,
-        new_context=job.new_bound_context,
-        key_id=job.key_id,
-        size_bytes=blob.file.size,
+def _rewrap(lease: Lease, job: UploadJob, kms: Kms, blob: Blob) -> bytes:
+    moved, nonce = kms.rewrap_header(
+        job.who, blob.content, job.bound_context, new_context=job.new_bound_context, key_id=job.key_id
     )
-    lease.advance(blob.payload.size)
-    return moved.ciphertext
+    lease.advance(blob.content.size)
+    return moved.ciphertext + nonce

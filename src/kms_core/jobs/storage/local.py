@@ -225,14 +225,14 @@ class RootedTarget:
         return self.roots.is_placed(self._placement(commit))
 
     def _placement(self, commit: Commit) -> Placement:
-        temporary = temporary_name(tag(self.job_id, commit.attempt_name))
+        temporary = temporary_name(tag(self.job_id, commit.attempt_id))
         return Placement(
             self.url, temporary, commit.inode, commit.size_bytes, commit.mtime_ns, commit.replaces
         )
 
     def give_up(self, commit: Commit) -> None:
         """Remove the temporary file of a refused commit."""
-        self.roots.discard(self.url, temporary_name(tag(self.job_id, commit.attempt_name)))
+        self.roots.discard(self.url, temporary_name(tag(self.job_id, commit.attempt_id)))
 
 
 def sweep(roots: Roots, targets: Mapping[str, str], keep: Collection[str]) -> None:

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
 
-import msgspec
-
 from kms_core.jobs.ends import PlacedTarget
 from kms_core.jobs.model import Commit, CommitGone
 from kms_core.jobs.storage.buckets import Buckets
@@ -173,7 +171,7 @@ class ObjectTarget:
         """Return whether the object of this commit is in place. Raises PathRefused, Unavailable."""
         bucket, key = self.buckets.writing(self.url)
         found = bucket.head(key)
-        return found is not None and found.mark == self._mark(commit)
+        return found is not None and found.mark == commit.mark
 
     def complete(self, commit: Commit, parts: Sequence[UploadedPart] | None) -> None:
         """Make the object out of the parts of its upload; None if there is no such upload any more."""
@@ -185,25 +183,22 @@ class ObjectTarget:
             end = bucket.complete(key, commit.upload, parts, _condition(commit))
         if end is not Completion.DONE:
             self._must_be_ours(commit, end)
-        self.notes.forget(self.job_id, commit.attempt_name, self.url)
+        self.notes.forget(self.job_id, commit.attempt_id, self.url)
 
     def put(self, commit: Commit, whole: memoryview) -> None:
         """Write a small object."""
         bucket, key = self.buckets.writing(self.url)
-        if not bucket.put(key, whole, _condition(commit), self._mark(commit)):
+        if not bucket.put(key, whole, _condition(commit), commit.mark):
             self._must_be_ours(commit, Completion.TAKEN)
 
     def give_up(self, commit: Commit) -> None:
         """Abort the upload of a refused commit."""
-        self.abort(commit.attempt_name, commit.upload)
-
-    def _mark(self, commit: Commit) -> str:
-        return self.job_id if commit.mark is msgspec.UNSET else commit.mark
+        self.abort(commit.attempt_id, commit.upload)
 
     def _must_be_ours(self, commit: Commit, end: Completion) -> None:
         bucket, key = self.buckets.writing(self.url)
         found = bucket.head(key)
-        if found and found.mark == self._mark(commit):
+        if found and found.mark == commit.mark:
             return
         if end is Completion.GONE:
             raise CommitGone

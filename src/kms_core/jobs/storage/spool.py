@@ -1,11 +1,10 @@
 """The spool: uploads, items and results of jobs, sealed under the spool key.
 
 They rest by job id and name in a directory or a bucket (``BlobStore``), or small ones in Redis
-(``SmallBlobStore``), byte for byte the same. A blob is an age file of the spool identity, whose context names
-tenant, job, role and attempt. Two exceptions hold no plaintext either: an upload that is to be decrypted
-rests as the ciphertext that it is, and ``head.<attempt>`` is the header of a result whose payload is the
-upload's own. MACs (``blocks``) bind each blob to its name and to the one time that it was written:
-``BlobWriter.ref``, in the sealed record or the signed end of the job, opens this blob and no other.
+(``SmallBlobStore``), byte for byte the same. A blob is an age file of the spool identity. Its header is
+bound to the tenant and to a context: job, role, attempt, and the random id of the one time that it was
+written. This id (``BlobWriter.ref``), in the sealed record or the signed end of the job, opens this blob and
+no other.
 """
 
 import math
@@ -16,19 +15,18 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final, Protocol
 
 import structlog
 
 from kms_core.age import header, stream
-from kms_core.age.header import FILE_LIMITS, Header
+from kms_core.age.header import FILE_LIMITS
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.storage.blob_store import BlobSink, BlobStore
-from kms_core.jobs.storage.blob_writer import WRITE_ID_BYTES, BlobWriter, GrowingWriter, NewBlob
-from kms_core.jobs.storage.blocks import BlockReader
+from kms_core.jobs.storage.blob_writer import BlobWriter
 from kms_core.observability import metrics
 from kms_core.payload.files import FileRange, RangeSource
 from kms_core.payload.streaming import RangeReader
@@ -36,10 +34,12 @@ from kms_protocol.context import Context
 from kms_protocol.errors import (
     DecryptFailed,
     KmsError,
+    NotACiphertext,
     RecordRefused,
     ResultExpired,
     SpoolFull,
     SpoolUnavailable,
+    TooLarge,
 )
 from kms_protocol.units import size_text
 
@@ -51,10 +51,7 @@ NO_ATTEMPT: Final = "0"
 _RESULTS: Final = ("head.", "result")
 _SPOOL_KEY_ID: Final = "spool"
 _JOB_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_MAC_LABEL: Final = b"blob"
-MOST_SMALL_BYTES: Final = 64 * 1024
-"""The most that ``inline_bytes`` may ever have been: larger blobs are not looked for in Redis."""
-
+_REF_BYTES: Final = 16
 _ASK_AGAIN_S: Final = 2.0
 _USAGE_REST: Final = 50  # a count is good for so many times the time it took: it costs 2 % of a process
 _IN_THE_WAY: Final = (
@@ -65,10 +62,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """The meaning of a blob, bound to it as its context and in its MACs.
-
-    ``ref`` is what ``BlobWriter.ref`` was once it was written; empty for a blob of 0.1, which has no MACs.
-    """
+    """The meaning of a blob, bound to it as its context. ``ref`` is ``BlobWriter.ref`` of a written one."""
 
     tenant: str
     job_id: str
@@ -82,12 +76,9 @@ class Label:
 
     @property
     def context(self) -> Context:
-        return Context((("attempt", self.attempt), ("job", self.job_id), ("role", self.role)))
-
-    @property
-    def texts(self) -> tuple[bytes, ...]:
-        """The texts that the key of its MACs is derived from, beside the random part of ``ref``."""
-        return tuple(text.encode() for text in (self.tenant, self.job_id, self.role, self.attempt))
+        return Context(
+            (("attempt", self.attempt), ("job", self.job_id), ("role", self.role), ("write", self.ref.hex()))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,23 +98,24 @@ class SpoolUse:
         return min(1.0, self.used_bytes / self.limit_bytes) if self.limit_bytes > 0 else 1.0
 
 
+class BlobReader(RangeReader):
+    """The content of a blob; its methods raise RecordRefused where it was changed."""
+
+    def _open(self, at: int, sealed: memoryview, plain: memoryview) -> int:
+        try:
+            return super()._open(at, sealed, plain)
+        except DecryptFailed as exc:
+            raise RecordRefused from exc
+
+
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """An open age file, verified as it is read, and its parsed header; ``is_small``: it is in Redis."""
+    """An open blob: its content, its 16-byte file key and payload nonce; ``is_small``: it is in Redis."""
 
-    file: RangeSource
-    head: Header
-    is_small: bool = False
-
-    @property
-    def payload(self) -> RangeSource:
-        """The sealed chunks behind the header."""
-        return self.file.tail(self.head.payload_offset)
-
-    @property
-    def plaintext_bytes(self) -> int:
-        """The plaintext's size, if the payload proves genuine; DecryptFailed if no payload has this size."""
-        return stream.plaintext_size(self.payload.size)
+    content: BlobReader
+    file_key: bytes = field(repr=False)
+    nonce: bytes
+    is_small: bool
 
 
 class SmallBlobStore(Protocol):
@@ -144,14 +136,12 @@ class Spool:
         self,
         store: BlobStore,
         key: AgeBackend,
-        record_key: RecordKey,
         max_bytes: int,
         small: SmallBlobStore | None = None,
     ) -> None:
         self.store = store
         self._small = small
         self._key = key
-        self._record_key = record_key
         self._max_bytes = max_bytes
         self._used = (-math.inf, 0)  # when to count again, and what there is
         self._counting = 0  # the process that has a thread for it
@@ -159,7 +149,7 @@ class Spool:
 
     @contextmanager
     def writing(
-        self, label: Label, *, sealed: bool = True, declared_bytes: int = 0, may_be_small: bool = False
+        self, label: Label, *, declared_bytes: int = 0, may_be_small: bool = False
     ) -> Iterator[BlobWriter]:
         """A new blob, durable under its name when the block ends; removed again if the block fails.
 
@@ -177,45 +167,34 @@ class Spool:
             )
         if declared_bytes > self.store.free_bytes():
             raise SpoolFull("The disk of uploads and results has no room for this upload")
-        write_id = os.urandom(WRITE_ID_BYTES)
+        written = replace(label, ref=os.urandom(_REF_BYTES))
+        begun = sealing.begin([(self._key, self._key_ref(label))], written.context)
+        most = self._small.most_bytes if self._small and may_be_small else 0
         with ExitStack() as stack:
-            new = NewBlob(stack, lambda: self._create(label, declared_bytes))
-            most = self._small.most_bytes if self._small and may_be_small else 0
-            if declared_bytes >= most:
-                new.move()
-            out = GrowingWriter(new, self._mac_key(label, write_id), room, most)
-            writer = BlobWriter(out, write_id, self._begin(label) if sealed else None)
-            yield writer
-            writer.finish()
-            if most and not new.is_moved:
-                writer.small = label.name, new.content
-            else:
-                new.finish()
-                self._used = (self._used[0], self._used[1] + writer.stored)
+            create = partial(self._create, stack, label, declared_bytes)
+            out = BlobWriter(written.ref, begun, create, room, most if declared_bytes < most else 0)
+            yield out
+            out.finish(label.name)
+            if out.small is None:
+                self._used = (self._used[0], self._used[1] + out.stored)
 
-    @contextmanager
-    def _create(self, label: Label, declared_bytes: int) -> Iterator[BlobSink]:
-        with ExitStack() as stack:
-            try:
-                sink = stack.enter_context(
-                    self.store.create(_folder(label.job_id), label.name, declared_bytes)
-                )
-            except RecordRefused as exc:
-                _log.error("spool.in_the_way", job_id=label.job_id, role=label.role)
-                raise SpoolUnavailable(_IN_THE_WAY) from exc
-            yield sink
+    def _create(self, stack: ExitStack, label: Label, declared_bytes: int) -> BlobSink:
+        try:
+            return stack.enter_context(self.store.create(_folder(label.job_id), label.name, declared_bytes))
+        except RecordRefused as exc:
+            _log.error("spool.in_the_way", job_id=label.job_id, role=label.role)
+            raise SpoolUnavailable(_IN_THE_WAY) from exc
 
     @contextmanager
     def blob(self, label: Label) -> Iterator[Blob]:
-        """An age file of the spool.
+        """A blob to be read.
 
-        Raises ResultExpired if it is gone, NotACiphertext, DecryptFailed, TooLarge; RecordRefused, now or
-        when a part of it is read, if it is not the one that ``label.ref`` names.
+        Raises ResultExpired if it is gone; RecordRefused, now or when a part of it is read, if it is not the
+        one that ``label.ref`` names.
         """
         try:
             with self._open(label) as (source, is_small):
-                file = self._reader(source, label)
-                yield Blob(file, header.read_by(file.read_at, FILE_LIMITS), is_small)
+                yield self._opened(label, source, is_small=is_small)
         except RecordRefused:
             role = label.role.rstrip("0123456789")
             _log.error("spool.blob_refused", job_id=label.job_id, role=role, attempt=label.attempt)
@@ -224,9 +203,7 @@ class Spool:
 
     @contextmanager
     def _open(self, label: Label) -> Iterator[tuple[RangeSource, bool]]:
-        small = None
-        if self._small and label.ref and _size_in(label.ref) <= MOST_SMALL_BYTES:
-            small = self._small.get(label.job_id, label.name)
+        small = self._small.get(label.job_id, label.name) if self._small else None
         if small is None:
             with self.store.open(_folder(label.job_id), label.name) as source:
                 yield source, False
@@ -238,33 +215,25 @@ class Spool:
         finally:
             os.close(fd)
 
+    def _opened(self, label: Label, source: RangeSource, *, is_small: bool) -> Blob:
+        try:
+            head = header.read_by(source.read_at, FILE_LIMITS)
+            bound = binding.read(head)
+            if bound is None:
+                raise RecordRefused
+            ref = replace(self._key_ref(label), version=bound.key_version)
+            file_key = sealing.file_key_of(head, self._key, ref, context=label.context)
+            key = stream.payload_key(file_key, head.nonce)
+            content = BlobReader(key, source.tail(head.payload_offset))
+        except (NotACiphertext, TooLarge, DecryptFailed) as exc:
+            raise RecordRefused from exc
+        return Blob(content, file_key, head.nonce, is_small)
+
     @contextmanager
-    def opened(self, label: Label, head: Label | None = None) -> Iterator[RangeReader]:
-        """The plaintext of a blob whose header was sealed for its label, or is in the blob ``head``.
-
-        Raises as ``blob``.
-        """
-        other = self._header(head) if head else None
+    def opened(self, label: Label) -> Iterator[BlobReader]:
+        """The content of a blob. Raises as ``blob``."""
         with self.blob(label) as blob:
-            found = other or blob.head
-            key = stream.payload_key(self.unseal(head or label, found), found.nonce)
-            yield RangeReader(key, blob.payload.read_at, blob.payload.size)
-
-    def _header(self, label: Label) -> Header:
-        with self.blob(label) as blob:
-            return blob.head
-
-    def unseal(self, label: Label, head: Header) -> bytes:
-        """The file key of a header that the spool identity sealed for this label."""
-        bound = binding.read(head)
-        if bound is None:
-            raise DecryptFailed
-        ref = replace(self.ref(label), version=bound.key_version)
-        return sealing.file_key_of(head, self._key, ref, context=label.context)
-
-    def header_for(self, label: Label, file_key: bytes, nonce: bytes) -> bytes:
-        """A spool header around a payload that was sealed elsewhere: how a decrypted result rests sealed."""
-        return self._begin(label, (file_key, nonce)).header
+            yield blob.content
 
     def discard(self, label: Label) -> None:
         """One blob, when nothing needs it any more."""
@@ -307,21 +276,9 @@ class Spool:
         """Remove what writers that were killed left unfinished, and no name shows."""
         self.store.sweep()
 
-    def ref(self, label: Label) -> KeyRef:
+    def _key_ref(self, label: Label) -> KeyRef:
         """The spool key's version in use."""
         return KeyRef(label.tenant, _SPOOL_KEY_ID, self._key.current_version(), self._key.name)
-
-    def _begin(self, label: Label, payload: tuple[bytes, bytes] | None = None) -> sealing.Sealing:
-        return sealing.begin([(self._key, self.ref(label))], label.context, payload=payload)
-
-    def _mac_key(self, label: Label, write_id: bytes) -> bytes:
-        return self._record_key.digest(_MAC_LABEL, *label.texts, write_id)
-
-    def _reader(self, source: RangeSource, label: Label) -> RangeSource:
-        if not label.ref:
-            return source
-        write_id = label.ref[:WRITE_ID_BYTES]
-        return BlockReader.of(source, self._mac_key(label, write_id), _size_in(label.ref))
 
     def use(self) -> SpoolUse:
         """The bytes that the spool has and may have. Does not wait for a bucket: it has the last count."""
@@ -352,11 +309,6 @@ class Spool:
             self._used = (time.monotonic() + self.store.usage_cache_s, self._used[1])
         finally:
             self._counting = 0
-
-
-def _size_in(ref: bytes) -> int:
-    """The size of the content that ``BlobWriter.ref`` tells."""
-    return int.from_bytes(ref[WRITE_ID_BYTES:], "big")
 
 
 def _folder(job_id: str) -> str:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
@@ -112,7 +111,7 @@ class AttemptStore(JobReader):
         fence, attempt, sealed, commit, waited, deferrals, log, is_large, has_room = answer
         self.has_room = bool(int(has_room))
         key, spec = self.record_key, spec_digest(sealed or b"")
-        claim = Attempt(
+        return Attempt(
             accepted=key.open(job_id, sealed or b""),
             worker=worker,
             attempt_id=attempt_id,
@@ -122,11 +121,8 @@ class AttemptStore(JobReader):
             deferrals=int(min(max(number(deferrals), 0), _MOST_DEFERRALS)),
             is_large=bool(int(is_large)),
             spec=spec,
-        )
-        return replace(
-            claim,
-            commit=key.open_commit(job_id, commit, claim.bound) if commit else None,
-            log=key.open_log(job_id, log, claim.bound) if log else Checkpoint(),
+            commit=key.open_commit(job_id, commit, spec) if commit else None,
+            log=key.open_log(job_id, log, spec) if log else Checkpoint(),
         )
 
     def _close(self, job_id: str, attempt_id: str, code: str) -> None:
@@ -194,7 +190,7 @@ class AttemptStore(JobReader):
         """
         job_id = claim.accepted.job_id
         flat = [part for pair in counts.items() for part in pair]
-        given = [claim.attempt_id, self.record_key.sign_log(job_id, log, claim.bound), *flat]
+        given = [claim.attempt_id, self.record_key.sign_log(job_id, log, claim.spec), *flat]
         self.run_confirmed("step", job_id, given, waits=log.pending is not None)
 
     def pace(self, job: TreePart, wanted: int) -> tuple[int, float]:
@@ -211,7 +207,7 @@ class AttemptStore(JobReader):
         Raises JobExpired, DurabilityUnconfirmed if replicas did not acknowledge it.
         """
         claim.accepted.check_expiry(self.now)
-        self._commit(claim, self.record_key.sign_commit(claim.accepted.job_id, commit, claim.bound))
+        self._commit(claim, self.record_key.sign_commit(claim.accepted.job_id, commit, claim.spec))
 
     def withdraw(self, claim: Attempt) -> None:
         """Take back a commit that could put nothing in place: the job runs. Raises LeaseLost."""

@@ -280,15 +280,7 @@ class JobReader(StoreMaintenance):
         with redis_errors():
             found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "log", "sealed"))
         log, sealed = [value or b"" for value in found]
-        return self._log(job_id, log, sealed) if log else Checkpoint()
-
-    def _log(self, job_id: str, log: bytes, sealed: bytes) -> Checkpoint:
-        try:
-            return self.record_key.open_log(job_id, log, spec_digest(sealed))
-        except UnknownJob:
-            if self.record_key.open(job_id, sealed).signed_end:
-                raise
-        return self.record_key.open_log(job_id, log)
+        return self.record_key.open_log(job_id, log, spec_digest(sealed)) if log else Checkpoint()
 
     def parent_record(self, job_id: str) -> ParentRecord:
         """The fields from which the end of a parent job is made; missing fields are empty."""
@@ -297,7 +289,7 @@ class JobReader(StoreMaintenance):
         return ParentRecord(*[value or b"" for value in found])
 
     def parts_cut(self, job: Job) -> list[str]:
-        """The ids of the parts that a job was cut into, as was signed; none of a job that 0.1 cut."""
+        """The ids of the parts that a job was cut into, as was signed; none where that was forged."""
         if not job.parts:
             return []
         record = self.parent_record(job.job_id)
@@ -336,7 +328,7 @@ class JobReader(StoreMaintenance):
         accepted, sealed, log = self._sealed(job_id, raw), raw.get(b"sealed", b""), raw.get(b"log", b"")
         job = self.told(job_id, raw, accepted)
         try:
-            found = self._log(job_id, log, sealed) if log else Checkpoint()
+            found = self.record_key.open_log(job_id, log, spec_digest(sealed)) if log else Checkpoint()
         except UnknownJob:  # it was forged, which is why the part was given up
             found = Checkpoint()
         mark = raw[b"end"] if job.end else f"{job.state} {job.error}".encode() + log
@@ -357,8 +349,6 @@ class JobReader(StoreMaintenance):
         end = self._end(job_id, raw.get(b"end", b""), spec_digest(sealed))
         if end and (end.state, end.error) == (job.state, job.error):
             return _as_signed(job, end)
-        if accepted and not accepted.signed_end and self.is_kept(accepted):  # of 0.1
-            return job
         _log.warning("job.end_refused", job_id=job_id)
         return msgspec.structs.replace(job, state="failed", error=REFUSED)
 

@@ -92,8 +92,7 @@ class JobStore(AttemptStore):
         except UnknownJob:
             raise IdempotencyConflict(_NO_RECORD) from None
         asked = (accepted.tenant, accepted.digest, accepted.idempotency)
-        key = before.idempotency if before.signed_end else accepted.idempotency  # 0.1 does not tell
-        if (before.tenant, before.digest, key) != asked:
+        if (before.tenant, before.digest, before.idempotency) != asked:
             raise IdempotencyConflict
         if before.is_forgotten:
             raise IdempotencyConflict(_NO_RECORD)
@@ -134,7 +133,7 @@ class JobStore(AttemptStore):
         run_by = self.now() + run_within_s
         times = {"start_by": run_by, "run_by": run_by, "expires_at": run_by + accepted.keep_for_s}
         changed = {**times, "generation": accepted.generation + 1}
-        sealed = self.record_key.seal(msgspec.structs.replace(accepted, signed_end=True, **changed))
+        sealed = self.record_key.seal(msgspec.structs.replace(accepted, **changed))
         flat = [part for pair in changed.items() for part in pair]
         with redis_errors():
             given = [job_id, before, sealed, seen, accepted.tenant, self.rules.large_job_bytes, *flat]

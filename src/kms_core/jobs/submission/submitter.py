@@ -13,6 +13,7 @@ from typing import Literal, Self, TypeVar
 import msgspec
 
 from kms_core import audit
+from kms_core.age import header
 from kms_core.auth.policy import Principal
 from kms_core.jobs import authorization, bulk_lines
 from kms_core.jobs.authorization import JobAccess
@@ -277,26 +278,26 @@ class JobSubmitter:
         """Seal and write an upload slab by slab, then submit its job; a broken upload leaves nothing.
 
         Each slab comes with whether more follow; ``declared_bytes`` is 0 for an unknown size. Raises as
-        ``check``, and InvalidRequest, SpoolFull.
+        ``check``, and InvalidRequest, SpoolFull; NotACiphertext if the first slab begins as something else.
         """
         self.check(options)
         check_room = self.meter(options, declared_bytes)
         job_id = new_id()
         hasher = self.hasher(options) if options.idempotency else None
         label = Label(options.who.tenant, job_id, UPLOAD)
-        seals = options.kind == "encrypt"
-        with self.spool.writing(label, sealed=seals, declared_bytes=declared_bytes, may_be_small=True) as out:
+        with self.spool.writing(label, declared_bytes=declared_bytes, may_be_small=True) as out:
             more = True
             while more:
                 slab, more = yield
+                if not out.size and options.kind != "encrypt":
+                    header.check_start(slab)
                 out.write(slab, more=more)
                 check_room(out.size)
                 if hasher:
                     hasher.update(slab)
             if declared_bytes and out.size != declared_bytes:
                 raise InvalidRequest("The upload ended before its Content-Length")
-            size = out.size
-        return self.upload(options, job_id, size, hasher.digest() if hasher else b"", out)
+        return self.upload(options, job_id, out.size, hasher.digest() if hasher else b"", out)
 
     def upload(
         self, options: SubmissionOptions, job_id: str, size_bytes: int, digest: bytes, out: BlobWriter
@@ -324,8 +325,7 @@ class JobSubmitter:
                 count += 1
             if not count:
                 raise InvalidRequest("A bulk job needs at least one item")
-            size = out.size
-        fields = {"items": count, "size_bytes": size, "starts": tuple(starts), "input_ref": out.ref}
+        fields = {"items": count, "size_bytes": out.size, "starts": tuple(starts), "input_ref": out.ref}
         job = self._spec(ItemsJob, options, job_id, hasher.digest(), **fields)
         return self._store(options, job, out.small)
 
@@ -370,7 +370,6 @@ class JobSubmitter:
             priority=options.priority,
             request_id=audit.request_id.get(),
             traceparent=tracing.parent(),
-            signed_end=True,
             digest=options.named.digest if options.named else digest,
             created_at=now,
             **times,

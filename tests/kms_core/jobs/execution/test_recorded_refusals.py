@@ -15,6 +15,7 @@ from kms_core.jobs.storage.spool import UPLOAD, Label
 from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
 from kms_protocol import wire
 from kms_protocol.context import Context
+from kms_protocol.errors import NotACiphertext
 from support.job_stores import TENANT
 
 WHO = Principal("local")
@@ -51,14 +52,28 @@ def test_file_whose_header_cannot_be_read(
     ]
 
 
-def test_upload_whose_header_cannot_be_read(core: Core, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["rewrap", "decrypt"])
+def test_upload_whose_header_cannot_be_read(core: Core, tmp_path: Path, kind: wire.JobKind) -> None:
     job_id = new_id()
-    with core.submitter.spool.writing(Label(TENANT, job_id, UPLOAD), sealed=False) as out:
+    with core.submitter.spool.writing(Label(TENANT, job_id, UPLOAD)) as out:
         out.write(JUNK["decrypt_failed"])
-    core.submitter.upload(SubmissionOptions(WHO, "decrypt", Context()), job_id, 10, b"", out)
+    core.submitter.upload(SubmissionOptions(WHO, kind, Context()), job_id, 10, b"", out)
 
     run_job(job_id, core.worker_context, "w")
 
     assert core.worker_context.store.get(job_id, TENANT).error == "decrypt_failed"
-    found = [line for line in recorded(tmp_path) if line.get("operation") == "decrypt"]
+    found = [line for line in recorded(tmp_path) if line.get("operation") == kind]
     assert [(line["result"], line["job_id"]) for line in found] == [("decrypt_failed", job_id)]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"age", b"hello", b"age-encryption.org/v1", b"age-encryption.org/v2\n"], ids=repr
+)
+@pytest.mark.parametrize("kind", ["rewrap", "decrypt"])
+def test_upload_that_is_no_ciphertext_leaves_nothing(core: Core, kind: wire.JobKind, body: bytes) -> None:
+    receiving = core.submitter.receive_upload(SubmissionOptions(WHO, kind, Context()), len(body))
+    next(receiving)
+
+    with pytest.raises(NotACiphertext):
+        receiving.send((memoryview(body), False))
+    assert list(core.worker_context.spool.folders(older_than_s=-1)) == []

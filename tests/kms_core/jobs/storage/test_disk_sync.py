@@ -13,7 +13,6 @@ from pyrage import x25519
 
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
-from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.storage.disk_sync import DiskSync, GroupSync
 from kms_core.jobs.storage.multipart_journal import MultipartJournal
 from kms_core.jobs.storage.spool import UPLOAD, Label, Spool
@@ -49,9 +48,7 @@ def key(tmp_path: Path) -> AgeBackend:
 
 
 def spool_of(folder: Path, key: AgeBackend, *, enabled: bool = True) -> Spool:
-    return Spool(
-        SpoolFolder(folder, DiskSync(folder, enabled=enabled)), key, RecordKey(key.secrets()), 1 << 30
-    )
+    return Spool(SpoolFolder(folder, DiskSync(folder, enabled=enabled)), key, 1 << 30)
 
 
 def write(spool: Spool, label: Label, data: bytes) -> Label:

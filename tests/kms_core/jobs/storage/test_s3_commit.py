@@ -9,7 +9,6 @@ import pytest
 
 from kms_core.jobs.execution.context import WorkerContext
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import Commit
 from kms_core.jobs.storage.commit_marks import CommitMarks
 from kms_protocol.errors import JobsUnavailable, PathRefused, TargetExists
 from kms_protocol.wire import JobKind
@@ -448,14 +447,3 @@ def test_attempt_does_not_take_the_object_of_another_for_its_own(bench: Bench, s
     target.give_up(commits[1])
     assert bucket.get("out/x") == first
     assert not bucket.uploads()
-
-
-def test_object_of_an_older_version_is_recognised_by_the_id_of_its_job(bench: Bench) -> None:
-    """Its commit has no mark."""
-    target = bench.core.worker_context.places.target(
-        bench.bucket.url("out/x"), "a-job", marks(bench), overwrite=False
-    )
-    for mark, is_its_own in (("a-job", True), (f"a-job/{bytes(16).hex()}", False)):
-        marked(bench, mark)
-
-        assert target.is_placed(Commit(fence=1, size_bytes=3)) is is_its_own

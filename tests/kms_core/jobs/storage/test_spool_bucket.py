@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 from pyrage import x25519
 
+from kms_core.age import stream
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
 from kms_core.jobs.hosts.install import mismatch
 from kms_core.jobs.hosts.notes import SpoolMarks
-from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.storage import spool_bucket
 from kms_core.jobs.storage.spool import UPLOAD, Label, Spool
 from kms_core.jobs.storage.spool_bucket import SpoolBucket
+from kms_core.payload import parallel
+from kms_core.payload.parallel import ParallelOptions
 from kms_core.s3 import streams
 from kms_core.s3.multipart import PART_BYTES
 from kms_core.s3.streams import BufferPool
@@ -67,7 +69,7 @@ def store(bucket: TestBucket, way: Way) -> Iterator[SpoolBucket]:
 
 @pytest.fixture
 def spool(store: SpoolBucket, key: AgeBackend) -> Spool:
-    spool = Spool(store, key, RecordKey(key.secrets()), 1024 * MIB)
+    spool = Spool(store, key, 1024 * MIB)
     spool.store.used_bytes()
     return spool
 
@@ -108,6 +110,17 @@ def test_large_blob_takes_few_requests(spool: Spool, way: Way) -> None:
 
     assert read(spool, written) == data
     assert len(way.names) <= 8
+
+
+def test_large_ciphertext_is_verified_by_few_requests(spool: Spool, way: Way) -> None:
+    """By threads, whose slabs end between the chunks of the blob."""
+    key = os.urandom(32)
+    written = write(spool, bytes(300), stream.seal(key, bytes(64 * MIB)))
+    del way.seen[:]
+
+    with spool.opened(written) as content:
+        parallel.verify_file(key, content.tail(300), ParallelOptions(threads=2))
+    assert len(way.names) <= 40
 
 
 @pytest.mark.parametrize("size", [1000, 20 * MIB], ids=["one-put", "parts"])
@@ -270,7 +283,7 @@ def test_bucket_that_keeps_what_is_deleted_works(server: ObjectStore, key: AgeBa
             },
         )
     store = blob_stores.spool_bucket(bucket)
-    spool = Spool(store, key, RecordKey(key.secrets()), 1024 * MIB)
+    spool = Spool(store, key, 1024 * MIB)
 
     for data in (b"x", os.urandom(20 * MIB)):
         written = write(spool, data)
@@ -332,7 +345,7 @@ def test_parts_of_a_writer_that_was_killed_are_swept_after_a_day(monkeypatch: py
 
 def test_uploads_share_the_buffers_that_the_settings_name(key: AgeBackend, bucket: TestBucket) -> None:
     store = blob_stores.spool_bucket(bucket, buffer_bytes=16 * MIB)
-    spool = Spool(store, key, RecordKey(key.secrets()), 1024 * MIB)
+    spool = Spool(store, key, 1024 * MIB)
     labels = [Label("default", JOB, "result", str(number)) for number in range(3)]
     with spool.writing(labels[0]) as first, spool.writing(labels[1]) as second:
         first.write(bytes(200_000))

@@ -113,15 +113,6 @@ def test_an_entry_of_an_idempotency_key_names_no_other_job(store: JobStore, othe
     assert ("with another key" in str(refused.value)) == (other not in {"digest", "key", "no key"})
 
 
-def test_an_idempotency_key_of_an_earlier_version_finds_its_job(store: JobStore) -> None:
-    """Its record does not say with which key it was submitted."""
-    job = store.submit(accepted(digest=b"same"), idempotency="scope key")
-    earlier = msgspec.structs.replace(store.accepted(job.job_id), idempotency=b"", signed_end=False)
-    forge(store, job.job_id, sealed=store.record_key.seal(earlier))
-
-    assert store.submit(accepted(digest=b"same"), idempotency="scope key").job_id == job.job_id
-
-
 def test_idempotency_outlasts_the_end_of_the_job(store: JobStore) -> None:
     job = store.submit(accepted(digest=b"same"), idempotency="scope key")
     claim = store.claim(job.job_id, "w1")
