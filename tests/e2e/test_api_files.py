@@ -117,7 +117,7 @@ def test_accepted_upload_names_where_to_look(service: Service) -> None:
     assert answer.status_code == 202
     assert body["state"] == "queued"
     assert answer.headers["location"] == body["links"]["self"] == f"{PREFIX}/jobs/{body['job_id']}"
-    assert body["links"].keys() == {"self", "result", "events"}
+    assert body["links"].keys() == {"self", "result"}
     assert answer.headers["retry-after"]
 
 

@@ -150,38 +150,6 @@ def test_two_workers_rotate_once(core: Core, backend: AgeBackend, tmp_path: Path
     assert len(backend.versions()) == 2
 
 
-@pytest.mark.parametrize("seconds", [None, 10**9])
-def test_a_mark_that_no_worker_set_is_over_in_time(core: Core, seconds: int | None) -> None:
-    """Others may write it into Redis: it keeps keys from being looked after once, and not for good."""
-    store = core.worker_context.store
-    store.redis.set("kms:once:keys", "x", ex=seconds)
-    assert not store.once("keys", "w1", 0.2)
-
-    until(lambda: store.once("keys", "w1", 60), "the mark is over")
-    assert not store.once("keys", "w1", 60)
-
-
-@pytest.mark.parametrize("junk", ["x", "9223372036854775807", "no table"])
-def test_junk_counts_neither_stop_a_rotation_nor_count_others_twice(
-    core: Core, backend: AgeBackend, tmp_path: Path, junk: str
-) -> None:
-    made_days_ago(tmp_path / "keys/private_key.txt", 91)
-    client = core.worker_context.store.redis
-    if junk == "no table":
-        client.set("kms:tally", "x")
-    else:
-        client.hset("kms:tally", "bad", junk)
-    look_after(over(core, Key("payroll", backend)), key_rotation.RotationRules(), "w1")
-    telling = UsageFlush(mine := UsageCounters(), client)
-    mine.put_back({"good": 2, "bad": 3})
-    for _ in range(2):
-        telling.round()
-
-    assert len(backend.versions()) == 2
-    found = usage_flush.shared(client)
-    assert (found["good"], found["bad"]) == (2, 3)
-
-
 def test_a_backend_that_is_away_spoils_no_other_key(core: Core, backend: AgeBackend, tmp_path: Path) -> None:
     made_days_ago(tmp_path / "keys/private_key.txt", 91)
     remote, peer = memory_backend()

@@ -25,8 +25,11 @@ _VARIABLE: Final = re.compile(
 )
 _STOCK_AGE: Final = "stock age opens files with passphrases and SSH keys"
 REMOVED: Final[Mapping[str, str]] = {
+    "kms.audit.sinks": "copy the files of the log, and name the copies in kms.audit.copies",
     "kms.limits.pyrage_header_bytes": _STOCK_AGE,
     "kms.limits.scrypt_work_factor": _STOCK_AGE,
+    "kms.server.admission_wait_s": "requests without room are refused at once, and clients try again",
+    "kms.server.proxy_header": "trusted proxies send X-Forwarded-For",
 }
 """Settings of earlier versions, each with what takes its place, which the error says."""
 
