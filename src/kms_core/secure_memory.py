@@ -59,17 +59,6 @@ def lock() -> Obstacle | None:
     return "limit" if refused else None
 
 
-def may_lock() -> bool:
-    """True if ``lock`` would succeed in a program that this one starts; this process stays unlocked."""
-    if sys.platform != "linux":
-        return False
-    before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    locked = lock() is None
-    ctypes.CDLL(None).munlockall()
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
-    return locked
-
-
 def _lift_limit() -> bool:
     """Lift RLIMIT_MEMLOCK; False if the hard limit is finite and this process may not raise it."""
     try:

@@ -11,7 +11,6 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
-from kms_core import secure_memory
 from support import without_mlock
 from support.embedded_valkey import EmbeddedValkey
 from support.service import Service
@@ -42,7 +41,7 @@ def locked_kib(pid: int) -> int:
     return int(found[1]) if found else 0
 
 
-@pytest.mark.skipif(not secure_memory.may_lock(), reason="memory cannot be locked here")
+@pytest.mark.skipif(not without_mlock.may_lock(), reason="memory cannot be locked here")
 def test_every_process_of_a_server_locks_its_memory(install: Service) -> None:
     """Locks are not inherited: each of them has to ask, and so does a child that takes the place of one."""
     api, worker = install.pid("api"), install.pid("worker")

@@ -86,7 +86,7 @@ def test_one_node_runs_every_kind_of_job(tmp_path: Path, broker: str) -> None:
             timeout=60,
             check=False,
         )
-        assert "one node holds all keys of jobs, and 0 replicas follow it" in told.stdout, told
+        assert "one node holds all keys of jobs: give it a replica" in told.stdout, told
 
 
 def test_jobs_go_on_after_fail_overs_of_the_node_that_holds_the_keys(tmp_path: Path, broker: str) -> None:

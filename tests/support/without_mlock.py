@@ -3,6 +3,7 @@
 import ctypes
 import os
 import resource
+import subprocess
 import sys
 from typing import Final
 
@@ -14,6 +15,12 @@ _CAP_IPC_LOCK, _CAP_SYS_RESOURCE = 14, 24
 def words(*program: str) -> list[str]:
     """The command line that runs ``program`` so; its first word is an absolute path."""
     return [sys.executable, "-I", "-S", __file__, *program]
+
+
+def may_lock() -> bool:
+    """Return whether a program that this one starts may lock its memory."""
+    script = "import sys; from kms_core import secure_memory; sys.exit(secure_memory.lock() is not None)"
+    return subprocess.run([sys.executable, "-P", "-c", script], check=False).returncode == 0
 
 
 def main(program: list[str]) -> None:

@@ -1,180 +1,161 @@
-"""Checks of this machine: memory, key files, directories, disk space, certificates, audit log."""
+"""Checks of this machine and of its peers, before the service is asked: what a start of it would meet.
 
-import errno
-import math
+They read and change nothing, except a probe object in a bucket of the spool.
+"""
+
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
+from urllib.parse import urlsplit
 
+import redis
 from cryptography import x509
 
-from kms_cli.doctor import Finding, Level
 from kms_cli.local import installation
-from kms_core import secure_memory
-from kms_core.age.recipients import parse_recipient
+from kms_core import container, key_opening, keyring
 from kms_core.audit.keys import PublicKeys, public_path
-from kms_core.audit.verification.scan import ChainProblem, VerificationReport
 from kms_core.audit.verification.verify import verify
-from kms_core.audit_setup import build_monitor
-from kms_core.auth import revocation
-from kms_core.backends import table_of
-from kms_core.backends.age_settings import AgeSection
-from kms_core.jobs.storage.spool import SpoolUse
-from kms_core.jobs.storage.spool_folder import size_of
-from kms_core.redis_client import connect
-from kms_core.secure_files import open_to_others
-from kms_core.settings.model import ServerSection, Settings
+from kms_core.backends import NATIVE, table_of
+from kms_core.envelope.sealed_files import root_of
+from kms_core.jobs.hosts.install import CLOCK_BOUND_S, Facts, differences, mismatch
+from kms_core.jobs.hosts.notes import Host, HostNotes
+from kms_core.jobs.storage import spool_bucket
+from kms_core.jobs.storage.spool_bucket import SpoolBucket
+from kms_core.jobs.store import replicas
+from kms_core.jobs.store.redis_keys import PREFIX
+from kms_core.redis_client import check_servers, connect
+from kms_core.s3.bucket import If
+from kms_core.settings.lint import unaccepted, weaknesses
+from kms_core.settings.model import RedisSection, Settings
+from kms_core.settings.redis_urls import AMQP, CLUSTERS, split_url
 from kms_protocol import small_files
-from kms_protocol.errors import ConfigurationError, KmsError
+from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError
 from kms_protocol.units import size_text
 
-_SWAPS: Final = Path("/proc/swaps")
-
-
-def memory(swaps: Path = _SWAPS) -> Finding:
-    """Check whether keys may be swapped out, with the limits of this command. ``swaps`` is /proc/swaps."""
-    dumps = "core files and debuggers are blocked"
-    if secure_memory.may_lock():
-        return Finding("ok", "memory", f"{dumps}, and memory is locked")
-    if not _has_swap(swaps):
-        return Finding("ok", "memory", f"{dumps}; memory is not locked, and there is no swap")
-    text = f"{dumps}; memory is not locked, and this machine has swap"
-    return Finding("warn", "memory", text, secure_memory.ADVICE["limit"])
-
-
-def _has_swap(swaps: Path) -> bool:
-    """Return whether there is swap, or that is unknown."""
-    try:
-        return len(swaps.read_text().splitlines()) > 1
-    except OSError:
-        return True
-
-
-NEARLY_FULL: Final = 0.8
+Level = Literal["ok", "warn", "FAIL"]
 LOW_DISK_BYTES: Final = 1024**3
 NO_ROOM_BYTES: Final = 16 * 1024**2  # less than a few of the largest uploads
 RENEW_WITHIN: Final = timedelta(days=21)
-_CRL_WITHIN: Final = timedelta(days=1)  # the same as for the alert KmsClientCrlExpires
-_CHECK: Final = "check path and mode"
+MAX_VERIFIED_BYTES: Final = 256 * 1024**2  # takes some seconds
+_OLDEST_REDIS: Final = 7  # scripts that declare themselves with ``#!lua``
+_NEAR_S: Final = 1.0
+_FAR_S: Final = 30.0  # the same tolerance as for JWTs
+_TIMEOUT_S: Final = 2.0
+_AMQP_PORTS: Final = {"amqp": 5672, "amqps": 5671}
+_AS_OWNER: Final = "run as the user of the service"
+_HOSTS: Final = "see docs/hosts.md"
 
 
-def age_files(settings: Settings) -> Iterator[Finding]:
-    """Check the key files of the age backend."""
-    age = settings.backend(AgeSection)
-    path = age.private_key_path
-    yield private_file("private key", path, f"kms keygen -o {path}, or kms up", strict=settings.is_prod)
-    yield _public_key(age.public_key_path, age.private_key_path)
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. ``next`` is what to do about it.
 
-
-def private_file(subject: str, path: Path, missing: str, *, strict: bool) -> Finding:
-    """Check that only its owner can read a file. ``strict``: otherwise it fails instead of warning.
-
-    ``missing`` is what to do if there is no file.
+    ``away``: a failure of a peer that does not answer, rather than of settings or files of this machine.
     """
-    try:
-        mode = open_to_others(path)
-    except OSError as exc:
-        return Finding("FAIL", subject, f"{path}: {exc.strerror}", missing)
-    if not os.access(path, os.R_OK):
-        return Finding("FAIL", subject, f"{path} belongs to another user", "run as its owner")
-    if mode:
-        text = f"{path} can be read by others (mode {mode:04o})"
-        return Finding("FAIL" if strict else "warn", subject, text, f"chmod 600 {path}")
-    return Finding("ok", subject, str(path))
+
+    level: Level
+    subject: str
+    text: str
+    next: str = ""
+    away: bool = False
 
 
-def _public_key(path: Path, private: Path) -> Finding:
-    make = f"kms keygen -y {private} > {path}"
-    try:
-        text = small_files.text(path)
-        parse_recipient(next(line for line in text.splitlines() if line.strip() and line[0] != "#").strip())
-    except OSError as exc:
-        return Finding("FAIL", "public key", f"{path}: {exc.strerror}", make)
-    except (ValueError, StopIteration):
-        return Finding("FAIL", "public key", f"{path} does not contain a recipient (age1…)", make)
-    return Finding("ok", "public key", str(path))
+def findings(settings: Settings) -> Iterator[Finding]:
+    """Run each check of this machine. What one of them cannot read keeps no other from being made."""
+    for subject, check in _CHECKS.items():
+        try:
+            yield from check(settings)
+        except KmsError as exc:
+            is_away = not isinstance(exc, ConfigurationError)
+            yield Finding("FAIL", subject, exc.detail or exc.summary, away=is_away)
+        except OSError as exc:  # the files of another user
+            yield Finding("FAIL", subject, f"{exc.filename}: {exc.strerror}", _AS_OWNER)
 
 
-def own_keys(settings: Settings) -> Iterator[Finding]:
-    """Check the internal keys of the service. All except the spool key are created when needed."""
-    kms = settings.kms
-    path, in_dev = kms.jobs.spool_identity_path, settings.environment == "dev"
-    if not path.exists() and (settings.state_dir.exists() or not in_dev):
-        level: Level = "warn" if in_dev else "FAIL"
-        yield Finding(
-            level, "spool key", f"{path} does not exist", f"kms keygen -o {path} (in dev kms up creates it)"
-        )
-    paths = (
-        path,
-        kms.jobs.intake_identity_path,
-        kms.audit.key_path,
-        kms.audit.signing_key_path,
-        kms.auth.tokens_path,
-    )
-    found = [
-        private_file("own keys", path, _CHECK, strict=settings.is_prod) for path in paths if path.exists()
-    ]
-    yield from (finding for finding in found if finding.level != "ok")
-    has_file = kms.auth.tokens is not None or kms.auth.tokens_path.exists()
-    if kms.auth.mode == "required" and not has_file and not kms.auth.issuers:
-        yield Finding("warn", "tokens", "there are none, so nobody is let in by one", "kms token create")
-    if private := [Path(finding.text).name for finding in found if finding.level == "ok"]:
-        yield Finding("ok", "own keys", ", ".join(private))
+def _weak(settings: Settings) -> Iterator[Finding]:
+    """Yield what ``kms config lint`` reports. In prod the service refuses secret files open to others."""
+    found = unaccepted(settings)
+    for each in weaknesses(settings):
+        if each.setting in found:
+            level: Level = "FAIL" if each.of_file and settings.is_prod else "warn"
+            yield Finding(level, "weak", f"{each.setting}: {each.risk}", each.advice)
 
 
-# -- directories and room ----------------------------------------------------------------------------
+# -- keys ----------------------------------------------------------------------------------------------
 
 
-def directories(settings: Settings) -> Iterator[Finding]:
-    """Check the state directory and the spool."""
-    state, spool = settings.state_dir, settings.kms.jobs.spool_dir
-    if not state.exists():
-        yield Finding("ok", "state", f"{state} does not exist yet, kms up creates it")
-    else:
-        yield _room("state", state, "")
-    if spool.exists() and settings.kms.jobs.spool_bucket is None:
-        yield _spool(spool, settings.kms.jobs.spool_max_bytes)
+def _own_keys(settings: Settings) -> Iterator[Finding]:
+    """Open the sealed key files of the service itself. All except the spool key are made when needed."""
+    own, sealed = key_opening.own_files(settings), key_opening.sealed_files(settings)
+    path = own[key_opening.SPOOL]
+    if not path.exists():
+        level: Level = "warn" if settings.environment == "dev" else "FAIL"
+        make = f"kms keygen -o {path} (in dev kms up creates it)"
+        yield Finding(level, "own keys", f"{path} does not exist", make)
+    opener = key_opening.of_process(settings)
+    for name in own.keys() & sealed.keys():
+        text = f"{sealed[name]} is sealed by {_root(sealed[name])}"
+        try:
+            opener.open(name, small_files.read(sealed[name]))
+        except KmsError as exc:
+            is_away = isinstance(exc, BackendUnavailable)
+            yield Finding("FAIL", "own keys", f"{text} and does not open", exc.detail, away=is_away)
+        else:
+            yield Finding("ok", "own keys", f"{text} and opens")
 
 
-def _spool(path: Path, most_bytes: int) -> Finding:
-    found = _room("spool", path, f", of which it may use {size_text(most_bytes)}")
-    if found.level != "ok":
-        return found
-    used = size_of(path)
-    use = SpoolUse(used, min(most_bytes, used + shutil.disk_usage(path).free))
-    text = f"{path} is {use.ratio:.0%} full: {size_text(used)} of {size_text(use.limit_bytes)}"
-    if use.ratio < NEARLY_FULL:
-        return Finding("ok", "spool", text)
-    then = (
-        "release fetched results (kms job release), lower [kms.jobs] result_ttl_s, give tenants a "
-        "spool_bytes, or raise spool_max_bytes: full, it refuses uploads and results (spool_full)"
-    )
-    return Finding("FAIL" if use.ratio >= 1.0 else "warn", "spool", text, then)
+def _keys(settings: Settings) -> Iterator[Finding]:
+    """Wrap and unwrap with each key that the settings name."""
+    ring = keyring.build(settings, key_opening.of_process(settings))
+    sealed, places = key_opening.sealed_files(settings), key_opening.places(settings)
+    for key in ring.keys.values():
+        place, how = places.get(key.key_id), ""
+        if isinstance(place, str):
+            how = f", in {place}"
+        elif key.key_id in sealed:
+            how = f", sealed by {_root(sealed[key.key_id])}"
+        name, health = f"{key.key_id} ({key.backend.name}{how})", key.backend.health_check()
+        if health.healthy:
+            yield Finding("ok", "self-test", f"{name} wraps and unwraps")
+        else:
+            is_away = key.backend.name != NATIVE or bool(how)
+            text = f"{name} does not wrap and unwrap"
+            yield Finding("FAIL", "self-test", text, health.detail, away=is_away)
 
 
-def _room(subject: str, path: Path, more: str) -> Finding:
-    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        return Finding(
-            "warn", subject, f"{path} cannot be written by this user", "run as the user of the service"
-        )
-    free = shutil.disk_usage(path).free
-    text = f"{path}, {size_text(free)} free{more}"
-    if free < NO_ROOM_BYTES:
-        return Finding("FAIL", subject, text, "free space: uploads and results are refused (spool_full)")
-    if free < LOW_DISK_BYTES:
-        return Finding("warn", subject, text, "free space: uploads and results are kept there")
-    return Finding("ok", subject, text)
+def _root(path: Path) -> str:
+    return root_of(small_files.read(path)) or "kms.age.seal_identity_path"
 
 
-# -- certificates ------------------------------------------------------------------------------------
+# -- folders, certificates, audit log ------------------------------------------------------------------
 
 
-def certificates(settings: Settings) -> Iterator[Finding]:
-    """Check the certificates of the service, as a server and as a client."""
+def _room(settings: Settings) -> Iterator[Finding]:
+    """Check that state directory, spool and audit log can be written, and how much room they have."""
+    folders = {"state": settings.state_dir, "audit": settings.kms.audit.path}
+    if settings.kms.jobs.spool_bucket is None:
+        folders["spool"] = settings.kms.jobs.spool_dir
+    for name, path in folders.items():
+        if not path.exists():
+            yield Finding("ok", name, f"{path} does not exist yet, the service makes it")
+        elif not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+            yield Finding("warn", name, f"{path} cannot be written by this user", _AS_OWNER)
+        else:
+            free = shutil.disk_usage(path).free
+            level: Level = "FAIL" if free < NO_ROOM_BYTES else "warn" if free < LOW_DISK_BYTES else "ok"
+            full = "free space: without it uploads, results and, for the audit log, all calls are refused"
+            yield Finding(level, name, f"{path}, {size_text(free)} free", "" if level == "ok" else full)
+
+
+def _certificates(settings: Settings) -> Iterator[Finding]:
+    """Check the expiry of the certificates of the service, as a server and as a client."""
     kms = settings.kms
     named = {
         "server.tls_cert": kms.server.tls_cert,
@@ -186,158 +167,246 @@ def certificates(settings: Settings) -> Iterator[Finding]:
             named[f"{table_of(scheme)}.{section.CERTIFICATE}"] = getattr(section, section.CERTIFICATE)
     for name, path in named.items():
         if path is not None:
-            yield _certificate(f"kms.{name}", path)
-    yield from _client_crl(kms.server)
-    if kms.server.tls_key is not None:
-        key = private_file("tls key", kms.server.tls_key, _CHECK, strict=settings.is_prod)
-        if key.level != "ok":
-            yield key
+            yield _certificate(f"kms.{name}: {path}", path)
 
 
-def _client_crl(server: ServerSection) -> Iterator[Finding]:
-    if server.client_crl is None:
-        return
-    try:
-        lists = revocation.load(server)
-    except ConfigurationError as exc:
-        yield Finding("FAIL", "client crl", exc.detail, _CHECK)
-        return
-    if lists is not None:
-        yield _term("client crl", f"kms.server.client_crl: {server.client_crl}", lists.ends, _CRL_WITHIN)
-
-
-def _certificate(name: str, path: Path) -> Finding:
+def _certificate(what: str, path: Path) -> Finding:
     try:
         ends = min(one.not_valid_after_utc for one in x509.load_pem_x509_certificates(small_files.read(path)))
-    except OSError as exc:
-        return Finding("FAIL", "certificate", f"{name}: {path}: {exc.strerror}", _CHECK)
-    except ValueError:
-        return Finding("FAIL", "certificate", f"{name}: {path} contains no certificate", "expected PEM")
-    return _term("certificate", f"{name}: {path}", ends.timestamp(), RENEW_WITHIN)
+    except (OSError, ValueError):
+        return Finding("FAIL", "certificate", f"{what} contains no certificate", "expected PEM")
+    left = ends - datetime.now(UTC)
+    level: Level = "FAIL" if left <= timedelta() else "warn" if left < RENEW_WITHIN else "ok"
+    text = f"{what}, valid until {ends:%Y-%m-%d %H:%M} UTC"
+    renew = "replace the file: that of the server is read again without a restart"
+    return Finding(level, "certificate", text, "" if level == "ok" else renew)
 
 
-def _term(subject: str, what: str, ends: float, renew_within: timedelta) -> Finding:
-    """Check an expiry. ``ends`` is in epoch seconds, or infinite."""
-    if math.isinf(ends):
-        return Finding("ok", subject, f"{what}: valid without expiry")
-    at, now = datetime.fromtimestamp(ends, UTC), datetime.now(UTC)
-    day, renew = f"{at:%Y-%m-%d %H:%M} UTC", "replace the file: it is read again without a restart"
-    if at <= now:
-        return Finding("FAIL", subject, f"{what} expired at {day}", renew)
-    if at - now < renew_within:
-        return Finding("warn", subject, f"{what} expires at {day}", renew)
-    return Finding("ok", subject, f"{what}: valid until {day}")
-
-
-# -- the audit log ------------------------------------------------------------------------------------
-
-MAX_VERIFIED_BYTES: Final = (
-    256 * 1024**2
-)  # takes some seconds; of a larger log only the ends of its files are read
-_RECORD_BYTES: Final = 4096
-_YOUNG: Final = (
-    "nothing was compared yet: the log has no signed line. The first is due {} s after the first record"
-)
-_KEEP: Final = "kms audit verify; keep the files as they are"
-
-
-def audit_log(settings: Settings) -> Iterator[Finding]:
-    """Check the audit log of this machine."""
-    folder = settings.kms.audit.path
-    try:
-        if is_new := not folder.exists():
-            yield Finding("ok", "audit", f"{folder} does not exist yet, the first record creates it")
-        else:
-            yield _writable(folder)
-        if not is_new or public_path(settings.kms.audit.signing_key_path).exists():
-            yield from _verified(settings)
-    except (OSError, KmsError) as exc:
-        why = exc.detail if isinstance(exc, KmsError) else exc.strerror
-        yield Finding("FAIL", "audit", f"{folder} cannot be read: {why}", "run as the user of the service")
-
-
-def _writable(folder: Path) -> Finding:
-    """Write an unnamed file of the size of a record, which is removed when it is closed."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(_RECORD_BYTES))
-    except OSError as exc:
-        full = exc.errno in {errno.ENOSPC, errno.EDQUOT}
-        then = (
-            "free space: without a record no call is answered" if full else "run as the user of the service"
-        )
-        level: Level = "FAIL" if full or os.geteuid() == 0 else "warn"
-        return Finding(level, "audit", f"{folder} cannot be written: {exc.strerror}", then)
-    return Finding("ok", "audit", f"{folder} can be written")
-
-
-def _verified(settings: Settings) -> Iterator[Finding]:
-    section = settings.kms.audit
+def _audit_log(settings: Settings) -> Iterator[Finding]:
+    """Verify the log as ``kms audit verify``, unless that takes long."""
+    section, own = settings.kms.audit, public_path(settings.kms.audit.signing_key_path)
+    if not section.path.exists() and not own.exists():
+        return
     size_bytes = sum(path.stat().st_size for path in section.path.glob("*.jsonl*"))
     if size_bytes > MAX_VERIFIED_BYTES:
-        yield from _ends_verified(settings)
+        text = f"it has {size_text(size_bytes)}: `kms audit verify` checks it, and the service its ends"
+        yield Finding("ok", "audit log", text)
         return
-    own, found = public_path(section.signing_key_path), installation.configured_anchors(settings)
-    report = verify(
-        section.path,
-        PublicKeys.read(own) if own.exists() else None,
-        found.lines,
-    )
+    found = installation.configured_anchors(settings)
+    report = verify(section.path, PublicKeys.read(own) if own.exists() else None, found.lines)
     found.note_in(report)
-    yield _chain(report)
-    noted = next((note.text for note in report.notes if note.code == installation.NOT_COMPARED), "")
-    if found.lines and all(each.signed_seq < 0 for each in report.chains):
-        noted = noted or _YOUNG.format(section.checkpoint_s)
-    yield _compared(report.problems, report.not_compared, [*found.lines], noted)
-
-
-def _chain(report: VerificationReport) -> Finding:
-    problems = [each for each in report.problems if not each.anchor]
-    if problems:
-        first, others = problems[0], len(problems) - 1
-        more = f", and {others} more" if others else ""
-        text = f"{first.code} in {first.file or first.chain}: {first.text}{more}"
-        return Finding("FAIL", "audit chain", text, _KEEP)
+    if report.problems:
+        first, others = report.problems[0], len(report.problems) - 1
+        text = f"{first.code} in {first.file or first.chain}: {first.text}"
+        text += f", and {others} more" if others else ""
+        yield Finding("FAIL", "audit log", text, "kms audit verify; keep the files as they are")
+        return
     unsigned = sum(each.last_seq - each.signed_seq for each in report.chains)
     text = f"{report.lines} lines are intact, {unsigned} of them newer than the last checkpoint"
     if report.has_open_end:
-        ended = f"{text}; a chain has no end: its process was killed, or its end was removed"
-        return Finding("warn", "audit chain", ended, "the next start of the service records it")
-    return Finding("ok", "audit chain", text)
-
-
-def _compared(
-    problems: Sequence[ChainProblem], not_compared: Mapping[str, str], sources: Sequence[str], noted: str = ""
-) -> Finding:
-    """Compare the log with its anchors: an older copy of a log is intact as well."""
-    proven = [each for each in problems if each.anchor]
-    if proven:
-        more = f", and {len(proven) - 1} more" if len(proven) > 1 else ""
-        text = f"{proven[0].code} in {proven[0].chain}: {proven[0].text}{more}"
-        return Finding("FAIL", "audit anchors", text, _KEEP)
-    if not_compared:
-        why = "; ".join(f"{place}: {reason}" for place, reason in not_compared.items())
-        text = f"an older copy of the log would not be noticed: {why}"
-        return Finding("warn", "audit anchors", text, "kms audit verify, once they can be read")
-    if noted:
-        return Finding("ok", "audit anchors", noted)
-    if not sources:
-        text = "there are none, so an older copy of the log would not be noticed"
-        return Finding("warn", "audit anchors", text, "set [kms.audit] anchor_dir, on another host")
-    return Finding("ok", "audit anchors", f"the log has the records that those in {', '.join(sources)} name")
-
-
-def _ends_verified(settings: Settings) -> Iterator[Finding]:
-    watch = build_monitor(settings, connect(installation.redis_section(settings, os.environ)))
-    watch.round()
-    found = watch.condition
-    if found.problems:
-        text = f"{found.problems[0].code}: {found.problems[0].text}"
-        yield Finding("FAIL", "audit chain", text, _KEEP)
-    elif found.unread:
-        yield Finding("FAIL", "audit chain", found.unread, "run as the user of the service")
+        text += "; a chain has no end: its process was killed, or its end was removed"
+    if report.not_compared:
+        why = "; ".join(f"{place}: {reason}" for place, reason in report.not_compared.items())
+        text += f"; an older copy of it would not be noticed: {why}"
+    elif found.lines and any(each.signed_seq >= 0 for each in report.chains):
+        text += f"; it has all lines that the anchors in {', '.join(found.lines)} name"
     else:
-        yield Finding(
-            "ok", "audit chain", "the end of each file is intact; to check all of it: kms audit verify"
-        )
-    yield _compared(found.anchors, found.not_compared, watch.sinks)
+        text += "; nothing was compared with anchors yet"
+    is_intact = report.verdict == "intact"
+    yield Finding("ok" if is_intact else "warn", "audit log", text, "" if is_intact else "kms audit verify")
+
+
+# -- Redis, broker and other hosts ---------------------------------------------------------------------
+
+
+def _queue(settings: Settings) -> Iterator[Finding]:
+    """Check the Redis of the jobs, what hosts tell each other there, and a broker that is another server."""
+    section = installation.redis_section(settings, os.environ)
+    try:
+        check_servers(section)
+        replicas.check(section)
+        with connect(section) as client:
+            yield from _redis(client, section)
+            yield from _hosts(settings, HostNotes(client))
+    except (redis.AuthenticationError, redis.ResponseError) as exc:
+        text = f"{_where(section.url)} answers with an error: {str(exc).partition('. ')[0]}"
+        then = "check user and password of [kms.redis], and protected-mode of the server"
+        yield Finding("FAIL", "redis", text, then, away=isinstance(exc, redis.ResponseError))
+    except redis.RedisError:
+        is_named = installation.is_named(settings.kms.redis)
+        text = f"nothing answers at {_where(section.url)}, so jobs and files wait"
+        then = "check [kms.redis] url, or start it; kms up starts one where none is named"
+        yield Finding("FAIL" if is_named else "warn", "redis", text, then, away=True)
+    if section.broker_url.partition("://")[0] in AMQP:
+        yield _broker(section.broker_url)
+
+
+def _where(url: str) -> str:
+    """Return the address in a URL of Redis, without user and password."""
+    parts = split_url("kms.redis.url", url)
+    return parts.path if parts.scheme == "unix" else parts.netloc.rpartition("@")[2]
+
+
+def _redis(client: redis.Redis, section: RedisSection) -> Iterator[Finding]:
+    """Check the server: its role and version, what it forgets, its replicas and its clock."""
+    before = time.time()
+    seconds, micros = client.time()
+    ahead_s = seconds + micros / 1e6 - (before + time.time()) / 2
+    found = client.info()
+    name = "Valkey" if "valkey_version" in found else "Redis"
+    version = str(found.get("valkey_version") or found.get("redis_version"))
+    text, then = f"{_where(section.url)}, {name} {version}", ""
+    if found.get("role") != "master":
+        then = "it is a replica, which accepts no jobs: name the master, or use sentinel://"
+    elif name == "Redis" and int(version.partition(".")[0]) < _OLDEST_REDIS:
+        then = "jobs need Redis 7.0 or later, or Valkey"
+    yield Finding("FAIL" if then else "ok", "redis", text, then)
+    fsync = _fsync(client) if found.get("aof_enabled") else "no file"
+    if fsync in {"", "always"}:
+        yield Finding("ok", "redis aof", "it keeps a file of all writes")
+    else:
+        text = f"appendonly: {fsync}, so the last accepted jobs may be lost"
+        yield Finding("warn", "redis aof", text, "set appendonly yes and appendfsync always")
+    if (policy := found.get("maxmemory_policy")) != "noeviction":
+        text = f"maxmemory-policy {policy}: when it is full it drops jobs"
+        level: Level = "FAIL" if found.get("maxmemory") else "warn"
+        yield Finding(level, "redis memory", text, "set maxmemory-policy noeviction")
+    yield _replicas(int(found.get("connected_slaves", 0)), section)
+    yield _clock(ahead_s)
+    if count := int(client.zcard(f"{PREFIX}newer")):
+        text = f"{count} jobs were submitted by a newer version, and wait for a worker of that version"
+        yield Finding("warn", "jobs", text, "update the workers, or start one of that version")
+
+
+def _fsync(client: redis.Redis) -> str:
+    """Return the setting appendfsync; empty if this user may not read it."""
+    try:
+        return str(client.config_get("appendfsync").get("appendfsync", ""))
+    except redis.ResponseError:
+        return ""
+
+
+def _replicas(following: int, section: RedisSection) -> Finding:
+    text = f"{following} follow, [kms.redis] wait_replicas is {section.wait_replicas}"
+    if following < section.wait_replicas:
+        then = "bring replicas back; until then jobs answer 503 durability_unconfirmed"
+        return Finding("FAIL", "redis replicas", text, then, away=True)
+    if following and not section.wait_replicas and section.url.partition("://")[0] not in CLUSTERS:
+        then = "a fail-over may lose the last jobs: set wait_replicas (docs/durability.md)"
+        return Finding("warn", "redis replicas", text, then)
+    if not following and section.url.partition("://")[0] in CLUSTERS:
+        then = "one node holds all keys of jobs: give it a replica, without one its loss stops all jobs"
+        return Finding("warn", "redis replicas", text, then)
+    return Finding("ok", "redis replicas", text)
+
+
+def _clock(ahead_s: float) -> Finding:
+    if abs(ahead_s) <= _NEAR_S:
+        return Finding("ok", "clock", "agrees with the clock of Redis")
+    text = f"the clock of Redis is {abs(ahead_s):.0f} s {'ahead' if ahead_s > 0 else 'behind'}"
+    level: Level = "FAIL" if abs(ahead_s) > _FAR_S else "warn"
+    then = "use NTP on both: jobs depend on the clock of Redis, tokens and not_after on this one"
+    return Finding(level, "clock", text, then, away=True)
+
+
+def _broker(url: str) -> Finding:
+    parts = urlsplit(url)
+    host, port = parts.hostname or "localhost", parts.port or _AMQP_PORTS[parts.scheme]
+    try:
+        socket.create_connection((host, port), _TIMEOUT_S).close()
+    except OSError:
+        text = f"nothing answers at {host}:{port}, so workers are not notified of jobs"
+        return Finding("FAIL", "broker", text, "start it, or check [kms.redis] broker_url", away=True)
+    return Finding("ok", "broker", f"{host}:{port} answers")
+
+
+def _hosts(settings: Settings, notes: HostNotes) -> Iterator[Finding]:
+    """Compare the install id of the spool and of Redis, and each live host with this one."""
+    marks = container.marks(settings, makes=False)
+    own_id, stored = marks.install_id(), notes.install_id()
+    if wrong := mismatch(own_id, stored):
+        yield Finding("FAIL", "install", wrong)
+    elif stored and not own_id:
+        yield Finding("warn", "install", f"Redis has {stored}, the spool has none: {_HOSTS}")
+    else:
+        same = f"{stored}, the same in the spool and in Redis"
+        yield Finding("ok", "install", same if stored else "Redis has no id yet: the next start writes it")
+    here, own = Host.here(settings.state_dir, settings.kms.jobs.spool_dir), Facts({}, {})
+    others = [each for each in notes.live(notes.now()[0]).values() if each.id != here.id and each.serving]
+    if not others:
+        yield Finding("ok", "hosts", "no other host of this install is seen")
+        return
+    with suppress(ConfigurationError, BackendUnavailable):  # other checks tell of it
+        own = container.facts(settings)
+    for note in others:
+        told, lacks_mark = differences(own, note), marks.lacks_host(note.id)
+        if abs(note.clock_s) > CLOCK_BOUND_S:
+            told.append(f"its clock is {note.clock_s:+.0f} s off the clock of Redis")
+        if lacks_mark:
+            told.append("it uses another spool: its mark is not in this one")
+        if told:
+            level: Level = "FAIL" if lacks_mark else "warn"
+            yield Finding(level, "hosts", f"{note.name} differs: {'; '.join(told)}", _HOSTS)
+            continue
+        places = note.key_places
+        separate = sorted(name for name, place in own.key_places.items() if places.get(name, place) != place)
+        files = f"; key files of its own: {', '.join(separate)}" if separate else ""
+        yield Finding("ok", "hosts", f"{note.name} shares spool, Redis, keys and settings{files}")
+
+
+# -- the bucket of the spool ---------------------------------------------------------------------------
+
+
+def _bucket(settings: Settings) -> Iterator[Finding]:
+    """Write, read, list and delete a probe object; tell versioning, object lock and rules of the bucket."""
+    section = settings.kms.jobs.spool_bucket
+    if section is None:
+        return
+    store = spool_bucket.build(settings, section)
+    with closing(store.bucket.line):
+        yield _probe(store, section.url)
+        with store.errors():
+            versioning = store.bucket.setting("versioning") or ""
+            locked = store.bucket.setting("object-lock") or ""
+            rules = store.bucket.setting("lifecycle") or ""
+    if "<Status>Enabled<" in versioning and "NoncurrentVersionExpiration" not in rules:
+        text = "versioning is on: deleted uploads and results stay as older versions, and take room"
+        then = "turn it off, or add a lifecycle rule NoncurrentVersionExpiration of 1 day"
+        yield Finding("warn", "spool bucket", text, then)
+    if "<ObjectLockEnabled>Enabled<" in locked:
+        text = "object lock is on: what is deleted or released may stay until its retention ends"
+        then = "use a bucket without object lock for the spool"
+        yield Finding("warn", "spool bucket", text, then)
+    if "AbortIncompleteMultipartUpload" not in rules:
+        text = "no rule of the bucket aborts uploads that a killed process left; workers do so after a day"
+        then = "add a lifecycle rule AbortIncompleteMultipartUpload of 2 days"
+        yield Finding("warn", "spool bucket", text, then)
+
+
+def _probe(store: SpoolBucket, url: str) -> Finding:
+    folder, name, content = "probe", os.urandom(16).hex(), os.urandom(16)
+    key = f"{store.prefix}{folder}/{name}"
+    with store.errors():
+        honours = store.bucket.put(key, content, If(absent=True), "probe")
+        honours = honours and not store.bucket.put(key, content, If(absent=True), "probe")
+    same = store.get(folder, name, len(content)).data == content and name in store.names(folder)
+    store.remove(folder, name)
+    if not same:
+        then = "check [kms.jobs.spool_bucket]"
+        return Finding("FAIL", "spool bucket", f"{url} does not give back or list what was written", then)
+    if not honours:
+        text = f"{url} ignores If-None-Match: a write does not notice another one of the same name"
+        return Finding("warn", "spool bucket", text, "docs/hosts.md says what that costs")
+    return Finding("ok", "spool bucket", f"{url} can be written, read and listed")
+
+
+_CHECKS: Final[Mapping[str, Callable[[Settings], Iterator[Finding]]]] = {
+    "weak": _weak,
+    "own keys": _own_keys,
+    "keys": _keys,
+    "state": _room,
+    "spool bucket": _bucket,
+    "audit log": _audit_log,
+    "certificate": _certificates,
+    "redis": _queue,
+}

@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
@@ -14,7 +13,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
+from unittest.mock import MagicMock
 
+import click
+import msgspec
 import pytest
 import redis
 from cryptography import x509
@@ -22,12 +24,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from kms_cli.doctor import command as doctor_command
 from kms_cli.doctor.machine import MAX_VERIFIED_BYTES
 from kms_cli.local import valkey
 from kms_core.programs import tether
-from support import without_mlock
+from kms_protocol.admin import StatusOut
 from support.cli.fixtures import BIN
-from support.credentials import Authority
 from support.ports import free_port
 from support.service import Service
 from support.small_disk import small_disk
@@ -51,6 +53,11 @@ class Told:
         found = [line for line in self.lines if (line["subject"], line["level"]) == (subject, level)]
         assert len(found) == 1, self.lines
         return f"{found[0]['text']}: {found[0]['next']}"
+
+    def all(self, subject: str, level: str) -> str:
+        """Texts and next steps of all lines about a subject with this level."""
+        found = [line for line in self.lines if (line["subject"], line["level"]) == (subject, level)]
+        return "\n".join(f"{line['text']}: {line['next']}" for line in found)
 
     @property
     def failed(self) -> set[str]:
@@ -95,14 +102,11 @@ def test_of_a_service_at_work_nothing_fails(service: Service) -> None:
 
     assert told.failed == set()
     assert told.exit_code == 0
-    assert "of them newer than the last checkpoint" in told.at("audit chain", "ok")
+    assert "of them newer than the last checkpoint" in told.at("audit log", "ok")
     assert "Valkey" in told.at("redis", "ok")
-    assert told.at("redis aof", "ok").startswith("on")
-    assert told.at("redis memory", "ok").startswith("noeviction")
+    assert told.at("redis aof", "ok")
     assert told.at("clock", "ok")
-    assert f"in use: {service.port} by the API, {service.port + 1} by the worker" in told.at("ports", "ok")
-    assert told.at("own keys", "ok").startswith("spool.key, intake.key, audit.key, audit-signing.key")
-    assert "1 running" in told.at("workers", "ok")
+    assert "1 workers, 0 jobs waiting, spool 0% full" in told.at("jobs", "ok")
 
 
 def test_lines_for_people_say_what_lines_for_programs_say(service: Service) -> None:
@@ -113,20 +117,19 @@ def test_lines_for_people_say_what_lines_for_programs_say(service: Service) -> N
 
 
 def test_a_service_without_workers_and_one_without_redis_say_so(idle: Service, strict: Service) -> None:
-    assert "start kms-worker" in doctor(idle).at("workers", "warn")
+    assert "start kms-worker" in doctor(idle).all("service", "warn")
     told = doctor(strict)
-    assert "reaches no Redis" in told.at("jobs", "warn")
+    assert "reaches no Redis" in told.all("service", "warn")
     assert "nothing answers at /nonexistent/valkey.sock" in told.at("redis", "FAIL")
     assert told.exit_code == 69
 
 
-def test_a_service_that_is_not_there_and_an_idle_port(install: Service) -> None:
+def test_a_service_that_is_not_there(install: Service) -> None:
     told = doctor(install)
 
     assert told.failed == {"redis", "service"}
     assert told.exit_code == 69
     assert "kms up" in told.at("service", "FAIL")
-    assert f"free: {install.port} for the API, {install.port + 1} for the worker" in told.at("ports", "ok")
 
 
 def test_a_trail_that_was_changed_under_a_service_fails_there_and_here(tmp_path: Path) -> None:
@@ -137,7 +140,7 @@ def test_a_trail_that_was_changed_under_a_service_fails_there_and_here(tmp_path:
         until(lambda: "audit_chain" in running.get("/status").json()["degraded"], "it is noticed")
         told = doctor(running)
 
-    assert "edited" in told.at("audit chain", "FAIL")
+    assert "edited" in told.at("audit log", "FAIL")
     assert "its audit log was changed" in told.at("service", "FAIL")
     assert told.exit_code == 78
 
@@ -160,9 +163,9 @@ def test_keys_of_the_service_that_others_may_read(tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr
     (install.state / name).chmod(0o644)
 
-    assert f"chmod 600 {install.state / name}" in doctor(install).at("own keys", "warn")
+    assert "audit.signing_key_path" in doctor(install).at("weak", "warn")
     told = doctor(install, PROVISIONING_ENV="prod")
-    assert f"{name} can be read by others (mode 0644)" in told.at("own keys", "FAIL")
+    assert "chmod 600" in told.at("weak", "FAIL")
     assert told.exit_code == 78
 
 
@@ -170,23 +173,14 @@ def test_a_spool_key_that_is_not_there(tmp_path: Path) -> None:
     install = configured(tmp_path, PROD)
     (install.state / "spool.key").unlink()
 
-    assert "kms up creates it" in doctor(install).at("spool key", "warn")
-    assert "kms keygen -o" in doctor(install, PROVISIONING_ENV="prod").at("spool key", "FAIL")
+    assert "kms up creates it" in doctor(install).at("own keys", "warn")
+    assert "kms keygen -o" in doctor(install, PROVISIONING_ENV="prod").at("own keys", "FAIL")
 
 
-def test_no_token_where_one_is_asked_for(tmp_path: Path) -> None:
-    install = configured(tmp_path, '[kms.auth]\nmode = "required"\n')
+def test_a_token_file_that_is_not_there(install: Service, tmp_path: Path) -> None:
+    told = doctor(install, KMS_TOKEN_FILE=str(tmp_path / "my.token"))
 
-    assert "kms token create" in doctor(install).at("tokens", "warn")
-
-
-def test_a_token_file_that_others_may_read_or_that_is_not_there(install: Service, tmp_path: Path) -> None:
-    file = tmp_path / "my.token"
-    assert "check --token-file" in doctor(install, KMS_TOKEN_FILE=str(file)).at("token", "FAIL")
-    file.write_text("kms_aaaaaaaaaa_b")
-    file.chmod(0o640)
-
-    assert f"chmod 600 {file}" in doctor(install, KMS_TOKEN_FILE=str(file)).at("token", "warn")
+    assert "Cannot read the token file" in told.at("service", "FAIL")
 
 
 def test_a_backend_that_is_away_is_not_a_wrong_setting(tmp_path: Path) -> None:
@@ -211,9 +205,9 @@ def recorded(install: Service) -> Path:
 def test_a_closed_trail_is_verified_to_its_newest_checkpoint(install: Service) -> None:
     recorded(install)
 
-    assert "lines are intact, 0 of them newer than the last checkpoint" in doctor(install).at(
-        "audit chain", "ok"
-    )
+    told = doctor(install).at("audit log", "warn")
+    assert "lines are intact, 0 of them newer than the last checkpoint" in told
+    assert "an older copy of it would not be noticed: Redis" in told
 
 
 def test_a_trail_that_was_edited_or_cut(install: Service) -> None:
@@ -221,42 +215,27 @@ def test_a_trail_that_was_edited_or_cut(install: Service) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole.replace(b'"principal"', b'"princepal"'))
     told = doctor(install)
-    assert "kms audit verify" in told.at("audit chain", "FAIL")
+    assert "kms audit verify" in told.at("audit log", "FAIL")
     assert told.exit_code == 78
 
     file.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
-    assert "a chain has no end" in doctor(install).at("audit chain", "warn")
+    assert "a chain has no end" in doctor(install).at("audit log", "warn")
 
 
-def test_of_a_large_trail_the_ends_are_read(install: Service) -> None:
+def test_a_large_trail_is_left_to_its_own_command(install: Service) -> None:
     file = recorded(install)
     with (file.parent / "large.jsonl").open("wb") as large:
         large.truncate(MAX_VERIFIED_BYTES + 1)  # takes no room on the disk
-    assert "all of it: kms audit verify" in doctor(install).at("audit chain", "ok")
-
-    file.write_bytes(file.read_bytes().replace(b'"principal"', b'"princepal"'))
-    assert "edited" in doctor(install).at("audit chain", "FAIL")
+    assert "`kms audit verify` checks it" in doctor(install).at("audit log", "ok")
 
 
 def test_a_trail_that_takes_no_record(tmp_path: Path) -> None:
     install = configured(tmp_path, '[kms.audit]\npath = "/proc"\n')
 
-    assert "cannot be written" in doctor(install).at("audit", "FAIL" if os.geteuid() == 0 else "warn")
+    assert doctor(install).at("audit", "FAIL" if os.geteuid() == 0 else "warn")
 
 
 # -- room and certificates ---------------------------------------------------------------------------
-
-
-def test_a_spool_that_is_nearly_full(tmp_path: Path) -> None:
-    install = Service(tmp_path, "[kms.jobs]\nspool_max_bytes = 1_000_000\n")
-    install.spool.mkdir(mode=0o700)
-    (install.spool / "blob").write_bytes(bytes(790_000))
-    assert "is 79% full" in doctor(install).at("spool", "ok")
-    (install.spool / "blob").write_bytes(bytes(920_000))
-    assert "is 92% full" in doctor(install).at("spool", "warn")
-    (install.spool / "blob").write_bytes(bytes(1_000_000))
-
-    assert "kms job release" in doctor(install).at("spool", "FAIL")
 
 
 def test_a_spool_and_a_trail_without_room(tmp_path: Path) -> None:
@@ -267,26 +246,21 @@ def test_a_spool_and_a_trail_without_room(tmp_path: Path) -> None:
         spool.mkdir()
         audit.mkdir()
         told = doctor(install)
-        assert "free space" in told.at("spool", "FAIL")
-        assert told.at("audit", "ok")
 
-        with suppress(OSError), (disk / "full").open("wb") as file:
-            while True:
-                file.write(bytes(64 * 1024))
-        assert "free space" in doctor(install).at("audit", "FAIL")
+    assert "free space" in told.at("spool", "FAIL")
+    assert "free space" in told.at("audit", "FAIL")
+    assert told.exit_code == 78
 
 
 @pytest.mark.parametrize(
-    ("days", "level", "said"),
-    [(-1, "FAIL", "expired at"), (5, "warn", "expires at"), (300, "ok", "valid until")],
-    ids=["expired", "soon", "fine"],
+    ("days", "level"), [(-1, "FAIL"), (5, "warn"), (300, "ok")], ids=["expired", "soon", "fine"]
 )
-def test_a_certificate_has_an_end(tmp_path: Path, days: int, level: str, said: str) -> None:
+def test_a_certificate_has_an_end(tmp_path: Path, days: int, level: str) -> None:
     cert, key = tmp_path / "tls.crt", tmp_path / "tls.key"
     certificate(cert, key, datetime.now(UTC) + timedelta(days=days))
     install = configured(tmp_path, f'[kms.server]\ntls_cert = "{cert}"\ntls_key = "{key}"\n')
 
-    assert said in doctor(install).at("certificate", level)
+    assert "valid until" in doctor(install).at("certificate", level)
 
 
 def test_a_certificate_that_is_none_and_a_key_that_others_read(tmp_path: Path) -> None:
@@ -297,28 +271,7 @@ def test_a_certificate_that_is_none_and_a_key_that_others_read(tmp_path: Path) -
     told = doctor(configured(tmp_path, f'[kms.server]\ntls_cert = "{cert}"\ntls_key = "{key}"\n'))
 
     assert "contains no certificate" in told.at("certificate", "FAIL")
-    assert f"chmod 600 {key}" in told.at("tls key", "warn")
-
-
-@pytest.mark.parametrize(
-    ("hours", "level", "said"),
-    [
-        (-1, "FAIL", "clients.crl expired at"),
-        (5, "warn", "clients.crl expires at"),
-        (300, "ok", "clients.crl: valid"),
-    ],
-    ids=["expired", "soon", "fine"],
-)
-def test_a_revocation_list_has_an_end(tmp_path: Path, hours: int, level: str, said: str) -> None:
-    clients, crl = Authority(tmp_path / "clients"), tmp_path / "clients.crl"
-    pair = clients.issue("server", server=True, lasts=timedelta(days=90))
-    crl.write_bytes(clients.crl(lasts=timedelta(hours=hours)))
-    settings = (
-        f'[kms.server]\ntls_cert = "{pair.cert}"\ntls_key = "{pair.key}"\nclient_ca = "{clients.ca_file}"\n'
-    )
-    told = doctor(configured(tmp_path, f'{settings}client_crl = "{crl}"\n'))
-
-    assert said in told.at("client crl", level)
+    assert "server.tls_key" in told.at("weak", "warn")
 
 
 def certificate(cert: Path, key: Path, ends: datetime) -> None:
@@ -371,9 +324,9 @@ def test_a_redis_that_forgets(tmp_path: Path, weak: int) -> None:
         admin.config_set("appendonly", "yes")
         admin.config_set("maxmemory-policy", "noeviction")
         try:
-            assert "appendfsync everysec" in doctor(install).at("redis aof", "warn")
+            assert "everysec" in doctor(install).at("redis aof", "warn")
             admin.config_set("appendfsync", "always")
-            assert doctor(install).at("redis aof", "ok").startswith("on, appendfsync always")
+            assert doctor(install).at("redis aof", "ok")
         finally:
             admin.config_set("maxmemory-policy", "allkeys-lru")
             admin.config_set("appendonly", "no")
@@ -399,7 +352,7 @@ def test_a_redis_that_refuses_this_machine_is_not_called_silent(tmp_path: Path) 
         told = doctor(configured(tmp_path, "", f"redis://127.0.0.1:{listener.getsockname()[1]}/0"))
 
     assert "answers with an error: DENIED Redis is running in protected mode" in told.at("redis", "FAIL")
-    assert told.at("redis", "FAIL").endswith(": protected-mode no, where the users have passwords")
+    assert "protected-mode of the server" in told.at("redis", "FAIL")
     assert told.exit_code == 69
 
 
@@ -442,14 +395,6 @@ def _hurried(near: socket.socket, port: int) -> None:
             )
 
 
-def test_a_port_that_somebody_else_has(install: Service) -> None:
-    with closing(socket.create_server(("127.0.0.1", install.port + 1))):
-        told = doctor(install)
-
-    assert f"{install.port + 1}, for the worker, is used" in told.at("ports", "FAIL")
-    assert told.exit_code == 69
-
-
 def test_a_broker_that_is_away(tmp_path: Path) -> None:
     port = free_port()
     install = configured(tmp_path, f'[kms.redis]\nbroker_url = "amqp://127.0.0.1:{port}"\n')
@@ -457,58 +402,45 @@ def test_a_broker_that_is_away(tmp_path: Path) -> None:
     assert f"nothing answers at 127.0.0.1:{port}" in doctor(install).at("broker", "FAIL")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="takes capabilities away")
+# -- what the service says of itself -----------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("swaps", "level"), [(None, "warn"), ("", "ok"), ("/dev/dm-1 partition 8388604 0 -2\n", "warn")]
+    ("name", "level", "said"),
+    [
+        ("spool", "warn", "kms job release"),
+        ("install", "FAIL", "different installs"),
+        ("named_in_a_later_version", "warn", "named_in_a_later_version is degraded"),
+    ],
 )
-def test_memory_that_is_not_locked_is_a_warning_where_there_is_swap(
-    tmp_path: Path, swaps: str | None, level: str
+def test_what_the_service_calls_degraded_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, name: str, level: str, said: str
 ) -> None:
-    if swaps is not None:
-        (tmp_path / "swaps").write_text(f"Filename Type Size Used Priority\n{swaps}")
-    asked = f"memory(pathlib.Path({str(tmp_path / 'swaps')!r}))"
-    script = f"import pathlib\nfrom kms_cli.doctor.machine import memory\nfound = {asked}"
-    argv = [sys.executable, "-P", "-c", f"{script}\nprint(found.level, found.text, found.next)"]
+    client = MagicMock()
+    status = msgspec.convert(StatusOut.EXAMPLE | {"degraded": [name]}, StatusOut)
+    client.__enter__.return_value.status.return_value = status
+    monkeypatch.setattr(doctor_command, "connect", lambda **_: client)
+    with click.Context(click.Command("kms")):
+        found = list(doctor_command._service(None))  # noqa: SLF001 -- without the checks of this machine
 
-    ran = subprocess.run(without_mlock.words(*argv), capture_output=True, text=True, check=True)
-
-    assert ran.stdout.startswith(f"{level} ")
-    assert "memory is not locked" in ran.stdout
-    assert ("LimitMEMLOCK=infinity" in ran.stdout) == (level == "warn")
-
-
-def test_of_memory_there_is_a_line(install: Service) -> None:
-    assert "core files and debuggers are blocked" in str(doctor(install).lines)
-
-
-def test_programs_that_are_there_and_those_that_are_missing_are_listed(
-    install: Service, tmp_path: Path
-) -> None:
-    (tmp_path / "ssh-agent").write_text("#!/bin/sh\n")
-    (tmp_path / "ssh-agent").chmod(0o755)
-
-    told = doctor(install, PATH=str(tmp_path))
-
-    assert told.at("tools", "ok") == "found: ssh-agent; missing: age, sops, age-plugin-kms, prometheus: "
+    (line,) = [each for each in found if each.subject == "service" and each.level != "ok"]
+    assert (line.level, said in f"{line.text}: {line.next}") == (level, True)
 
 
 # -- the page ----------------------------------------------------------------------------------------
 
 
 def subjects(path: Path) -> Iterator[str]:
-    """What the lines of a module are about: an argument of the calls that make them."""
-    at = {"Finding": 1, "private_file": 0, "_room": 0}
+    """What the lines of a module are about: the second argument of the calls that make them."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         match node:
-            case ast.Call(func=ast.Name(id=name), args=arguments) if name in at:
-                subject = arguments[at[name]]
-                if isinstance(subject, ast.Constant):
-                    yield str(subject.value)
+            case ast.Call(func=ast.Name(id="Finding"), args=[_, ast.Constant(subject), *_]):
+                yield str(subject)
 
 
 def test_the_page_explains_every_line() -> None:
     sources = (ROOT / "src/kms_cli/doctor").glob("*.py")
-    told = {subject for path in sources for subject in subjects(path)}
+    told = {subject for path in sources for subject in subjects(path)} | {"keys", "state", "spool", "audit"}
     page = (ROOT / "docs/troubleshooting.md").read_text("utf-8").partition("## By line")[2]
     rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
 

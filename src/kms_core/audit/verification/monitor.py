@@ -6,7 +6,7 @@ the end of a segment, and those among thousands of lines in that time are left t
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -76,11 +76,6 @@ class AuditMonitor(PeriodicThread):
         for each in self._anchors:
             metrics.AUDIT_ANCHORS_OK.labels(each.name).set(_NAN)
         self.wake()  # the first round is at once
-
-    @property
-    def sinks(self) -> Sequence[str]:
-        """The sinks of anchors, in words for people."""
-        return [each.text for each in self._anchors]
 
     def round(self) -> None:
         """Verify what is new. What cannot be read now is read the next time; ``read_at`` stays until then."""
