@@ -31,6 +31,7 @@ from kms_core.jobs.store.redis_keys import job_key
 from kms_core.jobs.submission.submitter import new_id
 from kms_core.programs import tether
 from kms_core.settings.load import load as load_settings
+from kms_core.settings.redis_urls import for_celery
 from kms_protocol.wire import PREFIX
 
 START_S: Final = 60.0
@@ -59,7 +60,7 @@ class Install:
 
     @property
     def producer(self) -> Celery:
-        return producer(self.place.broker_url_of(0))
+        return producer(for_celery(self.place.url_of(0)))
 
     def run(self, name: str, *argv: str, within: Sequence[str] = (), **more: str) -> int:
         """Start ``python -m argv``, in ``within`` (a command that runs another); its pid."""
@@ -112,7 +113,8 @@ class Install:
         own.close()
 
     def bare(self) -> int:
-        return self.run("bare", "benchmarks.drive_celery", self.place.broker_url_of(0), self.place.url_of(0))
+        url = self.place.url_of(0)
+        return self.run("bare", "benchmarks.drive_celery", for_celery(url), url)
 
     def end(self, name: str) -> None:
         if name in self.running:
@@ -131,7 +133,7 @@ def installed(folder: Path, fsync: str, *, tcp: int = 0, **jobs: object) -> Iter
     config.write_text(_toml(jobs))
     with ExitStack() as stack:
         place = stack.enter_context(valkey.claim(state, os.environ))
-        argv = valkey.command(valkey.find_binary(os.environ), place, valkey.ValkeyLimits(_MAXMEMORY))
+        argv = [*valkey.command(valkey.find_binary(os.environ), place), "--maxmemory", str(_MAXMEMORY)]
         argv[argv.index("--appendfsync") + 1] = fsync
         argv[argv.index("--port") + 1] = str(tcp)
         argv += ["--bind", "0.0.0.0", "--protected-mode", "no"] if tcp else []  # noqa: S104 -- other namespaces

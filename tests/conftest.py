@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import structlog
 
-from kms_cli.local.valkey import ValkeyLimits
+from kms_core.settings.redis_urls import for_celery
 from support.embedded_valkey import EmbeddedValkey
 
 # plugins: tests/support/README.md says what each is for
@@ -66,9 +66,7 @@ def _no_configuration_of_logs() -> None:
 @pytest.fixture(scope="session")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
     """A server with the access list of production. Do not kill it: start one of your own for that."""
-    with EmbeddedValkey(
-        tmp_path_factory.mktemp("valkey"), limits=ValkeyLimits(databases=DATABASES)
-    ) as server:
+    with EmbeddedValkey(tmp_path_factory.mktemp("valkey"), options=("--databases", str(DATABASES))) as server:
         yield server
 
 
@@ -100,4 +98,4 @@ def redis_url(valkey: EmbeddedValkey, redis_database: int) -> str:
 @pytest.fixture
 def broker_url(valkey: EmbeddedValkey, redis_database: int) -> str:
     """For kombu and Celery: the same database as ``redis_url``."""
-    return valkey.files.broker_url_of(redis_database)
+    return for_celery(valkey.files.url_of(redis_database))

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import redis
 
-from kms_cli.local.valkey import ValkeyLimits
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
@@ -62,7 +61,7 @@ class Filled:
 
 @pytest.fixture
 def valkey_url(tmp_path: Path) -> Iterator[str]:
-    valkey = EmbeddedValkey(tmp_path / "valkey", limits=ValkeyLimits(maxmemory_bytes=MEMORY_BYTES))
+    valkey = EmbeddedValkey(tmp_path / "valkey", options=("--maxmemory", str(MEMORY_BYTES)))
     try:
         yield valkey.start().url
     finally:

@@ -17,6 +17,7 @@ from celery import Celery
 from kombu.connection import Connection
 
 from kms_core.jobs.submission import celery_intake
+from kms_core.settings.redis_urls import for_celery
 from support.celery_messages import JOB, OPTIONS, PLAIN, body, broker_of, decrypted, results, seal, send, whom
 from support.embedded_valkey import EmbeddedValkey
 from support.programs import program
@@ -154,7 +155,7 @@ def test_the_argument_is_not_logged_whatever_it_is(own: Service) -> None:
 def test_a_message_waits_for_the_store_and_is_taken_once(
     tmp_path: Path, valkey: EmbeddedValkey, database_numbers: Iterator[int]
 ) -> None:
-    broker = valkey.files.broker_url_of(next(database_numbers))
+    broker = for_celery(valkey.files.url_of(next(database_numbers)))
     with Service(tmp_path, f'[kms.redis]\nbroker_url = "{broker}"\n') as service:
         service.start()
         asked = body()

@@ -3,14 +3,15 @@
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, Self
 
-from kms_cli.local.valkey import ValkeyFiles, ValkeyLimits, answer, child, claim, find_binary
+from kms_cli.local.valkey import ValkeyFiles, answer, child, claim, find_binary
 from kms_core.programs import tether
 from kms_core.programs.supervisor import append_only
+from kms_core.settings.redis_urls import for_celery
 from kms_protocol.errors import Conflict, Unavailable
 from support.waiting import until
 
@@ -22,17 +23,17 @@ DYING_S: Final = 1.0  # between a SIGKILL and the end of the process
 
 
 class EmbeddedValkey:
-    """A server for a ``with`` block, without a supervisor.
+    """A server for a ``with`` block, without a supervisor; ``options`` are further words of its command line.
 
     ``start`` after the server died starts it again with the same data and address. Start it from a thread
     that lives as long as the server should (see ``tether.spawn``).
     """
 
     def __init__(
-        self, state_dir: Path, *, limits: ValkeyLimits | None = None, environ: Mapping[str, str] | None = None
+        self, state_dir: Path, *, options: Sequence[str] = (), environ: Mapping[str, str] | None = None
     ) -> None:
         self._state_dir = state_dir
-        self._limits = limits or ValkeyLimits()
+        self._options = options
         self._environ = environ or {}
         self._stack = ExitStack()
         self._files: ValkeyFiles | None = None
@@ -51,7 +52,7 @@ class EmbeddedValkey:
 
     @property
     def broker_url(self) -> str:
-        return self.files.broker_url_of(0)
+        return for_celery(self.url)
 
     @property
     def pid(self) -> int:
@@ -70,11 +71,11 @@ class EmbeddedValkey:
             raise Conflict("The embedded Valkey server is already running")
         if self._files is None:
             self._files = self._stack.enter_context(claim(self._state_dir, self._environ))
-        server = child(self._files, self._limits, self._environ)
+        server = child(self._files, self._environ)
         access_list = self._files.data_dir / "users.acl"
         access_list.write_text(f"user default on nopass {RIGHTS}\n")
         access_list.chmod(0o600)
-        argv = [*server.argv, "--aclfile", str(access_list)]
+        argv = [*server.argv, *self._options, "--aclfile", str(access_list)]
         output = append_only(self._files.log_path)
         try:
             self._process = tether.spawn(argv, env={}, output=output, pass_fds=server.pass_fds)

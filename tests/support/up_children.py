@@ -12,13 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from unittest.mock import patch
 
 from kms_cli.local import up
-from kms_core.programs.supervisor import Child, RestartPolicy
+from kms_cli.main import run
+from kms_core.programs.supervisor import Child, RestartPolicy, supervise
 from kms_core.settings.model import Settings
-from kms_protocol.errors import KmsError
 
 QUICK = RestartPolicy(first_delay_s=0.05, longest_delay_s=0.4, steady_s=30, start_timeout_s=10, poll_s=0.01)
 
@@ -32,12 +34,9 @@ def programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Child]:
 
 
 def run_up() -> int:
-    options = up.UpOptions(state_dir=Path(sys.argv[2]), port=int(sys.argv[3]))
-    try:
-        return up.run(options, programs=programs, pace=QUICK)
-    except KmsError as exc:
-        sys.stderr.write(f"kms: error: {exc.detail}\n")
-        return exc.exit_code
+    quick = partial(supervise, policy=QUICK)
+    with patch.multiple(up, service_programs=programs, supervise=quick):
+        return run(["up", "--state-dir", sys.argv[2], "--port", sys.argv[3]])
 
 
 def note(name: str, **what: object) -> None:

@@ -105,16 +105,9 @@ class InstalledFiles:
 
     def _is_embedded(self) -> bool:
         """Return whether the jobs are in the embedded Valkey of this state directory."""
-        named = self.settings.kms.redis
-        section = msgspec.structs.replace(named, url=DEFAULT_REDIS_URL)
-        embedded = installation.redis_section(
-            msgspec.structs.replace(
-                self.settings, kms=msgspec.structs.replace(self.settings.kms, redis=section)
-            ),
-            self.environ,
-        )
+        embedded = {DEFAULT_REDIS_URL, installation.embedded_url(self._folder, self.environ)}
         has_data = (self._folder / _AOF / _AOF_MANIFEST).exists()
-        if has_data and named.url in {DEFAULT_REDIS_URL, embedded.url}:
+        if has_data and self.settings.kms.redis.url in embedded:
             return True
         self.notes.append("Redis, which is not the embedded Valkey: back it up before this command runs")
         return False

@@ -27,7 +27,7 @@ from kms_core.settings import files
 from kms_core.settings.load import DEFAULT_REDIS_URL
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import RedisSection, Settings
-from kms_core.settings.redis_urls import for_celery
+from kms_core.settings.redis_urls import for_celery, is_shared
 from kms_protocol.errors import AuditUnavailable, ConfigurationError
 
 
@@ -125,7 +125,7 @@ def _folders(parent: Path, prefix: str) -> Iterator[Path]:
 
 def _read(folder: Path) -> Running | None:
     """Return a note, if it is this user's, and locked by its ``kms up``."""
-    if not _is_private(folder, {os.geteuid()}):
+    if not valkey.is_private(folder, {os.geteuid()}):
         return None
     with suppress(OSError, msgspec.DecodeError), open(folder / _NOTE, "rb", opener=_own) as file:
         try:
@@ -174,14 +174,11 @@ def environ_of(found: Sequence[Running], environ: Mapping[str, str]) -> Mapping[
 def redis_section(settings: Settings, environ: Mapping[str, str]) -> RedisSection:
     """Return ``[kms.redis]``, with the addresses of the embedded server if one runs and none is named."""
     section = settings.kms.redis
-    if section.url != DEFAULT_REDIS_URL:
+    url = None if is_named(section) else embedded_url(settings.state_dir, environ)
+    if url is None:
         return section
-    is_same = section.broker_url == for_celery(section.url)
-    for socket_path in _sockets(settings.state_dir, environ):
-        url = f"unix://{quote(str(socket_path))}?db=0"
-        broker_url = for_celery(url) if is_same else section.broker_url
-        return msgspec.structs.replace(section, url=url, broker_url=broker_url)
-    return section
+    broker_url = for_celery(url) if is_shared(section) else section.broker_url
+    return msgspec.structs.replace(section, url=url, broker_url=broker_url)
 
 
 def is_named(section: RedisSection) -> bool:
@@ -189,34 +186,27 @@ def is_named(section: RedisSection) -> bool:
     return section.url != DEFAULT_REDIS_URL
 
 
-def _sockets(state_dir: Path, environ: Mapping[str, str]) -> Iterator[Path]:
-    """Yield the existing sockets of this user and of the owner of the state directory (for root)."""
+def embedded_url(state_dir: Path, environ: Mapping[str, str]) -> str | None:
+    """Return the address of the embedded server, of this user or of the owner of the state directory.
+
+    None if none runs.
+    """
     try:
         owner = state_dir.stat().st_uid
     except OSError:
-        return
+        return None
     mine = valkey.runtime_dir(state_dir, environ)
     tag = mine.name.rpartition("-")[2]
     theirs = (Path(f"/run/user/{owner}/kms-{tag}"), Path("/tmp") / f"kms-{owner}-{tag}")  # noqa: S108  # owner checked
     for folder in (mine, *theirs):
         socket_path = folder / "valkey.sock"
-        if _is_private(folder, {owner, os.geteuid()}) and socket_path.exists():
-            yield socket_path
-
-
-def _is_private(folder: Path, owners: set[int]) -> bool:
-    """Return whether only these users can have created files in the directory."""
-    try:
-        found = folder.lstat()
-    except OSError:
-        return False
-    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return stat.S_ISDIR(found.st_mode) and found.st_uid in owners and not others
+        if valkey.is_private(folder, {owner, os.geteuid()}) and socket_path.exists():
+            return f"unix://{quote(str(socket_path))}?db=0"
+    return None
 
 
 REDIS: Final = "redis"
 _REDIS: Final = "Redis"
-NOT_COMPARED: Final = "not_compared"
 _NO_SERVER: Final = "kms up does not run on this machine, and [kms.redis] url names no other server"
 
 
@@ -237,7 +227,7 @@ class AnchorLines:
         why = report.not_compared.pop(self.unnamed, None)
         if why:
             text = f"not compared with the anchors in {self.unnamed}, so an older copy would pass: {why}"
-            report.notes.append(Note(NOT_COMPARED, text))
+            report.notes.append(Note("not_compared", text))
 
 
 def configured_anchors(settings: Settings) -> AnchorLines:
@@ -304,12 +294,10 @@ def settings(environ: Mapping[str, str] | None = None) -> Settings:
 
 def _warn_of_another(state_dir: Path, found: Sequence[Running]) -> None:
     """Say once that ``kms up`` runs, but not with the state directory that this command is about."""
-    said = click.get_current_context().meta.setdefault("warned of another state", [])
     is_running = any(Path(each.state_dir).resolve() == state_dir.resolve() for each in found)
-    if found and not is_running and not said:
-        said.append(state_dir)
+    if found and not is_running:
         text = f"this is about {state_dir}, and kms up runs with another: --state-dir {found[0].state_dir}"
-        terminal.say(f"warning: {terminal.plain(text)}")
+        _say_once(f"warning: {text}")
 
 
 def overrides() -> Mapping[str, object]:
@@ -320,11 +308,13 @@ def overrides() -> Mapping[str, object]:
 
 def settings_file(environ: Mapping[str, str]) -> Path | None:
     """Return the settings file of this command, and print once which others are passed over."""
-    given, said = session(), click.get_current_context().meta.setdefault("said of settings files", set())
+    given = session()
+    return files.for_command(given.config, environ, given.state_dir, _say_once)
 
-    def say(text: str) -> None:
-        if text not in said:
-            said.add(text)
-            terminal.say(text)
 
-    return files.for_command(given.config, environ, given.state_dir, say)
+def _say_once(text: str) -> None:
+    """Print a message that this command has not printed yet."""
+    said: set[str] = click.get_current_context().meta.setdefault("kms_cli said", set())
+    if text not in said:
+        said.add(text)
+        terminal.say(text)

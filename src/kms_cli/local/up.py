@@ -12,36 +12,36 @@ import shutil
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
 import click
-from pyrage import x25519
 
 from kms_cli import audited, terminal
 from kms_cli.local import installation, valkey
 from kms_cli.session import session
 from kms_core import secure_files
+from kms_core.age.recipients import Recipient, parse_identity
+from kms_core.age.x25519 import X25519Identity
 from kms_core.backends.age_settings import AgeSection
-from kms_core.programs.supervisor import Child, RestartPolicy, say, supervise
+from kms_core.programs.supervisor import Child, say, supervise
 from kms_core.settings.files import for_server
-from kms_core.settings.load import check_exposure
+from kms_core.settings.load import check_exposure, origins
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.load import named as named_file
 from kms_core.settings.model import Settings
-from kms_core.settings.toml_reader import read_toml
+from kms_core.settings.redis_urls import for_celery
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, Unavailable
 from kms_protocol.units import time_text
 from kms_protocol.wire import PREFIX
 
 RULES: Final = Path(__file__).parents[3] / "monitoring" / "rules"  # in a checkout, from which scripts/up runs
-_PROBE_S: Final = 0.5
 PROMETHEUS_OFFSET: Final = 2  # from the port of the API; the next port is that of the worker
 
 
@@ -68,15 +68,8 @@ def prometheus(settings: Settings, host: str, env: Mapping[str, str]) -> Child:
         f"--web.listen-address={settings.kms.bind}:{prometheus_port(settings)}",
         "--log.level=warn",
     ]
-    return Child("prometheus", argv, ready=lambda: _is_ready(host, prometheus_port(settings)), env=env)
-
-
-def _is_ready(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host, port), timeout=_PROBE_S):
-            return True
-    except OSError:
-        return False
+    port = prometheus_port(settings)
+    return Child("prometheus", argv, ready=lambda: is_alive(host, port, path="/-/ready"), env=env)
 
 
 def _configuration(settings: Settings, host: str) -> dict[str, object]:
@@ -99,32 +92,8 @@ def _configuration(settings: Settings, host: str) -> dict[str, object]:
 API_GRACE_S: Final = 25.0  # its open requests end within 20 s
 WORKER_GRACE_S: Final = 40.0  # a warm shutdown of Celery's pool may take 30 s
 PROBE_TIMEOUT_S: Final = 0.5
-_ADDRESSES: Final = ("KMS_REDIS_URL", "KMS_BROKER_URL")
+_ADDRESSES: Final[Sequence[str]] = ("KMS_REDIS_URL", "KMS_BROKER_URL")
 EXAMPLE: Final = '{"plaintext": "c2VjcmV0", "context": "env=dev"}'
-
-
-@dataclass(frozen=True, slots=True)
-class UpOptions:
-    """The options of ``kms up``; None means the environment, the settings file or the default."""
-
-    config: Path | None = None
-    state_dir: Path | None = None
-    bind: str | None = None
-    port: int | None = None
-    monitoring: bool = False
-
-
-@click.command("up")
-@click.option("--bind", help="Address to listen on.", envvar="KMS_BIND")
-@click.option("--port", type=click.IntRange(1, 65534), help="Port to listen on.", envvar="KMS_PORT")
-@click.option("--monitoring", is_flag=True, help="Also run Prometheus from the PATH, two ports above.")
-def up_command(bind: str | None, port: int | None, *, monitoring: bool) -> int:
-    """Run API, worker and an embedded Valkey until Ctrl-C. Missing keys are created for development."""
-    given = session()
-    return run(UpOptions(given.config, given.state_dir, bind, port, monitoring))
-
-
-Programs = Callable[[Settings, Mapping[str, str]], Sequence[Child]]
 
 
 def service_programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Child]:
@@ -138,80 +107,58 @@ def service_programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Chi
     )
 
 
-def run(
-    options: UpOptions,
-    environ: Mapping[str, str] | None = None,
-    *,
-    programs: Programs = service_programs,
-    pace: RestartPolicy | None = None,
-) -> int:
-    """Run the service until Ctrl-C or SIGTERM. Return the exit code (see ``supervise``).
-
-    ``environ`` defaults to that of the process. Raises before a process is started: ConfigurationError for
-    wrong settings, PortTaken, Conflict if the state directory is in use.
-    """
-    env = _environment(options, os.environ if environ is None else environ)
+@click.command("up")
+@click.option("--bind", help="Address to listen on.", envvar="KMS_BIND")
+@click.option("--port", type=click.IntRange(1, 65534), help="Port to listen on.", envvar="KMS_PORT")
+@click.option("--monitoring", is_flag=True, help="Also run Prometheus from the PATH, two ports above.")
+def up_command(bind: str | None, port: int | None, *, monitoring: bool) -> int:
+    """Run API, worker and an embedded Valkey until Ctrl-C. Missing keys are created for development."""
+    env = _environment(bind, port)
     settings = load_settings(None, env)
     check_exposure(settings)
+    host = installation.reachable(settings.kms.bind)
     with ExitStack() as stack:
         run_dir = _make_directories(settings.state_dir)
         stack.enter_context(valkey.locked(run_dir / "lock", f"kms up already runs with {settings.state_dir}"))
-        _check_ports(settings, options.monitoring)
+        _check_ports(settings, monitoring)
         if settings.environment == "dev" and _lacks_keys(settings):
             with audited.effect(settings, "key.create", "development"):
                 make_dev_keys(settings)
         stack.enter_context(installation.noted(settings, env))
-        servers = _embedded_redis(settings, env, stack)
-        children = [*servers, *programs(settings, env)]
-        if options.monitoring:
-            children.append(prometheus(settings, installation.reachable(settings.kms.bind), env))
-
-        def announce() -> None:
-            _announce(settings, {name: env[name] for name in _ADDRESSES if servers and name in env})
-            if options.monitoring:
-                say(
-                    f"Prometheus: http://{installation.reachable(settings.kms.bind)}:{prometheus_port(settings)}/alerts"
-                )
-
-        return supervise(children, pid_dir=run_dir, on_ready=announce, policy=pace)
+        servers = _embedded_redis(env, settings.state_dir, stack)
+        children = [*servers, *service_programs(settings, env)]
+        if monitoring:
+            children.append(prometheus(settings, host, env))
+        embedded = {name: env[name] for name in _ADDRESSES if servers and name in env}
+        announce = partial(_announce, settings, embedded, monitoring=monitoring)
+        return supervise(children, pid_dir=run_dir, on_ready=announce)
 
 
-def _embedded_redis(settings: Settings, env: dict[str, str], stack: ExitStack) -> list[Child]:
+def _embedded_redis(env: dict[str, str], state_dir: Path, stack: ExitStack) -> list[Child]:
     """Return the Valkey server, unless the user names another, and set its addresses in ``env``."""
-    named = _named_servers(env)
-    if "url" in named:
+    origin = origins(None, env)
+    if origin(("redis", "url")) != "default":
         return []
-    files = stack.enter_context(valkey.claim(settings.state_dir, env))
+    files = stack.enter_context(valkey.claim(state_dir, env))
     env["KMS_REDIS_URL"] = files.url_of(0)
-    if "broker_url" not in named:
-        env["KMS_BROKER_URL"] = files.broker_url_of(0)
-    return [valkey.child(files, valkey.ValkeyLimits(), env)]
+    if origin(("redis", "broker_url")) == "default":
+        env["KMS_BROKER_URL"] = for_celery(files.url_of(0))
+    return [valkey.child(files, env)]
 
 
-def _environment(options: UpOptions, environ: Mapping[str, str]) -> dict[str, str]:
+def _environment(bind: str | None, port: int | None) -> dict[str, str]:
     """Return the environment of the processes: that of this process, with the options and the file set."""
-    file = for_server(options.config, environ)
-    if file and file != named_file(options.config, environ):
+    given = session()
+    file = for_server(given.config, os.environ)
+    if file and file != named_file(given.config, os.environ):
         terminal.say(f"settings: {file}")
     flags = {
         "KMS_CONFIG": file and str(file.absolute()),
-        "KMS_STATE_DIR": options.state_dir and str(options.state_dir.absolute()),
-        "KMS_BIND": options.bind,
-        "KMS_PORT": options.port and str(options.port),
+        "KMS_STATE_DIR": given.state_dir and str(given.state_dir.absolute()),
+        "KMS_BIND": bind,
+        "KMS_PORT": port and str(port),
     }
-    return {**environ, **{name: value for name, value in flags.items() if value}}
-
-
-def _named_servers(env: Mapping[str, str]) -> set[str]:
-    """Return which of ``[kms.redis] url`` and ``broker_url`` are set, by a variable or in the file."""
-    named = {
-        key for key, name in (("url", "KMS_REDIS_URL"), ("broker_url", "KMS_BROKER_URL")) if env.get(name)
-    }
-    file = named_file(None, env)
-    match read_toml(file) if file else {}:
-        case {"kms": {"redis": {**keys}}}:
-            named |= {str(key) for key in keys}
-    return named
+    return {**os.environ, **{name: value for name, value in flags.items() if value}}
 
 
 def _make_directories(state_dir: Path) -> Path:
@@ -267,8 +214,7 @@ def make_dev_keys(settings: Settings) -> None:
     if "age" in settings.used_backends and not age.public_key_path.exists():
         if make_identity(age.private_key_path):
             say(f"created a key for development: {age.private_key_path}")
-        identity = _first_identity(age.private_key_path)
-        secure_files.create(age.public_key_path, f"{identity.to_public()}\n".encode())
+        secure_files.create(age.public_key_path, f"{_recipient(age.private_key_path)}\n".encode())
     make_identity(settings.kms.jobs.spool_identity_path)
     make_identity(settings.kms.jobs.intake_identity_path)
 
@@ -277,8 +223,8 @@ def make_identity(path: Path) -> bool:
     """Write a new X25519 identity to ``path`` (0600), as age-keygen. Return False if it exists."""
     if path.exists():
         return False
-    identity = x25519.Identity.generate()
-    text = f"# created: {time_text(datetime.now(UTC))}\n# public key: {identity.to_public()}\n{identity}\n"
+    identity, now = X25519Identity.generate(), time_text(datetime.now(UTC))
+    text = f"# created: {now}\n# public key: {identity.recipient}\n{identity.export()}\n"
     try:
         path.parent.mkdir(mode=valkey.DIR_MODE, parents=True, exist_ok=True)
         return secure_files.create(path, text.encode())
@@ -288,14 +234,14 @@ def make_identity(path: Path) -> bool:
         ) from exc
 
 
-def _first_identity(path: Path) -> x25519.Identity:
-    lines = small_files.read(path).decode("utf-8", "replace").splitlines()  # a sealed one is no text
-    text = next((line for line in lines if line.startswith("AGE-SECRET-KEY-1")), None)
-    if text is None:
-        raise ConfigurationError(
-            f"There is no X25519 identity in {path}: write its recipient to the public key file yourself"
-        )
-    return x25519.Identity.from_str(text.strip())
+def _recipient(path: Path) -> Recipient:
+    """Return the recipient of the first identity in a file. Raises ConfigurationError without one."""
+    for line in small_files.read(path).decode("utf-8", "replace").splitlines():  # a sealed one is no text
+        with suppress(ValueError):
+            return parse_identity(line.strip()).recipient
+    raise ConfigurationError(
+        f"There is no identity in {path}: write its recipient to the public key file yourself"
+    )
 
 
 # -- readiness ---------------------------------------------------------------------------------------
@@ -320,7 +266,7 @@ def is_alive(host: str, port: int, *, tls: bool = False, path: str = "/livez") -
         connection.close()
 
 
-def _announce(settings: Settings, embedded: Mapping[str, str]) -> None:
+def _announce(settings: Settings, embedded: Mapping[str, str], *, monitoring: bool) -> None:
     """Print the address, what is there, and what to try. ``embedded``: the variables of the own Redis."""
     url = installation.url_of(settings)
     sys.stdout.write(f"kms: ready {url} (state {settings.state_dir.absolute()})\n")
@@ -334,4 +280,7 @@ def _announce(settings: Settings, embedded: Mapping[str, str]) -> None:
     say(f"in a browser: {url}/ui" + (f", {url}/docs" if settings.kms.server.docs else ""))
     if embedded:
         say("for Celery: export " + " ".join(f"{name}='{value}'" for name, value in embedded.items()))
+    if monitoring:
+        host = installation.reachable(settings.kms.bind)
+        say(f"Prometheus: http://{host}:{prometheus_port(settings)}/alerts")
     say("stop with Ctrl-C")

