@@ -191,8 +191,8 @@ def group() -> click.Group:
         "kms", COMMANDS, "Encrypt, decrypt and run encryption jobs with the key management service."
     )
     top.params += session.options(after_command=False)
-    top.params.append(_version_option())
-    return top
+    version = click.version_option(__version__, message="%(prog)s %(version)s", help="Show the version.")
+    return version(top)
 
 
 def run(args: Sequence[str] | None = None) -> int:
@@ -269,23 +269,6 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
 def _drop_stdout() -> None:
     """Point stdout at /dev/null: at exit Python would report what is wrong with it a second time."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _version_option() -> click.Option:
-    def show(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-        del parameter
-        if value and not ctx.resilient_parsing:
-            terminal.result(f"kms {__version__}")
-            ctx.exit()
-
-    return click.Option(
-        ["--version"],
-        is_flag=True,
-        expose_value=False,
-        is_eager=True,
-        callback=show,
-        help="Show the version.",
-    )
 
 
 if __name__ == "__main__":

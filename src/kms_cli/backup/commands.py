@@ -1,13 +1,11 @@
 """``kms backup`` and ``kms restore``."""
 
 import os
-import shutil
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import click
@@ -177,7 +175,10 @@ def _place(reader: ArchiveReader, folder: Path, *, force: bool) -> None:
         raise NotEmpty(f"{folder} is not empty")
     owner = folder.stat() if folder.exists() else None
     make_folders(folder.parent)
-    with _temporary(folder if is_mount else folder.parent, folder.name) as made:
+    beside = folder if is_mount else folder.parent
+    prefix = f".{folder.name}.restoring-"
+    with TemporaryDirectory(prefix=prefix, dir=beside, ignore_cleanup_errors=True) as temporary:
+        made = Path(temporary)
         for entry in reader.entries():
             _write(made, entry)
         if owner is not None and os.geteuid() == 0:
@@ -193,18 +194,7 @@ def _place(reader: ArchiveReader, folder: Path, *, force: bool) -> None:
                 folder.rename(kept)
                 terminal.say(f"kept what was there as {kept}")
             made.rename(folder)
-    sync_folder(folder if is_mount else folder.parent)
-
-
-@contextmanager
-def _temporary(parent: Path, name: str) -> Iterator[Path]:
-    """A folder (0700) that is removed unless it was renamed."""
-    made = parent / f".{name}.restoring-{os.urandom(4).hex()}"
-    made.mkdir(mode=0o700)
-    try:
-        yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    sync_folder(beside)
 
 
 def _write(folder: Path, entry: Entry) -> None:
