@@ -174,7 +174,7 @@ class AsyncClient:
     async def encrypt(
         self, plaintext: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.EncryptOut:
-        """Encrypt up to 1 MiB (a setting of the service). Raises TooLarge: use ``upload_encrypt``."""
+        """Encrypt up to 1 MiB. Raises TooLarge: use ``upload_encrypt``."""
         return await self._engine.send(requests.encrypt(plaintext, context, key_id))
 
     async def decrypt(

@@ -114,7 +114,7 @@ class Client:
     def encrypt(
         self, plaintext: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.EncryptOut:
-        """Encrypt up to 1 MiB (a setting of the service). Raises TooLarge: use ``upload_encrypt``."""
+        """Encrypt up to 1 MiB. Raises TooLarge: use ``upload_encrypt``."""
         return run(self._api.encrypt(plaintext, context=context, key_id=key_id))
 
     def decrypt(

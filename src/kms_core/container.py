@@ -10,7 +10,7 @@ from urllib.parse import quote
 import redis
 
 from kms_core import key_opening, keyring, stores
-from kms_core.age.header import HeaderLimits
+from kms_core.age.header import SYNC_LIMITS
 from kms_core.audit.maintenance import AuditMaintenance
 from kms_core.audit_setup import build as build_audit
 from kms_core.auth import authenticator, logins, token_documents, tokens
@@ -62,18 +62,13 @@ from kms_protocol.errors import (
 _ASK_S: Final = 1.0
 _SAME_ON_ALL_HOSTS: Final = (
     "attempts",
-    "deadline_max_s",
     "durability",
     "inline_bytes",
     "input_grace_s",
-    "keep_max_s",
-    "large_job_bytes",
     "lease_s",
     "open_jobs",
     "result_ttl_s",
-    "run_within_s",
     "stall_s",
-    "start_within_s",
     "tenant_leases",
 )
 
@@ -114,7 +109,7 @@ def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core
     metrics.announce({name for key in keyring_.keys.values() for name in key.names}, jobs.endpoints)
     rules = SelectionRules(
         section.require_context,
-        HeaderLimits(limits.sync_header_bytes, limits.sync_stanzas),
+        SYNC_LIMITS,
         RotationLimit(section.rotation.max_per_hour, section.rotation.every_days),
     )
     kms = Kms(keyring_, _policy(settings, authenticator_), audit_log, rules)
@@ -224,8 +219,9 @@ def build_intake(settings: Settings, submitter_: JobSubmitter) -> Intake | None:
     if not jobs.intake_identity_path.exists():
         return None
     key = AgeBackend(key_opening.own_key(settings, key_opening.INTAKE))
-    head = HeaderLimits(limits.sync_header_bytes, limits.sync_stanzas)
-    rules = celery_intake.IntakeRules(limits.json_job_bytes, limits.json_job_items, head, jobs.result_ttl_s)
+    rules = celery_intake.IntakeRules(
+        limits.json_job_bytes, limits.json_job_items, SYNC_LIMITS, jobs.result_ttl_s
+    )
     tokens_ = token_source(settings, _token_copy(settings))
     return Intake(key, submitter_, rules, authenticator.build(settings, tokens_))
 

@@ -13,7 +13,6 @@ from kms_protocol.errors import ConfigurationError
 
 KeyId = Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]{1,80}(?!\\s)$")]
 Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0, le=3600)]
 Timeout = Annotated[float, Meta(gt=0, le=120)]
 
 

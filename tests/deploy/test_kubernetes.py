@@ -213,7 +213,7 @@ def test_two_releases_of_a_namespace_share_no_name() -> None:
 
 
 TRICKY: Final = {
-    "jobs": {"inline_bytes": 0, "spool_max_bytes": 10_737_418_240, "start_within_s": 1},
+    "jobs": {"inline_bytes": 0, "spool_max_bytes": 10_737_418_240, "stall_s": 1},
     "tenants": {"pay ments": {"keys": ["a<b>&\"c'", "${X}", "\\"], "requests_per_s": 0.25}},
     "keys": {"mail": ["transit:mail", "age:///x?native=false"]},
     "auth": {"issuers": {"corp": {"grants": {"ci": {"when": {"ref": "refs/heads/main"}, "scopes": []}}}}},

@@ -1,6 +1,6 @@
 """One narrow token that misbehaves holds its bound and no more, is given up in time, and stops nobody else.
 
-Over real connections to a running service of two tenants, whose limits of time are seconds here.
+Over real connections to a running service of two tenants, whose time limits are seconds here.
 """
 
 import json
@@ -32,13 +32,11 @@ STALL_S: Final = 3.0
 GRACE_S: Final = 2.0
 BOUNDS: Final = {"json": 64 * MIB, "upload": 16, "download": 16, "stream": 64, "login": 8}
 """The defaults for one credential, or one address."""
-SETTINGS: Final = f"""{REQUIRED}
-[kms.server]
-json_body_s = {BODY_S}
-transfer_grace_s = {GRACE_S}
-transfer_bytes_per_s = 4096
-transfer_stall_s = {STALL_S}
-"""
+CONSTANTS: Final = {
+    "kms_api.transport.admission.BODY_S": BODY_S,
+    "kms_api.transport.admission.STALL_S": STALL_S,
+    "kms_api.transport.admission.GRACE_S": GRACE_S,
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +44,8 @@ def crowded(
     tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
 ) -> Iterator[Guarded]:
     url = valkey.files.url_of(next(database_numbers))
-    with Guarded(tmp_path_factory.mktemp("crowded"), SETTINGS, url) as running:
+    with Guarded(tmp_path_factory.mktemp("crowded"), REQUIRED, url) as running:
+        running.constants = CONSTANTS
         yield running.start()
 
 

@@ -13,7 +13,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Final, Self, cast
 
 import httpx2 as httpx
@@ -51,10 +51,23 @@ def unb64(text: str) -> bytes:
     return b64decode(text, validate=True)
 
 
+def program(module: str, constants: Mapping[str, object]) -> list[str]:
+    """The arguments for Python that run a module's ``main``, after other values for constants that it has."""
+    packages = (f"{module.partition('.')[0]}.", "kms_core.")
+    named = [(*path.rsplit(".", 1), value) for path, value in constants.items() if path.startswith(packages)]
+    if not named:
+        return ["-m", module]
+    lines = [f"setattr(resolve_name({holder!r}), {name!r}, {value!r})" for holder, name, value in named]
+    first = ["import sys", "from pkgutil import resolve_name"]
+    return ["-c", "\n".join([*first, *lines, f"from {module} import main", "sys.exit(main())"])]
+
+
 class Service:
     """One install. ``settings`` is TOML below the ``[kms]`` table; ``redis`` a URL, else its own server."""
 
     worker_probe = "/readyz"
+    constants: Mapping[str, object] = MappingProxyType({})
+    """Other values of constants in its processes, by their dotted names."""
 
     def __init__(self, folder: Path, settings: str = "", redis: str | None = None) -> None:
         self.state = folder / "state"
@@ -119,7 +132,7 @@ class Service:
 
     def spawn(self, name: str) -> None:
         """Start ``api`` or ``worker``, and wait for nothing."""
-        argv = [sys.executable, "-P", "-m", PROGRAMS[name]]
+        argv = [sys.executable, "-P", *program(PROGRAMS[name], self.constants)]
         with (self.logs / f"{name}.log").open("ab") as output:
             self._processes[name] = tether.spawn(argv, env=self.environ, output=output)
 

@@ -26,7 +26,6 @@ from kms_core.jobs.model import Job
 from kms_core.jobs.submission import celery_intake
 from kms_core.jobs.submission.deadlines import Deadlines
 from kms_core.jobs.submission.submitter import SubmissionOptions
-from kms_core.settings.validation import JOB_BODY_FACTOR
 from kms_protocol import submit_message, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import BackendUnavailable, InvalidRequest, JobsUnavailable, UnknownKey
@@ -56,7 +55,9 @@ _POLL_S: Final = 0.25
 _MAX_POLL_S: Final = 1.0  # each poll of a group reads all its jobs
 _KEEP_ALIVE_S: Final = 15.0
 _DIGITS: Final = 16
-_read_job: Final = json_body.JsonBody(wire.JobIn, lambda limits: limits.json_job_bytes * JOB_BODY_FACTOR)
+_BODY_FACTOR: Final = 2
+"""Bytes of a JSON job's body for each byte of its items, which are base64, with names."""
+_read_job: Final = json_body.JsonBody(wire.JobIn, lambda limits: limits.json_job_bytes * _BODY_FACTOR)
 
 
 _read_ids: Final = json_body.JsonBody(wire.JobsIn)

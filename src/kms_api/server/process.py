@@ -160,6 +160,8 @@ _GRACE_S: Final = 20
 _COPIES: Final = 15
 _FREED_BYTES: Final = 4 * 1024 * 1024
 _HANDSHAKE_S: Final = 10.0
+_CONNECTIONS: Final = 2048
+"""Of this process and one port, with some 30 KiB each: above that idle ones are closed, oldest first."""
 _OTHER_FILES: Final = 256  # files of jobs, keys and logs, and connections to peers
 
 
@@ -227,13 +229,13 @@ def _keep_freed_slabs() -> None:
 
 
 def _connections(server: ServerSection) -> ConnectionLimits:
-    """The bound on connections: that of the settings, lowered to the limit of open files with a warning."""
-    wanted = server.connections
+    """The bound on connections, lowered to the limit of open files with a warning."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, max(1, hard - _OTHER_FILES))
-    if allowed < wanted:
-        _log.warning("server.few_open_files", connections=allowed, wanted=wanted, limit=hard)
+    most = _CONNECTIONS if hard == resource.RLIM_INFINITY else max(1, hard - _OTHER_FILES)
+    allowed = min(_CONNECTIONS, most)
+    if allowed < _CONNECTIONS:
+        _log.warning("server.few_open_files", connections=allowed, wanted=_CONNECTIONS, limit=hard)
     return ConnectionLimits(allowed, is_proxy=Proxies.of(server.trusted_proxies).trust)
 
 

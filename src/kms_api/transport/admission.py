@@ -21,8 +21,23 @@ from kms_core.auth.rate_limit import source_of
 from kms_core.observability import metrics
 from kms_core.settings.model import ServerSection
 from kms_protocol.errors import BodyTimeout, KmsError, RateLimited, Unavailable
+from kms_protocol.units import KiB, MiB
 
 RESERVATION: Final = "kms.reservation"  # the key of a request's reservation in its ASGI scope
+BODY_S: Final = 60.0
+"""Seconds for a whole JSON body or form, which holds its bytes in memory until then."""
+GRACE_S: Final = 30.0
+STALL_S: Final = 60.0
+_BYTES_PER_S: Final = 4 * KiB
+"""The pace of uploads and downloads, which slow links keep: a slower peer would hold its slot for long."""
+_JSON_BYTES: Final = 192 * MiB
+"""Of JSON bodies in memory, where a decoded one takes up to three times its size: half of it for a tenant, a
+third for a credential, and so at least one body of the largest size."""
+_STREAMS: Final = 256
+"""Event streams and waits: each asks Redis up to four times a second."""
+_LOGINS: Final = 64
+_LOGINS_PER_ADDRESS: Final = 8
+"""Unfinished logins: they hold no credential to count by."""
 _RETRY_S: Final = 5.0
 Kind = Literal["json", "upload", "download", "stream", "login"]
 Reason = Literal["credential", "tenant", "total", "deadline"]
@@ -112,17 +127,16 @@ class Admission:
 
     @classmethod
     def of(cls, server: ServerSection) -> Self:
-        """The budgets and limits of the settings."""
+        """The budgets and limits: a tenant has half of the slots, and a credential a quarter."""
+        half, quarter = (server.uploads + 1) // 2, (server.uploads + 3) // 4
         return cls(
-            Budget("json", server.json_bytes, server.json_bytes_per_tenant, server.json_bytes_per_credential),
-            Budget("upload", server.uploads, server.uploads_per_tenant, server.uploads_per_credential),
-            Budget(
-                "download", server.downloads, server.downloads_per_tenant, server.downloads_per_credential
-            ),
-            Budget("stream", server.streams, server.streams_per_tenant, server.streams_per_credential),
-            Budget("login", server.logins, server.logins_per_address, server.logins_per_address),
-            server.json_body_s,
-            TransferLimits.of(server),
+            Budget("json", _JSON_BYTES, _JSON_BYTES // 2, _JSON_BYTES // 3),
+            Budget("upload", server.uploads, half, quarter),
+            Budget("download", server.uploads, half, quarter),
+            Budget("stream", _STREAMS, _STREAMS // 2, _STREAMS // 4),
+            Budget("login", _LOGINS, _LOGINS_PER_ADDRESS, _LOGINS_PER_ADDRESS),
+            BODY_S,
+            TransferLimits(GRACE_S, _BYTES_PER_S, STALL_S),
         )
 
 

@@ -12,7 +12,6 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from kms_core.http_server.protocol import BODY
-from kms_core.settings.model import ServerSection
 
 LINGER_S: Final = 2.0
 """Seconds for which the rest of a body is read and dropped after the answer: to close at once may destroy the
@@ -40,11 +39,6 @@ class TransferLimits:
     grace_s: float
     bytes_per_s: int
     stall_s: float
-
-    @classmethod
-    def of(cls, server: ServerSection) -> Self:
-        """The limits of the settings."""
-        return cls(server.transfer_grace_s, server.transfer_bytes_per_s, server.transfer_stall_s)
 
     @property
     def check_s(self) -> float:

@@ -18,6 +18,7 @@ from kms_core.backends import SCHEMES, table_of
 from kms_core.settings.lint import Weakness, unaccepted, weaknesses
 from kms_core.settings.load import check_exposure, origins
 from kms_core.settings.model import Settings
+from kms_core.settings.toml_reader import REMOVED
 from kms_protocol.errors import EXIT_OTHER, ConfigurationError
 
 config_command = LazyGroup("config", CONFIG_COMMANDS, "Show, check and begin the settings.")
@@ -103,6 +104,8 @@ def _settings(settings: Settings) -> Iterator[tuple[Sequence[str], object]]:
     for scheme, section in settings.backends.items():
         tables[table_of(scheme)] = msgspec.to_builtins(section, enc_hook=str)
     for names, value in _flat(tables):
+        if f"kms.{'.'.join(names)}" in REMOVED:
+            continue
         yield names, _HIDDEN if ".".join(names) in hidden else _redacted(".".join(names), value)
 
 

@@ -18,7 +18,7 @@ from kms_protocol.units import MiB
 from kms_protocol.wire import ContextIn
 
 READ_LIMIT_BYTES: Final = 8 * MiB  # above what any setting allows in a single call
-USUAL_LIMIT_BYTES: Final = MiB  # of a single call, unless the settings of the service say otherwise
+USUAL_LIMIT_BYTES: Final = MiB  # of a single call
 AGE_LINE: Final = b"age-encryption.org/v1\n"
 
 

@@ -18,8 +18,6 @@ from kms_core.settings.stores import StoreSection
 from kms_core.settings.toml_reader import nearest
 from kms_protocol.errors import ConfigurationError
 
-MOST_MESSAGES: Final = 2**32
-"""Of one AES-GCM key with random nonces (NIST SP 800-38D section 8.3)."""
 _WIDEST: Final = {4: 8, 6: 7}  # bits of 10.0.0.0/8 and of fc00::/7, the largest private networks
 _MOST_PUBLIC: Final = {4: 2**24, 6: 2**120}  # addresses of a /8
 _UNIX: Final = frozenset({"unix", "redis+socket"})
@@ -298,12 +296,6 @@ _KEYS: Final = (
         _outside_dev(lambda settings: settings.accept_foreign),
         "files that others encrypted to the public key are accepted as ours",
         "write accept_foreign = false",
-    ),
-    Weakness(
-        "rotation.budget_messages",
-        lambda settings: settings.kms.rotation.budget_messages > MOST_MESSAGES,
-        "nonces of a key that seals more than 2^32 messages may repeat",
-        "write at most 4294967296",
     ),
     _readable("jobs.spool_identity_path", lambda settings: iter([settings.kms.jobs.spool_identity_path])),
     _readable("jobs.intake_identity_path", lambda settings: iter([settings.kms.jobs.intake_identity_path])),

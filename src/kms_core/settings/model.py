@@ -5,13 +5,13 @@
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal, TypeVar
 
 from msgspec import Meta, field
 
 from kms_core.backends import SCHEMES
 from kms_core.backends.age_settings import AgeSection
-from kms_core.sections import BackendSection, KeyId, Positive, Seconds, Section
+from kms_core.sections import BackendSection, KeyId, Positive, Section
 from kms_core.settings.auth import AuthSection
 from kms_core.settings.stores import BucketName, BucketSection, SpoolBucketSection
 from kms_protocol.units import GiB, KiB, MiB
@@ -65,9 +65,8 @@ class TenantSection(Section, frozen=True, kw_only=True):
 class ServerSection(Section, frozen=True, kw_only=True):
     """``[kms.server]``: processes, TLS, names that a Host header may carry besides loopback ones, pages.
 
-    Pages of ``codec_origins`` may call the codec server, and nothing else. The other keys bound each process:
-    ``json_bytes`` of JSON bodies in memory, concurrent ``uploads``, ``downloads`` and event ``streams``,
-    unfinished ``logins``, and the duration of bodies.
+    Pages of ``codec_origins`` may call the codec server, and nothing else. ``uploads`` bounds the concurrent
+    uploads of each process, and its downloads: half of them for a tenant, a quarter for a credential.
     ``trusted_proxies`` are addresses and networks whose X-Forwarded-For names the client. ``client_crl``
     holds a revocation list (PEM) for each authority in ``client_ca``.
     """
@@ -75,7 +74,6 @@ class ServerSection(Section, frozen=True, kw_only=True):
     processes: Annotated[int, Meta(ge=1, le=64)] = 1
     allowed_hosts: tuple[str, ...] = ()
     codec_origins: tuple[str, ...] = ()
-    connections: Annotated[int, Meta(ge=16, le=100_000)] = 2048  # of each process and port
     trusted_proxies: tuple[str, ...] = ()
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -84,24 +82,7 @@ class ServerSection(Section, frozen=True, kw_only=True):
     client_cert: Literal["optional", "required"] = "optional"
     metrics: Literal["loopback", "open", "token"] = "loopback"
     docs: bool
-    json_bytes: Positive = 192 * MiB
-    json_bytes_per_tenant: Positive = 96 * MiB
-    json_bytes_per_credential: Positive = 64 * MiB
-    json_body_s: Seconds = 60.0
     uploads: Positive = 64
-    uploads_per_tenant: Positive = 32
-    uploads_per_credential: Positive = 16
-    downloads: Positive = 64
-    downloads_per_tenant: Positive = 32
-    downloads_per_credential: Positive = 16
-    streams: Positive = 256
-    streams_per_tenant: Positive = 128
-    streams_per_credential: Positive = 64
-    logins: Positive = 64
-    logins_per_address: Positive = 8
-    transfer_grace_s: Seconds = 30.0
-    transfer_bytes_per_s: Positive = 4 * KiB
-    transfer_stall_s: Seconds = 60.0
 
 
 class FacadeSection(Section, frozen=True, kw_only=True):
@@ -114,18 +95,18 @@ class FacadeSection(Section, frozen=True, kw_only=True):
     port: Port | None = None
 
 
-class LimitsSection(Section, frozen=True, kw_only=True):
-    """``[kms.limits]``: bounds of a request. ``sync_*`` apply to calls that are answered without a job."""
+class LimitsSection:
+    """Bounds of a request. They are no settings: what is larger is streamed, as an upload or as NDJSON.
 
-    sync_plaintext_bytes: Positive = 1 * MiB
-    sync_ciphertext_bytes: Positive = 1 * MiB + 64 * KiB
-    json_body_bytes: Positive = 3 * MiB
-    file_header_bytes: Positive = 256 * KiB
-    file_stanzas: Positive = 4096
-    sync_header_bytes: Positive = 32 * KiB
-    sync_stanzas: Positive = 64
-    json_job_items: Positive = 10_000
-    json_job_bytes: Positive = 16 * MiB
+    ``sync_*`` apply to calls that are answered without a job. A JSON body with base64 is a third larger than
+    its data, and holds it and the ciphertext of another call.
+    """
+
+    sync_plaintext_bytes: Final = 1 * MiB
+    sync_ciphertext_bytes: Final = 1 * MiB + 64 * KiB
+    json_body_bytes: Final = 3 * MiB
+    json_job_items: Final = 10_000
+    json_job_bytes: Final = 16 * MiB
 
 
 class EndpointSection(Section, frozen=True, kw_only=True):
@@ -151,12 +132,16 @@ class JobsSection(Section, frozen=True, kw_only=True):
     ``durability``: ``fsync`` waits until files of the spool are on disk, ``write`` leaves them to the kernel.
     Inputs and results of at most ``inline_bytes``, sealed, rest in Redis instead.
     ``tenant_spool_bytes`` is the quota of tenants without one of their own; None means no bound.
-    ``start_within_s`` and ``run_within_s`` (from submission) and ``result_ttl_s`` (from the end) are defaults
-    of a job's deadlines; ``deadline_max_s`` and ``keep_max_s`` bound what a job may ask for. An attempt that
+    Results are kept for ``result_ttl_s`` from the end unless their job says otherwise. An attempt that
     advances nothing for ``stall_s`` is ended. A worker that is told to stop hands jobs back after ``stop_s``.
     ``resource_leases`` bounds the running jobs that use ``root:/path``, ``bucket:name`` or ``backend:name``.
+
+    The last fields are no settings. A job names other deadlines than a day for ``start_within_s`` and
+    ``run_within_s``, up to ``deadline_max_s`` and ``keep_max_s``. A worker that claims nothing for
+    ``watchdog_s`` while messages wait is started again.
     """
 
+    watchdog_s: ClassVar = 120
     roots: tuple[Path, ...]
     spool_dir: Path
     spool_identity_path: Path
@@ -165,11 +150,7 @@ class JobsSection(Section, frozen=True, kw_only=True):
     inline_bytes: Annotated[int, Meta(ge=0, le=64 * KiB)] = 0
     durability: Literal["fsync", "write"] = "fsync"
     tenant_spool_bytes: Positive | None = None
-    start_within_s: Positive = 86_400
-    run_within_s: Positive = 86_400
-    deadline_max_s: Positive = 30 * 86_400
-    result_ttl_s: Positive = 86_400
-    keep_max_s: Positive = 30 * 86_400
+    result_ttl_s: Annotated[int, Meta(ge=1, le=30 * 86_400)] = 86_400
     attempts: Positive = 5
     lease_s: Annotated[int, Meta(ge=2)] = 30
     stall_s: Positive = 300
@@ -179,16 +160,19 @@ class JobsSection(Section, frozen=True, kw_only=True):
     open_jobs: Positive = 100_000
     tenant_leases: Positive = 1_000
     resource_leases: dict[str, Positive] = field(default_factory=dict)
-    large_job_bytes: Positive = 64 * MiB
     reserved_processes: Annotated[int, Meta(ge=0)] = 1
     source_max_bytes: Positive = 1024 * GiB
     source_max_hole_bytes: Annotated[int, Meta(ge=0)] = 4 * GiB
     fanout_files: Positive = 100_000
     queues: tuple[Queue, ...] = ("kms.bulk", "kms.files", "kms.maintenance")
-    watchdog_s: Positive = 120
     endpoints: dict[KeyId, EndpointSection] = field(default_factory=dict)
     buckets: dict[BucketName, BucketSection] = field(default_factory=dict)
     spool_bucket: SpoolBucketSection | None = None
+    start_within_s: int = 86_400
+    run_within_s: int = 86_400
+    deadline_max_s: int = 30 * 86_400
+    keep_max_s: int = 30 * 86_400
+    large_job_bytes: int = 64 * MiB
 
 
 class KeySection(Section, frozen=True, kw_only=True):
@@ -210,31 +194,32 @@ class AuditSection(Section, frozen=True, kw_only=True):
 
     ``anchor_*`` keep copies of signed checkpoints, which are written every ``checkpoint_lines`` and
     ``checkpoint_s``. ``keep_days`` 0 keeps all. ``copies`` has copies of the logs of other hosts
-    (``audit.copies``).
+    (``audit.copies``). A file of ``rotate_bytes``, which is no setting, is followed by the next one.
     """
 
     path: Path
     key_path: Path
     signing_key_path: Path
     durability: Literal["write", "fsync"] = "write"
-    rotate_bytes: Annotated[int, Meta(ge=4 * KiB)] = 64 * MiB
     keep_days: Annotated[int, Meta(ge=0)] = 365
     checkpoint_lines: Positive = 1_000
     checkpoint_s: Positive = 10
     anchor_redis: bool = True
     anchor_dir: Path | None = None
     copies: Path | None = None
+    rotate_bytes: int = 64 * MiB
 
 
 class RotationSection(Section, frozen=True, kw_only=True):
     """``[kms.rotation]``: new key versions made by the workers; ``every_days`` 0 disables the schedule.
 
-    ``max_per_hour`` bounds the versions of each key that callers make.
+    ``max_per_hour`` bounds the versions of each key that callers make. ``budget_messages`` is no setting: of
+    more than 2^32 messages nonces may repeat (AES-GCM, NIST SP 800-38D section 8.3).
     """
 
     every_days: Annotated[int, Meta(ge=0)] = 90
-    budget_messages: Positive = 2**32
     budget_rotates: bool = False
+    budget_messages: int = 2**32
     max_per_hour: Positive = 10
 
 
@@ -282,7 +267,7 @@ class KmsSection(Section, frozen=True, kw_only=True):
     tenants: dict[KeyId, TenantSection] = field(default_factory=dict)
     server: ServerSection
     facade: FacadeSection
-    limits: LimitsSection = field(default_factory=LimitsSection)
+    limits: ClassVar = LimitsSection()
     jobs: JobsSection
     audit: AuditSection
     rotation: RotationSection = field(default_factory=RotationSection)

@@ -21,8 +21,6 @@ from kms_core.settings.validate_auth import auth_files, check_auth, check_docume
 from kms_protocol.errors import ConfigurationError
 
 BUILT_IN_ENVIRONMENTS: Final = ("dev", "prod")
-JOB_BODY_FACTOR: Final = 2
-"""Bytes of a JSON job's body for each byte of ``json_job_bytes``: items are base64, with names."""
 _ORIGIN: Final = re.compile(
     r"(?:https://(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:]+\])(?!:443$)"
     r"|http://(?:localhost|127\.0\.0\.1|\[::1\])(?!:80$))"
@@ -226,21 +224,13 @@ def check_facade(settings: Settings) -> None:
 
 
 def check_server(settings: Settings) -> None:
-    """Require bounds on JSON bodies that hold the largest one, and origins as browsers send them."""
-    server, limits = settings.kms.server, settings.kms.limits
-    for index, origin in enumerate(server.codec_origins):
+    """Require origins as browsers send them."""
+    for index, origin in enumerate(settings.kms.server.codec_origins):
         if not _ORIGIN.fullmatch(origin):
             raise ConfigurationError(
                 f"kms.server.codec_origins[{index}]: expected one origin as browsers send it, such as "
                 "https://temporal.example.com or http://localhost:8233: in lower case, without path, final "
                 'slash or default port; http:// is for this machine only, and "*" and "null" are refused'
-            )
-    largest = max(limits.json_body_bytes, limits.json_job_bytes * JOB_BODY_FACTOR)
-    for name in ("json_bytes", "json_bytes_per_tenant", "json_bytes_per_credential"):
-        if getattr(server, name) < largest:
-            raise ConfigurationError(
-                f"kms.server.{name}: expected at least {largest}, the largest JSON body that [kms.limits] "
-                "allows (json_body_bytes, or twice json_job_bytes): raise the one, or lower the other"
             )
 
 
@@ -260,15 +250,8 @@ def check_roots(settings: Settings) -> None:
 
 
 def check_jobs(settings: Settings) -> None:
-    """Refuse deadlines above their maximum, and bounds of resources that there are not."""
+    """Refuse bounds of resources that there are not."""
     jobs = settings.kms.jobs
-    for name, value, most in (
-        ("start_within_s", jobs.start_within_s, "deadline_max_s"),
-        ("run_within_s", jobs.run_within_s, "deadline_max_s"),
-        ("result_ttl_s", jobs.result_ttl_s, "keep_max_s"),
-    ):
-        if value > getattr(jobs, most):
-            raise ConfigurationError(f"kms.jobs.{name} is above kms.jobs.{most}: raise that, or lower this")
     known = {f"root:{root}" for root in jobs.roots}
     known |= {f"bucket:{name}" for name in jobs.buckets}
     known |= {f"backend:{scheme}" for scheme in settings.used_backends}

@@ -268,7 +268,7 @@ def test_all_settings_are_shown_as_toml_and_as_json(config: Path, capsys: pytest
     assert run(["config", "show", "--config", str(config)]) == 0
     shown = tomllib.loads(capsys.readouterr().out)
     assert shown["kms"]["port"] == 9001
-    assert shown["kms"]["limits"]["sync_plaintext_bytes"] == 1024 * 1024
+    assert shown["kms"]["jobs"]["attempts"] == 5
     assert shown["kms"]["server"]["docs"] is True
 
     assert run(["config", "show", "--config", str(config), "--json"]) == 0

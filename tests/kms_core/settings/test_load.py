@@ -298,7 +298,7 @@ def test_a_variable_of_an_idle_backend_may_be_unset(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[kms]\nprot = 1", 'kms.prot is not a setting; did you mean "port"?'),
-        ("[kms.limits]\nsync_plaintext = 1", 'did you mean "sync_plaintext_bytes"?'),
+        ("[kms.server]\nupload = 1", 'did you mean "uploads"?'),
         ("[kms.zzzz]", "kms.zzzz is not a setting"),
         ("[kmz]", "[kmz] is not a setting: everything is below [kms]"),
         ('[kms]\nport = "secret"', "kms.port: expected int, got str"),
@@ -307,7 +307,7 @@ def test_a_variable_of_an_idle_backend_may_be_unset(tmp_path: Path) -> None:
         ("kms = 1", "kms: expected a table"),
         ("[kms]\nage = 'secret'", "kms.age: expected a table"),
         ("[kms]\nredis = 'secret'", "kms.redis: expected a table"),
-        ("[kms]\nlimits = 'secret'", "kms.limits: expected a table"),
+        ("[kms]\njobs = 'secret'", "kms.jobs: expected a table"),
         (
             "[kms]\ndev_backend = 'aje'",
             "kms.dev_backend: expected one of age, cosmian, transit, vault-kv, awskms; did",
@@ -429,7 +429,7 @@ KEYS = (
 )
 
 
-@pytest.mark.parametrize(("path", "key"), KEYS, ids=str)
+@pytest.mark.parametrize(("path", "key"), [each for each in KEYS if ".".join(each) not in REMOVED], ids=str)
 def test_the_example_shows_every_key(path: str, key: str) -> None:
     tables = re.split(r"^(?:# )?\[(.+)\]$", EXAMPLE.read_text(), flags=re.MULTILINE)
     body = dict(zip(tables[1::2], tables[2::2], strict=True)).get(path, "")

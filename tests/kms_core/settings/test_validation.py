@@ -150,33 +150,10 @@ def test_a_key_that_is_no_uri_is_refused_and_not_echoed(tmp_path: Path, uri: str
     assert "secret" not in detail
 
 
-# -- what requests may hold ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["json_bytes", "json_bytes_per_tenant", "json_bytes_per_credential"])
-@pytest.mark.parametrize(
-    ("limits", "largest"),
-    [("", 33_554_432), ("json_job_bytes = 100\n", 3_145_728), ("json_body_bytes = 50_000_000\n", 50_000_000)],
-    ids=["default", "calls", "raised"],
-)
-def test_the_largest_json_body_fits_into_each_bound(
-    tmp_path: Path, name: str, limits: str, largest: int
-) -> None:
-    text = f"[kms.limits]\n{limits}[kms.server]\n{name} = "
-
-    assert f"kms.server.{name}: expected at least {largest}" in refusal(tmp_path, f"{text}{largest - 1}")
-    assert getattr(read(tmp_path, f"{text}{largest}").kms.server, name) == largest
-
-
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (
-            "start_within_s = 1\nrun_within_s = 3\ndeadline_max_s = 2",
-            "kms.jobs.run_within_s is above kms.jobs.deadline_max_s",
-        ),
-        ("start_within_s = 3\nrun_within_s = 1\ndeadline_max_s = 2", "kms.jobs.start_within_s is above"),
-        ("result_ttl_s = 3\nkeep_max_s = 2", "kms.jobs.result_ttl_s is above kms.jobs.keep_max_s"),
+        ("result_ttl_s = 2_592_001", "kms.jobs.result_ttl_s: expected int <= 2592000"),
         ("[kms.jobs.resource_leases]\n'root:/srv/other' = 1", 'has "root:/srv/other", which is no resource'),
         ("[kms.jobs.resource_leases]\n'bucket:x' = 1", "there are backend:age, root:/srv"),
         ("[kms.jobs.resource_leases]\n'backend:awskms' = 1", 'has "backend:awskms"'),

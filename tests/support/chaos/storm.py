@@ -29,7 +29,6 @@ SETTINGS: Final = """
 lease_s = 2
 attempts = 50
 stall_s = 4
-watchdog_s = 30
 spool_dir = "{spool}"
 """
 _CRASHES: Final = ("api 1", "worker 1")  # others: a start without its key

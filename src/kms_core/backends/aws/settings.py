@@ -15,6 +15,7 @@ class AwsKmsSection(BackendSection, frozen=True, kw_only=True):
     """
 
     MODULE: ClassVar = "kms_core.backends.aws.backend"
+    data_keys: ClassVar = True
 
     key_id: str | None = None
     region: str | None = None
@@ -22,7 +23,6 @@ class AwsKmsSection(BackendSection, frozen=True, kw_only=True):
     endpoint_url: str | None = None
     ca_file: Path | None = None
     timeout_s: Timeout = 5.0
-    data_keys: bool = True
 
     def check(self, where: str, *, in_prod: bool, has_literal: bool) -> None:
         del has_literal

@@ -17,6 +17,7 @@ _RISK: Final = "the network can read the token and file keys"
 class VaultSection(BackendSection, frozen=True, kw_only=True):
     """The keys that ``[kms.transit]`` and ``[kms.vault_kv]`` have in common: a server and our token there."""
 
+    data_keys: ClassVar = True
     CREDENTIAL: ClassVar = "token"
     SECRET_FILES: ClassVar = ("token_file", "client_key")
     CERTIFICATE: ClassVar = "client_cert"
@@ -34,7 +35,6 @@ class VaultSection(BackendSection, frozen=True, kw_only=True):
     client_cert: Path | None = None
     client_key: Path | None = None
     timeout_s: Timeout = 5.0
-    data_keys: bool = True
 
     def check(self, where: str, *, in_prod: bool, has_literal: bool) -> None:
         sections.check_address(f"{where}.address", self.address, in_prod=in_prod)

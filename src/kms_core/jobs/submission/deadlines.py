@@ -49,14 +49,12 @@ class Deadlines:
             if at is not None and at <= now:
                 raise InvalidDeadline(f"{name} is in the past: the service has {time_text(now)}")
             if at is not None and at > last:
-                raise InvalidDeadline(f"{name} is after {time_text(last)}: see [kms.jobs] deadline_max_s")
+                raise InvalidDeadline(f"{name} is after {time_text(last)}: name an earlier one")
         if start_by and run_by and run_by < start_by:
             raise InvalidDeadline("run_by is before start_by: a job cannot end before it starts")
         keep_for_s = self.keep_for_s or rules.keep_for_s
         if keep_for_s > rules.most_keep_for_s:
-            raise InvalidDeadline(
-                f"keep_for is above {rules.most_keep_for_s:.0f} s: see [kms.jobs] keep_max_s"
-            )
+            raise InvalidDeadline(f"keep_for is above {rules.most_keep_for_s:.0f} s: name a shorter time")
         run_by = run_by or max(now + rules.run_within_s, start_by or 0)
         start_by = start_by or min(now + rules.start_within_s, run_by)
         return {

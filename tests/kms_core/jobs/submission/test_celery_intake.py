@@ -23,6 +23,7 @@ from kms_core.envelope import sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.jobs.submission import celery_intake
 from kms_core.jobs.submission.celery_intake import Intake
+from kms_core.settings.model import LimitsSection
 from kms_protocol.context import Context
 from kms_protocol.errors import (
     BackendUnavailable,
@@ -47,9 +48,10 @@ connect: Final[Any] = Connection  # kombu ships no types
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Service:
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
     """An install whose Redis is away: only what asks nobody can be decided."""
-    return Service(tmp_path, f"[kms.limits]\njson_job_bytes = {LIMIT}\n", "unix:///nonexistent/valkey.sock")
+    monkeypatch.setattr(LimitsSection, "json_job_bytes", LIMIT)
+    return Service(tmp_path, redis="unix:///nonexistent/valkey.sock")
 
 
 @pytest.fixture
