@@ -51,7 +51,7 @@ from kms_core.rotation_limit import RotationLimit
 from kms_core.secure_files import make_folders
 from kms_core.service import Kms
 from kms_core.settings.model import Settings
-from kms_core.settings.validate_auth import auth_files
+from kms_core.settings.validation import private
 from kms_protocol.errors import (
     BackendUnavailable,
     JobsUnavailable,
@@ -304,20 +304,8 @@ def _store_rules(settings: Settings, tokens_: Tokens) -> StoreRules:
 
 def _roots(settings: Settings) -> Roots:
     """The directories that jobs may read and write, without the service's own files below them."""
-    section, jobs = settings.kms, settings.kms.jobs
-    forbidden = (
-        jobs.spool_dir,
-        jobs.spool_identity_path,
-        jobs.intake_identity_path,
-        section.audit.path,
-        section.audit.key_path,
-        section.audit.signing_key_path,
-        settings.state_dir / "run",
-        *((section.audit.copies,) if section.audit.copies else ()),
-        *(path for _, path, _ in auth_files(settings)),
-        *(path for table in settings.backends.values() for _, path in table.private_files()),
-    )
+    jobs = settings.kms.jobs
     default = settings.state_dir.absolute() / "files"
     if default in jobs.roots:  # in dev; a root that the operator names must exist
         default.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return Roots(jobs.roots, forbidden)
+    return Roots(jobs.roots, [path for _, path in private(settings)])

@@ -1,11 +1,11 @@
 """Building blocks for the tables of ``kms.toml``: base classes, shared types, and checks of addresses."""
 
 import ipaddress
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from msgspec import Meta, Struct
 
@@ -45,7 +45,7 @@ class BackendSection(Section, frozen=True, kw_only=True):
     MODULE: ClassVar[str]
     """Module with ``open_key(uri, section, strict=...)``, imported when a key uses the backend."""
     CREDENTIAL: ClassVar[str] = ""
-    """Key with a credential that prod accepts from a variable only."""
+    """Key with a credential that prod accepts from a variable, or from the file in ``<key>_file``, only."""
     SECRET_FILES: ClassVar[tuple[str, ...]] = ()
     """Keys of files that only their owner may read. Jobs cannot reach them."""
     CERTIFICATE: ClassVar[str] = ""
@@ -56,20 +56,15 @@ class BackendSection(Section, frozen=True, kw_only=True):
     def fill_in(cls, table: dict[str, object], state_dir: Path | None, environment: str) -> None:
         """Set defaults that depend on the state directory (None: not configured) or the environment."""
 
-    def check(self, where: str, *, in_prod: bool, has_literal: bool) -> None:
+    def check(self, where: str, *, in_prod: bool) -> None:
         """Refuse missing and unsafe values of a backend in use. Raises ConfigurationError.
 
-        ``where`` is the table's name in errors, ``has_literal`` whether CREDENTIAL is written in the file.
+        ``where`` is the table's name in errors.
         """
 
     def own_key_id(self) -> str | None:
         """The id of the key that the backend itself provides, where it has one."""
         return None
-
-    def private_files(self) -> Iterator[tuple[str, Path]]:
-        """Keys and paths of files that jobs must not reach."""
-        paths = ((key, getattr(self, key)) for key in self.SECRET_FILES)
-        yield from ((key, path) for key, path in paths if path)
 
 
 # -- addresses ---------------------------------------------------------------------------------------
@@ -79,17 +74,34 @@ def check_address(where: str, address: str | None, *, in_prod: bool) -> None:
     """Refuse anything but ``http[s]://host[:port][/prefix]``, and ``http://`` in prod."""
     if address is None:
         raise ConfigurationError(f"{where} is missing")
+    url = _split(where, address, query=False)
+    if in_prod and url.scheme == "http":
+        raise ConfigurationError(f"{where}: http:// is refused in prod; use https://")
+
+
+def check_https(where: str, address: str, *, in_dev: bool, query: bool = False) -> None:
+    """Refuse anything but ``https://host[:port][/path]``, or in dev ``http://`` to loopback.
+
+    ``query``: it may also have a query.
+    """
+    url = _split(where, address, query=query)
+    if url.scheme == "http" and not (in_dev and is_loopback(url.hostname or "")):
+        raise ConfigurationError(f"{where}: expected https://; http:// is for loopback in dev only")
+
+
+def _split(where: str, address: str, *, query: bool) -> SplitResult:
+    """The parts of an absolute URL with a usable host and port. Raises ConfigurationError."""
     try:
         url = urlsplit(address)
-        fits = address.startswith(("https://", "http://")) and url.hostname and url.port != 0
-    except ValueError:  # its text quotes the URL
-        fits = False
-    if not fits or not address.isascii() or not address.isprintable() or " " in address:
-        raise ConfigurationError(f"{where}: expected https://host[:port][/prefix]")
-    if "@" in address or "?" in address or "#" in address:
+        fits = bool(url.hostname and url.hostname.encode("idna")) and url.port != 0
+    except ValueError:  # UnicodeError is one; their texts quote the URL
+        url, fits = SplitResult("", "", "", "", ""), False
+    visible = address.isascii() and address.isprintable() and " " not in address
+    if not fits or not visible or not address.startswith(("https://", "http://")):
+        raise ConfigurationError(f"{where}: expected https://host[:port][/path] in ASCII")
+    if "@" in (url.netloc if query else address) or "#" in address or ("?" in address and not query):
         raise ConfigurationError(f"{where}: no user, password, query or fragment belongs there")
-    if in_prod and not address.startswith("https:"):
-        raise ConfigurationError(f"{where}: http:// is refused in prod; use https://")
+    return url
 
 
 def check_pair(where: str, section: Section, first: str, second: str) -> None:

@@ -117,7 +117,7 @@ def test_an_answer_that_is_nested_without_end_is_not_one_of_this_api() -> None:
     [
         "[kms]\na = " + "[" * 3000,
         "[kms]\na = " + "{a=" * 3000,
-        "[kms]\n" + "a." * 900 + "a = 1",
+        "[kms]\n" + "a." * 3000 + "a = 1",
         "[kms]\nport = " + "9" * 5000,
     ],
     ids=["arrays", "tables", "keys", "digits"],
@@ -126,7 +126,7 @@ def test_a_file_that_no_toml_reader_takes_is_a_wrong_configuration(tmp_path: Pat
     path = tmp_path / "kms.toml"
     path.write_text(text)
 
-    with pytest.raises(ConfigurationError, match="too long, or tables are nested too deep"):
+    with pytest.raises(ConfigurationError, match="tables are nested too deep"):
         load_settings(path, {"HOME": "/home/nobody"})
 
 

@@ -1,6 +1,5 @@
 """The table of the Age backend."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Final
 from urllib.parse import SplitResult
@@ -37,10 +36,6 @@ class AgeSection(BackendSection, frozen=True, kw_only=True):
         table.setdefault("private_key_path", f"{directory}/private_key.txt")
         table.setdefault("data_keys", environment == "dev")
         table.setdefault("accept_foreign", environment == "dev")
-
-    def private_files(self) -> Iterator[tuple[str, Path]]:
-        yield from super().private_files()
-        yield "public_key_path", self.public_key_path
 
 
 def document_of(uri: SplitResult) -> str:

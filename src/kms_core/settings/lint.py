@@ -16,6 +16,7 @@ from kms_core.settings.model import Settings
 from kms_core.settings.redis_urls import CLUSTERS, SENTINELS, cluster_nodes, is_tls, sentinels, split_url
 from kms_core.settings.stores import StoreSection
 from kms_core.settings.toml_reader import nearest
+from kms_core.settings.validation import SECRETS, paths
 from kms_protocol.errors import ConfigurationError
 
 _WIDEST: Final = {4: 8, 6: 7}  # bits of 10.0.0.0/8 and of fc00::/7, the largest private networks
@@ -134,11 +135,11 @@ def _has_plain_keys(settings: Settings) -> bool:
     return "age" in settings.used_backends and not settings.backend(AgeSection).sealed_only
 
 
-def _readable(setting: str, paths: Callable[[Settings], Iterator[Path | None]]) -> Weakness:
-    """The row for secret files that users other than their owner may read or write."""
+def _readable(setting: str) -> Weakness:
+    """The row for a secret file that users other than its owner may read or write."""
     return Weakness(
         setting,
-        lambda settings: any(_is_open(path) for path in paths(settings) if path is not None),
+        lambda settings: any(_is_open(path) for _, path in paths(settings, setting)),
         "other users of this machine can read the secret in the file",
         "chmod 600 the file",
         of_file=True,
@@ -152,23 +153,14 @@ def _is_open(path: Path) -> bool:
         return False
 
 
-def _backend_rows() -> Iterator[Weakness]:
-    """The rows of all backends: weak values of those in use, and secret files that others can read."""
-    for scheme, shape in SCHEMES.items():
-        for value in shape.WEAK_VALUES:
-            yield Weakness(
-                f"{table_of(scheme)}.{value.key}", _in_use(scheme, value), value.risk, value.advice
-            )
-        for key in shape.SECRET_FILES:
-            yield _readable(f"{table_of(scheme)}.{key}", _file_of(scheme, key))
-
-
-def _in_use(scheme: str, value: WeakValue) -> Test:
-    return lambda settings: scheme in settings.used_backends and value.is_weak(settings.backends[scheme])
-
-
-def _file_of(scheme: str, key: str) -> Callable[[Settings], Iterator[Path | None]]:
-    return lambda settings: iter([getattr(settings.backends[scheme], key)])
+def _of_backend(scheme: str, value: WeakValue) -> Weakness:
+    """The row for a weak value of a backend in use."""
+    return Weakness(
+        f"{table_of(scheme)}.{value.key}",
+        lambda settings: scheme in settings.used_backends and value.is_weak(settings.backends[scheme]),
+        value.risk,
+        value.advice,
+    )
 
 
 # -- the table ---------------------------------------------------------------------------------------
@@ -204,12 +196,6 @@ _SERVER: Final = (
         "callers in these networks choose the address that limits and the audit log use",
         "name the proxies only",
     ),
-    _readable("server.tls_key", lambda settings: iter([settings.kms.server.tls_key])),
-    _readable("auth.tokens_path", lambda settings: iter([settings.kms.auth.tokens_path])),
-    _readable(
-        "auth.issuers.review_token_file",
-        lambda settings: (each.review_token_file for each in settings.kms.auth.issuers.values()),
-    ),
 )
 _PEERS: Final = (
     Weakness(
@@ -230,32 +216,18 @@ _PEERS: Final = (
         "every client that reaches Redis can read and delete jobs",
         "give it a user and a password, or client certificates",
     ),
-    _readable("redis.password_file", lambda settings: iter([settings.kms.redis.password_file])),
-    _readable("redis.client_key_file", lambda settings: iter([settings.kms.redis.client_key_file])),
-    *_backend_rows(),
+    *(_of_backend(scheme, value) for scheme, shape in SCHEMES.items() for value in shape.WEAK_VALUES),
     Weakness(
         "jobs.buckets.endpoint",
         _has_clear_bucket,
         "the network can read plaintexts of jobs",
         "use https://",
     ),
-    _readable(
-        "jobs.buckets.secret_key_file",
-        lambda settings: (bucket.secret_key_file for bucket in settings.kms.jobs.buckets.values()),
-    ),
     Weakness(
         "jobs.spool_bucket.endpoint",
         lambda settings: is_cleartext(_spool_store(settings).endpoint),
         "the network can read and change sealed uploads and results",
         "use https://",
-    ),
-    _readable(
-        "jobs.spool_bucket.secret_key_file",
-        lambda settings: iter([_spool_store(settings).secret_key_file]),
-    ),
-    _readable(
-        "jobs.endpoints.secret_file",
-        lambda settings: (each.secret_file for each in settings.kms.jobs.endpoints.values()),
     ),
     Weakness(
         "traces.endpoint",
@@ -297,8 +269,6 @@ _KEYS: Final = (
         "files that others encrypted to the public key are accepted as ours",
         "write accept_foreign = false",
     ),
-    _readable("jobs.spool_identity_path", lambda settings: iter([settings.kms.jobs.spool_identity_path])),
-    _readable("jobs.intake_identity_path", lambda settings: iter([settings.kms.jobs.intake_identity_path])),
 )
 _AUDIT: Final = (
     Weakness(
@@ -313,8 +283,6 @@ _AUDIT: Final = (
         "an older copy of the audit log in its place is not noticed",
         "write anchor_redis = true, or name a directory of another disk in anchor_dir",
     ),
-    _readable("audit.key_path", lambda settings: iter([settings.kms.audit.key_path])),
-    _readable("audit.signing_key_path", lambda settings: iter([settings.kms.audit.signing_key_path])),
 )
-TABLE: Final = (*_SERVER, *_PEERS, *_JOBS, *_KEYS, *_AUDIT)
+TABLE: Final = (*_SERVER, *_PEERS, *_JOBS, *_KEYS, *_AUDIT, *map(_readable, SECRETS))
 SETTINGS: Final = tuple(each.setting for each in TABLE)

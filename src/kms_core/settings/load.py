@@ -10,19 +10,20 @@ from types import MappingProxyType
 from typing import Final
 
 from kms_core.backends import SCHEMES, table_of
+from kms_core.settings.lint import check_accepted
 from kms_core.settings.model import KmsSection, Settings
 from kms_core.settings.redis_urls import for_celery
 from kms_core.settings.toml_reader import (
     FromEnvironment,
     SectionReader,
     Tree,
+    Unset,
     expand,
     nearest,
     read_toml,
     table,
-    take_unset,
 )
-from kms_core.settings.validation import check, check_exposure
+from kms_core.settings.validation import check, check_environment, check_exposure
 from kms_protocol.errors import ConfigurationError
 
 __all__ = [
@@ -78,6 +79,8 @@ def load(
     given = {key: value for key, value in overrides.items() if value is not None}
     try:
         return _settings(read_toml(file) if file else {}, environ, given)
+    except RecursionError:  # dotted keys nest without end
+        raise ConfigurationError(f"{file}: tables are nested too deep") from None
     except ConfigurationError as exc:
         raise ConfigurationError(f"{exc.detail} [read from {file}]" if file else exc.detail) from exc
 
@@ -143,19 +146,24 @@ def _settings(document: Tree, environ: Mapping[str, str], given: Mapping[str, ob
     _lay_over(kms, _from_variables(environ))
     _lay_over(kms, given)
     tables = {scheme: table(kms, table_of(scheme), "kms.") for scheme in SCHEMES}
-    unset = {scheme: take_unset(given_table) for scheme, given_table in tables.items()}
     literals = {
         scheme for scheme, each in tables.items() if isinstance(each.get(SCHEMES[scheme].CREDENTIAL), str)
     }
+    explicit = "state_dir" in kms
     _fill_in(kms, reader, environ)
-    settings = Settings(
-        kms=reader.section(KmsSection, kms, "kms", elsewhere=[table_of(scheme) for scheme in SCHEMES]),
-        backends={
-            scheme: reader.section(SCHEMES[scheme], each, f"kms.{table_of(scheme)}")
-            for scheme, each in tables.items()
-        },
-    )
-    check(settings, unset, literals)
+    section = reader.section(KmsSection, kms, "kms", elsewhere=[table_of(scheme) for scheme in SCHEMES])
+    check_environment(section)
+    used = Settings(kms=section, backends={}).used_backends
+    backends = {}
+    for scheme, shape in SCHEMES.items():
+        each = tables[scheme]
+        if scheme not in used:  # variables may then be unset
+            each = {key: value for key, value in each.items() if not isinstance(value, Unset)}
+        shape.fill_in(each, section.state_dir if explicit else None, section.environment)
+        backends[scheme] = reader.section(shape, each, f"kms.{table_of(scheme)}")
+    settings = Settings(kms=section, backends=backends)
+    check(settings, literals)
+    check_accepted(settings)
     return settings
 
 
@@ -179,27 +187,31 @@ def _fill_in(kms: Tree, reader: SectionReader, environ: Mapping[str, str]) -> No
     named: str = reader.value(str, kms.get("environment", "dev"), "kms.environment")
     kms["environment"] = environment = ALIASES.get(named.strip().lower(), named.strip().lower())
     kms.setdefault("require_context", environment == "prod")
-    explicit = "state_dir" in kms
-    state: Path = (
-        reader.value(Path, kms["state_dir"], "kms.state_dir") if explicit else default_state_dir(environ)
-    )
+    given = kms.get("state_dir")
+    state: Path = default_state_dir(environ) if given is None else reader.value(Path, given, "kms.state_dir")
     kms["state_dir"] = state
-    for scheme, shape in SCHEMES.items():
-        shape.fill_in(table(kms, table_of(scheme), "kms."), state if explicit else None, environment)
-    _fill_redis(table(kms, "redis", "kms."), reader)
-    jobs = table(kms, "jobs", "kms.")
-    jobs.setdefault("spool_dir", state / "spool")
-    jobs.setdefault("roots", [state.absolute() / "files"] if environment == "dev" else [])
-    jobs.setdefault("spool_identity_path", state / "spool.key")
-    jobs.setdefault("intake_identity_path", state / "intake.key")
-    audit = table(kms, "audit", "kms.")
-    audit.setdefault("path", state / "audit")
-    audit.setdefault("key_path", state / "audit.key")
-    audit.setdefault("signing_key_path", state / "audit-signing.key")
-    table(kms, "auth", "kms.").setdefault("tokens_path", state / "tokens.json")
-    table(kms, "server", "kms.").setdefault("docs", environment != "prod")
-    table(kms, "traces", "kms.").setdefault("endpoint", _traces_endpoint(environ))
-    table(kms, "facade", "kms.").setdefault("enabled", environment == "dev")
+    redis = table(kms, "redis", "kms.")
+    url: str = reader.value(str, redis.setdefault("url", DEFAULT_REDIS_URL), "kms.redis.url")
+    defaults: dict[str, Tree] = {
+        "redis": {"broker_url": for_celery(url)},
+        "jobs": {
+            "roots": [state.absolute() / "files"] if environment == "dev" else [],
+            "spool_dir": state / "spool",
+            "spool_identity_path": state / "spool.key",
+            "intake_identity_path": state / "intake.key",
+        },
+        "audit": {
+            "path": state / "audit",
+            "key_path": state / "audit.key",
+            "signing_key_path": state / "audit-signing.key",
+        },
+        "auth": {"tokens_path": state / "tokens.json"},
+        "server": {"docs": environment != "prod"},
+        "traces": {"endpoint": _traces_endpoint(environ)},
+        "facade": {"enabled": environment == "dev"},
+    }
+    for name, values in defaults.items():
+        kms[name] = values | table(kms, name, "kms.")
 
 
 def _traces_endpoint(environ: Mapping[str, str]) -> str | None:
@@ -213,9 +225,3 @@ def _traces_endpoint(environ: Mapping[str, str]) -> str | None:
         or (base and f"{base.rstrip('/')}/v1/traces")
         or None
     )
-
-
-def _fill_redis(redis: Tree, reader: SectionReader) -> None:
-    """Set the addresses of Redis; the default broker is the same server."""
-    url: str = reader.value(str, redis.setdefault("url", DEFAULT_REDIS_URL), "kms.redis.url")
-    redis.setdefault("broker_url", for_celery(url))

@@ -15,6 +15,7 @@ from kms_core.sections import BackendSection, KeyId, Positive, Section
 from kms_core.settings.auth import AuthSection
 from kms_core.settings.stores import BucketName, BucketSection, SpoolBucketSection
 from kms_protocol.units import GiB, KiB, MiB
+from kms_protocol.wire import JobState
 
 if TYPE_CHECKING:
     BackendName = str
@@ -22,7 +23,6 @@ else:
     BackendName = Literal[tuple(SCHEMES)]
 _Table = TypeVar("_Table", bound=BackendSection)
 Queue = Literal["kms.bulk", "kms.files", "kms.maintenance"]
-JobState = Literal["queued", "running", "committing", "succeeded", "failed", "cancelled"]
 Port = Annotated[int, Meta(ge=1, le=65534)]  # the worker's metrics are on port + 1
 
 

@@ -9,10 +9,10 @@ over TLS. A cluster holds the jobs; it cannot be the broker.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final
-from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from kms_core.sections import check_pair
 from kms_core.settings.model import RedisSection, Settings
@@ -32,6 +32,7 @@ NO_CLUSTER_BROKER: Final = (
 )
 _SENTINEL_PORT: Final = 26379
 _SENTINEL_FORM: Final = "sentinel://host:26379,host:26379/0?master=mymaster"
+_CLUSTER_FORM: Final = "redis+cluster://host:6379,host:6379"
 _NODE_PORT: Final = 6379
 _OPTIONS: Final = frozenset({"master", "sentinel_username", "sentinel_password"})
 
@@ -85,7 +86,7 @@ def check_redis(settings: Settings) -> None:
             raise ConfigurationError(
                 f"{where}: the password is in kms.redis.password_file, or here, and not both"
             )
-        if any(name.startswith("ssl_") for name in parse_qs(parts.query, keep_blank_values=True)):
+        if any(name.startswith("ssl_") for name, _ in parse_qsl(parts.query, keep_blank_values=True)):
             raise ConfigurationError(
                 f"{where}: no ssl_* options belong there; name the authority in kms.redis.ca_file"
             )
@@ -111,25 +112,18 @@ def is_tls(url: str) -> bool:
 def sentinels(where: str, url: str) -> Sentinels:
     """Parse a ``sentinel://`` URL. Raises ConfigurationError, which names ``where`` and never the URL."""
     parts = split_url(where, url)
-    login, _, hosts = parts.netloc.rpartition("@")
-    username, _, password = login.partition(":")
-    options = parse_qs(parts.query, keep_blank_values=True)
-    if options.keys() - _OPTIONS or any(len(values) > 1 for values in options.values()):
+    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    options = dict(pairs)
+    if options.keys() - _OPTIONS or len(options) < len(pairs):
         raise ConfigurationError(f"{where}: a Sentinel URL has the options {', '.join(sorted(_OPTIONS))}")
-    if not options.get("master", [""])[0]:
+    if not options.get("master"):
         raise ConfigurationError(f"{where}: a Sentinel URL names its master: …/0?master=mymaster")
     database = parts.path.strip("/") or "0"
     if not (database.isascii() and database.isdigit()):
         raise ConfigurationError(f"{where}: the path of a Sentinel URL is the number of a database: /0")
-    return Sentinels(
-        hosts=tuple(_hosts(where, hosts, _SENTINEL_FORM, _SENTINEL_PORT)),
-        master=options["master"][0],
-        database=int(database),
-        username=unquote(username),
-        password=unquote(password),
-        own_username=options.get("sentinel_username", [""])[0],
-        own_password=options.get("sentinel_password", [""])[0],
-    )
+    hosts, username, password = _servers(where, parts.netloc, _SENTINEL_FORM, _SENTINEL_PORT)
+    own = options.get("sentinel_username", ""), options.get("sentinel_password", "")
+    return Sentinels(hosts, options["master"], int(database), username, password, *own)
 
 
 def cluster_nodes(where: str, url: str) -> ClusterNodes:
@@ -137,18 +131,20 @@ def cluster_nodes(where: str, url: str) -> ClusterNodes:
     parts = split_url(where, url)
     if parts.path.strip("/") not in {"", "0"} or parts.query:
         raise ConfigurationError(f"{where}: a Redis Cluster has only database 0, and its URL no options")
-    login, _, hosts = parts.netloc.rpartition("@")
+    return ClusterNodes(*_servers(where, parts.netloc, _CLUSTER_FORM, _NODE_PORT))
+
+
+def _servers(where: str, netloc: str, form: str, port: int) -> tuple[tuple[tuple[str, int], ...], str, str]:
+    """The hosts, the user and the password of a URL with several hosts; ``port`` is that of hosts without."""
+    login, _, hosts = netloc.rpartition("@")
     username, _, password = login.partition(":")
-    found = tuple(_hosts(where, hosts, "redis+cluster://host:6379,host:6379", _NODE_PORT))
-    return ClusterNodes(found, unquote(username), unquote(password))
-
-
-def _hosts(where: str, text: str, expected: str, port: int) -> Iterator[tuple[str, int]]:
-    for host in text.split(","):
+    found = []
+    for host in hosts.split(","):
         parts = split_url(where, f"//{host}")
         if not parts.hostname:
-            raise ConfigurationError(f"{where}: expected {expected}")
-        yield parts.hostname, _port(where, parts) or port
+            raise ConfigurationError(f"{where}: expected {form}")
+        found.append((parts.hostname, _port(where, parts) or port))
+    return tuple(found), unquote(username), unquote(password)
 
 
 def split_url(where: str, url: str) -> SplitResult:

@@ -19,7 +19,6 @@ from kms_protocol.errors import ConfigurationError
 Tree = dict[str, object]
 Shape = TypeVar("Shape", bound=msgspec.Struct)
 
-_MOST_LEVELS: Final = 16
 _VARIABLE: Final = re.compile(
     r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|(?P<bad>\$\{)"
 )
@@ -87,7 +86,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def read_toml(path: Path) -> Tree:
     """The tables of a TOML file. Raises ConfigurationError, which names the file and, if known, the line."""
     try:
-        return _shallow(tomllib.loads(small_files.text(path)))
+        return tomllib.loads(small_files.text(path))
     except OSError as exc:
         raise ConfigurationError(f"Cannot read {path}: {exc.strerror}; check the path and its mode") from exc
     except UnicodeDecodeError as exc:
@@ -96,20 +95,6 @@ def read_toml(path: Path) -> Tree:
         raise ConfigurationError(f"{path} is not valid TOML: {exc}") from exc
     except (ValueError, RecursionError):  # of tomllib too: its own of int(), and where nesting has no end
         raise ConfigurationError(f"{path}: a number is too long, or tables are nested too deep") from None
-
-
-def _shallow(tree: Tree) -> Tree:
-    """Refuse a tree that is deeper than any setting, as dotted keys can make it. Raises ValueError."""
-    level: list[object] = [tree]
-    for _ in range(_MOST_LEVELS):
-        level = [
-            item
-            for each in level
-            for item in (each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())
-        ]
-    if level:
-        raise ValueError("too deep")
-    return tree
 
 
 def table(tree: Tree, name: str, where: str) -> Tree:
@@ -151,22 +136,6 @@ def _expand_text(text: str, environ: Mapping[str, str], where: str) -> object:
     return FromEnvironment(expanded, ", ".join(names)) if names else expanded
 
 
-def take_unset(tree: Tree) -> dict[str, Unset]:
-    """Remove the Unset values of this table, and return them by key."""
-    unset = {key: value for key, value in tree.items() if isinstance(value, Unset)}
-    for key in unset:
-        del tree[key]
-    return unset
-
-
-def unset_error(where: str, unset: Unset) -> ConfigurationError:
-    """The error for a setting that needs this value. It contains no value of a variable."""
-    name = unset.name
-    return ConfigurationError(
-        f"{where} uses ${{{name}}}, which is not set: export {name}, or write ${{{name}:-default}}"
-    )
-
-
 # -- types -------------------------------------------------------------------------------------------
 
 
@@ -197,13 +166,11 @@ class SectionReader:
             if item.required and name not in given:
                 raise ConfigurationError(f"{where}.{name} is missing")
         return shape(
-            **{name: self.value(fields[name].type, given[name], f"{where}.{name}") for name in given}
+            **{name: self.value(fields[name].type, item, f"{where}.{name}") for name, item in given.items()}
         )
 
     def value(self, kind: Any, value: object, where: str) -> Any:  # noqa: ANN401 - kinds are run-time types
         """``value`` as ``kind``: a section, a table of them, an array or a single value."""
-        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-            return self.section(kind, value, where)
         if get_origin(kind) is dict:
             key_kind, item_kind = get_args(kind)
             return {
@@ -212,17 +179,20 @@ class SectionReader:
                 )
                 for key, item in _as_table(value, where).items()
             }
-        if isinstance(value, Mapping) and (shape := _shape_among(kind)):
+        shape = _section_of(kind)
+        if shape is not None and (shape is kind or isinstance(value, Mapping)):
             return self.section(shape, value, where)
         if get_origin(kind) is tuple and isinstance(value, list | tuple):
-            return tuple(
-                self.value(get_args(kind)[0], item, f"{where}[{at}]") for at, item in enumerate(value)
-            )
+            item_kind, _ = get_args(kind)
+            return tuple(self.value(item_kind, item, f"{where}[{at}]") for at, item in enumerate(value))
         return self._single(kind, value, where)
 
     def _single(self, kind: Any, value: object, where: str) -> Any:  # noqa: ANN401 - as above
         if isinstance(value, Unset):
-            raise unset_error(where, value)
+            raise ConfigurationError(
+                f"{where} uses ${{{value.name}}}, which is not set: export {value.name}, or write "
+                f"${{{value.name}:-default}}"
+            )
         from_environment = isinstance(value, FromEnvironment)
         if isinstance(value, FromEnvironment):
             where, value = f"{where} (from {value.names})", value.text
@@ -246,9 +216,9 @@ class SectionReader:
         return Path(self.home, value[2:])
 
 
-def _shape_among(kind: Any) -> type[msgspec.Struct] | None:  # noqa: ANN401 - as above
-    """The section among the members of a union, which a table becomes."""
-    members = (each for each in get_args(kind) if isinstance(each, type))
+def _section_of(kind: Any) -> type[msgspec.Struct] | None:  # noqa: ANN401 - as above
+    """The section that a table becomes: ``kind`` itself, or among the members of a union."""
+    members = (each for each in (kind, *get_args(kind)) if isinstance(each, type))
     return next((each for each in members if issubclass(each, msgspec.Struct)), None)
 
 

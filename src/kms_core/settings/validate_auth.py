@@ -2,20 +2,18 @@
 
 import ipaddress
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
 from kms_core import proxies, scopes
-from kms_core.sections import check_pair
+from kms_core.sections import check_https, check_pair
 from kms_core.settings.auth import CertificateSection, IssuerSection, LoginSection
 from kms_core.settings.model import ServerSection, Settings, TenantSection
 from kms_protocol.errors import ConfigurationError
 
 SUBJECTS: Final = ("DNS:", "URI:", "email:", "subject:")
 _NO_MOUNTS: Final = frozenset({"token", ".", ".."})  # of auth/token/lookup-self, and what clients shorten
-_EXPECTED: Final = "https://host[:port]/path in ASCII; http:// is for loopback in dev only"
 
 
 def check_auth(settings: Settings) -> None:
@@ -68,23 +66,6 @@ def check_document(settings: Settings, where: str, text: str) -> None:
         )
 
 
-def auth_files(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
-    """Files that jobs must not reach: setting, path, and whether all below the path is private too."""
-    yield "kms.auth.tokens_path", settings.kms.auth.tokens_path, True
-    yield "kms.state_dir's documents/", settings.state_dir / "documents", True
-    if settings.kms.auth.tokens and settings.kms.auth.tokens.startswith("file:"):
-        yield "kms.auth.tokens", Path(urlsplit(settings.kms.auth.tokens).path), True
-    for name, issuer in settings.kms.auth.issuers.items():
-        if issuer.jwks_file:  # a writer of this file could authenticate as any caller
-            yield f"kms.auth.issuers.{name}.jwks_file", issuer.jwks_file, True
-        if issuer.review_token_file:
-            yield f"kms.auth.issuers.{name}.review_token_file", issuer.review_token_file, True
-    for key in ("tls_cert", "tls_key", "client_ca", "client_crl"):
-        path = getattr(settings.kms.server, key)
-        if path:
-            yield f"kms.server.{key}", path, True
-
-
 def _check_issuers(issuers: Mapping[str, IssuerSection], *, in_dev: bool) -> None:
     for name, issuer in issuers.items():
         _check_issuer(f"kms.auth.issuers.{name}", issuer, in_dev=in_dev)
@@ -111,31 +92,23 @@ def _check_keys(where: str, issuer: IssuerSection, *, in_dev: bool) -> None:
     if issuer.review_url is not None:
         if issuer.jwks_url is not None or issuer.jwks_file is not None:
             raise ConfigurationError(f"{where}.review_url: it replaces jwks_url and jwks_file")
-        if not may_fetch(issuer.review_url, in_dev=in_dev) or "?" in issuer.review_url:
-            raise ConfigurationError(f"{where}.review_url: expected {_EXPECTED}")
-        return
-    if issuer.jwks_url is not None and issuer.jwks_file is not None:
+        check_https(f"{where}.review_url", issuer.review_url, in_dev=in_dev)
+    elif issuer.jwks_url is not None and issuer.jwks_file is not None:
         raise ConfigurationError(f"{where}: name its keys by jwks_url, or by jwks_file, and not by both")
-    if issuer.jwks_url is not None:
-        if not may_fetch(issuer.jwks_url, in_dev=in_dev):
-            raise ConfigurationError(f"{where}.jwks_url: expected {_EXPECTED}")
-    elif issuer.jwks_file is None and (not may_fetch(issuer.issuer, in_dev=in_dev) or "?" in issuer.issuer):
-        raise ConfigurationError(
-            f"{where}.issuer: without jwks_url and jwks_file its keys are found by discovery, so expected "
-            f"{_EXPECTED}"
-        )
+    elif issuer.jwks_url is not None:
+        check_https(f"{where}.jwks_url", issuer.jwks_url, in_dev=in_dev, query=True)
+    elif issuer.jwks_file is None:
+        found = "whose keys are found by discovery, without jwks_url and jwks_file"
+        check_https(f"{where}.issuer, {found}", issuer.issuer, in_dev=in_dev)
 
 
 def may_fetch(text: str, *, in_dev: bool) -> bool:
     """True if keys may come from a URL: in ASCII, over TLS or in dev from loopback, without a password."""
     try:
-        url = urlsplit(text)
-        host = url.hostname
-    except ValueError:  # its text quotes the URL
+        check_https("", text, in_dev=in_dev, query=True)
+    except ConfigurationError:
         return False
-    loopback = in_dev and host in {"127.0.0.1", "::1", "localhost"}
-    secure = url.scheme == "https" or (url.scheme == "http" and loopback)
-    return bool(host) and secure and url.username is None and not url.fragment and text.isascii()
+    return True
 
 
 def _check_certificate(where: str, certificate: CertificateSection, server: ServerSection) -> None:

@@ -4,20 +4,19 @@ Reads no files except symlinks.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Final
-from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from kms_core.backends import SCHEMES, table_of
 from kms_core.backends.age_settings import AgeSection, document_of
-from kms_core.sections import check_address, is_loopback
-from kms_core.settings.lint import check_accepted
-from kms_core.settings.model import Settings
+from kms_core.sections import check_address, check_https, is_loopback
+from kms_core.settings.model import KmsSection, Settings
 from kms_core.settings.redis_urls import check_redis
 from kms_core.settings.stores import StoreSection
-from kms_core.settings.toml_reader import Unset, nearest, unset_error
-from kms_core.settings.validate_auth import auth_files, check_auth, check_document
+from kms_core.settings.toml_reader import nearest
+from kms_core.settings.validate_auth import check_auth, check_document
 from kms_protocol.errors import ConfigurationError
 
 BUILT_IN_ENVIRONMENTS: Final = ("dev", "prod")
@@ -27,6 +26,34 @@ _ORIGIN: Final = re.compile(
     r"(?::(?:[1-5][0-9]{0,4}|[6-9][0-9]{0,3}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
 )
 """Origins as browsers send them (RFC 6454 §6.2): in lower case, without the default port."""
+SECRETS: Final = (
+    "server.tls_key",
+    "auth.tokens_path",
+    "auth.issuers.review_token_file",
+    "redis.password_file",
+    "redis.client_key_file",
+    *(f"{table_of(scheme)}.{key}" for scheme, shape in SCHEMES.items() for key in shape.SECRET_FILES),
+    "jobs.buckets.secret_key_file",
+    "jobs.spool_bucket.secret_key_file",
+    "jobs.endpoints.secret_file",
+    "jobs.spool_identity_path",
+    "jobs.intake_identity_path",
+    "audit.key_path",
+    "audit.signing_key_path",
+)
+"""Settings of secret files, without the names of buckets and similar entries."""
+_PRIVATE: Final = (
+    *SECRETS,
+    "server.tls_cert",
+    "server.client_ca",
+    "server.client_crl",
+    "auth.issuers.jwks_file",  # a writer of this file could authenticate as any caller
+    "age.public_key_path",
+    "jobs.spool_dir",
+    "audit.path",
+    "audit.anchor_dir",
+    "audit.copies",
+)
 
 
 def check_exposure(settings: Settings) -> None:
@@ -49,14 +76,11 @@ def check_exposure(settings: Settings) -> None:
     )
 
 
-def check(settings: Settings, unset: Mapping[str, Mapping[str, Unset]], literals: Collection[str]) -> None:
+def check(settings: Settings, literals: Collection[str]) -> None:
     """Refuse settings that are incomplete, contradictory or unsafe. Raises ConfigurationError.
 
-    ``unset`` are values of backends that lack a variable, by scheme and key; ``literals`` the schemes whose
-    credential is written in the file itself.
+    ``literals`` are the schemes whose credential is written in the file itself.
     """
-    check_environment(settings)
-    check_variables(settings, unset)
     check_keys(settings)
     check_backends(settings, literals)
     check_redis(settings)
@@ -67,27 +91,19 @@ def check(settings: Settings, unset: Mapping[str, Mapping[str, Unset]], literals
     check_buckets(settings)
     check_roots(settings)
     check_jobs(settings)
-    check_accepted(settings)
 
 
-def check_environment(settings: Settings) -> None:
+def check_environment(kms: KmsSection) -> None:
     """Require a section for other environments: a misspelt prod must not run with the checks of dev."""
-    known = (*BUILT_IN_ENVIRONMENTS, *settings.kms.environments)
+    known = (*BUILT_IN_ENVIRONMENTS, *kms.environments)
     for name in BUILT_IN_ENVIRONMENTS:
-        if name in settings.kms.environments:
+        if name in kms.environments:
             raise ConfigurationError(f"kms.environments.{name}: set kms.{name}_backend instead")
-    if settings.environment not in known:
+    if kms.environment not in known:
         raise ConfigurationError(
-            f"kms.environment: expected one of {', '.join(known)}{nearest(settings.environment, known)}"
+            f"kms.environment: expected one of {', '.join(known)}{nearest(kms.environment, known)}"
             "; another environment needs a section [kms.environments.<name>] with its backend"
         )
-
-
-def check_variables(settings: Settings, unset: Mapping[str, Mapping[str, Unset]]) -> None:
-    """Refuse ``unset`` values (by scheme and key) of backends in use."""
-    for scheme in unset.keys() & settings.used_backends:
-        for key, value in unset[scheme].items():
-            raise unset_error(f"kms.{table_of(scheme)}.{key}", value)
 
 
 def check_backends(settings: Settings, literals: Collection[str]) -> None:
@@ -103,9 +119,13 @@ def check_backends(settings: Settings, literals: Collection[str]) -> None:
             "allow_age_in_prod = true under [kms] if plain key files on this host are what you want"
         )
     for scheme in SCHEMES.keys() & settings.used_backends:
-        settings.backends[scheme].check(
-            f"kms.{table_of(scheme)}", in_prod=settings.is_prod, has_literal=scheme in literals
-        )
+        where, key = f"kms.{table_of(scheme)}", SCHEMES[scheme].CREDENTIAL
+        settings.backends[scheme].check(where, in_prod=settings.is_prod)
+        if settings.is_prod and scheme in literals:
+            raise ConfigurationError(
+                f"{where}.{key}: a credential in the settings themselves is refused in prod; use {key}_file, "
+                f'or a variable: {key} = "${{NAME}}"'
+            )
 
 
 def check_keys(settings: Settings) -> None:
@@ -133,24 +153,7 @@ def check_endpoints(settings: Settings) -> None:
     """Require TLS for webhooks; http:// is for loopback in dev."""
     for name, endpoint in settings.kms.jobs.endpoints.items():
         where = f"kms.jobs.endpoints.{name}.url"
-        url = _http_url(endpoint.url)
-        if url is None:
-            raise ConfigurationError(f"{where}: expected https://host[:port][/path] in ASCII")
-        if url.username is not None or url.password is not None or url.fragment:
-            raise ConfigurationError(f"{where}: no user, password or fragment belongs there")
-        if url.scheme == "http" and not (settings.environment == "dev" and is_loopback(url.hostname or "")):
-            raise ConfigurationError(f"{where}: expected https://; http:// is for loopback in dev only")
-
-
-def _http_url(text: str) -> SplitResult | None:
-    """The parts of an absolute URL with a usable host and port, or None."""
-    try:
-        url = urlsplit(text)
-        names_host = bool(url.hostname and url.hostname.encode("idna")) and url.port != 0
-    except ValueError:  # UnicodeError is one; their texts quote the URL
-        return None
-    visible = text.isascii() and text.isprintable() and " " not in text
-    return url if names_host and visible and url.scheme in {"http", "https"} else None
+        check_https(where, endpoint.url, in_dev=settings.environment == "dev", query=True)
 
 
 def check_buckets(settings: Settings) -> None:
@@ -235,18 +238,22 @@ def check_server(settings: Settings) -> None:
 
 
 def check_roots(settings: Settings) -> None:
-    """Refuse roots of file jobs that overlap private files of the service, with symlinks followed."""
+    """Refuse roots of file jobs that overlap private files of the service, with symlinks followed.
+
+    A root of its own within the state directory is what ``kms up`` makes.
+    """
+    state = settings.state_dir.resolve()
+    files = [(name, path.resolve()) for name, path in private(settings)]
     for index, root in enumerate(settings.kms.jobs.roots):
-        where = f"kms.jobs.roots[{index}]"
+        where, found = f"kms.jobs.roots[{index}]", root.resolve()
         if not root.is_absolute():
             raise ConfigurationError(f"{where}: expected an absolute path")
-        for name, private, is_tree in _private(settings):
-            inside = private.resolve().is_relative_to(root.resolve())
-            around = is_tree and root.resolve().is_relative_to(private.resolve())
-            if inside or around:
-                raise ConfigurationError(
-                    f"{where} overlaps {name}: jobs could reach keys or records; move one"
-                )
+        names = ["kms.state_dir"] if state.is_relative_to(found) else []
+        names += [name for name, path in files if path.is_relative_to(found) or found.is_relative_to(path)]
+        if names:
+            raise ConfigurationError(
+                f"{where} overlaps {names[0]}: jobs could reach keys or records; move one"
+            )
 
 
 def check_jobs(settings: Settings) -> None:
@@ -262,39 +269,42 @@ def check_jobs(settings: Settings) -> None:
         )
 
 
-def _private(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
-    """Name and path of each private file or directory, and whether all below it is private."""
-    kms = settings.kms
-    yield "kms.state_dir", kms.state_dir, False  # a root of its own within is what `kms up` makes
-    yield "kms.state_dir's run/", kms.state_dir / "run", True
-    yield "kms.jobs.spool_dir", kms.jobs.spool_dir, True
-    yield "kms.jobs.spool_identity_path", kms.jobs.spool_identity_path, True
-    yield "kms.jobs.intake_identity_path", kms.jobs.intake_identity_path, True
-    yield "kms.audit.path", kms.audit.path, True
-    yield "kms.audit.key_path", kms.audit.key_path, True
-    yield "kms.audit.signing_key_path", kms.audit.signing_key_path, True
-    yield from auth_files(settings)
-    for name, endpoint in kms.jobs.endpoints.items():
-        yield f"kms.jobs.endpoints.{name}.secret_file", endpoint.secret_file, True
-    optional = {
-        "kms.audit.anchor_dir": kms.audit.anchor_dir,
-        "kms.audit.copies": kms.audit.copies,
-        "kms.redis.password_file": kms.redis.password_file,
-    }
-    yield from ((name, path, True) for name, path in optional.items() if path)
-    stores: dict[str, StoreSection] = {f"buckets.{name}": each for name, each in kms.jobs.buckets.items()}
-    if kms.jobs.spool_bucket:
-        stores["spool_bucket"] = kms.jobs.spool_bucket
-    files = ((f"kms.jobs.{name}.secret_key_file", store.secret_key_file) for name, store in stores.items())
-    yield from ((name, path, True) for name, path in files if path)
-    for scheme, section in settings.backends.items():
-        yield from ((f"kms.{table_of(scheme)}.{key}", path, True) for key, path in section.private_files())
-    for key_id, uri in kms.key_uris:
+# -- private files -----------------------------------------------------------------------------------
+
+
+def paths(settings: Settings, setting: str) -> Iterator[tuple[str, Path]]:
+    """Each path that a setting names, below the full name: one for each entry of a table of entries."""
+    table, *names = setting.split(".")
+    sections = {table_of(scheme): section for scheme, section in settings.backends.items()}
+    section = sections[table] if table in sections else getattr(settings.kms, table)
+    return _paths(section, names, f"kms.{table}")
+
+
+def _paths(value: object, names: Sequence[str], where: str) -> Iterator[tuple[str, Path]]:
+    if isinstance(value, Path):
+        yield where, value
+    elif isinstance(value, dict):
+        for name, entry in value.items():
+            yield from _paths(entry, names, f"{where}.{name}")
+    elif value is not None:
+        yield from _paths(getattr(value, names[0]), names[1:], f"{where}.{names[0]}")
+
+
+def private(settings: Settings) -> Iterator[tuple[str, Path]]:
+    """Name and path of each file or directory that jobs must not reach, nor what is below it."""
+    state = settings.state_dir
+    yield "kms.state_dir's run/", state / "run"
+    yield "kms.state_dir's documents/", state / "documents"
+    for setting in _PRIVATE:
+        yield from paths(settings, setting)
+    tokens = urlsplit(settings.kms.auth.tokens or "")
+    if tokens.scheme == "file":
+        yield "kms.auth.tokens", Path(tokens.path)
+    for key_id, uri in settings.kms.key_uris:
         parts = urlsplit(uri)
-        if parts.scheme == "age":
-            private = unquote(
-                parts.path.removeprefix("file://")
-            )  # a key file, a document, or not of this disk
-            for path in (private, *parse_qs(parts.query).get("public", ())):
-                if path.startswith("/"):
-                    yield f"the files of kms.keys.{key_id}", Path(path), True
+        if parts.scheme != "age":
+            continue
+        key_file = unquote(parts.path.removeprefix("file://"))
+        for path in (key_file, *parse_qs(parts.query).get("public", ())):
+            if path.startswith("/"):  # else a document that is not on this disk
+                yield f"the files of kms.keys.{key_id}", Path(path)

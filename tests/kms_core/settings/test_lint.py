@@ -262,6 +262,15 @@ def test_a_secret_that_others_can_read_is_told(tmp_path: Path, setting: str, tex
     assert told(tmp_path, written) == {setting}
 
 
+@pytest.mark.parametrize("text", FILES.values(), ids=FILES)
+def test_jobs_do_not_reach_a_secret(tmp_path: Path, text: str) -> None:
+    file, root = tmp_path / "kms.toml", tmp_path / "in"
+    file.write_text(text.replace("{}", str(root / "secret")))
+
+    with pytest.raises(ConfigurationError, match=r"kms\.jobs\.roots\[0\] overlaps kms\."):
+        load(file, {"HOME": "/home/ada", "KMS_STATE_DIR": "/s"}, overrides={"jobs.roots": [root]})
+
+
 def test_every_row_has_a_case() -> None:
     cases = {name for _, names in WEAK_ANYWHERE.values() for name in names} | FILES.keys()
     in_prod = {"allow_age_in_prod", "require_context", "age.accept_foreign"}

@@ -24,8 +24,7 @@ class AwsKmsSection(BackendSection, frozen=True, kw_only=True):
     ca_file: Path | None = None
     timeout_s: Timeout = 5.0
 
-    def check(self, where: str, *, in_prod: bool, has_literal: bool) -> None:
-        del has_literal
+    def check(self, where: str, *, in_prod: bool) -> None:
         if self.endpoint_url is not None:
             check_endpoint(f"{where}.endpoint_url", self.endpoint_url, in_prod=in_prod)
 

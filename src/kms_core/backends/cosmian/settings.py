@@ -53,7 +53,7 @@ class CosmianSection(BackendSection, frozen=True, kw_only=True):
     client_key_file: Path | None = None
     timeout_s: Timeout = 5.0
 
-    def check(self, where: str, *, in_prod: bool, has_literal: bool) -> None:
+    def check(self, where: str, *, in_prod: bool) -> None:
         if not self.server_url:
             raise ConfigurationError(f"{where}.server_url is missing: set it, or export COSMIAN_KMS_URL")
         sections.check_address(f"{where}.server_url", self.server_url, in_prod=in_prod)
@@ -61,11 +61,6 @@ class CosmianSection(BackendSection, frozen=True, kw_only=True):
         if self.api_key and self.api_key_file:
             raise ConfigurationError(f"{where}.api_key_file: set it, or api_key, and not both")
         sections.check_pair(where, self, "client_cert_file", "client_key_file")
-        if in_prod and has_literal:
-            raise ConfigurationError(
-                f"{where}.api_key: a key in the settings themselves is refused in prod; use api_key_file, "
-                'or api_key = "${COSMIAN_API_KEY}"'
-            )
 
     def own_key_id(self) -> str | None:
         return self.default_key_id

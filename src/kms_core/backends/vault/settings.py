@@ -36,7 +36,7 @@ class VaultSection(BackendSection, frozen=True, kw_only=True):
     client_key: Path | None = None
     timeout_s: Timeout = 5.0
 
-    def check(self, where: str, *, in_prod: bool, has_literal: bool) -> None:
+    def check(self, where: str, *, in_prod: bool) -> None:
         sections.check_address(f"{where}.address", self.address, in_prod=in_prod)
         sections.check_verified(where, tls_verify=self.tls_verify, in_prod=in_prod)
         sections.check_pair(where, self, "client_cert", "client_key")
@@ -44,10 +44,6 @@ class VaultSection(BackendSection, frozen=True, kw_only=True):
             raise ConfigurationError(
                 f"{where}.token_file: name the file that holds our token, "
                 f'or set token = "${{VAULT_TOKEN}}", and not both'
-            )
-        if in_prod and has_literal:
-            raise ConfigurationError(
-                f"{where}.token: a token in the settings themselves is refused in prod; use token_file"
             )
         if self.namespace is not None and not _NAMESPACE.fullmatch(self.namespace):
             raise ConfigurationError(f"{where}.namespace: expected a path such as team/payroll")

@@ -57,7 +57,7 @@ def refusal(tmp_path: Path, text: str, environ: Mapping[str, str] = HOME) -> str
         (PROD + PLACE + "tls_verify = false\n", "tls_verify = false is refused in prod"),
         (
             PROD.replace("token_file = '/t'", "token = 'secret'") + PLACE,
-            "kms.transit.token: a token in the settings themselves is refused in prod",
+            "kms.transit.token: a credential in the settings themselves is refused in prod",
         ),
     ],
 )

@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 
 from kms_core.jobs.events import webhook
-from kms_core.settings.model import JobState
-from kms_protocol import wire
 from kms_protocol.errors import ConfigurationError
 from support.webhooks import SECRET, load_endpoint, secret_file
 
@@ -61,10 +59,6 @@ def test_https_and_loopback_in_dev_are_fine(tmp_path: Path, url: str) -> None:
 def test_sections_are_read_strictly(tmp_path: Path, body: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         load_endpoint(tmp_path, body)
-
-
-def test_states_are_those_of_the_wire() -> None:
-    assert JobState == wire.JobState
 
 
 def test_a_secret_under_a_root_is_refused(tmp_path: Path) -> None:
