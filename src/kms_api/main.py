@@ -1,6 +1,6 @@
-"""The ``kms-service`` program: loads settings, takes the ports, and serves as one process or several.
+"""The ``kms-service`` program: loads settings, takes the port, and serves as one process or several.
 
-Several processes share the ports of their leader, which starts again those that die. The leader loads
+Several processes share the port of their leader, which starts again those that die. The leader loads
 neither routes nor the core.
 """
 
@@ -34,10 +34,10 @@ def main() -> int:
         loaded = load_settings(file, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
         check_exposure(loaded)
-        if not arguments.listener:  # else the leader has warned
+        if arguments.listener is None:  # else the leader has warned
             lint.warn(loaded)
             files.write_note(file, os.environ)
-        if loaded.kms.server.processes > 1 and not arguments.listener:
+        if loaded.kms.server.processes > 1 and arguments.listener is None:
             return _lead(loaded, file)
         from kms_core.observability import multiprocess_metrics  # noqa: PLC0415 -- the leader has no metrics
 
@@ -48,73 +48,58 @@ def main() -> int:
 
         if arguments.opened_keys is not None:
             key_opening.inherit(arguments.opened_keys)
-        elif not arguments.listener:
+        elif arguments.listener is None:
             key_opening.begin(loaded)
         check_servers(loaded.kms.redis)
-        inherited = [socket.socket(fileno=number) for number in arguments.listener]
-        return process.serve(loaded, lambda: inherited or listeners(loaded.kms))
+        given = arguments.listener
+        return process.serve(
+            loaded, lambda: listen(loaded.kms) if given is None else socket.socket(fileno=given)
+        )
     except ConfigurationError as exc:
         sys.stderr.write(f"kms-service: error: {exc.detail}\n")
         return EXIT_CONFIGURATION
 
 
-def listeners(kms: KmsSection) -> list[socket.socket]:
-    """A listening socket, and a second one if the Vault API has its own port.
-
-    Empty, with the reason on standard error, if a port cannot be taken.
-    """
-    wanted = {kms.port: "KMS_PORT"} | (
-        {} if kms.facade.port is None else {kms.facade.port: "[kms.facade] port"}
-    )
-    taken: list[socket.socket] = []
-    for port, setting in wanted.items():
-        listener = _listen(kms.bind, port)
-        if listener is None:
-            sys.stderr.write(
-                f"kms-service: error: {kms.bind} port {port} cannot be taken: set {setting} (for `kms up`: "
-                f"--port), or find the process that holds it: ss -ltnp\n"
-            )
-            return []
-        taken.append(listener)
-    return taken
+def listen(kms: KmsSection) -> socket.socket | None:
+    """A listening socket, or None, with the reason on standard error, if the port cannot be taken."""
+    family = socket.AF_INET6 if ":" in kms.bind else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((kms.bind, kms.port))
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        sys.stderr.write(
+            f"kms-service: error: {kms.bind} port {kms.port} cannot be taken: set KMS_PORT (for `kms up`: "
+            f"--port), or find the process that holds it: ss -ltnp\n"
+        )
+        return None
+    return listener
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     made = argparse.ArgumentParser(prog="kms-service", description="The HTTP API of the KMS.")
     made.add_argument("--config", type=Path, help="settings file (else KMS_CONFIG, else the usual paths)")
-    made.add_argument("--listener", type=int, action="append", default=[], help=argparse.SUPPRESS)
+    made.add_argument("--listener", type=int, help=argparse.SUPPRESS)
     made.add_argument("--opened-keys", type=int, help=argparse.SUPPRESS)
     return made
-
-
-def _listen(bind: str, port: int) -> socket.socket | None:
-    family = socket.AF_INET6 if ":" in bind else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((bind, port))
-        listener.listen(_BACKLOG)
-    except OSError:
-        listener.close()
-        return None
-    return listener
 
 
 def _lead(settings: Settings, config: Path | None) -> int:
     """Run ``[kms.server] processes`` of them until a signal. Returns the exit code (see ``supervise``)."""
     secure_memory.lock()  # the settings may hold a password; the children tell whether it could be done
-    taken = listeners(settings.kms)
-    if not taken:
+    listener = listen(settings.kms)
+    if listener is None:
         return EXIT_UNAVAILABLE
     run_dir = settings.state_dir / "run"
     metrics = run_dir / f"metrics-{socket.gethostname()}-{settings.kms.port}"
     shutil.rmtree(metrics, ignore_errors=True)  # counts of killed predecessors would be added again
     metrics.mkdir(mode=0o700, parents=True)
-    handles = tuple(listener.fileno() for listener in taken)
     numbers = range(1, settings.kms.server.processes + 1)
     keys = _opened_keys(settings)
-    children = [_child(number, handles, keys, config, metrics) for number in numbers]
+    children = [_child(number, listener.fileno(), keys, config, metrics) for number in numbers]
     return supervise(children, pid_dir=run_dir, on_ready=lambda: None)
 
 
@@ -125,11 +110,8 @@ def _opened_keys(settings: Settings) -> int | None:
     return key_opening.begin(settings)
 
 
-def _child(
-    number: int, handles: tuple[int, ...], keys: int | None, config: Path | None, metrics: Path
-) -> Child:
-    inherited = [word for handle in handles for word in ("--listener", str(handle))]
-    inherited += () if keys is None else ("--opened-keys", str(keys))
+def _child(number: int, handle: int, keys: int | None, config: Path | None, metrics: Path) -> Child:
+    inherited = ["--listener", str(handle), *(() if keys is None else ("--opened-keys", str(keys)))]
     name, settings = f"api-{number}", () if config is None else ("--config", str(config))
     # as ``kms_core.observability.multiprocess_metrics`` reads them, which the leader does not load
     multiprocess = {"PROMETHEUS_MULTIPROC_DIR": str(metrics), "PROMETHEUS_MULTIPROC_SLOT": name}
@@ -139,7 +121,7 @@ def _child(
         ready=lambda: True,  # the port is open already: callers wait instead of being refused
         env={**os.environ, **multiprocess},
         grace_s=_GRACE_S,
-        pass_fds=handles if keys is None else (*handles, keys),
+        pass_fds=(handle,) if keys is None else (handle, keys),
     )
 
 

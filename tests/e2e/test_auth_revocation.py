@@ -22,7 +22,6 @@ from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError, Forbidden, Unauthenticated, Unavailable
 from kms_protocol.wire import PREFIX
 from support.credentials import Authority, Pair, bearer, shown
-from support.ports import free_port
 from support.revocation import EXPIRED, NAME, Revoking
 from support.service import check_problem, core_of
 from support.waiting import until
@@ -50,12 +49,10 @@ def test_a_revoked_certificate_ends_its_connection_and_gets_no_other(tmp_path: P
         assert own.status(revoked).status_code == 200
 
 
-@pytest.mark.parametrize("at", ["main", "own"])
-def test_the_vault_api_ends_the_connection_of_a_revoked_certificate(tmp_path: Path, at: str) -> None:
-    port = free_port()
-    with Revoking(tmp_path, more=f"[kms.facade]\nenabled = true\nport = {port}\n").start("api") as own:
+def test_the_vault_api_ends_the_connection_of_a_revoked_certificate(tmp_path: Path) -> None:
+    with Revoking(tmp_path, more="[kms.facade]\nenabled = true\n").start("api") as own:
         builder = own.builder()
-        url = f"https://localhost:{own.port if at == 'main' else port}/v1/auth/token/lookup-self"
+        url = f"https://localhost:{own.port}/v1/auth/token/lookup-self"
         with own.client(builder) as http:
             assert http.get(url).status_code == 200
             own.put(own.clients.crl(builder.cert))

@@ -1,4 +1,4 @@
-"""One HTTP at all ports of an install: the API, the Vault API and the metrics of the worker."""
+"""One HTTP at all ports of an install: the API with the Vault API, and the metrics of the worker."""
 
 import json
 import re
@@ -17,7 +17,6 @@ import pytest
 from kms_api.app import DOCUMENTED, UI, VAULT_ROUTES
 from kms_api.routing import ScopedRoute
 from support.http_cases import MALFORMED
-from support.ports import free_port
 from support.service import Service, b64
 from support.waiting import WAIT_S, until
 
@@ -28,14 +27,10 @@ UPGRADES: Final = ("h2c", "websocket")
 
 
 class Install(Service):
-    """API with a port of its own for the Vault API, and a worker."""
-
-    def __init__(self, folder: Path) -> None:
-        self.vault_port = free_port()
-        super().__init__(folder, f"[kms.facade]\nport = {self.vault_port}\n")
+    """API and worker. ``vault`` is the port of the API, for paths of the Vault API."""
 
     def number(self, port: str) -> int:
-        return {"api": self.port, "vault": self.vault_port, "worker": self.port + 1}[port]
+        return self.port + 1 if port == "worker" else self.port
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +98,8 @@ def test_an_upgrade_is_ignored_and_its_body_is_no_request(install: Install, port
     assert all(statuses(each) in ([405, 200], [405]) for each in said)
 
 
-@pytest.mark.parametrize("port", ["api", "vault"])
-def test_an_upgrade_keeps_the_body_of_a_call(install: Install, port: str) -> None:
-    url = f"http://127.0.0.1:{install.number(port)}/v1/transit/encrypt/default"
+def test_an_upgrade_keeps_the_body_of_a_call(install: Install) -> None:
+    url = f"{install.url}/v1/transit/encrypt/default"
     asked = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
     answer = httpx.post(url, headers=asked, content=b'{"plaintext": "aGVsbG8="}', trust_env=False)
 
@@ -113,12 +107,11 @@ def test_an_upgrade_keeps_the_body_of_a_call(install: Install, port: str) -> Non
     assert answer.json()["data"]["ciphertext"].startswith("vault:v1:")
 
 
-@pytest.mark.parametrize("port", ["api", "vault"])
-def test_the_method_list_is_served(install: Install, port: str) -> None:
+def test_the_method_list_is_served(install: Install) -> None:
     listing = get("/v1/transit/keys", method="LIST", close=False)
     last = get("/v1/transit/keys", method="LIST")
     for pieces in ([listing + last], [listing, last], [listing[:3], listing[3:] + last[:2], last[2:]]):
-        said = ask(install.number(port), *pieces)
+        said = ask(install.port, *pieces)
 
         assert statuses(said) == [200, 200]
         assert said.count(b'"keys":["default"]') == 2

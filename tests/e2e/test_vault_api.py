@@ -2,12 +2,10 @@
 
 import socket
 from typing import Final
-from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import pytest
 
-from kms_protocol.wire import PREFIX
 from support.credentials import bearer
 from support.service import CANARY, b64, check_problem, unb64
 from support.vault_api import KEYS, Facade
@@ -426,33 +424,26 @@ def test_the_mount_of_a_path_is_told(facade: Facade, asked: str, path: str) -> N
     assert (found["path"], found["type"]) == (path, "transit")
 
 
-# -- the port of its own -------------------------------------------------------------------------------
+# -- methods and lengths -------------------------------------------------------------------------------
 
 
-def test_the_second_port_serves_only_the_vault_api_and_lists(facade: Facade) -> None:
+def test_keys_are_listed_by_the_method_of_vault(facade: Facade) -> None:
     token = {"X-Vault-Token": facade.root}
-    with httpx.Client(base_url=facade.own_url, trust_env=False) as own:
-        assert own.request("LIST", "/v1/transit/keys", headers=token).json()["data"]["keys"] == [*KEYS]
-        assert own.request("LIST", "/v1/transit/keys/", headers=token).status_code == 200
-        made = own.put("/v1/transit/encrypt/default", json={"plaintext": HELLO}, headers=token)
-        assert made.status_code == 200
-        refused(own.request("PATCH", "/v1/transit/keys", headers=token), 405, "unsupported")
-        assert own.request("BREW", "/v1/transit/keys", headers=token).status_code == 400
-        refused(own.get("/livez"), 404, "only /v1/")
-        refused(own.get(f"{PREFIX}/keys", headers=token), 404, "only /v1/")
-        refused(own.request("LIST", "/v1/transit/keys"), 403, "permission denied")
+    assert facade.http.request("LIST", "/v1/transit/keys", headers=token).json()["data"]["keys"] == [*KEYS]
+    assert facade.http.request("LIST", "/v1/transit/keys/", headers=token).status_code == 200
+    refused(facade.http.request("PATCH", "/v1/transit/keys", headers=token), 405, "unsupported")
+    assert facade.http.request("BREW", "/v1/transit/keys", headers=token).status_code == 400
+    refused(facade.http.request("LIST", "/v1/transit/keys"), 403, "permission denied")
 
 
-@pytest.mark.parametrize("at", ["main", "own"])
-def test_a_request_does_not_hide_in_the_body_of_another(facade: Facade, at: str) -> None:
+def test_a_request_does_not_hide_in_the_body_of_another(facade: Facade) -> None:
     """It would, behind a proxy that goes by the other of two lengths."""
     hidden = b"GET /v1/sys/init HTTP/1.1\r\nHost: localhost\r\n\r\n"
     head = (
         f"PUT /v1/transit/encrypt/default HTTP/1.1\r\nHost: localhost\r\nX-Vault-Token: {facade.root}\r\n"
         f"Transfer-Encoding: chunked\r\nContent-Length: {5 + len(hidden)}\r\n\r\n"
     )
-    port = urlsplit(facade.url if at == "main" else facade.own_url).port
-    with socket.create_connection(("127.0.0.1", port), 30) as peer, peer.makefile("rb") as answers:
+    with socket.create_connection(("127.0.0.1", facade.port), 30) as peer, peer.makefile("rb") as answers:
         peer.sendall(head.encode() + b"0\r\n\r\n" + hidden)
         said = answers.read()
 

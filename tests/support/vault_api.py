@@ -13,7 +13,6 @@ import pytest
 
 from support.credentials import Guarded
 from support.openbao import bao, binary
-from support.ports import free_port
 
 NO_REDIS: Final = "unix:///nonexistent/valkey.sock"
 KEYS: Final = ("default", "remote")
@@ -22,8 +21,6 @@ require_context = true
 [kms.auth]
 mode = "required"
 failures_per_minute = 1000
-[kms.facade]
-port = {port}
 [kms.rotation]
 max_per_hour = 1_000
 [kms.age]
@@ -40,13 +37,12 @@ Json = dict[str, Any]
 
 
 class Facade(Guarded):
-    """An API whose façade also has a port of its own."""
+    """An API with keys on this host and in a server."""
 
     def __init__(self, folder: Path) -> None:
-        port, server = free_port(), bao()
-        settings = SETTINGS.format(port=port, address=server.url, token=server.token(), key=server.new_key())
+        server = bao()
+        settings = SETTINGS.format(address=server.url, token=server.token(), key=server.new_key())
         super().__init__(folder, settings, NO_REDIS)
-        self.own_url = f"http://127.0.0.1:{port}"
         self.root = self.make("*,metrics,rotate")[1]
         self.home = folder / "home"
         self.home.mkdir()

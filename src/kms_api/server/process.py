@@ -1,23 +1,20 @@
-"""One serving process: uvicorn, its TLS, and the second port of the Vault API."""
+"""One serving process: uvicorn and its TLS."""
 
 import asyncio
 import resource
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from types import FrameType
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 
 import structlog
 import uvicorn
 import uvloop
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
-from kms_api import app, problems
-from kms_api.routing import is_vault
+from kms_api import app
 from kms_core import container, key_opening, server_memory
 from kms_core.auth import revocation
 from kms_core.auth.revocation import Lists
@@ -108,60 +105,12 @@ def _context(server: ServerSection) -> ssl.SSLContext:
     return made
 
 
-def vault_paths_only(app: ASGIApp) -> ASGIApp:
-    """The Vault API of an application. Other paths are answered 404."""
-
-    async def layer(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_vault(scope["path"]):
-            await problems.vault_error(404, _ELSEWHERE)(scope, receive, send)
-        else:
-            await app(scope, receive, send)
-
-    return layer
-
-
-async def serve_vault_port(
-    first: uvicorn.Config,
-    listeners: list[socket.socket],
-    second: uvicorn.Config,
-    ports: list[socket.socket],
-) -> None:
-    """Run two servers until a signal, which stops both once their requests are answered."""
-    beside = _Server(second)
-    main = _Server(first, beside)
-    with uvicorn.Server.capture_signals(main):
-        async with asyncio.TaskGroup() as both:
-            both.create_task(beside.serve(ports))
-            await main.serve(listeners)
-            beside.should_exit = True
-
-
-class _Server(uvicorn.Server):
-    """One of two servers, which share the handling of signals."""
-
-    def __init__(self, config: uvicorn.Config, beside: uvicorn.Server | None = None) -> None:
-        super().__init__(config)
-        self._beside = beside
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
-        if self._beside is not None:
-            self._beside.handle_exit(sig, frame)
-
-
-_ELSEWHERE: Final = "This port serves only /v1/: the rest of the API is on [kms] port"
-
-
 _GRACE_S: Final = 20
 _COPIES: Final = 15
 _FREED_BYTES: Final = 4 * 1024 * 1024
 _HANDSHAKE_S: Final = 10.0
 _CONNECTIONS: Final = 2048
-"""Of this process and one port, with some 30 KiB each: above that idle ones are closed, oldest first."""
+"""Of this process, with some 30 KiB each: above that idle ones are closed, oldest first."""
 _OTHER_FILES: Final = 256  # files of jobs, keys and logs, and connections to peers
 
 
@@ -181,10 +130,10 @@ class HandshakeTimeoutLoop(uvloop.Loop):
         return await super().create_server(*args, **options)
 
 
-def serve(settings: Settings, listeners: Callable[[], list[socket.socket]]) -> int:
-    """Serve until a signal. Returns the exit code. Raises ConfigurationError, before ``listeners`` is called.
+def serve(settings: Settings, listener: Callable[[], socket.socket | None]) -> int:
+    """Serve until a signal. Returns the exit code. Raises ConfigurationError, before ``listener`` is called.
 
-    ``listeners`` are the ports, that of the Vault API second; none if one cannot be taken.
+    ``listener`` returns the listening socket, or None if the port cannot be taken.
     """
     server_memory.protect(strict=settings.is_prod)
     _keep_freed_slabs()
@@ -192,18 +141,11 @@ def serve(settings: Settings, listeners: Callable[[], list[socket.socket]]) -> i
     container.check(settings)
     application = app.build(settings)
     context = server_context(settings.kms.server, strict=settings.is_prod)
-    taken = listeners()
-    if not taken:
+    taken = listener()
+    if taken is None:
         return EXIT_UNAVAILABLE
-    limits = _connections(settings.kms.server)
-    config = _config(application, context, limits)
-    sockets = [copies_of(each, settings.kms.server.processes) for each in taken]
-    if len(sockets) == 1:
-        uvicorn.Server(config).run(sockets=sockets[0])
-        return 0
-    second = _config(vault_paths_only(application), context, limits, lifespan="off")
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(serve_vault_port(config, sockets[0], second, sockets[1]))
+    config = _config(application, context, _connections(settings.kms.server))
+    uvicorn.Server(config).run(sockets=copies_of(taken, settings.kms.server.processes))
     return 0
 
 
@@ -239,12 +181,7 @@ def _connections(server: ServerSection) -> ConnectionLimits:
     return ConnectionLimits(allowed, is_proxy=Proxies.of(server.trusted_proxies).trust)
 
 
-def _config(
-    application: ASGIApp,
-    context: ssl.SSLContext | None,
-    limits: ConnectionLimits,
-    lifespan: Literal["on", "off"] = "on",
-) -> uvicorn.Config:
+def _config(application: ASGIApp, context: ssl.SSLContext | None, limits: ConnectionLimits) -> uvicorn.Config:
     protocol = partial(HttpProtocol, connections=Connections(limits))
     return uvicorn.Config(
         application,
@@ -257,5 +194,5 @@ def _config(
         server_header=False,
         proxy_headers=False,  # ``ClientAddress`` reads them
         timeout_graceful_shutdown=_GRACE_S,
-        lifespan=lifespan,
+        lifespan="on",
     )

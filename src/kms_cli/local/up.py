@@ -183,8 +183,6 @@ class PortTaken(Unavailable):
 def _check_ports(settings: Settings, monitoring: bool) -> None:
     bind, port = settings.kms.bind, settings.kms.port
     uses = [(port, "the API"), (port + 1, "the worker's metrics")]
-    if settings.kms.facade.port is not None:
-        uses.append((settings.kms.facade.port, "[kms.facade] port"))
     if monitoring:
         uses.append((prometheus_port(settings), "Prometheus"))
     for number, use in uses:

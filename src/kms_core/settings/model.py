@@ -86,13 +86,9 @@ class ServerSection(Section, frozen=True, kw_only=True):
 
 
 class FacadeSection(Section, frozen=True, kw_only=True):
-    """``[kms.facade]``: Vault's transit API below ``/v1/``, by default in dev only.
-
-    ``port`` is a second listener for these paths only.
-    """
+    """``[kms.facade]``: Vault's transit API below ``/v1/``, by default in dev only."""
 
     enabled: bool
-    port: Port | None = None
 
 
 class LimitsSection:

@@ -25,6 +25,7 @@ _VARIABLE: Final = re.compile(
 _REPLACED: Final = {  # names below [kms], by what takes their place
     "copy the files of the log, and name the copies in kms.audit.copies": "audit.sinks",
     "files of the log end at 64 MiB, and each day": "audit.rotate_bytes",
+    "the Vault API is at kms.port, below /v1/": "facade.port",
     "larger data is streamed, to /files or as NDJSON": "limits",
     "requests without room are refused at once, and clients try again": "server.admission_wait_s",
     "the bound is fixed: docs/operations.md, Limits on requests": (

@@ -85,7 +85,6 @@ def check(settings: Settings, literals: Collection[str]) -> None:
     check_backends(settings, literals)
     check_redis(settings)
     check_endpoints(settings)
-    check_facade(settings)
     check_server(settings)
     check_auth(settings)
     check_buckets(settings)
@@ -212,18 +211,6 @@ def _check_http(where: str, section: StoreSection, *, in_dev: bool) -> None:
         raise ConfigurationError(f"{where}: the endpoint is http://; use https://, or set this to true")
     if not in_dev and not is_loopback(url.hostname or ""):
         raise ConfigurationError(f"{where}: http:// is for loopback, and for dev; use https://")
-
-
-def check_facade(settings: Settings) -> None:
-    """Refuse a port that the service itself uses already."""
-    facade, port = settings.kms.facade, settings.kms.port
-    if facade.port is not None and not facade.enabled:
-        raise ConfigurationError("kms.facade.port: nothing would answer there; write enabled = true")
-    if facade.port in {port, port + 1}:
-        raise ConfigurationError(
-            "kms.facade.port: kms.port and the next one, where the worker's metrics are, are taken; "
-            "name another"
-        )
 
 
 def check_server(settings: Settings) -> None:

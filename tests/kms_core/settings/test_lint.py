@@ -312,7 +312,7 @@ NO_VALUE_WEAKENS = {  # why no value of these settings is told
     """,
     "told by another row": """
         environment dev_backend prod_backend environments.*.backend keys default_key_id bind port
-        state_dir log.level log.format facade.enabled facade.port server.docs
+        state_dir log.level log.format facade.enabled server.docs
         jobs.buckets.*.path_style jobs.buckets.*.allow_http jobs.buckets.*.ca_file
         audit.checkpoint_s audit.anchor_dir audit.copies rotation.every_days rotation.budget_rotates
         rotation.max_per_hour traces.enabled

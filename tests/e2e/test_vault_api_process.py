@@ -1,4 +1,4 @@
-"""The façade's own port: its TLS, its end, and what settings may not say of it."""
+"""The Vault API of a process: its TLS, its end, and where it is on."""
 
 import http.client
 import os
@@ -15,7 +15,6 @@ from cryptography import x509
 from kms_cli.local import up
 from kms_core.settings.load import load
 from support.credentials import Authority, Guarded
-from support.ports import free_port
 from support.service import Service, b64
 from support.vault_api import NO_REDIS
 from support.waiting import until
@@ -24,9 +23,9 @@ BODY: Final = b'{"plaintext": "aGVsbG8="}'
 
 
 class Secured(Guarded):
-    """An install that serves HTTPS at both ports, and knows a client by its certificate."""
+    """An install that serves HTTPS, and knows a client by its certificate."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self.clients = Authority(folder / "clients")
         self.servers = Authority(folder / "servers", "a CA of servers")
         pair = self.servers.issue("server", x509.DNSName("localhost"), server=True)
@@ -34,7 +33,7 @@ class Secured(Guarded):
             f'[kms.auth]\nmode = "required"\n[kms.auth.certificates.builder]\n'
             f'subject = "DNS:builder.example.com"\nscopes = ["encrypt key=default"]\n'
             f'[kms.server]\ntls_cert = "{pair.cert}"\ntls_key = "{pair.key}"\n'
-            f'client_ca = "{self.clients.ca_file}"\n[kms.facade]\nport = {port}\n'
+            f'client_ca = "{self.clients.ca_file}"\n'
         )
         super().__init__(folder, settings, NO_REDIS)
 
@@ -51,28 +50,23 @@ def listens(port: int) -> bool:
     return True
 
 
-def test_both_ports_speak_tls_and_know_certificates(tmp_path: Path) -> None:
-    port = free_port()
-    with Secured(tmp_path, port).start("api") as service:
+def test_certificates_are_known_over_tls(tmp_path: Path) -> None:
+    with Secured(tmp_path).start("api") as service:
         builder = service.clients.issue("builder", x509.DNSName("builder.example.com"))
         answers = []
-        for at in (service.port, port):
-            for pair in (builder, None):
-                with httpx.Client(verify=service.servers.context(pair), trust_env=False) as client:
-                    answers.append(
-                        client.put(f"https://localhost:{at}/v1/transit/encrypt/default", content=BODY)
-                    )
+        for pair in (builder, None):
+            with httpx.Client(verify=service.servers.context(pair), trust_env=False) as client:
+                url = f"https://localhost:{service.port}/v1/transit/encrypt/default"
+                answers.append(client.put(url, content=BODY))
 
-    assert [answer.status_code for answer in answers] == [200, 403] * 2
-    assert answers[3].json()["errors"][0].startswith("permission denied")
+    assert [answer.status_code for answer in answers] == [200, 403]
+    assert answers[1].json()["errors"][0].startswith("permission denied")
 
 
-@pytest.mark.parametrize("at", ["main", "own"])
-def test_a_signal_ends_both_ports_and_what_they_had_begun_is_finished(tmp_path: Path, at: str) -> None:
-    port = free_port()
-    with Service(tmp_path, f"[kms.facade]\nport = {port}\n", NO_REDIS) as service:
+def test_a_signal_ends_the_port_and_what_had_begun_is_finished(tmp_path: Path) -> None:
+    with Service(tmp_path, redis=NO_REDIS) as service:
         service.start("api")
-        begun = http.client.HTTPConnection("127.0.0.1", service.port if at == "main" else port, timeout=30)
+        begun = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
         begun.putrequest("PUT", "/v1/transit/encrypt/default")
         begun.putheader("Content-Length", str(len(BODY)))
         begun.endheaders(BODY[:5])
@@ -81,7 +75,7 @@ def test_a_signal_ends_both_ports_and_what_they_had_begun_is_finished(tmp_path: 
         service.http.close()
 
         os.kill(service.pid("api"), signal.SIGTERM)
-        until(lambda: not (listens(service.port) or listens(port)), "both ports are closed")
+        until(lambda: not listens(service.port), "the port is closed")
         begun.send(BODY[5:])
         answer = begun.getresponse()
 
@@ -133,7 +127,7 @@ def test_the_facade_is_there_by_default_in_dev_alone(tmp_path: Path, environment
 
 def test_a_connection_without_a_handshake_ends(tmp_path: Path) -> None:
     """uvloop would hold it for a minute, and no bound of the port counts it."""
-    with Secured(tmp_path, free_port()).start("api") as service:
+    with Secured(tmp_path).start("api") as service:
         begun = time.monotonic()
         with socket.create_connection(("127.0.0.1", service.port), 50) as silent:
             said = silent.recv(1)
