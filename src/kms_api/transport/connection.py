@@ -4,32 +4,17 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
 import anyio
 from starlette.types import Message, Receive, Scope, Send
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from kms_core.http_server.protocol import BODY
+from kms_core.http_server.protocol import BODY, HttpProtocol
 
 LINGER_S: Final = 2.0
 """Seconds for which the rest of a body is read and dropped after the answer: to close at once may destroy the
 answer before the sender reads it (RFC 9112 §9.6)."""
-
-
-class BodySink(Protocol):
-    """Takes the bytes of a body from the protocol."""
-
-    def put(self, data: bytes) -> None:
-        """Take the bytes of one read of the socket."""
-
-
-class Connection(Protocol):
-    """Bytes of a body go to ``inlet``, if there is one, instead of uvicorn's buffer."""
-
-    inlet: BodySink | None
-    flow: FlowControl
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +111,7 @@ class UnreadBody:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, release: Callable[[], None]) -> None:
         """``release`` gives back the budgets of the request; called before the rest is dropped."""
-        self._connection: Connection
+        self._connection: HttpProtocol
         self._cycle: RequestResponseCycle
         self._connection, self._cycle = scope["state"][BODY]
         self._receive = receive

@@ -16,8 +16,8 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from kms_api.transport.connection import Connection, TransferLimits, TransferRate
-from kms_core.http_server.protocol import BODY
+from kms_api.transport.connection import TransferLimits, TransferRate
+from kms_core.http_server.protocol import BODY, HttpProtocol
 from kms_protocol.errors import BodyTimeout, InvalidRequest
 
 P = ParamSpec("P")
@@ -119,7 +119,7 @@ class UploadReader:
         self._receive = request.receive
         self._check_s = limits.check_s
         self._rate = TransferRate(limits)
-        self._connection: Connection
+        self._connection: HttpProtocol
         self._cycle: RequestResponseCycle
         self._connection, self._cycle = request.scope["state"][BODY]
         self._rest = bytearray()  # arrived, but did not fit
@@ -148,7 +148,7 @@ class UploadReader:
             await self._woken()
         return Filled(self._held, more=bool(self._rest))
 
-    def put(self, data: bytes) -> None:
+    def _take(self, data: bytes) -> None:
         """Take bytes from the protocol, which stops reading at the first byte that does not fit."""
         if self._cycle.response_complete:
             return  # the request was refused: the rest is dropped
@@ -175,7 +175,7 @@ class UploadReader:
             raise ClientDisconnect
         self._put(memoryview(message["body"]))
         if self._cycle.more_body:
-            self._connection.inlet = self
+            self._connection.inlet = self._take
 
     async def _woken(self) -> None:
         """Wait until the slab is full, or the body has ended or broken off."""

@@ -1,19 +1,21 @@
-"""Bounds of connections: their number, the time for a request head (slowloris), and stalled readers.
+"""Bounds on the connections of a port.
 
 Also checks of Host and Origin, against DNS rebinding and requests by pages of other sites (RFC 9110 §7.2,
 Fetch §3.2).
 """
 
-import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from kms_core.auth.rate_limit import source_of
+
+if TYPE_CHECKING:
+    from kms_core.http_server.protocol import HttpProtocol
 
 LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
 REFUSED: Final = (
@@ -55,13 +57,9 @@ def by_name(headers: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     RFC 9112 §3.2.
     """
     found = dict(reversed(headers))
-    if len(found) < len(headers) and _has_two_hosts(headers):
+    if len(found) < len(headers) and sum(name == b"host" for name, _ in headers) > 1:
         found[b"host"] = b""
     return found
-
-
-def _has_two_hosts(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    return sum(name == b"host" for name, _ in headers) > 1
 
 
 _EVICTED_PART: Final = 16  # a full port closes this part of its connections at once
@@ -79,27 +77,6 @@ class EvictionClass(IntEnum):
     """Its client does not read a response."""
 
 
-class ClientConnection(Protocol):
-    """An open connection."""
-
-    source: str
-    """The address of the client as the socket has it; empty for Unix sockets."""
-
-    def eviction_class(self) -> EvictionClass | None:
-        """The reason to close it to make room; None while a request is in progress."""
-
-    def progress(self) -> Hashable:
-        """A value that changes as requests arrive and responses are read; None during a request."""
-
-    def end(self) -> None:
-        """Close it."""
-
-
-def _never(address: str) -> bool:
-    del address
-    return False
-
-
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
     """``most`` connections of a port in one process, and at most half of them from one source address.
@@ -112,7 +89,7 @@ class ConnectionLimits:
     most: int = 2048
     timeout_s: float = 30.0
     ends_unread: bool = False
-    is_proxy: Callable[[str], bool] = _never
+    is_proxy: Callable[[str], bool] = lambda _: False
 
 
 class Connections:
@@ -125,11 +102,11 @@ class Connections:
 
     def __init__(self, limits: ConnectionLimits | None = None) -> None:
         self.limits: Final = ConnectionLimits() if limits is None else limits
-        self._open: dict[ClientConnection, str] = {}
+        self._open: dict[HttpProtocol, str] = {}
         self._sources: Counter[str] = Counter()
         self._retry_at = 0.0
 
-    def opened(self, connection: ClientConnection) -> bool:
+    def opened(self, connection: "HttpProtocol") -> bool:
         """Count a new connection; False if there is no room for it."""
         source = source_of(connection.source) if connection.source else ""
         if not (self._has_room() and self._has_room_of_source(source)):
@@ -138,7 +115,7 @@ class Connections:
         self._sources[source] += 1
         return True
 
-    def closed(self, connection: ClientConnection) -> None:
+    def closed(self, connection: "HttpProtocol") -> None:
         """Stop counting a connection."""
         source = self._open.pop(connection, None)
         if source is not None:
@@ -174,32 +151,3 @@ class Connections:
         if not found:
             self._retry_at = now + _RETRY_S
         return bool(found)
-
-
-class StallTimer:
-    """Ends a stalled connection: no request begins, no head is completed, or no response is read.
-
-    It compares ``progress`` every ``timeout_s`` seconds, so requests cost nothing. uvicorn has a timeout only
-    for silence after a response: clients that send a byte every few seconds, or never any, escape it.
-    """
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, connection: ClientConnection, connections: Connections
-    ) -> None:
-        self._loop = loop
-        self._connection = connection
-        self._connections = connections
-        self._seen: Hashable = None
-        self._next = loop.call_later(connections.limits.timeout_s, self._check)
-
-    def cancel(self) -> None:
-        """Stop the timer."""
-        self._next.cancel()
-
-    def _check(self) -> None:
-        progress = self._connection.progress()
-        if progress is not None and progress == self._seen:
-            self._connection.end()
-            return
-        self._seen = progress
-        self._next = self._loop.call_later(self._connections.limits.timeout_s, self._check)

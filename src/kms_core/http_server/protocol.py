@@ -11,9 +11,9 @@
 
 import asyncio
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from http import HTTPStatus
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, cast
 
 import httptools
 import msgspec
@@ -26,7 +26,7 @@ from uvicorn.server import ServerState
 
 from kms_core.auth import certificates
 from kms_core.auth.certificates import PresentedCertificate
-from kms_core.http_server.connections import Connections, EvictionClass, StallTimer
+from kms_core.http_server.connections import Connections, EvictionClass
 
 CERTIFICATE: Final = "kms.certificate"
 BODY: Final = "kms.body"
@@ -52,17 +52,9 @@ _PIPELINED: Final = (429, "rate_limited", "Too many requests wait for their resp
 _NO_ROOM: Final = (429, "rate_limited", "This port has no room for another connection: try again in a second")
 
 
-class BodyReader(Protocol):
-    """Takes the bytes of a body in place of uvicorn's own buffer."""
-
-    def put(self, chunk: bytes) -> None:
-        """Take the next bytes of the body."""
-
-
 class HttpProtocol(HttpToolsProtocol):
     """One connection, created by uvicorn; all connections of a port share ``connections``."""
 
-    inlet: BodyReader | None = None
     stopping = False
     """The server stops: a request that waits for something should be answered now."""
 
@@ -78,7 +70,10 @@ class HttpProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._bound = Connections() if connections is None else connections
         self._shown: PresentedCertificate | None = None
-        self._timer: StallTimer | None = None
+        self.inlet: Callable[[bytes], None] | None = None
+        """Takes the bytes of a body in place of uvicorn's own buffer."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._seen: Hashable = None
         self._answering: RequestResponseCycle | None = None
         self._requests = 0
         self._held = b""  # the beginning of a request line that may become LIST
@@ -98,7 +93,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.source = self.client[0] if self.client else ""
         if not self._bound.opened(self):
             self._refuse(*_NO_ROOM)
-        self._timer = StallTimer(self.loop, self, self._bound)
+        self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -115,6 +110,22 @@ class HttpProtocol(HttpToolsProtocol):
         self.stopping = True
         super().shutdown()
 
+    def _watch(self) -> None:
+        self._timer = self.loop.call_later(self._bound.limits.timeout_s, self._end_if_stalled)
+
+    def _end_if_stalled(self) -> None:
+        """Close a connection where no request begins, no head is completed, or no response is read.
+
+        Runs every ``timeout_s`` seconds, so requests cost nothing. uvicorn has a timeout only for silence
+        after a response: clients that send a byte every few seconds, or never any, escape it (slowloris).
+        """
+        progress = self._progress()
+        if progress is not None and progress == self._seen:
+            self.end()
+            return
+        self._seen = progress
+        self._watch()
+
     def end(self) -> None:
         """Close the connection; data that its client does not read is dropped."""
         if self.flow.write_paused:
@@ -123,11 +134,13 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def eviction_class(self) -> EvictionClass | None:
+        """The reason to close it to make room; None while a request is in progress."""
         if self._is_idle():
             return EvictionClass.IDLE if self._requests else EvictionClass.SILENT
         return EvictionClass.UNREAD if self.flow.write_paused else None
 
-    def progress(self) -> Hashable:
+    def _progress(self) -> Hashable:
+        """A value that changes as requests arrive and responses are read; None during a request."""
         if self._is_idle():
             return self._requests
         if self.flow.write_paused and self._bound.limits.ends_unread:
@@ -300,7 +313,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
         if self.inlet is not None:
-            self.inlet.put(body)
+            self.inlet(body)
             return
         cycle = self.cycle
         if not cycle.response_complete:
