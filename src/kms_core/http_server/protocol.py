@@ -2,7 +2,8 @@
 
 - An Upgrade is ignored and the body kept (RFC 9110 §7.8). httptools stops at the head of such a request, and
   uvicorn would drop the body or parse it as the next request.
-- The method LIST of Vault's clients is accepted, which httptools refuses.
+- The method LIST of Vault's clients is accepted, which httptools refuses. It is malformed in the same read of
+  the socket as the end of an earlier request: these clients send no request before the last response.
 - A malformed request is answered 400, after the responses to the requests before it.
 - Request heads are bounded in size and time, and the connections of a port in number.
 - ``scope["state"]`` of a request has the client certificate of its connection, and the objects for reading
@@ -10,7 +11,6 @@
 """
 
 import asyncio
-import re
 from collections.abc import Callable, Hashable, Mapping
 from http import HTTPStatus
 from typing import Any, Final, cast
@@ -35,9 +35,7 @@ HEAD_BYTES: Final = 64 * 1024
 HEADERS: Final = 100
 PIPELINED: Final = 16
 """The most bytes and headers of a head, and the most requests that wait for an earlier response."""
-_SEARCHED_BYTES: Final = 2048
 _VERSIONS: Final = frozenset({"1.1", "1.0"})
-_BLANK: Final = re.compile(rb"[\r\n]*")
 _LIST: Final = b"LIST "
 _AS_GET: Final = b"GET "
 _HOP_BY_HOP: Final = (b"upgrade", b"connection")
@@ -80,8 +78,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._is_list = self._refused = False
         self._refusal = _MALFORMED
         self._between, self._in_head = True, False
-        self._head_bytes = self._line_bytes = self._body_bytes = 0
-        self._declared: float | None = None
+        self._head_bytes = self._line_bytes = 0
         self._upgrading = False
 
     # -- the connection ----------------------------------------------------------------------------
@@ -161,9 +158,9 @@ class HttpProtocol(HttpToolsProtocol):
         if self._refused:
             return
         self._unset_keepalive_if_required()
-        if self._may_hold_list(data):
-            self._feed_requests(self._held + data)
-        else:
+        if self._between:
+            data = self._as_get((self._held + data).lstrip(b"\r\n"))  # RFC 9112 §2.2: empty lines before it
+        if data:
             self._feed(data)
         if self._in_head and not self._refused:
             self._check_line(data)
@@ -175,52 +172,16 @@ class HttpProtocol(HttpToolsProtocol):
         if self._head_bytes + self._line_bytes > HEAD_BYTES:
             self._refuse(*_LONG_HEAD)
 
-    def _may_hold_list(self, data: bytes) -> bool:
-        """Return whether a LIST may begin, go on or end in ``data``, which then is fed request by request.
-
-        Large data is, too, since that costs less than to search it.
-        """
-        if self._between:
-            if self._held:
-                return True
-        elif not self._in_head and len(data) <= self._body_left():
-            return False
-        return len(data) > _SEARCHED_BYTES or _LIST in data or data[-1] in _LIST
-
-    def _feed_requests(self, data: bytes) -> None:
-        """Feed the parser request by request, and check the method of each.
-
-        Only the parser knows the end of a chunked body, so the rest of the data is fed with it, and a LIST in
-        there is malformed.
-        """
+    def _as_get(self, data: bytes) -> bytes:
+        """The first bytes of a request, with GET in place of LIST; empty while they may become LIST."""
         self._held = b""
-        at, view, end_of_head = 0, memoryview(data), b"\n"
-        while at < len(data) and not self._refused:
-            if self._between:
-                at, end_of_head = self._begin(data, at), b"\r\n\r\n"
-                continue
-            if self._in_head:  # a head that began in earlier data is fed line by line: its end may be split
-                found = data.find(end_of_head, at)
-                end = found + len(end_of_head) if found >= 0 else len(data)
-            else:
-                end = int(min(len(data), at + self._body_left()))
-            self._feed(view[at:end])
-            at = end
-
-    def _begin(self, data: bytes, at: int) -> int:
-        """Feed the first bytes of the next request, and return where they end. LIST is fed as GET."""
-        blank = _BLANK.match(data, at)  # RFC 9112 §2.2
-        at = blank.end() if blank else at
-        word = data[at : at + len(_LIST)]
-        if word == _LIST:
+        if data.startswith(_LIST):
             self._is_list = True
-            self._feed(_AS_GET)
-            return at + len(_LIST)
-        if _LIST.startswith(word):
-            self._held = word
-            return len(data)
-        self._feed(word[:1])
-        return at + 1
+            return _AS_GET + data[len(_LIST) :]
+        if _LIST.startswith(data):
+            self._held = data
+            return b""
+        return data
 
     def _feed(self, data: bytes | memoryview) -> None:
         """Feed the parser, and again from where it stopped for an Upgrade."""
@@ -258,14 +219,6 @@ class HttpProtocol(HttpToolsProtocol):
         options = [option.strip() for value in given for option in value.split(b",")]
         return [option for option in options if option and option.lower() != b"upgrade"]
 
-    def _body_left(self) -> float:
-        """The bytes of the body still to come; infinite for a chunked one."""
-        if self._declared is None:
-            headers = dict(self.headers)
-            chunked = b"transfer-encoding" in headers
-            self._declared = float("inf") if chunked else int(headers.get(b"content-length", 0))
-        return self._declared - self._body_bytes
-
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answering = cycle
         super()._start_asgi_task(cycle, app)
@@ -275,7 +228,6 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._between, self._in_head, self._head_bytes, self._line_bytes = False, True, 0, 0
-        self._body_bytes, self._declared = 0, None
         self.inlet = None
         if self._shown is not None:
             self.scope["state"][CERTIFICATE] = self._shown
@@ -311,7 +263,6 @@ class HttpProtocol(HttpToolsProtocol):
         scope["state"][BODY] = self, self.cycle
 
     def on_body(self, body: bytes) -> None:
-        self._body_bytes += len(body)
         if self.inlet is not None:
             self.inlet(body)
             return
