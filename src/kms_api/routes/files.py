@@ -60,6 +60,7 @@ OPTION_HEADERS: Final = (
     *_DEADLINES,
     "x-kms-group",
 )
+_CHUNK_BYTES: Final = 64 * 1024
 _OF_RESULT: Final = ("ETag", "Accept-Ranges", "Content-Disposition", "X-KMS-File-Id")
 _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
@@ -141,12 +142,15 @@ async def submit_stream(call: Call[None]) -> Response:
     if kind is None:
         raise InvalidRequest(f"POST /jobs?kind= needs one of {', '.join(KINDS)} for a stream of items")
     service, options, wait_s = call.service, submission_options(call, kind), wait_of(call)
+    upload.refuse_encoding(call.request)
     with reservation_of(call.request.scope).upload() as limits:
-        chunks = upload.BodyChunks(call.request, limits)
+        reader = upload.UploadReader(call.request, limits)
 
-        def arriving() -> Iterator[bytes]:
-            while chunk := anyio.from_thread.run(chunks.next):
-                yield chunk
+        def arriving() -> Iterator[memoryview]:
+            slab, more = memoryview(bytearray(_CHUNK_BYTES)), True
+            while more:
+                size, more = anyio.from_thread.run(reader.fill, slab)
+                yield slab[:size]
 
         def submit_items() -> Job:
             service.submitter.check(options, bulk=True)

@@ -187,35 +187,3 @@ class UploadReader:
     def _check(self) -> None:
         if self._rate.left_s(self._filled + self._held) <= 0:
             raise BodyTimeout(_SLOW)
-
-
-class BodyChunks:
-    """Reads a body in the chunks that the socket gives, for a thread that reads one after the other."""
-
-    def __init__(self, request: Request, limits: TransferLimits) -> None:
-        """``limits`` are the pace that the sender must keep. Raises InvalidRequest for a compressed body."""
-        refuse_encoding(request)
-        self._receive = request.receive
-        self._check_s = limits.check_s
-        self._rate = TransferRate(limits)
-        self._moved = 0
-        self._has_ended = False
-
-    async def next(self) -> bytes:
-        """The next bytes; empty at the end. Raises ClientDisconnect, BodyTimeout for a slow sender."""
-        self._rate.wait()
-        while not self._has_ended:
-            message = None
-            with anyio.move_on_after(self._check_s):
-                message = await self._receive()
-            if message is not None:
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                self._has_ended = not message["more_body"]
-                self._moved += len(message["body"])
-            if self._rate.left_s(self._moved) <= 0:
-                raise BodyTimeout(_SLOW)
-            if message is not None and message["body"]:
-                chunk: bytes = message["body"]
-                return chunk
-        return b""

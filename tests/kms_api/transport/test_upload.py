@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from kms_api.transport.connection import TransferLimits
-from kms_api.transport.upload import BodyChunks, UploadReader
+from kms_api.transport.upload import UploadReader
 from kms_core.http_server.protocol import HttpProtocol
 from kms_protocol.errors import BodyTimeout
 from support.waiting import WAIT_S
@@ -185,21 +185,11 @@ async def by_slabs(request: Request) -> int:
     return size + filled.size
 
 
-async def by_pieces(request: Request) -> int:
-    pieces, size = BodyChunks(request, SLOW), 0
-    while piece := await pieces.next():
-        size += len(piece)
-    return size
-
-
-@pytest.mark.parametrize("read", [by_slabs, by_pieces], ids=["slabs", "pieces"])
 @pytest.mark.parametrize(("a_second", "is_taken"), [(200, False), (8000, True)], ids=["below", "above"])
-async def test_a_sender_keeps_the_pace_or_is_given_up(
-    read: Callable[[Request], Awaitable[int]], a_second: int, *, is_taken: bool
-) -> None:
+async def test_a_sender_keeps_the_pace_or_is_given_up(a_second: int, *, is_taken: bool) -> None:
     async def handler(request: Request) -> str:
         try:
-            return str(await read(request))
+            return str(await by_slabs(request))
         except BodyTimeout:
             return "too slow"
 
@@ -212,23 +202,3 @@ async def test_a_sender_keeps_the_pace_or_is_given_up(
             await asyncio.sleep(pause_s)
 
         assert await answered(reader) == (str(count * size) if is_taken else "too slow")
-
-
-@pytest.mark.parametrize("chunked", [False, True], ids=["content-length", "chunked"])
-async def test_pieces_of_a_body_end_with_an_empty_one(*, chunked: bool) -> None:
-    async def whole(request: Request) -> str:
-        pieces, found = BodyChunks(request, ANY_PACE), b""
-        while piece := await pieces.next():
-            found += piece
-        assert await pieces.next() == b""
-        return found.decode()
-
-    async with served(whole) as (reader, writer):
-        framing = "Transfer-Encoding: chunked" if chunked else "Content-Length: 2"
-        writer.write(head(framing))
-        for piece in (b"a", b"b"):
-            writer.write(b"1\r\n%s\r\n" % piece if chunked else piece)
-            await asyncio.sleep(0.02)
-        writer.write(b"0\r\n\r\n" if chunked else b"")
-
-        assert await answered(reader) == "ab"
