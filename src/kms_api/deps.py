@@ -19,6 +19,7 @@ from kms_core.jobs.hosts.install import Install
 from kms_core.jobs.submission.submitter import JobSubmitter
 from kms_core.service import Kms
 from kms_core.settings.model import Settings
+from kms_protocol.errors import AuditUnavailable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,6 +76,14 @@ class Service:
     def revocations(self) -> Revocations | None:
         """The revocation lists of client certificates, if the settings name any."""
         return self.authenticator.revocations if self.authenticator else None
+
+    def can_record(self) -> bool:
+        """Return whether audit records can be written now."""
+        try:
+            self.kms.audit_log.check()
+        except AuditUnavailable:
+            return False
+        return True
 
     def key_pool(
         self, tenant: str, key_id: str | None, *, size_bytes: int = 0, file: bytes = b"", seals: bool = False

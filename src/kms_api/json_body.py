@@ -4,7 +4,8 @@ import difflib
 import re
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeAlias, TypeVar
+from functools import cache
+from typing import Final, Generic, TypeAlias, TypeVar
 
 import anyio
 import msgspec
@@ -29,7 +30,7 @@ _FIELDS: Final = sorted(
     {field for shape in shapes.Body.__subclasses__() for field in shape.__struct_encode_fields__}
 )
 _PATH: Final = re.compile(rf" - at `(\$(?:\.(?:{'|'.join(_FIELDS)})|\[(?:\d{{1,9}}|\.\.\.)\])+)`\Z")
-_decoders: Final[dict[type[shapes.Body], msgspec.json.Decoder[Any]]] = {}
+_decoder: Final = cache(msgspec.json.Decoder)
 
 
 def most(limits: LimitsSection) -> int:
@@ -135,11 +136,8 @@ def decode(body: bytes, shape: type[T]) -> T:
 
     Raises InvalidRequest, which names the field and the reason, never a value.
     """
-    decoder = _decoders.get(shape)
-    if decoder is None:
-        decoder = _decoders[shape] = msgspec.json.Decoder(shape)
     try:
-        decoded: T = decoder.decode(body or b"{}")
+        decoded: T = _decoder(shape).decode(body or b"{}")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise InvalidRequest(why(exc, shape)) from None
     return decoded

@@ -7,7 +7,8 @@ as strings (the ``bao`` command). An unlisted field is refused, since ignoring i
 import re
 from base64 import b64decode, b64encode
 from binascii import a2b_base64
-from typing import Any, Final, TypeVar
+from functools import cache
+from typing import Final, TypeVar
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -25,7 +26,6 @@ MAX_ITEMS: Final = 1000
 _HEADER_CHARS: Final = 44 * 1024
 _CIPHERTEXT: Final = re.compile(r"vault:v([1-9][0-9]{0,8}):(.+)", re.ASCII)
 T = TypeVar("T", bound=Body)
-_decoders: Final[dict[type[Body], msgspec.json.Decoder[Any]]] = {}
 
 
 class BoundFields(Body, frozen=True, kw_only=True):
@@ -97,27 +97,28 @@ class EmptyIn(Body, frozen=True, kw_only=True):
     increment: str | int | None = None
 
 
-class VaultCiphertext(Struct, frozen=True):
+class _Redacted(Struct, frozen=True):
+    """A part of an answer whose ``repr`` has no value."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(…)"
+
+
+class VaultCiphertext(_Redacted, frozen=True):
     """A ciphertext; that of a data key comes with the plaintext."""
 
     ciphertext: str
     key_version: int
     plaintext: bytes | UnsetType = UNSET
 
-    def __repr__(self) -> str:
-        return "VaultCiphertext(…)"
 
-
-class VaultPlaintext(Struct, frozen=True):
+class VaultPlaintext(_Redacted, frozen=True):
     """A plaintext."""
 
     plaintext: bytes
 
-    def __repr__(self) -> str:
-        return "VaultPlaintext(…)"
 
-
-class Item(Struct, frozen=True):
+class Item(_Redacted, frozen=True):
     """The outcome of one item, in the order of the request; ``reference`` is the caller's."""
 
     reference: str = ""
@@ -125,9 +126,6 @@ class Item(Struct, frozen=True):
     key_version: int | UnsetType = UNSET
     plaintext: bytes | UnsetType = UNSET
     error: str | UnsetType = UNSET
-
-    def __repr__(self) -> str:
-        return "Item(…)"
 
 
 class Results(Struct, frozen=True):
@@ -168,7 +166,7 @@ class LoginIn(Body, frozen=True, kw_only=True):
     secret_id: str | None = None
 
 
-class VaultAuth(Struct, frozen=True, kw_only=True):
+class VaultAuth(_Redacted, frozen=True, kw_only=True):
     """The token that a login hands out: of Vault's type ``batch``, which is neither renewed nor revoked."""
 
     client_token: str
@@ -184,9 +182,6 @@ class VaultAuth(Struct, frozen=True, kw_only=True):
     renewable: bool = False
     token_type: str = "batch"  # noqa: S105 -- the name of a kind
 
-    def __repr__(self) -> str:
-        return "VaultAuth(…)"
-
 
 class VaultAnswer(Struct):
     """The envelope around ``data``."""
@@ -201,13 +196,15 @@ class VaultAnswer(Struct):
     auth: VaultAuth | None = None
 
 
+@cache
+def _decoder(shape: type[T]) -> msgspec.json.Decoder[T | None]:
+    return msgspec.json.Decoder(shape | None, strict=False)
+
+
 def read(body: bytes | msgspec.Raw, shape: type[T]) -> T:
     """A body, or an item of one. Raises InvalidRequest, which names the field and reason, never a value."""
-    decoder = _decoders.get(shape)
-    if decoder is None:
-        decoder = _decoders[shape] = msgspec.json.Decoder(shape | None, strict=False)
     try:
-        decoded: T | None = decoder.decode(body or b"null")
+        decoded: T | None = _decoder(shape).decode(body or b"null")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise InvalidRequest(json_body.why(exc, shape)) from None
     return shape() if decoded is None else decoded

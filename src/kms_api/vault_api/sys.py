@@ -23,7 +23,7 @@ from kms_core.auth.logins import PREFIX
 from kms_core.auth.policy import allows
 from kms_core.keyring import Key
 from kms_protocol import __version__
-from kms_protocol.errors import AuditUnavailable, InvalidRequest, UnknownKey
+from kms_protocol.errors import InvalidRequest, UnknownKey
 from kms_protocol.units import time_text
 
 routes: Final = Routes()
@@ -40,10 +40,6 @@ _ALWAYS_FALSE: Final = (
 def _default_pool(call: Call[None]) -> Pool | None:
     """The threads of the default key."""
     return call.key_pool(None)
-
-
-def _key_pool(call: Call[object]) -> Pool | None:
-    return call.key_pool(call.path("name"))
 
 
 @routes.read("{mount}/keys", None, methods=("GET", "LIST"))
@@ -68,19 +64,19 @@ def get_key(call: Call[None]) -> Response | VaultKey:
 
 
 @routes.write("{mount}/keys/{name}", KeyIn, KEYS)
-def create_key(call: Call[KeyIn]) -> VaultKey:
-    """The record of an existing key with exactly these settings. No key is made."""
-    kind = call.body.type
-    if kind is not None and kind not in TYPES:
-        raise InvalidRequest(f"type: keys here are of type {' or '.join(sorted(TYPES))}")
-    _check_settings(call.body)
-    return _record(call)
-
-
 @routes.write("{mount}/keys/{name}/config", KeyIn, KEYS)
-def configure_key(call: Call[KeyIn]) -> VaultKey:
-    """The record of a key with exactly these settings, which only the operator can change."""
-    _check_settings(call.body)
+def create_key(call: Call[KeyIn]) -> VaultKey:
+    """The record of an existing key with exactly these settings. No key is made, and none is changed."""
+    body = call.body
+    if body.type is not None and body.type not in TYPES:
+        raise InvalidRequest(f"type: keys here are of type {' or '.join(sorted(TYPES))}")
+    for name in _ALWAYS_FALSE:
+        if getattr(body, name):
+            raise InvalidRequest(f"{name}: keys stay in this service, and none is derived from another")
+    if (body.min_decryption_version or 0) > 1 or body.min_encryption_version or body.key_size:
+        raise InvalidRequest("versions are retired by the operator of the service, in the key's backend")
+    if str(body.auto_rotate_period or "0").strip("0hms"):
+        raise InvalidRequest("auto_rotate_period: the service rotates by [kms.rotation] every_days")
     return _record(call)
 
 
@@ -98,16 +94,6 @@ def delete_key(call: Call[None]) -> Response:
     """Refuse: keys are not deleted here."""
     _seen(call)
     raise InvalidRequest("deletion is not allowed for this key: the operator of the service retires it")
-
-
-def _check_settings(body: KeyIn) -> None:
-    for name in _ALWAYS_FALSE:
-        if getattr(body, name):
-            raise InvalidRequest(f"{name}: keys stay in this service, and none is derived from another")
-    if (body.min_decryption_version or 0) > 1 or body.min_encryption_version or body.key_size:
-        raise InvalidRequest("versions are retired by the operator of the service, in the key's backend")
-    if str(body.auto_rotate_period or "0").strip("0hms"):
-        raise InvalidRequest("auto_rotate_period: the service rotates by [kms.rotation] every_days")
 
 
 def _seen(call: Call[object]) -> Key:
@@ -334,9 +320,4 @@ def _doubled(data: Mapping[str, object]) -> Response:
 
 
 def _ready(call: Call[None]) -> bool:
-    kms = call.service.kms
-    try:
-        kms.audit_log.check()
-    except AuditUnavailable:
-        return False
-    return kms.health_check().healthy
+    return call.service.can_record() and call.service.kms.health_check().healthy

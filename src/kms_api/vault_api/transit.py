@@ -1,7 +1,7 @@
 """encrypt, decrypt, rewrap and data keys of the Vault API, one call or a batch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 from typing import Final
@@ -26,10 +26,8 @@ from kms_api.vault_api.models import (
 )
 from kms_api.vault_api.routing import Routes
 from kms_api.vault_api.service import Extra
-from kms_core.auth.policy import Principal
 from kms_core.results import DataKey
 from kms_core.service import Kms
-from kms_core.settings.model import LimitsSection
 from kms_protocol.errors import InvalidRequest, KmsError, TooLarge, Unavailable
 from kms_protocol.wire import JobKind
 
@@ -41,17 +39,7 @@ _CODES: Final = frozenset(range(200, 600)) - {204, 205, 304}  # answers that hav
 routes: Final = Routes()
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """The key of a request and its caller."""
-
-    kms: Kms
-    limits: LimitsSection
-    who: Principal
-    key_id: str
-
-
-Work = Callable[[_Target, TransitItem], VaultCiphertext | VaultPlaintext]
+Work = Callable[[Call[TransitIn], Kms, TransitItem], VaultCiphertext | VaultPlaintext]
 
 
 def _pool(call: Call[BoundFields]) -> Pool | None:
@@ -116,10 +104,9 @@ def _one_or_many(call: Call[TransitIn], operation: JobKind, work: Work) -> objec
     The status of a batch is 400 if an item was refused, since clients look only at the status.
     """
     kms = call.service.kms
-    target = _Target(kms, call.limits, call.caller, call.path("name"))
     items, code = call.body.batch_input, call.body.partial_failure_response_code
     if items is None:
-        return work(target, call.body)
+        return work(call, kms, call.body)
     if _extra(call.body) is not _NOTHING:
         raise InvalidRequest(
             "context, associated_data, key_version: write them into each item of batch_input"
@@ -131,9 +118,9 @@ def _one_or_many(call: Call[TransitIn], operation: JobKind, work: Work) -> objec
     if code is not None and code not in _CODES:
         raise InvalidRequest("partial_failure_response_code: expected 200 to 599, of an answer with a body")
     admit_items(call.service, call.caller, operation, len(items))
-    in_batch = replace(target, kms=kms.for_job())
+    in_batch = kms.for_job()
     with kms.audit_log.together():
-        results = [_item(in_batch, item, work) for item in items]
+        results = [_item(call, in_batch, item, work) for item in items]
     failed = sum(result.error is not msgspec.UNSET for result in results)
     status: int = HTTPStatus.OK
     if failed:
@@ -141,44 +128,45 @@ def _one_or_many(call: Call[TransitIn], operation: JobKind, work: Work) -> objec
     return answer(models.Results(results), status)
 
 
-def _item(target: _Target, raw: msgspec.Raw, work: Work) -> Item:
+def _item(call: Call[TransitIn], kms: Kms, raw: msgspec.Raw, work: Work) -> Item:
     """Raises Unavailable, which refuses the whole batch: to try all of it again is harmless."""
     reference = ""
     try:
         item = models.read(raw, TransitItem)
         reference = item.reference or ""
-        return Item(reference, **msgspec.structs.asdict(work(target, item)))
+        return Item(reference, **msgspec.structs.asdict(work(call, kms, item)))
     except Unavailable:
         raise
     except KmsError as exc:
         return Item(reference, error=problems.vault_text(exc))
 
 
-def _encrypt(target: _Target, body: TransitItem) -> VaultCiphertext:
+def _encrypt(call: Call[TransitIn], kms: Kms, body: TransitItem) -> VaultCiphertext:
     if body.plaintext is None:
         raise InvalidRequest("missing plaintext to encrypt: send it in base64; an empty one as an empty text")
     plaintext = models.octets(body.plaintext, "plaintext")
-    check_plaintext(target.limits, plaintext)
-    sealed, number = service.encrypt(target.kms, target.who, plaintext, _extra(body), key_id=target.key_id)
+    check_plaintext(call.limits, plaintext)
+    key_id = call.path("name")
+    sealed, number = service.encrypt(kms, call.caller, plaintext, _extra(body), key_id=key_id)
     return VaultCiphertext(models.render(number, sealed.ciphertext), number)
 
 
-def _decrypt(target: _Target, body: TransitItem) -> VaultPlaintext:
-    file, extra = _file(target, body)
-    return VaultPlaintext(service.decrypt(target.kms, target.who, file, extra, key_id=target.key_id))
+def _decrypt(call: Call[TransitIn], kms: Kms, body: TransitItem) -> VaultPlaintext:
+    file, extra = _file(call, body)
+    return VaultPlaintext(service.decrypt(kms, call.caller, file, extra, key_id=call.path("name")))
 
 
-def _rewrap(target: _Target, body: TransitItem) -> VaultCiphertext:
-    file, extra = _file(target, body)
-    sealed, number = service.rewrap(target.kms, target.who, file, extra, key_id=target.key_id)
+def _rewrap(call: Call[TransitIn], kms: Kms, body: TransitItem) -> VaultCiphertext:
+    file, extra = _file(call, body)
+    sealed, number = service.rewrap(kms, call.caller, file, extra, key_id=call.path("name"))
     return VaultCiphertext(models.render(number, sealed.ciphertext), number)
 
 
-def _file(target: _Target, body: TransitItem) -> tuple[bytes, Extra]:
+def _file(call: Call[TransitIn], body: TransitItem) -> tuple[bytes, Extra]:
     if not body.ciphertext:
         raise InvalidRequest("missing ciphertext: send what encrypt gave, with its prefix")
     number, file = models.parse(body.ciphertext)
-    check_ciphertext(target.limits, file)
+    check_ciphertext(call.limits, file)
     return file, replace(_extra(body), number=number)
 
 
