@@ -35,6 +35,7 @@ from kms_core.documents.local_copy import CopyPoll
 from kms_core.jobs.hosts.install import InstallWatch
 from kms_core.jobs.store.usage_flush import UsageFlush
 from kms_core.observability import metrics, tracing
+from kms_core.periodic import PeriodicThread
 from kms_core.proxies import Proxies
 from kms_core.settings.lint import SETTINGS, unaccepted
 from kms_core.settings.model import Settings
@@ -181,22 +182,18 @@ def _lifespan_of(core: Core, monitor: AuditMonitor) -> Callable[[FastAPI], Abstr
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
-        flush = UsageFlush(core.kms.usage, core.worker_context.store.redis)
-        flush.start()
-        core.audit_maintenance.start()
-        monitor.start()
-        watch = InstallWatch(core.install)
-        watch.start()
-        polls = [CopyPoll(copy) for copy in core.copies]
-        for poll in polls:
-            poll.start()
+        threads: list[PeriodicThread] = [
+            *map(CopyPoll, core.copies),
+            monitor,
+            InstallWatch(core.install),
+            UsageFlush(core.kms.usage, core.worker_context.store.redis),
+            core.audit_maintenance,
+        ]
+        for thread in threads:
+            thread.start()
         yield
-        for poll in polls:
-            poll.stop()
-        monitor.stop()
-        watch.stop()
-        await anyio.to_thread.run_sync(flush.stop)
-        await anyio.to_thread.run_sync(core.audit_maintenance.stop)
+        for thread in threads:
+            await anyio.to_thread.run_sync(thread.stop)
         await anyio.to_thread.run_sync(tracing.stop)
 
     return lifespan

@@ -8,7 +8,7 @@ FastAPI answers what the fast path does not hold: a path with parameters, anothe
 """
 
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -29,7 +29,7 @@ from kms_core import audit
 from kms_core.auth.policy import Principal
 from kms_core.settings.model import LimitsSection
 from kms_protocol import shapes
-from kms_protocol.errors import Forbidden
+from kms_protocol.errors import Forbidden, InvalidRequest, KmsError
 
 B = TypeVar("B")
 B_co = TypeVar("B_co", covariant=True)
@@ -40,6 +40,7 @@ UI: Final = "/ui"
 DOCS: Final = "/docs"
 METRICS: Final = "/metrics"
 VAULT: Final = "/v1/"
+_DIGITS: Final = 16  # of a number in a query string
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,14 @@ class Call(Generic[B_co]):
         found: str = self.request.path_params[name]
         return found
 
+    def number(self, name: str, default: int, minimum: int, maximum: int) -> int:
+        """An integer of the query string. Raises InvalidRequest for one outside the bounds."""
+        text = self.query.get(name, str(default))
+        number = int(text) if text.isascii() and text.isdigit() and len(text) < _DIGITS else -1
+        if not minimum <= number <= maximum:
+            raise InvalidRequest(f"{name} is a number from {minimum} to {maximum}")
+        return number
+
 
 Endpoint: TypeAlias = Callable[[Request], Coroutine[Any, Any, Response]]
 Reader: TypeAlias = Callable[[Request], Awaitable[B]]
@@ -129,12 +138,10 @@ def endpoint_of(
 class ScopedRoute(APIRoute):
     """A route that checks the caller's scope before it reads the body."""
 
-    def __init__(self, path: str, endpoint: Callable[..., Any], rule: Rule, **more: Any) -> None:  # noqa: ANN401 -- FastAPI's
-        super().__init__(path, endpoint, **{"response_model": None, **more})
-        self.rules = dict.fromkeys(self.methods or (), rule)
-        """By method; HEAD has the rule of GET."""
-        self.methods = {*self.rules, "HEAD"} if "GET" in self.rules else {*self.rules}  # RFC 9110 §9.3.2
-        self._rule = rule
+    def __init__(self, method: str, path: str, endpoint: Callable[..., Any], rule: Rule, **more: Any) -> None:  # noqa: ANN401 -- FastAPI's
+        super().__init__(path, endpoint, methods=[method], response_model=None, **more)
+        self.method, self.rule = method, rule
+        self.methods = {method, "HEAD"} if method == "GET" else {method}  # RFC 9110 §9.3.2
 
     def get_route_handler(self) -> Endpoint:
         """FastAPI's handler, and of a stream only the headers for HEAD."""
@@ -155,11 +162,11 @@ class ScopedRoute(APIRoute):
     def check_scope(self, scope: Scope) -> None:
         """Raise Forbidden, which is recorded, for a caller without a scope for this route."""
         who: Principal = scope[PRINCIPAL]
-        if self._rule.operation is None or who is ANONYMOUS:
+        if self.rule.operation is None or who is ANONYMOUS:
             return
         kms = scope["app"].state.service.kms
         try:
-            kms.policy.require(who, self._rule.operation)
+            kms.policy.require(who, self.rule.operation)
         except Forbidden as exc:
             audit.denied(kms.audit_log, who, self.path, exc.code)
             raise
@@ -178,22 +185,36 @@ class Router(APIRouter):
 
         def declared(endpoint: E) -> E:
             shown = {"tags": self.tags, "include_in_schema": self.include_in_schema, **described}
-            self.routes.append(self._kind(self.prefix + path, endpoint, rule, methods=[method], **shown))
+            self.routes.append(self._kind(method, self.prefix + path, endpoint, rule, **shown))
             return endpoint
 
         return declared
 
     def stream(self, method: str, path: str, rule: Rule, **described: Any) -> Callable[[Stream], Stream]:  # noqa: ANN401 -- FastAPI's
-        """Declare a coroutine that reads or writes a stream, in threads of its choice."""
+        """Declare a coroutine that reads or writes a stream, in threads of its choice.
+
+        ``described`` has arguments of ``_description``.
+        """
 
         def declared(handler: Stream) -> Stream:
             async def endpoint(request: Request) -> Response:
                 return await handler(Call(request, None))
 
-            self.endpoint(method, path, rule, description=inspect.getdoc(handler), **described)(endpoint)
+            shown = _description(handler, **described) if self.include_in_schema else {}
+            self.endpoint(method, path, rule, **shown)(endpoint)
             return handler
 
         return declared
+
+    def read(
+        self,
+        path: str,
+        rule: Rule,
+        threads: Threads[None],
+        **described: Any,  # noqa: ANN401 -- FastAPI's
+    ) -> Callable[[Callable[[Call[None]], R]], Callable[[Call[None]], R]]:
+        """As ``call``, for a GET, which has no body."""
+        return self.call("GET", path, rule, no_body, threads, **described)
 
     def call(
         self,
@@ -206,40 +227,51 @@ class Router(APIRouter):
     ) -> Callable[[Callable[[Call[B]], R]], Callable[[Call[B]], R]]:
         """Declare a function that takes a call and returns an answer, encoded under the first status.
 
-        ``described`` is made by ``describe.described``, or has its arguments (see ``_description``).
+        ``described`` has arguments of ``_description``.
         """
 
         def declared(handler: Callable[[Call[B]], R]) -> Callable[[Call[B]], R]:
-            shown = described
-            if self.include_in_schema and "openapi_extra" not in described:
-                shown = _description(handler, read, **described)
-            encode = partial(json_body.answer, status=shown.get("status_code", HTTPStatus.OK))
-            endpoint = endpoint_of(handler, read, threads, encode)
-            self.endpoint(method, path, rule, description=inspect.getdoc(handler), **shown)(endpoint)
+            shown = _description(handler, read, **described) if self.include_in_schema else {}
+            encode = partial(json_body.answer, status=shown.get("status_code", 200))
+            self.endpoint(method, path, rule, **shown)(endpoint_of(handler, read, threads, encode))
             return handler
 
         return declared
 
 
-def _description(
+def _description(  # noqa: PLR0913 -- the parts of an operation
     handler: Callable[..., object],
-    read: object,
+    read: object = no_body,
     *,
+    body: describe.Json | None = None,
     gives: str = "",
-    operation_id: str = "",
-    **parts: Any,  # noqa: ANN401 -- describe.Parts
+    answers: Mapping[int, describe.Json] | None = None,
+    parameters: Iterable[describe.Json] = (),
+    refuses: Iterable[type[KmsError]] = (),
 ) -> dict[str, Any]:
-    """The part of a route in the OpenAPI document, from its reader and the annotation of what it returns.
+    """Arguments of a FastAPI route, of which ``document.page`` makes an operation of the handler's name.
 
-    ``gives`` describes the answer of status 200, unless ``answers`` do.
+    A JSON ``body`` is that of ``read``. ``answers`` are by status, success first; ``gives`` describes one of
+    status 200 whose shape is the return annotation. ``refuses`` are the errors of this route only.
     """
     if isinstance(read, json_body.JsonBody):
         required = any(field.required for field in msgspec.structs.fields(read.shape))
-        parts["body"] = describe.takes(read.shape, required=required)
-        parts["refuses"] = (*describe.BODY, *parts.get("refuses", ()))
-    if gives:
-        parts["answers"] = {HTTPStatus.OK: describe.gives(get_type_hints(handler)["return"], gives)}
-    return describe.described(operation_id or handler.__name__, **parts)
+        body = describe.takes(read.shape, required=required)
+        refuses = (*describe.BODY, *refuses)
+    if answers is None:
+        answers = {200: describe.gives(get_type_hints(handler)["return"], gives)}
+    extra = {
+        "responses": {str(status): answer for status, answer in answers.items()},
+        "parameters": list(parameters),
+        "requestBody": body,
+        "x-kms-refuses": sorted({*refuses}, key=lambda kind: kind.code),
+    }
+    return {
+        "openapi_extra": extra,
+        "operation_id": handler.__name__,
+        "status_code": next(iter(answers)),
+        "description": inspect.getdoc(handler),
+    }
 
 
 async def _without_stream(request: Request, response: Response) -> Response:
@@ -278,9 +310,7 @@ def routes_of(routers: Iterable[APIRouter]) -> list[ScopedRoute]:
 
 def rules_of(routers: Iterable[APIRouter]) -> dict[tuple[str, str], Rule]:
     """The rule of each method and path."""
-    return {
-        (method, route.path): rule for route in routes_of(routers) for method, rule in route.rules.items()
-    }
+    return {(route.method, route.path): route.rule for route in routes_of(routers)}
 
 
 def include(app: FastAPI, routers: Sequence[APIRouter], prefix: str = "") -> None:

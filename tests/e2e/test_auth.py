@@ -55,9 +55,7 @@ OPEN_PATHS: Final = [path for path in app.open_paths() if not path.startswith(("
 def served() -> set[tuple[str, str]]:
     """Every route of the application as it is built."""
     routes = [route for part in PARTS for route in part.routes]
-    return {
-        (method, route.path) for route in routes if isinstance(route, ScopedRoute) for method in route.rules
-    }
+    return {(route.method, route.path) for route in routes if isinstance(route, ScopedRoute)}
 
 
 def test_every_route_states_its_scope() -> None:

@@ -151,7 +151,7 @@ def readable() -> Iterator[str]:
     for prefix, routers in {**DOCUMENTED, "": UI}.items():
         for router in routers:
             routes = [route for route in router.routes if isinstance(route, ScopedRoute)]
-            yield from (prefix + route.path for route in routes if "GET" in route.rules)
+            yield from (prefix + route.path for route in routes if route.method == "GET")
     yield from ("/livez", "/readyz", "/metrics")
     yield from (path for method, path in VAULT_ROUTES.declared if method == "GET")
     yield from ("/docs", "/openapi.json")

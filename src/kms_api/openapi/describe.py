@@ -1,29 +1,20 @@
-"""Descriptions of routes for the OpenAPI document: parameters, bodies, answers and errors.
+"""Parts of the OpenAPI document that several routes share: parameters, bodies, answers and errors.
 
-``document.py`` builds the document from them. The routes of jobs are described here.
+``document.py`` builds the document from them, and from what each route declares.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, get_args
 
 from kms_api import problems
-from kms_protocol import errors, job_groups, shapes, wire
+from kms_protocol import errors, shapes, wire
 from kms_protocol.context import MAX_BYTES
-from kms_protocol.errors import (
-    InvalidRequest,
-    JobCommitting,
-    JobNotDead,
-    KmsError,
-    NotACiphertext,
-    PathRefused,
-)
+from kms_protocol.errors import KmsError
 
 Json = dict[str, Any]
 JSON: Final = "application/json"
 NDJSON: Final = "application/x-ndjson"
 BINARY: Final = "application/octet-stream"
-EVENTS: Final = "text/event-stream"
-TEXT: Final = "text/plain"
 
 # -- groups of errors, shared by routes ----------------------------------------------------------------
 
@@ -69,28 +60,12 @@ SUBMITTING: Final = (
 )
 
 
-def described(
-    operation_id: str,
-    *,
-    answers: Mapping[int, Json],
-    body: Json | None = None,
-    parameters: Iterable[Json] = (),
-    refuses: Iterable[type[KmsError]] = (),
-) -> Json:
-    """Arguments of a FastAPI route. ``document.page`` reads its ``openapi_extra``.
-
-    ``answers`` are by status, success first; ``refuses`` are the errors of its own.
-    """
-    extra: Json = {
-        "responses": {str(status): answer for status, answer in answers.items()},
-        "parameters": list(parameters),
-        "requestBody": body,
-        "x-kms-refuses": sorted({*refuses}, key=lambda kind: kind.code),
-    }
-    return {"openapi_extra": extra, "operation_id": operation_id, "status_code": next(iter(answers))}
-
-
 # -- bodies --------------------------------------------------------------------------------------------
+
+
+def header_ref(name: str) -> Json:
+    """Return a reference to a response header."""
+    return {"$ref": f"#/components/headers/{name}"}
 
 
 def ref(shape: type[shapes.Shape]) -> Json:
@@ -123,26 +98,25 @@ def lines(shape: type[shapes.Shape]) -> Json:
     return {"type": "string", "contentMediaType": NDJSON, "contentSchema": ref(shape)}
 
 
-def accepted() -> Json:
-    """The answer to each submission."""
-    answer = gives(
-        wire.JobAccepted, "The job is stored durably", "Location", "Retry-After", "Idempotency-Replayed"
-    )
-    return {**answer, "links": {name: _of_job(name) for name in ("get_job", "job_result", "cancel_job")}}
+SUBMITTED: Final[Mapping[int, Json]] = {
+    202: {
+        **gives(
+            wire.JobAccepted, "The job is stored durably", "Location", "Retry-After", "Idempotency-Replayed"
+        ),
+        "links": {
+            name: {"operationId": name, "parameters": {"job_id": "$response.body#/job_id"}}
+            for name in ("get_job", "job_result", "cancel_job")
+        },
+    },
+    200: {
+        **gives(wire.JobAccepted, "The job has ended: a JobOut", "Location", "Idempotency-Replayed"),
+        "content": {JSON: {"schema": ref(wire.JobAccepted), "x-kms-shape": ref(wire.JobOut)}},
+    },
+}
+"""The answers to a submission: 200 to one with ``?wait=`` whose job has ended.
 
-
-def ended() -> Json:
-    """The answer to a submission with ``?wait=`` whose job has ended.
-
-    Generated clients take all good answers of an operation for one type: it is that of ``accepted``.
-    """
-    answer = gives(wire.JobAccepted, "The job has ended: a JobOut", "Location", "Idempotency-Replayed")
-    answer["content"][JSON]["x-kms-shape"] = ref(wire.JobOut)
-    return answer
-
-
-def _of_job(operation_id: str) -> Json:
-    return {"operationId": operation_id, "parameters": {"job_id": "$response.body#/job_id"}}
+Generated clients take all good answers of an operation for one type: it is that of 202.
+"""
 
 
 # -- errors --------------------------------------------------------------------------------------------
@@ -188,8 +162,8 @@ def header(name: str, schema: Json, text: str) -> Json:
     return {"name": name, "in": "header", "required": False, "schema": schema, "description": text}
 
 
-def whole(minimum: int, maximum: int, default: int) -> Json:
-    """Return the schema of an integer with bounds and a default."""
+def whole(default: int, minimum: int, maximum: int) -> Json:
+    """Return the schema of an integer with a default and bounds."""
     return {"type": "integer", "minimum": minimum, "maximum": maximum, "default": default}
 
 
@@ -198,23 +172,27 @@ def choice(values: Iterable[str]) -> Json:
     return {"type": "string", "enum": list(values)}
 
 
-MOST_WAIT_S: Final = 60
+def text_of(most: int) -> Json:
+    """Return the schema of a string of at most so many characters."""
+    return {"type": "string", "maxLength": most}
+
+
+STRING: Final[Json] = {"type": "string"}
+WAIT_S: Final = (0, 0, 60)
 WAIT: Final = query(
     "wait",
-    whole(0, MOST_WAIT_S, 0),
+    whole(*WAIT_S),
     "Seconds to wait for the end of the job; the answer comes as soon as it has ended",
 )
 IDEMPOTENCY: Final = header(
-    "Idempotency-Key",
-    {"type": "string", "maxLength": 256},
-    "A repeated submission with the same key and body returns the first job",
+    "Idempotency-Key", text_of(256), "A repeated submission with the same key and body returns the first job"
 )
 _NAME: Final = {"type": "string", "pattern": shapes.KEY_ID_PATTERN}
 KEY_ID: Final = header("X-KMS-Key-Id", _NAME, "The key id; absent means the default key")
-STREAMED: Final = (
+OPTIONS: Final = (
     header(
         "X-KMS-Context",
-        {"type": "string", "maxLength": MAX_BYTES * 3},
+        text_of(MAX_BYTES * 3),
         "The encryption context: `k=v,…` or a JSON object, percent-encoded UTF-8",
     ),
     KEY_ID,
@@ -223,11 +201,7 @@ STREAMED: Final = (
         choice(wire.PRIORITIES),  # no default: generated clients would always send it
         "Priority among waiting jobs; absent means normal",
     ),
-    header(
-        "X-KMS-Callback",
-        _NAME,
-        "A webhook endpoint of the settings, called when the job ends",
-    ),
+    header("X-KMS-Callback", _NAME, "A webhook endpoint of the settings, called when the job ends"),
     header(
         "X-KMS-Release",
         choice(get_args(wire.Release)),
@@ -235,22 +209,22 @@ STREAMED: Final = (
     ),
     header(
         "X-KMS-Labels",
-        {"type": "string", "maxLength": 4096},
+        text_of(4096),
         "Labels by which jobs are listed: `name=value,…`, percent-encoded UTF-8",
     ),
     header(
         "X-KMS-Metadata",
-        {"type": "string", "maxLength": 32768},
+        text_of(32768),
         "Texts that answers and events repeat: a JSON object of strings, percent-encoded UTF-8",
     ),
     header(
         "X-KMS-Start-By",
-        {"type": "string", "maxLength": 64},
+        text_of(64),
         "The job fails if it has not started by this RFC 3339 time; absent means the default of the service",
     ),
     header(
         "X-KMS-Run-By",
-        {"type": "string", "maxLength": 64},
+        text_of(64),
         "The job fails if it has not ended by this RFC 3339 time; absent means the default of the service",
     ),
     header(
@@ -258,18 +232,18 @@ STREAMED: Final = (
         {"type": "integer", "minimum": 60},
         "Seconds for which the result is kept; absent means the default of the service",
     ),
-    header(
-        "X-KMS-Group",
-        {"type": "string", "maxLength": 2048},
-        "The group of the job: `GroupIn` as JSON, percent-encoded UTF-8",
-    ),
-    IDEMPOTENCY,
+    header("X-KMS-Group", text_of(2048), "The group of the job: `GroupIn` as JSON, percent-encoded UTF-8"),
 )
 """Options of streamed bodies. Proxies log query strings, so these are headers."""
+STREAMED: Final = (*OPTIONS, IDEMPOTENCY)
+LABEL: Final = query(
+    "label",
+    {"type": "array", "items": STRING, "maxItems": shapes.MOST_LABELS},
+    "Only jobs with this label, as `name=value`; repeat it for jobs that have them all",
+)
 
 
 _SECONDS: Final = {"type": "integer", "minimum": 1}
-_TEXT: Final = {"type": "string"}
 HEADERS: Final[dict[str, Json]] = {
     "X-Request-Id": {
         "description": "From the request if it is 1 to 64 of `A-Za-z0-9_.-`, else a new one",
@@ -278,9 +252,9 @@ HEADERS: Final[dict[str, Json]] = {
     },
     "X-KMS-Audit-Id": {
         "description": "The audit record of this call, if any: `kms audit receipt` proves it",
-        "schema": _TEXT,
+        "schema": STRING,
     },
-    "Cache-Control": {"description": "Always `no-store`", "required": True, "schema": _TEXT},
+    "Cache-Control": {"description": "Always `no-store`", "required": True, "schema": STRING},
     "Idempotency-Replayed": {
         "description": "`true` if the job was submitted before, with the same Idempotency-Key",
         "schema": choice(("true",)),
@@ -292,110 +266,11 @@ HEADERS: Final[dict[str, Json]] = {
         "schema": {"type": "string", "format": "uri-reference"},
     },
     "WWW-Authenticate": {"description": "Always `Bearer`", "required": True, "schema": choice(("Bearer",))},
-    "ETag": {"description": "Identifies the bytes of the result, for `If-Range`", "schema": _TEXT},
+    "ETag": {"description": "Identifies the bytes of the result, for `If-Range`", "schema": STRING},
     "Accept-Ranges": {"description": "Byte ranges are supported", "schema": choice(("bytes",))},
-    "Content-Range": {"description": "The range and the total size in bytes", "schema": _TEXT},
+    "Content-Range": {"description": "The range and the total size in bytes", "schema": STRING},
     "Content-Disposition": {"description": "Browsers save the result", "schema": choice(("attachment",))},
-    "X-KMS-File-Id": {"description": "The id of the one file of an upload", "schema": _TEXT},
+    "X-KMS-File-Id": {"description": "The id of the one file of an upload", "schema": STRING},
     "X-Accel-Buffering": {"description": "Proxies do not buffer events", "schema": choice(("no",))},
 }
 EVERYWHERE: Final = ("X-Request-Id", "X-KMS-Audit-Id", "Cache-Control")
-
-
-def header_ref(name: str) -> Json:
-    """Return a reference to a response header."""
-    return {"$ref": f"#/components/headers/{name}"}
-
-
-PAGE: Final = 100
-MOST: Final = 1000
-
-_JOB: Final = {200: gives(wire.JobOut, "The job")}
-_LIST: Final = {200: gives(wire.JobList, "Jobs, newest first")}
-_LIMIT: Final = query("limit", whole(1, MOST, PAGE), "Maximum number of jobs in the answer")
-_LISTING: Final = (*JOBS, InvalidRequest)
-_CANCELLING: Final = (*ONE_JOB, JobCommitting, errors.DurabilityUnconfirmed)
-_SUBMISSION: Final = takes(wire.JobIn)
-_SUBMISSION["content"][NDJSON] = {
-    "schema": lines(wire.JobItem),
-    "example": '{"plaintext": "SGVsbG8=", "context": "row=7"}\n',
-}
-
-
-_EVENT: Final[Json] = {
-    "description": "An event. Lines that begin with a colon keep the connection open",
-    "type": "object",
-    "properties": {
-        "id": _TEXT,
-        "event": choice(("job", "gap")),
-        "data": {**_TEXT, "contentMediaType": JSON},
-    },
-    "required": ["event", "data"],
-}
-LABEL: Final = query(
-    "label",
-    {"type": "array", "items": {"type": "string"}, "maxItems": shapes.MOST_LABELS},
-    "Only jobs with this label, as `name=value`; repeat it for jobs that have them all",
-)
-SUBMIT: Final = described(
-    "submit_job",
-    body=_SUBMISSION,
-    parameters=(
-        query("kind", choice(get_args(wire.JobKind)), "Kind of a stream of items; a JSON body has its own"),
-        WAIT,
-        *STREAMED,
-    ),
-    answers={202: accepted(), 200: ended()},
-    refuses=(*SUBMITTING, PathRefused, NotACiphertext),
-)
-LIST: Final = described(
-    "list_jobs",
-    parameters=(
-        query("state", choice(wire.STATES), "Only jobs in this state"),
-        LABEL,
-        _LIMIT,
-        query("cursor", {"type": "string"}, "`next` of the previous page"),
-    ),
-    answers=_LIST,
-    refuses=_LISTING,
-)
-DEAD: Final = described("dead_jobs", parameters=(_LIMIT,), answers=_LIST, refuses=_LISTING)
-RETRY: Final = described(
-    "retry_job", answers=_JOB, refuses=(*ONE_JOB, JobNotDead, errors.DurabilityUnconfirmed)
-)
-ONE: Final = described(
-    "get_job",
-    parameters=(WAIT,),
-    answers={200: gives(wire.JobOut, "The job", "Retry-After")},
-    refuses=(*ONE_JOB, InvalidRequest),
-)
-GROUP: Final = described(
-    "get_group",
-    parameters=(WAIT,),
-    answers={200: gives(job_groups.GroupOut, "The group")},
-    refuses=(*ONE_JOB, InvalidRequest),
-)
-MANY: Final = described(
-    "get_jobs",
-    body=takes(wire.JobsIn),
-    answers={200: gives(wire.JobsOut, "The jobs")},
-    refuses=(*BODY, *JOBS),
-)
-CANCEL: Final = described("cancel_job", answers=_JOB, refuses=_CANCELLING)
-RELEASE: Final = described("release_result", answers=_JOB, refuses=(*ONE_RESULT, errors.UnknownKey))
-CANCEL_BY_POST: Final = described("cancel_job_by_post", answers=_JOB, refuses=_CANCELLING)
-ALL_EVENTS: Final = described(
-    "tenant_events",
-    parameters=(
-        LABEL,
-        header("Last-Event-ID", {"type": "string"}, "The id of an event: the stream begins behind it"),
-    ),
-    answers={
-        200: raw(
-            "Events `job` with a CloudEvent (JSON) as data, and `gap` where events were lost",
-            {EVENTS: {"schema": _EVENT}},
-            "X-Accel-Buffering",
-        )
-    },
-    refuses=(*JOBS, InvalidRequest),
-)

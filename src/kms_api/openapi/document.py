@@ -11,7 +11,7 @@ from fastapi.routing import APIRouter
 
 from kms_api.openapi import describe
 from kms_api.openapi.describe import EVERYWHERE, HEADERS, Json
-from kms_api.routing import METRICS, Rule, ScopedRoute, routes_of
+from kms_api.routing import METRICS, ScopedRoute, routes_of
 from kms_protocol import __version__, admin, errors, job_groups, shapes, submit_message, wire
 from kms_protocol.context import MAX_BYTES, MAX_PAIRS
 
@@ -65,9 +65,9 @@ def page(routers: Mapping[str, Iterable[APIRouter]]) -> Json:
     paths: dict[str, Json] = {}
     for prefix, parts in routers.items():
         for route in routes_of(parts):
-            for method, rule in route.rules.items() if route.include_in_schema else ():
-                operation = _operation(route, rule, shared)
-                paths.setdefault(prefix + route.path_format, {})[method.lower()] = operation
+            if route.include_in_schema:
+                operation = _operation(route, shared)
+                paths.setdefault(prefix + route.path_format, {})[route.method.lower()] = operation
     made = schemas()
     used = _used(made, json.dumps([paths, shared]))
     return {
@@ -95,8 +95,8 @@ def page(routers: Mapping[str, Iterable[APIRouter]]) -> Json:
     }
 
 
-def _operation(route: ScopedRoute, rule: Rule, shared: dict[str, Json]) -> Json:
-    extra = route.openapi_extra
+def _operation(route: ScopedRoute, shared: dict[str, Json]) -> Json:
+    rule, extra = route.rule, route.openapi_extra
     if not extra or "x-kms-refuses" not in extra:
         raise TypeError(f"{route.path} has no description: see describe.py")
     summary, _, text = route.description.partition("\n\n")
@@ -115,7 +115,7 @@ def _operation(route: ScopedRoute, rule: Rule, shared: dict[str, Json]) -> Json:
         "x-kms-scope": rule.operation,
         "parameters": [*_of_path(route.path_format), *extra["parameters"]],
         "requestBody": extra["requestBody"],
-        "responses": _responses(route, rule, extra, shared),
+        "responses": _responses(route, extra, shared),
     }
     return {name: value for name, value in made.items() if value or name == "security"}
 
@@ -127,14 +127,14 @@ def _of_path(path: str) -> Iterator[Json]:
             yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 
 
-def _responses(route: ScopedRoute, rule: Rule, extra: Json, shared: dict[str, Json]) -> Json:
+def _responses(route: ScopedRoute, extra: Json, shared: dict[str, Json]) -> Json:
     """Answers of a route by status. Errors refer to the ``shared`` components, which are extended."""
     everywhere = {name: describe.header_ref(name) for name in EVERYWHERE}
     made = {
         status: {**answer, "headers": everywhere | answer["headers"]}
         for status, answer in extra["responses"].items()
     }
-    found = describe.codes([*extra["x-kms-refuses"], *(_ANYONE if rule.open else _CALLERS)])
+    found = describe.codes([*extra["x-kms-refuses"], *(_ANYONE if route.rule.open else _CALLERS)])
     if "{" in route.path:
         found.setdefault(404, {}).update(_NOT_FOUND)
     for status, means in sorted(found.items()):

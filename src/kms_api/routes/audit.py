@@ -2,11 +2,12 @@
 
 from typing import Final
 
+import msgspec
 from msgspec import UNSET
 
 from kms_api.deps import AUDIT, Service
 from kms_api.openapi import describe
-from kms_api.routing import Call, Router, Rule, no_body
+from kms_api.routing import Call, Router, Rule
 from kms_core import audit as records
 from kms_core.audit import copies, query
 from kms_core.audit.chain import text_of
@@ -35,34 +36,27 @@ FIELDS: Final = (
 )
 _FILTERS: Final = frozenset({*FIELDS, "host", "result", "since", "until"})
 _PARAMETERS: Final = _FILTERS | {"after", "limit"}
+_REQUIRED: Final = frozenset(
+    field.name for field in msgspec.structs.fields(admin.AuditEvent) if field.required
+)
 _ONE_HOST: Final = "This service reads its own log only: leave out `host` (docs/hosts.md)"
-_PAGE: Final = 100
-_MOST: Final = 1000
-
-
-_TEXT: Final = {"type": "string"}
+_PAGE: Final = (100, 1, 1000)
+"""The events of a page: the default, and the bounds."""
 _TIME: Final = {"type": "string", "format": "date-time"}
 _QUERY: Final = (
-    describe.query("after", _TEXT, "`next` of the page before"),
-    describe.query("limit", describe.whole(1, _MOST, _PAGE), "Events of this page at most"),
-    describe.query("result", _TEXT, "`ok`, `failed` for all others, or an error code"),
-    describe.query("host", _TEXT, "Events of this host, where the service reads the logs of several"),
+    describe.query("after", describe.STRING, "`next` of the page before"),
+    describe.query("limit", describe.whole(*_PAGE), "Events of this page at most"),
+    describe.query("result", describe.STRING, "`ok`, `failed` for all others, or an error code"),
+    describe.query(
+        "host", describe.STRING, "Events of this host, where the service reads the logs of several"
+    ),
     describe.query("since", _TIME, "RFC 3339, with an offset"),
     describe.query("until", _TIME, "RFC 3339, with an offset"),
-    *(describe.query(name, _TEXT, "Events whose field is exactly this") for name in FIELDS),
+    *(describe.query(name, describe.STRING, "Events whose field is exactly this") for name in FIELDS),
 )
 
 
-@router.call(
-    "GET",
-    "/audit",
-    SCOPE,
-    no_body,
-    AUDIT,
-    parameters=_QUERY,
-    gives="A page of events",
-    refuses=(InvalidRequest,),
-)
+@router.read("/audit", SCOPE, AUDIT, parameters=_QUERY, gives="A page of events", refuses=(InvalidRequest,))
 def audit(call: Call[None]) -> admin.AuditOut:
     """Operations of this tenant, oldest first.
 
@@ -82,7 +76,7 @@ def audit(call: Call[None]) -> admin.AuditOut:
         until=time_of("until", given.get("until")),
     )
     logs, unread = logs_of(service, given.get("host", ""))
-    page = query.page(logs, wanted, given.get("after"), _limit(given.get("limit")))
+    page = query.page(logs, wanted, given.get("after"), call.number("limit", *_PAGE))
     filters = {name: value for name, value in given.items() if name in _FILTERS}
     records.read(service.kms.audit_log, who, filters, len(page.events))
     events = [shape(event) for event in page.events]
@@ -110,46 +104,10 @@ def hosts(found: HostLogs) -> list[str]:
 
 
 def shape(event: RecordedOperation) -> admin.AuditEvent:
-    """Return the wire form of an operation."""
-    return admin.AuditEvent(
-        id=event.id,
-        host=event.host or UNSET,
-        time=event.time,
-        operation=event.operation,
-        stage=event.stage or UNSET,
-        effect=event.effect or UNSET,
-        route=event.route or UNSET,
-        filter=event.filter or UNSET,
-        source=event.source or UNSET,
-        principal=event.principal,
-        credential=event.credential,
-        request_id=event.request_id or UNSET,
-        job_id=event.job_id or UNSET,
-        key_id=event.key_id or UNSET,
-        key_version=event.key_version or UNSET,
-        backend=event.backend or UNSET,
-        origin=event.origin or UNSET,
-        wrap_key=event.wrap_key or UNSET,
-        file_id=event.file_id or UNSET,
-        new_file_id=event.new_file_id or UNSET,
-        stanzas=event.stanzas or UNSET,
-        context=event.context,
-        new_context=event.new_context or UNSET,
-        bytes_in=event.bytes_in,
-        bytes_out=event.bytes_out,
-        result=event.result or UNSET,
-        duration_us=event.duration_us,
-        count=event.count or UNSET,
-    )
-
-
-def _limit(text: str | None) -> int:
-    if text is None:
-        return _PAGE
-    number = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(_MOST)) else 0
-    if not 1 <= number <= _MOST:
-        raise InvalidRequest(f"limit is a number from 1 to {_MOST}")
-    return number
+    """Return the wire form of an operation, without the optional fields that are empty in its record."""
+    fields = {"id": event.id, **msgspec.structs.asdict(event)}
+    told = {name: value for name, value in fields.items() if value or name in _REQUIRED}
+    return msgspec.convert(told, admin.AuditEvent)
 
 
 def time_of(name: str, text: str | None) -> str:

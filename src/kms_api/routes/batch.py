@@ -5,7 +5,6 @@ Temporal's (docs.temporal.io/codec-server): POST of payloads, answered with as m
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Final
 
 import msgspec
@@ -42,11 +41,9 @@ def batch(call: Call[wire.BatchIn]) -> wire.BatchOut:
     """
     service, body = call.service, call.body
     admit_items(service, call.caller, body.operation, len(body.items))
-    service = replace(service, kms=service.kms.for_job())
-    with service.kms.audit_log.together():
-        results = [
-            _one(service, call.caller, body.operation, index, item) for index, item in enumerate(body.items)
-        ]
+    kms = service.kms.for_job()
+    with kms.audit_log.together():
+        results = [_one(call, kms, index, item) for index, item in enumerate(body.items)]
     return wire.BatchOut(results=results, failed=sum(result.error is not UNSET for result in results))
 
 
@@ -63,17 +60,13 @@ def admit_items(service: Service, who: Principal, operation: wire.JobKind, count
     service.requests.take_items(who.tenant, count)
 
 
-def _one(
-    service: Service, who: Principal, operation: wire.JobKind, index: int, item: wire.BatchItem
-) -> wire.BatchResult:
-    reference = item.reference if item.reference is not None else UNSET
-    limit = service.settings.kms.limits.sync_plaintext_bytes
+def _one(call: Call[wire.BatchIn], kms: Kms, index: int, item: wire.BatchItem) -> wire.BatchResult:
+    operation, reference = call.body.operation, UNSET if item.reference is None else item.reference
     try:
         single = wire.JobItem(plaintext=item.plaintext, ciphertext=item.ciphertext, context=item.context)
-        bulk_lines.check_item(operation, index, single, limit)
-        context = Context.parse(item.context)
-        data = item.plaintext or item.ciphertext or b""
-        made = service.kms.run(operation, who, data, context, key_id=item.key_id)
+        bulk_lines.check_item(operation, index, single, call.limits.sync_plaintext_bytes)
+        data, context = item.plaintext or item.ciphertext or b"", Context.parse(item.context)
+        made = kms.run(operation, call.caller, data, context, key_id=item.key_id)
     except KmsError as exc:
         return wire.BatchResult(index=index, reference=reference, error=wire.ErrorCode(code=exc.code))
     opened = made if isinstance(made, Opened) else None

@@ -46,20 +46,13 @@ _RESULT: Final = {
     describe.BINARY: {"schema": describe.BYTES},
     describe.NDJSON: {"schema": describe.lines(wire.ItemResult)},
 }
-KINDS: Final[dict[str, wire.JobKind]] = {kind: kind for kind in get_args(wire.JobKind)}
-_DEADLINES: Final = ("x-kms-start-by", "x-kms-run-by", "x-kms-keep-for")
-RELEASES: Final[tuple[wire.Release, ...]] = get_args(wire.Release)
-OPTION_HEADERS: Final = (
-    "x-kms-context",
-    "x-kms-key-id",
-    "x-kms-priority",
-    "x-kms-callback",
-    "x-kms-release",
-    "x-kms-labels",
-    "x-kms-metadata",
-    *_DEADLINES,
-    "x-kms-group",
-)
+_KINDS: Final[tuple[wire.JobKind, ...]] = get_args(wire.JobKind)
+_RELEASES: Final[tuple[wire.Release, ...]] = get_args(wire.Release)
+_OBJECTS: Final = {
+    "X-KMS-Context": "of texts",
+    "X-KMS-Metadata": "of at most 16 texts of up to 512 characters",
+    "X-KMS-Group": 'as {"name": "run-7", "jobs": 3}',
+}
 _CHUNK_BYTES: Final = 64 * 1024
 _OF_RESULT: Final = ("ETag", "Accept-Ranges", "Content-Disposition", "X-KMS-File-Id")
 _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
@@ -69,15 +62,12 @@ _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
     "POST",
     "/files/encrypt",
     WRITE,
-    **describe.described(
-        "encrypt_file",
-        body=describe.TAKES_BYTES,
-        parameters=(describe.WAIT, *describe.STREAMED),
-        answers={202: describe.accepted(), 200: describe.ended()},
-        refuses=describe.SUBMITTING,
-    ),
+    body=describe.TAKES_BYTES,
+    parameters=(describe.WAIT, *describe.STREAMED),
+    answers=describe.SUBMITTED,
+    refuses=describe.SUBMITTING,
 )
-async def encrypt(call: Call[None]) -> Response:
+async def encrypt_file(call: Call[None]) -> Response:
     """Upload plaintext of any size; it is sealed while it arrives. Context in ``X-KMS-Context``."""
     return await _upload(call, "encrypt")
 
@@ -86,15 +76,12 @@ async def encrypt(call: Call[None]) -> Response:
     "POST",
     "/files/decrypt",
     WRITE,
-    **describe.described(
-        "decrypt_file",
-        body=describe.TAKES_BYTES,
-        parameters=(describe.WAIT, *describe.STREAMED),
-        answers={202: describe.accepted(), 200: describe.ended()},
-        refuses=(*describe.SUBMITTING, NotACiphertext),
-    ),
+    body=describe.TAKES_BYTES,
+    parameters=(describe.WAIT, *describe.STREAMED),
+    answers=describe.SUBMITTED,
+    refuses=(*describe.SUBMITTING, NotACiphertext),
 )
-async def decrypt(call: Call[None]) -> Response:
+async def decrypt_file(call: Call[None]) -> Response:
     """Upload an age file of any size. The result exists once every chunk was authenticated."""
     return await _upload(call, "decrypt")
 
@@ -103,21 +90,18 @@ async def decrypt(call: Call[None]) -> Response:
     "GET",
     "/jobs/{job_id}/result",
     READ,
-    **describe.described(
-        "job_result",
-        parameters=(
-            describe.header("Range", {"type": "string"}, "One range of bytes, as `bytes=0-1023`"),
-            describe.header("If-Range", {"type": "string"}, "The ETag that the range is of"),
-        ),
-        answers={
-            200: describe.raw("The whole result", _RESULT, *_OF_RESULT),
-            206: describe.raw("The bytes of the range", _RESULT, *_OF_RESULT, "Content-Range"),
-            416: describe.refusal(416, {"invalid_request": "No byte in that range"}, "Content-Range"),
-        },
-        refuses=(*describe.ONE_RESULT, UnknownKey, DecryptFailed, RecordRefused),
+    parameters=(
+        describe.header("Range", describe.STRING, "One range of bytes, as `bytes=0-1023`"),
+        describe.header("If-Range", describe.STRING, "The ETag that the range is of"),
     ),
+    answers={
+        200: describe.raw("The whole result", _RESULT, *_OF_RESULT),
+        206: describe.raw("The bytes of the range", _RESULT, *_OF_RESULT, "Content-Range"),
+        416: describe.refusal(416, {"invalid_request": "No byte in that range"}, "Content-Range"),
+    },
+    refuses=(*describe.ONE_RESULT, UnknownKey, DecryptFailed, RecordRefused),
 )
-async def result(call: Call[None]) -> Response:
+async def job_result(call: Call[None]) -> Response:
     """The bytes of a file job (with ``Range``), or one JSON line for each item of a bulk job."""
     service, held = call.service, reservation_of(call.request.scope)
     job = await service.run(STORE, service.submitter.store.get, call.path("job_id"), call.caller.tenant)
@@ -138,9 +122,7 @@ async def _upload(call: Call[None], kind: wire.JobKind) -> Response:
 
 async def submit_stream(call: Call[None]) -> Response:
     """Submit NDJSON of any length, parsed and sealed in a thread while it arrives."""
-    kind = KINDS.get(call.query.get("kind", ""))
-    if kind is None:
-        raise InvalidRequest(f"POST /jobs?kind= needs one of {', '.join(KINDS)} for a stream of items")
+    kind = _one_of("kind", call.query.get("kind", ""), _KINDS)
     service, options, wait_s = call.service, submission_options(call, kind), wait_of(call)
     upload.refuse_encoding(call.request)
     with reservation_of(call.request.scope).upload() as limits:
@@ -165,47 +147,43 @@ async def submit_stream(call: Call[None]) -> Response:
 
 def submission_options(call: Call[None], kind: wire.JobKind) -> SubmissionOptions:
     """The options of a streamed body: in headers, never in the query string, which proxies log."""
-    key_id = call.headers.get("x-kms-key-id")
-    try:
-        text = unquote(call.headers.get("x-kms-context", ""), errors="strict")
-        context = msgspec.json.decode(text, type=dict[str, str]) if text.startswith("{") else text
-    except (UnicodeDecodeError, msgspec.DecodeError):
-        raise InvalidRequest("X-KMS-Context is percent-encoded UTF-8: k=v pairs, or a JSON object") from None
+    headers, context = call.headers, _unquoted(call, "X-KMS-Context")
+    if headers.get("x-kms-callback") == "":
+        raise InvalidRequest("X-KMS-Callback names an endpoint of the settings: leave it out for none")
     return SubmissionOptions(
         call.caller,
         kind,
-        Context.parse(context),
-        key_id,
-        deadlines=_deadlines(*(call.headers.get(name) for name in _DEADLINES)),
+        Context.parse(_object(call, "X-KMS-Context", dict[str, str]) if context.startswith("{") else context),
+        headers.get("x-kms-key-id"),
+        deadlines=_deadlines(call),
         idempotency=idempotency(call),
-        callback=_callback(call.headers.get("x-kms-callback")),
-        priority=_one_of("X-KMS-Priority", call.headers.get("x-kms-priority", "normal"), wire.PRIORITIES),
-        release=_one_of("X-KMS-Release", call.headers.get("x-kms-release", ""), ("", *RELEASES)),
-        labels=_labels(call.headers.get("x-kms-labels", "")),
-        metadata=_metadata(call.headers.get("x-kms-metadata", "")),
-        group=_group(call.headers.get("x-kms-group", "")),
+        callback=headers.get("x-kms-callback", ""),
+        priority=_one_of("X-KMS-Priority", headers.get("x-kms-priority", "normal"), wire.PRIORITIES),
+        release=_one_of("X-KMS-Release", headers.get("x-kms-release", ""), ("", *_RELEASES)),
+        labels=labels_of(part for part in _unquoted(call, "X-KMS-Labels").split(",") if part),
+        metadata=_object(call, "X-KMS-Metadata", shapes.Metadata) or {},
+        group=_object(call, "X-KMS-Group", job_groups.GroupIn),
     )
 
 
-def _deadlines(start_by: str | None, run_by: str | None, keep_for: str | None) -> Deadlines:
+class _DeadlineHeaders(msgspec.Struct):
+    """The headers of deadlines, in the types of ``JobIn``."""
+
+    start_by: shapes.Moment | None = msgspec.field(name="x-kms-start-by", default=None)
+    run_by: shapes.Moment | None = msgspec.field(name="x-kms-run-by", default=None)
+    keep_for: shapes.KeepFor | None = msgspec.field(name="x-kms-keep-for", default=None)
+
+
+def _deadlines(call: Call[None]) -> Deadlines:
+    names = _DeadlineHeaders.__struct_encode_fields__
+    asked = {name: call.headers[name] for name in names if name in call.headers}
     try:
-        asked = {"start_by": start_by, "run_by": run_by, "keep_for": keep_for}
-        found = msgspec.convert(
-            {name: text for name, text in asked.items() if text is not None}, _In, strict=False
-        )
+        found = msgspec.convert(asked, _DeadlineHeaders, strict=False)
     except msgspec.ValidationError:
         raise InvalidRequest(
             "X-KMS-Start-By and X-KMS-Run-By are RFC 3339 times, X-KMS-Keep-For is seconds, 60 or more"
         ) from None
     return Deadlines(found.start_by, found.run_by, found.keep_for)
-
-
-class _In(msgspec.Struct):
-    """The headers of deadlines, in the types of ``JobIn``."""
-
-    start_by: shapes.Moment | None = None
-    run_by: shapes.Moment | None = None
-    keep_for: shapes.KeepFor | None = None
 
 
 def idempotency(call: Call[None]) -> str:
@@ -216,21 +194,11 @@ def idempotency(call: Call[None]) -> str:
     return key
 
 
-def _callback(name: str | None) -> str:
-    if name == "":
-        raise InvalidRequest("X-KMS-Callback names an endpoint of the settings: leave it out for none")
-    return name or ""
-
-
 def _one_of(name: str, text: str, known: Sequence[W]) -> W:
     for each in known:
         if text == each:
             return each
     raise InvalidRequest(f"{name} is one of {', '.join(filter(None, known))}")
-
-
-def _labels(header: str) -> shapes.Labels:
-    return labels_of(part for part in _unquoted("X-KMS-Labels", header).split(",") if part)
 
 
 def labels_of(pairs: Iterable[str]) -> shapes.Labels:
@@ -247,29 +215,19 @@ def labels_of(pairs: Iterable[str]) -> shapes.Labels:
     )
 
 
-def _metadata(header: str) -> shapes.Metadata:
+def _object(call: Call[None], name: str, shape: type[T]) -> T | None:
+    """The JSON object in a header; None without it. Raises InvalidRequest."""
+    text = _unquoted(call, name)
     try:
-        return msgspec.json.decode(_unquoted("X-KMS-Metadata", header) or "{}", type=shapes.Metadata)
+        return msgspec.json.decode(text, type=shape) if text else None
     except (msgspec.DecodeError, RecursionError):
-        raise InvalidRequest(
-            "X-KMS-Metadata is a percent-encoded JSON object of at most 16 texts of up to 512 characters"
-        ) from None
+        raise InvalidRequest(f"{name} is a percent-encoded JSON object: {_OBJECTS[name]}") from None
 
 
-def _group(header: str) -> job_groups.GroupIn | None:
-    if not header:
-        return None
+def _unquoted(call: Call[None], name: str) -> str:
+    """The text of a header; empty without it. Raises InvalidRequest."""
     try:
-        return msgspec.json.decode(_unquoted("X-KMS-Group", header), type=job_groups.GroupIn)
-    except (msgspec.DecodeError, RecursionError):
-        raise InvalidRequest(
-            'X-KMS-Group is a percent-encoded JSON object: {"name": "run-7", "jobs": 3}'
-        ) from None
-
-
-def _unquoted(name: str, header: str) -> str:
-    try:
-        return unquote(header, errors="strict")
+        return unquote(call.headers.get(name, ""), errors="strict")
     except UnicodeDecodeError:
         raise InvalidRequest(f"{name} is percent-encoded UTF-8") from None
 

@@ -1,7 +1,9 @@
 """Answers about jobs: their wire form, the answer to a submission, and long polls (``?wait=``)."""
 
-import time
-from typing import Final
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Final, TypeVar
 
 import anyio
 from fastapi import Response
@@ -15,26 +17,19 @@ from kms_api.transport.admission import reservation_of
 from kms_api.transport.connection import should_end
 from kms_core.jobs.execution import key_migration
 from kms_core.jobs.model import Job
-from kms_protocol import wire
-from kms_protocol.errors import InvalidRequest, JobsUnavailable, Unavailable, UnknownJob
+from kms_protocol import job_groups, wire
+from kms_protocol.errors import Unavailable, UnknownJob
 from kms_protocol.units import time_text
 
 POLLS: Final = Pool("events", 2)
 """Polls of all streams and waits: more threads would take the interpreter's lock from other calls."""
-_FIRST_S: Final = 0.01
-_SLOWEST_S: Final = 0.5
-_DIGITS: Final = 4
+_PAUSES_S: Final = (0.01, 0.5)
+E = TypeVar("E", Job, job_groups.GroupOut)
 
 
 def wait_of(call: Call[None]) -> int:
     """The seconds of ``?wait=``, 0 without it. Raises InvalidRequest."""
-    text = call.query.get("wait", "0")
-    number = (
-        int(text) if text.isascii() and text.isdigit() and len(text) < _DIGITS else describe.MOST_WAIT_S + 1
-    )
-    if number > describe.MOST_WAIT_S:
-        raise InvalidRequest(f"wait is a number of seconds from 0 to {describe.MOST_WAIT_S}")
-    return number
+    return call.number("wait", *describe.WAIT_S)
 
 
 async def awaited(call: Call[None], job: Job, wait_s: int) -> Job:
@@ -47,21 +42,29 @@ async def awaited(call: Call[None], job: Job, wait_s: int) -> Job:
         return job
     held = reservation_of(call.request.scope)
     held.release()
-    try:
+    with suppress(Unavailable, UnknownJob):
         held.take(held.admission.streams)
-    except Unavailable:
-        return job
-    store, until = call.service.submitter.store, anyio.current_time() + wait_s
-    while (left_s := until - anyio.current_time()) > 0 and not job.ended:
-        pause_s = min(max(_FIRST_S, (time.time() - job.created_at) / 2), _SLOWEST_S)  # half its age
+        look = partial(call.service.submitter.store.get, job.job_id, job.tenant)
+        return await polled(call, job, look, wait_s, _PAUSES_S)
+    return job
+
+
+async def polled(
+    call: Call[None], found: E, look: Callable[[], E], wait_s: int, pauses_s: tuple[float, float]
+) -> E:
+    """A job or group as ``look`` finds it once it has ended, or after ``wait_s`` seconds.
+
+    ``pauses_s`` are the first and the longest pause between two looks. It ends early if the caller goes away
+    or the server stops. Raises what ``look`` raises.
+    """
+    until, (pause_s, longest_s) = anyio.current_time() + wait_s, pauses_s
+    while (left_s := until - anyio.current_time()) > 0 and not found.ended:
         await anyio.sleep(min(pause_s, left_s))
+        pause_s = min(pause_s * 1.5, longest_s)
         if should_end(call.request.scope):
             break
-        try:
-            job = await call.service.run(POLLS, store.get, job.job_id, job.tenant)
-        except (JobsUnavailable, UnknownJob):
-            break
-    return job
+        found = await call.service.run(POLLS, look)
+    return found
 
 
 async def accepted(call: Call[None], job: Job, wait_s: int = 0) -> Response:

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
-from typing import Final
+from typing import Final, get_args
 
 import anyio
 from fastapi import Response
@@ -10,8 +10,8 @@ from fastapi import Response
 from kms_api import json_body
 from kms_api.deps import STORE, Service
 from kms_api.openapi import describe
-from kms_api.routes.files import OPTION_HEADERS, check_reader, idempotency, labels_of, submit_stream
-from kms_api.routes.job_answers import POLLS, accepted, awaited, shape, wait_of
+from kms_api.routes.files import check_reader, idempotency, labels_of, submit_stream
+from kms_api.routes.job_answers import POLLS, accepted, awaited, polled, shape, wait_of
 from kms_api.routing import READ, WRITE, Call, Router, no_body
 from kms_api.transport.admission import reservation_of
 from kms_api.transport.connection import should_end
@@ -26,21 +26,15 @@ from kms_core.jobs.model import Job
 from kms_core.jobs.submission import celery_intake
 from kms_core.jobs.submission.deadlines import Deadlines
 from kms_core.jobs.submission.submitter import SubmissionOptions
-from kms_protocol import submit_message, wire
+from kms_protocol import errors, job_groups, submit_message, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import BackendUnavailable, InvalidRequest, JobsUnavailable, UnknownKey
 
 router: Final = Router("jobs")
 
 
-@router.call(
-    "GET",
-    "/intake",
-    WRITE,
-    no_body,
-    STORE,
-    gives="The recipient of messages",
-    refuses=(UnknownKey, BackendUnavailable),
+@router.read(
+    "/intake", WRITE, STORE, gives="The recipient of messages", refuses=(UnknownKey, BackendUnavailable)
 )
 def intake(call: Call[None]) -> submit_message.IntakeOut:
     """The age recipient of ``kms.submit`` messages (Celery); 404 where the service takes none."""
@@ -50,33 +44,81 @@ def intake(call: Call[None]) -> submit_message.IntakeOut:
     )
 
 
-_NDJSON: Final = "application/x-ndjson"
 _POLL_S: Final = 0.25
-_MAX_POLL_S: Final = 1.0  # each poll of a group reads all its jobs
+_PAUSES_OF_GROUPS_S: Final = (0.25, 1.0)  # each look at a group reads all its jobs
 _KEEP_ALIVE_S: Final = 15.0
-_DIGITS: Final = 16
+_PAGE: Final = (100, 1, 1000)
+"""The jobs of a page: the default, and the bounds."""
+_LIMIT: Final = describe.query("limit", describe.whole(*_PAGE), "Maximum number of jobs in the answer")
+_LISTING: Final = (*describe.JOBS, InvalidRequest)
+_CANCELLING: Final = (*describe.ONE_JOB, errors.JobCommitting, errors.DurabilityUnconfirmed)
+_SUBMISSION: Final[describe.Json] = {
+    "required": True,
+    "content": {
+        describe.JSON: {"schema": describe.ref(wire.JobIn)},
+        describe.NDJSON: {
+            "schema": describe.lines(wire.JobItem),
+            "example": '{"plaintext": "SGVsbG8=", "context": "row=7"}\n',
+        },
+    },
+}
+_EVENT: Final[describe.Json] = {
+    "description": "An event. Lines that begin with a colon keep the connection open",
+    "type": "object",
+    "properties": {
+        "id": describe.STRING,
+        "event": describe.choice(("job", "gap")),
+        "data": {**describe.STRING, "contentMediaType": describe.JSON},
+    },
+    "required": ["event", "data"],
+}
 _BODY_FACTOR: Final = 2
 """Bytes of a JSON job's body for each byte of its items, which are base64, with names."""
 _read_job: Final = json_body.JsonBody(wire.JobIn, lambda limits: limits.json_job_bytes * _BODY_FACTOR)
 
 
-_read_ids: Final = json_body.JsonBody(wire.JobsIn)
-
-
-@router.stream("POST", "/jobs", WRITE, **describe.SUBMIT)
-async def submit(call: Call[None]) -> Response:
+@router.stream(
+    "POST",
+    "/jobs",
+    WRITE,
+    body=_SUBMISSION,
+    parameters=(
+        describe.query(
+            "kind",
+            describe.choice(get_args(wire.JobKind)),
+            "Kind of a stream of items; a JSON body has its own",
+        ),
+        describe.WAIT,
+        *describe.STREAMED,
+    ),
+    answers=describe.SUBMITTED,
+    refuses=(*describe.SUBMITTING, errors.PathRefused, errors.NotACiphertext),
+)
+async def submit_job(call: Call[None]) -> Response:
     """Bulk items, a file reference, or (as ``application/x-ndjson`` with ``?kind=``) a stream of items."""
-    if call.headers.get("content-type", "").startswith(_NDJSON):
+    if call.headers.get("content-type", "").startswith(describe.NDJSON):
         return await submit_stream(call)
-    if "kind" in call.query or any(name in call.headers for name in OPTION_HEADERS):
+    if "kind" in call.query or any(each["name"] in call.headers for each in describe.OPTIONS):
         raise InvalidRequest("kind= and X-KMS-… are for a stream of items: a JSON body has fields for these")
     wait_s = wait_of(call)
     body = await _read_job(call.request)
     return await accepted(call, await call.service.run(STORE, _submit, call, body), wait_s)
 
 
-@router.call("GET", "/jobs", READ, no_body, STORE, **describe.LIST)
-def listing(call: Call[None]) -> wire.JobList:
+@router.read(
+    "/jobs",
+    READ,
+    STORE,
+    parameters=(
+        describe.query("state", describe.choice(wire.STATES), "Only jobs in this state"),
+        describe.LABEL,
+        _LIMIT,
+        describe.query("cursor", describe.STRING, "`next` of the previous page"),
+    ),
+    gives="Jobs, newest first",
+    refuses=_LISTING,
+)
+def list_jobs(call: Call[None]) -> wire.JobList:
     """Jobs of this tenant, newest first; ``next`` is the cursor of the following page."""
     state = call.query.get("state")
     if state is not None and state not in wire.STATES:
@@ -84,28 +126,52 @@ def listing(call: Call[None]) -> wire.JobList:
     jobs, following = call.service.submitter.store.page(
         call.caller.tenant,
         state=state,
-        limit=_limit(call),
+        limit=call.number("limit", *_PAGE),
         before=call.query.get("cursor"),
         labels=labels_of(call.query.getlist("label")),
     )
     return wire.JobList(jobs=[shape(job) for job in jobs], next=following)
 
 
-@router.call("GET", "/jobs/dead", READ, no_body, STORE, **describe.DEAD)
-def dead(call: Call[None]) -> wire.JobList:
+@router.read("/jobs/dead", READ, STORE, parameters=(_LIMIT,), gives="Jobs, newest first", refuses=_LISTING)
+def dead_jobs(call: Call[None]) -> wire.JobList:
     """Jobs that used up their attempts, newest first. ``POST /jobs/{id}/retry`` queues one again."""
-    found = call.service.submitter.store.dead(call.caller.tenant, _limit(call))
+    found = call.service.submitter.store.dead(call.caller.tenant, call.number("limit", *_PAGE))
     return wire.JobList(jobs=[shape(job) for job in found])
 
 
-@router.call("POST", "/jobs/{job_id}/retry", WRITE, no_body, STORE, **describe.RETRY)
-def retry(call: Call[None]) -> wire.JobOut:
+@router.call(
+    "POST",
+    "/jobs/{job_id}/retry",
+    WRITE,
+    no_body,
+    STORE,
+    gives="The job",
+    refuses=(*describe.ONE_JOB, errors.JobNotDead, errors.DurabilityUnconfirmed),
+)
+def retry_job(call: Call[None]) -> wire.JobOut:
     """Queue a dead job again, with all its attempts."""
     return shape(revive(call.service, call.caller, call.path("job_id")))
 
 
-@router.stream("GET", "/jobs/events", READ, **describe.ALL_EVENTS)
-async def all_events(call: Call[None]) -> Response:
+@router.stream(
+    "GET",
+    "/jobs/events",
+    READ,
+    parameters=(
+        describe.LABEL,
+        describe.header("Last-Event-ID", describe.STRING, "The id of an event: the stream begins behind it"),
+    ),
+    answers={
+        200: describe.raw(
+            "Events `job` with a CloudEvent (JSON) as data, and `gap` where events were lost",
+            {"text/event-stream": {"schema": _EVENT}},
+            "X-Accel-Buffering",
+        )
+    },
+    refuses=_LISTING,
+)
+async def tenant_events(call: Call[None]) -> Response:
     """Server-sent events of all jobs of the tenant, as webhooks tell them.
 
     A stream begins behind the ``Last-Event-ID``, without one at the next event. An event ``gap`` says that
@@ -119,15 +185,13 @@ async def all_events(call: Call[None]) -> Response:
         batch = await call.service.run(STORE, feed.read, store, call.caller.tenant, after, labels)
     held = reservation_of(call.request.scope)
     held.take(held.admission.streams)
-    told = _all_events(call, batch, labels)
+    told = _told(call, batch, labels)
     made = WatchedResponse(told, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
     made.budget = held.admission.streams
     return made
 
 
-async def _all_events(
-    call: Call[None], batch: feed.FeedBatch, labels: Mapping[str, str]
-) -> AsyncIterator[bytes]:
+async def _told(call: Call[None], batch: feed.FeedBatch, labels: Mapping[str, str]) -> AsyncIterator[bytes]:
     """The events of a tenant from a batch on. Ends if Redis does not answer: readers come back."""
     silent_s, store = 0.0, call.service.submitter.store
     yield b": connected\n\n"
@@ -149,8 +213,15 @@ async def _all_events(
             return
 
 
-@router.stream("GET", "/job-groups/{name}", READ, **describe.GROUP)
-async def group(call: Call[None]) -> Response:
+@router.stream(
+    "GET",
+    "/job-groups/{name}",
+    READ,
+    parameters=(describe.WAIT,),
+    answers={200: describe.gives(job_groups.GroupOut, "The group")},
+    refuses=(*describe.ONE_JOB, InvalidRequest),
+)
+async def get_group(call: Call[None]) -> Response:
     """The jobs of a group by state; with ``?wait=`` (seconds) once all have ended, or after that time."""
     wait_s = wait_of(call)
     look = partial(group_of, call.service.submitter.store, call.caller.tenant, call.path("name"))
@@ -158,18 +229,20 @@ async def group(call: Call[None]) -> Response:
     if wait_s and not found.ended:
         held = reservation_of(call.request.scope)
         held.take(held.admission.streams)
-    until, pause_s = anyio.current_time() + wait_s, _POLL_S
-    while not found.ended and (left_s := until - anyio.current_time()) > 0:
-        await anyio.sleep(min(pause_s, left_s))
-        pause_s = min(pause_s * 1.5, _MAX_POLL_S)
-        if should_end(call.request.scope):
-            break
-        found = await call.service.run(POLLS, look)
+        found = await polled(call, found, look, wait_s, _PAUSES_OF_GROUPS_S)
     return json_body.answer(found)
 
 
-@router.call("POST", "/jobs/status", READ, _read_ids, STORE, **describe.MANY)
-def many(call: Call[wire.JobsIn]) -> wire.JobsOut:
+@router.call(
+    "POST",
+    "/jobs/status",
+    READ,
+    json_body.JsonBody(wire.JobsIn),
+    STORE,
+    gives="The jobs",
+    refuses=describe.JOBS,
+)
+def get_jobs(call: Call[wire.JobsIn]) -> wire.JobsOut:
     """State and progress of up to 1,000 jobs in one call, in the order asked for."""
     wanted = list(dict.fromkeys(call.body.job_ids))
     found = call.service.submitter.store.many(wanted, call.caller.tenant)
@@ -178,8 +251,15 @@ def many(call: Call[wire.JobsIn]) -> wire.JobsOut:
     return wire.JobsOut(jobs=[shape(job) for job in found], unknown=unknown)
 
 
-@router.stream("GET", "/jobs/{job_id}", READ, **describe.ONE)
-async def one(call: Call[None]) -> Response:
+@router.stream(
+    "GET",
+    "/jobs/{job_id}",
+    READ,
+    parameters=(describe.WAIT,),
+    answers={200: describe.gives(wire.JobOut, "The job", "Retry-After")},
+    refuses=(*describe.ONE_JOB, InvalidRequest),
+)
+async def get_job(call: Call[None]) -> Response:
     """State and progress of one job; with ``?wait=`` (seconds) once it has ended, or after that time."""
     wait_s = wait_of(call)
     found = await call.service.run(STORE, job_of, call.service, call.caller, call.path("job_id"))
@@ -187,14 +267,22 @@ async def one(call: Call[None]) -> Response:
     return json_body.answer(shape(job), headers=None if job.ended else {"Retry-After": "1"})
 
 
-@router.call("DELETE", "/jobs/{job_id}", WRITE, no_body, STORE, **describe.CANCEL)
-def cancel(call: Call[None]) -> wire.JobOut:
+@router.call("DELETE", "/jobs/{job_id}", WRITE, no_body, STORE, gives="The job", refuses=_CANCELLING)
+def cancel_job(call: Call[None]) -> wire.JobOut:
     """End a queued job now, a running one at its next item or slab: until then it is ``cancelling``."""
     return shape(withdraw(call.service, call.caller, call.path("job_id")))
 
 
-@router.call("DELETE", "/jobs/{job_id}/result", READ, no_body, STORE, **describe.RELEASE)
-def release(call: Call[None]) -> wire.JobOut:
+@router.call(
+    "DELETE",
+    "/jobs/{job_id}/result",
+    READ,
+    no_body,
+    STORE,
+    gives="The job",
+    refuses=(*describe.ONE_RESULT, UnknownKey),
+)
+def release_result(call: Call[None]) -> wire.JobOut:
     """Delete the result of an ended job now, for those who may fetch it; of a dead job also its input."""
     store, spool = call.service.submitter.store, call.service.submitter.spool
     job = job_of(call.service, call.caller, call.path("job_id"))
@@ -204,10 +292,10 @@ def release(call: Call[None]) -> wire.JobOut:
     return shape(job_of(call.service, call.caller, job.job_id))
 
 
-@router.call("POST", "/jobs/{job_id}/cancel", WRITE, no_body, STORE, **describe.CANCEL_BY_POST)
-def cancel_by_post(call: Call[None]) -> wire.JobOut:
+@router.call("POST", "/jobs/{job_id}/cancel", WRITE, no_body, STORE, gives="The job", refuses=_CANCELLING)
+def cancel_job_by_post(call: Call[None]) -> wire.JobOut:
     """Cancel, for clients that cannot send DELETE."""
-    return cancel(call)
+    return cancel_job(call)
 
 
 def job_of(service: Service, who: Principal, job_id: str) -> Job:
@@ -249,11 +337,3 @@ def _submit(call: Call[None], body: wire.JobIn) -> Job:
     )
     most = service.settings.kms.limits.json_job_items
     return service.submitter.submit(options, body, most, partial(service.requests.take_items, who.tenant))
-
-
-def _limit(call: Call[None]) -> int:
-    text = call.query.get("limit", str(describe.PAGE))
-    number = int(text) if text.isascii() and text.isdigit() and len(text) < _DIGITS else 0
-    if not 1 <= number <= describe.MOST:
-        raise InvalidRequest(f"limit is a number from 1 to {describe.MOST}")
-    return number

@@ -19,14 +19,7 @@ from kms_protocol.units import time_text
 router: Final = Router("keys", prefix="/keys")
 
 
-@router.call(
-    "GET",
-    "",
-    CALLER,
-    no_body,
-    KEYS,
-    gives="Keys",
-)
+@router.read("", CALLER, KEYS, gives="Keys")
 def list_keys(call: Call[None]) -> admin.KeysOut:
     """The keys that the caller may use and their versions, the version in use last.
 
@@ -35,15 +28,7 @@ def list_keys(call: Call[None]) -> admin.KeysOut:
     return admin.KeysOut(keys=visible(call.service, call.caller))
 
 
-@router.call(
-    "GET",
-    "/{key_id}",
-    CALLER,
-    no_body,
-    KEYS,
-    gives="The key",
-    refuses=(UnknownKey,),
-)
+@router.read("/{key_id}", CALLER, KEYS, gives="The key", refuses=(UnknownKey,))
 def get_key(call: Call[None]) -> admin.KeyOut:
     """One key. Counts are of all processes, some seconds old; null if Redis does not answer."""
     service, key_id = call.service, call.path("key_id")

@@ -1,7 +1,7 @@
 """Health, status, probes, metrics, and webhooks that were given up. None of them holds a secret."""
 
 import time
-from datetime import datetime
+from contextlib import suppress
 from typing import Final, Literal
 
 from fastapi import Response
@@ -15,9 +15,10 @@ from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.store import queue_stats, usage_flush
 from kms_core.jobs.store.redis_keys import redis_errors
-from kms_core.observability import metrics, usage
+from kms_core.observability import usage
+from kms_core.observability.metrics import REDIS_UP, REDIS_WRITABLE, SPOOL_LIMIT, SPOOL_USED, exposition
 from kms_protocol import __version__, admin
-from kms_protocol.errors import AuditUnavailable, JobsUnavailable, Missing
+from kms_protocol.errors import JobsUnavailable, Missing
 from kms_protocol.units import time_text
 
 router: Final = Router("operations")
@@ -25,14 +26,12 @@ probes: Final = Router("probes")
 webhooks: Final = Router("jobs", prefix="/webhooks")
 NEARLY_FULL: Final = 0.9
 """The used part of the spool from which on it is degraded, as for the alert KmsSpoolNearlyFull."""
-_TEXT: Final = {describe.TEXT: {"schema": {"type": "string"}}}
+_TEXT: Final = {"text/plain": {"schema": describe.STRING}}
 
 
-@router.call(
-    "GET",
+@router.read(
     "/health",
     OPEN,
-    no_body,
     lambda call: call.key_pool(None),
     answers={
         200: describe.gives(admin.HealthOut, "The key works"),
@@ -46,19 +45,12 @@ def health(call: Call[None]) -> Response:
     shape = admin.HealthOut(
         status="healthy" if found.healthy else "unhealthy",
         backend=kms.keyring.default.backend.name,
-        checked_at=_time(found.checked_at) or "",
+        checked_at=time_text(found.checked_at),
     )
     return json_body.answer(shape, 200 if found.healthy else 503)
 
 
-@router.call(
-    "GET",
-    "/status",
-    Rule("status"),
-    no_body,
-    STORE,
-    gives="The state of the service",
-)
+@router.read("/status", Rule("status"), STORE, gives="The state of the service")
 def status(call: Call[None]) -> admin.StatusOut:
     """Backend, environment, version, degraded parts, and counts of operations and jobs.
 
@@ -67,25 +59,16 @@ def status(call: Call[None]) -> admin.StatusOut:
     return condition(call.service, call.caller)
 
 
-@probes.call(
-    "GET",
-    "/livez",
-    OPEN,
-    no_body,
-    None,
-    answers={200: describe.raw("`ok` and a line end", _TEXT)},
-)
+@probes.read("/livez", OPEN, None, answers={200: describe.raw("`ok` and a line end", _TEXT)})
 def livez(call: Call[None]) -> Response:
     """Tell if the process answers. Depends on nothing else."""
     del call
     return Response(b"ok\n", media_type="text/plain")
 
 
-@probes.call(
-    "GET",
+@probes.read(
     "/readyz",
     OPEN,
-    no_body,
     STORE,
     answers={
         200: describe.gives(admin.ReadyOut, "Ready"),
@@ -95,28 +78,20 @@ def livez(call: Call[None]) -> Response:
 def readyz(call: Call[None]) -> Response:
     """Tell if single calls can be answered: 503 if no audit record can be written, 200 also without Redis."""
     service = call.service
-    jobs, audit = service.submitter.store.condition(), _audit_state(service)
-    ready = service.kms.health_check().healthy and audit == "available"
+    can_record = service.can_record()
+    ready = service.kms.health_check().healthy and can_record
     shape = admin.ReadyOut(
         status="ready" if ready else "not ready",
-        jobs=jobs,
-        audit=audit,
+        jobs=service.submitter.store.condition(),
+        audit="available" if can_record else "unavailable",
         keys="unavailable" if service.kms.keyring.closed() else "available",
         spool=_spool_state(service),
     )
     return json_body.answer(shape, 200 if ready else 503)
 
 
-@probes.call(
-    "GET",
-    METRICS,
-    Rule("metrics"),
-    no_body,
-    STORE,
-    operation_id="metrics",
-    answers={200: describe.raw("Metrics", _TEXT)},
-)
-def prometheus(call: Call[None]) -> Response:
+@probes.read(METRICS, Rule("metrics"), STORE, answers={200: describe.raw("Metrics", _TEXT)})
+def metrics(call: Call[None]) -> Response:
     """Prometheus text format. The state of jobs is read from Redis at each request."""
     return Response(_exposition(call.service), media_type=CONTENT_TYPE_LATEST)
 
@@ -124,27 +99,14 @@ def prometheus(call: Call[None]) -> Response:
 def condition(service: Service, who: Principal) -> admin.StatusOut:
     """Return the status of the service, limited to the tenant of a principal without ``metrics``."""
     tenant = None if allows(service.kms.policy, who, "metrics") else who.tenant
-    jobs, depth, workers, stuck, degraded = None, None, None, 0, []
+    jobs, depth, workers, stuck = None, None, None, 0
     counts = service.kms.usage.peek()
-    try:
+    with suppress(JobsUnavailable):
         counts = usage.together(usage_flush.shared(service.submitter.store.redis), counts)
         found = queue_stats.survey(service.submitter.store, tenant)
         jobs, workers, stuck = found.jobs, found.workers, found.stuck
         depth = found.jobs["queued"] if tenant else sum(found.depths.values())
-    except JobsUnavailable:
-        degraded.append("redis")
-    if (store := service.submitter.store.condition()) in {"full", "read_only"}:
-        degraded.append(f"redis_{store}")
-    if (use := service.submitter.spool.use()).is_away or use.ratio >= NEARLY_FULL:
-        degraded.append("spool")
-    degraded += service.install.condition.degraded
-    worker_states = {"workers": workers == 0, "worker_processes": stuck > 0}
-    degraded += [name for name, is_so in worker_states.items() if is_so]
-    degraded += [*_degraded_keys(service), *_degraded_audit(service)]
-    if service.revocations and not service.revocations.is_current():
-        degraded.append("client_crl")
-    if service.authenticator and not service.authenticator.tokens.is_current():
-        degraded.append("tokens")
+    states = {"workers": workers == 0, "worker_processes": stuck > 0}
     return admin.StatusOut(
         backend=service.kms.keyring.default.backend.name,
         environment=service.settings.environment,
@@ -156,8 +118,33 @@ def condition(service: Service, who: Principal) -> admin.StatusOut:
         workers=workers,
         spool=_spool(service, tenant),
         install=service.install.condition.install_id or None if tenant is None else None,
-        degraded=degraded,
+        degraded=[
+            *(["redis"] if jobs is None else []),
+            *service.install.condition.degraded,
+            *(name for name, is_so in (states | _states(service)).items() if is_so),
+        ],
     )
+
+
+def _states(service: Service) -> dict[str, bool]:
+    """The parts that may be degraded, and whether they are."""
+    keyring, audit = service.kms.keyring, service.audit_monitor.condition
+    store, use = service.submitter.store.condition(), service.submitter.spool.use()
+    return {
+        "redis_full": store == "full",
+        "redis_read_only": store == "read_only",
+        "spool": use.is_away or use.ratio >= NEARLY_FULL,
+        "backend": not service.kms.health_check().healthy,
+        "keys": bool(keyring.closed()),
+        "key_documents": keyring.is_late,
+        "audit": not service.can_record(),
+        "audit_chain": bool(audit.problems),
+        "audit_anchors": bool(audit.anchors),
+        "audit_anchors_away": bool(audit.not_compared),
+        "audit_unread": bool(audit.unread),
+        "client_crl": service.revocations is not None and not service.revocations.is_current(),
+        "tokens": service.authenticator is not None and not service.authenticator.tokens.is_current(),
+    }
 
 
 def _spool_state(
@@ -186,52 +173,19 @@ def _spool(service: Service, tenant: str | None) -> admin.SpoolOut:
     return admin.SpoolOut(full=full, used_bytes=used, limit_bytes=store.rules.spool_bytes_of(tenant) or None)
 
 
-def _degraded_keys(service: Service) -> list[str]:
-    states = {
-        "backend": not service.kms.health_check().healthy,
-        "keys": service.kms.keyring.closed(),
-        "key_documents": service.kms.keyring.is_late,
-    }
-    return [name for name, is_so in states.items() if is_so]
-
-
-def _degraded_audit(service: Service) -> list[str]:
-    found = service.audit_monitor.condition
-    states = {
-        "audit": _audit_state(service) == "unavailable",
-        "audit_chain": found.problems,
-        "audit_anchors": found.anchors,
-        "audit_anchors_away": found.not_compared,
-        "audit_unread": found.unread,
-    }
-    return [name for name, is_so in states.items() if is_so]
-
-
-def _audit_state(service: Service) -> Literal["available", "unavailable"]:
-    try:
-        service.kms.audit_log.check()
-    except AuditUnavailable:
-        return "unavailable"
-    return "available"
-
-
 def _exposition(service: Service) -> bytes:
     try:
         queue_stats.tell(queue_stats.survey(service.submitter.store), service.settings.kms.tenants)
-        metrics.REDIS_UP.set(1)
-        metrics.REDIS_WRITABLE.set(service.submitter.store.condition() == "available")
+        REDIS_UP.set(1)
+        REDIS_WRITABLE.set(service.submitter.store.condition() == "available")
     except JobsUnavailable:
-        metrics.REDIS_UP.set(0)
+        REDIS_UP.set(0)
         queue_stats.lost()
     use = service.submitter.spool.use()
-    metrics.SPOOL_USED.set(use.used_bytes)
-    metrics.SPOOL_LIMIT.set(use.limit_bytes)
+    SPOOL_USED.set(use.used_bytes)
+    SPOOL_LIMIT.set(use.limit_bytes)
     service.kms.health_check()
-    return metrics.exposition()
-
-
-def _time(at: datetime | None) -> str | None:
-    return None if at is None else time_text(at)
+    return exposition()
 
 
 def _operations(counts: dict[tuple[str, str], int]) -> admin.Operations:
@@ -249,15 +203,7 @@ def _operations(counts: dict[tuple[str, str], int]) -> admin.Operations:
 # -- webhooks ---------------------------------------------------------------------------------------
 
 
-@webhooks.call(
-    "GET",
-    "/dead",
-    READ,
-    no_body,
-    STORE,
-    gives="Deliveries given up",
-    refuses=describe.JOBS,
-)
+@webhooks.read("/dead", READ, STORE, gives="Deliveries given up", refuses=describe.JOBS)
 def dead_deliveries(call: Call[None]) -> admin.DeliveryList:
     """Deliveries given up after 20 attempts or a day, newest first; the last 1,000 are kept."""
     _, found = _given_up(call)

@@ -1,6 +1,6 @@
 """Single calls on bytes: encrypt, decrypt, rewrap, data keys, and file keys for age tools."""
 
-from typing import Final
+from typing import Final, TypeVar
 
 from msgspec import UNSET
 
@@ -8,12 +8,14 @@ from kms_api.deps import Pool
 from kms_api.json_body import JsonBody
 from kms_api.openapi import describe
 from kms_api.routing import CALLER, Call, Router
+from kms_core.envelope.binding import KeyRef
 from kms_core.results import Sealed
 from kms_core.settings.model import LimitsSection
 from kms_protocol import errors, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import DataKeysUnsupported, InvalidRequest, TooLarge
 
+U = TypeVar("U", bound=wire.UsedKey)
 router: Final = Router("secrets")
 _WRAP_BYTES: Final = 128 * 1024  # the largest header of a single call, in base64, and a context
 
@@ -36,8 +38,7 @@ def wrap(call: Call[wire.WrapIn]) -> wire.WrapOut:
     """Wrap the 16-byte file key of an age file that the caller makes. A scope must name `wrap`."""
     body = call.body
     made = call.service.kms.wrap(call.caller, body.file_key, Context.parse(body.context), key_id=body.key_id)
-    key = made.key
-    return wire.WrapOut(stanza=made.stanza, key_id=key.key_id, key_version=key.version, backend=key.backend)
+    return of_key(wire.WrapOut, made.key, stanza=made.stanza)
 
 
 @router.call(
@@ -61,14 +62,7 @@ def unwrap(call: Call[wire.UnwrapIn]) -> wire.UnwrapOut:
     found = call.service.kms.unwrap(
         call.caller, body.stanzas, Context.parse(body.context), key_id=body.key_id
     )
-    key = found.key
-    return wire.UnwrapOut(
-        file_key=found.file_key,
-        key_id=key.key_id,
-        key_version=key.version,
-        backend=key.backend,
-        origin=found.origin,
-    )
+    return of_key(wire.UnwrapOut, found.key, file_key=found.file_key, origin=found.origin)
 
 
 @router.call(
@@ -103,14 +97,8 @@ def decrypt(call: Call[wire.DecryptIn]) -> wire.DecryptOut:
     check_ciphertext(call.limits, body.ciphertext)
     context = Context.parse(body.context)
     opened = call.service.kms.decrypt(call.caller, body.ciphertext, context, key_id=body.key_id)
-    key = opened.key
-    return wire.DecryptOut(
-        plaintext=opened.plaintext,
-        key_id=key.key_id,
-        key_version=key.version,
-        backend=key.backend,
-        origin=opened.origin,
-        file_id=opened.file_id,
+    return of_key(
+        wire.DecryptOut, opened.key, plaintext=opened.plaintext, origin=opened.origin, file_id=opened.file_id
     )
 
 
@@ -129,13 +117,12 @@ def generate_key(call: Call[wire.GenerateKeyIn]) -> wire.GenerateKeyOut:
     spec, size = _data_key_size(body)
     context = Context.parse(body.context)
     made = call.service.kms.generate_data_key(call.caller, size, context, key_id=body.key_id)
-    return wire.GenerateKeyOut(
+    return of_key(
+        wire.GenerateKeyOut,
+        made.key,
         plaintext=UNSET if body.without_plaintext else made.plaintext,
         ciphertext=made.ciphertext,
         key_spec=spec,
-        key_id=made.key.key_id,
-        key_version=made.key.version,
-        backend=made.key.backend,
         file_id=made.file_id,
     )
 
@@ -155,11 +142,8 @@ def rewrap(call: Call[wire.RewrapIn]) -> wire.EncryptOut:
     check_ciphertext(call.limits, body.ciphertext)
     context = Context.parse(body.context)
     new_context = None if body.new_context is None else Context.parse(body.new_context)
-    return _sealed(
-        call.service.kms.rewrap(
-            call.caller, body.ciphertext, context, new_context=new_context, key_id=body.key_id
-        )
-    )
+    kms, who = call.service.kms, call.caller
+    return _sealed(kms.rewrap(who, body.ciphertext, context, new_context=new_context, key_id=body.key_id))
 
 
 def check_plaintext(limits: LimitsSection, plaintext: bytes) -> None:
@@ -176,15 +160,13 @@ def check_ciphertext(limits: LimitsSection, ciphertext: bytes) -> None:
         raise TooLarge(f"The ciphertext is above {limit} bytes: upload it to {wire.PREFIX}/files/decrypt")
 
 
+def of_key(shape: type[U], key: KeyRef, **fields: object) -> U:
+    """An answer that names the key and has these fields."""
+    return shape(key_id=key.key_id, key_version=key.version, backend=key.backend, **fields)
+
+
 def _sealed(made: Sealed) -> wire.EncryptOut:
-    key = made.key
-    return wire.EncryptOut(
-        ciphertext=made.ciphertext,
-        key_id=key.key_id,
-        key_version=key.version,
-        backend=key.backend,
-        file_id=made.file_id,
-    )
+    return of_key(wire.EncryptOut, made.key, ciphertext=made.ciphertext, file_id=made.file_id)
 
 
 def _data_key_size(body: wire.GenerateKeyIn) -> tuple[str, int]:

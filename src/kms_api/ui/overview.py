@@ -15,7 +15,7 @@ from fastapi import Response
 
 from kms_api.deps import Service
 from kms_api.routes import audit, operations
-from kms_api.routing import CALLER, UI, Call, Router, Rule, no_body
+from kms_api.routing import CALLER, UI, Call, Router, Rule
 from kms_api.ui import charts
 from kms_api.ui.charts import Chart
 from kms_api.ui.render import PageRoute, number, render
@@ -39,7 +39,7 @@ _OF_OVERVIEW: Final = ("audit:read", "jobs:read", "metrics", "status")
 # -- overview ------------------------------------------------------------------------------------------
 
 
-@router.call("GET", "", CALLER, no_body, THREADS)
+@router.read("", CALLER, THREADS)
 def overview(call: Call[None]) -> Response:
     """The state of the service, notices, charts of jobs, dead and newest jobs, and refusals of a day."""
     service, caller, period = call.service, call.caller, call.query.get("period", "6h")
@@ -149,7 +149,7 @@ def _refusals(service: Service, caller: Principal) -> list[RecordedOperation]:
 # -- workers -------------------------------------------------------------------------------------------
 
 
-@router.call("GET", "/workers", Rule("metrics"), no_body, THREADS)
+@router.read("/workers", Rule("metrics"), THREADS)
 def worker_list(call: Call[None]) -> Response:
     """Workers and what they do, queues, and the room for uploads and results; of all tenants.
 

@@ -16,7 +16,7 @@ from starlette.responses import FileResponse
 
 from kms_api.deps import Pool, Service
 from kms_api.routes import audit, files, job_answers, jobs, keys
-from kms_api.routing import CALLER, DOCS, OPEN, READ, UI, Call, Router, no_body
+from kms_api.routing import CALLER, DOCS, OPEN, READ, UI, Call, Router
 from kms_api.ui.render import STATIC, STATIC_FILES, PageRoute, percent, render, screen, to
 from kms_core import audit as records
 from kms_core.audit import query
@@ -72,7 +72,7 @@ def job_row(job: Job) -> JobRow:
 # -- jobs ----------------------------------------------------------------------------------------------
 
 
-@router.call("GET", "/jobs", READ, no_body, THREADS)
+@router.read("/jobs", READ, THREADS)
 def job_list(call: Call[None]) -> Response:
     """Jobs of this tenant, newest first, by state and label. State ``dead``: failed, without attempts left.
 
@@ -105,7 +105,7 @@ def job_list(call: Call[None]) -> Response:
     )
 
 
-@router.call("GET", "/jobs/{job_id}", READ, no_body, THREADS)
+@router.read("/jobs/{job_id}", READ, THREADS)
 def job(call: Call[None]) -> Response:
     """State and progress of a job, and forms to cancel or retry it."""
     row = job_row(jobs.job_of(call.service, call.caller, call.path("job_id")))
@@ -124,13 +124,13 @@ def job(call: Call[None]) -> Response:
 @router.stream("GET", "/jobs/{job_id}/state", READ)
 async def job_state(call: Call[None]) -> Response:
     """The job as JSON, with ``?wait=`` (seconds), as at the API, which accepts no session cookie."""
-    return await jobs.one(call)
+    return await jobs.get_job(call)
 
 
 # -- audit ---------------------------------------------------------------------------------------------
 
 
-@router.call("GET", "/audit", audit.SCOPE, no_body, THREADS)
+@router.read("/audit", audit.SCOPE, THREADS)
 def audit_log(call: Call[None]) -> Response:
     """Operations of this tenant, newest first, by filter and period."""
     period, until = call.query.get("period", "24h"), call.query.get("until", "")
@@ -184,7 +184,7 @@ def newest_events(
         raise AuditUnavailable("The audit log cannot be read") from exc
 
 
-@router.call("GET", "/audit/{audit_id}/receipt", audit.SCOPE, no_body, THREADS)
+@router.read("/audit/{audit_id}/receipt", audit.SCOPE, THREADS)
 def receipt_of(call: Call[None]) -> Response:
     """Proof that an operation of this tenant was recorded, as a file. Raises UnknownRecord."""
     made = _receipt(call, call.path("audit_id"))
@@ -217,14 +217,14 @@ def _made(log: HostLog, audit_id: str) -> Receipt | None:
 # -- keys ----------------------------------------------------------------------------------------------
 
 
-@router.call("GET", "/keys", CALLER, no_body, THREADS)
+@router.read("/keys", CALLER, THREADS)
 def key_list(call: Call[None]) -> Response:
     """The keys that the caller may use: versions, ages, numbers of encryptions, next rotation."""
     rows, done = rows_of(call.service, call.caller), call.query.get("done", "")
     return render(call.request, "keys.html", keys=rows, done=done)
 
 
-@router.call("GET", "/keys/{key_id}/rotate", CALLER, no_body, THREADS)
+@router.read("/keys/{key_id}/rotate", CALLER, THREADS)
 def rotation(call: Call[None]) -> Response:
     """The effects of a rotation, and a form to confirm it. Raises UnknownKey."""
     for row in rows_of(call.service, call.caller):
@@ -255,7 +255,7 @@ def _problem(key: admin.KeyOut, now: datetime) -> str:
 # -- runbooks ------------------------------------------------------------------------------------------
 
 
-@router.call("GET", "/runbooks", CALLER, no_body, THREADS)
+@router.read("/runbooks", CALLER, THREADS)
 def runbook_list(call: Call[None]) -> Response:
     """The runbook of each alert. Alerts and dashboards link here."""
     return render(call.request, "runbooks.html", runbooks=screen(call.request).runbooks)
