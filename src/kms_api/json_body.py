@@ -13,7 +13,7 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
 from kms_api.deps import PRINCIPAL, service
-from kms_api.transport.admission import Budget, Reservation, reservation_of
+from kms_api.transport.admission import Reservation, reservation_of
 from kms_api.transport.connection import cycle_of
 from kms_api.transport.upload import refuse_encoding
 from kms_core.settings.model import LimitsSection
@@ -73,9 +73,7 @@ async def read_bytes(request: Request, limit_bytes: int) -> bytes:
     if declared:
         held.take(held.admission.json, declared)
     counted = None if declared else held
-    await _in_time(
-        held.admission.json, held.admission.body_s, _read_into(body, request, limit_bytes, counted)
-    )
+    await _in_time(held.admission.body_s, _read_into(body, request, limit_bytes, counted))
     return bytes(body)
 
 
@@ -101,17 +99,15 @@ async def _read_login(request: Request, held: Reservation, body: bytearray, limi
         await _read_into(body, request, limit_bytes, None)
     if moment.cancelled_caught:
         held.take(held.admission.logins)
-        rest = _read_into(body, request, limit_bytes, None)
-        await _in_time(held.admission.logins, held.admission.body_s, rest)
+        await _in_time(held.admission.body_s, _read_into(body, request, limit_bytes, None))
 
 
-async def _in_time(budget: Budget, seconds: float, reading: Coroutine[None, None, None]) -> None:
+async def _in_time(seconds: float, reading: Coroutine[None, None, None]) -> None:
     """Raise BodyTimeout if reading takes longer."""
     try:
         with anyio.fail_after(seconds):
             await reading
     except TimeoutError:
-        budget.too_slow()
         raise BodyTimeout(f"The body did not arrive within {seconds:.0f} s") from None
 
 

@@ -117,13 +117,6 @@ def used(service: Guarded, kind: str) -> int:
     return _metric(service, f'{name}{{kind="{kind}"}}')
 
 
-def refused(service: Guarded, kind: str) -> Counter[str]:
-    """Refusals by reason since the service began."""
-    name = "kms_http_admission_refusals_total"
-    reasons = ("credential", "tenant", "total", "deadline")
-    return Counter({why: _metric(service, f'{name}{{kind="{kind}",reason="{why}"}}') for why in reasons})
-
-
 def _metric(service: Guarded, series: str) -> int:
     text = service.http.get("/metrics").text
     found = re.search(rf"^{re.escape(series)} (\S+)$", text, re.MULTILINE)
@@ -185,7 +178,6 @@ def test_idle_uploads_of_one_token(
     crowded: Guarded, bad: dict[str, str], good: dict[str, str], how: str
 ) -> None:
     path, headers = UPLOADS[how]
-    before = refused(crowded, "upload")
     head, slots = bad | headers | {"Content-Length": str(8 * MIB)}, BOUNDS["upload"]
     with peers(crowded, slots, path, head, PIECE) as idle:
         with sending(idle):  # until all others have come, however long that takes
@@ -195,8 +187,6 @@ def test_idle_uploads_of_one_token(
             calls_of_the_other(crowded, good)
         assert Counter(peer.status() for peer in idle) == {408: slots}
 
-    new = refused(crowded, "upload") - before
-    assert new == {"deadline": slots, "credential": 300 - slots}
     until(lambda: used(crowded, "upload") == 0, "nothing is held")
 
 
@@ -233,7 +223,6 @@ SIZE: Final = 31 * MIB
 
 
 def test_large_json_bodies_that_drip(crowded: Guarded, bad: dict[str, str], good: dict[str, str]) -> None:
-    before = refused(crowded, "json")
     head = bad | {"Content-Length": str(SIZE)}
     with peers(crowded, 32, f"{PREFIX}/jobs", head, b" " * 60_000) as senders:
         until(lambda: used(crowded, "json") == 2 * SIZE, "two bodies have their room")
@@ -242,7 +231,6 @@ def test_large_json_bodies_that_drip(crowded: Guarded, bad: dict[str, str], good
         statuses = Counter(peer.status() for peer in senders)
 
     assert statuses == {408: 2, 429: 30}
-    assert refused(crowded, "json") - before == {"deadline": 2, "credential": 30}
     until(lambda: used(crowded, "json") == 0, "nothing is held")
 
 
@@ -317,7 +305,6 @@ def test_an_unread_body_ends_its_connection(crowded: Guarded) -> None:
 
 
 def test_unfinished_logins_need_no_credential_and_hold_little(crowded: Guarded, good: dict[str, str]) -> None:
-    before = refused(crowded, "login")
     form = {"Content-Type": "application/x-www-form-urlencoded", "Content-Length": "1000"}
     with peers(crowded, 100, "/ui/login", form, b"token=") as senders:
         until(lambda: used(crowded, "login") == BOUNDS["login"], "the slots of one address are taken")
@@ -338,7 +325,6 @@ def test_unfinished_logins_need_no_credential_and_hold_little(crowded: Guarded, 
         statuses = Counter(peer.status() for peer in senders)
 
     assert statuses == {408: BOUNDS["login"], 429: 100 - BOUNDS["login"]}
-    assert refused(crowded, "login") - before == {"deadline": 8, "credential": 92}
     until(lambda: used(crowded, "login") == 0, "nothing is held")
 
 
@@ -396,7 +382,6 @@ def result_of(service: Guarded, who: dict[str, str], data: bytes) -> str:
 def test_readers_that_take_nothing(crowded: Guarded, bad: dict[str, str], good: dict[str, str]) -> None:
     data = os.urandom(24 * MIB)
     slow, other = result_of(crowded, bad, data), result_of(crowded, good, data)
-    before = refused(crowded, "download")
     with peers(crowded, 40, slow, bad) as readers:
         statuses = Counter(peer.begun() for peer in readers)
         assert statuses == {200: BOUNDS["download"], 429: 40 - BOUNDS["download"]}
@@ -404,9 +389,6 @@ def test_readers_that_take_nothing(crowded: Guarded, bad: dict[str, str], good: 
         calls_of_the_other(crowded, good)
         assert len(crowded.http.get(other, headers=good).content) > len(data)
         until(lambda: used(crowded, "download") == 0, "they are given up")
-
-    new = refused(crowded, "download") - before
-    assert new == {"deadline": BOUNDS["download"], "credential": 40 - BOUNDS["download"]}
 
 
 def test_a_slow_reader_that_goes_on_gets_everything(crowded: Guarded, good: dict[str, str]) -> None:
@@ -429,12 +411,12 @@ def test_an_answer_at_once_that_nobody_takes_ends_its_connection(
     item = {"plaintext": b64(bytes(2000))}
     body = json.dumps({"operation": "encrypt", "items": [item] * 1000}).encode()
     head = good | {"Content-Length": str(len(body))}
-    before = refused(crowded, "json")["deadline"]
     with peers(crowded, 3, f"{PREFIX}/batch", head, body) as readers:
         for peer in readers * 4:  # the kernel takes some of them
             peer.ask(f"{PREFIX}/batch", head, body)
-        until(lambda: refused(crowded, "json")["deadline"] - before == 3, "they are given up")
-        until(lambda: used(crowded, "json") == 0, "nothing is held")
+        until(lambda: used(crowded, "json") == 0, "they are given up")
+        for peer in readers:
+            peer.status()  # reads to the end of the connection, which an answer that goes on has not
 
 
 # -- nothing is kept -----------------------------------------------------------------------------------------

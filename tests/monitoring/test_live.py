@@ -167,7 +167,6 @@ MOVED_ELSEWHERE: Final = {
     "kms_auth_failures": "e2e/test_auth.py",
     "kms_auth_jwt_work": "e2e/test_auth_flood.py",
     "kms_client_crl_expires_timestamp_seconds": "e2e/test_auth_revocation.py",
-    "kms_http_admission_refusals": "e2e/test_admission.py",
     "kms_job_stalls": "chaos/test_hung_mount.py",
     "kms_key_document_age_seconds": "e2e/test_key_documents.py",
     "kms_messages_refused": "chaos/test_poison.py",

@@ -20,6 +20,7 @@ from kms_api.routes.job_answers import accepted, wait_of
 from kms_api.routing import READ, WRITE, Call, Router
 from kms_api.transport import download, upload
 from kms_api.transport.admission import reservation_of
+from kms_api.transport.connection import TransferLimits
 from kms_core import audit
 from kms_core.jobs import authorization, bulk_lines
 from kms_core.jobs.execution import results
@@ -115,8 +116,7 @@ async def _upload(call: Call[None], kind: wire.JobKind) -> Response:
     sink = call.service.submitter.receive_upload(
         submission_options(call, kind), int(call.headers.get("content-length") or 0)
     )
-    with reservation_of(call.request.scope).upload() as limits:
-        job = await upload.receive(call.request, sink, call.service.threads, limits)
+    job = await upload.receive(call.request, sink, call.service.threads, _pace_of_upload(call))
     return await accepted(call, job, wait_s)
 
 
@@ -125,24 +125,30 @@ async def submit_stream(call: Call[None]) -> Response:
     kind = _one_of("kind", call.query.get("kind", ""), _KINDS)
     service, options, wait_s = call.service, submission_options(call, kind), wait_of(call)
     upload.refuse_encoding(call.request)
-    with reservation_of(call.request.scope).upload() as limits:
-        reader = upload.UploadReader(call.request, limits)
+    reader = upload.UploadReader(call.request, _pace_of_upload(call))
 
-        def arriving() -> Iterator[memoryview]:
-            slab, more = memoryview(bytearray(_CHUNK_BYTES)), True
-            while more:
-                size, more = anyio.from_thread.run(reader.fill, slab)
-                yield slab[:size]
+    def arriving() -> Iterator[memoryview]:
+        slab, more = memoryview(bytearray(_CHUNK_BYTES)), True
+        while more:
+            size, more = anyio.from_thread.run(reader.fill, slab)
+            yield slab[:size]
 
-        def submit_items() -> Job:
-            service.submitter.check(options, bulk=True)
-            parsed = (
-                bulk_lines.parse_line(index, line) for index, line in enumerate(bulk_lines.lines(arriving()))
-            )
-            return service.submitter.items(options, service.requests.counted(options.who.tenant, parsed))
+    def submit_items() -> Job:
+        service.submitter.check(options, bulk=True)
+        parsed = (
+            bulk_lines.parse_line(index, line) for index, line in enumerate(bulk_lines.lines(arriving()))
+        )
+        return service.submitter.items(options, service.requests.counted(options.who.tenant, parsed))
 
-        job = await anyio.to_thread.run_sync(submit_items, limiter=service.upload_limiter)
+    job = await anyio.to_thread.run_sync(submit_items, limiter=service.upload_limiter)
     return await accepted(call, job, wait_s)
+
+
+def _pace_of_upload(call: Call[None]) -> TransferLimits:
+    """The pace that a sender must keep. Takes the slot of an upload: raises RateLimited, Unavailable."""
+    held = reservation_of(call.request.scope)
+    held.take(held.admission.uploads)
+    return held.admission.transfer
 
 
 def submission_options(call: Call[None], kind: wire.JobKind) -> SubmissionOptions:
@@ -267,7 +273,6 @@ def _ranged(call: Call[None], job: Job, body: Result) -> Response:
     headers["Content-Length"] = str(stop - start)
     sending = download.send(_begun(body.slabs(start, stop)), call.service.threads)
     made = download.WatchedResponse(sending, status, headers, media_type)
-    made.budget = reservation_of(call.request.scope).admission.downloads
     if job.accepted and job.accepted.release and stop > start:
         made.told = partial(_fetched, call, job, start, size)
     return made

@@ -186,9 +186,7 @@ async def tenant_events(call: Call[None]) -> Response:
     held = reservation_of(call.request.scope)
     held.take(held.admission.streams)
     told = _told(call, batch, labels)
-    made = WatchedResponse(told, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
-    made.budget = held.admission.streams
-    return made
+    return WatchedResponse(told, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
 
 async def _told(call: Call[None], batch: feed.FeedBatch, labels: Mapping[str, str]) -> AsyncIterator[bytes]:

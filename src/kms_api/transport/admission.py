@@ -6,8 +6,6 @@ refused at once (ADR 45). A request gives back its amounts when it ends, also by
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal, Self
 
@@ -20,7 +18,7 @@ from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import source_of
 from kms_core.observability import metrics
 from kms_core.settings.model import ServerSection
-from kms_protocol.errors import BodyTimeout, KmsError, RateLimited, Unavailable
+from kms_protocol.errors import KmsError, RateLimited, Unavailable
 from kms_protocol.units import KiB, MiB
 
 RESERVATION: Final = "kms.reservation"  # the key of a request's reservation in its ASGI scope
@@ -40,10 +38,9 @@ _LOGINS_PER_ADDRESS: Final = 8
 """Unfinished logins: they hold no credential to count by."""
 _RETRY_S: Final = 5.0
 Kind = Literal["json", "upload", "download", "stream", "login"]
-Reason = Literal["credential", "tenant", "total", "deadline"]
+Reason = Literal["credential", "tenant", "total"]
 Holder = tuple[str, str]
 """The tenant and the credential of a request; the source address twice, if it has no credential."""
-_REASONS: Final[tuple[Reason, ...]] = ("credential", "tenant", "total", "deadline")
 _NOUNS: Final[dict[Kind, str]] = {
     "json": "bytes of request bodies",
     "upload": "uploads",
@@ -67,8 +64,6 @@ class Budget:
         self._amounts = Counter[str | Holder]()  # by tenant, and by tenant and credential
         gauge = metrics.HTTP_BYTES_IN_FLIGHT if kind == "json" else metrics.HTTP_SLOTS
         self._shown = gauge.labels(kind)
-        for reason in _REASONS:
-            metrics.HTTP_REFUSALS.labels(kind, reason)  # starts at zero
 
     def take(self, holder: Holder | None, amount: int = 1) -> None:
         """Take an amount now. Raises RateLimited or Unavailable, and then takes nothing."""
@@ -80,10 +75,6 @@ class Budget:
     def give_back(self, holder: Holder | None, amount: int = 1) -> None:
         """Give back an amount."""
         self._add(holder, -amount)
-
-    def too_slow(self) -> None:
-        """Count a sender or reader that was cut off."""
-        metrics.HTTP_REFUSALS.labels(self.kind, "deadline").inc()
 
     def _reason(self, holder: Holder | None, amount: int) -> Reason | None:
         """The bound that the amount would exceed, if any."""
@@ -105,8 +96,6 @@ class Budget:
                 del self._amounts[key]
 
     def _refused_error(self, reason: Reason) -> KmsError:
-        """The error for a refused request, which is counted."""
-        metrics.HTTP_REFUSALS.labels(self.kind, reason).inc()
         noun = _NOUNS[self.kind]
         if reason == "total":
             return Unavailable(f"The service has its maximum of {noun}", retry_after_s=_RETRY_S)
@@ -155,19 +144,6 @@ class Reservation:
         budget.take(holder_of(self._scope), amount)
         self._amounts[budget] = self._amounts.get(budget, 0) + amount
 
-    @contextmanager
-    def upload(self) -> Iterator[TransferLimits]:
-        """Hold the slot of an upload until the request ends. Yields the pace that its sender must keep.
-
-        Raises RateLimited, Unavailable if no slot is free.
-        """
-        self.take(self.admission.uploads)
-        try:
-            yield self.admission.transfer
-        except BodyTimeout:
-            self.admission.uploads.too_slow()
-            raise
-
     def release(self) -> None:
         """Give back all amounts."""
         if self._amounts:
@@ -204,7 +180,7 @@ class Admitted:
 
     async def _read_by_peer(self, cycle: RequestResponseCycle) -> None:
         """Wait until the reader has taken most of the answer, or was too slow and is cut off."""
-        with ReaderWatch(cycle, self._admission.transfer, self._admission.json.too_slow):
+        with ReaderWatch(cycle, self._admission.transfer):
             await cycle.flow.drain()
 
 

@@ -64,18 +64,15 @@ class TransferRate:
 class ReaderWatch:
     """Aborts the connection of an answer whose reader is slower than ``limits`` allow, while entered.
 
-    Only time in which bytes wait for the reader counts. ``too_slow`` is called before the connection ends.
+    Only time in which bytes wait for the reader counts.
     """
 
-    def __init__(
-        self, cycle: RequestResponseCycle, limits: TransferLimits, too_slow: Callable[[], None]
-    ) -> None:
+    def __init__(self, cycle: RequestResponseCycle, limits: TransferLimits) -> None:
         self.written = 0
         """Bytes handed to the transport, counted by the caller, including those that wait at the start."""
         self._transport = cycle.transport
         self._check_s = limits.check_s
         self._rate = TransferRate(limits)
-        self._too_slow = too_slow
         self._next: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
@@ -96,7 +93,6 @@ class ReaderWatch:
             self._rate.wait()
         elif self._rate.left_s(self.written - waiting) <= 0:
             self._next = None
-            self._too_slow()
             self._transport.abort()
             return
         self._schedule()

@@ -15,7 +15,7 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from kms_api.transport.admission import Budget, reservation_of
+from kms_api.transport.admission import reservation_of
 from kms_api.transport.connection import ReaderWatch, cycle_of
 from kms_api.transport.upload import Worker, outcome
 
@@ -39,9 +39,8 @@ async def send(slabs: Generator[T], threads: Executor) -> AsyncGenerator[T]:
 
 
 class WatchedResponse(StreamingResponse):
-    """A streamed answer, whose connection ends if its reader is too slow. Its slot is in ``budget``."""
+    """A streamed answer, whose connection ends if its reader is too slow."""
 
-    budget: Budget
     told: Callable[[int], Awaitable[None]] | None = None
     """Told at the end the number of bytes that were sent: fewer than all if the reader went away."""
 
@@ -51,7 +50,7 @@ class WatchedResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
             return
         limits = reservation_of(scope).admission.transfer
-        watch, is_whole = ReaderWatch(cycle, limits, self.budget.too_slow), False
+        watch, is_whole = ReaderWatch(cycle, limits), False
 
         async def written(message: Message) -> None:
             nonlocal is_whole

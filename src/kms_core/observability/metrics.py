@@ -52,12 +52,6 @@ HTTP_SLOTS: Final = Gauge(
     ["kind"],
     multiprocess_mode="livesum",
 )
-HTTP_REFUSALS: Final = Counter(
-    "kms_http_admission_refusals_total",
-    "Requests refused for what they would hold, and bodies and readers given up as too slow; kind is json, "
-    "upload, download, stream or login, reason is credential, tenant, total or deadline",
-    ["kind", "reason"],
-)
 AUTH_FAILURES: Final = Counter(
     "kms_auth_failures_total",
     "Failed authentications; reason is missing, malformed, unknown, expired, untrusted, signature, claims, "
