@@ -72,7 +72,7 @@ def rewrap(by: Local, source: ObjectReader, target: Assembly) -> None:
     target.write_at(memoryview(new), 0)
     lead = target.part_bytes - len(new)
     parallel.copy_run(payload.head(lead), target, len(new), OPTIONS)
-    if not target.copy(payload.tail(lead), OPTIONS.before, OPTIONS.after):
+    if not target.copy(payload.tail(lead), OPTIONS.check, OPTIONS.progress):
         raise RuntimeError("the store cannot copy parts")
 
 

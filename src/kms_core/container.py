@@ -30,7 +30,7 @@ from kms_core.jobs.storage import buckets, spool_bucket
 from kms_core.jobs.storage.blob_store import BlobStore
 from kms_core.jobs.storage.disk_sync import DiskSync
 from kms_core.jobs.storage.local_paths import Roots
-from kms_core.jobs.storage.locations import Locations, SourceLimits
+from kms_core.jobs.storage.locations import Locations
 from kms_core.jobs.storage.multipart_journal import MultipartJournal
 from kms_core.jobs.storage.spool import Spool
 from kms_core.jobs.storage.spool_folder import SpoolFolder
@@ -127,7 +127,7 @@ def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core
         MultipartJournal(blobs),
         record_key,
         blobs,
-        SourceLimits(jobs.source_max_bytes, jobs.source_max_hole_bytes),
+        jobs,
     )
     submission_rules = submitter.SubmissionRules(
         DeadlineRules(

@@ -23,20 +23,7 @@ _EXT4: Final = "ext4"
 # virtual machine that returns free memory to its host. On other file systems several small writes would only
 # make the threads contend for the file's lock.
 _EXT4_WRITE_BYTES: Final = 256 * 1024
-_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-
-def read_into_at(fd: int, views: Sequence[memoryview], offset: int) -> bool:
-    """Fill the views one after another from ``offset`` on. False if the file ends before they are full."""
-    if os.preadv(fd, views, offset) == sum(map(len, views)):
-        return True
-    for view in views:  # slower, for file systems that return less than requested
-        while view:
-            got = os.preadv(fd, [view], offset)
-            if not got:
-                return False
-            view, offset = view[got:], offset + got  # noqa: PLW2901 -- the rest of it
-    return True
+NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:
@@ -69,7 +56,7 @@ def full_disk_as_error() -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        if exc.errno in _NO_SPACE:
+        if exc.errno in NO_SPACE:
             raise SpoolFull("The disk of the result is full; free some space and try again") from exc
         raise
 
@@ -127,7 +114,16 @@ class FileRange:
         return os.pread(self.fd, min(length, self.size - position), self.offset + position)
 
     def read_into(self, views: Sequence[memoryview], position: int) -> bool:
-        return read_into_at(self.fd, views, self.offset + position)
+        offset = self.offset + position
+        if os.preadv(self.fd, views, offset) == sum(map(len, views)):
+            return True
+        for view in views:  # slower, for file systems that return less than requested
+            while view:
+                got = os.preadv(self.fd, [view], offset)
+                if not got:
+                    return False
+                view, offset = view[got:], offset + got  # noqa: PLW2901 -- the rest of it
+        return True
 
     def stamp(self) -> int:
         status = os.fstat(self.fd)

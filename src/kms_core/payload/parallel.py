@@ -37,6 +37,10 @@ SLAB_CHUNKS: Final = 16
 Memory = TypeVar("Memory")
 
 
+def _do_nothing(*_: object) -> None:
+    """The callback of operations that report to nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class ParallelOptions:
     """Number of threads, size of a slab, and callbacks, which worker threads call.
@@ -48,16 +52,8 @@ class ParallelOptions:
 
     threads: int = min(2, os.cpu_count() or 1)
     slab_chunks: int = SLAB_CHUNKS
-    progress: Callable[[int], object] | None = None
-    check: Callable[[], object] | None = None
-
-    def before(self) -> None:
-        if self.check:
-            self.check()
-
-    def after(self, size: int) -> None:
-        if self.progress:
-            self.progress(size)
+    progress: Callable[[int], object] = _do_nothing
+    check: Callable[[], object] = _do_nothing
 
 
 DEFAULTS: Final = ParallelOptions()
@@ -251,12 +247,12 @@ def _work(
         slab = memory(slab_chunks)
         try:
             while not stop.is_set() and (turn := next(turns)) < total:
-                options.before()
+                options.check()
                 chunks = ChunkRange(
                     turn * slab_chunks, min(width, size - turn * width), last=turn == total - 1
                 )
                 step(slab, chunks)
-                options.after(chunks.size)
+                options.progress(chunks.size)
         finally:
             stop.set()  # without an error each turn is taken by then
 

@@ -116,12 +116,12 @@ def seal_pipe(key: bytes, reader: Readable, writer: Writable, options: ParallelO
     turns = _in_turn(reader, [slab.plain(full) for slab in pair])
     total = 0
     for turn, (size, last) in enumerate(turns):
-        options.before()
+        options.check()
         _write_all(
             writer, pair[turn % _BUFFERS].seal(ChunkRange(turn * options.slab_chunks, size, last=last))
         )
         total += size
-        options.after(size)
+        options.progress(size)
     return total
 
 
@@ -135,7 +135,7 @@ def open_pipe(key: bytes, reader: Readable, writer: Writable, options: ParallelO
     pair = [SealedSlab(key, options.slab_chunks) for _ in range(_BUFFERS)]
     total = 0
     for turn, (size, last) in enumerate(_in_turn(reader, [[slab.memory] for slab in pair])):
-        options.before()
+        options.check()
         slab, first = pair[turn % _BUFFERS], turn * options.slab_chunks
         try:
             opened = slab.open(ChunkRange(first, _run_size(first, size, last=last), last=last))
@@ -145,7 +145,7 @@ def open_pipe(key: bytes, reader: Readable, writer: Writable, options: ParallelO
             raise
         _write_all(writer, opened)
         total += len(opened)
-        options.after(len(opened))
+        options.progress(len(opened))
     return total
 
 

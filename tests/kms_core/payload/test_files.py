@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kms_core.payload import files
+from kms_core.payload.files import FileRange
 
 SHORT = Path("/proc/crypto")  # the kernel gives it a page at a time
 MIB = 1024 * 1024
@@ -18,8 +19,9 @@ def test_short_reads_are_completed() -> None:
     views = [memoryview(bytearray(5000)), memoryview(bytearray(3000))]
     with SHORT.open("rb", buffering=0) as file:
         assert os.preadv(file.fileno(), [bytearray(8000)], 100) < 8000
-        assert files.read_into_at(file.fileno(), views, 100)
-        assert not files.read_into_at(file.fileno(), [memoryview(bytearray(5000))] * 2, len(whole) - 9000)
+        source = FileRange(file.fileno(), len(whole))
+        assert source.read_into(views, 100)
+        assert not source.read_into([memoryview(bytearray(5000))] * 2, len(whole) - 9000)
 
     assert b"".join(views) == whole[100:8100]
 

@@ -5,6 +5,7 @@ from typing import Final
 import msgspec
 
 from kms_core.jobs.bulk_lines import PART_ITEMS, decode, lines
+from kms_core.jobs.ends import Work
 from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.model import part_id
 from kms_core.jobs.spec import NOT_OF_PARTS, ItemsJob
@@ -23,7 +24,7 @@ def run(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:
 
     Raises Unavailable as it comes: the part is then done again, from its first item.
     """
-    one = _Items(job, kms.for_job()).one
+    kms, context = kms.for_job(), job.bound_context
     label = Label(job.tenant, job.owner, ITEMS, ref=job.input_ref)
     begin = job.starts[0]
     first = job.part * PART_ITEMS
@@ -36,12 +37,12 @@ def run(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:
     ):
         for index, line in enumerate(lines(reader.slabs(begin, begin + job.size_bytes)), start=first):
             lease.check()
-            answer = one(index, decode(line))
+            answer = _answer(kms, job, context, index, decode(line))
             out.write(wire.encode(answer) + b"\n")
             lease.item(len(line) + 1, failed=isinstance(answer.error, wire.ErrorCode))
             if isinstance(answer.error, wire.ErrorCode):
                 lease.failures.add(index, answer.error.code)
-    lease.result_digest, lease.blob = out.ref, out.small
+    lease.made = Work(result_digest=out.ref, blob=out.small)
 
 
 def result_label(tenant: str, job_id: str, part: int, attempt: str, ref: bytes = b"") -> Label:
@@ -67,25 +68,17 @@ def parts(job: ItemsJob) -> list[ItemsJob]:
     ]
 
 
-class _Items:
-    """State shared by all items of one run."""
-
-    def __init__(self, job: ItemsJob, kms: Kms) -> None:
-        self._job, self._kms = job, kms
-        self._who, self._context = job.who, job.bound_context
-
-    def one(self, index: int, item: wire.JobItem) -> wire.ItemResult:
-        job, data = self._job, item.plaintext or item.ciphertext or b""
-        try:
-            context = self._context if item.context is None else Context.parse(item.context)
-            new_context = job.new_bound_context
-            made = self._kms.run(
-                job.kind, self._who, data, context, new_context=new_context, key_id=job.key_id
-            )
-        except Unavailable:
-            raise
-        except KmsError as exc:
-            return wire.ItemResult(index=index, error=wire.ErrorCode(code=exc.code))
-        if isinstance(made, Opened):
-            return wire.ItemResult(index=index, plaintext=made.plaintext, file_id=made.file_id)
-        return wire.ItemResult(index=index, ciphertext=made.ciphertext, file_id=made.file_id)
+def _answer(kms: Kms, job: ItemsJob, bound: Context, index: int, item: wire.JobItem) -> wire.ItemResult:
+    """Work on one item; ``bound`` is the context of those without one. Raises Unavailable."""
+    data = item.plaintext or item.ciphertext or b""
+    try:
+        context = bound if item.context is None else Context.parse(item.context)
+        new_context = job.new_bound_context
+        made = kms.run(job.kind, job.who, data, context, new_context=new_context, key_id=job.key_id)
+    except Unavailable:
+        raise
+    except KmsError as exc:
+        return wire.ItemResult(index=index, error=wire.ErrorCode(code=exc.code))
+    if isinstance(made, Opened):
+        return wire.ItemResult(index=index, plaintext=made.plaintext, file_id=made.file_id)
+    return wire.ItemResult(index=index, ciphertext=made.ciphertext, file_id=made.file_id)

@@ -8,14 +8,14 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Final, Protocol, Self
 
 import structlog
 
-from kms_core.jobs.ends import FirstFailures, PlacedTarget, SmallBlob, Work
+from kms_core.jobs.ends import FirstFailures, Work
 from kms_core.jobs.execution import attendance
 from kms_core.jobs.model import Attempt, Commit, LeaseLost
 from kms_core.jobs.store.store import JobStore
@@ -25,21 +25,6 @@ from kms_protocol.errors import JobsUnavailable, KmsError, Unavailable
 _TELL_EVERY_S: Final = 0.5
 _DEAF_S: Final = 5.0  # from the time at which attempts are to stop until they are stopped
 _log = structlog.get_logger(__name__)
-
-
-class Held(Protocol):
-    """The part of a lease that work on one file uses."""
-
-    @property
-    def claim(self) -> Attempt: ...
-    def check(self) -> None:
-        """Raise LeaseLost or JobCancelled if the work must stop."""
-
-    def admit(self, size_bytes: int) -> None:
-        """Raise FoundLarge if reading a source of this size makes a small job large."""
-
-    def advance(self, size_bytes: int) -> None:
-        """Tell of bytes done."""
 
 
 class FoundLarge(Unavailable):
@@ -76,30 +61,13 @@ class Commits(Protocol):
         """The clock that all jobs go by, in seconds since the epoch. Raises JobsUnavailable."""
 
 
-class Lease:
-    """Held while a job runs. ``check`` raises LeaseLost or JobCancelled, from whichever thread asks.
+class Renewed:
+    """Something that is renewed every ``every_s`` seconds while its block runs."""
 
-    The work sets what the signed end tells beside its counts: ``target``, if it wrote one, ``tallies`` of a
-    campaign, ``result_digest`` of the result that it left in the spool, ``blob``, which a small one is, and
-    ``file_id`` of its one file.
-    """
+    every_s = 1.0
 
-    def __init__(self, store: JobStore, claim: Attempt) -> None:
-        self.claim = claim
-        self._store = store
-        self._lock = threading.Lock()
-        self._bytes = self._items = self._failed = 0
-        self._before = (0, 0, 0)
-        self.target: PlacedTarget | None = None
-        self.tallies: Mapping[str, int] = {}
-        self.result_digest = b""
-        self.file_id = ""
-        self.blob: SmallBlob | None = None
-        self.failures = FirstFailures()
-        self._trouble: KmsError | None = None
-        self._moved_at = time.monotonic()
-        self._held_until = self._moved_at + store.rules.lease_s
-        self.every_s = min(_TELL_EVERY_S, store.rules.lease_s / 3)
+    def renew(self) -> None:
+        raise NotImplementedError
 
     def __enter__(self) -> Self:
         _pacemaker(os.getpid()).add(self)
@@ -109,6 +77,31 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _pacemaker(os.getpid()).remove(self)
+
+
+class Lease(Renewed):
+    """Held while a job runs. ``check`` raises LeaseLost or JobCancelled, from whichever thread asks.
+
+    The work sets ``made``, its result, whose counts are those that the lease was told.
+    """
+
+    def __init__(self, store: JobStore, claim: Attempt) -> None:
+        self.claim = claim
+        self._store = store
+        self._lock = threading.Lock()
+        self._bytes = self._items = self._failed = 0
+        self._before = (0, 0, 0)
+        self.made = Work()
+        self.failures = FirstFailures()
+        self._trouble: KmsError | None = None
+        self._moved_at = time.monotonic()
+        self._held_until = self._moved_at + store.rules.lease_s
+        self.every_s = min(_TELL_EVERY_S, store.rules.lease_s / 3)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
         done = self.claim.accepted.kind
         metrics.JOB_BYTES.labels(done).inc(self._bytes)
         if self._items:
@@ -130,6 +123,7 @@ class Lease:
             raise FoundLarge(work_bytes)
 
     def advance(self, size_bytes: int) -> None:
+        """Tell of bytes done."""
         with self._lock:
             self._bytes += size_bytes
             self._moved_at = time.monotonic()
@@ -154,16 +148,12 @@ class Lease:
     def work(self) -> Work:
         """The work done so far."""
         items, failed, size_bytes = self._before
-        return Work(
+        return replace(
+            self.made,
             items_done=items + self._items,
             items_failed=failed + self._failed,
             bytes_done=size_bytes + self._bytes,
-            tallies=self.tallies,
             failures=self.failures,
-            target=self.target,
-            result_digest=self.result_digest,
-            file_id=self.file_id,
-            blob=self.blob,
         )
 
     def renew(self) -> None:
@@ -205,22 +195,11 @@ class Lease:
         attendance.leave(None)
 
 
-class Chore:
+class Chore(Renewed):
     """Work on files without a lease, such as tidying: a process in which it hangs ends as well."""
-
-    every_s: Final = 1.0
 
     def __init__(self, store: JobStore, job_id: str) -> None:
         self._job_id, self._stall_s, self._since = job_id, store.rules.stall_s, time.monotonic()
-
-    def __enter__(self) -> Self:
-        _pacemaker(os.getpid()).add(self)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _pacemaker(os.getpid()).remove(self)
 
     def renew(self) -> None:
         """End the process if the work has not ended after ``stall_s``."""
@@ -234,17 +213,17 @@ class _Pacemaker:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._due: dict[Lease | Chore, float] = {}
+        self._due: dict[Renewed, float] = {}
         self._wakes_at = -math.inf
         threading.Thread(target=self._run, name="leases", daemon=True).start()
 
-    def add(self, lease: Lease | Chore) -> None:
+    def add(self, lease: Renewed) -> None:
         with self._changed:
             self._due[lease] = due = time.monotonic() + lease.every_s
             if due < self._wakes_at:
                 self._changed.notify()
 
-    def remove(self, lease: Lease | Chore) -> None:
+    def remove(self, lease: Renewed) -> None:
         with self._changed:
             self._due.pop(lease, None)
 
@@ -256,7 +235,7 @@ class _Pacemaker:
                 except Exception as exc:  # noqa: BLE001 -- a lease may run out, the thread may not end
                     _log.exception("lease.renewal_failed", error=type(exc).__name__)
 
-    def _await_due(self) -> list[Lease | Chore]:
+    def _await_due(self) -> list[Renewed]:
         with self._changed:
             while True:
                 now = time.monotonic()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, Self
+from typing import Self
 
 from kms_core.jobs import bulk_lines
 from kms_core.jobs.ends import needs_proof
@@ -22,16 +22,46 @@ from kms_protocol import wire
 from kms_protocol.errors import JobNotFinished, RecordRefused, ResultExpired, ResultReleased, UnknownJob
 
 
-class ResultChunk(Protocol):
-    """Some bytes of a result. Nothing is held open between calls."""
+@dataclass(frozen=True, slots=True)
+class LiteralChunk:
+    """Bytes in memory."""
+
+    data: bytes
 
     @property
-    def size(self) -> int: ...
-    def slabs(self, start: int, stop: int) -> Generator[bytes | memoryview]:
-        """The bytes from ``start`` to before ``stop``, verified.
+    def size(self) -> int:
+        return len(self.data)
+
+    def slabs(self, start: int, stop: int) -> Generator[bytes]:
+        yield self.data[start:stop]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """Content that is read from the spool; ``is_sealed``: its sealed chunks, as they rest."""
+
+    opened: Callable[[], AbstractContextManager[RangeReader]]
+    is_sealed: bool
+    size: int
+
+    @classmethod
+    def of(
+        cls, opened: Callable[[], AbstractContextManager[RangeReader]], *, is_sealed: bool = False
+    ) -> Self:
+        with opened() as reader:
+            return cls(opened, is_sealed, reader.sealed_size if is_sealed else reader.size)
+
+    def slabs(self, start: int, stop: int) -> Generator[memoryview]:
+        """The bytes from ``start`` to before ``stop``, verified. Nothing is held open between calls.
 
         Raises ResultExpired, DecryptFailed, RecordRefused for a file of the spool that is not the job's.
         """
+        with self.opened() as reader:
+            yield from (reader.sealed_slabs if self.is_sealed else reader.slabs)(start, stop)
+
+
+ResultChunk = LiteralChunk | StoredChunk
+"""Some bytes of a result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +99,10 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
     label = Label(job.tenant, job.job_id, upload.HEAD, job.result_attempt, _ref(job))
     with spool.opened(label) as content:
         head = content.read_at(0, content.size)
-    payload = _Stored.of(partial(upload.payload, accepted, head, spool), is_sealed=accepted.kind == "encrypt")
-    pieces: list[ResultChunk] = [payload] if accepted.kind == "decrypt" else [_Literal(head), payload]
+    payload = StoredChunk.of(
+        partial(upload.payload, accepted, head, spool), is_sealed=accepted.kind == "encrypt"
+    )
+    pieces: list[ResultChunk] = [payload] if accepted.kind == "decrypt" else [LiteralChunk(head), payload]
     return Result(pieces, file_id=upload.file_id(head))
 
 
@@ -123,14 +155,14 @@ def _lines(job: Job, accepted: AnyJob, store: JobStore, spool: Spool) -> Iterato
         return  # no file was named
     if not job.parts:
         label = bulk_items.result_label(job.tenant, job.job_id, 0, job.result_attempt, _ref(job))
-        yield _Stored.of(partial(spool.opened, label))
+        yield StoredChunk.of(partial(spool.opened, label))
         return
     for number, part in enumerate(store.parts_as_ended(job)):
         if needs_proof(part.job.state, part.job.error):
             label = bulk_items.result_label(
                 job.tenant, job.job_id, number, part.job.result_attempt, _ref(part.job)
             )
-            yield _Stored.of(partial(spool.opened, label))
+            yield StoredChunk.of(partial(spool.opened, label))
         elif part.accepted is None:
             raise RecordRefused
         elif isinstance(part.accepted, TreePart):
@@ -146,37 +178,5 @@ def _refused(first: int, count: int, code: str) -> Iterator[wire.ItemResult]:
     return (wire.ItemResult(index=index, error=error) for index in range(first, first + count))
 
 
-def _literal(lines: Iterable[wire.ItemResult]) -> "_Literal":
-    return _Literal(b"".join(wire.encode(line) + b"\n" for line in lines))
-
-
-@dataclass(frozen=True, slots=True)
-class _Literal:
-    data: bytes
-
-    @property
-    def size(self) -> int:
-        return len(self.data)
-
-    def slabs(self, start: int, stop: int) -> Generator[bytes]:
-        yield self.data[start:stop]
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """Content that is read from the spool; ``is_sealed``: its sealed chunks, as they rest."""
-
-    opened: Callable[[], AbstractContextManager[RangeReader]]
-    is_sealed: bool
-    size: int
-
-    @classmethod
-    def of(
-        cls, opened: Callable[[], AbstractContextManager[RangeReader]], *, is_sealed: bool = False
-    ) -> Self:
-        with opened() as reader:
-            return cls(opened, is_sealed, reader.sealed_size if is_sealed else reader.size)
-
-    def slabs(self, start: int, stop: int) -> Generator[memoryview]:
-        with self.opened() as reader:
-            yield from (reader.sealed_slabs if self.is_sealed else reader.slabs)(start, stop)
+def _literal(lines: Iterable[wire.ItemResult]) -> LiteralChunk:
+    return LiteralChunk(b"".join(wire.encode(line) + b"\n" for line in lines))

@@ -280,8 +280,10 @@ def _work(lease: Lease, worker_context: WorkerContext) -> str:
         case FileJob():
             marks = context.places.marks(job.job_id, lease.claim.spec, job.source)
             target = context.places.target(job.target, job.job_id, marks, overwrite=job.overwrite)
-            work = one_file.FileWork(job, target, context.kms, context.places)
-            lease.target, lease.file_id = work.run(lease, context.store)
+            work = one_file.FileWork(
+                job, target, context.kms, context.places, context.store, lease, lease.claim
+            )
+            lease.made = work.run()
         case TreeJob():
             pass  # it names no file
     return ITEMS_FAILED if lease.failed_items else ""

@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from kms_core.jobs import bulk_lines
+from kms_core.jobs.ends import Work
 from kms_core.jobs.execution import bulk_items, key_migration, one_file
 from kms_core.jobs.execution.context import WorkerContext
 from kms_core.jobs.execution.key_migration import FileOutcome
@@ -121,8 +122,7 @@ def run(lease: Lease, job: TreePart, context: WorkerContext) -> None:
     for index, settled in enumerate(map(FileOutcome.parse, work.log.settled), start=job.first):
         if settled.code:
             lease.failures.add(index, settled.code)
-    lease.tallies = work.tallies
-    lease.result_digest = out.ref
+    lease.made = Work(tallies=work.tallies, result_digest=out.ref)
 
 
 class _Part:
@@ -255,9 +255,10 @@ class _Part:
     def _run(
         self, file: FileJob, target: JobTarget, effect: FileOutcome, commit: Commit | None = None
     ) -> None:
-        lease = _FileLease(self._lease, replace(self._lease.claim, accepted=file, commit=commit))
-        work = one_file.FileWork(file, target, self._kms, self._places, is_one_of_many=True)
-        work.run(lease, _Commits(self, effect))
+        commits, claim = _Commits(self, effect), replace(self._lease.claim, accepted=file, commit=commit)
+        one_file.FileWork(
+            file, target, self._kms, self._places, commits, self._lease, claim, is_one_of_many=True
+        ).run()
 
     def _make_room(self, target: str) -> None:
         above = target.rpartition("/")[0]
@@ -269,16 +270,6 @@ class _Part:
         """From here on, any attempt at the part finishes this commit."""
         words = self.log
         self._step(Checkpoint(words=words.words, outcomes=words.outcomes, pending=commit, effect=str(effect)))
-
-
-class _FileLease:
-    """The part's lease, as work on one of its files sees it."""
-
-    def __init__(self, lease: Lease, claim: Attempt) -> None:
-        self.claim = claim
-        self.admit = lease.admit
-        self.check = lease.check
-        self.advance = lease.advance
 
 
 class _Commits:

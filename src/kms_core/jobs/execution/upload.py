@@ -12,7 +12,8 @@ from typing import Final
 
 from kms_core.age import header, stream
 from kms_core.envelope import binding
-from kms_core.jobs.execution.lease import Held, Lease
+from kms_core.jobs.ends import Work
+from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.spec import UploadJob
 from kms_core.jobs.storage.spool import UPLOAD, Blob, Label, Spool
 from kms_core.payload.parallel import ParallelOptions
@@ -40,8 +41,7 @@ def run(lease: Lease, job: UploadJob, kms: Kms, spool: Spool) -> None:
         label = Label(job.tenant, job.job_id, HEAD, lease.claim.attempt_id)
         with spool.writing(label, may_be_small=blob.is_small) as out:
             out.write(head)
-        lease.blob = out.small
-        lease.result_digest, lease.file_id = out.ref, file_id(head)
+        lease.made = Work(result_digest=out.ref, blob=out.small, file_id=file_id(head))
 
 
 def upload_label(job: UploadJob) -> Label:
@@ -73,7 +73,7 @@ def payload(job: UploadJob, head: bytes, spool: Spool) -> Iterator[RangeReader]:
         yield RangeReader(stream.payload_key(file_key, nonce), sealed)
 
 
-def options(lease: Held) -> ParallelOptions:
+def options(lease: Lease) -> ParallelOptions:
     """Slab by slab: tell progress, stop on loss or cancellation."""
     return ParallelOptions(progress=lease.advance, check=lease.check)
 

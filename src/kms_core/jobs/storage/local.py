@@ -6,10 +6,9 @@ is seen, even if directories are exchanged during the walk.
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import msgspec
 
@@ -20,11 +19,9 @@ from kms_core.jobs.storage.commit_marks import CommitMarks
 from kms_core.jobs.storage.local_paths import (
     DIRECTORY,
     OpenSource,
-    Placement,
     Roots,
     TemporaryFile,
     file_errors,
-    temporary_name,
 )
 from kms_core.payload.files import FileRange, FileWriter, RangeSource, source_changed_error
 from kms_core.payload.parallel import ParallelOptions, copy_run
@@ -108,32 +105,6 @@ _COPY_BYTES: Final = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class RootedSource:
-    """An open file."""
-
-    file: OpenSource
-
-    @property
-    def size_bytes(self) -> int:
-        return self.file.size_bytes
-
-    @property
-    def reader(self) -> FileRange:
-        return FileRange(self.file.fd, self.file.size_bytes)
-
-    def check_unchanged(self) -> None:
-        self.file.check_unchanged()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.file.__exit__(kind, exc, trace)
-
-
-@dataclass(frozen=True, slots=True)
 class RootedPending:
     """A temporary file beside its target."""
 
@@ -152,43 +123,38 @@ class RootedPending:
             return
         done = 0
         while done < reader.size:
-            options.before()
+            options.check()
             step = min(_COPY_BYTES, reader.size - done)
             copied = os.copy_file_range(reader.fd, self.file.fd, step, reader.offset + done, at + done)
             if not copied:
                 raise source_changed_error()
             done += copied
-            options.after(copied)
+            options.progress(copied)
 
     def settle(self, source: object, *, in_place: bool) -> Commit:
-        """Make what was written durable and describe it; nothing may be written afterwards."""
-        replaced = source.file if in_place and isinstance(source, RootedSource) else None
+        """Make what was written durable and describe it; nothing may be written afterwards.
+
+        ``in_place``: the result takes the place of its source, and of nothing that came after it.
+        """
+        replaced = source if in_place and isinstance(source, OpenSource) else None
         if replaced:
             _keep_access(replaced.fd, self.file.fd)
-        placed = self.file.settle(lambda fd: self.target.marks.put(fd, self.attempt_id, self.target.url))
+        found = self.file.settle(lambda fd: self.target.marks.put(fd, self.attempt_id, self.target.url))
         return Commit(
             attempt_id=self.attempt_id,
-            inode=placed.inode,
-            size_bytes=placed.size_bytes,
-            mtime_ns=placed.mtime_ns,
+            inode=found.inode,
+            size_bytes=found.size_bytes,
+            mtime_ns=found.mtime_ns,
             replaces=replaced.identity.name if replaced else None,
         )
 
     def finish(self, commit: Commit) -> None:
-        """As the target's ``finish``."""
+        """As the target's ``finish``, with what only the process that did the work has."""
         self.target.finish(commit)
 
     def discard(self) -> None:
-        """Remove it."""
+        """Leave nothing of it behind."""
         self.file.discard()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.file.__exit__(kind, exc, trace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,31 +174,26 @@ class RootedTarget:
                 return PlacedTarget(size_bytes=found.size_bytes, inode=found.inode, mtime_ns=found.mtime_ns)
         return None
 
-    def prepare(self, attempt_id: str, room_bytes: int = 0) -> RootedPending:
+    @contextmanager
+    def prepare(self, attempt_id: str, room_bytes: int = 0) -> Iterator[RootedPending]:
         """Begin an attempt. Raises TargetExists, PathRefused, SpoolFull if there is no room for so much."""
-        file = self.roots.prepare(
-            self.url, tag(self.job_id, attempt_id), overwrite=self.overwrite, room_bytes=room_bytes
-        )
-        return RootedPending(file, self, attempt_id)
+        name = tag(self.job_id, attempt_id)
+        with self.roots.prepare(self.url, name, overwrite=self.overwrite, room_bytes=room_bytes) as file:
+            yield RootedPending(file, self, attempt_id)
 
     def finish(self, commit: Commit) -> bool:
         """Put the file in place; doing it again changes nothing. Raises as ``Roots.finish``."""
-        self.roots.finish(self._placement(commit), overwrite=self.overwrite)
+        name = tag(self.job_id, commit.attempt_id)
+        self.roots.finish(self.url, name, commit, overwrite=self.overwrite)
         return True
 
     def is_placed(self, commit: Commit) -> bool:
         """Return whether the file of this commit is in place. Raises PathRefused, Unavailable."""
-        return self.roots.is_placed(self._placement(commit))
-
-    def _placement(self, commit: Commit) -> Placement:
-        temporary = temporary_name(tag(self.job_id, commit.attempt_id))
-        return Placement(
-            self.url, temporary, commit.inode, commit.size_bytes, commit.mtime_ns, commit.replaces
-        )
+        return self.roots.is_placed(self.url, commit)
 
     def give_up(self, commit: Commit) -> None:
         """Remove the temporary file of a refused commit."""
-        self.roots.discard(self.url, temporary_name(tag(self.job_id, commit.attempt_id)))
+        self.roots.discard(self.url, tag(self.job_id, commit.attempt_id))
 
 
 def sweep(roots: Roots, targets: Mapping[str, str], keep: Collection[str]) -> None:

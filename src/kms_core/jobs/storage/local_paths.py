@@ -2,22 +2,22 @@
 
 Every path is walked from its root by directory descriptors, a component at a time and without following
 symbolic links (docs/design.md), so what was checked is what is used. A target appears complete or not at all:
-``prepare`` makes a temporary file beside it, ``settle`` describes it in plain data, and ``finish`` puts it
-in place from that description, in any process and any number of times (docs/design.md, Jobs).
+``prepare`` makes a temporary file beside it, ``settle`` makes that durable, and ``finish`` puts it
+in place from its commit, in any process and any number of times (docs/design.md, Jobs).
 """
 
 import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Final, NamedTuple, Self
 
 from kms_core.jobs.file_patterns import TAG, TEMPORARY, parse_file_url
-from kms_core.jobs.model import CommitGone
+from kms_core.jobs.model import Commit, CommitGone
+from kms_core.payload.files import NO_SPACE, FileRange
 from kms_protocol.errors import (
     ConfigurationError,
     InvalidRequest,
@@ -30,7 +30,6 @@ from kms_protocol.errors import (
 DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _SOURCE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # no FIFO waits
 _TEMPORARY: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _BEGIN: Final = ".kms-"
 _END: Final = ".tmp"
 _NOT_PLAIN: Final = "The path must be that of a regular file with one link, and no part of it a symbolic link"
@@ -53,7 +52,7 @@ def file_errors() -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        if exc.errno in _NO_ROOM:
+        if exc.errno in NO_SPACE:
             raise SpoolFull("The disk or quota of the target has no room for this") from exc
         if text := _REFUSALS.get(exc.errno or 0):
             raise PathRefused(text) from exc
@@ -74,20 +73,20 @@ class FileIdentity(NamedTuple):
 
     @property
     def name(self) -> tuple[int, int, int]:
-        """Inode, size and mtime, as ``Placement.replaces`` has it."""
+        """Inode, size and mtime, as ``Commit.replaces`` has it."""
         return self.inode, self.size_bytes, self.mtime_ns
 
 
 @dataclass(frozen=True, slots=True)
 class OpenSource:
-    """A source, open for reading at offset 0; closed by its ``with`` block."""
+    """A source, open for reading at offset 0."""
 
     fd: int
     identity: FileIdentity
 
     @property
-    def size_bytes(self) -> int:
-        return self.identity.size_bytes
+    def reader(self) -> FileRange:
+        return FileRange(self.fd, self.identity.size_bytes)
 
     def check_unchanged(self) -> None:
         """Raises InvalidRequest if the file was written to since it was opened; ask after the last read."""
@@ -96,42 +95,17 @@ class OpenSource:
                 "The source changed while it was read: run the job again when it is complete"
             )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self.fd)
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """A target about to appear, in plain data: all that ``Roots.finish`` needs, in whatever process.
-
-    ``mtime_ns`` tells a file from a later one of the same size that was given its inode; 0: not recorded.
-    ``replaces`` (inode, size, mtime) is the file whose name it takes, and no other's.
-    """
-
-    url: str
-    temporary: str
-    inode: int
-    size_bytes: int
-    mtime_ns: int = 0
-    replaces: tuple[int, int, int] | None = None
-
 
 @dataclass(frozen=True, slots=True)
 class TemporaryFile:
-    """A temporary file (0600) beside its target, open for writing; its ``with`` block closes and keeps it."""
+    """A temporary file (0600) beside its target, open for writing."""
 
-    url: str
-    temporary: str
+    name: str
     dir_fd: int
     fd: int
 
-    def settle(self, mark: Callable[[int], object]) -> Placement:
-        """Make what was written durable and describe it; nothing may be written afterwards.
+    def settle(self, mark: Callable[[int], object]) -> FileIdentity:
+        """Make what was written durable; nothing may be written afterwards.
 
         ``mark`` marks the open file as it is; again if making it durable has changed its time, as on NFS.
         """
@@ -142,27 +116,22 @@ class TemporaryFile:
                 mark(self.fd)
                 os.fsync(self.fd)
             os.fsync(self.dir_fd)
-        return Placement(self.url, self.temporary, found.st_ino, found.st_size, found.st_mtime_ns)
+        return FileIdentity.of(found)
 
     def discard(self) -> None:
         """Remove the temporary file, if it is still there."""
         with file_errors(), suppress(FileNotFoundError):
-            os.unlink(self.temporary, dir_fd=self.dir_fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self.fd)
-        os.close(self.dir_fd)
+            os.unlink(self.name, dir_fd=self.dir_fd)
 
 
 def temporary_name(tag: str) -> str:
-    """``tag`` (letters, digits, ``_``, ``-``; at most 64) differs in every attempt of every job."""
+    """``tag`` (letters, digits, ``_``, ``-``; at most 64) differs in every attempt of every job.
+
+    Raises PathRefused for any other: it may have rested where others can write, and no file but a temporary
+    one is ever renamed or removed by it.
+    """
     if not TAG.fullmatch(tag):
-        raise ValueError("a tag is 1 to 64 letters, digits, _ and -")
+        raise PathRefused("A temporary file of the service has a tag of 1 to 64 letters, digits, _ and -")
     return f"{_BEGIN}{tag}{_END}"
 
 
@@ -221,52 +190,56 @@ class Roots:
                 finally:
                     os.close(above)
 
-    def open_source(self, url: str) -> OpenSource:
+    @contextmanager
+    def open_source(self, url: str) -> Iterator[OpenSource]:
         """Open for reading. Raises PathRefused unless it is a regular file with one link, by no symlink."""
         with self._parent(url) as (dir_fd, name):
             fd = os.open(name, _SOURCE, dir_fd=dir_fd)
+        try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
-                os.close(fd)
                 raise PathRefused(_NOT_PLAIN)
-        return OpenSource(fd, FileIdentity.of(found))
+            yield OpenSource(fd, FileIdentity.of(found))
+        finally:
+            os.close(fd)
 
-    def prepare(self, url: str, tag: str, *, overwrite: bool, room_bytes: int = 0) -> TemporaryFile:
-        """Make the temporary file of a target. A target may be its job's source with ``overwrite`` only.
+    @contextmanager
+    def prepare(self, url: str, tag: str, *, overwrite: bool, room_bytes: int = 0) -> Iterator[TemporaryFile]:
+        """Make the temporary file of a target, which stays when the block ends.
 
-        Raises TargetExists, PathRefused (also where ``overwrite`` would replace anything but a regular
-        file), SpoolFull, also where there is no room for ``room_bytes``.
+        A target may be its job's source with ``overwrite`` only. Raises TargetExists, PathRefused (also where
+        ``overwrite`` would replace anything but a regular file), SpoolFull, also where there is no room for
+        ``room_bytes``.
+        """
+        temporary = temporary_name(tag)
+        with ExitStack() as stack:
+            with self._parent(url) as (dir_fd, name):
+                _check_free(name, dir_fd, overwrite=overwrite)
+                _check_room(dir_fd, room_bytes)
+                kept = os.dup(dir_fd)
+                stack.callback(os.close, kept)
+                fd = os.open(temporary, _TEMPORARY, 0o600, dir_fd=kept)
+                stack.callback(os.close, fd)
+            yield TemporaryFile(temporary, kept, fd)
+
+    def finish(self, url: str, tag: str, commit: Commit, *, overwrite: bool) -> None:
+        """Put the temporary file in place; once it is there, doing it again changes nothing.
+
+        Raises TargetExists if something else took the name, CommitGone if the temporary file is gone or
+        another and the target is not the file of the commit, PathRefused.
         """
         temporary = temporary_name(tag)
         with self._parent(url) as (dir_fd, name):
-            _check_free(name, dir_fd, overwrite=overwrite)
-            _check_room(dir_fd, room_bytes)
-            kept = os.dup(dir_fd)
-            try:
-                fd = os.open(temporary, _TEMPORARY, 0o600, dir_fd=kept)
-            except OSError:
-                os.close(kept)
-                raise
-        return TemporaryFile(url, temporary, kept, fd)
-
-    def finish(self, placement: Placement, *, overwrite: bool) -> None:
-        """Put the file in place; once it is there, doing it again changes nothing.
-
-        Raises TargetExists if something else took the name, CommitGone if the temporary file is gone or
-        another and the target is not the file described, PathRefused.
-        """
-        _check_temporary(placement.temporary)
-        with self._parent(placement.url) as (dir_fd, name):
-            if _is(placement, placement.temporary, dir_fd):
-                _place(placement, name, dir_fd, overwrite=overwrite)
-            if not _is(placement, name, dir_fd):
+            if _is(commit, temporary, dir_fd):
+                _place(commit, temporary, name, dir_fd, overwrite=overwrite)
+            if not _is(commit, name, dir_fd):
                 raise CommitGone
             os.fsync(dir_fd)
 
-    def is_placed(self, placement: Placement) -> bool:
-        """Return whether the target is the file described. Raises PathRefused, Unavailable."""
-        with self._parent(placement.url) as (dir_fd, name):
-            return _is(placement, name, dir_fd)
+    def is_placed(self, url: str, commit: Commit) -> bool:
+        """Return whether the target is the file of the commit. Raises PathRefused, Unavailable."""
+        with self._parent(url) as (dir_fd, name):
+            return _is(commit, name, dir_fd)
 
     def is_marked(self, url: str, is_on: Callable[[int], bool]) -> FileIdentity | None:
         """The target, if it is a regular file and ``is_on`` says of it, open, that it is marked.
@@ -284,9 +257,9 @@ class Roots:
             finally:
                 os.close(fd)
 
-    def discard(self, url: str, temporary: str) -> None:
+    def discard(self, url: str, tag: str) -> None:
         """Remove the temporary file of a target, if it is there."""
-        _check_temporary(temporary)
+        temporary = temporary_name(tag)
         with self._parent(url) as (dir_fd, _), suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=dir_fd)
 
@@ -370,46 +343,36 @@ def _check_free(name: str, dir_fd: int, *, overwrite: bool) -> None:
         raise PathRefused("Only a regular file can be overwritten")
 
 
-def _check_temporary(name: str) -> None:
-    """A description may have rested where others can write: no other file is ever renamed or removed."""
-    if not TEMPORARY.fullmatch(name):
-        raise PathRefused("This is not the name of a temporary file of the service")
-
-
-def _is(placement: Placement, name: str, dir_fd: int) -> bool:
+def _is(commit: Commit, name: str, dir_fd: int) -> bool:
     found = _found(name, dir_fd)
-    return (
-        found is not None
-        and stat.S_ISREG(found.st_mode)
-        and (found.st_ino, found.st_size) == (placement.inode, placement.size_bytes)
-        and placement.mtime_ns in {0, found.st_mtime_ns}
-    )
+    described = commit.inode, commit.size_bytes, commit.mtime_ns
+    return bool(found and stat.S_ISREG(found.st_mode) and FileIdentity.of(found).name == described)
 
 
-def _place(placement: Placement, name: str, dir_fd: int, *, overwrite: bool) -> None:
+def _place(commit: Commit, temporary: str, name: str, dir_fd: int, *, overwrite: bool) -> None:
     """Another process may do the same: the second one finds nothing left to do."""
-    if not _is(placement, name, dir_fd):
+    if not _is(commit, name, dir_fd):
         with suppress(FileNotFoundError):
-            _give_name(placement, name, dir_fd, overwrite=overwrite)
+            _give_name(commit, temporary, name, dir_fd, overwrite=overwrite)
     with suppress(FileNotFoundError):  # renamed away, or removed by the other process
-        os.unlink(placement.temporary, dir_fd=dir_fd)
+        os.unlink(temporary, dir_fd=dir_fd)
 
 
 def _check_same(replaces: tuple[int, int, int] | None, name: str, dir_fd: int) -> None:
     """Refuse to replace a file that was changed or removed since the source was read."""
     found = _found(name, dir_fd)
-    if replaces and (not found or (found.st_ino, found.st_size, found.st_mtime_ns) != replaces):
+    if replaces and (not found or FileIdentity.of(found).name != replaces):
         raise TargetExists("The source is another file by now: run the job again when nothing writes to it")
 
 
-def _give_name(placement: Placement, name: str, dir_fd: int, *, overwrite: bool) -> None:
+def _give_name(commit: Commit, temporary: str, name: str, dir_fd: int, *, overwrite: bool) -> None:
     if overwrite:
         _check_free(name, dir_fd, overwrite=True)
-        _check_same(placement.replaces, name, dir_fd)
-        os.rename(placement.temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        _check_same(commit.replaces, name, dir_fd)
+        os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
         return
     try:
-        os.link(placement.temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
+        os.link(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
     except FileExistsError as exc:
-        if not _is(placement, name, dir_fd):
+        if not _is(commit, name, dir_fd):
             raise TargetExists from exc

@@ -7,127 +7,52 @@ in between (``jobs/execution/one_file.py``) knows neither.
 import errno
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final
 from urllib.parse import quote
 
-from kms_core.jobs.ends import PlacedTarget
 from kms_core.jobs.file_patterns import Tree
-from kms_core.jobs.model import Commit
 from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.spec import FileJob, TreeJob
 from kms_core.jobs.storage import local
 from kms_core.jobs.storage.blob_store import BlobStore
 from kms_core.jobs.storage.buckets import SCHEME, Buckets
 from kms_core.jobs.storage.commit_marks import CommitMarks
-from kms_core.jobs.storage.local import ListedFile, RootedSource, RootedTarget, walk
-from kms_core.jobs.storage.local_paths import Roots, file_errors
+from kms_core.jobs.storage.local import ListedFile, RootedPending, RootedTarget, walk
+from kms_core.jobs.storage.local_paths import OpenSource, Roots, file_errors
 from kms_core.jobs.storage.multipart_journal import MultipartJournal
-from kms_core.jobs.storage.s3 import ObjectSource, ObjectTarget
-from kms_core.payload.files import RangeSource, RangeTarget
-from kms_core.payload.parallel import ParallelOptions
-from kms_protocol.errors import KmsError, PathRefused, TooLarge
+from kms_core.jobs.storage.s3 import ObjectPending, ObjectSource, ObjectTarget
+from kms_core.settings.model import JobsSection
+from kms_protocol.errors import PathRefused, TooLarge
 
 _ANY: Final = "any"  # a name below a directory
 _BLOCK_BYTES: Final = 512  # of st_blocks, whatever the file system's own are
 _MOST_HOLES: Final = 10_000
 
 
-class Open(Protocol):
-    """Something that its ``with`` block closes."""
+JobSource = OpenSource | ObjectSource
+"""Something to read, pinned as it was when it was opened."""
 
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+PendingTarget = RootedPending | ObjectPending
+"""A target in the making, not yet visible."""
 
-
-class JobSource(Open, Protocol):
-    """Something to read, pinned as it was when it was opened."""
-
-    @property
-    def reader(self) -> RangeSource: ...
-    @property
-    def size_bytes(self) -> int: ...
-    def check_unchanged(self) -> None:
-        """Raises InvalidRequest if it is another by now; ask after the last read."""
+JobTarget = RootedTarget | ObjectTarget
+"""The place of a job's result."""
 
 
-class PendingTarget(Open, Protocol):
-    """A target in the making, not yet visible."""
-
-    @property
-    def writer(self) -> RangeTarget: ...
-    def copy(self, reader: RangeSource, at: int, options: ParallelOptions) -> None:
-        """Write all of ``reader`` from ``at`` on, to the end of the target, as cheaply as it can be done."""
-
-    def settle(self, source: JobSource, *, in_place: bool) -> Commit:
-        """Describe what will be put in place; nothing may be written afterwards.
-
-        ``in_place``: the result takes the place of its source, and of nothing that came after it.
-        """
-
-    def finish(self, commit: Commit) -> None:
-        """As the target's ``finish``, with what only the process that did the work has."""
-
-    def discard(self) -> None:
-        """Leave nothing of it behind."""
-
-
-class JobTarget(Protocol):
-    """The place of a job's result."""
-
-    def recognised(self) -> PlacedTarget | None:
-        """Return what an attempt at this job has put in place, if that is there now. Raises Unavailable."""
-
-    def prepare(self, attempt_id: str, room_bytes: int = 0) -> PendingTarget:
-        """Begin an attempt whose result will have about ``room_bytes``.
-
-        Raises TargetExists, PathRefused, SpoolFull, Unavailable.
-        """
-
-    def finish(self, commit: Commit) -> bool:
-        """Put in place what a commit describes; once it is there, doing it again changes nothing.
-
-        False if the work must be done again for that. Raises TargetExists, CommitGone, PathRefused,
-        Unavailable.
-        """
-
-    def is_placed(self, commit: Commit) -> bool:
-        """Return whether what a commit describes is in place. Raises PathRefused, Unavailable."""
-
-    def give_up(self, commit: Commit) -> None:
-        """Remove what a commit would have put in place; what is in place stays. Raises PathRefused."""
-
-
-@dataclass(frozen=True, slots=True)
-class SourceLimits:
-    """Bounds of a source in bytes: its size, and how much of it may be holes, which take no room on the disk.
+def check_holes(fd: int, most_bytes: int) -> None:
+    """Raise TooLarge for an open file with more bytes of holes, which take no room on the disk.
 
     A hole costs its maker nothing and its reader as much as data: a result has no holes.
     """
-
-    size_bytes: int = 1024**4
-    hole_bytes: int = 4 * 1024**3
-
-    def check(self, size_bytes: int) -> None:
-        """Raise TooLarge for a source of more bytes."""
-        if size_bytes > self.size_bytes:
-            raise TooLarge(
-                f"The source is above {self.size_bytes} bytes: split it, or raise [kms.jobs] source_max_bytes"
-            )
-
-    def check_holes(self, fd: int) -> None:
-        """Raise TooLarge for an open file with more bytes of holes."""
-        found = os.fstat(fd)
-        missing = found.st_size - found.st_blocks * _BLOCK_BYTES
-        if missing > self.hole_bytes and holes(fd, found.st_size, missing) > self.hole_bytes:
-            raise TooLarge(
-                f"The source is sparse, with more than {self.hole_bytes} bytes of holes: fill them "
-                "(cp --sparse=never), or raise [kms.jobs] source_max_hole_bytes"
-            )
+    found = os.fstat(fd)
+    missing = found.st_size - found.st_blocks * _BLOCK_BYTES
+    if missing > most_bytes and holes(fd, found.st_size, missing) > most_bytes:
+        raise TooLarge(
+            f"The source is sparse, with more than {most_bytes} bytes of holes: fill them "
+            "(cp --sparse=never), or raise [kms.jobs] source_max_hole_bytes"
+        )
 
 
 def holes(fd: int, size_bytes: int, missing_bytes: int) -> int:
@@ -160,7 +85,7 @@ class Locations:
     notes: MultipartJournal
     key: RecordKey
     spool: BlobStore
-    limits: SourceLimits = SourceLimits()
+    limits: JobsSection
 
     def resource(self, url: str) -> str:
         """The root or bucket of a URL, as ``root:/path`` or ``bucket:name``. Raises PathRefused."""
@@ -188,24 +113,28 @@ class Locations:
         self.check(job.target)
         with self.open_source(job.source) as opened:
             if job.kind != "rewrap":  # a file system may move a payload without copying it
-                self.check_room(job.target, opened.size_bytes)
-            return opened.size_bytes
+                self.check_room(job.target, opened.reader.size)
+            return opened.reader.size
 
-    def open_source(self, url: str) -> JobSource:
+    @contextmanager
+    def open_source(self, url: str) -> Iterator[JobSource]:
         """Raises PathRefused if it is not there or not allowed, TooLarge above ``limits``, Unavailable."""
         if url.startswith(SCHEME):
             found = ObjectSource.at(url, self.buckets)
-            self.limits.check(found.size_bytes)
-            return found
-        file = self.roots.open_source(url)
-        try:
+            self._check_size(found.reader.size)
+            yield found
+            return
+        with self.roots.open_source(url) as file:
+            self._check_size(file.reader.size)
             with file_errors():
-                self.limits.check(file.size_bytes)
-                self.limits.check_holes(file.fd)
-        except KmsError:
-            os.close(file.fd)
-            raise
-        return RootedSource(file)
+                check_holes(file.fd, self.limits.source_max_hole_bytes)
+            yield file
+
+    def _check_size(self, size_bytes: int) -> None:
+        if size_bytes > (most := self.limits.source_max_bytes):
+            raise TooLarge(
+                f"The source is above {most} bytes: split it, or raise [kms.jobs] source_max_bytes"
+            )
 
     def check_room(self, url: str, size_bytes: int) -> None:
         """Raise SpoolFull if a target has no room for so much, as far as that can be told before the work."""

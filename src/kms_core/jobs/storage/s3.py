@@ -6,11 +6,10 @@ condition on the write lets only the first of several attempts through. The meta
 of its attempt (``commit_marks``): so a job recognises its own object, and takes no other for it.
 """
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from kms_core.jobs.ends import PlacedTarget
 from kms_core.jobs.model import Commit, CommitGone
@@ -41,19 +40,9 @@ class ObjectSource:
             raise PathRefused("There is nothing at this place: write the object first")
         return cls(ObjectReader(bucket, key, found.etag, found.size))
 
-    @property
-    def size_bytes(self) -> int:
-        return self.reader.size
-
     def check_unchanged(self) -> None:
+        """Raises InvalidRequest if it is another by now; ask after the last read."""
         self.reader.check()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +60,15 @@ class ObjectPending:
             lead = self.writer.part_bytes - at
             copy_run(reader.head(lead), self.writer, at, options)
             reader, at = reader.tail(lead), self.writer.part_bytes
-            if self.writer.copy(reader, options.before, options.after):
+            if self.writer.copy(reader, options.check, options.progress):
                 return
         copy_run(reader, self.writer, at, options)
 
     def settle(self, source: object, *, in_place: bool) -> Commit:
-        """Describe what will be put in place; nothing may be written afterwards."""
+        """Describe what will be put in place; nothing may be written afterwards.
+
+        ``in_place``: the result takes the place of its source, and of nothing that came after it.
+        """
         self.writer.settle()
         over = self.there
         if in_place and isinstance(source, ObjectSource):
@@ -105,13 +97,6 @@ class ObjectPending:
         """Throw away what was sent. What cannot be now, the next attempt does."""
         self.target.abort(self.attempt_id, self.writer.upload)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
 
 @dataclass(frozen=True, slots=True)
 class ObjectTarget:
@@ -134,7 +119,8 @@ class ObjectTarget:
                 return PlacedTarget(size_bytes=found.size)
         return None
 
-    def prepare(self, attempt_id: str, room_bytes: int = 0) -> ObjectPending:
+    @contextmanager
+    def prepare(self, attempt_id: str, room_bytes: int = 0) -> Iterator[ObjectPending]:
         """Begin an attempt. Raises TargetExists if something is there already, PathRefused, Unavailable."""
         del room_bytes  # a store does not tell how much it takes
         bucket, key = self.buckets.writing(self.url)
@@ -152,7 +138,7 @@ class ObjectTarget:
             return upload
 
         writer = Assembly(bucket, key, mark, begin)
-        return ObjectPending(writer, self, attempt_id, found.etag if found else "")
+        yield ObjectPending(writer, self, attempt_id, found.etag if found else "")
 
     def finish(self, commit: Commit) -> bool:
         """Put it in place; once it is there, doing it again changes nothing.

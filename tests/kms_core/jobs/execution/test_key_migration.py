@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from itertools import count
 from pathlib import Path
@@ -351,10 +353,12 @@ def test_parts_share_one_pace(core: Core, root: Path) -> None:
 class Unreadable(Locations):
     """One file lies on a bad block."""
 
-    def open_source(self, url: str) -> JobSource:
+    @contextmanager
+    def open_source(self, url: str) -> Iterator[JobSource]:
         if url.endswith("/b/c"):
             raise Unavailable("The file system answered EIO")
-        return super().open_source(url)
+        with super().open_source(url) as source:
+            yield source
 
 
 def test_file_that_the_disk_cannot_give_is_given_up_in_the_end_and_holds_up_no_other(

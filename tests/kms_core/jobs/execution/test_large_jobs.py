@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final, cast
 
 import httpx2 as httpx
+import msgspec
 import pytest
 
 from kms_core.auth.policy import Principal
@@ -16,7 +17,7 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Attempt, StoreRules, part_id
 from kms_core.jobs.spec import FILES, QUEUES
 from kms_core.jobs.storage.local_paths import Roots
-from kms_core.jobs.storage.locations import SourceLimits
+from kms_core.jobs.storage.locations import check_holes
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
 from kms_protocol.context import Context
@@ -445,12 +446,14 @@ def test_source_above_the_bounds_is_refused_before_anything_is_written(tmp_path:
 
 
 def test_object_above_the_bound_is_refused(bench: Bench) -> None:
-    places = replace(bench.core.worker_context.places, limits=SourceLimits(size_bytes=10))
+    places = bench.core.worker_context.places
+    places = replace(places, limits=msgspec.structs.replace(places.limits, source_max_bytes=10))
     fits, large = bench.bucket.put("fits", bytes(10)), bench.bucket.put("large", bytes(11))
 
-    assert places.open_source(fits).size_bytes == 10
-    with pytest.raises(TooLarge):
-        places.open_source(large)
+    with places.open_source(fits) as source:
+        assert source.reader.size == 10
+    with pytest.raises(TooLarge), places.open_source(large):
+        pass
 
 
 def test_target_without_room_is_refused_when_the_job_is_accepted_and_when_it_runs(
@@ -496,10 +499,10 @@ def test_holes_are_what_the_disk_does_not_hold(tmp_path: Path, kind: str) -> Non
     expected = {"hole at the end": 3, "hole at the start": 3, "holes": 2}.get(kind, 0) * MIB
     fd = os.open(path, os.O_RDONLY)
     try:
-        SourceLimits(fd_size, expected).check_holes(fd)
+        check_holes(fd, expected)
         if expected:
             with pytest.raises(TooLarge):
-                SourceLimits(fd_size, expected - 1).check_holes(fd)
+                check_holes(fd, expected - 1)
     finally:
         os.close(fd)
 
@@ -514,7 +517,7 @@ def test_target_without_room_is_refused_before_the_work(tmp_path: Path) -> None:
 
     with pytest.raises(SpoolFull):
         roots.check_room(target, size)
-    with pytest.raises(SpoolFull):
-        roots.prepare(target, "job-1", overwrite=False, room_bytes=size)
+    with pytest.raises(SpoolFull), roots.prepare(target, "job-1", overwrite=False, room_bytes=size):
+        pass
     assert names(files) == []
     roots.check_room(target, MIB)

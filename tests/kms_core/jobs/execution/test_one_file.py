@@ -3,7 +3,8 @@
 import contextvars
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -218,11 +219,12 @@ def test_path_outside_the_roots_is_refused(core: Core, files: Path, place: str) 
 class Meddling(Roots):
     """Whoever opens a source here finds that somebody else writes to it."""
 
-    def open_source(self, url: str) -> OpenSource:
-        found = super().open_source(url)
-        with Path(url.removeprefix("file://")).open("ab") as file:
-            file.write(b"more")
-        return found
+    @contextmanager
+    def open_source(self, url: str) -> Iterator[OpenSource]:
+        with super().open_source(url) as found:
+            with Path(url.removeprefix("file://")).open("ab") as file:
+                file.write(b"more")
+            yield found
 
 
 def test_source_that_changes_meanwhile_fails_the_job(core: Core, files: Path) -> None:

@@ -4,12 +4,13 @@ import os
 import stat
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from kms_core.jobs.storage.local_paths import Placement, Roots, temporary_name
+from kms_core.jobs.model import Commit
+from kms_core.jobs.storage.local_paths import Roots, temporary_name
 from kms_protocol.errors import PathRefused, TargetExists, Unavailable
 from support.disk_trace import recorded
 from support.file_tree import (
@@ -39,10 +40,34 @@ def roots(root: Path) -> Roots:
     return Roots([root])
 
 
-def settled(roots: Roots, url: str, tag: str = "job-1", *, overwrite: bool = False) -> Placement:
+@dataclass(frozen=True)
+class Settled:
+    """A temporary file that is ready to be put in place."""
+
+    roots: Roots
+    url: str
+    tag: str
+    commit: Commit
+
+    @property
+    def temporary(self) -> str:
+        return temporary_name(self.tag)
+
+    def finish(self, *, overwrite: bool) -> None:
+        self.roots.finish(self.url, self.tag, self.commit, overwrite=overwrite)
+
+
+def settled(roots: Roots, url: str, tag: str = "job-1", *, overwrite: bool = False) -> Settled:
     with roots.prepare(url, tag, overwrite=overwrite) as pending:
         os.write(pending.fd, b"sealed")
-        return pending.settle(lambda _: None)
+        found = pending.settle(lambda _: None)
+    commit = Commit(attempt_id="1", inode=found.inode, size_bytes=found.size_bytes, mtime_ns=found.mtime_ns)
+    return Settled(roots, url, tag, commit)
+
+
+def prepared(roots: Roots, url: str, tag: str = "job-1", *, overwrite: bool = False) -> None:
+    with roots.prepare(url, tag, overwrite=overwrite):
+        pass
 
 
 def test_a_target_appears_at_once_complete_and_private(root: Path, roots: Roots) -> None:
@@ -50,7 +75,7 @@ def test_a_target_appears_at_once_complete_and_private(root: Path, roots: Roots)
     url = (root / "a/out.age").as_uri()
     placement = settled(roots, url)
     before = names(root / "a")
-    roots.finish(placement, overwrite=False)
+    placement.finish(overwrite=False)
 
     assert before == [".kms-job-1.tmp"]
     assert names(root / "a") == ["out.age"]
@@ -62,9 +87,9 @@ def test_a_target_appears_at_once_complete_and_private(root: Path, roots: Roots)
 @pytest.mark.parametrize("overwrite", [False, True], ids=["create", "overwrite"])
 def test_finishing_twice_changes_nothing(root: Path, roots: Roots, *, overwrite: bool) -> None:
     placement = settled(roots, (root / "out").as_uri(), overwrite=overwrite)
-    roots.finish(placement, overwrite=overwrite)
+    placement.finish(overwrite=overwrite)
     before = (root / "out").stat()
-    roots.finish(placement, overwrite=overwrite)
+    placement.finish(overwrite=overwrite)
 
     assert (root / "out").stat() == before
     assert names(root) == ["out"]
@@ -74,7 +99,7 @@ def test_finishing_twice_changes_nothing(root: Path, roots: Roots, *, overwrite:
 def test_a_crash_between_link_and_unlink_is_finished(root: Path, roots: Roots, *, overwrite: bool) -> None:
     placement = settled(roots, (root / "out").as_uri())
     (root / "out").hardlink_to(root / placement.temporary)
-    roots.finish(placement, overwrite=overwrite)
+    placement.finish(overwrite=overwrite)
 
     assert names(root) == ["out"]
 
@@ -83,10 +108,10 @@ def test_a_crash_between_link_and_unlink_is_finished(root: Path, roots: Roots, *
 def test_many_may_finish_at_once(root: Path, roots: Roots, *, overwrite: bool) -> None:
     failures: list[Exception] = []
 
-    def finish(placement: Placement, barrier: threading.Barrier) -> None:
+    def finish(placement: Settled, barrier: threading.Barrier) -> None:
         barrier.wait()
         try:
-            roots.finish(placement, overwrite=overwrite)
+            placement.finish(overwrite=overwrite)
         except (PathRefused, TargetExists, Unavailable) as exc:
             failures.append(exc)
 
@@ -107,7 +132,7 @@ def test_an_existing_target_is_refused_before_any_work(root: Path, roots: Roots)
     url = written(root)
 
     with pytest.raises(TargetExists):
-        roots.prepare(url, "job-1", overwrite=False)
+        prepared(roots, url)
 
     assert names(root) == ["plain.txt"]
 
@@ -116,10 +141,10 @@ def test_the_source_is_no_target_unless_overwriting_was_asked_for(root: Path, ro
     url = written(root)
     with roots.open_source(url) as source:
         with pytest.raises(TargetExists):
-            roots.prepare(url, "job-1", overwrite=False)
+            prepared(roots, url)
         placement = settled(roots, url, overwrite=True)
         source.check_unchanged()
-        roots.finish(placement, overwrite=True)
+        placement.finish(overwrite=True)
 
     assert (root / "plain.txt").read_bytes() == b"sealed"
 
@@ -129,7 +154,7 @@ def test_a_target_that_appears_meanwhile_wins(root: Path, roots: Roots) -> None:
     written(root)
 
     with pytest.raises(TargetExists):
-        roots.finish(placement, overwrite=False)
+        placement.finish(overwrite=False)
 
     assert (root / "plain.txt").read_bytes() == b"salary"
     assert (root / placement.temporary).exists()
@@ -143,13 +168,13 @@ def test_only_a_regular_file_is_overwritten(
     path = make(root, tmp_path)
 
     with pytest.raises(PathRefused):
-        roots.prepare(path.as_uri(), "job-1", overwrite=True)
+        prepared(roots, path.as_uri(), overwrite=True)
 
 
 def test_overwriting_one_of_two_links_leaves_the_other(tmp_path: Path, root: Path, roots: Roots) -> None:
     written(tmp_path, "secret", b"other")
     path = a_hard_link(root, tmp_path)
-    roots.finish(settled(roots, path.as_uri(), overwrite=True), overwrite=True)
+    settled(roots, path.as_uri(), overwrite=True).finish(overwrite=True)
 
     assert path.read_bytes() == b"sealed"
     assert (tmp_path / "secret").read_bytes() == b"other"
@@ -173,7 +198,7 @@ def test_a_target_lies_in_a_real_directory_beneath_the_root(
     path = make(root, outside)
 
     with pytest.raises(PathRefused):
-        roots.prepare(path.as_uri(), "job-1", overwrite=True)
+        prepared(roots, path.as_uri(), overwrite=True)
 
     assert names(outside) == []
 
@@ -187,42 +212,36 @@ def test_a_result_that_vanished_is_told(root: Path, roots: Roots, put: bytes | N
         os.utime(root / "out", ns=(1, 1))
 
     with pytest.raises(PathRefused, match="run the job again"):
-        roots.finish(placement, overwrite=True)
+        placement.finish(overwrite=True)
 
 
-def test_a_description_without_a_time_is_finished_too(root: Path, roots: Roots) -> None:
-    placement = replace(settled(roots, (root / "out").as_uri()), mtime_ns=0)
-    roots.finish(placement, overwrite=False)
-
-    assert names(root) == ["out"]
-
-
-@pytest.mark.parametrize("change", ["cut", "replaced"])
+@pytest.mark.parametrize("change", ["cut", "replaced", "of another time"])
 def test_another_temporary_file_is_not_put_in_place(root: Path, roots: Roots, change: str) -> None:
     placement = settled(roots, (root / "out").as_uri())
     if change == "cut":
         os.truncate(root / placement.temporary, 3)
+    elif change == "of another time":  # as a later file that was given the same inode
+        os.utime(root / placement.temporary, ns=(1, 1))
     else:
         written(root, "evil", b"forged")
         (root / "evil").replace(root / placement.temporary)
 
     with pytest.raises(PathRefused):
-        roots.finish(placement, overwrite=False)
+        placement.finish(overwrite=False)
 
     assert not (root / "out").exists()
 
 
 def test_a_description_that_names_another_file_moves_nothing(root: Path, roots: Roots) -> None:
     written(root)
-    found = (root / "plain.txt").stat()
-    forged = Placement((root / "out").as_uri(), "plain.txt", found.st_ino, found.st_size)
+    found, url = (root / "plain.txt").stat(), (root / "out").as_uri()
+    forged = Commit(attempt_id="1", inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)
 
-    with pytest.raises(PathRefused):
-        roots.finish(forged, overwrite=True)
-    with pytest.raises(PathRefused):
-        roots.finish(replace(forged, temporary="../root/plain.txt"), overwrite=True)
-    with pytest.raises(PathRefused):
-        roots.discard(forged.url, forged.temporary)
+    for tag in ("plain.txt", "/../plain.txt"):
+        with pytest.raises(PathRefused):
+            roots.finish(url, tag, forged, overwrite=True)
+        with pytest.raises(PathRefused):
+            roots.discard(url, tag)
 
     assert names(root) == ["plain.txt"]
 
@@ -233,8 +252,8 @@ def test_a_temporary_file_is_discarded_once_or_twice(root: Path, roots: Roots) -
         pending.discard()
         pending.discard()
     settled(roots, url)
-    roots.discard(url, temporary_name("job-1"))
-    roots.discard(url, temporary_name("job-1"))
+    roots.discard(url, "job-1")
+    roots.discard(url, "job-1")
 
     assert names(root) == []
 
@@ -244,7 +263,7 @@ def test_two_attempts_do_not_share_a_temporary_file(root: Path, roots: Roots) ->
     settled(roots, url, "job-1")
 
     with pytest.raises(PathRefused):
-        roots.prepare(url, "job-1", overwrite=False)
+        prepared(roots, url)
     settled(roots, url, "job-2")
 
     assert len(names(root)) == 2
@@ -254,22 +273,22 @@ def test_a_planted_link_is_not_written_through(tmp_path: Path, root: Path, roots
     (root / temporary_name("job-1")).symlink_to(tmp_path / "victim")
 
     with pytest.raises(PathRefused):
-        roots.prepare((root / "out").as_uri(), "job-1", overwrite=False)
+        prepared(roots, (root / "out").as_uri())
 
     assert not (tmp_path / "victim").exists()
 
 
 @pytest.mark.parametrize("tag", ["", "a/b", "..", "a.b", "x" * 65, "ü"])
 def test_a_tag_is_a_plain_word(tag: str) -> None:
-    with pytest.raises(ValueError, match="tag"):
+    with pytest.raises(PathRefused, match="tag"):
         temporary_name(tag)
 
 
 def test_no_descriptor_outlives_its_block(root: Path, roots: Roots) -> None:
     before = len(names(Path("/dev/fd")))
-    roots.finish(settled(roots, (root / "out").as_uri()), overwrite=False)
+    settled(roots, (root / "out").as_uri()).finish(overwrite=False)
     with pytest.raises(TargetExists):
-        roots.prepare((root / "out").as_uri(), "job-2", overwrite=False)
+        prepared(roots, (root / "out").as_uri(), "job-2")
 
     assert len(names(Path("/dev/fd"))) == before
 
@@ -281,7 +300,7 @@ def test_a_finished_target_survives_a_power_cut(
     disk = recorded(monkeypatch)
     placement = settled(roots, (root / "out").as_uri(), overwrite=overwrite)
     before = len(disk.steps)
-    roots.finish(placement, overwrite=overwrite)
+    placement.finish(overwrite=overwrite)
 
     assert ("sync", root) in disk.steps[:before], "a commit was described whose temporary file may vanish"
     disk.assert_survives(root / "out")

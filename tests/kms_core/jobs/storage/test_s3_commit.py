@@ -3,13 +3,16 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 
 from kms_core.jobs.execution.context import WorkerContext
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.storage.commit_marks import CommitMarks
+from kms_core.jobs.storage.locations import JobTarget, PendingTarget
 from kms_protocol.errors import JobsUnavailable, PathRefused, TargetExists
 from kms_protocol.wire import JobKind
 from support.failing_store import MOMENTS, Killed, interrupted, stumbling
@@ -20,6 +23,7 @@ from support.waiting import until
 
 MiB = 1024 * 1024
 SMALL, LARGE = MiB, 9 * MiB  # one write; two parts of an upload
+Opened = TypeVar("Opened")
 SIZES = {"small": SMALL, "large": LARGE}
 MOMENT_IDS = ["-".join(moment) for moment in MOMENTS]
 
@@ -296,6 +300,15 @@ def _sealed(bench: Bench) -> str:
     return target
 
 
+def held(opened: AbstractContextManager[Opened]) -> Opened:
+    return ExitStack().enter_context(opened)
+
+
+def begun(target: JobTarget, attempt_id: str) -> PendingTarget:
+    opened: AbstractContextManager[PendingTarget] = target.prepare(attempt_id)
+    return held(opened)
+
+
 def marks(bench: Bench) -> CommitMarks:
     return bench.core.worker_context.places.marks("a-job", b"spec", "s3://bucket/in")
 
@@ -304,11 +317,11 @@ def marks(bench: Bench) -> CommitMarks:
 def test_of_two_attempts_that_write_a_small_object_the_first_wins(bench: Bench, *, overwrite: bool) -> None:
     """Neither notices that it has lost its lease."""
     bucket, places = bench.bucket, bench.core.worker_context.places
-    source = places.open_source(bucket.put("in", b"source"))
+    source = held(places.open_source(bucket.put("in", b"source")))
     if overwrite:
         bucket.put("out/x", b"old")
     target = places.target(bucket.url("out/x"), "a-job", marks(bench), overwrite=overwrite)
-    attempts = [target.prepare(attempt_id) for attempt_id in ("one", "two")]
+    attempts = [begun(target, attempt_id) for attempt_id in ("one", "two")]
     for attempt, data in zip(attempts, (b"first", b"second"), strict=True):
         attempt.writer.reserve(len(data))
         attempt.writer.write_at(memoryview(data), 0)
@@ -324,9 +337,9 @@ def test_of_two_attempts_that_write_a_small_object_the_first_wins(bench: Bench, 
 
 def test_an_upload_is_completed_once_and_a_late_completion_replaces_nothing(bench: Bench) -> None:
     bucket, places = bench.bucket, bench.core.worker_context.places
-    source = places.open_source(bucket.put("in", b"source"))
+    source = held(places.open_source(bucket.put("in", b"source")))
     target = places.target(bucket.url("out/x"), "a-job", marks(bench), overwrite=True)
-    attempt = target.prepare("one")
+    attempt = begun(target, "one")
     attempt.writer.reserve(LARGE)
     attempt.writer.write_at(memoryview(bytes(LARGE)), 0)
     commit = attempt.settle(source, in_place=False)
@@ -430,9 +443,9 @@ def marked(bench: Bench, mark: str) -> None:
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_attempt_does_not_take_the_object_of_another_for_its_own(bench: Bench, size: int) -> None:
     bucket, places = bench.bucket, bench.core.worker_context.places
-    source = places.open_source(bucket.put("in", b"source"))
+    source = held(places.open_source(bucket.put("in", b"source")))
     target = places.target(bucket.url("out/x"), "a-job", marks(bench), overwrite=False)
-    attempts = [target.prepare(attempt_id) for attempt_id in ("one", "two")]
+    attempts = [begun(target, attempt_id) for attempt_id in ("one", "two")]
     commits = []
     for attempt in attempts:
         attempt.writer.reserve(size)

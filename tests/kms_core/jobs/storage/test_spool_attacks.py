@@ -18,7 +18,7 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.envelope import sealing
 from kms_core.jobs.execution import upload
-from kms_core.jobs.execution.lease import Held
+from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job, part_id
 from kms_core.jobs.storage.spool import UPLOAD, Label
@@ -380,7 +380,7 @@ def test_upload_changed_while_it_is_read_is_refused(
     path = install.folder(job_id) / "upload"
     turns = iter(range(1000))
 
-    def options(lease: Held) -> ParallelOptions:
+    def options(lease: Lease) -> ParallelOptions:
         def check() -> None:
             if next(turns) == 2:
                 with path.open("r+b") as file:
