@@ -22,8 +22,6 @@ from kms_core.payload.files import source_changed_error
 from kms_core.s3.connection import Ask, S3Answer, S3Body, S3Connection, elements, tag
 from kms_protocol.errors import PathRefused
 
-PUT_LIMIT_BYTES: Final = 5 * 1024**3
-LEAST_PART_BYTES: Final = 5 * 1024**2
 MOST_PARTS: Final = 10_000
 MARK: Final = "x-amz-meta-kms-job"
 """User metadata with the job that wrote an object, so that a later attempt recognises it."""
@@ -186,25 +184,33 @@ class Bucket:
         self._check(answer)
         return True
 
-    def keys(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Each key that begins with ``prefix``, with the size of its object, in the store's order."""
-        return ((found.key, found.size) for found in self.listed(prefix))
-
     def listed(self, prefix: str) -> Iterator[Listed]:
         """Each object whose key begins with ``prefix``, in the store's order."""
-        query = {"list-type": "2", "prefix": prefix, "encoding-type": "url", "max-keys": "1000"}
+        query = {"list-type": "2", "prefix": prefix, "max-keys": "1000"}
+        following = {"continuation-token": "NextContinuationToken"}
+        for entry, key, now in self._entries("Contents", query, following):
+            yield Listed(key, int(tag(entry, "Size")), _age_s(tag(entry, "LastModified"), now))
+
+    def _entries(
+        self, name: str, query: dict[str, str], following: Mapping[str, str]
+    ) -> Iterator[tuple[str, str, float]]:
+        """Each element of this name in a listing of several pages, its key, and the time of the answer.
+
+        ``following`` are the parameters of the next page, by the elements with their values.
+        """
+        query["encoding-type"] = "url"
         while True:
             answer = self._check(self._ask("GET", "", query=query))
             now, text = answer.time("date"), answer.body.decode("utf-8", "replace")
-            quoted = tag(text, "EncodingType") == "url"
-            for entry in elements(text, "Contents"):
-                key = tag(entry, "Key")
-                age_s = _age_s(tag(entry, "LastModified"), now)
-                yield Listed(unquote_plus(key) if quoted else key, int(tag(entry, "Size")), age_s)
-            following = tag(text, "NextContinuationToken")
-            if tag(text, "IsTruncated") != "true" or not following:
+            unquoted = unquote_plus if tag(text, "EncodingType") == "url" else str
+            for entry in elements(text, name):
+                yield entry, unquoted(tag(entry, "Key")), now
+            found = {parameter: tag(text, element) for parameter, element in following.items()}
+            if tag(text, "IsTruncated") != "true" or not next(iter(found.values())):
                 return
-            query["continuation-token"] = following
+            query |= found
+            if "key-marker" in query:
+                query["key-marker"] = unquoted(query["key-marker"])
 
     def delete(self, key: str) -> None:
         """Delete an object. Without effect on one that is not there."""
@@ -293,29 +299,16 @@ class Bucket:
                 return found
             query["part-number-marker"] = str(found[-1].number)
 
-    def uploads(self, key: str) -> Iterator[tuple[str, str]]:
-        """Id and beginning (ISO 8601) of each upload to this key that was not completed or aborted."""
-        return ((found.upload, found.begun) for found in self.unfinished(key) if found.key == key)
-
     def unfinished(self, prefix: str) -> Iterator[Unfinished]:
         """Each upload to a key that begins with ``prefix`` and was not completed or aborted.
 
         MinIO lists those to one whole key only.
         """
-        query = {"uploads": "", "prefix": prefix, "encoding-type": "url", "max-uploads": "1000"}
-        while True:
-            answer = self._check(self._ask("GET", "", query=query))
-            now, text = answer.time("date"), answer.body.decode("utf-8", "replace")
-            quoted = tag(text, "EncodingType") == "url"
-            for entry in elements(text, "Upload"):
-                name, begun = tag(entry, "Key"), tag(entry, "Initiated")
-                key = unquote_plus(name) if quoted else name
-                yield Unfinished(key, tag(entry, "UploadId"), begun, _age_s(begun, now))
-            following = tag(text, "NextKeyMarker"), tag(text, "NextUploadIdMarker")
-            if tag(text, "IsTruncated") != "true" or not following[0]:
-                return
-            query["key-marker"] = unquote_plus(following[0]) if quoted else following[0]
-            query["upload-id-marker"] = following[1]
+        query = {"uploads": "", "prefix": prefix, "max-uploads": "1000"}
+        following = {"key-marker": "NextKeyMarker", "upload-id-marker": "NextUploadIdMarker"}
+        for entry, key, now in self._entries("Upload", query, following):
+            begun = tag(entry, "Initiated")
+            yield Unfinished(key, tag(entry, "UploadId"), begun, _age_s(begun, now))
 
     def abort(self, key: str, upload: str) -> None:
         """Abort an upload. Without effect on one that was completed or aborted."""

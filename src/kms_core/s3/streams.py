@@ -125,9 +125,8 @@ class StreamedObject:
     def _part_bytes(self) -> int:
         return self._usual_bytes << (self._count // GROW_EVERY)
 
-    def write_at(self, data: memoryview, position: int) -> None:
+    def write(self, data: memoryview) -> None:
         """Take what follows."""
-        del position
         while data:
             if self._filled == self._part_bytes:
                 self._send()

@@ -55,7 +55,7 @@ class Held:
     def write(self, pool: BufferPool, key: str, data: bytes, declared_bytes: int = 0) -> StreamedObject:
         with closing(StreamedObject(cast("Bucket", self), key, key, pool, declared_bytes)) as out:
             for at in range(0, len(data), 5000):
-                out.write_at(memoryview(data)[at : at + 5000], at)
+                out.write(memoryview(data)[at : at + 5000])
             out.finish()
             return out
 
@@ -168,7 +168,7 @@ def test_parts_of_a_large_object_are_larger_while_there_is_room(
     bucket.may_go.set()
     taken = pool.take(used) if used else None
     with closing(StreamedObject(cast("Bucket", bucket), "key", "mark", pool, declared)) as out:
-        out.write_at(memoryview(bytes(2 * part + 1)), 0)
+        out.write(memoryview(bytes(2 * part + 1)))
         out.finish()
 
     assert bucket.sizes == [part, part, 1]

@@ -5,21 +5,17 @@ SpoolUnavailable while the disk or the bucket does not answer; a name that is mi
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from kms_core.payload.files import RangeSource
 
+WriteBlob = Callable[[memoryview, int], None]
+"""Writes bytes of a new blob at a position, front to back.
 
-class BlobSink(Protocol):
-    """A blob that is being written, front to back."""
-
-    def write_at(self, data: memoryview, position: int) -> None:
-        """Write what follows. The caller may change it afterwards. Raises SpoolFull."""
-
-    def finish(self) -> None:
-        """Return once the blob is durable, under its name. Raises SpoolFull."""
+The caller may change them afterwards. Raises SpoolFull.
+"""
 
 
 class SpoolNote(NamedTuple):
@@ -44,8 +40,10 @@ class BlobStore(Protocol):
     def is_away(self) -> bool:
         """Return whether the last call got no answer."""
 
-    def create(self, folder: str, name: str, declared_bytes: int = 0) -> AbstractContextManager[BlobSink]:
-        """A new blob in place of an unfinished one; nothing is left of it if the block fails.
+    def create(self, folder: str, name: str, declared_bytes: int = 0) -> AbstractContextManager[WriteBlob]:
+        """A new blob in place of an unfinished one, durable under its name when the block ends.
+
+        Nothing is left of it if the block fails.
 
         ``declared_bytes`` is about its size, 0 for an unknown one. Raises SpoolFull; RecordRefused where
         something else is in its place.

@@ -6,7 +6,7 @@ from cryptography.utils import Buffer
 
 from kms_core.envelope.sealing import Sealing
 from kms_core.jobs.ends import SmallBlob
-from kms_core.jobs.storage.blob_store import BlobSink
+from kms_core.jobs.storage.blob_store import WriteBlob
 from kms_core.payload.streaming import SlabSealer
 from kms_protocol.errors import SpoolFull
 
@@ -19,7 +19,7 @@ class BlobWriter:
     """
 
     def __init__(
-        self, ref: bytes, begun: Sealing, create: Callable[[], BlobSink], room: int, most_small_bytes: int
+        self, ref: bytes, begun: Sealing, create: Callable[[], WriteBlob], room: int, most_small_bytes: int
     ) -> None:
         """The blob may take ``room`` bytes; ``create`` is called before it has more than may be small.
 
@@ -31,7 +31,7 @@ class BlobWriter:
         self._sealer = SlabSealer(begun.payload_key)
         self._create, self._room, self._most_small_bytes = create, room, most_small_bytes
         self._memory = bytearray()
-        self._sink: BlobSink | None = None
+        self._write: WriteBlob | None = None
         self._put(memoryview(begun.head))
 
     @property
@@ -48,11 +48,9 @@ class BlobWriter:
             self._put(slab)
 
     def finish(self, name: str) -> None:
-        """Write what is held back; a blob in the spool is durable afterwards. Raises as ``write``."""
+        """Write what is held back. Raises as ``write``."""
         self._put(memoryview(self._sealer.finish()))
-        if self._sink:
-            self._sink.finish()
-        else:
+        if self._write is None:
             self.small = name, bytes(self._memory)
 
     def _put(self, data: memoryview) -> None:
@@ -61,12 +59,12 @@ class BlobWriter:
             raise SpoolFull(
                 "Uploads and results use all of spool_max_bytes: wait until results expire, or raise it"
             )
-        if self._sink is None and self.stored <= self._most_small_bytes:
+        if self._write is None and self.stored <= self._most_small_bytes:
             self._memory += data
             return
-        if self._sink is None:
-            self._sink = self._create()
+        if self._write is None:
+            self._write = self._create()
             if self._memory:
-                self._sink.write_at(memoryview(self._memory), 0)
+                self._write(memoryview(self._memory), 0)
                 self._memory = bytearray()
-        self._sink.write_at(data, position)
+        self._write(data, position)

@@ -6,7 +6,7 @@ jobs over many, ``*`` can be written. Knows no job.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 from urllib.parse import quote
 
 from kms_core.jobs.file_patterns import path_names
@@ -41,18 +41,17 @@ class Buckets:
 
     def reading(self, url: str) -> tuple[Bucket, str]:
         """Bucket and key of an object that jobs may read; asks no store. Raises PathRefused."""
-        name, key = parse(url)
-        found = self._allowed.get(name)
-        if found is None or not key.startswith(found.read):
-            raise PathRefused(_ELSEWHERE.format("reading"))
-        return found.bucket, key
+        return self._found(url, "reading")
 
     def writing(self, url: str) -> tuple[Bucket, str]:
         """The same of an object that jobs may write."""
+        return self._found(url, "writing")
+
+    def _found(self, url: str, use: Literal["reading", "writing"]) -> tuple[Bucket, str]:
         name, key = parse(url)
         found = self._allowed.get(name)
-        if found is None or not key.startswith(found.write):
-            raise PathRefused(_ELSEWHERE.format("writing"))
+        if found is None or not key.startswith(found.read if use == "reading" else found.write):
+            raise PathRefused(_ELSEWHERE.format(use))
         return found.bucket, key
 
     def require_conditions(self, url: str) -> None:
@@ -85,7 +84,7 @@ class Buckets:
         found = self._allowed.get(name)
         if found is None or not prefix.startswith(found.read):
             raise PathRefused(_ELSEWHERE.format("reading"))
-        for key, size in found.bucket.keys(prefix):
+        for key, size, _ in found.bucket.listed(prefix):
             if (size or not key.endswith("/")) and key.rpartition("/")[2] != _PROBE:
                 yield f"{SCHEME}{name}/{quote(key)}", size
 

@@ -54,45 +54,29 @@ class GroupSync:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._turn = threading.Condition()
-        self._next = _Round()
-        self._is_syncing = False
+        self._one_at_a_time = threading.Lock()
+        self._begun = self._failed = 0  # numbers of the last call, and of the last one that failed
+        self._errno = 0
 
     def wait(self) -> None:
         """Return after a call of ``sync`` that began after this one. Raises OSError, if that call failed."""
         if self._pid != os.getpid():  # the threads that hold the lock are the parent's
             self._begin()
-        with self._turn:
-            mine = self._next
-            while self._is_syncing and not mine.is_done:
-                self._turn.wait()
-            if not mine.is_done:
-                self._is_syncing, self._next = True, _Round()
-        if not mine.is_done:
-            self._lead(mine)
-        if mine.failure:
-            raise OSError(mine.failure, os.strerror(mine.failure))
+        before = self._begun
+        with self._one_at_a_time:
+            if self._begun == before:
+                self._call()
+            if self._failed > before:
+                raise OSError(self._errno, os.strerror(self._errno))
 
-    def _lead(self, mine: "_Round") -> None:
-        mine.failure = errno.EIO  # whatever ends the call, but success
+    def _call(self) -> None:
+        self._begun += 1
+        before, self._failed, self._errno = self._failed, self._begun, errno.EIO  # but for success
         try:
             self._sync()
-            mine.failure = 0
+            self._failed = before
         except OSError as exc:
-            mine.failure = exc.errno or errno.EIO
-        finally:
-            with self._turn:
-                self._is_syncing, mine.is_done = False, True
-                self._turn.notify_all()
-
-
-class _Round:
-    """Threads that share one call, and the number of its error (errno(3)); 0 for success."""
-
-    __slots__ = ("failure", "is_done")
-
-    def __init__(self) -> None:
-        self.is_done, self.failure = False, 0
+            self._errno = exc.errno or errno.EIO
 
 
 @contextmanager

@@ -8,7 +8,7 @@ requests) has no parts, and is found by listing the uploads to its key.
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -50,12 +50,6 @@ class MultipartJournal:
         """Note an upload that has begun. Raises as ``intend``, SpoolUnavailable."""
         self._store.put(_FOLDER, self._name(job_id, attempt, url), upload.encode("ascii"), durable=True)
 
-    def find(self, job_id: str, attempt: str, url: str) -> str | None:
-        """The upload that was noted for this attempt."""
-        with suppress(ResultExpired, RecordRefused):
-            return self._read(self._name(job_id, attempt, url)).upload
-        return None
-
     def forget(self, job_id: str, attempt: str, url: str) -> None:
         """The upload is no more. Doing it twice is no error."""
         with suppress(ResultExpired, RecordRefused):
@@ -66,19 +60,19 @@ class MultipartJournal:
 
         What cannot be aborted now is left to a later call.
         """
-        places = {job_id: _place(url) for job_id, url in targets.items() if url.startswith(SCHEME)}
-        if not places:
-            return
-        found = list(self._notes(set(places.values())))
+        wanted = {job_id: url for job_id, url in targets.items() if url.startswith(SCHEME)}
+        found = list(self.noted(wanted.values())) if wanted else []
         for note in found:
-            if places.get(note.job_id) != note.place or note.attempt in keep:
+            url = wanted.get(note.job_id, "")
+            if note.place != _place(url) or note.attempt in keep:
                 continue
-            url = targets[note.job_id]
             with suppress(KmsError):
                 if _abort(buckets, url, note, [other for other in found if other is not note]):
                     self.forget(note.job_id, note.attempt, url)
 
-    def _notes(self, places: set[str]) -> Iterator[UploadNote]:
+    def noted(self, urls: Iterable[str]) -> Iterator[UploadNote]:
+        """The notes of uploads to these targets."""
+        places = {_place(url) for url in urls}
         with suppress(ResultExpired, RecordRefused):
             for name in self._store.names(_FOLDER):
                 if (matched := _NAME.fullmatch(name)) and matched[3] in places:
@@ -109,9 +103,10 @@ def _abort(buckets: Buckets, url: str, note: UploadNote, others: list[UploadNote
     if not all(other.upload for other in same):
         return False
     named = {other.upload for other in same}
-    for upload, begun in list(bucket.uploads(key)):
-        if upload not in named and _is_after(begun, note.at) and not bucket.parts(key, upload):
-            bucket.abort(key, upload)
+    for found in list(bucket.unfinished(key)):
+        is_new = found.upload not in named and _is_after(found.begun, note.at)
+        if found.key == key and is_new and not bucket.parts(key, found.upload):
+            bucket.abort(key, found.upload)
     return True
 
 

@@ -8,7 +8,6 @@ import errno
 import os
 import shutil
 import stat
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Final, NamedTuple
 from kms_core.payload import files
 from kms_protocol.errors import RecordRefused, ResultExpired
 
-_MOST_LEVELS: Final = 10_000
 _IN_PLACE: Final = frozenset(
     (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO, errno.EACCES, errno.EPERM)
 )
@@ -78,43 +76,10 @@ def remove(folder: Path, name: str) -> None:
 
 
 def remove_folder(folder: Path) -> bool:
-    """Remove a folder and all in it, however deep; whether it is gone."""
-    with suppress(RecursionError):
-        shutil.rmtree(folder, ignore_errors=True)
-    if folder.is_dir() and not folder.is_symlink():
-        with suppress(OSError):
-            _flatten(folder)
+    """Remove a folder and all in it; whether it is gone."""
+    with suppress(RecursionError):  # folders in folders that others made
         shutil.rmtree(folder, ignore_errors=True)
     return not os.path.lexists(folder)
-
-
-def _flatten(folder: Path) -> None:
-    """Move the folders in the folders of this one up into it, until there are none."""
-    with ExitStack() as stack:
-        at = _folder_fd(folder, stack)
-        for _ in range(_MOST_LEVELS):
-            lifted = [_lifted(name, at) for name in _folders_in(at)]
-            if not any(lifted):
-                return
-
-
-def _lifted(name: str, at: int) -> bool:
-    with ExitStack() as stack, suppress(OSError):
-        inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=at)
-        stack.callback(os.close, inner)
-        found = _folders_in(inner)
-        for lower in found:
-            os.rename(lower, uuid.uuid4().hex, src_dir_fd=inner, dst_dir_fd=at)
-        if found:
-            with suppress(OSError):
-                os.rmdir(name, dir_fd=at)
-            return True
-    return False
-
-
-def _folders_in(at: int) -> list[str]:
-    with os.scandir(at) as entries:
-        return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 def _folder_fd(folder: Path, stack: ExitStack) -> int:

@@ -25,7 +25,7 @@ from kms_core.age.header import FILE_LIMITS
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.jobs.storage.blob_store import BlobSink, BlobStore
+from kms_core.jobs.storage.blob_store import BlobStore, WriteBlob
 from kms_core.jobs.storage.blob_writer import BlobWriter
 from kms_core.observability import metrics
 from kms_core.payload.files import FileRange, RangeSource
@@ -175,10 +175,10 @@ class Spool:
             out = BlobWriter(written.ref, begun, create, room, most if declared_bytes < most else 0)
             yield out
             out.finish(label.name)
-            if out.small is None:
-                self._used = (self._used[0], self._used[1] + out.stored)
+        if out.small is None:
+            self._used = (self._used[0], self._used[1] + out.stored)
 
-    def _create(self, stack: ExitStack, label: Label, declared_bytes: int) -> BlobSink:
+    def _create(self, stack: ExitStack, label: Label, declared_bytes: int) -> WriteBlob:
         try:
             return stack.enter_context(self.store.create(_folder(label.job_id), label.name, declared_bytes))
         except RecordRefused as exc:
@@ -235,11 +235,8 @@ class Spool:
         with self.blob(label) as blob:
             yield blob.content
 
-    def discard(self, label: Label) -> None:
-        """One blob, when nothing needs it any more."""
-        self._remove(label.job_id, label.name)
-
-    def _remove(self, job_id: str, name: str) -> None:
+    def remove(self, job_id: str, name: str) -> None:
+        """Remove a blob, when nothing needs it any more."""
         if self._small:
             self._small.remove(job_id, name)
         with suppress(ResultExpired, RecordRefused):
@@ -254,7 +251,7 @@ class Spool:
         with suppress(ResultExpired, RecordRefused):
             names += self.store.names(_folder(job_id))
         if any(name.startswith(_RESULTS) for name in names):
-            self._remove(job_id, ITEMS)
+            self.remove(job_id, ITEMS)
             return True
         return not names or self.delete(job_id)
 

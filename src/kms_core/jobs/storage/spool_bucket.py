@@ -17,7 +17,7 @@ from typing import Final
 
 import structlog
 
-from kms_core.jobs.storage.blob_store import SpoolNote
+from kms_core.jobs.storage.blob_store import SpoolNote, WriteBlob
 from kms_core.s3.bucket import ALWAYS, Bucket, ObjectHead, StoreRefused
 from kms_core.s3.connection import StoreAway
 from kms_core.s3.multipart import ObjectReader
@@ -57,22 +57,6 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
-class ObjectSink:
-    """A new object of the spool."""
-
-    out: StreamedObject
-    spool: "SpoolBucket"
-
-    def write_at(self, data: memoryview, position: int) -> None:
-        with self.spool.errors(goes_on=True):
-            self.out.write_at(data, position)
-
-    def finish(self) -> None:
-        with self.spool.errors(goes_on=True):
-            self.out.finish()
-
-
-@dataclass(slots=True)
 class SpoolBucket:
     """A bucket as ``BlobStore``. ``prefix`` is empty or ends in a slash."""
 
@@ -91,14 +75,21 @@ class SpoolBucket:
         return self._no_answer or time.monotonic() < self._away_until
 
     @contextmanager
-    def create(self, folder: str, name: str, declared_bytes: int = 0) -> Iterator[ObjectSink]:
+    def create(self, folder: str, name: str, declared_bytes: int = 0) -> Iterator[WriteBlob]:
         self.check()  # nothing is read of an upload that cannot be kept
         mark = f"spool/{os.urandom(16).hex()}"
         with closing(
             StreamedObject(self.bucket, self._key(folder, name), mark, self.pool, declared_bytes)
         ) as out:
+
+            def write(data: memoryview, _position: int) -> None:
+                with self.errors(goes_on=True):
+                    out.write(data)
+
             try:
-                yield ObjectSink(out, self)
+                yield write
+                with self.errors(goes_on=True):
+                    out.finish()
             except BaseException:
                 out.discard()
                 raise

@@ -11,27 +11,12 @@ from pathlib import Path
 from typing import Final
 
 from kms_core.jobs.storage import plain_files
-from kms_core.jobs.storage.blob_store import SpoolNote
+from kms_core.jobs.storage.blob_store import SpoolNote, WriteBlob
 from kms_core.jobs.storage.disk_sync import DiskSync, disk_errors
 from kms_core.payload import files
 from kms_core.payload.files import FileRange
 
 _USAGE_CACHE_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class FileSink:
-    """A new file of the spool."""
-
-    file: plain_files.NewFile
-    sync: DiskSync
-
-    def write_at(self, data: memoryview, position: int) -> None:
-        with disk_errors():
-            files.write_all(self.file.fd, data, position)
-
-    def finish(self) -> None:
-        self.sync.new_file(*self.file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +30,16 @@ class SpoolFolder:
     is_away: bool = False
 
     @contextmanager
-    def create(self, folder: str, name: str, declared_bytes: int = 0) -> Iterator[FileSink]:
+    def create(self, folder: str, name: str, declared_bytes: int = 0) -> Iterator[WriteBlob]:
         del declared_bytes  # the kernel holds what is written
         with plain_files.create(self.path / folder, name) as file:
-            yield FileSink(file, self.sync)
+
+            def write(data: memoryview, position: int) -> None:
+                with disk_errors():
+                    files.write_all(file.fd, data, position)
+
+            yield write
+            self.sync.new_file(*file)
 
     @contextmanager
     def open(self, folder: str, name: str) -> Iterator[FileRange]:

@@ -92,7 +92,7 @@ def test_note_of_a_multipart_upload_survives_a_power_cut(folder: Path, disk: Syn
 
     disk.cut(folder)
 
-    assert notes.find(JOB, "1", "s3://bucket/key") == "upload-1"
+    assert [note.upload for note in notes.noted(["s3://bucket/key"])] == ["upload-1"]
 
 
 def test_missing_folders_survive_a_power_cut(tmp_path: Path, disk: SyncedDisk) -> None:
@@ -176,6 +176,26 @@ class Kernel:
             raise OSError(errno.EIO, "broken")
 
 
+class Queue:
+    """A lock that counts the threads that have asked for it."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self.asked.append(threading.get_ident())
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def queued(group: GroupSync) -> Queue:
+    group._one_at_a_time = queue = Queue()  # type: ignore[assignment]  # noqa: SLF001 -- locks do not count
+    return queue
+
+
 def started(group: GroupSync, ends: list[str]) -> threading.Thread:
     def wait() -> None:
         try:
@@ -189,17 +209,14 @@ def started(group: GroupSync, ends: list[str]) -> threading.Thread:
     return thread
 
 
-def waiting(group: GroupSync, count: int) -> None:
-    until(lambda: len(group._turn._waiters) == count, f"{count} threads wait")  # type: ignore[attr-defined]  # noqa: SLF001 -- no public count
-
-
 def test_threads_that_come_during_a_sync_share_the_next_one() -> None:
     kernel, ends = Kernel(), list[str]()
     group = GroupSync(kernel.sync)
+    queue = queued(group)
     first = started(group, ends)
     until(lambda: kernel.begun == 1, "the first sync runs")
     others = [started(group, ends) for _ in range(8)]
-    waiting(group, 8)
+    until(lambda: len(queue.asked) == 9, "8 threads wait")
 
     kernel.go.release()
     first.join(10)
@@ -217,11 +234,12 @@ def test_failed_sync_fails_for_all_that_shared_it_and_for_no_other() -> None:
     kernel, ends, later = Kernel(), list[str](), list[str]()
     kernel.fails = {1}
     group = GroupSync(kernel.sync)
+    queue = queued(group)
     first = started(group, ends)
     until(lambda: kernel.begun == 1, "the first sync runs")
     kernel.fails = {1, 2}
     others = [started(group, ends) for _ in range(3)]
-    waiting(group, 3)
+    until(lambda: len(queue.asked) == 4, "3 threads wait")
     kernel.go.release(2)
     for thread in (first, *others):
         thread.join(10)

@@ -210,7 +210,7 @@ def test_nothing_is_written_elsewhere(
     with pytest.raises(Unavailable):
         write(spool, label())
     if other is not directory:
-        spool.discard(label())
+        spool.remove(JOB, "upload")
 
     assert (content(kept), kept.stat().st_mtime_ns) == before
 
@@ -242,11 +242,11 @@ def test_notes_of_uploads_are_plain_files(
     """Their text goes to an object store: a link would send it another file's."""
     notes, url = MultipartJournal(SpoolFolder(folder, DiskSync(folder))), "s3://bucket/key"
     notes.add(JOB, "1", url, "upload-1")
-    assert notes.find(JOB, "1", url) == "upload-1"
+    assert [note.upload for note in notes.noted([url])] == ["upload-1"]
     (path,) = (folder / "multipart").iterdir()
     other(path, tmp_path / "kept")
 
-    assert notes.find(JOB, "1", url) is None
+    assert not list(notes.noted([url]))
     notes.forget(JOB, "1", url)
     assert (tmp_path / "kept").exists()
 
@@ -261,7 +261,7 @@ def test_no_note_is_written_through_a_link(folder: Path, tmp_path: Path) -> None
     notes.add(JOB, "1", url, "upload-2")
 
     assert (tmp_path / "kept").read_bytes() == b"mine"
-    assert notes.find(JOB, "1", url) == "upload-2"
+    assert [note.upload for note in notes.noted([url])] == ["upload-2"]
 
 
 def test_old_folders_are_candidates_for_the_sweep(spool: Spool, folder: Path) -> None:
@@ -276,35 +276,6 @@ def test_old_folders_are_candidates_for_the_sweep(spool: Spool, folder: Path) ->
 
 
 # -- folders that others made ----------------------------------------------------------------------------
-
-
-def nested(at: Path, levels: int) -> None:
-    """Folders in folders, deeper than any path can name."""
-    inner = os.open(at, os.O_DIRECTORY)
-    for _ in range(levels):
-        os.mkdir("d", dir_fd=inner)
-        lower = os.open("d", os.O_DIRECTORY, dir_fd=inner)
-        os.close(inner)
-        inner = lower
-    os.close(inner)
-
-
-def test_folders_in_folders_stop_no_upload_and_are_deleted(
-    spool: Spool, folder: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "kept").write_bytes(b"x")
-    for name in (JOB, "others"):
-        (folder / name).mkdir()
-        nested(folder / name, 1100)
-    (folder / JOB / "d" / "link").symlink_to(tmp_path)
-
-    write(spool, label(OTHER))
-    assert spool.delete(JOB)
-
-    assert not (folder / JOB).exists()
-    assert (tmp_path / "kept").exists()
-    (folder / "others").rename(folder / JOB)  # or the cleaning up would fail
-    assert spool.delete(JOB)
 
 
 def test_a_folder_that_cannot_be_entered_or_deleted_stops_nothing(

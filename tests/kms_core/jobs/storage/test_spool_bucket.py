@@ -394,10 +394,9 @@ def test_parts_grow_so_that_ten_thousand_suffice(monkeypatch: pytest.MonkeyPatch
     store = blob_stores.spool_bucket(bucket)
     data = os.urandom(20 * MIB)
 
-    with store.create(JOB, "upload") as sink:
+    with store.create(JOB, "upload") as write:
         for at in range(0, len(data), MIB):
-            sink.write_at(memoryview(data)[at : at + MIB], at)
-        sink.finish()
+            write(memoryview(data)[at : at + MIB], at)
 
     assert bucket.get(KEY) == data
     assert store.pool.used == 0

@@ -173,7 +173,7 @@ def test_blob_of_another_size_or_order_is_refused(
 def test_earlier_blob_of_the_same_name_is_refused(spool: Spool, place: Place) -> None:
     earlier = write(spool, label(), b"old")
     old = place.files()[UPLOADED]
-    spool.discard(label())
+    spool.remove(JOB, label().name)
     written = write(spool, label(), b"new")
     assert read(spool, written) == b"new"
     place.change(UPLOADED, old)
@@ -189,7 +189,7 @@ def test_blob_of_another_spool_key_is_refused(spool: Spool, place: Place, tmp_pa
     (tmp_path / "other.key").write_text(str(x25519.Identity.generate()))
     (tmp_path / "other.key").chmod(0o600)
     other = made(place, AgeBackend(KeyFiles(tmp_path / "other.key")))
-    other.discard(label())
+    other.remove(JOB, label().name)
     forged = write(other, label())
 
     for ref in (written.ref, forged.ref):
@@ -303,7 +303,7 @@ def test_deleted_job_is_gone_and_deleting_twice_is_no_error(spool: Spool, place:
 
     spool.delete(JOB)
     spool.delete(JOB)
-    spool.discard(label(OTHER, ITEMS))
+    spool.remove(OTHER, ITEMS)
 
     assert list(place.files()) == [f"{OTHER}/upload"]
     with pytest.raises(ResultExpired):
@@ -376,16 +376,16 @@ def test_old_names_of_a_bucket_can_be_left_out(place: Place) -> None:
 
 def test_notes_of_uploads_are_found_again(place: Place) -> None:
     notes, url = MultipartJournal(place.store), "s3://bucket/key"
-    assert notes.find(JOB, "1", url) is None
+    assert not list(notes.noted([url]))
     notes.intend(JOB, "1", url)
-    assert notes.find(JOB, "1", url) == ""
+    assert [note.upload for note in notes.noted([url])] == [""]
     notes.add(JOB, "1", url, "upload-1")
-    assert notes.find(JOB, "1", url) == "upload-1"
+    assert [note.upload for note in notes.noted([url])] == ["upload-1"]
 
     notes.forget(JOB, "1", url)
     notes.forget(JOB, "1", url)
 
-    assert notes.find(JOB, "1", url) is None
+    assert not list(notes.noted([url]))
     assert place.files() == {}
 
 
