@@ -12,6 +12,7 @@ from kombu.entity import Exchange, Queue
 from kms_core.container import Core, build_intake
 from kms_core.container import build as build_core
 from kms_core.jobs.execution import attendance
+from kms_core.jobs.execution.attendance import SharedTime
 from kms_core.jobs.execution.context import WorkerContext
 from kms_core.jobs.execution.runner import run_next
 from kms_core.jobs.model import Following
@@ -25,7 +26,6 @@ from kms_core.settings.model import Settings
 from kms_protocol.errors import JobsUnavailable, KmsError
 from kms_worker import rotation, submit
 from kms_worker.refusals import LogBound
-from kms_worker.submit import Pulse
 
 # After so long Redis gives out a kms.submit again whose worker was killed: nothing else brings it back.
 _VISIBILITY_S: Final = 600
@@ -67,7 +67,7 @@ TRANSPORT: Final[dict[str, object]] = {
 }
 
 
-def build(settings: Settings, name: str, pulse: Pulse) -> Celery:
+def build(settings: Settings, name: str, pulse: SharedTime) -> Celery:
     """The application of the worker ``name``: a task that runs a job, and one that takes sealed messages.
 
     Raises ConfigurationError.
@@ -98,17 +98,12 @@ def build(settings: Settings, name: str, pulse: Pulse) -> Celery:
         return cores[os.getpid()]
 
     @app.task(name=TASK, bind=True)  # type: ignore[untyped-decorator]  # Celery ships no types
-    def run(task: Task, job_id: str = "") -> None:
+    def run(task: Task) -> None:
         queue = (task.request.delivery_info or {}).get("routing_key") or FILES
-        _drain(core, f"{name}/{os.getpid()}", queue, settings.kms.jobs.queues, job_id)
+        _drain(core, f"{name}/{os.getpid()}", queue, settings.kms.jobs.queues)
 
     rotation.register(app, core, settings, name)
-    submit.register(
-        app,
-        lambda: build_intake(settings, core().submitter),
-        name,
-        pulse,
-    )
+    submit.register(app, lambda: build_intake(settings, core().submitter), name, pulse)
     return app
 
 
@@ -118,11 +113,10 @@ def _queue(name: str, kind: str) -> Queue:
     return Queue(name, Exchange(name), name, queue_arguments=arguments, no_ack=name in QUEUES)  # type: ignore[no-untyped-call]  # ships no types
 
 
-def _drain(core: Callable[[], Core], worker: str, queue: str, served: Sequence[str], job_id: str) -> None:
+def _drain(core: Callable[[], Core], worker: str, queue: str, served: Sequence[str]) -> None:
     """Run jobs until none is ready, for a second at least, or ten if no other message waits for a process.
 
     Then another wake-up follows. Another host may take that, so it is seldom sent.
-    ``job_id`` is in messages of 0.1, whose jobs are in no set that workers take jobs from.
     """
     begun = time.monotonic()
 
@@ -135,8 +129,6 @@ def _drain(core: Callable[[], Core], worker: str, queue: str, served: Sequence[s
     try:
         core().install.require()
         worker_context = core().worker_context
-        if job_id:
-            worker_context.store.reap(job_id)
         woken = True
         while following.claimed or goes_on():
             if not _run_next(worker_context, following, woken=woken):

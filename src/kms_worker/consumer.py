@@ -13,7 +13,7 @@ import structlog
 from celery.worker import consumer as celery_consumer
 from celery.worker import state
 from kombu import compression
-from kombu.exceptions import ContentDisallowed, OperationalError
+from kombu.exceptions import OperationalError
 from kombu.transport import redis
 from kombu.transport.pyamqp import amqp  # type: ignore[attr-defined]  # the one that kombu uses
 
@@ -59,7 +59,6 @@ def _no_decoder(_body: object) -> bytes:
 
 
 Handler = Callable[[Any], object]
-_MOST_NAMED: Final = 1000  # of a few KiB each
 _DIFFERS_S: Final = 5.0
 _SHOWN_CHARS: Final = 200
 _CALLS: Final = frozenset({amqp.spec.Exchange.Declare, amqp.spec.Queue.Declare, amqp.spec.Basic.Consume})
@@ -115,18 +114,6 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
         compressed = isinstance(headers, Mapping) and bool(headers.get("compression"))
         self._drop(message, "compressed" if compressed else "content_type")
 
-    def on_unknown_message(self, body: object, message: Any) -> None:  # noqa: ANN401 -- as above
-        del body
-        self._drop(message, "body")
-
-    def on_unknown_task(self, body: object, message: Any, exc: Exception) -> None:  # noqa: ANN401 -- as above
-        del body, exc
-        self._drop(message, "unknown_task")
-
-    def on_invalid_task(self, body: object, message: Any, exc: Exception) -> None:  # noqa: ANN401 -- as above
-        del body
-        self._drop(message, "content_type" if isinstance(exc, ContentDisallowed) else "body")
-
     def _accepted(self, message: Any) -> bool:  # noqa: ANN401 -- as above
         """True if to hand ``message`` over, of which only the checked part is left. Raises Malformed."""
         queue = _queue(message)
@@ -137,8 +124,8 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
         found = messages.read(queue, message.headers, content, message.body, redelivered=redelivered)
         if found.task == SUBMIT:
             messages.check_sealed(found)
-        if found.task == RUN and self._is_sated(_MOST_NAMED if any(found.args) else self.pool.num_processes):
-            if not found.resends and not found.args:
+        if found.task == RUN and self._is_sated():
+            if not found.resends:
                 with suppress(OperationalError, *self.connection_errors, *self.channel_errors):
                     self._send_copy(message, queue, found.headers() | {"resends": 1})
             return False
@@ -150,17 +137,15 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
             return self._came_back(message, found)
         return True
 
-    @staticmethod
-    def _is_sated(most: int) -> bool:
-        """Return whether ``most`` wake-ups wait for a process; a further one is dropped.
+    def _is_sated(self) -> bool:
+        """Return whether a wake-up waits for each process; a further one is dropped.
 
-        One for each process does, as each drains all queues of the worker; another worker may have an idle
-        one, so the first that is sated sends a copy. A message of 0.1, which names a
-        job, may be the first to tell of it; beyond the bound the reaper finds it among the open jobs. Nothing
-        is acknowledged, so the broker would send any number into memory.
+        One for each does, as each drains all queues of the worker; another worker may have an idle one, so
+        the first that is sated sends a copy. Nothing is acknowledged, so the broker would send any number
+        into memory.
         """
         held = sum(request.name == RUN for request in state.reserved_requests)
-        return bool(held >= most)
+        return bool(held >= self.pool.num_processes)
 
     def _came_back(self, message: Any, found: messages.CeleryMessage) -> bool:  # noqa: ANN401 -- as above
         """Send a copy that counts one more; of ``kms.keys`` another comes within a minute."""

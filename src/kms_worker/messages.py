@@ -38,13 +38,12 @@ TASKS: Final[Mapping[str, frozenset[str]]] = {
     SUBMIT_QUEUE: frozenset({SUBMIT}),
 }
 """Queues that are consumed, and the tasks that may come by each."""
-MOST_BYTES: Final = 65_536  # of a message that carries a job id or nothing; Celery writes about 1 KiB
+MOST_BYTES: Final = 65_536  # of a message without an argument; Celery writes about 1 KiB
 MOST_RESENDS: Final = 2  # of a message whose worker died, each time as a copy with their number
 _MOST_EMBED: Final = 262_144  # bytes of Celery's options, of which links are read
 _MOST_LINKS: Final = 8
 _MOST_LINK_BYTES: Final = 8192
 _MOST_DEPTH: Final = 16
-_JOB_ID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 _NAME: Final = re.compile(r"[\w.:@-]{1,200}", re.ASCII)
 _OURS: Final = ("kms.", "celery.")
 
@@ -144,13 +143,10 @@ def _arguments(task: str, body: object) -> tuple[list[str], object]:
         if len(embed) > _MOST_EMBED:
             raise Malformed("too_large")
         msgspec.json.decode(named, type=_Empty)
-        has_one = task == SUBMIT or (task == RUN and bytes(raw) != b"[]")  # a wake-up of 0.1 carries a job id
-        args = list(msgspec.json.decode(raw, type=tuple[str] if has_one else tuple[()]))
+        args = list(msgspec.json.decode(raw, type=tuple[str] if task == SUBMIT else tuple[()]))
         options = msgspec.json.decode(embed)
     except (ValueError, RecursionError):  # of msgspec, and UnicodeDecodeError
         raise Malformed("body") from None
-    if task == RUN and args and not _JOB_ID.fullmatch(args[0]):
-        raise Malformed("body")
     return args, options
 
 

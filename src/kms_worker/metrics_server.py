@@ -10,6 +10,7 @@ from typing import Final, cast
 import structlog
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from kms_core.auth.metrics_access import MetricsAccess
@@ -26,7 +27,7 @@ from kms_core.observability import metrics
 _LIMITS: Final = ConnectionLimits(most=64, timeout_s=10, ends_unread=True)
 _STOP_S: Final = 2
 _BACKLOG: Final = 128
-_TEXT: Final = b"text/plain; charset=utf-8"
+_HEADERS: Final = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 _log = structlog.get_logger(__name__)
 
 
@@ -80,9 +81,11 @@ class MetricsApp:
             await refusal(scope, receive, send)
         elif scope["path"] in {"/livez", "/readyz"}:
             well = scope["path"] == "/livez" or self._is_ready()
-            await _send(send, _TEXT, b"ok\n" if well else b"takes no jobs\n", 200 if well else 503)
+            text = "ok\n" if well else "takes no jobs\n"
+            await PlainTextResponse(text, 200 if well else 503, _HEADERS)(scope, receive, send)
         else:
-            await _send(send, CONTENT_TYPE_LATEST.encode(), await self._read())
+            found = Response(await self._read(), 200, _HEADERS, CONTENT_TYPE_LATEST)
+            await found(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> "ProblemResponse | None":
         """The refusal of a request for anything but these paths."""
@@ -128,14 +131,3 @@ def serve(bind: str, port: int, app: MetricsApp) -> MetricsServer | None:
         _log.warning("metrics.not_served", port=port, reason=exc.strerror)
         return None
     return MetricsServer(listener, app)
-
-
-async def _send(send: Send, content_type: bytes, body: bytes, status: int = 200) -> None:
-    headers = [
-        (b"content-type", content_type),
-        (b"content-length", b"%d" % len(body)),
-        (b"cache-control", b"no-store"),
-        (b"x-content-type-options", b"nosniff"),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -4,6 +4,7 @@ import gc
 import os
 import socket
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -63,7 +64,7 @@ def run(loaded: Settings) -> int:
     warnings.filterwarnings("ignore", category=SecurityWarning)
     name = f"{socket.gethostname()}:{uuid.uuid4().hex[:8]}"
     check_servers(loaded.kms.redis)
-    pulse = submit.Pulse()
+    pulse = attendance.SharedTime()
     app = worker_app.build(loaded, name, pulse)
     core = build_core(loaded, "worker", broker.notify_through(app, loaded.kms.redis))
     metrics.show_weak(SETTINGS, unaccepted(loaded))
@@ -73,7 +74,7 @@ def run(loaded: Settings) -> int:
     consumer.install()
     checked = partial(
         consumer.CheckedConsumer,
-        refusals=Refusals(pulse.beat),
+        refusals=Refusals(pulse.note),
         submit_bytes=intake.text_length if intake else 0,
     )
 
@@ -99,7 +100,7 @@ def run(loaded: Settings) -> int:
         served,
         jobs.watchdog_s,
         partial(_waiting, app, store),
-        lambda: min(pulse.idle_s(), store.idle_s(name)),
+        lambda: min(time.monotonic() - pulse.at, store.idle_s(name)),
     )
     server = _serve_metrics(loaded, core, heartbeat.serves)
     _prepare_children()
@@ -132,7 +133,9 @@ def _slots(loaded: Settings, store: JobStore, name: str) -> Slots:
     shared, jobs = attendance.Attendance(), loaded.kms.jobs
     attendance.share(shared)
     slots = Slots(shared, store, name, jobs.concurrency, fork_lock=_between_forks)
-    signals.worker_shutting_down.connect(lambda **_: shared.stop_in(jobs.stop_s), weak=False)
+    signals.worker_shutting_down.connect(
+        lambda **_: shared.stops_at.set(time.monotonic() + jobs.stop_s), weak=False
+    )
     signals.worker_ready.connect(
         lambda sender, **_: slots.attach(sender.pool, sender.hub.call_soon, jobs.queues), weak=False
     )

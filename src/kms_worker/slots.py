@@ -8,12 +8,13 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final
 
 import structlog
+from celery.concurrency.prefork import TaskPool
 
 from kms_core.jobs.execution.attendance import Attendance, Stall
 from kms_core.jobs.store.store import JobStore
@@ -23,19 +24,6 @@ EVERY_S: Final = 1.0
 _LAST_S: Final = 10.0  # after the time at which attempts are handed back
 _HELD_S: Final = 15.0  # what hangs is left alone for so long after each round
 _log = structlog.get_logger(__name__)
-
-
-class ProcessPool(Protocol):
-    """The pool of a Celery worker. ``info["processes"]`` are the pids of all, ending ones too."""
-
-    num_processes: int
-    info: Mapping[str, Any]
-
-    def grow(self, n: int) -> None:
-        """Have ``n`` more processes."""
-
-    def shrink(self, n: int) -> None:
-        """End ``n`` idle processes. Raises ValueError if all are busy."""
 
 
 @dataclass
@@ -69,10 +57,10 @@ class Slots(PeriodicThread):
         self._surplus = 0
         self._told = 0
         self._in_loop: Callable[[Callable[[], None]], object] | None = None
-        self._pool: ProcessPool | None = None
+        self._pool: TaskPool | None = None
 
     def attach(
-        self, pool: ProcessPool, in_loop: Callable[[Callable[[], None]], object], queues: Sequence[str]
+        self, pool: TaskPool, in_loop: Callable[[Callable[[], None]], object], queues: Sequence[str]
     ) -> None:
         """Give it the pool, once there is one, and the queues whose jobs that takes."""
         self._queues = queues
@@ -92,7 +80,7 @@ class Slots(PeriodicThread):
         self._give_back()
         self._forget_ended()
         self._tell()
-        if self._stuck and time.monotonic() > self._attendance.stops_at + _LAST_S:
+        if self._stuck and time.monotonic() > self._attendance.stops_at.at + _LAST_S:
             _log.warning("worker.left_stuck_processes", pids=[one.stall.pid for one in self._stuck])
             os._exit(os.EX_OK)  # the pool would wait for them
 

@@ -2,10 +2,7 @@
 
 import functools
 import logging
-import math
-import mmap
 import os
-import struct
 import time
 from collections.abc import Callable
 from typing import Final
@@ -16,6 +13,7 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Reject
 from kombu.exceptions import OperationalError
 
+from kms_core.jobs.execution.attendance import SharedTime
 from kms_core.jobs.submission.celery_intake import Intake
 from kms_protocol.errors import (
     ConfigurationError,
@@ -30,24 +28,7 @@ from kms_worker.refusals import Refusals
 TASK: Final = "kms.submit"
 QUEUE: Final = "kms.submit"
 _PAUSE_S: Final = 2.0
-_CLOCK: Final = struct.Struct("d")
 _log = structlog.get_logger(__name__)
-
-
-class Pulse:
-    """The time a process of this worker last took a message, in memory shared with its children."""
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _CLOCK.size)
-        _CLOCK.pack_into(self._memory, 0, -math.inf)
-
-    def beat(self) -> None:
-        _CLOCK.pack_into(self._memory, 0, time.monotonic())
-
-    def idle_s(self) -> float:
-        """Seconds since then; infinite if it never did."""
-        (at,) = _CLOCK.unpack_from(self._memory)
-        return time.monotonic() - float(at)
 
 
 def queues(intake: Intake | None) -> tuple[str, ...]:
@@ -62,9 +43,9 @@ def register(
     app: Celery,
     build: Callable[[], Intake | None],
     worker: str,
-    pulse: Pulse,
+    pulse: SharedTime,
 ) -> None:
-    """Add the task. ``build`` is called once in each process of the worker."""
+    """Add the task. ``build`` is called once in each process of the worker; ``pulse`` is of all of them."""
     logging.getLogger("celery.app.trace").addFilter(_is_news)
     logging.getLogger("celery.pool").addFilter(_above_debug)
     intakes = functools.cache(lambda _process: build())
@@ -76,7 +57,7 @@ def register(
     @app.task(name=TASK, bind=True, throws=(KmsError,), shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
     def submit(task: Task, *args: object, **named: object) -> str:
         """The job's id, for ``link``; raises, for ``link_error``, where the message is refused for good."""
-        pulse.beat()
+        pulse.note()
         try:
             return accept(intakes(os.getpid()), args, named, f"{worker}/{os.getpid()}")
         except (Unavailable, SpoolFull, ConfigurationError) as exc:

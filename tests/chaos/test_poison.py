@@ -163,7 +163,7 @@ def test_message_above_its_bound_is_refused_unread(poisoned: Service) -> None:
 
 
 def test_options_of_celery_are_obeyed_by_nobody(poisoned: Service) -> None:
-    """A wake-up with a job id, as 0.1 sent it, is a wake-up, whatever options of Celery it has.
+    """A wake-up is a wake-up, whatever options of Celery it has.
 
     Nothing else runs the job: the reaper, which would send a wake-up, is kept out by its lock.
     """
@@ -182,7 +182,7 @@ def test_options_of_celery_are_obeyed_by_nobody(poisoned: Service) -> None:
     options: dict[str, Any] = {"eta": None, "shadow": SECRET, "chain": [dict(other)], "time_limit": 0.001}
     options |= {"headers": {"eta": "2999-01-01T00:00:00+00:00", "expires": "1999-01-01T00:00:00+00:00"}}
     options |= {"link": [dict(other)], "reply_to": SECRET, "priority": 0, "retries": 7}
-    app.send_task("kms.run", (job_id,), queue="kms.bulk", argsrepr=SECRET, **options)
+    app.send_task("kms.run", (), queue="kms.bulk", argsrepr=SECRET, **options)
     poisoned.start("worker")
 
     poisoned.wait(job_id, "succeeded")

@@ -25,7 +25,6 @@ from support.celery_messages import OPTIONS
 from support.waiting import until
 
 JSON: Final = ("application/json", "utf-8")
-JOB: Final = str(uuid.uuid4())
 connect: Final[Any] = Connection  # kombu ships no types
 
 
@@ -54,16 +53,16 @@ def test_headers_that_are_no_table_are_refused() -> None:
 
 
 def test_what_celery_sends_is_a_message_without_its_options() -> None:
-    """Celery's own packing of 0.1's messages and of the contract's submissions."""
+    """Celery's own packing of a message."""
     app = Celery(set_as_current=False)
     sent = app.amqp.as_task_v2(
-        "id-1", "kms.run", (JOB,), {}, eta=None, expires=60, retries=3, time_limit=1, chain=[{"task": "x"}]
+        "id-1", "kms.run", (), {}, eta=None, expires=60, retries=3, time_limit=1, chain=[{"task": "x"}]
     )
     body = json.dumps(sent.body).encode()
     found = messages.read(FILES, sent.headers, JSON, body, redelivered=False)
 
     assert json.loads(found.body()) == [
-        [JOB],
+        [],
         {},
         {"callbacks": None, "errbacks": None, "chain": None, "chord": None},
     ]
@@ -75,6 +74,13 @@ def test_what_celery_sends_is_a_message_without_its_options() -> None:
         "argsrepr": "-",
         "kwargsrepr": "-",
     }
+
+
+def test_wake_up_that_names_a_job_is_refused() -> None:
+    body = json.dumps([[str(uuid.uuid4())], {}, None]).encode()
+
+    with pytest.raises(Malformed, match="body"):
+        read(FILES, malformed_messages.Poison(body, malformed_messages.headers("kms.run")))
 
 
 def test_message_of_the_service_itself_is_one() -> None:

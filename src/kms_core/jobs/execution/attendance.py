@@ -15,7 +15,6 @@ from typing import Final
 import msgspec
 
 _CLOCK: Final = struct.Struct("d")
-_WANTED: Final = _CLOCK.size  # behind the time to stop
 _MOST_BYTES: Final = 4096  # PIPE_BUF: so much is written to a pipe in one piece
 _MOST_RESOURCES: Final = 8
 
@@ -28,34 +27,36 @@ class Stall(msgspec.Struct, frozen=True):
     resources: list[str]
 
 
-class Attendance:
-    """Memory and a pipe that a parent shares with the processes that it forks."""
+class SharedTime:
+    """A time of ``time.monotonic`` in memory that a parent shares with the processes that it forks."""
 
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 2 * _CLOCK.size)
-        _CLOCK.pack_into(self._memory, 0, math.inf)
-        _CLOCK.pack_into(self._memory, _WANTED, -math.inf)
-        self._reads, self._writes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    def __init__(self, at: float = -math.inf) -> None:
+        self._memory = mmap.mmap(-1, _CLOCK.size)
+        self.set(at)
 
-    def stop_in(self, seconds: float) -> None:
-        """Have attempts that still run by then handed back."""
-        _CLOCK.pack_into(self._memory, 0, time.monotonic() + seconds)
+    def set(self, at: float) -> None:
+        _CLOCK.pack_into(self._memory, 0, at)
+
+    def note(self) -> None:
+        """Set it to now."""
+        self.set(time.monotonic())
 
     @property
-    def stops_at(self) -> float:
-        """The time of ``time.monotonic`` at which attempts are to stop; infinite if none was set."""
+    def at(self) -> float:
         (at,) = _CLOCK.unpack_from(self._memory)
         return float(at)
 
-    def want(self) -> None:
-        """Note that a message waits which is no wake-up."""
-        _CLOCK.pack_into(self._memory, _WANTED, time.monotonic())
 
-    @property
-    def wanted_at(self) -> float:
-        """The time of ``time.monotonic`` of the last note."""
-        (at,) = _CLOCK.unpack_from(self._memory, _WANTED)
-        return float(at)
+class Attendance:
+    """Memory and a pipe that a parent shares with the processes that it forks.
+
+    ``stops_at`` is when attempts that still run are handed back; infinite if it was not set. ``wanted_at`` is
+    when the last message came that is no wake-up.
+    """
+
+    def __init__(self) -> None:
+        self.stops_at, self.wanted_at = SharedTime(math.inf), SharedTime()
+        self._reads, self._writes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def announce(self, stall: Stall) -> None:
         """Tell the parent that this process hangs."""
@@ -85,18 +86,18 @@ def share(found: Attendance) -> None:
 
 def stops_at() -> float:
     """As ``Attendance.stops_at``; infinite where nothing is shared."""
-    return _shared[0].stops_at if _shared else math.inf
+    return _shared[0].stops_at.at if _shared else math.inf
 
 
 def is_wanted(since: float) -> bool:
     """True if a message other than a wake-up came after ``since``: it may wait for this process."""
-    return bool(_shared) and _shared[0].wanted_at >= since
+    return bool(_shared) and _shared[0].wanted_at.at >= since
 
 
 def want() -> None:
     """Note such a message, in the parent."""
     if _shared:
-        _shared[0].want()
+        _shared[0].wanted_at.note()
 
 
 def is_stopping() -> bool:

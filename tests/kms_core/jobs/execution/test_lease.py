@@ -91,7 +91,7 @@ def test_a_worker_that_stops_tells_its_attempts(core: Core, shared: Attendance) 
     with Lease(store, claimed(store)) as lease:
         time.sleep(1)
         lease.check()
-        shared.stop_in(0)
+        shared.stops_at.note()
         assert attendance.is_stopping()
         with pytest.raises(HandedBack):
             until(lease.check, "it is told")
@@ -109,7 +109,7 @@ def test_an_attempt_that_does_not_hear_it_is_handed_back(
 
     def hang() -> None:
         store.redis.connection_pool.disconnect()
-        shared.stop_in(0)
+        shared.stops_at.note()
         with Lease(store, claim):
             time.sleep(60)
 

@@ -21,6 +21,7 @@ from kms_core.backends.key_files import KeyFiles
 from kms_core.container import build_intake
 from kms_core.envelope import sealing
 from kms_core.envelope.binding import KeyRef
+from kms_core.jobs.execution.attendance import SharedTime
 from kms_core.jobs.submission import celery_intake
 from kms_core.jobs.submission.celery_intake import Intake
 from kms_core.settings.model import LimitsSection
@@ -321,10 +322,12 @@ def test_a_key_that_others_can_read_is_refused_in_prod(tmp_path: Path) -> None:
 
 
 def task(
-    build: Callable[[], Intake | None], broker: str = "redis+socket:///nonexistent"
+    build: Callable[[], Intake | None],
+    broker: str = "redis+socket:///nonexistent",
+    pulse: SharedTime | None = None,
 ) -> Callable[..., str]:
     app = Celery(set_as_current=False, broker=broker)
-    submit.register(app, build, "worker", submit.Pulse())
+    submit.register(app, build, "worker", pulse or SharedTime())
     found: Callable[..., str] = app.tasks[submit.TASK]
     return found
 
@@ -393,9 +396,10 @@ def test_a_worker_without_a_key_serves_no_messages(desk: Intake) -> None:
 
 
 def test_the_pulse_beats_when_a_message_is_taken() -> None:
-    pulse = submit.Pulse()
-    assert pulse.idle_s() == float("inf")
+    pulse = SharedTime()
+    assert pulse.at == float("-inf")
 
-    pulse.beat()
+    with pytest.raises(UnknownKey):
+        task(lambda: None, pulse=pulse)("x")
 
-    assert pulse.idle_s() < 60
+    assert pulse.at > float("-inf")
