@@ -49,7 +49,7 @@ def write(path: Path, content: bytes, *, locked: bool = False) -> None:
 def replace_kept(path: Path, content: bytes) -> None:
     """Replace a file, or the target of a link, and keep its owner and mode. Raises OSError.
 
-    The caller excludes other writers (``exclusive``).
+    The caller excludes other writers (``lock``).
     """
     path = path.resolve(strict=True)
     old = path.stat()
@@ -61,14 +61,18 @@ def replace_kept(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Exclude other processes that do the same with this directory. Raises OSError."""
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def lock(path: Path, *, wait: bool = True) -> Iterator[int]:
+    """Hold the lock of a directory, or of a file (0600), which is created; yields its descriptor.
+
+    Raises BlockingIOError if another process holds it and ``wait`` is False, OSError.
+    """
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield fd
     finally:
-        os.close(handle)
+        os.close(fd)
 
 
 def create(path: Path, content: bytes) -> bool:

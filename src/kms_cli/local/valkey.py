@@ -7,7 +7,6 @@ commands, which both Valkey and Redis load). The server itself holds the lock of
 second one cannot start.
 """
 
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -15,7 +14,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -134,16 +133,12 @@ def claim(state_dir: Path, environ: Mapping[str, str]) -> Iterator[ValkeyFiles]:
 @contextmanager
 def locked(path: Path, taken: str) -> Iterator[int]:
     """Hold the lock file at ``path``. Raises Conflict with the text ``taken`` if another process holds it."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as exc:
-        os.close(handle)
-        raise Conflict(f"{taken}: stop it, or name another state directory") from exc
-    try:
+    with ExitStack() as stack:
+        try:
+            handle = stack.enter_context(secure_files.lock(path, wait=False))
+        except BlockingIOError as exc:
+            raise Conflict(f"{taken}: stop it, or name another state directory") from exc
         yield handle
-    finally:
-        os.close(handle)
 
 
 def command(binary: Path, files: ValkeyFiles) -> list[str]:

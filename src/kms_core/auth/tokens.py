@@ -22,7 +22,6 @@ import msgspec
 import structlog
 
 from kms_core import secure_files
-from kms_core.documents.places import locked
 from kms_core.documents.signed import SignedDocument
 from kms_core.reload import stamp_of_stat
 from kms_core.secure_files import OTHERS, is_open
@@ -329,7 +328,7 @@ def _change(
     """Change the tokens. ``edit`` is called again if others changed a document, with the same secrets."""
     if isinstance(where, Path):
         secure_files.make_folders(where.parent)
-        with locked(where.with_name(f"{where.name}.lock")):  # against other commands
+        with secure_files.lock(where.with_name(f"{where.name}.lock")):  # against other commands
             draft = TokensBody(tokens=list(listed(where)))
             token, text = edit(draft)
             data = msgspec.json.format(msgspec.json.encode(_File(tokens=tuple(draft.tokens)))) + b"\n"

@@ -11,7 +11,7 @@ import structlog
 from kms_core.age.header import is_age_file
 from kms_core.envelope.sealed_files import SealedFiles, StoredKeys
 from kms_core.reload import stamp_of
-from kms_core.secure_files import check_secret, exclusive, replace_kept
+from kms_core.secure_files import check_secret, lock, replace_kept
 from kms_protocol import small_files
 from kms_protocol.errors import BackendUnavailable, ConfigurationError
 
@@ -107,7 +107,7 @@ class KeyFiles:
 def _changing(path: Path) -> Iterator[None]:
     """Exclude other processes. Raises BackendUnavailable if the files cannot be written."""
     try:
-        with exclusive(path.parent):
+        with lock(path.parent):
             yield
     except OSError as exc:
         raise BackendUnavailable(

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +18,6 @@ import structlog
 from prometheus_client import Gauge
 
 from kms_core import secure_files
-from kms_core.documents.places import locked
 from kms_core.documents.signed import SignedDocument, Version
 from kms_core.observability import metrics
 from kms_core.periodic import NO_LOCK, PeriodicThread
@@ -85,8 +84,8 @@ class LocalCopy:
     def poll(self) -> None:
         """Ask the place, unless a process of this host just did or is doing so. Raises as ``reread``."""
         if self._age_s() >= _JUST_S:
-            with self._locked(wait=False) as is_ours:
-                if is_ours and self._age_s() >= _JUST_S:
+            with suppress(BlockingIOError), self._locked(wait=False):
+                if self._age_s() >= _JUST_S:
                     self._update()
 
     def reread(self) -> None:
@@ -107,9 +106,9 @@ class LocalCopy:
             if self._failure:
                 raise self._failure
 
-    def _locked(self, *, wait: bool = True) -> AbstractContextManager[bool]:
+    def _locked(self, *, wait: bool = True) -> AbstractContextManager[int]:
         secure_files.make_folders(self._lock_path.parent)
-        return locked(self._lock_path, wait=wait)
+        return secure_files.lock(self._lock_path, wait=wait)
 
     def _update(self) -> None:
         try:

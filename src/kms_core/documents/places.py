@@ -1,10 +1,6 @@
 """Places of a document: a file, or an object in a bucket, each written by compare-and-set only."""
 
-import fcntl
 import hashlib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
@@ -59,7 +55,7 @@ class FilePlace:
 
     def write(self, data: bytes, tag: str) -> bool:
         secure_files.make_folders(self._path.parent)
-        with locked(self._path.with_name(f"{self._path.name}.lock")):
+        with secure_files.lock(self._path.with_name(f"{self._path.name}.lock")):
             if self.read().tag != tag:
                 return False
             secure_files.write(self._path, data, locked=True)
@@ -103,21 +99,3 @@ class ObjectPlace:
                 "could overwrite each other's changes: use a store with conditional writes (docs/hosts.md)"
             )
         self._is_checked = True
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of a file, which is created.
-
-    Yields False, without the lock, if others have it and ``wait`` is False. Raises OSError.
-    """
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(lock)
