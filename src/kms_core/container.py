@@ -47,7 +47,6 @@ from kms_core.keyring import Keyring
 from kms_core.observability import metrics
 from kms_core.patterns import Pattern
 from kms_core.redis_client import connect
-from kms_core.rotation_limit import RotationLimit
 from kms_core.secure_files import make_folders
 from kms_core.service import Kms
 from kms_core.settings.model import Settings
@@ -110,7 +109,6 @@ def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core
     rules = SelectionRules(
         section.require_context,
         SYNC_LIMITS,
-        RotationLimit(section.rotation.max_per_hour, section.rotation.every_days),
     )
     kms = Kms(keyring_, _policy(settings, authenticator_), audit_log, rules)
     blobs = blob_store(settings)

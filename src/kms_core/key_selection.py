@@ -1,7 +1,7 @@
 """Selects the key of an operation: by the name in the file, then by policy, and only then with a backend."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, TypeVar
 
@@ -17,7 +17,6 @@ from kms_core.keyring import BackendKey, Key, Keyring
 from kms_core.observability import metrics
 from kms_core.operation import Operation
 from kms_core.results import Origin, Unwrapped
-from kms_core.rotation_limit import RotationLimit
 from kms_protocol.context import Context
 from kms_protocol.errors import ContextRequired, DecryptFailed, ForeignRefused, InvalidRequest
 
@@ -34,7 +33,6 @@ class SelectionRules:
 
     require_context: bool = False
     limits: HeaderLimits = header.SYNC_LIMITS
-    rotations: RotationLimit = field(default_factory=RotationLimit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,7 @@ Buckets fill by one in 100 seconds here, so what is left can be counted; every t
 """
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 import httpx2 as httpx
@@ -46,7 +43,7 @@ def guarded(
 ) -> Iterator[Guarded]:
     """One API process; no worker runs."""
     quotas = "".join(f"[kms.tenants.{name}]\nrequests_per_s = {PER_S}\nburst = {BURST}\n" for name in TENANTS)
-    settings = f"{REQUIRED}[kms.facade]\nenabled = true\n[kms.rotation]\nmax_per_hour = 3\n{quotas}"
+    settings = f"{REQUIRED}[kms.facade]\nenabled = true\n{quotas}"
     redis = valkey.files.url_of(next(database_numbers))
     with Guarded(tmp_path_factory.mktemp("quotas"), settings, redis) as running:
         yield running.start("api")
@@ -195,49 +192,3 @@ def test_a_login_counts_against_the_tenant_of_its_credential(guarded: Guarded) -
     assert 90 <= int(answers[-1].headers["retry-after"]) <= 100
     assert "kms_session" not in answers[-1].headers.get("set-cookie", "")
     assert log_in(guarded, guarded.make("*", tenant="web")[1]).status_code == 303
-
-
-# -- rotation ----------------------------------------------------------------------------------------------
-
-
-def by_page(guarded: Guarded, token: str) -> httpx.Response:
-    with httpx.Client(base_url=guarded.url, trust_env=False) as browser:
-        sent(browser, "/ui/login", token=token)
-        return sent(browser, "/ui/keys/default/rotate")
-
-
-def by_command(guarded: Guarded, token: str, folder: Path) -> tuple[int, str]:
-    (folder / "token").write_text(token)
-    (folder / "token").chmod(0o600)
-    argv = [sys.executable, "-P", "-m", "kms_cli.main", "--url", guarded.url, "keys", "rotate", "default"]
-    environ = guarded.environ | {"KMS_TOKEN_FILE": str(folder / "token")}
-    done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
-    return done.returncode, done.stderr
-
-
-def test_versions_of_a_key_are_limited_whichever_way_they_are_asked_for(
-    guarded: Guarded, tmp_path: Path
-) -> None:
-    token = guarded.make("rotate,status", tenant="web")[1]
-    headers = {"Authorization": f"Bearer {token}"}
-    vault = f"{guarded.url}/v1/transit/keys/default/rotate"
-    done = [
-        guarded.post("/keys/default/rotate", headers=headers).status_code,
-        httpx.put(vault, json={}, headers=headers, trust_env=False).status_code,
-        by_page(guarded, token).status_code,
-    ]
-    refused = guarded.post("/keys/default/rotate", headers=headers)
-    told = httpx.put(vault, json={}, headers=headers, trust_env=False)
-    shown = by_page(guarded, token)
-    code, words = by_command(guarded, token, tmp_path)
-
-    assert done == [200, 200, 303]
-    assert 3500 <= wait_s(refused) <= 3600
-    for answer in (told, shown):
-        assert answer.status_code == 429
-        assert 3500 <= int(answer.headers["retry-after"]) <= 3600
-    assert "max_per_hour" in shown.text
-    assert code != 0
-    assert "max_per_hour" in words
-    versions = guarded.get("/keys/default", headers=headers).json()["versions"]
-    assert len(versions) == 4

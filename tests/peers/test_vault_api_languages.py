@@ -35,8 +35,6 @@ method = "approle"
 ttl_s = 4
 [kms.facade]
 enabled = true
-[kms.rotation]
-max_per_hour = 1_000
 [kms.keys]
 other = "age://{other}"
 """

@@ -21,8 +21,6 @@ require_context = true
 [kms.auth]
 mode = "required"
 failures_per_minute = 1000
-[kms.rotation]
-max_per_hour = 1_000
 [kms.age]
 data_keys = true
 [kms.transit]

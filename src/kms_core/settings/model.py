@@ -209,14 +209,13 @@ class AuditSection(Section, frozen=True, kw_only=True):
 class RotationSection(Section, frozen=True, kw_only=True):
     """``[kms.rotation]``: new key versions made by the workers; ``every_days`` 0 disables the schedule.
 
-    ``max_per_hour`` bounds the versions of each key that callers make. ``budget_messages`` is no setting: of
-    more than 2^32 messages nonces may repeat (AES-GCM, NIST SP 800-38D section 8.3).
+    ``budget_messages`` is no setting: of more than 2^32 messages nonces may repeat (AES-GCM, NIST SP 800-38D
+    section 8.3).
     """
 
     every_days: Annotated[int, Meta(ge=0)] = 90
     budget_rotates: bool = False
     budget_messages: int = 2**32
-    max_per_hour: Positive = 10
 
 
 class LogSection(Section, frozen=True, kw_only=True):

@@ -50,6 +50,7 @@ _REPLACED: Final = {  # names below [kms], by what takes their place
         "awskms.data_keys transit.data_keys vault_kv.data_keys"
     ),
     "trusted proxies send X-Forwarded-For": "server.proxy_header",
+    "only a credential whose scope names rotate makes new versions": "rotation.max_per_hour",
 }
 REMOVED: Final[Mapping[str, str]] = {
     f"kms.{name}": instead for instead, names in _REPLACED.items() for name in names.split()

@@ -315,7 +315,7 @@ NO_VALUE_WEAKENS = {  # why no value of these settings is told
         state_dir log.level log.format facade.enabled server.docs
         jobs.buckets.*.path_style jobs.buckets.*.allow_http jobs.buckets.*.ca_file
         audit.checkpoint_s audit.anchor_dir audit.copies rotation.every_days rotation.budget_rotates
-        rotation.max_per_hour traces.enabled
+        traces.enabled
     """,
     "a credential of its own; a literal is refused in prod": """
         transit.token transit.namespace transit.ca_file transit.client_cert transit.timeout_s

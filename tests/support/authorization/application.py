@@ -62,8 +62,6 @@ tls_key = "{{ca}}/server.key"
 client_ca = "{{ca}}/ca.pem"
 [kms.facade]
 enabled = true
-[kms.rotation]
-max_per_hour = 100_000
 [kms.age]
 data_keys = true
 [kms.audit]
