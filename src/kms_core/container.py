@@ -273,7 +273,7 @@ def _policy(settings: Settings, authenticator_: Authenticator | None) -> Policy:
         return AllowAll()
     tenants = settings.kms.tenants.items()
     patterns = {name: [Pattern.parse(text) for text in section.keys] for name, section in tenants}
-    return ByScopes(authenticator_, patterns)
+    return ByScopes(authenticator_.scopes_of, patterns)
 
 
 def _store_rules(settings: Settings, tokens_: Tokens) -> StoreRules:

@@ -10,7 +10,6 @@ import pytest
 
 from kms_api.server import process
 from kms_core.auth import revocation
-from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.authenticator import build as build_doors
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
@@ -19,7 +18,7 @@ from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_core.settings.model import ServerSection
 from kms_protocol import wire
 from kms_protocol.context import Context
-from kms_protocol.errors import ConfigurationError, Forbidden, Unauthenticated, Unavailable
+from kms_protocol.errors import ConfigurationError, Unauthenticated, Unavailable
 from kms_protocol.wire import PREFIX
 from support.credentials import Authority, Pair, bearer, shown
 from support.revocation import EXPIRED, NAME, Revoking
@@ -322,18 +321,6 @@ def test_while_the_list_is_expired_jobs_wait(install: Revoking, core: Core) -> N
     assert end()[0] == "queued"
     install.put(install.clients.crl())
     until(lambda: end() == ("succeeded", ""), "the job runs after the list was renewed")
-
-
-def test_a_job_that_an_earlier_version_accepted_is_held_to_its_entry(core: Core) -> None:
-    """Its credential names no certificate and has no end."""
-    old = Principal("cert:builder", "default", "cert:builder")
-    gone = Principal("cert:gone", "default", "cert:gone")
-    doors = core.authenticator
-    assert isinstance(doors, Authenticator)
-
-    assert submit(core, old)() == ("succeeded", "")
-    with pytest.raises(Forbidden):
-        doors.scopes_of(gone)
 
 
 def test_a_certificate_is_refused_by_what_is_wrong_with_it(install: Revoking, core: Core) -> None:

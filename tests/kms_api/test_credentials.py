@@ -42,7 +42,14 @@ def principal(application: Application, kind: str, tenant: str = "default") -> P
     """A submitter as the record of a job names it; its credential is one of the default tenant."""
     token, _ = application.install.make("encrypt")
     grant = Grant(("encrypt",), time.time() + DAY_S) if kind == "jwt" else None
-    credential = {"token": f"token:{token.id}", "cert": "cert:builder", "jwt": "jwt:corp:00"}[kind]
+    certificate = application.by_certificate().certificate
+    assert certificate
+    credentials = {
+        "token": f"token:{token.id}",
+        "cert": f"cert:builder:{certificate.identity}",
+        "jwt": "jwt:corp:00",
+    }
+    credential = credentials[kind]
     return Principal("ada", tenant, credential, grant)
 
 

@@ -96,7 +96,8 @@ class Holds:
 
 
 def _scope(pattern: str, value: str) -> Callable[[], bool]:
-    policy, context = ByScopes(Holds(f"encrypt context=path={pattern}"), {}), Context.parse({"path": value})
+    policy = ByScopes(Holds(f"encrypt context=path={pattern}").scopes_of, {})
+    context = Context.parse({"path": value})
     return lambda: allows(policy, WHO, "encrypt", "k", context)
 
 

@@ -44,7 +44,7 @@ def backends(tmp_path: Path) -> dict[str, AgeBackend]:
 
 def kms(backends: dict[str, AgeBackend], *lines: str, trail: Kept | None = None) -> Kms:
     others = {name: backend for name, backend in backends.items() if name != "default"}
-    return kms_over(backends["default"], others, policy=ByScopes(Stands(*lines), {}), trail=trail)
+    return kms_over(backends["default"], others, policy=ByScopes(Stands(*lines).scopes_of, {}), trail=trail)
 
 
 def refused(error: type[KmsError], call: Callable[[], object]) -> str:
@@ -171,7 +171,7 @@ def test_rewrap_to_elsewhere_needs_decrypt_there_and_encrypt_here(backends: dict
 
 def test_a_tenant_has_the_keys_that_settings_give_it(backends: dict[str, AgeBackend]) -> None:
     others = {name: backend for name, backend in backends.items() if name != "default"}
-    policy = ByScopes(Stands("*"), {"acme": [Pattern.parse("pay-1")]})
+    policy = ByScopes(Stands("*").scopes_of, {"acme": [Pattern.parse("pay-1")]})
     service = kms_over(backends["default"], others, policy=policy)
 
     assert service.encrypt(WHO, b"x", ROW, key_id="pay-1").key.key_id == "pay-1"
@@ -184,7 +184,7 @@ def test_a_tenant_has_the_keys_that_settings_give_it(backends: dict[str, AgeBack
 def test_a_pattern_of_a_tenant_stands_for_whole_key_ids(
     backends: dict[str, AgeBackend], pattern: str
 ) -> None:
-    policy = ByScopes(Stands("*"), {"acme": [Pattern.parse(pattern)]})
+    policy = ByScopes(Stands("*").scopes_of, {"acme": [Pattern.parse(pattern)]})
     others = {name: backend for name, backend in backends.items() if name != "default"}
     service = kms_over(backends["default"], others, policy=policy)
 
@@ -213,7 +213,7 @@ def test_a_credential_that_is_worth_nothing_allows_nothing(
 def test_what_cannot_be_told_now_is_no_refusal(backends: dict[str, AgeBackend]) -> None:
     stands = Stands("*")
     stands.away = True
-    service = kms_over(backends["default"], policy=ByScopes(stands, {}))
+    service = kms_over(backends["default"], policy=ByScopes(stands.scopes_of, {}))
 
     refused(Unavailable, lambda: service.encrypt(WHO, b"x", ROW))
     with pytest.raises(Unavailable):

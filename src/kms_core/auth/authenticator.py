@@ -4,7 +4,7 @@ A credential is named ``token:<id>``, ``jwt:<issuer>:<digest>``, or ``cert:<name
 ``PresentedCertificate``). After a login with a JWT ``:<role>`` is appended. Jobs keep that name. When a job
 runs, its token must exist, its JWT or login must not be expired and the role be configured, its certificate
 must have an entry in the settings, be neither expired nor revoked, and have authorities that are in the
-settings. Jobs of earlier versions, named ``cert:<name>``, need only the entry.
+settings.
 """
 
 import time
@@ -134,14 +134,14 @@ class Authenticator:
         )
 
     def _lines_of_certificate(self, who: Principal, rest: str) -> Sequence[str] | None:
-        """As ``_lines``. ``rest`` is a name, followed by the identity of a certificate except in old jobs."""
+        """As ``_lines``. ``rest`` is a name, followed by the identity of a certificate."""
         name, _, identity = rest.partition(":")
         section = self._certificates.get(name)
         if section is None or section.tenant != who.tenant:
             return None
         if who.grant is not None and time.time() > who.grant.until:
             return None
-        if identity and self.revocations is not None and self.revocations.is_revoked(identity):
+        if self.revocations is not None and self.revocations.is_revoked(identity):
             return None
         return section.scopes
 

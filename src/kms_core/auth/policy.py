@@ -76,13 +76,6 @@ class AllowAll:
         return bool(who.name)
 
 
-class CredentialStatus(Protocol):
-    """Looks up the current scopes of credentials."""
-
-    def scopes_of(self, who: Principal) -> Iterable[Scope]:
-        """Raises Forbidden if it was revoked or has expired, Unavailable if that cannot be verified now."""
-
-
 _MISSING: Final[Mapping[Rule, str]] = {
     "operation": "This {credential} lacks `{operation}`",
     "context": "This {credential} allows `{operation}` with this key only in a context that its scope names",
@@ -95,9 +88,14 @@ _ORDER: Final[Sequence[Rule | None]] = ("operation", "key", "context", "read", "
 class ByScopes:
     """Allows what one of the credential's scopes allows, with the keys of its tenant."""
 
-    def __init__(self, status: CredentialStatus, tenants: Mapping[str, Sequence[Pattern]]) -> None:
-        """``tenants`` has the tenants that may use only some keys, with patterns of their ids."""
-        self._status = status
+    def __init__(
+        self, scopes_of: Callable[[Principal], Iterable[Scope]], tenants: Mapping[str, Sequence[Pattern]]
+    ) -> None:
+        """``scopes_of`` is that of an ``Authenticator``.
+
+        ``tenants`` has the tenants that may use only some keys, with patterns of their ids.
+        """
+        self._scopes_of = scopes_of
         self._tenants = tenants
 
     def require(
@@ -106,7 +104,7 @@ class ByScopes:
         if who.credential == INTERNAL and operation in _INTERNAL_OPERATIONS:
             return
         wanted = Access(operation, key_id, context, who.source, who.target)
-        found = [scope.missing(wanted) for scope in self._status.scopes_of(who)]
+        found = [scope.missing(wanted) for scope in self._scopes_of(who)]
         nearest = None if None in found else max(found, key=_ORDER.index, default=_ORDER[0])
         if nearest == "key" or (nearest != "operation" and not self._has(who.tenant, key_id)):
             raise UnknownKey
@@ -115,7 +113,7 @@ class ByScopes:
             raise Forbidden(_MISSING[nearest].format(credential=kind, operation=operation))
 
     def sees(self, who: Principal, key_id: str) -> bool:
-        found = self._status.scopes_of(who)
+        found = self._scopes_of(who)
         return self._has(who.tenant, key_id) and any(scope.names_key(key_id) for scope in found)
 
     def _has(self, tenant: str, key_id: str | None) -> bool:

@@ -109,13 +109,10 @@ def load(server: ServerSection) -> Lists | None:
         return read(server.client_crl, server.client_ca)
     except (OSError, ValueError) as exc:
         why = f"{exc.filename}: {exc.strerror}" if isinstance(exc, OSError) else exc
-        if server.client_crl is None:
-            raise ConfigurationError(
-                f"kms.server.client_ca: {server.client_ca} cannot be used ({why}): expected PEM certificates"
-            ) from exc
-        raise ConfigurationError(
-            f"kms.server.client_crl: {server.client_crl} cannot be used ({why}): {_HOW}"
-        ) from exc
+        where, expected = f"kms.server.client_ca: {server.client_ca}", "expected PEM certificates"
+        if server.client_crl is not None:
+            where, expected = f"kms.server.client_crl: {server.client_crl}", _HOW
+        raise ConfigurationError(f"{where} cannot be used ({why}): {expected}") from exc
 
 
 class Revocations:

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
-import msgspec
-
-from kms_core.auth.tokens import KnownTokens, Token, Tokens, TokensBody, UnknownToken, log_change
+from kms_core.auth.tokens import NONE, KnownTokens, Token, Tokens, TokensBody, UnknownToken, log_change
 from kms_core.documents.local_copy import LocalCopy
 from kms_core.documents.signed import Version
 from kms_protocol.errors import ConfigurationError, Unavailable
@@ -50,8 +48,8 @@ class DocumentTokens(Tokens):
         if version is held:
             return known
         try:
-            body = TokensBody.of(version.body)
-        except (ConfigurationError, msgspec.ValidationError) as exc:
+            body = TokensBody.of(version.body or NONE)
+        except ConfigurationError as exc:
             raise Unavailable("The tokens were written by a later version of the service") from exc
         revoked = frozenset(one.id for one in body.revoked)
         now = KnownTokens.of((version.generation,), _valid(body.tokens, revoked))

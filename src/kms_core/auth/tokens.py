@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final, Self, TypeAlias
+from typing import Final, Literal, Self, TypeAlias
 
 import msgspec
 import structlog
@@ -62,11 +62,6 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
 
     def has_expired(self, now: datetime) -> bool:
         return self.expires_at is not None and now >= self.expires_at
-
-
-class _File(msgspec.Struct, frozen=True, kw_only=True):
-    version: int = 1
-    tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,12 +177,11 @@ def log_change(before: KnownTokens, after: KnownTokens) -> None:
 def read(path: Path) -> tuple[Token, ...]:
     """All tokens of the file, valid or not. Raises OSError; ConfigurationError for another kind of file."""
     try:
-        file = msgspec.json.decode(small_files.read(path, _MOST_BYTES), type=_File)
-    except NOT_JSON as exc:
-        raise ConfigurationError(f"{path} is not a file that kms token wrote") from exc
-    if file.version != 1:
-        raise ConfigurationError(f"{path} was written by a later version")
-    return file.tokens
+        return tuple(TokensBody.of(small_files.read(path, _MOST_BYTES)).tokens)
+    except ConfigurationError as exc:
+        raise ConfigurationError(
+            f"{path} is not a file that kms token wrote, or a later version did"
+        ) from exc
 
 
 # -- changes, by the command ---------------------------------------------------------------------------
@@ -211,19 +205,23 @@ class Revoked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokensBody(msgspec.Struct, kw_only=True):
-    """The tokens of a signed document, while they are changed in place."""
+    """The tokens of a file or of a signed document, which are changed in place. No file has ``revoked``."""
 
-    version: int = 1
+    version: Literal[1] = 1
     tokens: list[Token] = []
     revoked: list[Revoked] = []
 
     @classmethod
     def of(cls, body: bytes) -> Self:
-        """The body of a document; empty before the first. Raises ConfigurationError for a later version's."""
-        found = msgspec.json.decode(body, type=cls) if body else cls()
-        if found.version != 1:
-            raise ConfigurationError("The tokens were written by a later version")
-        return found
+        """The tokens in these bytes. Raises ConfigurationError."""
+        try:
+            return msgspec.json.decode(body, type=cls)
+        except NOT_JSON as exc:
+            raise ConfigurationError("The tokens are damaged, or were written by a later version") from exc
+
+
+NONE: Final = b"{}"
+"""The body of a signed document before its first version."""
 
 
 Where: TypeAlias = Path | SignedDocument
@@ -240,7 +238,7 @@ def _unrecorded(token: Token) -> AbstractContextManager[object]:
 def listed(where: Where) -> tuple[Token, ...]:
     """All tokens, valid or not. Raises as ``read`` and ``SignedDocument.read``."""
     if isinstance(where, SignedDocument):
-        return tuple(TokensBody.of(where.read().body).tokens)
+        return tuple(TokensBody.of(where.read().body or NONE).tokens)
     return read(where) if where.exists() else ()
 
 
@@ -312,7 +310,7 @@ def adopt(document: SignedDocument, taken: Sequence[Token] = ()) -> int:
 
     def edit(body: bytes) -> bytes:
         nonlocal number
-        draft = TokensBody.of(body)
+        draft = TokensBody.of(body or NONE)
         known = {token.id for token in draft.tokens} | {revoked.id for revoked in draft.revoked}
         draft.tokens += [token for token in taken if token.id not in known]
         number = len(draft.tokens)
@@ -331,14 +329,14 @@ def _change(
         with secure_files.lock(where.with_name(f"{where.name}.lock")):  # against other commands
             draft = TokensBody(tokens=list(listed(where)))
             token, text = edit(draft)
-            data = msgspec.json.format(msgspec.json.encode(_File(tokens=tuple(draft.tokens)))) + b"\n"
+            data = msgspec.json.format(msgspec.json.encode({"version": 1, "tokens": draft.tokens})) + b"\n"
             with record(token):
                 secure_files.write(where, data, locked=True)
             return token, text
     made: list[tuple[Token, str]] = []
 
     def edited(body: bytes) -> bytes:
-        draft, now = TokensBody.of(body), _now()
+        draft, now = TokensBody.of(body or NONE), _now()
         made.append(edit(draft))
         draft.revoked = [one for one in draft.revoked if one.until is None or now < one.until]
         return msgspec.json.encode(draft)

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, TypeAlias
 
 from kms_core import secure_files
 from kms_core.s3 import conditions
@@ -20,24 +20,11 @@ class Content(NamedTuple):
     tag: str
 
 
-class Place(Protocol):
-    """One place. A tag names what lies there and changes with each write; it is empty if nothing does."""
-
-    def read(self, unless: str = "") -> Content:
-        """The content; ``unless`` is a tag that the caller knows. Raises OSError and what stores raise."""
-
-    def write(self, data: bytes, tag: str) -> bool:
-        """Replace the content of this tag. Returns False, and writes nothing, if there is another.
-
-        Raises as ``read``; the outcome is then unknown.
-        """
-
-    def check(self) -> None:
-        """Raise ConfigurationError if the place ignores conditions; others as ``write``."""
-
-
 class FilePlace:
-    """A file (0600) that processes of one host share, written under a lock."""
+    """A file (0600) that processes of one host share, written under a lock.
+
+    A tag names what lies at a place and changes with each write; it is empty if nothing does.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -46,6 +33,7 @@ class FilePlace:
         return str(self._path)
 
     def read(self, unless: str = "") -> Content:
+        """The content; ``unless`` is a tag that the caller knows. Raises OSError and what stores raise."""
         try:
             data = small_files.read(self._path, MOST_BYTES)
         except FileNotFoundError:
@@ -54,6 +42,10 @@ class FilePlace:
         return Content(None if tag == unless else data, tag)
 
     def write(self, data: bytes, tag: str) -> bool:
+        """Replace the content of this tag. Returns False, and writes nothing, if there is another.
+
+        Raises as ``read``; the outcome is then unknown.
+        """
         secure_files.make_folders(self._path.parent)
         with secure_files.lock(self._path.with_name(f"{self._path.name}.lock")):
             if self.read().tag != tag:
@@ -77,15 +69,18 @@ class ObjectPlace:
         return f"s3://{self.bucket.name}/{self._key}"
 
     def read(self, unless: str = "") -> Content:
+        """As ``FilePlace.read``."""
         return Content(*self.bucket.get(self._key, unless))
 
     def write(self, data: bytes, tag: str) -> bool:
+        """As ``FilePlace.write``."""
         return self.bucket.put(self._key, data, If(etag=tag) if tag else If(absent=True), "document")
 
     def check(self) -> None:
         """Try conditional writes that must fail, and one that must not, on an object beside the document.
 
-        It stays, so that this needs no right to delete. Once for each process.
+        It stays, so that this needs no right to delete. Once for each process. Raises ConfigurationError if
+        the bucket ignores conditions; others as ``write``.
         """
         if self._is_checked:
             return
@@ -99,3 +94,6 @@ class ObjectPlace:
                 "could overwrite each other's changes: use a store with conditional writes (docs/hosts.md)"
             )
         self._is_checked = True
+
+
+Place: TypeAlias = FilePlace | ObjectPlace

@@ -139,13 +139,7 @@ class Anchors:
         """Raises redis.RedisError, also without a client."""
         if self._client is None:
             raise redis.ConnectionError("no client")
-        try:
-            return self._opened(self._client.get(self._redis_key))
-        except redis.ResponseError as exc:
-            if not str(exc).startswith("WRONGTYPE"):
-                raise
-            self._client.delete(self._redis_key)  # others wrote it
-            return None
+        return self._opened(self._client.get(self._redis_key))
 
     def _opened(self, raw: Any) -> Anchor | None:  # noqa: ANN401 -- redis-py has one type for async clients too
         tag, _, body = (raw or b"").partition(b" ")
@@ -202,12 +196,23 @@ class SignedDocument:
         self._key = key
         self._anchors = anchors
 
-    def read(self, known: Version | None = None) -> Version:
+    def read(self, known: Version | None = None, *, follows: bool = False) -> Version:
         """The current version; the one that the caller knows if it has not changed.
 
-        Raises DocumentOutdated, see ``Anchors.accept``.
+        A version that seems old may have been overtaken while it was read: it is read again. Raises
+        DocumentOutdated, see ``Anchors.accept``.
         """
-        return self._current(known)
+        waits = iter(_AGAIN_S)
+        while True:
+            found = self.verified(known)
+            try:
+                self._anchors.accept(found.anchor, follows=follows)
+            except DocumentOutdated:
+                if (wait_s := next(waits, None)) is None:
+                    raise
+                time.sleep(wait_s)
+            else:
+                return found
 
     def write(self, before: Version, edit: Edit) -> Version:
         """Replace a version, or what others have written since, by an edited one.
@@ -225,7 +230,7 @@ class SignedDocument:
                 is_written = self.place.write(self.encode(made), before.tag)
             except Unavailable:
                 is_written = False
-            before = self._current(follows=True)
+            before = self.read(follows=True)
             if mine.intersection((before.write_id, *before.earlier)):
                 return before
             if is_written:
@@ -289,20 +294,6 @@ class SignedDocument:
             body=bytes(found.body),
             tag=tag,
         )
-
-    def _current(self, known: Version | None = None, *, follows: bool = False) -> Version:
-        """As ``read``. A version that seems old may have been overtaken while it was read: try again."""
-        for wait_s in _AGAIN_S:
-            found = self.verified(known)
-            try:
-                self._anchors.accept(found.anchor, follows=follows)
-            except DocumentOutdated:
-                time.sleep(wait_s)
-            else:
-                return found
-        found = self.verified(known)
-        self._anchors.accept(found.anchor, follows=follows)
-        return found
 
     def verified(self, known: Version | None = None) -> Version:
         """Read what lies at the place, which may be old: anchors are neither compared nor changed."""

@@ -38,7 +38,7 @@ class Asked(ByScopes):
     """The policy of the service, which keeps what it is asked."""
 
     def __init__(self) -> None:
-        super().__init__(Stands(), {})
+        super().__init__(Stands().scopes_of, {})
         self.questions: list[tuple[str, str | None]] = []
 
     def require(
@@ -98,7 +98,7 @@ def test_the_backend_of_an_unseen_key_is_not_asked(
 ) -> None:
     """The answer is the one for a key that does not exist, and takes no longer."""
     own, (unseen, calls) = memory_backend(), make(tmp_path)
-    kms = kms_over(own[0], {UNSEEN: unseen}, policy=ByScopes(Stands(), {}))
+    kms = kms_over(own[0], {UNSEEN: unseen}, policy=ByScopes(Stands().scopes_of, {}))
     calls.clear()
     told: list[str] = []
     for key in (UNSEEN, ABSENT):
@@ -113,7 +113,7 @@ def test_the_backend_of_an_unseen_key_is_not_asked(
 
 
 def test_a_ciphertext_opens_as_little_with_an_unseen_key_as_with_an_absent_one(tmp_path: Path) -> None:
-    kms = kms_over(memory_backend()[0], {UNSEEN: local(tmp_path)[0]}, policy=ByScopes(Stands(), {}))
+    kms = kms_over(memory_backend()[0], {UNSEEN: local(tmp_path)[0]}, policy=ByScopes(Stands().scopes_of, {}))
     told = []
     for key in (UNSEEN, ABSENT):
         with pytest.raises(KmsError) as caught:

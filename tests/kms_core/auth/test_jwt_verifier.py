@@ -127,7 +127,7 @@ STARS: Final[dict[str, dict[str, Any]]] = {
 def test_a_star_is_not_everything_wherever_it_stands(issuer: Issuer, tmp_path: Path, source: str) -> None:
     jwts = door(issuer, **STARS.get(source, {}))
     builder = CertificateSection(subject="DNS:builder", scopes=("*",))
-    policy = ByScopes(Authenticator(TokenFile(tmp_path / "none"), jwts, {"builder": builder}), {})
+    policy = ByScopes(Authenticator(TokenFile(tmp_path / "none"), jwts, {"builder": builder}).scopes_of, {})
     who = Principal("cert:builder", credential="cert:builder")
     if source != "certificate":
         who = verified(jwts, issuer.token(kms_scopes=["*"]))

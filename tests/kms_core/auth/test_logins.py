@@ -114,8 +114,8 @@ def test_scopes_are_those_of_the_settings_now(issuer: Issuer, entry: Callable[..
     later = entry(grants(scopes=("decrypt",))(BASE))
     who = later.authenticate(text)
 
-    assert allows(ByScopes(later, {}), who, "decrypt", "k")
-    assert not allows(ByScopes(later, {}), who, "encrypt", "k")
+    assert allows(ByScopes(later.scopes_of, {}), who, "decrypt", "k")
+    assert not allows(ByScopes(later.scopes_of, {}), who, "encrypt", "k")
 
 
 def test_a_shorter_ttl_ends_older_tokens_too(
@@ -168,9 +168,9 @@ def test_a_job_of_a_login_ends_with_it_and_its_role(
     who = first.authenticate(made.text)
 
     assert first.until(who) == pytest.approx(now + made.ttl_s, abs=2)
-    assert allows(ByScopes(first, {}), who, "encrypt", "k")
-    assert not allows(ByScopes(entry(issuers(grants={})(BASE)), {}), who, "encrypt", "k")
+    assert allows(ByScopes(first.scopes_of, {}), who, "encrypt", "k")
+    assert not allows(ByScopes(entry(issuers(grants={})(BASE)).scopes_of, {}), who, "encrypt", "k")
     monkeypatch.setattr(time, "time", lambda: now + made.ttl_s + GRACE_S - 5)
-    assert allows(ByScopes(first, {}), who, "encrypt", "k")
+    assert allows(ByScopes(first.scopes_of, {}), who, "encrypt", "k")
     monkeypatch.setattr(time, "time", lambda: now + made.ttl_s + GRACE_S + 5)
-    assert not allows(ByScopes(first, {}), who, "encrypt", "k")
+    assert not allows(ByScopes(first.scopes_of, {}), who, "encrypt", "k")

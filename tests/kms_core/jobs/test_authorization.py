@@ -33,7 +33,7 @@ class Credentials:
 @pytest.fixture
 def kms(tmp_path: Path) -> Kms:
     backend = age_backend(tmp_path, x25519.X25519Identity.generate())
-    return kms_over(backend, policy=ByScopes(Credentials(), {}))
+    return kms_over(backend, policy=ByScopes(Credentials().scopes_of, {}))
 
 
 def job(credential: str) -> UploadJob:
