@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 from benchmarks import report
@@ -18,7 +18,8 @@ from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.report import Scale
 
 from kms_core.age.x25519 import X25519Identity
-from kms_core.audit import AuditLog, AuditLogRules, AuditRecord, query
+from kms_core.audit import AuditLog, AuditRecord, query
+from kms_core.audit.copies import HostLog
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.verify import verify
@@ -28,6 +29,7 @@ from kms_core.backends.key_files import KeyFiles
 from kms_core.key_selection import SelectionRules as CallRules
 from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms
+from kms_core.settings.model import AuditSection
 from kms_protocol.context import Context
 
 CONTEXT: Final = Context.parse("env=prod,service=api")
@@ -83,10 +85,16 @@ def main() -> None:
     options.write(parts)
 
 
-def trail_in(folder: Path, rules: AuditLogRules | None = None) -> AuditLog:
+def trail_in(folder: Path, durability: Literal["write", "fsync"] = "write") -> AuditLog:
     folder.mkdir(exist_ok=True)
-    concealer, signer = Concealer.at(folder / "audit.key"), Signer.at(folder / "signing.key")
-    return AuditLog(folder / "audit", "bench", concealer, signer, rules)
+    section = AuditSection(
+        path=folder / "audit",
+        key_path=folder / "audit.key",
+        signing_key_path=folder / "signing.key",
+        durability=durability,
+    )
+    concealer, signer = Concealer.at(section.key_path), Signer.at(section.signing_key_path)
+    return AuditLog(section, "bench", concealer, signer)
 
 
 def record(trail: AuditLog) -> AuditRecord:
@@ -139,7 +147,7 @@ def _plain(trail: AuditLog) -> bytes:
 
 
 def _synced(folder: Path) -> list[Contender]:
-    trail = trail_in(folder / "synced", AuditLogRules(fsync=True))
+    trail = trail_in(folder / "synced", "fsync")
     pool = ThreadPoolExecutor(THREADS)
 
     def together() -> None:
@@ -204,12 +212,12 @@ def _verifications(folder: Path) -> list[Contender]:
 
 
 def _looks(folder: Path, name: str) -> list[Contender]:
-    audit = folder / "audit"
-    wanted = query.EventFilter()
-    after = query.page(audit, wanted, None, 100).following
+    audit, wanted = folder / "audit", query.EventFilter()
+    logs = [HostLog("", audit)]
+    after = query.page(logs, wanted, None, 100).following
     return [
-        many("a page of 100 behind a cursor", lambda: query.page(audit, wanted, after, 100)),
-        many("the newest 20", lambda: query.newest(audit, wanted, 20)),
+        many("a page of 100 behind a cursor", lambda: query.page(logs, wanted, after, 100)),
+        many("the newest 20", lambda: query.newest(logs, wanted, 20)),
         many("a receipt from the middle", lambda: receipt.make(audit, name)),
     ]
 

@@ -35,6 +35,7 @@ from kms_core.envelope import sealing
 from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms
+from kms_core.settings.model import AuditSection
 from kms_protocol.errors import KmsError
 
 SIZES: Final = (32, 1024, 64 * 1024)
@@ -63,9 +64,11 @@ class Scene:
         file.touch(0o600)
         file.write_text(f"{identity.export()}\n")
         key = Key("default", AgeBackend(KeyFiles(file)), accept_foreign=True)
-        trail = AuditLog(
-            folder / "audit", "bench", Concealer.at(folder / "a.key"), Signer.at(folder / "s.key")
+        section = AuditSection(
+            path=folder / "audit", key_path=folder / "a.key", signing_key_path=folder / "s.key"
         )
+        concealer, signer = Concealer.at(section.key_path), Signer.at(section.signing_key_path)
+        trail = AuditLog(section, "bench", concealer, signer)
         kms = Kms(Keyring({"default": key}, key), AllowAll(), trail, SelectionRules())
         return cls(
             drive_kms.wrapper(file), kms, pyrage.x25519.Identity.from_str(identity.export()), file, limit_s

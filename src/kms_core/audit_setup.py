@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, suppress
 import redis
 
 from kms_core.audit.keys import Concealer, OpenSealed, Signer
-from kms_core.audit.log import AuditLog, AuditLogRules
+from kms_core.audit.log import AuditLog
 from kms_core.audit.maintenance import AuditMaintenance
 from kms_core.audit.sinks import FolderSink, RedisSink
 from kms_core.audit.verification.monitor import AuditMonitor
@@ -21,15 +21,9 @@ def build(
     ``client`` None: no sink in Redis. ``open_sealed`` opens sealed key files.
     """
     section, strict = settings.kms.audit, settings.is_prod
-    rules = AuditLogRules(
-        fsync=section.durability == "fsync",
-        rotate_bytes=section.rotate_bytes,
-        checkpoint_lines=section.checkpoint_lines,
-        checkpoint_s=section.checkpoint_s,
-    )
     concealer = Concealer.at(section.key_path, strict=strict, open_sealed=open_sealed)
     signer = Signer.at(section.signing_key_path, strict=strict, open_sealed=open_sealed)
-    audit_log = AuditLog(section.path, role, concealer, signer, rules)
+    audit_log = AuditLog(section, role, concealer, signer)
     anchors = anchor_sinks(settings, client)
     for sink in anchors:
         if isinstance(sink, FolderSink):

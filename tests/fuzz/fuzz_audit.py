@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 from kms_core.audit import chain, query, segments
+from kms_core.audit.copies import HostLog
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import BadReceipt, Receipt
@@ -96,10 +97,10 @@ def _fitting(lines: bytes) -> bytes:
 def _read() -> None:
     """What the API and the command do with the files of a trail; no line of them is trusted."""
     wanted = query.EventFilter()
-    newest = query.newest(_PLACE, wanted, 10)
-    page = query.page(_PLACE, wanted, None, 5)
+    newest = query.newest([HostLog("", _PLACE)], wanted, 10)
+    page = query.page([HostLog("", _PLACE)], wanted, None, 5)
     assert len(page.events) <= 5
-    query.page(_PLACE, wanted, page.following, 5)
+    query.page([HostLog("", _PLACE)], wanted, page.following, 5)
     segments.chain_heads(_PLACE, KEYS, but="")
     for event in newest:
         assert isinstance(query.fields(event), dict)

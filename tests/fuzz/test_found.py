@@ -42,7 +42,7 @@ def test_a_line_that_is_nested_without_end_is_unreadable_and_passed_over(place: 
     rewrite(path, on_line(line, lambda _: NESTED + b"\n"))
 
     assert "unreadable" in codes(place.verified())
-    assert len(query.newest(place.folder, query.EventFilter(), 10)) == (2 if line == 2 else 3)
+    assert len(query.newest(place.logs, query.EventFilter(), 10)) == (2 if line == 2 else 3)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from kms_core.audit import AuditLog, AuditRecord, query
+from kms_core.audit.copies import HostLog
 from kms_core.audit.keys import Concealer, PublicKeys, Signer
 from kms_core.audit.sinks import FolderSink, RedisSink
 from kms_core.audit.verification import receipt
@@ -22,6 +23,7 @@ from kms_core.audit.verification.receipt import Receipt
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_protocol.context import Context
+from support.audit_logs import audit_section
 from support.golden import expected_service as expected
 from support.golden import install, make_service, manifest
 from support.golden.reference import hmac_sha256, names, sha256
@@ -93,7 +95,7 @@ def test_anchors_are_compared(tmp_path: Path) -> None:
 
 
 def test_records_are_found() -> None:
-    found = query.newest(FOLDER / "log", query.EventFilter(), 50)
+    found = query.newest([HostLog("", FOLDER / "log")], query.EventFilter(), 50)
 
     principals = [f"ada-{number}" for number in (*range(4, 14), 0, 1, 3)]
     assert sorted(one.principal for one in found) == sorted(principals)
@@ -205,7 +207,7 @@ def test_receipt_is_that_of_version_1() -> None:
 def written(tmp_path: Path) -> list[bytes]:
     install.put_keys(tmp_path)
     trail = AuditLog(
-        tmp_path / "log",
+        audit_section(tmp_path / "log"),
         "api",
         Concealer.at(tmp_path / "audit.key"),
         Signer.at(tmp_path / "audit-signing.key"),

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kms_core.audit import AuditLog, AuditLogRules, AuditRecord
+import msgspec
+
+from kms_core.audit import AuditLog, AuditRecord
+from kms_core.audit.copies import HostLog
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
+from kms_core.settings.model import AuditSection
 
 Line = dict[str, Any]
 
@@ -32,6 +36,10 @@ def record(number: int = 0, **fields: Any) -> AuditRecord:  # noqa: ANN401 -- th
     )
 
 
+def audit_section(path: Path = Path(), **values: Any) -> AuditSection:  # noqa: ANN401 -- of the settings
+    return AuditSection(path=path, key_path=Path(), signing_key_path=Path(), **values)
+
+
 @dataclass(frozen=True)
 class Place:
     """A folder for a trail, and keys beside it."""
@@ -43,22 +51,27 @@ class Place:
         return self.at / "audit"
 
     @property
+    def logs(self) -> list[HostLog]:
+        return [HostLog("", self.folder)]
+
+    @property
     def signing_key(self) -> Path:
         return self.at / "signing.key"
 
     def trail(
         self,
-        rules: AuditLogRules | None = None,
+        section: AuditSection | None = None,
         *,
         role: str = "api",
         clock: Callable[[], int] = time.time_ns,
     ) -> AuditLog:
         concealer, signer = Concealer.at(self.at / "audit.key"), Signer.at(self.signing_key)
-        return AuditLog(self.folder, role, concealer, signer, rules, clock=clock)
+        section = msgspec.structs.replace(section or audit_section(), path=self.folder)
+        return AuditLog(section, role, concealer, signer, clock=clock)
 
-    def written(self, count: int, rules: AuditLogRules | None = None, *, close: bool = True) -> Path:
+    def written(self, count: int, section: AuditSection | None = None, *, close: bool = True) -> Path:
         """A trail of so many records; its (last) file."""
-        trail = self.trail(rules)
+        trail = self.trail(section)
         for number in range(1, count + 1):
             trail.append(record(number))
         if close:

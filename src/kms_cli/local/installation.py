@@ -20,7 +20,8 @@ import msgspec
 from kms_cli import terminal
 from kms_cli.local import valkey
 from kms_cli.session import DEFAULT_URL, is_given, session
-from kms_core.audit.sinks import FolderSink, RedisSink, read_lines
+from kms_core.audit import segments
+from kms_core.audit.sinks import FolderSink, RedisSink
 from kms_core.audit.verification.scan import Note, VerificationReport
 from kms_core.redis_client import connect
 from kms_core.settings import files
@@ -252,7 +253,7 @@ def named_anchors(settings: Settings, sources: Sequence[str]) -> AnchorLines:
             _from_folder(found, Path(source))
             continue
         try:
-            found.lines[source] = read_lines(Path(source))
+            found.lines[source] = list(segments.lines_of(Path(source)))
         except OSError as exc:
             found.failed[source] = f"it cannot be read ({exc.strerror})"
     return found

@@ -8,7 +8,7 @@ work (checkpoints, anchors, retention). ``query`` and ``verification`` need only
 Format and guarantees: docs/audit.md.
 """
 
-from kms_core.audit.log import AuditLog, AuditLogRules
+from kms_core.audit.log import AuditLog
 from kms_core.audit.record import (
     AuditRecord,
     AuditWriter,
@@ -30,7 +30,6 @@ from kms_core.audit.record import (
 
 __all__ = [
     "AuditLog",
-    "AuditLogRules",
     "AuditRecord",
     "AuditWriter",
     "Noted",

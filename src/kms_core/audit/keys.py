@@ -124,8 +124,7 @@ class PublicKeys:
 
     def __init__(self, keys: Mapping[str, bytes]) -> None:
         self.keys = dict(keys)
-        self._loaded: dict[str, Ed25519PublicKey] = {}
-        self._verified: set[tuple[str, bytes, str]] = set()
+        self._loaded = {name: Ed25519PublicKey.from_public_bytes(raw) for name, raw in keys.items()}
 
     @classmethod
     def of(cls, raw: Iterable[bytes]) -> Self:
@@ -158,19 +157,12 @@ class PublicKeys:
 
     def _verifies(self, key: str, text: bytes, signature: str) -> bool:
         """Return whether this is a signature (base64) by a known key of this id."""
-        if key not in self.keys:
-            return False
-        signed = key, chain.digest(text), signature
-        if signed in self._verified:
-            return True
         if key not in self._loaded:
-            self._loaded[key] = Ed25519PublicKey.from_public_bytes(self.keys[key])
+            return False
         try:
             self._loaded[key].verify(base64.b64decode(signature, validate=True), text)
         except (InvalidSignature, ValueError):
             return False
-        if len(self._verified) < _REPEATED:
-            self._verified.add(signed)
         return True
 
 

@@ -10,8 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -24,28 +22,18 @@ from kms_core.audit.record import COUNTED, AuditRecord, FailedItems, noted
 from kms_core.audit.segments import SegmentFile
 from kms_core.observability import metrics
 from kms_core.secure_files import sync_folder
+from kms_core.settings.model import AuditSection
 from kms_protocol import __version__
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable
 
 FORMAT: Final = 1
-MiB: Final = 1024 * 1024
 _MINUTE_S: Final = 60
 _DAY_S: Final = 24 * 3600
 _ENOUGH_BYTES: Final = 64 * 1024
 _GROUP_LINES: Final = 100  # that may wait in a group: a killed process loses these and their results
 _encode: Final = msgspec.json.encode
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class AuditLogRules:
-    """Settings of the log. A checkpoint is due after so many unsigned lines, or so many seconds."""
-
-    fsync: bool = False
-    rotate_bytes: int = 64 * MiB
-    checkpoint_lines: int = 1000
-    checkpoint_s: float = 10.0
 
 
 class _Group:
@@ -62,22 +50,22 @@ class _Group:
 class AuditLog:
     """The chain of this process. The first record creates its first segment. Safe in several threads."""
 
-    def __init__(  # noqa: PLR0913 -- folder, role, keys and rules
+    def __init__(
         self,
-        folder: Path,
+        section: AuditSection,
         role: str,
         concealer: Concealer,
         signer: Signer,
-        rules: AuditLogRules | None = None,
         *,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         """``role`` begins the names of segments: ``api``, ``worker``. ``clock`` gives ns since the epoch."""
-        self.folder = folder
+        self.folder = section.path
+        self._section = section
+        self._syncs = section.durability == "fsync"
         self._concealer = concealer
         self._role = role
         self._signer = signer
-        self._rules = rules or AuditLogRules()
         self._line_time = LineClock(clock)
         self._lock = threading.Lock()
         self._thread = threading.local()
@@ -104,7 +92,7 @@ class AuditLog:
     def append(self, record: AuditRecord) -> str:
         group: _Group | None = getattr(self._thread, "group", None)
         if group is None or record.stage:  # an effect must not come before its intent
-            return self._write([_encode(record)[1:-1]], sync=self._rules.fsync)
+            return self._write([_encode(record)[1:-1]], sync=self._syncs)
         if group.failed_items.counts(record):
             return COUNTED
         group.waiting.append(_encode(record)[1:-1])
@@ -139,7 +127,7 @@ class AuditLog:
                 self._hand_over(group)
             if group.failed:
                 raise AuditUnavailable(group.failed.detail) from group.failed
-            if self._rules.fsync:
+            if self._syncs:
                 self._sync_all()
 
     def _write(self, records: list[bytes], *, sync: bool) -> str:
@@ -154,7 +142,7 @@ class AuditLog:
                     self._refused_since = self._refused_since or self._line_time()[0].decode()
                     raise
                 name, size = f"{self._chain}:{self._seq}", file.size
-                if self._unsigned >= self._rules.checkpoint_lines or size >= self._rules.rotate_bytes:
+                if self._unsigned >= self._section.checkpoint_lines or size >= self._section.rotate_bytes:
                     self._checkpoint_or_rotate(file)
             if sync:
                 file.sync(size)
@@ -183,7 +171,7 @@ class AuditLog:
         with suppress(OSError):
             heads: dict[str, ChainHead] = {}
             if self._is_due():  # read other chains before any thread has to wait for the lock
-                recent = time.time() - 2 * self._rules.checkpoint_s - _MINUTE_S
+                recent = time.time() - 2 * self._section.checkpoint_s - _MINUTE_S
                 heads = segments.chain_heads(self.folder, self._signer.known, but=self._chain, since=recent)
             with self._lock:
                 file = self._file
@@ -195,7 +183,7 @@ class AuditLog:
                     self._rotate(file)
 
     def _is_due(self) -> bool:
-        return self._unsigned > 0 and time.monotonic() - self._unsigned_since >= self._rules.checkpoint_s
+        return self._unsigned > 0 and time.monotonic() - self._unsigned_since >= self._section.checkpoint_s
 
     def record_removal(self, before: str, files: int) -> None:
         """Record that segments opened up to a time will be removed now. Raises AuditUnavailable."""
@@ -222,20 +210,20 @@ class AuditLog:
                 if file.is_ours():
                     self._sign(file, chain.CLOSED, self._other_heads())
             finally:
-                file.finish(sync=self._rules.fsync)
+                file.finish(sync=self._syncs)
 
     def _checkpoint_or_rotate(self, file: SegmentFile) -> None:
         """The record is written already, so an error is ignored: the next record tries again."""
         with suppress(OSError):
-            if self._unsigned >= self._rules.checkpoint_lines:
+            if self._unsigned >= self._section.checkpoint_lines:
                 self._sign(file, chain.CHECKPOINT, {})
-            if file.size >= self._rules.rotate_bytes:
+            if file.size >= self._section.rotate_bytes:
                 self._rotate(file)
 
     def _rotate(self, file: SegmentFile) -> None:
         self._sign(file, chain.ROTATED, {})
         self._file, self._goes_on = None, True
-        file.finish(sync=self._rules.fsync)
+        file.finish(sync=self._syncs)
 
     def _sync_all(self) -> None:
         file = self._file
@@ -280,7 +268,7 @@ class AuditLog:
             raise
         self._file, self._opened, self._number, self._why = file, opened, self._number + 1, "continued"
         self._opened_at, self._goes_on = time.monotonic(), False
-        if self._rules.fsync:
+        if self._syncs:
             self._sync_folder(file)
         return file
 

@@ -62,13 +62,10 @@ def _last_time(segment: Segment) -> str:
 
 
 def _removals(path: Path, keys: PublicKeys) -> Iterator[ChainLine]:
-    """The signed records of removals in a segment; none if it is gone, empty or unreadable.
-
-    Reads line by line: others may write lines of any length, and cut the file while it is read.
-    """
+    """The signed records of removals in a segment; none if it is gone, empty or unreadable."""
     before = line = b""
-    with suppress(OSError), segments.opened(path) as file:
-        for following in segments.lines_of(file):
+    with suppress(OSError):
+        for following in segments.lines_of(path):
             if _MARK in line and (found := _signed_removal(before, line, following, keys)):
                 yield found
             before, line = line, following

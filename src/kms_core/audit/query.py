@@ -7,20 +7,21 @@ after it; both for each host, since records of a copy appear later.
 
 import base64
 import heapq
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from itertools import islice, repeat, takewhile
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
 
 from kms_core.audit import copies, segments
 from kms_core.audit.chain import text_of
 from kms_core.audit.copies import HostLog
+from kms_core.audit.record import AuditRecord
 from kms_core.audit.segments import Segment
 from kms_protocol.errors import InvalidRequest
 from kms_protocol.wire import NOT_JSON
@@ -30,12 +31,11 @@ MOST_SCANNED: Final = 20_000
 _NOT_OK: Final = "failed"
 _LONGEST_CURSOR: Final = 16 * 1024
 _LATEST: Final = "9999"
-_BLOCK_BYTES: Final = 8192  # of each chain in memory
 _MOST_SEEN: Final = 100
 """Chains of copies in a cursor; of more, those with the oldest lines are taken as complete."""
 
 
-class RecordedOperation(msgspec.Struct, frozen=True, kw_only=True):
+class RecordedOperation(AuditRecord, kw_only=True):
     """The record of an operation, as read back. Other lines of a chain have a ``kind``.
 
     ``host`` is the host of its log, empty where only one log is read; it is no field of the record.
@@ -46,31 +46,11 @@ class RecordedOperation(msgspec.Struct, frozen=True, kw_only=True):
     time: str
     kind: str = ""
     operation: str = ""
-    stage: str = ""
-    effect: str = ""
-    route: str = ""
-    filter: str = ""
-    source: str = ""
     principal: str = ""
     tenant: str = ""
     credential: str = ""
-    request_id: str = ""
-    job_id: str = ""
-    key_id: str = ""
-    key_version: str = ""
-    backend: str = ""
-    origin: str = ""
-    wrap_key: str = ""
-    file_id: str = ""
-    new_file_id: str = ""
-    stanzas: str = ""
-    context: dict[str, str] = {}
-    new_context: dict[str, str] = {}
-    bytes_in: int = 0
-    bytes_out: int = 0
-    result: str = ""
-    duration_us: int = 0
-    count: int = 0
+    context: dict[str, str] = msgspec.field(default_factory=dict)
+    new_context: dict[str, str] = msgspec.field(default_factory=dict)
     host: str = ""
 
     @property
@@ -133,14 +113,8 @@ class _Position(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     seen: dict[str, _SeenLine] = {}
 
 
-class _Cursor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The position in this host's log, and those in copies by host."""
-
-    time: str = ""
-    seen: dict[str, _SeenLine] = {}
-    hosts: dict[str, _Position] = {}
-
-
+_Cursor: TypeAlias = dict[str, _Position]
+"""The positions in logs by host; that in this host's own log has an empty name."""
 _event: Final = msgspec.json.Decoder(RecordedOperation).decode
 
 
@@ -151,20 +125,21 @@ def now() -> str:
 
 def fields(event: RecordedOperation) -> dict[str, object]:
     """The fields of an event that are not empty, by name."""
-    found = {name: value for name, value in msgspec.structs.asdict(event).items() if value not in ("", {})}
+    given = msgspec.structs.asdict(event)
+    order = dict.fromkeys(("seq", "chain", "time", *given))
+    found = {name: given[name] for name in order if given[name] not in ("", {})}
     if not event.count:
         del found["count"]
     return found
 
 
-def page(log: Path | Sequence[HostLog], wanted: EventFilter, after: str | None, limit: int) -> EventPage:
+def page(logs: Sequence[HostLog], wanted: EventFilter, after: str | None, limit: int) -> EventPage:
     """The next events after a cursor. Raises InvalidRequest for a cursor that is not from a page.
 
     A page may hold fewer than ``limit`` events although others follow: a call reads a bounded number.
     """
-    logs = _logs(log)
-    cursor = _parsed(after) if after else _Cursor(wanted.since)
-    positions = {each.host: _position(cursor, each, wanted.since) for each in logs}
+    cursor = _parsed(after) if after else {}
+    positions = {each.host: cursor.get(_place(each)) or _Position(wanted.since) for each in logs}
     chains = [(each, files) for each in logs for files in segments.by_chain(each.folder).values()]
     settled = {each.host: _settled(each, chains) for each in logs}
     seen = {host: dict(position.seen) for host, position in positions.items()}
@@ -182,22 +157,18 @@ def page(log: Path | Sequence[HostLog], wanted: EventFilter, after: str | None, 
         reached = event.time
         if wanted.matches(event):
             found.append(event)
-    hosts = dict(cursor.hosts)
     for each in logs:
         host = each.host
         upto = max(positions[host].time, "" if host in unread else settled[host])
         if more:
             upto = max(positions[host].time, min(reached, upto))
         position = _Position(upto, {name: last for name, last in seen[host].items() if last.time >= upto})
-        if each.is_copy:
-            hosts[host] = _bounded(position)
-        else:
-            cursor = _Cursor(position.time, position.seen)
-    return EventPage(found, _text(_Cursor(cursor.time, cursor.seen, hosts)), more, unread)
+        cursor[_place(each)] = _bounded(position) if each.is_copy else position
+    return EventPage(found, _text(cursor), more, unread)
 
 
 def newest(
-    log: Path | Sequence[HostLog],
+    logs: Sequence[HostLog],
     wanted: EventFilter,
     limit: int,
     most: int | None = None,
@@ -209,24 +180,16 @@ def newest(
     """
     unread = {} if unread is None else unread
     chains = [
-        _backwards(each, files, unread)
-        for each in _logs(log)
-        for files in segments.by_chain(each.folder).values()
+        _backwards(each, files, unread) for each in logs for files in segments.by_chain(each.folder).values()
     ]
     events = heapq.merge(*chains, key=lambda each: each.order, reverse=True)
     fits = takewhile(lambda event: event.time >= wanted.since, islice(events, most))
     return list(islice(filter(wanted.matches, fits), limit))[::-1]
 
 
-def _logs(log: Path | Sequence[HostLog]) -> Sequence[HostLog]:
-    return [HostLog("", log)] if isinstance(log, Path) else log
-
-
-def _position(cursor: _Cursor, log: HostLog, since: str) -> _Position:
-    """The position in a log; a host that the cursor does not know is read from ``since`` on."""
-    if log.is_copy:
-        return cursor.hosts.get(log.host) or _Position(since)
-    return _Position(cursor.time, cursor.seen)
+def _place(log: HostLog) -> str:
+    """The name of a log in cursors: a host's own log keeps its place when copies are added."""
+    return log.host if log.is_copy else ""
 
 
 def _settled(log: HostLog, chains: Sequence[tuple[HostLog, list[Segment]]]) -> str:
@@ -296,26 +259,10 @@ def _last_time_of(segment: Segment, size: int, mtime_ns: int) -> str:
 
 
 def _lines(path: Path, time: str) -> Iterator[bytes]:
-    """The whole lines of a segment from a time on, up to one that is too long. Leaves no file open."""
-    rest = bytearray()
-    try:
-        with segments.opened(path) as file:
-            at = segments.offset_of(file, lambda line: line.time >= time) if time else 0
-        while len(rest) < segments.LONGEST_LINE_BYTES:
-            with segments.opened(path) as file:
-                block = os.pread(file.fileno(), _BLOCK_BYTES, at)
-            if not block:
-                return
-            at += len(block)
-            first, *lines = block.split(b"\n")
-            rest += first
-            if lines:
-                lines[:0], rest = [bytes(rest)], bytearray(lines[-1])
-                lines = [line for line in lines[-2::-1] if line]
-                while lines:  # a caller that pauses holds no line before in memory: it may be a hole
-                    yield lines.pop()
-    except FileNotFoundError:  # it was removed in between
-        return
+    """The lines of a segment from a time on."""
+    with suppress(FileNotFoundError):  # it was removed in between
+        begin = segments.offset_of(path, lambda line: line.time >= time) if time else 0
+        yield from segments.lines_of(path, begin)
 
 
 def _backwards(log: HostLog, files: list[Segment], unread: dict[str, str]) -> Iterator[RecordedOperation]:
@@ -334,8 +281,7 @@ def _read(line: bytes, host: str) -> RecordedOperation | None:
         event = _event(line)
     except NOT_JSON:
         return None
-    if event.host != host:  # the line may name another
-        msgspec.structs.force_setattr(event, "host", host)
+    event.host = host  # the line may name another
     return None if event.kind else event
 
 

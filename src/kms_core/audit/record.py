@@ -9,6 +9,7 @@ from typing import Final, Literal, Protocol
 
 import msgspec
 
+from kms_core.auth.policy import Principal
 from kms_core.observability import logs, metrics
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable, KmsError
@@ -119,17 +120,6 @@ class AuditWriter(Protocol):
         """Raise AuditUnavailable if a record could not be written now."""
 
 
-class Who(Protocol):
-    """The fields of a principal that a record has."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def tenant(self) -> str: ...
-    @property
-    def credential(self) -> str: ...
-
-
 def append(log: AuditWriter, record: AuditRecord) -> str:
     """Store and count a record; its id, as ``AuditWriter.append``. Raises AuditUnavailable."""
     try:
@@ -158,7 +148,7 @@ def begin_effect(log: AuditWriter, record: AuditRecord, name: str) -> None:
 
 
 @contextmanager
-def effect(log: AuditWriter, who: Who, operation: str, name: str) -> Iterator[None]:
+def effect(log: AuditWriter, who: Principal, operation: str, name: str) -> Iterator[None]:
     """Record the intent of an effect before the block, and its outcome after it.
 
     A process that finishes the work of a killed one uses the same ``name``. Only success and a KmsError are
@@ -171,7 +161,7 @@ def effect(log: AuditWriter, who: Who, operation: str, name: str) -> Iterator[No
 
 
 @contextmanager
-def recorded(log: AuditWriter, who: Who, operation: str, job: str) -> Iterator[None]:
+def recorded(log: AuditWriter, who: Principal, operation: str, job: str) -> Iterator[None]:
     """Record an operation on a job, with its result. Raises AuditUnavailable: then no answer may leave.
 
     ``job`` comes from the caller. Text that cannot be the id of a job is left out of the record.
@@ -193,7 +183,7 @@ def _ending(log: AuditWriter, record: AuditRecord) -> Iterator[None]:
     append(log, record)
 
 
-def read(log: AuditWriter, who: Who, asked: Mapping[str, str], count: int) -> str:
+def read(log: AuditWriter, who: Principal, asked: Mapping[str, str], count: int) -> str:
     """Record a read of the log, before its ``count`` records leave; ``asked`` is the filter.
 
     Returns the id of the record. Raises AuditUnavailable: then no record may leave.
@@ -204,7 +194,7 @@ def read(log: AuditWriter, who: Who, asked: Mapping[str, str], count: int) -> st
     return append(log, record)
 
 
-def denied(log: AuditWriter, who: Who | None, route: str, code: str) -> None:
+def denied(log: AuditWriter, who: Principal | None, route: str, code: str) -> None:
     """Record an attempt that was denied before any operation began. ``route`` is a template, never a path."""
     append(log, _record(who, DENIED, route=route, result=code))
 
@@ -220,7 +210,7 @@ def record_denial(code: str) -> None:
 
 
 def _record(
-    who: Who | None, operation: str, *, route: str = "", job: str = "", result: str = ""
+    who: Principal | None, operation: str, *, route: str = "", job: str = "", result: str = ""
 ) -> AuditRecord:
     return AuditRecord(
         operation=operation,

@@ -8,13 +8,12 @@ import errno
 import fcntl
 import os
 import re
-import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final, Self
+from typing import Final, Self
 
 from kms_core.audit import chain
 from kms_core.audit.chain import ChainHead, ChainLine
@@ -144,9 +143,7 @@ NAME: Final = re.compile(r"([a-z][a-z0-9_]{0,31}-\d{8}T\d{6}\.\d{6}Z-\d{1,10})\.
 CHAIN: Final = re.compile(r"[a-z][a-z0-9_]{0,31}-\d{8}T\d{6}\.\d{6}Z-\d{1,10}")
 LONGEST_LINE_BYTES: Final = 1024 * 1024
 MAX_HEADS: Final = 256
-_NEAR_END_BYTES: Final = 16 * 1024
-_READ_BYTES: Final = 64 * 1024  # of a hole around a block with data, too
-_ZEROS: Final = re.compile(rb"\0+")
+_BLOCK_BYTES: Final = 16 * 1024
 _SEARCHED_BYTES: Final = 1024 * 1024
 _NOWHERE: Final = frozenset({errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})  # of a broken link
 _SEARCHED_FILES: Final = 4  # of a chain: one that ends without a signed line is rare
@@ -161,9 +158,9 @@ class Segment:
     path: Path
 
     def opening(self) -> ChainLine | None:
-        """The first line; None if it is not whole or the file does not exist."""
+        """The first line; None if it cannot be read."""
         with suppress(OSError):
-            return chain.read(first_line(self.path))
+            return next(map(chain.read, lines_of(self.path)), None)
         return None
 
     def last(self) -> ChainLine | None:
@@ -171,19 +168,6 @@ class Segment:
         with suppress(OSError):
             return next(map(chain.read, backwards(self.path)), None)
         return None
-
-
-def opened(path: Path) -> BinaryIO:
-    """A file, to be read. Raises OSError for a pipe, which others may have put there since it was listed."""
-    return open(path, "rb", opener=_plain)  # the caller closes it
-
-
-def _plain(path: str, flags: int) -> int:
-    fd = os.open(path, flags | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "it is no plain file")
-    return fd
 
 
 def path_of(folder: Path, name: str, number: int) -> Path:
@@ -194,7 +178,7 @@ def path_of(folder: Path, name: str, number: int) -> Path:
 def listed(folder: Path) -> list[Segment]:
     """The segments of a folder, by chain and number; none if the folder does not exist.
 
-    Only plain files count: a pipe could never be read to its end.
+    Only plain files count.
     """
     names: list[str] = []
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
@@ -225,7 +209,7 @@ def by_chain(folder: Path) -> dict[str, list[Segment]]:
 def is_live(path: Path) -> bool:
     """Return whether a process of this machine holds the file open for writing."""
     try:
-        with opened(path) as file:
+        with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -295,97 +279,73 @@ def _written_at(path: Path) -> float:
 def backwards(path: Path) -> Iterator[bytes]:
     """The whole lines of a file, last first, without their newline; a torn last line is left out.
 
-    Stops at a line of more than 2 MiB; the service writes none of more than 1 MiB.
+    Stops at a line of more than 1 MiB; the service writes none.
     """
-    begin, tail = path.stat().st_size, b""
+    begin = path.stat().st_size
+    rest: bytes | None = None  # the end of a line that begins before the block
     while begin:
-        begin, end = max(0, begin - max(_NEAR_END_BYTES, len(tail))), begin  # doubled in a long line
-        with opened(path) as file:  # each time: there may be many chains
-            tail = os.pread(file.fileno(), end - begin, begin) + tail
-        first, *lines, torn = tail.split(b"\n") if b"\n" in tail else (tail, b"")
-        if len(tail) > _NEAR_END_BYTES:
-            del lines[:-1]  # read again: a caller that pauses holds no holes in memory
-        if lines:
-            begin += len(tail) - len(torn) - sum(map(len, lines)) - len(lines)
-            tail = first = b""
-            while lines:
-                yield lines.pop()
-        elif len(tail) > len(first):
-            tail = first + b"\n"
-        if len(tail) > LONGEST_LINE_BYTES:
+        begin, end = max(0, begin - max(_BLOCK_BYTES, len(rest or b""))), begin  # doubled in a long line
+        with path.open("rb") as file:  # each time: there may be many chains
+            block = os.pread(file.fileno(), end - begin, begin)
+        if rest is None:
+            block, newline, _ = block.rpartition(b"\n")
+            if not newline:
+                continue
+            rest = b""
+        rest, *lines = (block + rest).split(b"\n")
+        yield from reversed(lines)
+        if len(rest) > LONGEST_LINE_BYTES:
             return
-    if tail.endswith(b"\n"):
-        yield tail[:-1]
+    if rest is not None:
+        yield rest
 
 
-def lines_of(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file from here on, one at a time, without newlines and empty lines.
+def lines_of(path: Path, begin: int = 0) -> Iterator[bytes]:
+    """The lines of a file from an offset on, without newlines and empty lines, and the torn one at its end.
 
-    Of a line that is longer than any of the service's, which others wrote, there are pieces of 1 MiB instead.
-    Zero bytes are a line of one, and holes, which may have any length, are left out.
+    Stops at a line of more than 1 MiB; the service writes none. Raises OSError.
     """
     rest = b""
-    while block := file.read(_READ_BYTES):
-        has_zeros = b"\0" in block
-        *lines, rest = (rest + (_ZEROS.sub(b"\n\0\n", block) if has_zeros else block)).split(b"\n")
+    while len(rest) <= LONGEST_LINE_BYTES:
+        with path.open("rb") as file:  # each time: there may be many chains
+            block = os.pread(file.fileno(), _BLOCK_BYTES, begin)
+        if not block:
+            break
+        begin += len(block)
+        *lines, rest = (rest + block).split(b"\n")
         yield from filter(None, lines)
-        if len(rest) >= LONGEST_LINE_BYTES:
-            yield rest
-            rest = b""
-        if has_zeros:
-            try:
-                file.seek(file.tell(), os.SEEK_DATA)
-            except OSError:  # no data follows
-                break
     if rest:
         yield rest
 
 
-def holes(fd: int, begin: int, until: int) -> Iterator[tuple[int, int]]:
-    """The holes that begin between two offsets: where each begins, and where data or the end follows."""
-    with suppress(OSError):
-        while begin < until and (hole := os.lseek(fd, begin, os.SEEK_HOLE)) < until:
-            begin = os.fstat(fd).st_size
-            with suppress(OSError):  # no data follows
-                begin = os.lseek(fd, hole, os.SEEK_DATA)
-            yield hole, begin
-
-
-def offset_of(file: BinaryIO, begins: Callable[[ChainLine], bool]) -> int:
+def offset_of(path: Path, begins: Callable[[ChainLine], bool]) -> int:
     """The offset of the first line for which ``begins`` holds, given that it holds for all later lines.
 
-    The end of the last whole line if there is none. An unreadable line counts as the line before it.
+    The end of the last whole line if there is none. An unreadable line counts as the line before it. Raises
+    OSError.
     """
-    low, high = 0, file.seek(0, os.SEEK_END)  # lines that begin in between are undecided
-    while low < high:
-        middle = (low + high) // 2 if low else 0  # often all lines follow: the first is looked at first
-        file.seek(max(0, middle - 1))
-        if middle:
-            file.readline(LONGEST_LINE_BYTES)
-        start = file.tell()
-        raw = file.readline(LONGEST_LINE_BYTES)
-        if start >= high or not raw.endswith(b"\n"):
-            high = middle
-            continue
-        line = chain.read(raw[:-1])
-        if line is not None and begins(line):
-            high = start
-        else:
-            low = start + len(raw)
+    with path.open("rb") as file:
+        low, high = 0, file.seek(0, os.SEEK_END)  # lines that begin in between are undecided
+        while low < high:
+            middle = (low + high) // 2 if low else 0  # often all lines follow: the first is looked at first
+            file.seek(max(0, middle - 1))
+            if middle:
+                file.readline(LONGEST_LINE_BYTES)
+            start = file.tell()
+            raw = file.readline(LONGEST_LINE_BYTES)
+            if start >= high or not raw.endswith(b"\n"):
+                high = middle
+                continue
+            line = chain.read(raw[:-1])
+            if line is not None and begins(line):
+                high = start
+            else:
+                low = start + len(raw)
     return low
 
 
-def first_line(path: Path) -> bytes:
-    """The first line of a file, without its newline; empty if it is not whole. Raises OSError."""
-    with opened(path) as file:
-        first = file.readline(LONGEST_LINE_BYTES)
-    return first[:-1] if first.endswith(b"\n") else b""
-
-
-def line_of(path: Path, seq: int) -> bytes | None:
-    """The line with this number, without its newline; None if the file does not have it."""
-    with opened(path) as file:
-        file.seek(offset_of(file, lambda line: line.seq >= seq))
-        raw = file.readline(LONGEST_LINE_BYTES)
-    found = chain.read(raw[:-1]) if raw.endswith(b"\n") else None
-    return raw[:-1] if found is not None and found.seq == seq else None
+def line_of(path: Path, seq: int) -> bytes:
+    """The line with this number, without its newline; empty if the file does not have it. Raises OSError."""
+    line = next(lines_of(path, offset_of(path, lambda line: line.seq >= seq)), b"")
+    found = chain.read(line)
+    return line if found is not None and found.seq == seq else b""

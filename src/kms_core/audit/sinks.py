@@ -103,9 +103,7 @@ class FolderSink:
     def _append(self, path: Path, line: bytes) -> None:
         """Append durably; the name of a new file is synced, too."""
         is_new = not path.exists()
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        flags |= os.O_NONBLOCK  # or a pipe under this name would block
-        fd = os.open(path, flags, 0o600)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             os.write(fd, line)
             os.fdatasync(fd)
@@ -120,14 +118,14 @@ class FolderSink:
         self.unread = ""
         for file in files_in(self.path, ".jsonl"):
             try:
-                found += read_lines(file)
+                found += segments.lines_of(file)
             except OSError as exc:
                 self.unread = self.unread or f"{file} cannot be read ({exc.strerror})"
         return found
 
 
 def files_in(folder: Path, suffix: str) -> list[Path]:
-    """The plain files with a suffix; a pipe could never be read to its end. Raises AuditUnavailable."""
+    """The plain files with a suffix. Raises AuditUnavailable."""
     try:
         with os.scandir(folder) as entries:  # glob takes a folder that may not be listed for an empty one
             named = [entry for entry in entries if entry.name.endswith(suffix)]
@@ -136,9 +134,3 @@ def files_in(folder: Path, suffix: str) -> list[Path]:
         raise AuditUnavailable(f"{folder} does not exist: mount or create it") from exc
     except OSError as exc:
         raise AuditUnavailable(f"{folder} cannot be read ({exc.strerror})") from exc
-
-
-def read_lines(path: Path) -> list[bytes]:
-    """The lines of a file, without newlines. Raises OSError."""
-    with segments.opened(path) as file:
-        return list(segments.lines_of(file))

@@ -7,15 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kms_core.audit import AuditLog, AuditLogRules
+from kms_core.audit import AuditLog
 from kms_core.audit.keys import Concealer, PublicKeys, Signer
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
-from support.audit_logs import codes, record
+from kms_core.settings.model import AuditSection
+from support.audit_logs import audit_section, codes, record
 
 MEMORY: Final = Path("/dev/shm")  # trails wait for their folder, and there are hundreds
 LAW: Final = settings(
@@ -28,10 +30,10 @@ NAMES: Final = st.text(max_size=12)
 STAGES: Final = st.sampled_from(["", "", "", "intent", "outcome"])
 RECORDS: Final = st.lists(st.tuples(NAMES, CONTEXTS, STAGES), min_size=1, max_size=8)
 RULES: Final = st.builds(
-    AuditLogRules, checkpoint_lines=st.integers(1, 6), rotate_bytes=st.sampled_from([600, 2000, 1 << 20])
+    audit_section, checkpoint_lines=st.integers(1, 6), rotate_bytes=st.sampled_from([600, 2000, 1 << 20])
 )
 TRAILS: Final = st.lists(st.tuples(RULES, RECORDS), min_size=1, max_size=3)
-Plan = list[tuple[AuditLogRules, list[tuple[str, dict[str, str], str]]]]
+Plan = list[tuple[AuditSection, list[tuple[str, dict[str, str], str]]]]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,8 @@ class Written:
         self.keys = PublicKeys.of([signer.public])
         self.anchors: list[bytes] = []
         for rules, records in plan:
-            trail = AuditLog(folder, "api", Concealer(bytes(32)), signer, rules)
+            section = msgspec.structs.replace(rules, path=folder)
+            trail = AuditLog(section, "api", Concealer(bytes(32)), signer)
             for number, (name, context, stage) in enumerate(records):
                 effect = f"e{number}" if stage else ""
                 trail.append(record(principal=name, context=context, stage=stage, effect=effect))
@@ -180,7 +183,7 @@ def test_a_trail_that_nobody_touched_is_not_accused(signer: Signer, plan: Plan) 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_chain_that_stops_when_its_file_has_just_become_full_is_closed(signer: Signer, count: int) -> None:
     """The last record ends the file; the closing line begins another one."""
-    with written([(AuditLogRules(rotate_bytes=1), [("ada", {}, "")] * count)], signer) as trail:
+    with written([(audit_section(rotate_bytes=1), [("ada", {}, "")] * count)], signer) as trail:
         report = trail.verified(anchored=False)
 
         assert (report.verdict, report.chains[0].state) == ("intact", "closed")

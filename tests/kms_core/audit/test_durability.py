@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from kms_core.audit import AuditLogRules
 from kms_core.audit.keys import Concealer, Signer
 from kms_core.audit.segments import SegmentFile
 from kms_core.audit.sinks import FolderSink
 from kms_core.auth import tokens
 from kms_core.auth.tokens import TokenRequest
-from support.audit_logs import Place, record
+from support.audit_logs import Place, audit_section, record
 
 Event = tuple[str, str, int]
 """A call, the path that it is about, and the size of the file then, in bytes (of a directory 0)."""
@@ -87,7 +86,7 @@ def test_the_end_of_a_log_is_on_disk_when_it_is_closed(
     create = SegmentFile.create
     monkeypatch.setattr(SegmentFile, "create", lambda path: create(path, sync=os.fdatasync))
     place = Place(tmp_path)
-    log = place.trail(AuditLogRules(fsync=True))
+    log = place.trail(audit_section(durability="fsync"))
     log.append(record(1))
     calls.made.clear()
     log.close()

@@ -95,7 +95,7 @@ def test_each_batch_has_a_bound_of_its_own_and_single_calls_have_none(place: Pla
 
 def test_queries_find_it_with_its_count(place: Place) -> None:
     batch(place, *[{"result": "forbidden"}] * 25)
-    page = query.page(place.folder, EventFilter(result="failed"), None, 100)
+    page = query.page(place.logs, EventFilter(result="failed"), None, 100)
 
     assert [event.count for event in page.events] == [0] * BOUND + [15]
     assert query.fields(page.events[-1])["count"] == 15

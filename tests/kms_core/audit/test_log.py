@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from kms_core import audit
-from kms_core.audit import AuditLogRules, chain
+from kms_core.audit import chain
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
 from kms_core.auth.policy import Principal
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError
-from support.audit_logs import Place, chain_name, notes, record
+from support.audit_logs import Place, audit_section, chain_name, notes, record
 
 APPEND_MANY = """
 import sys
@@ -219,7 +219,7 @@ def test_two_processes_have_a_chain_each(place: Place) -> None:
 
 
 def test_threads_share_a_chain(place: Place) -> None:
-    trail = place.trail(AuditLogRules(checkpoint_lines=7))
+    trail = place.trail(audit_section(checkpoint_lines=7))
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: trail.append(record(number)), range(200)))
     trail.close()
@@ -287,7 +287,7 @@ def test_times_never_go_back_and_a_clock_that_did_is_told(place: Place) -> None:
 
 
 def test_a_chain_goes_on_in_further_files(place: Place) -> None:
-    place.written(80, AuditLogRules(rotate_bytes=4096))
+    place.written(80, audit_section(rotate_bytes=4096))
 
     assert len(place.files()) > 3
     assert [line["seq"] for line in place.lines()] == list(range(len(place.lines())))
@@ -296,7 +296,7 @@ def test_a_chain_goes_on_in_further_files(place: Place) -> None:
 
 
 def test_a_checkpoint_stands_after_so_many_lines(place: Place) -> None:
-    trail = place.trail(AuditLogRules(checkpoint_lines=5))
+    trail = place.trail(audit_section(checkpoint_lines=5))
     for number in range(23):
         trail.append(record(number))
     kinds = [line.get("kind", "") for line in place.lines()]
@@ -308,7 +308,7 @@ def test_a_checkpoint_stands_after_so_many_lines(place: Place) -> None:
 
 
 def test_a_checkpoint_stands_some_time_after_a_line(place: Place) -> None:
-    trail = place.trail(AuditLogRules(checkpoint_s=0))
+    trail = place.trail(audit_section(checkpoint_s=0))
     trail.append(record(1))
     trail.checkpoint_if_due()
     trail.checkpoint_if_due()
@@ -317,7 +317,7 @@ def test_a_checkpoint_stands_some_time_after_a_line(place: Place) -> None:
 
 
 def test_a_checkpoint_in_time_names_the_live_chains(place: Place) -> None:
-    trail, other = (place.trail(AuditLogRules(checkpoint_s=0), role=role) for role in ("api", "worker"))
+    trail, other = (place.trail(audit_section(checkpoint_s=0), role=role) for role in ("api", "worker"))
     trail.append(record(1))
     other.append(record(2))
     other.checkpoint_if_due()

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.audit import AuditLogRules
 from kms_core.audit.segments import SegmentFile
+from kms_core.settings.model import AuditSection
 from kms_protocol.errors import AuditUnavailable
-from support.audit_logs import Place, codes, notes, record, room_for
+from support.audit_logs import Place, audit_section, codes, notes, record, room_for
 from support.small_disk import small_disk
 
 APPEND_AND_DIE = """
@@ -97,7 +97,7 @@ def test_a_check_is_green_again_once_there_is_room(place: Place) -> None:
 
 
 def test_a_checkpoint_without_room_costs_no_record(place: Place) -> None:
-    trail = place.trail(AuditLogRules(checkpoint_lines=4))
+    trail = place.trail(audit_section(checkpoint_lines=4))
     trail.append(record(1))
     trail.append(record(2))
     (path,) = place.files()
@@ -270,7 +270,7 @@ def test_a_torn_tail_is_never_the_beginning_of_a_line(place: Place) -> None:
 
 
 def test_fsync_writes_the_same(place: Place) -> None:
-    place.written(3, AuditLogRules(fsync=True, rotate_bytes=4096))
+    place.written(3, audit_section(durability="fsync", rotate_bytes=4096))
 
     assert place.principals() == ["ada-1", "ada-2", "ada-3"]
     assert place.verified().verdict == "intact"
@@ -300,7 +300,7 @@ def test_lines_that_wait_while_the_disk_is_busy_share_the_next_sync(tmp_path: Pa
 
 
 def test_a_file_that_another_hand_changed_gets_no_checkpoint(place: Place) -> None:
-    trail = place.trail(AuditLogRules(checkpoint_s=0))
+    trail = place.trail(audit_section(checkpoint_s=0))
     trail.append(record(1))
     (file,) = place.files()
     with file.open("ab") as out:
@@ -343,8 +343,10 @@ def test_a_line_is_not_on_disk_if_the_sync_that_it_waits_for_fails(tmp_path: Pat
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("rules", [AuditLogRules(), AuditLogRules(fsync=True)], ids=["write", "fsync"])
-def test_a_batch_whose_records_are_not_written_is_an_error(place: Place, rules: AuditLogRules) -> None:
+@pytest.mark.parametrize(
+    "rules", [audit_section(), audit_section(durability="fsync")], ids=["write", "fsync"]
+)
+def test_a_batch_whose_records_are_not_written_is_an_error(place: Place, rules: AuditSection) -> None:
     trail = place.trail(rules)
     trail.append(record(0))
 
@@ -359,9 +361,11 @@ def test_a_batch_whose_records_are_not_written_is_an_error(place: Place, rules: 
     assert [line.get("reason", line.get("refused")) for line in place.lines()[-3:]] == ["torn", 1, None]
 
 
-@pytest.mark.parametrize("rules", [AuditLogRules(), AuditLogRules(fsync=True)], ids=["write", "fsync"])
+@pytest.mark.parametrize(
+    "rules", [audit_section(), audit_section(durability="fsync")], ids=["write", "fsync"]
+)
 def test_a_batch_that_goes_on_after_a_record_that_failed_is_an_error_at_its_end(
-    place: Place, rules: AuditLogRules
+    place: Place, rules: AuditSection
 ) -> None:
     trail = place.trail(rules)
     trail.append(record(0))
@@ -384,7 +388,7 @@ def test_a_batch_that_goes_on_after_a_record_that_failed_is_an_error_at_its_end(
 
 
 def test_records_of_a_batch_are_one_write_and_a_chain(place: Place) -> None:
-    trail = place.trail(AuditLogRules())
+    trail = place.trail(audit_section())
     with trail.together():
         ids = [trail.append(record(number)) for number in range(30)]
         assert not place.folder.exists()
@@ -414,7 +418,7 @@ def descriptor_of(path: Path) -> int:
 
 
 def test_a_folder_that_cannot_be_synced_is_an_error_and_the_chain_goes_on(place: Place) -> None:
-    trail = place.trail(AuditLogRules(fsync=True))
+    trail = place.trail(audit_section(durability="fsync"))
     trail.append(record(1))
     path = place.files()[0]
     path.rename(place.at / "moved")
@@ -448,7 +452,7 @@ def no_descriptor_but(number: int) -> Iterator[None]:
 
 
 def test_threads_that_wait_for_the_disk_all_come_back(place: Place) -> None:
-    trail = place.trail(AuditLogRules(fsync=True, rotate_bytes=8192))
+    trail = place.trail(audit_section(durability="fsync", rotate_bytes=8192))
     barrier = threading.Barrier(8)
 
     def work(first: int) -> None:

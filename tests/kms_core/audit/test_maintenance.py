@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import redis
 
-from kms_core.audit import AuditLogRules
 from kms_core.audit.maintenance import AuditMaintenance
 from kms_core.audit.sinks import FolderSink, RedisSink
 from kms_protocol.errors import AuditUnavailable
-from support.audit_logs import Place, chain_name, codes, record, rewrite
+from support.audit_logs import Place, audit_section, chain_name, codes, record, rewrite
 
-EAGER = AuditLogRules(checkpoint_s=0)
+EAGER = audit_section(checkpoint_s=0)
 DAY_NS = 24 * 3600 * 1_000_000_000
 
 
@@ -38,7 +37,7 @@ def place(tmp_path: Path) -> Place:
 
 
 def test_a_place_that_was_away_gets_the_newest_anchor_when_it_is_back(place: Place) -> None:
-    shelf, trail = Shelf(), place.trail(AuditLogRules(rotate_bytes=4096))
+    shelf, trail = Shelf(), place.trail(audit_section(rotate_bytes=4096))
     keeper = AuditMaintenance(trail, anchors=[shelf])
     shelf.away = True
     for number in range(40):

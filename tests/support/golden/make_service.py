@@ -15,18 +15,17 @@ from kms_cli.commands.migrate_output import MovedRecord, continued
 from kms_cli.plugin.names import PluginTarget
 from kms_core import audit
 from kms_core.audit.keys import Concealer, Signer
-from kms_core.audit.log import AuditLog, AuditLogRules
+from kms_core.audit.log import AuditLog
 from kms_core.audit.sinks import FolderSink
 from kms_core.audit.verification import receipt
 from kms_core.auth import tokens
 from kms_core.auth.tokens import TokenRequest
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable
-from support.audit_logs import room_for
+from support.audit_logs import audit_section, room_for
 from support.golden import expected_service as expected
 from support.golden import install, manifest
 
-RULES: Final = AuditLogRules(rotate_bytes=2500, checkpoint_lines=4)
 BEGIN_NS: Final = 1_790_000_000 * 10**9
 FAR: Final = datetime(2100, 1, 1, tzinfo=UTC)
 
@@ -50,10 +49,11 @@ def audit_log(folder: Path, state: Path) -> None:
     """A log with every kind of line, its anchors and a receipt; ``state`` holds the two keys."""
     folder.mkdir()
     ticks = count(BEGIN_NS, 1_234_567_000)
+    section = audit_section(folder / "log", rotate_bytes=2500, checkpoint_lines=4)
     concealer, signer = Concealer.at(state / "audit.key"), Signer.at(state / "audit-signing.key")
 
     def trail(role: str) -> AuditLog:
-        return AuditLog(folder / "log", role, concealer, signer, RULES, clock=lambda: next(ticks))
+        return AuditLog(section, role, concealer, signer, clock=lambda: next(ticks))
 
     anchors: list[bytes] = []
     api = trail("api")

@@ -153,7 +153,7 @@ def _reads(place: Place) -> dict[str, Function]:
     tenant = EventFilter(equal=(("tenant", "acme"),))
     return {
         "the audit log of 1,000 records, verified": partial(verify, place.folder, keys),
-        "the newest 50 records of a tenant": partial(query.newest, place.folder, tenant, 50),
+        "the newest 50 records of a tenant": partial(query.newest, place.logs, tenant, 50),
         "a receipt over 1,000 records": partial(receipt.make, place.folder, first),
     }
 

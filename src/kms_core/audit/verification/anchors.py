@@ -16,7 +16,6 @@ from kms_core.audit import chain, segments
 from kms_core.audit.chain import ChainLine
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.sinks import ANCHORS_SUFFIX, FolderSink, RedisSink, files_in, line_of
-from kms_core.audit.verification.scan import ChainProblem
 from kms_protocol.errors import AuditUnavailable
 
 CUT: Final = "cut"
@@ -63,18 +62,6 @@ def is_lost(lost: Losses, anchor: ChainLine, last_seq: int) -> bool:
     return first <= last_seq + 1 and anchor.seq <= last
 
 
-def contradiction(code: str, anchor: ChainLine, sink: str, last_seq: int) -> ChainProblem:
-    """The problem of a log without the line of an anchor; its chain in the log ends with ``last_seq``."""
-    seen = f"the anchor in {sink} names line {anchor.seq}, signed at {anchor.time}"
-    texts = {
-        CUT: f"lines {last_seq + 1} to {anchor.seq} are missing: {seen}, and the log ends at line {last_seq}",
-        MISSING_CHAIN: f"a chain of at least {anchor.seq + 1} lines is missing: {seen}",
-        REWRITTEN: f"{seen}, and the log has another line there: the chain was rewritten",
-    }
-    seq = last_seq + 1 if code == CUT else anchor.seq
-    return ChainProblem(code, texts[code], anchor.chain, seq=seq, anchor=sink, anchor_seq=anchor.seq)
-
-
 # -- reading them again and again ---------------------------------------------------------------------
 
 
@@ -109,47 +96,39 @@ class _Files:
     def __init__(self, folder: FolderSink) -> None:
         self._path = folder.path
         self.text = str(folder.path)
-        self._sizes: dict[str, int] = {}
-        self._damaged: dict[str, str] = {}
+        self._seen: dict[Path, tuple[int, str]] = {}  # size, and what is wrong
 
     @property
     def damaged(self) -> str:
-        return next(iter(self._damaged.values()), "")
+        return next((why for _, why in self._seen.values() if why), "")
 
     def news(self, keys: PublicKeys) -> tuple[list[bytes], bool]:
-        sizes = {path.name: self._size(path) for path in files_in(self._path, ANCHORS_SUFFIX)}
-        self._damaged = {name: why for name, why in self._damaged.items() if name in sizes}
-        wanted = [
-            name for name, size in sizes.items() if size != self._sizes.get(name) or name in self._damaged
-        ]
-        lines = [self._newest(name, keys) for name in wanted if sizes[name]]
-        lost = any(sizes.get(name, 0) < size for name, size in self._sizes.items())
-        self._sizes = sizes
+        seen: dict[Path, tuple[int, str]] = {}
+        lines: list[bytes] = []
+        for path in files_in(self._path, ANCHORS_SUFFIX):
+            size, why = self._seen.get(path, (0, ""))
+            try:
+                size_before, size = size, path.stat().st_size
+                if size != size_before or why:
+                    line, why = _newest(path, keys)
+                    lines.append(line)
+            except OSError as exc:  # other files are compared all the same
+                why = f"{path} cannot be read ({exc.strerror})"
+            seen[path] = size, why
+        lost = any(seen.get(path, (0, ""))[0] < size for path, (size, _) in self._seen.items())
+        self._seen = seen
         return lines, lost
 
-    def _size(self, path: Path) -> int:
-        """The size of a file; that of one out of reach is as before, and it is read to say why."""
-        try:
-            return path.stat().st_size
-        except OSError as exc:
-            self._damaged[path.name] = f"{path} cannot be read ({exc.strerror})"
-            return self._sizes.get(path.name, 1)
 
-    def _newest(self, name: str, keys: PublicKeys) -> bytes:
-        """The newest anchor in a file, or the first if none is near its end; empty if it has none."""
-        path = self._path / name
-        try:
-            line, after = segments.newest_signed(path, keys)
-            first = b"" if line else segments.first_line(path)
-        except OSError as exc:  # other files are compared all the same
-            self._damaged[name] = f"{path} cannot be read ({exc.strerror})"
-            return b""
-        begin = chain.read(first)
-        is_foreign = begin is not None and begin.kind in chain.SIGNED and begin.key not in keys.keys
-        self._damaged.pop(name, None)
-        if (after or not line) and not is_foreign:
-            self._damaged[name] = f"{path} is damaged: lines after its newest anchor are not anchors"
-        return line or first
+def _newest(path: Path, keys: PublicKeys) -> tuple[bytes, str]:
+    """The newest anchor in a file, or the first line if none is near its end; and what is wrong with it."""
+    line, after = segments.newest_signed(path, keys)
+    first = line or next(segments.lines_of(path), b"")
+    begin = chain.read(first)
+    is_foreign = begin is not None and begin.kind in chain.SIGNED and begin.key not in keys.keys
+    if (line and not after) or is_foreign:
+        return first, ""
+    return first, f"{path} is damaged: lines after its newest anchor are not anchors"
 
 
 class AnchorReader:

@@ -1,12 +1,12 @@
 """Compares the segments of a log with each other, with the heads in other chains, and with anchors."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
 from typing import Final
 
 from kms_core.audit import chain, copies, segments
-from kms_core.audit.chain import ChainHead, ChainLine
+from kms_core.audit.chain import ChainLine
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.segments import Segment
 from kms_core.audit.verification.anchors import (
@@ -15,10 +15,9 @@ from kms_core.audit.verification.anchors import (
     NONE_OF_THIS_LOG,
     REWRITTEN,
     acknowledged,
-    contradiction,
     is_lost,
 )
-from kms_core.audit.verification.notes import Lateness, noted, open_ends, unresolved
+from kms_core.audit.verification.notes import Claim, Lateness, noted, open_ends, unresolved
 from kms_core.audit.verification.scan import (
     ChainProblem,
     ChainReport,
@@ -34,15 +33,6 @@ Anchors = Mapping[str, Sequence[bytes]]
 """Signed lines by the name of their sink."""
 Files = Sequence[tuple[Segment, ScannedSpan]]
 """The segments of one chain, in order, each with its scan."""
-
-
-@dataclass(frozen=True, slots=True)
-class _WitnessedHead:
-    """The head of a chain in a line of another one, ``by``, at a time."""
-
-    head: ChainHead
-    by: str
-    time: str
 
 
 @dataclass(slots=True)
@@ -90,10 +80,6 @@ def crosscheck(  # noqa: PLR0913 -- a log, its keys and anchors; and what is kno
     witnesses = _seen(line for line in lines if line.seq <= signed_to.get(line.chain, -1))
     times = (*(each.last_time for each in found.values()), *(line.time for line in lines))
     log = _log_of(chains, removals, copies.complete_to(times) if is_copy else None)
-    heads = {
-        name: [each[name] for each in (witnesses, seen) if name in each and not _waits(log, name, each[name])]
-        for name in seen
-    }
     for name, files in chains.items():
         if name not in unread:
             report.problems += _joints(files, removals)
@@ -107,11 +93,9 @@ def crosscheck(  # noqa: PLR0913 -- a log, its keys and anchors; and what is kno
         ]
         report.notes += _misplaced(files)
         _witness(files, made, witnesses.get(name))
-        report.problems += _first_found(
-            _compared_with_head(files, made, head, removals) for head in heads.pop(name, ())
-        )
-    for name, missing in heads.items():
-        report.problems += _first_found(_absent(name, head, removals) for head in missing)
+    for name in seen:  # an unsigned claim never replaces a signed one
+        claims = [each[name] for each in (witnesses, seen) if name in each and not log.is_late(each[name])]
+        report.problems += islice(filter(None, map(log.contradiction, claims)), 1)
     for sink, kept in anchors.items():
         newest = _compared_with_anchors(report, log, sink, kept, keys)
         for made in report.chains:
@@ -133,13 +117,13 @@ def _retires(line: ChainLine, found: ScannedSpan) -> bool:
     return line.kind == chain.RETIRED and line.seq < found.signed_seq
 
 
-def _seen(lines: Iterable[ChainLine]) -> dict[str, _WitnessedHead]:
+def _seen(lines: Iterable[ChainLine]) -> dict[str, Claim]:
     """The latest head of each chain in lines of other chains."""
-    seen: dict[str, _WitnessedHead] = {}
+    seen: dict[str, Claim] = {}
     for line in lines:
         for name, head in line.heads.items():
-            if name not in seen or seen[name].head.seq < head.seq:
-                seen[name] = _WitnessedHead(head, line.chain, line.time)
+            if name not in seen or seen[name].seq < head.seq:
+                seen[name] = Claim(name, head.seq, head.head, head.opened, line.chain, line.time)
     return seen
 
 
@@ -149,17 +133,12 @@ def _ends(chains: Mapping[str, Files], made: ChainReport, is_copy: bool) -> set[
     return {made.last_seq, made.signed_seq} if goes_on else {made.last_seq}
 
 
-def _first_found(checks: Iterable[Iterable[ChainProblem]]) -> list[ChainProblem]:
-    """The problems that the first check with any finds: unsigned heads never replace signed ones."""
-    return next(filter(None, map(list, checks)), [])
-
-
 # -- anchors -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Log:
-    """The log as anchors are compared with it: its chains, and the last line of each.
+    """The log as claims are compared with it: its chains, and the last line of each.
 
     ``heads`` has those of signed lines, not all where only a part of the log was scanned. ``lost`` has the
     lines whose loss was acknowledged: of each chain, the first and the last number. ``late`` tells which may
@@ -173,25 +152,39 @@ class _Log:
     removals: Removals
     late: Lateness
 
-    def contradicts(self, anchor: ChainLine) -> str:
-        """The code of the problem that the anchor proves, if it is genuine; empty for none."""
-        name, seq = anchor.chain, anchor.seq
-        if seq > self.last.get(name, seq):
-            return CUT
-        if name in self.chains and seq >= self.chains[name][0][1].first_seq:
-            return REWRITTEN
-        # the first line of the log now names no line before it
-        return "" if self.removals.cover(anchor.opened) else MISSING_CHAIN
+    def contradiction(self, claim: Claim) -> ChainProblem | None:
+        """The problem that a claim proves, if it is genuine; None if the log has its line. Raises OSError.
 
-    def has(self, anchor: ChainLine) -> bool:
-        """Return whether an anchor's line is in a part of the log that was not scanned. Raises OSError."""
-        for segment, found in self.chains[anchor.chain]:
-            if found.first_seq <= anchor.seq <= found.last_seq and anchor.seq not in found.heads:
-                head = chain.claimed_head(segments.line_of(segment.path, anchor.seq) or b"") or b""
-                found.heads[anchor.seq] = head.hex()
-            if found.heads.get(anchor.seq) == anchor.head:
-                return True
-        return False
+        The line may be missing if its removal was recorded, or a gap that is a problem of its own.
+        """
+        name, seq, last = claim.chain, claim.seq, self.last.get(claim.chain, -1)
+        text = f"{claim.by} names line {seq} at {claim.time}"
+        if name not in self.chains or seq < self.chains[name][0][1].first_seq:
+            if self.removals.cover(claim.opened):
+                return None
+            text = f"a chain of at least {seq + 1} lines is missing: {text}"
+            return ChainProblem(MISSING_CHAIN, text, name, seq=seq)
+        if seq > last:
+            text = f"lines {last + 1} to {seq} are missing: {text}, and the log ends at line {last}"
+            return ChainProblem(CUT, text, name, self.chains[name][-1][0].path.name, last + 1)
+        if self._has(claim):
+            return None
+        text = f"{text}, and the log has another line there: the chain was rewritten"
+        return ChainProblem(REWRITTEN, text, name, seq=seq)
+
+    def _has(self, claim: Claim) -> bool:
+        heads: list[str] = []
+        for segment, found in self.chains[claim.chain]:
+            if found.first_seq <= claim.seq <= found.last_seq:
+                if claim.seq not in found.heads:  # not signed, or in a part that was not scanned
+                    head = chain.claimed_head(segments.line_of(segment.path, claim.seq)) or b""
+                    found.heads[claim.seq] = head.hex()
+                heads.append(found.heads[claim.seq])
+        return not heads or claim.head in heads
+
+    def is_late(self, claim: Claim) -> bool:
+        """Return whether the line that another chain names may not have been copied yet."""
+        return not self.removals.cover(claim.opened) and self.late.covers(claim)
 
 
 def _log_of(chains: Mapping[str, Files], removals: Removals, complete_to: str | None) -> _Log:
@@ -204,13 +197,6 @@ def _log_of(chains: Mapping[str, Files], removals: Removals, complete_to: str | 
         acknowledged(line for found in parts for line in found.stages if line.seq < found.signed_seq),
         removals,
         Lateness(last, complete_to),
-    )
-
-
-def _waits(log: _Log, name: str, seen: _WitnessedHead) -> bool:
-    """Return whether the line that another chain names may not have been copied yet."""
-    return not log.removals.cover(seen.head.opened) and log.late.covers(
-        name, seen.head.seq, seen.time, seen.by
     )
 
 
@@ -228,24 +214,21 @@ def _compared_with_anchors(
         text = f"{len(kept) - len(parsed)} lines in {sink} are not anchors: anchors may have been damaged"
         report.notes.append(Note("anchors_damaged", text))
     for raw, anchor in parsed:
-        name = anchor.chain
-        if log.heads.get((name, anchor.seq)) == anchor.head:
-            newest.setdefault(name, anchor.seq)
+        name, last = anchor.chain, log.last.get(anchor.chain, -1)
+        claim = Claim(name, anchor.seq, anchor.head, anchor.opened, f"the anchor in {sink}", anchor.time)
+        is_known = log.heads.get((name, anchor.seq)) == anchor.head
+        problem = None if is_known else log.contradiction(claim)
+        if problem is None:
+            if name in log.chains:
+                newest.setdefault(name, anchor.seq)
             continue
-        code = log.contradicts(anchor)
-        if not code or (name, code) in reported or anchor.key not in keys.keys or keys.signed(raw) is None:
+        if (name, problem.code) in reported or keys.signed(raw) is None or log.late.covers(claim):
             continue
-        if code == REWRITTEN and log.has(anchor):
-            newest.setdefault(name, anchor.seq)
-            continue
-        if log.late.covers(name, anchor.seq, anchor.time, f"the anchor in {sink}"):
-            continue
-        reported.add((name, code))
-        problem = contradiction(code, anchor, sink, log.last.get(name, -1))
-        if code != REWRITTEN and is_lost(log.lost, anchor, log.last.get(name, -1)):
+        reported.add((name, problem.code))
+        if problem.code != REWRITTEN and is_lost(log.lost, anchor, last):
             report.notes.append(Note("acknowledged", f"{problem.text}; the loss was acknowledged", name))
         else:
-            report.problems.append(problem)
+            report.problems.append(replace(problem, anchor=sink, anchor_seq=anchor.seq))
     return newest
 
 
@@ -256,7 +239,7 @@ def _parsed(kept: Iterable[bytes]) -> list[tuple[bytes, ChainLine]]:
 
 
 def _note_coverage(
-    report: VerificationReport, sink: str, newest: Mapping[str, int], seen: Mapping[str, _WitnessedHead]
+    report: VerificationReport, sink: str, newest: Mapping[str, int], seen: Mapping[str, Claim]
 ) -> None:
     """Note what the anchors of a sink do not prove: they are written after the log, and may be removed."""
     signed = [made for made in report.chains if made.signed_seq >= 0]
@@ -273,12 +256,12 @@ def _note_coverage(
         report.notes.append(Note("not_anchored", text, bare[0].chain, bare[0].signed_seq))
 
 
-def _due(made: ChainReport, seen: Mapping[str, _WitnessedHead]) -> int:
+def _due(made: ChainReport, seen: Mapping[str, Claim]) -> int:
     """The line from which on an anchor is due: the last signed one, unless another chain names it.
 
     Of a chain that is being written, any line: the next checkpoint will be anchored soon.
     """
-    known = made.chain in seen and seen[made.chain].head.seq >= made.signed_seq
+    known = made.chain in seen and seen[made.chain].seq >= made.signed_seq
     return -1 if known else 0 if made.state == "open" else made.signed_seq
 
 
@@ -355,11 +338,11 @@ def _misplaced(files: Files) -> Iterator[Note]:
             yield Note("misplaced", text, segment.chain)
 
 
-def _witness(files: Files, made: ChainReport, seen: _WitnessedHead | None) -> None:
+def _witness(files: Files, made: ChainReport, seen: Claim | None) -> None:
     """Set the chain that names the end of one without a closing line as its witness, if that is credible."""
     if seen is None or made.state != "cut or crashed":
         return
-    if made.signed_seq <= seen.head.seq <= made.last_seq <= _credible(files, made.signed_seq):
+    if made.signed_seq <= seen.seq <= made.last_seq <= _credible(files, made.signed_seq):
         made.witness = seen.by
 
 
@@ -377,33 +360,3 @@ def _credible(files: Files, signed_seq: int) -> int:
     if signed and signed[-1].kind == chain.CLOSED:
         return signed_seq
     return signed_seq + max([_INTERVAL_LINES, *(after.seq - line.seq for line, after in pairwise(signed))])
-
-
-def _compared_with_head(
-    files: Files, made: ChainReport, seen: _WitnessedHead, removals: Removals
-) -> Iterator[ChainProblem]:
-    """The problem of a chain that lacks the line that another chain names."""
-    seq, witness = seen.head.seq, f"{seen.by} named it at {seen.time}"
-    if seq < files[0][1].first_seq and not removals.cover(seen.head.opened):
-        missing = f"line {seq} and all before it are missing: {witness}"
-        yield ChainProblem("cut", missing, made.chain, files[0][0].path.name, seq)
-        return
-    if seq > made.last_seq:
-        missing = f"lines {made.last_seq + 1} to {seq} are missing: {witness}"
-        yield ChainProblem("cut", missing, made.chain, files[-1][0].path.name, made.last_seq + 1)
-        return
-    for segment, found in files:
-        if found.first_seq <= seq <= found.last_seq:
-            line = segments.line_of(segment.path, seq)
-            if line is None or chain.claimed_head(line) != chain.from_hex(seen.head.head):
-                text = f"not the line that {seen.by} named at {seen.time}: the chain was rewritten"
-                yield ChainProblem("rewritten", text, made.chain, segment.path.name, seq)
-
-
-# -- all of them -------------------------------------------------------------------------------------
-
-
-def _absent(name: str, seen: _WitnessedHead, removals: Removals) -> Iterator[ChainProblem]:
-    if not removals.cover(seen.head.opened):
-        text = f"a chain of at least {seen.head.seq + 1} lines is missing: {seen.by} named it at {seen.time}"
-        yield ChainProblem("missing_chain", text, name)

@@ -9,6 +9,21 @@ from kms_core.audit.chain import ChainLine
 from kms_core.audit.verification.scan import ChainReport, Note, VerificationReport
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A line of a chain with its head (hex), as ``by``, another chain or an anchor, named it at a time.
+
+    ``opened`` is the opening time of its segment.
+    """
+
+    chain: str
+    seq: int
+    head: str
+    opened: str
+    by: str
+    time: str
+
+
 @dataclass(slots=True)
 class Lateness:
     """Tells late lines from missing ones: those were named before all of the copy was made.
@@ -22,13 +37,14 @@ class Lateness:
     since: str = ""
     _late: dict[str, tuple[int, str]] = field(default_factory=dict)
 
-    def covers(self, name: str, seq: int, time: str, by: str) -> bool:
-        """Return whether the line that ``by`` named at a time is late; it then is noted."""
+    def covers(self, claim: Claim) -> bool:
+        """Return whether the line of a claim is late; it then is noted."""
+        name, seq, time = claim.chain, claim.seq, claim.time
         if self.complete_to is None or seq <= self.last.get(name, -1) or time <= self.complete_to:
             return False
         self.since = min(self.since or time, time)
         if seq > self._late.get(name, (-1, ""))[0]:
-            self._late[name] = seq, f"{by} named the last at {time}"
+            self._late[name] = seq, f"{claim.by} named the last at {time}"
         return True
 
     def notes(self) -> Iterator[Note]:

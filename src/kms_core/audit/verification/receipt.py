@@ -6,8 +6,6 @@ enough to check it; neither the log nor the service is needed.
 
 import re
 from collections.abc import Iterator
-from itertools import repeat, takewhile
-from operator import methodcaller
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +17,6 @@ from kms_core.audit.keys import PublicKeys
 from kms_protocol.errors import AuditUnavailable, BadInput
 
 VERSION: Final = 1
-_MOST_LINES: Final = 1_000_000
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
@@ -108,9 +105,7 @@ def check(receipt: Receipt, keys: PublicKeys) -> ChainLine:
 
 
 def _lines_from(folder: Path, name: str, seq: int) -> Iterator[bytes]:
-    """The whole lines of a chain from a number on."""
+    """The lines of a chain from a number on."""
     for segment in segments.by_chain(folder).get(name, ()):
-        with segments.opened(segment.path) as file:
-            file.seek(segments.offset_of(file, lambda line: line.seq >= seq))
-            lines = map(file.readline, repeat(segments.LONGEST_LINE_BYTES, _MOST_LINES))
-            yield from (line[:-1] for line in takewhile(methodcaller("endswith", b"\n"), lines))
+        begin = segments.offset_of(segment.path, lambda line: line.seq >= seq)
+        yield from segments.lines_of(segment.path, begin)

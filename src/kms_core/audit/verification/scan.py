@@ -1,4 +1,4 @@
-"""Scan of one part of a segment (a span): checks head, number and signature of each line.
+"""Scan of a segment, or of its end: checks head, number and signature of each line.
 
 Also the classes of a verification report.
 """
@@ -14,7 +14,7 @@ from typing import BinaryIO, Final, Literal
 from kms_core.audit import chain
 from kms_core.audit.chain import END, HEAD, TAIL_BYTES, ChainLine
 from kms_core.audit.keys import PublicKeys
-from kms_core.audit.segments import LONGEST_LINE_BYTES, opened
+from kms_core.audit.segments import LONGEST_LINE_BYTES, Segment
 
 State = Literal["closed", "open", "cut or crashed"]
 Verdict = Literal["intact", "open end", "late", "not compared", "damaged"]
@@ -107,30 +107,19 @@ _TIME_CHARS: Final = len("2026-01-01T00:00:00.000000Z")
 _USUAL: Final = b'","operation":"'  # follows the time of an operation while the clock runs forward
 _STAGE: Final = b'"stage":"'
 _MOST_PROBLEMS: Final = 100
-_KEPT_BYTES: Final = LONGEST_LINE_BYTES + 1  # of a longer line
 _TOO_LONG: Final = b"\0"
 """Replaces a line of more than 1 MiB."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Whole lines of one segment: bytes ``begin`` to ``end``. ``chain`` is the chain in its first line."""
-
-    path: str
-    begin: int
-    end: int
-    chain: str
-    keys: dict[str, bytes]
 
 
 @dataclass(slots=True)
 class ScannedSpan:
     """The result of a scan. ``before`` is the head before the first line, ``head`` the last one (in hex).
 
-    ``end`` is the offset behind the last whole line. ``heads`` has those of signed lines, by number.
+    ``chain`` is the chain in the first line of the segment. ``end`` is the offset behind the last whole line.
+    ``heads`` has those of signed lines, by number.
     """
 
-    path: str
+    path: Path
     chain: str
     lines: int = 0
     first_seq: int = -1
@@ -161,31 +150,31 @@ class ScannedSpan:
             f"{self.last_seq - first + 1} lines after line {ended_at}, which ends the file: its process "
             "wrote none there"
         )
-        return ChainProblem("after_closed", text, self.chain, Path(self.path).name, first)
+        return ChainProblem("after_closed", text, self.chain, self.path.name, first)
 
 
-def scan(span: Span) -> ScannedSpan:
-    """Scan a span. Raises OSError."""
-    with opened(Path(span.path)) as file:
-        return _Scan(span, file).run()
+def scan(segment: Segment, keys: PublicKeys, end: int, begin: int = 0) -> ScannedSpan:
+    """Scan the bytes of a segment between two offsets, where lines begin. Raises OSError."""
+    with segment.path.open("rb") as file:
+        return _Scan(segment, keys, file).run(begin, end)
 
 
 class _Scan:
     """``_before`` is the head before the next line, ``_expected`` its number; None if it is not known."""
 
-    def __init__(self, span: Span, file: BinaryIO) -> None:
-        self._span = span
+    def __init__(self, segment: Segment, keys: PublicKeys, file: BinaryIO) -> None:
+        self._chain = segment.chain
         self._source = file
-        self._keys = PublicKeys(span.keys)
-        self._found = ScannedSpan(span.path, span.chain)
+        self._keys = keys
+        self._found = ScannedSpan(segment.path, segment.chain)
         self._expected: int | None = None
         self._before = chain.ZERO
 
-    def run(self) -> ScannedSpan:
+    def run(self, begin: int, end: int) -> ScannedSpan:
         found, lines = self._found, []
-        for lines in self._blocks():
+        for lines in self._blocks(begin, end):
             if not found.lines:
-                self._begin(lines[0])
+                self._begin(lines[0], begin)
             self._check(lines)
             found.lines += len(lines)
         ending = next(filter(None, map(chain.read, reversed(lines))), None)
@@ -193,34 +182,31 @@ class _Scan:
             found.last_time, found.last_seq, found.head = ending.time, ending.seq, ending.head
         if self._expected is not None:  # by position: a line may have a second number, or be no JSON
             found.last_seq, found.head = self._expected - 1, self._before.hex()
-        found.end = self._span.end - found.torn_bytes
+        found.end = end - found.torn_bytes
         return found
 
-    def _blocks(self) -> Iterator[list[bytes]]:
+    def _blocks(self, begin: int, end: int) -> Iterator[list[bytes]]:
         """Lines without their newline, many at a time; bytes after the last newline count as torn."""
-        self._source.seek(self._span.begin)
-        left, rest, dropped = self._span.end - self._span.begin, b"", 0
+        self._source.seek(begin)
+        left, rest = end - begin, b""
         while left > 0 and (block := self._source.read(min(left, _BLOCK_BYTES))):
             left -= len(block)
             *lines, rest = (rest + block).split(b"\n")
             if lines:
-                dropped = 0
                 yield [line if len(line) <= LONGEST_LINE_BYTES else _TOO_LONG for line in lines]
-            dropped += len(rest[_KEPT_BYTES:])
-            rest = rest[:_KEPT_BYTES]
-        if len(rest) == _KEPT_BYTES:
+        if len(rest) > LONGEST_LINE_BYTES:
             self._diagnose(_TOO_LONG, self._before, self._expected)
-        self._found.torn_bytes = len(rest) + dropped
+        self._found.torn_bytes = len(rest)
 
-    def _begin(self, line: bytes) -> None:
-        """Set number and head before the first line: from the line before the span, or the opening line."""
+    def _begin(self, line: bytes, begin: int) -> None:
+        """Set number and head before the first line: from the line before it, or the opening line."""
         found = chain.read(line)
         if found is None:
             return
         self._expected = self._found.first_seq = found.seq
         self._found.first_time = found.time
-        if self._span.begin:
-            self._before = head_before(Path(self._span.path), self._span.begin)
+        if begin:
+            self._before = head_before(self._found.path, begin)
         elif found.kind != chain.OPEN:
             self._problem(
                 "gap", "the file does not begin with an opening record: its first lines are missing"
@@ -233,7 +219,7 @@ class _Scan:
     def _check(self, lines: list[bytes]) -> None:
         """Check lines by two hashes and two comparisons each, without parsing them: this is the hot loop."""
         before, expected = self._before, self._expected
-        middle = b',"chain":"%b","time":"' % self._span.chain.encode()
+        middle = b',"chain":"%b","time":"' % self._chain.encode()
         for line in lines:
             if expected is None:
                 before, expected = self._diagnose(line, before, expected)
@@ -258,7 +244,7 @@ class _Scan:
         if found is None or claimed is None:
             self._problem("unreadable", "a line is not a record: torn, joined or overwritten", expected)
             return before, None
-        if found.chain != self._span.chain:
+        if found.chain != self._chain:
             self._problem("misplaced", f"a line of chain {found.chain}", found.seq)
         elif expected is None or found.seq == expected:
             if expected is not None:  # another head, or another form of the line
@@ -277,7 +263,7 @@ class _Scan:
         JSON allows a second ``seq`` or ``chain``, by which a line could pass for one before a signature.
         """
         found = chain.read(line)
-        if found is None or (found.seq, found.chain) != (expected, self._span.chain):
+        if found is None or (found.seq, found.chain) != (expected, self._chain):
             self._problem("unreadable", "a line is not a record, or has two numbers or chains", expected)
             return
         if found.stage:
@@ -289,7 +275,7 @@ class _Scan:
 
     def _keep(self, found: ChainLine) -> None:
         self._found.special.append(found)
-        if found.kind in chain.SIGNED and found.chain == self._span.chain:
+        if found.kind in chain.SIGNED and found.chain == self._chain:
             self._found.heads[found.seq] = found.head
 
     def _signature(self, line: bytes, found: ChainLine, before: bytes) -> None:
@@ -302,14 +288,12 @@ class _Scan:
 
     def _problem(self, code: str, text: str, seq: int | None = None) -> None:
         if len(self._found.problems) < _MOST_PROBLEMS:
-            where = Path(self._span.path).name
-            self._found.problems.append(
-                ChainProblem(code, text, self._span.chain, where, -1 if seq is None else seq)
-            )
+            where, number = self._found.path.name, -1 if seq is None else seq
+            self._found.problems.append(ChainProblem(code, text, self._chain, where, number))
 
 
 def head_before(path: Path, begin: int) -> bytes:
-    """The head in the line that ends at ``begin``, unchecked: the scan of the span before checks it."""
-    with opened(path) as file:
+    """The head in the line that ends at ``begin``, unchecked."""
+    with path.open("rb") as file:
         tail = os.pread(file.fileno(), TAIL_BYTES + 1, max(0, begin - TAIL_BYTES - 1))
     return chain.claimed_head(tail[:-1]) or chain.ZERO

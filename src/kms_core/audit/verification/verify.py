@@ -6,7 +6,7 @@ It works offline and needs only the folder, the public keys and the anchors, if 
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -24,13 +24,11 @@ from kms_core.audit.verification.crosscheck import Anchors, Removals, crosscheck
 from kms_core.audit.verification.scan import (
     ChainProblem,
     ScannedSpan,
-    Span,
     VerificationReport,
     head_before,
     scan,
 )
 
-SPAN_BYTES: Final = 16 * 1024 * 1024
 _TOO_LONG: Final = segments.LONGEST_LINE_BYTES + 1
 _UNFINISHED: Final = re.compile(rf"\.{segments.NAME.pattern}\.[A-Za-z0-9]{{6}}")
 """The name of a file that rsync receives."""
@@ -55,20 +53,15 @@ def verify(
     once the first of them was named so long ago. Raises OSError.
     """
     started = time.perf_counter()
-    files = list(_identified(folder))
-    report = VerificationReport(trusted=keys is not None)
-    keys = keys or PublicKeys.of(_own_keys(files))
-    report.size_bytes = sum(segment.path.stat().st_size for segment in files)
+    sizes = {segment: segment.path.stat().st_size for segment in _identified(folder)}  # before any line
+    report = VerificationReport(trusted=keys is not None, size_bytes=sum(sizes.values()))
+    keys = keys or PublicKeys.of(_own_keys(sizes))
+    found: dict[Segment, ScannedSpan] = {}
     done = 0
-
-    def scanned(span: Span) -> ScannedSpan:
-        nonlocal done
-        found, done = scan(span), done + span.end - span.begin
+    for segment, size in sizes.items():
+        found[segment] = scan(segment, keys, size)
+        done += size
         progress(done, report.size_bytes)
-        return found
-
-    spans = {segment: list(_spans(segment, keys.keys)) for segment in files}  # all sizes before any line
-    found = {segment: _joined(map(scanned, each)) for segment, each in spans.items()}
     crosscheck(report, found, anchors, keys, Removals(), is_copy=max_late is not None)
     if max_late is not None and report.late_since:
         report.is_late = report.late_since <= chain.text_of(datetime.now(UTC) - max_late)
@@ -163,20 +156,16 @@ class Verifier:
         self, segment: Segment, size: int, keys: PublicKeys, known: ScannedSpan | None
     ) -> ScannedSpan:
         """Scan all of a short segment. Of a long one its end, behind what is known or its first line."""
-        path = str(segment.path)
         begin, first_end = 0, 0
         if size > self._tail_bytes:
-            with segments.opened(segment.path) as file:
+            with segment.path.open("rb") as file:
                 first_end = len(file.readline(_TOO_LONG))
                 begin = max(first_end, size - self._tail_bytes)
                 if begin > first_end:
                     file.seek(begin)
                     begin += len(line) if (line := file.readline(_TOO_LONG)).endswith(b"\n") else 0
-        tail = scan(Span(path, begin, size, segment.chain, keys.keys))
-        if not begin:
-            return tail
-        first = known or scan(Span(path, 0, first_end, segment.chain, keys.keys))
-        return _with_tail(first, tail)
+        tail = scan(segment, keys, size, begin)
+        return _with_tail(known or scan(segment, keys, first_end), tail) if begin else tail
 
     def _missing(self, files: Sequence[Segment]) -> Iterator[ChainProblem]:
         """Problems of segments at the end of a chain that are gone without a record of their removal."""
@@ -212,58 +201,3 @@ def _condensed(found: ScannedSpan) -> ScannedSpan:
     found.stages = [line for line in found.stages if line.operation == ACKNOWLEDGED]
     found.heads = dict(sorted(found.heads.items())[-1:])
     return found
-
-
-# -- reading -----------------------------------------------------------------------------------------
-
-
-def _spans(segment: Segment, keys: Mapping[str, bytes]) -> Iterator[Span]:
-    """The spans of a segment: whole lines of 16 MiB each. Of a hole 1 MiB is read: too long a line."""
-    with segments.opened(segment.path) as file:
-        size, begin = file.seek(0, os.SEEK_END), 0
-        while begin < size:
-            end, until = size, min(size, begin + SPAN_BYTES)
-            found = segments.holes(file.fileno(), begin, until)
-            hole, following = next((each for each in found if each[1] - each[0] > _TOO_LONG), (until, size))
-            if hole < until:
-                end = hole + _TOO_LONG
-            elif until < size:
-                file.seek(until)
-                file.readline(_TOO_LONG)  # a longer line is reported by the scan
-                end = following = file.tell()
-            yield Span(str(segment.path), begin, end, segment.chain, dict(keys))
-            begin = following
-
-
-def _joined(parts: Iterable[ScannedSpan]) -> ScannedSpan:
-    """The spans of one segment as one, after a check that they follow each other."""
-    whole = ScannedSpan("", "")
-    for part in parts:
-        if not whole.lines:
-            part.problems = [*whole.problems, *part.problems]
-            whole = part
-            continue
-        _follows(whole, part)
-        whole.lines += part.lines
-        if part.lines:
-            whole.last_seq, whole.head, whole.last_time = part.last_seq, part.head, part.last_time
-        whole.signed_seq = max(whole.signed_seq, part.signed_seq)
-        whole.torn_bytes = part.torn_bytes
-        whole.heads |= part.heads
-        whole.problems += part.problems
-        whole.special += part.special
-        whole.stages += part.stages
-    return whole
-
-
-def _follows(whole: ScannedSpan, part: ScannedSpan) -> None:
-    """Check the numbers where two spans meet. A gap there replaces the edit reported of the next line."""
-    expected = whole.last_seq + 1
-    if part.first_seq in {expected, -1}:
-        return
-    code, text = "reordered", "a line is repeated, or follows a later one"
-    if part.first_seq > expected:
-        code, text = "gap", f"lines {expected} to {part.first_seq - 1} are missing"
-    seq = min(expected, part.first_seq)
-    part.problems = [each for each in part.problems if (each.code, each.seq) != ("edited", part.first_seq)]
-    whole.problems.append(ChainProblem(code, text, part.chain, Path(part.path).name, seq))

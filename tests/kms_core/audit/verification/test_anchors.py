@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import time
-import tracemalloc
 from pathlib import Path
 from typing import Final, cast
 
@@ -13,7 +12,7 @@ import redis
 from prometheus_client import REGISTRY
 
 from kms_core import audit
-from kms_core.audit import AuditLog, AuditLogRules, chain, maintenance, segments
+from kms_core.audit import AuditLog, chain, maintenance, segments
 from kms_core.audit.keys import Signer
 from kms_core.audit.maintenance import AuditMaintenance
 from kms_core.audit.sinks import ANCHORS, FolderSink, RedisSink
@@ -22,9 +21,10 @@ from kms_core.audit.verification.monitor import AuditMonitor
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_core.auth.policy import Principal
-from support.audit_logs import Place, chain_name, codes, notes, record
+from kms_core.settings.model import AuditSection
+from support.audit_logs import Place, audit_section, chain_name, codes, notes, record
 
-EAGER: Final = AuditLogRules(checkpoint_s=0)
+EAGER: Final = audit_section(checkpoint_s=0)
 DAY_NS: Final = 24 * 3600 * 1_000_000_000
 AnchorPlace = RedisSink | FolderSink
 KINDS: Final = ("directory", "redis")
@@ -47,7 +47,7 @@ class Writer:
     """A process that writes a log and anchors it at once."""
 
     def __init__(
-        self, place: Place, kept: AnchorPlace, rules: AuditLogRules = EAGER, role: str = "api"
+        self, place: Place, kept: AnchorPlace, rules: AuditSection = EAGER, role: str = "api"
     ) -> None:
         self.trail: AuditLog = place.trail(rules, role=role)
         self._keeper = AuditMaintenance(self.trail, [kept])
@@ -119,7 +119,7 @@ def test_a_log_that_goes_on_agrees_with_its_anchors(place: Place, kept: AnchorPl
 
 
 def test_one_checkpoint_after_another_through_many_files(place: Place, kept: AnchorPlace) -> None:
-    writer = Writer(place, kept, AuditLogRules(checkpoint_lines=4, rotate_bytes=4096))
+    writer = Writer(place, kept, audit_section(checkpoint_lines=4, rotate_bytes=4096))
     watch = watching(place, kept)
     for _ in range(20):
         writer.write(5)
@@ -225,6 +225,14 @@ def test_a_chain_written_anew_with_the_same_length_is_found(
     assert codes(verified(place, kept)) == ["rewritten"]
 
 
+def test_a_chain_written_anew_with_another_key_is_found_without_anchors(place: Place, writer: Writer) -> None:
+    """Heads fit, and signed lines name the trusted key."""
+    writer.close()
+    written_anew(place.files()[0], Signer.at(place.at / "other.key"))
+
+    assert set(codes(place.verified())) == {"bad_signature"}
+
+
 def put_stub(file: Path, previous_opened: str) -> None:
     """In place of a chain a single line behind all of its lines, which takes no key to write."""
     name = file.name.removesuffix(".jsonl").rpartition(".")[0]
@@ -260,7 +268,7 @@ def test_a_line_in_place_of_a_chain_is_found_by_a_chain_that_saw_its_end(
     other.write()
     put_stub(next(file for file in place.files() if file.name.startswith("api-")), "")
 
-    assert "cut" in codes(verify(place.folder, place.keys(), {}))
+    assert "missing_chain" in codes(verify(place.folder, place.keys(), {}))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "endless"])
@@ -283,19 +291,6 @@ def test_what_is_no_file_keeps_nobody_from_looking(
     assert found(watch) == ["missing_chain"]
     assert codes(verified(place, kept)) == ["missing_chain"]
     assert segments.chain_heads(place.folder, place.keys(), but="") == {}
-
-
-def test_line_without_end_is_not_searched_for_its_beginning(place: Place, writer: Writer) -> None:
-    writer.close()
-    file = place.files()[0]
-    with file.open("ab") as out:
-        out.truncate(file.stat().st_size + 200 * 1024 * 1024)
-
-    tracemalloc.start()
-    assert segments.Segment("x", 1, file).last() is None
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 16 * 1024 * 1024
 
 
 # -- what is no older copy ----------------------------------------------------------------------------

@@ -9,12 +9,12 @@ from typing import Final
 
 import pytest
 
-from kms_core.audit import AuditLog, AuditLogRules, chain
+from kms_core.audit import AuditLog, chain
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
-from support.audit_logs import Place, codes, notes, record, rewrite
+from support.audit_logs import Place, audit_section, codes, notes, record, rewrite
 
-RULES: Final = AuditLogRules(checkpoint_s=0)
+RULES: Final = audit_section(checkpoint_s=0)
 HOUR: Final = timedelta(hours=1)
 MINUTE_NS: Final = 60 * 1_000_000_000
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -10,13 +9,13 @@ from typing import Final
 import pytest
 from prometheus_client import REGISTRY
 
-from kms_core.audit import AuditLog, AuditLogRules, chain, segments
+from kms_core.audit import AuditLog, chain
+from kms_core.audit.keys import PublicKeys
+from kms_core.audit.segments import Segment
 from kms_core.audit.verification import verify
 from kms_core.audit.verification.monitor import AuditMonitor
-from kms_core.audit.verification.scan import ScannedSpan, Span, scan
-from kms_protocol.units import MiB
-from support.audit_logs import Place, record
-from support.holes import small_peak, with_hole
+from kms_core.audit.verification.scan import ScannedSpan, scan
+from support.audit_logs import Place, audit_section, record
 
 MANY: Final = 5_000
 """Records of more than a MiB: a look does not read all of them."""
@@ -30,7 +29,7 @@ def place(tmp_path: Path) -> Place:
 @pytest.fixture
 def trail(place: Place) -> Iterator[AuditLog]:
     """A trail of ten records that is still written to."""
-    made = place.trail(AuditLogRules(checkpoint_lines=4, rotate_bytes=16 * 1024))
+    made = place.trail(audit_section(checkpoint_lines=4, rotate_bytes=16 * 1024))
     for number in range(10):
         made.append(record(number))
     yield made
@@ -120,18 +119,18 @@ def test_segments_that_have_not_changed_are_not_read_again(
     place: Place, trail: AuditLog, watch: AuditMonitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others = place.written(3)
-    scanned: list[str] = []
+    scanned: list[Path] = []
 
-    def counted(span: Span) -> ScannedSpan:
-        scanned.append(span.path)
-        return scan(span)
+    def counted(segment: Segment, keys: PublicKeys, end: int, begin: int = 0) -> ScannedSpan:
+        scanned.append(segment.path)
+        return scan(segment, keys, end, begin)
 
     monkeypatch.setattr(verify, "scan", counted)
     assert codes(watch) == codes(watch) == set()
-    assert scanned == [str(others)]
+    assert scanned == [others]
     trail.append(record(11))
     assert codes(watch) == set()
-    assert scanned == [str(others), str(place.files()[0])]
+    assert scanned == [others, place.files()[0]]
 
 
 def edited(file: Path) -> None:
@@ -264,35 +263,3 @@ def test_a_segment_that_is_just_begun_is_read_once_it_has_a_line(place: Place, t
 
     assert codes(watch) == set()
     assert watch.condition.lines == len(place.lines())
-
-
-def test_a_file_that_grows_while_it_is_looked_at_takes_no_memory(place: Place, watch: AuditMonitor) -> None:
-    """Others may put a hole of any length where the look begins, after the size was read."""
-    file = place.files()[0]
-    with_hole(file, hole_bytes=2 * MiB)
-    grown = file.stat()
-    with_hole(file)
-    path_stat = Path.stat
-
-    def stat(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
-        return grown if path == file else path_stat(path, follow_symlinks=follow_symlinks)
-
-    with pytest.MonkeyPatch.context() as patch, small_peak():
-        patch.setattr(Path, "stat", stat)
-        assert codes(watch) == {"unreadable"}
-
-
-def test_a_pipe_that_takes_the_place_of_a_file_stops_nothing(place: Place, watch: AuditMonitor) -> None:
-    """Others may put it there after the folder was listed; to open one lasts until somebody writes to it."""
-    pipe = segments.path_of(place.folder, "api-20260101T000000.000000Z-1", 0)
-    os.mkfifo(pipe)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segments, "is_file", lambda _entry: True)
-        reader = threading.Thread(target=watch.round, daemon=True)
-        reader.start()
-        reader.join(timeout=10)
-        if reader.is_alive():
-            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
-            pytest.fail("it waits for a writer")
-
-    assert pipe.name in watch.condition.unread

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.audit import AuditLogRules, chain, maintenance
+from kms_core.audit import chain, maintenance
 from kms_core.audit.keys import PublicKeys, Signer
 from kms_core.audit.sinks import FolderSink
-from kms_core.audit.verification.verify import SPAN_BYTES, verify
-from support.audit_logs import Place, chain_name, codes, notes, record, rewrite
+from kms_core.audit.verification import scan
+from kms_core.audit.verification.verify import verify
+from kms_core.settings.model import AuditSection
+from support.audit_logs import Place, audit_section, chain_name, codes, notes, record, rewrite
 
 Change = Callable[[list[bytes]], list[bytes]]
-SMALL = AuditLogRules(checkpoint_lines=5)
+SMALL = audit_section(checkpoint_lines=5)
 TESTS = str(Path(__file__).parents[3])
 HOLD = """
 import sys
@@ -87,42 +89,25 @@ def test_another_key_does_not_fit(place: Place, tmp_path: Path) -> None:
     assert codes(verify(place.folder, PublicKeys.of([other]))) == ["unknown_key"]
 
 
-def test_a_large_trail_is_read_in_stretches(place: Place) -> None:
-    place.trail()
-    name = "x" * 100_000  # few lines, many bytes
-    trail = place.trail(AuditLogRules(rotate_bytes=1 << 30))
-    for _ in range(400):
-        trail.append(record(principal=name))
-    trail.close()
+def test_progress_is_told_after_each_file(place: Place) -> None:
+    place.written(40, audit_section(rotate_bytes=4096))
     seen: list[tuple[int, int]] = []
     report = verify(place.folder, place.keys(), progress=lambda done, total: seen.append((done, total)))
 
     assert report.verdict == "intact"
-    assert report.lines == 402
-    assert len(seen) > 2
+    assert len(seen) == len(place.files()) > 2
     assert seen[-1] == (report.size_bytes, report.size_bytes)
 
 
-def test_a_signed_line_in_an_earlier_stretch_counts(place: Place) -> None:
-    """Line 150 is signed, and the second stretch of the file begins behind it."""
-    trail = place.trail(AuditLogRules(rotate_bytes=1 << 30, checkpoint_lines=150))
-    for _ in range(200):
-        trail.append(record(principal="x" * 100_000))
-    trail.close()
-    rewrite(place.files()[0], lambda lines: lines[:-1])
-
-    assert place.verified().chains[0].signed_seq == 150
-
-
-def test_a_change_where_two_stretches_meet_is_found_once(place: Place) -> None:
-    trail = place.trail(AuditLogRules(rotate_bytes=1 << 30))
+def test_a_change_where_two_blocks_meet_is_found_once(place: Place) -> None:
+    trail = place.trail(audit_section(rotate_bytes=1 << 30))
     for _ in range(200):
         trail.append(record(principal="x" * 100_000))
     trail.close()
     (path,) = place.files()
     lines = path.read_bytes().splitlines(keepends=True)
     sizes = list(accumulate(map(len, lines)))
-    last = next(number for number, end in enumerate(sizes) if end > SPAN_BYTES)
+    last = next(number for number, end in enumerate(sizes) if end > scan._BLOCK_BYTES)  # noqa: SLF001
     for at in (last, last + 1):
         path.write_bytes(b"".join([*lines[:at], lines[at].replace(b"xxx", b"xyx", 1), *lines[at + 1 :]]))
         assert [(problem.code, problem.seq) for problem in place.verified().problems] == [("edited", at)]
@@ -358,21 +343,21 @@ def test_an_anchor_with_another_head_accuses_no_log(place: Place) -> None:
 
 
 def test_a_missing_file_in_the_middle_of_a_chain_is_found(place: Place) -> None:
-    place.written(80, AuditLogRules(rotate_bytes=4096))
+    place.written(80, audit_section(rotate_bytes=4096))
     place.files()[2].unlink()
 
     assert codes(place.verified()) == ["missing_file"]
 
 
 def test_a_missing_first_file_is_found(place: Place) -> None:
-    place.written(80, AuditLogRules(rotate_bytes=4096))
+    place.written(80, audit_section(rotate_bytes=4096))
     place.files()[0].unlink()
 
     assert codes(place.verified()) == ["missing_file"]
 
 
 def test_a_missing_last_file_is_found_if_another_chain_saw_it(place: Place) -> None:
-    path = place.written(80, AuditLogRules(rotate_bytes=4096))
+    path = place.written(80, audit_section(rotate_bytes=4096))
     place.written(1)
     path.unlink()
 
@@ -388,7 +373,7 @@ def test_a_missing_chain_is_found(place: Place) -> None:
 
 
 def test_a_file_cut_before_the_next_one_is_found(place: Place) -> None:
-    place.written(80, AuditLogRules(rotate_bytes=4096))
+    place.written(80, audit_section(rotate_bytes=4096))
     rewrite(place.files()[1], lambda lines: lines[:-2])
 
     assert codes(place.verified()) == ["cut"]
@@ -440,7 +425,7 @@ def test_other_files_are_left_alone(place: Place) -> None:
 DAY_NS = 24 * 3600 * 1_000_000_000
 
 
-def aged(place: Place, days: list[int], rules: AuditLogRules | None = None) -> None:
+def aged(place: Place, days: list[int], rules: AuditSection | None = None) -> None:
     """A chain of so many days ago each."""
     for ago in days:
         at = time.time_ns() - ago * DAY_NS
