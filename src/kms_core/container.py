@@ -5,7 +5,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
-from urllib.parse import quote
 
 import redis
 
@@ -24,7 +23,7 @@ from kms_core.documents.signed import Anchors, SignedDocument
 from kms_core.jobs.execution.context import WorkerContext
 from kms_core.jobs.hosts.install import Facts, Install
 from kms_core.jobs.hosts.notes import Host, HostNotes, SpoolMarks, key_place
-from kms_core.jobs.model import NotifyWorker, ReplicaRules, StoreRules
+from kms_core.jobs.model import NotifyWorker
 from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.storage import buckets, spool_bucket
 from kms_core.jobs.storage.blob_store import BlobStore
@@ -37,9 +36,7 @@ from kms_core.jobs.storage.spool_folder import SpoolFolder
 from kms_core.jobs.store import replicas
 from kms_core.jobs.store.small_blobs import SmallBlobs
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission import celery_intake, submitter
 from kms_core.jobs.submission.celery_intake import Intake
-from kms_core.jobs.submission.deadlines import DeadlineRules
 from kms_core.jobs.submission.submitter import JobSubmitter
 from kms_core.key_documents import KeyDocument
 from kms_core.key_selection import SelectionRules
@@ -116,7 +113,7 @@ def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core
     for key in keyring_.keys.values():
         if isinstance(key.native, AgeBackend):
             key.native.elsewhere = partial(_elsewhere, install, key.key_id)
-    store = JobStore(client, record_key, notify, _store_rules(settings, tokens_))
+    store = JobStore(client, record_key, notify, section, tokens.several_tenants(settings, tokens_))
     small = SmallBlobs(client, jobs.inline_bytes, lambda: store.has_room)
     spool = Spool(blobs, spool_key, jobs.spool_max_bytes, small)
     locations = Locations(
@@ -127,19 +124,9 @@ def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core
         blobs,
         jobs,
     )
-    submission_rules = submitter.SubmissionRules(
-        DeadlineRules(
-            jobs.start_within_s, jobs.run_within_s, jobs.result_ttl_s, jobs.deadline_max_s, jobs.keep_max_s
-        ),
-        limits.sync_plaintext_bytes,
-        section.require_context,
-        {name: endpoint.tenants for name, endpoint in jobs.endpoints.items()},
-        frozenset(store.rules.resource_leases),
-        install.require,
-    )
     return Core(
         kms,
-        JobSubmitter(kms, store, spool, locations, submission_rules),
+        JobSubmitter(kms, store, spool, locations, install.require),
         WorkerContext(kms, store, spool, locations, jobs.fanout_files),
         maintenance,
         authenticator_,
@@ -213,15 +200,11 @@ def _elsewhere(install: Install, key_id: str, asks: bool) -> list[str]:
 
 def build_intake(settings: Settings, submitter_: JobSubmitter) -> Intake | None:
     """Build the reader of ``kms.submit`` messages; None without an intake key. Raises ConfigurationError."""
-    jobs, limits = settings.kms.jobs, settings.kms.limits
-    if not jobs.intake_identity_path.exists():
+    if not settings.kms.jobs.intake_identity_path.exists():
         return None
     key = AgeBackend(key_opening.own_key(settings, key_opening.INTAKE))
-    rules = celery_intake.IntakeRules(
-        limits.json_job_bytes, limits.json_job_items, SYNC_LIMITS, jobs.result_ttl_s
-    )
     tokens_ = token_source(settings, _token_copy(settings))
-    return Intake(key, submitter_, rules, authenticator.build(settings, tokens_))
+    return Intake(key, submitter_, authenticator.build(settings, tokens_))
 
 
 def token_document(settings: Settings, client: redis.Redis | None) -> SignedDocument:
@@ -274,30 +257,6 @@ def _policy(settings: Settings, authenticator_: Authenticator | None) -> Policy:
     tenants = settings.kms.tenants.items()
     patterns = {name: [Pattern.parse(text) for text in section.keys] for name, section in tenants}
     return ByScopes(authenticator_.scopes_of, patterns)
-
-
-def _store_rules(settings: Settings, tokens_: Tokens) -> StoreRules:
-    jobs, tenants = settings.kms.jobs, settings.kms.tenants.items()
-    return StoreRules(
-        jobs.lease_s,
-        jobs.attempts,
-        keep_record_s=jobs.result_ttl_s,
-        input_grace_s=jobs.input_grace_s,
-        open_jobs=jobs.open_jobs,
-        tenant_leases=jobs.tenant_leases,
-        large_job_bytes=jobs.large_job_bytes,
-        large_leases=max(1, jobs.concurrency - jobs.reserved_processes),
-        has_several_tenants=tokens.several_tenants(settings, tokens_)
-        if jobs.reserved_processes
-        else lambda: False,
-        tenant_open={name: tenant.open_jobs for name, tenant in tenants if tenant.open_jobs},
-        tenant_spool_bytes={name: tenant.spool_bytes for name, tenant in tenants if tenant.spool_bytes},
-        spool_bytes=jobs.tenant_spool_bytes or 0,
-        resource_leases={quote(name, safe="/:"): most for name, most in jobs.resource_leases.items()},
-        stall_s=jobs.stall_s,
-        stop_s=jobs.stop_s,
-        replicas=ReplicaRules(settings.kms.redis.wait_replicas, settings.kms.redis.wait_ms),
-    )
 
 
 def _roots(settings: Settings) -> Roots:

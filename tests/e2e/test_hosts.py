@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,7 +160,7 @@ def test_worker_takes_no_job_of_another_install(tmp_path: Path, redis_url: str) 
         client.set("kms:install", "0" * 32)
         until(lambda: "install.mismatch" in only.output("worker"), "the worker notices")
         submitter = core_of(only).submitter
-        submitter._rules = replace(submitter._rules, require_install=lambda: None)  # noqa: SLF001 -- as before it noticed
+        submitter._require_install = lambda: None  # noqa: SLF001 -- as before it noticed
         options = SubmissionOptions(Principal("local"), "encrypt", Context())
         job_id = submitter.items(options, [JobItem(plaintext=b"a")]).job_id
         client.lpush(wake_up.list_key(BULK), wake_up.encode_message(BULK))

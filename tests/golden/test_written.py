@@ -152,6 +152,8 @@ ACCEPTED: Final = UploadJob(
     context=(("env", "prod"),),
     created_at=1.0,
     expires_at=2.0,
+    start_by=2.0,
+    run_by=2.0,
 )
 
 
@@ -166,10 +168,11 @@ def test_new_record() -> None:
         "credential": "none",
         "kind": "encrypt",
         "form": "upload",
-        "source": "upload",
         "context": [["env", "prod"]],
         "created_at": 1.0,
         "expires_at": 2.0,
+        "start_by": 2.0,
+        "run_by": 2.0,
     }
     assert RecordKey((older, SECRET)).open(JOB_ID, _by_reference(SECRET)) == ACCEPTED
     assert RecordKey((older, SECRET)).open(JOB_ID, _by_reference(older)) == ACCEPTED
@@ -194,7 +197,7 @@ def test_new_jobs_wait_in_the_queues_of_version_1() -> None:
     queues = {"encrypt": "kms.files", "rewrap": "kms.maintenance"}
     for kind, queue in queues.items():
         assert msgspec.structs.replace(ACCEPTED, kind=kind).queue == queue
-    of_items = msgspec.structs.asdict(ACCEPTED) | {"source": "items", "items": 1, "starts": (0,)}
+    of_items = msgspec.structs.asdict(ACCEPTED) | {"items": 1, "starts": (0,)}
     del of_items["input_ref"]
     assert ItemsJob(**of_items).queue == "kms.bulk"
 
@@ -242,16 +245,16 @@ def test_new_bound_records() -> None:
     sealed = key.seal(ACCEPTED)
     spec, end = spec_digest(sealed), SignedEnd(fence=1, attempt=2, state="succeeded", kept_until=3.0)
     made = {
-        b"commit": key.sign_commit(JOB_ID, Commit(attempt_id="a", size_bytes=2), spec),
-        b"log": key.sign_log(JOB_ID, Checkpoint(words=("done",), outcomes=(0,)), spec),
-        b"split": key.sign_split(JOB_ID, SignedSplit(parts=1, digest=spec_digest(b"ab", b"c")), spec),
-        b"end": key.sign_end(JOB_ID, end, spec),
+        b"commit": key.sign(JOB_ID, Commit(attempt_id="a", size_bytes=2), spec),
+        b"log": key.sign(JOB_ID, Checkpoint(words=("done",), outcomes=(0,)), spec),
+        b"split": key.sign(JOB_ID, SignedSplit(parts=1, digest=spec_digest(b"ab", b"c")), spec),
+        b"end": key.sign(JOB_ID, end, spec),
     }
     bodies = {
         label: reference.opened_bound(SECRET, label, JOB_ID, sealed, signed) for label, signed in made.items()
     }
 
-    assert msgspec.json.decode(bodies[b"commit"])["size_bytes"] == 2
+    assert msgspec.msgpack.decode(bodies[b"commit"])["size_bytes"] == 2
     assert msgspec.msgpack.decode(bodies[b"log"])["words"] == ["done"]
     assert msgspec.msgpack.decode(bodies[b"split"]) == {"parts": 1, "digest": reference.sha256(b"abc")}
     assert msgspec.msgpack.decode(bodies[b"end"]) == {

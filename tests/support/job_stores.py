@@ -1,6 +1,5 @@
 """Job stores and jobs for tests: leases that run out, and what an intruder in Redis can do."""
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,17 +10,28 @@ import redis
 from kms_core import redis_client
 from kms_core.container import Core
 from kms_core.jobs.file_patterns import is_tree
-from kms_core.jobs.model import Attempt, Commit, StoreRules
+from kms_core.jobs.model import Attempt, Commit, QueuePriority
 from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.spec import AnyJob
 from kms_core.jobs.storage.spool_folder import SpoolFolder
+from kms_core.jobs.store import queue_stats
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
-from kms_core.settings.model import RedisSection
+from kms_core.settings.load import load
+from kms_core.settings.model import KmsSection, RedisSection
 from support.service import CANARY
 
 TENANT = "default"
-LONG = StoreRules(lease_s=600, attempts=3)
+BASE = load(None, {"HOME": "/nonexistent"}).kms
+
+
+def with_jobs(**changes: object) -> KmsSection:
+    """Settings with leases that last and few attempts, but for these of ``[kms.jobs]``."""
+    jobs = msgspec.structs.replace(BASE.jobs, **{"lease_s": 600, "attempts": 3, **changes})
+    return msgspec.structs.replace(BASE, jobs=jobs)
+
+
+LONG = with_jobs()
 COMMIT = Commit(attempt_id="a" * 26, inode=2, size_bytes=3, mtime_ns=4)
 
 
@@ -30,10 +40,18 @@ def connect(url: str) -> redis.Redis:
     return redis_client.connect(RedisSection(url=url, broker_url=url))
 
 
-def store_of(core: Core, rules: StoreRules, woken: list[str] | None = None) -> JobStore:
-    """The core's store with other rules; the queues of its wake-ups are noted."""
+def store_of(
+    core: Core, section: KmsSection, woken: list[str] | None = None, *, several: bool = False
+) -> JobStore:
+    """The core's store with other settings; the queues of its wake-ups are noted."""
     found = core.worker_context.store
-    return JobStore(found.redis, found.record_key, ([] if woken is None else woken).append, rules)
+    notify = ([] if woken is None else woken).append
+    return JobStore(found.redis, found.record_key, notify, section, lambda: several)
+
+
+def depths(store: JobStore) -> dict[QueuePriority, int]:
+    """The number of ready jobs by queue and priority."""
+    return queue_stats.survey(store).depths
 
 
 def spool_folder(core: Core) -> Path:
@@ -46,7 +64,7 @@ def spool_folder(core: Core) -> Path:
 def accepted(**changes: object) -> AnyJob:
     """A job of the kind that its fields have: an upload, if they do not say."""
     now = time.time()
-    fields = {
+    fields: dict[str, object] = {
         "job_id": new_id(),
         "tenant": TENANT,
         "principal": "local",
@@ -57,7 +75,8 @@ def accepted(**changes: object) -> AnyJob:
         "created_at": now,
         "expires_at": now + 3600,
     }
-    return _of(fields | changes)
+    fields |= changes
+    return _of({"start_by": fields["expires_at"], "run_by": fields["expires_at"], **fields})
 
 
 def _of(fields: Mapping[str, object]) -> AnyJob:
@@ -109,5 +128,5 @@ def lapse(store: JobStore) -> None:
 def remove_inputs(core: Core) -> None:
     """Have the reaper remove the inputs of all jobs that have ended, as after their grace."""
     store = core.worker_context.store
-    store.rules = dataclasses.replace(store.rules, input_grace_s=0.0)
+    store.rules = msgspec.structs.replace(store.rules, input_grace_s=0)
     Reaper(store, core.worker_context.spool, "r").reap()

@@ -170,7 +170,7 @@ def _spool(service: Service, tenant: str | None) -> admin.SpoolOut:
         used = store.spooled_bytes(tenant)
     except JobsUnavailable:
         used = None
-    return admin.SpoolOut(full=full, used_bytes=used, limit_bytes=store.rules.spool_bytes_of(tenant) or None)
+    return admin.SpoolOut(full=full, used_bytes=used, limit_bytes=store.spool_quota(tenant) or None)
 
 
 def _exposition(service: Service) -> bytes:

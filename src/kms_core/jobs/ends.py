@@ -1,7 +1,7 @@
 """Signed ends of jobs. Depends on neither Redis nor keys.
 
 Others can write any state into a record in Redis. The ends that clients act on, ``succeeded`` and
-``failed`` with ``items_failed``, therefore count only with the MAC of a worker (``RecordKey.sign_end``).
+``failed`` with ``items_failed``, therefore count only with the MAC of a worker (``RecordKey.sign``).
 """
 
 import hashlib

@@ -5,7 +5,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Final, Literal, Protocol
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -13,7 +13,7 @@ from msgspec import Meta
 from kms_core.jobs.ends import SignedEnd, Work
 from kms_core.jobs.spec import FILES, AnyJob, Seconds
 from kms_protocol.errors import KmsError, PathRefused
-from kms_protocol.wire import ENDED, JobKind, JobState, Priority
+from kms_protocol.wire import ENDED, JobKind, JobProgress, JobState, Priority
 
 EXHAUSTED: Final = "attempts_exhausted"
 REFUSED: Final = "record_refused"
@@ -32,10 +32,8 @@ QueuePriority = tuple[str, Priority]
 """A queue, and the priority within it."""
 
 
-class NotifyWorker(Protocol):
-    """Tells some worker that a queue has work. Raises JobsUnavailable."""
-
-    def __call__(self, queue: str, /) -> None: ...
+NotifyWorker = Callable[[str], None]
+"""Tells some worker that a queue has work. Raises JobsUnavailable."""
 
 
 class LeaseLost(KmsError):
@@ -90,7 +88,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     cancel: Count = 0
     error: Code = ""
     waits_for: Feature = ""
-    result: str = ""
     purged: Count = 0
     parts: Count = 0
     parts_left: Count = 0
@@ -102,6 +99,17 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     is_replayed: bool = False
 
     @property
+    def progress(self) -> JobProgress:
+        """Its counts, as they are told."""
+        return JobProgress(
+            items=self.items,
+            items_done=self.items_done,
+            items_failed=self.items_failed,
+            bytes=self.bytes,
+            bytes_done=self.bytes_done,
+        )
+
+    @property
     def labels(self) -> Mapping[str, str]:
         """Labels of the submitter; none of a record that this service did not seal."""
         return self.accepted.labels if self.accepted else {}
@@ -109,7 +117,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def result_attempt(self) -> str:
         """The last part of the names of its result in the spool."""
-        return (self.end and self.end.attempt_id) or str(self.fence)
+        return self.end.attempt_id if self.end else ""
 
     @property
     def ended(self) -> bool:
@@ -177,62 +185,14 @@ def part_id(job_id: str, number: int) -> str:
     return str(uuid.uuid5(_PARTS, f"{job_id}/{number}"))
 
 
-def _never() -> bool:
-    return False
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaRules:
-    """Replicas of Redis that must have a write, on disk, and the milliseconds to wait for them."""
-
-    replicas: int = 0
-    wait_ms: int = 2000
-
-
-@dataclass(frozen=True, slots=True)
-class StoreRules:
-    """Seconds and counts of the job layer, from settings.
-
-    ``open_jobs`` may wait or run before submissions are turned away; ``tenant_leases`` of one tenant may
-    run at a time. Inputs outlive the end of their job by ``input_grace_s``: Redis may go back behind it in a
-    fail-over. Jobs that read ``large_job_bytes`` or more are large: of one worker they hold at most
-    ``large_leases`` processes at a time, while ``has_several_tenants``. ``tenant_open`` (jobs) and
-    ``tenant_spool_bytes`` are of those tenants that have a quota of their own, ``spool_bytes`` is that of
-    all others. ``resource_leases`` of jobs that use a resource (``root:/path``,
-    ``bucket:name``, ``backend:name``) may run at a time. An attempt that advances nothing for ``stall_s``
-    loses its lease; ``stop_s`` after a worker was told to stop, attempts go back.
-    """
-
-    lease_s: float = 30.0
-    attempts: int = 5
-    keep_record_s: float = 24 * 3600.0
-    input_grace_s: float = 60.0
-    open_jobs: int = 100_000
-    tenant_leases: int = 1_000
-    large_job_bytes: int = 64 * 1024**2
-    large_leases: int = 1
-    has_several_tenants: Callable[[], bool] = _never
-    tenant_open: Mapping[str, int] = field(default_factory=dict)
-    tenant_spool_bytes: Mapping[str, int] = field(default_factory=dict)
-    spool_bytes: int = 0
-    resource_leases: Mapping[str, int] = field(default_factory=dict)
-    stall_s: float = 300.0
-    stop_s: float = 30.0
-    replicas: ReplicaRules = ReplicaRules()
-
-    def spool_bytes_of(self, tenant: str) -> int:
-        """Bytes that a tenant may have in the spool; 0 for any number."""
-        return self.tenant_spool_bytes.get(tenant, self.spool_bytes)
-
-
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One attempt at a job: the accepted part, unsealed, and the random id that makes its effects count.
 
     Two attempts never have the same ``attempt_id``, also after Redis has gone back in time. ``fence`` is the
-    number of claims so far, which workers of 0.1 go by. ``is_large``: it was claimed as a large job, see
-    ``StoreRules``. ``spec`` is the digest of the sealed record, which binds its commit and checkpoint.
-    ``following``: what its process takes next.
+    number of claims so far. ``is_large``: it was claimed as a large job, which reads ``[kms.jobs]
+    large_job_bytes`` or more. ``spec`` is the digest of the sealed record, which binds its commit and
+    checkpoint. ``following``: what its process takes next.
     """
 
     accepted: AnyJob

@@ -4,7 +4,7 @@ import hmac
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 from cryptography.exceptions import InvalidTag
@@ -19,10 +19,15 @@ from kms_protocol.errors import UnknownJob
 _decode: Final[Callable[[bytes], AnyJob]] = msgspec.msgpack.Decoder(AnyJob).decode
 _VERSION: Final = b"\x01"
 _VERSIONS: Final = 16  # as in the scripts: other bytes are no version
-_COMMIT: Final = b"commit"
-_LOG: Final = b"log"
-_END: Final = b"end"
-_SPLIT: Final = b"split"
+Bound = Commit | Checkpoint | SignedEnd | SignedSplit
+"""Structs that rest in Redis behind a MAC, beside the sealed record that they belong to."""
+_Bound = TypeVar("_Bound", bound=Bound)
+_LABELS: Final[dict[type, bytes]] = {
+    Commit: b"commit",
+    Checkpoint: b"log",
+    SignedEnd: b"end",
+    SignedSplit: b"split",
+}
 _TAG_BYTES: Final = 32
 _SALT_BYTES: Final = 32
 _ZERO_NONCE: Final = bytes(12)
@@ -68,52 +73,23 @@ class RecordKey:
         """A key for another use, of the oldest secret: hosts that have not got a new one yet have it too."""
         return hkdf(self._secrets[0], salt=b"", info=info)
 
-    def sign_commit(self, job_id: str, commit: Commit, spec: bytes) -> bytes:
-        """A commit record as it rests in Redis: behind a MAC, or others could have a file put in place.
+    def sign(self, job_id: str, bound: Bound, spec: bytes) -> bytes:
+        """A MAC and the struct as it rests in Redis: write access to Redis cannot forge one.
 
         ``spec`` is the digest of the sealed record, so that it counts for no other record of this id.
         """
-        return self._signed(_COMMIT, job_id, spec, msgspec.json.encode(commit))
+        body = msgspec.msgpack.encode(bound)
+        return self._tag(type(bound), job_id, spec, body) + body
 
-    def open_commit(self, job_id: str, signed: bytes, spec: bytes) -> Commit:
-        """The commit record. UnknownJob if it was not written here for this job id and sealed record."""
-        return msgspec.json.decode(self._verified(_COMMIT, job_id, spec, signed), type=Commit)
-
-    def sign_log(self, job_id: str, log: Checkpoint, spec: bytes) -> bytes:
-        """Sign the checkpoint of a part for Redis, as a commit record is."""
-        return self._signed(_LOG, job_id, spec, msgspec.msgpack.encode(log))
-
-    def open_log(self, job_id: str, signed: bytes, spec: bytes) -> Checkpoint:
-        """The log of a part. UnknownJob if it was not written here for this job id and sealed record."""
-        return msgspec.msgpack.decode(self._verified(_LOG, job_id, spec, signed), type=Checkpoint)
-
-    def sign_end(self, job_id: str, end: SignedEnd, spec: bytes) -> bytes:
-        """Sign the end of a job for Redis, so that write access to Redis cannot forge success."""
-        return self._signed(_END, job_id, spec, msgspec.msgpack.encode(end))
-
-    def open_end(self, job_id: str, signed: bytes, spec: bytes) -> SignedEnd:
-        """The end of a job. UnknownJob if it was not written here for this job id and sealed record."""
-        return msgspec.msgpack.decode(self._verified(_END, job_id, spec, signed), type=SignedEnd)
-
-    def sign_split(self, job_id: str, split: SignedSplit, spec: bytes) -> bytes:
-        """Sign the split of a job for Redis, so that write access to Redis cannot leave out parts."""
-        return self._signed(_SPLIT, job_id, spec, msgspec.msgpack.encode(split))
-
-    def open_split(self, job_id: str, signed: bytes, spec: bytes) -> SignedSplit:
-        """Verify the split of a job. Raises UnknownJob if not signed for this job id and sealed record."""
-        return msgspec.msgpack.decode(self._verified(_SPLIT, job_id, spec, signed), type=SignedSplit)
-
-    def _signed(self, label: bytes, job_id: str, spec: bytes, body: bytes) -> bytes:
-        return self._tag(label, job_id, spec, body) + body
-
-    def _verified(self, label: bytes, job_id: str, spec: bytes, signed: bytes) -> bytes:
+    def verified(self, kind: type[_Bound], job_id: str, signed: bytes, spec: bytes) -> _Bound:
+        """A struct that was signed. UnknownJob if not as this kind, for this job id and sealed record."""
         tag, body = signed[:_TAG_BYTES], signed[_TAG_BYTES:]
-        if not hmac.compare_digest(tag, self._tag(label, job_id, spec, body)):
+        if not hmac.compare_digest(tag, self._tag(kind, job_id, spec, body)):
             raise UnknownJob("A record of this job was not written by this service")
-        return body
+        return msgspec.msgpack.decode(body, type=kind)
 
-    def _tag(self, label: bytes, job_id: str, spec: bytes, body: bytes) -> bytes:
-        return self.digest(label, job_id.encode(), spec, body)
+    def _tag(self, kind: type, job_id: str, spec: bytes, body: bytes) -> bytes:
+        return self.digest(_LABELS[kind], job_id.encode(), spec, body)
 
     def digest(self, *parts: bytes) -> bytes:
         """A keyed digest of 32 bytes: a plain one of a short secret could be guessed."""

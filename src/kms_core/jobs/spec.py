@@ -60,9 +60,9 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     before it expires. Parts have neither that nor labels, metadata and group. ``needs`` names features
     that a worker must know, or leave the job to a newer one. Times are seconds since the epoch.
 
-    ``start_by`` and ``run_by`` are the latest times at which it may start and put something in place; 0 in
-    records of 0.1, where both are ``expires_at``. Its result is kept for ``keep_for_s`` seconds after the
-    end, or until ``expires_at`` where that is 0. ``expires_at`` is never before the result is deleted.
+    ``start_by`` and ``run_by`` are the latest times at which it may start and put something in place. Its
+    result is kept for ``keep_for_s`` seconds after the end, or until ``expires_at`` where that is 0.
+    ``expires_at`` is never before the result is deleted.
     """
 
     job_id: str
@@ -92,19 +92,9 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     generation: int = 0
     created_at: Seconds
     expires_at: Seconds
-    start_by: Seconds = 0.0
-    run_by: Seconds = 0.0
+    start_by: Seconds
+    run_by: Seconds
     keep_for_s: Seconds = 0.0
-
-    @property
-    def deadline(self) -> float:
-        """The time from which on nothing may be put in place for it."""
-        return self.run_by or self.expires_at
-
-    @property
-    def is_expired(self) -> bool:
-        """Return whether its deadline is over by the clock of this machine, with some leeway."""
-        return time.time() > self.deadline + CLOCK_LEEWAY_S
 
     @property
     def is_forgotten(self) -> bool:
@@ -120,8 +110,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 
         ClocksApart if only this machine's clock says so: a job is not lost because of a clock that is wrong.
         """
-        if self.is_expired:
-            raise JobExpired if redis_now() > self.deadline else ClocksApart
+        if time.time() > self.run_by + CLOCK_LEEWAY_S:
+            raise JobExpired if redis_now() > self.run_by else ClocksApart
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.job_id}, {self.kind})"
@@ -157,7 +147,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     @property
     def spooled_bytes(self) -> int:
         """Size of its input in the spool, in bytes; 0 if it is elsewhere. The result is about as large."""
-        return 0
+        return self.size_bytes if self.is_spooled else 0
 
     @property
     def is_spooled(self) -> bool:
@@ -210,16 +200,11 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 class UploadJob(JobSpec, frozen=True, kw_only=True, tag="upload"):
     """A job over an uploaded file; ``input_ref`` names its blob as it was written (``BlobWriter.ref``)."""
 
-    source: Literal["upload"] = msgspec.field(default_factory=lambda: "upload")  # which 0.1 tells kinds by
     input_ref: bytes = b""
 
     @property
     def is_spooled(self) -> bool:
         return True
-
-    @property
-    def spooled_bytes(self) -> int:
-        return self.size_bytes
 
     @property
     def work_bytes(self) -> int:
@@ -233,7 +218,6 @@ class ItemsJob(JobSpec, frozen=True, kw_only=True, tag="items"):
     with a single part is not split.
     """
 
-    source: Literal["items"] = msgspec.field(default_factory=lambda: "items")  # as above
     items: int
     starts: tuple[int, ...]
     parent: str = ""
@@ -247,10 +231,6 @@ class ItemsJob(JobSpec, frozen=True, kw_only=True, tag="items"):
     @property
     def is_spooled(self) -> bool:
         return True
-
-    @property
-    def spooled_bytes(self) -> int:
-        return self.size_bytes
 
     @property
     def work_bytes(self) -> int:
@@ -299,9 +279,9 @@ class TreeJob(FilesJob, frozen=True, kw_only=True, tag="tree"):
 class TreePart(TreeJob, frozen=True, kw_only=True, tag="tree_part"):
     """A part of a job over many files.
 
-    It has those lines of the listing ``manifest`` (a number of its own, of 0.1 the fence of the attempt;
-    ``input_ref`` names its blob) that lie between its two ``starts``, from file ``first`` on. ``parent_spec``
-    is the digest of the sealed record of its parent; 0.1 had none.
+    It has those lines of the listing ``manifest`` (a number of its own; ``input_ref`` names its blob) that
+    lie between its two ``starts``, from file ``first`` on. ``parent_spec`` is the digest of the sealed record
+    of its parent.
     """
 
     parent: str
@@ -309,7 +289,7 @@ class TreePart(TreeJob, frozen=True, kw_only=True, tag="tree_part"):
     first: int = 0
     items: int
     starts: tuple[int, ...]
-    manifest: str | int = 0
+    manifest: int = 0
     parent_spec: bytes = b""
     input_ref: bytes = b""
 

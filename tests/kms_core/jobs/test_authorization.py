@@ -45,6 +45,8 @@ def job(credential: str) -> UploadJob:
         kind="decrypt",
         created_at=0.0,
         expires_at=0.0,
+        start_by=0.0,
+        run_by=0.0,
     )
 
 

@@ -175,7 +175,7 @@ def test_record_that_is_there_longer_than_it_is_kept_is_refused(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = ended(store)
-    until = store.accepted(job_id).expires_at + store.rules.keep_record_s
+    until = store.accepted(job_id).expires_at + store.rules.result_ttl_s
     store.redis.persist(f"kms:job:{job_id}")
 
     monkeypatch.setattr(time, "time", lambda: until + 59)
@@ -235,7 +235,7 @@ def test_job_with_an_unproven_end_can_be_retried(store: JobStore) -> None:
 @pytest.mark.parametrize("why", ["forged", "old"])
 def test_record_that_must_not_run_again_is_not_retried(store: JobStore, why: str) -> None:
     job_id = dead(store)
-    long_ago = time.time() - store.rules.keep_record_s - 120
+    long_ago = time.time() - store.rules.result_ttl_s - 120
     old = store.record_key.seal(accepted(job_id=job_id, expires_at=long_ago))
     forge(store, job_id, sealed=b"junk" if why == "forged" else old)
 

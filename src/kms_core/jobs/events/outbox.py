@@ -163,7 +163,7 @@ class Outbox:
 
     def is_stale(self, delivery: Delivery) -> bool:
         """True if all attempts, and an outage as long as records are kept, are over: others put it back."""
-        return time.time() > delivery.created_at + GIVE_UP_S + self.store.rules.keep_record_s
+        return time.time() > delivery.created_at + GIVE_UP_S + self.store.rules.result_ttl_s
 
     def size(self) -> int:
         """Deliveries that wait."""

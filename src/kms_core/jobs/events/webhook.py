@@ -265,13 +265,7 @@ def event_body(delivery_id: str, job: Job, at: float) -> bytes:
         state=job.state,
         attempt=job.attempt,
         error=wire.ErrorCode(code=job.error) if job.error else None,
-        progress=wire.JobProgress(
-            items=job.items,
-            items_done=job.items_done,
-            items_failed=job.items_failed,
-            bytes=job.bytes,
-            bytes_done=job.bytes_done,
-        ),
+        progress=job.progress,
         labels=job.labels or msgspec.UNSET,
         metadata=(job.accepted.metadata if job.accepted else None) or msgspec.UNSET,
     )

@@ -24,6 +24,7 @@ from kms_core.jobs.ends import (
     Failure,
     FirstFailures,
     SignedEnd,
+    SignedSplit,
     needs_proof,
     spec_digest,
 )
@@ -70,14 +71,14 @@ def end_parent(job: Job, store: JobStore) -> Job:
 
 def _end_of(job: Job, record: ParentRecord, store: JobStore) -> SignedEnd:
     accepted = store.record_key.open(job.job_id, record.sealed)
-    split = store.record_key.open_split(job.job_id, record.split, spec_digest(record.sealed))
+    split = store.record_key.verified(SignedSplit, job.job_id, record.split, spec_digest(record.sealed))
     sums, specs = _Sums(), hashlib.sha256()
     for part in store.parts_of(job.job_id, split.parts):
         sums.add(part)
         specs.update(part.sealed)
     if specs.digest() != split.digest:
         raise UnknownJob("The parts of this job are not those that it was cut into")
-    kept_until = accepted.result_until(store.now()) + store.rules.keep_record_s
+    kept_until = accepted.result_until(store.now()) + store.rules.result_ttl_s
     return sums.end(job, split.parts, kept_until)
 
 

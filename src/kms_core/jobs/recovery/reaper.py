@@ -82,9 +82,6 @@ _LOCK_S: Final = 10.0
 _SWEEP_EVERY: Final = 600
 _LOOK_EVERY: Final = 10
 _INPUTS_EVERY: Final = 5
-TRIM_EVERY: Final = 60
-_FEW: Final = 5
-_MANY: Final = 1000
 _BATCHES: Final = 5  # of inputs in one round
 _ORPHAN_AGE_S: Final = 3600.0
 _TAKEN_UP: Final = frozenset({"requeued", "committing", "due", "parts_ended"})
@@ -115,12 +112,7 @@ class Reaper(PeriodicThread):
         self._owner = name
         self._rounds = 0
         self._failing: set[str] = set()
-        self._trimmed: dict[str, tuple[int, int]] = {}  # the rank to go on at, and how many were dropped
-        self._adopted = 0
         self._newer = 0
-        self._adopted_all = False
-        self._indexed_all = False
-        self._trims = True
 
     def round(self) -> None:
         self._require_install()
@@ -128,15 +120,13 @@ class Reaper(PeriodicThread):
             self.reap()
 
     def reap(self) -> None:
-        """Take up due jobs, wake workers, delete inputs and results; at times trim lists, sweep orphans."""
+        """Take up due jobs, wake workers, delete inputs and results, forget expired jobs, sweep orphans."""
         self._step(self._take_up_due)
-        self._step(self._adopt)
         self._step(self._wake_workers)
         if self._rounds % _INPUTS_EVERY == 0:
             self._step(self._delete_inputs)
         self._step(self._delete_expired)
-        if self._rounds % TRIM_EVERY == 0 or self._trims:
-            self._step(self._trim)
+        self._step(self._store.forget)
         if self._rounds % _LOOK_EVERY == 0:
             self._step(self._tell_of_newer)
             self._store.condition()  # notes how full Redis is, for workers
@@ -154,12 +144,6 @@ class Reaper(PeriodicThread):
             self._failing.add(step.__name__)
         else:
             self._failing.discard(step.__name__)
-
-    def _adopt(self) -> None:
-        """All open jobs after the start, a thousand a round; then some now and then."""
-        if not self._adopted_all or self._rounds % _LOOK_EVERY == 0:
-            self._adopted = self._store.adopt(self._adopted, _FEW if self._adopted_all else _MANY)
-            self._adopted_all |= self._adopted == 0
 
     def _take_up_due(self) -> None:
         due = self._store.due()
@@ -186,22 +170,6 @@ class Reaper(PeriodicThread):
     def _is_removed(self, remove: Callable[[str], bool]) -> Callable[[str], bool]:
         """False while the bucket of the spool does not answer: another host, or a later round, removes it."""
         return lambda job_id: remove(job_id) or not self._spool.store.is_away
-
-    def _trim(self) -> None:
-        """Trim the next ids of each list: many while some are dropped, or jobs of 0.1 are not indexed yet.
-
-        The oldest are looked at each time, since most jobs expire in order. While some are dropped, each
-        round trims.
-        """
-        lists = self._store.lists()
-        for key in lists:
-            begin, dropped = self._trimmed.get(key, (0, 0))
-            if self._indexed_all and begin and not dropped and self._store.trim(key, 0, _FEW)[1]:
-                begin, dropped = 0, _FEW
-            count = _MANY if dropped or not self._indexed_all else _FEW
-            self._trimmed[key] = self._store.trim(key, begin, count)
-        self._indexed_all |= not any(self._trimmed[key][0] for key in lists)
-        self._trims = not self._indexed_all or any(self._trimmed[key][1] for key in lists)
 
     def _tell_of_newer(self) -> None:
         count = self._store.for_newer_workers()

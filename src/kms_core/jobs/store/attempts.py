@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
-import redis
 import structlog
 
 from kms_core.jobs.ends import SignedEnd, SignedSplit, Work, needs_proof, spec_digest
@@ -16,11 +15,8 @@ from kms_core.jobs.model import (
     Commit,
     Following,
     Job,
-    NotifyWorker,
-    StoreRules,
     new_attempt_id,
 )
-from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.spec import ClocksApart, Fields, JobSpec, RecordTooNew, TreePart
 from kms_core.jobs.store import small_blobs
 from kms_core.jobs.store.maintenance import ANY_KEY
@@ -38,13 +34,6 @@ Asked = tuple[list[str], list[Any]]
 
 class AttemptStore(JobReader):
     """The worker's side of ``JobStore``: one script each, all safe to repeat."""
-
-    def __init__(
-        self, client: redis.Redis, record_key: RecordKey, notify: NotifyWorker | None, rules: StoreRules
-    ) -> None:
-        """Without ``notify``, the broker's lists are in this Redis, and scripts push wake-ups there."""
-        super().__init__(client, record_key, rules, notify)
-        self._bounds = msgspec.json.encode(rules.resource_leases)
 
     def claim(self, job_id: str, worker: str) -> Attempt | None:
         """Take this job.
@@ -71,10 +60,16 @@ class AttemptStore(JobReader):
 
     def _asked(self, job_id: str, worker: str, woken: str, attempt_id: str, queues: Sequence[str]) -> Asked:
         rules = self.rules
-        most_large = rules.large_leases if rules.has_several_tenants() else 0
-        given = [job_id, worker, rules.lease_s, rules.attempts, rules.keep_record_s, rules.tenant_leases]
-        given += [rules.large_job_bytes, most_large, self._bounds, woken, attempt_id, *queues]
+        given = [job_id, worker, rules.lease_s, rules.attempts, rules.result_ttl_s, rules.tenant_leases]
+        given += [rules.large_job_bytes, self.large_leases(), msgspec.json.encode(self.resource_leases)]
+        given += [woken, attempt_id, *queues]
         return [job_key(job_id) if job_id else ANY_KEY, busy_key(worker)], given
+
+    def large_leases(self) -> int:
+        """Large jobs that may run on a worker at a time; 0 for any number."""
+        rules = self.rules
+        shares = rules.reserved_processes and self._has_several_tenants()
+        return max(1, rules.concurrency - rules.reserved_processes) if shares else 0
 
     def _found_by(self, worker: str, attempt_id: str, answer: Sequence[bytes]) -> Attempt | str | None:
         word, *rest = answer
@@ -86,7 +81,7 @@ class AttemptStore(JobReader):
         try:
             claim = self._claimed(name, worker, attempt_id, rest[1:])
         except RecordTooNew as exc:  # its plain fields did not say so
-            self._run["put_aside"]([job_key(name)], [name, attempt_id, exc.feature])
+            self._call("put_aside", name, attempt_id, exc.feature)
             return name
         except UnknownJob:
             self._close(name, attempt_id, REFUSED)
@@ -121,16 +116,14 @@ class AttemptStore(JobReader):
             deferrals=int(min(max(number(deferrals), 0), _MOST_DEFERRALS)),
             is_large=bool(int(is_large)),
             spec=spec,
-            commit=key.open_commit(job_id, commit, spec) if commit else None,
-            log=key.open_log(job_id, log, spec) if log else Checkpoint(),
+            commit=key.verified(Commit, job_id, commit, spec) if commit else None,
+            log=key.verified(Checkpoint, job_id, log, spec) if log else Checkpoint(),
         )
 
     def _close(self, job_id: str, attempt_id: str, code: str) -> None:
         """End a job that no attempt can do: its record is not as we wrote it, or has expired by our clock."""
         _log.error("job.closed", job_id=job_id, code=code)
-        with redis_errors():
-            given = [job_id, attempt_id, "failed", code, self.rules.keep_record_s, job_id]
-            self._run["finish"]([job_key(job_id)], given + small_blobs.counted(None))
+        self._call("finish", job_id, attempt_id, "failed", code, self.rules.result_ttl_s, job_id, 0)
         metrics.JOBS.labels("any", "failed").inc()
 
     def renew(self, claim: Attempt, progress: Fields) -> None:
@@ -156,10 +149,9 @@ class AttemptStore(JobReader):
             for part, record in zip(parts, sealed, strict=True)
             for field in (part.job_id, record, part.items, part.size_bytes, part.work_bytes)
         ]
-        queue, signed = claim.accepted.queue, self.record_key.sign_split(job_id, split, claim.spec)
-        given = [job_id, claim.attempt_id, signed, self.rules.large_job_bytes, *self.wake_up(queue), *flat]
-        with redis_errors():
-            word, *count = self._run["split"]([job_key(job_id)], given)
+        queue, signed = claim.accepted.queue, self.record_key.sign(job_id, split, claim.spec)
+        given = [claim.attempt_id, signed, self.rules.large_job_bytes, *self.wake_up(queue), *flat]
+        word, *count = self._call("split", job_id, *given)
         raise_for(word)
         self.notify(queue, int(count[0]))
 
@@ -173,9 +165,9 @@ class AttemptStore(JobReader):
             fields |= {"items_done": end.items_done, "items_failed": end.items_failed}
             fields["bytes_done"] = end.bytes_done
             fields |= {f"{TALLY}{name}": number for name, number in end.tallies.items()}
-            fields["end"] = self.record_key.sign_end(job.job_id, end, spec)
+            fields["end"] = self.record_key.sign(job.job_id, end, spec)
         flat = [part for pair in fields.items() for part in pair]
-        given = [job.job_id, job.attempt_id, end.state, end.error, self.rules.keep_record_s, *flat]
+        given = [job.job_id, job.attempt_id, end.state, end.error, self.rules.result_ttl_s, *flat]
         with redis_errors():
             (word, *_), _ = self._waits.run(self._run["end_parent"], [job_key(job.job_id)], given)
         if word in {b"finished", b"cancelled"}:
@@ -190,7 +182,7 @@ class AttemptStore(JobReader):
         """
         job_id = claim.accepted.job_id
         flat = [part for pair in counts.items() for part in pair]
-        given = [claim.attempt_id, self.record_key.sign_log(job_id, log, claim.spec), *flat]
+        given = [claim.attempt_id, self.record_key.sign(job_id, log, claim.spec), *flat]
         self.run_confirmed("step", job_id, given, waits=log.pending is not None)
 
     def pace(self, job: TreePart, wanted: int) -> tuple[int, float]:
@@ -207,7 +199,7 @@ class AttemptStore(JobReader):
         Raises JobExpired, DurabilityUnconfirmed if replicas did not acknowledge it.
         """
         claim.accepted.check_expiry(self.now)
-        self._commit(claim, self.record_key.sign_commit(claim.accepted.job_id, commit, claim.spec))
+        self._commit(claim, self.record_key.sign(claim.accepted.job_id, commit, claim.spec))
 
     def withdraw(self, claim: Attempt) -> None:
         """Take back a commit that could put nothing in place: the job runs. Raises LeaseLost."""
@@ -222,12 +214,12 @@ class AttemptStore(JobReader):
         Only the attempt that holds the job can; raises LeaseLost otherwise. An end that replicas do not
         acknowledge stands, and its events wait (``events/outbox.py``).
         """
-        job_id, keep_s = claim.accepted.job_id, self.rules.keep_record_s
+        job_id, keep_s = claim.accepted.job_id, self.rules.result_ttl_s
         fields: dict[str, int | bytes] = {**work.progress} if work else {}
         if needs_proof(state, code):
             kept_until = claim.accepted.result_until(self.now()) + keep_s
             end = claim.end(state, code, work or Work(), kept_until)
-            fields["end"] = self.record_key.sign_end(job_id, end, claim.spec)
+            fields["end"] = self.record_key.sign(job_id, end, claim.spec)
         flat = [part for pair in fields.items() for part in pair]
         with redis_errors():
             blob = small_blobs.counted(work.blob if work else None)
@@ -266,10 +258,6 @@ class AttemptStore(JobReader):
         ``away``: something does not answer, and the next delay will be longer. ``work_bytes`` is what the
         job turned out to read, for the next claim.
         """
-        job_id = claim.accepted.job_id
         found = "" if work_bytes is None else work_bytes
-        large = self.rules.large_job_bytes
-        given = [job_id, claim.attempt_id, delay_s, int(not counts), int(away), found, large]
-        with redis_errors():
-            word = self._run["defer"]([job_key(job_id)], given)[0]
-        raise_for(word)
+        given = (claim.attempt_id, delay_s, int(not counts), int(away), found, self.rules.large_job_bytes)
+        raise_for(self._call("defer", claim.accepted.job_id, *given)[0])

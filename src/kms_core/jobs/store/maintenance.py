@@ -7,11 +7,13 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, cast
+from urllib.parse import quote
 
 import redis
 import structlog
 
-from kms_core.jobs.model import Attempt, Job, NotifyWorker, QueuePriority, StoreRules
+from kms_core.jobs.model import Attempt, Job, NotifyWorker, QueuePriority
+from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store import wake_up
 from kms_core.jobs.store.redis_keys import (
@@ -26,8 +28,9 @@ from kms_core.jobs.store.redis_keys import (
 from kms_core.jobs.store.replicas import ReplicaWait
 from kms_core.jobs.store.scripts import SCRIPTS
 from kms_core.observability import metrics
+from kms_core.settings.model import KmsSection
 from kms_protocol.errors import DurabilityUnconfirmed, JobsUnavailable, RedisFull, RedisReadOnly
-from kms_protocol.wire import ENDED, PRIORITIES
+from kms_protocol.wire import PRIORITIES
 
 WORKER_SEEN_S: Final = 5.0
 """A silent worker counts as alive for so many seconds: five heartbeats."""
@@ -43,8 +46,6 @@ _CLOCK_KEPT_S: Final = 10.0
 _REAPED_AT_ONCE: Final = 200  # some milliseconds, in which Redis does nothing else
 _TENANTS: Final = f"{PREFIX}tenants"
 _WORKERS: Final = f"{PREFIX}workers"
-_INPUTS: Final = f"{PREFIX}inputs"
-_DEAD: Final = f"{PREFIX}dead"
 _log = structlog.get_logger(__name__)
 Script = Callable[..., list[bytes]]
 
@@ -52,21 +53,42 @@ Script = Callable[..., list[bytes]]
 class StoreMaintenance:
     """JobStore inherits it. All raise JobsUnavailable without Redis."""
 
-    def __init__(self, client: redis.Redis, rules: StoreRules, notify: NotifyWorker | None) -> None:
-        """Without ``notify``, the broker's lists are in this Redis, and scripts push wake-ups there."""
+    def __init__(
+        self,
+        client: redis.Redis,
+        record_key: RecordKey,
+        notify: NotifyWorker | None,
+        section: KmsSection,
+        has_several_tenants: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Without ``notify``, the broker's lists are in this Redis, and scripts push wake-ups there.
+
+        ``has_several_tenants``: jobs may come from more than one.
+        """
         self.redis = client
-        self.rules = rules
+        self.record_key = record_key
+        self.section = section
+        self.rules = section.jobs
+        self.resource_leases = {
+            quote(name, safe="/:"): most for name, most in section.jobs.resource_leases.items()
+        }
+        self._has_several_tenants = has_several_tenants
         self._notify = notify
         self._condition: tuple[float, StoreCondition] = (-math.inf, "unavailable")
         self.has_room = True
         """Return whether less than half of the memory was used at the last ``ping`` or claim."""
         self._clock = (0.0, -math.inf)  # the time of Redis, and when that was read by ours
-        self._waits = ReplicaWait(client, rules.replicas)
+        self._waits = ReplicaWait(client, section.redis)
         self._run: dict[str, Script] = {name: client.register_script(text) for name, text in SCRIPTS.items()}
 
     def script(self, name: str) -> Script:
         """A script of ``lua``, to be called with keys and arguments."""
         return self._run[name]
+
+    def _call(self, name: str, job_id: str, *given: Any) -> list[bytes]:  # noqa: ANN401 -- as redis-py
+        """The answer of a script about a job, or about none, whose id is empty."""
+        with redis_errors():
+            return self._run[name]([job_key(job_id) if job_id else ANY_KEY], [job_id, *given])
 
     def run_confirmed(self, name: str, job_id: str, given: Sequence[Any], *, waits: bool = True) -> None:
         """Run a script of one job. Raises LeaseLost, JobCancelled, DurabilityUnconfirmed."""
@@ -106,8 +128,7 @@ class StoreMaintenance:
 
         It counts as full from ``FULL`` on. Without any memory left it refuses the script.
         """
-        with redis_errors():
-            seconds, *found = self._run["probe"]([ANY_KEY], ["", int(write), FULL])
+        seconds, *found = self._call("probe", "", int(write), FULL)
         if not found:
             raise RedisFull
         self._clock = (int(seconds) + int(found[0]) / 1e6, time.monotonic())
@@ -148,8 +169,7 @@ class StoreMaintenance:
     def wake(self, *queues: str) -> None:
         """Send as many wake-ups for each queue as it has ready jobs and idle processes."""
         given = [part for queue in queues for part in (queue, *self.wake_up(queue))]
-        with redis_errors():
-            counts = self._run["wake"]([ANY_KEY], ["", *given])
+        counts = self._call("wake", "", *given)
         for queue, count in zip(queues, counts, strict=True):
             self.notify(queue, int(count))
 
@@ -170,8 +190,7 @@ class StoreMaintenance:
 
     def drained(self, worker: str, queue: str, served: Sequence[str]) -> None:
         """Note that a process takes no more jobs for now; another wake-up is sent if jobs are ready."""
-        with redis_errors():
-            count = self._run["drained"]([ANY_KEY], ["", worker, queue, *self.wake_up(queue), *served])[0]
+        (count,) = self._call("drained", "", worker, queue, *self.wake_up(queue), *served)
         self.notify(queue, int(count))
 
     # -- the reaper -----------------------------------------------------------------------------------
@@ -192,7 +211,7 @@ class StoreMaintenance:
                 pipeline = self.redis.pipeline(transaction=False)
                 some = job_ids[start : start + _REAPED_AT_ONCE]
                 for job_id in some:
-                    given = [job_id, self.rules.large_job_bytes, self.rules.keep_record_s]
+                    given = [job_id, self.rules.large_job_bytes, self.rules.result_ttl_s]
                     self._run["reap"]([job_key(job_id)], given, client=pipeline)
                 answers = zip(some, pipeline.execute(raise_on_error=False), strict=True)
                 found += [self._reaped(job_id, answer) for job_id, answer in answers]
@@ -208,28 +227,10 @@ class StoreMaintenance:
         _log.warning("job.unreadable", job_id=job_id)
         return b"unreadable"
 
-    def adopt(self, begin: int, count: int = 1000) -> int:
-        """Look after ``count`` open jobs from a rank on. Returns the rank to go on at; 0 at the end.
-
-        Jobs of an older version, or those whose sets were lost, are in no set that workers take jobs from.
-        """
-        with redis_errors():
-            found = cast("list[bytes]", self.redis.zrange(ANY_KEY, begin, begin + count - 1))
-        self.reap_all([raw.decode() for raw in found])
-        return begin + count if len(found) == count else 0
-
-    def depths(self) -> dict[QueuePriority, int]:
-        """The number of ready jobs by queue and priority."""
-        return {lane: count for lane, (count, _) in self.waiting().items()}
-
     def queues_to_serve(self) -> set[str]:
         """The queues with jobs that a worker could take: ready ones, of a tenant that is not at its cap."""
         with redis_errors():
             return {queue for queue in QUEUES if self.redis.exists(f"{PREFIX}active:{queue}")}
-
-    def oldest(self) -> float:
-        """The time since when the oldest ready job waits, in seconds since the epoch; now if none does."""
-        return min((since for count, since in self.waiting().values() if count), default=self.now())
 
     def waiting(self) -> Mapping[QueuePriority, tuple[int, float]]:
         """The number of ready jobs, and since when the oldest waits."""
@@ -263,17 +264,7 @@ class StoreMaintenance:
 
     def with_input(self, limit: int = 1000) -> list[str]:
         """Jobs that ended ``input_grace_s`` ago, and whose input is to be removed from the spool."""
-        ids = self._first(_INPUTS, limit, self.rules.input_grace_s)
-        with redis_errors():
-            pipeline = self.redis.pipeline(transaction=False)
-            for job_id in ids:
-                pipeline.hget(job_key(job_id), "state")
-            states = pipeline.execute()
-        gone = [one for one, state in zip(ids, states, strict=True) if (state or b"").decode() not in ENDED]
-        if gone:
-            with redis_errors():
-                self.redis.zrem(_INPUTS, *gone)
-        return [job_id for job_id in ids if job_id not in gone]
+        return self._first(f"{PREFIX}inputs", limit, self.rules.input_grace_s)
 
     def inputs_removed(self, job_ids: Sequence[str]) -> None:
         """Note that the inputs of these ended jobs are in the spool no more."""
@@ -285,31 +276,16 @@ class StoreMaintenance:
 
     def purged(self, job_id: str) -> None:
         """Note that the result is gone; the record itself expires later."""
-        with redis_errors():
-            self._run["purged"]([job_key(job_id)], [job_id])
+        self._call("purged", job_id)
 
     def tenants(self) -> list[str]:
         """The tenants that have jobs; names that none has are left out."""
         with redis_errors():
             return sorted(raw.decode() for raw in cast("set[bytes]", self.redis.smembers(_TENANTS)))
 
-    def lists(self) -> list[str]:
-        """The keys of the lists of jobs, which never expire: of each tenant, and of dead jobs."""
-        tenants = self.tenants()
-        by_state = [f"{PREFIX}state:{name}:{state}" for name in tenants for state in sorted(ENDED)]
-        dead = [f"{PREFIX}dead:{name}" for name in tenants]
-        return [_DEAD, *dead, *by_state, *(f"{PREFIX}tenant:{name}" for name in tenants)]
-
-    def trim(self, key: str, begin: int, count: int = 1000) -> tuple[int, int]:
-        """Drop the ids of expired records among ``count`` of a list, and index those of jobs of 0.1.
-
-        Returns the rank to go on at, 0 at the end of the list, and the number of ids that were dropped.
-        """
-        list_of = f"{PREFIX}tenant:"
-        owner = key.removeprefix(list_of) if key.startswith(list_of) else ""
-        with redis_errors():
-            following, dropped = self._run["trim"]([key, _TENANTS], [begin, count, owner, int(key == _DEAD)])
-        return int(following), int(dropped)
+    def forget(self, limit: int = 1000) -> None:
+        """Take the ids of expired records out of the lists of jobs, which never expire."""
+        self._call("forget", "", limit)
 
     def idle_s(self, worker: str) -> float:
         """Seconds since this worker claimed or renewed anything; infinite if it never did."""
@@ -323,15 +299,13 @@ class StoreMaintenance:
 
     def lock(self, name: str, owner: str, seconds: float) -> bool:
         """Take the lock that lets one reaper work at a time; its holder renews it by calling again."""
-        return self._locked(f"{PREFIX}lock:{name}", owner, seconds, renew=True)
+        with redis_errors():
+            return bool(self._run["lock"]([f"{PREFIX}lock:{name}"], [owner, int(seconds * 1000)])[0])
 
     def once(self, name: str, owner: str, seconds: float) -> bool:
         """Return whether this was last done more than so many seconds ago, by any process."""
-        return self._locked(f"{PREFIX}once:{name}", owner, seconds, renew=False)
-
-    def _locked(self, key: str, owner: str, seconds: float, *, renew: bool) -> bool:
         with redis_errors():
-            return bool(self._run["lock"]([key], [owner, int(seconds * 1000), int(renew)])[0])
+            return bool(self.redis.set(f"{PREFIX}once:{name}", owner, nx=True, px=int(seconds * 1000)))
 
     def worker_seen(self, worker: str, processes: int, queues: Sequence[str], about: str = "") -> None:
         """Note that a worker lives, its processes, their queues, and its version and when it started."""
@@ -348,23 +322,14 @@ class StoreMaintenance:
 
         Returns the resources that it uses.
         """
-        job_id, rules = claim.accepted.job_id, self.rules
-        given = [
-            job_id,
-            claim.attempt_id,
-            claim.worker,
-            rules.stall_s,
-            rules.large_job_bytes,
-            rules.keep_record_s,
-        ]
-        with redis_errors():
-            found = self._run["stalled"]([job_key(job_id)], given)
+        rules, owner = self.rules, (claim.attempt_id, claim.worker)
+        given = (rules.stall_s, rules.large_job_bytes, rules.result_ttl_s)
+        found = self._call("stalled", claim.accepted.job_id, *owner, *given)
         return found[1].decode(errors="replace").split()
 
     def stuck(self, worker: str, processes: int, seconds: float, resources: Sequence[str]) -> None:
         """Note the processes of a worker that cannot be ended, and have it leave these resources alone."""
-        with redis_errors():
-            self._run["stuck"]([ANY_KEY], ["", worker, processes, seconds, *resources])
+        self._call("stuck", "", worker, processes, seconds, *resources)
 
     def workers(self) -> int:
         """The number of live workers; a killed one counts for ``WORKER_SEEN_S``."""

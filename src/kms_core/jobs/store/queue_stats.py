@@ -39,38 +39,39 @@ class QueueStats:
 
 
 def survey(store: JobStore, tenant: str | None = None) -> QueueStats:
-    """Statistics of all jobs; ``jobs`` of one tenant, if one is named. Raises JobsUnavailable."""
+    """Statistics of all jobs; ``jobs`` of one tenant, if one is named.
+
+    Raises JobsUnavailable, RecordRefused.
+    """
     tenants = [tenant] if tenant is not None else store.tenants()
-    bounded = list(store.rules.resource_leases)
+    now, bounded, width = store.now(), list(store.resource_leases), len(STATES) + 1
     with redis_errors():
         pipeline = store.redis.pipeline(transaction=False)
         for name in tenants:
             for state in STATES:
                 pipeline.zcard(f"{PREFIX}state:{name}:{state}")
-        for name in tenants:
             pipeline.hget(f"{PREFIX}spooled:{name}", "sum")
+        for resource in bounded:
+            pipeline.zcount(f"{PREFIX}used:{resource}", now, "+inf")
         pipeline.zcard(f"{PREFIX}dead")
         pipeline.info("memory")
         pipeline.hgetall(f"{PREFIX}stuck")
-        for resource in bounded:
-            pipeline.zcount(f"{PREFIX}used:{resource}", store.now(), "+inf")
-        answers = pipeline.execute()
-    leases = dict(zip(bounded, (int(one) for one in answers[len(answers) - len(bounded) :]), strict=True))
-    *counts, dead, memory, stuck = answers[: len(answers) - len(bounded)]
-    of_states = counts[: len(tenants) * len(STATES)]
-    jobs = {state: sum(int(one) for one in of_states[at :: len(STATES)]) for at, state in enumerate(STATES)}
-    sums = {name: int(one or 0) for name, one in zip(tenants, counts[len(of_states) :], strict=True)}
-    waits = max(0.0, store.now() - store.oldest())
+        *counts, dead, memory, stuck = pipeline.execute()
+        rows = [counts[at : at + width] for at in range(0, width * len(tenants), width)]
+        spooled = {name: int(row[-1] or 0) for name, row in zip(tenants, rows, strict=True)}
+        hanging = sum(map(int, stuck.values()))
+    waiting = store.waiting()
+    oldest = min((since for count, since in waiting.values() if count), default=now)
     return QueueStats(
-        jobs,
-        store.depths(),
-        waits,
-        int(dead),
+        {state: sum(row[at] for row in rows) for at, state in enumerate(STATES)},
+        {lane: count for lane, (count, _) in waiting.items()},
+        max(0.0, now - oldest),
+        dead,
         store.workers(),
         _share(memory),
-        sums,
-        sum(int(one) for one in stuck.values()),
-        leases,
+        spooled,
+        hanging,
+        dict(zip(bounded, counts[width * len(tenants) :], strict=True)),
         store.for_newer_workers(),
     )
 

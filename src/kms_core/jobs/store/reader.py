@@ -8,17 +8,16 @@ as Redis has them.
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, repeat
 from typing import Final, NamedTuple, cast
 
 import msgspec
-import redis
 import structlog
 
-from kms_core.jobs.ends import CLOCK_LEEWAY_S, SignedEnd, needs_proof, spec_digest
-from kms_core.jobs.model import REFUSED, Checkpoint, Job, NotifyWorker, StoreRules, part_id
-from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.ends import CLOCK_LEEWAY_S, SignedEnd, SignedSplit, needs_proof, spec_digest
+from kms_core.jobs.model import REFUSED, Checkpoint, Job, part_id
 from kms_core.jobs.spec import AnyJob, Fields, JobSpec, TreeJob
 from kms_core.jobs.store.maintenance import StoreMaintenance
 from kms_core.jobs.store.redis_keys import (
@@ -28,6 +27,7 @@ from kms_core.jobs.store.redis_keys import (
     reading,
     redis_errors,
 )
+from kms_core.settings.model import TenantSection
 from kms_protocol.errors import JobNotFinished, RecordRefused, SpoolQuota, UnknownJob
 from kms_protocol.units import size_text
 from kms_protocol.wire import STATES
@@ -69,12 +69,6 @@ class PartRecord:
 
 class JobReader(StoreMaintenance):
     """One job, a tenant's list, sealed parts, results. JobStore inherits it; all raise JobsUnavailable."""
-
-    def __init__(
-        self, client: redis.Redis, record_key: RecordKey, rules: StoreRules, notify: NotifyWorker | None
-    ) -> None:
-        super().__init__(client, rules, notify)
-        self.record_key = record_key
 
     def get(self, job_id: str, tenant: str) -> Job:
         """One job of this tenant; UnknownJob for another's too, and for parts."""
@@ -120,8 +114,7 @@ class JobReader(StoreMaintenance):
 
     def _let_go(self, job: Job, delay_s: float, *sent: int) -> bytes:
         _, sealed = self.seen(job.job_id, job.tenant)
-        with redis_errors():
-            word = self._run["release"]([job_key(job.job_id)], [job.job_id, sealed, delay_s, *sent])[0]
+        (word,) = self._call("release", job.job_id, sealed, delay_s, *sent)
         if word == b"gone":
             raise UnknownJob
         return word
@@ -251,8 +244,13 @@ class JobReader(StoreMaintenance):
 
     def spool_room(self, tenant: str) -> int | None:
         """Bytes that a tenant may still upload, None without a quota. ``submit`` has the last word."""
-        most = self.rules.spool_bytes_of(tenant)
+        most = self.spool_quota(tenant)
         return max(0, most - self.spooled_bytes(tenant)) if most else None
+
+    def spool_quota(self, tenant: str) -> int:
+        """Bytes that a tenant may have in the spool; 0 for any number."""
+        own = self.section.tenants.get(tenant, TenantSection()).spool_bytes
+        return own or self.rules.tenant_spool_bytes or 0
 
     def spooled_bytes(self, tenant: str) -> int:
         """Bytes of uploads and items of a tenant's jobs whose results have not expired."""
@@ -261,7 +259,7 @@ class JobReader(StoreMaintenance):
 
     def quota_error(self, tenant: str) -> SpoolQuota:
         """The error of a tenant whose quota of the spool is spent, which says what to do."""
-        used, most = self.spooled_bytes(tenant), self.rules.spool_bytes_of(tenant)
+        used, most = self.spooled_bytes(tenant), self.spool_quota(tenant)
         return SpoolQuota(
             f"Your tenant has {size_text(used)} of at most {size_text(most)} in the spool: release fetched "
             "results (`kms job release`, or DELETE of the result), or wait until they expire"
@@ -280,7 +278,8 @@ class JobReader(StoreMaintenance):
         with redis_errors():
             found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "log", "sealed"))
         log, sealed = [value or b"" for value in found]
-        return self.record_key.open_log(job_id, log, spec_digest(sealed)) if log else Checkpoint()
+        spec = spec_digest(sealed)
+        return self.record_key.verified(Checkpoint, job_id, log, spec) if log else Checkpoint()
 
     def parent_record(self, job_id: str) -> ParentRecord:
         """The fields from which the end of a parent job is made; missing fields are empty."""
@@ -294,7 +293,9 @@ class JobReader(StoreMaintenance):
             return []
         record = self.parent_record(job.job_id)
         try:
-            split = self.record_key.open_split(job.job_id, record.split, spec_digest(record.sealed))
+            split = self.record_key.verified(
+                SignedSplit, job.job_id, record.split, spec_digest(record.sealed)
+            )
         except UnknownJob:
             return []
         return [part_id(job.job_id, number) for number in range(split.parts)]
@@ -326,11 +327,9 @@ class JobReader(StoreMaintenance):
 
     def _part(self, job_id: str, raw: Mapping[bytes, bytes]) -> PartRecord:
         accepted, sealed, log = self._sealed(job_id, raw), raw.get(b"sealed", b""), raw.get(b"log", b"")
-        job = self.told(job_id, raw, accepted)
-        try:
-            found = self.record_key.open_log(job_id, log, spec_digest(sealed)) if log else Checkpoint()
-        except UnknownJob:  # it was forged, which is why the part was given up
-            found = Checkpoint()
+        job, found = self.told(job_id, raw, accepted), Checkpoint()
+        with suppress(UnknownJob):  # there is none, or it was forged, which is why the part was given up
+            found = self.record_key.verified(Checkpoint, job_id, log, spec_digest(sealed))
         mark = raw[b"end"] if job.end else f"{job.state} {job.error}".encode() + log
         is_unproven = job.error == REFUSED and raw.get(b"error") != REFUSED.encode()
         return PartRecord(job, accepted, sealed, found, spec_digest(mark), is_unproven)
@@ -354,14 +353,14 @@ class JobReader(StoreMaintenance):
 
     def _end(self, job_id: str, signed: bytes, spec: bytes) -> SignedEnd | None:
         try:
-            end = self.record_key.open_end(job_id, signed, spec)
+            end = self.record_key.verified(SignedEnd, job_id, signed, spec)
         except UnknownJob:
             return None
         return end if time.time() <= end.kept_until + CLOCK_LEEWAY_S else None
 
     def is_kept(self, accepted: JobSpec) -> bool:
         """Return whether its record can still be in Redis by itself; an older one was put back."""
-        return time.time() <= accepted.expires_at + self.rules.keep_record_s + CLOCK_LEEWAY_S
+        return time.time() <= accepted.expires_at + self.rules.result_ttl_s + CLOCK_LEEWAY_S
 
 
 def parts_digest(marks: Iterable[bytes]) -> bytes:

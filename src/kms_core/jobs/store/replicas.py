@@ -16,7 +16,6 @@ from typing import Any, Final
 import redis
 import structlog
 
-from kms_core.jobs.model import ReplicaRules
 from kms_core.jobs.store.redis_keys import PREFIX
 from kms_core.observability import metrics
 from kms_core.redis_client import connect, connect_to
@@ -49,9 +48,9 @@ _log = structlog.get_logger(__name__)
 class ReplicaWait:
     """Runs scripts, and tells whether what they wrote was acknowledged. Does not wait for 0 replicas."""
 
-    def __init__(self, client: redis.Redis, rules: ReplicaRules) -> None:
+    def __init__(self, client: redis.Redis, section: RedisSection) -> None:
         self._redis = client
-        self._rules = rules
+        self._section = section
 
     def run(
         self,
@@ -65,7 +64,7 @@ class ReplicaWait:
 
         Of a script that wrote nothing the second part means nothing: then ask ``confirm``.
         """
-        if not waits or not self._rules.replicas:
+        if not waits or not self._section.wait_replicas:
             return script(keys, args), True
         command = _command((script, keys, args))
         answer, waited = self._followed(command)
@@ -95,7 +94,7 @@ class ReplicaWait:
         WAITAOF asks for the writes of its own connection, so something is written first: what came before
         that is acknowledged with it.
         """
-        if not self._rules.replicas:
+        if not self._section.wait_replicas:
             return True
         answer, waited = self._followed(("SET", _WAITED, 1))
         if isinstance(answer, Exception):
@@ -104,7 +103,7 @@ class ReplicaWait:
 
     def _followed(self, *commands: tuple[Any, ...]) -> list[Any]:
         """The answers of the commands, and of WAITAOF; 0 instead of that where nothing is waited for."""
-        replicas, wait_ms = self._rules.replicas, self._rules.wait_ms
+        replicas, wait_ms = self._section.wait_replicas, self._section.wait_ms
         if not replicas:
             return [*_pipelined(self._redis, *commands), 0]
         first_ms = max(1, wait_ms // 4)  # if it is over, the second wait goes on
@@ -113,12 +112,12 @@ class ReplicaWait:
         return [*answers, waited]
 
     def _is_acknowledged(self, waited: object) -> bool:
-        if not self._rules.replicas:
+        if not self._section.wait_replicas:
             return True
         local, replicas = _numbers(waited)
-        if local and replicas >= self._rules.replicas:
+        if local and replicas >= self._section.wait_replicas:
             return True
-        _log.warning("redis.unconfirmed", replicas=replicas, wanted=self._rules.replicas)
+        _log.warning("redis.unconfirmed", replicas=replicas, wanted=self._section.wait_replicas)
         metrics.REDIS_UNCONFIRMED.inc()
         return False
 

@@ -13,6 +13,7 @@ from kms_core.jobs.store import small_blobs
 from kms_core.jobs.store.attempts import AttemptStore
 from kms_core.jobs.store.redis_keys import PREFIX, job_key, redis_errors
 from kms_core.observability import metrics
+from kms_core.settings.model import TenantSection
 from kms_protocol.errors import (
     GroupComplete,
     IdempotencyConflict,
@@ -43,7 +44,8 @@ class JobStore(AttemptStore):
     ) -> Job:
         """Store the job, then notify a worker. With a key that was used before: that job, or a conflict.
 
-        ``blob`` is its input, where that is small. ``resources`` are those that it uses, see ``StoreRules``.
+        ``blob`` is its input, where that is small. ``resources`` are those that it uses, as in ``[kms.jobs]
+        resource_leases``.
         Raises IdempotencyConflict, RateLimited when too many jobs wait, JobsUnavailable. Once this returns,
         the job survives any process. DurabilityUnconfirmed: replicas did not acknowledge it, so it was taken
         back unless it had begun.
@@ -61,7 +63,8 @@ class JobStore(AttemptStore):
         flat = [part for pair in fields.items() for part in pair]
         rules, tenant = self.rules, accepted.tenant
         given = [accepted.job_id, rules.open_jobs, value, accepted.expires_at, accepted.created_at, tenant]
-        given += [rules.tenant_open.get(tenant, 0), accepted.spooled_bytes, rules.spool_bytes_of(tenant)]
+        most = self.section.tenants.get(tenant, TenantSection()).open_jobs or 0
+        given += [most, accepted.spooled_bytes, self.spool_quota(tenant)]
         given += [rules.large_job_bytes, *self.wake_up(accepted.queue), *small_blobs.counted(blob)]
         with redis_errors():
             (word, *rest), confirmed = self._waits.run(self._run["submit"], keys, [*given, *flat])
@@ -111,9 +114,8 @@ class JobStore(AttemptStore):
         """Ends a queued job now, a running one at its next item or slab. Raises JobCommitting, UnknownJob."""
         job, sealed = self.seen(job_id, tenant)
         parts = self.parts_cut(job)
-        with redis_errors():
-            given = [job_id, sealed, self.rules.keep_record_s, self.rules.large_job_bytes, *parts]
-            word = self._run["cancel"]([job_key(job_id)], given)[0]
+        given = [sealed, self.rules.result_ttl_s, self.rules.large_job_bytes, *parts]
+        (word,) = self._call("cancel", job_id, *given)
         if word == b"committing":
             raise JobCommitting
         self.confirm(job_id)
@@ -135,9 +137,8 @@ class JobStore(AttemptStore):
         changed = {**times, "generation": accepted.generation + 1}
         sealed = self.record_key.seal(msgspec.structs.replace(accepted, **changed))
         flat = [part for pair in changed.items() for part in pair]
-        with redis_errors():
-            given = [job_id, before, sealed, seen, accepted.tenant, self.rules.large_job_bytes, *flat]
-            word = self._run["retry"]([job_key(job_id)], given)[0]
+        given = [before, sealed, seen, accepted.tenant, self.rules.large_job_bytes, *flat]
+        (word,) = self._call("retry", job_id, *given)
         if word != b"queued":
             self.get(job_id, tenant)  # UnknownJob, if the id is another tenant's by now
             raise JobNotDead

@@ -5,9 +5,7 @@ proves nothing about who sent it: the token in it does. Where callers are not au
 to the broker may submit, as principal ``celery``.
 """
 
-import inspect
 import math
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -27,7 +25,6 @@ from kms_core.jobs.submission.deadlines import Deadlines
 from kms_core.jobs.submission.submitter import ClientJobId, JobSubmitter, SubmissionOptions
 from kms_core.observability import metrics
 from kms_protocol import small_files, submit_message, wire
-from kms_protocol.context import Context
 from kms_protocol.errors import (
     BackendUnavailable,
     DecryptFailed,
@@ -42,7 +39,6 @@ from kms_protocol.errors import (
 
 VERSION: Final = 1
 LONGEST_S: Final = 24 * 3600
-SCHEMA_ID: Final = "urn:kms-service:kms.submit:v1"
 _WHO: Final = Principal("celery")
 _LOCK_S: Final = 120.0  # far above the time that the largest message takes to reach the spool
 _SKEW_S: Final = 60
@@ -51,38 +47,22 @@ _decode: Final = msgspec.json.Decoder(submit_message.Submission).decode
 _encode: Final = msgspec.json.Encoder(order="sorted").encode
 
 
-@dataclass(frozen=True, slots=True)
-class IntakeRules:
-    """Limits of a message, from settings. ``message_bytes`` bounds its JSON, ``header`` its age header."""
-
-    message_bytes: int
-    items: int
-    header: HeaderLimits
-    keep_for_s: int
-
-    @property
-    def text_length(self) -> int:
-        """The most characters that the base64 of such a message has."""
-        sealed = self.header.header_bytes + stream.NONCE + stream.sealed_size(self.message_bytes)
-        return (sealed + 2) // 3 * 4
-
-
 class Intake:
     """Opens messages with the intake identity and submits their jobs."""
 
-    def __init__(
-        self, key: AgeBackend, desk: JobSubmitter, rules: IntakeRules, doors: Authenticator | None = None
-    ) -> None:
+    def __init__(self, key: AgeBackend, desk: JobSubmitter, doors: Authenticator | None = None) -> None:
         """``doors`` None: callers are not authenticated, and a token is not looked at."""
         self._key = key
         self._desk = desk
-        self._rules = rules
+        self._limits = desk.store.section.limits
+        self._header = HeaderLimits(self._limits.sync_header_bytes, self._limits.sync_stanzas)
         self._doors = doors
 
     @property
     def text_length(self) -> int:
         """The most characters that a message has."""
-        return self._rules.text_length
+        longest = self._header.header_bytes + stream.NONCE + stream.sealed_size(self._limits.json_job_bytes)
+        return (longest + 2) // 3 * 4
 
     def accept(self, message: object, worker: str) -> str:
         """Take the job in a message; the answer is its id, which its submitter chose.
@@ -104,7 +84,7 @@ class Intake:
         if not store.lock(f"submit:{asked.job_id}", worker, _LOCK_S):
             raise JobsUnavailable("Another worker has this message in hand", retry_after_s=1.0)
         if not self._is_taken(named, who):  # the spool is written under the lock, or two would write one blob
-            self._desk.submit(self._terms(asked, named, who), asked.job, self._rules.items)
+            self._desk.submit(self._terms(asked, named, who), asked.job, self._limits.json_job_items)
         return asked.job_id
 
     def _who(self, asked: submit_message.Submission) -> Principal:
@@ -122,8 +102,8 @@ class Intake:
         """Open, decode and judge a message by itself; its values are in no error's text."""
         if not isinstance(message, str):
             raise InvalidRequest("The one argument of kms.submit is the base64 text of an age file")
-        if len(message) > self._rules.text_length:
-            raise TooLarge(f"The message is above {self._rules.text_length} characters")
+        if len(message) > self.text_length:
+            raise TooLarge(f"The message is above {self.text_length} characters")
         try:
             asked = _decode(self._open(msgspec.convert(message, bytes)))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -137,11 +117,11 @@ class Intake:
 
     def _open(self, sealed: bytes) -> bytes:
         """The JSON in a foreign age file; the identities are tried from the current one on."""
-        head = header.parse(sealed, self._rules.header)
+        head = header.parse(sealed, self._header)
         if binding.read(head) is not None:  # a ciphertext of this service is no message
             raise DecryptFailed
-        if stream.plaintext_size(len(sealed) - head.payload_offset) > self._rules.message_bytes:
-            raise TooLarge(f"The message is above {self._rules.message_bytes} bytes of JSON")
+        if stream.plaintext_size(len(sealed) - head.payload_offset) > self._limits.json_job_bytes:
+            raise TooLarge(f"The message is above {self._limits.json_job_bytes} bytes of JSON")
         versions = reversed(self._key.versions())
         keys = [KeyRef(_WHO.tenant, "intake", version.version, self._key.name) for version in versions]
         file_key, _ = sealing.foreign_file_key(head, self._key, keys)
@@ -161,25 +141,12 @@ class Intake:
     ) -> SubmissionOptions:
         """The record must outlive the message, else a late replay would run the job again."""
         job = asked.job
-        needed_s = math.ceil(_left_s(asked)) + _SKEW_S - int(self._desk.store.rules.keep_record_s)
-        keep_for_s = max(job.keep_for or self._rules.keep_for_s, needed_s)
+        needed_s = math.ceil(_left_s(asked)) + _SKEW_S - self._desk.store.rules.result_ttl_s
+        keep_for_s = max(job.keep_for or self._desk.store.rules.result_ttl_s, needed_s)
         deadlines = Deadlines(job.start_by, job.run_by, keep_for_s)
-        new_context = None if job.new_context is None else Context.parse(job.new_context)
-        return SubmissionOptions(
-            who,
-            job.kind,
-            Context.parse(job.context),
-            job.key_id,
-            new_context,
-            Deadlines(ttl_s=max(job.ttl_s, needed_s)) if job.ttl_s else deadlines,
-            named=named,
-            callback=job.callback or "",
-            priority=job.priority or "normal",
-            release=job.release or "",
-            labels=job.labels or {},
-            metadata=job.metadata or {},
-            group=job.group,
-        )
+        if job.ttl_s:
+            deadlines = Deadlines(ttl_s=max(job.ttl_s, needed_s))
+        return SubmissionOptions.of(who, job, deadlines, named=named)
 
 
 def recipient(path: Path) -> Recipient:
@@ -194,15 +161,6 @@ def recipient(path: Path) -> Recipient:
         raise UnknownKey("This service has no intake key, so it takes no kms.submit messages") from None
     except (OSError, ValueError, IndexError) as exc:
         raise BackendUnavailable("The intake key cannot be read") from exc
-
-
-def schema() -> dict[str, object]:
-    """The JSON schema of a message, as published in docs/schemas."""
-    found = msgspec.json.schema(submit_message.Submission)
-    for shape in found["$defs"].values():  # docstrings, which Python takes the indentation from since 3.13
-        if "description" in shape:
-            shape["description"] = inspect.cleandoc(shape["description"])
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA_ID, **found}
 
 
 def _given(job: wire.JobIn) -> dict[str, object]:

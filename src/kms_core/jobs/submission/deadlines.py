@@ -3,26 +3,16 @@
 from dataclasses import dataclass
 from datetime import datetime
 
+from kms_core.settings.model import JobsSection
 from kms_protocol.errors import InvalidDeadline
 from kms_protocol.units import time_text
-
-
-@dataclass(frozen=True, slots=True)
-class DeadlineRules:
-    """Defaults and maxima in seconds, from settings; those of times count from submission."""
-
-    start_within_s: float
-    run_within_s: float
-    keep_for_s: float
-    most_within_s: float
-    most_keep_for_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
     """Deadlines that a submission asks for; None takes the default.
 
-    ``ttl_s`` is how clients of 0.1 say all three: start, end and deletion within so many seconds.
+    ``ttl_s`` says all three: start, end and deletion within so many seconds.
     """
 
     start_by: datetime | None = None
@@ -32,19 +22,19 @@ class Deadlines:
 
     @property
     def text(self) -> str:
-        """All of it, to tell one request from another; empty without any, and ``ttl_s`` alone as in 0.1."""
+        """All of it, to tell one request from another."""
         times = [time_text(at, "microseconds") if at else "" for at in (self.start_by, self.run_by)]
-        return " ".join([*times, str(self.keep_for_s or "")]).strip()
+        return f"{times} {self.keep_for_s} {self.ttl_s}"
 
-    def fields(self, now: float, rules: DeadlineRules) -> dict[str, float]:
+    def fields(self, now: float, rules: JobsSection) -> dict[str, float]:
         """Times of a ``JobSpec`` submitted at ``now`` (seconds since the epoch). Raises InvalidDeadline."""
         if self.ttl_s:
-            if self.text:
+            if self.start_by or self.run_by or self.keep_for_s:
                 raise InvalidDeadline("ttl_s stands for start_by, run_by and keep_for: give it, or those")
             until = now + self.ttl_s
             return {"start_by": until, "run_by": until, "expires_at": until}
         start_by, run_by = (at.timestamp() if at else None for at in (self.start_by, self.run_by))
-        last = now + rules.most_within_s
+        last = now + rules.deadline_max_s
         for name, at in (("start_by", start_by), ("run_by", run_by)):
             if at is not None and at <= now:
                 raise InvalidDeadline(f"{name} is in the past: the service has {time_text(now)}")
@@ -52,9 +42,9 @@ class Deadlines:
                 raise InvalidDeadline(f"{name} is after {time_text(last)}: name an earlier one")
         if start_by and run_by and run_by < start_by:
             raise InvalidDeadline("run_by is before start_by: a job cannot end before it starts")
-        keep_for_s = self.keep_for_s or rules.keep_for_s
-        if keep_for_s > rules.most_keep_for_s:
-            raise InvalidDeadline(f"keep_for is above {rules.most_keep_for_s:.0f} s: name a shorter time")
+        keep_for_s = self.keep_for_s or rules.result_ttl_s
+        if keep_for_s > rules.keep_max_s:
+            raise InvalidDeadline(f"keep_for is above {rules.keep_max_s} s: name a shorter time")
         run_by = run_by or max(now + rules.run_within_s, start_by or 0)
         start_by = start_by or min(now + rules.start_within_s, run_by)
         return {

@@ -6,9 +6,9 @@ context, a path outside the roots.
 
 import hmac
 import uuid
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Self, TypeVar
+from typing import Final, Literal, Self, TypeVar
 
 import msgspec
 
@@ -25,7 +25,7 @@ from kms_core.jobs.storage.blob_writer import BlobWriter
 from kms_core.jobs.storage.locations import Locations
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Label, Spool
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.deadlines import DeadlineRules, Deadlines
+from kms_core.jobs.submission.deadlines import Deadlines
 from kms_core.observability import tracing
 from kms_core.service import Kms
 from kms_protocol import job_groups, wire
@@ -43,6 +43,7 @@ from kms_protocol.errors import (
     TooLarge,
 )
 
+_NOTHING: Final = "Give items, or source and target; to upload a file use /files/encrypt or /files/decrypt"
 _Spec = TypeVar("_Spec", bound=JobSpec)
 
 
@@ -81,12 +82,6 @@ class Reference:
         many = {"dry_run": self.dry_run, "rate_per_s": self.rate_per_s}
         return found | many if is_tree(self.source) else found
 
-    @property
-    def text(self) -> str:
-        """All of it, to tell one request from another."""
-        rest = f"\n{self.dry_run} {self.rate_per_s}" if self.dry_run or self.rate_per_s else ""
-        return f"{self.source}\n{self.target}\n{self.overwrite}{rest}"
-
     def check_many(self, kind: wire.JobKind) -> None:
         Tree.parse(self.source)
         if self.dry_run and kind not in MOVING:
@@ -98,9 +93,7 @@ class Reference:
 
     def check_in_place(self, kind: wire.JobKind) -> None:
         if kind not in MOVING:
-            raise InvalidRequest(
-                "Give items, or source and target; to upload a file use /files/encrypt or /files/decrypt"
-            )
+            raise InvalidRequest(_NOTHING)
         if not self.overwrite and not self.dry_run:
             raise InvalidRequest("A job without a target replaces its source: say so with overwrite")
 
@@ -132,6 +125,34 @@ class SubmissionOptions:
     metadata: Mapping[str, str] = field(default_factory=dict)
     group: job_groups.GroupIn | None = None
 
+    @classmethod
+    def of(
+        cls,
+        who: Principal,
+        job: wire.JobIn,
+        deadlines: Deadlines,
+        *,
+        idempotency: str = "",
+        named: ClientJobId | None = None,
+    ) -> Self:
+        """The options of a job as ``POST /jobs`` describes it. Raises InvalidContext."""
+        return cls(
+            who,
+            job.kind,
+            Context.parse(job.context),
+            job.key_id,
+            None if job.new_context is None else Context.parse(job.new_context),
+            deadlines,
+            idempotency,
+            named,
+            callback=job.callback or "",
+            priority=job.priority or "normal",
+            release=job.release or "",
+            labels=job.labels or {},
+            metadata=job.metadata or {},
+            group=job.group,
+        )
+
     @property
     def told(self) -> dict[str, object]:
         """Options that workers do not go by, as fields of a ``JobSpec``, as far as they were given."""
@@ -152,34 +173,9 @@ class SubmissionOptions:
     def idempotency_scope(self, route: str) -> str:
         """The text that the Redis key of an Idempotency-Key is a digest of; other callers have other texts.
 
-        Tenants and routes have no spaces. Spaces separate a name that has none, as they always did; a name
-        with spaces could end like a route, so it stands at the end, behind NULs, which no header can hold.
+        Tenants, routes and headers have no NUL; the name of a caller is at the end.
         """
-        who = self.who
-        if " " in who.name:
-            return f"{who.tenant}\0{route}\0{self.idempotency}\0{who.name}"
-        return f"{who.tenant} {who.name} {route} {self.idempotency}"
-
-
-@dataclass(frozen=True, slots=True)
-class SubmissionRules:
-    """Limits of acceptance, from settings.
-
-    ``callbacks``: whose each endpoint is; None is everybody's. ``bounded``: resources whose use is bounded.
-    ``require_install`` raises WrongInstall where spool and Redis do not belong together.
-    """
-
-    deadlines: DeadlineRules
-    item_bytes: int
-    require_context: bool
-    callbacks: Mapping[str, Collection[str] | None] = field(default_factory=dict)
-    bounded: Collection[str] = ()
-    require_install: Callable[[], None] = lambda: None
-
-    def knows(self, callback: str, tenant: str) -> bool:
-        """Return whether a tenant may name it. Another tenant's endpoint is as one that does not exist."""
-        tenants = self.callbacks.get(callback, ())
-        return tenants is None or tenant in tenants
+        return f"{self.who.tenant}\0{route}\0{self.idempotency}\0{self.who.name}"
 
 
 def new_id() -> str:
@@ -191,13 +187,20 @@ class JobSubmitter:
     """Accepts uploads, items and file references."""
 
     def __init__(
-        self, kms: Kms, store: JobStore, spool: Spool, places: Locations, rules: SubmissionRules
+        self,
+        kms: Kms,
+        store: JobStore,
+        spool: Spool,
+        places: Locations,
+        require_install: Callable[[], None],
     ) -> None:
+        """``require_install`` raises WrongInstall where spool and Redis do not belong together."""
         self.store = store
         self.spool = spool
         self._kms = kms
         self._places = places
-        self._rules = rules
+        self._require_install = require_install
+        self._section = store.section
 
     def check(self, options: SubmissionOptions, *, bulk: bool = False) -> None:
         """Raise what would fail for certain: Forbidden, UnknownKey, ContextRequired, JobsUnavailable, ….
@@ -211,15 +214,20 @@ class JobSubmitter:
         self._kms.keyring.named(options.key_id)
         sealing = options.kind == "encrypt" or options.new_context is not None
         context = options.context if options.new_context is None else options.new_context
-        if self._rules.require_context and sealing and not context and not bulk:
+        if self._section.require_context and sealing and not context and not bulk:
             raise ContextRequired
         group = options.group.callback if options.group else None
         for callback in filter(None, (options.callback, group)):
-            if not self._rules.knows(callback, options.who.tenant):
+            if not self._knows(callback, options.who.tenant):
                 raise InvalidRequest("callback names no endpoint for your tenant: see [kms.jobs.endpoints]")
-        options.deadlines.fields(self.store.now(), self._rules.deadlines)
+        options.deadlines.fields(self.store.now(), self._section.jobs)
         self.store.ping()
-        self._rules.require_install()
+        self._require_install()
+
+    def _knows(self, callback: str, tenant: str) -> bool:
+        """Return whether a tenant may name it. Another tenant's endpoint is as one that does not exist."""
+        endpoint = self._section.jobs.endpoints.get(callback)
+        return endpoint is not None and (endpoint.tenants is None or tenant in endpoint.tenants)
 
     def meter(self, options: SubmissionOptions, declared_bytes: int = 0) -> Callable[[int], None]:
         """To be told the size so far of what arrives: raises SpoolQuota above the tenant's quota."""
@@ -239,15 +247,10 @@ class JobSubmitter:
     def hasher(self, options: SubmissionOptions) -> hmac.HMAC:
         """A keyed digest of what is asked for; the body is fed to it as it arrives."""
         new = b"-" if options.new_context is None else b"+" + options.new_context.canonical()
-        asked = (options.kind.encode(), options.context.canonical(), (options.key_id or "").encode(), new)
-        rest = [str(options.deadlines.ttl_s or ""), options.callback]
-        if options.priority != "normal":  # what was asked for before there were priorities keeps its digest
-            rest.append(options.priority)
-        if told := options.told:
-            rest.append(msgspec.json.encode(told, order="sorted").decode())
-        if options.deadlines.text:
-            rest.append(f"deadlines {options.deadlines.text}")
-        return self.store.record_key.hasher(*asked, *(part.encode() for part in rest))
+        told = msgspec.json.encode(options.told, order="sorted")
+        texts = (options.kind, options.key_id or "", options.callback, options.priority)
+        encoded = (text.encode() for text in (*texts, options.deadlines.text))
+        return self.store.record_key.hasher(options.context.canonical(), new, told, *encoded)
 
     def submit(
         self,
@@ -262,15 +265,16 @@ class JobSubmitter:
         """
         self.check(options, bulk=body.items is not None)
         if body.items is not None and body.source is None and body.target is None:
-            check_count(len(body.items), most_items)
+            if len(body.items) > most_items:
+                raise TooLarge(
+                    f"More than {most_items} items: stream application/x-ndjson to POST /jobs?kind=… instead"
+                )
             if charge is not None:
                 charge(len(body.items))
             return self.items(options, body.items)
         if body.items is None and body.source is not None:
             return self.files(options, Reference.of(body))
-        raise InvalidRequest(
-            "Give items, or source and target; to upload a file use /files/encrypt or /files/decrypt"
-        )
+        raise InvalidRequest(_NOTHING)
 
     def receive_upload(
         self, options: SubmissionOptions, declared_bytes: int
@@ -315,7 +319,7 @@ class JobSubmitter:
         check_room = self.meter(options)
         with self.spool.writing(Label(options.who.tenant, job_id, ITEMS), may_be_small=True) as out:
             for index, item in enumerate(items):
-                bulk_lines.check_item(options.kind, index, item, self._rules.item_bytes)
+                bulk_lines.check_item(options.kind, index, item, self._section.limits.sync_plaintext_bytes)
                 if index % bulk_lines.PART_ITEMS == 0:
                     starts.append(out.size)
                 line = wire.encode(item) + b"\n"
@@ -335,7 +339,7 @@ class JobSubmitter:
         Raises Forbidden, PathRefused, TargetExists, ….
         """
         hasher = self.hasher(options)
-        hasher.update(asked.text.encode())
+        hasher.update(repr(asked).encode())
         job = self._spec(asked.form, options, options.job_id(), hasher.digest(), **asked.fields)
         authorization.check(self._kms, job.who, authorization.of(job))
         return self._store(options, msgspec.structs.replace(job, size_bytes=self._places.admit(job)))
@@ -351,7 +355,7 @@ class JobSubmitter:
         """The accepted specification; ``fields`` are those that this kind of job has."""
         now, who, new_context = self.store.now(), options.who, options.new_context
         try:
-            times = options.deadlines.fields(now, self._rules.deadlines)
+            times = options.deadlines.fields(now, self._section.jobs)
         except InvalidDeadline:  # it passed while the input arrived
             self.spool.delete(job_id)
             raise
@@ -404,10 +408,4 @@ class JobSubmitter:
             source = Tree.parse(job.source).base if isinstance(job, TreeJob) else job.source
             found = dict.fromkeys(self._places.resource(url) for url in (source, job.target))
         found |= dict.fromkeys(f"backend:{name}" for name in self._kms.keyring.named(job.key_id).names)
-        return [name for name in found if name.startswith("root:") or name in self._rules.bounded]
-
-
-def check_count(count: int, limit: int) -> None:
-    """The item limit of a JSON submission."""
-    if count > limit:
-        raise TooLarge(f"More than {limit} items: stream application/x-ndjson to POST /jobs?kind=… instead")
+        return [name for name in found if name.startswith("root:") or name in self.store.resource_leases]

@@ -139,7 +139,7 @@ def test_a_delivery_that_is_put_back_after_its_time_is_not_sent(
         ci = endpoint(tmp_path, receiver.url(scheme="http"), None)
         outbox, delivery = waiting(store, {"ci": ci})
         outbox.remove(delivery)
-        made_at = time.time() - 24 * 3600 - LONG.keep_record_s - late_s
+        made_at = time.time() - 24 * 3600 - LONG.jobs.result_ttl_s - late_s
         plain = msgspec.msgpack.encode(msgspec.structs.replace(delivery, created_at=made_at, entry=b""))
         store.redis.zadd(DUE, {store.record_key.seal_as(b"kms-service/webhook-delivery/1", b"", plain): 0})
         dispatcher = WebhookDispatcher(outbox, {"ci": ci}, "me")
@@ -158,7 +158,7 @@ def test_an_event_of_a_record_that_was_put_back_after_its_time_is_not_told(
     store: JobStore, ci: WebhookEndpoint
 ) -> None:
     job_id, kept = end(store, "failed", "decrypt_failed"), end(store, "failed", "decrypt_failed")
-    long_ago = time.time() - LONG.keep_record_s - 61
+    long_ago = time.time() - LONG.jobs.result_ttl_s - 61
     old = accepted(job_id=job_id, callback="ci", expires_at=long_ago)
     forge(store, job_id, sealed=store.record_key.seal(old))
 

@@ -11,14 +11,14 @@ from kms_core.container import Core
 from kms_core.jobs import bulk_lines
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import Job, StoreRules, part_id
+from kms_core.jobs.model import Job, part_id
 from kms_core.jobs.spec import BULK
 from kms_core.jobs.storage.spool import ITEMS
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import JobNotDead, RateLimited, ResultExpired
-from support.job_stores import remove_inputs, spool_folder
+from support.job_stores import remove_inputs, spool_folder, with_jobs
 
 WHO = Principal("local")
 CONTEXT = Context.parse("env=test")
@@ -87,12 +87,12 @@ def test_splitting_twice_makes_the_same_parts_and_a_part_counts_once(core: Core)
 
 
 def test_a_part_that_uses_up_its_attempts_has_error_lines(core: Core) -> None:
-    core.worker_context.store.rules = StoreRules(lease_s=0.01, attempts=1)
+    core.worker_context.store.rules = with_jobs(lease_s=0.01, attempts=1).jobs
     job = submit(core, 1_001)
     run_job(job.job_id, core.worker_context, "w/1")
     dead, *others = parts_of(core, job)
     assert core.worker_context.store.claim(dead, "w/9") is not None  # and dies
-    core.worker_context.store.rules = StoreRules(lease_s=30, attempts=1)
+    core.worker_context.store.rules = with_jobs(lease_s=30, attempts=1).jobs
     while core.worker_context.store.reap(dead) != "requeued":
         pass
     for part in (dead, *others):
@@ -133,7 +133,7 @@ def test_items_leave_the_spool_with_the_last_part(core: Core) -> None:
 
 
 def test_submissions_are_turned_away_before_the_broker_drowns(core: Core) -> None:
-    core.worker_context.store.rules = StoreRules(open_jobs=1)
+    core.worker_context.store.rules = with_jobs(open_jobs=1).jobs
     submit(core, 1)
 
     with pytest.raises(RateLimited):
@@ -141,7 +141,7 @@ def test_submissions_are_turned_away_before_the_broker_drowns(core: Core) -> Non
 
 
 def test_a_tenant_runs_so_many_jobs_at_a_time(core: Core) -> None:
-    core.worker_context.store.rules = StoreRules(tenant_leases=1)
+    core.worker_context.store.rules = with_jobs(tenant_leases=1).jobs
     first, second = submit(core, 1), submit(core, 1)
     held = core.worker_context.store.claim(first.job_id, "w/1")
     assert held is not None
@@ -154,11 +154,11 @@ def test_a_tenant_runs_so_many_jobs_at_a_time(core: Core) -> None:
 
 def test_a_dead_letter_is_listed_and_can_be_retried(core: Core) -> None:
     store = core.worker_context.store
-    store.rules = StoreRules(attempts=0)
+    store.rules = with_jobs(attempts=0).jobs
     job = submit(core, 1)
     assert store.claim(job.job_id, "w/1") is None
     assert [found.job_id for found in store.dead(WHO.tenant, 10)] == [job.job_id]
-    store.rules = StoreRules()
+    store.rules = with_jobs().jobs
 
     store.retry(job.job_id, WHO.tenant, 60)
     run_job(job.job_id, core.worker_context, "w/1")

@@ -8,10 +8,11 @@ import pytest
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_next
-from kms_core.jobs.model import Attempt, Following, ReplicaRules
+from kms_core.jobs.model import Attempt, Following
 from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store.replicas import ReplicaWait
 from kms_core.jobs.submission.submitter import SubmissionOptions
+from kms_core.settings.model import RedisSection
 from kms_protocol import wire
 from kms_protocol.context import Context
 from support.job_stores import TENANT, forge
@@ -129,7 +130,8 @@ def test_end_of_a_job_waits_for_replicas_with_a_claim_behind_it(
     """There is no replica here, so the end is not acknowledged: it stands, and that is told."""
     jobs = [submit(core) for _ in range(2)]
     store = core.worker_context.store
-    store._waits = ReplicaWait(store.redis, ReplicaRules(1, 50))  # noqa: SLF001 -- as settings would have it
+    waiting = RedisSection(url="", broker_url="", wait_replicas=1, wait_ms=50)
+    store._waits = ReplicaWait(store.redis, waiting)  # noqa: SLF001 -- as settings would have it
     after = following()
     capsys.readouterr()
 

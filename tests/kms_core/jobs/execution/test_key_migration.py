@@ -256,7 +256,7 @@ def test_file_that_somebody_changes_meanwhile_is_theirs(
     core: Core, root: Path, *, replaced: bool, many: bool
 ) -> None:
     found = core.worker_context.store
-    store = Interloper(found.redis, found.record_key, lambda *_: None, found.rules)
+    store = Interloper(found.redis, found.record_key, lambda *_: None, found.section)
     store.path, store.replaced = root / "a", replaced
     worker_context = WorkerContext(core.kms, store, core.worker_context.spool, core.worker_context.places)
 

@@ -14,7 +14,7 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.lease import FoundLarge, Lease
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import Attempt, StoreRules, part_id
+from kms_core.jobs.model import Attempt, part_id
 from kms_core.jobs.spec import FILES, QUEUES
 from kms_core.jobs.storage.local_paths import Roots
 from kms_core.jobs.storage.locations import check_holes
@@ -24,7 +24,7 @@ from kms_protocol.context import Context
 from kms_protocol.errors import SpoolFull, TooLarge
 from kms_protocol.wire import ENDED, PRIORITIES
 from support.credentials import REQUIRED, Guarded
-from support.job_stores import COMMIT, accepted, store_of
+from support.job_stores import COMMIT, accepted, store_of, with_jobs
 from support.object_jobs import Bench
 from support.service import check_problem, core_of
 from support.waiting import until
@@ -121,19 +121,14 @@ def test_one_tenant_alone_has_all_processes(tmp_path: Path) -> None:
 # -- a share for others, claim by claim ---------------------------------------------------------------------
 
 
-def rules(*, large_leases: int = 1, several: bool = True, tenant_leases: int = 1_000) -> StoreRules:
-    return StoreRules(
-        lease_s=600,
-        tenant_leases=tenant_leases,
-        large_job_bytes=LARGE,
-        large_leases=large_leases,
-        has_several_tenants=lambda: several,
-    )
+def sharing(core: Core, *, several: bool = True, **changes: object) -> JobStore:
+    """A store in which one of two processes of a worker is left to jobs that are not large."""
+    return store_of(core, with_jobs(attempts=5, large_job_bytes=LARGE, **changes), [], several=several)
 
 
 @pytest.fixture
 def store(core: Core) -> JobStore:
-    return store_of(core, rules(), [])
+    return sharing(core)
 
 
 def made(store: JobStore, size_bytes: int = LARGE, tenant: str = "a", **more: object) -> str:
@@ -167,7 +162,7 @@ def test_large_job_waits_while_another_holds_what_large_ones_may(store: JobStore
 
 @pytest.mark.parametrize("end", ["finish", "defer", "reap"])
 def test_process_of_a_large_job_is_free_when_its_lease_ends(core: Core, end: str) -> None:
-    store = store_of(core, rules(), [])
+    store = sharing(core)
     first, second = made(store), made(store)
     claim = held(store, first)
     if end == "finish":
@@ -182,9 +177,7 @@ def test_process_of_a_large_job_is_free_when_its_lease_ends(core: Core, end: str
 
 
 def test_large_lease_of_a_killed_worker_counts_no_longer_than_it_lasts(core: Core) -> None:
-    store = store_of(
-        core, StoreRules(lease_s=0.2, large_job_bytes=LARGE, has_several_tenants=lambda: True), []
-    )
+    store = sharing(core, lease_s=0.2)
     first, second = made(store), made(store)
     held(store, first)
     time.sleep(0.3)
@@ -193,7 +186,7 @@ def test_large_lease_of_a_killed_worker_counts_no_longer_than_it_lasts(core: Cor
 
 
 def test_renewed_large_lease_counts_on(core: Core) -> None:
-    store = store_of(core, StoreRules(lease_s=2, large_job_bytes=LARGE, has_several_tenants=lambda: True), [])
+    store = sharing(core, lease_s=2)
     first, second = made(store), made(store)
     claim = held(store, first)
     for _ in range(3):
@@ -211,7 +204,7 @@ def test_another_worker_has_processes_of_its_own(store: JobStore) -> None:
 
 
 def test_one_tenant_alone_and_processes_that_are_not_reserved(core: Core) -> None:
-    alone, two = store_of(core, rules(several=False), []), store_of(core, rules(large_leases=2), [])
+    alone, two = sharing(core, several=False), sharing(core, concurrency=3)
     jobs = [made(alone) for _ in range(3)]
 
     assert [bool(two.claim(job, "w/1")) for job in jobs] == [True, True, False]
@@ -281,10 +274,8 @@ def test_large_parts_wait_and_small_ones_do_not(store: JobStore) -> None:
 
 
 def test_large_job_that_dies_again_and_again_is_no_exception(core: Core) -> None:
-    short = store_of(
-        core, StoreRules(lease_s=0.2, attempts=3, large_job_bytes=LARGE, has_several_tenants=lambda: True), []
-    )
-    store = store_of(core, rules(), [])
+    short = store_of(core, with_jobs(lease_s=0.2, large_job_bytes=LARGE), [], several=True)
+    store = sharing(core)
     first, second = made(store), made(store)
     assert short.claim(first, "w/1")
     time.sleep(0.3)  # its worker died
@@ -307,17 +298,15 @@ def test_large_jobs_always_have_one_process(
     install.make("*", tenant="a")
     install.make("*", tenant="b")
 
-    found = core_of(install).worker_context.store.rules
-
-    assert (found.large_leases, found.has_several_tenants()) == (processes, True)
+    assert core_of(install).worker_context.store.large_leases() == processes
 
 
 def test_nothing_is_reserved_where_the_settings_say_so(tmp_path: Path, redis_url: str) -> None:
     none = "[kms.jobs]\nreserved_processes = 0\n[kms.tenants.a]\n[kms.tenants.b]\n"
 
-    assert not core_of(
-        Guarded(tmp_path, f"{REQUIRED}{none}", redis_url)
-    ).worker_context.store.rules.has_several_tenants()
+    store = core_of(Guarded(tmp_path, f"{REQUIRED}{none}", redis_url)).worker_context.store
+
+    assert store.large_leases() == 0
 
 
 def test_commit_is_finished_whatever_the_size_of_its_source(store: JobStore) -> None:
@@ -332,7 +321,7 @@ def test_commit_is_finished_whatever_the_size_of_its_source(store: JobStore) -> 
 
 
 def test_leases_of_a_dead_worker_do_not_count_for_a_tenant(core: Core) -> None:
-    store = store_of(core, StoreRules(lease_s=0.2, tenant_leases=1), [])
+    store = store_of(core, with_jobs(lease_s=0.2, tenant_leases=1), [])
     first, second = made(store, SMALL), made(store, SMALL)
     held(store, first)
     assert store.claim(second, "w/2") is None
@@ -342,7 +331,7 @@ def test_leases_of_a_dead_worker_do_not_count_for_a_tenant(core: Core) -> None:
 
 
 def test_deferred_job_has_no_lease(core: Core) -> None:
-    store = store_of(core, rules(tenant_leases=1), [])
+    store = sharing(core, tenant_leases=1)
     first, second = made(store, SMALL), made(store, SMALL)
     store.defer(held(store, first), 600, counts=False)
 
@@ -371,7 +360,7 @@ def now(core: Core, job_id: str) -> tuple[str, str]:
 
 
 def test_file_that_has_grown_large_is_claimed_again_as_a_large_job(core: Core, files: Path) -> None:
-    core.worker_context.store.rules = rules()
+    core = replace(core, worker_context=replace(core.worker_context, store=sharing(core)))
     (files / "in").write_bytes(bytes(SMALL))
     job_id = submit(core, files / "in")
     (files / "in").write_bytes(bytes(LARGE))
@@ -390,7 +379,7 @@ def test_file_that_has_grown_large_is_claimed_again_as_a_large_job(core: Core, f
 
 
 def test_files_of_a_part_that_have_grown_make_it_large(core: Core, files: Path) -> None:
-    core.worker_context.store.rules = rules()
+    core = replace(core, worker_context=replace(core.worker_context, store=sharing(core)))
     (files / "in").mkdir()
     for number in range(4):
         (files / "in" / str(number)).write_bytes(b"x")

@@ -12,12 +12,12 @@ from kms_core.container import Core
 from kms_core.jobs.execution import attendance
 from kms_core.jobs.execution.attendance import Attendance, Stall
 from kms_core.jobs.execution.lease import Chore, HandedBack, Lease
-from kms_core.jobs.model import LeaseLost, StoreRules
+from kms_core.jobs.model import LeaseLost
 from kms_core.jobs.store.store import JobStore
-from support.job_stores import COMMIT, TENANT, claimed, store_of
+from support.job_stores import COMMIT, TENANT, claimed, store_of, with_jobs
 from support.waiting import until
 
-BRISK: Final = StoreRules(lease_s=0.6, attempts=3, stall_s=0.8)
+BRISK: Final = with_jobs(lease_s=0.6, stall_s=0.8)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_chore_that_hangs_ends_its_process(store: JobStore, shared: Attendance
 
 
 def test_a_worker_that_stops_tells_its_attempts(core: Core, shared: Attendance) -> None:
-    store = store_of(core, StoreRules(lease_s=0.6))
+    store = store_of(core, with_jobs(lease_s=0.6))
     with Lease(store, claimed(store)) as lease:
         time.sleep(1)
         lease.check()
@@ -102,7 +102,7 @@ def test_an_attempt_that_does_not_hear_it_is_handed_back(
     core: Core, shared: Attendance, monkeypatch: pytest.MonkeyPatch, *, commits: bool
 ) -> None:
     monkeypatch.setattr("kms_core.jobs.execution.lease._DEAF_S", 0.5)
-    store = store_of(core, StoreRules(lease_s=5))
+    store = store_of(core, with_jobs(lease_s=5))
     claim = claimed(store)
     if commits:
         store.committing(claim, COMMIT)

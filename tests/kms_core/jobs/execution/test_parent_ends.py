@@ -155,7 +155,7 @@ def test_two_workers_that_end_the_last_parts_come_to_one_end(core: Core) -> None
 
     seen: list[str] = []
     found = core.worker_context.store
-    store = Meeting(found.redis, found.record_key, lambda *_: None, found.rules)
+    store = Meeting(found.redis, found.record_key, lambda *_: None, found.section)
     worker_context = type(core.worker_context)(
         core.kms, store, core.worker_context.spool, core.worker_context.places
     )

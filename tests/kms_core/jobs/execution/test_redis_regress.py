@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +26,18 @@ from kms_protocol.errors import Forbidden
 from kms_protocol.wire import JobKind
 from support.embedded_valkey import unrestricted
 from support.failing_store import interrupted
-from support.job_stores import COMMIT, LONG, TENANT, accepted, claimed, connect, forge, spool_folder, store_of
+from support.job_stores import (
+    COMMIT,
+    LONG,
+    TENANT,
+    accepted,
+    claimed,
+    connect,
+    forge,
+    spool_folder,
+    store_of,
+    with_jobs,
+)
 from support.redis_regress import Snapshot
 
 WHO = Principal("local")
@@ -116,17 +126,6 @@ def test_attempt_ids_have_128_random_bits(store: JobStore) -> None:
 
     assert len(ids) == 50
     assert all(len(each) == 26 and each.isalnum() for each in ids)  # 5 bits a character: 130
-
-
-def test_attempt_of_0_1_takes_a_job_over_and_the_newer_one_is_powerless(store: JobStore) -> None:
-    """Its claim raises the fence, and knows no attempt id."""
-    claim = claimed(store)
-    forge(store, claim.accepted.job_id, fence=str(claim.fence + 1))
-
-    with pytest.raises(LeaseLost):
-        store.renew(claim, {})
-    with pytest.raises(LeaseLost):
-        store.finish(claim, "succeeded")
 
 
 def test_commit_that_is_taken_back_leaves_a_running_job(store: JobStore) -> None:
@@ -436,7 +435,7 @@ def roles(core: Core, job_id: str) -> set[str]:
 
 def reap(core: Core, grace_s: float) -> None:
     found = core.worker_context.store
-    store = JobStore(found.redis, found.record_key, lambda _: None, replace(LONG, input_grace_s=grace_s))
+    store = JobStore(found.redis, found.record_key, lambda _: None, with_jobs(input_grace_s=grace_s))
     Reaper(store, core.worker_context.spool, "w").reap()
 
 
@@ -505,16 +504,6 @@ def test_inputs_outlive_the_end_by_the_grace(core: Core, make: Callable[[Core], 
 
     reap(core, 0)
     assert roles(core, job_id) == kept
-    assert not core.worker_context.store.redis.exists("kms:inputs")
-
-
-def test_input_of_a_job_that_has_not_ended_stays(core: Core) -> None:
-    job_id = bulk(core)
-    core.worker_context.store.redis.zadd("kms:inputs", {job_id: 1})
-
-    reap(core, 0)
-
-    assert roles(core, job_id) == {"items"}
     assert not core.worker_context.store.redis.exists("kms:inputs")
 
 

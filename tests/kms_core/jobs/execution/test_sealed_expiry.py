@@ -14,7 +14,7 @@ from kms_core.container import Core
 from kms_core.jobs.ends import spec_digest
 from kms_core.jobs.execution.context import WorkerContext
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import Attempt, Checkpoint, Job, part_id
+from kms_core.jobs.model import Attempt, Checkpoint, Commit, Job, part_id
 from kms_core.jobs.spec import ClocksApart, Fields
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
@@ -224,12 +224,13 @@ def test_real_worker_puts_no_file_of_an_expired_commit_in_place(tmp_path: Path, 
         core = core_of(service)
         job_id = begun(core, service.files)
         store, commit = core.worker_context.store, record(core.worker_context.store, job_id)[b"commit"]
-        opened = store.record_key.open_commit(job_id, commit, spec_digest(record(store, job_id)[b"sealed"]))
+        spec = spec_digest(record(store, job_id)[b"sealed"])
+        opened = store.record_key.verified(Commit, job_id, commit, spec)
         age(core, job_id, 70)
         spec = spec_digest(record(store, job_id)[b"sealed"])
-        forge(store, job_id, commit=store.record_key.sign_commit(job_id, opened, spec), lease_until="0")
+        forge(store, job_id, commit=store.record_key.sign(job_id, opened, spec), lease_until="0")
         (service.files / "out").write_bytes(NEWER)
-        store.redis.zadd("kms:open", {job_id: 0})
+        store.redis.zadd("kms:leased", {job_id: 0})
         service.start("worker")
         until(lambda: now(core, job_id).ended, "the job has ended")
 
@@ -314,7 +315,9 @@ def test_commit_of_a_part_that_expires_before_it_is_finished_puts_nothing_in_pla
             return claim
 
     dying, aging = (
-        replace(core.worker_context, store=made(found.redis, found.record_key, lambda *_: None, found.rules))
+        replace(
+            core.worker_context, store=made(found.redis, found.record_key, lambda *_: None, found.section)
+        )
         for made in (Dying, Aging)
     )
     with pytest.raises(Killed):
@@ -341,7 +344,7 @@ def test_part_that_expires_while_it_runs_writes_no_further_file(
             stack.enter_context(later(monkeypatch, 2 * 86_400))
 
     job_id, found = many(core, root), core.worker_context.store
-    store = Aging(found.redis, found.record_key, lambda *_: None, found.rules)
+    store = Aging(found.redis, found.record_key, lambda *_: None, found.section)
     with stack:
         run_job(
             part_id(job_id, 0),

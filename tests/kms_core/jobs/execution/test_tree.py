@@ -424,7 +424,7 @@ def test_worker_that_was_overtaken_in_the_middle_has_no_effect(
 def test_part_that_comes_further_each_time_is_no_dead_letter(
     core: Core, worker_context: WorkerContext, root: Path
 ) -> None:
-    names = [f"f{number}" for number in range(LONG.attempts + 3)]
+    names = [f"f{number}" for number in range(LONG.jobs.attempts + 3)]
     fill(root / "in", **dict.fromkeys(names, b"x"))
     job_id = submit(core, "encrypt", url(root / "in", "*"), url(root / "out"))
     run_job(job_id, worker_context, "w")
@@ -445,7 +445,7 @@ def test_part_that_kills_every_worker_ends_and_tells_what_was_done(
     job_id = submit(core, "encrypt", url(root / "in", "*"), url(root / "out"))
     run_job(job_id, worker_context, "w")
     part = part_id(job_id, 0)
-    for at in (2, 1, *[0] * (LONG.attempts - 1)):  # at c, at c once b is in place, at c
+    for at in (2, 1, *[0] * (LONG.jobs.attempts - 1)):  # at c, at c once b is in place, at c
         with pytest.raises(Killed):
             run_job(part, stumbling(core, at, after=False), "w1")
         lapse(worker_context.store)

@@ -3,13 +3,14 @@
 import os
 import time
 from pathlib import Path
+from typing import Final
 
 import pytest
 from structlog.testing import capture_logs
 
 from kms_core.container import Core
 from kms_core.jobs.model import LeaseLost
-from kms_core.jobs.recovery.reaper import TRIM_EVERY, Reaper
+from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.storage.spool import Label
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
@@ -95,38 +96,63 @@ def test_uploads_are_orphans_when_nothing_changed_them_for_an_hour(
     assert known in core.worker_context.spool.folders(older_than_s=-10)
 
 
-@pytest.mark.parametrize("count", [1, 1000, 2001], ids=str)
-def test_reaper_forgets_the_ids_of_expired_records_that_nobody_lists(
-    core: Core, store: JobStore, count: int
-) -> None:
-    kept = store.submit(accepted()).job_id
-    store.redis.sadd("kms:tenants", "gone")
-    for key in ("kms:tenant:default", "kms:tenant:gone", "kms:dead"):
-        store.redis.zadd(key, {f"expired-{number}": number for number in range(count)})
-    store.redis.zadd("kms:dead", {kept: 1e10})
-    reaper = reaper_of(core, store)
-
-    for _ in range(41):
-        reaper.reap()
-
-    for key in ("kms:tenant:default", "kms:dead"):
-        assert store.redis.zrange(key, 0, -1) == [kept.encode()]
-    assert not store.redis.exists("kms:tenant:gone")
-    assert store.redis.smembers("kms:tenants") == {b"default"}
+LISTS: Final = ("tenant:default", "state:default:failed", "dead", "dead:default")
 
 
-def test_reaper_looks_at_the_oldest_jobs_of_a_list_each_time(core: Core, store: JobStore) -> None:
-    ids = [store.submit(accepted()).job_id for _ in range(40)]
-    reaper = reaper_of(core, store)
-    for _ in range(3 * TRIM_EVERY + 1):
-        reaper.reap()
-    for job_id in ids[:3]:
-        store.redis.delete(f"kms:job:{job_id}")
+def lists_with(store: JobStore, job_id: str) -> list[str]:
+    """The lists of jobs that have this one, those of labels too."""
+    names = [*LISTS, *(f"label:{digest}" for digest in store.label_digests(TENANT, {"run": "7"}))]
+    return [name for name in names if store.redis.zscore(f"kms:{name}", job_id) is not None]
 
-    for _ in range(TRIM_EVERY):
-        reaper.reap()
 
-    assert store.redis.zrange("kms:tenant:default", 0, -1) == [job_id.encode() for job_id in ids[3:]]
+def dead(store: JobStore) -> str:
+    claim = claimed(store, labels={"run": "7"})
+    store.finish(claim, "failed", "attempts_exhausted")
+    return claim.accepted.job_id
+
+
+def test_the_ids_of_expired_records_leave_all_lists(core: Core, store: JobStore) -> None:
+    gone, kept = dead(store), dead(store)
+    assert len(lists_with(store, gone)) == 5
+    store.redis.delete(f"kms:job:{gone}")
+    store.redis.zadd("kms:records", {gone: 1})
+
+    reaper_of(core, store).reap()
+
+    assert lists_with(store, gone) == []
+    assert len(lists_with(store, kept)) == 5
+    assert store.redis.zrange("kms:records", 0, -1) == store.redis.hkeys("kms:lists") == [kept.encode()]
+    assert store.tenants() == [TENANT]
+
+
+def test_a_tenant_without_records_is_forgotten(core: Core, store: JobStore) -> None:
+    gone = dead(store)
+    store.redis.delete(f"kms:job:{gone}")
+    store.redis.zadd("kms:records", {gone: 1})
+
+    reaper_of(core, store).reap()
+
+    assert store.tenants() == []
+
+
+def test_the_lists_keep_a_job_for_as_long_as_its_record_is_kept(store: JobStore) -> None:
+    job_id = dead(store)
+
+    forgotten_at = store.redis.zscore("kms:records", job_id)
+    assert forgotten_at is not None
+    assert forgotten_at == pytest.approx(store.now() + store.redis.ttl(f"kms:job:{job_id}"), abs=5)
+
+
+def test_a_job_that_was_retried_stays_in_its_lists(core: Core, store: JobStore) -> None:
+    job_id = dead(store)
+    assert store.retry(job_id, TENANT, 60).state == "queued"
+    store.redis.zadd("kms:records", {job_id: 1})
+
+    reaper_of(core, store).reap()
+
+    assert [job.job_id for job in store.page(TENANT, state="queued", limit=5, before=None)[0]] == [job_id]
+    assert lists_with(store, job_id)[0] == "tenant:default"
+    assert not store.redis.exists("kms:records")
 
 
 def test_one_reaper_at_a_time(store: JobStore) -> None:
@@ -168,7 +194,7 @@ def test_a_step_that_fails_keeps_the_reaper_from_no_other(
     def fails() -> list[str]:
         raise JobsUnavailable
 
-    for read in ("due", "lists"):
+    for read in ("due", "for_newer_workers"):
         monkeypatch.setattr(store, read, fails)
     with core.worker_context.spool.writing(Label(TENANT, orphan, "head", "1")) as out:
         out.write(b"x")
@@ -183,4 +209,4 @@ def test_a_step_that_fails_keeps_the_reaper_from_no_other(
     assert store.get(good, TENANT).purged == 1
     assert not folder.exists()
     failed = [line["step"] for line in logs if line["event"] == "caretaker.step_failed"]
-    assert sorted(failed) == ["take_up_due", "trim"], "each is told once"
+    assert sorted(failed) == ["take_up_due", "tell_of_newer"], "each is told once"

@@ -15,7 +15,7 @@ from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.wire import PRIORITIES, JobItem
-from support.job_stores import LONG, TENANT, accepted, forge, store_of
+from support.job_stores import LONG, TENANT, accepted, depths, forge, store_of
 from support.service import Service, check_problem, core_of
 
 ONE = {"kind": "encrypt", "items": [{"plaintext": ""}]}
@@ -56,11 +56,11 @@ def test_depth_counts_every_priority(idle: Service) -> None:
 
     assert idle.get("/status").json()["queue_depth"] == before + 4
     exposed = idle.http.get("/metrics").text
-    depths = core_of(idle).worker_context.store.depths()
-    assert depths[BULK, "normal"] >= 2
+    found = depths(core_of(idle).worker_context.store)
+    assert found[BULK, "normal"] >= 2
     for priority in PRIORITIES:
         assert (
-            f'kms_queue_depth{{priority="{priority}",queue="kms.bulk"}} {depths[BULK, priority]}.0' in exposed
+            f'kms_queue_depth{{priority="{priority}",queue="kms.bulk"}} {found[BULK, priority]}.0' in exposed
         )
     assert [idle.job(job_id)["priority"] for job_id in jobs] == ["high", "normal", "low", "normal"]
 
@@ -90,21 +90,21 @@ def test_parts_inherit_the_priority_and_so_does_a_retry(core: Core, store: JobSt
     items = [JobItem(plaintext=b"x")] * (PART_ITEMS + 1)
     terms = SubmissionOptions(Principal("local"), "encrypt", Context.parse("a=1"), priority="low")
     job_id = core.submitter.items(terms, items).job_id
-    assert store.depths()[BULK, "low"] == 1
+    assert depths(store)[BULK, "low"] == 1
 
     run_job(job_id, core.worker_context, "w")
 
-    assert store.depths()[BULK, "low"] == sum(store.depths().values()) == 2
+    assert depths(store)[BULK, "low"] == sum(depths(store).values()) == 2
     forge(store, job_id, state="failed", error="attempts_exhausted")
     store.retry(job_id, TENANT, 60)
-    assert store.depths()[BULK, "low"] == 3
+    assert depths(store)[BULK, "low"] == 3
 
 
 def test_forged_priority_and_queue_of_a_queued_job_change_nothing(store: JobStore) -> None:
     job = store.submit(accepted(priority="high", source="items", items=1))
     forge(store, job.job_id, priority="highest", queue="celery")
 
-    assert store.depths()[BULK, "high"] == 1
+    assert depths(store)[BULK, "high"] == 1
     claim = store.next("w/1", BULK, QUEUES, woken=False)
     assert isinstance(claim, Attempt)
     assert claim.accepted.priority == "high"

@@ -3,13 +3,11 @@
 import json
 import time
 from collections import Counter
-from dataclasses import replace
-from typing import Final
 
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.model import Attempt, StoreRules
+from kms_core.jobs.model import Attempt
 from kms_core.jobs.recovery.reaper import Heartbeat, Reaper
 from kms_core.jobs.spec import BULK, FILES, QUEUES, JobSpec
 from kms_core.jobs.store import queue_stats, wake_up
@@ -18,17 +16,8 @@ from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import JobsUnavailable
 from kms_protocol.wire import Priority
-from support.job_stores import LONG, TENANT, accepted, claimed, forge, lapse, store_of
+from support.job_stores import LONG, TENANT, accepted, claimed, depths, forge, lapse, store_of, with_jobs
 from support.waiting import until
-
-# What version 0.1 did not have: it knew one set of open jobs only.
-NEW_KEYS: Final = (
-    "ready:kms.bulk:default:small",
-    "active:kms.bulk",
-    "sizes:kms.bulk:default",
-    "waiting:kms.bulk:normal",
-    "state:default:queued",
-)
 
 
 @pytest.fixture
@@ -113,7 +102,7 @@ def test_a_tenant_that_was_idle_saves_no_time_up(store: JobStore) -> None:
 
 
 def test_a_capped_tenant_blocks_no_other_and_comes_back(core: Core) -> None:
-    store = store_of(core, rules_with(tenant_leases=1))
+    store = store_of(core, with_jobs(tenant_leases=1))
     for _ in range(3):
         store.submit(job(tenant="capped"))
     store.submit(job(tenant="other"))
@@ -127,7 +116,7 @@ def test_a_capped_tenant_blocks_no_other_and_comes_back(core: Core) -> None:
 
 
 def test_a_capped_tenant_comes_back_when_its_lease_runs_out(core: Core) -> None:
-    store = store_of(core, rules_with(tenant_leases=1))
+    store = store_of(core, with_jobs(tenant_leases=1))
     for _ in range(2):
         store.submit(job())
     attempt(store)
@@ -139,12 +128,8 @@ def test_a_capped_tenant_comes_back_when_its_lease_runs_out(core: Core) -> None:
     assert taken(store) == TENANT
 
 
-def rules_with(**changes: object) -> StoreRules:
-    return StoreRules(**{"lease_s": 600.0, "attempts": 3, **changes})  # type: ignore[arg-type]  # as named
-
-
 def test_large_jobs_leave_processes_to_others(core: Core) -> None:
-    store = store_of(core, rules_with(large_job_bytes=1000, has_several_tenants=lambda: True))
+    store = store_of(core, with_jobs(large_job_bytes=1000), several=True)
     for _ in range(2):
         store.submit(job(tenant="large", size_bytes=1000))
     assert taken(store, "w/1") == "large"
@@ -156,7 +141,7 @@ def test_large_jobs_leave_processes_to_others(core: Core) -> None:
 
 
 def test_a_small_job_passes_a_large_one_of_its_tenant(core: Core) -> None:
-    store = store_of(core, rules_with(large_job_bytes=1000, has_several_tenants=lambda: True))
+    store = store_of(core, with_jobs(large_job_bytes=1000), several=True)
     for size in (1000, 1000, 10):
         store.submit(job(size_bytes=size))
     attempt(store, "w/1")
@@ -208,7 +193,7 @@ def test_a_deferred_job_is_ready_when_its_time_has_come(store: JobStore) -> None
     store.submit(job())
     store.defer(attempt(store), 0.3, counts=False)
     assert taken(store) is None
-    assert sum(store.depths().values()) == 0
+    assert sum(depths(store).values()) == 0
 
     until(store.due, "the delay is over")
     assert store.reap_all(store.due()) == ["due"]
@@ -255,8 +240,8 @@ def test_depth_and_age_are_of_ready_jobs(store: JobStore) -> None:
         store.submit(job(priority=priority))
     attempt(store)
 
-    assert store.depths()[BULK, "low"] == 2
-    assert sum(store.depths().values()) == 2
+    assert depths(store)[BULK, "low"] == 2
+    assert sum(depths(store).values()) == 2
     found = queue_stats.survey(store)
     assert found.jobs == {"queued": 2, "running": 1, "committing": 0}
     assert 0 <= found.oldest_queued_s < 60
@@ -349,7 +334,7 @@ def test_a_worker_is_woken_from_when_it_takes_messages(store: JobStore, woken: l
 
 
 def test_no_wake_up_for_jobs_of_a_tenant_at_its_cap(core: Core, woken: list[str]) -> None:
-    store = store_of(core, replace(LONG, tenant_leases=1), woken)
+    store = store_of(core, with_jobs(tenant_leases=1), woken)
     for _ in range(3):
         store.submit(job())
     running = attempt(store)
@@ -437,38 +422,7 @@ def test_a_failed_wake_up_loses_no_job(core: Core) -> None:
     assert taken(store) == TENANT
 
 
-# -- junk, older versions, a full Redis ------------------------------------------------------------------
-
-
-def test_a_job_of_an_older_version_is_adopted(core: Core, store: JobStore) -> None:
-    found = store.submit(job())
-    for key in NEW_KEYS:
-        store.redis.delete(f"kms:{key}")
-    assert taken(store) is None
-
-    Reaper(store, core.worker_context.spool, "r").reap()
-
-    assert store.depths()[BULK, "normal"] == 1
-    assert store.page(TENANT, state="queued", limit=5, before=None)[0][0].job_id == found.job_id
-    assert taken(store) == TENANT
-
-
-def test_ended_jobs_of_an_older_version_are_listed(core: Core, store: JobStore) -> None:
-    """Version 0.1 knew one list of dead jobs, and the list of all jobs of a tenant."""
-    dead = [store.submit(job()).job_id for _ in range(3)]
-    for _ in dead:
-        store.finish(attempt(store), "failed", "attempts_exhausted")
-    for key in (f"state:{TENANT}:failed", f"dead:{TENANT}"):
-        store.redis.delete(f"kms:{key}")
-
-    reaper = Reaper(store, core.worker_context.spool, "r")
-    reaper.reap()  # which finds the tenant's list
-    reaper.reap()
-
-    assert {found.job_id for found in store.dead(TENANT, 10)} == set(dead)
-    assert {found.job_id for found in store.page(TENANT, state="failed", limit=5, before=None)[0]} == set(
-        dead
-    )
+# -- junk ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("junk", ["no record", "a string", "ended", "another queue"])

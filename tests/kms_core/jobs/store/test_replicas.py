@@ -3,13 +3,13 @@
 import pytest
 import redis
 
-from kms_core.jobs.model import ReplicaRules
 from kms_core.jobs.store.replicas import ReplicaWait, check, check_answers
 from kms_core.settings.load import load
 from kms_core.settings.model import RedisSection
 from kms_protocol.errors import ConfigurationError
 
-ONE = ReplicaRules(1, 20)
+NONE = RedisSection(url="", broker_url="")
+ONE = RedisSection(url="", broker_url="", wait_replicas=1, wait_ms=20)
 WRITES = "#!lua\nredis.call('SET', KEYS[1], ARGV[1])\nreturn {'written'}"
 
 
@@ -29,7 +29,7 @@ def test_script_that_was_never_loaded_is_loaded(client: redis.Redis) -> None:
 
 def test_nothing_is_waited_for_without_the_setting(client: redis.Redis) -> None:
     client.set_response_callback("WAITAOF", lambda *_, **__: pytest.fail("it waits"))
-    wait = ReplicaWait(client, ReplicaRules())
+    wait = ReplicaWait(client, NONE)
 
     assert wait.run(client.register_script(WRITES), ["kms:a"], ["b"]) == ([b"written"], True)
     assert wait.confirm()

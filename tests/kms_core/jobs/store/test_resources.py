@@ -6,20 +6,16 @@ from typing import Final, cast
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.model import Attempt, LeaseLost, StoreRules
+from kms_core.jobs.model import Attempt, LeaseLost
 from kms_core.jobs.spec import BULK, QUEUES, JobSpec
 from kms_core.jobs.store import queue_stats
 from kms_core.jobs.store.store import JobStore
-from support.job_stores import COMMIT, LONG, TENANT, accepted, lapse, store_of
+from support.job_stores import COMMIT, LONG, TENANT, accepted, depths, lapse, store_of, with_jobs
 from support.waiting import until
 
 NAS: Final = "root:/srv/nas"
 DISK: Final = "root:/srv/disk"
 BUCKET: Final = "bucket:archive"
-
-
-def rules(**changes: object) -> StoreRules:
-    return StoreRules(**{"lease_s": 600.0, "attempts": 3, **changes})  # type: ignore[arg-type]  # as named
 
 
 def submit(store: JobStore, resources: Sequence[str], **changes: object) -> str:
@@ -39,7 +35,7 @@ def taken(store: JobStore, worker: str = "w/1") -> str | None:
 
 
 def test_a_full_resource_blocks_nothing_behind_it(core: Core) -> None:
-    store = store_of(core, rules(resource_leases={NAS: 1}))
+    store = store_of(core, with_jobs(resource_leases={NAS: 1}))
     nas = [submit(store, [NAS]) for _ in range(3)]
     others = [submit(store, [DISK]), submit(store, []), submit(store, [NAS], tenant="other")]
 
@@ -47,7 +43,7 @@ def test_a_full_resource_blocks_nothing_behind_it(core: Core) -> None:
 
 
 def test_it_is_chosen_again_when_a_lease_ends(core: Core) -> None:
-    store = store_of(core, rules(resource_leases={NAS: 1}))
+    store = store_of(core, with_jobs(resource_leases={NAS: 1}))
     first, second = (submit(store, [NAS], tenant=tenant) for tenant in ("a", "b"))
     held = attempt(store)
     assert held
@@ -59,7 +55,7 @@ def test_it_is_chosen_again_when_a_lease_ends(core: Core) -> None:
 
 
 def test_a_killed_worker_does_not_hold_it_for_ever(core: Core) -> None:
-    store = store_of(core, rules(resource_leases={NAS: 1}))
+    store = store_of(core, with_jobs(resource_leases={NAS: 1}))
     for _ in range(2):
         submit(store, [NAS])
     attempt(store)
@@ -72,7 +68,7 @@ def test_a_killed_worker_does_not_hold_it_for_ever(core: Core) -> None:
 
 
 def test_a_job_holds_each_resource_that_it_uses(core: Core) -> None:
-    store = store_of(core, rules(resource_leases={BUCKET: 1, "backend:aws": 2}))
+    store = store_of(core, with_jobs(resource_leases={BUCKET: 1, "backend:aws": 2}))
     submit(store, [NAS, BUCKET, "backend:aws"])
     submit(store, [NAS, BUCKET])
     last = submit(store, ["backend:aws"])
@@ -84,7 +80,7 @@ def test_a_job_holds_each_resource_that_it_uses(core: Core) -> None:
 
 def test_what_waits_for_a_bound_wakes_nobody(core: Core) -> None:
     woken: list[str] = []
-    store = store_of(core, rules(resource_leases={NAS: 1}), woken)
+    store = store_of(core, with_jobs(resource_leases={NAS: 1}), woken)
     for _ in range(20):
         submit(store, [NAS])
     attempt(store)
@@ -93,14 +89,14 @@ def test_what_waits_for_a_bound_wakes_nobody(core: Core) -> None:
 
     store.wake(BULK)
     assert woken == []
-    assert store.depths()[BULK, "normal"] == 19
+    assert depths(store)[BULK, "normal"] == 19
 
     submit(store, [DISK])
     assert woken == [BULK]
 
 
 def test_parts_use_what_their_job_uses(core: Core) -> None:
-    store = store_of(core, rules(resource_leases={NAS: 1}))
+    store = store_of(core, with_jobs(resource_leases={NAS: 1}))
     submit(store, [NAS], source="file:///srv/nas/*", items=0)
     whole = attempt_of_files(store)
     parts = [
@@ -122,7 +118,7 @@ def attempt_of_files(store: JobStore) -> Attempt:
 
 @pytest.mark.parametrize("junk", ["", "x", "root:/srv/nas kms.bulk", "\x00 : "])
 def test_junk_in_a_record_names_no_resource(core: Core, junk: str) -> None:
-    store = store_of(core, rules(resource_leases={NAS: 1}))
+    store = store_of(core, with_jobs(resource_leases={NAS: 1}))
     job_id = submit(store, [NAS])
     store.redis.hset(f"kms:job:{job_id}", "resources", junk)
     store.redis.sadd(f"kms:blocked:{NAS}", "junk", "a b", f"kms.bulk {TENANT} small")
@@ -140,7 +136,7 @@ def test_junk_in_a_record_names_no_resource(core: Core, junk: str) -> None:
 
 @pytest.fixture
 def store(core: Core) -> JobStore:
-    return store_of(core, rules(stall_s=0.5))
+    return store_of(core, with_jobs(stall_s=0.5))
 
 
 def test_a_stalled_attempt_loses_its_lease_and_its_root(store: JobStore) -> None:

@@ -19,7 +19,7 @@ from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import JobNotDead, RecordRefused, ResultExpired, ResultReleased
-from support.job_stores import LONG, TENANT, lapse, spool_folder, store_of
+from support.job_stores import TENANT, lapse, spool_folder, store_of, with_jobs
 from support.service import CANARY, Service, core_of, unb64
 
 OPTIONS: Final = SubmissionOptions(Principal("local"), "encrypt", Context())
@@ -69,7 +69,7 @@ def on_disk(core: Core, job_id: str) -> set[str]:
 
 def reap(core: Core, grace_s: float) -> None:
     found = core.worker_context.store
-    store = JobStore(found.redis, found.record_key, lambda _: None, replace(LONG, input_grace_s=grace_s))
+    store = JobStore(found.redis, found.record_key, lambda _: None, with_jobs(input_grace_s=grace_s))
     Reaper(store, core.worker_context.spool, "w").reap()
 
 
@@ -278,7 +278,7 @@ def test_nothing_rests_of_a_job_that_was_not_accepted(core: Core, monkeypatch: p
 
 def test_dead_job_is_retried_with_its_input(core: Core) -> None:
     job_id = bulk(core, b"x")
-    store = store_of(core, replace(LONG, attempts=1), [])
+    store = store_of(core, with_jobs(attempts=1), [])
     assert store.claim(job_id, "w/1")
     lapse(store)
     store.reap(job_id)

@@ -14,7 +14,7 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.ends import Work
 from kms_core.jobs.execution.lease import Lease
-from kms_core.jobs.model import Attempt, Job, LeaseLost, StoreRules, part_id
+from kms_core.jobs.model import Attempt, Job, LeaseLost, part_id
 from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.spec import BULK, FILES, MAINTENANCE
 from kms_core.jobs.store.store import JobStore
@@ -42,6 +42,7 @@ from support.job_stores import (
     record,
     state,
     store_of,
+    with_jobs,
 )
 from support.service import CANARY
 from support.waiting import until
@@ -55,7 +56,7 @@ def store(core: Core) -> JobStore:
 @pytest.fixture
 def beating(core: Core) -> JobStore:
     """A store whose leases are renewed six times a second."""
-    return store_of(core, StoreRules(lease_s=0.5))
+    return store_of(core, with_jobs(lease_s=0.5))
 
 
 # -- submitting ------------------------------------------------------------------------------------------
@@ -349,9 +350,11 @@ def test_heartbeat_notices_cancellation(store: JobStore) -> None:
 
 def test_worker_without_redis_stops_when_its_lease_is_over(core: Core, store: JobStore) -> None:
     claim = claimed(store)
-    rules = StoreRules(lease_s=0.5)
     away = JobStore(
-        connect("unix:///nonexistent.sock"), core.worker_context.store.record_key, lambda *_: None, rules
+        connect("unix:///nonexistent.sock"),
+        core.worker_context.store.record_key,
+        lambda *_: None,
+        with_jobs(lease_s=0.5),
     )
 
     with Lease(away, claim) as lease, pytest.raises(LeaseLost):
@@ -378,7 +381,7 @@ def test_job_ends_once(store: JobStore) -> None:
 def test_attempts_are_counted_and_end(store: JobStore) -> None:
     job_id = claimed(store).accepted.job_id
     fences = [1]
-    for _ in range(LONG.attempts - 1):
+    for _ in range(LONG.jobs.attempts - 1):
         lapse(store)
         claim = store.claim(job_id, "w")
         assert claim
@@ -387,7 +390,7 @@ def test_attempts_are_counted_and_end(store: JobStore) -> None:
 
     assert store.claim(job_id, "w") is None
     found = store.get(job_id, TENANT)
-    assert (found.state, found.error, found.attempt) == ("failed", "attempts_exhausted", LONG.attempts)
+    assert (found.state, found.error, found.attempt) == ("failed", "attempts_exhausted", LONG.jobs.attempts)
     assert all(later > earlier for earlier, later in pairwise([*fences, found.fence]))
 
 
@@ -534,7 +537,7 @@ def test_commit_said_twice_is_said_once(store: JobStore) -> None:
 def test_commit_is_handed_to_whoever_comes_next(store: JobStore) -> None:
     claim = claimed(store)
     store.committing(claim, COMMIT)
-    for number in range(2, 2 + 2 * LONG.attempts):  # a commit has no limit of attempts
+    for number in range(2, 2 + 2 * LONG.jobs.attempts):  # a commit has no limit of attempts
         lapse(store)
         assert store.reap(claim.accepted.job_id) == "committing"
         again = store.claim(claim.accepted.job_id, "w")

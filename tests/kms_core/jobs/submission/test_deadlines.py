@@ -12,17 +12,19 @@ from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.model import Attempt, Checkpoint, Job, LeaseLost
 from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.deadlines import DeadlineRules, Deadlines
+from kms_core.jobs.submission.deadlines import Deadlines
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidDeadline, JobExpired
 from kms_protocol.wire import JobItem
-from support.job_stores import COMMIT, LONG, TENANT, accepted, record, store_of
+from support.job_stores import COMMIT, LONG, TENANT, accepted, record, store_of, with_jobs
 from support.object_jobs import WHO
 from support.waiting import until
 
 NOW: Final = 1_900_000_000.0
-RULES: Final = DeadlineRules(600, 3_600, 7_200, 30 * 86_400, 86_400)
+RULES: Final = with_jobs(
+    start_within_s=600, run_within_s=3_600, result_ttl_s=7_200, deadline_max_s=30 * 86_400, keep_max_s=86_400
+).jobs
 
 
 def at(seconds: float) -> datetime:
@@ -183,9 +185,9 @@ def test_a_result_is_kept_from_the_end_on(store: JobStore) -> None:
 
     assert found.expires_at == pytest.approx(time.time() + 60, abs=5)
     assert found.end
-    assert found.end.kept_until == pytest.approx(found.expires_at + LONG.keep_record_s, abs=5)
+    assert found.end.kept_until == pytest.approx(found.expires_at + LONG.jobs.result_ttl_s, abs=5)
     assert store.redis.zscore("kms:ended", job_id) == pytest.approx(found.expires_at, abs=1)
-    assert store.redis.ttl(f"kms:job:{job_id}") == pytest.approx(60 + LONG.keep_record_s, abs=5)
+    assert store.redis.ttl(f"kms:job:{job_id}") == pytest.approx(60 + LONG.jobs.result_ttl_s, abs=5)
 
 
 def test_a_job_of_an_old_client_is_kept_from_its_submission_on(store: JobStore) -> None:

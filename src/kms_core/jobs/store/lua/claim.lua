@@ -135,8 +135,8 @@ local function try(key, name, named)
   local lease_until = is_commit and now + tonumber(ARGV[3]) or lease_end(f, tonumber(ARGV[3]))
   unready(name, f)
   redis.call('ZREM', P .. 'expiring', name)
-  redis.call('HSET', key, 'attempt_id', attempt_id, 'fence', fence, 'attempt_fence', fence, 'attempt', attempt,
-    'lease_until', lease_until, 'worker', worker, 'paid_until', now + 0.01)
+  redis.call('HSET', key, 'attempt_id', attempt_id, 'fence', fence, 'attempt', attempt, 'lease_until', lease_until,
+    'worker', worker, 'paid_until', now + 0.01)
   if not is_commit then
     redis.call('HSETNX', key, 'started_at', now)
     become(key, name, f, 'running', 'bytes_done', 0, 'items_done', 0, 'items_failed', 0)

@@ -19,6 +19,7 @@
 --   group:<digest>              jobs of a group by age; group-open:<digest> those that have not ended
 --   state:<t>:<state>           jobs of a tenant by age; tenant:<t> has all of them
 --   label:<digest>              jobs with a label by age; the digest is keyed, over tenant, name and value
+--   records, lists              ended jobs by when their record expires; the keys of lists that they leave then
 --   running:<t>, large:<w>      leases of a tenant, and of large jobs on a worker
 --   ended, dead, dead:<t>       results by expiry; dead jobs, and those of a tenant
 --   inputs                      ended jobs whose input is still in the spool, by when they ended
@@ -53,8 +54,7 @@ local function record(key)
   local found, f = redis.call('HMGET', key, unpack(FIELDS)), {}
   for i, name in ipairs(FIELDS) do f[name] = found[i] or nil end
   f.tenant, f.queue, f.priority = f.tenant or '', f.queue or 'kms.bulk', f.priority or 'normal'
-  f.run_by = number(f.run_by) > 0 and number(f.run_by) or number(f.expires_at)  -- 0.1 knew one term only
-  f.start_by = number(f.start_by) > 0 and number(f.start_by) or f.run_by
+  f.run_by, f.start_by = number(f.run_by), number(f.start_by)
   return f
 end
 
@@ -131,20 +131,19 @@ local function index_group(name, f, is_open, until_s)
   return not is_open and redis.call('ZCARD', all) >= size and redis.call('EXISTS', open) == 0
 end
 
--- Put a job into the indices of its labels, which live until the last record that they ever had has expired.
--- Each addition looks at some members, so that records that expired before are at most a third of an index.
-local function index_labels(name, f, until_s)
-  for digest in string.gmatch(f.labels or '', '%x+') do
-    local key = P .. 'label:' .. digest
-    redis.call('ZADD', key, number(f.created_at), name)
-    local count = redis.call('ZCARD', key)
-    for step = 1, 3 do
-      local rank = (tonumber(clock[2]) + step * 7919) % count
-      local old = redis.call('ZRANGE', key, rank, rank)[1]
-      if old and redis.call('EXISTS', P .. 'job:' .. old) == 0 then redis.call('ZREM', key, old) end
-    end
-    outlive(key, until_s)
-  end
+-- Note the lists that a job is in until its record expires (FORGET).
+local function note_lists(name, f, until_s)
+  local keys = { P .. 'tenant:' .. f.tenant, state_key(f, f.state), P .. 'dead', P .. 'dead:' .. f.tenant }
+  for digest in string.gmatch(f.labels or '', '%x+') do table.insert(keys, P .. 'label:' .. digest) end
+  redis.call('ZADD', P .. 'records', until_s, name)
+  redis.call('HSET', P .. 'lists', name, table.concat(keys, ' '))
+end
+
+-- Take a job out of those lists.
+local function forget(name)
+  for key in string.gmatch(redis.call('HGET', P .. 'lists', name) or '', '%S+') do redis.call('ZREM', key, name) end
+  redis.call('HDEL', P .. 'lists', name)
+  redis.call('ZREM', P .. 'records', name)
 end
 
 -- -- terms ---------------------------------------------------------------------------------------------
@@ -302,10 +301,6 @@ local function has_choice(queue)
   return redis.call('EXISTS', active_key(queue)) == 1
 end
 
-local function capacity(queue)
-  return number(redis.call('GET', P .. 'capacity:' .. queue))
-end
-
 local function ready_jobs(queue)
   local found = 0
   for priority in pairs(PENALTY_S) do
@@ -316,7 +311,7 @@ end
 
 -- Processes that would take a wake-up for a queue.
 local function idle(queue)
-  local processes = capacity(queue)
+  local processes = number(redis.call('GET', P .. 'capacity:' .. queue))
   if processes == 0 then return 0 end
   redis.call('ZREMRANGEBYSCORE', draining_key(queue), 0, now)
   return math.max(0, processes - lasting(wakes_key(queue)) - redis.call('ZCARD', draining_key(queue)))
@@ -335,12 +330,20 @@ end
 
 -- -- leases and ends -----------------------------------------------------------------------------------
 
-local function large_key(worker)  -- of a worker, whose name ends before the pid of its child
-  return P .. 'large:' .. string.match(worker or '', '^[^/]*')
-end
+local function worker_of(process) return string.match(process or '', '^[^/]*') end  -- without the pid of its child
+local function large_key(process) return P .. 'large:' .. worker_of(process) end
+local function stalls_key(process) return P .. 'stalls:' .. worker_of(process) end
+local function probes_key(process) return P .. 'probes:' .. worker_of(process) end
 
-local function stalls_key(worker) return P .. 'stalls:' .. string.match(worker or '', '^[^/]*') end
-local function probes_key(worker) return P .. 'probes:' .. string.match(worker or '', '^[^/]*') end
+-- Have a worker leave roots alone for so many seconds.
+local function leave_alone(worker, resources, seconds)
+  for _, resource in ipairs(resources) do
+    if string.sub(resource, 1, 5) == 'root:' then
+      redis.call('ZADD', stalls_key(worker), 'GT', now + seconds, resource)
+      redis.call('EXPIRE', stalls_key(worker), 86400)
+    end
+  end
+end
 
 local function release(f, name)  -- the lease of a job is over
   local worker = redis.call('HGET', P .. 'job:' .. name, 'worker') or ''
@@ -357,6 +360,16 @@ local function release(f, name)  -- the lease of a job is over
     if redis.call('EXISTS', sizes_key(queue, f.tenant)) == 1 then activate(queue, f.tenant) end
   end
   if capped[1] then redis.call('DEL', capped_key(f.tenant)) end
+end
+
+-- Take the lease from a job; one that runs is queued again. The caller puts it into a set.
+local function give_back(f, delay_s)
+  charge_lease(job, f)
+  release(f, id)
+  redis.call('HSET', job, 'lease_until', 0, 'attempt_id', '')  -- a late renewal changes nothing
+  if f.state ~= 'running' then return end
+  become(job, id, f, 'queued', 'not_before', now + delay_s)
+  redis.call('ZADD', P .. 'expiring', waits_until(f), id)
 end
 
 local function quota_key(tenant)  -- the open jobs of a tenant by expiry, without their parts
@@ -398,7 +411,7 @@ local function close(key, name, f, state, code, keep_s)
   redis.call('ZADD', P .. 'ended', expires, name)
   redis.call('EXPIREAT', key, math.floor(expires + keep_s))
   redis.call('EXPIREAT', P .. 'blobs:' .. name, math.floor(expires + keep_s))
-  index_labels(name, f, expires + keep_s)
+  if not f.parent then note_lists(name, f, expires + keep_s) end
   f.attempt = redis.call('HGET', key, 'attempt')
   event(f, name, state, code)
   if index_group(name, f, false, expires + keep_s) then event(f, name, 'ended', '', 'group') end
@@ -445,11 +458,10 @@ local function parent_stopped(parent)
   return w[1] ~= 'running' or w[2] == '1'
 end
 
--- Whether the attempt of this id holds the job; its state; whether it is to stop. Attempts of 0.1 have no id:
--- their claim shows in the fence, the number of claims.
+-- Whether the attempt of this id holds the job; its state; whether it is to stop.
 local function held(attempt_id)
-  local f = redis.call('HMGET', job, 'state', 'attempt_id', 'cancel', 'parent', 'fence', 'attempt_fence')
-  local ours = (f[1] == 'running' or f[1] == 'committing') and f[2] == attempt_id and f[5] == f[6]
+  local f = redis.call('HMGET', job, 'state', 'attempt_id', 'cancel', 'parent')
+  local ours = (f[1] == 'running' or f[1] == 'committing') and f[2] == attempt_id
   return ours, f[1], f[3] == '1' or parent_stopped(f[4])
 end
 

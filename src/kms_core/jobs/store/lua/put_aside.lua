@@ -5,13 +5,8 @@
 local ours, state = held(ARGV[2])
 if not ours then return {'lost'} end
 local f = record(job)
-charge_lease(job, f)
-release(f, id)
-redis.call('HSET', job, 'needs', ARGV[3], 'lease_until', 0)
-if state == 'running' then
-  add(job, 'attempt', -1)
-  become(job, id, f, 'queued')
-  redis.call('ZADD', P .. 'expiring', waits_until(f), id)
-end
+give_back(f, 0)
+redis.call('HSET', job, 'needs', ARGV[3])
+if state == 'running' then add(job, 'attempt', -1) end
 put_aside(job, id, f, ARGV[3])
 return {'aside'}

@@ -12,25 +12,18 @@ for _, name in ipairs(redis.call('HKEYS', job)) do
   if string.sub(name, 1, 6) == 'tally:' then redis.call('HDEL', job, name) end
 end
 redis.call('HDEL', job, 'parts', 'parts_left', 'split', 'end', 'cancel', 'purged', 'started_at', 'ended_at')
-redis.call('HSET', job, unpack(ARGV, 7))
+redis.call('HSET', job, 'tenant', ARGV[5], unpack(ARGV, 7))
 local f = record(job)
-redis.call('ZREM', P .. 'dead', id)
-redis.call('ZREM', P .. 'dead:' .. f.tenant, id)
-redis.call('ZREM', state_key(f, f.state), id)
-redis.call('HSET', job, 'tenant', ARGV[5])
-f.tenant = ARGV[5]
+f.attempt = nil
 become(job, id, f, 'queued', 'error', '', 'attempt', 0, 'not_before', 0, 'sealed', ARGV[3])
 add(job, 'fence', 1)
 redis.call('PERSIST', job)
 redis.call('PERSIST', P .. 'blobs:' .. id)
-redis.call('ZREM', P .. 'dead:' .. f.tenant, id)
-redis.call('ZREM', P .. 'ended', id)
-redis.call('ZREM', P .. 'inputs', id)
+for _, set in ipairs({ 'dead', 'dead:' .. f.tenant, 'ended', 'inputs' }) do redis.call('ZREM', P .. set, id) end
 redis.call('ZADD', P .. 'open', now, id)
 redis.call('ZADD', P .. 'expiring', waits_until(f), id)
 redis.call('ZADD', quota_key(f.tenant), f.run_by, id)
-index_labels(id, f, number(f.expires_at) + 3600)
 index_group(id, f, true, number(f.expires_at) + 3600)
 ready(id, f, ARGV[6])
-event(record(job), id, 'queued', 'retried')
+event(f, id, 'queued', 'retried')
 return {'queued'}

@@ -23,7 +23,7 @@ for i = 7, #ARGV, 5 do
     'work_bytes', ARGV[i + 4], 'tenant', f.tenant, 'kind', f.kind or '', 'queue', f.queue,
     'created_at', f.created_at or '', 'expires_at', f.expires_at or '', 'run_by', f.run_by, 'start_by', f.run_by,
     'keep_for', f.keep_for or '', 'priority', f.priority, 'parent', id, unpack(f.resources and { 'resources', f.resources } or {}))
-  redis.call('ZADD', P .. 'open', now + 10, name)
+  redis.call('ZADD', P .. 'open', now, name)
   redis.call('ZADD', P .. 'expiring', expires, name)
   ready(name, record(key), ARGV[4])
   parts, items, bytes = parts + 1, items + ARGV[i + 2], bytes + ARGV[i + 3]

@@ -18,7 +18,6 @@ if redis.call('EXISTS', job) == 1 then
   return {'taken'}
 end
 local tenant = ARGV[6]
-redis.call('SADD', P .. 'tenants', tenant)  -- also of a job that is refused: others may have filled these lists
 if redis.call('ZCARD', P .. 'open') >= tonumber(ARGV[2]) then return {'full'} end
 redis.call('ZREMRANGEBYSCORE', quota_key(tenant), 0, now)
 local most = tonumber(ARGV[7])
@@ -39,12 +38,13 @@ if KEYS[3] then redis.call('SET', KEYS[3], ARGV[3], 'EXAT', math.floor(tonumber(
 redis.call('HSET', job, unpack(ARGV, first))
 if first > 14 then redis.call('HSET', P .. 'blobs:' .. id, unpack(ARGV, 14, first - 1)) end
 redis.call('ZADD', P .. 'open', now, id)
+redis.call('SADD', P .. 'tenants', tenant)
 redis.call('ZADD', KEYS[2], ARGV[5], id)
 local f = record(job)
 redis.call('ZADD', quota_key(tenant), f.run_by, id)
 redis.call('ZADD', P .. 'expiring', waits_until(f), id)
 become(job, id, f, 'queued')
-index_labels(id, f, tonumber(ARGV[4]) + 3600)
+for digest in string.gmatch(f.labels or '', '%x+') do redis.call('ZADD', P .. 'label:' .. digest, ARGV[5], id) end
 index_group(id, f, true, tonumber(ARGV[4]) + 3600)
 offer(id, f, ARGV[10])
 event(f, id, 'queued', '')

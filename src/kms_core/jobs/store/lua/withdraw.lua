@@ -6,10 +6,8 @@ if f.state ~= 'queued' or number(redis.call('HGET', job, 'fence')) > 0 or redis.
   return {'started'}
 end
 close(job, id, f, 'cancelled', 'durability_unconfirmed', 0)
-redis.call('ZREM', state_key(f, 'cancelled'), id)
 redis.call('ZREM', P .. 'ended', id)
-for digest in string.gmatch(f.labels or '', '%x+') do redis.call('ZREM', P .. 'label:' .. digest, id) end
-redis.call('ZREM', KEYS[2], id)
+forget(id)
 if KEYS[3] then redis.call('DEL', KEYS[3]) end
 redis.call('DEL', job, P .. 'blobs:' .. id)
 return {'withdrawn'}

@@ -47,7 +47,7 @@ end
 for queue in pairs(QUEUES) do
   local processes = redis.call('ZRANGE', draining_key(queue), 0, -1)
   for _, process in ipairs(processes) do
-    if not alive[string.match(process, '^[^/]*')] then redis.call('ZREM', draining_key(queue), process) end
+    if not alive[worker_of(process)] then redis.call('ZREM', draining_key(queue), process) end
   end
   redis.call('SET', P .. 'capacity:' .. queue, capacity[queue] or 0, 'EX', 10)
 end
