@@ -1,13 +1,13 @@
 """Workers and what they do, queues, and the jobs of the last hours, for the pages; changes nothing.
 
-All reads are bounded: none costs more where there are more jobs. Any user of this Redis can write what is
-read here, so texts are cut, and a job is told of only after the store has verified whose it is.
+All reads are bounded: none costs more where there are more jobs. A job is told of only after the store has
+verified whose it is.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store.maintenance import WORKER_SEEN_S
@@ -19,8 +19,6 @@ MOST_WORKERS: Final = 100
 MOST_LEASES: Final = 200
 SAMPLE: Final = 5
 """The jobs of each interval whose durations are looked at."""
-_MOST_CHARS: Final = 120
-_YEAR_10000: Final = 253_402_300_800.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +26,9 @@ class WorkerActivity:
     """A worker as Redis knows it.
 
     ``silent_s`` is the time since its last heartbeat; None for one that was told to stop and has jobs left.
-    ``started`` is in seconds since the epoch. ``version`` and ``started`` are empty for workers of 0.1.
-    ``jobs`` are the ids of jobs that it runs, of a part that of the whole. ``stuck`` of its processes cannot
-    be ended. It takes no job that uses a resource in ``left_alone``: attempts hung there.
+    ``started`` is in seconds since the epoch; 0, and ``version`` empty, of one that is stopping. ``jobs`` are
+    the ids of jobs that it runs, of a part that of the whole. ``stuck`` of its processes cannot be ended. It
+    takes no job that uses a resource in ``left_alone``: attempts hung there.
     """
 
     name: str
@@ -111,7 +109,7 @@ class Interval:
 
 
 def read(store: JobStore) -> Activity:
-    """All tenants' activity. Raises JobsUnavailable."""
+    """All tenants' activity. Raises JobsUnavailable, RecordRefused."""
     now = store.now()
     with redis_errors():
         pipeline = store.redis.pipeline(transaction=False)
@@ -124,50 +122,54 @@ def read(store: JobStore) -> Activity:
         for name, _ in seen:
             pipeline.hget(f"{PREFIX}slots", name)
             pipeline.hget(f"{PREFIX}stuck", name)
-            pipeline.zrangebyscore(f"{PREFIX}stalls:{_text(name)}", now, "+inf", 0, SAMPLE)
+            pipeline.zrangebyscore(f"{PREFIX}stalls:{name.decode()}", now, "+inf", 0, SAMPLE)
         for job_id in leased:
-            pipeline.hmget(job_key(_text(job_id)), "worker", "parent", "parts", "queue")
+            pipeline.hmget(job_key(job_id.decode()), "worker", "parent", "parts", "queue")
         found = pipeline.execute()
-    notes, records = found[: 3 * len(seen)], found[3 * len(seen) :]
-    held, running = _leases(leased, records)
-    workers = [
-        _worker(name, _age(now, at), notes[3 * rank : 3 * rank + 3], held.pop(_text(name), ()))
-        for rank, (name, at) in enumerate(seen)
-    ]
+        notes, records = found[: 3 * len(seen)], found[3 * len(seen) :]
+        held, running = _leases(leased, records)
+        workers = [
+            _worker(name.decode(), max(0.0, now - at), notes[3 * rank : 3 * rank + 3], held)
+            for rank, (name, at) in enumerate(seen)
+        ]
     workers += [WorkerActivity(name, None, jobs=tuple(jobs)) for name, jobs in held.items()]
     has_more = len(seen) == MOST_WORKERS or len(leased) == MOST_LEASES
     queues = _queues(store, workers, running)
     workers.sort(key=lambda each: each.name)
-    return Activity(workers, queues, has_more, ended or 0, _time(first[0][1]) if first else 0.0)
+    return Activity(workers, queues, has_more, ended, first[0][1] if first else 0.0)
 
 
 def _leases(
-    leased: Sequence[bytes], records: Sequence[Sequence[bytes | None] | None]
+    leased: Sequence[bytes], records: Sequence[Sequence[bytes | None]]
 ) -> tuple[dict[str, Sequence[str]], Counter[str]]:
     """The jobs that each worker runs, and the number of them in each queue; a job in parts runs in these."""
     held, running = defaultdict(list), Counter[str]()
-    for job_id, record in zip(leased, records, strict=True):
-        worker, parent, parts, queue = record or (None,) * 4
-        if worker and not parts:
-            held[_text(worker).partition("/")[0]].append(_text(parent or job_id))
-            running[_text(queue or b"")] += 1
+    for job_id, (worker, parent, parts, queue) in zip(leased, records, strict=True):
+        if worker and queue and not parts:
+            held[worker.decode().partition("/")[0]].append((parent or job_id).decode())
+            running[queue.decode()] += 1
     return dict(held), running
 
 
-def _worker(name: bytes, silent_s: float, notes: Sequence[object], jobs: Sequence[str]) -> WorkerActivity:
+def _worker(
+    name: str,
+    silent_s: float,
+    notes: list[Any],
+    held: dict[str, Sequence[str]],
+) -> WorkerActivity:
     note, stuck, left_alone = notes
-    words = _text(note).split() if isinstance(note, bytes) else []
-    version, started = ([each for each in words[1:] if each not in QUEUES] + ["", ""])[:2]
+    processes, *words = (note or b"0").decode().split()
+    version, started = [each for each in words if each not in QUEUES] or ("", "0")
     return WorkerActivity(
-        _text(name),
+        name,
         silent_s,
-        max(0, int(number(words[0].encode()))) if words else 0,
+        int(processes),
         tuple(each for each in words if each in QUEUES),
         version,
-        _time(number(started.encode())),
-        max(0, int(number(stuck))) if isinstance(stuck, bytes) else 0,
-        tuple(map(_text, left_alone)) if isinstance(left_alone, list) else (),
-        tuple(jobs),
+        float(started),
+        int(stuck or 0),
+        tuple(each.decode() for each in left_alone),
+        tuple(held.pop(name, ())),
     )
 
 
@@ -181,7 +183,7 @@ def _queues(
             sum(each.processes for each in workers if each.is_live and queue in each.queues),
             running[queue],
             {
-                priority: (count, _age(now, since))
+                priority: (count, max(0.0, now - since))
                 for (of, priority), (count, since) in ready.items()
                 if of == queue
             },
@@ -193,7 +195,8 @@ def _queues(
 def intervals(store: JobStore, tenant: str, every_s: int, count: int) -> list[Interval]:
     """The last intervals of so many seconds, the oldest first; the last one is not over.
 
-    Raises JobsUnavailable. Lists of jobs are by submission, and a job stays in them for a day after its end.
+    Lists of jobs are by submission, and a job stays in them for a day after its end. Raises JobsUnavailable,
+    RecordRefused.
     """
     last = int(store.now()) // every_s * every_s
     starts = [last - every_s * back for back in reversed(range(count))]
@@ -208,34 +211,21 @@ def intervals(store: JobStore, tenant: str, every_s: int, count: int) -> list[In
         rows = [found[at : at + len(STATES) + 1] for at in range(0, len(found), len(STATES) + 1)]
         pipeline = store.redis.pipeline(transaction=False)
         for *_, ids in rows:
-            for job_id in ids or ():
-                pipeline.hmget(job_key(_text(job_id)), "created_at", "started_at", "ended_at")
+            for job_id in ids:
+                pipeline.hmget(job_key(job_id.decode()), "created_at", "started_at", "ended_at")
         times = iter(pipeline.execute())
-        spans = [list(filter(None, (_spans(next(times)) for _ in ids or ()))) for *_, ids in rows]
+        spans = [list(filter(None, (_spans(next(times)) for _ in ids))) for *_, ids in rows]
     return [
         Interval(
             start,
-            {state: int(each or 0) for state, each in zip(STATES, row, strict=False)},
+            dict(zip(STATES, row, strict=False)),
             *(sum(each) / len(of) for each in zip(*of, strict=True)) if of else (None, None),
         )
         for start, row, of in zip(starts, rows, spans, strict=True)
     ]
 
 
-def _spans(record: Sequence[bytes | None] | None) -> tuple[float, float] | None:
+def _spans(record: Sequence[bytes | None]) -> tuple[float, float] | None:
     """For how long a job waited and ran, in seconds; None unless its record says so."""
-    created, started, ended = (number(one) for one in record or (None,) * 3)
+    created, started, ended = map(number, record)
     return (started - created, ended - started) if 0 < created <= started <= ended else None
-
-
-def _time(at: float) -> float:
-    """Seconds since the epoch; 0 for a time that no calendar has."""
-    return at if 0 < at < _YEAR_10000 else 0.0
-
-
-def _age(now: float, since: float) -> float:
-    return min(max(0.0, now - since), now)
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode(errors="replace")[:_MOST_CHARS]

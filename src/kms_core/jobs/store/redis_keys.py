@@ -17,6 +17,7 @@ from kms_protocol.errors import (
     JobCancelled,
     JobExpired,
     JobsUnavailable,
+    RecordRefused,
     RedisFull,
     RedisReadOnly,
     UnknownJob,
@@ -103,13 +104,17 @@ def is_unreadable(exc: Exception) -> bool:
 
 @contextmanager
 def redis_errors() -> Iterator[None]:
-    """Turn errors of Redis into JobsUnavailable; RedisFull, RedisReadOnly where it refused to write."""
+    """Turn errors of Redis into JobsUnavailable; RedisFull, RedisReadOnly where it refused to write.
+
+    A ValueError says that Redis holds what the service does not write: it becomes RecordRefused.
+    """
     try:
         yield
     except redis.RedisError as exc:
         _log.warning("redis.failed", error=type(exc).__name__)
-        kind = refusal_of(exc)
-        raise kind from exc
+        raise refusal_of(exc) from exc
+    except ValueError as exc:
+        raise RecordRefused("Redis holds a value that the service did not write: tell the operator") from exc
 
 
 def refusal_of(exc: redis.RedisError) -> type[JobsUnavailable]:

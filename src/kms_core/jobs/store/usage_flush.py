@@ -1,6 +1,5 @@
 """Adds the usage counts of a process to those in Redis."""
 
-from collections.abc import Mapping
 from typing import Final, cast
 
 import redis
@@ -15,20 +14,11 @@ EVERY_S: Final = 2.0
 _KEY: Final = f"{PREFIX}tally"
 
 
-def add(client: redis.Redis, counts: Mapping[str, int]) -> None:
-    """Add to the counts that all processes share; they live as long as Redis's data do. JobsUnavailable."""
-    if not counts:
-        return
-    flat = [part for pair in counts.items() for part in pair]
-    with redis_errors():
-        client.register_script(SCRIPTS["add_counts"])([_KEY], flat)
-
-
 def shared(client: redis.Redis) -> dict[str, int]:
-    """The counts that all processes have flushed. Raises JobsUnavailable."""
+    """The counts that all processes have flushed. Raises JobsUnavailable, RecordRefused."""
     with redis_errors():
         found = cast("dict[bytes, bytes]", client.hgetall(_KEY))
-    return {name.decode(): int(count) for name, count in found.items()}
+        return {name.decode(): int(count) for name, count in found.items()}
 
 
 class UsageFlush(PeriodicThread):
@@ -40,9 +30,12 @@ class UsageFlush(PeriodicThread):
         self._client = client
 
     def round(self) -> None:
-        counts = self._counters.take()
+        if not (counts := self._counters.take()):
+            return
+        flat = [part for pair in counts.items() for part in pair]
         try:
-            add(self._client, counts)
+            with redis_errors():
+                self._client.register_script(SCRIPTS["add_counts"])([_KEY], flat)
         except JobsUnavailable:
             self._counters.put_back(counts)
 

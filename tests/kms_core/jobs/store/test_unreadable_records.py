@@ -9,8 +9,9 @@ from kms_core.container import Core
 from kms_core.jobs.model import Attempt
 from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.spec import QUEUES
+from kms_core.jobs.store import queue_stats, usage_flush
 from kms_core.jobs.store.store import JobStore
-from kms_protocol.errors import UnknownJob
+from kms_protocol.errors import RecordRefused, UnknownJob
 from support.job_stores import LONG, TENANT, accepted, forge, lapse, store_of
 
 FIELDS: Final = ("sealed", "fence", "attempt", "run_by", "expires_at", "needs")
@@ -60,6 +61,15 @@ def test_a_key_of_another_type_is_no_job(core: Core) -> None:
     store.redis.set(f"kms:job:{bad}", "no record")
 
     assert taken(store) == [good]
+
+
+@pytest.mark.parametrize("key", ["tally", "stuck"])
+def test_a_count_that_is_no_number_is_refused(core: Core, key: str) -> None:
+    store = store_of(core, LONG, [])
+    store.redis.hset(f"kms:{key}", "operations encrypt ok", "many")
+
+    with pytest.raises(RecordRefused):
+        usage_flush.shared(store.redis) if key == "tally" else queue_stats.survey(store)
 
 
 def test_a_field_of_another_form_is_no_job(core: Core) -> None:
