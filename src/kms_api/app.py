@@ -77,7 +77,7 @@ def _core(settings: Settings) -> Core:
         return build_core(settings, "api", None)
     from kms_core.jobs.store import broker  # noqa: PLC0415 -- Celery, of which few installs need the 8 MiB here
 
-    return build_core(settings, "api", broker.connect(settings.kms.redis).notify)
+    return build_core(settings, "api", broker.connect(settings.kms.redis))
 
 
 def build(settings: Settings) -> ASGIApp:

@@ -155,11 +155,11 @@ class FaultInjection:
 
     def _echo(self) -> None:
         """Wake-ups that nobody asked for, to any queue."""
-        line = broker.connect(self.cluster.settings.kms.redis)
+        notify = broker.connect(self.cluster.settings.kms.redis)
         for _ in range(_ECHOES):
             for _ in range(self._rng.randint(2, 4)):
                 with suppress(JobsUnavailable):
-                    line.notify(self._rng.choice(QUEUES))
+                    notify(self._rng.choice(QUEUES))
 
     def _clock(self) -> None:
         """A worker's clock is a day ahead, then a day behind, then right."""

@@ -58,7 +58,7 @@ class Install:
         self._token = install.token(SCOPES)["Authorization"]
         self._app = app.build(install.settings)
         self._loop = uvloop.new_event_loop()
-        self._core = core_of(install, broker.connect(install.settings.kms.redis).notify)
+        self._core = core_of(install, broker.connect(install.settings.kms.redis))
         self._kms, doors = self._core.kms, self._core.authenticator
         assert doors
         self._who = doors.principal(self._token.removeprefix("Bearer "))

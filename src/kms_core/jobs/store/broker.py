@@ -1,6 +1,6 @@
 """The broker as Celery's producer: sends wake-ups where the broker is not the Redis of the jobs."""
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from celery import Celery
@@ -30,22 +30,14 @@ _TRANSPORT: Final[dict[str, object]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Broker:
-    """A producer only: it consumes nothing and keeps no results."""
+def connect(section: RedisSection) -> NotifyWorker:
+    """A ``notify`` over a producer of its own, which raises JobsUnavailable within seconds.
 
-    producer: Celery
-
-    def notify(self, queue: str) -> None:
-        """Send a wake-up. Raises JobsUnavailable within seconds."""
-        _send(self.producer, queue, retry_policy={"max_retries": 1})
-
-
-def connect(section: RedisSection) -> Broker:
-    """The broker of ``[kms.redis]``; nothing is connected before the first message."""
+    Nothing is connected before the first message.
+    """
     producer = Celery("kms-api", set_as_current=False)
     producer.conf.update(_CONFIGURATION | celery_options(section, _TRANSPORT))
-    return Broker(producer)
+    return partial(_send, producer, retry_policy={"max_retries": 1})
 
 
 def notify_through(app: Celery, section: RedisSection) -> NotifyWorker | None:
