@@ -32,7 +32,6 @@ CLOCK_BOUND_S: Final = 2.0
 """The bound on the difference of clocks (s): far above that of NTP, far below the leeway of tokens (30 s)."""
 _POLL_S: Final = 0.5
 _TRIES: Final = 4
-_SKIPPED: Final = 4
 _MOST_LOOKS: Final = 100  # at marks in one round: others may write any number of notes
 _HELP: Final = "See docs/hosts.md"
 _DIFFERS: Final = (
@@ -114,8 +113,8 @@ class Install:
         self._notes, self._marks, self._facts = notes, marks, facts
         self._monotonic = monotonic
         self._lock, self._looking = threading.Lock(), threading.Lock()
-        self._looked = self._compared = self._marks_at = self._id_at = self._own_at = float("-inf")
-        self._users_at = float("-inf")
+        self._looked = self._compared = self._users_at = float("-inf")
+        self._at: dict[str, float] = {}
         self._suspects: set[str] = set()
         self._unread: dict[str, float] = {}
         self._read: set[str] = set()
@@ -282,10 +281,9 @@ class Install:
 
         It is read again once a minute while it is that of Redis.
         """
-        known, now = self.condition.install_id, self._monotonic()
-        if known and known == stored and now - self._id_at < MARKS_EVERY_S:
+        known = self.condition.install_id
+        if not self._is_due("id", MARKS_EVERY_S) and known and known == stored:
             return known
-        self._id_at = now
         found = self._marks.install_id()
         return found or known if found is not None else None
 
@@ -310,8 +308,7 @@ class Install:
     def _missing(self, others: Mapping[str, HostNote]) -> list[str]:
         """The ids of hosts whose marks could not be read for ``MISSING_S``."""
         now = self._monotonic()
-        if now - self._marks_at >= MARKS_EVERY_S:
-            self._marks_at = now
+        if self._is_due("marks", MARKS_EVERY_S):
             self._read.clear()
             self._notes.forget_old(self._notes.now()[0])
         unknown = sorted(others.keys() - self._read)[:_MOST_LOOKS]
@@ -326,9 +323,7 @@ class Install:
 
         Looks every ``MISSING_S``, and leaves the mark if that could not be done before.
         """
-        now = self._monotonic()
-        if now - self._own_at >= MISSING_S:
-            self._own_at = now
+        if self._is_due("own mark", MISSING_S):
             if not self._is_marked:
                 self._marks.create_host(self.host.id, self.host.name)
             lacks = self._marks.lacks_host(self.host.id)
@@ -337,28 +332,30 @@ class Install:
                 self._is_marked |= not lacks
         return self._lost
 
+    def _is_due(self, look: str, every_s: float) -> bool:
+        """Return whether the last look of this name was so long ago; it is at this time now."""
+        now = self._monotonic()
+        if now - self._at.get(look, float("-inf")) < every_s:
+            return False
+        self._at[look] = now
+        return True
+
     def _others(self, now: float) -> dict[str, HostNote]:
         return {each: note for each, note in self._notes.live(now).items() if each != self.host.id}
 
 
 class InstallWatch(PeriodicThread):
-    """Calls ``Install.round`` every two seconds, and every ten while Redis is away, which others tell of."""
+    """Calls ``Install.round`` every two seconds. That Redis is away others tell of."""
 
     def __init__(self, install: Install, *, fork_lock: AbstractContextManager[object] = NO_LOCK) -> None:
         super().__init__("install", EVERY_S, failed="install.round_failed", fork_lock=fork_lock)
         self._install = install
-        self._skipped = _SKIPPED
         install.is_watched = True
         self.wake()  # the first round is at once
 
     def round(self) -> None:
-        if self._skipped < _SKIPPED:
-            self._skipped += 1
-            return
-        try:
+        with suppress(JobsUnavailable):
             self._install.round()
-        except JobsUnavailable:
-            self._skipped = 0
 
 
 def differences(facts: Facts, note: HostNote) -> list[str]:
