@@ -92,7 +92,7 @@ def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core
     Redis need not be reachable. ``notify`` is None where the broker is the Redis that holds the jobs
     (``settings.redis_urls.is_shared``).
     """
-    section, jobs, limits = settings.kms, settings.kms.jobs, settings.kms.limits
+    section, jobs = settings.kms, settings.kms.jobs
     client = connect(section.redis)
     sealed = key_opening.of_process(settings)
     audit_log, maintenance = build_audit(settings, process, client, open_sealed=sealed.open)

@@ -14,7 +14,7 @@ import msgspec
 
 from kms_core import audit
 from kms_core.age import header, stream
-from kms_core.age.header import HeaderLimits
+from kms_core.age.header import SYNC_LIMITS
 from kms_core.age.recipients import Recipient, parse_identity
 from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import Principal
@@ -50,18 +50,19 @@ _encode: Final = msgspec.json.Encoder(order="sorted").encode
 class Intake:
     """Opens messages with the intake identity and submits their jobs."""
 
-    def __init__(self, key: AgeBackend, desk: JobSubmitter, doors: Authenticator | None = None) -> None:
-        """``doors`` None: callers are not authenticated, and a token is not looked at."""
+    def __init__(
+        self, key: AgeBackend, submitter: JobSubmitter, authenticator: Authenticator | None = None
+    ) -> None:
+        """``authenticator`` None: callers are not authenticated, and a token is not looked at."""
         self._key = key
-        self._desk = desk
-        self._limits = desk.store.section.limits
-        self._header = HeaderLimits(self._limits.sync_header_bytes, self._limits.sync_stanzas)
-        self._doors = doors
+        self._submitter = submitter
+        self._limits = submitter.store.section.limits
+        self._authenticator = authenticator
 
     @property
     def text_length(self) -> int:
         """The most characters that a message has."""
-        longest = self._header.header_bytes + stream.NONCE + stream.sealed_size(self._limits.json_job_bytes)
+        longest = SYNC_LIMITS.header_bytes + stream.NONCE + stream.sealed_size(self._limits.json_job_bytes)
         return (longest + 2) // 3 * 4
 
     def accept(self, message: object, worker: str) -> str:
@@ -77,25 +78,25 @@ class Intake:
 
     def _accept(self, asked: submit_message.Submission, worker: str) -> str:
         who = self._who(asked)
-        store = self._desk.store
+        store = self._submitter.store
         named = ClientJobId(asked.job_id, store.record_key.digest(_DIGEST_LABEL, _encode(_given(asked.job))))
         if self._is_taken(named, who):
             return asked.job_id
         if not store.lock(f"submit:{asked.job_id}", worker, _LOCK_S):
             raise JobsUnavailable("Another worker has this message in hand", retry_after_s=1.0)
         if not self._is_taken(named, who):  # the spool is written under the lock, or two would write one blob
-            self._desk.submit(self._terms(asked, named, who), asked.job, self._limits.json_job_items)
+            self._submitter.submit(self._terms(asked, named, who), asked.job, self._limits.json_job_items)
         return asked.job_id
 
     def _who(self, asked: submit_message.Submission) -> Principal:
-        if self._doors is None:
+        if self._authenticator is None:
             return _WHO
         try:
-            who = self._doors.principal(asked.token or "")
+            who = self._authenticator.principal(asked.token or "")
         except Unauthenticated as exc:
             metrics.AUTH_FAILURES.labels(exc.reason).inc()
             raise
-        self._desk.require(who, "jobs:write")
+        self._submitter.require(who, "jobs:write")
         return who
 
     def _read(self, message: object) -> submit_message.Submission:
@@ -117,7 +118,7 @@ class Intake:
 
     def _open(self, sealed: bytes) -> bytes:
         """The JSON in a foreign age file; the identities are tried from the current one on."""
-        head = header.parse(sealed, self._header)
+        head = header.parse(sealed, SYNC_LIMITS)
         if binding.read(head) is not None:  # a ciphertext of this service is no message
             raise DecryptFailed
         if stream.plaintext_size(len(sealed) - head.payload_offset) > self._limits.json_job_bytes:
@@ -128,7 +129,7 @@ class Intake:
         return sealing.open_(sealed, head, file_key)
 
     def _is_taken(self, named: ClientJobId, who: Principal) -> bool:
-        store = self._desk.store
+        store = self._submitter.store
         if not store.exists(named.job_id):
             return False
         before = store.accepted(named.job_id)
@@ -141,8 +142,8 @@ class Intake:
     ) -> SubmissionOptions:
         """The record must outlive the message, else a late replay would run the job again."""
         job = asked.job
-        needed_s = math.ceil(_left_s(asked)) + _SKEW_S - self._desk.store.rules.result_ttl_s
-        keep_for_s = max(job.keep_for or self._desk.store.rules.result_ttl_s, needed_s)
+        needed_s = math.ceil(_left_s(asked)) + _SKEW_S - self._submitter.store.rules.result_ttl_s
+        keep_for_s = max(job.keep_for or self._submitter.store.rules.result_ttl_s, needed_s)
         deadlines = Deadlines(job.start_by, job.run_by, keep_for_s)
         if job.ttl_s:
             deadlines = Deadlines(ttl_s=max(job.ttl_s, needed_s))
