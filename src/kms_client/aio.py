@@ -3,10 +3,12 @@
 import contextlib
 import math
 import time
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import BinaryIO, Final, Self, TypeVar, Unpack
+from urllib.parse import quote
 
 import httpcore2
 import msgspec
@@ -19,7 +21,7 @@ from kms_client.http_client import (
     Progress,
     Transport,
     Upload,
-    pool_options,
+    new_pool,
     transport_errors,
 )
 from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
@@ -51,15 +53,11 @@ class AsyncTransport:
             raise ConfigurationError(_NO_ANYIO) from exc
         self._sleep, self._in_thread = anyio.sleep, anyio.to_thread.run_sync
         self._url = settings.url
-        self._pool = httpcore2.AsyncConnectionPool(**pool_options(settings))
+        self._pool = new_pool(httpcore2.AsyncConnectionPool, settings)
 
     async def open(self, request: httpcore2.Request) -> AnswerHead:
         with transport_errors(self._url):
             return AnswerHead.of(await self._pool.handle_async_request(request))
-
-    async def read(self, answer: AnswerHead) -> bytes:
-        with transport_errors(self._url):
-            return await answer.raw.aread()
 
     async def close(self, answer: AnswerHead) -> None:
         await answer.raw.aclose()
@@ -148,7 +146,7 @@ class AsyncClient:
     """
 
     def __init__(self, url: str = DEFAULT_URL, **options: Unpack[Options]) -> None:
-        settings = ClientSettings.of(url, options)
+        settings = ClientSettings(url, **options)
         self._engine = Engine(settings, AsyncTransport(settings))
 
     @classmethod
@@ -175,13 +173,15 @@ class AsyncClient:
         self, plaintext: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.EncryptOut:
         """Encrypt up to 1 MiB. Raises TooLarge: use ``upload_encrypt``."""
-        return await self._engine.send(requests.encrypt(plaintext, context, key_id))
+        body = wire.EncryptIn(plaintext=plaintext, context=context, key_id=key_id)
+        return await self._engine.send(requests.post("/encrypt", body, wire.EncryptOut))
 
     async def decrypt(
         self, ciphertext: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.DecryptOut:
         """Decrypt a ciphertext. Raises DecryptFailed for a wrong key, a wrong context or damage."""
-        return await self._engine.send(requests.decrypt(ciphertext, context, key_id))
+        body = wire.DecryptIn(ciphertext=ciphertext, context=context, key_id=key_id)
+        return await self._engine.send(requests.post("/decrypt", body, wire.DecryptOut))
 
     async def generate_data_key(
         self,
@@ -192,9 +192,10 @@ class AsyncClient:
         without_plaintext: bool = False,
     ) -> wire.GenerateKeyOut:
         """Generate a data key, plain and encrypted. Raises DataKeysUnsupported if the backend has none."""
-        return await self._engine.send(
-            requests.generate_data_key(spec, context, key_id, without_plaintext=without_plaintext)
+        body = wire.GenerateKeyIn(
+            key_spec=spec, context=context, key_id=key_id, without_plaintext=without_plaintext or None
         )
+        return await self._engine.send(requests.post("/generate-key", body, wire.GenerateKeyOut))
 
     async def rewrap(
         self,
@@ -205,23 +206,27 @@ class AsyncClient:
         key_id: str | None = None,
     ) -> wire.EncryptOut:
         """Rewrap a ciphertext under its current key or ``key_id``; ``new_context`` replaces its context."""
-        return await self._engine.send(requests.rewrap(ciphertext, context, new_context, key_id))
+        body = wire.RewrapIn(ciphertext=ciphertext, context=context, new_context=new_context, key_id=key_id)
+        return await self._engine.send(requests.post("/rewrap", body, wire.EncryptOut))
 
     async def wrap(
         self, file_key: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.WrapOut:
         """Wrap the 16-byte file key of an age file. The answer has the stanza for its header."""
-        return await self._engine.send(requests.wrap(file_key, context, key_id))
+        body = wire.WrapIn(file_key=file_key, context=context, key_id=key_id)
+        return await self._engine.send(requests.post("/wrap", body, wire.WrapOut))
 
     async def unwrap(
         self, stanzas: bytes, *, context: ContextIn = None, key_id: str | None = None
     ) -> wire.UnwrapOut:
         """Return the file key of an age file. The caller must check the MAC of the header."""
-        return await self._engine.send(requests.unwrap(stanzas, context, key_id))
+        body = wire.UnwrapIn(stanzas=stanzas, context=context, key_id=key_id)
+        return await self._engine.send(requests.post("/unwrap", body, wire.UnwrapOut))
 
     async def batch(self, operation: wire.JobKind, items: Iterable[wire.BatchItem]) -> wire.BatchOut:
         """Send up to 1,000 items in one call. A failed item has an ``error`` in its result."""
-        return await self._engine.send(requests.batch(operation, items))
+        body = wire.BatchIn(operation=operation, items=list(items))
+        return await self._engine.send(requests.post("/batch", body, wire.BatchOut))
 
     async def health(self) -> admin.HealthOut:
         """Return the health of the active backend. An unhealthy backend raises no exception."""
@@ -229,7 +234,7 @@ class AsyncClient:
 
     async def status(self) -> admin.StatusOut:
         """Return backend, version, uptime, and counts of operations and jobs."""
-        return await self._engine.send(requests.status())
+        return await self._engine.send(requests.get("/status", admin.StatusOut))
 
     async def audit(
         self, *, after: str | None = None, limit: int | None = None, **filters: str
@@ -238,15 +243,16 @@ class AsyncClient:
 
         ``filters`` are those of the API: operation, key_id, principal, result, job_id, since and so on.
         """
-        return await self._engine.send(requests.audit(after, limit, filters))
+        query = {"after": after, "limit": limit, **filters}
+        return await self._engine.send(requests.get("/audit", admin.AuditOut, query))
 
     async def keys(self) -> admin.KeysOut:
         """Return the keys that the caller may see, with their versions."""
-        return await self._engine.send(requests.keys())
+        return await self._engine.send(requests.get("/keys", admin.KeysOut))
 
     async def key(self, key_id: str) -> admin.KeyOut:
         """Return one key, with the number of encryptions of each version."""
-        return await self._engine.send(requests.key(key_id))
+        return await self._engine.send(requests.get(requests.key_path(key_id), admin.KeyOut))
 
     async def rotate(self, key_id: str) -> admin.RotateOut:
         """Create a new version of a key. Never retried: if no answer arrives, check with ``key``."""
@@ -261,7 +267,8 @@ class AsyncClient:
 
         With ``wait_s`` (at most 60) this returns once the job has ended, or after so many seconds.
         """
-        return await self._engine.send(requests.submit(job, idempotency_key, wait_s))
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}  # the same of all attempts
+        return await self._engine.send(requests.post("/jobs", job, wire.JobAccepted, headers, wait_s=wait_s))
 
     async def job(self, job_id: str, *, wait_s: int = 0) -> wire.JobOut:
         """Return the state of a job: now, or at its end if that comes within ``wait_s`` (at most 60) seconds.
@@ -272,7 +279,8 @@ class AsyncClient:
 
     async def many(self, job_ids: Iterable[str]) -> wire.JobsOut:
         """Return the current states of up to 1,000 jobs in one call."""
-        return await self._engine.send(requests.many(job_ids))
+        body = wire.JobsIn(job_ids=list(job_ids))
+        return await self._engine.send(requests.post("/jobs/status", body, wire.JobsOut))
 
     async def jobs(
         self,
@@ -286,30 +294,33 @@ class AsyncClient:
 
         Its ``next`` is the ``cursor`` of the following page.
         """
-        return await self._engine.send(requests.jobs(state, labels, limit, cursor))
+        named = [f"{name}={value}" for name, value in (labels or {}).items()]
+        query = {"state": state, "label": named, "limit": limit, "cursor": cursor}
+        return await self._engine.send(requests.get("/jobs", wire.JobList, query))
 
     async def cancel(self, job_id: str) -> wire.JobOut:
         """Cancel a job. Raises JobCommitting if it is too late."""
-        return await self._engine.send(requests.cancel(job_id))
+        return await self._engine.send(requests.change_job("DELETE", job_id))
 
     async def group(self, name: str, *, wait_s: int = 0) -> job_groups.GroupOut:
         """Return the counts of a group, at its end if that comes within ``wait_s`` (at most 60) seconds.
 
         Raises UnknownJob.
         """
-        return await self._engine.send(requests.group(name, wait_s))
+        path = f"/job-groups/{quote(name, safe='')}"
+        return await self._engine.send(requests.get(path, job_groups.GroupOut, wait_s=wait_s))
 
     async def release(self, job_id: str) -> wire.JobOut:
         """Delete the result of an ended job now, which frees its room. Raises JobNotFinished."""
-        return await self._engine.send(requests.release(job_id))
+        return await self._engine.send(requests.change_job("DELETE", job_id, "/result"))
 
     async def dead(self, *, limit: int = 100) -> wire.JobList:
         """Return the jobs that used up their attempts, newest first."""
-        return await self._engine.send(requests.dead(limit))
+        return await self._engine.send(requests.get("/jobs/dead", wire.JobList, {"limit": limit}))
 
     async def retry(self, job_id: str) -> wire.JobOut:
         """Retry a job that used up its attempts. Raises JobNotDead for any other job."""
-        return await self._engine.send(requests.retry(job_id))
+        return await self._engine.send(requests.change_job("POST", job_id, "/retry"))
 
     async def wait(
         self, job_id: str, *, progress: JobProgress | None = None, timeout_s: float | None = None
@@ -353,7 +364,7 @@ class AsyncClient:
 
     def result(self, job_id: str) -> AsyncGenerator[bytes]:
         """Yield the result as it arrives. Raises JobNotFinished, ResultExpired. ``download`` can resume."""
-        return self._engine.stream(requests.result(job_id, {}))
+        return self._engine.stream(requests.result(job_id))
 
     async def items(self, job_id: str) -> AsyncGenerator[wire.ItemResult]:
         """Yield the results of a bulk job in item order. A failed item has an ``error``."""

@@ -14,12 +14,11 @@ import contextlib
 import io
 import random
 import re
-import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import BinaryIO, Final, Protocol, TypedDict, TypeVar
+from typing import BinaryIO, Final, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import httpcore2
@@ -64,9 +63,6 @@ class Transport(Protocol):
     async def open(self, request: httpcore2.Request) -> AnswerHead:
         """Send a request and return the head of the answer. The caller closes it."""
 
-    async def read(self, answer: AnswerHead) -> bytes:
-        """Read the rest of the body."""
-
     def chunks(self, answer: AnswerHead) -> AsyncGenerator[bytes]:
         """Yield the rest of the body as it arrives."""
 
@@ -86,22 +82,11 @@ class Transport(Protocol):
         """Close every connection."""
 
 
-class PoolOptions(TypedDict):
-    """The options of both kinds of connection pool."""
-
-    ssl_context: ssl.SSLContext
-    proxy: httpcore2.Proxy | None
-    max_connections: int
-    max_keepalive_connections: int
-    keepalive_expiry: float
-
-
-def pool_options(settings: ClientSettings) -> PoolOptions:
-    """Return the options of a pool. Raises ConfigurationError for unusable certificates or proxies."""
-    proxy = settings.proxy()
-    return PoolOptions(
+def new_pool(kind: Callable[..., T], settings: ClientSettings) -> T:
+    """Return a connection pool. Raises ConfigurationError for unusable certificates or proxies."""
+    return kind(
         ssl_context=settings.tls(),
-        proxy=None if proxy is None else httpcore2.Proxy(proxy.url, auth=proxy.credentials),
+        proxy=settings.proxy(),
         max_connections=100,
         max_keepalive_connections=20,
         keepalive_expiry=KEPT_S,
@@ -344,7 +329,9 @@ class Engine:
         part.end()
 
     async def _reply(self, answer: AnswerHead) -> Reply:
-        return Reply(answer.status, answer.headers, await self.transport.read(answer))
+        async with contextlib.aclosing(self.transport.chunks(answer)) as chunks:
+            body = b"".join([chunk async for chunk in chunks])
+        return Reply(answer.status, answer.headers, body)
 
     def _request(
         self, call: ClientRequest[T], upload: Upload | None, silence_s: float | None

@@ -1,11 +1,11 @@
 """Requests of the API as values, with the type of their answers. Does no I/O.
 
-Contexts are checked before a request is sent: each function raises InvalidContext.
+Paths are those below the prefix of the API. Contexts are checked before a request is sent.
 """
 
 import uuid
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from http import HTTPStatus
 from typing import Final, Generic, TypedDict, TypeVar
@@ -78,101 +78,28 @@ class ClientRequest(Generic[T]):
             raise UnexpectedAnswer(f"The answer to {self.path} does not have the shape of this API") from exc
 
 
-def _post(
-    path: str, body: shapes.Body, answer: type[T], headers: Mapping[str, str] | None = None
+def get(
+    path: str, answer: type[T], query: Mapping[str, object] | None = None, *, wait_s: int = 0
 ) -> ClientRequest[T]:
+    """GET a resource. Values of the query that are None are left out."""
+    given = {**(query or {}), "wait": wait_s or None}
+    return ClientRequest("GET", PREFIX + path + _query(given), answer, wait_s=wait_s)
+
+
+def post(
+    path: str,
+    body: shapes.Body,
+    answer: type[T],
+    headers: Mapping[str, str] | None = None,
+    *,
+    wait_s: int = 0,
+) -> ClientRequest[T]:
+    """POST a body, whose contexts are checked. Raises InvalidContext."""
+    for name in ("context", "new_context"):
+        Context.parse(getattr(body, name, None))
+    url = PREFIX + path + _query({"wait": wait_s or None})
     sent = {"Content-Type": JSON, **(headers or {})}
-    return ClientRequest("POST", PREFIX + path, answer, body=wire.encode(body), headers=sent)
-
-
-def encrypt(plaintext: bytes, context: ContextIn, key_id: str | None) -> ClientRequest[wire.EncryptOut]:
-    """POST /encrypt. Raises InvalidContext."""
-    Context.parse(context)
-    body = wire.EncryptIn(plaintext=plaintext, context=context, key_id=key_id)
-    return _post("/encrypt", body, wire.EncryptOut)
-
-
-def decrypt(ciphertext: bytes, context: ContextIn, key_id: str | None) -> ClientRequest[wire.DecryptOut]:
-    """POST /decrypt. Raises InvalidContext."""
-    Context.parse(context)
-    body = wire.DecryptIn(ciphertext=ciphertext, context=context, key_id=key_id)
-    return _post("/decrypt", body, wire.DecryptOut)
-
-
-def generate_data_key(
-    spec: wire.KeySpec, context: ContextIn, key_id: str | None, *, without_plaintext: bool
-) -> ClientRequest[wire.GenerateKeyOut]:
-    """POST /generate-key. Raises InvalidContext."""
-    Context.parse(context)
-    body = wire.GenerateKeyIn(
-        key_spec=spec, context=context, key_id=key_id, without_plaintext=without_plaintext or None
-    )
-    return _post("/generate-key", body, wire.GenerateKeyOut)
-
-
-def rewrap(
-    ciphertext: bytes, context: ContextIn, new_context: ContextIn, key_id: str | None
-) -> ClientRequest[wire.EncryptOut]:
-    """POST /rewrap. Raises InvalidContext."""
-    Context.parse(context)
-    Context.parse(new_context)
-    body = wire.RewrapIn(ciphertext=ciphertext, context=context, new_context=new_context, key_id=key_id)
-    return _post("/rewrap", body, wire.EncryptOut)
-
-
-def wrap(file_key: bytes, context: ContextIn, key_id: str | None) -> ClientRequest[wire.WrapOut]:
-    """POST /wrap. Raises InvalidContext."""
-    Context.parse(context)
-    return _post("/wrap", wire.WrapIn(file_key=file_key, context=context, key_id=key_id), wire.WrapOut)
-
-
-def unwrap(stanzas: bytes, context: ContextIn, key_id: str | None) -> ClientRequest[wire.UnwrapOut]:
-    """POST /unwrap. Raises InvalidContext."""
-    Context.parse(context)
-    return _post("/unwrap", wire.UnwrapIn(stanzas=stanzas, context=context, key_id=key_id), wire.UnwrapOut)
-
-
-def batch(operation: wire.JobKind, items: Iterable[wire.BatchItem]) -> ClientRequest[wire.BatchOut]:
-    """POST /batch."""
-    return _post("/batch", wire.BatchIn(operation=operation, items=list(items)), wire.BatchOut)
-
-
-def health() -> ClientRequest[admin.HealthOut]:
-    """Request the health of the backend. The body of a 503 is an answer that names the unhealthy backend."""
-    unhealthy = frozenset({HTTPStatus.SERVICE_UNAVAILABLE.value})
-    return ClientRequest("GET", f"{PREFIX}/health", admin.HealthOut, also=unhealthy)
-
-
-def status() -> ClientRequest[admin.StatusOut]:
-    """GET /status."""
-    return ClientRequest("GET", f"{PREFIX}/status", admin.StatusOut)
-
-
-def keys() -> ClientRequest[admin.KeysOut]:
-    """GET /keys."""
-    return ClientRequest("GET", f"{PREFIX}/keys", admin.KeysOut)
-
-
-def key(key_id: str) -> ClientRequest[admin.KeyOut]:
-    """GET /keys/{key_id}."""
-    return ClientRequest("GET", _key_path(key_id), admin.KeyOut)
-
-
-def rotate(key_id: str) -> ClientRequest[admin.RotateOut]:
-    """Request a new key version. Not repeatable: each call creates one."""
-    return ClientRequest("POST", f"{_key_path(key_id)}/rotate", admin.RotateOut, repeatable=False)
-
-
-def _key_path(key_id: str) -> str:
-    if not key_id:
-        raise InvalidRequest("A key id is needed")
-    return f"{PREFIX}/keys/{quote(key_id, safe='')}"
-
-
-def audit(after: str | None, limit: int | None, filters: Mapping[str, str]) -> ClientRequest[admin.AuditOut]:
-    """GET /audit."""
-    given = {"after": after, "limit": limit, **filters}
-    return ClientRequest("GET", f"{PREFIX}/audit{_query(given)}", admin.AuditOut)
+    return ClientRequest("POST", url, answer, body=wire.encode(body), headers=sent, wait_s=wait_s)
 
 
 def _query(given: Mapping[str, object]) -> str:
@@ -189,71 +116,45 @@ def _query(given: Mapping[str, object]) -> str:
     return "?" + "&".join(pairs) if pairs else ""
 
 
-def submit(job: wire.JobIn, idempotency_key: str | None, wait_s: int) -> ClientRequest[wire.JobAccepted]:
-    """Submit a job. All attempts send the same Idempotency-Key."""
-    Context.parse(job.context)
-    Context.parse(job.new_context)
-    headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
-    call = _post(f"/jobs{_query({'wait': wait_s or None})}", job, wire.JobAccepted, headers)
-    return replace(call, wait_s=wait_s)
+def health() -> ClientRequest[admin.HealthOut]:
+    """Request the health of the backend. The body of a 503 is an answer that names the unhealthy backend."""
+    unhealthy = frozenset({HTTPStatus.SERVICE_UNAVAILABLE.value})
+    return ClientRequest("GET", f"{PREFIX}/health", admin.HealthOut, also=unhealthy)
+
+
+def key_path(key_id: str) -> str:
+    """Return the path of a key. Raises InvalidRequest without an id."""
+    if not key_id:
+        raise InvalidRequest("A key id is needed")
+    return f"/keys/{quote(key_id, safe='')}"
+
+
+def rotate(key_id: str) -> ClientRequest[admin.RotateOut]:
+    """Request a new key version. Not repeatable: each call creates one."""
+    path = f"{PREFIX}{key_path(key_id)}/rotate"
+    return ClientRequest("POST", path, admin.RotateOut, repeatable=False)
+
+
+def job(job_id: str, wait_s: int) -> ClientRequest[wire.JobOut]:
+    """GET /jobs/{job_id}: now, or at its end if that comes within ``wait_s`` seconds."""
+    return get(job_path(job_id), wire.JobOut, wait_s=wait_s)
 
 
 def job_path(job_id: str, below: str = "") -> str:
     """Return the path of a job, or of a resource below it. Raises InvalidRequest without an id."""
     if not job_id:
         raise InvalidRequest("A job id is needed")
-    return f"{PREFIX}/jobs/{quote(job_id, safe='')}{below}"
+    return f"/jobs/{quote(job_id, safe='')}{below}"
 
 
-def job(job_id: str, wait_s: int = 0) -> ClientRequest[wire.JobOut]:
-    """GET /jobs/{job_id}."""
-    path = job_path(job_id) + _query({"wait": wait_s or None})
-    return ClientRequest("GET", path, wire.JobOut, wait_s=wait_s)
+def change_job(method: str, job_id: str, below: str = "") -> ClientRequest[wire.JobOut]:
+    """Request a change of a job, without a body. Raises InvalidRequest without an id."""
+    return ClientRequest(method, PREFIX + job_path(job_id, below), wire.JobOut)
 
 
-def many(job_ids: Iterable[str]) -> ClientRequest[wire.JobsOut]:
-    """POST /jobs/status."""
-    return _post("/jobs/status", wire.JobsIn(job_ids=list(job_ids)), wire.JobsOut)
-
-
-def group(name: str, wait_s: int = 0) -> ClientRequest[job_groups.GroupOut]:
-    """GET /job-groups/{name}."""
-    path = f"{PREFIX}/job-groups/{quote(name, safe='')}{_query({'wait': wait_s or None})}"
-    return ClientRequest("GET", path, job_groups.GroupOut, wait_s=wait_s)
-
-
-def release(job_id: str) -> ClientRequest[wire.JobOut]:
-    """DELETE /jobs/{job_id}/result."""
-    return ClientRequest("DELETE", job_path(job_id, "/result"), wire.JobOut)
-
-
-def cancel(job_id: str) -> ClientRequest[wire.JobOut]:
-    """DELETE /jobs/{job_id}."""
-    return ClientRequest("DELETE", job_path(job_id), wire.JobOut)
-
-
-def retry(job_id: str) -> ClientRequest[wire.JobOut]:
-    """POST /jobs/{job_id}/retry."""
-    return ClientRequest("POST", f"{job_path(job_id)}/retry", wire.JobOut)
-
-
-def dead(limit: int) -> ClientRequest[wire.JobList]:
-    """GET /jobs/dead."""
-    return ClientRequest("GET", f"{PREFIX}/jobs/dead?limit={limit}", wire.JobList)
-
-
-def jobs(
-    state: wire.JobState | None, labels: Mapping[str, str] | None, limit: int | None, cursor: str | None
-) -> ClientRequest[wire.JobList]:
-    """GET /jobs."""
-    named = [f"{name}={value}" for name, value in (labels or {}).items()]
-    given = {"state": state, "label": named, "limit": limit, "cursor": cursor}
-    return ClientRequest("GET", f"{PREFIX}/jobs{_query(given)}", wire.JobList)
-
-
-def result(job_id: str, headers: Mapping[str, str]) -> ClientRequest[bytes]:
+def result(job_id: str, headers: Mapping[str, str] | None = None) -> ClientRequest[bytes]:
     """GET /jobs/{job_id}/result."""
-    return ClientRequest("GET", job_path(job_id, "/result"), bytes, headers=headers)
+    return ClientRequest("GET", PREFIX + job_path(job_id, "/result"), bytes, headers=headers or {})
 
 
 def upload(

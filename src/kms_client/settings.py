@@ -4,8 +4,10 @@ import re
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Self, TypedDict
+from typing import Final, TypedDict
 from urllib.parse import unquote, urlsplit
+
+import httpcore2
 
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError
@@ -49,46 +51,35 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
-    """Checked options. ``of`` raises ConfigurationError for an address that is not http(s)://host.
+    """The address and the options of a client. Raises ConfigurationError unless it is http(s)://host.
 
     It also does for ``http://`` to a host that is not loopback, unless ``allow_http`` is set.
     """
 
     url: str
     token: str | None = field(default=None, repr=False)
-    token_file: Path | None = None
+    token_file: str | Path | None = None
     timeout_s: float = 30.0
     deadline_s: float | None = None
     retries: int = 2
-    ca_file: Path | None = None
-    certificate: tuple[Path, Path] | None = None
+    ca_file: str | Path | None = None
+    cert_file: str | Path | None = None
+    key_file: str | Path | None = None
+    allow_http: bool = False
 
-    @classmethod
-    def of(cls, url: str, options: Options) -> Self:
-        token_file, ca_file = options.get("token_file"), options.get("ca_file")
-        cert_file, key_file = options.get("cert_file"), options.get("key_file")
-        if bool(cert_file) != bool(key_file):
+    def __post_init__(self) -> None:
+        if bool(self.cert_file) != bool(self.key_file):
             raise ConfigurationError("cert_file and key_file must be given together")
-        url = checked_address(url)
-        if not options.get("allow_http", False):
-            check_encrypted(url)
-        return cls(
-            url=url,
-            token=options.get("token"),
-            token_file=Path(token_file) if token_file else None,
-            timeout_s=options.get("timeout_s", 30.0),
-            deadline_s=options.get("deadline_s"),
-            retries=options.get("retries", 2),
-            ca_file=Path(ca_file) if ca_file else None,
-            certificate=(Path(cert_file), Path(key_file)) if cert_file and key_file else None,
-        )
+        object.__setattr__(self, "url", checked_address(self.url))
+        if not self.allow_http:
+            check_encrypted(self.url)
 
     def authorization(self) -> dict[str, str]:
         """Return the Authorization header, if any. Raises ConfigurationError for an unreadable token."""
         token = self.token
-        if token is None and self.token_file is not None:
+        if token is None and self.token_file:
             try:
-                token = small_files.read(self.token_file).decode("ascii").strip()
+                token = small_files.read(Path(self.token_file)).decode("ascii").strip()
             except (OSError, ValueError) as exc:
                 raise ConfigurationError(f"Cannot read the token file {self.token_file}") from exc
         if not token:
@@ -97,7 +88,7 @@ class ClientSettings:
             raise ConfigurationError("The token contains characters that a header cannot contain")
         return {"Authorization": f"Bearer {token}"}
 
-    def proxy(self) -> "Proxy | None":
+    def proxy(self) -> httpcore2.Proxy | None:
         """Return the proxy of the environment (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY), if one applies.
 
         None applies to a service on loopback. Raises ConfigurationError for a proxy that is not HTTP.
@@ -111,7 +102,7 @@ class ClientSettings:
         url = found.get(parts.scheme) or found.get("all")
         if not url or proxy_bypass(parts.hostname or ""):
             return None
-        return Proxy.of(url)
+        return _proxy(url)
 
     def tls(self) -> ssl.SSLContext:
         """Return a context that verifies servers against ``ca_file`` or the authorities of the system.
@@ -120,35 +111,27 @@ class ClientSettings:
         """
         if self.url.startswith("http://"):
             return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context = client_context(self.ca_file, "ca_file")
-        if self.certificate is not None:
+        context = client_context(Path(self.ca_file) if self.ca_file else None, "ca_file")
+        if self.cert_file:
             try:
-                context.load_cert_chain(*self.certificate, password=lambda: "")  # never prompt for one
-            except (OSError, ssl.SSLError) as exc:
-                raise ConfigurationError(f"Cannot use the certificate {self.certificate[0]}") from exc
+                context.load_cert_chain(self.cert_file, self.key_file, password=lambda: "")  # never ask
+            except OSError as exc:  # SSLError is one
+                raise ConfigurationError(f"Cannot use the certificate {self.cert_file}") from exc
         return context
 
 
-@dataclass(frozen=True, slots=True)
-class Proxy:
-    """An HTTP proxy of the environment."""
-
-    url: str
-    credentials: tuple[str, str] | None = field(default=None, repr=False)
-
-    @classmethod
-    def of(cls, text: str) -> Self:
-        """Parse a proxy; without a scheme it is http, as in curl. Raises ConfigurationError."""
-        try:
-            parts = urlsplit(text if "://" in text else f"http://{text}")
-            address = f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname
-        except ValueError:
-            parts, address = urlsplit(""), None
-        if parts.scheme not in {"http", "https"} or not address:
-            raise ConfigurationError("The proxy that the environment names is not http://host:port")
-        user = unquote(parts.username or "")
-        credentials = (user, unquote(parts.password or "")) if user else None
-        return cls(f"{parts.scheme}://{address}", credentials)
+def _proxy(text: str) -> httpcore2.Proxy:
+    """Parse an HTTP proxy; without a scheme it is http, as in curl. Raises ConfigurationError."""
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        address = f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname
+    except ValueError:
+        parts, address = urlsplit(""), None
+    if parts.scheme not in {"http", "https"} or not address:
+        raise ConfigurationError("The proxy that the environment names is not http://host:port")
+    user = unquote(parts.username or "")
+    credentials = (user, unquote(parts.password or "")) if user else None
+    return httpcore2.Proxy(f"{parts.scheme}://{address}", auth=credentials)
 
 
 def check_encrypted(url: str) -> None:

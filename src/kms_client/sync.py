@@ -12,7 +12,7 @@ from typing import BinaryIO, Self, TypeVar, Unpack
 import httpcore2
 
 from kms_client.aio import AsyncClient, JobProgress
-from kms_client.http_client import AnswerHead, Progress, pool_options, transport_errors
+from kms_client.http_client import AnswerHead, Progress, new_pool, transport_errors
 from kms_client.requests import UploadOptions
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
 from kms_protocol import admin, job_groups, wire
@@ -49,15 +49,11 @@ class SyncTransport:
 
     def __init__(self, settings: ClientSettings) -> None:
         self._url = settings.url
-        self._pool = httpcore2.ConnectionPool(**pool_options(settings))
+        self._pool = new_pool(httpcore2.ConnectionPool, settings)
 
     async def open(self, request: httpcore2.Request) -> AnswerHead:
         with transport_errors(self._url):
             return AnswerHead.of(self._pool.handle_request(request))
-
-    async def read(self, answer: AnswerHead) -> bytes:
-        with transport_errors(self._url):
-            return answer.raw.read()
 
     async def chunks(self, answer: AnswerHead) -> AsyncGenerator[bytes]:
         with transport_errors(self._url):
@@ -88,7 +84,7 @@ class Client:
     """
 
     def __init__(self, url: str = DEFAULT_URL, **options: Unpack[Options]) -> None:
-        settings = ClientSettings.of(url, options)
+        settings = ClientSettings(url, **options)
         self._api = AsyncClient.over(settings, SyncTransport(settings))
 
     @classmethod

@@ -9,7 +9,7 @@ import pytest
 from kms_client import Client, UnexpectedAnswer, requests
 from kms_client.http_client import transport_errors
 from kms_client.problems import Reply, by_code, error_of, failure, tree
-from kms_client.settings import ClientSettings, Proxy
+from kms_client.settings import ClientSettings
 from kms_protocol import errors, shapes, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import KmsError
@@ -83,8 +83,8 @@ def test_abandoned_result_gives_its_connection_back(server: ContractServer) -> N
 
 
 def test_secrets_are_not_shown(server: ContractServer) -> None:
-    call = requests.encrypt(b"plain", "env=prod", None)
-    settings = ClientSettings.of(server.url, {"token": "tok-123"})
+    call = requests.post("/encrypt", wire.EncryptIn(plaintext=b"plain"), wire.EncryptOut)
+    settings = ClientSettings(server.url, token="tok-123")
 
     assert "cGxhaW4" not in repr(call)
     assert "tok-123" not in repr(settings)
@@ -108,10 +108,10 @@ def test_whatever_httpcore_raises_becomes_ours(kind: type[Exception]) -> None:
     ("environ", "url", "expected"),
     [
         ({}, "https://kms.example.com", None),
-        ({"HTTPS_PROXY": "http://p:3128"}, "https://kms.example.com", Proxy("http://p:3128")),
-        ({"HTTPS_PROXY": "p:3128"}, "https://kms.example.com", Proxy("http://p:3128")),
-        ({"HTTPS_PROXY": "http://u:%40@p"}, "https://kms.example.com", Proxy("http://p", ("u", "@"))),
-        ({"ALL_PROXY": "https://p"}, "http://kms.example.com", Proxy("https://p")),
+        ({"HTTPS_PROXY": "http://p:3128"}, "https://kms.example.com", ("http://p:3128/", None)),
+        ({"HTTPS_PROXY": "p:3128"}, "https://kms.example.com", ("http://p:3128/", None)),
+        ({"HTTPS_PROXY": "http://u:%40@p"}, "https://kms.example.com", ("http://p/", (b"u", b"@"))),
+        ({"ALL_PROXY": "https://p"}, "http://kms.example.com", ("https://p/", None)),
         ({"HTTP_PROXY": "http://p"}, "https://kms.example.com", None),
         ({"HTTPS_PROXY": "http://p", "NO_PROXY": "example.com"}, "https://kms.example.com", None),
         ({"ALL_PROXY": "http://p"}, "http://localhost:8082", None),
@@ -119,7 +119,7 @@ def test_whatever_httpcore_raises_becomes_ours(kind: type[Exception]) -> None:
     ids=["none", "https", "no scheme", "credentials", "all", "other scheme", "not for it", "loopback"],
 )
 def test_proxy_is_that_of_the_environment(
-    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], url: str, expected: Proxy | None
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], url: str, expected: tuple[str, object] | None
 ) -> None:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -127,7 +127,9 @@ def test_proxy_is_that_of_the_environment(
     for name, value in environ.items():
         monkeypatch.setenv(name.lower(), value)
 
-    assert ClientSettings.of(url, {"allow_http": True}).proxy() == expected
+    found = ClientSettings(url, allow_http=True).proxy()
+
+    assert (found and (bytes(found.url).decode(), found.auth)) == expected
 
 
 @pytest.mark.parametrize("proxy", ["socks5://p:1080", "http://", "http://p:port", "http://[p"])
@@ -136,4 +138,4 @@ def test_proxy_of_another_kind_is_told_of(monkeypatch: pytest.MonkeyPatch, proxy
     monkeypatch.delenv("no_proxy", raising=False)
 
     with pytest.raises(errors.ConfigurationError, match="proxy"):
-        ClientSettings.of("https://kms.example.com", {}).proxy()
+        ClientSettings("https://kms.example.com").proxy()

@@ -37,7 +37,7 @@ def of_the_core(ca_file: Path) -> ssl.SSLContext:
 
 
 def of_the_client(ca_file: Path) -> ssl.SSLContext:
-    return ClientSettings.of("https://localhost", {"ca_file": ca_file}).tls()
+    return ClientSettings("https://localhost", ca_file=ca_file).tls()
 
 
 @pytest.mark.parametrize("made", [of_the_core, of_the_client])
