@@ -143,12 +143,17 @@ class UnwrapOut(UsedKey, frozen=True, kw_only=True):
 # -- batch -------------------------------------------------------------------------------------------
 
 
-class BatchItem(Body, frozen=True, kw_only=True):
-    """One call of a batch: ``plaintext`` for encrypt, ``ciphertext`` for all other operations."""
+class JobItem(Body, frozen=True, kw_only=True):
+    """One item of a job: ``plaintext`` for encrypt, ``ciphertext`` for all other kinds."""
 
     plaintext: bytes | None = None
     ciphertext: bytes | None = None
     context: ContextIn = None
+
+
+class BatchItem(JobItem, frozen=True, kw_only=True):
+    """One call of a batch: ``plaintext`` for encrypt, ``ciphertext`` for all other operations."""
+
     key_id: KeyId | None = None
     reference: Annotated[str, Meta(max_length=256)] | None = None
 
@@ -196,14 +201,6 @@ class BatchOut(Answer, frozen=True, kw_only=True):
 _JOB: Final = "0192f0c1-7a3e-4c55-9d0a-1f2e3d4c5b6a"
 _JOB_PATH: Final = f"{PREFIX}/jobs/{_JOB}"
 _LINKS: Final = {"self": _JOB_PATH, "result": f"{_JOB_PATH}/result"}
-
-
-class JobItem(Body, frozen=True, kw_only=True):
-    """One item of a job: ``plaintext`` for encrypt, ``ciphertext`` for all other kinds."""
-
-    plaintext: bytes | None = None
-    ciphertext: bytes | None = None
-    context: ContextIn = None
 
 
 class JobIn(Body, frozen=True, kw_only=True):
