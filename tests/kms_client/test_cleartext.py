@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from kms_cli.main import run
-from kms_cli.plugin.main import OfService
+from kms_cli.plugin.main import KeysOfTargets
 from kms_cli.plugin.names import PluginTarget
 from kms_client import AsyncClient, Client, UnexpectedAnswer
 from kms_protocol.context import Context
@@ -168,10 +168,10 @@ def test_no_redirect_is_followed(kind: Make, status: int) -> None:
 SENDS_A_SECRET: dict[str, Callable[[str, Path], object]] = {
     "client": lambda url, _: Client(url, retries=0).wrap(FILE_KEY),
     "async client": lambda url, _: anyio.run(AsyncClient(url, retries=0).encrypt, FILE_KEY),
-    "plugin, own service": lambda url, _: OfService({"KMS_SERVICE_URL": url}).wrap(
+    "plugin, own service": lambda url, _: KeysOfTargets({"KMS_SERVICE_URL": url}).wrap(
         FILE_KEY, PluginTarget(None, Context())
     ),
-    "plugin, service of the recipient": lambda url, _: OfService({}).wrap(
+    "plugin, service of the recipient": lambda url, _: KeysOfTargets({}).wrap(
         FILE_KEY, PluginTarget(None, Context(), url)
     ),
     "command": lambda url, file: run(["encrypt-file", str(file), "--url", url]),
@@ -227,7 +227,7 @@ def test_a_variable_tells_the_command(token_file: Path, monkeypatch: pytest.Monk
     ("said", "allowed"), [({}, False), ({"KMS_ALLOW_HTTP": "0"}, False), ({"KMS_ALLOW_HTTP": "1"}, True)]
 )
 def test_the_age_plugin_refuses_unless_told(token_file: Path, said: dict[str, str], *, allowed: bool) -> None:
-    keys = OfService({"KMS_SERVICE_URL": "http://kms.invalid", "KMS_TOKEN_FILE": str(token_file), **said})
+    keys = KeysOfTargets({"KMS_SERVICE_URL": "http://kms.invalid", "KMS_TOKEN_FILE": str(token_file), **said})
 
     with pytest.raises(KmsError) as caught:
         keys.wrap(bytes(16), PluginTarget(None, Context()))

@@ -5,18 +5,13 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
 from kms_cli.plugin.names import PluginTarget
-from kms_cli.plugin.state_machines import (
-    KeysFor,
-    PluginKeys,
-    identity_v1,
-    recipient_v1,
-)
+from kms_cli.plugin.state_machines import PluginKeys, identity_v1, recipient_v1
 from kms_client import DEFAULT_URL, Client
 from kms_core import key_opening, keyring, secure_memory
 from kms_core.age.header import FILE_LIMITS
@@ -30,7 +25,7 @@ from kms_core.settings.load import load as load_settings
 from kms_protocol.context import Context
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_OTHER, EXIT_USAGE, ConfigurationError
 
-MACHINES: Final[Mapping[str, Callable[[PluginConnection, KeysFor], None]]] = {
+MACHINES: Final[Mapping[str, Callable[[PluginConnection, PluginKeys], None]]] = {
     "recipient-v1": recipient_v1,
     "identity-v1": identity_v1,
 }
@@ -47,57 +42,53 @@ _YES: Final = frozenset({"1", "true", "t", "yes", "y", "on"})  # the values that
 LOCAL_USER: Final = Principal("local")
 
 
-class OfService:
-    """Keys of the service. Address and token are from the environment, as for the ``kms`` command.
+class KeysOfTargets:
+    """Keys of the service, or of the settings file in this process, as a target says.
 
-    A recipient may name another address, but the token is never sent there: the author of a recipient must
-    not obtain tokens.
+    Address and token of the service are from the environment, as for the ``kms`` command. A recipient may
+    name another address, but the token is never sent there: the author of a recipient must not obtain tokens.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self._url = environ.get("KMS_SERVICE_URL")
-        self._token_file = environ.get("KMS_TOKEN_FILE")
-        self._allow_http = environ.get("KMS_ALLOW_HTTP", "").lower() in _YES
+        self._environ = environ
 
     def wrap(self, file_key: bytes, target: PluginTarget) -> bytes:
+        if target.in_process:
+            return self._own.wrap(LOCAL_USER, file_key, target.context, key_id=target.key_id).stanza
         with self._client(target) as kms:
-            made = kms.wrap(file_key, context=dict(target.context.pairs), key_id=target.key_id)
-        return made.stanza
+            return kms.wrap(file_key, context=dict(target.context.pairs), key_id=target.key_id).stanza
 
     def unwrap(self, stanzas: bytes, target: PluginTarget) -> bytes:
+        if target.in_process:
+            return self._own.unwrap(LOCAL_USER, stanzas, target.context, key_id=target.key_id).file_key
         with self._client(target) as kms:
-            found = kms.unwrap(stanzas, context=dict(target.context.pairs), key_id=target.key_id)
-        return found.file_key
+            return kms.unwrap(stanzas, context=dict(target.context.pairs), key_id=target.key_id).file_key
 
     def _client(self, target: PluginTarget) -> Client:
-        own = (self._url or DEFAULT_URL).rstrip("/")
+        own = (self._environ.get("KMS_SERVICE_URL") or DEFAULT_URL).rstrip("/")
+        token_file = self._environ.get("KMS_TOKEN_FILE")
         url = target.url or own
-        if self._token_file and url != own:
+        if token_file and url != own:
             raise ConfigurationError(
                 f"The token in KMS_TOKEN_FILE is for {own}, and this recipient or identity names {url}: "
                 f"if the token may go there, set KMS_SERVICE_URL={url}"
             )
-        return Client(url, token_file=self._token_file, allow_http=self._allow_http)
+        allow_http = self._environ.get("KMS_ALLOW_HTTP", "").lower() in _YES
+        return Client(url, token_file=token_file, allow_http=allow_http)
 
+    @cached_property
+    def _own(self) -> Kms:
+        """The keys of the settings file, without the policy and the audit log of the service.
 
-class InProcess:
-    """Keys of the settings file, in this process, without the policy and the audit log of the service."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        """Load the keys. Raises ConfigurationError. The working directory is ignored (see ``run``)."""
-        named = environ.get("KMS_CONFIG")
+        The working directory is ignored (see ``run``). Raises ConfigurationError.
+        """
+        named = self._environ.get("KMS_CONFIG")
         if named and not Path(named).is_absolute():
             raise ConfigurationError("An age plugin requires an absolute path in KMS_CONFIG")
-        settings = load_settings(files.for_command(None, environ, None, _say), environ)
+        settings = load_settings(files.for_command(None, self._environ, None, _say), self._environ)
         rules = SelectionRules(settings.kms.require_context, FILE_LIMITS)
         keys = keyring.build(settings, key_opening.of_process(settings))
-        self._kms = Kms(keys, AllowAll(), _NoAudit(), rules)
-
-    def wrap(self, file_key: bytes, target: PluginTarget) -> bytes:
-        return self._kms.wrap(LOCAL_USER, file_key, target.context, key_id=target.key_id).stanza
-
-    def unwrap(self, stanzas: bytes, target: PluginTarget) -> bytes:
-        return self._kms.unwrap(LOCAL_USER, stanzas, target.context, key_id=target.key_id).file_key
+        return Kms(keys, AllowAll(), _NoAudit(), rules)
 
 
 class _NoAudit:
@@ -130,7 +121,7 @@ def run(args: Sequence[str], environ: Mapping[str, str]) -> int:
     os.chdir("/")  # "plugins must not make any assumptions about the working directory"
     line = PluginConnection(sys.stdin.buffer, sys.stdout.buffer)
     try:
-        machine(line, _keys(environ))
+        machine(line, KeysOfTargets(environ))
     except Broken as exc:
         _say(str(exc))
         return EXIT_OTHER
@@ -152,19 +143,6 @@ def main() -> NoReturn:
 
 def _say(text: str) -> None:
     sys.stderr.write(f"age-plugin-kms: {text}\n")
-
-
-def _keys(environ: Mapping[str, str]) -> KeysFor:
-    @cache
-    def in_process() -> PluginKeys:
-        return InProcess(environ)
-
-    service = OfService(environ)
-
-    def keys_for(target: PluginTarget) -> PluginKeys:
-        return in_process() if target.in_process else service
-
-    return keys_for
 
 
 def _ended(number: int, frame: FrameType | None) -> NoReturn:

@@ -4,7 +4,7 @@ Source: C2SP age-plugin specification; "IPC protocol" for the stanzas on stdin a
 the service names that key: stanzas of other tools, and of keys that no identity names, are ignored.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -35,7 +35,6 @@ class PluginKeys(Protocol):
         """Return the 16 bytes."""
 
 
-KeysFor = Callable[[PluginTarget], PluginKeys]
 POSTQUANTUM: Final = "postquantum"
 MAX_ATTEMPTS: Final = 100
 """The maximum for one file, since the author of its header determines the number of calls."""
@@ -70,10 +69,10 @@ class _WrapRequest:
     labels: bool = False
 
 
-def recipient_v1(line: PluginConnection, keys_for: KeysFor) -> None:
+def recipient_v1(line: PluginConnection, keys: PluginKeys) -> None:
     """Wrap each file key for each recipient and identity, or report the errors. Raises Broken."""
     request = _wrap_request(line)
-    stanzas, errors = _wrapped(request, keys_for)
+    stanzas, errors = _wrapped(request, keys)
     if errors:
         _send_errors(line, errors)
         return
@@ -120,7 +119,7 @@ def _targets(
     return targets, errors
 
 
-def _wrapped(request: _WrapRequest, keys_for: KeysFor) -> tuple[list[tuple[int, Stanza]], list[PluginError]]:
+def _wrapped(request: _WrapRequest, keys: PluginKeys) -> tuple[list[tuple[int, Stanza]], list[PluginError]]:
     """Return a stanza and the index of its file key for each key and target, or the errors."""
     targets, errors = _targets(request.given)
     if errors:
@@ -128,7 +127,6 @@ def _wrapped(request: _WrapRequest, keys_for: KeysFor) -> tuple[list[tuple[int, 
     stanzas: list[tuple[int, Stanza]] = []
     for target, (kind, index) in targets.items():
         try:
-            keys = keys_for(target)
             for file, file_key in enumerate(request.file_keys):
                 stanzas.append((file, parse_stanzas(keys.wrap(file_key, target), FILE_LIMITS)[0]))
         except KmsError as exc:
@@ -159,7 +157,7 @@ class StanzaBundle:
     key_id: str
 
 
-def identity_v1(line: PluginConnection, keys_for: KeysFor) -> None:
+def identity_v1(line: PluginConnection, keys: PluginKeys) -> None:
     """Return the file key of each file that an identity can decrypt. Raises Broken."""
     given, files = _received(line)
     targets, errors = _targets(given)
@@ -172,13 +170,13 @@ def identity_v1(line: PluginConnection, keys_for: KeysFor) -> None:
         except _MalformedHeader as exc:
             _send_errors(line, [exc.error], last=False)
             continue
-        _open_file(line, keys_for, targets, parts)
+        _open_file(line, keys, targets, parts)
     line.done()
 
 
 def _open_file(
     line: PluginConnection,
-    keys_for: KeysFor,
+    keys: PluginKeys,
     targets: Mapping[PluginTarget, tuple[str, int]],
     parts: Iterable[StanzaBundle],
 ) -> None:
@@ -188,7 +186,7 @@ def _open_file(
     tries = [(part, target) for part in parts for target in targets if target.key_id in {None, part.key_id}]
     for part, target in tries[:MAX_ATTEMPTS]:
         try:
-            file_key = keys_for(target).unwrap(part.text, target)
+            file_key = keys.unwrap(part.text, target)
         except (DecryptFailed, UnknownKey):
             refused.add(part.key_id)
         except KmsError as exc:

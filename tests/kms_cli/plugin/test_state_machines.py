@@ -89,7 +89,7 @@ def answer(machine: object, incoming: bytes, keys: PluginKeys) -> list[Stanza]:
     """What the plugin says, when every command of its own is answered with ok."""
     outgoing = io.BytesIO()
     assert callable(machine)
-    machine(PluginConnection(io.BytesIO(incoming + OK * 50), outgoing), lambda _: keys)
+    machine(PluginConnection(io.BytesIO(incoming + OK * 50), outgoing), keys)
     return list(parse_stanzas(outgoing.getvalue(), header.FILE_LIMITS))
 
 
@@ -362,7 +362,7 @@ def test_a_tool_that_takes_no_stanza_is_left(sealer: Sealer, replies: bytes) -> 
     incoming = said(f"add-recipient {HERE.recipient()}", wrap_key(), "done") + replies
 
     with pytest.raises(Broken):
-        recipient_v1(PluginConnection(io.BytesIO(incoming), io.BytesIO()), lambda _: sealer)
+        recipient_v1(PluginConnection(io.BytesIO(incoming), io.BytesIO()), sealer)
 
 
 words = st.text(st.characters(codec="ascii", min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=20)
