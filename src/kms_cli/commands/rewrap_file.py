@@ -1,10 +1,9 @@
 """``kms rewrap-file``: a new header by the service. The payload is copied on this machine, never sent."""
 
 import contextlib
-import errno
+import io
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final, TypedDict, Unpack
 
@@ -12,6 +11,7 @@ import click
 
 from kms_cli import terminal
 from kms_cli.age_file import streams
+from kms_cli.age_file.streams import InputStream
 from kms_cli.options import (
     STDIO,
     OutputExists,
@@ -22,7 +22,6 @@ from kms_cli.options import (
     key_option,
     name_of,
     output_option,
-    placed,
     source_argument,
     writing,
 )
@@ -32,13 +31,11 @@ from kms_core.age import header
 from kms_core.age.armor import BEGIN
 from kms_core.age.header import FILE_LIMITS, Header
 from kms_core.envelope import binding
-from kms_core.payload import files
 from kms_protocol.errors import BadInput, DecryptFailed, InvalidRequest, NotACiphertext
 from kms_protocol.wire import ContextIn, EncryptOut
 
 KERNEL_COPY_BYTES: Final = 64 * 1024 * 1024
 COPY_BYTES: Final = 1024 * 1024
-NO_KERNEL_COPY: Final = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
 
 
 class Rewrap(TypedDict):
@@ -70,57 +67,39 @@ def rewrap_file_command(**given: Unpack[Rewrap]) -> None:
 
     The SOURCE - is stdin, and its output is stdout.
     """
-    source = given["source"]
-    if STDIO in {source, given["output"]}:
-        _piped(source, given)
-        return
-    if given["output"] is None and not given["force"]:
+    source, output = given["source"], given["output"]
+    in_place = output is None and source != STDIO
+    if in_place and not given["force"]:
         raise OutputExists(f"Without --output the result would replace {source}")
-    target = given["output"] or source.resolve()
-    with source.open("rb", buffering=0) as file:
-        old = _head(source, file.fileno())
-        answer = _rewrapped(os.pread(file.fileno(), old.payload_offset, 0), given)
-        new = _checked(answer, old)
-        with placed(target, overwrite=given["force"]) as written, meter() as line:
-            if given["output"] is None:
-                _keep_access(file.fileno(), written.fileno())
-            _write(file.fileno(), written, old, answer.ciphertext[: new.size], line=line)
-    _report(source, target, answer)
-
-
-def _piped(source: Path, given: Rewrap) -> None:
-    """Rewrap a stream, or to stdout. The payload is copied as it arrives."""
-    if given["output"] is None:
+    if in_place:
+        output = source.resolve()
+    elif output is None:
         terminal.refuse_binary()
     with streams.source(source) as opened:
         start = streams.exactly(opened.stream, FILE_LIMITS.header_bytes + header.NONCE_BYTES)
-        with _armor_named(name_of(source), start):
-            old = header.parse(start, FILE_LIMITS)
+        old = _header(source, start)
         answer = _rewrapped(start[: old.payload_offset], given)
-        new, to_stdout = _checked(answer, old), is_stdout(given["output"])
-        with writing(given["output"], overwrite=given["force"]) as target, meter(on_stdout=to_stdout) as line:
+        new = _checked(answer, old)
+        with (
+            writing(output, overwrite=given["force"]) as target,
+            meter(on_stdout=is_stdout(output)) as line,
+        ):
+            if in_place:
+                _keep_access(opened.stream.fileno(), target.fileno())
             target.write(answer.ciphertext[: new.size])
-            rest, done = streams.Joined(start[old.size :], opened.stream), 0
-            while part := streams.exactly(rest, COPY_BYTES):
-                done += target.write(part)
-                line.show("copying", done, opened.size)
-    if given["output"] and not to_stdout:
-        _report(source, given["output"], answer)
+            copy_payload(opened, start[old.size :], target, line)
+    if output and output != STDIO:
+        _report(source, output, answer)
 
 
-def _head(source: Path, fd: int) -> Header:
-    with _armor_named(name_of(source), os.pread(fd, len(BEGIN), 0)):
-        return header.read(fd, FILE_LIMITS)
-
-
-@contextlib.contextmanager
-def _armor_named(name: str, start: bytes) -> Iterator[None]:
+def _header(source: Path, start: bytes) -> Header:
     try:
-        yield
+        return header.parse(start, FILE_LIMITS)
     except NotACiphertext as exc:
-        if start.startswith(BEGIN):
-            raise NotACiphertext(f"{name} is armored: only a binary file has a header to replace") from exc
-        raise
+        if not start.startswith(BEGIN):
+            raise
+        name = name_of(source)
+        raise NotACiphertext(f"{name} is armored: only a binary file has a header to replace") from exc
 
 
 def _rewrapped(head: bytes, given: Rewrap) -> EncryptOut:
@@ -143,34 +122,28 @@ def _checked(answer: EncryptOut, old: Header) -> Header:
     return new
 
 
-def _write(fd: int, written: BinaryIO, old: Header, new: bytes, *, line: terminal.Meter) -> None:
-    """Write the new header and the old payload. Raises InvalidRequest if the source changes."""
+def copy_payload(source: InputStream, ahead: bytes, target: BinaryIO, line: terminal.Meter) -> None:
+    """Write the payload, of which ``ahead`` was read; between files in the kernel.
+
+    Some file systems then share its extents. Raises InvalidRequest if a file changes.
+    """
+    fd, done = source.stream.fileno(), 0
     before = os.fstat(fd)
-    total = before.st_size - old.size
-    target_fd, done = written.fileno(), 0
-    files.write_all(target_fd, memoryview(new), 0)
-    while done < total:
-        copied = _copy(fd, target_fd, total - done, old.size + done, len(new) + done)
-        if not copied:
-            break
-        done += copied
-        line.show("copying", done, total)
+    rest: io.RawIOBase = streams.Joined(ahead, source.stream)
+    if source.file_range and isinstance(target, io.BufferedWriter):
+        rest = source.stream
+        rest.seek(-len(ahead), io.SEEK_CUR)
+        target.flush()
+        with contextlib.suppress(OSError):  # the copy below meets it again
+            while copied := os.copy_file_range(fd, target.fileno(), KERNEL_COPY_BYTES):
+                done += copied
+                line.show("copying", done, source.size)
+    while part := streams.exactly(rest, COPY_BYTES):
+        done += target.write(part)
+        line.show("copying", done, source.size)
     after = os.fstat(fd)
-    if done < total or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+    if source.file_range and (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise InvalidRequest("The source changed while it was copied; try again when no program writes to it")
-
-
-def _copy(fd: int, target_fd: int, size: int, at: int, target_at: int) -> int:
-    """Copy some bytes, in the kernel if it can (as shared extents on some file systems)."""
-    try:
-        if copied := os.copy_file_range(fd, target_fd, min(size, KERNEL_COPY_BYTES), at, target_at):
-            return copied
-    except OSError as exc:
-        if exc.errno not in NO_KERNEL_COPY:
-            raise
-    data = os.pread(fd, min(size, COPY_BYTES), at)
-    files.write_all(target_fd, memoryview(data), target_at)
-    return len(data)
 
 
 def _keep_access(fd: int, target_fd: int) -> None:

@@ -13,8 +13,12 @@ from threading import Thread
 
 import pytest
 
+from kms_cli.age_file import streams
+from kms_cli.commands.rewrap_file import copy_payload
+from kms_cli.terminal import Meter
 from kms_core.age import header
 from kms_core.age.header import FILE_LIMITS, Header
+from kms_protocol.errors import InvalidRequest
 from support.cli.fixtures import Place
 from support.cli.offline import Done, Workspace, workspace
 
@@ -177,6 +181,25 @@ def test_the_payload_goes_to_another_file_system(near: Near) -> None:
 
         assert done.returncode == 0, done.stderr
         assert near.open(target, NEW) == plaintext
+
+
+def test_a_source_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "old"
+    source.write_bytes(bytes(MIB))
+
+    class Writer(Meter):
+        """Writes to the source when the first part was copied."""
+
+        def show(self, label: str, done: int, total: int | None) -> None:
+            del label, done, total
+            source.write_bytes(bytes(MIB + 1))
+
+    with (
+        streams.source(source) as opened,
+        (tmp_path / "new").open("wb") as target,
+        pytest.raises(InvalidRequest, match="changed"),
+    ):
+        copy_payload(opened, b"", target, Writer())
 
 
 # -- a service that is not to be trusted ------------------------------------------------------------
