@@ -9,11 +9,12 @@ import binascii
 import contextlib
 import functools
 import hashlib
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 
 import click
 import msgspec
@@ -45,7 +46,6 @@ migrate_command = LazyGroup(
     "migrate", MIGRATE_COMMANDS, "Migrate ciphertexts of other systems to the service."
 )
 BATCH_LINES: Final = 100
-BATCH_BYTES: Final = 512 * 1024  # of plaintext, a quarter of the limit of a request body
 LINE_BYTES: Final = 64 * 1024 * 1024
 GIVE_UP_AFTER: Final = 20  # failures of the other system in a row
 AWS_TIMEOUT_S: Final = 10.0
@@ -123,17 +123,21 @@ class Migration(Generic[L]):
     client: Client | None
     output: Lines | Folder
     report: MigrationReport = field(default_factory=MigrationReport)
+    stopped: errors.Unavailable | None = None
 
     def run(self, lines: Iterable[bytes]) -> None:
         """Migrate lines. Raises Unavailable if source or service do not answer; earlier results are kept."""
-        for batch in _batches(self._decrypted(lines)):
+        items = self._decrypted(lines)
+        while self.stopped is None and (batch := list(itertools.islice(items, BATCH_LINES))):
             if self.client is None:
                 self.report.moved += len(batch)
             else:
                 self._encrypt(self.client, batch)
+        if self.stopped is not None:
+            raise self.stopped
 
     def _decrypted(self, lines: Iterable[bytes]) -> Iterator[Item]:
-        """Decrypt the lines that are not in the output. Raises Unreachable, Busy."""
+        """Decrypt the lines that are not in the output, up to an error that ends the run (``stopped``)."""
         in_a_row = 0
         for number, text in enumerate(map(bytes.strip, lines), start=1):
             if not text:
@@ -146,12 +150,14 @@ class Migration(Generic[L]):
                     self.report.already_there += 1
                     continue
                 plaintext = self.decrypt(line)
-            except (Unreachable, Busy):
-                raise
+            except (Unreachable, Busy) as exc:
+                self.stopped = exc
+                return
             except KmsError as exc:
                 in_a_row = in_a_row + 1 if isinstance(exc, errors.BackendUnavailable) else 0
                 if in_a_row == GIVE_UP_AFTER:
-                    raise Unreachable(f"{exc.detail} (of {GIVE_UP_AFTER} lines in a row)") from exc
+                    self.stopped = Unreachable(f"{exc.detail} (of {GIVE_UP_AFTER} lines in a row)")
+                    return
                 self.report.fail(f"line {number}", exc)
             else:
                 in_a_row = 0
@@ -160,68 +166,50 @@ class Migration(Generic[L]):
     def _encrypt(self, client: Client, batch: Sequence[Item]) -> None:
         """Encrypt, decrypt the ciphertexts, and write those that return the same plaintext.
 
-        Raises Unavailable, after the others are written and reported, if the service cannot process some now.
+        ``stopped`` is set if the service cannot process some now.
         """
-        given = {record.line: item for record, item in batch}
-        again: list[Item] = []
+        made: list[Item] = []
         good: list[MovedRecord] = []
-        failed: list[tuple[int, KmsError]] = []
-        for record, made in _processed(client, "encrypt", batch, failed):
-            done = replace(
-                record, ciphertext=made.ciphertext, key_id=made.key_id, key_version=made.key_version
-            )
-            again.append((done, wire.BatchItem(ciphertext=done.ciphertext, context=given[done.line].context)))
-        for record, opened in _processed(client, "decrypt", again, failed):
-            if opened.plaintext == given[record.line].plaintext:
-                good.append(record)
+        for (record, item), found in zip(batch, _processed(client, "encrypt", batch), strict=True):
+            if isinstance(found, KmsError):
+                self._fail(record, found)
             else:
-                failed.append((record.line, NotTheSame()))
+                key = {"key_id": found.key_id, "key_version": found.key_version}
+                made.append((replace(record, ciphertext=found.ciphertext, **key), item))
+        for (record, item), found in zip(made, _processed(client, "decrypt", made), strict=True):
+            if isinstance(found, KmsError):
+                self._fail(record, found)
+            elif found.plaintext != item.plaintext:
+                self._fail(record, NotTheSame())
+            else:
+                good.append(record)
         self.output.put(good)
         self.report.moved += len(good)
-        for line, error in sorted(failed, key=lambda each: isinstance(each[1], errors.Unavailable)):
-            if isinstance(error, errors.Unavailable):
-                raise error
-            self.report.fail(f"line {line}", error)
 
-
-def _batches(items: Iterable[Item]) -> Iterator[Sequence[Item]]:
-    """Group items for a request each. What came before an error is yielded before it is raised."""
-    batch: list[Item] = []
-    size = 0
-    try:
-        for record, item in items:
-            size += len(item.plaintext or b"")
-            if len(batch) == BATCH_LINES or (batch and size > BATCH_BYTES):
-                yield batch
-                batch, size = [], len(item.plaintext or b"")
-            batch.append((record, item))
-    except (Unreachable, Busy):
-        yield batch
-        raise
-    yield batch
+    def _fail(self, record: MovedRecord, error: KmsError) -> None:
+        if isinstance(error, errors.Unavailable):
+            self.stopped = error
+        else:
+            self.report.fail(f"line {record.line}", error)
 
 
 def _processed(
-    client: Client, operation: wire.JobKind, items: Sequence[Item], failed: list[tuple[int, KmsError]]
-) -> Iterator[tuple[MovedRecord, wire.BatchResult]]:
-    """Yield the results of the service, and add its errors to ``failed`` with the numbers of their lines.
+    client: Client, operation: Literal["encrypt", "decrypt"], given: Sequence[Item]
+) -> list[wire.BatchResult | KmsError]:
+    """Return the results of the service, or the errors of single lines, in their order.
 
     A batch above the limit of the service is sent item by item.
     """
+    items = [item for _, item in given]
+    if operation == "decrypt":
+        items = [wire.BatchItem(ciphertext=record.ciphertext, context=item.context) for record, item in given]
     try:
-        results = client.batch(operation, [item for _, item in items]).results if items else []
+        results = client.batch(operation, items).results if items else []
     except errors.TooLarge as exc:
-        if len(items) == 1:
-            failed.append((items[0][0].line, exc))
-        else:
-            for item in items:
-                yield from _processed(client, operation, [item], failed)
-        return
-    for (record, _), result in zip(items, results, strict=True):
-        if result.error is UNSET:
-            yield record, result
-        else:
-            failed.append((record.line, failure(result.error.code)))
+        if len(given) == 1:
+            return [exc]
+        return [_processed(client, operation, [each])[0] for each in given]
+    return [each if each.error is UNSET else failure(each.error.code) for each in results]
 
 
 def migrate(shape: type[L], decrypt: Callable[[L], bytes], given: Mapping[str, Any]) -> int:
