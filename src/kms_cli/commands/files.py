@@ -3,7 +3,7 @@
 import contextlib
 import io
 import shlex
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, Unpack, cast
 
@@ -48,17 +48,11 @@ class JobFailed(KmsError):
         self.hint = terminal.HINTS.get(code, "")
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """One file to convert by a job of the service. A target of None is stdout by default."""
+class TransferOptions(JobOptions):
+    """Options of both commands."""
 
-    kind: Literal["encrypt", "decrypt"]
-    source: Path
-    target: Path | None
-    force: bool
     context: ContextIn
     key_id: str | None
-    options: JobOptions
 
 
 @click.command("encrypt-file")
@@ -71,13 +65,7 @@ class Transfer:
 @deadline_options
 @force_option
 def encrypt_file_command(
-    source: Path,
-    output: Path | None,
-    context: ContextIn,
-    key_id: str | None,
-    *,
-    force: bool,
-    **options: Unpack[JobOptions],
+    source: Path, output: Path | None, *, force: bool, **options: Unpack[TransferOptions]
 ) -> None:
     """Encrypt SOURCE, of any size, to SOURCE.age or --output. SOURCE is not changed.
 
@@ -87,7 +75,7 @@ def encrypt_file_command(
         terminal.refuse_binary()
     elif output is None:
         output = source.with_name(source.name + SUFFIX)
-    _run(Transfer("encrypt", source, output, force, context, key_id, options))
+    _run("encrypt", source, output, options, force=force)
 
 
 @click.command("decrypt-file")
@@ -100,13 +88,7 @@ def encrypt_file_command(
 @deadline_options
 @force_option
 def decrypt_file_command(
-    source: Path,
-    output: Path | None,
-    context: ContextIn,
-    key_id: str | None,
-    *,
-    force: bool,
-    **options: Unpack[JobOptions],
+    source: Path, output: Path | None, *, force: bool, **options: Unpack[TransferOptions]
 ) -> None:
     """Decrypt SOURCE, of any size, to its name without .age or --output, readable only by you.
 
@@ -116,52 +98,54 @@ def decrypt_file_command(
         if source.suffix not in SUFFIXES:
             raise click.UsageError(f'"{source.name}" does not end in {SUFFIX}: name the output with --output')
         output = source.with_suffix("")
-    _run(Transfer("decrypt", source, output, force, context, key_id, options))
+    _run("decrypt", source, output, options, force=force)
 
 
-def _run(transfer: Transfer) -> None:
-    on_stdout = is_stdout(transfer.target)
+def _run(
+    kind: Literal["encrypt", "decrypt"],
+    source: Path,
+    target: Path | None,
+    options: TransferOptions,
+    *,
+    force: bool,
+) -> None:
+    """Convert one file by a job of the service. A target of None is stdout by default."""
+    on_stdout = is_stdout(target)
     with connect() as kms, meter(on_stdout=on_stdout) as line:
-        job, size = _placed(transfer, kms, line)
-        _release(kms, job)
-    source = name_of(transfer.source)
-    done = {"source": source, "output": str(transfer.target), "bytes": size, "job_id": job.job_id}
-    if not on_stdout and not printed_as_json(done):
-        target = terminal.printable(str(transfer.target))
-        terminal.say(f"{transfer.kind}ed {terminal.printable(source)} to {target} ({size_text(size)})")
-
-
-def _placed(transfer: Transfer, kms: Client, line: terminal.Meter) -> tuple[JobOut, int]:
-    """Return the job that made the target, which is in place then, and its size in bytes."""
-    with (
-        streams.source(transfer.source) as source,
-        writing(transfer.target, overwrite=transfer.force) as target,
-    ):
-        upload = kms.upload_encrypt if transfer.kind == "encrypt" else kms.upload_decrypt
-        accepted = upload(
-            cast(
-                "BinaryIO",
-                source.stream if transfer.kind == "encrypt" else _ciphertext(source.stream, transfer),
-            ),
-            context=transfer.context,
-            key_id=transfer.key_id,
-            progress=lambda done, total: line.show("sending", done, total),
-            **transfer.options,
-        )
-        job = ended(kms, accepted.job_id, line)
-        try:
-            size = kms.download(
-                job.job_id, target, progress=lambda done, total: line.show("receiving", done, total)
+        with streams.source(source) as opened, writing(target, overwrite=force) as file:
+            sent = opened.stream if kind == "encrypt" else _ciphertext(opened.stream, source)
+            upload = kms.upload_encrypt if kind == "encrypt" else kms.upload_decrypt
+            accepted = upload(
+                cast("BinaryIO", sent),
+                progress=lambda done, total: line.show("sending", done, total),
+                **options,
             )
-            target.flush()
-        except (BrokenPipeError, terminal.BinaryOutput):
-            _release(kms, job)
-            raise
-        except (KeyboardInterrupt, SystemExit, OSError):
-            output = shlex.quote(str(transfer.target or STDIO))
-            terminal.say(f"the result is kept: `kms job result {job.job_id} -o {output}`")
-            raise
-    return job, size
+            job = followed(kms, accepted.job_id, line)
+            require_success(job)
+            size = _receive(kms, job, line, target, file)
+        _release(kms, job)
+    name = name_of(source)
+    done = {"source": name, "output": str(target), "bytes": size, "job_id": job.job_id}
+    if not on_stdout and not printed_as_json(done):
+        output = terminal.printable(str(target))
+        terminal.say(f"{kind}ed {terminal.printable(name)} to {output} ({size_text(size)})")
+
+
+def _receive(kms: Client, job: JobOut, line: terminal.Meter, target: Path | None, file: BinaryIO) -> int:
+    """Write the result of a job. Return its size in bytes."""
+    try:
+        size = kms.download(
+            job.job_id, file, progress=lambda done, total: line.show("receiving", done, total)
+        )
+        file.flush()
+    except (BrokenPipeError, terminal.BinaryOutput):
+        _release(kms, job)
+        raise
+    except (KeyboardInterrupt, SystemExit, OSError):
+        output = shlex.quote(str(target or STDIO))
+        terminal.say(f"the result is kept: `kms job result {job.job_id} -o {output}`")
+        raise
+    return size
 
 
 def _release(kms: Client, job: JobOut) -> None:
@@ -169,7 +153,7 @@ def _release(kms: Client, job: JobOut) -> None:
         kms.release(job.job_id)
 
 
-def _ciphertext(stream: io.RawIOBase, transfer: Transfer) -> io.IOBase:
+def _ciphertext(stream: io.RawIOBase, source: Path) -> io.IOBase:
     """Return the age file, without its armor if it has one. Raises NotACiphertext."""
     start = streams.exactly(stream, LOOK_BYTES)
     if stream.seekable():
@@ -180,28 +164,22 @@ def _ciphertext(stream: io.RawIOBase, transfer: Transfer) -> io.IOBase:
         return stream
     if start.lstrip().startswith(armor.BEGIN):
         return io.BufferedReader(armor.ArmorReader(cast("io.BufferedReader", stream)))
-    raise NotACiphertext(f"{name_of(transfer.source)} is not an age file")
-
-
-def ended(kms: Client, job_id: str, line: terminal.Meter) -> JobOut:
-    """Wait until the job succeeds. Raises the error that it failed with; Ctrl-C cancels the job."""
-    job = followed(kms, job_id, line)
-    require_success(job)
-    return job
+    raise NotACiphertext(f"{name_of(source)} is not an age file")
 
 
 def followed(kms: Client, job_id: str, line: terminal.Meter) -> JobOut:
     """Wait until the job ends in any state; Ctrl-C cancels the job."""
-
-    def show(job: JobOut) -> None:
-        line.show(job.state, job.progress.bytes_done, job.progress.bytes)
-
     try:
-        return kms.wait(job_id, progress=show)
+        return kms.wait(job_id, progress=shown_in(line))
     except (KeyboardInterrupt, SystemExit):
         with contextlib.suppress(KmsError):
             kms.cancel(job_id)
         raise
+
+
+def shown_in(line: terminal.Meter) -> Callable[[JobOut], None]:
+    """Return what shows the progress of a job in ``line``."""
+    return lambda job: line.show(job.state, job.progress.bytes_done, job.progress.bytes)
 
 
 def require_success(job: JobOut) -> None:

@@ -1,14 +1,14 @@
 """``kms job``: submit, list, show, wait, cancel, result, dead, retry."""
 
 from pathlib import Path
-from typing import Final, Unpack, get_args
+from typing import Any, Final, get_args
 from urllib.parse import quote
 
 import click
 from msgspec import UNSET
 
 from kms_cli import terminal
-from kms_cli.commands.files import followed, require_success
+from kms_cli.commands.files import followed, require_success, shown_in
 from kms_cli.main import JOB_COMMANDS, LazyGroup
 from kms_cli.options import (
     callback_option,
@@ -25,12 +25,10 @@ from kms_cli.options import (
     writing,
 )
 from kms_cli.session import complete_jobs, connect, meter, printed_as_json, session
-from kms_client.requests import JobOptions
 from kms_protocol.job_groups import GroupIn
 from kms_protocol.units import size_text
 from kms_protocol.wire import (
     ENDED,
-    ContextIn,
     JobError,
     JobIn,
     JobKind,
@@ -41,14 +39,12 @@ from kms_protocol.wire import (
     Report,
 )
 
-STATES: Final = get_args(JobState)
-
 job_command = LazyGroup("job", JOB_COMMANDS, "Submit, list, follow and cancel jobs.")
 id_argument = click.argument("job_id", metavar="ID", shell_complete=complete_jobs)
 
 
 @click.command("list")
-@click.option("--state", type=click.Choice(STATES), help="Only jobs in this state.")
+@click.option("--state", type=click.Choice(get_args(JobState)), help="Only jobs in this state.")
 @label_option
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
 def list_command(state: JobState | None, labels: dict[str, str] | None, limit: int) -> None:
@@ -101,11 +97,7 @@ def show_command(job_id: str) -> None:
 def wait_command(job_id: str, timeout: float | None) -> None:
     """Wait until the job ends, show it, and fail if it failed. Ctrl-C ends the wait, not the job."""
     with connect() as kms, meter() as line:
-        job = kms.wait(
-            job_id,
-            timeout_s=timeout,
-            progress=lambda job: line.show(job.state, job.progress.bytes_done, job.progress.bytes),
-        )
+        job = kms.wait(job_id, timeout_s=timeout, progress=shown_in(line))
     show_job(job)
     require_success(job)
 
@@ -166,38 +158,32 @@ def show_job(job: JobOut) -> None:
     """Print a job as named values, or as JSON with --json."""
     if printed_as_json(job):
         return
-    failed = {"error": _reason(job.error)} if job.error else {}
-    labels = (
-        {"labels": ", ".join(f"{name}={value}" for name, value in job.labels.items())} if job.labels else {}
-    )
-    times = {"started": job.started_at, "ended": job.ended_at, "released": job.released_at}
-    terminal.record(
-        {
-            "job": job.job_id,
-            "kind": job.kind,
-            "state": job.state,
-            **failed,
-            "progress": _progress(job) or "none",
-            **_report(job),
-            "attempt": job.attempt,
-            **labels,
-            **({"cancelling": "yes, a worker may still be at work"} if job.cancelling is True else {}),
-            **({"start_by": job.start_by, "run_by": job.run_by} if not _has_ended(job) else {}),
-            "created": job.created_at,
-            **{name: at for name, at in times.items() if at},
-            "expires": job.expires_at,
-        },
-    )
+    waiting = job.state not in ENDED
+    shown = {
+        "job": job.job_id,
+        "kind": job.kind,
+        "state": job.state,
+        "error": _reason(job.error) if job.error else None,
+        "progress": _progress(job) or "none",
+        **_report(job),
+        "attempt": job.attempt,
+        "labels": ", ".join(f"{name}={value}" for name, value in (job.labels or {}).items()),
+        "cancelling": "yes, a worker may still be at work" if job.cancelling is True else None,
+        "start_by": job.start_by if waiting else None,
+        "run_by": job.run_by if waiting else None,
+        "created": job.created_at,
+        "started": job.started_at,
+        "ended": job.ended_at,
+        "released": job.released_at,
+        "expires": job.expires_at,
+    }
+    terminal.record({name: value for name, value in shown.items() if value not in {None, "", UNSET}})
 
 
 def _reason(error: JobError) -> str:
     """Return the code of a failed job, and the first items that failed."""
     items = error.items or []
     return error.code + "".join(f", {item.index}: {item.code}" for item in items)
-
-
-def _has_ended(job: JobOut) -> bool:
-    return job.state in ENDED or job.run_by is UNSET
 
 
 def _report(job: JobOut) -> dict[str, str]:
@@ -239,25 +225,27 @@ def group_in(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     return GroupIn(name=name, jobs=int(count))
 
 
-KINDS: Final = get_args(JobKind)
 WAIT_S: Final = 30
-RELEASES: Final = get_args(Release)
 
 
 @click.command("submit")
-@click.argument("kind", type=click.Choice(KINDS))
+@click.argument("kind", type=click.Choice(get_args(JobKind)))
 @click.argument("source")
 @click.argument("target", required=False)
-@click.option("--overwrite", is_flag=True, help="Replace existing files; without TARGET the source.")
+@click.option(
+    "--overwrite", is_flag=True, default=None, help="Replace existing files; without TARGET the source."
+)
 @click.option("--new-context", callback=context_of, help="Context to bind instead of --context.")
-@click.option("--dry-run", is_flag=True, help="Many files: count the changes, write nothing.")
+@click.option("--dry-run", is_flag=True, default=None, help="Many files: count the changes, write nothing.")
 @click.option(
     "--rate",
+    "rate_per_s",
     type=click.FloatRange(0, 10_000, min_open=True),
     help="Many files: maximum number of files a second.",
 )
 @click.option(
     "--ttl",
+    "ttl_s",
     type=click.IntRange(60, 30 * 24 * 3600),
     help="Seconds until the job and its result expire, in place of the deadlines.",
 )
@@ -268,67 +256,34 @@ RELEASES: Final = get_args(Release)
 @callback_option
 @label_option
 @metadata_option
-@click.option("--release", type=click.Choice(RELEASES), help="Delete the result once it was fetched.")
+@click.option(
+    "--release", type=click.Choice(get_args(Release)), help="Delete the result once it was fetched."
+)
 @deadline_options
 @click.option("--group", callback=group_in, help="Group and the number of its jobs, as NAME=3.")
 def submit_command(
     kind: JobKind,
     source: str,
     target: str | None,
-    context: ContextIn,
-    key_id: str | None,
-    **options: Unpack["SubmitOptions"],
+    *,
+    wait: bool,
+    **options: Any,  # noqa: ANN401 -- fields of JobIn
 ) -> None:
     """Submit a job that reads SOURCE and writes TARGET on the host of the service.
 
     Both are file:///path, s3://bucket/key, or an absolute path on that host. A SOURCE with * names many
     files; TARGET is then a directory, with a slash at its end. Quote the * to protect it from your shell.
     """
-    job = JobIn(
-        kind=kind,
-        source=_url(source),
-        target=None if target is None else _url(target),
-        overwrite=options["overwrite"] or None,
-        key_id=key_id,
-        context=context,
-        new_context=options["new_context"],
-        ttl_s=options["ttl"],
-        dry_run=options["dry_run"] or None,
-        rate_per_s=options["rate"],
-        priority=options.get("priority"),
-        callback=options.get("callback"),
-        release=options["release"],
-        labels=options["labels"],
-        metadata=options["metadata"],
-        start_by=options.get("start_by"),
-        run_by=options.get("run_by"),
-        keep_for=options.get("keep_for"),
-        group=options["group"],
-    )
+    job = JobIn(kind=kind, source=_url(source), target=target and _url(target), **options)
     with connect() as kms:
         accepted = kms.submit(job)
-        if options["wait"]:
+        if wait:
             with meter() as line:
                 found = followed(kms, accepted.job_id, line)
             show_job(found)
             require_success(found)
         elif not printed_as_json(accepted):
             terminal.result(accepted.job_id)
-
-
-class SubmitOptions(JobOptions):
-    """The options of ``kms job submit`` that other commands lack."""
-
-    overwrite: bool
-    new_context: ContextIn
-    dry_run: bool
-    rate: float | None
-    ttl: int | None
-    wait: bool
-    release: Release | None
-    labels: dict[str, str] | None
-    metadata: dict[str, str] | None
-    group: GroupIn | None
 
 
 def _url(text: str) -> str:
