@@ -4,12 +4,11 @@ The program replaces this process (execve): it receives the signals, its exit co
 no memory of this process remains.
 """
 
-import binascii
 import io
 import os
 import re
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, NoReturn, TypedDict, Unpack
 
@@ -18,10 +17,9 @@ import msgspec
 from dotenv.parser import parse_stream
 
 from kms_cli import terminal
+from kms_cli.commands.secrets import AGE_START, ciphertext_in
 from kms_cli.options import context_option, key_option
 from kms_cli.session import connect
-from kms_client import Client
-from kms_core.age import armor
 from kms_protocol.errors import InvalidRequest, TooLarge
 from kms_protocol.units import size_text
 from kms_protocol.wire import ContextIn
@@ -100,8 +98,8 @@ def check(
 NOT_EXECUTABLE: Final = 126  # the exit codes of a shell
 NOT_FOUND: Final = 127
 LIMIT_BYTES: Final = 2 * 1024 * 1024
-_AGE: Final = b"age-encryption.org/"
 _SEALED_TEXT: Final = "YWdlLWVuY3J5cHRpb24ub3JnL3Yx"  # the start of an age file in base64
+_Decrypt = Callable[[bytes, str], str]  # takes a ciphertext, and what messages call it
 _IGNORED: Final = ("SIGPIPE", "SIGXFSZ")  # ignored by Python, which a program would inherit
 
 
@@ -149,8 +147,15 @@ def run_command(**given: Unpack[RunOptions]) -> None:
     if given["allow"] and given["only"]:
         raise click.UsageError("--only names all variables: leave out --allow")
     with connect() as kms:
-        decrypter = _Decrypter(kms, given["context"], given["key_id"])
-        values = dict(_values(given, decrypter))
+
+        def decrypt(ciphertext: bytes, where: str) -> str:
+            opened = kms.decrypt(ciphertext, context=given["context"], key_id=given["key_id"])
+            try:
+                return opened.plaintext.decode()
+            except UnicodeDecodeError:
+                raise InvalidRequest(f"{where} is not UTF-8 text") from None
+
+        values = dict(_values(given, decrypt))
     if not values:
         raise click.UsageError("no values: give --env-file or --env")
     _exec(given["command"], values)
@@ -159,52 +164,38 @@ def run_command(**given: Unpack[RunOptions]) -> None:
 run_command.allow_interspersed_args = False  # options after COMMAND belong to it
 
 
-class _Decrypter:
-    """Decrypts with the service and the context of this run."""
-
-    def __init__(self, kms: Client, context: ContextIn, key_id: str | None) -> None:
-        self._kms, self._context, self._key_id = kms, context, key_id
-
-    def decrypt(self, ciphertext: bytes, where: str) -> str:
-        opened = self._kms.decrypt(ciphertext, context=self._context, key_id=self._key_id)
-        try:
-            return opened.plaintext.decode()
-        except UnicodeDecodeError:
-            raise InvalidRequest(f"{where} is not UTF-8 text") from None
-
-
-def _values(given: RunOptions, decrypter: _Decrypter) -> Iterator[tuple[str, str]]:
+def _values(given: RunOptions, decrypt: _Decrypt) -> Iterator[tuple[str, str]]:
     allowed, only = frozenset(given["allow"]), frozenset(given["only"])
     for path in given["env_files"]:
-        for name, value in _of_file(path, decrypter).items():
+        for name, value in _of_file(path, decrypt).items():
             check(name, value, str(path), allowed, only)
             yield name, value
     for pair in given["env"]:
         name, equals, file = pair.partition("=")
         if not equals or not file:
             raise click.UsageError("--env takes NAME=FILE")
-        value = _content(Path(file), decrypter)
+        value = _content(Path(file), decrypt)
         check(name, value, "--env", allowed, only)
         yield name, value
 
 
-def _of_file(path: Path, decrypter: _Decrypter) -> Mapping[str, str]:
+def _of_file(path: Path, decrypt: _Decrypt) -> Mapping[str, str]:
     """Return the decrypted values of an environment file."""
     data = _read(path)
     sealed = _ciphertext(data)
     if sealed is not None:
-        return parse(decrypter.decrypt(sealed, str(path)), str(path))
+        return parse(decrypt(sealed, str(path)), str(path))
     try:
         text = data.decode()
     except UnicodeDecodeError:
         raise InvalidRequest(f"{path} is neither text nor an encrypted file") from None
     values = parse(text, str(path))
-    return {name: _decrypted(name, value, path, decrypter) for name, value in values.items()}
+    return {name: _decrypted(name, value, path, decrypt) for name, value in values.items()}
 
 
-def _decrypted(name: str, value: str, path: Path, decrypter: _Decrypter) -> str:
+def _decrypted(name: str, value: str, path: Path, decrypt: _Decrypt) -> str:
     if value.startswith("@"):
-        return _content(path.parent / value[1:], decrypter)
+        return _content(path.parent / value[1:], decrypt)
     if not value.startswith(_SEALED_TEXT):
         return value
     sealed = _ciphertext(value.encode())
@@ -212,17 +203,17 @@ def _decrypted(name: str, value: str, path: Path, decrypter: _Decrypter) -> str:
         raise InvalidRequest(
             f"The value of {name} in {path} begins as an encrypted text in base64, but is not one"
         )
-    return decrypter.decrypt(sealed, f"{name} in {path}")
+    return decrypt(sealed, f"{name} in {path}")
 
 
-def _content(path: Path, decrypter: _Decrypter) -> str:
+def _content(path: Path, decrypt: _Decrypt) -> str:
     """Return the decrypted content of a file, without its final newline."""
     sealed = _ciphertext(_read(path))
     if sealed is None:
         raise InvalidRequest(
             f"{path} is not an encrypted file: encrypt it with kms encrypt or kms encrypt-file"
         )
-    return decrypter.decrypt(sealed, str(path)).removesuffix("\n")
+    return decrypt(sealed, str(path)).removesuffix("\n")
 
 
 def _read(path: Path) -> bytes:
@@ -235,16 +226,8 @@ def _read(path: Path) -> bytes:
 
 def _ciphertext(data: bytes) -> bytes | None:
     """Return an age file without its armor or base64; None if the data is not one."""
-    if data.startswith(_AGE):
-        return data
-    if data.lstrip().startswith(armor.BEGIN):
-        return armor.dearmor(data)
-    if not data.lstrip().startswith(_SEALED_TEXT.encode()):
-        return None
-    try:
-        return binascii.a2b_base64(re.sub(rb"\s", b"", data), strict_mode=True)
-    except binascii.Error:
-        return None
+    found = ciphertext_in(data)
+    return found if found and found.startswith(AGE_START) else None
 
 
 def _exec(command: tuple[str, ...], values: Mapping[str, str]) -> NoReturn:

@@ -1,9 +1,7 @@
 """``kms encrypt``, ``decrypt``, ``generate-key``, ``rewrap``: one secret from stdin to stdout."""
 
 import binascii
-import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal
 
@@ -13,13 +11,12 @@ from kms_cli import terminal
 from kms_cli.options import context_of, context_option, force_option, key_option, output_option, writing
 from kms_cli.session import connect, printed_as_json
 from kms_core.age import armor
-from kms_protocol.errors import InvalidRequest, TooLarge
+from kms_protocol.errors import NotACiphertext, TooLarge
 from kms_protocol.units import MiB
 from kms_protocol.wire import ContextIn
 
 READ_LIMIT_BYTES: Final = 8 * MiB  # above what any setting allows in a single call
-USUAL_LIMIT_BYTES: Final = MiB  # of a single call
-AGE_LINE: Final = b"age-encryption.org/v1\n"
+AGE_START: Final = b"age-encryption.org/"
 
 
 class FromStdin(click.Command):
@@ -34,12 +31,6 @@ class FromStdin(click.Command):
             raise click.UsageError("arguments are not read: give the input on stdin", ctx) from None
 
 
-class NoCiphertext(InvalidRequest):
-    """Stdin is neither base64 nor an age file."""
-
-    hint = terminal.HINTS["not_a_ciphertext"]
-
-
 @click.command(
     "encrypt",
     cls=FromStdin,
@@ -49,8 +40,8 @@ class NoCiphertext(InvalidRequest):
 @key_option
 def encrypt_command(context: ContextIn, key_id: str | None) -> None:
     """Encrypt stdin and write the ciphertext to stdout as one line of base64."""
-    plaintext = _stdin("encrypt-file")
-    with connect() as kms, _size_checked(plaintext, "encrypt-file"):
+    plaintext = _stdin()
+    with connect() as kms:
         sealed = kms.encrypt(plaintext, context=context, key_id=key_id)
     if not printed_as_json(sealed):
         terminal.result(_base64(sealed.ciphertext))
@@ -68,8 +59,8 @@ def decrypt_command(output: Path | None, context: ContextIn, key_id: str | None,
 
     --key-id is needed only for files of other age tools.
     """
-    ciphertext = _ciphertext(_stdin("decrypt-file"))
-    with connect() as kms, _size_checked(ciphertext, "decrypt-file"):
+    ciphertext = _ciphertext()
+    with connect() as kms:
         opened = kms.decrypt(ciphertext, context=context, key_id=key_id)
     if output is not None or not printed_as_json(opened):
         with writing(output, overwrite=force) as target:
@@ -108,51 +99,41 @@ def rewrap_command(context: ContextIn, new_context: ContextIn, key_id: str | Non
 
     The payload is not changed: anyone who could read the old ciphertext can read the new one.
     """
-    ciphertext = _ciphertext(_stdin("rewrap-file"))
-    with connect() as kms, _size_checked(ciphertext, "rewrap-file"):
+    ciphertext = _ciphertext()
+    with connect() as kms:
         sealed = kms.rewrap(ciphertext, context=context, new_context=new_context, key_id=key_id)
     if not printed_as_json(sealed):
         terminal.result(_base64(sealed.ciphertext))
 
 
-class StdinTooLarge(TooLarge):
-    """More than a single call takes."""
-
-    def __init__(self, limit_bytes: int, command: str) -> None:
-        super().__init__(f"stdin exceeds {limit_bytes // MiB} MiB")
-        self.hint = f"use `kms {command}`, which takes files of any size"
-
-
-@contextlib.contextmanager
-def _size_checked(given: bytes, command: str) -> Iterator[None]:
-    """Name the usual limit where the service refuses what is above it, and ``command`` instead."""
-    try:
-        yield
-    except TooLarge as exc:
-        if len(given) <= USUAL_LIMIT_BYTES:
-            raise
-        raise StdinTooLarge(USUAL_LIMIT_BYTES, command) from exc
-
-
-def _stdin(command: str) -> bytes:
-    """Read stdin. Raises StdinTooLarge above 8 MiB, naming the ``command`` for files."""
+def _stdin() -> bytes:
+    """Read stdin. Raises TooLarge above 8 MiB."""
     if sys.stdin.isatty():
         terminal.say("reading from the terminal, end with Ctrl-D")
     given = sys.stdin.buffer.read(READ_LIMIT_BYTES + 1)
     if len(given) > READ_LIMIT_BYTES:
-        raise StdinTooLarge(READ_LIMIT_BYTES, command)
+        raise TooLarge(f"stdin exceeds {READ_LIMIT_BYTES // MiB} MiB")
     return given
 
 
-def _ciphertext(given: bytes) -> bytes:
-    if given.startswith(AGE_LINE):
+def _ciphertext() -> bytes:
+    """Read a ciphertext from stdin. Raises NotACiphertext, TooLarge."""
+    found = ciphertext_in(_stdin())
+    if found is None:
+        raise NotACiphertext("stdin is neither base64 nor an age file")
+    return found
+
+
+def ciphertext_in(given: bytes) -> bytes | None:
+    """Return an age file without its armor, or bytes in base64; None for neither. Raises DecryptFailed."""
+    if given.startswith(AGE_START):
         return given
     if given.lstrip().startswith(armor.BEGIN):
         return armor.dearmor(given)
     try:
         return binascii.a2b_base64(b"".join(given.split()), strict_mode=True)
-    except binascii.Error as exc:
-        raise NoCiphertext("stdin is neither base64 nor an age file") from exc
+    except binascii.Error:
+        return None
 
 
 def _base64(data: bytes) -> str:
