@@ -169,12 +169,17 @@ def logs_in(folders: Sequence[Path]) -> Iterator[HostLog]:
         yield replace(log, is_copy=log.keys_path.is_file())
 
 
+def logs_of(folders: Sequence[Path]) -> tuple[Sequence[HostLog], Mapping[str, str]]:
+    """Return the logs in directories, by default those that the settings name, and why others are unread."""
+    if folders:
+        return list(logs_in(folders)), {}
+    section = installation.settings().kms.audit
+    return copies.found(section.path, section.copies)
+
+
 def _logs(folders: Sequence[Path], host: str | None) -> list[HostLog]:
     """The logs to read, of one host if that is given; tells of copies that cannot be read."""
-    section = installation.settings().kms.audit
-    logs, unread = copies.found(section.path, section.copies)
-    if folders:
-        logs, unread = list(logs_in(folders)), {}
+    logs, unread = logs_of(folders)
     if len(logs) == 1 and not host and not unread:
         return [HostLog("", logs[0].folder)]
     if host and host not in {*unread, *(each.host for each in logs)}:

@@ -120,24 +120,19 @@ def verify_command(
     """
     late = options.duration("--max-late", max_late)
     found = AnchorLines() if no_anchors else _anchors(folders, sources)
-    section = installation.settings().kms.audit
-    if len(folders) > 1 or (not folders and section.copies):
-        logs, unread = copies.found(section.path, section.copies)
-        if folders:
-            logs, unread = list(reading.logs_in(folders)), {}
+    if len(folders) > 1 or (not folders and installation.settings().kms.audit.copies):
+        logs, unread = reading.logs_of(folders)
         hosts = [_checked(log, public_key, found, late) for log in logs]
         hosts += [_Host(name, why=why) for name, why in unread.items()]
         if folders or no_anchors:
             return _show_hosts(hosts, {})
         missing = set(_known_hosts()) - {each.name for each in hosts}
         return _show_hosts([*hosts, *map(_Host, sorted(missing))], _unknown_keys(hosts, found))
-    where = reading.folder_of(folders[0] if folders else None)
-    copy = copies.HostLog("", where.absolute())
-    is_copy = bool(folders) and copy.keys_path.is_file()
-    keys = reading.keys_of(public_key or (copy.keys_path if is_copy else None))
-    report = _verified(where, keys, found, late if is_copy else None)
+    log = next(reading.logs_in(folders), copies.HostLog("", reading.folder_of(None)))
+    keys = reading.keys_of(public_key or (log.keys_path if log.is_copy else None))
+    report = _verified(log.folder, keys, found, late if log.is_copy else None)
     if not report.chains and not report.problems:
-        terminal.say(f"there is no audit log in {where}")
+        terminal.say(f"there is no audit log in {folders[0] if folders else log.folder}")
         return EXIT_BAD_DATA
     _show(report)
     return _EXITS[report.verdict]
