@@ -15,7 +15,7 @@ from kms_cli.age_file.keys import BACKEND, Identities
 from kms_cli.age_file.streams import InputStream, Joined, OutputStream, exactly
 from kms_core.age import armor, header, stream
 from kms_core.age.armor import ArmorWriter
-from kms_core.age.header import FILE_KEY_BYTES, FILE_LIMITS, Header, Stanza
+from kms_core.age.header import FILE_KEY_BYTES, FILE_LIMITS, Header
 from kms_core.age.recipients import Recipient
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding, sealing
@@ -58,17 +58,14 @@ class HeaderTooLarge(TooLarge):
 
 @dataclass(frozen=True, slots=True)
 class AgeFile:
-    """An age file without armor, with its parsed header. ``file_range`` is its payload in a regular file."""
+    """An age file without armor, with its parsed header.
+
+    ``payload`` is the rest of it, which can be read once; ``file_range`` the same in a regular file.
+    """
 
     head: Header
+    payload: Joined
     file_range: FileRange | None
-    start: bytes = field(repr=False)
-    rest: io.RawIOBase = field(repr=False)
-
-    @property
-    def payload(self) -> Joined:
-        """The file from its first chunk. It can be read once."""
-        return Joined(self.start[self.head.payload_offset :], self.rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +80,6 @@ class RequiredBinding:
     tenant: str = binding.DEFAULT_TENANT
 
 
-@dataclass(frozen=True, slots=True)
-class PlaintextRange:
-    """A range of the plaintext in bytes; without a length, up to the end."""
-
-    offset: int = 0
-    length: int | None = None
-
-
 def read(given: InputStream) -> AgeFile:
     """Read a header, armored or not. Raises NotACiphertext, HeaderTooLarge, DecryptFailed."""
     start, rest, file_range = exactly(given.stream, _START_BYTES), given.stream, given.file_range
@@ -102,8 +91,7 @@ def read(given: InputStream) -> AgeFile:
     except TooLarge as exc:
         raise HeaderTooLarge(exc.detail) from exc
     at = head.payload_offset
-    payload = file_range and file_range.tail(at)
-    return AgeFile(head, payload, start, rest)
+    return AgeFile(head, Joined(start[at:], rest), file_range and file_range.tail(at))
 
 
 def by_identities(head: Header, identities: Identities, required: RequiredBinding) -> bytes:
@@ -176,12 +164,16 @@ def release(sealed: AgeFile, key: bytes, target: OutputStream, options: Parallel
             streaming.open_pipe(key, sealed.payload, target.writer, options)
 
 
-def release_part(file_range: FileRange, key: bytes, target: OutputStream, part: PlaintextRange) -> None:
-    """Write a range; only its chunks and the last one are read. Raises Damaged."""
+def release_part(
+    file_range: FileRange, key: bytes, target: OutputStream, offset: int, length: int | None
+) -> None:
+    """Write a range of the plaintext, without a length up to the end. Raises Damaged.
+
+    Only its chunks and the last one are read.
+    """
+    stop = None if length is None else offset + length
     with _damaged():
-        reader = RangeReader(key, file_range)
-        stop = None if part.length is None else part.offset + part.length
-        for slab in reader.slabs(part.offset, stop):
+        for slab in RangeReader(key, file_range).slabs(offset, stop):
             target.writer.write(slab)
 
 
@@ -199,7 +191,8 @@ def _damaged() -> Iterator[None]:
 def for_recipients(recipients: Sequence[Recipient]) -> Sealing:
     """Begin an age file for recipients. Raises InvalidRequest if its header would exceed 256 KiB."""
     file_key = os.urandom(FILE_KEY_BYTES)
-    begun = _age_sealing(file_key, [recipient.wrap(file_key) for recipient in recipients])
+    stanzas = [recipient.wrap(file_key) for recipient in recipients]
+    begun = Sealing(header.render(stanzas, file_key), os.urandom(stream.NONCE), file_key)
     if len(begun.header) > FILE_LIMITS.header_bytes or len(recipients) > FILE_LIMITS.stanzas:
         raise InvalidRequest(f"{len(recipients)} recipients exceed the limit of a header")
     return begun
@@ -238,7 +231,3 @@ def is_large(given: InputStream) -> tuple[bool, InputStream]:
         return given.file_range.size >= PAD_FROM_BYTES, given
     ahead = exactly(given.stream, PAD_FROM_BYTES)
     return len(ahead) >= PAD_FROM_BYTES, InputStream(Joined(ahead, given.stream), None)
-
-
-def _age_sealing(file_key: bytes, stanzas: Sequence[Stanza]) -> Sealing:
-    return Sealing(header.render(stanzas, file_key), os.urandom(stream.NONCE), file_key)

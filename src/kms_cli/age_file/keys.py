@@ -17,6 +17,7 @@ from kms_core.envelope import binding
 from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT, KeyRef
 from kms_core.secure_files import open_to_others
 from kms_protocol.errors import InvalidRequest
+from kms_protocol.shapes import KEY_ID_PATTERN
 from kms_protocol.units import size_text
 
 LIMIT_BYTES: Final = 1024 * 1024
@@ -36,9 +37,6 @@ class Identities:
     """
 
     native: Mapping[str, Identity] = field(default_factory=dict, repr=False)
-
-    def __bool__(self) -> bool:
-        return bool(self.native)
 
     def ref(self, version: str, key_id: str = DEFAULT_KEY_ID, tenant: str = DEFAULT_TENANT) -> KeyRef:
         """Return the reference of a key version, as in the service."""
@@ -76,7 +74,7 @@ def identities(paths: Iterable[Path]) -> Identities:
             )
         if text.startswith(_PEM):
             raise InvalidRequest(f"{path} is no age key; SSH keys: `age -d -i {path}`")
-        for identity in _identities(path, text):
+        for identity in parse_identities(path, text):
             version = version_of(identity.recipient)
             native.pop(version, None)  # the last one encrypts
             native[version] = identity
@@ -100,6 +98,12 @@ def recipients(given: Iterable[str], paths: Iterable[Path]) -> list[Recipient]:
     return list({str(recipient): recipient for recipient in found}.values())
 
 
+def check_key_id(key_id: str | None) -> None:
+    """Raise InvalidRequest for an option that is given and no key id."""
+    if key_id is not None and not re.fullmatch(KEY_ID_PATTERN, key_id):
+        raise InvalidRequest("A key id is 1 to 80 of A-Z a-z 0-9 _ . -")
+
+
 def _text(path: Path) -> str:
     with path.open("rb") as file:
         data = file.read(LIMIT_BYTES + 1)
@@ -117,7 +121,8 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _identities(path: Path, text: str) -> list[Identity]:
+def parse_identities(path: Path, text: str) -> list[Identity]:
+    """Read the content of an age identity file. Raises InvalidRequest, naming the invalid line."""
     found = []
     for number, line in _lines(text):
         try:

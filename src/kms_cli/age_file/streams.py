@@ -95,8 +95,11 @@ def target(path: Path | None, *, force: bool) -> Iterator[OutputStream]:
         with path.open("wb") as writer:
             yield OutputStream(writer, None)
     else:
-        with _room(), writing(path, overwrite=force) as writer:
-            yield OutputStream(writer, writer.fileno())
+        try:
+            with writing(path, overwrite=force) as writer:
+                yield OutputStream(writer, writer.fileno())
+        except SpoolFull as exc:
+            raise NoRoom(exc.detail) from exc
 
 
 def exactly(stream: io.RawIOBase, size_bytes: int) -> bytes:
@@ -125,11 +128,3 @@ def with_progress(meter: terminal.Meter, label: str, total_bytes: int | None) ->
             meter.show(label, done_bytes, total_bytes)
 
     return ParallelOptions(progress=advance)
-
-
-@contextlib.contextmanager
-def _room() -> Iterator[None]:
-    try:
-        yield
-    except SpoolFull as exc:
-        raise NoRoom(exc.detail) from exc

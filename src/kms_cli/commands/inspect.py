@@ -7,15 +7,15 @@ from typing import Final
 import click
 
 from kms_cli import terminal
+from kms_cli.age_file import codec, streams
 from kms_cli.session import session
-from kms_core.age import armor, header, mlkem768x25519, stream, x25519
-from kms_core.age.header import FILE_LIMITS, Header, Stanza
+from kms_core.age import mlkem768x25519, stream, x25519
+from kms_core.age.header import Header, Stanza
 from kms_core.backends.wrap_keys import name_of
 from kms_core.envelope import binding
 from kms_protocol.errors import DecryptFailed
 
 NATIVE: Final = frozenset({x25519.STANZA_TYPE, mlkem768x25519.STANZA_TYPE})
-LOOK_BYTES: Final = 2048
 READ_BYTES: Final = 1024 * 1024
 
 
@@ -31,21 +31,18 @@ def inspect(path: Path) -> dict[str, object]:
 
     Raises NotACiphertext, TooLarge for a header above 256 KiB, DecryptFailed for a malformed header.
     """
-    with path.open("rb") as file:
-        armored = file.read(LOOK_BYTES).lstrip().startswith(armor.BEGIN)
-        file.seek(0)
-        source: io.RawIOBase | io.BufferedReader = armor.ArmorReader(file) if armored else file
-        start = _exactly(source, FILE_LIMITS.header_bytes + header.NONCE_BYTES)
-        size_bytes = len(start) + _rest_bytes(source) if armored else path.stat().st_size
-    try:
-        head = header.parse(start, FILE_LIMITS)
-        bound = binding.read(head)
-    except DecryptFailed as exc:
-        raise DecryptFailed(f"The header of {path} is damaged") from exc
+    with streams.source(path) as opened:
+        try:
+            sealed = codec.read(opened)
+            bound = binding.read(sealed.head)
+        except DecryptFailed as exc:
+            raise DecryptFailed(f"The header of {path} is damaged") from exc
+        payload_bytes = sealed.file_range.size if sealed.file_range else _size_bytes(sealed.payload)
+    head = sealed.head
     shared = ", ".join(name_of(wrap.job) for wrap in bound.wraps if wrap.job) if bound else ""
     named = {"key_id": bound.key_id, "key_version": bound.key_version} if bound else {}
     return {
-        "format": "age v1, armored" if armored else "age v1",
+        "format": "age v1" if sealed.file_range else "age v1, armored",
         "made_by": "kms-service" if bound else "another age tool",
         "file_id": binding.file_id(head.nonce),
         **named,
@@ -55,8 +52,8 @@ def inspect(path: Path) -> dict[str, object]:
         "origin": "claimed" if bound and bound.origin else "none",
         "stanzas": ", ".join(map(_shown, head.stanzas)),
         "header_bytes": head.size,
-        "payload_bytes": size_bytes - head.payload_offset,
-        "plaintext_bytes": _plaintext_bytes(size_bytes - head.payload_offset),
+        "payload_bytes": payload_bytes,
+        "plaintext_bytes": _plaintext_bytes(payload_bytes),
     }
 
 
@@ -77,14 +74,7 @@ def _shown(stanza: Stanza) -> str:
     return " ".join(stanza.args[:4]) if stanza.type == binding.WRAP else stanza.type
 
 
-def _exactly(source: io.RawIOBase | io.BufferedReader, size_bytes: int) -> bytes:
-    parts = b""
-    while len(parts) < size_bytes and (part := source.read(size_bytes - len(parts))):
-        parts += part
-    return parts
-
-
-def _rest_bytes(source: io.RawIOBase | io.BufferedReader) -> int:
+def _size_bytes(source: io.RawIOBase) -> int:
     size_bytes = 0
     while part := source.read(READ_BYTES):
         size_bytes += len(part)

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -11,9 +10,9 @@ import click
 import msgspec
 
 from kms_cli import terminal
+from kms_cli.age_file.keys import parse_identities
 from kms_core.age import mlkem768x25519, x25519
 from kms_core.age.header import is_age_file
-from kms_core.age.recipients import Recipient, parse_identity
 from kms_core.envelope.sealed_files import RECOVERY
 from kms_core.observability import logs
 from kms_core.secure_files import create, open_to_others
@@ -22,6 +21,7 @@ from kms_protocol.errors import ConfigurationError, InvalidRequest, TargetExists
 from kms_protocol.units import time_text
 
 if TYPE_CHECKING:
+    from kms_core.envelope.sealed_files import FileSealer
     from kms_core.key_documents import KeyDocument
     from kms_core.settings.model import Settings
 
@@ -167,12 +167,10 @@ def _sealed(  # noqa: PLR0913 -- the options of the command
 
     It is written to the document at ``output``, and nothing is returned, if that is one.
     """
-    from kms_cli.local import installation  # noqa: PLC0415 -- a plain key needs neither settings nor backends
-    from kms_core import key_opening, keyring  # noqa: PLC0415 -- as above
+    from kms_core import key_opening  # noqa: PLC0415 -- a plain key needs neither settings nor backends
 
-    settings = installation.settings()
-    sealer, own = key_opening.direct(settings), key_opening.own_files(settings)
-    name = name or keyring.default_key_id(settings)
+    settings, sealer, name = _sealer(name)
+    own = key_opening.own_files(settings)
     known = (*key_opening.places(settings), *own)
     if name not in known:
         raise InvalidRequest(f"The settings have no Age key {name}: --for names one of {', '.join(known)}")
@@ -180,7 +178,7 @@ def _sealed(  # noqa: PLR0913 -- the options of the command
         content = small_files.read(source)
         content = sealer.open(name, content) if is_age_file(content) else content
         if name not in AUDIT_KEYS:
-            list(_parsed(content, source))
+            parse_identities(source, content.decode("utf-8", "replace"))
     elif name in AUDIT_KEYS:
         raise click.UsageError(f"{name}: let the service make it, then seal it with --from {own[name]}")
     else:
@@ -211,16 +209,22 @@ def _write_document(name: str, output: str, content: bytes, root: str | None) ->
 def _recipients(path: Path, name: str | None) -> bytes:
     content = small_files.read(path)
     if is_age_file(content):
-        from kms_cli.local import installation  # noqa: PLC0415 -- as above
-        from kms_core import key_opening, keyring  # noqa: PLC0415 -- as above
-
-        settings = installation.settings()
-        name = name or keyring.default_key_id(settings)
+        _, sealer, name = _sealer(name)
         try:
-            content = key_opening.direct(settings).open(name, content)
+            content = sealer.open(name, content)
         except ConfigurationError as exc:
             raise ConfigurationError(f"{path} cannot be opened: {exc.detail}") from exc
-    return "".join(f"{recipient}\n" for recipient in _parsed(content, path)).encode()
+    found = parse_identities(path, content.decode("utf-8", "replace"))
+    return "".join(f"{identity.recipient}\n" for identity in found).encode()
+
+
+def _sealer(name: str | None) -> "tuple[Settings, FileSealer, str]":
+    """Return the settings, what opens and seals their key files, and ``name`` or that of the default key."""
+    from kms_cli.local import installation  # noqa: PLC0415 -- as above
+    from kms_core import key_opening, keyring  # noqa: PLC0415 -- as above
+
+    settings = installation.settings()
+    return settings, key_opening.direct(settings), name or keyring.default_key_id(settings)
 
 
 def _new_identity(*, post_quantum: bool) -> bytes:
@@ -228,13 +232,3 @@ def _new_identity(*, post_quantum: bool) -> bytes:
     sys.stderr.write(f"Public key: {identity.recipient}\n")
     created = time_text(datetime.now(UTC))
     return f"# created: {created}\n# public key: {identity.recipient}\n{identity.export()}\n".encode()
-
-
-def _parsed(content: bytes, path: Path) -> Iterator[Recipient]:
-    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        try:
-            yield parse_identity(line.strip()).recipient
-        except ValueError as exc:
-            raise InvalidRequest(f"Line {number} of {path} is not an age identity ({exc})") from exc

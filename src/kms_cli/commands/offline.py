@@ -3,7 +3,6 @@
 A file that ``-o`` names appears complete or not at all. A pipe receives authenticated plaintext in order.
 """
 
-import re
 from pathlib import Path
 from typing import Final, TypedDict, Unpack
 
@@ -11,16 +10,14 @@ import click
 
 from kms_cli import terminal
 from kms_cli.age_file import codec, keys, streams
-from kms_cli.age_file.codec import AgeFile, PlaintextRange, RequiredBinding
+from kms_cli.age_file.codec import RequiredBinding
 from kms_cli.age_file.streams import InputStream, OutputStream
-from kms_cli.options import context_option, force_option, is_stdout, name_of
+from kms_cli.options import context_option, force_option, is_stdout, name_of, output_option
 from kms_cli.session import meter, printed_as_json
 from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT
 from kms_core.envelope.sealing import Sealing
 from kms_core.payload.parallel import DEFAULTS, ParallelOptions
 from kms_protocol.context import Context
-from kms_protocol.errors import InvalidRequest
-from kms_protocol.shapes import KEY_ID_PATTERN
 from kms_protocol.units import size_text
 from kms_protocol.wire import ContextIn
 
@@ -42,13 +39,6 @@ source_argument = click.argument(
     metavar="[IN]",
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
     default="-",
-)
-output_option = click.option(
-    "-o",
-    "--output",
-    metavar="OUT",
-    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
-    help="Output file (0600) [default: stdout].",
 )
 
 
@@ -98,7 +88,7 @@ def seal_command(**given: Unpack[SealOptions]) -> None:
     """Encrypt IN, or stdin, to a file that every age tool can decrypt.
 
     It is encrypted for recipients, or with -i as by the service: bound to --context, so that the service can
-    decrypt it too.
+    decrypt it too. Without -o it is written to stdout.
     """
     _check_method(given)
     if not given["armored"] and given["output"] is None:
@@ -131,7 +121,7 @@ def open_command(**given: Unpack[OpenOptions]) -> None:
     """Decrypt IN, or stdin: a file of any age tool for an age key, armored or not.
 
     A file of the service needs the --context that it was encrypted with, and the key file of the service. For
-    passphrases and SSH keys use age.
+    passphrases and SSH keys use age. Without -o the output is stdout.
     """
     required = _required(given)
     if not given["identities"]:
@@ -143,10 +133,13 @@ def open_command(**given: Unpack[OpenOptions]) -> None:
         meter(on_stdout=is_stdout(given["output"])) as line,
     ):
         sealed = codec.read(source)
-        part = _part(given, sealed)
+        offset, length, file_range = given["offset"], given["length"], sealed.file_range
+        is_part = offset is not None or length is not None
+        if is_part and file_range is None:
+            raise click.UsageError("--offset and --length require a file without armor, not a pipe")
         key = codec.by_identities(sealed.head, identities, required)
-        if part and sealed.file_range:
-            codec.release_part(sealed.file_range, key, target, part)
+        if is_part and file_range:
+            codec.release_part(file_range, key, target, offset or 0, length)
         else:
             codec.release(sealed, key, target, _options(line, "opening", source, target))
     _report("opened", given)
@@ -157,11 +150,11 @@ def open_command(**given: Unpack[OpenOptions]) -> None:
 
 def _check_method(given: SealOptions) -> None:
     if bool(given["recipients"] or given["recipients_files"]) == (given["identity"] is not None):
-        raise _usage_error(
+        raise click.UsageError(
             "give recipients (-r, -R) or a key file (-i), not both; for a passphrase use `age -p`"
         )
     if given["identity"] is None and (given["context"] or given["key_id"]):
-        raise _usage_error("--context and --key-id require -i: other files are not bound to a context")
+        raise click.UsageError("--context and --key-id require -i: other files are not bound to a context")
 
 
 def _sealing(given: SealOptions, source: InputStream) -> tuple[Sealing, InputStream]:
@@ -169,15 +162,10 @@ def _sealing(given: SealOptions, source: InputStream) -> tuple[Sealing, InputStr
         identities = keys.identities([given["identity"]])
         padded, source = codec.is_large(source)
         context = Context.parse(given["context"])
-        return codec.for_service(identities, _key_id(given), context, padded=padded), source
+        key_id = given["key_id"] or DEFAULT_KEY_ID
+        keys.check_key_id(key_id)
+        return codec.for_service(identities, key_id, context, padded=padded), source
     return codec.for_recipients(keys.recipients(given["recipients"], given["recipients_files"])), source
-
-
-def _key_id(given: SealOptions) -> str:
-    key_id = given["key_id"] or DEFAULT_KEY_ID
-    if not re.fullmatch(KEY_ID_PATTERN, key_id):
-        raise InvalidRequest("A key id is 1 to 80 of A-Z a-z 0-9 _ . -")
-    return key_id
 
 
 # -- open --------------------------------------------------------------------------------------------
@@ -187,17 +175,9 @@ def _required(given: OpenOptions) -> RequiredBinding:
     if not given["break_glass"]:
         return RequiredBinding(Context.parse(given["context"]), tenant=given["tenant"])
     if given["context"]:
-        raise _usage_error("--break-glass checks no context: leave out --context")
+        raise click.UsageError("--break-glass checks no context: leave out --context")
     terminal.say("warning: --break-glass: context and origin of the file are not checked")
     return RequiredBinding(checked=False, tenant=given["tenant"])
-
-
-def _part(given: OpenOptions, sealed: AgeFile) -> PlaintextRange | None:
-    if given["offset"] is None and given["length"] is None:
-        return None
-    if sealed.file_range is None:
-        raise _usage_error("--offset and --length require a file without armor, not a pipe")
-    return PlaintextRange(given["offset"] or 0, given["length"])
 
 
 # -- both --------------------------------------------------------------------------------------------
@@ -216,7 +196,3 @@ def _report(done: str, given: InOut) -> None:
     source = name_of(given["source"])
     if not printed_as_json({"source": source, "output": str(output), "bytes": size_bytes}):
         terminal.say(f"{done} {source} to {output} ({size_text(size_bytes)})")
-
-
-def _usage_error(text: str) -> click.UsageError:
-    return click.UsageError(text)

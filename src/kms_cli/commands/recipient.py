@@ -1,17 +1,14 @@
 """``kms recipient``, ``kms identity``: name a key of the service for ``age``, ``rage`` and ``sops``."""
 
-import re
-
 import click
 
 from kms_cli import terminal
+from kms_cli.age_file.keys import check_key_id
 from kms_cli.options import context_option, key_option
 from kms_cli.plugin.names import PluginTarget
 from kms_cli.session import DEFAULT_URL, printed_as_json, session
 from kms_client.settings import checked_address
 from kms_protocol.context import Context
-from kms_protocol.errors import InvalidRequest
-from kms_protocol.shapes import KEY_ID_PATTERN
 from kms_protocol.wire import ContextIn
 
 in_process_option = click.option(
@@ -64,7 +61,6 @@ def identity_command(context: ContextIn, key_id: str | None, *, in_process: bool
 def _target(context: ContextIn, key_id: str | None, *, in_process: bool, with_url: bool) -> PluginTarget:
     if in_process and with_url:
         raise click.UsageError("--in-process uses no service: leave out --with-url")
-    if key_id is not None and not re.fullmatch(KEY_ID_PATTERN, key_id):
-        raise InvalidRequest("A key id is 1 to 80 of A-Z a-z 0-9 _ . -")
     url = checked_address(session().url or DEFAULT_URL) if with_url else None
+    check_key_id(key_id)
     return PluginTarget(key_id, Context.parse(context), url, in_process)
