@@ -1,7 +1,7 @@
 """Every Prometheus metric of the service, declared once. Label values come from closed sets only."""
 
 import os
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from functools import lru_cache
 from itertools import product
 from typing import Final, get_args
@@ -21,8 +21,14 @@ from kms_core.observability import multiprocess_metrics
 from kms_core.observability.usage import Counted
 from kms_protocol import wire
 
-_FAST: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_FAST: Final = (2e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 5e-2, 0.25, 0.5, 1.0, 5.0)  # 0.5 and 1.0 are bounds of alerts
 _SLOW: Final = (5e-3, 2e-2, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0)
+
+
+def _latest(name: str, documentation: str, labels: Sequence[str] = ()) -> Gauge:
+    """A gauge with the value that any process set last."""
+    return Gauge(name, documentation, labels, multiprocess_mode="livemostrecent")
+
 
 OPERATION_SECONDS: Final = Histogram(
     "kms_operation_duration_seconds",
@@ -75,23 +81,19 @@ AUDIT_ANCHORS: Final = Counter(
     "Anchors of the audit log sent to sinks (place is redis or directory), by outcome",
     ["place", "result"],
 )
-AUDIT_CHAIN_OK: Final = Gauge(
+AUDIT_CHAIN_OK: Final = _latest(
     "kms_audit_chain_ok",
     "0 once lines of the audit log were changed, cut or removed while this process ran; "
     "NaN while the log cannot be read",
-    multiprocess_mode="livemostrecent",
 )
-AUDIT_ANCHORS_OK: Final = Gauge(
+AUDIT_ANCHORS_OK: Final = _latest(
     "kms_audit_anchors_ok",
     "1 while the audit log has the lines of the anchors in a sink (place), 0 while it lacks some or anchors "
     "are gone, NaN while they cannot be read",
     ["place"],
-    multiprocess_mode="livemostrecent",
 )
-AUDIT_READ_AT: Final = Gauge(
-    "kms_audit_read_timestamp_seconds",
-    "Time at which this process last read new lines of the audit log back",
-    multiprocess_mode="livemostrecent",
+AUDIT_READ_AT: Final = _latest(
+    "kms_audit_read_timestamp_seconds", "Time at which this process last read new lines of the audit log back"
 )
 JOBS: Final = Counter("kms_jobs_total", "Jobs that reached a state", ["kind", "state"])
 JOB_SECONDS: Final = Histogram("kms_job_duration_seconds", "Run time of one attempt", ["kind"], buckets=_SLOW)
@@ -125,9 +127,7 @@ WEBHOOK_DELIVERIES: Final = Counter(
     "Requests to webhook endpoints; result is delivered, retried, gone or dead",
     ["endpoint", "result"],
 )
-WEBHOOK_OUTBOX: Final = Gauge(
-    "kms_webhook_outbox", "Webhook deliveries that wait", multiprocess_mode="livemostrecent"
-)
+WEBHOOK_OUTBOX: Final = _latest("kms_webhook_outbox", "Webhook deliveries that wait")
 BACKEND_UP: Final = Gauge(
     "kms_backend_up", "1 if the last health check passed", ["backend"], multiprocess_mode="livemin"
 )
@@ -147,57 +147,37 @@ BREAKER_OPEN: Final = Gauge(
     ["backend"],
     multiprocess_mode="livemax",
 )
-KEY_AGE_SECONDS: Final = Gauge(
-    "kms_key_age_seconds",
-    "Age of the version that seals",
-    ["key_id", "backend"],
-    multiprocess_mode="livemostrecent",
+KEY_AGE_SECONDS: Final = _latest(
+    "kms_key_age_seconds", "Age of the version that seals", ["key_id", "backend"]
 )
-KEY_BUDGET: Final = Gauge(
+KEY_BUDGET: Final = _latest(
     "kms_key_budget_ratio",
     "Messages that the version in use has sealed, of those it may",
     ["key_id", "backend"],
-    multiprocess_mode="livemostrecent",
 )
-KEY_ROTATION_DUE: Final = Gauge(
-    "kms_key_rotation_due",
-    "1 if the version in use should be replaced",
-    ["key_id", "backend"],
-    multiprocess_mode="livemostrecent",
+KEY_ROTATION_DUE: Final = _latest(
+    "kms_key_rotation_due", "1 if the version in use should be replaced", ["key_id", "backend"]
 )
 KEY_ROTATIONS: Final = Counter("kms_key_rotations_total", "Scheduled rotations by outcome", ["result"])
-JOBS_IN_STATE: Final = Gauge(
-    "kms_jobs_in_state", "Open jobs by state", ["state"], multiprocess_mode="livemostrecent"
+JOBS_IN_STATE: Final = _latest("kms_jobs_in_state", "Open jobs by state", ["state"])
+OLDEST_QUEUED: Final = _latest(
+    "kms_jobs_oldest_queued_seconds", "Since when the oldest job waits that could run"
 )
-OLDEST_QUEUED: Final = Gauge(
-    "kms_jobs_oldest_queued_seconds",
-    "Since when the oldest job waits that could run",
-    multiprocess_mode="livemostrecent",
-)
-DEAD_LETTERS: Final = Gauge(
-    "kms_dead_letters", "Jobs that used up their attempts", multiprocess_mode="livemostrecent"
-)
-REDIS_MEMORY: Final = Gauge(
-    "kms_redis_memory_ratio", "Memory that Redis uses, of what it may", multiprocess_mode="livemostrecent"
-)
-REDIS_WRITABLE: Final = Gauge(
+DEAD_LETTERS: Final = _latest("kms_dead_letters", "Jobs that used up their attempts")
+REDIS_MEMORY: Final = _latest("kms_redis_memory_ratio", "Memory that Redis uses, of what it may")
+REDIS_WRITABLE: Final = _latest(
     "kms_redis_writable",
     "1 if Redis takes new jobs, 0 while it is full or takes no writes, NaN while it does not answer",
-    multiprocess_mode="livemostrecent",
 )
-SPOOL_USED: Final = Gauge(
-    "kms_spool_used_bytes", "Size of uploads and results in the spool", multiprocess_mode="livemostrecent"
-)
-SPOOL_LIMIT: Final = Gauge(
+SPOOL_USED: Final = _latest("kms_spool_used_bytes", "Size of uploads and results in the spool")
+SPOOL_LIMIT: Final = _latest(
     "kms_spool_limit_bytes",
     "Size that the spool may have: spool_max_bytes, or less if its disk has less room",
-    multiprocess_mode="livemostrecent",
 )
-SPOOL_TENANT: Final = Gauge(
+SPOOL_TENANT: Final = _latest(
     "kms_spool_tenant_bytes",
     "Size of uploads and items of jobs whose results have not expired, by tenant of the settings, or other",
     ["tenant"],
-    multiprocess_mode="livemostrecent",
 )
 WEAK_SETTING: Final = Gauge(
     "kms_setting_weak",
@@ -205,44 +185,36 @@ WEAK_SETTING: Final = Gauge(
     ["setting"],
     multiprocess_mode="livemax",
 )
-QUEUE_DEPTH: Final = Gauge(
+QUEUE_DEPTH: Final = _latest(
     "kms_queue_depth",
     "Messages waiting for a worker; priority is any where the broker does not tell",
     ["queue", "priority"],
-    multiprocess_mode="livemostrecent",
 )
-STUCK_PROCESSES: Final = Gauge(
+STUCK_PROCESSES: Final = _latest(
     "kms_worker_stuck_processes",
     "Processes of workers that hang and cannot be ended: new ones have taken their place",
-    multiprocess_mode="livemostrecent",
 )
-RESOURCE_LEASES: Final = Gauge(
+RESOURCE_LEASES: Final = _latest(
     "kms_job_resource_leases",
     "Running jobs that use a root, bucket or backend with a bound ([kms.jobs.resource_leases])",
     ["resource"],
-    multiprocess_mode="livemostrecent",
 )
 JOB_STALLS: Final = Counter(
     "kms_job_stalls_total", "Attempts that advanced nothing for stall_s and lost their lease", ["kind"]
 )
-WORKERS: Final = Gauge("kms_workers", "Worker processes seen lately", multiprocess_mode="livemostrecent")
+WORKERS: Final = _latest("kms_workers", "Worker processes seen lately")
 REDIS_UNCONFIRMED: Final = Counter(
     "kms_redis_unconfirmed_total",
     "Changes of jobs that replicas of Redis did not acknowledge within [kms.redis] wait_ms",
 )
-REDIS_UP: Final = Gauge(
-    "kms_redis_up", "1 if Redis answered the last scrape", multiprocess_mode="livemostrecent"
-)
-INSTALL_OK: Final = Gauge(
+REDIS_UP: Final = _latest("kms_redis_up", "1 if Redis answered the last scrape")
+INSTALL_OK: Final = _latest(
     "kms_install_ok",
     "0 while this host differs from others; what is id (of spool and Redis) or spool (the same on all hosts)",
     ["what"],
-    multiprocess_mode="livemostrecent",
 )
-CLOCK_AHEAD: Final = Gauge(
-    "kms_clock_ahead_seconds",
-    "Seconds that the clock of this host is ahead of Redis's",
-    multiprocess_mode="livemostrecent",
+CLOCK_AHEAD: Final = _latest(
+    "kms_clock_ahead_seconds", "Seconds that the clock of this host is ahead of Redis's"
 )
 TOKENS_AGE: Final = Gauge(
     "kms_tokens_age_seconds",
@@ -255,9 +227,7 @@ KEY_DOCUMENT_AGE: Final = Gauge(
     ["key_id"],
     multiprocess_mode="livemax",
 )
-HOSTS: Final = Gauge(
-    "kms_hosts", "Hosts of this install seen in the last ten seconds", multiprocess_mode="livemostrecent"
-)
+HOSTS: Final = _latest("kms_hosts", "Hosts of this install seen in the last ten seconds")
 BUILD_INFO: Final = Gauge(
     "kms_build_info", "Always 1; the version is the label", ["version"], multiprocess_mode="livemax"
 )
