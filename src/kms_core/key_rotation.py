@@ -1,5 +1,8 @@
 """Rotates keys that are due: by the age of a version, or by the number of messages that it sealed.
 
+A version is due after ``every_days`` (0: never), or above ``budget_messages`` with ``budget_rotates``. A used
+budget is always logged. An AES-GCM key with random nonces may seal 2^32 messages (NIST SP 800-38D §8.3).
+
 ``docs/backends.md`` says what a new version is in each backend.
 """
 
@@ -15,31 +18,12 @@ from kms_core.backends import Backend, KeyVersion
 from kms_core.keyring import Key, Keyring
 from kms_core.observability import metrics, usage
 from kms_core.service import Kms
-from kms_core.settings.model import Settings
+from kms_core.settings.model import RotationSection
 from kms_protocol.errors import KmsError
 
 SCHEDULE: Final = Principal("rotation-schedule", credential="internal")
 Reason = Literal["age", "budget"]
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class RotationRules:
-    """A version is due after ``every_days`` (0: never), or above ``budget_messages`` with ``budget_rotates``.
-
-    A used budget is always logged. An AES-GCM key with random nonces may seal 2^32 messages (NIST SP 800-38D
-    §8.3).
-    """
-
-    every_days: int = 90
-    budget_messages: int = 2**32
-    budget_rotates: bool = False
-
-
-def rules_of(settings: Settings) -> RotationRules:
-    """The rules in ``[kms.rotation]``."""
-    section = settings.kms.rotation
-    return RotationRules(section.every_days, section.budget_messages, section.budget_rotates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +37,14 @@ class RotationState:
     budget: float
     due_at: datetime | None
 
-    def due(self, now: datetime, rules: RotationRules) -> Reason | None:
+    def due(self, now: datetime, rules: RotationSection) -> Reason | None:
         """The reason why a rotation is due, or None."""
         if self.due_at is not None and now >= self.due_at:
             return "age"
         return "budget" if rules.budget_rotates and self.budget >= 1 else None
 
 
-def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: RotationRules) -> RotationState:
+def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: RotationSection) -> RotationState:
     """The state of a key in one backend; ``counts`` are usage counts. Raises BackendUnavailable."""
     current = backend.versions()[-1]
     messages, _ = usage.of_version(counts, key.key_id, current.version, backend.name)
@@ -71,7 +55,7 @@ def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: Rotat
     )
 
 
-def find_due(keyring: Keyring, counts: Mapping[str, int], rules: RotationRules) -> list[RotationState]:
+def find_due(keyring: Keyring, counts: Mapping[str, int], rules: RotationSection) -> list[RotationState]:
     """Set the rotation metrics of all keys, and return the states that are due.
 
     A backend that does not answer is logged and left out.

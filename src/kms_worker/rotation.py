@@ -18,7 +18,7 @@ from kms_core.jobs.store import usage_flush
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability.usage import together
 from kms_core.periodic import NO_LOCK, PeriodicThread
-from kms_core.settings.model import Settings
+from kms_core.settings.model import RotationSection, Settings
 from kms_protocol.errors import JobsUnavailable
 
 TASK: Final = "kms.keys"
@@ -36,14 +36,14 @@ def register(app: Celery, core: Callable[[], Core], settings: Settings, name: st
             if core().worker_context.store.once(
                 "keys-looked", name, EVERY_S / 2
             ):  # however many messages there are
-                look_after(core(), key_rotation.rules_of(settings), name)
+                look_after(core(), settings.kms.rotation, name)
         except JobsUnavailable:
             _log.warning("rotation.left_to_the_next_time")
         except Exception as exc:  # noqa: BLE001 -- the top of the worker: the next message tries again
             _log.exception("rotation.crashed", error=type(exc).__name__)
 
 
-def look_after(core: Core, rules: key_rotation.RotationRules, owner: str) -> None:
+def look_after(core: Core, rules: RotationSection, owner: str) -> None:
     """Tell the metrics how keys are, and rotate those that are due. Raises JobsUnavailable."""
     store = core.worker_context.store
     counts = together(usage_flush.shared(store.redis), core.kms.usage.peek())

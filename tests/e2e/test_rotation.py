@@ -26,6 +26,7 @@ from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.observability.usage import UsageCounters
 from kms_core.service import Kms
+from kms_core.settings.model import RotationSection
 from kms_protocol.errors import AuditUnavailable, BackendUnavailable, JobsUnavailable, UnknownKey
 from kms_protocol.wire import PREFIX
 from kms_worker.rotation import look_after
@@ -119,13 +120,13 @@ def backend(tmp_path: Path) -> AgeBackend:
 def test_age_decides(core: Core, tmp_path: Path, days: int, every: int, versions: int) -> None:
     backend = age_backend(tmp_path / "keys", x25519.X25519Identity.generate())
     made_days_ago(tmp_path / "keys/private_key.txt", days)
-    look_after(over(core, Key("payroll", backend)), key_rotation.RotationRules(every_days=every), "w1")
+    look_after(over(core, Key("payroll", backend)), RotationSection(every_days=every), "w1")
 
     assert len(backend.versions()) == versions
 
 
 def test_a_key_of_unknown_age_is_left_alone(core: Core, backend: AgeBackend) -> None:
-    look_after(over(core, Key("payroll", backend)), key_rotation.RotationRules(every_days=1), "w1")
+    look_after(over(core, Key("payroll", backend)), RotationSection(every_days=1), "w1")
 
     assert len(backend.versions()) == 1
 
@@ -136,7 +137,7 @@ def test_a_spent_budget_rotates_if_told_so(
 ) -> None:
     mine = over(core, Key("payroll", backend))
     seal(mine.kms, 10)
-    look_after(mine, key_rotation.RotationRules(budget_messages=10, budget_rotates=rotates), "w1")
+    look_after(mine, RotationSection(budget_messages=10, budget_rotates=rotates), "w1")
 
     assert len(backend.versions()) == versions
 
@@ -145,7 +146,7 @@ def test_two_workers_rotate_once(core: Core, backend: AgeBackend, tmp_path: Path
     made_days_ago(tmp_path / "keys/private_key.txt", 91)
     mine = over(core, Key("payroll", backend))
     for worker in ("w1", "w2"):
-        look_after(mine, key_rotation.RotationRules(), worker)
+        look_after(mine, RotationSection(), worker)
 
     assert len(backend.versions()) == 2
 
@@ -155,7 +156,7 @@ def test_a_backend_that_is_away_spoils_no_other_key(core: Core, backend: AgeBack
     remote, peer = memory_backend()
     peer.cut()
     ring = Keyring({"gone": Key("gone", remote), "payroll": Key("payroll", backend)}, Key("gone", remote))
-    look_after(with_keyring(core, ring), key_rotation.RotationRules(), "w1")
+    look_after(with_keyring(core, ring), RotationSection(), "w1")
 
     assert len(backend.versions()) == 2
 
@@ -215,7 +216,7 @@ def test_a_rotation_is_on_record_before_and_after_it(core: Core, backend: AgeBac
     key = Key("payroll", backend)
     kms = over(core, key).kms
     made = [kms.rotate(WHO, "payroll").version]
-    key_rotation.rotate_due(kms, [key_rotation.state_of(key, backend, {}, key_rotation.RotationRules())])
+    key_rotation.rotate_due(kms, [key_rotation.state_of(key, backend, {}, RotationSection())])
     made.append(backend.versions()[-1].version)
     lines = rotations(tmp_path / "state")
 
@@ -228,14 +229,14 @@ def test_a_rotation_is_on_record_before_and_after_it(core: Core, backend: AgeBac
     assert notes(tmp_path / "state") == []
 
 
-SPENT = key_rotation.RotationRules(every_days=0, budget_messages=10, budget_rotates=True)
+SPENT = RotationSection(every_days=0, budget_messages=10, budget_rotates=True)
 
 
 @pytest.mark.parametrize(
     "rotate",
     [
         lambda core: core.kms.rotate(WHO, "payroll"),
-        lambda core: look_after(core, key_rotation.RotationRules(every_days=30), "w1"),
+        lambda core: look_after(core, RotationSection(every_days=30), "w1"),
         lambda core: look_after(core, SPENT, "w1"),
     ],
     ids=["by hand", "by age", "by budget"],

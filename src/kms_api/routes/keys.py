@@ -79,7 +79,7 @@ def _shape(service: Service, key: Key, counts: dict[str, int] | None) -> admin.K
     )
     try:
         versions = key.backend.versions()
-        state = key_rotation.state_of(key, key.backend, counts or {}, key_rotation.rules_of(service.settings))
+        state = key_rotation.state_of(key, key.backend, counts or {}, service.settings.kms.rotation)
     except BackendUnavailable:
         return plain
     return msgspec.structs.replace(
