@@ -16,7 +16,7 @@ import msgspec
 from kms_core import stores
 from kms_core.age.header import is_age_file
 from kms_core.age.kdf import hkdf
-from kms_core.age.recipients import parse_identity
+from kms_core.age.recipients import key_lines, parse_identity
 from kms_core.backends.key_files import appended
 from kms_core.documents.local_copy import LocalCopy
 from kms_core.documents.places import FilePlace
@@ -58,18 +58,12 @@ class KeyDocument:
     ) -> None:
         """``opened``: what a parent process has opened; None if this process asks the root itself."""
         self.name, self.document, self.copy = name, document, copy
+        place = str(document.place)
+        self.private: Path | str = Path(place) if isinstance(document.place, FilePlace) else place
+        """The path of a file, which is of one host, or the URL of an object."""
+        self.public = self.private
         self._sealer, self._opened = sealer, opened
         self._held, self._read_at = Version(), float("-inf")
-
-    @property
-    def private(self) -> Path | str:
-        """The path of a file, which is of one host, or the URL of an object."""
-        place = self.document.place
-        return Path(str(place)) if isinstance(place, FilePlace) else str(place)
-
-    @property
-    def public(self) -> Path | str:
-        return self.private
 
     @property
     def is_late(self) -> bool:
@@ -231,9 +225,8 @@ def copy_of(folder: Path, name: str, document: SignedDocument) -> LocalCopy:
 
 def _recipients(content: bytes) -> list[str]:
     """The recipients of identities. Raises ConfigurationError if there are none."""
-    lines = [line for line in map(str.strip, content.decode().splitlines()) if line and line[0] != "#"]
     try:
-        found = [str(parse_identity(line).recipient) for line in lines]
+        found = [str(parse_identity(line).recipient) for _, line in key_lines(content.decode())]
     except ValueError as exc:
         raise ConfigurationError(f"a line is not an age identity ({exc})") from exc
     if not found:

@@ -7,12 +7,14 @@ canonical base64, LF or CRLF. Before and after it only whitespace is allowed, at
 import binascii
 import io
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from kms_protocol.errors import DecryptFailed, NotACiphertext
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
+    from _typeshed import ReadableBuffer, SupportsRead, SupportsWrite, WriteableBuffer
+
+    ByteSource = SupportsRead[bytes | None]  # blocking; b"" is the end
 
 BEGIN: Final = b"-----BEGIN AGE ENCRYPTED FILE-----"
 _END: Final = b"-----END AGE ENCRYPTED FILE-----"
@@ -21,20 +23,6 @@ _LINE: Final = _COLUMNS + 1
 _LINE_BYTES: Final = 48
 _AROUND: Final = 1024
 _BLOCK_BYTES: Final = 64 * 1024
-
-
-class ByteSource(Protocol):
-    """A blocking binary stream."""
-
-    def read(self, size: int, /) -> bytes | None:
-        """Read up to ``size`` bytes; b"" at the end."""
-
-
-class ByteTarget(Protocol):
-    """A binary stream whose ``write`` accepts all bytes."""
-
-    def write(self, data: bytes, /) -> object:
-        """Write all of ``data``."""
 
 
 def armor(data: bytes) -> bytes:
@@ -59,7 +47,7 @@ class ArmorReader(io.RawIOBase):
     format, such as a missing end or trailing data.
     """
 
-    def __init__(self, source: ByteSource) -> None:
+    def __init__(self, source: "ByteSource") -> None:
         super().__init__()
         self._blocks = _decoded(source)
         self._rest = b""
@@ -82,7 +70,8 @@ class ArmorReader(io.RawIOBase):
 class ArmorWriter:
     """Armors the bytes written to it. Without ``finish`` the text has no end line, and readers refuse it."""
 
-    def __init__(self, target: ByteTarget) -> None:
+    def __init__(self, target: "SupportsWrite[bytes]") -> None:
+        """``target`` accepts all bytes of a write."""
         self._target = target
         self._held = b""
         self._begun = False
@@ -113,7 +102,7 @@ def _lines(data: bytes) -> bytes:
     return b"\n".join([*rows, b""])
 
 
-def _decoded(source: ByteSource) -> Iterator[bytes]:
+def _decoded(source: "ByteSource") -> Iterator[bytes]:
     blocks = _blocks(source)
     text = _after_begin(blocks)
     while (dash := text.find(b"-")) == -1:
@@ -127,7 +116,7 @@ def _decoded(source: ByteSource) -> Iterator[bytes]:
     _check_end(text[dash:], blocks)
 
 
-def _blocks(source: ByteSource) -> Iterator[bytes]:
+def _blocks(source: "ByteSource") -> Iterator[bytes]:
     """The blocks of the text, with LF line ends."""
     held = b""
     while block := source.read(_BLOCK_BYTES):

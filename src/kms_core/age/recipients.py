@@ -1,26 +1,21 @@
-"""The native key types of age: the common interface of X25519 and the post-quantum hybrid."""
+"""The native key types of age, X25519 and the post-quantum hybrid, and the lines of their files."""
 
 import hashlib
-from typing import Protocol
 
-from kms_core.age import mlkem768x25519, x25519
-from kms_core.age.header import Stanza
+from kms_core.age import mlkem768x25519
+from kms_core.age.mlkem768x25519 import HybridIdentity, HybridRecipient
+from kms_core.age.x25519 import X25519Identity, X25519Recipient
 
-
-class Identity(Protocol):
-    """A private key that unwraps file keys."""
-
-    @property
-    def recipient(self) -> "Recipient": ...
-    @property
-    def secret(self) -> bytes: ...
-    def unwrap(self, stanza: Stanza) -> bytes: ...
+Identity = X25519Identity | HybridIdentity
+"""A private key that unwraps file keys."""
+Recipient = X25519Recipient | HybridRecipient
+"""A public key that wraps file keys."""
 
 
-class Recipient(Protocol):
-    """A public key that wraps file keys."""
-
-    def wrap(self, file_key: bytes) -> Stanza: ...
+def key_lines(text: str) -> list[tuple[int, str]]:
+    """The stripped lines of a file of identities or recipients, without comments; their numbers from 1."""
+    lines = enumerate(map(str.strip, text.splitlines()), start=1)
+    return [(number, line) for number, line in lines if line and not line.startswith("#")]
 
 
 def version_of(recipient: Recipient) -> str:
@@ -31,12 +26,12 @@ def version_of(recipient: Recipient) -> str:
 def parse_identity(text: str) -> Identity:
     """Parse an identity of either native type. Raises ValueError, without the text, if it is neither."""
     if text.upper().startswith(mlkem768x25519.IDENTITY_PREFIX):
-        return mlkem768x25519.HybridIdentity.parse(text)
-    return x25519.X25519Identity.parse(text)
+        return HybridIdentity.parse(text)
+    return X25519Identity.parse(text)
 
 
 def parse_recipient(text: str) -> Recipient:
     """Parse a recipient of either native type. Raises ValueError, without the text, if it is neither."""
     if text.lower().startswith(mlkem768x25519.RECIPIENT_PREFIX + "1"):
-        return mlkem768x25519.HybridRecipient.parse(text)
-    return x25519.X25519Recipient.parse(text)
+        return HybridRecipient.parse(text)
+    return X25519Recipient.parse(text)

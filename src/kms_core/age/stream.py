@@ -80,24 +80,19 @@ def seal(key: bytes, plaintext: Buffer) -> bytes:
 
 
 def open_(key: bytes, sealed: Buffer) -> bytes:
-    """Open a whole payload. Raises DecryptFailed if it is truncated, changed, or sealed under another key."""
-    plaintext_size(len(sealed))
-    return open_run(ChaCha20Poly1305(key), 0, sealed, last=True)
+    """Open a whole payload. Raises DecryptFailed if it is truncated, changed, or sealed under another key.
 
-
-def open_run(aead: ChaCha20Poly1305, first: int, sealed: Buffer, *, last: bool) -> bytes:
-    """Open consecutive chunks from number ``first`` on. Raises DecryptFailed unless all are genuine.
-
-    The caller bounds their size, since all plaintext is held until the last chunk is verified.
+    The caller bounds its size, since all plaintext is held until the last chunk is verified.
     """
+    aead, size = ChaCha20Poly1305(key), plaintext_size(len(sealed))
     if len(sealed) <= SEALED_CHUNK:
         try:
-            return aead.decrypt(nonce(first, last=last), sealed, None)
+            return aead.decrypt(_ONLY, sealed, None)
         except InvalidTag as exc:
             raise DecryptFailed from exc
     source = cut(memoryview(sealed), SEALED_CHUNK)
-    with blank(len(sealed) - TAG * len(source)) as (out, target):
-        open_into(aead, nonces(first, len(source), last=last), source, cut(target, CHUNK))
+    with blank(size) as (out, target):
+        open_into(aead, nonces(0, len(source), last=True), source, cut(target, CHUNK))
     return out.getvalue()
 
 

@@ -8,17 +8,17 @@ one file, native ones or those of age plugins: then any age tool can make and op
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 from kms_core.age import armor, header, stream
 from kms_core.age.header import FILE_KEY_BYTES, SYNC_LIMITS, Header, Stanza
 from kms_core.age.plugin_identity import PREFIX, PluginIdentity
-from kms_core.age.recipients import Identity, Recipient, parse_identity, parse_recipient
+from kms_core.age.recipients import Identity, Recipient, key_lines, parse_identity, parse_recipient
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding, sealing
-from kms_core.envelope.binding import BoundStanzas, KeyRef
+from kms_core.envelope.binding import BoundStanzas
 from kms_core.envelope.sealing import WrappingKey
 from kms_protocol import small_files
 from kms_protocol.context import Context
@@ -111,7 +111,7 @@ SealingIdentity = Identity | PluginIdentity
 def read_identities(path: Path) -> list[SealingIdentity]:
     """The identities of a file, native or of plugins. Raises ConfigurationError, which names the line."""
     try:
-        lines = small_files.text(path).splitlines()
+        lines = key_lines(small_files.text(path))
     except OSError as exc:
         raise ConfigurationError(
             f"The identity that opens sealed keys, {path}, cannot be read ({exc.strerror}): "
@@ -122,9 +122,7 @@ def read_identities(path: Path) -> list[SealingIdentity]:
             f"{path} is not text: kms.age.seal_identity_path names age identities"
         ) from exc
     found: list[SealingIdentity] = []
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        if not line or line.startswith("#"):
-            continue
+    for number, line in lines:
         try:
             found.append(PluginIdentity.parse(line) if line.startswith(PREFIX) else parse_identity(line))
         except ValueError as exc:
@@ -132,24 +130,6 @@ def read_identities(path: Path) -> list[SealingIdentity]:
     if not found:
         raise ConfigurationError(f"{path} holds no age identity: kms.age.seal_identity_path needs one")
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class _RecoveryRecipient:
-    """A recipient as a ``sealing.Wrapper`` that only wraps."""
-
-    recipient: Recipient
-
-    def wrap(self, file_key: bytes, key: KeyRef, aad: bytes) -> Stanza:
-        del key, aad
-        return self.recipient.wrap(file_key)
-
-    def unwrap(self, stanza: Stanza, key: KeyRef, aad: bytes) -> bytes:
-        del stanza, key, aad
-        raise NoMatch
-
-    def origin_key(self, key: KeyRef) -> None:
-        del key
 
 
 Documents = Callable[[str, str, "FileSealer", SealedFiles | None], KeySource]
@@ -175,8 +155,7 @@ class FileSealer:
     def open(self, name: str, sealed: bytes) -> bytes:
         """As ``SealedFiles.open``."""
         try:
-            data = armor.dearmor(sealed) if sealed.startswith(armor.BEGIN) else sealed
-            head = header.parse(data, SYNC_LIMITS)
+            data, head = _parsed(sealed)
             bound = binding.read(head)
             file_key = self._opened(head) if bound is None else self._unwrapped(name, head, bound)
             return sealing.open_(data, head, file_key)
@@ -196,17 +175,15 @@ class FileSealer:
 
         It is sealed for the recipients of its recovery lines as well. Raises as ``SealedFiles.open``.
         """
-        recovery = [_RecoveryRecipient(recipient) for recipient in recoveries(content)]
+        recovery = recoveries(content)
         if root is None:
             file_key = os.urandom(FILE_KEY_BYTES)
-            stanzas = [each.recipient.wrap(file_key) for each in recovery]
+            stanzas = [each.wrap(file_key) for each in recovery]
             stanzas += _wraps(self._identities()[0], file_key)
             nonce = os.urandom(stream.NONCE)
             head = header.render(stanzas, file_key) + nonce
             return head + stream.seal(stream.payload_key(file_key, nonce), content)
-        keys = list(self._root(root).wrapping(TENANT))
-        unused = keys[0][1]  # a recovery recipient is no key of ours
-        return sealing.seal(content, [*keys, *((each, unused) for each in recovery)], _context(name))
+        return sealing.seal(content, self._root(root).wrapping(TENANT), _context(name), recovery)
 
     def seal_again(self, name: str, content: bytes, sealed: bytes) -> bytes:
         """As ``SealedFiles.seal_again``."""
@@ -229,30 +206,29 @@ class FileSealer:
 
     def _unwrapped(self, name: str, head: Header, bound: BoundStanzas) -> bytes:
         """The file key, from the first backend of the root that answers."""
-        away: BackendUnavailable | None = None
-        for backend, ref in self._root(bound.key_id).unwrapping(TENANT, bound):
-            try:
-                return sealing.file_key_of(head, backend, ref, context=_context(name), bound=bound)
-            except NoMatch:
-                continue
-            except BackendUnavailable as exc:
-                away = exc
-        raise away or DecryptFailed
+        keys = self._root(bound.key_id).unwrapping(TENANT, bound)
+        unwrap = partial(sealing.file_key_of, head, context=_context(name), bound=bound)
+        return _first_answer((partial(unwrap, backend, ref) for backend, ref in keys), DecryptFailed)
 
     def _opened(self, head: Header) -> bytes:
         """The file key, from the first identity that opens a stanza."""
-        away: BackendUnavailable | None = None
-        for identity in self._identities():
-            try:
-                file_key = _first(identity, head.stanzas)
-            except NoMatch:
-                continue
-            except BackendUnavailable as exc:
-                away = exc
-            else:
-                head.check_mac(file_key)
-                return file_key
-        raise away or NoMatch
+        opens = (partial(_first, identity, head.stanzas) for identity in self._identities())
+        file_key = _first_answer(opens, NoMatch)
+        head.check_mac(file_key)
+        return file_key
+
+
+def _first_answer(opens: Iterable[Callable[[], bytes]], none: type[DecryptFailed]) -> bytes:
+    """The first answer. Raises BackendUnavailable if none matches and one is away, else ``none``."""
+    away: BackendUnavailable | None = None
+    for each in opens:
+        try:
+            return each()
+        except NoMatch:
+            continue
+        except BackendUnavailable as exc:
+            away = exc
+    raise away or none
 
 
 def root_of(sealed: bytes) -> str | None:
@@ -261,11 +237,16 @@ def root_of(sealed: bytes) -> str | None:
     Raises ConfigurationError if its header is damaged.
     """
     try:
-        data = armor.dearmor(sealed) if sealed.startswith(armor.BEGIN) else sealed
-        bound = binding.read(header.parse(data, SYNC_LIMITS))
+        bound = binding.read(_parsed(sealed)[1])
     except (DecryptFailed, TooLarge):
         raise ConfigurationError("its header is damaged: put a backup in its place") from None
     return bound.key_id if bound else None
+
+
+def _parsed(sealed: bytes) -> tuple[bytes, Header]:
+    """A sealed file without its armor, and its header. Raises DecryptFailed, TooLarge."""
+    data = armor.dearmor(sealed) if sealed.startswith(armor.BEGIN) else sealed
+    return data, header.parse(data, SYNC_LIMITS)
 
 
 def recoveries(content: bytes) -> list[Recipient]:

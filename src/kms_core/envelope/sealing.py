@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 from kms_core.age import header, stream
 from kms_core.age.header import FILE_KEY_BYTES, VERSION_LINE, Header, Stanza
+from kms_core.age.recipients import Recipient
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding
 from kms_core.envelope.binding import BoundStanzas, KeyRef
@@ -68,26 +69,30 @@ def begin(
     *,
     padded: bool = False,
     payload: tuple[bytes, bytes] | None = None,
+    recipients: Sequence[Recipient] = (),
 ) -> Sealing:
     """Write the header of a new file, or of a sealed payload whose file key and nonce are given.
 
     Each of ``keys`` wraps the file key, so that any of them opens the file; the context stanza names the
-    first. ``padded`` brings the header to a multiple of 4 KiB, for payloads of 1 MiB or more.
+    first. ``padded`` brings the header to a multiple of 4 KiB, for payloads of 1 MiB or more. ``recipients``
+    can open the file as well, with any age tool.
     """
     if payload is None:
         drawn = os.urandom(FILE_KEY_BYTES + stream.NONCE)
         payload = drawn[:FILE_KEY_BYTES], drawn[FILE_KEY_BYTES:]
     file_key, nonce = payload
-    stanzas = _stanzas(file_key, nonce, keys, context)
+    stanzas = [*_stanzas(file_key, nonce, keys, context), *(each.wrap(file_key) for each in recipients)]
     if padded:
         stanzas.append(binding.pad_stanza(stanzas, _MAC_LINE_BYTES, len(VERSION_LINE), PADDED_HEADER_BYTES))
     wrap_keys = binding.wrap_keys_in(stanzas)
     return Sealing(header.render(stanzas, file_key), nonce, file_key, wrap_keys)
 
 
-def seal(plaintext: bytes, keys: Sequence[WrappingKey], context: Context) -> bytes:
-    """Seal bytes in memory into a complete age v1 file."""
-    started = begin(keys, context, padded=len(plaintext) >= PAD_FROM_BYTES)
+def seal(
+    plaintext: bytes, keys: Sequence[WrappingKey], context: Context, recipients: Sequence[Recipient] = ()
+) -> bytes:
+    """Seal bytes in memory into a complete age v1 file; ``recipients`` as in ``begin``."""
+    started = begin(keys, context, padded=len(plaintext) >= PAD_FROM_BYTES, recipients=recipients)
     return started.head + stream.seal(started.payload_key, plaintext)
 
 

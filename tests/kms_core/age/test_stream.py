@@ -108,13 +108,6 @@ def test_an_empty_last_chunk_after_a_full_one_is_refused() -> None:
         stream.open_(KEY, full + empty)
 
 
-def test_a_run_from_the_middle_opens_alone() -> None:
-    plaintext = os.urandom(3 * CHUNK + 9)
-    sealed = stream.seal(KEY, plaintext)
-
-    assert stream.open_run(ChaCha20Poly1305(KEY), 1, sealed[SEALED_CHUNK:], last=True) == plaintext[CHUNK:]
-
-
 def test_forged_plaintext_is_cleared_from_its_buffer() -> None:
     sealed = memoryview(flip(SEALED_CHUNK)(stream.seal(KEY, b"s" * (CHUNK + 100))))
     buffer = memoryview(bytearray(CHUNK + 100))

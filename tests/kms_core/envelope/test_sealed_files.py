@@ -25,6 +25,7 @@ from kms_protocol.context import Context
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, InvalidContext
 from support import programs, sealing_plugin
 from support.age_kms import age_backend, stanza_of, types_of, with_stanzas, write_identities
+from support.memory_kms import memory_backend
 
 CONTENT: Final = b"AGE-SECRET-KEY-1TEST\n"
 
@@ -62,6 +63,16 @@ def test_a_root_opens_what_it_sealed(root: AgeBackend) -> None:
     assert sealer(root).open("payroll", armor.armor(sealed)) == CONTENT
     assert (is_age_file(sealed), root_of(sealed), root_of(armor.armor(sealed))) == (True, "root", "root")
     assert CONTENT not in sealed
+
+
+def test_a_root_of_two_backends_opens_it_while_one_is_away(root: AgeBackend) -> None:
+    other, _ = memory_backend()
+    sealed = FileSealer(lambda: {"root": Key("root", root, others=(other,))}, list).seal("a", CONTENT, "root")
+    opener = FileSealer(lambda: {"root": Key("root", Away(root), others=(other,))}, list)
+
+    assert opener.open("a", sealed) == CONTENT
+    with pytest.raises(BackendUnavailable, match="the root is away"):
+        sealer(Away(root)).open("a", sealed)
 
 
 def test_a_file_for_another_key_is_refused(root: AgeBackend) -> None:
