@@ -43,7 +43,7 @@ class Listening(CosmianServer):
 
     last = Shot("", "")
 
-    def post(self, path: str, body: bytes, judged: Sequence[int] = ()) -> PeerAnswer:
+    def post(self, path: str, body: bytes, judged: Sequence[int]) -> PeerAnswer:
         self.last = Shot(path, body.decode())
         return super().post(path, body, judged)
 

@@ -15,14 +15,13 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -38,7 +37,6 @@ ANSWER_BYTES: Final = 1024 * 1024
 CONNECTIONS: Final = 64
 KEEP_ALIVE_S: Final = 60.0  # the usual server hangs up after 75 to 120 s; a race with it fails a call
 MAX_RETRY_AFTER_S: Final = 300.0
-_NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 _HEADERS: Final = {
     "Accept": "application/json",
     "Content-Type": "application/json",
@@ -49,6 +47,7 @@ _UNREACHABLE: Final = frozenset(
 )
 _BUSY: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.PRECONDITION_FAILED})
 Shape = TypeVar("Shape")
+T = TypeVar("T")
 
 
 class Unreachable(BackendUnavailable):
@@ -251,7 +250,7 @@ class Peer:
         path: str,
         body: bytes | None = None,
         *,
-        headers: Mapping[str, str] = _NO_HEADERS,
+        headers: Mapping[str, str] | None = None,
         expected: Container[int] = (),
     ) -> PeerAnswer:
         """Send one request within the server's timeout; ``path`` is quoted and begins with a slash.
@@ -264,7 +263,7 @@ class Peer:
         url = self.server.url.rstrip("/") + path
         with transport_errors(self.server), self.one_timeout():
             extensions = {"timeout": {"pool": self._network.left()}}
-            sent = _encoded({**headers, **tracing.headers()})
+            sent = _encoded({**(headers or {}), **tracing.headers()})
             with self._own_pool().stream(
                 method, url, headers=sent, content=body, extensions=extensions
             ) as response:
@@ -285,6 +284,13 @@ class Peer:
     def close(self) -> None:
         """Close all connections. A later call connects again."""
         self._pool.close()
+
+    def in_time(self, wait: Callable[[float], T]) -> T:
+        """The result of ``wait``, which gets the seconds left; Unreachable if it raises TimeoutError."""
+        try:
+            return wait(self.left_s())
+        except TimeoutError:
+            raise self.server.timeout_error() from None
 
     def _own_pool(self) -> httpcore2.ConnectionPool:
         if self._owner != os.getpid():  # two processes on one connection would read each other's answers

@@ -177,7 +177,7 @@ def test_calls_that_wait_go_in_one_message_and_fail_each_alone(double: CosmianDo
             first.append((threads.submit(cipher.decrypt, good, "1", AAD), go_on))
             assert came.wait(WAIT_S)
         rest = [threads.submit(cipher.decrypt, each, "1", AAD) for each in (good, bad, good, bad, good)]
-        until(lambda: cipher.key.server.waiting == len(rest), "the rest waits")
+        until(lambda: cipher.key.server.messages.batcher.waiting == len(rest), "the rest waits")
         for _, go_on in first:
             go_on.set()
 
@@ -198,7 +198,7 @@ def test_a_message_that_fails_fails_all_its_calls(double: CosmianDouble) -> None
             assert came.wait(WAIT_S)
         double.faults.append(answering(500, b"Internal server error"))
         rest = [threads.submit(cipher.encrypt, SECRET, "1", AAD) for _ in range(3)]
-        until(lambda: cipher.key.server.waiting == len(rest), "the rest waits")
+        until(lambda: cipher.key.server.messages.batcher.waiting == len(rest), "the rest waits")
         for go_on in gates:
             go_on.set()
 

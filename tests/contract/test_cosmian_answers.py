@@ -179,7 +179,7 @@ def test_a_call_that_waits_for_the_next_message_waits_no_longer_than_its_timeout
     cipher = made(CosmianCipher(CosmianKey(server, "payroll")))
     cipher.encrypt(SECRET, "1", AAD)
     gates = [held(double) for _ in range(BATCHES)]
-    with server.one_timeout(), ThreadPoolExecutor(BATCHES) as threads:
+    with server.peer.one_timeout(), ThreadPoolExecutor(BATCHES) as threads:
         calls = [threads.submit(cipher.encrypt, SECRET, "1", AAD) for _ in gates]
         for came, _ in gates:
             assert came.wait(WAIT_S)
@@ -189,7 +189,7 @@ def test_a_call_that_waits_for_the_next_message_waits_no_longer_than_its_timeout
         assert all(isinstance(call.exception(WAIT_S), Unreachable) for call in calls)
         for _, go_on in gates:
             go_on.set()
-    server.close()
+    server.peer.close()
 
 
 def test_a_message_whose_answers_are_not_as_many_is_refused(double: CosmianDouble) -> None:

@@ -54,7 +54,7 @@ def test_a_key_that_is_not_there_says_how_to_make_it() -> None:
 @pytest.mark.parametrize("version", [NEW, OLD], ids=["5", "4"])
 def test_a_key_that_somebody_made_by_its_name_is_version_1_and_rotates(version: str) -> None:
     server, name = cosmian(server_url(version)), f"plain-{uuid4().hex}"
-    with server.one_timeout():
+    with server.peer.one_timeout():
         server.kmip().create(name, name, "made-by-hand")
     cipher = CosmianCipher(CosmianKey(server, name))
     wrapped = cipher.encrypt(SECRET, "1", AAD)

@@ -48,7 +48,7 @@ def seeds() -> Iterable[bytes]:
 
 def check(data: bytes) -> None:
     status, body = STATUSES[(data[:1] or b"\x00")[0] % len(STATUSES)], data[1:]
-    jose = Jose(Told(status, body))
+    jose = Jose(Told(status, body).post)
     try:
         sealed = jose.seal(UID, b"p" * 17, b"aad")
     except (Refusal, BackendUnavailable):

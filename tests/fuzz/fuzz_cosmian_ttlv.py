@@ -2,19 +2,21 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
 
-from kms_core.backends.cosmian.kmip import GcmResult, Kmip, Messages, Singles
+from kms_core.backends.cosmian.kmip import GcmResult, Kmip, Messages, ask_alone
 from kms_core.backends.cosmian.ttlv import Kind, Node, Refusal, name, octets, refusal, structure, text
-from kms_core.http_client import PeerAnswer, PeerServer
+from kms_core.http_client import Peer, PeerAnswer, PeerServer
 from kms_protocol.errors import BackendUnavailable
 from support.fuzz.harness import PARTS, parts, read_exactly
 
 MOST_BYTES: Final = 4 * 1024
 UID: Final = "5d9be8cf-0f4c-4c0d-9e5c-6d6b8f1e7a51"
 SERVER: Final = PeerServer("http://kms.example.com", "Cosmian KMS", "kms.cosmian.server_url", 5.0)
+PEER: Final = Peer(SERVER)
 STATUSES: Final = (200, 401, 404, 422, 500)
 WORDS: Final = (
     b'{"tag":"',
@@ -40,17 +42,11 @@ class Told:
     def __init__(self, status: int, body: bytes) -> None:
         self._answer = PeerAnswer(SERVER, status, body)
 
-    def post(self, path: str, body: bytes, judged: Sequence[int] = ()) -> PeerAnswer:
+    def post(self, path: str, body: bytes, judged: Sequence[int]) -> PeerAnswer:
         assert path.startswith("/")
         assert json.loads(body)
         assert isinstance(judged, Sequence)
         return self._answer
-
-    def left_s(self) -> float:
-        return 1.0
-
-    def timeout_error(self) -> BackendUnavailable:
-        return BackendUnavailable()
 
 
 def seeds() -> Iterable[bytes]:
@@ -86,8 +82,10 @@ def check(data: bytes) -> None:
     status, body = STATUSES[(data[:1] or b"\x00")[0] % len(STATUSES)], data[1:]
     _node(body)
     _reasons(body)
-    for kmip in (Kmip(Messages(Told(status, body), 1)), Kmip(Singles(Told(status, body)), old=True)):
-        _each(kmip)
+    post = Told(status, body).post
+    with PEER.one_timeout():
+        _each(Kmip(Messages(post, PEER, 1).ask))
+        _each(Kmip(partial(ask_alone, post), old=True))
 
 
 def _node(body: bytes) -> None:

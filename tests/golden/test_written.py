@@ -46,7 +46,7 @@ class Seen:
     """A peer that hands back what it was asked to wrap, and keeps the AAD."""
 
     name: str = "seen"
-    token_changes: int = 0
+    token: None = None
     asked: list[tuple[bytes, str, bytes]] = field(default_factory=list)
 
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from kms_core.backends import KeyVersion
 from kms_core.backends.circuit_breaker import RetryPolicy
 from kms_core.backends.remote import RemoteBackend
+from kms_core.backends.token_file import FileToken
 from kms_core.http_client import Unreachable
 from kms_protocol.errors import DecryptFailed, KmsError
 
@@ -19,10 +20,8 @@ NO_RETRIES = RetryPolicy(attempts=1, failures=1_000_000)
 class MemoryCipher:
     """AES-256-GCM under one key a version. ``trouble`` is raised by every call while it is set."""
 
-    token_changes = 0
-
     def __init__(self, name: str = "memory") -> None:
-        self.name = name
+        self.name, self.token = name, FileToken("memory", None, strict=False)
         self.keys: dict[str, AESGCM] = {}
         self.calls: Counter[str] = Counter()
         self.trouble: KmsError | None = None

@@ -151,7 +151,7 @@ class RetryingCaller:
             if self._is_first(exc):
                 self._breaker.failed()
             raise
-        except (Busy, BackendUnavailable):
+        except BackendUnavailable:
             result = "unavailable"
             self._breaker.answered()
             raise

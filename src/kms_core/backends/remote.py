@@ -20,6 +20,7 @@ from kms_core.age.header import FILE_KEY_BYTES, Stanza
 from kms_core.backends import Health, KeyVersion
 from kms_core.backends.batching import SingleFlight
 from kms_core.backends.circuit_breaker import RetryingCaller, RetryPolicy
+from kms_core.backends.token_file import FileToken
 from kms_core.backends.wrap_keys import SOON_S, WrapKeys, aad_of
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef, Wrap
@@ -65,8 +66,8 @@ class Cipher(Protocol):
     """The backend's scheme: ``cosmian``, ``transit``, …"""
 
     @property
-    def token_changes(self) -> int:
-        """Number of times that our credentials were replaced; wrap keys do not outlive that."""
+    def token(self) -> FileToken | None:
+        """Our credential, if a change of it ends the wrap keys."""
 
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:
         """Encrypt ``secret`` under exactly this version, with ``aad`` authenticated."""
@@ -148,7 +149,8 @@ class RemoteBackend:
         except BackendUnavailable:
             self.changes += 1
             raise
-        new = _ListedVersions(found, self._cipher.token_changes, asked_at)
+        token = self._cipher.token
+        new = _ListedVersions(found, token.changes if token else 0, asked_at)
         if self._known is known:  # else a rotation was faster
             was = known.versions, known.token_changes
             self.changes += bool(known.versions) and (found, new.token_changes) != was

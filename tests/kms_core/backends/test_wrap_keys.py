@@ -251,7 +251,7 @@ def test_another_token_ends_the_key() -> None:
     shared = Shared()
     stanza = wrapped(shared.backend)
     shared.backend.unwrap(stanza, KEY, AAD)
-    shared.cipher.token_changes += 1
+    shared.cipher.token.changes += 1
     stale(shared)
     shared.backend.unwrap(stanza, KEY, AAD)
 

@@ -72,11 +72,6 @@ class _Tags(msgspec.Struct, rename="pascal"):
     tags: list[_Tag]
 
 
-def describe(calls: AwsKmsClient, key: str) -> Described:
-    """The key behind a key id, an alias or an ARN."""
-    return calls.ask("DescribeKey", {"KeyId": key}, _Answer).key_metadata
-
-
 def to_new_key(calls: AwsKmsClient, alias: str, old: Described) -> KeyVersion:
     """Make a key with policy, description and tags of the old one, and move the alias to it.
 
@@ -165,7 +160,7 @@ class AwsCipher:
     """One key of AWS KMS, or one alias and the keys that it has pointed to. See ``remote.Cipher``."""
 
     name = "awskms"
-    token_changes = 0
+    token = None
     """Credentials of AWS change all the time, for the same role."""
 
     def __init__(self, calls: AwsKmsClient, key: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -178,7 +173,7 @@ class AwsCipher:
         self._keys = _AliasKeys()
 
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:
-        with self._calls.one_timeout():
+        with self._calls.peer.one_timeout():
             arn = self._arn(version)
             if arn is None:
                 raise BackendUnavailable(f"{version} is no key of {self._key}: check its aliases in AWS KMS")
@@ -189,7 +184,7 @@ class AwsCipher:
         return answer.ciphertext_blob
 
     def decrypt(self, wrapped: bytes, version: str, aad: bytes) -> bytes:
-        with self._calls.one_timeout():
+        with self._calls.peer.one_timeout():
             arn = self._arn(version)
             if arn is None or not 0 < len(wrapped) <= CIPHERTEXT_BYTES:
                 raise DecryptFailed
@@ -202,7 +197,7 @@ class AwsCipher:
     def versions(self) -> Sequence[KeyVersion]:
         """The keys of the alias: a call for the current one, and one for each 100 aliases of the account."""
         now = self._clock()
-        with self._calls.one_timeout():
+        with self._calls.peer.one_timeout():
             current = self._current()
             home = current.arn.removesuffix(current.key_id)
             if not home.endswith(":key/") or not _KEY_ID.fullmatch(current.key_id):
@@ -227,7 +222,7 @@ class AwsCipher:
         return to_new_key(self._calls, self._alias, old)
 
     def _current(self) -> Described:
-        return describe(self._calls, self._key)
+        return self._calls.ask("DescribeKey", {"KeyId": self._key}, _Answer).key_metadata
 
     def _history(self, home: str) -> Iterator[str]:
         """Ids of the earlier keys of the alias, in the order of their use."""

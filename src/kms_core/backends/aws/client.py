@@ -8,7 +8,6 @@ contain no text of an answer, since AWS quotes requests in some.
 import re
 import threading
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -136,7 +135,7 @@ class AwsKmsClient:
             ca_file = endpoint.ca_file or self._session.get_config_variable("ca_bundle")
         except (BotoCoreError, ValueError) as exc:
             raise ConfigurationError(f"kms.awskms: {exc}") from exc
-        self._peer = Peer(
+        self.peer = Peer(
             PeerServer(
                 url,
                 "AWS KMS",
@@ -149,17 +148,12 @@ class AwsKmsClient:
         self._lock = threading.Lock()
         self._credentials: Credentials | None = None
 
-    def one_timeout(self) -> AbstractContextManager[None]:
-        """Bound the calls of this thread within the block by one timeout."""
-        return self._peer.one_timeout()
-
     def ask(self, operation: str, parameters: Parameters, shape: type[Shape]) -> Shape:
         """Make a call within the timeout; a renewal of credentials may take one more timeout.
 
         Raises DecryptFailed (only Decrypt), Unreachable, Busy, BackendUnavailable.
         """
-        answer = self._send(operation, parameters)
-        return answer.read(shape)
+        return self._send(operation, parameters).read(shape)
 
     def tell(self, operation: str, parameters: Parameters, *, done: str = "") -> None:
         """Make a call without an answer; the error code ``done`` means success too. Raises as ``ask``."""
@@ -167,8 +161,8 @@ class AwsKmsClient:
 
     def _send(self, operation: str, parameters: Parameters, done: str = "") -> PeerAnswer:
         body = msgspec.json.encode(parameters)  # bytes as base64, which AWS JSON 1.1 wants too
-        with self.one_timeout():
-            answer = self._peer.call("POST", "/", body, headers=self._signed(operation, body))
+        with self.peer.one_timeout():
+            answer = self.peer.call("POST", "/", body, headers=self._signed(operation, body))
         if not answer.ok:
             problem = answer.read(_Problem)
             if problem.code != done:
@@ -180,7 +174,7 @@ class AwsKmsClient:
             "Content-Type": "application/x-amz-json-1.1",
             "X-Amz-Target": f"TrentService.{operation}",
         }
-        url = self._peer.server.url.rstrip("/") + "/"
+        url = self.peer.server.url.rstrip("/") + "/"
         request = AWSRequest("POST", url, headers=headers, data=body)
         SigV4Auth(self._identity(), "kms", self._region).add_auth(request)
         return dict(request.headers.items())

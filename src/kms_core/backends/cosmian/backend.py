@@ -168,7 +168,7 @@ class CosmianKey:
     def call(self) -> Iterator[None]:
         """Bound the calls within the block by one timeout, and convert refusals to our errors."""
         try:
-            with self.server.one_timeout():
+            with self.server.peer.one_timeout():
                 yield
         except Refusal as exc:
             raise self._error(exc) from exc
@@ -223,7 +223,7 @@ class CosmianCipher:
     name = "cosmian"
 
     def __init__(self, key: CosmianKey) -> None:
-        self.key = key
+        self.key, self.token = key, key.server.token
 
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:
         plaintext = MARK + secret
@@ -253,10 +253,6 @@ class CosmianCipher:
         if not plaintext.startswith(MARK):
             raise DecryptFailed
         return plaintext.removeprefix(MARK)
-
-    @property
-    def token_changes(self) -> int:
-        return self.key.server.token_changes
 
     def versions(self) -> Sequence[KeyVersion]:
         with self.key.call():

@@ -6,10 +6,11 @@ call is sent at once if none is. 4.x gets one operation for each request and des
 BulkData, which drops the AAD, is never used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
@@ -27,8 +28,7 @@ from kms_core.backends.cosmian.ttlv import (
     structure,
     text,
 )
-from kms_core.http_client import PeerAnswer
-from kms_protocol.errors import BackendUnavailable
+from kms_core.http_client import Peer, PeerAnswer
 
 PATH: Final = "/kmip/2_1"
 _USAGE: Final = 4 + 8  # encrypt and decrypt
@@ -49,17 +49,10 @@ _HEADER: Final = (
 )
 
 
-class KmipConnection(Protocol):
-    """The connection to the server, with our credentials."""
-
-    def post(self, path: str, body: bytes, expected: Sequence[int] = ()) -> PeerAnswer:
-        """Send a request. Returns 4xx, and 5xx in ``expected``; raises as ``Peer.call`` for others."""
-
-    def left_s(self) -> float:
-        """Seconds left of this thread's call."""
-
-    def timeout_error(self) -> BackendUnavailable:
-        """The error for a call that reached its deadline."""
+Post = Callable[[str, bytes, Sequence[int]], PeerAnswer]
+"""Sends a body to a path of the server (``CosmianServer.post``)."""
+Ask = Callable[[Node], Node]
+"""Sends an operation; returns the fields of the answer. Raises Refusal, and the errors of ``Peer.call``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,36 +73,23 @@ class KeyAttributes:
     keyset: str
 
 
-class Sender(Protocol):
-    """Sends operations to the server."""
-
-    def ask(self, operation: Node) -> Node:
-        """The fields of the answer. Raises Refusal, and the errors of ``Peer.call``."""
-
-
 class Messages:
     """Sends operations to servers from 5.0 on, in batches."""
 
-    def __init__(self, line: KmipConnection, batches: int) -> None:
-        self._line = line
-        self._batcher: Batcher[Node, Node] = Batcher(self._send, batches=batches)
-
-    @property
-    def waiting(self) -> int:
-        """Number of operations that wait for the next message."""
-        return self._batcher.waiting
+    def __init__(self, post: Post, peer: Peer, batches: int) -> None:
+        """``peer`` bounds the time that an operation may wait."""
+        self._post, self._peer = post, peer
+        self.batcher: Batcher[Node, Node] = Batcher(self._send, batches=batches)
 
     def ask(self, operation: Node) -> Node:
-        try:
-            return self._batcher.call(operation, self._line.left_s())
-        except TimeoutError:
-            raise self._line.timeout_error() from None
+        """As ``Ask``."""
+        return self._peer.in_time(partial(self.batcher.call, operation))
 
     def _send(self, operations: Sequence[Node]) -> Sequence[Node | Refusal]:
         header = structure("RequestHeader", *_HEADER, number("BatchCount", len(operations)))
         items = (_item(index, each) for index, each in enumerate(operations))
         message = structure("RequestMessage", header, *items)
-        answer = self._line.post(PATH, msgspec.json.encode(message))
+        answer = self._post(PATH, msgspec.json.encode(message), ())
         if not answer.ok:
             raise answer.unexpected_error()
         found = answer.read(Node)
@@ -132,30 +112,25 @@ def _outcome(item: Node) -> Node | Refusal:
     return refusal(f"{item.text('ResultReason')}: {item.text('ResultMessage')}")
 
 
-class Singles:
-    """Sends operations to 4.x, one in each request."""
-
-    def __init__(self, line: KmipConnection) -> None:
-        self._line = line
-
-    def ask(self, operation: Node) -> Node:
-        answer = self._line.post(PATH, msgspec.json.encode(operation), _REFUSING)
-        if answer.status in _REFUSING:
-            found = refusal(answer.body.decode("utf-8", "replace"))
-            within = answer.status == HTTPStatus.INTERNAL_SERVER_ERROR
-            raise Refusal(Kind.BUSY) if within and found.kind is Kind.OTHER else found
-        fields = answer.read(Node) if answer.ok else None
-        if fields is None or fields.tag != f"{operation.tag}Response":
-            raise answer.unexpected_error()
-        return fields
+def ask_alone(post: Post, operation: Node) -> Node:
+    """As ``Ask``, for 4.x: one operation in each request."""
+    answer = post(PATH, msgspec.json.encode(operation), _REFUSING)
+    if answer.status in _REFUSING:
+        found = refusal(answer.body.decode("utf-8", "replace"))
+        within = answer.status == HTTPStatus.INTERNAL_SERVER_ERROR
+        raise Refusal(Kind.BUSY) if within and found.kind is Kind.OTHER else found
+    fields = answer.read(Node) if answer.ok else None
+    if fields is None or fields.tag != f"{operation.tag}Response":
+        raise answer.unexpected_error()
+    return fields
 
 
 class Kmip:
     """KMIP operations. Safe for several threads."""
 
-    def __init__(self, sender: Sender, *, old: bool = False) -> None:
+    def __init__(self, ask: Ask, *, old: bool = False) -> None:
         """``old``: use the dialect of 4.x."""
-        self._ask = sender.ask
+        self._ask = ask
         self._old = old
         self._nonce = "IvCounterNonce" if old else "IVCounterNonce"
 

@@ -11,15 +11,14 @@ import base64
 import binascii
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import lru_cache, partial
 from http import HTTPStatus
 from typing import Final, Literal
 from urllib.parse import quote
 
 import msgspec
 
-from kms_core.backends.cosmian.kmip import GcmResult, Kmip, KmipConnection, Messages, Singles
+from kms_core.backends.cosmian.kmip import GcmResult, Kmip, Messages, Post, ask_alone
 from kms_core.backends.cosmian.ttlv import Kind, Refusal, refusal
 from kms_core.backends.token_file import FileToken
 from kms_core.http_client import Busy, Peer, PeerAnswer, PeerServer, Unreachable
@@ -72,8 +71,8 @@ def jwe_aad(uid: str, aad: bytes) -> bytes:
 class Jose:
     """AES-GCM over ``/v1/crypto``; safe for several threads."""
 
-    def __init__(self, line: KmipConnection) -> None:
-        self._line = line
+    def __init__(self, post: Post) -> None:
+        self._send = post
 
     def seal(self, uid: str, plaintext: bytes, aad: bytes) -> GcmResult:
         """Encrypt under a nonce of the server, with ``jwe_aad(uid, aad)`` authenticated. Raises Refusal."""
@@ -94,7 +93,7 @@ class Jose:
         return _octets(answer.read(_DecryptOut).data, answer)
 
     def _post(self, path: str, body: msgspec.Struct) -> PeerAnswer:
-        answer = self._line.post(path, msgspec.json.encode(body))
+        answer = self._send(path, msgspec.json.encode(body), ())
         if not answer.ok:
             raise _refusal(answer)
         return answer
@@ -163,13 +162,13 @@ class CosmianServer:
         """
         self.where = server.where
         self.section = server.setting.rpartition(".")[0]
-        self._peer = Peer(server)
-        self._token = token
+        self.peer = Peer(server)
+        self.token = token
         self._protocol = protocol
         self._version: tuple[int, int] | None = None
-        self._messages = Messages(self, batches)
-        self._new, self._old = Kmip(self._messages), Kmip(Singles(self), old=True)
-        self._jose = Jose(self)
+        self.messages = Messages(self.post, self.peer, batches)
+        self._new, self._old = Kmip(self.messages.ask), Kmip(partial(ask_alone, self.post), old=True)
+        self._jose = Jose(self.post)
 
     def seal(self, uid: str, plaintext: bytes, aad: bytes) -> GcmResult | None:
         """Encrypt by key ``uid``, the same in each dialect; None if another key did. Raises Refusal."""
@@ -204,44 +203,16 @@ class CosmianServer:
             self._version = int(found[1]), int(found[2])
         return self._version
 
-    @property
-    def waiting(self) -> int:
-        """Number of operations that wait for the next message."""
-        return self._messages.waiting
-
-    @property
-    def token_changes(self) -> int:
-        """Number of times that our token was replaced."""
-        return self._token.changes if self._token else 0
-
-    def one_timeout(self) -> AbstractContextManager[None]:
-        """Bound the calls of this thread within the block by one timeout."""
-        return self._peer.one_timeout()
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._peer.close()
-
-    # -- for the dialects ----------------------------------------------------------------------------
-
-    def post(self, path: str, body: bytes, expected: Sequence[int] = ()) -> PeerAnswer:
-        """Send a request with our credentials. Returns 4xx, and 5xx in ``expected``."""
+    def post(self, path: str, body: bytes, expected: Sequence[int]) -> PeerAnswer:
+        """Send a request with our credentials, for the dialects. Returns 4xx, and 5xx in ``expected``."""
         return self._call("POST", path, body, expected)
-
-    def left_s(self) -> float:
-        """Seconds left of ``one_timeout``."""
-        return self._peer.left_s()
-
-    def timeout_error(self) -> Unreachable:
-        """The error for a call that reached its deadline."""
-        return self._peer.server.timeout_error()
 
     def _call(
         self, method: str, path: str, body: bytes | None = None, expected: Sequence[int] = ()
     ) -> PeerAnswer:
-        headers = {"Authorization": f"Bearer {self._token.current()}"} if self._token else {}
+        headers = {"Authorization": f"Bearer {self.token.current()}"} if self.token else {}
         try:
-            answer = self._peer.call(method, path, body, headers=headers, expected=expected)
+            answer = self.peer.call(method, path, body, headers=headers, expected=expected)
         except Unreachable:
             self._version = None
             raise

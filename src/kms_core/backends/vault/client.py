@@ -9,7 +9,6 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Final, Generic, TypeVar
@@ -79,7 +78,7 @@ class VaultClient:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.server = server
-        self._peer = Peer(server)
+        self.peer = Peer(server)
         self.token = token
         self._namespace = {"X-Vault-Namespace": namespace} if namespace else {}
         self._clock = clock
@@ -92,25 +91,13 @@ class VaultClient:
         ``path`` is the quoted part after ``/v1/``. Raises Unreachable, Busy, BackendUnavailable (our token
         or its policy). The engine interprets other statuses.
         """
-        with self.one_timeout():
+        with self.peer.one_timeout():
             token = self.token.current()
             answer = self._send(token, method, path, document)
             if answer.status == HTTPStatus.FORBIDDEN:
                 raise self._forbidden(answer, path)
             self._renew_when_due(token)
         return answer
-
-    def one_timeout(self) -> AbstractContextManager[None]:
-        """Bound the calls of this thread within the block by one timeout."""
-        return self._peer.one_timeout()
-
-    def left_s(self) -> float:
-        """Seconds left of ``one_timeout`` in this thread. Raises Unreachable if there are none."""
-        return self._peer.left_s()
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._peer.close()
 
     def engine_error(self, answer: PeerAnswer, mount: str, enable: str) -> BackendUnavailable | None:
         """The error for a 404 that means the mount or the namespace; None if it means the item."""
@@ -129,7 +116,7 @@ class VaultClient:
     def _send(self, token: str, method: str, path: str, document: object) -> PeerAnswer:
         body = None if document is None else msgspec.json.encode(document)
         headers = {"X-Vault-Token": token, "X-Vault-Request": "true", **self._namespace}
-        answer = self._peer.call(method, f"/v1/{path}", body, headers=headers, expected=_SEALED)
+        answer = self.peer.call(method, f"/v1/{path}", body, headers=headers, expected=_SEALED)
         if answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
             raise self._sealed(answer)
         return answer
@@ -229,15 +216,12 @@ _open: Final[WeakValueDictionary[tuple[Section, bool], VaultClient]] = WeakValue
 
 def connect(section: Section, name: str, *, strict: bool) -> VaultClient:
     """The server of a settings section (``name`` is as in ``kms.transit``); keys share it."""
-    found = _open.get((section, strict))
-    if found is None:
-        found = _open[section, strict] = _connect(section, name, strict=strict)
-    return found
-
-
-def _connect(section: Section, name: str, *, strict: bool) -> VaultClient:
+    if found := _open.get((section, strict)):
+        return found
     if section.address is None:
         raise ConfigurationError(f"{name}.address is missing")
     tls = Tls(section.tls_verify, section.ca_file, section.client_cert, section.client_key)
     server = PeerServer(section.address, PRODUCT, f"{name}.address", section.timeout_s, tls)
-    return VaultClient(server, FileToken(section.token, section.token_file, strict=strict), section.namespace)
+    token = FileToken(section.token, section.token_file, strict=strict)
+    made = _open[section, strict] = VaultClient(server, token, section.namespace)
+    return made

@@ -86,7 +86,7 @@ class KvCipher:
         cache_s: float = 60.0,
     ) -> None:
         """``mount`` and ``path`` as the operator writes them. Raises ConfigurationError; makes no call."""
-        self._vault = vault
+        self._vault, self.token = vault, vault.token
         self._mount = path_of(mount, "The mount of a vault-kv key")
         self._path = path_of(path, "The path of a vault-kv key")
         self._checks = kv_version == 2  # noqa: PLR2004 -- the version that can check and set
@@ -111,10 +111,6 @@ class KvCipher:
             return _aead(key, wrapped[:SALT_BYTES]).decrypt(_NONCE, wrapped[SALT_BYTES:], aad)
         except InvalidTag as exc:
             raise DecryptFailed from exc
-
-    @property
-    def token_changes(self) -> int:
-        return self._vault.token.changes
 
     def versions(self) -> Sequence[KeyVersion]:
         """All versions of the document, read now."""
@@ -150,7 +146,7 @@ class KvCipher:
         if not _VERSION.fullmatch(version):
             return None
         number, now = int(version), time.monotonic()
-        with self._vault.one_timeout():
+        with self._vault.peer.one_timeout():
             document = self._read(now - self._cache_s)
             if number not in document.keys:
                 document = self._read(now)
@@ -162,7 +158,7 @@ class KvCipher:
 
         One thread asks; threads that wait for it share its result.
         """
-        with self._vault.one_timeout(), self._lock:
+        with self._vault.peer.one_timeout(), self._lock:
             document = self._document
             if document is None or document.read_at < since:
                 document = self._ask()

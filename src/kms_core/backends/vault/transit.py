@@ -107,7 +107,7 @@ class TransitCipher:
 
     def __init__(self, vault: VaultClient, mount: str, key: str) -> None:
         """``mount`` and ``key`` as the operator writes them. Raises ConfigurationError; makes no call."""
-        self._vault = vault
+        self._vault, self.token = vault, vault.token
         self._mount = path_of(mount, "The mount of a transit key")
         if not _NAME.fullmatch(key):
             raise ConfigurationError(
@@ -135,10 +135,6 @@ class TransitCipher:
             raise self._vault.server.unexpected_error("no plaintext")
         return plaintext
 
-    @property
-    def token_changes(self) -> int:
-        return self._vault.token.changes
-
     def versions(self) -> Sequence[KeyVersion]:
         """The versions that the server still decrypts, the latest last."""
         return _versions(self._record())
@@ -164,11 +160,8 @@ class TransitCipher:
     # -- calls of several threads in one request --------------------------------------------------------
 
     def _ask(self, batcher: "Batcher[Item, _ItemOutcome]", item: Item) -> _ItemOutcome:
-        with self._vault.one_timeout():
-            try:
-                return batcher.call(item, self._vault.left_s())
-            except TimeoutError:
-                raise self._vault.server.timeout_error() from None
+        with self._vault.peer.one_timeout():
+            return self._vault.peer.in_time(partial(batcher.call, item))
 
     def _send(self, operation: str, items: Sequence[Item]) -> Sequence[_ItemOutcome | KmsError]:
         """Send items in one request. One that the server refuses as a whole is sent again item by item.

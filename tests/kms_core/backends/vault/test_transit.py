@@ -461,6 +461,7 @@ def test_a_new_token_in_the_file_is_used_at_once(server: Bao, key: str, tmp_path
     write(file, server.token() + "\n")
 
     assert cipher.versions()
+    assert cipher.token.changes == 1
 
 
 @pytest.mark.parametrize("content", [None, "", "two\nlines"], ids=["missing", "empty", "lines"])

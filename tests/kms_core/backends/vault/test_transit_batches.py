@@ -100,7 +100,7 @@ ITEMS: Final = [module._Encrypt(bytes([n]) * 16, AAD, 1) for n in range(3)]  # n
 class Scripted:
     """A client whose requests get these answers: a status and a document, or an error."""
 
-    server = SERVER
+    server, token = SERVER, None
 
     def __init__(self, *answers: tuple[int, object] | KmsError) -> None:
         self.answers = list(answers)
