@@ -100,16 +100,17 @@ class Service:
             not keyring.blocks or keyring.is_ready(tenant, key_id, file, seals=seals)
         ):
             return None
-        return Pool(keyring.waits_on(key_id, file) or "local")
+        own = [] if file and key_id is None else [key_id]  # a file names its key
+        return Pool(keyring.waits_on(own, [file]) or "local")
 
     def batch_pool(self, key_ids: Iterable[str | None], files: Iterable[bytes] = ()) -> Pool:
         """The threads for many calls at once: those of a backend whose keys they name, or the local ones."""
-        found = self.kms.keyring.waits_on_any(key_ids, files)
+        found = self.kms.keyring.waits_on(key_ids, files)
         return Pool(f"batch {found}") if found else LOCAL_BATCHES
 
     def rotation_pool(self, key_id: str) -> Pool:
         """The threads for a rotation, which writes files and waits for other processes, or for a network."""
-        return Pool(self.kms.keyring.waits_on(key_id) or KEYS.name)
+        return Pool(self.kms.keyring.waits_on([key_id]) or KEYS.name)
 
     async def run(self, pool: Pool | None, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a function in a thread of ``pool``, or on the event loop if that is None."""

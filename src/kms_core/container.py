@@ -17,7 +17,6 @@ from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import AllowAll, ByScopes, Policy
 from kms_core.auth.token_documents import DocumentTokens
 from kms_core.auth.tokens import TokenFile, Tokens
-from kms_core.backends.age import AgeBackend
 from kms_core.documents.local_copy import LocalCopy
 from kms_core.documents.signed import Anchors, SignedDocument
 from kms_core.jobs.execution.context import WorkerContext
@@ -99,7 +98,7 @@ def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core
     token_copy = _token_copy(settings)
     tokens_ = token_source(settings, token_copy)
     keyring_ = keyring.build(settings, sealed)
-    spool_key = AgeBackend(key_opening.own_key(settings, key_opening.SPOOL))
+    spool_key = key_opening.own_key(settings, key_opening.SPOOL)
     record_key = RecordKey(spool_key.secrets())
     authenticator_ = authenticator.build(settings, tokens_, record_key.derived(logins.INFO))
     metrics.announce({name for key in keyring_.keys.values() for name in key.names}, jobs.endpoints)
@@ -110,9 +109,8 @@ def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core
     kms = Kms(keyring_, _policy(settings, authenticator_), audit_log, rules)
     blobs = blob_store(settings)
     install = _install(settings, client, partial(facts_of, settings, keyring_, record_key))
-    for key in keyring_.keys.values():
-        if isinstance(key.native, AgeBackend):
-            key.native.elsewhere = partial(_elsewhere, install, key.key_id)
+    for key_id, native in keyring_.natives.items():
+        native.elsewhere = partial(install.elsewhere, key_id)
     store = JobStore(client, record_key, notify, section, tokens.several_tenants(settings, tokens_))
     small = SmallBlobs(client, jobs.inline_bytes, lambda: store.has_room)
     spool = Spool(blobs, spool_key, jobs.spool_max_bytes, small)
@@ -170,14 +168,13 @@ def marks(settings: Settings, *, makes: bool = True) -> SpoolMarks:
 
 def facts(settings: Settings) -> Facts:
     """Facts that this host would tell others. Raises ConfigurationError, BackendUnavailable."""
-    spool_key = AgeBackend(key_opening.own_key(settings, key_opening.SPOOL))
     keyring_ = keyring.build(settings, key_opening.of_process(settings))
-    return facts_of(settings, keyring_, RecordKey(spool_key.secrets()))
+    return facts_of(settings, keyring_, RecordKey(key_opening.own_key(settings, key_opening.SPOOL).secrets()))
 
 
 def facts_of(settings: Settings, keyring_: Keyring, record_key: RecordKey) -> Facts:
     """Facts that this host tells others of itself; none is secret."""
-    natives = {key.key_id: key.native for key in keyring_.keys.values() if isinstance(key.native, AgeBackend)}
+    natives = keyring_.natives
     shared = {f"[kms.jobs] {name}": str(getattr(settings.kms.jobs, name)) for name in _SAME_ON_ALL_HOSTS}
     shared["spool key"] = record_key.digest(b"hosts").hex()[:16]
     shared["key ids"] = " ".join(sorted(keyring_.keys))
@@ -194,23 +191,18 @@ def _install(
     return Install(HostNotes(client), marks(settings), host, facts_)
 
 
-def _elsewhere(install: Install, key_id: str, asks: bool) -> list[str]:
-    return install.elsewhere(key_id, asks=asks)
-
-
 def build_intake(settings: Settings, submitter_: JobSubmitter) -> Intake | None:
     """Build the reader of ``kms.submit`` messages; None without an intake key. Raises ConfigurationError."""
     if not settings.kms.jobs.intake_identity_path.exists():
         return None
-    key = AgeBackend(key_opening.own_key(settings, key_opening.INTAKE))
+    key = key_opening.own_key(settings, key_opening.INTAKE)
     tokens_ = token_source(settings, _token_copy(settings))
     return Intake(key, submitter_, authenticator.build(settings, tokens_))
 
 
 def token_document(settings: Settings, client: redis.Redis | None) -> SignedDocument:
     """The document of ``[kms.auth] tokens``. Raises ConfigurationError."""
-    spool_key = AgeBackend(key_opening.own_key(settings, key_opening.SPOOL))
-    key = RecordKey(spool_key.secrets()).derived(token_documents.INFO)
+    key = RecordKey(key_opening.own_key(settings, key_opening.SPOOL).secrets()).derived(token_documents.INFO)
     anchors = Anchors(token_documents.NAME, stores.documents_folder(settings), client, key)
     place = stores.place_of(settings, settings.kms.auth.tokens or "")
     return SignedDocument(token_documents.NAME, place, key, anchors)
@@ -232,9 +224,8 @@ def _token_copy(settings: Settings) -> LocalCopy | None:
 
 
 def _key_copies(keyring_: Keyring) -> Iterator[LocalCopy]:
-    for key in keyring_.keys.values():
-        if isinstance(key.native, AgeBackend) and isinstance(key.native.source, KeyDocument):
-            yield key.native.source.copy
+    sources = (native.source for native in keyring_.natives.values())
+    return (source.copy for source in sources if isinstance(source, KeyDocument))
 
 
 def check_documents(settings: Settings) -> None:

@@ -6,11 +6,10 @@ request asks no root. Other programs, such as ``kms doctor``, open the files the
 """
 
 import hashlib
-import random
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from threading import Thread
@@ -37,6 +36,7 @@ from kms_core.envelope.sealed_files import (
 )
 from kms_core.key_documents import KeyDocument
 from kms_core.periodic import PeriodicThread
+from kms_core.retries import jittered_wait_s
 from kms_core.settings.model import Settings
 from kms_core.shared_secrets import SharedSecrets
 from kms_protocol import small_files
@@ -48,7 +48,7 @@ INTAKE: Final = "kms:intake"
 LOOK_S: Final = 0.5
 _CHECK_S: Final = 5.0
 _FIRST_WAIT_S: Final = 1.0
-_LONGEST_WAIT_S: Final = 60.0
+_LONGEST_WAIT_S: Final = 80.0  # a minute on average
 _log = structlog.get_logger(__name__)
 
 
@@ -63,11 +63,10 @@ def own_files(settings: Settings) -> Mapping[str, Path]:
     }
 
 
-def own_key(settings: Settings, name: str) -> KeyFiles:
-    """One of the keys of the service itself, for ``AgeBackend``."""
-    return KeyFiles(
-        own_files(settings)[name], strict=settings.is_prod, name=name, sealed=of_process(settings)
-    )
+def own_key(settings: Settings, name: str) -> AgeBackend:
+    """A key of the service itself, ``SPOOL`` or ``INTAKE``. Raises ConfigurationError."""
+    path, sealed = own_files(settings)[name], of_process(settings)
+    return AgeBackend(KeyFiles(path, strict=settings.is_prod, name=name, sealed=sealed))
 
 
 def places(settings: Settings) -> Mapping[str, Path | str]:
@@ -165,14 +164,6 @@ def _digest(sealed: bytes) -> bytes:
     return hashlib.sha256(sealed).digest()
 
 
-@dataclass(slots=True)
-class _Attempt:
-    """The next time to try a file again (monotonic), and the wait after that, in seconds."""
-
-    at: float = 0.0
-    wait_s: float = _FIRST_WAIT_S
-
-
 class KeyOpener(PeriodicThread):
     """Opens the sealed files of ``paths`` into ``memory``, again when they change, and after a failure.
 
@@ -193,7 +184,8 @@ class KeyOpener(PeriodicThread):
         self._sources: dict[str, tuple[Path | str, Callable[[], bytes]]] = {}
         self._sealer, self._memory = sealer, memory
         self._look_s, self._clock = look_s, clock
-        self._attempts: dict[str, _Attempt] = {}
+        self._tries: dict[str, tuple[int, float]] = {}
+        """Failed tries of each file, and the time (monotonic) of the next one."""
         self.found: dict[str, OpenedFile] = {}
         for name, path in paths.items():
             self.add(name, path, partial(small_files.read, path))
@@ -201,7 +193,6 @@ class KeyOpener(PeriodicThread):
     def add(self, name: str, place: Path | str, read: Callable[[], bytes]) -> None:
         """Open the key ``name`` as well: ``read`` returns its sealed content, or raises why it cannot."""
         self._sources[name] = place, read
-        self._attempts[name] = _Attempt()
 
     def round(self) -> None:
         """Open what is new or due, and share it."""
@@ -213,8 +204,8 @@ class KeyOpener(PeriodicThread):
                 continue  # the user of the file reports it
             known = self.found.get(name)
             if known is None or known.digest != _digest(sealed):
-                self._attempts[name] = _Attempt()
-            elif known.state == "open" or self._clock() < self._attempts[name].at:
+                self._tries[name] = 0, -math.inf
+            elif known.state == "open" or self._clock() < self._tries[name][1]:
                 continue
             self.found[name] = self._opened(name, place, sealed)
         if self.found != before:
@@ -227,14 +218,13 @@ class KeyOpener(PeriodicThread):
         try:
             content = self._sealer.open(name, sealed)
         except KmsError as exc:
-            attempt = self._attempts[name]
-            attempt.at = self._clock() + attempt.wait_s * random.uniform(0.8, 1.2)  # noqa: S311 -- jitter
-            attempt.wait_s = min(2 * attempt.wait_s, _LONGEST_WAIT_S)
+            tries = self._tries[name][0] + 1
+            wait_s = jittered_wait_s(_FIRST_WAIT_S, tries, at_most_s=_LONGEST_WAIT_S)
+            self._tries[name] = tries, self._clock() + wait_s
             is_away = isinstance(exc, BackendUnavailable)
             log = _log.warning if is_away else _log.error
             log("key.not_opened", name=name, path=str(place), reason=exc.detail)
             return OpenedFile(digest, "away" if is_away else "refused", detail=exc.detail)
-        self._attempts[name] = _Attempt()
         _log.info("key.opened", name=name, path=str(place))
         return OpenedFile(digest, "open", content)
 
@@ -248,7 +238,9 @@ class KeyOpener(PeriodicThread):
             for name, found in self.found.items():
                 if found.state == "refused":
                     raise ConfigurationError(f"The key file {self._sources[name][0]}: {found.detail}")
-            if not any(found.state != "open" for name, found in self.found.items() if _is_own(name)):
+            if all(
+                found.state == "open" for name, found in self.found.items() if name.startswith(OWN_PREFIX)
+            ):
                 break
             time.sleep(self._look_s)
 
@@ -256,10 +248,6 @@ class KeyOpener(PeriodicThread):
         """Open all files, then go on as a thread. Raises as ``open_all``."""
         self.open_all()
         self.start()
-
-
-def _is_own(name: str) -> bool:
-    return name.startswith(OWN_PREFIX)
 
 
 # -- of this process -----------------------------------------------------------------------------------
@@ -316,7 +304,7 @@ def _document(
     settings: Settings, name: str, url: str, sealer: FileSealer, opened: SealedFiles | None
 ) -> KeyDocument:
     """Its MAC key is derived from the oldest secret of the spool key, which all hosts have."""
-    secret = AgeBackend(own_key(settings, SPOOL)).secrets()[0]
+    secret = own_key(settings, SPOOL).secrets()[0]
     document = key_documents.signed(settings, secret, name, url)
     copy = key_documents.copy_of(stores.documents_folder(settings), name, document)
     return KeyDocument(name, document, copy, sealer, opened)

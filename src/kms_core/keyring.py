@@ -6,14 +6,15 @@ from binascii import a2b_base64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Final, Protocol, cast
+from typing import Final
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import structlog
 
 from kms_core.age.header import BUNDLE, BUNDLE_VERSION, b64decode
-from kms_core.backends import NATIVE, SCHEMES, Backend, KeyVersion
+from kms_core.backends import NATIVE, SCHEMES, Backend, KeyVersion, age
 from kms_core.backends.age import AgeBackend
+from kms_core.backends.age_settings import AgeSection
 from kms_core.backends.remote import RemoteBackend, SharingBackend
 from kms_core.backends.wrap_keys import WrapKeys
 from kms_core.envelope.binding import (
@@ -27,7 +28,6 @@ from kms_core.envelope.binding import (
     Wrap,
 )
 from kms_core.envelope.sealed_files import SealedFiles
-from kms_core.sections import BackendSection
 from kms_core.settings.model import Settings
 from kms_protocol.errors import ConfigurationError, DecryptFailed, UnknownKey
 from kms_protocol.units import parse_duration
@@ -104,7 +104,7 @@ class Key:
                 for wrap in bound.wraps
                 if (wrap.backend, wrap.key_id) == (backend.name, self.key_id)
             ]
-            if backend.name == NATIVE and not versions:
+            if isinstance(backend, AgeBackend) and not versions:
                 versions = _native_versions(backend, bound)
             for version in versions:
                 yield backend, KeyRef(tenant, self.key_id, version, backend.name)
@@ -144,9 +144,9 @@ class Key:
         return tuple(backend.name for backend in self._all)
 
     @property
-    def native(self) -> Backend | None:
+    def native(self) -> AgeBackend | None:
         """The backend that may unwrap a file that stock ``age`` made."""
-        return next((backend for backend in self._all if backend.name == NATIVE), None)
+        return next((backend for backend in self._all if isinstance(backend, AgeBackend)), None)
 
     @property
     def blocks(self) -> str | None:
@@ -181,28 +181,6 @@ def _native_versions(backend: Backend, bound: BoundStanzas) -> list[str]:
     return known
 
 
-class BackendModule(Protocol):
-    """The interface of each module in ``SCHEMES`` of keys on a server."""
-
-    def open_key(self, uri: SplitResult | None, section: BackendSection, *, strict: bool) -> Backend:
-        """Open the key that a URI names; None: the one of the backend's table. ``strict`` is for prod."""
-
-
-class LocalModule(Protocol):
-    """The interface of the module of keys in files."""
-
-    def open_key(
-        self,
-        uri: SplitResult | None,
-        section: BackendSection,
-        *,
-        strict: bool,
-        name: str,
-        sealed: SealedFiles | None,
-    ) -> Backend:
-        """As ``BackendModule.open_key``. A sealed file is opened by ``sealed``, as the key ``name``."""
-
-
 @dataclass(frozen=True, slots=True)
 class Keyring:
     """The keys of an installation that take calls; ``roots`` are the ids of those that seal key files."""
@@ -229,17 +207,17 @@ class Keyring:
 
     def closed(self) -> list[str]:
         """The ids of keys whose key files cannot be used now: the root that sealed them is away."""
-        return [
-            key_id
-            for key_id, key in self.keys.items()
-            if key.native is not None and not key.native.health_check().healthy
-        ]
+        return [key_id for key_id, native in self.natives.items() if not native.health_check().healthy]
+
+    @property
+    def natives(self) -> Mapping[str, AgeBackend]:
+        """The Age backends, by key id."""
+        return {key_id: key.native for key_id, key in self.keys.items() if key.native}
 
     @property
     def is_late(self) -> bool:
         """Return whether a document with keys was not read for ten seconds."""
-        natives = (key.native for key in self.keys.values())
-        return any(isinstance(native, AgeBackend) and native.source.is_late for native in natives)
+        return any(native.source.is_late for native in self.natives.values())
 
     def for_job(self) -> "Keyring":
         """Prepare all keys for one run of a bulk job."""
@@ -260,22 +238,17 @@ class Keyring:
         target = self.default if key_id is None else self.keys.get(key_id)
         return bool(target and target.is_ready(tenant)) if seals else bool(file)
 
-    def waits_on(self, key_id: str | None, *texts: bytes) -> str | None:
-        """The backend over a network that an operation may call, or None; only for choosing a thread pool.
+    def waits_on(self, key_ids: Iterable[str | None], texts: Iterable[bytes] = ()) -> str | None:
+        """The backend over a network that operations may call, or None; only for choosing a thread pool.
 
-        Ciphertexts among ``texts`` name keys, without any proof; ``key_id`` is that of the request.
+        ``key_ids`` are those of the requests, None for the default key, which is also that of no names at
+        all. Ciphertexts among ``texts`` name keys, without any proof.
         """
-        found = [name for text in texts for name in _key_ids_in(text)]
-        named = [self.keys.get(name, self.default) for name in (key_id, *found) if name is not None]
-        return next((key.blocks for key in named or [self.default] if key.blocks), None)
-
-    def waits_on_any(self, key_ids: Iterable[str | None], texts: Iterable[bytes]) -> str | None:
-        """The same of many operations at once."""
         if not self.blocks:
             return None
-        names = {name or self.default.key_id for name in key_ids}
-        names.update(name for text in texts for name in _key_ids_in(text))
-        named = [self.keys.get(name, self.default) for name in names]
+        names = dict.fromkeys(name or self.default.key_id for name in key_ids)
+        names |= dict.fromkeys(name for text in texts for name in _key_ids_in(text))
+        named = [self.keys.get(name, self.default) for name in names or [self.default.key_id]]
         return next((key.blocks for key in named if key.blocks), None)
 
 
@@ -402,9 +375,10 @@ def _from_uri(key_id: str, uri: str, settings: Settings, sealed: SealedFiles | N
 def _open(
     scheme: str, uri: SplitResult | None, settings: Settings, key_id: str, sealed: SealedFiles | None
 ) -> Backend:
+    """Open the key that a URI names; None: the one of the backend's table. ``sealed`` is for Age keys."""
     section = settings.backends[scheme]
+    if isinstance(section, AgeSection):
+        return age.open_key(uri, section, strict=settings.is_prod, name=key_id, sealed=sealed)
     module = importlib.import_module(section.MODULE)
-    if scheme == NATIVE:
-        local = cast("LocalModule", module)
-        return local.open_key(uri, section, strict=settings.is_prod, name=key_id, sealed=sealed)
-    return cast("BackendModule", module).open_key(uri, section, strict=settings.is_prod)
+    opened: Backend = module.open_key(uri, section, strict=settings.is_prod)
+    return opened

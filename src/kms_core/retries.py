@@ -2,6 +2,9 @@
 
 import math
 import random
+from typing import Final
+
+_MOST_STEPS: Final = 64  # a float has room for no more
 
 
 def jittered_wait_s(
@@ -12,5 +15,6 @@ def jittered_wait_s(
     ``first_s`` after the first attempt, ``factor`` times as long after each further one, within the two
     bounds; of that a random part between a half and the whole, so that callers do not retry in step.
     """
-    wait_s = min(max(first_s * factor ** (attempt - 1), at_least_s), at_most_s)
+    grown_s = first_s * factor ** min(attempt - 1, _MOST_STEPS)
+    wait_s = min(max(grown_s, at_least_s), at_most_s)
     return wait_s * random.uniform(0.5, 1.0)  # noqa: S311 -- jitter, no secret

@@ -372,5 +372,19 @@ def test_a_bundle_names_the_backend_that_a_call_waits_for_as_its_stanzas_do(tmp_
         ),
     ]
 
-    assert [keys.waits_on(None, text) for text in texts] == ["transit"] * 3
-    assert keys.waits_on(None, b"-> kms-service/bundle 1\n" + b"A" * 63) is None
+    assert [keys.waits_on([], [text]) for text in texts] == ["transit"] * 3
+    assert keys.waits_on([], [b"-> kms-service/bundle 1\n" + b"A" * 63]) is None
+    assert keys.waits_on([None, "remote"]) == "transit"
+    assert keys.waits_on([None]) is None
+
+
+def test_a_file_of_a_local_key_waits_for_no_default_key_on_a_server(tmp_path: Path) -> None:
+    keys = built(
+        tmp_path,
+        '[kms]\ndefault_key_id = "remote"\n[kms.transit]\naddress = "http://127.0.0.1:9"\ntoken = "t"\n'
+        '[kms.keys]\nremote = "transit:k"\nlocal = "age://{tmp}/payroll/private_key.txt"',
+    )
+    bound = binding.context_stanza(bytes(16), KeyRef("default", "local", "1", "age"), Context.parse("row=7"))
+
+    assert keys.waits_on([], [header.render_stanza(bound)]) is None
+    assert keys.waits_on([], [b"of another program"]) == keys.waits_on([None]) == "transit"

@@ -13,6 +13,7 @@ from kms_core.retries import jittered_wait_s
         (3, {"factor": 4.0}, 1.6),
         (1, {"at_least_s": 0.5}, 0.5),
         (30, {"at_most_s": 2.0}, 2.0),
+        (10_000, {"at_most_s": 2.0}, 2.0),
         (1, {"at_least_s": 9.0, "at_most_s": 2.0}, 2.0),
     ],
 )

@@ -27,7 +27,14 @@ import structlog
 
 from kms_core.age import mlkem768x25519, x25519
 from kms_core.age.header import FILE_KEY_BYTES, Stanza
-from kms_core.age.recipients import Identity, Recipient, parse_identity, parse_recipient, version_of
+from kms_core.age.recipients import (
+    Identity,
+    Recipient,
+    key_lines,
+    parse_identity,
+    parse_recipient,
+    version_of,
+)
 from kms_core.age.x25519 import NoMatch
 from kms_core.backends import Health, KeyVersion
 from kms_core.backends.age_settings import AgeSection, document_of
@@ -90,8 +97,8 @@ class AgeBackend:
         """
         self.data_keys = data_keys
         self.native = native
-        self.elsewhere: Callable[[bool], Sequence[str]] = lambda _: ()
-        """The hosts that have files of their own for this key; with True as Redis tells now."""
+        self.elsewhere: Callable[..., Sequence[str]] = lambda **_: ()
+        """The hosts that have files of their own for this key; with ``asks=True`` as Redis tells now."""
         self.source = source
         self._recheck_s = recheck_s
         self._sought = -math.inf
@@ -148,7 +155,7 @@ class AgeBackend:
         Raises RotationRefused where hosts have files of their own, BackendUnavailable if nothing was changed
         or the new identity cannot be used.
         """
-        if others := self.elsewhere(True):  # noqa: FBT003 -- its only parameter
+        if others := self.elsewhere(asks=True):
             raise RotationRefused(_SEVERAL_HOSTS.format(", ".join(others)))
         keys = self._fresh()
         post_quantum = isinstance(keys.identities[keys.current], mlkem768x25519.HybridIdentity)
@@ -212,7 +219,7 @@ class AgeBackend:
             raise NoMatch
         if reason := self.source.behind(keys.stamp):
             raise Unreachable(reason)
-        if others := self.elsewhere(False):  # noqa: FBT003 -- as above
+        if others := self.elsewhere(asks=False):
             raise Unreachable(_UNKNOWN_HERE.format(version, ", ".join(others)))
         raise NoMatch
 
@@ -291,11 +298,11 @@ def _identities(text: str, path: Path | str) -> Iterator[tuple[Identity, datetim
 
 
 def _recipient(text: str, path: Path | str | None) -> Recipient:
-    lines = [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
+    lines = key_lines(text)
     if len(lines) != 1:
         raise ConfigurationError(f"{path} must hold one recipient (age1…), it holds {len(lines)}")
     try:
-        return parse_recipient(lines[0])
+        return parse_recipient(lines[0][1])
     except ValueError as exc:
         raise ConfigurationError(f"{path} does not hold an age recipient ({exc})") from exc
 

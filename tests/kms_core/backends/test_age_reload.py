@@ -183,7 +183,7 @@ def test_a_flood_of_unknown_versions_has_them_read_once(tmp_path: Path, loads: l
 
 def test_an_unknown_version_that_another_host_may_have_is_no_wrong_file(tmp_path: Path) -> None:
     backend = AgeBackend(write_pair(tmp_path, FIRST), recheck_s=3600)
-    backend.elsewhere = lambda _: ["kms-2"]
+    backend.elsewhere = lambda **_: ["kms-2"]
     with pytest.raises(Unreachable, match="kms-2"):
         opens(backend, SECOND)
     assert opens(backend, FIRST)
