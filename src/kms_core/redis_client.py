@@ -183,26 +183,22 @@ def _tls(section: RedisSection, url: str) -> Options:
     """TLS options of redis-py; empty without TLS."""
     if not is_tls(url):
         return {}
-    files = {
-        "ssl_ca_certs": section.ca_file,
-        "ssl_certfile": section.client_cert_file,
-        "ssl_keyfile": section.client_key_file,
-    }
-    named = {name: str(path) for name, path in files.items() if path is not None}
     flags: Options = {
         "ssl_include_verify_flags": [ssl.VERIFY_X509_PARTIAL_CHAIN],
         "ssl_exclude_verify_flags": [STRICT],
     }
-    return {"ssl_cert_reqs": "required", "ssl_check_hostname": True, **flags, **named}
+    files = _tls_files(section, "ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+    return {"ssl_cert_reqs": "required", "ssl_check_hostname": True, **flags, **files}
 
 
 def _amqp_tls(section: RedisSection) -> Options:
     """TLS options of py-amqp. Without ``ca_file``, the system's authorities are trusted."""
-    files = {
-        "ca_certs": section.ca_file,
-        "certfile": section.client_cert_file,
-        "keyfile": section.client_key_file,
-    }
-    named = {name: str(path) for name, path in files.items() if path is not None}
+    files = _tls_files(section, "ca_certs", "certfile", "keyfile")
     host = urlsplit(section.broker_url).hostname
-    return {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": host, **named}
+    return {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": host, **files}
+
+
+def _tls_files(section: RedisSection, *names: str) -> Options:
+    """The paths of authorities, certificate and key that are set, as options of these names."""
+    paths = (section.ca_file, section.client_cert_file, section.client_key_file)
+    return {name: str(path) for name, path in zip(names, paths, strict=True) if path is not None}

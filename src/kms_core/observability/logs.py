@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Final, TextIO, cast
+from typing import Final, TextIO
 
 import structlog
 from structlog.stdlib import BoundLogger, ProcessorFormatter
@@ -81,11 +81,6 @@ def identify(**ids: ContextVar[str]) -> None:
     _IDS.update(ids)
 
 
-def get(name: str) -> BoundLogger:
-    """The logger of a module, which may be made before ``configure``."""
-    return cast("BoundLogger", structlog.get_logger(name))
-
-
 def configure(level_spec: str, *, json: bool, stream: TextIO | None = None) -> None:
     """Write the lines of all loggers to ``stream`` (stderr), as JSON or in a format for people.
 
@@ -131,11 +126,6 @@ def parse_levels(spec: str) -> dict[str, int]:
         named |= dict.fromkeys(TARGETS.get(target, (target,)), LEVELS[word.strip().lower()])
     levels = {"": logging.INFO, **UNLESS_NAMED, **named}
     return levels | {name: max(level, levels.get(name, levels[""])) for name, level in AT_LEAST.items()}
-
-
-def access_log_wanted() -> bool:
-    """Return whether the access log is on, which costs time on every request."""
-    return logging.getLogger(ACCESS).isEnabledFor(logging.INFO)
 
 
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
