@@ -1,6 +1,6 @@
 """Builds the audit log of a process, its maintenance, its monitor and the sinks, from settings."""
 
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 
 import redis
 
@@ -9,7 +9,6 @@ from kms_core.audit.log import AuditLog
 from kms_core.audit.maintenance import AuditMaintenance
 from kms_core.audit.sinks import FolderSink, RedisSink
 from kms_core.audit.verification.monitor import AuditMonitor
-from kms_core.periodic import NO_LOCK
 from kms_core.settings.model import Settings
 
 
@@ -43,10 +42,7 @@ def anchor_sinks(settings: Settings, client: redis.Redis | None) -> list[RedisSi
     return sinks
 
 
-def build_monitor(
-    settings: Settings, client: redis.Redis | None, *, fork_lock: AbstractContextManager[object] = NO_LOCK
-) -> AuditMonitor:
+def build_monitor(settings: Settings, client: redis.Redis | None) -> AuditMonitor:
     """The monitor of the log. It is not started."""
     section = settings.kms.audit
-    sinks = anchor_sinks(settings, client)
-    return AuditMonitor(section.path, section.signing_key_path, sinks, fork_lock=fork_lock)
+    return AuditMonitor(section.path, section.signing_key_path, anchor_sinks(settings, client))

@@ -9,7 +9,6 @@ from typing import Final
 
 import structlog
 
-NO_LOCK: Final = nullcontext()
 _LOG_AGAIN_S: Final = 60.0
 
 
@@ -18,20 +17,16 @@ class PeriodicThread(threading.Thread):
 
     Subclasses define ``round``, and ``finish`` for work after the last round. An exception ends a round, not
     the thread: it is logged as the event ``failed``, once a minute while rounds go on failing.
-    ``fork_lock`` is held during each round, so that a fork that waits for it copies no lock of a round.
+    A process that forks sets ``fork_lock`` before the start. It is held during each round, so that a fork
+    that waits for it copies no lock of a round.
     """
 
-    def __init__(
-        self,
-        name: str,
-        interval_s: float,
-        *,
-        failed: str,
-        fork_lock: AbstractContextManager[object] = NO_LOCK,
-    ) -> None:
+    fork_lock: AbstractContextManager[object] = nullcontext()
+
+    def __init__(self, name: str, interval_s: float, *, failed: str) -> None:
         super().__init__(name=name, daemon=True)
         self.stopping = False
-        self._interval_s, self._failed, self._fork_lock = interval_s, failed, fork_lock
+        self._interval_s, self._failed = interval_s, failed
         self._wake = threading.Event()
         self._log = structlog.get_logger(type(self).__module__)
         self._log_at = 0.0
@@ -53,7 +48,7 @@ class PeriodicThread(threading.Thread):
 
     def attempt(self, work: Callable[[], None]) -> None:
         """Call ``work`` under the fork lock; an exception is logged, not raised."""
-        with self._fork_lock:
+        with self.fork_lock:
             try:
                 work()
             except Exception as exc:  # noqa: BLE001 -- a round may fail, the thread may not

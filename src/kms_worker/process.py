@@ -78,21 +78,20 @@ def run(loaded: Settings) -> int:
         submit_bytes=intake.text_length if intake else 0,
     )
 
-    heartbeat = Heartbeat(store, name, jobs.concurrency, jobs.queues, fork_lock=_between_forks)
+    heartbeat = Heartbeat(store, name, jobs.concurrency, jobs.queues)
     beside: tuple[PeriodicThread, ...] = (
         heartbeat,  # first, before it consumes: who looks while its first job runs must find a worker
-        InstallWatch(core.install, fork_lock=_between_forks),
+        InstallWatch(core.install),
         Reaper(
             store,
             core.worker_context.spool,
             name,
             require_install=core.install.require,
             may_sweep=core.install.may_sweep,
-            fork_lock=_between_forks,
         ),
-        rotation.Clock(app, store, name, fork_lock=_between_forks),
-        build_monitor(loaded, store.redis, fork_lock=_between_forks),
-        *(CopyPoll(copy, _between_forks) for copy in core.copies),
+        rotation.Clock(app, store, name),
+        build_monitor(loaded, store.redis),
+        *(CopyPoll(copy) for copy in core.copies),
         *_couriers(loaded, store, name),
         _slots(loaded, store, name),
     )
@@ -107,7 +106,7 @@ def run(loaded: Settings) -> int:
     signals.worker_ready.connect(lambda **_: heartbeat.serve(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: heartbeat.stop(), weak=False)
     for thread in beside:
-        thread.start()
+        _start(thread)
     watchdog.start()
     try:
         return _consume(app, name, jobs.concurrency, served, checked)
@@ -117,6 +116,12 @@ def run(loaded: Settings) -> int:
         if server is not None:
             server.shutdown()
         heartbeat.join(_LEAVE_S)
+
+
+def _start(thread: PeriodicThread) -> None:
+    """Start a thread whose rounds no fork interrupts."""
+    thread.fork_lock = _between_forks
+    thread.start()
 
 
 def _serve_metrics(loaded: Settings, core: Core, is_ready: Callable[[], bool]) -> MetricsServer | None:
@@ -132,7 +137,7 @@ def _slots(loaded: Settings, store: JobStore, name: str) -> Slots:
     """The watch over the processes of the pool, with which they share when to stop."""
     shared, jobs = attendance.Attendance(), loaded.kms.jobs
     attendance.share(shared)
-    slots = Slots(shared, store, name, jobs.concurrency, fork_lock=_between_forks)
+    slots = Slots(shared, store, name, jobs.concurrency)
     signals.worker_shutting_down.connect(
         lambda **_: shared.stops_at.set(time.monotonic() + jobs.stop_s), weak=False
     )
@@ -167,7 +172,7 @@ def _couriers(loaded: Settings, store: JobStore, name: str) -> list[WebhookDispa
     outbox = Outbox(store, endpoints)
     if not endpoints:
         return []
-    return [WebhookDispatcher(outbox, endpoints, name, fork_lock=_between_forks)]
+    return [WebhookDispatcher(outbox, endpoints, name)]
 
 
 def _prepare_child(parent: int, **_: object) -> None:

@@ -5,7 +5,6 @@ lets one attempt an hour happen for a key.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Final
 
 import structlog
@@ -17,7 +16,7 @@ from kms_core.jobs.spec import MAINTENANCE
 from kms_core.jobs.store import usage_flush
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability.usage import together
-from kms_core.periodic import NO_LOCK, PeriodicThread
+from kms_core.periodic import PeriodicThread
 from kms_core.settings.model import RotationSection, Settings
 from kms_protocol.errors import JobsUnavailable
 
@@ -55,16 +54,8 @@ def look_after(core: Core, rules: RotationSection, owner: str) -> None:
 class Clock(PeriodicThread):
     """Sends the message once a minute, from one worker of all."""
 
-    def __init__(
-        self,
-        app: Celery,
-        store: JobStore,
-        name: str,
-        *,
-        fork_lock: AbstractContextManager[object] = NO_LOCK,
-        every_s: float = EVERY_S,
-    ) -> None:
-        super().__init__("rotation-clock", every_s / 4, failed="rotation.round_failed", fork_lock=fork_lock)
+    def __init__(self, app: Celery, store: JobStore, name: str, *, every_s: float = EVERY_S) -> None:
+        super().__init__("rotation-clock", every_s / 4, failed="rotation.round_failed")
         self._app = app
         self._store = store
         self._owner = name

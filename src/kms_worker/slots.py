@@ -9,7 +9,7 @@ import select
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,7 +18,7 @@ from celery.concurrency.prefork import TaskPool
 
 from kms_core.jobs.execution.attendance import Attendance, Stall
 from kms_core.jobs.store.store import JobStore
-from kms_core.periodic import NO_LOCK, PeriodicThread
+from kms_core.periodic import PeriodicThread
 
 EVERY_S: Final = 1.0
 _LAST_S: Final = 10.0  # after the time at which attempts are handed back
@@ -40,16 +40,8 @@ class Slots(PeriodicThread):
     ``in_loop`` calls a function in the thread that owns the pool. At most ``most`` processes are replaced.
     """
 
-    def __init__(
-        self,
-        attendance: Attendance,
-        store: JobStore,
-        name: str,
-        most: int,
-        *,
-        fork_lock: AbstractContextManager[object] = NO_LOCK,
-    ) -> None:
-        super().__init__("slots", EVERY_S, failed="slots.round_failed", fork_lock=fork_lock)
+    def __init__(self, attendance: Attendance, store: JobStore, name: str, most: int) -> None:
+        super().__init__("slots", EVERY_S, failed="slots.round_failed")
         self._attendance, self._store, self._owner, self._most = attendance, store, name, most
         self._queues: Sequence[str] = ()
         self._pids: frozenset[int] = frozenset()

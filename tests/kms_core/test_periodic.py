@@ -3,12 +3,11 @@
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 
 import pytest
 from structlog.testing import capture_logs
 
-from kms_core.periodic import NO_LOCK, PeriodicThread
+from kms_core.periodic import PeriodicThread
 
 WAIT_S = 30.0
 
@@ -16,10 +15,8 @@ WAIT_S = 30.0
 class Counting(PeriodicThread):
     """Counts its rounds; the second one fails."""
 
-    def __init__(
-        self, interval_s: float = 0.001, *, fork_lock: AbstractContextManager[object] = NO_LOCK
-    ) -> None:
-        super().__init__("counting", interval_s, failed="counting.failed", fork_lock=fork_lock)
+    def __init__(self, interval_s: float = 0.001) -> None:
+        super().__init__("counting", interval_s, failed="counting.failed")
         self.rounds = 0
         self.is_finished = False
 
@@ -93,7 +90,8 @@ def test_a_thread_that_is_woken_does_not_wait_for_its_interval() -> None:
 
 def test_no_round_runs_while_the_fork_lock_is_held() -> None:
     lock = threading.Lock()
-    thread = Counting(fork_lock=lock)
+    thread = Counting()
+    thread.fork_lock = lock
     with lock:
         thread.start()
         time.sleep(0.05)

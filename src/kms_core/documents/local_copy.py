@@ -20,7 +20,7 @@ from prometheus_client import Gauge
 from kms_core import secure_files
 from kms_core.documents.signed import SignedDocument, Version
 from kms_core.observability import metrics
-from kms_core.periodic import NO_LOCK, PeriodicThread
+from kms_core.periodic import PeriodicThread
 from kms_core.reload import stamp_of_stat
 from kms_protocol.errors import KmsError, Unavailable
 
@@ -154,8 +154,8 @@ class LocalCopy:
 class CopyPoll(PeriodicThread):
     """Polls for the processes of this host."""
 
-    def __init__(self, copy: LocalCopy, fork_lock: AbstractContextManager[object] = NO_LOCK) -> None:
-        super().__init__("documents", POLL_S, failed="document.poll_failed", fork_lock=fork_lock)
+    def __init__(self, copy: LocalCopy) -> None:
+        super().__init__("documents", POLL_S, failed="document.poll_failed")
         self._copy = copy
         self.wake()
 

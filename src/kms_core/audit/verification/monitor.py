@@ -7,7 +7,6 @@ the end of a segment, and those among thousands of lines in that time are left t
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,7 +22,7 @@ from kms_core.audit.verification.anchors import AnchorReader
 from kms_core.audit.verification.scan import ChainProblem, VerificationReport
 from kms_core.audit.verification.verify import Verifier
 from kms_core.observability import metrics
-from kms_core.periodic import NO_LOCK, PeriodicThread
+from kms_core.periodic import PeriodicThread
 from kms_protocol.errors import ConfigurationError
 
 EVERY_S: Final = 30.0
@@ -58,15 +57,10 @@ class AuditMonitor(PeriodicThread):
     """Verifies the folder at once and then every 30 seconds, and sets metrics."""
 
     def __init__(
-        self,
-        folder: Path,
-        signing_key: Path,
-        anchors: Iterable[RedisSink | FolderSink] = (),
-        *,
-        fork_lock: AbstractContextManager[object] = NO_LOCK,
+        self, folder: Path, signing_key: Path, anchors: Iterable[RedisSink | FolderSink] = ()
     ) -> None:
         """``anchors`` are the sinks whose anchors the log is compared with."""
-        super().__init__("audit-monitor", EVERY_S, failed="audit.round_failed", fork_lock=fork_lock)
+        super().__init__("audit-monitor", EVERY_S, failed="audit.round_failed")
         self._folder = folder
         self._keys = public_path(signing_key)
         self._verifier = Verifier(folder, _TAIL_BYTES)

@@ -6,7 +6,7 @@ thread, round by round, and between forks.
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from typing import Final
 
 import structlog
@@ -15,7 +15,7 @@ from kms_core.jobs.events import webhook
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.events.webhook import DeliveryOutcome, WebhookEndpoint
 from kms_core.observability import metrics
-from kms_core.periodic import NO_LOCK, PeriodicThread
+from kms_core.periodic import PeriodicThread
 from kms_protocol.errors import DurabilityUnconfirmed
 
 EVERY_S: Final = 0.5
@@ -28,15 +28,8 @@ _log = structlog.get_logger(__name__)
 class WebhookDispatcher(PeriodicThread):
     """One round every half second, and whenever an answer has come."""
 
-    def __init__(
-        self,
-        outbox: Outbox,
-        endpoints: Mapping[str, WebhookEndpoint],
-        name: str,
-        *,
-        fork_lock: AbstractContextManager[object] = NO_LOCK,
-    ) -> None:
-        super().__init__("webhooks", EVERY_S, failed="courier.round_failed", fork_lock=fork_lock)
+    def __init__(self, outbox: Outbox, endpoints: Mapping[str, WebhookEndpoint], name: str) -> None:
+        super().__init__("webhooks", EVERY_S, failed="courier.round_failed")
         self._outbox = outbox
         self._endpoints = endpoints
         self._owner = name

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
@@ -17,7 +17,7 @@ import structlog
 
 from kms_core.jobs.hosts.notes import Host, HostNote, HostNotes, SpoolMarks
 from kms_core.observability import metrics
-from kms_core.periodic import NO_LOCK, PeriodicThread
+from kms_core.periodic import PeriodicThread
 from kms_protocol.errors import ConfigurationError, JobsUnavailable, KmsError, WrongInstall
 
 EVERY_S: Final = 2.0
@@ -347,8 +347,8 @@ class Install:
 class InstallWatch(PeriodicThread):
     """Calls ``Install.round`` every two seconds. That Redis is away others tell of."""
 
-    def __init__(self, install: Install, *, fork_lock: AbstractContextManager[object] = NO_LOCK) -> None:
-        super().__init__("install", EVERY_S, failed="install.round_failed", fork_lock=fork_lock)
+    def __init__(self, install: Install) -> None:
+        super().__init__("install", EVERY_S, failed="install.round_failed")
         self._install = install
         install.is_watched = True
         self.wake()  # the first round is at once

@@ -5,7 +5,6 @@ Both run in the parent of each worker; a lock of some seconds lets one reaper ac
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from itertools import takewhile
 from typing import Final
 
@@ -15,7 +14,7 @@ from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.storage.spool import Spool
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
-from kms_core.periodic import NO_LOCK, PeriodicThread
+from kms_core.periodic import PeriodicThread
 from kms_protocol import __version__
 from kms_protocol.errors import JobsUnavailable
 
@@ -31,16 +30,8 @@ class Heartbeat(PeriodicThread):
     was killed is on the list for ``maintenance.WORKER_SEEN_S`` at most.
     """
 
-    def __init__(
-        self,
-        store: JobStore,
-        name: str,
-        processes: int,
-        queues: Sequence[str],
-        *,
-        fork_lock: AbstractContextManager[object] = NO_LOCK,
-    ) -> None:
-        super().__init__("heartbeat", HEARTBEAT_EVERY_S, failed="worker.unsaid", fork_lock=fork_lock)
+    def __init__(self, store: JobStore, name: str, processes: int, queues: Sequence[str]) -> None:
+        super().__init__("heartbeat", HEARTBEAT_EVERY_S, failed="worker.unsaid")
         self._store = store
         self._owner = name
         self._processes = processes
@@ -90,7 +81,7 @@ _TAKEN_UP: Final = frozenset({"requeued", "committing", "due", "parts_ended"})
 class Reaper(PeriodicThread):
     """One round a second: takes up jobs that are due, wakes idle processes, deletes expired results."""
 
-    def __init__(  # noqa: PLR0913 -- each is a part of its own
+    def __init__(
         self,
         store: JobStore,
         spool: Spool,
@@ -98,14 +89,13 @@ class Reaper(PeriodicThread):
         *,
         require_install: Callable[[], None] = lambda: None,
         may_sweep: Callable[[], bool] = lambda: True,
-        fork_lock: AbstractContextManager[object] = NO_LOCK,
     ) -> None:
         """``require_install`` raises WrongInstall where spool and Redis do not belong together.
 
         ``may_sweep`` says whether files of jobs that Redis does not know are orphans.
         """
         self._may_sweep = may_sweep
-        super().__init__("reaper", EVERY_S, failed="caretaker.round_failed", fork_lock=fork_lock)
+        super().__init__("reaper", EVERY_S, failed="caretaker.round_failed")
         self._require_install = require_install
         self._store = store
         self._spool = spool
